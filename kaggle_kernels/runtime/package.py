@@ -1,0 +1,95 @@
+"""A package is read and checked before any device is touched: every byte, every golden token id.
+
+Raises PackageError where a package is not the one that was made; ContractError comes from the package's own model_input.py.
+"""
+
+import hashlib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from tokenizers import Tokenizer
+
+NOT_MOUNTED = ("dataset-metadata.json",)  # Kaggle's client reads this file and leaves it out of the dataset
+
+
+class PackageError(ValueError):
+    """A package is incomplete, damaged, or not what its manifest and contract say."""
+
+
+@dataclass(frozen=True)
+class Package:
+    """A checked package: its folder, the parsed contract.json and manifest.json, its own model_input.py, its tokenizer."""
+
+    folder: Path
+    contract: object  # model_input.Contract
+    manifest: dict
+    model_input: ModuleType
+    tokenizer: Tokenizer
+
+
+def read_package(folder: Path | str) -> Package:
+    """Read the package in `folder`: file hashes, contract, tokenizer and golden token ids are checked, in this order."""
+    folder = Path(folder)
+    manifest = check_manifest(folder)
+    model_input = execute_model_input(folder / "model_input.py")
+    contract = model_input.read_contract(folder)
+    check_hash(folder / "model_input.py", contract.model_input_sha256, "contract.json")
+    for name, sha256 in contract.tokenizer_sha256.items():
+        check_hash(folder / name, sha256, "contract.json")
+    tokenizer = read_tokenizer(folder)
+    model_input.check_golden(tokenizer, contract)
+    return Package(folder, contract, manifest, model_input, tokenizer)
+
+
+def check_manifest(folder: Path) -> dict:
+    """The parsed manifest.json, once every file that it lists has the bytes that it lists, and none is there besides."""
+    if not (folder / "manifest.json").is_file():
+        raise PackageError(f"{folder}: manifest.json is missing; package the run again")
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    for name, expected in manifest["files"].items():
+        if name in NOT_MOUNTED:
+            continue
+        path = folder / name
+        if not path.is_file():
+            raise PackageError(f"{path}: missing, but manifest.json lists it; upload the package again")
+        if path.stat().st_size != expected["bytes"]:
+            raise PackageError(f"{path}: {path.stat().st_size} bytes, manifest.json says {expected['bytes']}; upload it again")
+        check_hash(path, expected["sha256"], "manifest.json")
+    present = {path.name for path in folder.iterdir() if path.is_file()}
+    unlisted = sorted(present - set(manifest["files"]) - {"manifest.json", *NOT_MOUNTED})
+    if unlisted:
+        raise PackageError(f"{folder}: {', '.join(unlisted)} not listed in manifest.json; package the run again")
+    return manifest
+
+
+def check_hash(path: Path, expected: str, source: str) -> None:
+    """Raise PackageError unless the SHA-256 of the file at `path` is `expected`, as `source` says."""
+    if not path.is_file():
+        raise PackageError(f"{path}: missing, but {source} lists it; package the run again")
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected:
+        raise PackageError(f"{path}: its SHA-256 is {found[:12]}…, {source} says {expected[:12]}…; the file has changed")
+
+
+def execute_model_input(path: Path) -> ModuleType:
+    """The module in `path`, under a name of its own, so that packages with different copies can live side by side.
+
+    The source itself is executed, never a cached compilation, and nothing is written beside it.
+    """
+    source = path.read_bytes()
+    module = ModuleType(f"model_input_{hashlib.sha256(source).hexdigest()[:12]}")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module
+    exec(compile(source, str(path), "exec"), module.__dict__)
+    return module
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer in tokenizer.json, as training saved it: no class of transformers can rebuild it differently."""
+    if not (folder / "tokenizer.json").is_file():
+        raise PackageError(f"{folder}: tokenizer.json is missing; package the run again")
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
