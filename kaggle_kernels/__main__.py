@@ -1,0 +1,71 @@
+"""`python -m kaggle_kernels list | build [SPEC…] [--check] | rehearse SPEC --test FILE [--out DIR]`.
+
+A SPEC is the name of a file in kaggle_kernels/specs, or a path.
+"""
+
+from pathlib import Path
+
+import click
+
+from preprocess.errors import UserError, exits_with_2
+
+
+@click.group()
+def main() -> None:
+    """Kaggle kernels from specs: built as one readable file, rehearsed on this machine."""
+
+
+@main.command("list")
+@exits_with_2
+def list_specs() -> None:
+    """Print the specs: competition, packages, clock, and whether the generated kernel is up to date."""
+    from kaggle_kernels.build import stale_files  # noqa: PLC0415  --help starts without pydantic
+    from kaggle_kernels.spec import all_specs, read_spec  # noqa: PLC0415
+
+    for path in all_specs():
+        spec = read_spec(path)
+        packages = " + ".join(f"{package.weight:g} {package.run}" for package in spec.packages)
+        state = "stale, build it" if stale_files(path) else "built"
+        click.echo(f"{path.stem:<16} {spec.competition:<6} {packages:<32} {spec.clock_seconds:>7,.0f} s  {state}")
+
+
+@main.command()
+@click.argument("specs", nargs=-1)
+@click.option("--check", is_flag=True, help="Write nothing; exit with 2 where a generated file is not up to date.")
+@exits_with_2
+def build(specs: tuple[str, ...], check: bool) -> None:
+    """Write the kernels of SPECS, by default of all, to kaggle_kernels/generated/NAME."""
+    from kaggle_kernels import build as builder  # noqa: PLC0415  --help starts without pydantic
+    from kaggle_kernels.spec import all_specs, find_spec  # noqa: PLC0415
+
+    paths = [find_spec(name) for name in specs] or all_specs()
+    stale = [path for spec_path in paths for path in (builder.stale_files if check else builder.build)(spec_path)]
+    if check and stale:
+        names = ", ".join(str(path) for path in stale)
+        raise UserError(f"{names}: not up to date; run `python -m kaggle_kernels build`, and commit what it wrote")
+    for path in paths:
+        click.echo(f"{builder.generated_folder(path)}: {'up to date' if check else 'built'}")
+
+
+@main.command()
+@click.argument("spec")
+@click.option(
+    "--test", "test_file", type=click.Path(path_type=Path), required=True, help="Test rows; verdicts are scored against."
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Where results go; by default outputs/SPEC/rehearsal.")
+@click.option("--python", type=click.Path(path_type=Path), envvar="KAGGLE_PYTHON", help="Python with Kaggle's versions.")
+@exits_with_2
+def rehearse(spec: str, test_file: Path, out: Path | None, python: Path | None) -> None:
+    """Run the generated kernel of SPEC as Kaggle would: its tree, its versions, no network, no repository.
+
+    The kernel must have been built since the spec or the runtime changed; rehearse does not build it.
+    """
+    from kaggle_kernels import rehearse as rehearsal  # noqa: PLC0415  --help starts without polars
+    from kaggle_kernels.spec import find_spec  # noqa: PLC0415
+
+    spec_path = find_spec(spec)
+    rehearsal.rehearse(spec_path, test_file, out or Path("outputs") / spec_path.stem / "rehearsal", python)
+
+
+if __name__ == "__main__":
+    main()

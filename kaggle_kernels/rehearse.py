@@ -1,0 +1,206 @@
+"""The generated kernel, run on this machine as Kaggle runs it, in a process of its own.
+
+It sees a tree like Kaggle's (packages as datasets, the test file without its verdicts), Kaggle's versions of the libraries,
+no network, and nothing of this repository. Its results are then copied out and scored against the verdicts, if there are any.
+"""
+
+import math
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import polars as pl
+
+from kaggle_kernels.build import OWNER, check_built
+from kaggle_kernels.spec import COMPETITIONS, Spec, read_spec
+from preprocess.errors import UserError
+from preprocess.files import atomic_file, read_json, write_json
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ("submission.csv", "scores.parquet", "kernel.json")
+PROJECT = ("preprocess", "recipes", "postprocess", "kaggle_kernels", "tests")
+KEPT_ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH")
+
+# Python executes this before the kernel. An audit hook cannot be taken out again, and sub-processes inherit it.
+SITECUSTOMIZE = f'''"""A rehearsal: no network, and nothing of the repository."""
+
+import sys
+
+
+def refuse(event, arguments):
+    if event in ("socket.getaddrinfo", "socket.gethostbyname"):
+        raise OSError("a kernel has no network: a name was looked up")
+    if event in ("socket.connect", "socket.sendto", "socket.sendmsg") and isinstance(arguments[1], tuple):
+        raise OSError(f"a kernel has no network: it reached for {{arguments[1]}}")
+    if event == "import" and arguments[0].split(".")[0] in {PROJECT!r}:
+        raise ImportError(f"a kernel has no repository: it imported {{arguments[0]}}")
+
+
+sys.addaudithook(refuse)
+'''
+
+
+def rehearse(spec_path: Path, test_file: Path, out: Path, python: Path | None = None) -> dict:
+    """Run the spec's kernel on `test_file` and copy what it wrote to `out`; what was measured, also in `out`/rehearsal.json.
+
+    Raises UserError where the kernel was not built, a package is absent or does not suit, or the kernel fails.
+    """
+    spec = read_spec(spec_path)
+    kernel = check_built(spec_path) / "kernel.py"
+    packages = {package.dataset: find_package(package.run, package.dataset, spec) for package in spec.packages}
+    python = find_python(python)
+    test_rows = read_test_rows(test_file, spec)
+    with tempfile.TemporaryDirectory(prefix="rehearsal-") as folder:
+        root = Path(folder) / "kaggle"
+        lay_out(root, spec, packages, test_file, test_rows)
+        began = time.monotonic()
+        run_as_kaggle(python, kernel, root, spec_path.stem)
+        seconds = time.monotonic() - began
+        for name in RESULTS:
+            with atomic_file(out / name) as temporary:
+                shutil.copyfile(root / "working" / name, temporary)
+    measured = {"rows": len(test_rows), "seconds": round(seconds, 1), **measure(test_rows, out / "scores.parquet", spec)}
+    write_json(out / "rehearsal.json", measured)
+    print(f"{out / 'submission.csv'}: {len(test_rows)} rows in {seconds:.1f} s")
+    if "accuracy" in measured:
+        print(
+            f"accuracy {measured['accuracy']:.4f}, log loss {measured['log_loss']:.4f} on {measured['judged']} judged rows; "
+            f"the longer response: accuracy {measured['longer_accuracy']:.4f}"
+        )
+    return measured
+
+
+def find_package(run: str, dataset: str, spec: Spec) -> Path:
+    """The run's package; a UserError where it is absent, is meant for another dataset, or lacks one of the verdicts."""
+    folder = Path("outputs") / run / "package"
+    if not (folder / "manifest.json").is_file():
+        raise UserError(f"{folder}: no package; run `python -m postprocess recipes/{run.split('/')[0]}.yml` first")
+    slug = read_json(folder / "dataset-metadata.json")["id"].split("/")[-1]
+    if slug != dataset:
+        raise UserError(
+            f"{folder}: it is the dataset {slug!r}, the spec says {dataset!r}; set packages.dataset or the recipe's slug"
+        )
+    missing = set(COMPETITIONS[spec.competition].verdicts) - set(read_json(folder / "contract.json")["verdicts"])
+    if missing:
+        raise UserError(f"{folder}: tells nothing of {', '.join(missing)}, which {spec.competition} asks for; train with it")
+    return folder
+
+
+def find_python(python: Path | None) -> Path:
+    """The interpreter of the environment with Kaggle's versions."""
+    python = python or ROOT / ".venv-kaggle" / "bin" / "python"
+    if not python.is_file():
+        raise UserError(f"{python}: absent; `make setup` makes the environment with Kaggle's versions")
+    return python.absolute()
+
+
+def read_test_rows(test_file: Path, spec: Spec) -> pl.DataFrame:
+    """The test file's rows; a UserError where it cannot be read or lacks a column."""
+    if not test_file.is_file():
+        raise UserError(f"{test_file}: no such file; give the test rows with --test")
+    try:
+        is_csv = test_file.suffix == ".csv"
+        rows = pl.read_csv(test_file, infer_schema=False) if is_csv else pl.read_parquet(test_file)
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise UserError(f"{test_file}: cannot be read: {' '.join(str(error).split())}") from None
+    missing = [name for name in ("id", "prompt", "response_a", "response_b") if name not in rows.columns]
+    if missing or rows.is_empty():
+        found = f"no column {', '.join(missing)}" if missing else "no rows"
+        raise UserError(f"{test_file}: {found}; expected the layout of {COMPETITIONS[spec.competition].slug}")
+    return rows
+
+
+def lay_out(root: Path, spec: Spec, packages: dict[str, Path], test_file: Path, test_rows: pl.DataFrame) -> None:
+    """Make /kaggle below `root`: packages as links, dataset-metadata.json left out as Kaggle does, verdicts left out."""
+    for dataset, package in packages.items():
+        folder = root / "input" / "datasets" / OWNER.lower() / dataset
+        folder.mkdir(parents=True)
+        for path in package.iterdir():
+            if path.name != "dataset-metadata.json":
+                (folder / path.name).symlink_to(path.absolute())
+    folder = root / "input" / "competitions" / COMPETITIONS[spec.competition].slug
+    folder.mkdir(parents=True)
+    shown = test_rows.select("id", "prompt", "response_a", "response_b")
+    if test_file.suffix == ".csv":
+        shown.write_csv(folder / "test.csv")
+    else:
+        shown.write_parquet(folder / "test.parquet")
+    (root / "working").mkdir()
+
+
+def run_as_kaggle(python: Path, kernel: Path, root: Path, name: str) -> None:
+    """Run the kernel and print its log line by line; a UserError where it ends with an error."""
+    site = root.parent / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(SITECUSTOMIZE, encoding="utf-8")
+    script = root.parent / "kernel.py"
+    shutil.copyfile(kernel, script)
+    process = subprocess.Popen(
+        [str(python), "-u", "-P", str(script)],
+        cwd=root / "working",
+        env=kaggle_environment(root, site),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+    )
+    last = ""
+    with process:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            last = line.strip() or last
+    if process.returncode:
+        raise UserError(f"{name}: the kernel ended with exit code {process.returncode}: {last}")
+
+
+def kaggle_environment(root: Path, site: Path) -> dict[str, str]:
+    """The kernel's environment variables: nothing of ours but the path, the root, and the hubs told to stay offline."""
+    kept = {key: os.environ[key] for key in KEPT_ENVIRONMENT if key in os.environ}
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    folders = {"KAGGLE_ROOT": str(root), "HOME": str(root.parent), "PYTHONPATH": str(site), "PYTHONDONTWRITEBYTECODE": "1"}
+    return {**kept, **offline, **folders}
+
+
+def measure(test_rows: pl.DataFrame, scores: Path, spec: Spec) -> dict:
+    """Accuracy and log loss (natural) over the rows that have a verdict, joined by id; empty where the file has none."""
+    verdicts = COMPETITIONS[spec.competition].verdicts
+    truth = read_verdicts(test_rows)
+    if truth is None:
+        return {}
+    columns = [f"p_{verdict}" for verdict in verdicts]
+    judged = pl.read_parquet(scores).join(truth, on="id", how="inner").filter(pl.col("winner").is_in(verdicts))
+    right, loss, longer_right = 0, 0.0, 0
+    for row in judged.select("winner", "longer", *columns).to_dicts():
+        values = [row[column] for column in columns]
+        right += verdicts[values.index(max(values))] == row["winner"]
+        loss -= math.log(values[verdicts.index(row["winner"])])
+        longer_right += row["longer"] == row["winner"]
+    total = max(judged.height, 1)
+    shares = {"accuracy": right / total, "log_loss": loss / total, "longer_accuracy": longer_right / total}
+    return {"judged": judged.height, **shares} if judged.height else {}
+
+
+def read_verdicts(test_rows: pl.DataFrame) -> pl.DataFrame | None:
+    """id, winner and which response is longer, from WSDM's or LMSYS's columns; None where there are no verdicts."""
+    if "winner" in test_rows.columns:
+        winner = pl.col("winner")
+    elif "winner_model_a" in test_rows.columns:
+        verdicts = ("model_a", "model_b", "tie")
+        winner = pl.coalesce(
+            pl.when(pl.col(f"winner_{verdict}").cast(pl.Float64) == 1).then(pl.lit(verdict)) for verdict in verdicts
+        )
+    else:
+        return None
+    a, b = (length_of(test_rows, name) for name in ("response_a", "response_b"))
+    longer = pl.when(a >= b).then(pl.lit("model_a")).otherwise(pl.lit("model_b"))
+    return test_rows.select(pl.col("id").cast(pl.String), winner.alias("winner"), longer.alias("longer"))
+
+
+def length_of(rows: pl.DataFrame, name: str) -> pl.Expr:
+    """Characters of a text or of a list of turns."""
+    if isinstance(rows.schema[name], pl.List):
+        return pl.col(name).list.eval(pl.element().str.len_chars()).list.sum().fill_null(0)
+    return pl.col(name).str.len_chars().fill_null(0)

@@ -1,0 +1,159 @@
+"""The strict schema of a spec: one Kaggle kernel. Every problem found is told at once, each with its key and the fix."""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from kaggle_kernels.runtime.settings import PackageSettings, Settings
+from preprocess.errors import UserError
+
+SPECS = Path(__file__).parent / "specs"
+SLUG = r"^[a-z0-9]+(-[a-z0-9]+)*$"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Competition(_Strict):
+    """What a competition calls itself and asks for. A verdict's column stands at the verdict's place."""
+
+    slug: str
+    columns: tuple[str, ...]
+    verdicts: tuple[str, ...]
+
+
+COMPETITIONS = {
+    "wsdm": Competition(
+        slug="wsdm-cup-multilingual-chatbot-arena",
+        columns=("winner",),
+        verdicts=("model_a", "model_b"),
+    ),
+    "lmsys": Competition(
+        slug="lmsys-chatbot-arena",
+        columns=("winner_model_a", "winner_model_b", "winner_tie"),
+        verdicts=("model_a", "model_b", "tie"),
+    ),
+}
+
+
+class PackageBlock(_Strict):
+    """One model: `run` is outputs/RUN, `dataset` the slug that its package is uploaded under."""
+
+    run: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_./-]*$")
+    dataset: str = Field(pattern=SLUG, min_length=6, max_length=50)
+    weight: float = Field(1.0, gt=0, le=1)
+
+
+class Spec(_Strict):
+    """A kernel's spec."""
+
+    title: str = Field(min_length=5, max_length=50)
+    competition: Literal["wsdm", "lmsys"]
+    packages: tuple[PackageBlock, ...] = Field(min_length=1)
+    accelerator: Literal["NvidiaTeslaT4"] = "NvidiaTeslaT4"
+    clock_seconds: float = Field(gt=0, le=43200)
+    orders: Literal["as_given", "both"] = "both"
+    budget_tokens: int | None = Field(None, ge=64)
+    tokens_per_batch: int = Field(8192, ge=64)
+    temperature: float = Field(1.0, gt=0, le=10)
+    min_scored: float = Field(0.98, gt=0, le=1)
+    wheels: str | None = Field(None, pattern=SLUG, min_length=6, max_length=50)
+
+    @field_validator("title")
+    @classmethod
+    def _title_makes_a_slug(cls, title):
+        if len(slugify(title)) < 5:
+            raise ValueError(f"its slug would be {slugify(title)!r}, Kaggle wants 5 characters or more")
+        return title
+
+    @field_validator("packages")
+    @classmethod
+    def _packages_differ_and_weights_sum_to_one(cls, packages):
+        total = sum(package.weight for package in packages)
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"the weights sum to {total:g}, expected 1")
+        for key in ("run", "dataset"):
+            if len({getattr(package, key) for package in packages}) < len(packages):
+                raise ValueError(f"two packages have the same {key}")
+        return packages
+
+    @model_validator(mode="after")
+    def _a_batch_holds_a_row(self):
+        if self.budget_tokens and self.budget_tokens > self.tokens_per_batch:
+            raise ValueError(f"budget_tokens: {self.budget_tokens} is more than tokens_per_batch, {self.tokens_per_batch}")
+        return self
+
+    @property
+    def slug(self) -> str:
+        """The kernel's slug on Kaggle."""
+        return slugify(self.title)
+
+
+def slugify(title: str) -> str:
+    """Kaggle's slug of a title: lower case, whatever is no letter or digit a hyphen."""
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+
+
+def find_spec(name: str) -> Path:
+    """The spec's file, given as a path or by its name."""
+    path = Path(name) if name.endswith((".yml", ".yaml")) else SPECS / f"{name}.yml"
+    if not path.is_file():
+        raise UserError(f"{name}: no such spec; there are {', '.join(known.stem for known in all_specs())}, or give a file")
+    return path
+
+
+def all_specs() -> list[Path]:
+    """The project's specs, by name."""
+    return sorted(SPECS.glob("*.yml"))
+
+
+def read_spec(path: Path) -> Spec:
+    """Read and check a spec; every problem found is in one UserError."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected keys and values, found {type(values).__name__}")
+    try:
+        return Spec.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{path}: " + "; ".join(_explain(problem) for problem in error.errors())) from None
+
+
+def _explain(problem: dict) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        known = PackageBlock if problem["loc"][0] == "packages" else Spec
+        match = difflib.get_close_matches(str(problem["loc"][-1]), list(known.model_fields), n=1, cutoff=0.5)
+        return f"{key}: unknown key" + (f"; did you mean {match[0]}?" if match else "; remove it")
+    if problem["type"] == "missing":
+        return f"{key}: missing"
+    if problem["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key}: {message}, found {problem['input']!r}"
+
+
+def settings_of(name: str, spec: Spec) -> Settings:
+    """What the kernel of the spec named `name` is told."""
+    competition = COMPETITIONS[spec.competition]
+    return Settings(
+        name=name,
+        competition=competition.slug,
+        columns=competition.columns,
+        verdicts=competition.verdicts,
+        packages=tuple(PackageSettings(package.run, package.dataset, package.weight) for package in spec.packages),
+        orders=("as_given", "swapped") if spec.orders == "both" else ("as_given",),
+        clock_seconds=spec.clock_seconds,
+        budget_tokens=spec.budget_tokens,
+        tokens_per_batch=spec.tokens_per_batch,
+        temperature=spec.temperature,
+        min_scored=spec.min_scored,
+        wheels=spec.wheels,
+    )
