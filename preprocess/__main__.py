@@ -1,0 +1,125 @@
+"""`python -m preprocess SOURCE… --out data/pairs.parquet`: raw files become pairs.parquet and pairs.rejected.parquet.
+
+Nothing is written before the leak report has passed. The same files in the same order give the same bytes.
+"""
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import click
+import numpy as np
+import polars as pl
+from rich.progress import track
+
+from preprocess import report
+from preprocess.errors import UserError, exits_with_2
+from preprocess.files import atomic_file
+from preprocess.leaks import LeakReport, find_leaks
+from preprocess.ngrams import normalise
+from preprocess.pairs import REJECTED, Pairs, make_pairs
+from preprocess.sources import read_prompts, read_rows
+
+
+class _Command(click.Command):
+    """Lets `--against` take several files, as its usage says."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        spread, against = [], False
+        for at, arg in enumerate(args):
+            if arg.startswith("-"):
+                against = arg == "--against"
+            elif against and args[at - 1] != "--against":
+                spread.append("--against")
+            spread.append(arg)
+        return super().parse_args(ctx, spread)
+
+
+@click.command(cls=_Command)
+@click.argument("sources", nargs=-1, required=True, metavar="SOURCE…", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="pairs.parquet to write.")
+@click.option("--folds", default=5, show_default=True, type=click.IntRange(2, 100), help="Number of folds.")
+@click.option(
+    "--threshold",
+    default=0.7,
+    show_default=True,
+    type=click.FloatRange(0.5, 1),
+    help="Prompts of this similarity (Jaccard, of character 5-grams) or more share a group, hence a fold.",
+)
+@click.option(
+    "--against",
+    multiple=True,
+    metavar="FILE…",
+    type=click.Path(path_type=Path),
+    help="Files, e.g. a test set, that no source may share a prompt with.",
+)
+@exits_with_2
+def main(sources: tuple[Path, ...], out: Path, folds: int, threshold: float, against: tuple[Path, ...]) -> None:
+    """Make pairs with folds from SOURCE… and check that no prompt leaks from fold to fold, or into FILE….
+
+    A source is recognised by its columns: WSDM, LMSYS or chosen/rejected, as .parquet, .csv or .jsonl. Rows that cannot be
+    used go to a file beside --out, with a reason.
+    """
+    _check_paths(sources, out, against)
+    held_back = {path: read_prompts(path) for path in against}
+    rows = pl.concat([read_rows(path) for path in sources])
+    pairs = make_pairs(rows.filter(pl.col("reason").is_null()), folds, threshold, _track)
+    console = report.console()
+    console.print(report.sources_table(rows, pairs))
+    for line in report.summary(pairs, folds, threshold):
+        console.print(line, soft_wrap=True)
+    found = _report_leaks(pairs, held_back, threshold)
+    console.print(report.no_leaks(found, threshold, [path.name for path in against]), soft_wrap=True)
+    rejected = rows.filter(pl.col("reason").is_not_null()).select(REJECTED)
+    rejected_path = out.with_name(f"{out.stem}.rejected{out.suffix}")
+    with atomic_file(rejected_path) as temporary_rejected, atomic_file(out) as temporary:
+        rejected.write_parquet(temporary_rejected)
+        pairs.table.write_parquet(temporary)
+    console.print(f"wrote {out} ({pairs.table.height:,} pairs) and {rejected_path} ({rejected.height:,} rows)", soft_wrap=True)
+
+
+def _check_paths(sources: tuple[Path, ...], out: Path, against: tuple[Path, ...]) -> None:
+    if out.suffix != ".parquet":
+        raise UserError(f"--out {out}: expected a name that ends in .parquet")
+    known: set[Path] = {out.resolve()}
+    for path in (*sources, *against):
+        if path.resolve() in known:
+            raise UserError(f"{path}: given twice; each file is a source, or a file to compare with, or the output")
+        known.add(path.resolve())
+
+
+def _report_leaks(pairs: Pairs, held_back: dict[Path, pl.DataFrame], threshold: float) -> LeakReport:
+    """The leak report over folds and held-back files; leaks are shown and raise UserError."""
+    prompts, ids = list(pairs.prompts), pairs.table["id"].to_list()
+    places = pairs.table["fold"].to_list()
+    names = [f"fold {fold}" for fold in places]
+    for number, (path, table) in enumerate(held_back.items(), 1):
+        prompts += [normalise(turns) for turns in table["prompt"].to_list()]
+        ids += table["id"].to_list()
+        names += [path.name] * table.height
+        places += [-number] * table.height
+    found = find_leaks(prompts, np.array(places), threshold, _track)
+    if not found.leaks:
+        return found
+    report.console(sys.stderr).print(report.leaks_table(found.leaks, names, ids, prompts))
+    outside = sum(1 for leak in found.leaks if places[leak.other] < 0)
+    parts = []
+    if outside:
+        parts.append(
+            f"{outside:,} between sources and {', '.join(path.name for path in held_back)} (remove these rows from one)"
+        )
+    if outside < len(found.leaks):
+        parts.append(f"{len(found.leaks) - outside:,} between folds (the grouping missed them: try a lower --threshold)")
+    raise UserError(
+        f"leak report: prompts of similarity {threshold:g} or more stand apart: {'; '.join(parts)}. Nothing was written. "
+        f"To accept prompts this much alike, raise --threshold above their similarity"
+    )
+
+
+def _track(steps: Iterable, label: str) -> Iterable:
+    """A progress bar on a terminal; elsewhere nothing."""
+    return track(steps, label, console=report.console(sys.stderr), transient=True, disable=not sys.stderr.isatty())
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m preprocess")
