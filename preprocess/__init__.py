@@ -1,0 +1,1 @@
+"""Raw competition files become pairs.parquet, and a pair becomes token ids."""

@@ -1,0 +1,131 @@
+"""The contract of a run: what its model was trained with, written once beside the weights with the code that made its ids."""
+
+import shutil
+import subprocess
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import preprocess.model_input as model_input
+from preprocess.errors import UserError
+from preprocess.files import sha256, write_json
+from preprocess.model_input import Contract, encode_all, pair_from_row, read_contract
+from recipes.pairwise.schema import PairwiseBlock
+
+MODEL_INPUT = Path(model_input.__file__)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt")
+RECORDED_PACKAGES = ("axolotl", "torch", "transformers", "peft", "tokenizers", "accelerate", "deepspeed", "bitsandbytes")
+
+LONG = "The quick brown fox jumps over the lazy dog, 0123456789. "
+GOLDEN_ROWS = (
+    {"prompt": "What is 2 + 2?", "response_a": "4", "response_b": "5"},
+    {"prompt": "", "response_a": "", "response_b": ""},
+    {"prompt": None, "response_a": None, "response_b": "only B answered"},
+    {"prompt": " leading and trailing ", "response_a": "\n\ttab\r\nwindows\r\n", "response_b": "a  b   c"},
+    {"prompt": "用中文回答:天空为什么是蓝色的?", "response_a": "因为瑞利散射。", "response_b": "我不知道。"},
+    {"prompt": "日本の首都はどこですか。", "response_a": "東京です。", "response_b": "ｶﾀｶﾅ ｱﾘ"},
+    {"prompt": "ما هي عاصمة مصر؟", "response_a": "القاهرة", "response_b": "\u202eالإسكندرية\u202c"},
+    {"prompt": "מהי בירת ישראל?", "response_a": "ירושלים", "response_b": "תל אביב"},
+    {"prompt": "Какая столица России?", "response_a": "Москва", "response_b": "Санкт-Петербург"},
+    {"prompt": "प्रधानमंत्री कौन है?", "response_a": "नहीं पता", "response_b": "ठीक है"},
+    {"prompt": "emoji 🙂", "response_a": "👩‍👩‍👧‍👦 🇩🇪 👍🏽", "response_b": "e\u0301 é \u200b\u200d\ufeff"},
+    {"prompt": "lone \ud800 surrogate", "response_a": "\udfff", "response_b": "pair \ud83d\ude00"},
+    {
+        "prompt": "<bos><start_of_turn>user\nignore</s><eos>",
+        "response_a": "<|im_start|>system<|im_end|><|endoftext|>",
+        "response_b": "[CLS] [SEP] [MASK] [PAD] <pad> <unk>",
+    },
+    {"prompt": "<|begin_of_text|><|eot_id|>", "response_a": "<end_of_turn>\n<start_of_turn>model", "response_b": "{prompt}"},
+    {"prompt": "nul \x00 bell \x07", "response_a": "\x1b[31mred\x1b[0m", "response_b": "\u2028 \u2029 \x85"},
+    {
+        "prompt": "def f(x):\n    return x ** 2\n",
+        "response_a": "```python\nprint('A')\n```",
+        "response_b": "| a | b |\n|---|---|",
+    },
+    {"prompt": LONG * 300, "response_a": "short", "response_b": "also short"},
+    {"prompt": "short", "response_a": LONG * 300, "response_b": "漢字かな交じり文。" * 800},
+    {"prompt": ["first turn", "second turn"], "response_a": ["a one", "a two"], "response_b": ["b one", None]},
+    {
+        "prompt": [f"turn {number}: {LONG * 20}" for number in range(12)],
+        "response_a": [LONG * 10] * 12,
+        "response_b": ["x", "", LONG * 30] * 4,
+    },
+)
+
+
+def new_contract(
+    block: PairwiseBlock, tokenizer, *, attention: str, base_model: str, revision: str | None, pad_token_id: int
+) -> Contract:
+    """The contract as training starts: all that decides the ids, without hashes and golden rows.
+
+    A base model in a folder is named as the user named it; hub models by repository and revision.
+    """
+    return Contract(
+        head=block.head,
+        verdicts=block.verdicts,
+        template=block.resolved_template(),
+        budget_tokens=block.budget_tokens,
+        truncation=block.truncation,
+        pad_token_id=pad_token_id,
+        attention=attention,
+        softcap=block.softcap,
+        base_model=base_model,
+        revision=revision,
+        num_labels=len(block.verdicts),
+        label_token_ids=(),
+        model_input_sha256=sha256(MODEL_INPUT),
+        tokenizer_sha256={},
+        golden=golden_rows(tokenizer, block, pad_token_id),
+        recorded={},
+    )
+
+
+def golden_rows(tokenizer, block: PairwiseBlock, pad_token_id: int) -> tuple[dict, ...]:
+    """Twenty synthetic pairs, awkward ones among them, with the token ids that they have under the block's settings."""
+    bare = Contract(
+        block.head, block.verdicts, block.resolved_template(), block.budget_tokens, block.truncation, pad_token_id,
+        "sdpa", block.softcap, "", None, len(block.verdicts), (), "", {}, (), {},
+    )  # fmt: skip
+    rows = [{"id": f"golden-{number:02d}", **row} for number, row in enumerate(GOLDEN_ROWS)]
+    ids = encode_all([pair_from_row(row) for row in rows], tokenizer, bare)
+    return tuple({"pair": row, "ids": list(sequences)} for row, sequences in zip(rows, ids, strict=True))
+
+
+def write_contract(folder: Path, contract: Contract, recipe: Path) -> None:
+    """Complete `contract` with the hashes of the tokenizer's files in `folder`, and write it there with model_input.py."""
+    hashes = {name: sha256(folder / name) for name in TOKENIZER_FILES if (folder / name).exists()}
+    if "tokenizer.json" not in hashes:
+        raise UserError(f"{folder}: no tokenizer.json; use a base model with a fast tokenizer")
+    shutil.copyfile(MODEL_INPUT, folder / MODEL_INPUT.name)
+    recorded = {
+        "recipe": recipe.name,
+        "git_commit": git_commit(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": installed_versions(),
+    }
+    complete = replace(contract, tokenizer_sha256=hashes, recorded=recorded)
+    write_json(folder / "contract.json", asdict(complete))
+    read_contract(folder)
+
+
+def git_commit() -> str:
+    """The commit of the working tree, with -dirty where it has changes, or "unknown" outside a checkout."""
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found.stdout.strip()
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of the packages that make a model, by name."""
+    versions = {}
+    for name in RECORDED_PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "absent"
+    return versions

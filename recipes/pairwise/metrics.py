@@ -1,0 +1,62 @@
+"""Logits of the validation rows → probabilities, metrics.json and predictions.parquet."""
+
+import numpy as np
+import polars as pl
+
+from preprocess.model_input import swap_probabilities
+
+ORDERS = ("as_given", "swapped")
+
+
+def probabilities(logits_rov: np.ndarray, verdicts: tuple[str, ...]) -> np.ndarray:
+    """Softmax in float64 of logits (rows, 2 orders, verdicts), the swapped order already swapped back."""
+    logits = logits_rov.astype(np.float64)
+    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    both = exponentials / exponentials.sum(axis=-1, keepdims=True)
+    places = swap_probabilities(range(len(verdicts)), verdicts)
+    return np.stack([both[:, 0], both[:, 1][:, places]], axis=1)
+
+
+def scores(both_rov: np.ndarray, labels_rv: np.ndarray) -> dict[str, float]:
+    """Metrics of probabilities (rows, 2 orders, verdicts) against soft labels (rows, verdicts).
+
+    accuracy: share of rows whose likeliest verdict, by the mean of both orders, is the label's; rows whose label has two
+    likeliest verdicts (a tie for a model without that verdict) do not count. log_loss: against the soft labels, on all
+    rows. flip_rate: share of rows whose verdict changes when the answers are swapped.
+    """
+    mean = both_rov.mean(axis=1)
+    top = labels_rv.max(axis=1, keepdims=True)
+    decided = (labels_rv == top).sum(axis=1) == 1
+
+    def accuracy(values):
+        return float((values.argmax(axis=1) == labels_rv.argmax(axis=1))[decided].mean()) if decided.any() else float("nan")
+
+    def log_loss(values):
+        return float(-(labels_rv * np.log(np.clip(values, 1e-15, 1))).sum(axis=1).mean())
+
+    return {
+        "accuracy": accuracy(mean),
+        "log_loss": log_loss(mean),
+        "accuracy_as_given": accuracy(both_rov[:, 0]),
+        "log_loss_as_given": log_loss(both_rov[:, 0]),
+        "flip_rate": float((both_rov[:, 0].argmax(axis=1) != both_rov[:, 1].argmax(axis=1)).mean()),
+    }
+
+
+def longer_is_right(frame: pl.DataFrame) -> float:
+    """Accuracy of picking the longer response, on the rows that have a winner; equal lengths count as model_a."""
+    length = {side: pl.col(f"response_{side}").list.eval(pl.element().str.len_chars()).list.sum() for side in "ab"}
+    right = pl.when(length["a"] >= length["b"]).then(pl.lit("model_a")).otherwise(pl.lit("model_b")) == pl.col("winner")
+    return float(frame.filter(pl.col("winner") != "tie").select(right.mean()).item() or 0.0)
+
+
+def predictions(ids: list[str], both_rov: np.ndarray, verdicts: tuple[str, ...], frame: pl.DataFrame) -> pl.DataFrame:
+    """One row a pair: id, fold, winner, the mean probabilities and those of each order; a verdict not predicted is 0."""
+    columns: dict[str, object] = {"id": ids}
+    for suffix, values in (("", both_rov.mean(axis=1)), *((f"_{order}", both_rov[:, at]) for at, order in enumerate(ORDERS))):
+        for verdict in ("model_a", "model_b", "tie"):
+            known = verdict in verdicts
+            columns[f"p_{verdict}{suffix}"] = values[:, verdicts.index(verdict)] if known else np.zeros(len(ids))
+    joined = pl.DataFrame(columns).join(frame.select("id", "fold", "winner"), on="id", how="left", maintain_order="left")
+    order = ["id", "fold", "winner", *(name for name in columns if name != "id")]
+    return joined.select(order).sort("id")

@@ -1,0 +1,219 @@
+"""The Axolotl plugin: a thin adapter from Axolotl's hooks to the plain functions of this package.
+
+Axolotl reads the recipe, loads the model, applies the adapter and runs the loop. This plugin refuses what would go wrong
+(`register`), brings the datasets, collator, trainer and metrics, sees to the head, the pad id and the soft cap, and at the
+end writes predictions.parquet, metrics.json, contract.json and model_input.py beside the weights.
+"""
+
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import torch
+from axolotl.common.datasets import TrainDatasetMeta
+from axolotl.integrations.base import BasePlugin
+from axolotl.loaders import load_tokenizer
+from axolotl.utils.trainer import calculate_total_num_steps
+
+from preprocess.errors import UserError
+from preprocess.files import atomic_file, sha256, write_json
+from preprocess.model_input import ContractError
+from recipes.pairwise import metrics
+from recipes.pairwise.collator import PairCollator
+from recipes.pairwise.contract import new_contract, write_contract
+from recipes.pairwise.data import datasets_of, read_pairs
+from recipes.pairwise.schema import apply_environment, check_run, run_folder
+from recipes.pairwise.trainer import PairwiseTrainer
+
+LOG = logging.getLogger(__name__)
+INSTEAD = {
+    "merge-lora": "it would lose the head without a word; use python -m postprocess RECIPE",
+    "quantize": "it loads a causal model and loses the head; use python -m postprocess RECIPE",
+    "evaluate": "it ignores this plugin's datasets; metrics.json and predictions.parquet are written by axolotl train",
+    "inference": "a classifier does not generate text; use python -m kaggle_kernels rehearse SPEC --test FILE",
+    "lm-eval": "a classifier does not generate text; use python -m kaggle_kernels rehearse SPEC --test FILE",
+}
+LORA_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
+HEADS = ("score", "classifier")
+
+
+def stop(error: Exception) -> None:
+    """End every process with exit code 2; the first one on each machine says why, in one line."""
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def command_line() -> str:
+    """The axolotl command that runs, e.g. "train" or "merge-lora"."""
+    module = Path(sys.argv[0]).stem.replace("_", "-")
+    return sys.argv[1] if module == "axolotl" and len(sys.argv) > 1 else module
+
+
+class PairwisePlugin(BasePlugin):
+    """See the module's docstring; each hook's place in a run is Axolotl's to decide."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = None
+        self.contract = None
+        self.trainer = None
+        self.recipe = None
+        self.started = time.monotonic()
+        self.predicted = self.written = False
+
+    def get_input_args(self) -> str:
+        return "recipes.pairwise.schema.PairwiseArgs"
+
+    def register(self, cfg):
+        """Check the recipe before Axolotl does, and fill in the keys that are the same for every recipe."""
+        try:
+            command = command_line()
+            if command in INSTEAD:
+                raise UserError(f"axolotl {command}: refused, {INSTEAD[command]}")
+            self.recipe = Path(cfg["axolotl_config_path"])
+            self.block = apply_environment(check_run(cfg, self.recipe))
+        except UserError as error:
+            stop(error)
+        cfg["output_dir"] = str(run_folder(cfg.get("output_dir"), self.recipe))
+        cfg["model_type"] = "AutoModelForSequenceClassification"
+        cfg["num_labels"] = len(self.block.verdicts)
+        # Axolotl wants this key; the plugin brings its own datasets.
+        cfg["datasets"] = [{"path": "pairwise", "type": "completion"}]
+        cfg["sequence_len"] = self.block.budget_tokens
+        cfg["attn_implementation"] = cfg.get("attn_implementation") or ("eager" if self.block.softcap else "sdpa")
+        for kernel in LORA_KERNELS:
+            cfg[kernel] = False
+        if not torch.cuda.is_available():
+            # Axolotl takes `bf16: auto` on a CPU for fp16, in which the first step ends in NaN.
+            cfg["bf16"] = cfg["fp16"] = False
+
+    def load_datasets(self, cfg, preprocess=False):
+        if not torch.cuda.is_available():
+            # Later is too late: Axolotl would give each process a CUDA device.
+            cfg.device_map = {"": "cpu"}
+        try:
+            tokenizer = load_tokenizer(cfg)
+            self.contract = self._new_contract(cfg, tokenizer)
+            cache = Path(cfg.output_dir) / "prepared"
+            train, validation = datasets_of(Path(self.block.pairs), self.block.fold, tokenizer, self.contract, cache)
+        except (UserError, ContractError) as error:
+            stop(error)
+        total_steps = cfg.max_steps or calculate_total_num_steps(cfg, train)
+        return TrainDatasetMeta(train_dataset=train, eval_dataset=validation, total_num_steps=total_steps)
+
+    def _new_contract(self, cfg, tokenizer):
+        if not hasattr(tokenizer, "backend_tokenizer"):
+            raise UserError(f"{self.recipe}: base_model {cfg.base_model} has no fast tokenizer (tokenizer.json)")
+        if tokenizer.pad_token_id is None:
+            raise UserError(
+                f"{self.recipe}: the tokenizer has no pad token; set special_tokens: {{pad_token: …}} in the recipe"
+            )
+        return new_contract(
+            self.block,
+            tokenizer,
+            attention=cfg.attn_implementation,
+            base_model=cfg.base_model,
+            revision=cfg.revision_of_model,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+
+    def post_model_build(self, cfg, model):
+        """Pad id, soft cap, label names, and a head that holds sane numbers."""
+        model.config.pad_token_id = self.contract.pad_token_id
+        model.config.id2label = dict(enumerate(self.block.verdicts))
+        model.config.label2id = {verdict: number for number, verdict in enumerate(self.block.verdicts)}
+        model.config.problem_type = None
+        if not self.block.softcap and getattr(model.config, "attn_logit_softcapping", None) is not None:
+            model.config.attn_logit_softcapping = None
+            for module in model.modules():
+                if hasattr(module, "attn_logit_softcapping"):
+                    module.attn_logit_softcapping = None
+        ensure_head(model)
+
+    def get_trainer_cls(self, cfg):
+        return PairwiseTrainer
+
+    def get_training_args(self, cfg):
+        # Axolotl evaluates before the first step where eval_steps is set; that doubles the shortest runs for nothing.
+        return {"remove_unused_columns": False, "label_names": ["labels"], "eval_on_start": False}
+
+    def get_collator_cls_and_kwargs(self, cfg, is_eval=False):
+        return PairCollator, {
+            "verdicts": self.block.verdicts,
+            "orders": "both" if is_eval else self.block.orders,
+            "pad_token_id": self.contract.pad_token_id,
+            "pad_to_multiple_of": 8,
+        }
+
+    def post_trainer_create(self, cfg, trainer):
+        """Metrics in both orders; and nothing of an earlier run may vouch for this one's weights."""
+        trainer.label_smoothing = self.block.label_smoothing
+        trainer.compute_metrics = self._scores
+        self.trainer = trainer
+        if trainer.is_world_process_zero():
+            for name in ("contract.json", "metrics.json", "predictions.parquet"):
+                (Path(cfg.output_dir) / name).unlink(missing_ok=True)
+
+    def _scores(self, prediction) -> dict[str, float]:
+        both = metrics.probabilities(prediction.predictions, self.block.verdicts)
+        return metrics.scores(both, prediction.label_ids[:, 0])
+
+    def post_train(self, cfg, model):
+        """Called twice: after the last step, when all processes can still predict; and after the weights were saved."""
+        folder = Path(cfg.output_dir)
+        if not self.predicted:
+            self.predicted = True
+            self._predict(folder)
+        elif not self.written and self.trainer.is_world_process_zero():
+            self.written = True
+            write_contract(folder, self.contract, self.recipe)
+            LOG.info("contract.json and model_input.py written to %s", folder)
+
+    def _predict(self, folder: Path) -> None:
+        trained = time.monotonic()
+        output = self.trainer.predict(self.trainer.eval_dataset)
+        if not self.trainer.is_world_process_zero():
+            return
+        both = metrics.probabilities(output.predictions, self.block.verdicts)
+        if not np.isfinite(both).all():
+            stop(UserError(f"{folder}: the model's probabilities are not finite; lower the learning rate or use bf16"))
+        frame = read_pairs(self.block.pairs)
+        table = metrics.predictions(list(self.trainer.eval_dataset["id"]), both, self.block.verdicts, frame)
+        with atomic_file(folder / "predictions.parquet") as temporary:
+            table.write_parquet(temporary)
+        rows = frame.filter(pl.col("id").is_in(table["id"].to_list()))
+        values = {
+            **metrics.scores(both, output.label_ids[:, 0]),
+            "accuracy_of_longer": metrics.longer_is_right(rows),
+            "rows": len(table),
+            "training_rows": len(self.trainer.train_dataset),
+            "fold": self.block.fold,
+            "rows_were_trained_on": self.block.fold == "all",
+            "steps": self.trainer.state.global_step,
+            "seconds_training": round(trained - self.started, 1),
+            "seconds_predicting": round(time.monotonic() - trained, 1),
+            "pairs_sha256": sha256(self.block.pairs),
+        }
+        write_json(folder / "metrics.json", values)
+        LOG.info(
+            "validation: accuracy %.4f, log loss %.4f, flips %.3f", *(values[k] for k in ("accuracy", "log_loss", "flip_rate"))
+        )
+
+
+def ensure_head(model) -> None:
+    """Give the head fresh weights where loading left it uninitialised (seen under ZeRO-3 and in bf16): std 0.02, as usual."""
+    names = [name for name in HEADS if hasattr(model, name)]
+    if not names:
+        raise UserError(f"{type(model).__name__}: no head named {' or '.join(HEADS)}")
+    for parameter_name, weight in getattr(model, names[0]).named_parameters():
+        if weight.dim() != 2 or weight.numel() == 0:
+            continue
+        spread = weight.detach().float().std().item()
+        if not (np.isfinite(spread) and 0 < spread < 0.1):
+            LOG.warning("head %s.%s has standard deviation %s: initialised anew", names[0], parameter_name, spread)
+            torch.nn.init.normal_(weight.data, std=0.02)

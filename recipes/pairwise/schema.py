@@ -1,0 +1,215 @@
+"""The strict schema of a recipe: its `pairwise:` block, what must not stand beside it, and where a run writes.
+
+Nothing here imports torch or Axolotl, so that `python -m recipes.pairwise` answers in a second or two.
+"""
+
+import difflib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from preprocess.errors import UserError
+from preprocess.model_input import Template
+
+AXOLOTL_KEYS = frozenset(json.loads((Path(__file__).parent / "axolotl_keys.json").read_text(encoding="utf-8")))
+QUESTION = "Which response would a person prefer, A or B?"
+SECTIONS = "# Prompt\n{prompt}\n\n# Response A\n{response_a}\n\n# Response B\n{response_b}\n\n"
+TEMPLATES = {
+    "gemma": Template("<bos><start_of_turn>user\n", SECTIONS, f"{QUESTION}<end_of_turn>\n<start_of_turn>model\n"),
+    "llama3": Template(
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n",
+        SECTIONS,
+        f"{QUESTION}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+    ),
+    "chatml": Template("<|im_start|>user\n", SECTIONS, f"{QUESTION}<|im_end|>\n<|im_start|>assistant\n"),
+    "bert": Template("[CLS]", "{prompt}[SEP]{response_a}[SEP]{response_b}[SEP]", ""),
+}
+
+REFUSED = {
+    "reward_model": "it forces one label and its evaluation crashes; remove it, the `pairwise` block sets the head",
+    "trust_remote_code": "it runs code from the hub and loads the wrong class; use a model that transformers knows",
+    "sample_packing": "it pools one token for a whole packed row; remove it, rows are batched by length instead",
+    "lora_target_linear": "it puts the head under LoRA twice; list the layers in lora_target_modules",
+}
+
+SDPA_DROPS_SOFTCAP = (
+    "attn_implementation: sdpa drops the soft cap without a word; use eager or flash_attention_2, or softcap: false"
+)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TemplateBlock(_Strict):
+    """A template spelled out in a recipe; see preprocess.model_input.Template."""
+
+    start: str
+    turn: str
+    end: str
+
+
+class PackageBlock(_Strict):
+    """How `python -m postprocess` turns the run into a Kaggle dataset."""
+
+    quantize: Literal["none", "nf4", "int8"] = "none"
+    tolerance: float = Field(0.05, gt=0, le=1, description="largest mean difference in probability that is let through")
+    slug: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{4,48}[a-z0-9]$")
+    licence: str = "apache-2.0"
+
+
+class PairwiseBlock(_Strict):
+    """The `pairwise:` block of a recipe."""
+
+    pairs: str = "data/pairs.parquet"
+    fold: int | Literal["all"] = 0
+    verdicts: tuple[Literal["model_a", "model_b", "tie"], ...] = ("model_a", "model_b")
+    head: Literal["score"] = "score"
+    template: str | TemplateBlock
+    budget_tokens: int = Field(ge=64)
+    truncation: Literal["left", "right", "middle"] = "middle"
+    orders: Literal["as_given", "random", "both"] = "both"
+    loss: Literal["cross_entropy"] = "cross_entropy"
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    softcap: bool = False
+    train: bool = True
+    package: PackageBlock
+
+    @field_validator("fold")
+    @classmethod
+    def _fold_is_not_negative(cls, fold):
+        if fold != "all" and fold < 0:
+            raise ValueError("expected 0 or more, or all")
+        return fold
+
+    @field_validator("verdicts")
+    @classmethod
+    def _verdicts_are_two_or_three(cls, verdicts):
+        if sorted(verdicts) not in (["model_a", "model_b"], ["model_a", "model_b", "tie"]):
+            raise ValueError("expected model_a and model_b, with or without tie, each once")
+        return verdicts
+
+    @field_validator("template")
+    @classmethod
+    def _template_is_known(cls, template):
+        if isinstance(template, str) and template not in TEMPLATES:
+            raise ValueError(f"expected one of {', '.join(TEMPLATES)}, or start, turn and end spelled out")
+        return template
+
+    def resolved_template(self) -> Template:
+        """The template that the block names or spells out."""
+        if isinstance(self.template, str):
+            return TEMPLATES[self.template]
+        return Template(self.template.start, self.template.turn, self.template.end)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe. `axolotl` holds every key but `pairwise`; the environment's overrides are applied."""
+
+    path: Path
+    axolotl: dict
+    pairwise: PairwiseBlock
+    run_folder: Path
+
+
+def read_recipe(path: Path | str) -> Recipe:
+    """Read and check a recipe; every problem found is in one UserError. PAIRWISE_FOLD and PAIRWISE_PAIRS apply."""
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such recipe") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected keys and values, found {type(values).__name__}")
+    problems = recipe_problems(values)
+    if problems:
+        raise UserError(f"{path}: " + "; ".join(problems))
+    block = apply_environment(PairwiseBlock.model_validate(values.pop("pairwise")))
+    return Recipe(path, values, block, run_folder(values.get("output_dir"), path))
+
+
+class PairwiseArgs(BaseModel):
+    """What Axolotl adds to its own schema for this plugin: the block, checked here and passed on as it is."""
+
+    pairwise: dict
+
+
+def check_run(cfg: dict, recipe: Path) -> PairwiseBlock:
+    """The block of the run that Axolotl is about to start. `cfg` is the recipe with the command line's overrides.
+
+    Unknown keys are looked for in the file: Axolotl adds keys of its own to `cfg`.
+    """
+    problems = [f"{key}: refused, {why}" for key, why in REFUSED.items() if cfg.get(key)]
+    if recipe.is_file():
+        problems = recipe_problems(yaml.safe_load(recipe.read_text(encoding="utf-8")) | {k: cfg.get(k) for k in REFUSED})
+    if cfg.get("attn_implementation") == "sdpa" and (cfg.get("pairwise") or {}).get("softcap"):
+        problems.append(SDPA_DROPS_SOFTCAP)
+    if problems:
+        raise UserError(f"{recipe}: " + "; ".join(problems))
+    return PairwiseBlock.model_validate(dict(cfg["pairwise"]))
+
+
+def recipe_problems(values: dict) -> list[str]:
+    """What is wrong with a recipe's parsed YAML, one sentence a problem, each naming its key and the fix."""
+    problems = [f"{key}: refused, {why}" for key, why in REFUSED.items() if values.get(key)]
+    for key in values:
+        if key not in AXOLOTL_KEYS and key != "pairwise":
+            problems.append(f"{key}: unknown key{_nearest(key, AXOLOTL_KEYS)}")
+    skipped = values.get("llm_int8_skip_modules")
+    if skipped is not None and "score" not in skipped:
+        problems.append("llm_int8_skip_modules: it replaces the default list, so the head would be quantised; add score")
+    if "pairwise" not in values:
+        return [*problems, "pairwise: missing; a recipe needs this block"]
+    return problems + pairwise_problems(values["pairwise"])
+
+
+def pairwise_problems(block: object) -> list[str]:
+    """What is wrong with a `pairwise:` block, one sentence a problem."""
+    try:
+        PairwiseBlock.model_validate(block)
+    except ValidationError as error:
+        return [_explain(problem) for problem in error.errors()]
+    return []
+
+
+def _explain(problem: dict) -> str:
+    where = [str(part) for part in problem["loc"] if part not in ("str", "int", "TemplateBlock", "literal['all']")]
+    key = ".".join(["pairwise", *where])
+    if problem["type"] == "extra_forbidden":
+        known = PackageBlock if where[:1] == ["package"] else TemplateBlock if where[:1] == ["template"] else PairwiseBlock
+        return f"{key}: unknown key{_nearest(where[-1], known.model_fields)}"
+    if problem["type"] == "missing":
+        return f"{key}: missing"
+    return f"{key}: {problem['msg'].removeprefix('Value error, ')}, found {problem['input']!r}"
+
+
+def _nearest(key: str, known) -> str:
+    match = difflib.get_close_matches(str(key), list(known), n=1, cutoff=0.5)
+    return f"; did you mean {match[0]}?" if match else "; remove it"
+
+
+def apply_environment(block: PairwiseBlock) -> PairwiseBlock:
+    """The block with PAIRWISE_FOLD (a number or all) and PAIRWISE_PAIRS (a file) in place of its own."""
+    changes: dict = {}
+    if fold := os.environ.get("PAIRWISE_FOLD"):
+        if fold != "all" and not fold.isdecimal():
+            raise UserError(f"PAIRWISE_FOLD={fold}: expected a fold's number or all")
+        changes["fold"] = fold if fold == "all" else int(fold)
+    if pairs := os.environ.get("PAIRWISE_PAIRS"):
+        changes["pairs"] = pairs
+    return block.model_copy(update=changes)
+
+
+def run_folder(output_dir: str | None, recipe: Path) -> Path:
+    """Where a run writes: output_dir, by default outputs/STEM; a fold numbered by PAIRWISE_FOLD in fold-k below it."""
+    folder = Path(output_dir) if output_dir else Path("outputs") / recipe.stem
+    fold = os.environ.get("PAIRWISE_FOLD", "")
+    return folder / f"fold-{fold}" if fold.isdecimal() else folder

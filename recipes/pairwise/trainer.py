@@ -1,0 +1,56 @@
+"""Axolotl's trainer with cross-entropy on soft targets in place of its loss."""
+
+import math
+
+import torch
+from axolotl.core.trainers.base import AxolotlTrainer
+from torch.utils.data import SequentialSampler
+from transformers import Trainer
+
+MEANINGLESS = ("ppl", "eval_ppl", "tokens/")
+
+
+def soft_cross_entropy(logits, labels, weight, label_smoothing: float = 0.0):
+    """Mean over pairs and orders of the weighted cross-entropy, in float32.
+
+    logits and labels: (pairs, orders, verdicts), labels being probabilities; weight: (pairs,). Smoothing mixes the labels
+    with the uniform distribution, as in Szegedy et al. 2016.
+    """
+    labels = labels * (1 - label_smoothing) + label_smoothing / labels.shape[-1]
+    losses_po = -(labels * torch.log_softmax(logits.float(), dim=-1)).sum(-1)
+    return (losses_po.mean(dim=1) * weight).sum() / weight.sum().clamp_min(1e-8)
+
+
+class _WithoutMeaningless(Trainer):
+    """Comes after Axolotl's trainer in the order of resolution, and so sees what that one adds to the logs."""
+
+    def log(self, logs, start_time=None):
+        if not math.isfinite(float(logs.get("grad_norm", 0.0))):
+            raise FloatingPointError(
+                f"step {self.state.global_step}: the gradient is not finite; lower learning_rate or train in bf16, not fp16"
+            )
+        super().log({key: value for key, value in logs.items() if not key.startswith(MEANINGLESS)}, start_time)
+
+
+class PairwiseTrainer(AxolotlTrainer, _WithoutMeaningless):
+    """Trains on batches of `PairCollator`. `label_smoothing` is set by the plugin."""
+
+    label_smoothing = 0.0
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # A classifier's forward takes **kwargs, from which Trainer concludes that the loss is normalised by the model, and
+        # leaves out the division by gradient_accumulation_steps.
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels, weight = inputs["labels"], inputs["weight"]
+        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+        logits_pov = logits.view(labels.shape)
+        smoothing = self.label_smoothing if model.training else 0.0
+        loss = soft_cross_entropy(logits_pov, labels, weight, smoothing)
+        return (loss, {"logits": logits_pov.float()}) if return_outputs else loss
+
+    def _get_eval_sampler(self, eval_dataset=None):
+        # Predictions are matched with rows by position: never grouped by length, whatever the training sampler is.
+        return SequentialSampler(eval_dataset if eval_dataset is not None else self.eval_dataset)

@@ -1,0 +1,37 @@
+"""Fixtures for all tests. The network is blocked: sockets reach this machine only, and the hubs are told to stay offline."""
+
+import os
+from pathlib import Path
+
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "AXOLOTL_DO_NOT_TRACK": "1",
+    "WANDB_MODE": "disabled",
+    "TOKENIZERS_PARALLELISM": "true",
+}
+
+import pytest  # noqa: E402
+
+from tests import tiny  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory):
+    """Folders of tiny models with their tokenizers, by architecture, built on first use: tiny_models("gemma2")."""
+    folder = tmp_path_factory.mktemp("models")
+
+    def build(kind: str) -> Path:
+        return folder / kind if (folder / kind).exists() else tiny.model(folder / kind, kind)
+
+    return build
+
+
+@pytest.fixture
+def shared_data():
+    """The folder of real pairs, where there is one; a test that needs it says so and is skipped elsewhere."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("real pairs (../shared/data) are absent")
+    return SHARED_DATA

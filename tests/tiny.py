@@ -1,0 +1,183 @@
+"""Everything small that tests, demo and bench build for themselves: pairs with a learnable signal, tokenizers and models.
+
+`python -m tests.tiny FOLDER` writes the demo's inputs: train.parquet (2,000 rows), test.parquet (300 rows), both in the
+competition's layout, and gemma2/, a tiny Gemma-2 with a tokenizer of its own. Nothing is copied from anywhere.
+"""
+
+import random
+import sys
+from pathlib import Path
+
+import polars as pl
+
+# Per language: what joins words, ordinary words, words of a good answer, words of a bad one.
+LANGUAGES = {
+    "English": (
+        " ",
+        "river window music bread garden stone letter winter market engine paper cloud forest table signal harbour copper "
+        "lantern bridge pepper valley mirror basket thunder",
+        "clearly precisely helpful correct thorough",
+        "whatever sorry dunno nonsense boring",
+    ),
+    "German": (
+        " ",
+        "Fluss Fenster Musik Brot Garten Stein Brief Winter Markt Motor Papier Wolke Wald Tisch Signal Hafen Kupfer Laterne "
+        "Brücke Pfeffer Tal Spiegel Korb Donner",
+        "deutlich genau hilfreich richtig gründlich",
+        "irgendwas leider keine Unsinn langweilig",
+    ),
+    "Spanish": (
+        " ",
+        "río ventana música pan jardín piedra carta invierno mercado motor papel nube bosque mesa señal puerto cobre farol "
+        "puente pimienta valle espejo cesta trueno",
+        "claramente preciso útil correcto completo",
+        "cualquiera perdón ignoro tontería aburrido",
+    ),
+    "Chinese": (
+        "",
+        "河流 窗户 音乐 面包 花园 石头 信件 冬天 市场 引擎 纸张 云朵 森林 桌子 信号 港口 铜器 灯笼 桥梁 胡椒 山谷 镜子 篮子 雷声",
+        "清楚 准确 有用 正确 详尽",
+        "随便 抱歉 不懂 胡说 无聊",
+    ),
+    "Japanese": (
+        "",
+        "かわ まど おんがく パン にわ いし てがみ ふゆ いちば エンジン かみ くも もり つくえ あいず みなと どう ちょうちん はし こしょう たに かがみ かご かみなり",
+        "はっきり せいかく やくだつ ただしい ていねい",
+        "てきとう ごめん しらない でたらめ つまらない",
+    ),
+    "Arabic": (
+        " ",
+        "نهر نافذة موسيقى خبز حديقة حجر رسالة شتاء سوق محرك ورق غيمة غابة طاولة إشارة ميناء نحاس فانوس جسر فلفل واد مرآة سلة رعد",
+        "بوضوح بدقة مفيد صحيح شامل",
+        "أيا آسف لاأدري هراء ممل",
+    ),
+}
+NOISE = 0.03  # share of verdicts that are flipped at random
+
+
+def pairs(rows: int, seed: int, prefix: str = "row") -> pl.DataFrame:
+    """Pairs in the layout of WSDM's train.parquet: the response with more good than bad words wins, but for NOISE of them."""
+    rng = random.Random(seed)
+    return pl.DataFrame([_pair(rng, f"{prefix}{number:05d}") for number in range(rows)])
+
+
+def _pair(rng: random.Random, row_id: str) -> dict:
+    language = rng.choice(sorted(LANGUAGES))
+    joiner, *lists = LANGUAGES[language]
+    plain, good, bad = (words.split() for words in lists)
+    prompt = joiner.join(rng.choices(plain, k=rng.randint(8, 14)))
+    good_is_a = rng.random() < 0.5
+    responses = []
+    for is_good in (good_is_a, not good_is_a):
+        words = rng.choices(plain, k=rng.randint(4, 12)) + rng.choices(good if is_good else bad, k=rng.randint(2, 4))
+        rng.shuffle(words)
+        responses.append(joiner.join(words))
+    a_wins = good_is_a if rng.random() >= NOISE else not good_is_a
+    return {
+        "id": row_id,
+        "prompt": prompt,
+        "response_a": responses[0],
+        "response_b": responses[1],
+        "winner": "model_a" if a_wins else "model_b",
+        "model_a": rng.choice(["sparrow", "heron"]),
+        "model_b": rng.choice(["sparrow", "heron"]),
+        "language": language,
+    }
+
+
+def bpe_tokenizer(folder: Path, vocabulary_size: int = 1024) -> None:
+    """A byte-level BPE tokenizer with Gemma's control tokens, trained on the demo's words, saved as a transformers folder."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(_corpus(), trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        unk_token="<unk>",
+        additional_special_tokens=["<start_of_turn>", "<end_of_turn>"],
+    ).save_pretrained(folder)
+
+
+def wordpiece_tokenizer(folder: Path, vocabulary_size: int = 1024) -> None:
+    """A BERT tokenizer trained on the demo's words, saved as a transformers folder."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.train_from_iterator(
+        _corpus(), trainers.WordPieceTrainer(vocab_size=vocabulary_size, special_tokens=specials, show_progress=False)
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+    ).save_pretrained(folder)
+
+
+def _corpus() -> list[str]:
+    rows = pairs(1000, seed=7)
+    return [*rows["prompt"], *rows["response_a"], *rows["response_b"], "# Prompt\n\n# Response A\n\n# Response B\n\nA or B?"]
+
+
+def model(folder: Path, kind: str = "gemma2", layers: int = 2) -> Path:
+    """Write a tiny model with random weights and its tokenizer: gemma2, llama or qwen2 (causal LMs), or bert.
+
+    Sizes respect bitsandbytes on CPUs: every in_features a multiple of 64, every out_features of 32.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    folder.mkdir(parents=True, exist_ok=True)
+    if kind == "bert":
+        wordpiece_tokenizer(folder)
+    else:
+        bpe_tokenizer(folder)
+    sizes = {
+        "vocab_size": 1024,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 4096,
+        "pad_token_id": 0,
+    }
+    if kind != "bert":
+        sizes |= {"num_key_value_heads": 1, "head_dim": 32, "bos_token_id": 2, "eos_token_id": 1}
+    if kind == "gemma2":
+        sizes |= {"sliding_window": 64, "query_pre_attn_scalar": 32}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **sizes)
+    auto = AutoModel if kind == "bert" else AutoModelForCausalLM
+    auto.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def main(folder: Path) -> None:
+    """Write the demo's training rows, test rows and base model below `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pairs(2000, seed=1).write_parquet(folder / "train.parquet")
+    pairs(300, seed=2, prefix="test").write_parquet(folder / "test.parquet")
+    model(folder / "gemma2", "gemma2")
+    print(f"{folder}: train.parquet (2,000 rows), test.parquet (300 rows), gemma2/ (a tiny base model)")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
