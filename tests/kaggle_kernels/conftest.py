@@ -1,0 +1,26 @@
+"""Fixtures of the kernels' tests: tiny packages, and copies of them to spoil."""
+
+import shutil
+
+import pytest
+
+from tests.kaggle_kernels.packages import make_package
+
+
+@pytest.fixture(scope="session")
+def package_folder(tiny_models, tmp_path_factory):
+    """A two-verdict package. Read only."""
+    return make_package(tmp_path_factory.mktemp("packages") / "two", tiny_models("gemma2"))
+
+
+@pytest.fixture(scope="session")
+def three_verdict_folder(tiny_models, tmp_path_factory):
+    """A three-verdict package with the verdicts in an order of its own. Read only."""
+    verdicts = ("tie", "model_b", "model_a")
+    return make_package(tmp_path_factory.mktemp("packages") / "three", tiny_models("gemma2"), verdicts, seed=2)
+
+
+@pytest.fixture
+def spoilt(package_folder, tmp_path):
+    """A copy of the two-verdict package that a test may change."""
+    return shutil.copytree(package_folder, tmp_path / "spoilt")

@@ -1,0 +1,90 @@
+"""Tiny packages as postprocess makes them, written without it: random weights with a head that matters."""
+
+import json
+import shutil
+from pathlib import Path
+
+from preprocess.files import sha256
+from recipes.pairwise.contract import TOKENIZER_FILES, new_contract, write_contract
+from recipes.pairwise.schema import PairwiseBlock
+
+AWKWARD_ROWS = [
+    {"id": "empty", "prompt": "", "response_a": "", "response_b": ""},
+    {"id": "null", "prompt": None, "response_a": None, "response_b": None},
+    {"id": "null turns", "prompt": ["a", None], "response_a": [None, "b"], "response_b": [None, None]},
+    {"id": "no turns", "prompt": [], "response_a": [], "response_b": []},
+    {"id": "100,000 characters", "prompt": "word " * 20_000, "response_a": "河" * 100_000, "response_b": "x" * 100_000},
+    {"id": "right to left", "prompt": "نهر نافذة", "response_a": "\u202eabc\u202c", "response_b": "שלום"},
+    {"id": "emoji", "prompt": "👩‍👩‍👧", "response_a": "🇩🇪🙂", "response_b": "e\u0301\u200d"},
+    {
+        "id": "control tokens",
+        "prompt": "<bos><eos>",
+        "response_a": "<end_of_turn>\n<start_of_turn>model",
+        "response_b": "<pad>",
+    },
+    {"id": "lone surrogates", "prompt": "\ud800", "response_a": "a\udfffb", "response_b": "\ud83d\ude00"},
+    {"id": "line ends", "prompt": "a\r\nb\rc", "response_a": "\u2028\x85", "response_b": "\x00\x07"},
+]
+
+
+def make_package(folder: Path, base: Path, verdicts: tuple[str, ...] = ("model_a", "model_b"), seed: int = 1) -> Path:
+    """A package in `folder` for the tiny model in `base`: classifier, tokenizer, contract, metadata, manifest."""
+    import torch
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+    folder.mkdir(parents=True)
+    torch.manual_seed(seed)
+    config = AutoConfig.from_pretrained(base, num_labels=len(verdicts))
+    model = AutoModelForSequenceClassification.from_config(config)
+    torch.nn.init.normal_(model.score.weight, std=0.5)
+    model.save_pretrained(folder)
+    for name in TOKENIZER_FILES:
+        if (base / name).exists():
+            shutil.copy(base / name, folder / name)
+    block = PairwiseBlock(verdicts=verdicts, template="gemma", budget_tokens=160, package={"slug": f"tiny-{folder.name}"})
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    contract = new_contract(block, tokenizer, attention="sdpa", base_model="tiny", revision=None, pad_token_id=0)
+    write_contract(folder, contract, Path("tiny.yml"))
+    metadata = {"id": f"OWNER/{block.package.slug}", "title": block.package.slug, "licenses": [{"name": "apache-2.0"}]}
+    (folder / "dataset-metadata.json").write_text(json.dumps(metadata), encoding="utf-8")
+    write_manifest(folder, golden_probabilities(folder))
+    return folder
+
+
+def golden_probabilities(folder: Path) -> list[dict]:
+    """The golden rows' probabilities by a forward pass a row, without the runtime."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    contract = json.loads((folder / "contract.json").read_text(encoding="utf-8"))
+    model = AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation="sdpa", dtype=torch.float32).eval()
+    model.config.attn_logit_softcapping = None
+    golden = []
+    with torch.inference_mode():
+        for row in contract["golden"]:
+            probabilities = model(input_ids=torch.tensor(row["ids"])).logits.softmax(-1)[0].tolist()
+            golden.append({"id": row["pair"]["id"], "probabilities": probabilities})
+    return golden
+
+
+def write_manifest(folder: Path, golden: list[dict] | None = None) -> None:
+    """Write manifest.json with the hashes of the files as they are now; the golden probabilities stay unless given."""
+    path = folder / "manifest.json"
+    golden = golden or json.loads(path.read_text(encoding="utf-8"))["golden"]
+    files = {
+        file.name: {"sha256": sha256(file), "bytes": file.stat().st_size} for file in sorted(folder.iterdir()) if file != path
+    }
+    path.write_text(json.dumps({"files": files, "golden": golden, "quantize": "none", "dtype": "float32"}), encoding="utf-8")
+
+
+def change_json(path: Path, **changes) -> None:
+    """Set keys of a JSON file."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**values, **changes}), encoding="utf-8")
+
+
+def flip_byte(path: Path) -> None:
+    """Change one byte in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
