@@ -1,0 +1,127 @@
+"""A PEFT LoRA adapter as a list of changes to a classifier's tensors: products to add, and tensors to put in their place.
+
+Plain, rank-stabilised and weight-decomposed (DoRA) LoRA on linear layers, plain LoRA on embeddings, `rank_pattern`,
+`alpha_pattern`, `modules_to_save` and trained biases. Whatever else an adapter_config.json asks for is refused by name.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from postprocess.tensors import Tensors
+from preprocess.errors import UserError
+
+PREFIX = "base_model.model."
+PARTS = re.compile(
+    r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.default)?(\.weight)?"
+)
+READ = {"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "init_lora_weights"}
+WITHOUT_EFFECT_ON_A_MERGE = {
+    "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules",
+    "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config",
+    "megatron_config", "megatron_core", "modules_to_save", "peft_version", "qalora_group_size", "revision", "runtime_config",
+    "target_modules", "task_type",
+}  # fmt: skip
+KEEP_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")  # the other initialisations change the base's weights
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a low-rank update adds to one weight: names of its parts in the adapter file, and the factor on B @ A."""
+
+    parts: Mapping[str, str]
+    scaling: float
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter's changes by the name of the classifier's tensor."""
+
+    tensors: Tensors
+    changes: Mapping[str, Change]
+    replacements: Mapping[str, str]
+
+    def apply(self, name: str, weight: torch.Tensor | None) -> torch.Tensor:
+        """The tensor `name` after training, in float32 where it changed; `weight` is the base's, None where replaced."""
+        if name in self.replacements:
+            return self.tensors.get(self.replacements[name])
+        if name not in self.changes:
+            return weight
+        return _merge(weight.to(torch.float32), self.changes[name], self.tensors)
+
+
+def read_adapter(tensors: Tensors, settings: Mapping[str, object], config_file: Path) -> Adapter:
+    """The changes in an open adapter file. A setting or key that this merge does not know is a UserError."""
+    _refuse_unknown(settings, config_file)
+    parts: dict[str, dict[str, str]] = {}
+    replacements: dict[str, str] = {}
+    for key in tensors.names():
+        if not key.startswith(PREFIX):
+            raise UserError(f"{tensors.path}: key {key} does not start with {PREFIX}; save the adapter with PEFT")
+        name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+        if found := PARTS.fullmatch(name):
+            parts.setdefault(found["module"], {})[found["part"]] = key
+        else:
+            replacements[re.sub(r"\.modules_to_save(\.default)?\.", ".", name)] = key
+    changes = {f"{module}.weight": _change(module, keys, tensors, settings) for module, keys in parts.items()}
+    if twice := sorted(changes.keys() & replacements.keys()):
+        raise UserError(
+            f"{tensors.path}: {twice[0]} is replaced and changed by LoRA too; list it in lora_target_modules or not"
+        )
+    return Adapter(tensors, changes, replacements)
+
+
+def _refuse_unknown(settings: Mapping[str, object], config_file: Path) -> None:
+    if settings.get("peft_type") != "LORA":
+        raise UserError(f"{config_file}: peft_type is {settings.get('peft_type')!r}; only LORA can be merged")
+    if settings.get("init_lora_weights", True) not in KEEP_THE_BASE:
+        raise UserError(
+            f"{config_file}: init_lora_weights is {settings['init_lora_weights']!r}, which changed the base's own weights; "
+            "train with init_lora_weights true or gaussian"
+        )
+    unknown = sorted(key for key, value in settings.items() if value and key not in READ | WITHOUT_EFFECT_ON_A_MERGE)
+    if unknown:
+        raise UserError(f"{config_file}: {', '.join(unknown)}: this kind of LoRA cannot be merged; train without")
+
+
+def _change(module: str, keys: Mapping[str, str], tensors: Tensors, settings: Mapping[str, object]) -> Change:
+    linear, embedding = {"lora_A", "lora_B"}, {"lora_embedding_A", "lora_embedding_B"}
+    if set(keys) not in (linear, linear | {"lora_magnitude_vector"}, embedding):
+        raise UserError(f"{tensors.path}: {module} has the parts {', '.join(sorted(keys))}; this kind of LoRA cannot be merged")
+    rank = _by_pattern(module, settings.get("rank_pattern") or {}, settings["r"])
+    alpha = _by_pattern(module, settings.get("alpha_pattern") or {}, settings["lora_alpha"])
+    found = tensors.shape(keys.get("lora_A") or keys["lora_embedding_A"])[0]
+    if found != rank:
+        raise UserError(
+            f"{tensors.path}: {module} has rank {found}, adapter_config.json says {rank}; they do not belong together"
+        )
+    return Change(keys, alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank)
+
+
+def _by_pattern(module: str, patterns: Mapping[str, float], default: float) -> float:
+    """The value of the first pattern that matches the end of a module's name, as PEFT reads rank_pattern and alpha_pattern."""
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+
+
+def changed_shape(adapter: Adapter, name: str) -> tuple[int, ...]:
+    """The shape that the weight `name` must have for its change to fit."""
+    parts, shape = adapter.changes[name].parts, adapter.tensors.shape
+    if "lora_embedding_A" in parts:
+        return shape(parts["lora_embedding_A"])[1], shape(parts["lora_embedding_B"])[0]
+    return shape(parts["lora_B"])[0], shape(parts["lora_A"])[1]
+
+
+def _merge(weight: torch.Tensor, change: Change, tensors: Tensors) -> torch.Tensor:
+    """The float32 weight with its low-rank update: W + s B A, for DoRA rescaled row by row to the trained magnitudes."""
+    part = {name: tensors.get(key).to(torch.float32) for name, key in change.parts.items()}
+    if "lora_embedding_A" in part:
+        return weight + (part["lora_embedding_B"] @ part["lora_embedding_A"]).T * change.scaling
+    merged = weight + (part["lora_B"] @ part["lora_A"]) * change.scaling
+    if "lora_magnitude_vector" in part:
+        norm = torch.linalg.norm(merged, dim=1)
+        merged = (part["lora_magnitude_vector"] / norm).view(-1, 1) * merged
+    return merged

@@ -1,0 +1,50 @@
+"""The quantised classifier and its contract → a flat Kaggle dataset folder, with every file's SHA-256 in its manifest."""
+
+import os
+import shutil
+from pathlib import Path
+
+from postprocess.run import Run
+from preprocess.errors import UserError
+from preprocess.files import atomic_folder, read_json, sha256, write_json
+
+OWNER = "INSERT_OWNER"  # filled in when the dataset is pushed
+MANIFEST = "manifest.json"
+
+
+def package(run: Run, quantised: Path, agreement: Path, out: Path) -> None:
+    """Write the folder `out`: weights, configuration, tokenizer, contract.json, model_input.py, Kaggle's metadata, manifest."""
+    settings = run.recipe.pairwise.package
+    report = read_json(agreement)
+    with atomic_folder(out) as folder:
+        for file in sorted(path for path in quantised.iterdir() if path.is_file()):
+            _link_or_copy(file, folder / file.name)
+        for name in ("contract.json", "model_input.py"):
+            shutil.copyfile(run.folder / name, folder / name)
+        write_json(folder / "dataset-metadata.json", dataset_metadata(settings.slug, settings.licence))
+        files = {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size} for path in sorted(folder.iterdir())}
+        manifest = {
+            "files": files,
+            "quantize": settings.quantize,
+            "dtype": "float16",
+            "base_model": run.contract.base_model,
+            "revision": run.contract.revision,
+            "validation": {key: report[key] for key in ("rows", "tolerance", "mean_difference", "models")},
+            "golden": report["golden"],
+        }
+        write_json(folder / MANIFEST, manifest)
+
+
+def dataset_metadata(slug: str, licence: str) -> dict:
+    """Kaggle's dataset-metadata.json. The title is the slug, so that the two cannot part."""
+    if not 6 <= len(slug) <= 50:
+        raise UserError(f"pairwise.package.slug: {slug!r} has {len(slug)} characters; Kaggle takes 6 to 50")
+    return {"title": slug, "id": f"{OWNER}/{slug}", "licenses": [{"name": licence}]}
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """A second name for the same bytes, which are gigabytes; a copy where the file system has no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -1,0 +1,68 @@
+"""Stages that are skipped while they are up to date, by a record in the run folder of what each was made from.
+
+`postprocess.json` holds for each stage a hash of its inputs (names, sizes, modification times), its settings and the code,
+and the sizes and modification times of its outputs. Nothing here imports torch.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+import click
+
+from preprocess.files import read_json, write_json
+
+RECORD = "postprocess.json"
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors")
+SHARED_CODE = Path(__file__).parents[1] / "kaggle_kernels" / "runtime"
+
+
+def run_stage(
+    run_folder: Path,
+    name: str,
+    inputs: Iterable[Path],
+    settings: Mapping[str, object],
+    output: Path,
+    action: Callable[[], None],
+    before: Callable[[], object] = lambda: None,
+) -> bool:
+    """Call `action`, which makes `output` (a file or a folder), unless it is up to date; print the stage and its seconds.
+
+    `before` is called first, outside the clock. Returns whether the stage was made. The record is written only once `action`
+    has succeeded.
+    """
+    record_file = run_folder / RECORD
+    record = read_json(record_file) if record_file.exists() else {}
+    key = _key(inputs, settings)
+    known = record.get(name, {})
+    if known.get("key") == key and output.exists() and known.get("outputs") == _stamps(_files(output)):
+        click.echo(f"{name:<10} up to date   {output}")
+        return False
+    before()
+    started = time.perf_counter()
+    action()
+    seconds = round(time.perf_counter() - started, 1)
+    made = {"key": key, "outputs": _stamps(_files(output)), "seconds": seconds}
+    write_json(record_file, {**record, name: made})
+    click.echo(f"{name:<10} {seconds:7.1f} s   {output}")
+    return True
+
+
+def _key(inputs: Iterable[Path], settings: Mapping[str, object]) -> str:
+    code = [path for folder in (Path(__file__).parent, SHARED_CODE) for path in sorted(folder.glob("*.py"))]
+    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in code]
+    versions = {library: version(library) for library in LIBRARIES}
+    facts = [_stamps(inputs), dict(settings), hashes, versions]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _files(output: Path) -> list[Path]:
+    return sorted(path for path in output.rglob("*") if path.is_file()) if output.is_dir() else [output]
+
+
+def _stamps(paths: Iterable[Path]) -> dict[str, list[int]]:
+    stamps = {str(path): path.stat() for path in paths if path.exists()}
+    return {name: [stamp.st_size, stamp.st_mtime_ns] for name, stamp in stamps.items()}

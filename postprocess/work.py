@@ -1,0 +1,15 @@
+"""The stages that need torch, behind one import that takes seconds and is not paid by --help or by a run that is up to date."""
+
+import logging
+
+import transformers
+
+from postprocess.agreement import agreement
+from postprocess.merge import merge
+from postprocess.quantize import quantize
+
+__all__ = ["agreement", "merge", "quantize"]
+
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+logging.getLogger("torchao").setLevel(logging.ERROR)

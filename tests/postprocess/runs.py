@@ -1,0 +1,120 @@
+"""Trained runs for the tests of postprocess, built without training: a tiny base, an adapter with random A, B and head."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import torch
+import yaml
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from kaggle_kernels.runtime.package import read_tokenizer
+from kaggle_kernels.runtime.scoring import ORDERS, score
+from preprocess import model_input
+from recipes.pairwise.contract import new_contract, write_contract
+from recipes.pairwise.metrics import predictions
+from recipes.pairwise.schema import PairwiseBlock
+from tests import tiny
+
+TARGETS = {"bert": ["query", "value", "dense"]}
+DECODER_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ROWS = 24
+
+
+@dataclass(frozen=True)
+class Made:
+    """A run on disk and the model that training would have ended with, in memory."""
+
+    recipe: Path
+    folder: Path
+    base: Path
+    model: torch.nn.Module
+
+    def contract(self):
+        """The run's contract."""
+        return model_input.read_contract(self.folder)
+
+
+def pairs_file(path: Path, rows: int = ROWS) -> pl.DataFrame:
+    """Write a pairs.parquet with generated pairs, all of fold 0."""
+    raw = tiny.pairs(rows, seed=11)
+    turns = [pl.concat_list(name).alias(name) for name in ("prompt", "response_a", "response_b")]
+    shares = [(pl.col("winner") == name).cast(pl.Float32).alias(f"p_{name}") for name in model_input.VERDICTS]
+    others = {
+        "source": pl.lit("tiny"),
+        "group": pl.lit(0, pl.Int64),
+        "fold": pl.lit(0, pl.Int8),
+        "weight": pl.lit(1, pl.Float32),
+    }
+    frame = raw.drop("model_a", "model_b").with_columns(*turns, *shares, **others)
+    frame.write_parquet(path)
+    return frame
+
+
+def recipe_file(folder: Path, base: Path, kind: str, **package) -> Path:
+    """Write a recipe for a run in folder/run."""
+    block = {
+        "pairs": str(folder / "pairs.parquet"),
+        "template": "bert" if kind == "bert" else "gemma",
+        "budget_tokens": 128,
+        "package": {"slug": "tiny-package", **package},
+    }
+    path = folder / "recipe.yml"
+    path.write_text(yaml.safe_dump({"base_model": str(base), "output_dir": str(folder / "run"), "pairwise": block}))
+    return path
+
+
+def make(folder: Path, base: Path, kind: str, *, full: bool = False, lora: dict | None = None, **package) -> Made:
+    """A run of the base model of `kind`, as training leaves it: LoRA by default, or a full fine-tune."""
+    recipe = recipe_file(folder, base, kind, **package)
+    block = PairwiseBlock.model_validate(yaml.safe_load(recipe.read_text())["pairwise"])
+    run_folder = folder / "run"
+    model = classifier(base, kind)
+    if not full:
+        model = with_adapter(model, kind, **(lora or {}))
+    model.save_pretrained(run_folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(base / name, run_folder / name)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    contract = new_contract(block, tokenizer, attention="sdpa", base_model=str(base), revision=None, pad_token_id=0)
+    write_contract(run_folder, contract, recipe)
+    write_predictions(run_folder, model, pairs_file(folder / "pairs.parquet"))
+    return Made(recipe, run_folder, base, model)
+
+
+def classifier(base: Path, kind: str) -> torch.nn.Module:
+    """The base as a classifier, with a random head large enough to have opinions."""
+    torch.manual_seed(1)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2, pad_token_id=0, attn_implementation="sdpa")
+    if kind == "gemma2":
+        model.config.attn_logit_softcapping = None
+    head = model.classifier if kind == "bert" else model.score
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.normal_(0, 0.3)
+    return model.eval()
+
+
+def with_adapter(model: torch.nn.Module, kind: str, **lora) -> PeftModel:
+    """The classifier with a LoRA adapter whose A and B are random and not zero."""
+    settings = {"r": 8, "lora_alpha": 16, "target_modules": TARGETS.get(kind, DECODER_TARGETS)} | lora
+    model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", **settings))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name or "lora_B" in name or "lora_embedding" in name:
+                parameter.normal_(0, 0.05)
+            if "lora_magnitude_vector" in name:
+                parameter.mul_(torch.empty_like(parameter).uniform_(0.8, 1.2))
+    return model.eval()
+
+
+def write_predictions(run_folder: Path, model: torch.nn.Module, frame: pl.DataFrame) -> None:
+    """Write predictions.parquet as training does, from the model in memory."""
+    contract = model_input.read_contract(run_folder)
+    pairs = [model_input.pair_from_row(row) for row in frame.iter_rows(named=True)]
+    found = score(model, model_input, read_tokenizer(run_folder), contract, pairs)
+    both = np.array([[found[pair.id][order] for order in ORDERS] for pair in pairs])
+    predictions([pair.id for pair in pairs], both, contract.verdicts, frame).write_parquet(run_folder / "predictions.parquet")
