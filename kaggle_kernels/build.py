@@ -17,7 +17,7 @@ from preprocess.files import atomic_file
 
 RUNTIME = Path(__file__).parent / "runtime"
 MODULES = ("settings", "package", "model", "scoring", "inputs", "submission", "engine", "main")  # each before what imports it
-OWNER = "OWNER"  # stands for the Kaggle account, which is known at push
+OWNER = "INSERT_OWNER"  # stands for the Kaggle account, which is known at push
 RULE = "# " + "=" * 110
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import polars as pl
 
-from kaggle_kernels.build import OWNER, check_built
+from kaggle_kernels.build import check_built
 from kaggle_kernels.spec import COMPETITIONS, Spec, read_spec
 from preprocess.errors import UserError
 from preprocess.files import atomic_file, read_json, write_json
@@ -116,7 +116,7 @@ def read_test_rows(test_file: Path, spec: Spec) -> pl.DataFrame:
 def lay_out(root: Path, spec: Spec, packages: dict[str, Path], test_file: Path, test_rows: pl.DataFrame) -> None:
     """Make /kaggle below `root`: packages as links, dataset-metadata.json left out as Kaggle does, verdicts left out."""
     for dataset, package in packages.items():
-        folder = root / "input" / "datasets" / OWNER.lower() / dataset
+        folder = root / "input" / "datasets" / "owner" / dataset
         folder.mkdir(parents=True)
         for path in package.iterdir():
             if path.name != "dataset-metadata.json":

@@ -402,14 +402,16 @@ def read_rows(path: Path, are_turns: bool) -> list[dict]:
 
 
 def read_text(value: str | Sequence | None, are_turns: bool) -> str | list[str | None] | None:
-    """A text as it is; with `are_turns`, the list of turns in its JSON, or the text itself where that is no JSON list."""
+    """A text as it is; with `are_turns`, the turns in its JSON (null: None), or the text itself where that is no JSON list."""
     if not are_turns or not isinstance(value, str):
         return value
     try:
         turns = json.loads(value)
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         return value
-    return [turn if turn is None else str(turn) for turn in turns] if isinstance(turns, list) else value
+    if isinstance(turns, list):
+        return [turn if turn is None else str(turn) for turn in turns]
+    return None if turns is None else value
 
 
 def install_missing_wheels(root: Path, folders: Sequence[Path], wheels: str | None) -> list[str]:

@@ -1,0 +1,128 @@
+"""Inputs are found wherever Kaggle mounts them, and read whatever they hold."""
+
+import json
+import subprocess
+import sys
+
+import polars as pl
+import pytest
+
+from kaggle_kernels.runtime import inputs
+from kaggle_kernels.runtime.inputs import find_mounted, install_missing_wheels, read_rows, read_text
+
+
+def mount(root, path, content=b"x"):
+    file = root / "input" / path
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(content)
+    return file
+
+
+@pytest.mark.parametrize("folder", ["pairwise-demo", "datasets/owner/pairwise-demo", "datasets/owner/pairwise-demo/inner"])
+def test_a_file_is_found_in_either_layout(tmp_path, folder):
+    mount(tmp_path, "datasets/owner/another/manifest.json", b"other")
+    expected = mount(tmp_path, f"{folder}/manifest.json")
+    assert find_mounted(tmp_path, "pairwise-demo", ("manifest.json",)) == expected
+
+
+def test_the_same_file_mounted_twice_counts_once(tmp_path):
+    mount(tmp_path, "wsdm/test.parquet")
+    mount(tmp_path, "competitions/wsdm/test.parquet")
+    assert find_mounted(tmp_path, "wsdm", ("test.parquet", "test.csv")).name == "test.parquet"
+
+
+def test_two_different_files_are_refused(tmp_path):
+    mount(tmp_path, "wsdm/test.parquet", b"one")
+    mount(tmp_path, "competitions/wsdm/test.parquet", b"two")
+    with pytest.raises(FileNotFoundError, match="2 files named test.parquet"):
+        find_mounted(tmp_path, "wsdm", ("test.parquet",))
+
+
+def test_what_is_not_mounted_is_named_with_what_is(tmp_path):
+    mount(tmp_path, "datasets/owner/another/manifest.json")
+    with pytest.raises(FileNotFoundError, match="0 files named manifest.json .*'pairwise-demo'.* datasets/owner/another;"):
+        find_mounted(tmp_path, "pairwise-demo", ("manifest.json",))
+
+
+ROWS = [
+    {"id": 7, "prompt": 'p, "quoted"\nline', "response_a": "河流", "response_b": ""},
+    {"id": 3, "prompt": "q", "response_a": "x" * 200_000, "response_b": None},
+]
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+def test_wsdm_rows_are_read_from_parquet_and_csv(tmp_path, suffix):
+    path = tmp_path / f"test.{suffix}"
+    frame = pl.DataFrame(ROWS)
+    frame.write_parquet(path) if suffix == "parquet" else frame.write_csv(path)
+    first, second = read_rows(path, are_turns=False)
+    assert first == {**ROWS[0], "id": "7"}
+    assert (second["id"], len(second["response_a"]), second["response_b"] or None) == ("3", 200_000, None)
+
+
+def test_lmsys_rows_are_lists_of_turns_with_nulls_and_lone_surrogates(tmp_path):
+    values = {"prompt": '["one","two"]', "response_a": '["a",null]', "response_b": '["\\ud83d","b"]'}
+    pl.DataFrame([{"id": 9, **values}]).write_csv(tmp_path / "test.csv")
+    [row] = read_rows(tmp_path / "test.csv", are_turns=True)
+    assert row == {"id": "9", "prompt": ["one", "two"], "response_a": ["a", None], "response_b": ["\ud83d", "b"]}
+
+
+def test_text_that_is_no_json_list_is_one_turn():
+    assert [read_text(text, True) for text in ("[broken", '"text"', "5", "", "[" * 100_000)] == [
+        "[broken",
+        '"text"',
+        "5",
+        "",
+        "[" * 100_000,
+    ]
+    assert [read_text(text, True) for text in (None, "null", "[1, null]")] == [None, None, ["1", None]]
+    assert [read_text(text, False) for text in ('["a"]', "null")] == ['["a"]', "null"]
+
+
+@pytest.mark.parametrize(
+    "frame, message",
+    [
+        (pl.DataFrame([{"id": 1, "prompt": "p", "response_a": "a"}]), "no column response_b"),
+        (pl.DataFrame(schema={"id": pl.Int64, "prompt": pl.String}), "no rows"),
+        (pl.DataFrame([{**ROWS[0]}, {**ROWS[0]}]), "an id occurs twice"),
+    ],
+)
+def test_a_test_file_that_cannot_give_a_submission_is_refused(tmp_path, frame, message):
+    frame.write_parquet(tmp_path / "test.parquet")
+    with pytest.raises(ValueError, match=message):
+        read_rows(tmp_path / "test.parquet", are_turns=False)
+
+
+@pytest.fixture
+def image_without_bitsandbytes(monkeypatch, tmp_path):
+    """A package in nf4, an image without bitsandbytes, and the commands that were run."""
+    commands = []
+    monkeypatch.setattr(inputs.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(subprocess, "run", lambda command, check: commands.append(command))
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "bitsandbytes"}}))
+    return package, commands
+
+
+def test_missing_bitsandbytes_is_installed_from_the_mounted_wheels(tmp_path, image_without_bitsandbytes):
+    package, commands = image_without_bitsandbytes
+    wheel = mount(tmp_path, "datasets/owner/pairwise-wheels/bitsandbytes-0.50.2-py3-none-manylinux_2_24_x86_64.whl")
+    assert install_missing_wheels(tmp_path, [package], "pairwise-wheels") == ["bitsandbytes"]
+    [command] = commands
+    assert command[:4] == [sys.executable, "-m", "pip", "install"]
+    assert command[command.index("--find-links") + 1] == str(wheel.parent)
+    assert {"--no-index", "--no-deps"} < set(command)
+    assert command[-1] == "bitsandbytes"
+
+
+def test_missing_bitsandbytes_without_wheels_is_a_clear_error(tmp_path, image_without_bitsandbytes):
+    with pytest.raises(ModuleNotFoundError, match="name a dataset in the spec's `wheels`"):
+        install_missing_wheels(tmp_path, [image_without_bitsandbytes[0]], None)
+
+
+def test_nothing_is_installed_for_packages_that_are_not_quantised(tmp_path, image_without_bitsandbytes):
+    package, commands = image_without_bitsandbytes
+    (package / "config.json").write_text("{}")
+    assert install_missing_wheels(tmp_path, [package], None) == []
+    assert commands == []

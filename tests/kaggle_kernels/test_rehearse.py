@@ -1,0 +1,238 @@
+"""The generated kernel in a process of its own, in Kaggle's versions: from a test file to a submission, or a refusal."""
+
+import csv
+import json
+import shutil
+import subprocess
+
+import polars as pl
+import pytest
+from click.testing import CliRunner
+
+from kaggle_kernels.__main__ import main
+from kaggle_kernels.build import build
+from kaggle_kernels.rehearse import SITECUSTOMIZE, find_python, kaggle_environment, measure, read_verdicts
+from kaggle_kernels.spec import read_spec
+from preprocess.model_input import encode, encode_all, pair_from_row, read_contract, swap
+from tests import tiny
+from tests.kaggle_kernels.packages import AWKWARD_ROWS, change_json, write_manifest
+
+WSDM = "title: Pairwise Test\ncompetition: wsdm\npackages: [{run: two, dataset: tiny-two}]\nclock_seconds: 600\n"
+LMSYS = (
+    "title: Pairwise Test\ncompetition: lmsys\nclock_seconds: 600\ntemperature: 1.5\ntokens_per_batch: 1000\n"
+    "packages: [{run: three, dataset: tiny-three, weight: 0.75}, {run: other, dataset: tiny-other, weight: 0.25}]\n"
+)
+
+
+def write_spec(folder, text):
+    path = folder / "specs" / "test.yml"
+    path.parent.mkdir()
+    path.write_text(text)
+    build(path)
+    return path
+
+
+def rehearse(*arguments):
+    return CliRunner().invoke(main, ["rehearse", *map(str, arguments)])
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch, package_folder):
+    """A current folder with a spec, its built kernel, its package in outputs/two/package and a test file."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(package_folder, tmp_path / "outputs" / "two" / "package")
+    tiny.pairs(30, seed=4).sample(fraction=1, shuffle=True, seed=1).write_parquet(tmp_path / "test.parquet")
+    return write_spec(tmp_path, WSDM)
+
+
+def test_a_wsdm_rehearsal_gives_every_id_once_and_is_scored_by_id(workplace, tmp_path):
+    done = rehearse(workplace, "--test", "test.parquet", "--out", "results")
+    assert done.exit_code == 0, done.output
+    rows = pl.read_parquet("test.parquet")
+    submission = pl.read_csv("results/submission.csv")
+    assert submission.columns == ["id", "winner"]
+    assert submission["id"].to_list() == rows["id"].to_list()
+    right = (submission["winner"] == rows["winner"]).mean()
+    measured = json.loads((tmp_path / "results" / "rehearsal.json").read_text())
+    assert measured["accuracy"] == pytest.approx(right)
+    assert f"accuracy {right:.4f}, log loss {measured['log_loss']:.4f} on 30 judged rows" in done.output
+    record = json.loads((tmp_path / "results" / "kernel.json").read_text())
+    assert (record["rows"], record["scored"], record["versions"]["transformers"]) == (30, 30, "5.0.0")
+    assert [work["pass"].split(", ")[1] for work in record["passes"]] == ["as_given", "swapped"]
+    scores = pl.read_parquet("results/scores.parquet")
+    mean = (scores["two_p_model_a_as_given"] + scores["two_p_model_a_swapped"]) / 2
+    assert (mean - scores["p_model_a"]).abs().max() < 1e-6
+    assert mean.n_unique() == 30
+
+
+def lmsys_rows():
+    """Awkward rows in LMSYS's layout: JSON lists of turns, lone surrogates as escapes."""
+    as_turns = [{key: [value] if isinstance(value, str) else value for key, value in row.items()} for row in AWKWARD_ROWS]
+    return [{key: json.dumps(value) for key, value in row.items()} | {"id": row["id"][0]} for row in as_turns]
+
+
+def write_lmsys(path):
+    winners = [{f"winner_{verdict}": int(verdict == "tie") for verdict in ("model_a", "model_b", "tie")}] * len(AWKWARD_ROWS)
+    pl.DataFrame([row | winner for row, winner in zip(lmsys_rows(), winners, strict=True)]).write_csv(path)
+
+
+def test_an_lmsys_ensemble_on_awkward_rows_gives_three_probabilities_a_row(tmp_path, monkeypatch, three_verdict_folder):
+    monkeypatch.chdir(tmp_path)
+    for run in ("three", "other"):
+        shutil.copytree(three_verdict_folder, tmp_path / "outputs" / run / "package")
+    other = tmp_path / "outputs" / "other" / "package"
+    change_json(other / "dataset-metadata.json", id="INSERT_OWNER/tiny-other")
+    write_manifest(other)
+    write_lmsys(tmp_path / "test.csv")
+    done = rehearse(write_spec(tmp_path, LMSYS), "--test", "test.csv")
+    assert done.exit_code == 0, done.output
+    with open("outputs/test/rehearsal/submission.csv", newline="") as file:
+        header, *lines = csv.reader(file)
+    assert header == ["id", "winner_model_a", "winner_model_b", "winner_tie"]
+    assert [line[0] for line in lines] == [row["id"] for row in lmsys_rows()]
+    assert all(sum(map(float, line[1:])) == pytest.approx(1) for line in lines)
+    assert f"on {len(AWKWARD_ROWS)} judged rows" in done.output
+
+
+def test_the_kernels_ids_are_trainings_ids_on_every_awkward_row(workplace, tmp_path, package_folder):
+    from transformers import AutoTokenizer
+
+    write_lmsys(tmp_path / "test.csv")
+    script = (
+        "import json, runpy, pathlib\n"
+        "kernel = runpy.run_path('generated/test/kernel.py')\n"
+        "package = kernel['read_package']('outputs/two/package')\n"
+        "rows = kernel['read_rows'](pathlib.Path('test.csv'), True)\n"
+        "pairs = [package.model_input.pair_from_row(row) for row in rows]\n"
+        "parts = package.model_input, package.tokenizer, package.contract, pairs, ('as_given', 'swapped')\n"
+        "json.dump([request.ids for request in kernel['make_requests'](*parts)], open('ids.json', 'w'))\n"
+    )
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    environment = kaggle_environment(tmp_path, tmp_path / "site")
+    subprocess.run([find_python(None), "-P", "-c", script], check=True, env=environment)
+    tokenizer, contract = AutoTokenizer.from_pretrained(package_folder), read_contract(package_folder)
+    pairs = [pair_from_row(row) for row in AWKWARD_ROWS]
+    trained = [encode(pair, tokenizer, contract)[0] for pair in [*pairs, *map(swap, pairs)]]
+    assert json.loads((tmp_path / "ids.json").read_text()) == trained
+    assert [ids for (ids,) in encode_all(pairs, tokenizer, contract)] == trained[: len(pairs)]
+    assert max(map(len, trained)) <= contract.budget_tokens
+
+
+def test_a_template_changed_after_training_makes_the_kernel_refuse(workplace, tmp_path):
+    package = tmp_path / "outputs" / "two" / "package"
+    template = json.loads((package / "contract.json").read_text())["template"]
+    change_json(package / "contract.json", template={**template, "turn": template["turn"].replace("# Prompt", "# prompt")})
+    write_manifest(package)
+    done = rehearse(workplace, "--test", "test.parquet", "--out", "results")
+    assert done.exit_code == 2
+    last = done.output.splitlines()[-1]
+    assert last.startswith("error: test: the kernel ended with exit code 1: ")
+    assert "ContractError: golden row golden-00: token" in last
+    assert not (tmp_path / "results").exists()
+
+
+def test_an_absent_package_exits_with_2_and_names_the_command(workplace, tmp_path):
+    shutil.rmtree(tmp_path / "outputs")
+    done = rehearse(workplace, "--test", "test.parquet")
+    assert (done.exit_code, done.output) == (
+        2,
+        "error: outputs/two/package: no package; run `python -m postprocess recipes/two.yml` first\n",
+    )
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_stale_kernel_exits_with_2_and_names_the_command(workplace):
+    workplace.write_text(WSDM.replace("600", "700"))
+    done = rehearse(workplace, "--test", "test.parquet")
+    assert done.exit_code == 2
+    assert done.output.endswith(f"kernel.py not up to date; run `python -m kaggle_kernels build {workplace}`\n")
+
+
+def test_a_package_of_another_dataset_exits_with_2(workplace, tmp_path):
+    change_json(tmp_path / "outputs" / "two" / "package" / "dataset-metadata.json", id="me/tiny-too")
+    done = rehearse(workplace, "--test", "test.parquet")
+    assert done.exit_code == 2
+    assert "it is the dataset 'tiny-too', the spec says 'tiny-two'" in done.output
+
+
+def test_a_package_without_the_competitions_verdicts_exits_with_2(tmp_path, workplace):
+    workplace.write_text(WSDM.replace("wsdm", "lmsys"))
+    build(workplace)
+    done = rehearse(workplace, "--test", "test.parquet")
+    assert (done.exit_code, done.output) == (
+        2,
+        "error: outputs/two/package: tells nothing of tie, which lmsys asks for; train with it\n",
+    )
+
+
+@pytest.mark.parametrize(
+    "write, message",
+    [
+        (lambda path: None, "no such file"),
+        (lambda path: path.write_bytes(b"not parquet"), "cannot be read"),
+        (lambda path: pl.DataFrame({"id": ["1"], "prompt": ["p"]}).write_parquet(path), "no column response_a, response_b"),
+        (lambda path: tiny.pairs(3, seed=1).clear().write_parquet(path), "no rows"),
+    ],
+)
+def test_a_test_file_that_cannot_be_used_exits_with_2(workplace, tmp_path, write, message):
+    write(tmp_path / "broken.parquet")
+    done = rehearse(workplace, "--test", "broken.parquet")
+    assert done.exit_code == 2
+    assert done.output.startswith("error: broken.parquet: ") and message in done.output
+    assert done.output.count("\n") == 1
+
+
+def test_without_kaggles_environment_it_exits_with_2_and_says_how_to_make_it(workplace):
+    done = rehearse(workplace, "--test", "test.parquet", "--python", "nowhere/bin/python")
+    assert (done.exit_code, done.output) == (
+        2,
+        "error: nowhere/bin/python: absent; `make setup` makes the environment with Kaggle's versions\n",
+    )
+
+
+@pytest.mark.parametrize(
+    "code, message",
+    [
+        ("import socket; socket.create_connection(('127.0.0.1', 9))", "a kernel has no network: a name was looked up"),
+        ("import socket; socket.socket().connect(('127.0.0.1', 9))", "a kernel has no network: it reached for"),
+        ("import socket; socket.socket(type=socket.SOCK_DGRAM).sendto(b'', ('127.0.0.1', 9))", "a kernel has no network"),
+        ("import urllib.request; urllib.request.urlopen('http://localhost')", "a kernel has no network"),
+        ("import preprocess", "a kernel has no repository: it imported preprocess"),
+        ("import os; assert os.environ['HF_HUB_OFFLINE'] == '1'; import kaggle_kernels.runtime", "it imported kaggle_kernels"),
+    ],
+)
+def test_a_rehearsed_kernel_reaches_neither_network_nor_repository(tmp_path, code, message):
+    import sys
+
+    (tmp_path / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    environment = kaggle_environment(tmp_path, tmp_path)
+    done = subprocess.run([sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert message in done.stderr
+
+
+def test_accuracy_and_log_loss_are_joined_by_id(tmp_path, workplace):
+    rows = pl.DataFrame(
+        [
+            {"id": "1", "response_a": "aa", "response_b": "b", "winner": "model_a"},
+            {"id": "2", "response_a": "a", "response_b": "bb", "winner": "model_a"},
+            {"id": "3", "response_a": "a", "response_b": "bb", "winner": "tie"},
+        ]
+    )
+    scores = pl.DataFrame({"id": ["3", "2", "1"], "p_model_a": [0.5, 0.25, 0.5], "p_model_b": [0.5, 0.75, 0.5]})
+    scores.write_parquet(tmp_path / "scores.parquet")
+    measured = measure(rows, tmp_path / "scores.parquet", read_spec(workplace))
+    assert measured == {"judged": 2, "accuracy": 0.5, "log_loss": pytest.approx(1.0397207708), "longer_accuracy": 0.5}
+
+
+def test_verdicts_are_read_from_either_layout():
+    texts = {"response_a": ["a", "a", "aaa"], "response_b": ["b", "bb", "bb"]}
+    lmsys = {"winner_model_a": [0, 0, 1], "winner_model_b": [1, 0, 0], "winner_tie": [0, 1, 0]}
+    truth = read_verdicts(pl.DataFrame({"id": [1, 2, 3], **texts, **lmsys}))
+    assert truth.to_dict(as_series=False) == {
+        "id": ["1", "2", "3"],
+        "winner": ["model_b", "tie", "model_a"],
+        "longer": ["model_a", "model_b", "model_a"],
+    }
+    assert read_verdicts(pl.DataFrame({"id": [1], "response_a": ["a"], "response_b": ["b"]})) is None
