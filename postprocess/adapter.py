@@ -48,7 +48,7 @@ class Adapter:
     def apply(self, name: str, weight: torch.Tensor | None) -> torch.Tensor:
         """The tensor `name` after training, in float32 where it changed; `weight` is the base's, None where replaced."""
         if name in self.replacements:
-            return self.tensors.get(self.replacements[name])
+            weight = self.tensors.get(self.replacements[name])
         if name not in self.changes:
             return weight
         return _merge(weight.to(torch.float32), self.changes[name], self.tensors)
@@ -62,16 +62,19 @@ def read_adapter(tensors: Tensors, settings: Mapping[str, object], config_file: 
     for key in tensors.names():
         if not key.startswith(PREFIX):
             raise UserError(f"{tensors.path}: key {key} does not start with {PREFIX}; save the adapter with PEFT")
+        if ".original_module." in key:  # with bias: all, PEFT also saves the untrained biases of a module that it replaced
+            continue
         name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
         if found := PARTS.fullmatch(name):
             parts.setdefault(found["module"], {})[found["part"]] = key
         else:
             replacements[re.sub(r"\.modules_to_save(\.default)?\.", ".", name)] = key
     changes = {f"{module}.weight": _change(module, keys, tensors, settings) for module, keys in parts.items()}
-    if twice := sorted(changes.keys() & replacements.keys()):
-        raise UserError(
-            f"{tensors.path}: {twice[0]} is replaced and changed by LoRA too; list it in lora_target_modules or not"
-        )
+    for name in sorted(changes.keys() & replacements.keys()):
+        if ".base_layer." not in replacements[name]:  # PEFT saves an embedding under LoRA with its base's weights
+            raise UserError(
+                f"{tensors.path}: {name} is in lora_target_modules and in lora_modules_to_save; train with one of them"
+            )
     return Adapter(tensors, changes, replacements)
 
 

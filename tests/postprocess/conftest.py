@@ -1,0 +1,63 @@
+"""Runs that several tests look at, made once; a test that changes one takes a copy."""
+
+import shutil
+
+import pytest
+from click.testing import CliRunner
+
+from postprocess.__main__ import main
+from postprocess.run import read_run
+from recipes.pairwise.schema import read_recipe
+from tests.postprocess import runs
+
+
+@pytest.fixture(scope="session")
+def made(tiny_models, tmp_path_factory):
+    """made("gemma2", quantize="nf4") is a run as training leaves it, made once."""
+    known = {}
+
+    def make(kind: str, **options) -> runs.Made:
+        key = (kind, repr(sorted(options.items())))
+        if key not in known:
+            known[key] = runs.make(tmp_path_factory.mktemp(kind), tiny_models(kind), kind, **options)
+        return known[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def packaged(made):
+    """packaged("gemma2", quantize="nf4") is the same run after `python -m postprocess`, with what the command printed."""
+    printed = {}
+
+    def build(kind: str, **options) -> tuple[runs.Made, str]:
+        run = made(kind, **options)
+        if run.folder not in printed:
+            result = CliRunner().invoke(main, [str(run.recipe)], catch_exceptions=False)
+            assert result.exit_code == 0, result.output
+            printed[run.folder] = result.output
+        return run, printed[run.folder]
+
+    return build
+
+
+@pytest.fixture
+def copied(made, tmp_path):
+    """A private copy of a run whose files a test may damage; its recipe writes to the copy."""
+
+    def copy(kind: str = "gemma2", **options) -> runs.Made:
+        run = made(kind, **options)
+        shutil.copytree(
+            run.folder, tmp_path / "run", ignore=shutil.ignore_patterns("merged", "quantised", "package", "*.json.*")
+        )
+        recipe = tmp_path / "recipe.yml"
+        recipe.write_text(run.recipe.read_text().replace(str(run.folder), str(tmp_path / "run")))
+        return runs.Made(recipe, tmp_path / "run", run.base, run.model)
+
+    return copy
+
+
+@pytest.fixture
+def opened():
+    """opened(made_run) is the run as postprocess reads it."""
+    return lambda made_run: read_run(read_recipe(made_run.recipe))
