@@ -73,8 +73,8 @@ def main(sources: tuple[Path, ...], out: Path, folds: int, threshold: float, aga
     rejected = rows.filter(pl.col("reason").is_not_null()).select(REJECTED)
     rejected_path = out.with_name(f"{out.stem}.rejected{out.suffix}")
     with atomic_file(rejected_path) as temporary_rejected, atomic_file(out) as temporary:
-        rejected.write_parquet(temporary_rejected)
-        pairs.table.write_parquet(temporary)
+        rejected.write_parquet(temporary_rejected, compression_level=1)
+        pairs.table.write_parquet(temporary, compression_level=1)
     console.print(f"wrote {out} ({pairs.table.height:,} pairs) and {rejected_path} ({rejected.height:,} rows)", soft_wrap=True)
 
 

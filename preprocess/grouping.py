@@ -6,11 +6,12 @@ into another fold. Its root is its earliest prompt, so that what is added later 
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from rensa import RMinHash
 
-from preprocess.ngrams import gram_codes, jaccard
+from preprocess.ngrams import codes_jaccard, gram_codes
 
 PERMUTATIONS = 256
 SEED = 42
@@ -38,11 +39,12 @@ def group_prompts(
     unique_texts = list(first)
     signatures = _signatures(unique_texts, track)
     candidates = _candidates(signatures, threshold, track)
+    codes = lru_cache(maxsize=4096)(lambda at: gram_codes(unique_texts[at]))
     parents = list(range(len(unique_texts)))
     joined = []
     for earlier, later in track(candidates.tolist(), "comparing prompts that look alike"):
         kept, given_up = sorted((_find(parents, earlier), _find(parents, later)))
-        if kept == given_up or jaccard(unique_texts[earlier], unique_texts[later]) < threshold:
+        if kept == given_up or codes_jaccard(codes(earlier), codes(later)) < threshold:
             continue
         parents[given_up] = kept
         if ages is not None and ages[uniques[given_up]] < ages[uniques[later]]:

@@ -5,14 +5,15 @@ similarity t or more share one among their first n - ceil(t * n) + 1 each: an in
 (prefix filtering: Chaudhuri et al. 2006; Xiao et al. 2008), and exact Jaccard decides.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from preprocess.ngrams import gram_codes, jaccard
+from preprocess.ngrams import codes_jaccard, gram_codes, jaccard
 
 FREQUENCY_BUCKETS = 1 << 22
+MEETINGS_AT_ONCE = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -59,35 +60,33 @@ def find_leaks(
     who = np.fromiter(stands.values(), np.int64, len(stands))
     codes = [gram_codes(texts[at]) for at in track(who.tolist(), "leak report: n-grams")]
     order = np.argsort([len(code) for code in codes], kind="stable")
-    who = who[order]
-    where = np.asarray(places, dtype=np.int64)[who]
-    index = _rare_ngrams(codes, order, threshold)
+    who, codes = who[order], [codes[at] for at in order]
+    index = _rare_ngrams(codes, threshold)
     leaks, compared, closest = [], 0, 0.0
-    for at in track(range(len(who)), "leak report: nearest neighbours"):
-        for neighbour in _candidates(index, where, at, threshold).tolist():
-            similarity = jaccard(texts[who[at]], texts[who[neighbour]])
+    for batch in _candidates(index, np.asarray(places, dtype=np.int64)[who], threshold):
+        for longer, shorter in track(np.stack(batch, axis=1).tolist(), "leak report: nearest neighbours"):
             compared += 1
+            similarity = codes_jaccard(codes[longer], codes[shorter])
             if similarity >= threshold:
-                one, other = sorted((int(who[at]), int(who[neighbour])))
-                leaks.append(Leak(one, other, similarity))
+                one, other = sorted((int(who[longer]), int(who[shorter])))
+                leaks.append(Leak(one, other, jaccard(texts[one], texts[other])))
             else:
                 closest = max(closest, similarity)
     return LeakReport(tuple(sorted(leaks, key=lambda leak: (-leak.similarity, leak.one, leak.other))), compared, closest)
 
 
-def _rare_ngrams(codes: list[np.ndarray], order: np.ndarray, threshold: float) -> _Index:
-    """The index over the texts in `order`; `codes` is emptied on the way, to spare memory."""
+def _rare_ngrams(codes: list[np.ndarray], threshold: float) -> _Index:
+    """The index over texts sorted by their number of n-grams, given their gram_codes."""
     frequency = np.zeros(FREQUENCY_BUCKETS, np.uint64)
     mask = np.uint64(FREQUENCY_BUCKETS - 1)
     for code in codes:
         frequency[code & mask] += np.uint64(1)
-    size = np.array([len(codes[at]) for at in order], dtype=np.int64)
+    size = np.array([len(code) for code in codes], dtype=np.int64)
     kept = size - np.ceil(threshold * size - 1e-9).astype(np.int64) + 1
     prefixes, last = [np.zeros(0, np.uint64)], np.zeros(len(size), np.uint64)
-    for position, at in enumerate(order.tolist()):
-        rank = np.minimum(frequency[codes[at] & mask], np.uint64(0xFFFF)) << np.uint64(48) | codes[at] >> np.uint64(16)
-        codes[at] = np.zeros(0, np.uint64)
-        prefix = np.sort(rank)[: kept[position]]
+    for position, code in enumerate(codes):
+        rank = np.minimum(frequency[code & mask], np.uint64(0xFFFF)) << np.uint64(48) | code >> np.uint64(16)
+        prefix = np.partition(rank, kept[position] - 1)[: kept[position]]
         last[position] = prefix[-1]
         prefixes.append(prefix)
     ranks = np.concatenate(prefixes)
@@ -99,23 +98,31 @@ def _rare_ngrams(codes: list[np.ndarray], order: np.ndarray, threshold: float) -
     first_in_order = np.repeat(starts, np.diff(np.append(starts, len(ranks))))
     first = np.empty(len(ranks), np.int64)
     first[by_rank] = first_in_order
-    before = np.empty(len(ranks), np.int32)
+    before = np.empty(len(ranks), np.int64)
     before[by_rank] = np.arange(len(ranks)) - first_in_order
     return _Index(size, size - kept, last, np.append(0, np.cumsum(kept)), before, first, text_of[by_rank])
 
 
-def _candidates(index: _Index, where: np.ndarray, at: int, threshold: float) -> np.ndarray:
-    """Texts no longer than text `at`, in another place, that share so many rare n-grams that they may reach the threshold."""
-    entries = slice(index.edges[at], index.edges[at + 1])
-    before, first = index.before[entries], index.first[entries]
-    first, before = first[before > 0], before[before > 0].astype(np.int64)
-    if not len(before):
-        return before
-    steps = np.arange(before.sum()) - np.repeat(np.cumsum(before) - before, before)
-    holders = index.holders[np.repeat(first, before) + steps]
-    other_place = (where[holders] != where[at]) & ((where[holders] >= 0) | (where[at] >= 0))
-    long_enough = index.size[holders] >= threshold * index.size[at] - 1e-9
-    found, shared = np.unique(holders[other_place & long_enough], return_counts=True)
-    beyond = np.where(index.last[found] < index.last[at], index.rest[found], index.rest[at])
-    needed = threshold / (1 + threshold) * (index.size[found] + index.size[at])
-    return found[shared + beyond >= needed - 1e-9]
+def _candidates(index: _Index, where: np.ndarray, threshold: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Pairs of texts in different places that share so many rare n-grams that they may reach the threshold.
+
+    Yields the longer and the shorter text of each, a batch at a time, so that memory stays bounded.
+    """
+    count = len(where)
+    meetings = np.concatenate([[0], np.cumsum(index.before, dtype=np.int64)])[index.edges]
+    edges = np.arange(0, meetings[-1] + MEETINGS_AT_ONCE, MEETINGS_AT_ONCE)
+    batches = np.minimum(np.searchsorted(meetings, edges), count)
+    for start, stop in zip(batches[:-1], batches[1:], strict=True):
+        entries = slice(index.edges[start], index.edges[stop])
+        before = index.before[entries]
+        steps = np.arange(before.sum()) - np.repeat(np.cumsum(before) - before, before)
+        shorter = index.holders[np.repeat(index.first[entries], before) + steps]
+        longer = np.repeat(np.arange(start, stop), np.diff(meetings[start : stop + 1]))
+        apart = (where[shorter] != where[longer]) & ((where[shorter] >= 0) | (where[longer] >= 0))
+        near = apart & (index.size[shorter] >= threshold * index.size[longer] - 1e-9)
+        codes, shared = np.unique(longer[near] * count + shorter[near], return_counts=True)
+        longer, shorter = codes // count, codes % count
+        beyond = np.where(index.last[shorter] < index.last[longer], index.rest[shorter], index.rest[longer])
+        needed = threshold / (1 + threshold) * (index.size[shorter] + index.size[longer])
+        enough = shared + beyond >= needed - 1e-9
+        yield longer[enough], shorter[enough]

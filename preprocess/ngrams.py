@@ -5,7 +5,6 @@ Characters rather than words, so that Chinese and Japanese work. A text shorter 
 
 import unicodedata
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 
@@ -18,7 +17,6 @@ def normalise(turns: Sequence[str]) -> str:
     return " ".join(unicodedata.normalize("NFKC", "\n".join(turns)).casefold().split())
 
 
-@lru_cache(maxsize=256)
 def grams(text: str) -> frozenset[str]:
     """The set of character 5-grams of a normalised text."""
     return frozenset(text[at : at + GRAM] for at in range(max(len(text) - GRAM + 1, 1)))
@@ -44,4 +42,15 @@ def gram_codes(text: str) -> np.ndarray:
     codes ^= codes >> np.uint64(31)
     codes *= _MIX
     codes ^= codes >> np.uint64(29)
-    return np.unique(codes)
+    codes.sort()
+    fresh = np.ones(count, bool)
+    np.not_equal(codes[1:], codes[:-1], out=fresh[1:])
+    return codes[fresh]
+
+
+def codes_jaccard(a: np.ndarray, b: np.ndarray) -> float:
+    """`jaccard` of two texts from their gram_codes: the same but for hashes that collide, and ten times as fast."""
+    both = np.concatenate([a, b])
+    both.sort(kind="stable")
+    shared = int(np.count_nonzero(both[1:] == both[:-1]))
+    return shared / (len(both) - shared)

@@ -117,16 +117,14 @@ def _decimals(similarity: float) -> str:
 
 def leaks_table(leaks: tuple[Leak, ...], names: list[str], ids: list[str], prompts: list[str]) -> Table:
     """The first LEAKS_SHOWN leaks; `names` says where each prompt stands."""
-    table = Table(box=box.SIMPLE_HEAD, title="prompts that are alike but stand apart", title_justify="left")
-    for heading in ("similarity", "where", "id", "prompt"):
+    table = Table(box=box.SIMPLE_HEAD, title="prompts that are alike but stand apart", title_justify="left", title_style="")
+    for heading in ("similarity", "where", "id"):
         table.add_column(heading, overflow="fold")
+    table.add_column("prompt", no_wrap=True, overflow="ellipsis")
     for leak in leaks[:LEAKS_SHOWN]:
         both = (leak.one, leak.other)
-        snippets = [snippet(prompts[at], SNIPPET) for at in both]
-        table.add_row(
-            f"{leak.similarity:.0%}",
-            *("\n".join(column) for column in ([names[at] for at in both], [ids[at] for at in both], snippets)),
-        )
+        columns = [names[at] for at in both], [ids[at] for at in both], [snippet(prompts[at], SNIPPET) for at in both]
+        table.add_row(_decimals(leak.similarity), *("\n".join(column) for column in columns))
     if len(leaks) > LEAKS_SHOWN:
         table.add_row("", "", "", f"and {len(leaks) - LEAKS_SHOWN:,} more")
     return table
