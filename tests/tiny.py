@@ -4,11 +4,15 @@
 competition's layout, and gemma2/, a tiny Gemma-2 with a tokenizer of its own. Nothing is copied from anywhere.
 """
 
+import json
 import random
 import sys
 from pathlib import Path
 
 import polars as pl
+import yaml
+
+ROOT = Path(__file__).parents[1]
 
 # Per language: what joins words, ordinary words, words of a good answer, words of a bad one.
 LANGUAGES = {
@@ -35,19 +39,22 @@ LANGUAGES = {
     ),
     "Chinese": (
         "",
-        "河流 窗户 音乐 面包 花园 石头 信件 冬天 市场 引擎 纸张 云朵 森林 桌子 信号 港口 铜器 灯笼 桥梁 胡椒 山谷 镜子 篮子 雷声",
+        "河流 窗户 音乐 面包 花园 石头 信件 冬天 市场 引擎 纸张 云朵 "
+        "森林 桌子 信号 港口 铜器 灯笼 桥梁 胡椒 山谷 镜子 篮子 雷声",
         "清楚 准确 有用 正确 详尽",
         "随便 抱歉 不懂 胡说 无聊",
     ),
     "Japanese": (
         "",
-        "かわ まど おんがく パン にわ いし てがみ ふゆ いちば エンジン かみ くも もり つくえ あいず みなと どう ちょうちん はし こしょう たに かがみ かご かみなり",
+        "かわ まど おんがく パン にわ いし てがみ ふゆ いちば エンジン かみ くも "
+        "もり つくえ あいず みなと どう ちょうちん はし こしょう たに かがみ かご かみなり",
         "はっきり せいかく やくだつ ただしい ていねい",
         "てきとう ごめん しらない でたらめ つまらない",
     ),
     "Arabic": (
         " ",
-        "نهر نافذة موسيقى خبز حديقة حجر رسالة شتاء سوق محرك ورق غيمة غابة طاولة إشارة ميناء نحاس فانوس جسر فلفل واد مرآة سلة رعد",
+        "نهر نافذة موسيقى خبز حديقة حجر رسالة شتاء سوق محرك "
+        "ورق غيمة غابة طاولة إشارة ميناء نحاس فانوس جسر فلفل واد مرآة سلة رعد",
         "بوضوح بدقة مفيد صحيح شامل",
         "أيا آسف لاأدري هراء ممل",
     ),
@@ -168,6 +175,61 @@ def model(folder: Path, kind: str = "gemma2", layers: int = 2) -> Path:
     auto = AutoModel if kind == "bert" else AutoModelForCausalLM
     auto.from_config(config).save_pretrained(folder)
     return folder
+
+
+# What a twin may change; everything else is the recipe's own.
+TWIN_KEYS = ("base_model", "output_dir", "max_steps", "bf16", "attn_implementation", "deepspeed", "optimizer")
+ARCHITECTURES = {"gemma-2": "gemma2", "gemma2": "gemma2", "MiniLM": "bert", "Llama-3": "llama", "Qwen2": "qwen2"}
+
+
+def architecture(base_model: str) -> str:
+    """The tiny architecture that stands in for a recipe's base model."""
+    return next(kind for part, kind in ARCHITECTURES.items() if part in base_model)
+
+
+def twin(recipe: Path, folder: Path, base_model: Path, pairs_file: Path, **changes) -> Path:
+    """Write the twin of a recipe into `folder` and return its path: the same run, small enough for two CPU cores.
+
+    Batch sizes of DeepSpeed stand as numbers in a copy of its JSON: with "auto", accelerate counts one process on a CPU.
+    """
+    values = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    unknown = sorted(set(changes) - set(TWIN_KEYS))
+    if unknown:
+        raise ValueError(f"a twin may not change {unknown}")
+    values |= {"base_model": str(base_model), "output_dir": str(folder / recipe.stem), "max_steps": 3, "bf16": False}
+    values["pairwise"] = values["pairwise"] | {"pairs": str(pairs_file)}
+    folder.mkdir(parents=True, exist_ok=True)
+    if "deepspeed" in values and "deepspeed" not in changes:
+        changes["deepspeed"] = str(deepspeed_numbers(Path(values["deepspeed"]), folder, values, processes=1))
+    values |= changes
+    path = folder / recipe.name
+    path.write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8")
+    return path
+
+
+def deepspeed_numbers(config: Path, folder: Path, recipe: dict, processes: int) -> Path:
+    """A copy of a DeepSpeed JSON in `folder` with its "auto" batch sizes as numbers."""
+    values = json.loads((ROOT / config).read_text())
+    micro, steps = recipe["micro_batch_size"], recipe["gradient_accumulation_steps"]
+    values |= {"train_micro_batch_size_per_gpu": micro, "train_batch_size": micro * steps * processes}
+    path = folder / f"{config.stem}-{processes}.json"
+    path.write_text(json.dumps(values))
+    return path
+
+
+def pairs_parquet(path: Path, rows: int, seed: int = 1) -> Path:
+    """Generated pairs as `python -m preprocess` would write them, in five folds by row number."""
+    frame = pairs(rows, seed)
+    texts = ("prompt", "response_a", "response_b")
+    frame.with_columns(
+        *(pl.concat_list(name).alias(name) for name in texts),
+        *((pl.col("winner") == verdict).cast(pl.Float32).alias(f"p_{verdict}") for verdict in ("model_a", "model_b", "tie")),
+        source=pl.lit("tiny"),
+        group=pl.int_range(pl.len()),
+        fold=(pl.int_range(pl.len()) % 5).cast(pl.Int8),
+        weight=pl.lit(1.0, dtype=pl.Float32),
+    ).write_parquet(path)
+    return path
 
 
 def main(folder: Path) -> None:

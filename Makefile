@@ -1,0 +1,54 @@
+# Thin: each target sets up what it needs, then calls one command. `make help` lists them.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export AXOLOTL_DO_NOT_TRACK := 1
+
+.PHONY: help setup demo test test-slow lint format bench cv
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: .venv/installed .venv-kaggle/installed  ## create the two environments; done by every other target that needs them
+
+demo: setup  ## raw rows to submission.csv on two CPU cores, in minutes
+	@python -m tests.demo
+
+test: setup  ## the tests, without the slow ones
+	@python -m pytest -n 2 --dist loadfile -m "not slow"
+
+test-slow: setup  ## the slow proofs: two processes, the whole demo, 48,000 rows
+	@python -m pytest -m slow
+
+lint: .venv/installed  ## style, and that generated kernels match their specs
+	@ruff format --check . && ruff check . && python -m recipes.pairwise recipes/*.yml && python -m kaggle_kernels build --check
+
+format: .venv/installed  ## put the code into house style
+	@ruff format . && ruff check --fix .
+
+bench: setup  ## what is claimed to be fast, measured side by side
+	@python -m tests.bench input
+
+cv: .venv/installed  ## train all folds: make cv R=gemma2_cls
+	@python -m recipes.pairwise.cv recipes/$(R).yml
+
+# One environment for everything, one with Kaggle's versions for rehearsals. Each is current while its marker is newer than
+# what it was installed from.
+.venv/installed: requirements.txt pyproject.toml
+	@$(call create,.venv,requirements.txt,5 minutes and 5 GB)
+
+.venv-kaggle/installed: kaggle_kernels/requirements.txt
+	@$(call create,.venv-kaggle,kaggle_kernels/requirements.txt,1 minute and 2 GB)
+
+define create
+fail() { echo "error: $$1" >&2; rm -rf $(1)/installed; exit 2; }; \
+[ -n "$(PYTHON)" ] || fail "no python3 found; install Python 3.11 and run make again"; \
+$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' \
+  || fail "$(PYTHON) is $$($(PYTHON) -V 2>&1); Python 3.11 or 3.12 is needed: make PYTHON=/path/to/python3.11"; \
+echo "installing $(2) into $(1) (about $(3)); the log is $(1)/install.log"; \
+$(PYTHON) -m venv $(1) || fail "could not create $(1); on Debian and Ubuntu: apt install python3-venv"; \
+$(1)/bin/python -m pip install --disable-pip-version-check -r $(2) > $(1)/install.log 2>&1 \
+  || { grep -i '^error' $(1)/install.log | tail -5 >&2; fail "pip could not install $(2); see $(1)/install.log"; }; \
+touch $@
+endef
