@@ -71,12 +71,10 @@ def agreement(run: Run, merged: Path, quantised: Path, out: Path) -> None:
 def validation_rows(run: Run) -> tuple[pl.DataFrame, list]:
     """Up to 500 of the rows in predictions.parquet, chosen by a hash of their ids, as a table and as pairs, in one order.
 
-    The table has the columns of the recipe's pairs file and those of predictions.parquet.
+    The table has the columns of the recipe's pairs file and the probabilities of predictions.parquet.
     """
     pairs_file, file = run.validation_files()
-    if not file.is_file():
-        raise UserError(f"{file}: no such file, so there are no validation rows; train with axolotl train {run.recipe.path}")
-    predictions = pl.read_parquet(file).drop("fold", "winner")
+    predictions = read_predictions(file, run.contract.verdicts)
     keep = sorted(predictions["id"], key=lambda row_id: sha256(row_id.encode()).hexdigest())[:ROWS]
     rows = read_pairs(pairs_file).filter(pl.col("id").is_in(keep)).join(predictions, on="id", how="inner")
     if len(rows) != len(keep) or not keep:
@@ -84,6 +82,14 @@ def validation_rows(run: Run) -> tuple[pl.DataFrame, list]:
             f"{pairs_file}: holds {len(rows)} of the {len(keep)} validation rows in {file}; it is not the file of the training"
         )
     return rows, [run.model_input.pair_from_row(row) for row in rows.iter_rows(named=True)]
+
+
+def read_predictions(file: Path, verdicts: tuple[str, ...]) -> pl.DataFrame:
+    """id and the probabilities of each order from a run's predictions.parquet."""
+    try:
+        return pl.read_parquet(file, columns=["id", *(f"p_{verdict}_{order}" for verdict in verdicts for order in ORDERS)])
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise UserError(f"{file}: not the predictions of training ({str(error).splitlines()[0]}); train again") from None
 
 
 def recorded_column(run: Run, rows: pl.DataFrame) -> Column:

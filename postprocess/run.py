@@ -62,7 +62,11 @@ def read_run(recipe: Recipe) -> Run:
         if not (folder / name).is_file() or sha256(folder / name) != expected:
             raise UserError(f"{folder / name}: missing or changed since training; contract.json holds another SHA-256")
     weights = find_base(contract) if has_adapter else folder
-    return Run(recipe, folder, contract, model_input, weights, has_adapter)
+    run = Run(recipe, folder, contract, model_input, weights, has_adapter)
+    for file in run.validation_files():
+        if not file.is_file():
+            raise UserError(f"{file}: no such file; the package is checked on the validation rows of the training")
+    return run
 
 
 def _find_weights(folder: Path, recipe: Path) -> bool:

@@ -1,0 +1,127 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+from postprocess.__main__ import main
+
+STAGES = ["merge", "quantise", "agreement", "package"]
+
+
+def invoke(run):
+    return CliRunner().invoke(main, [str(run.recipe)])
+
+
+def stage_lines(output):
+    return [line.split()[0] for line in output.splitlines() if line.split()[0] in STAGES and not line.startswith(" ")]
+
+
+def snapshot(folder):
+    return {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_every_stage_is_printed_with_its_seconds(packaged):
+    _, printed = packaged("gemma2", quantize="nf4")
+    assert stage_lines(printed) == STAGES
+    assert all(" s   " in line for line in printed.splitlines() if line.split()[0] in STAGES and not line.startswith(" "))
+
+
+def test_a_second_run_does_nothing(packaged):
+    run, _ = packaged("gemma2", quantize="nf4")
+    before = snapshot(run.folder)
+    result = invoke(run)
+    assert result.exit_code == 0
+    assert [line[:21] for line in result.stdout.splitlines()] == [f"{stage:<10} up to date" for stage in STAGES]
+    assert snapshot(run.folder) == before
+
+
+def test_only_what_is_out_of_date_is_made_again(copied):
+    run = copied(quantize="nf4")
+    assert invoke(run).exit_code == 0
+    (run.folder / "package" / "config.json").unlink()
+    again = invoke(run).stdout.splitlines()
+    assert [line.split()[0] for line in again if "up to date" in line] == ["merge", "quantise", "agreement"]
+    run.recipe.write_text(run.recipe.read_text().replace("tiny-package", "other-slug"))
+    again = invoke(run).stdout.splitlines()
+    assert [line.split()[0] for line in again if "up to date" in line] == ["merge", "quantise", "agreement"]
+    assert json.loads((run.folder / "package" / "dataset-metadata.json").read_text())["title"] == "other-slug"
+
+
+def test_another_adapter_goes_through_every_stage_again(copied):
+    run = copied(quantize="none")
+    assert invoke(run).exit_code == 0
+    path = run.folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors["base_model.model.score.weight"] *= 1.01
+    save_file(tensors, path)
+    result = invoke(run)
+    assert result.exit_code == 0
+    assert "up to date" not in result.stdout
+    head = load_file(run.folder / "package" / "model.safetensors")["score.weight"]
+    assert head.equal(tensors["base_model.model.score.weight"].half())
+
+
+def test_an_adapter_that_can_no_longer_be_merged_leaves_no_package(copied):
+    run = copied(quantize="none")
+    assert invoke(run).exit_code == 0
+    path = run.folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert invoke(run).exit_code == 2
+    assert not (run.folder / "package").exists()
+
+
+def test_a_full_fine_tune_becomes_a_package(packaged):
+    run, printed = packaged("bert", full=True, quantize="none")
+    assert stage_lines(printed) == ["merge", "agreement", "package"]
+    assert (run.folder / "package" / "model.safetensors").exists()
+
+
+def edit_contract(run, **values):
+    path = run.folder / "contract.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def append_to_model_input(run):
+    with (run.folder / "model_input.py").open("a") as file:
+        file.write("# edited\n")
+
+
+BAD_RUNS = [
+    (lambda run: (run.folder / "adapter_model.safetensors").unlink(), "train it first with axolotl train"),
+    (lambda run: run.folder.rename(run.folder.with_name("moved")), "no such folder; train it first with axolotl train"),
+    (lambda run: (run.folder / "contract.json").unlink(), "weights without contract.json"),
+    (lambda run: (run.folder / "model_input.py").unlink(), "weights without model_input.py"),
+    (lambda run: (run.folder / "adapter_config.json").unlink(), "weights without adapter_config.json"),
+    (lambda run: (run.folder / "contract.json").write_text("{"), "contract.json: not valid JSON"),
+    (lambda run: (run.folder / "tokenizer.json").write_text("{}"), "tokenizer.json: missing or changed since training"),
+    (lambda run: (run.folder / "predictions.parquet").unlink(), "predictions.parquet: no such file"),
+    (lambda run: (run.folder / "predictions.parquet").write_text("no"), "predictions.parquet: not the predictions of training"),
+    (lambda run: (run.folder / "model.safetensors").write_text("x"), "holds an adapter and a full model"),
+    (append_to_model_input, "has changed since training"),
+    (lambda run: edit_contract(run, base_model="./gone"), "./gone: the base model in contract.json"),
+    (lambda run: edit_contract(run, base_model="nobody/nothing"), "neither a folder here nor to be had from the hub"),
+    (lambda run: edit_contract(run, head="reward"), "head is 'reward'"),
+    (lambda run: edit_contract(run, extra=1), "unknown keys ['extra']"),
+    (lambda run: edit_contract(run, num_labels=3), "3 labels for 2 verdicts"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), BAD_RUNS, ids=[message[:40] for _, message in BAD_RUNS])
+def test_a_run_that_cannot_be_packaged_is_one_line_and_exit_code_2(damage, message, copied):
+    run = copied()
+    damage(run)
+    result = invoke(run)
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not (run.folder / "package").exists()
+    assert not list(run.folder.parent.rglob("*.tmp"))
+
+
+def test_help_and_an_absent_run_need_no_torch():
+    code = "import sys, postprocess.__main__; print(sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "[]\n"

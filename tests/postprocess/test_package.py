@@ -1,0 +1,75 @@
+import json
+import shutil
+from dataclasses import asdict
+from hashlib import sha256
+
+import pytest
+
+from kaggle_kernels.runtime.package import PackageError, read_package
+from postprocess.package import dataset_metadata
+from preprocess.errors import UserError
+
+
+def test_the_package_is_flat_and_its_manifest_lists_every_other_file(packaged):
+    run, _ = packaged("gemma2", quantize="nf4")
+    folder = run.folder / "package"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert sorted(manifest["files"]) == [
+        "config.json",
+        "contract.json",
+        "dataset-metadata.json",
+        "model.safetensors",
+        "model_input.py",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*manifest["files"], "manifest.json"])
+    for name, facts in manifest["files"].items():
+        content = (folder / name).read_bytes()
+        assert facts == {"sha256": sha256(content).hexdigest(), "bytes": len(content)}
+    assert (manifest["quantize"], manifest["dtype"], manifest["base_model"]) == ("nf4", "float16", str(run.base))
+    assert manifest["validation"]["rows"] == 24
+
+
+def test_contract_code_and_tokenizer_are_the_bytes_of_training(packaged):
+    run, _ = packaged("gemma2", quantize="nf4")
+    for name in ("contract.json", "model_input.py", "tokenizer.json", "tokenizer_config.json"):
+        assert (run.folder / "package" / name).read_bytes() == (run.folder / name).read_bytes()
+
+
+def test_golden_probabilities_are_those_of_the_packaged_model(packaged):
+    run, _ = packaged("gemma2", quantize="nf4")
+    golden = json.loads((run.folder / "package" / "manifest.json").read_text())["golden"]
+    assert [row["id"] for row in golden] == [f"golden-{number:02d}" for number in range(20)]
+    assert all(sum(row["probabilities"]) == pytest.approx(1) for row in golden)
+    assert len({row["probabilities"][0] for row in golden}) > 15
+
+
+@pytest.mark.parametrize(("kind", "quantize"), [("gemma2", "none"), ("gemma2", "nf4"), ("gemma2", "int8"), ("bert", "int8")])
+def test_the_kernels_own_checks_accept_the_package(kind, quantize, packaged):
+    run, _ = packaged(kind, quantize=quantize)
+    assert asdict(read_package(run.folder / "package").contract) == asdict(run.contract())
+
+
+def test_one_flipped_byte_is_refused(packaged, tmp_path):
+    run, _ = packaged("gemma2", quantize="nf4")
+    folder = shutil.copytree(run.folder / "package", tmp_path / "package")
+    weights = bytearray((folder / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(weights)
+    with pytest.raises(PackageError, match=r"model.safetensors: its SHA-256 is"):
+        read_package(folder)
+
+
+def test_kaggles_metadata_has_one_licence_and_an_owner_to_fill_in():
+    assert dataset_metadata("gemma2-cls", "apache-2.0") == {
+        "title": "gemma2-cls",
+        "id": "INSERT_OWNER/gemma2-cls",
+        "licenses": [{"name": "apache-2.0"}],
+    }
+
+
+@pytest.mark.parametrize("slug", ["a" * 5, "a" * 51])
+def test_a_slug_that_kaggle_refuses_is_one_error(slug):
+    with pytest.raises(UserError, match="Kaggle takes 6 to 50"):
+        dataset_metadata(slug, "apache-2.0")

@@ -1,0 +1,104 @@
+import json
+import math
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+
+from kaggle_kernels.runtime.model import load_model
+from postprocess.quantize import head_modules, quantization_config
+
+ROOT = Path(__file__).parents[2]
+KAGGLE_PYTHON = ROOT / ".venv-kaggle" / "bin" / "python"
+SCORE_IN_KAGGLES_VERSIONS = """
+import json, sys
+import torch, transformers
+from kaggle_kernels.runtime.model import load_model
+from kaggle_kernels.runtime.package import read_package
+from kaggle_kernels.runtime.scoring import score
+
+found = {"transformers": transformers.__version__}
+for folder in sys.argv[1:]:
+    package = read_package(folder)
+    model = load_model(folder, package.contract, "cpu", torch.float16)
+    pairs = [package.model_input.pair_from_row(row["pair"]) for row in package.contract.golden]
+    scores = score(model, package.model_input, package.tokenizer, package.contract, pairs, orders=("as_given",))
+    found[folder] = [scores[pair.id]["as_given"] for pair in pairs]
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize(("kind", "head"), [("gemma2", "score"), ("bert", "classifier")])
+def test_the_head_is_named_by_the_architecture(kind, head, packaged):
+    run, _ = packaged(kind, quantize="nf4")
+    assert head_modules(run.folder / "merged") == [head]
+
+
+@pytest.mark.parametrize(("kind", "head"), [("gemma2", "score.weight"), ("bert", "classifier.weight")])
+@pytest.mark.parametrize(("quantize", "stored"), [("nf4", torch.uint8), ("int8", torch.int8)])
+def test_the_layers_are_quantised_and_the_head_is_not(kind, head, quantize, stored, packaged):
+    run, _ = packaged(kind, quantize=quantize)
+    tensors = load_file(run.folder / "package" / "model.safetensors")
+    layers = "model.layers.0.mlp.up_proj.weight" if kind == "gemma2" else "bert.encoder.layer.0.output.dense.weight"
+    assert tensors[layers].dtype == stored
+    assert torch.equal(tensors[head], load_file(run.folder / "merged" / "model.safetensors")[head])
+    assert tensors[head].dtype == torch.float16
+
+
+def test_nf4_is_made_for_a_gpu_without_bfloat16(packaged):
+    run, _ = packaged("gemma2", quantize="nf4")
+    settings = json.loads((run.folder / "package" / "config.json").read_text())["quantization_config"]
+    assert (settings["bnb_4bit_quant_type"], settings["bnb_4bit_compute_dtype"]) == ("nf4", "float16")
+    assert settings["llm_int8_skip_modules"] == ["score"]
+    states = [value for name, value in load_file(run.folder / "package" / "model.safetensors").items() if "quant_state" in name]
+    assert len(states) == 14
+    assert {json.loads(bytes(state.tolist()))["dtype"] for state in states} == {"float16"}
+
+
+def test_int8_does_not_depend_on_what_else_is_in_the_batch(packaged):
+    run, _ = packaged("gemma2", quantize="int8")
+    package = run.folder / "package"
+    assert json.loads((package / "config.json").read_text())["quantization_config"]["llm_int8_threshold"] == 0.0
+    model = load_model(package, run.contract(), "cpu")
+    ids = torch.tensor([[2, 17, 200, 33, 4, 900], [2, 5, 6, 44, 71, 9]])
+    with torch.inference_mode():
+        alone, together = model(input_ids=ids[:1]).logits, model(input_ids=ids).logits[:1]
+    assert (alone - together).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+def test_the_reloaded_model_is_the_one_that_was_quantised(quantize, packaged):
+    run, _ = packaged("gemma2", quantize=quantize)
+    settings = quantization_config(quantize, ["score"])
+    quantised = AutoModelForSequenceClassification.from_pretrained(
+        run.folder / "merged",
+        quantization_config=settings,
+        dtype=torch.float16,
+        device_map={"": "cpu"},
+        attn_implementation="sdpa",
+    ).eval()
+    reloaded = load_model(run.folder / "package", run.contract(), "cpu", torch.float16)
+    ids = torch.tensor([[2, 17, 200, 33, 4, 900]])
+    with torch.inference_mode():
+        assert torch.equal(reloaded(input_ids=ids).logits, quantised(input_ids=ids).logits)
+
+
+@pytest.mark.skipif(
+    not KAGGLE_PYTHON.exists(), reason="no .venv-kaggle; `make test` creates it from kaggle_kernels/requirements.txt"
+)
+def test_packages_give_the_same_probabilities_in_kaggles_versions(packaged):
+    built = [packaged("gemma2", quantize=quantize)[0] for quantize in ("none", "nf4", "int8")]
+    folders = [run.folder / "package" for run in built]
+    command = [KAGGLE_PYTHON, "-c", SCORE_IN_KAGGLES_VERSIONS, *folders]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["transformers"] == "5.0.0"
+    for folder in folders:
+        golden = json.loads((folder / "manifest.json").read_text())["golden"]
+        assert len(golden) == 20
+        for row, probabilities in zip(golden, found[str(folder)], strict=True):
+            assert all(math.isclose(a, b, abs_tol=1e-6) for a, b in zip(row["probabilities"], probabilities, strict=True)), row
