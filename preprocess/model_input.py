@@ -245,8 +245,8 @@ def _assemble(turns: list[list[list[int]]], frame: _Frame, contract: Contract) -
 def _encode_user_texts(texts: list[str], backend) -> list[list[int]]:
     """Ids of texts in which special tokens are plain text, whatever they spell."""
     control = {token: added.content for token, added in backend.get_added_tokens_decoder().items() if added.special}
-    unknown = getattr(backend.model, "unk_token", None)
-    forbidden = frozenset(token for token, content in control.items() if content != unknown and content != "<unk>")
+    unknown = {getattr(backend.model, "unk_token", None), "<unk>", "[UNK]"}
+    forbidden = frozenset(token for token, content in control.items() if content not in unknown)
     before = backend.encode_special_tokens
     backend.encode_special_tokens = True
     try:
