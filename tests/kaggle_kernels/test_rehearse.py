@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from kaggle_kernels.__main__ import main
 from kaggle_kernels.build import build
-from kaggle_kernels.rehearse import SITECUSTOMIZE, find_python, kaggle_environment, measure, read_verdicts
+from kaggle_kernels.rehearse import SITECUSTOMIZE, find_python, kaggle_environment, lay_out, measure, read_verdicts
 from kaggle_kernels.spec import read_spec
 from preprocess.model_input import encode, encode_all, pair_from_row, read_contract, swap
 from tests import tiny
@@ -63,6 +63,18 @@ def test_a_wsdm_rehearsal_gives_every_id_once_and_is_scored_by_id(workplace, tmp
     mean = (scores["two_p_model_a_as_given"] + scores["two_p_model_a_swapped"]) / 2
     assert (mean - scores["p_model_a"]).abs().max() < 1e-6
     assert mean.n_unique() == 30
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+def test_the_kernel_sees_neither_verdicts_nor_models_nor_the_metadata(workplace, tmp_path, suffix, package_folder):
+    rows = tiny.pairs(3, seed=4)
+    lay_out(tmp_path / "kaggle", read_spec(workplace), {"tiny-two": package_folder}, tmp_path / f"any.{suffix}", rows)
+    shown = [str(path.relative_to(tmp_path / "kaggle" / "input")) for path in (tmp_path / "kaggle").rglob("test.*")]
+    assert shown == [f"competitions/wsdm-cup-multilingual-chatbot-arena/test.{suffix}"]
+    read = pl.read_csv if suffix == "csv" else pl.read_parquet
+    assert read(tmp_path / "kaggle" / "input" / shown[0]).columns == ["id", "prompt", "response_a", "response_b"]
+    mounted = {path.name for path in (tmp_path / "kaggle" / "input" / "datasets" / "owner" / "tiny-two").iterdir()}
+    assert mounted == {path.name for path in package_folder.iterdir()} - {"dataset-metadata.json"}
 
 
 def lmsys_rows():

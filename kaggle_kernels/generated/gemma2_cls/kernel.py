@@ -832,7 +832,9 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
     rows = read_rows(test_file, are_turns="tie" in settings.verdicts)
     log(clock, f"{test_file}: {len(rows)} rows")
     packages = read_packages(root, settings, clock)
-    install_missing_wheels(root, [package.folder for package in packages], settings.wheels)
+    installed = install_missing_wheels(root, [package.folder for package in packages], settings.wheels)
+    if installed:
+        log(clock, f"installed {', '.join(installed)} from {settings.wheels}")
     devices = list(devices or visible_devices())
     per_package, records = score_packages(settings, packages, rows, devices, clock)
     scored = combine(settings, packages, per_package)
@@ -847,6 +849,7 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
     record = {
         "settings": asdict(settings),
         "versions": versions,
+        "installed": installed,
         "devices": devices,
         "hidden_run": bool(os.environ.get("KAGGLE_IS_COMPETITION_RERUN")),
         "rows": len(rows),
@@ -859,7 +862,7 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
 
 
 def read_packages(root: Path, settings: Settings, clock: Clock) -> list[Package]:
-    """The spec's packages, found and checked; their verdicts must be what the competition asks for."""
+    """The spec's packages, found and checked: their verdicts must suit the competition, the template the token budget."""
     packages = []
     for chosen in settings.packages:
         package = read_package(find_mounted(root, chosen.dataset, ("manifest.json",)).parent)
@@ -868,12 +871,21 @@ def read_packages(root: Path, settings: Settings, clock: Clock) -> list[Package]
             raise PackageError(
                 f"{package.folder}: tells nothing of {', '.join(sorted(missing))}, which the competition asks for"
             )
+        empty = package.model_input.Pair("", (), (), ())
+        package.model_input.encode(empty, package.tokenizer, serving_contract(package, settings))
         for name, trained in package.contract.recorded.get("versions", {}).items():
             if name in ("torch", "transformers") and trained != importlib.metadata.version(name):
                 log(clock, f"{chosen.run}: trained with {name} {trained}, served with {importlib.metadata.version(name)}")
         log(clock, f"{package.folder}: files, tokenizer and {len(package.contract.golden)} golden rows are as packaged")
         packages.append(package)
     return packages
+
+
+def serving_contract(package: Package, settings: Settings):
+    """The package's contract, with the spec's token budget where it names one."""
+    if settings.budget_tokens is None:
+        return package.contract
+    return replace(package.contract, budget_tokens=settings.budget_tokens)
 
 
 def score_packages(
@@ -888,9 +900,7 @@ def score_packages(
     for number, package in enumerate(packages):
         share = time.monotonic() + clock.left() / (len(packages) - number)
         deadlines = [share if number else clock.deadline, *[share] * (len(settings.orders) - 1)]
-        contract = package.contract
-        if settings.budget_tokens:
-            contract = replace(contract, budget_tokens=settings.budget_tokens)
+        contract = serving_contract(package, settings)
         pairs = [package.model_input.pair_from_row(row) for row in rows]
         workers = load_workers(package, devices, settings.tokens_per_batch, clock)
         scores, passes = score_package(package, contract, workers, pairs, settings.orders, deadlines, clock)

@@ -1,0 +1,149 @@
+"""The whole kernel in this process: what reaches submission.csv, and when there is none."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import polars as pl
+import pytest
+
+from kaggle_kernels.runtime.main import combine, run_kernel, score_packages
+from kaggle_kernels.runtime.settings import Clock, PackageSettings, start_clock
+from kaggle_kernels.spec import Spec, settings_of
+from tests import tiny
+
+SPEC = Spec(title="Title", competition="wsdm", packages=[{"run": "two", "dataset": "tiny-two"}], clock_seconds=600)
+SETTINGS = settings_of("test", SPEC)
+
+
+@pytest.fixture
+def kaggle(tmp_path, monkeypatch, package_folder):
+    """A tree like Kaggle's without a test file."""
+    monkeypatch.setenv("KAGGLE_ROOT", str(tmp_path))
+    (tmp_path / "input").mkdir()
+    (tmp_path / "working").mkdir()
+    mounted = tmp_path / "input" / "tiny-two"
+    mounted.mkdir()
+    for path in package_folder.iterdir():
+        (mounted / path.name).symlink_to(path)
+    (tmp_path / "input" / SETTINGS.competition).mkdir()
+    return tmp_path
+
+
+def write_test_rows(kaggle, rows):
+    rows.drop("winner").write_parquet(kaggle / "input" / SETTINGS.competition / "test.parquet")
+
+
+def submitted(kaggle):
+    return pl.read_csv(kaggle / "working" / "submission.csv")
+
+
+def test_shuffled_rows_on_two_devices_get_the_same_answers_by_id(kaggle):
+    rows = tiny.pairs(40, seed=6)
+    write_test_rows(kaggle, rows)
+    run_kernel(SETTINGS)
+    first, first_scores = submitted(kaggle), pl.read_parquet(kaggle / "working" / "scores.parquet")
+    write_test_rows(kaggle, rows.sample(fraction=1, shuffle=True, seed=8))
+    run_kernel(replace(SETTINGS, tokens_per_batch=600), devices=["cpu", "cpu"])
+    second, second_scores = submitted(kaggle), pl.read_parquet(kaggle / "working" / "scores.parquet")
+    assert first["id"].to_list() != second["id"].to_list()
+    assert first.sort("id").equals(second.sort("id"))
+    assert first["winner"].n_unique() == 2
+    for column in ("p_model_a", "two_p_model_a_as_given", "two_p_model_a_swapped"):
+        assert (first_scores.sort("id")[column] - second_scores.sort("id")[column]).abs().max() < 1e-5
+
+
+def test_the_record_holds_settings_versions_and_passes(kaggle, monkeypatch):
+    monkeypatch.setenv("KAGGLE_IS_COMPETITION_RERUN", "1")
+    write_test_rows(kaggle, tiny.pairs(3, seed=6))
+    run_kernel(SETTINGS)
+    record = json.loads((kaggle / "working" / "kernel.json").read_text())
+    assert record["hidden_run"] is True
+    assert record["settings"]["packages"] == [{"run": "two", "dataset": "tiny-two", "weight": 1.0}]
+    assert [(work["pass"], work["scored"]) for work in record["passes"]] == [
+        ("tiny-two, as_given", 3),
+        ("tiny-two, swapped", 3),
+    ]
+
+
+def test_a_clock_that_has_run_out_raises_and_writes_no_submission(kaggle):
+    write_test_rows(kaggle, tiny.pairs(10, seed=6))
+    with pytest.raises(ValueError, match="0 of 10 rows were scored, the spec's min_scored is 0.98; nothing is submitted"):
+        run_kernel(replace(SETTINGS, clock_seconds=0.01))
+    assert list((kaggle / "working").iterdir()) == []
+
+
+def test_with_a_low_min_scored_rows_left_by_the_clock_get_the_longer_answer(kaggle):
+    rows = tiny.pairs(10, seed=6)
+    write_test_rows(kaggle, rows)
+    run_kernel(replace(SETTINGS, clock_seconds=0.01, min_scored=0.0))
+    longer = rows.select(pl.col("response_a").str.len_chars() >= pl.col("response_b").str.len_chars()).to_series()
+    assert submitted(kaggle)["winner"].to_list() == ["model_a" if first else "model_b" for first in longer]
+
+
+def test_a_package_that_is_not_mounted_is_told_before_a_model_is_loaded(kaggle, monkeypatch):
+    monkeypatch.setattr("kaggle_kernels.runtime.main.load_workers", lambda *_: pytest.fail("a model was loaded"))
+    write_test_rows(kaggle, tiny.pairs(3, seed=6))
+    with pytest.raises(FileNotFoundError, match="0 files named manifest.json below a folder 'tiny-gone'"):
+        run_kernel(replace(SETTINGS, packages=(PackageSettings("gone", "tiny-gone", 1.0),)))
+
+
+def test_a_package_without_ties_is_refused_where_the_competition_has_them(kaggle):
+    write_test_rows(kaggle, tiny.pairs(3, seed=6))
+    with pytest.raises(ValueError, match="tells nothing of tie"):
+        run_kernel(replace(SETTINGS, verdicts=("model_a", "model_b", "tie")))
+
+
+def test_packages_are_combined_by_weight_after_their_orders_and_verdicts_are_brought_together():
+    packages = [
+        SimpleNamespace(contract=SimpleNamespace(verdicts=v)) for v in (("model_a", "model_b"), ("tie", "model_b", "model_a"))
+    ]
+    chosen = (PackageSettings("one", "one", 0.75), PackageSettings("two", "two", 0.25))
+    first = {"both": {"as_given": [1.0, 0.0], "swapped": [0.5, 0.5]}, "only second": {}}
+    second = {"both": {"as_given": [0.5, 0.125, 0.375]}, "only second": {"as_given": [0.0, 0.75, 0.25]}}
+    combined = combine(replace(SETTINGS, packages=chosen), packages, [first, second])
+    assert combined["both"] == pytest.approx([0.75, 0.25])
+    assert combined["only second"] == pytest.approx([0.25, 0.75])
+
+
+def test_the_first_order_of_the_first_package_may_use_the_whole_clock_and_the_rest_shares_it(monkeypatch):
+    seen = []
+
+    def note(package, contract, workers, pairs, orders, deadlines, clock):
+        seen.append([round(deadline - clock.began, 1) for deadline in deadlines])
+        return {}, []
+
+    monkeypatch.setattr("kaggle_kernels.runtime.main.load_workers", lambda *_: [])
+    monkeypatch.setattr("kaggle_kernels.runtime.main.score_package", note)
+    package = SimpleNamespace(contract=None, model_input=SimpleNamespace(pair_from_row=dict))
+    began = start_clock(0).began
+    score_packages(SETTINGS, [package, package], [], ["cpu"], Clock(began, began + 100))
+    assert seen == [[100, 50], [100, 100]]
+
+
+def test_a_spec_may_serve_with_another_token_budget(kaggle, monkeypatch):
+    budgets = []
+    from kaggle_kernels.runtime import main
+
+    real = main.score_package
+    monkeypatch.setattr(
+        main,
+        "score_package",
+        lambda package, contract, *rest: budgets.append(contract.budget_tokens) or real(package, contract, *rest),
+    )
+    write_test_rows(kaggle, tiny.pairs(3, seed=6))
+    run_kernel(replace(SETTINGS, budget_tokens=150))
+    assert budgets == [150]
+
+
+def test_a_token_budget_too_small_for_the_template_is_told_before_a_model_is_loaded(kaggle, monkeypatch):
+    monkeypatch.setattr("kaggle_kernels.runtime.main.load_workers", lambda *_: pytest.fail("a model was loaded"))
+    write_test_rows(kaggle, tiny.pairs(3, seed=6))
+    with pytest.raises(ValueError, match="budget_tokens: 64 leaves no room"):
+        run_kernel(replace(SETTINGS, budget_tokens=64))
+
+
+@pytest.mark.parametrize("clock_seconds, reserve", [(600, 30), (6000, 300), (43200, 300)])
+def test_the_clock_keeps_a_reserve_for_writing(clock_seconds, reserve):
+    clock = start_clock(clock_seconds)
+    assert clock.deadline - clock.began == pytest.approx(clock_seconds - reserve)
