@@ -191,7 +191,7 @@ def test_truncation_keeps_the_named_part():
 def test_the_budget_is_split_by_need_after_a_minimum_for_each():
     assert split_budget([10, 20, 30], 100) == [10, 20, 30]
     assert split_budget([10, 1000, 1000], 100) == [10, 45, 45]
-    assert split_budget([100, 100, 200], 100) == [25, 25, 50] or sum(split_budget([100, 100, 200], 100)) <= 100
+    assert split_budget([100, 100, 200], 100) == [27, 27, 45]
     for needs in itertools.product((0, 3, 50, 1000), repeat=3):
         sizes = split_budget(needs, 80)
         assert sum(sizes) <= 80

@@ -1,0 +1,162 @@
+"""The command as a user meets it: what it prints, what it writes, and what it leaves alone when it refuses."""
+
+import polars as pl
+import pytest
+from click.testing import CliRunner
+
+from preprocess import __main__ as command
+from preprocess import pairs as pairs_module
+from preprocess.grouping import Groups
+from preprocess.pairs import PAIRS
+from tests import tiny
+
+
+def run(*args):
+    return CliRunner().invoke(command.main, [str(arg) for arg in args])
+
+
+@pytest.fixture
+def train(tmp_path):
+    """60 good rows and two that cannot be used."""
+    bad = tiny.pairs(2, seed=9, prefix="bad").with_columns(winner=pl.Series(["modelA", "tie"]), response_a=pl.lit(""))
+    pl.concat([tiny.pairs(60, seed=1), bad]).write_parquet(tmp_path / "train.parquet")
+    return tmp_path / "train.parquet"
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "data" / "pairs.parquet"
+
+
+def test_every_row_is_kept_or_rejected_with_a_reason(train, out):
+    result = run(train, "--out", out)
+    assert result.exit_code == 0, result.output
+    pairs = pl.read_parquet(out)
+    rejected = pl.read_parquet(out.with_name("pairs.rejected.parquet"))
+    assert pairs.schema == PAIRS
+    assert (pairs.height, rejected.height) == (60, 2)
+    assert rejected.select("id", "row", "reason").rows() == [
+        ("bad00000", 61, "empty answer"),
+        ("bad00001", 62, "empty answer"),
+    ]
+    assert sorted(path.name for path in out.parent.iterdir()) == ["pairs.parquet", "pairs.rejected.parquet"]
+
+
+def test_the_table_says_what_became_of_the_rows(train, out):
+    lines = run(train, "--out", out, "--folds", "3").output.splitlines()
+    heading, row = (next(line.split() for line in lines if line.strip().startswith(word)) for word in ("source", "train"))
+    assert " ".join(heading) == "source read kept judged again rejected language A wins B wins tie longer wins"
+    assert row[:4] == ["train", "62", "60", "0"]
+    assert row[4:7] == ["empty", "answer:", "2"]
+    assert any("60 pairs in 60 groups" in line for line in lines)
+    assert any(line.startswith("pairs per fold: 0: ") for line in lines)
+    assert any(line.startswith("leak report: no prompt has another of similarity 0.7 or more") for line in lines)
+
+
+def test_the_longer_answer_wins_as_often_as_counted_by_hand(tmp_path, out):
+    rows = [
+        ("1", "long", "s", "model_a"),
+        ("2", "long", "s", "model_b"),
+        ("3", "xy", "xz", "model_a"),
+        ("4", "long", "s", "tie"),
+    ]
+    table = pl.DataFrame(rows, schema=["id", "response_a", "response_b", "winner"], orient="row")
+    table.with_columns(prompt=pl.lit("question ") + pl.col("id")).write_csv(tmp_path / "x.csv")
+    line = next(line for line in run(tmp_path / "x.csv", "--out", out).output.splitlines() if line.split()[:1] == ["x"])
+    assert line.split()[-4:] == ["50.0%", "25.0%", "25.0%", "66.7%"]
+
+
+def test_running_twice_gives_the_same_bytes_and_the_same_lines(train, out):
+    first = run(train, "--out", out).output, out.read_bytes()
+    assert (run(train, "--out", out).output, out.read_bytes()) == first
+
+
+def test_its_own_output_can_be_read_again(train, out):
+    run(train, "--out", out)
+    again = out.with_name("again.parquet")
+    assert run(out, "--out", again).exit_code == 0
+    assert pl.read_parquet(again).equals(pl.read_parquet(out))
+
+
+def test_a_prompt_of_a_held_back_file_is_a_leak_and_nothing_is_written(train, out, tmp_path):
+    held_back = pl.read_parquet(train).head(3).drop("winner").with_columns(pl.col("prompt") + "!", id=pl.lit("held"))
+    held_back.write_csv(tmp_path / "test.csv")
+    tiny.pairs(5, seed=5).write_parquet(tmp_path / "other.parquet")
+    result = run(train, "--out", out, "--against", tmp_path / "other.parquet", tmp_path / "test.csv")
+    assert result.exit_code == 2
+    assert "3 between sources and other.parquet, test.csv" in result.output
+    assert all(part in result.output for part in ("row00000", "held", "test.csv", "fold "))
+    assert not out.parent.exists()
+
+
+def test_a_held_back_file_without_shared_prompts_passes(train, out, tmp_path):
+    tiny.pairs(30, seed=5).write_parquet(tmp_path / "test.parquet")
+    result = run(train, "--out", out, "--against", tmp_path / "test.parquet")
+    assert result.exit_code == 0
+    assert "or in test.parquet" in result.output
+
+
+def test_a_grouping_gone_wrong_is_caught_and_the_earlier_output_stays(tmp_path, out, monkeypatch):
+    table = tiny.pairs(40, seed=1)
+    table.write_parquet(tmp_path / "x.parquet")
+    run(tmp_path / "x.parquet", "--out", out)
+    before = out.read_bytes()
+    copies = table.with_columns(pl.col("prompt") + "?", pl.col("response_a") + "!", id="copy" + pl.col("id"))
+    pl.concat([table, copies]).write_parquet(tmp_path / "x.parquet")
+    monkeypatch.setattr(
+        pairs_module, "group_prompts", lambda texts, *_: Groups(pl.int_range(len(texts), eager=True).to_numpy(), ())
+    )
+    result = run(tmp_path / "x.parquet", "--out", out)
+    assert result.exit_code == 2
+    assert "between folds" in result.output
+    assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["absent.parquet", "broken.parquet", "columns.csv", "unusable.csv"])
+def test_bad_input_is_one_line_exit_code_2_and_no_file(tmp_path, train, out, name):
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1")
+    (tmp_path / "columns.csv").write_text("id,prompt,response_a,winner\n1,p,a,tie\n")
+    (tmp_path / "unusable.csv").write_text("id,prompt,response_a,response_b,winner\n1,p,a,b,nobody\n")
+    result = run(train, tmp_path / name, "--out", out)
+    assert result.exit_code == 2
+    (line,) = result.output.strip().splitlines()
+    assert line.startswith("error: ")
+    assert name in line
+    assert not out.parent.exists()
+
+
+@pytest.mark.parametrize(
+    "extra", [["--folds", "1"], ["--threshold", "0.2"], ["--out", "pairs.csv"], ["--against", "absent.csv"]]
+)
+def test_options_out_of_range_exit_with_2(train, out, extra):
+    assert run(train, "--out", out, *extra).exit_code == 2
+    assert not out.parent.exists()
+
+
+def test_a_file_given_twice_is_refused(train, out):
+    assert "given twice" in run(train, train, "--out", out).output
+    assert "given twice" in run(train, "--out", train).output
+    assert train.exists()
+
+
+def test_real_pairs_go_through_together(shared_data, out):
+    names = ("human.parquet", "human_lmsys.csv", "judged.parquet")
+    result = run(*(shared_data / name for name in names), "--out", out)
+    assert result.exit_code == 0, result.output
+    pairs = pl.read_parquet(out)
+    assert pairs["id"].is_unique().all()
+    assert pairs["weight"].sum() == 18_552
+    assert (pairs.group_by("group").agg(pl.col("fold").n_unique())["fold"] == 1).all()
+
+
+@pytest.mark.slow
+def test_a_competitions_number_of_rows_fits_time_and_memory():
+    import json
+    import subprocess
+    import sys
+
+    bench = subprocess.run([sys.executable, "-m", "tests.bench", "preprocess"], check=True, capture_output=True, text=True)
+    figures = json.loads(bench.stdout.splitlines()[-1])
+    assert figures["rows"] == 48_000
+    assert figures["peak_gigabytes"] <= 2
+    assert figures["seconds"] <= 60

@@ -1,0 +1,93 @@
+"""Judgements of one pair become one row; ids are unique; folds stay where they are when data is added."""
+
+import polars as pl
+import pytest
+
+from preprocess.pairs import PAIRS, group_number, make_pairs
+from preprocess.sources import ROWS
+from tests import tiny
+
+
+def row(row_id, prompt="p", a="a", b="b", winner="model_a", source="s", file="f") -> tuple:
+    one_hot = [float(winner == verdict) for verdict in ("model_a", "model_b", "tie")]
+    return (file, 1, row_id, [prompt], [a], [b], winner, "English", source, *one_hot, 1.0, None)
+
+
+def pairs_of(*rows, folds: int = 5, threshold: float = 0.7):
+    return make_pairs(pl.DataFrame(rows, schema=ROWS, orient="row"), folds, threshold)
+
+
+def votes(table: pl.DataFrame) -> list[tuple]:
+    return [
+        tuple(round(x, 4) if isinstance(x, float) else x for x in one)
+        for one in table.select("winner", "weight", "p_model_a", "p_model_b", "p_tie").rows()
+    ]
+
+
+def test_a_pair_judged_in_either_order_becomes_one_row_with_vote_shares():
+    result = pairs_of(row("1"), row("2", a="b", b="a", winner="model_a"), row("3"), row("4", winner="tie"))
+    assert result.table.schema == PAIRS
+    assert result.table.select("id", "response_a", "response_b").rows() == [("1", ["a"], ["b"])]
+    assert votes(result.table) == [("model_a", 4.0, 0.5, 0.25, 0.25)]
+    assert result.united == {"s": 3}
+
+
+def test_sides_follow_the_first_judgement_whichever_way_the_texts_sort():
+    for a, b in (("a", "b"), ("b", "a")):
+        result = pairs_of(row("1", a=a, b=b), row("2", a=b, b=a, winner="tie"))
+        assert result.table.select("response_a", "response_b").rows() == [([a], [b])]
+        assert votes(result.table) == [("tie", 2.0, 0.5, 0.0, 0.5)]
+
+
+def test_as_many_votes_for_either_are_a_tie():
+    assert votes(pairs_of(row("1"), row("2", winner="model_b")).table) == [("tie", 2.0, 0.5, 0.5, 0.0)]
+
+
+def test_other_prompts_or_other_turns_are_other_pairs():
+    assert pairs_of(row("1"), row("2", prompt="q"), row("3", b="c")).table.height == 3
+
+
+def test_an_id_that_is_taken_gets_its_source():
+    rows = [row("1", prompt=f"prompt {at}", source=source) for at, source in enumerate("xyyx")]
+    assert pairs_of(*rows).table["id"].to_list() == ["1", "y:1", "y:1:2", "x:1"]
+
+
+def test_groups_and_folds_are_hashes_of_the_earliest_prompt():
+    result = pairs_of(row("1", prompt="Why is the sky blue today?"), row("2", prompt="why is  the sky blue today??"))
+    number = group_number("why is the sky blue today?")
+    assert number == 7580162477500060531, "another hash would move every pair to another fold"
+    assert result.table["group"].to_list() == [number, number]
+    assert result.table["fold"].to_list() == [number % 5] * 2
+
+
+def rows_of(table: pl.DataFrame, file: str) -> list[tuple]:
+    return [
+        row(one["id"], one["prompt"], one["response_a"], one["response_b"], one["winner"], file=file)
+        for one in table.iter_rows(named=True)
+    ]
+
+
+def test_rows_added_after_the_others_move_no_pair():
+    old, new = rows_of(tiny.pairs(300, seed=1), "old"), rows_of(tiny.pairs(300, seed=2, prefix="new"), "new")
+    before = pairs_of(*old).table
+    after = pairs_of(*old, *new)
+    assert after.joined == ()
+    assert after.table.head(before.height).equals(before)
+    assert set(before["fold"]) == {0, 1, 2, 3, 4}
+
+
+def test_groups_that_a_later_file_joins_are_reported_with_their_folds():
+    one, other, between = "abcdefghijklmnopqrst", "cdefghijklmnopqrstuvwx", "abcdefghijklmnopqrstuvwx"
+    old = [row("1", prompt=one, file="old"), row("2", prompt=other, file="old")]
+    result = pairs_of(*old, row("3", prompt=between, file="new"), threshold=0.75)
+    (joined,) = result.joined
+    assert (joined.id, joined.fold_before, joined.fold_now) == ("2", group_number(other) % 5, group_number(one) % 5)
+    assert result.table["group"].n_unique() == 1
+
+
+@pytest.mark.parametrize("folds", [2, 5, 100])
+def test_folds_are_numbered_from_zero(folds):
+    table = pairs_of(*rows_of(tiny.pairs(400, seed=1), "x"), folds=folds).table
+    assert table["fold"].min() >= 0
+    assert table["fold"].max() < folds
+    assert (table.group_by("group").agg(pl.col("fold").n_unique())["fold"] == 1).all()
