@@ -88,14 +88,21 @@ class PairwisePlugin(BasePlugin):
         cfg["attn_implementation"] = cfg.get("attn_implementation") or ("eager" if self.block.softcap else "sdpa")
         for kernel in LORA_KERNELS:
             cfg[kernel] = False
+        if cfg.get("gradient_checkpointing") and not cfg.get("gradient_checkpointing_kwargs"):
+            # Axolotl's default, reentrant, marks LoRA's parameters ready twice under DDP.
+            cfg["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
         if not torch.cuda.is_available():
             # Axolotl takes `bf16: auto` on a CPU for fp16, in which the first step ends in NaN.
             cfg["bf16"] = cfg["fp16"] = False
+            if is_one_process_with_deepspeed(cfg):
+                start_group_for_deepspeed_on_cpu()
 
     def load_datasets(self, cfg, preprocess=False):
         if not torch.cuda.is_available():
             # Later is too late: Axolotl would give each process a CUDA device.
             cfg.device_map = {"": "cpu"}
+            if is_one_process_with_deepspeed(cfg):
+                cfg.device_map = None
         try:
             tokenizer = load_tokenizer(cfg)
             self.contract = self._new_contract(cfg, tokenizer)
@@ -168,6 +175,7 @@ class PairwisePlugin(BasePlugin):
         folder = Path(cfg.output_dir)
         if not self.predicted:
             self.predicted = True
+            check_deepspeed_ran(cfg, self.trainer)
             self._predict(folder)
         elif not self.written and self.trainer.is_world_process_zero():
             self.written = True
@@ -203,6 +211,26 @@ class PairwisePlugin(BasePlugin):
         LOG.info(
             "validation: accuracy %.4f, log loss %.4f, flips %.3f", *(values[k] for k in ("accuracy", "log_loss", "flip_rate"))
         )
+
+
+def check_deepspeed_ran(cfg, trainer) -> None:
+    """Without this, a process group set up in the wrong order trains with DDP, and only the memory tells."""
+    engine = type(trainer.model_wrapped).__name__
+    if cfg.deepspeed and engine != "DeepSpeedEngine":
+        raise RuntimeError(f"deepspeed is set, but the model was wrapped by {engine}")
+
+
+def is_one_process_with_deepspeed(cfg) -> bool:
+    """Whether DeepSpeed runs in this process alone."""
+    return bool(cfg.get("deepspeed")) and os.environ.get("WORLD_SIZE", "1") == "1"
+
+
+def start_group_for_deepspeed_on_cpu() -> None:
+    """Make a process group of one process: left alone, Axolotl asks for NCCL there, which a CPU has not."""
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "DS_ACCELERATOR": "cpu"}
+    if not torch.distributed.is_initialized():
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
 
 
 def ensure_head(model) -> None:

@@ -67,7 +67,7 @@ class PairwiseBlock(_Strict):
     """The `pairwise:` block of a recipe."""
 
     pairs: str = "data/pairs.parquet"
-    fold: int | Literal["all"] = 0
+    fold: int | str = 0
     verdicts: tuple[Literal["model_a", "model_b", "tie"], ...] = ("model_a", "model_b")
     head: Literal["score"] = "score"
     template: str | TemplateBlock
@@ -82,9 +82,9 @@ class PairwiseBlock(_Strict):
 
     @field_validator("fold")
     @classmethod
-    def _fold_is_not_negative(cls, fold):
-        if fold != "all" and fold < 0:
-            raise ValueError("expected 0 or more, or all")
+    def _fold_is_a_number_or_all(cls, fold):
+        if fold != "all" and (isinstance(fold, str) or fold < 0):
+            raise ValueError("expected a fold's number or all")
         return fold
 
     @field_validator("verdicts")
@@ -163,9 +163,11 @@ def recipe_problems(values: dict) -> list[str]:
     for key in values:
         if key not in AXOLOTL_KEYS and key != "pairwise":
             problems.append(f"{key}: unknown key{_nearest(key, AXOLOTL_KEYS)}")
-    skipped = values.get("llm_int8_skip_modules")
+    skipped = (values.get("bnb_config_kwargs") or {}).get("llm_int8_skip_modules")
     if skipped is not None and "score" not in skipped:
-        problems.append("llm_int8_skip_modules: it replaces the default list, so the head would be quantised; add score")
+        problems.append(
+            "bnb_config_kwargs.llm_int8_skip_modules: it replaces the default list, so the head would be quantised; add score"
+        )
     if "pairwise" not in values:
         return [*problems, "pairwise: missing; a recipe needs this block"]
     return problems + pairwise_problems(values["pairwise"])
@@ -176,12 +178,16 @@ def pairwise_problems(block: object) -> list[str]:
     try:
         PairwiseBlock.model_validate(block)
     except ValidationError as error:
-        return [_explain(problem) for problem in error.errors()]
+        spelled_out = any(
+            "TemplateBlock" in problem["loc"] and isinstance(block["template"], dict) for problem in error.errors()
+        )
+        not_meant = ("template", "str") if spelled_out else ("template", "TemplateBlock")
+        return [_explain(problem) for problem in error.errors() if problem["loc"][:2] != not_meant]
     return []
 
 
 def _explain(problem: dict) -> str:
-    where = [str(part) for part in problem["loc"] if part not in ("str", "int", "TemplateBlock", "literal['all']")]
+    where = [str(part) for part in problem["loc"] if part not in ("str", "int", "TemplateBlock")]
     key = ".".join(["pairwise", *where])
     if problem["type"] == "extra_forbidden":
         known = PackageBlock if where[:1] == ["package"] else TemplateBlock if where[:1] == ["template"] else PairwiseBlock

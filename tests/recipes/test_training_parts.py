@@ -1,0 +1,124 @@
+"""The plain functions behind the plugin: targets, collator, loss, metrics, splits, head."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from preprocess.errors import UserError
+from recipes.pairwise import data, metrics
+from recipes.pairwise.collator import PairCollator
+from recipes.pairwise.plugin import ensure_head
+from recipes.pairwise.trainer import soft_cross_entropy
+from tests import tiny
+
+TWO = ("model_a", "model_b")
+THREE = ("model_b", "tie", "model_a")
+
+
+def test_targets_follow_the_verdicts_and_two_of_them_share_a_tie():
+    frame = pl.DataFrame({"p_model_a": [1.0, 0.25], "p_model_b": [0.0, 0.25], "p_tie": [0.0, 0.5]})
+    assert data.targets(frame, TWO).tolist() == [[1.0, 0.0], [0.5, 0.5]]
+    assert data.targets(frame, THREE).tolist() == [[0.0, 0.0, 1.0], [0.25, 0.5, 0.25]]
+
+
+def rows() -> list[dict]:
+    return [
+        {"as_given": [5, 6, 7], "swapped": [5, 7, 6, 8], "labels": [0.75, 0.25], "weight": 2.0},
+        {"as_given": [9], "swapped": [8], "labels": [0.0, 1.0], "weight": 1.0},
+    ]
+
+
+def test_both_orders_of_a_pair_are_adjacent_and_their_labels_swapped():
+    batch = PairCollator(None, TWO, "both", pad_token_id=1, pad_to_multiple_of=4)(rows())
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 1], [5, 7, 6, 8], [9, 1, 1, 1], [8, 1, 1, 1]]
+    assert batch["attention_mask"].sum(dim=1).tolist() == [3, 4, 1, 1]
+    assert batch["labels"].tolist() == [[[0.75, 0.25], [0.25, 0.75]], [[0.0, 1.0], [1.0, 0.0]]]
+    assert batch["weight"].tolist() == [2.0, 1.0]
+
+
+def test_one_order_is_the_first_or_a_random_one_with_its_own_labels():
+    as_given = PairCollator(None, TWO, "as_given", pad_token_id=1)(rows())
+    assert as_given["labels"].tolist() == [[[0.75, 0.25]], [[0.0, 1.0]]]
+    torch.manual_seed(0)
+    random = PairCollator(None, TWO, "random", pad_token_id=1)
+    seen = {tuple(map(tuple, (batch["input_ids"][:1, :4].tolist()[0], batch["labels"][0, 0].tolist())))
+            for batch in (random(rows()) for _ in range(20))}  # fmt: skip
+    assert seen == {((5, 6, 7, 1), (0.75, 0.25)), ((5, 7, 6, 8), (0.25, 0.75))}
+
+
+def test_loss_is_the_weighted_soft_cross_entropy():
+    logits = torch.tensor([[[0.0, 0.0]], [[math.log(3.0), 0.0]]])
+    labels = torch.tensor([[[0.5, 0.5]], [[1.0, 0.0]]])
+    expected = (3 * math.log(2) + 1 * math.log(4 / 3)) / 4
+    assert soft_cross_entropy(logits, labels, torch.tensor([3.0, 1.0])).item() == pytest.approx(expected, abs=1e-6)
+    smoothed = soft_cross_entropy(logits[1:], labels[1:], torch.tensor([1.0]), label_smoothing=0.2).item()
+    assert smoothed == pytest.approx(0.9 * math.log(4 / 3) + 0.1 * math.log(4), abs=1e-6)
+
+
+def test_the_swapped_order_is_swapped_back_before_it_is_averaged():
+    logits = np.log(np.array([[[0.7, 0.2, 0.1], [0.3, 0.5, 0.2]]]))
+    both = metrics.probabilities(logits, ("model_a", "model_b", "tie"))
+    assert np.allclose(both[0], [[0.7, 0.2, 0.1], [0.5, 0.3, 0.2]])
+    assert np.allclose(metrics.probabilities(logits, ("model_a", "tie", "model_b"))[0, 1], [0.2, 0.5, 0.3])
+
+
+def test_scores_are_those_worked_out_by_hand():
+    both = np.array([[[0.8, 0.2], [0.6, 0.4]], [[0.6, 0.4], [0.2, 0.8]], [[0.9, 0.1], [0.7, 0.3]]])
+    labels = np.array([[1.0, 0.0], [1.0, 0.0], [0.5, 0.5]])
+    found = metrics.scores(both, labels)
+    assert found["accuracy"] == 0.5
+    assert found["accuracy_as_given"] == 1.0
+    assert found["flip_rate"] == pytest.approx(1 / 3)
+    assert found["log_loss"] == pytest.approx(-(math.log(0.7) + math.log(0.4) + (math.log(0.8) + math.log(0.2)) / 2) / 3)
+
+
+def test_the_longer_response_is_counted_over_all_turns():
+    frame = pl.DataFrame(
+        {
+            "response_a": [["abc", "d"], ["x"], ["same"]],
+            "response_b": [["abc"], ["long"], ["long"]],
+            "winner": ["model_a", "model_a", "tie"],
+        }
+    )
+    assert metrics.longer_is_right(frame) == 0.5
+
+
+def test_a_fold_is_held_out_and_all_keeps_a_fixed_sample(tmp_path):
+    path = tiny.pairs_parquet(tmp_path / "pairs.parquet", 1000)
+    frame = data.read_pairs(path)
+    train, validation = data.split(frame, 2, path)
+    assert (len(train), validation["fold"].unique().to_list()) == (800, [2])
+    train, sample = data.split(frame, "all", path)
+    shuffled = data.split(frame.sample(fraction=1.0, shuffle=True, seed=3), "all", path)[1]
+    assert (len(train), len(sample)) == (1000, 500)
+    assert sample["id"].to_list() == shuffled["id"].to_list()
+    with pytest.raises(UserError, match="pairwise.fold is 7, but the folds in the file are 0, 1, 2, 3, 4"):
+        data.split(frame, 7, path)
+
+
+def test_pairs_that_are_absent_or_of_another_kind_are_named(tmp_path):
+    with pytest.raises(UserError, match="none.parquet: no such file; make it with python -m preprocess"):
+        data.read_pairs(tmp_path / "none.parquet")
+    (tmp_path / "text.parquet").write_text("not parquet")
+    with pytest.raises(UserError, match="text.parquet: not a Parquet file"):
+        data.read_pairs(tmp_path / "text.parquet")
+    pl.DataFrame({"id": ["x"]}).write_parquet(tmp_path / "raw.parquet")
+    with pytest.raises(UserError, match="no column prompt, response_a"):
+        data.read_pairs(tmp_path / "raw.parquet")
+
+
+@pytest.mark.parametrize("spoilt", [0.0, float("nan"), 1e30])
+def test_a_head_that_holds_nonsense_is_initialised_and_a_sane_one_kept(spoilt):
+    torch.manual_seed(0)
+    model = SimpleNamespace(score=torch.nn.Linear(64, 2, bias=False))
+    torch.nn.init.normal_(model.score.weight, std=0.02)
+    before = model.score.weight.detach().clone()
+    ensure_head(model)
+    assert torch.equal(model.score.weight, before)
+    torch.nn.init.constant_(model.score.weight, spoilt)
+    ensure_head(model)
+    assert 0.01 < model.score.weight.std().item() < 0.03
