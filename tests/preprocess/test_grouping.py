@@ -5,13 +5,13 @@ import random
 import numpy as np
 import pytest
 
-from preprocess.grouping import band_rows, group_prompts
+from preprocess.grouping import _pairs_in, band_rows, group_prompts
 from preprocess.ngrams import codes_jaccard, gram_codes, grams, jaccard, normalise
 
 ALPHABET = list("abcdefgh 河流窗户音乐面包花かわまどنافذة😀")
 
 
-def texts_with_near_copies(seed: int = 0, families: int = 80) -> list[str]:
+def texts_with_near_copies(seed: int = 0, families: int = 50) -> list[str]:
     """Random texts of 1 to 120 characters in mixed scripts, each with three copies that a few edits set apart."""
     rng = random.Random(seed)
     texts = []
@@ -29,6 +29,13 @@ def texts_with_near_copies(seed: int = 0, families: int = 80) -> list[str]:
 
 def alike(texts: list[str], threshold: float) -> set[tuple[int, int]]:
     return {(a, b) for b in range(len(texts)) for a in range(b) if jaccard(texts[a], texts[b]) >= threshold}
+
+
+def test_all_pairs_in_a_bucket_are_candidates():
+    order, edges = np.array([5, 3, 9, 1, *range(100, 170)]), np.array([0, 3, 4, 74])
+    found = [pair for one, other in _pairs_in(order, edges) for pair in zip(one.tolist(), other.tolist(), strict=True)]
+    assert sorted(found[:3]) == [(3, 9), (5, 3), (5, 9)]
+    assert set(found[3:]) == {(a, b) for b in range(100, 170) for a in range(100, b)}
 
 
 def connected(count: int, edges: set[tuple[int, int]]) -> list[int]:

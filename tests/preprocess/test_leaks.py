@@ -44,6 +44,12 @@ def test_files_outside_of_the_folds_leak_into_folds_but_not_into_each_other():
     assert [(leak.one, leak.other) for leak in found] == [(0, 2), (0, 3)]
 
 
+@pytest.mark.parametrize("places", [[0, -1], [-1, 0]])
+def test_a_longer_and_a_shorter_copy_leak_whichever_is_held_back(places):
+    assert len(find_leaks(["abcdefghijklmnopqrst", "abcdefghijklmnopqrstu"], places, 0.7).leaks) == 1
+    assert find_leaks(["abcdefghijklmnopqrst", "abcdefghijklmnopqrstu"], [-1, -2], 0.7).leaks == ()
+
+
 def test_the_closest_harmless_pair_that_came_near_is_told():
     texts = texts_with_near_copies(seed=1)
     below = {jaccard(a, b) for at, b in enumerate(texts) for a in texts[:at]} - {1.0}

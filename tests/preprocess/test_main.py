@@ -1,5 +1,9 @@
 """The command as a user meets it: what it prints, what it writes, and what it leaves alone when it refuses."""
 
+import json
+import subprocess
+import sys
+
 import polars as pl
 import pytest
 from click.testing import CliRunner
@@ -151,12 +155,8 @@ def test_real_pairs_go_through_together(shared_data, out):
 
 @pytest.mark.slow
 def test_a_competitions_number_of_rows_fits_time_and_memory():
-    import json
-    import subprocess
-    import sys
-
     bench = subprocess.run([sys.executable, "-m", "tests.bench", "preprocess"], check=True, capture_output=True, text=True)
     figures = json.loads(bench.stdout.splitlines()[-1])
     assert figures["rows"] == 48_000
     assert figures["peak_gigabytes"] <= 2
-    assert figures["seconds"] <= 60
+    assert figures["cpu_seconds"] <= 60  # not by the clock: other work on the machine would count
