@@ -22,6 +22,7 @@ from tests import tiny
 TARGETS = {"bert": ["query", "value", "dense"]}
 DECODER_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ROWS = 24
+TWO = ("model_a", "model_b")
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,13 @@ def pairs_file(path: Path, rows: int = ROWS) -> pl.DataFrame:
     return frame
 
 
-def recipe_file(folder: Path, base: Path, kind: str, **package) -> Path:
+def recipe_file(folder: Path, base: Path, kind: str, verdicts: tuple[str, ...], **package) -> Path:
     """Write a recipe for a run in folder/run."""
     block = {
         "pairs": str(folder / "pairs.parquet"),
         "template": "bert" if kind == "bert" else "gemma",
         "budget_tokens": 128,
+        "verdicts": list(verdicts),
         "package": {"slug": "tiny-package", **package},
     }
     path = folder / "recipe.yml"
@@ -67,12 +69,14 @@ def recipe_file(folder: Path, base: Path, kind: str, **package) -> Path:
     return path
 
 
-def make(folder: Path, base: Path, kind: str, *, full: bool = False, lora: dict | None = None, **package) -> Made:
+def make(
+    folder: Path, base: Path, kind: str, *, verdicts: tuple = TWO, full: bool = False, lora: dict | None = None, **package
+) -> Made:
     """A run of the base model of `kind`, as training leaves it: LoRA by default, or a full fine-tune."""
-    recipe = recipe_file(folder, base, kind, **package)
+    recipe = recipe_file(folder, base, kind, verdicts, **package)
     block = PairwiseBlock.model_validate(yaml.safe_load(recipe.read_text())["pairwise"])
     run_folder = folder / "run"
-    model = classifier(base, kind)
+    model = classifier(base, kind, len(verdicts))
     if not full:
         model = with_adapter(model, kind, **(lora or {}))
     model.save_pretrained(run_folder)
@@ -85,10 +89,12 @@ def make(folder: Path, base: Path, kind: str, *, full: bool = False, lora: dict 
     return Made(recipe, run_folder, base, model)
 
 
-def classifier(base: Path, kind: str) -> torch.nn.Module:
+def classifier(base: Path, kind: str, labels: int) -> torch.nn.Module:
     """The base as a classifier, with a random head large enough to have opinions."""
     torch.manual_seed(1)
-    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2, pad_token_id=0, attn_implementation="sdpa")
+    model = AutoModelForSequenceClassification.from_pretrained(
+        base, num_labels=labels, pad_token_id=0, attn_implementation="sdpa"
+    )
     if kind == "gemma2":
         model.config.attn_logit_softcapping = None
     head = model.classifier if kind == "bert" else model.score

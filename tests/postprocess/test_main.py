@@ -79,6 +79,15 @@ def test_a_full_fine_tune_becomes_a_package(packaged):
     assert (run.folder / "package" / "model.safetensors").exists()
 
 
+def test_three_verdicts_in_the_contracts_order_become_a_package(packaged):
+    run, _ = packaged("gemma2", quantize="nf4", verdicts=("tie", "model_b", "model_a"))
+    config = json.loads((run.folder / "package" / "config.json").read_text())
+    assert config["id2label"] == {"0": "tie", "1": "model_b", "2": "model_a"}
+    report = json.loads((run.folder / "agreement.json").read_text())
+    assert report["models"][1]["against_recorded"]["largest"] < 1e-6
+    assert all(len(row["probabilities"]) == 3 for row in report["golden"])
+
+
 def edit_contract(run, **values):
     path = run.folder / "contract.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
