@@ -93,7 +93,7 @@ def summary(pairs: Pairs, folds: int, threshold: float) -> list[str]:
     sizes = np.bincount(table["fold"].to_numpy(), minlength=folds)
     lines = [
         f"{table.height:,} pairs in {groups.height:,} groups of prompts that are equal or of similarity {threshold:g} or more; "
-        f"the largest: {first.height:,} pairs with {_count(first['prompt'].n_unique(), 'prompt')}, "
+        f"the largest: {_count(first.height, 'pair')} with {_count(first['prompt'].n_unique(), 'prompt')}, "
         f'"{snippet(" ".join(first["prompt"][0]), 60)}"',
         "pairs per fold: " + ", ".join(f"{fold}: {size:,}" for fold, size in enumerate(sizes.tolist())),
     ]
