@@ -36,7 +36,7 @@ def test_no_kernel_is_committed_without_its_spec():
 
 @pytest.mark.parametrize("path", all_specs(), ids=lambda path: path.stem)
 def test_metadata_asks_for_two_t4s_without_internet_under_the_slug_of_the_title(path):
-    metadata = json.loads((generated_folder(path) / "kernel-metadata.json").read_text())
+    metadata = json.loads(generate(path)["kernel-metadata.json"])
     assert metadata["machine_shape"] == "NvidiaTeslaT4"
     assert metadata["enable_internet"] is False
     assert (metadata["language"], metadata["kernel_type"], metadata["code_file"]) == ("python", "script", "kernel.py")

@@ -2,12 +2,13 @@
 
 import threading
 import time
+from collections import deque
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from kaggle_kernels.runtime.engine import Worker, margin, plan_batches, score_package
+from kaggle_kernels.runtime.engine import Pass, Worker, margin, next_batch, plan_batches, score_package
 from kaggle_kernels.runtime.package import read_package
 from kaggle_kernels.runtime.scoring import Request
 from kaggle_kernels.runtime.settings import start_clock
@@ -155,3 +156,31 @@ def test_the_second_order_on_a_long_clock_is_batched_by_length():
 def test_the_margin_is_the_lead_of_the_first_verdict():
     assert margin([0.5, 0.25, 0.25]) == 0.25
     assert margin(None) == -1
+
+
+def queue_of(lengths, deadline, may_reorder):
+    batches = [[Request(str(number), "as_given", [5] * length)] for number, length in enumerate(lengths)]
+    return Pass("test", deque(batches), deadline, may_reorder, len(lengths))
+
+
+def test_a_batch_that_would_end_after_the_deadline_stays_in_the_queue():
+    worker = Worker("cpu", None, 100, tokens=10, seconds=1.0)
+    work = queue_of([90, 60], time.monotonic() + 5, may_reorder=False)
+    assert next_batch(work, worker, [worker]) is None
+    assert [batch[0].id for batch in work.queue] == ["0", "1"]
+
+
+def test_a_short_clock_takes_the_shortest_batch_that_fits():
+    worker = Worker("cpu", None, 100, tokens=10, seconds=1.0)
+    work = queue_of([90, 60, 40], time.monotonic() + 5, may_reorder=True)
+    assert [request.id for request in next_batch(work, worker, [worker])] == ["2"]
+    assert [batch[0].id for batch in work.queue] == ["0", "1"]
+
+
+def test_a_batch_over_the_workers_budget_is_split_and_the_rest_stays_next():
+    worker = Worker("cpu", None, 20)
+    work = Pass(
+        "test", deque([[Request(str(number), "as_given", [5] * 10) for number in range(5)]]), time.monotonic() + 5, True, 5
+    )
+    assert [[request.id for request in next_batch(work, worker, [worker])] for _ in range(3)] == [["0", "1"], ["2", "3"], ["4"]]
+    assert next_batch(work, worker, [worker]) is None
