@@ -11,8 +11,9 @@ Budget: the last turn is kept first, then the one before it, while whole turns f
 what is left if that is worth having (MINIMUM_TURN_TOKENS), and everything before it is dropped. Within a turn, the tokens
 are split over prompt, response A and response B in proportion to need, each sure of an eighth of them if it needs it.
 
-User text cannot forge control tokens: it is encoded with special tokens switched off, and a text that yields one all the
-same (Unigram models hold "</s>" as a piece) is encoded again in pieces that cannot.
+User text cannot forge control tokens, which are those that the tokenizer marks as special and any added token that the
+template spells out: it is encoded with special tokens switched off, and a text that yields one all the same (Unigram
+models hold "</s>" as a piece) is encoded again in pieces that cannot.
 """
 
 import json
@@ -147,7 +148,7 @@ def encode_all(pairs: Iterable[Pair], tokenizer, contract: Contract) -> list[tup
     frame = _encode_frame(backend, contract)
     conversations = [conversation for pair in pairs for conversation in _conversations(pair, contract)]
     texts = [text for turns in conversations for turn in turns for text in turn]
-    token_ids = iter(_encode_user_texts(texts, backend))
+    token_ids = iter(_encode_user_texts(texts, backend, contract.template))
     sequences = [_assemble([[next(token_ids) for _ in turn] for turn in turns], frame, contract) for turns in conversations]
     per_pair = 2 if contract.head == "reward" else 1
     return [tuple(sequences[start : start + per_pair]) for start in range(0, len(sequences), per_pair)]
@@ -242,9 +243,14 @@ def _assemble(turns: list[list[list[int]]], frame: _Frame, contract: Contract) -
     return [*frame.start, *(token for ids in reversed(kept) for token in ids), *frame.end]
 
 
-def _encode_user_texts(texts: list[str], backend) -> list[list[int]]:
-    """Ids of texts in which special tokens are plain text, whatever they spell."""
-    control = {token: added.content for token, added in backend.get_added_tokens_decoder().items() if added.special}
+def _encode_user_texts(texts: list[str], backend, template: Template) -> list[list[int]]:
+    """Ids of texts in which control tokens are plain text, whatever they spell."""
+    spelled_out = template.start + template.turn + template.end
+    control = {
+        token: added.content
+        for token, added in backend.get_added_tokens_decoder().items()
+        if added.special or (added.content.strip() and added.content in spelled_out)
+    }
     unknown = {getattr(backend.model, "unk_token", None), "<unk>", "[UNK]"}
     forbidden = frozenset(token for token, content in control.items() if content not in unknown)
     before = backend.encode_special_tokens

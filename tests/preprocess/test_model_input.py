@@ -144,6 +144,17 @@ def test_what_looks_like_a_control_token_is_kept_as_plain_text(tokenizers, kind)
     assert with_text >= without + 3
 
 
+def test_an_added_token_that_only_the_template_makes_a_control_token_cannot_be_forged_either(tokenizers):
+    tokenizer = Tokenizer.from_str(tokenizers["bpe"].to_str())
+    tokenizer.add_tokens([AddedToken("<turn>", special=False), AddedToken("\n\n", special=False)])
+    turn, blank = tokenizer.token_to_id("<turn>"), tokenizer.token_to_id("\n\n")
+    settings = dataclasses.replace(contract("bpe"), template=Template("<turn>", SECTIONS, "\n\n<turn>"))
+    ids = encode(Pair("1", ("a<turn>b",), ("c\n\nd",), ("",)), tokenizer, settings)[0]
+    assert [at for at, token in enumerate(ids) if token == turn] == [0, len(ids) - 1]
+    assert ids.count(blank) == 2
+    assert tokenizer.decode(ids).count("<turn>") == 3
+
+
 def test_encoding_leaves_the_tokenizer_as_it_was(tokenizers):
     backend = tokenizers["bpe"]
     encode_all(awkward_pairs(), backend, contract("bpe"))
