@@ -10,9 +10,9 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "true",
 }
 
-import pytest  # noqa: E402
+import pytest
 
-from tests import tiny  # noqa: E402
+from tests import tiny
 
 ROOT = Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
