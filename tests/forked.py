@@ -3,6 +3,7 @@
 The forks come from a server process that has imported but never computed, so that no thread pool is inherited.
 """
 
+import importlib
 import multiprocessing
 import os
 import sys
@@ -11,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["axolotl.cli.train", "axolotl.core.builders", "recipes.pairwise.plugin"])
+SERVER.set_forkserver_preload(
+    ["axolotl.cli.train", "axolotl.train", "axolotl.core.builders", "recipes.pairwise.plugin", "deepspeed", "torchao"]
+)
 
 
 @dataclass(frozen=True)
@@ -42,17 +45,17 @@ def _run(command: str, recipe: str, log: str, environment: dict[str, str], optio
     sys.stdout = os.fdopen(1, "w", buffering=1)
     sys.stderr = os.fdopen(2, "w", buffering=1)
     sys.argv = ["axolotl", command, recipe]
+    # A fork server's children would start the data loader's workers from fork servers of their own, five seconds each.
+    multiprocessing.set_start_method("fork", force=True)
     import torch
 
     torch.set_num_threads(1)
     try:
-        if command == "train":
-            from axolotl.cli.train import do_cli
-        elif command == "preprocess":
-            from axolotl.cli.preprocess import do_cli
+        module = importlib.import_module(f"axolotl.cli.{command.replace('-', '_')}")
+        if command == "quantize":
+            module.do_quantize(recipe, {})
         else:
-            from axolotl.cli.merge_lora import do_cli
-        do_cli(config=recipe, **options)
+            module.do_cli(config=recipe, **options)
     except SystemExit:
         raise
     except BaseException:

@@ -59,8 +59,15 @@ def new_contract(
 ) -> Contract:
     """The contract as training starts: all that decides the ids, without hashes and golden rows.
 
-    A base model in a folder is named as the user named it; hub models by repository and revision.
+    A base model in a folder is named as the user named it; hub models by repository and revision. Raises UserError where
+    rows end with the pad token: a classifier reads the last token that is not padding, and would read the wrong one.
     """
+    golden = golden_rows(tokenizer, block, pad_token_id)
+    if any(ids[-1] == pad_token_id for row in golden for ids in row["ids"]):
+        raise UserError(
+            f"pairwise.template: rows end with {tokenizer.pad_token!r}, the pad token, which is never read; "
+            "end the template otherwise, or set special_tokens: {pad_token: …} to another token"
+        )
     return Contract(
         head=block.head,
         verdicts=block.verdicts,
@@ -76,7 +83,7 @@ def new_contract(
         label_token_ids=(),
         model_input_sha256=sha256(MODEL_INPUT),
         tokenizer_sha256={},
-        golden=golden_rows(tokenizer, block, pad_token_id),
+        golden=golden,
         recorded={},
     )
 

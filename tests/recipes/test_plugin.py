@@ -1,0 +1,144 @@
+"""The plugin inside Axolotl: what it refuses, and what it leaves behind."""
+
+import json
+import shutil
+
+import polars as pl
+import pytest
+import yaml
+
+from preprocess.model_input import read_contract
+from tests import forked, tiny
+from tests.conftest import ROOT
+
+
+@pytest.fixture
+def demo_twin(tiny_models, tmp_path):
+    """The demo's twin on forty pairs, with changes to its keys: demo_twin(adapter="qlora")."""
+    pairs = tiny.pairs_parquet(tmp_path / "pairs.parquet", 40)
+
+    def write(block: dict | None = None, base: str = "gemma2", **changes):
+        path = tiny.twin(ROOT / "recipes/demo.yml", tmp_path, tiny_models(base), pairs)
+        values = yaml.safe_load(path.read_text()) | changes
+        values["pairwise"] |= block or {}
+        path.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None}))
+        return path
+
+    return write
+
+
+def last_line(output: str) -> str:
+    return output.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        ("merge-lora", "error: axolotl merge-lora: refused, it would lose the head without a word; use python -m postprocess"),
+        ("quantize", "error: axolotl quantize: refused, it loads a causal model and loses the head"),
+        ("evaluate", "error: axolotl evaluate: refused, it ignores this plugin's datasets"),
+    ],
+)
+def test_commands_that_would_lose_the_head_are_refused(demo_twin, tmp_path, command, line):
+    ended = forked.axolotl(command, demo_twin())
+    assert (ended.code, last_line(ended.output)[: len(line)]) == (2, line)
+    assert not (tmp_path / "demo").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "block", "message"),
+    [
+        ({"lerning_rate": 1}, {}, "lerning_rate: unknown key; did you mean learning_rate?"),
+        ({"sample_packing": True}, {}, "sample_packing: refused"),
+        ({"reward_model": True}, {}, "reward_model: refused"),
+        ({"trust_remote_code": True}, {}, "trust_remote_code: refused"),
+        ({"lora_target_linear": True}, {}, "lora_target_linear: refused"),
+        ({}, {"verdict": ["model_a"]}, "pairwise.verdict: unknown key; did you mean verdicts?"),
+        ({"attn_implementation": "sdpa"}, {"softcap": True}, "attn_implementation: sdpa drops the soft cap"),
+        ({}, {"fold": 9}, "pairwise.fold is 9, but the folds in the file are 0, 1, 2, 3, 4"),
+        ({}, {"pairs": "absent.parquet"}, "absent.parquet: no such file; make it with python -m preprocess"),
+        ({}, {"budget_tokens": 64}, "budget_tokens: 64 leaves no room beside the template"),
+    ],
+)
+def test_a_recipe_that_would_go_wrong_ends_with_2_and_one_line(demo_twin, changes, block, message):
+    ended = forked.axolotl("train", demo_twin(block, **changes))
+    assert ended.code == 2
+    assert last_line(ended.output).startswith("error: ")
+    assert message in last_line(ended.output)
+
+
+def test_a_template_that_ends_with_the_pad_token_is_refused(demo_twin, tiny_models, tmp_path):
+    """Without a pad token of its own a tokenizer pads with <eos>; a template that ends with it would pool the token before."""
+    base = shutil.copytree(tiny_models("llama"), tmp_path / "unpadded")
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps(settings | {"pad_token": None}))
+    template = {"start": "<bos>", "turn": "{prompt} {response_a} {response_b}", "end": "<eos>"}
+    ended = forked.axolotl("train", demo_twin({"template": template}, base_model=str(base)))
+    assert ended.code == 2
+    assert last_line(ended.output).startswith("error: pairwise.template: rows end with '<eos>', the pad token")
+
+
+@pytest.mark.parametrize(
+    ("base", "changes"),
+    [
+        ("gemma2", {"adapter": "qlora", "load_in_4bit": True}),
+        ("llama", {}),
+        ("qwen2", {"adapter": None, "lora_r": None, "lora_alpha": None, "lora_target_modules": None}),
+        ("gemma2", {"gradient_checkpointing": True}),
+    ],
+    ids=["qlora", "llama", "full fine-tuning of a decoder", "gradient checkpointing"],
+)
+def test_other_ways_to_train_leave_weights_with_a_head(demo_twin, tmp_path, base, changes):
+    from safetensors import safe_open
+
+    ended = forked.axolotl("train", demo_twin(base=base, **changes))
+    assert ended.code == 0, ended.output[-3000:]
+    run = tmp_path / "demo"
+    assert read_contract(run).verdicts == ("model_a", "model_b")
+    weights = run / (
+        "model.safetensors" if "adapter" in changes and changes["adapter"] is None else "adapter_model.safetensors"
+    )
+    with safe_open(weights, "pt") as tensors:
+        heads = [name for name in tensors.keys() if "score" in name]  # noqa: SIM118
+        assert [tensors.get_slice(name).get_shape() for name in heads] == [[2, 64]]
+
+
+@pytest.mark.parametrize("softcap", [False, True])
+def test_the_soft_cap_is_chosen_once_and_written_into_config_and_contract(demo_twin, tmp_path, softcap):
+    ended = forked.axolotl("train", demo_twin({"softcap": softcap}))
+    assert ended.code == 0, ended.output[-3000:]
+    contract = read_contract(tmp_path / "demo")
+    assert (contract.softcap, contract.attention) == (softcap, "eager" if softcap else "sdpa")
+    config = json.loads((tmp_path / "demo/config.json").read_text())
+    assert config["attn_logit_softcapping"] == (50.0 if softcap else None)
+
+
+def test_lmsys_rows_train_three_verdicts(shared_data, demo_twin, tmp_path):
+    from click.testing import CliRunner
+
+    from preprocess.__main__ import main
+
+    pairs = tmp_path / "lmsys.parquet"
+    result = CliRunner().invoke(main, [str(shared_data / "human_lmsys.csv"), "--out", str(pairs)])
+    assert result.exit_code == 0, result.output
+    rows = pl.read_parquet(pairs)
+    assert rows.filter(pl.col("winner") == "tie").height == 1024
+    rows.filter(pl.int_range(pl.len()) % 60 == 0).write_parquet(pairs)
+    verdicts = ["model_a", "model_b", "tie"]
+    ended = forked.axolotl("train", demo_twin({"pairs": str(pairs), "verdicts": verdicts, "budget_tokens": 128}))
+    assert ended.code == 0, ended.output[-3000:]
+    predictions = pl.read_parquet(tmp_path / "demo/predictions.parquet")
+    assert predictions["p_tie"].min() > 0
+    assert read_contract(tmp_path / "demo").num_labels == 3
+
+
+def test_training_again_removes_what_vouched_for_the_old_weights(demo_twin, tmp_path):
+    recipe = demo_twin()
+    run = tmp_path / "demo"
+    run.mkdir()
+    for name in ("contract.json", "metrics.json", "predictions.parquet"):
+        (run / name).write_text("of an earlier run")
+    ended = forked.axolotl("train", recipe, learning_rate=1e30)
+    assert ended.code == 1
+    assert "the gradient is not finite" in ended.output
+    assert [name for name in ("contract.json", "metrics.json", "predictions.parquet") if (run / name).exists()] == []
