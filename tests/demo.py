@@ -96,9 +96,10 @@ def main() -> None:
         if is_current(stage):
             print(f"{stage.name:<12} up to date   {stage.command}")
             continue
-        print(f"{stage.name:<12} …            {stage.command}", end="", flush=True)
+        if sys.stdout.isatty():
+            print(f"{stage.name:<12} …            {stage.command}", end="\r", flush=True)
         seconds[stage.name] = run(stage, logs / f"{stage.name}.log")
-        print(f"\r{stage.name:<12} {seconds[stage.name]:>6.1f} s     {stage.command}")
+        print(f"{stage.name:<12} {seconds[stage.name]:>6.1f} s     {stage.command}", flush=True)
     rehearsal = read_json(DEMO / "rehearsal" / "rehearsal.json")
     submission = DEMO / "rehearsal" / "submission.csv"
     result = {

@@ -200,19 +200,19 @@ def twin(recipe: Path, folder: Path, base_model: Path, pairs_file: Path, **chang
     values["pairwise"] = values["pairwise"] | {"pairs": str(pairs_file)}
     folder.mkdir(parents=True, exist_ok=True)
     if "deepspeed" in values and "deepspeed" not in changes:
-        changes["deepspeed"] = str(deepspeed_numbers(Path(values["deepspeed"]), folder, values, processes=1))
+        changes["deepspeed"] = str(deepspeed_numbers(values["deepspeed"], folder, values, processes=1))
     values |= changes
     path = folder / recipe.name
     path.write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8")
     return path
 
 
-def deepspeed_numbers(config: Path, folder: Path, recipe: dict, processes: int) -> Path:
+def deepspeed_numbers(config: str, folder: Path, recipe: dict, processes: int) -> Path:
     """A copy of a DeepSpeed JSON in `folder` with its "auto" batch sizes as numbers."""
     values = json.loads((ROOT / config).read_text())
     micro, steps = recipe["micro_batch_size"], recipe["gradient_accumulation_steps"]
     values |= {"train_micro_batch_size_per_gpu": micro, "train_batch_size": micro * steps * processes}
-    path = folder / f"{config.stem}-{processes}.json"
+    path = folder / f"{Path(config).stem}-{processes}.json"
     path.write_text(json.dumps(values))
     return path
 

@@ -22,7 +22,7 @@ from axolotl.utils.trainer import calculate_total_num_steps
 from preprocess.errors import UserError
 from preprocess.files import atomic_file, sha256, write_json
 from preprocess.model_input import ContractError
-from recipes.pairwise import metrics
+from recipes.pairwise import deepspeed_cpu, metrics
 from recipes.pairwise.collator import PairCollator
 from recipes.pairwise.contract import new_contract, write_contract
 from recipes.pairwise.data import datasets_of, read_pairs
@@ -94,14 +94,14 @@ class PairwisePlugin(BasePlugin):
         if not torch.cuda.is_available():
             # Axolotl takes `bf16: auto` on a CPU for fp16, in which the first step ends in NaN.
             cfg["bf16"] = cfg["fp16"] = False
-            if is_one_process_with_deepspeed(cfg):
-                start_group_for_deepspeed_on_cpu()
+            if deepspeed_cpu.deepspeed_on_cpu(cfg.get("deepspeed")):
+                deepspeed_cpu.start_group()
 
     def load_datasets(self, cfg, preprocess=False):
         if not torch.cuda.is_available():
             # Later is too late: Axolotl would give each process a CUDA device.
             cfg.device_map = {"": "cpu"}
-            if is_one_process_with_deepspeed(cfg):
+            if deepspeed_cpu.deepspeed_on_cpu(cfg.get("deepspeed")):
                 cfg.device_map = None
         try:
             tokenizer = load_tokenizer(cfg)
@@ -147,7 +147,10 @@ class PairwisePlugin(BasePlugin):
 
     def get_training_args(self, cfg):
         # Axolotl evaluates before the first step where eval_steps is set; that doubles the shortest runs for nothing.
-        return {"remove_unused_columns": False, "label_names": ["labels"], "eval_on_start": False}
+        arguments = {"remove_unused_columns": False, "label_names": ["labels"], "eval_on_start": False}
+        if deepspeed_cpu.deepspeed_on_cpu(cfg.get("deepspeed")):
+            arguments["accelerator_config"] = {"use_configured_state": True}
+        return arguments
 
     def get_collator_cls_and_kwargs(self, cfg, is_eval=False):
         return PairCollator, {
@@ -166,6 +169,9 @@ class PairwisePlugin(BasePlugin):
             for name in ("contract.json", "metrics.json", "predictions.parquet"):
                 (Path(cfg.output_dir) / name).unlink(missing_ok=True)
 
+    def add_callbacks_post_trainer(self, cfg, trainer):
+        return [deepspeed_cpu.StepsWithoutGrad(trainer)] if deepspeed_cpu.deepspeed_on_cpu(cfg.get("deepspeed")) else []
+
     def _scores(self, prediction) -> dict[str, float]:
         both = metrics.probabilities(prediction.predictions, self.block.verdicts)
         return metrics.scores(both, prediction.label_ids[:, 0])
@@ -175,7 +181,7 @@ class PairwisePlugin(BasePlugin):
         folder = Path(cfg.output_dir)
         if not self.predicted:
             self.predicted = True
-            check_deepspeed_ran(cfg, self.trainer)
+            deepspeed_cpu.check_engine(cfg.deepspeed, self.trainer)
             self._predict(folder)
         elif not self.written and self.trainer.is_world_process_zero():
             self.written = True
@@ -211,26 +217,6 @@ class PairwisePlugin(BasePlugin):
         LOG.info(
             "validation: accuracy %.4f, log loss %.4f, flips %.3f", *(values[k] for k in ("accuracy", "log_loss", "flip_rate"))
         )
-
-
-def check_deepspeed_ran(cfg, trainer) -> None:
-    """Without this, a process group set up in the wrong order trains with DDP, and only the memory tells."""
-    engine = type(trainer.model_wrapped).__name__
-    if cfg.deepspeed and engine != "DeepSpeedEngine":
-        raise RuntimeError(f"deepspeed is set, but the model was wrapped by {engine}")
-
-
-def is_one_process_with_deepspeed(cfg) -> bool:
-    """Whether DeepSpeed runs in this process alone."""
-    return bool(cfg.get("deepspeed")) and os.environ.get("WORLD_SIZE", "1") == "1"
-
-
-def start_group_for_deepspeed_on_cpu() -> None:
-    """Make a process group of one process: left alone, Axolotl asks for NCCL there, which a CPU has not."""
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "DS_ACCELERATOR": "cpu"}
-    if not torch.distributed.is_initialized():
-        store = torch.distributed.HashStore()
-        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
 
 
 def ensure_head(model) -> None:

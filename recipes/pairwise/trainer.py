@@ -7,6 +7,8 @@ from axolotl.core.trainers.base import AxolotlTrainer
 from torch.utils.data import SequentialSampler
 from transformers import Trainer
 
+from recipes.pairwise.deepspeed_cpu import deepspeed_on_cpu, tell_accelerate
+
 MEANINGLESS = ("ppl", "eval_ppl", "tokens/")
 
 
@@ -21,8 +23,13 @@ def soft_cross_entropy(logits, labels, weight, label_smoothing: float = 0.0):
     return (losses_po.mean(dim=1) * weight).sum() / weight.sum().clamp_min(1e-8)
 
 
-class _WithoutMeaningless(Trainer):
-    """Comes after Axolotl's trainer in the order of resolution, and so sees what that one adds to the logs."""
+class _AfterAxolotl(Trainer):
+    """Stands behind Axolotl's trainer in the order of resolution, and so sees what that one hands on."""
+
+    def create_accelerator_and_postprocess(self):
+        if deepspeed_on_cpu(self.args.deepspeed):
+            tell_accelerate()
+        super().create_accelerator_and_postprocess()
 
     def log(self, logs, start_time=None):
         if not math.isfinite(float(logs.get("grad_norm", 0.0))):
@@ -32,7 +39,7 @@ class _WithoutMeaningless(Trainer):
         super().log({key: value for key, value in logs.items() if not key.startswith(MEANINGLESS)}, start_time)
 
 
-class PairwiseTrainer(AxolotlTrainer, _WithoutMeaningless):
+class PairwiseTrainer(AxolotlTrainer, _AfterAxolotl):
     """Trains on batches of `PairCollator`. `label_smoothing` is set by the plugin."""
 
     label_smoothing = 0.0

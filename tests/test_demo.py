@@ -1,0 +1,44 @@
+"""`make demo` as a newcomer runs it, in a copy of the repository: all stages, then nothing to do, then only what changed."""
+
+import json
+import os
+import shutil
+import subprocess
+
+import polars as pl
+import pytest
+
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.slow
+STAGES = ["input", "preprocess", "train", "postprocess", "build", "rehearse"]
+
+
+def demo(folder) -> str:
+    ended = subprocess.run(
+        ["python", "-m", "tests.demo"], cwd=folder, env=os.environ | {"PYTHONPATH": str(folder)}, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended.stdout
+
+
+def test_the_demo_learns_submits_and_does_nothing_twice(tmp_path):
+    folder = tmp_path / "copy"
+    ignored = shutil.ignore_patterns(".git", ".venv*", "outputs", "data", "__pycache__")
+    shutil.copytree(ROOT, folder, ignore=ignored)
+    (folder / ".venv-kaggle").symlink_to(ROOT / ".venv-kaggle")
+    first = demo(folder)
+    result = json.loads((folder / "outputs/demo/demo.json").read_text())
+    assert sorted(result) == ["accuracy", "log_loss", "stages", "submission"]
+    assert result["accuracy"] > 0.75, first
+    submission = pl.read_csv(folder / result["submission"])
+    test = pl.read_parquet(folder / "outputs/demo/input/test.parquet")
+    assert submission.columns == ["id", "winner"]
+    assert submission["id"].to_list() == test["id"].to_list()
+    assert set(submission["winner"]) == {"model_a", "model_b"}
+
+    again = demo(folder)
+    assert [line.split()[0] for line in again.splitlines() if "up to date" in line] == STAGES
+    (folder / "outputs/demo/rehearsal/submission.csv").unlink()
+    third = demo(folder)
+    assert [line.split()[0] for line in third.splitlines() if "up to date" in line] == STAGES[:-1]
