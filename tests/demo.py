@@ -54,7 +54,7 @@ STAGES = (
         "build",
         f"python -m kaggle_kernels build {SPEC}",
         (SPEC, "kaggle_kernels"),
-        ("kaggle_kernels/generated/demo/kernel.py",),
+        ("outputs/demo/logs/build.log",),
     ),
     Stage(
         "rehearse",

@@ -42,7 +42,8 @@ def test_metadata_asks_for_two_t4s_without_internet_under_the_slug_of_the_title(
     assert (metadata["language"], metadata["kernel_type"], metadata["code_file"]) == ("python", "script", "kernel.py")
     assert metadata["id"] == f"INSERT_OWNER/{slugify(metadata['title'])}"
     assert 5 <= len(metadata["title"]) <= 50
-    assert metadata["competition_sources"] == ["wsdm-cup-multilingual-chatbot-arena"]
+    slug = "lmsys-chatbot-arena" if "lmsys" in path.stem else "wsdm-cup-multilingual-chatbot-arena"
+    assert metadata["competition_sources"] == [slug]
 
 
 def test_the_sources_are_the_packages_and_the_wheels():

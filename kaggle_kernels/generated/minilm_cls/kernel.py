@@ -8,6 +8,7 @@ import csv
 import filecmp
 import gc
 import hashlib
+import importlib.abc
 import importlib.metadata
 import importlib.util
 import json
@@ -181,16 +182,26 @@ def check_hash(path: Path, expected: str, source: str) -> None:
         raise PackageError(f"{path}: its SHA-256 is {found[:12]}…, {source} says {expected[:12]}…; the file has changed")
 
 
-def execute_model_input(path: Path) -> ModuleType:
-    """The module in `path`, under a name of its own, so that packages with different copies can live side by side.
+class _SourceOnly(importlib.abc.SourceLoader):
+    """Loads a module from its source, never from a cached compilation, and writes none beside it."""
 
-    The source itself is executed, never a cached compilation, and nothing is written beside it.
-    """
-    source = path.read_bytes()
-    module = ModuleType(f"model_input_{hashlib.sha256(source).hexdigest()[:12]}")
-    module.__file__ = str(path)
-    sys.modules[module.__name__] = module
-    exec(compile(source, str(path), "exec"), module.__dict__)
+    def __init__(self, path: Path):
+        self.path = path
+
+    def get_filename(self, fullname: str) -> str:
+        return str(self.path)
+
+    def get_data(self, path: str) -> bytes:
+        return Path(path).read_bytes()
+
+
+def execute_model_input(path: Path) -> ModuleType:
+    """The module in `path`, under a name of its own, so that packages with different copies can live side by side."""
+    name = f"model_input_{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
+    loader = _SourceOnly(path)
+    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(name, path, loader=loader))
+    sys.modules[name] = module
+    loader.exec_module(module)
     return module
 
 
