@@ -48,15 +48,11 @@ def generate(spec_path: Path) -> dict[str, str]:
 
 def build(spec_path: Path) -> list[Path]:
     """Write the spec's kernel; the files that changed."""
-    folder = generated_folder(spec_path)
     texts = generate(spec_path)
     changed = stale_files(spec_path)
     for path in changed:
         with atomic_file(path) as temporary:
             temporary.write_text(texts[path.name], encoding="utf-8")
-    for path in folder.iterdir():
-        if path.is_file() and path.name not in texts:
-            path.unlink()
     return changed
 
 

@@ -52,7 +52,7 @@ class PackageBlock(_Strict):
 class Spec(_Strict):
     """A kernel's spec."""
 
-    title: str = Field(min_length=5, max_length=50)
+    title: str = Field(min_length=5, max_length=50, pattern=r"^[^\"'\\\x00-\x1f]*$")
     competition: Literal["wsdm", "lmsys"]
     packages: tuple[PackageBlock, ...] = Field(min_length=1)
     accelerator: Literal["NvidiaTeslaT4"] = "NvidiaTeslaT4"

@@ -81,7 +81,7 @@ def main(sources: tuple[Path, ...], out: Path, folds: int, threshold: float, aga
 def _check_paths(sources: tuple[Path, ...], out: Path, against: tuple[Path, ...]) -> None:
     if out.suffix != ".parquet":
         raise UserError(f"--out {out}: expected a name that ends in .parquet")
-    known: set[Path] = {out.resolve()}
+    known: set[Path] = {out.resolve(), out.with_name(f"{out.stem}.rejected{out.suffix}").resolve()}
     for path in (*sources, *against):
         if path.resolve() in known:
             raise UserError(f"{path}: given twice; each file is a source, or a file to compare with, or the output")

@@ -16,20 +16,23 @@ from preprocess.errors import UserError
 def atomic_file(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it takes that name when the block succeeds and is removed when it fails."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error})") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a name too long for the file system is not there to be removed
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def atomic_folder(path: Path | str) -> Iterator[Path]:
     """Yield a new temporary folder beside `path`; it replaces `path` when the block succeeds and is removed when it fails."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(path.parent)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     temporary.chmod(0o755)
     try:
@@ -39,6 +42,13 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: this folder cannot be made ({error.strerror}); choose another place") from None
 
 
 def write_json(path: Path | str, value: object) -> None:

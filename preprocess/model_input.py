@@ -97,7 +97,7 @@ def clean(text: str | None) -> str:
         text.encode("utf-8")
     except UnicodeEncodeError:
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text.replace("\r\n", "\n") if "\r" in text else text
+    return re.sub(r"\r+\n", "\n", text) if "\r" in text else text
 
 
 def swap(pair: Pair) -> Pair:
@@ -179,6 +179,8 @@ def truncate(ids: list[int], size: int, side: str, marker: Sequence[int] = ()) -
 
 def check_golden(tokenizer, contract: Contract) -> None:
     """Encode the contract's golden rows again; raise ContractError at the first token that differs, with its context."""
+    if not contract.golden:
+        raise ContractError("contract.json holds no golden rows, so nothing shows that ids are as in training; train again")
     pairs = [pair_from_row(row["pair"]) for row in contract.golden]
     for pair, ids, row in zip(pairs, encode_all(pairs, tokenizer, contract), contract.golden, strict=True):
         for found, expected in zip_longest(ids, row["ids"], fillvalue=()):

@@ -69,7 +69,7 @@ def is_current(stage: Stage) -> bool:
     """Whether every output is there and none is older than an input."""
     outputs = [Path(name) for name in stage.outputs]
     inputs = [file for name in stage.inputs for file in (Path(name).rglob("*.py") if Path(name).is_dir() else [Path(name)])]
-    if not all(output.exists() for output in outputs):
+    if not all(file.exists() for file in (*outputs, *inputs)):
         return False
     oldest = min(output.stat().st_mtime_ns for output in outputs)
     return all(file.stat().st_mtime_ns <= oldest for file in inputs)
@@ -78,11 +78,13 @@ def is_current(stage: Stage) -> bool:
 def run(stage: Stage, log: Path) -> float:
     """Run a stage, its output in `log`; seconds taken. A failure shows the log's end and is a UserError."""
     started = time.monotonic()
-    with log.open("w") as file:
+    running = log.with_suffix(".running")
+    with running.open("w") as file:
         code = subprocess.run(stage.command.split(), stdout=file, stderr=subprocess.STDOUT, check=False).returncode
     if code:
-        print("\n".join(log.read_text(errors="replace").splitlines()[-15:]))
-        raise UserError(f"{stage.name}: `{stage.command}` ended with exit code {code}; its whole output is in {log}")
+        print("\n".join(running.read_text(errors="replace").splitlines()[-15:]))
+        raise UserError(f"{stage.name}: `{stage.command}` ended with exit code {code}; its whole output is in {running}")
+    running.replace(log)
     return round(time.monotonic() - started, 1)
 
 

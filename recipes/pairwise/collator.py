@@ -1,5 +1,6 @@
 """Rows of the dataset → one padded batch, the two orders of a pair side by side."""
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,14 @@ class PairCollator:
     pad_to_multiple_of: int = 8
     padding: bool = True
     return_tensors: str = "pt"
+    coin: torch.Generator | None = None
+
+    def _coin(self) -> torch.Generator:
+        """A generator that differs between processes and between their workers: torch's own is the same on every GPU."""
+        if self.coin is None:
+            seed = torch.initial_seed() + 7919 * int(os.environ.get("RANK", "0"))
+            self.coin = torch.Generator().manual_seed(seed % 2**63)
+        return self.coin
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         sequences, labels = [], []
@@ -34,7 +43,7 @@ class PairCollator:
             if self.orders == "as_given":
                 both = both[:1]
             elif self.orders == "random":
-                both = [both[int(torch.rand(()) < 0.5)]]
+                both = [both[int(torch.rand((), generator=self._coin()) < 0.5)]]
             sequences += [ids for ids, _ in both]
             labels.append([target for _, target in both])
         longest = max(map(len, sequences))

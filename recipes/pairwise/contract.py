@@ -22,7 +22,7 @@ GOLDEN_ROWS = (
     {"prompt": "What is 2 + 2?", "response_a": "4", "response_b": "5"},
     {"prompt": "", "response_a": "", "response_b": ""},
     {"prompt": None, "response_a": None, "response_b": "only B answered"},
-    {"prompt": " leading and trailing ", "response_a": "\n\ttab\r\nwindows\r\n", "response_b": "a  b   c"},
+    {"prompt": " leading and trailing ", "response_a": "\n\ttab\r\nwindows\r\r\n", "response_b": "a  b   c"},
     {"prompt": "用中文回答:天空为什么是蓝色的?", "response_a": "因为瑞利散射。", "response_b": "我不知道。"},
     {"prompt": "日本の首都はどこですか。", "response_a": "東京です。", "response_b": "ｶﾀｶﾅ ｱﾘ"},
     {"prompt": "ما هي عاصمة مصر؟", "response_a": "القاهرة", "response_b": "\u202eالإسكندرية\u202c"},

@@ -1,6 +1,6 @@
 """python -m recipes.pairwise.cv RECIPE: train every fold, then join their validation rows to outputs/R/oof.parquet.
 
-A fold whose run is complete (its contract.json is newer than the recipe and the pairs) is not trained again, so that an
+A fold whose run is complete (same pairs, same model_input.py, recipe unchanged since) is not trained again, so that an
 interrupted cross-validation goes on where it stopped. Out-of-fold rows are predicted by the model that never saw them.
 """
 
@@ -11,8 +11,10 @@ from pathlib import Path
 import click
 import polars as pl
 
+from preprocess import model_input
 from preprocess.errors import UserError, exits_with_2
-from preprocess.files import atomic_file, read_json, write_json
+from preprocess.files import atomic_file, read_json, sha256, write_json
+from recipes.pairwise.data import read_pairs
 from recipes.pairwise.schema import Recipe, read_recipe
 
 SHOWN = ("accuracy", "log_loss", "flip_rate", "accuracy_of_longer", "rows")
@@ -37,29 +39,29 @@ def main(recipe: str) -> None:
         code = subprocess.run(["axolotl", "train", recipe], env=environment, check=False).returncode
         if code:
             raise UserError(f"fold {fold}: axolotl train ended with exit code {code}; run this again to go on from this fold")
-    collect(checked.run_folder, folds)
+    collect(checked.run_folder, folds, Path(checked.pairwise.pairs))
 
 
 def fold_numbers(pairs: Path) -> list[int]:
     """The folds in a pairs.parquet."""
-    if not pairs.exists():
-        raise UserError(f"{pairs}: no such file; make it with python -m preprocess SOURCE --out {pairs}")
-    return sorted(pl.read_parquet(pairs, columns=["fold"])["fold"].unique())
+    return sorted(read_pairs(pairs)["fold"].unique())
 
 
 def is_complete(folder: Path, recipe: Recipe) -> bool:
-    """Whether the run in `folder` has ended and neither recipe nor pairs have changed since."""
+    """Whether the run in `folder` has ended, on these pairs, with this model_input.py, since the recipe last changed."""
     contract = folder / "contract.json"
-    sources = (recipe.path, Path(recipe.pairwise.pairs))
-    return contract.exists() and all(source.stat().st_mtime <= contract.stat().st_mtime for source in sources)
+    if not contract.exists() or recipe.path.stat().st_mtime > contract.stat().st_mtime:
+        return False
+    same_pairs = read_json(folder / "metrics.json")["pairs_sha256"] == sha256(recipe.pairwise.pairs)
+    return same_pairs and read_json(contract)["model_input_sha256"] == sha256(model_input.__file__)
 
 
-def collect(run_folder: Path, folds: list[int]) -> None:
+def collect(run_folder: Path, folds: list[int], pairs: Path) -> None:
     """Join the folds' predictions to oof.parquet, their metrics to cv.json, and print both."""
     parts = [pl.read_parquet(run_folder / f"fold-{fold}" / "predictions.parquet") for fold in folds]
     joined = pl.concat(parts).sort("id")
-    if joined["id"].n_unique() != len(joined):
-        raise UserError(f"{run_folder}: a row stands in two folds' predictions; train all folds on the same pairs")
+    if joined["id"].to_list() != pl.read_parquet(pairs, columns=["id"])["id"].sort().to_list():
+        raise UserError(f"{run_folder}: the folds' predictions are not of the rows in {pairs}; train all folds on it")
     metrics = {fold: read_json(run_folder / f"fold-{fold}" / "metrics.json") for fold in folds}
     total = sum(values["rows"] for values in metrics.values())
     mean = {name: sum(v[name] * v["rows"] for v in metrics.values()) / total for name in SHOWN[:-1]} | {"rows": total}

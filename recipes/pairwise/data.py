@@ -56,7 +56,7 @@ def targets(frame: pl.DataFrame, verdicts: tuple[str, ...]) -> np.ndarray:
 
 
 def tokenise(frame: pl.DataFrame, tokenizer, contract: Contract, what: str) -> Dataset:
-    """A dataset with, for each pair: id, the token ids in both orders, soft labels, weight and the longer order's length."""
+    """A dataset with, for each pair: id, token ids in both orders, soft labels, weight (1 on average), longest length."""
     features = Features(
         {
             "id": Value("string"),
@@ -69,6 +69,7 @@ def tokenise(frame: pl.DataFrame, tokenizer, contract: Contract, what: str) -> D
     )
     parts = []
     labels = targets(frame, contract.verdicts)
+    weights = (frame["weight"] / frame["weight"].mean()).to_numpy()
     with tqdm(total=len(frame), desc=f"tokenising {what}", unit=" pairs", mininterval=5) as progress:
         for start in range(0, len(frame), CHUNK_ROWS):
             chunk = frame[start : start + CHUNK_ROWS]
@@ -80,7 +81,7 @@ def tokenise(frame: pl.DataFrame, tokenizer, contract: Contract, what: str) -> D
                 "as_given": as_given,
                 "swapped": swapped,
                 "labels": labels[start : start + CHUNK_ROWS].tolist(),
-                "weight": chunk["weight"].to_list(),
+                "weight": weights[start : start + CHUNK_ROWS].tolist(),
                 "length": [max(len(a), len(b)) for a, b in zip(as_given, swapped, strict=True)],
             }
             parts.append(Dataset.from_dict(columns, features=features))
@@ -89,7 +90,7 @@ def tokenise(frame: pl.DataFrame, tokenizer, contract: Contract, what: str) -> D
 
 
 def datasets_of(pairs: Path, fold: int | str, tokenizer, contract: Contract, cache: Path) -> tuple[Dataset, Dataset]:
-    """Training and validation datasets; validation longest first, so that a batch that does not fit fails at once.
+    """Training and validation datasets; validation longest first, so that a batch that does not fit fails first.
 
     The first process to come tokenises and writes the cache, the others wait and read it. The cache's name is a hash of
     everything that decides its content, so that a stale one is never read.

@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,10 @@ from axolotl.common.datasets import TrainDatasetMeta
 from axolotl.integrations.base import BasePlugin
 from axolotl.loaders import load_tokenizer
 from axolotl.utils.trainer import calculate_total_num_steps
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from preprocess.errors import UserError
-from preprocess.files import atomic_file, sha256, write_json
+from preprocess.files import atomic_file, read_json, sha256, write_json
 from preprocess.model_input import ContractError
 from recipes.pairwise import deepspeed_cpu, metrics
 from recipes.pairwise.collator import PairCollator
@@ -108,6 +110,7 @@ class PairwisePlugin(BasePlugin):
             self.contract = self._new_contract(cfg, tokenizer)
             cache = Path(cfg.output_dir) / "prepared"
             train, validation = datasets_of(Path(self.block.pairs), self.block.fold, tokenizer, self.contract, cache)
+            check_resume(cfg, self.block, self.recipe)
         except (UserError, ContractError) as error:
             stop(error)
         total_steps = cfg.max_steps or calculate_total_num_steps(cfg, train)
@@ -130,7 +133,13 @@ class PairwisePlugin(BasePlugin):
         )
 
     def post_model_build(self, cfg, model):
-        """Pad id, soft cap, label names, and a head that holds sane numbers."""
+        """Pad id, soft cap, label names, and a head that holds sane numbers; the hub's commit, where it came from there."""
+        self.contract = replace(self.contract, revision=self.contract.revision or getattr(model.config, "_commit_hash", None))
+        try:
+            check_positions(model.config, self.block.budget_tokens)
+            ensure_head(model)
+        except UserError as error:
+            stop(error)
         model.config.pad_token_id = self.contract.pad_token_id
         model.config.id2label = dict(enumerate(self.block.verdicts))
         model.config.label2id = {verdict: number for number, verdict in enumerate(self.block.verdicts)}
@@ -140,7 +149,6 @@ class PairwisePlugin(BasePlugin):
             for module in model.modules():
                 if hasattr(module, "attn_logit_softcapping"):
                     module.attn_logit_softcapping = None
-        ensure_head(model)
 
     def get_trainer_cls(self, cfg):
         return PairwiseTrainer
@@ -182,6 +190,9 @@ class PairwisePlugin(BasePlugin):
         if not self.predicted:
             self.predicted = True
             deepspeed_cpu.check_engine(cfg.deepspeed, self.trainer)
+            if self.trainer.is_world_process_zero() and not is_deepspeed_zero3_enabled():
+                # Axolotl saves only after this hook: whatever goes wrong while predicting must not cost the weights.
+                model.save_pretrained(folder)
             self._predict(folder)
         elif not self.written and self.trainer.is_world_process_zero():
             self.written = True
@@ -217,6 +228,33 @@ class PairwisePlugin(BasePlugin):
         LOG.info(
             "validation: accuracy %.4f, log loss %.4f, flips %.3f", *(values[k] for k in ("accuracy", "log_loss", "flip_rate"))
         )
+
+
+def check_resume(cfg, block, recipe: Path) -> None:
+    """Raise UserError where the run would go on from a checkpoint of other rows or settings; write down whose these are."""
+    folder = Path(cfg.output_dir)
+    identity = {
+        "fold": block.fold,
+        "pairs_sha256": sha256(block.pairs),
+        "block": block.model_dump(mode="json"),
+    }
+    resumes = cfg.resume_from_checkpoint or cfg.auto_resume_from_checkpoints
+    if resumes and any(folder.glob("checkpoint-*")):
+        known = read_json(folder / "run.json") if (folder / "run.json").exists() else None
+        if known != identity:
+            raise UserError(
+                f"{folder}: its checkpoints were trained with another fold, other pairs or another pairwise block than "
+                f"{recipe} has now; remove them, or do not resume"
+            )
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        write_json(folder / "run.json", identity)
+
+
+def check_positions(config, budget_tokens: int) -> None:
+    """Raise UserError where a row may be longer than the model has positions."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and budget_tokens > positions:
+        raise UserError(f"pairwise.budget_tokens: {budget_tokens}, but the base model has {positions} positions; lower it")
 
 
 def ensure_head(model) -> None:

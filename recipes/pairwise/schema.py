@@ -16,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from preprocess.errors import UserError
 from preprocess.model_input import Template
 
+PLUGIN = "recipes.pairwise.plugin.PairwisePlugin"
+NUMBERS = ("micro_batch_size", "gradient_accumulation_steps", "num_epochs", "learning_rate")
 AXOLOTL_KEYS = frozenset(json.loads((Path(__file__).parent / "axolotl_keys.json").read_text(encoding="utf-8")))
 QUESTION = "Which response would a person prefer, A or B?"
 SECTIONS = "# Prompt\n{prompt}\n\n# Response A\n{response_a}\n\n# Response B\n{response_b}\n\n"
@@ -77,7 +79,6 @@ class PairwiseBlock(_Strict):
     loss: Literal["cross_entropy"] = "cross_entropy"
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     softcap: bool = False
-    train: bool = True
     package: PackageBlock
 
     @field_validator("fold")
@@ -125,7 +126,7 @@ def read_recipe(path: Path | str) -> Recipe:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such recipe") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected keys and values, found {type(values).__name__}")
@@ -149,9 +150,8 @@ def check_run(cfg: dict, recipe: Path) -> PairwiseBlock:
     """
     problems = [f"{key}: refused, {why}" for key, why in REFUSED.items() if cfg.get(key)]
     if recipe.is_file():
-        problems = recipe_problems(yaml.safe_load(recipe.read_text(encoding="utf-8")) | {k: cfg.get(k) for k in REFUSED})
-    if cfg.get("attn_implementation") == "sdpa" and (cfg.get("pairwise") or {}).get("softcap"):
-        problems.append(SDPA_DROPS_SOFTCAP)
+        overridden = {key: cfg.get(key) for key in (*REFUSED, "attn_implementation", "base_model")}
+        problems = recipe_problems(yaml.safe_load(recipe.read_text(encoding="utf-8")) | overridden)
     if problems:
         raise UserError(f"{recipe}: " + "; ".join(problems))
     return PairwiseBlock.model_validate(dict(cfg["pairwise"]))
@@ -163,14 +163,33 @@ def recipe_problems(values: dict) -> list[str]:
     for key in values:
         if key not in AXOLOTL_KEYS and key != "pairwise":
             problems.append(f"{key}: unknown key{_nearest(key, AXOLOTL_KEYS)}")
-    skipped = (values.get("bnb_config_kwargs") or {}).get("llm_int8_skip_modules")
-    if skipped is not None and "score" not in skipped:
+    problems += run_problems(values)
+    quantising = values.get("bnb_config_kwargs")
+    skipped = quantising.get("llm_int8_skip_modules") if isinstance(quantising, dict) else None
+    if skipped is not None and "score" not in list(skipped):
         problems.append(
             "bnb_config_kwargs.llm_int8_skip_modules: it replaces the default list, so the head would be quantised; add score"
         )
     if "pairwise" not in values:
         return [*problems, "pairwise: missing; a recipe needs this block"]
     return problems + pairwise_problems(values["pairwise"])
+
+
+def run_problems(values: dict) -> list[str]:
+    """What is wrong with keys that every run needs; Axolotl checks the rest when it starts."""
+    problems = []
+    if not isinstance(values.get("base_model"), str) or not values["base_model"]:
+        problems.append(f"base_model: expected a model or a folder, found {values.get('base_model')!r}")
+    if PLUGIN not in (values.get("plugins") or []):
+        problems.append(f"plugins: without {PLUGIN} Axolotl would train something else; add it")
+    for key in NUMBERS:
+        value = values.get(key, 1)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+            problems.append(f"{key}: expected a number above 0, found {value!r}")
+    block = values.get("pairwise")
+    if isinstance(block, dict) and block.get("softcap") and values.get("attn_implementation") == "sdpa":
+        problems.append(SDPA_DROPS_SOFTCAP)
+    return problems
 
 
 def pairwise_problems(block: object) -> list[str]:
@@ -206,7 +225,7 @@ def apply_environment(block: PairwiseBlock) -> PairwiseBlock:
     """The block with PAIRWISE_FOLD (a number or all) and PAIRWISE_PAIRS (a file) in place of its own."""
     changes: dict = {}
     if fold := os.environ.get("PAIRWISE_FOLD"):
-        if fold != "all" and not fold.isdecimal():
+        if fold != "all" and not (fold.isascii() and fold.isdecimal()):
             raise UserError(f"PAIRWISE_FOLD={fold}: expected a fold's number or all")
         changes["fold"] = fold if fold == "all" else int(fold)
     if pairs := os.environ.get("PAIRWISE_PAIRS"):

@@ -13,14 +13,15 @@ MEANINGLESS = ("ppl", "eval_ppl", "tokens/")
 
 
 def soft_cross_entropy(logits, labels, weight, label_smoothing: float = 0.0):
-    """Mean over pairs and orders of the weighted cross-entropy, in float32.
+    """Mean over pairs and orders of the weighted cross-entropy, in float32. Weights are 1 on average over all rows, so that
+    they count in a micro-batch of one pair too.
 
     logits and labels: (pairs, orders, verdicts), labels being probabilities; weight: (pairs,). Smoothing mixes the labels
     with the uniform distribution, as in Szegedy et al. 2016.
     """
     labels = labels * (1 - label_smoothing) + label_smoothing / labels.shape[-1]
     losses_po = -(labels * torch.log_softmax(logits.float(), dim=-1)).sum(-1)
-    return (losses_po.mean(dim=1) * weight).sum() / weight.sum().clamp_min(1e-8)
+    return (losses_po.mean(dim=1) * weight).mean()
 
 
 class _AfterAxolotl(Trainer):
@@ -57,6 +58,10 @@ class PairwiseTrainer(AxolotlTrainer, _AfterAxolotl):
         smoothing = self.label_smoothing if model.training else 0.0
         loss = soft_cross_entropy(logits_pov, labels, weight, smoothing)
         return (loss, {"logits": logits_pov.float()}) if return_outputs else loss
+
+    def _prepare_input(self, data):
+        # Trainer casts every float to DeepSpeed's type, and bf16 makes 0.334 of a third of the votes.
+        return data.to(self.args.device) if isinstance(data, torch.Tensor) else super()._prepare_input(data)
 
     def _get_eval_sampler(self, eval_dataset=None):
         # Predictions are matched with rows by position: never grouped by length, whatever the training sampler is.

@@ -38,7 +38,7 @@ AWKWARD = {
     "right to left": "‏نهر نافذة‎ שלום ‮abc‬",
     "emoji": "👩‍👩‍👧‍👦🏳️‍🌈🇩🇪 e\u0301 ﷽",
     "control tokens": FORGERY,
-    "CRLF": "a\r\nb\rc\n",
+    "CRLF": "a\r\nb\rc\n\r\r\nd",
     "zero byte": "a\x00b\ufeff\u200b",
 }
 LONG = ("river 窗户 " * 12_500, "x" * 100_000)  # 100,000 characters: ordinary, and in one word
@@ -213,7 +213,7 @@ def test_cleaning_is_as_the_docstring_says():
     assert clean(None) == ""
     assert clean("a\ud83d b") == "a\ufffd b"
     assert clean("\ud83d\ude00") == "😀"
-    assert clean("a\r\nb\rc") == "a\nb\rc"
+    assert clean("a\r\nb\rc\r\r\nd") == "a\nb\rc\nd"
     for text in AWKWARD.values():
         assert clean(clean(text)) == clean(text)
 

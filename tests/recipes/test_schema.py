@@ -12,6 +12,7 @@ from tests.conftest import ROOT
 
 GOOD = {
     "base_model": "some/model",
+    "plugins": ["recipes.pairwise.plugin.PairwisePlugin"],
     "pairwise": {"template": "gemma", "budget_tokens": 256, "package": {"slug": "some-model"}},
 }
 
@@ -36,7 +37,11 @@ def test_a_good_recipe_has_no_problem():
         (with_block(template="gema"), "pairwise.template: expected one of gemma, llama3, chatml, bert"),
         (with_block(truncation="both"), "pairwise.truncation: Input should be 'left', 'right' or 'middle', found 'both'"),
         (with_block(package={"slug": "some-model", "quantise": "nf4"}), "pairwise.package.quantise: unknown key; did you mean"),
-        ({"base_model": "m"}, "pairwise: missing"),
+        ({key: value for key, value in GOOD.items() if key != "pairwise"}, "pairwise: missing"),
+        (GOOD | {"base_model": None}, "base_model: expected a model or a folder, found None"),
+        (GOOD | {"plugins": ["recipes.pairwise.PairwisePlugin"]}, "plugins: without recipes.pairwise.plugin.PairwisePlugin"),
+        (GOOD | {"micro_batch_size": "four"}, "micro_batch_size: expected a number above 0, found 'four'"),
+        (with_block(softcap=True) | {"attn_implementation": "sdpa"}, "attn_implementation: sdpa drops the soft cap"),
         (GOOD | {"reward_model": True}, "reward_model: refused"),
         (GOOD | {"trust_remote_code": True}, "trust_remote_code: refused"),
         (GOOD | {"sample_packing": True}, "sample_packing: refused"),

@@ -11,7 +11,8 @@ import torch
 from preprocess.errors import UserError
 from recipes.pairwise import data, metrics
 from recipes.pairwise.collator import PairCollator
-from recipes.pairwise.plugin import ensure_head
+from recipes.pairwise.plugin import check_positions, check_resume, ensure_head
+from recipes.pairwise.schema import PairwiseBlock
 from recipes.pairwise.trainer import soft_cross_entropy
 from tests import tiny
 
@@ -53,7 +54,7 @@ def test_one_order_is_the_first_or_a_random_one_with_its_own_labels():
 def test_loss_is_the_weighted_soft_cross_entropy():
     logits = torch.tensor([[[0.0, 0.0]], [[math.log(3.0), 0.0]]])
     labels = torch.tensor([[[0.5, 0.5]], [[1.0, 0.0]]])
-    expected = (3 * math.log(2) + 1 * math.log(4 / 3)) / 4
+    expected = (3 * math.log(2) + 1 * math.log(4 / 3)) / 2
     assert soft_cross_entropy(logits, labels, torch.tensor([3.0, 1.0])).item() == pytest.approx(expected, abs=1e-6)
     smoothed = soft_cross_entropy(logits[1:], labels[1:], torch.tensor([1.0]), label_smoothing=0.2).item()
     assert smoothed == pytest.approx(0.9 * math.log(4 / 3) + 0.1 * math.log(4), abs=1e-6)
@@ -122,3 +123,49 @@ def test_a_head_that_holds_nonsense_is_initialised_and_a_sane_one_kept(spoilt):
     torch.nn.init.constant_(model.score.weight, spoilt)
     ensure_head(model)
     assert 0.01 < model.score.weight.std().item() < 0.03
+
+
+def test_weights_are_one_on_average_whatever_preprocess_counted(tiny_models, tmp_path):
+    from transformers import AutoTokenizer
+
+    from recipes.pairwise.contract import new_contract
+
+    path = tiny.pairs_parquet(tmp_path / "pairs.parquet", 4)
+    frame = data.read_pairs(path).with_columns(weight=pl.Series([1.0, 3.0, 1.0, 3.0], dtype=pl.Float32))
+    block = PairwiseBlock(template="gemma", budget_tokens=128, package={"slug": "some-model"})
+    tokenizer = AutoTokenizer.from_pretrained(tiny_models("gemma2"))
+    contract = new_contract(block, tokenizer, attention="sdpa", base_model="m", revision=None, pad_token_id=0)
+    rows = data.tokenise(frame, tokenizer, contract, "rows")
+    assert list(rows["weight"]) == [0.5, 1.5, 0.5, 1.5]
+    assert rows["as_given"][0] != rows["swapped"][0]
+    assert sorted(rows["as_given"][0]) == sorted(rows["swapped"][0])
+
+
+def test_a_budget_beyond_the_models_positions_is_refused():
+    check_positions(SimpleNamespace(max_position_embeddings=512), 512)
+    with pytest.raises(UserError, match="budget_tokens: 513, but the base model has 512 positions"):
+        check_positions(SimpleNamespace(max_position_embeddings=512), 513)
+
+
+def test_a_run_goes_on_only_from_its_own_checkpoints(tmp_path):
+    pairs = tiny.pairs_parquet(tmp_path / "pairs.parquet", 10)
+    package = {"slug": "some-model"}
+    block = PairwiseBlock(pairs=str(pairs), template="gemma", budget_tokens=128, package=package)
+    (tmp_path / "run/checkpoint-5").mkdir(parents=True)
+    cfg = SimpleNamespace(output_dir=str(tmp_path / "run"), resume_from_checkpoint=None, auto_resume_from_checkpoints=None)
+    check_resume(cfg, block, tmp_path / "r.yml")
+    cfg.auto_resume_from_checkpoints = True
+    check_resume(cfg, block, tmp_path / "r.yml")
+    with pytest.raises(UserError, match="its checkpoints were trained with another fold"):
+        check_resume(cfg, block.model_copy(update={"fold": "all"}), tmp_path / "r.yml")
+
+
+def test_random_orders_differ_between_processes(monkeypatch):
+    def flips(rank: str) -> list[bool]:
+        monkeypatch.setenv("RANK", rank)
+        torch.manual_seed(0)
+        collator = PairCollator(None, TWO, "random", pad_token_id=1)
+        return [collator(rows())["labels"][0, 0, 0].item() == 0.75 for _ in range(30)]
+
+    assert flips("0") == flips("0")
+    assert flips("0") != flips("1")

@@ -1,0 +1,56 @@
+"""Cross-validation goes on where it stopped, and joins only what belongs together."""
+
+import json
+
+import polars as pl
+import pytest
+
+from preprocess import model_input
+from preprocess.errors import UserError
+from preprocess.files import sha256
+from recipes.pairwise import cv
+from recipes.pairwise.schema import read_recipe
+from tests import tiny
+from tests.conftest import ROOT
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    """The demo's recipe on twenty pairs, with a complete run for each of its five folds."""
+    pairs = tiny.pairs_parquet(tmp_path / "pairs.parquet", 20)
+    path = tiny.twin(ROOT / "recipes/demo.yml", tmp_path, tmp_path, pairs)
+    for fold in range(5):
+        folder = tmp_path / f"demo/fold-{fold}"
+        folder.mkdir(parents=True)
+        rows = pl.read_parquet(pairs).filter(pl.col("fold") == fold).select("id", "fold", "winner")
+        rows.write_parquet(folder / "predictions.parquet")
+        values = dict.fromkeys(cv.SHOWN, fold / 10) | {"rows": 4, "pairs_sha256": sha256(pairs)}
+        (folder / "metrics.json").write_text(json.dumps(values))
+        (folder / "contract.json").write_text(json.dumps({"model_input_sha256": sha256(model_input.__file__)}))
+    return read_recipe(path)
+
+
+def test_all_rows_are_joined_once_and_the_mean_is_over_rows(recipe):
+    pairs = recipe.run_folder.parent / "pairs.parquet"
+    cv.collect(recipe.run_folder, cv.fold_numbers(pairs), pairs)
+    joined = pl.read_parquet(recipe.run_folder / "oof.parquet")
+    assert joined["id"].to_list() == [f"row{number:05d}" for number in range(20)]
+    assert json.loads((recipe.run_folder / "cv.json").read_text())["mean"]["accuracy"] == pytest.approx(0.2)
+
+
+def test_a_fold_is_complete_only_on_the_same_pairs_and_model_input(recipe):
+    folder = recipe.run_folder / "fold-0"
+    assert cv.is_complete(folder, recipe)
+    contract = (folder / "contract.json").read_text()
+    (folder / "contract.json").write_text(json.dumps({"model_input_sha256": "other"}))
+    assert not cv.is_complete(folder, recipe)
+    (folder / "contract.json").write_text(contract)
+    tiny.pairs_parquet(recipe.run_folder.parent / "pairs.parquet", 20, seed=2)
+    assert not cv.is_complete(folder, recipe)
+
+
+def test_predictions_of_other_rows_are_refused(recipe):
+    pairs = tiny.pairs_parquet(recipe.run_folder.parent / "pairs.parquet", 25)
+    with pytest.raises(UserError, match="the folds' predictions are not of the rows in"):
+        cv.collect(recipe.run_folder, [0, 1, 2, 3, 4], pairs)
+    assert not (recipe.run_folder / "oof.parquet").exists()
