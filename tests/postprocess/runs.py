@@ -16,7 +16,7 @@ from kaggle_kernels.runtime.scoring import ORDERS, score
 from preprocess import model_input
 from recipes.pairwise.contract import new_contract, write_contract
 from recipes.pairwise.metrics import predictions
-from recipes.pairwise.schema import PairwiseBlock
+from recipes.pairwise.schema import PLUGIN, PairwiseBlock
 from tests import tiny
 
 TARGETS = {"bert": ["query", "value", "dense"]}
@@ -65,7 +65,8 @@ def recipe_file(folder: Path, base: Path, kind: str, verdicts: tuple[str, ...], 
         "package": {"slug": "tiny-package", **package},
     }
     path = folder / "recipe.yml"
-    path.write_text(yaml.safe_dump({"base_model": str(base), "output_dir": str(folder / "run"), "pairwise": block}))
+    values = {"base_model": str(base), "plugins": [PLUGIN], "output_dir": str(folder / "run"), "pairwise": block}
+    path.write_text(yaml.safe_dump(values))
     return path
 
 
