@@ -70,8 +70,9 @@ class Contract:
     softcap: bool
     base_model: str
     revision: str | None
-    num_labels: int
-    label_token_ids: tuple[int, ...]
+    num_labels: int  # outputs of the classification head: one a verdict, 1 for reward, 0 for label_tokens
+    label_token_ids: tuple[int, ...]  # label_tokens: the answers' tokens, in the order of verdicts
+    logit_bias: tuple[float, ...]  # added to the verdicts' logits before the softmax; empty: nothing
     model_input_sha256: str
     tokenizer_sha256: Mapping[str, str]
     golden: tuple[Mapping, ...]  # twenty rows: {"pair": {...}, "ids": [[...], ...]}
@@ -119,7 +120,7 @@ def contract_from_dict(values: Mapping) -> Contract:
             f"contract.json: missing keys {sorted(known - set(values))}, unknown keys {sorted(set(values) - known)}; "
             "it was not written by the model_input.py beside it"
         )
-    as_tuples = {name: tuple(values[name]) for name in ("verdicts", "label_token_ids", "golden")}
+    as_tuples = {name: tuple(values[name]) for name in ("verdicts", "label_token_ids", "logit_bias", "golden")}
     return Contract(**{**values, **as_tuples, "template": Template(**values["template"])})
 
 

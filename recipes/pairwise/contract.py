@@ -81,6 +81,7 @@ def new_contract(
         revision=revision,
         num_labels=len(block.verdicts),
         label_token_ids=(),
+        logit_bias=(),
         model_input_sha256=sha256(MODEL_INPUT),
         tokenizer_sha256={},
         golden=golden,
@@ -92,7 +93,7 @@ def golden_rows(tokenizer, block: PairwiseBlock, pad_token_id: int) -> tuple[dic
     """Twenty synthetic pairs, awkward ones among them, with the token ids that they have under the block's settings."""
     bare = Contract(
         block.head, block.verdicts, block.resolved_template(), block.budget_tokens, block.truncation, pad_token_id,
-        "sdpa", block.softcap, "", None, len(block.verdicts), (), "", {}, (), {},
+        "sdpa", block.softcap, "", None, len(block.verdicts), (), (), "", {}, (), {},
     )  # fmt: skip
     rows = [{"id": f"golden-{number:02d}", **row} for number, row in enumerate(GOLDEN_ROWS)]
     ids = encode_all([pair_from_row(row) for row in rows], tokenizer, bare)
