@@ -160,7 +160,7 @@ def kernel_dtype(run: Run, tokenizer, pairs: list, device: str) -> torch.dtype:
     shapes = classifier_skeleton(run.weights, run.contract).shapes
     multiplied = sum(math.prod(shape) for name, shape in shapes.items() if len(shape) == 2 and "embed" not in name)
     requests = make_requests(run.model_input, tokenizer, run.contract, pairs, ORDERS)
-    tokens = sum(len(request.ids) for request in requests)
+    tokens = sum(request.tokens for request in requests)
     return torch.float16 if 2 * tokens * multiplied <= FLOAT16_ON_CPU_FLOP else torch.float32
 
 

@@ -14,7 +14,17 @@ MAY_IMPORT = {
     "postprocess": {"preprocess", "recipes", "kaggle_kernels.runtime"},
     "kaggle_kernels": {"preprocess", "recipes", "postprocess"},
 }
-RUNTIME_MAY_IMPORT = {"torch", "transformers", "tokenizers", "safetensors", "numpy", "pandas", "pyarrow", "kaggle_kernels"}
+RUNTIME_MAY_IMPORT = {
+    "torch",
+    "transformers",
+    "peft",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "pandas",
+    "pyarrow",
+    "kaggle_kernels",
+}
 FILES = [path for room in MAY_IMPORT for path in sorted((ROOT / room).rglob("*.py")) if "generated" not in path.parts]
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60
 

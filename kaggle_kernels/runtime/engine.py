@@ -18,7 +18,16 @@ import torch
 
 from kaggle_kernels.runtime.model import load_model
 from kaggle_kernels.runtime.package import Package, PackageError
-from kaggle_kernels.runtime.scoring import Request, make_batches, make_requests, mean_of_orders, score, score_batch
+from kaggle_kernels.runtime.scoring import (
+    Request,
+    make_batches,
+    make_requests,
+    mean_of_orders,
+    orders_of,
+    padded_tokens,
+    score,
+    score_batch,
+)
 from kaggle_kernels.runtime.settings import Clock, log
 
 GOLDEN_TOLERANCE = 0.05  # float16 and 4-bit kernels differ between devices by up to 0.02; a wrong head by far more
@@ -59,11 +68,6 @@ class Pass:
     out_of_memory: int = 0
     not_finite: int = 0
     logged: float = field(default_factory=time.monotonic)
-
-
-def padded_tokens(batch: Sequence[Request]) -> int:
-    """Tokens of a batch, padding included."""
-    return max(len(request.ids) for request in batch) * len(batch)
 
 
 def load_workers(package: Package, devices: Sequence[str], tokens_per_batch: int, clock: Clock) -> list[Worker]:
@@ -111,7 +115,7 @@ def score_package(
     """
     scores: dict[str, dict[str, list[float]]] = {pair.id: {} for pair in pairs}
     records = []
-    for order, deadline in zip(orders, deadlines, strict=False):
+    for order, deadline in zip(orders_of(contract, orders), deadlines, strict=False):
         requests = make_requests(package.model_input, package.tokenizer, contract, pairs, [order])
         batches = plan_batches(requests, mean_of_orders(scores), workers, deadline)
         label = f"{package.folder.name}, {order}"
@@ -233,7 +237,7 @@ def note_scores(work: Pass, worker: Worker, batch: list[Request], values: list[l
     worker.tokens += padded_tokens(batch)
     worker.seconds += seconds
     work.padded_tokens += padded_tokens(batch)
-    work.real_tokens += sum(len(request.ids) for request in batch)
+    work.real_tokens += sum(request.tokens for request in batch)
     for request, probabilities in zip(batch, values, strict=True):
         if all(map(math.isfinite, probabilities)):
             work.scores[request.id] = probabilities

@@ -12,11 +12,31 @@ ORDERS = ("as_given", "swapped")
 
 @dataclass(frozen=True)
 class Request:
-    """One sequence to be scored: the pair `id`, with its responses in `order`."""
+    """One pair to be scored: the pair `id`, with its responses in `order`, as one sequence, or for the reward head two."""
 
     id: str
     order: str
-    ids: list[int]
+    sequences: tuple[list[int], ...]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(map(len, self.sequences))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all sequences."""
+        return sum(map(len, self.sequences))
+
+
+def orders_of(contract, orders: Iterable[str]) -> tuple[str, ...]:
+    """The orders worth scoring: a reward model sees each response alone, so that its second order is its first."""
+    return ORDERS[:1] if contract.head == "reward" else tuple(orders)
+
+
+def padded_tokens(batch: Sequence[Request]) -> int:
+    """Tokens of a batch, padding included."""
+    return max(request.length for request in batch) * sum(len(request.sequences) for request in batch)
 
 
 def make_requests(model_input: ModuleType, tokenizer, contract, pairs: Sequence, orders: Iterable[str]) -> list[Request]:
@@ -25,7 +45,7 @@ def make_requests(model_input: ModuleType, tokenizer, contract, pairs: Sequence,
     for order in orders:
         ordered = [model_input.swap(pair) for pair in pairs] if order == "swapped" else list(pairs)
         encoded = model_input.encode_all(ordered, tokenizer, contract)
-        made += [Request(pair.id, order, sequences[0]) for pair, sequences in zip(pairs, encoded, strict=True)]
+        made += [Request(pair.id, order, sequences) for pair, sequences in zip(pairs, encoded, strict=True)]
     return made
 
 
@@ -35,8 +55,8 @@ def make_batches(requests: Iterable[Request], tokens_per_batch: int) -> list[lis
     A batch, padded, holds at most `tokens_per_batch` tokens; a request that is longer than that is a batch of its own.
     """
     batches: list[list[Request]] = []
-    for request in sorted(requests, key=lambda request: (-len(request.ids), request.id, request.order)):
-        if batches and len(batches[-1][0].ids) * (len(batches[-1]) + 1) <= tokens_per_batch:
+    for request in sorted(requests, key=lambda request: (-request.length, request.id, request.order)):
+        if batches and padded_tokens([*batches[-1], request]) <= tokens_per_batch:
             batches[-1].append(request)
         else:
             batches.append([request])
@@ -51,18 +71,38 @@ def score_batch(
 
     The softmax is in float32. Where the model overflowed, the probabilities are NaN.
     """
-    longest = max(len(request.ids) for request in batch)
-    ids_bt = torch.full((len(batch), longest), contract.pad_token_id, dtype=torch.long)
-    mask_bt = torch.zeros((len(batch), longest), dtype=torch.long)
-    for row, request in enumerate(batch):
-        ids_bt[row, : len(request.ids)] = torch.tensor(request.ids)
-        mask_bt[row, : len(request.ids)] = 1
-    logits_bv = model(input_ids=ids_bt.to(device), attention_mask=mask_bt.to(device)).logits
-    probabilities_bv = logits_bv.float().softmax(-1).tolist()
+    logits_bv = verdict_logits(model, contract, [ids for request in batch for ids in request.sequences], device)
+    if contract.logit_bias:
+        logits_bv = logits_bv + torch.tensor(contract.logit_bias, device=logits_bv.device)
+    probabilities_bv = logits_bv.softmax(-1).tolist()
     return [
         model_input.swap_probabilities(values, contract.verdicts) if request.order == "swapped" else values
         for request, values in zip(batch, probabilities_bv, strict=True)
     ]
+
+
+def verdict_logits(model: torch.nn.Module, contract, sequences: list[list[int]], device: str) -> torch.Tensor:
+    """The verdicts' logits, float32 of shape (requests, verdicts), of one sequence a request, for the reward head of two.
+
+    A classifier finds the last token that is not padding by itself, so its rows are padded on the right. A causal LM is
+    padded on the left: the answer then stands at the last place of every row, and only there are logits computed.
+    """
+    longest = max(map(len, sequences))
+    left = contract.head == "label_tokens"
+    ids_bt = torch.full((len(sequences), longest), contract.pad_token_id, dtype=torch.long)
+    mask_bt = torch.zeros((len(sequences), longest), dtype=torch.long)
+    for row, ids in enumerate(sequences):
+        place = slice(longest - len(ids), longest) if left else slice(len(ids))
+        ids_bt[row, place] = torch.tensor(ids)
+        mask_bt[row, place] = 1
+    inputs = {"input_ids": ids_bt.to(device), "attention_mask": mask_bt.to(device)}
+    if not left:
+        logits = model(**inputs).logits.float()
+        if contract.head == "score":
+            return logits
+        return logits.view(-1, 2)[:, [("model_a", "model_b").index(verdict) for verdict in contract.verdicts]]
+    inputs["position_ids"] = (mask_bt.cumsum(-1) - 1).clamp(min=0).to(device)
+    return model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1, list(contract.label_token_ids)].float()
 
 
 def score(
@@ -78,16 +118,19 @@ def score(
 ) -> dict[str, dict[str, list[float]]]:
     """Probabilities by id and order, in the order of contract.verdicts; swapped ones are already swapped back.
 
-    Raises FloatingPointError where a row's probabilities are not finite, ValueError where two pairs share an id.
+    A reward model is run once a pair, whatever the orders. Raises FloatingPointError where a row's probabilities are not
+    finite, ValueError where two pairs share an id.
     """
     scores: dict[str, dict[str, list[float]]] = {pair.id: {} for pair in pairs}
     if len(scores) != len(pairs):
         raise ValueError(f"{len(pairs) - len(scores)} pairs have the id of another one; scores are joined by id")
-    for batch in make_batches(make_requests(model_input, tokenizer, contract, pairs, orders), tokens_per_batch):
+    orders = tuple(orders)
+    worth = orders_of(contract, orders)
+    for batch in make_batches(make_requests(model_input, tokenizer, contract, pairs, worth), tokens_per_batch):
         for request, values in zip(batch, score_batch(model, model_input, contract, batch, device), strict=True):
             if not all(map(math.isfinite, values)):
                 raise FloatingPointError(f"row {request.id}, {request.order}: probabilities {values} in {model.dtype}")
-            scores[request.id][request.order] = values
+            scores[request.id] |= dict.fromkeys([request.order] if worth == orders else orders, values)
     return scores
 
 

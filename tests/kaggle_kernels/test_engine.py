@@ -138,7 +138,7 @@ def test_a_clock_too_short_for_all_rows_takes_the_short_ones(package, pairs):
 
 
 def test_the_second_order_on_a_short_clock_takes_the_least_certain_rows_first():
-    requests = [Request(str(number), "swapped", [5] * 10) for number in range(16)]
+    requests = [Request(str(number), "swapped", ([5] * 10,)) for number in range(16)]
     known = {str(number): [0.5 + number / 32, 0.5 - number / 32] for number in range(16)}
     worker = Worker("cpu", None, 20, tokens=100, seconds=100.0)
     batches = plan_batches(requests, known, [worker], time.monotonic() + 50)
@@ -146,7 +146,7 @@ def test_the_second_order_on_a_short_clock_takes_the_least_certain_rows_first():
 
 
 def test_the_second_order_on_a_long_clock_is_batched_by_length():
-    requests = [Request(str(number), "swapped", [5] * (number + 1)) for number in range(16)]
+    requests = [Request(str(number), "swapped", ([5] * (number + 1),)) for number in range(16)]
     known = {str(number): [0.5 + number / 32, 0.5 - number / 32] for number in range(16)}
     worker = Worker("cpu", None, 40, tokens=100, seconds=1.0)
     batches = plan_batches(requests, known, [worker], time.monotonic() + 50)
@@ -159,7 +159,7 @@ def test_the_margin_is_the_lead_of_the_first_verdict():
 
 
 def queue_of(lengths, deadline, may_reorder):
-    batches = [[Request(str(number), "as_given", [5] * length)] for number, length in enumerate(lengths)]
+    batches = [[Request(str(number), "as_given", ([5] * length,))] for number, length in enumerate(lengths)]
     return Pass("test", deque(batches), deadline, may_reorder, len(lengths))
 
 
@@ -180,7 +180,7 @@ def test_a_short_clock_takes_the_shortest_batch_that_fits():
 def test_a_batch_over_the_workers_budget_is_split_and_the_rest_stays_next():
     worker = Worker("cpu", None, 20)
     work = Pass(
-        "test", deque([[Request(str(number), "as_given", [5] * 10) for number in range(5)]]), time.monotonic() + 5, True, 5
+        "test", deque([[Request(str(number), "as_given", ([5] * 10,)) for number in range(5)]]), time.monotonic() + 5, True, 5
     )
     assert [[request.id for request in next_batch(work, worker, [worker])] for _ in range(3)] == [["0", "1"], ["2", "3"], ["4"]]
     assert next_batch(work, worker, [worker]) is None

@@ -57,8 +57,8 @@ def test_a_label_count_that_is_not_the_contracts_is_refused(package_folder, cont
 
 
 def test_a_head_that_this_runtime_cannot_score_is_refused(package_folder, contract):
-    with pytest.raises(PackageError, match="its head is 'reward'"):
-        load_model(package_folder, replace(contract, head="reward"), "cpu")
+    with pytest.raises(PackageError, match="its head is 'regression'"):
+        load_model(package_folder, replace(contract, head="regression"), "cpu")
 
 
 def test_a_package_that_computes_in_bfloat16_is_refused_on_a_gpu(spoilt, contract):

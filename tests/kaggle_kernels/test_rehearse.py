@@ -117,7 +117,7 @@ def test_the_kernels_ids_are_trainings_ids_on_every_awkward_row(workplace, tmp_p
         "rows = kernel['read_rows'](pathlib.Path('test.csv'), True)\n"
         "pairs = [package.model_input.pair_from_row(row) for row in rows]\n"
         "parts = package.model_input, package.tokenizer, package.contract, pairs, ('as_given', 'swapped')\n"
-        "json.dump([request.ids for request in kernel['make_requests'](*parts)], open('ids.json', 'w'))\n"
+        "json.dump([request.sequences[0] for request in kernel['make_requests'](*parts)], open('ids.json', 'w'))\n"
     )
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(SITECUSTOMIZE)

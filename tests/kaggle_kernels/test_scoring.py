@@ -74,21 +74,21 @@ def test_the_second_order_of_three_verdicts_keeps_the_tie_in_its_place(three_ver
 @pytest.mark.parametrize("tokens_per_batch", [64, 1000, 4096])
 def test_the_token_budget_is_never_exceeded_and_no_request_is_lost(tokens_per_batch):
     rng = random.Random(0)
-    requests = [Request(str(number), "as_given", [5] * rng.randint(1, 64)) for number in range(500)]
+    requests = [Request(str(number), "as_given", ([5] * rng.randint(1, 64),)) for number in range(500)]
     batches = make_batches(requests, tokens_per_batch)
-    assert max(max(len(r.ids) for r in batch) * len(batch) for batch in batches) <= tokens_per_batch
+    assert max(max(r.length for r in batch) * len(batch) for batch in batches) <= tokens_per_batch
     assert sorted(r.id for batch in batches for r in batch) == sorted(r.id for r in requests)
-    lengths = [len(r.ids) for batch in batches for r in batch]
+    lengths = [r.length for batch in batches for r in batch]
     assert lengths == sorted(lengths, reverse=True)
 
 
 def test_a_request_longer_than_the_budget_is_a_batch_of_its_own():
-    batches = make_batches([Request("long", "as_given", [5] * 90), Request("short", "as_given", [5] * 10)], 64)
+    batches = make_batches([Request("long", "as_given", ([5] * 90,)), Request("short", "as_given", ([5] * 10,))], 64)
     assert [[request.id for request in batch] for batch in batches] == [["long"], ["short"]]
 
 
 def test_batches_hold_as_many_rows_as_the_budget_allows():
-    requests = [Request(str(number), "as_given", [5] * 10) for number in range(7)]
+    requests = [Request(str(number), "as_given", ([5] * 10,)) for number in range(7)]
     assert [len(batch) for batch in make_batches(requests, 30)] == [3, 3, 1]
 
 
@@ -100,7 +100,7 @@ def test_requests_are_the_packages_own_ids(loaded, pairs):
         *((pair.id, "swapped") for pair in pairs[:3]),
     ]
     swapped = package.model_input.swap(pairs[1])
-    assert requests[4].ids == package.model_input.encode(swapped, package.tokenizer, package.contract)[0]
+    assert requests[4].sequences == package.model_input.encode(swapped, package.tokenizer, package.contract)
 
 
 def test_two_pairs_with_one_id_are_refused(loaded, pairs):
@@ -127,7 +127,7 @@ def test_the_model_sees_padding_on_the_right_under_a_mask(loaded):
         seen.update(ids=input_ids.tolist(), mask=attention_mask.tolist())
         return SimpleNamespace(logits=torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
 
-    batch = [Request("1", "as_given", [5, 6, 7]), Request("2", "as_given", [8])]
+    batch = [Request("1", "as_given", ([5, 6, 7],)), Request("2", "as_given", ([8],))]
     assert score_batch(model, package.model_input, package.contract, batch, "cpu") == [[0.5, 0.5], [0.5, 0.5]]
     assert seen == {"ids": [[5, 6, 7], [8, 0, 0]], "mask": [[1, 1, 1], [1, 0, 0]]}
 

@@ -28,8 +28,9 @@ from types import ModuleType
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
 # ==============================================================================================================
@@ -218,22 +219,29 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 # The model of a package, loaded so that it answers as it did in training: pad id, attention and soft-cap from the contract.
 # ==============================================================================================================
 
+CLASSES = {
+    "score": AutoModelForSequenceClassification,
+    "reward": AutoModelForSequenceClassification,
+    "label_tokens": AutoModelForCausalLM,
+}
+LORA = ("lora_config.json", "lora.safetensors")  # under PEFT's own names, transformers would go looking for the base model
+
 
 def load_model(folder: Path | str, contract, device: str, dtype: torch.dtype | None = None) -> torch.nn.Module:
-    """The classifier in `folder` on `device`, in eval mode.
+    """The model in `folder` on `device`, in eval mode, with the adapter on it where the folder holds one.
 
     `dtype` None means float16 on CUDA (a T4 has no bfloat16 units) and float32 elsewhere; quantised packages load by their
     own config.json. Raises PackageError where a weight is missing or the configuration contradicts the contract.
     """
-    if contract.head != "score":
-        raise PackageError(f"{folder}: its head is {contract.head!r}; this runtime scores 'score'")
+    if contract.head not in CLASSES:
+        raise PackageError(f"{folder}: its head is {contract.head!r}; this runtime scores {', '.join(CLASSES)}")
     dtype = dtype or (torch.float16 if device.startswith("cuda") else torch.float32)
     config = serving_config(folder, contract)
     quantised = getattr(config, "quantization_config", None)
     if quantised and device.startswith("cuda") and quantised.get("bnb_4bit_compute_dtype") == "bfloat16":
         raise PackageError(f"{folder}: computes in bfloat16, which a T4 lacks; quantise it again from float16 weights")
     placed = {"device_map": {"": device}} if quantised or device != "cpu" else {}
-    model, loaded = AutoModelForSequenceClassification.from_pretrained(
+    model, loaded = CLASSES[contract.head].from_pretrained(
         folder,
         config=config,
         dtype=dtype,
@@ -243,19 +251,47 @@ def load_model(folder: Path | str, contract, device: str, dtype: torch.dtype | N
         output_loading_info=True,
         **placed,
     )
-    if loaded["missing_keys"]:
-        raise PackageError(f"{folder}: weights are missing: {', '.join(sorted(loaded['missing_keys'])[:5])}")
+    lora_config, lora = (Path(folder) / name for name in LORA)
+    missing = set(loaded["missing_keys"])
+    if lora.is_file():
+        model, found = put_adapter_on(model, lora_config, lora, dtype)
+        missing -= found
+    if missing:
+        raise PackageError(f"{folder}: weights are missing: {', '.join(sorted(missing)[:5])}")
     return model.eval()
+
+
+def put_adapter_on(
+    model: torch.nn.Module, lora_config: Path, lora: Path, dtype: torch.dtype
+) -> tuple[torch.nn.Module, set[str]]:
+    """The model with a LoRA adapter that was not merged, in `dtype`, and the names of the weights that the adapter replaces."""
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict  # noqa: PLC0415  few packages need it
+
+    config = LoraConfig.from_peft_type(**json.loads(lora_config.read_text(encoding="utf-8")))
+    tensors = load_file(lora)
+    model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    result = set_peft_model_state_dict(model, tensors)
+    absent = [name for name in result.missing_keys if "lora_" in name or ".modules_to_save." in name]
+    if absent or result.unexpected_keys:
+        raise PackageError(f"{lora}: not the adapter of {lora_config}: {', '.join([*absent, *result.unexpected_keys][:5])}")
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(dtype)
+    return model, {name.removeprefix("base_model.model.") for name in tensors}
 
 
 def serving_config(folder: Path | str, contract):
     """The folder's config.json with pad id and soft-cap set as the contract says."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    if config.num_labels != contract.num_labels or contract.num_labels != len(contract.verdicts):
+    outputs = {"score": len(contract.verdicts), "reward": 1, "label_tokens": 0}[contract.head]
+    found = 0 if contract.head == "label_tokens" else config.num_labels
+    if not found == contract.num_labels == outputs:
         raise PackageError(
-            f"{folder}: config.json has {config.num_labels} labels, contract.json {contract.num_labels} for the verdicts "
-            f"{', '.join(contract.verdicts)}; package the run again"
+            f"{folder}: config.json has {found} labels, contract.json {contract.num_labels} for the head {contract.head} and "
+            f"the verdicts {', '.join(contract.verdicts)}; package the run again"
         )
+    if contract.head == "label_tokens" and len(contract.label_token_ids) != len(contract.verdicts):
+        raise PackageError(f"{folder}: contract.json names {len(contract.label_token_ids)} label tokens; package the run again")
     config.pad_token_id = contract.pad_token_id
     if contract.softcap and not getattr(config, "attn_logit_softcapping", None):
         raise PackageError(f"{folder}: trained with a soft-cap, but config.json has no attn_logit_softcapping")
@@ -275,11 +311,31 @@ ORDERS = ("as_given", "swapped")
 
 @dataclass(frozen=True)
 class Request:
-    """One sequence to be scored: the pair `id`, with its responses in `order`."""
+    """One pair to be scored: the pair `id`, with its responses in `order`, as one sequence, or for the reward head two."""
 
     id: str
     order: str
-    ids: list[int]
+    sequences: tuple[list[int], ...]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(map(len, self.sequences))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all sequences."""
+        return sum(map(len, self.sequences))
+
+
+def orders_of(contract, orders: Iterable[str]) -> tuple[str, ...]:
+    """The orders worth scoring: a reward model sees each response alone, so that its second order is its first."""
+    return ORDERS[:1] if contract.head == "reward" else tuple(orders)
+
+
+def padded_tokens(batch: Sequence[Request]) -> int:
+    """Tokens of a batch, padding included."""
+    return max(request.length for request in batch) * sum(len(request.sequences) for request in batch)
 
 
 def make_requests(model_input: ModuleType, tokenizer, contract, pairs: Sequence, orders: Iterable[str]) -> list[Request]:
@@ -288,7 +344,7 @@ def make_requests(model_input: ModuleType, tokenizer, contract, pairs: Sequence,
     for order in orders:
         ordered = [model_input.swap(pair) for pair in pairs] if order == "swapped" else list(pairs)
         encoded = model_input.encode_all(ordered, tokenizer, contract)
-        made += [Request(pair.id, order, sequences[0]) for pair, sequences in zip(pairs, encoded, strict=True)]
+        made += [Request(pair.id, order, sequences) for pair, sequences in zip(pairs, encoded, strict=True)]
     return made
 
 
@@ -298,8 +354,8 @@ def make_batches(requests: Iterable[Request], tokens_per_batch: int) -> list[lis
     A batch, padded, holds at most `tokens_per_batch` tokens; a request that is longer than that is a batch of its own.
     """
     batches: list[list[Request]] = []
-    for request in sorted(requests, key=lambda request: (-len(request.ids), request.id, request.order)):
-        if batches and len(batches[-1][0].ids) * (len(batches[-1]) + 1) <= tokens_per_batch:
+    for request in sorted(requests, key=lambda request: (-request.length, request.id, request.order)):
+        if batches and padded_tokens([*batches[-1], request]) <= tokens_per_batch:
             batches[-1].append(request)
         else:
             batches.append([request])
@@ -314,18 +370,38 @@ def score_batch(
 
     The softmax is in float32. Where the model overflowed, the probabilities are NaN.
     """
-    longest = max(len(request.ids) for request in batch)
-    ids_bt = torch.full((len(batch), longest), contract.pad_token_id, dtype=torch.long)
-    mask_bt = torch.zeros((len(batch), longest), dtype=torch.long)
-    for row, request in enumerate(batch):
-        ids_bt[row, : len(request.ids)] = torch.tensor(request.ids)
-        mask_bt[row, : len(request.ids)] = 1
-    logits_bv = model(input_ids=ids_bt.to(device), attention_mask=mask_bt.to(device)).logits
-    probabilities_bv = logits_bv.float().softmax(-1).tolist()
+    logits_bv = verdict_logits(model, contract, [ids for request in batch for ids in request.sequences], device)
+    if contract.logit_bias:
+        logits_bv = logits_bv + torch.tensor(contract.logit_bias, device=logits_bv.device)
+    probabilities_bv = logits_bv.softmax(-1).tolist()
     return [
         model_input.swap_probabilities(values, contract.verdicts) if request.order == "swapped" else values
         for request, values in zip(batch, probabilities_bv, strict=True)
     ]
+
+
+def verdict_logits(model: torch.nn.Module, contract, sequences: list[list[int]], device: str) -> torch.Tensor:
+    """The verdicts' logits, float32 of shape (requests, verdicts), of one sequence a request, for the reward head of two.
+
+    A classifier finds the last token that is not padding by itself, so its rows are padded on the right. A causal LM is
+    padded on the left: the answer then stands at the last place of every row, and only there are logits computed.
+    """
+    longest = max(map(len, sequences))
+    left = contract.head == "label_tokens"
+    ids_bt = torch.full((len(sequences), longest), contract.pad_token_id, dtype=torch.long)
+    mask_bt = torch.zeros((len(sequences), longest), dtype=torch.long)
+    for row, ids in enumerate(sequences):
+        place = slice(longest - len(ids), longest) if left else slice(len(ids))
+        ids_bt[row, place] = torch.tensor(ids)
+        mask_bt[row, place] = 1
+    inputs = {"input_ids": ids_bt.to(device), "attention_mask": mask_bt.to(device)}
+    if not left:
+        logits = model(**inputs).logits.float()
+        if contract.head == "score":
+            return logits
+        return logits.view(-1, 2)[:, [("model_a", "model_b").index(verdict) for verdict in contract.verdicts]]
+    inputs["position_ids"] = (mask_bt.cumsum(-1) - 1).clamp(min=0).to(device)
+    return model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1, list(contract.label_token_ids)].float()
 
 
 def score(
@@ -341,16 +417,19 @@ def score(
 ) -> dict[str, dict[str, list[float]]]:
     """Probabilities by id and order, in the order of contract.verdicts; swapped ones are already swapped back.
 
-    Raises FloatingPointError where a row's probabilities are not finite, ValueError where two pairs share an id.
+    A reward model is run once a pair, whatever the orders. Raises FloatingPointError where a row's probabilities are not
+    finite, ValueError where two pairs share an id.
     """
     scores: dict[str, dict[str, list[float]]] = {pair.id: {} for pair in pairs}
     if len(scores) != len(pairs):
         raise ValueError(f"{len(pairs) - len(scores)} pairs have the id of another one; scores are joined by id")
-    for batch in make_batches(make_requests(model_input, tokenizer, contract, pairs, orders), tokens_per_batch):
+    orders = tuple(orders)
+    worth = orders_of(contract, orders)
+    for batch in make_batches(make_requests(model_input, tokenizer, contract, pairs, worth), tokens_per_batch):
         for request, values in zip(batch, score_batch(model, model_input, contract, batch, device), strict=True):
             if not all(map(math.isfinite, values)):
                 raise FloatingPointError(f"row {request.id}, {request.order}: probabilities {values} in {model.dtype}")
-            scores[request.id][request.order] = values
+            scores[request.id] |= dict.fromkeys([request.order] if worth == orders else orders, values)
     return scores
 
 
@@ -608,11 +687,6 @@ class Pass:
     logged: float = field(default_factory=time.monotonic)
 
 
-def padded_tokens(batch: Sequence[Request]) -> int:
-    """Tokens of a batch, padding included."""
-    return max(len(request.ids) for request in batch) * len(batch)
-
-
 def load_workers(package: Package, devices: Sequence[str], tokens_per_batch: int, clock: Clock) -> list[Worker]:
     """The model on every device, one after another, each checked against the manifest's golden probabilities."""
     workers = []
@@ -658,7 +732,7 @@ def score_package(
     """
     scores: dict[str, dict[str, list[float]]] = {pair.id: {} for pair in pairs}
     records = []
-    for order, deadline in zip(orders, deadlines, strict=False):
+    for order, deadline in zip(orders_of(contract, orders), deadlines, strict=False):
         requests = make_requests(package.model_input, package.tokenizer, contract, pairs, [order])
         batches = plan_batches(requests, mean_of_orders(scores), workers, deadline)
         label = f"{package.folder.name}, {order}"
@@ -780,7 +854,7 @@ def note_scores(work: Pass, worker: Worker, batch: list[Request], values: list[l
     worker.tokens += padded_tokens(batch)
     worker.seconds += seconds
     work.padded_tokens += padded_tokens(batch)
-    work.real_tokens += sum(len(request.ids) for request in batch)
+    work.real_tokens += sum(request.tokens for request in batch)
     for request, probabilities in zip(batch, values, strict=True):
         if all(map(math.isfinite, probabilities)):
             work.scores[request.id] = probabilities
