@@ -12,6 +12,7 @@ from preprocess.errors import UserError
 from preprocess.files import sha256, write_json
 from preprocess.model_input import Contract, encode_all, pair_from_row, read_contract
 from recipes.pairwise.schema import PairwiseBlock
+from recipes.pairwise.templates import LABELS
 
 MODEL_INPUT = Path(model_input.__file__)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt")
@@ -57,18 +58,13 @@ GOLDEN_ROWS = (
 def new_contract(
     block: PairwiseBlock, tokenizer, *, attention: str, base_model: str, revision: str | None, pad_token_id: int
 ) -> Contract:
-    """The contract as training starts: all that decides the ids, without hashes and golden rows.
+    """The contract as training starts: all that decides the ids, golden rows included, without the tokenizer's hashes.
 
     A base model in a folder is named as the user named it; hub models by repository and revision. Raises UserError where
     rows end with the pad token: a classifier reads the last token that is not padding, and would read the wrong one.
     """
-    golden = golden_rows(tokenizer, block, pad_token_id)
-    if any(ids[-1] == pad_token_id for row in golden for ids in row["ids"]):
-        raise UserError(
-            f"pairwise.template: rows end with {tokenizer.pad_token!r}, the pad token, which is never read; "
-            "end the template otherwise, or set special_tokens: {pad_token: …} to another token"
-        )
-    return Contract(
+    outputs = {"score": len(block.verdicts), "reward": 1, "label_tokens": 0}
+    contract = Contract(
         head=block.head,
         verdicts=block.verdicts,
         template=block.resolved_template(),
@@ -79,24 +75,44 @@ def new_contract(
         softcap=block.softcap,
         base_model=base_model,
         revision=revision,
-        num_labels=len(block.verdicts),
-        label_token_ids=(),
+        num_labels=outputs[block.head],
+        label_token_ids=label_tokens(tokenizer, block) if block.head == "label_tokens" else (),
         logit_bias=(),
         model_input_sha256=sha256(MODEL_INPUT),
         tokenizer_sha256={},
-        golden=golden,
+        golden=(),
         recorded={},
     )
+    golden = golden_rows(tokenizer, contract)
+    ends = {ids[-1] for row in golden for ids in row["ids"]}
+    if block.head != "label_tokens" and pad_token_id in ends:
+        raise UserError(
+            f"pairwise.template: rows end with {tokenizer.pad_token!r}, the pad token, which is never read; "
+            "end the template otherwise, or set special_tokens: {pad_token: …} to another token"
+        )
+    return replace(contract, golden=golden)
 
 
-def golden_rows(tokenizer, block: PairwiseBlock, pad_token_id: int) -> tuple[dict, ...]:
-    """Twenty synthetic pairs, awkward ones among them, with the token ids that they have under the block's settings."""
-    bare = Contract(
-        block.head, block.verdicts, block.resolved_template(), block.budget_tokens, block.truncation, pad_token_id,
-        "sdpa", block.softcap, "", None, len(block.verdicts), (), (), "", {}, (), {},
-    )  # fmt: skip
+def label_tokens(tokenizer, block: PairwiseBlock) -> tuple[int, ...]:
+    """The token of each verdict's answer as it stands after the template's end; a UserError where that is not one token."""
+    backend, end = tokenizer.backend_tokenizer, block.resolved_template().end
+    before = backend.encode(end, add_special_tokens=False).ids
+    found = []
+    for verdict in block.verdicts:
+        *same, last = backend.encode(end + LABELS[verdict], add_special_tokens=False).ids
+        if same != before or last in found:
+            raise UserError(
+                f"pairwise.template: the answer {LABELS[verdict]!r} is not one token of its own after {end[-20:]!r}; end the "
+                "template with a line break or a control token, or use head: score"
+            )
+        found.append(last)
+    return tuple(found)
+
+
+def golden_rows(tokenizer, contract: Contract) -> tuple[dict, ...]:
+    """Twenty synthetic pairs, awkward ones among them, with the token ids that they have under the contract."""
     rows = [{"id": f"golden-{number:02d}", **row} for number, row in enumerate(GOLDEN_ROWS)]
-    ids = encode_all([pair_from_row(row) for row in rows], tokenizer, bare)
+    ids = encode_all([pair_from_row(row) for row in rows], tokenizer, contract)
     return tuple({"pair": row, "ids": list(sequences)} for row, sequences in zip(rows, ids, strict=True))
 
 

@@ -56,12 +56,14 @@ def targets(frame: pl.DataFrame, verdicts: tuple[str, ...]) -> np.ndarray:
 
 
 def tokenise(frame: pl.DataFrame, tokenizer, contract: Contract, what: str) -> Dataset:
-    """A dataset with, for each pair: id, token ids in both orders, soft labels, weight (1 on average), longest length."""
+    """A dataset with, for each pair: id, its two sequences, soft labels, weight (1 on average), the longer one's length.
+
+    The sequences are the pair in both orders, or for the reward head the prompt with each response.
+    """
     features = Features(
         {
             "id": Value("string"),
-            "as_given": List(Value("int32")),
-            "swapped": List(Value("int32")),
+            "sequences": List(List(Value("int32"))),
             "labels": List(Value("float32")),
             "weight": Value("float32"),
             "length": Value("int32"),
@@ -74,15 +76,16 @@ def tokenise(frame: pl.DataFrame, tokenizer, contract: Contract, what: str) -> D
         for start in range(0, len(frame), CHUNK_ROWS):
             chunk = frame[start : start + CHUNK_ROWS]
             pairs = [pair_from_row(row) for row in chunk.iter_rows(named=True)]
-            as_given = [ids for (ids,) in encode_all(pairs, tokenizer, contract)]
-            swapped = [ids for (ids,) in encode_all([swap(pair) for pair in pairs], tokenizer, contract)]
+            sequences = encode_all(pairs, tokenizer, contract)
+            if contract.head != "reward":
+                swapped = encode_all([swap(pair) for pair in pairs], tokenizer, contract)
+                sequences = [one + other for one, other in zip(sequences, swapped, strict=True)]
             columns = {
                 "id": chunk["id"].to_list(),
-                "as_given": as_given,
-                "swapped": swapped,
+                "sequences": [list(both) for both in sequences],
                 "labels": labels[start : start + CHUNK_ROWS].tolist(),
                 "weight": weights[start : start + CHUNK_ROWS].tolist(),
-                "length": [max(len(a), len(b)) for a, b in zip(as_given, swapped, strict=True)],
+                "length": [max(map(len, both)) for both in sequences],
             }
             parts.append(Dataset.from_dict(columns, features=features))
             progress.update(len(chunk))

@@ -9,10 +9,15 @@ ORDERS = ("as_given", "swapped")
 
 
 def probabilities(logits_rov: np.ndarray, verdicts: tuple[str, ...]) -> np.ndarray:
-    """Softmax in float64 of logits (rows, 2 orders, verdicts), the swapped order already swapped back."""
+    """Softmax in float64 of logits (rows, 2 orders, verdicts), the swapped order then swapped back.
+
+    A reward model's logits are (rows, 1, verdicts): its second order is its first.
+    """
     logits = logits_rov.astype(np.float64)
     exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
     both = exponentials / exponentials.sum(axis=-1, keepdims=True)
+    if both.shape[1] == 1:
+        return np.repeat(both, 2, axis=1)
     places = swap_probabilities(range(len(verdicts)), verdicts)
     return np.stack([both[:, 0], both[:, 1][:, places]], axis=1)
 

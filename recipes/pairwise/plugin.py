@@ -25,11 +25,11 @@ from preprocess.errors import UserError
 from preprocess.files import atomic_file, read_json, sha256, write_json
 from preprocess.model_input import ContractError
 from recipes.pairwise import deepspeed_cpu, metrics
-from recipes.pairwise.collator import PairCollator
+from recipes.pairwise.collator import LabelTokenCollator, PairCollator
 from recipes.pairwise.contract import new_contract, write_contract
 from recipes.pairwise.data import datasets_of, read_pairs
 from recipes.pairwise.schema import apply_environment, check_run, run_folder
-from recipes.pairwise.trainer import PairwiseTrainer
+from recipes.pairwise.trainer import LabelTokenTrainer, PairwiseTrainer
 
 LOG = logging.getLogger(__name__)
 INSTEAD = {
@@ -79,11 +79,19 @@ class PairwisePlugin(BasePlugin):
                 raise UserError(f"axolotl {command}: refused, {INSTEAD[command]}")
             self.recipe = Path(cfg["axolotl_config_path"])
             self.block = apply_environment(check_run(cfg, self.recipe))
+            if not self.block.train:
+                raise UserError(
+                    f"{self.recipe}: pairwise.train is false, there is nothing to train; package the base model with "
+                    f"python -m postprocess {self.recipe}"
+                )
         except UserError as error:
             stop(error)
         cfg["output_dir"] = str(run_folder(cfg.get("output_dir"), self.recipe))
-        cfg["model_type"] = "AutoModelForSequenceClassification"
-        cfg["num_labels"] = len(self.block.verdicts)
+        if self.block.head == "label_tokens":
+            cfg["model_type"] = "AutoModelForCausalLM"
+        else:
+            cfg["model_type"] = "AutoModelForSequenceClassification"
+            cfg["num_labels"] = 1 if self.block.head == "reward" else len(self.block.verdicts)
         # Axolotl wants this key; the plugin brings its own datasets.
         cfg["datasets"] = [{"path": "pairwise", "type": "completion"}]
         cfg["sequence_len"] = self.block.budget_tokens
@@ -137,13 +145,12 @@ class PairwisePlugin(BasePlugin):
         self.contract = replace(self.contract, revision=self.contract.revision or getattr(model.config, "_commit_hash", None))
         try:
             check_positions(model.config, self.block.budget_tokens)
-            ensure_head(model)
+            if self.block.head != "label_tokens":
+                ensure_head(model)
+                name_labels(model.config, ("reward",) if self.block.head == "reward" else self.block.verdicts)
         except UserError as error:
             stop(error)
         model.config.pad_token_id = self.contract.pad_token_id
-        model.config.id2label = dict(enumerate(self.block.verdicts))
-        model.config.label2id = {verdict: number for number, verdict in enumerate(self.block.verdicts)}
-        model.config.problem_type = None
         if not self.block.softcap and getattr(model.config, "attn_logit_softcapping", None) is not None:
             model.config.attn_logit_softcapping = None
             for module in model.modules():
@@ -151,7 +158,7 @@ class PairwisePlugin(BasePlugin):
                     module.attn_logit_softcapping = None
 
     def get_trainer_cls(self, cfg):
-        return PairwiseTrainer
+        return LabelTokenTrainer if self.block.head == "label_tokens" else PairwiseTrainer
 
     def get_training_args(self, cfg):
         # Axolotl evaluates before the first step where eval_steps is set; that doubles the shortest runs for nothing.
@@ -161,7 +168,10 @@ class PairwisePlugin(BasePlugin):
         return arguments
 
     def get_collator_cls_and_kwargs(self, cfg, is_eval=False):
-        return PairCollator, {
+        predicts_answers = self.block.head == "label_tokens" and not is_eval
+        answers = {"label_token_ids": self.contract.label_token_ids} if predicts_answers else {}
+        return LabelTokenCollator if predicts_answers else PairCollator, answers | {
+            "head": self.block.head,
             "verdicts": self.block.verdicts,
             "orders": "both" if is_eval else self.block.orders,
             "pad_token_id": self.contract.pad_token_id,
@@ -171,6 +181,7 @@ class PairwisePlugin(BasePlugin):
     def post_trainer_create(self, cfg, trainer):
         """Metrics in both orders; and nothing of an earlier run may vouch for this one's weights."""
         trainer.label_smoothing = self.block.label_smoothing
+        trainer.label_token_ids = self.contract.label_token_ids
         trainer.compute_metrics = self._scores
         self.trainer = trainer
         if trainer.is_world_process_zero():
@@ -255,6 +266,13 @@ def check_positions(config, budget_tokens: int) -> None:
     positions = getattr(config, "max_position_embeddings", None)
     if positions and budget_tokens > positions:
         raise UserError(f"pairwise.budget_tokens: {budget_tokens}, but the base model has {positions} positions; lower it")
+
+
+def name_labels(config, names) -> None:
+    """Write the head's outputs into the configuration, by name."""
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: number for number, name in enumerate(names)}
+    config.problem_type = None
 
 
 def ensure_head(model) -> None:

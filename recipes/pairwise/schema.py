@@ -11,27 +11,15 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from preprocess.errors import UserError
 from preprocess.model_input import Template
+from recipes.pairwise.templates import NAMES, named_template
 
 PLUGIN = "recipes.pairwise.plugin.PairwisePlugin"
 NUMBERS = ("micro_batch_size", "gradient_accumulation_steps", "num_epochs", "learning_rate")
 AXOLOTL_KEYS = frozenset(json.loads((Path(__file__).parent / "axolotl_keys.json").read_text(encoding="utf-8")))
-QUESTION = "Which response would a person prefer, A or B?"
-SECTIONS = "# Prompt\n{prompt}\n\n# Response A\n{response_a}\n\n# Response B\n{response_b}\n\n"
-TEMPLATES = {
-    "gemma": Template("<bos><start_of_turn>user\n", SECTIONS, f"{QUESTION}<end_of_turn>\n<start_of_turn>model\n"),
-    "llama3": Template(
-        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n",
-        SECTIONS,
-        f"{QUESTION}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
-    ),
-    "chatml": Template("<|im_start|>user\n", SECTIONS, f"{QUESTION}<|im_end|>\n<|im_start|>assistant\n"),
-    "bert": Template("[CLS]", "{prompt}[SEP]{response_a}[SEP]{response_b}[SEP]", ""),
-}
-
 REFUSED = {
     "reward_model": "it forces one label and its evaluation crashes; remove it, the `pairwise` block sets the head",
     "trust_remote_code": "it runs code from the hub and loads the wrong class; use a model that transformers knows",
@@ -59,26 +47,48 @@ class TemplateBlock(_Strict):
 class PackageBlock(_Strict):
     """How `python -m postprocess` turns the run into a Kaggle dataset."""
 
-    quantize: Literal["none", "nf4", "int8"] = "none"
+    quantize: Literal["none", "nf4", "int8"] = Field(
+        "none", description="nf4 (4 bits), int8 (8 bits), or none: float16. The head is never quantised"
+    )
+    adapter: Literal["merged", "unmerged", "best"] = Field(
+        "merged",
+        description="what is packaged of a LoRA run: base and adapter merged; both as they are, the base in nf4; or whichever "
+        "of the two agrees better with training",
+    )
     tolerance: float = Field(0.05, gt=0, le=1, description="largest mean difference in probability that is let through")
-    slug: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{4,48}[a-z0-9]$")
-    licence: str = "apache-2.0"
+    slug: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{4,48}[a-z0-9]$", description="the Kaggle dataset's slug, 6 to 50 characters")
+    licence: str = Field("apache-2.0", description="Kaggle's name of the weights' licence")
+
+    @model_validator(mode="after")
+    def _an_adapter_stays_apart_only_on_nf4(self):
+        if self.adapter != "merged" and self.quantize != "nf4":
+            raise ValueError(f"adapter: {self.adapter} needs quantize: nf4, found quantize: {self.quantize}")
+        return self
 
 
 class PairwiseBlock(_Strict):
     """The `pairwise:` block of a recipe."""
 
-    pairs: str = "data/pairs.parquet"
-    fold: int | str = 0
-    verdicts: tuple[Literal["model_a", "model_b", "tie"], ...] = ("model_a", "model_b")
-    head: Literal["score"] = "score"
-    template: str | TemplateBlock
-    budget_tokens: int = Field(ge=64)
-    truncation: Literal["left", "right", "middle"] = "middle"
-    orders: Literal["as_given", "random", "both"] = "both"
-    loss: Literal["cross_entropy"] = "cross_entropy"
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
-    softcap: bool = False
+    pairs: str = Field("data/pairs.parquet", description="what to train on; PAIRWISE_PAIRS=FILE overrides it")
+    fold: int | str = Field(0, description="the fold to hold out, or all; PAIRWISE_FOLD overrides it")
+    verdicts: tuple[Literal["model_a", "model_b", "tie"], ...] = Field(
+        ("model_a", "model_b"), description="the order of the logits: two verdicts, or three with tie"
+    )
+    head: Literal["score", "label_tokens", "reward"] = Field(
+        "score",
+        description="score: a classification head on prompt and both answers; label_tokens: the answer tokens of a causal LM; "
+        "reward: one number for each answer alone (Bradley-Terry)",
+    )
+    train: bool = Field(True, description="false: the base model is packaged as it is by python -m postprocess")
+    template: str | TemplateBlock = Field(description="gemma, llama3, chatml or bert; or start, turn and end spelled out")
+    budget_tokens: int = Field(ge=64, description="tokens of a sequence, template included")
+    truncation: Literal["left", "right", "middle"] = Field("middle", description="where a text that is too long is cut")
+    orders: Literal["as_given", "random", "both"] = Field(
+        "both", description="the orders of a pair in training; both stand in one micro-batch"
+    )
+    loss: Literal["cross_entropy"] = Field("cross_entropy", description="on soft labels")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="mixes the labels with the uniform distribution")
+    softcap: bool = Field(False, description="Gemma-2's soft cap of attention logits; needs eager or flash_attention_2")
     package: PackageBlock
 
     @field_validator("fold")
@@ -98,14 +108,26 @@ class PairwiseBlock(_Strict):
     @field_validator("template")
     @classmethod
     def _template_is_known(cls, template):
-        if isinstance(template, str) and template not in TEMPLATES:
-            raise ValueError(f"expected one of {', '.join(TEMPLATES)}, or start, turn and end spelled out")
+        if isinstance(template, str) and template not in NAMES:
+            raise ValueError(f"expected one of {', '.join(NAMES)}, or start, turn and end spelled out")
         return template
+
+    @model_validator(mode="after")
+    def _the_head_suits_the_rest(self):
+        if self.head == "reward" and "tie" in self.verdicts:
+            raise ValueError("verdicts: a reward model tells no ties apart; leave out tie, half of a tie goes to each side")
+        if self.head == "reward" and "orders" in self.model_fields_set:
+            raise ValueError("orders: a reward model sees each answer alone, its orders are the same; remove the key")
+        if self.head == "label_tokens" and self.template == "bert":
+            raise ValueError("template: bert has no answer to predict; label_tokens needs gemma, llama3 or chatml")
+        if self.head == "label_tokens" and self.label_smoothing:
+            raise ValueError("label_smoothing: Axolotl's causal trainer has none; remove the key")
+        return self
 
     def resolved_template(self) -> Template:
         """The template that the block names or spells out."""
         if isinstance(self.template, str):
-            return TEMPLATES[self.template]
+            return named_template(self.template, self.head, self.verdicts)
         return Template(self.template.start, self.template.turn, self.template.end)
 
 
@@ -187,8 +209,15 @@ def run_problems(values: dict) -> list[str]:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
             problems.append(f"{key}: expected a number above 0, found {value!r}")
     block = values.get("pairwise")
-    if isinstance(block, dict) and block.get("softcap") and values.get("attn_implementation") == "sdpa":
+    if not isinstance(block, dict):
+        return problems
+    if block.get("softcap") and values.get("attn_implementation") == "sdpa":
         problems.append(SDPA_DROPS_SOFTCAP)
+    kept_apart = isinstance(block.get("package"), dict) and block["package"].get("adapter", "merged") != "merged"
+    if kept_apart and values.get("adapter") not in ("lora", "qlora"):
+        problems.append("pairwise.package.adapter: the run has no adapter; remove the key, or set adapter: lora or qlora")
+    if block.get("train") is False and values.get("adapter"):
+        problems.append("adapter: nothing is trained with pairwise.train: false; remove the key")
     return problems
 
 

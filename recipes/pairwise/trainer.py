@@ -1,4 +1,4 @@
-"""Axolotl's trainer with cross-entropy on soft targets in place of its loss."""
+"""Axolotl's trainer with cross-entropy on soft targets in place of its loss, or with its own loss on label tokens."""
 
 import math
 
@@ -40,10 +40,27 @@ class _AfterAxolotl(Trainer):
         super().log({key: value for key, value in logs.items() if not key.startswith(MEANINGLESS)}, start_time)
 
 
-class PairwiseTrainer(AxolotlTrainer, _AfterAxolotl):
-    """Trains on batches of `PairCollator`. `label_smoothing` is set by the plugin."""
+class _PairTrainer(AxolotlTrainer, _AfterAxolotl):
+    """What both trainers below need: `label_smoothing` and `label_token_ids` are set by the plugin."""
 
     label_smoothing = 0.0
+    label_token_ids: tuple[int, ...] = ()
+
+    def _prepare_input(self, data):
+        # Trainer casts every float to DeepSpeed's type, and bf16 makes 0.334 of a third of the votes.
+        return data.to(self.args.device) if isinstance(data, torch.Tensor) else super()._prepare_input(data)
+
+    def _get_eval_sampler(self, eval_dataset=None):
+        # Predictions are matched with rows by position: never grouped by length, whatever the training sampler is.
+        return SequentialSampler(eval_dataset if eval_dataset is not None else self.eval_dataset)
+
+
+class PairwiseTrainer(_PairTrainer):
+    """Trains classifiers and reward models on batches of `PairCollator`.
+
+    A reward model's logits (2 * pairs, 1) are viewed as (pairs, 1, 2): the softmax over the two rewards is Bradley and
+    Terry's model (1952), and a tie's label of one half each is its usual extension.
+    """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -59,10 +76,21 @@ class PairwiseTrainer(AxolotlTrainer, _AfterAxolotl):
         loss = soft_cross_entropy(logits_pov, labels, weight, smoothing)
         return (loss, {"logits": logits_pov.float()}) if return_outputs else loss
 
-    def _prepare_input(self, data):
-        # Trainer casts every float to DeepSpeed's type, and bf16 makes 0.334 of a third of the votes.
-        return data.to(self.args.device) if isinstance(data, torch.Tensor) else super()._prepare_input(data)
 
-    def _get_eval_sampler(self, eval_dataset=None):
-        # Predictions are matched with rows by position: never grouped by length, whatever the training sampler is.
-        return SequentialSampler(eval_dataset if eval_dataset is not None else self.eval_dataset)
+class LabelTokenTrainer(_PairTrainer):
+    """Trains by Axolotl's stock causal loss on batches of `LabelTokenCollator`; predicts from batches of `PairCollator`.
+
+    Evaluation reads the label tokens' logits at the last place only: a whole vocabulary at every place would not fit.
+    """
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        mask = inputs["attention_mask"]
+        places = (mask.cumsum(-1) - 1).clamp(min=0)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            output = model(
+                input_ids=inputs["input_ids"], attention_mask=mask, position_ids=places, logits_to_keep=1, use_cache=False
+            )
+        logits_pov = output.logits[:, -1, list(self.label_token_ids)].float().view(inputs["labels"].shape)
+        loss = soft_cross_entropy(logits_pov, inputs["labels"], inputs["weight"])
+        return (loss, None, None) if prediction_loss_only else (loss, logits_pov, inputs["labels"])

@@ -28,13 +28,13 @@ def test_targets_follow_the_verdicts_and_two_of_them_share_a_tie():
 
 def rows() -> list[dict]:
     return [
-        {"as_given": [5, 6, 7], "swapped": [5, 7, 6, 8], "labels": [0.75, 0.25], "weight": 2.0},
-        {"as_given": [9], "swapped": [8], "labels": [0.0, 1.0], "weight": 1.0},
+        {"id": "x", "sequences": [[5, 6, 7], [5, 7, 6, 8]], "labels": [0.75, 0.25], "weight": 2.0},
+        {"id": "y", "sequences": [[9], [8]], "labels": [0.0, 1.0], "weight": 1.0},
     ]
 
 
 def test_both_orders_of_a_pair_are_adjacent_and_their_labels_swapped():
-    batch = PairCollator(None, TWO, "both", pad_token_id=1, pad_to_multiple_of=4)(rows())
+    batch = PairCollator(None, "score", TWO, "both", pad_token_id=1, pad_to_multiple_of=4)(rows())
     assert batch["input_ids"].tolist() == [[5, 6, 7, 1], [5, 7, 6, 8], [9, 1, 1, 1], [8, 1, 1, 1]]
     assert batch["attention_mask"].sum(dim=1).tolist() == [3, 4, 1, 1]
     assert batch["labels"].tolist() == [[[0.75, 0.25], [0.25, 0.75]], [[0.0, 1.0], [1.0, 0.0]]]
@@ -42,10 +42,10 @@ def test_both_orders_of_a_pair_are_adjacent_and_their_labels_swapped():
 
 
 def test_one_order_is_the_first_or_a_random_one_with_its_own_labels():
-    as_given = PairCollator(None, TWO, "as_given", pad_token_id=1)(rows())
+    as_given = PairCollator(None, "score", TWO, "as_given", pad_token_id=1)(rows())
     assert as_given["labels"].tolist() == [[[0.75, 0.25]], [[0.0, 1.0]]]
     torch.manual_seed(0)
-    random = PairCollator(None, TWO, "random", pad_token_id=1)
+    random = PairCollator(None, "score", TWO, "random", pad_token_id=1)
     seen = {tuple(map(tuple, (batch["input_ids"][:1, :4].tolist()[0], batch["labels"][0, 0].tolist())))
             for batch in (random(rows()) for _ in range(20))}  # fmt: skip
     assert seen == {((5, 6, 7, 1), (0.75, 0.25)), ((5, 7, 6, 8), (0.25, 0.75))}
@@ -137,8 +137,8 @@ def test_weights_are_one_on_average_whatever_preprocess_counted(tiny_models, tmp
     contract = new_contract(block, tokenizer, attention="sdpa", base_model="m", revision=None, pad_token_id=0)
     rows = data.tokenise(frame, tokenizer, contract, "rows")
     assert list(rows["weight"]) == [0.5, 1.5, 0.5, 1.5]
-    assert rows["as_given"][0] != rows["swapped"][0]
-    assert sorted(rows["as_given"][0]) == sorted(rows["swapped"][0])
+    assert rows["sequences"][0][0] != rows["sequences"][0][1]
+    assert sorted(rows["sequences"][0][0]) == sorted(rows["sequences"][0][1])
 
 
 def test_a_budget_beyond_the_models_positions_is_refused():
@@ -164,7 +164,7 @@ def test_random_orders_differ_between_processes(monkeypatch):
     def flips(rank: str) -> list[bool]:
         monkeypatch.setenv("RANK", rank)
         torch.manual_seed(0)
-        collator = PairCollator(None, TWO, "random", pad_token_id=1)
+        collator = PairCollator(None, "score", TWO, "random", pad_token_id=1)
         return [collator(rows())["labels"][0, 0, 0].item() == 0.75 for _ in range(30)]
 
     assert flips("0") == flips("0")

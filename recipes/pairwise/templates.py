@@ -1,0 +1,47 @@
+"""The templates that recipes name: how a prompt and its responses stand in the words of a chat model, for each head."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from preprocess.model_input import Template
+
+SECTIONS = "# Prompt\n{prompt}\n\n# Response A\n{response_a}\n\n# Response B\n{response_b}\n\n"
+QUESTION = "Which response would a person prefer, A or B?"
+LABELS = {"model_a": "A", "model_b": "B", "tie": "C"}  # label_tokens: the answer that stands for each verdict
+ANSWERS = {2: " Answer with A or B.", 3: " Answer with A, with B, or with C if neither."}
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A chat model's control text: before everything, before the user's words, after them, and after the model's."""
+
+    begin: str
+    user: str
+    model: str
+    end: str
+
+
+CHATS = {
+    "gemma": Chat("<bos>", "<start_of_turn>user\n", "<end_of_turn>\n<start_of_turn>model\n", "<end_of_turn>\n"),
+    "llama3": Chat(
+        "<|begin_of_text|>",
+        "<|start_header_id|>user<|end_header_id|>\n\n",
+        "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<|eot_id|>",
+    ),
+    "chatml": Chat("", "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n"),
+}
+NAMES = (*CHATS, "bert")
+
+
+def named_template(name: str, head: str, verdicts: Sequence[str]) -> Template:
+    """The template `name` for a head: both answers under headings and a question, or for reward the conversation itself."""
+    if name == "bert":
+        if head == "reward":
+            return Template("[CLS]", "{prompt}[SEP]{response}[SEP]", "")
+        return Template("[CLS]", "{prompt}[SEP]{response_a}[SEP]{response_b}[SEP]", "")
+    chat = CHATS[name]
+    if head == "reward":
+        return Template(chat.begin, f"{chat.user}{{prompt}}{chat.model}{{response}}{chat.end}", "")
+    question = QUESTION + (ANSWERS[len(verdicts)] if head == "label_tokens" else "")
+    return Template(chat.begin + chat.user, SECTIONS, question + chat.model)
