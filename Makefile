@@ -10,9 +10,9 @@ export AXOLOTL_DO_NOT_TRACK := 1
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: .venv/installed .venv-kaggle/installed  ## create the two environments; done by every other target that needs them
+setup: .venv/installed .venv-kaggle/installed .venv-keras/installed  ## create the three environments; each is made by every target that needs it
 
-demo: setup  ## raw rows to submission.csv on two CPU cores, in minutes
+demo: .venv/installed .venv-kaggle/installed  ## raw rows to submission.csv on two CPU cores, in minutes
 	@python -m tests.demo
 
 test: setup  ## the tests, without the slow ones
@@ -33,13 +33,16 @@ bench: setup  ## what is claimed to be fast, measured side by side
 cv: .venv/installed  ## train all folds: make cv R=gemma2_cls
 	@python -m recipes.pairwise.cv recipes/$(R).yml
 
-# One environment for everything, one with Kaggle's versions for rehearsals. Each is current while its marker is newer than
-# what it was installed from.
+# One environment for everything, one with Kaggle's versions for rehearsals, one with TensorFlow for recipes/siamese.py.
+# Each is current while its marker is newer than what it was installed from.
 .venv/installed: requirements.txt pyproject.toml
 	@$(call create,.venv,requirements.txt,5 minutes and 5 GB)
 
 .venv-kaggle/installed: kaggle_kernels/requirements.txt
 	@$(call create,.venv-kaggle,kaggle_kernels/requirements.txt,1 minute and 2 GB)
+
+.venv-keras/installed: recipes/siamese.requirements.txt
+	@$(call create,.venv-keras,recipes/siamese.requirements.txt,1 minute and 2 GB)
 
 define create
 fail() { echo "error: $$1" >&2; rm -rf $(1)/installed; exit 2; }; \
