@@ -21,8 +21,9 @@ test: setup  ## the tests, without the slow ones
 test-slow: setup  ## the slow proofs: two processes, the whole demo, 48,000 rows
 	@python -m pytest -m slow
 
-lint: .venv/installed  ## style, and that generated kernels match their specs
+lint: .venv/installed  ## style, recipes, and that generated kernels and schemas are up to date
 	@ruff format --check . && ruff check . && python -m recipes.pairwise recipes/*.yml && python -m kaggle_kernels build --check
+	@python -m recipes.pairwise.json_schema --check && python -m kaggle_kernels.json_schema --check
 
 format: .venv/installed  ## put the code into house style
 	@ruff format . && ruff check --fix .

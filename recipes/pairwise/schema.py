@@ -4,7 +4,7 @@ Nothing here imports torch or Axolotl, so that `python -m recipes.pairwise` answ
 """
 
 import difflib
-import json
+import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +14,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from preprocess.errors import UserError
+from preprocess.files import read_json
 from preprocess.model_input import Template
 from recipes.pairwise.templates import NAMES, named_template
 
 PLUGIN = "recipes.pairwise.plugin.PairwisePlugin"
 NUMBERS = ("micro_batch_size", "gradient_accumulation_steps", "num_epochs", "learning_rate")
-AXOLOTL_KEYS = frozenset(json.loads((Path(__file__).parent / "axolotl_keys.json").read_text(encoding="utf-8")))
+RECIPE_SCHEMA = Path(__file__).parents[1] / "recipe.schema.json"
 REFUSED = {
     "reward_model": "it forces one label and its evaluation crashes; remove it, the `pairwise` block sets the head",
     "trust_remote_code": "it runs code from the hub and loads the wrong class; use a model that transformers knows",
@@ -179,12 +180,18 @@ def check_run(cfg: dict, recipe: Path) -> PairwiseBlock:
     return PairwiseBlock.model_validate(dict(cfg["pairwise"]))
 
 
+@functools.cache
+def known_keys() -> tuple[str, ...]:
+    """The keys that may stand at the top of a recipe: Axolotl's and `pairwise`, read from recipe.schema.json."""
+    return tuple(read_json(RECIPE_SCHEMA)["properties"])
+
+
 def recipe_problems(values: dict) -> list[str]:
     """What is wrong with a recipe's parsed YAML, one sentence a problem, each naming its key and the fix."""
     problems = [f"{key}: refused, {why}" for key, why in REFUSED.items() if values.get(key)]
     for key in values:
-        if key not in AXOLOTL_KEYS and key != "pairwise":
-            problems.append(f"{key}: unknown key{_nearest(key, AXOLOTL_KEYS)}")
+        if key not in known_keys():
+            problems.append(f"{key}: unknown key{_nearest(key, known_keys())}")
     problems += run_problems(values)
     quantising = values.get("bnb_config_kwargs")
     skipped = quantising.get("llm_int8_skip_modules") if isinstance(quantising, dict) else None
