@@ -104,6 +104,7 @@ class PairwisePlugin(BasePlugin):
         if not torch.cuda.is_available():
             # Axolotl takes `bf16: auto` on a CPU for fp16, in which the first step ends in NaN.
             cfg["bf16"] = cfg["fp16"] = False
+            use_all_cores()
             if deepspeed_cpu.deepspeed_on_cpu(cfg.get("deepspeed")):
                 deepspeed_cpu.start_group()
 
@@ -239,6 +240,13 @@ class PairwisePlugin(BasePlugin):
         LOG.info(
             "validation: accuracy %.4f, log loss %.4f, flips %.3f", *(values[k] for k in ("accuracy", "log_loss", "flip_rate"))
         )
+
+
+def use_all_cores() -> None:
+    """Give a single process every core: accelerate's launcher sets OMP_NUM_THREADS to 1 where it is unset, GPU or not."""
+    if os.environ.get("OMP_NUM_THREADS") == "1" and os.environ.get("WORLD_SIZE", "1") == "1":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(cores)
 
 
 def check_resume(cfg, block, recipe: Path) -> None:

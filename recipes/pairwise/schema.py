@@ -249,7 +249,10 @@ def _explain(problem: dict) -> str:
         return f"{key}: unknown key{_nearest(where[-1], known.model_fields)}"
     if problem["type"] == "missing":
         return f"{key}: missing"
-    return f"{key}: {problem['msg'].removeprefix('Value error, ')}, found {problem['input']!r}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if isinstance(problem["input"], dict):  # of the block as a whole: the message begins with the key
+        return f"{key}.{message}"
+    return f"{key}: {message}, found {problem['input']!r}"
 
 
 def _nearest(key: str, known) -> str:

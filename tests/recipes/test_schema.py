@@ -43,6 +43,19 @@ def test_a_good_recipe_has_no_problem():
         (GOOD | {"plugins": ["recipes.pairwise.PairwisePlugin"]}, "plugins: without recipes.pairwise.plugin.PairwisePlugin"),
         (GOOD | {"micro_batch_size": "four"}, "micro_batch_size: expected a number above 0, found 'four'"),
         (with_block(softcap=True) | {"attn_implementation": "sdpa"}, "attn_implementation: sdpa drops the soft cap"),
+        (with_block(head="reward", verdicts=["model_a", "tie", "model_b"]), "pairwise.verdicts: a reward model tells no ties"),
+        (with_block(head="reward", orders="both"), "pairwise.orders: a reward model sees each answer alone"),
+        (with_block(head="label_tokens", template="bert"), "pairwise.template: bert has no answer to predict"),
+        (with_block(head="label_tokens", label_smoothing=0.1), "pairwise.label_smoothing: Axolotl's causal trainer has none"),
+        (with_block(train=False) | {"adapter": "lora"}, "adapter: nothing is trained with pairwise.train: false"),
+        (
+            with_block(package={"slug": "some-model", "adapter": "best"}) | {"adapter": "qlora"},
+            "pairwise.package.adapter: best needs quantize: nf4, found quantize: none",
+        ),
+        (
+            with_block(package={"slug": "some-model", "quantize": "nf4", "adapter": "best"}),
+            "pairwise.package.adapter: the run has no adapter",
+        ),
         (GOOD | {"reward_model": True}, "reward_model: refused"),
         (GOOD | {"trust_remote_code": True}, "trust_remote_code: refused"),
         (GOOD | {"sample_packing": True}, "sample_packing: refused"),
@@ -88,6 +101,16 @@ def test_a_numbered_fold_of_the_environment_writes_below_the_run(monkeypatch):
 def test_every_template_holds_its_places_once():
     for template in [named_template(name, "score", ("model_a", "model_b")) for name in NAMES]:
         assert [template.turn.count(place) for place in ("{prompt}", "{response_a}", "{response_b}")] == [1, 1, 1]
+
+
+def test_each_head_has_its_own_template():
+    score, causal = (named_template("llama3", head, ("model_a", "model_b")) for head in ("score", "label_tokens"))
+    assert score.end.startswith("Which response would a person prefer, A or B?<|eot_id|>")
+    assert causal.end.startswith("Which response would a person prefer, A or B? Answer with A or B.<|eot_id|>")
+    assert "with C if neither" in named_template("llama3", "label_tokens", ("model_a", "tie", "model_b")).end
+    for name in NAMES:
+        turn = named_template(name, "reward", ("model_a", "model_b")).turn
+        assert [turn.count(place) for place in ("{prompt}", "{response}", "{response_a}")] == [1, 1, 0]
 
 
 def test_the_check_needs_no_torch_and_ends_with_2():

@@ -11,7 +11,7 @@ import torch
 from preprocess.errors import UserError
 from recipes.pairwise import data, metrics
 from recipes.pairwise.collator import PairCollator
-from recipes.pairwise.plugin import check_positions, check_resume, ensure_head
+from recipes.pairwise.plugin import check_positions, check_resume, ensure_head, use_all_cores
 from recipes.pairwise.schema import PairwiseBlock
 from recipes.pairwise.trainer import soft_cross_entropy
 from tests import tiny
@@ -169,3 +169,14 @@ def test_random_orders_differ_between_processes(monkeypatch):
 
     assert flips("0") == flips("0")
     assert flips("0") != flips("1")
+
+
+def test_a_single_process_gets_every_core_back_from_the_launcher(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2})
+    for threads, processes in (("1", "1"), ("2", "1"), ("1", "2")):
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+        monkeypatch.setenv("WORLD_SIZE", processes)
+        use_all_cores()
+    assert chosen == [3]
