@@ -1,4 +1,4 @@
-"""`python -m kaggle_kernels list | build [SPEC…] [--check] | rehearse SPEC --test FILE [--out DIR]`.
+"""`python -m kaggle_kernels list | build [SPEC…] [--check] | rehearse SPEC --test FILE [--out DIR] | weigh SPEC [--write]`.
 
 A SPEC is the name of a file in kaggle_kernels/specs, or a path.
 """
@@ -18,15 +18,11 @@ def main() -> None:
 @main.command("list")
 @exits_with_2
 def list_specs() -> None:
-    """Print the specs: competition, packages, clock, and whether the generated kernel is up to date."""
-    from kaggle_kernels.build import stale_files  # noqa: PLC0415  --help starts without pydantic
-    from kaggle_kernels.spec import all_specs, read_spec  # noqa: PLC0415
+    """Print the specs: packages with their weights, what they need on a GPU, and whether the kernel is up to date."""
+    from kaggle_kernels.listing import print_specs  # noqa: PLC0415  --help starts without pydantic
+    from kaggle_kernels.spec import all_specs  # noqa: PLC0415
 
-    for path in all_specs():
-        spec = read_spec(path)
-        packages = " + ".join(f"{package.weight:g} {package.run}" for package in spec.packages)
-        state = "stale, build it" if stale_files(path) else "built"
-        click.echo(f"{path.stem:<16} {spec.competition:<6} {packages:<32} {spec.clock_seconds:>7,.0f} s  {state}")
+    print_specs(all_specs())
 
 
 @main.command()
@@ -65,6 +61,21 @@ def rehearse(spec: str, test_file: Path, out: Path | None, python: Path | None) 
 
     spec_path = find_spec(spec)
     rehearsal.rehearse(spec_path, test_file, out or Path("outputs") / spec_path.stem / "rehearsal", python)
+
+
+@main.command()
+@click.argument("spec")
+@click.option("--write", is_flag=True, help="Put weights and temperature into the spec; build the kernel afterwards.")
+@exits_with_2
+def weigh(spec: str, write: bool) -> None:
+    """Fit the weights of SPEC's packages, and the temperature, on the validation rows that all their runs have.
+
+    Reads outputs/RUN/predictions.parquet and metrics.json; least log loss decides.
+    """
+    from kaggle_kernels import weigh as weighing  # noqa: PLC0415  --help starts without polars and scipy
+    from kaggle_kernels.spec import find_spec  # noqa: PLC0415
+
+    weighing.weigh(find_spec(spec), write)
 
 
 if __name__ == "__main__":

@@ -5,20 +5,36 @@ at the top, each module keeps its text under a heading, the spec's settings come
 """
 
 import ast
+import functools
 import json
 import sys
+import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from kaggle_kernels.fit import Fit, fit_packages, memory_sentence, package_settings
 from kaggle_kernels.runtime.settings import PackageSettings, Settings
 from kaggle_kernels.spec import COMPETITIONS, Spec, read_spec, settings_of
 from preprocess.errors import UserError
 from preprocess.files import atomic_file
 
 RUNTIME = Path(__file__).parent / "runtime"
-MODULES = ("settings", "package", "model", "scoring", "inputs", "submission", "engine", "main")  # each before what imports it
+MODULES = (
+    "settings",
+    "package",
+    "placement",
+    "model",
+    "scoring",
+    "plan",
+    "inputs",
+    "submission",
+    "engine",
+    "main",
+)  # each before what imports it
 OWNER = "INSERT_OWNER"  # stands for the Kaggle account, which is known at push
 RULE = "# " + "=" * 110
+WIDTH = 120
 
 
 @dataclass(frozen=True)
@@ -38,10 +54,10 @@ def generated_folder(spec_path: Path) -> Path:
 
 
 def generate(spec_path: Path) -> dict[str, str]:
-    """The text of each generated file, by name."""
+    """The text of each generated file, by name; a UserError where the spec does not fit two T4s."""
     spec = read_spec(spec_path)
     return {
-        "kernel.py": kernel_text(spec_path.stem, spec),
+        "kernel.py": kernel_text(spec_path.stem, spec, fit_packages(spec_path, spec)),
         "kernel-metadata.json": json.dumps(kernel_metadata(spec), indent=2) + "\n",
     }
 
@@ -97,14 +113,15 @@ def kernel_metadata(spec: Spec) -> dict:
     }
 
 
-def kernel_text(name: str, spec: Spec) -> str:
+def kernel_text(name: str, spec: Spec, fits: Sequence[Fit]) -> str:
     """The kernel as one Python file."""
     modules = [read_module(module) for module in MODULES]
     check_names(modules)
     parts = [
         f'"""{spec.title}: scores the pairs of {COMPETITIONS[spec.competition].slug} and writes submission.csv.\n\n'
         f"Generated from the spec {name}.yml by `python -m kaggle_kernels build {name}`; change that, not this.\n"
-        "It runs on two T4s without internet, and needs the datasets that SETTINGS names and the competition's files.\n"
+        "It runs on two T4s without internet, and needs the datasets that SETTINGS names and the competition's files.\n\n"
+        f"{textwrap.fill(memory_sentence(fits, spec), WIDTH)}\n"
         '"""',
         merge_imports(modules),
     ]
@@ -112,11 +129,12 @@ def kernel_text(name: str, spec: Spec) -> str:
         parts.append(("\n" if len(parts) > 2 else "") + heading(module))
         parts.append(("\n" if module.body.startswith(("def ", "class ", "@")) else "") + module.body)
         if module.name == "settings":
-            parts.append(f"\nSETTINGS = {settings_literal(settings_of(name, spec))}")
+            parts.append(f"\nSETTINGS = {settings_literal(settings_of(name, spec, [package_settings(fit) for fit in fits]))}")
     parts.append('\nif __name__ == "__main__":\n    run_kernel(SETTINGS)\n')
     return "\n\n".join(parts)
 
 
+@functools.cache
 def read_module(name: str) -> Module:
     """Take a runtime module apart. Imports stand at its top, those of other runtime modules name what they take."""
     source = (RUNTIME / f"{name}.py").read_text(encoding="utf-8")
@@ -194,12 +212,13 @@ def settings_literal(settings: Settings) -> str:
 
 
 def literal(value: object) -> str:
-    """A setting as Python source with double quotes; the packages of an ensemble stand one a line."""
+    """A setting as Python source with double quotes; what is said of a package stands one a line."""
     if isinstance(value, PackageSettings):
-        return f"PackageSettings({', '.join(f'{name}={literal(of)}' for name, of in vars(value).items())})"
+        lines = [f"            {name}={literal(of)}," for name, of in vars(value).items()]
+        return "\n".join(["PackageSettings(", *lines, "        )"])
     if isinstance(value, tuple):
         items = [literal(item) for item in value]
-        if len(items) > 1 and isinstance(value[0], PackageSettings):
+        if isinstance(value[0], PackageSettings):
             return "\n".join(["(", *(f"        {item}," for item in items), "    )"])
         return f"({', '.join(items)}{',' if len(items) == 1 else ''})"
     return json.dumps(value) if isinstance(value, str) else repr(value)

@@ -15,11 +15,15 @@ from pathlib import Path
 import polars as pl
 
 from kaggle_kernels.build import check_built
+from kaggle_kernels.fit import Fit, fit_packages
 from kaggle_kernels.spec import COMPETITIONS, Spec, read_spec
 from preprocess.errors import UserError
 from preprocess.files import atomic_file, read_json, write_json
+from preprocess.model_input import VERDICTS
 
 ROOT = Path(__file__).parents[1]
+TEXTS = ("prompt", "response_a", "response_b")
+TEXT_TYPES = (pl.String, pl.List(pl.String), pl.Null)
 RESULTS = ("submission.csv", "scores.parquet", "kernel.json")
 PROJECT = ("preprocess", "recipes", "postprocess", "kaggle_kernels", "tests")
 KEPT_ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH")
@@ -50,9 +54,10 @@ def rehearse(spec_path: Path, test_file: Path, out: Path, python: Path | None = 
     """
     spec = read_spec(spec_path)
     kernel = check_built(spec_path) / "kernel.py"
-    packages = {package.dataset: find_package(package.run, package.dataset, spec) for package in spec.packages}
+    packages = {fit.package.dataset: find_package(fit) for fit in fit_packages(spec_path, spec)}
     python = find_python(python)
     test_rows = read_test_rows(test_file, spec)
+    read_verdicts(test_rows, str(test_file))
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as folder:
         root = Path(folder) / "kaggle"
         lay_out(root, spec, packages, test_file, test_rows)
@@ -73,20 +78,38 @@ def rehearse(spec_path: Path, test_file: Path, out: Path, python: Path | None = 
     return measured
 
 
-def find_package(run: str, dataset: str, spec: Spec) -> Path:
-    """The run's package; a UserError where it is absent, is meant for another dataset, or lacks one of the verdicts."""
-    folder = Path("outputs") / run / "package"
+def find_package(fit: Fit) -> Path:
+    """The run's package; a UserError where it is absent, or is not what the spec and the recipe say."""
+    folder, recipe = Path("outputs") / fit.package.run / "package", fit.recipe
     if not (folder / "manifest.json").is_file():
-        raise UserError(f"{folder}: no package; run `python -m postprocess recipes/{run.split('/')[0]}.yml` first")
-    slug = read_json(folder / "dataset-metadata.json")["id"].split("/")[-1]
-    if slug != dataset:
+        raise UserError(f"{folder}: no package; run `python -m postprocess {recipe.path}` first")
+    slug = str(read_object(folder / "dataset-metadata.json").get("id")).split("/")[-1]
+    if slug != fit.package.dataset:
         raise UserError(
-            f"{folder}: it is the dataset {slug!r}, the spec says {dataset!r}; set packages.dataset or the recipe's slug"
+            f"{folder / 'dataset-metadata.json'}: id: found the dataset {slug!r}, the spec says {fit.package.dataset!r}; run "
+            f"`python -m postprocess {recipe.path}` again"
         )
-    missing = set(COMPETITIONS[spec.competition].verdicts) - set(read_json(folder / "contract.json")["verdicts"])
-    if missing:
-        raise UserError(f"{folder}: tells nothing of {', '.join(missing)}, which {spec.competition} asks for; train with it")
+    contract, manifest = read_object(folder / "contract.json"), read_object(folder / "manifest.json")
+    for file, key, found, expected in (
+        ("contract.json", "verdicts", contract.get("verdicts"), list(recipe.pairwise.verdicts)),
+        ("contract.json", "base_model", contract.get("base_model"), recipe.axolotl["base_model"]),
+        ("contract.json", "head", contract.get("head"), recipe.pairwise.head),
+        ("manifest.json", "quantize", manifest.get("quantize"), recipe.pairwise.package.quantize),
+    ):
+        if found != expected:
+            raise UserError(
+                f"{folder / file}: {key}: found {found}, {recipe.path} says {expected}, which the kernel was built for; train "
+                "and package again with this recipe, or put the recipe back"
+            )
     return folder
+
+
+def read_object(path: Path) -> dict:
+    """A package's JSON file; a UserError where it holds no object."""
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected keys and values, found {type(values).__name__}; package the run again")
+    return values
 
 
 def find_python(python: Path | None) -> Path:
@@ -106,10 +129,15 @@ def read_test_rows(test_file: Path, spec: Spec) -> pl.DataFrame:
         rows = pl.read_csv(test_file, infer_schema=False) if is_csv else pl.read_parquet(test_file)
     except (pl.exceptions.PolarsError, OSError) as error:
         raise UserError(f"{test_file}: cannot be read: {' '.join(str(error).split())}") from None
-    missing = [name for name in ("id", "prompt", "response_a", "response_b") if name not in rows.columns]
-    if missing or rows.is_empty():
-        found = f"no column {', '.join(missing)}" if missing else "no rows"
+    missing = [name for name in ("id", *TEXTS) if name not in rows.columns]
+    wrong = [name for name in TEXTS if name not in missing and rows.schema[name] not in TEXT_TYPES]
+    if missing or wrong or rows.is_empty():
+        found = f"no column {', '.join(missing)}" if missing else f"no text in {', '.join(wrong)}" if wrong else "no rows"
         raise UserError(f"{test_file}: {found}; expected the layout of {COMPETITIONS[spec.competition].slug}")
+    ids = rows["id"].cast(pl.String)
+    if ids.null_count() or ids.is_duplicated().any():
+        found = "a row has no id" if ids.null_count() else f"the id {ids.filter(ids.is_duplicated())[0]} occurs twice"
+        raise UserError(f"{test_file}: {found}; a submission needs every id once")
     return rows
 
 
@@ -123,7 +151,7 @@ def lay_out(root: Path, spec: Spec, packages: dict[str, Path], test_file: Path, 
                 (folder / path.name).symlink_to(path.absolute())
     folder = root / "input" / "competitions" / COMPETITIONS[spec.competition].slug
     folder.mkdir(parents=True)
-    shown = test_rows.select("id", "prompt", "response_a", "response_b")
+    shown = test_rows.select("id", *TEXTS)
     if test_file.suffix == ".csv":
         shown.write_csv(folder / "test.csv")
     else:
@@ -150,6 +178,7 @@ def run_as_kaggle(python: Path, kernel: Path, root: Path, name: str) -> None:
     last = ""
     with process:
         for line in process.stdout:
+            line = line.replace(str(root), "/kaggle").replace(f"{root.parent}/", "")
             print(line, end="", flush=True)
             last = line.strip() or last
     if process.returncode:
@@ -167,7 +196,7 @@ def kaggle_environment(root: Path, site: Path) -> dict[str, str]:
 def measure(test_rows: pl.DataFrame, scores: Path, spec: Spec) -> dict:
     """Accuracy and log loss (natural) over the rows that have a verdict, joined by id; empty where the file has none."""
     verdicts = COMPETITIONS[spec.competition].verdicts
-    truth = read_verdicts(test_rows)
+    truth = read_verdicts(test_rows, "the test rows")
     if truth is None:
         return {}
     columns = [f"p_{verdict}" for verdict in verdicts]
@@ -183,20 +212,40 @@ def measure(test_rows: pl.DataFrame, scores: Path, spec: Spec) -> dict:
     return {"judged": judged.height, **shares} if judged.height else {}
 
 
-def read_verdicts(test_rows: pl.DataFrame) -> pl.DataFrame | None:
-    """id, winner and which response is longer, from WSDM's or LMSYS's columns; None where there are no verdicts."""
+def read_verdicts(test_rows: pl.DataFrame, where: str) -> pl.DataFrame | None:
+    """id, winner and which response is longer, from WSDM's or LMSYS's columns; None where there are no verdicts.
+
+    A row may have no verdict (null); any other value is a UserError that names the row in `where`.
+    """
+    flags = [f"winner_{verdict}" for verdict in VERDICTS]
     if "winner" in test_rows.columns:
-        winner = pl.col("winner")
-    elif "winner_model_a" in test_rows.columns:
-        verdicts = ("model_a", "model_b", "tie")
-        winner = pl.coalesce(
-            pl.when(pl.col(f"winner_{verdict}").cast(pl.Float64) == 1).then(pl.lit(verdict)) for verdict in verdicts
-        )
+        found, expected = test_rows["winner"].cast(pl.String).to_list(), "model_a, model_b or tie"
+        winners = [None if value is None else value if value in VERDICTS else "" for value in found]
+    elif present := set(flags) & set(test_rows.columns):
+        if len(present) < len(flags):
+            raise UserError(f"{where}: no column {', '.join(sorted(set(flags) - present))}; give all three, or none")
+        found, expected = test_rows.select(flags).rows(), "a 1 for model_a, model_b or tie, and 0 for the others"
+        winners = [winner_of(values) for values in found]
     else:
         return None
+    if "" in winners:
+        at = winners.index("")
+        raise UserError(f"{where}, row {at + 1} (id {test_rows['id'][at]}): winner is {found[at]!r}; expected {expected}")
     a, b = (length_of(test_rows, name) for name in ("response_a", "response_b"))
     longer = pl.when(a >= b).then(pl.lit("model_a")).otherwise(pl.lit("model_b"))
-    return test_rows.select(pl.col("id").cast(pl.String), winner.alias("winner"), longer.alias("longer"))
+    winner = pl.Series("winner", winners, pl.String)
+    return test_rows.select(pl.col("id").cast(pl.String), winner, longer.alias("longer"))
+
+
+def winner_of(flags: tuple) -> str | None:
+    """The verdict whose flag is 1, None where all flags are null, "" where they make no sense."""
+    if all(flag is None for flag in flags):
+        return None
+    try:
+        numbers = [float(flag) for flag in flags]
+    except (TypeError, ValueError):
+        return ""
+    return VERDICTS[numbers.index(1)] if sorted(numbers) == [0, 0, 1] else ""
 
 
 def length_of(rows: pl.DataFrame, name: str) -> pl.Expr:

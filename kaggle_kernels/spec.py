@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -42,27 +43,47 @@ COMPETITIONS = {
 
 
 class PackageBlock(_Strict):
-    """One model: `run` is outputs/RUN, `dataset` the slug that its package is uploaded under."""
+    """One model of a kernel. Base model, quantisation and verdicts are those of the run's recipe."""
 
-    run: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_./-]*$")
-    dataset: str = Field(pattern=SLUG, min_length=6, max_length=50)
-    weight: float = Field(1.0, gt=0, le=1)
+    run: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_./-]*$",
+        description="the run that made the package: its folder below outputs/; the recipe has the same name",
+    )
+    dataset: str = Field(
+        pattern=SLUG, min_length=6, max_length=50, description="the Kaggle dataset's slug: the recipe's package.slug"
+    )
+    weight: float = Field(1.0, gt=0, le=1, description="in the mean of the models; the weights sum to 1")
+    placement: Literal["auto", "each", "split"] = Field(
+        "auto",
+        description="each: a copy on every GPU; split: one copy, its layers over both; auto: each if a T4 holds it, else split",
+    )
 
 
 class Spec(_Strict):
     """A kernel's spec."""
 
-    title: str = Field(min_length=5, max_length=50, pattern=r"^[^\"'\\\x00-\x1f]*$")
-    competition: Literal["wsdm", "lmsys"]
-    packages: tuple[PackageBlock, ...] = Field(min_length=1)
-    accelerator: Literal["NvidiaTeslaT4"] = "NvidiaTeslaT4"
-    clock_seconds: float = Field(gt=0, le=43200)
-    orders: Literal["as_given", "both"] = "both"
-    budget_tokens: int | None = Field(None, ge=64)
-    tokens_per_batch: int = Field(8192, ge=64)
-    temperature: float = Field(1.0, gt=0, le=10)
-    min_scored: float = Field(0.98, gt=0, le=1)
-    wheels: str | None = Field(None, pattern=SLUG, min_length=6, max_length=50)
+    title: str = Field(
+        min_length=5,
+        max_length=50,
+        pattern=r"^[^\"'\\\x00-\x1f]*$",
+        description="the kernel's title on Kaggle; its slug is made from it",
+    )
+    competition: Literal["wsdm", "lmsys"] = Field(description="whose test file is read and whose submission is written")
+    packages: tuple[PackageBlock, ...] = Field(min_length=1, description="the models; several are an ensemble")
+    accelerator: Literal["NvidiaTeslaT4"] = Field("NvidiaTeslaT4", description="two T4s of 15 GiB")
+    clock_seconds: float = Field(gt=0, le=43200, description="how long the kernel may take, writing the submission included")
+    orders: Literal["as_given", "both"] = Field(
+        "both", description="both: every row also with its responses swapped, as the clock allows; a reward model needs one"
+    )
+    budget_tokens: int | None = Field(None, ge=64, description="tokens of a row, where they are not to be training's")
+    tokens_per_batch: int = Field(8192, ge=64, description="tokens of a batch, padding included; halved where memory runs out")
+    temperature: float = Field(1.0, gt=0, le=10, description="of the final probabilities; above 1: less sure")
+    min_scored: float = Field(
+        0.98, gt=0, le=1, description="the share of rows that must have a score, else nothing is submitted"
+    )
+    wheels: str | None = Field(
+        None, pattern=SLUG, min_length=6, max_length=50, description="the dataset with bitsandbytes, for nf4 and int8"
+    )
 
     @field_validator("title")
     @classmethod
@@ -140,15 +161,15 @@ def _explain(problem: dict) -> str:
     return f"{key}: {message}, found {problem['input']!r}"
 
 
-def settings_of(name: str, spec: Spec) -> Settings:
-    """What the kernel of the spec named `name` is told."""
+def settings_of(name: str, spec: Spec, packages: Sequence[PackageSettings]) -> Settings:
+    """What the kernel of the spec named `name` is told; see fit.package_settings for its packages."""
     competition = COMPETITIONS[spec.competition]
     return Settings(
         name=name,
         competition=competition.slug,
         columns=competition.columns,
         verdicts=competition.verdicts,
-        packages=tuple(PackageSettings(package.run, package.dataset, package.weight) for package in spec.packages),
+        packages=tuple(packages),
         orders=("as_given", "swapped") if spec.orders == "both" else ("as_given",),
         clock_seconds=spec.clock_seconds,
         budget_tokens=spec.budget_tokens,

@@ -1,5 +1,7 @@
 """One package over a list of devices: a thread and a copy of the model for each, batches dealt from one queue.
 
+A model that one device cannot hold has one worker that owns several devices, its layers over all of them.
+
 What happens to a batch: out of memory halves that device's token budget and tries again; any other failure takes the
 device out and gives the batch to the others; the clock may leave batches behind. A row without a score is simply not in
 the result, and the caller decides what that means.
@@ -18,6 +20,7 @@ import torch
 
 from kaggle_kernels.runtime.model import load_model
 from kaggle_kernels.runtime.package import Package, PackageError
+from kaggle_kernels.runtime.placement import split_over
 from kaggle_kernels.runtime.scoring import (
     Request,
     make_batches,
@@ -37,7 +40,10 @@ CERTAINTY_BLOCKS = 8  # a short clock takes the second order by eighths, the lea
 
 @dataclass
 class Worker:
-    """A device with its copy of the model, and what it has done so far (tokens are counted with their padding)."""
+    """A copy of the model, and what it has done so far (tokens are counted with their padding).
+
+    Its inputs go to `device`; a model that is split also has parts on the `others`.
+    """
 
     device: str
     model: torch.nn.Module
@@ -45,6 +51,12 @@ class Worker:
     tokens: int = 0
     seconds: float = 0.0
     failure: str | None = None
+    others: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Its devices, for the log."""
+        return "+".join((self.device, *self.others))
 
     def seconds_for(self, tokens: int) -> float:
         """How long `tokens` should take, from what it has done; 0 before its first batch."""
@@ -70,14 +82,23 @@ class Pass:
     logged: float = field(default_factory=time.monotonic)
 
 
-def load_workers(package: Package, devices: Sequence[str], tokens_per_batch: int, clock: Clock) -> list[Worker]:
-    """The model on every device, one after another, each checked against the manifest's golden probabilities."""
+def load_workers(package: Package, placement: str, devices: Sequence[str], tokens_per_batch: int, clock: Clock) -> list[Worker]:
+    """A copy of the model on `each` device, one after another, or one copy `split` over them all.
+
+    Each is checked against the manifest's golden probabilities.
+    """
     workers = []
-    for device in devices:
-        model = load_model(package.folder, package.contract, device)
+    for group in [tuple(devices)] if placement == "split" else [(device,) for device in devices]:
+        device, *others = group
+        device_map = split_over(package.folder, group) if others else None
+        model = load_model(package.folder, package.contract, device, device_map=device_map)
+        worker = Worker(device, model, tokens_per_batch, others=tuple(others))
         worst = check_golden_scores(package, model, device)
-        workers.append(Worker(device, model, tokens_per_batch))
-        log(clock, f"{package.folder.name} on {device} in {model.dtype}: golden probabilities differ by at most {worst:.1e}")
+        workers.append(worker)
+        log(
+            clock,
+            f"{package.folder.name} on {worker.name} in {model.dtype}: golden probabilities differ by at most {worst:.1e}",
+        )
     return workers
 
 
@@ -162,7 +183,7 @@ def run_pass(work: Pass, package: Package, contract, workers: list[Worker], cloc
     A batch that a worker gave back as it failed, after the others had ended, starts those again.
     """
     while alive := [worker for worker in workers if not worker.failure]:
-        devices = ", ".join(worker.device for worker in alive)
+        devices = ", ".join(worker.name for worker in alive)
         log(clock, f"{work.label}: {sum(map(len, work.queue))} rows in {len(work.queue)} batches on {devices}")
         threads = [threading.Thread(target=serve, args=(work, worker, package, contract, workers, clock)) for worker in alive]
         for thread in threads:
@@ -187,7 +208,7 @@ def serve(work: Pass, worker: Worker, package: Package, contract, workers: list[
             with work.lock:
                 work.queue.append(batch)
                 worker.failure = f"{type(error).__name__}: {error}"
-            log(clock, f"{work.label}: {worker.device} is out of work: {traceback.format_exc()}")
+            log(clock, f"{work.label}: {worker.name} is out of work: {traceback.format_exc()}")
             return
         if values is None:
             after_out_of_memory(work, worker, batch, clock)
@@ -227,9 +248,7 @@ def after_out_of_memory(work: Pass, worker: Worker, batch: list[Request], clock:
         if len(batch) > 1:
             work.queue.appendleft(batch)
     given_up = "" if len(batch) > 1 else f", row {batch[0].id} is given up"
-    log(
-        clock, f"{work.label}: {worker.device} is out of memory: {worker.tokens_per_batch} tokens a batch from now on{given_up}"
-    )
+    log(clock, f"{work.label}: {worker.name} is out of memory: {worker.tokens_per_batch} tokens a batch from now on{given_up}")
 
 
 def note_scores(work: Pass, worker: Worker, batch: list[Request], values: list[list[float]], seconds: float) -> None:
@@ -268,5 +287,5 @@ def pass_record(work: Pass, workers: Sequence[Worker]) -> dict:
         "padding": round(1 - work.real_tokens / work.padded_tokens, 4) if work.padded_tokens else 0.0,
         "out_of_memory": work.out_of_memory,
         "not_finite": work.not_finite,
-        "failures": {worker.device: worker.failure for worker in workers if worker.failure},
+        "failures": {worker.name: worker.failure for worker in workers if worker.failure},
     }

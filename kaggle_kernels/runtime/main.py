@@ -9,17 +9,19 @@ import importlib.metadata
 import os
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from transformers.utils import logging as transformers_logging
 
-from kaggle_kernels.runtime.engine import load_workers, score_package
+from kaggle_kernels.runtime.engine import Worker, load_workers, score_package
 from kaggle_kernels.runtime.inputs import find_mounted, install_missing_wheels, kaggle_root, read_rows
 from kaggle_kernels.runtime.package import Package, PackageError, read_package
+from kaggle_kernels.runtime.plan import job_of, make_plan, share_devices
 from kaggle_kernels.runtime.scoring import mean_of_orders
-from kaggle_kernels.runtime.settings import Clock, Settings, log, start_clock
+from kaggle_kernels.runtime.settings import Clock, PackageSettings, Settings, log, start_clock
 from kaggle_kernels.runtime.submission import (
     fill_unscored,
     soften,
@@ -79,15 +81,11 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
 
 
 def read_packages(root: Path, settings: Settings, clock: Clock) -> list[Package]:
-    """The spec's packages, found and checked: their verdicts must suit the competition, the template the token budget."""
+    """The spec's packages, found and checked against the spec and the recipe, the template against the token budget."""
     packages = []
     for chosen in settings.packages:
         package = read_package(find_mounted(root, chosen.dataset, ("manifest.json",)).parent)
-        missing = set(settings.verdicts) - set(package.contract.verdicts)
-        if missing:
-            raise PackageError(
-                f"{package.folder}: tells nothing of {', '.join(sorted(missing))}, which the competition asks for"
-            )
+        check_package(package, chosen, settings)
         empty = package.model_input.Pair("", (), (), ())
         package.model_input.encode(empty, package.tokenizer, serving_contract(package, settings))
         for name, trained in package.contract.recorded.get("versions", {}).items():
@@ -96,6 +94,20 @@ def read_packages(root: Path, settings: Settings, clock: Clock) -> list[Package]
         log(clock, f"{package.folder}: files, tokenizer and {len(package.contract.golden)} golden rows are as packaged")
         packages.append(package)
     return packages
+
+
+def check_package(package: Package, chosen: PackageSettings, settings: Settings) -> None:
+    """Raise PackageError where a package's verdicts, their order or its base model are not those of the recipe."""
+    contract = package.contract
+    if missing := set(settings.verdicts) - set(contract.verdicts):
+        raise PackageError(f"{package.folder}: tells nothing of {', '.join(sorted(missing))}, which the competition asks for")
+    for key, expected in (("verdicts", chosen.verdicts), ("base_model", chosen.base_model)):
+        found = getattr(contract, key)
+        if found != expected:
+            raise PackageError(
+                f"{package.folder / 'contract.json'}: {key}: found {found}, the recipe of {chosen.run} says {expected}; "
+                "package the run again, or build the kernel again from the recipe that it was trained with"
+            )
 
 
 def serving_contract(package: Package, settings: Settings):
@@ -108,25 +120,109 @@ def serving_contract(package: Package, settings: Settings):
 def score_packages(
     settings: Settings, packages: Sequence[Package], rows: Sequence[Mapping], devices: Sequence[str], clock: Clock
 ) -> tuple[list[Scores], list[dict]]:
-    """Each package's scores, one package after the other, and a record of every pass.
+    """Each package's scores, and a record of every pass: in turn or side by side, as planned."""
+    if len(packages) == 1 or len(devices) == 1:
+        return score_in_turn(settings, packages, rows, devices, clock)
+    contracts = [serving_contract(package, settings) for package in packages]
+    jobs = [
+        job_of(package, contract, make_pairs(package, rows), settings.orders)
+        for package, contract in zip(packages, contracts, strict=True)
+    ]
+    can_part = all(chosen.placement == "each" for chosen in settings.packages)
+    plan = make_plan(jobs, can_part, devices, clock.left())
+    log(clock, f"plan: {plan.why}")
+    scoring = score_side_by_side if plan.side_by_side else score_in_turn
+    per_package, records = scoring(settings, packages, rows, devices, clock)
+    return per_package, [{"plan": plan.why}, *records]
+
+
+def make_pairs(package: Package, rows: Sequence[Mapping]) -> list:
+    """The rows as pairs of the package's own model_input."""
+    return [package.model_input.pair_from_row(row) for row in rows]
+
+
+def score_in_turn(
+    settings: Settings, packages: Sequence[Package], rows: Sequence[Mapping], devices: Sequence[str], clock: Clock
+) -> tuple[list[Scores], list[dict]]:
+    """One package after the other on all devices.
 
     The first order of the first package may use the whole clock: a row with one score is worth more than a second one.
     All else shares what is left of the clock equally among the packages to come.
     """
     per_package, records = [], []
-    for number, package in enumerate(packages):
+    for number, (chosen, package) in enumerate(zip(settings.packages, packages, strict=True)):
         share = time.monotonic() + clock.left() / (len(packages) - number)
         deadlines = [share if number else clock.deadline, *[share] * (len(settings.orders) - 1)]
         contract = serving_contract(package, settings)
-        pairs = [package.model_input.pair_from_row(row) for row in rows]
-        workers = load_workers(package, devices, settings.tokens_per_batch, clock)
+        pairs = make_pairs(package, rows)
+        workers = load_workers(package, chosen.placement, devices, settings.tokens_per_batch, clock)
         scores, passes = score_package(package, contract, workers, pairs, settings.orders, deadlines, clock)
         per_package.append(scores)
         records += passes
-        del workers
-        gc.collect()
-        torch.cuda.empty_cache()
+        free(workers)
     return per_package, records
+
+
+def score_side_by_side(
+    settings: Settings, packages: Sequence[Package], rows: Sequence[Mapping], devices: Sequence[str], clock: Clock
+) -> tuple[list[Scores], list[dict]]:
+    """Every package on devices of its own, all at the same time; each may use the whole clock.
+
+    All models are loaded before the first row is scored: loading changes torch's defaults for every thread.
+    """
+    shares = share_devices(devices, len(packages))
+    teams = [
+        load_workers(package, "each", share, settings.tokens_per_batch, clock)
+        for package, share in zip(packages, shares, strict=True)
+    ]
+    deadlines = [clock.deadline] * len(settings.orders)
+
+    def score_one(package: Package, workers: list[Worker]) -> tuple[Scores, list[dict]]:
+        contract = serving_contract(package, settings)
+        pairs = make_pairs(package, rows)
+        return score_package(package, contract, workers, pairs, settings.orders, deadlines, clock)
+
+    with ThreadPoolExecutor(len(packages)) as pool:
+        done = list(pool.map(score_one, packages, teams))
+    per_package = [scores for scores, _ in done]
+    records = [record for _, passes in done for record in passes]
+    alive = [worker.device for team in teams for worker in team if not worker.failure]
+    for team in teams:
+        free(team)
+    if len(alive) < len(devices):
+        records += rescue(settings, packages, rows, alive, per_package, clock)
+    return per_package, records
+
+
+def rescue(
+    settings: Settings,
+    packages: Sequence[Package],
+    rows: Sequence[Mapping],
+    alive: Sequence[str],
+    per_package: list[Scores],
+    clock: Clock,
+) -> list[dict]:
+    """After a device broke: the first order of the rows that its package left, on the devices that are `alive`."""
+    records = []
+    for package, scores in zip(packages, per_package, strict=True):
+        missing = [row for row in rows if not scores[row["id"]]]
+        if not missing or not alive or clock.left() <= 0:
+            continue
+        workers = load_workers(package, "each", alive, settings.tokens_per_batch, clock)
+        contract = serving_contract(package, settings)
+        pairs = make_pairs(package, missing)
+        found, passes = score_package(package, contract, workers, pairs, settings.orders[:1], [clock.deadline], clock)
+        scores.update(found)
+        records += passes
+        free(workers)
+    return records
+
+
+def free(workers: list[Worker]) -> None:
+    """Give the devices' memory back."""
+    workers.clear()
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def combine(settings: Settings, packages: Sequence[Package], per_package: Sequence[Scores]) -> dict[str, list[float]]:

@@ -8,11 +8,18 @@ RESERVE_SECONDS = 300  # kept for writing and checking the submission; a twentie
 
 @dataclass(frozen=True)
 class PackageSettings:
-    """One model: the run that made it, the Kaggle dataset that holds its package, its weight in the mean."""
+    """One model: the run that made it, the Kaggle dataset that holds its package, its weight in the mean.
+
+    Placement is `each` (a copy on every GPU) or `split` (one copy, its layers over all of them). Verdicts, in the order of
+    the logits, and base model are the recipe's: a package that says otherwise is refused.
+    """
 
     run: str
     dataset: str
     weight: float
+    placement: str
+    verdicts: tuple[str, ...]
+    base_model: str
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,14 @@ import json
 import shutil
 from pathlib import Path
 
+import yaml
+
+from kaggle_kernels.runtime.settings import PackageSettings
 from preprocess.files import sha256
 from recipes.pairwise.contract import TOKENIZER_FILES, new_contract, write_contract
-from recipes.pairwise.schema import PairwiseBlock
+from recipes.pairwise.schema import PLUGIN, PairwiseBlock
 
+BASE = "outputs/demo/input/gemma2"  # a base model whose dimensions are those of tiny.model
 AWKWARD_ROWS = [
     {"id": "empty", "prompt": "", "response_a": "", "response_b": ""},
     {"id": "null", "prompt": None, "response_a": None, "response_b": None},
@@ -43,12 +47,27 @@ def make_package(folder: Path, base: Path, verdicts: tuple[str, ...] = ("model_a
             shutil.copy(base / name, folder / name)
     block = PairwiseBlock(verdicts=verdicts, template="gemma", budget_tokens=160, package={"slug": f"tiny-{folder.name}"})
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    contract = new_contract(block, tokenizer, attention="sdpa", base_model="tiny", revision=None, pad_token_id=0)
+    contract = new_contract(block, tokenizer, attention="sdpa", base_model=BASE, revision=None, pad_token_id=0)
     write_contract(folder, contract, Path("tiny.yml"))
     metadata = {"id": f"OWNER/{block.package.slug}", "title": block.package.slug, "licenses": [{"name": "apache-2.0"}]}
     (folder / "dataset-metadata.json").write_text(json.dumps(metadata), encoding="utf-8")
     write_manifest(folder, golden_probabilities(folder))
     return folder
+
+
+def write_recipe(folder: Path, run: str, dataset: str, base_model: str = BASE, quantize: str = "none", **pairwise) -> Path:
+    """A recipe in folder/recipes whose package is `dataset`."""
+    block = {"template": "gemma", "budget_tokens": 160, "package": {"slug": dataset, "quantize": quantize}, **pairwise}
+    path = folder / "recipes" / f"{run}.yml"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(yaml.safe_dump({"base_model": base_model, "plugins": [PLUGIN], "pairwise": block}))
+    return path
+
+
+def settings_for(run: str, dataset: str, weight: float = 1.0, **changes) -> PackageSettings:
+    """What a kernel is told of a tiny package."""
+    told = {"placement": "each", "verdicts": ("model_a", "model_b"), "base_model": BASE, **changes}
+    return PackageSettings(run, dataset, weight, **told)
 
 
 def golden_probabilities(folder: Path) -> list[dict]:

@@ -8,12 +8,13 @@ import polars as pl
 import pytest
 
 from kaggle_kernels.runtime.main import combine, run_kernel, score_packages
-from kaggle_kernels.runtime.settings import Clock, PackageSettings, start_clock
+from kaggle_kernels.runtime.settings import Clock, start_clock
 from kaggle_kernels.spec import Spec, settings_of
 from tests import tiny
+from tests.kaggle_kernels.packages import settings_for
 
 SPEC = Spec(title="Title", competition="wsdm", packages=[{"run": "two", "dataset": "tiny-two"}], clock_seconds=600)
-SETTINGS = settings_of("test", SPEC)
+SETTINGS = settings_of("test", SPEC, [settings_for("two", "tiny-two")])
 
 
 @pytest.fixture
@@ -59,7 +60,8 @@ def test_the_record_holds_settings_versions_and_passes(kaggle, monkeypatch):
     run_kernel(SETTINGS)
     record = json.loads((kaggle / "working" / "kernel.json").read_text())
     assert record["hidden_run"] is True
-    assert record["settings"]["packages"] == [{"run": "two", "dataset": "tiny-two", "weight": 1.0}]
+    [chosen] = record["settings"]["packages"]
+    assert (chosen["run"], chosen["dataset"], chosen["weight"]) == ("two", "tiny-two", 1.0)
     assert [(work["pass"], work["scored"]) for work in record["passes"]] == [
         ("tiny-two, as_given", 3),
         ("tiny-two, swapped", 3),
@@ -85,7 +87,7 @@ def test_a_package_that_is_not_mounted_is_told_before_a_model_is_loaded(kaggle, 
     monkeypatch.setattr("kaggle_kernels.runtime.main.load_workers", lambda *_: pytest.fail("a model was loaded"))
     write_test_rows(kaggle, tiny.pairs(3, seed=6))
     with pytest.raises(FileNotFoundError, match="0 files named manifest.json below a folder 'tiny-gone'"):
-        run_kernel(replace(SETTINGS, packages=(PackageSettings("gone", "tiny-gone", 1.0),)))
+        run_kernel(replace(SETTINGS, packages=(settings_for("gone", "tiny-gone"),)))
 
 
 def test_a_package_without_ties_is_refused_where_the_competition_has_them(kaggle):
@@ -98,7 +100,7 @@ def test_packages_are_combined_by_weight_after_their_orders_and_verdicts_are_bro
     packages = [
         SimpleNamespace(contract=SimpleNamespace(verdicts=v)) for v in (("model_a", "model_b"), ("tie", "model_b", "model_a"))
     ]
-    chosen = (PackageSettings("one", "one", 0.75), PackageSettings("two", "two", 0.25))
+    chosen = (settings_for("one", "one", 0.75), settings_for("two", "two", 0.25))
     first = {"both": {"as_given": [1.0, 0.0], "swapped": [0.5, 0.5]}, "only second": {}}
     second = {"both": {"as_given": [0.5, 0.125, 0.375]}, "only second": {"as_given": [0.0, 0.75, 0.25]}}
     combined = combine(replace(SETTINGS, packages=chosen), packages, [first, second])
@@ -117,7 +119,8 @@ def test_the_first_order_of_the_first_package_may_use_the_whole_clock_and_the_re
     monkeypatch.setattr("kaggle_kernels.runtime.main.score_package", note)
     package = SimpleNamespace(contract=None, model_input=SimpleNamespace(pair_from_row=dict))
     began = start_clock(0).began
-    score_packages(SETTINGS, [package, package], [], ["cpu"], Clock(began, began + 100))
+    two = replace(SETTINGS, packages=SETTINGS.packages * 2)
+    score_packages(two, [package, package], [], ["cpu"], Clock(began, began + 100))
     assert seen == [[100, 50], [100, 100]]
 
 

@@ -15,7 +15,7 @@ from kaggle_kernels.rehearse import SITECUSTOMIZE, find_python, kaggle_environme
 from kaggle_kernels.spec import read_spec
 from preprocess.model_input import encode, encode_all, pair_from_row, read_contract, swap
 from tests import tiny
-from tests.kaggle_kernels.packages import AWKWARD_ROWS, change_json, write_manifest
+from tests.kaggle_kernels.packages import AWKWARD_ROWS, change_json, make_package, write_manifest, write_recipe
 
 WSDM = "title: Pairwise Test\ncompetition: wsdm\npackages: [{run: two, dataset: tiny-two}]\nclock_seconds: 600\n"
 LMSYS = (
@@ -41,6 +41,7 @@ def workplace(tmp_path, monkeypatch, package_folder):
     """A current folder with a spec, its built kernel, its package in outputs/two/package and a test file."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(package_folder, tmp_path / "outputs" / "two" / "package")
+    write_recipe(tmp_path, "two", "tiny-two")
     tiny.pairs(30, seed=4).sample(fraction=1, shuffle=True, seed=1).write_parquet(tmp_path / "test.parquet")
     return write_spec(tmp_path, WSDM)
 
@@ -92,6 +93,7 @@ def test_an_lmsys_ensemble_on_awkward_rows_gives_three_probabilities_a_row(tmp_p
     monkeypatch.chdir(tmp_path)
     for run in ("three", "other"):
         shutil.copytree(three_verdict_folder, tmp_path / "outputs" / run / "package")
+        write_recipe(tmp_path, run, f"tiny-{run}", verdicts=["tie", "model_b", "model_a"])
     other = tmp_path / "outputs" / "other" / "package"
     change_json(other / "dataset-metadata.json", id="INSERT_OWNER/tiny-other")
     write_manifest(other)
@@ -104,6 +106,25 @@ def test_an_lmsys_ensemble_on_awkward_rows_gives_three_probabilities_a_row(tmp_p
     assert [line[0] for line in lines] == [row["id"] for row in lmsys_rows()]
     assert all(sum(map(float, line[1:])) == pytest.approx(1) for line in lines)
     assert f"on {len(AWKWARD_ROWS)} judged rows" in done.output
+
+
+def test_a_wsdm_ensemble_is_planned_and_its_submission_is_the_mean(workplace, tmp_path, tiny_models):
+    make_package(tmp_path / "outputs" / "other" / "package", tiny_models("gemma2"), seed=5)
+    change_json(tmp_path / "outputs" / "other" / "package" / "dataset-metadata.json", id="INSERT_OWNER/tiny-other")
+    write_manifest(tmp_path / "outputs" / "other" / "package")
+    write_recipe(tmp_path, "other", "tiny-other")
+    packages = "[{run: two, dataset: tiny-two, weight: 0.75}, {run: other, dataset: tiny-other, weight: 0.25}]"
+    workplace.write_text(WSDM.replace("[{run: two, dataset: tiny-two}]", packages))
+    build(workplace)
+    done = rehearse(workplace, "--test", "test.parquet", "--out", "results")
+    assert done.exit_code == 0, done.output
+    scores = pl.read_parquet("results/scores.parquet")
+    two, other = ((scores[f"{run}_p_model_a_as_given"] + scores[f"{run}_p_model_a_swapped"]) / 2 for run in ("two", "other"))
+    assert (two * 0.75 + other * 0.25 - scores["p_model_a"]).abs().max() < 1e-6
+    assert (two - other).abs().max() > 1e-3
+    submission = pl.read_csv("results/submission.csv")
+    assert submission["id"].to_list() == pl.read_parquet("test.parquet")["id"].to_list()
+    assert (submission["winner"] == "model_a").to_list() == (scores["p_model_a"] >= 0.5).to_list()
 
 
 def test_the_kernels_ids_are_trainings_ids_on_every_awkward_row(workplace, tmp_path, package_folder):
@@ -141,6 +162,7 @@ def test_a_template_changed_after_training_makes_the_kernel_refuse(workplace, tm
     last = done.output.splitlines()[-1]
     assert last.startswith("error: test: the kernel ended with exit code 1: ")
     assert "ContractError: golden row golden-00: token" in last
+    assert "/tmp/rehearsal-" not in done.output
     assert not (tmp_path / "results").exists()
 
 
@@ -165,17 +187,49 @@ def test_a_package_of_another_dataset_exits_with_2(workplace, tmp_path):
     change_json(tmp_path / "outputs" / "two" / "package" / "dataset-metadata.json", id="me/tiny-too")
     done = rehearse(workplace, "--test", "test.parquet")
     assert done.exit_code == 2
-    assert "it is the dataset 'tiny-too', the spec says 'tiny-two'" in done.output
+    assert "dataset-metadata.json: id: found the dataset 'tiny-too', the spec says 'tiny-two'" in done.output
 
 
-def test_a_package_without_the_competitions_verdicts_exits_with_2(tmp_path, workplace):
+def test_a_recipe_without_the_competitions_verdicts_exits_with_2(workplace):
     workplace.write_text(WSDM.replace("wsdm", "lmsys"))
-    build(workplace)
     done = rehearse(workplace, "--test", "test.parquet")
     assert (done.exit_code, done.output) == (
         2,
-        "error: outputs/two/package: tells nothing of tie, which lmsys asks for; train with it\n",
+        f"error: recipes/two.yml: pairwise.verdicts: no tie, which lmsys asks for and {workplace}: packages.0 is to answer; "
+        "train with it, or name another run\n",
     )
+
+
+@pytest.mark.parametrize(
+    "file, changes, message",
+    [
+        (
+            "contract.json",
+            {"verdicts": ["model_b", "model_a"]},
+            "verdicts: found ['model_b', 'model_a'], recipes/two.yml says [",
+        ),
+        ("contract.json", {"base_model": "other/model"}, "base_model: found other/model, recipes/two.yml says outputs/demo"),
+        ("contract.json", {"head": "reward"}, "head: found reward, recipes/two.yml says score, which the kernel was built for"),
+        ("manifest.json", {"quantize": "int8"}, "quantize: found int8, recipes/two.yml says none, which the kernel was built"),
+        ("dataset-metadata.json", {"id": None}, "id: found the dataset 'None', the spec says 'tiny-two'"),
+    ],
+)
+def test_a_package_that_is_not_the_recipes_exits_with_2_and_names_file_key_and_fix(workplace, tmp_path, file, changes, message):
+    change_json(tmp_path / "outputs" / "two" / "package" / file, **changes)
+    done = rehearse(workplace, "--test", "test.parquet")
+    assert (done.exit_code, done.output.count("\n")) == (2, 1)
+    assert done.output.startswith(f"error: outputs/two/package/{file}: {message}")
+
+
+@pytest.mark.parametrize(
+    "text, message", [("[1]", "expected keys and values, found list"), ("{", "not valid JSON"), ("\udcff", "not valid JSON")]
+)
+@pytest.mark.parametrize("file", ["dataset-metadata.json", "contract.json", "manifest.json"])
+def test_a_damaged_json_of_a_package_exits_with_2_in_one_line(workplace, tmp_path, file, text, message):
+    (tmp_path / "outputs" / "two" / "package" / file).write_bytes(text.encode("utf-8", "surrogateescape"))
+    done = rehearse(workplace, "--test", "test.parquet")
+    assert (done.exit_code, done.output.count("\n")) == (2, 1)
+    assert done.output.startswith(f"error: outputs/two/package/{file}: {message}")
 
 
 @pytest.mark.parametrize(
@@ -185,6 +239,8 @@ def test_a_package_without_the_competitions_verdicts_exits_with_2(tmp_path, work
         (lambda path: path.write_bytes(b"not parquet"), "cannot be read"),
         (lambda path: pl.DataFrame({"id": ["1"], "prompt": ["p"]}).write_parquet(path), "no column response_a, response_b"),
         (lambda path: tiny.pairs(3, seed=1).clear().write_parquet(path), "no rows"),
+        (lambda path: tiny.pairs(3, seed=1).with_columns(prompt=pl.lit(1)).write_parquet(path), "no text in prompt"),
+        (lambda path: tiny.pairs(3, seed=1).with_columns(id=pl.lit("x")).write_parquet(path), "the id x occurs twice"),
     ],
 )
 def test_a_test_file_that_cannot_be_used_exits_with_2(workplace, tmp_path, write, message):
@@ -193,6 +249,30 @@ def test_a_test_file_that_cannot_be_used_exits_with_2(workplace, tmp_path, write
     assert done.exit_code == 2
     assert done.output.startswith("error: broken.parquet: ") and message in done.output
     assert done.output.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "columns, message",
+    [
+        ({"winner": "modelA"}, "row 1 (id row00000): winner is 'modelA'; expected model_a, model_b or tie"),
+        (
+            {"winner_model_a": 1, "winner_model_b": 1, "winner_tie": 0},
+            "row 1 (id row00000): winner is (1, 1, 0); expected a 1 for model_a, model_b or tie, and 0 for the others",
+        ),
+        ({"winner_model_a": 1, "winner_model_b": 0}, "no column winner_tie; give all three, or none"),
+        ({"winner_model_a": "x", "winner_model_b": "0", "winner_tie": "0"}, "row 1 (id row00000): winner is ('x', '0', '0')"),
+    ],
+)
+def test_verdicts_that_make_no_sense_are_told_before_the_kernel_runs(workplace, tmp_path, columns, message, monkeypatch):
+    from kaggle_kernels import rehearse as rehearsal
+
+    monkeypatch.setattr(rehearsal, "run_as_kaggle", lambda *_: pytest.fail("the kernel ran"))
+    rows = tiny.pairs(3, seed=1).drop("winner").with_columns(**{name: pl.lit(value) for name, value in columns.items()})
+    rows.write_parquet(tmp_path / "wrong.parquet")
+    done = rehearse(workplace, "--test", "wrong.parquet")
+    separator = ": " if message.startswith("no column") else ", "
+    assert (done.exit_code, done.output.count("\n")) == (2, 1)
+    assert done.output.startswith(f"error: wrong.parquet{separator}{message}")
 
 
 def test_without_kaggles_environment_it_exits_with_2_and_says_how_to_make_it(workplace):
@@ -241,10 +321,10 @@ def test_accuracy_and_log_loss_are_joined_by_id(tmp_path, workplace):
 def test_verdicts_are_read_from_either_layout():
     texts = {"response_a": ["a", "a", "aaa"], "response_b": ["b", "bb", "bb"]}
     lmsys = {"winner_model_a": [0, 0, 1], "winner_model_b": [1, 0, 0], "winner_tie": [0, 1, 0]}
-    truth = read_verdicts(pl.DataFrame({"id": [1, 2, 3], **texts, **lmsys}))
+    truth = read_verdicts(pl.DataFrame({"id": [1, 2, 3], **texts, **lmsys}), "test.csv")
     assert truth.to_dict(as_series=False) == {
         "id": ["1", "2", "3"],
         "winner": ["model_b", "tie", "model_a"],
         "longer": ["model_a", "model_b", "model_a"],
     }
-    assert read_verdicts(pl.DataFrame({"id": [1], "response_a": ["a"], "response_b": ["b"]})) is None
+    assert read_verdicts(pl.DataFrame({"id": [1], "response_a": ["a"], "response_b": ["b"]}), "test.csv") is None

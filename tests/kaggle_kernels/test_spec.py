@@ -5,6 +5,7 @@ import yaml
 
 from kaggle_kernels.spec import all_specs, find_spec, read_spec, settings_of, slugify
 from preprocess.errors import UserError
+from tests.kaggle_kernels.packages import settings_for
 
 GOOD = {
     "title": "Pairwise Test",
@@ -52,6 +53,10 @@ def test_no_two_specs_share_a_kernel():
         ({"packages": package(weight=0)}, "packages.0.weight: Input should be greater than 0, found 0"),
         ({"packages": [*package(weight=0.5)] * 2}, "packages: two packages have the same run"),
         ({"packages": []}, "packages: "),
+        (
+            {"packages": package(placement="both")},
+            "packages.0.placement: Input should be 'auto', 'each' or 'split', found 'both'",
+        ),
         ({"packages": package(dataset="Upper_case")}, "packages.0.dataset: "),
         ({"competition": "wsdmm"}, "competition: Input should be 'wsdm' or 'lmsys', found 'wsdmm'"),
         ({"accelerator": "NvidiaTeslaP100"}, "accelerator: Input should be 'NvidiaTeslaT4'"),
@@ -98,7 +103,8 @@ def test_a_titles_slug_is_kaggles():
 
 
 def test_settings_hold_what_the_spec_says(tmp_path):
-    settings = settings_of("spec", read(tmp_path, orders="as_given", budget_tokens=1024))
+    packages = [settings_for("one", "dataset-one", 0.75), settings_for("two", "dataset-two", 0.25)]
+    settings = settings_of("spec", read(tmp_path, orders="as_given", budget_tokens=1024), packages)
     assert (settings.orders, settings.budget_tokens, settings.clock_seconds) == (("as_given",), 1024, 600)
     assert [(chosen.run, chosen.dataset, chosen.weight) for chosen in settings.packages] == [
         ("one", "dataset-one", 0.75),

@@ -18,10 +18,10 @@ from kaggle_kernels.runtime.submission import (
 from kaggle_kernels.spec import Spec, settings_of
 
 WSDM = settings_of(
-    "test", Spec(title="Title", competition="wsdm", packages=[{"run": "r", "dataset": "dataset"}], clock_seconds=60)
+    "test", Spec(title="Title", competition="wsdm", packages=[{"run": "r", "dataset": "dataset"}], clock_seconds=60), []
 )
 LMSYS = settings_of(
-    "test", Spec(title="Title", competition="lmsys", packages=[{"run": "r", "dataset": "dataset"}], clock_seconds=60)
+    "test", Spec(title="Title", competition="lmsys", packages=[{"run": "r", "dataset": "dataset"}], clock_seconds=60), []
 )
 
 

@@ -2,6 +2,8 @@
 
 Generated from the spec gemma2_cls.yml by `python -m kaggle_kernels build gemma2_cls`; change that, not this.
 It runs on two T4s without internet, and needs the datasets that SETTINGS names and the competition's files.
+
+On each GPU of 15 GiB, computed for batches of 8,192 tokens: gemma2_cls 9.9 GiB.
 """
 
 import csv
@@ -14,6 +16,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -21,6 +24,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -44,11 +48,18 @@ RESERVE_SECONDS = 300  # kept for writing and checking the submission; a twentie
 
 @dataclass(frozen=True)
 class PackageSettings:
-    """One model: the run that made it, the Kaggle dataset that holds its package, its weight in the mean."""
+    """One model: the run that made it, the Kaggle dataset that holds its package, its weight in the mean.
+
+    Placement is `each` (a copy on every GPU) or `split` (one copy, its layers over all of them). Verdicts, in the order of
+    the logits, and base model are the recipe's: a package that says otherwise is refused.
+    """
 
     run: str
     dataset: str
     weight: float
+    placement: str
+    verdicts: tuple[str, ...]
+    base_model: str
 
 
 @dataclass(frozen=True)
@@ -101,7 +112,16 @@ SETTINGS = Settings(
     competition="wsdm-cup-multilingual-chatbot-arena",
     columns=("winner",),
     verdicts=("model_a", "model_b"),
-    packages=(PackageSettings(run="gemma2_cls", dataset="pairwise-gemma2-cls", weight=1.0),),
+    packages=(
+        PackageSettings(
+            run="gemma2_cls",
+            dataset="pairwise-gemma2-cls",
+            weight=1.0,
+            placement="each",
+            verdicts=("model_a", "model_b"),
+            base_model="google/gemma-2-9b-it",
+        ),
+    ),
     orders=("as_given", "swapped"),
     clock_seconds=17100.0,
     budget_tokens=None,
@@ -214,6 +234,83 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
 
 # ==============================================================================================================
+# placement.py
+#
+# Which part of a model stands on which device, where one device cannot hold it: layers in their order, bytes in balance.
+#
+# Nothing here needs torch: sizes come from the headers of the package's safetensors files.
+# ==============================================================================================================
+
+LAYER = re.compile(r"^(.*\.layers)\.(\d+)\.")
+
+
+def weight_sizes(folder: Path) -> dict[str, tuple[int, int]]:
+    """Bytes and elements of every tensor in the folder's model*.safetensors, by name; two elements of nf4 share a byte."""
+    sizes = {}
+    for path in sorted(Path(folder).glob("model*.safetensors")):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header.pop("__metadata__", None)
+        for name, tensor in header.items():
+            start, end = tensor["data_offsets"]
+            is_packed = tensor["dtype"] == "U8" and f"{name}.absmax" in header
+            sizes[name] = (end - start, math.prod(tensor["shape"]) * (2 if is_packed else 1))
+    return sizes
+
+
+def part_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Bytes by part, in the order in which a row passes through them: embedding, layers by number, last norm, head."""
+    parts: dict[str, int] = {}
+    for name, size in sorted(sizes.items(), key=lambda item: place_of(item[0])):
+        layer = LAYER.match(name)
+        part = f"{layer[1]}.{layer[2]}" if layer else name.removesuffix(".weight").removesuffix(".bias")
+        parts[part] = parts.get(part, 0) + size
+    return parts
+
+
+def place_of(name: str) -> tuple[int, int]:
+    """Where a tensor's part stands in a decoder."""
+    if layer := LAYER.match(name):
+        return (1, int(layer[2]))
+    return (0 if "embed" in name else 2 if "norm" in name else 3, 0)
+
+
+def balance(sizes: Sequence[int], devices: int) -> list[int]:
+    """The device's number for each part: neighbours stay together, and the fullest device holds as little as can be."""
+    low, high = max(sizes), sum(sizes)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fill(sizes, middle)[-1] < devices else (middle + 1, high)
+    return fill(sizes, low)
+
+
+def fill(sizes: Sequence[int], capacity: int) -> list[int]:
+    """The device's number for each part, where a device takes parts until the next one would be over `capacity`."""
+    numbers, device, held = [], 0, 0
+    for size in sizes:
+        if held + size > capacity:
+            device, held = device + 1, 0
+        held += size
+        numbers.append(device)
+    return numbers
+
+
+def split_over(folder: Path, devices: Sequence[str]) -> dict[str, str]:
+    """transformers' device_map for the model in `folder`, its layers over all `devices`.
+
+    Positions are computed beside the embedding; a head that is the embedding itself stays with it.
+    """
+    parts = part_sizes({name: size for name, (size, _) in weight_sizes(folder).items()})
+    numbers = balance(list(parts.values()), len(devices))
+    placed = {part: devices[number] for part, number in zip(parts, numbers, strict=True)}
+    prefix = next(part for part in parts if ".layers." in part).split(".layers.")[0]
+    placed[f"{prefix}.rotary_emb"] = devices[0]
+    if not {"lm_head", "score"} & placed.keys():
+        placed["lm_head"] = devices[0]
+    return placed
+
+
+# ==============================================================================================================
 # model.py
 #
 # The model of a package, loaded so that it answers as it did in training: pad id, attention and soft-cap from the contract.
@@ -227,11 +324,18 @@ CLASSES = {
 LORA = ("lora_config.json", "lora.safetensors")  # under PEFT's own names, transformers would go looking for the base model
 
 
-def load_model(folder: Path | str, contract, device: str, dtype: torch.dtype | None = None) -> torch.nn.Module:
+def load_model(
+    folder: Path | str,
+    contract,
+    device: str,
+    dtype: torch.dtype | None = None,
+    device_map: Mapping[str, str] | None = None,
+) -> torch.nn.Module:
     """The model in `folder` on `device`, in eval mode, with the adapter on it where the folder holds one.
 
     `dtype` None means float16 on CUDA (a T4 has no bfloat16 units) and float32 elsewhere; quantised packages load by their
-    own config.json. Raises PackageError where a weight is missing or the configuration contradicts the contract.
+    own config.json. A `device_map` places parts of the model on several devices; its inputs then go to `device`, which holds
+    the embedding. Raises PackageError where a weight is missing or the configuration contradicts the contract.
     """
     if contract.head not in CLASSES:
         raise PackageError(f"{folder}: its head is {contract.head!r}; this runtime scores {', '.join(CLASSES)}")
@@ -240,7 +344,7 @@ def load_model(folder: Path | str, contract, device: str, dtype: torch.dtype | N
     quantised = getattr(config, "quantization_config", None)
     if quantised and device.startswith("cuda") and quantised.get("bnb_4bit_compute_dtype") == "bfloat16":
         raise PackageError(f"{folder}: computes in bfloat16, which a T4 lacks; quantise it again from float16 weights")
-    placed = {"device_map": {"": device}} if quantised or device != "cpu" else {}
+    placed = {"device_map": dict(device_map or {"": device})} if device_map or quantised or device != "cpu" else {}
     model, loaded = CLASSES[contract.head].from_pretrained(
         folder,
         config=config,
@@ -293,6 +397,7 @@ def serving_config(folder: Path | str, contract):
     if contract.head == "label_tokens" and len(contract.label_token_ids) != len(contract.verdicts):
         raise PackageError(f"{folder}: contract.json names {len(contract.label_token_ids)} label tokens; package the run again")
     config.pad_token_id = contract.pad_token_id
+    config.use_cache = False  # keys and values for a generation that never comes: 2.8 GB of Gemma-2-9b at 8,192 tokens
     if contract.softcap and not getattr(config, "attn_logit_softcapping", None):
         raise PackageError(f"{folder}: trained with a soft-cap, but config.json has no attn_logit_softcapping")
     if not contract.softcap and hasattr(config, "attn_logit_softcapping"):
@@ -440,6 +545,91 @@ def mean_of_orders(scores: dict[str, dict[str, list[float]]]) -> dict[str, list[
         for pair_id, by_order in scores.items()
         if by_order
     }
+
+
+# ==============================================================================================================
+# plan.py
+#
+# Several models on several GPUs: one after the other on all of them, or each on GPUs of its own, whichever should end sooner.
+#
+# The cost model: a copy of a model is loaded at LOAD_BYTES_PER_SECOND, one copy after the other; then a device does
+# 2 x parameters (the embedding's not counted) x tokens floating-point operations at FLOP_PER_SECOND.
+# One after the other loads every model on every device and keeps all devices busy until the end. Side by side loads each
+# model once for each of its devices, and the devices of the faster model wait for the slower one.
+# Side by side must also fit the clock SAFETY times over, else the first model, on half the devices, might not get round.
+# ==============================================================================================================
+
+LOAD_BYTES_PER_SECOND = 3e8
+FLOP_PER_SECOND = {"cuda": 1.5e13, "cpu": 5e10}  # a T4 in float16 at a quarter of its peak; one core
+SAFETY = 2.0
+SAMPLE_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model's work: bytes to load for each copy, floating-point operations for all rows in all orders."""
+
+    load_bytes: float
+    flop: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was chosen, both estimates in seconds (side by side: None where it cannot be), and the sentence for the log."""
+
+    side_by_side: bool
+    in_turn_seconds: float
+    side_by_side_seconds: float | None
+    why: str
+
+
+def make_plan(jobs: Sequence[Job], can_part: bool, devices: Sequence[str], seconds_left: float) -> Plan:
+    """The plan for models of which each fits one device; `can_part` is False where one of them is split."""
+    in_turn = seconds_in_turn(jobs, devices)
+    if not can_part or not 2 <= len(jobs) <= len(devices):
+        why = "a model is split over the devices" if not can_part else f"{len(jobs)} models, {len(devices)} devices"
+        return Plan(False, in_turn, None, f"in turn, estimated at {in_turn:.0f} s ({why})")
+    beside = seconds_side_by_side(jobs, devices)
+    chosen = beside < in_turn and beside * SAFETY <= seconds_left
+    estimates = f"in turn {in_turn:.0f} s, side by side {beside:.0f} s, {seconds_left:.0f} s left"
+    return Plan(chosen, in_turn, beside, f"{'side by side' if chosen else 'in turn'} (estimates: {estimates})")
+
+
+def seconds_in_turn(jobs: Sequence[Job], devices: Sequence[str]) -> float:
+    """How long the models take one after the other, each on all devices."""
+    return sum(job.load_bytes * len(devices) / LOAD_BYTES_PER_SECOND + job.flop / rate_of(devices) for job in jobs)
+
+
+def seconds_side_by_side(jobs: Sequence[Job], devices: Sequence[str]) -> float:
+    """How long the models take at the same time, each on its share of the devices; all are loaded before the first row."""
+    shares = share_devices(devices, len(jobs))
+    loading = sum(job.load_bytes * len(share) for job, share in zip(jobs, shares, strict=True)) / LOAD_BYTES_PER_SECOND
+    return loading + max(job.flop / rate_of(share) for job, share in zip(jobs, shares, strict=True))
+
+
+def share_devices(devices: Sequence[str], models: int) -> list[tuple[str, ...]]:
+    """Each model's devices where they work side by side."""
+    return [tuple(devices[number::models]) for number in range(models)]
+
+
+def rate_of(devices: Sequence[str]) -> float:
+    """Floating-point operations a second of all the devices."""
+    return sum(FLOP_PER_SECOND[device.split(":")[0]] for device in devices)
+
+
+def job_of(package: Package, contract, pairs: Sequence, orders: Sequence[str]) -> Job:
+    """A package's work on `pairs`, with their tokens guessed from SAMPLE_ROWS of them, evenly spread."""
+    sizes = weight_sizes(package.folder)
+    multiplied = sum(elements for name, (_, elements) in sizes.items() if is_multiplied(name))
+    sample = pairs[:: max(len(pairs) // SAMPLE_ROWS, 1)]
+    requests = make_requests(package.model_input, package.tokenizer, contract, sample, ("as_given",))
+    tokens = sum(request.tokens for request in requests) * len(pairs) / max(len(sample), 1) * len(orders_of(contract, orders))
+    return Job(sum(size for size, _ in sizes.values()), 2 * multiplied * tokens)
+
+
+def is_multiplied(name: str) -> bool:
+    """Whether every token is multiplied with a tensor: no embedding, no lm_head (last places only), no norm, bias or scale."""
+    return name.endswith(".weight") and not any(part in name.lower() for part in ("embed", "lm_head", "norm"))
 
 
 # ==============================================================================================================
@@ -642,6 +832,8 @@ def write_record(path: Path, record: Mapping) -> None:
 #
 # One package over a list of devices: a thread and a copy of the model for each, batches dealt from one queue.
 #
+# A model that one device cannot hold has one worker that owns several devices, its layers over all of them.
+#
 # What happens to a batch: out of memory halves that device's token budget and tries again; any other failure takes the
 # device out and gives the batch to the others; the clock may leave batches behind. A row without a score is simply not in
 # the result, and the caller decides what that means.
@@ -654,7 +846,10 @@ CERTAINTY_BLOCKS = 8  # a short clock takes the second order by eighths, the lea
 
 @dataclass
 class Worker:
-    """A device with its copy of the model, and what it has done so far (tokens are counted with their padding)."""
+    """A copy of the model, and what it has done so far (tokens are counted with their padding).
+
+    Its inputs go to `device`; a model that is split also has parts on the `others`.
+    """
 
     device: str
     model: torch.nn.Module
@@ -662,6 +857,12 @@ class Worker:
     tokens: int = 0
     seconds: float = 0.0
     failure: str | None = None
+    others: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Its devices, for the log."""
+        return "+".join((self.device, *self.others))
 
     def seconds_for(self, tokens: int) -> float:
         """How long `tokens` should take, from what it has done; 0 before its first batch."""
@@ -687,14 +888,23 @@ class Pass:
     logged: float = field(default_factory=time.monotonic)
 
 
-def load_workers(package: Package, devices: Sequence[str], tokens_per_batch: int, clock: Clock) -> list[Worker]:
-    """The model on every device, one after another, each checked against the manifest's golden probabilities."""
+def load_workers(package: Package, placement: str, devices: Sequence[str], tokens_per_batch: int, clock: Clock) -> list[Worker]:
+    """A copy of the model on `each` device, one after another, or one copy `split` over them all.
+
+    Each is checked against the manifest's golden probabilities.
+    """
     workers = []
-    for device in devices:
-        model = load_model(package.folder, package.contract, device)
+    for group in [tuple(devices)] if placement == "split" else [(device,) for device in devices]:
+        device, *others = group
+        device_map = split_over(package.folder, group) if others else None
+        model = load_model(package.folder, package.contract, device, device_map=device_map)
+        worker = Worker(device, model, tokens_per_batch, others=tuple(others))
         worst = check_golden_scores(package, model, device)
-        workers.append(Worker(device, model, tokens_per_batch))
-        log(clock, f"{package.folder.name} on {device} in {model.dtype}: golden probabilities differ by at most {worst:.1e}")
+        workers.append(worker)
+        log(
+            clock,
+            f"{package.folder.name} on {worker.name} in {model.dtype}: golden probabilities differ by at most {worst:.1e}",
+        )
     return workers
 
 
@@ -779,7 +989,7 @@ def run_pass(work: Pass, package: Package, contract, workers: list[Worker], cloc
     A batch that a worker gave back as it failed, after the others had ended, starts those again.
     """
     while alive := [worker for worker in workers if not worker.failure]:
-        devices = ", ".join(worker.device for worker in alive)
+        devices = ", ".join(worker.name for worker in alive)
         log(clock, f"{work.label}: {sum(map(len, work.queue))} rows in {len(work.queue)} batches on {devices}")
         threads = [threading.Thread(target=serve, args=(work, worker, package, contract, workers, clock)) for worker in alive]
         for thread in threads:
@@ -804,7 +1014,7 @@ def serve(work: Pass, worker: Worker, package: Package, contract, workers: list[
             with work.lock:
                 work.queue.append(batch)
                 worker.failure = f"{type(error).__name__}: {error}"
-            log(clock, f"{work.label}: {worker.device} is out of work: {traceback.format_exc()}")
+            log(clock, f"{work.label}: {worker.name} is out of work: {traceback.format_exc()}")
             return
         if values is None:
             after_out_of_memory(work, worker, batch, clock)
@@ -844,9 +1054,7 @@ def after_out_of_memory(work: Pass, worker: Worker, batch: list[Request], clock:
         if len(batch) > 1:
             work.queue.appendleft(batch)
     given_up = "" if len(batch) > 1 else f", row {batch[0].id} is given up"
-    log(
-        clock, f"{work.label}: {worker.device} is out of memory: {worker.tokens_per_batch} tokens a batch from now on{given_up}"
-    )
+    log(clock, f"{work.label}: {worker.name} is out of memory: {worker.tokens_per_batch} tokens a batch from now on{given_up}")
 
 
 def note_scores(work: Pass, worker: Worker, batch: list[Request], values: list[list[float]], seconds: float) -> None:
@@ -885,7 +1093,7 @@ def pass_record(work: Pass, workers: Sequence[Worker]) -> dict:
         "padding": round(1 - work.real_tokens / work.padded_tokens, 4) if work.padded_tokens else 0.0,
         "out_of_memory": work.out_of_memory,
         "not_finite": work.not_finite,
-        "failures": {worker.device: worker.failure for worker in workers if worker.failure},
+        "failures": {worker.name: worker.failure for worker in workers if worker.failure},
     }
 
 
@@ -947,15 +1155,11 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
 
 
 def read_packages(root: Path, settings: Settings, clock: Clock) -> list[Package]:
-    """The spec's packages, found and checked: their verdicts must suit the competition, the template the token budget."""
+    """The spec's packages, found and checked against the spec and the recipe, the template against the token budget."""
     packages = []
     for chosen in settings.packages:
         package = read_package(find_mounted(root, chosen.dataset, ("manifest.json",)).parent)
-        missing = set(settings.verdicts) - set(package.contract.verdicts)
-        if missing:
-            raise PackageError(
-                f"{package.folder}: tells nothing of {', '.join(sorted(missing))}, which the competition asks for"
-            )
+        check_package(package, chosen, settings)
         empty = package.model_input.Pair("", (), (), ())
         package.model_input.encode(empty, package.tokenizer, serving_contract(package, settings))
         for name, trained in package.contract.recorded.get("versions", {}).items():
@@ -964,6 +1168,20 @@ def read_packages(root: Path, settings: Settings, clock: Clock) -> list[Package]
         log(clock, f"{package.folder}: files, tokenizer and {len(package.contract.golden)} golden rows are as packaged")
         packages.append(package)
     return packages
+
+
+def check_package(package: Package, chosen: PackageSettings, settings: Settings) -> None:
+    """Raise PackageError where a package's verdicts, their order or its base model are not those of the recipe."""
+    contract = package.contract
+    if missing := set(settings.verdicts) - set(contract.verdicts):
+        raise PackageError(f"{package.folder}: tells nothing of {', '.join(sorted(missing))}, which the competition asks for")
+    for key, expected in (("verdicts", chosen.verdicts), ("base_model", chosen.base_model)):
+        found = getattr(contract, key)
+        if found != expected:
+            raise PackageError(
+                f"{package.folder / 'contract.json'}: {key}: found {found}, the recipe of {chosen.run} says {expected}; "
+                "package the run again, or build the kernel again from the recipe that it was trained with"
+            )
 
 
 def serving_contract(package: Package, settings: Settings):
@@ -976,25 +1194,109 @@ def serving_contract(package: Package, settings: Settings):
 def score_packages(
     settings: Settings, packages: Sequence[Package], rows: Sequence[Mapping], devices: Sequence[str], clock: Clock
 ) -> tuple[list[Scores], list[dict]]:
-    """Each package's scores, one package after the other, and a record of every pass.
+    """Each package's scores, and a record of every pass: in turn or side by side, as planned."""
+    if len(packages) == 1 or len(devices) == 1:
+        return score_in_turn(settings, packages, rows, devices, clock)
+    contracts = [serving_contract(package, settings) for package in packages]
+    jobs = [
+        job_of(package, contract, make_pairs(package, rows), settings.orders)
+        for package, contract in zip(packages, contracts, strict=True)
+    ]
+    can_part = all(chosen.placement == "each" for chosen in settings.packages)
+    plan = make_plan(jobs, can_part, devices, clock.left())
+    log(clock, f"plan: {plan.why}")
+    scoring = score_side_by_side if plan.side_by_side else score_in_turn
+    per_package, records = scoring(settings, packages, rows, devices, clock)
+    return per_package, [{"plan": plan.why}, *records]
+
+
+def make_pairs(package: Package, rows: Sequence[Mapping]) -> list:
+    """The rows as pairs of the package's own model_input."""
+    return [package.model_input.pair_from_row(row) for row in rows]
+
+
+def score_in_turn(
+    settings: Settings, packages: Sequence[Package], rows: Sequence[Mapping], devices: Sequence[str], clock: Clock
+) -> tuple[list[Scores], list[dict]]:
+    """One package after the other on all devices.
 
     The first order of the first package may use the whole clock: a row with one score is worth more than a second one.
     All else shares what is left of the clock equally among the packages to come.
     """
     per_package, records = [], []
-    for number, package in enumerate(packages):
+    for number, (chosen, package) in enumerate(zip(settings.packages, packages, strict=True)):
         share = time.monotonic() + clock.left() / (len(packages) - number)
         deadlines = [share if number else clock.deadline, *[share] * (len(settings.orders) - 1)]
         contract = serving_contract(package, settings)
-        pairs = [package.model_input.pair_from_row(row) for row in rows]
-        workers = load_workers(package, devices, settings.tokens_per_batch, clock)
+        pairs = make_pairs(package, rows)
+        workers = load_workers(package, chosen.placement, devices, settings.tokens_per_batch, clock)
         scores, passes = score_package(package, contract, workers, pairs, settings.orders, deadlines, clock)
         per_package.append(scores)
         records += passes
-        del workers
-        gc.collect()
-        torch.cuda.empty_cache()
+        free(workers)
     return per_package, records
+
+
+def score_side_by_side(
+    settings: Settings, packages: Sequence[Package], rows: Sequence[Mapping], devices: Sequence[str], clock: Clock
+) -> tuple[list[Scores], list[dict]]:
+    """Every package on devices of its own, all at the same time; each may use the whole clock.
+
+    All models are loaded before the first row is scored: loading changes torch's defaults for every thread.
+    """
+    shares = share_devices(devices, len(packages))
+    teams = [
+        load_workers(package, "each", share, settings.tokens_per_batch, clock)
+        for package, share in zip(packages, shares, strict=True)
+    ]
+    deadlines = [clock.deadline] * len(settings.orders)
+
+    def score_one(package: Package, workers: list[Worker]) -> tuple[Scores, list[dict]]:
+        contract = serving_contract(package, settings)
+        pairs = make_pairs(package, rows)
+        return score_package(package, contract, workers, pairs, settings.orders, deadlines, clock)
+
+    with ThreadPoolExecutor(len(packages)) as pool:
+        done = list(pool.map(score_one, packages, teams))
+    per_package = [scores for scores, _ in done]
+    records = [record for _, passes in done for record in passes]
+    alive = [worker.device for team in teams for worker in team if not worker.failure]
+    for team in teams:
+        free(team)
+    if len(alive) < len(devices):
+        records += rescue(settings, packages, rows, alive, per_package, clock)
+    return per_package, records
+
+
+def rescue(
+    settings: Settings,
+    packages: Sequence[Package],
+    rows: Sequence[Mapping],
+    alive: Sequence[str],
+    per_package: list[Scores],
+    clock: Clock,
+) -> list[dict]:
+    """After a device broke: the first order of the rows that its package left, on the devices that are `alive`."""
+    records = []
+    for package, scores in zip(packages, per_package, strict=True):
+        missing = [row for row in rows if not scores[row["id"]]]
+        if not missing or not alive or clock.left() <= 0:
+            continue
+        workers = load_workers(package, "each", alive, settings.tokens_per_batch, clock)
+        contract = serving_contract(package, settings)
+        pairs = make_pairs(package, missing)
+        found, passes = score_package(package, contract, workers, pairs, settings.orders[:1], [clock.deadline], clock)
+        scores.update(found)
+        records += passes
+        free(workers)
+    return records
+
+
+def free(workers: list[Worker]) -> None:
+    """Give the devices' memory back."""
+    workers.clear()
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def combine(settings: Settings, packages: Sequence[Package], per_package: Sequence[Scores]) -> dict[str, list[float]]:

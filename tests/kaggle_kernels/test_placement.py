@@ -1,0 +1,129 @@
+"""A model over several devices: its parts in their order, bytes in balance, the same answers as on one."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from kaggle_kernels.runtime.engine import load_workers, score_package
+from kaggle_kernels.runtime.package import read_package
+from kaggle_kernels.runtime.placement import balance, part_sizes, split_over, weight_sizes
+from kaggle_kernels.runtime.scoring import score
+from kaggle_kernels.runtime.settings import start_clock
+from tests import tiny
+
+
+@pytest.mark.parametrize(
+    "sizes, devices, expected",
+    [
+        ([1, 1, 1, 1], 2, [0, 0, 1, 1]),
+        ([6, 1, 1, 1, 1], 2, [0, 1, 1, 1, 1]),
+        ([3, 2, 2, 2, 2, 2], 2, [0, 0, 0, 1, 1, 1]),
+        ([1, 1, 1, 1, 1, 1], 3, [0, 0, 1, 1, 2, 2]),
+        ([5], 2, [0]),
+    ],
+)
+def test_the_fullest_device_holds_as_little_as_can_be(sizes, devices, expected):
+    assert balance(sizes, devices) == expected
+
+
+def test_parts_stand_in_the_order_in_which_a_row_passes_through_them():
+    names = [
+        "lm_head.weight",
+        "model.norm.weight",
+        "model.layers.10.a.weight",
+        "model.layers.2.a.weight",
+        "model.layers.2.b.bias",
+    ]
+    sizes = dict.fromkeys([*names, "model.embed_tokens.weight"], 1)
+    assert part_sizes(sizes) == {
+        "model.embed_tokens": 1,
+        "model.layers.2": 2,
+        "model.layers.10": 1,
+        "model.norm": 1,
+        "lm_head": 1,
+    }
+
+
+def test_the_map_of_a_tiny_classifier(package_folder):
+    assert split_over(package_folder, ["cuda:0", "cuda:1"]) == {
+        "model.embed_tokens": "cuda:0",
+        "model.layers.0": "cuda:1",
+        "model.layers.1": "cuda:1",
+        "model.norm": "cuda:1",
+        "score": "cuda:1",
+        "model.rotary_emb": "cuda:0",
+    }
+
+
+def test_a_head_that_is_the_embedding_stays_with_it(tiny_models):
+    assert split_over(tiny_models("gemma2"), ["cuda:0", "cuda:1"])["lm_head"] == "cuda:0"
+    assert split_over(tiny_models("llama"), ["cuda:0", "cuda:1"])["lm_head"] == "cuda:1"
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "llama", "qwen2"])
+def test_every_part_of_the_model_has_a_place(tiny_models, kind):
+    placed = split_over(tiny_models(kind), ["cuda:0", "cuda:1"])
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_models(kind)))
+    tensors = [name for name, _ in [*model.named_parameters(), *model.named_buffers()]]
+    assert [name for name in tensors if not any(name.startswith(f"{part}.") for part in placed)] == []
+    assert [part for part in placed if not any(name == part for name, _ in model.named_modules())] == []
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "llama", "qwen2"])
+def test_accelerate_takes_the_map_and_rows_pass_through_its_hooks(tiny_models, kind):
+    from accelerate import dispatch_model
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_models(kind)).eval()
+    ids = torch.arange(40).view(2, 20)
+    with torch.inference_mode():
+        expected = model(ids, use_cache=False).logits
+        hooked = dispatch_model(model, split_over(tiny_models(kind), ["cpu", "cpu"]), main_device="cpu", force_hooks=True)
+        assert (hooked(ids, use_cache=False).logits - expected).abs().max() < 1e-5
+    assert hooked.model.layers[1]._hf_hook is not None
+
+
+def test_elements_of_nf4_are_counted_as_the_weights_that_they_stand_for(tiny_models, tmp_path):
+    from postprocess.quantize import quantization_config
+
+    settings = {"quantization_config": quantization_config("nf4", ["lm_head"]), "device_map": {"": "cpu"}}
+    AutoModelForCausalLM.from_pretrained(tiny_models("llama"), dtype=torch.float16, **settings).save_pretrained(tmp_path)
+    whole, packed = weight_sizes(tiny_models("llama")), weight_sizes(tmp_path)
+    assert {name: elements for name, (_, elements) in packed.items() if name in whole} == {
+        name: elements for name, (_, elements) in whole.items()
+    }
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert (whole[name], packed[name]) == ((4 * 64 * 128, 64 * 128), (64 * 128 // 2, 64 * 128))
+
+
+def test_a_model_whose_parts_all_stand_on_one_device_answers_as_the_whole_one(package_folder):
+    package = read_package(package_folder)
+    pairs = [package.model_input.pair_from_row(row) for row in tiny.pairs(12, seed=9).to_dicts()]
+    clock = start_clock(600)
+    [worker] = load_workers(package, "split", ["cpu", "cpu"], 2000, clock)
+    assert (worker.device, worker.others, worker.name) == ("cpu", ("cpu",), "cpu+cpu")
+    found, records = score_package(package, package.contract, [worker], pairs, ("as_given",), [clock.deadline], clock)
+    [whole] = load_workers(package, "each", ["cpu"], 2000, clock)
+    expected = score(whole.model, package.model_input, package.tokenizer, package.contract, pairs, orders=("as_given",))
+    for pair in pairs:
+        assert found[pair.id]["as_given"] == pytest.approx(expected[pair.id]["as_given"], abs=1e-5)
+    assert records[0]["scored"] == 12
+
+
+def test_each_means_a_worker_a_device_and_split_one_worker(package_folder, monkeypatch):
+    from types import SimpleNamespace
+
+    from kaggle_kernels.runtime import engine
+
+    loaded = []
+    monkeypatch.setattr(
+        engine, "load_model", lambda *_, device_map: loaded.append(device_map) or SimpleNamespace(dtype="float16")
+    )
+    monkeypatch.setattr(engine, "check_golden_scores", lambda *_: 0.0)
+    package, devices = SimpleNamespace(folder=package_folder, contract=None), ["cuda:0", "cuda:1"]
+    each = load_workers(package, "each", devices, 100, start_clock(600))
+    assert [worker.name for worker in each] == ["cuda:0", "cuda:1"] and loaded == [None, None]
+    [split] = load_workers(package, "split", devices, 100, start_clock(600))
+    assert split.name == "cuda:0+cuda:1" and set(loaded[-1].values()) == {"cuda:0", "cuda:1"}
+    [alone] = load_workers(package, "split", devices[:1], 100, start_clock(600))
+    assert (alone.name, loaded[-1]) == ("cuda:0", None)
