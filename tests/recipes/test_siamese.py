@@ -1,0 +1,210 @@
+"""recipes/siamese.py, run as a user runs it, with .venv-keras: it learns on two devices, swaps, answers, and refuses."""
+
+import csv
+import json
+import os
+import re
+import subprocess
+
+import numpy as np
+import polars as pl
+import pytest
+
+from preprocess.files import sha256
+from recipes.pairwise import metrics
+from recipes.pairwise.data import targets
+from tests import tiny
+from tests.conftest import ROOT
+
+PYTHON = ROOT / ".venv-keras" / "bin" / "python"
+SCRIPT = ROOT / "recipes" / "siamese.py"
+SIZES = {"tokens": 32, "embedding": 16, "units": 8, "vocabulary": 600, "batch-size": 16, "learning-rate": 0.01}
+SMALL = [f"--{name}={value}" for name, value in SIZES.items()]
+VERDICTS = ("model_a", "model_b")
+COLUMNS = ["p_model_a", "p_model_b", "p_tie"]
+
+
+def siamese(*arguments, code: str | None = None) -> subprocess.CompletedProcess:
+    """The script, or `code` in its place, in a process of its own."""
+    assert PYTHON.is_file(), "no .venv-keras; `make setup` makes it"
+    command = [str(PYTHON), *(["-c", code] if code else [str(SCRIPT)]), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A folder with pairs.parquet (240 rows, some ties and soft labels), test.csv and swapped.parquet of 33 rows."""
+    folder = tmp_path_factory.mktemp("siamese")
+    pairs = pl.read_parquet(tiny.pairs_parquet(folder / "pairs.parquet", rows=240))
+    number = pl.int_range(pl.len())
+    tie, soft = number % 15 == 0, number % 7 == 1
+    wins_a = pl.col("p_model_a") == 1
+    pairs.with_columns(
+        winner=pl.when(tie).then(pl.lit("tie")).otherwise("winner"),
+        p_model_a=pl.when(tie).then(0.0).when(soft).then(pl.when(wins_a).then(0.75).otherwise(0.25)).otherwise("p_model_a"),
+        p_model_b=pl.when(tie).then(0.0).when(soft).then(pl.when(wins_a).then(0.25).otherwise(0.75)).otherwise("p_model_b"),
+        p_tie=pl.when(tie).then(1.0).otherwise(0.0),
+    ).write_parquet(folder / "pairs.parquet")
+    test = tiny.pairs(33, seed=5, prefix="test").select("id", "prompt", "response_a", "response_b")
+    test.write_csv(folder / "test.csv")
+    swapped = test.rename({"response_a": "response_b", "response_b": "response_a"})
+    swapped.select(test.columns).write_parquet(folder / "swapped.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(inputs):
+    """The folder of a run over two logical CPUs that answered test.csv, and what it printed."""
+    out = inputs / "run"
+    arguments = ["--pairs", inputs / "pairs.parquet", "--fold", 2, "--out", out, "--test", inputs / "test.csv", *SMALL]
+    done = siamese(*arguments, "--cpu-devices", 2, "--epochs", 4)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def answers(path) -> dict[str, str]:
+    with path.open(newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["id", "winner"]
+    return dict(rows)
+
+
+def test_the_loss_falls_over_two_devices(trained):
+    out, printed = trained
+    losses = [float(value) for value in re.findall(r"- loss: ([\d.]+)", printed)]
+    assert "2 devices" in printed
+    assert len(losses) >= 3
+    assert losses[-1] < 0.8 * losses[0]
+    values = json.loads((out / "metrics.json").read_text())
+    assert values["log_loss"] < 0.6
+    assert values["accuracy"] > 0.75
+
+
+def test_it_leaves_what_every_run_leaves(inputs, trained):
+    out, _ = trained
+    held_out = pl.read_parquet(inputs / "pairs.parquet").filter(pl.col("fold") == 2).sort("id")
+    table = pl.read_parquet(out / "predictions.parquet")
+    assert table.columns == ["id", "fold", "winner", *(c + end for end in ("", "_as_given", "_swapped") for c in COLUMNS)]
+    assert table.select("id", "fold", "winner").equals(held_out.select("id", "fold", "winner"))
+    values = json.loads((out / "metrics.json").read_text())
+    assert values["pairs_sha256"] == sha256(inputs / "pairs.parquet")
+    assert (values["fold"], values["rows"], values["rows_were_trained_on"]) == (2, 48, False)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "metrics.json",
+        "model.keras",
+        "predictions.parquet",
+        "submission.csv",
+        "tokenizer.json",
+    ]
+    both = np.stack([table.select(f"p_{v}_{order}" for v in VERDICTS).to_numpy() for order in metrics.ORDERS], axis=1)
+    expected = metrics.scores(both, targets(held_out, VERDICTS))
+    assert {name: values[name] for name in expected} == pytest.approx(expected, abs=1e-6)
+    assert values["accuracy_of_longer"] == pytest.approx(metrics.longer_is_right(held_out), abs=1e-9)
+
+
+def test_a_swapped_pair_has_one_minus_p(trained):
+    table = pl.read_parquet(trained[0] / "predictions.parquet")
+    assert table["p_model_a_as_given"].std() > 0.1
+    difference = table["p_model_a_as_given"] - table["p_model_a_swapped"]
+    assert difference.abs().max() < 0.02
+
+
+def test_a_finished_run_answers_other_rows_without_training_again(inputs, trained):
+    out, _ = trained
+    first = answers(out / "submission.csv")
+    weights = (out / "model.keras").read_bytes()
+    arguments = ["--pairs", inputs / "pairs.parquet", "--fold", 2, "--out", out, "--test", inputs / "swapped.parquet", *SMALL]
+    done = siamese(*arguments, "--cpu-devices", 2, "--epochs", 4)
+    assert done.returncode == 0, done.stderr
+    assert "Epoch" not in done.stdout
+    assert (out / "model.keras").read_bytes() == weights
+    second = answers(out / "submission.csv")
+    assert list(first) == [f"test{number:05d}" for number in range(33)] == list(second)
+    other = {"model_a": "model_b", "model_b": "model_a"}
+    assert {row_id: other[winner] for row_id, winner in first.items()} == second
+
+
+def test_one_order_alone_with_a_tokenizer_from_a_file(inputs):
+    """Without the second order the swap does not hold: what shows that the test above can fail."""
+    tokenizer = unigram(inputs / "tokenizer.json")
+    out = inputs / "one-order"
+    arguments = ["--pairs", inputs / "pairs.parquet", "--out", out, "--tokenizer", inputs / "tokenizer.json", *SMALL]
+    done = siamese(*arguments, "--orders", "as_given", "--epochs", 1)
+    assert done.returncode == 0, done.stderr
+    table = pl.read_parquet(out / "predictions.parquet")
+    assert (table["p_model_a_as_given"] - table["p_model_a_swapped"]).abs().max() > 0.02
+    saved = json.loads((out / "tokenizer.json").read_text())
+    assert {token for token, _ in saved["model"]["vocab"]} == set(tokenizer.get_vocab())
+    assert (saved["truncation"], saved["padding"]) == (None, None)
+    assert not (out / "submission.csv").exists()
+
+
+def unigram(path):
+    """A tokenizer.json as XLM-R's is: Unigram over Metaspace, with a post-processor, truncation and padding of its own."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    specials = ["<s>", "<pad>", "</s>", "<unk>"]
+    rows = tiny.pairs(50, seed=3)
+    trainer = trainers.UnigramTrainer(vocab_size=200, special_tokens=specials, unk_token="<unk>", show_progress=False)
+    tokenizer.train_from_iterator([*rows["prompt"], *rows["response_a"]], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(pad_id=1, pad_token="<pad>")
+    tokenizer.save(str(path))
+    return tokenizer
+
+
+ALL_IN_ONE_PROCESS = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import siamese
+for arguments in json.loads(sys.argv[2]):
+    sys.argv = ["siamese.py", *arguments]
+    try:
+        siamese.main()
+        print(json.dumps(None))
+    except (siamese.UserError, OSError) as error:
+        print(json.dumps(str(error)))
+"""
+
+
+def test_what_is_broken_is_named_in_one_line(inputs, tmp_path):
+    pairs = pl.read_parquet(inputs / "pairs.parquet")
+    pairs.drop("weight").write_parquet(tmp_path / "no-weight.parquet")
+    pairs.with_columns(p_model_a=None).write_parquet(tmp_path / "no-votes.parquet")
+    (tmp_path / "text.parquet").write_text("not Parquet")
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "twice.csv").write_text("id,prompt,response_a,response_b\n1,p,a,b\n1,p,a,b\n")
+    (tmp_path / "none.csv").write_text("id,prompt,response_a,response_b\n")
+    (tmp_path / "lacks.csv").write_text("id,prompt,response_a\n1,p,a\n")
+    good = ["--pairs", str(inputs / "pairs.parquet"), "--out", str(tmp_path / "out")]
+    cases = {
+        "absent.parquet: cannot be read": ["--pairs", "absent.parquet", *good[2:]],
+        "text.parquet: cannot be read": ["--pairs", str(tmp_path / "text.parquet"), *good[2:]],
+        "no column weight": ["--pairs", str(tmp_path / "no-weight.parquet"), *good[2:]],
+        "a probability or weight is missing": ["--pairs", str(tmp_path / "no-votes.parquet"), *good[2:]],
+        "--fold is 9, but the folds in the file are 0, 1, 2, 3, 4": [*good, "--fold", "9"],
+        "--fold is 300, but": [*good, "--fold", "300"],
+        "too few rows for --batch-size 500": [*good, "--batch-size", "500"],
+        "--units 0: expected 1 or more": [*good, "--units", "0"],
+        "broken.json: not a tokenizer.json": [*good, "--tokenizer", str(tmp_path / "broken.json")],
+        "twice.csv: an id is missing or stands there twice": [*good, "--test", str(tmp_path / "twice.csv")],
+        "none.csv: no rows": [*good, "--test", str(tmp_path / "none.csv")],
+        "lacks.csv: no column response_b": [*good, "--test", str(tmp_path / "lacks.csv")],
+    }
+    done = siamese(SCRIPT.parent, json.dumps(list(cases.values())), code=ALL_IN_ONE_PROCESS)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == len(cases), done.stderr
+    for expected, message in zip(cases, found, strict=True):
+        assert expected in message
+        assert "\n" not in message
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_an_error_ends_with_one_line_and_exit_code_2(tmp_path):
+    done = siamese("--pairs", tmp_path / "absent.parquet", "--out", tmp_path / "out")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'absent.parquet'}: cannot be read (")
