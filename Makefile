@@ -5,7 +5,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export AXOLOTL_DO_NOT_TRACK := 1
 
-.PHONY: help setup demo test test-slow lint format bench cv
+.PHONY: help setup demo test test-slow lint format bench cv siamese compare
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,11 +28,17 @@ lint: .venv/installed  ## style, recipes, and that generated kernels and schemas
 format: .venv/installed  ## put the code into house style
 	@ruff format . && ruff check --fix .
 
-bench: setup  ## what is claimed to be fast, measured side by side
+bench: .venv/installed .venv-kaggle/installed  ## what is claimed to be fast, measured side by side
 	@python -m tests.bench input
 
 cv: .venv/installed  ## train all folds: make cv R=gemma2_cls
 	@python -m recipes.pairwise.cv recipes/$(R).yml
+
+siamese: .venv-keras/installed  ## the Siamese LSTMs: make siamese PAIRS=data/pairs.parquet TEST=data/test.parquet
+	@.venv-keras/bin/python recipes/siamese.py $(if $(PAIRS),--pairs $(PAIRS)) $(if $(TEST),--test $(TEST)) $(ARGS)
+
+compare: .venv/installed .venv-keras/installed  ## methods side by side on one fold: make compare PAIRS=data/pairs.parquet FOLD=0
+	@python -m tests.compare $(or $(PAIRS),data/pairs.parquet) --fold $(or $(FOLD),0) $(if $(BASE),--base $(BASE)) $(ARGS)
 
 # One environment for everything, one with Kaggle's versions for rehearsals, one with TensorFlow for recipes/siamese.py.
 # Each is current while its marker is newer than what it was installed from.
