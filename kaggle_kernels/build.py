@@ -24,6 +24,7 @@ MODULES = (
     "settings",
     "package",
     "placement",
+    "pipeline",
     "model",
     "scoring",
     "plan",

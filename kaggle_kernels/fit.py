@@ -49,6 +49,11 @@ def fit_packages(spec_path: Path, spec: Spec) -> list[Fit]:
         served = served_as(served_of(recipe), spec)
         if package.placement == "split" and served.dimensions.model_type == "bert":
             raise UserError(f"{where}.placement: split is for decoders, {package.run} is an encoder; write each")
+        if served.quantize != "none" and spec.wheels is None:
+            raise UserError(
+                f"{spec_path}: wheels: missing; {package.run} is quantised with bitsandbytes, which Kaggle's image lacks; name "
+                "the dataset that holds its wheel, e.g. pairwise-wheels"
+            )
         placement, needs = place(served, spec.tokens_per_batch, package.placement)
         if max(needs) > GPU_BYTES:
             raise UserError(f"{where}: {refusal(package, served, spec, needs, recipe)}")

@@ -1,12 +1,13 @@
 """One package over a list of devices: a thread and a copy of the model for each, batches dealt from one queue.
 
-A model that one device cannot hold has one worker that owns several devices, its layers over all of them.
+A model that one device cannot hold has one worker with several devices, its layers over all of them, and a thread for each.
 
 What happens to a batch: out of memory halves that device's token budget and tries again; any other failure takes the
 device out and gives the batch to the others; the clock may leave batches behind. A row without a score is simply not in
 the result, and the caller decides what that means.
 """
 
+import contextlib
 import gc
 import math
 import threading
@@ -20,6 +21,7 @@ import torch
 
 from kaggle_kernels.runtime.model import load_model
 from kaggle_kernels.runtime.package import Package, PackageError
+from kaggle_kernels.runtime.pipeline import Stages, stage_starts
 from kaggle_kernels.runtime.placement import split_over
 from kaggle_kernels.runtime.scoring import (
     Request,
@@ -52,11 +54,17 @@ class Worker:
     seconds: float = 0.0
     failure: str | None = None
     others: tuple[str, ...] = ()
+    stages: Stages | None = None
 
     @property
     def name(self) -> str:
         """Its devices, for the log."""
         return "+".join((self.device, *self.others))
+
+    @property
+    def batches_at_once(self) -> int:
+        """How many batches are in flight: one for each stage of a split model."""
+        return len(self.stages.locks) if self.stages else 1
 
     def seconds_for(self, tokens: int) -> float:
         """How long `tokens` should take, from what it has done; 0 before its first batch."""
@@ -92,7 +100,8 @@ def load_workers(package: Package, placement: str, devices: Sequence[str], token
         device, *others = group
         device_map = split_over(package.folder, group) if others else None
         model = load_model(package.folder, package.contract, device, device_map=device_map)
-        worker = Worker(device, model, tokens_per_batch, others=tuple(others))
+        stages = Stages(model, stage_starts(device_map)) if others else None
+        worker = Worker(device, model, tokens_per_batch, others=tuple(others), stages=stages)
         worst = check_golden_scores(package, model, device)
         workers.append(worker)
         log(
@@ -173,7 +182,8 @@ def margin(values: Sequence[float] | None) -> float:
 
 def seconds_left(batches: Iterable[list[Request]], workers: Sequence[Worker]) -> float:
     """How long the batches will take on the workers that are alive, from what those have done; 0 where nothing is known."""
-    rate = sum(worker.tokens / worker.seconds for worker in workers if worker.tokens and not worker.failure)
+    at_work = [worker for worker in workers if worker.tokens and not worker.failure]
+    rate = sum(worker.batches_at_once * worker.tokens / worker.seconds for worker in at_work)
     return sum(map(padded_tokens, batches)) / rate if rate else 0.0
 
 
@@ -185,7 +195,8 @@ def run_pass(work: Pass, package: Package, contract, workers: list[Worker], cloc
     while alive := [worker for worker in workers if not worker.failure]:
         devices = ", ".join(worker.name for worker in alive)
         log(clock, f"{work.label}: {sum(map(len, work.queue))} rows in {len(work.queue)} batches on {devices}")
-        threads = [threading.Thread(target=serve, args=(work, worker, package, contract, workers, clock)) for worker in alive]
+        serving = [worker for worker in alive for _ in range(worker.batches_at_once)]
+        threads = [threading.Thread(target=serve, args=(work, worker, package, contract, workers, clock)) for worker in serving]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -197,11 +208,12 @@ def run_pass(work: Pass, package: Package, contract, workers: list[Worker], cloc
 
 
 def serve(work: Pass, worker: Worker, package: Package, contract, workers: list[Worker], clock: Clock) -> None:
-    """One worker's thread."""
-    while batch := next_batch(work, worker, workers):
+    """One worker's thread, or one of its threads where its model is split."""
+    while not worker.failure and (batch := next_batch(work, worker, workers)):
         began = time.monotonic()
         try:
-            values = score_batch(worker.model, package.model_input, contract, batch, worker.device)
+            with worker.stages.batch() if worker.stages else contextlib.nullcontext():
+                values = score_batch(worker.model, package.model_input, contract, batch, worker.device)
         except torch.OutOfMemoryError:
             values = None
         except Exception as error:

@@ -42,7 +42,7 @@ def workplace(tmp_path, monkeypatch):
         path = tmp_path / "specs" / "big.yml"
         path.write_text(
             "title: Pairwise Big\ncompetition: wsdm\nclock_seconds: 600\n"
-            f"packages: [{{run: big, dataset: dataset-big, placement: {placement}}}]\n{more}"
+            f"packages: [{{run: big, dataset: dataset-big, placement: {placement}}}]\nwheels: pairwise-wheels\n{more}"
         )
         return path
 
@@ -113,6 +113,7 @@ def test_a_budget_in_the_spec_counts_instead_of_the_recipes(workplace):
             ("dataset: dataset-big", "dataset: dataset-beg"),
             "packages.0.dataset: found 'dataset-beg', recipes/big.yml packages as",
         ),
+        (("wheels: pairwise-wheels\n", ""), "wheels: missing; big is quantised with bitsandbytes, which Kaggle's image lacks"),
         (("competition: wsdm", "competition: lmsys"), "recipes/big.yml: pairwise.verdicts: no tie, which lmsys asks for"),
     ],
 )

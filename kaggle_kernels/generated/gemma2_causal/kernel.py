@@ -6,6 +6,7 @@ It runs on two T4s without internet, and needs the datasets that SETTINGS names 
 On each GPU of 15 GiB, computed for batches of 8,192 tokens: gemma2_causal 10.1 GiB.
 """
 
+import contextlib
 import csv
 import filecmp
 import gc
@@ -23,7 +24,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -308,6 +309,51 @@ def split_over(folder: Path, devices: Sequence[str]) -> dict[str, str]:
     if not {"lm_head", "score"} & placed.keys():
         placed["lm_head"] = devices[0]
     return placed
+
+
+# ==============================================================================================================
+# pipeline.py
+#
+# A split model has a batch in flight on each of its devices: while the second computes one, the first has the next.
+#
+# A stage is the layers on one device. A batch enters the next stage before it leaves its own, so that there is one batch in a
+# stage at most, and a device holds the intermediates of one batch only. Kernels run in the order in which they were asked for.
+# ==============================================================================================================
+
+
+class Stages:
+    """The stages of a split model, entered by forward hooks on the first part of each device."""
+
+    def __init__(self, model, starts: list[str]):
+        self.locks = [threading.Lock() for _ in range(1 + len(starts))]
+        self.local = threading.local()
+        for stage, name in enumerate(starts, 1):
+            model.get_submodule(name).register_forward_pre_hook(lambda *_, stage=stage: self.enter(stage))
+
+    @contextlib.contextmanager
+    def batch(self) -> Iterator[None]:
+        """One batch on its way through all stages; outside of this nothing waits."""
+        self.locks[0].acquire()
+        self.local.stage = 0
+        try:
+            yield
+        finally:
+            self.locks[self.local.stage].release()
+            self.local.stage = None
+
+    def enter(self, stage: int) -> None:
+        """Wait until the stage is free, take it, and give back the one before."""
+        held = getattr(self.local, "stage", None)
+        if held is not None:
+            self.locks[stage].acquire()
+            self.locks[held].release()
+            self.local.stage = stage
+
+
+def stage_starts(device_map: Mapping[str, str]) -> list[str]:
+    """The first part on each device but the first, from a device_map in the order in which a row passes through its parts."""
+    parts = [(part, device) for part, device in device_map.items() if ".layers." in part]
+    return [part for (_, before), (part, device) in zip(parts, parts[1:], strict=False) if device != before]
 
 
 # ==============================================================================================================
@@ -832,7 +878,7 @@ def write_record(path: Path, record: Mapping) -> None:
 #
 # One package over a list of devices: a thread and a copy of the model for each, batches dealt from one queue.
 #
-# A model that one device cannot hold has one worker that owns several devices, its layers over all of them.
+# A model that one device cannot hold has one worker with several devices, its layers over all of them, and a thread for each.
 #
 # What happens to a batch: out of memory halves that device's token budget and tries again; any other failure takes the
 # device out and gives the batch to the others; the clock may leave batches behind. A row without a score is simply not in
@@ -858,11 +904,17 @@ class Worker:
     seconds: float = 0.0
     failure: str | None = None
     others: tuple[str, ...] = ()
+    stages: Stages | None = None
 
     @property
     def name(self) -> str:
         """Its devices, for the log."""
         return "+".join((self.device, *self.others))
+
+    @property
+    def batches_at_once(self) -> int:
+        """How many batches are in flight: one for each stage of a split model."""
+        return len(self.stages.locks) if self.stages else 1
 
     def seconds_for(self, tokens: int) -> float:
         """How long `tokens` should take, from what it has done; 0 before its first batch."""
@@ -898,7 +950,8 @@ def load_workers(package: Package, placement: str, devices: Sequence[str], token
         device, *others = group
         device_map = split_over(package.folder, group) if others else None
         model = load_model(package.folder, package.contract, device, device_map=device_map)
-        worker = Worker(device, model, tokens_per_batch, others=tuple(others))
+        stages = Stages(model, stage_starts(device_map)) if others else None
+        worker = Worker(device, model, tokens_per_batch, others=tuple(others), stages=stages)
         worst = check_golden_scores(package, model, device)
         workers.append(worker)
         log(
@@ -979,7 +1032,8 @@ def margin(values: Sequence[float] | None) -> float:
 
 def seconds_left(batches: Iterable[list[Request]], workers: Sequence[Worker]) -> float:
     """How long the batches will take on the workers that are alive, from what those have done; 0 where nothing is known."""
-    rate = sum(worker.tokens / worker.seconds for worker in workers if worker.tokens and not worker.failure)
+    at_work = [worker for worker in workers if worker.tokens and not worker.failure]
+    rate = sum(worker.batches_at_once * worker.tokens / worker.seconds for worker in at_work)
     return sum(map(padded_tokens, batches)) / rate if rate else 0.0
 
 
@@ -991,7 +1045,8 @@ def run_pass(work: Pass, package: Package, contract, workers: list[Worker], cloc
     while alive := [worker for worker in workers if not worker.failure]:
         devices = ", ".join(worker.name for worker in alive)
         log(clock, f"{work.label}: {sum(map(len, work.queue))} rows in {len(work.queue)} batches on {devices}")
-        threads = [threading.Thread(target=serve, args=(work, worker, package, contract, workers, clock)) for worker in alive]
+        serving = [worker for worker in alive for _ in range(worker.batches_at_once)]
+        threads = [threading.Thread(target=serve, args=(work, worker, package, contract, workers, clock)) for worker in serving]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -1003,11 +1058,12 @@ def run_pass(work: Pass, package: Package, contract, workers: list[Worker], cloc
 
 
 def serve(work: Pass, worker: Worker, package: Package, contract, workers: list[Worker], clock: Clock) -> None:
-    """One worker's thread."""
-    while batch := next_batch(work, worker, workers):
+    """One worker's thread, or one of its threads where its model is split."""
+    while not worker.failure and (batch := next_batch(work, worker, workers)):
         began = time.monotonic()
         try:
-            values = score_batch(worker.model, package.model_input, contract, batch, worker.device)
+            with worker.stages.batch() if worker.stages else contextlib.nullcontext():
+                values = score_batch(worker.model, package.model_input, contract, batch, worker.device)
         except torch.OutOfMemoryError:
             values = None
         except Exception as error:

@@ -1,0 +1,144 @@
+"""Two batches in a split model: one in each stage, never two in one, and the same answers."""
+
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kaggle_kernels.runtime.engine import Worker, score_package, seconds_left
+from kaggle_kernels.runtime.model import load_model
+from kaggle_kernels.runtime.package import read_package
+from kaggle_kernels.runtime.pipeline import Stages, stage_starts
+from kaggle_kernels.runtime.scoring import Request
+from kaggle_kernels.runtime.settings import start_clock
+from tests import tiny
+
+
+class Part(torch.nn.Module):
+    """A layer that tells when a batch is in it."""
+
+    def __init__(self, note):
+        super().__init__()
+        self.note = note
+
+    def forward(self, batch):
+        self.note(batch)
+        return batch
+
+
+class Model(torch.nn.Module):
+    def __init__(self, note_first, note_second):
+        super().__init__()
+        self.first, self.second = Part(note_first), Part(note_second)
+
+    def forward(self, batch):
+        return self.second(self.first(batch))
+
+
+def run(stages, model, batches):
+    def one(batch):
+        with stages.batch():
+            model(batch)
+
+    threads = [threading.Thread(target=one, args=(batch,)) for batch in batches]
+    for thread in threads:
+        thread.start()
+        if thread is threads[0]:
+            model.entered.wait(10)
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def test_the_first_stage_takes_the_next_batch_while_the_second_has_one():
+    begun, seen = {1: threading.Event(), 2: threading.Event()}, []
+
+    def first(batch):
+        begun[batch].set()
+
+    def second(batch):
+        if batch == 1:
+            seen.append(begun[2].wait(10))
+
+    model = Model(first, second)
+    model.entered = begun[1]
+    run(Stages(model, ["second"]), model, [1, 2])
+    assert seen == [True]
+
+
+def test_there_is_never_more_than_one_batch_in_a_stage():
+    inside, most, lock = {"first": 0, "second": 0}, [], threading.Lock()
+
+    def note(name):
+        def count(batch):
+            with lock:
+                inside[name] += 1
+                most.append(inside[name])
+            time.sleep(0.002)  # long enough for another batch to come in, were it let in
+            with lock:
+                inside[name] -= 1
+
+        return count
+
+    model = Model(note("first"), note("second"))
+    model.entered = threading.Event()
+    model.entered.set()
+    run(Stages(model, ["second"]), model, range(20))
+    assert len(most) == 40 and max(most) == 1
+
+
+def test_a_batch_that_fails_gives_its_stage_back():
+    def fail(batch):
+        raise RuntimeError("CUDA error")
+
+    model = Model(lambda _: None, fail)
+    stages = Stages(model, ["second"])
+    for _ in range(2):
+        with pytest.raises(RuntimeError), stages.batch():
+            model(1)
+    assert not any(lock.locked() for lock in stages.locks)
+
+
+def test_outside_of_a_batch_nothing_is_locked():
+    model = Model(lambda _: None, lambda _: None)
+    stages = Stages(model, ["second"])
+    assert (model(1), model(2)) == (1, 2)
+    assert not any(lock.locked() for lock in stages.locks)
+
+
+def test_stages_begin_where_the_device_changes():
+    placed = {
+        "model.embed_tokens": "cuda:0",
+        "model.layers.0": "cuda:0",
+        "model.layers.1": "cuda:1",
+        "model.layers.2": "cuda:1",
+    }
+    assert stage_starts({**placed, "score": "cuda:1", "model.rotary_emb": "cuda:0"}) == ["model.layers.1"]
+    assert stage_starts(dict.fromkeys(placed, "cpu")) == []
+
+
+def test_a_model_in_two_stages_scores_as_the_whole_one(package_folder):
+    package = read_package(package_folder)
+    pairs = [package.model_input.pair_from_row(row) for row in tiny.pairs(40, seed=9).to_dicts()]
+    clock = start_clock(600)
+
+    def scores(staged):
+        model = load_model(package_folder, package.contract, "cpu")
+        stages = Stages(model, ["model.layers.1"]) if staged else None
+        worker = Worker("cpu", model, 500, stages=stages)
+        deadlines = [clock.deadline] * 2
+        return score_package(package, package.contract, [worker], pairs, ("as_given", "swapped"), deadlines, clock)
+
+    (whole, _), (staged, records) = scores(False), scores(True)
+    assert [record["scored"] for record in records] == [40, 40]
+    for pair in pairs:
+        for order in ("as_given", "swapped"):
+            assert staged[pair.id][order] == pytest.approx(whole[pair.id][order], abs=1e-5)
+
+
+def test_two_batches_at_once_are_twice_as_fast_as_one_of_them_lasts():
+    worker = Worker("cuda:0", None, 100, tokens=100, seconds=10.0, stages=SimpleNamespace(locks=[None, None]))
+    assert seconds_left([[Request("1", "as_given", ([5] * 100,))]], [worker]) == 5
+    assert worker.seconds_for(100) == 10
