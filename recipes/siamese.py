@@ -192,30 +192,32 @@ def train(data: tuple, stopping: tuple, vocabulary: int, options: argparse.Names
     return model
 
 
-def predict(rows: pl.DataFrame, options: argparse.Namespace) -> dict[str, np.ndarray]:
-    """p(A is preferred) by the model in --out: the mean, and by order, the swapped one swapped back; float64, one a row."""
+def predict(rows: pl.DataFrame, options: argparse.Namespace) -> pl.DataFrame:
+    """`rows` with p_VERDICT by the model in --out, the mean of both orders, and each order's, the swapped one swapped back."""
     model = keras.saving.load_model(options.out / "model.keras", compile=False)
     tokenizer = Tokenizer.from_file(str(options.out / "tokenizer.json"))
     pairs, nothing = sides(rows, tokenizer, options.tokens), np.zeros(len(rows))
     orders = [batches(order, nothing, nothing, options.batch_size) for order in (pairs, [(b, a) for a, b in pairs])]
-    as_given, swapped = (model.predict(data, verbose=0)[: len(rows), 0].astype(np.float64) for data in orders)
-    return {"": (as_given + 1 - swapped) / 2, "_as_given": as_given, "_swapped": 1 - swapped}
+    p, q = (model.predict(data, verbose=0)[: len(rows), 0].astype(np.float64) for data in orders)
+    for end, p_a in (("", (p + 1 - q) / 2), ("_as_given", p), ("_swapped", 1 - q)):
+        columns = {f"p_model_a{end}": p_a, f"p_model_b{end}": 1 - p_a, f"p_tie{end}": np.zeros(len(rows))}
+        rows = rows.with_columns(**columns)
+    return rows
 
 
-def measure(p_a: dict[str, np.ndarray], rows: pl.DataFrame) -> dict[str, float]:
+def measure(rows: pl.DataFrame) -> dict[str, float]:
     """Accuracy, log loss and what else a run's metrics.json holds; a row whose votes are even has no accuracy."""
-    target = rows["target"].to_numpy()
-    longer_a = (rows["response_a"].str.len_chars() >= rows["response_b"].str.len_chars()).to_numpy()
+    target, length = rows["target"].to_numpy(), {side: rows[f"response_{side}"].str.len_chars() for side in "ab"}
 
-    def share_right(says_a: np.ndarray) -> float:
-        return float((says_a == (target > 0.5))[target != 0.5].mean())
+    def share_right(says_a: pl.Series) -> float:
+        return float((says_a.to_numpy() == (target > 0.5))[target != 0.5].mean())
 
-    values = {"rows": len(rows), "accuracy_of_longer": share_right(longer_a)}
-    values["flip_rate"] = float(((p_a["_as_given"] >= 0.5) != (p_a["_swapped"] >= 0.5)).mean())
-    for suffix in ("", "_as_given"):
-        p, q = np.clip(p_a[suffix], 1e-15, 1), np.clip(1 - p_a[suffix], 1e-15, 1)
-        values[f"log_loss{suffix}"] = float(-(target * np.log(p) + (1 - target) * np.log(q)).mean())
-        values[f"accuracy{suffix}"] = share_right(p >= 0.5)
+    values = {"rows": len(rows), "accuracy_of_longer": share_right(length["a"] >= length["b"])}
+    values["flip_rate"] = float(((rows["p_model_a_as_given"] >= 0.5) != (rows["p_model_a_swapped"] >= 0.5)).mean())
+    for end in ("", "_as_given"):
+        p, q = (np.clip(rows[f"p_model_{side}{end}"].to_numpy(), 1e-15, 1) for side in "ab")
+        values[f"log_loss{end}"] = float(-(target * np.log(p) + (1 - target) * np.log(q)).mean())
+        values[f"accuracy{end}"] = share_right(rows[f"p_model_a{end}"] >= 0.5)
     return values
 
 
@@ -239,13 +241,10 @@ def run(pairs: pl.DataFrame, settings: dict, options: argparse.Namespace) -> Non
     for name in ("metrics.json", "submission.csv"):
         (out / name).unlink(missing_ok=True)
     write(out / "tokenizer.json", lambda path: tokenizer.save(str(path)))
-    write(out / "model.keras", model.save)
-    trained, p_a = time.monotonic(), predict(parts[2], options)
-    table = parts[2].select("id", "fold", "winner")
-    for end, p in p_a.items():
-        table = table.with_columns(**{f"p_model_a{end}": p, f"p_model_b{end}": 1 - p, f"p_tie{end}": np.zeros(len(p))})
-    write(out / "predictions.parquet", table.sort("id").write_parquet)
-    values = measure(p_a, parts[2]) | {"fold": options.fold, "training_rows": len(parts[0]), "rows_were_trained_on": False}
+    write(out / "model.keras", keras.Model(model.inputs, model.outputs).save)  # without Adam's two numbers a weight
+    trained, held_out = time.monotonic(), predict(parts[2], options).sort("id")
+    write(out / "predictions.parquet", held_out.select("id", "fold", "winner", "^p_.*$").write_parquet)
+    values = measure(held_out) | {"fold": options.fold, "training_rows": len(parts[0]), "rows_were_trained_on": False}
     values["steps"] = int(model.optimizer.iterations.numpy())
     values["seconds_training"] = round(trained - started, 1)
     values["seconds_predicting"] = round(time.monotonic() - trained, 1)
@@ -270,7 +269,7 @@ def main() -> None:
         run(pairs, settings, options)
     print(f"{metrics}: accuracy {{accuracy:.4f}}, log loss {{log_loss:.4f}}".format(**json.loads(metrics.read_text())))
     if test is not None:
-        answers = np.where(predict(test, options)[""] >= 0.5, "model_a", "model_b")
+        answers = np.where(predict(test, options)["p_model_a"] >= 0.5, "model_a", "model_b")
         write(options.out / "submission.csv", pl.DataFrame({"id": test["id"], "winner": answers}).write_csv)
         print(f"{options.out / 'submission.csv'}: {len(test)} rows")
 
