@@ -19,12 +19,13 @@ from axolotl.common.datasets import TrainDatasetMeta
 from axolotl.integrations.base import BasePlugin
 from axolotl.loaders import load_tokenizer
 from axolotl.utils.trainer import calculate_total_num_steps
+from transformers import set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from preprocess.errors import UserError
 from preprocess.files import atomic_file, read_json, sha256, write_json
 from preprocess.model_input import ContractError
-from recipes.pairwise import deepspeed_cpu, metrics
+from recipes.pairwise import deepspeed_cpu, metrics, zero3
 from recipes.pairwise.collator import LabelTokenCollator, PairCollator
 from recipes.pairwise.contract import new_contract, write_contract
 from recipes.pairwise.data import datasets_of, read_pairs
@@ -79,6 +80,7 @@ class PairwisePlugin(BasePlugin):
                 raise UserError(f"axolotl {command}: refused, {INSTEAD[command]}")
             self.recipe = Path(cfg["axolotl_config_path"])
             self.block = apply_environment(check_run(cfg, self.recipe))
+            checkpointing = zero3.checkpointing_kwargs(cfg)
             if not self.block.train:
                 raise UserError(
                     f"{self.recipe}: pairwise.train is false, there is nothing to train; package the base model with "
@@ -98,9 +100,8 @@ class PairwisePlugin(BasePlugin):
         cfg["attn_implementation"] = cfg.get("attn_implementation") or ("eager" if self.block.softcap else "sdpa")
         for kernel in LORA_KERNELS:
             cfg[kernel] = False
-        if cfg.get("gradient_checkpointing") and not cfg.get("gradient_checkpointing_kwargs"):
-            # Axolotl's default, reentrant, marks LoRA's parameters ready twice under DDP.
-            cfg["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+        if cfg.get("gradient_checkpointing"):
+            cfg["gradient_checkpointing_kwargs"] = checkpointing
         if not torch.cuda.is_available():
             # Axolotl takes `bf16: auto` on a CPU for fp16, in which the first step ends in NaN.
             cfg["bf16"] = cfg["fp16"] = False
@@ -141,6 +142,10 @@ class PairwisePlugin(BasePlugin):
             pad_token_id=tokenizer.pad_token_id,
         )
 
+    def pre_model_load(self, cfg):
+        """One seed for a fresh head and adapter: the same run twice, and every process, starts from the same weights."""
+        set_seed(cfg.seed if cfg.seed is not None else 42)
+
     def post_model_build(self, cfg, model):
         """Pad id, soft cap, label names, and a head that holds sane numbers; the hub's commit, where it came from there."""
         self.contract = replace(self.contract, revision=self.contract.revision or getattr(model.config, "_commit_hash", None))
@@ -157,6 +162,10 @@ class PairwisePlugin(BasePlugin):
             for module in model.modules():
                 if hasattr(module, "attn_logit_softcapping"):
                     module.attn_logit_softcapping = None
+
+    def post_lora_load(self, cfg, model):
+        if zero3.is_zero3(cfg.deepspeed):
+            zero3.fetch_heads_as_one(model)
 
     def get_trainer_cls(self, cfg):
         return LabelTokenTrainer if self.block.head == "label_tokens" else PairwiseTrainer
@@ -202,12 +211,15 @@ class PairwisePlugin(BasePlugin):
         if not self.predicted:
             self.predicted = True
             deepspeed_cpu.check_engine(cfg.deepspeed, self.trainer)
-            if self.trainer.is_world_process_zero() and not is_deepspeed_zero3_enabled():
-                # Axolotl saves only after this hook: whatever goes wrong while predicting must not cost the weights.
+            # Axolotl saves only after this hook: whatever goes wrong while predicting must not cost the weights.
+            if is_deepspeed_zero3_enabled():
+                self.trainer.save_model(str(folder))
+            elif self.trainer.is_world_process_zero():
                 model.save_pretrained(folder)
             self._predict(folder)
         elif not self.written and self.trainer.is_world_process_zero():
             self.written = True
+            zero3.check_whole(folder)
             write_contract(folder, self.contract, self.recipe)
             LOG.info("contract.json and model_input.py written to %s", folder)
 
@@ -288,10 +300,12 @@ def ensure_head(model) -> None:
     names = [name for name in HEADS if hasattr(model, name)]
     if not names:
         raise UserError(f"{type(model).__name__}: no head named {' or '.join(HEADS)}")
-    for parameter_name, weight in getattr(model, names[0]).named_parameters():
-        if weight.dim() != 2 or weight.numel() == 0:
-            continue
-        spread = weight.detach().float().std().item()
-        if not (np.isfinite(spread) and 0 < spread < 0.1):
-            LOG.warning("head %s.%s has standard deviation %s: initialised anew", names[0], parameter_name, spread)
-            torch.nn.init.normal_(weight.data, std=0.02)
+    head = getattr(model, names[0])
+    with zero3.gathered(head.parameters()):
+        for parameter_name, weight in head.named_parameters():
+            if weight.dim() != 2:
+                continue
+            spread = weight.detach().float().std().item()
+            if not (np.isfinite(spread) and 0 < spread < 0.1):
+                LOG.warning("head %s.%s has standard deviation %s: initialised anew", names[0], parameter_name, spread)
+                torch.nn.init.normal_(weight.data, std=0.02)
