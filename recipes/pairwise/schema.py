@@ -40,9 +40,11 @@ class _Strict(BaseModel):
 class TemplateBlock(_Strict):
     """A template spelled out in a recipe; see preprocess.model_input.Template."""
 
-    start: str
-    turn: str
-    end: str
+    start: str = Field(description="what stands before a conversation")
+    turn: str = Field(
+        description="a turn, with {prompt}, {response_a} and {response_b} in place; for reward {prompt} and {response}"
+    )
+    end: str = Field(description="what stands after the last turn, where a verdict is read")
 
 
 class PackageBlock(_Strict):
