@@ -141,6 +141,25 @@ def test_the_command_trains_what_is_asked_for_shows_what_is_there_and_does_nothi
     assert "training on" not in again.output.partition("Fold 0")[0]
 
 
+def test_a_recipe_is_trained_by_axolotl_on_these_pairs_and_this_fold(tmp_path, monkeypatch):
+    """A stand-in on the PATH notes how it was called; it fails, and the comparison says how to go on."""
+    monkeypatch.chdir(tmp_path)
+    pairs = pairs_file(tmp_path / "pairs.parquet")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "axolotl").write_text('#!/bin/sh\necho "$@ $PAIRWISE_PAIRS $PAIRWISE_FOLD" > called\nexit 3\n')
+    (tmp_path / "bin" / "axolotl").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
+    ended = CliRunner().invoke(compare.main, [str(pairs), "--fold", "1", "--only", "minilm_cls", "--base", "base"])
+    assert (tmp_path / "called").read_text() == f"train recipes/minilm_cls.yml --base-model base {pairs} 1\n"
+    assert ended.exit_code == 2
+    assert (
+        "error: minilm_cls: `axolotl train recipes/minilm_cls.yml --base-model base` ended with exit code 3; run"
+        in ended.output
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
