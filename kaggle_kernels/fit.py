@@ -139,6 +139,7 @@ def package_settings(fit: Fit) -> PackageSettings:
         placement=fit.placement,
         verdicts=tuple(recipe.pairwise.verdicts),
         base_model=recipe.axolotl["base_model"],
+        model_type=fit.served.dimensions.model_type,
     )
 
 

@@ -17,6 +17,7 @@ import polars as pl
 from kaggle_kernels.build import check_built
 from kaggle_kernels.fit import Fit, fit_packages
 from kaggle_kernels.spec import COMPETITIONS, Spec, read_spec
+from postprocess.sizes import GIB, weight_bytes
 from preprocess.errors import UserError
 from preprocess.files import atomic_file, read_json, write_json
 from preprocess.model_input import VERDICTS
@@ -24,6 +25,7 @@ from preprocess.model_input import VERDICTS
 ROOT = Path(__file__).parents[1]
 TEXTS = ("prompt", "response_a", "response_b")
 TEXT_TYPES = (pl.String, pl.List(pl.String), pl.Null)
+ROOM = 1.1  # weights on disk may be a little more than computed: names, and how they were quantised
 RESULTS = ("submission.csv", "scores.parquet", "kernel.json")
 PROJECT = ("preprocess", "recipes", "postprocess", "kaggle_kernels", "tests")
 KEPT_ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH")
@@ -89,11 +91,11 @@ def find_package(fit: Fit) -> Path:
             f"{folder / 'dataset-metadata.json'}: id: found the dataset {slug!r}, the spec says {fit.package.dataset!r}; run "
             f"`python -m postprocess {recipe.path}` again"
         )
-    contract, manifest = read_object(folder / "contract.json"), read_object(folder / "manifest.json")
+    contract, config, manifest = (read_object(folder / f"{name}.json") for name in ("contract", "config", "manifest"))
     for file, key, found, expected in (
         ("contract.json", "verdicts", contract.get("verdicts"), list(recipe.pairwise.verdicts)),
-        ("contract.json", "base_model", contract.get("base_model"), recipe.axolotl["base_model"]),
         ("contract.json", "head", contract.get("head"), recipe.pairwise.head),
+        ("config.json", "model_type", config.get("model_type"), fit.served.dimensions.model_type),
         ("manifest.json", "quantize", manifest.get("quantize"), recipe.pairwise.package.quantize),
     ):
         if found != expected:
@@ -101,6 +103,12 @@ def find_package(fit: Fit) -> Path:
                 f"{folder / file}: {key}: found {found}, {recipe.path} says {expected}, which the kernel was built for; train "
                 "and package again with this recipe, or put the recipe back"
             )
+    held, computed = sum(path.stat().st_size for path in folder.glob("*.safetensors")), sum(weight_bytes(fit.served))
+    if held > computed * ROOM + 2**20:
+        raise UserError(
+            f"{folder}: {held / GIB:.1f} GiB of weights, {recipe.path} comes to {computed / GIB:.1f}, which the kernel's "
+            f"memory was computed for; it was packaged from {contract.get('base_model')}: make that the recipe's base_model, and build"
+        )
     return folder
 
 

@@ -11,7 +11,7 @@ class PackageSettings:
     """One model: the run that made it, the Kaggle dataset that holds its package, its weight in the mean.
 
     Placement is `each` (a copy on every GPU) or `split` (one copy, its layers over all of them). Verdicts, in the order of
-    the logits, and base model are the recipe's: a package that says otherwise is refused.
+    the logits, and model_type are the recipe's: a package that says otherwise is refused. Another base_model is only logged.
     """
 
     run: str
@@ -20,6 +20,7 @@ class PackageSettings:
     placement: str
     verdicts: tuple[str, ...]
     base_model: str
+    model_type: str
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def write_recipe(folder: Path, run: str, dataset: str, base_model: str = BASE, q
 
 def settings_for(run: str, dataset: str, weight: float = 1.0, **changes) -> PackageSettings:
     """What a kernel is told of a tiny package."""
-    told = {"placement": "each", "verdicts": ("model_a", "model_b"), "base_model": BASE, **changes}
+    told = {"placement": "each", "verdicts": ("model_a", "model_b"), "base_model": BASE, "model_type": "gemma2", **changes}
     return PackageSettings(run, dataset, weight, **told)
 
 

@@ -84,7 +84,7 @@ def test_the_settings_are_literal_and_stand_before_the_code(spec_path):
     text = generate(spec_path)["kernel.py"]
     assert '        PackageSettings(\n            run="tiny",\n            dataset="dataset-tiny",\n' in text
     assert '            placement="each",\n            verdicts=("model_a", "model_b"),\n' in text
-    assert '            base_model="outputs/demo/input/gemma2",\n' in text
+    assert '            base_model="outputs/demo/input/gemma2",\n            model_type="gemma2",\n' in text
     assert '    verdicts=("model_a", "model_b"),\n' in text
     assert text.index("SETTINGS = Settings(") < text.index("# package.py")
 

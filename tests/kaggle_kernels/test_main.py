@@ -96,6 +96,26 @@ def test_a_package_without_ties_is_refused_where_the_competition_has_them(kaggle
         run_kernel(replace(SETTINGS, verdicts=("model_a", "model_b", "tie")))
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"verdicts": ("model_b", "model_a")}, "contract.json: verdicts: found .'model_a', 'model_b'., the recipe of two says"),
+        ({"model_type": "llama"}, "config.json: model_type: found gemma2, the recipe of two says llama; package the run again"),
+    ],
+)
+def test_a_package_that_is_not_the_recipes_is_refused_before_a_model_is_loaded(kaggle, monkeypatch, changes, message):
+    monkeypatch.setattr("kaggle_kernels.runtime.main.load_workers", lambda *_: pytest.fail("a model was loaded"))
+    write_test_rows(kaggle, tiny.pairs(3, seed=6))
+    with pytest.raises(ValueError, match=message):
+        run_kernel(replace(SETTINGS, packages=(settings_for("two", "tiny-two", **changes),)))
+
+
+def test_another_base_model_of_the_same_architecture_is_only_logged(kaggle, capsys):
+    write_test_rows(kaggle, tiny.pairs(3, seed=6))
+    run_kernel(replace(SETTINGS, packages=(settings_for("two", "tiny-two", base_model="folder/gemma"),)))
+    assert "two: made of outputs/demo/input/gemma2, its recipe says folder/gemma\n" in capsys.readouterr().out
+
+
 def test_packages_are_combined_by_weight_after_their_orders_and_verdicts_are_brought_together():
     packages = [
         SimpleNamespace(contract=SimpleNamespace(verdicts=v)) for v in (("model_a", "model_b"), ("tie", "model_b", "model_a"))

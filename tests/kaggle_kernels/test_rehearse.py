@@ -208,7 +208,7 @@ def test_a_recipe_without_the_competitions_verdicts_exits_with_2(workplace):
             {"verdicts": ["model_b", "model_a"]},
             "verdicts: found ['model_b', 'model_a'], recipes/two.yml says [",
         ),
-        ("contract.json", {"base_model": "other/model"}, "base_model: found other/model, recipes/two.yml says outputs/demo"),
+        ("config.json", {"model_type": "llama"}, "model_type: found llama, recipes/two.yml says gemma2, which the kernel was"),
         ("contract.json", {"head": "reward"}, "head: found reward, recipes/two.yml says score, which the kernel was built for"),
         ("manifest.json", {"quantize": "int8"}, "quantize: found int8, recipes/two.yml says none, which the kernel was built"),
         ("dataset-metadata.json", {"id": None}, "id: found the dataset 'None', the spec says 'tiny-two'"),
@@ -273,6 +273,19 @@ def test_verdicts_that_make_no_sense_are_told_before_the_kernel_runs(workplace, 
     separator = ": " if message.startswith("no column") else ", "
     assert (done.exit_code, done.output.count("\n")) == (2, 1)
     assert done.output.startswith(f"error: wrong.parquet{separator}{message}")
+
+
+def test_a_package_of_a_larger_base_model_than_the_recipes_exits_with_2(workplace, tmp_path):
+    package = tmp_path / "outputs" / "two" / "package"
+    change_json(package / "contract.json", base_model="large/model")
+    with (package / "model.safetensors").open("ab") as file:
+        file.truncate(2 * 2**30)
+    done = rehearse(workplace, "--test", "test.parquet")
+    assert (done.exit_code, done.output) == (
+        2,
+        "error: outputs/two/package: 2.0 GiB of weights, recipes/two.yml comes to 0.0, which the kernel's memory was computed "
+        "for; it was packaged from large/model: make that the recipe's base_model, and build\n",
+    )
 
 
 def test_without_kaggles_environment_it_exits_with_2_and_says_how_to_make_it(workplace):

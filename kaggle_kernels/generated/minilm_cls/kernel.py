@@ -52,7 +52,7 @@ class PackageSettings:
     """One model: the run that made it, the Kaggle dataset that holds its package, its weight in the mean.
 
     Placement is `each` (a copy on every GPU) or `split` (one copy, its layers over all of them). Verdicts, in the order of
-    the logits, and base model are the recipe's: a package that says otherwise is refused.
+    the logits, and model_type are the recipe's: a package that says otherwise is refused. Another base_model is only logged.
     """
 
     run: str
@@ -61,6 +61,7 @@ class PackageSettings:
     placement: str
     verdicts: tuple[str, ...]
     base_model: str
+    model_type: str
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ SETTINGS = Settings(
             placement="each",
             verdicts=("model_a", "model_b"),
             base_model="sentence-transformers/all-MiniLM-L6-v2",
+            model_type="bert",
         ),
     ),
     orders=("as_given", "swapped"),
@@ -1216,6 +1218,8 @@ def read_packages(root: Path, settings: Settings, clock: Clock) -> list[Package]
     for chosen in settings.packages:
         package = read_package(find_mounted(root, chosen.dataset, ("manifest.json",)).parent)
         check_package(package, chosen, settings)
+        if package.contract.base_model != chosen.base_model:
+            log(clock, f"{chosen.run}: made of {package.contract.base_model}, its recipe says {chosen.base_model}")
         empty = package.model_input.Pair("", (), (), ())
         package.model_input.encode(empty, package.tokenizer, serving_contract(package, settings))
         for name, trained in package.contract.recorded.get("versions", {}).items():
@@ -1227,16 +1231,18 @@ def read_packages(root: Path, settings: Settings, clock: Clock) -> list[Package]
 
 
 def check_package(package: Package, chosen: PackageSettings, settings: Settings) -> None:
-    """Raise PackageError where a package's verdicts, their order or its base model are not those of the recipe."""
-    contract = package.contract
+    """Raise PackageError where a package's verdicts, their order or its architecture are not those of the recipe."""
+    contract, config = package.contract, json.loads((package.folder / "config.json").read_text(encoding="utf-8"))
     if missing := set(settings.verdicts) - set(contract.verdicts):
         raise PackageError(f"{package.folder}: tells nothing of {', '.join(sorted(missing))}, which the competition asks for")
-    for key, expected in (("verdicts", chosen.verdicts), ("base_model", chosen.base_model)):
-        found = getattr(contract, key)
+    for file, key, found, expected in (
+        ("contract.json", "verdicts", contract.verdicts, chosen.verdicts),
+        ("config.json", "model_type", config.get("model_type"), chosen.model_type),
+    ):
         if found != expected:
             raise PackageError(
-                f"{package.folder / 'contract.json'}: {key}: found {found}, the recipe of {chosen.run} says {expected}; "
-                "package the run again, or build the kernel again from the recipe that it was trained with"
+                f"{package.folder / file}: {key}: found {found}, the recipe of {chosen.run} says {expected}; package the run "
+                "again, or build the kernel again from the recipe that it was trained with"
             )
 
 
