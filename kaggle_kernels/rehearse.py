@@ -107,7 +107,7 @@ def find_package(fit: Fit) -> Path:
     if held > computed * ROOM + 2**20:
         raise UserError(
             f"{folder}: {held / GIB:.1f} GiB of weights, {recipe.path} comes to {computed / GIB:.1f}, which the kernel's "
-            f"memory was computed for; it was packaged from {contract.get('base_model')}: make that the recipe's base_model, and build"
+            f"memory was computed for; it was packaged from {contract.get('base_model')}: make that the base_model, and build"
         )
     return folder
 

@@ -31,21 +31,28 @@ AWKWARD_ROWS = [
 ]
 
 
-def make_package(folder: Path, base: Path, verdicts: tuple[str, ...] = ("model_a", "model_b"), seed: int = 1) -> Path:
-    """A package in `folder` for the tiny model in `base`: classifier, tokenizer, contract, metadata, manifest."""
+def make_package(
+    folder: Path, base: Path, verdicts: tuple[str, ...] = ("model_a", "model_b"), seed: int = 1, head: str = "score"
+) -> Path:
+    """A package in `folder` for the tiny model in `base`: model, tokenizer, contract, metadata, manifest."""
     import torch
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     folder.mkdir(parents=True)
     torch.manual_seed(seed)
-    config = AutoConfig.from_pretrained(base, num_labels=len(verdicts))
-    model = AutoModelForSequenceClassification.from_config(config)
-    torch.nn.init.normal_(model.score.weight, std=0.5)
+    if head == "label_tokens":
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+        torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.5)
+    else:
+        config = AutoConfig.from_pretrained(base, num_labels=1 if head == "reward" else len(verdicts))
+        model = AutoModelForSequenceClassification.from_config(config)
+        torch.nn.init.normal_(model.score.weight, std=0.5)
     model.save_pretrained(folder)
     for name in TOKENIZER_FILES:
         if (base / name).exists():
             shutil.copy(base / name, folder / name)
-    block = PairwiseBlock(verdicts=verdicts, template="gemma", budget_tokens=160, package={"slug": f"tiny-{folder.name}"})
+    package = {"slug": f"tiny-{folder.name}"}
+    block = PairwiseBlock(verdicts=verdicts, template="gemma", budget_tokens=160, head=head, package=package)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     contract = new_contract(block, tokenizer, attention="sdpa", base_model=BASE, revision=None, pad_token_id=0)
     write_contract(folder, contract, Path("tiny.yml"))
@@ -73,15 +80,19 @@ def settings_for(run: str, dataset: str, weight: float = 1.0, **changes) -> Pack
 def golden_probabilities(folder: Path) -> list[dict]:
     """The golden rows' probabilities by a forward pass a row, without the runtime."""
     import torch
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     contract = json.loads((folder / "contract.json").read_text(encoding="utf-8"))
-    model = AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation="sdpa", dtype=torch.float32).eval()
+    auto = AutoModelForCausalLM if contract["head"] == "label_tokens" else AutoModelForSequenceClassification
+    model = auto.from_pretrained(folder, attn_implementation="sdpa", dtype=torch.float32).eval()
     model.config.attn_logit_softcapping = None
     golden = []
     with torch.inference_mode():
         for row in contract["golden"]:
-            probabilities = model(input_ids=torch.tensor(row["ids"])).logits.softmax(-1)[0].tolist()
+            logits = [model(input_ids=torch.tensor([ids])).logits[0] for ids in row["ids"]]
+            if contract["head"] == "label_tokens":
+                logits = [logits[0][-1, contract["label_token_ids"]]]
+            probabilities = torch.cat(logits).softmax(-1).tolist()
             golden.append({"id": row["pair"]["id"], "probabilities": probabilities})
     return golden
 

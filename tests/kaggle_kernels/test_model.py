@@ -21,6 +21,11 @@ def test_a_model_on_a_cpu_is_float32_in_eval_mode(package_folder, contract):
     assert not model.training
 
 
+def test_keys_and_values_are_not_kept_for_a_generation_that_never_comes(package_folder, contract):
+    model = load_model(package_folder, contract, "cpu")
+    assert model(torch.tensor([[2, 5, 6]])).past_key_values is None
+
+
 def test_without_soft_cap_the_model_runs_sdpa_and_its_config_has_none(package_folder, contract):
     model = load_model(package_folder, contract, "cpu")
     assert (model.config._attn_implementation, model.config.attn_logit_softcapping) == ("sdpa", None)

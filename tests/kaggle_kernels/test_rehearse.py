@@ -127,6 +127,21 @@ def test_a_wsdm_ensemble_is_planned_and_its_submission_is_the_mean(workplace, tm
     assert (submission["winner"] == "model_a").to_list() == (scores["p_model_a"] >= 0.5).to_list()
 
 
+@pytest.mark.parametrize("head, orders", [("label_tokens", ["as_given", "swapped"]), ("reward", ["as_given"])])
+def test_a_kernel_of_each_head_runs_in_kaggles_versions(workplace, tmp_path, tiny_models, head, orders):
+    shutil.rmtree(tmp_path / "outputs" / "two")
+    package = make_package(tmp_path / "outputs" / "two" / "package", tiny_models("gemma2"), head=head)
+    change_json(package / "dataset-metadata.json", id="INSERT_OWNER/tiny-two")
+    write_manifest(package)
+    write_recipe(tmp_path, "two", "tiny-two", head=head)
+    build(workplace)
+    done = rehearse(workplace, "--test", "test.parquet", "--out", "results")
+    assert done.exit_code == 0, done.output
+    record = json.loads((tmp_path / "results" / "kernel.json").read_text())
+    assert [work["pass"].split(", ")[1] for work in record["passes"]] == orders
+    assert record["scored"] == 30
+
+
 def test_the_kernels_ids_are_trainings_ids_on_every_awkward_row(workplace, tmp_path, package_folder):
     from transformers import AutoTokenizer
 
@@ -284,7 +299,7 @@ def test_a_package_of_a_larger_base_model_than_the_recipes_exits_with_2(workplac
     assert (done.exit_code, done.output) == (
         2,
         "error: outputs/two/package: 2.0 GiB of weights, recipes/two.yml comes to 0.0, which the kernel's memory was computed "
-        "for; it was packaged from large/model: make that the recipe's base_model, and build\n",
+        "for; it was packaged from large/model: make that the base_model, and build\n",
     )
 
 
