@@ -134,6 +134,8 @@ def batches(pairs: list, targets: np.ndarray, weights: np.ndarray, size: int, rn
     """Batches ((a, b), targets, weights) of exactly `size` rows, so that every replica has its share: in order, the last one
     filled up with rows of weight 0; or with `rng` at random, like lengths together, the incomplete one left out.
     """
+    count = len(pairs) // size if rng is not None else -(-len(pairs) // size)
+    share = min(len(pairs) / (count * size), 1)  # of rows that count, so that Keras' mean loss is theirs
 
     def generate():
         order = np.arange(len(pairs))
@@ -146,11 +148,10 @@ def batches(pairs: list, targets: np.ndarray, weights: np.ndarray, size: int, rn
             longest = max(len(side) for row in rows for side in row)
             ids = np.array([[side + [PADDING] * (longest - len(side)) for side in row] for row in rows], np.int32)
             values = np.zeros((2, size, 1), np.float32)
-            values[:, : len(chunk), 0] = targets[chunk], weights[chunk]
+            values[:, : len(chunk), 0] = targets[chunk], weights[chunk] / share
             yield (ids[:, 0], ids[:, 1]), values[0], values[1]
 
     ids, value = tf.TensorSpec((size, None), tf.int32), tf.TensorSpec((size, 1), tf.float32)
-    count = len(pairs) // size if rng is not None else -(-len(pairs) // size)
     dataset = tf.data.Dataset.from_generator(generate, output_signature=((ids, ids), value, value))
     return dataset.apply(tf.data.experimental.assert_cardinality(count)).prefetch(2)
 

@@ -203,6 +203,33 @@ def test_what_is_broken_is_named_in_one_line(inputs, tmp_path):
     assert not list((tmp_path / "out").iterdir())
 
 
+BATCHES = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import numpy as np, siamese
+pairs = [([5] * (row + 1), [6]) for row in range(5)]
+for rng in (None, np.random.default_rng(1)):
+    for (a, b), targets, weights in siamese.batches(pairs, np.arange(5), np.ones(5), 3, rng).as_numpy_iterator():
+        print(json.dumps([a.tolist(), b.tolist(), targets.ravel().tolist(), weights.ravel().tolist()]))
+"""
+
+
+def test_every_batch_is_full_and_what_fills_it_up_weighs_nothing():
+    """Five rows in batches of three: Keras divides the loss by six rows, so that each of the five weighs 6/5."""
+    done = siamese(SCRIPT.parent, code=BATCHES)
+    first, second, shuffled = [json.loads(line) for line in done.stdout.splitlines()]
+    assert first[:3] == [[[5, 0, 0], [5, 5, 0], [5, 5, 5]], [[6, 0, 0]] * 3, [0, 1, 2]]
+    assert second[:3] == [
+        [[5, 5, 5, 5, 0], [5, 5, 5, 5, 5], [1, 0, 0, 0, 0]],
+        [[6, 0, 0, 0, 0]] * 2 + [[1, 0, 0, 0, 0]],
+        [3, 4, 0],
+    ]
+    assert first[3] + second[3] == pytest.approx([1.2] * 5 + [0])
+    assert shuffled[3] == [1, 1, 1]
+    assert [sum(token > 0 for token in ids) - 1 for ids in shuffled[0]] == shuffled[2]  # a row keeps its target
+    assert len(set(shuffled[2])) == 3
+
+
 def test_an_error_ends_with_one_line_and_exit_code_2(tmp_path):
     done = siamese("--pairs", tmp_path / "absent.parquet", "--out", tmp_path / "out")
     assert done.returncode == 2
