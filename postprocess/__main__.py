@@ -1,6 +1,7 @@
 """`python -m postprocess RECIPE`: the trained run of a recipe → merged → quantised → checked → its package folder.
 
-Stages that are up to date are skipped. Exit code 2, after one line, for what the user can mend.
+A recipe with `train: false` has its run folder made first, from the base model as it is. Stages that are up to date are
+skipped. Exit code 2, after one line, for what the user can mend.
 """
 
 import functools
@@ -14,10 +15,16 @@ from types import ModuleType
 import click
 
 from postprocess.package import package
-from postprocess.run import Run, read_run
+from postprocess.run import Run, find_base, hub_commit, read_run, refuse_weights, weight_files
 from postprocess.stages import run_stage
 from preprocess.errors import exits_with_2
-from recipes.pairwise.schema import read_recipe
+from preprocess.files import read_json
+from recipes.pairwise.contract import MODEL_INPUT, TOKENIZER_FILES
+from recipes.pairwise.schema import Recipe, read_recipe
+
+RUN_FILES = ("contract.json", "model_input.py", "metrics.json", "predictions.parquet", *TOKENIZER_FILES)
+RECIPES = Path(__file__).parents[1] / "recipes" / "pairwise"
+CODE = (MODEL_INPUT, *(RECIPES / name for name in ("contract.py", "data.py", "metrics.py", "templates.py")))
 
 
 @click.command(help=__doc__)
@@ -25,30 +32,67 @@ from recipes.pairwise.schema import read_recipe
 @exits_with_2
 def main(recipe: Path) -> None:
     logging.disable(logging.WARNING)  # libraries tell of GPUs and kernels that are absent; what matters to the user is raised
-    postprocess(read_run(read_recipe(recipe)))
+    checked = read_recipe(recipe)
+    if not checked.pairwise.train:
+        use_as_it_is(checked)
+    postprocess(read_run(checked))
+
+
+def use_as_it_is(recipe: Recipe) -> None:
+    """Bring the run folder of a recipe with `train: false` up to date: contract, calibration, validation."""
+    refuse_weights(recipe)
+    base = find_base(recipe.axolotl["base_model"], recipe.axolotl.get("revision_of_model"), str(recipe.path))
+    tokenizer = [base / name for name in TOKENIZER_FILES]
+    settings = recipe.pairwise.model_dump(mode="json", exclude={"package"})
+    settings |= {key: recipe.axolotl.get(key) for key in ("base_model", "special_tokens", "attn_implementation")}
+    folder = recipe.run_folder
+    run_stage(
+        folder,
+        "untrained",
+        [*weight_files(base), *tokenizer, Path(recipe.pairwise.pairs), *CODE],
+        settings,
+        [folder / name for name in RUN_FILES],
+        lambda: work().untrained(recipe, base, hub_commit(base)),
+        work,
+    )
 
 
 def postprocess(run: Run) -> Path:
     """Bring every stage of `run` up to date; the package's folder. Where the models do not agree, no package is left."""
     settings = run.recipe.pairwise.package
-    merged, report, out = run.folder / "merged", run.folder / "agreement.json", run.folder / "package"
-    quantised = merged if settings.quantize == "none" else run.folder / "quantised"
+    report, out = run.folder / "agreement.json", run.folder / "package"
 
     def begin() -> None:
         shutil.rmtree(out, ignore_errors=True)  # what it was made from has changed
         work()
 
     stage = functools.partial(run_stage, run.folder)
-    stage("merge", run.source_files(), {}, merged, lambda: work().merge(run, merged), begin)
-    if quantised != merged:
-        kind = settings.quantize
-        stage("quantise", files(merged), {"to": kind}, quantised, lambda: work().quantize(run, merged, kind, quantised), begin)
-    compared = [*run.source_files(), *files(merged), *files(quantised), *run.validation_files()]
+    folders = candidates(run, stage, begin)
+    made = [file for folder in dict.fromkeys(folders.values()) for file in files(folder)]
+    compared = [*run.source_files(), *made, *run.validation_files()]
     tolerance = {"tolerance": settings.tolerance}
-    stage("agreement", compared, tolerance, report, lambda: work().agreement(run, merged, quantised, report), begin)
-    packaged = [*files(quantised), report, run.folder / "contract.json", run.folder / "model_input.py"]
-    stage("package", packaged, settings.model_dump(), out, lambda: package(run, quantised, report, out))
+    stage("agreement", compared, tolerance, report, lambda: work().agreement(run, folders, report), begin)
+    packaged = read_json(report)["packaged"]
+    chosen = folders[packaged]
+    inputs = [*files(chosen), report, run.folder / "contract.json", run.folder / "model_input.py"]
+    stage("package", inputs, settings.model_dump(), out, lambda: package(run, chosen, report, out))
     return out
+
+
+def candidates(run: Run, stage, begin) -> dict[str, Path]:
+    """Bring the models that could be packaged up to date; their folders by name, `merged` among them where it was made."""
+    settings, folders = run.recipe.pairwise.package, {}
+    if settings.adapter != "unmerged":
+        merged = folders["merged"] = folders["quantised"] = run.folder / "merged"
+        stage("merge", run.source_files(), {}, merged, lambda: work().merge(run, merged), begin)
+    if settings.adapter != "unmerged" and settings.quantize != "none":
+        kind, quantised = settings.quantize, run.folder / "quantised"
+        folders["quantised"] = quantised
+        stage("quantise", files(merged), {"to": kind}, quantised, lambda: work().quantize(run, merged, kind, quantised), begin)
+    if settings.adapter != "merged":
+        unmerged = folders["unmerged"] = run.folder / "unmerged"
+        stage("unmerged", run.source_files(), {"to": "nf4"}, unmerged, lambda: work().unmerged(run, unmerged), begin)
+    return folders
 
 
 @functools.cache

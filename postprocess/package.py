@@ -1,4 +1,4 @@
-"""The quantised classifier and its contract → a flat Kaggle dataset folder, with every file's SHA-256 in its manifest."""
+"""The chosen model and its contract → a flat Kaggle dataset folder, with every file's SHA-256 in its manifest."""
 
 import os
 import shutil
@@ -12,12 +12,12 @@ OWNER = "INSERT_OWNER"  # filled in when the dataset is pushed
 MANIFEST = "manifest.json"
 
 
-def package(run: Run, quantised: Path, agreement: Path, out: Path) -> None:
-    """Write the folder `out`: weights, configuration, tokenizer, contract.json, model_input.py, Kaggle's metadata, manifest."""
+def package(run: Run, chosen: Path, agreement: Path, out: Path) -> None:
+    """Write the folder `out` from the files in `chosen`, contract.json, model_input.py, Kaggle's metadata, and a manifest."""
     settings = run.recipe.pairwise.package
     report = read_json(agreement)
     with atomic_folder(out) as folder:
-        for file in sorted(path for path in quantised.iterdir() if path.is_file()):
+        for file in sorted(path for path in chosen.iterdir() if path.is_file()):
             _link_or_copy(file, folder / file.name)
         for name in ("contract.json", "model_input.py"):
             shutil.copyfile(run.folder / name, folder / name)
@@ -26,6 +26,7 @@ def package(run: Run, quantised: Path, agreement: Path, out: Path) -> None:
         manifest = {
             "files": files,
             "quantize": settings.quantize,
+            "adapter": ("unmerged" if report["packaged"] == "unmerged" else "merged") if run.has_adapter else None,
             "dtype": "float16",
             "base_model": run.contract.base_model,
             "revision": run.contract.revision,

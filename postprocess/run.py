@@ -10,6 +10,7 @@ from types import ModuleType
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from pydantic import TypeAdapter, ValidationError
 
 from kaggle_kernels.runtime.package import execute_model_input
 from preprocess.errors import UserError
@@ -17,13 +18,17 @@ from preprocess.files import read_json, sha256
 from preprocess.model_input import Contract
 from recipes.pairwise.schema import Recipe
 
+HEADS = ("score", "label_tokens", "reward")
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
 MODEL_PATTERN = "model*.safetensors*"
 
 
 @dataclass(frozen=True)
 class Run:
-    """A trained run. `weights` is the folder of the base model, or for a full fine-tune the run folder itself."""
+    """A trained run. `weights` is the folder of the base model, or for a full fine-tune the run folder itself.
+
+    With `train: false` it is the base model's folder too, and there is no adapter.
+    """
 
     recipe: Recipe
     folder: Path
@@ -37,10 +42,9 @@ class Run:
         return [self.folder / name for name in self.contract.tokenizer_sha256]
 
     def source_files(self) -> list[Path]:
-        """Every file that decides the merged weights."""
-        adapter = [self.folder / name for name in ADAPTER] if self.has_adapter else []
-        weights = [*sorted(self.weights.glob(MODEL_PATTERN)), self.weights / "config.json"]
-        return [*weights, *adapter, self.folder / "contract.json", *self.tokenizer_files()]
+        """Every file that decides the weights that are made of the run."""
+        adapter = [self.folder / name for name in (*ADAPTER, "config.json")] if self.has_adapter else []
+        return [*weight_files(self.weights), *adapter, self.folder / "contract.json", *self.tokenizer_files()]
 
     def validation_files(self) -> list[Path]:
         """The files with the rows that models are compared on: the recipe's pairs and training's predictions."""
@@ -49,8 +53,10 @@ class Run:
 
 def read_run(recipe: Recipe) -> Run:
     """The run of `recipe`, checked. Everything that the user can mend is a UserError."""
-    folder = recipe.run_folder
-    has_adapter = _find_weights(folder, recipe.path)
+    folder, train = recipe.run_folder, recipe.pairwise.train
+    if not train:
+        refuse_weights(recipe)
+    has_adapter = train and _find_weights(folder, recipe.path)
     for name in ("contract.json", "model_input.py"):
         if not (folder / name).is_file():
             raise UserError(
@@ -61,7 +67,7 @@ def read_run(recipe: Recipe) -> Run:
     for name, expected in contract.tokenizer_sha256.items():
         if not (folder / name).is_file() or sha256(folder / name) != expected:
             raise UserError(f"{folder / name}: missing or changed since training; contract.json holds another SHA-256")
-    weights = find_base(contract) if has_adapter else folder
+    weights = find_base(contract.base_model, contract.revision) if has_adapter or not train else folder
     run = Run(recipe, folder, contract, model_input, weights, has_adapter)
     for file in run.validation_files():
         if not file.is_file():
@@ -84,44 +90,95 @@ def _find_weights(folder: Path, recipe: Path) -> bool:
     return has_adapter
 
 
+def refuse_weights(recipe: Recipe) -> None:
+    """Raise UserError where the run folder of a recipe with `train: false` holds the weights of a training."""
+    found = sorted(path.name for pattern in (ADAPTER[0], MODEL_PATTERN) for path in recipe.run_folder.glob(pattern))
+    if found:
+        raise UserError(
+            f"{recipe.run_folder}: holds {found[0]} of a training, but {recipe.path} says train: false; give one of the two "
+            "another output_dir, or remove the weights"
+        )
+
+
 def read_contract(folder: Path) -> tuple[Contract, ModuleType]:
     """The contract of a run, and the run's own model_input.py, executed once its hash is the contract's."""
-    expected = read_json(folder / "contract.json").get("model_input_sha256")
-    found = sha256(folder / "model_input.py")
+    file = folder / "contract.json"
+    recorded = read_json(file)
+    if not isinstance(recorded, dict):
+        raise UserError(f"{file}: expected an object, found {json.dumps(recorded)[:40]}; restore it or train again")
+    expected, found = recorded.get("model_input_sha256"), sha256(folder / "model_input.py")
     if found != expected:
         raise UserError(
             f"{folder / 'model_input.py'}: SHA-256 is {found[:12]}…, contract.json says {str(expected)[:12]}…; the file has "
             "changed since training: restore it or train again"
         )
     model_input = execute_model_input(folder / "model_input.py")
+    check_types(model_input.Contract, recorded, file)
     try:
-        contract = model_input.read_contract(folder)
+        contract = model_input.contract_from_dict(recorded)
     except (model_input.ContractError, TypeError) as error:
-        raise UserError(f"{folder / 'contract.json'}: {error}") from None
-    if contract.head != "score":
-        raise UserError(f"{folder / 'contract.json'}: head is {contract.head!r}; only 'score' can be packaged")
-    if contract.num_labels != len(contract.verdicts):
-        raise UserError(
-            f"{folder / 'contract.json'}: {contract.num_labels} labels for {len(contract.verdicts)} verdicts; train again"
-        )
+        raise UserError(f"{file}: {error}") from None
+    check_head(contract, file)
     return contract, model_input
 
 
-def find_base(contract: Contract) -> Path:
-    """The folder of the contract's base model: the folder that it names, or a snapshot of the hub's repository."""
-    name, revision = contract.base_model, contract.revision
+def check_types(contract_class: type, recorded: dict, file: Path) -> None:
+    """Raise UserError where a value of a parsed contract.json has another type than the contract's; absent keys are let by."""
+    golden = recorded.get("golden")
+    plain = recorded | {"golden": []}  # its rows hold lone surrogates, which pydantic does not read
+    try:
+        TypeAdapter(contract_class).validate_json(json.dumps(plain), strict=True)
+    except ValidationError as error:
+        for problem in error.errors():
+            if problem["type"] != "missing":
+                where, found = ".".join(map(str, problem["loc"])), json.dumps(problem["input"])[:40]
+                raise UserError(f"{file}: {where}: {problem['msg']}, found {found}; restore it or train again") from None
+    if not isinstance(golden, list) or not all(isinstance(row, dict) and row.keys() == {"pair", "ids"} for row in golden):
+        raise UserError(f"{file}: golden: expected rows with pair and ids; restore it or train again")
+
+
+def check_head(contract: Contract, file: Path) -> None:
+    """Raise UserError where head, verdicts, number of outputs and label tokens do not go together."""
+    if contract.head not in HEADS:
+        raise UserError(f"{file}: head is {contract.head!r}; only {', '.join(HEADS)} can be packaged")
+    verdicts = len(contract.verdicts)
+    outputs = {"score": verdicts, "reward": 1, "label_tokens": 0}[contract.head]
+    tokens = verdicts if contract.head == "label_tokens" else 0
+    for name, found, expected in (
+        ("labels", contract.num_labels, outputs),
+        ("label tokens", len(contract.label_token_ids), tokens),
+        ("numbers in logit_bias", len(contract.logit_bias), len(contract.logit_bias) and verdicts),
+    ):
+        if found != expected:
+            raise UserError(
+                f"{file}: {found} {name} for {verdicts} verdicts and the head {contract.head}, expected {expected}; train again"
+            )
+
+
+def find_base(name: str, revision: str | None, source: str = "contract.json") -> Path:
+    """The folder of a base model that `source` names: that folder, or a snapshot of the hub's repository."""
     if (Path(name) / "config.json").is_file():
         return Path(name)
     if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise UserError(f"{name}: the base model in contract.json is not a model's folder (no config.json); put it back there")
+        raise UserError(f"{name}: the base model in {source} is not a model's folder (no config.json); put it back there")
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=["model*.safetensors*", "*.json"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{name}: the base model in contract.json is neither a folder here nor to be had from the hub at revision "
+            f"{name}: the base model in {source} is neither a folder here nor to be had from the hub at revision "
             f"{revision or 'main'} ({type(error).__name__}: {reason})"
         ) from None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a model's weights and its configuration."""
+    return [*sorted(folder.glob(MODEL_PATTERN)), folder / "config.json"]
+
+
+def hub_commit(folder: Path) -> str | None:
+    """The commit of a snapshot of the hub; None for any other folder."""
+    return folder.name if folder.parent.name == "snapshots" else None
 
 
 def adapter_settings(folder: Path) -> dict:

@@ -7,7 +7,7 @@ and the sizes and modification times of its outputs. Nothing here imports torch.
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,29 +25,30 @@ def run_stage(
     name: str,
     inputs: Iterable[Path],
     settings: Mapping[str, object],
-    output: Path,
+    output: Path | Sequence[Path],
     action: Callable[[], None],
     before: Callable[[], object] = lambda: None,
 ) -> bool:
-    """Call `action`, which makes `output` (a file or a folder), unless it is up to date; print the stage and its seconds.
+    """Call `action`, which makes `output`, unless it is up to date; print the stage and its seconds.
 
-    `before` is called first, outside the clock. Returns whether the stage was made. The record is written only once `action`
-    has succeeded.
+    `output` is a file, a folder, or several files, of which the first is written last. `before` is called first, outside
+    the clock. Returns whether the stage was made. The record is written only once `action` has succeeded.
     """
+    outputs = [output] if isinstance(output, Path) else list(output)
     record_file = run_folder / RECORD
     record = read_json(record_file) if record_file.exists() else {}
     key = _key(inputs, settings)
     known = record.get(name, {})
-    if known.get("key") == key and output.exists() and known.get("outputs") == _stamps(_files(output)):
-        click.echo(f"{name:<10} up to date   {output}")
+    if known.get("key") == key and outputs[0].exists() and known.get("outputs") == _stamps(_files(outputs)):
+        click.echo(f"{name:<10} up to date   {outputs[0]}")
         return False
     before()
     started = time.perf_counter()
     action()
     seconds = round(time.perf_counter() - started, 1)
-    made = {"key": key, "outputs": _stamps(_files(output)), "seconds": seconds}
+    made = {"key": key, "outputs": _stamps(_files(outputs)), "seconds": seconds}
     write_json(record_file, {**record, name: made})
-    click.echo(f"{name:<10} {seconds:7.1f} s   {output}")
+    click.echo(f"{name:<10} {seconds:7.1f} s   {outputs[0]}")
     return True
 
 
@@ -59,8 +60,8 @@ def _key(inputs: Iterable[Path], settings: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _files(output: Path) -> list[Path]:
-    return sorted(path for path in output.rglob("*") if path.is_file()) if output.is_dir() else [output]
+def _files(outputs: Iterable[Path]) -> list[Path]:
+    return [path for one in outputs for path in (sorted(one.rglob("*")) if one.is_dir() else [one]) if path.is_file()]
 
 
 def _stamps(paths: Iterable[Path]) -> dict[str, list[int]]:

@@ -7,8 +7,10 @@ import transformers
 from postprocess.agreement import agreement
 from postprocess.merge import merge
 from postprocess.quantize import quantize
+from postprocess.unmerged import unmerged
+from postprocess.untrained import untrained
 
-__all__ = ["agreement", "merge", "quantize"]
+__all__ = ["agreement", "merge", "quantize", "unmerged", "untrained"]
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()

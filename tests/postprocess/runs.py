@@ -1,5 +1,9 @@
-"""Trained runs for the tests of postprocess, built without training: a tiny base, an adapter with random A, B and head."""
+"""Trained runs for the tests of postprocess, built without training: a tiny base, an adapter with random A, B and head.
 
+A run is of one head (score, reward, label_tokens), and of a base in 16 bits or, as QLoRA trains it, in nf4.
+"""
+
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +13,9 @@ import polars as pl
 import torch
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoTokenizer, BitsAndBytesConfig
 
+from kaggle_kernels.runtime.model import CLASSES
 from kaggle_kernels.runtime.package import read_tokenizer
 from kaggle_kernels.runtime.scoring import ORDERS, score
 from preprocess import model_input
@@ -23,6 +28,14 @@ TARGETS = {"bert": ["query", "value", "dense"]}
 DECODER_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ROWS = 24
 TWO = ("model_a", "model_b")
+NF4 = {
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_compute_dtype": "float32",
+    "bnb_4bit_quant_storage": "bfloat16",
+    "llm_int8_skip_modules": ["score"],
+}
 
 
 @dataclass(frozen=True)
@@ -55,32 +68,45 @@ def pairs_file(path: Path, rows: int = ROWS) -> pl.DataFrame:
     return frame
 
 
-def recipe_file(folder: Path, base: Path, kind: str, verdicts: tuple[str, ...], **package) -> Path:
-    """Write a recipe for a run in folder/run."""
+def recipe_file(folder: Path, base: Path, kind: str, verdicts: tuple[str, ...], head: str, keys: dict, **package) -> Path:
+    """Write a recipe for a run in folder/run; `keys` are Axolotl's."""
     block = {
         "pairs": str(folder / "pairs.parquet"),
         "template": "bert" if kind == "bert" else "gemma",
-        "budget_tokens": 128,
+        "budget_tokens": 192 if head == "label_tokens" else 128,
         "verdicts": list(verdicts),
+        "head": head,
         "package": {"slug": "tiny-package", **package},
     }
     path = folder / "recipe.yml"
-    values = {"base_model": str(base), "plugins": [PLUGIN], "output_dir": str(folder / "run"), "pairwise": block}
+    values = {"base_model": str(base), "plugins": [PLUGIN], "output_dir": str(folder / "run"), "pairwise": block, **keys}
     path.write_text(yaml.safe_dump(values))
     return path
 
 
 def make(
-    folder: Path, base: Path, kind: str, *, verdicts: tuple = TWO, full: bool = False, lora: dict | None = None, **package
+    folder: Path,
+    base: Path,
+    kind: str,
+    *,
+    verdicts: tuple = TWO,
+    head: str = "score",
+    full: bool = False,
+    qlora: bool = False,
+    lora: dict | None = None,
+    **package,
 ) -> Made:
-    """A run of the base model of `kind`, as training leaves it: LoRA by default, or a full fine-tune."""
-    recipe = recipe_file(folder, base, kind, verdicts, **package)
+    """A run of the base model of `kind`, as training leaves it: LoRA by default, QLoRA, or a full fine-tune."""
+    keys = {} if full else {"adapter": "qlora", "load_in_4bit": True} if qlora else {"adapter": "lora"}
+    recipe = recipe_file(folder, base, kind, verdicts, head, keys, **package)
     block = PairwiseBlock.model_validate(yaml.safe_load(recipe.read_text())["pairwise"])
     run_folder = folder / "run"
-    model = classifier(base, kind, len(verdicts))
+    model = base_model(base, kind, head, len(verdicts), qlora)
     if not full:
-        model = with_adapter(model, kind, **(lora or {}))
+        model = with_adapter(model, kind, head, **(lora or {}))
     model.save_pretrained(run_folder)
+    if qlora:
+        (run_folder / "config.json").write_text(json.dumps({"dtype": "float32", "quantization_config": NF4}))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(base / name, run_folder / name)
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -90,29 +116,33 @@ def make(
     return Made(recipe, run_folder, base, model)
 
 
-def classifier(base: Path, kind: str, labels: int) -> torch.nn.Module:
-    """The base as a classifier, with a random head large enough to have opinions."""
+def base_model(base: Path, kind: str, head: str, verdicts: int, qlora: bool = False) -> torch.nn.Module:
+    """The base with its head, random and large enough to have opinions, or a causal LM's own."""
     torch.manual_seed(1)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        base, num_labels=labels, pad_token_id=0, attn_implementation="sdpa"
-    )
+    options = {"quantization_config": BitsAndBytesConfig(**NF4), "device_map": {"": "cpu"}} if qlora else {}
+    if head != "label_tokens":
+        options["num_labels"] = 1 if head == "reward" else verdicts
+    model = CLASSES[head].from_pretrained(base, pad_token_id=0, attn_implementation="sdpa", dtype=torch.float32, **options)
     if kind == "gemma2":
         model.config.attn_logit_softcapping = None
-    head = model.classifier if kind == "bert" else model.score
+    own_head = model.classifier if kind == "bert" else getattr(model, "score", None)
     with torch.no_grad():
-        for parameter in head.parameters():
-            parameter.normal_(0, 0.3)
+        for parameter in own_head.parameters() if own_head else ():
+            parameter.normal_(0, 0.15)
     return model.eval()
 
 
-def with_adapter(model: torch.nn.Module, kind: str, **lora) -> PeftModel:
-    """The classifier with a LoRA adapter whose A and B are random and not zero."""
+def with_adapter(model: torch.nn.Module, kind: str, head: str, **lora) -> PeftModel:
+    """The model with a LoRA adapter whose A and B are random and not zero."""
     settings = {"r": 8, "lora_alpha": 16, "target_modules": TARGETS.get(kind, DECODER_TARGETS)} | lora
-    model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", **settings))
+    task = "CAUSAL_LM" if head == "label_tokens" else "SEQ_CLS"
+    model = get_peft_model(model, LoraConfig(task_type=task, **settings))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_A" in name or "lora_B" in name or "lora_embedding" in name:
                 parameter.normal_(0, 0.05)
+            if ".modules_to_save." in name:
+                parameter.mul_(1.1)
             if "lora_magnitude_vector" in name:
                 parameter.mul_(torch.empty_like(parameter).uniform_(0.8, 1.2))
     return model.eval()

@@ -8,7 +8,8 @@ from click.testing import CliRunner
 
 from kaggle_kernels.runtime.package import read_tokenizer
 from postprocess.__main__ import main
-from postprocess.agreement import Column, compare, kernel_dtype, validation_rows
+from postprocess.agreement import Column, compare, kernel_dtype
+from postprocess.rows import validation_rows
 from preprocess.errors import UserError
 
 LABELS = np.array([[1.0, 0.0], [0.0, 1.0]])

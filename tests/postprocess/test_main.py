@@ -80,7 +80,7 @@ def test_a_full_fine_tune_becomes_a_package(packaged):
 
 
 def test_three_verdicts_in_the_contracts_order_become_a_package(packaged):
-    run, _ = packaged("gemma2", quantize="nf4", verdicts=("tie", "model_b", "model_a"))
+    run, _ = packaged("gemma2", quantize="nf4", tolerance=0.2, verdicts=("tie", "model_b", "model_a"))
     config = json.loads((run.folder / "package" / "config.json").read_text())
     assert config["id2label"] == {"0": "tie", "1": "model_b", "2": "model_a"}
     report = json.loads((run.folder / "agreement.json").read_text())
@@ -112,7 +112,17 @@ BAD_RUNS = [
     (append_to_model_input, "has changed since training"),
     (lambda run: edit_contract(run, base_model="./gone"), "./gone: the base model in contract.json"),
     (lambda run: edit_contract(run, base_model="nobody/nothing"), "neither a folder here nor to be had from the hub"),
-    (lambda run: edit_contract(run, head="reward"), "head is 'reward'"),
+    (lambda run: edit_contract(run, head="tail"), "head is 'tail'; only score, label_tokens, reward can be packaged"),
+    (lambda run: edit_contract(run, head="reward"), "2 labels for 2 verdicts and the head reward, expected 1"),
+    (lambda run: edit_contract(run, head="label_tokens", num_labels=0), "0 label tokens for 2 verdicts"),
+    (lambda run: edit_contract(run, logit_bias=[0.5]), "1 numbers in logit_bias for 2 verdicts"),
+    (lambda run: edit_contract(run, verdicts=5), "contract.json: verdicts: Input should be a valid array, found 5"),
+    (lambda run: edit_contract(run, template="gemma"), "contract.json: template: Input should be"),
+    (lambda run: edit_contract(run, budget_tokens="128"), "contract.json: budget_tokens: Input should be a valid integer"),
+    (lambda run: edit_contract(run, golden=[["a"]]), "contract.json: golden: expected rows with pair and ids"),
+    (lambda run: edit_contract(run, tokenizer_sha256=["a"]), "contract.json: tokenizer_sha256: Input should be"),
+    (lambda run: (run.folder / "contract.json").write_text("[1, 2]"), "contract.json: expected an object, found [1, 2]"),
+    (lambda run: (run.folder / "adapter_config.json").write_text("[1]"), "adapter_config.json: expected an object"),
     (lambda run: edit_contract(run, extra=1), "unknown keys ['extra']"),
     (lambda run: edit_contract(run, num_labels=3), "3 labels for 2 verdicts"),
 ]

@@ -185,7 +185,7 @@ DAMAGE = [
     (with_half_a_layer, "has the parts lora_A"),
     (with_nan, "score.weight is not finite before"),
     (with_values_beyond_float16, "score.weight is not finite once it is torch.float16"),
-    (with_three_labels, r"score.weight has the shape \[3, 64\], the classifier needs \[2, 64\]"),
+    (with_three_labels, r"score.weight has the shape \[3, 64\], the model needs \[2, 64\]"),
     (cut_short, "not a whole safetensors file"),
     (lambda run: set_adapter_config(run, init_lora_weights="pissa"), "init_lora_weights is 'pissa'"),
     (lambda run: set_adapter_config(run, use_bdlora=True), "use_bdlora: this kind of LoRA cannot be merged"),

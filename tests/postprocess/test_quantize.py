@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from kaggle_kernels.runtime.model import load_model
-from postprocess.quantize import head_modules, quantization_config
+from postprocess.quantize import quantization_config
+from postprocess.skeleton import head_modules
 
 ROOT = Path(__file__).parents[2]
 KAGGLE_PYTHON = ROOT / ".venv-kaggle" / "bin" / "python"
@@ -34,7 +35,7 @@ print(json.dumps(found))
 @pytest.mark.parametrize(("kind", "head"), [("gemma2", "score"), ("bert", "classifier")])
 def test_the_head_is_named_by_the_architecture(kind, head, packaged):
     run, _ = packaged(kind, quantize="nf4")
-    assert head_modules(run.folder / "merged") == [head]
+    assert head_modules(run.folder / "merged", "score") == [head]
 
 
 @pytest.mark.parametrize(("kind", "head"), [("gemma2", "score.weight"), ("bert", "classifier.weight")])
