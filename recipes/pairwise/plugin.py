@@ -167,6 +167,11 @@ class PairwisePlugin(BasePlugin):
         if zero3.is_zero3(cfg.deepspeed):
             zero3.fetch_heads_as_one(model)
 
+    def post_model_load(self, cfg, model):
+        """The model has its adapter now."""
+        if not cfg.deepspeed and not cfg.fsdp_config:
+            train_in_float32(model)
+
     def get_trainer_cls(self, cfg):
         return LabelTokenTrainer if self.block.head == "label_tokens" else PairwiseTrainer
 
@@ -286,6 +291,16 @@ def check_positions(config, budget_tokens: int) -> None:
     positions = getattr(config, "max_position_embeddings", None)
     if positions and budget_tokens > positions:
         raise UserError(f"pairwise.budget_tokens: {budget_tokens}, but the base model has {positions} positions; lower it")
+
+
+def train_in_float32(model) -> None:
+    """Hold what is trained in float32, as DeepSpeed does by itself: Axolotl loads in bf16, where small steps round to nothing.
+
+    LoRA's matrices are float32 already; the head beside them and a full fine-tune are not. Autocast computes in bf16 still.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.float()
 
 
 def name_labels(config, names) -> None:

@@ -11,7 +11,7 @@ import torch
 from preprocess.errors import UserError
 from recipes.pairwise import data, metrics
 from recipes.pairwise.collator import PairCollator
-from recipes.pairwise.plugin import check_positions, check_resume, ensure_head, use_all_cores
+from recipes.pairwise.plugin import check_positions, check_resume, ensure_head, train_in_float32, use_all_cores
 from recipes.pairwise.schema import PairwiseBlock
 from recipes.pairwise.trainer import soft_cross_entropy
 from tests import tiny
@@ -180,3 +180,10 @@ def test_a_single_process_gets_every_core_back_from_the_launcher(monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", processes)
         use_all_cores()
     assert chosen == [3]
+
+
+def test_what_is_trained_is_held_in_float32_and_the_rest_stays():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2)).to(torch.bfloat16)
+    model[0].requires_grad_(False)
+    train_in_float32(model)
+    assert [parameter.dtype for parameter in model.parameters()] == [torch.bfloat16] * 2 + [torch.float32] * 2
