@@ -24,6 +24,8 @@ def is_zero3(deepspeed: object) -> bool:
             settings = json.loads(Path(deepspeed).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"deepspeed: {deepspeed} cannot be read as JSON ({error}); see recipes/deepspeed") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"deepspeed: {deepspeed}: expected an object, found {type(settings).__name__}; see recipes/deepspeed")
     zero = settings.get("zero_optimization") or {}
     if zero.get("stage") != 3:
         return False

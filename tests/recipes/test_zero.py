@@ -1,0 +1,125 @@
+"""DeepSpeed's stages in one process: each trains the weights that no DeepSpeed trains, and ZeRO-3 saves them whole."""
+
+import json
+import os
+import shutil
+
+import deepspeed
+import pytest
+import torch
+import yaml
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from safetensors.torch import load_file, save_file
+
+from preprocess.errors import UserError
+from recipes.pairwise import deepspeed_cpu, zero3
+from recipes.pairwise.plugin import ensure_head
+from tests import forked, tiny
+from tests.conftest import ROOT
+
+STAGES = sorted((ROOT / "recipes/deepspeed").glob("*.json"))
+# What makes runs comparable to the last digits: no dropout; and steps long enough for weights to move by tenths.
+COMPARABLE = {"lora_dropout": 0, "learning_rate": 0.01, "max_steps": 4}
+# float32, summed in another order.
+ROUNDING = 1e-3
+
+
+def train(recipe, deepspeed_json, tiny_models, folder, base="gemma2"):
+    """The weights of the recipe's twin, by name, trained in a fork with COMPARABLE settings."""
+    pairs = tiny.pairs_parquet(folder / "pairs.parquet", 40)
+    source = ROOT / f"recipes/{recipe}.yml"
+    values = yaml.safe_load(source.read_text())
+    settings = str(tiny.deepspeed_numbers(deepspeed_json, folder, values, processes=1)) if deepspeed_json else None
+    path = tiny.twin(source, folder, tiny_models(base), pairs, deepspeed=settings)
+    twin = yaml.safe_load(path.read_text()) | COMPARABLE
+    path.write_text(yaml.safe_dump({key: value for key, value in twin.items() if value is not None}))
+    ended = forked.axolotl("train", path)
+    assert ended.code == 0, ended.output[-3000:]
+    return load_file(next((folder / recipe).glob("*model.safetensors")))
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_models, tmp_path_factory):
+    """What gemma2_cls's twin learns without DeepSpeed."""
+    return train("gemma2_cls", None, tiny_models, tmp_path_factory.mktemp("plain"))
+
+
+def test_the_stages_are_found_and_deepspeed_knows_every_setting():
+    assert [path.stem for path in STAGES] == ["zero1", "zero2", "zero3", "zero3_offload"]
+    for path in STAGES:
+        zero = json.loads(path.read_text())["zero_optimization"]
+        DeepSpeedZeroConfig(**{key: value for key, value in zero.items() if value != "auto"})
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda path: path.stem)
+def test_every_stage_trains_the_weights_that_plain_training_does(stage, plain, tiny_models, tmp_path):
+    if "offload" in stage.stem and not shutil.which("g++"):
+        pytest.skip("DeepSpeed compiles its Adam for CPUs, which needs g++")
+    weights = train("gemma2_cls", f"recipes/deepspeed/{stage.name}", tiny_models, tmp_path)
+    assert {name: weight.shape for name, weight in weights.items()} == {n: w.shape for n, w in plain.items()}
+    assert max((weights[name] - plain[name]).abs().max().item() for name in plain) < ROUNDING
+    moved = [weight.abs().max().item() for name, weight in weights.items() if "lora_B" in name]
+    assert min(moved) > 10 * ROUNDING, "an adapter that stands where it began proves nothing"
+
+
+def test_zero3_saves_every_weight_of_a_full_fine_tune(tiny_models, tmp_path):
+    (tmp_path / "plain").mkdir()
+    expected = train("minilm_cls", None, tiny_models, tmp_path / "plain", "bert")
+    weights = train("minilm_cls", "recipes/deepspeed/zero3.json", tiny_models, tmp_path, "bert")
+    # Under ZeRO-3 transformers saves layer norms by the names that BERT's first checkpoints had; it reads either.
+    weights = {name.replace("Norm.beta", "Norm.bias").replace("Norm.gamma", "Norm.weight"): w for name, w in weights.items()}
+    assert weights["classifier.weight"].shape == (2, 64)
+    assert max((weights[name] - expected[name]).abs().max().item() for name in expected) < ROUNDING
+
+
+def test_a_head_that_stands_in_parts_is_checked_and_made_anew():
+    process = forked.SERVER.Process(target=_make_a_head_under_zero3)
+    process.start()
+    process.join(timeout=120)
+    assert process.exitcode == 0
+
+
+def _make_a_head_under_zero3():
+    os.environ |= {"DS_ACCELERATOR": "cpu", "WORLD_SIZE": "1"}
+    deepspeed_cpu.start_group()
+    settings = {"train_batch_size": 1, "zero_optimization": {"stage": 3}}
+    with deepspeed.zero.Init(config_dict_or_path=settings):
+        model = torch.nn.Module()
+        model.score = torch.nn.Linear(64, 2, bias=False)
+    assert model.score.weight.numel() == 0
+    for wrong, is_replaced in ((float("nan"), True), (0.0, True), (None, False)):
+        with zero3.gathered(model.score.parameters()):
+            if wrong is not None:
+                model.score.weight.data.fill_(wrong)
+            before = model.score.weight.detach().clone()
+        ensure_head(model)
+        with zero3.gathered(model.score.parameters()):
+            assert 0.01 < model.score.weight.std().item() < 0.03
+            assert torch.equal(model.score.weight, before) is not is_replaced
+
+
+def test_checkpointing_is_reentrant_under_zero3_only(tmp_path):
+    assert zero3.checkpointing_kwargs({}) == {"use_reentrant": False}
+    assert zero3.checkpointing_kwargs({"deepspeed": str(ROOT / "recipes/deepspeed/zero2.json")}) == {"use_reentrant": False}
+    stage_3 = {"deepspeed": str(ROOT / "recipes/deepspeed/zero3_offload.json")}
+    assert zero3.checkpointing_kwargs(stage_3) == {"use_reentrant": True}
+    with pytest.raises(UserError, match="use_reentrant: false fails under ZeRO-3; remove it"):
+        zero3.checkpointing_kwargs(stage_3 | {"gradient_checkpointing_kwargs": {"use_reentrant": False}})
+
+
+def test_settings_that_would_save_parts_of_weights_are_refused(tmp_path):
+    with pytest.raises(UserError, match="lacks stage3_gather_16bit_weights_on_model_save: true"):
+        zero3.is_zero3({"zero_optimization": {"stage": 3}})
+    with pytest.raises(UserError, match=r"absent\.json cannot be read as JSON .*; see recipes/deepspeed"):
+        zero3.is_zero3(str(tmp_path / "absent.json"))
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(UserError, match="expected an object"):
+        zero3.is_zero3(str(tmp_path / "list.json"))
+
+
+def test_a_weight_saved_without_its_values_is_found(tmp_path):
+    save_file({"score.weight": torch.ones(2, 4)}, tmp_path / "adapter_model.safetensors")
+    zero3.check_whole(tmp_path)
+    save_file({"score.weight": torch.ones(0)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(RuntimeError, match="1 weights were saved without their values, score.weight the first"):
+        zero3.check_whole(tmp_path)
