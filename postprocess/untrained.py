@@ -5,7 +5,7 @@ metrics.json), and last of all contract.json with model_input.py, whose `logit_b
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,6 +62,7 @@ def untrained(recipe: Recipe, base: Path, revision: str | None) -> None:
     calibrated = time.monotonic()
     logits_rov = row_logits(model, contract, tokenizer, validation, device, "scoring validation pairs")
     values = write_results(folder, contract, logits_rov, validation)
+    print_summary(contract, values)
     write_json(
         folder / "metrics.json",
         {
@@ -188,3 +189,12 @@ def write_results(folder: Path, contract: Contract, logits_rov: np.ndarray, vali
         "accuracy_of_longer": metrics.longer_is_right(validation),
         "before_calibration": {name: before[name] for name in COMPARED},
     }
+
+
+def print_summary(contract: Contract, values: Mapping) -> None:
+    """Print what the calibration found and what it did to the validation rows."""
+    if contract.logit_bias:
+        shift = contract.logit_bias[contract.verdicts.index("model_b")] * 2
+        print(f"  position bias: {shift:+.3f} on the first answer's logit, cancelled; on the validation rows:")
+        for name, found in values["before_calibration"].items():
+            print(f"  {name.replace('_', ' '):<10} {found:.4f} before, {values[name]:.4f} after")

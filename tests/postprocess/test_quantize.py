@@ -92,6 +92,9 @@ def test_the_reloaded_model_is_the_one_that_was_quantised(quantize, packaged):
 )
 def test_packages_give_the_same_probabilities_in_kaggles_versions(packaged):
     built = [packaged("gemma2", quantize=quantize)[0] for quantize in ("none", "nf4", "int8")]
+    built.append(packaged("gemma2", qlora=True, quantize="nf4", adapter="unmerged")[0])
+    built.append(packaged("llama", head="label_tokens", quantize="nf4")[0])
+    built.append(packaged("gemma2", head="reward", quantize="nf4", tolerance=0.2)[0])
     folders = [run.folder / "package" for run in built]
     command = [KAGGLE_PYTHON, "-c", SCORE_IN_KAGGLES_VERSIONS, *folders]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)

@@ -1,10 +1,15 @@
 """Sizes by arithmetic are those of the models that transformers builds and of the packages that bitsandbytes writes."""
 
 import json
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from kaggle_kernels.runtime.placement import weight_sizes
@@ -124,6 +129,58 @@ def test_of_a_batch_the_longest_rows_the_soft_cap_and_the_head_count():
     assert activation_bytes(GEMMA, 8192) == pytest.approx(2 * activation_bytes(GEMMA, 4096), rel=0.05)
     causal = replace(GEMMA, head="label_tokens")
     assert activation_bytes(causal, 8192) - activation_bytes(GEMMA, 8192) == 128 * 256000 * 6
+
+
+class PeakBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that are alive, but for those of the model and its inputs."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.alive = self.most = 0
+        self.known = weakref.WeakKeyDictionary({tensor.untyped_storage(): True for tensor in known})
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        for tensor in tree_leaves(result):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage not in self.known:
+                self.known[storage] = True
+                self.add(storage.nbytes())
+                weakref.finalize(storage, self.add, -storage.nbytes())
+        return result
+
+    def add(self, size):
+        self.alive += size
+        self.most = max(self.most, self.alive)
+
+
+@pytest.mark.parametrize(
+    "name, head, softcap, rows, length",
+    [
+        ("google/gemma-2-9b-it", "score", False, 4, 2048),
+        ("google/gemma-2-9b-it", "score", True, 4, 2048),
+        ("google/gemma-2-9b-it", "score", False, 32, 256),
+        ("google/gemma-2-9b-it", "label_tokens", False, 128, 64),
+        ("meta-llama/Meta-Llama-3-8B-Instruct", "score", False, 4, 2048),
+        ("Qwen/Qwen2.5-14B-Instruct", "score", False, 2, 2048),
+        ("sentence-transformers/all-MiniLM-L6-v2", "score", False, 128, 256),
+    ],
+)
+def test_a_batchs_bytes_are_those_that_pytorch_counts_and_at_most_an_eighth_more(name, head, softcap, rows, length):
+    config = AutoConfig.for_model(**{**known_dimensions()[name], "num_hidden_layers": 2}, pad_token_id=0, use_cache=False)
+    config._attn_implementation = "eager" if softcap else "sdpa"
+    if not softcap:
+        config.attn_logit_softcapping = None
+    with FakeTensorMode():  # tensors have a size and no bytes: any model fits
+        with torch.device("cpu"):
+            auto = AutoModelForCausalLM if head == "label_tokens" else AutoModelForSequenceClassification
+            model = auto.from_config(config, dtype=torch.float16).eval()
+        inputs = {key: torch.ones(rows, length, dtype=torch.long) for key in ("input_ids", "attention_mask")}
+        peak = PeakBytes([*model.parameters(), *model.buffers(), *inputs.values()])
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), peak:
+            model(**inputs, **({"logits_to_keep": 1} if head == "label_tokens" else {}))
+    served = Served(read_dimensions(name), head, 2, "none", softcap, length)
+    assert 0.875 < peak.most / activation_bytes(served, rows * length) <= 1
 
 
 def test_a_batch_holds_at_least_the_longest_request():

@@ -113,6 +113,7 @@ def test_a_strong_position_bias_is_cancelled(packaged):
     assert metrics["log_loss"] < metrics["before_calibration"]["log_loss"]
     assert contract["logit_bias"][0] < -1
     assert contract["logit_bias"][0] == -contract["logit_bias"][1]
+    assert f"flip rate  1.0000 before, {metrics['flip_rate']:.4f} after" in packaged[2].stdout
     assert first_answer(predictions) == pytest.approx(0.5, abs=0.05)
     bias = np.array(contract["logit_bias"])
     odds = np.exp(bias[1] - bias[0])
