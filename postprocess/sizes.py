@@ -227,11 +227,12 @@ def activation_bytes(served: Served, tokens_per_batch: int) -> int:
     """The most that a batch of `tokens_per_batch` tokens takes on a GPU beside the weights, while one layer is computed.
 
     Counted in float16: the residual, the normed input and what comes out (three hidden states), two of them again in
-    float32 inside a norm; then the larger of the MLP's three intermediates and of attention: queries, keys and values with
-    the latter repeated for every head, and the scores of the longest rows. Without a soft cap those are two float32 copies,
-    which is PyTorch's math kernel (where it picks another on a T4, less is needed); with one, transformers' eager attention
-    holds 10 bytes a score. Quantised layers add one layer's weights in float16 (nf4) or its int32 result (int8). Of a causal
-    LM, logits are computed at the last place of each row only. Nothing is cached for generation.
+    float32 inside a norm; then the larger of the MLP's three intermediates and of attention: queries, keys and values, the
+    latter two also repeated for every head, and the scores of the longest rows. Without a soft cap those are two float32
+    copies beside float32 queries, keys and values: PyTorch's math kernel (where it picks another on a T4, less is needed).
+    With one, transformers' eager attention holds 10 bytes a score. Quantised layers add one layer's weights in float16
+    (nf4) or its int32 result (int8). Of a causal LM, logits are computed at the last place of each row only. Nothing is
+    cached for generation.
     """
     d, tokens = served.dimensions, largest_batch(served, tokens_per_batch)
     longest = min(served.budget_tokens, tokens)
@@ -239,7 +240,7 @@ def activation_bytes(served: Served, tokens_per_batch: int) -> int:
     mlp = 3 * 2 * tokens * d.intermediate_size
     queries = d.num_attention_heads * d.head_dim
     scores = tokens * longest * d.num_attention_heads * (10 if served.softcap else 8)
-    projected = tokens * queries * (3 * 2 + (0 if served.softcap else 3 * 4))
+    projected = tokens * queries * (5 * 2 + (0 if served.softcap else 3 * 4))
     attention = projected + scores + 2 * tokens * longest
     shapes = [weight.shape for weight in weights(d, served.head, served.verdicts) if weight.kind == "linear"]
     unpacked = {"none": 0, "nf4": 2 * max(map(math.prod, shapes)), "int8": 5 * tokens * d.intermediate_size}[served.quantize]

@@ -15,8 +15,9 @@ class Stages:
     def __init__(self, model, starts: list[str]):
         self.locks = [threading.Lock() for _ in range(1 + len(starts))]
         self.local = threading.local()
-        for stage, name in enumerate(starts, 1):
-            model.get_submodule(name).register_forward_pre_hook(lambda *_, stage=stage: self.enter(stage))
+        for stage, start in enumerate(starts, 1):
+            part = next(part for name, part in model.named_modules() if f".{name}".endswith(f".{start}"))  # PEFT adds a prefix
+            part.register_forward_pre_hook(lambda *_, stage=stage: self.enter(stage))
 
     @contextlib.contextmanager
     def batch(self) -> Iterator[None]:

@@ -108,6 +108,15 @@ def test_outside_of_a_batch_nothing_is_locked():
     assert not any(lock.locked() for lock in stages.locks)
 
 
+def test_a_part_is_found_below_the_prefix_that_an_adapter_adds():
+    seen = []
+    model = Model(lambda _: None, lambda _: seen.append([lock.locked() for lock in stages.locks]))
+    stages = Stages(torch.nn.ModuleDict({"base_model": torch.nn.ModuleDict({"model": model})}), ["model.second"])
+    with stages.batch():
+        model(1)
+    assert seen == [[False, True]]
+
+
 def test_stages_begin_where_the_device_changes():
     placed = {
         "model.embed_tokens": "cuda:0",

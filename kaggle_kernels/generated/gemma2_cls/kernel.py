@@ -3,7 +3,7 @@
 Generated from the spec gemma2_cls.yml by `python -m kaggle_kernels build gemma2_cls`; change that, not this.
 It runs on two T4s without internet, and needs the datasets that SETTINGS names and the competition's files.
 
-On each GPU of 15 GiB, computed for batches of 8,192 tokens: gemma2_cls 9.9 GiB.
+On each GPU of 15 GiB, computed for batches of 8,192 tokens: gemma2_cls 10.0 GiB.
 """
 
 import contextlib
@@ -329,8 +329,9 @@ class Stages:
     def __init__(self, model, starts: list[str]):
         self.locks = [threading.Lock() for _ in range(1 + len(starts))]
         self.local = threading.local()
-        for stage, name in enumerate(starts, 1):
-            model.get_submodule(name).register_forward_pre_hook(lambda *_, stage=stage: self.enter(stage))
+        for stage, start in enumerate(starts, 1):
+            part = next(part for name, part in model.named_modules() if f".{name}".endswith(f".{start}"))  # PEFT adds a prefix
+            part.register_forward_pre_hook(lambda *_, stage=stage: self.enter(stage))
 
     @contextlib.contextmanager
     def batch(self) -> Iterator[None]:
