@@ -208,10 +208,11 @@ def twin(recipe: Path, folder: Path, base_model: Path, pairs_file: Path, **chang
 
 
 def deepspeed_numbers(config: str, folder: Path, recipe: dict, processes: int) -> Path:
-    """A copy of a DeepSpeed JSON in `folder` with its "auto" batch sizes as numbers."""
+    """A copy of a DeepSpeed JSON in `folder` with its "auto" batch sizes as numbers, and bf16 as the twin has it."""
     values = json.loads((ROOT / config).read_text())
     micro, steps = recipe["micro_batch_size"], recipe["gradient_accumulation_steps"]
     values |= {"train_micro_batch_size_per_gpu": micro, "train_batch_size": micro * steps * processes}
+    values["bf16"] = {"enabled": "auto"}
     path = folder / f"{Path(config).stem}-{processes}.json"
     path.write_text(json.dumps(values))
     return path

@@ -7,41 +7,30 @@ import shutil
 import deepspeed
 import pytest
 import torch
-import yaml
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from preprocess.errors import UserError
 from recipes.pairwise import deepspeed_cpu, zero3
 from recipes.pairwise.plugin import ensure_head
-from tests import forked, tiny
+from tests import forked
 from tests.conftest import ROOT
+from tests.recipes import comparable
 
 STAGES = sorted((ROOT / "recipes/deepspeed").glob("*.json"))
-# What makes runs comparable to the last digits: no dropout; and steps long enough for weights to move by tenths.
-COMPARABLE = {"lora_dropout": 0, "learning_rate": 0.01, "max_steps": 4}
-# float32, summed in another order.
-ROUNDING = 1e-3
 
 
-def train(recipe, deepspeed_json, tiny_models, folder, base="gemma2"):
-    """The weights of the recipe's twin, by name, trained in a fork with COMPARABLE settings."""
-    pairs = tiny.pairs_parquet(folder / "pairs.parquet", 40)
-    source = ROOT / f"recipes/{recipe}.yml"
-    values = yaml.safe_load(source.read_text())
-    settings = str(tiny.deepspeed_numbers(deepspeed_json, folder, values, processes=1)) if deepspeed_json else None
-    path = tiny.twin(source, folder, tiny_models(base), pairs, deepspeed=settings)
-    twin = yaml.safe_load(path.read_text()) | COMPARABLE
-    path.write_text(yaml.safe_dump({key: value for key, value in twin.items() if value is not None}))
-    ended = forked.axolotl("train", path)
+def train(recipe, stage, base, folder):
+    """The weights that the recipe's comparable twin learns in a fork, by name."""
+    ended = forked.axolotl("train", comparable.twin(recipe, folder, base, stage))
     assert ended.code == 0, ended.output[-3000:]
-    return load_file(next((folder / recipe).glob("*model.safetensors")))
+    return comparable.trained_weights(folder / recipe)
 
 
 @pytest.fixture(scope="module")
 def plain(tiny_models, tmp_path_factory):
     """What gemma2_cls's twin learns without DeepSpeed."""
-    return train("gemma2_cls", None, tiny_models, tmp_path_factory.mktemp("plain"))
+    return train("gemma2_cls", None, tiny_models("gemma2"), tmp_path_factory.mktemp("plain"))
 
 
 def test_the_stages_are_found_and_deepspeed_knows_every_setting():
@@ -51,25 +40,30 @@ def test_the_stages_are_found_and_deepspeed_knows_every_setting():
         DeepSpeedZeroConfig(**{key: value for key, value in zero.items() if value != "auto"})
 
 
+@pytest.mark.parametrize("stage", [path for path in STAGES if "zero3" in path.stem], ids=lambda path: path.stem)
+def test_zero3_loads_in_bf16(stage):
+    """With "auto", which is only settled after loading, every weight would be held in float32: twice the memory."""
+    assert json.loads(stage.read_text())["bf16"] == {"enabled": True}
+
+
 @pytest.mark.parametrize("stage", STAGES, ids=lambda path: path.stem)
 def test_every_stage_trains_the_weights_that_plain_training_does(stage, plain, tiny_models, tmp_path):
     if "offload" in stage.stem and not shutil.which("g++"):
         pytest.skip("DeepSpeed compiles its Adam for CPUs, which needs g++")
-    weights = train("gemma2_cls", f"recipes/deepspeed/{stage.name}", tiny_models, tmp_path)
-    assert {name: weight.shape for name, weight in weights.items()} == {n: w.shape for n, w in plain.items()}
-    assert max((weights[name] - plain[name]).abs().max().item() for name in plain) < ROUNDING
+    weights = train("gemma2_cls", stage.stem, tiny_models("gemma2"), tmp_path)
+    assert comparable.largest_difference(weights, plain) < comparable.ROUNDING
     moved = [weight.abs().max().item() for name, weight in weights.items() if "lora_B" in name]
-    assert min(moved) > 10 * ROUNDING, "an adapter that stands where it began proves nothing"
+    assert min(moved) > 10 * comparable.ROUNDING, "an adapter that stands where it began proves nothing"
 
 
 def test_zero3_saves_every_weight_of_a_full_fine_tune(tiny_models, tmp_path):
     (tmp_path / "plain").mkdir()
-    expected = train("minilm_cls", None, tiny_models, tmp_path / "plain", "bert")
-    weights = train("minilm_cls", "recipes/deepspeed/zero3.json", tiny_models, tmp_path, "bert")
+    expected = train("minilm_cls", None, tiny_models("bert"), tmp_path / "plain")
+    weights = train("minilm_cls", "zero3", tiny_models("bert"), tmp_path)
     # Under ZeRO-3 transformers saves layer norms by the names that BERT's first checkpoints had; it reads either.
     weights = {name.replace("Norm.beta", "Norm.bias").replace("Norm.gamma", "Norm.weight"): w for name, w in weights.items()}
     assert weights["classifier.weight"].shape == (2, 64)
-    assert max((weights[name] - expected[name]).abs().max().item() for name in expected) < ROUNDING
+    assert comparable.largest_difference(weights, expected) < comparable.ROUNDING
 
 
 def test_a_head_that_stands_in_parts_is_checked_and_made_anew():
