@@ -17,7 +17,7 @@ from rich.table import Table
 from scipy.optimize import minimize
 
 from kaggle_kernels.runtime.submission import SMALLEST
-from kaggle_kernels.spec import COMPETITIONS, Spec, read_spec
+from kaggle_kernels.spec import COMPETITIONS, SPECS, Spec, read_spec
 from preprocess.errors import UserError
 from preprocess.files import atomic_file, read_json
 
@@ -51,7 +51,8 @@ def weigh(spec_path: Path, write: bool) -> None:
     if write:
         write_spec(spec_path, weights, temperature)
         told = f"weights {', '.join(f'{weight:g}' for weight in weights)}, temperature {temperature:g}"
-        print(f"{spec_path}: {told}; now run `python -m kaggle_kernels build {spec_path.stem}`")
+        name = spec_path.stem if spec_path.parent == SPECS else spec_path
+        print(f"{spec_path}: {told}; now run `python -m kaggle_kernels build {name}`")
 
 
 def read_rows(spec: Spec) -> Rows:

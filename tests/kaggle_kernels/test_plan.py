@@ -2,10 +2,12 @@
 
 import json
 import shutil
+import threading
 from dataclasses import replace
 
 import pytest
 
+from kaggle_kernels.runtime import engine
 from kaggle_kernels.runtime import main as runtime_main
 from kaggle_kernels.runtime.main import score_in_turn, score_packages, score_side_by_side
 from kaggle_kernels.runtime.package import read_package
@@ -109,32 +111,22 @@ def test_with_one_device_there_is_nothing_to_plan(packages, monkeypatch):
 
 
 def test_a_device_that_breaks_side_by_side_leaves_its_rows_to_the_other(packages, monkeypatch):
-    from kaggle_kernels.runtime import engine
-
     whole, _ = score_side_by_side(SETTINGS, packages, ROWS, ["cpu", "cpu"], start_clock(600))
-    real, calls = engine.score_batch, []
-
-    def breaks(model, model_input, contract, batch, device):
-        if len(batch) > 0 and threading_name().startswith("broken"):
-            raise RuntimeError("CUDA error")
-        return real(model, model_input, contract, batch, device)
-
-    import threading
-
-    def threading_name():
-        return getattr(local, "name", "")
-
-    local = threading.local()
-    real_serve = engine.serve
+    real_serve, real_score_batch, broken, calls = engine.serve, engine.score_batch, threading.local(), []
 
     def serve(work, worker, package, *rest):
         if package is packages[0] and not calls:
             calls.append(work.label)
-            local.name = "broken"
+            broken.here = True
         real_serve(work, worker, package, *rest)
 
-    monkeypatch.setattr(engine, "score_batch", breaks)
+    def score_batch(*arguments):
+        if getattr(broken, "here", False):
+            raise RuntimeError("CUDA error")
+        return real_score_batch(*arguments)
+
     monkeypatch.setattr(engine, "serve", serve)
+    monkeypatch.setattr(engine, "score_batch", score_batch)
     scores, records = score_side_by_side(SETTINGS, packages, ROWS, ["cpu", "cpu"], start_clock(600))
     assert calls == ["two, as_given"]
     assert all(scores[0][row["id"]]["as_given"] == pytest.approx(whole[0][row["id"]]["as_given"], abs=1e-5) for row in ROWS)

@@ -72,7 +72,7 @@ def test_the_better_run_gets_the_larger_weight_and_a_run_too_sure_a_temperature(
     assert float(lines["fitted"][-1]) <= min(float(lines["one"][-1]), float(lines["two"][-1]), float(lines["equal"][-1]))
     assert float(lines["one"][-2]) > 0.7 > float(lines["two"][-2])
     assert "fitted gains" in done.output and "warning" not in done.output
-    assert "now run `python -m kaggle_kernels build spec`" in done.output
+    assert "now run `python -m kaggle_kernels build spec.yml`" in done.output
 
 
 def test_without_write_the_spec_stays_as_it_was(workplace):
