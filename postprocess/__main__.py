@@ -32,10 +32,14 @@ CODE = (MODEL_INPUT, *(RECIPES / name for name in ("contract.py", "data.py", "me
 @exits_with_2
 def main(recipe: Path) -> None:
     logging.disable(logging.WARNING)  # libraries tell of GPUs and kernels that are absent; what matters to the user is raised
-    checked = read_recipe(recipe)
-    if not checked.pairwise.train:
-        use_as_it_is(checked)
-    postprocess(read_run(checked))
+    package_recipe(read_recipe(recipe))
+
+
+def package_recipe(recipe: Recipe) -> Path:
+    """Bring the package of `recipe` up to date, whose run was trained, or is made here; the package's folder."""
+    if not recipe.pairwise.train:
+        use_as_it_is(recipe)
+    return postprocess(read_run(recipe))
 
 
 def use_as_it_is(recipe: Recipe) -> None:

@@ -54,8 +54,6 @@ class Run:
 def read_run(recipe: Recipe) -> Run:
     """The run of `recipe`, checked. Everything that the user can mend is a UserError."""
     folder, train = recipe.run_folder, recipe.pairwise.train
-    if not train:
-        refuse_weights(recipe)
     has_adapter = train and _find_weights(folder, recipe.path)
     for name in ("contract.json", "model_input.py"):
         if not (folder / name).is_file():

@@ -110,7 +110,6 @@ def test_a_strong_position_bias_is_cancelled(packaged):
     contract = json.loads((run / "contract.json").read_text())
     predictions = pl.read_parquet(run / "predictions.parquet")
     assert metrics["before_calibration"]["flip_rate"] == 1.0
-    assert metrics["log_loss"] < metrics["before_calibration"]["log_loss"]
     assert contract["logit_bias"][0] < -1
     assert contract["logit_bias"][0] == -contract["logit_bias"][1]
     assert f"flip rate  1.0000 before, {metrics['flip_rate']:.4f} after" in packaged[2].stdout
