@@ -1,0 +1,137 @@
+"""Every approach end to end, small: each twin is trained and packaged, each kernel rehearsed to a submission."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+import polars as pl
+import pytest
+import yaml
+from transformers import AutoTokenizer
+
+from kaggle_kernels.rehearse import rehearse
+from kaggle_kernels.spec import all_specs, read_spec
+from postprocess.__main__ import package_recipe
+from preprocess.files import read_json, sha256
+from preprocess.model_input import check_golden, read_contract
+from recipes.pairwise.schema import read_recipe
+from tests import forked, tiny
+from tests.conftest import ROOT
+
+RECIPES = sorted((ROOT / "recipes").glob("*.yml"))
+TRAINED = [recipe for recipe in RECIPES if read_recipe(recipe).pairwise.train]
+SPECS = all_specs()
+ROWS = 40
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with pairs, test rows in both competitions' layouts, and the repository's recipes."""
+    folder = tmp_path_factory.mktemp("approaches")
+    tiny.pairs_parquet(folder / "pairs.parquet", ROWS)
+    (folder / "recipes").symlink_to(ROOT / "recipes")
+    rows = tiny.pairs(12, seed=4, prefix="test")
+    rows.write_parquet(folder / "test.parquet")
+    as_turns = [
+        pl.col(name).map_elements(lambda text: json.dumps([text]), pl.String) for name in ("prompt", "response_a", "response_b")
+    ]
+    verdicts = [(pl.col("winner") == name).cast(pl.Int8).alias(f"winner_{name}") for name in ("model_a", "model_b", "tie")]
+    rows.with_columns(*as_turns, *verdicts).drop("winner", "language").write_csv(folder / "test.csv")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def twin_of(workplace, tiny_models):
+    """The twin of a recipe, by name: twin_of("gemma2_cls")."""
+
+    @cache
+    def write(name: str) -> Path:
+        recipe = ROOT / "recipes" / f"{name}.yml"
+        base = tiny_models(tiny.architecture(yaml.safe_load(recipe.read_text())["base_model"]))
+        return tiny.twin(recipe, workplace / "outputs", base, workplace / "pairs.parquet")
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def trained(workplace, twin_of):
+    """The run folder of a recipe's twin, trained on first use."""
+
+    @cache
+    def train(name: str) -> Path:
+        ended = forked.axolotl("train", twin_of(name))
+        assert ended.code == 0, ended.output[-3000:]
+        return workplace / "outputs" / name
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def packaged(workplace, twin_of, trained):
+    """The package folder of a recipe's twin, made on first use."""
+
+    @cache
+    def package(name: str) -> Path:
+        recipe = read_recipe(twin_of(name))
+        if recipe.pairwise.train:
+            trained(name)
+        return package_recipe(recipe)
+
+    return package
+
+
+def test_recipes_and_specs_are_found():
+    approaches = {
+        "gemma2_causal",
+        "gemma2_qlora",
+        "llama3_zeroshot",
+        "gemma2_cls",
+        "llama3_cls",
+        "qwen2_5_14b_cls",
+        "gemma2_reward",
+    }
+    assert approaches | {"minilm_cls", "minilm_reward", "gemma2_lmsys", "demo"} <= {recipe.stem for recipe in RECIPES}
+    assert approaches | {"gemma2_llama3", "gemma2_llama3_own"} <= {spec.stem for spec in SPECS}
+
+
+@pytest.mark.parametrize("recipe", TRAINED, ids=lambda path: path.stem)
+def test_twin_trains_and_leaves_a_whole_run(recipe, trained, workplace):
+    run = trained(recipe.stem)
+    contract = read_contract(run)
+    assert contract.head == read_recipe(recipe).pairwise.head
+    assert contract.model_input_sha256 == sha256(run / "model_input.py") == sha256(ROOT / "preprocess/model_input.py")
+    assert contract.tokenizer_sha256["tokenizer.json"] == sha256(run / "tokenizer.json")
+    assert len(contract.golden) == 20
+    check_golden(AutoTokenizer.from_pretrained(run), contract)
+    predictions = pl.read_parquet(run / "predictions.parquet")
+    assert predictions["id"].to_list() == [f"row{number:05d}" for number in range(0, ROWS, 5)]
+    verdicts = pl.sum_horizontal("p_model_a", "p_model_b", "p_tie")
+    assert predictions.select((verdicts - 1).abs().max()).item() < 1e-6
+    metrics = read_json(run / "metrics.json")
+    assert (metrics["rows"], metrics["training_rows"], metrics["fold"]) == (8, 32, 0)
+    assert [path.name for path in run.glob("*model*.safetensors")], "no weights were saved"
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_twin_is_packaged_and_agrees_with_its_training(recipe, packaged):
+    package = packaged(recipe.stem)
+    models = {line["model"]: line for line in read_json(package.parent / "agreement.json")["models"]}
+    assert models["recorded"]["against_trained"]["largest"] < 1e-4, "the model is not loaded as it was trained"
+    block = read_recipe(recipe).pairwise
+    assert read_json(package / "dataset-metadata.json")["id"] == f"INSERT_OWNER/{block.package.slug}"
+    assert read_contract(package).verdicts == block.verdicts
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda path: path.stem)
+def test_kernel_submits(spec, packaged, workplace, monkeypatch):
+    settings = read_spec(spec)
+    for package in settings.packages:
+        packaged(package.run)
+    monkeypatch.chdir(workplace)
+    test_file = workplace / ("test.csv" if settings.competition == "lmsys" else "test.parquet")
+    measured = rehearse(spec, test_file, workplace / "rehearsals" / spec.stem, ROOT / ".venv-kaggle/bin/python")
+    assert (measured["rows"], measured["judged"]) == (12, 12)
+    submission = pl.read_csv(workplace / "rehearsals" / spec.stem / "submission.csv")
+    assert submission["id"].to_list() == [f"test{number:05d}" for number in range(12)]
+    kernel = read_json(workplace / "rehearsals" / spec.stem / "kernel.json")
+    assert kernel["scored"] == 12
