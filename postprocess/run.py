@@ -184,4 +184,8 @@ def adapter_settings(folder: Path) -> dict:
     settings = read_json(folder / ADAPTER[1])
     if not isinstance(settings, dict):
         raise UserError(f"{folder / ADAPTER[1]}: expected an object, found {json.dumps(settings)[:40]}")
+    kinds = {"r": (int,), "lora_alpha": (int, float), "rank_pattern": (dict, type(None)), "alpha_pattern": (dict, type(None))}
+    for key, kind in kinds.items():
+        if not isinstance(settings.get(key), kind):
+            raise UserError(f"{folder / ADAPTER[1]}: {key} is {json.dumps(settings.get(key))[:40]}; restore it or train again")
     return settings

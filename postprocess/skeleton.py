@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
 from kaggle_kernels.runtime.model import CLASSES
@@ -32,7 +33,7 @@ def model_config(folder: Path, contract: Contract) -> PretrainedConfig:
     """The configuration in `folder` with labels, pad id and soft-cap as the contract says."""
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise UserError(
             f"{folder / 'config.json'}: transformers cannot read it ({' '.join(str(error).split())[:200]})"
         ) from None

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import click
 
+from preprocess.errors import UserError
 from preprocess.files import read_json, write_json
 
 RECORD = "postprocess.json"
@@ -37,6 +38,8 @@ def run_stage(
     outputs = [output] if isinstance(output, Path) else list(output)
     record_file = run_folder / RECORD
     record = read_json(record_file) if record_file.exists() else {}
+    if not isinstance(record, dict) or not all(isinstance(made, dict) for made in record.values()):
+        raise UserError(f"{record_file}: expected an object of stages; remove the file, and every stage is made again")
     key = _key(inputs, settings)
     known = record.get(name, {})
     if known.get("key") == key and outputs[0].exists() and known.get("outputs") == _stamps(_files(outputs)):

@@ -66,7 +66,10 @@ def open_tensors(path: Path) -> Iterator[Tensors]:
 
 def _files_of(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
-        return [folder / name for name in sorted(set(read_json(folder / INDEX)["weight_map"].values()))]
+        try:
+            return [folder / name for name in sorted(set(read_json(folder / INDEX)["weight_map"].values()))]
+        except (KeyError, TypeError, AttributeError):
+            raise UserError(f"{folder / INDEX}: no weight_map of tensors to files; fetch the model again") from None
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     raise UserError(f"{folder}: no model.safetensors and no {INDEX}; weights in other formats are not read")

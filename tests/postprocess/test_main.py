@@ -93,6 +93,11 @@ def edit_contract(run, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
+def edit_adapter_config(run, **values):
+    path = run.folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
 def append_to_model_input(run):
     with (run.folder / "model_input.py").open("a") as file:
         file.write("# edited\n")
@@ -122,6 +127,9 @@ BAD_RUNS = [
     (lambda run: edit_contract(run, golden=[["a"]]), "contract.json: golden: expected rows with pair and ids"),
     (lambda run: edit_contract(run, tokenizer_sha256=["a"]), "contract.json: tokenizer_sha256: Input should be"),
     (lambda run: (run.folder / "contract.json").write_text("[1, 2]"), "contract.json: expected an object, found [1, 2]"),
+    (lambda run: edit_adapter_config(run, r="8"), 'adapter_config.json: r is "8"; restore it or train again'),
+    (lambda run: edit_adapter_config(run, rank_pattern=[1]), "adapter_config.json: rank_pattern is [1]"),
+    (lambda run: (run.folder / "postprocess.json").write_text("[]"), "postprocess.json: expected an object of stages"),
     (lambda run: (run.folder / "adapter_config.json").write_text("[1]"), "adapter_config.json: expected an object"),
     (lambda run: edit_contract(run, extra=1), "unknown keys ['extra']"),
     (lambda run: edit_contract(run, num_labels=3), "3 labels for 2 verdicts"),

@@ -208,3 +208,13 @@ def test_an_adapter_on_a_base_of_another_architecture_is_refused(copied, opened,
     set_contract(run, base_model=str(tiny_models("llama")))
     with pytest.raises(UserError, match="no head"):
         merge(opened(run), tmp_path / "merged")
+
+
+def test_a_base_whose_configuration_has_a_value_of_another_type_is_one_error(copied, opened, tmp_path):
+    run = copied("gemma2")
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text(json.dumps(json.loads((run.base / "config.json").read_text()) | {"hidden_size": "64"}))
+    set_contract(run, base_model=str(base))
+    with pytest.raises(UserError, match=r"config.json: transformers cannot read it \(Validation error for field 'hidden_size'"):
+        merge(opened(run), tmp_path / "merged")

@@ -50,3 +50,10 @@ def test_a_shard_that_is_absent_is_one_error(tmp_path):
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(UserError, match=r"model-00002-of-00003.safetensors: no such file"), open_tensors(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("index", ["[]", "{}", '{"weight_map": 5}'])
+def test_an_index_without_a_weight_map_is_one_error(index, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(UserError, match="no weight_map of tensors to files"), open_tensors(tmp_path):
+        pass
