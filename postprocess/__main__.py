@@ -45,7 +45,7 @@ def package_recipe(recipe: Recipe) -> Path:
 def use_as_it_is(recipe: Recipe) -> None:
     """Bring the run folder of a recipe with `train: false` up to date: contract, calibration, validation."""
     refuse_weights(recipe)
-    base = find_base(recipe.axolotl["base_model"], recipe.axolotl.get("revision_of_model"), str(recipe.path))
+    base = find_base(recipe.axolotl["base_model"], recipe.axolotl.get("model_revision"), str(recipe.path))
     tokenizer = [base / name for name in TOKENIZER_FILES]
     settings = recipe.pairwise.model_dump(mode="json", exclude={"package"})
     settings |= {key: recipe.axolotl.get(key) for key in ("base_model", "special_tokens", "attn_implementation")}

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from kaggle_kernels.runtime.package import read_package
-from postprocess.__main__ import main
+from postprocess.__main__ import main, use_as_it_is
 from postprocess.run import hub_commit
 from postprocess.stages import RECORD
 from postprocess.untrained import untrained
@@ -250,3 +250,18 @@ def test_a_base_that_cannot_be_used_as_it_is_is_one_line_and_exit_code_2(damage,
 def test_the_hubs_commit_is_the_snapshots_name():
     assert hub_commit(Path("models--a--b/snapshots/0123abcd")) == "0123abcd"
     assert hub_commit(Path("models/gemma")) is None
+
+
+def test_the_recipes_revision_of_the_base_is_the_one_that_is_fetched(biased, tmp_path, monkeypatch):
+    asked = []
+
+    def fetch(name, revision, source):
+        asked.append((name, revision))
+        return biased
+
+    monkeypatch.setattr("postprocess.__main__.find_base", fetch)
+    recipe = recipe_file(tmp_path / "run", biased, model_revision="0123abcd")
+    monkeypatch.setattr("postprocess.__main__.work", lambda: pytest.fail("far enough"))
+    with pytest.raises(pytest.fail.Exception, match="far enough"):
+        use_as_it_is(read_recipe(recipe))
+    assert asked == [(str(biased), "0123abcd")]
