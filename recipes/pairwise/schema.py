@@ -197,9 +197,11 @@ def recipe_problems(values: dict) -> list[str]:
     problems += run_problems(values)
     quantising = values.get("bnb_config_kwargs")
     skipped = quantising.get("llm_int8_skip_modules") if isinstance(quantising, dict) else None
-    if skipped is not None and "score" not in list(skipped):
+    block = values.get("pairwise")
+    head = "lm_head" if isinstance(block, dict) and block.get("head") == "label_tokens" else "score"
+    if skipped is not None and head not in list(skipped):
         problems.append(
-            "bnb_config_kwargs.llm_int8_skip_modules: it replaces the default list, so the head would be quantised; add score"
+            f"bnb_config_kwargs.llm_int8_skip_modules: it replaces the default list, so the head would be quantised; add {head}"
         )
     if "pairwise" not in values:
         return [*problems, "pairwise: missing; a recipe needs this block"]
