@@ -53,7 +53,7 @@ STAGES = (
     Stage(
         "build",
         f"python -m kaggle_kernels build {SPEC}",
-        (SPEC, "kaggle_kernels"),
+        (SPEC, "kaggle_kernels", "recipes/demo.yml", "recipes/pairwise", "postprocess"),
         ("outputs/demo/logs/build.log",),
     ),
     Stage(
