@@ -82,6 +82,11 @@ def job_of(package: Package, contract, pairs: Sequence, orders: Sequence[str]) -
     return Job(sum(size for size, _ in sizes.values()), 2 * multiplied * tokens)
 
 
+def loading_seconds(package: Package, copies: int) -> float:
+    """How long loading `copies` of a package should take, one after the other."""
+    return copies * sum(size for size, _ in weight_sizes(package.folder).values()) / LOAD_BYTES_PER_SECOND
+
+
 def is_multiplied(name: str) -> bool:
     """Whether every token is multiplied with a tensor: no embedding, no lm_head (last places only), no norm, bias or scale."""
     return name.endswith(".weight") and not any(part in name.lower() for part in ("embed", "lm_head", "norm"))

@@ -137,6 +137,7 @@ def test_the_first_order_of_the_first_package_may_use_the_whole_clock_and_the_re
 
     monkeypatch.setattr("kaggle_kernels.runtime.main.load_workers", lambda *_: [])
     monkeypatch.setattr("kaggle_kernels.runtime.main.score_package", note)
+    monkeypatch.setattr("kaggle_kernels.runtime.main.loading_seconds", lambda *_: 0)
     package = SimpleNamespace(contract=None, model_input=SimpleNamespace(pair_from_row=dict))
     began = start_clock(0).began
     two = replace(SETTINGS, packages=SETTINGS.packages * 2)

@@ -6,12 +6,21 @@ import threading
 from dataclasses import replace
 
 import pytest
+import torch
 
 from kaggle_kernels.runtime import engine
 from kaggle_kernels.runtime import main as runtime_main
 from kaggle_kernels.runtime.main import score_in_turn, score_packages, score_side_by_side
 from kaggle_kernels.runtime.package import read_package
-from kaggle_kernels.runtime.plan import Job, job_of, make_plan, seconds_in_turn, seconds_side_by_side, share_devices
+from kaggle_kernels.runtime.plan import (
+    Job,
+    job_of,
+    loading_seconds,
+    make_plan,
+    seconds_in_turn,
+    seconds_side_by_side,
+    share_devices,
+)
 from kaggle_kernels.runtime.settings import Clock, start_clock
 from kaggle_kernels.spec import Spec, settings_of
 from tests import tiny
@@ -132,6 +141,63 @@ def test_a_device_that_breaks_side_by_side_leaves_its_rows_to_the_other(packages
     assert all(scores[0][row["id"]]["as_given"] == pytest.approx(whole[0][row["id"]]["as_given"], abs=1e-5) for row in ROWS)
     assert scores[1] == whole[1]
     assert records[-1]["scored"] == 30
+
+
+def break_one_device(monkeypatch, package):
+    """The first thread that serves `package` fails, as on a GPU after an illegal memory access."""
+    real_serve, broken = engine.serve, []
+
+    def serve(work, worker, served, *rest):
+        if served is package and not broken:
+            broken.append(worker)
+            worker.failure = "CUDA error"
+        real_serve(work, worker, served, *rest)
+
+    monkeypatch.setattr(engine, "serve", serve)
+
+
+def test_a_broken_device_that_does_not_answer_when_its_memory_is_freed_stops_nothing(packages, monkeypatch):
+    def empty_cache():
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    break_one_device(monkeypatch, packages[0])
+    monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
+    scores, _ = score_side_by_side(SETTINGS, packages, ROWS, ["cpu", "cpu"], start_clock(600))
+    assert all(len(scores[number][row["id"]]) == 2 - (number == 0) for number in (0, 1) for row in ROWS)
+
+
+def test_a_rescue_that_fails_leaves_the_other_packages_scores(packages, monkeypatch, capsys):
+    loaded = []
+
+    def load_workers(package, *rest):
+        loaded.append(package)
+        if len(loaded) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return engine.load_workers(package, *rest)
+
+    break_one_device(monkeypatch, packages[0])
+    monkeypatch.setattr(runtime_main, "load_workers", load_workers)
+    scores, _ = score_side_by_side(SETTINGS, packages, ROWS, ["cpu", "cpu"], start_clock(600))
+    assert [[len(scores[number][row["id"]]) for row in ROWS] for number in (0, 1)] == [[0] * 30, [2] * 30]
+    assert "cannot be loaded on cpu" in capsys.readouterr().out
+
+
+def test_a_later_package_that_cannot_be_loaded_before_the_deadline_is_left_out(packages, monkeypatch, capsys):
+    loaded = []
+    real_load = runtime_main.load_workers
+    monkeypatch.setattr(
+        runtime_main, "load_workers", lambda package, *rest: loaded.append(package) or real_load(package, *rest)
+    )
+    monkeypatch.setattr(runtime_main, "loading_seconds", lambda package, copies: 1000.0 * copies)
+    scores, _ = score_in_turn(SETTINGS, packages, ROWS, ["cpu"], start_clock(600))
+    assert loaded == packages[:1]
+    assert [[len(scores[number][row["id"]]) for row in ROWS] for number in (0, 1)] == [[2] * 30, [0] * 30]
+    assert "other: left out, " in capsys.readouterr().out
+
+
+def test_loading_takes_as_long_as_its_bytes_and_copies(packages):
+    size = (packages[0].folder / "model.safetensors").stat().st_size
+    assert loading_seconds(packages[0], 2) == pytest.approx(2 * size / 3e8, rel=0.05)
 
 
 def test_a_kernel_with_two_models_writes_one_submission(packages, tmp_path, monkeypatch):

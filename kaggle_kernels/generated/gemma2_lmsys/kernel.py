@@ -676,6 +676,11 @@ def job_of(package: Package, contract, pairs: Sequence, orders: Sequence[str]) -
     return Job(sum(size for size, _ in sizes.values()), 2 * multiplied * tokens)
 
 
+def loading_seconds(package: Package, copies: int) -> float:
+    """How long loading `copies` of a package should take, one after the other."""
+    return copies * sum(size for size, _ in weight_sizes(package.folder).values()) / LOAD_BYTES_PER_SECOND
+
+
 def is_multiplied(name: str) -> bool:
     """Whether every token is multiplied with a tensor: no embedding, no lm_head (last places only), no norm, bias or scale."""
     return name.endswith(".weight") and not any(part in name.lower() for part in ("embed", "lm_head", "norm"))
@@ -1284,10 +1289,15 @@ def score_in_turn(
     """One package after the other on all devices.
 
     The first order of the first package may use the whole clock: a row with one score is worth more than a second one.
-    All else shares what is left of the clock equally among the packages to come.
+    All else shares what is left of the clock equally among the packages to come. A later package that could not be loaded
+    before the deadline is left out.
     """
     per_package, records = [], []
     for number, (chosen, package) in enumerate(zip(settings.packages, packages, strict=True)):
+        if number and clock.left() <= loading_seconds(package, 1 if chosen.placement == "split" else len(devices)):
+            log(clock, f"{package.folder.name}: left out, {clock.left():.0f} s are too few to load it")
+            per_package.append({row["id"]: {} for row in rows})
+            continue
         share = time.monotonic() + clock.left() / (len(packages) - number)
         deadlines = [share if number else clock.deadline, *[share] * (len(settings.orders) - 1)]
         contract = serving_contract(package, settings)
@@ -1339,13 +1349,20 @@ def rescue(
     per_package: list[Scores],
     clock: Clock,
 ) -> list[dict]:
-    """After a device broke: the first order of the rows that its package left, on the devices that are `alive`."""
+    """After a device broke: the first order of the rows that its package left, on the devices that are `alive`.
+
+    Whatever goes wrong here is only logged: the other packages' scores are there, and min_scored decides whether they do.
+    """
     records = []
     for package, scores in zip(packages, per_package, strict=True):
         missing = [row for row in rows if not scores[row["id"]]]
-        if not missing or not alive or clock.left() <= 0:
+        if not missing or not alive or clock.left() <= loading_seconds(package, len(alive)):
             continue
-        workers = load_workers(package, "each", alive, settings.tokens_per_batch, clock)
+        try:
+            workers = load_workers(package, "each", alive, settings.tokens_per_batch, clock)
+        except Exception:
+            log(clock, f"{package.folder.name}: cannot be loaded on {', '.join(alive)}: {traceback.format_exc()}")
+            continue
         contract = serving_contract(package, settings)
         pairs = make_pairs(package, missing)
         found, passes = score_package(package, contract, workers, pairs, settings.orders[:1], [clock.deadline], clock)
@@ -1356,10 +1373,11 @@ def rescue(
 
 
 def free(workers: list[Worker]) -> None:
-    """Give the devices' memory back."""
+    """Give the devices' memory back, as far as they still answer: one that broke raises its error again."""
     workers.clear()
     gc.collect()
-    torch.cuda.empty_cache()
+    with contextlib.suppress(RuntimeError):
+        torch.cuda.empty_cache()
 
 
 def combine(settings: Settings, packages: Sequence[Package], per_package: Sequence[Scores]) -> dict[str, list[float]]:
