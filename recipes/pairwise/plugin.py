@@ -168,8 +168,8 @@ class PairwisePlugin(BasePlugin):
             zero3.fetch_heads_as_one(model)
 
     def post_model_load(self, cfg, model):
-        """The model has its adapter now."""
-        if not cfg.deepspeed and not cfg.fsdp_config:
+        """The model has its adapter now. `bf16: full` trains without autocast, so that one type must stay in all layers."""
+        if not cfg.deepspeed and not cfg.fsdp_config and cfg.bf16 != "full":
             train_in_float32(model)
 
     def get_trainer_cls(self, cfg):

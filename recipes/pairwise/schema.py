@@ -89,7 +89,10 @@ class PairwiseBlock(_Strict):
     orders: Literal["as_given", "random", "both"] = Field(
         "both", description="the orders of a pair in training; both stand in one micro-batch"
     )
-    loss: Literal["cross_entropy"] = Field("cross_entropy", description="on soft labels")
+    loss: Literal["cross_entropy"] = Field(
+        "cross_entropy",
+        description="on soft labels, rows weighted; label_tokens learns the likeliest verdict, every row counting the same",
+    )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="mixes the labels with the uniform distribution")
     softcap: bool = Field(False, description="Gemma-2's soft cap of attention logits; needs eager or flash_attention_2")
     package: PackageBlock

@@ -11,7 +11,14 @@ import torch
 from preprocess.errors import UserError
 from recipes.pairwise import data, metrics
 from recipes.pairwise.collator import PairCollator
-from recipes.pairwise.plugin import check_positions, check_resume, ensure_head, train_in_float32, use_all_cores
+from recipes.pairwise.plugin import (
+    PairwisePlugin,
+    check_positions,
+    check_resume,
+    ensure_head,
+    train_in_float32,
+    use_all_cores,
+)
 from recipes.pairwise.schema import PairwiseBlock
 from recipes.pairwise.trainer import soft_cross_entropy
 from tests import tiny
@@ -187,3 +194,13 @@ def test_what_is_trained_is_held_in_float32_and_the_rest_stays():
     model[0].requires_grad_(False)
     train_in_float32(model)
     assert [parameter.dtype for parameter in model.parameters()] == [torch.bfloat16] * 2 + [torch.float32] * 2
+
+
+@pytest.mark.parametrize(("bf16", "dtype"), [(True, torch.float32), ("full", torch.bfloat16)])
+def test_without_autocast_a_model_keeps_one_type(bf16, dtype):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2)).to(torch.bfloat16)
+    model[0].requires_grad_(False)
+    PairwisePlugin().post_model_load(SimpleNamespace(deepspeed=None, fsdp_config=None, bf16=bf16), model)
+    assert model[1].weight.dtype == dtype
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16 is True):
+        assert model(torch.ones(1, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
