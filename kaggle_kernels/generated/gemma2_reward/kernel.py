@@ -1111,7 +1111,8 @@ def after_out_of_memory(work: Pass, worker: Worker, batch: list[Request], clock:
     """Halve the worker's budget and give its batch back; a batch of one row is given up."""
     gc.collect()
     if worker.device.startswith("cuda"):
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):  # a broken device raises its error again; the next batch then takes it out
+            torch.cuda.empty_cache()
     with work.lock:
         work.out_of_memory += 1
         worker.tokens_per_batch = max(min(worker.tokens_per_batch, padded_tokens(batch)) // 2, 1)
