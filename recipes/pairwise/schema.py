@@ -25,6 +25,7 @@ REFUSED = {
     "reward_model": "it forces one label and its evaluation crashes; remove it, the `pairwise` block sets the head",
     "trust_remote_code": "it runs code from the hub and loads the wrong class; use a model that transformers knows",
     "sample_packing": "it pools one token for a whole packed row; remove it, rows are batched by length instead",
+    "dataloader_drop_last": "it drops validation rows too, whose predictions are then missing; remove it",
     "lora_target_linear": "it puts the head under LoRA twice; list the layers in lora_target_modules",
 }
 

@@ -59,6 +59,7 @@ def test_a_good_recipe_has_no_problem():
         (GOOD | {"reward_model": True}, "reward_model: refused"),
         (GOOD | {"trust_remote_code": True}, "trust_remote_code: refused"),
         (GOOD | {"sample_packing": True}, "sample_packing: refused"),
+        (GOOD | {"dataloader_drop_last": True}, "dataloader_drop_last: refused, it drops validation rows too"),
         (GOOD | {"lora_target_linear": True}, "lora_target_linear: refused"),
         (
             GOOD | {"bnb_config_kwargs": {"llm_int8_skip_modules": ["lm_head"]}},
