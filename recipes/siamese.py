@@ -1,9 +1,8 @@
 """A Siamese network in Keras on pairs.parquet: the smallest approach here, one script that stands alone.
 
 Both sides (the prompt with response A, the prompt with response B) go through the same embedding and the same three
-bidirectional LSTM layers, are concatenated, and end over dense ReLU layers in one sigmoid: the probability that A is
-preferred. With `--orders both` the dense layers see the concatenation in both orders in every step and the sigmoid takes the
-difference, so that a swapped pair has 1 - p; `as_given` leaves the second order out, for comparison.
+bidirectional LSTM layers. Their concatenation, in both orders, goes through the same dense ReLU layers; the sigmoid of the
+difference is the probability that A is preferred, so that a swapped pair has 1 - p by construction.
 
 The pairs of --fold are held out and measured; a tenth of the other prompts say when to stop. Into --out go tokenizer.json,
 model.keras, predictions.parquet, metrics.json and submission.csv, each whole or absent; a finished run is not repeated.
@@ -28,20 +27,9 @@ from keras import layers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 TEXTS = ("prompt", "response_a", "response_b")
-COLUMNS = ("id", *TEXTS, "winner", "fold", "weight", "p_model_a", "p_model_b", "p_tie")
+COLUMNS = ("id", *TEXTS, "winner", "group", "fold", "weight", "p_model_a", "p_model_b", "p_tie")
 PADDING, SEPARATOR, RESERVED = 0, 1, 2  # the tokenizer's own ids start at RESERVED: no text can spell these two
 DROPOUT = 0.3
-COUNTS = {  # option: default, help
-    "vocabulary": (8000, "tokens of the tokenizer that is trained where --tokenizer names none"),
-    "tokens": (256, "tokens of a side; a prompt takes a quarter at most"),
-    "embedding": (64, "width of the embedding"),
-    "units": (32, "width of an LSTM layer, each way"),
-    "batch_size": (32, "pairs in a step, over all devices"),
-    "epochs": (12, "at most"),
-    "patience": (2, "epochs without improvement before it stops"),
-    "seed": (1, "of the weights, the order of the rows, and the rows that say when to stop"),
-    "cpu_devices": (1, "split the CPU into so many logical devices, to try several replicas without GPUs"),
-}
 
 
 class UserError(Exception):
@@ -56,14 +44,18 @@ def arguments() -> argparse.Namespace:
     add("--out", type=Path, default=Path("outputs/siamese"), help="the folder that is written")
     add("--test", type=Path, help="rows to answer: a Parquet or CSV file with id, prompt, response_a, response_b")
     add("--tokenizer", type=Path, help="a tokenizer.json such as XLM-R's; without one, it is trained on the training rows")
-    add("--orders", choices=("both", "as_given"), default="both", help="the orders of a pair that the dense layers see")
+    add("--vocabulary", type=int, default=8000, help="tokens of the tokenizer that is trained where --tokenizer names none")
+    add("--tokens", type=int, default=256, help="tokens of a side; a prompt takes a quarter at most")
+    add("--units", type=int, default=32, help="width of an LSTM layer, each way; the embedding is twice as wide")
+    add("--batch-size", type=int, default=32, help="pairs in a step, over all devices")
+    add("--epochs", type=int, default=12, help="at most")
     add("--learning-rate", type=float, default=5e-4, help="Adam's")
-    for name, (default, text) in COUNTS.items():
-        add(f"--{name.replace('_', '-')}", type=int, default=default, help=text)
+    add("--seed", type=int, default=1, help="of the weights, the order of the rows, and the rows that say when to stop")
+    add("--cpu-devices", type=int, default=1, help="logical CPUs, to try several replicas without GPUs")
     options = parser.parse_args()
-    for name in COUNTS:
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: expected 1 or more")
+    for name, value in vars(options).items():
+        if name != "fold" and isinstance(value, int) and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected 1 or more")
     return options
 
 
@@ -76,9 +68,7 @@ def read_rows(path: Path, columns: tuple[str, ...]) -> pl.DataFrame:
     missing = [name for name in columns if name not in frame.columns]
     if missing or frame.is_empty():
         raise UserError(f"{path}: {'no column ' + ', '.join(missing) if missing else 'no rows'}; expected {', '.join(columns)}")
-    for name in TEXTS:
-        if isinstance(frame.schema[name], pl.List):
-            frame = frame.with_columns(pl.col(name).list.eval(pl.element().fill_null("")).list.join("\n"))
+    frame = frame.with_columns((pl.selectors.list() & pl.selectors.by_name(*TEXTS)).list.join("\n"))
     frame = frame.with_columns(pl.col("id").cast(pl.String), pl.col(TEXTS).cast(pl.String).fill_null(""))
     if frame["id"].null_count() or frame["id"].is_duplicated().any():
         raise UserError(f"{path}: an id is missing or stands there twice; give every row an id of its own")
@@ -91,9 +81,8 @@ def split(pairs: pl.DataFrame, options: argparse.Namespace) -> tuple[pl.DataFram
     if rest.is_empty() or held_out.is_empty():
         folds = ", ".join(map(str, sorted(pairs["fold"].unique())))
         raise UserError(f"{options.pairs}: --fold is {options.fold}, but the folds in the file are {folds}")
-    group = "group" if "group" in pairs.columns else "prompt"
-    groups = np.random.default_rng(options.seed).permutation(rest[group].unique().sort().to_numpy())
-    stops = pl.col(group).is_in(groups[: max(len(groups) // 10, 1)].tolist())
+    groups = np.random.default_rng(options.seed).permutation(rest["group"].unique().sort().to_numpy())
+    stops = pl.col("group").is_in(groups[: max(len(groups) // 10, 1)].tolist())
     if rest.filter(~stops).height < options.batch_size:
         raise UserError(f"{options.pairs}: too few rows for --batch-size {options.batch_size}; lower it")
     return rest.filter(~stops), rest.filter(stops), held_out
@@ -131,25 +120,21 @@ def sides(rows: pl.DataFrame, tokenizer: Tokenizer, tokens: int) -> list[tuple[l
 
 
 def batches(pairs: list, targets: np.ndarray, weights: np.ndarray, size: int, rng=None) -> tf.data.Dataset:
-    """Batches ((a, b), targets, weights) of exactly `size` rows, so that every replica has its share: in order, the last one
-    filled up with rows of weight 0; or with `rng` at random, like lengths together, the incomplete one left out.
-    """
-    count = len(pairs) // size if rng is not None else -(-len(pairs) // size)
-    share = min(len(pairs) / (count * size), 1)  # of rows that count, so that Keras' mean loss is theirs
+    """Full batches, so that every replica has its share: in order, then rows of weight 0; by `rng`, the last rows left out."""
+    filler = 0 if rng else -len(pairs) % size
+    pairs = pairs + [([SEPARATOR], [SEPARATOR])] * filler
+    weights = weights * (len(pairs) / len(targets))  # Keras divides the loss by all rows, the filler too
+    values = np.pad(np.stack([targets, weights])[..., None], ((0, 0), (0, filler), (0, 0)))
+    count = len(pairs) // size
 
     def generate():
-        order = np.arange(len(pairs))
-        if rng is not None:
-            order = rng.permutation(order)[: len(pairs) // size * size]
-            order = sorted(order, key=lambda row: max(map(len, pairs[row])) + 32 * rng.random())
-            order = rng.permutation(np.reshape(order, (-1, size))).ravel()
-        for chunk in (order[start : start + size] for start in range(0, len(order), size)):
-            rows = [pairs[row] for row in chunk] + [([SEPARATOR], [SEPARATOR])] * (size - len(chunk))
-            longest = max(len(side) for row in rows for side in row)
-            ids = np.array([[side + [PADDING] * (longest - len(side)) for side in row] for row in rows], np.int32)
-            values = np.zeros((2, size, 1), np.float32)
-            values[:, : len(chunk), 0] = targets[chunk], weights[chunk] / share
-            yield (ids[:, 0], ids[:, 1]), values[0], values[1]
+        order = rng.permutation(len(pairs)) if rng else np.arange(len(pairs))
+        if rng:
+            order = sorted(order[: count * size], key=lambda row: max(map(len, pairs[row])) + 32 * rng.random())
+            order = rng.permutation(np.reshape(order, (count, size)))  # like lengths in a batch, the batches at random
+        for chunk in np.reshape(order, (count, size)):
+            ids = keras.utils.pad_sequences([pairs[row][side] for side in (0, 1) for row in chunk], padding="post")
+            yield (ids[:size], ids[size:]), *values[:, chunk]
 
     ids, value = tf.TensorSpec((size, None), tf.int32), tf.TensorSpec((size, 1), tf.float32)
     dataset = tf.data.Dataset.from_generator(generate, output_signature=((ids, ids), value, value))
@@ -160,66 +145,37 @@ def build(vocabulary: int, options: argparse.Namespace) -> keras.Model:
     """The network: ids of side A and of side B, each (rows, tokens), to the probability (rows, 1) that A is preferred."""
     a, b = (keras.Input((None,), dtype="int32", name=name) for name in "ab")
     states = layers.Concatenate(axis=0)([a, b])  # both sides in one pass: half the LSTM's steps
-    states = layers.Embedding(vocabulary + RESERVED, options.embedding, mask_zero=True)(states)
+    states = layers.Embedding(vocabulary + RESERVED, 2 * options.units, mask_zero=True)(states)
     states = layers.Dropout(DROPOUT)(states)
     for _ in range(3):
         states = layers.Bidirectional(layers.LSTM(options.units, return_sequences=True))(states)
     side_a, side_b = keras.ops.split(layers.GlobalAveragePooling1D()(states), 2)
-    dense = [layers.Dense(64, "relu"), layers.Dropout(DROPOUT), layers.Dense(32, "relu"), layers.Dense(1)]
-    head = keras.Sequential([keras.Input((4 * options.units,)), *dense])
-    logit = head(layers.Concatenate()([side_a, side_b]))
-    if options.orders == "both":
-        logit = layers.Subtract()([logit, head(layers.Concatenate()([side_b, side_a]))])
-    model = keras.Model([a, b], layers.Activation("sigmoid")(logit))
+    head = keras.Sequential([layers.Dense(64, "relu"), layers.Dropout(DROPOUT), layers.Dense(32, "relu"), layers.Dense(1)])
+    logits = [head(layers.Concatenate()(order)) for order in ([side_a, side_b], [side_b, side_a])]
+    model = keras.Model([a, b], layers.Activation("sigmoid")(layers.Subtract()(logits)))
     model.compile(keras.optimizers.Adam(options.learning_rate, clipnorm=1.0), keras.losses.BinaryCrossentropy())
     return model
 
 
-def train(data: tuple, stopping: tuple, vocabulary: int, options: argparse.Namespace) -> keras.Model:
-    """The model with the weights of its best epoch, trained on every GPU or logical CPU; both tuples are for `batches`."""
-    devices = [device.name for device in tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")]
-    if options.batch_size % len(devices):
-        raise UserError(f"--batch-size {options.batch_size}: expected a multiple of the {len(devices)} devices")
-    with tf.distribute.MirroredStrategy(devices).scope():
-        model = build(vocabulary, options)
-    print(f"{model.count_params():,} weights, {len(devices)} devices, {len(data[0])} pairs to train on", flush=True)
-    stop = keras.callbacks.EarlyStopping("val_loss", patience=options.patience, restore_best_weights=True)
-    size, rng = options.batch_size, np.random.default_rng(options.seed)
-    verbose = 1 if sys.stdout.isatty() else 2
-    rows, checked = batches(*data, size, rng), batches(*stopping, size)
-    model.fit(rows, validation_data=checked, epochs=options.epochs, callbacks=[stop], shuffle=False, verbose=verbose)
-    if not np.isfinite(stop.best):
-        raise UserError(f"--learning-rate {options.learning_rate}: the loss is not finite; lower it")
-    return model
-
-
 def predict(rows: pl.DataFrame, options: argparse.Namespace) -> pl.DataFrame:
-    """`rows` with p_VERDICT by the model in --out, the mean of both orders, and each order's, the swapped one swapped back."""
+    """`rows` with p_VERDICT by the model in --out, and each order's: the swapped one, swapped back, is the same."""
     model = keras.saving.load_model(options.out / "model.keras", compile=False)
-    tokenizer = Tokenizer.from_file(str(options.out / "tokenizer.json"))
-    pairs, nothing = sides(rows, tokenizer, options.tokens), np.zeros(len(rows))
-    orders = [batches(order, nothing, nothing, options.batch_size) for order in (pairs, [(b, a) for a, b in pairs])]
-    p, q = (model.predict(data, verbose=0)[: len(rows), 0].astype(np.float64) for data in orders)
-    for end, p_a in (("", (p + 1 - q) / 2), ("_as_given", p), ("_swapped", 1 - q)):
-        columns = {f"p_model_a{end}": p_a, f"p_model_b{end}": 1 - p_a, f"p_tie{end}": np.zeros(len(rows))}
-        rows = rows.with_columns(**columns)
+    pairs = sides(rows, Tokenizer.from_file(str(options.out / "tokenizer.json")), options.tokens)
+    data = batches(pairs, *np.zeros((2, len(pairs))), options.batch_size)
+    p = model.predict(data, verbose=0)[: len(pairs), 0].astype(np.float64)
+    for end in ("", "_as_given", "_swapped"):
+        rows = rows.with_columns(**{f"p_model_a{end}": p, f"p_model_b{end}": 1 - p, f"p_tie{end}": pl.lit(0.0)})
     return rows
 
 
 def measure(rows: pl.DataFrame) -> dict[str, float]:
-    """Accuracy, log loss and what else a run's metrics.json holds; a row whose votes are even has no accuracy."""
-    target, length = rows["target"].to_numpy(), {side: rows[f"response_{side}"].str.len_chars() for side in "ab"}
-
-    def share_right(says_a: pl.Series) -> float:
-        return float((says_a.to_numpy() == (target > 0.5))[target != 0.5].mean())
-
-    values = {"rows": len(rows), "accuracy_of_longer": share_right(length["a"] >= length["b"])}
-    values["flip_rate"] = float(((rows["p_model_a_as_given"] >= 0.5) != (rows["p_model_a_swapped"] >= 0.5)).mean())
-    for end in ("", "_as_given"):
-        p, q = (np.clip(rows[f"p_model_{side}{end}"].to_numpy(), 1e-15, 1) for side in "ab")
-        values[f"log_loss{end}"] = float(-(target * np.log(p) + (1 - target) * np.log(q)).mean())
-        values[f"accuracy{end}"] = share_right(rows[f"p_model_a{end}"] >= 0.5)
-    return values
+    """Accuracy and log loss, by the names that all runs use for them; a row whose votes are even has no accuracy."""
+    target, p = rows["target"].to_numpy(), rows["p_model_a"].to_numpy()
+    longer = (rows["response_a"].str.len_chars() >= rows["response_b"].str.len_chars()).to_numpy()
+    right, longer_right = ((says_a == (target > 0.5))[target != 0.5].mean() for says_a in (p >= 0.5, longer))
+    loss = -np.mean(target * np.log(np.clip(p, 1e-15, 1)) + (1 - target) * np.log(np.clip(1 - p, 1e-15, 1)))
+    values = {"accuracy": right, "accuracy_as_given": right, "log_loss": loss, "log_loss_as_given": loss, "flip_rate": 0}
+    return {name: float(value) for name, value in (values | {"accuracy_of_longer": longer_right}).items()}
 
 
 def write(path: Path, save) -> None:
@@ -230,25 +186,34 @@ def write(path: Path, save) -> None:
 
 
 def run(pairs: pl.DataFrame, settings: dict, options: argparse.Namespace) -> None:
-    """Train, then write the tokenizer, the model, predictions.parquet and, last, metrics.json, which vouches for the others."""
+    """Train on every GPU or logical CPU, then write the files; the last one, metrics.json, vouches for the others."""
     started, out = time.monotonic(), options.out
     pairs = pairs.with_columns(pl.col("weight") / pl.mean("weight"), target=pl.col("p_model_a") + pl.col("p_tie") / 2)
     if not (pairs["target"] + pairs["weight"]).is_finite().fill_null(False).all():
         raise UserError(f"{options.pairs}: a probability or weight is missing; write the file with python -m preprocess")
     parts = split(pairs, options)
     tokenizer = find_tokenizer(options.tokenizer, options.vocabulary, parts[0])
-    data = [(sides(part, tokenizer, options.tokens), part["target"], part["weight"]) for part in parts[:2]]
-    model = train(*data, tokenizer.get_vocab_size(), options)
+    fitted, checked = ((sides(part, tokenizer, options.tokens), part["target"], part["weight"]) for part in parts[:2])
+    fitted = batches(*fitted, options.batch_size, np.random.default_rng(options.seed))
+    checked = batches(*checked, options.batch_size)
+    devices = [device.name for device in tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")]
+    if options.batch_size % len(devices):
+        raise UserError(f"--batch-size {options.batch_size}: expected a multiple of the {len(devices)} devices")
+    with tf.distribute.MirroredStrategy(devices).scope():
+        model = build(tokenizer.get_vocab_size(), options)
+    print(f"{model.count_params():,} weights, {len(devices)} devices, {len(parts[0])} pairs to train on", flush=True)
+    stop = keras.callbacks.EarlyStopping("val_loss", patience=2, restore_best_weights=True)
+    model.fit(fitted, validation_data=checked, epochs=options.epochs, callbacks=[stop], shuffle=False, verbose=2)
+    if not np.isfinite(stop.best):
+        raise UserError(f"--learning-rate {options.learning_rate}: the loss is not finite; lower it")
     for name in ("metrics.json", "submission.csv"):
         (out / name).unlink(missing_ok=True)
     write(out / "tokenizer.json", lambda path: tokenizer.save(str(path)))
     write(out / "model.keras", keras.Model(model.inputs, model.outputs).save)  # without Adam's two numbers a weight
     trained, held_out = time.monotonic(), predict(parts[2], options).sort("id")
     write(out / "predictions.parquet", held_out.select("id", "fold", "winner", "^p_.*$").write_parquet)
-    values = measure(held_out) | {"fold": options.fold, "training_rows": len(parts[0]), "rows_were_trained_on": False}
-    values["steps"] = int(model.optimizer.iterations.numpy())
-    values["seconds_training"] = round(trained - started, 1)
-    values["seconds_predicting"] = round(time.monotonic() - trained, 1)
+    values = measure(held_out) | {"rows": len(held_out), "fold": options.fold, "rows_were_trained_on": False}
+    values |= {"seconds_training": round(trained - started, 1), "seconds_predicting": round(time.monotonic() - trained, 1)}
     values |= {"pairs_sha256": settings["pairs_sha256"], "settings": settings}
     write(out / "metrics.json", lambda path: path.write_text(json.dumps(values, indent=1) + "\n"))
 
