@@ -64,13 +64,13 @@ def tokenizers(tmp_path_factory):
 
 
 FRAMES = {"bpe": ("<bos>", "<end_of_turn>"), "wordpiece": ("[CLS]", "[SEP]"), "unigram": ("<s>", "</s>")}
-CONTROL = {"bpe": {0, 1, 2, 4, 5}, "wordpiece": {0, 2, 3, 4}, "unigram": {1, 2, 3}}
+CONTROL = {"bpe": {0, 1, 2, 4, 5, 6}, "wordpiece": {0, 2, 3, 4}, "unigram": {1, 2, 3}}
 
 
 def contract(kind: str, head: str = "score", truncation: str = "middle", budget: int = 160) -> Contract:
     template = Template(FRAMES[kind][0], REWARD_SECTIONS if head == "reward" else SECTIONS, FRAMES[kind][1])
     verdicts = ("model_a", "model_b")
-    return Contract(head, verdicts, template, budget, truncation, 0, "sdpa", False, "tiny", None, 2, (), "", {}, (), {})
+    return Contract(head, verdicts, template, budget, truncation, 0, "sdpa", False, "tiny", None, 2, (), (), "", {}, (), {})
 
 
 def awkward_pairs() -> list[Pair]:
