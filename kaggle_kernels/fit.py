@@ -47,6 +47,11 @@ def fit_packages(spec_path: Path, spec: Spec) -> list[Fit]:
         recipe = find_recipe(package.run, where)
         check_recipe(package, recipe, spec, where)
         served = served_as(served_of(recipe), spec)
+        if served.budget_tokens > spec.tokens_per_batch:
+            raise UserError(
+                f"{spec_path}: tokens_per_batch: {spec.tokens_per_batch}, but a row of {package.run} may have "
+                f"{served.budget_tokens} ({recipe.path}: pairwise.budget_tokens); raise it"
+            )
         if package.placement == "split" and served.dimensions.model_type == "bert":
             raise UserError(f"{where}.placement: split is for decoders, {package.run} is an encoder; write each")
         if served.quantize != "none" and spec.wheels is None:
@@ -69,7 +74,10 @@ def find_recipe(run: str, where: str) -> Recipe:
         if (folder / f"{name}.yml").is_file():
             return read_recipe(folder / f"{name}.yml")
     for path in (path for folder in folders for path in sorted(folder.glob("*.yml"))):
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            continue  # another recipe, which its own check tells of
         if isinstance(values, dict) and Path(str(values.get("output_dir") or "")).name == name:
             return read_recipe(path)
     raise UserError(f"{where}.run: no recipes/{name}.yml, which says base model and quantisation; name a recipe's run")

@@ -144,7 +144,9 @@ def read_spec(path: Path) -> Spec:
     try:
         return Spec.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{path}: " + "; ".join(_explain(problem) for problem in error.errors())) from None
+        inside = any(problem["loc"][:1] == ("packages",) and len(problem["loc"]) > 1 for problem in error.errors())
+        told = [p for p in error.errors() if not (inside and p["loc"] == ("packages",))]  # "too short" for want of a good one
+        raise UserError(f"{path}: " + "; ".join(map(_explain, told))) from None
 
 
 def _explain(problem: dict) -> str:

@@ -66,6 +66,7 @@ def read_run(recipe: Recipe) -> Run:
         if not (folder / name).is_file() or sha256(folder / name) != expected:
             raise UserError(f"{folder / name}: missing or changed since training; contract.json holds another SHA-256")
     weights = find_base(contract.base_model, contract.revision) if has_adapter or not train else folder
+    check_recipe(recipe, contract, has_adapter)
     run = Run(recipe, folder, contract, model_input, weights, has_adapter)
     for file in run.validation_files():
         if not file.is_file():
@@ -86,6 +87,37 @@ def _find_weights(folder: Path, recipe: Path) -> bool:
     if not (folder / missing).is_file():
         raise UserError(f"{folder}: weights without {missing}; train it again with axolotl train {recipe}")
     return has_adapter
+
+
+def check_recipe(recipe: Recipe, contract: Contract, has_adapter: bool) -> None:
+    """Raise UserError where recipe or adapter say another thing than the contract, which is what the run was trained with.
+
+    A base model in a folder may stand for a hub's model in the recipe: `axolotl train R.yml --base-model FOLDER`.
+    """
+    block, file = recipe.pairwise, recipe.run_folder / "contract.json"
+    template = block.resolved_template()
+    told = {key: getattr(block, key) for key in ("head", "verdicts", "budget_tokens", "truncation", "softcap")}
+    told |= {f"template.{key}": getattr(template, key) for key in ("start", "turn", "end")}
+    for key, expected in told.items():
+        part = key.removeprefix("template.")
+        found = getattr(contract if part == key else contract.template, part)
+        if found != expected:
+            raise UserError(
+                f"{recipe.path}: pairwise.{key} is {expected!r}, the run was trained with {found!r} ({file}); put that back, "
+                "or train again"
+            )
+    base = recipe.axolotl["base_model"]
+    if contract.base_model != base and (Path(base).exists() or not Path(contract.base_model).exists()):
+        raise UserError(
+            f"{recipe.path}: base_model is {base}, the run was trained with {contract.base_model} ({file}); put that back, or "
+            "train again"
+        )
+    adapted = adapter_settings(recipe.run_folder).get("base_model_name_or_path") if has_adapter else None
+    if adapted and adapted != contract.base_model:
+        raise UserError(
+            f"{recipe.run_folder / ADAPTER[1]}: base_model_name_or_path is {adapted}, {file} says base_model "
+            f"{contract.base_model}: an adapter of another base; put the run's own adapter back, or train again"
+        )
 
 
 def refuse_weights(recipe: Recipe) -> None:

@@ -203,7 +203,7 @@ def recipe_problems(values: dict) -> list[str]:
     skipped = quantising.get("llm_int8_skip_modules") if isinstance(quantising, dict) else None
     block = values.get("pairwise")
     head = "lm_head" if isinstance(block, dict) and block.get("head") == "label_tokens" else "score"
-    if skipped is not None and head not in list(skipped):
+    if skipped is not None and (not isinstance(skipped, list) or head not in skipped):
         problems.append(
             f"bnb_config_kwargs.llm_int8_skip_modules: it replaces the default list, so the head would be quantised; add {head}"
         )
@@ -217,8 +217,11 @@ def run_problems(values: dict) -> list[str]:
     problems = []
     if not isinstance(values.get("base_model"), str) or not values["base_model"]:
         problems.append(f"base_model: expected a model or a folder, found {values.get('base_model')!r}")
-    if PLUGIN not in (values.get("plugins") or []):
+    plugins = values.get("plugins")
+    if not isinstance(plugins, list) or PLUGIN not in plugins:
         problems.append(f"plugins: without {PLUGIN} Axolotl would train something else; add it")
+    if not isinstance(values.get("output_dir") or "", str):
+        problems.append(f"output_dir: expected a folder, found {values['output_dir']!r}")
     for key in NUMBERS:
         value = values.get(key, 1)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:

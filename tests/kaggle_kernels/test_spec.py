@@ -42,6 +42,12 @@ def test_no_two_specs_share_a_kernel():
     assert len(set(slugs)) == len(slugs)
 
 
+def test_a_mistake_within_a_package_is_the_only_problem(tmp_path):
+    with pytest.raises(UserError) as error:
+        read(tmp_path, packages=package(datset="x"))
+    assert str(error.value).count(";") == 1 and "packages.0.datset: unknown key; did you mean dataset?" in str(error.value)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
