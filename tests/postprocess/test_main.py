@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -8,7 +9,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from postprocess.__main__ import main
-from postprocess.run import read_run
+from postprocess.run import check_recipe, read_run
 from preprocess.errors import UserError
 from recipes.pairwise.schema import read_recipe
 from tests.postprocess import runs
@@ -165,15 +166,13 @@ def test_help_and_an_absent_run_need_no_torch():
         ({"verdicts": ["model_b", "model_a"]}, "pairwise.verdicts is ('model_b', 'model_a'), the run was trained with"),
         ({"template": "llama3"}, "pairwise.template.start is '<|begin_of_text|>"),
         ({"budget_tokens": 129}, "pairwise.budget_tokens is 129, the run was trained with 128"),
-        ({"base_model": "."}, "base_model is ., the run was trained with"),
     ],
 )
 def test_a_recipe_changed_since_training_is_one_line(tmp_path, tiny_models, changes, line):
     made = runs.make(tmp_path, tiny_models("gemma2"), "gemma2")
     values = yaml.safe_load(made.recipe.read_text())
-    base = changes.pop("base_model", None)
     values["pairwise"] |= changes
-    made.recipe.write_text(yaml.safe_dump(values | ({"base_model": base} if base else {})))
+    made.recipe.write_text(yaml.safe_dump(values))
     with pytest.raises(UserError) as error:
         read_run(read_recipe(made.recipe))
     assert line in str(error.value)
@@ -185,3 +184,10 @@ def test_an_adapter_of_another_base_is_one_line(tmp_path, tiny_models):
     file.write_text(file.read_text().replace(str(made.base), "another/model"))
     with pytest.raises(UserError, match="base_model_name_or_path is another/model, .* an adapter of another base"):
         read_run(read_recipe(made.recipe))
+
+
+def test_a_recipe_with_another_base_of_the_hub_is_one_line(tmp_path, tiny_models):
+    made = runs.make(tmp_path, tiny_models("gemma2"), "gemma2")
+    contract = replace(made.contract(), base_model="google/gemma-2-9b-it")
+    with pytest.raises(UserError, match="base_model is .*, the run was trained with google/gemma-2-9b-it"):
+        check_recipe(read_recipe(made.recipe), contract, has_adapter=False)

@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
@@ -101,6 +102,9 @@ def test_the_configuration_names_the_classifier_its_verdicts_and_its_pad_id(made
 def test_a_model_trained_with_the_soft_cap_keeps_it(opened, tmp_path, copied):
     run = copied("gemma2")
     set_contract(run, softcap=True)
+    values = yaml.safe_load(run.recipe.read_text())
+    values["pairwise"]["softcap"] = True
+    run.recipe.write_text(yaml.safe_dump(values))
     merge(opened(run), tmp_path / "merged")
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["attn_logit_softcapping"] == 50.0
 
