@@ -92,8 +92,7 @@ def _find_weights(folder: Path, recipe: Path) -> bool:
 def check_recipe(recipe: Recipe, contract: Contract, has_adapter: bool) -> None:
     """Raise UserError where recipe or adapter say another thing than the contract, which is what the run was trained with.
 
-    A base model in a folder may stand for the recipe's (`axolotl train R.yml --base-model FOLDER`), and may have moved since;
-    there, `merge` compares the shapes.
+    A base model in a folder may stand for a hub's model in the recipe: `axolotl train R.yml --base-model FOLDER`.
     """
     block, file = recipe.pairwise, recipe.run_folder / "contract.json"
     template = block.resolved_template()
@@ -108,17 +107,23 @@ def check_recipe(recipe: Recipe, contract: Contract, has_adapter: bool) -> None:
                 "or train again"
             )
     base = recipe.axolotl["base_model"]
-    if contract.base_model != base and not Path(contract.base_model).exists():
+    stands_in = Path(contract.base_model).exists() and not Path(base).exists()
+    if not is_same_model(base, contract.base_model) and not stands_in:
         raise UserError(
             f"{recipe.path}: base_model is {base}, the run was trained with {contract.base_model} ({file}); put that back, or "
             "train again"
         )
     adapted = adapter_settings(recipe.run_folder).get("base_model_name_or_path") if has_adapter else None
-    if adapted and adapted != contract.base_model and not Path(adapted).exists():
+    if adapted and not is_same_model(adapted, contract.base_model):
         raise UserError(
             f"{recipe.run_folder / ADAPTER[1]}: base_model_name_or_path is {adapted}, {file} says base_model "
             f"{contract.base_model}: an adapter of another base; put the run's own adapter back, or train again"
         )
+
+
+def is_same_model(one: str, other: str) -> bool:
+    """Whether two names of base models mean the same repository of the hub, or the same folder here."""
+    return one == other or (Path(one).exists() and Path(other).exists() and Path(one).samefile(other))
 
 
 def refuse_weights(recipe: Recipe) -> None:

@@ -116,6 +116,14 @@ def make(
     return Made(recipe, run_folder, base, model)
 
 
+def set_base(made: Made, base: Path) -> None:
+    """Let the run be one of another base model, everywhere that its name stands."""
+    for file in (made.recipe, made.folder / "contract.json", made.folder / "adapter_config.json"):
+        text = file.read_text()
+        assert str(made.base) in text
+        file.write_text(text.replace(str(made.base), str(base)))
+
+
 def base_model(base: Path, kind: str, head: str, verdicts: int, qlora: bool = False) -> torch.nn.Module:
     """The base with its head, random and large enough to have opinions, or a causal LM's own."""
     torch.manual_seed(1)

@@ -14,6 +14,7 @@ from kaggle_kernels.runtime.package import read_package
 from postprocess.merge import merge
 from postprocess.skeleton import head_modules
 from preprocess.errors import UserError
+from tests.postprocess import runs
 
 LM_HEAD = {"target_modules": ["q_proj", "down_proj", "lm_head"]}
 VARIANTS = [
@@ -62,8 +63,7 @@ def test_a_llama_without_its_lm_head_is_refused(copied, opened, tmp_path):
     base.mkdir()
     save_file({name: tensor for name, tensor in weights.items() if name != "lm_head.weight"}, base / "model.safetensors")
     (base / "config.json").write_bytes((run.base / "config.json").read_bytes())
-    contract = json.loads((run.folder / "contract.json").read_text())
-    (run.folder / "contract.json").write_text(json.dumps(contract | {"base_model": str(base)}))
+    runs.set_base(run, base)
     with pytest.raises(UserError, match="the head lm_head.weight is not there"):
         merge(opened(run), tmp_path / "merged")
 

@@ -178,16 +178,34 @@ def test_a_recipe_changed_since_training_is_one_line(tmp_path, tiny_models, chan
     assert line in str(error.value)
 
 
-def test_an_adapter_of_another_base_is_one_line(tmp_path, tiny_models):
+@pytest.mark.parametrize("another", ["another/model", "."], ids=["of the hub", "a folder that is there"])
+def test_an_adapter_of_another_base_is_one_line(another, tmp_path, tiny_models):
     made = runs.make(tmp_path, tiny_models("gemma2"), "gemma2")
     file = made.folder / "adapter_config.json"
-    file.write_text(file.read_text().replace(str(made.base), "another/model"))
-    with pytest.raises(UserError, match="base_model_name_or_path is another/model, .* an adapter of another base"):
+    file.write_text(file.read_text().replace(str(made.base), another))
+    with pytest.raises(UserError, match=f"base_model_name_or_path is {another}, .* an adapter of another base"):
         read_run(read_recipe(made.recipe))
 
 
-def test_a_recipe_with_another_base_of_the_hub_is_one_line(tmp_path, tiny_models):
-    made = runs.make(tmp_path, tiny_models("gemma2"), "gemma2")
-    contract = replace(made.contract(), base_model="google/gemma-2-9b-it")
-    with pytest.raises(UserError, match="base_model is .*, the run was trained with google/gemma-2-9b-it"):
-        check_recipe(read_recipe(made.recipe), contract, has_adapter=False)
+@pytest.mark.parametrize(
+    ("in_recipe", "trained_with", "is_refused"),
+    [
+        ("google/gemma-2-9b", "google/gemma-2-9b-it", True),
+        ("one", "google/gemma-2-9b-it", True),
+        ("one", "two", True),
+        ("one", "./one", False),
+        ("google/gemma-2-9b-it", "one", False),  # axolotl train R.yml --base-model one
+    ],
+)
+def test_the_base_of_the_recipe_is_the_run_s(in_recipe, trained_with, is_refused, made, tmp_path, monkeypatch):
+    run = made("gemma2")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    recipe = read_recipe(run.recipe)
+    recipe.axolotl["base_model"] = in_recipe
+    contract = replace(run.contract(), base_model=trained_with)
+    if not is_refused:
+        return check_recipe(recipe, contract, has_adapter=False)
+    with pytest.raises(UserError, match=f"base_model is {in_recipe}, the run was trained with {trained_with}"):
+        check_recipe(recipe, contract, has_adapter=False)

@@ -65,7 +65,7 @@ def test_a_base_in_bfloat16_is_merged_in_float32(made, opened, tmp_path, copied)
     weights = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(run.base / "model.safetensors").items()}
     save_file(weights, base / "model.safetensors")
     (base / "config.json").write_bytes((run.base / "config.json").read_bytes())
-    set_contract(run, base_model=str(base))
+    runs.set_base(run, base)
     merge(opened(run), tmp_path / "merged", torch.float32)
     name = "model.layers.0.self_attn.q_proj"
     adapter = load_file(run.folder / "adapter_model.safetensors")
@@ -79,7 +79,7 @@ def test_a_sharded_base_and_a_sharded_result_hold_the_same_tensors(made, opened,
     load(run.base, num_labels=2).save_pretrained(tmp_path / "base", max_shard_size="100KB")
     assert len(list((tmp_path / "base").glob("model-*.safetensors"))) > 1
     merge(opened(run), tmp_path / "one")
-    set_contract(run, base_model=str(tmp_path / "base"))
+    runs.set_base(run, tmp_path / "base")
     merge(opened(run), tmp_path / "many", shard_bytes=100_000)
     assert len(list((tmp_path / "many").glob("model-*-of-*.safetensors"))) > 1
     whole = load_file(tmp_path / "one" / "model.safetensors")
@@ -125,7 +125,7 @@ def test_old_names_of_layer_norms_are_understood(opened, tmp_path, copied):
     save_file(renamed, base / "model.safetensors")
     (base / "config.json").write_bytes((run.base / "config.json").read_bytes())
     merge(opened(run), tmp_path / "before", torch.float32)
-    set_contract(run, base_model=str(base))
+    runs.set_base(run, base)
     merge(opened(run), tmp_path / "after", torch.float32)
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("before", "after"))
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -209,7 +209,7 @@ def test_what_cannot_be_merged_is_one_error_and_nothing_is_written(damage, messa
 
 def test_an_adapter_on_a_base_of_another_architecture_is_refused(copied, opened, tiny_models, tmp_path):
     run = copied("bert")
-    set_contract(run, base_model=str(tiny_models("llama")))
+    runs.set_base(run, tiny_models("llama"))
     with pytest.raises(UserError, match="no head"):
         merge(opened(run), tmp_path / "merged")
 
@@ -219,6 +219,6 @@ def test_a_base_whose_configuration_has_a_value_of_another_type_is_one_error(cop
     base = tmp_path / "base"
     base.mkdir()
     (base / "config.json").write_text(json.dumps(json.loads((run.base / "config.json").read_text()) | {"hidden_size": "64"}))
-    set_contract(run, base_model=str(base))
+    runs.set_base(run, base)
     with pytest.raises(UserError, match=r"config.json: transformers cannot read it \(Validation error for field 'hidden_size'"):
         merge(opened(run), tmp_path / "merged")
