@@ -25,7 +25,7 @@ from postprocess.skeleton import model_skeleton
 from postprocess.trained import load_trained
 from preprocess.errors import UserError
 from preprocess.files import write_json
-from recipes.pairwise.data import targets
+from recipes.pairwise.data import targets, winners
 from recipes.pairwise.metrics import scores
 
 FLOAT16_ON_CPU_FLOP = 5e10  # about 20 s: float16 is ten times slower than float32 on CPUs without units for it
@@ -60,7 +60,8 @@ def agreement(run: Run, folders: Mapping[str, Path], out: Path) -> None:
     if "quantised" in folders and folders["quantised"] == folders["merged"]:
         columns.append(Column("quantised", columns[-1].probabilities_rov, columns[-1].precision))
         golden["quantised"] = golden["merged"]
-    report = compare(columns, targets(rows, run.contract.verdicts), run.recipe.pairwise.package.tolerance)
+    verdicts, tolerance = run.contract.verdicts, run.recipe.pairwise.package.tolerance
+    report = compare(columns, targets(rows, verdicts), winners(rows, verdicts), tolerance)
     print_table(report)
     write_json(out, {**report, "golden": golden[report["packaged"]]})
     if not report["agrees"]:
@@ -131,7 +132,7 @@ def kernel_dtype(run: Run, tokenizer, pairs: list, device: str) -> torch.dtype:
     return torch.float16 if 2 * tokens * multiplied <= FLOAT16_ON_CPU_FLOP else torch.float32
 
 
-def compare(columns: list[Column], labels_rv: np.ndarray, tolerance: float) -> dict:
+def compare(columns: list[Column], labels_rv: np.ndarray, winners_r: np.ndarray, tolerance: float) -> dict:
     """The report: each column's metrics and its differences from `recorded` and from `trained`, and whether they agree.
 
     Differences are between probabilities of the same row, order and verdict. Of the candidates, the one with the smaller mean
@@ -141,7 +142,7 @@ def compare(columns: list[Column], labels_rv: np.ndarray, tolerance: float) -> d
     by_name = {column.name: column for column in columns}
     table = []
     for column in columns:
-        metrics = scores(column.probabilities_rov, labels_rv)
+        metrics = scores(column.probabilities_rov, labels_rv, winners_r)
         against = {f"against_{name}": _difference(column, by_name[name]) for name in ("recorded", "trained")}
         table.append({"model": column.name, "precision": column.precision, **metrics, **against})
     candidates = {name: _difference(by_name[name], by_name["trained"])["mean"] for name in CANDIDATES if name in by_name}

@@ -29,7 +29,7 @@ from preprocess.files import atomic_file, sha256, write_json
 from preprocess.model_input import Contract, ContractError, pair_from_row
 from recipes.pairwise import metrics
 from recipes.pairwise.contract import new_contract, write_contract
-from recipes.pairwise.data import read_pairs, split, targets
+from recipes.pairwise.data import read_pairs, split, targets, winners
 from recipes.pairwise.schema import Recipe
 
 MADE = ("contract.json", "model_input.py", "metrics.json", "predictions.parquet")
@@ -177,15 +177,15 @@ def row_logits(
 
 def write_results(folder: Path, contract: Contract, logits_rov: np.ndarray, validation: pl.DataFrame) -> dict[str, object]:
     """Write predictions.parquet; the metrics, those before calibration among them."""
-    labels_rv = targets(validation, contract.verdicts)
+    labels_rv, winners_r = targets(validation, contract.verdicts), winners(validation, contract.verdicts)
     bias: Sequence[float] = contract.logit_bias or (0.0,) * len(contract.verdicts)
     both = metrics.probabilities(logits_rov + np.array(bias), contract.verdicts)
     table = metrics.predictions(validation["id"].to_list(), both, contract.verdicts, validation)
     with atomic_file(folder / "predictions.parquet") as temporary:
         table.write_parquet(temporary)
-    before = metrics.scores(metrics.probabilities(logits_rov, contract.verdicts), labels_rv)
+    before = metrics.scores(metrics.probabilities(logits_rov, contract.verdicts), labels_rv, winners_r)
     return {
-        **metrics.scores(both, labels_rv),
+        **metrics.scores(both, labels_rv, winners_r),
         "accuracy_of_longer": metrics.longer_is_right(validation),
         "before_calibration": {name: before[name] for name in COMPARED},
     }

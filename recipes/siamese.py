@@ -169,10 +169,10 @@ def predict(rows: pl.DataFrame, options: argparse.Namespace) -> pl.DataFrame:
 
 
 def measure(rows: pl.DataFrame) -> dict[str, float]:
-    """Accuracy and log loss, by the names that all runs use for them; a row whose votes are even has no accuracy."""
-    target, p = rows["target"].to_numpy(), rows["p_model_a"].to_numpy()
+    """Accuracy against the winners, ties left out, and log loss against the shares, by the names that all runs use."""
+    target, p, winner = (rows[name].to_numpy() for name in ("target", "p_model_a", "winner"))
     longer = (rows["response_a"].str.len_chars() >= rows["response_b"].str.len_chars()).to_numpy()
-    right, longer_right = ((says_a == (target > 0.5))[target != 0.5].mean() for says_a in (p >= 0.5, longer))
+    right, longer_right = ((says_a == (winner == "model_a"))[winner != "tie"].mean() for says_a in (p >= 0.5, longer))
     loss = -np.mean(target * np.log(np.clip(p, 1e-15, 1)) + (1 - target) * np.log(np.clip(1 - p, 1e-15, 1)))
     values = {"accuracy": right, "accuracy_as_given": right, "log_loss": loss, "log_loss_as_given": loss, "flip_rate": 0}
     return {name: float(value) for name, value in (values | {"accuracy_of_longer": longer_right}).items()}

@@ -23,7 +23,7 @@ from sklearn.linear_model import LogisticRegression
 from preprocess.errors import UserError, exits_with_2
 from preprocess.files import atomic_file, read_json, sha256, write_json
 from recipes.pairwise import metrics
-from recipes.pairwise.data import read_pairs, split, targets
+from recipes.pairwise.data import read_pairs, split, targets, winners
 
 ROOT = Path(__file__).parents[1]
 KERAS = ROOT / ".venv-keras" / "bin" / "python"
@@ -176,9 +176,10 @@ def score(run: Path, fold: Fold) -> dict[str, float]:
         raise UserError(f"{run / 'predictions.parquet'}: not the rows of fold {fold.number}; remove the folder to train again")
     labels = targets(fold.held_out, VERDICTS)
     mean = table.select("p_model_a", "p_model_b").to_numpy()
-    values = metrics.scores(np.stack([mean, mean], axis=1), labels)
-    decided = labels[:, 0] != labels[:, 1]
-    right = (mean.argmax(axis=1) == labels.argmax(axis=1))[decided]
+    places = winners(fold.held_out, VERDICTS)
+    values = metrics.scores(np.stack([mean, mean], axis=1), labels, places)
+    decided = places >= 0
+    right = (mean.argmax(axis=1) == places)[decided]
     low, high = interval(right, fold.held_out["group"].to_numpy()[decided])
     known = read_json(run / "metrics.json")
     return {

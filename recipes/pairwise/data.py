@@ -55,22 +55,32 @@ def targets(frame: pl.DataFrame, verdicts: tuple[str, ...]) -> np.ndarray:
     return np.stack([shares[verdict] for verdict in verdicts], axis=1).astype(np.float32)
 
 
+def winners(frame: pl.DataFrame, verdicts: tuple[str, ...]) -> np.ndarray:
+    """The place among `verdicts` of each row's winner, int8 (rows,); -1 where it is none of them (a tie for a model of two)."""
+    places = pl.col("winner").replace_strict({verdict: place for place, verdict in enumerate(verdicts)}, default=-1)
+    return frame.select(places.cast(pl.Int8)).to_series().to_numpy()
+
+
+FEATURES = Features(
+    {
+        "id": Value("string"),
+        "sequences": List(List(Value("int32"))),
+        "labels": List(Value("float32")),
+        "winner": Value("int8"),
+        "weight": Value("float32"),
+        "length": Value("int32"),
+    }
+)
+
+
 def tokenise(frame: pl.DataFrame, tokenizer, contract: Contract, what: str) -> Dataset:
-    """A dataset with, for each pair: id, its two sequences, soft labels, weight (1 on average), the longer one's length.
+    """A dataset with, for each pair: id, its two sequences, soft labels, the winner's place among the verdicts, weight
+    (1 on average), and the longer sequence's length.
 
     The sequences are the pair in both orders, or for the reward head the prompt with each response.
     """
-    features = Features(
-        {
-            "id": Value("string"),
-            "sequences": List(List(Value("int32"))),
-            "labels": List(Value("float32")),
-            "weight": Value("float32"),
-            "length": Value("int32"),
-        }
-    )
     parts = []
-    labels = targets(frame, contract.verdicts)
+    labels, places = targets(frame, contract.verdicts), winners(frame, contract.verdicts)
     weights = (frame["weight"] / frame["weight"].mean()).to_numpy()
     with tqdm(total=len(frame), desc=f"tokenising {what}", unit=" pairs", mininterval=5) as progress:
         for start in range(0, len(frame), CHUNK_ROWS):
@@ -84,10 +94,11 @@ def tokenise(frame: pl.DataFrame, tokenizer, contract: Contract, what: str) -> D
                 "id": chunk["id"].to_list(),
                 "sequences": [list(both) for both in sequences],
                 "labels": labels[start : start + CHUNK_ROWS].tolist(),
+                "winner": places[start : start + CHUNK_ROWS].tolist(),
                 "weight": weights[start : start + CHUNK_ROWS].tolist(),
                 "length": [max(map(len, both)) for both in sequences],
             }
-            parts.append(Dataset.from_dict(columns, features=features))
+            parts.append(Dataset.from_dict(columns, features=FEATURES))
             progress.update(len(chunk))
     return concatenate_datasets(parts)
 
@@ -102,7 +113,8 @@ def datasets_of(pairs: Path, fold: int | str, tokenizer, contract: Contract, cac
     train, validation = split(frame, fold, pairs)
     settings = {name: value for name, value in asdict(contract).items() if name not in ("golden", "recorded", "base_model")}
     tokenizer_bytes = tokenizer.backend_tokenizer.to_str().encode()
-    key = json.dumps([sha256(pairs), fold, settings, hashlib.sha256(tokenizer_bytes).hexdigest()], sort_keys=True)
+    facts = [sha256(pairs), fold, settings, hashlib.sha256(tokenizer_bytes).hexdigest(), list(FEATURES)]
+    key = json.dumps(facts, sort_keys=True)
     folder = cache / hashlib.sha256(key.encode()).hexdigest()[:16]
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / "lock"):

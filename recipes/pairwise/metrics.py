@@ -22,19 +22,17 @@ def probabilities(logits_rov: np.ndarray, verdicts: tuple[str, ...]) -> np.ndarr
     return np.stack([both[:, 0], both[:, 1][:, places]], axis=1)
 
 
-def scores(both_rov: np.ndarray, labels_rv: np.ndarray) -> dict[str, float]:
-    """Metrics of probabilities (rows, 2 orders, verdicts) against soft labels (rows, verdicts).
+def scores(both_rov: np.ndarray, labels_rv: np.ndarray, winners_r: np.ndarray) -> dict[str, float]:
+    """Metrics of probabilities (rows, 2 orders, verdicts) against soft labels (rows, verdicts) and winners (rows,).
 
-    accuracy: share of rows whose likeliest verdict, by the mean of both orders, is the label's; rows whose label has two
-    likeliest verdicts (a tie for a model without that verdict) do not count. log_loss: against the soft labels, on all
-    rows. flip_rate: share of rows whose verdict changes when the answers are swapped.
+    accuracy: share of rows whose likeliest verdict, by the mean of both orders, is the winner, whatever a teacher's labels
+    say; rows without a winner among the verdicts (-1: a tie for a model of two) do not count. log_loss: against the soft
+    labels, on all rows. flip_rate: share of rows whose verdict changes when the answers are swapped.
     """
-    mean = both_rov.mean(axis=1)
-    top = labels_rv.max(axis=1, keepdims=True)
-    decided = (labels_rv == top).sum(axis=1) == 1
+    mean, decided = both_rov.mean(axis=1), winners_r >= 0
 
     def accuracy(values):
-        return float((values.argmax(axis=1) == labels_rv.argmax(axis=1))[decided].mean()) if decided.any() else float("nan")
+        return float((values.argmax(axis=1) == winners_r)[decided].mean()) if decided.any() else float("nan")
 
     def log_loss(values):
         return float(-(labels_rv * np.log(np.clip(values, 1e-15, 1))).sum(axis=1).mean())

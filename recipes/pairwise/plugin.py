@@ -208,7 +208,7 @@ class PairwisePlugin(BasePlugin):
 
     def _scores(self, prediction) -> dict[str, float]:
         both = metrics.probabilities(prediction.predictions, self.block.verdicts)
-        return metrics.scores(both, prediction.label_ids[:, 0])
+        return metrics.scores(both, prediction.label_ids[:, 0], np.array(self.trainer.eval_dataset["winner"]))
 
     def post_train(self, cfg, model):
         """Called twice: after the last step, when all processes can still predict; and after the weights were saved."""
@@ -242,7 +242,7 @@ class PairwisePlugin(BasePlugin):
             table.write_parquet(temporary)
         rows = frame.filter(pl.col("id").is_in(table["id"].to_list()))
         values = {
-            **metrics.scores(both, output.label_ids[:, 0]),
+            **metrics.scores(both, output.label_ids[:, 0], np.array(self.trainer.eval_dataset["winner"])),
             "accuracy_of_longer": metrics.longer_is_right(rows),
             "rows": len(table),
             "training_rows": len(self.trainer.train_dataset),

@@ -13,6 +13,7 @@ from postprocess.rows import validation_rows
 from preprocess.errors import UserError
 
 LABELS = np.array([[1.0, 0.0], [0.0, 1.0]])
+WINNERS = np.array([0, 1])
 
 
 def column(name, *rows):
@@ -30,7 +31,7 @@ def columns(*quantised, merged=(0.9, 0.4)):
 
 
 def test_differences_are_largest_mean_and_changed_verdicts():
-    report = compare(columns(0.8, 0.6), LABELS, tolerance=0.2)
+    report = compare(columns(0.8, 0.6), LABELS, WINNERS, tolerance=0.2)
     last = report["models"][-1]
     assert last["against_trained"] == {
         "largest": pytest.approx(0.2),
@@ -45,20 +46,20 @@ def test_differences_are_largest_mean_and_changed_verdicts():
 
 @pytest.mark.parametrize(("tolerance", "agrees"), [(0.151, True), (0.149, False)])
 def test_the_mean_difference_decides(tolerance, agrees):
-    assert compare(columns(0.8, 0.6), LABELS, tolerance)["agrees"] is agrees
+    assert compare(columns(0.8, 0.6), LABELS, WINNERS, tolerance)["agrees"] is agrees
 
 
 def test_a_merged_model_that_differs_does_not_agree_even_where_the_quantised_one_does():
-    assert not compare(columns(0.9, 0.4, merged=(0.1, 0.4)), LABELS, 0.05)["agrees"]
+    assert not compare(columns(0.9, 0.4, merged=(0.1, 0.4)), LABELS, WINNERS, 0.05)["agrees"]
 
 
 def test_training_that_wrote_other_probabilities_does_not_agree():
     changed = [column("recorded", 0.1, 0.4), *columns(0.9, 0.4)[1:]]
-    assert not compare(changed, LABELS, 0.05)["agrees"]
+    assert not compare(changed, LABELS, WINNERS, 0.05)["agrees"]
 
 
 def test_not_a_number_does_not_agree():
-    assert not compare(columns(float("nan"), 0.4), LABELS, 0.05)["agrees"]
+    assert not compare(columns(float("nan"), 0.4), LABELS, WINNERS, 0.05)["agrees"]
 
 
 def test_over_the_tolerance_is_exit_code_2_and_leaves_no_package(copied):

@@ -89,7 +89,7 @@ def test_a_reward_models_second_order_is_its_first():
     both = metrics.probabilities(np.array([[[1.0, 0.0]]]), TWO)
     assert both.shape == (1, 2, 2)
     assert np.allclose(both, 1 / (1 + math.exp(-1)) * np.array([1, 0]) + 1 / (1 + math.exp(1)) * np.array([0, 1]))
-    assert metrics.scores(both, np.array([[1.0, 0.0]]))["flip_rate"] == 0
+    assert metrics.scores(both, np.array([[1.0, 0.0]]), np.array([0]))["flip_rate"] == 0
 
 
 @pytest.fixture(scope="module")

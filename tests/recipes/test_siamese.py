@@ -12,7 +12,7 @@ import pytest
 
 from preprocess.files import sha256
 from recipes.pairwise import metrics
-from recipes.pairwise.data import targets
+from recipes.pairwise.data import targets, winners
 from tests import tiny
 from tests.conftest import ROOT
 
@@ -97,7 +97,7 @@ def test_it_leaves_what_every_run_leaves(inputs, trained):
         "tokenizer.json",
     ]
     both = np.stack([table.select(f"p_{v}_{order}" for v in VERDICTS).to_numpy() for order in metrics.ORDERS], axis=1)
-    expected = metrics.scores(both, targets(held_out, VERDICTS))
+    expected = metrics.scores(both, targets(held_out, VERDICTS), winners(held_out, VERDICTS))
     assert {name: values[name] for name in expected} == pytest.approx(expected, abs=1e-6)
     assert values["accuracy_of_longer"] == pytest.approx(metrics.longer_is_right(held_out), abs=1e-9)
 

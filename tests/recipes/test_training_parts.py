@@ -77,11 +77,24 @@ def test_the_swapped_order_is_swapped_back_before_it_is_averaged():
 def test_scores_are_those_worked_out_by_hand():
     both = np.array([[[0.8, 0.2], [0.6, 0.4]], [[0.6, 0.4], [0.2, 0.8]], [[0.9, 0.1], [0.7, 0.3]]])
     labels = np.array([[1.0, 0.0], [1.0, 0.0], [0.5, 0.5]])
-    found = metrics.scores(both, labels)
+    found = metrics.scores(both, labels, np.array([0, 0, -1]))
     assert found["accuracy"] == 0.5
     assert found["accuracy_as_given"] == 1.0
     assert found["flip_rate"] == pytest.approx(1 / 3)
     assert found["log_loss"] == pytest.approx(-(math.log(0.7) + math.log(0.4) + (math.log(0.8) + math.log(0.2)) / 2) / 3)
+
+
+def test_accuracy_is_against_the_winner_where_a_teacher_s_labels_say_otherwise():
+    both = np.array([[[0.7, 0.3], [0.7, 0.3]], [[0.2, 0.8], [0.2, 0.8]]])
+    teacher = np.array([[0.3, 0.7], [0.6, 0.4]])
+    frame = pl.DataFrame({"winner": ["model_a", "model_b"]})
+    assert metrics.scores(both, teacher, data.winners(frame, TWO))["accuracy"] == 1.0
+
+
+def test_a_winner_that_is_no_verdict_of_the_model_is_minus_one():
+    frame = pl.DataFrame({"winner": ["tie", "model_b", "model_a"]})
+    assert data.winners(frame, TWO).tolist() == [-1, 1, 0]
+    assert data.winners(frame, ("model_b", "tie", "model_a")).tolist() == [1, 0, 2]
 
 
 def test_the_longer_response_is_counted_over_all_turns():
