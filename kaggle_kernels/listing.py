@@ -31,7 +31,9 @@ def print_specs(paths: Sequence[Path]) -> None:
     if not console.is_terminal:
         console.width = WIDTH
     console.print(table)
-    console.print(f"GiB a GPU: weights, a batch and CUDA itself, of the {GPU_BYTES // GIB} of a T4; with a +, split over both.")
+    console.print(
+        f"GiB a GPU: weights, a batch and CUDA itself, of the {GPU_BYTES / GIB} that a T4 offers; with a +, split over both."
+    )
     for problem in problems:
         console.print(f"error: {problem}", markup=False, soft_wrap=True)
 

@@ -70,7 +70,7 @@ class Spec(_Strict):
     )
     competition: Literal["wsdm", "lmsys"] = Field(description="whose test file is read and whose submission is written")
     packages: tuple[PackageBlock, ...] = Field(min_length=1, description="the models; several are an ensemble")
-    accelerator: Literal["NvidiaTeslaT4"] = Field("NvidiaTeslaT4", description="two T4s of 15 GiB")
+    accelerator: Literal["NvidiaTeslaT4"] = Field("NvidiaTeslaT4", description="two T4s")
     clock_seconds: float = Field(gt=0, le=43200, description="how long the kernel may take, writing the submission included")
     orders: Literal["as_given", "both"] = Field(
         "both", description="both: every row also with its responses swapped, as the clock allows; a reward model needs one"

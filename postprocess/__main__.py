@@ -68,7 +68,7 @@ def postprocess(run: Run) -> Path:
 
     def begin() -> None:
         shutil.rmtree(out, ignore_errors=True)  # what it was made from has changed
-        work()
+        work().check_memory(run)
 
     stage = functools.partial(run_stage, run.folder)
     folders = candidates(run, stage, begin)

@@ -274,6 +274,10 @@ def _sums(values: Iterable[int], numbers: Sequence[int], gpus: int) -> list[int]
 
 
 def gpu_bytes(served: Served, tokens_per_batch: int, gpus: int = 1) -> list[int]:
-    """What each of the GPUs that share one copy of the model needs: weights, a batch, CUDA itself."""
-    beside = activation_bytes(served, tokens_per_batch) + CUDA_BYTES
+    """What each of the GPUs that share one copy of the model needs: weights, a batch, CUDA itself.
+
+    A model on several GPUs has a batch in flight for each of them. A GPU computes one at a time, but PyTorch keeps the memory
+    of each batch's stream apart (kaggle_kernels/runtime/pipeline.py).
+    """
+    beside = gpus * activation_bytes(served, tokens_per_batch) + CUDA_BYTES
     return [held + beside for held in weight_bytes(served, gpus)]

@@ -1,14 +1,34 @@
 """The model as it was trained: its base, in the precision of the training, with the adapter on it by PEFT."""
 
+import os
+
 import torch
 from peft import PeftModel
 from transformers import BitsAndBytesConfig
 
 from kaggle_kernels.runtime.model import CLASSES
-from postprocess.run import ADAPTER, Run
+from postprocess.run import ADAPTER, MODEL_PATTERN, Run
 from postprocess.skeleton import model_config
 from preprocess.errors import UserError
 from preprocess.files import read_json
+
+
+def check_memory(run: Run) -> None:
+    """Raise UserError where the 16-bit model, which is compared whole, is larger than the GPU's memory, or without one RAM."""
+    needed, (held, where) = sum(file.stat().st_size for file in run.weights.glob(MODEL_PATTERN)), memory()
+    if needed > held:
+        raise UserError(
+            f"{run.weights}: {needed / 1e9:.0f} GB of weights, {where} has {held / 1e9:.0f} GB, too little to compare what is "
+            "packaged with the model as trained; use a larger machine (CUDA_VISIBLE_DEVICES= takes RAM). A teacher's labels "
+            f"need no package: they are in {run.folder / 'predictions.parquet'}, or by make cv R={run.recipe.path.stem}"
+        )
+
+
+def memory() -> tuple[int, str]:
+    """Bytes of the first GPU's memory, or of the machine's, and which it is."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory, "the GPU"
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine"
 
 
 def load_trained(run: Run, device: str) -> torch.nn.Module:

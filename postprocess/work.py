@@ -7,10 +7,11 @@ import transformers
 from postprocess.agreement import agreement
 from postprocess.merge import merge
 from postprocess.quantize import quantize
+from postprocess.trained import check_memory
 from postprocess.unmerged import unmerged
 from postprocess.untrained import untrained
 
-__all__ = ["agreement", "merge", "quantize", "unmerged", "untrained"]
+__all__ = ["agreement", "check_memory", "merge", "quantize", "unmerged", "untrained"]
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()

@@ -1,8 +1,9 @@
 """`make compare PAIRS=…`: every approach that a laptop can train, on one fold of one pairs file, in one table.
 
-A method is trained where no run of these pairs and this fold is there yet, so that an interrupted comparison goes on where it
-stopped: runs are looked for in outputs/METHOD and outputs/METHOD/fold-K, and written to the latter. All are scored here on the
-same rows, from their predictions.parquet, as recipes.pairwise.metrics scores: rows without a winner do not count for accuracy.
+A method is trained where no run of these pairs and this fold is there since its recipe last changed, so that an interrupted
+comparison goes on where it stopped: runs are looked for in outputs/METHOD and outputs/METHOD/fold-K, and written to the latter.
+All are scored here on the same rows, from their predictions.parquet, as recipes.pairwise.metrics scores: rows without a winner
+do not count for accuracy.
 The interval of an accuracy is a bootstrap over groups of prompts, since rows that share a prompt are no independent evidence.
 """
 
@@ -36,6 +37,13 @@ METHODS = {  # name: what the table calls it
     "siamese": "Siamese LSTMs (recipes/siamese.py)",
     "minilm_cls": "MiniLM, classification head (recipes/minilm_cls.yml)",
     "minilm_reward": "MiniLM, reward head (recipes/minilm_reward.yml)",
+}
+SOURCES = {  # name: the file that says how it is trained
+    "longer": "tests/compare.py",
+    "tfidf": "tests/compare.py",
+    "siamese": "recipes/siamese.py",
+    "minilm_cls": "recipes/minilm_cls.yml",
+    "minilm_reward": "recipes/minilm_reward.yml",
 }
 
 
@@ -94,11 +102,14 @@ def run_folder(name: str, fold: int) -> Path:
 
 
 def find_run(name: str, fold: Fold) -> Path | None:
-    """The folder of a method's run on these pairs and this fold, if there is one."""
+    """The folder of a method's run on these pairs and this fold since its recipe last changed, if there is one."""
+    changed = (ROOT / SOURCES[name]).stat().st_mtime
     for folder in (run_folder(name, fold.number), OUTPUTS / name):
-        if (folder / "metrics.json").is_file() and (folder / "predictions.parquet").is_file():
-            known = read_json(folder / "metrics.json")
-            if known.get("pairs_sha256") == fold.pairs_sha256 and known.get("fold") == fold.number:
+        metrics_file = folder / "metrics.json"
+        if metrics_file.is_file() and (folder / "predictions.parquet").is_file():
+            known = read_json(metrics_file)
+            is_of_these = known.get("pairs_sha256") == fold.pairs_sha256 and known.get("fold") == fold.number
+            if is_of_these and metrics_file.stat().st_mtime >= changed:
                 return folder
     return None
 

@@ -1,6 +1,7 @@
 """The table of `make compare`: the interval over groups, the scores, what is reused, and the two cheap methods."""
 
 import json
+import os
 
 import numpy as np
 import polars as pl
@@ -90,6 +91,8 @@ def test_only_a_run_of_the_same_pairs_and_fold_is_reused(tmp_path, monkeypatch):
     assert compare.find_run("minilm_cls", compare.read_fold(pairs, 1)) is None
     run_folder(tmp_path / "outputs/minilm_cls/fold-0", [0.5] * 4, pairs)
     assert str(compare.find_run("minilm_cls", fold)) == "outputs/minilm_cls/fold-0"
+    os.utime(tmp_path / "outputs/minilm_cls/fold-0/metrics.json", (0, 0))
+    assert str(compare.find_run("minilm_cls", fold)) == "outputs/minilm_cls", "older than the recipe"
     pl.read_parquet(pairs).with_columns(weight=2.0).write_parquet(pairs)
     assert compare.find_run("minilm_cls", compare.read_fold(pairs, 0)) is None
 

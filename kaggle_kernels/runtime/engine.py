@@ -100,7 +100,7 @@ def load_workers(package: Package, placement: str, devices: Sequence[str], token
         device, *others = group
         device_map = split_over(package.folder, group) if others else None
         model = load_model(package.folder, package.contract, device, device_map=device_map)
-        stages = Stages(model, stage_starts(device_map)) if others else None
+        stages = Stages(model, stage_starts(device_map), group) if others else None
         worker = Worker(device, model, tokens_per_batch, others=tuple(others), stages=stages)
         worst = check_golden_scores(package, model, device)
         workers.append(worker)

@@ -1,5 +1,6 @@
 """Two batches in a split model: one in each stage, never two in one, and the same answers."""
 
+import contextlib
 import threading
 import time
 from types import SimpleNamespace
@@ -89,6 +90,66 @@ def test_there_is_never_more_than_one_batch_in_a_stage():
     assert len(most) == 40 and max(most) == 1
 
 
+@pytest.fixture
+def fake_streams(monkeypatch):
+    """torch's streams without a GPU: each knows its device, and what became of it is noted with the thread's batch."""
+    noted, current = [], threading.local()
+
+    class Stream:
+        def __init__(self, device):
+            self.device = device
+
+        def synchronize(self):
+            noted.append(("done", self.device, current.streams[self.device]))
+
+    @contextlib.contextmanager
+    def stream(entered):
+        before = getattr(current, "streams", {})
+        current.streams = {**before, entered.device: entered}
+        yield
+        current.streams = before
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    return noted, current
+
+
+def test_batches_in_flight_have_streams_of_their_own_on_every_device(fake_streams):
+    _, current = fake_streams
+    begun, seen = {batch: threading.Event() for batch in (1, 2, 3)}, {}
+
+    def first(batch):
+        seen[batch] = current.streams
+        begun[batch].set()
+
+    def second(batch):
+        if batch == 1:
+            assert begun[2].wait(10)
+
+    model = Model(first, second)
+    model.entered = begun[1]
+    stages = Stages(model, ["second"], ["cuda:0", "cuda:1"])
+    run(stages, model, [1, 2])
+    for device in ("cuda:0", "cuda:1"):
+        assert seen[1][device] is not seen[2][device]
+        assert seen[1][device].device == device
+    assert not getattr(current, "streams", {})
+    run(stages, model, [3])
+    assert seen[3] in (seen[1], seen[2]), "a third batch takes a stream that is free again, and the memory that it has"
+
+
+def test_a_stage_is_given_back_once_its_device_has_done_its_work(fake_streams):
+    noted, current = fake_streams
+    model = Model(lambda _: None, lambda _: noted.append(("second", stages.locks[0].locked())))
+    stages = Stages(model, ["second"], ["cuda:0", "cuda:1"])
+    with stages.batch():
+        used = current.streams["cuda:0"]
+        release = stages.locks[0].release
+        stages.locks[0] = SimpleNamespace(release=lambda: (noted.append(("released",)), release()), locked=lambda: False)
+        model(1)
+    assert noted == [("done", "cuda:0", used), ("released",), ("second", False)]
+
+
 def test_a_batch_that_fails_gives_its_stage_back():
     def fail(batch):
         raise RuntimeError("CUDA error")
@@ -99,6 +160,7 @@ def test_a_batch_that_fails_gives_its_stage_back():
         with pytest.raises(RuntimeError), stages.batch():
             model(1)
     assert not any(lock.locked() for lock in stages.locks)
+    assert stages.streams.qsize() == 2
 
 
 def test_outside_of_a_batch_nothing_is_locked():

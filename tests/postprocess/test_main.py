@@ -154,6 +154,16 @@ def test_a_run_that_cannot_be_packaged_is_one_line_and_exit_code_2(damage, messa
     assert not list(run.folder.parent.rglob("*.tmp"))
 
 
+def test_a_model_larger_than_the_memory_is_told_before_anything_is_written(copied, monkeypatch):
+    run = copied()
+    monkeypatch.setattr("postprocess.trained.memory", lambda: (10_000, "the GPU"))
+    result = CliRunner().invoke(main, [str(run.recipe)])
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: {run.base}: 0 GB of weights, the GPU has 0 GB, too little to compare")
+    assert result.stderr.endswith("predictions.parquet, or by make cv R=recipe\n")
+    assert not (run.folder / "merged").exists()
+
+
 def test_help_and_an_absent_run_need_no_torch():
     code = "import sys, postprocess.__main__; print(sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -199,6 +199,8 @@ def test_split_over_two_gpus_each_holds_about_half():
     first, second = weight_bytes(served, 2)
     assert first + second == weight_bytes(served)[0] > 13.7 * GIB
     assert abs(first - second) < 0.3 * GIB
+    both = gpu_bytes(served, 3072, 2)
+    assert both == [held + 2 * activation_bytes(served, 3072) + CUDA_BYTES for held in (first, second)]
 
 
 def test_a_base_model_that_is_a_folder_is_read_from_its_config(tiny_models):
