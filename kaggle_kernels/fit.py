@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import yaml
-
 from kaggle_kernels.runtime.settings import PackageSettings
 from kaggle_kernels.spec import COMPETITIONS, PackageBlock, Spec
 from postprocess.sizes import GIB, Served, gpu_bytes, served_of, weight_bytes
 from preprocess.errors import UserError
+from preprocess.files import read_yaml
 from recipes.pairwise.schema import Recipe, read_recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -52,6 +51,12 @@ def fit_packages(spec_path: Path, spec: Spec) -> list[Fit]:
                 f"{spec_path}: tokens_per_batch: {spec.tokens_per_batch}, but a row of {package.run} may have "
                 f"{served.budget_tokens} ({recipe.path}: pairwise.budget_tokens); raise it"
             )
+        positions = served.dimensions.max_position_embeddings
+        if positions and served.budget_tokens > positions:
+            key = f"{spec_path}: budget_tokens" if spec.budget_tokens else f"{recipe.path}: pairwise.budget_tokens"
+            raise UserError(
+                f"{key}: {served.budget_tokens}, but {recipe.axolotl['base_model']} has {positions} positions; lower it"
+            )
         if package.placement == "split" and served.dimensions.model_type == "bert":
             raise UserError(f"{where}.placement: split is for decoders, {package.run} is an encoder; write each")
         if served.quantize != "none" and spec.wheels is None:
@@ -75,10 +80,10 @@ def find_recipe(run: str, where: str) -> Recipe:
             return read_recipe(folder / f"{name}.yml")
     for path in (path for folder in folders for path in sorted(folder.glob("*.yml"))):
         try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError):
+            values = read_yaml(path)
+        except UserError:
             continue  # another recipe, which its own check tells of
-        if isinstance(values, dict) and Path(str(values.get("output_dir") or "")).name == name:
+        if Path(str(values.get("output_dir") or "")).name == name:
             return read_recipe(path)
     raise UserError(f"{where}.run: no recipes/{name}.yml, which says base model and quantisation; name a recipe's run")
 

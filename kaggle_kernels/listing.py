@@ -18,7 +18,7 @@ COLUMNS = ("spec", "for", "packages", "base model", "approach", "bits", "GiB a G
 
 
 def print_specs(paths: Sequence[Path]) -> None:
-    """One row a spec, its packages one below the other; a spec with a problem is a row too, the problem stands below."""
+    """One row a spec, its packages one below the other; a spec with a problem is a row too, a UserError in the end."""
     table = Table(*COLUMNS, box=SIMPLE_HEAD, pad_edge=False)
     problems = []
     for path in paths:
@@ -34,8 +34,8 @@ def print_specs(paths: Sequence[Path]) -> None:
     console.print(
         f"GiB a GPU: weights, a batch and CUDA itself, of the {GPU_BYTES / GIB} that a T4 offers; with a +, split over both."
     )
-    for problem in problems:
-        console.print(f"error: {problem}", markup=False, soft_wrap=True)
+    if problems:
+        raise UserError("\nerror: ".join(problems))
 
 
 def row_of(path: Path) -> list[str]:

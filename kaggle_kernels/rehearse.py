@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import polars as pl
@@ -17,14 +18,16 @@ import polars as pl
 from kaggle_kernels.build import check_built
 from kaggle_kernels.fit import Fit, fit_packages
 from kaggle_kernels.spec import COMPETITIONS, Spec, read_spec
+from postprocess.run import is_same_model
 from postprocess.sizes import GIB, weight_bytes
 from preprocess.errors import UserError
-from preprocess.files import atomic_file, read_json, write_json
+from preprocess.files import atomic_file, read_object, write_json
 from preprocess.model_input import VERDICTS
 
 ROOT = Path(__file__).parents[1]
 TEXTS = ("prompt", "response_a", "response_b")
 TEXT_TYPES = (pl.String, pl.List(pl.String), pl.Null)
+AS_TRAINED = ("head", "budget_tokens", "truncation", "softcap")  # keys that contract.json and the recipe share
 ROOM = 1.1  # weights on disk may be a little more than computed: names, and how they were quantised
 RESULTS = ("submission.csv", "scores.parquet", "kernel.json")
 PROJECT = ("preprocess", "recipes", "postprocess", "kaggle_kernels", "tests")
@@ -94,7 +97,8 @@ def find_package(fit: Fit) -> Path:
     contract, config, manifest = (read_object(folder / f"{name}.json") for name in ("contract", "config", "manifest"))
     for file, key, found, expected in (
         ("contract.json", "verdicts", contract.get("verdicts"), list(recipe.pairwise.verdicts)),
-        ("contract.json", "head", contract.get("head"), recipe.pairwise.head),
+        *(("contract.json", key, contract.get(key), getattr(recipe.pairwise, key)) for key in AS_TRAINED),
+        ("contract.json", "template", contract.get("template"), asdict(recipe.pairwise.resolved_template())),
         ("config.json", "model_type", config.get("model_type"), fit.served.dimensions.model_type),
         ("manifest.json", "quantize", manifest.get("quantize"), recipe.pairwise.package.quantize),
     ):
@@ -103,6 +107,13 @@ def find_package(fit: Fit) -> Path:
                 f"{folder / file}: {key}: found {found}, {recipe.path} says {expected}, which the kernel was built for; train "
                 "and package again with this recipe, or put the recipe back"
             )
+    base, trained_with = recipe.axolotl["base_model"], str(contract.get("base_model"))
+    stands_in = Path(trained_with).exists() and not Path(base).exists()  # axolotl train R.yml --base-model FOLDER
+    if not is_same_model(base, trained_with) and not stands_in:
+        raise UserError(
+            f"{recipe.path}: base_model is {base}, {folder} was made of {trained_with}; put that back, or train, package and "
+            "build again"
+        )
     held, computed = sum(path.stat().st_size for path in folder.glob("*.safetensors")), sum(weight_bytes(fit.served))
     if held > computed * ROOM + 2**20:
         raise UserError(
@@ -110,14 +121,6 @@ def find_package(fit: Fit) -> Path:
             f"memory was computed for; it was packaged from {contract.get('base_model')}: make that the base_model, and build"
         )
     return folder
-
-
-def read_object(path: Path) -> dict:
-    """A package's JSON file; a UserError where it holds no object."""
-    values = read_json(path)
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected keys and values, found {type(values).__name__}; package the run again")
-    return values
 
 
 def find_python(python: Path | None) -> Path:

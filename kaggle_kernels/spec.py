@@ -1,23 +1,30 @@
 """The strict schema of a spec: one Kaggle kernel. Every problem found is told at once, each with its key and the fix."""
 
-import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from kaggle_kernels.runtime.settings import PackageSettings, Settings
 from preprocess.errors import UserError
+from preprocess.files import read_yaml
+from preprocess.problems import in_words, unknown_key
 
 SPECS = Path(__file__).parent / "specs"
 SLUG = r"^[a-z0-9]+(-[a-z0-9]+)*$"
+RUN = r"^[A-Za-z0-9][A-Za-z0-9_./-]*$"
+TITLE = r"^[^\"'\\\x00-\x1f]*$"
+PATTERNS = {
+    SLUG: "lower-case letters and digits, with single hyphens between them",
+    RUN: "a run's name, as in outputs/NAME",
+    TITLE: "one line without quotation marks and backslashes",
+}
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class Competition(_Strict):
@@ -46,7 +53,7 @@ class PackageBlock(_Strict):
     """One model of a kernel. Base model, quantisation and verdicts are those of the run's recipe."""
 
     run: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9_./-]*$",
+        pattern=RUN,
         description="the run that made the package: its folder below outputs/; the recipe has the same name",
     )
     dataset: str = Field(
@@ -65,11 +72,11 @@ class Spec(_Strict):
     title: str = Field(
         min_length=5,
         max_length=50,
-        pattern=r"^[^\"'\\\x00-\x1f]*$",
+        pattern=TITLE,
         description="the kernel's title on Kaggle; its slug is made from it",
     )
     competition: Literal["wsdm", "lmsys"] = Field(description="whose test file is read and whose submission is written")
-    packages: tuple[PackageBlock, ...] = Field(min_length=1, description="the models; several are an ensemble")
+    packages: tuple[PackageBlock, ...] = Field(min_length=1, strict=False, description="the models; several are an ensemble")
     accelerator: Literal["NvidiaTeslaT4"] = Field("NvidiaTeslaT4", description="two T4s")
     clock_seconds: float = Field(gt=0, le=43200, description="how long the kernel may take, writing the submission included")
     orders: Literal["as_given", "both"] = Field(
@@ -109,6 +116,12 @@ class Spec(_Strict):
             raise ValueError(f"budget_tokens: {self.budget_tokens} is more than tokens_per_batch, {self.tokens_per_batch}")
         return self
 
+    @model_validator(mode="after")
+    def _wheels_are_no_package(self):
+        if self.wheels in {package.dataset for package in self.packages}:
+            raise ValueError(f"wheels: {self.wheels} is a package's dataset; name the one with bitsandbytes, pairwise-wheels")
+        return self
+
     @property
     def slug(self) -> str:
         """The kernel's slug on Kaggle."""
@@ -135,12 +148,7 @@ def all_specs() -> list[Path]:
 
 def read_spec(path: Path) -> Spec:
     """Read and check a spec; every problem found is in one UserError."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected keys and values, found {type(values).__name__}")
+    values = read_yaml(path)
     try:
         return Spec.model_validate(values)
     except ValidationError as error:
@@ -150,17 +158,15 @@ def read_spec(path: Path) -> Spec:
 
 
 def _explain(problem: dict) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
-    message = problem["msg"].removeprefix("Value error, ")
+    key, known = ".".join(str(part) for part in problem["loc"]), PackageBlock if len(problem["loc"]) > 1 else Spec
     if problem["type"] == "extra_forbidden":
-        known = PackageBlock if problem["loc"][0] == "packages" else Spec
-        match = difflib.get_close_matches(str(problem["loc"][-1]), list(known.model_fields), n=1, cutoff=0.5)
-        return f"{key}: unknown key" + (f"; did you mean {match[0]}?" if match else "; remove it")
+        return f"{key}: {unknown_key(problem['loc'][-1], known.model_fields)}"
     if problem["type"] == "missing":
-        return f"{key}: missing"
+        return f"{key}: missing; add it: {known.model_fields[problem['loc'][-1]].description}"
     if problem["type"] == "value_error":
+        message = problem["msg"].removeprefix("Value error, ")
         return f"{key}: {message}" if key else message
-    return f"{key}: {message}, found {problem['input']!r}"
+    return f"{key}: {in_words(problem, PATTERNS)}"
 
 
 def settings_of(name: str, spec: Spec, packages: Sequence[PackageSettings]) -> Settings:

@@ -19,7 +19,7 @@ from scipy.optimize import minimize
 from kaggle_kernels.runtime.submission import SMALLEST
 from kaggle_kernels.spec import COMPETITIONS, SPECS, Spec, read_spec
 from preprocess.errors import UserError
-from preprocess.files import atomic_file, read_json
+from preprocess.files import atomic_file, read_object
 
 TEMPERATURES = (0.1, 10.0)
 RESAMPLES = 1000
@@ -89,7 +89,7 @@ def read_predictions(run: str, spec: Spec) -> pl.DataFrame:
     path, verdicts = folder / "predictions.parquet", COMPETITIONS[spec.competition].verdicts
     if not path.is_file():
         raise UserError(f"{path}: no such file; train the run first, weights are fitted on its validation rows")
-    if read_json(folder / "metrics.json").get("rows_were_trained_on"):
+    if read_object(folder / "metrics.json").get("rows_were_trained_on"):
         raise UserError(
             f"{folder / 'metrics.json'}: rows_were_trained_on: the run was trained on these rows, so that they say nothing of "
             "its weight; train it with a fold held out (PAIRWISE_FOLD=0), and weigh that"

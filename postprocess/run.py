@@ -92,7 +92,8 @@ def _find_weights(folder: Path, recipe: Path) -> bool:
 def check_recipe(recipe: Recipe, contract: Contract, has_adapter: bool) -> None:
     """Raise UserError where recipe or adapter say another thing than the contract, which is what the run was trained with.
 
-    A base model in a folder may stand for a hub's model in the recipe: `axolotl train R.yml --base-model FOLDER`.
+    The recipe's base model must be the one that it named when it was trained, for which another may have stood in:
+    `axolotl train R.yml --base-model FOLDER`.
     """
     block, file = recipe.pairwise, recipe.run_folder / "contract.json"
     template = block.resolved_template()
@@ -107,11 +108,10 @@ def check_recipe(recipe: Recipe, contract: Contract, has_adapter: bool) -> None:
                 "or train again"
             )
     base = recipe.axolotl["base_model"]
-    stands_in = Path(contract.base_model).exists() and not Path(base).exists()
-    if not is_same_model(base, contract.base_model) and not stands_in:
+    named = contract.recorded.get("recipe_base_model", contract.base_model)
+    if not is_same_model(base, named) and not is_same_model(base, contract.base_model):
         raise UserError(
-            f"{recipe.path}: base_model is {base}, the run was trained with {contract.base_model} ({file}); put that back, or "
-            "train again"
+            f"{recipe.path}: base_model is {base}, the run was trained with {named} ({file}); put that back, or train again"
         )
     adapted = adapter_settings(recipe.run_folder).get("base_model_name_or_path") if has_adapter else None
     if adapted and not is_same_model(adapted, contract.base_model):

@@ -74,8 +74,12 @@ def served_of(recipe: Recipe) -> Served:
     lora = None
     if block.package.adapter != "merged":
         lora = (recipe.axolotl.get("lora_r") or 8, tuple(recipe.axolotl.get("lora_target_modules") or ()))
+    try:
+        dimensions = read_dimensions(recipe.axolotl["base_model"])
+    except UserError as error:
+        raise UserError(f"{recipe.path}: base_model: {error}") from None
     return Served(
-        read_dimensions(recipe.axolotl["base_model"]),
+        dimensions,
         block.head,
         len(block.verdicts),
         block.package.quantize,

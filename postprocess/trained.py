@@ -10,7 +10,7 @@ from kaggle_kernels.runtime.model import CLASSES
 from postprocess.run import ADAPTER, MODEL_PATTERN, Run
 from postprocess.skeleton import model_config
 from preprocess.errors import UserError
-from preprocess.files import read_json
+from preprocess.files import read_object
 
 
 def check_memory(run: Run) -> None:
@@ -40,7 +40,7 @@ def load_trained(run: Run, device: str) -> torch.nn.Module:
     options = {"dtype": "auto"}
     if quantised:
         options = {
-            "dtype": read_json(run.folder / "config.json").get("dtype") or "auto",
+            "dtype": read_object(run.folder / "config.json").get("dtype") or "auto",
             "quantization_config": BitsAndBytesConfig.from_dict(quantised),
             "device_map": {"": device},
         }
@@ -62,7 +62,7 @@ def trained_quantization(run: Run) -> dict | None:
     if not run.has_adapter:
         return None
     file = run.folder / "config.json"
-    recorded = read_json(file).get("quantization_config") if file.is_file() else None
+    recorded = read_object(file).get("quantization_config") if file.is_file() else None
     asked = next((key for key in ("load_in_4bit", "load_in_8bit") if run.recipe.axolotl.get(key)), None)
     if asked and not recorded:
         raise UserError(

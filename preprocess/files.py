@@ -9,7 +9,22 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import yaml
+
 from preprocess.errors import UserError
+
+
+class _EachKeyOnce(yaml.SafeLoader):
+    """PyYAML's safe loader, which would take the last of two equal keys without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for number, key in enumerate(keys):
+            if key.value in {earlier.value for earlier in keys[:number]}:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value} stands here a second time; remove one", key.start_mark
+                )
+        return super().construct_mapping(node, deep)
 
 
 @contextlib.contextmanager
@@ -57,7 +72,7 @@ def write_json(path: Path | str, value: object) -> None:
         temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="ascii")
 
 
-def read_json(path: Path | str) -> dict:
+def read_json(path: Path | str):
     """Read a JSON file; a missing or broken one is a UserError."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
@@ -65,6 +80,30 @@ def read_json(path: Path | str) -> dict:
         raise UserError(f"{path}: no such file") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); write it again with the command that made it") from None
+
+
+def read_object(path: Path | str) -> dict:
+    """Read a JSON file that holds one object; anything else is a UserError."""
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise UserError(
+            f"{path}: expected an object, found {type(values).__name__}; write it again with the command that made it"
+        )
+    return values
+
+
+def read_yaml(path: Path | str) -> dict:
+    """Read a YAML file of keys and values, each key once; anything else is a UserError."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = yaml.load(file, Loader=_EachKeyOnce)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected keys and values, found {type(values).__name__}")
+    return values
 
 
 def sha256(path: Path | str) -> str:

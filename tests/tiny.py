@@ -92,12 +92,22 @@ def _pair(rng: random.Random, row_id: str) -> dict:
     }
 
 
-def bpe_tokenizer(folder: Path, vocabulary_size: int = 1024) -> None:
-    """A byte-level BPE tokenizer with Gemma's control tokens, trained on the demo's words, saved as a transformers folder."""
+CONTROL_TOKENS = {
+    "llama": ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+    "qwen2": ["<|im_start|>", "<|im_end|>"],
+}
+
+
+def bpe_tokenizer(folder: Path, kind: str = "gemma2", vocabulary_size: int = 1024) -> None:
+    """A byte-level BPE tokenizer trained on the demo's words, saved as a transformers folder.
+
+    It has Gemma's control tokens, and those of another family for a model of that `kind`.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     specials = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>", "<|reserved_special_token_0|>"]
+    specials += CONTROL_TOKENS.get(kind, [])
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -156,7 +166,7 @@ def model(folder: Path, kind: str = "gemma2", layers: int = 2) -> Path:
     if kind == "bert":
         wordpiece_tokenizer(folder)
     else:
-        bpe_tokenizer(folder)
+        bpe_tokenizer(folder, kind)
     sizes = {
         "vocab_size": 1024,
         "hidden_size": 64,

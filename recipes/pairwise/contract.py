@@ -1,5 +1,6 @@
 """The contract of a run: what its model was trained with, written once beside the weights with the code that made its ids."""
 
+import re
 import shutil
 import subprocess
 from dataclasses import asdict, replace
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import preprocess.model_input as model_input
 from preprocess.errors import UserError
-from preprocess.files import sha256, write_json
+from preprocess.files import read_yaml, sha256, write_json
 from preprocess.model_input import Contract, encode_all, pair_from_row, read_contract
 from recipes.pairwise.schema import PairwiseBlock
 from recipes.pairwise.templates import LABELS
@@ -17,6 +18,8 @@ from recipes.pairwise.templates import LABELS
 MODEL_INPUT = Path(model_input.__file__)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt")
 RECORDED_PACKAGES = ("axolotl", "torch", "transformers", "peft", "tokenizers", "accelerate", "deepspeed", "bitsandbytes")
+
+CONTROL = re.compile(r"<\|?\w+\|?>|\[[A-Z]+\]")  # a chat model's control tokens, and BERT's
 
 LONG = "The quick brown fox jumps over the lazy dog, 0123456789. "
 GOLDEN_ROWS = (
@@ -83,6 +86,7 @@ def new_contract(
         golden=(),
         recorded={},
     )
+    check_control_tokens(tokenizer, block, base_model)
     golden = golden_rows(tokenizer, contract)
     ends = {ids[-1] for row in golden for ids in row["ids"]}
     if block.head != "label_tokens" and pad_token_id in ends:
@@ -91,6 +95,18 @@ def new_contract(
             "end the template otherwise, or set special_tokens: {pad_token: …} to another token"
         )
     return replace(contract, golden=golden)
+
+
+def check_control_tokens(tokenizer, block: PairwiseBlock, base_model: str) -> None:
+    """Raise UserError where a template that the recipe names is not of the base model's family."""
+    template = block.resolved_template()
+    controls = CONTROL.findall(template.start + template.turn + template.end)
+    absent = [text for text in controls if tokenizer.backend_tokenizer.token_to_id(text) is None]
+    if absent and isinstance(block.template, str):
+        raise UserError(
+            f"pairwise.template: {block.template} writes {absent[0]}, which is no token of {base_model}; name the template of "
+            "that model's family, or spell out start, turn and end"
+        )
 
 
 def label_tokens(tokenizer, block: PairwiseBlock) -> tuple[int, ...]:
@@ -124,6 +140,7 @@ def write_contract(folder: Path, contract: Contract, recipe: Path) -> None:
     shutil.copyfile(MODEL_INPUT, folder / MODEL_INPUT.name)
     recorded = {
         "recipe": recipe.name,
+        "recipe_base_model": read_yaml(recipe).get("base_model") if recipe.is_file() else contract.base_model,
         "git_commit": git_commit(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": installed_versions(),

@@ -4,6 +4,7 @@ It holds Axolotl's keys, as the installed Axolotl describes them, and our `pairw
 with every other key an error. JSON Schema's draft 7 is the newest that the YAML language server reads.
 """
 
+import inspect
 import json
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +16,8 @@ from pydantic_core import PydanticSerializationError
 
 from preprocess.errors import UserError, exits_with_2
 from preprocess.files import atomic_file, read_json
-from recipes.pairwise.schema import NUMBERS, PLUGIN, RECIPE_SCHEMA, REFUSED, PairwiseBlock
+from recipes.pairwise.axolotl_keys import LIMITS, PLUGIN, RECIPE_SCHEMA, REFUSED, SET_BY_THE_BLOCK
+from recipes.pairwise.schema import PairwiseBlock
 from recipes.pairwise.templates import NAMES
 
 COMMAND = "python -m recipes.pairwise.json_schema"
@@ -100,15 +102,45 @@ def axolotl_schema() -> dict:
     for key, field in AxolotlInputConfig.model_fields.items():
         if field.deprecated:
             properties[key]["deprecationMessage"] = field.deprecated
+    for key, words in allowed_words().items():
+        properties[key] = {"enum": words} | {k: v for k, v in properties[key].items() if k in ("default", "description")}
+    properties["bnb_config_kwargs"] |= {"properties": bitsandbytes_schema(), "additionalProperties": False}
+    schema["definitions"]["SpecialTokensConfig"]["additionalProperties"] = False
     return {"definitions": schema["definitions"], "properties": properties}
+
+
+def allowed_words() -> dict[str, list[str]]:
+    """The words of keys that Axolotl takes as any text, and hands on to transformers and PEFT."""
+    from axolotl.utils.schemas.enums import CustomSupportedOptimizers  # noqa: PLC0415  see axolotl_schema
+    from transformers.trainer_utils import SaveStrategy, SchedulerType  # noqa: PLC0415
+    from transformers.training_args import OptimizerNames  # noqa: PLC0415
+
+    return {
+        "adapter": ["lora", "qlora"],
+        "attn_implementation": ["eager", "sdpa", "flash_attention_2", "flash_attention_3"],
+        "lr_scheduler": sorted([*(kind.value for kind in SchedulerType), "one_cycle", "rex"]),
+        "optimizer": sorted(kind.value for kind in (*OptimizerNames, *CustomSupportedOptimizers)),
+        "save_strategy": sorted(kind.value for kind in SaveStrategy),
+    }
+
+
+def bitsandbytes_schema() -> dict[str, dict]:
+    """What may stand in bnb_config_kwargs: the arguments of transformers' BitsAndBytesConfig, with their types."""
+    from transformers import BitsAndBytesConfig  # noqa: PLC0415  see axolotl_schema
+
+    kinds = {bool: {"type": "boolean"}, float: {"type": "number"}}
+    arguments = inspect.signature(BitsAndBytesConfig).parameters.values()
+    known = {one.name: kinds.get(type(one.default), {}) for one in arguments if one.kind is not one.VAR_KEYWORD}
+    modules = {"type": "array", "items": {"type": "string"}}
+    return known | {"bnb_4bit_quant_type": {"enum": ["nf4", "fp4"]}, "llm_int8_skip_modules": modules}
 
 
 def without_null(schema: dict) -> dict:
     """A key's schema without null, which Axolotl allows nearly everywhere and a recipe says by leaving the key out."""
     options = [option for option in schema.get("anyOf", []) if option != {"type": "null"}]
     rest = {key: value for key, value in schema.items() if key != "anyOf"}
-    if len(options) == 1 and "$ref" not in options[0]:
-        return options[0] | rest
+    if len(options) == 1:
+        return ({"allOf": options} if "$ref" in options[0] else options[0]) | rest
     return {"anyOf": options} | rest if options else rest
 
 
@@ -128,11 +160,13 @@ def recipe_schema(axolotl: dict) -> dict:
     """The whole schema of a recipe: what the strict check refuses is refused here too, where a schema can say it."""
     properties = {"pairwise": pairwise_schema()} | {k: v for k, v in axolotl["properties"].items() if k != "pairwise"}
     properties["plugins"] = properties["plugins"] | {"contains": {"const": PLUGIN}}
-    for key in NUMBERS:
-        kind = {"type": properties[key].get("type", "number"), "exclusiveMinimum": 0}
+    for key, limits in LIMITS.items():
+        kind = {"type": properties[key].get("type", "number")} | limits
         properties[key] = kind | {k: v for k, v in properties[key].items() if k == "description"}
     for key, why in REFUSED.items():
         properties[key] = {"const": False, "description": f"Refused: {why}."}
+    for key, by in SET_BY_THE_BLOCK.items():
+        properties[key] = {"not": {}, "description": f"Refused: {by} decides that."}
     return {
         "$schema": DRAFT,
         "$comment": comment(),

@@ -19,7 +19,7 @@ from axolotl.common.datasets import TrainDatasetMeta
 from axolotl.integrations.base import BasePlugin
 from axolotl.loaders import load_tokenizer
 from axolotl.utils.trainer import calculate_total_num_steps
-from transformers import set_seed
+from transformers import AutoConfig, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from preprocess.errors import UserError
@@ -29,6 +29,7 @@ from recipes.pairwise import deepspeed_cpu, metrics, zero3
 from recipes.pairwise.collator import LabelTokenCollator, PairCollator
 from recipes.pairwise.contract import new_contract, write_contract
 from recipes.pairwise.data import datasets_of, read_pairs
+from recipes.pairwise.model_checks import check_base, check_model, check_vocabulary
 from recipes.pairwise.schema import apply_environment, check_run, run_folder
 from recipes.pairwise.trainer import LabelTokenTrainer, PairwiseTrainer
 
@@ -44,10 +45,11 @@ LORA_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_emb
 HEADS = ("score", "classifier")
 
 
-def stop(error: Exception) -> None:
-    """End every process with exit code 2; the first one on each machine says why, in one line."""
+def stop(error: Exception, recipe: Path | None = None) -> None:
+    """End every process with exit code 2; the first one on each machine says why, in one line that names the recipe."""
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        named = recipe is None or str(recipe) in str(error)
+        print(f"error: {error}" if named else f"error: {recipe}: {error}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
@@ -86,8 +88,9 @@ class PairwisePlugin(BasePlugin):
                     f"{self.recipe}: pairwise.train is false, there is nothing to train; package the base model with "
                     f"python -m postprocess {self.recipe}"
                 )
+            check_base(cfg["base_model"])
         except UserError as error:
-            stop(error)
+            stop(error, self.recipe)
         cfg["output_dir"] = str(run_folder(cfg.get("output_dir"), self.recipe))
         if self.block.head == "label_tokens":
             cfg["model_type"] = "AutoModelForCausalLM"
@@ -122,7 +125,7 @@ class PairwisePlugin(BasePlugin):
             train, validation = datasets_of(Path(self.block.pairs), self.block.fold, tokenizer, self.contract, cache)
             check_resume(cfg, self.block, self.recipe)
         except (UserError, ContractError) as error:
-            stop(error)
+            stop(error, self.recipe)
         total_steps = cfg.max_steps or calculate_total_num_steps(cfg, train)
         return TrainDatasetMeta(train_dataset=train, eval_dataset=validation, total_num_steps=total_steps)
 
@@ -133,6 +136,8 @@ class PairwisePlugin(BasePlugin):
             raise UserError(
                 f"{self.recipe}: the tokenizer has no pad token; set special_tokens: {{pad_token: …}} in the recipe"
             )
+        vocabulary_size = AutoConfig.from_pretrained(cfg.base_model, revision=cfg.revision_of_model).vocab_size
+        check_vocabulary(cfg.special_tokens or {}, tokenizer, vocabulary_size)
         return new_contract(
             self.block,
             tokenizer,
@@ -150,12 +155,13 @@ class PairwisePlugin(BasePlugin):
         """Pad id, soft cap, label names, and a head that holds sane numbers; the hub's commit, where it came from there."""
         self.contract = replace(self.contract, revision=self.contract.revision or getattr(model.config, "_commit_hash", None))
         try:
-            check_positions(model.config, self.block.budget_tokens)
+            overrides = cfg.overrides_of_model_config or {}
+            check_model(model, self.block.budget_tokens, cfg.lora_target_modules, overrides, self.block.softcap)
             if self.block.head != "label_tokens":
                 ensure_head(model)
                 name_labels(model.config, ("reward",) if self.block.head == "reward" else self.block.verdicts)
         except UserError as error:
-            stop(error)
+            stop(error, self.recipe)
         model.config.pad_token_id = self.contract.pad_token_id
         if not self.block.softcap and getattr(model.config, "attn_logit_softcapping", None) is not None:
             model.config.attn_logit_softcapping = None
@@ -284,13 +290,6 @@ def check_resume(cfg, block, recipe: Path) -> None:
             )
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         write_json(folder / "run.json", identity)
-
-
-def check_positions(config, budget_tokens: int) -> None:
-    """Raise UserError where a row may be longer than the model has positions."""
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions and budget_tokens > positions:
-        raise UserError(f"pairwise.budget_tokens: {budget_tokens}, but the base model has {positions} positions; lower it")
 
 
 def train_in_float32(model) -> None:

@@ -3,39 +3,26 @@
 Nothing here imports torch or Axolotl, so that `python -m recipes.pairwise` answers in a second or two.
 """
 
-import difflib
-import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from preprocess.errors import UserError
-from preprocess.files import read_json
+from preprocess.files import read_yaml
 from preprocess.model_input import Template
+from preprocess.problems import in_words, unknown_key
+from recipes.pairwise.axolotl_keys import REFUSED, axolotl_problems
 from recipes.pairwise.templates import NAMES, named_template
 
-PLUGIN = "recipes.pairwise.plugin.PairwisePlugin"
-NUMBERS = ("micro_batch_size", "gradient_accumulation_steps", "num_epochs", "learning_rate")
-RECIPE_SCHEMA = Path(__file__).parents[1] / "recipe.schema.json"
-REFUSED = {
-    "reward_model": "it forces one label and its evaluation crashes; remove it, the `pairwise` block sets the head",
-    "trust_remote_code": "it runs code from the hub and loads the wrong class; use a model that transformers knows",
-    "sample_packing": "it pools one token for a whole packed row; remove it, rows are batched by length instead",
-    "dataloader_drop_last": "it drops validation rows too, whose predictions are then missing; remove it",
-    "lora_target_linear": "it puts the head under LoRA twice; list the layers in lora_target_modules",
-}
-
-SDPA_DROPS_SOFTCAP = (
-    "attn_implementation: sdpa drops the soft cap without a word; use eager or flash_attention_2, or softcap: false"
-)
+SLUG = r"^[a-z0-9][a-z0-9-]{4,48}[a-z0-9]$"
+PATTERNS = {SLUG: "6 to 50 lower-case letters, digits and hyphens"}
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class TemplateBlock(_Strict):
@@ -60,8 +47,8 @@ class PackageBlock(_Strict):
         "of the two agrees better with training",
     )
     tolerance: float = Field(0.05, gt=0, le=1, description="largest mean difference in probability that is let through")
-    slug: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{4,48}[a-z0-9]$", description="the Kaggle dataset's slug, 6 to 50 characters")
-    licence: str = Field("apache-2.0", description="Kaggle's name of the weights' licence")
+    slug: str = Field(pattern=SLUG, description="the Kaggle dataset's slug, 6 to 50 characters")
+    licence: str = Field("apache-2.0", min_length=1, description="Kaggle's name of the weights' licence")
 
     @model_validator(mode="after")
     def _an_adapter_stays_apart_only_on_nf4(self):
@@ -73,10 +60,10 @@ class PackageBlock(_Strict):
 class PairwiseBlock(_Strict):
     """The `pairwise:` block of a recipe."""
 
-    pairs: str = Field("data/pairs.parquet", description="what to train on; PAIRWISE_PAIRS=FILE overrides it")
+    pairs: str = Field("data/pairs.parquet", min_length=1, description="what to train on; PAIRWISE_PAIRS=FILE overrides it")
     fold: int | str = Field(0, description="the fold to hold out, or all; PAIRWISE_FOLD overrides it")
     verdicts: tuple[Literal["model_a", "model_b", "tie"], ...] = Field(
-        ("model_a", "model_b"), description="the order of the logits: two verdicts, or three with tie"
+        ("model_a", "model_b"), strict=False, description="the order of the logits: two verdicts, or three with tie"
     )
     head: Literal["score", "label_tokens", "reward"] = Field(
         "score",
@@ -96,12 +83,12 @@ class PairwiseBlock(_Strict):
     )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="mixes the labels with the uniform distribution")
     softcap: bool = Field(False, description="Gemma-2's soft cap of attention logits; needs eager or flash_attention_2")
-    package: PackageBlock
+    package: PackageBlock = Field(description="slug of the Kaggle dataset, and how the model is quantised")
 
-    @field_validator("fold")
+    @field_validator("fold", mode="before")
     @classmethod
     def _fold_is_a_number_or_all(cls, fold):
-        if fold != "all" and (isinstance(fold, str) or fold < 0):
+        if fold != "all" and (not isinstance(fold, int) or isinstance(fold, bool) or fold < 0):
             raise ValueError("expected a fold's number or all")
         return fold
 
@@ -112,15 +99,19 @@ class PairwiseBlock(_Strict):
             raise ValueError("expected model_a and model_b, with or without tie, each once")
         return verdicts
 
-    @field_validator("template")
+    @field_validator("template", mode="before")
     @classmethod
     def _template_is_known(cls, template):
-        if isinstance(template, str) and template not in NAMES:
+        if not isinstance(template, dict | TemplateBlock) and template not in NAMES:
             raise ValueError(f"expected one of {', '.join(NAMES)}, or start, turn and end spelled out")
         return template
 
     @model_validator(mode="after")
     def _the_head_suits_the_rest(self):
+        places = ("prompt", "response") if self.head == "reward" else ("prompt", "response_a", "response_b")
+        if isinstance(self.template, TemplateBlock) and any(self.template.turn.count(f"{{{place}}}") != 1 for place in places):
+            told = ", ".join(f"{{{place}}}" for place in places)
+            raise ValueError(f"template.turn: expected {told}, each once, found {self.template.turn!r}")
         if self.head == "reward" and "tie" in self.verdicts:
             raise ValueError("verdicts: a reward model tells no ties apart; leave out tie, half of a tie goes to each side")
         if self.head == "reward" and "orders" in self.model_fields_set:
@@ -151,14 +142,9 @@ class Recipe:
 def read_recipe(path: Path | str) -> Recipe:
     """Read and check a recipe; every problem found is in one UserError. PAIRWISE_FOLD and PAIRWISE_PAIRS apply."""
     path = Path(path)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such recipe") from None
-    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected keys and values, found {type(values).__name__}")
+    if not path.is_file():
+        raise UserError(f"{path}: no such recipe")
+    values = read_yaml(path)
     problems = recipe_problems(values)
     if problems:
         raise UserError(f"{path}: " + "; ".join(problems))
@@ -179,64 +165,19 @@ def check_run(cfg: dict, recipe: Path) -> PairwiseBlock:
     """
     problems = [f"{key}: refused, {why}" for key, why in REFUSED.items() if cfg.get(key)]
     if recipe.is_file():
-        overridden = {key: cfg.get(key) for key in (*REFUSED, "attn_implementation", "base_model")}
-        problems = recipe_problems(yaml.safe_load(recipe.read_text(encoding="utf-8")) | overridden)
+        overridden = {key: cfg.get(key) for key in (*REFUSED, "attn_implementation", "base_model") if cfg.get(key) is not None}
+        problems = recipe_problems(read_yaml(recipe) | overridden)
     if problems:
         raise UserError(f"{recipe}: " + "; ".join(problems))
     return PairwiseBlock.model_validate(dict(cfg["pairwise"]))
 
 
-@functools.cache
-def known_keys() -> tuple[str, ...]:
-    """The keys that may stand at the top of a recipe: Axolotl's and `pairwise`, read from recipe.schema.json."""
-    return tuple(read_json(RECIPE_SCHEMA)["properties"])
-
-
 def recipe_problems(values: dict) -> list[str]:
     """What is wrong with a recipe's parsed YAML, one sentence a problem, each naming its key and the fix."""
-    problems = [f"{key}: refused, {why}" for key, why in REFUSED.items() if values.get(key)]
-    for key in values:
-        if key not in known_keys():
-            problems.append(f"{key}: unknown key{_nearest(key, known_keys())}")
-    problems += run_problems(values)
-    quantising = values.get("bnb_config_kwargs")
-    skipped = quantising.get("llm_int8_skip_modules") if isinstance(quantising, dict) else None
-    block = values.get("pairwise")
-    head = "lm_head" if isinstance(block, dict) and block.get("head") == "label_tokens" else "score"
-    if skipped is not None and (not isinstance(skipped, list) or head not in skipped):
-        problems.append(
-            f"bnb_config_kwargs.llm_int8_skip_modules: it replaces the default list, so the head would be quantised; add {head}"
-        )
+    problems = axolotl_problems(values)
     if "pairwise" not in values:
         return [*problems, "pairwise: missing; a recipe needs this block"]
     return problems + pairwise_problems(values["pairwise"])
-
-
-def run_problems(values: dict) -> list[str]:
-    """What is wrong with keys that every run needs; Axolotl checks the rest when it starts."""
-    problems = []
-    if not isinstance(values.get("base_model"), str) or not values["base_model"]:
-        problems.append(f"base_model: expected a model or a folder, found {values.get('base_model')!r}")
-    plugins = values.get("plugins")
-    if not isinstance(plugins, list) or PLUGIN not in plugins:
-        problems.append(f"plugins: without {PLUGIN} Axolotl would train something else; add it")
-    if not isinstance(values.get("output_dir") or "", str):
-        problems.append(f"output_dir: expected a folder, found {values['output_dir']!r}")
-    for key in NUMBERS:
-        value = values.get(key, 1)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-            problems.append(f"{key}: expected a number above 0, found {value!r}")
-    block = values.get("pairwise")
-    if not isinstance(block, dict):
-        return problems
-    if block.get("softcap") and values.get("attn_implementation") == "sdpa":
-        problems.append(SDPA_DROPS_SOFTCAP)
-    kept_apart = isinstance(block.get("package"), dict) and block["package"].get("adapter", "merged") != "merged"
-    if kept_apart and values.get("adapter") not in ("lora", "qlora"):
-        problems.append("pairwise.package.adapter: the run has no adapter; remove the key, or set adapter: lora or qlora")
-    if block.get("train") is False and values.get("adapter"):
-        problems.append("adapter: nothing is trained with pairwise.train: false; remove the key")
-    return problems
 
 
 def pairwise_problems(block: object) -> list[str]:
@@ -255,20 +196,14 @@ def pairwise_problems(block: object) -> list[str]:
 def _explain(problem: dict) -> str:
     where = [str(part) for part in problem["loc"] if part not in ("str", "int", "TemplateBlock")]
     key = ".".join(["pairwise", *where])
+    known = PackageBlock if where[:1] == ["package"] else TemplateBlock if where[:1] == ["template"] else PairwiseBlock
     if problem["type"] == "extra_forbidden":
-        known = PackageBlock if where[:1] == ["package"] else TemplateBlock if where[:1] == ["template"] else PairwiseBlock
-        return f"{key}: unknown key{_nearest(where[-1], known.model_fields)}"
+        return f"{key}: {unknown_key(problem['loc'][-1], known.model_fields)}"
     if problem["type"] == "missing":
-        return f"{key}: missing"
-    message = problem["msg"].removeprefix("Value error, ")
-    if isinstance(problem["input"], dict):  # of the block as a whole: the message begins with the key
-        return f"{key}.{message}"
-    return f"{key}: {message}, found {problem['input']!r}"
-
-
-def _nearest(key: str, known) -> str:
-    match = difflib.get_close_matches(str(key), list(known), n=1, cutoff=0.5)
-    return f"; did you mean {match[0]}?" if match else "; remove it"
+        return f"{key}: missing; add it: {known.model_fields[where[-1]].description or 'see the README'}"
+    if problem["type"] == "value_error" and isinstance(problem["input"], dict):  # of a block as a whole: it names its key
+        return f"{key}.{problem['msg'].removeprefix('Value error, ')}"
+    return f"{key}: {in_words(problem, PATTERNS)}"
 
 
 def apply_environment(block: PairwiseBlock) -> PairwiseBlock:

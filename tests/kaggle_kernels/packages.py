@@ -8,8 +8,9 @@ import yaml
 
 from kaggle_kernels.runtime.settings import PackageSettings
 from preprocess.files import sha256
+from recipes.pairwise.axolotl_keys import PLUGIN
 from recipes.pairwise.contract import TOKENIZER_FILES, new_contract, write_contract
-from recipes.pairwise.schema import PLUGIN, PairwiseBlock
+from recipes.pairwise.schema import PairwiseBlock
 
 BASE = "outputs/demo/input/gemma2"  # a base model whose dimensions are those of tiny.model
 AWKWARD_ROWS = [

@@ -148,7 +148,16 @@ def test_list_is_a_table_with_a_row_a_spec():
 def test_a_spec_with_a_problem_does_not_take_the_others_from_the_list(workplace, capsys):
     from kaggle_kernels.listing import print_specs
 
-    print_specs([workplace(LLAMA_70B, quantize="nf4"), *all_specs()[:1]])
+    with pytest.raises(UserError, match="packages.0: big needs"):
+        print_specs([workplace(LLAMA_70B, quantize="nf4"), *all_specs()[:1]])
     out = capsys.readouterr().out
     assert "see below" in out and "demo" in out
-    assert "packages.0: big needs" in out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("where", ["spec", "recipe"])
+def test_a_row_longer_than_the_models_positions_is_refused(where, workplace):
+    pairwise, more = ({"budget_tokens": 1024}, "") if where == "recipe" else ({"budget_tokens": 512}, "budget_tokens: 1024\n")
+    path = workplace(MINILM, more=more, **pairwise)
+    key = f"{path}: budget_tokens" if where == "spec" else "recipes/big.yml: pairwise.budget_tokens"
+    with pytest.raises(UserError, match=f"{key}: 1024, but sentence-transformers/all-MiniLM-L6-v2 has 512 positions; lower it"):
+        fit_packages(path, read_spec(path))

@@ -120,10 +120,13 @@ def test_each_means_a_worker_a_device_and_split_one_worker(package_folder, monke
         engine, "load_model", lambda *_, device_map: loaded.append(device_map) or SimpleNamespace(dtype="float16")
     )
     monkeypatch.setattr(engine, "check_golden_scores", lambda *_: 0.0)
+    staged = []
+    monkeypatch.setattr(engine, "Stages", lambda model, starts, devices: staged.append(devices))
     package, devices = SimpleNamespace(folder=package_folder, contract=None), ["cuda:0", "cuda:1"]
     each = load_workers(package, "each", devices, 100, start_clock(600))
     assert [worker.name for worker in each] == ["cuda:0", "cuda:1"] and loaded == [None, None]
     [split] = load_workers(package, "split", devices, 100, start_clock(600))
     assert split.name == "cuda:0+cuda:1" and set(loaded[-1].values()) == {"cuda:0", "cuda:1"}
+    assert staged == [("cuda:0", "cuda:1")]
     [alone] = load_workers(package, "split", devices[:1], 100, start_clock(600))
     assert (alone.name, loaded[-1]) == ("cuda:0", None)

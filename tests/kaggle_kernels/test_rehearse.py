@@ -167,10 +167,11 @@ def test_the_kernels_ids_are_trainings_ids_on_every_awkward_row(workplace, tmp_p
     assert max(map(len, trained)) <= contract.budget_tokens
 
 
-def test_a_template_changed_after_training_makes_the_kernel_refuse(workplace, tmp_path):
+def test_token_ids_other_than_training_s_make_the_kernel_refuse(workplace, tmp_path):
     package = tmp_path / "outputs" / "two" / "package"
-    template = json.loads((package / "contract.json").read_text())["template"]
-    change_json(package / "contract.json", template={**template, "turn": template["turn"].replace("# Prompt", "# prompt")})
+    golden = json.loads((package / "contract.json").read_text())["golden"]
+    golden[0]["ids"][0][3] += 1
+    change_json(package / "contract.json", golden=golden)
     write_manifest(package)
     done = rehearse(workplace, "--test", "test.parquet", "--out", "results")
     assert done.exit_code == 2
@@ -237,7 +238,7 @@ def test_a_package_that_is_not_the_recipes_exits_with_2_and_names_file_key_and_f
 
 
 @pytest.mark.parametrize(
-    "text, message", [("[1]", "expected keys and values, found list"), ("{", "not valid JSON"), ("\udcff", "not valid JSON")]
+    "text, message", [("[1]", "expected an object, found list"), ("{", "not valid JSON"), ("\udcff", "not valid JSON")]
 )
 @pytest.mark.parametrize("file", ["dataset-metadata.json", "contract.json", "manifest.json"])
 def test_a_damaged_json_of_a_package_exits_with_2_in_one_line(workplace, tmp_path, file, text, message):
@@ -292,14 +293,14 @@ def test_verdicts_that_make_no_sense_are_told_before_the_kernel_runs(workplace, 
 
 def test_a_package_of_a_larger_base_model_than_the_recipes_exits_with_2(workplace, tmp_path):
     package = tmp_path / "outputs" / "two" / "package"
-    change_json(package / "contract.json", base_model="large/model")
+    change_json(package / "contract.json", base_model=".")
     with (package / "model.safetensors").open("ab") as file:
         file.truncate(2 * 2**30)
     done = rehearse(workplace, "--test", "test.parquet")
     assert (done.exit_code, done.output) == (
         2,
         "error: outputs/two/package: 2.0 GiB of weights, recipes/two.yml comes to 0.0, which the kernel's memory was computed "
-        "for; it was packaged from large/model: make that the base_model, and build\n",
+        "for; it was packaged from .: make that the base_model, and build\n",
     )
 
 

@@ -63,7 +63,18 @@ def test_a_mistake_within_a_package_is_the_only_problem(tmp_path):
             {"packages": package(placement="both")},
             "packages.0.placement: Input should be 'auto', 'each' or 'split', found 'both'",
         ),
-        ({"packages": package(dataset="Upper_case")}, "packages.0.dataset: "),
+        (
+            {"packages": package(dataset="Upper_case")},
+            "packages.0.dataset: expected lower-case letters and digits, with single",
+        ),
+        ({"packages": package(run="")}, "packages.0.run: expected a run's name, as in outputs/NAME, found ''"),
+        (
+            {"packages": package(weight="0.5")},
+            "packages.0.weight: expected a number, found '0.5' (YAML reads that as text: write 0.5",
+        ),
+        ({"packages": "one"}, "packages: expected a list, found 'one'"),
+        ({"clock_seconds": True}, "clock_seconds: expected a number, found True"),
+        ({"wheels": "dataset-one"}, "wheels: dataset-one is a package's dataset; name the one with bitsandbytes"),
         ({"competition": "wsdmm"}, "competition: Input should be 'wsdm' or 'lmsys', found 'wsdmm'"),
         ({"accelerator": "NvidiaTeslaP100"}, "accelerator: Input should be 'NvidiaTeslaT4'"),
         ({"clock_seconds": 0}, "clock_seconds: Input should be greater than 0, found 0"),
@@ -85,12 +96,20 @@ def test_a_wrong_value_is_one_line_with_its_key(tmp_path, changes, message):
 
 
 def test_all_problems_are_told_at_once(tmp_path):
-    with pytest.raises(UserError, match="clock_seconds: missing; orderz: unknown key"):
+    with pytest.raises(
+        UserError, match="clock_seconds: missing; add it: how long .*; orderz: unknown key; did you mean orders"
+    ):
         read(tmp_path, clock_seconds=None, orderz="both")
 
 
 @pytest.mark.parametrize(
-    "text, message", [("title: [", "cannot be read as YAML"), ("- a\n", "expected keys and values, found list")]
+    "text, message",
+    [
+        ("title: [", "not valid YAML"),
+        ("clock_seconds: 2024-13-45", "not valid YAML: month must be in 1..12"),
+        ("title: a\ntitle: b", "the key title stands here a second time; remove one"),
+        ("- a\n", "expected keys and values, found list"),
+    ],
 )
 def test_a_file_that_is_no_spec_is_one_line(tmp_path, text, message):
     (tmp_path / "spec.yml").write_text(text)

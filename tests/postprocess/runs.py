@@ -19,9 +19,10 @@ from kaggle_kernels.runtime.model import CLASSES
 from kaggle_kernels.runtime.package import read_tokenizer
 from kaggle_kernels.runtime.scoring import ORDERS, score
 from preprocess import model_input
+from recipes.pairwise.axolotl_keys import PLUGIN
 from recipes.pairwise.contract import new_contract, write_contract
 from recipes.pairwise.metrics import predictions
-from recipes.pairwise.schema import PLUGIN, PairwiseBlock
+from recipes.pairwise.schema import PairwiseBlock
 from tests import tiny
 
 TARGETS = {"bert": ["query", "value", "dense"]}
@@ -98,6 +99,8 @@ def make(
 ) -> Made:
     """A run of the base model of `kind`, as training leaves it: LoRA by default, QLoRA, or a full fine-tune."""
     keys = {} if full else {"adapter": "qlora", "load_in_4bit": True} if qlora else {"adapter": "lora"}
+    if keys:
+        keys["lora_target_modules"] = TARGETS.get(kind, DECODER_TARGETS)
     recipe = recipe_file(folder, base, kind, verdicts, head, keys, **package)
     block = PairwiseBlock.model_validate(yaml.safe_load(recipe.read_text())["pairwise"])
     run_folder = folder / "run"

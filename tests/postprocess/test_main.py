@@ -198,24 +198,27 @@ def test_an_adapter_of_another_base_is_one_line(another, tmp_path, tiny_models):
 
 
 @pytest.mark.parametrize(
-    ("in_recipe", "trained_with", "is_refused"),
+    ("in_recipe", "named", "trained_with", "is_refused"),
     [
-        ("google/gemma-2-9b", "google/gemma-2-9b-it", True),
-        ("one", "google/gemma-2-9b-it", True),
-        ("one", "two", True),
-        ("one", "./one", False),
-        ("google/gemma-2-9b-it", "one", False),  # axolotl train R.yml --base-model one
+        ("google/gemma-2-9b", "google/gemma-2-9b-it", "google/gemma-2-9b-it", True),
+        ("one", "google/gemma-2-9b-it", "google/gemma-2-9b-it", True),
+        ("one", "two", "two", True),
+        ("absent", "two", "two", True),
+        ("one", "./one", "./one", False),
+        ("google/gemma-2-9b-it", "google/gemma-2-9b-it", "one", False),  # axolotl train R.yml --base-model one
+        ("google/gemma-2-9b", "google/gemma-2-9b-it", "one", True),
+        ("one", "google/gemma-2-9b-it", "one", False),
     ],
 )
-def test_the_base_of_the_recipe_is_the_run_s(in_recipe, trained_with, is_refused, made, tmp_path, monkeypatch):
+def test_the_base_of_the_recipe_is_the_run_s(in_recipe, named, trained_with, is_refused, made, tmp_path, monkeypatch):
     run = made("gemma2")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
     recipe = read_recipe(run.recipe)
     recipe.axolotl["base_model"] = in_recipe
-    contract = replace(run.contract(), base_model=trained_with)
+    contract = replace(run.contract(), base_model=trained_with, recorded={"recipe_base_model": named})
     if not is_refused:
         return check_recipe(recipe, contract, has_adapter=False)
-    with pytest.raises(UserError, match=f"base_model is {in_recipe}, the run was trained with {trained_with}"):
+    with pytest.raises(UserError, match=f"base_model is {in_recipe}, the run was trained with {named}"):
         check_recipe(recipe, contract, has_adapter=False)

@@ -17,7 +17,8 @@ from postprocess.__main__ import main, use_as_it_is
 from postprocess.run import hub_commit
 from postprocess.stages import RECORD
 from postprocess.untrained import untrained
-from recipes.pairwise.schema import PLUGIN, read_recipe
+from recipes.pairwise.axolotl_keys import PLUGIN
+from recipes.pairwise.schema import read_recipe
 from tests import tiny
 
 STAGES = ["untrained", "merge", "quantise", "agreement", "package"]
@@ -226,7 +227,10 @@ DAMAGE = [
     (leave_weights, "holds adapter_model.safetensors of a training, but"),
     (lambda recipe: change(recipe, base_model="./gone"), "./gone: the base model in"),
     (lambda recipe: change(recipe, special_tokens={"pad_token": "<new>"}), "are not all in the vocabulary of"),
-    (lambda recipe: change(recipe, special_tokens={"colour": "<pad>"}), "recipe.yml: special_tokens: {'colour': '<pad>'}"),
+    (
+        lambda recipe: change(recipe, special_tokens={"colour": "<pad>"}),
+        "recipe.yml: special_tokens.colour: unknown key; remove it",
+    ),
     (lambda recipe: change_block(recipe, head="score"), "has no score.weight, so that its answers would be random"),
     (lambda recipe: change_block(recipe, budget_tokens=5000), "budget_tokens: 5000, but the base model has 4096 positions"),
     (lambda recipe: change_block(recipe, budget_tokens=70), "leaves no room beside the template"),

@@ -16,6 +16,7 @@ GOOD = {
     "plugins": ["recipes.pairwise.plugin.PairwisePlugin"],
     "pairwise": {"template": "gemma", "budget_tokens": 256, "package": {"slug": "some-model"}},
 }
+LORA = {"adapter": "lora", "lora_r": 8, "lora_target_modules": ["q_proj", "v_proj"]}
 
 
 def with_block(**changes) -> dict:
@@ -42,9 +43,12 @@ def test_a_good_recipe_has_no_problem():
         (GOOD | {"base_model": None}, "base_model: expected a model or a folder, found None"),
         (GOOD | {"plugins": ["recipes.pairwise.PairwisePlugin"]}, "plugins: without recipes.pairwise.plugin.PairwisePlugin"),
         (GOOD | {"plugins": 3}, "plugins: without recipes.pairwise.plugin.PairwisePlugin"),
-        (GOOD | {"output_dir": 5}, "output_dir: expected a folder, found 5"),
-        (GOOD | {"bnb_config_kwargs": {"llm_int8_skip_modules": 3}}, "bnb_config_kwargs.llm_int8_skip_modules: it replaces"),
-        (GOOD | {"micro_batch_size": "four"}, "micro_batch_size: expected a number above 0, found 'four'"),
+        (GOOD | {"output_dir": 5}, "output_dir: expected text, found 5"),
+        (
+            GOOD | {"bnb_config_kwargs": {"llm_int8_skip_modules": 3}},
+            "bnb_config_kwargs.llm_int8_skip_modules: expected a list, f",
+        ),
+        (GOOD | {"micro_batch_size": "four"}, "micro_batch_size: expected a whole number above 0, found 'four'"),
         (with_block(softcap=True) | {"attn_implementation": "sdpa"}, "attn_implementation: sdpa drops the soft cap"),
         (with_block(head="reward", verdicts=["model_a", "tie", "model_b"]), "pairwise.verdicts: a reward model tells no ties"),
         (with_block(head="reward", orders="both"), "pairwise.orders: a reward model sees each answer alone"),
@@ -52,7 +56,7 @@ def test_a_good_recipe_has_no_problem():
         (with_block(head="label_tokens", label_smoothing=0.1), "pairwise.label_smoothing: Axolotl's causal trainer has none"),
         (with_block(train=False) | {"adapter": "lora"}, "adapter: nothing is trained with pairwise.train: false"),
         (
-            with_block(package={"slug": "some-model", "adapter": "best"}) | {"adapter": "qlora"},
+            with_block(package={"slug": "some-model", "adapter": "best"}) | LORA,
             "pairwise.package.adapter: best needs quantize: nf4, found quantize: none",
         ),
         (
@@ -78,6 +82,101 @@ def test_each_mistake_is_one_sentence_that_names_the_key(values, problem):
     found = recipe_problems(values)
     assert len(found) == 1
     assert found[0].startswith(problem)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"optimizer": "adamw_torchh"}, "optimizer: expected one of "),
+        ({"lr_scheduler": "cosin"}, "lr_scheduler: expected one of "),
+        (
+            {"attn_implementation": "sdpaa"},
+            "attn_implementation: expected one of eager, sdpa, flash_attention_2, flash_attention_3",
+        ),
+        ({"bf16": "autoo"}, "bf16: expected \"auto\" or true or false, found 'autoo'; did you mean auto?"),
+        ({"save_strategy": False}, "save_strategy: expected one of best, epoch, no, steps, found False (YAML reads no, off,"),
+        (
+            {"learning_rate": "1e-4"},
+            "learning_rate: expected a number above 0, found '1e-4' (YAML reads that as text: write 0.0001)",
+        ),
+        ({"learning_rate": float("nan")}, "learning_rate: expected a number, found nan"),
+        ({"micro_batch_size": 1.5}, "micro_batch_size: expected a whole number above 0, found 1.5"),
+        ({"warmup_ratio": 5}, "warmup_ratio: expected a number of at least 0 and of at most 1, found 5"),
+        ({"max_steps": 0}, "max_steps: expected a whole number of at least 1, found 0"),
+        ({"seed": None}, "seed: expected a whole number of at least 0, found None"),
+        ({"lora_dropout": 1.5} | LORA, "lora_dropout: expected a number of at least 0 and below 1, found 1.5"),
+        ({"lora_target_modules": 5} | {"adapter": "lora"}, "lora_target_modules: expected text or a list, found 5"),
+        (LORA | {"adapter": "lroa"}, "adapter: expected one of lora, qlora, found 'lroa'; did you mean lora?"),
+        (LORA | {"lora_target_modules": ["q_proj", "k_prj"]}, "lora_target_modules: k_prj is no layer; did you mean k_proj?"),
+        (LORA | {"lora_target_modules": []}, "lora_target_modules: missing; list the layers that lora is to adapt"),
+        ({"lora_r": 8}, "adapter: missing beside lora_r: every weight would be trained; set adapter: lora"),
+        (LORA | {"adapter": "qlora"}, "load_in_4bit: adapter: qlora trains on a base in 4 bits; set load_in_4bit: true"),
+        (
+            {"bnb_config_kwargs": {"bnb_4bit_quant_typ": "nf4"}},
+            "bnb_config_kwargs.bnb_4bit_quant_typ: unknown key; did you mean bnb_4bi",
+        ),
+        (
+            {"bnb_config_kwargs": {"bnb_4bit_quant_type": "nf5"}},
+            "bnb_config_kwargs.bnb_4bit_quant_type: expected one of nf4, fp4",
+        ),
+        ({"special_tokens": {"pad_tok": "<pad>"}}, "special_tokens.pad_tok: unknown key; did you mean pad_token?"),
+        ({"num_labels": 3}, "num_labels: refused, pairwise.verdicts and pairwise.head decides that; remove it"),
+        ({"val_set_size": 0.2}, "val_set_size: refused, pairwise.fold decides that; remove it"),
+        ({"rl": "dpo"}, "rl: refused, the `pairwise` block sets the loss; remove it"),
+        ({True: "x"}, "True: unknown key (YAML reads on, yes, off and no as true and false); remove it, or put it in quotes"),
+    ],
+)
+def test_a_key_of_axolotl_s_is_checked_before_axolotl_starts(changes, problem):
+    found = recipe_problems(GOOD | changes)
+    assert len(found) == 1
+    assert found[0].startswith(problem)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"fold": True}, "pairwise.fold: expected a fold's number or all, found True"),
+        ({"fold": None}, "pairwise.fold: expected a fold's number or all, found None"),
+        (
+            {"budget_tokens": "2048"},
+            "pairwise.budget_tokens: expected a whole number, found '2048' (YAML reads that as text: write 2048)",
+        ),
+        ({"verdicts": 3}, "pairwise.verdicts: expected a list, found 3"),
+        ({"package": "nf4"}, "pairwise.package: expected keys and values, found 'nf4'"),
+        (
+            {"package": {"slug": "Some_Model"}},
+            "pairwise.package.slug: expected 6 to 50 lower-case letters, digits and hyphens, found",
+        ),
+        ({"package": {}}, "pairwise.package.slug: missing; add it: the Kaggle dataset's slug"),
+        ({"pairs": ""}, "pairwise.pairs: expected text, found ''"),
+        (
+            {"template": {"start": "", "turn": "{promt}{response_a}{response_b}", "end": ""}},
+            "pairwise.template.turn: expected {prompt}, {response_a}, {response_b}, each once, found '{promt}",
+        ),
+    ],
+)
+def test_a_value_of_the_block_is_told_in_the_words_of_yaml(changes, problem):
+    found = recipe_problems(with_block(**changes))
+    assert len(found) == 1
+    assert found[0].startswith(problem)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("base_model: a/b\nbase_model: c/d\n", "not valid YAML: the key base_model stands here a second time; remove one in "),
+        ("a: [", "not valid YAML: while parsing a flow"),
+        ("a: 2024-13-45", "not valid YAML: month must be in 1..12"),
+        ("[" * 3000, "not valid YAML: maximum recursion depth exceeded"),
+        ("- a", "expected keys and values, found list"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_one_line(text, problem, tmp_path):
+    (tmp_path / "bad.yml").write_text(text)
+    with pytest.raises(UserError) as error:
+        read_recipe(tmp_path / "bad.yml")
+    assert str(error.value).startswith(f"{tmp_path / 'bad.yml'}: {problem}")
+    assert "\n" not in str(error.value)
 
 
 def test_all_problems_come_at_once(tmp_path):

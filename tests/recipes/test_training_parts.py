@@ -7,13 +7,15 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from preprocess.errors import UserError
 from recipes.pairwise import data, metrics
 from recipes.pairwise.collator import PairCollator
+from recipes.pairwise.contract import new_contract
+from recipes.pairwise.model_checks import check_base, check_model, check_vocabulary
 from recipes.pairwise.plugin import (
     PairwisePlugin,
-    check_positions,
     check_resume,
     ensure_head,
     train_in_float32,
@@ -161,10 +163,63 @@ def test_weights_are_one_on_average_whatever_preprocess_counted(tiny_models, tmp
     assert sorted(rows["sequences"][0][0]) == sorted(rows["sequences"][0][1])
 
 
-def test_a_budget_beyond_the_models_positions_is_refused():
-    check_positions(SimpleNamespace(max_position_embeddings=512), 512)
-    with pytest.raises(UserError, match="budget_tokens: 513, but the base model has 512 positions"):
-        check_positions(SimpleNamespace(max_position_embeddings=512), 513)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, None),
+        ({"budget_tokens": 4097}, "pairwise.budget_tokens: 4097, but the base model has 4096 positions; lower it"),
+        (
+            {"targets": ["q_proj", "gate_prj"]},
+            "lora_target_modules: Gemma2ForCausalLM has no layer gate_prj; did you mean gate_proj",
+        ),
+        ({"targets": "all-linear"}, None),
+        (
+            {"overrides": {"attention_droput": 0.1}},
+            "model_config.attention_droput: unknown key; did you mean attention_dropout",
+        ),
+        ({"overrides": {"attention_dropout": 0.1}}, None),
+        ({"softcap": True}, None),
+    ],
+)
+def test_what_the_base_model_lacks_is_refused(changes, message, tiny_models):
+    model = AutoModelForCausalLM.from_pretrained(tiny_models("gemma2"))
+    asked = {"budget_tokens": 4096, "targets": ["q_proj"], "overrides": {}, "softcap": False} | changes
+    for key, value in asked["overrides"].items():
+        setattr(model.config, key, value)
+    if message is None:
+        return check_model(model, **asked)
+    with pytest.raises(UserError, match=message):
+        check_model(model, **asked)
+
+
+def test_a_soft_cap_is_refused_where_there_is_none(tiny_models):
+    model = AutoModelForCausalLM.from_pretrained(tiny_models("llama"))
+    with pytest.raises(UserError, match="pairwise.softcap: LlamaForCausalLM has no soft cap of attention logits"):
+        check_model(model, 64, [], {}, softcap=True)
+
+
+def test_a_special_token_that_the_base_model_lacks_is_refused(tiny_models):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_models("llama"))
+    check_vocabulary({"pad_token": "<|reserved_special_token_0|>"}, tokenizer, 1024)
+    tokenizer.add_special_tokens({"pad_token": "<|reserved_special_tokn_0|>"})
+    with pytest.raises(UserError, match="special_tokens.pad_token: the base model has no token '<.reserved_special_tokn_0.>'"):
+        check_vocabulary({"pad_token": "<|reserved_special_tokn_0|>"}, tokenizer, 1024)
+
+
+@pytest.mark.parametrize(("name", "is_refused"), [("./nothing", True), ("Gemma-2-9b", True), ("google/gemma-2-9b-it", False)])
+def test_a_base_model_is_a_folder_or_named_as_on_the_hub(name, is_refused, tiny_models):
+    check_base(str(tiny_models("bert")))
+    if not is_refused:
+        return check_base(name)
+    with pytest.raises(UserError, match=f"base_model: {name} is no model's folder"):
+        check_base(name)
+
+
+def test_a_template_of_another_family_is_refused(tiny_models):
+    block = PairwiseBlock(template="llama3", budget_tokens=128, package={"slug": "some-model"})
+    tokenizer = AutoTokenizer.from_pretrained(tiny_models("gemma2"))
+    with pytest.raises(UserError, match=r"pairwise.template: llama3 writes <.begin_of_text.>, which is no token of google/gem"):
+        new_contract(block, tokenizer, attention="sdpa", base_model="google/gemma", revision=None, pad_token_id=0)
 
 
 def test_a_run_goes_on_only_from_its_own_checkpoints(tmp_path):

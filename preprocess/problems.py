@@ -1,0 +1,60 @@
+"""What is wrong with a value of a YAML file, in the words of the one line that a user reads."""
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+
+EXPECTED = {  # pydantic's kinds of problem, in the words of YAML
+    "tuple_type": "expected a list",
+    "list_type": "expected a list",
+    "model_type": "expected keys and values",
+    "string_type": "expected text",
+    "string_too_short": "expected text",
+    "int_type": "expected a whole number",
+    "int_from_float": "expected a whole number",
+    "float_type": "expected a number",
+    "finite_number": "expected a number",
+    "bool_type": "expected true or false",
+}
+
+
+def nearest(key: object, known: Iterable[str], cutoff: float = 0.5) -> str | None:
+    """The known word that is most like `key`, if one is like it."""
+    match = difflib.get_close_matches(str(key), list(known), n=1, cutoff=cutoff)
+    return match[0] if match else None
+
+
+def unknown_key(key: object, known: Iterable[str]) -> str:
+    """That a key is unknown, and the known one that may be meant."""
+    match = nearest(key, known)
+    if isinstance(key, bool):
+        return "unknown key (YAML reads on, yes, off and no as true and false); remove it, or put it in quotes"
+    return f"unknown key; did you mean {match}?" if match else "unknown key; remove it"
+
+
+def in_words(problem: Mapping, patterns: Mapping[str, str]) -> str:
+    """One of pydantic's problems, without its key. `patterns` says of each regular expression what it asks for."""
+    kind, found = problem["type"], problem["input"]
+    if kind == "missing":
+        return "missing"
+    if kind == "string_pattern_mismatch":
+        expected = f"expected {patterns[problem['ctx']['pattern']]}"
+    else:
+        expected = EXPECTED.get(kind, problem["msg"].removeprefix("Value error, "))
+    return f"{expected}, found {found!r}{hint(found)}"
+
+
+def hint(found: object) -> str:
+    """What YAML made of a value that may have been meant otherwise."""
+    if isinstance(found, bool):
+        return " (YAML reads no, off, yes and on as false and true: put such a word in quotes)"
+    try:
+        number = float(found) if isinstance(found, str) else math.nan
+    except ValueError:
+        return ""
+    return f" (YAML reads that as text: write {plain(number)})" if math.isfinite(number) else ""
+
+
+def plain(number: float) -> str:
+    """A number as YAML reads it, without an exponent."""
+    return str(int(number)) if number == int(number) else f"{number:.12f}".rstrip("0")
