@@ -11,13 +11,14 @@ from kaggle_kernels.runtime.settings import PackageSettings, Settings
 from preprocess.errors import UserError
 from preprocess.files import read_yaml
 from preprocess.problems import in_words, unknown_key
+from recipes.pairwise.schema import PATTERNS as RECIPE_PATTERNS
+from recipes.pairwise.schema import SLUG
 
 SPECS = Path(__file__).parent / "specs"
-SLUG = r"^[a-z0-9]+(-[a-z0-9]+)*$"
 RUN = r"^[A-Za-z0-9][A-Za-z0-9_./-]*$"
 TITLE = r"^[^\"'\\\x00-\x1f]*$"
 PATTERNS = {
-    SLUG: "lower-case letters and digits, with single hyphens between them",
+    **RECIPE_PATTERNS,
     RUN: "a run's name, as in outputs/NAME",
     TITLE: "one line without quotation marks and backslashes",
 }

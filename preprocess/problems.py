@@ -9,7 +9,6 @@ EXPECTED = {  # pydantic's kinds of problem, in the words of YAML
     "list_type": "expected a list",
     "model_type": "expected keys and values",
     "string_type": "expected text",
-    "string_too_short": "expected text",
     "int_type": "expected a whole number",
     "int_from_float": "expected a whole number",
     "float_type": "expected a number",
@@ -39,6 +38,9 @@ def in_words(problem: Mapping, patterns: Mapping[str, str]) -> str:
         return "missing"
     if kind == "string_pattern_mismatch":
         expected = f"expected {patterns[problem['ctx']['pattern']]}"
+    elif kind in ("string_too_short", "string_too_long"):
+        side = "at least" if kind == "string_too_short" else "at most"
+        expected = f"expected text of {side} {problem['ctx']['min_length' if side == 'at least' else 'max_length']} characters"
     else:
         expected = EXPECTED.get(kind, problem["msg"].removeprefix("Value error, "))
     return f"{expected}, found {found!r}{hint(found)}"

@@ -3,7 +3,18 @@
 import click
 
 from preprocess.errors import UserError, exits_with_2
+from preprocess.files import read_object
 from recipes.pairwise.schema import read_recipe
+
+
+def read_deepspeed(file: str, recipe: str) -> None:
+    """Raise UserError where the file of a recipe's `deepspeed` key is absent, or no JSON object."""
+    try:
+        read_object(file)
+    except UserError as error:
+        raise UserError(
+            f"{recipe}: deepspeed: {error}; see recipes/deepspeed, and run this from the repository's root"
+        ) from None
 
 
 @click.command()
@@ -15,6 +26,8 @@ def main(recipes: tuple[str, ...]) -> None:
     for path in recipes:
         try:
             recipe = read_recipe(path)
+            if isinstance(recipe.axolotl.get("deepspeed"), str):
+                read_deepspeed(recipe.axolotl["deepspeed"], path)
         except UserError as error:
             problems.append(str(error))
         else:

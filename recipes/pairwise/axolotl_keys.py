@@ -25,6 +25,10 @@ REFUSED = {
     "lora_target_linear": "it puts the head under LoRA twice; list the layers in lora_target_modules",
     "process_reward_model": "it labels steps, not answers; remove it, the `pairwise` block sets the head",
     "rl": "the `pairwise` block sets the loss; remove it",
+    "lora_mlp_kernel": "it takes other models than ours and stops the run; remove it",
+    "lora_qkv_kernel": "it takes other models than ours and stops the run; remove it",
+    "lora_o_kernel": "it takes other models than ours and stops the run; remove it",
+    "lora_embedding_kernel": "it takes other models than ours and stops the run; remove it",
     "gptq": "the head would not be trained; use adapter: qlora with load_in_4bit: true",
 }
 SET_BY_THE_BLOCK = {  # keys that the plugin sets, whatever the recipe says: a value here would mean nothing

@@ -26,21 +26,29 @@ def check_vocabulary(special_tokens: Mapping[str, str], tokenizer, vocabulary_si
 
 
 def check_model(
-    model, budget_tokens: int, targets: Iterable[str] | str | None, overrides: Mapping[str, object], softcap: bool
+    model,
+    *,
+    budget_tokens: int,
+    targets: Iterable[str] | str | None,
+    saved: Iterable[str] | None,
+    overrides: Mapping[str, object],
+    softcap: bool,
 ) -> None:
     """Raise UserError where the model lacks what the recipe asks of it: positions, layers, keys of its config, a soft cap.
 
-    `targets` are lora_target_modules, or a regular expression, which is PEFT's to judge; `overrides` is model_config.
+    `targets` are lora_target_modules, or a regular expression, which is PEFT's to judge; `saved` lora_modules_to_save;
+    `overrides` is model_config.
     """
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions and budget_tokens > positions:
         raise UserError(f"pairwise.budget_tokens: {budget_tokens}, but the base model has {positions} positions; lower it")
     layers = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    for target in () if isinstance(targets, str) else targets or ():
-        if target.rpartition(".")[2] not in layers:
-            match = nearest(target, layers)
-            meant = f"did you mean {match}?" if match else "remove it"
-            raise UserError(f"lora_target_modules: {type(model).__name__} has no layer {target}; {meant}")
+    for key, names in {"lora_target_modules": targets, "lora_modules_to_save": saved}.items():
+        for name in () if isinstance(names, str) else names or ():
+            if name.rpartition(".")[2] not in layers:
+                match = nearest(name, layers)
+                meant = f"did you mean {match}?" if match else "remove it"
+                raise UserError(f"{key}: {type(model).__name__} has no layer {name}; {meant}")
     known = type(model.config)().to_dict()  # the model's own already has what the recipe wrote
     for key in overrides:
         if key not in known:

@@ -155,8 +155,14 @@ class PairwisePlugin(BasePlugin):
         """Pad id, soft cap, label names, and a head that holds sane numbers; the hub's commit, where it came from there."""
         self.contract = replace(self.contract, revision=self.contract.revision or getattr(model.config, "_commit_hash", None))
         try:
-            overrides = cfg.overrides_of_model_config or {}
-            check_model(model, self.block.budget_tokens, cfg.lora_target_modules, overrides, self.block.softcap)
+            check_model(
+                model,
+                budget_tokens=self.block.budget_tokens,
+                targets=cfg.lora_target_modules,
+                saved=cfg.lora_modules_to_save,
+                overrides=cfg.overrides_of_model_config or {},
+                softcap=self.block.softcap,
+            )
             if self.block.head != "label_tokens":
                 ensure_head(model)
                 name_labels(model.config, ("reward",) if self.block.head == "reward" else self.block.verdicts)

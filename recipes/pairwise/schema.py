@@ -17,8 +17,8 @@ from preprocess.problems import in_words, unknown_key
 from recipes.pairwise.axolotl_keys import REFUSED, axolotl_problems
 from recipes.pairwise.templates import NAMES, named_template
 
-SLUG = r"^[a-z0-9][a-z0-9-]{4,48}[a-z0-9]$"
-PATTERNS = {SLUG: "6 to 50 lower-case letters, digits and hyphens"}
+SLUG = r"^[a-z0-9]+(-[a-z0-9]+)*$"  # Kaggle's
+PATTERNS = {SLUG: "lower-case letters and digits, with single hyphens between them"}
 
 
 class _Strict(BaseModel):
@@ -47,7 +47,7 @@ class PackageBlock(_Strict):
         "of the two agrees better with training",
     )
     tolerance: float = Field(0.05, gt=0, le=1, description="largest mean difference in probability that is let through")
-    slug: str = Field(pattern=SLUG, description="the Kaggle dataset's slug, 6 to 50 characters")
+    slug: str = Field(pattern=SLUG, min_length=6, max_length=50, description="the Kaggle dataset's slug, 6 to 50 characters")
     licence: str = Field("apache-2.0", min_length=1, description="Kaggle's name of the weights' licence")
 
     @model_validator(mode="after")
@@ -196,7 +196,9 @@ def pairwise_problems(block: object) -> list[str]:
 def _explain(problem: dict) -> str:
     where = [str(part) for part in problem["loc"] if part not in ("str", "int", "TemplateBlock")]
     key = ".".join(["pairwise", *where])
-    known = PackageBlock if where[:1] == ["package"] else TemplateBlock if where[:1] == ["template"] else PairwiseBlock
+    known = (
+        {"package": PackageBlock, "template": TemplateBlock}.get(where[0], PairwiseBlock) if len(where) > 1 else PairwiseBlock
+    )
     if problem["type"] == "extra_forbidden":
         return f"{key}: {unknown_key(problem['loc'][-1], known.model_fields)}"
     if problem["type"] == "missing":

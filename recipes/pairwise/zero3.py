@@ -9,8 +9,10 @@ import json
 from pathlib import Path
 
 from deepspeed.runtime.zero import GatheredParameters
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import set_z3_leaf_modules
 from peft.utils.other import ModulesToSaveWrapper
+from pydantic import ValidationError
 from safetensors import safe_open
 
 from preprocess.errors import UserError
@@ -27,6 +29,10 @@ def is_zero3(deepspeed: object) -> bool:
     if not isinstance(settings, dict):
         raise UserError(f"deepspeed: {deepspeed}: expected an object, found {type(settings).__name__}; see recipes/deepspeed")
     zero = settings.get("zero_optimization") or {}
+    try:
+        DeepSpeedZeroConfig(**{key: value for key, value in zero.items() if value != "auto"})
+    except (TypeError, ValidationError) as error:
+        raise UserError(f"deepspeed: {deepspeed}: zero_optimization: {' '.join(str(error).split())[:200]}") from None
     if zero.get("stage") != 3:
         return False
     if zero.get("stage3_gather_16bit_weights_on_model_save") is not True:

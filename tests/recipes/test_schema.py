@@ -5,8 +5,10 @@ import sys
 
 import pytest
 import yaml
+from click.testing import CliRunner
 
 from preprocess.errors import UserError
+from recipes.pairwise.__main__ import main
 from recipes.pairwise.schema import read_recipe, recipe_problems
 from recipes.pairwise.templates import NAMES, named_template
 from tests.conftest import ROOT
@@ -145,10 +147,11 @@ def test_a_key_of_axolotl_s_is_checked_before_axolotl_starts(changes, problem):
         ({"package": "nf4"}, "pairwise.package: expected keys and values, found 'nf4'"),
         (
             {"package": {"slug": "Some_Model"}},
-            "pairwise.package.slug: expected 6 to 50 lower-case letters, digits and hyphens, found",
+            "pairwise.package.slug: expected lower-case letters and digits, with single hyphens between them, fo",
         ),
+        ({"package": {"slug": "some"}}, "pairwise.package.slug: expected text of at least 6 characters, found 'some'"),
         ({"package": {}}, "pairwise.package.slug: missing; add it: the Kaggle dataset's slug"),
-        ({"pairs": ""}, "pairwise.pairs: expected text, found ''"),
+        ({"pairs": ""}, "pairwise.pairs: expected text of at least 1 characters, found ''"),
         (
             {"template": {"start": "", "turn": "{promt}{response_a}{response_b}", "end": ""}},
             "pairwise.template.turn: expected {prompt}, {response_a}, {response_b}, each once, found '{promt}",
@@ -177,6 +180,19 @@ def test_a_file_that_is_no_recipe_is_one_line(text, problem, tmp_path):
         read_recipe(tmp_path / "bad.yml")
     assert str(error.value).startswith(f"{tmp_path / 'bad.yml'}: {problem}")
     assert "\n" not in str(error.value)
+
+
+def test_a_recipe_without_the_package_block_says_what_it_holds():
+    block = {key: value for key, value in GOOD["pairwise"].items() if key != "package"}
+    [found] = recipe_problems(GOOD | {"pairwise": block})
+    assert found == "pairwise.package: missing; add it: slug of the Kaggle dataset, and how the model is quantised"
+
+
+def test_the_check_reads_the_deepspeed_file(tmp_path):
+    (tmp_path / "bad.yml").write_text(yaml.safe_dump(GOOD | {"deepspeed": "recipes/deepspeed/zero9.json"}))
+    done = CliRunner().invoke(main, [str(tmp_path / "bad.yml")])
+    assert done.exit_code == 2
+    assert "bad.yml: deepspeed: recipes/deepspeed/zero9.json: no such file; see recipes/deepspeed" in done.output
 
 
 def test_all_problems_come_at_once(tmp_path):

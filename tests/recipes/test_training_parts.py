@@ -174,6 +174,10 @@ def test_weights_are_one_on_average_whatever_preprocess_counted(tiny_models, tmp
         ),
         ({"targets": "all-linear"}, None),
         (
+            {"saved": ["embed_token"]},
+            "lora_modules_to_save: Gemma2ForCausalLM has no layer embed_token; did you mean embed_tokens",
+        ),
+        (
             {"overrides": {"attention_droput": 0.1}},
             "model_config.attention_droput: unknown key; did you mean attention_dropout",
         ),
@@ -183,7 +187,7 @@ def test_weights_are_one_on_average_whatever_preprocess_counted(tiny_models, tmp
 )
 def test_what_the_base_model_lacks_is_refused(changes, message, tiny_models):
     model = AutoModelForCausalLM.from_pretrained(tiny_models("gemma2"))
-    asked = {"budget_tokens": 4096, "targets": ["q_proj"], "overrides": {}, "softcap": False} | changes
+    asked = {"budget_tokens": 4096, "targets": ["q_proj"], "saved": None, "overrides": {}, "softcap": False} | changes
     for key, value in asked["overrides"].items():
         setattr(model.config, key, value)
     if message is None:
@@ -195,7 +199,7 @@ def test_what_the_base_model_lacks_is_refused(changes, message, tiny_models):
 def test_a_soft_cap_is_refused_where_there_is_none(tiny_models):
     model = AutoModelForCausalLM.from_pretrained(tiny_models("llama"))
     with pytest.raises(UserError, match="pairwise.softcap: LlamaForCausalLM has no soft cap of attention logits"):
-        check_model(model, 64, [], {}, softcap=True)
+        check_model(model, budget_tokens=64, targets=[], saved=[], overrides={}, softcap=True)
 
 
 def test_a_special_token_that_the_base_model_lacks_is_refused(tiny_models):

@@ -106,6 +106,8 @@ def test_settings_that_would_save_parts_of_weights_are_refused(tmp_path):
         zero3.is_zero3({"zero_optimization": {"stage": 3}})
     with pytest.raises(UserError, match=r"absent\.json cannot be read as JSON .*; see recipes/deepspeed"):
         zero3.is_zero3(str(tmp_path / "absent.json"))
+    with pytest.raises(UserError, match="zero_optimization: 1 validation error for DeepSpeedZeroConfig stgae"):
+        zero3.is_zero3({"zero_optimization": {"stgae": 3}})
     (tmp_path / "list.json").write_text("[]")
     with pytest.raises(UserError, match="expected an object"):
         zero3.is_zero3(str(tmp_path / "list.json"))
