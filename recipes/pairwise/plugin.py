@@ -136,8 +136,8 @@ class PairwisePlugin(BasePlugin):
             raise UserError(
                 f"{self.recipe}: the tokenizer has no pad token; set special_tokens: {{pad_token: …}} in the recipe"
             )
-        vocabulary_size = AutoConfig.from_pretrained(cfg.base_model, revision=cfg.revision_of_model).vocab_size
-        check_vocabulary(cfg.special_tokens or {}, tokenizer, vocabulary_size)
+        config = AutoConfig.from_pretrained(cfg.base_model, revision=cfg.revision_of_model).get_text_config()
+        check_vocabulary(cfg.special_tokens or {}, tokenizer, config.vocab_size)
         return new_contract(
             self.block,
             tokenizer,

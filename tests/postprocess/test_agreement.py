@@ -90,6 +90,17 @@ def test_the_report_compares_four_models_on_the_validation_rows(packaged):
     assert "verdicts changed" in printed
 
 
+def test_an_adapter_that_is_not_the_training_s_is_told_apart_from_too_few_bits(copied):
+    run = copied(quantize="nf4")
+    file = run.folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": 320}))
+    result = CliRunner().invoke(main, [str(run.recipe)])
+    assert result.exit_code == 2
+    assert "agreement.json: base and adapter, loaded as they were trained, differ by " in result.stderr
+    assert f"one of {run.base}, {run.folder} is not the training's; put it back, or train again" in result.stderr
+    assert not (run.folder / "package").exists()
+
+
 def test_at_most_500_validation_rows_are_taken_by_a_hash_of_their_ids(copied, opened, tmp_path):
     run = copied()
     source, predictions = opened(run).validation_files()
