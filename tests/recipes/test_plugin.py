@@ -75,7 +75,8 @@ def test_a_template_that_ends_with_the_pad_token_is_refused(demo_twin, tiny_mode
     template = {"start": "<bos>", "turn": "{prompt} {response_a} {response_b}", "end": "<eos>"}
     ended = forked.axolotl("train", demo_twin({"template": template}, base_model=str(base)))
     assert ended.code == 2
-    assert last_line(ended.output).startswith("error: pairwise.template: rows end with '<eos>', the pad token")
+    assert last_line(ended.output).startswith("error: ")
+    assert "demo.yml: pairwise.template: rows end with '<eos>', the pad token" in last_line(ended.output)
 
 
 @pytest.mark.parametrize(
