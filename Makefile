@@ -32,7 +32,7 @@ bench: .venv/installed .venv-kaggle/installed  ## what is claimed to be fast, me
 	@python -m tests.bench input
 
 cv: .venv/installed  ## train all folds: make cv R=gemma2_cls
-	@python -m recipes.pairwise.cv recipes/$(R).yml
+	@$(if $(R),,echo "error: R is missing; name a recipe: make cv R=gemma2_cls" >&2; exit 2;) python -m recipes.pairwise.cv recipes/$(R).yml
 
 siamese: .venv-keras/installed  ## the Siamese LSTMs: make siamese PAIRS=data/pairs.parquet TEST=data/test.parquet
 	@.venv-keras/bin/python recipes/siamese.py $(if $(PAIRS),--pairs $(PAIRS)) $(if $(TEST),--test $(TEST)) $(ARGS)

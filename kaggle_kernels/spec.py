@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from kaggle_kernels.runtime.settings import PackageSettings, Settings
 from preprocess.errors import UserError
 from preprocess.files import read_yaml
-from preprocess.problems import in_words, unknown_key
+from preprocess.problems import in_words, unknown_key, without_echo
 from recipes.pairwise.schema import PATTERNS as RECIPE_PATTERNS
 from recipes.pairwise.schema import SLUG
 
@@ -155,6 +155,7 @@ def read_spec(path: Path) -> Spec:
     except ValidationError as error:
         inside = any(problem["loc"][:1] == ("packages",) and len(problem["loc"]) > 1 for problem in error.errors())
         told = [p for p in error.errors() if not (inside and p["loc"] == ("packages",))]  # "too short" for want of a good one
+        told = without_echo(told, [*Spec.model_fields, *PackageBlock.model_fields])
         raise UserError(f"{path}: " + "; ".join(map(_explain, told))) from None
 
 

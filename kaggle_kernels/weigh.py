@@ -88,7 +88,7 @@ def read_predictions(run: str, spec: Spec) -> pl.DataFrame:
     folder = Path("outputs") / run
     path, verdicts = folder / "predictions.parquet", COMPETITIONS[spec.competition].verdicts
     if not path.is_file():
-        raise UserError(f"{path}: no such file; train the run first, weights are fitted on its validation rows")
+        raise UserError(f"{path}: no such file; weights are fitted on a run's validation rows: axolotl train recipes/{run}.yml")
     if read_object(folder / "metrics.json").get("rows_were_trained_on"):
         raise UserError(
             f"{folder / 'metrics.json'}: rows_were_trained_on: the run was trained on these rows, so that they say nothing of "

@@ -16,7 +16,7 @@ from kaggle_kernels.runtime.package import execute_model_input
 from preprocess.errors import UserError
 from preprocess.files import read_json, sha256
 from preprocess.model_input import Contract
-from recipes.pairwise.schema import Recipe
+from recipes.pairwise.schema import HOW_TO_GET_IT, Recipe
 
 HEADS = ("score", "label_tokens", "reward")
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
@@ -200,10 +200,10 @@ def find_base(name: str, revision: str | None, source: str = "contract.json") ->
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=["model*.safetensors*", "*.json"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:120]
         raise UserError(
             f"{name}: the base model in {source} is neither a folder here nor to be had from the hub at revision "
-            f"{revision or 'main'} ({type(error).__name__}: {reason})"
+            f"{revision or 'main'} ({type(error).__name__}: {reason}); {HOW_TO_GET_IT}"
         ) from None
 
 

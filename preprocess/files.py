@@ -18,12 +18,11 @@ class _EachKeyOnce(yaml.SafeLoader):
     """PyYAML's safe loader, which would take the last of two equal keys without a word."""
 
     def construct_mapping(self, node, deep=False):
-        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for number, key in enumerate(keys):
-            if key.value in {earlier.value for earlier in keys[:number]}:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value} stands here a second time; remove one", key.start_mark
-                )
+        first: dict[str, yaml.ScalarNode] = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if first.setdefault(key.value, key) is not key:
+                lines = first[key.value].start_mark.line + 1, key.start_mark.line + 1
+                raise ValueError(f"the key {key.value} stands in line {lines[0]} and again in line {lines[1]}; remove one")
         return super().construct_mapping(node, deep)
 
 

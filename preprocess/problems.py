@@ -15,6 +15,12 @@ EXPECTED = {  # pydantic's kinds of problem, in the words of YAML
     "finite_number": "expected a number",
     "bool_type": "expected true or false",
 }
+LIMITS = {
+    "greater_than": ("above", "gt"),
+    "greater_than_equal": ("of at least", "ge"),
+    "less_than": ("below", "lt"),
+    "less_than_equal": ("of at most", "le"),
+}
 
 
 def nearest(key: object, known: Iterable[str], cutoff: float = 0.5) -> str | None:
@@ -41,9 +47,22 @@ def in_words(problem: Mapping, patterns: Mapping[str, str]) -> str:
     elif kind in ("string_too_short", "string_too_long"):
         side = "at least" if kind == "string_too_short" else "at most"
         expected = f"expected text of {side} {problem['ctx']['min_length' if side == 'at least' else 'max_length']} characters"
+    elif kind == "literal_error":
+        words = problem["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+        match = nearest(found, words) if isinstance(found, str) else None
+        return f"expected one of {', '.join(words)}, found {found!r}" + (f"; did you mean {match}?" if match else hint(found))
+    elif kind in LIMITS:
+        word, name = LIMITS[kind]
+        expected = f"expected a number {word} {problem['ctx'][name]:g}"
     else:
         expected = EXPECTED.get(kind, problem["msg"].removeprefix("Value error, "))
     return f"{expected}, found {found!r}{hint(found)}"
+
+
+def without_echo(problems: list[dict], known: Iterable[str]) -> list[dict]:
+    """Pydantic's problems but for a key that is only missing because it stands there mistyped."""
+    meant = {nearest(problem["loc"][-1], known) for problem in problems if problem["type"] == "extra_forbidden"}
+    return [problem for problem in problems if problem["type"] != "missing" or problem["loc"][-1] not in meant]
 
 
 def hint(found: object) -> str:

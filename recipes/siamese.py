@@ -64,7 +64,9 @@ def read_rows(path: Path, columns: tuple[str, ...]) -> pl.DataFrame:
     try:
         frame = pl.read_csv(path, infer_schema=False) if path.suffix == ".csv" else pl.read_parquet(path)
     except (pl.exceptions.PolarsError, OSError) as error:
-        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())[:150]}); make or fetch it again") from None
+        raise UserError(
+            f"{path}: cannot be read ({' '.join(str(error).split())[:150]}); pairs are made by python -m preprocess"
+        ) from None
     missing = [name for name in columns if name not in frame.columns]
     if missing or frame.is_empty():
         raise UserError(f"{path}: {'no column ' + ', '.join(missing) if missing else 'no rows'}; expected {', '.join(columns)}")
@@ -201,7 +203,10 @@ def run(pairs: pl.DataFrame, settings: dict, options: argparse.Namespace) -> Non
         raise UserError(f"--batch-size {options.batch_size}: expected a multiple of the {len(devices)} devices")
     with tf.distribute.MirroredStrategy(devices).scope():
         model = build(tokenizer.get_vocab_size(), options)
-    print(f"{model.count_params():,} weights, {len(devices)} devices, {len(parts[0])} pairs to train on", flush=True)
+    print(
+        f"{model.count_params():,} weights, {len(devices)} device(s), {len(parts[0])} pairs; ends where val_loss rises twice",
+        flush=True,
+    )
     stop = keras.callbacks.EarlyStopping("val_loss", patience=2, restore_best_weights=True)
     model.fit(fitted, validation_data=checked, epochs=options.epochs, callbacks=[stop], shuffle=False, verbose=2)
     if not np.isfinite(stop.best):
@@ -233,7 +238,8 @@ def main() -> None:
     metrics = options.out / "metrics.json"
     if not metrics.exists() or json.loads(metrics.read_text()).get("settings") != settings:
         run(pairs, settings, options)
-    print(f"{metrics}: accuracy {{accuracy:.4f}}, log loss {{log_loss:.4f}}".format(**json.loads(metrics.read_text())))
+    told = "accuracy {accuracy:.4f} on {rows} rows (the longer response: {accuracy_of_longer:.4f}), log loss {log_loss:.4f}"
+    print(f"{metrics}: {told.format(**json.loads(metrics.read_text()))}")
     if test is not None:
         answers = np.where(predict(test, options)["p_model_a"] >= 0.5, "model_a", "model_b")
         write(options.out / "submission.csv", pl.DataFrame({"id": test["id"], "winner": answers}).write_csv)

@@ -58,6 +58,7 @@ LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 SDPA_DROPS_SOFTCAP = (
     "attn_implementation: sdpa drops the soft cap without a word; use eager or flash_attention_2, or softcap: false"
 )
+MOST_WORDS = 12  # of a key that a line lists
 KINDS = {
     "integer": "a whole number",
     "number": "a number",
@@ -116,7 +117,9 @@ def expected(part: Mapping) -> str:
     if "$ref" in part:
         return expected(schema()["definitions"][part["$ref"].rpartition("/")[2]])
     if "enum" in part:
-        return "one of " + ", ".join(map(str, part["enum"]))
+        few = part["enum"][:MOST_WORDS]
+        more = f", … ({len(part['enum'])} in all: recipes/{RECIPE_SCHEMA.name})" if len(few) < len(part["enum"]) else ""
+        return "one of " + ", ".join(map(str, few)) + more
     if "const" in part:
         return json.dumps(part["const"])
     for several in ("anyOf", "oneOf", "allOf"):

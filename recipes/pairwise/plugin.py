@@ -19,7 +19,7 @@ from axolotl.common.datasets import TrainDatasetMeta
 from axolotl.integrations.base import BasePlugin
 from axolotl.loaders import load_tokenizer
 from axolotl.utils.trainer import calculate_total_num_steps
-from transformers import AutoConfig, set_seed
+from transformers import set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from preprocess.errors import UserError
@@ -29,7 +29,7 @@ from recipes.pairwise import deepspeed_cpu, metrics, zero3
 from recipes.pairwise.collator import LabelTokenCollator, PairCollator
 from recipes.pairwise.contract import new_contract, write_contract
 from recipes.pairwise.data import datasets_of, read_pairs
-from recipes.pairwise.model_checks import check_base, check_model, check_vocabulary
+from recipes.pairwise.model_checks import check_config, check_model, check_vocabulary, read_config
 from recipes.pairwise.schema import apply_environment, check_run, run_folder
 from recipes.pairwise.trainer import LabelTokenTrainer, PairwiseTrainer
 
@@ -65,6 +65,7 @@ class PairwisePlugin(BasePlugin):
     def __init__(self):
         super().__init__()
         self.block = None
+        self.config = None
         self.contract = None
         self.trainer = None
         self.recipe = None
@@ -88,7 +89,9 @@ class PairwisePlugin(BasePlugin):
                     f"{self.recipe}: pairwise.train is false, there is nothing to train; package the base model with "
                     f"python -m postprocess {self.recipe}"
                 )
-            check_base(cfg["base_model"])
+            self.config = read_config(cfg["base_model"], cfg.get("revision_of_model"))
+            overrides = cfg.get("model_config") or cfg.get("overrides_of_model_config") or {}
+            check_config(self.config, self.block.budget_tokens, overrides)
         except UserError as error:
             stop(error, self.recipe)
         cfg["output_dir"] = str(run_folder(cfg.get("output_dir"), self.recipe))
@@ -136,8 +139,8 @@ class PairwisePlugin(BasePlugin):
             raise UserError(
                 f"{self.recipe}: the tokenizer has no pad token; set special_tokens: {{pad_token: …}} in the recipe"
             )
-        config = AutoConfig.from_pretrained(cfg.base_model, revision=cfg.revision_of_model).get_text_config()
-        check_vocabulary(cfg.special_tokens or {}, tokenizer, config.vocab_size)
+        vocabulary_size = self.config.get_text_config().vocab_size
+        check_vocabulary(cfg.special_tokens or {}, tokenizer, cfg.base_model, vocabulary_size)
         return new_contract(
             self.block,
             tokenizer,
@@ -157,10 +160,8 @@ class PairwisePlugin(BasePlugin):
         try:
             check_model(
                 model,
-                budget_tokens=self.block.budget_tokens,
                 targets=cfg.lora_target_modules,
                 saved=cfg.lora_modules_to_save,
-                overrides=cfg.overrides_of_model_config or {},
                 softcap=self.block.softcap,
             )
             if self.block.head != "label_tokens":

@@ -13,12 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from preprocess.errors import UserError
 from preprocess.files import read_yaml
 from preprocess.model_input import Template
-from preprocess.problems import in_words, unknown_key
+from preprocess.problems import in_words, nearest, unknown_key, without_echo
 from recipes.pairwise.axolotl_keys import REFUSED, axolotl_problems
 from recipes.pairwise.templates import NAMES, named_template
 
 SLUG = r"^[a-z0-9]+(-[a-z0-9]+)*$"  # Kaggle's
 PATTERNS = {SLUG: "lower-case letters and digits, with single hyphens between them"}
+HOW_TO_GET_IT = "accept its licence on the hub and `hf auth login`, or download it and name its folder (--base-model FOLDER)"
 
 
 class _Strict(BaseModel):
@@ -103,7 +104,9 @@ class PairwiseBlock(_Strict):
     @classmethod
     def _template_is_known(cls, template):
         if not isinstance(template, dict | TemplateBlock) and template not in NAMES:
-            raise ValueError(f"expected one of {', '.join(NAMES)}, or start, turn and end spelled out")
+            match = nearest(template, NAMES)
+            meant = f" (did you mean {match}?)" if match else ""
+            raise ValueError(f"expected one of {', '.join(NAMES)}, or start, turn and end spelled out{meant}")
         return template
 
     @model_validator(mode="after")
@@ -189,7 +192,9 @@ def pairwise_problems(block: object) -> list[str]:
             "TemplateBlock" in problem["loc"] and isinstance(block["template"], dict) for problem in error.errors()
         )
         not_meant = ("template", "str") if spelled_out else ("template", "TemplateBlock")
-        return [_explain(problem) for problem in error.errors() if problem["loc"][:2] != not_meant]
+        keys = [*PairwiseBlock.model_fields, *PackageBlock.model_fields, *TemplateBlock.model_fields]
+        told = without_echo(error.errors(), keys)
+        return [_explain(problem) for problem in told if problem["loc"][:2] != not_meant]
     return []
 
 

@@ -56,12 +56,12 @@ def test_a_mistake_within_a_package_is_the_only_problem(tmp_path):
         ({"packages": package(wieght=1)}, "packages.0.wieght: unknown key; did you mean weight?"),
         ({"clock_seconds": None}, "clock_seconds: missing"),
         ({"packages": package(weight=0.5)}, "packages: the weights sum to 0.5, expected 1"),
-        ({"packages": package(weight=0)}, "packages.0.weight: Input should be greater than 0, found 0"),
+        ({"packages": package(weight=0)}, "packages.0.weight: expected a number above 0, found 0"),
         ({"packages": [*package(weight=0.5)] * 2}, "packages: two packages have the same run"),
         ({"packages": []}, "packages: "),
         (
             {"packages": package(placement="both")},
-            "packages.0.placement: Input should be 'auto', 'each' or 'split', found 'both'",
+            "packages.0.placement: expected one of auto, each, split, found 'both'",
         ),
         (
             {"packages": package(dataset="Upper_case")},
@@ -75,11 +75,14 @@ def test_a_mistake_within_a_package_is_the_only_problem(tmp_path):
         ({"packages": "one"}, "packages: expected a list, found 'one'"),
         ({"clock_seconds": True}, "clock_seconds: expected a number, found True"),
         ({"wheels": "dataset-one"}, "wheels: dataset-one is a package's dataset; name the one with bitsandbytes"),
-        ({"competition": "wsdmm"}, "competition: Input should be 'wsdm' or 'lmsys', found 'wsdmm'"),
-        ({"accelerator": "NvidiaTeslaP100"}, "accelerator: Input should be 'NvidiaTeslaT4'"),
-        ({"clock_seconds": 0}, "clock_seconds: Input should be greater than 0, found 0"),
+        ({"competition": "wsdmm"}, "competition: expected one of wsdm, lmsys, found 'wsdmm'; did you mean wsdm?"),
+        (
+            {"accelerator": "NvidiaTeslaP100"},
+            "accelerator: expected one of NvidiaTeslaT4, found 'NvidiaTeslaP100'; did you mean NvidiaTeslaT4?",
+        ),
+        ({"clock_seconds": 0}, "clock_seconds: expected a number above 0, found 0"),
         ({"clock_seconds": 50000}, "clock_seconds: "),
-        ({"orders": "swapped"}, "orders: Input should be 'as_given' or 'both', found 'swapped'"),
+        ({"orders": "swapped"}, "orders: expected one of as_given, both, found 'swapped'"),
         ({"min_scored": 1.5}, "min_scored: "),
         ({"temperature": 0}, "temperature: "),
         ({"title": "abc"}, "title: "),
@@ -95,6 +98,12 @@ def test_a_wrong_value_is_one_line_with_its_key(tmp_path, changes, message):
     assert "\n" not in str(refusal.value)
 
 
+def test_a_key_that_is_mistyped_is_not_also_missing(tmp_path):
+    with pytest.raises(UserError) as refusal:
+        read(tmp_path, clock_seconds=None, clock_second=600)
+    assert str(refusal.value) == f"{tmp_path}/spec.yml: clock_second: unknown key; did you mean clock_seconds?"
+
+
 def test_all_problems_are_told_at_once(tmp_path):
     with pytest.raises(
         UserError, match="clock_seconds: missing; add it: how long .*; orderz: unknown key; did you mean orders"
@@ -107,7 +116,7 @@ def test_all_problems_are_told_at_once(tmp_path):
     [
         ("title: [", "not valid YAML"),
         ("clock_seconds: 2024-13-45", "not valid YAML: month must be in 1..12"),
-        ("title: a\ntitle: b", "the key title stands here a second time; remove one"),
+        ("title: a\ntitle: b", "the key title stands in line 1 and again in line 2; remove one"),
         ("- a\n", "expected keys and values, found list"),
     ],
 )

@@ -38,8 +38,11 @@ def test_a_good_recipe_has_no_problem():
         (with_block(template={"start": "", "turn": "{prompt}"}), "pairwise.template.end: missing"),
         (with_block(template=3), "pairwise.template: "),
         (with_block(verdicts=["model_a", "tie"]), "pairwise.verdicts: expected model_a and model_b, with or without tie"),
-        (with_block(template="gema"), "pairwise.template: expected one of gemma, llama3, chatml, bert"),
-        (with_block(truncation="both"), "pairwise.truncation: Input should be 'left', 'right' or 'middle', found 'both'"),
+        (
+            with_block(template="gema"),
+            "pairwise.template: expected one of gemma, llama3, chatml, bert, or start, turn and end spelled out (did you mean",
+        ),
+        (with_block(truncation="both"), "pairwise.truncation: expected one of left, right, middle, found 'both'"),
         (with_block(package={"slug": "some-model", "quantise": "nf4"}), "pairwise.package.quantise: unknown key; did you mean"),
         ({key: value for key, value in GOOD.items() if key != "pairwise"}, "pairwise: missing"),
         (GOOD | {"base_model": None}, "base_model: expected a model or a folder, found None"),
@@ -89,7 +92,7 @@ def test_each_mistake_is_one_sentence_that_names_the_key(values, problem):
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"optimizer": "adamw_torchh"}, "optimizer: expected one of "),
+        ({"optimizer": "adamw_torch_fusd"}, "optimizer: expected one of adafactor, "),
         ({"lr_scheduler": "cosin"}, "lr_scheduler: expected one of "),
         (
             {"attn_implementation": "sdpaa"},
@@ -167,7 +170,10 @@ def test_a_value_of_the_block_is_told_in_the_words_of_yaml(changes, problem):
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("base_model: a/b\nbase_model: c/d\n", "not valid YAML: the key base_model stands here a second time; remove one in "),
+        (
+            "base_model: a/b\nbase_model: c/d\n",
+            "not valid YAML: the key base_model stands in line 1 and again in line 2; remove one",
+        ),
         ("a: [", "not valid YAML: while parsing a flow"),
         ("a: 2024-13-45", "not valid YAML: month must be in 1..12"),
         ("[" * 3000, "not valid YAML: maximum recursion depth exceeded"),

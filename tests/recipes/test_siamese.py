@@ -72,7 +72,7 @@ def answers(path) -> dict[str, str]:
 def test_the_loss_falls_over_two_devices(trained):
     out, printed = trained
     losses = [float(value) for value in re.findall(r"- loss: ([\d.]+)", printed)]
-    assert "2 devices" in printed
+    assert "2 device(s)" in printed
     assert len(losses) >= 3
     assert losses[-1] < 0.8 * losses[0]
     values = json.loads((out / "metrics.json").read_text())

@@ -13,7 +13,7 @@ from preprocess.errors import UserError
 from recipes.pairwise import data, metrics
 from recipes.pairwise.collator import PairCollator
 from recipes.pairwise.contract import new_contract
-from recipes.pairwise.model_checks import check_base, check_model, check_vocabulary
+from recipes.pairwise.model_checks import check_config, check_model, check_vocabulary, read_config
 from recipes.pairwise.plugin import (
     PairwisePlugin,
     check_resume,
@@ -164,32 +164,38 @@ def test_weights_are_one_on_average_whatever_preprocess_counted(tiny_models, tmp
 
 
 @pytest.mark.parametrize(
+    ("budget_tokens", "overrides", "message"),
+    [
+        (4096, {"attention_dropout": 0.1}, None),
+        (4097, {}, "pairwise.budget_tokens: 4097, but the base model has 4096 positions; lower it"),
+        (64, {"attention_droput": 0.1}, "model_config.attention_droput: unknown key; did you mean attention_dropout"),
+    ],
+)
+def test_what_the_base_model_s_config_does_not_allow_is_refused(budget_tokens, overrides, message, tiny_models):
+    config = read_config(str(tiny_models("gemma2")), None)
+    if message is None:
+        return check_config(config, budget_tokens, overrides)
+    with pytest.raises(UserError, match=message):
+        check_config(config, budget_tokens, overrides)
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({}, None),
-        ({"budget_tokens": 4097}, "pairwise.budget_tokens: 4097, but the base model has 4096 positions; lower it"),
+        ({"targets": "all-linear", "softcap": True}, None),
         (
             {"targets": ["q_proj", "gate_prj"]},
             "lora_target_modules: Gemma2ForCausalLM has no layer gate_prj; did you mean gate_proj",
         ),
-        ({"targets": "all-linear"}, None),
         (
             {"saved": ["embed_token"]},
             "lora_modules_to_save: Gemma2ForCausalLM has no layer embed_token; did you mean embed_tokens",
         ),
-        (
-            {"overrides": {"attention_droput": 0.1}},
-            "model_config.attention_droput: unknown key; did you mean attention_dropout",
-        ),
-        ({"overrides": {"attention_dropout": 0.1}}, None),
-        ({"softcap": True}, None),
     ],
 )
-def test_what_the_base_model_lacks_is_refused(changes, message, tiny_models):
+def test_a_layer_that_the_base_model_lacks_is_refused(changes, message, tiny_models):
     model = AutoModelForCausalLM.from_pretrained(tiny_models("gemma2"))
-    asked = {"budget_tokens": 4096, "targets": ["q_proj"], "saved": None, "overrides": {}, "softcap": False} | changes
-    for key, value in asked["overrides"].items():
-        setattr(model.config, key, value)
+    asked = {"targets": ["q_proj"], "saved": None, "softcap": False} | changes
     if message is None:
         return check_model(model, **asked)
     with pytest.raises(UserError, match=message):
@@ -199,24 +205,33 @@ def test_what_the_base_model_lacks_is_refused(changes, message, tiny_models):
 def test_a_soft_cap_is_refused_where_there_is_none(tiny_models):
     model = AutoModelForCausalLM.from_pretrained(tiny_models("llama"))
     with pytest.raises(UserError, match="pairwise.softcap: LlamaForCausalLM has no soft cap of attention logits"):
-        check_model(model, budget_tokens=64, targets=[], saved=[], overrides={}, softcap=True)
+        check_model(model, targets=[], saved=[], softcap=True)
 
 
 def test_a_special_token_that_the_base_model_lacks_is_refused(tiny_models):
     tokenizer = AutoTokenizer.from_pretrained(tiny_models("llama"))
-    check_vocabulary({"pad_token": "<|reserved_special_token_0|>"}, tokenizer, 1024)
+    check_vocabulary({"pad_token": "<|reserved_special_token_0|>"}, tokenizer, "some/llama", 1024)
     tokenizer.add_special_tokens({"pad_token": "<|reserved_special_tokn_0|>"})
-    with pytest.raises(UserError, match="special_tokens.pad_token: the base model has no token '<.reserved_special_tokn_0.>'"):
-        check_vocabulary({"pad_token": "<|reserved_special_tokn_0|>"}, tokenizer, 1024)
+    with pytest.raises(
+        UserError, match="special_tokens.pad_token: some/llama has no token '<.reserved_special_tokn_0.>'; name"
+    ):
+        check_vocabulary({"pad_token": "<|reserved_special_tokn_0|>"}, tokenizer, "some/llama", 1024)
 
 
-@pytest.mark.parametrize(("name", "is_refused"), [("./nothing", True), ("Gemma-2-9b", True), ("google/gemma-2-9b-it", False)])
-def test_a_base_model_is_a_folder_or_named_as_on_the_hub(name, is_refused, tiny_models):
-    check_base(str(tiny_models("bert")))
-    if not is_refused:
-        return check_base(name)
-    with pytest.raises(UserError, match=f"base_model: {name} is no model's folder"):
-        check_base(name)
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("./nothing", "base_model: ./nothing is no model's folder"),
+        ("Gemma-2-9b", "base_model: Gemma-2-9b is no model's folder"),
+        (
+            "google/gemma-2-9b-it",
+            "base_model: google/gemma-2-9b-it cannot be read .*; accept its licence on the hub and `hf auth",
+        ),
+    ],
+)
+def test_a_base_model_that_cannot_be_read_is_one_line_that_says_how_to_get_it(name, message):
+    with pytest.raises(UserError, match=message):
+        read_config(name, None)
 
 
 def test_a_template_of_another_family_is_refused(tiny_models):
