@@ -20,7 +20,7 @@ def check_memory(run: Run) -> None:
         raise UserError(
             f"{run.weights}: {needed / 1e9:.0f} GB of weights, {where} has {held / 1e9:.0f} GB, too little to compare what is "
             "packaged with the model as trained; use a larger machine (CUDA_VISIBLE_DEVICES= takes RAM). A teacher's labels "
-            f"need no package: they are in {run.folder / 'predictions.parquet'}, or by make cv R={run.recipe.path.stem}"
+            f"need no package: see {run.folder / 'predictions.parquet'}, or of all rows make cv R={run.recipe.path.stem}"
         )
 
 

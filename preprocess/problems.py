@@ -15,7 +15,7 @@ EXPECTED = {  # pydantic's kinds of problem, in the words of YAML
     "finite_number": "expected a number",
     "bool_type": "expected true or false",
 }
-LIMITS = {
+BOUNDS = {
     "greater_than": ("above", "gt"),
     "greater_than_equal": ("of at least", "ge"),
     "less_than": ("below", "lt"),
@@ -40,8 +40,6 @@ def unknown_key(key: object, known: Iterable[str]) -> str:
 def in_words(problem: Mapping, patterns: Mapping[str, str]) -> str:
     """One of pydantic's problems, without its key. `patterns` says of each regular expression what it asks for."""
     kind, found = problem["type"], problem["input"]
-    if kind == "missing":
-        return "missing"
     if kind == "string_pattern_mismatch":
         expected = f"expected {patterns[problem['ctx']['pattern']]}"
     elif kind in ("string_too_short", "string_too_long"):
@@ -51,8 +49,8 @@ def in_words(problem: Mapping, patterns: Mapping[str, str]) -> str:
         words = problem["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
         match = nearest(found, words) if isinstance(found, str) else None
         return f"expected one of {', '.join(words)}, found {found!r}" + (f"; did you mean {match}?" if match else hint(found))
-    elif kind in LIMITS:
-        word, name = LIMITS[kind]
+    elif kind in BOUNDS:
+        word, name = BOUNDS[kind]
         expected = f"expected a number {word} {problem['ctx'][name]:g}"
     else:
         expected = EXPECTED.get(kind, problem["msg"].removeprefix("Value error, "))

@@ -54,7 +54,6 @@ LIMITS = {  # JSON Schema's words for what a number may be
     "lora_dropout": {"minimum": 0, "exclusiveMaximum": 1},
     "seed": {"minimum": 0},
 }
-LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "query", "key", "value", "dense")
 SDPA_DROPS_SOFTCAP = (
     "attn_implementation: sdpa drops the soft cap without a word; use eager or flash_attention_2, or softcap: false"
 )
@@ -85,17 +84,17 @@ def validator() -> Draft7Validator:
 
 def axolotl_problems(values: dict) -> list[str]:
     """What is wrong with a recipe's parsed YAML but for its `pairwise` block, one sentence a problem with key and fix."""
-    told = [f"{key}: refused, {why}" for key, why in REFUSED.items() if values.get(key)]
-    told += [f"{key}: refused, {by} decides that; remove it" for key, by in SET_BY_THE_BLOCK.items() if key in values]
-    told += [f"{key}: {unknown_key(key, schema()['properties'])}" for key in values if key not in schema()["properties"]]
+    told = {key: f"refused, {why}" for key, why in REFUSED.items() if values.get(key)}
+    told |= {key: f"refused, {by} decides that; remove it" for key, by in SET_BY_THE_BLOCK.items() if key in values}
+    told |= {key: unknown_key(key, schema()["properties"]) for key in values if key not in schema()["properties"]}
     if not isinstance(values.get("base_model"), str) or not values["base_model"]:
-        told.append(f"base_model: expected a model or a folder, found {values.get('base_model')!r}")
+        told["base_model"] = f"expected a model or a folder, found {values.get('base_model')!r}"
     plugins = values.get("plugins")
     if not isinstance(plugins, list) or PLUGIN not in plugins:
-        told.append(f"plugins: without {PLUGIN} Axolotl would train something else; add it")
-    named = {problem.partition(":")[0] for problem in told}
-    rest = {key: value for key, value in values.items() if key not in named and not (key in REFUSED and not value)}
-    return told + list(value_problems(rest)) + list(adapter_problems(values)) + list(head_problems(values))
+        told["plugins"] = f"without {PLUGIN} Axolotl would train something else; add it"
+    rest = {key: value for key, value in values.items() if key not in told and (key not in REFUSED or value)}
+    by_key = [f"{key}: {sentence}" for key, sentence in told.items()]
+    return [*by_key, *value_problems(rest), *adapter_problems(values), *head_problems(values)]
 
 
 def value_problems(values: dict) -> Iterator[str]:
@@ -134,10 +133,10 @@ def meant(error) -> str:
     """What may have been meant: the nearest of the allowed words, or what YAML made of another one."""
     words = allowed(error.schema)
     match = nearest(error.instance, words) if isinstance(error.instance, str) else None
-    is_text = "text" in expected(error.schema) or words
     if match:
         return f"; did you mean {match}?"
-    return "" if isinstance(error.instance, bool) and not is_text else hint(error.instance)
+    takes_text = bool(words) or "text" in expected(error.schema)
+    return hint(error.instance) if takes_text or not isinstance(error.instance, bool) else ""
 
 
 def allowed(part: Mapping) -> list[str]:
@@ -158,11 +157,7 @@ def adapter_problems(values: dict) -> Iterator[str]:
     if adapter == "qlora" and values.get("load_in_4bit") is not True:
         yield "load_in_4bit: adapter: qlora trains on a base in 4 bits; set load_in_4bit: true, or adapter: lora"
     if adapter and not targets and block.get("train") is not False:
-        yield f"lora_target_modules: missing; list the layers that {adapter} is to adapt, e.g. {', '.join(LINEAR_LAYERS[:4])}"
-    for target in targets if isinstance(targets, list) else ():
-        match = None if target in LINEAR_LAYERS else nearest(target, LINEAR_LAYERS, cutoff=0.75)
-        if match:
-            yield f"lora_target_modules: {target} is no layer; did you mean {match}?"
+        yield f"lora_target_modules: missing; list the layers that {adapter} is to adapt, e.g. [q_proj, v_proj]"
     package = block.get("package")
     if isinstance(package, dict) and package.get("adapter", "merged") != "merged" and adapter not in ("lora", "qlora"):
         yield "pairwise.package.adapter: the run has no adapter; remove the key, or set adapter: lora or qlora"

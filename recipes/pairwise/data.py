@@ -18,6 +18,16 @@ from preprocess.model_input import Contract, encode_all, pair_from_row, swap
 COLUMNS = ("id", "prompt", "response_a", "response_b", "winner", "fold", "weight", "p_model_a", "p_model_b", "p_tie")
 FIXED_SAMPLE_ROWS = 500
 CHUNK_ROWS = 1000
+FEATURES = Features(
+    {
+        "id": Value("string"),
+        "sequences": List(List(Value("int32"))),
+        "labels": List(Value("float32")),
+        "winner": Value("int8"),
+        "weight": Value("float32"),
+        "length": Value("int32"),
+    }
+)
 
 
 def read_pairs(path: Path | str) -> pl.DataFrame:
@@ -59,18 +69,6 @@ def winners(frame: pl.DataFrame, verdicts: tuple[str, ...]) -> np.ndarray:
     """The place among `verdicts` of each row's winner, int8 (rows,); -1 where it is none of them (a tie for a model of two)."""
     places = pl.col("winner").replace_strict({verdict: place for place, verdict in enumerate(verdicts)}, default=-1)
     return frame.select(places.cast(pl.Int8)).to_series().to_numpy()
-
-
-FEATURES = Features(
-    {
-        "id": Value("string"),
-        "sequences": List(List(Value("int32"))),
-        "labels": List(Value("float32")),
-        "winner": Value("int8"),
-        "weight": Value("float32"),
-        "length": Value("int32"),
-    }
-)
 
 
 def tokenise(frame: pl.DataFrame, tokenizer, contract: Contract, what: str) -> Dataset:

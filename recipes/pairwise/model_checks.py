@@ -1,12 +1,13 @@
 """What only the base model can say of a recipe: positions, settings, vocabulary, layers. Each check is a UserError.
 
-What config.json tells is checked before the rows are tokenised, the rest before the first step.
+All are made from its config.json and its tokenizer, before rows are tokenised or weights are loaded.
 """
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from transformers import AutoConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from preprocess.errors import UserError
 from preprocess.problems import nearest, unknown_key
@@ -29,8 +30,8 @@ def read_config(base_model: str, revision: str | None):
         ) from None
 
 
-def check_config(config, budget_tokens: int, overrides: Mapping[str, object]) -> None:
-    """Raise UserError where rows would be longer than the model has positions, or model_config (`overrides`) has other keys."""
+def check_config(config, *, budget_tokens: int, overrides: Mapping[str, object], softcap: bool) -> None:
+    """Raise UserError where the base model lacks what is asked of it: positions for a row, keys of model_config, a soft cap."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions and budget_tokens > positions:
         raise UserError(f"pairwise.budget_tokens: {budget_tokens}, but the base model has {positions} positions; lower it")
@@ -38,6 +39,26 @@ def check_config(config, budget_tokens: int, overrides: Mapping[str, object]) ->
     for key in overrides:
         if key not in known:
             raise UserError(f"model_config.{key}: {unknown_key(key, known)}")
+    if softcap and not getattr(config.get_text_config(), "attn_logit_softcapping", None):
+        raise UserError("pairwise.softcap: the base model has no soft cap of attention logits; remove the key")
+
+
+def check_layers(config, head: str, *, targets: Iterable[str] | str | None, saved: Iterable[str] | None) -> None:
+    """Raise UserError where the model has no layer of a name that LoRA is to adapt or to train whole.
+
+    The model is built without weights. `targets` are lora_target_modules, or a regular expression, which is PEFT's to judge;
+    `saved` is lora_modules_to_save.
+    """
+    auto = AutoModelForCausalLM if head == "label_tokens" else AutoModelForSequenceClassification
+    with torch.device("meta"):
+        model = auto.from_config(config)
+    layers = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    for key, names in {"lora_target_modules": targets, "lora_modules_to_save": saved}.items():
+        for name in () if isinstance(names, str) else names or ():
+            if name.rpartition(".")[2] not in layers:
+                match = nearest(name, layers)
+                meant = f"did you mean {match}?" if match else "remove it"
+                raise UserError(f"{key}: {type(model).__name__} has no layer {name}; {meant}")
 
 
 def check_vocabulary(special_tokens: Mapping[str, str], tokenizer, base_model: str, vocabulary_size: int) -> None:
@@ -46,19 +67,3 @@ def check_vocabulary(special_tokens: Mapping[str, str], tokenizer, base_model: s
         found = tokenizer.convert_tokens_to_ids(token) if isinstance(token, str) else None
         if found is not None and found >= vocabulary_size:
             raise UserError(f"special_tokens.{key}: {base_model} has no token {token!r}; name one that it has")
-
-
-def check_model(model, *, targets: Iterable[str] | str | None, saved: Iterable[str] | None, softcap: bool) -> None:
-    """Raise UserError where the model lacks layers or a soft cap that the recipe asks for.
-
-    `targets` are lora_target_modules, or a regular expression, which is PEFT's to judge; `saved` lora_modules_to_save.
-    """
-    layers = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    for key, names in {"lora_target_modules": targets, "lora_modules_to_save": saved}.items():
-        for name in () if isinstance(names, str) else names or ():
-            if name.rpartition(".")[2] not in layers:
-                match = nearest(name, layers)
-                meant = f"did you mean {match}?" if match else "remove it"
-                raise UserError(f"{key}: {type(model).__name__} has no layer {name}; {meant}")
-    if softcap and not getattr(model.config, "attn_logit_softcapping", None):
-        raise UserError(f"pairwise.softcap: {type(model).__name__} has no soft cap of attention logits; remove the key")

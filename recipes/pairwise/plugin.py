@@ -29,7 +29,7 @@ from recipes.pairwise import deepspeed_cpu, metrics, zero3
 from recipes.pairwise.collator import LabelTokenCollator, PairCollator
 from recipes.pairwise.contract import new_contract, write_contract
 from recipes.pairwise.data import datasets_of, read_pairs
-from recipes.pairwise.model_checks import check_config, check_model, check_vocabulary, read_config
+from recipes.pairwise.model_checks import check_config, check_layers, check_vocabulary, read_config
 from recipes.pairwise.schema import apply_environment, check_run, run_folder
 from recipes.pairwise.trainer import LabelTokenTrainer, PairwiseTrainer
 
@@ -91,7 +91,10 @@ class PairwisePlugin(BasePlugin):
                 )
             self.config = read_config(cfg["base_model"], cfg.get("revision_of_model"))
             overrides = cfg.get("model_config") or cfg.get("overrides_of_model_config") or {}
-            check_config(self.config, self.block.budget_tokens, overrides)
+            asked = {"budget_tokens": self.block.budget_tokens, "softcap": self.block.softcap}
+            check_config(self.config, overrides=overrides, **asked)
+            targets, saved = cfg.get("lora_target_modules"), cfg.get("lora_modules_to_save")
+            check_layers(self.config, self.block.head, targets=targets, saved=saved)
         except UserError as error:
             stop(error, self.recipe)
         cfg["output_dir"] = str(run_folder(cfg.get("output_dir"), self.recipe))
@@ -158,12 +161,6 @@ class PairwisePlugin(BasePlugin):
         """Pad id, soft cap, label names, and a head that holds sane numbers; the hub's commit, where it came from there."""
         self.contract = replace(self.contract, revision=self.contract.revision or getattr(model.config, "_commit_hash", None))
         try:
-            check_model(
-                model,
-                targets=cfg.lora_target_modules,
-                saved=cfg.lora_modules_to_save,
-                softcap=self.block.softcap,
-            )
             if self.block.head != "label_tokens":
                 ensure_head(model)
                 name_labels(model.config, ("reward",) if self.block.head == "reward" else self.block.verdicts)

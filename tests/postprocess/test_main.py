@@ -160,7 +160,7 @@ def test_a_model_larger_than_the_memory_is_told_before_anything_is_written(copie
     result = CliRunner().invoke(main, [str(run.recipe)])
     assert result.exit_code == 2
     assert result.stderr.startswith(f"error: {run.base}: 0 GB of weights, the GPU has 0 GB, too little to compare")
-    assert result.stderr.endswith("predictions.parquet, or by make cv R=recipe\n")
+    assert result.stderr.endswith("predictions.parquet, or of all rows make cv R=recipe\n")
     assert not (run.folder / "merged").exists()
 
 

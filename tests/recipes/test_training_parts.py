@@ -7,13 +7,13 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from preprocess.errors import UserError
 from recipes.pairwise import data, metrics
 from recipes.pairwise.collator import PairCollator
 from recipes.pairwise.contract import new_contract
-from recipes.pairwise.model_checks import check_config, check_model, check_vocabulary, read_config
+from recipes.pairwise.model_checks import check_config, check_layers, check_vocabulary, read_config
 from recipes.pairwise.plugin import (
     PairwisePlugin,
     check_resume,
@@ -164,48 +164,55 @@ def test_weights_are_one_on_average_whatever_preprocess_counted(tiny_models, tmp
 
 
 @pytest.mark.parametrize(
-    ("budget_tokens", "overrides", "message"),
+    ("kind", "changes", "message"),
     [
-        (4096, {"attention_dropout": 0.1}, None),
-        (4097, {}, "pairwise.budget_tokens: 4097, but the base model has 4096 positions; lower it"),
-        (64, {"attention_droput": 0.1}, "model_config.attention_droput: unknown key; did you mean attention_dropout"),
+        ("gemma2", {"overrides": {"attention_dropout": 0.1}, "softcap": True}, None),
+        ("gemma2", {"budget_tokens": 4097}, "pairwise.budget_tokens: 4097, but the base model has 4096 positions; lower it"),
+        (
+            "gemma2",
+            {"overrides": {"attention_droput": 0.1}},
+            "model_config.attention_droput: unknown key; did you mean attention_dr",
+        ),
+        ("llama", {"softcap": True}, "pairwise.softcap: the base model has no soft cap of attention logits; remove the key"),
     ],
 )
-def test_what_the_base_model_s_config_does_not_allow_is_refused(budget_tokens, overrides, message, tiny_models):
-    config = read_config(str(tiny_models("gemma2")), None)
+def test_what_the_base_model_s_config_does_not_allow_is_refused(kind, changes, message, tiny_models):
+    config = read_config(str(tiny_models(kind)), None)
+    asked = {"budget_tokens": 4096, "overrides": {}, "softcap": False} | changes
     if message is None:
-        return check_config(config, budget_tokens, overrides)
+        return check_config(config, **asked)
     with pytest.raises(UserError, match=message):
-        check_config(config, budget_tokens, overrides)
+        check_config(config, **asked)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"targets": "all-linear", "softcap": True}, None),
+        ({"targets": "all-linear", "saved": ["score"]}, None),
         (
-            {"targets": ["q_proj", "gate_prj"]},
-            "lora_target_modules: Gemma2ForCausalLM has no layer gate_prj; did you mean gate_proj",
+            {"targets": ["gate_prj"]},
+            "lora_target_modules: Gemma2ForSequenceClassification has no layer gate_prj; did you mean gate_p",
         ),
         (
             {"saved": ["embed_token"]},
-            "lora_modules_to_save: Gemma2ForCausalLM has no layer embed_token; did you mean embed_tokens",
+            "lora_modules_to_save: Gemma2ForSequenceClassification has no layer embed_token; did you mean",
         ),
     ],
 )
 def test_a_layer_that_the_base_model_lacks_is_refused(changes, message, tiny_models):
-    model = AutoModelForCausalLM.from_pretrained(tiny_models("gemma2"))
-    asked = {"targets": ["q_proj"], "saved": None, "softcap": False} | changes
+    config = read_config(str(tiny_models("gemma2")), None)
+    asked = {"targets": ["q_proj"], "saved": None} | changes
     if message is None:
-        return check_model(model, **asked)
+        return check_layers(config, "score", **asked)
     with pytest.raises(UserError, match=message):
-        check_model(model, **asked)
+        check_layers(config, "score", **asked)
 
 
-def test_a_soft_cap_is_refused_where_there_is_none(tiny_models):
-    model = AutoModelForCausalLM.from_pretrained(tiny_models("llama"))
-    with pytest.raises(UserError, match="pairwise.softcap: LlamaForCausalLM has no soft cap of attention logits"):
-        check_model(model, targets=[], saved=[], softcap=True)
+def test_a_causal_lm_has_another_head_than_a_classifier(tiny_models):
+    config = read_config(str(tiny_models("llama")), None)
+    check_layers(config, "label_tokens", targets=["q_proj", "lm_head"], saved=None)
+    with pytest.raises(UserError, match="lora_modules_to_save: LlamaForCausalLM has no layer score"):
+        check_layers(config, "label_tokens", targets=["q_proj"], saved=["score"])
 
 
 def test_a_special_token_that_the_base_model_lacks_is_refused(tiny_models):
