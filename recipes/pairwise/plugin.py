@@ -115,6 +115,7 @@ class PairwisePlugin(BasePlugin):
             # Axolotl takes `bf16: auto` on a CPU for fp16, in which the first step ends in NaN.
             cfg["bf16"] = cfg["fp16"] = False
             use_all_cores()
+            torch.cuda.can_device_access_peer = no_gpu_has_peers
             if deepspeed_cpu.deepspeed_on_cpu(cfg.get("deepspeed")):
                 deepspeed_cpu.start_group()
 
@@ -274,6 +275,15 @@ def use_all_cores() -> None:
     if os.environ.get("OMP_NUM_THREADS") == "1" and os.environ.get("WORLD_SIZE", "1") == "1":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(cores)
+
+
+def no_gpu_has_peers(device, peer) -> bool:
+    """What torch.cuda.can_device_access_peer is on a machine without a GPU, where Axolotl asks it in several processes.
+
+    PyTorch's own raises: in a build without CUDA an AssertionError, which Axolotl lets pass, in one with CUDA (PyPI's) a
+    RuntimeError, which ends the run.
+    """
+    return False
 
 
 def check_resume(cfg, block, recipe: Path) -> None:
