@@ -4,21 +4,24 @@ A recipe with `train: false` has its run folder made first, from the base model 
 skipped. Exit code 2, after one line, for what the user can mend.
 """
 
+import contextlib
 import functools
 import importlib
 import logging
 import shutil
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import click
+from filelock import FileLock, Timeout
 
 from postprocess.package import package
 from postprocess.run import Run, find_base, hub_commit, read_run, refuse_weights, weight_files
-from postprocess.stages import run_stage
-from preprocess.errors import exits_with_2
-from preprocess.files import read_json
+from postprocess.stages import run_stage, stage_key
+from preprocess.errors import UserError, exits_with_2
+from preprocess.files import read_json, remove_leftovers
 from recipes.pairwise.contract import MODEL_INPUT, TOKENIZER_FILES
 from recipes.pairwise.schema import Recipe, read_recipe
 
@@ -29,17 +32,35 @@ CODE = (MODEL_INPUT, *(RECIPES / name for name in ("contract.py", "data.py", "me
 
 @click.command(help=__doc__)
 @click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--keep-merged", is_flag=True, help="Also write the merged model in 16 bits, to outputs/R/merged.")
 @exits_with_2
-def main(recipe: Path) -> None:
+def main(recipe: Path, keep_merged: bool) -> None:
     logging.disable(logging.WARNING)  # libraries tell of GPUs and kernels that are absent; what matters to the user is raised
-    package_recipe(read_recipe(recipe))
+    package_recipe(read_recipe(recipe), keep_merged)
 
 
-def package_recipe(recipe: Recipe) -> Path:
+def package_recipe(recipe: Recipe, keep_merged: bool = False) -> Path:
     """Bring the package of `recipe` up to date, whose run was trained, or is made here; the package's folder."""
-    if not recipe.pairwise.train:
-        use_as_it_is(recipe)
-    return postprocess(read_run(recipe))
+    with alone(recipe.run_folder):
+        if not recipe.pairwise.train:
+            use_as_it_is(recipe)
+        return postprocess(read_run(recipe), keep_merged)
+
+
+@contextlib.contextmanager
+def alone(run_folder: Path) -> Iterator[None]:
+    """Hold the run folder against another postprocess, and remove what one that was killed left half-written."""
+    lock = FileLock(run_folder.with_name(f".{run_folder.name}.lock"), timeout=0)
+    try:
+        run_folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"{run_folder}: another python -m postprocess is at work there; wait for it, or stop it") from None
+    try:
+        remove_leftovers(run_folder)
+        yield
+    finally:
+        lock.release()
 
 
 def use_as_it_is(recipe: Recipe) -> None:
@@ -61,7 +82,7 @@ def use_as_it_is(recipe: Recipe) -> None:
     )
 
 
-def postprocess(run: Run) -> Path:
+def postprocess(run: Run, keep_merged: bool = False) -> Path:
     """Bring every stage of `run` up to date; the package's folder. Where the models do not agree, no package is left."""
     settings = run.recipe.pairwise.package
     report, out = run.folder / "agreement.json", run.folder / "package"
@@ -70,12 +91,12 @@ def postprocess(run: Run) -> Path:
         shutil.rmtree(out, ignore_errors=True)  # what it was made from has changed
         work().check_memory(run)
 
-    stage = functools.partial(run_stage, run.folder)
-    folders = candidates(run, stage, begin)
-    made = [file for folder in dict.fromkeys(folders.values()) for file in files(folder)]
+    stage = functools.partial(run_stage, run.folder, before=begin)
+    folders = candidates(run, stage, keep_merged)
+    made = [file for folder in dict.fromkeys(folders.values()) if folder for file in files(folder)]
     compared = [*run.source_files(), *made, *run.validation_files()]
     tolerance = {"tolerance": settings.tolerance}
-    stage("agreement", compared, tolerance, report, lambda: work().agreement(run, folders, report), begin)
+    stage("agreement", compared, tolerance, report, lambda: work().agreement(run, folders, report))
     packaged = read_json(report)["packaged"]
     chosen = folders[packaged]
     inputs = [*files(chosen), report, run.folder / "contract.json", run.folder / "model_input.py"]
@@ -83,19 +104,30 @@ def postprocess(run: Run) -> Path:
     return out
 
 
-def candidates(run: Run, stage, begin) -> dict[str, Path]:
-    """Bring the models that could be packaged up to date; their folders by name, `merged` among them where it was made."""
-    settings, folders = run.recipe.pairwise.package, {}
+def candidates(run: Run, stage: Callable, keep_merged: bool) -> dict[str, Path | None]:
+    """Bring the models that could be packaged up to date; their folders by name.
+
+    Among them is `merged` where a model is made of it: None where it is on no disk, and compared from memory.
+    """
+    settings, sources = run.recipe.pairwise.package, run.source_files()
+    kind, folders = settings.quantize, {}
     if settings.adapter != "unmerged":
-        merged = folders["merged"] = folders["quantised"] = run.folder / "merged"
-        stage("merge", run.source_files(), {}, merged, lambda: work().merge(run, merged), begin)
-    if settings.adapter != "unmerged" and settings.quantize != "none":
-        kind, quantised = settings.quantize, run.folder / "quantised"
-        folders["quantised"] = quantised
-        stage("quantise", files(merged), {"to": kind}, quantised, lambda: work().quantize(run, merged, kind, quantised), begin)
+        folders["merged"] = run.folder / "merged" if kind == "none" or keep_merged else None
+    if merged := folders.get("merged"):
+        key = stage_key(sources, {})
+        stage("merge", sources, {}, merged, lambda: work().merge(run, merged, key=key))
+    if settings.adapter != "unmerged" and kind == "none":
+        folders["quantised"] = merged
+    elif settings.adapter != "unmerged":
+        quantised = folders["quantised"] = run.folder / "quantised"
+        to = {"to": kind}
+        key = stage_key(sources, to)
+        stage("quantise", sources, to, quantised, lambda: work().quantise_in_one_pass(run, kind, quantised, key))
     if settings.adapter != "merged":
         unmerged = folders["unmerged"] = run.folder / "unmerged"
-        stage("unmerged", run.source_files(), {"to": "nf4"}, unmerged, lambda: work().unmerged(run, unmerged), begin)
+        apart = {"to": "nf4"}
+        key = stage_key(sources, apart)
+        stage("unmerged", sources, apart, unmerged, lambda: work().unmerged(run, unmerged, key))
     return folders
 
 

@@ -6,8 +6,8 @@ Plain, rank-stabilised and weight-decomposed (DoRA) LoRA on linear layers, plain
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ WITHOUT_EFFECT_ON_A_MERGE = {
     "megatron_config", "megatron_core", "modules_to_save", "peft_version", "qalora_group_size", "revision", "runtime_config",
     "target_modules", "task_type",
 }  # fmt: skip
+WHOLE_BYTES = 2**28  # every layer of Gemma-2-9b
 KEEP_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")  # the other initialisations change the base's weights
 
 
@@ -45,13 +46,59 @@ class Adapter:
     changes: Mapping[str, Change]
     replacements: Mapping[str, str]
 
-    def apply(self, name: str, weight: torch.Tensor | None) -> torch.Tensor:
-        """The tensor `name` after training, in float32 where it changed; `weight` is the base's, None where replaced."""
-        if name in self.replacements:
-            weight = self.tensors.get(self.replacements[name])
-        if name not in self.changes:
-            return weight
-        return _merge(weight.to(torch.float32), self.changes[name], self.tensors)
+    def delta(self, name: str) -> "Delta | None":
+        """What training added to the weight `name`; None where nothing was."""
+        return Delta(self.changes[name], self.tensors) if name in self.changes else None
+
+    def without(self, names: Iterable[str]) -> "Adapter":
+        """The adapter without what it says of the tensors `names`, which are another one's bytes."""
+        kept = [
+            {name: value for name, value in part.items() if name not in names} for part in (self.changes, self.replacements)
+        ]
+        return Adapter(self.tensors, *kept)
+
+    def untrained(self) -> "Adapter":
+        """The adapter without its low-rank changes: what it replaces is still replaced."""
+        return replace(self, changes={})
+
+
+class Delta:
+    """A weight's low-rank change, in float32 and applied to the weight's rows as they come.
+
+    s B A is multiplied out at once where it is small, so that it has the bits that PEFT gives it, and row by row where it
+    is not (an embedding of 256,000 tokens). DoRA's norms are of the whole weight's rows.
+    """
+
+    def __init__(self, change: Change, tensors: Tensors):
+        self.parts = {name: tensors.get(key).to(torch.float32) for name, key in change.parts.items()}
+        self.scaling = change.scaling
+        self.is_embedding = "lora_embedding_A" in self.parts
+        rows, columns = self.shape
+        self.whole = self._rows(0, rows) if rows * columns * 4 <= WHOLE_BYTES else None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape of the weight that it is a change of."""
+        if self.is_embedding:
+            return self.parts["lora_embedding_A"].shape[1], self.parts["lora_embedding_B"].shape[0]
+        return self.parts["lora_B"].shape[0], self.parts["lora_A"].shape[1]
+
+    def _rows(self, start: int, stop: int) -> torch.Tensor:
+        if self.is_embedding:
+            product = (self.parts["lora_embedding_B"] @ self.parts["lora_embedding_A"][:, start:stop]).T
+        else:
+            product = self.parts["lora_B"][start:stop] @ self.parts["lora_A"]
+        return product.mul_(self.scaling)
+
+    def apply(self, rows: torch.Tensor, start: int) -> torch.Tensor:
+        """The weight's rows from `start` on after training, float32; `rows` are the base's, in any dtype."""
+        stop = start + len(rows)
+        changed = self._rows(start, stop) if self.whole is None else self.whole[start:stop]
+        changed = changed + rows.to(torch.float32)
+        if "lora_magnitude_vector" in self.parts:
+            norm = torch.linalg.norm(changed, dim=1)
+            changed = (self.parts["lora_magnitude_vector"][start:stop] / norm).view(-1, 1) * changed
+        return changed
 
 
 def read_adapter(tensors: Tensors, settings: Mapping[str, object], config_file: Path) -> Adapter:
@@ -116,15 +163,3 @@ def changed_shape(adapter: Adapter, name: str) -> tuple[int, ...]:
     if "lora_embedding_A" in parts:
         return shape(parts["lora_embedding_A"])[1], shape(parts["lora_embedding_B"])[0]
     return shape(parts["lora_B"])[0], shape(parts["lora_A"])[1]
-
-
-def _merge(weight: torch.Tensor, change: Change, tensors: Tensors) -> torch.Tensor:
-    """The float32 weight with its low-rank update: W + s B A, for DoRA rescaled row by row to the trained magnitudes."""
-    part = {name: tensors.get(key).to(torch.float32) for name, key in change.parts.items()}
-    if "lora_embedding_A" in part:
-        return weight + (part["lora_embedding_B"] @ part["lora_embedding_A"]).T * change.scaling
-    merged = weight + (part["lora_B"] @ part["lora_A"]) * change.scaling
-    if "lora_magnitude_vector" in part:
-        norm = torch.linalg.norm(merged, dim=1)
-        merged = (part["lora_magnitude_vector"] / norm).view(-1, 1) * merged
-    return merged

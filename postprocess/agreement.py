@@ -22,7 +22,7 @@ from kaggle_kernels.runtime.scoring import ORDERS, make_requests, orders_of, sco
 from postprocess.rows import validation_rows
 from postprocess.run import Run
 from postprocess.skeleton import model_skeleton
-from postprocess.trained import load_trained
+from postprocess.trained import load_merged, load_trained
 from preprocess.errors import UserError
 from preprocess.files import write_json
 from recipes.pairwise.data import targets, winners
@@ -42,10 +42,11 @@ class Column:
     precision: str
 
 
-def agreement(run: Run, folders: Mapping[str, Path], out: Path) -> None:
+def agreement(run: Run, folders: Mapping[str, Path | None], out: Path) -> None:
     """Compare, print a table and write `out` (agreement.json), which also holds the packaged model's golden probabilities.
 
-    `folders` are those of the models by column: `merged` where there is one, then one or two of CANDIDATES. Raises UserError
+    `folders` are those of the models by column: `merged` where there is one (None: it is made in memory), then candidates for
+    the package. Raises UserError
     where the mean difference from training to the model that is to be packaged is over the recipe's tolerance.
     """
     rows, pairs = validation_rows(run)
@@ -89,13 +90,15 @@ def recorded_column(run: Run, rows: pl.DataFrame) -> Column:
 
 
 def model_loaders(
-    run: Run, folders: Mapping[str, Path], device: str, dtype: torch.dtype
+    run: Run, folders: Mapping[str, Path | None], device: str, dtype: torch.dtype
 ) -> Iterator[tuple[str, Callable[[], torch.nn.Module]]]:
     """The models to be scored, as (name, function that loads it), each folder once; all but `trained` compute in `dtype`."""
     yield "trained", lambda: load_trained(run, device)
     loaded = set()
     for name, folder in folders.items():
-        if folder not in loaded:
+        if folder is None:
+            yield name, lambda: load_merged(run, device, dtype)
+        elif folder not in loaded:
             loaded.add(folder)
             yield name, lambda folder=folder: load_model(folder, run.contract, device, dtype)
 

@@ -1,7 +1,7 @@
 """The empty model that a run's weights fill, its class chosen by the contract's head: configuration, names and shapes."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -51,7 +51,7 @@ def model_config(folder: Path, contract: Contract) -> PretrainedConfig:
 def model_skeleton(folder: Path, contract: Contract) -> Skeleton:
     """The model of the configuration in `folder` with the contract's head, without weights."""
     config = model_config(folder, contract)
-    model = _empty(config, contract.head, folder)
+    model = _model_or_error(config, contract.head, folder)
     config.architectures = [type(model).__name__]
     tied = {name: source for name, source in model.all_tied_weights_keys.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
@@ -59,9 +59,16 @@ def model_skeleton(folder: Path, contract: Contract) -> Skeleton:
     return Skeleton(config, shapes, model.base_model_prefix, head, tied)
 
 
+def untied(skeleton: Skeleton) -> Skeleton:
+    """The same model with tensors of their own where two were one."""
+    skeleton.config.tie_word_embeddings = False
+    own = {name: skeleton.shapes[source] for name, source in skeleton.tied.items()}
+    return replace(skeleton, shapes={**skeleton.shapes, **own}, tied={})
+
+
 def head_modules(folder: Path, head: str) -> list[str]:
     """The names of the modules beside the base model: ["score"], for BERT ["classifier"], for a causal LM ["lm_head"]."""
-    model = _empty(AutoConfig.from_pretrained(folder, local_files_only=True), head, folder)
+    model = _model_or_error(AutoConfig.from_pretrained(folder, local_files_only=True), head, folder)
     return [
         name
         for name, module in model.named_children()
@@ -69,10 +76,15 @@ def head_modules(folder: Path, head: str) -> list[str]:
     ]
 
 
-def _empty(config: PretrainedConfig, head: str, folder: Path) -> torch.nn.Module:
+def empty_model(config: PretrainedConfig, head: str) -> torch.nn.Module:
+    """The model of a configuration with this head, on no device; a ValueError where transformers has none."""
+    with torch.device("meta"):
+        return CLASSES[head].from_config(config)
+
+
+def _model_or_error(config: PretrainedConfig, head: str, folder: Path) -> torch.nn.Module:
     try:
-        with torch.device("meta"):
-            return CLASSES[head].from_config(config)
+        return empty_model(config, head)
     except ValueError as error:
         raise UserError(
             f"{folder}: transformers has no model with the head {head} for it ({str(error).splitlines()[0][:200]})"

@@ -40,7 +40,7 @@ def run_stage(
     record = read_json(record_file) if record_file.exists() else {}
     if not isinstance(record, dict) or not all(isinstance(made, dict) for made in record.values()):
         raise UserError(f"{record_file}: expected an object of stages; remove the file, and every stage is made again")
-    key = _key(inputs, settings)
+    key = stage_key(inputs, settings)
     known = record.get(name, {})
     if known.get("key") == key and outputs[0].exists() and known.get("outputs") == _stamps(_files(outputs)):
         click.echo(f"{name:<10} up to date   {outputs[0]}")
@@ -55,7 +55,8 @@ def run_stage(
     return True
 
 
-def _key(inputs: Iterable[Path], settings: Mapping[str, object]) -> str:
+def stage_key(inputs: Iterable[Path], settings: Mapping[str, object]) -> str:
+    """A hash of everything that decides what a stage makes: inputs, settings, our code and the libraries' versions."""
     code = [path for folder in (Path(__file__).parent, SHARED_CODE) for path in sorted(folder.glob("*.py"))]
     hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in code]
     versions = {library: version(library) for library in LIBRARIES}

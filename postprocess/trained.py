@@ -7,8 +7,9 @@ from peft import PeftModel
 from transformers import BitsAndBytesConfig
 
 from kaggle_kernels.runtime.model import CLASSES
+from postprocess.merge import merged_model
 from postprocess.run import ADAPTER, MODEL_PATTERN, Run
-from postprocess.skeleton import model_config
+from postprocess.skeleton import empty_model, model_config
 from preprocess.errors import UserError
 from preprocess.files import read_object
 
@@ -55,6 +56,19 @@ def load_trained(run: Run, device: str) -> torch.nn.Module:
     if run.has_adapter:
         model = PeftModel.from_pretrained(model, run.folder)
     return (model if quantised else model.to(device)).eval()
+
+
+def load_merged(run: Run, device: str, dtype: torch.dtype) -> torch.nn.Module:
+    """The merged model, its float16 weights made in memory, computing in `dtype` as the kernel would."""
+    config, tensors = merged_model(run)
+    model = type(empty_model(config, run.contract.head)).from_pretrained(
+        None,
+        config=config,
+        state_dict=tensors,
+        dtype=dtype,
+        attn_implementation="eager" if run.contract.softcap else "sdpa",
+    )
+    return model.to(device).eval()
 
 
 def trained_quantization(run: Run) -> dict | None:

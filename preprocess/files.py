@@ -58,6 +58,46 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files and folders that a killed process left in `folder`; no other may be writing there."""
+    for path in folder.glob(".*.tmp"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+@contextlib.contextmanager
+def resumable_folder(path: Path | str, key: str, size: int) -> Iterator[Path]:
+    """Yield a folder beside `path` that takes its name when the block succeeds and is removed when it fails.
+
+    Where the process is killed or interrupted, the folder stays, and the next call with the same `key`, which is not empty,
+    gets it as it is, to go on from. Raises UserError where the disk has no room for `size` bytes, or fills up meanwhile.
+    """
+    path = Path(path)
+    _make_folder(path.parent)
+    working, note = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.partial") / ".key"
+    if not key or not note.is_file() or note.read_text() != key:
+        shutil.rmtree(working, ignore_errors=True)
+        working.mkdir()
+        note.write_text(key)
+    needed, free = size - sum(file.stat().st_size for file in working.iterdir()), shutil.disk_usage(path.parent).free
+    try:
+        if needed > free:
+            raise UserError(
+                f"{path}: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; make room, then run this again"
+            )
+        yield working
+        note.unlink()
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(working, path)
+    except Exception as error:
+        shutil.rmtree(working, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UserError(f"{path}: cannot be written ({error}); make room on the disk, then run this again") from None
+        raise
+
+
 def _make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)

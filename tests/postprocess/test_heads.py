@@ -8,6 +8,7 @@ import polars as pl
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from kaggle_kernels.runtime.model import CLASSES, load_model
 from kaggle_kernels.runtime.package import read_package
@@ -36,7 +37,7 @@ def logits(model):
 @pytest.mark.parametrize(("kind", "head", "lora"), VARIANTS, ids=lambda value: value if isinstance(value, str) else None)
 def test_the_merged_model_is_the_one_that_peft_merges(kind, head, lora, made, opened, tmp_path):
     run = made(kind, head=head, lora=lora)
-    merge(opened(run), tmp_path / "merged", torch.float32)
+    merge(opened(run), tmp_path / "merged", dtype=torch.float32)
     expected = copy.deepcopy(run.model).merge_and_unload()
     found = load_file(tmp_path / "merged" / "model.safetensors")
     tensors = expected.state_dict()
@@ -50,7 +51,7 @@ def test_the_merged_model_is_the_one_that_peft_merges(kind, head, lora, made, op
 
 def test_a_full_fine_tune_of_a_causal_model_passes_straight_through(made, opened, tmp_path):
     run = made("gemma2", head="label_tokens", full=True)
-    merge(opened(run), tmp_path / "merged", torch.float32)
+    merge(opened(run), tmp_path / "merged", dtype=torch.float32)
     found = load_file(tmp_path / "merged" / "model.safetensors")
     assert "lm_head.weight" not in found
     assert all(torch.equal(tensor, run.model.state_dict()[name]) for name, tensor in found.items())
@@ -68,11 +69,36 @@ def test_a_llama_without_its_lm_head_is_refused(copied, opened, tmp_path):
         merge(opened(run), tmp_path / "merged")
 
 
-@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
-def test_an_adapter_on_one_of_two_tied_weights_is_refused(target, made, opened, tmp_path):
-    run = made("gemma2", head="label_tokens", lora={"target_modules": ["q_proj", target]})
-    with pytest.raises(UserError, match=r"lm_head.weight and model.embed_tokens.weight are one tensor in this base"):
-        merge(opened(run), tmp_path / "merged")
+TIED = [
+    ({"target_modules": ["q_proj", "lm_head"]}, False),
+    ({"target_modules": ["q_proj", "embed_tokens"]}, False),
+    ({"modules_to_save": ["embed_tokens"]}, False),
+    ({"modules_to_save": ["lm_head"]}, False),
+    ({"modules_to_save": ["embed_tokens", "lm_head"]}, False),
+    ({"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}, True),
+    ({"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, True),
+    ({}, True),
+]
+
+
+@pytest.mark.parametrize(
+    ("lora", "stays_tied"), TIED, ids=lambda value: str(value) if isinstance(value, bool) else str(value)[:70]
+)
+def test_tied_weights_that_were_trained_apart_stay_apart(lora, stays_tied, made, opened, tmp_path):
+    run = made("gemma2", head="label_tokens", lora=lora)
+    merge(opened(run), tmp_path / "merged", dtype=torch.float32)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="sdpa")
+    assert merged.config.tie_word_embeddings is stays_tied
+    assert ("lm_head.weight" in load_file(tmp_path / "merged" / "model.safetensors")) is not stays_tied
+    ids = torch.tensor([[2, 17, 200, 33, 4, 900]])
+    with torch.inference_mode():
+        assert (merged(input_ids=ids).logits - run.model(input_ids=ids).logits).abs().max() < 1e-5
+
+
+def test_tied_weights_that_were_trained_apart_cannot_be_packaged_unmerged(made, opened, tmp_path):
+    run = made("gemma2", head="label_tokens", lora={"modules_to_save": ["lm_head"]})
+    with pytest.raises(UserError, match="trained lm_head.weight, which is the embedding in this base; only adapter: merged"):
+        merge(opened(run), tmp_path / "merged", apart=True)
     assert not list(tmp_path.glob("*merged*"))
 
 

@@ -39,7 +39,7 @@ def logits(model):
 )
 def test_the_merged_classifier_is_the_one_that_peft_merges(kind, lora, made, opened, tmp_path):
     run = made(kind, lora=lora)
-    merge(opened(run), tmp_path / "merged", torch.float32)
+    merge(opened(run), tmp_path / "merged", dtype=torch.float32)
     expected = copy.deepcopy(run.model).merge_and_unload()
     found = load_file(tmp_path / "merged" / "model.safetensors")
     tensors = expected.state_dict()
@@ -52,7 +52,7 @@ def test_the_merged_classifier_is_the_one_that_peft_merges(kind, lora, made, ope
 
 def test_a_weight_is_rounded_once_to_float16(made, opened, tmp_path):
     run = opened(made("gemma2"))
-    merge(run, tmp_path / "exact", torch.float32)
+    merge(run, tmp_path / "exact", dtype=torch.float32)
     merge(run, tmp_path / "half")
     exact, half = (load_file(tmp_path / name / "model.safetensors") for name in ("exact", "half"))
     assert all(torch.equal(half[name], exact[name].to(torch.float16)) for name in exact)
@@ -66,7 +66,7 @@ def test_a_base_in_bfloat16_is_merged_in_float32(made, opened, tmp_path, copied)
     save_file(weights, base / "model.safetensors")
     (base / "config.json").write_bytes((run.base / "config.json").read_bytes())
     runs.set_base(run, base)
-    merge(opened(run), tmp_path / "merged", torch.float32)
+    merge(opened(run), tmp_path / "merged", dtype=torch.float32)
     name = "model.layers.0.self_attn.q_proj"
     adapter = load_file(run.folder / "adapter_model.safetensors")
     a, b = (adapter[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
@@ -111,7 +111,7 @@ def test_a_model_trained_with_the_soft_cap_keeps_it(opened, tmp_path, copied):
 
 def test_a_full_fine_tune_passes_straight_through(made, opened, tmp_path):
     run = made("bert", full=True)
-    merge(opened(run), tmp_path / "merged", torch.float32)
+    merge(opened(run), tmp_path / "merged", dtype=torch.float32)
     found = load_file(tmp_path / "merged" / "model.safetensors")
     assert all(torch.equal(found[name], tensor) for name, tensor in run.model.state_dict().items())
 
@@ -124,9 +124,9 @@ def test_old_names_of_layer_norms_are_understood(opened, tmp_path, copied):
     renamed = {name.replace("LayerNorm.weight", "LayerNorm.gamma"): tensor for name, tensor in weights.items()}
     save_file(renamed, base / "model.safetensors")
     (base / "config.json").write_bytes((run.base / "config.json").read_bytes())
-    merge(opened(run), tmp_path / "before", torch.float32)
+    merge(opened(run), tmp_path / "before", dtype=torch.float32)
     runs.set_base(run, base)
-    merge(opened(run), tmp_path / "after", torch.float32)
+    merge(opened(run), tmp_path / "after", dtype=torch.float32)
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("before", "after"))
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -187,7 +187,7 @@ DAMAGE = [
     (with_a_stray_key, "layers.7.mlp.bias is not part of Gemma2ForSequenceClassification"),
     (with_another_width, "an adapter of another base"),
     (with_half_a_layer, "has the parts lora_A"),
-    (with_nan, "score.weight is not finite before"),
+    (with_nan, "adapter_model.safetensors: score.weight is not finite; train again"),
     (with_values_beyond_float16, "score.weight is not finite once it is torch.float16"),
     (with_three_labels, r"score.weight has the shape \[3, 64\], the model needs \[2, 64\]"),
     (cut_short, "not a whole safetensors file"),

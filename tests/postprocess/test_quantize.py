@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 import subprocess
@@ -6,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
 
-from kaggle_kernels.runtime.model import load_model
+from kaggle_kernels.runtime.model import CLASSES, load_model
+from postprocess.merge import merge
 from postprocess.quantize import quantization_config
 from postprocess.skeleton import head_modules
 
@@ -35,7 +36,7 @@ print(json.dumps(found))
 @pytest.mark.parametrize(("kind", "head"), [("gemma2", "score"), ("bert", "classifier")])
 def test_the_head_is_named_by_the_architecture(kind, head, packaged):
     run, _ = packaged(kind, quantize="nf4")
-    assert head_modules(run.folder / "merged", "score") == [head]
+    assert head_modules(run.folder / "package", "score") == [head]
 
 
 @pytest.mark.parametrize(("kind", "head"), [("gemma2", "score.weight"), ("bert", "classifier.weight")])
@@ -45,8 +46,8 @@ def test_the_layers_are_quantised_and_the_head_is_not(kind, head, quantize, stor
     tensors = load_file(run.folder / "package" / "model.safetensors")
     layers = "model.layers.0.mlp.up_proj.weight" if kind == "gemma2" else "bert.encoder.layer.0.output.dense.weight"
     assert tensors[layers].dtype == stored
-    assert torch.equal(tensors[head], load_file(run.folder / "merged" / "model.safetensors")[head])
-    assert tensors[head].dtype == torch.float16
+    trained = load_file(run.folder / "adapter_model.safetensors")[f"base_model.model.{head}"]
+    assert torch.equal(tensors[head], trained.to(torch.float16))
 
 
 def test_nf4_is_made_for_a_gpu_without_bfloat16(packaged):
@@ -70,21 +71,37 @@ def test_int8_does_not_depend_on_what_else_is_in_the_batch(packaged):
     assert (alone - together).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("quantize", ["nf4", "int8"])
-def test_the_reloaded_model_is_the_one_that_was_quantised(quantize, packaged):
-    run, _ = packaged("gemma2", quantize=quantize)
-    settings = quantization_config(quantize, ["score"])
-    quantised = AutoModelForSequenceClassification.from_pretrained(
-        run.folder / "merged",
-        quantization_config=settings,
-        dtype=torch.float16,
-        device_map={"": "cpu"},
-        attn_implementation="sdpa",
-    ).eval()
-    reloaded = load_model(run.folder / "package", run.contract(), "cpu", torch.float16)
-    ids = torch.tensor([[2, 17, 200, 33, 4, 900]])
-    with torch.inference_mode():
-        assert torch.equal(reloaded(input_ids=ids).logits, quantised(input_ids=ids).logits)
+TWO_STEPS = [
+    *((kind, {}, "score", quantize) for kind in ("gemma2", "llama", "qwen2", "bert") for quantize in ("nf4", "double", "int8")),
+    ("llama", {}, "label_tokens", "nf4"),
+    ("gemma2", {}, "label_tokens", "int8"),
+    ("gemma2", {}, "reward", "nf4"),
+    ("llama", {"use_dora": True}, "score", "nf4"),
+]
+
+
+@pytest.mark.parametrize(("kind", "lora", "head", "quantize"), TWO_STEPS)
+def test_one_pass_gives_the_bytes_of_merging_with_peft_saving_and_quantising(
+    kind, lora, head, quantize, made, opened, tmp_path, monkeypatch
+):
+    run = made(kind, lora=lora, head=head)
+    settings = quantization_config(quantize.replace("double", "nf4"), head_modules(run.base, head), quantize == "double")
+    monkeypatch.setattr("postprocess.merge.PIECE_NUMBERS", 64 * 100)  # pieces of fewer rows than a layer has
+    merge(opened(run), tmp_path / "ours", settings)
+
+    merged = copy.deepcopy(run.model).merge_and_unload().half()
+    merged.config.dtype = torch.float16
+    merged.save_pretrained(tmp_path / "merged")
+    options = {"quantization_config": settings, "dtype": torch.float16, "device_map": {"": "cpu"}}
+    CLASSES[head].from_pretrained(tmp_path / "merged", **options).save_pretrained(tmp_path / "theirs")
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys()
+    assert [
+        name for name in theirs if ours[name].dtype != theirs[name].dtype or not torch.equal(ours[name], theirs[name])
+    ] == []
+    ours, theirs = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("ours", "theirs"))
+    assert ours["quantization_config"] == theirs["quantization_config"]
+    assert ours["architectures"] == theirs["architectures"]
 
 
 @pytest.mark.skipif(

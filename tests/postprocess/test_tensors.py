@@ -2,7 +2,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from postprocess.tensors import open_tensors, write_tensors
+from postprocess.shards import Planned, Stored, write_shards
+from postprocess.tensors import open_tensors
 from preprocess.errors import UserError
 
 TENSORS = {
@@ -14,8 +15,17 @@ TENSORS = {
 }
 
 
+def write_tensors(folder, tensors, **options):
+    planned = [Planned(name, (name,), tensor.nbytes) for name, tensor in tensors.items()]
+
+    def store(name):
+        yield Stored(name, tensors[name].dtype, tuple(tensors[name].shape), [tensors[name]])
+
+    write_shards(folder, planned, store, **options)
+
+
 def test_what_is_written_is_read_back_by_safetensors(tmp_path):
-    write_tensors(tmp_path, list(TENSORS), iter(TENSORS.items()))
+    write_tensors(tmp_path, TENSORS)
     found = load_file(tmp_path / "model.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
     assert all(found[name].dtype == tensor.dtype and torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
@@ -23,7 +33,7 @@ def test_what_is_written_is_read_back_by_safetensors(tmp_path):
 
 def test_shards_hold_at_most_the_bytes_asked_for(tmp_path):
     tensors = {f"layer.{number}": torch.full((10,), number, dtype=torch.float32) for number in range(5)}
-    write_tensors(tmp_path, list(tensors), iter(tensors.items()), shard_bytes=80)
+    write_tensors(tmp_path, tensors, shard_bytes=80)
     assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == [
         "model-00001-of-00003.safetensors",
         "model-00002-of-00003.safetensors",
@@ -36,7 +46,9 @@ def test_shards_hold_at_most_the_bytes_asked_for(tmp_path):
 
 def test_a_tensor_that_was_announced_must_come(tmp_path):
     with pytest.raises(ValueError, match="announced and not written"):
-        write_tensors(tmp_path, ["a", "b"], iter({"a": torch.zeros(1)}.items()))
+        write_shards(
+            tmp_path, [Planned("a", ("a", "a.scale"), 4)], lambda name: [Stored(name, torch.float32, (1,), [torch.zeros(1)])]
+        )
 
 
 def test_a_folder_without_weights_is_one_error(tmp_path):
@@ -46,7 +58,7 @@ def test_a_folder_without_weights_is_one_error(tmp_path):
 
 def test_a_shard_that_is_absent_is_one_error(tmp_path):
     tensors = {f"layer.{number}": torch.zeros(10) for number in range(3)}
-    write_tensors(tmp_path, list(tensors), iter(tensors.items()), shard_bytes=40)
+    write_tensors(tmp_path, tensors, shard_bytes=40)
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(UserError, match=r"model-00002-of-00003.safetensors: no such file"), open_tensors(tmp_path):
         pass
