@@ -8,9 +8,11 @@ import contextlib
 import functools
 import importlib
 import logging
+import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -18,7 +20,7 @@ import click
 from filelock import FileLock, Timeout
 
 from postprocess.package import package
-from postprocess.run import Run, find_base, hub_commit, read_run, refuse_weights, weight_files
+from postprocess.run import ADAPTER, Run, find_base, hub_commit, read_run, refuse_weights, weight_files
 from postprocess.stages import run_stage, stage_key
 from preprocess.errors import UserError, exits_with_2
 from preprocess.files import read_json, remove_leftovers
@@ -33,10 +35,25 @@ CODE = (MODEL_INPUT, *(RECIPES / name for name in ("contract.py", "data.py", "me
 @click.command(help=__doc__)
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--keep-merged", is_flag=True, help="Also write the merged model in 16 bits, to outputs/R/merged.")
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="FOLDER[=WEIGHT]",
+    help="A trained run; given several times, the mean of their adapters is packaged, in outputs/R/mean.",
+)
+@click.option("--rank", type=click.IntRange(min=1), help="Cut the mean to this rank; by default it is exact.")
 @exits_with_2
-def main(recipe: Path, keep_merged: bool) -> None:
+def main(recipe: Path, keep_merged: bool, adapters: tuple[str, ...], rank: int | None) -> None:
     logging.disable(logging.WARNING)  # libraries tell of GPUs and kernels that are absent; what matters to the user is raised
-    package_recipe(read_recipe(recipe), keep_merged)
+    if rank and not adapters:
+        raise UserError(
+            "--rank is for the mean of several runs; name them: --adapter outputs/R/fold-0 --adapter outputs/R/fold-1"
+        )
+    if adapters:
+        package_mean(read_recipe(recipe), members_of(adapters), rank, keep_merged)
+    else:
+        package_recipe(read_recipe(recipe), keep_merged)
 
 
 def package_recipe(recipe: Recipe, keep_merged: bool = False) -> Path:
@@ -45,6 +62,43 @@ def package_recipe(recipe: Recipe, keep_merged: bool = False) -> Path:
         if not recipe.pairwise.train:
             use_as_it_is(recipe)
         return postprocess(read_run(recipe), keep_merged)
+
+
+def package_mean(recipe: Recipe, shares: Mapping[Path, float], rank: int | None, keep_merged: bool = False) -> Path:
+    """Bring the package of the mean of several runs of `recipe` up to date, in the folder `mean` of its run folder."""
+    recipe = replace(recipe, run_folder=recipe.run_folder / "mean")
+    with alone(recipe.run_folder):
+        inputs = [folder / name for folder in shares for name in RUN_FILES + ADAPTER]
+        settings = {"shares": {str(folder): share for folder, share in shares.items()}, "rank": rank}
+        made = [recipe.run_folder / name for name in (*RUN_FILES, *ADAPTER)]
+        run_stage(
+            recipe.run_folder,
+            "average",
+            [*inputs, Path(recipe.pairwise.pairs), *CODE],
+            settings,
+            made,
+            lambda: work().average(recipe, shares, rank),
+            work,
+        )
+        return postprocess(read_run(recipe), keep_merged)
+
+
+def members_of(adapters: Sequence[str]) -> dict[Path, float]:
+    """The shares of the runs named as FOLDER or FOLDER=WEIGHT; they sum to 1."""
+    weights = {}
+    for text in adapters:
+        folder, _, weight = text.rpartition("=") if "=" in text and not Path(text).exists() else (text, "", "1")
+        try:
+            weights[Path(folder)] = float(weight)
+        except ValueError:
+            raise UserError(f"--adapter {text}: {weight!r} is no weight; write FOLDER or FOLDER=WEIGHT") from None
+        if not 0 < weights[Path(folder)] < math.inf:
+            raise UserError(f"--adapter {text}: expected a weight above 0")
+        if not Path(folder).is_dir():
+            raise UserError(f"--adapter {text}: no such folder; it takes the folder of a trained LoRA run")
+    if len(weights) < len(adapters):
+        raise UserError("--adapter: a folder is named twice; give it a weight instead")
+    return {folder: weight / sum(weights.values()) for folder, weight in weights.items()}
 
 
 @contextlib.contextmanager

@@ -76,6 +76,12 @@ def write_shards(
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map(folder, names)})
 
 
+def write_file(path: Path, planned: Sequence[Planned], store: Callable[[str], Iterable[Stored]]) -> None:
+    """Write the weights `planned` into one file, as write_shards writes a shard."""
+    with _Writer() as writer:
+        _write_shard(path, planned, store, writer, lambda _: None)
+
+
 def plan_shards(planned: Sequence[Planned], shard_bytes: int) -> list[list[Planned]]:
     """The weights of each shard, in order: as many as `shard_bytes` hold, at least one."""
     shards: list[list[Planned]] = []
