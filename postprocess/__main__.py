@@ -75,7 +75,8 @@ def postprocess(run: Run) -> Path:
     made = [file for folder in dict.fromkeys(folders.values()) for file in files(folder)]
     compared = [*run.source_files(), *made, *run.validation_files()]
     tolerance = {"tolerance": settings.tolerance}
-    stage("agreement", compared, tolerance, report, lambda: work().agreement(run, folders, report), begin)
+    told = [report, *(report.with_suffix(suffix) for suffix in (".parquet", ".png"))]
+    stage("agreement", compared, tolerance, told, lambda: work().agreement(run, folders, report), begin)
     packaged = read_json(report)["packaged"]
     chosen = folders[packaged]
     inputs = [*files(chosen), report, run.folder / "contract.json", run.folder / "model_input.py"]
