@@ -77,21 +77,25 @@ def refuse(run: Run, report: dict, out: Path) -> None:
         gate = report["gates"][0]
         raise UserError(
             f"{out}: the {gate['model']} model differs from the {gate['against']} one by {gate['mean']:.4f} in probability on "
-            f"average, over pairwise.package.tolerance ({tolerance}); no package is made: {remedy(run, gate['model'])}; "
+            f"average, over pairwise.package.tolerance ({tolerance}); no package is made: {remedy(run, report)}; "
             f"{out.with_suffix('.png').name} and {out.with_suffix('.parquet').name} beside it show the rows"
         )
 
 
-def remedy(run: Run, model: str) -> str:
-    """What in the recipe brings a model that is off nearer to the trained one."""
+def remedy(run: Run, report: dict) -> str:
+    """What to change in the recipe: less rounding where that is to blame, another kind of package where merging is."""
     quantize = run.recipe.pairwise.package.quantize
-    if model == "unmerged":
+    means = {line["model"]: line["against_trained"]["mean"] for line in report["models"]}
+    merged = means.get("merged", 0)
+    if merged <= report["tolerance"] and report["packaged"] == "unmerged":
         return "package with adapter: merged and quantize: int8 or none"
-    if model.startswith(QUANTISED) and quantize != "none":
+    if merged <= report["tolerance"] and quantize != "none":
         return "package with quantize: none" if quantize == "int8" else "package with quantize: int8 or none"
+    if "unmerged" in means:
+        return "no package of this run would be nearer, raise the tolerance if that will do or train again"
     if run.has_adapter:
-        return "merging alone moves it that far, package with quantize: nf4 and adapter: unmerged"
-    return "float16 alone moves it that far, train it again with fp16: true"
+        return f"merging alone moves it by {merged:.4f}, package with quantize: nf4 and adapter: unmerged"
+    return f"float16 alone moves it by {merged:.4f}, train it again with fp16: true"
 
 
 def recorded_column(run: Run, rows: pl.DataFrame) -> Column:

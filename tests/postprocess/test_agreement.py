@@ -79,12 +79,12 @@ def test_over_the_tolerance_is_exit_code_2_and_leaves_what_to_look_at_and_no_pac
     (package / "old").write_text("from a training before")
     for name in TOLD:
         (run.folder / name).write_text("from a training before")
-    run.recipe.write_text(run.recipe.read_text().replace("quantize: nf4", "quantize: nf4\n    tolerance: 0.0001"))
+    run.recipe.write_text(run.recipe.read_text().replace("quantize: nf4", "quantize: nf4\n    tolerance: 0.001"))
     result = CliRunner().invoke(main, [str(run.recipe)])
     assert result.exit_code == 2
     assert result.stderr.count("\n") == 1
     assert "the quantised model differs from the " in result.stderr
-    assert "over pairwise.package.tolerance (0.0001); no package is made: package with quantize: int8 or none" in result.stderr
+    assert "over pairwise.package.tolerance (0.001); no package is made: package with quantize: int8 or none" in result.stderr
     assert not package.exists()
     report = json.loads((run.folder / "agreement.json").read_text())
     assert (report["agrees"], report["rows"], report["groups"]) == (False, 24, 1)
@@ -157,26 +157,39 @@ def test_the_nearest_of_several_quantised_models_is_packaged(copied, opened, cap
     assert columns[-2:] == ["quantised-2_p_model_a", "quantised-2_p_model_b"]
 
 
+FAR, NEAR = (0.5, 0.4), (0.9, 0.41)
+
+
 @pytest.mark.parametrize(
-    ("adapter", "quantize", "has_adapter", "model", "told"),
+    ("adapter", "quantize", "has_adapter", "models", "told"),
     [
-        ("merged", "nf4", True, "quantised-2", "package with quantize: int8 or none"),
-        ("merged", "int8", True, "quantised", "package with quantize: none"),
+        ("merged", "nf4", True, {"merged": NEAR, "quantised": FAR}, "package with quantize: int8 or none"),
+        ("merged", "int8", True, {"merged": NEAR, "quantised": FAR}, "package with quantize: none"),
+        ("unmerged", "nf4", True, {"unmerged": FAR}, "package with adapter: merged and quantize: int8 or none"),
+        (
+            "merged",
+            "nf4",
+            True,
+            {"merged": FAR, "quantised": FAR},
+            "merging alone moves it by 0.2000, package with quantize: nf4",
+        ),
         (
             "merged",
             "none",
             True,
-            "quantised",
-            "merging alone moves it that far, package with quantize: nf4 and adapter: unmerged",
+            {"merged": FAR, "quantised": FAR},
+            "merging alone moves it by 0.2000, package with quantize: nf4",
         ),
-        ("best", "nf4", True, "merged", "merging alone moves it that far, package with quantize: nf4 and adapter: unmerged"),
-        ("unmerged", "nf4", True, "unmerged", "package with adapter: merged and quantize: int8 or none"),
-        ("merged", "none", False, "quantised", "float16 alone moves it that far, train it again with fp16: true"),
+        ("best", "nf4", True, {"merged": FAR, "quantised": FAR, "unmerged": FAR}, "no package of this run would be nearer"),
+        ("merged", "none", False, {"merged": FAR, "quantised": FAR}, "float16 alone moves it by 0.2000, train it again"),
     ],
 )
-def test_the_error_says_what_to_change_in_the_recipe(adapter, quantize, has_adapter, model, told, made, opened):
+def test_the_error_says_what_to_change_in_the_recipe(adapter, quantize, has_adapter, models, told, made, opened):
     run = replace(opened(made("gemma2", adapter=adapter, quantize=quantize)), has_adapter=has_adapter)
-    assert remedy(run, model) == told
+    named = {"recorded": (0.9, 0.4), "trained": (0.9, 0.4), **models}
+    report = compare([column(name, *rows) for name, rows in named.items()], LABELS, WINNERS, 0.05)
+    assert not report["agrees"]
+    assert remedy(run, report).startswith(told)
 
 
 def test_the_report_compares_four_models_on_the_validation_rows(packaged):
