@@ -150,7 +150,8 @@ def postprocess(run: Run, keep_merged: bool = False) -> Path:
     made = [file for folder in dict.fromkeys(folders.values()) if folder for file in files(folder)]
     compared = [*run.source_files(), *made, *run.validation_files()]
     tolerance = {"tolerance": settings.tolerance}
-    stage("agreement", compared, tolerance, report, lambda: work().agreement(run, folders, report))
+    told = [report, *(report.with_suffix(suffix) for suffix in (".parquet", ".png"))]
+    stage("agreement", compared, tolerance, told, lambda: work().agreement(run, folders, report))
     packaged = read_json(report)["packaged"]
     chosen = folders[packaged]
     inputs = [*files(chosen), report, run.folder / "contract.json", run.folder / "model_input.py"]

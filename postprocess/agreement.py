@@ -9,7 +9,6 @@ the adapter apart), or both, of which the one closer to `trained` is taken.
 import gc
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,35 +18,28 @@ import torch
 from kaggle_kernels.runtime.model import load_model
 from kaggle_kernels.runtime.package import PackageError, check_hash, read_tokenizer
 from kaggle_kernels.runtime.scoring import ORDERS, make_requests, orders_of, score
+from postprocess.agreement_report import groups_of, probability_table, table_lines, without_nan
+from postprocess.comparison import QUANTISED, Column, compare
+from postprocess.pictures import agreement_picture
 from postprocess.rows import validation_rows
 from postprocess.run import Run
 from postprocess.skeleton import model_skeleton
 from postprocess.trained import load_merged, load_trained
 from preprocess.errors import UserError
-from preprocess.files import write_json
+from preprocess.files import atomic_file, write_json
 from recipes.pairwise.data import targets, winners
-from recipes.pairwise.metrics import scores
 
 FLOAT16_ON_CPU_FLOP = 5e10  # about 20 s: float16 is ten times slower than float32 on CPUs without units for it
 GOLDEN_ORDER = ("as_given",)
-CANDIDATES = ("quantised", "unmerged")
-
-
-@dataclass(frozen=True)
-class Column:
-    """One model's probabilities of the rows, float64 of shape (rows, orders, verdicts), and the precision it computed in."""
-
-    name: str
-    probabilities_rov: np.ndarray
-    precision: str
 
 
 def agreement(run: Run, folders: Mapping[str, Path | None], out: Path) -> None:
-    """Compare, print a table and write `out` (agreement.json), which also holds the packaged model's golden probabilities.
+    """Compare, print a table, write `out` (agreement.json) and, beside it, agreement.parquet and agreement.png.
 
-    `folders` are those of the models by column: `merged` where there is one (None: it is made in memory), then candidates for
-    the package. Raises UserError
-    where the mean difference from training to the model that is to be packaged is over the recipe's tolerance.
+    `folders` are those of the models by column: `merged` where there is one (None: made in memory), then the candidates:
+    `quantised`, if it was made more than once `quantised-2`, `quantised-3`, …, and `unmerged`. agreement.json also holds the
+    golden probabilities of the candidate that is packaged. Raises UserError, once all is written, where the models do not
+    agree.
     """
     rows, pairs = validation_rows(run)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -58,26 +50,53 @@ def agreement(run: Run, folders: Mapping[str, Path | None], out: Path) -> None:
         column, golden[name] = _score_model(name, load(), run, tokenizer, pairs)
         columns.append(column)
         gc.collect()
-    if "quantised" in folders and folders["quantised"] == folders["merged"]:
-        columns.append(Column("quantised", columns[-1].probabilities_rov, columns[-1].precision))
-        golden["quantised"] = golden["merged"]
+    if QUANTISED in folders and folders[QUANTISED] == folders.get("merged"):
+        merged = next(column for column in columns if column.name == "merged")
+        columns.append(Column(QUANTISED, merged.probabilities_rov, merged.precision))
+        golden[QUANTISED] = golden["merged"]
     verdicts, tolerance = run.contract.verdicts, run.recipe.pairwise.package.tolerance
-    report = compare(columns, targets(rows, verdicts), winners(rows, verdicts), tolerance)
-    print_table(report)
-    write_json(out, {**report, "golden": golden[report["packaged"]]})
-    recorded = report["models"][0]["against_trained"]["mean"]
-    if recorded > tolerance:
+    report = compare(columns, targets(rows, verdicts), winners(rows, verdicts), tolerance, groups_of(rows))
+    print("\n".join(table_lines(report)))
+    with atomic_file(out.with_suffix(".parquet")) as temporary:
+        probability_table(rows, columns, verdicts).write_parquet(temporary)
+    with atomic_file(out.with_suffix(".png")) as temporary:
+        agreement_picture(run.folder, report, columns, verdicts, temporary)
+    write_json(out, without_nan({**report, "golden": golden[report["packaged"]]}))
+    refuse(run, report, out)
+
+
+def refuse(run: Run, report: dict, out: Path) -> None:
+    """Raise UserError where the models do not agree: which one is off, by how much, and what to do about it."""
+    tolerance, recorded = report["tolerance"], report["models"][0]["against_trained"]["mean"]
+    if not recorded <= tolerance:
         raise UserError(
             f"{out}: base and adapter, loaded as they were trained, differ by {recorded:.4f} in probability "
             f"from predictions.parquet, which training wrote: one of {run.weights}, {run.folder} is not the training's; put it "
             "back, or train again"
         )
     if not report["agrees"]:
+        gate = report["gates"][0]
         raise UserError(
-            f"{out}: the {report['packaged']} model differs from training by {report['mean_difference']:.4f} in probability on "
-            f"average, over pairwise.package.tolerance ({report['tolerance']}); no package is made: quantise less, or look at "
-            f"{out}"
+            f"{out}: the {gate['model']} model differs from the {gate['against']} one by {gate['mean']:.4f} in probability on "
+            f"average, over pairwise.package.tolerance ({tolerance}); no package is made: {remedy(run, report)}; "
+            f"{out.with_suffix('.png').name} and {out.with_suffix('.parquet').name} beside it show the rows"
         )
+
+
+def remedy(run: Run, report: dict) -> str:
+    """What to change in the recipe: less rounding where that is to blame, another kind of package where merging is."""
+    quantize = run.recipe.pairwise.package.quantize
+    means = {line["model"]: line["against_trained"]["mean"] for line in report["models"]}
+    merged = means.get("merged", 0)
+    if merged <= report["tolerance"] and report["packaged"] == "unmerged":
+        return "package with adapter: merged and quantize: int8 or none"
+    if merged <= report["tolerance"] and quantize != "none":
+        return "package with quantize: none" if quantize == "int8" else "package with quantize: int8 or none"
+    if "unmerged" in means:
+        return "no package of this run would be nearer, raise the tolerance if that will do or train again"
+    if run.has_adapter:
+        return f"merging alone moves it by {merged:.4f}, package with quantize: nf4 and adapter: unmerged"
+    return f"float16 alone moves it by {merged:.4f}, train it again with fp16: true"
 
 
 def recorded_column(run: Run, rows: pl.DataFrame) -> Column:
@@ -140,60 +159,3 @@ def kernel_dtype(run: Run, tokenizer, pairs: list, device: str) -> torch.dtype:
     requests = make_requests(run.model_input, tokenizer, run.contract, pairs, orders_of(run.contract, ORDERS))
     tokens = sum(request.tokens for request in requests)
     return torch.float16 if 2 * tokens * multiplied <= FLOAT16_ON_CPU_FLOP else torch.float32
-
-
-def compare(columns: list[Column], labels_rv: np.ndarray, winners_r: np.ndarray, tolerance: float) -> dict:
-    """The report: each column's metrics and its differences from `recorded` and from `trained`, and whether they agree.
-
-    Differences are between probabilities of the same row, order and verdict. Of the candidates, the one with the smaller mean
-    difference from `trained` is to be packaged. The models agree where it differs from `recorded` and from `trained`, and if
-    it was merged the merged one from `trained`, by at most `tolerance` on average.
-    """
-    by_name = {column.name: column for column in columns}
-    table = []
-    for column in columns:
-        metrics = scores(column.probabilities_rov, labels_rv, winners_r)
-        against = {f"against_{name}": _difference(column, by_name[name]) for name in ("recorded", "trained")}
-        table.append({"model": column.name, "precision": column.precision, **metrics, **against})
-    candidates = {name: _difference(by_name[name], by_name["trained"])["mean"] for name in CANDIDATES if name in by_name}
-    packaged = min(candidates, key=candidates.get)
-    gated = [(packaged, "recorded"), (packaged, "trained")] + ([("merged", "trained")] if packaged == "quantised" else [])
-    worst = max(_difference(by_name[one], by_name[other])["mean"] for one, other in gated)
-    return {
-        "rows": len(labels_rv),
-        "tolerance": tolerance,
-        "packaged": packaged,
-        "candidates": candidates,
-        "mean_difference": worst,
-        "agrees": math.isfinite(worst) and worst <= tolerance,
-        "models": table,
-    }
-
-
-def _difference(one: Column, other: Column) -> dict[str, float]:
-    """Largest and mean difference in probability, and the rows whose verdict (by the mean of both orders) is another."""
-    differences = np.abs(one.probabilities_rov - other.probabilities_rov)
-    verdicts = [column.probabilities_rov.mean(axis=1).argmax(axis=1) for column in (one, other)]
-    return {
-        "largest": float(differences.max()),
-        "mean": float(differences.mean()),
-        "verdicts_changed": int((verdicts[0] != verdicts[1]).sum()),
-    }
-
-
-def print_table(report: dict) -> None:
-    """Print one line a model."""
-    print(f"  {report['rows']} validation rows in both orders; differences in probability from the model as trained")
-    print("  model      precision  accuracy  log loss  largest diff  mean diff  verdicts changed")
-    for line in report["models"]:
-        against = line["against_trained"]
-        print(
-            f"  {line['model']:<10} {line['precision']:<10} {line['accuracy']:8.4f} {line['log_loss']:9.4f} "
-            f"{against['largest']:13.5f} {against['mean']:10.5f} {against['verdicts_changed']:17d}"
-        )
-    if len(report["candidates"]) > 1:
-        other = next(name for name in report["candidates"] if name != report["packaged"])
-        found, instead = (report["candidates"][name] for name in (report["packaged"], other))
-        print(f"  packaged: {report['packaged']}, {found:.5f} from the model as trained on average ({other}: {instead:.5f})")
-    if any(line["model"] in ("merged", "unmerged") and line["precision"] == "float32" for line in report["models"]):
-        print("  no GPU here: float16 weights with float32 activations; the kernel computes in float16")

@@ -31,6 +31,19 @@ def test_the_package_is_flat_and_its_manifest_lists_every_other_file(packaged):
     assert manifest["validation"]["rows"] == 24
 
 
+def test_the_manifest_holds_figures_of_the_comparison_and_no_rows(packaged):
+    run, _ = packaged("gemma2", quantize="nf4")
+    validation = json.loads((run.folder / "package" / "manifest.json").read_text())["validation"]
+    assert sorted(validation) == ["mean_difference", "models", "rows", "tolerance"]
+    assert [sorted(line) for line in validation["models"]] == [
+        [
+            *("accuracy", "accuracy_as_given", "accuracy_interval", "against_recorded", "against_trained", "flip_rate"),
+            *("log_loss", "log_loss_as_given", "log_loss_interval", "model", "precision"),
+        ]
+    ] * 4
+    assert len(json.dumps(validation)) < 4000
+
+
 def test_contract_code_and_tokenizer_are_the_bytes_of_training(packaged):
     run, _ = packaged("gemma2", quantize="nf4")
     for name in ("contract.json", "model_input.py", "tokenizer.json", "tokenizer_config.json"):
