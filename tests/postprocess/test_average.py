@@ -81,7 +81,7 @@ def test_the_mean_is_of_the_products_where_averaging_factors_is_far_off(made, tm
     wrong = (logits(run, weights_of(run, factors)) - expected).abs().max().item()
     with capsys.disabled():
         print(
-            f"\nlargest error of logits that are up to {expected.abs().max():.2f}: exact mean {exact:.1e}, factor-wise {wrong:.1e}"
+            f"\nlargest error of logits up to {expected.abs().max():.2f}: exact mean {exact:.1e}, factor-wise mean {wrong:.1e}"
         )
     assert exact < 1e-6
     assert wrong > 1e-2
