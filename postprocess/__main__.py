@@ -14,13 +14,14 @@ from types import ModuleType
 
 import click
 
+from postprocess.gptq_environment import REQUIREMENTS
 from postprocess.package import package
 from postprocess.run import Run, find_base, hub_commit, read_run, refuse_weights, weight_files
 from postprocess.stages import run_stage
 from preprocess.errors import exits_with_2
 from preprocess.files import read_json
 from recipes.pairwise.contract import MODEL_INPUT, TOKENIZER_FILES
-from recipes.pairwise.schema import Recipe, read_recipe
+from recipes.pairwise.schema import GPTQ_BITS, Recipe, read_recipe
 
 RUN_FILES = ("contract.json", "model_input.py", "metrics.json", "predictions.parquet", *TOKENIZER_FILES)
 RECIPES = Path(__file__).parents[1] / "recipes" / "pairwise"
@@ -69,6 +70,8 @@ def postprocess(run: Run) -> Path:
     def begin() -> None:
         shutil.rmtree(out, ignore_errors=True)  # what it was made from has changed
         work().check_memory(run)
+        if settings.quantize in GPTQ_BITS:
+            work().check_gptq(run)
 
     stage = functools.partial(run_stage, run.folder)
     folders = candidates(run, stage, begin)
@@ -89,7 +92,9 @@ def candidates(run: Run, stage, begin) -> dict[str, Path]:
     if settings.adapter != "unmerged":
         merged = folders["merged"] = folders["quantised"] = run.folder / "merged"
         stage("merge", run.source_files(), {}, merged, lambda: work().merge(run, merged), begin)
-    if settings.adapter != "unmerged" and settings.quantize != "none":
+    if settings.quantize in GPTQ_BITS:
+        folders["quantised"] = quantised_by_gptq(run, stage, begin)
+    elif settings.adapter != "unmerged" and settings.quantize != "none":
         kind, quantised = settings.quantize, run.folder / "quantised"
         folders["quantised"] = quantised
         stage("quantise", files(merged), {"to": kind}, quantised, lambda: work().quantize(run, merged, kind, quantised), begin)
@@ -97,6 +102,16 @@ def candidates(run: Run, stage, begin) -> dict[str, Path]:
         unmerged = folders["unmerged"] = run.folder / "unmerged"
         stage("unmerged", run.source_files(), {"to": "nf4"}, unmerged, lambda: work().unmerged(run, unmerged), begin)
     return folders
+
+
+def quantised_by_gptq(run: Run, stage, begin) -> Path:
+    """Bring the GPTQ model up to date, which is made from the merged one and from the rows that it is calibrated on."""
+    merged, quantised, block = run.folder / "merged", run.folder / "quantised", run.recipe.pairwise
+    made_from = [*files(merged), *run.validation_files(), REQUIREMENTS]
+    how = {"to": block.package.quantize, "fold": block.fold}
+    bits = GPTQ_BITS[block.package.quantize]
+    stage("quantise", made_from, how, quantised, lambda: work().gptq(run, merged, bits, quantised), begin)
+    return quantised
 
 
 @functools.cache

@@ -5,13 +5,15 @@ import logging
 import transformers
 
 from postprocess.agreement import agreement
+from postprocess.gptq import check_model as check_gptq
+from postprocess.gptq import quantize as gptq
 from postprocess.merge import merge
 from postprocess.quantize import quantize
 from postprocess.trained import check_memory
 from postprocess.unmerged import unmerged
 from postprocess.untrained import untrained
 
-__all__ = ["agreement", "check_memory", "merge", "quantize", "unmerged", "untrained"]
+__all__ = ["agreement", "check_gptq", "check_memory", "gptq", "merge", "quantize", "unmerged", "untrained"]
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
