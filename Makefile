@@ -10,7 +10,7 @@ export AXOLOTL_DO_NOT_TRACK := 1
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: .venv/installed .venv-kaggle/installed .venv-keras/installed  ## create the three environments; each is made by every target that needs it
+setup: .venv/installed .venv-kaggle/installed .venv-keras/installed .venv-gptq/installed  ## create the four environments; each is made by every target that needs it
 
 demo: .venv/installed .venv-kaggle/installed  ## raw rows to submission.csv on two CPU cores, in minutes
 	@python -m tests.demo
@@ -40,7 +40,8 @@ siamese: .venv-keras/installed  ## the Siamese LSTMs: make siamese PAIRS=data/pa
 compare: .venv/installed .venv-keras/installed  ## methods side by side on one fold: make compare PAIRS=data/pairs.parquet FOLD=0
 	@python -m tests.compare $(or $(PAIRS),data/pairs.parquet) --fold $(or $(FOLD),0) $(if $(BASE),--base $(BASE)) $(ARGS)
 
-# One environment for everything, one with Kaggle's versions for rehearsals, one with TensorFlow for recipes/siamese.py.
+# One environment for everything, one with Kaggle's versions for rehearsals, one with TensorFlow for recipes/siamese.py,
+# one for GPTQ, whose library wants another numpy.
 # Each is current while its marker is newer than what it was installed from.
 .venv/installed: requirements.txt pyproject.toml
 	@$(call create,.venv,requirements.txt,5 minutes and 5 GB)
@@ -50,6 +51,9 @@ compare: .venv/installed .venv-keras/installed  ## methods side by side on one f
 
 .venv-keras/installed: recipes/siamese.requirements.txt
 	@$(call create,.venv-keras,recipes/siamese.requirements.txt,1 minute and 2 GB)
+
+.venv-gptq/installed: postprocess/gptq.requirements.txt
+	@$(call create,.venv-gptq,postprocess/gptq.requirements.txt,1 minute and 2 GB)
 
 define create
 fail() { echo "error: $$1" >&2; rm -rf $(1)/installed; exit 2; }; \

@@ -25,6 +25,7 @@ MODULES = (
     "package",
     "placement",
     "pipeline",
+    "gptq",
     "model",
     "scoring",
     "plan",

@@ -12,11 +12,13 @@ from kaggle_kernels.spec import COMPETITIONS, PackageBlock, Spec
 from postprocess.sizes import GIB, Served, gpu_bytes, served_of, weight_bytes
 from preprocess.errors import UserError
 from preprocess.files import read_yaml
-from recipes.pairwise.schema import Recipe, read_recipe
+from recipes.pairwise.schema import GPTQ_BITS, Recipe, read_recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 GPUS = 2
 GPU_BYTES = 29 * GIB // 2  # of a T4's 15 GiB, out-of-memory messages of PyTorch say that 14.56 to 14.76 can be had
+BITSANDBYTES = ("nf4", "int8")  # the runtime unpacks GPTQ itself
+SMALLER = {"none": ("int8", "gptq8", "nf4", "gptq4"), "int8": ("nf4", "gptq4"), "gptq8": ("gptq4", "nf4")}
 HEADS = {"score": "classifier", "label_tokens": "label tokens", "reward": "reward model"}
 
 
@@ -59,7 +61,7 @@ def fit_packages(spec_path: Path, spec: Spec) -> list[Fit]:
             )
         if package.placement == "split" and served.dimensions.model_type == "bert":
             raise UserError(f"{where}.placement: split is for decoders, {package.run} is an encoder; write each")
-        if served.quantize != "none" and spec.wheels is None:
+        if served.quantize in BITSANDBYTES and spec.wheels is None:
             raise UserError(
                 f"{spec_path}: wheels: missing; {package.run} is quantised with bitsandbytes, which Kaggle's image lacks; name "
                 "the dataset that holds its wheel, e.g. pairwise-wheels"
@@ -128,7 +130,10 @@ def refusal(package: PackageBlock, served: Served, spec: Spec, needs: Sequence[i
     changes = {f"tokens_per_batch: {fewer}": most(served, fewer, placement) for fewer in fitting}
     if placement == "each":
         changes["placement: split"] = most(served, tokens, "auto")
-    for kind in {"none": ("int8", "nf4"), "int8": ("nf4",), "nf4": ()}[served.quantize]:
+    is_encoder = served.dimensions.model_type == "bert"
+    for kind in SMALLER.get(served.quantize, ()):
+        if is_encoder and kind in GPTQ_BITS:
+            continue
         changes[f"pairwise.package.quantize: {kind} in {recipe.path}"] = most(replace(served, quantize=kind), tokens, placement)
     ways = [f"{text} ({size / GIB:.1f} GiB)" for text, size in changes.items() if size <= GPU_BYTES]
     held = max(weight_bytes(served, len(needs))) / GIB

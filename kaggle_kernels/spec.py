@@ -90,7 +90,11 @@ class Spec(_Strict):
         0.98, gt=0, le=1, description="the share of rows that must have a score, else nothing is submitted"
     )
     wheels: str | None = Field(
-        None, pattern=SLUG, min_length=6, max_length=50, description="the dataset with bitsandbytes, for nf4 and int8"
+        None,
+        pattern=SLUG,
+        min_length=6,
+        max_length=50,
+        description="the dataset with bitsandbytes, for nf4 and int8; gptq4 and gptq8 need none",
     )
 
     @field_validator("title")

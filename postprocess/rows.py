@@ -14,9 +14,9 @@ from recipes.pairwise.data import read_pairs
 ROWS = 500
 
 
-def by_hash(ids: Iterable[str], count: int = ROWS) -> list[str]:
-    """At most `count` of `ids`, chosen and ordered by the SHA-256 of each."""
-    return sorted(ids, key=lambda row_id: sha256(row_id.encode()).hexdigest())[:count]
+def by_hash(ids: Iterable[str], count: int = ROWS, salt: str = "") -> list[str]:
+    """At most `count` of `ids`, chosen and ordered by the SHA-256 of each; another `salt` chooses others."""
+    return sorted(ids, key=lambda row_id: sha256((salt + row_id).encode()).hexdigest())[:count]
 
 
 def validation_rows(run: Run) -> tuple[pl.DataFrame, list]:

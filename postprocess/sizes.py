@@ -14,12 +14,13 @@ import yaml
 from kaggle_kernels.runtime.placement import balance, part_sizes
 from preprocess.errors import UserError
 from preprocess.files import read_json
-from recipes.pairwise.schema import Recipe
+from recipes.pairwise.schema import GPTQ_BITS, Recipe
 
 DIMENSIONS = Path(__file__).parent / "dimensions.yml"
 GIB = 2**30
 CUDA_BYTES = 3 * GIB // 4  # CUDA's context, cuBLAS's workspace, and what PyTorch's allocator holds without using it
 NF4_BLOCK = 64
+GPTQ_GROUP = 128
 SHORTEST_ROW = 64  # tokens; no row of a batch is shorter, template included
 TIED = ("gemma2", "bert")  # tie_word_embeddings where config.json leaves it out
 
@@ -207,6 +208,9 @@ def packed_bytes(weight: Weight, quantize: str) -> tuple[int, int]:
         return 2 * weight.elements, 0
     if quantize == "nf4":  # a float32 scale a block, and the 16 values that 4 bits stand for
         return math.ceil(weight.elements / 2), 4 * math.ceil(weight.elements / NF4_BLOCK) + 64
+    if quantize in GPTQ_BITS:  # a float16 scale and a packed zero a group, an int32 an input (g_idx)
+        bits, groups = GPTQ_BITS[quantize], weight.elements // GPTQ_GROUP
+        return weight.elements * bits // 8, 2 * groups + groups * bits // 8 + 4 * weight.shape[1]
     return weight.elements, 4 * weight.shape[0]  # a float32 scale a row
 
 
@@ -234,9 +238,9 @@ def activation_bytes(served: Served, tokens_per_batch: int) -> int:
     float32 inside a norm; then the larger of the MLP's three intermediates and of attention: queries, keys and values, the
     latter two also repeated for every head, and the scores of the longest rows. Without a soft cap those are two float32
     copies beside float32 queries, keys and values: PyTorch's math kernel (where it picks another on a T4, less is needed).
-    With one, transformers' eager attention holds 10 bytes a score. Quantised layers add one layer's weights in float16
-    (nf4) or its int32 result (int8). Of a causal LM, logits are computed at the last place of each row only. Nothing is
-    cached for generation.
+    With one, transformers' eager attention holds 10 bytes a score. Quantised layers add one layer's weights in float16 (nf4;
+    of GPTQ also its codes, twice, a byte each) or its int32 result (int8). Of a causal LM, logits are computed at the last
+    place of each row only. Nothing is cached for generation.
     """
     d, tokens = served.dimensions, largest_batch(served, tokens_per_batch)
     longest = min(served.budget_tokens, tokens)
@@ -247,7 +251,9 @@ def activation_bytes(served: Served, tokens_per_batch: int) -> int:
     projected = tokens * queries * (5 * 2 + (0 if served.softcap else 3 * 4))
     attention = projected + scores + 2 * tokens * longest
     shapes = [weight.shape for weight in weights(d, served.head, served.verdicts) if weight.kind == "linear"]
-    unpacked = {"none": 0, "nf4": 2 * max(map(math.prod, shapes)), "int8": 5 * tokens * d.intermediate_size}[served.quantize]
+    layer = max(map(math.prod, shapes))
+    gptq = dict.fromkeys(GPTQ_BITS, 4 * layer)
+    unpacked = {"none": 0, "nf4": 2 * layer, "int8": 5 * tokens * d.intermediate_size, **gptq}[served.quantize]
     logits = math.ceil(tokens / SHORTEST_ROW) * d.vocab_size * (2 + 4) if served.head == "label_tokens" else 0
     return hidden + max(mlp, attention) + unpacked + logits
 

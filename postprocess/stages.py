@@ -36,23 +36,35 @@ def run_stage(
     the clock. Returns whether the stage was made. The record is written only once `action` has succeeded.
     """
     outputs = [output] if isinstance(output, Path) else list(output)
-    record_file = run_folder / RECORD
-    record = read_json(record_file) if record_file.exists() else {}
-    if not isinstance(record, dict) or not all(isinstance(made, dict) for made in record.values()):
-        raise UserError(f"{record_file}: expected an object of stages; remove the file, and every stage is made again")
-    key = stage_key(inputs, settings)
-    known = record.get(name, {})
-    if known.get("key") == key and outputs[0].exists() and known.get("outputs") == _stamps(_files(outputs)):
+    inputs = list(inputs)
+    if is_current(run_folder, name, inputs, settings, outputs):
         click.echo(f"{name:<10} up to date   {outputs[0]}")
         return False
     before()
     started = time.perf_counter()
     action()
     seconds = round(time.perf_counter() - started, 1)
-    made = {"key": key, "outputs": _stamps(_files(outputs)), "seconds": seconds}
-    write_json(record_file, {**record, name: made})
+    made = {"key": stage_key(inputs, settings), "outputs": _stamps(_files(outputs)), "seconds": seconds}
+    write_json(run_folder / RECORD, {**_record(run_folder), name: made})
     click.echo(f"{name:<10} {seconds:7.1f} s   {outputs[0]}")
     return True
+
+
+def is_current(
+    run_folder: Path, name: str, inputs: Iterable[Path], settings: Mapping[str, object], outputs: Sequence[Path]
+) -> bool:
+    """Whether the stage `name` was made from just this and is all there still."""
+    known = _record(run_folder).get(name, {})
+    made = outputs[0].exists() and known.get("outputs") == _stamps(_files(outputs))
+    return made and known.get("key") == stage_key(inputs, settings)
+
+
+def _record(run_folder: Path) -> dict[str, dict]:
+    file = run_folder / RECORD
+    record = read_json(file) if file.exists() else {}
+    if not isinstance(record, dict) or not all(isinstance(made, dict) for made in record.values()):
+        raise UserError(f"{file}: expected an object of stages; remove the file, and every stage is made again")
+    return record
 
 
 def stage_key(inputs: Iterable[Path], settings: Mapping[str, object]) -> str:

@@ -6,12 +6,24 @@ import transformers
 
 from postprocess.agreement import agreement
 from postprocess.average import average
+from postprocess.gptq import check_model as check_gptq
+from postprocess.gptq import quantize as gptq
 from postprocess.merge import merge, quantise_in_one_pass
 from postprocess.trained import check_memory
 from postprocess.unmerged import unmerged
 from postprocess.untrained import untrained
 
-__all__ = ["agreement", "average", "check_memory", "merge", "quantise_in_one_pass", "unmerged", "untrained"]
+__all__ = [
+    "agreement",
+    "average",
+    "check_gptq",
+    "check_memory",
+    "gptq",
+    "merge",
+    "quantise_in_one_pass",
+    "unmerged",
+    "untrained",
+]
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()

@@ -20,11 +20,12 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory):
-    """Folders of tiny models with their tokenizers, by architecture, built on first use: tiny_models("gemma2")."""
+    """Folders of tiny models with their tokenizers, by architecture and width, built on first use: tiny_models("gemma2")."""
     folder = tmp_path_factory.mktemp("models")
 
-    def build(kind: str) -> Path:
-        return folder / kind if (folder / kind).exists() else tiny.model(folder / kind, kind)
+    def build(kind: str, width: int = 64) -> Path:
+        path = folder / f"{kind}-{width}"
+        return path if path.exists() else tiny.model(path, kind, width=width)
 
     return build
 

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from kaggle_kernels.rehearse import rehearse
 from kaggle_kernels.spec import all_specs, read_spec
-from postprocess.__main__ import package_recipe
+from postprocess.pipeline import package_recipe
 from preprocess.files import read_json, sha256
 from preprocess.model_input import check_golden, read_contract
 from recipes.pairwise.schema import read_recipe

@@ -154,10 +154,11 @@ def _corpus() -> list[str]:
     return [*rows["prompt"], *rows["response_a"], *rows["response_b"], "# Prompt\n\n# Response A\n\n# Response B\n\nA or B?"]
 
 
-def model(folder: Path, kind: str = "gemma2", layers: int = 2) -> Path:
+def model(folder: Path, kind: str = "gemma2", layers: int = 2, width: int = 64) -> Path:
     """Write a tiny model with random weights and its tokenizer: gemma2, llama or qwen2 (causal LMs), or bert.
 
-    Sizes respect bitsandbytes on CPUs: every in_features a multiple of 64, every out_features of 32.
+    Sizes respect bitsandbytes on CPUs: every in_features a multiple of 64, every out_features of 32. With a `width` (hidden
+    size) of 128 or a multiple, they suit GPTQ's groups of 128 too.
     """
     import torch
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -169,10 +170,10 @@ def model(folder: Path, kind: str = "gemma2", layers: int = 2) -> Path:
         bpe_tokenizer(folder, kind)
     sizes = {
         "vocab_size": 1024,
-        "hidden_size": 64,
-        "intermediate_size": 128,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
         "num_hidden_layers": layers,
-        "num_attention_heads": 2,
+        "num_attention_heads": width // 32,
         "max_position_embeddings": 4096,
         "pad_token_id": 0,
     }

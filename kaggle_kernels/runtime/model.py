@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from kaggle_kernels.runtime.gptq import unpacking
 from kaggle_kernels.runtime.package import PackageError
 
 CLASSES = {
@@ -38,6 +39,8 @@ def load_model(
     quantised = getattr(config, "quantization_config", None)
     if quantised and device.startswith("cuda") and quantised.get("bnb_4bit_compute_dtype") == "bfloat16":
         raise PackageError(f"{folder}: computes in bfloat16, which a T4 lacks; quantise it again from float16 weights")
+    if quantised and quantised.get("quant_method") == "gptq":
+        config.quantization_config = unpacking(quantised, folder)
     placed = {"device_map": dict(device_map or {"": device})} if device_map or quantised or device != "cpu" else {}
     model, loaded = CLASSES[contract.head].from_pretrained(
         folder,

@@ -13,7 +13,10 @@ LAYER = re.compile(r"^(.*\.layers)\.(\d+)\.")
 
 
 def weight_sizes(folder: Path) -> dict[str, tuple[int, int]]:
-    """Bytes and elements of every tensor in the folder's model*.safetensors, by name; two elements of nf4 share a byte."""
+    """Bytes and elements of every tensor in the folder's model*.safetensors, by name.
+
+    Two elements of nf4 share a byte. A word of GPTQ holds as many as there are inputs, which g_idx counts, to a row of words.
+    """
     sizes = {}
     for path in sorted(Path(folder).glob("model*.safetensors")):
         with path.open("rb") as file:
@@ -21,8 +24,10 @@ def weight_sizes(folder: Path) -> dict[str, tuple[int, int]]:
         header.pop("__metadata__", None)
         for name, tensor in header.items():
             start, end = tensor["data_offsets"]
-            is_packed = tensor["dtype"] == "U8" and f"{name}.absmax" in header
-            sizes[name] = (end - start, math.prod(tensor["shape"]) * (2 if is_packed else 1))
+            in_one = 2 if tensor["dtype"] == "U8" and f"{name}.absmax" in header else 1
+            if name.endswith(".qweight"):
+                in_one = header[name.removesuffix("qweight") + "g_idx"]["shape"][0] // tensor["shape"][0]
+            sizes[name] = (end - start, math.prod(tensor["shape"]) * in_one)
     return sizes
 
 

@@ -89,4 +89,4 @@ def loading_seconds(package: Package, copies: int) -> float:
 
 def is_multiplied(name: str) -> bool:
     """Whether every token is multiplied with a tensor: no embedding, no lm_head (last places only), no norm, bias or scale."""
-    return name.endswith(".weight") and not any(part in name.lower() for part in ("embed", "lm_head", "norm"))
+    return name.endswith((".weight", ".qweight")) and not any(part in name.lower() for part in ("embed", "lm_head", "norm"))

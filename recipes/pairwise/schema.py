@@ -19,6 +19,7 @@ from recipes.pairwise.templates import NAMES, named_template
 
 SLUG = r"^[a-z0-9]+(-[a-z0-9]+)*$"  # Kaggle's
 PATTERNS = {SLUG: "lower-case letters and digits, with single hyphens between them"}
+GPTQ_BITS = {"gptq4": 4, "gptq8": 8}
 HOW_TO_GET_IT = "accept its licence on the hub and `hf auth login`, or download it and name its folder (--base-model FOLDER)"
 
 
@@ -39,8 +40,10 @@ class TemplateBlock(_Strict):
 class PackageBlock(_Strict):
     """How `python -m postprocess` turns the run into a Kaggle dataset."""
 
-    quantize: Literal["none", "nf4", "int8"] = Field(
-        "none", description="nf4 (4 bits), int8 (8 bits), or none: float16. The head is never quantised"
+    quantize: Literal["none", "nf4", "int8", "gptq4", "gptq8"] = Field(
+        "none",
+        description="nf4 (4 bits), int8 (8 bits), gptq4 and gptq8 (calibrated on training pairs; decoders only), or none: "
+        "float16. The head is never quantised",
     )
     adapter: Literal["merged", "unmerged", "best"] = Field(
         "merged",
@@ -119,6 +122,8 @@ class PairwiseBlock(_Strict):
             raise ValueError("verdicts: a reward model tells no ties apart; leave out tie, half of a tie goes to each side")
         if self.head == "reward" and "orders" in self.model_fields_set:
             raise ValueError("orders: a reward model sees each answer alone, its orders are the same; remove the key")
+        if self.template == "bert" and self.package.quantize in GPTQ_BITS:
+            raise ValueError(f"package.quantize: {self.package.quantize} is for decoders; an encoder takes int8, or none")
         if self.head == "label_tokens" and self.template == "bert":
             raise ValueError("template: bert has no answer to predict; label_tokens needs gemma, llama3 or chatml")
         if self.head == "label_tokens" and self.label_smoothing:

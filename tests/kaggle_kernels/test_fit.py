@@ -74,9 +74,25 @@ def test_one_t4_cannot_hold_qwen_2_5_14b_in_int8_and_the_line_says_what_would_fi
         assert (done.exit_code, done.output) == (
             2,
             f"error: {path}: packages.0: big needs 17.1 GiB on a GPU (13.8 of it weights), a T4 offers 14.5; what would fit: "
-            "placement: split (12.9 GiB), or pairwise.package.quantize: nf4 in recipes/big.yml (11.7 GiB)\n",
+            "placement: split (12.9 GiB), or pairwise.package.quantize: nf4 in recipes/big.yml (11.7 GiB), "
+            "or pairwise.package.quantize: gptq4 in recipes/big.yml (11.3 GiB)\n",
         )
     assert not generated_folder(path).exists()
+
+
+@pytest.mark.parametrize(("quantize", "needs"), [("gptq4", "7.5"), ("gptq8", "11.4")])
+def test_a_gptq_package_needs_no_wheels(quantize, needs, workplace):
+    path = workplace(GEMMA, quantize=quantize, more="tokens_per_batch: 2048\n")
+    path.write_text(path.read_text().replace("wheels: pairwise-wheels\n", ""))
+    [fit] = fit_packages(path, read_spec(path))
+    assert (fit.placement, in_gib(fit.gpu_bytes)) == ("each", needs)
+
+
+def test_no_encoder_is_told_to_use_gptq(workplace):
+    path = workplace(MINILM, more="tokens_per_batch: 400000\n", budget_tokens=512)
+    with pytest.raises(UserError) as error:
+        fit_packages(path, read_spec(path))
+    assert "gptq" not in str(error.value)
 
 
 def test_smaller_batches_are_offered_where_they_are_enough(workplace):

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kaggle_kernels.runtime.engine import load_workers, score_package
+from kaggle_kernels.runtime.gptq import GptqLinear
 from kaggle_kernels.runtime.package import read_package
 from kaggle_kernels.runtime.placement import balance, part_sizes, split_over, weight_sizes
+from kaggle_kernels.runtime.plan import is_multiplied
 from kaggle_kernels.runtime.scoring import score
 from kaggle_kernels.runtime.settings import start_clock
 from tests import tiny
@@ -94,6 +97,16 @@ def test_elements_of_nf4_are_counted_as_the_weights_that_they_stand_for(tiny_mod
     }
     name = "model.layers.0.mlp.up_proj.weight"
     assert (whole[name], packed[name]) == ((4 * 64 * 128, 64 * 128), (64 * 128 // 2, 64 * 128))
+
+
+def test_elements_of_gptq_are_counted_as_the_weights_that_they_stand_for(tmp_path):
+    for bits in (4, 8):
+        layer = GptqLinear(64, 256, None, bits, group_size=128)
+        save_file({f"layer.{name}": tensor for name, tensor in layer.state_dict().items()}, tmp_path / "model.safetensors")
+        sizes = weight_sizes(tmp_path)
+        assert sizes["layer.qweight"] == (64 * 256 * bits // 8, 64 * 256)
+        assert sizes["layer.scales"] == (2 * 2 * 64, 2 * 64)
+        assert [name for name in sizes if is_multiplied(name)] == ["layer.qweight"]
 
 
 def test_a_model_whose_parts_all_stand_on_one_device_answers_as_the_whole_one(package_folder):

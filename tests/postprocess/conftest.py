@@ -16,10 +16,10 @@ def made(tiny_models, tmp_path_factory):
     """made("gemma2", quantize="nf4") is a run as training leaves it, made once."""
     known = {}
 
-    def make(kind: str, **options) -> runs.Made:
-        key = (kind, repr(sorted(options.items())))
+    def make(kind: str, width: int = 64, **options) -> runs.Made:
+        key = (kind, width, repr(sorted(options.items())))
         if key not in known:
-            known[key] = runs.make(tmp_path_factory.mktemp(kind), tiny_models(kind), kind, **options)
+            known[key] = runs.make(tmp_path_factory.mktemp(kind), tiny_models(kind, width), kind, **options)
         return known[key]
 
     return make

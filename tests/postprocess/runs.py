@@ -53,20 +53,20 @@ class Made:
         return model_input.read_contract(self.folder)
 
 
-def pairs_file(path: Path, rows: int = ROWS) -> pl.DataFrame:
-    """Write a pairs.parquet with generated pairs, all of fold 0."""
-    raw = tiny.pairs(rows, seed=11)
+def pairs_file(path: Path, rows: int = ROWS, training_rows: int = 0) -> pl.DataFrame:
+    """Write a pairs.parquet with generated pairs of fold 0, and after them `training_rows` of fold 1; those of fold 0."""
+    raw = tiny.pairs(rows + training_rows, seed=11)
     turns = [pl.concat_list(name).alias(name) for name in ("prompt", "response_a", "response_b")]
     shares = [(pl.col("winner") == name).cast(pl.Float32).alias(f"p_{name}") for name in model_input.VERDICTS]
     others = {
         "source": pl.lit("tiny"),
         "group": pl.lit(0, pl.Int64),
-        "fold": pl.lit(0, pl.Int8),
+        "fold": (pl.int_range(pl.len()) >= rows).cast(pl.Int8),
         "weight": pl.lit(1, pl.Float32),
     }
     frame = raw.drop("model_a", "model_b").with_columns(*turns, *shares, **others)
     frame.write_parquet(path)
-    return frame
+    return frame[:rows]
 
 
 def recipe_file(folder: Path, base: Path, kind: str, verdicts: tuple[str, ...], head: str, keys: dict, **package) -> Path:
@@ -95,6 +95,7 @@ def make(
     full: bool = False,
     qlora: bool = False,
     lora: dict | None = None,
+    training_rows: int = 0,
     **package,
 ) -> Made:
     """A run of the base model of `kind`, as training leaves it: LoRA by default, QLoRA, or a full fine-tune."""
@@ -115,7 +116,7 @@ def make(
     tokenizer = AutoTokenizer.from_pretrained(base)
     contract = new_contract(block, tokenizer, attention="sdpa", base_model=str(base), revision=None, pad_token_id=0)
     write_contract(run_folder, contract, recipe)
-    write_predictions(run_folder, model, pairs_file(folder / "pairs.parquet"))
+    write_predictions(run_folder, model, pairs_file(folder / "pairs.parquet", training_rows=training_rows))
     return Made(recipe, run_folder, base, model)
 
 

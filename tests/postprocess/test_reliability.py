@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM
 
 import postprocess.merge
 from kaggle_kernels.runtime.package import check_manifest
-from postprocess.__main__ import main, package_recipe
+from postprocess.__main__ import main
 from postprocess.merge import merge
+from postprocess.pipeline import package_recipe
 from preprocess.errors import UserError
 from recipes.pairwise.schema import read_recipe
 from tests.postprocess import runs

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from kaggle_kernels.runtime.package import read_package
-from postprocess.__main__ import main, use_as_it_is
+from postprocess.__main__ import main
+from postprocess.pipeline import use_as_it_is
 from postprocess.run import hub_commit
 from postprocess.stages import RECORD
 from postprocess.untrained import untrained
@@ -263,9 +264,9 @@ def test_the_recipes_revision_of_the_base_is_the_one_that_is_fetched(biased, tmp
         asked.append((name, revision))
         return biased
 
-    monkeypatch.setattr("postprocess.__main__.find_base", fetch)
+    monkeypatch.setattr("postprocess.pipeline.find_base", fetch)
     recipe = recipe_file(tmp_path / "run", biased, model_revision="0123abcd")
-    monkeypatch.setattr("postprocess.__main__.work", lambda: pytest.fail("far enough"))
+    monkeypatch.setattr("postprocess.pipeline.work", lambda: pytest.fail("far enough"))
     with pytest.raises(pytest.fail.Exception, match="far enough"):
         use_as_it_is(read_recipe(recipe))
     assert asked == [(str(biased), "0123abcd")]

@@ -36,8 +36,12 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
+from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils import logging as transformers_logging
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 # ==============================================================================================================
 # settings.py
@@ -249,7 +253,10 @@ LAYER = re.compile(r"^(.*\.layers)\.(\d+)\.")
 
 
 def weight_sizes(folder: Path) -> dict[str, tuple[int, int]]:
-    """Bytes and elements of every tensor in the folder's model*.safetensors, by name; two elements of nf4 share a byte."""
+    """Bytes and elements of every tensor in the folder's model*.safetensors, by name.
+
+    Two elements of nf4 share a byte. A word of GPTQ holds as many as there are inputs, which g_idx counts, to a row of words.
+    """
     sizes = {}
     for path in sorted(Path(folder).glob("model*.safetensors")):
         with path.open("rb") as file:
@@ -257,8 +264,10 @@ def weight_sizes(folder: Path) -> dict[str, tuple[int, int]]:
         header.pop("__metadata__", None)
         for name, tensor in header.items():
             start, end = tensor["data_offsets"]
-            is_packed = tensor["dtype"] == "U8" and f"{name}.absmax" in header
-            sizes[name] = (end - start, math.prod(tensor["shape"]) * (2 if is_packed else 1))
+            in_one = 2 if tensor["dtype"] == "U8" and f"{name}.absmax" in header else 1
+            if name.endswith(".qweight"):
+                in_one = header[name.removesuffix("qweight") + "g_idx"]["shape"][0] // tensor["shape"][0]
+            sizes[name] = (end - start, math.prod(tensor["shape"]) * in_one)
     return sizes
 
 
@@ -377,6 +386,94 @@ def stage_starts(device_map: Mapping[str, str]) -> list[str]:
 
 
 # ==============================================================================================================
+# gptq.py
+#
+# GPTQ packages without GPTQ's libraries: linear layers that unpack their 4 or 8 bits for each matrix product.
+#
+# Kaggle's image has none of them, and none can be taken there: gptqmodel is a source distribution that wants a newer
+# transformers and compiles its CUDA kernels at first use. The file format is the standard one (checkpoint_format gptq): qweight
+# and qzeros are int32 words, lowest bits first, of qweight along the inputs, of qzeros along the outputs, each zero less one.
+# ==============================================================================================================
+
+UNPACKING = "gptq_unpacked"  # the name that transformers knows these classes by; its own loader of gptq wants the libraries
+READ = {"bits": (4, 8), "desc_act": (False,), "sym": (True,), "checkpoint_format": ("gptq",)}
+
+
+class GptqLinear(torch.nn.Module):
+    """A linear layer of (outputs, inputs), each row in groups of `group_size` weights with one float16 scale."""
+
+    def __init__(self, outputs: int, inputs: int, bias: torch.nn.Parameter | None, bits: int, group_size: int):
+        super().__init__()
+        self.bits, self.group_size = bits, group_size
+        groups, in_word = inputs // group_size, 32 // bits
+        self.register_buffer("qweight", torch.zeros(inputs // in_word, outputs, dtype=torch.int32))
+        self.register_buffer("qzeros", torch.zeros(groups, outputs // in_word, dtype=torch.int32))
+        self.register_buffer("scales", torch.zeros(groups, outputs, dtype=torch.float16))
+        self.register_buffer("g_idx", torch.zeros(inputs, dtype=torch.int32))  # i // group_size: nothing was reordered
+        self.bias = bias
+
+    def weight_oi(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weights in `dtype`, of shape (outputs, inputs): (code - zero) * scale."""
+        codes_oi = unpack(self.qweight, self.bits).transpose(0, 1).flatten(1)
+        zeros_go = unpack(self.qzeros, self.bits).flatten(1) + 1
+        weight_ogi = codes_oi.unflatten(1, (-1, self.group_size)).to(dtype)
+        weight_ogi.sub_(zeros_go.T.unsqueeze(-1)).mul_(self.scales.T.unsqueeze(-1).to(dtype))
+        return weight_ogi.flatten(1)
+
+    def forward(self, input_bti: torch.Tensor) -> torch.Tensor:
+        """The layer's output, in the input's dtype."""
+        return linear(input_bti, self.weight_oi(input_bti.dtype), self.bias)
+
+
+def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """The codes in int32 `words` of shape (rows, columns), uint8 (rows, columns, 32 // bits). Bytes stand lowest first."""
+    bytes_rcb = words.contiguous().view(torch.uint8).unflatten(-1, (-1, 4))
+    return bytes_rcb if bits == 8 else torch.stack((bytes_rcb & 15, bytes_rcb >> 4), dim=-1).flatten(-2)
+
+
+class UnpackingConfig(QuantizationConfigMixin):
+    """What a GPTQ package's config.json says, as far as loading needs it."""
+
+    def __init__(self, bits: int, group_size: int, **_):
+        self.quant_method, self.bits, self.group_size = UNPACKING, bits, group_size
+
+
+class UnpackingQuantizer(HfQuantizer):
+    """Tells transformers to put a GptqLinear in the place of every linear layer below `layers` before it reads weights."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: torch.nn.Module, **_) -> None:
+        config = self.quantization_config
+        found = [(name, old) for name, old in model.named_modules() if isinstance(old, torch.nn.Linear) and ".layers." in name]
+        for name, old in found:
+            with torch.device("meta"):
+                new = GptqLinear(old.out_features, old.in_features, old.bias, config.bits, config.group_size)
+            model.set_submodule(name, new)
+
+    def is_serializable(self, **_) -> bool:
+        """No: what is loaded here is served."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        """No: what is loaded here is served."""
+        return False
+
+
+def unpacking(settings: Mapping[str, object], folder: Path | str) -> dict[str, object]:
+    """config.json's `quantization_config` as from_pretrained must get it. PackageError for a kind that is not unpacked here."""
+    for key, known in READ.items():
+        if settings.get(key) not in known:
+            expected = " or ".join(map(str, known))
+            raise PackageError(f"{folder}: config.json: {key} is {settings.get(key)!r}, expected {expected}; quantise it again")
+    if UNPACKING not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(UNPACKING)(UnpackingConfig)
+        register_quantizer(UNPACKING)(UnpackingQuantizer)
+    return {"quant_method": UNPACKING, "bits": settings["bits"], "group_size": settings["group_size"]}
+
+
+# ==============================================================================================================
 # model.py
 #
 # The model of a package, loaded so that it answers as it did in training: pad id, attention and soft-cap from the contract.
@@ -410,6 +507,8 @@ def load_model(
     quantised = getattr(config, "quantization_config", None)
     if quantised and device.startswith("cuda") and quantised.get("bnb_4bit_compute_dtype") == "bfloat16":
         raise PackageError(f"{folder}: computes in bfloat16, which a T4 lacks; quantise it again from float16 weights")
+    if quantised and quantised.get("quant_method") == "gptq":
+        config.quantization_config = unpacking(quantised, folder)
     placed = {"device_map": dict(device_map or {"": device})} if device_map or quantised or device != "cpu" else {}
     model, loaded = CLASSES[contract.head].from_pretrained(
         folder,
@@ -700,7 +799,7 @@ def loading_seconds(package: Package, copies: int) -> float:
 
 def is_multiplied(name: str) -> bool:
     """Whether every token is multiplied with a tensor: no embedding, no lm_head (last places only), no norm, bias or scale."""
-    return name.endswith(".weight") and not any(part in name.lower() for part in ("embed", "lm_head", "norm"))
+    return name.endswith((".weight", ".qweight")) and not any(part in name.lower() for part in ("embed", "lm_head", "norm"))
 
 
 # ==============================================================================================================
