@@ -171,6 +171,24 @@ def test_a_folder_is_up_to_date_while_every_byte_is_as_listed(listed):
     assert wheels.is_current(listed, "pairwise-wheels", pins)
 
 
+def test_a_wheel_that_was_exchanged_together_with_its_manifest_is_not_up_to_date(listed):
+    pins = wheels.read_pins(wheels.WHEELS, hashed=True)
+    line = wheel(listed, "beta", "2.0", ABI3, requires=("anything",))
+    exchanged = [pins[0], wheels.Pin("beta", "2.0", (line.split("sha256:")[1].strip(),))]
+    write_json(listed / "wheels.json", wheels.manifest(wheels.find_wheels(listed, exchanged)))
+    write_json(listed / "dataset-metadata.json", {"title": "pairwise-wheels"})
+    assert wheels.is_current(listed, "pairwise-wheels", exchanged)
+    assert not wheels.is_current(listed, "pairwise-wheels", pins)
+
+
+def test_wheels_that_do_not_install_are_refused(listed, tmp_path, monkeypatch):
+    def refuse(folder, packages):
+        raise UserError(f"would not install {', '.join(packages)}")
+
+    monkeypatch.setattr(wheels, "dry_run", refuse)
+    assert refused(tmp_path / "out") == "error: would not install alpha-kit==1.0, beta==2.0"
+
+
 def test_wheels_of_several_licences_are_other_to_kaggle(index):
     lines = [
         wheel(index, "alpha", "1.0"),
