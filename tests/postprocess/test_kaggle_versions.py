@@ -5,6 +5,7 @@ import json
 import math
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,25 +16,49 @@ from preprocess.model_input import Pair, read_contract
 from tests.conftest import ROOT
 
 KAGGLE_PYTHON = ROOT / ".venv-kaggle" / "bin" / "python"
-NF4_BASE = {"qlora": True, "adapter": "unmerged"}
-THREE = {"verdicts": ("model_a", "model_b", "tie")}
-# Architecture, head, quantize, and what else is particular: with either of architecture, head and quantize, each of the others.
-CASES = (
-    ("gemma2", "score", "none", {}),
-    ("gemma2", "label_tokens", "int8", {}),
-    ("gemma2", "reward", "nf4", {}),
-    ("gemma2", "score", "nf4", NF4_BASE),
-    ("llama", "score", "int8", THREE),
-    ("llama", "label_tokens", "nf4", {}),
-    ("llama", "reward", "none", {}),
-    ("qwen2", "score", "nf4", {}),
-    ("qwen2", "label_tokens", "none", THREE),
-    ("qwen2", "reward", "int8", {}),
-    ("qwen2", "reward", "nf4", NF4_BASE),
-    ("bert", "score", "nf4", THREE),
-    ("bert", "reward", "none", {}),
-    ("bert", "score", "int8", {}),
-)
+# Architecture, head, quantize, adapter, verdicts. The first list has each of architecture, head and quantize with each of the
+# others; the second, which is slow, is what is then left of all of them.
+SQUARE = """
+gemma2 score none merged 2
+gemma2 label_tokens int8 merged 2
+gemma2 reward nf4 merged 2
+gemma2 score nf4 unmerged 2
+llama score int8 merged 3
+llama label_tokens nf4 merged 2
+llama reward none merged 2
+qwen2 score nf4 merged 2
+qwen2 label_tokens none merged 3
+qwen2 reward int8 merged 2
+qwen2 reward nf4 unmerged 2
+bert score nf4 merged 3
+bert reward none merged 2
+bert score int8 merged 2
+"""
+REST = """
+gemma2 score nf4 merged 2
+gemma2 score int8 merged 2
+gemma2 label_tokens none merged 2
+gemma2 label_tokens nf4 merged 2
+gemma2 reward none merged 2
+gemma2 reward int8 merged 2
+gemma2 score nf4 merged 3
+llama score none merged 2
+llama score nf4 merged 2
+llama label_tokens none merged 2
+llama label_tokens int8 merged 2
+llama reward nf4 merged 2
+llama reward int8 merged 2
+llama score nf4 unmerged 2
+qwen2 score none merged 2
+qwen2 score int8 merged 2
+qwen2 label_tokens nf4 merged 2
+qwen2 label_tokens int8 merged 2
+qwen2 reward none merged 2
+qwen2 reward nf4 merged 2
+bert score none merged 2
+bert reward nf4 merged 2
+bert reward int8 merged 2
+"""
 AWKWARD = (
     "",
     " ",
@@ -89,18 +114,33 @@ print(json.dumps(found))
 """
 
 
+def cases_in(table: str) -> list[tuple[str, str, str, str, int]]:
+    return [(*words[:4], int(words[4])) for words in map(str.split, table.strip().splitlines())]
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(SQUARE, id="square"), pytest.param(REST, id="rest", marks=pytest.mark.slow)]
+)
+def cases(request):
+    return cases_in(request.param)
+
+
 @pytest.fixture(scope="module")
-def folders(packaged):
+def folders(cases, packaged):
     """The package of each case. One thread: two, on cores that are busy, take several times as long for models this small."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return [
-            packaged(kind, head=head, quantize=quantize, tolerance=0.5, rows=2, **more)[0].folder / "package"
-            for kind, head, quantize, more in CASES
-        ]
+        return [package(packaged, *case) for case in cases]
     finally:
         torch.set_num_threads(threads)
+
+
+def package(packaged, kind: str, head: str, quantize: str, adapter: str, verdicts: int) -> Path:
+    more = {"qlora": True, "adapter": adapter} if adapter == "unmerged" else {}
+    names = ("model_a", "model_b", "tie")[:verdicts]
+    run, _ = packaged(kind, head=head, quantize=quantize, verdicts=names, tolerance=0.5, rows=2, **more)
+    return run.folder / "package"
 
 
 @pytest.fixture(scope="module")
@@ -134,37 +174,26 @@ def test_the_versions_are_those_of_kaggles_image(found):
     }
 
 
-def test_every_architecture_head_and_number_format_was_loaded(found):
+def test_what_was_loaded_is_what_the_table_says(cases, found):
     names = ("model_type", "head", "quantised", "adapter", "verdicts")
-    covered = [tuple(package[name] for name in names) for package in found["packages"]]
-    assert covered == [
-        ("gemma2", "score", "none", "merged", 2),
-        ("gemma2", "label_tokens", "int8", "merged", 2),
-        ("gemma2", "reward", "nf4", "merged", 2),
-        ("gemma2", "score", "nf4", "unmerged", 2),
-        ("llama", "score", "int8", "merged", 3),
-        ("llama", "label_tokens", "nf4", "merged", 2),
-        ("llama", "reward", "none", "merged", 2),
-        ("qwen2", "score", "nf4", "merged", 2),
-        ("qwen2", "label_tokens", "none", "merged", 3),
-        ("qwen2", "reward", "int8", "merged", 2),
-        ("qwen2", "reward", "nf4", "unmerged", 2),
-        ("bert", "score", "nf4", "merged", 3),
-        ("bert", "reward", "none", "merged", 2),
-        ("bert", "score", "int8", "merged", 2),
-    ]
-    architectures, heads, formats = (
-        ("gemma2", "llama", "qwen2", "bert"),
-        ("score", "label_tokens", "reward"),
-        ("none", "nf4", "int8"),
-    )
-    assert {case[:1] + case[2:3] for case in covered} == set(itertools.product(architectures, formats))
-    assert {case[:2] for case in covered} == set(itertools.product(architectures, heads)) - {("bert", "label_tokens")}
-    assert {case[1:3] for case in covered} == set(itertools.product(heads, formats))
+    assert [tuple(package[name] for name in names) for package in found["packages"]] == cases
 
 
-def test_packages_give_the_same_probabilities_in_kaggles_versions(folders, found):
-    for folder, case, package in zip(folders, CASES, found["packages"], strict=True):
+def test_the_tables_hold_every_architecture_head_and_number_format():
+    kinds, heads, formats = ("gemma2", "llama", "qwen2", "bert"), ("score", "label_tokens", "reward"), ("none", "nf4", "int8")
+    square, every = cases_in(SQUARE), cases_in(SQUARE + REST.lstrip())
+    assert (len(square), len(every)) == (14, 37)
+    assert {(kind, quantize) for kind, _, quantize, *_ in square} == set(itertools.product(kinds, formats))
+    assert {(kind, head) for kind, head, *_ in square} == set(itertools.product(kinds, heads)) - {("bert", "label_tokens")}
+    assert {(head, quantize) for _, head, quantize, *_ in square} == set(itertools.product(heads, formats))
+    wanted = set(itertools.product(kinds, heads, formats)) - {("bert", "label_tokens", quantize) for quantize in formats}
+    assert {case[:3] for case in every if case[3] == "merged"} == wanted
+    assert {case[0] for case in every if case[3] == "unmerged"} == {"gemma2", "llama", "qwen2"}
+    assert {case[0] for case in every if case[4] == 3} == set(kinds)
+
+
+def test_packages_give_the_same_probabilities_in_kaggles_versions(cases, folders, found):
+    for folder, case, package in zip(folders, cases, found["packages"], strict=True):
         golden = json.loads((folder / "manifest.json").read_text())["golden"]
         assert len(golden) == 20
         assert len({tuple(row["probabilities"]) for row in golden}) > 10, f"{case}: golden rows that tell nothing"
@@ -173,8 +202,8 @@ def test_packages_give_the_same_probabilities_in_kaggles_versions(folders, found
             assert all(math.isclose(a, b, abs_tol=1e-6) for a, b in pairs), (case, row, probabilities)
 
 
-def test_awkward_texts_and_pairs_of_them_have_the_same_token_ids_in_kaggles_versions(folders, found):
-    for folder, case, package in zip(folders, CASES, found["packages"], strict=True):
+def test_awkward_texts_and_pairs_of_them_have_the_same_token_ids_in_kaggles_versions(cases, folders, found):
+    for folder, case, package in zip(folders, cases, found["packages"], strict=True):
         tokenizer, contract = read_tokenizer(folder), read_contract(folder)
         for text, text_ids, pair_ids in zip(AWKWARD, package["text_ids"], package["pair_ids"], strict=True):
             assert text_ids == tokenizer.encode(text).ids, (case, text)
