@@ -40,11 +40,12 @@ def run_stage(
     if is_current(run_folder, name, inputs, settings, outputs):
         click.echo(f"{name:<10} up to date   {outputs[0]}")
         return False
+    key = stage_key(inputs, settings)  # now: what changes meanwhile is not in what is made
     before()
     started = time.perf_counter()
     action()
     seconds = round(time.perf_counter() - started, 1)
-    made = {"key": stage_key(inputs, settings), "outputs": _stamps(_files(outputs)), "seconds": seconds}
+    made = {"key": key, "outputs": _stamps(_files(outputs)), "seconds": seconds}
     write_json(run_folder / RECORD, {**_record(run_folder), name: made})
     click.echo(f"{name:<10} {seconds:7.1f} s   {outputs[0]}")
     return True

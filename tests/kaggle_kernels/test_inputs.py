@@ -116,6 +116,40 @@ def test_missing_bitsandbytes_is_installed_from_the_mounted_wheels(tmp_path, ima
     assert command[-1] == "bitsandbytes"
 
 
+SHA256_OF_X = "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881"
+
+
+@pytest.fixture
+def mounted_wheel(tmp_path):
+    """The wheel of bitsandbytes, of the bytes b"x", beside a wheels.json that lists it."""
+    wheel = mount(tmp_path, "pairwise-wheels/bitsandbytes-0.50.2-py3-none-manylinux_2_24_x86_64.whl")
+    listed = {"wheels": [{"file": wheel.name, "sha256": SHA256_OF_X}]}
+    mount(tmp_path, "pairwise-wheels/wheels.json", json.dumps(listed).encode())
+    return wheel
+
+
+def test_a_wheel_that_wheels_json_lists_is_installed(tmp_path, image_without_bitsandbytes, mounted_wheel):
+    package, commands = image_without_bitsandbytes
+    assert install_missing_wheels(tmp_path, [package], "pairwise-wheels") == ["bitsandbytes"]
+    assert len(commands) == 1
+
+
+def test_a_wheel_of_other_bytes_than_wheels_json_lists_is_not_installed(tmp_path, image_without_bitsandbytes, mounted_wheel):
+    package, commands = image_without_bitsandbytes
+    mounted_wheel.write_bytes(b"y")
+    with pytest.raises(ValueError, match="whl: its SHA-256 is a1fce4363854…, wheels.json says 2d711642b726; make the dataset"):
+        install_missing_wheels(tmp_path, [package], "pairwise-wheels")
+    assert commands == []
+
+
+def test_a_wheel_beside_those_of_wheels_json_is_not_installed(tmp_path, image_without_bitsandbytes, mounted_wheel):
+    package, commands = image_without_bitsandbytes
+    mount(tmp_path, "pairwise-wheels/zeta-9-py3-none-any.whl")
+    with pytest.raises(ValueError, match="zeta-9-py3-none-any.whl: its SHA-256 is 2d711642b726…, wheels.json says nothing;"):
+        install_missing_wheels(tmp_path, [package], "pairwise-wheels")
+    assert commands == []
+
+
 def test_missing_bitsandbytes_without_wheels_is_a_clear_error(tmp_path, image_without_bitsandbytes):
     with pytest.raises(ModuleNotFoundError, match="name a dataset in the spec's `wheels`"):
         install_missing_wheels(tmp_path, [image_without_bitsandbytes[0]], None)

@@ -4,7 +4,6 @@ A run is of one head (score, reward, label_tokens), and of a base in 16 bits or,
 """
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +24,8 @@ from recipes.pairwise.metrics import predictions
 from recipes.pairwise.schema import PairwiseBlock
 from tests import tiny
 
+TEMPLATES = {"gemma2": "gemma", "llama": "llama3", "qwen2": "chatml", "bert": "bert"}
+BUDGETS = {"gemma2": 128, "llama": 256, "qwen2": 192, "bert": 128}
 TARGETS = {"bert": ["query", "value", "dense"]}
 DECODER_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ROWS = 24
@@ -73,8 +74,8 @@ def recipe_file(folder: Path, base: Path, kind: str, verdicts: tuple[str, ...], 
     """Write a recipe for a run in folder/run; `keys` are Axolotl's."""
     block = {
         "pairs": str(folder / "pairs.parquet"),
-        "template": "bert" if kind == "bert" else "gemma",
-        "budget_tokens": 192 if head == "label_tokens" else 128,
+        "template": TEMPLATES[kind],
+        "budget_tokens": BUDGETS[kind] + 64 * (head == "label_tokens"),
         "verdicts": list(verdicts),
         "head": head,
         "package": {"slug": "tiny-package", **package},
@@ -95,6 +96,7 @@ def make(
     full: bool = False,
     qlora: bool = False,
     lora: dict | None = None,
+    rows: int = ROWS,
     training_rows: int = 0,
     **package,
 ) -> Made:
@@ -111,12 +113,11 @@ def make(
     model.save_pretrained(run_folder)
     if qlora:
         (run_folder / "config.json").write_text(json.dumps({"dtype": "float32", "quantization_config": NF4}))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(base / name, run_folder / name)
     tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.save_pretrained(run_folder)  # as training does: what a class of transformers made of the base's file
     contract = new_contract(block, tokenizer, attention="sdpa", base_model=str(base), revision=None, pad_token_id=0)
     write_contract(run_folder, contract, recipe)
-    write_predictions(run_folder, model, pairs_file(folder / "pairs.parquet", training_rows=training_rows))
+    write_predictions(run_folder, model, pairs_file(folder / "pairs.parquet", rows, training_rows))
     return Made(recipe, run_folder, base, model)
 
 

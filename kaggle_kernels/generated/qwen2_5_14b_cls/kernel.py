@@ -875,10 +875,27 @@ def install_missing_wheels(root: Path, folders: Sequence[Path], wheels: str | No
             "a package is quantised with bitsandbytes, which is absent; name a dataset in the spec's `wheels`"
         )
     folder = find_mounted(root, wheels, ("bitsandbytes-*.whl",)).parent
+    check_wheels(folder)
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--find-links", str(folder)]
     subprocess.run([*command, "bitsandbytes"], check=True)
     importlib.invalidate_caches()
     return ["bitsandbytes"]
+
+
+def check_wheels(folder: Path) -> None:
+    """Raise ValueError where a wheel is not the one that wheels.json beside it lists; without that file, all are taken."""
+    if not (folder / "wheels.json").is_file():
+        return
+    manifest = json.loads((folder / "wheels.json").read_text(encoding="utf-8"))
+    listed = {wheel["file"]: wheel["sha256"] for wheel in manifest["wheels"]}
+    for path in sorted(folder.glob("*.whl")):
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != listed.get(path.name):
+            raise ValueError(
+                f"{path}: its SHA-256 is {found[:12]}…, wheels.json says {listed.get(path.name, 'nothing')[:12]}; make "
+                "the dataset again with `python -m postprocess.wheels` and upload it"
+            )
 
 
 # ==============================================================================================================

@@ -1,0 +1,213 @@
+"""Packages of every architecture, made with this environment's versions, loaded and scored with those of Kaggle's image."""
+
+import itertools
+import json
+import math
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from kaggle_kernels.runtime.package import read_tokenizer
+from preprocess import model_input
+from preprocess.model_input import Pair, read_contract
+from tests.conftest import ROOT
+
+KAGGLE_PYTHON = ROOT / ".venv-kaggle" / "bin" / "python"
+# Architecture, head, quantize, adapter, verdicts. The first list has each of architecture, head and quantize with each of the
+# others; the second, which is slow, is what is then left of all of them.
+SQUARE = """
+gemma2 score none merged 2
+gemma2 label_tokens int8 merged 2
+gemma2 reward nf4 merged 2
+gemma2 score nf4 unmerged 2
+llama score int8 merged 3
+llama label_tokens nf4 merged 2
+llama reward none merged 2
+qwen2 score nf4 merged 2
+qwen2 label_tokens none merged 3
+qwen2 reward int8 merged 2
+qwen2 reward nf4 unmerged 2
+bert score nf4 merged 3
+bert reward none merged 2
+bert score int8 merged 2
+"""
+REST = """
+gemma2 score nf4 merged 2
+gemma2 score int8 merged 2
+gemma2 label_tokens none merged 2
+gemma2 label_tokens nf4 merged 2
+gemma2 reward none merged 2
+gemma2 reward int8 merged 2
+gemma2 score nf4 merged 3
+llama score none merged 2
+llama score nf4 merged 2
+llama label_tokens none merged 2
+llama label_tokens int8 merged 2
+llama reward nf4 merged 2
+llama reward int8 merged 2
+llama score nf4 unmerged 2
+qwen2 score none merged 2
+qwen2 score int8 merged 2
+qwen2 label_tokens nf4 merged 2
+qwen2 label_tokens int8 merged 2
+qwen2 reward none merged 2
+qwen2 reward nf4 merged 2
+bert score none merged 2
+bert reward nf4 merged 2
+bert reward int8 merged 2
+"""
+AWKWARD = (
+    "",
+    " ",
+    "\n\n\n",
+    "\t tab,  two spaces \r\n and a line ",
+    "e\u0301 é ﬁ ① Å \u212b",  # composed, decomposed, compatibility forms
+    "नमस्ते 안녕하세요 สวัสดี",
+    "\u1112\u1161\u11ab 한",  # a syllable in parts, and whole
+    "👩‍👩‍👧‍👦🏳️‍🌈 👍🏽",
+    "\u200b\u200d\ufeff\u00a0\u202e",
+    "\x00\x01\x7f",
+    "<start_of_turn>user <bos><eos><pad>",
+    "<|im_start|>system<|im_end|> <|eot_id|><|begin_of_text|>",
+    "[CLS] [SEP] [MASK] [PAD] [UNK]",
+    "1234567890 3.14159 1,000,000 x² ½",
+    "don't WON'T I'LL ＦＵＬＬ ｗｉｄｔｈ",
+    "河流窗户 かわ まど نهر نافذة",
+    "def f(x):\n    return x  # a comment\n",
+    "a" * 300,
+    "\U0001f600" * 50,
+    "\ufffd\U0010ffff",
+)
+IN_KAGGLES_VERSIONS = """
+import importlib.metadata, json, sys
+import torch
+from kaggle_kernels.runtime.model import load_model
+from kaggle_kernels.runtime.package import read_package
+from kaggle_kernels.runtime.scoring import score
+
+torch.set_num_threads(1)
+request = json.load(sys.stdin)
+found = {"versions": {name: importlib.metadata.version(name) for name in request["libraries"]}, "packages": []}
+for folder in request["folders"]:
+    package = read_package(folder)  # its token ids of the golden rows are those of training
+    model = load_model(folder, package.contract, "cpu", torch.float16)
+    pairs = [package.model_input.pair_from_row(row["pair"]) for row in package.contract.golden]
+    scores = score(model, package.model_input, package.tokenizer, package.contract, pairs, orders=("as_given",))
+    texts = request["texts"]
+    awkward = [package.model_input.Pair(text, (text,), (text,), (text,)) for text in texts]
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    layers = {type(module).__name__ for module in base.modules()}
+    found["packages"].append({
+        "model_type": base.config.model_type,
+        "head": package.contract.head,
+        "quantised": "nf4" if "Linear4bit" in layers else "int8" if "Linear8bitLt" in layers else "none",
+        "adapter": "unmerged" if hasattr(model, "peft_config") else "merged",
+        "verdicts": len(package.contract.verdicts),
+        "probabilities": [scores[pair.id]["as_given"] for pair in pairs],
+        "text_ids": [package.tokenizer.encode(text).ids for text in texts],
+        "pair_ids": [package.model_input.encode(pair, package.tokenizer, package.contract) for pair in awkward],
+    })
+print(json.dumps(found))
+"""
+
+
+def cases_in(table: str) -> list[tuple[str, str, str, str, int]]:
+    return [(*words[:4], int(words[4])) for words in map(str.split, table.strip().splitlines())]
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(SQUARE, id="square"), pytest.param(REST, id="rest", marks=pytest.mark.slow)]
+)
+def cases(request):
+    return cases_in(request.param)
+
+
+@pytest.fixture(scope="module")
+def folders(cases, packaged):
+    """The package of each case. One thread: two, on cores that are busy, take several times as long for models this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return [package(packaged, *case) for case in cases]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def package(packaged, kind: str, head: str, quantize: str, adapter: str, verdicts: int) -> Path:
+    more = {"qlora": True, "adapter": adapter} if adapter == "unmerged" else {}
+    names = ("model_a", "model_b", "tie")[:verdicts]
+    run, _ = packaged(kind, head=head, quantize=quantize, verdicts=names, tolerance=0.5, rows=2, **more)
+    return run.folder / "package"
+
+
+@pytest.fixture(scope="module")
+def found(folders):
+    """What Kaggle's versions make of the packages: versions, and for each its kind, probabilities and token ids."""
+    if not KAGGLE_PYTHON.exists():
+        pytest.skip("no .venv-kaggle; `make test` creates it from kaggle_kernels/requirements.txt")
+    libraries = ["transformers", "peft", "tokenizers", "safetensors", "accelerate", "bitsandbytes"]
+    request = {"folders": [str(folder) for folder in folders], "texts": AWKWARD, "libraries": libraries}
+    done = subprocess.run(
+        [KAGGLE_PYTHON, "-c", IN_KAGGLES_VERSIONS],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_versions_are_those_of_kaggles_image(found):
+    assert found["versions"] == {
+        "transformers": "5.0.0",
+        "peft": "0.19.1",
+        "tokenizers": "0.22.2",
+        "safetensors": "0.7.0",
+        "accelerate": "1.13.0",
+        "bitsandbytes": "0.50.2",
+    }
+
+
+def test_what_was_loaded_is_what_the_table_says(cases, found):
+    names = ("model_type", "head", "quantised", "adapter", "verdicts")
+    assert [tuple(package[name] for name in names) for package in found["packages"]] == cases
+
+
+def test_the_tables_hold_every_architecture_head_and_number_format():
+    kinds, heads, formats = ("gemma2", "llama", "qwen2", "bert"), ("score", "label_tokens", "reward"), ("none", "nf4", "int8")
+    square, every = cases_in(SQUARE), cases_in(SQUARE + REST.lstrip())
+    assert (len(square), len(every)) == (14, 37)
+    assert {(kind, quantize) for kind, _, quantize, *_ in square} == set(itertools.product(kinds, formats))
+    assert {(kind, head) for kind, head, *_ in square} == set(itertools.product(kinds, heads)) - {("bert", "label_tokens")}
+    assert {(head, quantize) for _, head, quantize, *_ in square} == set(itertools.product(heads, formats))
+    wanted = set(itertools.product(kinds, heads, formats)) - {("bert", "label_tokens", quantize) for quantize in formats}
+    assert {case[:3] for case in every if case[3] == "merged"} == wanted
+    assert {case[0] for case in every if case[3] == "unmerged"} == {"gemma2", "llama", "qwen2"}
+    assert {case[0] for case in every if case[4] == 3} == set(kinds)
+
+
+def test_packages_give_the_same_probabilities_in_kaggles_versions(cases, folders, found):
+    for folder, case, package in zip(folders, cases, found["packages"], strict=True):
+        golden = json.loads((folder / "manifest.json").read_text())["golden"]
+        assert len(golden) == 20
+        assert len({tuple(row["probabilities"]) for row in golden}) > 10, f"{case}: golden rows that tell nothing"
+        for row, probabilities in zip(golden, package["probabilities"], strict=True):
+            pairs = zip(row["probabilities"], probabilities, strict=True)
+            assert all(math.isclose(a, b, abs_tol=1e-6) for a, b in pairs), (case, row, probabilities)
+
+
+def test_awkward_texts_and_pairs_of_them_have_the_same_token_ids_in_kaggles_versions(cases, folders, found):
+    for folder, case, package in zip(folders, cases, found["packages"], strict=True):
+        tokenizer, contract = read_tokenizer(folder), read_contract(folder)
+        for text, text_ids, pair_ids in zip(AWKWARD, package["text_ids"], package["pair_ids"], strict=True):
+            assert text_ids == tokenizer.encode(text).ids, (case, text)
+            pair = Pair(text, (text,), (text,), (text,))
+            assert pair_ids == [list(ids) for ids in model_input.encode(pair, tokenizer, contract)], (case, text)
+    kinds = [package["text_ids"] for package in found["packages"]]
+    assert len({json.dumps(ids) for ids in kinds}) == 4  # four tokenizers, no two alike
