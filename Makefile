@@ -5,7 +5,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export AXOLOTL_DO_NOT_TRACK := 1
 
-.PHONY: help setup demo test test-slow lint format bench cv siamese compare
+.PHONY: help setup demo test test-slow lint format bench bench-merge cv siamese compare
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ format: .venv/installed  ## put the code into house style
 
 bench: .venv/installed .venv-kaggle/installed  ## what is claimed to be fast, measured side by side
 	@python -m tests.bench input
+
+bench-merge: .venv/installed  ## merging and quantising a billion weights: ours beside PEFT, bitsandbytes, Axolotl (12 GB of disk)
+	@python -m tests.bench_merge compare 2>/dev/null
 
 cv: .venv/installed  ## train all folds: make cv R=gemma2_cls
 	@$(if $(R),,echo "error: R is missing; name a recipe: make cv R=gemma2_cls" >&2; exit 2;) python -m recipes.pairwise.cv recipes/$(R).yml

@@ -9,16 +9,14 @@ from pathlib import Path
 
 from kaggle_kernels.runtime.settings import PackageSettings
 from kaggle_kernels.spec import COMPETITIONS, PackageBlock, Spec
-from postprocess.sizes import GIB, Served, gpu_bytes, served_of, weight_bytes
+from postprocess.sizes import GIB, Served, served_of
+from postprocess.target import GPU_BYTES, in_gib, place, refusal
 from preprocess.errors import UserError
 from preprocess.files import read_yaml
-from recipes.pairwise.schema import GPTQ_BITS, Recipe, read_recipe
+from recipes.pairwise.schema import Recipe, read_recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-GPUS = 2
-GPU_BYTES = 29 * GIB // 2  # of a T4's 15 GiB, out-of-memory messages of PyTorch say that 14.56 to 14.76 can be had
 BITSANDBYTES = ("nf4", "int8")  # the runtime unpacks GPTQ itself
-SMALLER = {"none": ("int8", "gptq8", "nf4", "gptq4"), "int8": ("nf4", "gptq4"), "gptq8": ("gptq4", "nf4")}
 HEADS = {"score": "classifier", "label_tokens": "label tokens", "reward": "reward model"}
 
 
@@ -68,7 +66,7 @@ def fit_packages(spec_path: Path, spec: Spec) -> list[Fit]:
             )
         placement, needs = place(served, spec.tokens_per_batch, package.placement)
         if max(needs) > GPU_BYTES:
-            raise UserError(f"{where}: {refusal(package, served, spec, needs, recipe)}")
+            raise UserError(f"{where}: {refusal(package.run, served, spec.tokens_per_batch, package.placement, recipe.path)}")
         fits.append(Fit(package, recipe, served, placement, needs))
     return fits
 
@@ -107,44 +105,6 @@ def check_recipe(package: PackageBlock, recipe: Recipe, spec: Spec, where: str) 
 def served_as(served: Served, spec: Spec) -> Served:
     """With the spec's token budget, where it names one."""
     return replace(served, budget_tokens=spec.budget_tokens) if spec.budget_tokens else served
-
-
-def place(served: Served, tokens_per_batch: int, placement: str) -> tuple[str, tuple[int, ...]]:
-    """Where a package goes, and what that needs on each GPU. `auto`: a copy on every GPU if that fits, else split."""
-    alone = tuple(gpu_bytes(served, tokens_per_batch))
-    is_encoder = served.dimensions.model_type == "bert"
-    if placement == "each" or is_encoder or (placement == "auto" and max(alone) <= GPU_BYTES):
-        return "each", alone
-    return "split", tuple(gpu_bytes(served, tokens_per_batch, GPUS))
-
-
-def refusal(package: PackageBlock, served: Served, spec: Spec, needs: Sequence[int], recipe: Recipe) -> str:
-    """What a package that does not fit needs, and each single change that would make it fit."""
-
-    def most(changed: Served, tokens: int, placement: str) -> float:
-        return max(place(changed, tokens, placement)[1])
-
-    tokens, placement = spec.tokens_per_batch, package.placement
-    smaller = [fewer for fewer in (4096, 2048, 1024) if served.budget_tokens <= fewer < tokens]
-    fitting = [fewer for fewer in smaller if most(served, fewer, placement) <= GPU_BYTES][:1]
-    changes = {f"tokens_per_batch: {fewer}": most(served, fewer, placement) for fewer in fitting}
-    if placement == "each":
-        changes["placement: split"] = most(served, tokens, "auto")
-    is_encoder = served.dimensions.model_type == "bert"
-    for kind in SMALLER.get(served.quantize, ()):
-        if is_encoder and kind in GPTQ_BITS:
-            continue
-        changes[f"pairwise.package.quantize: {kind} in {recipe.path}"] = most(replace(served, quantize=kind), tokens, placement)
-    ways = [f"{text} ({size / GIB:.1f} GiB)" for text, size in changes.items() if size <= GPU_BYTES]
-    held = max(weight_bytes(served, len(needs))) / GIB
-    return f"{package.run} needs {in_gib(needs)} GiB on a GPU ({held:.1f} of it weights), a T4 offers {GPU_BYTES / GIB}; " + (
-        f"what would fit: {', or '.join(ways)}" if ways else "no single change makes it fit; take a smaller base model"
-    )
-
-
-def in_gib(sizes: Sequence[int]) -> str:
-    """GiB on each GPU, e.g. "9.9", or "12.1 + 11.9" where the layers stand on two."""
-    return " + ".join(f"{size / GIB:.1f}" for size in sizes)
 
 
 def package_settings(fit: Fit) -> PackageSettings:

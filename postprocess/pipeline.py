@@ -20,6 +20,7 @@ from postprocess.gptq_environment import REQUIREMENTS
 from postprocess.package import package
 from postprocess.run import ADAPTER, Run, find_base, hub_commit, read_run, refuse_weights, weight_files
 from postprocess.stages import is_current, run_stage, stage_key
+from postprocess.target import check_target
 from preprocess.errors import UserError
 from preprocess.files import read_json, remove_leftovers
 from recipes.pairwise.contract import MODEL_INPUT, TOKENIZER_FILES
@@ -103,9 +104,11 @@ def postprocess(run: Run, options: Options) -> Path:
     settings = run.recipe.pairwise.package
     report, out = run.folder / "agreement.json", run.folder / "package"
 
+    @functools.cache
     def begin() -> None:
         shutil.rmtree(out, ignore_errors=True)  # what it was made from has changed
         work().check_memory(run)
+        check_target(run)
         if settings.quantize in GPTQ_BITS:
             work().check_gptq(run)
 
@@ -119,7 +122,7 @@ def postprocess(run: Run, options: Options) -> Path:
     packaged = read_json(report)["packaged"]
     chosen = folders[packaged]
     inputs = [*files(chosen), report, run.folder / "contract.json", run.folder / "model_input.py"]
-    stage("package", inputs, settings.model_dump(), out, lambda: package(run, chosen, report, out))
+    stage("package", inputs, settings.model_dump(), out, lambda: package(run, chosen, report, out), before=lambda: None)
     return out
 
 

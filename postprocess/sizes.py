@@ -69,14 +69,17 @@ class Served:
     lora: tuple[int, tuple[str, ...]] | None = None
 
 
-def served_of(recipe: Recipe) -> Served:
-    """What a recipe's package will be; of the adapter `best`, the larger of its two outcomes."""
+def served_of(recipe: Recipe, dimensions: Dimensions | None = None) -> Served:
+    """What a recipe's package will be; of the adapter `best`, the larger of its two outcomes.
+
+    `dimensions` are the base model's, where they are known better than from the recipe.
+    """
     block = recipe.pairwise
     lora = None
     if block.package.adapter != "merged":
         lora = (recipe.axolotl.get("lora_r") or 8, tuple(recipe.axolotl.get("lora_target_modules") or ()))
     try:
-        dimensions = read_dimensions(recipe.axolotl["base_model"])
+        dimensions = dimensions or read_dimensions(recipe.axolotl["base_model"])
     except UserError as error:
         raise UserError(f"{recipe.path}: base_model: {error}") from None
     return Served(
@@ -254,8 +257,14 @@ def activation_bytes(served: Served, tokens_per_batch: int) -> int:
     layer = max(map(math.prod, shapes))
     gptq = dict.fromkeys(GPTQ_BITS, 4 * layer)
     unpacked = {"none": 0, "nf4": 2 * layer, "int8": 5 * tokens * d.intermediate_size, **gptq}[served.quantize]
-    logits = math.ceil(tokens / SHORTEST_ROW) * d.vocab_size * (2 + 4) if served.head == "label_tokens" else 0
-    return hidden + max(mlp, attention) + unpacked + logits
+    return hidden + max(mlp, attention) + unpacked + logit_bytes(served, tokens_per_batch)
+
+
+def logit_bytes(served: Served, tokens_per_batch: int) -> int:
+    """The most that a batch's logits take: of a causal LM, float16 and float32 of the vocabulary for each row's last place."""
+    if served.head != "label_tokens":
+        return 0
+    return math.ceil(largest_batch(served, tokens_per_batch) / SHORTEST_ROW) * served.dimensions.vocab_size * (2 + 4)
 
 
 def largest_batch(served: Served, tokens_per_batch: int) -> int:
