@@ -18,6 +18,7 @@ from pathlib import Path
 
 import click
 
+ROOT = Path(__file__).parents[1]
 SHAPES = {  # about Gemma-2's proportions, a billion weights; and two layers of Gemma-2-9b's own shapes
     "1b": {"hidden_size": 1536, "intermediate_size": 9216, "num_hidden_layers": 13, "head_dim": 192},
     "9b": {"hidden_size": 3584, "intermediate_size": 14336, "num_hidden_layers": 2, "head_dim": 256},
@@ -193,7 +194,7 @@ def measure(name: str, folder: Path) -> Measured:
     command = [sys.executable, "-m", "tests.bench_merge", "run", name, str(folder)]
     peak = 0
     with (folder / f"{name}.log").open("w") as log:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT)
         while process.poll() is None:
             peak = max(peak, anonymous_bytes(process.pid))
             time.sleep(0.02)

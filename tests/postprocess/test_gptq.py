@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from hashlib import sha256
@@ -22,9 +23,10 @@ from kaggle_kernels.runtime.placement import weight_sizes
 from postprocess import gptq, gptq_environment
 from postprocess.__main__ import main
 from postprocess.gptq_environment import ENVIRONMENT, python_with_gptq
+from postprocess.merge import merge, merged_model
 from postprocess.sizes import Served, bytes_by_class, dimensions_of, weights
 from preprocess.errors import UserError
-from tests.postprocess.test_quantize import KAGGLE_PYTHON, SCORE_IN_KAGGLES_VERSIONS
+from tests.postprocess.test_kaggle_versions import in_kaggles_versions
 
 ROOT = Path(__file__).parents[2]
 RUN = {"width": 128, "training_rows": 30}
@@ -70,10 +72,10 @@ def package_of(packaged):
 
 @needs_gptq
 @pytest.mark.parametrize(("quantize", "head"), [("gptq8", "score.weight"), ("gptq4", "lm_head.weight")])
-def test_layers_are_in_the_standard_format_and_the_head_is_as_it_was(quantize, head, package_of):
+def test_layers_are_in_the_standard_format_and_the_head_is_as_it_was(quantize, head, package_of, opened):
     run, folder, _ = package_of(quantize)
     bits = int(quantize[-1])
-    found, merged = load_file(folder / "model.safetensors"), load_file(run.folder / "merged" / "model.safetensors")
+    found, merged = load_file(folder / "model.safetensors"), merged_model(opened(run))[1]
     layer = "model.layers.1.mlp.down_proj"
     assert {name: (found[f"{layer}.{name}"].dtype, tuple(found[f"{layer}.{name}"].shape)) for name in
             ("qweight", "qzeros", "scales", "g_idx")} == {
@@ -137,7 +139,7 @@ def test_probabilities_are_near_those_of_the_model_as_trained(quantize, mean, la
 
 
 @needs_gptq
-def test_the_runtime_unpacks_bit_for_bit_as_the_library_does(package_of, tmp_path):
+def test_the_runtime_unpacks_bit_for_bit_as_the_library_does(package_of, opened, tmp_path):
     layer, out = "model.layers.0.mlp.down_proj", tmp_path / "weights.safetensors"
     files = [package_of(quantize)[1] / "model.safetensors" for quantize in VARIANTS]
     command = [ENVIRONMENT / "bin" / "python", "-c", WEIGHTS_BY_THE_LIBRARY, layer, out, *files]
@@ -147,7 +149,7 @@ def test_the_runtime_unpacks_bit_for_bit_as_the_library_does(package_of, tmp_pat
         run, folder, _ = package_of(quantize)
         found = load_model(folder, run.contract(), "cpu", torch.float16).get_submodule(layer).weight_oi(torch.float16)
         assert expected.dtype == found.dtype == torch.float16 and torch.equal(found, expected)
-        merged = load_file(run.folder / "merged" / "model.safetensors")[f"{layer}.weight"].float()
+        merged = merged_model(opened(run))[1][f"{layer}.weight"].float()
         assert 0 < (found.float() - merged).norm() / merged.norm() < most
 
 
@@ -167,29 +169,52 @@ def test_a_package_has_the_bytes_that_were_computed(quantize, package_of):
 @needs_gptq
 def test_one_seed_gives_the_same_bytes_and_another_seed_others(package_of, opened, tmp_path):
     run, folder, _ = package_of("gptq4")
+    merge(opened(run), tmp_path / "merged")
     for seed, is_same in ((0, True), (1, False)):
-        gptq.quantize(opened(run), run.folder / "merged", 4, tmp_path / str(seed), seed)
+        gptq.quantize(opened(run), tmp_path / "merged", 4, tmp_path / str(seed), seed)
         both = [(path / "model.safetensors").read_bytes() for path in (folder, tmp_path / str(seed))]
         assert (sha256(both[0]).digest() == sha256(both[1]).digest()) is is_same
     assert not list(tmp_path.glob(".*"))
 
 
 @needs_gptq
-@pytest.mark.skipif(
-    not KAGGLE_PYTHON.exists(), reason="no .venv-kaggle; `make test` creates it from kaggle_kernels/requirements.txt"
-)
 def test_packages_give_the_same_probabilities_in_kaggles_versions(package_of):
     folders = [package_of(quantize)[1] for quantize in VARIANTS]
-    command = [KAGGLE_PYTHON, "-c", SCORE_IN_KAGGLES_VERSIONS, *folders]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["transformers"] == "5.0.0"
-    for folder in folders:
+    found = in_kaggles_versions(folders)
+    assert found["versions"]["transformers"] == "5.0.0"
+    for folder, package in zip(folders, found["packages"], strict=True):
+        assert package["quantised"] == "gptq"
         golden = read_package(folder).manifest["golden"]
         assert len(golden) == 20
-        for row, probabilities in zip(golden, found[str(folder)], strict=True):
+        for row, probabilities in zip(golden, package["probabilities"], strict=True):
             assert all(math.isclose(a, b, abs_tol=1e-4) for a, b in zip(row["probabilities"], probabilities, strict=True)), row
+
+
+@needs_gptq
+def test_repeated_on_other_rows_the_best_is_packaged_and_the_merged_model_does_not_stay(copied):
+    run = copied("gemma2", quantize="gptq4", tolerance=0.2, **RUN)
+    for folder in ("package", "quantised"):
+        shutil.rmtree(run.folder / folder, ignore_errors=True)
+    command = [str(run.recipe), "--repeat", "2"]
+    result = CliRunner().invoke(main, command, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    report = json.loads((run.folder / "agreement.json").read_text())
+    assert report["repeats"]["models"] == ["quantised", "quantised-2"]
+    assert report["packaged"] == min(report["candidates"], key=report["candidates"].get)
+    assert "  quantised 2 times: mean difference " in result.output
+    packaged, chosen = (load_file(run.folder / name / "model.safetensors") for name in ("package", report["packaged"]))
+    assert all(torch.equal(packaged[name], tensor) for name, tensor in chosen.items())
+    assert not (run.folder / "merged").exists()
+    again = CliRunner().invoke(main, command)
+    assert [line[:21] for line in again.output.splitlines()] == [
+        f"{stage:<10} up to date" for stage in ("quantise", "agreement", "package")
+    ]
+
+
+def test_repeating_what_chance_is_not_in_is_one_line(made):
+    result = CliRunner().invoke(main, [str(made("gemma2", quantize="nf4").recipe), "--repeat", "2"])
+    assert result.exit_code == 2
+    assert "--repeat: quantize: nf4 always gives the same bytes; only gptq4 and gptq8 depend on chance" in result.stderr
 
 
 def ids_of(run, seed=0):

@@ -89,6 +89,7 @@ from kaggle_kernels.runtime.package import read_package
 from kaggle_kernels.runtime.scoring import score
 
 torch.set_num_threads(1)
+KINDS = {"Linear4bit": "nf4", "Linear8bitLt": "int8", "GptqLinear": "gptq"}
 request = json.load(sys.stdin)
 found = {"versions": {name: importlib.metadata.version(name) for name in request["libraries"]}, "packages": []}
 for folder in request["folders"]:
@@ -103,7 +104,7 @@ for folder in request["folders"]:
     found["packages"].append({
         "model_type": base.config.model_type,
         "head": package.contract.head,
-        "quantised": "nf4" if "Linear4bit" in layers else "int8" if "Linear8bitLt" in layers else "none",
+        "quantised": next((kind for layer, kind in KINDS.items() if layer in layers), "none"),
         "adapter": "unmerged" if hasattr(model, "peft_config") else "merged",
         "verdicts": len(package.contract.verdicts),
         "probabilities": [scores[pair.id]["as_given"] for pair in pairs],
@@ -145,6 +146,10 @@ def package(packaged, kind: str, head: str, quantize: str, adapter: str, verdict
 
 @pytest.fixture(scope="module")
 def found(folders):
+    return in_kaggles_versions(folders)
+
+
+def in_kaggles_versions(folders: list[Path]) -> dict:
     """What Kaggle's versions make of the packages: versions, and for each its kind, probabilities and token ids."""
     if not KAGGLE_PYTHON.exists():
         pytest.skip("no .venv-kaggle; `make test` creates it from kaggle_kernels/requirements.txt")

@@ -1,5 +1,8 @@
 import copy
 import json
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -7,9 +10,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
-from postprocess.merge import merge
+from postprocess.merge import _pieces, is_finite, merge
 from postprocess.tensors import open_tensors
 from preprocess.errors import UserError
+from tests.bench_merge import measure
+from tests.conftest import ROOT
 from tests.postprocess import runs
 
 VARIANTS = [
@@ -48,6 +53,40 @@ def test_the_merged_classifier_is_the_one_that_peft_merges(kind, lora, made, ope
     assert (logits(load(tmp_path / "merged")) - logits(expected)).abs().max() < 1e-5
     untrained = load(run.base, num_labels=2, pad_token_id=0)
     assert (logits(untrained) - logits(expected)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(("kind", "lora"), [VARIANTS[0], VARIANTS[4], VARIANTS[6]], ids=["lora", "dora", "embedding"])
+def test_in_pieces_of_some_rows_it_is_the_same(kind, lora, made, opened, tmp_path, monkeypatch):
+    run = opened(made(kind, lora=lora))
+    merge(run, tmp_path / "whole", dtype=torch.float32)
+    monkeypatch.setattr("postprocess.merge.PIECE_NUMBERS", 64 * 64)
+    monkeypatch.setattr("postprocess.adapter.WHOLE_BYTES", 0)
+    merge(run, tmp_path / "pieces", dtype=torch.float32)
+    whole, pieces = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "pieces"))
+    assert max((whole[name] - pieces[name]).abs().max() for name in whole) < 1e-7
+    assert len(list(_pieces(whole["model.embed_tokens.weight"]))) == 16
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(1.0, True), (float("nan"), False), (float("inf"), False), (-float("inf"), False)]
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_number_that_is_not_finite_is_found_wherever_it_stands(value, expected, dtype):
+    tensor = torch.zeros(1000, 7, dtype=dtype)
+    tensor[613, 5] = value
+    assert is_finite(tensor) is expected
+
+
+def test_an_empty_tensor_and_whole_numbers_are_finite():
+    assert is_finite(torch.zeros(0, 4)) and is_finite(torch.arange(5))
+
+
+@pytest.mark.slow
+def test_at_the_shapes_of_gemma_2_9b_the_anonymous_memory_stays_under_a_gigabyte_and_a_half(tmp_path):
+    command = [sys.executable, "-m", "tests.bench_merge", "inputs", str(tmp_path), "9b"]
+    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+    assert measure("ours", tmp_path).peak_bytes < 1.5e9
+    shutil.rmtree(tmp_path / "base")
 
 
 def test_a_weight_is_rounded_once_to_float16(made, opened, tmp_path):
