@@ -4,8 +4,10 @@
 and the sizes and modification times of its outputs. Nothing here imports torch.
 """
 
+import errno
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
@@ -17,6 +19,7 @@ from preprocess.errors import UserError
 from preprocess.files import read_json, write_json
 
 RECORD = "postprocess.json"
+FULL = os.strerror(errno.ENOSPC)  # libraries raise it as errors of their own
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors")
 SHARED_CODE = Path(__file__).parents[1] / "kaggle_kernels" / "runtime"
 
@@ -43,7 +46,12 @@ def run_stage(
     key = stage_key(inputs, settings)  # now: what changes meanwhile is not in what is made
     before()
     started = time.perf_counter()
-    action()
+    try:
+        action()
+    except Exception as error:
+        if isinstance(error, UserError) or FULL not in str(error):
+            raise
+        raise UserError(f"{outputs[0]}: cannot be written ({error}); make room on the disk, then run this again") from None
     seconds = round(time.perf_counter() - started, 1)
     made = {"key": key, "outputs": _stamps(_files(outputs)), "seconds": seconds}
     write_json(run_folder / RECORD, {**_record(run_folder), name: made})

@@ -45,7 +45,7 @@ class Measured:
 # What runs in a process of its own: each function imports what it needs, then returns the work to be timed.
 
 
-def make_inputs(folder: Path, shape: str) -> None:
+def make_inputs(folder: Path, shape: str, layers: int | None) -> None:
     """Write base/ (bfloat16, in shards as the hub has them), adapter files and contract of a run in run/, without training."""
     import torch
     from transformers import AutoConfig
@@ -56,6 +56,7 @@ def make_inputs(folder: Path, shape: str) -> None:
 
     heads, keys = HEADS[shape]
     sizes = {"vocab_size": VOCABULARY, "num_attention_heads": heads, "num_key_value_heads": keys, **SHAPES[shape]}
+    sizes["num_hidden_layers"] = layers or sizes["num_hidden_layers"]
     config = AutoConfig.for_model("gemma2", pad_token_id=0, bos_token_id=2, eos_token_id=1, **sizes)
     config.dtype, base, run = torch.bfloat16, folder / "base", folder / "run"
     base.mkdir(parents=True)
@@ -253,20 +254,25 @@ def run_contender(name: str, folder: Path) -> None:
 @main.command("inputs", hidden=True)
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("shape")
-def inputs(folder: Path, shape: str) -> None:
+@click.argument("layers", type=int, required=False)
+def inputs(folder: Path, shape: str, layers: int | None) -> None:
     """Make the base and the run."""
-    make_inputs(folder, shape)
+    make_inputs(folder, shape, layers)
 
 
 @main.command()
 @click.option("--shape", type=click.Choice(list(SHAPES)), default="1b", show_default=True)
+@click.option("--layers", type=click.IntRange(min=1), help="By default 13 for 1b, 2 for 9b.")
 @click.option("--only", type=click.Choice(list(CONTENDERS)), multiple=True, help="By default all.")
 @click.option("--folder", type=click.Path(path_type=Path), help="Work here, which takes 12 GB; by default a temporary folder.")
-def compare(shape: str, only: tuple[str, ...], folder: Path | None) -> None:
+def compare(shape: str, layers: int | None, only: tuple[str, ...], folder: Path | None) -> None:
     """Seconds, peak memory and outputs of each contender, and the disk's floor."""
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         place = Path(temporary)
-        subprocess.run([sys.executable, "-m", "tests.bench_merge", "inputs", str(place), shape], check=True)
+        subprocess.run(
+            [sys.executable, "-m", "tests.bench_merge", "inputs", str(place), shape, *([str(layers)] if layers else [])],
+            check=True,
+        )
         found = {name: measure(name, place) for name in only or CONTENDERS}
         if "ours" not in found:
             return

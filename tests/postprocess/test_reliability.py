@@ -22,6 +22,7 @@ from kaggle_kernels.runtime.package import check_manifest
 from postprocess.__main__ import main
 from postprocess.merge import merge
 from postprocess.pipeline import package_recipe
+from postprocess.stages import run_stage
 from preprocess.errors import UserError
 from recipes.pairwise.schema import read_recipe
 from tests.postprocess import runs
@@ -160,6 +161,26 @@ def test_a_disk_that_fills_up_is_one_error_and_leaves_nothing(made, opened, tmp_
     with pytest.raises(UserError, match="merged: cannot be written .*No space left on device.*make room on the disk"):
         merge(opened(made("gemma2")), tmp_path / "merged", shard_bytes=SMALL_SHARDS)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), UserError),
+        (RuntimeError("parquet: underlying IO error: No space left on device (os error 28)"), UserError),
+        (RuntimeError("another"), RuntimeError),
+    ],
+)
+def test_a_full_disk_is_one_error_whichever_library_meets_it(error, expected, tmp_path):
+    def action():
+        raise error
+
+    with pytest.raises(expected) as raised:
+        run_stage(tmp_path, "agreement", [], {}, tmp_path / "agreement.json", action)
+    if expected is UserError:
+        assert str(raised.value).startswith(f"{tmp_path}/agreement.json: cannot be written (")
+        assert str(raised.value).endswith("); make room on the disk, then run this again")
+    assert not (tmp_path / "postprocess.json").exists()
 
 
 def test_two_commands_at_once_on_one_run_are_one_line(copied):
