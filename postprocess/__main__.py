@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from postprocess.pipeline import Options, package_mean, package_recipe
+from postprocess.run import ADAPTER
 from preprocess.errors import UserError, exits_with_2
 from recipes.pairwise.schema import read_recipe
 
@@ -41,6 +42,8 @@ def main(recipe: Path, keep_merged: bool, repeat: int, adapters: tuple[str, ...]
         raise UserError(
             "--rank is for the mean of several runs; name them: --adapter outputs/R/fold-0 --adapter outputs/R/fold-1"
         )
+    if adapters and not read_recipe(recipe).pairwise.train:
+        raise UserError(f"{recipe}: train: false, so that there are no adapters; leave out --adapter")
     if adapters:
         package_mean(read_recipe(recipe), members_of(adapters), rank, options)
     else:
@@ -49,7 +52,7 @@ def main(recipe: Path, keep_merged: bool, repeat: int, adapters: tuple[str, ...]
 
 def members_of(adapters: Sequence[str]) -> dict[Path, float]:
     """The shares of the runs named as FOLDER or FOLDER=WEIGHT; they sum to 1."""
-    weights = {}
+    weights: dict[Path, float] = {}
     for text in adapters:
         folder, _, weight = text.rpartition("=") if "=" in text and not Path(text).exists() else (text, "", "1")
         try:
@@ -58,10 +61,13 @@ def members_of(adapters: Sequence[str]) -> dict[Path, float]:
             raise UserError(f"--adapter {text}: {weight!r} is no weight; write FOLDER or FOLDER=WEIGHT") from None
         if not 0 < weights[Path(folder)] < math.inf:
             raise UserError(f"--adapter {text}: expected a weight above 0")
-        if not Path(folder).is_dir():
-            raise UserError(f"--adapter {text}: no such folder; it takes the folder of a trained LoRA run")
-    if len(weights) < len(adapters):
+        if not (Path(folder) / ADAPTER[0]).is_file():
+            found = f"no {ADAPTER[0]} there" if Path(folder).is_dir() else "no such folder"
+            raise UserError(f"--adapter {text}: {found}; it takes the folder of a trained LoRA run")
+    if len({folder.resolve() for folder in weights}) < len(adapters):
         raise UserError("--adapter: a folder is named twice; give it a weight instead")
+    if not math.isfinite(sum(weights.values())):
+        raise UserError("--adapter: the weights are too large; only what one is beside the other counts")
     return {folder: weight / sum(weights.values()) for folder, weight in weights.items()}
 
 

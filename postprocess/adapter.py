@@ -108,7 +108,10 @@ def read_adapter(tensors: Tensors, settings: Mapping[str, object], config_file: 
     replacements: dict[str, str] = {}
     for key in tensors.names():
         if not key.startswith(PREFIX):
-            raise UserError(f"{tensors.path}: key {key} does not start with {PREFIX}; save the adapter with PEFT")
+            raise UserError(
+                f"{tensors.path}: key {key} does not start with {PREFIX}: a whole model, or not saved by PEFT; put "
+                "the training's adapter there"
+            )
         if ".original_module." in key:  # with bias: all, PEFT also saves the untrained biases of a module that it replaced
             continue
         name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
@@ -149,7 +152,24 @@ def _change(module: str, keys: Mapping[str, str], tensors: Tensors, settings: Ma
         raise UserError(
             f"{tensors.path}: {module} has rank {found}, adapter_config.json says {rank}; they do not belong together"
         )
+    _check_parts(module, keys, tensors, rank)
     return Change(keys, alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank)
+
+
+def _check_parts(module: str, keys: Mapping[str, str], tensors: Tensors, rank: int) -> None:
+    """Raise UserError where the parts of one weight's change do not fit each other."""
+    shapes = {part: tensors.shape(key) for part, key in keys.items()}
+    fitting = {"lora_B": (1, rank), "lora_embedding_B": (1, rank)}
+    for part, shape in shapes.items():
+        axis, expected = fitting.get(part, (0, rank))
+        if part == "lora_magnitude_vector":
+            expected = shapes["lora_B"][0]
+        dimensions = 1 if part == "lora_magnitude_vector" else 2
+        if len(shape) != dimensions or shape[axis] != expected:
+            raise UserError(
+                f"{tensors.path}: {keys[part]} has the shape {list(shape)}, which does not go with the other parts of "
+                f"{module}; train again"
+            )
 
 
 def _by_pattern(module: str, patterns: Mapping[str, float], default: float) -> float:

@@ -26,7 +26,7 @@ from postprocess.run import Run
 from postprocess.skeleton import model_skeleton
 from postprocess.trained import load_merged, load_trained
 from preprocess.errors import UserError
-from preprocess.files import atomic_file, write_json
+from preprocess.files import atomic_file, read_object, write_json
 from recipes.pairwise.data import targets, winners
 
 FLOAT16_ON_CPU_FLOP = 5e10  # about 20 s: float16 is ten times slower than float32 on CPUs without units for it
@@ -56,6 +56,8 @@ def agreement(run: Run, folders: Mapping[str, Path | None], out: Path) -> None:
         golden[QUANTISED] = golden["merged"]
     verdicts, tolerance = run.contract.verdicts, run.recipe.pairwise.package.tolerance
     report = compare(columns, targets(rows, verdicts), winners(rows, verdicts), tolerance, groups_of(rows))
+    metrics = run.folder / "metrics.json"
+    report["rows_were_trained_on"] = metrics.is_file() and bool(read_object(metrics).get("rows_were_trained_on"))
     print("\n".join(table_lines(report)))
     with atomic_file(out.with_suffix(".parquet")) as temporary:
         probability_table(rows, columns, verdicts).write_parquet(temporary)
@@ -87,10 +89,10 @@ def remedy(run: Run, report: dict) -> str:
     """What to change in the recipe: less rounding where that is to blame, another kind of package where merging is."""
     quantize = run.recipe.pairwise.package.quantize
     means = {line["model"]: line["against_trained"]["mean"] for line in report["models"]}
-    merged = means.get("merged", 0)
-    if merged <= report["tolerance"] and report["packaged"] == "unmerged":
+    merged, nearer = means.get("merged", 0), max(report["tolerance"], means[report["packaged"]] / 2)
+    if merged <= nearer and report["packaged"] == "unmerged":
         return "package with adapter: merged and quantize: int8 or none"
-    if merged <= report["tolerance"] and quantize != "none":
+    if merged <= nearer and quantize != "none":
         return "package with quantize: none" if quantize == "int8" else "package with quantize: int8 or none"
     if "unmerged" in means:
         return "no package of this run would be nearer, raise the tolerance if that will do or train again"

@@ -57,6 +57,8 @@ def table_lines(report: dict) -> list[str]:
         paired_text(report),
         *repeats_text(report),
     ]
+    if report.get("rows_were_trained_on"):
+        lines.append("  the model was trained on these rows: accuracy and log loss say nothing of others, the differences do")
     if groups < FEW_GROUPS:
         lines.append(f"  fewer than {FEW_GROUPS} groups of prompts: the brackets are narrower than they should be")
     if any(line["model"] in ("merged", "unmerged") and line["precision"] == "float32" for line in report["models"]):
@@ -95,8 +97,13 @@ def paired_text(report: dict) -> str:
     parts = []
     for what, found in report["packaged_minus_trained"].items():
         low, high = found["interval"]
-        parts.append(f"{what.replace('_', ' ')} {found['difference']:+.4f} [{low:+.4f}, {high:+.4f}]")
+        parts.append(f"{what.replace('_', ' ')} {signed(found['difference'])} [{signed(low)}, {signed(high)}]")
     return f"  {report['packaged']} less trained, row by row: {', '.join(parts)}"
+
+
+def signed(value: float) -> str:
+    """+0.0012, without a minus before a zero."""
+    return f"{round(value, 4) + 0.0:+.4f}"
 
 
 def repeats_text(report: dict) -> list[str]:

@@ -11,7 +11,7 @@ import math
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ import torch
 from kaggle_kernels.runtime.package import read_tokenizer
 from kaggle_kernels.runtime.scoring import ORDERS, score
 from postprocess.adapter import Adapter, read_adapter
+from postprocess.merge import is_finite
 from postprocess.run import ADAPTER, Run, adapter_settings, check_recipe, find_base, read_contract
 from postprocess.shards import Planned, Stored, write_file
 from postprocess.tensors import open_tensors
@@ -37,6 +38,7 @@ MADE = (
     "model_input.py",
     "metrics.json",
     "predictions.parquet",
+    "config.json",
 )
 A_PARTS, B_PARTS = ("lora_A", "lora_embedding_A"), ("lora_B", "lora_embedding_B")
 
@@ -86,7 +88,8 @@ def average(recipe: Recipe, shares: Mapping[Path, float], rank: int | None) -> N
     contract, or cannot be averaged (DoRA).
     """
     folder, members = recipe.run_folder, [Member(*item) for item in shares.items()]
-    check_members(members)
+    check_members(members, folder)
+    check_recipe(replace(recipe, run_folder=members[0].folder), read_contract(members[0].folder)[0], has_adapter=True)
     folder.mkdir(parents=True, exist_ok=True)
     for name in MADE:  # nothing of an earlier run may vouch for this one
         (folder / name).unlink(missing_ok=True)
@@ -97,20 +100,25 @@ def average(recipe: Recipe, shares: Mapping[Path, float], rank: int | None) -> N
             shutil.copyfile(first / name, folder / name)
     truncation = write_adapter(folder, members, rank)
     shutil.copyfile(first / "contract.json", folder / "contract.json")
-    check_recipe(recipe, contract, has_adapter=True)
     print_summary(members, read_object(folder / ADAPTER[1]), truncation, rank)
     weights = find_base(contract.base_model, contract.revision)
     told = {"members": {str(member.folder): member.share for member in members}, "rank": rank, "error": truncation.error}
     write_results(Run(recipe, folder, contract, model_input, weights, has_adapter=True), told)
 
 
-def check_members(members: Sequence[Member]) -> None:
-    """Raise UserError unless every member is a run with an adapter, and all were trained with the same contract."""
+def check_members(members: Sequence[Member], out: Path) -> None:
+    """Raise UserError unless every member is a run with an adapter other than `out`, all of the same contract."""
     first = members[0].folder
     for member in members:
+        if member.folder.resolve() == out.resolve():
+            raise UserError(f"--adapter {member.folder}: the mean is written there; name the runs that it is the mean of")
         if missing := [name for name in (*ADAPTER, "contract.json", "model_input.py") if not (member.folder / name).is_file()]:
             raise UserError(f"{member.folder}: no {missing[0]}; --adapter takes the folder of a trained LoRA run")
-    one = asdict(read_contract(first)[0])
+    contract, _ = read_contract(first)
+    for name, expected in contract.tokenizer_sha256.items():
+        if not (first / name).is_file() or sha256(first / name) != expected:
+            raise UserError(f"{first / name}: missing or changed since training; contract.json holds another SHA-256")
+    one = asdict(contract)
     for member in members[1:]:
         other = asdict(read_contract(member.folder)[0])
         if unlike := [key for key in one if key != "recorded" and one[key] != other[key]]:
@@ -121,6 +129,17 @@ def check_members(members: Sequence[Member]) -> None:
         settings = [adapter_settings(folder).get("ensure_weight_tying") for folder in (first, member.folder)]
         if bool(settings[0]) != bool(settings[1]):
             raise UserError(f"{member.folder / ADAPTER[1]}: ensure_weight_tying is not that of {first}")
+        quantised = [quantization_of(folder) for folder in (first, member.folder)]
+        if quantised[0] != quantised[1]:
+            raise UserError(
+                f"{member.folder / 'config.json'}: quantization_config is not that of {first}: LoRA and QLoRA do not mix"
+            )
+
+
+def quantization_of(folder: Path) -> object:
+    """How a run's base was quantised while it was trained; None for 16 bits."""
+    file = folder / "config.json"
+    return read_object(file).get("quantization_config") if file.is_file() else None
 
 
 def write_adapter(folder: Path, members: Sequence[Member], rank: int | None) -> Truncation:
@@ -133,7 +152,7 @@ def write_adapter(folder: Path, members: Sequence[Member], rank: int | None) -> 
             settings = adapter_settings(member.folder)
             parts.append(Part(read_adapter(tensors, settings, member.folder / ADAPTER[1]), member.share))
         names = changed_names(parts)
-        ranks = {name: min(sum_of_ranks(parts, name), rank or sum_of_ranks(parts, name)) for name in names}
+        ranks = {name: rank_of_mean(parts, name, rank) for name in names}
         planned = [Planned(name, stored_names(parts, name), 0) for name in names]
         replaced = {key: name for name, key in replaced_keys(parts).items()}
         planned += [Planned(key, (key,), 0) for key in replaced]
@@ -141,8 +160,8 @@ def write_adapter(folder: Path, members: Sequence[Member], rank: int | None) -> 
         def store(name: str) -> Iterator[Stored]:
             if name in ranks:
                 a, b = mean_factors(parts, name)
-                if rank and rank < len(a):
-                    a, b = cut(a, b, rank, name, truncation)
+                if rank:
+                    a, b = cut(a, b, ranks[name], name, truncation)
                 for key, tensor in zip(stored_names(parts, name), (a, b), strict=True):
                     yield Stored(key, torch.float32, tuple(tensor.shape), [tensor.to(torch.float32)])
             else:
@@ -196,17 +215,35 @@ def sum_of_ranks(parts: Sequence[Part], name: str) -> int:
     return sum(part.adapter.tensors.shape(keys[0])[0] for part in parts if (keys := _keys(part, name)))
 
 
+def rank_of_mean(parts: Sequence[Part], name: str, rank: int | None) -> int:
+    """The rank of the mean's change of the weight `name`: all of it, or at most `rank` and what its shape can have."""
+    whole = sum_of_ranks(parts, name)
+    if rank is None:
+        return whole
+    part, (a, b) = next((part, keys) for part in parts if (keys := _keys(part, name)))
+    shape = part.adapter.tensors.shape
+    return min(whole, rank, shape(a)[1], shape(b)[0])
+
+
 def mean_factors(parts: Sequence[Part], name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """A (ranks, in) and B (out, ranks) in float64, whose product is the mean of the members' s B A."""
     a, b = [], []
     for part in parts:
         if keys := _keys(part, name):
-            one, other = (part.adapter.tensors.get(key).to(torch.float64) for key in keys)
+            one, other = (finite(part, key).to(torch.float64) for key in keys)
             a.append(one)
             b.append(other * (part.share * part.adapter.changes[name].scaling))
     if len({(one.shape[1], other.shape[0]) for one, other in zip(a, b, strict=True)}) > 1:
         raise UserError(f"{parts[-1].adapter.tensors.path}: {name} has another shape than in {parts[0].adapter.tensors.path}")
     return torch.cat(a), torch.cat(b, dim=1)
+
+
+def finite(part: Part, key: str) -> torch.Tensor:
+    """A tensor of a member; a UserError where it is not finite."""
+    tensor = part.adapter.tensors.get(key)
+    if not is_finite(tensor):
+        raise UserError(f"{part.adapter.tensors.path}: {key} is not finite; train again")
+    return tensor
 
 
 def cut(a: torch.Tensor, b: torch.Tensor, rank: int, name: str, truncation: Truncation) -> tuple[torch.Tensor, torch.Tensor]:
@@ -221,7 +258,7 @@ def cut(a: torch.Tensor, b: torch.Tensor, rank: int, name: str, truncation: Trun
 
 def mean_replacement(parts: Sequence[Part], name: str) -> torch.Tensor:
     """The mean of a tensor that the members replace (a head); as it is where it is the same in all."""
-    tensors = [part.adapter.tensors.get(part.adapter.replacements[name]) for part in parts]
+    tensors = [finite(part, part.adapter.replacements[name]) for part in parts]
     if all(torch.equal(tensor, tensors[0]) for tensor in tensors):
         return tensors[0]
     return sum(part.share * tensor.to(torch.float64) for part, tensor in zip(parts, tensors, strict=True)).to(torch.float32)
@@ -245,7 +282,7 @@ def print_summary(members: Sequence[Member], settings: Mapping, truncation: Trun
     """Print whose mean it is, its rank, and what cutting ranks has cost."""
     shares = ", ".join(f"{member.share:.3f} {member.folder}" for member in members)
     print(f"  the mean of {len(members)} adapters: {shares}")
-    if rank and truncation.total:
+    if rank and truncation.error > 1e-6:
         worst, name = truncation.worst
         print(f"  cut to rank {rank}: {truncation.error:.2%} of the change is lost (norms), at most {worst:.2%}, in {name}")
     else:
@@ -278,5 +315,5 @@ def write_results(run: Run, told: dict) -> None:
     with atomic_file(run.folder / "predictions.parquet") as temporary:
         table.write_parquet(temporary)
     print(
-        f"  accuracy {values['accuracy']:.4f}, log loss {values['log_loss']:.4f} on {len(sample)} rows, most of them trained on"
+        f"  accuracy {values['accuracy']:.4f}, log loss {values['log_loss']:.4f} on {len(sample)} rows that members trained on"
     )

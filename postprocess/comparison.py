@@ -104,7 +104,7 @@ def difference(one: Column, other: Column) -> dict[str, float]:
     return {
         "largest": float(differences.max()),
         "mean": float(differences.mean()),
-        "kl_divergence": float((np.clip(q, SMALLEST, 1) * logarithms).sum(axis=-1).mean()),
+        "kl_divergence": float(np.maximum((np.clip(q, SMALLEST, 1) * logarithms).sum(axis=-1), 0).mean()),
         "verdicts_changed": int((verdicts(one) != verdicts(other)).sum()),
     }
 

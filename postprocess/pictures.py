@@ -39,7 +39,7 @@ def agreement_picture(run: Path, report: dict, columns: Sequence[Column], names:
 
 def title(run: Path, report: dict) -> str:
     """Run, rows, and the mean differences that decide beside the tolerance."""
-    name = f"{run.parent.name}/{run.name}" if run.name.startswith("fold-") else run.name
+    name = f"{run.parent.name}/{run.name}" if run.name.startswith("fold-") or run.name == "mean" else run.name
     worst = report["gates"][0]
     told = f"mean difference {report['mean_difference']:.4f} ({worst['model']} against {worst['against']})"
     verdict = "agrees" if report["agrees"] else "does not agree"

@@ -27,6 +27,7 @@ from recipes.pairwise.contract import MODEL_INPUT, TOKENIZER_FILES
 from recipes.pairwise.schema import GPTQ_BITS, Recipe
 
 RUN_FILES = ("contract.json", "model_input.py", "metrics.json", "predictions.parquet", *TOKENIZER_FILES)
+MODELS = ("merged", "quantised", "quantised-*", "unmerged", ".*.partial")
 RECIPES = Path(__file__).parents[1] / "recipes" / "pairwise"
 CODE = (MODEL_INPUT, *(RECIPES / name for name in ("contract.py", "data.py", "metrics.py", "templates.py")))
 
@@ -51,15 +52,24 @@ def package_mean(recipe: Recipe, shares: Mapping[Path, float], rank: int | None,
     """Bring the package of the mean of several runs of `recipe` up to date, in the folder `mean` of its run folder."""
     recipe = replace(recipe, run_folder=recipe.run_folder / "mean")
     folder = recipe.run_folder
+
+    def begin() -> None:
+        shutil.rmtree(folder / "package", ignore_errors=True)  # what it was made from has changed
+        work()
+
     with alone(folder):
         run_stage(
             folder,
             "average",
-            [*(member / name for member in shares for name in RUN_FILES + ADAPTER), Path(recipe.pairwise.pairs), *CODE],
+            [
+                *(member / name for member in shares for name in (*RUN_FILES, *ADAPTER, "config.json")),
+                Path(recipe.pairwise.pairs),
+                *CODE,
+            ],
             {"shares": {str(member): share for member, share in shares.items()}, "rank": rank},
             [folder / name for name in (*RUN_FILES, *ADAPTER)],
             lambda: work().average(recipe, shares, rank),
-            work,
+            begin,
         )
         return postprocess(read_run(recipe), options)
 
@@ -106,16 +116,16 @@ def postprocess(run: Run, options: Options) -> Path:
 
     @functools.cache
     def begin() -> None:
-        shutil.rmtree(out, ignore_errors=True)  # what it was made from has changed
         work().check_memory(run)
-        check_target(run)
         if settings.quantize in GPTQ_BITS:
             work().check_gptq(run)
+        check_target(run)
+        shutil.rmtree(out, ignore_errors=True)  # what it was made from has changed
 
     stage = functools.partial(run_stage, run.folder, before=begin)
     folders = candidates(run, stage, options)
     made = [file for folder in dict.fromkeys(folders.values()) if folder for file in files(folder)]
-    compared = [*run.source_files(), *made, *run.validation_files()]
+    compared = [*run.source_files(), *made, *run.validation_files(), *CODE]
     tolerance = {"tolerance": settings.tolerance}
     told = [report, *(report.with_suffix(suffix) for suffix in (".parquet", ".png"))]
     stage("agreement", compared, tolerance, told, lambda: work().agreement(run, folders, report))
@@ -123,7 +133,17 @@ def postprocess(run: Run, options: Options) -> Path:
     chosen = folders[packaged]
     inputs = [*files(chosen), report, run.folder / "contract.json", run.folder / "model_input.py"]
     stage("package", inputs, settings.model_dump(), out, lambda: package(run, chosen, report, out), before=lambda: None)
+    remove_others(run, folders)
     return out
+
+
+def remove_others(run: Run, folders: Mapping[str, Path | None]) -> None:
+    """Remove models that an earlier recipe or training left: gigabytes that are not what stands beside them."""
+    sources, merged = run.source_files(), run.folder / "merged"
+    kept = {merged} if is_current(run.folder, "merge", sources, {}, [merged]) else set()
+    for path in [path for pattern in MODELS for path in run.folder.glob(pattern)]:
+        if path not in kept | set(folders.values()):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def candidates(run: Run, stage: Callable, options: Options) -> dict[str, Path | None]:
@@ -173,7 +193,7 @@ def quantised_by_gptq(run: Run, stage: Callable, merged: Path, options: Options)
     block = run.recipe.pairwise
     names = ["quantised", *(f"quantised-{number}" for number in range(2, options.repeat + 1))]
     folders = {name: run.folder / name for name in names}
-    made_from = [*run.source_files(), *run.validation_files(), REQUIREMENTS]
+    made_from = [*run.source_files(), *run.validation_files(), REQUIREMENTS, *CODE]
     how = {"to": block.package.quantize, "fold": block.fold, "repeat": options.repeat}
     outputs = list(folders.values())
 
@@ -181,11 +201,12 @@ def quantised_by_gptq(run: Run, stage: Callable, merged: Path, options: Options)
         for seed, folder in enumerate(outputs):
             work().gptq(run, merged, GPTQ_BITS[block.package.quantize], folder, seed)
 
-    if not is_current(run.folder, "quantise", made_from, how, outputs):
+    is_made = not is_current(run.folder, "quantise", made_from, how, outputs)
+    if is_made:
         merge_to(run, stage, merged)
     stage("quantise", made_from, how, outputs, quantise)
-    if not options.keep_merged:
-        shutil.rmtree(merged, ignore_errors=True)
+    if is_made and not options.keep_merged:
+        shutil.rmtree(merged)
     return folders
 
 

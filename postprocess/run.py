@@ -4,6 +4,7 @@ Starts fast: nothing here imports torch.
 """
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -226,4 +227,19 @@ def adapter_settings(folder: Path) -> dict:
     for key, kind in kinds.items():
         if not isinstance(settings.get(key), kind):
             raise UserError(f"{folder / ADAPTER[1]}: {key} is {json.dumps(settings.get(key))[:40]}; restore it or train again")
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern, value in (settings.get(key) or {}).items():
+            if not _is_regex(pattern) or isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+                raise UserError(
+                    f"{folder / ADAPTER[1]}: {key} has {json.dumps({pattern: value})[:60]}, expected a pattern with a number "
+                    "above 0; restore it or train again"
+                )
     return settings
+
+
+def _is_regex(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True

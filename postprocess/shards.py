@@ -1,5 +1,6 @@
 """A model's weights → safetensors shards, a piece at a time, so that an interrupted run goes on at the shard it was at."""
 
+import errno
 import json
 import os
 from collections import deque
@@ -78,8 +79,12 @@ def write_shards(
 
 def write_file(path: Path, planned: Sequence[Planned], store: Callable[[str], Iterable[Stored]]) -> None:
     """Write the weights `planned` into one file, as write_shards writes a shard."""
-    with _Writer() as writer:
-        _write_shard(path, planned, store, writer, lambda _: None)
+    try:
+        with _Writer() as writer:
+            _write_shard(path, planned, store, writer, lambda _: None)
+    except BaseException:
+        path.with_name(f".{path.name}.tmp").unlink(missing_ok=True)
+        raise
 
 
 def plan_shards(planned: Sequence[Planned], shard_bytes: int) -> list[list[Planned]]:
@@ -161,16 +166,19 @@ def _write_shard(
     if set(announced) != header.keys() - {"__metadata__"}:
         unlike = sorted(set(announced) ^ (header.keys() - {"__metadata__"}))
         raise ValueError(f"tensors announced and not written, or the reverse: {unlike[:5]}")
-    writer.call(_finish, file, header, reserved, temporary, path)
+    writer.call(_finish, file, header, reserved, position, path)
 
 
-def _finish(file, header: dict, reserved: int, temporary: Path, path: Path) -> None:
+def _finish(file, header: dict, reserved: int, size: int, path: Path) -> None:
+    """Write the header of a shard whose tensors are `size` bytes, and give it its name; not where one of its writes failed."""
     encoded = json.dumps(header, separators=(",", ":")).encode("ascii")
     if len(encoded) > reserved:
         raise ValueError(f"{file.name}: a header of {len(encoded)} bytes does not fit the {reserved} kept for it")
     with file:
+        if file.seek(0, os.SEEK_END) != 8 + reserved + size:
+            raise OSError(errno.EIO, f"{path}: shorter than what was written to it")
         file.seek(0)
         file.write(reserved.to_bytes(8, "little") + encoded.ljust(reserved))
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    os.replace(file.name, path)

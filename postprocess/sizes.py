@@ -130,6 +130,9 @@ def dimensions_of(config: dict, where: str) -> Dimensions:
     missing = [field.name for field in fields(Dimensions) if values.get(field.name) is None]
     if missing:
         raise UserError(f"{where}: no {', '.join(missing)}; copy them from the model's config.json")
+    for field in fields(Dimensions):
+        if field.name != "model_type" and not isinstance(values[field.name], int):
+            raise UserError(f"{where}: {field.name} is {values[field.name]!r}, expected a whole number")
     return Dimensions(**{field.name: values[field.name] for field in fields(Dimensions)})
 
 

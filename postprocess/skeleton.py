@@ -29,14 +29,18 @@ class Skeleton:
     tied: Mapping[str, str]
 
 
-def model_config(folder: Path, contract: Contract) -> PretrainedConfig:
-    """The configuration in `folder` with labels, pad id and soft-cap as the contract says."""
+def _read_config(folder: Path) -> PretrainedConfig:
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, StrictDataclassError) as error:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError, AttributeError, ArithmeticError, KeyError, StrictDataclassError) as error:
         raise UserError(
             f"{folder / 'config.json'}: transformers cannot read it ({' '.join(str(error).split())[:200]})"
         ) from None
+
+
+def model_config(folder: Path, contract: Contract) -> PretrainedConfig:
+    """The configuration in `folder` with labels, pad id and soft-cap as the contract says."""
+    config = _read_config(folder)
     if getattr(config, "quantization_config", None):
         raise UserError(f"{folder}: its weights are quantised already; the contract's base_model must be the 16-bit original")
     if contract.head in LABELLED:
@@ -68,7 +72,7 @@ def untied(skeleton: Skeleton) -> Skeleton:
 
 def head_modules(folder: Path, head: str) -> list[str]:
     """The names of the modules beside the base model: ["score"], for BERT ["classifier"], for a causal LM ["lm_head"]."""
-    model = _model_or_error(AutoConfig.from_pretrained(folder, local_files_only=True), head, folder)
+    model = _model_or_error(_read_config(folder), head, folder)
     return [
         name
         for name, module in model.named_children()
@@ -85,7 +89,7 @@ def empty_model(config: PretrainedConfig, head: str) -> torch.nn.Module:
 def _model_or_error(config: PretrainedConfig, head: str, folder: Path) -> torch.nn.Module:
     try:
         return empty_model(config, head)
-    except ValueError as error:
+    except (ValueError, TypeError, ArithmeticError) as error:
         raise UserError(
             f"{folder}: transformers has no model with the head {head} for it ({str(error).splitlines()[0][:200]})"
         ) from None

@@ -19,7 +19,7 @@ from preprocess.errors import UserError
 from preprocess.files import read_json, write_json
 
 RECORD = "postprocess.json"
-FULL = os.strerror(errno.ENOSPC)  # libraries raise it as errors of their own
+FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))  # libraries raise it as errors of their own
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors")
 SHARED_CODE = Path(__file__).parents[1] / "kaggle_kernels" / "runtime"
 
@@ -49,7 +49,7 @@ def run_stage(
     try:
         action()
     except Exception as error:
-        if isinstance(error, UserError) or FULL not in str(error):
+        if isinstance(error, UserError) or not any(full in str(error) for full in FULL):
             raise
         raise UserError(f"{outputs[0]}: cannot be written ({error}); make room on the disk, then run this again") from None
     seconds = round(time.perf_counter() - started, 1)

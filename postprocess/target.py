@@ -72,10 +72,10 @@ def uses_of(name: str, specs: Path = SPECS) -> list[Use]:
         try:
             values = read_yaml(path)
             packages = [package for package in values["packages"] if package["run"].split("/")[0] == name]
-        except (UserError, KeyError, TypeError, AttributeError):
+            tokens, budget = int(values.get("tokens_per_batch", TOKENS_PER_BATCH)), values.get("budget_tokens")
+            budget = budget if budget is None else int(budget)
+        except (UserError, KeyError, TypeError, ValueError, AttributeError):
             continue  # a spec with a mistake, which `build` tells of
-        tokens = values.get("tokens_per_batch", TOKENS_PER_BATCH)
-        budget = values.get("budget_tokens")
         found += [Use(path.stem, tokens, budget, package.get("placement", "auto")) for package in packages]
     return found or [Use()]
 

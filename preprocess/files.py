@@ -51,9 +51,10 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     temporary.chmod(0o755)
     try:
         yield temporary
-        if path.exists():
-            shutil.rmtree(path)
+        _remove(path)
         os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error})") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -61,10 +62,15 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
 def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files and folders that a killed process left in `folder`; no other may be writing there."""
     for path in folder.glob(".*.tmp"):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, or a folder and what is in it, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -76,20 +82,22 @@ def resumable_folder(path: Path | str, key: str, size: int) -> Iterator[Path]:
     """
     path = Path(path)
     _make_folder(path.parent)
-    working, note = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.partial") / ".key"
-    if not key or not note.is_file() or note.read_text() != key:
-        shutil.rmtree(working, ignore_errors=True)
-        working.mkdir()
-        note.write_text(key)
-    needed, free = size - sum(file.stat().st_size for file in working.iterdir()), shutil.disk_usage(path.parent).free
+    working = path.with_name(f".{path.name}.partial")
+    note = working / ".key"
     try:
+        if not key or not note.is_file() or note.read_text() != key:
+            _remove(working)
+            working.mkdir()
+            note.write_text(key)
+        remove_leftovers(working)
+        needed, free = size - sum(file.stat().st_size for file in working.iterdir()), shutil.disk_usage(path.parent).free
         if needed > free:
             raise UserError(
                 f"{path}: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; make room, then run this again"
             )
         yield working
         note.unlink()
-        shutil.rmtree(path, ignore_errors=True)
+        _remove(path)
         os.replace(working, path)
     except Exception as error:
         shutil.rmtree(working, ignore_errors=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -136,6 +137,7 @@ def test_cut_to_a_rank_it_is_the_nearest_of_that_rank_and_the_error_is_told(made
         assert (cut[name] - base[name] - nearest).abs().max() < 1e-6
         total, lost = total + float((change**2).sum()), lost + float(((change - nearest) ** 2).sum())
     assert truncation.error == pytest.approx((lost / total) ** 0.5, abs=1e-6)
+    assert truncation.worst[0] < 1
     assert 0.3 < truncation.error < truncation.worst[0] < 0.9
     assert averaged(tmp_path / "whole", shares, rank=16).error == 0
 
@@ -156,6 +158,7 @@ def test_the_mean_is_merged_like_one_adapter_and_packaged(copied, tmp_path):
     report = json.loads((mean / "agreement.json").read_text())
     assert report["models"][0]["against_trained"]["largest"] < 1e-6
     assert (mean / "package" / "manifest.json").is_file()
+    assert "the model was trained on these rows" in result.output
     again = CliRunner().invoke(main, command)
     assert [line[:21] for line in again.output.splitlines()] == [
         f"{stage:<10} up to date" for stage in ("average", "quantise", "agreement", "package")
@@ -168,9 +171,19 @@ def test_the_mean_is_merged_like_one_adapter_and_packaged(copied, tmp_path):
     assert max((found[name] - 0.75 * one[name] - 0.25 * other[name]).abs().max() for name in found) < 1e-6
 
 
+def set_json(file, **values):
+    file.write_text(json.dumps((json.loads(file.read_text()) if file.exists() else {}) | values))
+
+
 def set_budget(folder):
-    file = folder / "contract.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"budget_tokens": 64}))
+    set_json(folder / "contract.json", budget_tokens=64)
+
+
+def with_nan(folder):
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    next(tensor for name, tensor in tensors.items() if "lora_A" in name)[0, 0] = float("nan")
+    save_file(tensors, file, {"format": "pt"})
 
 
 def without_head(folder):
@@ -181,10 +194,14 @@ def without_head(folder):
 BAD = [
     (
         lambda folder: (folder / "adapter_model.safetensors").unlink(),
-        "no adapter_model.safetensors; --adapter takes the folder",
+        "no adapter_model.safetensors there; it takes the folder of a trained LoRA run",
     ),
     (set_budget, "budget_tokens is not that of"),
     (without_head, "score.weight is in it or in"),
+    (with_nan, "lora_A.weight is not finite; train again"),
+    (lambda folder: set_json(folder / "adapter_config.json", ensure_weight_tying=True), "ensure_weight_tying is not that of"),
+    (lambda folder: set_json(folder / "config.json", quantization_config={}), "quantization_config is not that of"),
+    (lambda folder: set_json(folder / "adapter_config.json", alpha_pattern={"q_proj(": 8}), 'alpha_pattern has {"q_proj(": 8}'),
     (lambda folder: shutil.rmtree(folder), "no such folder; it takes the folder of a trained LoRA run"),
 ]
 
@@ -193,11 +210,89 @@ BAD = [
 def test_runs_that_have_no_mean_are_one_line(damage, message, copied, tmp_path):
     run = copied("gemma2")
     first, second = fold(run, tmp_path / "fold-0", 1), fold(run, tmp_path / "fold-1", 2)
+    (run.folder / "mean" / "package").mkdir(parents=True)  # of the runs as they were before
     damage(second)
     result = CliRunner().invoke(main, [str(run.recipe), "--adapter", str(first), "--adapter", str(second)])
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1), result.output
     assert message in result.stderr
-    assert not (run.folder / "mean" / "package").exists()
+    if "no such folder" not in message and "no adapter_model" not in message:
+        assert not (run.folder / "mean" / "package").exists()
+
+
+def test_a_layer_that_is_not_cut_counts_in_what_is_lost(made, tmp_path):
+    run = made("llama", lora={"rank_pattern": {"q_proj": 2}})
+    folders = [fold(run, tmp_path / f"fold-{seed}", seed) for seed in range(2)]
+    shares = dict.fromkeys(folders, 0.5)
+    averaged(tmp_path / "exact", shares)
+    truncation = averaged(tmp_path / "cut", shares, rank=12)
+    base = CLASSES["score"].from_pretrained(run.base, num_labels=2, pad_token_id=0).double().state_dict()
+    exact, cut = weights_of(run, tmp_path / "exact"), weights_of(run, tmp_path / "cut")
+    changed = [name for name in base if "_proj" in name]
+    total = sum(float(((exact[name] - base[name]) ** 2).sum()) for name in changed)
+    lost = sum(float(((exact[name] - cut[name]) ** 2).sum()) for name in changed)
+    assert truncation.error == pytest.approx((lost / total) ** 0.5, rel=1e-3)
+    assert (exact["model.layers.0.self_attn.q_proj.weight"] - cut["model.layers.0.self_attn.q_proj.weight"]).abs().max() < 1e-6
+
+
+def test_more_rank_than_a_layer_can_have_is_what_it_can_have(made, tmp_path):
+    run = made("llama")
+    folders = [fold(run, tmp_path / f"fold-{seed}", seed) for seed in range(5)]
+    shares = dict.fromkeys(folders, 0.2)
+    averaged(tmp_path / "exact", shares)
+    assert averaged(tmp_path / "cut", shares, rank=36).worst[0] < 1  # k_proj has 32 outputs, the sum of ranks is 40
+    exact, cut = weights_of(run, tmp_path / "exact"), weights_of(run, tmp_path / "cut")
+    name = "model.layers.0.self_attn.k_proj.weight"
+    assert (exact[name] - cut[name]).abs().max() < 1e-6
+    tensors = load_file(tmp_path / "cut" / "adapter_model.safetensors")
+    assert tensors[f"base_model.model.{name.removesuffix('.weight')}.lora_A.weight"].shape == (32, 64)
+
+
+def test_modules_that_only_some_members_trained_are_in_the_mean(made, tmp_path):
+    one = made("llama", lora={"target_modules": ["q_proj"]})
+    other = made("llama", lora={"target_modules": ["up_proj"]})
+    folders = [fold(one, tmp_path / "one", 1), fold(other, tmp_path / "two", 2)]
+    averaged(tmp_path / "mean", dict.fromkeys(folders, 0.5))
+    assert json.loads((tmp_path / "mean" / "adapter_config.json").read_text())["target_modules"] == ["q_proj", "up_proj"]
+    first, second, mean = (weights_of(one, folder) for folder in (*folders, tmp_path / "mean"))
+    assert max((mean[name] - (first[name] + second[name]) / 2).abs().max() for name in mean) < 1e-6
+
+
+def test_the_mean_of_itself_is_refused_before_it_is_touched(copied, tmp_path):
+    run = copied("gemma2")
+    mean = fold(run, run.folder / "mean", 1)
+    before = {path.name: path.read_bytes() for path in mean.iterdir()}
+    result = CliRunner().invoke(main, [str(run.recipe), "--adapter", str(mean)])
+    assert result.exit_code == 2
+    assert "the mean is written there; name the runs that it is the mean of" in result.stderr
+    assert {path.name: path.read_bytes() for path in mean.iterdir()} == before
+
+
+def test_a_member_that_was_trained_again_makes_another_mean(copied, tmp_path):
+    run = copied("gemma2", tolerance=0.3)
+    first, second = fold(run, tmp_path / "fold-0", 1), fold(run, tmp_path / "fold-1", 2)
+    command = [str(run.recipe), "--adapter", str(first), "--adapter", str(second)]
+    assert CliRunner().invoke(main, command).exit_code == 0
+    file = second / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["base_model.model.score.weight"] += 0.01
+    save_file(tensors, file, {"format": "pt"})
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0
+    assert "average    up to date" not in result.output
+    mean = load_file(run.folder / "mean" / "adapter_model.safetensors")["base_model.model.score.weight"]
+    parts = [load_file(folder / "adapter_model.safetensors")["base_model.model.score.weight"] for folder in (first, second)]
+    assert torch.allclose(mean, (parts[0] + parts[1]) / 2, atol=1e-7)
+
+
+def test_a_recipe_that_trains_nothing_has_no_adapters(copied, tmp_path):
+    run = copied("gemma2", head="label_tokens")
+    values = yaml.safe_load(run.recipe.read_text())
+    values["pairwise"]["train"] = False
+    del values["adapter"], values["lora_target_modules"]
+    run.recipe.write_text(yaml.safe_dump(values))
+    result = CliRunner().invoke(main, [str(run.recipe), "--adapter", str(run.folder)])
+    assert result.exit_code == 2
+    assert "train: false, so that there are no adapters; leave out --adapter" in result.stderr
 
 
 def test_dora_has_no_mean_that_is_an_adapter(made, tmp_path):
@@ -214,16 +309,21 @@ def test_dora_has_no_mean_that_is_an_adapter(made, tmp_path):
         (["{one}=-1"], "--adapter {one}=-1: expected a weight above 0"),
         (["{one}=nan"], "--adapter {one}=nan: expected a weight above 0"),
         (["{one}", "{one}=2"], "a folder is named twice; give it a weight instead"),
+        (["{one}", "{one}/../{name}"], "a folder is named twice; give it a weight instead"),
+        (["{one}=inf"], "--adapter {one}=inf: expected a weight above 0"),
+        (["{one}/absent"], "--adapter {one}/absent: no such folder; it takes the folder of a trained LoRA run"),
     ],
 )
 def test_adapters_that_make_no_sense_are_one_line(arguments, message, tmp_path):
+    (tmp_path / "adapter_model.safetensors").touch()
     with pytest.raises(UserError, match=re.escape(message.format(one=tmp_path))):
-        members_of([text.format(one=tmp_path) for text in arguments])
+        members_of([text.format(one=tmp_path, name=tmp_path.name) for text in arguments])
 
 
 def test_shares_sum_to_one(tmp_path):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b=2").mkdir()
+    for name in ("a", "b=2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_model.safetensors").touch()
     assert members_of([f"{tmp_path}/a=3", f"{tmp_path}/b=2"]) == {tmp_path / "a": 0.75, tmp_path / "b=2": 0.25}
 
 

@@ -21,9 +21,9 @@ VARIANTS = [
     ("gemma2", {}),
     ("llama", {}),
     ("bert", {}),
-    ("gemma2", {"use_rslora": True}),
+    ("gemma2", {"use_rslora": True, "rank_pattern": {"q_proj": 4}}),
     ("llama", {"use_dora": True}),
-    ("gemma2", {"rank_pattern": {"q_proj": 4, "layers.1.mlp.up_proj": 2}, "alpha_pattern": {r".*\.v_proj": 3}}),
+    ("gemma2", {"rank_pattern": {"q_proj": 4, "layers.1.mlp.up_proj": 2, "k": 2}, "alpha_pattern": {r".*\.v_proj": 3}}),
     ("llama", {"target_modules": ["embed_tokens", "q_proj"], "modules_to_save": ["norm"]}),
     ("bert", {"bias": "all"}),
 ]

@@ -89,3 +89,4 @@ def test_the_title_names_run_rows_difference_and_tolerance():
         "2 rows, mean difference 0.1500 (quantised against trained), tolerance 0.05"
     )
     assert title(RUN / "fold-3", report(quantised=TRAINED)).startswith("gemma2_cls/fold-3: quantised model, agrees\n")
+    assert title(RUN / "mean", report(quantised=TRAINED)).startswith("gemma2_cls/mean: quantised model, agrees\n")

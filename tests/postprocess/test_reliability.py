@@ -1,6 +1,8 @@
 """What goes wrong while packages are made: killed processes, full disks, damaged files. Nothing half-written is left."""
 
+import contextlib
 import errno
+import io
 import json
 import multiprocessing
 import os
@@ -20,10 +22,13 @@ from transformers import AutoModelForCausalLM
 import postprocess.merge
 from kaggle_kernels.runtime.package import check_manifest
 from postprocess.__main__ import main
-from postprocess.merge import merge
+from postprocess.merge import merge, quantise_in_one_pass
 from postprocess.pipeline import package_recipe
+from postprocess.run import read_run
+from postprocess.shards import Planned, Stored, write_file
 from postprocess.stages import run_stage
 from preprocess.errors import UserError
+from preprocess.files import resumable_folder
 from recipes.pairwise.schema import read_recipe
 from tests.postprocess import runs
 
@@ -143,6 +148,110 @@ def test_an_interrupted_merge_goes_on_at_its_shard_and_only_if_nothing_has_chang
     merge(run, tmp_path / "whole", shard_bytes=SMALL_SHARDS)
     assert hashes(out) == hashes(tmp_path / "whole")
     assert not (tmp_path / ".merged.partial").exists()
+
+
+def test_what_a_kill_left_half_written_in_a_resumed_folder_does_not_stay(made, opened, tmp_path):
+    run, working = opened(made("gemma2")), tmp_path / ".merged.partial"
+    working.mkdir()
+    (working / ".key").write_text("same")
+    for name in (".model.safetensors.index.json.123.tmp", ".model-00001-of-00009.safetensors.tmp"):
+        (working / name).write_text("half")
+    merge(run, tmp_path / "merged", shard_bytes=SMALL_SHARDS, key="same")
+    assert [path.name for path in (tmp_path / "merged").iterdir() if path.name.startswith(".")] == []
+
+
+def test_room_is_asked_for_what_is_still_to_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, 600))
+    for key, size in (("first", 500), ("first", 1500)):
+        with contextlib.suppress(KeyboardInterrupt), resumable_folder(tmp_path / "out", key, size) as folder:
+            (folder / "shard").write_bytes(b"x" * 1000)
+            raise KeyboardInterrupt
+    with pytest.raises(UserError, match="needs"), resumable_folder(tmp_path / "out", "other", 1500):
+        pass
+
+
+def test_a_shard_of_which_a_write_failed_never_gets_its_name(tmp_path, monkeypatch):
+    written = []
+
+    class Failing(io.FileIO):
+        def write(self, data):
+            written.append(len(data))
+            if len(written) == 2:
+                raise OSError(errno.EIO, "Input/output error")
+            return super().write(data)
+
+    monkeypatch.setattr(Path, "open", lambda path, mode: Failing(path, "w"))
+    pieces = [torch.full((1000,), float(number)) for number in range(3)]
+    stored = [Stored("a", torch.float32, (3000,), pieces)]
+    with pytest.raises(OSError, match="Input/output error|shorter than"):
+        write_file(tmp_path / "a.safetensors", [Planned("a", ("a",), 12000)], lambda name: stored)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("changed", ["adapter_model.safetensors", "adapter_config.json"])
+def test_a_merge_of_another_training_does_not_go_on_with_the_shards_of_the_first(changed, copied, monkeypatch):
+    run = copied("gemma2", quantize="nf4", tolerance=0.5)
+    monkeypatch.setitem(merge.__kwdefaults__, "shard_bytes", 10_000)
+    with monkeypatch.context() as patched:
+        interrupt_at_the_third_shard(patched)
+        assert CliRunner().invoke(main, [str(run.recipe)]).exit_code == 1
+    assert len(stamps(run.folder / ".quantised.partial")) >= 2
+    if changed == "adapter_config.json":
+        file = run.folder / changed
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": 17}))
+    else:
+        tensors = load_file(run.folder / changed)
+        save_file({name: tensor * 1.01 for name, tensor in tensors.items()}, run.folder / changed, {"format": "pt"})
+    assert CliRunner().invoke(main, [str(run.recipe)]).exit_code == 0
+    monkeypatch.setitem(merge.__kwdefaults__, "shard_bytes", 10_000)
+    quantise_in_one_pass(read_run(read_recipe(run.recipe)), "nf4", run.folder / "whole")
+    assert hashes(run.folder / "quantised") == hashes(run.folder / "whole")
+
+
+def test_a_stage_is_made_again_where_a_file_s_time_the_code_or_a_library_has_changed(tmp_path, monkeypatch):
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.write_text("a")
+
+    def made() -> bool:
+        return run_stage(tmp_path, "stage", [source], {}, out, lambda: out.write_text("made"))
+
+    assert (made(), made()) == (True, False)
+    os.utime(source, ns=(1, 1))
+    assert (made(), made()) == (True, False)
+    with monkeypatch.context() as patched:
+        patched.setattr("postprocess.stages.version", lambda library: "0.0")
+        assert made()
+    assert made()
+    monkeypatch.setattr("postprocess.stages.SHARED_CODE", tmp_path)
+    assert (made(), made()) == (True, False)
+
+
+def test_what_changes_while_a_stage_is_made_makes_it_again(tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.write_text("a")
+
+    def action() -> None:
+        out.write_text("made")
+        source.write_text("b, meanwhile")
+
+    assert run_stage(tmp_path, "stage", [source], {}, out, action)
+    assert run_stage(tmp_path, "stage", [source], {}, out, lambda: None)
+
+
+def test_models_that_no_longer_belong_to_the_recipe_are_removed(copied):
+    run = copied("gemma2", quantize="nf4")
+    for name in ("unmerged", "quantised-2", ".merged.partial"):
+        (run.folder / name).mkdir()
+    assert CliRunner().invoke(main, [str(run.recipe), "--keep-merged"]).exit_code == 0
+    assert {"merged", "quantised"} <= {path.name for path in run.folder.iterdir()}
+    assert CliRunner().invoke(main, [str(run.recipe)]).exit_code == 0
+    assert (run.folder / "merged").exists()  # it is what --keep-merged made, and up to date
+    file = run.folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["base_model.model.score.weight"] *= 1.001
+    save_file(tensors, file, {"format": "pt"})
+    assert CliRunner().invoke(main, [str(run.recipe)]).exit_code == 0
+    assert not {"merged", "unmerged", "quantised-2", ".merged.partial"} & {path.name for path in run.folder.iterdir()}
 
 
 def test_a_disk_that_is_too_small_is_told_before_anything_is_written(made, opened, tmp_path, monkeypatch):

@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 
 from postprocess.__main__ import main
 from postprocess.sizes import GIB, Served, read_dimensions
 from postprocess.target import Use, memory_line, place, refusal, size_lines, uses_of
+from preprocess.errors import UserError
 
 GEMMA = Served(read_dimensions("google/gemma-2-9b-it"), "score", 2, "nf4", softcap=False, budget_tokens=2048)
 
@@ -72,6 +74,31 @@ def test_what_no_t4_can_hold_is_refused_before_anything_is_written(copied, monke
         f"error: {run.recipe}: recipe needs 0.8 + 0.8 GiB on a GPU (0.0 of it weights), a T4 offers 0.5"
     )
     assert not {"quantised", "package", "merged"} & {path.name for path in run.folder.iterdir()}
+
+
+def test_one_kernel_that_holds_it_is_enough(made, opened, monkeypatch, capsys):
+    from postprocess import target
+
+    uses = [Use("too_much", 10**9), Use("enough", 256)]
+    monkeypatch.setattr(target, "uses_of", lambda name: uses)
+    target.check_target(opened(made("gemma2")))
+    assert "kernel too_much" in capsys.readouterr().out
+    monkeypatch.setattr(target, "uses_of", lambda name: uses[:1])
+    with pytest.raises(UserError, match="a T4 offers 14.5"):
+        target.check_target(opened(made("gemma2")))
+
+
+def test_an_encoder_is_never_split():
+    minilm = Served(
+        read_dimensions("sentence-transformers/all-MiniLM-L6-v2"), "score", 2, "none", softcap=False, budget_tokens=256
+    )
+    assert place(minilm, 10**6, "auto")[0] == "each"
+
+
+@pytest.mark.parametrize("values", ["tokens_per_batch: x", "budget_tokens: [1]"])
+def test_a_spec_whose_numbers_are_none_is_passed_over(values, tmp_path):
+    (tmp_path / "a.yml").write_text(f"packages: [{{run: mine}}]\n{values}\n")
+    assert uses_of("mine", tmp_path) == [Use()]
 
 
 def test_a_model_of_unknown_dimensions_is_packaged_all_the_same(made, opened, monkeypatch, capsys):
