@@ -89,9 +89,9 @@ def kill_and_run_again(run: runs.Made, moments: int) -> None:
         wipe(run)
         process = start(run)
         process.join(draw.uniform(0, slices * 0.01))
-        killed += process.is_alive()
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         process.join()
+        killed += process.exitcode == -signal.SIGKILL
         if (run.folder / "package").exists():
             check_manifest(run.folder / "package")
         again = start(run)
