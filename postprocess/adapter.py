@@ -73,15 +73,8 @@ class Delta:
         self.parts = {name: tensors.get(key).to(torch.float32) for name, key in change.parts.items()}
         self.scaling = change.scaling
         self.is_embedding = "lora_embedding_A" in self.parts
-        rows, columns = self.shape
+        rows, columns = shape_of(change, tensors)
         self.whole = self._rows(0, rows) if rows * columns * 4 <= WHOLE_BYTES else None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """The shape of the weight that it is a change of."""
-        if self.is_embedding:
-            return self.parts["lora_embedding_A"].shape[1], self.parts["lora_embedding_B"].shape[0]
-        return self.parts["lora_B"].shape[0], self.parts["lora_A"].shape[1]
 
     def _rows(self, start: int, stop: int) -> torch.Tensor:
         if self.is_embedding:
@@ -177,9 +170,9 @@ def _by_pattern(module: str, patterns: Mapping[str, float], default: float) -> f
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
 
 
-def changed_shape(adapter: Adapter, name: str) -> tuple[int, ...]:
-    """The shape that the weight `name` must have for its change to fit."""
-    parts, shape = adapter.changes[name].parts, adapter.tensors.shape
+def shape_of(change: Change, tensors: Tensors) -> tuple[int, int]:
+    """The shape that a weight must have for `change` to fit it."""
+    parts, shape = change.parts, tensors.shape
     if "lora_embedding_A" in parts:
         return shape(parts["lora_embedding_A"])[1], shape(parts["lora_embedding_B"])[0]
     return shape(parts["lora_B"])[0], shape(parts["lora_A"])[1]

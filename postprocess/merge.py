@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 from transformers import BitsAndBytesConfig, PretrainedConfig
 
-from postprocess.adapter import Adapter, changed_shape, read_adapter
+from postprocess.adapter import Adapter, read_adapter, shape_of
 from postprocess.quantize import plan, quantise, quantised_weights, quantization_config
 from postprocess.run import ADAPTER, Run, adapter_settings
 from postprocess.shards import SHARD_BYTES, Planned, Stored, write_shards
@@ -219,9 +219,9 @@ def check_fit(
         if found != shape:
             path = adapter.tensors.path if name in replaced else base.path
             raise UserError(f"{path}: {name} has the shape {list(found)}, the model needs {list(shape)}")
-        if name in changes and changed_shape(adapter, name) != shape:
+        if name in changes and (needed := shape_of(changes[name], adapter.tensors)) != shape:
             raise UserError(
-                f"{adapter.tensors.path}: the change of {name} is for the shape {list(changed_shape(adapter, name))}, in "
+                f"{adapter.tensors.path}: the change of {name} is for the shape {list(needed)}, in "
                 f"{base.path} it has {list(shape)}: an adapter of another base"
             )
 
