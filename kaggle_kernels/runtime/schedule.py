@@ -242,8 +242,8 @@ def note_pass(board: Board, key: tuple[int, str], done: Pass, requests: Sequence
         board.scores[number][row_id][order] = values
     in_queue = {request.id for batch in done.queue for request in batch}
     asked = {request.id for request in requests}
-    progressed = bool(done.scores) or not in_queue
-    board.tried.setdefault(key, set()).update(asked - in_queue if progressed else asked)
+    may_go_on = done.scores or all(worker.gone for worker in workers)  # else the same rows would be asked for again and again
+    board.tried.setdefault(key, set()).update(asked - in_queue if may_go_on else asked)
     if rate := sum(worker.rate() for worker in workers if not worker.gone):
         board.rates[number] = rate
     board.passes.append(pass_record(done))

@@ -4,7 +4,9 @@ import shutil
 
 import pytest
 
+from kaggle_kernels.runtime import crew
 from tests.kaggle_kernels.packages import make_package
+from tests.kaggle_kernels.workers import start_in_thread
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +26,9 @@ def three_verdict_folder(tiny_models, tmp_path_factory):
 def spoilt(package_folder, tmp_path):
     """A copy of the two-verdict package that a test may change."""
     return shutil.copytree(package_folder, tmp_path / "spoilt")
+
+
+@pytest.fixture
+def workers_in_threads(monkeypatch):
+    """Kernels that run in this process have threads in place of worker processes: the same work without their start."""
+    monkeypatch.setattr(crew, "start_process", start_in_thread)

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from kaggle_kernels.runtime.engine import check_golden_scores
 from kaggle_kernels.runtime.model import load_model
 from kaggle_kernels.runtime.package import PackageError, read_package
+from kaggle_kernels.runtime.worker import check_golden_scores
 from tests.kaggle_kernels.packages import change_json, flip_byte, write_manifest
 
 
