@@ -38,6 +38,7 @@ class Settings:
     tokens_per_batch: int
     temperature: float
     min_scored: float
+    visible_rows: int  # of the train file, scored in the visible run
     wheels: str | None  # the dataset with wheels that Kaggle's image lacks
 
 

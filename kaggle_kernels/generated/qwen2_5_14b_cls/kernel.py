@@ -84,6 +84,7 @@ class Settings:
     tokens_per_batch: int
     temperature: float
     min_scored: float
+    visible_rows: int  # of the train file, scored in the visible run
     wheels: str | None  # the dataset with wheels that Kaggle's image lacks
 
 
@@ -136,6 +137,7 @@ SETTINGS = Settings(
     tokens_per_batch=3072,
     temperature=1.0,
     min_scored=0.98,
+    visible_rows=512,
     wheels="pairwise-wheels",
 )
 
