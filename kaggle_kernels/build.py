@@ -31,6 +31,8 @@ MODULES = (
     "plan",
     "inputs",
     "submission",
+    "checks",
+    "visible",
     "engine",
     "main",
 )  # each before what imports it

@@ -23,7 +23,8 @@ ASK_GPUS = ("nvidia-smi", "--query-gpu=name,memory.free,memory.total,compute_cap
 ASK_SECONDS = 30
 EXPECTED_GPUS = 2  # machine_shape NvidiaTeslaT4
 OLDEST_CAPABILITY = 7.0  # a P100 has 6.0, and the image's PyTorch no code for it
-MEBIBYTE, GIBIBYTE = 2**20, 2**30
+MEBIBYTE = 2**20
+GIBIBYTE = 2**30
 CUDA_CONTEXT_BYTES = GIBIBYTE // 2
 BATCH_BYTES = 2 * GIBIBYTE  # with less beside the weights, batches are halved again and again
 PROCESS_BYTES = GIBIBYTE  # of RAM: Python, PyTorch and CUDA's libraries in a worker
@@ -197,10 +198,10 @@ def check_gpu_memory(free: Sequence[int], need: Need) -> list[str]:
     rooms = [one - CUDA_CONTEXT_BYTES for one in free]
     room = (sum(rooms) if is_split else max(rooms)) - need.weight_bytes
     if room < 0:
+        where, told = " over all GPUs" if is_split else "", " and ".join(map(in_gibibytes, free))
         raise MachineError(
-            f"{need.run}: {weights} GiB of weights{' over all GPUs' * is_split}, and {' and '.join(map(in_gibibytes, free))} GiB "
-            "free; use two T4s (machine_shape NvidiaTeslaT4), restart the session if another kernel is on them, or quantise to "
-            "fewer bits"
+            f"{need.run}: {weights} GiB of weights{where}, and {told} GiB free; use two T4s (machine_shape NvidiaTeslaT4), "
+            "restart the session if another kernel is on them, or quantise to fewer bits"
         )
     lines = []
     if room < BATCH_BYTES * (len(free) if is_split else 1):

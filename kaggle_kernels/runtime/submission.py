@@ -59,9 +59,10 @@ def fill_unscored(
 
     Raises ValueError where fewer than the share `min_scored` were scored: a silent bad submission is worse than none.
     """
-    if len(scored) < min_scored * len(rows):
+    found = sum(row["id"] in scored for row in rows)
+    if found < min_scored * len(rows):
         raise ValueError(
-            f"{len(scored)} of {len(rows)} rows were scored, the spec's min_scored is {min_scored}; nothing is submitted"
+            f"{found} of {len(rows)} rows were scored, the spec's min_scored is {min_scored}; nothing is submitted"
         )
     return {row["id"]: list(scored.get(row["id"]) or prior(row, verdicts)) for row in rows}
 
