@@ -8,7 +8,15 @@ import polars as pl
 import pytest
 
 from kaggle_kernels.runtime import inputs
-from kaggle_kernels.runtime.inputs import find_mounted, install_missing_wheels, read_ids, read_rows, read_text, rows_of
+from kaggle_kernels.runtime.inputs import (
+    find_mounted,
+    install_missing_wheels,
+    parquet_parts,
+    read_ids,
+    read_rows,
+    read_text,
+    rows_of,
+)
 
 
 def mount(root, path, content=b"x"):
@@ -141,6 +149,9 @@ def test_of_rows_that_are_not_kept_no_text_is_made(tmp_path, suffix):
     frame.write_parquet(path) if suffix == "parquet" else frame.write_csv(path)
     kept = list(rows_of(path, ("id", "prompt"), {"5", "2999", "absent"}))
     assert kept == [{"id": "5", "prompt": ROWS[0]["prompt"]}, {"id": "2999", "prompt": ROWS[0]["prompt"]}]
+    if suffix == "parquet":
+        rows = [row for part in parquet_parts(path, ("id", "prompt"), {"5"}) for row in part]
+        assert (rows[4], rows[5]) == ({"id": 4}, {"id": 5, "prompt": ROWS[0]["prompt"]})
 
 
 def test_lmsys_rows_are_lists_of_turns_with_nulls_and_lone_surrogates(tmp_path):

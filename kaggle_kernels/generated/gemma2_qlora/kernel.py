@@ -1501,12 +1501,13 @@ def choose_visible_rows(root: Path, settings: Settings, folders: Sequence[Path],
     except FileNotFoundError:
         return VisibleRows(told=f"visible run: no {' or '.join(TRAIN_FILES)} of {settings.competition} is mounted")
     try:
-        found = {row["id"]: row for row in rows_of(file, ("id", *TEXTS, *settings.columns), listed)}
+        present = sorted(listed.intersection(read_ids(file)), key=lambda row_id: hashlib.sha256(row_id.encode()).hexdigest())
+        chosen = present[: settings.visible_rows]
+        found = {row["id"]: row for row in rows_of(file, ("id", *TEXTS, *settings.columns), frozenset(chosen))}
     except (OSError, ValueError, pa.ArrowException) as error:
         return VisibleRows(told=f"visible run: the train file is not scored: {error}")
     if not found:
         return VisibleRows(told=f"visible run: {file.name} holds none of the {len(listed)} ids that every package lists")
-    chosen = sorted(found, key=lambda row_id: hashlib.sha256(row_id.encode()).hexdigest())[: settings.visible_rows]
     prefix = "train:"
     while any(row_id.startswith(prefix) for row_id in taken):
         prefix = f"train:{prefix}"
