@@ -210,6 +210,12 @@ def test_the_report_is_json_and_its_lines_say_it(judged):
     ]
 
 
+def test_a_small_models_finish_is_told_in_seconds(judged):
+    report = visible_report(judged[0], TWO, judged[1], {}, [replace(GEMMA, tokens_per_second=1e5)], 4, 599)
+    expected = "predicted for 10,000 rows: every row scored once after 154 s, all done after 204 s of 599 s"
+    assert visible_lines(report)[-2] == expected
+
+
 def test_a_clock_too_short_for_every_row_is_a_warning(judged):
     report = visible_report(judged[0], TWO, judged[1], {}, [GEMMA], 50, 9000)
     assert visible_lines(report)[-1] == (

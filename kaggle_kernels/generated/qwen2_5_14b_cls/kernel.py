@@ -1653,7 +1653,9 @@ def finish_line(finish: Mapping, clock_seconds: float) -> str:
 
 
 def in_hours(seconds: float) -> str:
-    """Seconds as hours and minutes, e.g. 4 h 40 min."""
+    """Seconds as hours and minutes, e.g. 4 h 40 min; under ten minutes as seconds."""
+    if seconds < 600:
+        return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
