@@ -31,6 +31,8 @@ MODULES = (
     "plan",
     "inputs",
     "submission",
+    "checks",
+    "visible",
     "worker",
     "crew",
     "engine",

@@ -277,6 +277,7 @@ def worker_record(worker: Worker) -> dict:
     """A worker for kernel.json."""
     return {
         "device": worker.name,
+        "package": worker.task.folder.rpartition("/")[2],
         "load_seconds": round(worker.load_seconds, 1),
         "computed_tokens": worker.tokens,
         "busy_seconds": round(worker.seconds, 1),

@@ -145,7 +145,7 @@ def test_the_change_is_measured_on_the_rows_in_both():
 
 def board_of(packages, /, devices=("cpu", "cpu"), seconds=600, hidden_run=False, **changes):
     settings = replace(SETTINGS, **changes)
-    return make_board(settings, packages, ROWS, devices, 1, start_clock(seconds), hidden_run)
+    return make_board(settings, packages, ROWS, devices, start_clock(seconds), hidden_run)
 
 
 def test_both_ways_give_what_each_model_gives_alone(packages, monkeypatch):
@@ -183,13 +183,13 @@ def test_with_one_device_there_is_no_side_by_side_to_plan(packages, monkeypatch,
 
 def break_first(monkeypatch, folder):
     """The first worker with the package in `folder` dies each time that it starts: its device is lost."""
-    lost = []
+    lost, real = [], crew.start_process
 
     def start(task):
         if task.folder == str(folder) and task.position in (lost or [task.position]):
             lost.append(task.position)
             return start_in_thread(task, lambda connection, _: hang_up(connection))
-        return start_in_thread(task)
+        return real(task)
 
     monkeypatch.setattr(crew, "start_process", start)
 
@@ -231,10 +231,12 @@ def test_a_short_clock_gives_the_second_order_to_the_least_certain_rows(packages
 
 
 def test_a_further_model_that_is_refused_is_left_out_of_the_hidden_run_and_raises_in_the_visible_one(packages, monkeypatch):
+    real = crew.start_process
+
     def start(task):
         if task.folder == str(packages[1].folder):
             return start_in_thread(task, lambda connection, _: connection.send(("refused", "golden row 7")))
-        return start_in_thread(task)
+        return real(task)
 
     monkeypatch.setattr(crew, "start_process", start)
     board = board_of(packages, ["cpu"], hidden_run=True)
