@@ -1085,7 +1085,7 @@ def install_missing_wheels(root: Path, folders: Sequence[Path], wheels: str | No
         raise ModuleNotFoundError(
             "a package is quantised with bitsandbytes, which is absent; name a dataset in the spec's `wheels`"
         )
-    folder = find_mounted(root, wheels, ("bitsandbytes-*.whl",)).parent
+    folder = find_mounted(root, wheels, ("bitsandbytes-*.whl",), "datasets").parent
     check_wheels(folder)
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--find-links", str(folder)]
     subprocess.run([*command, "bitsandbytes"], check=True)
