@@ -2653,6 +2653,7 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
     """Score the test file and write the submission; raises, and writes no submission, where it would be wrong."""
     clock = start_clock(settings.clock_seconds)
     root = kaggle_root()
+    (root / "working" / "submission.csv").unlink(missing_ok=True)  # of an earlier run in the same session
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers", "safetensors")}
     log(clock, f"{settings.name}: {', '.join(f'{name} {version}' for name, version in versions.items())}")
     test_file = find_mounted(root, settings.competition, ("test.parquet", "test.csv"), "competitions")
@@ -2671,7 +2672,7 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
     board = make_board(settings, packages, [*rows, *visible.rows], devices, clock, is_hidden_run())
     score_all(board)
     scored = combine(settings, packages, board.scores)
-    write_results(root / "working", board, rows, scored)
+    write_results(root / "working", board, rows, scored, read_ids(test_file))
     record = {
         "settings": asdict(settings),
         "versions": versions,
@@ -2696,13 +2697,15 @@ def is_hidden_run() -> bool:
     return bool(os.environ.get("KAGGLE_IS_COMPETITION_RERUN"))
 
 
-def write_results(working: Path, board: Board, rows: Sequence[dict], scored: Mapping[str, list[float]]) -> None:
-    """Write scores.parquet and submission.csv of the test rows."""
+def write_results(
+    working: Path, board: Board, rows: Sequence[dict], scored: Mapping[str, list[float]], expected_ids: Sequence[str]
+) -> None:
+    """Write scores.parquet and submission.csv of the test rows, whose ids must be those expected."""
     settings, ids = board.settings, {row["id"] for row in rows}
     scored = {row_id: values for row_id, values in scored.items() if row_id in ids}
     final = fill_unscored(rows, scored, settings.verdicts, settings.min_scored)
     write_scores(working / "scores.parquet", settings.verdicts, final, scored, board.by_run())
-    write_submission(working / "submission.csv", settings, final)
+    write_submission(working / "submission.csv", settings, final, expected_ids)
 
 
 def report_visible_rows(board: Board, visible: VisibleRows, scored: Mapping[str, list[float]]) -> dict:
@@ -2732,7 +2735,7 @@ def read_packages(root: Path, settings: Settings, clock: Clock) -> list[Package]
     """The spec's packages, found and checked against the spec and the recipe, the template against the token budget."""
     packages = []
     for chosen in settings.packages:
-        package = read_package(find_mounted(root, chosen.dataset, ("manifest.json",)).parent, clock)
+        package = read_package(find_mounted(root, chosen.dataset, ("manifest.json",), "datasets").parent, clock)
         check_package(package, chosen, settings)
         if package.contract.base_model != chosen.base_model:
             log(clock, f"{chosen.run}: made of {package.contract.base_model}, its recipe says {chosen.base_model}")
