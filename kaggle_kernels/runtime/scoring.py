@@ -7,6 +7,8 @@ from types import ModuleType
 
 import torch
 
+from kaggle_kernels.runtime.shortcuts import reading
+
 ORDERS = ("as_given", "swapped")
 
 
@@ -84,25 +86,41 @@ def score_batch(
 def verdict_logits(model: torch.nn.Module, contract, sequences: list[list[int]], device: str) -> torch.Tensor:
     """The verdicts' logits, float32 of shape (requests, verdicts), of one sequence a request, for the reward head of two.
 
-    A classifier finds the last token that is not padding by itself, so its rows are padded on the right. A causal LM is
-    padded on the left: the answer then stands at the last place of every row, and only there are logits computed.
+    A classifier finds the last token that is not padding by itself, so its rows are padded on the right, and what a decoder
+    reads there never sees the padding: it needs no mask. A causal LM is padded on the left: the answer then stands at the
+    last place of every row, and only there are logits computed.
     """
-    longest = max(map(len, sequences))
-    left = contract.head == "label_tokens"
+    longest, left = max(map(len, sequences)), contract.head == "label_tokens"
+    causal = getattr(model, "causal", False)
     ids_bt = torch.full((len(sequences), longest), contract.pad_token_id, dtype=torch.long)
-    mask_bt = torch.zeros((len(sequences), longest), dtype=torch.long)
     for row, ids in enumerate(sequences):
-        place = slice(longest - len(ids), longest) if left else slice(len(ids))
-        ids_bt[row, place] = torch.tensor(ids)
-        mask_bt[row, place] = 1
-    inputs = {"input_ids": ids_bt.to(device), "attention_mask": mask_bt.to(device)}
-    if not left:
-        logits = model(**inputs).logits.float()
-        if contract.head == "score":
-            return logits
-        return logits.view(-1, 2)[:, [("model_a", "model_b").index(verdict) for verdict in contract.verdicts]]
-    inputs["position_ids"] = (mask_bt.cumsum(-1) - 1).clamp(min=0).to(device)
-    return model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1, list(contract.label_token_ids)].float()
+        ids_bt[row, longest - len(ids) if left else 0 :][: len(ids)] = torch.tensor(ids)
+    inputs = {"input_ids": ids_bt.to(device)}
+    if (left or not causal) and min(map(len, sequences)) < longest:
+        lengths_b1 = torch.tensor([[len(ids)] for ids in sequences])
+        places_t = torch.arange(longest)
+        mask_bt = (places_t >= longest - lengths_b1 if left else places_t < lengths_b1).long()
+        inputs["attention_mask"] = mask_bt.to(device)
+        if left:
+            inputs["position_ids"] = (mask_bt.cumsum(-1) - 1).clamp(min=0).to(device)
+    if left:
+        inputs |= {"logits_to_keep": 1, "use_cache": False}
+    with reading(torch.tensor([read_place(ids, longest, contract, causal) for ids in sequences], device=device)):
+        logits = model(**inputs).logits
+    if left:
+        return logits[:, -1, list(contract.label_token_ids)].float()
+    if contract.head == "score":
+        return logits.float()
+    return logits.float().view(-1, 2)[:, [("model_a", "model_b").index(verdict) for verdict in contract.verdicts]]
+
+
+def read_place(ids: list[int], longest: int, contract, causal: bool) -> int:
+    """Where the head reads a row of a batch: at its last token that is not padding, an encoder's at its first."""
+    if contract.head == "label_tokens":
+        return longest - 1
+    if not causal:
+        return 0
+    return next((place for place in reversed(range(len(ids))) if ids[place] != contract.pad_token_id), 0)
 
 
 def score(
