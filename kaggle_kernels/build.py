@@ -32,7 +32,10 @@ MODULES = (
     "plan",
     "inputs",
     "submission",
+    "worker",
+    "crew",
     "engine",
+    "schedule",
     "main",
 )  # each before what imports it
 OWNER = "INSERT_OWNER"  # stands for the Kaggle account, which is known at push

@@ -89,6 +89,9 @@ class Spec(_Strict):
     min_scored: float = Field(
         0.98, gt=0, le=1, description="the share of rows that must have a score, else nothing is submitted"
     )
+    visible_rows: int = Field(
+        512, ge=0, description="rows of the train file, held out in training, that the visible run scores as a load test"
+    )
     wheels: str | None = Field(
         None,
         pattern=SLUG,
@@ -190,5 +193,6 @@ def settings_of(name: str, spec: Spec, packages: Sequence[PackageSettings]) -> S
         tokens_per_batch=spec.tokens_per_batch,
         temperature=spec.temperature,
         min_scored=spec.min_scored,
+        visible_rows=spec.visible_rows,
         wheels=spec.wheels,
     )

@@ -1,275 +1,227 @@
-"""One package over a list of devices: a thread and a copy of the model for each, batches dealt from one queue.
+"""One order of one package over its workers: batches dealt from one queue until it is empty or the deadline is near.
 
-A model that one device cannot hold has one worker with several devices, its layers over all of them, and a thread for each.
-
-What happens to a batch: out of memory halves that device's token budget and tries again; any other failure takes the
-device out and gives the batch to the others; the clock may leave batches behind. A row without a score is simply not in
-the result, and the caller decides what that means.
+What happens to a batch: out of memory halves its worker's token budget and tries again; a worker that dies is started again
+and its rows go back to the queue, those that it was scoring one by one at the end, in case that one of them killed it; a
+worker that says nothing is killed; the clock may leave batches behind. A row without a score is simply not in the result,
+and the caller decides what that means.
 """
 
-import contextlib
-import gc
 import math
-import threading
 import time
-import traceback
-from collections import deque
-from collections.abc import Iterable, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.connection import wait
 
-import torch
-
-from kaggle_kernels.runtime.model import load_model
-from kaggle_kernels.runtime.package import Package, PackageError
-from kaggle_kernels.runtime.pipeline import Stages, stage_starts
-from kaggle_kernels.runtime.placement import split_over
-from kaggle_kernels.runtime.scoring import (
-    Request,
-    make_batches,
-    make_requests,
-    mean_of_orders,
-    orders_of,
-    padded_tokens,
-    score,
-    score_batch,
-)
+from kaggle_kernels.runtime.crew import Worker
+from kaggle_kernels.runtime.package import PackageError
+from kaggle_kernels.runtime.scoring import Request, make_batches, padded_tokens
 from kaggle_kernels.runtime.settings import Clock, log
 
-GOLDEN_TOLERANCE = 0.05  # float16 and 4-bit kernels differ between devices by up to 0.02; a wrong head by far more
-LOG_SECONDS = 20.0
-CERTAINTY_BLOCKS = 8  # a short clock takes the second order by eighths, the least certain first
-
-
-@dataclass
-class Worker:
-    """A copy of the model, and what it has done so far (tokens are counted with their padding).
-
-    Its inputs go to `device`; a model that is split also has parts on the `others`.
-    """
-
-    device: str
-    model: torch.nn.Module
-    tokens_per_batch: int
-    tokens: int = 0
-    seconds: float = 0.0
-    failure: str | None = None
-    others: tuple[str, ...] = ()
-    stages: Stages | None = None
-
-    @property
-    def name(self) -> str:
-        """Its devices, for the log."""
-        return "+".join((self.device, *self.others))
-
-    @property
-    def batches_at_once(self) -> int:
-        """How many batches are in flight: one for each stage of a split model."""
-        return len(self.stages.locks) if self.stages else 1
-
-    def seconds_for(self, tokens: int) -> float:
-        """How long `tokens` should take, from what it has done; 0 before its first batch."""
-        return tokens * self.seconds / self.tokens if self.tokens else 0.0
+GIVEN_UP_AFTER = 3  # deaths of the worker that was scoring a row, the last two with that row alone
+PATIENCE = 20.0  # times what a batch should take, but at least QUIET_SECONDS; then its worker is taken for hung
+QUIET_SECONDS = 120.0
+LOAD_PATIENCE_SECONDS = 1800.0
+BLOCKS = 8  # where rows are scored by their worth, an eighth at a time is batched by length
 
 
 @dataclass
 class Pass:
-    """One order of one package: the queue of batches, and the probabilities by id. Its workers share it under `lock`."""
+    """The queue of batches and the probabilities by id, and what there is to tell of both."""
 
     label: str
     queue: deque[list[Request]]
     deadline: float
     may_reorder: bool  # a clock too short for the whole queue then takes short rows first: more rows a second
     rows: int
-    began: float = field(default_factory=time.monotonic)
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    began: float | None = None
     scores: dict[str, list[float]] = field(default_factory=dict)
-    real_tokens: int = 0
-    padded_tokens: int = 0
+    tokens: int = 0
+    computed_tokens: int = 0
     out_of_memory: int = 0
     not_finite: int = 0
+    given_up: list[str] = field(default_factory=list)
+    deaths: dict[str, int] = field(default_factory=dict)  # by worker
+    suspected: Counter = field(default_factory=Counter)  # deaths by row
     logged: float = field(default_factory=time.monotonic)
 
-
-def load_workers(package: Package, placement: str, devices: Sequence[str], tokens_per_batch: int, clock: Clock) -> list[Worker]:
-    """A copy of the model on `each` device, one after another, or one copy `split` over them all.
-
-    Each is checked against the manifest's golden probabilities.
-    """
-    workers = []
-    for group in [tuple(devices)] if placement == "split" else [(device,) for device in devices]:
-        device, *others = group
-        device_map = split_over(package.folder, group) if others else None
-        model = load_model(package.folder, package.contract, device, device_map=device_map)
-        stages = Stages(model, stage_starts(device_map), group) if others else None
-        worker = Worker(device, model, tokens_per_batch, others=tuple(others), stages=stages)
-        worst = check_golden_scores(package, model, device)
-        workers.append(worker)
-        log(
-            clock,
-            f"{package.folder.name} on {worker.name} in {model.dtype}: golden probabilities differ by at most {worst:.1e}",
-        )
-    return workers
+    def seconds(self) -> float:
+        """Since its first batch was sent: loading a model does not count."""
+        return max(time.monotonic() - self.began, 1e-9) if self.began else 1e-9
 
 
-def check_golden_scores(package: Package, model: torch.nn.Module, device: str) -> float:
-    """The largest difference from the manifest's golden probabilities; over GOLDEN_TOLERANCE it is a PackageError."""
-    pairs = [package.model_input.pair_from_row(row["pair"]) for row in package.contract.golden]
-    contract = package.contract
-    settings = {"orders": ("as_given",), "tokens_per_batch": contract.budget_tokens, "device": device}
-    found = score(model, package.model_input, package.tokenizer, contract, pairs, **settings)
-    worst = 0.0
-    for golden in package.manifest["golden"]:
-        values = found[golden["id"]]["as_given"]
-        worst = max([worst, *(abs(f - e) for f, e in zip(values, golden["probabilities"], strict=True))])
-        if worst > GOLDEN_TOLERANCE:
-            raise PackageError(
-                f"{package.folder}: golden row {golden['id']} scores {values} on {device}, the package recorded "
-                f"{golden['probabilities']}; weights, head, pad id or attention are not those that were packaged"
-            )
-    return worst
+def make_pass(
+    label: str,
+    requests: Sequence[Request],
+    deadline: float,
+    workers: Sequence[Worker],
+    worth: Mapping[str, float] | None = None,
+) -> Pass:
+    """A pass over `requests`: by length, or by blocks of those worth most first, where `worth` by id is given."""
+    tokens_per_batch = max(worker.most_tokens for worker in workers)
+    if worth is None:
+        batches = make_batches(requests, tokens_per_batch)
+    else:
+        by_worth = sorted(requests, key=lambda request: -worth[request.id])
+        size = max(math.ceil(len(requests) / BLOCKS), 1)
+        blocks = [by_worth[start : start + size] for start in range(0, len(by_worth), size)]
+        batches = [batch for block in blocks for batch in make_batches(block, tokens_per_batch)]
+    return Pass(label, deque(batches), deadline, worth is None, len(requests))
 
 
-def score_package(
-    package: Package,
-    contract,
-    workers: list[Worker],
-    pairs: Sequence,
-    orders: Iterable[str],
-    deadlines: Sequence[float],
-    clock: Clock,
-) -> tuple[dict[str, dict[str, list[float]]], list[dict]]:
-    """Scores by id and order (see scoring.score), and a record of each pass.
-
-    `contract` is the package's, or one with another budget. `deadlines` are those of the orders, in time.monotonic's
-    seconds. The second order takes its rows least certain first where the clock is too short for all of them.
-    """
-    scores: dict[str, dict[str, list[float]]] = {pair.id: {} for pair in pairs}
-    records = []
-    for order, deadline in zip(orders_of(contract, orders), deadlines, strict=False):
-        requests = make_requests(package.model_input, package.tokenizer, contract, pairs, [order])
-        batches = plan_batches(requests, mean_of_orders(scores), workers, deadline)
-        label = f"{package.folder.name}, {order}"
-        first = not records
-        done = run_pass(Pass(label, deque(batches), deadline, first, len(pairs)), package, contract, workers, clock)
-        for row_id, values in done.scores.items():
-            scores[row_id][order] = values
-        records.append(pass_record(done, workers))
-    return scores, records
-
-
-def plan_batches(
-    requests: Sequence[Request], known: dict[str, list[float]], workers: Sequence[Worker], deadline: float
-) -> list[list[Request]]:
-    """Batches in the order in which to score them: by length, or where the clock is short the least certain rows first."""
-    tokens_per_batch = max(worker.tokens_per_batch for worker in workers)
-    batches = make_batches(requests, tokens_per_batch)
-    left = deadline - time.monotonic()
-    if not known or seconds_left(batches, workers) <= left:
-        return batches
-    by_certainty = sorted(requests, key=lambda request: margin(known.get(request.id)))
-    size = math.ceil(len(requests) / CERTAINTY_BLOCKS)
-    blocks = [by_certainty[start : start + size] for start in range(0, len(by_certainty), size)]
-    return [batch for block in blocks for batch in make_batches(block, tokens_per_batch)]
-
-
-def margin(values: Sequence[float] | None) -> float:
-    """How sure a model is: the lead of its first verdict over its second; -1 for a row without a score."""
-    if values is None:
-        return -1.0
-    second, first = sorted(values)[-2:]
-    return first - second
-
-
-def seconds_left(batches: Iterable[list[Request]], workers: Sequence[Worker]) -> float:
-    """How long the batches will take on the workers that are alive, from what those have done; 0 where nothing is known."""
-    at_work = [worker for worker in workers if worker.tokens and not worker.failure]
-    rate = sum(worker.batches_at_once * worker.tokens / worker.seconds for worker in at_work)
-    return sum(map(padded_tokens, batches)) / rate if rate else 0.0
-
-
-def run_pass(work: Pass, package: Package, contract, workers: list[Worker], clock: Clock) -> Pass:
-    """Work through the queue on every worker that is alive, until it is empty or the deadline is near.
-
-    A batch that a worker gave back as it failed, after the others had ended, starts those again.
-    """
-    while alive := [worker for worker in workers if not worker.failure]:
-        devices = ", ".join(worker.name for worker in alive)
-        log(clock, f"{work.label}: {sum(map(len, work.queue))} rows in {len(work.queue)} batches on {devices}")
-        serving = [worker for worker in alive for _ in range(worker.batches_at_once)]
-        threads = [threading.Thread(target=serve, args=(work, worker, package, contract, workers, clock)) for worker in serving]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if not work.queue or not any(worker.failure for worker in alive):
+def run_pass(work: Pass, workers: Sequence[Worker], clock: Clock) -> Pass:
+    """Work through the queue; raises PackageError where a worker refuses the package."""
+    log(clock, f"{work.label}: {work.rows} rows in {len(work.queue)} batches")
+    for worker in workers:
+        if not worker.process and not worker.gone and time_is_left(work):
+            worker.launch()
+    while True:
+        for worker in workers:
+            feed(work, worker, workers)
+        alive = [worker for worker in workers if worker.process]
+        busy = [worker for worker in alive if worker.outstanding or (not worker.loaded and work.queue and time_is_left(work))]
+        if not busy:
             break
+        by_connection = {worker.connection: worker for worker in alive}
+        for connection in wait(list(by_connection), timeout=1.0):
+            receive(work, by_connection[connection], clock)
+        for worker in busy:
+            watch(work, worker, clock)
+        if time.monotonic() - work.logged > max((clock.deadline - clock.began) / 300, 10):
+            work.logged = time.monotonic()
+            log(clock, f"{work.label}: {progress(work, workers)}")
     log(clock, f"{work.label}: {progress(work, workers)}")
     return work
 
 
-def serve(work: Pass, worker: Worker, package: Package, contract, workers: list[Worker], clock: Clock) -> None:
-    """One worker's thread, or one of its threads where its model is split."""
-    while not worker.failure and (batch := next_batch(work, worker, workers)):
-        began = time.monotonic()
-        try:
-            with worker.stages.batch() if worker.stages else contextlib.nullcontext():
-                values = score_batch(worker.model, package.model_input, contract, batch, worker.device)
-        except torch.OutOfMemoryError:
-            values = None
-        except Exception as error:
-            with work.lock:
-                work.queue.append(batch)
-                worker.failure = f"{type(error).__name__}: {error}"
-            log(clock, f"{work.label}: {worker.name} is out of work: {traceback.format_exc()}")
+def time_is_left(work: Pass) -> bool:
+    """Whether the deadline is still to come."""
+    return time.monotonic() < work.deadline
+
+
+def feed(work: Pass, worker: Worker, workers: Sequence[Worker]) -> None:
+    """Give a worker what it can score at once, and one batch more that lies ready."""
+    while worker.loaded and len(worker.outstanding) <= worker.batches_at_once:
+        batch = next_batch(work, worker, workers)
+        if batch is None:
             return
-        if values is None:
-            after_out_of_memory(work, worker, batch, clock)
-            continue
-        with work.lock:
-            note_scores(work, worker, batch, values, time.monotonic() - began)
-            if time.monotonic() - work.logged > LOG_SECONDS:
-                work.logged = time.monotonic()
-                log(clock, f"{work.label}: {progress(work, workers)}")
+        work.began = work.began or time.monotonic()
+        worker.send(batch)
 
 
 def next_batch(work: Pass, worker: Worker, workers: Sequence[Worker]) -> list[Request] | None:
     """The next batch within the worker's budget that it can end before the deadline; None when there is none."""
-    with work.lock:
-        left = work.deadline - time.monotonic()
-        if not work.queue or left <= 0:
-            return None
-        from_right = work.may_reorder and seconds_left(work.queue, workers) > left
-        batch = work.queue.pop() if from_right else work.queue.popleft()
-        batch, *rest = make_batches(batch, worker.tokens_per_batch)
-        if worker.seconds_for(padded_tokens(batch)) > left:
-            work.queue.appendleft([request for part in (batch, *rest) for request in part])
-            return None
-        if rest:
-            work.queue.extendleft(reversed(rest))
-        return batch
+    left = work.deadline - time.monotonic()
+    if not work.queue or left <= 0:
+        return None
+    from_right = work.may_reorder and seconds_left(work.queue, workers) > left
+    batch = work.queue.pop() if from_right else work.queue.popleft()
+    batch, *rest = make_batches(batch, worker.tokens_per_batch)
+    ahead = sum(map(padded_tokens, worker.outstanding.values())) + padded_tokens(batch)
+    if worker.rate() and ahead / worker.rate() > left:
+        work.queue.appendleft([request for part in (batch, *rest) for request in part])
+        return None
+    work.queue.extendleft(reversed(rest))
+    return batch
 
 
-def after_out_of_memory(work: Pass, worker: Worker, batch: list[Request], clock: Clock) -> None:
-    """Halve the worker's budget and give its batch back; a batch of one row is given up."""
-    gc.collect()
-    if worker.device.startswith("cuda"):
-        with contextlib.suppress(RuntimeError):  # a broken device raises its error again; the next batch then takes it out
-            torch.cuda.empty_cache()
-    with work.lock:
+def seconds_left(batches: Iterable[list[Request]], workers: Sequence[Worker]) -> float:
+    """How long the batches will take on the workers that are alive, from what those have done; 0 where nothing is known."""
+    rate = sum(worker.rate() for worker in workers if not worker.gone)
+    return sum(map(padded_tokens, batches)) / rate if rate else 0.0
+
+
+def receive(work: Pass, worker: Worker, clock: Clock) -> None:
+    """Read one message of a worker, or its death."""
+    try:
+        kind, *message = worker.connection.recv()
+    except (EOFError, OSError):
+        return bury(work, worker, f"died (exit code {exit_code(worker)})", clock)
+    if kind == "loaded":
+        [worker.loaded] = message
+        worker.load_seconds = time.monotonic() - worker.last_event
+        log(
+            clock,
+            f"{worker.name}: loaded in {worker.load_seconds:.0f} s in {worker.loaded['dtype']}; "
+            f"golden probabilities differ by at most {worker.loaded['worst']:.1e}",
+        )
+    elif kind == "scored":
+        number, values, memory = message
+        note_scores(work, worker.note_scored(number, memory), values)
+    elif kind == "out of memory":
+        batch = worker.note_out_of_memory(message[0])
         work.out_of_memory += 1
-        worker.tokens_per_batch = max(min(worker.tokens_per_batch, padded_tokens(batch)) // 2, 1)
-        if len(batch) > 1:
-            work.queue.appendleft(batch)
-    given_up = "" if len(batch) > 1 else f", row {batch[0].id} is given up"
-    log(clock, f"{work.label}: {worker.name} is out of memory: {worker.tokens_per_batch} tokens a batch from now on{given_up}")
+        given_up = give_back(work, batch) if len(batch) > 1 else give_up(work, batch)
+        log(clock, f"{worker.name}: out of memory: {worker.tokens_per_batch} tokens a batch from now on{given_up}")
+    elif kind == "refused":
+        raise PackageError(message[0])
+    else:
+        bury(work, worker, f"failed: {message[0].strip()}", clock)
 
 
-def note_scores(work: Pass, worker: Worker, batch: list[Request], values: list[list[float]], seconds: float) -> None:
+def exit_code(worker: Worker) -> int | None:
+    """How a process that closed its pipe ended."""
+    worker.process.join(timeout=5)
+    return worker.process.exitcode
+
+
+def bury(work: Pass, worker: Worker, why: str, clock: Clock) -> None:
+    """After a worker's death: its rows back to the queue, a new process in its place, or its device given up."""
+    at_work, ready = worker.note_death()
+    work.deaths[worker.name] = work.deaths.get(worker.name, 0) + 1
+    for batch in reversed(ready):
+        work.queue.appendleft(batch)
+    told = ""
+    for request in (request for batch in at_work for request in batch):
+        work.suspected[request.id] += 1
+        if work.suspected[request.id] >= GIVEN_UP_AFTER:
+            told += give_up(work, [request])
+        else:
+            work.queue.append([request])
+    log(clock, f"{worker.name}: {why}")
+    if worker.gone:
+        log(clock, f"{worker.name}: gone after {worker.fruitless} deaths without a score in between{told}")
+    elif work.deadline - time.monotonic() <= worker.load_seconds:
+        log(clock, f"{worker.name}: not started again, the clock has no time to load it{told}")
+    else:
+        worker.launch()
+        log(clock, f"{worker.name}: started again, {worker.tokens_per_batch} tokens a batch{told}")
+
+
+def give_back(work: Pass, batch: list[Request]) -> str:
+    """Put a batch at the head of the queue, where it is cut to a smaller budget."""
+    work.queue.appendleft(batch)
+    return ""
+
+
+def give_up(work: Pass, batch: list[Request]) -> str:
+    """Leave a row without a score."""
+    work.given_up.append(batch[0].id)
+    return f"; row {batch[0].id} is given up"
+
+
+def watch(work: Pass, worker: Worker, clock: Clock) -> None:
+    """Kill a worker that has said nothing for far too long, or that goes on after the deadline into the clock's reserve."""
+    if not worker.process:
+        return
+    now = time.monotonic()
+    quiet = now - worker.last_event
+    if not worker.loaded:
+        patience = LOAD_PATIENCE_SECONDS
+    else:
+        first = next(iter(worker.outstanding.values()), [])
+        expected = padded_tokens(first) / worker.rate() if first and worker.rate() else 0.0
+        patience = max(PATIENCE * expected, QUIET_SECONDS)
+    if worker.outstanding and now > clock.deadline + clock.reserve_seconds / 3:
+        patience = 0
+    if quiet > patience:
+        bury(work, worker, f"killed: it said nothing for {quiet:.0f} s", clock)
+
+
+def note_scores(work: Pass, batch: list[Request], values: list[list[float]]) -> None:
     """Keep a batch's probabilities by id; those that are not finite count as not scored."""
-    worker.tokens += padded_tokens(batch)
-    worker.seconds += seconds
-    work.padded_tokens += padded_tokens(batch)
-    work.real_tokens += sum(request.tokens for request in batch)
+    work.computed_tokens += padded_tokens(batch)
+    work.tokens += sum(request.tokens for request in batch)
     for request, probabilities in zip(batch, values, strict=True):
         if all(map(math.isfinite, probabilities)):
             work.scores[request.id] = probabilities
@@ -278,27 +230,46 @@ def note_scores(work: Pass, worker: Worker, batch: list[Request], values: list[l
 
 
 def progress(work: Pass, workers: Sequence[Worker]) -> str:
-    """Rows done, speed and the predicted finish, for the log."""
-    seconds = max(time.monotonic() - work.began, 1e-9)
+    """Rows done, speed, memory and the predicted finish, for the log."""
+    seconds = work.seconds()
     rest = f", {seconds_left(work.queue, workers):.0f} s to go" if work.queue else ""
+    memory = " + ".join(f"{size / 2**30:.1f}" for worker in workers for size in worker.memory_bytes)
     return (
         f"{len(work.scores)} of {work.rows} rows, {len(work.scores) / seconds:.1f} rows/s, "
-        f"{work.real_tokens / seconds:.0f} tokens/s{rest}"
+        f"{work.tokens / seconds:.0f} tokens/s{rest}{f', {memory} GiB' if memory else ''}"
     )
 
 
-def pass_record(work: Pass, workers: Sequence[Worker]) -> dict:
+def pass_record(work: Pass) -> dict:
     """A finished pass for kernel.json."""
-    seconds = time.monotonic() - work.began
+    seconds = work.seconds()
     return {
         "pass": work.label,
         "rows": work.rows,
         "scored": len(work.scores),
+        "left": sum(map(len, work.queue)),
         "seconds": round(seconds, 2),
         "rows_per_second": round(len(work.scores) / seconds, 2),
-        "tokens_per_second": round(work.real_tokens / seconds, 1),
-        "padding": round(1 - work.real_tokens / work.padded_tokens, 4) if work.padded_tokens else 0.0,
+        "tokens_per_second": round(work.tokens / seconds, 1),
+        "tokens": work.tokens,
+        "computed_tokens": work.computed_tokens,
+        "padding": round(1 - work.tokens / work.computed_tokens, 4) if work.computed_tokens else 0.0,
         "out_of_memory": work.out_of_memory,
         "not_finite": work.not_finite,
-        "failures": {worker.name: worker.failure for worker in workers if worker.failure},
+        "given_up": work.given_up,
+        "deaths": work.deaths,
+    }
+
+
+def worker_record(worker: Worker) -> dict:
+    """A worker for kernel.json."""
+    return {
+        "device": worker.name,
+        "load_seconds": round(worker.load_seconds, 1),
+        "computed_tokens": worker.tokens,
+        "busy_seconds": round(worker.seconds, 1),
+        "tokens_per_batch": worker.tokens_per_batch,
+        "memory_bytes": worker.memory_bytes,
+        "deaths": worker.deaths,
+        "gone": worker.gone,
     }

@@ -38,6 +38,7 @@ class Settings:
     tokens_per_batch: int
     temperature: float
     min_scored: float
+    visible_rows: int  # of the train file, scored in the visible run
     wheels: str | None  # the dataset with wheels that Kaggle's image lacks
 
 
@@ -47,6 +48,7 @@ class Clock:
 
     began: float
     deadline: float
+    reserve_seconds: float = 0.0
 
     def elapsed(self) -> float:
         """Seconds since the beginning."""
@@ -60,7 +62,8 @@ class Clock:
 def start_clock(clock_seconds: float) -> Clock:
     """A clock that starts now."""
     began = time.monotonic()
-    return Clock(began, began + clock_seconds - min(RESERVE_SECONDS, clock_seconds / 20))
+    reserve_seconds = min(RESERVE_SECONDS, clock_seconds / 20)
+    return Clock(began, began + clock_seconds - reserve_seconds, reserve_seconds)
 
 
 def log(clock: Clock, message: str) -> None:

@@ -16,18 +16,22 @@ import importlib.metadata
 import importlib.util
 import json
 import math
+import multiprocessing
 import os
 import queue
 import re
+import resource
 import subprocess
 import sys
 import threading
 import time
 import traceback
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from array import array
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from multiprocessing.connection import wait
 from pathlib import Path
 from types import ModuleType
 
@@ -84,6 +88,7 @@ class Settings:
     tokens_per_batch: int
     temperature: float
     min_scored: float
+    visible_rows: int  # of the train file, scored in the visible run
     wheels: str | None  # the dataset with wheels that Kaggle's image lacks
 
 
@@ -93,6 +98,7 @@ class Clock:
 
     began: float
     deadline: float
+    reserve_seconds: float = 0.0
 
     def elapsed(self) -> float:
         """Seconds since the beginning."""
@@ -106,7 +112,8 @@ class Clock:
 def start_clock(clock_seconds: float) -> Clock:
     """A clock that starts now."""
     began = time.monotonic()
-    return Clock(began, began + clock_seconds - min(RESERVE_SECONDS, clock_seconds / 20))
+    reserve_seconds = min(RESERVE_SECONDS, clock_seconds / 20)
+    return Clock(began, began + clock_seconds - reserve_seconds, reserve_seconds)
 
 
 def log(clock: Clock, message: str) -> None:
@@ -136,6 +143,7 @@ SETTINGS = Settings(
     tokens_per_batch=8192,
     temperature=1.0,
     min_scored=0.98,
+    visible_rows=512,
     wheels="pairwise-wheels",
 )
 
@@ -715,9 +723,18 @@ def mean_of_orders(scores: dict[str, dict[str, list[float]]]) -> dict[str, list[
 # ==============================================================================================================
 # plan.py
 #
-# Several models on several GPUs: one after the other on all of them, or each on GPUs of its own, whichever should end sooner.
+# What to score next, and for several models where.
 #
-# The cost model: a copy of a model is loaded at LOAD_BYTES_PER_SECOND, one copy after the other; then a device does
+# First comes the first order of every row by the first model. Then there are options: the second order, a further model, its
+# second order. An option changes a probability by some amount, whose standard deviation s is measured. The gain to be
+# expected is that of the knowledge gradient (Frazier, Powell and Dayanik 2008): 2 (s φ(m/s) − m Φ(−m/s)), with m half the
+# lead of the first verdict over the second. A row near the line gains most, one far from it nothing. For log loss it is s² (1
+# − Σp²). Divided by the seconds that the row takes, it says what to do first; as much as the clock allows is done. Which
+# further models are worth loading is tried out, with 0, 1, 2, … of them.
+#
+# Several models on several GPUs go one after the other on all of them, or each on GPUs of its own, whichever should end sooner.
+#
+# The cost model of that: a copy of a model is loaded at LOAD_BYTES_PER_SECOND, one copy after the other; then a device does
 # 2 x parameters (the embedding's not counted) x tokens floating-point operations at FLOP_PER_SECOND.
 # One after the other loads every model on every device and keeps all devices busy until the end. Side by side loads each
 # model once for each of its devices, and the devices of the faster model wait for the slower one.
@@ -728,6 +745,99 @@ LOAD_BYTES_PER_SECOND = 3e8
 FLOP_PER_SECOND = {"cuda": 1.5e13, "cpu": 5e10}  # a T4 in float16 at a quarter of its peak; one core
 SAFETY = 2.0
 SAMPLE_ROWS = 256
+CHANGE_OF_ORDER = 0.06  # the change of a probability (sd) by a second order or model, until it is measured
+CHANGE_OF_MODEL = 0.1
+
+
+@dataclass(frozen=True)
+class Option:
+    """One more pass: a package (its number in the spec) in an order, for rows that it has not scored.
+
+    `change` is the standard deviation of what it changes in a probability; `load_seconds` is 0 where its model is loaded.
+    """
+
+    package: int
+    order: str
+    change: float
+    seconds_per_token: float
+    load_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Share:
+    """What an option gets of the clock: its rows with their gain per second, and the seconds for them, loading included."""
+
+    option: Option
+    worth: dict[str, float]
+    seconds: float
+
+
+def allocate(
+    options: Sequence[Option],
+    unscored: Sequence[Sequence[str]],
+    probabilities: Mapping[str, Sequence[float]],
+    tokens: Mapping[str, int],
+    seconds: float,
+    by_log_loss: bool,
+) -> list[Share]:
+    """Each option's share of `seconds`, in the options' order: rows of most gain per second first, until the seconds are used.
+
+    `unscored` are each option's row ids, `probabilities` what is known of a row (absent: nothing), `tokens` a row's length.
+    """
+    tried = []
+    for last in sorted({option.package for option in options}):
+        considered = [option.package <= last or not option.load_seconds for option in options]
+        tried.append(allocate_to(considered, options, unscored, probabilities, tokens, seconds, by_log_loss))
+    return max(tried, key=lambda found: found[0])[1] if tried else []
+
+
+def allocate_to(
+    considered: Sequence[bool],
+    options: Sequence[Option],
+    unscored: Sequence[Sequence[str]],
+    probabilities: Mapping[str, Sequence[float]],
+    tokens: Mapping[str, int],
+    seconds: float,
+    by_log_loss: bool,
+) -> tuple[float, list[Share]]:
+    """The gain of the `considered` options, and the shares of all."""
+    loading = {option.package: option.load_seconds for option, taken in zip(options, considered, strict=True) if taken}
+    left = seconds - sum(loading.values())
+    offers = []
+    for number, option in enumerate(options):
+        for row_id in unscored[number] if considered[number] else ():
+            cost = max(tokens[row_id] * option.seconds_per_token, 1e-9)
+            gain = expected_gain(probabilities.get(row_id), option.change, by_log_loss)
+            offers.append((gain / cost, -number, row_id, cost, gain))
+    worth: list[dict[str, float]] = [{} for _ in options]
+    spent, total = [0.0] * len(options), 0.0
+    for value, number, row_id, cost, gain in sorted(offers, reverse=True):
+        if cost > left:
+            continue
+        left -= cost
+        spent[-number] += cost
+        total += gain
+        worth[-number][row_id] = value
+    return total, [Share(*found) for found in zip(options, worth, spent, strict=True)]
+
+
+def expected_gain(values: Sequence[float] | None, change: float, by_log_loss: bool) -> float:
+    """What another opinion that changes a probability by `change` (sd) is expected to bring: accuracy, or nats of log loss."""
+    if values is None:
+        return 1.0
+    if by_log_loss:
+        return change**2 * (1 - sum(value**2 for value in values))
+    second, first = sorted(values)[-2:]
+    margin, change = (first - second) / 2, max(change, 1e-6)
+    ratio = margin / change
+    density = math.exp(-(ratio**2) / 2) / math.sqrt(2 * math.pi)
+    return 2 * (change * density - margin * math.erfc(ratio / math.sqrt(2)) / 2)
+
+
+def measured_change(before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[float]]) -> float | None:
+    """The standard deviation of the first probability's change over the rows in both; None for fewer than 30 of them."""
+    changes = [after[row_id][0] - values[0] for row_id, values in before.items() if row_id in after]
+    return math.sqrt(sum(change**2 for change in changes) / len(changes)) if len(changes) >= 30 else None
 
 
 @dataclass(frozen=True)
@@ -784,12 +894,15 @@ def rate_of(devices: Sequence[str]) -> float:
 
 def job_of(package: Package, contract, pairs: Sequence, orders: Sequence[str]) -> Job:
     """A package's work on `pairs`, with their tokens guessed from SAMPLE_ROWS of them, evenly spread."""
-    sizes = weight_sizes(package.folder)
-    multiplied = sum(elements for name, (_, elements) in sizes.items() if is_multiplied(name))
     sample = pairs[:: max(len(pairs) // SAMPLE_ROWS, 1)]
     requests = make_requests(package.model_input, package.tokenizer, contract, sample, ("as_given",))
     tokens = sum(request.tokens for request in requests) * len(pairs) / max(len(sample), 1) * len(orders_of(contract, orders))
-    return Job(sum(size for size, _ in sizes.values()), 2 * multiplied * tokens)
+    return Job(sum(size for size, _ in weight_sizes(package.folder).values()), flop_per_token(package) * tokens)
+
+
+def flop_per_token(package: Package) -> float:
+    """Floating-point operations that a token costs: two for each parameter that it is multiplied with."""
+    return 2.0 * sum(elements for name, (_, elements) in weight_sizes(package.folder).items() if is_multiplied(name))
 
 
 def loading_seconds(package: Package, copies: int) -> float:
@@ -1015,91 +1128,78 @@ def write_record(path: Path, record: Mapping) -> None:
 
 
 # ==============================================================================================================
-# engine.py
+# worker.py
 #
-# One package over a list of devices: a thread and a copy of the model for each, batches dealt from one queue.
+# A process for each device: it loads a model, then scores the batches that come through its pipe until the pipe closes.
 #
-# A model that one device cannot hold has one worker with several devices, its layers over all of them, and a thread for each.
+# A model that one device cannot hold has one process with several devices, its layers over all of them, and a thread for each.
+# A process, because a CUDA error takes a whole process with it, and because two threads share one Python.
 #
-# What happens to a batch: out of memory halves that device's token budget and tries again; any other failure takes the
-# device out and gives the batch to the others; the clock may leave batches behind. A row without a score is simply not in
-# the result, and the caller decides what that means.
+# To the worker: (number, requests). From it:
+#     ("loaded", facts)                             dtype, batches_at_once, worst difference from the golden probabilities
+#     ("scored", number, probabilities, bytes)      bytes: the most memory used so far, one number for each device
+#     ("out of memory", number)                     it lives on; the batch is to be cut
+#     ("refused", sentence)                         the package is not what was packaged: nothing would mend that
+#     ("failed", traceback)                         and its end
 # ==============================================================================================================
 
 GOLDEN_TOLERANCE = 0.05  # float16 and 4-bit kernels differ between devices by up to 0.02; a wrong head by far more
-LOG_SECONDS = 20.0
-CERTAINTY_BLOCKS = 8  # a short clock takes the second order by eighths, the least certain first
 
 
-@dataclass
-class Worker:
-    """A copy of the model, and what it has done so far (tokens are counted with their padding).
+@dataclass(frozen=True)
+class Assignment:
+    """What a worker is to load: the package in `folder`, on `devices` (several: its layers over them), with CPU `threads`."""
 
-    Its inputs go to `device`; a model that is split also has parts on the `others`.
-    """
-
-    device: str
-    model: torch.nn.Module
-    tokens_per_batch: int
-    tokens: int = 0
-    seconds: float = 0.0
-    failure: str | None = None
-    others: tuple[str, ...] = ()
-    stages: Stages | None = None
-
-    @property
-    def name(self) -> str:
-        """Its devices, for the log."""
-        return "+".join((self.device, *self.others))
-
-    @property
-    def batches_at_once(self) -> int:
-        """How many batches are in flight: one for each stage of a split model."""
-        return len(self.stages.locks) if self.stages else 1
-
-    def seconds_for(self, tokens: int) -> float:
-        """How long `tokens` should take, from what it has done; 0 before its first batch."""
-        return tokens * self.seconds / self.tokens if self.tokens else 0.0
+    folder: str
+    devices: tuple[str, ...]
+    position: int
+    threads: int
 
 
-@dataclass
-class Pass:
-    """One order of one package: the queue of batches, and the probabilities by id. Its workers share it under `lock`."""
-
-    label: str
-    queue: deque[list[Request]]
-    deadline: float
-    may_reorder: bool  # a clock too short for the whole queue then takes short rows first: more rows a second
-    rows: int
-    began: float = field(default_factory=time.monotonic)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    scores: dict[str, list[float]] = field(default_factory=dict)
-    real_tokens: int = 0
-    padded_tokens: int = 0
-    out_of_memory: int = 0
-    not_finite: int = 0
-    logged: float = field(default_factory=time.monotonic)
+def run_worker(connection, task: Assignment) -> None:
+    """The process: work until the pipe closes. It leaves at once then, whatever its threads and CUDA are at."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/comm").write_text(f"worker {task.position}", encoding="utf-8")  # as top and ps show it
+    transformers_logging.disable_progress_bar()
+    torch.set_num_threads(task.threads)
+    work(connection, task)
+    os._exit(0)
 
 
-def load_workers(package: Package, placement: str, devices: Sequence[str], tokens_per_batch: int, clock: Clock) -> list[Worker]:
-    """A copy of the model on `each` device, one after another, or one copy `split` over them all.
+def work(connection, task: Assignment) -> None:
+    """Load, then score until the other end of the pipe is closed or something fails."""
+    try:
+        package = open_package(Path(task.folder))
+        model, stages = load_on(package, task.devices)
+        worst = check_golden_scores(package, model, task.devices[0])
+    except (PackageError, FloatingPointError) as error:
+        return tell(connection, "refused", f"{type(error).__name__}: {error}")
+    except Exception:
+        return tell(connection, "failed", traceback.format_exc())
+    at_once = len(stages.locks) if stages else 1
+    tell(connection, "loaded", {"dtype": str(model.dtype), "batches_at_once": at_once, "worst": worst})
 
-    Each is checked against the manifest's golden probabilities.
-    """
-    workers = []
-    for group in [tuple(devices)] if placement == "split" else [(device,) for device in devices]:
-        device, *others = group
-        device_map = split_over(package.folder, group) if others else None
-        model = load_model(package.folder, package.contract, device, device_map=device_map)
-        stages = Stages(model, stage_starts(device_map), group) if others else None
-        worker = Worker(device, model, tokens_per_batch, others=tuple(others), stages=stages)
-        worst = check_golden_scores(package, model, device)
-        workers.append(worker)
-        log(
-            clock,
-            f"{package.folder.name} on {worker.name} in {model.dtype}: golden probabilities differ by at most {worst:.1e}",
-        )
-    return workers
+    def score_requests(requests):
+        with stages.batch() if stages else contextlib.nullcontext():
+            return score_batch(model, package.model_input, package.contract, requests, task.devices[0])
+
+    serve(connection, score_requests, at_once, lambda: memory_bytes(task.devices))
+
+
+def open_package(folder: Path) -> Package:
+    """A package whose files were checked before (see package.read_package), as this process needs it."""
+    model_input = execute_model_input(folder / "model_input.py")
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    return Package(folder, model_input.read_contract(folder), manifest, model_input, read_tokenizer(folder))
+
+
+def load_on(package: Package, devices: tuple[str, ...]) -> tuple[torch.nn.Module, Stages | None]:
+    """The model on a device, or split over several, then with its stages."""
+    if len(devices) == 1:
+        return load_model(package.folder, package.contract, devices[0]), None
+    device_map = split_over(package.folder, devices)
+    model = load_model(package.folder, package.contract, devices[0], device_map=device_map)
+    return model, Stages(model, stage_starts(device_map), devices)
 
 
 def check_golden_scores(package: Package, model: torch.nn.Module, device: str) -> float:
@@ -1120,147 +1220,413 @@ def check_golden_scores(package: Package, model: torch.nn.Module, device: str) -
     return worst
 
 
-def score_package(
-    package: Package,
-    contract,
-    workers: list[Worker],
-    pairs: Sequence,
-    orders: Iterable[str],
-    deadlines: Sequence[float],
-    clock: Clock,
-) -> tuple[dict[str, dict[str, list[float]]], list[dict]]:
-    """Scores by id and order (see scoring.score), and a record of each pass.
+def serve(connection, score_requests, at_once: int, memory) -> None:
+    """Score what comes in, `at_once` batches at a time; `score_requests` gives a batch's probabilities, `memory` its bytes.
 
-    `contract` is the package's, or one with another budget. `deadlines` are those of the orders, in time.monotonic's
-    seconds. The second order takes its rows least certain first where the clock is too short for all of them.
+    Batches are read as they come, so that the next one lies ready when one is done.
     """
-    scores: dict[str, dict[str, list[float]]] = {pair.id: {} for pair in pairs}
-    records = []
-    for order, deadline in zip(orders_of(contract, orders), deadlines, strict=False):
-        requests = make_requests(package.model_input, package.tokenizer, contract, pairs, [order])
-        batches = plan_batches(requests, mean_of_orders(scores), workers, deadline)
-        label = f"{package.folder.name}, {order}"
-        first = not records
-        done = run_pass(Pass(label, deque(batches), deadline, first, len(pairs)), package, contract, workers, clock)
-        for row_id, values in done.scores.items():
-            scores[row_id][order] = values
-        records.append(pass_record(done, workers))
-    return scores, records
+    inbox, lock = queue.SimpleQueue(), threading.Lock()
+
+    def score_from_inbox():
+        while message := inbox.get():
+            number, requests = message
+            try:
+                answer = ("scored", number, score_requests(requests), memory())
+            except torch.OutOfMemoryError:
+                answer = ("out of memory", number)
+            except Exception:
+                answer = ("failed", traceback.format_exc())
+            if answer[0] == "out of memory":
+                free_memory()
+            with lock:
+                tell(connection, *answer)
+            if answer[0] == "failed":
+                return  # a CUDA error stays with its process: the other end will kill it
+
+    for _ in range(at_once):
+        threading.Thread(target=score_from_inbox, daemon=True).start()
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            inbox.put(connection.recv())
+    for _ in range(at_once):
+        inbox.put(None)
 
 
-def plan_batches(
-    requests: Sequence[Request], known: dict[str, list[float]], workers: Sequence[Worker], deadline: float
-) -> list[list[Request]]:
-    """Batches in the order in which to score them: by length, or where the clock is short the least certain rows first."""
-    tokens_per_batch = max(worker.tokens_per_batch for worker in workers)
-    batches = make_batches(requests, tokens_per_batch)
-    left = deadline - time.monotonic()
-    if not known or seconds_left(batches, workers) <= left:
-        return batches
-    by_certainty = sorted(requests, key=lambda request: margin(known.get(request.id)))
-    size = math.ceil(len(requests) / CERTAINTY_BLOCKS)
-    blocks = [by_certainty[start : start + size] for start in range(0, len(by_certainty), size)]
-    return [batch for block in blocks for batch in make_batches(block, tokens_per_batch)]
+def tell(connection, *message) -> None:
+    """Send a message; where nobody listens any more there is nothing to tell."""
+    with contextlib.suppress(OSError):
+        connection.send(message)
 
 
-def margin(values: Sequence[float] | None) -> float:
-    """How sure a model is: the lead of its first verdict over its second; -1 for a row without a score."""
-    if values is None:
-        return -1.0
-    second, first = sorted(values)[-2:]
-    return first - second
+def free_memory() -> None:
+    """Give the memory of a batch that failed back to its device."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        with contextlib.suppress(RuntimeError):  # a broken device raises its error again; the next batch then ends the worker
+            torch.cuda.empty_cache()
 
 
-def seconds_left(batches: Iterable[list[Request]], workers: Sequence[Worker]) -> float:
-    """How long the batches will take on the workers that are alive, from what those have done; 0 where nothing is known."""
-    at_work = [worker for worker in workers if worker.tokens and not worker.failure]
-    rate = sum(worker.batches_at_once * worker.tokens / worker.seconds for worker in at_work)
-    return sum(map(padded_tokens, batches)) / rate if rate else 0.0
+def memory_bytes(devices: tuple[str, ...]) -> list[int]:
+    """The most memory that PyTorch took so far on each GPU, or this process on the CPU."""
+    if devices[0].startswith("cuda"):
+        return [torch.cuda.max_memory_reserved(device) for device in devices]
+    return [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]
 
 
-def run_pass(work: Pass, package: Package, contract, workers: list[Worker], clock: Clock) -> Pass:
-    """Work through the queue on every worker that is alive, until it is empty or the deadline is near.
+# ==============================================================================================================
+# crew.py
+#
+# The workers as the kernel's own process sees them: started, given batches, killed, started again.
+#
+# A worker that dies is started again with half its token budget. One that dies FRUITLESS_DEATHS times in a row without having
+# loaded its model or scored a batch is given up: its device is gone, and the others go on without it.
+# ==============================================================================================================
 
-    A batch that a worker gave back as it failed, after the others had ended, starts those again.
+FRUITLESS_DEATHS = 3
+RECOVERY_BATCHES = 32  # scored in a row, after which a budget that a death halved is doubled
+
+
+@dataclass
+class Worker:
+    """One process and its history. Tokens are counted with their padding; `seconds` are those in which it had work."""
+
+    name: str  # its devices, for the log
+    task: Assignment
+    tokens_per_batch: int
+    start: Callable[[Assignment], tuple]  # gives the process and the pipe to it
+    positions: tuple[int, ...] = ()  # of its devices
+    most_tokens: int = 0  # what the budget may grow back to
+    process: object = None
+    connection: object = None
+    loaded: dict | None = None  # what the worker said of its model
+    gone: bool = False
+    outstanding: dict[int, list[Request]] = field(default_factory=dict)
+    tokens: int = 0
+    seconds: float = 0.0
+    load_seconds: float = 0.0
+    memory_bytes: list[int] = field(default_factory=list)
+    deaths: int = 0
+    fruitless: int = 0
+    in_a_row: int = 0
+    last_event: float = 0.0  # began to load, got its first batch, or gave one back
+    numbers: int = 0
+
+    @property
+    def batches_at_once(self) -> int:
+        """How many batches it scores at the same time: one for each stage of a split model."""
+        return self.loaded["batches_at_once"] if self.loaded else 1
+
+    def rate(self) -> float:
+        """Tokens a second, from what it has done; 0 before its first batch."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def launch(self) -> None:
+        """Start the process, which loads the model."""
+        self.most_tokens = self.most_tokens or self.tokens_per_batch
+        self.loaded, self.in_a_row = None, 0
+        self.last_event = time.monotonic()
+        self.process, self.connection = self.start(self.task)
+
+    def send(self, batch: list[Request]) -> None:
+        """Give it a batch; one that has died in the meantime is noticed by whoever reads from it."""
+        if not self.outstanding:
+            self.last_event = time.monotonic()
+        self.numbers += 1
+        self.outstanding[self.numbers] = batch
+        with contextlib.suppress(OSError):
+            self.connection.send((self.numbers, batch))
+
+    def note_scored(self, number: int, memory: list[int]) -> list[Request]:
+        """Count a batch that was scored, and give it back."""
+        batch, now = self.outstanding.pop(number), time.monotonic()
+        self.tokens += padded_tokens(batch)
+        self.seconds += now - self.last_event
+        self.last_event, self.memory_bytes = now, memory
+        self.fruitless = 0
+        self.in_a_row += 1
+        if self.in_a_row % RECOVERY_BATCHES == 0:
+            self.tokens_per_batch = min(2 * self.tokens_per_batch, self.most_tokens)
+        return batch
+
+    def note_out_of_memory(self, number: int) -> list[Request]:
+        """Give back a batch that was too large; from now on none is larger than half of it."""
+        batch = self.outstanding.pop(number)
+        self.last_event = time.monotonic()
+        self.most_tokens = self.tokens_per_batch = min(self.tokens_per_batch, max(padded_tokens(batch) // 2, 1))
+        return batch
+
+    def note_death(self) -> tuple[list[list[Request]], list[list[Request]]]:
+        """Count a death, and give back the batches that it was scoring and those that lay ready."""
+        batches = list(self.outstanding.values())
+        at_work = batches[: self.batches_at_once]
+        self.outstanding.clear()
+        self.stop()
+        self.deaths += 1
+        self.tokens_per_batch = max(self.tokens_per_batch // 2, 1)
+        if not (at_work and all(len(batch) == 1 for batch in at_work)):  # a row that kills is given up, not its worker
+            self.fruitless += 1
+        self.gone = self.fruitless >= FRUITLESS_DEATHS
+        return at_work, batches[len(at_work) :]
+
+    def stop(self) -> None:
+        """End the process, whatever it is doing; its device is free afterwards."""
+        if self.process:
+            self.connection.close()
+            self.process.kill()
+            self.process.join()
+        self.process, self.loaded = None, None
+
+
+def start_process(task: Assignment) -> tuple:
+    """A new process for `task`, and the pipe to it. Spawned, since CUDA does not survive a fork."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=run_worker, args=(theirs, task), daemon=True)
+    process.start()
+    theirs.close()
+    return process, ours
+
+
+def start_workers(
+    package: Package, placement: str, devices: Mapping[int, str], tokens_per_batch: int, threads: int, clock: Clock
+) -> list[Worker]:
+    """A worker with a copy of the model for `each` device, or one with the model `split` over them; they load by themselves.
+
+    `devices` are by position. `threads` are those of the CPU for each worker.
     """
-    while alive := [worker for worker in workers if not worker.failure]:
-        devices = ", ".join(worker.name for worker in alive)
-        log(clock, f"{work.label}: {sum(map(len, work.queue))} rows in {len(work.queue)} batches on {devices}")
-        serving = [worker for worker in alive for _ in range(worker.batches_at_once)]
-        threads = [threading.Thread(target=serve, args=(work, worker, package, contract, workers, clock)) for worker in serving]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if not work.queue or not any(worker.failure for worker in alive):
+    groups = [tuple(devices)] if placement == "split" else [(position,) for position in devices]
+    workers = []
+    for group in groups:
+        names = [devices[position] for position in group]
+        name = "+".join(n if n != "cpu" else f"cpu #{position}" for n, position in zip(names, group, strict=True))
+        task = Assignment(str(package.folder), tuple(names), group[0], threads)
+        workers.append(Worker(name, task, tokens_per_batch, start_process, group))
+        workers[-1].launch()
+    log(clock, f"{package.folder.name}: loading on {', '.join(worker.name for worker in workers)}")
+    return workers
+
+
+def stop_workers(workers: Sequence[Worker]) -> None:
+    """End all the processes."""
+    for worker in workers:
+        worker.stop()
+
+
+# ==============================================================================================================
+# engine.py
+#
+# One order of one package over its workers: batches dealt from one queue until it is empty or the deadline is near.
+#
+# What happens to a batch: out of memory halves its worker's token budget and tries again; a worker that dies is started again
+# and its rows go back to the queue, those that it was scoring one by one at the end, in case that one of them killed it; a
+# worker that says nothing is killed; the clock may leave batches behind. A row without a score is simply not in the result,
+# and the caller decides what that means.
+# ==============================================================================================================
+
+GIVEN_UP_AFTER = 3  # deaths of the worker that was scoring a row, the last two with that row alone
+PATIENCE = 20.0  # times what a batch should take, but at least QUIET_SECONDS; then its worker is taken for hung
+QUIET_SECONDS = 120.0
+LOAD_PATIENCE_SECONDS = 1800.0
+BLOCKS = 8  # where rows are scored by their worth, an eighth at a time is batched by length
+
+
+@dataclass
+class Pass:
+    """The queue of batches and the probabilities by id, and what there is to tell of both."""
+
+    label: str
+    queue: deque[list[Request]]
+    deadline: float
+    may_reorder: bool  # a clock too short for the whole queue then takes short rows first: more rows a second
+    rows: int
+    began: float | None = None
+    scores: dict[str, list[float]] = field(default_factory=dict)
+    tokens: int = 0
+    computed_tokens: int = 0
+    out_of_memory: int = 0
+    not_finite: int = 0
+    given_up: list[str] = field(default_factory=list)
+    deaths: dict[str, int] = field(default_factory=dict)  # by worker
+    suspected: Counter = field(default_factory=Counter)  # deaths by row
+    logged: float = field(default_factory=time.monotonic)
+
+    def seconds(self) -> float:
+        """Since its first batch was sent: loading a model does not count."""
+        return max(time.monotonic() - self.began, 1e-9) if self.began else 1e-9
+
+
+def make_pass(
+    label: str,
+    requests: Sequence[Request],
+    deadline: float,
+    workers: Sequence[Worker],
+    worth: Mapping[str, float] | None = None,
+) -> Pass:
+    """A pass over `requests`: by length, or by blocks of those worth most first, where `worth` by id is given."""
+    tokens_per_batch = max(worker.most_tokens for worker in workers)
+    if worth is None:
+        batches = make_batches(requests, tokens_per_batch)
+    else:
+        by_worth = sorted(requests, key=lambda request: -worth[request.id])
+        size = max(math.ceil(len(requests) / BLOCKS), 1)
+        blocks = [by_worth[start : start + size] for start in range(0, len(by_worth), size)]
+        batches = [batch for block in blocks for batch in make_batches(block, tokens_per_batch)]
+    return Pass(label, deque(batches), deadline, worth is None, len(requests))
+
+
+def run_pass(work: Pass, workers: Sequence[Worker], clock: Clock) -> Pass:
+    """Work through the queue; raises PackageError where a worker refuses the package."""
+    log(clock, f"{work.label}: {work.rows} rows in {len(work.queue)} batches")
+    for worker in workers:
+        if not worker.process and not worker.gone and time_is_left(work):
+            worker.launch()
+    while True:
+        for worker in workers:
+            feed(work, worker, workers)
+        alive = [worker for worker in workers if worker.process]
+        busy = [worker for worker in alive if worker.outstanding or (not worker.loaded and work.queue and time_is_left(work))]
+        if not busy:
             break
+        by_connection = {worker.connection: worker for worker in alive}
+        for connection in wait(list(by_connection), timeout=1.0):
+            receive(work, by_connection[connection], clock)
+        for worker in busy:
+            watch(work, worker, clock)
+        if time.monotonic() - work.logged > max((clock.deadline - clock.began) / 300, 10):
+            work.logged = time.monotonic()
+            log(clock, f"{work.label}: {progress(work, workers)}")
     log(clock, f"{work.label}: {progress(work, workers)}")
     return work
 
 
-def serve(work: Pass, worker: Worker, package: Package, contract, workers: list[Worker], clock: Clock) -> None:
-    """One worker's thread, or one of its threads where its model is split."""
-    while not worker.failure and (batch := next_batch(work, worker, workers)):
-        began = time.monotonic()
-        try:
-            with worker.stages.batch() if worker.stages else contextlib.nullcontext():
-                values = score_batch(worker.model, package.model_input, contract, batch, worker.device)
-        except torch.OutOfMemoryError:
-            values = None
-        except Exception as error:
-            with work.lock:
-                work.queue.append(batch)
-                worker.failure = f"{type(error).__name__}: {error}"
-            log(clock, f"{work.label}: {worker.name} is out of work: {traceback.format_exc()}")
+def time_is_left(work: Pass) -> bool:
+    """Whether the deadline is still to come."""
+    return time.monotonic() < work.deadline
+
+
+def feed(work: Pass, worker: Worker, workers: Sequence[Worker]) -> None:
+    """Give a worker what it can score at once, and one batch more that lies ready."""
+    while worker.loaded and len(worker.outstanding) <= worker.batches_at_once:
+        batch = next_batch(work, worker, workers)
+        if batch is None:
             return
-        if values is None:
-            after_out_of_memory(work, worker, batch, clock)
-            continue
-        with work.lock:
-            note_scores(work, worker, batch, values, time.monotonic() - began)
-            if time.monotonic() - work.logged > LOG_SECONDS:
-                work.logged = time.monotonic()
-                log(clock, f"{work.label}: {progress(work, workers)}")
+        work.began = work.began or time.monotonic()
+        worker.send(batch)
 
 
 def next_batch(work: Pass, worker: Worker, workers: Sequence[Worker]) -> list[Request] | None:
     """The next batch within the worker's budget that it can end before the deadline; None when there is none."""
-    with work.lock:
-        left = work.deadline - time.monotonic()
-        if not work.queue or left <= 0:
-            return None
-        from_right = work.may_reorder and seconds_left(work.queue, workers) > left
-        batch = work.queue.pop() if from_right else work.queue.popleft()
-        batch, *rest = make_batches(batch, worker.tokens_per_batch)
-        if worker.seconds_for(padded_tokens(batch)) > left:
-            work.queue.appendleft([request for part in (batch, *rest) for request in part])
-            return None
-        if rest:
-            work.queue.extendleft(reversed(rest))
-        return batch
+    left = work.deadline - time.monotonic()
+    if not work.queue or left <= 0:
+        return None
+    from_right = work.may_reorder and seconds_left(work.queue, workers) > left
+    batch = work.queue.pop() if from_right else work.queue.popleft()
+    batch, *rest = make_batches(batch, worker.tokens_per_batch)
+    ahead = sum(map(padded_tokens, worker.outstanding.values())) + padded_tokens(batch)
+    if worker.rate() and ahead / worker.rate() > left:
+        work.queue.appendleft([request for part in (batch, *rest) for request in part])
+        return None
+    work.queue.extendleft(reversed(rest))
+    return batch
 
 
-def after_out_of_memory(work: Pass, worker: Worker, batch: list[Request], clock: Clock) -> None:
-    """Halve the worker's budget and give its batch back; a batch of one row is given up."""
-    gc.collect()
-    if worker.device.startswith("cuda"):
-        with contextlib.suppress(RuntimeError):  # a broken device raises its error again; the next batch then takes it out
-            torch.cuda.empty_cache()
-    with work.lock:
+def seconds_left(batches: Iterable[list[Request]], workers: Sequence[Worker]) -> float:
+    """How long the batches will take on the workers that are alive, from what those have done; 0 where nothing is known."""
+    rate = sum(worker.rate() for worker in workers if not worker.gone)
+    return sum(map(padded_tokens, batches)) / rate if rate else 0.0
+
+
+def receive(work: Pass, worker: Worker, clock: Clock) -> None:
+    """Read one message of a worker, or its death."""
+    try:
+        kind, *message = worker.connection.recv()
+    except (EOFError, OSError):
+        return bury(work, worker, f"died (exit code {exit_code(worker)})", clock)
+    if kind == "loaded":
+        [worker.loaded] = message
+        worker.load_seconds = time.monotonic() - worker.last_event
+        log(
+            clock,
+            f"{worker.name}: loaded in {worker.load_seconds:.0f} s in {worker.loaded['dtype']}; "
+            f"golden probabilities differ by at most {worker.loaded['worst']:.1e}",
+        )
+    elif kind == "scored":
+        number, values, memory = message
+        note_scores(work, worker.note_scored(number, memory), values)
+    elif kind == "out of memory":
+        batch = worker.note_out_of_memory(message[0])
         work.out_of_memory += 1
-        worker.tokens_per_batch = max(min(worker.tokens_per_batch, padded_tokens(batch)) // 2, 1)
-        if len(batch) > 1:
-            work.queue.appendleft(batch)
-    given_up = "" if len(batch) > 1 else f", row {batch[0].id} is given up"
-    log(clock, f"{work.label}: {worker.name} is out of memory: {worker.tokens_per_batch} tokens a batch from now on{given_up}")
+        given_up = give_back(work, batch) if len(batch) > 1 else give_up(work, batch)
+        log(clock, f"{worker.name}: out of memory: {worker.tokens_per_batch} tokens a batch from now on{given_up}")
+    elif kind == "refused":
+        raise PackageError(message[0])
+    else:
+        bury(work, worker, f"failed: {message[0].strip()}", clock)
 
 
-def note_scores(work: Pass, worker: Worker, batch: list[Request], values: list[list[float]], seconds: float) -> None:
+def exit_code(worker: Worker) -> int | None:
+    """How a process that closed its pipe ended."""
+    worker.process.join(timeout=5)
+    return worker.process.exitcode
+
+
+def bury(work: Pass, worker: Worker, why: str, clock: Clock) -> None:
+    """After a worker's death: its rows back to the queue, a new process in its place, or its device given up."""
+    at_work, ready = worker.note_death()
+    work.deaths[worker.name] = work.deaths.get(worker.name, 0) + 1
+    for batch in reversed(ready):
+        work.queue.appendleft(batch)
+    told = ""
+    for request in (request for batch in at_work for request in batch):
+        work.suspected[request.id] += 1
+        if work.suspected[request.id] >= GIVEN_UP_AFTER:
+            told += give_up(work, [request])
+        else:
+            work.queue.append([request])
+    log(clock, f"{worker.name}: {why}")
+    if worker.gone:
+        log(clock, f"{worker.name}: gone after {worker.fruitless} deaths without a score in between{told}")
+    elif work.deadline - time.monotonic() <= worker.load_seconds:
+        log(clock, f"{worker.name}: not started again, the clock has no time to load it{told}")
+    else:
+        worker.launch()
+        log(clock, f"{worker.name}: started again, {worker.tokens_per_batch} tokens a batch{told}")
+
+
+def give_back(work: Pass, batch: list[Request]) -> str:
+    """Put a batch at the head of the queue, where it is cut to a smaller budget."""
+    work.queue.appendleft(batch)
+    return ""
+
+
+def give_up(work: Pass, batch: list[Request]) -> str:
+    """Leave a row without a score."""
+    work.given_up.append(batch[0].id)
+    return f"; row {batch[0].id} is given up"
+
+
+def watch(work: Pass, worker: Worker, clock: Clock) -> None:
+    """Kill a worker that has said nothing for far too long, or that goes on after the deadline into the clock's reserve."""
+    if not worker.process:
+        return
+    now = time.monotonic()
+    quiet = now - worker.last_event
+    if not worker.loaded:
+        patience = LOAD_PATIENCE_SECONDS
+    else:
+        first = next(iter(worker.outstanding.values()), [])
+        expected = padded_tokens(first) / worker.rate() if first and worker.rate() else 0.0
+        patience = max(PATIENCE * expected, QUIET_SECONDS)
+    if worker.outstanding and now > clock.deadline + clock.reserve_seconds / 3:
+        patience = 0
+    if quiet > patience:
+        bury(work, worker, f"killed: it said nothing for {quiet:.0f} s", clock)
+
+
+def note_scores(work: Pass, batch: list[Request], values: list[list[float]]) -> None:
     """Keep a batch's probabilities by id; those that are not finite count as not scored."""
-    worker.tokens += padded_tokens(batch)
-    worker.seconds += seconds
-    work.padded_tokens += padded_tokens(batch)
-    work.real_tokens += sum(request.tokens for request in batch)
+    work.computed_tokens += padded_tokens(batch)
+    work.tokens += sum(request.tokens for request in batch)
     for request, probabilities in zip(batch, values, strict=True):
         if all(map(math.isfinite, probabilities)):
             work.scores[request.id] = probabilities
@@ -1269,29 +1635,333 @@ def note_scores(work: Pass, worker: Worker, batch: list[Request], values: list[l
 
 
 def progress(work: Pass, workers: Sequence[Worker]) -> str:
-    """Rows done, speed and the predicted finish, for the log."""
-    seconds = max(time.monotonic() - work.began, 1e-9)
+    """Rows done, speed, memory and the predicted finish, for the log."""
+    seconds = work.seconds()
     rest = f", {seconds_left(work.queue, workers):.0f} s to go" if work.queue else ""
+    memory = " + ".join(f"{size / 2**30:.1f}" for worker in workers for size in worker.memory_bytes)
     return (
         f"{len(work.scores)} of {work.rows} rows, {len(work.scores) / seconds:.1f} rows/s, "
-        f"{work.real_tokens / seconds:.0f} tokens/s{rest}"
+        f"{work.tokens / seconds:.0f} tokens/s{rest}{f', {memory} GiB' if memory else ''}"
     )
 
 
-def pass_record(work: Pass, workers: Sequence[Worker]) -> dict:
+def pass_record(work: Pass) -> dict:
     """A finished pass for kernel.json."""
-    seconds = time.monotonic() - work.began
+    seconds = work.seconds()
     return {
         "pass": work.label,
         "rows": work.rows,
         "scored": len(work.scores),
+        "left": sum(map(len, work.queue)),
         "seconds": round(seconds, 2),
         "rows_per_second": round(len(work.scores) / seconds, 2),
-        "tokens_per_second": round(work.real_tokens / seconds, 1),
-        "padding": round(1 - work.real_tokens / work.padded_tokens, 4) if work.padded_tokens else 0.0,
+        "tokens_per_second": round(work.tokens / seconds, 1),
+        "tokens": work.tokens,
+        "computed_tokens": work.computed_tokens,
+        "padding": round(1 - work.tokens / work.computed_tokens, 4) if work.computed_tokens else 0.0,
         "out_of_memory": work.out_of_memory,
         "not_finite": work.not_finite,
-        "failures": {worker.name: worker.failure for worker in workers if worker.failure},
+        "given_up": work.given_up,
+        "deaths": work.deaths,
+    }
+
+
+def worker_record(worker: Worker) -> dict:
+    """A worker for kernel.json."""
+    return {
+        "device": worker.name,
+        "load_seconds": round(worker.load_seconds, 1),
+        "computed_tokens": worker.tokens,
+        "busy_seconds": round(worker.seconds, 1),
+        "tokens_per_batch": worker.tokens_per_batch,
+        "memory_bytes": worker.memory_bytes,
+        "deaths": worker.deaths,
+        "gone": worker.gone,
+    }
+
+
+# ==============================================================================================================
+# schedule.py
+#
+# From packages and rows to scores: passes one after the other, each planned when the one before has ended.
+#
+# The first order of the first model goes over all rows and may use the whole clock: a row with one score is worth more than a
+# second one. What comes then is up to plan.allocate, again after each pass, with what was measured so far.
+# ==============================================================================================================
+
+Scores = dict[str, dict[str, list[float]]]  # by id, then by order
+PADDING = 1.03  # what batches compute beyond their rows' tokens, while nothing is measured
+ENCODED_AT_ONCE = 1000
+
+
+@dataclass
+class Board:
+    """All that is known while the kernel scores: scores of each package, what was tried, and what was measured."""
+
+    settings: Settings
+    packages: Sequence[Package]
+    contracts: list  # the packages', with the spec's token budget
+    rows: Sequence[Mapping]
+    clock: Clock
+    hidden_run: bool
+    scores: list[Scores]
+    devices: dict[int, str]  # by position; those that are gone leave
+    threads: int
+    tried: dict[tuple[int, str], set[str]] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)  # of the first sequence made of a row
+    rates: dict[int, float] = field(default_factory=dict)  # tokens a second of a package's workers together
+    changes: dict[tuple[int, str], float] = field(default_factory=dict)
+    passes: list[dict] = field(default_factory=list)
+    workers: list[dict] = field(default_factory=list)
+    plans: list[str] = field(default_factory=list)
+
+    def orders(self, number: int) -> tuple[str, ...]:
+        """The orders worth scoring with a package."""
+        return orders_of(self.contracts[number], self.settings.orders)
+
+    def known(self, numbers: Sequence[int]) -> dict[str, list[float]]:
+        """The probabilities by id that these packages give so far."""
+        chosen = replace(self.settings, packages=tuple(self.settings.packages[number] for number in numbers))
+        return combine(chosen, [self.packages[number] for number in numbers], [self.scores[number] for number in numbers])
+
+
+def make_board(
+    settings: Settings,
+    packages: Sequence[Package],
+    rows: Sequence[Mapping],
+    devices: Sequence[str],
+    threads: int,
+    clock: Clock,
+    hidden_run: bool,
+) -> Board:
+    """A board on which nothing is scored yet."""
+    contracts = [serving_contract(package, settings) for package in packages]
+    empty: list[Scores] = [{row["id"]: {} for row in rows} for _ in packages]
+    return Board(settings, packages, contracts, rows, clock, hidden_run, empty, dict(enumerate(devices)), threads)
+
+
+def serving_contract(package: Package, settings: Settings):
+    """The package's contract, with the spec's token budget where it names one."""
+    if settings.budget_tokens is None:
+        return package.contract
+    return replace(package.contract, budget_tokens=settings.budget_tokens)
+
+
+def score_all(board: Board) -> None:
+    """Score as much as the clock allows; several packages in turn or side by side, as planned, and in the end what was left."""
+    numbers = list(range(len(board.packages)))
+    if len(numbers) > 1 and len(board.devices) > 1:
+        jobs = [
+            job_of(package, contract, make_pairs(package, board.rows), board.settings.orders)
+            for package, contract in zip(board.packages, board.contracts, strict=True)
+        ]
+        can_part = all(chosen.placement == "each" for chosen in board.settings.packages)
+        plan = make_plan(jobs, can_part, list(board.devices.values()), board.clock.left())
+        note_plan(board, plan.why)
+        if plan.side_by_side:
+            shares = [dict(share) for share in share_devices(list(board.devices.items()), len(numbers))]
+            with ThreadPoolExecutor(len(numbers)) as pool:
+                list(pool.map(lambda number: score_in_turn(board, [number], shares[number]), numbers))
+    score_in_turn(board, numbers, dict(board.devices))
+
+
+def score_in_turn(board: Board, numbers: list[int], devices: Mapping[int, str]) -> None:
+    """Pass after pass with the packages `numbers` on `devices`, until nothing is left or nothing more fits the clock.
+
+    A package that its workers refuse raises PackageError; in the hidden run a further one is left out instead, since the first
+    one's scores are there.
+    """
+    numbers, workers, loaded, encoder = list(numbers), [], None, Encoder(board)
+    try:
+        while share := next_share(board, numbers, loaded, workers):
+            number = share.option.package
+            if number != loaded:
+                retire(board, workers)
+                loaded, workers = number, start_team(board, number, devices)
+            try:
+                if not workers:
+                    numbers.remove(number)
+                else:
+                    run_share(board, share, numbers, workers, encoder)
+            except PackageError as error:
+                if number == numbers[0] or not board.hidden_run:
+                    raise
+                log(board.clock, f"{board.packages[number].folder.name}: left out: {error}")
+                numbers.remove(number)
+    finally:
+        retire(board, workers)
+        encoder.close()
+
+
+def start_team(board: Board, number: int, devices: Mapping[int, str]) -> list[Worker]:
+    """Workers for a package on the devices that are not gone."""
+    left = {position: device for position, device in devices.items() if position in board.devices}
+    placement = board.settings.packages[number].placement
+    if not left or (placement == "split" and len(left) < len(devices)):
+        log(board.clock, f"{board.packages[number].folder.name}: no device is left for it")
+        return []
+    tokens_per_batch = board.settings.tokens_per_batch
+    return start_workers(board.packages[number], placement, left, tokens_per_batch, board.threads, board.clock)
+
+
+def retire(board: Board, workers: list[Worker]) -> None:
+    """End the workers and note what they did; devices that are gone leave the board."""
+    stop_workers(workers)
+    for worker in workers:
+        board.workers.append(worker_record(worker))
+        if worker.gone:
+            for position in worker.positions:
+                board.devices.pop(position, None)
+    workers.clear()
+
+
+def next_share(board: Board, numbers: Sequence[int], loaded: int | None, workers: Sequence[Worker]) -> Share | None:
+    """What to do next: the first order of all rows, then the first share of a plan for what is left; None: nothing more."""
+    if not numbers or (workers and all(worker.gone for worker in workers)):
+        return None
+    first = (numbers[0], board.orders(numbers[0])[0])
+    if first not in board.tried:
+        return Share(Option(*first, change=1.0, seconds_per_token=0.0), {}, 0.0)
+    keys = [(n, order) for n in numbers for order in board.orders(n)]
+    keys.sort(key=lambda key: key[0] != loaded)
+    known, unscored, options = board.known(numbers), [], []
+    for key in keys:
+        left = [row["id"] for row in board.rows if row["id"] not in board.tried.get(key, ())]
+        if left:
+            unscored.append(left)
+            options.append(make_option(board, key, numbers, loaded))
+    seconds = board.clock.left()
+    shares = allocate(options, unscored, known, board.tokens, seconds, len(board.settings.columns) > 1)
+    chosen = [share for share in shares if share.worth]
+    if options:
+        note_plan(board, plan_sentence(board, shares, unscored, seconds))
+    if not chosen:
+        return None
+    share, *later = chosen
+    whole = len(share.worth) == len(unscored[shares.index(share)])
+    slack = seconds - sum(each.seconds for each in later)
+    return Share(share.option, {} if whole else share.worth, slack)
+
+
+def make_option(board: Board, key: tuple[int, str], numbers: Sequence[int], loaded: int | None) -> Option:
+    """One more pass with what it should change and take, as measured or else as guessed."""
+    number, order = key
+    weights = [board.settings.packages[n].weight for n in numbers]
+    weight = board.settings.packages[number].weight
+    is_new = not any(board.tried.get((number, other)) for other in board.orders(number))
+    guess = CHANGE_OF_MODEL * weight / sum(weights) * 2 if is_new else CHANGE_OF_ORDER * weight / sum(weights)
+    known, rate = next(iter(board.rates.items()), (number, 0.0))
+    rate = board.rates.get(number) or rate * flop_per_token(board.packages[known]) / flop_per_token(board.packages[number])
+    copies = 1 if board.settings.packages[number].placement == "split" else len(board.devices)
+    load = 0.0 if number == loaded else loading_seconds(board.packages[number], copies)
+    return Option(number, order, board.changes.get(key, guess), PADDING / rate if rate else 0.0, load)
+
+
+def plan_sentence(board: Board, shares: Sequence[Share], unscored: Sequence[Sequence[str]], seconds: float) -> str:
+    """What the plan does with the seconds that are left, and what it leaves."""
+    told = []
+    for share, left in zip(shares, unscored, strict=True):
+        name = f"{board.packages[share.option.package].folder.name} {share.option.order}"
+        loading = f" and {share.option.load_seconds:.1f} s to load" if share.worth and share.option.load_seconds else ""
+        told.append(f"{name} {len(share.worth)} of {len(left)} rows in {share.seconds:.1f} s{loading}")
+    return f"{max(seconds, 0.0):.1f} s left: {'; '.join(told)}"
+
+
+def note_plan(board: Board, sentence: str) -> None:
+    """Log a plan and keep it for kernel.json."""
+    board.plans.append(sentence)
+    log(board.clock, f"plan: {sentence}")
+
+
+def run_share(board: Board, share: Share, numbers: Sequence[int], workers: list[Worker], encoder: "Encoder") -> None:
+    """One pass: its rows encoded while the workers load or the pass before runs, scored, and noted on the board."""
+    number, order = key = share.option.package, share.option.order
+    tried = board.tried.get(key, set())
+    rows = [row for row in board.rows if (row["id"] in share.worth if share.worth else row["id"] not in tried)]
+    requests = encoder.requests(number, order, rows)
+    if not board.tokens:
+        board.tokens = {request.id: request.tokens for request in requests}
+    for other in board.orders(number):
+        if (number, other) not in board.tried and other != order:
+            encoder.begin(number, other, rows)
+    deadline = time.monotonic() + share.seconds if share.seconds else board.clock.deadline
+    label = f"{board.packages[number].folder.name}, {order}"
+    before = board.known(numbers)
+    done = run_pass(make_pass(label, requests, deadline, workers, share.worth or None), workers, board.clock)
+    note_pass(board, key, done, requests, workers)
+    if change := measured_change(before, board.known(numbers)):
+        board.changes[key] = change
+
+
+def note_pass(board: Board, key: tuple[int, str], done: Pass, requests: Sequence[Request], workers: Sequence[Worker]) -> None:
+    """Put a pass's scores on the board, and what was measured."""
+    number, order = key
+    for row_id, values in done.scores.items():
+        board.scores[number][row_id][order] = values
+    in_queue = {request.id for batch in done.queue for request in batch}
+    asked = {request.id for request in requests}
+    progressed = bool(done.scores) or not in_queue
+    board.tried.setdefault(key, set()).update(asked - in_queue if progressed else asked)
+    if rate := sum(worker.rate() for worker in workers if not worker.gone):
+        board.rates[number] = rate
+    board.passes.append(pass_record(done))
+
+
+class Encoder:
+    """Rows made into requests, what is needed next in a thread of its own while the workers score."""
+
+    def __init__(self, board: Board):
+        self.board, self.pool, self.closing = board, ThreadPoolExecutor(1), threading.Event()
+        self.ahead: dict[tuple[int, str], Future] = {}
+
+    def begin(self, number: int, order: str, rows: Sequence[Mapping]) -> None:
+        """Encode rows that are likely to be asked for."""
+        if (number, order) not in self.ahead:
+            self.ahead[number, order] = self.pool.submit(self.encode, number, order, rows)
+
+    def requests(self, number: int, order: str, rows: Sequence[Mapping]) -> list[Request]:
+        """The rows' requests, in the rows' order."""
+        begun = self.ahead.get((number, order))
+        found = {request.id: request for request in (begun.result() if begun else ())}
+        missing = [row for row in rows if row["id"] not in found]
+        found |= {request.id: request for request in (self.encode(number, order, missing) if missing else ())}
+        return [found[row["id"]] for row in rows]
+
+    def encode(self, number: int, order: str, rows: Sequence[Mapping]) -> list[Request]:
+        """By the package's own model_input; token ids in four bytes each, since there are millions of them."""
+        board, began, made = self.board, time.monotonic(), []
+        package = board.packages[number]
+        for start in range(0, len(rows), ENCODED_AT_ONCE):
+            if self.closing.is_set():
+                return made
+            pairs = make_pairs(package, rows[start : start + ENCODED_AT_ONCE])
+            found = make_requests(package.model_input, package.tokenizer, board.contracts[number], pairs, (order,))
+            made += [replace(request, sequences=tuple(array("i", ids) for ids in request.sequences)) for request in found]
+        tokens, seconds = sum(request.tokens for request in made), time.monotonic() - began
+        log(board.clock, f"{package.folder.name}, {order}: {len(made)} rows encoded, {tokens} tokens in {seconds:.1f} s")
+        return made
+
+    def close(self) -> None:
+        """Stop as soon as may be."""
+        self.closing.set()
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+def make_pairs(package: Package, rows: Iterable[Mapping]) -> list:
+    """The rows as pairs of the package's own model_input."""
+    return [package.model_input.pair_from_row(row) for row in rows]
+
+
+def combine(settings: Settings, packages: Sequence[Package], per_package: Sequence[Scores]) -> dict[str, list[float]]:
+    """Probabilities of the competition's verdicts by id: orders averaged, then packages by weight, then the temperature."""
+    by_id: dict[str, list[tuple[float, list[float]]]] = {}
+    for chosen, package, scores in zip(settings.packages, packages, per_package, strict=True):
+        for row_id, values in mean_of_orders(scores).items():
+            told = to_competition(values, package.contract.verdicts, settings.verdicts)
+            by_id.setdefault(row_id, []).append((chosen.weight, told))
+    return {
+        row_id: soften(weighted_mean([values for _, values in found], [weight for weight, _ in found]), settings.temperature)
+        for row_id, found in by_id.items()
     }
 
 
@@ -1304,11 +1974,11 @@ def pass_record(work: Pass, workers: Sequence[Worker]) -> dict:
 # scores.parquet, kernel.json.
 # ==============================================================================================================
 
-Scores = dict[str, dict[str, list[float]]]  # by id, then by order
-
 
 def visible_devices() -> list[str]:
-    """Every GPU, or the CPU."""
+    """Every GPU, or the CPU; in a rehearsal KAGGLE_DEVICES names them: "cpu,cpu" are two workers that stand in for GPUs."""
+    if named := os.environ.get("KAGGLE_DEVICES"):
+        return named.split(",")
     return [f"cuda:{number}" for number in range(torch.cuda.device_count())] or ["cpu"]
 
 
@@ -1316,7 +1986,6 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
     """Score the test file and write the submission; raises, and writes no submission, where it would be wrong."""
     clock = start_clock(settings.clock_seconds)
     root = kaggle_root()
-    transformers_logging.disable_progress_bar()
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers", "safetensors")}
     log(clock, f"{settings.name}: {', '.join(f'{name} {version}' for name, version in versions.items())}")
     test_file = find_mounted(root, settings.competition, ("test.parquet", "test.csv"))
@@ -1327,29 +1996,39 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
     if installed:
         log(clock, f"installed {', '.join(installed)} from {settings.wheels}")
     devices = list(devices or visible_devices())
-    per_package, records = score_packages(settings, packages, rows, devices, clock)
-    scored = combine(settings, packages, per_package)
-    final = fill_unscored(rows, scored, settings.verdicts, settings.min_scored)
-    working = root / "working"
-    by_run = {
-        chosen.run: (package.contract.verdicts, scores)
-        for chosen, package, scores in zip(settings.packages, packages, per_package, strict=True)
-    }
-    write_scores(working / "scores.parquet", settings.verdicts, final, scored, by_run)
-    write_submission(working / "submission.csv", settings, final)
+    threads = max(len(os.sched_getaffinity(0)) // len(devices), 1)
+    hidden_run = bool(os.environ.get("KAGGLE_IS_COMPETITION_RERUN"))
+    board = make_board(settings, packages, rows, devices, threads, clock, hidden_run)
+    score_all(board)
     record = {
         "settings": asdict(settings),
         "versions": versions,
         "installed": installed,
         "devices": devices,
-        "hidden_run": bool(os.environ.get("KAGGLE_IS_COMPETITION_RERUN")),
+        "hidden_run": hidden_run,
         "rows": len(rows),
-        "scored": len(scored),
-        "passes": records,
+        "scored": write_results(root / "working", board, rows),
+        "plans": board.plans,
+        "passes": board.passes,
+        "workers": board.workers,
         "seconds": round(clock.elapsed(), 1),
     }
-    write_record(working / "kernel.json", record)
-    log(clock, f"submission.csv: {len(rows)} rows, {len(scored)} scored, {len(rows) - len(scored)} by the prior")
+    write_record(root / "working" / "kernel.json", record)
+    log(clock, f"submission.csv: {len(rows)} rows, {record['scored']} scored, {len(rows) - record['scored']} by the prior")
+
+
+def write_results(working: Path, board: Board, rows: Sequence[dict]) -> int:
+    """Write scores.parquet and submission.csv; how many of the rows were scored."""
+    settings = board.settings
+    scored = combine(settings, board.packages, board.scores)
+    final = fill_unscored(rows, scored, settings.verdicts, settings.min_scored)
+    by_run = {
+        chosen.run: (package.contract.verdicts, scores)
+        for chosen, package, scores in zip(settings.packages, board.packages, board.scores, strict=True)
+    }
+    write_scores(working / "scores.parquet", settings.verdicts, final, scored, by_run)
+    write_submission(working / "submission.csv", settings, final)
+    return sum(row["id"] in scored for row in rows)
 
 
 def read_packages(root: Path, settings: Settings, clock: Clock) -> list[Package]:
@@ -1384,147 +2063,6 @@ def check_package(package: Package, chosen: PackageSettings, settings: Settings)
                 f"{package.folder / file}: {key}: found {found}, the recipe of {chosen.run} says {expected}; package the run "
                 "again, or build the kernel again from the recipe that it was trained with"
             )
-
-
-def serving_contract(package: Package, settings: Settings):
-    """The package's contract, with the spec's token budget where it names one."""
-    if settings.budget_tokens is None:
-        return package.contract
-    return replace(package.contract, budget_tokens=settings.budget_tokens)
-
-
-def score_packages(
-    settings: Settings, packages: Sequence[Package], rows: Sequence[Mapping], devices: Sequence[str], clock: Clock
-) -> tuple[list[Scores], list[dict]]:
-    """Each package's scores, and a record of every pass: in turn or side by side, as planned."""
-    if len(packages) == 1 or len(devices) == 1:
-        return score_in_turn(settings, packages, rows, devices, clock)
-    contracts = [serving_contract(package, settings) for package in packages]
-    jobs = [
-        job_of(package, contract, make_pairs(package, rows), settings.orders)
-        for package, contract in zip(packages, contracts, strict=True)
-    ]
-    can_part = all(chosen.placement == "each" for chosen in settings.packages)
-    plan = make_plan(jobs, can_part, devices, clock.left())
-    log(clock, f"plan: {plan.why}")
-    scoring = score_side_by_side if plan.side_by_side else score_in_turn
-    per_package, records = scoring(settings, packages, rows, devices, clock)
-    return per_package, [{"plan": plan.why}, *records]
-
-
-def make_pairs(package: Package, rows: Sequence[Mapping]) -> list:
-    """The rows as pairs of the package's own model_input."""
-    return [package.model_input.pair_from_row(row) for row in rows]
-
-
-def score_in_turn(
-    settings: Settings, packages: Sequence[Package], rows: Sequence[Mapping], devices: Sequence[str], clock: Clock
-) -> tuple[list[Scores], list[dict]]:
-    """One package after the other on all devices.
-
-    The first order of the first package may use the whole clock: a row with one score is worth more than a second one.
-    All else shares what is left of the clock equally among the packages to come. A later package that could not be loaded
-    before the deadline is left out.
-    """
-    per_package, records = [], []
-    for number, (chosen, package) in enumerate(zip(settings.packages, packages, strict=True)):
-        if number and clock.left() <= loading_seconds(package, 1 if chosen.placement == "split" else len(devices)):
-            log(clock, f"{package.folder.name}: left out, {clock.left():.0f} s are too few to load it")
-            per_package.append({row["id"]: {} for row in rows})
-            continue
-        share = time.monotonic() + clock.left() / (len(packages) - number)
-        deadlines = [share if number else clock.deadline, *[share] * (len(settings.orders) - 1)]
-        contract = serving_contract(package, settings)
-        pairs = make_pairs(package, rows)
-        workers = load_workers(package, chosen.placement, devices, settings.tokens_per_batch, clock)
-        scores, passes = score_package(package, contract, workers, pairs, settings.orders, deadlines, clock)
-        per_package.append(scores)
-        records += passes
-        free(workers)
-    return per_package, records
-
-
-def score_side_by_side(
-    settings: Settings, packages: Sequence[Package], rows: Sequence[Mapping], devices: Sequence[str], clock: Clock
-) -> tuple[list[Scores], list[dict]]:
-    """Every package on devices of its own, all at the same time; each may use the whole clock.
-
-    All models are loaded before the first row is scored: loading changes torch's defaults for every thread.
-    """
-    shares = share_devices(devices, len(packages))
-    teams = [
-        load_workers(package, "each", share, settings.tokens_per_batch, clock)
-        for package, share in zip(packages, shares, strict=True)
-    ]
-    deadlines = [clock.deadline] * len(settings.orders)
-
-    def score_one(package: Package, workers: list[Worker]) -> tuple[Scores, list[dict]]:
-        contract = serving_contract(package, settings)
-        pairs = make_pairs(package, rows)
-        return score_package(package, contract, workers, pairs, settings.orders, deadlines, clock)
-
-    with ThreadPoolExecutor(len(packages)) as pool:
-        done = list(pool.map(score_one, packages, teams))
-    per_package = [scores for scores, _ in done]
-    records = [record for _, passes in done for record in passes]
-    alive = [worker.device for team in teams for worker in team if not worker.failure]
-    for team in teams:
-        free(team)
-    if len(alive) < len(devices):
-        records += rescue(settings, packages, rows, alive, per_package, clock)
-    return per_package, records
-
-
-def rescue(
-    settings: Settings,
-    packages: Sequence[Package],
-    rows: Sequence[Mapping],
-    alive: Sequence[str],
-    per_package: list[Scores],
-    clock: Clock,
-) -> list[dict]:
-    """After a device broke: the first order of the rows that its package left, on the devices that are `alive`.
-
-    Whatever goes wrong here is only logged: the other packages' scores are there, and min_scored decides whether they do.
-    """
-    records = []
-    for package, scores in zip(packages, per_package, strict=True):
-        missing = [row for row in rows if not scores[row["id"]]]
-        if not missing or not alive or clock.left() <= loading_seconds(package, len(alive)):
-            continue
-        try:
-            workers = load_workers(package, "each", alive, settings.tokens_per_batch, clock)
-        except Exception:
-            log(clock, f"{package.folder.name}: cannot be loaded on {', '.join(alive)}: {traceback.format_exc()}")
-            continue
-        contract = serving_contract(package, settings)
-        pairs = make_pairs(package, missing)
-        found, passes = score_package(package, contract, workers, pairs, settings.orders[:1], [clock.deadline], clock)
-        scores.update(found)
-        records += passes
-        free(workers)
-    return records
-
-
-def free(workers: list[Worker]) -> None:
-    """Give the devices' memory back, as far as they still answer: one that broke raises its error again."""
-    workers.clear()
-    gc.collect()
-    with contextlib.suppress(RuntimeError):
-        torch.cuda.empty_cache()
-
-
-def combine(settings: Settings, packages: Sequence[Package], per_package: Sequence[Scores]) -> dict[str, list[float]]:
-    """Probabilities of the competition's verdicts by id: orders averaged, then packages by weight, then the temperature."""
-    by_id: dict[str, list[tuple[float, list[float]]]] = {}
-    for chosen, package, scores in zip(settings.packages, packages, per_package, strict=True):
-        for row_id, values in mean_of_orders(scores).items():
-            told = to_competition(values, package.contract.verdicts, settings.verdicts)
-            by_id.setdefault(row_id, []).append((chosen.weight, told))
-    return {
-        row_id: soften(weighted_mean([values for _, values in found], [weight for weight, _ in found]), settings.temperature)
-        for row_id, found in by_id.items()
-    }
 
 
 if __name__ == "__main__":
