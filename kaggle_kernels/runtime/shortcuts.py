@@ -17,7 +17,7 @@ from transformers.masking_utils import sdpa_mask
 
 SDPA = "sdpa_repeated"
 AFTER_ATTENTION = ("self_attn.o_proj", "mlp", "attention.output.dense", "intermediate")  # decoders' names, then BERT's
-READ = threading.local()  # of the batch that this thread is scoring: a split model has one in each of several threads
+BEING_READ = threading.local()  # of the batch that this thread is scoring: a split model has one in each of several threads
 
 
 def repeated_attention(module, query_bhtd, key_bgtd, value_bgtd, attention_mask, scaling=None, **_):
@@ -49,25 +49,26 @@ def take_shortcuts(model: torch.nn.Module) -> None:
     """
     attentions = [module for module in model.modules() if hasattr(module, "is_causal")]
     model.causal = bool(attentions) and all(module.is_causal for module in attentions)
-    stacks = [module for name, module in model.named_modules() if name.endswith((".layers", ".layer"))]
-    for name, module in stacks[0][-1].named_modules() if stacks else ():
-        if name in AFTER_ATTENTION:
-            module.register_forward_pre_hook(only_what_is_read)
+    if model.causal or model.config.model_type == "bert":
+        layers = next(module for name, module in model.named_modules() if name.endswith((".layers", ".encoder.layer")))
+        for name in AFTER_ATTENTION:
+            with contextlib.suppress(AttributeError):
+                layers[-1].get_submodule(name).register_forward_pre_hook(only_what_is_read)
 
 
 @contextlib.contextmanager
 def reading(places_b: torch.Tensor) -> Iterator[None]:
     """In this thread, a forward pass is only read at one place of each row."""
-    READ.places_b = places_b
+    BEING_READ.places_b = places_b
     try:
         yield
     finally:
-        READ.places_b = None
+        BEING_READ.places_b = None
 
 
 def only_what_is_read(_, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
     """A forward pre-hook: of the hidden states (rows, tokens, width) the read token of each row, (rows, 1, width)."""
-    places_b = getattr(READ, "places_b", None)
+    places_b = getattr(BEING_READ, "places_b", None)
     if places_b is None:
         return None
     hidden_btd, *others = args
