@@ -26,6 +26,7 @@ MODULES = (
     "placement",
     "pipeline",
     "gptq",
+    "shortcuts",
     "model",
     "scoring",
     "plan",

@@ -42,8 +42,9 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
-from torch.nn.functional import linear
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from torch.nn.functional import linear, scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.masking_utils import sdpa_mask
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils import logging as transformers_logging
@@ -493,6 +494,78 @@ def unpacking(settings: Mapping[str, object], folder: Path | str) -> dict[str, o
 
 
 # ==============================================================================================================
+# shortcuts.py
+#
+# What scoring can leave out without another answer: work for tokens that nobody reads, and attention's slow kernel.
+#
+# A head reads one token of a row: a decoder's last one, an encoder's first. In the last layer all tokens are needed for the
+# attention's keys and values, but what comes after it only for the token that is read: hooks on its output projection and
+# its MLP hand on that token alone. What they give, one token wide, is added to the residual of all tokens by broadcasting, which
+# is right in the one place that is read.
+# ==============================================================================================================
+
+SDPA = "sdpa_repeated"
+AFTER_ATTENTION = ("self_attn.o_proj", "mlp", "attention.output.dense", "intermediate")  # decoders' names, then BERT's
+BEING_READ = threading.local()  # of the batch that this thread is scoring: a split model has one in each of several threads
+
+
+def repeated_attention(module, query_bhtd, key_bgtd, value_bgtd, attention_mask, scaling=None, **_):
+    """PyTorch's attention with keys and values repeated for every head of their group.
+
+    transformers' own leaves the groups to PyTorch where there is no mask (`enable_gqa`). Only FlashAttention on a GPU can
+    do that: on a T4, which has none, and on a CPU the unfused kernel is taken instead.
+    """
+    groups = getattr(module, "num_key_value_groups", 1)
+    output_bhtd = scaled_dot_product_attention(
+        query_bhtd,
+        key_bgtd.repeat_interleave(groups, dim=1) if groups > 1 else key_bgtd,
+        value_bgtd.repeat_interleave(groups, dim=1) if groups > 1 else value_bgtd,
+        attn_mask=attention_mask,
+        scale=scaling,
+        is_causal=attention_mask is None and module.is_causal,
+    )
+    return output_bhtd.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(SDPA, repeated_attention)
+AttentionMaskInterface.register(SDPA, sdpa_mask)
+
+
+def take_shortcuts(model: torch.nn.Module) -> None:
+    """Have `model` compute the end of its last layer only for the tokens in `reading`, and say whether it is `causal`.
+
+    Outside of `reading` it computes everything.
+    """
+    attentions = [module for module in model.modules() if hasattr(module, "is_causal")]
+    model.causal = bool(attentions) and all(module.is_causal for module in attentions)
+    if model.causal or model.config.model_type == "bert":
+        layers = next(module for name, module in model.named_modules() if name.endswith((".layers", ".encoder.layer")))
+        for name in AFTER_ATTENTION:
+            with contextlib.suppress(AttributeError):
+                layers[-1].get_submodule(name).register_forward_pre_hook(only_what_is_read)
+
+
+@contextlib.contextmanager
+def reading(places_b: torch.Tensor) -> Iterator[None]:
+    """In this thread, a forward pass is only read at one place of each row."""
+    BEING_READ.places_b = places_b
+    try:
+        yield
+    finally:
+        BEING_READ.places_b = None
+
+
+def only_what_is_read(_, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+    """A forward pre-hook: of the hidden states (rows, tokens, width) the read token of each row, (rows, 1, width)."""
+    places_b = getattr(BEING_READ, "places_b", None)
+    if places_b is None:
+        return None
+    hidden_btd, *others = args
+    rows_b = torch.arange(len(places_b), device=hidden_btd.device)
+    return (hidden_btd[rows_b, places_b.to(hidden_btd.device)].unsqueeze(1), *others)
+
+
+# ==============================================================================================================
 # model.py
 #
 # The model of a package, loaded so that it answers as it did in training: pad id, attention and soft-cap from the contract.
@@ -533,7 +606,7 @@ def load_model(
         folder,
         config=config,
         dtype=dtype,
-        attn_implementation="eager" if contract.softcap else "sdpa",
+        attn_implementation="eager" if contract.softcap else SDPA,
         use_safetensors=True,
         local_files_only=True,
         output_loading_info=True,
@@ -546,6 +619,7 @@ def load_model(
         missing -= found
     if missing:
         raise PackageError(f"{folder}: weights are missing: {', '.join(sorted(missing)[:5])}")
+    take_shortcuts(model)
     return model.eval()
 
 
@@ -596,6 +670,7 @@ def serving_config(folder: Path | str, contract):
 # ==============================================================================================================
 
 ORDERS = ("as_given", "swapped")
+SPARE_TOKENS = 128  # about what a forward pass costs beside its tokens, of 4-bit weights that are unpacked each time
 
 
 @dataclass(frozen=True)
@@ -623,8 +698,22 @@ def orders_of(contract, orders: Iterable[str]) -> tuple[str, ...]:
 
 
 def padded_tokens(batch: Sequence[Request]) -> int:
-    """Tokens of a batch, padding included."""
-    return max(request.length for request in batch) * sum(len(request.sequences) for request in batch)
+    """Tokens that are computed for a batch, padding included."""
+    lengths = [len(ids) for request in batch for ids in request.sequences]
+    return sum(lengths[group[0]] * len(group) for group in alike(lengths))
+
+
+def alike(lengths: Sequence[int]) -> list[list[int]]:
+    """The lengths' places in groups, longest first, each to be one forward pass with at most SPARE_TOKENS of padding."""
+    groups: list[list[int]] = []
+    padding = 0
+    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
+        padding += lengths[groups[-1][0]] - lengths[place] if groups else 0
+        if not groups or padding > SPARE_TOKENS:
+            groups.append([])
+            padding = 0
+        groups[-1].append(place)
+    return groups
 
 
 def make_requests(model_input: ModuleType, tokenizer, contract, pairs: Sequence, orders: Iterable[str]) -> list[Request]:
@@ -653,15 +742,16 @@ def make_batches(requests: Iterable[Request], tokens_per_batch: int) -> list[lis
 
 @torch.inference_mode()
 def score_batch(
-    model: torch.nn.Module, model_input: ModuleType, contract, batch: list[Request], device: str
+    model: torch.nn.Module, model_input: ModuleType, contract, batch: list[Request], device: str, passing=contextlib.nullcontext
 ) -> list[list[float]]:
     """Probabilities of a batch, one list a request in the order of contract.verdicts, swapped ones swapped back.
 
-    The softmax is in float32. Where the model overflowed, the probabilities are NaN.
+    The softmax is in float32. Where the model overflowed, the probabilities are NaN. Each forward pass is made in the context
+    `passing()`.
     """
-    logits_bv = verdict_logits(model, contract, [ids for request in batch for ids in request.sequences], device)
+    logits_bv = verdict_logits(model, contract, [ids for request in batch for ids in request.sequences], device, passing)
     if contract.logit_bias:
-        logits_bv = logits_bv + torch.tensor(contract.logit_bias, device=logits_bv.device)
+        logits_bv = logits_bv + torch.tensor(contract.logit_bias)
     probabilities_bv = logits_bv.softmax(-1).tolist()
     return [
         model_input.swap_probabilities(values, contract.verdicts) if request.order == "swapped" else values
@@ -669,28 +759,54 @@ def score_batch(
     ]
 
 
-def verdict_logits(model: torch.nn.Module, contract, sequences: list[list[int]], device: str) -> torch.Tensor:
+def verdict_logits(
+    model: torch.nn.Module, contract, sequences: Sequence[list[int]], device: str, passing=contextlib.nullcontext
+) -> torch.Tensor:
     """The verdicts' logits, float32 of shape (requests, verdicts), of one sequence a request, for the reward head of two.
 
-    A classifier finds the last token that is not padding by itself, so its rows are padded on the right. A causal LM is
-    padded on the left: the answer then stands at the last place of every row, and only there are logits computed.
+    Sequences of like length go through the model together: a pair's two responses, which are not, each with others.
     """
-    longest = max(map(len, sequences))
-    left = contract.head == "label_tokens"
-    ids_bt = torch.full((len(sequences), longest), contract.pad_token_id, dtype=torch.long)
-    mask_bt = torch.zeros((len(sequences), longest), dtype=torch.long)
-    for row, ids in enumerate(sequences):
-        place = slice(longest - len(ids), longest) if left else slice(len(ids))
-        ids_bt[row, place] = torch.tensor(ids)
-        mask_bt[row, place] = 1
-    inputs = {"input_ids": ids_bt.to(device), "attention_mask": mask_bt.to(device)}
-    if not left:
-        logits = model(**inputs).logits.float()
-        if contract.head == "score":
-            return logits
-        return logits.view(-1, 2)[:, [("model_a", "model_b").index(verdict) for verdict in contract.verdicts]]
-    inputs["position_ids"] = (mask_bt.cumsum(-1) - 1).clamp(min=0).to(device)
-    return model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1, list(contract.label_token_ids)].float()
+    rows = [torch.empty(0)] * len(sequences)
+    for group in alike(list(map(len, sequences))):
+        with passing():
+            outputs_go = head_outputs(model, contract, [sequences[place] for place in group], device).float().cpu()
+        for place, row in zip(group, outputs_go, strict=True):
+            rows[place] = row
+    logits = torch.stack(rows)
+    if contract.head != "reward":
+        return logits
+    return logits.view(-1, 2)[:, [("model_a", "model_b").index(verdict) for verdict in contract.verdicts]]
+
+
+def head_outputs(model: torch.nn.Module, contract, sequences: Sequence[list[int]], device: str) -> torch.Tensor:
+    """What the head says of each sequence, (sequences, outputs), in one forward pass.
+
+    A classifier finds the last token that is not padding by itself, so its rows are padded on the right, and what a decoder
+    reads there never sees the padding: it needs no mask. A causal LM is padded on the left: the answer then stands at the
+    last place of every row, and only there are logits computed.
+    """
+    lengths_g1 = torch.tensor([[len(ids)] for ids in sequences])
+    longest, left, causal = int(lengths_g1.max()), contract.head == "label_tokens", getattr(model, "causal", False)
+    places_t = torch.arange(longest)
+    mask_gt = places_t >= longest - lengths_g1 if left else places_t < lengths_g1
+    ids_gt = torch.full(mask_gt.shape, contract.pad_token_id)
+    ids_gt[mask_gt] = torch.tensor([token for ids in sequences for token in ids])
+    inputs = {"input_ids": ids_gt.to(device)}
+    if (left or not causal) and not mask_gt.all():
+        inputs["attention_mask"] = mask_gt.long().to(device)
+    if left:
+        inputs["position_ids"] = (mask_gt.cumsum(-1) - 1).clamp(min=0).to(device)
+        inputs |= {"logits_to_keep": 1, "use_cache": False}
+    with reading(torch.tensor([read_place(ids, longest, contract, causal) for ids in sequences], device=device)):
+        logits = model(**inputs).logits
+    return logits[:, -1, list(contract.label_token_ids)] if left else logits
+
+
+def read_place(ids: Sequence[int], longest: int, contract, causal: bool) -> int:
+    """Where the head reads a row of `longest` tokens: the last one that is not padding, an encoder's the first."""
+    if contract.head == "label_tokens":
+        return longest - 1
+    return max((place for place, token in enumerate(ids) if token != contract.pad_token_id), default=0) if causal else 0
 
 
 def score(
@@ -1824,8 +1940,8 @@ def work(connection, task: Assignment) -> None:
     tell(connection, "loaded", {"dtype": str(model.dtype), "batches_at_once": at_once, "worst": worst})
 
     def score_requests(requests):
-        with stages.batch() if stages else contextlib.nullcontext():
-            return score_batch(model, package.model_input, package.contract, requests, task.devices[0])
+        passing = stages.batch if stages else contextlib.nullcontext
+        return score_batch(model, package.model_input, package.contract, requests, task.devices[0], passing)
 
     serve(connection, score_requests, at_once, lambda: memory_bytes(task.devices))
 
