@@ -150,6 +150,15 @@ def test_a_worker_that_says_nothing_is_killed_and_started_again(monkeypatch):
     assert device.starts == 2
 
 
+def test_a_worker_that_loads_for_longer_than_a_batch_may_take_is_let_to_work(monkeypatch):
+    monkeypatch.setattr(engine, "QUIET_SECONDS", 0.3)
+    device = Device()
+    device.loads = lambda start: time.sleep(0.6) is None
+    worker = device.worker()
+    assert run([worker]).scores == EXPECTED
+    assert (device.starts, worker.deaths) == (1, 0)
+
+
 def test_a_worker_that_hangs_into_the_reserve_is_killed_and_its_rows_are_left():
     device = Device(seconds_per_batch=0.01)
     device.hangs_at = holds(LONGEST.id)
@@ -222,6 +231,18 @@ def test_a_short_clock_takes_the_shortest_batch_that_fits():
     work = queue_of([90, 60, 40], time.monotonic() + 5, may_reorder=True)
     assert [request.id for request in next_batch(work, worker, [worker])] == ["2"]
     assert [batch[0].id for batch in work.queue] == ["0", "1"]
+
+
+def test_what_a_short_clock_takes_from_the_end_goes_back_there():
+    worker = worker_of_rate(10, tokens_per_batch=20)
+    work = queue_of([90, 40], time.monotonic() + 5, may_reorder=True)
+    work.put_last([[Request(name, "as_given", ([5] * 10,)) for name in "abc"]])
+    assert [request.id for request in next_batch(work, worker, [worker])] == ["a", "b"]
+    assert [batch[0].id for batch in work.queue] == ["0", "1", "c"]
+    worker.outstanding[1] = [Request("before", "as_given", ([5] * 45,))]
+    assert next_batch(work, worker, [worker]) is None
+    assert [batch[0].id for batch in work.queue] == ["0", "1", "c"]
+    assert work.queued_tokens == 140
 
 
 def test_a_batch_over_the_workers_budget_is_split_and_the_rest_stays_next():
