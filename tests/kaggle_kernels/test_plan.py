@@ -144,6 +144,18 @@ def test_a_model_that_would_have_to_be_loaded_again_keeps_no_seconds_from_the_lo
     assert [[len(share.worth) for share in plan_for(options, probabilities, tokens, s)] for s in (5, 41)] == [[5, 0], [10, 0]]
 
 
+def test_a_row_too_long_for_what_is_left_does_not_keep_shorter_ones_out():
+    option = Option(0, "swapped", 0.1, seconds_per_token=0.01)
+    [share] = plan_for([option], {"short": [0.6, 0.4]}, {"long and unknown": 500, "short": 100}, 2)
+    assert list(share.worth) == ["short"]
+
+
+def test_a_model_is_loaded_once_for_both_of_its_orders():
+    probabilities, tokens = {str(n): [0.5, 0.5] for n in range(10)}, {str(n): 100 for n in range(10)}
+    options = [Option(1, order, 0.1, 0.01, load_seconds=5) for order in ("as_given", "swapped")]
+    assert [len(share.worth) for share in plan_for(options, probabilities, tokens, 25.5)] == [10, 10]
+
+
 def test_the_change_is_measured_on_the_rows_in_both():
     before = {str(n): [0.5, 0.5] for n in range(30)} | {"only before": [0.9, 0.1]}
     after = {str(n): [0.5 + (0.1 if n % 2 else -0.1), 0.5] for n in range(30)}
@@ -210,6 +222,8 @@ def test_a_device_that_is_lost_side_by_side_leaves_its_rows_to_the_other(package
     board = board_of(packages)
     score_all(board)
     assert list(board.devices) == [1]
+    assert board.workers[-1]["device"] == "cpu #1"
+    assert [record["rows"] for record in board.passes if record["scored"]] == [30] * 4
     assert [worker["gone"] for worker in board.workers if worker["deaths"]] == [True]
     for number in (0, 1):
         for row in ROWS:
