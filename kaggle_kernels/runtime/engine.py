@@ -60,10 +60,10 @@ class Pass:
         self.queue.extendleft(reversed(batches))
         self.queued_tokens += sum(map(padded_tokens, batches))
 
-    def put_last(self, batch: list[Request]) -> None:
-        """Put a batch after all others."""
-        self.queue.append(batch)
-        self.queued_tokens += padded_tokens(batch)
+    def put_last(self, batches: Sequence[list[Request]]) -> None:
+        """Put batches after all others, in their order."""
+        self.queue.extend(batches)
+        self.queued_tokens += sum(map(padded_tokens, batches))
 
     def seconds_left(self, workers: Sequence[Worker]) -> float:
         """How long the queue will take on the workers that are alive, from what those have done; 0 where nothing is known."""
@@ -139,13 +139,14 @@ def next_batch(work: Pass, worker: Worker, workers: Sequence[Worker]) -> list[Re
     left = work.deadline - time.monotonic()
     if not work.queue or left <= 0:
         return None
-    whole = work.take(last=work.may_reorder and work.seconds_left(workers) > left)
+    last = work.may_reorder and work.seconds_left(workers) > left
+    whole, put_back = work.take(last), work.put_last if last else work.put_first
     batch, *rest = make_batches(whole, worker.tokens_per_batch)
     ahead = sum(map(padded_tokens, worker.outstanding.values())) + padded_tokens(batch)
     if worker.rate() and ahead / worker.rate() > left:
-        work.put_first([whole])
+        put_back([whole])
         return None
-    work.put_first(rest)
+    put_back(rest)
     return batch
 
 
@@ -157,7 +158,8 @@ def receive(work: Pass, worker: Worker, clock: Clock) -> None:
         return bury(work, worker, f"died (exit code {exit_code(worker)})", clock)
     if kind == "loaded":
         [worker.loaded] = message
-        worker.load_seconds = time.monotonic() - worker.last_event
+        now = time.monotonic()
+        worker.load_seconds, worker.last_event = now - worker.last_event, now
         log(
             clock,
             f"{worker.name}: loaded in {worker.load_seconds:.0f} s in {worker.loaded['dtype']}; "
@@ -195,7 +197,7 @@ def bury(work: Pass, worker: Worker, why: str, clock: Clock) -> None:
         if work.suspected[request.id] >= GIVEN_UP_AFTER:
             told += give_up(work, [request])
         else:
-            work.put_last([request])
+            work.put_last([[request]])
     log(clock, f"{worker.name}: {why}")
     if worker.gone:
         log(clock, f"{worker.name}: gone after {worker.fruitless} deaths without a score in between{told}")

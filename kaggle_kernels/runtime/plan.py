@@ -48,7 +48,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Share:
-    """What an option gets of the clock: its rows with their gain per second, and the seconds for them, loading included."""
+    """What an option gets of the clock: its rows with their gain per second, and the seconds for them, without loading."""
 
     option: Option
     worth: dict[str, float]
@@ -68,10 +68,10 @@ def allocate(
     `unscored` are each option's row ids, `probabilities` what is known of a row (absent: nothing), `tokens` a row's length.
     """
     tried = []
-    for last in sorted({option.package for option in options}):
+    for last in (-1, *sorted({option.package for option in options})):  # -1: only what is loaded
         considered = [option.package <= last or not option.load_seconds for option in options]
         tried.append(allocate_to(considered, options, unscored, probabilities, tokens, seconds, by_log_loss))
-    return max(tried, key=lambda found: found[0])[1] if tried else []
+    return max(tried, key=lambda found: found[0])[1]
 
 
 def allocate_to(

@@ -136,7 +136,7 @@ def score_in_turn(board: Board, numbers: list[int], devices: Mapping[int, str]) 
                 else:
                     run_share(board, share, numbers, workers, encoder)
             except PackageError as error:
-                if number == numbers[0] or not board.hidden_run:
+                if number == 0 or not board.hidden_run:
                     raise
                 log(board.clock, f"{board.packages[number].folder.name}: left out: {error}")
                 numbers.remove(number)
@@ -191,7 +191,8 @@ def next_share(board: Board, numbers: Sequence[int], loaded: int | None, workers
         return None
     share, *later = chosen
     whole = len(share.worth) == len(unscored[shares.index(share)])
-    slack = seconds - sum(each.seconds for each in later)
+    loading = {each.option.package: each.option.load_seconds for each in later if each.option.package != share.option.package}
+    slack = seconds - sum(each.seconds for each in later) - sum(loading.values())
     return Share(share.option, {} if whole else share.worth, slack)
 
 
@@ -228,6 +229,8 @@ def note_plan(board: Board, sentence: str) -> None:
 def run_share(board: Board, share: Share, numbers: Sequence[int], workers: list[Worker], encoder: "Encoder") -> None:
     """One pass: its rows encoded while the workers load or the pass before runs, scored, and noted on the board."""
     number, order = key = share.option.package, share.option.order
+    clock = board.clock
+    deadline = min(time.monotonic() + share.seconds, clock.deadline) if share.seconds else clock.deadline
     tried = board.tried.get(key, set())
     rows = [row for row in board.rows if (row["id"] in share.worth if share.worth else row["id"] not in tried)]
     requests = encoder.requests(number, order, rows)
@@ -236,10 +239,9 @@ def run_share(board: Board, share: Share, numbers: Sequence[int], workers: list[
     for other in board.orders(number):
         if (number, other) not in board.tried and other != order:
             encoder.begin(number, other, rows)
-    deadline = time.monotonic() + share.seconds if share.seconds else board.clock.deadline
     label = f"{board.packages[number].folder.name}, {order}"
     before = board.known(numbers)
-    done = run_pass(make_pass(label, requests, deadline, workers, share.worth or None), workers, board.clock)
+    done = run_pass(make_pass(label, requests, deadline, workers, share.worth or None), workers, clock)
     note_pass(board, key, done, requests, workers)
     if change := measured_change(before, board.known(numbers)):
         board.changes[key] = change
@@ -260,11 +262,16 @@ def note_pass(board: Board, key: tuple[int, str], done: Pass, requests: Sequence
 
 
 class Encoder:
-    """Rows made into requests, what is needed next in a thread of its own while the workers score."""
+    """Rows made into requests, what is needed next in a thread of its own while the workers score.
+
+    A tokenizer is for one thread at a time: model_input switches its control tokens off while it encodes what users wrote,
+    and another thread would then encode the template as plain text.
+    """
 
     def __init__(self, board: Board):
         self.board, self.pool, self.closing = board, ThreadPoolExecutor(1), threading.Event()
         self.ahead: dict[tuple[int, str], Future] = {}
+        self.tokenizers = [threading.Lock() for _ in board.packages]
 
     def begin(self, number: int, order: str, rows: Sequence[Mapping]) -> None:
         """Encode rows that are likely to be asked for."""
@@ -287,16 +294,17 @@ class Encoder:
             if self.closing.is_set():
                 return made
             pairs = make_pairs(package, rows[start : start + ENCODED_AT_ONCE])
-            found = make_requests(package.model_input, package.tokenizer, board.contracts[number], pairs, (order,))
+            with self.tokenizers[number]:
+                found = make_requests(package.model_input, package.tokenizer, board.contracts[number], pairs, (order,))
             made += [replace(request, sequences=tuple(array("i", ids) for ids in request.sequences)) for request in found]
         tokens, seconds = sum(request.tokens for request in made), time.monotonic() - began
         log(board.clock, f"{package.folder.name}, {order}: {len(made)} rows encoded, {tokens} tokens in {seconds:.1f} s")
         return made
 
     def close(self) -> None:
-        """Stop as soon as may be."""
+        """Stop, after the rows that are being encoded: ENCODED_AT_ONCE at most."""
         self.closing.set()
-        self.pool.shutdown(wait=False, cancel_futures=True)
+        self.pool.shutdown(cancel_futures=True)
 
 
 def make_pairs(package: Package, rows: Iterable[Mapping]) -> list:

@@ -33,6 +33,8 @@ from kaggle_kernels.runtime.scoring import score, score_batch
 
 GOLDEN_TOLERANCE = 0.05  # float16 and 4-bit kernels differ between devices by up to 0.02; a wrong head by far more
 
+MEMORY_WORDS = ("CUDA error: out of memory", "_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory")
+
 
 @dataclass(frozen=True)
 class Assignment:
@@ -120,10 +122,9 @@ def serve(connection, score_requests, at_once: int, memory) -> None:
             number, requests = message
             try:
                 answer = ("scored", number, score_requests(requests), memory())
-            except torch.OutOfMemoryError:
-                answer = ("out of memory", number)
-            except Exception:
-                answer = ("failed", traceback.format_exc())
+            except Exception as error:
+                is_too_large = lacks_memory(error, len(requests))
+                answer = ("out of memory", number) if is_too_large else ("failed", traceback.format_exc())
             if answer[0] == "out of memory":
                 free_memory()
             with lock:
@@ -138,6 +139,15 @@ def serve(connection, score_requests, at_once: int, memory) -> None:
             inbox.put(connection.recv())
     for _ in range(at_once):
         inbox.put(None)
+
+
+def lacks_memory(error: Exception, rows: int) -> bool:
+    """Whether a batch of so many rows was too large: PyTorch says so of its own memory, CUDA's libraries only in words.
+
+    By those words a row that is alone is no batch to be cut; only a new process may help it.
+    """
+    said = any(words in str(error) for words in MEMORY_WORDS) or isinstance(error, MemoryError)
+    return isinstance(error, torch.OutOfMemoryError) or (said and rows > 1)
 
 
 def tell(connection, *message) -> None:

@@ -6,12 +6,14 @@ from collections import deque
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from kaggle_kernels.runtime import engine
+from kaggle_kernels.runtime import worker as runtime_worker
 from kaggle_kernels.runtime.crew import RECOVERY_BATCHES, Worker
 from kaggle_kernels.runtime.engine import Pass, make_pass, next_batch, pass_record, run_pass
 from kaggle_kernels.runtime.package import PackageError
-from kaggle_kernels.runtime.scoring import Request
+from kaggle_kernels.runtime.scoring import Request, padded_tokens
 from kaggle_kernels.runtime.settings import Clock, start_clock
 from tests.kaggle_kernels.workers import Device, ThreadProcess, answer, start_in_thread
 
@@ -150,6 +152,15 @@ def test_a_worker_that_says_nothing_is_killed_and_started_again(monkeypatch):
     assert device.starts == 2
 
 
+def test_a_worker_that_loads_for_longer_than_a_batch_may_take_is_let_to_work(monkeypatch):
+    monkeypatch.setattr(engine, "QUIET_SECONDS", 0.3)
+    device = Device()
+    device.loads = lambda start: time.sleep(0.6) is None
+    worker = device.worker()
+    assert run([worker]).scores == EXPECTED
+    assert (device.starts, worker.deaths) == (1, 0)
+
+
 def test_a_worker_that_hangs_into_the_reserve_is_killed_and_its_rows_are_left():
     device = Device(seconds_per_batch=0.01)
     device.hangs_at = holds(LONGEST.id)
@@ -224,6 +235,18 @@ def test_a_short_clock_takes_the_shortest_batch_that_fits():
     assert [batch[0].id for batch in work.queue] == ["0", "1"]
 
 
+def test_what_a_short_clock_takes_from_the_end_goes_back_there():
+    worker = worker_of_rate(10, tokens_per_batch=20)
+    work = queue_of([90, 40], time.monotonic() + 5, may_reorder=True)
+    work.put_last([[Request(name, "as_given", ([5] * 10,)) for name in "abc"]])
+    assert [request.id for request in next_batch(work, worker, [worker])] == ["a", "b"]
+    assert [batch[0].id for batch in work.queue] == ["0", "1", "c"]
+    worker.outstanding[1] = [Request("before", "as_given", ([5] * 45,))]
+    assert next_batch(work, worker, [worker]) is None
+    assert [batch[0].id for batch in work.queue] == ["0", "1", "c"]
+    assert work.queued_tokens == 140
+
+
 def test_a_batch_over_the_workers_budget_is_split_and_the_rest_stays_next():
     worker = Worker("cpu", None, 20, None)
     five = [Request(str(number), "as_given", ([5] * 10,)) for number in range(5)]
@@ -245,6 +268,93 @@ def test_the_record_of_a_pass():
         "computed_tokens": 60,
         "padding": 0.1667,
     }
+
+
+@pytest.mark.parametrize("seconds_left, starts", [(5, 1), (15, 2)])
+def test_a_worker_that_died_is_started_again_where_the_clock_has_time_to_load_it(seconds_left, starts):
+    device = Device()
+    worker = device.worker()
+    worker.load_seconds = 10.0
+    work = make_pass("test", REQUESTS, time.monotonic() + seconds_left, [worker])
+    engine.bury(work, worker, "died", start_clock(FAR))
+    started = worker.process is not None
+    worker.stop()
+    assert started == (starts == 2)
+
+
+def test_a_worker_is_not_started_after_the_deadline():
+    worker = Worker("cpu", None, 500, lambda task: pytest.fail("it was started"), most_tokens=500)
+    assert run([worker], seconds=-1).scores == {}
+
+
+def test_only_deaths_without_a_score_in_between_and_over_more_than_one_row_count_against_a_device():
+    worker = Worker("cpu", None, 1000, lambda task: None, most_tokens=1000)
+    worker.connection = SimpleNamespace(send=lambda message: None)
+    for _ in range(5):
+        worker.send(REQUESTS[:1])
+        worker.note_death()
+    assert (worker.fruitless, worker.gone) == (0, False)
+    for _ in range(2):
+        worker.send(REQUESTS[:2])
+        worker.note_death()
+    assert (worker.fruitless, worker.gone) == (2, False)
+    worker.send(REQUESTS[:2])
+    worker.note_scored(worker.numbers, [1])
+    assert worker.fruitless == 0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+        MemoryError(),
+    ],
+)
+def test_memory_that_runs_out_in_any_library_halves_the_budget_and_no_worker_dies(error):
+    device, real = Device(), Device.score
+
+    def score(requests, connection):
+        if len(requests) > 1:
+            raise error
+        return real(device, requests, connection)
+
+    device.score = score
+    worker = device.worker(300)
+    requests = [Request(str(number), "as_given", ([5] * 100,)) for number in range(3)]
+    work = run([worker], requests=requests)
+    assert len(work.scores) == 3
+    assert (worker.deaths, worker.tokens_per_batch, work.out_of_memory) == (0, 150, 1)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_whatever_fails_the_pass_ends_in_time_and_each_row_is_scored_left_or_given_up(seed, monkeypatch):
+    monkeypatch.setattr(runtime_worker, "free_memory", lambda: None)
+    dice = random.Random(seed)
+    killers = {f"row{dice.randrange(60)}" for _ in range(dice.choice([0, 0, 1, 2]))}
+
+    def device(seed):
+        own = random.Random(seed)
+        made = Device(own.choice([90, 300, 10**9]), own.choice([0, 0.005, 0.03]), own.choice([0, 1e-5, 1e-4]))
+        dies, fails, loads = own.choice([0, 0.02, 0.2, 1]), own.choice([0, 0, 0.05]), own.choice([1, 1, 0.7, 0])
+        made.dies_at = lambda requests: any(request.id in killers for request in requests) or own.random() < dies
+        made.fails_at = lambda requests: own.random() < fails
+        made.loads = lambda start: own.random() < loads
+        return made
+
+    devices = [device(dice.random()) for _ in range(dice.choice([1, 2, 2, 3]))]
+    workers = [one.worker(dice.choice([100, 500, 2000])) for one in devices]
+    seconds = dice.choice([0.1, 0.3, 0.6])
+    worth = {request.id: dice.random() for request in REQUESTS} if dice.random() < 0.4 else None
+    began = time.monotonic()
+    work = run(workers, seconds, clock=Clock(began, began + seconds, 0.6), worth=worth)
+    assert time.monotonic() - began < seconds + 5
+    assert work.scores == {row_id: EXPECTED[row_id] for row_id in work.scores}
+    left = [request.id for batch in work.queue for request in batch]
+    assert sorted([*work.scores, *left, *work.given_up]) == sorted(EXPECTED)
+    assert work.queued_tokens == sum(map(padded_tokens, work.queue))
 
 
 def test_stopping_a_worker_closes_its_pipe():

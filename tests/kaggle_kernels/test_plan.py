@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from kaggle_kernels.runtime.package import PackageError, read_package
 from kaggle_kernels.runtime.plan import (
     Job,
     Option,
+    Share,
     allocate,
     expected_gain,
     job_of,
@@ -136,6 +138,24 @@ def test_a_further_model_is_loaded_where_it_is_worth_its_loading():
     assert [[len(share.worth) for share in plan] for plan in plans] == [[5, 0], [0, 4], [1, 10], [10, 10]]
 
 
+def test_a_model_that_would_have_to_be_loaded_again_keeps_no_seconds_from_the_loaded_one():
+    probabilities, tokens = {str(n): [0.5, 0.5] for n in range(10)}, {str(n): 100 for n in range(10)}
+    options = [Option(1, "swapped", 0.02, 0.01), Option(0, "swapped", 0.02, 0.01, load_seconds=40)]
+    assert [[len(share.worth) for share in plan_for(options, probabilities, tokens, s)] for s in (5, 41)] == [[5, 0], [10, 0]]
+
+
+def test_a_row_too_long_for_what_is_left_does_not_keep_shorter_ones_out():
+    option = Option(0, "swapped", 0.1, seconds_per_token=0.01)
+    [share] = plan_for([option], {"short": [0.6, 0.4]}, {"long and unknown": 500, "short": 100}, 2)
+    assert list(share.worth) == ["short"]
+
+
+def test_a_model_is_loaded_once_for_both_of_its_orders():
+    probabilities, tokens = {str(n): [0.5, 0.5] for n in range(10)}, {str(n): 100 for n in range(10)}
+    options = [Option(1, order, 0.1, 0.01, load_seconds=5) for order in ("as_given", "swapped")]
+    assert [len(share.worth) for share in plan_for(options, probabilities, tokens, 25.5)] == [10, 10]
+
+
 def test_the_change_is_measured_on_the_rows_in_both():
     before = {str(n): [0.5, 0.5] for n in range(30)} | {"only before": [0.9, 0.1]}
     after = {str(n): [0.5 + (0.1 if n % 2 else -0.1), 0.5] for n in range(30)}
@@ -202,6 +222,8 @@ def test_a_device_that_is_lost_side_by_side_leaves_its_rows_to_the_other(package
     board = board_of(packages)
     score_all(board)
     assert list(board.devices) == [1]
+    assert board.workers[-1]["device"] == "cpu #1"
+    assert [record["rows"] for record in board.passes if record["scored"]] == [30] * 4
     assert [worker["gone"] for worker in board.workers if worker["deaths"]] == [True]
     for number in (0, 1):
         for row in ROWS:
@@ -230,7 +252,11 @@ def test_a_short_clock_gives_the_second_order_to_the_least_certain_rows(packages
     assert f"plan: {board.plans[0]}\n" in capsys.readouterr().out
 
 
-def test_a_further_model_that_is_refused_is_left_out_of_the_hidden_run_and_raises_in_the_visible_one(packages, monkeypatch):
+@pytest.mark.parametrize("side_by_side", [False, True])
+def test_a_further_model_that_is_refused_is_left_out_of_the_hidden_run_and_raises_in_the_visible_one(
+    packages, monkeypatch, side_by_side
+):
+    monkeypatch.setattr(schedule, "make_plan", lambda *_: SimpleNamespace(side_by_side=side_by_side, why="as told"))
     real = crew.start_process
 
     def start(task):
@@ -239,12 +265,12 @@ def test_a_further_model_that_is_refused_is_left_out_of_the_hidden_run_and_raise
         return real(task)
 
     monkeypatch.setattr(crew, "start_process", start)
-    board = board_of(packages, ["cpu"], hidden_run=True)
+    board = board_of(packages, hidden_run=True)
     score_all(board)
     assert all(len(by_order) == 2 for by_order in board.scores[0].values())
     assert not any(board.scores[1].values())
     with pytest.raises(PackageError, match="golden row 7"):
-        score_all(board_of(packages, ["cpu"]))
+        score_all(board_of(packages))
 
 
 def test_the_first_model_that_is_refused_raises_always(packages, monkeypatch):
@@ -252,6 +278,51 @@ def test_the_first_model_that_is_refused_raises_always(packages, monkeypatch):
     monkeypatch.setattr(crew, "start_process", refuse)
     with pytest.raises(PackageError, match="golden row 7"):
         score_all(board_of(packages, ["cpu"], hidden_run=True))
+
+
+def test_rows_that_take_long_to_encode_do_not_move_the_deadline(packages, monkeypatch):
+    board, deadlines, real = board_of(packages[:1], packages=SETTINGS.packages[:1]), [], schedule.run_pass
+    encode = schedule.Encoder.requests
+    monkeypatch.setattr(schedule.Encoder, "requests", lambda *arguments: time.sleep(0.2) or encode(*arguments))
+    monkeypatch.setattr(schedule, "run_pass", lambda work, *others: deadlines.append(work.deadline) or real(work, *others))
+    score_all(board)
+    assert len(deadlines) == 2
+    assert max(deadlines) <= board.clock.deadline
+
+
+def test_a_pass_may_last_until_what_is_planned_after_it_must_begin_to_load(packages, monkeypatch):
+    board = board_of(packages)
+    board.tried[0, "as_given"] = {row["id"] for row in ROWS}
+    planned = [
+        Share(Option(0, "swapped", 0.1, 0.01), {ROWS[0]["id"]: 1.0}, 100.0),
+        Share(Option(1, "as_given", 0.1, 0.01, load_seconds=40.0), {ROWS[0]["id"]: 1.0}, 20.0),
+        Share(Option(1, "swapped", 0.1, 0.01, load_seconds=40.0), {ROWS[0]["id"]: 1.0}, 30.0),
+    ]
+    monkeypatch.setattr(schedule, "allocate", lambda *_: planned)
+    share = schedule.next_share(board, [0, 1], 0, [])
+    assert (share.option, share.worth) == (planned[0].option, planned[0].worth)
+    assert share.seconds == pytest.approx(570 - 40 - 20 - 30, abs=1)
+
+
+def test_a_tokenizer_is_used_by_one_thread_at_a_time_and_by_none_once_the_encoder_is_closed(packages, monkeypatch):
+    board, real, inside, most = board_of(packages), schedule.make_requests, [], []
+
+    def slow(*arguments):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.1)
+        made = real(*arguments)
+        inside.pop()
+        return made
+
+    monkeypatch.setattr(schedule, "make_requests", slow)
+    encoder = schedule.Encoder(board)
+    encoder.begin(0, "swapped", ROWS)
+    assert [request.order for request in encoder.requests(0, "as_given", ROWS)] == ["as_given"] * 30
+    assert most == [1, 1]
+    encoder.begin(1, "swapped", ROWS)
+    encoder.close()
+    assert inside == []
 
 
 def test_a_kernel_with_two_models_writes_one_submission(packages, tmp_path, monkeypatch):

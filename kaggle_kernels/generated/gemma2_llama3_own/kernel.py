@@ -902,7 +902,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Share:
-    """What an option gets of the clock: its rows with their gain per second, and the seconds for them, loading included."""
+    """What an option gets of the clock: its rows with their gain per second, and the seconds for them, without loading."""
 
     option: Option
     worth: dict[str, float]
@@ -922,10 +922,10 @@ def allocate(
     `unscored` are each option's row ids, `probabilities` what is known of a row (absent: nothing), `tokens` a row's length.
     """
     tried = []
-    for last in sorted({option.package for option in options}):
+    for last in (-1, *sorted({option.package for option in options})):  # -1: only what is loaded
         considered = [option.package <= last or not option.load_seconds for option in options]
         tried.append(allocate_to(considered, options, unscored, probabilities, tokens, seconds, by_log_loss))
-    return max(tried, key=lambda found: found[0])[1] if tried else []
+    return max(tried, key=lambda found: found[0])[1]
 
 
 def allocate_to(
@@ -1915,6 +1915,8 @@ def in_hours(seconds: float) -> str:
 
 GOLDEN_TOLERANCE = 0.05  # float16 and 4-bit kernels differ between devices by up to 0.02; a wrong head by far more
 
+MEMORY_WORDS = ("CUDA error: out of memory", "_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory")
+
 
 @dataclass(frozen=True)
 class Assignment:
@@ -2002,10 +2004,9 @@ def serve(connection, score_requests, at_once: int, memory) -> None:
             number, requests = message
             try:
                 answer = ("scored", number, score_requests(requests), memory())
-            except torch.OutOfMemoryError:
-                answer = ("out of memory", number)
-            except Exception:
-                answer = ("failed", traceback.format_exc())
+            except Exception as error:
+                is_too_large = lacks_memory(error, len(requests))
+                answer = ("out of memory", number) if is_too_large else ("failed", traceback.format_exc())
             if answer[0] == "out of memory":
                 free_memory()
             with lock:
@@ -2020,6 +2021,15 @@ def serve(connection, score_requests, at_once: int, memory) -> None:
             inbox.put(connection.recv())
     for _ in range(at_once):
         inbox.put(None)
+
+
+def lacks_memory(error: Exception, rows: int) -> bool:
+    """Whether a batch of so many rows was too large: PyTorch says so of its own memory, CUDA's libraries only in words.
+
+    By those words a row that is alone is no batch to be cut; only a new process may help it.
+    """
+    said = any(words in str(error) for words in MEMORY_WORDS) or isinstance(error, MemoryError)
+    return isinstance(error, torch.OutOfMemoryError) or (said and rows > 1)
 
 
 def tell(connection, *message) -> None:
@@ -2236,10 +2246,10 @@ class Pass:
         self.queue.extendleft(reversed(batches))
         self.queued_tokens += sum(map(padded_tokens, batches))
 
-    def put_last(self, batch: list[Request]) -> None:
-        """Put a batch after all others."""
-        self.queue.append(batch)
-        self.queued_tokens += padded_tokens(batch)
+    def put_last(self, batches: Sequence[list[Request]]) -> None:
+        """Put batches after all others, in their order."""
+        self.queue.extend(batches)
+        self.queued_tokens += sum(map(padded_tokens, batches))
 
     def seconds_left(self, workers: Sequence[Worker]) -> float:
         """How long the queue will take on the workers that are alive, from what those have done; 0 where nothing is known."""
@@ -2315,13 +2325,14 @@ def next_batch(work: Pass, worker: Worker, workers: Sequence[Worker]) -> list[Re
     left = work.deadline - time.monotonic()
     if not work.queue or left <= 0:
         return None
-    whole = work.take(last=work.may_reorder and work.seconds_left(workers) > left)
+    last = work.may_reorder and work.seconds_left(workers) > left
+    whole, put_back = work.take(last), work.put_last if last else work.put_first
     batch, *rest = make_batches(whole, worker.tokens_per_batch)
     ahead = sum(map(padded_tokens, worker.outstanding.values())) + padded_tokens(batch)
     if worker.rate() and ahead / worker.rate() > left:
-        work.put_first([whole])
+        put_back([whole])
         return None
-    work.put_first(rest)
+    put_back(rest)
     return batch
 
 
@@ -2333,7 +2344,8 @@ def receive(work: Pass, worker: Worker, clock: Clock) -> None:
         return bury(work, worker, f"died (exit code {exit_code(worker)})", clock)
     if kind == "loaded":
         [worker.loaded] = message
-        worker.load_seconds = time.monotonic() - worker.last_event
+        now = time.monotonic()
+        worker.load_seconds, worker.last_event = now - worker.last_event, now
         log(
             clock,
             f"{worker.name}: loaded in {worker.load_seconds:.0f} s in {worker.loaded['dtype']}; "
@@ -2371,7 +2383,7 @@ def bury(work: Pass, worker: Worker, why: str, clock: Clock) -> None:
         if work.suspected[request.id] >= GIVEN_UP_AFTER:
             told += give_up(work, [request])
         else:
-            work.put_last([request])
+            work.put_last([[request]])
     log(clock, f"{worker.name}: {why}")
     if worker.gone:
         log(clock, f"{worker.name}: gone after {worker.fruitless} deaths without a score in between{told}")
@@ -2577,7 +2589,7 @@ def score_in_turn(board: Board, numbers: list[int], devices: Mapping[int, str]) 
                 else:
                     run_share(board, share, numbers, workers, encoder)
             except PackageError as error:
-                if number == numbers[0] or not board.hidden_run:
+                if number == 0 or not board.hidden_run:
                     raise
                 log(board.clock, f"{board.packages[number].folder.name}: left out: {error}")
                 numbers.remove(number)
@@ -2632,7 +2644,8 @@ def next_share(board: Board, numbers: Sequence[int], loaded: int | None, workers
         return None
     share, *later = chosen
     whole = len(share.worth) == len(unscored[shares.index(share)])
-    slack = seconds - sum(each.seconds for each in later)
+    loading = {each.option.package: each.option.load_seconds for each in later if each.option.package != share.option.package}
+    slack = seconds - sum(each.seconds for each in later) - sum(loading.values())
     return Share(share.option, {} if whole else share.worth, slack)
 
 
@@ -2669,6 +2682,8 @@ def note_plan(board: Board, sentence: str) -> None:
 def run_share(board: Board, share: Share, numbers: Sequence[int], workers: list[Worker], encoder: "Encoder") -> None:
     """One pass: its rows encoded while the workers load or the pass before runs, scored, and noted on the board."""
     number, order = key = share.option.package, share.option.order
+    clock = board.clock
+    deadline = min(time.monotonic() + share.seconds, clock.deadline) if share.seconds else clock.deadline
     tried = board.tried.get(key, set())
     rows = [row for row in board.rows if (row["id"] in share.worth if share.worth else row["id"] not in tried)]
     requests = encoder.requests(number, order, rows)
@@ -2677,10 +2692,9 @@ def run_share(board: Board, share: Share, numbers: Sequence[int], workers: list[
     for other in board.orders(number):
         if (number, other) not in board.tried and other != order:
             encoder.begin(number, other, rows)
-    deadline = time.monotonic() + share.seconds if share.seconds else board.clock.deadline
     label = f"{board.packages[number].folder.name}, {order}"
     before = board.known(numbers)
-    done = run_pass(make_pass(label, requests, deadline, workers, share.worth or None), workers, board.clock)
+    done = run_pass(make_pass(label, requests, deadline, workers, share.worth or None), workers, clock)
     note_pass(board, key, done, requests, workers)
     if change := measured_change(before, board.known(numbers)):
         board.changes[key] = change
@@ -2701,11 +2715,16 @@ def note_pass(board: Board, key: tuple[int, str], done: Pass, requests: Sequence
 
 
 class Encoder:
-    """Rows made into requests, what is needed next in a thread of its own while the workers score."""
+    """Rows made into requests, what is needed next in a thread of its own while the workers score.
+
+    A tokenizer is for one thread at a time: model_input switches its control tokens off while it encodes what users wrote,
+    and another thread would then encode the template as plain text.
+    """
 
     def __init__(self, board: Board):
         self.board, self.pool, self.closing = board, ThreadPoolExecutor(1), threading.Event()
         self.ahead: dict[tuple[int, str], Future] = {}
+        self.tokenizers = [threading.Lock() for _ in board.packages]
 
     def begin(self, number: int, order: str, rows: Sequence[Mapping]) -> None:
         """Encode rows that are likely to be asked for."""
@@ -2728,16 +2747,17 @@ class Encoder:
             if self.closing.is_set():
                 return made
             pairs = make_pairs(package, rows[start : start + ENCODED_AT_ONCE])
-            found = make_requests(package.model_input, package.tokenizer, board.contracts[number], pairs, (order,))
+            with self.tokenizers[number]:
+                found = make_requests(package.model_input, package.tokenizer, board.contracts[number], pairs, (order,))
             made += [replace(request, sequences=tuple(array("i", ids) for ids in request.sequences)) for request in found]
         tokens, seconds = sum(request.tokens for request in made), time.monotonic() - began
         log(board.clock, f"{package.folder.name}, {order}: {len(made)} rows encoded, {tokens} tokens in {seconds:.1f} s")
         return made
 
     def close(self) -> None:
-        """Stop as soon as may be."""
+        """Stop, after the rows that are being encoded: ENCODED_AT_ONCE at most."""
         self.closing.set()
-        self.pool.shutdown(wait=False, cancel_futures=True)
+        self.pool.shutdown(cancel_futures=True)
 
 
 def make_pairs(package: Package, rows: Iterable[Mapping]) -> list:
