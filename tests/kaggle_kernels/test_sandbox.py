@@ -78,6 +78,12 @@ def test_the_kernel_is_told_of_so_many_cpu_workers_or_of_nothing(root, capsys, d
     assert capsys.readouterr().out == f"{told}\n"
 
 
+@pytest.mark.parametrize("is_hidden, told", [(False, "None"), (True, "1")])
+def test_the_kernel_is_told_that_this_is_the_hidden_run(root, capsys, is_hidden, told):
+    run(root, "import os; print(os.environ.get('KAGGLE_IS_COMPETITION_RERUN'))", is_hidden=is_hidden)
+    assert capsys.readouterr().out == f"{told}\n"
+
+
 def test_a_kernel_that_fails_is_an_error_with_its_last_line(root):
     with pytest.raises(UserError) as raised:
         run(root, "raise ValueError('no rows')")
@@ -87,9 +93,9 @@ def test_a_kernel_that_fails_is_an_error_with_its_last_line(root):
 def test_a_kernel_that_is_over_its_clock_is_ended_with_all_its_processes(root, capfd):
     kernel = (
         "import os, subprocess, sys, time\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(30)'])\n"
         "print(os.getpid(), child.pid, flush=True)\n"
-        "time.sleep(600)\n"
+        "time.sleep(30)\n"
     )
     with pytest.raises(UserError) as raised:
         run(root, kernel, clock_seconds=2)
@@ -105,7 +111,7 @@ def test_what_a_kernel_leaves_behind_is_ended(root, capfd, monkeypatch):
     monkeypatch.setattr("kaggle_kernels.sandbox.GRACE_SECONDS", 0.1)
     kernel = (
         "import subprocess, sys\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(30)'])\n"
         "print(child.pid)\n"
     )
     run(root, kernel)
@@ -121,7 +127,7 @@ def test_an_interrupted_rehearsal_leaves_no_kernel_behind(root, monkeypatch):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(root, "import os, time; print(os.getpid(), flush=True); time.sleep(600)")
+        run(root, "import os, time; print(os.getpid(), flush=True); time.sleep(30)")
     assert [lives(pid) for pid in pids] == [False]
 
 
