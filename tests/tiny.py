@@ -7,6 +7,7 @@ competition's layout, and gemma2/, a tiny Gemma-2 with a tokenizer of its own. N
 import json
 import random
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import polars as pl
@@ -98,8 +99,8 @@ CONTROL_TOKENS = {
 }
 
 
-def bpe_tokenizer(folder: Path, kind: str = "gemma2", vocabulary_size: int = 1024) -> None:
-    """A byte-level BPE tokenizer trained on the demo's words, saved as a transformers folder.
+def bpe_tokenizer(folder: Path, kind: str = "gemma2", vocabulary_size: int = 1024, texts: Iterable[str] | None = None) -> None:
+    """A byte-level BPE tokenizer trained on `texts`, or on the demo's words, saved as a transformers folder.
 
     It has Gemma's control tokens, and those of another family for a model of that `kind`.
     """
@@ -115,7 +116,7 @@ def bpe_tokenizer(folder: Path, kind: str = "gemma2", vocabulary_size: int = 102
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary_size, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator(_corpus(), trainer)
+    tokenizer.train_from_iterator(_corpus() if texts is None else texts, trainer)
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",

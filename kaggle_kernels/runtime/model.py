@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from kaggle_kernels.runtime.gptq import unpacking
 from kaggle_kernels.runtime.package import PackageError
+from kaggle_kernels.runtime.shortcuts import SDPA, take_shortcuts
 
 CLASSES = {
     "score": AutoModelForSequenceClassification,
@@ -46,7 +47,7 @@ def load_model(
         folder,
         config=config,
         dtype=dtype,
-        attn_implementation="eager" if contract.softcap else "sdpa",
+        attn_implementation="eager" if contract.softcap else SDPA,
         use_safetensors=True,
         local_files_only=True,
         output_loading_info=True,
@@ -59,6 +60,7 @@ def load_model(
         missing -= found
     if missing:
         raise PackageError(f"{folder}: weights are missing: {', '.join(sorted(missing)[:5])}")
+    take_shortcuts(model)
     return model.eval()
 
 

@@ -1,5 +1,6 @@
 """Pairs in, probabilities out, the same whatever else is in the batch; everything is joined by id, never by position."""
 
+import contextlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -7,7 +8,10 @@ from types import ModuleType
 
 import torch
 
+from kaggle_kernels.runtime.shortcuts import reading
+
 ORDERS = ("as_given", "swapped")
+SPARE_TOKENS = 128  # about what a forward pass costs beside its tokens, of 4-bit weights that are unpacked each time
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,22 @@ def orders_of(contract, orders: Iterable[str]) -> tuple[str, ...]:
 
 
 def padded_tokens(batch: Sequence[Request]) -> int:
-    """Tokens of a batch, padding included."""
-    return max(request.length for request in batch) * sum(len(request.sequences) for request in batch)
+    """Tokens that are computed for a batch, padding included."""
+    lengths = [len(ids) for request in batch for ids in request.sequences]
+    return sum(lengths[group[0]] * len(group) for group in alike(lengths))
+
+
+def alike(lengths: Sequence[int]) -> list[list[int]]:
+    """The lengths' places in groups, longest first, each to be one forward pass with at most SPARE_TOKENS of padding."""
+    groups: list[list[int]] = []
+    padding = 0
+    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
+        padding += lengths[groups[-1][0]] - lengths[place] if groups else 0
+        if not groups or padding > SPARE_TOKENS:
+            groups.append([])
+            padding = 0
+        groups[-1].append(place)
+    return groups
 
 
 def make_requests(model_input: ModuleType, tokenizer, contract, pairs: Sequence, orders: Iterable[str]) -> list[Request]:
@@ -65,15 +83,16 @@ def make_batches(requests: Iterable[Request], tokens_per_batch: int) -> list[lis
 
 @torch.inference_mode()
 def score_batch(
-    model: torch.nn.Module, model_input: ModuleType, contract, batch: list[Request], device: str
+    model: torch.nn.Module, model_input: ModuleType, contract, batch: list[Request], device: str, passing=contextlib.nullcontext
 ) -> list[list[float]]:
     """Probabilities of a batch, one list a request in the order of contract.verdicts, swapped ones swapped back.
 
-    The softmax is in float32. Where the model overflowed, the probabilities are NaN.
+    The softmax is in float32. Where the model overflowed, the probabilities are NaN. Each forward pass is made in the context
+    `passing()`.
     """
-    logits_bv = verdict_logits(model, contract, [ids for request in batch for ids in request.sequences], device)
+    logits_bv = verdict_logits(model, contract, [ids for request in batch for ids in request.sequences], device, passing)
     if contract.logit_bias:
-        logits_bv = logits_bv + torch.tensor(contract.logit_bias, device=logits_bv.device)
+        logits_bv = logits_bv + torch.tensor(contract.logit_bias)
     probabilities_bv = logits_bv.softmax(-1).tolist()
     return [
         model_input.swap_probabilities(values, contract.verdicts) if request.order == "swapped" else values
@@ -81,28 +100,54 @@ def score_batch(
     ]
 
 
-def verdict_logits(model: torch.nn.Module, contract, sequences: list[list[int]], device: str) -> torch.Tensor:
+def verdict_logits(
+    model: torch.nn.Module, contract, sequences: Sequence[list[int]], device: str, passing=contextlib.nullcontext
+) -> torch.Tensor:
     """The verdicts' logits, float32 of shape (requests, verdicts), of one sequence a request, for the reward head of two.
 
-    A classifier finds the last token that is not padding by itself, so its rows are padded on the right. A causal LM is
-    padded on the left: the answer then stands at the last place of every row, and only there are logits computed.
+    Sequences of like length go through the model together: a pair's two responses, which are not, each with others.
     """
-    longest = max(map(len, sequences))
-    left = contract.head == "label_tokens"
-    ids_bt = torch.full((len(sequences), longest), contract.pad_token_id, dtype=torch.long)
-    mask_bt = torch.zeros((len(sequences), longest), dtype=torch.long)
-    for row, ids in enumerate(sequences):
-        place = slice(longest - len(ids), longest) if left else slice(len(ids))
-        ids_bt[row, place] = torch.tensor(ids)
-        mask_bt[row, place] = 1
-    inputs = {"input_ids": ids_bt.to(device), "attention_mask": mask_bt.to(device)}
-    if not left:
-        logits = model(**inputs).logits.float()
-        if contract.head == "score":
-            return logits
-        return logits.view(-1, 2)[:, [("model_a", "model_b").index(verdict) for verdict in contract.verdicts]]
-    inputs["position_ids"] = (mask_bt.cumsum(-1) - 1).clamp(min=0).to(device)
-    return model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1, list(contract.label_token_ids)].float()
+    rows = [torch.empty(0)] * len(sequences)
+    for group in alike(list(map(len, sequences))):
+        with passing():
+            outputs_go = head_outputs(model, contract, [sequences[place] for place in group], device).float().cpu()
+        for place, row in zip(group, outputs_go, strict=True):
+            rows[place] = row
+    logits = torch.stack(rows)
+    if contract.head != "reward":
+        return logits
+    return logits.view(-1, 2)[:, [("model_a", "model_b").index(verdict) for verdict in contract.verdicts]]
+
+
+def head_outputs(model: torch.nn.Module, contract, sequences: Sequence[list[int]], device: str) -> torch.Tensor:
+    """What the head says of each sequence, (sequences, outputs), in one forward pass.
+
+    A classifier finds the last token that is not padding by itself, so its rows are padded on the right, and what a decoder
+    reads there never sees the padding: it needs no mask. A causal LM is padded on the left: the answer then stands at the
+    last place of every row, and only there are logits computed.
+    """
+    lengths_g1 = torch.tensor([[len(ids)] for ids in sequences])
+    longest, left, causal = int(lengths_g1.max()), contract.head == "label_tokens", getattr(model, "causal", False)
+    places_t = torch.arange(longest)
+    mask_gt = places_t >= longest - lengths_g1 if left else places_t < lengths_g1
+    ids_gt = torch.full(mask_gt.shape, contract.pad_token_id)
+    ids_gt[mask_gt] = torch.tensor([token for ids in sequences for token in ids])
+    inputs = {"input_ids": ids_gt.to(device)}
+    if (left or not causal) and not mask_gt.all():
+        inputs["attention_mask"] = mask_gt.long().to(device)
+    if left:
+        inputs["position_ids"] = (mask_gt.cumsum(-1) - 1).clamp(min=0).to(device)
+        inputs |= {"logits_to_keep": 1, "use_cache": False}
+    with reading(torch.tensor([read_place(ids, longest, contract, causal) for ids in sequences], device=device)):
+        logits = model(**inputs).logits
+    return logits[:, -1, list(contract.label_token_ids)] if left else logits
+
+
+def read_place(ids: Sequence[int], longest: int, contract, causal: bool) -> int:
+    """Where the head reads a row of `longest` tokens: the last one that is not padding, an encoder's the first."""
+    if contract.head == "label_tokens":
+        return longest - 1
+    return max((place for place, token in enumerate(ids) if token != contract.pad_token_id), default=0) if causal else 0
 
 
 def score(

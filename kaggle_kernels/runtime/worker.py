@@ -68,8 +68,8 @@ def work(connection, task: Assignment) -> None:
     tell(connection, "loaded", {"dtype": str(model.dtype), "batches_at_once": at_once, "worst": worst})
 
     def score_requests(requests):
-        with stages.batch() if stages else contextlib.nullcontext():
-            return score_batch(model, package.model_input, package.contract, requests, task.devices[0])
+        passing = stages.batch if stages else contextlib.nullcontext
+        return score_batch(model, package.model_input, package.contract, requests, task.devices[0], passing)
 
     serve(connection, score_requests, at_once, lambda: memory_bytes(task.devices))
 

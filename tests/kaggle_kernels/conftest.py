@@ -1,11 +1,14 @@
 """Fixtures of the kernels' tests: tiny packages, and copies of them to spoil."""
 
 import shutil
+import threading
 
 import pytest
 
+from kaggle_kernels.runtime import crew, worker
 from tests import tiny
 from tests.kaggle_kernels.packages import WSDM, make_package, write_recipe, write_spec
+from tests.kaggle_kernels.workers import start_in_thread
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +38,27 @@ def workplace(tmp_path, monkeypatch, package_folder):
     write_recipe(tmp_path, "two", "tiny-two")
     tiny.pairs(30, seed=4).sample(fraction=1, shuffle=True, seed=1).write_parquet(tmp_path / "test.parquet")
     return write_spec(tmp_path, WSDM)
+
+
+@pytest.fixture
+def workers_in_threads(monkeypatch):
+    """Kernels that run in this process have threads in place of worker processes: the same work without their start.
+
+    They load one after the other, since loading changes PyTorch's defaults for every thread, and none outlives its test.
+    """
+    load_on, loading, started = worker.load_on, threading.Lock(), []
+
+    def load_alone(*arguments):
+        with loading:
+            return load_on(*arguments)
+
+    def start(task):
+        process, connection = start_in_thread(task)
+        started.append(process.thread)
+        return process, connection
+
+    monkeypatch.setattr(worker, "load_on", load_alone)
+    monkeypatch.setattr(crew, "start_process", start)
+    yield
+    for thread in started:
+        thread.join(60)

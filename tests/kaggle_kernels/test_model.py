@@ -26,9 +26,9 @@ def test_keys_and_values_are_not_kept_for_a_generation_that_never_comes(package_
     assert model(torch.tensor([[2, 5, 6]])).past_key_values is None
 
 
-def test_without_soft_cap_the_model_runs_sdpa_and_its_config_has_none(package_folder, contract):
+def test_without_soft_cap_the_model_runs_pytorchs_attention_and_its_config_has_none(package_folder, contract):
     model = load_model(package_folder, contract, "cpu")
-    assert (model.config._attn_implementation, model.config.attn_logit_softcapping) == ("sdpa", None)
+    assert (model.config._attn_implementation, model.config.attn_logit_softcapping) == ("sdpa_repeated", None)
 
 
 def test_with_soft_cap_the_model_runs_eager_attention_and_keeps_the_value(package_folder, contract):

@@ -3,13 +3,25 @@
 import random
 from types import SimpleNamespace
 
+import polars as pl
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from kaggle_kernels.runtime.model import load_model
 from kaggle_kernels.runtime.package import read_package
-from kaggle_kernels.runtime.scoring import Request, make_batches, make_requests, mean_of_orders, score, score_batch
+from kaggle_kernels.runtime.scoring import (
+    Request,
+    alike,
+    make_batches,
+    make_requests,
+    mean_of_orders,
+    padded_tokens,
+    score,
+    score_batch,
+)
 from tests import tiny
+from tests.conftest import SHARED_DATA
 from tests.kaggle_kernels.packages import AWKWARD_ROWS
 
 
@@ -76,7 +88,7 @@ def test_the_token_budget_is_never_exceeded_and_no_request_is_lost(tokens_per_ba
     rng = random.Random(0)
     requests = [Request(str(number), "as_given", ([5] * rng.randint(1, 64),)) for number in range(500)]
     batches = make_batches(requests, tokens_per_batch)
-    assert max(max(r.length for r in batch) * len(batch) for batch in batches) <= tokens_per_batch
+    assert max(map(padded_tokens, batches)) <= tokens_per_batch
     assert sorted(r.id for batch in batches for r in batch) == sorted(r.id for r in requests)
     lengths = [r.length for batch in batches for r in batch]
     assert lengths == sorted(lengths, reverse=True)
@@ -90,6 +102,73 @@ def test_a_request_longer_than_the_budget_is_a_batch_of_its_own():
 def test_batches_hold_as_many_rows_as_the_budget_allows():
     requests = [Request(str(number), "as_given", ([5] * 10,)) for number in range(7)]
     assert [len(batch) for batch in make_batches(requests, 30)] == [3, 3, 1]
+
+
+def padding(requests, tokens_per_batch):
+    """The share of the computed tokens that is padding."""
+    computed = sum(map(padded_tokens, make_batches(requests, tokens_per_batch)))
+    return 1 - sum(request.tokens for request in requests) / computed
+
+
+def test_lengths_that_are_not_alike_go_through_the_model_apart():
+    assert alike([10, 1000, 990, 12, 985]) == [[1, 2, 4], [3, 0]]
+    assert alike([1000, 900, 800]) == [[0, 1], [2]], "128 tokens of padding are allowed, 300 are not"
+    assert (
+        padded_tokens([Request("1", "as_given", ([5] * 1000, [5] * 300)), Request("2", "as_given", ([5] * 990, [5] * 200))])
+        == 2600
+    )
+    assert alike([7]) == [[0]]
+
+
+def test_the_sequences_of_a_pass_come_back_in_their_places(loaded):
+    package, _ = loaded
+    widths = []
+
+    def model(input_ids):
+        widths.append(input_ids.shape[1])
+        return SimpleNamespace(logits=torch.stack([input_ids[:, 0], torch.zeros_like(input_ids[:, 0])], dim=1).float())
+
+    model.causal = True
+    batch = [Request(str(at), "as_given", ([at + 1] * length,)) for at, length in enumerate([5, 900, 880, 6, 300])]
+    found = score_batch(model, package.model_input, package.contract, batch, "cpu")
+    assert [values[0] for values in found] == pytest.approx(torch.sigmoid(torch.arange(1.0, 6)).tolist())
+    assert widths == [900, 300, 6]
+
+
+@pytest.mark.parametrize(
+    "budget, tokens_per_batch, most", [(2048, 8192, 0.015), (3072, 8192, 0.015), (2048, 4096, 0.01), (3072, 4096, 0.01)]
+)
+def test_little_of_what_is_computed_for_generated_rows_is_padding(budget, tokens_per_batch, most):
+    rng = random.Random(1)
+    lengths = [min(int(rng.lognormvariate(6.5, 0.6)), budget) for _ in range(2000)]
+    assert (
+        padding([Request(str(at), "as_given", ([5] * length,)) for at, length in enumerate(lengths)], tokens_per_batch) < most
+    )
+
+
+@pytest.fixture(scope="module")
+def real_lengths(tmp_path_factory):
+    """Tokens of the prompt and of either response of 4,217 real pairs, by a tokenizer that was trained on some of them."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("real pairs (../shared/data) are absent")
+    texts = pl.read_parquet(SHARED_DATA / "human.parquet").select("prompt", "response_a", "response_b").fill_null("")
+    folder = tmp_path_factory.mktemp("bpe")
+    tiny.bpe_tokenizer(folder, vocabulary_size=8000, texts=[text for row in texts[::8].rows() for text in row])
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return list(
+        zip(*([len(found.ids) for found in backend.encode_batch_fast(column.to_list())] for column in texts), strict=True)
+    )
+
+
+@pytest.mark.parametrize("head, most", [("score", 0.01), ("reward", 0.05)])
+@pytest.mark.parametrize("budget, tokens_per_batch", [(2048, 8192), (3072, 8192), (2048, 4096), (3072, 4096)])
+def test_little_of_what_is_computed_for_real_pairs_is_padding(real_lengths, head, most, budget, tokens_per_batch):
+    requests = []
+    for at, (prompt, a, b) in enumerate(real_lengths):
+        sizes = (prompt + a, prompt + b) if head == "reward" else (prompt + a + b,)
+        requests.append(Request(str(at), "as_given", tuple([5] * min(size, budget) for size in sizes)))
+    assert len(requests) == 4217
+    assert padding(requests, tokens_per_batch) < most
 
 
 def test_requests_are_the_packages_own_ids(loaded, pairs):
@@ -111,7 +190,7 @@ def test_two_pairs_with_one_id_are_refused(loaded, pairs):
 def test_probabilities_that_are_not_finite_are_an_error(loaded, pairs):
     package, _ = loaded
 
-    def overflowing(input_ids, attention_mask):
+    def overflowing(input_ids):
         return SimpleNamespace(logits=torch.full((len(input_ids), 2), float("nan")))
 
     overflowing.dtype = torch.float16
