@@ -65,7 +65,7 @@ def tokens_per_row(fit: Fit, spec: Spec, passes: Sequence[dict], rows: int) -> l
     measured: list[float] = []
     orders = ("as_given", "swapped") if spec.orders == "both" and fit.served.head != "reward" else ("as_given",)
     for order in orders:
-        ran = [work for work in passes if work["pass"] == f"{fit.package.dataset}, {order}"]
+        ran = [work for work in passes if (work["run"], work["order"]) == (fit.package.run, order)]
         scored = sum(work["scored"] for work in ran)
         tokens = sum(work["computed_tokens"] for work in ran) / max(scored, 1)
         measured.append(tokens if scored >= rows or not measured else measured[0])

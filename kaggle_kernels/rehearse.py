@@ -15,7 +15,7 @@ import polars as pl
 from kaggle_kernels.build import check_built, kernel_text
 from kaggle_kernels.faults import Faults, check_faults, check_kills
 from kaggle_kernels.fit import Fit, fit_packages
-from kaggle_kernels.prediction import as_record, here, predict, report
+from kaggle_kernels.prediction import as_record, here, in_time, predict, report
 from kaggle_kernels.rehearsal_rows import describe, make_rows, read_test_rows, read_verdicts, sentence
 from kaggle_kernels.sandbox import Run, find_python, lay_out, run_as_kaggle
 from kaggle_kernels.spec import COMPETITIONS, Spec, read_spec
@@ -49,7 +49,7 @@ class Scenario:
 
     @property
     def makes_rows(self) -> bool:
-        """Whether the kernel gets other rows than the test file's."""
+        """Whether the kernel gets other rows than the test file's; it is then told that this is the hidden run."""
         return bool(self.size or self.shuffle or self.ids or self.hostile)
 
     @property
@@ -85,6 +85,7 @@ def rehearse(spec_path: Path, test_file: Path, out: Path, python: Path | None = 
             spec_path.stem,
             clock_seconds=clock_seconds,
             devices=scenario.devices,
+            is_hidden=scenario.makes_rows,
             faults=scenario.faults,
         )
         keep(root / "working", out, rows if scenario.makes_rows else None)
@@ -92,6 +93,7 @@ def rehearse(spec_path: Path, test_file: Path, out: Path, python: Path | None = 
     measured = {"rows": len(rows), "seconds": round(run.seconds, 1), "clock_seconds": clock_seconds, "test": told}
     measured |= {"devices": scenario.devices, "faults": faults_record(scenario, run)}
     measured |= evaluate(out, rows, spec, fits, tolerance_for(packages.values(), out))
+    print(f"{out / 'submission.csv'}: {len(rows)} rows in {run.seconds:.1f} s of a clock of {in_time(clock_seconds)}")
     write_json(out / "rehearsal.json", measured)
     return measured
 
@@ -133,10 +135,13 @@ def evaluate(out: Path, rows: pl.DataFrame, spec: Spec, fits: list[Fit], toleran
     found = check_results(out, rows, competition, tolerance)
     passes = read_object(out / "kernel.json")["passes"]
     speed, predictions = here(passes), predict(fits, spec, passes, len(rows))
-    print(f"{out / 'submission.csv'}: {found['ids']} rows in order, {found['scored']} of them scored")
+    silent = [fit.package.run for fit in fits if not found["by_model"].get(fit.package.run)]
+    print(f"checked: {found['ids']} ids, each once and in the test file's order; {found['scored']} rows were scored")
+    if silent:
+        print(f"warning: {', '.join(silent)} scored no row; the log above says why")
     if found["alike"]:
         print(
-            f"{found['alike']} rows with the texts of others: probabilities differ by at most "
+            f"checked: {found['alike']} rows have the texts of others; their probabilities differ by at most "
             f"{found['largest_difference']:.1e}, {tolerance:g} is allowed"
         )
     print("\n".join(report(speed, predictions, spec.clock_seconds)))

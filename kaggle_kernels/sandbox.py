@@ -88,11 +88,13 @@ def run_as_kaggle(
     *,
     clock_seconds: float,
     devices: int | None = None,
+    is_hidden: bool = False,
     faults: Faults | None = None,
 ) -> Run:
     """Run the kernel's text and print its log line by line; a UserError where it fails or is not done within its clock.
 
-    `devices` is a number of CPU workers; None leaves the choice to the kernel.
+    `devices` is a number of CPU workers; None leaves the choice to the kernel. With `is_hidden` it is told
+    that this is the hidden run.
     """
     site, script = root.parent / "site", root.parent / "kernel.py"
     site.mkdir()
@@ -102,7 +104,7 @@ def run_as_kaggle(
     process = subprocess.Popen(
         [str(python), "-u", "-P", str(script)],
         cwd=root / "working",
-        env=kaggle_environment(root, site, devices),
+        env=kaggle_environment(root, site, devices, is_hidden),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         encoding="utf-8",
@@ -137,13 +139,14 @@ def run_as_kaggle(
     return Run(ended[0] - began, tuple(kills))
 
 
-def kaggle_environment(root: Path, site: Path, devices: int | None = None) -> dict[str, str]:
+def kaggle_environment(root: Path, site: Path, devices: int | None = None, is_hidden: bool = False) -> dict[str, str]:
     """The kernel's environment variables: nothing of ours but the path, root and devices, and the hubs told to stay offline."""
     kept = {key: os.environ[key] for key in KEPT_ENVIRONMENT if key in os.environ}
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     folders = {"KAGGLE_ROOT": str(root), "HOME": str(root.parent), "PYTHONPATH": str(site), "PYTHONDONTWRITEBYTECODE": "1"}
     workers = {"KAGGLE_DEVICES": ",".join(["cpu"] * devices)} if devices else {}
-    return {**kept, **offline, **folders, **workers}
+    hidden = {"KAGGLE_IS_COMPETITION_RERUN": "1"} if is_hidden else {}
+    return {**kept, **offline, **folders, **workers, **hidden}
 
 
 def await_group(group: int) -> None:

@@ -40,7 +40,11 @@ def check_results(folder: Path, rows: pl.DataFrame, competition: Competition, to
             f"{folder / 'scores.parquet'}: the ids {first} and {second} have the same texts, and {alike['column']} differs by "
             f"{alike['largest_difference']:.1e}, more than {tolerance:g}; one has another row's answer, or its batch changes it"
         )
-    return {"ids": len(ids), "scored": int(scores["scored"].sum()), "tolerance": tolerance, **alike}
+    by_model: dict[str, int] = {}
+    for name in per_model(scores):
+        run = name.split("_p_")[0]
+        by_model[run] = max(by_model.get(run, 0), scores[name].count())
+    return {"ids": len(ids), "scored": int(scores["scored"].sum()), "by_model": by_model, "tolerance": tolerance, **alike}
 
 
 def tolerance_for(packages: Iterable[Path], out: Path) -> float:
@@ -140,7 +144,7 @@ def largest_difference(rows: pl.DataFrame, scores: pl.DataFrame, verdicts: Seque
     """
     texts = [hashlib.sha256(json.dumps(row).encode()).hexdigest() for row in rows.select(TEXTS).iter_rows()]
     models, final = per_model(scores), [f"p_{verdict}" for verdict in verdicts]
-    scored = ["".join("01"[value is not None] for value in row) for row in scores.select(models).iter_rows()]
+    scored = ["".join("01"[value is not None] for value in row) for _, *row in scores.select("id", *models).iter_rows()]
     table = scores.with_columns(pl.Series("texts", texts), pl.Series("scored_by", scored))
     table = table.filter(pl.col("texts").is_duplicated())
     found = {"alike": len(table), "largest_difference": 0.0, "column": None, "rows": []}

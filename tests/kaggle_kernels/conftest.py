@@ -6,7 +6,8 @@ import threading
 import pytest
 
 from kaggle_kernels.runtime import crew, worker
-from tests.kaggle_kernels.packages import make_package
+from tests import tiny
+from tests.kaggle_kernels.packages import WSDM, make_package, write_recipe, write_spec
 from tests.kaggle_kernels.workers import start_in_thread
 
 
@@ -27,6 +28,16 @@ def three_verdict_folder(tiny_models, tmp_path_factory):
 def spoilt(package_folder, tmp_path):
     """A copy of the two-verdict package that a test may change."""
     return shutil.copytree(package_folder, tmp_path / "spoilt")
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch, package_folder):
+    """A current folder with a spec, its built kernel, its package in outputs/two/package and a test file."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(package_folder, tmp_path / "outputs" / "two" / "package")
+    write_recipe(tmp_path, "two", "tiny-two")
+    tiny.pairs(30, seed=4).sample(fraction=1, shuffle=True, seed=1).write_parquet(tmp_path / "test.parquet")
+    return write_spec(tmp_path, WSDM)
 
 
 @pytest.fixture

@@ -5,13 +5,17 @@ import shutil
 from pathlib import Path
 
 import yaml
+from click.testing import CliRunner, Result
 
+from kaggle_kernels.__main__ import main
+from kaggle_kernels.build import build
 from kaggle_kernels.runtime.settings import PackageSettings
 from preprocess.files import sha256
 from recipes.pairwise.axolotl_keys import PLUGIN
 from recipes.pairwise.contract import TOKENIZER_FILES, new_contract, write_contract
 from recipes.pairwise.schema import PairwiseBlock
 
+WSDM = "title: Pairwise Test\ncompetition: wsdm\npackages: [{run: two, dataset: tiny-two}]\nclock_seconds: 600\n"
 BASE = "outputs/demo/input/gemma2"  # a base model whose dimensions are those of tiny.model
 AWKWARD_ROWS = [
     {"id": "empty", "prompt": "", "response_a": "", "response_b": ""},
@@ -70,6 +74,20 @@ def write_recipe(folder: Path, run: str, dataset: str, base_model: str = BASE, q
     path.parent.mkdir(exist_ok=True)
     path.write_text(yaml.safe_dump({"base_model": base_model, "plugins": [PLUGIN], "pairwise": block}))
     return path
+
+
+def write_spec(folder: Path, text: str) -> Path:
+    """A spec in folder/specs, with its kernel built."""
+    path = folder / "specs" / "test.yml"
+    path.parent.mkdir()
+    path.write_text(text)
+    build(path)
+    return path
+
+
+def rehearse(*arguments) -> Result:
+    """The command `rehearse`, in this process."""
+    return CliRunner().invoke(main, ["rehearse", *map(str, arguments)])
 
 
 def settings_for(run: str, dataset: str, weight: float = 1.0, **changes) -> PackageSettings:

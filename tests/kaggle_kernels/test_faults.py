@@ -12,7 +12,7 @@ from kaggle_kernels.faults import Faults, Kill, check_faults, check_kills, find_
 from kaggle_kernels.sandbox import run_as_kaggle
 from preprocess.errors import UserError
 
-NAMED = "open('/proc/self/comm', 'w').write('worker {}'); import time; time.sleep(600)"
+NAMED = "open('/proc/self/comm', 'w').write('worker {}'); import time; time.sleep(30)"
 KERNEL = """
 import multiprocessing
 import sys
@@ -79,7 +79,7 @@ def test_workers_of_another_kernel_are_not_found():
         while comm.read_text() != "worker 0\n":
             pass
         assert find_workers(os.getpid()) == {0: other.pid}
-        with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as kernel:
+        with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(30)"]) as kernel:
             assert find_workers(kernel.pid) == {}
             kernel.kill()
         other.kill()

@@ -13,10 +13,10 @@ def fits_of(name):
     return fit_packages(path, spec), spec
 
 
-def passes(label, *counts):
+def passes(run, *counts):
     """Records of kernel.json from (order, scored, seconds, tokens, computed tokens)."""
     keys = ("scored", "seconds", "tokens", "computed_tokens")
-    return [{"pass": f"{label}, {order}", **dict(zip(keys, values, strict=True))} for order, *values in counts]
+    return [{"run": run, "order": order, **dict(zip(keys, values, strict=True))} for order, *values in counts]
 
 
 BOTH = [("as_given", 100, 4.0, 90_000, 100_000), ("swapped", 100, 6.0, 90_000, 120_000)]
@@ -36,7 +36,7 @@ def test_the_model_agrees_with_a_public_run_on_t4s():
 
 def test_both_orders_are_predicted_from_their_own_tokens_padding_included():
     fits, spec = fits_of("gemma2_cls")
-    found = predict(fits, spec, passes("pairwise-gemma2-cls", *BOTH), 100)
+    found = predict(fits, spec, passes("gemma2_cls", *BOTH), 100)
     assert [one.rows for one in found] == [100, 10_000, 25_000]
     assert found[1].first_order == pytest.approx(2 * 8_323_603_456 * 1000 * 10_000 / 3e13)
     assert found[1].second_order == pytest.approx(found[1].first_order * 1.2)
@@ -48,27 +48,27 @@ def test_both_orders_are_predicted_from_their_own_tokens_padding_included():
 def test_an_order_that_was_run_in_part_is_predicted_from_the_first():
     fits, spec = fits_of("gemma2_cls")
     short = [BOTH[0], ("swapped", 10, 1.0, 900, 1000)]
-    one, *_ = predict(fits, spec, passes("pairwise-gemma2-cls", *short), 100)
+    one, *_ = predict(fits, spec, passes("gemma2_cls", *short), 100)
     assert one.second_order == one.first_order
-    alone, *_ = predict(fits, spec, passes("pairwise-gemma2-cls", BOTH[0]), 100)
+    alone, *_ = predict(fits, spec, passes("gemma2_cls", BOTH[0]), 100)
     assert alone == one
     in_two = [("as_given", 60, 2.0, 50_000, 60_000), ("as_given", 40, 2.0, 40_000, 40_000)]
-    again, *_ = predict(fits, spec, passes("pairwise-gemma2-cls", *in_two), 100)
+    again, *_ = predict(fits, spec, passes("gemma2_cls", *in_two), 100)
     assert again == one
 
 
 def test_a_reward_model_has_one_order_and_a_split_model_is_loaded_once():
     fits, spec = fits_of("gemma2_reward")
-    one, *_ = predict(fits, spec, passes(fits[0].package.dataset, BOTH[0]), 100)
+    one, *_ = predict(fits, spec, passes(fits[0].package.run, BOTH[0]), 100)
     assert (one.second_order, one.first_order > 0) == (0.0, True)
     fits, spec = fits_of("qwen2_5_14b_cls")
-    one, *_ = predict(fits, spec, passes(fits[0].package.dataset, *BOTH), 100)
+    one, *_ = predict(fits, spec, passes(fits[0].package.run, *BOTH), 100)
     assert one.loading == pytest.approx(14.8e9 / 3e8, rel=0.02)
 
 
 def test_models_of_an_ensemble_are_added_and_one_that_scored_nothing_has_the_firsts_tokens():
     fits, spec = fits_of("gemma2_llama3_own")
-    gemma, llama = (fit.package.dataset for fit in fits)
+    gemma, llama = (fit.package.run for fit in fits)
     one, *_ = predict(fits, spec, passes(gemma, *BOTH) + passes(llama, BOTH[0], BOTH[0]), 100)
     flop = 2 * (multiplied_parameters(fits[0]) + multiplied_parameters(fits[1]))
     assert one.first_order == pytest.approx(flop * 1000 * 100 / 3e13)

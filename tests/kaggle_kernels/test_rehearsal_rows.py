@@ -58,6 +58,7 @@ def test_int_ids_are_of_64_bits_and_beyond_what_a_float_tells_apart(rows):
     assert made.schema["id"] == pl.Int64
     assert made["id"].n_unique() == 200
     assert made["id"].max() > 2**60
+    assert not made["id"].is_sorted()
     assert (made["id"] < 2**22).sum() > 20
     assert id_kind(made) == "int"
 

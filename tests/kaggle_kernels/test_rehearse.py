@@ -7,44 +7,28 @@ import subprocess
 
 import polars as pl
 import pytest
-from click.testing import CliRunner
 
-from kaggle_kernels.__main__ import main
 from kaggle_kernels.build import build
 from kaggle_kernels.rehearse import measure
 from kaggle_kernels.sandbox import SITECUSTOMIZE, find_python, kaggle_environment
 from kaggle_kernels.spec import read_spec
 from preprocess.model_input import encode, encode_all, pair_from_row, read_contract, swap
 from tests import tiny
-from tests.kaggle_kernels.packages import AWKWARD_ROWS, change_json, make_package, write_manifest, write_recipe
+from tests.kaggle_kernels.packages import (
+    AWKWARD_ROWS,
+    WSDM,
+    change_json,
+    make_package,
+    rehearse,
+    write_manifest,
+    write_recipe,
+    write_spec,
+)
 
-WSDM = "title: Pairwise Test\ncompetition: wsdm\npackages: [{run: two, dataset: tiny-two}]\nclock_seconds: 600\n"
 LMSYS = (
     "title: Pairwise Test\ncompetition: lmsys\nclock_seconds: 600\ntemperature: 1.5\ntokens_per_batch: 1000\n"
     "packages: [{run: three, dataset: tiny-three, weight: 0.75}, {run: other, dataset: tiny-other, weight: 0.25}]\n"
 )
-
-
-def write_spec(folder, text):
-    path = folder / "specs" / "test.yml"
-    path.parent.mkdir()
-    path.write_text(text)
-    build(path)
-    return path
-
-
-def rehearse(*arguments):
-    return CliRunner().invoke(main, ["rehearse", *map(str, arguments)])
-
-
-@pytest.fixture
-def workplace(tmp_path, monkeypatch, package_folder):
-    """A current folder with a spec, its built kernel, its package in outputs/two/package and a test file."""
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(package_folder, tmp_path / "outputs" / "two" / "package")
-    write_recipe(tmp_path, "two", "tiny-two")
-    tiny.pairs(30, seed=4).sample(fraction=1, shuffle=True, seed=1).write_parquet(tmp_path / "test.parquet")
-    return write_spec(tmp_path, WSDM)
 
 
 def test_a_wsdm_rehearsal_gives_every_id_once_and_is_scored_by_id(workplace, tmp_path):

@@ -41,6 +41,7 @@ def test_a_good_submission_passes(tmp_path, competition):
     assert check(tmp_path, competition) == {
         "ids": 3,
         "scored": 2,
+        "by_model": {"two": 2},
         "tolerance": 1e-5,
         "alike": 2,
         "largest_difference": 0.0,
