@@ -1,4 +1,4 @@
-"""`python -m kaggle_kernels list | build [SPEC…] [--check] | rehearse SPEC --test FILE [--out DIR] | weigh SPEC [--write]`.
+"""`python -m kaggle_kernels list | build [SPEC…] [--check] | rehearse SPEC --test FILE | weigh SPEC [--write]`.
 
 A SPEC is the name of a file in kaggle_kernels/specs, or a path.
 """
@@ -50,17 +50,30 @@ def build(specs: tuple[str, ...], check: bool) -> None:
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Where results go; by default outputs/SPEC/rehearsal.")
 @click.option("--python", type=click.Path(path_type=Path), envvar="KAGGLE_PYTHON", help="Python with Kaggle's versions.")
+@click.option("--rows", "size", type=click.IntRange(1), help="So many rows, drawn from the test file, repeated if need be.")
+@click.option("--shuffle", is_flag=True, help="Another order of rows, with the ids dealt out anew.")
+@click.option("--ids", type=click.Choice(["int", "string"]), help="New ids of this kind; see --hostile.")
+@click.option("--hostile", is_flag=True, help="A twentieth of odd rows; ids: int with an odd seed, string with an even one.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Decides rows, ids, order and whom a fault hits.")
+@click.option("--devices", type=click.IntRange(1), help="So many CPU workers; by default all GPUs, or one CPU.")
+@click.option(
+    "--clock", "clock_seconds", type=click.FloatRange(1, 43200), help="Seconds, in place of the spec's clock_seconds."
+)
+@click.option("--kill-every", type=click.FloatRange(0, min_open=True), help="Kill a worker every so many seconds, in turn.")
+@click.option("--lose-device", type=click.IntRange(0), help="Kill every worker of this device as soon as it appears.")
 @exits_with_2
-def rehearse(spec: str, test_file: Path, out: Path | None, python: Path | None) -> None:
+def rehearse(spec: str, test_file: Path, out: Path | None, python: Path | None, **scenario) -> None:
     """Run the generated kernel of SPEC as Kaggle would: its tree, its versions, no network, no repository.
 
-    The kernel must have been built since the spec or the runtime changed; rehearse does not build it.
+    The kernel must have been built since the spec or the runtime changed; rehearse does not build it. Its results are
+    checked from outside, and the time that two T4s would take is predicted.
     """
     from kaggle_kernels import rehearse as rehearsal  # noqa: PLC0415  --help starts without polars
     from kaggle_kernels.spec import find_spec  # noqa: PLC0415
 
     spec_path = find_spec(spec)
-    rehearsal.rehearse(spec_path, test_file, out or Path("outputs") / spec_path.stem / "rehearsal", python)
+    out = out or Path("outputs") / spec_path.stem / "rehearsal"
+    rehearsal.rehearse(spec_path, test_file, out, python, rehearsal.Scenario(**scenario))
 
 
 @main.command()

@@ -32,6 +32,8 @@ MODULES = (
     "plan",
     "inputs",
     "submission",
+    "checks",
+    "visible",
     "worker",
     "crew",
     "engine",

@@ -90,7 +90,7 @@ class Spec(_Strict):
         0.98, gt=0, le=1, description="the share of rows that must have a score, else nothing is submitted"
     )
     visible_rows: int = Field(
-        512, ge=0, description="rows of the train file, held out in training, that the visible run scores as a load test"
+        512, ge=0, description="rows of the train file's validation fold that the visible run scores to predict the hidden one"
     )
     wheels: str | None = Field(
         None,

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from postprocess.run import Run
@@ -12,8 +13,11 @@ OWNER = "INSERT_OWNER"  # filled in when the dataset is pushed
 MANIFEST = "manifest.json"
 
 
-def package(run: Run, chosen: Path, agreement: Path, out: Path) -> None:
-    """Write the folder `out` from the files in `chosen`, contract.json, model_input.py, Kaggle's metadata, and a manifest."""
+def package(run: Run, chosen: Path, agreement: Path, validation_ids: Mapping, out: Path) -> None:
+    """Write the folder `out` from the files in `chosen`, contract.json, model_input.py, Kaggle's metadata, and a manifest.
+
+    `validation_ids` (see rows.validation_ids) become validation_ids.json, from which the kernel's visible run picks rows.
+    """
     settings = run.recipe.pairwise.package
     report = read_json(agreement)
     with atomic_folder(out) as folder:
@@ -21,6 +25,7 @@ def package(run: Run, chosen: Path, agreement: Path, out: Path) -> None:
             _link_or_copy(file, folder / file.name)
         for name in ("contract.json", "model_input.py"):
             shutil.copyfile(run.folder / name, folder / name)
+        write_json(folder / "validation_ids.json", validation_ids)
         write_json(folder / "dataset-metadata.json", dataset_metadata(settings.slug, settings.licence))
         files = {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size} for path in sorted(folder.iterdir())}
         manifest = {

@@ -131,8 +131,10 @@ def postprocess(run: Run, options: Options) -> Path:
     stage("agreement", compared, tolerance, told, lambda: work().agreement(run, folders, report))
     packaged = read_json(report)["packaged"]
     chosen = folders[packaged]
-    inputs = [*files(chosen), report, run.folder / "contract.json", run.folder / "model_input.py"]
-    stage("package", inputs, settings.model_dump(), out, lambda: package(run, chosen, report, out), before=lambda: None)
+    beside = (run.folder / name for name in ("contract.json", "model_input.py", "metrics.json"))
+    inputs = [*files(chosen), report, *beside, *run.validation_files()]
+    action = lambda: package(run, chosen, report, work().validation_ids(run), out)  # noqa: E731
+    stage("package", inputs, settings.model_dump(), out, action, before=work)
     remove_others(run, folders)
     return out
 

@@ -1,6 +1,10 @@
-"""The rows that models are compared on, and which of many rows to take: by a hash of their ids, so always the same."""
+"""The rows that models are compared on, and which of many rows to take: by a hash of their ids, so always the same.
 
-from collections.abc import Iterable
+Also the ids of a run's validation rows, for the package: the kernel's visible run scores some of these.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
 from hashlib import sha256
 from pathlib import Path
 
@@ -9,9 +13,11 @@ import polars as pl
 from kaggle_kernels.runtime.scoring import ORDERS
 from postprocess.run import Run
 from preprocess.errors import UserError
+from preprocess.files import read_object
 from recipes.pairwise.data import read_pairs
 
 ROWS = 500
+LISTED_IDS = 5000
 
 
 def by_hash(ids: Iterable[str], count: int = ROWS, salt: str = "") -> list[str]:
@@ -41,3 +47,33 @@ def read_predictions(file: Path, verdicts: tuple[str, ...]) -> pl.DataFrame:
         return pl.read_parquet(file, columns=["id", *(f"p_{verdict}_{order}" for verdict in verdicts for order in ORDERS)])
     except (pl.exceptions.PolarsError, OSError) as error:
         raise UserError(f"{file}: not the predictions of training ({str(error).splitlines()[0]}); train again") from None
+
+
+def validation_ids(run: Run) -> dict:
+    """The run's fold, whether it was trained on the rows of predictions.parquet, and up to 5,000 ids of them, by hash.
+
+    The ids are those of the competition's file. One that also is the id of a row outside the fold, of another source or
+    fold, is left out: the kernel, which sees only the competition's file, could not tell the two apart.
+    """
+    pairs_file, file = run.validation_files()
+    held_out = set(read_predictions(file, run.contract.verdicts)["id"])
+    frame = read_pairs(pairs_file)
+    sources = frame["source"] if "source" in frame.columns else [""] * len(frame)
+    inside, outside, folds = set(), set(), set()
+    for row_id, source, fold in zip(frame["id"], sources, frame["fold"], strict=True):
+        (inside if row_id in held_out else outside).update(source_ids(row_id, source))
+        folds |= {fold} if row_id in held_out else set()
+    metrics = run.folder / "metrics.json"
+    told: Mapping = read_object(metrics) if metrics.is_file() else {}
+    fold = told.get("fold", min(folds) if len(folds) == 1 else "all")
+    trained_on = bool(told.get("rows_were_trained_on", fold == "all" and run.recipe.pairwise.train))
+    return {"fold": fold, "trained_on": trained_on, "ids": by_hash(inside - outside, LISTED_IDS)}
+
+
+def source_ids(row_id: str, source: str) -> set[str]:
+    """The ids that a row of pairs.parquet may have had in its source: preprocess makes `source:id` or `source:id:2` of one
+    that was taken."""
+    if not source or not row_id.startswith(f"{source}:"):
+        return {row_id}
+    name = row_id.removeprefix(f"{source}:")
+    return {name, re.sub(r":\d+$", "", name)}

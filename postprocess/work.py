@@ -9,6 +9,7 @@ from postprocess.average import average
 from postprocess.gptq import check_model as check_gptq
 from postprocess.gptq import quantize as gptq
 from postprocess.merge import merge, quantise_in_one_pass
+from postprocess.rows import validation_ids
 from postprocess.trained import check_memory
 from postprocess.unmerged import unmerged
 from postprocess.untrained import untrained
@@ -23,6 +24,7 @@ __all__ = [
     "quantise_in_one_pass",
     "unmerged",
     "untrained",
+    "validation_ids",
 ]
 
 transformers.utils.logging.set_verbosity_error()

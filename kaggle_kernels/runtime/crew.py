@@ -82,10 +82,11 @@ class Worker:
         return batch
 
     def note_out_of_memory(self, number: int) -> list[Request]:
-        """Give back a batch that was too large; from now on none is larger than half of it."""
+        """Give back a batch that was too large; from now on none is larger than half of it, or than a row that was alone."""
         batch = self.outstanding.pop(number)
         self.last_event = time.monotonic()
-        self.most_tokens = self.tokens_per_batch = min(self.tokens_per_batch, max(padded_tokens(batch) // 2, 1))
+        fits = padded_tokens(batch) // 2 if len(batch) > 1 else padded_tokens(batch) - 1
+        self.most_tokens = self.tokens_per_batch = max(min(self.tokens_per_batch, fits), 1)
         return batch
 
     def note_death(self) -> tuple[list[list[Request]], list[list[Request]]]:

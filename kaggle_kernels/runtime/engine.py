@@ -9,7 +9,7 @@ and the caller decides what that means.
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 
@@ -44,6 +44,31 @@ class Pass:
     deaths: dict[str, int] = field(default_factory=dict)  # by worker
     suspected: Counter = field(default_factory=Counter)  # deaths by row
     logged: float = field(default_factory=time.monotonic)
+    queued_tokens: int = 0  # of the queue, padding included
+
+    def __post_init__(self):
+        self.queued_tokens = sum(map(padded_tokens, self.queue))
+
+    def take(self, last: bool) -> list[Request]:
+        """The queue's first or last batch."""
+        batch = self.queue.pop() if last else self.queue.popleft()
+        self.queued_tokens -= padded_tokens(batch)
+        return batch
+
+    def put_first(self, batches: Sequence[list[Request]]) -> None:
+        """Put batches before all others, in their order."""
+        self.queue.extendleft(reversed(batches))
+        self.queued_tokens += sum(map(padded_tokens, batches))
+
+    def put_last(self, batch: list[Request]) -> None:
+        """Put a batch after all others."""
+        self.queue.append(batch)
+        self.queued_tokens += padded_tokens(batch)
+
+    def seconds_left(self, workers: Sequence[Worker]) -> float:
+        """How long the queue will take on the workers that are alive, from what those have done; 0 where nothing is known."""
+        rate = sum(worker.rate() for worker in workers if not worker.gone)
+        return self.queued_tokens / rate if rate else 0.0
 
     def seconds(self) -> float:
         """Since its first batch was sent: loading a model does not count."""
@@ -114,21 +139,14 @@ def next_batch(work: Pass, worker: Worker, workers: Sequence[Worker]) -> list[Re
     left = work.deadline - time.monotonic()
     if not work.queue or left <= 0:
         return None
-    from_right = work.may_reorder and seconds_left(work.queue, workers) > left
-    batch = work.queue.pop() if from_right else work.queue.popleft()
-    batch, *rest = make_batches(batch, worker.tokens_per_batch)
+    whole = work.take(last=work.may_reorder and work.seconds_left(workers) > left)
+    batch, *rest = make_batches(whole, worker.tokens_per_batch)
     ahead = sum(map(padded_tokens, worker.outstanding.values())) + padded_tokens(batch)
     if worker.rate() and ahead / worker.rate() > left:
-        work.queue.appendleft([request for part in (batch, *rest) for request in part])
+        work.put_first([whole])
         return None
-    work.queue.extendleft(reversed(rest))
+    work.put_first(rest)
     return batch
-
-
-def seconds_left(batches: Iterable[list[Request]], workers: Sequence[Worker]) -> float:
-    """How long the batches will take on the workers that are alive, from what those have done; 0 where nothing is known."""
-    rate = sum(worker.rate() for worker in workers if not worker.gone)
-    return sum(map(padded_tokens, batches)) / rate if rate else 0.0
 
 
 def receive(work: Pass, worker: Worker, clock: Clock) -> None:
@@ -151,7 +169,8 @@ def receive(work: Pass, worker: Worker, clock: Clock) -> None:
     elif kind == "out of memory":
         batch = worker.note_out_of_memory(message[0])
         work.out_of_memory += 1
-        given_up = give_back(work, batch) if len(batch) > 1 else give_up(work, batch)
+        work.put_first([batch] if len(batch) > 1 else [])
+        given_up = give_up(work, batch) if len(batch) == 1 else ""
         log(clock, f"{worker.name}: out of memory: {worker.tokens_per_batch} tokens a batch from now on{given_up}")
     elif kind == "refused":
         raise PackageError(message[0])
@@ -169,15 +188,14 @@ def bury(work: Pass, worker: Worker, why: str, clock: Clock) -> None:
     """After a worker's death: its rows back to the queue, a new process in its place, or its device given up."""
     at_work, ready = worker.note_death()
     work.deaths[worker.name] = work.deaths.get(worker.name, 0) + 1
-    for batch in reversed(ready):
-        work.queue.appendleft(batch)
+    work.put_first(ready)
     told = ""
     for request in (request for batch in at_work for request in batch):
         work.suspected[request.id] += 1
         if work.suspected[request.id] >= GIVEN_UP_AFTER:
             told += give_up(work, [request])
         else:
-            work.queue.append([request])
+            work.put_last([request])
     log(clock, f"{worker.name}: {why}")
     if worker.gone:
         log(clock, f"{worker.name}: gone after {worker.fruitless} deaths without a score in between{told}")
@@ -186,12 +204,6 @@ def bury(work: Pass, worker: Worker, why: str, clock: Clock) -> None:
     else:
         worker.launch()
         log(clock, f"{worker.name}: started again, {worker.tokens_per_batch} tokens a batch{told}")
-
-
-def give_back(work: Pass, batch: list[Request]) -> str:
-    """Put a batch at the head of the queue, where it is cut to a smaller budget."""
-    work.queue.appendleft(batch)
-    return ""
 
 
 def give_up(work: Pass, batch: list[Request]) -> str:
@@ -232,7 +244,7 @@ def note_scores(work: Pass, batch: list[Request], values: list[list[float]]) -> 
 def progress(work: Pass, workers: Sequence[Worker]) -> str:
     """Rows done, speed, memory and the predicted finish, for the log."""
     seconds = work.seconds()
-    rest = f", {seconds_left(work.queue, workers):.0f} s to go" if work.queue else ""
+    rest = f", {work.seconds_left(workers):.0f} s to go" if work.queue else ""
     memory = " + ".join(f"{size / 2**30:.1f}" for worker in workers for size in worker.memory_bytes)
     return (
         f"{len(work.scores)} of {work.rows} rows, {len(work.scores) / seconds:.1f} rows/s, "
@@ -265,6 +277,7 @@ def worker_record(worker: Worker) -> dict:
     """A worker for kernel.json."""
     return {
         "device": worker.name,
+        "package": worker.task.folder.rpartition("/")[2],
         "load_seconds": round(worker.load_seconds, 1),
         "computed_tokens": worker.tokens,
         "busy_seconds": round(worker.seconds, 1),

@@ -7,17 +7,19 @@ scores.parquet, kernel.json.
 import importlib.metadata
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from kaggle_kernels.runtime.inputs import find_mounted, install_missing_wheels, kaggle_root, read_rows
+from kaggle_kernels.runtime.checks import check_machine
+from kaggle_kernels.runtime.inputs import find_mounted, install_missing_wheels, kaggle_root, read_ids, read_rows
 from kaggle_kernels.runtime.package import Package, PackageError, read_package
 from kaggle_kernels.runtime.schedule import Board, combine, make_board, score_all, serving_contract
 from kaggle_kernels.runtime.settings import Clock, PackageSettings, Settings, log, start_clock
 from kaggle_kernels.runtime.submission import fill_unscored, write_record, write_scores, write_submission
+from kaggle_kernels.runtime.visible import Speed, VisibleRows, choose_visible_rows, visible_lines, visible_report
 
 
 def visible_devices() -> list[str]:
@@ -31,64 +33,94 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
     """Score the test file and write the submission; raises, and writes no submission, where it would be wrong."""
     clock = start_clock(settings.clock_seconds)
     root = kaggle_root()
+    (root / "working" / "submission.csv").unlink(missing_ok=True)  # of an earlier run in the same session
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers", "safetensors")}
     log(clock, f"{settings.name}: {', '.join(f'{name} {version}' for name, version in versions.items())}")
-    test_file = find_mounted(root, settings.competition, ("test.parquet", "test.csv"))
+    test_file = find_mounted(root, settings.competition, ("test.parquet", "test.csv"), "competitions")
     rows = read_rows(test_file, are_turns="tie" in settings.verdicts)
     log(clock, f"{test_file}: {len(rows)} rows")
     packages = read_packages(root, settings, clock)
-    installed = install_missing_wheels(root, [package.folder for package in packages], settings.wheels)
+    folders = [package.folder for package in packages]
+    installed = install_missing_wheels(root, folders, settings.wheels)
     if installed:
         log(clock, f"installed {', '.join(installed)} from {settings.wheels}")
     devices = list(devices or visible_devices())
-    threads = max(len(os.sched_getaffinity(0)) // len(devices), 1)
-    hidden_run = bool(os.environ.get("KAGGLE_IS_COMPETITION_RERUN"))
-    board = make_board(settings, packages, rows, devices, threads, clock, hidden_run)
+    visible = choose_visible_rows(root, settings, folders, {row["id"] for row in rows})
+    if visible.told:
+        log(clock, visible.told)
+    machine = check_machine(root, settings, packages, devices, len(rows) + len(visible.rows), clock)
+    board = make_board(settings, packages, [*rows, *visible.rows], devices, clock, is_hidden_run())
     score_all(board)
+    scored = combine(settings, packages, board.scores)
+    write_results(root / "working", board, rows, scored, read_ids(test_file))
     record = {
         "settings": asdict(settings),
         "versions": versions,
         "installed": installed,
+        "machine": machine,
         "devices": devices,
-        "hidden_run": hidden_run,
+        "hidden_run": board.hidden_run,
         "rows": len(rows),
-        "scored": write_results(root / "working", board, rows),
+        "scored": sum(row["id"] in scored for row in rows),
         "plans": board.plans,
         "passes": board.passes,
         "workers": board.workers,
+        "visible": report_visible_rows(board, visible, scored) if visible.rows else None,
         "seconds": round(clock.elapsed(), 1),
     }
     write_record(root / "working" / "kernel.json", record)
     log(clock, f"submission.csv: {len(rows)} rows, {record['scored']} scored, {len(rows) - record['scored']} by the prior")
 
 
-def write_results(working: Path, board: Board, rows: Sequence[dict]) -> int:
-    """Write scores.parquet and submission.csv; how many of the rows were scored."""
-    settings = board.settings
-    scored = combine(settings, board.packages, board.scores)
+def is_hidden_run() -> bool:
+    """Whether this is the run on the hidden test rows, that of a submission."""
+    return bool(os.environ.get("KAGGLE_IS_COMPETITION_RERUN"))
+
+
+def write_results(
+    working: Path, board: Board, rows: Sequence[dict], scored: Mapping[str, list[float]], expected_ids: Sequence[str]
+) -> None:
+    """Write scores.parquet and submission.csv of the test rows, whose ids must be those expected."""
+    settings, ids = board.settings, {row["id"] for row in rows}
+    scored = {row_id: values for row_id, values in scored.items() if row_id in ids}
     final = fill_unscored(rows, scored, settings.verdicts, settings.min_scored)
-    by_run = {
-        chosen.run: (package.contract.verdicts, scores)
-        for chosen, package, scores in zip(settings.packages, board.packages, board.scores, strict=True)
-    }
-    write_scores(working / "scores.parquet", settings.verdicts, final, scored, by_run)
-    write_submission(working / "submission.csv", settings, final)
-    return sum(row["id"] in scored for row in rows)
+    write_scores(working / "scores.parquet", settings.verdicts, final, scored, board.by_run())
+    write_submission(working / "submission.csv", settings, final, expected_ids)
+
+
+def report_visible_rows(board: Board, visible: VisibleRows, scored: Mapping[str, list[float]]) -> dict:
+    """What the visible run measured, for kernel.json, also logged."""
+    clock_seconds = board.clock.deadline - board.clock.began
+    verdicts, speeds = board.settings.verdicts, speeds_of(board)
+    report = visible_report(visible, verdicts, scored, board.by_run(), speeds, board.before_seconds, clock_seconds)
+    for line in visible_lines(report):
+        log(board.clock, line)
+    return report
+
+
+def speeds_of(board: Board) -> list[Speed]:
+    """What was measured of each package that scored."""
+    speeds = []
+    for number, chosen in enumerate(board.settings.packages):
+        done = [record for record in board.passes if record["run"] == chosen.run and record["scored"]]
+        loads = [worker["load_seconds"] for worker in board.workers if worker["package"] == board.packages[number].folder.name]
+        if done:
+            rate = board.rates[number] * done[0]["tokens"] / done[0]["computed_tokens"]
+            tokens = done[0]["tokens"] / done[0]["scored"]
+            speeds.append(Speed(chosen.run, max(loads, default=0.0), rate, tokens, len(board.orders(number))))
+    return speeds
 
 
 def read_packages(root: Path, settings: Settings, clock: Clock) -> list[Package]:
     """The spec's packages, found and checked against the spec and the recipe, the template against the token budget."""
     packages = []
     for chosen in settings.packages:
-        package = read_package(find_mounted(root, chosen.dataset, ("manifest.json",)).parent)
+        package = read_package(find_mounted(root, chosen.dataset, ("manifest.json",), "datasets").parent, clock)
         check_package(package, chosen, settings)
         if package.contract.base_model != chosen.base_model:
             log(clock, f"{chosen.run}: made of {package.contract.base_model}, its recipe says {chosen.base_model}")
         empty = package.model_input.Pair("", (), (), ())
         package.model_input.encode(empty, package.tokenizer, serving_contract(package, settings))
-        for name, trained in package.contract.recorded.get("versions", {}).items():
-            if name in ("torch", "transformers") and trained != importlib.metadata.version(name):
-                log(clock, f"{chosen.run}: trained with {name} {trained}, served with {importlib.metadata.version(name)}")
         log(clock, f"{package.folder}: files, tokenizer and {len(package.contract.golden)} golden rows are as packaged")
         packages.append(package)
     return packages

@@ -8,12 +8,17 @@ import importlib.abc
 import importlib.util
 import json
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 from tokenizers import Tokenizer
 
+from kaggle_kernels.runtime.settings import Clock, log
+
+HASHING_THREADS = 4  # hashlib lets the others go on; a core does about 1 GB a second
 NOT_MOUNTED = ("dataset-metadata.json",)  # Kaggle's client reads this file and leaves it out of the dataset
 
 
@@ -32,10 +37,17 @@ class Package:
     tokenizer: Tokenizer
 
 
-def read_package(folder: Path | str) -> Package:
-    """Read the package in `folder`: file hashes, contract, tokenizer and golden token ids are checked, in this order."""
+def read_package(folder: Path | str, clock: Clock | None = None) -> Package:
+    """Read the package in `folder`: file hashes, contract, tokenizer and golden token ids are checked, in this order.
+
+    With a `clock`, a line is logged of how long it took to read every byte.
+    """
     folder = Path(folder)
+    began = time.monotonic()
     manifest = check_manifest(folder)
+    if clock:
+        size = sum(expected["bytes"] for expected in manifest["files"].values())
+        log(clock, f"{folder}: {size / 1e9:.2f} GB as listed, hashed in {time.monotonic() - began:.1f} s")
     model_input = execute_model_input(folder / "model_input.py")
     contract = model_input.read_contract(folder)
     check_hash(folder / "model_input.py", contract.model_input_sha256, "contract.json")
@@ -51,15 +63,16 @@ def check_manifest(folder: Path) -> dict:
     if not (folder / "manifest.json").is_file():
         raise PackageError(f"{folder}: manifest.json is missing; package the run again")
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    for name, expected in manifest["files"].items():
-        if name in NOT_MOUNTED:
-            continue
+    listed = {name: expected for name, expected in manifest["files"].items() if name not in NOT_MOUNTED}
+    for name, expected in listed.items():
         path = folder / name
         if not path.is_file():
             raise PackageError(f"{path}: missing, but manifest.json lists it; upload the package again")
         if path.stat().st_size != expected["bytes"]:
             raise PackageError(f"{path}: {path.stat().st_size} bytes, manifest.json says {expected['bytes']}; upload it again")
-        check_hash(path, expected["sha256"], "manifest.json")
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:
+        for _ in pool.map(lambda name: check_hash(folder / name, listed[name]["sha256"], "manifest.json"), listed):
+            pass
     present = {path.name for path in folder.iterdir() if path.is_file()}
     unlisted = sorted(present - set(manifest["files"]) - {"manifest.json", *NOT_MOUNTED})
     if unlisted:

@@ -4,6 +4,7 @@ The first order of the first model goes over all rows and may use the whole cloc
 second one. What comes then is up to plan.allocate, again after each pass, with what was measured so far.
 """
 
+import os
 import threading
 import time
 from array import array
@@ -56,6 +57,7 @@ class Board:
     passes: list[dict] = field(default_factory=list)
     workers: list[dict] = field(default_factory=list)
     plans: list[str] = field(default_factory=list)
+    before_seconds: float = 0.0  # passed before the first model was loaded
 
     def orders(self, number: int) -> tuple[str, ...]:
         """The orders worth scoring with a package."""
@@ -66,17 +68,24 @@ class Board:
         chosen = replace(self.settings, packages=tuple(self.settings.packages[number] for number in numbers))
         return combine(chosen, [self.packages[number] for number in numbers], [self.scores[number] for number in numbers])
 
+    def by_run(self) -> dict[str, tuple[tuple[str, ...], Scores]]:
+        """The verdicts of each run, in the order of its probabilities, and its scores."""
+        return {
+            chosen.run: (package.contract.verdicts, scores)
+            for chosen, package, scores in zip(self.settings.packages, self.packages, self.scores, strict=True)
+        }
+
 
 def make_board(
     settings: Settings,
     packages: Sequence[Package],
     rows: Sequence[Mapping],
     devices: Sequence[str],
-    threads: int,
     clock: Clock,
     hidden_run: bool,
 ) -> Board:
-    """A board on which nothing is scored yet."""
+    """A board on which nothing is scored yet. The CPU's cores are shared by as many workers as there are devices."""
+    threads = max(len(os.sched_getaffinity(0)) // len(devices), 1)
     contracts = [serving_contract(package, settings) for package in packages]
     empty: list[Scores] = [{row["id"]: {} for row in rows} for _ in packages]
     return Board(settings, packages, contracts, rows, clock, hidden_run, empty, dict(enumerate(devices)), threads)
@@ -92,6 +101,7 @@ def serving_contract(package: Package, settings: Settings):
 def score_all(board: Board) -> None:
     """Score as much as the clock allows; several packages in turn or side by side, as planned, and in the end what was left."""
     numbers = list(range(len(board.packages)))
+    board.before_seconds = board.clock.elapsed()
     if len(numbers) > 1 and len(board.devices) > 1:
         jobs = [
             job_of(package, contract, make_pairs(package, board.rows), board.settings.orders)
@@ -242,11 +252,11 @@ def note_pass(board: Board, key: tuple[int, str], done: Pass, requests: Sequence
         board.scores[number][row_id][order] = values
     in_queue = {request.id for batch in done.queue for request in batch}
     asked = {request.id for request in requests}
-    progressed = bool(done.scores) or not in_queue
-    board.tried.setdefault(key, set()).update(asked - in_queue if progressed else asked)
+    may_go_on = done.scores or all(worker.gone for worker in workers)  # else the same rows would be asked for again and again
+    board.tried.setdefault(key, set()).update(asked - in_queue if may_go_on else asked)
     if rate := sum(worker.rate() for worker in workers if not worker.gone):
         board.rates[number] = rate
-    board.passes.append(pass_record(done))
+    board.passes.append({"run": board.settings.packages[number].run, "order": order, **pass_record(done)})
 
 
 class Encoder:

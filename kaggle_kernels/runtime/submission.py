@@ -1,10 +1,11 @@
 """From probabilities to a submission that is whole: every id once, in the test file's order, or an error and no file."""
 
+import contextlib
 import csv
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,6 +20,8 @@ PRIOR = {2: (0.6, 0.4), 3: (0.45, 0.25, 0.3)}  # longer, shorter, tie: the longe
 def to_competition(values: Sequence[float], of: Sequence[str], verdicts: Sequence[str]) -> list[float]:
     """Probabilities in the order `of` as probabilities of the competition's `verdicts`; what those lack is shared out."""
     kept = [values[list(of).index(verdict)] for verdict in verdicts]
+    if not sum(kept):  # all was said of a tie, which the competition does not know
+        return [1 / len(kept)] * len(kept)
     return [value / sum(kept) for value in kept]
 
 
@@ -34,15 +37,19 @@ def soften(values: Sequence[float], temperature: float) -> list[float]:
     return [value / sum(inner) for value in inner]
 
 
-def prior(row: Mapping, verdicts: Sequence[str]) -> list[float]:
-    """What to say of a row that could not be scored: the longer answer, by characters; of equal ones the first."""
+def is_first_longer(row: Mapping) -> bool:
+    """Whether a row's first answer has as many characters as its second, or more, over all turns."""
 
     def length(value) -> int:
         return len(value or "") if value is None or isinstance(value, str) else sum(len(turn or "") for turn in value)
 
+    return length(row["response_a"]) >= length(row["response_b"])
+
+
+def prior(row: Mapping, verdicts: Sequence[str]) -> list[float]:
+    """What to say of a row that could not be scored: the longer answer, by characters; of equal ones the first."""
     longer, shorter, *tie = PRIOR[len(verdicts)]
-    first = length(row["response_a"]) >= length(row["response_b"])
-    return [longer, shorter, *tie] if first else [shorter, longer, *tie]
+    return [longer, shorter, *tie] if is_first_longer(row) else [shorter, longer, *tie]
 
 
 def fill_unscored(
@@ -52,24 +59,42 @@ def fill_unscored(
 
     Raises ValueError where fewer than the share `min_scored` were scored: a silent bad submission is worse than none.
     """
-    if len(scored) < min_scored * len(rows):
+    found = sum(row["id"] in scored for row in rows)
+    if found < min_scored * len(rows):
         raise ValueError(
-            f"{len(scored)} of {len(rows)} rows were scored, the spec's min_scored is {min_scored}; nothing is submitted"
+            f"{found} of {len(rows)} rows were scored, the spec's min_scored is {min_scored}; nothing is submitted"
         )
     return {row["id"]: list(scored.get(row["id"]) or prior(row, verdicts)) for row in rows}
 
 
-def write_submission(path: Path, settings: Settings, probabilities: Mapping[str, Sequence[float]]) -> None:
-    """Write id,winner or id and one probability a verdict; the file gets its name once `check_submission` has passed it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["id", *settings.columns])
-        for row_id, values in probabilities.items():
-            answer = values if len(settings.columns) > 1 else [settings.verdicts[values.index(max(values))]]
-            writer.writerow([row_id, *answer])
-    check_submission(temporary, settings, list(probabilities))
-    os.replace(temporary, path)
+def write_submission(
+    path: Path, settings: Settings, probabilities: Mapping[str, Sequence[float]], ids: Sequence[str] | None = None
+) -> None:
+    """Write id,winner or id and one probability a verdict; the file gets its name once `check_submission` has passed it.
+
+    `ids` are the test file's, in its order, read again; without them it is checked against those of `probabilities`. Where
+    a check fails, no file is left.
+    """
+    check_probabilities(probabilities, settings.verdicts)
+    with whole_file(path) as temporary:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["id", *settings.columns])
+            for row_id, values in probabilities.items():
+                answer = values if len(settings.columns) > 1 else [settings.verdicts[values.index(max(values))]]
+                writer.writerow([row_id, *answer])
+        check_submission(temporary, settings, list(probabilities) if ids is None else ids)
+
+
+def check_probabilities(probabilities: Mapping[str, Sequence[float]], verdicts: Sequence[str]) -> None:
+    """Raise ValueError at a row without one probability a verdict, each above 0 and below 1, summing to one."""
+    for row_id, values in probabilities.items():
+        whole = len(values) == len(verdicts) and all(0 < value < 1 for value in values)
+        if not whole or not math.isclose(sum(values), 1, abs_tol=1e-6):
+            raise ValueError(
+                f"id {row_id}: {list(values)} are not probabilities that sum to one, one for each of {', '.join(verdicts)}; "
+                "nothing is submitted"
+            )
 
 
 def check_submission(path: Path, settings: Settings, ids: Sequence[str]) -> None:
@@ -78,17 +103,37 @@ def check_submission(path: Path, settings: Settings, ids: Sequence[str]) -> None
         header, *lines = csv.reader(file)
     if header != ["id", *settings.columns]:
         raise ValueError(f"{path}: columns {header}, expected {['id', *settings.columns]}")
-    if [line[0] for line in lines] != list(ids):
-        raise ValueError(f"{path}: its {len(lines)} ids are not the test file's {len(ids)} ids in their order")
+    check_order(path, [line[0] if line else "" for line in lines], ids)
     for row_id, *answer in lines:
         if len(answer) != len(settings.columns):
             raise ValueError(f"{path}: id {row_id}: {len(answer)} values, expected {len(settings.columns)}")
         if len(answer) == 1 and answer[0] not in settings.verdicts:
             raise ValueError(f"{path}: id {row_id}: {answer[0]!r}, expected one of {', '.join(settings.verdicts)}")
-        if len(answer) > 1:
-            values = [float(value) for value in answer]
-            if not all(0 < value < 1 for value in values) or not math.isclose(sum(values), 1, abs_tol=1e-6):
-                raise ValueError(f"{path}: id {row_id}: {values} are not probabilities that sum to one")
+    if len(settings.columns) > 1:
+        check_probabilities({row_id: [float(value) for value in answer] for row_id, *answer in lines}, settings.verdicts)
+
+
+def check_order(path: Path, found: Sequence[str], ids: Sequence[str]) -> None:
+    """Raise ValueError at the first id that is not the test file's at that place."""
+    if len(found) != len(ids) or list(found) != list(ids):
+        size = min(len(found), len(ids))
+        at = next((at for at in range(size) if found[at] != ids[at]), size)
+        here = f"row {at + 1} has {found[at]!r}" if at < len(found) else f"row {at + 1} is missing"
+        there = repr(ids[at]) if at < len(ids) else "no more"
+        raise ValueError(
+            f"{path}: its {len(found)} ids are not the test file's {len(ids)} ids in their order: {here}, expected {there}"
+        )
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; it takes that name when the block succeeds and is removed when it fails."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_scores(
@@ -110,13 +155,11 @@ def write_scores(
             for at, verdict in enumerate(order_of_logits):
                 found = [scores.get(row_id, {}).get(order) for row_id in final]
                 columns[f"{run}_p_{verdict}_{order}"] = [None if values is None else values[at] for values in found]
-    temporary = path.with_name(f".{path.name}.tmp")
-    pq.write_table(pa.table(columns), temporary)
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        pq.write_table(pa.table(columns), temporary)
 
 
 def write_record(path: Path, record: Mapping) -> None:
     """Write kernel.json."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -1,10 +1,13 @@
 """Fixtures of the kernels' tests: tiny packages, and copies of them to spoil."""
 
 import shutil
+import threading
 
 import pytest
 
+from kaggle_kernels.runtime import crew, worker
 from tests.kaggle_kernels.packages import make_package
+from tests.kaggle_kernels.workers import start_in_thread
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +27,27 @@ def three_verdict_folder(tiny_models, tmp_path_factory):
 def spoilt(package_folder, tmp_path):
     """A copy of the two-verdict package that a test may change."""
     return shutil.copytree(package_folder, tmp_path / "spoilt")
+
+
+@pytest.fixture
+def workers_in_threads(monkeypatch):
+    """Kernels that run in this process have threads in place of worker processes: the same work without their start.
+
+    They load one after the other, since loading changes PyTorch's defaults for every thread, and none outlives its test.
+    """
+    load_on, loading, started = worker.load_on, threading.Lock(), []
+
+    def load_alone(*arguments):
+        with loading:
+            return load_on(*arguments)
+
+    def start(task):
+        process, connection = start_in_thread(task)
+        started.append(process.thread)
+        return process, connection
+
+    monkeypatch.setattr(worker, "load_on", load_alone)
+    monkeypatch.setattr(crew, "start_process", start)
+    yield
+    for thread in started:
+        thread.join(60)

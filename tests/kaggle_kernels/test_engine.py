@@ -1,161 +1,194 @@
-"""Memory, clocks and devices that fail: what happens to a batch, and that no row gets another row's answer."""
+"""Memory, clocks and workers that fail: what happens to a batch, and that no row gets another row's answer."""
 
-import threading
+import random
 import time
 from collections import deque
 from types import SimpleNamespace
 
 import pytest
-import torch
 
-from kaggle_kernels.runtime.engine import Pass, Worker, margin, next_batch, plan_batches, score_package
-from kaggle_kernels.runtime.package import read_package
+from kaggle_kernels.runtime import engine
+from kaggle_kernels.runtime.crew import RECOVERY_BATCHES, Worker
+from kaggle_kernels.runtime.engine import Pass, make_pass, next_batch, pass_record, run_pass
+from kaggle_kernels.runtime.package import PackageError
 from kaggle_kernels.runtime.scoring import Request
-from kaggle_kernels.runtime.settings import start_clock
-from tests import tiny
+from kaggle_kernels.runtime.settings import Clock, start_clock
+from tests.kaggle_kernels.workers import Device, ThreadProcess, answer, start_in_thread
 
-ORDERS = ("as_given", "swapped")
 FAR = 1000.0
+LENGTHS = random.Random(4)
+REQUESTS = [
+    Request(f"row{number}", "as_given", ([LENGTHS.randrange(1, 50) for _ in range(LENGTHS.randrange(20, 120))],))
+    for number in range(60)
+]
+EXPECTED = {request.id: answer(request) for request in REQUESTS}
+LONGEST = max(REQUESTS, key=lambda request: request.length)
 
 
-@pytest.fixture(scope="module")
-def package(package_folder):
-    return read_package(package_folder)
+def run(workers, seconds=FAR, requests=REQUESTS, clock=None, worth=None):
+    work = make_pass("test", requests, time.monotonic() + seconds, workers, worth)
+    try:
+        return run_pass(work, workers, clock or start_clock(FAR))
+    finally:
+        for worker in workers:
+            worker.stop()
 
 
-@pytest.fixture(scope="module")
-def pairs(package):
-    return [package.model_input.pair_from_row(row) for row in tiny.pairs(40, seed=9).to_dicts()]
+def holds(row_id):
+    return lambda requests: any(request.id == row_id for request in requests)
 
 
-class Model:
-    """Answers by a row's own ids, so that any mix-up shows; may run out of memory, break or take its time."""
-
-    dtype = torch.float32
-
-    def __init__(self, memory_tokens=10**9, breaks_after=None, seconds_per_batch=0.0, not_finite=False):
-        self.memory_tokens, self.breaks_after, self.seconds_per_batch = memory_tokens, breaks_after, seconds_per_batch
-        self.not_finite = not_finite
-        self.batches = []
-        self.lock = threading.Lock()
-
-    def __call__(self, input_ids, attention_mask):
-        if input_ids.numel() > self.memory_tokens:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        if self.breaks_after is not None and len(self.batches) >= self.breaks_after:
-            raise RuntimeError("CUDA error: device-side assert triggered")
-        with self.lock:
-            self.batches.append((input_ids.shape[0], input_ids.numel()))
-        time.sleep(self.seconds_per_batch)
-        first = (input_ids * attention_mask).sum(1) % 97 / 97.0
-        logits = torch.stack([first, 1 - first], 1)
-        return SimpleNamespace(logits=logits * float("nan") if self.not_finite else logits)
+def once(condition):
+    """A condition that is true the first time it would be, and never again."""
+    seen = []
+    return lambda requests: bool(not seen and condition(requests) and not seen.append(1))
 
 
-def run(package, pairs, workers, orders=ORDERS, seconds=FAR):
-    deadlines = [time.monotonic() + seconds] * len(orders)
-    return score_package(package, package.contract, workers, pairs, orders, deadlines, start_clock(FAR))
+def test_every_row_is_scored_by_its_own_tokens():
+    assert run([Device().worker()]).scores == EXPECTED
 
 
-@pytest.fixture(scope="module")
-def expected(package, pairs):
-    return run(package, pairs, [Worker("cpu", Model(), 500)])[0]
+def test_several_workers_share_the_rows_and_give_the_same_scores():
+    devices = [Device(seconds_per_batch=0.01), Device(seconds_per_batch=0.01)]
+    assert run([device.worker() for device in devices]).scores == EXPECTED
+    assert sum(rows for device in devices for rows, _ in device.batches) == 60
+    assert min(len(device.batches) for device in devices) > 2
 
 
-def test_every_row_is_scored_in_both_orders(expected, pairs):
-    assert {row_id: set(by_order) for row_id, by_order in expected.items()} == {pair.id: set(ORDERS) for pair in pairs}
+def test_the_slower_worker_gets_fewer_rows_so_that_both_end_together():
+    fast, slow = Device(seconds_per_token=2e-5), Device(seconds_per_token=1e-4)
+    run([fast.worker(200), slow.worker(200)])
+    tokens = [sum(tokens for _, tokens in device.batches) for device in (fast, slow)]
+    assert tokens[0] > 2 * tokens[1] > 0
 
 
-def test_several_devices_share_the_rows_and_give_the_same_scores(package, pairs, expected):
-    models = [Model(seconds_per_batch=0.01), Model(seconds_per_batch=0.01)]
-    scores, _ = run(package, pairs, [Worker("cpu", model, 500) for model in models])
-    assert scores == expected
-    assert sum(rows for model in models for rows, _ in model.batches) == 2 * len(pairs)
-    assert min(len(model.batches) for model in models) > 2
+def test_out_of_memory_halves_the_token_budget_and_tries_again():
+    device = Device(memory_tokens=700)
+    worker = device.worker(2000)
+    work = run([worker])
+    assert work.scores == EXPECTED
+    assert worker.tokens_per_batch <= 700 and worker.deaths == 0 and device.starts == 1
+    assert sum(rows for rows, _ in device.batches) == 60
 
 
-def test_out_of_memory_halves_the_token_budget_and_tries_again(package, pairs, expected):
-    model = Model(memory_tokens=700)
-    worker = Worker("cpu", model, 2000)
-    scores, records = run(package, pairs, [worker])
-    assert scores == expected
-    assert worker.tokens_per_batch <= 700
-    assert [record["out_of_memory"] for record in records][1] == 0
-    assert sum(rows for rows, _ in model.batches) == 2 * len(pairs)
+def test_a_row_that_alone_needs_too_much_memory_is_given_up_and_the_others_are_scored():
+    worker = Device(memory_tokens=LONGEST.tokens - 1).worker()
+    work = run([worker])
+    too_long = {request.id for request in REQUESTS if request.tokens == LONGEST.tokens}
+    assert work.scores == {row_id: values for row_id, values in EXPECTED.items() if row_id not in too_long}
+    assert set(work.given_up) == too_long
+    assert LONGEST.tokens - 3 < worker.tokens_per_batch < LONGEST.tokens
 
 
-def test_a_row_that_alone_needs_too_much_memory_is_given_up_and_the_others_are_scored(package, pairs, expected):
-    longest = max(len(package.model_input.encode(pair, package.tokenizer, package.contract)[0]) for pair in pairs)
-    scores, _ = run(package, pairs, [Worker("cpu", Model(memory_tokens=longest - 1), 500)], orders=["as_given"])
-    left_out = {row_id for row_id, by_order in scores.items() if not by_order}
-    assert 1 <= len(left_out) < 10
-    assert all(scores[row_id]["as_given"] == expected[row_id]["as_given"] for row_id in set(scores) - left_out)
+@pytest.mark.parametrize("way", ["dies_at", "fails_at"])
+def test_a_worker_that_dies_is_started_again_with_half_the_budget_and_its_rows_are_scored(way, capsys):
+    device = Device()
+    setattr(device, way, once(holds("row7")))
+    worker = device.worker(1000)
+    work = run([worker])
+    assert work.scores == EXPECTED
+    assert (device.starts, worker.deaths, worker.tokens_per_batch, worker.gone) == (2, 1, 500, False)
+    assert work.deaths == {"cpu": 1}
+    said = {"dies_at": "cpu: died (exit code -9)", "fails_at": "RuntimeError: CUDA error: device-side assert triggered"}[way]
+    assert said in capsys.readouterr().out
 
 
-def test_a_device_that_breaks_leaves_its_rows_to_the_other(package, pairs, expected):
-    workers = [Worker("cpu", Model(breaks_after=2), 500), Worker("cpu", Model(seconds_per_batch=0.01), 500)]
-    scores, records = run(package, pairs, workers)
-    assert scores == expected
-    assert workers[0].failure == "RuntimeError: CUDA error: device-side assert triggered"
-    assert records[0]["failures"] == {"cpu": workers[0].failure}
+def test_a_budget_that_a_death_halved_grows_back_but_not_over_what_memory_allows():
+    worker = Worker("cpu", None, 1000, lambda task: None, most_tokens=1000)
+    worker.note_death()
+    worker.connection = SimpleNamespace(send=lambda message: None)
+    assert worker.tokens_per_batch == 500
+    for _ in range(2 * RECOVERY_BATCHES):
+        worker.send([REQUESTS[0]])
+        worker.note_scored(worker.numbers, [1])
+    assert worker.tokens_per_batch == 1000
+    worker.outstanding[0] = [LONGEST] * 2
+    worker.note_out_of_memory(0)
+    for _ in range(2 * RECOVERY_BATCHES):
+        worker.send([REQUESTS[0]])
+        worker.note_scored(worker.numbers, [1])
+    assert worker.tokens_per_batch == LONGEST.tokens
 
 
-def test_a_batch_given_back_after_the_other_device_had_ended_is_scored_by_it(package, pairs, expected):
-    class Late(Model):
-        def __call__(self, input_ids, attention_mask):
-            time.sleep(0.5)
-            raise RuntimeError("late")
-
-    scores, _ = run(package, pairs, [Worker("cpu", Late(), 500), Worker("cpu", Model(), 500)], orders=["as_given"])
-    assert {row_id for row_id, by_order in scores.items() if by_order} == set(expected)
-
-
-def test_with_all_devices_broken_rows_are_left_without_scores(package, pairs):
-    scores, _ = run(package, pairs, [Worker("cpu", Model(breaks_after=1), 500)])
-    assert 0 < sum(bool(by_order) for by_order in scores.values()) < len(pairs)
+def test_a_row_that_kills_its_worker_is_given_up_and_all_others_are_scored():
+    device = Device()
+    device.dies_at = holds("row7")
+    worker = device.worker(1000)
+    work = run([worker])
+    assert work.given_up == ["row7"]
+    assert work.scores == {row_id: values for row_id, values in EXPECTED.items() if row_id != "row7"}
+    assert (worker.deaths, worker.gone) == (3, False)
 
 
-def test_scores_that_are_not_finite_count_as_not_scored(package, pairs):
-    scores, records = run(package, pairs, [Worker("cpu", Model(not_finite=True), 500)], orders=["as_given"])
-    assert not any(scores.values())
-    assert records[0]["not_finite"] == len(pairs)
+def test_a_device_that_is_lost_leaves_its_rows_to_the_other(capsys):
+    lost, other = Device(), Device(seconds_per_batch=0.01)
+    lost.loads = lambda start: start == 1
+    lost.dies_at = lambda requests: True
+    workers = [lost.worker(name="cuda:0"), other.worker(name="cuda:1")]
+    work = run(workers)
+    assert work.scores == EXPECTED
+    assert (lost.starts, workers[0].gone, workers[1].gone) == (3, True, False)
+    assert work.deaths == {"cuda:0": 3}
+    assert "cuda:0: gone after 3 deaths without a score in between" in capsys.readouterr().out
 
 
-def test_no_batch_is_begun_that_would_end_after_the_deadline(package, pairs):
+def test_with_all_devices_lost_rows_are_left_without_scores():
+    device, calls = Device(), []
+    device.loads = lambda start: start == 1
+    device.dies_at = lambda requests: bool(calls or (len(device.batches) == 2 and not calls.append(1)))
+    work = run([device.worker()])
+    assert 0 < len(work.scores) < 60
+    assert set(work.scores) | {r.id for batch in work.queue for r in batch} == set(EXPECTED)
+
+
+def test_a_worker_that_says_nothing_is_killed_and_started_again(monkeypatch):
+    monkeypatch.setattr(engine, "QUIET_SECONDS", 0.3)
+    device = Device()
+    device.hangs_at = once(holds("row7"))
+    work = run([device.worker()])
+    assert work.scores == EXPECTED
+    assert device.starts == 2
+
+
+def test_a_worker_that_hangs_into_the_reserve_is_killed_and_its_rows_are_left():
+    device = Device(seconds_per_batch=0.01)
+    device.hangs_at = holds(LONGEST.id)
     began = time.monotonic()
-    scores, records = run(package, pairs, [Worker("cpu", Model(seconds_per_batch=0.1), 200)], orders=["as_given"], seconds=0.65)
-    assert time.monotonic() - began < 2
-    assert 0 < records[0]["scored"] < len(pairs)
-    assert sum(bool(by_order) for by_order in scores.values()) == records[0]["scored"]
+    work = run([device.worker()], seconds=0.5, clock=Clock(began, began + 0.5, 0.3))
+    assert time.monotonic() - began < 5
+    assert LONGEST.id not in work.scores
 
 
-def test_a_clock_too_short_for_all_rows_takes_the_short_ones(package, pairs):
-    scores, _ = run(package, pairs, [Worker("cpu", Model(seconds_per_batch=0.1), 200)], orders=["as_given"], seconds=0.65)
-    length = {pair.id: len(package.model_input.encode(pair, package.tokenizer, package.contract)[0]) for pair in pairs}
-    longest_first = sorted(length, key=lambda row_id: -length[row_id])
-    scored = [row_id for row_id in longest_first[len(pairs) // 2 :] if scores[row_id]]
-    assert len(scored) >= 2 * len([row_id for row_id in longest_first[: len(pairs) // 2] if scores[row_id]])
+def test_a_worker_that_refuses_the_package_ends_the_pass():
+    def refuse(connection, task):
+        connection.send(("refused", "PackageError: golden row golden-00 scores otherwise"))
+
+    worker = Worker("cpu", None, 500, lambda task: start_in_thread(task, refuse), (0,))
+    worker.launch()
+    with pytest.raises(PackageError, match="golden row golden-00 scores otherwise"):
+        run([worker])
 
 
-def test_the_second_order_on_a_short_clock_takes_the_least_certain_rows_first():
+def test_scores_that_are_not_finite_count_as_not_scored():
+    work = run([Device(not_finite=True).worker()])
+    assert work.scores == {}
+    assert work.not_finite == 60
+
+
+def test_a_clock_too_short_for_all_rows_takes_the_short_ones():
+    work = run([Device(seconds_per_batch=0.05).worker(200)], seconds=0.5)
+    by_length = sorted(REQUESTS, key=lambda request: request.length)
+    assert 0 < len(work.scores) < 60
+    short, long = (sum(r.id in work.scores for r in half) for half in (by_length[:30], by_length[30:]))
+    assert short > long
+
+
+def test_rows_are_scored_by_their_worth_an_eighth_at_a_time():
+    worker = Worker("cpu", None, 40, None, most_tokens=40)
     requests = [Request(str(number), "swapped", ([5] * 10,)) for number in range(16)]
-    known = {str(number): [0.5 + number / 32, 0.5 - number / 32] for number in range(16)}
-    worker = Worker("cpu", None, 20, tokens=100, seconds=100.0)
-    batches = plan_batches(requests, known, [worker], time.monotonic() + 50)
-    assert [sorted(int(request.id) for request in batch) for batch in batches[:3]] == [[0, 1], [2, 3], [4, 5]]
-
-
-def test_the_second_order_on_a_long_clock_is_batched_by_length():
-    requests = [Request(str(number), "swapped", ([5] * (number + 1),)) for number in range(16)]
-    known = {str(number): [0.5 + number / 32, 0.5 - number / 32] for number in range(16)}
-    worker = Worker("cpu", None, 40, tokens=100, seconds=1.0)
-    batches = plan_batches(requests, known, [worker], time.monotonic() + 50)
-    assert [request.id for request in batches[0]] == ["15", "14"]
-
-
-def test_the_margin_is_the_lead_of_the_first_verdict():
-    assert margin([0.5, 0.25, 0.25]) == 0.25
-    assert margin(None) == -1
+    work = make_pass("test", requests, FAR, [worker], {str(number): -abs(number - 5.2) for number in range(16)})
+    assert [sorted(int(request.id) for request in batch) for batch in work.queue][:3] == [[5, 6], [4, 7], [3, 8]]
+    assert not work.may_reorder
 
 
 def queue_of(lengths, deadline, may_reorder):
@@ -163,24 +196,61 @@ def queue_of(lengths, deadline, may_reorder):
     return Pass("test", deque(batches), deadline, may_reorder, len(lengths))
 
 
+def worker_of_rate(tokens_per_second, tokens_per_batch=100):
+    return Worker("cpu", None, tokens_per_batch, None, tokens=tokens_per_second, seconds=1.0)
+
+
 def test_a_batch_that_would_end_after_the_deadline_stays_in_the_queue():
-    worker = Worker("cpu", None, 100, tokens=10, seconds=1.0)
+    worker = worker_of_rate(10)
     work = queue_of([90, 60], time.monotonic() + 5, may_reorder=False)
     assert next_batch(work, worker, [worker]) is None
     assert [batch[0].id for batch in work.queue] == ["0", "1"]
+    assert work.queued_tokens == 150
+
+
+def test_what_a_worker_has_before_it_counts_too():
+    worker = worker_of_rate(10)
+    worker.outstanding[1] = [Request("before", "as_given", ([5] * 30,))]
+    work = queue_of([40], time.monotonic() + 6, may_reorder=False)
+    assert next_batch(work, worker, [worker]) is None
+    work.deadline += 2
+    assert [request.id for request in next_batch(work, worker, [worker])] == ["0"]
 
 
 def test_a_short_clock_takes_the_shortest_batch_that_fits():
-    worker = Worker("cpu", None, 100, tokens=10, seconds=1.0)
+    worker = worker_of_rate(10)
     work = queue_of([90, 60, 40], time.monotonic() + 5, may_reorder=True)
     assert [request.id for request in next_batch(work, worker, [worker])] == ["2"]
     assert [batch[0].id for batch in work.queue] == ["0", "1"]
 
 
 def test_a_batch_over_the_workers_budget_is_split_and_the_rest_stays_next():
-    worker = Worker("cpu", None, 20)
-    work = Pass(
-        "test", deque([[Request(str(number), "as_given", ([5] * 10,)) for number in range(5)]]), time.monotonic() + 5, True, 5
-    )
+    worker = Worker("cpu", None, 20, None)
+    five = [Request(str(number), "as_given", ([5] * 10,)) for number in range(5)]
+    work = Pass("test", deque([five]), time.monotonic() + 5, True, 5)
     assert [[request.id for request in next_batch(work, worker, [worker])] for _ in range(3)] == [["0", "1"], ["2", "3"], ["4"]]
     assert next_batch(work, worker, [worker]) is None
+    assert work.queued_tokens == 0
+
+
+def test_the_record_of_a_pass():
+    requests = [Request("a", "as_given", ([5] * 30,)), Request("b", "as_given", ([5] * 20,))]
+    record = pass_record(run([Device().worker()], requests=requests))
+    assert {key: record[key] for key in ("pass", "rows", "scored", "left", "tokens", "computed_tokens", "padding")} == {
+        "pass": "test",
+        "rows": 2,
+        "scored": 2,
+        "left": 0,
+        "tokens": 50,
+        "computed_tokens": 60,
+        "padding": 0.1667,
+    }
+
+
+def test_stopping_a_worker_closes_its_pipe():
+    worker = Device().worker()
+    process = worker.process
+    worker.stop()
+    assert isinstance(process, ThreadProcess) and worker.process is None
+    process.thread.join(10)
+    assert not process.thread.is_alive()

@@ -11,6 +11,7 @@ from kaggle_kernels.spec import Spec, settings_of
 from tests import tiny
 from tests.kaggle_kernels.packages import change_json, make_package, settings_for, write_manifest
 
+pytestmark = pytest.mark.usefixtures("workers_in_threads")
 SPEC = Spec(
     title="Title",
     competition="wsdm",

@@ -7,12 +7,14 @@ from types import SimpleNamespace
 import polars as pl
 import pytest
 
-from kaggle_kernels.runtime.main import combine, run_kernel, score_packages
-from kaggle_kernels.runtime.settings import Clock, start_clock
+from kaggle_kernels.runtime.main import run_kernel
+from kaggle_kernels.runtime.schedule import combine
+from kaggle_kernels.runtime.settings import start_clock
 from kaggle_kernels.spec import Spec, settings_of
 from tests import tiny
 from tests.kaggle_kernels.packages import settings_for
 
+pytestmark = pytest.mark.usefixtures("workers_in_threads")
 SPEC = Spec(title="Title", competition="wsdm", packages=[{"run": "two", "dataset": "tiny-two"}], clock_seconds=600)
 SETTINGS = settings_of("test", SPEC, [settings_for("two", "tiny-two")])
 
@@ -84,7 +86,7 @@ def test_with_a_low_min_scored_rows_left_by_the_clock_get_the_longer_answer(kagg
 
 
 def test_a_package_that_is_not_mounted_is_told_before_a_model_is_loaded(kaggle, monkeypatch):
-    monkeypatch.setattr("kaggle_kernels.runtime.main.load_workers", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("kaggle_kernels.runtime.crew.start_process", lambda _: pytest.fail("a model was loaded"))
     write_test_rows(kaggle, tiny.pairs(3, seed=6))
     with pytest.raises(FileNotFoundError, match="0 files named manifest.json below a folder 'tiny-gone'"):
         run_kernel(replace(SETTINGS, packages=(settings_for("gone", "tiny-gone"),)))
@@ -104,7 +106,7 @@ def test_a_package_without_ties_is_refused_where_the_competition_has_them(kaggle
     ],
 )
 def test_a_package_that_is_not_the_recipes_is_refused_before_a_model_is_loaded(kaggle, monkeypatch, changes, message):
-    monkeypatch.setattr("kaggle_kernels.runtime.main.load_workers", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("kaggle_kernels.runtime.crew.start_process", lambda _: pytest.fail("a model was loaded"))
     write_test_rows(kaggle, tiny.pairs(3, seed=6))
     with pytest.raises(ValueError, match=message):
         run_kernel(replace(SETTINGS, packages=(settings_for("two", "tiny-two", **changes),)))
@@ -128,40 +130,16 @@ def test_packages_are_combined_by_weight_after_their_orders_and_verdicts_are_bro
     assert combined["only second"] == pytest.approx([0.25, 0.75])
 
 
-def test_the_first_order_of_the_first_package_may_use_the_whole_clock_and_the_rest_shares_it(monkeypatch):
-    seen = []
-
-    def note(package, contract, workers, pairs, orders, deadlines, clock):
-        seen.append([round(deadline - clock.began, 1) for deadline in deadlines])
-        return {}, []
-
-    monkeypatch.setattr("kaggle_kernels.runtime.main.load_workers", lambda *_: [])
-    monkeypatch.setattr("kaggle_kernels.runtime.main.score_package", note)
-    monkeypatch.setattr("kaggle_kernels.runtime.main.loading_seconds", lambda *_: 0)
-    package = SimpleNamespace(contract=None, model_input=SimpleNamespace(pair_from_row=dict))
-    began = start_clock(0).began
-    two = replace(SETTINGS, packages=SETTINGS.packages * 2)
-    score_packages(two, [package, package], [], ["cpu"], Clock(began, began + 100))
-    assert seen == [[100, 50], [100, 100]]
-
-
-def test_a_spec_may_serve_with_another_token_budget(kaggle, monkeypatch):
-    budgets = []
-    from kaggle_kernels.runtime import main
-
-    real = main.score_package
-    monkeypatch.setattr(
-        main,
-        "score_package",
-        lambda package, contract, *rest: budgets.append(contract.budget_tokens) or real(package, contract, *rest),
-    )
-    write_test_rows(kaggle, tiny.pairs(3, seed=6))
+def test_a_spec_may_serve_with_another_token_budget(kaggle):
+    rows = tiny.pairs(3, seed=6).with_columns(prompt=pl.lit("river " * 300))
+    write_test_rows(kaggle, rows)
     run_kernel(replace(SETTINGS, budget_tokens=150))
-    assert budgets == [150]
+    [first, _] = json.loads((kaggle / "working" / "kernel.json").read_text())["passes"]
+    assert 3 * 140 < first["tokens"] <= 3 * 150
 
 
 def test_a_token_budget_too_small_for_the_template_is_told_before_a_model_is_loaded(kaggle, monkeypatch):
-    monkeypatch.setattr("kaggle_kernels.runtime.main.load_workers", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("kaggle_kernels.runtime.crew.start_process", lambda _: pytest.fail("a model was loaded"))
     write_test_rows(kaggle, tiny.pairs(3, seed=6))
     with pytest.raises(ValueError, match="budget_tokens: 64 leaves no room"):
         run_kernel(replace(SETTINGS, budget_tokens=64))

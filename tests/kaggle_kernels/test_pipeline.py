@@ -8,13 +8,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kaggle_kernels.runtime.engine import Worker, score_package, seconds_left
+from kaggle_kernels.runtime.crew import Worker
+from kaggle_kernels.runtime.engine import make_pass, run_pass
 from kaggle_kernels.runtime.model import load_model
 from kaggle_kernels.runtime.package import read_package
 from kaggle_kernels.runtime.pipeline import Stages, stage_starts
-from kaggle_kernels.runtime.scoring import Request
+from kaggle_kernels.runtime.scoring import make_requests, score, score_batch
 from kaggle_kernels.runtime.settings import start_clock
+from kaggle_kernels.runtime.worker import serve
 from tests import tiny
+from tests.kaggle_kernels.workers import start_in_thread
 
 
 class Part(torch.nn.Module):
@@ -193,23 +196,29 @@ def test_stages_begin_where_the_device_changes():
 def test_a_model_in_two_stages_scores_as_the_whole_one(package_folder):
     package = read_package(package_folder)
     pairs = [package.model_input.pair_from_row(row) for row in tiny.pairs(40, seed=9).to_dicts()]
-    clock = start_clock(600)
+    model, contract = load_model(package_folder, package.contract, "cpu"), package.contract
+    whole = score(model, package.model_input, package.tokenizer, contract, pairs)
+    stages = Stages(model, ["model.layers.1"])
+    inside, most = [], []
 
-    def scores(staged):
-        model = load_model(package_folder, package.contract, "cpu")
-        stages = Stages(model, ["model.layers.1"]) if staged else None
-        worker = Worker("cpu", model, 500, stages=stages)
-        deadlines = [clock.deadline] * 2
-        return score_package(package, package.contract, [worker], pairs, ("as_given", "swapped"), deadlines, clock)
+    def score_requests(requests):
+        inside.append(1)
+        most.append(len(inside))
+        with stages.batch():
+            values = score_batch(model, package.model_input, contract, requests, "cpu")
+        inside.pop()
+        return values
 
-    (whole, _), (staged, records) = scores(False), scores(True)
-    assert [record["scored"] for record in records] == [40, 40]
-    for pair in pairs:
-        for order in ("as_given", "swapped"):
-            assert staged[pair.id][order] == pytest.approx(whole[pair.id][order], abs=1e-5)
+    def work(connection, task):
+        connection.send(("loaded", {"dtype": "float32", "batches_at_once": 2, "worst": 0.0}))
+        serve(connection, score_requests, 2, lambda: [0])
 
-
-def test_two_batches_at_once_are_twice_as_fast_as_one_of_them_lasts():
-    worker = Worker("cuda:0", None, 100, tokens=100, seconds=10.0, stages=SimpleNamespace(locks=[None, None]))
-    assert seconds_left([[Request("1", "as_given", ([5] * 100,))]], [worker]) == 5
-    assert worker.seconds_for(100) == 10
+    worker = Worker("cpu", None, 500, lambda task: start_in_thread(task, work))
+    worker.launch()
+    requests = make_requests(package.model_input, package.tokenizer, contract, pairs, ("as_given",))
+    done = run_pass(make_pass("staged", requests, time.monotonic() + 600, [worker]), [worker], start_clock(600))
+    worker.stop()
+    assert max(most) == 2
+    assert {row_id: pytest.approx(values, abs=1e-5) for row_id, values in done.scores.items()} == {
+        pair.id: whole[pair.id]["as_given"] for pair in pairs
+    }

@@ -5,13 +5,14 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kaggle_kernels.runtime.engine import load_workers, score_package
+from kaggle_kernels.runtime import crew
 from kaggle_kernels.runtime.gptq import GptqLinear
 from kaggle_kernels.runtime.package import read_package
 from kaggle_kernels.runtime.placement import balance, part_sizes, split_over, weight_sizes
 from kaggle_kernels.runtime.plan import is_multiplied
 from kaggle_kernels.runtime.scoring import score
 from kaggle_kernels.runtime.settings import start_clock
+from kaggle_kernels.runtime.worker import load_on
 from tests import tiny
 
 
@@ -112,34 +113,39 @@ def test_elements_of_gptq_are_counted_as_the_weights_that_they_stand_for(tmp_pat
 def test_a_model_whose_parts_all_stand_on_one_device_answers_as_the_whole_one(package_folder):
     package = read_package(package_folder)
     pairs = [package.model_input.pair_from_row(row) for row in tiny.pairs(12, seed=9).to_dicts()]
-    clock = start_clock(600)
-    [worker] = load_workers(package, "split", ["cpu", "cpu"], 2000, clock)
-    assert (worker.device, worker.others, worker.name) == ("cpu", ("cpu",), "cpu+cpu")
-    found, records = score_package(package, package.contract, [worker], pairs, ("as_given",), [clock.deadline], clock)
-    [whole] = load_workers(package, "each", ["cpu"], 2000, clock)
-    expected = score(whole.model, package.model_input, package.tokenizer, package.contract, pairs, orders=("as_given",))
+    (whole, no_stages), (split, stages) = (load_on(package, devices) for devices in (("cpu",), ("cpu", "cpu")))
+    assert (no_stages, len(stages.locks)) == (None, 1)
+    expected, found = (
+        score(model, package.model_input, package.tokenizer, package.contract, pairs, orders=("as_given",))
+        for model in (whole, split)
+    )
     for pair in pairs:
         assert found[pair.id]["as_given"] == pytest.approx(expected[pair.id]["as_given"], abs=1e-5)
-    assert records[0]["scored"] == 12
 
 
-def test_each_means_a_worker_a_device_and_split_one_worker(package_folder, monkeypatch):
-    from types import SimpleNamespace
+def test_a_split_model_stands_on_all_devices_with_a_stage_on_each(package_folder, monkeypatch):
+    from kaggle_kernels.runtime import worker
 
-    from kaggle_kernels.runtime import engine
+    loaded, staged = [], []
+    monkeypatch.setattr(worker, "load_model", lambda *_, device_map=None: loaded.append(device_map))
+    monkeypatch.setattr(worker, "Stages", lambda model, starts, devices: staged.append((starts, devices)))
+    package = read_package(package_folder)
+    load_on(package, ("cuda:0", "cuda:1"))
+    assert set(loaded[0].values()) == {"cuda:0", "cuda:1"}
+    assert [devices for _, devices in staged] == [("cuda:0", "cuda:1")]
 
-    loaded = []
-    monkeypatch.setattr(
-        engine, "load_model", lambda *_, device_map: loaded.append(device_map) or SimpleNamespace(dtype="float16")
-    )
-    monkeypatch.setattr(engine, "check_golden_scores", lambda *_: 0.0)
-    staged = []
-    monkeypatch.setattr(engine, "Stages", lambda model, starts, devices: staged.append(devices))
-    package, devices = SimpleNamespace(folder=package_folder, contract=None), ["cuda:0", "cuda:1"]
-    each = load_workers(package, "each", devices, 100, start_clock(600))
-    assert [worker.name for worker in each] == ["cuda:0", "cuda:1"] and loaded == [None, None]
-    [split] = load_workers(package, "split", devices, 100, start_clock(600))
-    assert split.name == "cuda:0+cuda:1" and set(loaded[-1].values()) == {"cuda:0", "cuda:1"}
-    assert staged == [("cuda:0", "cuda:1")]
-    [alone] = load_workers(package, "split", devices[:1], 100, start_clock(600))
-    assert (alone.name, loaded[-1]) == ("cuda:0", None)
+
+def test_each_means_a_worker_a_device_and_split_one_worker(package_folder, monkeypatch, capsys):
+    tasks = []
+    monkeypatch.setattr(crew, "start_process", lambda task: tasks.append(task) or (None, None))
+    package, devices = read_package(package_folder), {0: "cuda:0", 1: "cuda:1"}
+    each = crew.start_workers(package, "each", devices, 100, 2, start_clock(600))
+    assert [(worker.name, worker.positions) for worker in each] == [("cuda:0", (0,)), ("cuda:1", (1,))]
+    [split] = crew.start_workers(package, "split", devices, 100, 2, start_clock(600))
+    assert (split.name, split.positions) == ("cuda:0+cuda:1", (0, 1))
+    assert [(task.devices, task.position, task.threads) for task in tasks] == [
+        (("cuda:0",), 0, 2),
+        (("cuda:1",), 1, 2),
+        (("cuda:0", "cuda:1"), 0, 2),
+    ]
+    assert "two: loading on cuda:0, cuda:1\n" in capsys.readouterr().out

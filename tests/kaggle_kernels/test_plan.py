@@ -1,31 +1,37 @@
-"""Two models on two devices: the plan by its cost model, and the same answers whichever way it goes."""
+"""What is scored next, by gain and seconds; two models on two devices by the cost model, and the same answers either way."""
 
 import json
 import shutil
-import threading
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
-import torch
 
-from kaggle_kernels.runtime import engine
-from kaggle_kernels.runtime import main as runtime_main
-from kaggle_kernels.runtime.main import score_in_turn, score_packages, score_side_by_side
-from kaggle_kernels.runtime.package import read_package
+from kaggle_kernels.runtime import crew, schedule
+from kaggle_kernels.runtime.main import run_kernel
+from kaggle_kernels.runtime.package import PackageError, read_package
 from kaggle_kernels.runtime.plan import (
     Job,
+    Option,
+    allocate,
+    expected_gain,
     job_of,
     loading_seconds,
     make_plan,
+    measured_change,
     seconds_in_turn,
     seconds_side_by_side,
     share_devices,
 )
-from kaggle_kernels.runtime.settings import Clock, start_clock
+from kaggle_kernels.runtime.schedule import make_board, score_all
+from kaggle_kernels.runtime.settings import start_clock
 from kaggle_kernels.spec import Spec, settings_of
 from tests import tiny
 from tests.kaggle_kernels.packages import make_package, settings_for
+from tests.kaggle_kernels.workers import hang_up, start_in_thread
 
+pytestmark = pytest.mark.usefixtures("workers_in_threads")
 GPUS = ["cuda:0", "cuda:1"]
 SPEC = Spec(
     title="Title",
@@ -84,120 +90,168 @@ def test_the_work_is_twice_the_multiplied_parameters_times_the_tokens_in_both_or
     assert job_of(package, package.contract, pairs, ("as_given",)).flop == pytest.approx(job.flop / 2)
 
 
-def test_both_ways_give_what_each_model_gives_alone(packages):
-    in_turn, records = score_in_turn(SETTINGS, packages, ROWS, ["cpu", "cpu"], start_clock(600))
-    beside, side_records = score_side_by_side(SETTINGS, packages, ROWS, ["cpu", "cpu"], start_clock(600))
-    for number, package in enumerate(packages):
-        alone, _ = score_in_turn(
-            replace(SETTINGS, packages=SETTINGS.packages[number : number + 1]), [package], ROWS, ["cpu"], start_clock(600)
-        )
-        for row in ROWS:
-            for order in ("as_given", "swapped"):
-                expected = pytest.approx(alone[0][row["id"]][order], abs=1e-5)
-                assert in_turn[number][row["id"]][order] == expected
-                assert beside[number][row["id"]][order] == expected
-    assert [record["pass"] for record in records] == [record["pass"] for record in side_records]
-    assert abs(in_turn[0]["row00001"]["as_given"][0] - in_turn[1]["row00001"]["as_given"][0]) > 1e-3
-
-
-@pytest.mark.parametrize("chosen", [True, False])
-def test_the_plan_is_followed_and_told(packages, monkeypatch, capsys, chosen):
-    called = []
-    monkeypatch.setattr(runtime_main, "score_side_by_side", lambda *_: called.append("side by side") or ([], []))
-    monkeypatch.setattr(runtime_main, "score_in_turn", lambda *_: called.append("in turn") or ([], []))
-    clock = start_clock(600)
-    left = Clock(clock.began, clock.deadline if chosen else clock.began + 0.001)
-    _, records = score_packages(SETTINGS, packages, ROWS, ["cpu", "cpu"], left)
-    assert called == ["side by side" if chosen else "in turn"]
-    assert f"plan: {called[0]} (estimates: in turn " in capsys.readouterr().out
-    assert records[0]["plan"].startswith(called[0])
-
-
-def test_with_one_device_there_is_nothing_to_plan(packages, monkeypatch):
-    monkeypatch.setattr(runtime_main, "job_of", lambda *_: pytest.fail("planned"))
-    monkeypatch.setattr(runtime_main, "score_in_turn", lambda *_: ("scores", "records"))
-    assert score_packages(SETTINGS, packages, ROWS, ["cpu"], start_clock(600)) == ("scores", "records")
-
-
-def test_a_device_that_breaks_side_by_side_leaves_its_rows_to_the_other(packages, monkeypatch):
-    whole, _ = score_side_by_side(SETTINGS, packages, ROWS, ["cpu", "cpu"], start_clock(600))
-    real_serve, real_score_batch, broken, calls = engine.serve, engine.score_batch, threading.local(), []
-
-    def serve(work, worker, package, *rest):
-        if package is packages[0] and not calls:
-            calls.append(work.label)
-            broken.here = True
-        real_serve(work, worker, package, *rest)
-
-    def score_batch(*arguments):
-        if getattr(broken, "here", False):
-            raise RuntimeError("CUDA error")
-        return real_score_batch(*arguments)
-
-    monkeypatch.setattr(engine, "serve", serve)
-    monkeypatch.setattr(engine, "score_batch", score_batch)
-    scores, records = score_side_by_side(SETTINGS, packages, ROWS, ["cpu", "cpu"], start_clock(600))
-    assert calls == ["two, as_given"]
-    assert all(scores[0][row["id"]]["as_given"] == pytest.approx(whole[0][row["id"]]["as_given"], abs=1e-5) for row in ROWS)
-    assert scores[1] == whole[1]
-    assert records[-1]["scored"] == 30
-
-
-def break_one_device(monkeypatch, package):
-    """The first thread that serves `package` fails, as on a GPU after an illegal memory access."""
-    real_serve, broken = engine.serve, []
-
-    def serve(work, worker, served, *rest):
-        if served is package and not broken:
-            broken.append(worker)
-            worker.failure = "CUDA error"
-        real_serve(work, worker, served, *rest)
-
-    monkeypatch.setattr(engine, "serve", serve)
-
-
-def test_a_broken_device_that_does_not_answer_when_its_memory_is_freed_stops_nothing(packages, monkeypatch):
-    def empty_cache():
-        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
-
-    break_one_device(monkeypatch, packages[0])
-    monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
-    scores, _ = score_side_by_side(SETTINGS, packages, ROWS, ["cpu", "cpu"], start_clock(600))
-    assert all(len(scores[number][row["id"]]) == 2 - (number == 0) for number in (0, 1) for row in ROWS)
-
-
-def test_a_rescue_that_fails_leaves_the_other_packages_scores(packages, monkeypatch, capsys):
-    loaded = []
-
-    def load_workers(package, *rest):
-        loaded.append(package)
-        if len(loaded) == 3:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return engine.load_workers(package, *rest)
-
-    break_one_device(monkeypatch, packages[0])
-    monkeypatch.setattr(runtime_main, "load_workers", load_workers)
-    scores, _ = score_side_by_side(SETTINGS, packages, ROWS, ["cpu", "cpu"], start_clock(600))
-    assert [[len(scores[number][row["id"]]) for row in ROWS] for number in (0, 1)] == [[0] * 30, [2] * 30]
-    assert "cannot be loaded on cpu" in capsys.readouterr().out
-
-
-def test_a_later_package_that_cannot_be_loaded_before_the_deadline_is_left_out(packages, monkeypatch, capsys):
-    loaded = []
-    real_load = runtime_main.load_workers
-    monkeypatch.setattr(
-        runtime_main, "load_workers", lambda package, *rest: loaded.append(package) or real_load(package, *rest)
-    )
-    monkeypatch.setattr(runtime_main, "loading_seconds", lambda package, copies: 1000.0 * copies)
-    scores, _ = score_in_turn(SETTINGS, packages, ROWS, ["cpu"], start_clock(600))
-    assert loaded == packages[:1]
-    assert [[len(scores[number][row["id"]]) for row in ROWS] for number in (0, 1)] == [[2] * 30, [0] * 30]
-    assert "other: left out, " in capsys.readouterr().out
-
-
 def test_loading_takes_as_long_as_its_bytes_and_copies(packages):
     size = (packages[0].folder / "model.safetensors").stat().st_size
     assert loading_seconds(packages[0], 2) == pytest.approx(2 * size / 3e8, rel=0.05)
+
+
+def test_gain_is_that_of_the_knowledge_gradient():
+    assert expected_gain([0.5, 0.5], 0.1, False) == pytest.approx(2 * 0.1 * 0.3989423)
+    assert expected_gain([0.6, 0.4], 0.1, False) == pytest.approx(2 * (0.1 * 0.2419707 - 0.1 * 0.1586553))
+    assert expected_gain([0.99, 0.01], 0.1, False) < 1e-6
+    assert expected_gain([0.2, 0.5, 0.3], 0.1, False) == pytest.approx(expected_gain([0.6, 0.4], 0.1, False))
+    assert expected_gain([0.6, 0.4], 0.1, True) == pytest.approx(0.01 * (1 - 0.52))
+    assert expected_gain(None, 0.1, True) == 1
+
+
+def plan_for(options, probabilities, tokens, seconds, unscored=None):
+    everything = list(tokens)
+    return allocate(options, unscored or [everything] * len(options), probabilities, tokens, seconds, False)
+
+
+def test_the_seconds_go_to_the_least_certain_rows_and_of_those_to_the_short_ones():
+    probabilities = {"even": [0.5, 0.5], "even but long": [0.5, 0.5], "leaning": [0.55, 0.45], "sure": [0.95, 0.05]}
+    tokens = {"even": 100, "even but long": 500, "leaning": 100, "sure": 100}
+    option = Option(0, "swapped", 0.1, seconds_per_token=0.01)
+    order = [list(plan_for([option], probabilities, tokens, seconds)[0].worth) for seconds in (1.5, 2.5, 7.5, 8.5)]
+    assert order == [
+        ["even"],
+        ["even", "leaning"],
+        ["even", "leaning", "even but long"],
+        ["even", "leaning", "even but long", "sure"],
+    ]
+    assert plan_for([option], probabilities, tokens, 7.5)[0].seconds == pytest.approx(7)
+
+
+def test_a_row_without_a_score_comes_first():
+    option = Option(0, "as_given", 0.1, seconds_per_token=0.01)
+    [share] = plan_for([option], {"known": [0.5, 0.5]}, {"known": 100, "unknown": 100}, 1.5)
+    assert list(share.worth) == ["unknown"]
+
+
+def test_a_further_model_is_loaded_where_it_is_worth_its_loading():
+    probabilities, tokens = {str(n): [0.5, 0.5] for n in range(10)}, {str(n): 100 for n in range(10)}
+    second_order, model = Option(0, "swapped", 0.02, 0.01), Option(1, "as_given", 0.1, 0.01, load_seconds=5)
+    plans = [plan_for([second_order, model], probabilities, tokens, seconds) for seconds in (5.5, 9, 16, 30)]
+    assert [[len(share.worth) for share in plan] for plan in plans] == [[5, 0], [0, 4], [1, 10], [10, 10]]
+
+
+def test_the_change_is_measured_on_the_rows_in_both():
+    before = {str(n): [0.5, 0.5] for n in range(30)} | {"only before": [0.9, 0.1]}
+    after = {str(n): [0.5 + (0.1 if n % 2 else -0.1), 0.5] for n in range(30)}
+    assert measured_change(before, after) == pytest.approx(0.1)
+    assert measured_change({"1": [0.5, 0.5]}, {"1": [0.6, 0.4]}) is None
+
+
+def board_of(packages, /, devices=("cpu", "cpu"), seconds=600, hidden_run=False, **changes):
+    settings = replace(SETTINGS, **changes)
+    return make_board(settings, packages, ROWS, devices, start_clock(seconds), hidden_run)
+
+
+def test_both_ways_give_what_each_model_gives_alone(packages, monkeypatch):
+    boards = {}
+    for side_by_side in (True, False):
+        monkeypatch.setattr(
+            schedule, "make_plan", lambda *_, way=side_by_side: SimpleNamespace(side_by_side=way, why="as told")
+        )
+        boards[side_by_side] = board_of(packages)
+        score_all(boards[side_by_side])
+    for number, package in enumerate(packages):
+        alone = board_of([package], ["cpu"], packages=SETTINGS.packages[number : number + 1])
+        score_all(alone)
+        for row in ROWS:
+            for order in ("as_given", "swapped"):
+                expected = pytest.approx(alone.scores[0][row["id"]][order], abs=1e-5)
+                assert boards[True].scores[number][row["id"]][order] == expected
+                assert boards[False].scores[number][row["id"]][order] == expected
+    passes = [sorted(record["pass"] for record in board.passes) for board in boards.values()]
+    assert passes == [["other, as_given", "other, swapped", "two, as_given", "two, swapped"]] * 2
+    first = [
+        board.scores[0]["row00001"]["as_given"][0] - board.scores[1]["row00001"]["as_given"][0] for board in boards.values()
+    ]
+    assert min(map(abs, first)) > 1e-3
+
+
+@pytest.mark.parametrize("devices, planned", [(("cpu", "cpu"), True), (("cpu",), False)])
+def test_with_one_device_there_is_no_side_by_side_to_plan(packages, monkeypatch, devices, planned):
+    asked = []
+    monkeypatch.setattr(schedule, "make_plan", lambda *_: asked.append(1) or SimpleNamespace(side_by_side=False, why="told"))
+    monkeypatch.setattr(schedule, "score_in_turn", lambda *_: None)
+    score_all(board_of(packages, devices))
+    assert bool(asked) == planned
+
+
+def break_first(monkeypatch, folder):
+    """The first worker with the package in `folder` dies each time that it starts: its device is lost."""
+    lost, real = [], crew.start_process
+
+    def start(task):
+        if task.folder == str(folder) and task.position in (lost or [task.position]):
+            lost.append(task.position)
+            return start_in_thread(task, lambda connection, _: hang_up(connection))
+        return real(task)
+
+    monkeypatch.setattr(crew, "start_process", start)
+
+
+def test_a_device_that_is_lost_side_by_side_leaves_its_rows_to_the_other(packages, monkeypatch):
+    monkeypatch.setattr(schedule, "make_plan", lambda *_: SimpleNamespace(side_by_side=True, why="as told"))
+    whole = board_of(packages)
+    score_all(whole)
+    break_first(monkeypatch, packages[0].folder)
+    board = board_of(packages)
+    score_all(board)
+    assert list(board.devices) == [1]
+    assert [worker["gone"] for worker in board.workers if worker["deaths"]] == [True]
+    for number in (0, 1):
+        for row in ROWS:
+            for order in ("as_given", "swapped"):
+                expected = pytest.approx(whole.scores[number][row["id"]][order], abs=1e-5)
+                assert board.scores[number][row["id"]][order] == expected
+
+
+def test_a_short_clock_gives_the_second_order_to_the_least_certain_rows(packages, monkeypatch, capsys):
+    board = board_of(packages[:1], ["cpu"], packages=(replace(SETTINGS.packages[0], weight=1.0),))
+    real = schedule.allocate
+
+    def in_a_third(options, unscored, known, tokens, seconds, by_log_loss):
+        rate = 1 / options[0].seconds_per_token
+        third = sum(tokens.values()) / rate / 3 if len(unscored[0]) == 30 else 0.0
+        return real(options, unscored, known, tokens, third, by_log_loss)
+
+    monkeypatch.setattr(schedule, "allocate", in_a_third)
+    score_all(board)
+    twice = {row_id for row_id, by_order in board.scores[0].items() if len(by_order) == 2}
+    assert 5 < len(twice) < 16
+    lead = {row_id: abs(by_order["as_given"][0] - 0.5) for row_id, by_order in board.scores[0].items()}
+    assert set(sorted(lead, key=lead.get)[:5]) <= twice
+    assert f"two swapped {len(twice)} of 30 rows in" in board.plans[0]
+    assert f"two swapped 0 of {30 - len(twice)} rows" in board.plans[-1]
+    assert f"plan: {board.plans[0]}\n" in capsys.readouterr().out
+
+
+def test_a_further_model_that_is_refused_is_left_out_of_the_hidden_run_and_raises_in_the_visible_one(packages, monkeypatch):
+    real = crew.start_process
+
+    def start(task):
+        if task.folder == str(packages[1].folder):
+            return start_in_thread(task, lambda connection, _: connection.send(("refused", "golden row 7")))
+        return real(task)
+
+    monkeypatch.setattr(crew, "start_process", start)
+    board = board_of(packages, ["cpu"], hidden_run=True)
+    score_all(board)
+    assert all(len(by_order) == 2 for by_order in board.scores[0].values())
+    assert not any(board.scores[1].values())
+    with pytest.raises(PackageError, match="golden row 7"):
+        score_all(board_of(packages, ["cpu"]))
+
+
+def test_the_first_model_that_is_refused_raises_always(packages, monkeypatch):
+    refuse = partial(start_in_thread, target=lambda connection, _: connection.send(("refused", "golden row 7")))
+    monkeypatch.setattr(crew, "start_process", refuse)
+    with pytest.raises(PackageError, match="golden row 7"):
+        score_all(board_of(packages, ["cpu"], hidden_run=True))
 
 
 def test_a_kernel_with_two_models_writes_one_submission(packages, tmp_path, monkeypatch):
@@ -208,7 +262,7 @@ def test_a_kernel_with_two_models_writes_one_submission(packages, tmp_path, monk
     tiny.pairs(30, seed=9).drop("winner").write_parquet(folder / "test.parquet")
     for package, dataset in zip(packages, ("tiny-two", "tiny-other"), strict=True):
         shutil.copytree(package.folder, tmp_path / "input" / dataset)
-    runtime_main.run_kernel(SETTINGS, devices=["cpu", "cpu"])
+    run_kernel(SETTINGS, devices=["cpu", "cpu"])
     record = json.loads((tmp_path / "working" / "kernel.json").read_text())
-    assert record["passes"][0]["plan"].startswith(("side by side", "in turn"))
-    assert (record["rows"], record["scored"], len(record["passes"])) == (30, 30, 5)
+    assert record["plans"][0].startswith(("side by side", "in turn"))
+    assert (record["rows"], record["scored"], len(record["passes"])) == (30, 30, 4)

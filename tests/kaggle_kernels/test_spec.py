@@ -84,6 +84,7 @@ def test_a_mistake_within_a_package_is_the_only_problem(tmp_path):
         ({"clock_seconds": 50000}, "clock_seconds: "),
         ({"orders": "swapped"}, "orders: expected one of as_given, both, found 'swapped'"),
         ({"min_scored": 1.5}, "min_scored: "),
+        ({"visible_rows": -1}, "visible_rows: "),
         ({"temperature": 0}, "temperature: "),
         ({"title": "abc"}, "title: "),
         ({"title": "日本語 ab"}, "title: its slug would be 'ab', Kaggle wants 5 characters or more"),

@@ -36,10 +36,41 @@ def test_lmsys_gives_three_probabilities_in_its_columns(tmp_path):
     assert (tmp_path / "submission.csv").read_text() == expected
 
 
-def test_a_submission_that_is_wrong_never_gets_its_name(tmp_path):
-    with pytest.raises(ValueError, match="not probabilities that sum to one"):
-        write_submission(tmp_path / "submission.csv", LMSYS, {"9": [float("nan"), 0.5, 0.5]})
-    assert not (tmp_path / "submission.csv").exists()
+@pytest.mark.parametrize(
+    "settings, values, message",
+    [
+        (LMSYS, [float("nan"), 0.5, 0.5], "id 9: .nan, 0.5, 0.5. are not probabilities that sum to one"),
+        (LMSYS, [0.5, 0.5], "id 9: .* one for each of model_a, model_b, tie; nothing is submitted"),
+        (WSDM, [float("nan"), 0.5], "id 9: .* not probabilities"),
+        (WSDM, [float("inf"), 0.5], "id 9: .* not probabilities"),
+        (WSDM, [1.0, 0.0], "id 9: .* not probabilities"),
+    ],
+)
+def test_a_submission_that_is_wrong_leaves_no_file(tmp_path, settings, values, message):
+    with pytest.raises(ValueError, match=message):
+        write_submission(tmp_path / "submission.csv", settings, {"9": values})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "ids, message",
+    [
+        (["1", "9"], "its 2 ids are not the test file's 2 ids in their order: row 1 has '9', expected '1'"),
+        (["9", "1", "5"], "its 2 ids are not the test file's 3 ids in their order: row 3 is missing, expected '5'"),
+        (["9"], "row 2 has '1', expected no more"),
+        (["09", "1"], "row 1 has '9', expected '09'"),
+    ],
+)
+def test_a_submission_without_the_test_files_ids_in_their_order_leaves_no_file(tmp_path, ids, message):
+    with pytest.raises(ValueError, match=message):
+        write_submission(tmp_path / "submission.csv", WSDM, {"9": [0.25, 0.75], "1": [0.5, 0.5]}, ids)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ids_that_csv_must_quote_are_read_back_as_they_were(tmp_path):
+    ids = ['a,"b"', " 7 ", "line\nend", "'", "河", "1e5", "007"]
+    write_submission(tmp_path / "submission.csv", WSDM, dict.fromkeys(ids, [0.25, 0.75]), ids)
+    assert pl.read_csv(tmp_path / "submission.csv", infer_schema=False)["id"].to_list() == ids
 
 
 @pytest.mark.parametrize(
@@ -87,12 +118,16 @@ def test_fewer_scored_rows_than_the_spec_allows_raise():
     scored = {str(number): [0.5, 0.5] for number in range(97)}
     assert len(fill_unscored(rows, scored, ("model_a", "model_b"), 0.97)) == 100
     with pytest.raises(ValueError, match="97 of 100 rows were scored, the spec's min_scored is 0.98; nothing is submitted"):
-        fill_unscored(rows, scored, ("model_a", "model_b"), 0.98)
+        fill_unscored(rows, {**scored, "of the visible run": [0.5, 0.5]}, ("model_a", "model_b"), 0.98)
 
 
 def test_a_tie_that_the_competition_does_not_know_is_dropped_and_the_rest_renormalised():
     assert to_competition([0.5, 0.125, 0.375], ("tie", "model_b", "model_a"), ("model_a", "model_b")) == [0.75, 0.25]
     assert to_competition([0.5, 0.2, 0.3], ("tie", "model_b", "model_a"), ("model_a", "model_b", "tie")) == [0.3, 0.2, 0.5]
+
+
+def test_a_model_that_is_sure_of_a_tie_says_nothing_where_there_is_none():
+    assert to_competition([1.0, 0.0, 0.0], ("tie", "model_b", "model_a"), ("model_a", "model_b")) == [0.5, 0.5]
 
 
 def test_the_mean_is_weighted_over_the_models_that_scored_the_row():

@@ -22,6 +22,7 @@ def test_the_package_is_flat_and_its_manifest_lists_every_other_file(packaged):
         "model_input.py",
         "tokenizer.json",
         "tokenizer_config.json",
+        "validation_ids.json",
     ]
     assert sorted(path.name for path in folder.iterdir()) == sorted([*manifest["files"], "manifest.json"])
     for name, facts in manifest["files"].items():
@@ -42,6 +43,13 @@ def test_the_manifest_holds_figures_of_the_comparison_and_no_rows(packaged):
         ]
     ] * 4
     assert len(json.dumps(validation)) < 4000
+
+
+def test_the_package_lists_the_ids_of_its_validation_rows_and_no_text(packaged):
+    run, _ = packaged("gemma2", quantize="nf4")
+    listed = json.loads((run.folder / "package" / "validation_ids.json").read_text())
+    expected = sorted((f"row{number:05d}" for number in range(24)), key=lambda row_id: sha256(row_id.encode()).hexdigest())
+    assert listed == {"fold": 0, "trained_on": False, "ids": expected}
 
 
 def test_contract_code_and_tokenizer_are_the_bytes_of_training(packaged):

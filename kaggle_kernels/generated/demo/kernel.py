@@ -21,14 +21,16 @@ import os
 import queue
 import re
 import resource
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.connection import wait
@@ -157,6 +159,7 @@ SETTINGS = Settings(
 # Raises PackageError where a package is not the one that was made; ContractError comes from the package's own model_input.py.
 # ==============================================================================================================
 
+HASHING_THREADS = 4  # hashlib lets the others go on; a core does about 1 GB a second
 NOT_MOUNTED = ("dataset-metadata.json",)  # Kaggle's client reads this file and leaves it out of the dataset
 
 
@@ -175,10 +178,17 @@ class Package:
     tokenizer: Tokenizer
 
 
-def read_package(folder: Path | str) -> Package:
-    """Read the package in `folder`: file hashes, contract, tokenizer and golden token ids are checked, in this order."""
+def read_package(folder: Path | str, clock: Clock | None = None) -> Package:
+    """Read the package in `folder`: file hashes, contract, tokenizer and golden token ids are checked, in this order.
+
+    With a `clock`, a line is logged of how long it took to read every byte.
+    """
     folder = Path(folder)
+    began = time.monotonic()
     manifest = check_manifest(folder)
+    if clock:
+        size = sum(expected["bytes"] for expected in manifest["files"].values())
+        log(clock, f"{folder}: {size / 1e9:.2f} GB as listed, hashed in {time.monotonic() - began:.1f} s")
     model_input = execute_model_input(folder / "model_input.py")
     contract = model_input.read_contract(folder)
     check_hash(folder / "model_input.py", contract.model_input_sha256, "contract.json")
@@ -194,15 +204,16 @@ def check_manifest(folder: Path) -> dict:
     if not (folder / "manifest.json").is_file():
         raise PackageError(f"{folder}: manifest.json is missing; package the run again")
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    for name, expected in manifest["files"].items():
-        if name in NOT_MOUNTED:
-            continue
+    listed = {name: expected for name, expected in manifest["files"].items() if name not in NOT_MOUNTED}
+    for name, expected in listed.items():
         path = folder / name
         if not path.is_file():
             raise PackageError(f"{path}: missing, but manifest.json lists it; upload the package again")
         if path.stat().st_size != expected["bytes"]:
             raise PackageError(f"{path}: {path.stat().st_size} bytes, manifest.json says {expected['bytes']}; upload it again")
-        check_hash(path, expected["sha256"], "manifest.json")
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:
+        for _ in pool.map(lambda name: check_hash(folder / name, listed[name]["sha256"], "manifest.json"), listed):
+            pass
     present = {path.name for path in folder.iterdir() if path.is_file()}
     unlisted = sorted(present - set(manifest["files"]) - {"manifest.json", *NOT_MOUNTED})
     if unlisted:
@@ -1040,6 +1051,7 @@ def is_multiplied(name: str) -> bool:
 # ==============================================================================================================
 
 TEXTS = ("prompt", "response_a", "response_b")
+ROWS_AT_ONCE = 1024
 
 
 def kaggle_root() -> Path:
@@ -1047,13 +1059,21 @@ def kaggle_root() -> Path:
     return Path(os.environ.get("KAGGLE_ROOT", "/kaggle"))
 
 
-def find_mounted(root: Path, slug: str, names: Sequence[str]) -> Path:
-    """The file named as one of `names` in the dataset or competition `slug`, wherever that is mounted.
+def find_mounted(root: Path, slug: str, names: Sequence[str], kind: str | None = None) -> Path:
+    """The file named as one of `names`, the first that is there, in the dataset or competition `slug`, wherever it is mounted.
 
-    Mounted twice, the same file counts once. Raises FileNotFoundError where there is none, or several that differ.
+    A `kind`, datasets or competitions, leaves out what is mounted as the other, and takes `slug` at the place of a mount
+    (slug, kind/slug, kind/owner/slug) before a folder of that name deeper inside. Mounted twice, the same file counts once.
+    Raises FileNotFoundError where there is none, or several that differ.
     """
     inputs = root / "input"
-    found = [path for name in names for path in inputs.rglob(name) if slug in path.relative_to(inputs).parts[:-1]]
+    places: dict[tuple[int, str], list[Path]] = {}
+    for name in names:
+        for path in sorted(inputs.rglob(name)):
+            place = place_in_mounts(path.relative_to(inputs).parts[:-1], slug, kind)
+            if path.is_file() and place is not None:
+                places.setdefault((place, name), []).append(path)
+    found = places[min(places, key=lambda place: (place[0], names.index(place[1])))] if places else []
     if found and all(path.name == found[0].name and filecmp.cmp(path, found[0], shallow=False) for path in found[1:]):
         return found[0]
     mounted = sorted({str(path.parent.relative_to(inputs)) for path in inputs.rglob("*") if path.is_file()})
@@ -1063,21 +1083,99 @@ def find_mounted(root: Path, slug: str, names: Sequence[str]) -> Path:
     )
 
 
+def place_in_mounts(parts: Sequence[str], slug: str, kind: str | None) -> int | None:
+    """How well a file's folders below /kaggle/input suit: 0 in the mount of `slug`, 1 in a folder of that name, None not."""
+    other = {"datasets": "competitions", "competitions": "datasets"}.get(kind or "")
+    if slug not in parts or (len(parts) > 1 and parts[0] == other):
+        return None
+    owner = 1 if kind == "datasets" else 0
+    is_mount = parts[0] == slug or (parts[0] == kind and parts[1 + owner : 2 + owner] == (slug,))
+    return 0 if kind is None or is_mount else 1
+
+
 def read_rows(path: Path, are_turns: bool) -> list[dict]:
-    """The test rows: id (str), prompt, response_a, response_b, each a string, null, or with `are_turns` a list of those."""
-    if path.suffix == ".parquet":
-        rows = pq.read_table(path).to_pylist()
-    else:
-        csv.field_size_limit(2**31 - 1)
-        with path.open(encoding="utf-8", errors="replace", newline="") as file:
-            rows = list(csv.DictReader(file))
-    missing = [name for name in ("id", *TEXTS) if rows and name not in rows[0]]
-    if missing or not rows:
-        raise ValueError(f"{path}: {'no column ' + ', '.join(missing) if missing else 'no rows'}")
-    rows = [{"id": str(row["id"]), **{name: read_text(row[name], are_turns) for name in TEXTS}} for row in rows]
-    if len({row["id"] for row in rows}) != len(rows):
-        raise ValueError(f"{path}: an id occurs twice; a submission needs every id once")
-    return rows
+    """The test rows: id (str), prompt, response_a, response_b, each a string, null, or with `are_turns` a list of those.
+
+    Ids keep the file's characters, numbers their digits. Raises ValueError where a column is missing or holds no text, where
+    there are no rows, or where an id is null, no whole number, or there twice.
+    """
+    rows = list(rows_of(path, ("id", *TEXTS)))
+    if not rows:
+        raise ValueError(f"{path}: no rows")
+    if twice := [row_id for row_id, count in Counter(row["id"] for row in rows).items() if count > 1]:
+        raise ValueError(f"{path}: an id occurs twice: {', '.join(twice[:3])}; a submission needs every id once")
+    return [{"id": row["id"], **{name: read_text(row[name], are_turns) for name in TEXTS}} for row in rows]
+
+
+def read_ids(path: Path) -> list[str]:
+    """The ids of a table, in its order: what a submission is checked against."""
+    return [row["id"] for row in rows_of(path, ("id",))]
+
+
+def rows_of(path: Path, columns: Sequence[str], keep: Container[str] | None = None) -> Iterator[dict]:
+    """The rows of a Parquet or CSV file with these columns, id among them, where it stands in `keep` if that is given.
+
+    Others are never made into Python objects (Parquet) or soon dropped (CSV): memory is that of a thousand rows and those kept.
+    """
+    number = 0
+    for values in (parquet_parts if path.suffix == ".parquet" else csv_parts)(path, columns, keep):
+        for row in values:
+            number += 1
+            row_id = id_text(row["id"])
+            if row_id is None:
+                raise ValueError(f"{path}, row {number}: its id is {row['id']!r}; expected a text or a whole number")
+            if keep is None or row_id in keep:
+                yield {**row, "id": row_id}
+
+
+def parquet_parts(path: Path, columns: Sequence[str], keep: Container[str] | None) -> Iterator[list[dict]]:
+    """Rows by the thousand; of those that are not in `keep` only the id."""
+    with pq.ParquetFile(path, pre_buffer=False, buffer_size=2**18) as file:  # else whole columns: 340 MB of a file of 68 MB
+        schema = file.schema_arrow
+        check_columns(path, columns, schema.names)
+        for name in set(columns) & set(TEXTS):
+            if not holds_text(schema.field(name).type):
+                raise ValueError(f"{path}: column {name} holds {schema.field(name).type}; expected text, or lists of it")
+        for batch in file.iter_batches(ROWS_AT_ONCE, columns=list(columns), use_threads=False):
+            ids = batch.column("id").to_pylist()
+            is_kept = [keep is None or id_text(row_id) in keep for row_id in ids]
+            kept = iter(batch.filter(pa.array(is_kept, pa.bool_())).to_pylist())
+            yield [next(kept) if wanted else {"id": row_id} for row_id, wanted in zip(ids, is_kept, strict=True)]
+
+
+def csv_parts(path: Path, columns: Sequence[str], keep: Container[str] | None) -> Iterator[list[dict]]:
+    """Rows one by one; what a row lacks is null."""
+    csv.field_size_limit(2**31 - 1)
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        reader = csv.DictReader(file)
+        check_columns(path, columns, reader.fieldnames or ())
+        for row in reader:
+            yield [{name: row[name] for name in columns}]
+
+
+def check_columns(path: Path, columns: Sequence[str], present: Sequence[str]) -> None:
+    """Raise ValueError where a column is not there."""
+    if missing := [name for name in columns if name not in present]:
+        raise ValueError(f"{path}: no column {', '.join(missing)}; there are {', '.join(present) or 'none'}")
+
+
+def holds_text(kind: pa.DataType) -> bool:
+    """Whether a column's type is text, or lists of it; a column of nothing but nulls is."""
+    if isinstance(kind, pa.DictionaryType | pa.ListType | pa.LargeListType):
+        return holds_text(kind.value_type)
+    return kind in (pa.string(), pa.large_string(), pa.string_view(), pa.null())
+
+
+def id_text(value: object) -> str | None:
+    """An id as the submission has it: a text as it is, a whole number as its digits; None where it is neither.
+
+    A number that came as a float must be within 2**53: beyond it, digits have been lost.
+    """
+    if isinstance(value, float) and value.is_integer() and abs(value) <= 2**53:
+        return str(int(value))
+    if isinstance(value, bool | float | bytes):
+        return None
+    return str(value) if value is not None and str(value) != "" else None
 
 
 def read_text(value: str | Sequence | None, are_turns: bool) -> str | list[str | None] | None:
@@ -1103,7 +1201,7 @@ def install_missing_wheels(root: Path, folders: Sequence[Path], wheels: str | No
         raise ModuleNotFoundError(
             "a package is quantised with bitsandbytes, which is absent; name a dataset in the spec's `wheels`"
         )
-    folder = find_mounted(root, wheels, ("bitsandbytes-*.whl",)).parent
+    folder = find_mounted(root, wheels, ("bitsandbytes-*.whl",), "datasets").parent
     check_wheels(folder)
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--find-links", str(folder)]
     subprocess.run([*command, "bitsandbytes"], check=True)
@@ -1140,6 +1238,8 @@ PRIOR = {2: (0.6, 0.4), 3: (0.45, 0.25, 0.3)}  # longer, shorter, tie: the longe
 def to_competition(values: Sequence[float], of: Sequence[str], verdicts: Sequence[str]) -> list[float]:
     """Probabilities in the order `of` as probabilities of the competition's `verdicts`; what those lack is shared out."""
     kept = [values[list(of).index(verdict)] for verdict in verdicts]
+    if not sum(kept):  # all was said of a tie, which the competition does not know
+        return [1 / len(kept)] * len(kept)
     return [value / sum(kept) for value in kept]
 
 
@@ -1155,15 +1255,19 @@ def soften(values: Sequence[float], temperature: float) -> list[float]:
     return [value / sum(inner) for value in inner]
 
 
-def prior(row: Mapping, verdicts: Sequence[str]) -> list[float]:
-    """What to say of a row that could not be scored: the longer answer, by characters; of equal ones the first."""
+def is_first_longer(row: Mapping) -> bool:
+    """Whether a row's first answer has as many characters as its second, or more, over all turns."""
 
     def length(value) -> int:
         return len(value or "") if value is None or isinstance(value, str) else sum(len(turn or "") for turn in value)
 
+    return length(row["response_a"]) >= length(row["response_b"])
+
+
+def prior(row: Mapping, verdicts: Sequence[str]) -> list[float]:
+    """What to say of a row that could not be scored: the longer answer, by characters; of equal ones the first."""
     longer, shorter, *tie = PRIOR[len(verdicts)]
-    first = length(row["response_a"]) >= length(row["response_b"])
-    return [longer, shorter, *tie] if first else [shorter, longer, *tie]
+    return [longer, shorter, *tie] if is_first_longer(row) else [shorter, longer, *tie]
 
 
 def fill_unscored(
@@ -1173,24 +1277,42 @@ def fill_unscored(
 
     Raises ValueError where fewer than the share `min_scored` were scored: a silent bad submission is worse than none.
     """
-    if len(scored) < min_scored * len(rows):
+    found = sum(row["id"] in scored for row in rows)
+    if found < min_scored * len(rows):
         raise ValueError(
-            f"{len(scored)} of {len(rows)} rows were scored, the spec's min_scored is {min_scored}; nothing is submitted"
+            f"{found} of {len(rows)} rows were scored, the spec's min_scored is {min_scored}; nothing is submitted"
         )
     return {row["id"]: list(scored.get(row["id"]) or prior(row, verdicts)) for row in rows}
 
 
-def write_submission(path: Path, settings: Settings, probabilities: Mapping[str, Sequence[float]]) -> None:
-    """Write id,winner or id and one probability a verdict; the file gets its name once `check_submission` has passed it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["id", *settings.columns])
-        for row_id, values in probabilities.items():
-            answer = values if len(settings.columns) > 1 else [settings.verdicts[values.index(max(values))]]
-            writer.writerow([row_id, *answer])
-    check_submission(temporary, settings, list(probabilities))
-    os.replace(temporary, path)
+def write_submission(
+    path: Path, settings: Settings, probabilities: Mapping[str, Sequence[float]], ids: Sequence[str] | None = None
+) -> None:
+    """Write id,winner or id and one probability a verdict; the file gets its name once `check_submission` has passed it.
+
+    `ids` are the test file's, in its order, read again; without them it is checked against those of `probabilities`. Where
+    a check fails, no file is left.
+    """
+    check_probabilities(probabilities, settings.verdicts)
+    with whole_file(path) as temporary:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["id", *settings.columns])
+            for row_id, values in probabilities.items():
+                answer = values if len(settings.columns) > 1 else [settings.verdicts[values.index(max(values))]]
+                writer.writerow([row_id, *answer])
+        check_submission(temporary, settings, list(probabilities) if ids is None else ids)
+
+
+def check_probabilities(probabilities: Mapping[str, Sequence[float]], verdicts: Sequence[str]) -> None:
+    """Raise ValueError at a row without one probability a verdict, each above 0 and below 1, summing to one."""
+    for row_id, values in probabilities.items():
+        whole = len(values) == len(verdicts) and all(0 < value < 1 for value in values)
+        if not whole or not math.isclose(sum(values), 1, abs_tol=1e-6):
+            raise ValueError(
+                f"id {row_id}: {list(values)} are not probabilities that sum to one, one for each of {', '.join(verdicts)}; "
+                "nothing is submitted"
+            )
 
 
 def check_submission(path: Path, settings: Settings, ids: Sequence[str]) -> None:
@@ -1199,17 +1321,37 @@ def check_submission(path: Path, settings: Settings, ids: Sequence[str]) -> None
         header, *lines = csv.reader(file)
     if header != ["id", *settings.columns]:
         raise ValueError(f"{path}: columns {header}, expected {['id', *settings.columns]}")
-    if [line[0] for line in lines] != list(ids):
-        raise ValueError(f"{path}: its {len(lines)} ids are not the test file's {len(ids)} ids in their order")
+    check_order(path, [line[0] if line else "" for line in lines], ids)
     for row_id, *answer in lines:
         if len(answer) != len(settings.columns):
             raise ValueError(f"{path}: id {row_id}: {len(answer)} values, expected {len(settings.columns)}")
         if len(answer) == 1 and answer[0] not in settings.verdicts:
             raise ValueError(f"{path}: id {row_id}: {answer[0]!r}, expected one of {', '.join(settings.verdicts)}")
-        if len(answer) > 1:
-            values = [float(value) for value in answer]
-            if not all(0 < value < 1 for value in values) or not math.isclose(sum(values), 1, abs_tol=1e-6):
-                raise ValueError(f"{path}: id {row_id}: {values} are not probabilities that sum to one")
+    if len(settings.columns) > 1:
+        check_probabilities({row_id: [float(value) for value in answer] for row_id, *answer in lines}, settings.verdicts)
+
+
+def check_order(path: Path, found: Sequence[str], ids: Sequence[str]) -> None:
+    """Raise ValueError at the first id that is not the test file's at that place."""
+    if len(found) != len(ids) or list(found) != list(ids):
+        size = min(len(found), len(ids))
+        at = next((at for at in range(size) if found[at] != ids[at]), size)
+        here = f"row {at + 1} has {found[at]!r}" if at < len(found) else f"row {at + 1} is missing"
+        there = repr(ids[at]) if at < len(ids) else "no more"
+        raise ValueError(
+            f"{path}: its {len(found)} ids are not the test file's {len(ids)} ids in their order: {here}, expected {there}"
+        )
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; it takes that name when the block succeeds and is removed when it fails."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_scores(
@@ -1231,16 +1373,518 @@ def write_scores(
             for at, verdict in enumerate(order_of_logits):
                 found = [scores.get(row_id, {}).get(order) for row_id in final]
                 columns[f"{run}_p_{verdict}_{order}"] = [None if values is None else values[at] for values in found]
-    temporary = path.with_name(f".{path.name}.tmp")
-    pq.write_table(pa.table(columns), temporary)
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        pq.write_table(pa.table(columns), temporary)
 
 
 def write_record(path: Path, record: Mapping) -> None:
     """Write kernel.json."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+# ==============================================================================================================
+# checks.py
+#
+# What must hold before hours of work begin: libraries, GPUs, memory, disk. No GPU is touched here: nvidia-smi is asked.
+#
+# What would make answers wrong, or could only end in a crash, is a MachineError that says what to do; what costs no more than
+# speed is a line in the log. What cannot be found out (no nvidia-smi, no /proc) is not checked.
+# ==============================================================================================================
+
+ASK_GPUS = ("nvidia-smi", "--query-gpu=name,memory.free,memory.total,compute_cap", "--format=csv,noheader,nounits")
+ASK_SECONDS = 30
+EXPECTED_GPUS = 2  # machine_shape NvidiaTeslaT4
+OLDEST_CAPABILITY = 7.0  # a P100 has 6.0, and the image's PyTorch no code for it
+MEBIBYTE = 2**20
+GIBIBYTE = 2**30
+CUDA_CONTEXT_BYTES = GIBIBYTE // 2
+BATCH_BYTES = 2 * GIBIBYTE  # with less beside the weights, batches are halved again and again
+PROCESS_BYTES = GIBIBYTE  # of RAM: Python, PyTorch and CUDA's libraries in a worker
+OUTPUT_BYTES = 1000  # of a row, in submission.csv and scores.parquet together: two models take a quarter of it
+METHODS = {"bitsandbytes": "bitsandbytes", "gptq": None}  # how weights are packed, and what unpacks them if not this runtime
+COMPARED = ("torch", "transformers", "tokenizers", "peft", "bitsandbytes")
+
+
+class MachineError(RuntimeError):
+    """This machine, or what is installed on it, cannot give the answers that the packages were made for."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU as nvidia-smi tells of it; None is what it did not tell."""
+
+    name: str
+    free_bytes: int | None
+    total_bytes: int | None
+    capability: float | None
+
+
+@dataclass(frozen=True)
+class Need:
+    """A package's run, its placement, the bytes of its weights on the disk, and what each of those is in RAM on a CPU."""
+
+    run: str
+    placement: str
+    weight_bytes: int
+    cpu_factor: int = 1
+
+
+def check_machine(
+    root: Path, settings: Settings, packages: Sequence[Package], devices: Sequence[str], rows: int, clock: Clock
+) -> dict:
+    """Check libraries, GPUs, memory and disk for the checked packages, and log what is there; the record for kernel.json.
+
+    `devices` are PyTorch's, `rows` those to be scored. Raises MachineError.
+    """
+    lines = check_libraries(packages, {name: installed_version(name) for name in COMPARED})
+    needs = [need_of(chosen, package) for chosen, package in zip(settings.packages, packages, strict=True)]
+    gpus = visible_gpus(ask_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    lines += check_gpus(devices, gpus, needs, on_kaggle="KAGGLE_ROOT" not in os.environ)
+    memory = available_memory()
+    lines += check_memory(memory, devices, needs)
+    free = check_disk(root / "working", rows)
+    log(clock, machine_line(gpus, memory, free))
+    for line in lines:
+        log(clock, line)
+    return {
+        "gpus": None if gpus is None else [asdict(gpu) for gpu in gpus],
+        "memory_bytes": memory,
+        "disk_bytes": free,
+        "notes": lines,
+    }
+
+
+def need_of(chosen, package: Package) -> Need:
+    """What a package of the settings asks of the machine. On a CPU, float16 weights that are not packed become float32."""
+    size = sum(path.stat().st_size for path in package.folder.glob("*.safetensors"))
+    widened = package.manifest.get("quantize") == "none" and package.manifest.get("dtype") == "float16"
+    return Need(chosen.run, chosen.placement, size, 2 if widened else 1)
+
+
+def installed_version(name: str) -> str | None:
+    """The version of an installed package, None where it is absent; it is not imported."""
+    if importlib.util.find_spec(name) is None:
+        return None
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def check_libraries(packages: Sequence[Package], served: Mapping[str, str | None]) -> list[str]:
+    """Raise MachineError where a package needs what is absent or too old; lines of versions that differ from training's.
+
+    Golden rows show whether another version of PyTorch or of the tokenizers gives other answers, so those are only told. But
+    transformers of an older major version reads a newer configuration without complaint and ignores what it does not know:
+    version 5 writes rope_parameters, without which version 4 gives every model the same rotary base.
+    """
+    lines = []
+    for package in packages:
+        name = package.folder.name
+        config = json.loads((package.folder / "config.json").read_text(encoding="utf-8"))
+        trained = package.contract.recorded.get("versions", {})
+        saved = config.get("transformers_version") or trained.get("transformers")
+        if major(served["transformers"]) < major(saved):
+            raise MachineError(
+                f"{name}: saved by transformers {saved}, which version {served['transformers']} here would read wrongly; "
+                "choose the newest environment for the kernel"
+            )
+        method = (config.get("quantization_config") or {}).get("quant_method")
+        is_unmerged = (package.folder / "lora_config.json").is_file()
+        if method and method not in METHODS:
+            raise MachineError(f"{name}: quantised by {method}, this kernel knows {', '.join(METHODS)}; package the run again")
+        for library in filter(None, (METHODS.get(method), "peft" if is_unmerged else None)):
+            if served[library] is None:
+                raise MachineError(f"{name}: needs {library}, which is not installed; attach a dataset with its wheel")
+        used = {"torch", "transformers", "tokenizers", METHODS.get(method), "peft" if is_unmerged else None}
+        lines += [
+            f"{name}: trained with {library} {trained[library]}, served with {served[library]}"
+            for library in COMPARED
+            if library in used and trained.get(library, served[library]) != served[library]
+        ]
+    return lines
+
+
+def major(version: str | None) -> int:
+    """The first number of a version; 0 where there is none."""
+    found = re.match(r"\d+", version or "")
+    return int(found[0]) if found else 0
+
+
+def ask_gpus() -> list[Gpu] | None:
+    """The GPUs that nvidia-smi tells of; None where it is absent, fails, or does not answer in ASK_SECONDS."""
+    try:
+        done = subprocess.run(ASK_GPUS, capture_output=True, text=True, timeout=ASK_SECONDS, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return parse_gpus(done.stdout)
+
+
+def parse_gpus(text: str) -> list[Gpu]:
+    """GPUs from nvidia-smi's lines: name, MiB free, MiB in all, compute capability; "[N/A]" is None."""
+
+    def number(field: str) -> float | None:
+        return float(field) if re.fullmatch(r"\d+(\.\d+)?", field) else None
+
+    gpus = []
+    for line in filter(str.strip, text.splitlines()):
+        name, *fields = (field.strip() for field in line.rsplit(",", 3))
+        free, total, capability = (*map(number, fields), None, None, None)[:3]
+        gpus.append(Gpu(name, free and int(free * MEBIBYTE), total and int(total * MEBIBYTE), capability))
+    return gpus
+
+
+def visible_gpus(gpus: list[Gpu] | None, visible: str | None) -> list[Gpu] | None:
+    """Those of the GPUs that CUDA_VISIBLE_DEVICES lets PyTorch see, if it names them by number; nvidia-smi sees all."""
+    if gpus is None or visible is None or not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", visible):
+        return gpus
+    return [gpus[number] for number in map(int, visible.split(",")) if number < len(gpus)]
+
+
+def check_gpus(devices: Sequence[str], gpus: Sequence[Gpu] | None, needs: Sequence[Need], on_kaggle: bool) -> list[str]:
+    """Raise MachineError where the GPUs cannot do the work; lines of what will make it slow. In a rehearsal CPUs stand in."""
+    if not any(device.startswith("cuda") for device in devices):
+        if on_kaggle:
+            raise MachineError(
+                "PyTorch finds no GPU, and CPUs would take days; set machine_shape to NvidiaTeslaT4 and enable_gpu to true in "
+                "kernel-metadata.json, or choose GPU T4 x2 in the editor, and look whether the week's GPU hours are spent"
+            )
+        return []
+    for gpu in gpus or ():
+        if gpu.capability is not None and gpu.capability < OLDEST_CAPABILITY:
+            raise MachineError(
+                f"{gpu.name} has compute capability {gpu.capability}, Kaggle's PyTorch needs {OLDEST_CAPABILITY} or more; set "
+                "machine_shape to NvidiaTeslaT4 in kernel-metadata.json, or choose GPU T4 x2 in the editor"
+            )
+    lines = []
+    if len(devices) < EXPECTED_GPUS and any(need.placement == "each" for need in needs):
+        lines.append(f"warning: {len(devices)} GPU where {EXPECTED_GPUS} were expected: half the speed")
+    if gpus is None or len(gpus) != len(devices) or any(gpu.free_bytes is None for gpu in gpus):
+        return [*lines, "warning: nvidia-smi does not tell the free memory of each GPU, so it is not checked"]
+    return lines + [line for need in needs for line in check_gpu_memory([gpu.free_bytes for gpu in gpus], need)]
+
+
+def check_gpu_memory(free: Sequence[int], need: Need) -> list[str]:
+    """Raise MachineError where no GPU (placement each) or not all of them together (split) hold the weights."""
+    weights, is_split = in_gibibytes(need.weight_bytes), need.placement == "split"
+    rooms = [one - CUDA_CONTEXT_BYTES for one in free]
+    room = (sum(rooms) if is_split else max(rooms)) - need.weight_bytes
+    if room < 0:
+        where, told = " over all GPUs" if is_split else "", " and ".join(map(in_gibibytes, free))
+        raise MachineError(
+            f"{need.run}: {weights} GiB of weights{where}, and {told} GiB free; use two T4s (machine_shape NvidiaTeslaT4), "
+            "restart the session if another kernel is on them, or quantise to fewer bits"
+        )
+    lines = []
+    if room < BATCH_BYTES * (len(free) if is_split else 1):
+        lines.append(f"warning: {need.run}: {weights} GiB of weights leave {in_gibibytes(room)} GiB free for batches")
+    if not is_split:
+        lines += [
+            f"warning: {need.run}: cuda:{number} has {in_gibibytes(one)} GiB free, too few for {weights} GiB of weights"
+            for number, one in enumerate(free)
+            if one < CUDA_CONTEXT_BYTES + need.weight_bytes
+        ]
+    return lines
+
+
+def available_memory(path: Path = Path("/proc/meminfo")) -> int | None:
+    """Bytes of RAM, swap included, that can be had without pushing anything out; None where Linux does not say."""
+    try:
+        found = dict(re.findall(r"^(\w+):\s+(\d+) kB$", path.read_text(encoding="utf-8"), flags=re.MULTILINE))
+        return (int(found["MemAvailable"]) + int(found.get("SwapFree", 0))) * 1024
+    except (OSError, KeyError):
+        return None
+
+
+def check_memory(available: int | None, devices: Sequence[str], needs: Sequence[Need]) -> list[str]:
+    """Raise MachineError where RAM cannot hold the workers, with the weights too where those are CPUs; lines of what is tight.
+
+    Weights on the way to a GPU are mapped files, which need no RAM; without room for them each GPU reads them from the disk.
+    """
+    if available is None or not needs:
+        return []
+    largest = max(needs, key=lambda need: need.weight_bytes * need.cpu_factor * copies(need, devices))
+    held = largest.weight_bytes * largest.cpu_factor * copies(largest, devices)
+    on_gpus = any(device.startswith("cuda") for device in devices)
+    workers = PROCESS_BYTES * copies(largest, devices) if on_gpus else 0
+    sizes = f"{in_gibibytes(available)} GiB of RAM can be had"
+    if available < workers + (0 if on_gpus else held):
+        what = f"{copies(largest, devices)} processes need {in_gibibytes(workers)}"
+        if not on_gpus:
+            what = f"{largest.run} needs {in_gibibytes(held)} on {', '.join(devices)}"
+        raise MachineError(f"{sizes}, {what}; end what else runs on this machine")
+    if on_gpus and available < workers + largest.weight_bytes:
+        return [f"warning: {sizes}, less than the weights of {largest.run}: loading is as slow as the disk, on every GPU"]
+    if not on_gpus and available < 1.2 * held:
+        return [f"warning: {sizes}, {largest.run} needs {in_gibibytes(held)} for its weights alone"]
+    return []
+
+
+def copies(need: Need, devices: Sequence[str]) -> int:
+    """How many copies of a package's model are loaded at a time."""
+    return 1 if need.placement == "split" else len(devices)
+
+
+def check_disk(working: Path, rows: int) -> int:
+    """The bytes that are free in /kaggle/working; MachineError where the outputs cannot be written there."""
+    needed = MEBIBYTE + rows * OUTPUT_BYTES
+    try:
+        working.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(working).free
+        with tempfile.TemporaryFile(dir=working) as file:
+            file.write(b"x")
+    except OSError as error:
+        raise MachineError(f"{working}: cannot be written to ({error}); the submission could not be kept") from None
+    if free < needed:
+        raise MachineError(
+            f"{working}: {free / 1e6:.1f} MB free, {rows} rows may need {needed / 1e6:.1f}; remove files from there"
+        )
+    return free
+
+
+def machine_line(gpus: Sequence[Gpu] | None, memory: int | None, disk: int) -> str:
+    """GPUs, RAM and disk for the log."""
+    if gpus is None:
+        told = "no nvidia-smi"
+    else:
+        told = ", ".join(f"{gpu.name} ({in_gibibytes(gpu.free_bytes)} GiB free)" for gpu in gpus) or "no GPU"
+    return f"machine: {told}; {in_gibibytes(memory)} GiB of RAM to be had; {disk / 1e9:.1f} GB free on the disk"
+
+
+def in_gibibytes(size: int | None) -> str:
+    """Bytes as GiB with one decimal."""
+    return "?" if size is None else f"{size / GIBIBYTE:.1f}"
+
+
+# ==============================================================================================================
+# visible.py
+#
+# The visible run is a load test: beside the few test rows that it is shown, it scores rows of the competition's train file.
+#
+# They are rows of the validation fold that every package lists, so that accuracy means what it will mean in the hidden run,
+# and there are enough of them to measure a speed and to predict from it when 10,000 and 25,000 rows will be done.
+# ==============================================================================================================
+
+VALIDATION_IDS = "validation_ids.json"
+TRAIN_FILES = ("train.parquet", "train.csv")
+HIDDEN_ROWS = (10_000, 25_000)  # of the public and of the final phase
+JUDGEMENTS = ("model_a", "model_b", "tie")
+NEVER = 1e9  # seconds, where nothing was measured
+
+
+@dataclass(frozen=True)
+class VisibleRows:
+    """What the visible run scores beside the test rows.
+
+    `rows` are like the test file's, each with a new id; `winners` holds their verdicts by that id (None: has none). With
+    `trained_on` a model has seen the rows in training. `told` is a sentence for the log, empty in the hidden run.
+    """
+
+    rows: tuple[dict, ...] = ()
+    winners: Mapping[str, str | None] = field(default_factory=dict)
+    trained_on: bool = False
+    told: str = ""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What was measured of a package, over all the devices that it was on: tokens without padding, of one order of a row.
+
+    `orders` is how often a row is scored: 1 for a reward model.
+    """
+
+    run: str
+    loading_seconds: float
+    tokens_per_second: float
+    tokens_per_row: float
+    orders: int
+
+    def seconds_for(self, rows: int, orders: int) -> float:
+        """How long `rows` take, in that many orders, once the model is loaded."""
+        return min(rows * orders * self.tokens_per_row / self.tokens_per_second, NEVER) if self.tokens_per_second else NEVER
+
+
+def choose_visible_rows(root: Path, settings: Settings, folders: Sequence[Path], taken: Collection[str]) -> VisibleRows:
+    """At most settings.visible_rows rows of the train file that the packages in `folders` all list, chosen by a hash of the id.
+
+    Their ids get a prefix that none of `taken`, the test rows' ids, begins with. No rows in the hidden run, and where there is
+    nothing to choose from, which is told and never an error.
+    """
+    if os.environ.get("KAGGLE_IS_COMPETITION_RERUN"):
+        return VisibleRows()
+    if not settings.visible_rows:
+        return VisibleRows(told="visible run: visible_rows is 0, no row of the train file is scored")
+    lists = []
+    for folder in folders:
+        if not (folder / VALIDATION_IDS).is_file():
+            return VisibleRows(
+                told=f"visible run: {folder.name} has no {VALIDATION_IDS}; package the run again to have it measured"
+            )
+        lists.append(json.loads((folder / VALIDATION_IDS).read_text(encoding="utf-8")))
+    listed = frozenset.intersection(*(frozenset(one["ids"]) for one in lists))
+    try:
+        file = find_mounted(root, settings.competition, TRAIN_FILES, "competitions")
+    except FileNotFoundError:
+        return VisibleRows(told=f"visible run: no {' or '.join(TRAIN_FILES)} of {settings.competition} is mounted")
+    try:
+        present = sorted(listed.intersection(read_ids(file)), key=lambda row_id: hashlib.sha256(row_id.encode()).hexdigest())
+        chosen = present[: settings.visible_rows]
+        found = {row["id"]: row for row in rows_of(file, ("id", *TEXTS, *settings.columns), frozenset(chosen))}
+    except (OSError, ValueError, pa.ArrowException) as error:
+        return VisibleRows(told=f"visible run: the train file is not scored: {error}")
+    if not found:
+        return VisibleRows(told=f"visible run: {file.name} holds none of the {len(listed)} ids that every package lists")
+    prefix = "train:"
+    while any(row_id.startswith(prefix) for row_id in taken):
+        prefix = f"train:{prefix}"
+    are_turns = "tie" in settings.verdicts
+    rows = tuple(
+        {"id": prefix + row_id, **{name: read_text(found[row_id][name], are_turns) for name in TEXTS}} for row_id in chosen
+    )
+    winners = {prefix + row_id: judgement_of(found[row_id], settings.columns) for row_id in chosen}
+    trained_on = any(one["trained_on"] for one in lists)
+    folds = " and ".join(sorted({f"fold {one['fold']}" for one in lists}))
+    what = "rows that a model was trained on: they tell of speed only" if trained_on else f"held out ({folds})"
+    return VisibleRows(rows, winners, trained_on, f"visible run: {len(rows)} rows of {file.name} are scored too, {what}")
+
+
+def judgement_of(row: Mapping, columns: Sequence[str]) -> str | None:
+    """A train row's verdict, from the one column with its name or from one flag a verdict; None where it has none."""
+    if len(columns) == 1:
+        return row[columns[0]] if row[columns[0]] in JUDGEMENTS else None
+    won = [verdict for verdict, name in zip(JUDGEMENTS, columns, strict=True) if str(row[name]) in ("1", "1.0", "True")]
+    return won[0] if len(won) == 1 else None
+
+
+def visible_report(
+    visible: VisibleRows,
+    verdicts: Sequence[str],
+    scored: Mapping[str, Sequence[float]],
+    per_package: Mapping[str, tuple[Sequence[str], Mapping[str, Mapping[str, Sequence[float]]]]],
+    speeds: Sequence[Speed],
+    before_seconds: float,
+    clock_seconds: float,
+) -> dict:
+    """What the visible run measured, for kernel.json.
+
+    `scored` are the final probabilities of `verdicts` by id; `per_package` holds for each run its verdicts and its scores by id
+    and order. `before_seconds` passed before the first model was loaded, `clock_seconds` are there until the deadline.
+    """
+    ids = [row["id"] for row in visible.rows]
+    report = {
+        "rows": len(ids),
+        "scored": sum(row_id in scored for row_id in ids),
+        "trained_on": visible.trained_on,
+        "speed": [
+            {**asdict(speed), "rows_per_second": speed.tokens_per_second / max(speed.tokens_per_row, 1)} for speed in speeds
+        ],
+        "clock_seconds": clock_seconds,
+        "predicted": [predict_finish(speeds, before_seconds, clock_seconds, rows) for rows in HIDDEN_ROWS],
+    }
+    if not visible.trained_on:
+        report["quality"] = quality_of(visible, verdicts, scored)
+        report["flips"] = {run: share_of_flips(scores, ids) for run, (_, scores) in per_package.items()}
+    return report
+
+
+def quality_of(visible: VisibleRows, verdicts: Sequence[str], scored: Mapping[str, Sequence[float]]) -> dict:
+    """Accuracy, log loss (natural) and the accuracy of the longer answer over the scored rows with one of `verdicts`.
+
+    Where the competition has no ties, rows that are one are left out. No figures where no row is left.
+    """
+    right, loss, longer_right, judged = 0, 0.0, 0, 0
+    for row in visible.rows:
+        values, winner = scored.get(row["id"]), visible.winners[row["id"]]
+        if values is None or winner not in verdicts:
+            continue
+        judged += 1
+        right += verdicts[values.index(max(values))] == winner
+        loss -= math.log(max(values[verdicts.index(winner)], 1e-15))
+        longer_right += ("model_a" if is_first_longer(row) else "model_b") == winner
+    ties = 0 if "tie" in verdicts else sum(winner == "tie" for winner in visible.winners.values())
+    if not judged:
+        return {"judged": 0, "ties_left_out": ties}
+    accuracy = right / judged
+    return {
+        "judged": judged,
+        "ties_left_out": ties,
+        "accuracy": accuracy,
+        "standard_error": math.sqrt(accuracy * (1 - accuracy) / judged),
+        "log_loss": loss / judged,
+        "longer_accuracy": longer_right / judged,
+    }
+
+
+def share_of_flips(scores: Mapping[str, Mapping[str, Sequence[float]]], ids: Sequence[str]) -> float | None:
+    """The share of rows whose verdict is another one in the second order; None where no row has two."""
+    pairs = [list(scores[row_id].values()) for row_id in ids if len(scores.get(row_id, ())) == 2]
+    flips = [one.index(max(one)) != other.index(max(other)) for one, other in pairs]
+    return sum(flips) / len(flips) if flips else None
+
+
+def predict_finish(speeds: Sequence[Speed], before_seconds: float, clock_seconds: float, rows: int) -> dict:
+    """When `rows` will have their first score and when everything, in seconds since the beginning, one model after another.
+
+    `first_share` of the rows get a first score within the clock, `rest_share` is what it allows of all that comes after.
+    """
+    first, *others = speeds
+    loaded = before_seconds + first.loading_seconds
+    once = loaded + first.seconds_for(rows, 1)
+    everything = once + first.seconds_for(rows, first.orders - 1)
+    everything += sum(speed.loading_seconds + speed.seconds_for(rows, speed.orders) for speed in others)
+    first_share = (clock_seconds - loaded) / max(once - loaded, 1e-9)
+    rest_share = (clock_seconds - once) / (everything - once) if everything > once else float(clock_seconds >= once)
+    return {
+        "rows": rows,
+        "first_order_seconds": round(once, 1),
+        "all_seconds": round(everything, 1),
+        "first_share": min(max(first_share, 0.0), 1.0),
+        "rest_share": min(max(rest_share, 0.0), 1.0),
+    }
+
+
+def visible_lines(report: Mapping) -> list[str]:
+    """The report for the log."""
+    lines = []
+    quality = report.get("quality", {})
+    if quality.get("judged"):
+        flips = [f"{run} flips {share:.3f}" for run, share in report["flips"].items() if share is not None]
+        ties = f" (ties left out: {quality['ties_left_out']})" if quality["ties_left_out"] else ""
+        told = [
+            f"accuracy {quality['accuracy']:.4f} ± {2 * quality['standard_error']:.4f} (two standard errors)",
+            f"log loss {quality['log_loss']:.4f} on {quality['judged']} rows{ties}",
+            f"the longer answer: {quality['longer_accuracy']:.4f}",
+            *flips,
+        ]
+        lines.append(f"visible run: {', '.join(told)}")
+    for speed in report["speed"]:
+        lines.append(
+            f"visible run: {speed['run']}: {speed['rows_per_second']:.2f} rows/s in one order, "
+            f"{speed['tokens_per_second']:.0f} tokens/s, {speed['tokens_per_row']:.0f} tokens a row, loaded in "
+            f"{speed['loading_seconds']:.0f} s"
+        )
+    return lines + [finish_line(finish, report["clock_seconds"]) for finish in report["predicted"]]
+
+
+def finish_line(finish: Mapping, clock_seconds: float) -> str:
+    """One prediction for the log."""
+    begin, clock = f"predicted for {finish['rows']:,} rows", in_hours(clock_seconds)
+    if finish["first_share"] < 1:
+        told = f"{clock} are enough for {finish['first_share']:.0%} of them"
+        return f"warning: {begin}: {told}; under min_scored nothing is submitted"
+    ends = f"{begin}: every row scored once after {in_hours(finish['first_order_seconds'])}"
+    if finish["rest_share"] < 1:
+        return f"{ends}, {finish['rest_share']:.0%} of all else within {clock}"
+    return f"{ends}, all done after {in_hours(finish['all_seconds'])} of {clock}"
+
+
+def in_hours(seconds: float) -> str:
+    """Seconds as hours and minutes, e.g. 4 h 40 min; under ten minutes as seconds."""
+    if seconds < 600:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 # ==============================================================================================================
@@ -1465,10 +2109,11 @@ class Worker:
         return batch
 
     def note_out_of_memory(self, number: int) -> list[Request]:
-        """Give back a batch that was too large; from now on none is larger than half of it."""
+        """Give back a batch that was too large; from now on none is larger than half of it, or than a row that was alone."""
         batch = self.outstanding.pop(number)
         self.last_event = time.monotonic()
-        self.most_tokens = self.tokens_per_batch = min(self.tokens_per_batch, max(padded_tokens(batch) // 2, 1))
+        fits = padded_tokens(batch) // 2 if len(batch) > 1 else padded_tokens(batch) - 1
+        self.most_tokens = self.tokens_per_batch = max(min(self.tokens_per_batch, fits), 1)
         return batch
 
     def note_death(self) -> tuple[list[list[Request]], list[list[Request]]]:
@@ -1565,6 +2210,31 @@ class Pass:
     deaths: dict[str, int] = field(default_factory=dict)  # by worker
     suspected: Counter = field(default_factory=Counter)  # deaths by row
     logged: float = field(default_factory=time.monotonic)
+    queued_tokens: int = 0  # of the queue, padding included
+
+    def __post_init__(self):
+        self.queued_tokens = sum(map(padded_tokens, self.queue))
+
+    def take(self, last: bool) -> list[Request]:
+        """The queue's first or last batch."""
+        batch = self.queue.pop() if last else self.queue.popleft()
+        self.queued_tokens -= padded_tokens(batch)
+        return batch
+
+    def put_first(self, batches: Sequence[list[Request]]) -> None:
+        """Put batches before all others, in their order."""
+        self.queue.extendleft(reversed(batches))
+        self.queued_tokens += sum(map(padded_tokens, batches))
+
+    def put_last(self, batch: list[Request]) -> None:
+        """Put a batch after all others."""
+        self.queue.append(batch)
+        self.queued_tokens += padded_tokens(batch)
+
+    def seconds_left(self, workers: Sequence[Worker]) -> float:
+        """How long the queue will take on the workers that are alive, from what those have done; 0 where nothing is known."""
+        rate = sum(worker.rate() for worker in workers if not worker.gone)
+        return self.queued_tokens / rate if rate else 0.0
 
     def seconds(self) -> float:
         """Since its first batch was sent: loading a model does not count."""
@@ -1635,21 +2305,14 @@ def next_batch(work: Pass, worker: Worker, workers: Sequence[Worker]) -> list[Re
     left = work.deadline - time.monotonic()
     if not work.queue or left <= 0:
         return None
-    from_right = work.may_reorder and seconds_left(work.queue, workers) > left
-    batch = work.queue.pop() if from_right else work.queue.popleft()
-    batch, *rest = make_batches(batch, worker.tokens_per_batch)
+    whole = work.take(last=work.may_reorder and work.seconds_left(workers) > left)
+    batch, *rest = make_batches(whole, worker.tokens_per_batch)
     ahead = sum(map(padded_tokens, worker.outstanding.values())) + padded_tokens(batch)
     if worker.rate() and ahead / worker.rate() > left:
-        work.queue.appendleft([request for part in (batch, *rest) for request in part])
+        work.put_first([whole])
         return None
-    work.queue.extendleft(reversed(rest))
+    work.put_first(rest)
     return batch
-
-
-def seconds_left(batches: Iterable[list[Request]], workers: Sequence[Worker]) -> float:
-    """How long the batches will take on the workers that are alive, from what those have done; 0 where nothing is known."""
-    rate = sum(worker.rate() for worker in workers if not worker.gone)
-    return sum(map(padded_tokens, batches)) / rate if rate else 0.0
 
 
 def receive(work: Pass, worker: Worker, clock: Clock) -> None:
@@ -1672,7 +2335,8 @@ def receive(work: Pass, worker: Worker, clock: Clock) -> None:
     elif kind == "out of memory":
         batch = worker.note_out_of_memory(message[0])
         work.out_of_memory += 1
-        given_up = give_back(work, batch) if len(batch) > 1 else give_up(work, batch)
+        work.put_first([batch] if len(batch) > 1 else [])
+        given_up = give_up(work, batch) if len(batch) == 1 else ""
         log(clock, f"{worker.name}: out of memory: {worker.tokens_per_batch} tokens a batch from now on{given_up}")
     elif kind == "refused":
         raise PackageError(message[0])
@@ -1690,15 +2354,14 @@ def bury(work: Pass, worker: Worker, why: str, clock: Clock) -> None:
     """After a worker's death: its rows back to the queue, a new process in its place, or its device given up."""
     at_work, ready = worker.note_death()
     work.deaths[worker.name] = work.deaths.get(worker.name, 0) + 1
-    for batch in reversed(ready):
-        work.queue.appendleft(batch)
+    work.put_first(ready)
     told = ""
     for request in (request for batch in at_work for request in batch):
         work.suspected[request.id] += 1
         if work.suspected[request.id] >= GIVEN_UP_AFTER:
             told += give_up(work, [request])
         else:
-            work.queue.append([request])
+            work.put_last([request])
     log(clock, f"{worker.name}: {why}")
     if worker.gone:
         log(clock, f"{worker.name}: gone after {worker.fruitless} deaths without a score in between{told}")
@@ -1707,12 +2370,6 @@ def bury(work: Pass, worker: Worker, why: str, clock: Clock) -> None:
     else:
         worker.launch()
         log(clock, f"{worker.name}: started again, {worker.tokens_per_batch} tokens a batch{told}")
-
-
-def give_back(work: Pass, batch: list[Request]) -> str:
-    """Put a batch at the head of the queue, where it is cut to a smaller budget."""
-    work.queue.appendleft(batch)
-    return ""
 
 
 def give_up(work: Pass, batch: list[Request]) -> str:
@@ -1753,7 +2410,7 @@ def note_scores(work: Pass, batch: list[Request], values: list[list[float]]) -> 
 def progress(work: Pass, workers: Sequence[Worker]) -> str:
     """Rows done, speed, memory and the predicted finish, for the log."""
     seconds = work.seconds()
-    rest = f", {seconds_left(work.queue, workers):.0f} s to go" if work.queue else ""
+    rest = f", {work.seconds_left(workers):.0f} s to go" if work.queue else ""
     memory = " + ".join(f"{size / 2**30:.1f}" for worker in workers for size in worker.memory_bytes)
     return (
         f"{len(work.scores)} of {work.rows} rows, {len(work.scores) / seconds:.1f} rows/s, "
@@ -1786,6 +2443,7 @@ def worker_record(worker: Worker) -> dict:
     """A worker for kernel.json."""
     return {
         "device": worker.name,
+        "package": worker.task.folder.rpartition("/")[2],
         "load_seconds": round(worker.load_seconds, 1),
         "computed_tokens": worker.tokens,
         "busy_seconds": round(worker.seconds, 1),
@@ -1830,6 +2488,7 @@ class Board:
     passes: list[dict] = field(default_factory=list)
     workers: list[dict] = field(default_factory=list)
     plans: list[str] = field(default_factory=list)
+    before_seconds: float = 0.0  # passed before the first model was loaded
 
     def orders(self, number: int) -> tuple[str, ...]:
         """The orders worth scoring with a package."""
@@ -1840,17 +2499,24 @@ class Board:
         chosen = replace(self.settings, packages=tuple(self.settings.packages[number] for number in numbers))
         return combine(chosen, [self.packages[number] for number in numbers], [self.scores[number] for number in numbers])
 
+    def by_run(self) -> dict[str, tuple[tuple[str, ...], Scores]]:
+        """The verdicts of each run, in the order of its probabilities, and its scores."""
+        return {
+            chosen.run: (package.contract.verdicts, scores)
+            for chosen, package, scores in zip(self.settings.packages, self.packages, self.scores, strict=True)
+        }
+
 
 def make_board(
     settings: Settings,
     packages: Sequence[Package],
     rows: Sequence[Mapping],
     devices: Sequence[str],
-    threads: int,
     clock: Clock,
     hidden_run: bool,
 ) -> Board:
-    """A board on which nothing is scored yet."""
+    """A board on which nothing is scored yet. The CPU's cores are shared by as many workers as there are devices."""
+    threads = max(len(os.sched_getaffinity(0)) // len(devices), 1)
     contracts = [serving_contract(package, settings) for package in packages]
     empty: list[Scores] = [{row["id"]: {} for row in rows} for _ in packages]
     return Board(settings, packages, contracts, rows, clock, hidden_run, empty, dict(enumerate(devices)), threads)
@@ -1866,6 +2532,7 @@ def serving_contract(package: Package, settings: Settings):
 def score_all(board: Board) -> None:
     """Score as much as the clock allows; several packages in turn or side by side, as planned, and in the end what was left."""
     numbers = list(range(len(board.packages)))
+    board.before_seconds = board.clock.elapsed()
     if len(numbers) > 1 and len(board.devices) > 1:
         jobs = [
             job_of(package, contract, make_pairs(package, board.rows), board.settings.orders)
@@ -2016,11 +2683,11 @@ def note_pass(board: Board, key: tuple[int, str], done: Pass, requests: Sequence
         board.scores[number][row_id][order] = values
     in_queue = {request.id for batch in done.queue for request in batch}
     asked = {request.id for request in requests}
-    progressed = bool(done.scores) or not in_queue
-    board.tried.setdefault(key, set()).update(asked - in_queue if progressed else asked)
+    may_go_on = done.scores or all(worker.gone for worker in workers)  # else the same rows would be asked for again and again
+    board.tried.setdefault(key, set()).update(asked - in_queue if may_go_on else asked)
     if rate := sum(worker.rate() for worker in workers if not worker.gone):
         board.rates[number] = rate
-    board.passes.append(pass_record(done))
+    board.passes.append({"run": board.settings.packages[number].run, "order": order, **pass_record(done)})
 
 
 class Encoder:
@@ -2102,64 +2769,94 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
     """Score the test file and write the submission; raises, and writes no submission, where it would be wrong."""
     clock = start_clock(settings.clock_seconds)
     root = kaggle_root()
+    (root / "working" / "submission.csv").unlink(missing_ok=True)  # of an earlier run in the same session
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers", "safetensors")}
     log(clock, f"{settings.name}: {', '.join(f'{name} {version}' for name, version in versions.items())}")
-    test_file = find_mounted(root, settings.competition, ("test.parquet", "test.csv"))
+    test_file = find_mounted(root, settings.competition, ("test.parquet", "test.csv"), "competitions")
     rows = read_rows(test_file, are_turns="tie" in settings.verdicts)
     log(clock, f"{test_file}: {len(rows)} rows")
     packages = read_packages(root, settings, clock)
-    installed = install_missing_wheels(root, [package.folder for package in packages], settings.wheels)
+    folders = [package.folder for package in packages]
+    installed = install_missing_wheels(root, folders, settings.wheels)
     if installed:
         log(clock, f"installed {', '.join(installed)} from {settings.wheels}")
     devices = list(devices or visible_devices())
-    threads = max(len(os.sched_getaffinity(0)) // len(devices), 1)
-    hidden_run = bool(os.environ.get("KAGGLE_IS_COMPETITION_RERUN"))
-    board = make_board(settings, packages, rows, devices, threads, clock, hidden_run)
+    visible = choose_visible_rows(root, settings, folders, {row["id"] for row in rows})
+    if visible.told:
+        log(clock, visible.told)
+    machine = check_machine(root, settings, packages, devices, len(rows) + len(visible.rows), clock)
+    board = make_board(settings, packages, [*rows, *visible.rows], devices, clock, is_hidden_run())
     score_all(board)
+    scored = combine(settings, packages, board.scores)
+    write_results(root / "working", board, rows, scored, read_ids(test_file))
     record = {
         "settings": asdict(settings),
         "versions": versions,
         "installed": installed,
+        "machine": machine,
         "devices": devices,
-        "hidden_run": hidden_run,
+        "hidden_run": board.hidden_run,
         "rows": len(rows),
-        "scored": write_results(root / "working", board, rows),
+        "scored": sum(row["id"] in scored for row in rows),
         "plans": board.plans,
         "passes": board.passes,
         "workers": board.workers,
+        "visible": report_visible_rows(board, visible, scored) if visible.rows else None,
         "seconds": round(clock.elapsed(), 1),
     }
     write_record(root / "working" / "kernel.json", record)
     log(clock, f"submission.csv: {len(rows)} rows, {record['scored']} scored, {len(rows) - record['scored']} by the prior")
 
 
-def write_results(working: Path, board: Board, rows: Sequence[dict]) -> int:
-    """Write scores.parquet and submission.csv; how many of the rows were scored."""
-    settings = board.settings
-    scored = combine(settings, board.packages, board.scores)
+def is_hidden_run() -> bool:
+    """Whether this is the run on the hidden test rows, that of a submission."""
+    return bool(os.environ.get("KAGGLE_IS_COMPETITION_RERUN"))
+
+
+def write_results(
+    working: Path, board: Board, rows: Sequence[dict], scored: Mapping[str, list[float]], expected_ids: Sequence[str]
+) -> None:
+    """Write scores.parquet and submission.csv of the test rows, whose ids must be those expected."""
+    settings, ids = board.settings, {row["id"] for row in rows}
+    scored = {row_id: values for row_id, values in scored.items() if row_id in ids}
     final = fill_unscored(rows, scored, settings.verdicts, settings.min_scored)
-    by_run = {
-        chosen.run: (package.contract.verdicts, scores)
-        for chosen, package, scores in zip(settings.packages, board.packages, board.scores, strict=True)
-    }
-    write_scores(working / "scores.parquet", settings.verdicts, final, scored, by_run)
-    write_submission(working / "submission.csv", settings, final)
-    return sum(row["id"] in scored for row in rows)
+    write_scores(working / "scores.parquet", settings.verdicts, final, scored, board.by_run())
+    write_submission(working / "submission.csv", settings, final, expected_ids)
+
+
+def report_visible_rows(board: Board, visible: VisibleRows, scored: Mapping[str, list[float]]) -> dict:
+    """What the visible run measured, for kernel.json, also logged."""
+    clock_seconds = board.clock.deadline - board.clock.began
+    verdicts, speeds = board.settings.verdicts, speeds_of(board)
+    report = visible_report(visible, verdicts, scored, board.by_run(), speeds, board.before_seconds, clock_seconds)
+    for line in visible_lines(report):
+        log(board.clock, line)
+    return report
+
+
+def speeds_of(board: Board) -> list[Speed]:
+    """What was measured of each package that scored."""
+    speeds = []
+    for number, chosen in enumerate(board.settings.packages):
+        done = [record for record in board.passes if record["run"] == chosen.run and record["scored"]]
+        loads = [worker["load_seconds"] for worker in board.workers if worker["package"] == board.packages[number].folder.name]
+        if done:
+            rate = board.rates[number] * done[0]["tokens"] / done[0]["computed_tokens"]
+            tokens = done[0]["tokens"] / done[0]["scored"]
+            speeds.append(Speed(chosen.run, max(loads, default=0.0), rate, tokens, len(board.orders(number))))
+    return speeds
 
 
 def read_packages(root: Path, settings: Settings, clock: Clock) -> list[Package]:
     """The spec's packages, found and checked against the spec and the recipe, the template against the token budget."""
     packages = []
     for chosen in settings.packages:
-        package = read_package(find_mounted(root, chosen.dataset, ("manifest.json",)).parent)
+        package = read_package(find_mounted(root, chosen.dataset, ("manifest.json",), "datasets").parent, clock)
         check_package(package, chosen, settings)
         if package.contract.base_model != chosen.base_model:
             log(clock, f"{chosen.run}: made of {package.contract.base_model}, its recipe says {chosen.base_model}")
         empty = package.model_input.Pair("", (), (), ())
         package.model_input.encode(empty, package.tokenizer, serving_contract(package, settings))
-        for name, trained in package.contract.recorded.get("versions", {}).items():
-            if name in ("torch", "transformers") and trained != importlib.metadata.version(name):
-                log(clock, f"{chosen.run}: trained with {name} {trained}, served with {importlib.metadata.version(name)}")
         log(clock, f"{package.folder}: files, tokenizer and {len(package.contract.golden)} golden rows are as packaged")
         packages.append(package)
     return packages
