@@ -45,14 +45,18 @@ def main() -> None:
 @main.command()
 @click.option("--pairs", type=click.Path(path_type=Path), required=True, help="Written by python -m preprocess.")
 @click.option("--fold", default=0, show_default=True, help="The fold that is scored.")
-@click.option("--epochs", default=6, show_default=True)
+@click.option("--epochs", default=3, show_default=True)
+@click.option("--dropped", default=0.3, show_default=True, help="Share of B's wins left out of the training: a bias towards A.")
 @exits_with_2
-def train(pairs: Path, fold: int, epochs: int) -> None:
+def train(pairs: Path, fold: int, epochs: int, dropped: float) -> None:
     """Write outputs/bench/planner.parquet."""
     import torch
 
     torch.manual_seed(0)
     train_rows, held_out = split(read_pairs(pairs), fold, pairs)
+    train_rows = train_rows.filter(
+        (pl.col("winner") != "model_b") | (np.random.default_rng(1).random(len(train_rows)) >= dropped)
+    )
     with tempfile.TemporaryDirectory() as folder:
         texts = (text for column in TEXTS for text in train_rows[column].list.join("\n"))
         tiny.bpe_tokenizer(Path(folder), vocabulary_size=VOCABULARY, texts=texts)
