@@ -5,7 +5,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export AXOLOTL_DO_NOT_TRACK := 1
 
-.PHONY: help setup demo test test-slow lint format bench bench-merge cv siamese compare
+.PHONY: help setup demo test test-slow lint format bench bench-merge bench-kernel cv siamese compare
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ bench: .venv/installed .venv-kaggle/installed  ## what is claimed to be fast, me
 
 bench-merge: .venv/installed  ## merging and quantising a billion weights: ours beside PEFT, bitsandbytes, Axolotl (12 GB of disk)
 	@python -m tests.bench_merge compare 2>/dev/null
+
+bench-kernel: .venv/installed  ## scoring beside transformers' pipeline and the public notebooks' way: make bench-kernel PAIRS=data/pairs.parquet
+	@python -m tests.bench_kernel $(if $(PAIRS),--pairs $(PAIRS)) $(if $(BASE),--base $(BASE)) $(ARGS)
 
 cv: .venv/installed  ## train all folds: make cv R=gemma2_cls
 	@$(if $(R),,echo "error: R is missing; name a recipe: make cv R=gemma2_cls" >&2; exit 2;) python -m recipes.pairwise.cv recipes/$(R).yml

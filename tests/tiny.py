@@ -127,8 +127,8 @@ def bpe_tokenizer(folder: Path, kind: str = "gemma2", vocabulary_size: int = 102
     ).save_pretrained(folder)
 
 
-def wordpiece_tokenizer(folder: Path, vocabulary_size: int = 1024) -> None:
-    """A BERT tokenizer trained on the demo's words, saved as a transformers folder."""
+def wordpiece_tokenizer(folder: Path, vocabulary_size: int = 1024, texts: Iterable[str] | None = None) -> None:
+    """A BERT tokenizer trained on `texts`, or on the demo's words, saved as a transformers folder."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -138,7 +138,8 @@ def wordpiece_tokenizer(folder: Path, vocabulary_size: int = 1024) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     tokenizer.train_from_iterator(
-        _corpus(), trainers.WordPieceTrainer(vocab_size=vocabulary_size, special_tokens=specials, show_progress=False)
+        _corpus() if texts is None else texts,
+        trainers.WordPieceTrainer(vocab_size=vocabulary_size, special_tokens=specials, show_progress=False),
     )
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

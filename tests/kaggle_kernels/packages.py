@@ -37,9 +37,19 @@ AWKWARD_ROWS = [
 
 
 def make_package(
-    folder: Path, base: Path, verdicts: tuple[str, ...] = ("model_a", "model_b"), seed: int = 1, head: str = "score"
+    folder: Path,
+    base: Path,
+    verdicts: tuple[str, ...] = ("model_a", "model_b"),
+    seed: int = 1,
+    head: str = "score",
+    template: str = "gemma",
+    budget_tokens: int = 160,
+    pretrained: bool = False,
 ) -> Path:
-    """A package in `folder` for the tiny model in `base`: model, tokenizer, contract, metadata, manifest."""
+    """A package in `folder` for the model in `base`: model, tokenizer, contract, metadata, manifest.
+
+    Its weights are random, unless it is `pretrained`: then only its head is.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -49,15 +59,17 @@ def make_package(
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
         torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.5)
     else:
-        config = AutoConfig.from_pretrained(base, num_labels=1 if head == "reward" else len(verdicts))
-        model = AutoModelForSequenceClassification.from_config(config)
-        torch.nn.init.normal_(model.score.weight, std=0.5)
+        labels = 1 if head == "reward" else len(verdicts)
+        config = AutoConfig.from_pretrained(base, num_labels=labels)
+        auto = AutoModelForSequenceClassification
+        model = auto.from_pretrained(base, config=config) if pretrained else auto.from_config(config)
+        torch.nn.init.normal_((model.score if hasattr(model, "score") else model.classifier).weight, std=0.5)
     model.save_pretrained(folder)
     for name in TOKENIZER_FILES:
         if (base / name).exists():
             shutil.copy(base / name, folder / name)
     package = {"slug": f"tiny-{folder.name}"}
-    block = PairwiseBlock(verdicts=verdicts, template="gemma", budget_tokens=160, head=head, package=package)
+    block = PairwiseBlock(verdicts=verdicts, template=template, budget_tokens=budget_tokens, head=head, package=package)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     contract = new_contract(block, tokenizer, attention="sdpa", base_model=BASE, revision=None, pad_token_id=0)
     write_contract(folder, contract, Path("tiny.yml"))

@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from peft import LoraConfig, TaskType, get_peft_model
 from transformers import AutoConfig
 
 from kaggle_kernels.runtime.gptq import GptqLinear
 from kaggle_kernels.runtime.model import CLASSES
-from kaggle_kernels.runtime.scoring import verdict_logits
+from kaggle_kernels.runtime.pipeline import Stages
+from kaggle_kernels.runtime.scoring import alike, verdict_logits
 from kaggle_kernels.runtime.shortcuts import SDPA, only_what_is_read, reading, take_shortcuts
 from postprocess.quantize import quantization_config
 from tests.kaggle_kernels.test_heads import CONTRACT
@@ -177,6 +179,36 @@ def test_two_threads_read_their_own_rows(tiny_models):
     assert (torch.cat(expected)[0] - torch.cat(expected)[1]).abs().max() > 0.01
     for number in (0, 1):
         assert (found[number] - expected[number]).abs().max() < 1e-5
+
+
+def test_a_split_model_makes_each_pass_of_a_batch_in_its_stages(tiny_models):
+    """Rows of unlike length are several passes: each enters the first stage anew, while another batch is in the second."""
+    contract = contract_of("score")
+    model = random_model(tiny_models("gemma2"), "score", SDPA)
+    placed = dict.fromkeys(["model.embed_tokens", "model.rotary_emb", "model.layers", "model.norm", "score"], "cpu")
+    model = dispatch_model(model, placed, main_device="cpu", force_hooks=True)
+    take_shortcuts(model)
+    stages = Stages(model, ["model.layers.1"])
+    rows = [
+        [ids for length in (300, 100, 20) for ids in ([start + 1] * length, [start + 2] * (length - 3))] for start in (20, 40)
+    ]
+    expected = [probabilities(model, contract, batch) for batch in rows]
+    assert len(alike([len(ids) for ids in rows[0]])) > 1
+    found = {}
+
+    def score(number):
+        with torch.inference_mode():
+            found[number] = verdict_logits(model, contract, rows[number], "cpu", stages.batch).softmax(-1)
+
+    threads = [threading.Thread(target=score, args=(number,), daemon=True) for number in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive(), "a pass waits for a stage that its own batch holds"
+    for number in (0, 1):
+        assert (found[number] - expected[number]).abs().max() < 1e-5
+    assert not any(lock.locked() for lock in stages.locks)
 
 
 def test_a_pass_that_fails_leaves_nothing_to_read():
