@@ -2,8 +2,8 @@
 
 A head reads one token of a row: a decoder's last one, an encoder's first. In the last layer all tokens are needed for the
 attention's keys and values, but what comes after it only for the token that is read: hooks on its output projection and
-its MLP hand on that token alone. What they give, one token wide, is added to the residual of all tokens by broadcasting, which
-is right in the one place that is read.
+its MLP hand on that token alone. What they give, one token wide, is added to the residual of all tokens by broadcasting,
+which is right in the one place that is read.
 """
 
 import contextlib

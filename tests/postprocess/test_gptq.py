@@ -109,7 +109,7 @@ def test_config_json_says_how_it_was_quantised_and_nothing_of_the_rows(quantize,
     }
     assert {path.name for path in folder.iterdir()} - {"generation_config.json"} == {
         "config.json", "contract.json", "dataset-metadata.json", "manifest.json", "model.safetensors", "model_input.py",
-        "tokenizer.json", "tokenizer_config.json",
+        "tokenizer.json", "tokenizer_config.json", "validation_ids.json",
     }  # fmt: skip
     assert json.loads((folder / "manifest.json").read_text())["quantize"] == quantize
 

@@ -43,7 +43,13 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch.nn.functional import linear, scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+)
 from transformers.masking_utils import sdpa_mask
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
@@ -500,8 +506,8 @@ def unpacking(settings: Mapping[str, object], folder: Path | str) -> dict[str, o
 #
 # A head reads one token of a row: a decoder's last one, an encoder's first. In the last layer all tokens are needed for the
 # attention's keys and values, but what comes after it only for the token that is read: hooks on its output projection and
-# its MLP hand on that token alone. What they give, one token wide, is added to the residual of all tokens by broadcasting, which
-# is right in the one place that is read.
+# its MLP hand on that token alone. What they give, one token wide, is added to the residual of all tokens by broadcasting,
+# which is right in the one place that is read.
 # ==============================================================================================================
 
 SDPA = "sdpa_repeated"
