@@ -139,7 +139,7 @@ def kernel_text(name: str, spec: Spec, fits: Sequence[Fit]) -> str:
         parts.append(("\n" if module.body.startswith(("def ", "class ", "@")) else "") + module.body)
         if module.name == "settings":
             parts.append(f"\nSETTINGS = {settings_literal(settings_of(name, spec, [package_settings(fit) for fit in fits]))}")
-    parts.append('\nif __name__ == "__main__":\n    run_kernel(SETTINGS)\n')
+    parts.append('\nif __name__ == "__main__":\n    run_kernel(SETTINGS)\n    leave()\n')
     return "\n\n".join(parts)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 
-from kaggle_kernels.runtime.crew import Worker
+from kaggle_kernels.runtime.crew import FRUITLESS_DEATHS, Worker
 from kaggle_kernels.runtime.package import PackageError
 from kaggle_kernels.runtime.scoring import Request, make_batches, padded_tokens
 from kaggle_kernels.runtime.settings import Clock, log
@@ -43,6 +43,7 @@ class Pass:
     given_up: list[str] = field(default_factory=list)
     deaths: dict[str, int] = field(default_factory=dict)  # by worker
     suspected: Counter = field(default_factory=Counter)  # deaths by row
+    too_large: dict[str, set[str]] = field(default_factory=dict)  # by row, alone in its batch: the workers that lack the memory
     logged: float = field(default_factory=time.monotonic)
     queued_tokens: int = 0  # of the queue, padding included
 
@@ -109,7 +110,7 @@ def run_pass(work: Pass, workers: Sequence[Worker], clock: Clock) -> Pass:
             break
         by_connection = {worker.connection: worker for worker in alive}
         for connection in wait(list(by_connection), timeout=1.0):
-            receive(work, by_connection[connection], clock)
+            receive(work, by_connection[connection], workers, clock)
         for worker in busy:
             watch(work, worker, clock)
         if time.monotonic() - work.logged > max((clock.deadline - clock.began) / 300, 10):
@@ -140,7 +141,14 @@ def next_batch(work: Pass, worker: Worker, workers: Sequence[Worker]) -> list[Re
     if not work.queue or left <= 0:
         return None
     last = work.may_reorder and work.seconds_left(workers) > left
-    whole, put_back = work.take(last), work.put_last if last else work.put_first
+    put_back, put_off = (work.put_last, work.put_first) if last else (work.put_first, work.put_last)
+    for _ in range(len(work.queue)):
+        whole = work.take(last)
+        if worker.name not in work.too_large.get(whole[0].id, ()):
+            break
+        put_off([whole])
+    else:
+        return None
     batch, *rest = make_batches(whole, worker.tokens_per_batch)
     ahead = sum(map(padded_tokens, worker.outstanding.values())) + padded_tokens(batch)
     if worker.rate() and ahead / worker.rate() > left:
@@ -150,7 +158,7 @@ def next_batch(work: Pass, worker: Worker, workers: Sequence[Worker]) -> list[Re
     return batch
 
 
-def receive(work: Pass, worker: Worker, clock: Clock) -> None:
+def receive(work: Pass, worker: Worker, workers: Sequence[Worker], clock: Clock) -> None:
     """Read one message of a worker, or its death."""
     try:
         kind, *message = worker.connection.recv()
@@ -158,8 +166,7 @@ def receive(work: Pass, worker: Worker, clock: Clock) -> None:
         return bury(work, worker, f"died (exit code {exit_code(worker)})", clock)
     if kind == "loaded":
         [worker.loaded] = message
-        now = time.monotonic()
-        worker.load_seconds, worker.last_event = now - worker.last_event, now
+        worker.load_seconds, worker.last_event = worker.loaded["seconds"], time.monotonic()
         log(
             clock,
             f"{worker.name}: loaded in {worker.load_seconds:.0f} s in {worker.loaded['dtype']}; "
@@ -169,15 +176,29 @@ def receive(work: Pass, worker: Worker, clock: Clock) -> None:
         number, values, memory = message
         note_scores(work, worker.note_scored(number, memory), values)
     elif kind == "out of memory":
-        batch = worker.note_out_of_memory(message[0])
-        work.out_of_memory += 1
-        work.put_first([batch] if len(batch) > 1 else [])
-        given_up = give_up(work, batch) if len(batch) == 1 else ""
-        log(clock, f"{worker.name}: out of memory: {worker.tokens_per_batch} tokens a batch from now on{given_up}")
+        told = cut(work, worker, worker.note_out_of_memory(message[0]), workers)
+        log(clock, f"{worker.name}: out of memory: {worker.tokens_per_batch} tokens a batch from now on{told}")
     elif kind == "refused":
-        raise PackageError(message[0])
+        if all(other.gone for other in workers if other is not worker):
+            raise PackageError(message[0])
+        worker.fruitless = FRUITLESS_DEATHS
+        bury(work, worker, f"refuses the package, which another device may not: {message[0]}", clock)
     else:
         bury(work, worker, f"failed: {message[0].strip()}", clock)
+
+
+def cut(work: Pass, worker: Worker, batch: list[Request], workers: Sequence[Worker]) -> str:
+    """Put a batch that was too large back; a row that was alone in it is for the other workers, or given up."""
+    work.out_of_memory += 1
+    if len(batch) > 1:
+        work.put_first([batch])
+        return ""
+    lacking = work.too_large.setdefault(batch[0].id, set())
+    lacking.add(worker.name)
+    if all(other.name in lacking for other in workers if not other.gone):
+        return give_up(work, batch)
+    work.put_last([batch])
+    return f"; row {batch[0].id} is left to the others"
 
 
 def exit_code(worker: Worker) -> int | None:

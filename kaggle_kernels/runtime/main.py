@@ -4,10 +4,12 @@ Every check that needs no device comes before the first model is loaded. Written
 scores.parquet, kernel.json.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -50,9 +52,10 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
         log(clock, visible.told)
     machine = check_machine(root, settings, packages, devices, len(rows) + len(visible.rows), clock)
     board = make_board(settings, packages, [*rows, *visible.rows], devices, clock, is_hidden_run())
-    score_all(board)
+    with carrying_on(board):
+        score_all(board)
     scored = combine(settings, packages, board.scores)
-    write_results(root / "working", board, rows, scored, read_ids(test_file))
+    final = submit(root / "working", board, rows, scored, read_ids(test_file))
     record = {
         "settings": asdict(settings),
         "versions": versions,
@@ -68,7 +71,9 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
         "visible": report_visible_rows(board, visible, scored) if visible.rows else None,
         "seconds": round(clock.elapsed(), 1),
     }
-    write_record(root / "working" / "kernel.json", record)
+    with carrying_on(board):
+        write_scores(root / "working" / "scores.parquet", settings.verdicts, final, scored, board.by_run())
+        write_record(root / "working" / "kernel.json", record)
     log(clock, f"submission.csv: {len(rows)} rows, {record['scored']} scored, {len(rows) - record['scored']} by the prior")
 
 
@@ -77,15 +82,25 @@ def is_hidden_run() -> bool:
     return bool(os.environ.get("KAGGLE_IS_COMPETITION_RERUN"))
 
 
-def write_results(
+@contextlib.contextmanager
+def carrying_on(board: Board) -> Iterator[None]:
+    """In the hidden run an error in here is only logged: what was scored before it is worth submitting, if it is enough."""
+    try:
+        yield
+    except Exception:
+        if not board.hidden_run:
+            raise
+        log(board.clock, f"going on with what was scored until now: {traceback.format_exc()}")
+
+
+def submit(
     working: Path, board: Board, rows: Sequence[dict], scored: Mapping[str, list[float]], expected_ids: Sequence[str]
-) -> None:
-    """Write scores.parquet and submission.csv of the test rows, whose ids must be those expected."""
-    settings, ids = board.settings, {row["id"] for row in rows}
-    scored = {row_id: values for row_id, values in scored.items() if row_id in ids}
+) -> dict[str, list[float]]:
+    """Write submission.csv of the test rows, whose ids must be those expected; their probabilities."""
+    settings = board.settings
     final = fill_unscored(rows, scored, settings.verdicts, settings.min_scored)
-    write_scores(working / "scores.parquet", settings.verdicts, final, scored, board.by_run())
     write_submission(working / "submission.csv", settings, final, expected_ids)
+    return final
 
 
 def report_visible_rows(board: Board, visible: VisibleRows, scored: Mapping[str, list[float]]) -> dict:

@@ -51,6 +51,8 @@ class Board:
     devices: dict[int, str]  # by position; those that are gone leave
     threads: int
     tried: dict[tuple[int, str], set[str]] = field(default_factory=dict)
+    proven: set[int] = field(default_factory=set)  # positions of devices that had a model
+    given_up: dict[int, set[str]] = field(default_factory=dict)  # rows that a package's workers could not score in one order
     tokens: dict[str, int] = field(default_factory=dict)  # of the first sequence made of a row
     rates: dict[int, float] = field(default_factory=dict)  # tokens a second of a package's workers together
     changes: dict[tuple[int, str], float] = field(default_factory=dict)
@@ -62,6 +64,10 @@ class Board:
     def orders(self, number: int) -> tuple[str, ...]:
         """The orders worth scoring with a package."""
         return orders_of(self.contracts[number], self.settings.orders)
+
+    def untouchable(self, key: tuple[int, str]) -> set[str]:
+        """The rows that a package is not to score in an order any more."""
+        return self.tried.get(key, set()) | self.given_up.get(key[0], set())
 
     def known(self, numbers: Sequence[int]) -> dict[str, list[float]]:
         """The probabilities by id that these packages give so far."""
@@ -157,13 +163,18 @@ def start_team(board: Board, number: int, devices: Mapping[int, str]) -> list[Wo
 
 
 def retire(board: Board, workers: list[Worker]) -> None:
-    """End the workers and note what they did; devices that are gone leave the board."""
+    """End the workers and note what they did; devices that are gone leave the board.
+
+    A device that had a model before stays where a worker could not load another one: that may be the package's fault.
+    """
     stop_workers(workers)
     for worker in workers:
-        board.workers.append(worker_record(worker))
-        if worker.gone:
+        if worker.gone and (worker.load_seconds or not board.proven.issuperset(worker.positions)):
             for position in worker.positions:
                 board.devices.pop(position, None)
+        elif worker.load_seconds:
+            board.proven.update(worker.positions)
+        board.workers.append(worker_record(worker))
     workers.clear()
 
 
@@ -178,7 +189,7 @@ def next_share(board: Board, numbers: Sequence[int], loaded: int | None, workers
     keys.sort(key=lambda key: key[0] != loaded)
     known, unscored, options = board.known(numbers), [], []
     for key in keys:
-        left = [row["id"] for row in board.rows if row["id"] not in board.tried.get(key, ())]
+        left = [row["id"] for row in board.rows if row["id"] not in board.untouchable(key)]
         if left:
             unscored.append(left)
             options.append(make_option(board, key, numbers, loaded))
@@ -231,8 +242,8 @@ def run_share(board: Board, share: Share, numbers: Sequence[int], workers: list[
     number, order = key = share.option.package, share.option.order
     clock = board.clock
     deadline = min(time.monotonic() + share.seconds, clock.deadline) if share.seconds else clock.deadline
-    tried = board.tried.get(key, set())
-    rows = [row for row in board.rows if (row["id"] in share.worth if share.worth else row["id"] not in tried)]
+    done = board.untouchable(key)
+    rows = [row for row in board.rows if (row["id"] in share.worth if share.worth else row["id"] not in done)]
     requests = encoder.requests(number, order, rows)
     if not board.tokens:
         board.tokens = {request.id: request.tokens for request in requests}
@@ -241,8 +252,10 @@ def run_share(board: Board, share: Share, numbers: Sequence[int], workers: list[
             encoder.begin(number, other, rows)
     label = f"{board.packages[number].folder.name}, {order}"
     before = board.known(numbers)
-    done = run_pass(make_pass(label, requests, deadline, workers, share.worth or None), workers, clock)
-    note_pass(board, key, done, requests, workers)
+    work = run_pass(make_pass(label, requests, deadline, workers, share.worth or None), workers, clock)
+    note_pass(board, key, work, requests, workers)
+    if all(worker.gone and not worker.load_seconds and board.proven.issuperset(worker.positions) for worker in workers):
+        raise PackageError(f"{board.packages[number].folder}: no device could load it, and another model ran on all of them")
     if change := measured_change(before, board.known(numbers)):
         board.changes[key] = change
 
@@ -250,6 +263,7 @@ def run_share(board: Board, share: Share, numbers: Sequence[int], workers: list[
 def note_pass(board: Board, key: tuple[int, str], done: Pass, requests: Sequence[Request], workers: Sequence[Worker]) -> None:
     """Put a pass's scores on the board, and what was measured."""
     number, order = key
+    board.given_up.setdefault(number, set()).update(done.given_up)
     for row_id, values in done.scores.items():
         board.scores[number][row_id][order] = values
     in_queue = {request.id for batch in done.queue for request in batch}

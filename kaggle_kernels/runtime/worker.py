@@ -4,7 +4,7 @@ A model that one device cannot hold has one process with several devices, its la
 A process, because a CUDA error takes a whole process with it, and because two threads share one Python.
 
 To the worker: (number, requests). From it:
-    ("loaded", facts)                             dtype, batches_at_once, worst difference from the golden probabilities
+    ("loaded", facts)                             dtype, batches_at_once, seconds, worst golden difference
     ("scored", number, probabilities, bytes)      bytes: the most memory used so far, one number for each device
     ("out of memory", number)                     it lives on; the batch is to be cut
     ("refused", sentence)                         the package is not what was packaged: nothing would mend that
@@ -18,6 +18,7 @@ import os
 import queue
 import resource
 import threading
+import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,6 @@ from kaggle_kernels.runtime.placement import split_over
 from kaggle_kernels.runtime.scoring import score, score_batch
 
 GOLDEN_TOLERANCE = 0.05  # float16 and 4-bit kernels differ between devices by up to 0.02; a wrong head by far more
-
 MEMORY_WORDS = ("CUDA error: out of memory", "_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory")
 
 
@@ -58,20 +58,25 @@ def run_worker(connection, task: Assignment) -> None:
 
 def work(connection, task: Assignment) -> None:
     """Load, then score until the other end of the pipe is closed or something fails."""
+    began, device = time.monotonic(), task.devices[0]
     try:
+        if device.startswith("cuda"):
+            torch.cuda.set_device(device)  # else libraries that ask for no device take memory of the first GPU
         package = open_package(Path(task.folder))
         model, stages = load_on(package, task.devices)
-        worst = check_golden_scores(package, model, task.devices[0])
+        worst = check_golden_scores(package, model, device)
     except (PackageError, FloatingPointError) as error:
         return tell(connection, "refused", f"{type(error).__name__}: {error}")
     except Exception:
         return tell(connection, "failed", traceback.format_exc())
     at_once = len(stages.locks) if stages else 1
-    tell(connection, "loaded", {"dtype": str(model.dtype), "batches_at_once": at_once, "worst": worst})
+    facts = {"dtype": str(model.dtype), "batches_at_once": at_once, "worst": worst, "seconds": time.monotonic() - began}
+    tell(connection, "loaded", facts)
 
     def score_requests(requests):
         passing = stages.batch if stages else contextlib.nullcontext
-        return score_batch(model, package.model_input, package.contract, requests, task.devices[0], passing)
+        with torch.cuda.device(device) if device.startswith("cuda") else contextlib.nullcontext():  # it is each thread's own
+            return score_batch(model, package.model_input, package.contract, requests, device, passing)
 
     serve(connection, score_requests, at_once, lambda: memory_bytes(task.devices))
 

@@ -210,7 +210,7 @@ def test_a_model_in_two_stages_scores_as_the_whole_one(package_folder):
         return values
 
     def work(connection, task):
-        connection.send(("loaded", {"dtype": "float32", "batches_at_once": 2, "worst": 0.0}))
+        connection.send(("loaded", {"dtype": "float32", "batches_at_once": 2, "worst": 0.0, "seconds": 0.0}))
         serve(connection, score_requests, 2, lambda: [0])
 
     worker = Worker("cpu", None, 500, lambda task: start_in_thread(task, work))

@@ -26,7 +26,7 @@ def test_two_processes_of_which_one_is_killed_score_what_one_model_scores(packag
     workers = start_workers(package, "each", {0: "cpu", 1: "cpu"}, 300, 1, clock)
     try:
         for worker in workers:
-            receive(make_pass("nothing", [], clock.deadline, workers), worker, clock)
+            receive(make_pass("nothing", [], clock.deadline, workers), worker, workers, clock)
         names = [Path(f"/proc/{worker.process.pid}/comm").read_text().strip() for worker in workers]
         os.kill(workers[1].process.pid, signal.SIGKILL)
         done = run_pass(make_pass("test", requests, clock.deadline, workers), workers, clock)

@@ -1902,7 +1902,7 @@ def in_hours(seconds: float) -> str:
 # A process, because a CUDA error takes a whole process with it, and because two threads share one Python.
 #
 # To the worker: (number, requests). From it:
-#     ("loaded", facts)                             dtype, batches_at_once, worst difference from the golden probabilities
+#     ("loaded", facts)                             dtype, batches_at_once, seconds, worst golden difference
 #     ("scored", number, probabilities, bytes)      bytes: the most memory used so far, one number for each device
 #     ("out of memory", number)                     it lives on; the batch is to be cut
 #     ("refused", sentence)                         the package is not what was packaged: nothing would mend that
@@ -1910,7 +1910,6 @@ def in_hours(seconds: float) -> str:
 # ==============================================================================================================
 
 GOLDEN_TOLERANCE = 0.05  # float16 and 4-bit kernels differ between devices by up to 0.02; a wrong head by far more
-
 MEMORY_WORDS = ("CUDA error: out of memory", "_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory")
 
 
@@ -1936,20 +1935,25 @@ def run_worker(connection, task: Assignment) -> None:
 
 def work(connection, task: Assignment) -> None:
     """Load, then score until the other end of the pipe is closed or something fails."""
+    began, device = time.monotonic(), task.devices[0]
     try:
+        if device.startswith("cuda"):
+            torch.cuda.set_device(device)  # else libraries that ask for no device take memory of the first GPU
         package = open_package(Path(task.folder))
         model, stages = load_on(package, task.devices)
-        worst = check_golden_scores(package, model, task.devices[0])
+        worst = check_golden_scores(package, model, device)
     except (PackageError, FloatingPointError) as error:
         return tell(connection, "refused", f"{type(error).__name__}: {error}")
     except Exception:
         return tell(connection, "failed", traceback.format_exc())
     at_once = len(stages.locks) if stages else 1
-    tell(connection, "loaded", {"dtype": str(model.dtype), "batches_at_once": at_once, "worst": worst})
+    facts = {"dtype": str(model.dtype), "batches_at_once": at_once, "worst": worst, "seconds": time.monotonic() - began}
+    tell(connection, "loaded", facts)
 
     def score_requests(requests):
         passing = stages.batch if stages else contextlib.nullcontext
-        return score_batch(model, package.model_input, package.contract, requests, task.devices[0], passing)
+        with torch.cuda.device(device) if device.startswith("cuda") else contextlib.nullcontext():  # it is each thread's own
+            return score_batch(model, package.model_input, package.contract, requests, device, passing)
 
     serve(connection, score_requests, at_once, lambda: memory_bytes(task.devices))
 
@@ -2059,7 +2063,8 @@ def memory_bytes(devices: tuple[str, ...]) -> list[int]:
 # ==============================================================================================================
 
 FRUITLESS_DEATHS = 3
-RECOVERY_BATCHES = 32  # scored in a row, after which a budget that a death halved is doubled
+RECOVERY_BATCHES = 32  # scored in a row, after which a budget that a death halved is doubled; after each death twice as many
+JOIN_SECONDS = 30.0  # a killed process may be stuck in a driver
 
 
 @dataclass
@@ -2120,7 +2125,7 @@ class Worker:
         self.last_event, self.memory_bytes = now, memory
         self.fruitless = 0
         self.in_a_row += 1
-        if self.in_a_row % RECOVERY_BATCHES == 0:
+        if self.in_a_row % (RECOVERY_BATCHES << max(self.deaths - 1, 0)) == 0:
             self.tokens_per_batch = min(2 * self.tokens_per_batch, self.most_tokens)
         return batch
 
@@ -2150,7 +2155,7 @@ class Worker:
         if self.process:
             self.connection.close()
             self.process.kill()
-            self.process.join()
+            self.process.join(JOIN_SECONDS)
         self.process, self.loaded = None, None
 
 
@@ -2189,6 +2194,13 @@ def stop_workers(workers: Sequence[Worker]) -> None:
         worker.stop()
 
 
+def leave() -> None:
+    """End this process at once where a worker's is stuck: multiprocessing would wait for it for ever."""
+    if multiprocessing.active_children():
+        sys.stdout.flush()
+        os._exit(0)
+
+
 # ==============================================================================================================
 # engine.py
 #
@@ -2225,6 +2237,7 @@ class Pass:
     given_up: list[str] = field(default_factory=list)
     deaths: dict[str, int] = field(default_factory=dict)  # by worker
     suspected: Counter = field(default_factory=Counter)  # deaths by row
+    too_large: dict[str, set[str]] = field(default_factory=dict)  # by row, alone in its batch: the workers that lack the memory
     logged: float = field(default_factory=time.monotonic)
     queued_tokens: int = 0  # of the queue, padding included
 
@@ -2291,7 +2304,7 @@ def run_pass(work: Pass, workers: Sequence[Worker], clock: Clock) -> Pass:
             break
         by_connection = {worker.connection: worker for worker in alive}
         for connection in wait(list(by_connection), timeout=1.0):
-            receive(work, by_connection[connection], clock)
+            receive(work, by_connection[connection], workers, clock)
         for worker in busy:
             watch(work, worker, clock)
         if time.monotonic() - work.logged > max((clock.deadline - clock.began) / 300, 10):
@@ -2322,7 +2335,14 @@ def next_batch(work: Pass, worker: Worker, workers: Sequence[Worker]) -> list[Re
     if not work.queue or left <= 0:
         return None
     last = work.may_reorder and work.seconds_left(workers) > left
-    whole, put_back = work.take(last), work.put_last if last else work.put_first
+    put_back, put_off = (work.put_last, work.put_first) if last else (work.put_first, work.put_last)
+    for _ in range(len(work.queue)):
+        whole = work.take(last)
+        if worker.name not in work.too_large.get(whole[0].id, ()):
+            break
+        put_off([whole])
+    else:
+        return None
     batch, *rest = make_batches(whole, worker.tokens_per_batch)
     ahead = sum(map(padded_tokens, worker.outstanding.values())) + padded_tokens(batch)
     if worker.rate() and ahead / worker.rate() > left:
@@ -2332,7 +2352,7 @@ def next_batch(work: Pass, worker: Worker, workers: Sequence[Worker]) -> list[Re
     return batch
 
 
-def receive(work: Pass, worker: Worker, clock: Clock) -> None:
+def receive(work: Pass, worker: Worker, workers: Sequence[Worker], clock: Clock) -> None:
     """Read one message of a worker, or its death."""
     try:
         kind, *message = worker.connection.recv()
@@ -2340,8 +2360,7 @@ def receive(work: Pass, worker: Worker, clock: Clock) -> None:
         return bury(work, worker, f"died (exit code {exit_code(worker)})", clock)
     if kind == "loaded":
         [worker.loaded] = message
-        now = time.monotonic()
-        worker.load_seconds, worker.last_event = now - worker.last_event, now
+        worker.load_seconds, worker.last_event = worker.loaded["seconds"], time.monotonic()
         log(
             clock,
             f"{worker.name}: loaded in {worker.load_seconds:.0f} s in {worker.loaded['dtype']}; "
@@ -2351,15 +2370,29 @@ def receive(work: Pass, worker: Worker, clock: Clock) -> None:
         number, values, memory = message
         note_scores(work, worker.note_scored(number, memory), values)
     elif kind == "out of memory":
-        batch = worker.note_out_of_memory(message[0])
-        work.out_of_memory += 1
-        work.put_first([batch] if len(batch) > 1 else [])
-        given_up = give_up(work, batch) if len(batch) == 1 else ""
-        log(clock, f"{worker.name}: out of memory: {worker.tokens_per_batch} tokens a batch from now on{given_up}")
+        told = cut(work, worker, worker.note_out_of_memory(message[0]), workers)
+        log(clock, f"{worker.name}: out of memory: {worker.tokens_per_batch} tokens a batch from now on{told}")
     elif kind == "refused":
-        raise PackageError(message[0])
+        if all(other.gone for other in workers if other is not worker):
+            raise PackageError(message[0])
+        worker.fruitless = FRUITLESS_DEATHS
+        bury(work, worker, f"refuses the package, which another device may not: {message[0]}", clock)
     else:
         bury(work, worker, f"failed: {message[0].strip()}", clock)
+
+
+def cut(work: Pass, worker: Worker, batch: list[Request], workers: Sequence[Worker]) -> str:
+    """Put a batch that was too large back; a row that was alone in it is for the other workers, or given up."""
+    work.out_of_memory += 1
+    if len(batch) > 1:
+        work.put_first([batch])
+        return ""
+    lacking = work.too_large.setdefault(batch[0].id, set())
+    lacking.add(worker.name)
+    if all(other.name in lacking for other in workers if not other.gone):
+        return give_up(work, batch)
+    work.put_last([batch])
+    return f"; row {batch[0].id} is left to the others"
 
 
 def exit_code(worker: Worker) -> int | None:
@@ -2500,6 +2533,8 @@ class Board:
     devices: dict[int, str]  # by position; those that are gone leave
     threads: int
     tried: dict[tuple[int, str], set[str]] = field(default_factory=dict)
+    proven: set[int] = field(default_factory=set)  # positions of devices that had a model
+    given_up: dict[int, set[str]] = field(default_factory=dict)  # rows that a package's workers could not score in one order
     tokens: dict[str, int] = field(default_factory=dict)  # of the first sequence made of a row
     rates: dict[int, float] = field(default_factory=dict)  # tokens a second of a package's workers together
     changes: dict[tuple[int, str], float] = field(default_factory=dict)
@@ -2511,6 +2546,10 @@ class Board:
     def orders(self, number: int) -> tuple[str, ...]:
         """The orders worth scoring with a package."""
         return orders_of(self.contracts[number], self.settings.orders)
+
+    def untouchable(self, key: tuple[int, str]) -> set[str]:
+        """The rows that a package is not to score in an order any more."""
+        return self.tried.get(key, set()) | self.given_up.get(key[0], set())
 
     def known(self, numbers: Sequence[int]) -> dict[str, list[float]]:
         """The probabilities by id that these packages give so far."""
@@ -2606,13 +2645,18 @@ def start_team(board: Board, number: int, devices: Mapping[int, str]) -> list[Wo
 
 
 def retire(board: Board, workers: list[Worker]) -> None:
-    """End the workers and note what they did; devices that are gone leave the board."""
+    """End the workers and note what they did; devices that are gone leave the board.
+
+    A device that had a model before stays where a worker could not load another one: that may be the package's fault.
+    """
     stop_workers(workers)
     for worker in workers:
-        board.workers.append(worker_record(worker))
-        if worker.gone:
+        if worker.gone and (worker.load_seconds or not board.proven.issuperset(worker.positions)):
             for position in worker.positions:
                 board.devices.pop(position, None)
+        elif worker.load_seconds:
+            board.proven.update(worker.positions)
+        board.workers.append(worker_record(worker))
     workers.clear()
 
 
@@ -2627,7 +2671,7 @@ def next_share(board: Board, numbers: Sequence[int], loaded: int | None, workers
     keys.sort(key=lambda key: key[0] != loaded)
     known, unscored, options = board.known(numbers), [], []
     for key in keys:
-        left = [row["id"] for row in board.rows if row["id"] not in board.tried.get(key, ())]
+        left = [row["id"] for row in board.rows if row["id"] not in board.untouchable(key)]
         if left:
             unscored.append(left)
             options.append(make_option(board, key, numbers, loaded))
@@ -2680,8 +2724,8 @@ def run_share(board: Board, share: Share, numbers: Sequence[int], workers: list[
     number, order = key = share.option.package, share.option.order
     clock = board.clock
     deadline = min(time.monotonic() + share.seconds, clock.deadline) if share.seconds else clock.deadline
-    tried = board.tried.get(key, set())
-    rows = [row for row in board.rows if (row["id"] in share.worth if share.worth else row["id"] not in tried)]
+    done = board.untouchable(key)
+    rows = [row for row in board.rows if (row["id"] in share.worth if share.worth else row["id"] not in done)]
     requests = encoder.requests(number, order, rows)
     if not board.tokens:
         board.tokens = {request.id: request.tokens for request in requests}
@@ -2690,8 +2734,10 @@ def run_share(board: Board, share: Share, numbers: Sequence[int], workers: list[
             encoder.begin(number, other, rows)
     label = f"{board.packages[number].folder.name}, {order}"
     before = board.known(numbers)
-    done = run_pass(make_pass(label, requests, deadline, workers, share.worth or None), workers, clock)
-    note_pass(board, key, done, requests, workers)
+    work = run_pass(make_pass(label, requests, deadline, workers, share.worth or None), workers, clock)
+    note_pass(board, key, work, requests, workers)
+    if all(worker.gone and not worker.load_seconds and board.proven.issuperset(worker.positions) for worker in workers):
+        raise PackageError(f"{board.packages[number].folder}: no device could load it, and another model ran on all of them")
     if change := measured_change(before, board.known(numbers)):
         board.changes[key] = change
 
@@ -2699,6 +2745,7 @@ def run_share(board: Board, share: Share, numbers: Sequence[int], workers: list[
 def note_pass(board: Board, key: tuple[int, str], done: Pass, requests: Sequence[Request], workers: Sequence[Worker]) -> None:
     """Put a pass's scores on the board, and what was measured."""
     number, order = key
+    board.given_up.setdefault(number, set()).update(done.given_up)
     for row_id, values in done.scores.items():
         board.scores[number][row_id][order] = values
     in_queue = {request.id for batch in done.queue for request in batch}
@@ -2812,9 +2859,10 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
         log(clock, visible.told)
     machine = check_machine(root, settings, packages, devices, len(rows) + len(visible.rows), clock)
     board = make_board(settings, packages, [*rows, *visible.rows], devices, clock, is_hidden_run())
-    score_all(board)
+    with carrying_on(board):
+        score_all(board)
     scored = combine(settings, packages, board.scores)
-    write_results(root / "working", board, rows, scored, read_ids(test_file))
+    final = submit(root / "working", board, rows, scored, read_ids(test_file))
     record = {
         "settings": asdict(settings),
         "versions": versions,
@@ -2830,7 +2878,9 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
         "visible": report_visible_rows(board, visible, scored) if visible.rows else None,
         "seconds": round(clock.elapsed(), 1),
     }
-    write_record(root / "working" / "kernel.json", record)
+    with carrying_on(board):
+        write_scores(root / "working" / "scores.parquet", settings.verdicts, final, scored, board.by_run())
+        write_record(root / "working" / "kernel.json", record)
     log(clock, f"submission.csv: {len(rows)} rows, {record['scored']} scored, {len(rows) - record['scored']} by the prior")
 
 
@@ -2839,15 +2889,25 @@ def is_hidden_run() -> bool:
     return bool(os.environ.get("KAGGLE_IS_COMPETITION_RERUN"))
 
 
-def write_results(
+@contextlib.contextmanager
+def carrying_on(board: Board) -> Iterator[None]:
+    """In the hidden run an error in here is only logged: what was scored before it is worth submitting, if it is enough."""
+    try:
+        yield
+    except Exception:
+        if not board.hidden_run:
+            raise
+        log(board.clock, f"going on with what was scored until now: {traceback.format_exc()}")
+
+
+def submit(
     working: Path, board: Board, rows: Sequence[dict], scored: Mapping[str, list[float]], expected_ids: Sequence[str]
-) -> None:
-    """Write scores.parquet and submission.csv of the test rows, whose ids must be those expected."""
-    settings, ids = board.settings, {row["id"] for row in rows}
-    scored = {row_id: values for row_id, values in scored.items() if row_id in ids}
+) -> dict[str, list[float]]:
+    """Write submission.csv of the test rows, whose ids must be those expected; their probabilities."""
+    settings = board.settings
     final = fill_unscored(rows, scored, settings.verdicts, settings.min_scored)
-    write_scores(working / "scores.parquet", settings.verdicts, final, scored, board.by_run())
     write_submission(working / "submission.csv", settings, final, expected_ids)
+    return final
 
 
 def report_visible_rows(board: Board, visible: VisibleRows, scored: Mapping[str, list[float]]) -> dict:
@@ -2906,3 +2966,4 @@ def check_package(package: Package, chosen: PackageSettings, settings: Settings)
 
 if __name__ == "__main__":
     run_kernel(SETTINGS)
+    leave()
