@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 
-from kaggle_kernels.runtime.crew import FRUITLESS_DEATHS, Worker
+from kaggle_kernels.runtime.crew import Worker
 from kaggle_kernels.runtime.package import PackageError
 from kaggle_kernels.runtime.scoring import Request, make_batches, padded_tokens
 from kaggle_kernels.runtime.settings import Clock, log
@@ -181,7 +181,6 @@ def receive(work: Pass, worker: Worker, workers: Sequence[Worker], clock: Clock)
     elif kind == "refused":
         if all(other.gone for other in workers if other is not worker):
             raise PackageError(message[0])
-        worker.fruitless = FRUITLESS_DEATHS
         bury(work, worker, f"refuses the package, which another device may not: {message[0]}", clock)
     else:
         bury(work, worker, f"failed: {message[0].strip()}", clock)

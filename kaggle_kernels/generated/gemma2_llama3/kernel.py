@@ -2385,7 +2385,6 @@ def receive(work: Pass, worker: Worker, workers: Sequence[Worker], clock: Clock)
     elif kind == "refused":
         if all(other.gone for other in workers if other is not worker):
             raise PackageError(message[0])
-        worker.fruitless = FRUITLESS_DEATHS
         bury(work, worker, f"refuses the package, which another device may not: {message[0]}", clock)
     else:
         bury(work, worker, f"failed: {message[0].strip()}", clock)
