@@ -59,6 +59,9 @@ def build(specs: tuple[str, ...], check: bool) -> None:
 @click.option(
     "--clock", "clock_seconds", type=click.FloatRange(1, 43200), help="Seconds, in place of the spec's clock_seconds."
 )
+@click.option(
+    "--train", "train_file", type=click.Path(path_type=Path), help="The competition's train file: rehearse the visible run."
+)
 @click.option("--kill-every", type=click.FloatRange(0, min_open=True), help="Kill a worker every so many seconds, in turn.")
 @click.option("--lose-device", type=click.IntRange(0), help="Kill every worker of this device as soon as it appears.")
 @exits_with_2

@@ -35,6 +35,7 @@ class Scenario:
     """What a rehearsal makes of the test rows (see rehearsal_rows.make_rows), the devices, the clock, and the faults.
 
     `devices` is a number of CPU workers, None the kernel's own choice; `clock_seconds` None is the spec's.
+    A `train_file` is mounted beside the test file, so that the visible run scores rows of it.
     """
 
     size: int | None = None
@@ -46,6 +47,7 @@ class Scenario:
     clock_seconds: float | None = None
     kill_every: float | None = None
     lose_device: int | None = None
+    train_file: Path | None = None
 
     @property
     def makes_rows(self) -> bool:
@@ -71,13 +73,14 @@ def rehearse(spec_path: Path, test_file: Path, out: Path, python: Path | None = 
     packages = {fit.package.dataset: find_package(fit) for fit in fits}
     python = find_python(python)
     check_faults(scenario.faults, scenario.devices)
+    check_train_file(scenario)
     rows, told = rehearsal_rows(test_file, spec, scenario)
     clock_seconds = scenario.clock_seconds or spec.clock_seconds
     if scenario.clock_seconds:
         kernel = kernel_text(spec_path.stem, spec.model_copy(update={"clock_seconds": clock_seconds}), fits)
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as folder:
         root = Path(folder) / "kaggle"
-        lay_out(root, spec, packages, test_file.suffix, rows)
+        lay_out(root, spec, packages, test_file.suffix, rows, scenario.train_file)
         run = run_as_kaggle(
             python,
             kernel,
@@ -96,6 +99,16 @@ def rehearse(spec_path: Path, test_file: Path, out: Path, python: Path | None = 
     print(f"{out / 'submission.csv'}: {len(rows)} rows in {run.seconds:.1f} s of a clock of {in_time(clock_seconds)}")
     write_json(out / "rehearsal.json", measured)
     return measured
+
+
+def check_train_file(scenario: Scenario) -> None:
+    """Raise UserError where there is no such train file, or the run that is rehearsed would not look at it."""
+    if scenario.train_file is None:
+        return
+    if not scenario.train_file.is_file() or scenario.train_file.suffix not in (".parquet", ".csv"):
+        raise UserError(f"--train {scenario.train_file}: no such file; give the competition's train.parquet or train.csv")
+    if scenario.makes_rows:
+        raise UserError("--train: only the visible run scores it; leave out --rows, --shuffle, --ids and --hostile")
 
 
 def rehearsal_rows(test_file: Path, spec: Spec, scenario: Scenario) -> tuple[pl.DataFrame, dict]:

@@ -59,10 +59,12 @@ def find_python(python: Path | None) -> Path:
     return python.absolute()
 
 
-def lay_out(root: Path, spec: Spec, packages: dict[str, Path], suffix: str, test_rows: pl.DataFrame) -> None:
+def lay_out(
+    root: Path, spec: Spec, packages: dict[str, Path], suffix: str, test_rows: pl.DataFrame, train_file: Path | None = None
+) -> None:
     """Make /kaggle below `root`: packages as links, dataset-metadata.json left out as Kaggle does, verdicts left out.
 
-    The test file is a CSV for the suffix ".csv", else Parquet.
+    The train file is a link. The test file is a CSV for the suffix ".csv", else Parquet.
     """
     for dataset, package in packages.items():
         folder = root / "input" / "datasets" / "owner" / dataset
@@ -77,6 +79,8 @@ def lay_out(root: Path, spec: Spec, packages: dict[str, Path], suffix: str, test
         shown.write_csv(folder / "test.csv")
     else:
         shown.write_parquet(folder / "test.parquet")
+    if train_file:
+        (folder / f"train{train_file.suffix}").symlink_to(train_file.absolute())
     (root / "working").mkdir()
 
 

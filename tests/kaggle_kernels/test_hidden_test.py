@@ -87,6 +87,24 @@ def test_two_t4s_are_predicted_for_the_recipes_base_model_where_a_small_one_stan
     assert "25,000 rows of these lengths on two T4s: loading 1 min, first order " in printed
 
 
+def test_the_visible_run_scores_held_out_rows_of_the_train_file_and_predicts_the_hidden_one(tmp_path, package_folder):
+    make_workplace(tmp_path, "wsdm", package_folder)
+    package, train = tmp_path / "outputs" / "two" / "package", tiny.pairs(200, seed=8, prefix="train")
+    listed = {"fold": 0, "trained_on": False, "ids": train["id"].to_list()[:60]}
+    (package / "validation_ids.json").write_text(json.dumps(listed))
+    write_manifest(package)
+    train.write_parquet(tmp_path / "all.parquet")
+    tiny.pairs(3, seed=9).drop("winner").write_parquet(tmp_path / "three.parquet")
+    printed, measured, out = rehearse(tmp_path, "three.parquet", "--train", "all.parquet", "--devices", "2")
+    assert "visible run: 60 rows of train.parquet are scored too, held out (fold 0)\n" in printed
+    assert "predicted for 25,000 rows: every row scored once after " in printed
+    assert measured["checks"]["ids"] == 3
+    kernel = read_json(out / "kernel.json")
+    assert (kernel["hidden_run"], kernel["rows"], kernel["scored"], kernel["visible"]["scored"]) == (False, 3, 3, 60)
+    assert kernel["visible"]["quality"]["judged"] == 60
+    assert kernel["visible"]["speed"][0]["tokens_per_second"] > 0
+
+
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory, package_folder):
     """25,000 hostile rows rehearsed without faults: the folder, the output, rehearsal.json and the results."""

@@ -107,3 +107,17 @@ def test_faults_that_cannot_be_or_did_not_happen_exit_with_2(workplace, tmp_path
     assert done.exit_code == 2
     assert message in done.output.splitlines()[-1]
     assert not (tmp_path / "results" / "rehearsal.json").exists()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--train", "gone.parquet"), "--train gone.parquet: no such file; give the competition's train.parquet or train.csv"),
+        (("--train", "test.parquet", "--rows", "9"), "--train: only the visible run scores it; leave out --rows"),
+    ],
+)
+def test_a_train_file_that_nobody_would_read_is_refused(workplace, monkeypatch, options, message):
+    called = faked(monkeypatch)
+    done = rehearse(workplace, "--test", "test.parquet", *options)
+    assert (done.exit_code, called) == (2, {})
+    assert message in done.output
