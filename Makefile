@@ -34,8 +34,9 @@ bench: .venv/installed .venv-kaggle/installed  ## what is claimed to be fast, me
 bench-merge: .venv/installed  ## merging and quantising a billion weights: ours beside PEFT, bitsandbytes, Axolotl (12 GB of disk)
 	@python -m tests.bench_merge compare 2>/dev/null
 
-bench-kernel: .venv/installed  ## scoring beside transformers' pipeline and the public notebooks' way: make bench-kernel PAIRS=data/pairs.parquet
+bench-kernel: .venv/installed  ## scoring beside transformers' pipeline and the notebooks' way, and the planner: make bench-kernel PAIRS=data/pairs.parquet
 	@python -m tests.bench_kernel $(if $(PAIRS),--pairs $(PAIRS)) $(if $(BASE),--base $(BASE)) $(ARGS)
+	@$(if $(PAIRS),python -m tests.bench_planner train --pairs $(PAIRS) && python -m tests.bench_planner curve --pairs $(PAIRS))
 
 cv: .venv/installed  ## train all folds: make cv R=gemma2_cls
 	@$(if $(R),,echo "error: R is missing; name a recipe: make cv R=gemma2_cls" >&2; exit 2;) python -m recipes.pairwise.cv recipes/$(R).yml
