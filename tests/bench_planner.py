@@ -2,8 +2,8 @@
 
 `python -m tests.bench_planner train --pairs data/pairs.parquet` trains a bag of words in a minute on all folds but one, every
 pair as it is given, so that it learns something and has a position bias, and scores the fold that is left in both orders.
-`python -m tests.bench_planner curve PREDICTIONS --pairs FILE` reads these, or the predictions.parquet of any run, and tells what
-each choice has reached at each share of the second order's cost. A row's cost is its length in characters.
+`python -m tests.bench_planner curve PREDICTIONS --pairs FILE` reads these, or the predictions.parquet of any run, and tells
+what each choice has reached at each share of the second order's cost. A row's cost is its length in characters.
 """
 
 import json
