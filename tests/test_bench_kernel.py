@@ -30,7 +30,7 @@ def test_a_file_that_cannot_be_scored_is_one_line(tmp_path, columns, message):
 
 def test_the_contenders_give_the_same_probabilities(tmp_path):
     rows = bench_kernel.read_rows(None, 3)
-    bench_kernel.make_folder(tmp_path / "tiny", "tiny Gemma-2", rows, None, 128)
+    bench_kernel.make_folder(tmp_path / "tiny", "tiny Gemma-2", rows, None, 256)
     found = [bench_kernel.pipeline(tmp_path / "tiny")(), bench_kernel.notebook(tmp_path / "tiny")()]
     found.append(bench_kernel.ours(tmp_path / "tiny", 512, 1)())
     assert [len(each.probabilities) for each in found] == [12, 12, 12]
