@@ -134,10 +134,8 @@ def test_a_further_package_that_cannot_be_had_takes_no_device_with_it(packages, 
     monkeypatch.setattr(schedule, "make_plan", lambda *_: SimpleNamespace(side_by_side=False, why="as told"))
     in_place_of(monkeypatch, packages[1].folder, target)
     board = board_of(packages)
-    board.proven = {
-        0,
-        1,
-    }  # a device whose first model is still being loaded as the rows are done could not be told from a lost one
+    # A device whose first model is still being loaded as the rows are done could not be told from a lost one.
+    board.proven = {0, 1}
     score_all(board)
     assert all(len(by_order) == 2 for by_order in board.scores[0].values())
     assert not any(board.scores[1].values())
