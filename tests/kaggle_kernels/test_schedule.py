@@ -25,7 +25,9 @@ GONE = SimpleNamespace(gone=True, rate=lambda: 50.0)
 
 @pytest.fixture
 def board(package_folder):
-    return make_board(ONE, [read_package(package_folder)], tiny.pairs(4, seed=9).to_dicts(), ["cpu", "cpu"], start_clock(600), True)
+    return make_board(
+        ONE, [read_package(package_folder)], tiny.pairs(4, seed=9).to_dicts(), ["cpu", "cpu"], start_clock(600), True
+    )
 
 
 def ended(scored):
