@@ -25,7 +25,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from preprocess.errors import UserError
 from preprocess.files import atomic_file, read_json, sha256, write_json
 from preprocess.model_input import ContractError
-from recipes.pairwise import deepspeed_cpu, metrics, zero3
+from recipes.pairwise import deepspeed_cpu, metrics, recipe_copy, tracking, zero3
 from recipes.pairwise.collator import LabelTokenCollator, PairCollator
 from recipes.pairwise.contract import new_contract, write_contract
 from recipes.pairwise.data import datasets_of, read_pairs
@@ -69,6 +69,7 @@ class PairwisePlugin(BasePlugin):
         self.contract = None
         self.trainer = None
         self.recipe = None
+        self.resolved = None
         self.started = time.monotonic()
         self.predicted = self.written = False
 
@@ -83,6 +84,8 @@ class PairwisePlugin(BasePlugin):
                 raise UserError(f"axolotl {command}: refused, {INSTEAD[command]}")
             self.recipe = Path(cfg["axolotl_config_path"])
             self.block = apply_environment(check_run(cfg, self.recipe))
+            self.resolved = recipe_copy.resolved(cfg, self.recipe)
+            tracking.check(cfg)
             checkpointing = zero3.checkpointing_kwargs(cfg)
             if not self.block.train:
                 raise UserError(
@@ -96,6 +99,7 @@ class PairwisePlugin(BasePlugin):
             targets, saved = cfg.get("lora_target_modules"), cfg.get("lora_modules_to_save")
             check_layers(self.config, self.block.head, targets=targets, saved=saved)
         except UserError as error:
+            recipe_copy.keep_refused_trial(cfg, self.recipe, error)
             stop(error, self.recipe)
         cfg["output_dir"] = str(run_folder(cfg.get("output_dir"), self.recipe))
         if self.block.head == "label_tokens":
@@ -131,6 +135,7 @@ class PairwisePlugin(BasePlugin):
             cache = Path(cfg.output_dir) / "prepared"
             train, validation = datasets_of(Path(self.block.pairs), self.block.fold, tokenizer, self.contract, cache)
             check_resume(cfg, self.block, self.recipe)
+            recipe_copy.keep(self.resolved)
         except (UserError, ContractError) as error:
             stop(error, self.recipe)
         total_steps = cfg.max_steps or calculate_total_num_steps(cfg, train)
@@ -156,6 +161,10 @@ class PairwisePlugin(BasePlugin):
 
     def pre_model_load(self, cfg):
         """One seed for a fresh head and adapter: the same run twice, and every process, starts from the same weights."""
+        try:
+            tracking.start(cfg, self.resolved, self.contract)
+        except UserError as error:
+            stop(error, self.recipe)
         set_seed(cfg.seed if cfg.seed is not None else 42)
 
     def post_model_build(self, cfg, model):
@@ -210,6 +219,7 @@ class PairwisePlugin(BasePlugin):
         trainer.label_token_ids = self.contract.label_token_ids
         trainer.compute_metrics = self._scores
         self.trainer = trainer
+        tracking.make_harmless(trainer)
         if trainer.is_world_process_zero():
             for name in ("contract.json", "metrics.json", "predictions.parquet"):
                 (Path(cfg.output_dir) / name).unlink(missing_ok=True)
@@ -218,8 +228,11 @@ class PairwisePlugin(BasePlugin):
         return [deepspeed_cpu.StepsWithoutGrad(trainer)] if deepspeed_cpu.deepspeed_on_cpu(cfg.get("deepspeed")) else []
 
     def _scores(self, prediction) -> dict[str, float]:
+        rows = self.trainer.eval_dataset
         both = metrics.probabilities(prediction.predictions, self.block.verdicts)
-        return metrics.scores(both, prediction.label_ids[:, 0], np.array(self.trainer.eval_dataset["winner"]))
+        labels, winners = prediction.label_ids[:, 0], np.array(rows["winner"])
+        tracking.log_groups(self.block.pairs, list(rows["id"]), both, labels, winners)
+        return metrics.scores(both, labels, winners)
 
     def post_train(self, cfg, model):
         """Called twice: after the last step, when all processes can still predict; and after the weights were saved."""
@@ -238,10 +251,11 @@ class PairwisePlugin(BasePlugin):
             zero3.check_whole(folder)
             write_contract(folder, self.contract, self.recipe)
             LOG.info("contract.json and model_input.py written to %s", folder)
+            tracking.finish(folder, self.block.pairs, self.block.verdicts)
 
     def _predict(self, folder: Path) -> None:
         trained = time.monotonic()
-        output = self.trainer.predict(self.trainer.eval_dataset)
+        output = self.trainer.predict(self.trainer.eval_dataset, metric_key_prefix="eval")
         if not self.trainer.is_world_process_zero():
             return
         both = metrics.probabilities(output.predictions, self.block.verdicts)
