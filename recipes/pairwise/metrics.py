@@ -47,7 +47,7 @@ def scores(both_rov: np.ndarray, labels_rv: np.ndarray, winners_r: np.ndarray) -
 
 
 def by_group(groups: dict[str, np.ndarray], both_rov: np.ndarray, labels_rv: np.ndarray, winners_r: np.ndarray) -> dict:
-    """Metrics of the rows of each name in each column of `groups`, as accuracy/language/English; what has no value is left out."""
+    """Metrics of the rows of each name in each column of `groups`, as accuracy/language/English, where there is one."""
     found = {}
     for column, names_r in groups.items():
         for name in sorted(set(names_r)):
