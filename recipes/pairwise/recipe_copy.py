@@ -70,7 +70,8 @@ def keep_refused_trial(cfg: dict, recipe: Path, error: UserError) -> None:
     folder = Path(str(cfg.get("output_dir")))
     if is_trial(recipe, folder) and folder == Path(read_yaml(recipe)["output_dir"]):
         keep(resolved(cfg, recipe))
-        (run_folder(cfg.get("output_dir"), recipe) / LOG).write_text(f"error: {error}\n", encoding="utf-8")
+        told = str(error).removeprefix(f"{recipe}: ")
+        (run_folder(cfg.get("output_dir"), recipe) / LOG).write_text(f"error: {told}\n", encoding="utf-8")
 
 
 def is_trial(recipe: Path, folder: Path) -> bool:
