@@ -57,20 +57,19 @@ def main(folder: Path, by: str) -> None:
     finished = [trial for trial in trials if trial.status == FINISHED]
     with atomic_file(folder / "sweep.csv") as temporary:
         table_of(trials, names).write_csv(temporary)
-    screen = console()
-    show(screen, trials, names)
+    show(console(), trials, names)
     for note in notes(finished, names):
-        screen.print(note)
+        click.echo(note)
     if finished:
         best = finished[0]
-        screen.print(f"best by {by}: {best.name}; package it: python -m postprocess {best.folder / RECIPE_COPY}")
+        click.echo(f"best by {by}: {best.name}; package it: python -m postprocess {best.folder / RECIPE_COPY}")
     if drawn := parameters(finished):
         with atomic_file(folder / "sweep.png") as temporary:
             draw(folder, finished, drawn, temporary)
-        screen.print(f"written: {folder / 'sweep.csv'}, {folder / 'sweep.png'}")
+        click.echo(f"written: {folder / 'sweep.csv'}, {folder / 'sweep.png'}")
     else:
         (folder / "sweep.png").unlink(missing_ok=True)
-        screen.print(f"written: {folder / 'sweep.csv'}; nothing to draw")
+        click.echo(f"written: {folder / 'sweep.csv'}; nothing to draw")
 
 
 def read_trials(folder: Path) -> list[Trial]:
@@ -142,7 +141,13 @@ def is_number(value: object) -> bool:
 
 def in_short(value: object) -> str:
     """A parameter's value as a recipe has it."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(in_short, value))}]"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def shortened(word: str) -> str:
+    return word if len(word) <= MOST_LETTERS else f"{word[:MOST_LETTERS]}…"
 
 
 def show(screen: Console, trials: Sequence[Trial], names: Sequence[str]) -> None:
@@ -208,7 +213,7 @@ def draw_parameter(axes: Axes, finished: Sequence[Trial], name: str, metric: str
             axes.set_xscale("log")
     else:
         words = ["default" if value is None else in_short(value) for value in values]
-        labels = {place: word[:MOST_LETTERS] for place, word in enumerate(sorted(set(words)))}
+        labels = {place: shortened(word) for place, word in enumerate(sorted(set(words)))}
         places = [sorted(set(words)).index(word) for word in words]
         axes.set_xlim(-0.5, len(labels) - 0.5)
     if len(labels) <= MOST_TICKS:

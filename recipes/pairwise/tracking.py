@@ -127,7 +127,8 @@ def harmless() -> Iterator[None]:
 
 
 def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    """An error's message without its line breaks, and without advice for programmers."""
+    return " ".join(str(error).split()).split(" Consider increasing the init_timeout")[0]
 
 
 class HarmlessCallback(WandbCallback):
