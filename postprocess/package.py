@@ -8,6 +8,7 @@ from pathlib import Path
 from postprocess.run import Run
 from preprocess.errors import UserError
 from preprocess.files import atomic_folder, read_json, sha256, write_json
+from recipes.pairwise.recipe_copy import TRACKED
 
 OWNER = "INSERT_OWNER"  # filled in when the dataset is pushed
 MANIFEST = "manifest.json"
@@ -39,6 +40,10 @@ def package(run: Run, chosen: Path, agreement: Path, validation_ids: Mapping, ou
             "golden": report["golden"],
         }
         write_json(folder / MANIFEST, manifest)
+    if (run.folder / TRACKED).is_file():
+        from recipes.pairwise.tracking import log_package  # noqa: PLC0415  imports wandb, for the few runs that use it
+
+        log_package(run.folder, out)
 
 
 def dataset_metadata(slug: str, licence: str) -> dict:

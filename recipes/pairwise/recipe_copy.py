@@ -17,6 +17,7 @@ from recipes.pairwise.axolotl_keys import schema
 from recipes.pairwise.schema import run_folder
 
 RECIPE_COPY = "recipe.yml"
+TRACKED = "wandb.json"  # by which name the run goes in wandb, where it is tracked: see tracking.py
 LOG = "debug.log"  # Axolotl's, which holds everything that a run prints
 TRIAL = re.compile(r"sweep\d{4,}")
 VOUCHERS = ("contract.json", "metrics.json", "predictions.parquet")

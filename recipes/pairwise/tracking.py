@@ -27,10 +27,9 @@ from preprocess.model_input import VERDICTS, Contract
 from recipes.pairwise import metrics
 from recipes.pairwise.contract import git_commit
 from recipes.pairwise.data import read_pairs, targets
-from recipes.pairwise.recipe_copy import RECIPE_COPY, TRIAL
+from recipes.pairwise.recipe_copy import RECIPE_COPY, TRACKED, TRIAL
 
 LOG = logging.getLogger(__name__)
-RUN = "wandb.json"  # in the run folder: by which name the run goes in wandb
 FILES = (
     *("adapter_model*.safetensors", "adapter_config.json", "model*.safetensors"),
     *("contract.json", "metrics.json", "model_input.py", "predictions.parquet", RECIPE_COPY),
@@ -71,7 +70,7 @@ def start(cfg: dict, recipe: dict, contract: Contract) -> None:
     if not is_first():
         return
     folder = Path(cfg["output_dir"])
-    (folder / RUN).unlink(missing_ok=True)
+    (folder / TRACKED).unlink(missing_ok=True)
     if not cfg.get("wandb_project"):
         return
     name = name_of(folder)
@@ -95,7 +94,7 @@ def start(cfg: dict, recipe: dict, contract: Contract) -> None:
         ) from None
     if not run.disabled:
         told = {"entity": run.entity or None, "project": run.project, "id": run.id, "name": run.name, "mode": run.settings.mode}
-        write_json(folder / RUN, told)
+        write_json(folder / TRACKED, told)
 
 
 def name_of(folder: Path) -> str:
@@ -119,11 +118,11 @@ def is_on() -> bool:
 
 @contextlib.contextmanager
 def harmless() -> Iterator[None]:
-    """Turn an error of wandb into a warning: the training goes on."""
+    """Turn an error of wandb into a line in the log; what is tracked goes on."""
     try:
         yield
     except Exception as error:
-        LOG.warning("wandb: %s: %s; this is not tracked, the training goes on", type(error).__name__, one_line(error))
+        LOG.error("wandb: %s: %s; this is not tracked, all else goes on", type(error).__name__, one_line(error))
 
 
 def one_line(error: Exception) -> str:
@@ -142,7 +141,7 @@ class HarmlessCallback(WandbCallback):
             hook(args, state, control, **kwargs)
         except Exception as error:
             self._wandb = None
-            LOG.warning("wandb: %s: %s; tracking ends here, the training goes on", type(error).__name__, one_line(error))
+            LOG.error("wandb: %s: %s; tracking ends here, the training goes on", type(error).__name__, one_line(error))
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._try(super().on_train_begin, args, state, control, **kwargs)
@@ -240,8 +239,8 @@ def run_files(folder: Path) -> list[Path]:
 
 
 def log_package(folder: Path, package: Path) -> None:
-    """Log the package of a tracked run by reference, in a run of its own beside it; an error of wandb is a warning."""
-    known = read_json(folder / RUN)
+    """Log the package of a tracked run by reference, in a run of its own beside it; an error of wandb costs only that."""
+    known = read_json(folder / TRACKED)
     with harmless():
         os.environ.setdefault("WANDB_MODE", known["mode"])
         if not is_ready():

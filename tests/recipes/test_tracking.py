@@ -26,13 +26,13 @@ from tests.recipes.test_schema import GOOD
 KEY = "local-" + "0123456789abcdef" * 3
 
 
-def train(folder: Path, base: Path, environment: dict, options: dict = {}, **changes) -> forked.Ended:
+def train(folder: Path, base: Path, environment: dict, options: dict | None = None, **changes) -> forked.Ended:
     """Train the demo's twin on forty pairs in `folder`, where wandb writes too; `options` are the command line's."""
     pairs = tiny.pairs_parquet(folder / "pairs.parquet", 40)
     recipe = tiny.twin(ROOT / "recipes/demo.yml", folder, base, pairs)
     recipe.write_text(yaml.safe_dump(yaml.safe_load(recipe.read_text()) | changes))
     home = {"HOME": str(folder / "home"), "WANDB_DIR": str(folder)}
-    return forked.axolotl("train", recipe, home | environment, **options)
+    return forked.axolotl("train", recipe, home | environment, **(options or {}))
 
 
 @pytest.fixture(scope="module")
