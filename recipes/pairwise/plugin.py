@@ -83,8 +83,9 @@ class PairwisePlugin(BasePlugin):
             if command in INSTEAD:
                 raise UserError(f"axolotl {command}: refused, {INSTEAD[command]}")
             self.recipe = Path(cfg["axolotl_config_path"])
-            self.block = apply_environment(check_run(cfg, self.recipe))
             self.resolved = recipe_copy.resolved(cfg, self.recipe)
+            recipe_copy.begin_trial(self.resolved, self.recipe)
+            self.block = apply_environment(check_run(cfg, self.recipe))
             tracking.check(cfg)
             checkpointing = zero3.checkpointing_kwargs(cfg)
             if not self.block.train:
@@ -99,7 +100,7 @@ class PairwisePlugin(BasePlugin):
             targets, saved = cfg.get("lora_target_modules"), cfg.get("lora_modules_to_save")
             check_layers(self.config, self.block.head, targets=targets, saved=saved)
         except UserError as error:
-            recipe_copy.keep_refused_trial(cfg, self.recipe, error)
+            recipe_copy.end_refused_trial(self.resolved, self.recipe, error)
             stop(error, self.recipe)
         cfg["output_dir"] = str(run_folder(cfg.get("output_dir"), self.recipe))
         if self.block.head == "label_tokens":
@@ -135,7 +136,6 @@ class PairwisePlugin(BasePlugin):
             cache = Path(cfg.output_dir) / "prepared"
             train, validation = datasets_of(Path(self.block.pairs), self.block.fold, tokenizer, self.contract, cache)
             check_resume(cfg, self.block, self.recipe)
-            recipe_copy.keep(self.resolved)
         except (UserError, ContractError) as error:
             stop(error, self.recipe)
         total_steps = cfg.max_steps or calculate_total_num_steps(cfg, train)
@@ -223,6 +223,7 @@ class PairwisePlugin(BasePlugin):
         if trainer.is_world_process_zero():
             for name in ("contract.json", "metrics.json", "predictions.parquet"):
                 (Path(cfg.output_dir) / name).unlink(missing_ok=True)
+            recipe_copy.keep(self.resolved)
 
     def add_callbacks_post_trainer(self, cfg, trainer):
         return [deepspeed_cpu.StepsWithoutGrad(trainer)] if deepspeed_cpu.deepspeed_on_cpu(cfg.get("deepspeed")) else []

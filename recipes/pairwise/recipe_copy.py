@@ -33,8 +33,7 @@ def resolved(cfg: dict, recipe: Path) -> dict:
     Raises UserError where all trials of a sweep would write to one folder.
     """
     file = read_yaml(recipe) if recipe.is_file() else {}
-    named = file.get("output_dir")
-    if is_trial(recipe, Path(str(named))) and cfg.get("output_dir") != named:
+    if is_trial(recipe) and cfg.get("output_dir") != file["output_dir"]:
         raise UserError(
             f"--output-dir {cfg.get('output_dir')}: the trials of a sweep would write over each other; name the folder in the "
             f"sweep's file instead: output_dir: [{cfg.get('output_dir')}]"
@@ -44,7 +43,8 @@ def resolved(cfg: dict, recipe: Path) -> dict:
     values = {key: given[key] for key in (*file, *given) if key in known and given.get(key) is not None}
     if isinstance(values.get("pairwise"), dict):
         values["pairwise"] = values["pairwise"] | overrides()
-    return values | {"output_dir": str(run_folder(cfg.get("output_dir"), recipe))}
+    named = cfg.get("output_dir")
+    return values | {"output_dir": str(run_folder(named if isinstance(named, str) else None, recipe))}
 
 
 def overrides() -> dict:
@@ -55,26 +55,33 @@ def overrides() -> dict:
 
 
 def keep(values: dict) -> None:
-    """Write `values` (see resolved) as recipe.yml into their run folder; what another recipe left there vouches for nothing."""
+    """Write `values` (see resolved) as recipe.yml into their run folder."""
     path = Path(values["output_dir"]) / RECIPE_COPY
     text = HEADER.format(path=path) + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
-    if int(os.environ.get("LOCAL_RANK", "0")) or (path.is_file() and path.read_text(encoding="utf-8") == text):
-        return
-    for name in VOUCHERS:
-        (path.parent / name).unlink(missing_ok=True)
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def keep_refused_trial(cfg: dict, recipe: Path, error: UserError) -> None:
-    """A sweep's trial that is refused leaves its recipe and why, so that the sweep's index can list it."""
-    folder = Path(str(cfg.get("output_dir")))
-    if is_trial(recipe, folder) and folder == Path(read_yaml(recipe)["output_dir"]):
-        keep(resolved(cfg, recipe))
+def begin_trial(values: dict, recipe: Path) -> None:
+    """Where `recipe` is a sweep's trial, keep it at once: one that is refused, or fails, is listed with its parameters too.
+
+    What an earlier sweep left in the folder then vouches for nothing.
+    """
+    if is_trial(recipe) and int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        for name in (*VOUCHERS, LOG):
+            (Path(values["output_dir"]) / name).unlink(missing_ok=True)
+        keep(values)
+
+
+def end_refused_trial(values: dict | None, recipe: Path, error: UserError) -> None:
+    """Write why a sweep's trial is refused into its log, which Axolotl has not begun yet."""
+    if values and is_trial(recipe) and int(os.environ.get("LOCAL_RANK", "0")) == 0:
         told = str(error).removeprefix(f"{recipe}: ")
-        (run_folder(cfg.get("output_dir"), recipe) / LOG).write_text(f"error: {told}\n", encoding="utf-8")
+        (Path(values["output_dir"]) / LOG).write_text(f"error: {told}\n", encoding="utf-8")
 
 
-def is_trial(recipe: Path, folder: Path) -> bool:
-    """Whether Axolotl wrote `recipe` for one trial of a sweep, which trains into `folder`."""
-    return bool(TRIAL.fullmatch(folder.name)) and recipe.parent == Path(tempfile.gettempdir())
+def is_trial(recipe: Path) -> bool:
+    """Whether `recipe` is the temporary file that Axolotl writes for one trial of a sweep."""
+    if recipe.parent != Path(tempfile.gettempdir()) or not recipe.is_file():
+        return False
+    return bool(TRIAL.fullmatch(Path(str(read_yaml(recipe).get("output_dir"))).name))

@@ -49,29 +49,38 @@ def test_the_copy_has_the_recipe_s_order_the_command_line_s_values_and_the_envir
     assert (copy.run_folder, copy.pairwise.fold, copy.axolotl["learning_rate"]) == (tmp_path / "run/fold-3", 3, 0.5)
 
 
-def test_another_recipe_s_metrics_do_not_stay_beside_the_copy(tmp_path):
-    recipe_copy.keep({"lora_r": 8, "output_dir": str(tmp_path)})
-    for name in ("contract.json", "metrics.json", "predictions.parquet"):
-        (tmp_path / name).write_text("{}")
-    recipe_copy.keep({"lora_r": 8, "output_dir": str(tmp_path)})
-    assert (tmp_path / "metrics.json").exists()
-    recipe_copy.keep({"lora_r": 16, "output_dir": str(tmp_path)})
-    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yml"]
-
-
-def test_a_refused_trial_leaves_its_recipe_and_why(trial, tmp_path):
-    cfg, path = trial(lora_r=0)
-    recipe_copy.keep_refused_trial(cfg, path, UserError(f"{path}: lora_r: expected a whole number, found 0"))
+def test_a_trial_is_kept_at_once_and_another_s_metrics_do_not_stay_beside_it(trial, tmp_path):
     swept = tmp_path / "swept/sweep0001"
-    assert (swept / "debug.log").read_text() == "error: lora_r: expected a whole number, found 0\n"
-    assert yaml.safe_load((swept / "recipe.yml").read_text())["lora_r"] == 0
+    swept.mkdir(parents=True)
+    for name in ("contract.json", "metrics.json", "predictions.parquet", "debug.log", "adapter_model.safetensors"):
+        (swept / name).write_text("of an earlier sweep")
+    cfg, path = trial(lora_r=32)
+    recipe_copy.begin_trial(recipe_copy.resolved(cfg, path), path)
+    assert sorted(file.name for file in swept.iterdir()) == ["adapter_model.safetensors", "recipe.yml"]
+    assert yaml.safe_load((swept / "recipe.yml").read_text())["lora_r"] == 32
 
 
-def test_a_refused_recipe_that_is_no_trial_leaves_nothing(tmp_path):
+def test_a_refused_trial_says_why_in_its_log(trial, tmp_path):
+    cfg, path = trial(lora_r=0)
+    values = recipe_copy.resolved(cfg, path)
+    recipe_copy.begin_trial(values, path)
+    recipe_copy.end_refused_trial(values, path, UserError(f"{path}: lora_r: expected a whole number, found 0"))
+    assert (tmp_path / "swept/sweep0001/debug.log").read_text() == "error: lora_r: expected a whole number, found 0\n"
+
+
+def test_a_recipe_that_is_no_trial_leaves_nothing_before_it_trains(tmp_path):
     path = tmp_path / "R.yml"
     path.write_text(yaml.safe_dump({"output_dir": str(tmp_path / "sweep0001")}))
-    recipe_copy.keep_refused_trial({"output_dir": str(tmp_path / "sweep0001")}, path, UserError("wrong"))
+    values = recipe_copy.resolved({"output_dir": str(tmp_path / "sweep0001")}, path)
+    recipe_copy.begin_trial(values, path)
+    recipe_copy.end_refused_trial(values, path, UserError("wrong"))
     assert [file.name for file in tmp_path.iterdir()] == ["R.yml"]
+
+
+def test_values_that_the_check_will_refuse_do_no_harm_before_it(tmp_path):
+    path = tmp_path / "R.yml"
+    path.write_text("output_dir: 5\npairwise: 3\n")
+    assert recipe_copy.resolved({"output_dir": 5, "pairwise": 3}, path) == {"output_dir": "outputs/R", "pairwise": 3}
 
 
 def test_one_folder_for_all_trials_is_refused(trial):
