@@ -90,6 +90,9 @@ def read_trial(folder: Path, run: Path) -> Trial:
     values = flat(read_yaml(recipe)) if recipe.is_file() else {}
     finished = (run / "metrics.json").is_file() and (run / "contract.json").is_file()
     metrics = read_object(run / "metrics.json") if finished else {}
+    missing = [name for name in METRICS if finished and not is_number(metrics.get(name))]
+    if missing:
+        raise UserError(f"{run / 'metrics.json'}: no number {missing[0]}; it is not axolotl train's, train this trial again")
     return Trial(str(run.relative_to(folder)), run, FINISHED if finished else why_not(run), values, metrics)
 
 

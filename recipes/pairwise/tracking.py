@@ -99,6 +99,7 @@ def start(cfg: dict, recipe: dict, contract: Contract) -> None:
 
 def name_of(folder: Path) -> str:
     """A run's name, whose first part is its group: R/fold-0 in outputs/R/fold-0, R/sweep0001, or R alone."""
+    folder = folder.absolute()
     parts = [folder.name]
     while TRIAL.fullmatch(parts[0]) or parts[0].startswith("fold-"):
         folder = folder.parent

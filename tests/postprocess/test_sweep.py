@@ -153,6 +153,13 @@ def test_a_folder_without_trials_is_one_line(tmp_path):
     assert fails(str(tmp_path / "absent")).startswith(f"error: {tmp_path}/absent: no such folder; ")
 
 
+def test_metrics_without_what_training_writes_are_one_line(tmp_path):
+    run = add_trial(tmp_path, "sweep0001", log_loss=0.6, accuracy=None)
+    assert fails(str(tmp_path)) == (
+        f"error: {run}/metrics.json: no number accuracy; it is not axolotl train's, train this trial again"
+    )
+
+
 @pytest.mark.slow
 def test_a_real_sweep_of_two_blocks_is_indexed_and_its_best_is_a_recipe(tiny_models, tmp_path):
     pairs = tiny.pairs_parquet(tmp_path / "pairs.parquet", 40)
