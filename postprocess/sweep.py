@@ -149,6 +149,13 @@ def in_short(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
+def value_text(values: Mapping[str, object], name: str) -> str:
+    """A trial's value of a parameter; nothing is known of one that left no recipe."""
+    if not values:
+        return "unknown"
+    return "default" if values.get(name) is None else in_short(values[name])
+
+
 def shortened(word: str) -> str:
     return word if len(word) <= MOST_LETTERS else f"{word[:MOST_LETTERS]}…"
 
@@ -161,7 +168,7 @@ def show(screen: Console, trials: Sequence[Trial], names: Sequence[str]) -> None
     for heading in (*METRICS, "status"):
         table.add_column(heading.replace("_", " "), justify="left" if heading == "status" else "right", overflow="fold")
     for trial in trials:
-        values = [in_short(trial.values[name]) if name in trial.values else "" for name in names]
+        values = (value_text(trial.values, name) for name in names)
         table.add_row(trial.name, *values, *(metric_text(trial.metrics.get(name)) for name in METRICS), trial.status)
     screen.print(table)
 
@@ -215,7 +222,7 @@ def draw_parameter(axes: Axes, finished: Sequence[Trial], name: str, metric: str
         if min(values) > 0 and max(values) >= WIDE_RATIO * min(values):
             axes.set_xscale("log")
     else:
-        words = ["default" if value is None else in_short(value) for value in values]
+        words = [value_text(trial.values, name) for trial in finished]
         labels = {place: shortened(word) for place, word in enumerate(sorted(set(words)))}
         places = [sorted(set(words)).index(word) for word in words]
         axes.set_xlim(-0.5, len(labels) - 0.5)

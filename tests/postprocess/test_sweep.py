@@ -107,7 +107,8 @@ def test_a_refused_trial_says_why(tmp_path):
 def test_parameters_of_any_kind_are_told_as_a_recipe_has_them(tmp_path):
     add_trial(tmp_path, "sweep0001", log_loss=0.6, accuracy=0.5, lora_target_modules=["q_proj", "v_proj"], bf16="auto")
     add_trial(tmp_path, "sweep0002", log_loss=0.7, accuracy=0.5, bf16=True, wandb_name="second")
-    _, table = index(tmp_path)
+    lines, table = index(tmp_path)
+    assert " ".join(lines[3]) == "sweep0002 true default 0.7000 0.5000 0.2500 400 60 finished"
     assert table.select("lora_target_modules", "bf16").rows() == [("[q_proj, v_proj]", "auto"), (None, "true")]
     assert "wandb_name" not in table.columns
 
