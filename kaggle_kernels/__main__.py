@@ -1,4 +1,4 @@
-"""`python -m kaggle_kernels list | build [SPEC…] [--check] | rehearse SPEC --test FILE | weigh SPEC [--write]`.
+"""`python -m kaggle_kernels list | build [SPEC…] [--check] | rehearse SPEC --test FILE | weigh SPEC [--write] | trace SPEC`.
 
 A SPEC is the name of a file in kaggle_kernels/specs, or a path.
 """
@@ -92,6 +92,19 @@ def weigh(spec: str, write: bool) -> None:
     from kaggle_kernels.spec import find_spec  # noqa: PLC0415
 
     weighing.weigh(find_spec(spec), write)
+
+
+@main.command()
+@click.argument("reference", metavar="SPEC|REF")
+@exits_with_2
+def trace(reference: str) -> None:
+    """Lead a submission back to the raw files, by the ledger: outputs/ledger.jsonl.
+
+    Named by its SPEC (the last one of it), by the submission's ref, or by the kernel: owner/slug or owner/slug/VERSION.
+    """
+    from kaggle_kernels.trace import print_trace  # noqa: PLC0415  --help starts fast
+
+    print_trace(reference)
 
 
 if __name__ == "__main__":
