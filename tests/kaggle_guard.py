@@ -7,6 +7,7 @@ lead to the stand-in's port. Without it, or with any other value, TEST included,
 import json
 import os
 import secrets
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from tests.kaggle_site import TOKEN
 PROXIES = ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY")
 ELSEWHERE = ("all_proxy", "ALL_PROXY", "REQUEST_METHOD")  # the last one makes Python ignore HTTP_PROXY
 SECRETS = ("KAGGLE_", "WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_", "GOOGLE_APPLICATION_CREDENTIALS")
+CREDENTIALS = (".kaggle", ".config/kaggle/kaggle.json", ".netrc", ".huggingface/token", ".cache/huggingface/token")
 HOSTS = ("http://localhost", "https://www.kaggle.com", "https://api.kaggle.com", "https://storage.googleapis.com")
 COMMAND = Path(sys.executable).with_name("kaggle")
 
@@ -31,7 +33,7 @@ from kagglesdk.kaggle_env import get_endpoint, get_env
 endpoint = get_endpoint(get_env())
 proxies = {url: requests.utils.get_environ_proxies(url).get(url.split(":")[0]) for url in [endpoint, *sys.argv[2:]]}
 print(json.dumps({"endpoint": endpoint, "proxies": proxies}), flush=True)
-if set(proxies.values()) == {sys.argv[1]}:
+if endpoint == "http://localhost" and set(proxies.values()) == {sys.argv[1]}:
     requests.get(endpoint + "/canary", params={"nonce": sys.stdin.read()}, timeout=10)
 """
 
@@ -55,7 +57,7 @@ def check_environment(environment: dict[str, str], server: KaggleServer) -> None
     found = []
     if environment.get("KAGGLE_API_ENVIRONMENT") != "LOCALHOST":
         found.append(
-            f"KAGGLE_API_ENVIRONMENT is {environment.get('KAGGLE_API_ENVIRONMENT')!r}: every value but LOCALHOST is real"
+            f"KAGGLE_API_ENVIRONMENT is {environment.get('KAGGLE_API_ENVIRONMENT')!r}: every value but LOCALHOST is the real site"
         )
     for name in PROXIES:
         if environment.get(name) != server.url:
@@ -68,8 +70,10 @@ def check_environment(environment: dict[str, str], server: KaggleServer) -> None
     found += [f"{name} is set" for name in environment if name.startswith(SECRETS) and name not in ours]
     if environment.get("KAGGLE_API_TOKEN") != TOKEN:
         found.append("KAGGLE_API_TOKEN is not the stand-in's")
-    if any((Path(environment["HOME"]) / folder).exists() for folder in (".kaggle", ".netrc", ".config/kaggle/kaggle.json")):
-        found.append(f"{environment['HOME']} holds credentials")
+    home = Path(environment.get("HOME", "/"))
+    found += [f"{home / name} holds credentials" for name in CREDENTIALS if (home / name).exists()]
+    if shutil.which("kaggle", path=environment.get("PATH")) != str(COMMAND):
+        found.append(f"kaggle on the PATH is not {COMMAND}")
     if found:
         raise ReachesOut("; ".join(found))
 
@@ -97,3 +101,9 @@ def refuse_unless_loopback(environment: dict[str, str], server: KaggleServer) ->
         check_resolution(environment, server)
     except ReachesOut as problem:
         pytest.fail(f"not started, a request could leave this machine: {problem}", pytrace=False)
+
+
+def fail_on_trespass(server: KaggleServer) -> None:
+    """Fail the test at its end where another host was asked for; the stand-in refused it."""
+    if server.trespasses:
+        pytest.fail(f"requests for another host than localhost: {server.trespasses}", pytrace=False)

@@ -8,10 +8,10 @@ import pytest
 
 from kaggle_kernels.runtime import crew, worker
 from tests import tiny
-from tests.kaggle_guard import kaggle_environment, refuse_unless_loopback
-from tests.kaggle_server import KaggleServer
+from tests.kaggle_guard import fail_on_trespass, kaggle_environment, refuse_unless_loopback
 from tests.kaggle_kernels.packages import WSDM, make_package, write_recipe, write_spec
 from tests.kaggle_kernels.workers import start_in_thread
+from tests.kaggle_server import KaggleServer
 
 
 @pytest.fixture(scope="session")
@@ -85,5 +85,4 @@ def kaggle(tmp_path, monkeypatch):
         server.shutdown()
         server.server_close()
         thread.join()
-    if server.trespasses:
-        pytest.fail(f"requests for another host than localhost: {server.trespasses}", pytrace=False)
+    fail_on_trespass(server)
