@@ -1,5 +1,6 @@
 """Fixtures of the kernels' tests: tiny packages, and copies of them to spoil."""
 
+import os
 import shutil
 import threading
 
@@ -7,8 +8,10 @@ import pytest
 
 from kaggle_kernels.runtime import crew, worker
 from tests import tiny
+from tests.kaggle_guard import fail_on_trespass, kaggle_environment, refuse_unless_loopback
 from tests.kaggle_kernels.packages import WSDM, make_package, write_recipe, write_spec
 from tests.kaggle_kernels.workers import start_in_thread
+from tests.kaggle_server import KaggleServer
 
 
 @pytest.fixture(scope="session")
@@ -62,3 +65,24 @@ def workers_in_threads(monkeypatch):
     yield
     for thread in started:
         thread.join(60)
+
+
+@pytest.fixture
+def kaggle(tmp_path, monkeypatch):
+    """A running stand-in for Kaggle, and an environment in which `kaggle` reaches it and nothing else: see kaggle_server.py."""
+    server = KaggleServer()
+    environment = kaggle_environment(server, tmp_path / "home")
+    for name in os.environ.keys() - environment.keys():
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    try:
+        refuse_unless_loopback(dict(os.environ), server)
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+    fail_on_trespass(server)
