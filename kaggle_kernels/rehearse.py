@@ -4,15 +4,17 @@ The kernel runs in a process of its own (see sandbox.py). Its results are then c
 verdicts, if there are any, and what two T4s would take is predicted.
 """
 
+import functools
 import math
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import polars as pl
 
-from kaggle_kernels.build import check_built, kernel_text
+from kaggle_kernels.build import check_built, generated_folder, kernel_text
 from kaggle_kernels.faults import Faults, check_faults, check_kills
 from kaggle_kernels.fit import Fit, fit_packages
 from kaggle_kernels.prediction import as_record, here, in_time, predict, report
@@ -22,8 +24,9 @@ from kaggle_kernels.spec import COMPETITIONS, Spec, read_spec
 from kaggle_kernels.verify import check_results, tolerance_for
 from postprocess.run import is_same_model
 from postprocess.sizes import GIB, weight_bytes
+from preprocess import ledger
 from preprocess.errors import UserError
-from preprocess.files import atomic_file, read_object, write_json
+from preprocess.files import atomic_file, read_object, sha256, write_json
 
 AS_TRAINED = ("head", "budget_tokens", "truncation", "softcap")  # keys that contract.json and the recipe share
 ROOM = 1.1  # weights on disk may be a little more than computed: names, and how they were quantised
@@ -67,20 +70,54 @@ def rehearse(spec_path: Path, test_file: Path, out: Path, python: Path | None = 
     what it wrote is no valid submission; `out` then has no rehearsal.json.
     """
     scenario = scenario or Scenario()
+    if (out / "rehearsal.json").is_file():
+        (out / "rehearsal.json").unlink()  # of an earlier rehearsal, which says nothing of this one
     spec = read_spec(spec_path)
-    kernel = (check_built(spec_path) / "kernel.py").read_text(encoding="utf-8")
+    folder = check_built(spec_path)
     fits = fit_packages(spec_path, spec)
     packages = {fit.package.dataset: find_package(fit) for fit in fits}
     python = find_python(python)
     check_faults(scenario.faults, scenario.devices)
     check_train_file(scenario)
     rows, told = rehearsal_rows(test_file, spec, scenario)
+    build = build_of(folder, packages)
+    entered = functools.partial(ledger.record, "rehearse", spec=spec_path.stem, **build, rows=len(rows))
+    try:
+        measured = run_and_check(spec_path, test_file.suffix, rows, out, fits, packages, python, scenario)
+    except UserError as error:
+        entered(verdict="failed", reason=str(error))
+        raise
+    measured = {"rows": len(rows), "test": told, **measured, "build": build}
+    write_json(out / "rehearsal.json", measured)
+    entered(verdict="passed", seconds=measured["seconds"])
+    return measured
+
+
+def build_of(generated: Path, packages: Mapping[str, Path]) -> dict:
+    """What tells one build from another: the built kernel's SHA-256, and by dataset that of each package's manifest."""
+    manifests = {dataset: sha256(folder / "manifest.json") for dataset, folder in packages.items()}
+    return {"kernel_sha256": sha256(generated / "kernel.py"), "packages": manifests}
+
+
+def run_and_check(
+    spec_path: Path,
+    suffix: str,
+    rows: pl.DataFrame,
+    out: Path,
+    fits: list[Fit],
+    packages: dict[str, Path],
+    python: Path,
+    scenario: Scenario,
+) -> dict:
+    """Run the built kernel on `rows`, copy what it wrote to `out`, check it; what was measured."""
+    spec = read_spec(spec_path)
+    kernel = (generated_folder(spec_path) / "kernel.py").read_text(encoding="utf-8")
     clock_seconds = scenario.clock_seconds or spec.clock_seconds
     if scenario.clock_seconds:
         kernel = kernel_text(spec_path.stem, spec.model_copy(update={"clock_seconds": clock_seconds}), fits)
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as folder:
         root = Path(folder) / "kaggle"
-        lay_out(root, spec, packages, test_file.suffix, rows, scenario.train_file)
+        lay_out(root, spec, packages, suffix, rows, scenario.train_file)
         run = run_as_kaggle(
             python,
             kernel,
@@ -93,11 +130,10 @@ def rehearse(spec_path: Path, test_file: Path, out: Path, python: Path | None = 
         )
         keep(root / "working", out, rows if scenario.makes_rows else None)
     check_kills(scenario.faults, run.kills, run.seconds)
-    measured = {"rows": len(rows), "seconds": round(run.seconds, 1), "clock_seconds": clock_seconds, "test": told}
+    measured = {"seconds": round(run.seconds, 1), "clock_seconds": clock_seconds}
     measured |= {"devices": scenario.devices, "faults": faults_record(scenario, run)}
     measured |= evaluate(out, rows, spec, fits, tolerance_for(packages.values(), out))
     print(f"{out / 'submission.csv'}: {len(rows)} rows in {run.seconds:.1f} s of a clock of {in_time(clock_seconds)}")
-    write_json(out / "rehearsal.json", measured)
     return measured
 
 
@@ -125,7 +161,6 @@ def rehearsal_rows(test_file: Path, spec: Spec, scenario: Scenario) -> tuple[pl.
 
 def keep(working: Path, out: Path, rows: pl.DataFrame | None) -> None:
     """Copy the kernel's results to `out`, with the rows that it got where those are not the test file's."""
-    (out / "rehearsal.json").unlink(missing_ok=True)
     for name in RESULTS:
         if not (working / name).is_file():
             raise UserError(f"{name}: the kernel ended well and did not write it; its log says why")
