@@ -12,10 +12,12 @@ import re
 import shutil
 import tempfile
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from kaggle_kernels.kaggle_cli import TRIES, UNKNOWN_TRIES, Answer, Pace, ask, call_in_words, demand, run
+from kaggle_kernels.kaggle_cli import TRIES, UNKNOWN_TRIES, Answer, Pace, ask, call_in_words, check_credentials, demand, run
 from preprocess.errors import UserError
 from preprocess.files import read_object, sha256, write_json
 
@@ -25,6 +27,8 @@ WORK = Path("outputs/.push")  # staging folders, by dataset; removed once a data
 CREATED = re.compile(r"Dataset (version )?is being created")
 REFUSED = re.compile(r"Dataset (?:version )?creation error: (.*)")
 LEFT_OUT = re.compile(r"Upload unsuccessful: (.*)")
+SENT = re.compile(r"Upload successful: (.*) \(")
+FILES, STATE, KEPT = "files", "state", "kept"  # in a dataset's work folder
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,10 @@ class Remote:
     status: str
     version: int
 
+    def is_settled(self, after: int) -> bool:
+        """Whether a version after `after` is ready, or could not be processed."""
+        return self.status == "failed" or (self.status == "ready" and self.version > after)
+
 
 def find_dataset(folder: Path, owner: str) -> Dataset:
     """The dataset that the folder is to be; UserError where the folder is absent, not flat or without a manifest."""
@@ -69,11 +77,14 @@ def find_dataset(folder: Path, owner: str) -> Dataset:
 def publish_dataset(dataset: Dataset, pace: Pace) -> dict:
     """Bring Kaggle's dataset up to the folder: created, given a new version, or left as it is; its version and manifest.
 
-    UserError where that does not succeed. What went up until then stays there, and the next call goes on from it.
+    A version that lacks a file, or has a part of one, is followed by one more. UserError where that does not help either, or
+    nothing could be made at all; the next call then goes on from what went up.
     """
-    found = wait_until_ready(dataset.ref, 0, pace) if look(dataset.ref, pace) else None
-    missing = what_differs(dataset, found, pace)
-    if found and not missing:
+    found = look(dataset.ref, pace)
+    if found and not found.is_settled(0):
+        found = wait_until_ready(dataset.ref, 0, pace)
+    wrong = what_differs(dataset, found, pace)
+    if found and not wrong:
         print(f"{dataset.ref}: unchanged, version {found.version}", flush=True)
         return as_record(dataset, found)
     if found:
@@ -82,24 +93,28 @@ def publish_dataset(dataset: Dataset, pace: Pace) -> dict:
         print(f"{dataset.ref}: {in_words(dataset)}, {next_step(found)}", flush=True)
         upload(dataset, found, pace)
         found = wait_until_ready(dataset.ref, found.version if found else 0, pace)
-        missing = what_differs(dataset, found, pace)
-        if not missing:
-            shutil.rmtree(WORK / dataset.ref.split("/")[1], ignore_errors=True)
+        wrong = what_differs(dataset, found, pace)
+        if not wrong:
+            forget(dataset)
             print(f"{dataset.ref}: version {found.version} is ready, {len(dataset.sizes())} files as they are here", flush=True)
             return as_record(dataset, found)
-        print(f"{dataset.ref}: version {found.version} is not what was sent: {'; '.join(missing)}", flush=True)
-    raise UserError(f"{dataset.ref}: sent twice, and still {'; '.join(missing)}; run this again later")
+        print(f"{dataset.ref}: version {found.version} is not what was sent: {in_one_line(wrong)}", flush=True)
+        for name in wrong:
+            forget_upload(work_folder(dataset), name)
+    forget(dataset)
+    raise UserError(f"{dataset.ref}: sent twice, and still {in_one_line(wrong)}; run this again later")
 
 
-def plan_dataset(dataset: Dataset, pace: Pace) -> list[str]:
-    """The calls that publish_dataset would make now, of which those that change nothing are made."""
+def plan_dataset(dataset: Dataset, pace: Pace) -> tuple[list[str], int]:
+    """The calls that publish_dataset would make now to change something and to check it, and the version there will be."""
     found = look(dataset.ref, pace)
-    if found and found.status == "ready" and not what_differs(dataset, found, pace):
+    if found and found.is_settled(0) and not what_differs(dataset, found, pace):
         print(f"{dataset.ref}: unchanged, version {found.version}", flush=True)
-        return []
+        return [], found.version
     print(f"{dataset.ref}: {in_words(dataset)}, {next_step(found)}", flush=True)
-    checks = (("datasets", "status", dataset.ref), ("datasets", "files", dataset.ref))
-    return [call_in_words(arguments) for arguments in (upload_call(dataset, found), *checks)]
+    checks = (("status", dataset.ref), ("files", dataset.ref), ("download", dataset.ref, "--file", dataset.manifest))
+    calls = [upload_call(dataset, found), *(("datasets", *check) for check in checks)]
+    return [call_in_words(arguments) for arguments in calls], (found.version if found else 0) + 1
 
 
 def in_words(dataset: Dataset) -> str:
@@ -134,7 +149,7 @@ def wait_until_ready(ref: str, after: int, pace: Pace) -> Remote:
     found, told = None, None
     for _ in pace.looks():
         found = look(ref, pace)
-        if found and (found.status == "failed" or (found.status == "ready" and found.version > after)):
+        if found and found.is_settled(after):
             return found
         status = found.status if found else "not there yet"
         if status != told:
@@ -145,21 +160,25 @@ def wait_until_ready(ref: str, after: int, pace: Pace) -> Remote:
     )
 
 
-def what_differs(dataset: Dataset, found: Remote | None, pace: Pace) -> list[str]:
-    """How the dataset's current version differs from the folder, in words: its files, their sizes, its manifest."""
-    if found is None:
-        return ["absent"]
-    if found.status == "failed":
-        return ["Kaggle could not process it"]
-    here, there = dataset.sizes(), list_files(dataset.ref, pace)
-    told = [f"{name} is missing" for name in here if name not in there]
-    told += [f"{name} should not be there" for name in there if name not in here]
-    told += [
-        f"{name} has {there[name]} bytes in place of {size}" for name, size in here.items() if there.get(name, size) != size
-    ]
-    if not told and remote_manifest(dataset, pace) != (dataset.folder / dataset.manifest).read_bytes():
-        told = [f"{dataset.manifest} is another one"]
-    return told
+def what_differs(dataset: Dataset, found: Remote | None, pace: Pace) -> dict[str, str]:
+    """How the dataset's current version differs from the folder: a file's name, and what is wrong with it."""
+    here = dataset.sizes()
+    if found is None or found.status == "failed":
+        return dict.fromkeys(here, "was not processed" if found else "is not there yet")
+    there = list_files(dataset.ref, pace)
+    wrong = {name: "should not be there" for name in there if name not in here}
+    wrong |= {name: "is missing" for name in here if name not in there}
+    sizes = {name: (there[name], size) for name, size in here.items() if there.get(name, size) != size}
+    wrong |= {name: f"has {found} bytes in place of {expected}" for name, (found, expected) in sizes.items()}
+    if not wrong and remote_manifest(dataset, pace) != (dataset.folder / dataset.manifest).read_bytes():
+        wrong = dict.fromkeys(here, "is another one, says the manifest")
+    return wrong
+
+
+def in_one_line(wrong: Mapping[str, str]) -> str:
+    """The first of what is wrong."""
+    told = [f"{name} {what}" for name, what in wrong.items()]
+    return ", ".join(told[:3]) + f", and {len(told) - 3} more" * (len(told) > 3)
 
 
 def list_files(ref: str, pace: Pace) -> dict[str, int]:
@@ -216,18 +235,24 @@ def upload(dataset: Dataset, found: Remote | None, pace: Pace) -> None:
 
     The command would make a dataset without a file that it could not send: it is stopped before it does.
     """
-    folder, state = stage(dataset)
+    work, failed = stage(dataset), set()
     for attempt in range(TRIES):
-        answer = run(upload_call(dataset, found), folder, state, stop_at=tell_progress)
+        restore_notes(work)
+        answer = run(upload_call(dataset, found), work / FILES, (work / STATE).resolve(), partial(watch_upload, work))
+        check_credentials(answer)
         if CREATED.search(answer.text) or has_arrived(dataset, found, answer, pace):
             return
-        for name in LEFT_OUT.findall(answer.text):
-            upload_note(state, name).unlink(missing_ok=True)  # what it knew of this file's upload is of no use
         if not may_pass(answer, attempt):
             break
-        if attempt < TRIES - 1:
+        left_out = set(LEFT_OUT.findall(answer.text))
+        is_odd = not (left_out or answer.is_transient or answer.is_absent)
+        notes_are_stale = bool(failed and left_out and not left_out & failed) or (is_odd and attempt > 0)
+        for name in dataset.sizes() if notes_are_stale else left_out:
+            forget_upload(work, name)
+        failed |= left_out
+        if attempt + 1 < TRIES:
             seconds = pace.wait_before(attempt + 1)
-            print(f"  {why_not(answer)}; sent again after {seconds:g} s, what is there already is not", flush=True)
+            print(f"  {why_not(answer)}; sent again after {seconds:g} s", flush=True)
     raise UserError(f"{dataset.ref}: {why_not(answer)}; mend that, then run this again: what went up is not sent twice")
 
 
@@ -255,31 +280,39 @@ def why_not(answer: Answer) -> str:
     return refused[1] if refused else answer.reason
 
 
-def tell_progress(line: str) -> bool:
-    """Print a line of the upload that says something of a file; whether a file was left out, so that it is to be stopped."""
-    if re.match(r"Upload successful|Already uploaded", line):
+def watch_upload(work: Path, line: str) -> bool:
+    """Print a line that tells of a whole file, and keep the note of its upload; whether a file was left out, a reason to stop."""
+    if sent := SENT.match(line):
         print(f"  {line}", flush=True)
+        kept = work / KEPT / f"{sent[1]}.json"
+        kept.unlink(missing_ok=True)
+        link_or_copy(upload_note(work, sent[1]), kept)
     return bool(LEFT_OUT.match(line))
 
 
-def stage(dataset: Dataset) -> tuple[Path, Path]:
-    """The folder to send, and where the command keeps its notes on the upload.
+def stage(dataset: Dataset) -> Path:
+    """The dataset's work folder: the files to send, and what the command noted of their uploads.
 
-    Both are those of the last call as long as the manifest is the same: an upload is continued where path, size and time of a
+    The notes are those of the last call as long as the manifest is the same: an upload goes on where path, size and time of a
     file are what they were.
     """
-    work = WORK / dataset.ref.split("/")[1]
-    key, folder, state = work / "manifest.sha256", work / "files", work / "state"
+    work = work_folder(dataset)
+    key = work / "manifest.sha256"
     if not key.is_file() or key.read_text() != dataset.manifest_sha256():
-        shutil.rmtree(work, ignore_errors=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    for made in (folder, state):
-        made.mkdir(parents=True, exist_ok=True)
+        forget(dataset)
+    shutil.rmtree(work / FILES, ignore_errors=True)
+    for name in (FILES, STATE, KEPT):
+        (work / name).mkdir(parents=True, exist_ok=True)
     key.write_text(dataset.manifest_sha256())
     for name in dataset.sizes():
-        link_or_copy(dataset.folder / name, folder / name)
-    write_json(folder / METADATA, {**read_object(dataset.folder / METADATA), "id": dataset.ref})
-    return folder, state.resolve()
+        link_or_copy(dataset.folder / name, work / FILES / name)
+    write_json(work / FILES / METADATA, {**read_object(dataset.folder / METADATA), "id": dataset.ref})
+    return work
+
+
+def work_folder(dataset: Dataset) -> Path:
+    """What is there while a dataset is on its way."""
+    return WORK / dataset.ref.split("/")[1]
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -290,6 +323,26 @@ def link_or_copy(source: Path, target: Path) -> None:
         shutil.copy2(source, target)
 
 
-def upload_note(state: Path, name: str) -> Path:
-    """Where the command keeps what it knows of the upload of ./NAME."""
-    return state / ".kaggle" / "uploads" / f"._{name}.json"
+def upload_note(work: Path, name: str) -> Path:
+    """Where the command notes how to go on with the upload of ./NAME, and by which token a dataset takes it in."""
+    return work / STATE / ".kaggle" / "uploads" / f"._{name}.json"
+
+
+def restore_notes(work: Path) -> None:
+    """Give the command back its notes on whole files, which it throws away where Kaggle refuses the dataset itself."""
+    for kept in (work / KEPT).iterdir():
+        note = upload_note(work, kept.stem)
+        if not note.is_file():
+            note.parent.mkdir(parents=True, exist_ok=True)
+            link_or_copy(kept, note)
+
+
+def forget_upload(work: Path, name: str) -> None:
+    """Have a file sent anew."""
+    for note in (upload_note(work, name), work / KEPT / f"{name}.json"):
+        note.unlink(missing_ok=True)
+
+
+def forget(dataset: Dataset) -> None:
+    """Have everything sent anew."""
+    shutil.rmtree(work_folder(dataset), ignore_errors=True)

@@ -5,6 +5,7 @@ printed. Raises UserError for what the user can mend.
 """
 
 import codecs
+import ctypes
 import json
 import os
 import re
@@ -22,6 +23,8 @@ from preprocess.errors import UserError
 COMMAND = (sys.executable, "-P", "-m", "kaggle")  # requirements.txt's, whatever else PATH has
 LOUD = ("VERBOSE", "VERBOSE_OUTPUT")  # with these it prints the headers of its requests, the token among them
 SILENT_SECONDS = 900  # uploads print their progress; between their own retries is no longer pause than two minutes
+PR_SET_PDEATHSIG = 1
+PRCTL = getattr(ctypes.CDLL(None), "prctl", None)
 TRIES, UNKNOWN_TRIES = 6, 3
 TRANSIENT = re.compile(
     r"\b(429|5\d\d) (Client|Server) Error|too many requests|internal (server )?error|unavailable|bad gateway|gateway time-?out|"
@@ -160,7 +163,7 @@ def run(
         environment["TMPDIR"] = str(state)  # uploads are remembered in TMPDIR/.kaggle/uploads
     command = [*COMMAND, "--no-warn", *arguments]
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    process = subprocess.Popen(command, cwd=folder, env=environment, **streams)
+    process = subprocess.Popen(command, cwd=folder, env=environment, preexec_fn=die_with_parent, **streams)
     lines, stopped = [], False
     try:
         for line in read_lines(process.stdout, silent_seconds):
@@ -177,6 +180,12 @@ def run(
         process.wait()
         process.stdout.close()
     return Answer(tuple(arguments), None if stopped else code, "\n".join(lines))
+
+
+def die_with_parent() -> None:
+    """In the child: end where this process is killed, for the next call would send the same files beside it (Linux only)."""
+    if PRCTL:
+        PRCTL(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def read_lines(stream, silent_seconds: float) -> Iterator[str]:

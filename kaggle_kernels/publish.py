@@ -75,25 +75,22 @@ def folders_of(spec: Spec) -> list[Path]:
 
 
 def plan(spec_path: Path, owner: str, datasets: list[Dataset], pace: Pace) -> None:
-    """Print the calls that a push would make now; those that only ask are made."""
-    calls = [call for dataset in datasets for call in plan_dataset(dataset, pace)]
-    kernel = read_kernel(generated_folder(spec_path), owner, {})
-    there = None if calls else pull(kernel.ref, pace)
-    if there and not [told for told in what_differs(kernel, there) if not told.startswith("dataset_sources")]:
-        print(f"{kernel.ref}: unchanged but for its datasets' versions, which push compares")
-    calls += push_calls(kernel)
-    print("\n".join(["a push would call:", *(f"  {call}" for call in calls), "nothing was changed"]))
+    """Print the calls by which a push would change something now, and check it; those that only ask are made."""
+    planned = {dataset.ref: plan_dataset(dataset, pace) for dataset in datasets}
+    calls = [call for calls, _ in planned.values() for call in calls]
+    kernel = read_kernel(generated_folder(spec_path), owner, {ref: version for ref, (_, version) in planned.items()})
+    if calls or not is_there(kernel, last_push(spec_path), pace):
+        print(f"{kernel.ref}: a new version, with {', '.join(kernel.metadata['dataset_sources'])}")
+        calls += push_calls(kernel)
+    print("\n".join(["a push would call:", *(f"  {call}" for call in calls)] if calls else ["a push would change nothing"]))
 
 
 def publish_kernel(spec_path: Path, owner: str, published: Mapping[str, Mapping], pace: Pace, again: bool) -> None:
     """Push the spec's kernel with the published datasets' versions, unless it is there already; written down in both places."""
     versions = {ref: record["version"] for ref, record in published.items()}
     kernel = read_kernel(generated_folder(spec_path), owner, versions)
-    note = push_note(spec_path)
-    last = read_object(note) if note.is_file() else {}
-    is_last = last.get("fingerprint") == fingerprint(kernel)
-    there = pull(kernel.ref, pace) if is_last and not again else None
-    if there and not what_differs(kernel, there):
+    note, last = push_note(spec_path), last_push(spec_path)
+    if not again and is_there(kernel, last, pace):
         print(f"{kernel.ref}: unchanged, version {last['version']}, {last['url']}", flush=True)
         if last["checked"]:
             return
@@ -117,6 +114,18 @@ def publish_kernel(spec_path: Path, owner: str, published: Mapping[str, Mapping]
     print(f"next: python -m kaggle_kernels status {spec_path.stem} --wait")
 
 
+def is_there(kernel: Kernel, last: Mapping, pace: Pace) -> bool:
+    """Whether the kernel is what was pushed last, and what Kaggle has."""
+    there = pull(kernel.ref, pace) if last.get("fingerprint") == fingerprint(kernel) else None
+    return there is not None and not what_differs(kernel, there)
+
+
+def last_push(spec_path: Path) -> dict:
+    """What is written down of the spec's last push, which may not have ended; empty where there was none."""
+    note = push_note(spec_path)
+    return read_object(note) if note.is_file() else {}
+
+
 def push_note(spec_path: Path) -> Path:
     """Where the last push of the spec is written down."""
     return Path("outputs") / spec_path.stem / "push.json"
@@ -124,10 +133,11 @@ def push_note(spec_path: Path) -> Path:
 
 def read_push(spec_path: Path) -> dict:
     """The last push of the spec; UserError where there was none, or it did not end well."""
-    note = push_note(spec_path)
-    values = read_object(note) if note.is_file() else {}
+    note, values = push_note(spec_path), last_push(spec_path)
     if not values.get("checked"):
-        raise UserError(f"{note}: {'the push did not end' if values else 'nothing was pushed'}; run push {spec_path.stem} first")
+        raise UserError(
+            f"{note}: {'the push did not end' if values else 'nothing was pushed'}; run push {spec_path.stem} first"
+        )
     return values
 
 

@@ -187,7 +187,9 @@ def validation(spec: Spec, out: Path) -> str:
     visible = (read_object(out / RECORD).get("visible") or {}) if (out / RECORD).is_file() else {}
     quality = visible.get("quality") or {}
     if "accuracy" in quality:
-        known.append(f"accuracy {quality['accuracy']:.4f} ± {quality['standard_error']:.4f} on Kaggle, {quality['judged']} rows")
+        known.append(
+            f"accuracy {quality['accuracy']:.4f} ± {quality['standard_error']:.4f} on Kaggle, {quality['judged']} rows"
+        )
     for package in spec.packages:
         metrics = Path("outputs") / package.run / "metrics.json"
         accuracy = read_object(metrics).get("accuracy") if metrics.is_file() else None
