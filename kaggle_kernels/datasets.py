@@ -156,7 +156,8 @@ def wait_until_ready(ref: str, after: int, pace: Pace) -> Remote:
             print(f"  {ref}: {status.replace('_', ' ')}; waiting for ready", flush=True)
             told = status
     raise UserError(
-        f"{ref}: {told or 'not there'} after {pace.patience_seconds:g} s; run this again, which goes on waiting: nothing goes up twice"
+        f"{ref}: {(told or 'not there').replace('_', ' ')} after {pace.patience_seconds:g} s; run this again, which goes on "
+        "waiting: nothing goes up twice"
     )
 
 
@@ -281,7 +282,7 @@ def why_not(answer: Answer) -> str:
 
 
 def watch_upload(work: Path, line: str) -> bool:
-    """Print a line that tells of a whole file, and keep the note of its upload; whether a file was left out, a reason to stop."""
+    """Print a line that tells of a whole file, and keep the note of its upload; whether to stop, since a file was left out."""
     if sent := SENT.match(line):
         print(f"  {line}", flush=True)
         kept = work / KEPT / f"{sent[1]}.json"

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from kaggle_kernels.build import generated_folder
 from kaggle_kernels.datasets import WORK, Dataset, find_dataset, plan_dataset, publish_dataset
 from kaggle_kernels.kaggle_cli import Pace, find_owner
-from kaggle_kernels.preflight import preflight
+from kaggle_kernels.preflight import WHEELS, preflight
 from kaggle_kernels.remote_kernel import (
     Kernel,
     check_pushed,
@@ -28,8 +28,6 @@ from kaggle_kernels.spec import Spec, read_spec
 from preprocess import ledger
 from preprocess.errors import UserError
 from preprocess.files import read_object, write_json
-
-WHEELS = Path("outputs/wheels")
 
 
 def push(spec_path: Path, pace: Pace, dry_run: bool = False, again: bool = False) -> None:
@@ -52,11 +50,11 @@ def push(spec_path: Path, pace: Pace, dry_run: bool = False, again: bool = False
 
 def check_all(spec_path: Path, pace: Pace) -> str:
     """The account's name, once everything that can be checked before is as it should be; else one UserError of all problems."""
-    errors = []
+    owner, errors = "", []
     try:
         owner = find_owner(pace)
     except UserError as error:
-        owner, errors = "", [str(error)]
+        errors = [str(error)]
     report = preflight(spec_path, owner)
     for check in report.checks:
         print(f"checked: {check}", flush=True)

@@ -8,7 +8,6 @@ import functools
 import math
 import shutil
 import tempfile
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,19 +16,16 @@ import polars as pl
 from kaggle_kernels.build import check_built, generated_folder, kernel_text
 from kaggle_kernels.faults import Faults, check_faults, check_kills
 from kaggle_kernels.fit import Fit, fit_packages
+from kaggle_kernels.packages import build_of, find_package
 from kaggle_kernels.prediction import as_record, here, in_time, predict, report
 from kaggle_kernels.rehearsal_rows import describe, make_rows, read_test_rows, read_verdicts, sentence
 from kaggle_kernels.sandbox import Run, find_python, lay_out, run_as_kaggle
 from kaggle_kernels.spec import COMPETITIONS, Spec, read_spec
 from kaggle_kernels.verify import check_results, tolerance_for
-from postprocess.run import is_same_model
-from postprocess.sizes import GIB, weight_bytes
 from preprocess import ledger
 from preprocess.errors import UserError
-from preprocess.files import atomic_file, read_object, sha256, write_json
+from preprocess.files import atomic_file, read_object, write_json
 
-AS_TRAINED = ("head", "budget_tokens", "truncation", "softcap")  # keys that contract.json and the recipe share
-ROOM = 1.1  # weights on disk may be a little more than computed: names, and how they were quantised
 RESULTS = ("submission.csv", "scores.parquet", "kernel.json")
 
 
@@ -91,12 +87,6 @@ def rehearse(spec_path: Path, test_file: Path, out: Path, python: Path | None = 
     write_json(out / "rehearsal.json", measured)
     entered(verdict="passed", seconds=measured["seconds"])
     return measured
-
-
-def build_of(generated: Path, packages: Mapping[str, Path]) -> dict:
-    """What tells one build from another: the built kernel's SHA-256, and by dataset that of each package's manifest."""
-    manifests = {dataset: sha256(folder / "manifest.json") for dataset, folder in packages.items()}
-    return {"kernel_sha256": sha256(generated / "kernel.py"), "packages": manifests}
 
 
 def run_and_check(
@@ -200,46 +190,6 @@ def evaluate(out: Path, rows: pl.DataFrame, spec: Spec, fits: list[Fit], toleran
             f"the longer response: accuracy {scores['longer_accuracy']:.4f}"
         )
     return {**scores, "checks": found, "here": speed, "two_t4s": as_record(predictions)}
-
-
-def find_package(fit: Fit) -> Path:
-    """The run's package; a UserError where it is absent, or is not what the spec and the recipe say."""
-    folder, recipe = Path("outputs") / fit.package.run / "package", fit.recipe
-    if not (folder / "manifest.json").is_file():
-        raise UserError(f"{folder}: no package; run `python -m postprocess {recipe.path}` first")
-    slug = str(read_object(folder / "dataset-metadata.json").get("id")).split("/")[-1]
-    if slug != fit.package.dataset:
-        raise UserError(
-            f"{folder / 'dataset-metadata.json'}: id: found the dataset {slug!r}, the spec says {fit.package.dataset!r}; run "
-            f"`python -m postprocess {recipe.path}` again"
-        )
-    contract, config, manifest = (read_object(folder / f"{name}.json") for name in ("contract", "config", "manifest"))
-    for file, key, found, expected in (
-        ("contract.json", "verdicts", contract.get("verdicts"), list(recipe.pairwise.verdicts)),
-        *(("contract.json", key, contract.get(key), getattr(recipe.pairwise, key)) for key in AS_TRAINED),
-        ("contract.json", "template", contract.get("template"), asdict(recipe.pairwise.resolved_template())),
-        ("config.json", "model_type", config.get("model_type"), fit.served.dimensions.model_type),
-        ("manifest.json", "quantize", manifest.get("quantize"), recipe.pairwise.package.quantize),
-    ):
-        if found != expected:
-            raise UserError(
-                f"{folder / file}: {key}: found {found}, {recipe.path} says {expected}, which the kernel was built for; train "
-                "and package again with this recipe, or put the recipe back"
-            )
-    base, trained_with = recipe.axolotl["base_model"], str(contract.get("base_model"))
-    stands_in = Path(trained_with).exists() and not Path(base).exists()  # axolotl train R.yml --base-model FOLDER
-    if not is_same_model(base, trained_with) and not stands_in:
-        raise UserError(
-            f"{recipe.path}: base_model is {base}, {folder} was made of {trained_with}; put that back, or train, package and "
-            "build again"
-        )
-    held, computed = sum(path.stat().st_size for path in folder.glob("*.safetensors")), sum(weight_bytes(fit.served))
-    if held > computed * ROOM + 2**20:
-        raise UserError(
-            f"{folder}: {held / GIB:.1f} GiB of weights, {recipe.path} comes to {computed / GIB:.1f}, which the kernel's "
-            f"memory was computed for; it was packaged from {contract.get('base_model')}: make that the base_model, and build"
-        )
-    return folder
 
 
 def measure(test_rows: pl.DataFrame, scores: Path, spec: Spec) -> dict:

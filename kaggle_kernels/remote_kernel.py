@@ -97,7 +97,7 @@ def bare(source: str) -> str:
 
 
 def push(kernel: Kernel, pace: Pace) -> tuple[int, str]:
-    """Push the kernel, which starts its visible run; its version's number and page. UserError where Kaggle leaves a part out."""
+    """Push the kernel, which starts its visible run; the version's number and page. UserError where a part is left out."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / CODE).write_text(kernel.code, encoding="utf-8")
         write_json(Path(folder) / METADATA, dict(kernel.metadata))

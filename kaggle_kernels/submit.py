@@ -1,4 +1,4 @@
-"""`status SPEC` and `submit SPEC`: the pushed version followed to its end, and submitted once its output is what it should be."""
+"""`status SPEC` and `submit SPEC`: the pushed version followed to its end, and submitted if its output is a submission."""
 
 import csv
 import re
