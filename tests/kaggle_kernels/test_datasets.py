@@ -14,7 +14,7 @@ from kaggle_kernels.kaggle_cli import Pace
 from preprocess.errors import UserError
 from preprocess.files import sha256
 from tests.conftest import ROOT
-from tests.kaggle_server import Fault, error_under_200
+from tests.kaggle_server import Fault
 from tests.kaggle_site import Dataset, Version
 
 FAST = Pace(poll_seconds=0.02, patience_seconds=30)
@@ -39,10 +39,10 @@ def hashes(folder):
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch, kaggle):
+def folder(tmp_path, monkeypatch, fast_kaggle):
     """A package of 2 MB in the current folder; Kaggle processes it at once."""
     monkeypatch.chdir(tmp_path)
-    kaggle.site.processing_calls = 0
+    fast_kaggle.site.processing_calls = 0
     return make_folder(tmp_path / "outputs/two/package", model__safetensors=WEIGHTS, config__json=b"{}")
 
 

@@ -6,7 +6,6 @@ import random
 import pytest
 from click.testing import CliRunner
 
-from kaggle_kernels import publish
 from kaggle_kernels.__main__ import main
 from kaggle_kernels.build import build
 from preprocess.files import sha256
