@@ -183,6 +183,6 @@ def test_looks_come_less_often_and_end_with_the_patience(monkeypatch):
 
     monkeypatch.setattr(time, "sleep", sleep)
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    assert list(Pace(poll_seconds=10, patience_seconds=300).looks()) == [0, 1, 2, 3, 4, 5, 6]
-    assert slept == [10, 15, 22.5, 33.75, 50.625, 75.9375]
+    assert list(Pace(poll_seconds=10, patience_seconds=300).looks()) == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert slept == [10, 15, 22.5, 33.75, 50.625, 75.9375, 80]
     assert list(Pace(poll_seconds=10, patience_seconds=0).looks()) == [0]
