@@ -28,6 +28,7 @@ from preprocess.errors import UserError
 from preprocess.files import read_object, write_json
 
 FILE, RECORD = "submission.csv", "kernel.json"
+TAKEN = "Successfully submitted"
 LAST_LINES = 20
 
 
@@ -82,7 +83,7 @@ def submit(spec_path: Path, message: str, pace: Pace, yes: bool = False, again: 
     Asks before, unless `yes`. UserError where something of this is not so, no submission is left today, or the version was
     submitted before and `again` was not said.
     """
-    if not yes and not sys.stdin.isatty():
+    if not yes and not can_ask():
         raise UserError("submit asks before it submits, and there is nobody to ask: add --yes")
     spec, pushed = read_spec(spec_path), read_push(spec_path)
     competition = COMPETITIONS[spec.competition]
@@ -98,6 +99,11 @@ def submit(spec_path: Path, message: str, pace: Pace, yes: bool = False, again: 
         if not yes and not click.confirm("submit this?"):
             raise UserError("nothing was submitted")
         send(spec_path, competition, pushed, message, [row["ref"] for row in listed], pace)
+
+
+def can_ask() -> bool:
+    """Whether somebody sits there to answer."""
+    return sys.stdin.isatty()
 
 
 def output_folder(spec_path: Path) -> Path:
@@ -208,8 +214,8 @@ def send(spec_path: Path, competition: Competition, pushed: Mapping, message: st
         answer = run(arguments)
         check_credentials(answer)
         ref = find_new(competition, message, known, pace)
-        if ref:
-            write_down(spec_path, competition, pushed, message, ref)
+        if ref or TAKEN in answer.text:
+            write_down(spec_path, competition, pushed, message, ref or "not listed yet")
             return
         if not answer.is_transient:
             break
