@@ -13,6 +13,7 @@ from pathlib import Path
 
 from slugify import slugify as slug_of_kaggle
 
+from kaggle_kernels import secrets
 from kaggle_kernels.build import generated_folder, stale_files
 from kaggle_kernels.fit import BITSANDBYTES, Fit, fit_packages
 from kaggle_kernels.packages import build_of, find_package
@@ -66,8 +67,12 @@ def preflight(spec_path: Path, owner: str) -> Preflight:
         check(found, f"{folder.parent / 'agreement.json'}: agreement passed", agreement_problems, folder)
     if spec.wheels:
         check(found, f"{WHEELS}: dataset {spec.wheels}", wheels_problems, spec.wheels, fits)
+    datasets = [folder for folder in (*folders.values(), *([WHEELS] if spec.wheels else [])) if folder.is_dir()]
+    pairs = list(dict.fromkeys(Path(fit.recipe.pairwise.pairs) for fit in fits))
+    what = "no secret, home path or row of data in what goes up"
+    check(found, what, secret_problems, [*datasets, generated_folder(spec_path)], pairs)
     check(found, "rehearsal of this build passed", rehearsal_problems, spec_path, folders)
-    found.warnings.extend(warnings_of([*folders.values(), *([WHEELS] if spec.wheels else [])]))
+    found.warnings.extend(warnings_of(datasets, pairs))
     found.errors[:] = dict.fromkeys(found.errors)
     return found
 
@@ -216,6 +221,12 @@ def wheels_problems(slug: str, fits: Sequence[Fit]) -> list[str]:
     return [*content_problems(WHEELS, listed, WHEELS_MANIFEST), *dataset_problems(WHEELS, slug)]
 
 
+def secret_problems(folders: Sequence[Path], pairs: Sequence[Path]) -> list[str]:
+    """Tokens and home paths in the folders, and texts of the pairs that are on this machine."""
+    found = [problem for folder in folders for problem in secrets.scan(folder)]
+    return [*found, *(problem for file in pairs if file.is_file() for problem in secrets.rows_in(folders, file))]
+
+
 def rehearsal_problems(spec_path: Path, folders: Mapping[str, Path]) -> list[str]:
     """Whether the last rehearsal passed, of the kernel as it is built now with the packages as they are now."""
     file = Path("outputs") / spec_path.stem / "rehearsal" / "rehearsal.json"
@@ -232,17 +243,18 @@ def rehearsal_problems(spec_path: Path, folders: Mapping[str, Path]) -> list[str
     return [f"{file}: was with another package {name} than {folders[name]}; {again}" for name in changed]
 
 
-def warnings_of(folders: Sequence[Path]) -> Iterator[str]:
-    """What does not hinder a push and may matter later."""
+def warnings_of(folders: Sequence[Path], pairs: Sequence[Path] = ()) -> Iterator[str]:
+    """What does not hinder a push and may matter later; `folders` are those of the datasets that are there."""
     state = git_state()
     if state["git_commit"] is None:
         yield "no git commit: nothing will tell which code made this push"
     elif state["git_dirty"]:
         yield f"the git tree is dirty: commit first, or the push will lead back to code other than {state['git_commit'][:12]}"
-    there = [folder for folder in folders if folder.is_dir()]
-    sizes = [path.stat().st_size for folder in there for path in folder.iterdir() if path.is_file()]
+    for file in (file for file in pairs if not file.is_file()):
+        yield f"{file}: not on this machine, so that its rows were not looked for in what goes up"
+    sizes = [path.stat().st_size for folder in folders for path in folder.iterdir() if path.is_file()]
     if sum(sizes) > DATASET_BYTES:
         yield f"{sum(sizes) / 1e9:.0f} GB in all: Kaggle holds {DATASET_BYTES / 1e9:.0f} GB of private datasets an account"
-    for folder in there:
+    for folder in folders:
         if len(list(folder.iterdir())) > TOP_LEVEL_FILES:
             yield f"{folder}: more than {TOP_LEVEL_FILES} files, which Kaggle advises against"

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from kaggle_kernels.build import build
@@ -13,12 +14,14 @@ from kaggle_kernels.packages import build_of
 from kaggle_kernels.preflight import Preflight, credentials, preflight, warnings_of
 from postprocess.wheels import LICENCES as LICENCES_OF_WHEELS
 from preprocess.files import read_yaml, sha256
+from tests import tiny
 from tests.conftest import ROOT
-from tests.kaggle_kernels.packages import WSDM, change_json, flip_byte, write_manifest, write_recipe
+from tests.kaggle_kernels.packages import WSDM, change_json, flip_byte, make_pushable, write_manifest, write_recipe
 
 PACKAGE = Path("outputs/two/package")
 REHEARSAL = Path("outputs/test/rehearsal/rehearsal.json")
 METADATA = PACKAGE / "dataset-metadata.json"
+PAIRS = Path("data/pairs.parquet")
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +33,8 @@ def account(tmp_path, monkeypatch):
     monkeypatch.setenv("KAGGLE_API_TOKEN", "not-a-token")
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     (tmp_path / "home").mkdir()
+    (tmp_path / "data").mkdir()
+    tiny.pairs_parquet(tmp_path / PAIRS, 3)
     return tmp_path / "home"
 
 
@@ -50,6 +55,7 @@ def test_what_is_ready_passes_every_check(pushable):
         ["outputs/two/package is what was packaged", "ok"],
         ["outputs/two/package: dataset tiny-two", "ok"],
         ["outputs/two/agreement.json: agreement passed", "ok"],
+        ["no secret, home path or row of data in what goes up", "ok"],
         ["rehearsal of this build passed", "ok"],
     ]
 
@@ -277,6 +283,30 @@ def test_a_rehearsal_with_another_package_is_refused(pushable):
     assert error.startswith(
         "outputs/test/rehearsal/rehearsal.json: was with another package tiny-two than outputs/two/package;"
     )
+
+
+def test_a_secret_a_home_path_and_a_row_of_the_pairs_are_refused(pushable):
+    row = pl.read_parquet(tiny.pairs_parquet(PAIRS, 40)).filter(pl.col("language") == "German").row(0, named=True)
+    change_json(PACKAGE / "config.json", note=f"hf_{'7a' * 20}", name_or_path="/home/someone/model")
+    change_json(PACKAGE / "contract.json", recorded={"example": f"{row['prompt'][0]} {row['response_a'][0]}"})
+    write_manifest(PACKAGE)
+    make_pushable(pushable, {"tiny-two": PACKAGE})
+    token, home, rows = errors_of(pushable)
+    assert token.startswith("outputs/two/package/config.json: line 1: looks like a token of Hugging Face (hf_7…); take it out")
+    assert home.startswith("outputs/two/package/config.json: line 1: looks like the path of a home folder (/hom…); name the")
+    assert rows.startswith(f"outputs/two/package/contract.json: holds texts of 1 row of data/pairs.parquet (id {row['id']})")
+
+
+def test_a_secret_in_the_kernel_s_folder_is_refused(pushable):
+    (pushable.parents[1] / "generated/test/kaggle.json").write_text("{}")
+    assert errors_of(pushable)[0].endswith("generated/test/kaggle.json: by its name it holds credentials; remove it")
+
+
+def test_pairs_that_are_not_here_are_warned_of(pushable):
+    PAIRS.unlink()
+    assert preflight(pushable, "me").warnings[1:] == [
+        "data/pairs.parquet: not on this machine, so that its rows were not looked for in what goes up"
+    ]
 
 
 def test_a_dirty_tree_is_warned_of_and_no_repository_too(pushable):
