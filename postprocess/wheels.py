@@ -18,6 +18,7 @@ from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel
 
 from postprocess.package import dataset_metadata
 from postprocess.pip import PLATFORMS, PYTHON, download, dry_run
+from preprocess import ledger
 from preprocess.errors import UserError, exits_with_2
 from preprocess.files import atomic_folder, read_object, sha256, write_json
 from recipes.pairwise.schema import SLUG
@@ -95,6 +96,8 @@ def make_wheels(out: Path, slug: str, pins: Sequence[Pin], image: Mapping[str, s
         wheels = check(folder, pins, image)
         write_json(folder / MANIFEST, manifest(wheels))
         write_json(folder / METADATA, dataset_metadata(slug, licence(wheels)))
+    names = [f"{wheel.name} {wheel.version}" for wheel in wheels]
+    ledger.record("package", dataset=slug, package=out, manifest=ledger.fingerprint(out / MANIFEST), wheels=names)
     return True
 
 

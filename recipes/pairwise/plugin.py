@@ -22,12 +22,13 @@ from axolotl.utils.trainer import calculate_total_num_steps
 from transformers import set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from preprocess import ledger
 from preprocess.errors import UserError
 from preprocess.files import atomic_file, read_json, sha256, write_json
 from preprocess.model_input import ContractError
 from recipes.pairwise import deepspeed_cpu, metrics, zero3
 from recipes.pairwise.collator import LabelTokenCollator, PairCollator
-from recipes.pairwise.contract import new_contract, write_contract
+from recipes.pairwise.contract import new_contract, record_training, write_contract
 from recipes.pairwise.data import datasets_of, read_pairs
 from recipes.pairwise.model_checks import check_config, check_layers, check_vocabulary, read_config
 from recipes.pairwise.schema import apply_environment, check_run, run_folder
@@ -69,6 +70,7 @@ class PairwisePlugin(BasePlugin):
         self.contract = None
         self.trainer = None
         self.recipe = None
+        self.begun_from: dict = {}
         self.started = time.monotonic()
         self.predicted = self.written = False
 
@@ -82,6 +84,7 @@ class PairwisePlugin(BasePlugin):
             if command in INSTEAD:
                 raise UserError(f"axolotl {command}: refused, {INSTEAD[command]}")
             self.recipe = Path(cfg["axolotl_config_path"])
+            self.begun_from = {"recipe_sha256": ledger.fingerprint(self.recipe), **ledger.git_state()}
             self.block = apply_environment(check_run(cfg, self.recipe))
             checkpointing = zero3.checkpointing_kwargs(cfg)
             if not self.block.train:
@@ -238,6 +241,7 @@ class PairwisePlugin(BasePlugin):
             zero3.check_whole(folder)
             write_contract(folder, self.contract, self.recipe)
             LOG.info("contract.json and model_input.py written to %s", folder)
+            record_training(self.recipe, folder, self.block.pairs, **self.begun_from)
 
     def _predict(self, folder: Path) -> None:
         trained = time.monotonic()

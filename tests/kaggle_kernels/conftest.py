@@ -9,7 +9,7 @@ import pytest
 from kaggle_kernels.runtime import crew, worker
 from tests import tiny
 from tests.kaggle_guard import fail_on_trespass, kaggle_environment, refuse_unless_loopback
-from tests.kaggle_kernels.packages import WSDM, make_package, write_recipe, write_spec
+from tests.kaggle_kernels.packages import WSDM, make_package, make_pushable, write_recipe, write_spec
 from tests.kaggle_kernels.workers import start_in_thread
 from tests.kaggle_server import KaggleServer
 
@@ -41,6 +41,13 @@ def workplace(tmp_path, monkeypatch, package_folder):
     write_recipe(tmp_path, "two", "tiny-two")
     tiny.pairs(30, seed=4).sample(fraction=1, shuffle=True, seed=1).write_parquet(tmp_path / "test.parquet")
     return write_spec(tmp_path, WSDM)
+
+
+@pytest.fixture
+def pushable(workplace, tmp_path):
+    """The workplace with an agreement and a rehearsal that passed: its spec."""
+    make_pushable(workplace, {"tiny-two": tmp_path / "outputs" / "two" / "package"})
+    return workplace
 
 
 @pytest.fixture
