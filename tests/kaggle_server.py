@@ -1,10 +1,12 @@
 """A stand-in for Kaggle that the real `kaggle` command of requirements.txt talks to; see the fixture `kaggle` for its use.
 
     server.site                what Kaggle has: datasets, kernels, submissions, quotas (tests/kaggle_site.py); set what you like
-    server.site.runs.append(Run(statuses=["RUNNING", "ERROR"], failure="out of memory"))      # of the next kernel push
+    server.site.runs.append(Run(statuses=["RUNNING", "ERROR"], failure="out of memory"))      # of the next push
     server.faults.append(Fault("CreateDatasetVersion", status=503))                           # once; times=3 for thrice
     server.faults.append(error_under_200("SaveKernel", "Maximum batch GPU session count of 2 reached"))
     server.faults.append(Fault("PUT", where="model.safetensors", breaks_after_bytes=1000))    # an upload broken off
+    server.faults.append(Fault("CreateDataset", loses=("config.json",)))                      # a file that never arrives
+    server.faults.append(Fault("SaveKernel", loses_answer=True))                              # done, but nobody hears of it
     server.requests            each request: call, JSON, bytes of its body, status of the answer
     server.calls("SaveKernel") those of one call
     server.uploaded_bytes("model.safetensors")   what came up for files of that name, all attempts together
@@ -43,9 +45,10 @@ class Fault:
     times: int = 1
     seconds: float = 0  # the answer is late
     status: int = 0  # an HTTP error in place of the answer
-    message: str = "ordered by a test"
+    message: str = ""  # Kaggle's own words; without them a gateway's page, which the command words otherwise
     headers: dict[str, str] = field(default_factory=dict)
     answer: dict = field(default_factory=dict)  # put into the answer under HTTP 200; with "error" in it nothing else happens
+    loses_answer: bool = False  # all is done as asked, but the connection closes without an answer
     loses: tuple[str, ...] = ()  # CreateDataset, CreateDatasetVersion: these files are left out
     cuts: tuple[str, ...] = ()  # likewise: these files lose their last byte
     breaks_after_bytes: int | None = None  # PUT: only these bytes are kept; then `status`, or the connection is closed
@@ -144,7 +147,11 @@ class Handler(BaseHTTPRequestHandler):
         try:
             answer = self.answer(call, asked, fault)
         except Refusal as refusal:
-            return self.send(refusal.status, {"code": refusal.status, "message": refusal.message}, fault.headers)
+            told = {"code": refusal.status, "message": refusal.message} if refusal.message else b"<html></html>"
+            return self.send(refusal.status, told, fault.headers)
+        if fault.loses_answer:
+            self.close_connection = True
+            return None
         if "redirect" in answer:
             return self.send(302, b"", {"Location": answer["redirect"]})
         return self.send(200, answer)

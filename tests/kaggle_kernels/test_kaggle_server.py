@@ -18,6 +18,7 @@ FILES = {"config.json": b"{}", "weights.bin": bytes(range(256)) * 40}
 CREATED = (
     "Your private Dataset is being created. Please check progress at https://www.kaggle.com/datasets/tester/tiny-package\n"
 )
+CREATE = "http://localhost/api/v1/datasets.DatasetApiService/CreateDataset"
 PUSHED = "Kernel version 1 successfully pushed.  Please check progress at https://www.kaggle.com/code/tester/tiny-kernel\n"
 
 
@@ -106,9 +107,10 @@ def test_the_files_command_shows_twenty_and_names_the_next_page(kaggle, dataset_
     [
         (error_under_200("CreateDataset", "no"), (0, "Dataset creation error: no\n", ""), None),
         (Fault("CreateDataset", status=503, message="busy"), (1, "", "busy\n"), None),
+        (Fault("CreateDataset", status=502), (1, "", f"502 Server Error: Bad Gateway for url: {CREATE}\n"), None),
         (
             Fault("CreateDataset", status=429, headers={"Retry-After": "0"}),
-            (0, CREATED, "Request failed: ordered by a test. Will retry in 0.0 seconds\n"),
+            (0, CREATED, f"Request failed: 429 Client Error: Too Many Requests for url: {CREATE}. Will retry in 0.0 seconds\n"),
             {"config.json": 2, "weights.bin": 10_240},
         ),
         (Fault("GetDatasetStatus", status=500), (0, CREATED, ""), {"config.json": 2, "weights.bin": 10_240}),
@@ -137,6 +139,17 @@ def test_what_create_says_with_zero_where_it_did_nothing_or_not_all(kaggle, data
     said = run_kaggle("datasets", "version", "-q", "-m", "second", "-p", dataset_folder)
     assert said == (0, "Dataset version creation error: Your private datasets quota is exceeded\n", "")
     assert len(kaggle.site.datasets[DATASET].versions) == 1
+
+
+def test_a_dataset_whose_making_was_not_heard_of_is_made_and_called_a_failure(kaggle, dataset_folder):
+    kaggle.faults.append(Fault("CreateDataset", loses_answer=True))
+    code, printed, errors = create(dataset_folder)
+    assert (code, printed) == (
+        0,
+        'Dataset creation error: The requested title "tiny-package" is already in use by a dataset.\n',
+    )
+    assert "Will retry in 0.8 seconds" in errors
+    assert kaggle.site.datasets[DATASET].versions[0].files == FILES
 
 
 def test_a_connection_that_breaks_is_tried_again_from_the_first_byte(kaggle, dataset_folder):
