@@ -34,6 +34,7 @@ class Competition(_Strict):
     slug: str
     columns: tuple[str, ...]
     verdicts: tuple[str, ...]
+    daily_submissions: int  # a team's, in a day of UTC
 
 
 COMPETITIONS = {
@@ -41,11 +42,13 @@ COMPETITIONS = {
         slug="wsdm-cup-multilingual-chatbot-arena",
         columns=("winner",),
         verdicts=("model_a", "model_b"),
+        daily_submissions=5,
     ),
     "lmsys": Competition(
         slug="lmsys-chatbot-arena",
         columns=("winner_model_a", "winner_model_b", "winner_tie"),
         verdicts=("model_a", "model_b", "tie"),
+        daily_submissions=5,
     ),
 }
 
