@@ -14,12 +14,17 @@ SHORT = 12  # digits of a hash that are shown where the whole of it is not neede
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a chain: how deep it lies, its line, its entry in the ledger, and whether the chain is broken here."""
+    """One step of a chain: how deep it lies, of which event, its line, and its entry; None where the chain is broken here."""
 
     depth: int
+    event: str  # one of the ledger's, or raw
     line: str
     entry: Mapping | None = None
-    is_broken: bool = False
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether the ledger lacks what this step needs."""
+        return self.entry is None
 
 
 def print_trace(reference: str) -> None:
@@ -43,15 +48,20 @@ def trace(entries: Sequence[Mapping], reference: str) -> Iterator[Step]:
             f"{reference}: no submission and no push of it in {ledger.ledger_path()}; give a spec, the ref of a submission, or "
             "owner/slug of a kernel"
         )
+    yield from chain(entries, submit, push)
+
+
+def chain(entries: Sequence[Mapping], submit: Mapping | None, push: Mapping | None) -> Iterator[Step]:
+    """The chain of a submission, or of a push that was not submitted."""
     if submit:
-        yield Step(0, f"{stamp(submit)}{named(submit)}, {submit.get('message') or 'no message'!r}", submit)
-    if push is None:
-        yield Step(1, f"no push of {named(submit)} in the ledger: was it pushed from another machine or by hand?", None, True)
-        return
+        yield Step(0, "submit", f"{stamp(submit)}{named(submit)}, {submit.get('message') or 'no message'!r}", submit)
     depth = int(submit is not None)
-    yield Step(depth, f"{stamp(push)}{named(push)}, kernel.py {short(push.get('kernel_sha256'))}{code(push)}", push)
+    if push is None:
+        yield Step(depth, "push", f"no push of {named(submit)} in the ledger: was it pushed from another machine or by hand?")
+        return
+    yield Step(depth, "push", f"{stamp(push)}{named(push)}, kernel.py {short(push.get('kernel_sha256'))}{code(push)}", push)
     if not push.get("datasets"):
-        yield Step(depth + 1, f"{named(push)}: the ledger does not say with which datasets it was pushed", None, True)
+        yield Step(depth + 1, "package", f"{named(push)}: the ledger does not say with which datasets it was pushed")
     for dataset, facts in push.get("datasets", {}).items():
         yield from trace_package(entries, dataset, facts, depth + 1)
 
@@ -61,14 +71,16 @@ def trace_package(entries: Sequence[Mapping], dataset: str, facts: Mapping, dept
     manifest, name = facts.get("manifest"), f"{dataset} version {facts.get('version')}"
     entry = latest(entries, "package", lambda entry: entry.get("manifest") == manifest)
     if not manifest or entry is None:
-        yield Step(depth, f"{name}: no package with the manifest {short(manifest)} in the ledger; package it again", None, True)
+        yield Step(depth, "package", f"{name}: no package with the manifest {short(manifest)} in the ledger; package it again")
         return
     if "wheels" in entry:
-        yield Step(depth, f"{stamp(entry)}{name}: {', '.join(entry['wheels'])}{code(entry)}", entry)
+        yield Step(depth, "package", f"{stamp(entry)}{name}: {', '.join(entry['wheels'])}{code(entry)}", entry)
         return
     agreed = entry.get("agreement", {}).get("mean_difference")
     told = f", differs from training by {agreed:.4f}" if isinstance(agreed, float) else ""
-    yield Step(depth, f"{stamp(entry)}{name}: {entry.get('run')}, manifest {short(manifest)}{told}{code(entry)}", entry)
+    yield Step(
+        depth, "package", f"{stamp(entry)}{name}: {entry.get('run')}, manifest {short(manifest)}{told}{code(entry)}", entry
+    )
     for run, contract in entry.get("trained", {}).items():
         yield from trace_run(entries, run, contract, depth + 1)
 
@@ -78,12 +90,12 @@ def trace_run(entries: Sequence[Mapping], run: str, contract: str | None, depth:
     entry = latest(entries, "train", lambda entry: entry.get("contract") == contract)
     if not contract or entry is None:
         yield Step(
-            depth, f"{run}: no training that wrote the contract {short(contract)} in the ledger; train it again", None, True
+            depth, "train", f"{run}: no training that wrote the contract {short(contract)} in the ledger; train it again"
         )
         return
     recipe, metrics = f"{entry.get('recipe')} {short(entry.get('recipe_sha256'))}", entry.get("metrics", {})
     told = ", ".join(f"{key.replace('_', ' ')} {metrics[key]:.4f}" for key in ("accuracy", "log_loss") if metrics.get(key))
-    yield Step(depth, f"{stamp(entry)}{run}: {recipe}, fold {entry.get('fold')}, {told}{code(entry)}", entry)
+    yield Step(depth, "train", f"{stamp(entry)}{run}: {recipe}, fold {entry.get('fold')}, {told}{code(entry)}", entry)
     yield from trace_pairs(entries, entry.get("pairs"), entry.get("pairs_sha256"), depth + 1)
 
 
@@ -91,18 +103,18 @@ def trace_pairs(entries: Sequence[Mapping], name: str, digest: str | None, depth
     """A file of pairs and its raw files; one of these may be pairs that were made earlier."""
     entry = latest(entries, "pairs", lambda entry: entry.get("pairs_sha256") == digest)
     if not digest or entry is None:
-        yield Step(depth, f"{name}: no pairs of SHA-256 {short(digest)} in the ledger; preprocess them again", None, True)
+        yield Step(depth, "pairs", f"{name}: no pairs of SHA-256 {short(digest)} in the ledger; preprocess them again")
         return
-    yield Step(depth, f"{stamp(entry)}{name} {short(digest)}, {entry.get('rows'):,} pairs{code(entry)}", entry)
+    yield Step(depth, "pairs", f"{stamp(entry)}{name} {short(digest)}, {entry.get('rows'):,} pairs{code(entry)}", entry)
     before = entries[: entries.index(entry)]
     for raw in entry.get("sources", []):
         file, sha256 = raw["file"], raw["sha256"]
         if sha256 and latest(before, "pairs", lambda entry, sha256=sha256: entry.get("pairs_sha256") == sha256):
             yield from trace_pairs(before, file, sha256, depth + 1)
         elif sha256:
-            yield Step(depth + 1, f"{'raw':<34}{file}, {raw['rows']:,} rows, sha256 {sha256}", raw)
+            yield Step(depth + 1, "raw", f"{'raw':<34}{file}, {raw['rows']:,} rows, sha256 {sha256}", raw)
         else:
-            yield Step(depth + 1, f"{file}: its SHA-256 is not known; preprocess it again", None, True)
+            yield Step(depth + 1, "raw", f"{file}: its SHA-256 is not known; preprocess it again")
 
 
 def latest(entries: Sequence[Mapping], event: str, is_it) -> Mapping | None:
