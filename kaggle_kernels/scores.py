@@ -165,11 +165,11 @@ def draw(rows: Sequence[Scored], competition: str, metric: str) -> bool:
         for side, colour, found in sides:
             axes.scatter([cv for cv, _, _ in found], [score for _, score, _ in found], color=colour, label=side)
         for cv, score, row in sides[0][2]:
-            axes.annotate(row.kernel, (cv, score), xytext=(5, 5), textcoords="offset points", fontsize=8)
+            axes.annotate(row.kernel, (cv, score), xytext=(0, 7), textcoords="offset points", fontsize=8, ha="center")
         axes.set(xlabel=f"CV {METRICS[metric]}", ylabel=f"leaderboard {METRICS[metric]}")
         axes.set_title("\n".join([competition, *(correlation(rows, metric, side) for side, _, _ in sides)]), fontsize=9)
         axes.grid(color=LINE, alpha=0.3)
-        axes.margins(0.15)
+        axes.margins(0.22, 0.12)
         axes.legend()
         with atomic_file(PICTURE) as temporary:
             figure.savefig(temporary, format="png", metadata={"Software": None})
