@@ -30,7 +30,7 @@ from recipes.pairwise import deepspeed_cpu, metrics, zero3
 from recipes.pairwise.collator import LabelTokenCollator, PairCollator
 from recipes.pairwise.contract import new_contract, record_training, write_contract
 from recipes.pairwise.data import datasets_of, read_pairs
-from recipes.pairwise.model_checks import check_config, check_layers, check_vocabulary, read_config
+from recipes.pairwise.model_checks import check_config, check_layers, check_vocabulary, read_config, warn_of_home_path
 from recipes.pairwise.schema import apply_environment, check_run, run_folder
 from recipes.pairwise.trainer import LabelTokenTrainer, PairwiseTrainer
 
@@ -93,6 +93,8 @@ class PairwisePlugin(BasePlugin):
                     f"python -m postprocess {self.recipe}"
                 )
             self.config = read_config(cfg["base_model"], cfg.get("revision_of_model"))
+            if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+                warn_of_home_path(cfg["base_model"])
             overrides = cfg.get("model_config") or cfg.get("overrides_of_model_config") or {}
             asked = {"budget_tokens": self.block.budget_tokens, "softcap": self.block.softcap}
             check_config(self.config, overrides=overrides, **asked)
