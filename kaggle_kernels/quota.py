@@ -25,14 +25,14 @@ def check_quota(found: Preflight, sizes: Mapping[str, int], pace: Pace) -> None:
 
 
 def gpu_hours(found: Preflight, pace: Pace) -> str:
-    """How many hours of GPUs are left this week, in words; none left is an error, for the kernel would not run."""
+    """How many hours of GPUs are left this week, in words; a warning where they will not do."""
     for row in rows_of(ask(pace, "quota", "--format", "json")):
         hours = re.match(r"[\d.]+", str(row.get("remaining")))
         if row.get("resource") == "GPU" and hours:
             left, until = float(hours[0]), str(row.get("refreshAt"))[:16].replace("T", " ")
             told = f"{left:g} of {str(row.get('total')).removesuffix('h')} left until {until} UTC"
             if left == 0:
-                found.errors.append(f"Kaggle's GPU hours of this week are used up; push again after {until} UTC")
+                found.warnings.append(f"GPU hours: {told}: Kaggle will take the datasets, and refuse the kernel until then")
             elif left < FEW_HOURS:
                 found.warnings.append(f"GPU hours: {told}; a kernel that reaches the end is stopped")
             return told

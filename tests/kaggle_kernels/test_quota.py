@@ -38,9 +38,13 @@ def test_hours_and_room_are_told(site):
     ]
 
 
-def test_without_gpu_hours_nothing_is_pushed(site):
+def test_no_hours_are_a_warning_for_the_datasets_can_go_up_before(site):
     site.gpu_seconds_used = site.gpu_seconds_allowed
-    assert quota({}).errors == [f"Kaggle's GPU hours of this week are used up; push again after {UNTIL}"]
+    found = quota({})
+    assert found.errors == []
+    assert found.warnings == [
+        f"GPU hours: 0 of 30.00 left until {UNTIL}: Kaggle will take the datasets, and refuse the kernel until then"
+    ]
 
 
 def test_few_hours_are_a_warning(site):
