@@ -11,9 +11,10 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from kaggle_kernels.build import generated_folder
-from kaggle_kernels.datasets import WORK, Dataset, find_dataset, plan_dataset, publish_dataset
+from kaggle_kernels.datasets import find_dataset, plan_dataset, publish_dataset
 from kaggle_kernels.kaggle_cli import Pace, find_owner
 from kaggle_kernels.preflight import WHEELS, preflight
+from kaggle_kernels.remote_dataset import Dataset
 from kaggle_kernels.remote_kernel import (
     CODE,
     Kernel,
@@ -26,6 +27,7 @@ from kaggle_kernels.remote_kernel import (
 )
 from kaggle_kernels.remote_kernel import push as push_kernel
 from kaggle_kernels.spec import Spec, read_spec
+from kaggle_kernels.upload import WORK
 from preprocess import ledger
 from preprocess.errors import UserError
 from preprocess.files import read_object, sha256, write_json
