@@ -11,10 +11,10 @@ import os
 import re
 import shutil
 import tempfile
+import time
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from kaggle_kernels.kaggle_cli import TRIES, UNKNOWN_TRIES, Answer, Pace, ask, call_in_words, check_credentials, demand, run
@@ -28,6 +28,8 @@ CREATED = re.compile(r"Dataset (version )?is being created")
 REFUSED = re.compile(r"Dataset (?:version )?creation error: (.*)")
 LEFT_OUT = re.compile(r"Upload unsuccessful: (.*)")
 SENT = re.compile(r"Upload successful: (.*) \(")
+PROGRESS = re.compile(r"\s*(\d+%)\|.*\| (.*)")
+TOLD_EVERY_SECONDS = 30
 FILES, STATE, KEPT = "files", "state", "kept"  # in a dataset's work folder
 
 
@@ -113,14 +115,15 @@ def plan_dataset(dataset: Dataset, pace: Pace) -> tuple[list[str], int]:
         return [], found.version
     print(f"{dataset.ref}: {in_words(dataset)}, {next_step(found)}", flush=True)
     checks = (("status", dataset.ref), ("files", dataset.ref), ("download", dataset.ref, "--file", dataset.manifest))
-    calls = [upload_call(dataset, found), *(("datasets", *check) for check in checks)]
+    calls = [upload_call(dataset, found, str(dataset.folder)), *(("datasets", *check) for check in checks)]
     return [call_in_words(arguments) for arguments in calls], (found.version if found else 0) + 1
 
 
 def in_words(dataset: Dataset) -> str:
     """How much goes up."""
     sizes = dataset.sizes()
-    return f"{len(sizes)} files, {sum(sizes.values()) / 1e9:.2f} GB"
+    size = sum(sizes.values())
+    return f"{len(sizes)} files, {size / 1e9:.2f} GB" if size > 1e9 else f"{len(sizes)} files, {size / 1e6:.2f} MB"
 
 
 def next_step(found: Remote | None) -> str:
@@ -224,11 +227,11 @@ def check_private(ref: str, pace: Pace) -> None:
         raise UserError(f"{ref}: is public on Kaggle; make it private in its settings there, or name another slug")
 
 
-def upload_call(dataset: Dataset, found: Remote | None) -> tuple[str, ...]:
-    """The call that sends the staging folder, in which it is made."""
+def upload_call(dataset: Dataset, found: Remote | None, folder: str = ".") -> tuple[str, ...]:
+    """The call that sends a folder: the staging folder, in which it is made."""
     if found is None:
-        return ("datasets", "create", "-p", ".")
-    return ("datasets", "version", "-p", ".", "-m", f"{dataset.manifest} {dataset.manifest_sha256()[:12]}")
+        return ("datasets", "create", "-p", folder)
+    return ("datasets", "version", "-p", folder, "-m", f"{dataset.manifest} {dataset.manifest_sha256()[:12]}")
 
 
 def upload(dataset: Dataset, found: Remote | None, pace: Pace) -> None:
@@ -239,7 +242,7 @@ def upload(dataset: Dataset, found: Remote | None, pace: Pace) -> None:
     work, failed = stage(dataset), set()
     for attempt in range(TRIES):
         restore_notes(work)
-        answer = run(upload_call(dataset, found), work / FILES, (work / STATE).resolve(), partial(watch_upload, work))
+        answer = run(upload_call(dataset, found), work / FILES, (work / STATE).resolve(), watch_upload(work))
         check_credentials(answer)
         if CREATED.search(answer.text) or has_arrived(dataset, found, answer, pace):
             return
@@ -281,14 +284,26 @@ def why_not(answer: Answer) -> str:
     return refused[1] if refused else answer.reason
 
 
-def watch_upload(work: Path, line: str) -> bool:
-    """Print a line that tells of a whole file, and keep the note of its upload; whether to stop, since a file was left out."""
-    if sent := SENT.match(line):
-        print(f"  {line}", flush=True)
-        kept = work / KEPT / f"{sent[1]}.json"
-        kept.unlink(missing_ok=True)
-        link_or_copy(upload_note(work, sent[1]), kept)
-    return bool(LEFT_OUT.match(line))
+def watch_upload(work: Path) -> Callable[[str], bool]:
+    """What looks at each line of an upload: whether to stop, since a file was left out.
+
+    Tells of each whole file, whose upload's note it keeps, and now and then how far a large one is.
+    """
+    told = time.monotonic()
+
+    def watch(line: str) -> bool:
+        nonlocal told
+        progress, sent = PROGRESS.match(line), SENT.match(line)
+        if sent:
+            kept = work / KEPT / f"{sent[1]}.json"
+            kept.unlink(missing_ok=True)
+            link_or_copy(upload_note(work, sent[1]), kept)
+        if sent or (progress and time.monotonic() > told + TOLD_EVERY_SECONDS):
+            print(f"  {progress[1] + ': ' + progress[2] if progress else line}", flush=True)
+            told = time.monotonic()
+        return bool(LEFT_OUT.match(line))
+
+    return watch
 
 
 def stage(dataset: Dataset) -> Path:

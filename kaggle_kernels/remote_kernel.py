@@ -125,9 +125,10 @@ def check_pushed(kernel: Kernel, pace: Pace) -> None:
     raise UserError(f"{kernel.ref}: was pushed, and is not what was meant: {'; '.join(told)}; run push again")
 
 
-def push_calls(kernel: Kernel) -> list[str]:
-    """The calls that pushing and checking make."""
-    return [call_in_words(call) for call in (("kernels", "push", "--path", "…"), ("kernels", "pull", kernel.ref, "--metadata"))]
+def push_calls(kernel: Kernel, folder: Path) -> list[str]:
+    """The calls that pushing the kernel in `folder` and checking it make."""
+    calls = (("kernels", "push", "--path", str(folder)), ("kernels", "pull", kernel.ref, "--metadata"))
+    return [call_in_words(call) for call in calls]
 
 
 def read_status(ref: str, pace: Pace) -> Status:
