@@ -1,6 +1,6 @@
 """`python -m kaggle_kernels list | build [SPEC…] [--check] | rehearse SPEC --test FILE | weigh SPEC [--write]`,
 
-then `push SPEC [--dry-run] | status SPEC [--wait] | submit SPEC -m MESSAGE`.
+then `push SPEC [--dry-run] | status SPEC [--wait] | submit SPEC -m MESSAGE | scores | trace SPEC`.
 
 A SPEC is the name of a file in kaggle_kernels/specs, or a path.
 """
@@ -163,6 +163,34 @@ def submit(spec: str, message: str, yes: bool, again: bool, poll_seconds: float,
     from kaggle_kernels.spec import find_spec  # noqa: PLC0415
 
     submission.submit(find_spec(spec), message, Pace(poll_seconds, patience_seconds), yes, again)
+
+
+@main.command()
+@click.option("--competition", type=click.Choice(["wsdm", "lmsys"]), default="wsdm", show_default=True)
+@asks_kaggle(patience_seconds=3600)
+@exits_with_2
+def scores(competition: str, poll_seconds: float, patience_seconds: float) -> None:
+    """Print the submissions with their scores, each with the commit, recipe and cross-validation that it came from.
+
+    And how far cross-validation and the leaderboard go together; outputs/scores.png shows it.
+    """
+    from kaggle_kernels.kaggle_cli import Pace  # noqa: PLC0415  --help starts without polars
+    from kaggle_kernels.scores import print_scores  # noqa: PLC0415
+
+    print_scores(competition, Pace(poll_seconds, patience_seconds))
+
+
+@main.command()
+@click.argument("reference", metavar="SPEC|REF")
+@exits_with_2
+def trace(reference: str) -> None:
+    """Lead a submission back to the raw files, by the ledger: outputs/ledger.jsonl.
+
+    Named by its SPEC (the last one of it), by the submission's ref, or by the kernel: owner/slug or owner/slug/VERSION.
+    """
+    from kaggle_kernels.trace import print_trace  # noqa: PLC0415  --help starts fast
+
+    print_trace(reference)
 
 
 if __name__ == "__main__":
