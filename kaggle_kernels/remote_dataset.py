@@ -1,14 +1,13 @@
 """A dataset as it is here and as Kaggle has it: status, files, sizes, manifest, compared."""
 
 import json
-import re
 import tempfile
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from kaggle_kernels.kaggle_cli import Pace, ask, demand
+from kaggle_kernels.kaggle_cli import Pace, ask, demand, list_files
 from preprocess.errors import UserError
 from preprocess.files import sha256
 
@@ -78,7 +77,7 @@ def what_differs(dataset: Dataset, found: Remote | None, pace: Pace) -> dict[str
     here = dataset.sizes()
     if found is None or found.status == "failed":
         return dict.fromkeys(here, "was not processed" if found else "is not there yet")
-    there = list_files(dataset.ref, pace)
+    there = list_files(pace, "datasets", dataset.ref)
     wrong = {name: "should not be there" for name in there if name not in here}
     wrong |= {name: "is missing" for name in here if name not in there}
     sizes = {name: (there[name], size) for name, size in here.items() if there.get(name, size) != size}
@@ -92,22 +91,6 @@ def in_one_line(wrong: Mapping[str, str]) -> str:
     """The first of what is wrong."""
     told = [f"{name} {what}" for name, what in wrong.items()]
     return ", ".join(told[:3]) + f", and {len(told) - 3} more" * (len(told) > 3)
-
-
-def list_files(ref: str, pace: Pace) -> dict[str, int]:
-    """The bytes of each file of a dataset's current version, by name."""
-    files, token = {}, None
-    while True:
-        page = ("--page-token", token) if token else ()
-        answer = demand(pace, "datasets", "files", ref, "--format", "json", "--page-size", "100", *page)
-        values = answer.values()
-        if not isinstance(values, list):
-            raise UserError(f"{answer.call}: {answer.reason}; expected a list of files")
-        files |= {file["name"]: int(file["size"]) for file in values}
-        following = re.search(r"^Next Page Token = (\S+)$", answer.text, re.MULTILINE)
-        if not following or following[1] == token:
-            return files
-        token = following[1]
 
 
 def remote_manifest(dataset: Dataset, pace: Pace) -> bytes | None:
