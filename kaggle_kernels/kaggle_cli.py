@@ -132,6 +132,22 @@ def demand(pace: Pace, *arguments: str) -> Answer:
     return answer
 
 
+def list_files(pace: Pace, kind: str, ref: str) -> dict[str, int]:
+    """The bytes of each file, by name, of a dataset's current version (datasets) or of a kernel's last output (kernels)."""
+    files, token = {}, None
+    while True:
+        page = ("--page-token", token) if token else ()
+        answer = demand(pace, kind, "files", ref, "--format", "json", "--page-size", "100", *page)
+        values = answer.values()
+        if not isinstance(values, list):
+            raise UserError(f"{answer.call}: {answer.reason}; expected a list of files")
+        files |= {file["name"]: int(file["size"]) for file in values}
+        following = re.search(r"^Next Page Token = (\S+)$", answer.text, re.MULTILINE)
+        if not following or following[1] == token:
+            return files
+        token = following[1]
+
+
 def check_credentials(answer: Answer) -> None:
     """Raise UserError where the command found none, or none that Kaggle takes."""
     if answer.code and NO_CREDENTIALS.search(answer.text):

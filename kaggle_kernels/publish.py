@@ -11,10 +11,12 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from kaggle_kernels.build import generated_folder
-from kaggle_kernels.datasets import WORK, Dataset, find_dataset, plan_dataset, publish_dataset
+from kaggle_kernels.datasets import find_dataset, plan_dataset, publish_dataset
 from kaggle_kernels.kaggle_cli import Pace, find_owner
 from kaggle_kernels.preflight import WHEELS, preflight
+from kaggle_kernels.remote_dataset import Dataset
 from kaggle_kernels.remote_kernel import (
+    CODE,
     Kernel,
     check_pushed,
     fingerprint,
@@ -25,9 +27,10 @@ from kaggle_kernels.remote_kernel import (
 )
 from kaggle_kernels.remote_kernel import push as push_kernel
 from kaggle_kernels.spec import Spec, read_spec
+from kaggle_kernels.upload import WORK
 from preprocess import ledger
 from preprocess.errors import UserError
-from preprocess.files import read_object, write_json
+from preprocess.files import read_object, sha256, write_json
 
 
 def push(spec_path: Path, pace: Pace, dry_run: bool = False, again: bool = False) -> None:
@@ -79,7 +82,7 @@ def plan(spec_path: Path, owner: str, datasets: list[Dataset], pace: Pace) -> No
     kernel = read_kernel(generated_folder(spec_path), owner, {ref: version for ref, (_, version) in planned.items()})
     if calls or not is_there(kernel, last_push(spec_path), pace):
         print(f"{kernel.ref}: a new version, with {', '.join(kernel.metadata['dataset_sources'])}")
-        calls += push_calls(kernel)
+        calls += push_calls(kernel, generated_folder(spec_path))
     print("\n".join(["a push would call:", *(f"  {call}" for call in calls)] if calls else ["a push would change nothing"]))
 
 
@@ -108,7 +111,8 @@ def publish_kernel(spec_path: Path, owner: str, published: Mapping[str, Mapping]
         print(f"{kernel.ref}: read back: code and {len(kernel.metadata)} fields are as they are here", flush=True)
     write_json(note, {**last, "checked": True})
     fields = {"spec": spec_path.stem, "kernel": kernel.ref, "kernel_version": last["version"], "url": last["url"]}
-    ledger.record("push", **fields, kernel_sha256=last["fingerprint"]["code"], datasets=dict(published))
+    kernel_sha256 = sha256(generated_folder(spec_path) / CODE)
+    ledger.record("push", **fields, kernel_sha256=kernel_sha256, datasets=dict(published))
     print(f"next: python -m kaggle_kernels status {spec_path.stem} --wait")
 
 

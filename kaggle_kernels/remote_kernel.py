@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from kaggle_kernels.kaggle_cli import Answer, Pace, ask, call_in_words, demand, run
+from kaggle_kernels.kaggle_cli import UNKNOWN_TRIES, Answer, Pace, ask, call_in_words, demand, list_files, run
 from preprocess.errors import UserError
 from preprocess.files import read_object, write_json
 
@@ -125,9 +125,10 @@ def check_pushed(kernel: Kernel, pace: Pace) -> None:
     raise UserError(f"{kernel.ref}: was pushed, and is not what was meant: {'; '.join(told)}; run push again")
 
 
-def push_calls(kernel: Kernel) -> list[str]:
-    """The calls that pushing and checking make."""
-    return [call_in_words(call) for call in (("kernels", "push", "--path", "…"), ("kernels", "pull", kernel.ref, "--metadata"))]
+def push_calls(kernel: Kernel, folder: Path) -> list[str]:
+    """The calls that pushing the kernel in `folder` and checking it make."""
+    calls = (("kernels", "push", "--path", str(folder)), ("kernels", "pull", kernel.ref, "--metadata"))
+    return [call_in_words(call) for call in calls]
 
 
 def read_status(ref: str, pace: Pace) -> Status:
@@ -174,10 +175,22 @@ def read_log(ref: str, pace: Pace) -> list[str]:
 
 
 def download_output(ref: str, names: tuple[str, ...], out: Path, pace: Pace) -> None:
-    """Put those of the newest run's files into `out`, which holds nothing else afterwards but its log."""
-    shutil.rmtree(out, ignore_errors=True)
+    """Put those of the newest run's files into `out`, which holds nothing else afterwards but its log.
+
+    The command takes an error page for the file: one whose size is not the listed one is downloaded again.
+    """
+    sizes = list_files(pace, "kernels", ref)
     pattern = "^(" + "|".join(re.escape(name) for name in names) + ")$"
-    demand(pace, "kernels", "output", ref, "--path", str(out), "--force", "--file-pattern", pattern)
+    for attempt in range(UNKNOWN_TRIES):
+        if attempt:
+            pace.wait_before(attempt)
+        shutil.rmtree(out, ignore_errors=True)
+        demand(pace, "kernels", "output", ref, "--path", str(out), "--force", "--file-pattern", pattern)
+        there = {name: (out / name).stat().st_size for name in names if (out / name).is_file()}
+        broken = [name for name, size in there.items() if sizes.get(name, size) != size]
+        if not broken:
+            return
+    raise UserError(f"{ref}: {', '.join(broken)} did not arrive as listed, {UNKNOWN_TRIES} times; run this again later")
 
 
 def fingerprint(kernel: Kernel) -> dict:

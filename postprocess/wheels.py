@@ -75,8 +75,7 @@ def main(out: Path, slug: str) -> None:
     pins = read_pins(WHEELS, hashed=True)
     made = make_wheels(out, slug, pins, {pin.name: pin.version for pin in read_pins(IMAGE, hashed=False)})
     click.echo(f"{out}: {f'{len(pins)} of {len(pins)} wheels made' if made else 'up to date'}")
-    click.echo(f"next: put your user name in place of INSERT_OWNER in {out / METADATA}, then")
-    click.echo(f"  kaggle datasets create -p {out}     # the first time; kaggle datasets version -p {out} -m WHY after that")
+    click.echo("next: python -m kaggle_kernels push SPEC, which uploads it for every spec that names it")
 
 
 def make_wheels(out: Path, slug: str, pins: Sequence[Pin], image: Mapping[str, str]) -> bool:

@@ -70,7 +70,7 @@ def over_quota(site: Site, files: dict[str, bytes]) -> dict | None:
 
 def add_version(site: Site, dataset: Dataset, notes: str, files: dict[str, bytes]) -> dict:
     number, ready_at = len(dataset.versions) + 1, time.monotonic() + site.processing_seconds
-    dataset.versions.append(Version(number, notes, files, site.processing_calls, ready_at))
+    dataset.versions.append(Version(number, notes, files, site.processing_calls, ready_at, site.processing_ends))
     return {"ref": dataset.ref, "url": f"https://www.kaggle.com/datasets/{dataset.ref}", "status": "ok"}
 
 

@@ -193,6 +193,8 @@ class Handler(BaseHTTPRequestHandler):
             if not self.receive(blob, request, fault):
                 return None
         if fault.status:
+            if fault.status < 500:
+                blob.content.clear()  # refused, not broken off
             return self.send(fault.status, b"", fault.headers)
         if blob.complete:
             return self.send(200, {})
@@ -238,7 +240,7 @@ class Handler(BaseHTTPRequestHandler):
         fault = self.server.take_fault("GET", path)
         time.sleep(fault.seconds)
         if fault.status:
-            return self.send(fault.status, b"", fault.headers)
+            return self.send(fault.status, b"<html></html>", fault.headers)
         if path.startswith(LOG):
             return self.send_log(self.server.site.kernels.get(path.removeprefix(LOG)))
         content = file_content(self.server.site, path)

@@ -125,6 +125,7 @@ class Site:
     scores: list[tuple[str, str]] = field(default_factory=list)  # of the next submissions: public, private
     processing_calls: int = 1
     processing_seconds: float = 0
+    processing_ends: str = "READY"  # or FAILED
     scoring_calls: int = 0
     submissions_a_day: int = 5
     gpu_seconds_used: int = 0

@@ -9,8 +9,10 @@ import sys
 
 import pytest
 
-from kaggle_kernels.datasets import WORK, find_dataset, plan_dataset, publish_dataset
+from kaggle_kernels.datasets import find_dataset, plan_dataset, publish_dataset
 from kaggle_kernels.kaggle_cli import Pace
+from kaggle_kernels.remote_dataset import Remote
+from kaggle_kernels.upload import WORK
 from preprocess.errors import UserError
 from preprocess.files import sha256
 from tests.conftest import ROOT
@@ -89,12 +91,28 @@ def test_files_that_are_lost_twice_are_one_error(folder, kaggle):
 
 
 def test_a_file_that_could_not_be_sent_stops_the_dataset_without_it(folder, kaggle, capsys):
-    kaggle.faults.append(Fault("PUT", where="config.json", status=400))
+    kaggle.faults += [Fault("PUT", status=400), Fault("StartBlobUpload"), Fault("StartBlobUpload", seconds=5)]
     assert publish(folder)["version"] == 1
     assert len(kaggle.calls("CreateDataset")) == 1
     assert current(kaggle).sha256() == hashes(folder)
-    assert kaggle.uploaded_bytes("model.safetensors") == 2_000_000
-    assert "config.json could not be sent; sent again after 0.02 s" in capsys.readouterr().out
+    failed, *others = dict.fromkeys(request.asked["name"] for request in kaggle.calls("PUT"))
+    assert [kaggle.uploaded_bytes(name) for name in others] == [(folder / name).stat().st_size for name in others]
+    assert f"{failed} could not be sent; sent again after 0.02 s" in capsys.readouterr().out
+
+
+def test_notes_that_kaggle_takes_no_more_are_thrown_away(folder, kaggle):
+    kaggle.site.storage_bytes_allowed = 1000
+    with pytest.raises(UserError):
+        publish(folder)
+    kaggle.site.storage_bytes_allowed = 10**9
+    kaggle.site.blobs.clear()
+    publish(folder)
+    assert current(kaggle).sha256() == hashes(folder)
+
+
+def test_a_version_is_awaited_that_is_newer_than_the_last():
+    assert [Remote("ready", version).is_settled(2) for version in (2, 3)] == [False, True]
+    assert [Remote(status, 3).is_settled(2) for status in ("blobs_received", "failed")] == [False, True]
 
 
 def test_a_push_that_is_killed_goes_on_where_it_was(folder, kaggle):

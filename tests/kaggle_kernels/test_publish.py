@@ -46,11 +46,11 @@ def test_a_push_is_planned_made_and_then_has_nothing_to_do(spec, kaggle):
     assert planned.output.splitlines()[-8:] == [
         "tester/pairwise-test: a new version, with tester/tiny-two/1",
         "a push would call:",
-        "  kaggle datasets create -p .",
+        "  kaggle datasets create -p outputs/two/package",
         "  kaggle datasets status tester/tiny-two",
         "  kaggle datasets files tester/tiny-two",
         "  kaggle datasets download tester/tiny-two --file manifest.json",
-        "  kaggle kernels push --path …",
+        f"  kaggle kernels push --path {spec.parents[1]}/generated/test",
         "  kaggle kernels pull tester/pairwise-test --metadata",
     ]
     made = push(spec)

@@ -1,0 +1,74 @@
+"""The packages of any spec as postprocess and rehearse leave them, a few kilobytes each: right in all but their weights."""
+
+import json
+import random
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save
+
+from kaggle_kernels.fit import Fit, fit_packages
+from kaggle_kernels.packages import AS_TRAINED
+from kaggle_kernels.spec import COMPETITIONS, Spec, read_spec
+from postprocess.package import dataset_metadata
+from preprocess.files import sha256
+from tests.kaggle_kernels.packages import make_pushable
+
+WHEELS = Path("outputs/wheels")
+WEIGHT_BYTES, HEADER_BYTES = 20_000, 80
+
+
+def pretend_ready(spec_path: Path, seed: int = 1) -> dict[str, Path]:
+    """Put everything that a push of the spec needs into outputs/ here; the folders that become datasets, by slug."""
+    spec = read_spec(spec_path)
+    packages = {fit.package.dataset: pretend_package(fit, seed) for fit in fit_packages(spec_path, spec)}
+    make_pushable(spec_path, packages)
+    return packages | ({spec.wheels: pretend_wheels(spec.wheels)} if spec.wheels else {})
+
+
+def pretend_package(fit: Fit, seed: int) -> Path:
+    """A package that is what the spec and the recipe say."""
+    run, block = fit.package.run, fit.recipe.pairwise
+    folder = Path("outputs") / run / "package"
+    folder.mkdir(parents=True)
+    contract = {"verdicts": block.verdicts, "template": asdict(block.resolved_template())}
+    contract |= {"base_model": fit.recipe.axolotl["base_model"], **{key: getattr(block, key) for key in AS_TRAINED}}
+    (folder / "contract.json").write_text(json.dumps(contract))
+    (folder / "config.json").write_text(json.dumps({"model_type": fit.served.dimensions.model_type}))
+    (folder / "model.safetensors").write_bytes(weights(f"{run} {seed}"))
+    write_metadata(folder, fit.package.dataset, block.package.licence)
+    files = {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size} for path in sorted(folder.iterdir())}
+    manifest = {"files": files, "quantize": block.package.quantize, "golden": [{"id": "first", "probabilities": [0.5, 0.5]}]}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder.parent / "metrics.json").write_text(json.dumps({"accuracy": 0.7}))
+    return folder
+
+
+def weights(seed: str) -> bytes:
+    """A safetensors file of WEIGHT_BYTES."""
+    content = random.Random(seed).randbytes(WEIGHT_BYTES - HEADER_BYTES)
+    return save({"weight": np.frombuffer(content, dtype=np.uint8)})
+
+
+def pretend_wheels(slug: str) -> Path:
+    """A folder with a wheel that is none."""
+    WHEELS.mkdir(parents=True)
+    wheel = WHEELS / "bitsandbytes-1-py3-none-any.whl"
+    wheel.write_bytes(b"wheel" * 1000)
+    facts = {"file": wheel.name, "sha256": sha256(wheel), "bytes": 5000, "name": "bitsandbytes", "version": "1"}
+    (WHEELS / "wheels.json").write_text(json.dumps({"wheels": [facts]}))
+    write_metadata(WHEELS, slug, "MIT")
+    return WHEELS
+
+
+def write_metadata(folder: Path, slug: str, licence: str) -> None:
+    (folder / "dataset-metadata.json").write_text(json.dumps(dataset_metadata(slug, licence)))
+
+
+def output_of(spec: Spec) -> dict[str, bytes]:
+    """What the kernel of the spec leaves behind: a submission of two rows."""
+    columns = COMPETITIONS[spec.competition].columns
+    values = ["model_a"] if len(columns) == 1 else ["0.5", "0.25", "0.25"]
+    lines = [",".join(["id", *columns]), *(",".join([str(row), *values]) for row in (1, 2))]
+    return {"submission.csv": "".join(f"{line}\n" for line in lines).encode(), "kernel.json": b"{}"}
