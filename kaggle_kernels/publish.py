@@ -4,7 +4,7 @@ What was pushed last is in outputs/SPEC/push.json; a second push finds nothing t
 """
 
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from kaggle_kernels.build import generated_folder
 from kaggle_kernels.datasets import find_dataset, plan_dataset, publish_dataset
 from kaggle_kernels.kaggle_cli import Pace, find_owner
 from kaggle_kernels.preflight import WHEELS, preflight
+from kaggle_kernels.quota import check_quota
 from kaggle_kernels.remote_dataset import Dataset
 from kaggle_kernels.remote_kernel import (
     CODE,
@@ -59,6 +60,8 @@ def check_all(spec_path: Path, pace: Pace) -> str:
     except UserError as error:
         errors = [str(error)]
     report = preflight(spec_path, owner)
+    if owner:
+        check_quota(report, sizes_of(spec_path, owner), pace)
     for check in report.checks:
         print(f"checked: {check}", flush=True)
     for warning in report.warnings:
@@ -67,6 +70,16 @@ def check_all(spec_path: Path, pace: Pace) -> str:
     if errors:
         raise UserError("\nerror: ".join(errors))
     return owner
+
+
+def sizes_of(spec_path: Path, owner: str) -> dict[str, int]:
+    """The bytes of each dataset that is to be pushed, by owner/slug, as far as their folders are there."""
+    sizes = {}
+    with suppress(UserError):  # which preflight has told
+        for folder in folders_of(read_spec(spec_path)):
+            dataset = find_dataset(folder, owner)
+            sizes[dataset.ref] = sum(dataset.sizes().values())
+    return sizes
 
 
 def folders_of(spec: Spec) -> list[Path]:
