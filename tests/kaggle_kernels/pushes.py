@@ -1,21 +1,27 @@
-"""The packages of any spec as postprocess and rehearse leave them, a few kilobytes each: right in all but their weights."""
+"""Our commands against the stand-in for Kaggle: packages of any spec, of a few kilobytes, right in all but their weights."""
 
 import json
 import random
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+from click.testing import CliRunner, Result
 from safetensors.numpy import save
 
+from kaggle_kernels.__main__ import main
 from kaggle_kernels.fit import Fit, fit_packages
 from kaggle_kernels.packages import AS_TRAINED
 from kaggle_kernels.spec import COMPETITIONS, Spec, read_spec
 from postprocess.package import dataset_metadata
 from preprocess.files import sha256
 from tests.kaggle_kernels.packages import make_pushable
+from tests.kaggle_server import KaggleServer
 
 WHEELS = Path("outputs/wheels")
+FAST = ("--poll-seconds", "0.01", "--patience-seconds", "20")
+SMALL, DATASET, KERNEL = "minilm_cls", "tester/pairwise-minilm-cls", "tester/pairwise-minilm"  # one package, no wheels
 WEIGHT_BYTES, HEADER_BYTES = 20_000, 80
 
 
@@ -72,3 +78,32 @@ def output_of(spec: Spec) -> dict[str, bytes]:
     values = ["model_a"] if len(columns) == 1 else ["0.5", "0.25", "0.25"]
     lines = [",".join(["id", *columns]), *(",".join([str(row), *values]) for row in (1, 2))]
     return {"submission.csv": "".join(f"{line}\n" for line in lines).encode(), "kernel.json": b"{}"}
+
+
+def call(command: str, *arguments: str) -> Result:
+    """Run `python -m kaggle_kernels COMMAND …` in this process."""
+    return CliRunner().invoke(main, [command, *FAST, *arguments], catch_exceptions=False)
+
+
+def error_of(ended: Result) -> str:
+    """The one line that a command ended with; its exit code is 2."""
+    [line] = [line for line in ended.output.splitlines() if line.startswith("error: ")]
+    assert (ended.exit_code, ended.output.splitlines()[-1]) == (2, line), ended.output
+    return line
+
+
+def files_of(folder: Path) -> list[Path]:
+    """What goes up."""
+    return [path for path in folder.iterdir() if path.name != "dataset-metadata.json"]
+
+
+def bytes_of(*folders: Path) -> int:
+    """How much goes up."""
+    return sum(path.stat().st_size for folder in folders for path in files_of(folder))
+
+
+def check_whole(kaggle: KaggleServer, folders: Mapping[str, Path]) -> None:
+    """Each dataset's newest version has every file as it is here."""
+    for slug, folder in folders.items():
+        there = kaggle.site.datasets[f"tester/{slug}"].versions[-1].sha256()
+        assert there == {path.name: sha256(path) for path in files_of(folder)}, slug
