@@ -15,6 +15,7 @@ from kaggle_kernels.fit import Fit, fit_packages
 from kaggle_kernels.packages import AS_TRAINED
 from kaggle_kernels.spec import COMPETITIONS, Spec, read_spec
 from postprocess.package import dataset_metadata
+from preprocess import ledger
 from preprocess.files import sha256
 from tests.kaggle_kernels.packages import make_pushable
 from tests.kaggle_server import KaggleServer
@@ -23,11 +24,18 @@ WHEELS = Path("outputs/wheels")
 FAST = ("--poll-seconds", "0.01", "--patience-seconds", "20")
 SMALL, DATASET, KERNEL = "minilm_cls", "tester/pairwise-minilm-cls", "tester/pairwise-minilm"  # one package, no wheels
 WEIGHT_BYTES, HEADER_BYTES = 20_000, 80
+RAW_SHA256, PAIRS_SHA256 = "1" * 64, "2" * 64
+METRICS = {"accuracy": 0.7, "log_loss": 0.6}
 
 
 def pretend_ready(spec_path: Path, seed: int = 1) -> dict[str, Path]:
-    """Put everything that a push of the spec needs into outputs/ here; the folders that become datasets, by slug."""
+    """Put everything that a push of the spec needs into outputs/ here, and into the ledger how it came to be.
+
+    The folders that become datasets, by slug.
+    """
     spec = read_spec(spec_path)
+    raw = [{"file": "data/train.parquet", "sha256": RAW_SHA256, "rows": 300}]
+    ledger.record("pairs", sources=raw, pairs="data/pairs.parquet", pairs_sha256=PAIRS_SHA256, rows=290)
     packages = {fit.package.dataset: pretend_package(fit, seed) for fit in fit_packages(spec_path, spec)}
     make_pushable(spec_path, packages)
     return packages | ({spec.wheels: pretend_wheels(spec.wheels)} if spec.wheels else {})
@@ -47,8 +55,18 @@ def pretend_package(fit: Fit, seed: int) -> Path:
     files = {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size} for path in sorted(folder.iterdir())}
     manifest = {"files": files, "quantize": block.package.quantize, "golden": [{"id": "first", "probabilities": [0.5, 0.5]}]}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    (folder.parent / "metrics.json").write_text(json.dumps({"accuracy": 0.7}))
+    (folder.parent / "metrics.json").write_text(json.dumps(METRICS))
+    record_history(fit, folder)
     return folder
+
+
+def record_history(fit: Fit, folder: Path) -> None:
+    """What training and packaging wrote into the ledger."""
+    run, contract = str(folder.parent), sha256(folder / "contract.json")
+    of_pairs = {"pairs": "data/pairs.parquet", "pairs_sha256": PAIRS_SHA256, "fold": 0}
+    of_recipe = {"recipe": fit.recipe.path, "recipe_sha256": sha256(fit.recipe.path)}
+    ledger.record("train", run=run, contract=contract, metrics=METRICS, **of_recipe, **of_pairs)
+    ledger.record("package", run=run, manifest=sha256(folder / "manifest.json"), trained={run: contract})
 
 
 def weights(seed: str) -> bytes:
@@ -65,6 +83,7 @@ def pretend_wheels(slug: str) -> Path:
     facts = {"file": wheel.name, "sha256": sha256(wheel), "bytes": 5000, "name": "bitsandbytes", "version": "1"}
     (WHEELS / "wheels.json").write_text(json.dumps({"wheels": [facts]}))
     write_metadata(WHEELS, slug, "MIT")
+    ledger.record("package", dataset=slug, manifest=sha256(WHEELS / "wheels.json"), wheels=["bitsandbytes 1"])
     return WHEELS
 
 

@@ -1,14 +1,26 @@
 """push, status, submit and scores against the stand-in: every spec, and runs and submissions that do not go well."""
 
 import copy
+import re
 
 import pytest
-from click.testing import Result
+from click.testing import CliRunner, Result
 
+from kaggle_kernels.__main__ import main
 from kaggle_kernels.build import generated_folder
 from kaggle_kernels.spec import COMPETITIONS, all_specs, find_spec, read_spec
 from preprocess import ledger
-from tests.kaggle_kernels.pushes import KERNEL, SMALL, bytes_of, call, check_whole, error_of, output_of, pretend_ready
+from tests.kaggle_kernels.pushes import (
+    KERNEL,
+    RAW_SHA256,
+    SMALL,
+    bytes_of,
+    call,
+    check_whole,
+    error_of,
+    output_of,
+    pretend_ready,
+)
 from tests.kaggle_server import Fault, KaggleServer
 from tests.kaggle_site import WSDM, Run, Submission
 
@@ -48,7 +60,16 @@ def test_a_spec_goes_from_package_to_score(here, name):
     [submission] = here.site.submissions
     assert (submission.kernel, submission.kernel_version) == (f"tester/{spec.slug}", 1)
     assert (submission.file_name, submission.description) == ("submission.csv", f"{name}, first")
-    assert [(entry["event"], entry["kernel_version"]) for entry in ledger.read()] == [("push", 1), ("submit", 1)]
+    made = [(entry["event"], entry.get("kernel_version")) for entry in ledger.read()]
+    assert made[-2:] == [("push", 1), ("submit", 1)]
+
+    scores = call("scores", "--competition", spec.competition)
+    assert re.findall(r"0\.\d{4}", scores.output) == ["0.7000", "0.6000", "0.7123", "0.7045"], scores.output
+    traced = CliRunner().invoke(main, ["trace", name])
+    assert (traced.exit_code, traced.output.count(f"data/train.parquet, 300 rows, sha256 {RAW_SHA256}")) == (
+        0,
+        len(spec.packages),
+    ), traced.output
 
     again = call("push", name)
     assert again.exit_code == 0, again.output
