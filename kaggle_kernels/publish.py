@@ -14,6 +14,7 @@ from kaggle_kernels.build import generated_folder
 from kaggle_kernels.datasets import find_dataset, plan_dataset, publish_dataset
 from kaggle_kernels.kaggle_cli import Pace, find_owner
 from kaggle_kernels.preflight import WHEELS, preflight
+from kaggle_kernels.quota import check_quota
 from kaggle_kernels.remote_dataset import Dataset
 from kaggle_kernels.remote_kernel import (
     CODE,
@@ -26,7 +27,7 @@ from kaggle_kernels.remote_kernel import (
     what_differs,
 )
 from kaggle_kernels.remote_kernel import push as push_kernel
-from kaggle_kernels.spec import Spec, read_spec
+from kaggle_kernels.spec import read_spec
 from kaggle_kernels.upload import WORK
 from preprocess import ledger
 from preprocess.errors import UserError
@@ -41,8 +42,7 @@ def push(spec_path: Path, pace: Pace, dry_run: bool = False, again: bool = False
     the same call then goes on.
     """
     owner = check_all(spec_path, pace)
-    spec = read_spec(spec_path)
-    datasets = [find_dataset(folder, owner) for folder in folders_of(spec)]
+    datasets = find_datasets(spec_path, owner)
     if dry_run:
         plan(spec_path, owner, datasets, pace)
         return
@@ -59,6 +59,9 @@ def check_all(spec_path: Path, pace: Pace) -> str:
     except UserError as error:
         errors = [str(error)]
     report = preflight(spec_path, owner)
+    if owner and not report.errors:
+        sizes = {dataset.ref: sum(dataset.sizes().values()) for dataset in find_datasets(spec_path, owner)}
+        check_quota(report, sizes, pace)
     for check in report.checks:
         print(f"checked: {check}", flush=True)
     for warning in report.warnings:
@@ -69,10 +72,11 @@ def check_all(spec_path: Path, pace: Pace) -> str:
     return owner
 
 
-def folders_of(spec: Spec) -> list[Path]:
-    """The folders that are to be datasets: each package, and the wheels where the spec names them."""
+def find_datasets(spec_path: Path, owner: str) -> list[Dataset]:
+    """What is to be a dataset: each package, and the wheels where the spec names them."""
+    spec = read_spec(spec_path)
     packages = [Path("outputs") / package.run / "package" for package in spec.packages]
-    return [*packages, *([WHEELS] if spec.wheels else [])]
+    return [find_dataset(folder, owner) for folder in [*packages, *([WHEELS] if spec.wheels else [])]]
 
 
 def plan(spec_path: Path, owner: str, datasets: list[Dataset], pace: Pace) -> None:
