@@ -161,6 +161,12 @@ def test_an_answer_that_is_lost_a_busy_dataset_and_a_slow_one_end_well(folder, k
     assert current(kaggle).sha256() == hashes(folder)
 
 
+def test_a_dataset_that_comes_out_public_is_told(folder, kaggle):
+    kaggle.faults.append(Fault("GetDatasetMetadata", answer={"info": {"isPrivate": False}}, times=9))
+    with pytest.raises(UserError, match="tester/tiny-two: is public on Kaggle; make it private"):
+        publish(folder)
+
+
 def test_a_public_dataset_gets_nothing(folder, kaggle):
     old = Version(1, "", {"old.txt": b"old"}, 0, 0)
     kaggle.site.datasets["tester/tiny-two"] = Dataset("tester/tiny-two", "tiny-two", "other", False, [old])
