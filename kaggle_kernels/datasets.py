@@ -41,18 +41,22 @@ def find_dataset(folder: Path, owner: str) -> Dataset:
 def publish_dataset(dataset: Dataset, pace: Pace) -> dict:
     """Bring Kaggle's dataset up to the folder: created, given a new version, or left as it is; its version and manifest.
 
-    A version that lacks a file, or has a part of one, is followed by one more. UserError where that does not help either, or
-    nothing could be made at all; the next call then goes on from what went up.
+    UserError where that cannot be; the next call then goes on from what went up.
     """
     found = look(dataset.ref, pace)
-    if found and not found.is_settled(0):
-        found = wait_until_ready(dataset.ref, 0, pace)
-    wrong = what_differs(dataset, found, pace)
-    if found and not wrong:
-        print(f"{dataset.ref}: unchanged, version {found.version}", flush=True)
-        return as_record(dataset, found)
     if found:
+        found = found if found.is_settled(0) else wait_until_ready(dataset.ref, 0, pace)
         check_private(dataset.ref, pace)
+    if not found or what_differs(dataset, found, pace):
+        found = send(dataset, found, pace)
+        print(f"{dataset.ref}: version {found.version} is ready, {len(dataset.sizes())} files as they are here", flush=True)
+    else:
+        print(f"{dataset.ref}: unchanged, version {found.version}", flush=True)
+    return {"version": found.version, "manifest": dataset.manifest_sha256()}
+
+
+def send(dataset: Dataset, found: Remote | None, pace: Pace) -> Remote:
+    """Make a version of the folder, and one more where that lacks a file or has a part of one; UserError if this does too."""
     for _ in range(2):
         print(f"{dataset.ref}: {in_words(dataset)}, {next_step(found)}", flush=True)
         upload(dataset, found, pace)
@@ -62,9 +66,9 @@ def publish_dataset(dataset: Dataset, pace: Pace) -> dict:
             pace.wait_before(1)  # the list may lag behind the status, and another upload takes an hour
             wrong = what_differs(dataset, found, pace)
         if not wrong:
+            check_private(dataset.ref, pace)
             forget(dataset)
-            print(f"{dataset.ref}: version {found.version} is ready, {len(dataset.sizes())} files as they are here", flush=True)
-            return as_record(dataset, found)
+            return found
         print(f"{dataset.ref}: version {found.version} is not what was sent: {in_one_line(wrong)}", flush=True)
         for name in wrong:
             forget_upload(work_folder(dataset), name)
@@ -94,8 +98,3 @@ def in_words(dataset: Dataset) -> str:
 def next_step(found: Remote | None) -> str:
     """What is made of a dataset of which this was found."""
     return f"a new version after version {found.version}" if found else "a new private dataset"
-
-
-def as_record(dataset: Dataset, found: Remote) -> dict:
-    """What is written down of a dataset that is as it should be."""
-    return {"version": found.version, "manifest": dataset.manifest_sha256()}

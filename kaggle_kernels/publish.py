@@ -4,7 +4,7 @@ What was pushed last is in outputs/SPEC/push.json; a second push finds nothing t
 """
 
 from collections.abc import Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from kaggle_kernels.remote_kernel import (
     what_differs,
 )
 from kaggle_kernels.remote_kernel import push as push_kernel
-from kaggle_kernels.spec import Spec, read_spec
+from kaggle_kernels.spec import read_spec
 from kaggle_kernels.upload import WORK
 from preprocess import ledger
 from preprocess.errors import UserError
@@ -42,8 +42,7 @@ def push(spec_path: Path, pace: Pace, dry_run: bool = False, again: bool = False
     the same call then goes on.
     """
     owner = check_all(spec_path, pace)
-    spec = read_spec(spec_path)
-    datasets = [find_dataset(folder, owner) for folder in folders_of(spec)]
+    datasets = find_datasets(spec_path, owner)
     if dry_run:
         plan(spec_path, owner, datasets, pace)
         return
@@ -60,8 +59,9 @@ def check_all(spec_path: Path, pace: Pace) -> str:
     except UserError as error:
         errors = [str(error)]
     report = preflight(spec_path, owner)
-    if owner:
-        check_quota(report, sizes_of(spec_path, owner), pace)
+    if owner and not report.errors:
+        sizes = {dataset.ref: sum(dataset.sizes().values()) for dataset in find_datasets(spec_path, owner)}
+        check_quota(report, sizes, pace)
     for check in report.checks:
         print(f"checked: {check}", flush=True)
     for warning in report.warnings:
@@ -72,20 +72,11 @@ def check_all(spec_path: Path, pace: Pace) -> str:
     return owner
 
 
-def sizes_of(spec_path: Path, owner: str) -> dict[str, int]:
-    """The bytes of each dataset that is to be pushed, by owner/slug, as far as their folders are there."""
-    sizes = {}
-    with suppress(UserError):  # which preflight has told
-        for folder in folders_of(read_spec(spec_path)):
-            dataset = find_dataset(folder, owner)
-            sizes[dataset.ref] = sum(dataset.sizes().values())
-    return sizes
-
-
-def folders_of(spec: Spec) -> list[Path]:
-    """The folders that are to be datasets: each package, and the wheels where the spec names them."""
+def find_datasets(spec_path: Path, owner: str) -> list[Dataset]:
+    """What is to be a dataset: each package, and the wheels where the spec names them."""
+    spec = read_spec(spec_path)
     packages = [Path("outputs") / package.run / "package" for package in spec.packages]
-    return [*packages, *([WHEELS] if spec.wheels else [])]
+    return [find_dataset(folder, owner) for folder in [*packages, *([WHEELS] if spec.wheels else [])]]
 
 
 def plan(spec_path: Path, owner: str, datasets: list[Dataset], pace: Pace) -> None:

@@ -93,18 +93,18 @@ def in_one_line(wrong: Mapping[str, str]) -> str:
     return ", ".join(told[:3]) + f", and {len(told) - 3} more" * (len(told) > 3)
 
 
-def remote_manifest(dataset: Dataset, pace: Pace) -> bytes | None:
-    """The manifest of the dataset's current version; None where Kaggle gives none."""
+def remote_manifest(dataset: Dataset, pace: Pace) -> bytes:
+    """The manifest of the dataset's current version, which has one."""
     with tempfile.TemporaryDirectory() as folder:
-        arguments = ("datasets", "download", dataset.ref, "--file", dataset.manifest, "--path", folder, "--force", "--quiet")
-        if ask(pace, *arguments).code:
-            return None
-        for path in Path(folder).iterdir():
-            if zipfile.is_zipfile(path):  # Kaggle compresses some files on their way
-                with zipfile.ZipFile(path) as archive:
-                    return archive.read(archive.namelist()[0])
-            return path.read_bytes()
-    return None
+        place = ("--file", dataset.manifest, "--path", folder, "--force", "--quiet")
+        answer = demand(pace, "datasets", "download", dataset.ref, *place)
+        arrived = [path for path in Path(folder).iterdir() if path.name.startswith(dataset.manifest)]
+        if not arrived:
+            raise UserError(f"{answer.call}: {answer.reason}; expected {dataset.manifest}")
+        if zipfile.is_zipfile(arrived[0]):  # Kaggle compresses some files on their way
+            with zipfile.ZipFile(arrived[0]) as archive:
+                return archive.read(archive.namelist()[0])
+        return arrived[0].read_bytes()
 
 
 def check_private(ref: str, pace: Pace) -> None:

@@ -13,9 +13,11 @@ import pytest
 
 from kaggle_kernels import kaggle_cli
 from kaggle_kernels.runtime import crew, worker
+from kaggle_kernels.spec import find_spec
 from tests import kaggle_forks, tiny
 from tests.kaggle_guard import fail_on_trespass, kaggle_environment, refuse_unless_loopback
 from tests.kaggle_kernels.packages import WSDM, make_package, make_pushable, write_recipe, write_spec
+from tests.kaggle_kernels.pushes import SMALL, pretend_ready
 from tests.kaggle_kernels.workers import start_in_thread
 from tests.kaggle_server import KaggleServer
 
@@ -122,3 +124,19 @@ def fast_kaggle(kaggle, kaggle_fork_server, monkeypatch):
     command = (sys.executable, "-S", kaggle_forks.__file__, "call", str(kaggle_fork_server))
     monkeypatch.setattr(kaggle_cli, "COMMAND", command)
     return kaggle
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, fast_kaggle):
+    """The stand-in; the current folder is empty, no repository, with a ledger of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PAIRWISE_LEDGER", str(tmp_path / "ledger.jsonl"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    return fast_kaggle
+
+
+@pytest.fixture
+def small(here):
+    """The stand-in, which processes datasets at once, and the smallest spec ready to be pushed: its folders by slug."""
+    here.site.processing_calls = 0
+    return here, pretend_ready(find_spec(SMALL))

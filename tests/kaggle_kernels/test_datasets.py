@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 
@@ -30,7 +29,8 @@ def make_folder(folder, slug="tiny-two", manifest="manifest.json", **contents):
         (folder / name.replace("__", ".")).write_bytes(content)
     metadata = {"title": slug, "id": f"INSERT_OWNER/{slug}", "licenses": [{"name": "apache-2.0"}]}
     (folder / "dataset-metadata.json").write_text(json.dumps(metadata))
-    files = {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size} for path in sorted(folder.iterdir())}
+    listed = [path for path in sorted(folder.iterdir()) if path.name != manifest]
+    files = {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size} for path in listed}
     (folder / manifest).write_text(json.dumps({"files": files}))
     return folder
 
@@ -122,7 +122,7 @@ def test_a_push_that_is_killed_goes_on_where_it_was(folder, kaggle):
         f"publish_dataset(find_dataset(Path({str(folder)!r}), 'tester'), Pace(0.02, 30))"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-c", code], env=environment, start_new_session=True)
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment)
     assert kaggle.stalled.wait(60)
     process.kill()
     process.wait()
@@ -130,8 +130,6 @@ def test_a_push_that_is_killed_goes_on_where_it_was(folder, kaggle):
     assert publish(folder)["version"] == 1
     assert current(kaggle).sha256() == hashes(folder)
     assert kaggle.uploaded_bytes("model.safetensors") == 2_000_000
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_a_dataset_that_is_refused_is_one_error_and_then_not_sent_twice(folder, kaggle):
@@ -161,6 +159,12 @@ def test_an_answer_that_is_lost_a_busy_dataset_and_a_slow_one_end_well(folder, k
     assert kaggle.uploaded_bytes() == sent
     assert len(kaggle.calls("CreateDatasetVersion")) == 3
     assert current(kaggle).sha256() == hashes(folder)
+
+
+def test_a_dataset_that_comes_out_public_is_told(folder, kaggle):
+    kaggle.faults.append(Fault("GetDatasetMetadata", answer={"info": {"isPrivate": False}}, times=9))
+    with pytest.raises(UserError, match="tester/tiny-two: is public on Kaggle; make it private"):
+        publish(folder)
 
 
 def test_a_public_dataset_gets_nothing(folder, kaggle):
