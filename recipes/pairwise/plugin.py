@@ -22,14 +22,15 @@ from axolotl.utils.trainer import calculate_total_num_steps
 from transformers import set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from preprocess import ledger
 from preprocess.errors import UserError
 from preprocess.files import atomic_file, read_json, sha256, write_json
 from preprocess.model_input import ContractError
 from recipes.pairwise import deepspeed_cpu, metrics, recipe_copy, tracking, zero3
 from recipes.pairwise.collator import LabelTokenCollator, PairCollator
-from recipes.pairwise.contract import new_contract, write_contract
+from recipes.pairwise.contract import new_contract, record_training, write_contract
 from recipes.pairwise.data import datasets_of, read_pairs
-from recipes.pairwise.model_checks import check_config, check_layers, check_vocabulary, read_config
+from recipes.pairwise.model_checks import check_config, check_layers, check_vocabulary, read_config, warn_of_home_path
 from recipes.pairwise.schema import apply_environment, check_run, run_folder
 from recipes.pairwise.trainer import LabelTokenTrainer, PairwiseTrainer
 
@@ -70,6 +71,7 @@ class PairwisePlugin(BasePlugin):
         self.trainer = None
         self.recipe = None
         self.resolved = None
+        self.begun_from: dict = {}
         self.started = time.monotonic()
         self.predicted = self.written = False
 
@@ -85,6 +87,8 @@ class PairwisePlugin(BasePlugin):
             self.recipe = Path(cfg["axolotl_config_path"])
             self.resolved = recipe_copy.resolved(cfg, self.recipe)
             recipe_copy.begin_trial(self.resolved, self.recipe)
+            lasting = recipe_copy.lasting(self.recipe, self.resolved["output_dir"])
+            self.begun_from = {"recipe_sha256": ledger.fingerprint(lasting), **ledger.git_state()}
             self.block = apply_environment(check_run(cfg, self.recipe))
             tracking.check(cfg)
             checkpointing = zero3.checkpointing_kwargs(cfg)
@@ -94,6 +98,8 @@ class PairwisePlugin(BasePlugin):
                     f"python -m postprocess {self.recipe}"
                 )
             self.config = read_config(cfg["base_model"], cfg.get("revision_of_model"))
+            if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+                warn_of_home_path(cfg["base_model"])
             overrides = cfg.get("model_config") or cfg.get("overrides_of_model_config") or {}
             asked = {"budget_tokens": self.block.budget_tokens, "softcap": self.block.softcap}
             check_config(self.config, overrides=overrides, **asked)
@@ -252,6 +258,7 @@ class PairwisePlugin(BasePlugin):
             zero3.check_whole(folder)
             write_contract(folder, self.contract, self.recipe)
             LOG.info("contract.json and model_input.py written to %s", folder)
+            record_training(recipe_copy.lasting(self.recipe, folder), folder, self.block.pairs, **self.begun_from)
             tracking.finish(folder, self.block.pairs, self.block.verdicts)
 
     def _predict(self, folder: Path) -> None:

@@ -85,3 +85,8 @@ def is_trial(recipe: Path) -> bool:
     if recipe.parent != Path(tempfile.gettempdir()) or not recipe.is_file():
         return False
     return bool(TRIAL.fullmatch(Path(str(read_yaml(recipe).get("output_dir"))).name))
+
+
+def lasting(recipe: Path, folder: str | Path) -> Path:
+    """The file that tells the recipe of the run in `folder` for good: of a sweep's trial that is the copy."""
+    return Path(folder) / RECIPE_COPY if is_trial(recipe) else recipe

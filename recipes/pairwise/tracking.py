@@ -21,11 +21,11 @@ from pydantic import ValidationError
 from transformers.integrations import WandbCallback
 from wandb.sdk.lib import wbauth
 
+from preprocess import ledger
 from preprocess.errors import UserError
 from preprocess.files import read_json, sha256, write_json
 from preprocess.model_input import VERDICTS, Contract
 from recipes.pairwise import metrics
-from recipes.pairwise.contract import git_commit
 from recipes.pairwise.data import read_pairs, targets
 from recipes.pairwise.recipe_copy import RECIPE_COPY, TRACKED, TRIAL
 
@@ -74,8 +74,7 @@ def start(cfg: dict, recipe: dict, contract: Contract) -> None:
     if not cfg.get("wandb_project"):
         return
     name = name_of(folder)
-    commit = git_commit()
-    git = {"commit": commit.removesuffix("-dirty"), "dirty": commit.endswith("-dirty")}
+    git = {key.removeprefix("git_"): value for key, value in ledger.git_state().items()}
     try:
         run = wandb.init(
             project=cfg["wandb_project"],

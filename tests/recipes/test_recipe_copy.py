@@ -60,6 +60,12 @@ def test_a_trial_is_kept_at_once_and_another_s_metrics_do_not_stay_beside_it(tri
     assert yaml.safe_load((swept / "recipe.yml").read_text())["lora_r"] == 32
 
 
+def test_the_file_that_tells_a_run_s_recipe_for_good_is_the_copy_of_a_trial_and_the_recipe_of_any_other(trial):
+    _, path = trial()
+    assert recipe_copy.lasting(path, "outputs/R/sweep0001") == Path("outputs/R/sweep0001/recipe.yml")
+    assert recipe_copy.lasting(ROOT / "recipes/demo.yml", "outputs/demo") == ROOT / "recipes/demo.yml"
+
+
 def test_a_refused_trial_says_why_in_its_log(trial, tmp_path):
     cfg, path = trial(lora_r=0)
     values = recipe_copy.resolved(cfg, path)
