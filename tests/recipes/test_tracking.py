@@ -5,12 +5,11 @@ import hashlib
 import json
 import math
 import os
-import signal
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import polars as pl
+import psutil
 import pytest
 import yaml
 from axolotl.utils.dict import DictDefault
@@ -185,12 +184,9 @@ def _log_after_the_end_of_wandb(folder: Path) -> str:
     arguments, state, control = TrainingArguments(output_dir=str(folder)), TrainerState(), TrainerControl()
     callback = tracking.HarmlessCallback()
     callback.on_train_begin(arguments, state, control, model=None)
-    children = subprocess.run(
-        ["ps", "-o", "pid=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True, check=True
-    )
-    for pid in (line.split()[0] for line in children.stdout.splitlines() if "wandb-core" in line):
-        os.kill(int(pid), signal.SIGKILL)
-        os.waitpid(int(pid), 0)
+    (service,) = (child for child in psutil.Process().children() if "wandb-core" in child.name())
+    service.kill()
+    service.wait()
     try:
         wandb.run.log({"a": 1})
         raised = "nothing"
