@@ -1,4 +1,6 @@
-"""`python -m kaggle_kernels list | build [SPEC…] [--check] | rehearse SPEC --test FILE | weigh SPEC [--write]`.
+"""`python -m kaggle_kernels list | build [SPEC…] [--check] | rehearse SPEC --test FILE | weigh SPEC [--write]`,
+
+then `push SPEC [--dry-run] | status SPEC [--wait] | submit SPEC -m MESSAGE | scores | trace SPEC`.
 
 A SPEC is the name of a file in kaggle_kernels/specs, or a path.
 """
@@ -92,6 +94,103 @@ def weigh(spec: str, write: bool) -> None:
     from kaggle_kernels.spec import find_spec  # noqa: PLC0415
 
     weighing.weigh(find_spec(spec), write)
+
+
+def asks_kaggle(patience_seconds: float):
+    """Decorate a command with the options that say how often Kaggle is asked, and for how long in all."""
+    poll = click.option(
+        "--poll-seconds",
+        type=click.FloatRange(0, min_open=True),
+        default=15,
+        show_default=True,
+        envvar="PAIRWISE_POLL_SECONDS",
+        help="Pause between two questions to Kaggle; it grows to eight times that.",
+    )
+    patience = click.option(
+        "--patience-seconds",
+        type=click.FloatRange(0),
+        default=patience_seconds,
+        show_default=True,
+        envvar="PAIRWISE_PATIENCE_SECONDS",
+        help="How long Kaggle may take; the same command goes on waiting.",
+    )
+    return lambda command: poll(patience(command))
+
+
+@main.command()
+@click.argument("spec")
+@click.option("--dry-run", is_flag=True, help="Make every check, and list the calls that would change something.")
+@click.option("--again", is_flag=True, help="Push the kernel even where it is unchanged, so that it runs once more.")
+@asks_kaggle(patience_seconds=3600)
+@exits_with_2
+def push(spec: str, dry_run: bool, again: bool, poll_seconds: float, patience_seconds: float) -> None:
+    """Publish SPEC on Kaggle: its packages and wheels as private datasets, then its kernel, all read back and compared.
+
+    What is there unchanged is skipped; what was interrupted is continued by the same command.
+    """
+    from kaggle_kernels import publish  # noqa: PLC0415  --help starts without polars
+    from kaggle_kernels.kaggle_cli import Pace  # noqa: PLC0415
+    from kaggle_kernels.spec import find_spec  # noqa: PLC0415
+
+    publish.push(find_spec(spec), Pace(poll_seconds, patience_seconds), dry_run, again)
+
+
+@main.command()
+@click.argument("spec")
+@click.option("--wait", is_flag=True, help="Until the kernel has run; its log is printed as it grows.")
+@asks_kaggle(patience_seconds=50_000)
+@exits_with_2
+def status(spec: str, wait: bool, poll_seconds: float, patience_seconds: float) -> None:
+    """Print the status of SPEC's kernel as it was pushed; exit code 2 where it ended in an error."""
+    from kaggle_kernels import submit as submission  # noqa: PLC0415  --help starts without pydantic
+    from kaggle_kernels.kaggle_cli import Pace  # noqa: PLC0415
+    from kaggle_kernels.spec import find_spec  # noqa: PLC0415
+
+    submission.status(find_spec(spec), Pace(poll_seconds, patience_seconds), wait)
+
+
+@main.command()
+@click.argument("spec")
+@click.option("-m", "--message", required=True, help="The submission's description on Kaggle.")
+@click.option("--yes", is_flag=True, help="Submit without asking.")
+@click.option("--again", is_flag=True, help="Submit a version that was submitted before.")
+@asks_kaggle(patience_seconds=3600)
+@exits_with_2
+def submit(spec: str, message: str, yes: bool, again: bool, poll_seconds: float, patience_seconds: float) -> None:
+    """Submit the pushed version of SPEC's kernel: complete, current, with a submission.csv that is one."""
+    from kaggle_kernels import submit as submission  # noqa: PLC0415  --help starts without pydantic
+    from kaggle_kernels.kaggle_cli import Pace  # noqa: PLC0415
+    from kaggle_kernels.spec import find_spec  # noqa: PLC0415
+
+    submission.submit(find_spec(spec), message, Pace(poll_seconds, patience_seconds), yes, again)
+
+
+@main.command()
+@click.option("--competition", type=click.Choice(["wsdm", "lmsys"]), default="wsdm", show_default=True)
+@asks_kaggle(patience_seconds=3600)
+@exits_with_2
+def scores(competition: str, poll_seconds: float, patience_seconds: float) -> None:
+    """Print the submissions with their scores, each with the commit, recipe and cross-validation that it came from.
+
+    And how far cross-validation and the leaderboard go together; outputs/scores.png shows it.
+    """
+    from kaggle_kernels.kaggle_cli import Pace  # noqa: PLC0415  --help starts without polars
+    from kaggle_kernels.scores import print_scores  # noqa: PLC0415
+
+    print_scores(competition, Pace(poll_seconds, patience_seconds))
+
+
+@main.command()
+@click.argument("reference", metavar="SPEC|REF")
+@exits_with_2
+def trace(reference: str) -> None:
+    """Lead a submission back to the raw files, by the ledger: outputs/ledger.jsonl.
+
+    Named by its SPEC (the last one of it), by the submission's ref, or by the kernel: owner/slug or owner/slug/VERSION.
+    """
+    from kaggle_kernels.trace import print_trace  # noqa: PLC0415  --help starts fast
+
+    print_trace(reference)
 
 
 if __name__ == "__main__":

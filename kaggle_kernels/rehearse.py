@@ -4,6 +4,7 @@ The kernel runs in a process of its own (see sandbox.py). Its results are then c
 verdicts, if there are any, and what two T4s would take is predicted.
 """
 
+import functools
 import math
 import shutil
 import tempfile
@@ -12,21 +13,19 @@ from pathlib import Path
 
 import polars as pl
 
-from kaggle_kernels.build import check_built, kernel_text
+from kaggle_kernels.build import check_built, generated_folder, kernel_text
 from kaggle_kernels.faults import Faults, check_faults, check_kills
 from kaggle_kernels.fit import Fit, fit_packages
+from kaggle_kernels.packages import build_of, find_package
 from kaggle_kernels.prediction import as_record, here, in_time, predict, report
 from kaggle_kernels.rehearsal_rows import describe, make_rows, read_test_rows, read_verdicts, sentence
 from kaggle_kernels.sandbox import Run, find_python, lay_out, run_as_kaggle
 from kaggle_kernels.spec import COMPETITIONS, Spec, read_spec
 from kaggle_kernels.verify import check_results, tolerance_for
-from postprocess.run import is_same_model
-from postprocess.sizes import GIB, weight_bytes
+from preprocess import ledger
 from preprocess.errors import UserError
 from preprocess.files import atomic_file, read_object, write_json
 
-AS_TRAINED = ("head", "budget_tokens", "truncation", "softcap")  # keys that contract.json and the recipe share
-ROOM = 1.1  # weights on disk may be a little more than computed: names, and how they were quantised
 RESULTS = ("submission.csv", "scores.parquet", "kernel.json")
 
 
@@ -67,20 +66,48 @@ def rehearse(spec_path: Path, test_file: Path, out: Path, python: Path | None = 
     what it wrote is no valid submission; `out` then has no rehearsal.json.
     """
     scenario = scenario or Scenario()
+    if (out / "rehearsal.json").is_file():
+        (out / "rehearsal.json").unlink()  # of an earlier rehearsal, which says nothing of this one
     spec = read_spec(spec_path)
-    kernel = (check_built(spec_path) / "kernel.py").read_text(encoding="utf-8")
+    folder = check_built(spec_path)
     fits = fit_packages(spec_path, spec)
     packages = {fit.package.dataset: find_package(fit) for fit in fits}
     python = find_python(python)
     check_faults(scenario.faults, scenario.devices)
     check_train_file(scenario)
     rows, told = rehearsal_rows(test_file, spec, scenario)
+    build = build_of(folder, packages)
+    entered = functools.partial(ledger.record, "rehearse", spec=spec_path.stem, **build, rows=len(rows))
+    try:
+        measured = run_and_check(spec_path, test_file.suffix, rows, out, fits, packages, python, scenario)
+    except UserError as error:
+        entered(verdict="failed", reason=str(error))
+        raise
+    measured = {"rows": len(rows), "test": told, **measured, "build": build}
+    write_json(out / "rehearsal.json", measured)
+    entered(verdict="passed", seconds=measured["seconds"])
+    return measured
+
+
+def run_and_check(
+    spec_path: Path,
+    suffix: str,
+    rows: pl.DataFrame,
+    out: Path,
+    fits: list[Fit],
+    packages: dict[str, Path],
+    python: Path,
+    scenario: Scenario,
+) -> dict:
+    """Run the built kernel on `rows`, copy what it wrote to `out`, check it; what was measured."""
+    spec = read_spec(spec_path)
+    kernel = (generated_folder(spec_path) / "kernel.py").read_text(encoding="utf-8")
     clock_seconds = scenario.clock_seconds or spec.clock_seconds
     if scenario.clock_seconds:
         kernel = kernel_text(spec_path.stem, spec.model_copy(update={"clock_seconds": clock_seconds}), fits)
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as folder:
         root = Path(folder) / "kaggle"
-        lay_out(root, spec, packages, test_file.suffix, rows, scenario.train_file)
+        lay_out(root, spec, packages, suffix, rows, scenario.train_file)
         run = run_as_kaggle(
             python,
             kernel,
@@ -93,11 +120,10 @@ def rehearse(spec_path: Path, test_file: Path, out: Path, python: Path | None = 
         )
         keep(root / "working", out, rows if scenario.makes_rows else None)
     check_kills(scenario.faults, run.kills, run.seconds)
-    measured = {"rows": len(rows), "seconds": round(run.seconds, 1), "clock_seconds": clock_seconds, "test": told}
+    measured = {"seconds": round(run.seconds, 1), "clock_seconds": clock_seconds}
     measured |= {"devices": scenario.devices, "faults": faults_record(scenario, run)}
     measured |= evaluate(out, rows, spec, fits, tolerance_for(packages.values(), out))
     print(f"{out / 'submission.csv'}: {len(rows)} rows in {run.seconds:.1f} s of a clock of {in_time(clock_seconds)}")
-    write_json(out / "rehearsal.json", measured)
     return measured
 
 
@@ -125,7 +151,6 @@ def rehearsal_rows(test_file: Path, spec: Spec, scenario: Scenario) -> tuple[pl.
 
 def keep(working: Path, out: Path, rows: pl.DataFrame | None) -> None:
     """Copy the kernel's results to `out`, with the rows that it got where those are not the test file's."""
-    (out / "rehearsal.json").unlink(missing_ok=True)
     for name in RESULTS:
         if not (working / name).is_file():
             raise UserError(f"{name}: the kernel ended well and did not write it; its log says why")
@@ -165,46 +190,6 @@ def evaluate(out: Path, rows: pl.DataFrame, spec: Spec, fits: list[Fit], toleran
             f"the longer response: accuracy {scores['longer_accuracy']:.4f}"
         )
     return {**scores, "checks": found, "here": speed, "two_t4s": as_record(predictions)}
-
-
-def find_package(fit: Fit) -> Path:
-    """The run's package; a UserError where it is absent, or is not what the spec and the recipe say."""
-    folder, recipe = Path("outputs") / fit.package.run / "package", fit.recipe
-    if not (folder / "manifest.json").is_file():
-        raise UserError(f"{folder}: no package; run `python -m postprocess {recipe.path}` first")
-    slug = str(read_object(folder / "dataset-metadata.json").get("id")).split("/")[-1]
-    if slug != fit.package.dataset:
-        raise UserError(
-            f"{folder / 'dataset-metadata.json'}: id: found the dataset {slug!r}, the spec says {fit.package.dataset!r}; run "
-            f"`python -m postprocess {recipe.path}` again"
-        )
-    contract, config, manifest = (read_object(folder / f"{name}.json") for name in ("contract", "config", "manifest"))
-    for file, key, found, expected in (
-        ("contract.json", "verdicts", contract.get("verdicts"), list(recipe.pairwise.verdicts)),
-        *(("contract.json", key, contract.get(key), getattr(recipe.pairwise, key)) for key in AS_TRAINED),
-        ("contract.json", "template", contract.get("template"), asdict(recipe.pairwise.resolved_template())),
-        ("config.json", "model_type", config.get("model_type"), fit.served.dimensions.model_type),
-        ("manifest.json", "quantize", manifest.get("quantize"), recipe.pairwise.package.quantize),
-    ):
-        if found != expected:
-            raise UserError(
-                f"{folder / file}: {key}: found {found}, {recipe.path} says {expected}, which the kernel was built for; train "
-                "and package again with this recipe, or put the recipe back"
-            )
-    base, trained_with = recipe.axolotl["base_model"], str(contract.get("base_model"))
-    stands_in = Path(trained_with).exists() and not Path(base).exists()  # axolotl train R.yml --base-model FOLDER
-    if not is_same_model(base, trained_with) and not stands_in:
-        raise UserError(
-            f"{recipe.path}: base_model is {base}, {folder} was made of {trained_with}; put that back, or train, package and "
-            "build again"
-        )
-    held, computed = sum(path.stat().st_size for path in folder.glob("*.safetensors")), sum(weight_bytes(fit.served))
-    if held > computed * ROOM + 2**20:
-        raise UserError(
-            f"{folder}: {held / GIB:.1f} GiB of weights, {recipe.path} comes to {computed / GIB:.1f}, which the kernel's "
-            f"memory was computed for; it was packaged from {contract.get('base_model')}: make that the base_model, and build"
-        )
-    return folder
 
 
 def measure(test_rows: pl.DataFrame, scores: Path, spec: Spec) -> dict:

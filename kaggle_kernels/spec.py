@@ -34,6 +34,8 @@ class Competition(_Strict):
     slug: str
     columns: tuple[str, ...]
     verdicts: tuple[str, ...]
+    metric: Literal["accuracy", "log_loss"]
+    daily_submissions: int  # a team's, in a day of UTC
 
 
 COMPETITIONS = {
@@ -41,11 +43,15 @@ COMPETITIONS = {
         slug="wsdm-cup-multilingual-chatbot-arena",
         columns=("winner",),
         verdicts=("model_a", "model_b"),
+        metric="accuracy",
+        daily_submissions=5,
     ),
     "lmsys": Competition(
         slug="lmsys-chatbot-arena",
         columns=("winner_model_a", "winner_model_b", "winner_tie"),
         verdicts=("model_a", "model_b", "tie"),
+        metric="log_loss",
+        daily_submissions=5,
     ),
 }
 

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from postprocess.run import Run
+from preprocess import ledger
 from preprocess.errors import UserError
 from preprocess.files import atomic_folder, read_json, sha256, write_json
+from recipes.pairwise.recipe_copy import TRACKED
 
 OWNER = "INSERT_OWNER"  # filled in when the dataset is pushed
 MANIFEST = "manifest.json"
@@ -39,6 +41,30 @@ def package(run: Run, chosen: Path, agreement: Path, validation_ids: Mapping, ou
             "golden": report["golden"],
         }
         write_json(folder / MANIFEST, manifest)
+    agreed = {key: report[key] for key in ("rows", "tolerance", "mean_difference", "packaged")}
+    ledger.record(
+        "package",
+        run=run.folder,
+        dataset=settings.slug,
+        package=out,
+        manifest=ledger.fingerprint(out / MANIFEST),
+        contract=ledger.fingerprint(out / "contract.json"),
+        trained=trained_contracts(run.folder),
+        quantize=settings.quantize,
+        agreement=agreed,
+    )
+    if (run.folder / TRACKED).is_file():
+        from recipes.pairwise.tracking import log_package  # noqa: PLC0415  imports wandb, for the few runs that use it
+
+        log_package(run.folder, out)
+
+
+def trained_contracts(run_folder: Path) -> dict[str, str | None]:
+    """The trained runs that a package is made of, by folder, each with its contract's SHA-256: of a mean, all its members."""
+    metrics = run_folder / "metrics.json"
+    told = read_json(metrics).get("average") if metrics.is_file() else None
+    folders = told["members"] if told else [run_folder]
+    return {str(folder): ledger.fingerprint(Path(folder) / "contract.json") for folder in folders}
 
 
 def dataset_metadata(slug: str, licence: str) -> dict:

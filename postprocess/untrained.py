@@ -28,7 +28,7 @@ from preprocess.errors import UserError
 from preprocess.files import atomic_file, sha256, write_json
 from preprocess.model_input import Contract, ContractError, pair_from_row
 from recipes.pairwise import metrics
-from recipes.pairwise.contract import new_contract, write_contract
+from recipes.pairwise.contract import new_contract, record_training, write_contract
 from recipes.pairwise.data import read_pairs, split, targets, winners
 from recipes.pairwise.schema import Recipe
 
@@ -79,6 +79,7 @@ def untrained(recipe: Recipe, base: Path, revision: str | None) -> None:
         },
     )
     write_contract(folder, contract, recipe.path)
+    record_training(recipe.path, folder, block.pairs)
 
 
 def recipe_tokenizer(recipe: Recipe, base: Path):

@@ -18,6 +18,7 @@ from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel
 
 from postprocess.package import dataset_metadata
 from postprocess.pip import PLATFORMS, PYTHON, download, dry_run
+from preprocess import ledger
 from preprocess.errors import UserError, exits_with_2
 from preprocess.files import atomic_folder, read_object, sha256, write_json
 from recipes.pairwise.schema import SLUG
@@ -74,8 +75,7 @@ def main(out: Path, slug: str) -> None:
     pins = read_pins(WHEELS, hashed=True)
     made = make_wheels(out, slug, pins, {pin.name: pin.version for pin in read_pins(IMAGE, hashed=False)})
     click.echo(f"{out}: {f'{len(pins)} of {len(pins)} wheels made' if made else 'up to date'}")
-    click.echo(f"next: put your user name in place of INSERT_OWNER in {out / METADATA}, then")
-    click.echo(f"  kaggle datasets create -p {out}     # the first time; kaggle datasets version -p {out} -m WHY after that")
+    click.echo("next: python -m kaggle_kernels push SPEC, which uploads it for every spec that names it")
 
 
 def make_wheels(out: Path, slug: str, pins: Sequence[Pin], image: Mapping[str, str]) -> bool:
@@ -95,6 +95,8 @@ def make_wheels(out: Path, slug: str, pins: Sequence[Pin], image: Mapping[str, s
         wheels = check(folder, pins, image)
         write_json(folder / MANIFEST, manifest(wheels))
         write_json(folder / METADATA, dataset_metadata(slug, licence(wheels)))
+    names = [f"{wheel.name} {wheel.version}" for wheel in wheels]
+    ledger.record("package", dataset=slug, package=out, manifest=ledger.fingerprint(out / MANIFEST), wheels=names)
     return True
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 from rich.progress import track
 
-from preprocess import report
+from preprocess import ledger, report
 from preprocess.errors import UserError, exits_with_2
 from preprocess.files import atomic_file
 from preprocess.leaks import LeakReport, find_leaks
@@ -62,7 +62,8 @@ def main(sources: tuple[Path, ...], out: Path, folds: int, threshold: float, aga
     """
     _check_paths(sources, out, against)
     held_back = {path: read_prompts(path) for path in against}
-    rows = pl.concat([read_rows(path) for path in sources])
+    tables = [read_rows(path) for path in sources]
+    rows = pl.concat(tables)
     pairs = make_pairs(rows.filter(pl.col("reason").is_null()), folds, threshold, _track)
     console = report.console()
     console.print(report.sources_table(rows, pairs))
@@ -76,6 +77,20 @@ def main(sources: tuple[Path, ...], out: Path, folds: int, threshold: float, aga
         rejected.write_parquet(temporary_rejected, compression_level=1)
         pairs.table.write_parquet(temporary, compression_level=1)
     console.print(f"wrote {out} ({pairs.table.height:,} pairs) and {rejected_path} ({rejected.height:,} rows)", soft_wrap=True)
+    ledger.record(
+        "pairs",
+        sources=[_raw_file(path, table) for path, table in zip(sources, tables, strict=True)],
+        against=[_raw_file(path, table) for path, table in held_back.items()],
+        pairs=out,
+        pairs_sha256=ledger.fingerprint(out),
+        rows=pairs.table.height,
+        rejected=rejected.height,
+    )
+
+
+def _raw_file(path: Path, table: pl.DataFrame) -> dict:
+    """A raw file as the ledger has it."""
+    return {"file": path, "sha256": ledger.fingerprint(path), "rows": table.height}
 
 
 def _check_paths(sources: tuple[Path, ...], out: Path, against: tuple[Path, ...]) -> None:

@@ -1,6 +1,10 @@
-"""Fixtures for all tests. The network is blocked: sockets reach this machine only, and the hubs are told to stay offline."""
+"""Fixtures for all tests. The network is blocked: sockets reach this machine only, the hubs are told to stay offline,
+and the ledger is a temporary file."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 os.environ |= {
@@ -8,6 +12,7 @@ os.environ |= {
     "AXOLOTL_DO_NOT_TRACK": "1",
     "WANDB_MODE": "disabled",
     "TOKENIZERS_PARALLELISM": "true",
+    "PAIRWISE_LEDGER": tempfile.mkdtemp(prefix="ledger-") + "/ledger.jsonl",
 }
 
 import pytest
@@ -16,6 +21,7 @@ from tests import tiny
 
 ROOT = Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
+atexit.register(shutil.rmtree, Path(os.environ["PAIRWISE_LEDGER"]).parent, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +34,13 @@ def tiny_models(tmp_path_factory):
         return path if path.exists() else tiny.model(path, kind, width=width)
 
     return build
+
+
+@pytest.fixture
+def ledger_file(tmp_path, monkeypatch):
+    """A test's own ledger; without it, a test writes to one that all tests of a process share."""
+    monkeypatch.setenv("PAIRWISE_LEDGER", str(tmp_path / "ledger.jsonl"))
+    return tmp_path / "ledger.jsonl"
 
 
 @pytest.fixture

@@ -30,14 +30,17 @@ REFUSED = {
     "lora_o_kernel": "it takes other models than ours and stops the run; remove it",
     "lora_embedding_kernel": "it takes other models than ours and stops the run; remove it",
     "gptq": "the head would not be trained; use adapter: qlora with load_in_4bit: true",
+    "wandb_log_model": "it uploads gigabytes; remove it, a tracked run refers to its weights where they are, with checksums",
+    "comet_api_key": "a file is no place for a secret; remove it, and set COMET_API_KEY in the environment",
 }
-SET_BY_THE_BLOCK = {  # keys that the plugin sets, whatever the recipe says: a value here would mean nothing
+SET_BY_THE_BLOCK = {  # keys that are set whatever the recipe says, by the plugin or by Axolotl: a value here would mean nothing
     "num_labels": "pairwise.verdicts and pairwise.head",
     "sequence_len": "pairwise.budget_tokens",
     "datasets": "pairwise.pairs",
     "test_datasets": "pairwise.pairs and pairwise.fold",
     "val_set_size": "pairwise.fold",
     "model_type": "pairwise.head",
+    "use_wandb": "wandb_project",
 }
 LIMITS = {  # JSON Schema's words for what a number may be
     "micro_batch_size": {"exclusiveMinimum": 0},
@@ -94,7 +97,7 @@ def axolotl_problems(values: dict) -> list[str]:
         told["plugins"] = f"without {PLUGIN} Axolotl would train something else; add it"
     rest = {key: value for key, value in values.items() if key not in told and (key not in REFUSED or value)}
     by_key = [f"{key}: {sentence}" for key, sentence in told.items()]
-    return [*by_key, *value_problems(rest), *adapter_problems(values), *head_problems(values)]
+    return [*by_key, *value_problems(rest), *adapter_problems(values), *head_problems(values), *wandb_problems(values)]
 
 
 def value_problems(values: dict) -> Iterator[str]:
@@ -176,3 +179,10 @@ def head_problems(values: dict) -> Iterator[str]:
         yield f"{key}: it replaces the default list, so the head would be quantised; add {head}"
     if block.get("softcap") and values.get("attn_implementation") == "sdpa":
         yield SDPA_DROPS_SOFTCAP
+
+
+def wandb_problems(values: dict) -> Iterator[str]:
+    """Keys of wandb without the one that turns it on."""
+    others = [key for key in values if str(key).startswith("wandb_") and key not in REFUSED]
+    if others and not values.get("wandb_project"):
+        yield f"{others[0]}: means nothing without a project; set wandb_project, or remove the key"

@@ -2,22 +2,20 @@
 
 import re
 import shutil
-import subprocess
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import preprocess.model_input as model_input
+from preprocess import ledger
 from preprocess.errors import UserError
-from preprocess.files import read_yaml, sha256, write_json
+from preprocess.files import read_object, read_yaml, sha256, write_json
 from preprocess.model_input import Contract, encode_all, pair_from_row, read_contract
 from recipes.pairwise.schema import PairwiseBlock
 from recipes.pairwise.templates import LABELS
 
 MODEL_INPUT = Path(model_input.__file__)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt")
-RECORDED_PACKAGES = ("axolotl", "torch", "transformers", "peft", "tokenizers", "accelerate", "deepspeed", "bitsandbytes")
 
 CONTROL = re.compile(r"<\|?\w+\|?>|\[[A-Z]+\]")  # a chat model's control tokens, and BERT's
 
@@ -141,32 +139,30 @@ def write_contract(folder: Path, contract: Contract, recipe: Path) -> None:
     recorded = {
         "recipe": recipe.name,
         "recipe_base_model": read_yaml(recipe).get("base_model") if recipe.is_file() else contract.base_model,
-        "git_commit": git_commit(),
+        "git_commit": ledger.git_commit(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": installed_versions(),
+        "versions": ledger.installed_versions(),
     }
     complete = replace(contract, tokenizer_sha256=hashes, recorded=recorded)
     write_json(folder / "contract.json", asdict(complete))
     read_contract(folder)
 
 
-def git_commit() -> str:
-    """The commit of the working tree, with -dirty where it has changes, or "unknown" outside a checkout."""
-    try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return found.stdout.strip()
+def record_training(recipe: Path, folder: Path, pairs: str, **begun_from) -> None:
+    """Enter a run into the ledger, once its metrics.json and contract.json are there.
 
-
-def installed_versions() -> dict[str, str]:
-    """Versions of the packages that make a model, by name."""
-    versions = {}
-    for name in RECORDED_PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "absent"
-    return versions
+    `begun_from` are the recipe's hash and the commit when it began: hours later both may be others.
+    """
+    metrics = read_object(folder / "metrics.json")
+    ledger.record(
+        "train",
+        recipe=recipe,
+        recipe_sha256=begun_from.pop("recipe_sha256", None) or ledger.fingerprint(recipe),
+        run=folder,
+        pairs=pairs,
+        pairs_sha256=metrics.pop("pairs_sha256"),
+        fold=metrics.pop("fold"),
+        contract=ledger.fingerprint(folder / "contract.json"),
+        metrics=metrics,
+        **begun_from,
+    )

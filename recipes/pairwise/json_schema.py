@@ -121,6 +121,8 @@ def allowed_words() -> dict[str, list[str]]:
         "lr_scheduler": sorted([*(kind.value for kind in SchedulerType), "one_cycle", "rex"]),
         "optimizer": sorted(kind.value for kind in (*OptimizerNames, *CustomSupportedOptimizers)),
         "save_strategy": sorted(kind.value for kind in SaveStrategy),
+        "wandb_mode": ["online", "offline", "disabled"],
+        "wandb_watch": ["false", "gradients", "parameters", "all"],
     }
 
 

@@ -3,6 +3,7 @@
 All are made from its config.json and its tokenizer, before rows are tokenised or weights are loaded.
 """
 
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -28,6 +29,18 @@ def read_config(base_model: str, revision: str | None):
         raise UserError(
             f"base_model: {base_model} cannot be read ({' '.join(str(error).split())[:160]}); {HOW_TO_GET_IT}"
         ) from None
+
+
+def warn_of_home_path(base_model: str) -> None:
+    """Print a line where the base model is named by a path of the home folder, which contract.json would hand on."""
+    path = Path(base_model).expanduser()
+    if path.is_absolute() and path.is_relative_to(Path.home()):
+        print(
+            f"warning: base_model: {base_model} stands below your home folder, and push refuses a package that says so; name "
+            "it relative to the current folder, or by its repository",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def check_config(config, *, budget_tokens: int, overrides: Mapping[str, object], softcap: bool) -> None:

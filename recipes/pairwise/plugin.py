@@ -22,14 +22,15 @@ from axolotl.utils.trainer import calculate_total_num_steps
 from transformers import set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from preprocess import ledger
 from preprocess.errors import UserError
 from preprocess.files import atomic_file, read_json, sha256, write_json
 from preprocess.model_input import ContractError
-from recipes.pairwise import deepspeed_cpu, metrics, zero3
+from recipes.pairwise import deepspeed_cpu, metrics, recipe_copy, tracking, zero3
 from recipes.pairwise.collator import LabelTokenCollator, PairCollator
-from recipes.pairwise.contract import new_contract, write_contract
+from recipes.pairwise.contract import new_contract, record_training, write_contract
 from recipes.pairwise.data import datasets_of, read_pairs
-from recipes.pairwise.model_checks import check_config, check_layers, check_vocabulary, read_config
+from recipes.pairwise.model_checks import check_config, check_layers, check_vocabulary, read_config, warn_of_home_path
 from recipes.pairwise.schema import apply_environment, check_run, run_folder
 from recipes.pairwise.trainer import LabelTokenTrainer, PairwiseTrainer
 
@@ -69,6 +70,8 @@ class PairwisePlugin(BasePlugin):
         self.contract = None
         self.trainer = None
         self.recipe = None
+        self.resolved = None
+        self.begun_from: dict = {}
         self.started = time.monotonic()
         self.predicted = self.written = False
 
@@ -82,7 +85,12 @@ class PairwisePlugin(BasePlugin):
             if command in INSTEAD:
                 raise UserError(f"axolotl {command}: refused, {INSTEAD[command]}")
             self.recipe = Path(cfg["axolotl_config_path"])
+            self.resolved = recipe_copy.resolved(cfg, self.recipe)
+            recipe_copy.begin_trial(self.resolved, self.recipe)
+            lasting = recipe_copy.lasting(self.recipe, self.resolved["output_dir"])
+            self.begun_from = {"recipe_sha256": ledger.fingerprint(lasting), **ledger.git_state()}
             self.block = apply_environment(check_run(cfg, self.recipe))
+            tracking.check(cfg)
             checkpointing = zero3.checkpointing_kwargs(cfg)
             if not self.block.train:
                 raise UserError(
@@ -90,12 +98,15 @@ class PairwisePlugin(BasePlugin):
                     f"python -m postprocess {self.recipe}"
                 )
             self.config = read_config(cfg["base_model"], cfg.get("revision_of_model"))
+            if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+                warn_of_home_path(cfg["base_model"])
             overrides = cfg.get("model_config") or cfg.get("overrides_of_model_config") or {}
             asked = {"budget_tokens": self.block.budget_tokens, "softcap": self.block.softcap}
             check_config(self.config, overrides=overrides, **asked)
             targets, saved = cfg.get("lora_target_modules"), cfg.get("lora_modules_to_save")
             check_layers(self.config, self.block.head, targets=targets, saved=saved)
         except UserError as error:
+            recipe_copy.end_refused_trial(self.resolved, self.recipe, error)
             stop(error, self.recipe)
         cfg["output_dir"] = str(run_folder(cfg.get("output_dir"), self.recipe))
         if self.block.head == "label_tokens":
@@ -156,6 +167,10 @@ class PairwisePlugin(BasePlugin):
 
     def pre_model_load(self, cfg):
         """One seed for a fresh head and adapter: the same run twice, and every process, starts from the same weights."""
+        try:
+            tracking.start(cfg, self.resolved, self.contract)
+        except UserError as error:
+            stop(error, self.recipe)
         set_seed(cfg.seed if cfg.seed is not None else 42)
 
     def post_model_build(self, cfg, model):
@@ -210,16 +225,21 @@ class PairwisePlugin(BasePlugin):
         trainer.label_token_ids = self.contract.label_token_ids
         trainer.compute_metrics = self._scores
         self.trainer = trainer
+        tracking.make_harmless(trainer)
         if trainer.is_world_process_zero():
             for name in ("contract.json", "metrics.json", "predictions.parquet"):
                 (Path(cfg.output_dir) / name).unlink(missing_ok=True)
+            recipe_copy.keep(self.resolved)
 
     def add_callbacks_post_trainer(self, cfg, trainer):
         return [deepspeed_cpu.StepsWithoutGrad(trainer)] if deepspeed_cpu.deepspeed_on_cpu(cfg.get("deepspeed")) else []
 
     def _scores(self, prediction) -> dict[str, float]:
+        rows = self.trainer.eval_dataset
         both = metrics.probabilities(prediction.predictions, self.block.verdicts)
-        return metrics.scores(both, prediction.label_ids[:, 0], np.array(self.trainer.eval_dataset["winner"]))
+        labels, winners = prediction.label_ids[:, 0], np.array(rows["winner"])
+        tracking.log_groups(self.block.pairs, list(rows["id"]), both, labels, winners)
+        return metrics.scores(both, labels, winners)
 
     def post_train(self, cfg, model):
         """Called twice: after the last step, when all processes can still predict; and after the weights were saved."""
@@ -238,10 +258,12 @@ class PairwisePlugin(BasePlugin):
             zero3.check_whole(folder)
             write_contract(folder, self.contract, self.recipe)
             LOG.info("contract.json and model_input.py written to %s", folder)
+            record_training(recipe_copy.lasting(self.recipe, folder), folder, self.block.pairs, **self.begun_from)
+            tracking.finish(folder, self.block.pairs, self.block.verdicts)
 
     def _predict(self, folder: Path) -> None:
         trained = time.monotonic()
-        output = self.trainer.predict(self.trainer.eval_dataset)
+        output = self.trainer.predict(self.trainer.eval_dataset, metric_key_prefix="eval")
         if not self.trainer.is_world_process_zero():
             return
         both = metrics.probabilities(output.predictions, self.block.verdicts)

@@ -173,7 +173,8 @@ def check_run(cfg: dict, recipe: Path) -> PairwiseBlock:
     """
     problems = [f"{key}: refused, {why}" for key, why in REFUSED.items() if cfg.get(key)]
     if recipe.is_file():
-        overridden = {key: cfg.get(key) for key in (*REFUSED, "attn_implementation", "base_model") if cfg.get(key) is not None}
+        said = (*REFUSED, "attn_implementation", "base_model", "wandb_project")
+        overridden = {key: cfg.get(key) for key in said if cfg.get(key) is not None}
         problems = recipe_problems(read_yaml(recipe) | overridden)
     if problems:
         raise UserError(f"{recipe}: " + "; ".join(problems))

@@ -1,14 +1,25 @@
 """Fixtures of the kernels' tests: tiny packages, and copies of them to spoil."""
 
+import os
 import shutil
+import subprocess
+import sys
+import tempfile
 import threading
+import time
+from pathlib import Path
 
 import pytest
 
+from kaggle_kernels import kaggle_cli
 from kaggle_kernels.runtime import crew, worker
-from tests import tiny
-from tests.kaggle_kernels.packages import WSDM, make_package, write_recipe, write_spec
+from kaggle_kernels.spec import find_spec
+from tests import kaggle_forks, tiny
+from tests.kaggle_guard import fail_on_trespass, kaggle_environment, refuse_unless_loopback
+from tests.kaggle_kernels.packages import WSDM, make_package, make_pushable, write_recipe, write_spec
+from tests.kaggle_kernels.pushes import SMALL, pretend_ready
 from tests.kaggle_kernels.workers import start_in_thread
+from tests.kaggle_server import KaggleServer
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +52,13 @@ def workplace(tmp_path, monkeypatch, package_folder):
 
 
 @pytest.fixture
+def pushable(workplace, tmp_path):
+    """The workplace with an agreement and a rehearsal that passed: its spec."""
+    make_pushable(workplace, {"tiny-two": tmp_path / "outputs" / "two" / "package"})
+    return workplace
+
+
+@pytest.fixture
 def workers_in_threads(monkeypatch):
     """Kernels that run in this process have threads in place of worker processes: the same work without their start.
 
@@ -62,3 +80,63 @@ def workers_in_threads(monkeypatch):
     yield
     for thread in started:
         thread.join(60)
+
+
+@pytest.fixture
+def kaggle(tmp_path, monkeypatch):
+    """A running stand-in for Kaggle, and an environment in which `kaggle` reaches it and nothing else: see kaggle_server.py."""
+    server = KaggleServer()
+    environment = kaggle_environment(server, tmp_path / "home")
+    for name in os.environ.keys() - environment.keys():
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    try:
+        refuse_unless_loopback(dict(os.environ), server)
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+    fail_on_trespass(server)
+
+
+@pytest.fixture(scope="session")
+def kaggle_fork_server():
+    """The socket of a process in whose forks the kaggle command starts fast; see tests/kaggle_forks.py."""
+    with tempfile.TemporaryDirectory(prefix="forks-") as folder:
+        path = Path(folder) / "socket"
+        server = subprocess.Popen([sys.executable, kaggle_forks.__file__, "serve", path], stdin=subprocess.PIPE)
+        for _ in range(6000):
+            if path.exists():
+                break
+            time.sleep(0.01)
+        yield path
+        server.kill()
+        server.wait()
+
+
+@pytest.fixture
+def fast_kaggle(kaggle, kaggle_fork_server, monkeypatch):
+    """The stand-in, and our commands call the kaggle command in forks."""
+    command = (sys.executable, "-S", kaggle_forks.__file__, "call", str(kaggle_fork_server))
+    monkeypatch.setattr(kaggle_cli, "COMMAND", command)
+    return kaggle
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, fast_kaggle):
+    """The stand-in; the current folder is empty, no repository, with a ledger of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PAIRWISE_LEDGER", str(tmp_path / "ledger.jsonl"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    return fast_kaggle
+
+
+@pytest.fixture
+def small(here):
+    """The stand-in, which processes datasets at once, and the smallest spec ready to be pushed: its folders by slug."""
+    here.site.processing_calls = 0
+    return here, pretend_ready(find_spec(SMALL))

@@ -8,7 +8,8 @@ import yaml
 from click.testing import CliRunner, Result
 
 from kaggle_kernels.__main__ import main
-from kaggle_kernels.build import build
+from kaggle_kernels.build import build, generated_folder
+from kaggle_kernels.packages import build_of
 from kaggle_kernels.runtime.settings import PackageSettings
 from preprocess.files import sha256
 from recipes.pairwise.axolotl_keys import PLUGIN
@@ -100,6 +101,18 @@ def write_spec(folder: Path, text: str) -> Path:
 def rehearse(*arguments) -> Result:
     """The command `rehearse`, in this process."""
     return CliRunner().invoke(main, ["rehearse", *map(str, arguments)])
+
+
+def make_pushable(spec_path: Path, packages: dict[str, Path]) -> None:
+    """What postprocess and rehearse leave behind where they pass, written without them; `packages` are folders by dataset."""
+    for package in packages.values():
+        golden = json.loads((package / "manifest.json").read_text(encoding="utf-8"))["golden"]
+        agreement = {"agrees": True, "mean_difference": 0.001, "tolerance": 0.05, "golden": golden}
+        (package.parent / "agreement.json").write_text(json.dumps(agreement), encoding="utf-8")
+    rehearsal = Path("outputs") / spec_path.stem / "rehearsal"
+    rehearsal.mkdir(parents=True, exist_ok=True)
+    build = build_of(generated_folder(spec_path), packages)
+    (rehearsal / "rehearsal.json").write_text(json.dumps({"rows": 30, "build": build}), encoding="utf-8")
 
 
 def settings_for(run: str, dataset: str, weight: float = 1.0, **changes) -> PackageSettings:

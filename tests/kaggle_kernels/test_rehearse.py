@@ -12,6 +12,8 @@ from kaggle_kernels.build import build
 from kaggle_kernels.rehearse import measure
 from kaggle_kernels.sandbox import SITECUSTOMIZE, find_python, kaggle_environment
 from kaggle_kernels.spec import read_spec
+from preprocess import ledger
+from preprocess.files import sha256
 from preprocess.model_input import encode, encode_all, pair_from_row, read_contract, swap
 from tests import tiny
 from tests.kaggle_kernels.packages import (
@@ -31,7 +33,7 @@ LMSYS = (
 )
 
 
-def test_a_wsdm_rehearsal_gives_every_id_once_and_is_scored_by_id(workplace, tmp_path):
+def test_a_wsdm_rehearsal_gives_every_id_once_and_is_scored_by_id(workplace, tmp_path, ledger_file):
     done = rehearse(workplace, "--test", "test.parquet", "--out", "results")
     assert done.exit_code == 0, done.output
     rows = pl.read_parquet("test.parquet")
@@ -49,6 +51,15 @@ def test_a_wsdm_rehearsal_gives_every_id_once_and_is_scored_by_id(workplace, tmp
     mean = (scores["two_p_model_a_as_given"] + scores["two_p_model_a_swapped"]) / 2
     assert (mean - scores["p_model_a"]).abs().max() < 1e-6
     assert mean.n_unique() == 30
+    build = {
+        "kernel_sha256": sha256(tmp_path / "generated" / "test" / "kernel.py"),
+        "packages": {"tiny-two": sha256(tmp_path / "outputs" / "two" / "package" / "manifest.json")},
+    }
+    assert measured["build"] == build
+    [entry] = ledger.read()
+    assert (entry["event"], entry["spec"], entry["verdict"], entry["rows"]) == ("rehearse", "test", "passed", 30)
+    assert {key: entry[key] for key in build} == build
+    assert entry["seconds"] == measured["seconds"]
 
 
 def lmsys_rows():
@@ -140,19 +151,23 @@ def test_the_kernels_ids_are_trainings_ids_on_every_awkward_row(workplace, tmp_p
     assert max(map(len, trained)) <= contract.budget_tokens
 
 
-def test_token_ids_other_than_training_s_make_the_kernel_refuse(workplace, tmp_path):
+def test_token_ids_other_than_training_s_make_the_kernel_refuse(workplace, tmp_path, ledger_file):
     package = tmp_path / "outputs" / "two" / "package"
     golden = json.loads((package / "contract.json").read_text())["golden"]
     golden[0]["ids"][0][3] += 1
     change_json(package / "contract.json", golden=golden)
     write_manifest(package)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "rehearsal.json").write_text("of an earlier rehearsal, which passed")
     done = rehearse(workplace, "--test", "test.parquet", "--out", "results")
     assert done.exit_code == 2
     last = done.output.splitlines()[-1]
     assert last.startswith("error: test: the kernel ended with exit code 1: ")
     assert "ContractError: golden row golden-00: token" in last
     assert "/tmp/rehearsal-" not in done.output
-    assert not (tmp_path / "results").exists()
+    assert not (tmp_path / "results" / "rehearsal.json").exists()
+    [entry] = ledger.read()
+    assert (entry["verdict"], "error: " + entry["reason"]) == ("failed", last)
 
 
 def test_an_absent_package_exits_with_2_and_names_the_command(workplace, tmp_path):

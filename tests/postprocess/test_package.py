@@ -6,8 +6,10 @@ from hashlib import sha256
 import pytest
 
 from kaggle_kernels.runtime.package import PackageError, read_package
-from postprocess.package import dataset_metadata
+from postprocess.package import dataset_metadata, trained_contracts
+from preprocess import ledger
 from preprocess.errors import UserError
+from preprocess.files import sha256 as file_sha256
 
 
 def test_the_package_is_flat_and_its_manifest_lists_every_other_file(packaged):
@@ -50,6 +52,32 @@ def test_the_package_lists_the_ids_of_its_validation_rows_and_no_text(packaged):
     listed = json.loads((run.folder / "package" / "validation_ids.json").read_text())
     expected = sorted((f"row{number:05d}" for number in range(24)), key=lambda row_id: sha256(row_id.encode()).hexdigest())
     assert listed == {"fold": 0, "trained_on": False, "ids": expected}
+
+
+def entry_of(package):
+    """The ledger's entry of a package."""
+    [entry] = [entry for entry in ledger.read() if entry.get("manifest") == file_sha256(package / "manifest.json")]
+    return entry
+
+
+def test_a_package_enters_the_ledger_with_its_contract_and_its_agreement(packaged):
+    run, _ = packaged("gemma2", quantize="nf4")
+    entry, contract = entry_of(run.folder / "package"), file_sha256(run.folder / "contract.json")
+    assert (entry["event"], entry["run"], entry["dataset"]) == ("package", str(run.folder), "tiny-package")
+    assert (entry["contract"], entry["trained"], entry["quantize"]) == (contract, {str(run.folder): contract}, "nf4")
+    agreement = json.loads((run.folder / "agreement.json").read_text())
+    assert entry["agreement"] == {key: agreement[key] for key in ("rows", "tolerance", "mean_difference", "packaged")}
+
+
+def test_the_package_of_a_mean_names_the_contract_of_each_member(tmp_path):
+    members = [tmp_path / "fold-0", tmp_path / "fold-1"]
+    for member in (*members, tmp_path / "mean"):
+        member.mkdir()
+        (member / "contract.json").write_text(member.name)
+    told = {"average": {"members": {str(member): 0.5 for member in members}}}
+    (tmp_path / "mean" / "metrics.json").write_text(json.dumps(told))
+    assert trained_contracts(tmp_path / "mean") == {str(member): file_sha256(member / "contract.json") for member in members}
+    assert list(trained_contracts(members[0])) == [str(members[0])]
 
 
 def test_contract_code_and_tokenizer_are_the_bytes_of_training(packaged):

@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from postprocess import pip, wheels
+from preprocess import ledger
 from preprocess.errors import UserError
 from preprocess.files import write_json
 from tests.conftest import ROOT
@@ -108,6 +109,15 @@ def test_the_folder_holds_the_wheels_a_manifest_and_kaggles_metadata(listed, tmp
             "bytes": len(content),
             "licence": "MIT",
         }
+
+
+def test_the_wheels_enter_the_ledger_when_they_are_made(listed, tmp_path, ledger_file):
+    run(tmp_path / "out")
+    run(tmp_path / "out")
+    [entry] = ledger.read()
+    digest = hashlib.sha256((tmp_path / "out" / "wheels.json").read_bytes()).hexdigest()
+    assert (entry["event"], entry["dataset"], entry["manifest"]) == ("package", "pairwise-wheels", digest)
+    assert entry["wheels"] == ["alpha-kit 1.0", "beta 2.0"]
 
 
 def test_each_wheel_its_needs_and_the_next_command_are_printed(listed, tmp_path):

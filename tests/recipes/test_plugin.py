@@ -7,6 +7,8 @@ import polars as pl
 import pytest
 import yaml
 
+from preprocess import ledger
+from preprocess.files import sha256
 from preprocess.model_input import read_contract
 from tests import forked, tiny
 from tests.conftest import ROOT
@@ -143,3 +145,26 @@ def test_training_again_removes_what_vouched_for_the_old_weights(demo_twin, tmp_
     assert ended.code == 1
     assert "the gradient is not finite" in ended.output
     assert [name for name in ("contract.json", "metrics.json", "predictions.parquet") if (run / name).exists()] == []
+
+
+def test_a_run_enters_the_ledger_with_what_it_was_trained_from(demo_twin, tmp_path, ledger_file):
+    recipe = demo_twin()
+    ended = forked.axolotl("train", recipe, {"PAIRWISE_LEDGER": str(ledger_file)})
+    assert ended.code == 0, ended.output[-3000:]
+    [entry] = ledger.read()
+    metrics = json.loads((tmp_path / "demo/metrics.json").read_text())
+    assert (entry["event"], entry["recipe"], entry["run"]) == ("train", str(recipe), str(tmp_path / "demo"))
+    assert entry["recipe_sha256"] == sha256(recipe)
+    assert entry["contract"] == sha256(tmp_path / "demo/contract.json")
+    assert (entry["pairs"], entry["pairs_sha256"]) == (str(tmp_path / "pairs.parquet"), sha256(tmp_path / "pairs.parquet"))
+    assert (entry["fold"], entry["metrics"]["accuracy"]) == (0, metrics["accuracy"])
+    assert entry["metrics"].keys() | {"fold", "pairs_sha256"} == metrics.keys()
+
+
+def test_a_ledger_that_cannot_be_written_costs_one_line_and_not_the_run(demo_twin, tmp_path):
+    (tmp_path / "file").write_text("")
+    ended = forked.axolotl("train", demo_twin(), {"PAIRWISE_LEDGER": str(tmp_path / "file/ledger.jsonl")})
+    assert ended.code == 0, ended.output[-3000:]
+    assert ended.output.count("warning: ") == 1
+    assert f"warning: {tmp_path}/file/ledger.jsonl: cannot be written (File exists); it lacks this train" in ended.output
+    assert read_contract(tmp_path / "demo").verdicts == ("model_a", "model_b")

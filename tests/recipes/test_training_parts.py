@@ -13,7 +13,7 @@ from preprocess.errors import UserError
 from recipes.pairwise import data, metrics
 from recipes.pairwise.collator import PairCollator
 from recipes.pairwise.contract import new_contract
-from recipes.pairwise.model_checks import check_config, check_layers, check_vocabulary, read_config
+from recipes.pairwise.model_checks import check_config, check_layers, check_vocabulary, read_config, warn_of_home_path
 from recipes.pairwise.plugin import (
     PairwisePlugin,
     check_resume,
@@ -298,3 +298,21 @@ def test_without_autocast_a_model_keeps_one_type(bf16, dtype):
     assert model[1].weight.dtype == dtype
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16 is True):
         assert model(torch.ones(1, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("base_model", "is_told"),
+    [
+        ("~/models/gemma", True),
+        ("HOME/models/gemma", True),
+        ("models/gemma", False),
+        ("/data/gemma", False),
+        ("google/g", False),
+    ],
+)
+def test_a_base_model_below_the_home_folder_is_warned_of_before_it_stands_in_a_package(
+    base_model, is_told, monkeypatch, capsys
+):
+    monkeypatch.setenv("HOME", "/home/someone")
+    warn_of_home_path(base_model.replace("HOME", "/home/someone"))
+    assert capsys.readouterr().err.startswith("warning: base_model: ") is is_told

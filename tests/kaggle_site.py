@@ -1,0 +1,137 @@
+"""What the stand-in Kaggle remembers: plain dataclasses that tests read, and set to say what will happen next."""
+
+import hashlib
+import time
+from dataclasses import dataclass, field
+
+OWNER, TOKEN = "tester", "stand-in-token"
+WSDM, LMSYS = "wsdm-cup-multilingual-chatbot-arena", "lmsys-chatbot-arena"
+
+
+@dataclass
+class Blob:
+    """A file on its way up: `content` grows with each PUT, `received_bytes` counts every byte that ever came."""
+
+    token: str
+    name: str
+    size: int
+    content: bytearray = field(default_factory=bytearray)
+    received_bytes: int = 0
+
+    @property
+    def complete(self) -> bool:
+        return len(self.content) == self.size
+
+
+@dataclass
+class Version:
+    """A dataset's version. It is processed until `calls_left` status calls were answered and `ready_at` has passed."""
+
+    number: int
+    notes: str
+    files: dict[str, bytes]
+    calls_left: int
+    ready_at: float
+    ends: str = "READY"
+
+    @property
+    def status(self) -> str:
+        return "BLOBS_RECEIVED" if self.calls_left > 0 or time.monotonic() < self.ready_at else self.ends
+
+    def sha256(self) -> dict[str, str]:
+        """The hash of each file by name."""
+        return {name: hashlib.sha256(content).hexdigest() for name, content in self.files.items()}
+
+
+@dataclass
+class Dataset:
+    """A dataset and its versions, the newest last."""
+
+    ref: str
+    title: str
+    licence: str
+    is_private: bool
+    versions: list[Version] = field(default_factory=list)
+
+    @property
+    def current(self) -> Version | None:
+        """What Kaggle shows: the newest version that is ready."""
+        return next((version for version in reversed(self.versions) if version.status == "READY"), None)
+
+    def find(self, number: int | None) -> Version | None:
+        """The version of that number, without one the current version."""
+        return next((v for v in self.versions if v.number == number), None) if number else self.current
+
+
+@dataclass
+class Run:
+    """What a kernel version will do: each status call gives the next of `statuses`, the last one stays."""
+
+    statuses: list[str] = field(default_factory=lambda: ["QUEUED", "RUNNING", "COMPLETE"])
+    log: list[str] = field(default_factory=lambda: ["scored 3 of 3 rows\n", "wrote submission.csv\n"])
+    output: dict[str, bytes] = field(default_factory=lambda: {"submission.csv": b"id,winner\n1,model_a\n"})
+    failure: str = ""
+
+    @property
+    def over(self) -> bool:
+        return self.statuses[0] in {"COMPLETE", "ERROR"}
+
+
+@dataclass
+class KernelVersion:
+    """One push: the request as it came, and its run."""
+
+    number: int
+    pushed: dict
+    run: Run
+
+
+@dataclass
+class Kernel:
+    """A kernel and its versions, the newest last."""
+
+    ref: str
+    versions: list[KernelVersion] = field(default_factory=list)
+
+
+@dataclass
+class Submission:
+    """A submission; it is PENDING for `calls_left` listings, then it has `status` and the scores."""
+
+    ref: int
+    competition: str
+    kernel: str
+    kernel_version: int
+    file_name: str
+    description: str
+    public_score: str
+    private_score: str
+    calls_left: int
+    status: str = "COMPLETE"
+    error: str = ""
+
+
+@dataclass
+class Site:
+    """Everything the stand-in knows. Tests read it, and set what it will do next."""
+
+    datasets: dict[str, Dataset] = field(default_factory=dict)
+    kernels: dict[str, Kernel] = field(default_factory=dict)
+    submissions: list[Submission] = field(default_factory=list)
+    blobs: dict[str, Blob] = field(default_factory=dict)
+    competitions: set[str] = field(default_factory=lambda: {WSDM, LMSYS})
+    models: set[str] = field(default_factory=set)  # owner/model/framework/variation/version
+    runs: list[Run] = field(default_factory=list)  # of the next pushes, in order; then Run()
+    scores: list[tuple[str, str]] = field(default_factory=list)  # of the next submissions: public, private
+    processing_calls: int = 1
+    processing_seconds: float = 0
+    processing_ends: str = "READY"  # or FAILED
+    scoring_calls: int = 0
+    submissions_a_day: int = 5
+    gpu_seconds_used: int = 0
+    gpu_seconds_allowed: int = 30 * 3600
+    storage_bytes_allowed: int = 200 * 1024**3
+
+    @property
+    def storage_bytes_used(self) -> int:
+        return sum(len(content) for dataset in self.datasets.values() for v in dataset.versions for content in v.files.values())

@@ -1,0 +1,185 @@
+"""A sweep's index: which trial had which parameters, and how it did."""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import polars as pl
+import pytest
+import yaml
+from click.testing import CliRunner
+from PIL import Image
+
+from postprocess.sweep import main
+from recipes.pairwise.schema import read_recipe
+from tests import tiny
+from tests.conftest import ROOT
+
+METRICS = {"flip_rate": 0.25, "rows": 400, "steps": 60, "fold": 0, "pairs_sha256": "f" * 64}
+
+
+def add_trial(folder: Path, name: str, *, log_loss=None, accuracy=None, log=None, metrics=None, block=None, **keys) -> Path:
+    """A trial's folder as training leaves it; without a log loss, as it is before the end."""
+    run = folder / name
+    run.mkdir(parents=True)
+    block = {"template": "gemma", "budget_tokens": 256, "package": {"slug": "some-model"}} | (block or {})
+    recipe = {"base_model": "some/model", "pairwise": block, "output_dir": str(run)} | keys
+    (run / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    if log_loss is not None:
+        told = METRICS | {"log_loss": log_loss, "accuracy": accuracy} | (metrics or {})
+        (run / "metrics.json").write_text(json.dumps(told))
+        (run / "contract.json").write_text("{}")
+    if log is not None:
+        (run / "debug.log").write_text(log)
+    return run
+
+
+def index(folder: Path, *options: str):
+    """The command's output as lines of words, and what it wrote as a table."""
+    result = CliRunner().invoke(main, [str(folder), *options])
+    assert result.exit_code == 0, result.output
+    return [line.split() for line in result.output.splitlines() if line.strip()], pl.read_csv(folder / "sweep.csv")
+
+
+def fails(*arguments: str) -> str:
+    result = CliRunner().invoke(main, list(arguments))
+    assert result.exit_code == 2
+    return result.output.strip()
+
+
+@pytest.fixture
+def swept(tmp_path):
+    add_trial(tmp_path, "sweep0001", log_loss=0.66, accuracy=0.625, learning_rate=0.001, block={"budget_tokens": 512})
+    add_trial(tmp_path, "sweep0002", log_loss=0.61, accuracy=0.5, learning_rate=0.0001)
+    add_trial(tmp_path, "sweep0003", learning_rate=0.01, log="step 3\nTraceback\nFloatingPointError: step 3: not finite\n")
+    add_trial(tmp_path, "sweep0004", log_loss=0.66, accuracy=0.75, learning_rate=0.01)
+    add_trial(tmp_path, "sweep0005", learning_rate=0.1, log="  5%| 3/60 [00:01]\nseen no Error: yet")
+    return tmp_path
+
+
+def test_trials_are_sorted_by_log_loss_then_accuracy_and_what_did_not_end_comes_last(swept):
+    lines, table = index(swept)
+    headings = "trial learning_rate pairwise.budget_tokens log loss accuracy flip rate rows steps status"
+    assert [" ".join(line) for line in lines[:3:2]] == [headings, "sweep0002 0.0001 256 0.6100 0.5000 0.2500 400 60 finished"]
+    assert [line[0] for line in lines[2:5]] == ["sweep0002", "sweep0004", "sweep0001"]
+    assert table["trial"].to_list() == ["sweep0002", "sweep0004", "sweep0001", "sweep0003", "sweep0005"]
+    assert table["status"].to_list() == [
+        *["finished"] * 3,
+        "failed: FloatingPointError: step 3: not finite",
+        "unfinished: it runs still, or was ended",
+    ]
+    assert table.columns == [
+        *("trial", "learning_rate", "pairwise.budget_tokens", "log_loss", "accuracy", "flip_rate", "rows", "steps", "status")
+    ]
+    assert table["learning_rate"].to_list() == [0.0001, 0.01, 0.001, 0.01, 0.1]
+    assert table["log_loss"].to_list() == [0.61, 0.66, 0.66, None, None]
+
+
+def test_the_best_is_named_with_the_command_that_packages_it(swept):
+    lines, _ = index(swept)
+    assert " ".join(lines[-2]) == f"best by log_loss: sweep0002; package it: python -m postprocess {swept}/sweep0002/recipe.yml"
+    lines, table = index(swept, "--by", "accuracy")
+    assert " ".join(lines[-2]).startswith("best by accuracy: sweep0004; ")
+    assert table["trial"].to_list()[:3] == ["sweep0004", "sweep0001", "sweep0002"]
+
+
+def test_the_picture_is_the_same_for_the_same_trials(swept):
+    index(swept)
+    first = (swept / "sweep.png").read_bytes()
+    with Image.open(swept / "sweep.png") as picture:
+        assert picture.size == (680, 600)
+    index(swept)
+    assert (swept / "sweep.png").read_bytes() == first
+
+
+def test_a_refused_trial_says_why(tmp_path):
+    add_trial(tmp_path, "sweep0001", log="error: lora_r: expected a whole number of at least 1, found 0\n", lora_r=0)
+    add_trial(tmp_path, "sweep0002", log_loss=0.6, accuracy=0.5, lora_r=8)
+    _, table = index(tmp_path)
+    assert table.rows()[1] == (
+        *("sweep0001", 0, None, None, None, None, None),
+        "failed: lora_r: expected a whole number of at least 1, found 0",
+    )
+
+
+def test_parameters_of_any_kind_are_told_as_a_recipe_has_them(tmp_path):
+    add_trial(tmp_path, "sweep0001", log_loss=0.6, accuracy=0.5, lora_target_modules=["q_proj", "v_proj"], bf16="auto")
+    add_trial(tmp_path, "sweep0002", log_loss=0.7, accuracy=0.5, bf16=True, wandb_name="second")
+    lines, table = index(tmp_path)
+    assert " ".join(lines[3]) == "sweep0002 true default 0.7000 0.5000 0.2500 400 60 finished"
+    assert table.select("lora_target_modules", "bf16").rows() == [("[q_proj, v_proj]", "auto"), (None, "true")]
+    assert "wandb_name" not in table.columns
+
+
+def test_trials_on_several_folds_are_told_apart_and_not_compared(tmp_path):
+    for fold, loss in ((0, 0.6), (1, 0.7)):
+        metrics, block = {"fold": fold}, {"fold": fold}
+        add_trial(tmp_path, f"sweep0001/fold-{fold}", log_loss=loss, accuracy=0.5, metrics=metrics, block=block)
+    lines, table = index(tmp_path)
+    assert table.select("trial", "pairwise.fold").rows() == [("sweep0001/fold-0", 0), ("sweep0001/fold-1", 1)]
+    told = "the trials were validated on different rows (another fold, or other pairs): do not compare their metrics"
+    assert told in [" ".join(line) for line in lines]
+
+
+def test_how_sure_an_accuracy_is_stands_below(tmp_path):
+    add_trial(tmp_path, "sweep0001", log_loss=0.6, accuracy=0.5)
+    lines, _ = index(tmp_path)
+    told = [" ".join(line) for line in lines]
+    assert "400 validation rows: the standard error of an accuracy is 0.025, and the best of several had luck too" in told
+    assert "all recipes are the same, or one trial has one: there are no parameters to tell apart" in told
+    assert told[-1] == f"written: {tmp_path}/sweep.csv; nothing to draw"
+    assert not (tmp_path / "sweep.png").exists()
+
+
+def test_a_sweep_of_which_nothing_ended_is_listed_without_a_picture(tmp_path):
+    (tmp_path / "sweep.png").write_bytes(b"of an earlier sweep")
+    add_trial(tmp_path, "sweep0001", lora_r=8)
+    (tmp_path / "sweep0002").mkdir()
+    _, table = index(tmp_path)
+    assert table.select("trial", "status").rows() == [
+        ("sweep0001", "unfinished: it runs still, or was ended"),
+        ("sweep0002", "unfinished: it runs still, or was ended"),
+    ]
+    assert not (tmp_path / "sweep.png").exists()
+
+
+def test_a_folder_without_trials_is_one_line(tmp_path):
+    (tmp_path / "sweep0001").write_text("no folder")
+    assert fails(str(tmp_path)) == (
+        f"error: {tmp_path}: holds no sweep0001; axolotl train RECIPE --sweep FILE writes the trials below FILE's output_dir, "
+        "or the recipe's"
+    )
+    assert fails(str(tmp_path / "absent")).startswith(f"error: {tmp_path}/absent: no such folder; ")
+
+
+def test_metrics_without_what_training_writes_are_one_line(tmp_path):
+    run = add_trial(tmp_path, "sweep0001", log_loss=0.6, accuracy=None)
+    assert fails(str(tmp_path)) == (
+        f"error: {run}/metrics.json: no number accuracy; it is not axolotl train's, train this trial again"
+    )
+
+
+@pytest.mark.slow
+def test_a_real_sweep_of_two_blocks_is_indexed_and_its_best_is_a_recipe(tiny_models, tmp_path):
+    pairs = tiny.pairs_parquet(tmp_path / "pairs.parquet", 40)
+    recipe = tiny.twin(ROOT / "recipes/demo.yml", tmp_path, tiny_models("gemma2"), pairs)
+    block = yaml.safe_load(recipe.read_text())["pairwise"]
+    blocks = [block, block | {"budget_tokens": 192}, block | {"budget_tokens": 1}]
+    (tmp_path / "sweep.yml").write_text(yaml.safe_dump({"output_dir": [str(tmp_path / "swept")], "pairwise": blocks}))
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [shutil.which("axolotl"), "train", str(recipe), "--sweep", str(tmp_path / "sweep.yml"), "--learning-rate", "0.01"]
+    ended = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout[-3000:]
+    _, table = index(tmp_path / "swept")
+    assert sorted(table["pairwise.budget_tokens"].to_list()) == [1, 192, 256]
+    assert table["status"].to_list() == [
+        *["finished"] * 2,
+        "failed: pairwise.budget_tokens: expected a number of at least 64, found 1",
+    ]
+    best = read_recipe(tmp_path / "swept" / table["trial"][0] / "recipe.yml")
+    metrics = json.loads((best.run_folder / "metrics.json").read_text())
+    assert (best.pairwise.budget_tokens, metrics["log_loss"]) == (table["pairwise.budget_tokens"][0], table["log_loss"][0])
+    contract = json.loads((best.run_folder / "contract.json").read_text())
+    assert (best.axolotl["learning_rate"], contract["budget_tokens"]) == (0.01, best.pairwise.budget_tokens)
