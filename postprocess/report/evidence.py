@@ -1,0 +1,251 @@
+"""What a run folder holds, read for the report: facts, predictions joined with their pairs, history, agreement.
+
+Any of it may be absent: then it is None or empty, and `missing` says in one sentence which command makes it. A file that is
+there and cannot be read is a UserError. Nothing here imports torch.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import polars as pl
+
+from preprocess.errors import UserError
+from preprocess.files import read_json, read_object, read_yaml, sha256
+from preprocess.model_input import VERDICTS
+from recipes.pairwise.data import read_pairs
+from recipes.pairwise.metrics import ORDERS
+
+PREDICTIONS, OUT_OF_FOLD = "predictions.parquet", "oof.parquet"
+OF_A_RUN = ("contract.json", "metrics.json", PREDICTIONS, OUT_OF_FOLD, "history.json", "agreement.json")
+OF_PAIRS = ("prompt", "response_a", "response_b", "language", "source", "group")
+SAME = 1e-6  # two float32 roundings of a probability
+DEFAULT_PAIRS = "data/pairs.parquet"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A run folder, read.
+
+    `rows`: id, fold, winner and the probabilities of predictions.parquet or oof.parquet, sorted by id, beside them where
+    `has_texts` the columns of OF_PAIRS that the pairs file has and its labels as label_model_a, label_model_b, label_tie.
+    `contracts` and `metrics` have one entry for each fold that the rows are of, by name. `history` likewise: the records of
+    history.json. `missing`: sentences by what is missing: predictions, pairs, contract, metrics, history, agreement.
+    """
+
+    folder: Path
+    contracts: dict[str, dict]
+    metrics: dict[str, dict]
+    rows_file: Path | None
+    rows: pl.DataFrame | None
+    verdicts: tuple[str, ...]
+    has_texts: bool
+    history: dict[str, list[dict]]
+    agreement: dict | None
+    agreement_rows: pl.DataFrame | None
+    missing: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def recorded(self) -> dict:
+        """What the first contract recorded of its training: recipe, git_commit, created, versions."""
+        return first(self.contracts).get("recorded") or {}
+
+    @property
+    def rows_were_trained_on(self) -> bool:
+        """Whether the model has seen the rows that it is measured on."""
+        return any(values.get("rows_were_trained_on") for values in self.metrics.values())
+
+
+def read_evidence(folder: Path, out_of_fold: bool = False, pairs: Path | None = None) -> Evidence:
+    """Read a run folder. Its own predictions are what is measured, or oof.parquet, the rows of all folds.
+
+    The latter where `out_of_fold`, and where there are no predictions of its own, or none of rows that were held out.
+    `pairs`: the pairs file of the training, where it is not where the run says that it was.
+    """
+    if not any((folder / name).is_file() for name in OF_A_RUN):
+        found = "holds nothing of a run" if folder.is_dir() else "no such folder"
+        raise UserError(f"{folder}: {found}; name a run's folder, which axolotl train or python -m postprocess fills")
+    use_oof = wants_out_of_fold(folder, out_of_fold)
+    folders = fold_folders(folder) if use_oof else {"": folder}
+    missing: dict[str, str] = {}
+    contracts, metrics = ({name: optional(path / file) for name, path in folders.items()} for file in OF_A_RUN[:2])
+    command = how_to_make(folder, first(contracts), use_oof)
+    for file, found in (("contract.json", contracts), ("metrics.json", metrics)):
+        if not all(found.values()):
+            missing[file.removesuffix(".json")] = f"There is no {file}: {command} writes it."
+    rows_file, rows = read_rows(folder, OUT_OF_FOLD if use_oof else PREDICTIONS)
+    verdicts = tuple(first(contracts).get("verdicts") or verdicts_in(rows))
+    if rows is None:
+        missing["predictions"] = f"There is no {PREDICTIONS}, so that nothing can be measured: {command} writes it."
+    else:
+        rows, told = with_pairs(rows, find_pairs(folders, contracts, metrics, pairs), first(metrics).get("pairs_sha256"), pairs)
+        missing |= {"pairs": told} if told else {}
+    history = {name: records for name, path in folders.items() if (records := read_history(path))}
+    if not history:
+        missing["history"] = f"There is no history.json: {command} writes it." if is_trained(first(metrics)) else (
+            "Nothing was trained here, so that there are no learning curves."
+        )
+    agreement, agreement_rows = read_agreement(folder, rows, missing, command)
+    has_texts = rows is not None and "prompt" in rows.columns
+    return Evidence(
+        folder, contracts, metrics, rows_file, rows, verdicts, has_texts, history, agreement, agreement_rows, missing
+    )
+
+
+def first(of_fold: dict[str, dict]) -> dict:
+    """The first fold's entry, or an empty one."""
+    return next(iter(of_fold.values()), {})
+
+
+def optional(file: Path) -> dict:
+    """The object in a JSON file, empty where there is no such file."""
+    return read_object(file) if file.is_file() else {}
+
+
+def is_trained(metrics: dict) -> bool:
+    """Whether a run was trained by itself: neither a base model as it is nor a mean of runs."""
+    return metrics.get("training_rows") != 0 and "average" not in metrics
+
+
+def wants_out_of_fold(folder: Path, asked: bool) -> bool:
+    """Whether to measure oof.parquet in place of the run's own predictions."""
+    if asked and not (folder / OUT_OF_FOLD).is_file():
+        raise UserError(f"{folder / OUT_OF_FOLD}: no such file; make cv R={folder.name} writes it")
+    if asked or not (folder / OUT_OF_FOLD).is_file():
+        return asked
+    trained_on = optional(folder / "metrics.json").get("rows_were_trained_on")
+    return bool(trained_on) or not (folder / PREDICTIONS).is_file()
+
+
+def fold_folders(folder: Path) -> dict[str, Path]:
+    """The folders of a cross-validation's folds, by the folds' names in their order."""
+    found = [path for path in folder.glob("fold-*") if re.fullmatch(r"fold-\d+", path.name)]
+    return {path.name: path for path in sorted(found, key=lambda path: int(path.name.removeprefix("fold-")))}
+
+
+def how_to_make(folder: Path, contract: dict, out_of_fold: bool) -> str:
+    """The command that fills this folder."""
+    recipe = (contract.get("recorded") or {}).get("recipe") or "R.yml"
+    if out_of_fold:
+        return f"make cv R={Path(recipe).stem}"
+    fold = re.fullmatch(r"fold-(\d+)", folder.name)
+    if folder.name == "mean":
+        return f"python -m postprocess recipes/{recipe} --adapter …"
+    return f"PAIRWISE_FOLD={fold[1]} axolotl train recipes/{recipe}" if fold else f"axolotl train recipes/{recipe}"
+
+
+def read_table(file: Path) -> pl.DataFrame:
+    """A Parquet file that a run left."""
+    try:
+        return pl.read_parquet(file)
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise UserError(f"{file}: not a Parquet file ({str(error).splitlines()[0]}); remove it, or make it again") from None
+
+
+def read_rows(folder: Path, name: str) -> tuple[Path | None, pl.DataFrame | None]:
+    """The predictions' file and its rows, sorted by id and checked; None where there is no such file."""
+    file = folder / name
+    if not file.is_file():
+        return None, None
+    rows = read_table(file)
+    probabilities = [f"p_{verdict}{suffix}" for suffix in ("", *(f"_{order}" for order in ORDERS)) for verdict in VERDICTS]
+    if absent := [column for column in ("id", "fold", "winner", *probabilities) if column not in rows.columns]:
+        raise UserError(f"{file}: no column {', '.join(absent)}; it was not written by axolotl train; train again")
+    if rows.is_empty():
+        raise UserError(f"{file}: no rows; train again")
+    values = rows.select(pl.col(probabilities).cast(pl.Float64)).fill_null(float("nan"))
+    bad = values.select((~pl.all_horizontal(pl.all().is_between(0, 1))).alias("bad"))["bad"]
+    if bad.any():
+        raise UserError(f"{file}: row {rows['id'][bad.arg_max()]} has probabilities that are not between 0 and 1; train again")
+    return file, rows.sort("id")
+
+
+def verdicts_in(rows: pl.DataFrame | None) -> tuple[str, ...]:
+    """The verdicts that a model without a contract tells apart, by its probabilities."""
+    has_ties = rows is not None and bool(rows["p_tie"].max())
+    return VERDICTS if has_ties else VERDICTS[:2]
+
+
+def find_pairs(folders: dict[str, Path], contracts: dict, metrics: dict, given: Path | None) -> Path:
+    """Where the pairs file of the training was: as given, in run.json, of a mean in a member's, in the recipe of the contract."""
+    if given:
+        return given
+    members = (first(metrics).get("average") or {}).get("members") or {}
+    for folder in (*folders.values(), *map(Path, members)):
+        block = optional(folder / "run.json").get("block") or {}
+        if isinstance(block, dict) and block.get("pairs"):
+            return Path(block["pairs"])
+    recipe = Path("recipes") / str((first(contracts).get("recorded") or {}).get("recipe"))
+    block = read_yaml(recipe).get("pairwise") if recipe.is_file() else {}
+    return Path(block.get("pairs", DEFAULT_PAIRS) if isinstance(block, dict) else DEFAULT_PAIRS)
+
+
+def with_pairs(rows: pl.DataFrame, file: Path, expected: str | None, given: Path | None) -> tuple[pl.DataFrame, str]:
+    """The rows joined with their pairs, and what to say: empty where the file is the training's, by its hash."""
+    without = "so that texts, languages, sources, lengths and groups of prompts are missing below"
+    name_it = "name the file of the training with --pairs FILE"
+    if not file.is_file():
+        if given:
+            raise UserError(f"{file}: no such file; --pairs names the pairs file of the training")
+        return rows, f"{file} is not there, {without}: {name_it}."
+    if expected and sha256(file) != expected:
+        if given:
+            raise UserError(f"{file}: not the file of the training, whose SHA-256 is {expected[:12]}… in metrics.json")
+        return rows, f"{file} has changed since training, {without}: {name_it}, or train again."
+    pairs = read_pairs(file)
+    labels = [pl.col(f"p_{verdict}").cast(pl.Float64).alias(f"label_{verdict}") for verdict in VERDICTS]
+    kept = [column for column in OF_PAIRS if column in pairs.columns]
+    joined = rows.join(pairs.select("id", *kept, *labels), on="id", how="left", maintain_order="left")
+    if joined["label_model_a"].null_count() or len(joined) != len(rows):
+        return rows, f"{file} does not hold every row of the predictions, {without}: {name_it}, or train again."
+    return joined, ""
+
+
+def read_history(folder: Path) -> list[dict]:
+    """The trainer's log: of history.json, or of the newest checkpoint of a run that left none."""
+    if (folder / "history.json").is_file():
+        records = read_json(folder / "history.json")
+    else:
+        states = {int(path.parent.name.split("-")[1]): path for path in checkpoints(folder)}
+        records = read_object(states[max(states)]).get("log_history") if states else []
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise UserError(f"{folder / 'history.json'}: expected a list of objects; remove the file, or train again")
+    return [record for record in records if isinstance(record.get("step"), int)]
+
+
+def checkpoints(folder: Path) -> Iterator[Path]:
+    """The trainer's states in the checkpoints of a run."""
+    return (path for path in folder.glob("checkpoint-*/trainer_state.json") if path.parent.name.split("-")[1].isdecimal())
+
+
+def read_agreement(
+    folder: Path, rows: pl.DataFrame | None, missing: dict[str, str], train: str
+) -> tuple[dict | None, pl.DataFrame | None]:
+    """agreement.json and agreement.parquet, where they are of the predictions in this folder; else why not, in `missing`."""
+    report, table = folder / "agreement.json", folder / "agreement.parquet"
+    recipe = re.search(r"(?:recipes/|R=)(\S+)", train)
+    command = f"python -m postprocess recipes/{Path(recipe[1]).stem if recipe else 'R'}.yml"
+    if fold := re.fullmatch(r"fold-(\d+)", folder.name):
+        command = f"PAIRWISE_FOLD={fold[1]} {command}"
+    if not report.is_file():
+        missing["agreement"] = f"The run was not packaged yet: {command} compares the models and writes agreement.json."
+        return None, None
+    found = table if table.is_file() else None
+    agreement_rows = read_table(found) if found else None
+    own = read_rows(folder, PREDICTIONS)[1]
+    if agreement_rows is not None and own is not None and not is_of(agreement_rows, own):
+        missing["agreement"] = f"agreement.json is of an earlier training: {command} compares the models again."
+        return None, None
+    return read_object(report), agreement_rows
+
+
+def is_of(agreement_rows: pl.DataFrame, predictions: pl.DataFrame) -> bool:
+    """Whether what was compared as `recorded` is what these predictions hold."""
+    columns = [column.removeprefix("recorded_") for column in agreement_rows.columns if column.startswith("recorded_p_")]
+    for (order,), part in agreement_rows.group_by("order"):
+        both = part.join(predictions, on="id", how="left")
+        far = [(pl.col(f"recorded_{name}") - pl.col(f"{name}_{order}")).abs().fill_null(1.0).max() for name in columns]
+        if both.select(pl.max_horizontal(far)).item() > SAME:
+            return False
+    return True
