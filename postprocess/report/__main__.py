@@ -20,7 +20,9 @@ NAME = "report.html"
 
 @click.command(help=__doc__)
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--oof", "out_of_fold", is_flag=True, help="Measure oof.parquet, the rows of all folds, in place of the run's own.")
+@click.option(
+    "--oof", "out_of_fold", is_flag=True, help="Measure oof.parquet, the rows of all folds, in place of the run's own."
+)
 @click.option("--pairs", type=click.Path(path_type=Path), help="The pairs file of the training, if it has moved.")
 @exits_with_2
 def main(folder: Path, out_of_fold: bool, pairs: Path | None) -> None:

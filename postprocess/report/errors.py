@@ -64,7 +64,8 @@ def error(row: dict, data: Scored, place: int) -> Error:
         response_a=turns(row.get("response_a"), ANSWER_CHARACTERS),
         response_b=turns(row.get("response_b"), ANSWER_CHARACTERS),
         probabilities=tuple(
-            (name.replace("_", " "), dict(zip(data.verdicts, map(float, values), strict=True))) for name, values in orders.items()
+            (name.replace("_", " "), dict(zip(data.verdicts, map(float, values), strict=True)))
+            for name, values in orders.items()
         ),
     )
 

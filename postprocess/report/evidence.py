@@ -73,19 +73,18 @@ def read_evidence(folder: Path, out_of_fold: bool = False, pairs: Path | None = 
     command = how_to_make(folder, first(contracts), use_oof)
     for file, found in (("contract.json", contracts), ("metrics.json", metrics)):
         if not all(found.values()):
-            missing[file.removesuffix(".json")] = f"There is no {file}: {command} writes it."
+            missing[file.removesuffix(".json")] = f"There is no {file}: `{command}` writes it."
     rows_file, rows = read_rows(folder, OUT_OF_FOLD if use_oof else PREDICTIONS)
     verdicts = tuple(first(contracts).get("verdicts") or verdicts_in(rows))
     if rows is None:
-        missing["predictions"] = f"There is no {PREDICTIONS}, so that nothing can be measured: {command} writes it."
+        missing["predictions"] = f"There is no {PREDICTIONS}, so that nothing can be measured: `{command}` writes it."
     else:
         rows, told = with_pairs(rows, find_pairs(folders, contracts, metrics, pairs), first(metrics).get("pairs_sha256"), pairs)
         missing |= {"pairs": told} if told else {}
     history = {name: records for name, path in folders.items() if (records := read_history(path))}
     if not history:
-        missing["history"] = f"There is no history.json: {command} writes it." if is_trained(first(metrics)) else (
-            "Nothing was trained here, so that there are no learning curves."
-        )
+        none = "Nothing was trained here, so that there are no learning curves."
+        missing["history"] = f"There is no history.json: `{command}` writes it." if is_trained(first(metrics)) else none
     agreement, agreement_rows = read_agreement(folder, rows, missing, command)
     has_texts = rows is not None and "prompt" in rows.columns
     return Evidence(
@@ -168,7 +167,7 @@ def verdicts_in(rows: pl.DataFrame | None) -> tuple[str, ...]:
 
 
 def find_pairs(folders: dict[str, Path], contracts: dict, metrics: dict, given: Path | None) -> Path:
-    """Where the pairs file of the training was: as given, in run.json, of a mean in a member's, in the recipe of the contract."""
+    """The pairs file of the training: as given, as in run.json, or of a mean in a member's, or as in the contract's recipe."""
     if given:
         return given
     members = (first(metrics).get("average") or {}).get("members") or {}
@@ -183,8 +182,8 @@ def find_pairs(folders: dict[str, Path], contracts: dict, metrics: dict, given: 
 
 def with_pairs(rows: pl.DataFrame, file: Path, expected: str | None, given: Path | None) -> tuple[pl.DataFrame, str]:
     """The rows joined with their pairs, and what to say: empty where the file is the training's, by its hash."""
-    without = "so that texts, languages, sources, lengths and groups of prompts are missing below"
-    name_it = "name the file of the training with --pairs FILE"
+    without = "so that texts, languages, sources, lengths and groups of prompts are missing here"
+    name_it = "name the file of the training with `--pairs FILE`"
     if not file.is_file():
         if given:
             raise UserError(f"{file}: no such file; --pairs names the pairs file of the training")
@@ -229,13 +228,13 @@ def read_agreement(
     if fold := re.fullmatch(r"fold-(\d+)", folder.name):
         command = f"PAIRWISE_FOLD={fold[1]} {command}"
     if not report.is_file():
-        missing["agreement"] = f"The run was not packaged yet: {command} compares the models and writes agreement.json."
+        missing["agreement"] = f"The run was not packaged yet: `{command}` compares the models and writes agreement.json."
         return None, None
     found = table if table.is_file() else None
     agreement_rows = read_table(found) if found else None
     own = read_rows(folder, PREDICTIONS)[1]
     if agreement_rows is not None and own is not None and not is_of(agreement_rows, own):
-        missing["agreement"] = f"agreement.json is of an earlier training: {command} compares the models again."
+        missing["agreement"] = f"agreement.json is of an earlier training: `{command}` compares the models again."
         return None, None
     return read_object(report), agreement_rows
 

@@ -246,9 +246,10 @@ def calibration(data: Scored) -> Calibration | None:
 
 
 def best_temperature(data: Scored) -> tuple[float, float]:
-    """The temperature of the least log loss, and that log loss, applied as the kernel does: powers of the mean, made to sum to 1.
+    """The temperature of the least log loss, and that log loss.
 
-    Log loss is convex in the inverse temperature, so that there is one minimum.
+    Applied as the kernel does: powers of the mean, made to sum to 1. Log loss is convex in the inverse temperature, so that
+    there is one minimum.
     """
     logarithms = np.log(np.clip(data.mean_rv, SMALLEST, 1))
 
@@ -306,7 +307,7 @@ def positions(data: Scored) -> Positions:
 
     given, swapped = data.both_rov[:, 0], data.both_rov[:, 1]
     choices = (np.eye(len(data.verdicts))[values.argmax(axis=1)] for values in (given, swapped))
-    by_people, _ = first_answer("preferred by people", data.labels_rv, data.labels_rv)
+    by_people, _ = first_answer("preferred by the labels", data.labels_rv, data.labels_rv)
     by_model, chosen = first_answer("chosen by the model", *choices)
     by_mean, probability = first_answer("mean probability", given, swapped)
     orders = {"order as given": given, "order swapped": swapped, "mean of both": data.mean_rv}
@@ -332,4 +333,15 @@ def worst(data: Scored, count: int) -> list[int]:
 
 def curve(records: Sequence[dict], name: str | None) -> list[tuple[int, float]]:
     """Step and value of every record that has `name`, by step; of a step that was logged twice, the later one."""
-    return sorted({record["step"]: float(record[name]) for record in records if isinstance(record.get(name), int | float)}.items())
+    return sorted(
+        {record["step"]: float(record[name]) for record in records if isinstance(record.get(name), int | float)}.items()
+    )
+
+
+def smoothed(curve: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """The curve with each value as the mean of its neighbourhood, a twentieth of the curve, shorter at both ends."""
+    values, reach, found = np.array([value for _, value in curve]), len(curve) // 40, []
+    for at, (step, _) in enumerate(curve):
+        near = min(at, reach, len(curve) - 1 - at)
+        found.append((step, float(values[at - near : at + near + 1].mean())))
+    return found

@@ -72,14 +72,14 @@ def facts(evidence: Evidence) -> list[tuple[str, str]]:
     seconds = sum(values.get("seconds_training", 0) for values in evidence.metrics.values())
     found = [
         ("recipe", recorded.get("recipe")),
-        ("base model", " at ".join(filter(None, (contract.get("base_model"), contract.get("revision"))))),
+        ("base model", " at ".join(filter(None, (contract.get("base_model"), (contract.get("revision") or "")[:12])))),
         ("git commit", ", ".join(sorted(re.sub(r"^(\w{12})\w+", r"\1", commit) for commit in commits))),
         ("trained", str(recorded.get("created", "")).replace("T", " ").replace("+00:00", " UTC")),
         ("head", f"{contract['head']}, {len(contract['verdicts'])} verdicts" if contract else None),
         ("tokens", f"{contract['budget_tokens']:,} a row" if contract else None),
         ("fold held out" if len(folds) == 1 else "folds", "none" if folds == ["all"] else ", ".join(folds)),
         ("rows measured", f"{len(evidence.rows):,}" if evidence.rows is not None else None),
-        ("rows trained on", " and ".join(f"{rows:,}" for rows in sorted(set(training)))),
+        ("rows trained on", " to ".join(f"{rows:,}" for rows in sorted({min(training), max(training)})) if training else None),
         ("steps", f"{metrics['steps']:,}" if metrics.get("steps") else None),
         ("training took", duration(seconds) if seconds else None),
         ("pairs", str(metrics.get("pairs_sha256", ""))[:12]),
@@ -165,14 +165,18 @@ def learning(evidence: Evidence) -> list[dict]:
     found = []
     for title, axis, training, validation, at_the_end in (
         ("Loss", "loss", "loss", "eval_log_loss", "log_loss"),
-        ("Accuracy on the validation rows", "accuracy", None, "eval_accuracy", "accuracy"),
+        ("Accuracy", "accuracy", None, "eval_accuracy", "accuracy"),
         ("Learning rate", "learning rate", "learning_rate", None, None),
     ):
         series = []
         for name, records in evidence.history.items():
             values = evidence.metrics.get(name, {})
             last = [(values["steps"], values[at_the_end])] if values.get("steps") and values.get(at_the_end) else []
-            series += [("training", numbers.curve(records, training)), ("validation", numbers.curve(records, validation) or last)]
+            curve = numbers.curve(records, training)
+            if training == "loss" and len(evidence.history) == 1:
+                series.append(("raw", curve))
+            series.append(("training", numbers.smoothed(curve) if training == "loss" else curve))
+            series.append(("validation", numbers.curve(records, validation) or last))
         drawn = [(kind, curve) for kind, curve in series if curve]
         if any(len(curve) > 1 for _, curve in drawn):
             kinds = {kind for kind, _ in drawn}

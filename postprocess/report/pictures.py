@@ -110,7 +110,9 @@ def frame(x: Scale, y: Scale, x_name: str, y_name: str) -> tuple[Markup, Place, 
 
     parts = []
     for tick, text in zip(x.ticks, x.texts(), strict=True):
-        parts.append(Markup('<text x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(along(tick), HIGH - BOTTOM + 16, text))
+        parts.append(
+            Markup('<text x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(along(tick), HIGH - BOTTOM + 16, text)
+        )
     for tick, text in zip(y.ticks, y.texts(), strict=True):
         at = height(tick)
         parts.append(Markup('<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(LEFT, WIDE - RIGHT, at, at))
@@ -127,7 +129,9 @@ def frame(x: Scale, y: Scale, x_name: str, y_name: str) -> tuple[Markup, Place, 
 def chart(parts: Iterable[Markup], label: str) -> Markup:
     """A whole picture, with what it shows for those who cannot see it."""
     inside = Markup("").join(parts)
-    return Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(WIDE, HIGH, label, inside)
+    return Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
+        WIDE, HIGH, label, inside
+    )
 
 
 def diagonal(along: Place, height: Place, low: float) -> Markup:
@@ -146,7 +150,9 @@ def reliability(bins: Sequence[Bin], lowest: float) -> Markup:
     for one in bins:
         at, told = along(one.confidence), f"{one.rows:,} rows: {one.confidence:.3f} sure, {one.accuracy.value:.3f} right"
         low, high, middle = (height(value) for value in (one.accuracy.low, one.accuracy.high, one.accuracy.value))
-        parts.append(Markup('<line class="whisker" x1="{0:.1f}" x2="{0:.1f}" y1="{1:.1f}" y2="{2:.1f}"/>').format(at, low, high))
+        parts.append(
+            Markup('<line class="whisker" x1="{0:.1f}" x2="{0:.1f}" y1="{1:.1f}" y2="{2:.1f}"/>').format(at, low, high)
+        )
         dot = '<circle class="dot" cx="{:.1f}" cy="{:.1f}" r="{:.1f}"><title>{}</title></circle>'
         parts.append(Markup(dot).format(at, middle, 2.5 + 5 * math.sqrt(one.rows / most), told))
     return chart(parts, f"Reliability diagram of {len(bins)} bins; the table beside it has its numbers")
