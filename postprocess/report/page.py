@@ -17,7 +17,7 @@ import polars as pl
 from markupsafe import Markup, escape
 
 from postprocess.report import numbers, pictures
-from postprocess.report.errors import worst_errors
+from postprocess.report.errors import visible, worst_errors
 from postprocess.report.evidence import OUT_OF_FOLD, Evidence, first
 from postprocess.report.numbers import Figure, Line, Scored
 
@@ -35,7 +35,8 @@ def render(evidence: Evidence) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"fixed": fixed, "signed": signed, "percent": percent, "coded": coded, "between": between}
+    for function in (fixed, signed, percent, between, coded, visible):
+        environment.filters[function.__name__] = function
     script = (HERE / "page.js").read_text(encoding="utf-8")
     policy = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template("page.html.jinja").render(

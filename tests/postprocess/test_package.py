@@ -6,7 +6,7 @@ from hashlib import sha256
 import pytest
 
 from kaggle_kernels.runtime.package import PackageError, read_package
-from postprocess.package import dataset_metadata
+from postprocess.package import dataset_metadata, package
 from preprocess.errors import UserError
 
 
@@ -50,6 +50,16 @@ def test_the_package_lists_the_ids_of_its_validation_rows_and_no_text(packaged):
     listed = json.loads((run.folder / "package" / "validation_ids.json").read_text())
     expected = sorted((f"row{number:05d}" for number in range(24)), key=lambda row_id: sha256(row_id.encode()).hexdigest())
     assert listed == {"fold": 0, "trained_on": False, "ids": expected}
+
+
+def test_the_report_with_its_rows_stays_out_of_the_package(packaged, opened, tmp_path):
+    run, _ = packaged("gemma2", quantize="nf4")
+    (run.folder / "report.html").write_text("rows of the competition")
+    package(opened(run), run.folder / "quantised", run.folder / "agreement.json", {"ids": []}, tmp_path / "package")
+    (run.folder / "report.html").unlink()
+    expected = sorted(path.name for path in (run.folder / "package").iterdir())
+    assert sorted(path.name for path in (tmp_path / "package").iterdir()) == expected
+    assert "report.html" not in expected
 
 
 def test_contract_code_and_tokenizer_are_the_bytes_of_training(packaged):

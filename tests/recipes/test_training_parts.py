@@ -298,3 +298,8 @@ def test_without_autocast_a_model_keeps_one_type(bf16, dtype):
     assert model[1].weight.dtype == dtype
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16 is True):
         assert model(torch.ones(1, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_the_history_is_what_json_can_hold_of_each_step():
+    log = [{"loss": 0.5, "grad_norm": math.nan, "note": "text", "step": 1}, {"train_runtime": 3.0}, {"eval_loss": 1, "step": 2}]
+    assert metrics.history(log) == [{"loss": 0.5, "step": 1}, {"eval_loss": 1, "step": 2}]
