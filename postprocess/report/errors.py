@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import polars as pl
 
 from postprocess.report.numbers import Scored, worst
+from preprocess.model_input import VERDICTS
 from recipes.pairwise.metrics import ORDERS
 
 COUNT = 50
@@ -26,6 +27,11 @@ class Text:
     shown: str
     rest: str = ""
     left_out: int = 0
+
+    @property
+    def characters(self) -> int:
+        """Of the whole text."""
+        return len(self.shown) + len(self.rest) + self.left_out
 
 
 @dataclass(frozen=True)
@@ -63,11 +69,13 @@ def error(row: dict, data: Scored, place: int) -> Error:
         prompt=turns(row.get("prompt"), PROMPT_CHARACTERS),
         response_a=turns(row.get("response_a"), ANSWER_CHARACTERS),
         response_b=turns(row.get("response_b"), ANSWER_CHARACTERS),
-        probabilities=tuple(
-            (name.replace("_", " "), dict(zip(data.verdicts, map(float, values), strict=True)))
-            for name, values in orders.items()
-        ),
+        probabilities=tuple((name.replace("_", " "), by_verdict(values, data.verdicts)) for name, values in orders.items()),
     )
+
+
+def by_verdict(values: Sequence[float], verdicts: tuple[str, ...]) -> dict[str, float]:
+    """Probabilities by name, A first, then B, then a tie."""
+    return {name: float(values[verdicts.index(name)]) for name in VERDICTS if name in verdicts}
 
 
 def turns(texts: Sequence[str | None] | None, limit: int) -> tuple[Text, ...]:

@@ -7,6 +7,7 @@ there and cannot be read is a UserError. Nothing here imports torch.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import permutations
 from pathlib import Path
 
 import polars as pl
@@ -20,6 +21,7 @@ from recipes.pairwise.metrics import ORDERS
 PREDICTIONS, OUT_OF_FOLD = "predictions.parquet", "oof.parquet"
 OF_A_RUN = ("contract.json", "metrics.json", PREDICTIONS, OUT_OF_FOLD, "history.json", "agreement.json")
 OF_PAIRS = ("prompt", "response_a", "response_b", "language", "source", "group")
+OF_AN_AGREEMENT = ("rows", "packaged", "agrees", "mean_difference", "tolerance", "models", "packaged_minus_trained")
 SAME = 1e-6  # two float32 roundings of a probability
 DEFAULT_PAIRS = "data/pairs.parquet"
 
@@ -75,7 +77,7 @@ def read_evidence(folder: Path, out_of_fold: bool = False, pairs: Path | None = 
         if not all(found.values()):
             missing[file.removesuffix(".json")] = f"There is no {file}: `{command}` writes it."
     rows_file, rows = read_rows(folder, OUT_OF_FOLD if use_oof else PREDICTIONS)
-    verdicts = tuple(first(contracts).get("verdicts") or verdicts_in(rows))
+    verdicts = verdicts_of(folders, contracts, rows)
     if rows is None:
         missing["predictions"] = f"There is no {PREDICTIONS}, so that nothing can be measured: `{command}` writes it."
     else:
@@ -151,8 +153,8 @@ def read_rows(folder: Path, name: str) -> tuple[Path | None, pl.DataFrame | None
     probabilities = [f"p_{verdict}{suffix}" for suffix in ("", *(f"_{order}" for order in ORDERS)) for verdict in VERDICTS]
     if absent := [column for column in ("id", "fold", "winner", *probabilities) if column not in rows.columns]:
         raise UserError(f"{file}: no column {', '.join(absent)}; it was not written by axolotl train; train again")
-    if rows.is_empty():
-        raise UserError(f"{file}: no rows; train again")
+    if rows.is_empty() or rows["id"].is_duplicated().any():
+        raise UserError(f"{file}: {'no rows' if rows.is_empty() else 'an id occurs twice'}; train again")
     values = rows.select(pl.col(probabilities).cast(pl.Float64)).fill_null(float("nan"))
     bad = values.select((~pl.all_horizontal(pl.all().is_between(0, 1))).alias("bad"))["bad"]
     if bad.any():
@@ -160,10 +162,15 @@ def read_rows(folder: Path, name: str) -> tuple[Path | None, pl.DataFrame | None
     return file, rows.sort("id")
 
 
-def verdicts_in(rows: pl.DataFrame | None) -> tuple[str, ...]:
-    """The verdicts that a model without a contract tells apart, by its probabilities."""
-    has_ties = rows is not None and bool(rows["p_tie"].max())
-    return VERDICTS if has_ties else VERDICTS[:2]
+def verdicts_of(folders: dict[str, Path], contracts: dict[str, dict], rows: pl.DataFrame | None) -> tuple[str, ...]:
+    """The verdicts that the model tells apart: the contract's, or without one those that have a probability."""
+    found = first(contracts).get("verdicts")
+    if found is None:
+        return VERDICTS if rows is not None and rows["p_tie"].max() else VERDICTS[:2]
+    if found not in (list(order) for length in (2, 3) for order in permutations(VERDICTS[:length])):
+        file = next(iter(folders.values())) / OF_A_RUN[0]
+        raise UserError(f"{file}: verdicts are {found}, expected model_a and model_b, with or without tie; train again")
+    return tuple(found)
 
 
 def find_pairs(folders: dict[str, Path], contracts: dict, metrics: dict, given: Path | None) -> Path:
@@ -230,18 +237,24 @@ def read_agreement(
     if not report.is_file():
         missing["agreement"] = f"The run was not packaged yet: `{command}` compares the models and writes agreement.json."
         return None, None
-    found = table if table.is_file() else None
-    agreement_rows = read_table(found) if found else None
+    figures, agreement_rows = read_object(report), read_table(table) if table.is_file() else None
+    if absent := [key for key in OF_AN_AGREEMENT if key not in figures]:
+        missing["agreement"] = (
+            f"agreement.json is of an earlier version, without {absent[0]}: `{command}` compares the models again."
+        )
+        return None, None
     own = read_rows(folder, PREDICTIONS)[1]
     if agreement_rows is not None and own is not None and not is_of(agreement_rows, own):
         missing["agreement"] = f"agreement.json is of an earlier training: `{command}` compares the models again."
         return None, None
-    return read_object(report), agreement_rows
+    return figures, agreement_rows
 
 
 def is_of(agreement_rows: pl.DataFrame, predictions: pl.DataFrame) -> bool:
     """Whether what was compared as `recorded` is what these predictions hold."""
     columns = [column.removeprefix("recorded_") for column in agreement_rows.columns if column.startswith("recorded_p_")]
+    if not columns or not {"id", "order"} <= set(agreement_rows.columns):
+        return False
     for (order,), part in agreement_rows.group_by("order"):
         both = part.join(predictions, on="id", how="left")
         far = [(pl.col(f"recorded_{name}") - pl.col(f"{name}_{order}")).abs().fill_null(1.0).max() for name in columns]

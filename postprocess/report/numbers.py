@@ -166,6 +166,11 @@ def lengths(rows: pl.DataFrame) -> dict[str, np.ndarray]:
     return {text: counted[text].to_numpy() for text in texts}
 
 
+def longer_is_a(length: dict[str, np.ndarray]) -> np.ndarray:
+    """Whether A is each row's longer answer; of equal ones it is A, as in metrics.json."""
+    return length["response_a"] >= length["response_b"]
+
+
 def by_name(data: Scored, names: pl.Series, others: str) -> list[Line]:
     """A line for each name, most rows first, from the thirteenth on together, as `others`."""
     filled = names.cast(pl.String).fill_null("unknown").replace("", "unknown")

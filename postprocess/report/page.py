@@ -76,8 +76,8 @@ def facts(evidence: Evidence) -> list[tuple[str, str]]:
         ("base model", " at ".join(filter(None, (contract.get("base_model"), (contract.get("revision") or "")[:12])))),
         ("git commit", ", ".join(sorted(re.sub(r"^(\w{12})\w+", r"\1", commit) for commit in commits))),
         ("trained", str(recorded.get("created", "")).replace("T", " ").replace("+00:00", " UTC")),
-        ("head", f"{contract['head']}, {len(contract['verdicts'])} verdicts" if contract else None),
-        ("tokens", f"{contract['budget_tokens']:,} a row" if contract else None),
+        ("head", f"{contract.get('head')}, {len(evidence.verdicts)} verdicts" if contract else None),
+        ("tokens", f"{contract['budget_tokens']:,} a row" if contract.get("budget_tokens") else None),
         ("fold held out" if len(folds) == 1 else "folds", "none" if folds == ["all"] else ", ".join(folds)),
         ("rows measured", f"{len(evidence.rows):,}" if evidence.rows is not None else None),
         ("rows trained on", " to ".join(f"{rows:,}" for rows in sorted({min(training), max(training)})) if training else None),
@@ -93,7 +93,7 @@ def measured(evidence: Evidence) -> dict:
     """What the sections about the rows show."""
     rows, data = evidence.rows, numbers.scored(evidence.rows, evidence.verdicts)
     length = numbers.lengths(rows) if evidence.has_texts else None
-    longer_r = length["response_a"] >= length["response_b"] if length else None
+    longer_r = numbers.longer_is_a(length) if length else None
     is_symmetrical = bool((data.both_rov[:, 0] == data.both_rov[:, 1]).all())
     found = numbers.calibration(data)
     return {
@@ -137,8 +137,7 @@ def table(lines: Sequence[Line], reference: Line) -> dict:
         on = pictures.strip_scale([*figures, aim])
         axes[column] = pictures.strip_axis(on)
         for drawn, one in zip(strips, figures, strict=True):
-            told = f"{column.replace('_', ' ')} {fixed(one.value)} {between(one)}" if one else ""
-            drawn[column] = pictures.strip(one, on, aim.value if aim else None, told) if one else None
+            drawn[column] = pictures.strip(one, on, aim.value if aim else None) if one else None
     return {"rows": list(zip(lines, strips, strict=True)), "axes": axes}
 
 

@@ -58,15 +58,15 @@ def strip_scale(figures: Iterable[Figure | None]) -> Scale:
     return scale((value for one in figures if one for value in (one.low, one.high, one.value)), tight=True)
 
 
-def strip(one: Figure, on: Scale, reference: float | None = None, label: str = "") -> Markup:
-    """A dot with its whisker, and a line at `reference`."""
+def strip(one: Figure, on: Scale, reference: float | None = None) -> Markup:
+    """A dot with its whisker, and a line at `reference`; the numbers stand beside it."""
     parts = [line_at(on, tick, "grid") for tick in on.ticks]
     if reference is not None:
         parts.append(line_at(on, reference, "reference"))
     low, high, at = (100 * on.share(value) for value in (one.low, one.high, one.value))
     parts.append(Markup('<line class="whisker" x1="{:.2f}%" x2="{:.2f}%" y1="10" y2="10"/>').format(low, high))
     parts.append(Markup('<circle class="dot" cx="{:.2f}%" cy="10" r="4"/>').format(at))
-    return Markup('<svg class="strip" role="img" aria-label="{}" height="20">{}</svg>').format(label, Markup("").join(parts))
+    return Markup('<svg class="strip" aria-hidden="true" height="20">{}</svg>').format(Markup("").join(parts))
 
 
 def line_at(on: Scale, value: float, kind: str) -> Markup:
@@ -85,14 +85,14 @@ def strip_axis(on: Scale) -> Markup:
     return Markup('<svg class="strip axis" aria-hidden="true" height="16">{}</svg>').format(Markup("").join(parts))
 
 
-def share_bar(parts: Sequence[tuple[str, float]], label: str) -> Markup:
-    """A row's probabilities side by side, each with its class."""
+def share_bar(parts: Iterable[tuple[str, float]]) -> Markup:
+    """A row's probabilities side by side, each with its class; the numbers stand beside it."""
     drawn, at = [], 0.0
     for name, value in parts:
         box = '<rect class="{}" x="{:.2f}%" width="{:.2f}%" height="10"/>'
         drawn.append(Markup(box).format(name, 100 * at, 100 * value))
         at += value
-    return Markup('<svg class="shares" role="img" aria-label="{}" height="10">{}</svg>').format(label, Markup("").join(drawn))
+    return Markup('<svg class="shares" aria-hidden="true" height="10">{}</svg>').format(Markup("").join(drawn))
 
 
 Place = Callable[[float], float]

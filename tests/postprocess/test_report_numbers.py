@@ -46,7 +46,7 @@ def test_a_part_of_the_rows_has_the_interval_of_its_own_groups(tmp_path):
 def test_the_longer_answer_and_the_constant_guess_are_the_baselines(tmp_path):
     rows = rows_of(tmp_path)
     data, length = numbers.scored(rows, TWO), numbers.lengths(rows)
-    longer, constant = numbers.baselines(data, length["response_a"] >= length["response_b"])
+    longer, constant = numbers.baselines(data, numbers.longer_is_a(length))
     assert (longer.line.name, longer.line.accuracy.value, constant.line.accuracy.value) == ("the longer answer", 0.5, 0.5)
     assert constant.line.log_loss.value == pytest.approx(math.log(2))
     assert constant.gain_log_loss.value == pytest.approx(LOSS - math.log(2))
@@ -59,7 +59,7 @@ def test_the_longer_answer_is_as_sure_as_it_is_often_right(tmp_path):
     rows[3] = Row(0.5, 0.5, "model_b", a="longer", b="s")
     table = rows_of(tmp_path, rows)
     length = numbers.lengths(table)
-    longer, _ = numbers.baselines(numbers.scored(table, TWO), length["response_a"] >= length["response_b"])
+    longer, _ = numbers.baselines(numbers.scored(table, TWO), numbers.longer_is_a(length))
     assert longer.line.accuracy.value == 0.75
     assert longer.line.log_loss.value == pytest.approx(-(3 * math.log(0.75) + math.log(0.25)) / 4)
 
@@ -117,6 +117,17 @@ def test_a_tie_of_three_verdicts_is_neither_first_nor_second(tmp_path):
     assert (found.chosen.value, round(found.probability.value, 12)) == (0.0, 0.0)
 
 
+def test_the_order_of_the_verdicts_changes_no_number(tmp_path):
+    rows = [Row(0.9, 0.8, "tie", tie=0.2, group=1), Row(0.7, 0.2, "model_a", tie=0.1), Row(0.3, 0.1, "model_b", tie=0.5)]
+    rows += [Row(0.6, 0.6, "model_a")]  # so that one verdict is the commonest
+    one, other = (data_of(tmp_path / "".join(order), rows, order) for order in (VERDICTS, ("model_b", "tie", "model_a")))
+    assert numbers.model_line(one) == numbers.model_line(other)
+    assert numbers.positions(one) == numbers.positions(other)
+    assert numbers.calibration(one).error == numbers.calibration(other).error
+    longer_r = np.array([True, False, True, True])
+    assert numbers.baselines(one, longer_r) == numbers.baselines(other, longer_r)
+
+
 def test_ties_of_a_model_of_two_verdicts_count_in_log_loss_alone(tmp_path):
     data = data_of(tmp_path, [Row(0.9, 0.9), Row(0.8, 0.8, "tie")])
     line = numbers.model_line(data)
@@ -131,6 +142,11 @@ def test_the_thirteenth_language_and_those_after_it_share_a_line(tmp_path):
     lines = numbers.by_name(numbers.scored(table, TWO), table["language"], "languages")
     assert [(line.name, line.rows) for line in lines[:2]] == [("unknown", 2), ("L00", 1)]
     assert (len(lines), lines[-1].name, lines[-1].rows) == (12, "3 other languages", 3)
+
+
+def test_of_equally_long_answers_the_first_counts_as_the_longer():
+    length = {"response_a": np.array([5, 4, 6]), "response_b": np.array([5, 5, 5])}
+    assert numbers.longer_is_a(length).tolist() == [True, False, True]
 
 
 def test_lengths_are_quarters_of_the_rows(tmp_path):
