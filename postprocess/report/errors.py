@@ -29,6 +29,11 @@ class Text:
     left_out: int = 0
 
     @property
+    def is_blank(self) -> bool:
+        """Whether nothing of it is to be seen: white space, or characters without a width."""
+        return all(character.isspace() or not character.isprintable() for character in self.shown + self.rest)
+
+    @property
     def characters(self) -> int:
         """Of the whole text."""
         return len(self.shown) + len(self.rest) + self.left_out

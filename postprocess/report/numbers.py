@@ -344,8 +344,8 @@ def curve(records: Sequence[dict], name: str | None) -> list[tuple[int, float]]:
 
 
 def smoothed(curve: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """The curve with each value as the mean of its neighbourhood, a twentieth of the curve, shorter at both ends."""
-    values, reach, found = np.array([value for _, value in curve]), len(curve) // 40, []
+    """The curve with each value as the mean of its neighbourhood, a tenth of the curve, shorter at both ends."""
+    values, reach, found = np.array([value for _, value in curve]), len(curve) // 20, []
     for at, (step, _) in enumerate(curve):
         near = min(at, reach, len(curve) - 1 - at)
         found.append((step, float(values[at - near : at + near + 1].mean())))

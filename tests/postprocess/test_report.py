@@ -302,6 +302,14 @@ def test_a_character_made_of_several_is_not_cut():
     assert shortened(family * 100, 32).shown == family * 10
 
 
+@pytest.mark.parametrize(
+    ("answer", "told"), [("", "0 characters empty"), ("\u200b", "1 character blank"), ("\n ", "2 characters blank")]
+)
+def test_an_answer_without_anything_to_see_is_said_to_be(tmp_path, answer, told):
+    text = report(reported.run(tmp_path / "tiny", [Row(0.9, 0.8, "model_b", a=answer)])).words()
+    assert f"Answer A {told}" in text
+
+
 def test_control_characters_are_seen():
     assert visible("a\r\nb\tc\x00\x7f\x9b") == "a\nb\tc␀␡\ufffd"
 
