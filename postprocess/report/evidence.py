@@ -23,6 +23,7 @@ OF_A_RUN = ("contract.json", "metrics.json", PREDICTIONS, OUT_OF_FOLD, "history.
 OF_PAIRS = ("prompt", "response_a", "response_b", "language", "source", "group")
 OF_AN_AGREEMENT = ("rows", "packaged", "agrees", "mean_difference", "tolerance", "models", "packaged_minus_trained")
 SAME = 1e-6  # two float32 roundings of a probability
+OF_A_RECIPE = r"fold-\d+|mean"  # the folders in a run's folder that are runs themselves
 DEFAULT_PAIRS = "data/pairs.parquet"
 
 
@@ -70,24 +71,25 @@ def read_evidence(folder: Path, out_of_fold: bool = False, pairs: Path | None = 
         raise UserError(f"{folder}: {found}; name a run's folder, which axolotl train or python -m postprocess fills")
     use_oof = wants_out_of_fold(folder, out_of_fold)
     folders = fold_folders(folder) if use_oof else {"": folder}
-    missing: dict[str, str] = {}
     contracts, metrics = ({name: optional(path / file) for name, path in folders.items()} for file in OF_A_RUN[:2])
-    command = how_to_make(folder, first(contracts), use_oof)
-    for file, found in (("contract.json", contracts), ("metrics.json", metrics)):
-        if not all(found.values()):
-            missing[file.removesuffix(".json")] = f"There is no {file}: `{command}` writes it."
+    history = {name: records for name, path in folders.items() if (records := read_history(path))}
+    train, package = commands(folder, first(contracts), first(metrics), use_oof)
+    missing = {
+        name: f"There is no {name}.json: `{train}` writes it."
+        for name, found in (("contract", contracts), ("metrics", metrics), ("history", history))
+        if not (found and all(found.values()))
+    }
+    if not history and is_untrained(first(contracts), first(metrics)):
+        missing["history"] = "Nothing was trained here, so that there are no learning curves."
     rows_file, rows = read_rows(folder, OUT_OF_FOLD if use_oof else PREDICTIONS)
     verdicts = verdicts_of(folders, contracts, rows)
     if rows is None:
-        missing["predictions"] = f"There is no {PREDICTIONS}, so that nothing can be measured: `{command}` writes it."
+        missing["predictions"] = f"There is no {PREDICTIONS}, so that nothing can be measured: `{train}` writes it."
     else:
         rows, told = with_pairs(rows, find_pairs(folders, contracts, metrics, pairs), first(metrics).get("pairs_sha256"), pairs)
         missing |= {"pairs": told} if told else {}
-    history = {name: records for name, path in folders.items() if (records := read_history(path))}
-    if not history:
-        none = "Nothing was trained here, so that there are no learning curves."
-        missing["history"] = f"There is no history.json: `{command}` writes it." if is_trained(first(metrics)) else none
-    agreement, agreement_rows = read_agreement(folder, rows, missing, command)
+    agreement, agreement_rows, told = read_agreement(folder, package)
+    missing |= {"agreement": told} if told else {}
     has_texts = rows is not None and "prompt" in rows.columns
     return Evidence(
         folder, contracts, metrics, rows_file, rows, verdicts, has_texts, history, agreement, agreement_rows, missing
@@ -104,9 +106,9 @@ def optional(file: Path) -> dict:
     return read_object(file) if file.is_file() else {}
 
 
-def is_trained(metrics: dict) -> bool:
-    """Whether a run was trained by itself: neither a base model as it is nor a mean of runs."""
-    return metrics.get("training_rows") != 0 and "average" not in metrics
+def is_untrained(contract: dict, metrics: dict) -> bool:
+    """Whether nothing was trained in the folder itself: a base model as it is, or a mean of runs."""
+    return metrics.get("training_rows") == 0 or "average" in metrics or bool(contract.get("logit_bias"))
 
 
 def wants_out_of_fold(folder: Path, asked: bool) -> bool:
@@ -125,15 +127,22 @@ def fold_folders(folder: Path) -> dict[str, Path]:
     return {path.name: path for path in sorted(found, key=lambda path: int(path.name.removeprefix("fold-")))}
 
 
-def how_to_make(folder: Path, contract: dict, out_of_fold: bool) -> str:
-    """The command that fills this folder."""
-    recipe = (contract.get("recorded") or {}).get("recipe") or "R.yml"
+def commands(folder: Path, contract: dict, metrics: dict, out_of_fold: bool) -> tuple[str, str]:
+    """The command that fills this folder, and the one that packages its run.
+
+    Without a contract, the recipe is the one that writes there by default.
+    """
+    run = folder.resolve().parent if re.fullmatch(OF_A_RECIPE, folder.resolve().name) else folder.resolve()
+    recipe = (contract.get("recorded") or {}).get("recipe") or f"{run.name}.yml"
+    package = f"python -m postprocess recipes/{recipe}"
     if out_of_fold:
-        return f"make cv R={Path(recipe).stem}"
-    fold = re.fullmatch(r"fold-(\d+)", folder.name)
+        return f"make cv R={Path(recipe).stem}", package
     if folder.name == "mean":
-        return f"python -m postprocess recipes/{recipe} --adapter …"
-    return f"PAIRWISE_FOLD={fold[1]} axolotl train recipes/{recipe}" if fold else f"axolotl train recipes/{recipe}"
+        return (f"{package} --adapter …",) * 2
+    fold = re.fullmatch(r"fold-(\d+)", folder.name)
+    environment = f"PAIRWISE_FOLD={fold[1]} " if fold else ""
+    train = package if is_untrained(contract, metrics) else f"axolotl train recipes/{recipe}"
+    return environment + train, environment + package
 
 
 def read_table(file: Path) -> pl.DataFrame:
@@ -225,29 +234,19 @@ def checkpoints(folder: Path) -> Iterator[Path]:
     return (path for path in folder.glob("checkpoint-*/trainer_state.json") if path.parent.name.split("-")[1].isdecimal())
 
 
-def read_agreement(
-    folder: Path, rows: pl.DataFrame | None, missing: dict[str, str], train: str
-) -> tuple[dict | None, pl.DataFrame | None]:
-    """agreement.json and agreement.parquet, where they are of the predictions in this folder; else why not, in `missing`."""
+def read_agreement(folder: Path, package: str) -> tuple[dict | None, pl.DataFrame | None, str]:
+    """agreement.json and agreement.parquet, where they are of the predictions in this folder; else why not."""
     report, table = folder / "agreement.json", folder / "agreement.parquet"
-    recipe = re.search(r"(?:recipes/|R=)(\S+)", train)
-    command = f"python -m postprocess recipes/{Path(recipe[1]).stem if recipe else 'R'}.yml"
-    if fold := re.fullmatch(r"fold-(\d+)", folder.name):
-        command = f"PAIRWISE_FOLD={fold[1]} {command}"
     if not report.is_file():
-        missing["agreement"] = f"The run was not packaged yet: `{command}` compares the models and writes agreement.json."
-        return None, None
-    figures, agreement_rows = read_object(report), read_table(table) if table.is_file() else None
+        return None, None, f"The run was not packaged yet: `{package}` compares the models and writes agreement.json."
+    figures, rows = read_object(report), read_table(table) if table.is_file() else None
+    again = f"`{package}` compares the models again."
     if absent := [key for key in OF_AN_AGREEMENT if key not in figures]:
-        missing["agreement"] = (
-            f"agreement.json is of an earlier version, without {absent[0]}: `{command}` compares the models again."
-        )
-        return None, None
+        return None, None, f"agreement.json is of an earlier version, without {absent[0]}: {again}"
     own = read_rows(folder, PREDICTIONS)[1]
-    if agreement_rows is not None and own is not None and not is_of(agreement_rows, own):
-        missing["agreement"] = f"agreement.json is of an earlier training: `{command}` compares the models again."
-        return None, None
-    return figures, agreement_rows
+    if rows is not None and own is not None and not is_of(rows, own):
+        return None, None, f"agreement.json is of an earlier training: {again}"
+    return figures, rows, ""
 
 
 def is_of(agreement_rows: pl.DataFrame, predictions: pl.DataFrame) -> bool:

@@ -18,7 +18,7 @@ from markupsafe import Markup, escape
 
 from postprocess.report import numbers, pictures
 from postprocess.report.errors import visible, worst_errors
-from postprocess.report.evidence import OUT_OF_FOLD, Evidence, first
+from postprocess.report.evidence import OF_A_RECIPE, OUT_OF_FOLD, Evidence, first
 from postprocess.report.numbers import Figure, Line, Scored
 
 HERE = Path(__file__).parent
@@ -60,7 +60,7 @@ def render(evidence: Evidence) -> str:
 def run_name(folder: Path) -> str:
     """The run's name: its folder's, with its parent's where that alone says little."""
     folder = folder.resolve()
-    return f"{folder.parent.name}/{folder.name}" if re.fullmatch(r"fold-\d+|mean", folder.name) else folder.name
+    return f"{folder.parent.name}/{folder.name}" if re.fullmatch(OF_A_RECIPE, folder.name) else folder.name
 
 
 def facts(evidence: Evidence) -> list[tuple[str, str]]:

@@ -1,6 +1,7 @@
 """python -m postprocess.report: what it reads, what it says of what is missing, and that no text can leave its place."""
 
 import json
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -108,7 +109,7 @@ def test_the_page_names_no_place_to_load_from(tmp_path):
 @pytest.mark.parametrize(
     ("file", "sentence"),
     [
-        ("contract.json", "There is no contract.json: axolotl train recipes/R.yml writes it."),
+        ("contract.json", "There is no contract.json: axolotl train recipes/tiny.yml writes it."),
         ("metrics.json", "There is no metrics.json: axolotl train recipes/tiny.yml writes it."),
         ("history.json", "There is no history.json: axolotl train recipes/tiny.yml writes it."),
         ("predictions.parquet", "so that nothing can be measured: axolotl train recipes/tiny.yml writes it."),
@@ -168,6 +169,30 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
     assert "no such folder; name a run's folder" in refusal(tmp_path / "absent")
     (tmp_path / "empty").mkdir()
     assert "holds nothing of a run" in refusal(tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    ("folder", "changed", "command"),
+    [
+        ("R/fold-3", {}, "PAIRWISE_FOLD=3 python -m postprocess recipes/tiny.yml"),
+        ("R/mean", {"average": {"members": {}}}, "python -m postprocess recipes/tiny.yml --adapter …"),
+        ("R", {"training_rows": 0}, "python -m postprocess recipes/tiny.yml"),
+    ],
+)
+def test_the_command_that_is_named_is_that_of_the_run(tmp_path, folder, changed, command):
+    run = reported.run(tmp_path / folder, **changed)
+    assert f"The run was not packaged yet: {command} compares the models" in report(run).words()
+    (run / "predictions.parquet").unlink()
+    trains = "PAIRWISE_FOLD=3 axolotl train recipes/tiny.yml" if folder == "R/fold-3" else command
+    assert f"so that nothing can be measured: {trains} writes it." in report(run).words()
+
+
+def test_folds_that_are_gone_are_told_of_and_their_rows_are_measured(crossed):
+    for fold in (0, 1):
+        shutil.rmtree(crossed / f"fold-{fold}")
+    text = report(crossed, "--pairs", str(crossed.parent / "pairs.parquet")).words()
+    assert "There is no contract.json: make cv R=R writes it." in text
+    assert "By fold accuracy" in text
 
 
 @pytest.fixture
