@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import numpy as np
 import polars as pl
 
-from kaggle_kernels.runtime.scoring import ORDERS
 from postprocess.comparison import Column
 from preprocess.model_input import VERDICTS
+from recipes.pairwise.metrics import ORDERS
 
 FEW_GROUPS = 20
 HEAD = (

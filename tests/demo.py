@@ -1,7 +1,8 @@
 """`make demo`: raw rows to submission.csv in minutes, each stage a command that a user would type.
 
 A stage runs when one of its outputs is missing or older than one of its inputs; a second demo does only what is out of
-date. outputs/demo/demo.json holds the seconds of every stage, accuracy and log loss on the test rows, and the submission.
+date. outputs/demo/demo.json holds the seconds of every stage, accuracy and log loss on the test rows, and the paths of the
+submission and the report.
 """
 
 import json
@@ -18,6 +19,8 @@ DEMO = Path("outputs/demo")
 PAIRS = "outputs/demo/pairs.parquet"
 TRAIN, TEST = "outputs/demo/input/train.parquet", "outputs/demo/input/test.parquet"
 SPEC = "kaggle_kernels/specs/demo.yml"
+REPORT = "outputs/demo/report.html"
+PAGE = tuple(f"postprocess/report/page.{kind}" for kind in ("html.jinja", "css", "js"))
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,12 @@ STAGES = (
         f"python -m kaggle_kernels rehearse {SPEC} --test {TEST}",
         ("outputs/demo/package/manifest.json", "kaggle_kernels/generated/demo/kernel.py", TEST),
         ("outputs/demo/rehearsal/submission.csv", "outputs/demo/rehearsal/rehearsal.json"),
+    ),
+    Stage(
+        "report",
+        "python -m postprocess.report outputs/demo",
+        ("outputs/demo/contract.json", "outputs/demo/agreement.json", *PAGE, "postprocess"),
+        (REPORT,),
     ),
 )
 
@@ -109,9 +118,11 @@ def main() -> None:
         "accuracy": rehearsal["accuracy"],
         "log_loss": rehearsal["log_loss"],
         "submission": str(submission),
+        "report": REPORT,
     }
     write_json(DEMO / "demo.json", result)
     print(f"accuracy {result['accuracy']:.3f}, log loss {result['log_loss']:.3f} on the test rows; submission: {submission}")
+    print(f"report: {REPORT}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow
-STAGES = ["input", "preprocess", "train", "postprocess", "build", "rehearse"]
+STAGES = ["input", "preprocess", "train", "postprocess", "build", "rehearse", "report"]
 
 
 def demo(folder) -> str:
@@ -29,7 +29,7 @@ def test_the_demo_learns_submits_and_does_nothing_twice(tmp_path):
     (folder / ".venv-kaggle").symlink_to(ROOT / ".venv-kaggle")
     first = demo(folder)
     result = json.loads((folder / "outputs/demo/demo.json").read_text())
-    assert sorted(result) == ["accuracy", "log_loss", "stages", "submission"]
+    assert sorted(result) == ["accuracy", "log_loss", "report", "stages", "submission"]
     assert result["accuracy"] > 0.75, first
     submission = pl.read_csv(folder / result["submission"])
     test = pl.read_parquet(folder / "outputs/demo/input/test.parquet")
@@ -37,8 +37,13 @@ def test_the_demo_learns_submits_and_does_nothing_twice(tmp_path):
     assert submission["id"].to_list() == test["id"].to_list()
     assert set(submission["winner"]) == {"model_a", "model_b"}
 
+    assert first.splitlines()[-1] == "report: outputs/demo/report.html"
+    assert "<h1>demo</h1>" in (folder / result["report"]).read_text()
+
     again = demo(folder)
     assert [line.split()[0] for line in again.splitlines() if "up to date" in line] == STAGES
     (folder / "outputs/demo/rehearsal/submission.csv").unlink()
     third = demo(folder)
-    assert [line.split()[0] for line in third.splitlines() if "up to date" in line] == STAGES[:-1]
+    assert [line.split()[0] for line in third.splitlines() if "up to date" in line] == [
+        stage for stage in STAGES if stage != "rehearse"
+    ]

@@ -1,4 +1,7 @@
-"""Logits of the validation rows → probabilities, metrics.json and predictions.parquet."""
+"""Logits of the validation rows → probabilities, metrics.json and predictions.parquet; the trainer's log → history.json."""
+
+import math
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import polars as pl
@@ -74,3 +77,12 @@ def predictions(ids: list[str], both_rov: np.ndarray, verdicts: tuple[str, ...],
     joined = pl.DataFrame(columns).join(frame.select("id", "fold", "winner"), on="id", how="left", maintain_order="left")
     order = ["id", "fold", "winner", *(name for name in columns if name != "id")]
     return joined.select(order).sort("id")
+
+
+def history(log: Iterable[Mapping]) -> list[dict[str, float]]:
+    """The trainer's log as history.json holds it: of each record that has a step its finite numbers, by name."""
+
+    def is_finite(value: object) -> bool:
+        return isinstance(value, int | float) and math.isfinite(value)
+
+    return [{name: value for name, value in record.items() if is_finite(value)} for record in log if "step" in record]

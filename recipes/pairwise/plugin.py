@@ -2,7 +2,7 @@
 
 Axolotl reads the recipe, loads the model, applies the adapter and runs the loop. This plugin refuses what would go wrong
 (`register`), brings the datasets, collator, trainer and metrics, sees to the head, the pad id and the soft cap, and at the
-end writes predictions.parquet, metrics.json, contract.json and model_input.py beside the weights.
+end writes predictions.parquet, metrics.json, history.json, contract.json and model_input.py beside the weights.
 """
 
 import logging
@@ -227,7 +227,7 @@ class PairwisePlugin(BasePlugin):
         self.trainer = trainer
         tracking.make_harmless(trainer)
         if trainer.is_world_process_zero():
-            for name in ("contract.json", "metrics.json", "predictions.parquet"):
+            for name in ("contract.json", "metrics.json", "predictions.parquet", "history.json"):
                 (Path(cfg.output_dir) / name).unlink(missing_ok=True)
             recipe_copy.keep(self.resolved)
 
@@ -287,6 +287,7 @@ class PairwisePlugin(BasePlugin):
             "pairs_sha256": sha256(self.block.pairs),
         }
         write_json(folder / "metrics.json", values)
+        write_json(folder / "history.json", metrics.history(self.trainer.state.log_history))
         LOG.info(
             "validation: accuracy %.4f, log loss %.4f, flips %.3f", *(values[k] for k in ("accuracy", "log_loss", "flip_rate"))
         )

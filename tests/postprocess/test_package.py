@@ -6,7 +6,7 @@ from hashlib import sha256
 import pytest
 
 from kaggle_kernels.runtime.package import PackageError, read_package
-from postprocess.package import dataset_metadata, trained_contracts
+from postprocess.package import dataset_metadata, package, trained_contracts
 from preprocess import ledger
 from preprocess.errors import UserError
 from preprocess.files import sha256 as file_sha256
@@ -56,7 +56,7 @@ def test_the_package_lists_the_ids_of_its_validation_rows_and_no_text(packaged):
 
 def entry_of(package):
     """The ledger's entry of a package."""
-    [entry] = [entry for entry in ledger.read() if entry.get("manifest") == file_sha256(package / "manifest.json")]
+    [entry] = [entry for entry in ledger.read() if entry.get("package") == str(package)]
     return entry
 
 
@@ -78,6 +78,16 @@ def test_the_package_of_a_mean_names_the_contract_of_each_member(tmp_path):
     (tmp_path / "mean" / "metrics.json").write_text(json.dumps(told))
     assert trained_contracts(tmp_path / "mean") == {str(member): file_sha256(member / "contract.json") for member in members}
     assert list(trained_contracts(members[0])) == [str(members[0])]
+
+
+def test_the_report_with_its_rows_stays_out_of_the_package(packaged, opened, tmp_path):
+    run, _ = packaged("gemma2", quantize="nf4")
+    (run.folder / "report.html").write_text("rows of the competition")
+    package(opened(run), run.folder / "quantised", run.folder / "agreement.json", {"ids": []}, tmp_path / "package")
+    (run.folder / "report.html").unlink()
+    expected = sorted(path.name for path in (run.folder / "package").iterdir())
+    assert sorted(path.name for path in (tmp_path / "package").iterdir()) == expected
+    assert "report.html" not in expected
 
 
 def test_contract_code_and_tokenizer_are_the_bytes_of_training(packaged):

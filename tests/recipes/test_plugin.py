@@ -104,6 +104,9 @@ def test_other_ways_to_train_leave_weights_with_a_head(demo_twin, tmp_path, base
     with safe_open(weights, "pt") as tensors:
         heads = [name for name in tensors.keys() if "score" in name]  # noqa: SIM118
         assert [tensors.get_slice(name).get_shape() for name in heads] == [[2, 64]]
+    history = json.loads((run / "history.json").read_text())
+    assert [record["step"] for record in history if "loss" in record] == [1, 2, 3]
+    assert all(record["learning_rate"] >= 0 for record in history if "loss" in record)
 
 
 @pytest.mark.parametrize("softcap", [False, True])
@@ -139,12 +142,13 @@ def test_training_again_removes_what_vouched_for_the_old_weights(demo_twin, tmp_
     recipe = demo_twin()
     run = tmp_path / "demo"
     run.mkdir()
-    for name in ("contract.json", "metrics.json", "predictions.parquet"):
+    vouching = ("contract.json", "metrics.json", "predictions.parquet", "history.json")
+    for name in vouching:
         (run / name).write_text("of an earlier run")
     ended = forked.axolotl("train", recipe, learning_rate=1e30)
     assert ended.code == 1
     assert "the gradient is not finite" in ended.output
-    assert [name for name in ("contract.json", "metrics.json", "predictions.parquet") if (run / name).exists()] == []
+    assert [name for name in vouching if (run / name).exists()] == []
 
 
 def test_a_run_enters_the_ledger_with_what_it_was_trained_from(demo_twin, tmp_path, ledger_file):

@@ -316,3 +316,8 @@ def test_a_base_model_below_the_home_folder_is_warned_of_before_it_stands_in_a_p
     monkeypatch.setenv("HOME", "/home/someone")
     warn_of_home_path(base_model.replace("HOME", "/home/someone"))
     assert capsys.readouterr().err.startswith("warning: base_model: ") is is_told
+
+
+def test_the_history_is_what_json_can_hold_of_each_step():
+    log = [{"loss": 0.5, "grad_norm": math.nan, "note": "text", "step": 1}, {"train_runtime": 3.0}, {"eval_loss": 1, "step": 2}]
+    assert metrics.history(log) == [{"loss": 0.5, "step": 1}, {"eval_loss": 1, "step": 2}]

@@ -1,0 +1,1 @@
+"""A run folder → report.html; the command is __main__.py."""

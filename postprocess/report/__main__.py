@@ -1,0 +1,37 @@
+"""`python -m postprocess.report outputs/R`: what a run is worth, as one page, outputs/R/report.html.
+
+The page is a single file that loads nothing: accuracy and log loss with intervals, by language, length and source,
+calibration, position bias, learning curves, agreement, the fifty worst errors. It holds rows of the pairs file, so it is as
+private as they are. Exit code 2, after one line, for what the user can mend.
+"""
+
+import logging
+from pathlib import Path
+
+import click
+
+from postprocess.report.evidence import read_evidence
+from postprocess.report.page import render
+from preprocess.errors import exits_with_2
+from preprocess.files import atomic_file
+
+NAME = "report.html"
+
+
+@click.command(help=__doc__)
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--oof", "out_of_fold", is_flag=True, help="Measure oof.parquet, the rows of all folds, in place of the run's own."
+)
+@click.option("--pairs", type=click.Path(path_type=Path), help="The pairs file of the training, if it has moved.")
+@exits_with_2
+def main(folder: Path, out_of_fold: bool, pairs: Path | None) -> None:
+    logging.disable(logging.WARNING)  # of libraries
+    page = render(read_evidence(folder, out_of_fold, pairs))
+    with atomic_file(folder / NAME) as temporary:
+        temporary.write_text(page, encoding="utf-8", errors="replace")
+    click.echo(f"report: {folder / NAME}")
+
+
+if __name__ == "__main__":
+    main()
