@@ -97,19 +97,24 @@ def scored(row: Mapping, submit: Mapping | None, entries: Sequence[Mapping]) -> 
     made_of = () if any(step.is_broken and step.event in MADE for step in steps) else trainings
     return Scored(
         **told,
-        kernel=f"{str(submit['kernel']).split('/')[-1]} {submit['kernel_version']}",
-        commit=f"{push['git_commit'][:7]}{'+' * bool(push['git_dirty'])}" if push and push["git_commit"] else None,
-        recipes=tuple(dict.fromkeys(Path(entry["recipe"]).stem for entry in trainings)),
+        kernel=f"{str(submit.get('kernel')).split('/')[-1]} {submit.get('kernel_version')}",
+        commit=commit_of(push or {}),
+        recipes=tuple(dict.fromkeys(Path(entry.get("recipe", "")).stem for entry in trainings)),
         accuracy=held_out(made_of, "accuracy"),
         log_loss=held_out(made_of, "log_loss"),
     )
 
 
+def commit_of(push: Mapping) -> str | None:
+    """The commit that a kernel was pushed from, with a + where the tree was dirty."""
+    commit = push.get("git_commit")
+    return f"{commit[:7]}{'+' * bool(push.get('git_dirty'))}" if commit else None
+
+
 def held_out(trainings: Sequence[Mapping], metric: str) -> float | None:
     """The mean of a metric over runs; None where one of them held nothing out, or it is not known."""
-    values = [
-        None if entry["metrics"].get("rows_were_trained_on") else number(entry["metrics"].get(metric)) for entry in trainings
-    ]
+    told = [entry.get("metrics", {}) for entry in trainings]
+    values = [None if metrics.get("rows_were_trained_on") else number(metrics.get(metric)) for metrics in told]
     return None if not values or None in values else sum(values) / len(values)
 
 

@@ -105,14 +105,14 @@ def trace_pairs(entries: Sequence[Mapping], name: str, digest: str | None, depth
     if not digest or entry is None:
         yield Step(depth, "pairs", f"{name}: no pairs of SHA-256 {short(digest)} in the ledger; preprocess them again")
         return
-    yield Step(depth, "pairs", f"{stamp(entry)}{name} {short(digest)}, {entry.get('rows'):,} pairs{code(entry)}", entry)
+    yield Step(depth, "pairs", f"{stamp(entry)}{name} {short(digest)}, {entry.get('rows', 0):,} pairs{code(entry)}", entry)
     before = entries[: entries.index(entry)]
     for raw in entry.get("sources", []):
-        file, sha256 = raw["file"], raw["sha256"]
+        file, sha256 = raw.get("file"), raw.get("sha256")
         if sha256 and latest(before, "pairs", lambda entry, sha256=sha256: entry.get("pairs_sha256") == sha256):
             yield from trace_pairs(before, file, sha256, depth + 1)
         elif sha256:
-            yield Step(depth + 1, "raw", f"{'raw':<34}{file}, {raw['rows']:,} rows, sha256 {sha256}", raw)
+            yield Step(depth + 1, "raw", f"{'raw':<34}{file}, {raw.get('rows', 0):,} rows, sha256 {sha256}", raw)
         else:
             yield Step(depth + 1, "raw", f"{file}: its SHA-256 is not known; preprocess it again")
 

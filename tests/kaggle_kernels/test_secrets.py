@@ -180,6 +180,17 @@ def test_a_row_in_a_script_without_spaces_is_found(tmp_path):
     assert len(rows_in([tmp_path / "package"], tmp_path / "pairs.parquet")) == 1
 
 
+def test_the_words_of_a_vocabulary_make_no_row_together(tmp_path):
+    words = tiny.LANGUAGES["English"][1].split()
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "vocab.txt").write_text("\n".join(words))
+    row = {"id": "1", "prompt": [" ".join(words)], "response_a": ["a"], "response_b": ["b"]}
+    pl.DataFrame([row]).write_parquet(tmp_path / "pairs.parquet")
+    assert rows_in([tmp_path / "package"], tmp_path / "pairs.parquet") == []
+    (tmp_path / "package" / "notes.txt").write_text("\n".join(words))
+    assert len(rows_in([tmp_path / "package"], tmp_path / "pairs.parquet")) == 1
+
+
 def test_one_sentence_in_common_is_no_row(pairs, tmp_path):
     prompt = pl.read_parquet(pairs).filter(pl.col("language") == "German").row(0, named=True)["prompt"][0]
     (tmp_path / "template.txt").write_text(prompt[:60])

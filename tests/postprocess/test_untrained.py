@@ -18,6 +18,8 @@ from postprocess.pipeline import use_as_it_is
 from postprocess.run import hub_commit
 from postprocess.stages import RECORD
 from postprocess.untrained import untrained
+from preprocess import ledger
+from preprocess.files import sha256
 from recipes.pairwise.axolotl_keys import PLUGIN
 from recipes.pairwise.schema import read_recipe
 from tests import tiny
@@ -104,6 +106,17 @@ def test_every_stage_is_made_and_the_run_is_whole(packaged):
     by_name = {line["model"]: line for line in report["models"]}
     assert by_name["trained"]["against_recorded"]["largest"] < 1e-5
     assert by_name["merged"]["against_trained"]["largest"] < 1e-2
+
+
+def test_a_run_that_nothing_was_trained_for_enters_the_ledger_as_one(packaged):
+    run, recipe, _ = packaged
+    contract = sha256(run / "contract.json")
+    [entry] = [entry for entry in ledger.read() if entry["event"] == "train" and entry["contract"] == contract]
+    assert (entry["recipe"], entry["recipe_sha256"], entry["run"]) == (str(recipe), sha256(recipe), str(run))
+    assert (entry["metrics"]["training_rows"], entry["pairs_sha256"]) == (0, sha256(recipe.parent / "pairs.parquet"))
+    assert [entry["trained"] for entry in ledger.read() if entry.get("run") == str(run) and entry["event"] == "package"] == [
+        {str(run): contract}
+    ]
 
 
 def test_a_strong_position_bias_is_cancelled(packaged):
