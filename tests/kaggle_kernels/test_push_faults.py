@@ -17,6 +17,7 @@ from tests.kaggle_kernels.pushes import DATASET, FAST, KERNEL, SMALL, bytes_of, 
 from tests.kaggle_server import Fault, error_under_200
 from tests.kaggle_site import WSDM, Site
 
+DENIED = "Permission 'datasets.create' was denied"
 WEIGHTS, WEIGHT_BYTES, CONFIG_BYTES = "model.safetensors", 20_000, 22
 
 
@@ -80,7 +81,7 @@ def set_site(**values):
             f"error: {DATASET}: Your account is not verified; mend that, then run this again: what went up is not sent twice",
             slow=False,
         ),
-        case("403", order(Fault("CreateDataset", status=403, message="You may not", times=99)), f"{DATASET}: You may not"),
+        case("403", order(Fault("CreateDataset", status=403, message=DENIED, times=99)), f"{DATASET}: {DENIED}"),
         case("503", order(Fault("CreateDataset", status=503, times=99)), "503 Server Error: Service Unavailable"),
         case("storage", set_site(storage_bytes_allowed=20_000), "private datasets quota is exceeded"),
         case(
@@ -134,6 +135,18 @@ def test_a_push_killed_in_an_upload_goes_on_where_it_stopped_when_it_runs_again(
     check_whole(kaggle, folders)
     assert kaggle.uploaded_bytes() == bytes_of(*folders.values())
     assert ("bytes 5000-19999/20000", 15_000) in [(put.asked["range"], put.bytes) for put in kaggle.calls("PUT")]
+
+
+@pytest.mark.slow
+def test_uploads_that_kaggle_has_forgotten_begin_anew(small):
+    kaggle, folders = small
+    kaggle.faults.append(error_under_200("CreateDataset", "Your account is not verified"))
+    error_of(call("push", SMALL))
+    kaggle.site.blobs.clear()
+    again = call("push", SMALL)
+    assert again.exit_code == 0, again.output
+    check_whole(kaggle, folders)
+    assert 404 in [put.status for put in kaggle.calls("PUT")]
 
 
 @pytest.mark.slow
