@@ -138,18 +138,6 @@ def test_a_push_killed_in_an_upload_goes_on_where_it_stopped_when_it_runs_again(
 
 
 @pytest.mark.slow
-def test_uploads_that_kaggle_has_forgotten_begin_anew(small):
-    kaggle, folders = small
-    kaggle.faults.append(error_under_200("CreateDataset", "Your account is not verified"))
-    error_of(call("push", SMALL))
-    kaggle.site.blobs.clear()
-    again = call("push", SMALL)
-    assert again.exit_code == 0, again.output
-    check_whole(kaggle, folders)
-    assert 404 in [put.status for put in kaggle.calls("PUT")]
-
-
-@pytest.mark.slow
 def test_a_version_that_kaggle_could_not_process_is_told_and_followed_by_another(small):
     kaggle, folders = small
     kaggle.site.processing_ends = "FAILED"
