@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from kaggle_kernels.kaggle_cli import TRIES, UNKNOWN_TRIES, Answer, Pace, check_credentials, run
-from kaggle_kernels.remote_dataset import METADATA, Dataset, Remote, look
+from kaggle_kernels.remote_dataset import METADATA, Dataset, Remote, look, wait_until_ready, what_differs
 from preprocess.errors import UserError
 from preprocess.files import read_object, write_json
 
@@ -21,6 +21,7 @@ WORK = Path("outputs/.push")  # work folders, by dataset; removed once a dataset
 FILES, STATE, NOTES = "files", "state", "notes"  # in a work folder: what is sent, where the command writes, and what it wrote
 CREATED = re.compile(r"Dataset (version )?is being created")
 REFUSED = re.compile(r"Dataset (?:version )?creation error: (.*)")
+TAKEN = "already in use"  # says the command of a dataset that its own first attempt has made
 LEFT_OUT = re.compile(r"Upload unsuccessful: (.*)")
 SENT = re.compile(r"Upload successful: ")
 PROGRESS = re.compile(r"\s*(\d+%)\|.*\| (.*)")
@@ -61,12 +62,15 @@ def upload_call(dataset: Dataset, found: Remote | None, folder: str = ".") -> tu
 
 
 def has_arrived(dataset: Dataset, found: Remote | None, answer: Answer, pace: Pace) -> bool:
-    """Whether Kaggle has a new version after all, though the answer that said so was lost."""
-    in_use = "already in use" in answer.text
-    if not (in_use or answer.is_transient) or LEFT_OUT.search(answer.text):
+    """Whether Kaggle has the folder after all, though the answer that said so was lost."""
+    if LEFT_OUT.search(answer.text) or (REFUSED.search(answer.text) and TAKEN not in answer.text):
         return False
     now = look(dataset.ref, pace)
-    return now is not None and (found is None or now.version > found.version or now.status not in ("ready", "failed"))
+    if now is None or now == found:
+        return False
+    after = found.version if found else 0
+    now = now if now.is_settled(after) else wait_until_ready(dataset.ref, after, pace)
+    return not what_differs(dataset, now, pace)
 
 
 def may_pass(answer: Answer, attempt: int) -> bool:

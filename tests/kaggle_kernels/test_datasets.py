@@ -142,7 +142,17 @@ def test_a_dataset_that_is_refused_is_one_error_and_then_not_sent_twice(folder, 
     assert kaggle.uploaded_bytes("model.safetensors") == 2_000_000
 
 
-def test_an_answer_that_is_lost_a_busy_dataset_and_a_slow_one_end_well(folder, kaggle, capsys):
+def test_an_answer_that_is_lost_is_no_reason_for_another_version(folder, kaggle):
+    kaggle.faults += [Fault(call, loses_answer=True) for call in ("CreateDataset", "CreateDatasetVersion")]
+    kaggle.site.processing_calls = 2
+    assert publish(folder)["version"] == 1
+    make_folder(folder, config__json=b"[1]")
+    assert publish(folder)["version"] == 2
+    assert [version.number for version in kaggle.site.datasets["tester/tiny-two"].versions] == [1, 2]
+    assert current(kaggle).sha256() == hashes(folder)
+
+
+def test_a_busy_dataset_and_a_slow_one_end_well(folder, kaggle):
     publish(folder)
     make_folder(folder, config__json=b"[1]")
     kaggle.faults += [
