@@ -152,7 +152,7 @@ def test_a_head_that_holds_nonsense_is_initialised_and_a_sane_one_kept(spoilt):
 def test_weights_are_one_on_average_whatever_preprocess_counted(tiny_models, tmp_path):
     from transformers import AutoTokenizer
 
-    from recipes.pairwise.contract import new_contract, record_training
+    from recipes.pairwise.contract import new_contract
 
     path = tiny.pairs_parquet(tmp_path / "pairs.parquet", 4)
     frame = data.read_pairs(path).with_columns(weight=pl.Series([1.0, 3.0, 1.0, 3.0], dtype=pl.Float32))
