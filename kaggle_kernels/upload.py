@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from kaggle_kernels.kaggle_cli import TRIES, UNKNOWN_TRIES, Answer, Pace, check_credentials, run
-from kaggle_kernels.remote_dataset import METADATA, Dataset, Remote, look
+from kaggle_kernels.remote_dataset import METADATA, Dataset, Remote, look, wait_until_ready, what_differs
 from preprocess.errors import UserError
 from preprocess.files import read_object, write_json
 
@@ -21,6 +21,7 @@ WORK = Path("outputs/.push")  # work folders, by dataset; removed once a dataset
 FILES, STATE, NOTES = "files", "state", "notes"  # in a work folder: what is sent, where the command writes, and what it wrote
 CREATED = re.compile(r"Dataset (version )?is being created")
 REFUSED = re.compile(r"Dataset (?:version )?creation error: (.*)")
+TAKEN = "already in use"  # says the command of a dataset that its own first attempt has made
 LEFT_OUT = re.compile(r"Upload unsuccessful: (.*)")
 SENT = re.compile(r"Upload successful: ")
 PROGRESS = re.compile(r"\s*(\d+%)\|.*\| (.*)")
@@ -43,14 +44,21 @@ def upload(dataset: Dataset, found: Remote | None, pace: Pace) -> None:
             break
         left_out = set(LEFT_OUT.findall(answer.text))
         is_odd = not (left_out or answer.is_transient or answer.is_absent)
-        notes_are_stale = bool(failed and left_out and not left_out & failed) or (is_odd and attempt > 0)
-        for name in dataset.sizes() if notes_are_stale else left_out:
+        for name in stale_notes(dataset.sizes(), left_out, failed, is_odd and attempt > 0):
             forget_upload(work, name)
         failed |= left_out
         if attempt + 1 < TRIES:
             seconds = pace.wait_before(attempt + 1)
             print(f"  {why_not(answer)}; sent again after {seconds:g} s", flush=True)
     raise UserError(f"{dataset.ref}: {why_not(answer)}; mend that, then run this again: what went up is not sent twice")
+
+
+def stale_notes(names: Iterable[str], left_out: set[str], failed: set[str], is_odd_again: bool) -> set[str]:
+    """The files whose notes are of no use: those that were left out.
+
+    Where others had `failed` before, or the command says twice what nobody knows, Kaggle takes none of the notes any more.
+    """
+    return set(names) if is_odd_again or (failed and left_out and not left_out & failed) else left_out
 
 
 def upload_call(dataset: Dataset, found: Remote | None, folder: str = ".") -> tuple[str, ...]:
@@ -61,12 +69,20 @@ def upload_call(dataset: Dataset, found: Remote | None, folder: str = ".") -> tu
 
 
 def has_arrived(dataset: Dataset, found: Remote | None, answer: Answer, pace: Pace) -> bool:
-    """Whether Kaggle has a new version after all, though the answer that said so was lost."""
-    in_use = "already in use" in answer.text
-    if not (in_use or answer.is_transient) or LEFT_OUT.search(answer.text):
+    """Whether Kaggle has made a version all the same: the answer that said so was lost, or we stopped the command too late.
+
+    That version is compared with the folder later, and followed by another where it lacks something.
+    """
+    if REFUSED.search(answer.text) and TAKEN not in answer.text:
         return False
     now = look(dataset.ref, pace)
-    return now is not None and (found is None or now.version > found.version or now.status not in ("ready", "failed"))
+    if now is None or now == found:
+        return False
+    if LEFT_OUT.search(answer.text) or TAKEN in answer.text:
+        return True
+    after = found.version if found else 0
+    now = now if now.is_settled(after) else wait_until_ready(dataset.ref, after, pace)
+    return not what_differs(dataset, now, pace)
 
 
 def may_pass(answer: Answer, attempt: int) -> bool:

@@ -26,7 +26,7 @@ def introspect_token(site: Site, asked: dict) -> dict:
 
 
 def start_blob_upload(site: Site, asked: dict) -> dict:
-    blob = Blob(f"blob-{len(site.blobs) + 1}", asked["name"], asked.get("contentLength", 0))
+    blob = Blob(f"blob-{next(site.numbers)}", asked["name"], asked.get("contentLength", 0))
     site.blobs[blob.token] = blob
     return {"token": blob.token, "createUrl": f"http://localhost/uploads/{blob.token}"}
 

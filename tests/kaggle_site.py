@@ -1,7 +1,9 @@
 """What the stand-in Kaggle remembers: plain dataclasses that tests read, and set to say what will happen next."""
 
 import hashlib
+import itertools
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 OWNER, TOKEN = "tester", "stand-in-token"
@@ -118,7 +120,8 @@ class Site:
     datasets: dict[str, Dataset] = field(default_factory=dict)
     kernels: dict[str, Kernel] = field(default_factory=dict)
     submissions: list[Submission] = field(default_factory=list)
-    blobs: dict[str, Blob] = field(default_factory=dict)
+    blobs: dict[str, Blob] = field(default_factory=dict)  # clear it, and uploads that are on their way have expired
+    numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))  # of blobs
     competitions: set[str] = field(default_factory=lambda: {WSDM, LMSYS})
     models: set[str] = field(default_factory=set)  # owner/model/framework/variation/version
     runs: list[Run] = field(default_factory=list)  # of the next pushes, in order; then Run()

@@ -123,6 +123,7 @@ def fast_kaggle(kaggle, kaggle_fork_server, monkeypatch):
     """The stand-in, and our commands call the kaggle command in forks."""
     command = (sys.executable, "-S", kaggle_forks.__file__, "call", str(kaggle_fork_server))
     monkeypatch.setattr(kaggle_cli, "COMMAND", command)
+    monkeypatch.setattr(kaggle_cli, "die_with_parent", None)  # with it Python forks this process, and copies its page tables
     return kaggle
 
 

@@ -9,9 +9,9 @@ import sys
 import pytest
 
 from kaggle_kernels.datasets import find_dataset, plan_dataset, publish_dataset
-from kaggle_kernels.kaggle_cli import Pace
+from kaggle_kernels.kaggle_cli import Answer, Pace
 from kaggle_kernels.remote_dataset import Remote
-from kaggle_kernels.upload import WORK
+from kaggle_kernels.upload import WORK, has_arrived, stale_notes, upload
 from preprocess.errors import UserError
 from preprocess.files import sha256
 from tests.conftest import ROOT
@@ -100,6 +100,20 @@ def test_a_file_that_could_not_be_sent_stops_the_dataset_without_it(folder, kagg
     assert f"{failed} could not be sent; sent again after 0.02 s" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "left_out, failed, is_odd_again, stale",
+    [
+        ({"a"}, set(), False, {"a"}),
+        ({"a"}, {"a"}, False, {"a"}),
+        ({"b"}, {"a"}, False, {"a", "b", "c"}),
+        (set(), {"a"}, False, set()),
+        (set(), set(), True, {"a", "b", "c"}),
+    ],
+)
+def test_one_file_that_fails_is_sent_anew_and_all_are_where_another_fails_next(left_out, failed, is_odd_again, stale):
+    assert stale_notes(("a", "b", "c"), left_out, failed, is_odd_again) == stale
+
+
 def test_notes_that_kaggle_takes_no_more_are_thrown_away(folder, kaggle):
     kaggle.site.storage_bytes_allowed = 1000
     with pytest.raises(UserError):
@@ -118,7 +132,7 @@ def test_a_version_is_awaited_that_is_newer_than_the_last():
 def test_a_push_that_is_killed_goes_on_where_it_was(folder, kaggle):
     kaggle.faults.append(Fault("PUT", where="model.safetensors", breaks_after_bytes=1_500_000, stalls=True))
     code = (
-        "from pathlib import Path; from kaggle_kernels.datasets import *; from kaggle_kernels.kaggle_cli import Pace;"
+        "from pathlib import Path; from kaggle_kernels.datasets import *; from kaggle_kernels.kaggle_cli import Answer, Pace;"
         f"publish_dataset(find_dataset(Path({str(folder)!r}), 'tester'), Pace(0.02, 30))"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -142,11 +156,30 @@ def test_a_dataset_that_is_refused_is_one_error_and_then_not_sent_twice(folder, 
     assert kaggle.uploaded_bytes("model.safetensors") == 2_000_000
 
 
-def test_an_answer_that_is_lost_a_busy_dataset_and_a_slow_one_end_well(folder, kaggle, capsys):
+def test_a_dataset_that_was_made_though_we_stopped_the_command_is_found(folder, kaggle):
+    dataset, stopped = find_dataset(folder, "tester"), Answer((), None, "Upload unsuccessful: config.json")
+    assert not has_arrived(dataset, None, stopped, FAST)
+    kaggle.faults.append(Fault("CreateDataset", loses=("config.json",)))
+    upload(dataset, None, FAST)
+    assert has_arrived(dataset, None, stopped, FAST)
+    assert not has_arrived(dataset, Remote("ready", 1), stopped, FAST)
+
+
+def test_an_answer_that_is_lost_is_no_reason_for_another_version(folder, kaggle):
+    kaggle.faults += [Fault(call, loses_answer=True) for call in ("CreateDataset", "CreateDatasetVersion")]
+    kaggle.site.processing_calls = 2
+    assert publish(folder)["version"] == 1
+    make_folder(folder, config__json=b"[1]")
+    assert publish(folder)["version"] == 2
+    assert [version.number for version in kaggle.site.datasets["tester/tiny-two"].versions] == [1, 2]
+    assert current(kaggle).sha256() == hashes(folder)
+
+
+def test_a_busy_dataset_and_a_slow_one_end_well(folder, kaggle):
     publish(folder)
     make_folder(folder, config__json=b"[1]")
     kaggle.faults += [
-        Fault("CreateDatasetVersion", status=403, message="Permission 'datasets.update' was denied"),
+        Fault("CreateDatasetVersion", status=403, message="Permission 'datasets.update' was denied", times=4),
         Fault("CreateDatasetVersion", status=503, message="Service Unavailable"),
         Fault("GetDatasetStatus", status=429, message="Too Many Requests"),
     ]
@@ -157,7 +190,7 @@ def test_an_answer_that_is_lost_a_busy_dataset_and_a_slow_one_end_well(folder, k
     sent = kaggle.uploaded_bytes()
     assert publish(folder)["version"] == 2
     assert kaggle.uploaded_bytes() == sent
-    assert len(kaggle.calls("CreateDatasetVersion")) == 3
+    assert len(kaggle.calls("CreateDatasetVersion")) == 4 + 1 + 1
     assert current(kaggle).sha256() == hashes(folder)
 
 

@@ -17,6 +17,7 @@ from tests.kaggle_kernels.pushes import DATASET, FAST, KERNEL, SMALL, bytes_of, 
 from tests.kaggle_server import Fault, error_under_200
 from tests.kaggle_site import WSDM, Site
 
+DENIED = "Permission 'datasets.create' was denied"
 WEIGHTS, WEIGHT_BYTES, CONFIG_BYTES = "model.safetensors", 20_000, 22
 
 
@@ -80,7 +81,7 @@ def set_site(**values):
             f"error: {DATASET}: Your account is not verified; mend that, then run this again: what went up is not sent twice",
             slow=False,
         ),
-        case("403", order(Fault("CreateDataset", status=403, message="You may not", times=99)), f"{DATASET}: You may not"),
+        case("403", order(Fault("CreateDataset", status=403, message=DENIED, times=99)), f"{DATASET}: {DENIED}"),
         case("503", order(Fault("CreateDataset", status=503, times=99)), "503 Server Error: Service Unavailable"),
         case("storage", set_site(storage_bytes_allowed=20_000), "private datasets quota is exceeded"),
         case(

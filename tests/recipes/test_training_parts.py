@@ -9,10 +9,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from preprocess import ledger
 from preprocess.errors import UserError
+from preprocess.files import sha256
 from recipes.pairwise import data, metrics
 from recipes.pairwise.collator import PairCollator
-from recipes.pairwise.contract import new_contract
+from recipes.pairwise.contract import new_contract, record_training
 from recipes.pairwise.model_checks import check_config, check_layers, check_vocabulary, read_config, warn_of_home_path
 from recipes.pairwise.plugin import (
     PairwisePlugin,
@@ -321,3 +323,15 @@ def test_a_base_model_below_the_home_folder_is_warned_of_before_it_stands_in_a_p
 def test_the_history_is_what_json_can_hold_of_each_step():
     log = [{"loss": 0.5, "grad_norm": math.nan, "note": "text", "step": 1}, {"train_runtime": 3.0}, {"eval_loss": 1, "step": 2}]
     assert metrics.history(log) == [{"loss": 0.5, "step": 1}, {"eval_loss": 1, "step": 2}]
+
+
+def test_a_run_is_entered_with_the_recipe_and_the_commit_that_it_began_with(tmp_path, ledger_file):
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text("changed while it trained")
+    (tmp_path / "contract.json").write_text("{}")
+    (tmp_path / "metrics.json").write_text('{"accuracy": 0.7, "fold": 0, "pairs_sha256": "p"}')
+    record_training(recipe, tmp_path, "pairs.parquet", recipe_sha256="at the beginning", git_commit="then", git_dirty=True)
+    record_training(recipe, tmp_path, "pairs.parquet")
+    first, second = ledger.read()
+    assert (first["recipe_sha256"], first["git_commit"], first["git_dirty"]) == ("at the beginning", "then", True)
+    assert (second["recipe_sha256"], first["pairs_sha256"], first["metrics"]) == (sha256(recipe), "p", {"accuracy": 0.7})
