@@ -1,7 +1,7 @@
 """What must not leave this machine, looked for in a folder before it goes up: tokens, home paths, rows of the data.
 
 A table of patterns in place of a library: detect-secrets (last released in 2024) knows no token of Kaggle, Hugging Face or
-wandb, takes hashes for secrets, and reads a tokenizer's lines for minutes. Each pattern has words without which it cannot
+wandb, and its check of entropy takes each hash of a manifest for a secret. Each pattern has words without which it cannot
 match, and only files with one of these are searched. Of weights, only the header is read: gigabytes take no time.
 """
 
@@ -22,7 +22,11 @@ VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "toke
 NAMES = re.compile(
     r"\.netrc|_netrc|kaggle\.json|access_token(\.txt)?|credentials\.json|\.env|id_(rsa|dsa|ecdsa|ed25519)|.*\.pem"
 )
-NEVER = (".parquet", ".csv", ".tsv", ".jsonl", ".arrow", ".pkl", ".pickle", ".pt", ".pth", ".bin", ".npy", ".npz", ".zip")
+NEVER = (
+    *(".parquet", ".csv", ".tsv", ".jsonl", ".arrow", ".feather", ".sqlite", ".db"),
+    *(".pkl", ".pickle", ".pt", ".pth", ".bin", ".npy", ".npz"),
+    *(".zip", ".gz", ".tar", ".tgz", ".xz", ".bz2", ".zst", ".7z"),
+)
 LIBRARIES = (".whl",)  # by their SHA-256 in postprocess/kaggle-wheels.txt they are what their makers published
 WINDOW = 48  # characters of normalised text: longer than a vocabulary's words, and than what code has in common
 WINDOWS_OF_A_ROW = 2  # so many windows of one row are no accident
@@ -94,8 +98,8 @@ def scan(folder: Path) -> list[str]:
 def _scan_file(path: Path) -> Iterator[str]:
     if NAMES.fullmatch(path.name):
         yield f"{path}: by its name it holds credentials; remove it"
-    elif path.suffix in NEVER:
-        yield f"{path}: a package holds no {path.suffix} files, which may hold rows of the data, or run code; remove it"
+    elif path.suffix.lower() in NEVER:
+        yield f"{path}: a package holds no {path.suffix} files, which may hold rows of the data or code; remove it"
     elif path.suffix not in LIBRARIES and path.stat().st_size:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             is_header = path.suffix == ".safetensors"
@@ -157,7 +161,7 @@ def _told(path: Path, ids: Sequence[str], pairs: Path) -> str:
 
 def _texts_of(path: Path) -> Iterator[str]:
     """The strings of a JSON file, or a text file as a whole; nothing of weights and wheels."""
-    if path.suffix in (".safetensors", *LIBRARIES, *NEVER):
+    if path.suffix.lower() in (".safetensors", *LIBRARIES, *NEVER):
         return
     text = path.read_bytes().decode("utf-8", "replace")
     if path.name in VOCABULARIES and path.suffix != ".json":

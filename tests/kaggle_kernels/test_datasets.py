@@ -156,7 +156,7 @@ def test_a_busy_dataset_and_a_slow_one_end_well(folder, kaggle):
     publish(folder)
     make_folder(folder, config__json=b"[1]")
     kaggle.faults += [
-        Fault("CreateDatasetVersion", status=403, message="Permission 'datasets.update' was denied"),
+        Fault("CreateDatasetVersion", status=403, message="Permission 'datasets.update' was denied", times=4),
         Fault("CreateDatasetVersion", status=503, message="Service Unavailable"),
         Fault("GetDatasetStatus", status=429, message="Too Many Requests"),
     ]
@@ -167,7 +167,7 @@ def test_a_busy_dataset_and_a_slow_one_end_well(folder, kaggle):
     sent = kaggle.uploaded_bytes()
     assert publish(folder)["version"] == 2
     assert kaggle.uploaded_bytes() == sent
-    assert len(kaggle.calls("CreateDatasetVersion")) == 3
+    assert len(kaggle.calls("CreateDatasetVersion")) == 4 + 1 + 1
     assert current(kaggle).sha256() == hashes(folder)
 
 

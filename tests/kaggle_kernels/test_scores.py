@@ -101,8 +101,9 @@ def test_the_ref_decides_and_the_message_only_where_kaggle_had_not_listed_it(led
     made(1, message="same")
     made(2, message="same")
     made(3, submission_ref="not listed yet", message="late")
-    rows = join([listed(3, description="late"), listed(2, description="same"), listed(9, description="same")], ledger.read())
-    assert [row.kernel for row in rows] == ["gemma2_cls 3", "gemma2_cls 2", None]
+    made(4, submission_ref="not listed yet", message="same")
+    listing = [listed(3, description="late"), listed(2, description="same"), listed(9, description="other")]
+    assert [row.kernel for row in join(listing, ledger.read())] == ["gemma2_cls 3", "gemma2_cls 2", None]
 
 
 def test_a_run_that_was_trained_on_every_row_has_no_cv(ledger_file):

@@ -84,8 +84,8 @@ def test_files_that_hold_credentials_by_their_name_are_refused_unread(tmp_path, 
     assert scan(tmp_path) == [f"{tmp_path / name}: by its name it holds credentials; remove it"]
 
 
-@pytest.mark.parametrize("name", ["train.parquet", "rows.csv", "pytorch_model.bin", "rows.jsonl", "head.pkl"])
-def test_tables_and_pickles_are_refused(tmp_path, name):
+@pytest.mark.parametrize("name", ["train.parquet", "rows.CSV", "pytorch_model.bin", "rows.jsonl.gz", "head.pkl"])
+def test_tables_pickles_and_archives_are_refused(tmp_path, name):
     (tmp_path / name).write_text("x")
     assert scan(tmp_path)[0].startswith(f"{tmp_path / name}: a package holds no {Path(name).suffix} files, which may hold rows")
 

@@ -228,10 +228,11 @@ def test_a_submission_that_kaggle_took_and_does_not_list_is_written_down_all_the
 
 
 def test_a_submission_that_kaggle_refuses_is_one_error(pushed, kaggle):
+    kaggle.site.submissions.append(Submission(1001, WSDM_CUP, REF, 1, "submission.csv", "first try", "0.7", "0.7", 0))
     kaggle.faults += [Fault("CreateCodeSubmission", status=503, message="503 Server Error: Service Unavailable")]
     kaggle.faults += [Fault("CreateCodeSubmission", status=400, message="The competition's deadline has passed")]
     assert refusal(submit()) == (
         "tester/pairwise-demo version 1: Kaggle lists no new submission: The competition's deadline has passed"
     )
-    assert kaggle.site.submissions == []
+    assert len(kaggle.site.submissions) == 1, "the one with the same message, from before"
     assert ledger.read() == []

@@ -9,10 +9,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from preprocess import ledger
 from preprocess.errors import UserError
+from preprocess.files import sha256
 from recipes.pairwise import data, metrics
 from recipes.pairwise.collator import PairCollator
-from recipes.pairwise.contract import new_contract
+from recipes.pairwise.contract import new_contract, record_training
 from recipes.pairwise.model_checks import check_config, check_layers, check_vocabulary, read_config, warn_of_home_path
 from recipes.pairwise.plugin import (
     PairwisePlugin,
@@ -150,7 +152,7 @@ def test_a_head_that_holds_nonsense_is_initialised_and_a_sane_one_kept(spoilt):
 def test_weights_are_one_on_average_whatever_preprocess_counted(tiny_models, tmp_path):
     from transformers import AutoTokenizer
 
-    from recipes.pairwise.contract import new_contract
+    from recipes.pairwise.contract import new_contract, record_training
 
     path = tiny.pairs_parquet(tmp_path / "pairs.parquet", 4)
     frame = data.read_pairs(path).with_columns(weight=pl.Series([1.0, 3.0, 1.0, 3.0], dtype=pl.Float32))
@@ -316,3 +318,15 @@ def test_a_base_model_below_the_home_folder_is_warned_of_before_it_stands_in_a_p
     monkeypatch.setenv("HOME", "/home/someone")
     warn_of_home_path(base_model.replace("HOME", "/home/someone"))
     assert capsys.readouterr().err.startswith("warning: base_model: ") is is_told
+
+
+def test_a_run_is_entered_with_the_recipe_and_the_commit_that_it_began_with(tmp_path, ledger_file):
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text("changed while it trained")
+    (tmp_path / "contract.json").write_text("{}")
+    (tmp_path / "metrics.json").write_text('{"accuracy": 0.7, "fold": 0, "pairs_sha256": "p"}')
+    record_training(recipe, tmp_path, "pairs.parquet", recipe_sha256="at the beginning", git_commit="then", git_dirty=True)
+    record_training(recipe, tmp_path, "pairs.parquet")
+    first, second = ledger.read()
+    assert (first["recipe_sha256"], first["git_commit"], first["git_dirty"]) == ("at the beginning", "then", True)
+    assert (second["recipe_sha256"], first["pairs_sha256"], first["metrics"]) == (sha256(recipe), "p", {"accuracy": 0.7})
