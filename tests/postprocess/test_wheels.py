@@ -132,7 +132,7 @@ def test_each_wheel_its_needs_and_the_next_command_are_printed(listed, tmp_path)
     ]
     assert not any(name in line for line in lines for name in ("pandas", "old", "winapi"))
     assert f"{out}: 2 of 2 wheels made" in lines
-    assert lines[-1].startswith(f"  kaggle datasets create -p {out} ")
+    assert lines[-1] == "next: python -m kaggle_kernels push SPEC, which uploads it for every spec that names it"
 
 
 def test_a_second_run_downloads_nothing_and_keeps_the_owner(listed, tmp_path):
