@@ -91,7 +91,7 @@ def test_files_that_are_lost_twice_are_one_error(folder, kaggle):
 
 
 def test_a_file_that_could_not_be_sent_stops_the_dataset_without_it(folder, kaggle, capsys):
-    kaggle.faults += [Fault("PUT", status=400), Fault("StartBlobUpload"), Fault("StartBlobUpload", seconds=5)]
+    kaggle.faults += [Fault("PUT", status=400), Fault("StartBlobUpload"), Fault("StartBlobUpload", seconds=2)]
     assert publish(folder)["version"] == 1
     assert len(kaggle.calls("CreateDataset")) == 1
     assert current(kaggle).sha256() == hashes(folder)

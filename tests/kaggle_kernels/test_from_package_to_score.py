@@ -107,14 +107,13 @@ def test_a_kernel_that_fails_is_told_with_its_log_and_pushed_again_it_goes_on(pu
     assert (kaggle.uploaded_bytes(), [made.kernel_version for made in kaggle.site.submissions]) == (sent, [2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "run, told",
     [
         ({"output": {}}, "its output has no submission.csv; its log says why: status"),
-        pytest.param(
-            {"output": {"submission.csv": b"id,label\n1,a\n"}}, "its columns are 'id,label', wsdm-cup", marks=pytest.mark.slow
-        ),
-        pytest.param({"statuses": ["RUNNING"]}, "RUNNING, and only a COMPLETE version can be", marks=pytest.mark.slow),
+        ({"output": {"submission.csv": b"id,label\n1,a\n"}}, "its columns are 'id,label', wsdm-cup"),
+        ({"statuses": ["RUNNING"]}, "RUNNING, and only a COMPLETE version can be submitted; see status --wait"),
     ],
 )
 def test_what_cannot_be_submitted_is_not(pushed, run, told):
@@ -123,6 +122,7 @@ def test_what_cannot_be_submitted_is_not(pushed, run, told):
     assert kaggle.calls("CreateCodeSubmission") == []
 
 
+@pytest.mark.slow
 def test_submissions_that_are_used_up_are_told_before_one_is_tried(pushed):
     kaggle = pushed(statuses=["COMPLETE"])
     kaggle.site.submissions_a_day = 1
@@ -136,14 +136,14 @@ def test_submissions_that_are_used_up_are_told_before_one_is_tried(pushed):
 @pytest.mark.parametrize(
     "faults",
     [
-        [Fault("CreateCodeSubmission", loses_answer=True)],
+        pytest.param([Fault("CreateCodeSubmission", loses_answer=True)], marks=pytest.mark.slow),
         pytest.param([Fault("CreateCodeSubmission", status=502)], marks=pytest.mark.slow),
-        pytest.param(
-            [Fault(name, status=503) for name in ("GetKernelSessionStatus", "ListKernelSessionOutput", "ListSubmissions")],
-            marks=pytest.mark.slow,
-        ),
-        [Fault("GET", status=503, times=2)],
+        [
+            *(Fault(name, status=503) for name in ("GetKernelSessionStatus", "ListKernelSessionOutput", "ListSubmissions")),
+            Fault("GET", status=503, times=2),
+        ],
     ],
+    ids=["a lost answer", "a gateway's error", "each question fails once"],
 )
 def test_one_submission_is_made_whatever_was_lost_on_the_way(pushed, faults):
     kaggle = pushed(statuses=["COMPLETE"])
