@@ -29,6 +29,7 @@ from kaggle_kernels.remote_kernel import (
 from kaggle_kernels.remote_kernel import push as push_kernel
 from kaggle_kernels.spec import read_spec
 from kaggle_kernels.upload import WORK
+from kaggle_kernels.weigh import validation
 from preprocess import ledger
 from preprocess.errors import UserError
 from preprocess.files import read_object, sha256, write_json
@@ -116,7 +117,8 @@ def publish_kernel(spec_path: Path, owner: str, published: Mapping[str, Mapping]
     write_json(note, {**last, "checked": True})
     fields = {"spec": spec_path.stem, "kernel": kernel.ref, "kernel_version": last["version"], "url": last["url"]}
     kernel_sha256 = sha256(generated_folder(spec_path) / CODE)
-    ledger.record("push", **fields, kernel_sha256=kernel_sha256, datasets=dict(published))
+    validated = validation(read_spec(spec_path))
+    ledger.record("push", **fields, kernel_sha256=kernel_sha256, datasets=dict(published), validation=validated)
     print(f"next: python -m kaggle_kernels status {spec_path.stem} --wait")
 
 

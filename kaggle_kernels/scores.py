@@ -1,7 +1,8 @@
 """`scores`: past submissions joined with the ledger: what each was made of, its cross-validation, and what Kaggle gave it.
 
-CV is the competition's metric on the rows that training held out: of several runs the mean, of a run that was trained on
-every row not known. Whether it can be trusted is what its correlation with the leaderboard says.
+CV is the competition's metric on the rows that training held out: of the kernel's models together, as push wrote it down, or
+else of its one run; of a run that was trained on every row it is not known. Whether it can be trusted is what its correlation
+with the leaderboard says.
 """
 
 import math
@@ -94,14 +95,14 @@ def scored(row: Mapping, submit: Mapping | None, entries: Sequence[Mapping]) -> 
     push = push_of(entries, submit)
     steps = list(chain(entries, submit, push))
     trainings = [step.entry for step in steps if step.event == "train" and step.entry]
-    made_of = () if any(step.is_broken and step.event in MADE for step in steps) else trainings
+    cv = validation_of(push or {}, () if any(step.is_broken and step.event in MADE for step in steps) else trainings)
     return Scored(
         **told,
         kernel=f"{str(submit.get('kernel')).split('/')[-1]} {submit.get('kernel_version')}",
         commit=commit_of(push or {}),
         recipes=tuple(dict.fromkeys(Path(entry.get("recipe", "")).stem for entry in trainings)),
-        accuracy=held_out(made_of, "accuracy"),
-        log_loss=held_out(made_of, "log_loss"),
+        accuracy=number(cv.get("accuracy")),
+        log_loss=number(cv.get("log_loss")),
     )
 
 
@@ -111,11 +112,12 @@ def commit_of(push: Mapping) -> str | None:
     return f"{commit[:7]}{'+' * bool(push.get('git_dirty'))}" if commit else None
 
 
-def held_out(trainings: Sequence[Mapping], metric: str) -> float | None:
-    """The mean of a metric over runs; None where one of them held nothing out, or it is not known."""
-    told = [entry.get("metrics", {}) for entry in trainings]
-    values = [None if metrics.get("rows_were_trained_on") else number(metrics.get(metric)) for metrics in told]
-    return None if not values or None in values else sum(values) / len(values)
+def validation_of(push: Mapping, trainings: Sequence[Mapping]) -> Mapping:
+    """The metrics of what was pushed, on held-out rows; of one run they are those of its training. Empty where not known."""
+    if push.get("validation"):
+        return push["validation"]
+    metrics = trainings[0].get("metrics", {}) if len(trainings) == 1 else {}
+    return {} if metrics.get("rows_were_trained_on") else metrics
 
 
 def number(value: object) -> float | None:

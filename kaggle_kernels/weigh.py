@@ -20,6 +20,7 @@ from kaggle_kernels.runtime.submission import SMALLEST
 from kaggle_kernels.spec import COMPETITIONS, SPECS, Spec, read_spec
 from preprocess.errors import UserError
 from preprocess.files import atomic_file, read_object
+from preprocess.ledger import fingerprint
 
 TEMPERATURES = (0.1, 10.0)
 RESAMPLES = 1000
@@ -125,6 +126,26 @@ def row_losses(rows: Rows, weights: Sequence[float], temperature: float) -> np.n
     """Each row's log loss (rows,)."""
     probabilities = mixed(rows, weights, temperature)
     return -np.log(np.maximum(probabilities[np.arange(len(rows.winners_r)), rows.winners_r], SMALLEST))
+
+
+def validation(spec: Spec) -> dict | None:
+    """What the spec's models reach together on the rows that all their runs held out: rows, accuracy, log_loss.
+
+    They are mixed as the kernel does, with the spec's weights and temperature. None where the rows are not here, or a run's
+    package is of another training than the run is now.
+    """
+    folders = [Path("outputs") / package.run for package in spec.packages]
+    contracts = [[fingerprint(path / "contract.json") for path in (folder, folder / "package")] for folder in folders]
+    if any(trained is None or trained != packaged for trained, packaged in contracts):
+        return None
+    try:
+        rows = read_rows(spec)
+    except UserError:
+        return None
+    weights = [package.weight for package in spec.packages]
+    is_right = mixed(rows, weights, spec.temperature).argmax(axis=1) == rows.winners_r
+    losses = row_losses(rows, weights, spec.temperature)
+    return {"rows": len(is_right), "accuracy": float(is_right.mean()), "log_loss": float(losses.mean())}
 
 
 def fit(rows: Rows) -> tuple[np.ndarray, float]:

@@ -1,6 +1,7 @@
 """`push` by the real kaggle command against the stand-in: every check first, then the datasets, then the kernel."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from kaggle_kernels.__main__ import main
 from preprocess import ledger
 from preprocess.files import sha256
 from tests.kaggle_kernels.packages import flip_byte
+from tests.kaggle_kernels.test_weigh import predictions, write_run
 from tests.kaggle_server import Fault, error_under_200
 
 PACKAGE = Path("outputs/two/package")
@@ -80,8 +82,11 @@ def test_a_push_is_planned_made_and_then_has_nothing_to_do(spec, kaggle):
     ]
     assert [request.call for request in kaggle.requests[before:] if request.call in CHANGING] == []
     assert push(spec, "--dry-run").output.splitlines()[-1] == "a push would change nothing"
+    write_run("two", predictions([0.9, 0.8, 0.2, 0.6], ["model_a", "model_a", "model_b", "model_b"]))
+    shutil.copyfile(PACKAGE / "contract.json", PACKAGE.parent / "contract.json")
     assert "tester/pairwise-test: version 2 was pushed" in push(spec, "--again").output
-    assert len(ledger.read()) == 2
+    validation = [entry["validation"] for entry in ledger.read()]
+    assert validation == [None, {"rows": 4, "accuracy": 0.75, "log_loss": pytest.approx(0.3670, abs=1e-4)}]
 
 
 def test_all_problems_are_told_and_nothing_goes_up(spec, kaggle, monkeypatch):

@@ -114,7 +114,7 @@ def test_a_run_that_was_trained_on_every_row_has_no_cv(ledger_file):
     assert (row.recipes, row.accuracy, row.log_loss, row.public) == (("gemma2_cls",), None, None, 0.7)
 
 
-def test_of_several_runs_the_cv_is_the_mean_and_unknown_where_one_is_missing(ledger_file):
+def test_of_several_runs_the_cv_is_that_of_all_together_or_unknown(ledger_file):
     made(1, accuracy=0.70, recipe="one")
     made(2, accuracy=0.74, recipe="two")
     datasets = {f"tester/{name}": {"version": 1, "manifest": f"manifest {at}"} for at, name in ((1, "one"), (2, "two"))}
@@ -122,10 +122,20 @@ def test_of_several_runs_the_cv_is_the_mean_and_unknown_where_one_is_missing(led
     ledger.record("push", **{**CODE, **kernel}, datasets=datasets)
     ledger.record("submit", **kernel, submission_ref="1005", message="both")
     [row] = join([listed(5)], ledger.read())
-    assert (row.recipes, row.accuracy) == (("one", "two"), pytest.approx(0.72))
-    ledger.record("push", **{**CODE, **kernel}, datasets={**datasets, "tester/three": {"version": 1, "manifest": "elsewhere"}})
+    assert (row.recipes, row.accuracy, row.log_loss) == (("one", "two"), None, None)
+    together = {"rows": 880, "accuracy": 0.75, "log_loss": 0.58}
+    ledger.record("push", **{**CODE, **kernel}, datasets=datasets, validation=together)
     [row] = join([listed(5)], ledger.read())
-    assert (row.recipes, row.accuracy) == (("one", "two"), None)
+    assert (row.recipes, row.accuracy, row.log_loss) == (("one", "two"), 0.75, 0.58)
+
+
+def test_where_the_ledger_lacks_a_training_the_other_is_not_taken_for_the_whole(ledger_file):
+    made(1)
+    kernel = {"spec": "gemma2_cls", "kernel": "tester/gemma2_cls", "kernel_version": 1}
+    datasets = {f"tester/{at}": {"version": 1, "manifest": manifest} for at, manifest in ((1, "manifest 1"), (2, "elsewhere"))}
+    ledger.record("push", **{**CODE, **kernel}, datasets=datasets)
+    [row] = join([listed(1)], ledger.read())
+    assert (row.recipes, row.accuracy) == (("gemma2_cls",), None)
 
 
 def test_code_that_was_not_committed_has_a_plus(ledger_file):

@@ -9,7 +9,8 @@ import yaml
 from click.testing import CliRunner
 
 from kaggle_kernels.__main__ import main
-from kaggle_kernels.weigh import Rows, fit, in_thousandths, mixed, noise_sentence, row_losses, with_weights
+from kaggle_kernels.spec import read_spec
+from kaggle_kernels.weigh import Rows, fit, in_thousandths, mixed, noise_sentence, row_losses, validation, with_weights
 
 SPEC = """# a comment
 title: "Pairwise Test"   # and another
@@ -195,3 +196,40 @@ def test_a_run_that_is_worth_nothing_is_not_written_with_weight_0(workplace):
     done = weigh("--write")
     assert (done.exit_code, done.output.splitlines()[-1][:6]) == (2, "error:")
     assert (workplace / "spec.yml").read_text() == SPEC
+
+
+@pytest.fixture
+def packaged(workplace):
+    """Two runs on four rows with the weights 0.75 and 0.25, each with the package of its training."""
+    winners = ["model_a", "model_a", "model_b", "model_b"]
+    write_run("one", predictions([0.9, 0.45, 0.2, 0.5], winners))
+    write_run("two", predictions([0.1, 0.85, 0.2, 0.7], winners))
+    (workplace / "spec.yml").write_text(SPEC.replace("weight: 0.50", "weight: 0.75").replace("weight: 0.5\n", "weight: 0.25\n"))
+    for run in ("one", "two"):
+        for folder in (workplace / "outputs" / run, workplace / "outputs" / run / "package"):
+            folder.mkdir(exist_ok=True)
+            (folder / "contract.json").write_text(run)
+    return workplace
+
+
+def test_what_the_models_reach_together_is_what_the_kernel_would(packaged):
+    """p of A: 0.7, 0.55, 0.2, 0.55; the temperature 2 takes the root of the odds."""
+    spec = read_spec(packaged / "spec.yml")
+    losses = -np.log([0.7, 0.55, 0.8, 0.45])
+    assert validation(spec) == {"rows": 4, "accuracy": 0.75, "log_loss": pytest.approx(losses.mean())}
+    softened = [1 / (1 + np.sqrt((1 - p) / p)) for p in (0.7, 0.55, 0.8, 0.45)]
+    cooler = spec.model_copy(update={"temperature": 2.0})
+    assert validation(cooler)["log_loss"] == pytest.approx(-np.log(softened).mean())
+
+
+def test_of_a_package_of_another_training_or_without_rows_it_is_not_known(packaged):
+    spec = read_spec(packaged / "spec.yml")
+    (packaged / "outputs/two/package/contract.json").write_text("an earlier training")
+    assert validation(spec) is None
+    (packaged / "outputs/two/package/contract.json").unlink()
+    (packaged / "outputs/two/contract.json").unlink()
+    assert validation(spec) is None
+    for folder in ("outputs/two", "outputs/two/package"):
+        (packaged / folder / "contract.json").write_text("two")
+    (packaged / "outputs/two/predictions.parquet").unlink()
+    assert validation(spec) is None
