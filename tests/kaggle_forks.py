@@ -5,6 +5,7 @@ command: it hands over its environment, folder and streams, passes Ctrl-C on, ta
 ends with its exit code. The package `kaggle` itself, which reads the environment when it is imported, is imported in each fork.
 """
 
+import contextlib
 import json
 import os
 import select
@@ -61,7 +62,8 @@ def attend(client: socket.socket) -> int:
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
-            client.send(str(os.waitstatus_to_exitcode(status)).encode())
+            with contextlib.suppress(BrokenPipeError):  # whoever asked was killed
+                client.send(str(os.waitstatus_to_exitcode(status)).encode())
             return 0
         if client in select.select([client], [], [], 0.005)[0]:
             os.kill(pid, signal.SIGINT if client.recv(1) else signal.SIGKILL)
