@@ -207,7 +207,7 @@ def validation(spec: Spec, out: Path) -> str:
 def send(spec_path: Path, competition: Competition, pushed: Mapping, message: str, known: list[str], pace: Pace) -> None:
     """Submit, and write it down. A submission whose answer was lost is found in Kaggle's list, and not made twice."""
     note = submit_note(spec_path)
-    write_json(note, {"version": pushed["version"], "message": message, "known": known})
+    write_json(note, {"pushed": dict(pushed), "message": message, "known": known})
     place = ("-k", pushed["kernel"], "-v", str(pushed["version"]), "-f", FILE)
     arguments = ("competitions", "submit", competition.slug, *place, "-m", message)
     for attempt in range(UNKNOWN_TRIES):
@@ -237,19 +237,20 @@ def find_new(competition: Competition, message: str, known: list[str], pace: Pac
 
 
 def finish_interrupted(spec_path: Path, competition: Competition, pushed: Mapping, message: str, pace: Pace) -> bool:
-    """Whether a call that was interrupted did submit this version with this message; it is then written down now."""
+    """Whether a call that was interrupted did submit this version with this message.
+
+    Whatever it submitted, of another version or with other words too, is written down now: it counts as submitted.
+    """
     note = submit_note(spec_path)
     if not note.is_file():
         return False
     values = read_object(note)
-    ref = None
-    if (values["version"], values["message"]) == (pushed["version"], message):
-        ref = find_new(competition, message, values["known"], pace)
-    if ref:
-        write_down(spec_path, competition, pushed, message, ref)
-    else:
+    ref = find_new(competition, values["message"], values["known"], pace)
+    if not ref:
         note.unlink()
-    return bool(ref)
+        return False
+    write_down(spec_path, competition, values["pushed"], values["message"], ref)
+    return (values["pushed"]["version"], values["message"]) == (pushed["version"], message)
 
 
 def submit_note(spec_path: Path) -> Path:

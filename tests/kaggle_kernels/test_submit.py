@@ -220,6 +220,15 @@ def test_a_submission_that_was_interrupted_is_found_and_written_down(pushed, kag
     assert [entry["submission_ref"] for entry in ledger.read()] == ["1001"]
 
 
+def test_an_interrupted_submission_counts_though_the_next_call_has_other_words(pushed, kaggle, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "find_new", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        submit()
+    assert "was submitted at" in refusal(submit(message="second try"))
+    assert [made.description for made in kaggle.site.submissions] == ["first try"]
+    assert [(entry["submission_ref"], entry["message"]) for entry in ledger.read()] == [("1001", "first try")]
+
+
 def test_a_submission_that_kaggle_took_and_does_not_list_is_written_down_all_the_same(pushed, kaggle, monkeypatch):
     monkeypatch.setattr(module, "find_new", lambda *_: None)
     assert submit().output.splitlines()[-1] == f"submitted: tester/pairwise-demo version 1 to {WSDM_CUP} as not listed yet"
