@@ -47,7 +47,7 @@ def push(spec_path: Path, pace: Pace, dry_run: bool = False, again: bool = False
     if dry_run:
         plan(spec_path, owner, datasets, pace)
         return
-    with one_at_a_time(), interruptible("push"):
+    with one_at_a_time(WORK / "lock", "push"), interruptible("push"):
         published = {dataset.ref: publish_dataset(dataset, pace) for dataset in datasets}
         publish_kernel(spec_path, owner, published, pace, again)
 
@@ -150,14 +150,14 @@ def read_push(spec_path: Path) -> dict:
 
 
 @contextmanager
-def one_at_a_time():
-    """UserError where another push runs in this folder: both would send the same files."""
-    WORK.mkdir(parents=True, exist_ok=True)
+def one_at_a_time(lock: Path, command: str):
+    """UserError where the same command runs in this folder already: both would send the same."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(WORK / "lock", timeout=0):
+        with FileLock(lock, timeout=0):
             yield
     except Timeout:
-        raise UserError(f"{WORK / 'lock'}: another push runs in this folder; wait for it") from None
+        raise UserError(f"{lock}: another {command} runs in this folder; wait for it") from None
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from kaggle_kernels.kaggle_cli import UNKNOWN_TRIES, Pace, ask, check_credentials, demand, run
-from kaggle_kernels.publish import interruptible, read_push
+from kaggle_kernels.publish import interruptible, one_at_a_time, read_push
 from kaggle_kernels.remote_kernel import (
     Kernel,
     Status,
@@ -83,11 +83,13 @@ def submit(spec_path: Path, message: str, pace: Pace, yes: bool = False, again: 
     Asks before, unless `yes`. UserError where something of this is not so, no submission is left today, or the version was
     submitted before and `again` was not said.
     """
+    if not message.strip():
+        raise UserError("-m: is blank; say what is submitted, for by its message a submission is found again")
     if not yes and not can_ask():
         raise UserError("submit asks before it submits, and there is nobody to ask: add --yes")
     spec, pushed = read_spec(spec_path), read_push(spec_path)
     competition = COMPETITIONS[spec.competition]
-    with interruptible("submit"):
+    with one_at_a_time(output_folder(spec_path).with_name("submit.lock"), "submit"), interruptible("submit"):
         if finish_interrupted(spec_path, competition, pushed, message, pace):
             return
         check_not_submitted(pushed, again)
@@ -221,8 +223,13 @@ def send(spec_path: Path, competition: Competition, pushed: Mapping, message: st
             break
         seconds = pace.wait_before(attempt + 1)
         print(f"  {answer.reason}; not submitted yet, tried again after {seconds:g} s", flush=True)
-    note.unlink()
-    raise UserError(f"{in_words(pushed)}: Kaggle lists no new submission: {answer.reason}")
+    if answer.code and not answer.is_transient:
+        note.unlink()
+        raise UserError(f"{in_words(pushed)}: Kaggle lists no new submission: {answer.reason}")
+    raise UserError(
+        f"{in_words(pushed)}: perhaps submitted, perhaps not: {answer.reason}; look at Kaggle's page of your submissions, and "
+        "run submit again where it is not there"
+    )
 
 
 def find_new(competition: Competition, message: str, known: list[str], pace: Pace) -> str | None:
@@ -231,7 +238,7 @@ def find_new(competition: Competition, message: str, known: list[str], pace: Pac
         if attempt:
             pace.wait_before(attempt)
         for row in list_submissions(competition, pace):
-            if row["ref"] not in known and row["description"] == message:
+            if row["ref"] not in known and str(row["description"]).split() == message.split():
                 return row["ref"]
     return None
 

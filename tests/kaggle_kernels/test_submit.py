@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from filelock import FileLock
 
 from kaggle_kernels import submit as module
 from kaggle_kernels.__main__ import main
@@ -234,6 +235,33 @@ def test_a_submission_that_kaggle_took_and_does_not_list_is_written_down_all_the
     assert submit().output.splitlines()[-1] == f"submitted: tester/pairwise-demo version 1 to {WSDM_CUP} as not listed yet"
     assert "was submitted at" in refusal(submit())
     assert len(kaggle.site.submissions) == 1
+
+
+def test_a_submission_of_which_nobody_knows_whether_it_was_made_is_looked_for_by_the_next_call(pushed, kaggle, monkeypatch):
+    run = module.run
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "find_new", lambda *_: None)
+        patch.setattr(module, "run", lambda arguments: Answer(run(arguments).arguments, 0, "Thank you"))
+        assert "perhaps submitted, perhaps not: Thank you; look at Kaggle's page" in refusal(submit())
+    assert submit().output == f"submitted: tester/pairwise-demo version 1 to {WSDM_CUP} as 1001\n"
+    assert len(kaggle.site.submissions) == 1
+
+
+def test_a_message_is_recognised_though_kaggle_trims_it(pushed, kaggle):
+    kaggle.site.submissions.append(Submission(1001, WSDM_CUP, REF, 1, "submission.csv", "first try", "0.7", "0.7", 0))
+    assert module.find_new(COMPETITIONS["wsdm"], " first  try\n", [], Pace(0.02, 1)) == "1001"
+    assert module.find_new(COMPETITIONS["wsdm"], "first", [], Pace(0.02, 1)) is None
+
+
+def test_a_blank_message_is_refused(pushed, kaggle):
+    assert refusal(submit(message=" ")).startswith("-m: is blank")
+    assert kaggle.requests == []
+
+
+def test_two_submits_at_a_time_are_refused(pushed, kaggle):
+    with FileLock("outputs/demo/submit.lock"):
+        assert refusal(submit()) == "outputs/demo/submit.lock: another submit runs in this folder; wait for it"
+    assert kaggle.requests == []
 
 
 def test_a_submission_that_kaggle_refuses_is_one_error(pushed, kaggle):
