@@ -114,11 +114,11 @@ def publish_kernel(spec_path: Path, owner: str, published: Mapping[str, Mapping]
         write_json(note, {**last, "checked": False})
         check_pushed(kernel, pace)
         print(f"{kernel.ref}: read back: code and {len(kernel.metadata)} fields are as they are here", flush=True)
-    write_json(note, {**last, "checked": True})
     fields = {"spec": spec_path.stem, "kernel": kernel.ref, "kernel_version": last["version"], "url": last["url"]}
     kernel_sha256 = sha256(generated_folder(spec_path) / CODE)
     validated = validation(read_spec(spec_path))
     ledger.record("push", **fields, kernel_sha256=kernel_sha256, datasets=dict(published), validation=validated)
+    write_json(note, {**last, "checked": True})  # last: where the ledger lacks it, the next call goes on from here
     print(f"next: python -m kaggle_kernels status {spec_path.stem} --wait")
 
 

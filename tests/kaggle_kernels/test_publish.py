@@ -151,6 +151,16 @@ def test_a_push_that_was_killed_before_it_was_read_back_is_only_read_back(spec, 
     assert [entry["kernel_version"] for entry in ledger.read()] == [1]
 
 
+def test_a_push_that_was_killed_before_the_ledger_had_it_is_written_down_by_the_next(spec, kaggle, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(publish, "validation", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert push(spec).exit_code == 2
+    assert ledger.read() == []
+    assert push(spec).exit_code == 0
+    assert len(kaggle.calls("SaveKernel")) == 1
+    assert [entry["kernel_version"] for entry in ledger.read()] == [1]
+
+
 def test_two_pushes_at_a_time_are_refused(spec, kaggle):
     publish.WORK.mkdir(parents=True)
     with FileLock(publish.WORK / "lock"):
