@@ -73,12 +73,16 @@ def pull(ref: str, pace: Pace) -> Kernel | None:
 def what_differs(meant: Kernel, there: Kernel) -> list[str]:
     """How what Kaggle has differs from what was meant, in words, field by field.
 
-    Kaggle names the machine of the last run, which before the first is none. A dataset that it names without a version is
-    taken at its word: what was pinned is the newest version.
+    Kaggle names the machine of the last run, which before the first is none, and may leave out what is false. A dataset that
+    it names without a version is taken at its word: what was pinned is the newest version.
     """
     told = [] if there.code.rstrip() == meant.code.rstrip() else ["the code is another one"]
     for key, expected in meant.metadata.items():
         found = there.metadata.get(key)
+        if key in ("id", "dataset_sources"):
+            expected, found = lower_case(expected), lower_case(found)
+        if expected is False and found is None:
+            continue
         if key == "code_file" or (key == "machine_shape" and not found):
             continue
         if key.endswith("_sources"):
@@ -89,6 +93,11 @@ def what_differs(meant: Kernel, there: Kernel) -> list[str]:
         if found != expected:
             told.append(f"{key} is {json.dumps(found)} in place of {json.dumps(expected)}")
     return told
+
+
+def lower_case(names: str | list[str] | None) -> str | list[str]:
+    """owner/slug as Kaggle compares them: KAGGLE_USERNAME may have the owner in capitals."""
+    return names.lower() if isinstance(names, str) else [name.lower() for name in names or []]
 
 
 def bare(source: str) -> str:

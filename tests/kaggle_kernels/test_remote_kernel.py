@@ -39,8 +39,15 @@ def test_what_kaggle_adds_and_leaves_open_is_no_difference(kernel):
     assert what_differs(kernel, there(kernel)) == []
     assert what_differs(kernel, there(kernel, machine_shape=None)) == []
     assert what_differs(kernel, there(kernel, code=kernel.code + "\n")) == []
+    assert what_differs(kernel, there(kernel, enable_internet=None, enable_tpu=None)) == []
     unpinned = ["me/pairwise-wheels", "me/pairwise-llama3-cls", "me/pairwise-gemma2-qlora"]
     assert what_differs(kernel, there(kernel, dataset_sources=unpinned)) == []
+
+
+def test_an_owner_in_capitals_is_the_same_owner():
+    meant = read_kernel(GENERATED, "Me", {"Me/pairwise-gemma2-qlora": 3})
+    sources = ["me/pairwise-gemma2-qlora/3", "me/pairwise-llama3-cls", "me/pairwise-wheels"]
+    assert what_differs(meant, there(meant, id="me/pairwise-gemma-2-with-llama-3", dataset_sources=sources)) == []
 
 
 @pytest.mark.parametrize(
