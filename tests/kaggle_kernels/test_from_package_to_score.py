@@ -64,7 +64,8 @@ def test_a_spec_goes_from_package_to_score(here, name):
     assert made[-2:] == [("push", 1), ("submit", 1)]
 
     scores = call("scores", "--competition", spec.competition)
-    assert re.findall(r"0\.\d{4}", scores.output) == ["0.7000", "0.6000", "0.7123", "0.7045"], scores.output
+    validated = ["0.7000", "0.6000"] if len(spec.packages) == 1 else []  # no predictions here to mix those of several
+    assert re.findall(r"0\.\d{4}", scores.output) == [*validated, "0.7123", "0.7045"], scores.output
     traced = CliRunner().invoke(main, ["trace", name])
     assert (traced.exit_code, traced.output.count(f"data/train.parquet, 300 rows, sha256 {RAW_SHA256}")) == (
         0,
