@@ -117,7 +117,8 @@ def check_not_submitted(pushed: Mapping, again: bool) -> None:
     """Raise UserError where the ledger has a submission of this version, unless it is to be submitted again."""
     for entry in ledger.read():
         same = (entry.get("kernel"), entry.get("kernel_version")) == (pushed["kernel"], pushed["version"])
-        if entry["event"] == "submit" and same and not again:
+        is_of_this_push = entry.get("time", "") >= pushed["time"]  # a kernel made anew counts its versions from 1 again
+        if entry["event"] == "submit" and same and is_of_this_push and not again:
             raise UserError(
                 f"{in_words(pushed)}: was submitted at {entry['time']} as {entry['submission_ref']} ({entry['message']!r}); "
                 "--again submits it once more"

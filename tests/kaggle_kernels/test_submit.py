@@ -135,6 +135,14 @@ def test_a_complete_version_is_submitted_once_and_leads_back(pushed, kaggle):
     assert [made.description for made in kaggle.site.submissions] == ["first try", "second"]
 
 
+def test_a_kernel_that_was_made_anew_counts_from_1_and_was_not_submitted(pushed, kaggle):
+    time = (datetime.now(UTC) - timedelta(days=2)).isoformat(timespec="seconds")
+    told = {"submission_ref": "7", "message": "of the kernel that was removed"}
+    ledger.record("submit", time=time, kernel=REF, kernel_version=1, **told)
+    assert submit().exit_code == 0
+    assert len(kaggle.site.submissions) == 1
+
+
 @pytest.mark.parametrize(
     "statuses, output, told",
     [
