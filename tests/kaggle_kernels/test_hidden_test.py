@@ -149,4 +149,8 @@ def test_a_device_that_is_lost_leaves_its_rows_to_the_other(tmp_path, three_verd
     _, measured, out = rehearse(tmp_path, "test.csv", *options, "--lose-device", "1")
     assert {kill["worker"] for kill in measured["faults"]["kills"]} == {1}
     assert (measured["checks"]["ids"], measured["checks"]["scored"]) == (5000, 5000)
-    assert [worker["gone"] for worker in read_json(out / "kernel.json")["workers"]] == [False, True]
+    first, second = read_json(out / "kernel.json")[
+        "workers"
+    ]  # all may be done before the second has died often enough to be gone
+    assert (first["deaths"], first["computed_tokens"] > 0) == (0, True)
+    assert (second["deaths"] > 0, second["computed_tokens"]) == (True, 0)
