@@ -9,7 +9,6 @@ from pathlib import Path
 
 from kaggle_kernels.kaggle_cli import Pace, call_in_words
 from kaggle_kernels.remote_dataset import (
-    METADATA,
     Dataset,
     Remote,
     check_private,
@@ -19,6 +18,7 @@ from kaggle_kernels.remote_dataset import (
     what_differs,
 )
 from kaggle_kernels.upload import forget, forget_upload, upload, upload_call, work_folder
+from postprocess.package import METADATA
 from preprocess.errors import UserError
 from preprocess.files import read_object
 

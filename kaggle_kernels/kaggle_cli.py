@@ -132,20 +132,27 @@ def demand(pace: Pace, *arguments: str) -> Answer:
     return answer
 
 
+def pages(pace: Pace, *arguments: str) -> Iterator[Answer]:
+    """The answers to a call that lists something in JSON, page after page."""
+    token = None
+    while True:
+        answer = demand(pace, *arguments, "--format", "json", *(("--page-token", token) if token else ()))
+        yield answer
+        following = re.search(r"^Next Page Token = (\S+)$", answer.text, re.MULTILINE)
+        if not following or following[1] == token:
+            return
+        token = following[1]
+
+
 def list_files(pace: Pace, kind: str, ref: str) -> dict[str, int]:
     """The bytes of each file, by name, of a dataset's current version (datasets) or of a kernel's last output (kernels)."""
-    files, token = {}, None
-    while True:
-        page = ("--page-token", token) if token else ()
-        answer = demand(pace, kind, "files", ref, "--format", "json", "--page-size", "100", *page)
+    files = {}
+    for answer in pages(pace, kind, "files", ref, "--page-size", "100"):
         values = answer.values()
         if not isinstance(values, list):
             raise UserError(f"{answer.call}: {answer.reason}; expected a list of files")
         files |= {file["name"]: int(file["size"]) for file in values}
-        following = re.search(r"^Next Page Token = (\S+)$", answer.text, re.MULTILINE)
-        if not following or following[1] == token:
-            return files
-        token = following[1]
+    return files
 
 
 def check_credentials(answer: Answer) -> None:

@@ -17,6 +17,14 @@ WIDTH = 144  # where the output is no terminal
 COLUMNS = ("spec", "for", "packages", "base model", "approach", "bits", "GiB a GPU", "clock", "kernel")
 
 
+def table_console() -> Console:
+    """A console as wide as the terminal, or WIDTH where there is none."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = WIDTH
+    return console
+
+
 def print_specs(paths: Sequence[Path]) -> None:
     """One row a spec, its packages one below the other; a spec with a problem is a row too, a UserError in the end."""
     table = Table(*COLUMNS, box=SIMPLE_HEAD, pad_edge=False)
@@ -27,9 +35,7 @@ def print_specs(paths: Sequence[Path]) -> None:
         except UserError as problem:
             table.add_row(path.stem, *[""] * (len(COLUMNS) - 2), "[red]see below[/red]")
             problems.append(str(problem))
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = WIDTH
+    console = table_console()
     console.print(table)
     console.print(
         f"GiB a GPU: weights, a batch and CUDA itself, of the {GPU_BYTES / GIB} that a T4 offers; with a +, split over both."

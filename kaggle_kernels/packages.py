@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from kaggle_kernels.fit import Fit
+from postprocess.package import MANIFEST, METADATA
 from postprocess.run import is_same_model
 from postprocess.sizes import GIB, weight_bytes
 from preprocess.errors import UserError
@@ -14,15 +15,25 @@ AS_TRAINED = ("head", "budget_tokens", "truncation", "softcap")  # keys that con
 ROOM = 1.1  # weights on disk may be a little more than computed: names, and how they were quantised
 
 
+def package_folder(run: str) -> Path:
+    """Where the package of a run lies."""
+    return Path("outputs") / run / "package"
+
+
+def spec_folder(spec_path: Path) -> Path:
+    """Where everything that is done with a spec's kernel is kept: rehearsal, push, output."""
+    return Path("outputs") / spec_path.stem
+
+
 def find_package(fit: Fit) -> Path:
     """The run's package; a UserError where it is absent, or is not what the spec and the recipe say."""
-    folder, recipe = Path("outputs") / fit.package.run / "package", fit.recipe
-    if not (folder / "manifest.json").is_file():
+    folder, recipe = package_folder(fit.package.run), fit.recipe
+    if not (folder / MANIFEST).is_file():
         raise UserError(f"{folder}: no package; run `python -m postprocess {recipe.path}` first")
-    slug = str(read_object(folder / "dataset-metadata.json").get("id")).split("/")[-1]
+    slug = str(read_object(folder / METADATA).get("id")).split("/")[-1]
     if slug != fit.package.dataset:
         raise UserError(
-            f"{folder / 'dataset-metadata.json'}: id: found the dataset {slug!r}, the spec says {fit.package.dataset!r}; run "
+            f"{folder / METADATA}: id: found the dataset {slug!r}, the spec says {fit.package.dataset!r}; run "
             f"`python -m postprocess {recipe.path}` again"
         )
     contract, config, manifest = (read_object(folder / f"{name}.json") for name in ("contract", "config", "manifest"))

@@ -16,16 +16,15 @@ from slugify import slugify as slug_of_kaggle
 from kaggle_kernels import secrets
 from kaggle_kernels.build import generated_folder, stale_files
 from kaggle_kernels.fit import BITSANDBYTES, Fit, fit_packages
-from kaggle_kernels.packages import build_of, find_package
+from kaggle_kernels.packages import build_of, find_package, package_folder, spec_folder
 from kaggle_kernels.spec import Spec, read_spec
-from postprocess.package import MANIFEST, OWNER
+from postprocess.package import MANIFEST, METADATA, OWNER
 from postprocess.wheels import MANIFEST as WHEELS_MANIFEST
 from preprocess.errors import UserError
 from preprocess.files import read_object, sha256
 from preprocess.ledger import git_state
 from recipes.pairwise.schema import SLUG
 
-METADATA = "dataset-metadata.json"
 WHEELS = Path("outputs/wheels")
 DATASET_BYTES = 200 * 10**9  # Kaggle's documentation: of one dataset, and of all private ones of an account together
 TOP_LEVEL_FILES = 50  # of a dataset, as documented
@@ -60,7 +59,7 @@ def preflight(spec_path: Path, owner: str) -> Preflight:
     fits: list[Fit] = []
     if check(found, "two T4s hold it", lambda: fits.extend(fit_packages(spec_path, spec)) or []):
         check(found, f"{generated_folder(spec_path)} is up to date", build_problems, spec_path)
-    folders = {package.dataset: Path("outputs") / package.run / "package" for package in spec.packages}
+    folders = {package.dataset: package_folder(package.run) for package in spec.packages}
     for number, (dataset, folder) in enumerate(folders.items()):
         check(found, f"{folder} is what was packaged", package_problems, folder, dataset, fits[number : number + 1])
         check(found, f"{folder}: dataset {dataset}", dataset_problems, folder, dataset)
@@ -229,7 +228,7 @@ def secret_problems(folders: Sequence[Path], pairs: Sequence[Path]) -> list[str]
 
 def rehearsal_problems(spec_path: Path, folders: Mapping[str, Path]) -> list[str]:
     """Whether the last rehearsal passed, of the kernel as it is built now with the packages as they are now."""
-    file = Path("outputs") / spec_path.stem / "rehearsal" / "rehearsal.json"
+    file = spec_folder(spec_path) / "rehearsal" / "rehearsal.json"
     again = f"run `python -m kaggle_kernels rehearse {spec_path.stem} --test FILE`"
     generated = generated_folder(spec_path)
     if not file.is_file():

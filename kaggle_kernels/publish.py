@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 from kaggle_kernels.build import generated_folder
 from kaggle_kernels.datasets import find_dataset, plan_dataset, publish_dataset
 from kaggle_kernels.kaggle_cli import Pace, find_owner
+from kaggle_kernels.packages import package_folder, spec_folder
 from kaggle_kernels.preflight import WHEELS, preflight
 from kaggle_kernels.quota import check_quota
 from kaggle_kernels.remote_dataset import Dataset
@@ -76,7 +77,7 @@ def check_all(spec_path: Path, pace: Pace) -> str:
 def find_datasets(spec_path: Path, owner: str) -> list[Dataset]:
     """What is to be a dataset: each package, and the wheels where the spec names them."""
     spec = read_spec(spec_path)
-    packages = [Path("outputs") / package.run / "package" for package in spec.packages]
+    packages = [package_folder(package.run) for package in spec.packages]
     return [find_dataset(folder, owner) for folder in [*packages, *([WHEELS] if spec.wheels else [])]]
 
 
@@ -113,7 +114,7 @@ def publish_kernel(spec_path: Path, owner: str, published: Mapping[str, Mapping]
         }
         write_json(note, {**last, "checked": False})
         check_pushed(kernel, pace)
-        print(f"{kernel.ref}: read back: code and {len(kernel.metadata)} fields are as they are here", flush=True)
+        print(f"{kernel.ref}: read back: code and metadata are as they are here", flush=True)
     fields = {"spec": spec_path.stem, "kernel": kernel.ref, "kernel_version": last["version"], "url": last["url"]}
     kernel_sha256 = sha256(generated_folder(spec_path) / CODE)
     validated = validation(read_spec(spec_path))
@@ -136,7 +137,7 @@ def last_push(spec_path: Path) -> dict:
 
 def push_note(spec_path: Path) -> Path:
     """Where the last push of the spec is written down."""
-    return Path("outputs") / spec_path.stem / "push.json"
+    return spec_folder(spec_path) / "push.json"
 
 
 def read_push(spec_path: Path) -> dict:

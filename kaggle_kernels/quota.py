@@ -7,7 +7,7 @@ nor what old versions take: what comes to more than the limit is a warning, and 
 import re
 from collections.abc import Mapping
 
-from kaggle_kernels.kaggle_cli import Answer, Pace, ask
+from kaggle_kernels.kaggle_cli import Answer, Pace, ask, pages
 from kaggle_kernels.preflight import DATASET_BYTES, Preflight
 from preprocess.errors import UserError
 
@@ -54,15 +54,8 @@ def storage(found: Preflight, sizes: Mapping[str, int], pace: Pace) -> str:
 
 def held_bytes(pace: Pace) -> dict[str, int]:
     """The bytes of each dataset of the account, by owner/slug."""
-    held, token = {}, None
-    while True:
-        page = ("--page-token", token) if token else ()
-        answer = ask(pace, "datasets", "list", "--mine", "--format", "json", "--page-size", str(PAGE), *page)
-        held |= {str(row.get("ref")): int(row.get("size") or 0) for row in rows_of(answer)}
-        following = re.search(r"^Next Page Token = (\S+)$", answer.text, re.MULTILINE)
-        if not following or following[1] == token:
-            return held
-        token = following[1]
+    answers = pages(pace, "datasets", "list", "--mine", "--page-size", str(PAGE))
+    return {str(row.get("ref")): int(row.get("size") or 0) for answer in answers for row in rows_of(answer)}
 
 
 def rows_of(answer: Answer) -> list[Mapping]:

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kaggle_kernels.kaggle_cli import Pace, ask, demand, list_files
+from postprocess.package import METADATA
 from preprocess.errors import UserError
 from preprocess.files import sha256
-
-METADATA = "dataset-metadata.json"
 
 
 @dataclass(frozen=True)

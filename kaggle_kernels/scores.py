@@ -14,12 +14,11 @@ import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from kaggle_kernels.kaggle_cli import Pace
-from kaggle_kernels.listing import WIDTH
+from kaggle_kernels.listing import table_console
 from kaggle_kernels.spec import COMPETITIONS
 from kaggle_kernels.submit import list_submissions
 from kaggle_kernels.trace import chain, push_of
@@ -57,10 +56,7 @@ def print_scores(competition: str, pace: Pace) -> None:
     if not rows:
         print(f"{known.slug}: no submissions")
         return
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = WIDTH
-    console.print(table(rows))
+    table_console().print(table(rows))
     for side in ("public", "private"):
         print(correlation(rows, known.metric, side))
     if draw(rows, competition, known.metric):

@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from kaggle_kernels.kaggle_cli import UNKNOWN_TRIES, Pace, ask, check_credentials, demand, run
+from kaggle_kernels.packages import spec_folder
 from kaggle_kernels.publish import interruptible, one_at_a_time, read_push
 from kaggle_kernels.remote_kernel import (
     Kernel,
@@ -110,7 +111,7 @@ def can_ask() -> bool:
 
 def output_folder(spec_path: Path) -> Path:
     """Where the visible run's output is downloaded to."""
-    return Path("outputs") / spec_path.stem / "output"
+    return spec_folder(spec_path) / "output"
 
 
 def check_not_submitted(pushed: Mapping, again: bool) -> None:
@@ -263,7 +264,7 @@ def finish_interrupted(spec_path: Path, competition: Competition, pushed: Mappin
 
 def submit_note(spec_path: Path) -> Path:
     """Where a submission that is being made is written down."""
-    return Path("outputs") / spec_path.stem / "submit.json"
+    return spec_folder(spec_path) / "submit.json"
 
 
 def write_down(spec_path: Path, competition: Competition, pushed: Mapping, message: str, ref: str) -> None:

@@ -5,7 +5,6 @@ with a file, and by which token a dataset takes a whole one in. It removes them 
 the dataset. So what it removes is a symbolic link, and the note stays: nothing goes up twice.
 """
 
-import os
 import re
 import shutil
 import time
@@ -13,9 +12,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from kaggle_kernels.kaggle_cli import TRIES, UNKNOWN_TRIES, Answer, Pace, check_credentials, run
-from kaggle_kernels.remote_dataset import METADATA, Dataset, Remote, look, wait_until_ready, what_differs
+from kaggle_kernels.remote_dataset import Dataset, Remote, look, wait_until_ready, what_differs
+from postprocess.package import METADATA
 from preprocess.errors import UserError
-from preprocess.files import read_object, write_json
+from preprocess.files import link_or_copy, read_object, write_json
 
 WORK = Path("outputs/.push")  # work folders, by dataset; removed once a dataset is whole
 FILES, STATE, NOTES = "files", "state", "notes"  # in a work folder: what is sent, where the command writes, and what it wrote
@@ -141,14 +141,6 @@ def stage(dataset: Dataset) -> Path:
 def work_folder(dataset: Dataset) -> Path:
     """What is there while a dataset is on its way."""
     return WORK / dataset.ref.split("/")[1]
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """A second name for the same bytes; a copy of the same age where the file system has no such thing."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def offer_notes(work: Path, names: Iterable[str]) -> None:

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy.optimize import minimize
 
+from kaggle_kernels.packages import package_folder
 from kaggle_kernels.runtime.submission import SMALLEST
 from kaggle_kernels.spec import COMPETITIONS, SPECS, Spec, read_spec
 from preprocess.errors import UserError
@@ -134,8 +135,8 @@ def validation(spec: Spec) -> dict | None:
     They are mixed as the kernel does, with the spec's weights and temperature. None where the rows are not here, or a run's
     package is of another training than the run is now.
     """
-    folders = [Path("outputs") / package.run for package in spec.packages]
-    contracts = [[fingerprint(path / "contract.json") for path in (folder, folder / "package")] for folder in folders]
+    folders = [package_folder(package.run) for package in spec.packages]
+    contracts = [[fingerprint(path / "contract.json") for path in (folder.parent, folder)] for folder in folders]
     if any(trained is None or trained != packaged for trained, packaged in contracts):
         return None
     try:

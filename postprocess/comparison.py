@@ -11,14 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from recipes.pairwise.metrics import scores
+from recipes.pairwise.metrics import SMALLEST, row_losses, scores
 
 NO_CANDIDATES = ("recorded", "trained", "merged")
 QUANTISED = "quantised"
 RESAMPLES = 1000
 SEED = 0
 MIDDLE = (0.025, 0.975)  # 95 %
-SMALLEST = 1e-15  # where a probability is clipped before its logarithm, as the competitions do
 DECIMALS = 6  # of an interval: the last bits of a sum depend on the machine
 
 
@@ -121,7 +120,7 @@ def outcomes(column: Column, labels_rv: np.ndarray, winners_r: np.ndarray) -> tu
     """
     mean_rv = column.probabilities_rov.mean(axis=1)
     right_r = (mean_rv.argmax(axis=1) == winners_r).astype(np.float64)
-    return right_r, -(labels_rv * np.log(np.clip(mean_rv, SMALLEST, 1))).sum(axis=1)
+    return right_r, row_losses(mean_rv, labels_rv)
 
 
 def resample(groups_r: np.ndarray) -> Resamples:

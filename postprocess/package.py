@@ -1,6 +1,5 @@
 """The chosen model and its contract → a flat Kaggle dataset folder, with every file's SHA-256 in its manifest."""
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,11 +7,11 @@ from pathlib import Path
 from postprocess.run import Run
 from preprocess import ledger
 from preprocess.errors import UserError
-from preprocess.files import atomic_folder, read_json, sha256, write_json
+from preprocess.files import atomic_folder, link_or_copy, read_json, sha256, write_json
 from recipes.pairwise.recipe_copy import TRACKED
 
 OWNER = "INSERT_OWNER"  # filled in when the dataset is pushed
-MANIFEST = "manifest.json"
+MANIFEST, METADATA = "manifest.json", "dataset-metadata.json"
 
 
 def package(run: Run, chosen: Path, agreement: Path, validation_ids: Mapping, out: Path) -> None:
@@ -24,11 +23,11 @@ def package(run: Run, chosen: Path, agreement: Path, validation_ids: Mapping, ou
     report = read_json(agreement)
     with atomic_folder(out) as folder:
         for file in sorted(path for path in chosen.iterdir() if path.is_file()):
-            _link_or_copy(file, folder / file.name)
+            link_or_copy(file, folder / file.name)
         for name in ("contract.json", "model_input.py"):
             shutil.copyfile(run.folder / name, folder / name)
         write_json(folder / "validation_ids.json", validation_ids)
-        write_json(folder / "dataset-metadata.json", dataset_metadata(settings.slug, settings.licence))
+        write_json(folder / METADATA, dataset_metadata(settings.slug, settings.licence))
         files = {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size} for path in sorted(folder.iterdir())}
         manifest = {
             "files": files,
@@ -72,11 +71,3 @@ def dataset_metadata(slug: str, licence: str) -> dict:
     if not 6 <= len(slug) <= 50:
         raise UserError(f"pairwise.package.slug: {slug!r} has {len(slug)} characters; Kaggle takes 6 to 50")
     return {"title": slug, "id": f"{OWNER}/{slug}", "licenses": [{"name": licence}]}
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    """A second name for the same bytes, which are gigabytes; a copy where the file system has no such thing."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)

@@ -16,7 +16,7 @@ import click
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 
-from postprocess.package import dataset_metadata
+from postprocess.package import METADATA, dataset_metadata
 from postprocess.pip import PLATFORMS, PYTHON, download, dry_run
 from preprocess import ledger
 from preprocess.errors import UserError, exits_with_2
@@ -25,7 +25,7 @@ from recipes.pairwise.schema import SLUG
 
 WHEELS = Path(__file__).with_name("kaggle-wheels.txt")
 IMAGE = Path(__file__).with_name("kaggle-image.txt")
-MANIFEST, METADATA = "wheels.json", "dataset-metadata.json"
+MANIFEST = "wheels.json"
 PIN = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9.!+_-]+)")
 HASH = re.compile(r"--hash=sha256:(?P<sha256>[0-9a-f]{64})")
 LICENCES = {"MIT": "MIT", "Apache-2.0": "apache-2.0"}  # SPDX's name: Kaggle's

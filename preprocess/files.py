@@ -113,6 +113,14 @@ def _make_folder(path: Path) -> None:
         raise UserError(f"{path}: this folder cannot be made ({error.strerror}); choose another place") from None
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """A second name for the same bytes, which may be gigabytes; a copy of the same age where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def write_json(path: Path | str, value: object) -> None:
     """Write `value` as indented JSON, atomically. Non-ASCII stays escaped, so that lone surrogates survive."""
     with atomic_file(path) as temporary:

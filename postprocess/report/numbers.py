@@ -12,9 +12,9 @@ import polars as pl
 from scipy.optimize import minimize_scalar
 
 from postprocess.agreement_report import FEW_GROUPS, groups_of
-from postprocess.comparison import SMALLEST, Resamples, interval, resample
+from postprocess.comparison import Resamples, interval, resample
 from recipes.pairwise.data import targets, winners
-from recipes.pairwise.metrics import ORDERS
+from recipes.pairwise.metrics import ORDERS, SMALLEST, row_losses
 
 BINS = 10
 INVERSE_TEMPERATURES = (0.1, 20.0)  # temperatures of 10, the most that a spec takes, to 0.05
@@ -93,11 +93,6 @@ def figure(values_r: np.ndarray, counted_r: np.ndarray, resamples: Resamples) ->
     return Figure(float(values.mean()), *interval(values, np.full(len(values), True), drawn))
 
 
-def losses(probabilities_rv: np.ndarray, labels_rv: np.ndarray) -> np.ndarray:
-    """Each row's log loss against its soft label, in nats."""
-    return -(labels_rv * np.log(np.clip(probabilities_rv, SMALLEST, 1))).sum(axis=1)
-
-
 def line(name: str, data: Scored, chosen_r: np.ndarray, right_r: np.ndarray, loss_r: np.ndarray) -> Line:
     """A line of the rows `chosen_r`, of which `right_r` are right and `loss_r` their losses."""
     groups = len(np.unique(data.resamples.group_r[chosen_r]))
@@ -108,7 +103,7 @@ def line(name: str, data: Scored, chosen_r: np.ndarray, right_r: np.ndarray, los
 def model_line(data: Scored, name: str = "this model", chosen_r: np.ndarray | None = None) -> Line:
     """The model on all rows, or on some of them, by the mean of both orders."""
     every = np.full(len(data.winners_r), True) if chosen_r is None else chosen_r
-    return line(name, data, every, data.mean_rv.argmax(axis=1) == data.winners_r, losses(data.mean_rv, data.labels_rv))
+    return line(name, data, every, data.mean_rv.argmax(axis=1) == data.winners_r, row_losses(data.mean_rv, data.labels_rv))
 
 
 @dataclass(frozen=True)
@@ -150,12 +145,12 @@ def longer_answer(data: Scored, longer_r: np.ndarray) -> Baseline:
 def baseline(data: Scored, name: str, right_r: np.ndarray, probabilities_rv: np.ndarray) -> Baseline:
     """A baseline with the model's gains over it."""
     every = np.full(len(data.winners_r), True)
-    loss_r = losses(probabilities_rv, data.labels_rv)
+    loss_r = row_losses(probabilities_rv, data.labels_rv)
     ours_r = (data.mean_rv.argmax(axis=1) == data.winners_r).astype(np.float64)
     return Baseline(
         line(name, data, every, right_r, loss_r),
         figure(ours_r - right_r, data.decided_r, data.resamples),
-        figure(losses(data.mean_rv, data.labels_rv) - loss_r, every, data.resamples),
+        figure(row_losses(data.mean_rv, data.labels_rv) - loss_r, every, data.resamples),
     )
 
 
@@ -246,7 +241,7 @@ def calibration(data: Scored) -> Calibration | None:
             bins.append(Bin(int(chosen.sum()), float(confidence_r[chosen].mean()), found))
     error = sum(one.rows * abs(one.accuracy.value - one.confidence) for one in bins) / decided.sum()
     temperature, at_temperature = best_temperature(data)
-    plain = float(losses(data.mean_rv, data.labels_rv).mean())
+    plain = float(row_losses(data.mean_rv, data.labels_rv).mean())
     return Calibration(tuple(bins), lowest, float(error), temperature, plain, at_temperature)
 
 
@@ -317,7 +312,7 @@ def positions(data: Scored) -> Positions:
     by_mean, probability = first_answer("mean probability", given, swapped)
     orders = {"order as given": given, "order swapped": swapped, "mean of both": data.mean_rv}
     right = {name: (values.argmax(axis=1) == data.winners_r).astype(np.float64) for name, values in orders.items()}
-    loss = {name: losses(values, data.labels_rv) for name, values in orders.items()}
+    loss = {name: row_losses(values, data.labels_rv) for name, values in orders.items()}
     return Positions(
         first=(by_people, by_model, by_mean),
         chosen=chosen,

@@ -9,6 +9,7 @@ import polars as pl
 from preprocess.model_input import swap_probabilities
 
 ORDERS = ("as_given", "swapped")
+SMALLEST = 1e-15  # where a probability is clipped before its logarithm, as the competitions do
 
 
 def probabilities(logits_rov: np.ndarray, verdicts: tuple[str, ...]) -> np.ndarray:
@@ -25,6 +26,11 @@ def probabilities(logits_rov: np.ndarray, verdicts: tuple[str, ...]) -> np.ndarr
     return np.stack([both[:, 0], both[:, 1][:, places]], axis=1)
 
 
+def row_losses(probabilities_rv: np.ndarray, labels_rv: np.ndarray) -> np.ndarray:
+    """Each row's log loss against its soft label, in nats (rows,)."""
+    return -(labels_rv * np.log(np.clip(probabilities_rv, SMALLEST, 1))).sum(axis=1)
+
+
 def scores(both_rov: np.ndarray, labels_rv: np.ndarray, winners_r: np.ndarray) -> dict[str, float]:
     """Metrics of probabilities (rows, 2 orders, verdicts) against soft labels (rows, verdicts) and winners (rows,).
 
@@ -38,7 +44,7 @@ def scores(both_rov: np.ndarray, labels_rv: np.ndarray, winners_r: np.ndarray) -
         return float((values.argmax(axis=1) == winners_r)[decided].mean()) if decided.any() else float("nan")
 
     def log_loss(values):
-        return float(-(labels_rv * np.log(np.clip(values, 1e-15, 1))).sum(axis=1).mean())
+        return float(row_losses(values, labels_rv).mean())
 
     return {
         "accuracy": accuracy(mean),

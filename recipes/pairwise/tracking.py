@@ -209,7 +209,7 @@ def worst_rows(predictions: pl.DataFrame, pairs: pl.DataFrame, verdicts: tuple[s
     rows = predictions.drop("fold", "winner").join(pairs, on="id", suffix="_label", maintain_order="left")
     labels_rv = targets(rows.select(pl.col(f"p_{name}_label").alias(f"p_{name}") for name in VERDICTS), verdicts)
     means_rv = rows.select(f"p_{verdict}" for verdict in verdicts).to_numpy()
-    rows = rows.with_columns(loss=-(labels_rv * np.log(np.clip(means_rv, 1e-15, 1))).sum(axis=1))
+    rows = rows.with_columns(loss=metrics.row_losses(means_rv, labels_rv))
     known = [name for name in ("language", "source") if name in rows.columns]
     orders = [f"p_{verdict}_{order}" for order in metrics.ORDERS for verdict in verdicts]
     texts = [shortened(name) for name in ("prompt", "response_a", "response_b")]
