@@ -6,7 +6,9 @@ at the top, each module keeps its text under a heading, the spec's settings come
 
 import ast
 import functools
+import hashlib
 import json
+import re
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -43,6 +45,7 @@ MODULES = (
 OWNER = "INSERT_OWNER"  # stands for the Kaggle account, which is known at push
 RULE = "# " + "=" * 110
 WIDTH = 120
+BUILD_DIGITS = 16
 LINE = 128  # what ruff allows
 
 
@@ -123,7 +126,19 @@ def kernel_metadata(spec: Spec) -> dict:
 
 
 def kernel_text(name: str, spec: Spec, fits: Sequence[Fit]) -> str:
-    """The kernel as one Python file."""
+    """The kernel as one Python file, its `build` set to a hash of all the rest."""
+    text = unmarked_text(name, spec, fits)
+    mark = hashlib.sha256(text.encode()).hexdigest()[:BUILD_DIGITS]
+    return text.replace('    build="",\n', f'    build="{mark}",\n', 1)
+
+
+def build_mark(text: str) -> str:
+    """The `build` of a kernel's text, which its kernel.json repeats."""
+    return re.search(r'^    build="(\w+)",$', text, re.MULTILINE)[1]
+
+
+def unmarked_text(name: str, spec: Spec, fits: Sequence[Fit]) -> str:
+    """The kernel as one Python file, but for its `build`."""
     modules = [read_module(module) for module in MODULES]
     check_names(modules)
     parts = [

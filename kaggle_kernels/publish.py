@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from kaggle_kernels.build import generated_folder
+from kaggle_kernels.build import build_mark, generated_folder
 from kaggle_kernels.datasets import find_dataset, plan_dataset, publish_dataset
 from kaggle_kernels.kaggle_cli import Pace, find_owner
 from kaggle_kernels.packages import package_folder, spec_folder
@@ -111,6 +111,7 @@ def publish_kernel(spec_path: Path, owner: str, published: Mapping[str, Mapping]
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "datasets": dict(published),
             "fingerprint": fingerprint(kernel),
+            "build": build_mark(kernel.code),
         }
         write_json(note, {**last, "checked": False})
         check_pushed(kernel, pace)

@@ -96,6 +96,7 @@ def submit(spec_path: Path, message: str, pace: Pace, yes: bool = False, again: 
         check_not_submitted(pushed, again)
         check_current(pushed, pace)
         check_output(pushed, competition, output_folder(spec_path), pace)
+        check_made_by(pushed, output_folder(spec_path) / RECORD)
         listed = list_submissions(competition, pace)
         left = submissions_left(competition, listed, pace)
         print("\n".join(summary(spec, pushed, message, output_folder(spec_path), left)), flush=True)
@@ -154,6 +155,24 @@ def check_output(pushed: Mapping, competition: Competition, out: Path, pace: Pac
     short = next((number for number, row in enumerate(rows, 2) if len(row) != len(expected)), None)
     if short or not rows:
         raise UserError(f"{out / FILE}: {f'line {short} is not whole' if short else 'has no rows'}; download or run it again")
+
+
+def check_made_by(pushed: Mapping, record: Path) -> None:
+    """Raise UserError unless kernel.json is of the pushed kernel with the pushed packages.
+
+    Kaggle gives status and output of its newest run, whichever that is: shortly after a push perhaps still the one before.
+    """
+    values = read_object(record) if record.is_file() else {}
+    packages = {ref.split("/")[1]: dataset["manifest"] for ref, dataset in pushed["datasets"].items()}
+    ran_with = values.get("manifests") or {}
+    others = [slug for slug, manifest in ran_with.items() if packages.get(slug) != manifest]
+    if (values.get("settings") or {}).get("build") != pushed["build"]:
+        others.insert(0, "kernel")
+    if others or not ran_with:
+        raise UserError(
+            f"{in_words(pushed)}: the output that Kaggle has is of another {' and another '.join(others) or 'run'}; give it a "
+            "minute, then status --wait and submit; if it stays, push --again"
+        )
 
 
 def list_submissions(competition: Competition, pace: Pace) -> list[dict]:

@@ -58,6 +58,7 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
     final = submit(root / "working", board, rows, scored, read_ids(test_file))
     record = {
         "settings": asdict(settings),
+        "manifests": {one.dataset: package.manifest_sha256() for one, package in zip(settings.packages, packages, strict=True)},
         "versions": versions,
         "installed": installed,
         "machine": machine,

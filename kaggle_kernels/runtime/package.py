@@ -36,6 +36,10 @@ class Package:
     model_input: ModuleType
     tokenizer: Tokenizer
 
+    def manifest_sha256(self) -> str:
+        """What tells this package from others, every file of it being as listed."""
+        return hashlib.sha256((self.folder / "manifest.json").read_bytes()).hexdigest()
+
 
 def read_package(folder: Path | str, clock: Clock | None = None) -> Package:
     """Read the package in `folder`: file hashes, contract, tokenizer and golden token ids are checked, in this order.

@@ -40,6 +40,7 @@ class Settings:
     min_scored: float
     visible_rows: int  # of the train file, scored in the visible run
     wheels: str | None  # the dataset with wheels that Kaggle's image lacks
+    build: str = ""  # tells this kernel's text from others, so that what it wrote can be told from what another wrote
 
 
 @dataclass(frozen=True)

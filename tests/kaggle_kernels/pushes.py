@@ -11,9 +11,10 @@ from click.testing import CliRunner, Result
 from safetensors.numpy import save
 
 from kaggle_kernels.__main__ import main
+from kaggle_kernels.build import build_mark, generated_folder
 from kaggle_kernels.fit import Fit, fit_packages
-from kaggle_kernels.packages import AS_TRAINED
-from kaggle_kernels.spec import COMPETITIONS, Spec, read_spec
+from kaggle_kernels.packages import AS_TRAINED, package_folder
+from kaggle_kernels.spec import COMPETITIONS, read_spec
 from postprocess.package import dataset_metadata
 from preprocess import ledger
 from preprocess.files import sha256
@@ -91,12 +92,16 @@ def write_metadata(folder: Path, slug: str, licence: str) -> None:
     (folder / "dataset-metadata.json").write_text(json.dumps(dataset_metadata(slug, licence)))
 
 
-def output_of(spec: Spec) -> dict[str, bytes]:
-    """What the kernel of the spec leaves behind: a submission of two rows."""
+def output_of(spec_path: Path) -> dict[str, bytes]:
+    """What the kernel of the spec leaves behind: a submission of two rows, and by which build and packages it was made."""
+    spec = read_spec(spec_path)
     columns = COMPETITIONS[spec.competition].columns
     values = ["model_a"] if len(columns) == 1 else ["0.5", "0.25", "0.25"]
     lines = [",".join(["id", *columns]), *(",".join([str(row), *values]) for row in (1, 2))]
-    return {"submission.csv": "".join(f"{line}\n" for line in lines).encode(), "kernel.json": b"{}"}
+    build = build_mark((generated_folder(spec_path) / "kernel.py").read_text(encoding="utf-8"))
+    manifests = {package.dataset: sha256(package_folder(package.run) / "manifest.json") for package in spec.packages}
+    record = json.dumps({"settings": {"build": build}, "manifests": manifests})
+    return {"submission.csv": "".join(f"{line}\n" for line in lines).encode(), "kernel.json": record.encode()}
 
 
 def call(command: str, *arguments: str) -> Result:

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from kaggle_kernels import build
 from kaggle_kernels.__main__ import main
-from kaggle_kernels.build import generate, generated_folder, read_module, stale_files
+from kaggle_kernels.build import build_mark, generate, generated_folder, read_module, stale_files
 from kaggle_kernels.spec import all_specs, slugify
 from tests.kaggle_kernels.packages import write_recipe
 
@@ -123,3 +123,11 @@ def test_a_name_that_two_modules_define_is_refused():
 def test_help_loads_neither_torch_nor_polars():
     code = "import sys, kaggle_kernels.__main__; print({'torch', 'transformers', 'polars', 'pydantic'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_the_build_tells_one_kernel_from_another(spec_path):
+    first = generate(spec_path)["kernel.py"]
+    assert first == generate(spec_path)["kernel.py"]
+    assert first.count(f'    build="{build_mark(first)}",\n') == 1
+    spec_path.write_text(SPEC.replace("600", "601"))
+    assert len({build_mark(first), build_mark(generate(spec_path)["kernel.py"]), ""}) == 3

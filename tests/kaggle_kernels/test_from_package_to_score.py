@@ -39,7 +39,7 @@ def test_there_are_specs():
 def test_a_spec_goes_from_package_to_score(here, name):
     path, spec = find_spec(name), read_spec(find_spec(name))
     folders = pretend_ready(path)
-    here.site.runs.append(Run(output=output_of(spec)))
+    here.site.runs.append(Run(output=output_of(path)))
     here.site.scores.append(("0.7123", "0.7045"))
 
     pushed = call("push", name)
@@ -83,7 +83,7 @@ def pushed(small):
     kaggle, _ = small
 
     def push(**run) -> KaggleServer:
-        kaggle.site.runs.append(Run(**{"output": output_of(read_spec(find_spec(SMALL))), **run}))
+        kaggle.site.runs.append(Run(**{"output": output_of(find_spec(SMALL)), **run}))
         assert call("push", SMALL).exit_code == 0
         return kaggle
 
@@ -101,7 +101,7 @@ def test_a_kernel_that_fails_is_told_with_its_log_and_pushed_again_it_goes_on(pu
     assert "  | CUDA out of memory\n" in followed.output
     assert "ERROR, and only a COMPLETE version can be submitted" in error_of(submit())
     sent = kaggle.uploaded_bytes()
-    kaggle.site.runs.append(Run(output=output_of(read_spec(find_spec(SMALL)))))
+    kaggle.site.runs.append(Run(output=output_of(find_spec(SMALL))))
     assert call("push", SMALL, "--again").exit_code == 0
     assert call("status", SMALL, "--wait").exit_code == 0
     assert submit().exit_code == 0

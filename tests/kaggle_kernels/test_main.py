@@ -11,6 +11,7 @@ from kaggle_kernels.runtime.main import run_kernel
 from kaggle_kernels.runtime.schedule import combine
 from kaggle_kernels.runtime.settings import start_clock
 from kaggle_kernels.spec import Spec, settings_of
+from preprocess.files import sha256
 from tests import tiny
 from tests.kaggle_kernels.packages import settings_for
 
@@ -64,6 +65,7 @@ def test_the_record_holds_settings_versions_and_passes(kaggle, monkeypatch):
     assert record["hidden_run"] is True
     [chosen] = record["settings"]["packages"]
     assert (chosen["run"], chosen["dataset"], chosen["weight"]) == ("two", "tiny-two", 1.0)
+    assert record["manifests"] == {"tiny-two": sha256(kaggle / "input" / "tiny-two" / "manifest.json")}
     assert [(work["pass"], work["scored"]) for work in record["passes"]] == [
         ("tiny-two, as_given", 3),
         ("tiny-two, swapped", 3),

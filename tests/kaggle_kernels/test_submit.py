@@ -10,6 +10,7 @@ from filelock import FileLock
 
 from kaggle_kernels import submit as module
 from kaggle_kernels.__main__ import main
+from kaggle_kernels.build import build_mark
 from kaggle_kernels.kaggle_cli import Answer, Pace
 from kaggle_kernels.remote_kernel import fingerprint, read_kernel
 from kaggle_kernels.spec import COMPETITIONS
@@ -28,12 +29,20 @@ DATASETS = {
 }
 
 
+BUILD = build_mark((ROOT / "kaggle_kernels/generated/demo/kernel.py").read_text(encoding="utf-8"))
+
+
+def record(build=BUILD, manifest="ab" * 32, **values):
+    """The kernel.json of a run with the demo's package."""
+    return json.dumps({"settings": {"build": build}, "manifests": {"pairwise-demo": manifest}, **values}).encode()
+
+
 @pytest.fixture
 def pushed(tmp_path, monkeypatch, fast_kaggle, ledger_file):
     """The demo's kernel as push leaves it, here and on the stand-in, COMPLETE; the run of its one version."""
     monkeypatch.chdir(tmp_path)
     kernel = read_kernel(ROOT / "kaggle_kernels/generated/demo", "tester", {ref: of["version"] for ref, of in DATASETS.items()})
-    run = Run(statuses=["COMPLETE"], output={"submission.csv": GOOD, "other.bin": b"x"})
+    run = Run(statuses=["COMPLETE"], output={"submission.csv": GOOD, "other.bin": b"x", "kernel.json": record()})
     keys = {"datasetDataSources": "dataset_sources", "competitionDataSources": "competition_sources"}
     keys |= {"machineShape": "machine_shape", "isPrivate": "is_private", "enableGpu": "enable_gpu", "newTitle": "title"}
     keys |= {
@@ -46,7 +55,8 @@ def pushed(tmp_path, monkeypatch, fast_kaggle, ledger_file):
     fast_kaggle.site.kernels[REF] = Kernel(REF, [KernelVersion(1, request, run)])
     time = (datetime.now(UTC) - timedelta(minutes=63)).isoformat(timespec="seconds")
     note = {"kernel": REF, "version": 1, "url": "https://www.kaggle.com/code/tester/pairwise-demo", "time": time}
-    write_json("outputs/demo/push.json", {**note, "datasets": DATASETS, "fingerprint": fingerprint(kernel), "checked": True})
+    note |= {"fingerprint": fingerprint(kernel), "build": BUILD}
+    write_json("outputs/demo/push.json", {**note, "datasets": DATASETS, "checked": True})
     return run
 
 
@@ -101,8 +111,8 @@ def test_what_was_not_pushed_has_no_status(tmp_path, monkeypatch):
 
 
 def test_a_complete_version_is_submitted_once_and_leads_back(pushed, kaggle):
-    visible = {"visible": {"quality": {"judged": 500, "accuracy": 0.712, "standard_error": 0.0203}}}
-    pushed.output["kernel.json"] = json.dumps(visible).encode()
+    quality = {"judged": 500, "accuracy": 0.712, "standard_error": 0.0203}
+    pushed.output["kernel.json"] = record(visible={"quality": quality})
     write_json("outputs/demo/metrics.json", {"accuracy": 0.7254})
     ended = submit()
     assert ended.exit_code == 0, ended.output
@@ -160,6 +170,30 @@ def test_what_is_no_submission_is_not_submitted(pushed, kaggle, statuses, output
     Path("outputs/demo/output/submission.csv").write_bytes(GOOD)
     pushed.statuses, pushed.output = statuses, output
     assert told in refusal(submit())
+    assert kaggle.calls("CreateCodeSubmission") == []
+
+
+@pytest.mark.parametrize(
+    "found, told",
+    [
+        (record(build="0123456789abcdef"), "another kernel"),
+        (record(manifest="cd" * 32), "another pairwise-demo"),
+        (record(build="0123456789abcdef", manifest="cd" * 32), "another kernel and another pairwise-demo"),
+        (None, "another kernel"),
+        (json.dumps({"settings": {"build": BUILD}}).encode(), "another run"),
+    ],
+    ids=["kernel", "package", "both", "no record", "no packages"],
+)
+def test_the_output_of_another_run_is_not_taken_for_the_pushed_ones(pushed, kaggle, found, told):
+    """Kaggle may still show the version before as COMPLETE, or a run that was started on its site."""
+    if found is None:
+        del pushed.output["kernel.json"]
+    else:
+        pushed.output["kernel.json"] = found
+    assert refusal(submit()) == (
+        f"tester/pairwise-demo version 1: the output that Kaggle has is of {told}; give it a minute, then status --wait and "
+        "submit; if it stays, push --again"
+    )
     assert kaggle.calls("CreateCodeSubmission") == []
 
 

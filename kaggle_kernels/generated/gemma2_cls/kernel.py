@@ -99,6 +99,7 @@ class Settings:
     min_scored: float
     visible_rows: int  # of the train file, scored in the visible run
     wheels: str | None  # the dataset with wheels that Kaggle's image lacks
+    build: str = ""  # tells this kernel's text from others, so that what it wrote can be told from what another wrote
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,7 @@ SETTINGS = Settings(
     min_scored=0.98,
     visible_rows=512,
     wheels="pairwise-wheels",
+    build="9eae0da4648f7460",
 )
 
 
@@ -182,6 +184,10 @@ class Package:
     manifest: dict
     model_input: ModuleType
     tokenizer: Tokenizer
+
+    def manifest_sha256(self) -> str:
+        """What tells this package from others, every file of it being as listed."""
+        return hashlib.sha256((self.folder / "manifest.json").read_bytes()).hexdigest()
 
 
 def read_package(folder: Path | str, clock: Clock | None = None) -> Package:
@@ -2864,6 +2870,7 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
     final = submit(root / "working", board, rows, scored, read_ids(test_file))
     record = {
         "settings": asdict(settings),
+        "manifests": {one.dataset: package.manifest_sha256() for one, package in zip(settings.packages, packages, strict=True)},
         "versions": versions,
         "installed": installed,
         "machine": machine,
