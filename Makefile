@@ -18,7 +18,7 @@ demo: .venv/installed .venv-kaggle/installed  ## raw rows to submission.csv on t
 test: setup  ## the tests, without the slow ones
 	@python -m pytest -n 2 --dist loadfile -m "not slow"
 
-test-slow: setup  ## the slow proofs: two processes, the whole demo, 48,000 rows
+test-slow: setup  ## the slow proofs: two processes, the whole demo, 48,000 rows, the hidden test at full size, every spec published
 	@python -m pytest -m slow
 
 lint: .venv/installed  ## style, recipes, and that generated kernels and schemas are up to date

@@ -14,7 +14,7 @@ from preprocess.errors import UserError, exits_with_2
 
 @click.group()
 def main() -> None:
-    """Kaggle kernels from specs: built as one readable file, rehearsed on this machine."""
+    """Kaggle kernels from specs: built as one readable file, rehearsed on this machine, published, submitted, traced."""
 
 
 @main.command("list")

@@ -14,7 +14,7 @@ from kaggle_kernels.build import build_mark, generated_folder
 from kaggle_kernels.datasets import find_dataset, plan_dataset, publish_dataset
 from kaggle_kernels.kaggle_cli import Pace, find_owner
 from kaggle_kernels.packages import package_folder, spec_folder
-from kaggle_kernels.preflight import WHEELS, preflight
+from kaggle_kernels.preflight import WHEELS, credentials, preflight
 from kaggle_kernels.quota import check_quota
 from kaggle_kernels.remote_dataset import Dataset
 from kaggle_kernels.remote_kernel import (
@@ -56,10 +56,11 @@ def push(spec_path: Path, pace: Pace, dry_run: bool = False, again: bool = False
 def check_all(spec_path: Path, pace: Pace) -> str:
     """The account's name, once everything that can be checked before is as it should be; else one UserError of all problems."""
     owner, errors = "", []
-    try:
-        owner = find_owner(pace)
-    except UserError as error:
-        errors = [str(error)]
+    if not credentials():  # else preflight says so
+        try:
+            owner = find_owner(pace)
+        except UserError as error:
+            errors = [str(error)]
     report = preflight(spec_path, owner)
     if owner and not report.errors:
         sizes = {dataset.ref: sum(dataset.sizes().values()) for dataset in find_datasets(spec_path, owner)}

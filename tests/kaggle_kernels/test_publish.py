@@ -101,6 +101,8 @@ def test_all_problems_are_told_and_nothing_goes_up(spec, kaggle, monkeypatch):
         " outputs/two/package/tokenizer.json",
         " outputs/two/agreement.json",
     ]
+    monkeypatch.delenv("KAGGLE_API_TOKEN")
+    assert push(spec).output.count("credentials") == 2  # among the checks, and as one error
     assert changes(kaggle) == []
 
 
