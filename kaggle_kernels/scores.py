@@ -145,14 +145,19 @@ def points(rows: Sequence[Scored], metric: str, side: str) -> list[tuple[float, 
 
 
 def correlation(rows: Sequence[Scored], metric: str, side: str) -> str:
-    """Pearson's correlation of CV and a side of the leaderboard, in words."""
-    what, found = f"correlation of CV and {side} score, {METRICS[metric]}", points(rows, metric, side)
+    """How CV and a side of the leaderboard go together, in words."""
+    return f"correlation of CV and {side} score, {METRICS[metric]}: {pearson(rows, metric, side)}"
+
+
+def pearson(rows: Sequence[Scored], metric: str, side: str) -> str:
+    """Pearson's correlation of CV and a side of the leaderboard, or why it is not known."""
+    found = points(rows, metric, side)
     if len(found) < LEAST_POINTS:
-        return f"{what}: unknown, {len(found)} of at least {LEAST_POINTS} submissions with both"
+        return f"unknown, {len(found)} of at least {LEAST_POINTS} submissions with both"
     cv, score, _ = zip(*found, strict=True)
     if len(set(cv)) == 1 or len(set(score)) == 1:
-        return f"{what}: unknown, all {len(found)} have the same {'CV' if len(set(cv)) == 1 else 'score'}"
-    return f"{what}: {np.corrcoef(cv, score)[0, 1]:.3f} (Pearson, n = {len(found)})"
+        return f"unknown, all {len(found)} have the same {'CV' if len(set(cv)) == 1 else 'score'}"
+    return f"{np.corrcoef(cv, score)[0, 1]:.3f} (Pearson, n = {len(found)})"
 
 
 def draw(rows: Sequence[Scored], competition: str, metric: str) -> bool:
@@ -170,7 +175,8 @@ def draw(rows: Sequence[Scored], competition: str, metric: str) -> bool:
         for cv, score, row in sides[0][2]:
             axes.annotate(row.kernel, (cv, score), xytext=(0, 7), textcoords="offset points", fontsize=8, ha="center")
         axes.set(xlabel=f"CV {METRICS[metric]}", ylabel=f"leaderboard {METRICS[metric]}")
-        axes.set_title("\n".join([competition, *(correlation(rows, metric, side) for side, _, _ in sides)]), fontsize=9)
+        told = (f"{side}: correlation {pearson(rows, metric, side)}" for side, _, _ in sides)
+        axes.set_title("\n".join([competition, *told]), fontsize=9)
         axes.grid(color=LINE, alpha=0.3)
         axes.margins(0.22, 0.12)
         axes.legend()
