@@ -6,6 +6,7 @@ import polars as pl
 import pytest
 
 from kaggle_kernels import rehearse as rehearsal
+from kaggle_kernels.build import build_mark
 from tests.kaggle_kernels.packages import rehearse
 
 
@@ -28,14 +29,14 @@ def faked(monkeypatch, spoil=lambda working: None):
     return called
 
 
-def test_another_clock_changes_one_line_of_the_kernel_and_nothing_else(workplace, tmp_path, monkeypatch):
+def test_another_clock_changes_that_line_of_the_kernel_and_its_build_and_nothing_else(workplace, tmp_path, monkeypatch):
     called = faked(monkeypatch)
     done = rehearse(workplace, "--test", "test.parquet", "--clock", "90")
     assert done.exit_code == 0, done.output
-    built = (tmp_path / "generated" / "test" / "kernel.py").read_text().splitlines()
-    lines = called["kernel"].splitlines()
-    changed = [(one, other) for one, other in zip(built, lines, strict=True) if one != other]
-    assert changed == [("    clock_seconds=600.0,", "    clock_seconds=90.0,")]
+    built, ran = (tmp_path / "generated" / "test" / "kernel.py").read_text(), called["kernel"]
+    changed = [(one, other) for one, other in zip(built.splitlines(), ran.splitlines(), strict=True) if one != other]
+    marks = (f'    build="{build_mark(built)}",', f'    build="{build_mark(ran)}",')
+    assert changed == [("    clock_seconds=600.0,", "    clock_seconds=90.0,"), marks]
     assert called["clock_seconds"] == 90
     assert "30 rows in 12.5 s of a clock of 2 min\n" in done.output
     assert json.loads((tmp_path / "outputs/test/rehearsal/rehearsal.json").read_text())["clock_seconds"] == 90
