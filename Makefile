@@ -5,7 +5,11 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export AXOLOTL_DO_NOT_TRACK := 1
 
-.PHONY: help setup demo test test-slow lint format bench bench-merge bench-kernel cv siamese compare
+# Rooms that are not unpacked yet: see [tool.ruff.format] in pyproject.toml.
+WIDE := preprocess/*.py recipes postprocess/*.py $(addprefix postprocess/,agreement gptq memory weights zero_shot) \
+  $(addprefix kaggle_kernels/,publish runtime) tests
+
+.PHONY: help setup demo example test test-slow lint format bench bench-merge bench-kernel cv siamese compare
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,21 +26,24 @@ test-slow: setup  ## the slow proofs: two processes, the whole demo, 48,000 rows
 	@python -m pytest -m slow
 
 lint: .venv/installed  ## style, recipes, and that generated kernels and schemas are up to date
-	@ruff format --check . && ruff check . && python -m recipes.pairwise recipes/*.yml && python -m kaggle_kernels build --check
-	@python -m recipes.pairwise.json_schema --check && python -m kaggle_kernels.json_schema --check
+	@ruff format --check . && ruff format --check --line-length 128 $(WIDE) && ruff check . && python -m recipes.pairwise recipes/*.yml && python -m kaggle_kernels build demo --kernels kaggle_kernels/examples --check
+	@python -m recipes.pairwise.config.json_schema --check && python -m kaggle_kernels.build.json_schema --check
+
+example: .venv/installed  ## build the one generated kernel that is committed
+	@python -m kaggle_kernels build demo --kernels kaggle_kernels/examples
 
 format: .venv/installed  ## put the code into house style
-	@ruff format . && ruff check --fix .
+	@ruff check --fix . ; ruff format . && ruff format --line-length 128 $(WIDE)
 
 bench: .venv/installed .venv-kaggle/installed  ## what is claimed to be fast, measured side by side
 	@python -m tests.bench input
 
 bench-merge: .venv/installed  ## merging and quantising a billion weights: ours beside PEFT, bitsandbytes, Axolotl (12 GB of disk)
-	@python -m tests.bench_merge compare 2>/dev/null
+	@python -m tests.bench.merge compare 2>/dev/null
 
 bench-kernel: .venv/installed  ## scoring beside transformers' pipeline and the notebooks' way, and the planner: make bench-kernel PAIRS=data/pairs.parquet
-	@python -m tests.bench_kernel $(if $(PAIRS),--pairs $(PAIRS)) $(if $(BASE),--base $(BASE)) $(ARGS)
-	@$(if $(PAIRS),python -m tests.bench_planner train --pairs $(PAIRS) && python -m tests.bench_planner curve --pairs $(PAIRS))
+	@python -m tests.bench.kernel $(if $(PAIRS),--pairs $(PAIRS)) $(if $(BASE),--base $(BASE)) $(ARGS)
+	@$(if $(PAIRS),python -m tests.bench.planner train --pairs $(PAIRS) && python -m tests.bench.planner curve --pairs $(PAIRS))
 
 cv: .venv/installed  ## train all folds: make cv R=gemma2_cls
 	@$(if $(R),,echo "error: R is missing; name a recipe: make cv R=gemma2_cls" >&2; exit 2;) python -m recipes.pairwise.cv recipes/$(R).yml
@@ -45,7 +52,7 @@ siamese: .venv-keras/installed  ## the Siamese LSTMs: make siamese PAIRS=data/pa
 	@.venv-keras/bin/python recipes/siamese.py $(if $(PAIRS),--pairs $(PAIRS)) $(if $(TEST),--test $(TEST)) $(ARGS)
 
 compare: .venv/installed .venv-keras/installed  ## methods side by side on one fold: make compare PAIRS=data/pairs.parquet FOLD=0
-	@python -m tests.compare $(or $(PAIRS),data/pairs.parquet) --fold $(or $(FOLD),0) $(if $(BASE),--base $(BASE)) $(ARGS)
+	@python -m tests.bench.compare $(or $(PAIRS),data/pairs.parquet) --fold $(or $(FOLD),0) $(if $(BASE),--base $(BASE)) $(ARGS)
 
 # One environment for everything, one with Kaggle's versions for rehearsals, one with TensorFlow for recipes/siamese.py,
 # one for GPTQ, whose library wants another numpy.
@@ -59,8 +66,8 @@ compare: .venv/installed .venv-keras/installed  ## methods side by side on one f
 .venv-keras/installed: recipes/siamese.requirements.txt
 	@$(call create,.venv-keras,recipes/siamese.requirements.txt,1 minute and 2 GB)
 
-.venv-gptq/installed: postprocess/gptq.requirements.txt
-	@$(call create,.venv-gptq,postprocess/gptq.requirements.txt,1 minute and 2 GB)
+.venv-gptq/installed: postprocess/gptq/requirements.txt
+	@$(call create,.venv-gptq,postprocess/gptq/requirements.txt,1 minute and 2 GB)
 
 define create
 fail() { echo "error: $$1" >&2; rm -rf $(1)/installed; exit 2; }; \

@@ -12,9 +12,9 @@ from pathlib import Path
 import click
 
 from postprocess.pipeline import Options, package_mean, package_recipe
-from postprocess.run import ADAPTER
-from preprocess.errors import UserError, exits_with_2
-from recipes.pairwise.schema import read_recipe
+from postprocess.run_folder import ADAPTER
+from preprocess.core.errors import UserError, exits_with_2
+from recipes.pairwise.config.schema import read_recipe
 
 
 @click.command(help=__doc__)

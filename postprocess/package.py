@@ -4,11 +4,11 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from postprocess.run import Run
-from preprocess import ledger
-from preprocess.errors import UserError
-from preprocess.files import atomic_folder, link_or_copy, read_json, sha256, write_json
-from recipes.pairwise.recipe_copy import TRACKED
+from postprocess.run_folder import Run
+from preprocess.core import ledger
+from preprocess.core.errors import UserError
+from preprocess.core.files import atomic_folder, link_or_copy, read_json, sha256, write_json
+from recipes.pairwise.tracking.recipe_copy import TRACKED
 
 OWNER = "INSERT_OWNER"  # filled in when the dataset is pushed
 MANIFEST, METADATA = "manifest.json", "dataset-metadata.json"
@@ -53,7 +53,7 @@ def package(run: Run, chosen: Path, agreement: Path, validation_ids: Mapping, ou
         agreement=agreed,
     )
     if (run.folder / TRACKED).is_file():
-        from recipes.pairwise.tracking import log_package  # noqa: PLC0415  imports wandb, for the few runs that use it
+        from recipes.pairwise.tracking.wandb_run import log_package  # noqa: PLC0415  imports wandb, for the few runs that use it
 
         log_package(run.folder, out)
 

@@ -16,15 +16,23 @@ from types import ModuleType
 import click
 from filelock import FileLock, Timeout
 
-from postprocess.gptq_environment import REQUIREMENTS
+from postprocess.gptq.environment import REQUIREMENTS
+from postprocess.memory.t4_fit import check_target
 from postprocess.package import package
-from postprocess.run import ADAPTER, Run, find_base, hub_commit, read_run, refuse_weights, weight_files
-from postprocess.stages import is_current, run_stage, stage_key
-from postprocess.target import check_target
-from preprocess.errors import UserError
-from preprocess.files import read_json, remove_leftovers
+from postprocess.run_folder import (
+    ADAPTER,
+    Run,
+    find_base,
+    hub_commit,
+    read_run,
+    refuse_weights,
+    weight_files,
+)
+from postprocess.staleness import is_current, run_stage, stage_key
+from preprocess.core.errors import UserError
+from preprocess.core.files import read_json, remove_leftovers
+from recipes.pairwise.config.schema import GPTQ_BITS, Recipe
 from recipes.pairwise.contract import MODEL_INPUT, TOKENIZER_FILES
-from recipes.pairwise.schema import GPTQ_BITS, Recipe
 
 RUN_FILES = ("contract.json", "model_input.py", "metrics.json", "predictions.parquet", *TOKENIZER_FILES)
 MODELS = ("merged", "quantised", "quantised-*", "unmerged", ".*.partial")

@@ -20,10 +20,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from preprocess.errors import UserError, exits_with_2
-from preprocess.files import atomic_file, read_object, read_yaml
+from preprocess.core.errors import UserError, exits_with_2
+from preprocess.core.files import atomic_file, read_object, read_yaml
 from preprocess.report import console
-from recipes.pairwise.recipe_copy import LOG, RECIPE_COPY, TRIAL
+from recipes.pairwise.tracking.recipe_copy import LOG, RECIPE_COPY, TRIAL
 
 LOWER_IS_BETTER = {"log_loss": True, "accuracy": False}
 METRICS = ("log_loss", "accuracy", "flip_rate", "rows", "steps")

@@ -4,15 +4,15 @@ import logging
 
 import transformers
 
-from postprocess.agreement import agreement
-from postprocess.average import average
-from postprocess.gptq import check_model as check_gptq
-from postprocess.gptq import quantize as gptq
-from postprocess.merge import merge, quantise_in_one_pass
-from postprocess.rows import validation_ids
-from postprocess.trained import check_memory
-from postprocess.unmerged import unmerged
-from postprocess.untrained import untrained
+from postprocess.agreement.gate import agreement
+from postprocess.agreement.reference_model import check_memory
+from postprocess.agreement.validation_rows import validation_ids
+from postprocess.gptq.quantize import check_model as check_gptq
+from postprocess.gptq.quantize import quantize as gptq
+from postprocess.weights.average_lora import average
+from postprocess.weights.merge import merge, quantise_in_one_pass
+from postprocess.weights.nf4_base_plus_adapter import unmerged
+from postprocess.zero_shot.base_model_run import untrained
 
 __all__ = [
     "agreement",

@@ -12,13 +12,14 @@ import numpy as np
 import polars as pl
 from rich.progress import track
 
-from preprocess import ledger, report
-from preprocess.errors import UserError, exits_with_2
-from preprocess.files import atomic_file
-from preprocess.leaks import LeakReport, find_leaks
-from preprocess.ngrams import normalise
+from preprocess import report
+from preprocess.core import ledger
+from preprocess.core.errors import UserError, exits_with_2
+from preprocess.core.files import atomic_file
+from preprocess.dedup.leaks import LeakReport, find_leaks
+from preprocess.dedup.ngrams import normalise
 from preprocess.pairs import REJECTED, Pairs, make_pairs
-from preprocess.sources import read_prompts, read_rows
+from preprocess.sources.layouts import read_prompts, read_rows
 
 
 class _Command(click.Command):

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from preprocess.grouping import group_prompts
+from preprocess.dedup.grouping import group_prompts
+from preprocess.dedup.ngrams import normalise
 from preprocess.model_input import VERDICTS
-from preprocess.ngrams import normalise
-from preprocess.sources import SHARES, TEXTS, TURNS
+from preprocess.sources.layouts import SHARES, TEXTS, TURNS
 
 PAIRS = pl.Schema(
     {

@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from preprocess.leaks import Leak, LeakReport
+from preprocess.dedup.leaks import Leak, LeakReport
 from preprocess.model_input import VERDICTS
 from preprocess.pairs import Pairs
 

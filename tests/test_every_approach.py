@@ -9,12 +9,13 @@ import pytest
 import yaml
 from transformers import AutoTokenizer
 
-from kaggle_kernels.rehearse import rehearse
-from kaggle_kernels.spec import all_specs, read_spec
+from kaggle_kernels.build.bundle import build
+from kaggle_kernels.build.spec import all_specs, read_spec
+from kaggle_kernels.rehearsal.rehearse import rehearse
 from postprocess.pipeline import package_recipe
-from preprocess.files import read_json, sha256
+from preprocess.core.files import read_json, sha256
 from preprocess.model_input import check_golden, read_contract
-from recipes.pairwise.schema import read_recipe
+from recipes.pairwise.config.schema import read_recipe
 from tests import forked, tiny
 from tests.conftest import ROOT
 
@@ -128,6 +129,7 @@ def test_kernel_submits(spec, packaged, workplace, monkeypatch):
     for package in settings.packages:
         packaged(package.run)
     monkeypatch.chdir(workplace)
+    build(spec)
     test_file = workplace / ("test.csv" if settings.competition == "lmsys" else "test.parquet")
     measured = rehearse(spec, test_file, workplace / "rehearsals" / spec.stem, ROOT / ".venv-kaggle/bin/python")
     assert (measured["rows"], measured["judged"]) == (12, 12)

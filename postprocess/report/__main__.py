@@ -10,10 +10,10 @@ from pathlib import Path
 
 import click
 
-from postprocess.report.evidence import read_evidence
 from postprocess.report.page import render
-from preprocess.errors import exits_with_2
-from preprocess.files import atomic_file
+from postprocess.report.run_data import read_evidence
+from preprocess.core.errors import exits_with_2
+from preprocess.core.files import atomic_file
 
 NAME = "report.html"
 

@@ -16,10 +16,10 @@ import numpy as np
 import polars as pl
 from markupsafe import Markup, escape
 
-from postprocess.report import numbers, pictures
-from postprocess.report.errors import visible, worst_errors
-from postprocess.report.evidence import OF_A_RECIPE, OUT_OF_FOLD, Evidence, first
-from postprocess.report.numbers import Figure, Line, Scored
+from postprocess.report import metrics, svg
+from postprocess.report.metrics import Figure, Line, Scored
+from postprocess.report.run_data import OF_A_RECIPE, OUT_OF_FOLD, Evidence, first
+from postprocess.report.worst_rows import visible, worst_errors
 
 HERE = Path(__file__).parent
 DOTS = 600  # of a scatter plot, evenly spaced among the rows
@@ -53,7 +53,7 @@ def render(evidence: Evidence) -> str:
         script=Markup(script),
         policy=policy,
         table=table,
-        share_bar=pictures.share_bar,
+        share_bar=svg.share_bar,
     )
 
 
@@ -91,22 +91,22 @@ def facts(evidence: Evidence) -> list[tuple[str, str]]:
 
 def measured(evidence: Evidence) -> dict:
     """What the sections about the rows show."""
-    rows, data = evidence.rows, numbers.scored(evidence.rows, evidence.verdicts)
-    length = numbers.lengths(rows) if evidence.has_texts else None
-    longer_r = numbers.longer_is_a(length) if length else None
+    rows, data = evidence.rows, metrics.scored(evidence.rows, evidence.verdicts)
+    length = metrics.lengths(rows) if evidence.has_texts else None
+    longer_r = metrics.longer_is_a(length) if length else None
     is_symmetrical = bool((data.both_rov[:, 0] == data.both_rov[:, 1]).all())
-    found = numbers.calibration(data)
+    found = metrics.calibration(data)
     return {
         "data": data,
-        "model": numbers.model_line(data),
+        "model": metrics.model_line(data),
         "groups": data.resamples.counts_bg.shape[1],
         "has_groups": "group" in rows.columns,
         "has_labels": "label_model_a" in rows.columns,
-        "baselines": numbers.baselines(data, longer_r),
+        "baselines": metrics.baselines(data, longer_r),
         "slices": slices(evidence, data, length),
         "calibration": found,
-        "reliability": pictures.reliability(found.bins, found.lowest) if found else None,
-        "positions": None if is_symmetrical else numbers.positions(data),
+        "reliability": svg.reliability(found.bins, found.lowest) if found else None,
+        "positions": None if is_symmetrical else metrics.positions(data),
         "orders_picture": None if is_symmetrical else orders_picture(data),
         "before_calibration": first(evidence.metrics).get("before_calibration"),
         "errors": worst_errors(rows, data),
@@ -119,12 +119,12 @@ def slices(evidence: Evidence, data: Scored, length: dict[str, np.ndarray] | Non
     rows, found = evidence.rows, []
     for column, title, others in (("language", "By language", "languages"), ("source", "By source", "sources")):
         if column in rows.columns:
-            found.append((title, numbers.by_name(data, rows[column], others)))
+            found.append((title, metrics.by_name(data, rows[column], others)))
     if length:
-        found.insert(1, ("By length of prompt and answers", numbers.by_length(data, sum(length.values()))))
-        found.append(("By which answer won", numbers.by_longer(data, length)))
+        found.insert(1, ("By length of prompt and answers", metrics.by_length(data, sum(length.values()))))
+        found.append(("By which answer won", metrics.by_longer(data, length)))
     if rows["fold"].n_unique() > 1:
-        folds = numbers.by_name(data, "fold " + rows["fold"].cast(pl.String), "folds")
+        folds = metrics.by_name(data, "fold " + rows["fold"].cast(pl.String), "folds")
         found.append(("By fold", sorted(folds, key=lambda line: (len(line.name), line.name))))
     return [(title, lines) for title, lines in found if len(lines) > 1]
 
@@ -134,10 +134,10 @@ def table(lines: Sequence[Line], reference: Line) -> dict:
     axes, strips = {}, [{} for _ in lines]
     for column in ("accuracy", "log_loss"):
         figures, aim = [getattr(line, column) for line in lines], getattr(reference, column)
-        on = pictures.strip_scale([*figures, aim])
-        axes[column] = pictures.strip_axis(on)
+        on = svg.strip_scale([*figures, aim])
+        axes[column] = svg.strip_axis(on)
         for drawn, one in zip(strips, figures, strict=True):
-            drawn[column] = pictures.strip(one, on, aim.value if aim else None) if one else None
+            drawn[column] = svg.strip(one, on, aim.value if aim else None) if one else None
     return {"rows": list(zip(lines, strips, strict=True)), "axes": axes}
 
 
@@ -149,7 +149,7 @@ def orders_picture(data: Scored) -> Markup:
     x, y = (data.both_rov[chosen, order, place] for order in (0, 1))
     label = "The probability of answer A in both orders, a dot a row"
     names = ("P(A), order as given", "P(A), order swapped")
-    return pictures.scatter(x, y, flips_r[chosen], names, label, len(data.verdicts) == 2)
+    return svg.scatter(x, y, flips_r[chosen], names, label, len(data.verdicts) == 2)
 
 
 def spaced(rows: int) -> np.ndarray:
@@ -172,15 +172,15 @@ def learning(evidence: Evidence) -> list[dict]:
         for name, records in evidence.history.items():
             values = evidence.metrics.get(name, {})
             last = [(values["steps"], values[at_the_end])] if values.get("steps") and values.get(at_the_end) else []
-            curve = numbers.curve(records, training)
+            curve = metrics.curve(records, training)
             if training == "loss" and len(evidence.history) == 1:
                 series.append(("raw", curve))
-            series.append(("training", numbers.smoothed(curve) if training == "loss" else curve))
-            series.append(("validation", numbers.curve(records, validation) or last))
+            series.append(("training", metrics.smoothed(curve) if training == "loss" else curve))
+            series.append(("validation", metrics.curve(records, validation) or last))
         drawn = [(kind, curve) for kind, curve in series if curve]
         if any(len(curve) > 1 for _, curve in drawn):
             kinds = {kind for kind, _ in drawn}
-            found.append({"title": title, "picture": pictures.curves(drawn, axis, f"{title} by step"), "kinds": kinds})
+            found.append({"title": title, "picture": svg.curves(drawn, axis, f"{title} by step"), "kinds": kinds})
     return found
 
 
@@ -199,7 +199,7 @@ def agreement(evidence: Evidence) -> dict | None:
         changed = (trained.argmax(axis=1) != other.argmax(axis=1))[chosen]
         label = f"The probability of answer A as trained and as {packaged}, a dot a row"
         axes = ("P(A), trained", f"P(A), {packaged}")
-        picture = pictures.scatter(trained[chosen, 0], other[chosen, 0], changed, axes, label, len(names) == 2)
+        picture = svg.scatter(trained[chosen, 0], other[chosen, 0], changed, axes, label, len(names) == 2)
     return {**report, "picture": picture}
 
 

@@ -2,9 +2,9 @@
 
 import click
 
-from preprocess.errors import UserError, exits_with_2
-from preprocess.files import read_object
-from recipes.pairwise.schema import read_recipe
+from preprocess.core.errors import UserError, exits_with_2
+from preprocess.core.files import read_object
+from recipes.pairwise.config.schema import read_recipe
 
 
 def read_deepspeed(file: str, recipe: str) -> None:

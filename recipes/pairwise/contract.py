@@ -7,12 +7,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import preprocess.model_input as model_input
-from preprocess import ledger
-from preprocess.errors import UserError
-from preprocess.files import read_object, read_yaml, sha256, write_json
+from preprocess.core import ledger
+from preprocess.core.errors import UserError
+from preprocess.core.files import read_object, read_yaml, sha256, write_json
 from preprocess.model_input import Contract, encode_all, pair_from_row, read_contract
-from recipes.pairwise.schema import PairwiseBlock
-from recipes.pairwise.templates import LABELS
+from recipes.pairwise.config.schema import PairwiseBlock
+from recipes.pairwise.config.templates import LABELS
 
 MODEL_INPUT = Path(model_input.__file__)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt")

@@ -12,10 +12,10 @@ import click
 import polars as pl
 
 from preprocess import model_input
-from preprocess.errors import UserError, exits_with_2
-from preprocess.files import atomic_file, read_json, sha256, write_json
-from recipes.pairwise.data import read_pairs
-from recipes.pairwise.schema import Recipe, read_recipe
+from preprocess.core.errors import UserError, exits_with_2
+from preprocess.core.files import atomic_file, read_json, sha256, write_json
+from recipes.pairwise.config.schema import Recipe, read_recipe
+from recipes.pairwise.data.datasets import read_pairs
 
 SHOWN = ("accuracy", "log_loss", "flip_rate", "accuracy_of_longer", "rows")
 

@@ -22,17 +22,24 @@ from axolotl.utils.trainer import calculate_total_num_steps
 from transformers import set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from preprocess import ledger
-from preprocess.errors import UserError
-from preprocess.files import atomic_file, read_json, sha256, write_json
+from preprocess.core import ledger
+from preprocess.core.errors import UserError
+from preprocess.core.files import atomic_file, read_json, sha256, write_json
 from preprocess.model_input import ContractError
-from recipes.pairwise import deepspeed_cpu, metrics, recipe_copy, tracking, zero3
-from recipes.pairwise.collator import LabelTokenCollator, PairCollator
+from recipes.pairwise.config.model_checks import (
+    check_config,
+    check_layers,
+    check_vocabulary,
+    read_config,
+    warn_of_home_path,
+)
+from recipes.pairwise.config.schema import apply_environment, check_run, run_folder
 from recipes.pairwise.contract import new_contract, record_training, write_contract
-from recipes.pairwise.data import datasets_of, read_pairs
-from recipes.pairwise.model_checks import check_config, check_layers, check_vocabulary, read_config, warn_of_home_path
-from recipes.pairwise.schema import apply_environment, check_run, run_folder
-from recipes.pairwise.trainer import LabelTokenTrainer, PairwiseTrainer
+from recipes.pairwise.data.collators import LabelTokenCollator, PairCollator
+from recipes.pairwise.data.datasets import datasets_of, read_pairs
+from recipes.pairwise.tracking import metrics, recipe_copy, wandb_run
+from recipes.pairwise.training import deepspeed_cpu, zero3
+from recipes.pairwise.training.trainer import LabelTokenTrainer, PairwiseTrainer
 
 LOG = logging.getLogger(__name__)
 INSTEAD = {
@@ -76,7 +83,7 @@ class PairwisePlugin(BasePlugin):
         self.predicted = self.written = False
 
     def get_input_args(self) -> str:
-        return "recipes.pairwise.schema.PairwiseArgs"
+        return "recipes.pairwise.config.schema.PairwiseArgs"
 
     def register(self, cfg):
         """Check the recipe before Axolotl does, and fill in the keys that are the same for every recipe."""
@@ -90,7 +97,7 @@ class PairwisePlugin(BasePlugin):
             lasting = recipe_copy.lasting(self.recipe, self.resolved["output_dir"])
             self.begun_from = {"recipe_sha256": ledger.fingerprint(lasting), **ledger.git_state()}
             self.block = apply_environment(check_run(cfg, self.recipe))
-            tracking.check(cfg)
+            wandb_run.check(cfg)
             checkpointing = zero3.checkpointing_kwargs(cfg)
             if not self.block.train:
                 raise UserError(
@@ -168,7 +175,7 @@ class PairwisePlugin(BasePlugin):
     def pre_model_load(self, cfg):
         """One seed for a fresh head and adapter: the same run twice, and every process, starts from the same weights."""
         try:
-            tracking.start(cfg, self.resolved, self.contract)
+            wandb_run.start(cfg, self.resolved, self.contract)
         except UserError as error:
             stop(error, self.recipe)
         set_seed(cfg.seed if cfg.seed is not None else 42)
@@ -225,7 +232,7 @@ class PairwisePlugin(BasePlugin):
         trainer.label_token_ids = self.contract.label_token_ids
         trainer.compute_metrics = self._scores
         self.trainer = trainer
-        tracking.make_harmless(trainer)
+        wandb_run.make_harmless(trainer)
         if trainer.is_world_process_zero():
             for name in ("contract.json", "metrics.json", "predictions.parquet", "history.json"):
                 (Path(cfg.output_dir) / name).unlink(missing_ok=True)
@@ -238,7 +245,7 @@ class PairwisePlugin(BasePlugin):
         rows = self.trainer.eval_dataset
         both = metrics.probabilities(prediction.predictions, self.block.verdicts)
         labels, winners = prediction.label_ids[:, 0], np.array(rows["winner"])
-        tracking.log_groups(self.block.pairs, list(rows["id"]), both, labels, winners)
+        wandb_run.log_groups(self.block.pairs, list(rows["id"]), both, labels, winners)
         return metrics.scores(both, labels, winners)
 
     def post_train(self, cfg, model):
@@ -259,7 +266,7 @@ class PairwisePlugin(BasePlugin):
             write_contract(folder, self.contract, self.recipe)
             LOG.info("contract.json and model_input.py written to %s", folder)
             record_training(recipe_copy.lasting(self.recipe, folder), folder, self.block.pairs, **self.begun_from)
-            tracking.finish(folder, self.block.pairs, self.block.verdicts)
+            wandb_run.finish(folder, self.block.pairs, self.block.verdicts)
 
     def _predict(self, folder: Path) -> None:
         trained = time.monotonic()

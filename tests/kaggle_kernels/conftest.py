@@ -11,15 +11,22 @@ from pathlib import Path
 
 import pytest
 
-from kaggle_kernels import kaggle_cli
-from kaggle_kernels.runtime import crew, worker
-from kaggle_kernels.spec import find_spec
-from tests import kaggle_forks, tiny
-from tests.kaggle_guard import fail_on_trespass, kaggle_environment, refuse_unless_loopback
-from tests.kaggle_kernels.packages import WSDM, make_package, make_pushable, write_recipe, write_spec
-from tests.kaggle_kernels.pushes import SMALL, pretend_ready
-from tests.kaggle_kernels.workers import start_in_thread
-from tests.kaggle_server import KaggleServer
+from kaggle_kernels.build.spec import find_spec
+from kaggle_kernels.publish import client
+from kaggle_kernels.runtime.scheduling import crew, worker
+from tests import tiny
+from tests.fakes.kaggle import forks
+from tests.fakes.kaggle.guard import fail_on_trespass, kaggle_environment, refuse_unless_loopback
+from tests.fakes.kaggle.server import KaggleServer
+from tests.kaggle_kernels.packages import (
+    WSDM,
+    make_package,
+    make_pushable,
+    write_recipe,
+    write_spec,
+)
+from tests.kaggle_kernels.publish.pushes import SMALL, pretend_ready
+from tests.kaggle_kernels.runtime.workers import start_in_thread
 
 
 @pytest.fixture(scope="session")
@@ -105,10 +112,10 @@ def kaggle(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def kaggle_fork_server():
-    """The socket of a process in whose forks the kaggle command starts fast; see tests/kaggle_forks.py."""
+    """The socket of a process in whose forks the kaggle command starts fast; see tests/fakes/kaggle/forks.py."""
     with tempfile.TemporaryDirectory(prefix="forks-") as folder:
         path = Path(folder) / "socket"
-        server = subprocess.Popen([sys.executable, kaggle_forks.__file__, "serve", path], stdin=subprocess.PIPE)
+        server = subprocess.Popen([sys.executable, forks.__file__, "serve", path], stdin=subprocess.PIPE)
         for _ in range(6000):
             if path.exists():
                 break
@@ -121,9 +128,9 @@ def kaggle_fork_server():
 @pytest.fixture
 def fast_kaggle(kaggle, kaggle_fork_server, monkeypatch):
     """The stand-in, and our commands call the kaggle command in forks."""
-    command = (sys.executable, "-S", kaggle_forks.__file__, "call", str(kaggle_fork_server))
-    monkeypatch.setattr(kaggle_cli, "COMMAND", command)
-    monkeypatch.setattr(kaggle_cli, "die_with_parent", None)  # with it Python forks this process, and copies its page tables
+    command = (sys.executable, "-S", forks.__file__, "call", str(kaggle_fork_server))
+    monkeypatch.setattr(client, "COMMAND", command)
+    monkeypatch.setattr(client, "die_with_parent", None)  # with it Python forks this process, and copies its page tables
     return kaggle
 
 

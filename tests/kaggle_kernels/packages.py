@@ -8,13 +8,13 @@ import yaml
 from click.testing import CliRunner, Result
 
 from kaggle_kernels.__main__ import main
-from kaggle_kernels.build import build, generated_folder
-from kaggle_kernels.packages import build_of
+from kaggle_kernels.build.bundle import build, kernel_folder
+from kaggle_kernels.build.packages import build_of
 from kaggle_kernels.runtime.settings import PackageSettings
-from preprocess.files import sha256
-from recipes.pairwise.axolotl_keys import PLUGIN
+from preprocess.core.files import sha256
+from recipes.pairwise.config.axolotl_keys import PLUGIN
+from recipes.pairwise.config.schema import PairwiseBlock
 from recipes.pairwise.contract import TOKENIZER_FILES, new_contract, write_contract
-from recipes.pairwise.schema import PairwiseBlock
 
 WSDM = "title: Pairwise Test\ncompetition: wsdm\npackages: [{run: two, dataset: tiny-two}]\nclock_seconds: 600\n"
 BASE = "outputs/demo/input/gemma2"  # a base model whose dimensions are those of tiny.model
@@ -52,7 +52,12 @@ def make_package(
     Its weights are random, unless it is `pretrained`: then only its head is.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+    )
 
     folder.mkdir(parents=True)
     torch.manual_seed(seed)
@@ -111,8 +116,9 @@ def make_pushable(spec_path: Path, packages: dict[str, Path]) -> None:
         (package.parent / "agreement.json").write_text(json.dumps(agreement), encoding="utf-8")
     rehearsal = Path("outputs") / spec_path.stem / "rehearsal"
     rehearsal.mkdir(parents=True, exist_ok=True)
-    build = build_of(generated_folder(spec_path), packages)
-    (rehearsal / "rehearsal.json").write_text(json.dumps({"rows": 30, "build": build}), encoding="utf-8")
+    build(spec_path)
+    made_from = build_of(kernel_folder(spec_path), packages)
+    (rehearsal / "rehearsal.json").write_text(json.dumps({"rows": 30, "build": made_from}), encoding="utf-8")
 
 
 def settings_for(run: str, dataset: str, weight: float = 1.0, **changes) -> PackageSettings:

@@ -14,14 +14,14 @@ import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoTokenizer, BitsAndBytesConfig
 
-from kaggle_kernels.runtime.model import CLASSES
+from kaggle_kernels.runtime.models.model import CLASSES
+from kaggle_kernels.runtime.models.scoring import ORDERS, score
 from kaggle_kernels.runtime.package import read_tokenizer
-from kaggle_kernels.runtime.scoring import ORDERS, score
 from preprocess import model_input
-from recipes.pairwise.axolotl_keys import PLUGIN
+from recipes.pairwise.config.axolotl_keys import PLUGIN
+from recipes.pairwise.config.schema import PairwiseBlock
 from recipes.pairwise.contract import new_contract, write_contract
-from recipes.pairwise.metrics import predictions
-from recipes.pairwise.schema import PairwiseBlock
+from recipes.pairwise.tracking.metrics import predictions
 from tests import tiny
 
 TEMPLATES = {"gemma2": "gemma", "llama": "llama3", "qwen2": "chatml", "bert": "bert"}

@@ -84,9 +84,9 @@ AWKWARD = (
 IN_KAGGLES_VERSIONS = """
 import importlib.metadata, json, sys
 import torch
-from kaggle_kernels.runtime.model import load_model
+from kaggle_kernels.runtime.models.model import load_model
 from kaggle_kernels.runtime.package import read_package
-from kaggle_kernels.runtime.scoring import score
+from kaggle_kernels.runtime.models.scoring import score
 
 torch.set_num_threads(1)
 KINDS = {"Linear4bit": "nf4", "Linear8bitLt": "int8", "GptqLinear": "gptq"}

@@ -9,9 +9,9 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from postprocess.__main__ import main
-from postprocess.run import check_recipe, read_run
-from preprocess.errors import UserError
-from recipes.pairwise.schema import read_recipe
+from postprocess.run_folder import check_recipe, read_run
+from preprocess.core.errors import UserError
+from recipes.pairwise.config.schema import read_recipe
 from tests.postprocess import runs
 
 KNOWN = ("merge", "quantise", "agreement", "package")
@@ -157,7 +157,7 @@ def test_a_run_that_cannot_be_packaged_is_one_line_and_exit_code_2(damage, messa
 
 def test_a_model_larger_than_the_memory_is_told_before_anything_is_written(copied, monkeypatch):
     run = copied()
-    monkeypatch.setattr("postprocess.trained.memory", lambda: (10_000, "the GPU"))
+    monkeypatch.setattr("postprocess.agreement.reference_model.memory", lambda: (10_000, "the GPU"))
     result = CliRunner().invoke(main, [str(run.recipe)])
     assert result.exit_code == 2
     assert result.stderr.startswith(f"error: {run.base}: 0 GB of weights, the GPU has 0 GB, too little to compare")

@@ -7,9 +7,9 @@ import pytest
 
 from kaggle_kernels.runtime.package import PackageError, read_package
 from postprocess.package import dataset_metadata, package, trained_contracts
-from preprocess import ledger
-from preprocess.errors import UserError
-from preprocess.files import sha256 as file_sha256
+from preprocess.core import ledger
+from preprocess.core.errors import UserError
+from preprocess.core.files import sha256 as file_sha256
 
 
 def test_the_package_is_flat_and_its_manifest_lists_every_other_file(packaged):

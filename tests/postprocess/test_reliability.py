@@ -19,17 +19,17 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import postprocess.merge
+import postprocess.weights.merge
 from kaggle_kernels.runtime.package import check_manifest
 from postprocess.__main__ import main
-from postprocess.merge import merge, quantise_in_one_pass
 from postprocess.pipeline import package_recipe
-from postprocess.run import read_run
-from postprocess.shards import Planned, Stored, write_file
-from postprocess.stages import run_stage
-from preprocess.errors import UserError
-from preprocess.files import resumable_folder
-from recipes.pairwise.schema import read_recipe
+from postprocess.run_folder import read_run
+from postprocess.staleness import run_stage
+from postprocess.weights.merge import merge, quantise_in_one_pass
+from postprocess.weights.shard_writer import Planned, Stored, write_file
+from preprocess.core.errors import UserError
+from preprocess.core.files import resumable_folder
+from recipes.pairwise.config.schema import read_recipe
 from tests.postprocess import runs
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -113,7 +113,7 @@ def test_killed_at_twenty_random_moments_the_bytes_are_the_same(copied):
 
 
 def interrupt_at_the_third_shard(monkeypatch):
-    original = postprocess.merge.write_shards
+    original = postprocess.weights.merge.write_shards
 
     def interrupted(folder, planned, store, shard_bytes, progress):
         def stop(done):
@@ -123,7 +123,7 @@ def interrupt_at_the_third_shard(monkeypatch):
 
         original(folder, planned, store, shard_bytes, stop)
 
-    monkeypatch.setattr("postprocess.merge.write_shards", interrupted)
+    monkeypatch.setattr("postprocess.weights.merge.write_shards", interrupted)
 
 
 def stamps(folder: Path) -> dict[str, int]:
@@ -219,10 +219,10 @@ def test_a_stage_is_made_again_where_a_file_s_time_the_code_or_a_library_has_cha
     os.utime(source, ns=(1, 1))
     assert (made(), made()) == (True, False)
     with monkeypatch.context() as patched:
-        patched.setattr("postprocess.stages.version", lambda library: "0.0")
+        patched.setattr("postprocess.staleness.version", lambda library: "0.0")
         assert made()
     assert made()
-    monkeypatch.setattr("postprocess.stages.SHARED_CODE", tmp_path)
+    monkeypatch.setattr("postprocess.staleness.SHARED_CODE", tmp_path)
     assert (made(), made()) == (True, False)
 
 

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from postprocess.sweep import main
-from recipes.pairwise.schema import read_recipe
+from recipes.pairwise.config.schema import read_recipe
 from tests import tiny
 from tests.conftest import ROOT
 

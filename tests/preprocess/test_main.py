@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from preprocess import __main__ as command
 from preprocess import pairs as pairs_module
-from preprocess.grouping import Groups
+from preprocess.dedup.grouping import Groups
 from preprocess.pairs import PAIRS
 from tests import tiny
 

@@ -6,10 +6,10 @@ import polars as pl
 import pytest
 
 from preprocess import model_input
-from preprocess.errors import UserError
-from preprocess.files import sha256
+from preprocess.core.errors import UserError
+from preprocess.core.files import sha256
 from recipes.pairwise import cv
-from recipes.pairwise.schema import read_recipe
+from recipes.pairwise.config.schema import read_recipe
 from tests import tiny
 from tests.conftest import ROOT
 

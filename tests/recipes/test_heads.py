@@ -9,12 +9,13 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer
 
-from preprocess.errors import UserError
-from recipes.pairwise import data, metrics
-from recipes.pairwise.collator import LabelTokenCollator, PairCollator
+from preprocess.core.errors import UserError
+from recipes.pairwise.config.schema import PairwiseBlock
 from recipes.pairwise.contract import label_tokens, new_contract
-from recipes.pairwise.schema import PairwiseBlock
-from recipes.pairwise.trainer import soft_cross_entropy
+from recipes.pairwise.data import datasets
+from recipes.pairwise.data.collators import LabelTokenCollator, PairCollator
+from recipes.pairwise.tracking import metrics
+from recipes.pairwise.training.trainer import soft_cross_entropy
 from tests import tiny
 
 TWO = ("model_a", "model_b")
@@ -127,8 +128,8 @@ def test_an_answer_that_runs_into_the_template_is_refused(end, refused):
 
 
 def test_reward_rows_hold_one_sequence_for_each_response(tokenizer, tmp_path):
-    frame = data.read_pairs(tiny.pairs_parquet(tmp_path / "pairs.parquet", 4))
-    rows = data.tokenise(frame, tokenizer, contract_of(tokenizer, head="reward"), "rows")
+    frame = datasets.read_pairs(tiny.pairs_parquet(tmp_path / "pairs.parquet", 4))
+    rows = datasets.tokenise(frame, tokenizer, contract_of(tokenizer, head="reward"), "rows")
     text = [tokenizer.decode(ids) for ids in rows["sequences"][0]]
     assert frame["response_a"][0][0] in text[0] and frame["response_b"][0][0] not in text[0]
     assert frame["response_b"][0][0] in text[1] and frame["response_a"][0][0] not in text[1]

@@ -7,8 +7,8 @@ import polars as pl
 import pytest
 import yaml
 
-from preprocess import ledger
-from preprocess.files import sha256
+from preprocess.core import ledger
+from preprocess.core.files import sha256
 from preprocess.model_input import read_contract
 from tests import forked, tiny
 from tests.conftest import ROOT

@@ -10,9 +10,9 @@ import numpy as np
 import polars as pl
 import pytest
 
-from preprocess.files import sha256
-from recipes.pairwise import metrics
-from recipes.pairwise.data import targets, winners
+from preprocess.core.files import sha256
+from recipes.pairwise.data.datasets import targets, winners
+from recipes.pairwise.tracking import metrics
 from tests import tiny
 from tests.conftest import ROOT
 

@@ -9,13 +9,20 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from preprocess import ledger
-from preprocess.errors import UserError
-from preprocess.files import sha256
-from recipes.pairwise import data, metrics
-from recipes.pairwise.collator import PairCollator
+from preprocess.core import ledger
+from preprocess.core.errors import UserError
+from preprocess.core.files import sha256
+from recipes.pairwise.config.model_checks import (
+    check_config,
+    check_layers,
+    check_vocabulary,
+    read_config,
+    warn_of_home_path,
+)
+from recipes.pairwise.config.schema import PairwiseBlock
 from recipes.pairwise.contract import new_contract, record_training
-from recipes.pairwise.model_checks import check_config, check_layers, check_vocabulary, read_config, warn_of_home_path
+from recipes.pairwise.data import datasets
+from recipes.pairwise.data.collators import PairCollator
 from recipes.pairwise.plugin import (
     PairwisePlugin,
     check_resume,
@@ -23,8 +30,8 @@ from recipes.pairwise.plugin import (
     train_in_float32,
     use_all_cores,
 )
-from recipes.pairwise.schema import PairwiseBlock
-from recipes.pairwise.trainer import soft_cross_entropy
+from recipes.pairwise.tracking import metrics
+from recipes.pairwise.training.trainer import soft_cross_entropy
 from tests import tiny
 
 TWO = ("model_a", "model_b")
@@ -33,8 +40,8 @@ THREE = ("model_b", "tie", "model_a")
 
 def test_targets_follow_the_verdicts_and_two_of_them_share_a_tie():
     frame = pl.DataFrame({"p_model_a": [1.0, 0.25], "p_model_b": [0.0, 0.25], "p_tie": [0.0, 0.5]})
-    assert data.targets(frame, TWO).tolist() == [[1.0, 0.0], [0.5, 0.5]]
-    assert data.targets(frame, THREE).tolist() == [[0.0, 0.0, 1.0], [0.25, 0.5, 0.25]]
+    assert datasets.targets(frame, TWO).tolist() == [[1.0, 0.0], [0.5, 0.5]]
+    assert datasets.targets(frame, THREE).tolist() == [[0.0, 0.0, 1.0], [0.25, 0.5, 0.25]]
 
 
 def rows() -> list[dict]:
@@ -92,13 +99,13 @@ def test_accuracy_is_against_the_winner_where_a_teacher_s_labels_say_otherwise()
     both = np.array([[[0.7, 0.3], [0.7, 0.3]], [[0.2, 0.8], [0.2, 0.8]]])
     teacher = np.array([[0.3, 0.7], [0.6, 0.4]])
     frame = pl.DataFrame({"winner": ["model_a", "model_b"]})
-    assert metrics.scores(both, teacher, data.winners(frame, TWO))["accuracy"] == 1.0
+    assert metrics.scores(both, teacher, datasets.winners(frame, TWO))["accuracy"] == 1.0
 
 
 def test_a_winner_that_is_no_verdict_of_the_model_is_minus_one():
     frame = pl.DataFrame({"winner": ["tie", "model_b", "model_a"]})
-    assert data.winners(frame, TWO).tolist() == [-1, 1, 0]
-    assert data.winners(frame, ("model_b", "tie", "model_a")).tolist() == [1, 0, 2]
+    assert datasets.winners(frame, TWO).tolist() == [-1, 1, 0]
+    assert datasets.winners(frame, ("model_b", "tie", "model_a")).tolist() == [1, 0, 2]
 
 
 def test_the_longer_response_is_counted_over_all_turns():
@@ -114,26 +121,26 @@ def test_the_longer_response_is_counted_over_all_turns():
 
 def test_a_fold_is_held_out_and_all_keeps_a_fixed_sample(tmp_path):
     path = tiny.pairs_parquet(tmp_path / "pairs.parquet", 1000)
-    frame = data.read_pairs(path)
-    train, validation = data.split(frame, 2, path)
+    frame = datasets.read_pairs(path)
+    train, validation = datasets.split(frame, 2, path)
     assert (len(train), validation["fold"].unique().to_list()) == (800, [2])
-    train, sample = data.split(frame, "all", path)
-    shuffled = data.split(frame.sample(fraction=1.0, shuffle=True, seed=3), "all", path)[1]
+    train, sample = datasets.split(frame, "all", path)
+    shuffled = datasets.split(frame.sample(fraction=1.0, shuffle=True, seed=3), "all", path)[1]
     assert (len(train), len(sample)) == (1000, 500)
     assert sample["id"].to_list() == shuffled["id"].to_list()
     with pytest.raises(UserError, match="pairwise.fold is 7, but the folds in the file are 0, 1, 2, 3, 4"):
-        data.split(frame, 7, path)
+        datasets.split(frame, 7, path)
 
 
 def test_pairs_that_are_absent_or_of_another_kind_are_named(tmp_path):
     with pytest.raises(UserError, match="none.parquet: no such file; make it with python -m preprocess"):
-        data.read_pairs(tmp_path / "none.parquet")
+        datasets.read_pairs(tmp_path / "none.parquet")
     (tmp_path / "text.parquet").write_text("not parquet")
     with pytest.raises(UserError, match="text.parquet: not a Parquet file"):
-        data.read_pairs(tmp_path / "text.parquet")
+        datasets.read_pairs(tmp_path / "text.parquet")
     pl.DataFrame({"id": ["x"]}).write_parquet(tmp_path / "raw.parquet")
     with pytest.raises(UserError, match="no column prompt, response_a"):
-        data.read_pairs(tmp_path / "raw.parquet")
+        datasets.read_pairs(tmp_path / "raw.parquet")
 
 
 @pytest.mark.parametrize("spoilt", [0.0, float("nan"), 1e30])
@@ -155,11 +162,11 @@ def test_weights_are_one_on_average_whatever_preprocess_counted(tiny_models, tmp
     from recipes.pairwise.contract import new_contract
 
     path = tiny.pairs_parquet(tmp_path / "pairs.parquet", 4)
-    frame = data.read_pairs(path).with_columns(weight=pl.Series([1.0, 3.0, 1.0, 3.0], dtype=pl.Float32))
+    frame = datasets.read_pairs(path).with_columns(weight=pl.Series([1.0, 3.0, 1.0, 3.0], dtype=pl.Float32))
     block = PairwiseBlock(template="gemma", budget_tokens=128, package={"slug": "some-model"})
     tokenizer = AutoTokenizer.from_pretrained(tiny_models("gemma2"))
     contract = new_contract(block, tokenizer, attention="sdpa", base_model="m", revision=None, pad_token_id=0)
-    rows = data.tokenise(frame, tokenizer, contract, "rows")
+    rows = datasets.tokenise(frame, tokenizer, contract, "rows")
     assert list(rows["weight"]) == [0.5, 1.5, 0.5, 1.5]
     assert rows["sequences"][0][0] != rows["sequences"][0][1]
     assert sorted(rows["sequences"][0][0]) == sorted(rows["sequences"][0][1])

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from recipes.pairwise.schema import read_recipe
+from recipes.pairwise.config.schema import read_recipe
 from tests import forked, tiny
 from tests.conftest import ROOT
 

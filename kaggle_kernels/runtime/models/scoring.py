@@ -1,0 +1,188 @@
+"""Pairs in, probabilities out, the same whatever else is in the batch; everything is joined by id, never by position."""
+
+import contextlib
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from kaggle_kernels.runtime.models.shortcuts import reading
+
+ORDERS = ("as_given", "swapped")
+SPARE_TOKENS = 128  # about what a forward pass costs beside its tokens, of 4-bit weights that are unpacked each time
+
+
+@dataclass(frozen=True)
+class Request:
+    """One pair to be scored: the pair `id`, with its responses in `order`, as one sequence, or for the reward head two."""
+
+    id: str
+    order: str
+    sequences: tuple[list[int], ...]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(map(len, self.sequences))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all sequences."""
+        return sum(map(len, self.sequences))
+
+
+def orders_of(contract, orders: Iterable[str]) -> tuple[str, ...]:
+    """The orders worth scoring: a reward model sees each response alone, so that its second order is its first."""
+    return ORDERS[:1] if contract.head == "reward" else tuple(orders)
+
+
+def padded_tokens(batch: Sequence[Request]) -> int:
+    """Tokens that are computed for a batch, padding included."""
+    lengths = [len(ids) for request in batch for ids in request.sequences]
+    return sum(lengths[group[0]] * len(group) for group in alike(lengths))
+
+
+def alike(lengths: Sequence[int]) -> list[list[int]]:
+    """The lengths' places in groups, longest first, each to be one forward pass with at most SPARE_TOKENS of padding."""
+    groups: list[list[int]] = []
+    padding = 0
+    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
+        padding += lengths[groups[-1][0]] - lengths[place] if groups else 0
+        if not groups or padding > SPARE_TOKENS:
+            groups.append([])
+            padding = 0
+        groups[-1].append(place)
+    return groups
+
+
+def make_requests(model_input: ModuleType, tokenizer, contract, pairs: Sequence, orders: Iterable[str]) -> list[Request]:
+    """The requests for `pairs` in `orders`, encoded by the package's own model_input."""
+    made = []
+    for order in orders:
+        ordered = [model_input.swap(pair) for pair in pairs] if order == "swapped" else list(pairs)
+        encoded = model_input.encode_all(ordered, tokenizer, contract)
+        made += [Request(pair.id, order, sequences) for pair, sequences in zip(pairs, encoded, strict=True)]
+    return made
+
+
+def make_batches(requests: Iterable[Request], tokens_per_batch: int) -> list[list[Request]]:
+    """Batches of requests of like length, longest first, so that one too large for memory shows at once.
+
+    A batch, padded, holds at most `tokens_per_batch` tokens; a request that is longer than that is a batch of its own.
+    """
+    batches: list[list[Request]] = []
+    for request in sorted(requests, key=lambda request: (-request.length, request.id, request.order)):
+        if batches and padded_tokens([*batches[-1], request]) <= tokens_per_batch:
+            batches[-1].append(request)
+        else:
+            batches.append([request])
+    return batches
+
+
+@torch.inference_mode()
+def score_batch(
+    model: torch.nn.Module, model_input: ModuleType, contract, batch: list[Request], device: str, passing=contextlib.nullcontext
+) -> list[list[float]]:
+    """Probabilities of a batch, one list a request in the order of contract.verdicts, swapped ones swapped back.
+
+    The softmax is in float32. Where the model overflowed, the probabilities are NaN. Each forward pass is made in the context
+    `passing()`.
+    """
+    logits_bv = verdict_logits(model, contract, [ids for request in batch for ids in request.sequences], device, passing)
+    if contract.logit_bias:
+        logits_bv = logits_bv + torch.tensor(contract.logit_bias)
+    probabilities_bv = logits_bv.softmax(-1).tolist()
+    return [
+        model_input.swap_probabilities(values, contract.verdicts) if request.order == "swapped" else values
+        for request, values in zip(batch, probabilities_bv, strict=True)
+    ]
+
+
+def verdict_logits(
+    model: torch.nn.Module, contract, sequences: Sequence[list[int]], device: str, passing=contextlib.nullcontext
+) -> torch.Tensor:
+    """The verdicts' logits, float32 of shape (requests, verdicts), of one sequence a request, for the reward head of two.
+
+    Sequences of like length go through the model together: a pair's two responses, which are not, each with others.
+    """
+    rows = [torch.empty(0)] * len(sequences)
+    for group in alike(list(map(len, sequences))):
+        with passing():
+            outputs_go = head_outputs(model, contract, [sequences[place] for place in group], device).float().cpu()
+        for place, row in zip(group, outputs_go, strict=True):
+            rows[place] = row
+    logits = torch.stack(rows)
+    if contract.head != "reward":
+        return logits
+    return logits.view(-1, 2)[:, [("model_a", "model_b").index(verdict) for verdict in contract.verdicts]]
+
+
+def head_outputs(model: torch.nn.Module, contract, sequences: Sequence[list[int]], device: str) -> torch.Tensor:
+    """What the head says of each sequence, (sequences, outputs), in one forward pass.
+
+    A classifier finds the last token that is not padding by itself, so its rows are padded on the right, and what a decoder
+    reads there never sees the padding: it needs no mask. A causal LM is padded on the left: the answer then stands at the
+    last place of every row, and only there are logits computed.
+    """
+    lengths_g1 = torch.tensor([[len(ids)] for ids in sequences])
+    longest, left, causal = int(lengths_g1.max()), contract.head == "label_tokens", getattr(model, "causal", False)
+    places_t = torch.arange(longest)
+    mask_gt = places_t >= longest - lengths_g1 if left else places_t < lengths_g1
+    ids_gt = torch.full(mask_gt.shape, contract.pad_token_id)
+    ids_gt[mask_gt] = torch.tensor([token for ids in sequences for token in ids])
+    inputs = {"input_ids": ids_gt.to(device)}
+    if (left or not causal) and not mask_gt.all():
+        inputs["attention_mask"] = mask_gt.long().to(device)
+    if left:
+        inputs["position_ids"] = (mask_gt.cumsum(-1) - 1).clamp(min=0).to(device)
+        inputs |= {"logits_to_keep": 1, "use_cache": False}
+    with reading(torch.tensor([read_place(ids, longest, contract, causal) for ids in sequences], device=device)):
+        logits = model(**inputs).logits
+    return logits[:, -1, list(contract.label_token_ids)] if left else logits
+
+
+def read_place(ids: Sequence[int], longest: int, contract, causal: bool) -> int:
+    """Where the head reads a row of `longest` tokens: the last one that is not padding, an encoder's the first."""
+    if contract.head == "label_tokens":
+        return longest - 1
+    return max((place for place, token in enumerate(ids) if token != contract.pad_token_id), default=0) if causal else 0
+
+
+def score(
+    model: torch.nn.Module,
+    model_input: ModuleType,
+    tokenizer,
+    contract,
+    pairs: Sequence,
+    *,
+    orders: Iterable[str] = ORDERS,
+    tokens_per_batch: int = 8192,
+    device: str = "cpu",
+) -> dict[str, dict[str, list[float]]]:
+    """Probabilities by id and order, in the order of contract.verdicts; swapped ones are already swapped back.
+
+    A reward model is run once a pair, whatever the orders. Raises FloatingPointError where a row's probabilities are not
+    finite, ValueError where two pairs share an id.
+    """
+    scores: dict[str, dict[str, list[float]]] = {pair.id: {} for pair in pairs}
+    if len(scores) != len(pairs):
+        raise ValueError(f"{len(pairs) - len(scores)} pairs have the id of another one; scores are joined by id")
+    orders = tuple(orders)
+    worth = orders_of(contract, orders)
+    for batch in make_batches(make_requests(model_input, tokenizer, contract, pairs, worth), tokens_per_batch):
+        for request, values in zip(batch, score_batch(model, model_input, contract, batch, device), strict=True):
+            if not all(map(math.isfinite, values)):
+                raise FloatingPointError(f"row {request.id}, {request.order}: probabilities {values} in {model.dtype}")
+            scores[request.id] |= dict.fromkeys([request.order] if worth == orders else orders, values)
+    return scores
+
+
+def mean_of_orders(scores: dict[str, dict[str, list[float]]]) -> dict[str, list[float]]:
+    """The mean over the orders in which each pair was scored, by id; a pair that was not scored is left out."""
+    return {
+        pair_id: [sum(values) / len(by_order) for values in zip(*by_order.values(), strict=True)]
+        for pair_id, by_order in scores.items()
+        if by_order
+    }

@@ -1,0 +1,238 @@
+"""The strict schema of a recipe: its `pairwise:` block, what must not stand beside it, and where a run writes.
+
+Nothing here imports torch or Axolotl, so that `python -m recipes.pairwise` answers in a second or two.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from preprocess.core.errors import UserError
+from preprocess.core.files import read_yaml
+from preprocess.core.problems import in_words, nearest, unknown_key, without_echo
+from preprocess.model_input import Template
+from recipes.pairwise.config.axolotl_keys import REFUSED, axolotl_problems
+from recipes.pairwise.config.templates import NAMES, named_template
+
+SLUG = r"^[a-z0-9]+(-[a-z0-9]+)*$"  # Kaggle's
+PATTERNS = {SLUG: "lower-case letters and digits, with single hyphens between them"}
+GPTQ_BITS = {"gptq4": 4, "gptq8": 8}
+HOW_TO_GET_IT = "accept its licence on the hub and `hf auth login`, or download it and name its folder (--base-model FOLDER)"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class TemplateBlock(_Strict):
+    """A template spelled out in a recipe; see preprocess.model_input.Template."""
+
+    start: str = Field(description="what stands before a conversation")
+    turn: str = Field(
+        description="a turn, with {prompt}, {response_a} and {response_b} in place; for reward {prompt} and {response}"
+    )
+    end: str = Field(description="what stands after the last turn, where a verdict is read")
+
+
+class PackageBlock(_Strict):
+    """How `python -m postprocess` turns the run into a Kaggle dataset."""
+
+    quantize: Literal["none", "nf4", "int8", "gptq4", "gptq8"] = Field(
+        "none",
+        description="nf4 (4 bits), int8 (8 bits), gptq4 and gptq8 (calibrated on training pairs; decoders only), or none: "
+        "float16. The head is never quantised",
+    )
+    adapter: Literal["merged", "unmerged", "best"] = Field(
+        "merged",
+        description="what is packaged of a LoRA run: base and adapter merged; both as they are, the base in nf4; or whichever "
+        "of the two agrees better with training",
+    )
+    tolerance: float = Field(0.05, gt=0, le=1, description="largest mean difference in probability that is let through")
+    slug: str = Field(pattern=SLUG, min_length=6, max_length=50, description="the Kaggle dataset's slug, 6 to 50 characters")
+    licence: str = Field("apache-2.0", min_length=1, description="Kaggle's name of the weights' licence")
+
+    @model_validator(mode="after")
+    def _an_adapter_stays_apart_only_on_nf4(self):
+        if self.adapter != "merged" and self.quantize != "nf4":
+            raise ValueError(f"adapter: {self.adapter} needs quantize: nf4, found quantize: {self.quantize}")
+        return self
+
+
+class PairwiseBlock(_Strict):
+    """The `pairwise:` block of a recipe."""
+
+    pairs: str = Field("data/pairs.parquet", min_length=1, description="what to train on; PAIRWISE_PAIRS=FILE overrides it")
+    fold: int | str = Field(0, description="the fold to hold out, or all; PAIRWISE_FOLD overrides it")
+    verdicts: tuple[Literal["model_a", "model_b", "tie"], ...] = Field(
+        ("model_a", "model_b"), strict=False, description="the order of the logits: two verdicts, or three with tie"
+    )
+    head: Literal["score", "label_tokens", "reward"] = Field(
+        "score",
+        description="score: a classification head on prompt and both answers; label_tokens: the answer tokens of a causal LM; "
+        "reward: one number for each answer alone (Bradley-Terry)",
+    )
+    train: bool = Field(True, description="false: the base model is packaged as it is by python -m postprocess")
+    template: str | TemplateBlock = Field(description="gemma, llama3, chatml or bert; or start, turn and end spelled out")
+    budget_tokens: int = Field(ge=64, description="tokens of a sequence, template included")
+    truncation: Literal["left", "right", "middle"] = Field("middle", description="where a text that is too long is cut")
+    orders: Literal["as_given", "random", "both"] = Field(
+        "both", description="the orders of a pair in training; both stand in one micro-batch"
+    )
+    loss: Literal["cross_entropy"] = Field(
+        "cross_entropy",
+        description="on soft labels, rows weighted; label_tokens learns the likeliest verdict, every row counting the same",
+    )
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="mixes the labels with the uniform distribution")
+    softcap: bool = Field(False, description="Gemma-2's soft cap of attention logits; needs eager or flash_attention_2")
+    package: PackageBlock = Field(description="slug of the Kaggle dataset, and how the model is quantised")
+
+    @field_validator("fold", mode="before")
+    @classmethod
+    def _fold_is_a_number_or_all(cls, fold):
+        if fold != "all" and (not isinstance(fold, int) or isinstance(fold, bool) or fold < 0):
+            raise ValueError("expected a fold's number or all")
+        return fold
+
+    @field_validator("verdicts")
+    @classmethod
+    def _verdicts_are_two_or_three(cls, verdicts):
+        if sorted(verdicts) not in (["model_a", "model_b"], ["model_a", "model_b", "tie"]):
+            raise ValueError("expected model_a and model_b, with or without tie, each once")
+        return verdicts
+
+    @field_validator("template", mode="before")
+    @classmethod
+    def _template_is_known(cls, template):
+        if not isinstance(template, dict | TemplateBlock) and template not in NAMES:
+            match = nearest(template, NAMES)
+            meant = f" (did you mean {match}?)" if match else ""
+            raise ValueError(f"expected one of {', '.join(NAMES)}, or start, turn and end spelled out{meant}")
+        return template
+
+    @model_validator(mode="after")
+    def _the_head_suits_the_rest(self):
+        places = ("prompt", "response") if self.head == "reward" else ("prompt", "response_a", "response_b")
+        if isinstance(self.template, TemplateBlock) and any(self.template.turn.count(f"{{{place}}}") != 1 for place in places):
+            told = ", ".join(f"{{{place}}}" for place in places)
+            raise ValueError(f"template.turn: expected {told}, each once, found {self.template.turn!r}")
+        if self.head == "reward" and "tie" in self.verdicts:
+            raise ValueError("verdicts: a reward model tells no ties apart; leave out tie, half of a tie goes to each side")
+        if self.head == "reward" and "orders" in self.model_fields_set:
+            raise ValueError("orders: a reward model sees each answer alone, its orders are the same; remove the key")
+        if self.template == "bert" and self.package.quantize in GPTQ_BITS:
+            raise ValueError(f"package.quantize: {self.package.quantize} is for decoders; an encoder takes int8, or none")
+        if self.head == "label_tokens" and self.template == "bert":
+            raise ValueError("template: bert has no answer to predict; label_tokens needs gemma, llama3 or chatml")
+        if self.head == "label_tokens" and self.label_smoothing:
+            raise ValueError("label_smoothing: Axolotl's causal trainer has none; remove the key")
+        return self
+
+    def resolved_template(self) -> Template:
+        """The template that the block names or spells out."""
+        if isinstance(self.template, str):
+            return named_template(self.template, self.head, self.verdicts)
+        return Template(self.template.start, self.template.turn, self.template.end)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe. `axolotl` holds every key but `pairwise`; the environment's overrides are applied."""
+
+    path: Path
+    axolotl: dict
+    pairwise: PairwiseBlock
+    run_folder: Path
+
+
+def read_recipe(path: Path | str) -> Recipe:
+    """Read and check a recipe; every problem found is in one UserError. PAIRWISE_FOLD and PAIRWISE_PAIRS apply."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such recipe")
+    values = read_yaml(path)
+    problems = recipe_problems(values)
+    if problems:
+        raise UserError(f"{path}: " + "; ".join(problems))
+    block = apply_environment(PairwiseBlock.model_validate(values.pop("pairwise")))
+    return Recipe(path, values, block, run_folder(values.get("output_dir"), path))
+
+
+class PairwiseArgs(BaseModel):
+    """What Axolotl adds to its own schema for this plugin: the block, checked here and passed on as it is."""
+
+    pairwise: dict
+
+
+def check_run(cfg: dict, recipe: Path) -> PairwiseBlock:
+    """The block of the run that Axolotl is about to start. `cfg` is the recipe with the command line's overrides.
+
+    Unknown keys are looked for in the file: Axolotl adds keys of its own to `cfg`.
+    """
+    problems = [f"{key}: refused, {why}" for key, why in REFUSED.items() if cfg.get(key)]
+    if recipe.is_file():
+        said = (*REFUSED, "attn_implementation", "base_model", "wandb_project")
+        overridden = {key: cfg.get(key) for key in said if cfg.get(key) is not None}
+        problems = recipe_problems(read_yaml(recipe) | overridden)
+    if problems:
+        raise UserError(f"{recipe}: " + "; ".join(problems))
+    return PairwiseBlock.model_validate(dict(cfg["pairwise"]))
+
+
+def recipe_problems(values: dict) -> list[str]:
+    """What is wrong with a recipe's parsed YAML, one sentence a problem, each naming its key and the fix."""
+    problems = axolotl_problems(values)
+    if "pairwise" not in values:
+        return [*problems, "pairwise: missing; a recipe needs this block"]
+    return problems + pairwise_problems(values["pairwise"])
+
+
+def pairwise_problems(block: object) -> list[str]:
+    """What is wrong with a `pairwise:` block, one sentence a problem."""
+    try:
+        PairwiseBlock.model_validate(block)
+    except ValidationError as error:
+        spelled_out = any(
+            "TemplateBlock" in problem["loc"] and isinstance(block["template"], dict) for problem in error.errors()
+        )
+        not_meant = ("template", "str") if spelled_out else ("template", "TemplateBlock")
+        keys = [*PairwiseBlock.model_fields, *PackageBlock.model_fields, *TemplateBlock.model_fields]
+        told = without_echo(error.errors(), keys)
+        return [_explain(problem) for problem in told if problem["loc"][:2] != not_meant]
+    return []
+
+
+def _explain(problem: dict) -> str:
+    where = [str(part) for part in problem["loc"] if part not in ("str", "int", "TemplateBlock")]
+    key = ".".join(["pairwise", *where])
+    known = (
+        {"package": PackageBlock, "template": TemplateBlock}.get(where[0], PairwiseBlock) if len(where) > 1 else PairwiseBlock
+    )
+    if problem["type"] == "extra_forbidden":
+        return f"{key}: {unknown_key(problem['loc'][-1], known.model_fields)}"
+    if problem["type"] == "missing":
+        return f"{key}: missing; add it: {known.model_fields[where[-1]].description or 'see the README'}"
+    if problem["type"] == "value_error" and isinstance(problem["input"], dict):  # of a block as a whole: it names its key
+        return f"{key}.{problem['msg'].removeprefix('Value error, ')}"
+    return f"{key}: {in_words(problem, PATTERNS)}"
+
+
+def apply_environment(block: PairwiseBlock) -> PairwiseBlock:
+    """The block with PAIRWISE_FOLD (a number or all) and PAIRWISE_PAIRS (a file) in place of its own."""
+    changes: dict = {}
+    if fold := os.environ.get("PAIRWISE_FOLD"):
+        if fold != "all" and not (fold.isascii() and fold.isdecimal()):
+            raise UserError(f"PAIRWISE_FOLD={fold}: expected a fold's number or all")
+        changes["fold"] = fold if fold == "all" else int(fold)
+    if pairs := os.environ.get("PAIRWISE_PAIRS"):
+        changes["pairs"] = pairs
+    return block.model_copy(update=changes)
+
+
+def run_folder(output_dir: str | None, recipe: Path) -> Path:
+    """Where a run writes: output_dir, by default outputs/STEM; a fold numbered by PAIRWISE_FOLD in fold-k below it."""
+    folder = Path(output_dir) if output_dir else Path("outputs") / recipe.stem
+    fold = os.environ.get("PAIRWISE_FOLD", "")
+    return folder / f"fold-{fold}" if fold.isdecimal() else folder

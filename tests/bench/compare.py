@@ -1,0 +1,244 @@
+"""`make compare PAIRS=…`: every approach that a laptop can train, on one fold of one pairs file, in one table.
+
+A method is trained where no run of these pairs and this fold is there since its recipe last changed, so that an interrupted
+comparison goes on where it stopped: runs are looked for in outputs/METHOD and outputs/METHOD/fold-K, and written to the latter.
+All are scored here on the same rows, from their predictions.parquet, as tracking.metrics scores: rows without a winner do
+not count for accuracy.
+The interval of an accuracy is a bootstrap over groups of prompts, since rows that share a prompt are no independent evidence.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import numpy as np
+import polars as pl
+import scipy.sparse
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+
+from preprocess.core.errors import UserError, exits_with_2
+from preprocess.core.files import atomic_file, read_json, sha256, write_json
+from recipes.pairwise.data.datasets import read_pairs, split, targets, winners
+from recipes.pairwise.tracking import metrics
+
+ROOT = Path(__file__).parents[2]
+KERAS = ROOT / ".venv-keras" / "bin" / "python"
+OUTPUTS = Path("outputs")
+VERDICTS = ("model_a", "model_b")
+RESAMPLES = 2000
+METHODS = {  # name: what the table calls it
+    "longer": "the longer response",
+    "tfidf": "TF-IDF, logistic regression",
+    "siamese": "Siamese LSTMs (recipes/siamese.py)",
+    "minilm_cls": "MiniLM, classification head (recipes/minilm_cls.yml)",
+    "minilm_reward": "MiniLM, reward head (recipes/minilm_reward.yml)",
+}
+SOURCES = {  # name: the file that says how it is trained
+    "longer": "tests/bench/compare.py",
+    "tfidf": "tests/bench/compare.py",
+    "siamese": "recipes/siamese.py",
+    "minilm_cls": "recipes/minilm_cls.yml",
+    "minilm_reward": "recipes/minilm_reward.yml",
+}
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One fold of one pairs file: the rows that are trained on and the rows that are measured."""
+
+    pairs: Path
+    number: int
+    pairs_sha256: str
+    train: pl.DataFrame
+    held_out: pl.DataFrame
+
+
+@click.command()
+@click.argument("pairs", type=click.Path(path_type=Path))
+@click.option("--fold", default=0, show_default=True, help="The fold that is held out and measured.")
+@click.option("--only", help="Train only these, separated by commas; others are shown where they are up to date.")
+@click.option("--base", envvar="BASE", type=click.Path(path_type=Path), help="MiniLM's folder, on a machine without network.")
+@exits_with_2
+def main(pairs: Path, fold: int, only: str | None, base: Path | None) -> None:
+    """Train what is not up to date on PAIRS and write outputs/compare/compare.json and compare.md."""
+    wanted = list(METHODS) if only is None else [name.strip() for name in only.split(",")]
+    if unknown := [name for name in wanted if name not in METHODS]:
+        raise UserError(f"--only {','.join(unknown)}: expected some of {', '.join(METHODS)}")
+    if base is not None and not (base / "config.json").is_file():
+        raise UserError(f"--base {base}: no config.json there; give the folder of a model")
+    chosen = read_fold(pairs, fold)
+    found: dict[str, Path] = {}
+    for name in METHODS:
+        run = find_run(name, chosen)
+        if run is None and name in wanted:
+            print(f"{name}: training on {len(chosen.train)} pairs", flush=True)
+            train(name, chosen, base)
+            run = find_run(name, chosen)
+            if run is None:
+                raise UserError(f"{name}: it ended without predictions of fold {fold} of {pairs} in {run_folder(name, fold)}")
+        print(f"{name}: {f'up to date in {run}' if run else 'not there, left out'}", flush=True)
+        found |= {name: run} if run else {}
+    rows = [{"method": METHODS[name], "run": str(run), **score(run, chosen)} for name, run in found.items()]
+    write_results(rows, chosen)
+
+
+def read_fold(pairs: Path, number: int) -> Fold:
+    """The fold of a pairs file, its rows in the order of their ids."""
+    frame = read_pairs(pairs)
+    if "group" not in frame.columns:
+        raise UserError(f"{pairs}: no column group; it was not written by python -m preprocess")
+    train_rows, held_out = split(frame, number, pairs)
+    return Fold(pairs, number, sha256(pairs), train_rows.sort("id"), held_out.sort("id"))
+
+
+def run_folder(name: str, fold: int) -> Path:
+    """Where a method's run of a fold is written."""
+    return OUTPUTS / name / f"fold-{fold}"
+
+
+def find_run(name: str, fold: Fold) -> Path | None:
+    """The folder of a method's run on these pairs and this fold since its recipe last changed, if there is one."""
+    changed = (ROOT / SOURCES[name]).stat().st_mtime
+    for folder in (run_folder(name, fold.number), OUTPUTS / name):
+        metrics_file = folder / "metrics.json"
+        if metrics_file.is_file() and (folder / "predictions.parquet").is_file():
+            known = read_json(metrics_file)
+            is_of_these = known.get("pairs_sha256") == fold.pairs_sha256 and known.get("fold") == fold.number
+            if is_of_these and metrics_file.stat().st_mtime >= changed:
+                return folder
+    return None
+
+
+def train(name: str, fold: Fold, base: Path | None) -> None:
+    """Train a method on the fold's training rows; its run folder then holds predictions.parquet and metrics.json."""
+    if name in ("longer", "tfidf"):
+        started = time.monotonic()
+        p_a = {"longer": longer, "tfidf": tfidf}[name](fold.train, fold.held_out)
+        write_run(run_folder(name, fold.number), p_a, fold, time.monotonic() - started)
+        return
+    environment = dict(os.environ)
+    if name == "siamese":
+        if not KERAS.is_file():
+            raise UserError(f"{KERAS}: absent; `make setup` makes the environment that has Keras")
+        out = run_folder(name, fold.number)
+        command = [str(KERAS), str(ROOT / "recipes" / "siamese.py")]
+        command += ["--pairs", str(fold.pairs), "--fold", str(fold.number), "--out", str(out)]
+    else:
+        command = ["axolotl", "train", f"recipes/{name}.yml", *(["--base-model", str(base)] if base else [])]
+        environment |= {"PAIRWISE_PAIRS": str(fold.pairs), "PAIRWISE_FOLD": str(fold.number), "AXOLOTL_DO_NOT_TRACK": "1"}
+    code = subprocess.run(command, env=environment, check=False).returncode
+    if code:
+        raise UserError(f"{name}: `{' '.join(command)}` ended with exit code {code}; run this again to go on from here")
+
+
+def longer(train_rows: pl.DataFrame, rows: pl.DataFrame) -> np.ndarray:
+    """p(A) by length in characters alone: how often the longer response wins among the training rows; equal: A is taken."""
+
+    def a_is_longer(frame: pl.DataFrame) -> np.ndarray:
+        length = {side: frame[f"response_{side}"].list.join("").str.len_chars() for side in "ab"}
+        return (length["a"] >= length["b"]).to_numpy()
+
+    wins_a = targets(train_rows, VERDICTS)[:, 0]
+    share = float(np.where(a_is_longer(train_rows), wins_a, 1 - wins_a).mean())
+    return np.where(a_is_longer(rows), share, 1 - share)
+
+
+def tfidf(train_rows: pl.DataFrame, rows: pl.DataFrame) -> np.ndarray:
+    """p(A) by logistic regression on the difference of two responses' TF-IDF over 1 to 3 characters, every script alike.
+
+    Every pair is trained on in both orders, and nothing is added that is the same for both: the swapped pair has 1 - p.
+    """
+
+    def texts(frame: pl.DataFrame, side: str) -> list[str]:
+        return frame[f"response_{side}"].list.join("\n").fill_null("").to_list()
+
+    vectorizer = TfidfVectorizer(analyzer="char", ngram_range=(1, 3), min_df=3, sublinear_tf=True, dtype=np.float32)
+    both = vectorizer.fit_transform(texts(train_rows, "a") + texts(train_rows, "b"))
+    difference = both[: len(train_rows)] - both[len(train_rows) :]
+    shares = targets(train_rows, VERDICTS)
+    weights = train_rows["weight"].to_numpy()[:, None] * shares
+    # A pair counts for A by A's share, for B by B's, and likewise with its sides exchanged: four rows.
+    features = scipy.sparse.vstack([difference, difference, -difference, -difference])
+    labels = np.repeat([1, 0, 0, 1], len(train_rows))
+    model = LogisticRegression(fit_intercept=False, max_iter=1000)
+    model.fit(features, labels, sample_weight=np.concatenate([weights[:, 0], weights[:, 1]] * 2))
+    return model.predict_proba(vectorizer.transform(texts(rows, "a")) - vectorizer.transform(texts(rows, "b")))[:, 1]
+
+
+def write_run(folder: Path, p_a: np.ndarray, fold: Fold, seconds: float) -> None:
+    """predictions.parquet and metrics.json as other runs have them, for a method without a second order."""
+    both = np.stack([np.stack([p_a, 1 - p_a], axis=1)] * 2, axis=1)
+    table = metrics.predictions(fold.held_out["id"].to_list(), both, VERDICTS, fold.held_out)
+    with atomic_file(folder / "predictions.parquet") as temporary:
+        table.write_parquet(temporary)
+    values = {"rows": len(table), "training_rows": len(fold.train), "seconds_training": round(seconds, 1)}
+    write_json(folder / "metrics.json", {**values, "fold": fold.number, "pairs_sha256": fold.pairs_sha256})
+
+
+def score(run: Path, fold: Fold) -> dict[str, float]:
+    """A run's accuracy with its interval, log loss, rows and seconds, on all the fold's rows, by the mean of both orders."""
+    table = pl.read_parquet(run / "predictions.parquet").sort("id")
+    if table["id"].to_list() != fold.held_out["id"].to_list():
+        raise UserError(f"{run / 'predictions.parquet'}: not the rows of fold {fold.number}; remove the folder to train again")
+    labels = targets(fold.held_out, VERDICTS)
+    mean = table.select("p_model_a", "p_model_b").to_numpy()
+    places = winners(fold.held_out, VERDICTS)
+    values = metrics.scores(np.stack([mean, mean], axis=1), labels, places)
+    decided = places >= 0
+    right = (mean.argmax(axis=1) == places)[decided]
+    low, high = interval(right, fold.held_out["group"].to_numpy()[decided])
+    known = read_json(run / "metrics.json")
+    return {
+        "accuracy": values["accuracy"],
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "log_loss": values["log_loss"],
+        "rows": len(table),
+        "rows_with_a_winner": int(decided.sum()),
+        "seconds": round(known.get("seconds_training", 0) + known.get("seconds_predicting", 0), 1),
+    }
+
+
+def interval(right: np.ndarray, groups: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float]:
+    """The middle 95 % of the accuracy over `resamples` draws of whole groups, with replacement. `right`: one bool a row."""
+    _, group = np.unique(groups, return_inverse=True)
+    if not len(group):
+        return float("nan"), float("nan")
+    sums, counts = np.bincount(group, weights=right), np.bincount(group)
+    rng = np.random.default_rng(seed)
+    draws = (rng.integers(len(counts), size=len(counts)) for _ in range(resamples))
+    low, high = np.percentile([sums[draw].sum() / counts[draw].sum() for draw in draws], [2.5, 97.5])
+    return float(low), float(high)
+
+
+def as_table(rows: list[dict]) -> str:
+    """The rows as a Markdown table."""
+    lines = ["| method | accuracy | 95 % interval | log loss | rows | seconds |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        between = f"{row['accuracy_low']:.3f} to {row['accuracy_high']:.3f}"
+        figures = f"{row['accuracy']:.3f} | {between} | {row['log_loss']:.3f} | {row['rows']} | {row['seconds']:.0f}"
+        lines.append(f"| {row['method']} | {figures} |")
+    return "\n".join(lines)
+
+
+def write_results(rows: list[dict], fold: Fold) -> None:
+    """Write outputs/compare/compare.json and compare.md, and print the latter."""
+    groups = fold.held_out["group"].n_unique()
+    head = (
+        f"Fold {fold.number} of {fold.pairs.name}: trained on {len(fold.train)} pairs, measured on {len(fold.held_out)} "
+        f"with {groups} groups of prompts. The interval is a bootstrap over these; the seconds are of training and predicting."
+    )
+    facts = {"pairs": str(fold.pairs), "pairs_sha256": fold.pairs_sha256, "fold": fold.number, "groups": groups}
+    write_json(OUTPUTS / "compare" / "compare.json", {**facts, "training_rows": len(fold.train), "methods": rows})
+    with atomic_file(OUTPUTS / "compare" / "compare.md") as temporary:
+        temporary.write_text(f"{head}\n\n{as_table(rows)}\n", encoding="utf-8")
+    print(f"\n{head}\n\n{as_table(rows)}\n\nwritten: {OUTPUTS / 'compare' / 'compare.json'}, compare.md")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

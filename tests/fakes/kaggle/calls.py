@@ -1,0 +1,325 @@
+"""What the stand-in Kaggle answers: one function a call, of the site and the request's JSON; it gives the answer's JSON.
+
+Names of calls and fields are those of kagglesdk 0.1.38, which ignores what it does not know: a wrong name in an answer would
+pass as an absent field.
+"""
+
+import re
+import time
+from collections.abc import Callable
+
+from tests.fakes.kaggle.site import (
+    OWNER,
+    TOKEN,
+    Blob,
+    Dataset,
+    Kernel,
+    KernelVersion,
+    Run,
+    Site,
+    Submission,
+    Version,
+)
+
+DATE = "2026-01-01T00:00:00.000Z"
+
+
+class Refusal(Exception):
+    """An HTTP error with a message, as Kaggle words it where that is known."""
+
+    def __init__(self, status: int, message: str):
+        super().__init__(message)
+        self.status, self.message = status, message
+
+
+def introspect_token(site: Site, asked: dict) -> dict:
+    return {"active": True, "username": OWNER, "userId": 1} if asked["token"] == TOKEN else {"active": False}
+
+
+def start_blob_upload(site: Site, asked: dict) -> dict:
+    blob = Blob(f"blob-{next(site.numbers)}", asked["name"], asked.get("contentLength", 0))
+    site.blobs[blob.token] = blob
+    return {"token": blob.token, "createUrl": f"http://localhost/uploads/{blob.token}"}
+
+
+def create_dataset(site: Site, asked: dict) -> dict:
+    ref = f"{asked['ownerSlug']}/{asked['slug']}"
+    if ref in site.datasets:
+        return {"status": "error", "error": f'The requested title "{asked["title"]}" is already in use by a dataset.'}
+    files = received_files(site, asked)
+    if refused := over_quota(site, files):
+        return refused
+    site.datasets[ref] = Dataset(ref, asked["title"], asked["licenseName"], asked.get("isPrivate", False))
+    return add_version(site, site.datasets[ref], "Initial release", files)
+
+
+def create_dataset_version(site: Site, asked: dict) -> dict:
+    dataset = find_dataset(site, asked)
+    if dataset.versions[-1].status == "BLOBS_RECEIVED":
+        raise Refusal(403, "Permission 'datasets.update' was denied")
+    body = asked["body"]
+    files = received_files(site, body)
+    if refused := over_quota(site, files):
+        return refused
+    if body.get("deleteOldVersions"):
+        dataset.versions = [Version(v.number, v.notes, {}, 0, 0, "DELETED") for v in dataset.versions]
+    return add_version(site, dataset, body.get("versionNotes", ""), files)
+
+
+def received_files(site: Site, asked: dict) -> dict[str, bytes]:
+    blobs = [site.blobs.get(file.get("token", "")) for file in asked.get("files", [])]
+    if None in blobs or not all(blob.complete for blob in blobs):
+        raise Refusal(400, "A file's token is unknown, or its upload was not completed")
+    return {blob.name: bytes(blob.content) for blob in blobs}
+
+
+def over_quota(site: Site, files: dict[str, bytes]) -> dict | None:
+    if site.storage_bytes_used + sum(map(len, files.values())) > site.storage_bytes_allowed:
+        return {"status": "error", "error": "Your private datasets quota is exceeded"}
+    return None
+
+
+def add_version(site: Site, dataset: Dataset, notes: str, files: dict[str, bytes]) -> dict:
+    number, ready_at = len(dataset.versions) + 1, time.monotonic() + site.processing_seconds
+    dataset.versions.append(Version(number, notes, files, site.processing_calls, ready_at, site.processing_ends))
+    return {"ref": dataset.ref, "url": f"https://www.kaggle.com/datasets/{dataset.ref}", "status": "ok"}
+
+
+def find_dataset(site: Site, asked: dict) -> Dataset:
+    ref = f"{asked.get('ownerSlug', '')}/{asked.get('datasetSlug', '')}"
+    if ref not in site.datasets:
+        raise Refusal(404, f"Dataset {ref} was not found")
+    return site.datasets[ref]
+
+
+def get_dataset_status(site: Site, asked: dict) -> dict:
+    version = find_dataset(site, asked).versions[-1]
+    status = version.status
+    version.calls_left -= 1
+    return {"status": status}
+
+
+def get_dataset(site: Site, asked: dict) -> dict:
+    dataset = find_dataset(site, asked)
+    shown = {"ref": dataset.ref, "title": dataset.title, "isPrivate": dataset.is_private, "licenseName": dataset.licence}
+    if current := dataset.current:
+        shown |= {"currentVersionNumber": current.number, "totalBytes": sum(map(len, current.files.values()))}
+    return {**shown, "lastUpdated": DATE}
+
+
+def list_datasets(site: Site, asked: dict) -> dict:
+    asked = [{"ownerSlug": ref.split("/")[0], "datasetSlug": ref.split("/")[1]} for ref in site.datasets]
+    return {"datasets": [get_dataset(site, dataset) for dataset in asked]}
+
+
+def list_dataset_files(site: Site, asked: dict) -> dict:
+    version = find_dataset(site, asked).find(asked.get("datasetVersionNumber"))
+    files = sorted(version.files.items()) if version else []
+    rows, token = page([{"name": name, "totalBytes": len(content), "creationDate": DATE} for name, content in files], asked)
+    return {"datasetFiles": rows, "nextPageToken": token}
+
+
+def download_dataset(site: Site, asked: dict) -> dict:
+    version = find_dataset(site, asked).find(asked.get("datasetVersionNumber"))
+    if version is None or asked.get("fileName", "") not in version.files:
+        raise Refusal(404, "The file was not found")
+    path = f"{asked['ownerSlug']}/{asked['datasetSlug']}/{version.number}/{asked['fileName']}"
+    return {"redirect": f"http://localhost/files/datasets/{path}"}
+
+
+def get_dataset_metadata(site: Site, asked: dict) -> dict:
+    dataset = find_dataset(site, asked)
+    owner, slug = dataset.ref.split("/")
+    named = {"datasetSlug": slug, "ownerUser": owner, "title": dataset.title}
+    return {"info": {**named, "isPrivate": dataset.is_private, "licenses": [{"name": dataset.licence}]}}
+
+
+def page(rows: list, asked: dict) -> tuple[list, str]:
+    """The page that was asked for, and the token of the next one; the token is the place of a page's first row."""
+    start, size = int(asked.get("pageToken") or 0), asked.get("pageSize") or 20
+    return rows[start : start + size], str(start + size) if start + size < len(rows) else ""
+
+
+def save_kernel(site: Site, asked: dict) -> dict:
+    if asked.get("enableGpu") and site.gpu_seconds_used >= site.gpu_seconds_allowed:
+        return {"error": f"Maximum weekly GPU quota of {site.gpu_seconds_allowed / 3600:.2f} hours reached"}
+    ref = asked["slug"]
+    if ref not in site.kernels and asked.get("newTitle"):
+        ref = f"{ref.split('/')[0]}/{slugify(asked['newTitle'])}"  # a new kernel lands where its title says
+    kernel = site.kernels.setdefault(ref, Kernel(ref))
+    invalid = invalid_sources(site, asked)
+    pushed = {**asked, **{key: [s for s in asked.get(key, []) if s not in invalid[key]] for key in invalid}}
+    kernel.versions.append(KernelVersion(len(kernel.versions) + 1, pushed, site.runs.pop(0) if site.runs else Run()))
+    told = {SOURCES[key]: sources for key, sources in invalid.items() if sources}
+    url = f"https://www.kaggle.com/code/{ref}"
+    return {"ref": f"/code/{ref}", "url": url, "versionNumber": len(kernel.versions), "kernelId": 1, **told}
+
+
+SOURCES = {
+    "datasetDataSources": "invalidDatasetSources",
+    "competitionDataSources": "invalidCompetitionSources",
+    "kernelDataSources": "invalidKernelSources",
+    "modelDataSources": "invalidModelSources",
+}
+
+
+def invalid_sources(site: Site, asked: dict) -> dict[str, list[str]]:
+    """What a kernel names and the site has not, by the request's field; a dataset without a ready version is such."""
+
+    def has_dataset(source: str) -> bool:
+        owner, slug, *number = source.split("/")
+        dataset = site.datasets.get(f"{owner}/{slug}")
+        version = dataset and dataset.find(int(number[0]) if number else None)
+        return bool(version) and version.status == "READY"
+
+    known = {
+        "datasetDataSources": has_dataset,
+        "competitionDataSources": site.competitions.__contains__,
+        "kernelDataSources": site.kernels.__contains__,
+        "modelDataSources": site.models.__contains__,
+    }
+    return {key: [source for source in asked.get(key, []) if not is_known(source)] for key, is_known in known.items()}
+
+
+def slugify(title: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+
+
+def find_kernel(site: Site, asked: dict) -> KernelVersion:
+    """The newest version, or that of a slug which ends in /N."""
+    slug, _, number = asked.get("kernelSlug", "").partition("/")
+    kernel = site.kernels.get(f"{asked.get('userName', '')}/{slug}")
+    if kernel is None or int(number or 1) > len(kernel.versions):
+        raise Refusal(403, "Permission 'kernels.get' was denied")
+    return kernel.versions[int(number) - 1 if number else -1]
+
+
+def get_kernel(site: Site, asked: dict) -> dict:
+    version = find_kernel(site, asked)
+    pushed, slug = version.pushed, asked["kernelSlug"].split("/")[0]
+    kept = ("language", "kernelType", "isPrivate", "enableGpu", "enableTpu", "enableInternet", "machineShape", *SOURCES)
+    metadata = {
+        "id": 1,
+        "ref": f"{asked['userName']}/{slug}",
+        "title": pushed.get("newTitle", ""),
+        "author": OWNER,
+        "slug": slug,
+    }
+    metadata |= {"lastRunTime": DATE, "currentVersionNumber": version.number}
+    metadata |= {key: pushed[key] for key in kept if key in pushed}
+    blob = {"source": pushed["text"], "language": pushed["language"], "kernelType": pushed["kernelType"], "slug": slug}
+    return {"metadata": metadata, "blob": blob}
+
+
+def list_kernels(site: Site, asked: dict) -> dict:
+    named = [dict(zip(("userName", "kernelSlug"), ref.split("/"), strict=True)) for ref in site.kernels]
+    rows, token = page([get_kernel(site, kernel)["metadata"] for kernel in named], asked)
+    return {"kernels": rows, "nextPageToken": token}
+
+
+def get_kernel_session_status(site: Site, asked: dict) -> dict:
+    run = find_kernel(site, asked).run
+    status = run.statuses[0]
+    run.statuses = run.statuses[1:] or run.statuses
+    return {"status": status, "failureMessage": run.failure if status == "ERROR" else ""}
+
+
+def list_kernel_session_output(site: Site, asked: dict) -> dict:
+    version = find_kernel(site, asked)
+    if not version.run.over:
+        return {"files": [], "log": ""}
+    where = f"http://localhost/files/kernels/{asked['userName']}/{asked['kernelSlug']}/{version.number}"
+    rows, token = page([{"url": f"{where}/{name}", "fileName": name} for name in sorted(version.run.output)], asked)
+    return {"files": rows, "log": "".join(version.run.log), "nextPageToken": token}
+
+
+def list_kernel_files(site: Site, asked: dict) -> dict:
+    run = find_kernel(site, asked).run
+    files = sorted(run.output.items()) if run.over else []
+    rows, token = page([{"name": name, "size": len(content), "creationDate": DATE} for name, content in files], asked)
+    return {"files": rows, "nextPageToken": token}
+
+
+def get_accelerator_quota_statistics(site: Site, asked: dict) -> dict:
+    gpu = {"timeUsed": f"{site.gpu_seconds_used}s", "totalTimeAllowed": f"{site.gpu_seconds_allowed}s"}
+    return {"quotaRefreshTime": "2026-01-03T00:00:00.000Z", "gpuQuota": gpu}
+
+
+def create_code_submission(site: Site, asked: dict) -> dict:
+    competition, file_name = asked["competitionName"], asked["fileName"]
+    if competition not in site.competitions:
+        raise Refusal(404, f"Competition {competition} was not found")
+    slug = f"{asked['kernelSlug']}/{asked['kernelVersion']}"
+    version = find_kernel(site, {"userName": asked["kernelOwner"], "kernelSlug": slug})
+    if version.run.statuses[0] != "COMPLETE" or file_name not in version.run.output:
+        raise Refusal(400, f"The kernel version has no output file {file_name}")
+    if len(site.submissions) >= site.submissions_a_day:
+        raise Refusal(400, f"Your team has used its daily Submission allowance ({site.submissions_a_day}) today")
+    kernel, scores = f"{asked['kernelOwner']}/{asked['kernelSlug']}", site.scores.pop(0) if site.scores else ("0.7", "0.69")
+    described = (kernel, version.number, file_name, asked.get("submissionDescription", ""))
+    ref = 1001 + len(site.submissions)
+    site.submissions.append(Submission(ref, competition, *described, *scores, site.scoring_calls))
+    return {"message": f"Successfully submitted to {competition}", "ref": ref}
+
+
+def list_submissions(site: Site, asked: dict) -> dict:
+    listed = [submission for submission in reversed(site.submissions) if submission.competition == asked["competitionName"]]
+    rows, token = page(listed, asked)
+    return {"submissions": [shown(submission) for submission in rows], "nextPageToken": token}
+
+
+def shown(submission: Submission) -> dict:
+    told = {"ref": submission.ref, "fileName": submission.file_name, "description": submission.description}
+    told |= {"date": f"2026-01-01T00:{submission.ref - 1000:02d}:00.000Z"}
+    submission.calls_left -= 1
+    if submission.calls_left >= 0:
+        return {**told, "status": "PENDING"}
+    if submission.status == "ERROR":
+        return {**told, "status": "ERROR", "errorDescription": submission.error}
+    scores = {"publicScore": submission.public_score, "privateScore": submission.private_score}
+    return {**told, "status": "COMPLETE", **scores}
+
+
+def get_submission_limits(site: Site, asked: dict) -> dict:
+    made = len(site.submissions)
+    return {"numToday": made, "numTotal": made, "numAllowedNow": max(site.submissions_a_day - made, 0)}
+
+
+def list_competitions(site: Site, asked: dict) -> dict:
+    rows = [
+        {"ref": f"https://www.kaggle.com/competitions/{name}", "deadline": DATE, "userHasEntered": True}
+        for name in sorted(site.competitions)
+    ]
+    return {"competitions": rows}
+
+
+def list_data_files(site: Site, asked: dict) -> dict:
+    if asked["competitionName"] not in site.competitions:
+        raise Refusal(404, f"Competition {asked['competitionName']} was not found")
+    return {"files": [{"name": name, "totalBytes": 3, "creationDate": DATE} for name in ("test.parquet", "train.parquet")]}
+
+
+CALLS: dict[str, Callable[[Site, dict], dict]] = {
+    "security.OAuthService/IntrospectToken": introspect_token,
+    "blobs.BlobApiService/StartBlobUpload": start_blob_upload,
+    "datasets.DatasetApiService/CreateDataset": create_dataset,
+    "datasets.DatasetApiService/CreateDatasetVersion": create_dataset_version,
+    "datasets.DatasetApiService/GetDatasetStatus": get_dataset_status,
+    "datasets.DatasetApiService/GetDataset": get_dataset,
+    "datasets.DatasetApiService/ListDatasets": list_datasets,
+    "datasets.DatasetApiService/ListDatasetFiles": list_dataset_files,
+    "datasets.DatasetApiService/DownloadDataset": download_dataset,
+    "datasets.DatasetApiService/GetDatasetMetadata": get_dataset_metadata,
+    "kernels.KernelsApiService/SaveKernel": save_kernel,
+    "kernels.KernelsApiService/GetKernel": get_kernel,
+    "kernels.KernelsApiService/ListKernels": list_kernels,
+    "kernels.KernelsApiService/GetKernelSessionStatus": get_kernel_session_status,
+    "kernels.KernelsApiService/ListKernelSessionOutput": list_kernel_session_output,
+    "kernels.KernelsApiService/ListKernelFiles": list_kernel_files,
+    "kernels.KernelsApiService/GetAcceleratorQuotaStatistics": get_accelerator_quota_statistics,
+    "competitions.CompetitionApiService/CreateCodeSubmission": create_code_submission,
+    "competitions.CompetitionApiService/ListSubmissions": list_submissions,
+    "competitions.CompetitionApiService/GetSubmissionLimits": get_submission_limits,
+    "competitions.CompetitionApiService/ListCompetitions": list_competitions,
+    "competitions.CompetitionApiService/ListDataFiles": list_data_files,
+}

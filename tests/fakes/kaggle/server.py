@@ -1,0 +1,293 @@
+"""A stand-in for Kaggle that the real `kaggle` command of requirements.txt talks to; see the fixture `kaggle` for its use.
+
+    server.site                what Kaggle has: datasets, kernels, submissions, quotas (site.py); set what you like
+    server.site.runs.append(Run(statuses=["RUNNING", "ERROR"], failure="out of memory"))      # of the next push
+    server.faults.append(Fault("CreateDatasetVersion", status=503))                           # once; times=3 for thrice
+    server.faults.append(error_under_200("SaveKernel", "Maximum batch GPU session count of 2 reached"))
+    server.faults.append(Fault("PUT", where="model.safetensors", breaks_after_bytes=1000))    # an upload broken off
+    server.faults.append(Fault("CreateDataset", loses=("config.json",)))                      # a file that never arrives
+    server.faults.append(Fault("SaveKernel", loses_answer=True))                              # done, but nobody hears of it
+    server.requests            each request: call, JSON, bytes of its body, status of the answer
+    server.calls("SaveKernel") those of one call
+    server.uploaded_bytes("model.safetensors")   what came up for files of that name, all attempts together
+    server.stalled.wait(30)    until an upload has stalled: Fault("PUT", breaks_after_bytes=1000, stalls=True)
+    server.trespasses          requests for any other host, all refused; the fixture fails the test if there are any
+
+The client reaches it as a proxy (http_proxy), so requests come in absolute form: http://localhost/api/v1/SERVICE/METHOD.
+Uploads are PUT to /uploads/TOKEN, resumable as Google's: `Content-Range: bytes */N` asks, 308 with `Range` answers.
+"""
+
+import json
+import socketserver
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+from tests.fakes.kaggle.calls import CALLS, Refusal
+from tests.fakes.kaggle.site import TOKEN, Blob, Kernel, Site
+
+API = "/api/v1/"
+LOG = "/api/v1/kernels/logs/stream/"
+
+
+@dataclass
+class Fault:
+    """Something that goes wrong at a call: its method's name, PUT for uploads, GET for downloads.
+
+    It happens `times` times, and only where `where` stands in the request's JSON or, for an upload, is the file's name.
+    """
+
+    call: str
+    where: str = ""
+    times: int = 1
+    seconds: float = 0  # the answer is late
+    status: int = 0  # an HTTP error in place of the answer
+    message: str = ""  # Kaggle's own words; without them a gateway's page, which the command words otherwise
+    headers: dict[str, str] = field(default_factory=dict)
+    answer: dict = field(default_factory=dict)  # put into the answer under HTTP 200; with "error" in it nothing else happens
+    loses_answer: bool = False  # all is done as asked, but the connection closes without an answer
+    loses: tuple[str, ...] = ()  # CreateDataset, CreateDatasetVersion: these files are left out
+    cuts: tuple[str, ...] = ()  # likewise: these files lose their last byte
+    breaks_after_bytes: int | None = None  # PUT: only these bytes are kept; then `status`, or the connection is closed
+    stalls: bool = False  # PUT: and instead of being closed it is silent until the client has gone
+
+
+def error_under_200(call: str, message: str) -> Fault:
+    """CreateDataset, CreateDatasetVersion, SaveKernel: Kaggle's way to fail with HTTP 200."""
+    return Fault(call, answer={"error": message} if call == "SaveKernel" else {"status": "error", "error": message})
+
+
+@dataclass
+class Request:
+    """One request as it came. `bytes` is the length of its body as far as it came."""
+
+    call: str
+    url: str
+    asked: dict
+    bytes: int = 0
+    status: int = 0
+
+
+class KaggleServer(ThreadingHTTPServer):
+    """The server on a free loopback port, its state and its log."""
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.port = self.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.site, self.lock, self.stalled = Site(), threading.RLock(), threading.Event()
+        self.faults: list[Fault] = []
+        self.requests: list[Request] = []
+        self.trespasses: list[str] = []
+
+    def server_bind(self) -> None:
+        """Bind without asking the network for this machine's name, as HTTPServer does."""
+        socketserver.TCPServer.server_bind(self)
+
+    def handle_error(self, request, client_address) -> None:
+        """Say nothing where a client was killed; anything else is an error of the stand-in, and printed."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+    def calls(self, name: str) -> list[Request]:
+        """The requests of one call, PUT and GET included."""
+        return [request for request in self.requests if request.call == name]
+
+    def uploaded_bytes(self, name: str | None = None) -> int:
+        """Bytes received for files of that name, or for all files, whether they were kept or not."""
+        return sum(blob.received_bytes for blob in self.site.blobs.values() if name in (None, blob.name))
+
+    def take_fault(self, call: str, text: str) -> Fault:
+        """The first fault ordered for this request, counted down; one without effect where there is none."""
+        with self.lock:
+            fault = next((f for f in self.faults if f.call == call and f.where in text and f.times > 0), None)
+            if fault is None:
+                return Fault(call)
+            fault.times -= 1
+            return fault
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection of a client. Each request is logged before anything is done with it."""
+
+    protocol_version = "HTTP/1.1"
+    server: KaggleServer
+
+    def log_message(self, *arguments) -> None:
+        pass
+
+    def do_CONNECT(self) -> None:
+        self.refuse_stranger(self.path)
+
+    def refuse_stranger(self, url: str) -> None:
+        """Another host than localhost was wanted: somebody's request would have left this machine."""
+        self.server.trespasses.append(f"{self.command} {url}")
+        self.close_connection = True
+        self.send(403, {"code": 403, "message": f"the stand-in refuses {url}: only http://localhost may be asked"})
+
+    def is_stranger(self) -> bool:
+        parts = urlsplit(self.path)
+        return bool(parts.netloc) and parts.netloc not in {"localhost", f"127.0.0.1:{self.server.port}"}
+
+    def do_POST(self) -> None:
+        if self.is_stranger():
+            return self.refuse_stranger(self.path)
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        path, asked = urlsplit(self.path).path, json.loads(body or b"{}")
+        call = path.removeprefix(API)
+        request = self.note(call.rsplit("/")[-1], asked, len(body))
+        fault = self.server.take_fault(request.call, body.decode())
+        time.sleep(fault.seconds)
+        try:
+            answer = self.answer(call, asked, fault)
+        except Refusal as refusal:
+            told = {"code": refusal.status, "message": refusal.message} if refusal.message else b"<html></html>"
+            return self.send(refusal.status, told, fault.headers)
+        if fault.loses_answer:
+            self.close_connection = True
+            return None
+        if "redirect" in answer:
+            return self.send(302, b"", {"Location": answer["redirect"]})
+        return self.send(200, answer)
+
+    def answer(self, call: str, asked: dict, fault: Fault) -> dict:
+        """What the site says to a call, spoilt as the fault has it."""
+        if fault.status:
+            raise Refusal(fault.status, fault.message)
+        if call not in CALLS:
+            raise Refusal(404, f"the stand-in does not know {call}")
+        if not call.endswith("/IntrospectToken") and self.headers["Authorization"] != f"Bearer {TOKEN}":
+            raise Refusal(401, "Unauthenticated")
+        if "error" in fault.answer:
+            return fault.answer
+        with self.server.lock:
+            answer = CALLS[call](self.server.site, asked)
+            if fault.loses or fault.cuts:
+                files = self.server.site.datasets[answer["ref"]].versions[-1].files
+                files |= {name: files[name][:-1] for name in fault.cuts}
+                for name in fault.loses:
+                    del files[name]
+        return merged(answer, fault.answer)
+
+    def do_PUT(self) -> None:
+        """An upload, whole or from where an earlier one ended, or the question how far that came."""
+        if self.is_stranger():
+            return self.refuse_stranger(self.path)
+        blob = self.server.site.blobs.get(urlsplit(self.path).path.removeprefix("/uploads/"))
+        wanted = self.headers.get("Content-Range", "")
+        request = self.note("PUT", {"name": blob.name, "range": wanted} if blob else {})
+        if blob is None:
+            self.close_connection = True
+            return self.send(404, b"")
+        fault = Fault("PUT") if wanted.startswith("bytes */") else self.server.take_fault("PUT", blob.name)
+        time.sleep(fault.seconds)
+        if not wanted.startswith("bytes */"):
+            first = int(wanted.split()[1].split("-")[0]) if wanted else 0
+            del blob.content[first:]
+            if not self.receive(blob, request, fault):
+                return None
+        if fault.status:
+            if fault.status < 500:
+                blob.content.clear()  # refused, not broken off
+            return self.send(fault.status, b"", fault.headers)
+        if blob.complete:
+            return self.send(200, {})
+        return self.send(308, b"", {"Range": f"bytes=0-{len(blob.content) - 1}"} if blob.content else {})
+
+    def receive(self, blob: Blob, request: Request, fault: Fault) -> bool:
+        """Take the body in; False where the connection is to be closed, or was closed from the other side."""
+        limit = blob.size if fault.breaks_after_bytes is None else fault.breaks_after_bytes
+        for piece in self.pieces():
+            kept = piece[: limit - request.bytes]
+            blob.content += kept
+            blob.received_bytes += len(kept)
+            request.bytes += len(kept)
+            if request.bytes == limit < blob.size and not fault.status:
+                self.close_connection = True
+                if fault.stalls:
+                    self.server.stalled.set()
+                    while self.rfile.read1(1 << 16):
+                        pass
+                break
+        return not self.close_connection
+
+    def pieces(self):
+        """The body in pieces as they arrive, by length or in chunks; an end before its time closes the connection."""
+        if "chunked" in self.headers.get("Transfer-Encoding", ""):
+            while size := int(self.rfile.readline(), 16):
+                yield self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+            return
+        left = int(self.headers.get("Content-Length", 0))
+        while left and (piece := self.rfile.read1(min(left, 1 << 16))):
+            left -= len(piece)
+            yield piece
+        self.close_connection = self.close_connection or left > 0
+
+    def do_GET(self) -> None:
+        """Files of datasets and kernels, and a kernel's log."""
+        if self.is_stranger():
+            return self.refuse_stranger(self.path)
+        path = unquote(urlsplit(self.path).path)
+        self.note("GET", {"path": path})
+        fault = self.server.take_fault("GET", path)
+        time.sleep(fault.seconds)
+        if fault.status:
+            return self.send(fault.status, b"<html></html>", fault.headers)
+        if path.startswith(LOG):
+            return self.send_log(self.server.site.kernels.get(path.removeprefix(LOG)))
+        content = file_content(self.server.site, path)
+        return self.send(404, b"") if content is None else self.send(200, content)
+
+    def send_log(self, kernel: Kernel | None) -> None:
+        """The log of the newest version: events while it runs, whose end is the run's end; afterwards a list."""
+        if kernel is None:
+            return self.send(403, b"")
+        run = kernel.versions[-1].run
+        events = [{"stream_name": "stdout", "time": number, "data": line} for number, line in enumerate(run.log)]
+        if run.over:
+            return self.send(200, json.dumps(events).encode())
+        run.statuses = run.statuses[-1:]
+        lines = [*map(json.dumps, events), "END_OF_LOG"]
+        return self.send(200, "".join(f"data: {line}\n\n" for line in lines).encode(), {"Content-Type": "text/event-stream"})
+
+    def note(self, call: str, asked: dict, length: int = 0) -> Request:
+        request = Request(call, self.path, asked, length)
+        self.server.requests.append(request)
+        self.noted = request
+        return request
+
+    def send(self, status: int, body: dict | bytes, headers: dict[str, str] | None = None) -> None:
+        """Answer, and note the status."""
+        if getattr(self, "noted", None):
+            self.noted.status = status
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        kind = "application/octet-stream" if isinstance(body, bytes) else "application/json"
+        for name, value in {"Content-Type": kind, "Content-Length": str(len(content)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+
+def file_content(site: Site, path: str) -> bytes | None:
+    """The bytes behind /files/datasets/OWNER/SLUG/N/NAME or /files/kernels/…; None where there are none."""
+    if not path.startswith("/files/"):
+        return None
+    kind, owner, slug, number, name = path.removeprefix("/files/").split("/", 4)
+    if kind == "kernels":
+        return site.kernels[f"{owner}/{slug}"].versions[int(number) - 1].run.output.get(name)
+    return site.datasets[f"{owner}/{slug}"].versions[int(number) - 1].files.get(name)
+
+
+def merged(answer: dict, changes: dict) -> dict:
+    """The answer with the changes put in, dictionaries within it likewise."""
+    both = {key: merged(answer[key], value) for key, value in changes.items() if isinstance(value, dict) and key in answer}
+    return {**answer, **changes, **both}

@@ -1,0 +1,180 @@
+"""A spec that two T4s cannot hold, or that its recipes do not suit, is refused before anything is built."""
+
+import pytest
+from click.testing import CliRunner
+
+from kaggle_kernels.__main__ import main
+from kaggle_kernels.build.bundle import generate, kernel_folder
+from kaggle_kernels.build.memory_fit import GPU_BYTES, fit_packages, in_gib
+from kaggle_kernels.build.spec import all_specs, read_spec
+from preprocess.core.errors import UserError
+from tests.kaggle_kernels.packages import write_recipe
+
+GEMMA, QWEN, MINILM = "google/gemma-2-9b-it", "Qwen/Qwen2.5-14B-Instruct", "sentence-transformers/all-MiniLM-L6-v2"
+LLAMA_70B = "meta-llama/Meta-Llama-3-70B-Instruct"
+# What every spec of the project needs on a GPU, in GiB.
+NEEDS = {
+    "demo": ["0.8"],
+    "gemma2_causal": ["10.2"],
+    "gemma2_cls": ["10.0"],
+    "gemma2_llama3": ["9.9", "10.7"],
+    "gemma2_llama3_own": ["10.0", "10.7"],
+    "gemma2_lmsys": ["10.0"],
+    "gemma2_qlora": ["9.9"],
+    "gemma2_reward": ["9.5"],
+    "llama3_cls": ["10.7"],
+    "llama3_zeroshot": ["11.7"],
+    "minilm_cls": ["2.0"],
+    "minilm_reward": ["2.7"],
+    "qwen2_5_14b_cls": ["12.8 + 12.9"],
+}
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder for a spec and its recipe: make(base_model, recipe's package keys, spec's keys)."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "specs").mkdir()
+
+    def make(base_model, *, quantize="none", placement="auto", more="", **pairwise):
+        keys = {"template": "bert" if base_model == MINILM else "chatml", "budget_tokens": 2048, **pairwise}
+        write_recipe(tmp_path, "big", "dataset-big", base_model, quantize, **keys)
+        path = tmp_path / "specs" / "big.yml"
+        path.write_text(
+            "title: Pairwise Big\ncompetition: wsdm\nclock_seconds: 600\n"
+            f"packages: [{{run: big, dataset: dataset-big, placement: {placement}}}]\nwheels: pairwise-wheels\n{more}"
+        )
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize("path", all_specs(), ids=lambda path: path.stem)
+def test_every_spec_fits_with_the_bytes_that_its_kernel_states(path):
+    fits = fit_packages(path, read_spec(path))
+    assert [in_gib(fit.gpu_bytes) for fit in fits] == NEEDS[path.stem]
+    assert all(max(fit.gpu_bytes) < GPU_BYTES for fit in fits)
+    head = " ".join(generate(path)["kernel.py"].split('"""')[1].split())
+    for fit in fits:
+        assert f"{fit.package.run} {in_gib(fit.gpu_bytes)} GiB" in head
+
+
+def test_auto_is_a_copy_on_each_gpu_where_that_fits_and_split_where_not(workplace):
+    for quantize, placement, copies in (("nf4", "each", 1), ("int8", "split", 2)):
+        path = workplace(QWEN, quantize=quantize, more="tokens_per_batch: 3072\n")
+        [fit] = fit_packages(path, read_spec(path))
+        assert (fit.placement, len(fit.gpu_bytes)) == (placement, copies)
+        assert f'placement="{placement}"' in generate(path)["kernel.py"]
+
+
+def test_one_t4_cannot_hold_qwen_2_5_14b_in_int8_and_the_line_says_what_would_fit(workplace):
+    path = workplace(QWEN, quantize="int8", placement="each", more="tokens_per_batch: 3072\n")
+    for command in (["build"], ["build", "--check"]):
+        done = CliRunner().invoke(main, [*command, str(path)])
+        assert (done.exit_code, done.output) == (
+            2,
+            f"error: {path}: packages.0: big needs 17.1 GiB on a GPU (13.8 of it weights), a T4 offers 14.5; what would fit: "
+            "placement: split (12.9 GiB), or pairwise.package.quantize: nf4 in recipes/big.yml (11.7 GiB), "
+            "or pairwise.package.quantize: gptq4 in recipes/big.yml (11.3 GiB)\n",
+        )
+    assert not kernel_folder(path).exists()
+
+
+@pytest.mark.parametrize(("quantize", "needs"), [("gptq4", "7.5"), ("gptq8", "11.4")])
+def test_a_gptq_package_needs_no_wheels(quantize, needs, workplace):
+    path = workplace(GEMMA, quantize=quantize, more="tokens_per_batch: 2048\n")
+    path.write_text(path.read_text().replace("wheels: pairwise-wheels\n", ""))
+    [fit] = fit_packages(path, read_spec(path))
+    assert (fit.placement, in_gib(fit.gpu_bytes)) == ("each", needs)
+
+
+def test_no_encoder_is_told_to_use_gptq(workplace):
+    path = workplace(MINILM, more="tokens_per_batch: 400000\n", budget_tokens=512)
+    with pytest.raises(UserError) as error:
+        fit_packages(path, read_spec(path))
+    assert "gptq" not in str(error.value)
+
+
+def test_smaller_batches_are_offered_where_they_are_enough(workplace):
+    path = workplace(GEMMA, quantize="nf4", more="tokens_per_batch: 32768\n", placement="each")
+    with pytest.raises(UserError, match=r"what would fit: tokens_per_batch: 4096 \(8\.\d GiB\)"):
+        fit_packages(path, read_spec(path))
+
+
+def test_a_model_that_no_change_makes_fit_is_told_so(workplace):
+    path = workplace(LLAMA_70B, quantize="nf4")
+    with pytest.raises(
+        UserError, match="big needs .* a T4 offers 14.5; no single change makes it fit; take a smaller base model"
+    ):
+        fit_packages(path, read_spec(path))
+
+
+def test_an_encoder_is_not_split(workplace):
+    path = workplace(MINILM, placement="split", budget_tokens=256)
+    with pytest.raises(UserError, match="packages.0.placement: split is for decoders, big is an encoder; write each"):
+        fit_packages(path, read_spec(path))
+
+
+def test_a_budget_in_the_spec_counts_instead_of_the_recipes(workplace):
+    short = workplace(GEMMA, quantize="nf4", more="budget_tokens: 512\n")
+    [few] = fit_packages(short, read_spec(short))
+    path = workplace(GEMMA, quantize="nf4")
+    [many] = fit_packages(path, read_spec(path))
+    assert few.gpu_bytes[0] < many.gpu_bytes[0]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (("run: big", "run: gone"), "packages.0.run: no recipes/gone.yml, which says base model and quantisation"),
+        (
+            ("dataset: dataset-big", "dataset: dataset-beg"),
+            "packages.0.dataset: found 'dataset-beg', recipes/big.yml packages as",
+        ),
+        (("wheels: pairwise-wheels\n", ""), "wheels: missing; big is quantised with bitsandbytes, which Kaggle's image lacks"),
+        (("competition: wsdm", "competition: lmsys"), "recipes/big.yml: pairwise.verdicts: no tie, which lmsys asks for"),
+    ],
+)
+def test_a_spec_that_its_recipe_does_not_suit_is_one_line(workplace, change, message):
+    path = workplace(GEMMA, quantize="nf4")
+    path.write_text(path.read_text().replace(*change))
+    done = CliRunner().invoke(main, ["build", str(path)])
+    assert (done.exit_code, done.output.count("\n")) == (2, 1)
+    assert message in done.output
+
+
+def test_a_run_is_found_by_its_output_dir_too(workplace, tmp_path):
+    path = workplace(GEMMA, quantize="nf4")
+    recipe = tmp_path / "recipes" / "big.yml"
+    (tmp_path / "recipes" / "another.yml").write_text(recipe.read_text() + "output_dir: outputs/big\n")
+    recipe.unlink()
+    [fit] = fit_packages(path, read_spec(path))
+    assert fit.recipe.path.name == "another.yml"
+
+
+def test_list_is_a_table_with_a_row_a_spec(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(main, ["list"])
+    rows = [line.split() for line in done.output.splitlines() if line.startswith(" ") and line.strip()]
+    assert [row[0] for row in rows[2:] if row[1] in ("wsdm", "lmsys")] == [path.stem for path in all_specs()]
+    [qlora] = [row for row in rows if row[:2] == ["gemma2_qlora", "wsdm"]]
+    assert " ".join(qlora) == "gemma2_qlora wsdm gemma2_qlora gemma-2-9b-it classifier, QLoRA nf4 9.9 4 h 45 stale"
+    assert "0.5 × llama3_cls     Meta-Llama-3-8B-Instruct" in done.output
+
+
+def test_a_spec_with_a_problem_does_not_take_the_others_from_the_list(workplace, capsys):
+    from kaggle_kernels.build.listing import print_specs
+
+    with pytest.raises(UserError, match="packages.0: big needs"):
+        print_specs([workplace(LLAMA_70B, quantize="nf4"), *all_specs()[:1]])
+    out = capsys.readouterr().out
+    assert "see below" in out and "demo" in out
+
+
+@pytest.mark.parametrize("where", ["spec", "recipe"])
+def test_a_row_longer_than_the_models_positions_is_refused(where, workplace):
+    pairwise, more = ({"budget_tokens": 1024}, "") if where == "recipe" else ({"budget_tokens": 512}, "budget_tokens: 1024\n")
+    path = workplace(MINILM, more=more, **pairwise)
+    key = f"{path}: budget_tokens" if where == "spec" else "recipes/big.yml: pairwise.budget_tokens"
+    with pytest.raises(UserError, match=f"{key}: 1024, but sentence-transformers/all-MiniLM-L6-v2 has 512 positions; lower it"):
+        fit_packages(path, read_spec(path))

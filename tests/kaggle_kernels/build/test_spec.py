@@ -1,0 +1,147 @@
+"""A spec with one wrong value is one clear line that names the file, the key and the fix."""
+
+import pytest
+import yaml
+
+from kaggle_kernels.build.spec import all_specs, find_spec, read_spec, settings_of, slugify
+from preprocess.core.errors import UserError
+from tests.kaggle_kernels.packages import settings_for
+
+GOOD = {
+    "title": "Pairwise Test",
+    "competition": "wsdm",
+    "packages": [
+        {"run": "one", "dataset": "dataset-one", "weight": 0.75},
+        {"run": "two", "dataset": "dataset-two", "weight": 0.25},
+    ],
+    "clock_seconds": 600,
+}
+
+
+def read(tmp_path, **changes):
+    values = {key: value for key, value in {**GOOD, **changes}.items() if value is not None}
+    (tmp_path / "spec.yml").write_text(yaml.safe_dump(values))
+    return read_spec(tmp_path / "spec.yml")
+
+
+def package(**changes):
+    return [{"run": "one", "dataset": "dataset-one", **changes}]
+
+
+@pytest.mark.parametrize("path", all_specs(), ids=lambda path: path.stem)
+def test_every_spec_of_the_project_is_valid(path):
+    assert read_spec(path).slug.startswith("pairwise-")
+
+
+def test_there_are_specs():
+    assert {path.stem for path in all_specs()} >= {"demo", "minilm_cls", "gemma2_cls"}
+
+
+def test_no_two_specs_share_a_kernel():
+    slugs = [read_spec(path).slug for path in all_specs()]
+    assert len(set(slugs)) == len(slugs)
+
+
+def test_a_mistake_within_a_package_is_the_only_problem(tmp_path):
+    with pytest.raises(UserError) as error:
+        read(tmp_path, packages=package(datset="x"))
+    assert str(error.value).count(";") == 1 and "packages.0.datset: unknown key; did you mean dataset?" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"clock_second": 600}, "clock_second: unknown key; did you mean clock_seconds?"),
+        ({"zebra": 1}, "zebra: unknown key; remove it"),
+        ({"packages": package(wieght=1)}, "packages.0.wieght: unknown key; did you mean weight?"),
+        ({"clock_seconds": None}, "clock_seconds: missing"),
+        ({"packages": package(weight=0.5)}, "packages: the weights sum to 0.5, expected 1"),
+        ({"packages": package(weight=0)}, "packages.0.weight: expected a number above 0, found 0"),
+        ({"packages": [*package(weight=0.5)] * 2}, "packages: two packages have the same run"),
+        ({"packages": []}, "packages: "),
+        (
+            {"packages": package(placement="both")},
+            "packages.0.placement: expected one of auto, each, split, found 'both'",
+        ),
+        (
+            {"packages": package(dataset="Upper_case")},
+            "packages.0.dataset: expected lower-case letters and digits, with single",
+        ),
+        ({"packages": package(run="")}, "packages.0.run: expected a run's name, as in outputs/NAME, found ''"),
+        (
+            {"packages": package(weight="0.5")},
+            "packages.0.weight: expected a number, found '0.5' (YAML reads that as text: write 0.5",
+        ),
+        ({"packages": "one"}, "packages: expected a list, found 'one'"),
+        ({"clock_seconds": True}, "clock_seconds: expected a number, found True"),
+        ({"wheels": "dataset-one"}, "wheels: dataset-one is a package's dataset; name the one with bitsandbytes"),
+        ({"competition": "wsdmm"}, "competition: expected one of wsdm, lmsys, found 'wsdmm'; did you mean wsdm?"),
+        (
+            {"accelerator": "NvidiaTeslaP100"},
+            "accelerator: expected one of NvidiaTeslaT4, found 'NvidiaTeslaP100'; did you mean NvidiaTeslaT4?",
+        ),
+        ({"clock_seconds": 0}, "clock_seconds: expected a number above 0, found 0"),
+        ({"clock_seconds": 50000}, "clock_seconds: "),
+        ({"orders": "swapped"}, "orders: expected one of as_given, both, found 'swapped'"),
+        ({"min_scored": 1.5}, "min_scored: "),
+        ({"visible_rows": -1}, "visible_rows: "),
+        ({"temperature": 0}, "temperature: "),
+        ({"title": "abc"}, "title: "),
+        ({"title": "日本語 ab"}, "title: its slug would be 'ab', Kaggle wants 5 characters or more"),
+        ({"title": "t" * 51}, "title: "),
+        ({"budget_tokens": 10000}, "budget_tokens: 10000 is more than tokens_per_batch, 8192"),
+    ],
+)
+def test_a_wrong_value_is_one_line_with_its_key(tmp_path, changes, message):
+    with pytest.raises(UserError) as refusal:
+        read(tmp_path, **changes)
+    assert str(refusal.value).startswith(f"{tmp_path}/spec.yml: {message}")
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_key_that_is_mistyped_is_not_also_missing(tmp_path):
+    with pytest.raises(UserError) as refusal:
+        read(tmp_path, clock_seconds=None, clock_second=600)
+    assert str(refusal.value) == f"{tmp_path}/spec.yml: clock_second: unknown key; did you mean clock_seconds?"
+
+
+def test_all_problems_are_told_at_once(tmp_path):
+    with pytest.raises(
+        UserError, match="clock_seconds: missing; add it: how long .*; orderz: unknown key; did you mean orders"
+    ):
+        read(tmp_path, clock_seconds=None, orderz="both")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("title: [", "not valid YAML"),
+        ("clock_seconds: 2024-13-45", "not valid YAML: month must be in 1..12"),
+        ("title: a\ntitle: b", "the key title stands in line 1 and again in line 2; remove one"),
+        ("- a\n", "expected keys and values, found list"),
+    ],
+)
+def test_a_file_that_is_no_spec_is_one_line(tmp_path, text, message):
+    (tmp_path / "spec.yml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_spec(tmp_path / "spec.yml")
+
+
+def test_an_unknown_spec_names_those_there_are():
+    with pytest.raises(UserError, match="nothing: no such spec; there are .*demo"):
+        find_spec("nothing")
+
+
+def test_a_titles_slug_is_kaggles():
+    assert slugify("Pairwise Gemma 2 Classifier") == "pairwise-gemma-2-classifier"
+    assert slugify("  A -- b_c!") == "a-b-c"
+
+
+def test_settings_hold_what_the_spec_says(tmp_path):
+    packages = [settings_for("one", "dataset-one", 0.75), settings_for("two", "dataset-two", 0.25)]
+    settings = settings_of("spec", read(tmp_path, orders="as_given", budget_tokens=1024), packages)
+    assert (settings.orders, settings.budget_tokens, settings.clock_seconds) == (("as_given",), 1024, 600)
+    assert [(chosen.run, chosen.dataset, chosen.weight) for chosen in settings.packages] == [
+        ("one", "dataset-one", 0.75),
+        ("two", "dataset-two", 0.25),
+    ]

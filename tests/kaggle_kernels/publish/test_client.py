@@ -1,0 +1,188 @@
+"""The kaggle command is not taken at its word: a script in its place says what tests want, in milliseconds."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from kaggle_kernels.publish import client
+from kaggle_kernels.publish.client import Answer, Pace, ask, demand, find_owner, run
+from preprocess.core.errors import UserError
+from tests.conftest import ROOT
+
+FAST = Pace(poll_seconds=0.001, patience_seconds=1)
+SCRIPT = """
+import json, os, sys, time
+from pathlib import Path
+here = Path(__file__).parent
+with (here / "calls").open("a") as calls:
+    calls.write(json.dumps({"words": sys.argv[1:], "environment": dict(os.environ), "folder": os.getcwd()}) + "\\n")
+number = len((here / "calls").read_text().splitlines()) - 1
+answers = json.loads((here / "answers").read_text())
+code, *pieces = answers[min(number, len(answers) - 1)]
+for piece in pieces:
+    if isinstance(piece, str):
+        print(piece, end="", flush=True)
+    else:
+        time.sleep(piece)
+sys.exit(code)
+"""
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """A script in the command's place: fake([code, text or seconds, …], …) are its answers, the last one stays."""
+    script = tmp_path / "fake.py"
+    script.write_text(SCRIPT)
+    monkeypatch.setattr(client, "COMMAND", (sys.executable, "-S", str(script)))
+
+    def answer(*answers):
+        (tmp_path / "answers").write_text(json.dumps(answers))
+        (tmp_path / "calls").unlink(missing_ok=True)
+        return lambda: [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "429 Client Error: Too Many Requests for url: http://localhost/api/v1/x",
+        "502 Server Error: Bad Gateway for url: http://localhost/api/v1/x",
+        "HTTPSConnectionPool(host='api.kaggle.com', port=443): Max retries exceeded with url: /v1/x",
+        "('Connection aborted.', RemoteDisconnected('Remote end closed connection without response'))",
+        "HTTPSConnectionPool(host='api.kaggle.com', port=443): Read timed out. (read timeout=300)",
+    ],
+)
+def test_what_may_pass_is_asked_again_and_said(fake, capsys, text):
+    calls = fake([1, text], [1, text], [0, "fine"])
+    assert ask(FAST, "datasets", "status", "me/x").text == "fine"
+    assert len(calls()) == 3
+    assert capsys.readouterr().out.splitlines() == [
+        f"  kaggle datasets status me/x: {text}; tried again after 0.001 s",
+        f"  kaggle datasets status me/x: {text}; tried again after 0.002 s",
+    ]
+
+
+def test_what_does_not_pass_ends_after_six_attempts_and_an_unknown_error_after_three(fake):
+    calls = fake([1, "503 Server Error: Service Unavailable"])
+    with pytest.raises(
+        UserError, match="kaggle quota: 503 Server Error: Service Unavailable; 6 attempts failed; run this again"
+    ):
+        ask(FAST, "quota")
+    assert len(calls()) == 6
+    calls = fake([1, "a message of a server"])
+    assert ask(FAST, "quota").reason == "a message of a server"
+    assert len(calls()) == 3
+    with pytest.raises(UserError, match='^kaggle quota "two words": a message of a server$'):
+        demand(FAST, "quota", "two words")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Dataset me/x was not found", "403 Client Error: Forbidden for url: http://x", "Permission 'kernels.get' was denied"],
+)
+def test_what_is_absent_is_told_at_once(fake, text):
+    calls = fake([1, text])
+    assert ask(FAST, "datasets", "status", "me/x").is_absent
+    assert len(calls()) == 1
+
+
+def test_missing_credentials_are_one_line_that_says_how_to_get_some(fake):
+    fake([1, "Authentication required to call the Kaggle API.\n\nFirst, you will need a Kaggle account."])
+    with pytest.raises(UserError, match="has no credentials that Kaggle takes: run `kaggle auth login`, or put a token of"):
+        ask(FAST, "quota")
+
+
+def test_the_owner_is_what_the_command_says(fake):
+    told = (
+        "Configuration values from /home/me/.config/kaggle\n- username: some-one\n- auth_method: ACCESS_TOKEN\n- proxy: None\n"
+    )
+    fake([0, told])
+    assert find_owner(FAST) == "some-one"
+    fake([0, told.replace("some-one", "None")])
+    with pytest.raises(UserError, match="does not know your user name"):
+        find_owner(FAST)
+
+
+def test_json_is_found_between_warnings(fake):
+    text = 'Warning: [an outdated] version\nNext Page Token = 20\n[\n  {"name": "a"}\n]\nmore'
+    fake([0, text])
+    assert ask(FAST, "datasets", "files").values() == [{"name": "a"}]
+    assert Answer((), 0, "No submissions found").values() is None
+
+
+def test_lines_come_as_they_are_printed_and_a_progress_bar_is_lines_too(fake):
+    fake([0, "one\ntw", "o\n", " 10%\r 20%\r", "\n", "la\u00dft"])
+    seen = []
+    run(("x",), stop_at=seen.append)
+    assert seen == ["one", "two", " 10%", " 20%", "la\u00dft"]
+
+
+def test_a_line_can_stop_the_command_as_ctrl_c_does(fake):
+    fake([0, "first\n", "stop here\n", 30, "never\n"])
+    began = time.monotonic()
+    answer = run(("x",), stop_at=lambda line: line == "stop here")
+    assert time.monotonic() - began < 10
+    assert answer.code is None
+    assert "KeyboardInterrupt" in answer.text
+    assert "never" not in answer.text
+
+
+def test_a_command_that_falls_silent_is_ended_and_may_pass(fake):
+    fake([0, "first\n", 30])
+    answer = run(("x",), silent_seconds=0.5)
+    assert (answer.code, answer.reason, answer.is_transient) == (None, "it said nothing for 0.5 s and was ended", True)
+
+
+def test_the_command_is_not_told_to_be_verbose_and_keeps_its_notes_where_it_is_told_to(fake, tmp_path, monkeypatch):
+    monkeypatch.setenv("VERBOSE", "1")
+    monkeypatch.setenv("VERBOSE_OUTPUT", "true")
+    calls = fake([0])
+    run(("datasets", "create"), tmp_path, tmp_path / "state")
+    [call] = calls()
+    assert (call["words"], call["folder"]) == (["--no-warn", "datasets", "create"], str(tmp_path))
+    assert call["environment"]["TMPDIR"] == str(tmp_path / "state")
+    assert call["environment"].keys() & {"VERBOSE", "VERBOSE_OUTPUT"} == set()
+
+
+def test_the_command_ends_with_us_even_where_we_are_killed(fake, tmp_path):
+    fake([0, 60])
+    code = f"from kaggle_kernels.publish import client; client.COMMAND = {client.COMMAND!r}; client.run(('x',))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment)
+    while not (tmp_path / "calls").exists():
+        time.sleep(0.01)
+    [child] = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    until = time.monotonic() + 10
+    while is_running(child) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not is_running(child)
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")")[-1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_looks_come_less_often_and_end_with_the_patience(monkeypatch):
+    now, slept = [0.0], []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        now[0] += seconds
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    assert list(Pace(poll_seconds=10, patience_seconds=300).looks()) == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert slept == [10, 15, 22.5, 33.75, 50.625, 75.9375, 80]
+    assert list(Pace(poll_seconds=10, patience_seconds=0).looks()) == [0]

@@ -1,0 +1,222 @@
+"""A folder becomes a dataset by the real kaggle command against the stand-in, whatever goes wrong on the way."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+
+from kaggle_kernels.publish.client import Answer, Pace
+from kaggle_kernels.publish.dataset_state import Remote
+from kaggle_kernels.publish.datasets import find_dataset, plan_dataset, publish_dataset
+from kaggle_kernels.publish.upload import WORK, has_arrived, stale_notes, upload
+from preprocess.core.errors import UserError
+from preprocess.core.files import sha256
+from tests.conftest import ROOT
+from tests.fakes.kaggle.server import Fault
+from tests.fakes.kaggle.site import Dataset, Version
+
+FAST = Pace(poll_seconds=0.02, patience_seconds=30)
+WEIGHTS = random.Random(1).randbytes(2_000_000)
+
+
+def make_folder(folder, slug="tiny-two", manifest="manifest.json", **contents):
+    """A folder as packages and wheels are: files, metadata with the placeholder, a manifest with every file's hash."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        (folder / name.replace("__", ".")).write_bytes(content)
+    metadata = {"title": slug, "id": f"INSERT_OWNER/{slug}", "licenses": [{"name": "apache-2.0"}]}
+    (folder / "dataset-metadata.json").write_text(json.dumps(metadata))
+    listed = [path for path in sorted(folder.iterdir()) if path.name != manifest]
+    files = {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size} for path in listed}
+    (folder / manifest).write_text(json.dumps({"files": files}))
+    return folder
+
+
+def hashes(folder):
+    """What a dataset of the folder holds."""
+    return {path.name: sha256(path) for path in folder.iterdir() if path.name != "dataset-metadata.json"}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, fast_kaggle):
+    """A package of 2 MB in the current folder; Kaggle processes it at once."""
+    monkeypatch.chdir(tmp_path)
+    fast_kaggle.site.processing_calls = 0
+    return make_folder(tmp_path / "outputs/two/package", model__safetensors=WEIGHTS, config__json=b"{}")
+
+
+def publish(folder):
+    return publish_dataset(find_dataset(folder, "tester"), FAST)
+
+
+def current(kaggle, ref="tester/tiny-two"):
+    return kaggle.site.datasets[ref].current
+
+
+def test_new_then_unchanged_then_a_new_version(folder, kaggle, capsys):
+    kaggle.site.processing_calls = 1
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    made = publish(folder)
+    assert made == {"version": 1, "manifest": sha256(folder / "manifest.json")}
+    there = kaggle.site.datasets["tester/tiny-two"]
+    assert (there.is_private, there.licence, there.title) == (True, "apache-2.0", "tiny-two")
+    assert current(kaggle).sha256() == hashes(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert not (WORK / "tiny-two").exists()
+    assert publish(folder) == made
+    assert len(kaggle.calls("StartBlobUpload")) == 3
+    make_folder(folder, config__json=b"[]")
+    assert plan_dataset(find_dataset(folder, "tester"), FAST)[1] == 2
+    assert publish(folder)["version"] == 2
+    assert current(kaggle).sha256() == hashes(folder)
+    assert "tester/tiny-two: unchanged, version 1" in capsys.readouterr().out
+
+
+def test_a_version_without_a_file_or_with_a_part_of_one_is_followed_by_one_more(folder, kaggle, capsys):
+    kaggle.faults.append(Fault("CreateDataset", loses=("config.json",), cuts=("model.safetensors",)))
+    assert publish(folder)["version"] == 2
+    assert current(kaggle).sha256() == hashes(folder)
+    assert "config.json is missing, model.safetensors has 1999999 bytes in place of 2000000" in capsys.readouterr().out
+    assert len(kaggle.calls("StartBlobUpload")) == 3 + 2, "the manifest came whole, and is not sent twice"
+
+
+def test_files_that_are_lost_twice_are_one_error(folder, kaggle):
+    kaggle.faults += [Fault(call, loses=("config.json",)) for call in ("CreateDataset", "CreateDatasetVersion")]
+    with pytest.raises(UserError, match="tester/tiny-two: sent twice, and still config.json is missing; run this again later"):
+        publish(folder)
+    assert not (WORK / "tiny-two").exists()
+
+
+def test_a_file_that_could_not_be_sent_stops_the_dataset_without_it(folder, kaggle, capsys):
+    kaggle.faults += [Fault("PUT", status=400), Fault("StartBlobUpload"), Fault("StartBlobUpload", seconds=2)]
+    assert publish(folder)["version"] == 1
+    assert len(kaggle.calls("CreateDataset")) == 1
+    assert current(kaggle).sha256() == hashes(folder)
+    failed, *others = dict.fromkeys(request.asked["name"] for request in kaggle.calls("PUT"))
+    assert [kaggle.uploaded_bytes(name) for name in others] == [(folder / name).stat().st_size for name in others]
+    assert f"{failed} could not be sent; sent again after 0.02 s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "left_out, failed, is_odd_again, stale",
+    [
+        ({"a"}, set(), False, {"a"}),
+        ({"a"}, {"a"}, False, {"a"}),
+        ({"b"}, {"a"}, False, {"a", "b", "c"}),
+        (set(), {"a"}, False, set()),
+        (set(), set(), True, {"a", "b", "c"}),
+    ],
+)
+def test_one_file_that_fails_is_sent_anew_and_all_are_where_another_fails_next(left_out, failed, is_odd_again, stale):
+    assert stale_notes(("a", "b", "c"), left_out, failed, is_odd_again) == stale
+
+
+def test_notes_that_kaggle_takes_no_more_are_thrown_away(folder, kaggle):
+    kaggle.site.storage_bytes_allowed = 1000
+    with pytest.raises(UserError):
+        publish(folder)
+    kaggle.site.storage_bytes_allowed = 10**9
+    kaggle.site.blobs.clear()
+    publish(folder)
+    assert current(kaggle).sha256() == hashes(folder)
+
+
+def test_a_version_is_awaited_that_is_newer_than_the_last():
+    assert [Remote("ready", version).is_settled(2) for version in (2, 3)] == [False, True]
+    assert [Remote(status, 3).is_settled(2) for status in ("blobs_received", "failed")] == [False, True]
+
+
+def test_a_push_that_is_killed_goes_on_where_it_was(folder, kaggle):
+    kaggle.faults.append(Fault("PUT", where="model.safetensors", breaks_after_bytes=1_500_000, stalls=True))
+    code = (
+        "from pathlib import Path; from kaggle_kernels.publish.datasets import *;"
+        "from kaggle_kernels.publish.client import Answer, Pace;"
+        f"publish_dataset(find_dataset(Path({str(folder)!r}), 'tester'), Pace(0.02, 30))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment)
+    assert kaggle.stalled.wait(60)
+    process.kill()
+    process.wait()
+    assert "tester/tiny-two" not in kaggle.site.datasets
+    assert publish(folder)["version"] == 1
+    assert current(kaggle).sha256() == hashes(folder)
+    assert kaggle.uploaded_bytes("model.safetensors") == 2_000_000
+
+
+def test_a_dataset_that_is_refused_is_one_error_and_then_not_sent_twice(folder, kaggle):
+    kaggle.site.storage_bytes_allowed = 1000
+    with pytest.raises(UserError, match="tester/tiny-two: Your private datasets quota is exceeded; mend that, then run this"):
+        publish(folder)
+    kaggle.site.storage_bytes_allowed = 10**9
+    assert publish(folder)["version"] == 1
+    assert len(kaggle.calls("StartBlobUpload")) == 3
+    assert kaggle.uploaded_bytes("model.safetensors") == 2_000_000
+
+
+def test_a_dataset_that_was_made_though_we_stopped_the_command_is_found(folder, kaggle):
+    dataset, stopped = find_dataset(folder, "tester"), Answer((), None, "Upload unsuccessful: config.json")
+    assert not has_arrived(dataset, None, stopped, FAST)
+    kaggle.faults.append(Fault("CreateDataset", loses=("config.json",)))
+    upload(dataset, None, FAST)
+    assert has_arrived(dataset, None, stopped, FAST)
+    assert not has_arrived(dataset, Remote("ready", 1), stopped, FAST)
+
+
+def test_an_answer_that_is_lost_is_no_reason_for_another_version(folder, kaggle):
+    kaggle.faults += [Fault(call, loses_answer=True) for call in ("CreateDataset", "CreateDatasetVersion")]
+    kaggle.site.processing_calls = 2
+    assert publish(folder)["version"] == 1
+    make_folder(folder, config__json=b"[1]")
+    assert publish(folder)["version"] == 2
+    assert [version.number for version in kaggle.site.datasets["tester/tiny-two"].versions] == [1, 2]
+    assert current(kaggle).sha256() == hashes(folder)
+
+
+def test_a_busy_dataset_and_a_slow_one_end_well(folder, kaggle):
+    publish(folder)
+    make_folder(folder, config__json=b"[1]")
+    kaggle.faults += [
+        Fault("CreateDatasetVersion", status=403, message="Permission 'datasets.update' was denied", times=4),
+        Fault("CreateDatasetVersion", status=503, message="Service Unavailable"),
+        Fault("GetDatasetStatus", status=429, message="Too Many Requests"),
+    ]
+    kaggle.site.processing_calls = 10**6
+    with pytest.raises(UserError, match="blobs received after 0.1 s; run this again, which goes on waiting: nothing goes up"):
+        publish_dataset(find_dataset(folder, "tester"), Pace(0.02, 0.1))
+    kaggle.site.datasets["tester/tiny-two"].versions[-1].calls_left = 1
+    sent = kaggle.uploaded_bytes()
+    assert publish(folder)["version"] == 2
+    assert kaggle.uploaded_bytes() == sent
+    assert len(kaggle.calls("CreateDatasetVersion")) == 4 + 1 + 1
+    assert current(kaggle).sha256() == hashes(folder)
+
+
+def test_a_dataset_that_comes_out_public_is_told(folder, kaggle):
+    kaggle.faults.append(Fault("GetDatasetMetadata", answer={"info": {"isPrivate": False}}, times=9))
+    with pytest.raises(UserError, match="tester/tiny-two: is public on Kaggle; make it private"):
+        publish(folder)
+
+
+def test_a_public_dataset_gets_nothing(folder, kaggle):
+    old = Version(1, "", {"old.txt": b"old"}, 0, 0)
+    kaggle.site.datasets["tester/tiny-two"] = Dataset("tester/tiny-two", "tiny-two", "other", False, [old])
+    with pytest.raises(UserError, match="tester/tiny-two: is public on Kaggle; make it private"):
+        publish(folder)
+    assert kaggle.calls("StartBlobUpload") == []
+
+
+def test_a_folder_that_would_lose_something_is_refused(tmp_path):
+    folder = make_folder(tmp_path / "package", a__txt=b"a")
+    (folder / "inner").mkdir()
+    with pytest.raises(UserError, match="package: holds the folder inner, which would be left out"):
+        find_dataset(folder, "tester")
+    (folder / "inner").rmdir()
+    (folder / "manifest.json").unlink()
+    with pytest.raises(UserError, match="package: neither manifest.json nor wheels.json; make the folder again"):
+        find_dataset(folder, "tester")
+    with pytest.raises(UserError, match="absent: no dataset-metadata.json"):
+        find_dataset(tmp_path / "absent", "tester")

@@ -1,0 +1,236 @@
+"""The scan before each push finds every kind of secret, tells none of them, and lets everything pass that packages hold."""
+
+import json
+import random
+import re
+import string
+import time
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from kaggle_kernels.publish.leak_scan import KINDS, rows_in, scan
+from preprocess.core.errors import UserError
+from tests import tiny
+from tests.conftest import ROOT
+
+LETTERS = string.ascii_letters + string.digits
+
+
+def letters(count: int, alphabet: str = LETTERS) -> str:
+    """Random characters, a digit first: these secrets are of no account and stand in no file of the project."""
+    rng = random.Random(count)
+    return "7" + "".join(rng.choices(alphabet, k=count - 1))
+
+
+HEX = string.hexdigits.lower()[:16]
+SECRETS = [
+    ("a token of Kaggle", f"token = 'KGAT_{letters(32, HEX)}'"),
+    ("a token of Kaggle", f"export KAGGLE_KEY={letters(32, HEX)}"),
+    ("a token of Kaggle", f'os.environ["KAGGLE_API_TOKEN"] = "{letters(40)}"'),
+    ("a key of Kaggle", json.dumps({"username": "me", "key": letters(32, HEX)})),
+    ("a token of Hugging Face", f"login('hf_{letters(34)}')"),
+    ("a key of wandb", f"wandb.login(key='{letters(40, HEX)}')"),
+    ("a key of wandb", f"WANDB_API_KEY={letters(40, HEX)}"),
+    ("a key of wandb", f"wandb_v1_{letters(60)}"),
+    ("a key of OpenAI or Anthropic", f"client = OpenAI('sk-proj-{letters(48)}')"),
+    ("a key of OpenAI or Anthropic", f"sk-ant-api03-{letters(80)}"),
+    ("a key of AWS", f"AKIA{letters(16, string.ascii_uppercase + string.digits)}"),
+    ("a key of AWS", f"aws_secret_access_key = {letters(40)}"),
+    ("a key of Google", f"AIza{letters(35)}"),
+    ("a token of GitHub", f"git clone https://ghp_{letters(36)}@github.com/me/it"),
+    ("a token of GitHub", f"github_pat_{letters(82)}"),
+    ("a token of GitLab, Slack or PyPI", f"glpat-{letters(20)}"),
+    ("a private key", f"-----BEGIN OPENSSH PRIVATE KEY-----\n{letters(64)}\n-----END OPENSSH PRIVATE KEY-----"),
+    ("a private key", json.dumps({"private": f"-----BEGIN PRIVATE KEY-----\n{letters(64)}\n-----END PRIVATE KEY-----"})),
+    ("a password in an address", f"https://me:{letters(12)}@example.com/simple"),
+    ("a password in an address", f"postgresql+psycopg://me:{letters(12)}@db/rows"),
+    ("a line of .netrc", f"machine example.com login me password {letters(12)}"),
+    ("a secret by its name", f"api_key: {letters(32)}"),
+    ("the path of a home folder", '{"base_model": "/home/someone/models/gemma"}'),
+    ("the path of a home folder", "/Users/someone/models"),
+    ("the path of a home folder", "PATH = '/root'"),
+    ("the path of a home folder", json.dumps({"base_model": "C:\\Users\\someone\\models"})),
+]
+
+
+@pytest.mark.parametrize(("kind", "text"), SECRETS, ids=[f"{number} {kind}" for number, (kind, _) in enumerate(SECRETS)])
+def test_each_kind_is_found_with_file_and_line_and_never_told(tmp_path, kind, text):
+    (tmp_path / "kernel.py").write_text(f"# Übung\n\n{text}\n")
+    told = scan(tmp_path)
+    assert [problem for problem in told if problem.startswith(f"{tmp_path}/kernel.py: line 3: looks like {kind} (")]
+    assert max(len(shown) for problem in told for shown in re.findall(r" \((.*?)…\); ", problem)) == 4
+    assert all("\n" not in problem for problem in told)
+
+
+def test_no_nine_characters_of_a_secret_are_told(tmp_path):
+    secret = letters(34)
+    (tmp_path / "a.json").write_text(json.dumps({"token": f"hf_{secret}"}))
+    [problem] = scan(tmp_path)
+    assert problem.startswith(f"{tmp_path}/a.json: line 1: looks like a token of Hugging Face (hf_7…); take it out, make the")
+    assert secret[:2] not in problem
+
+
+def test_every_kind_has_a_secret_above():
+    assert {kind.name for kind in KINDS} == {kind for kind, _ in SECRETS}
+    for kind in KINDS:
+        assert [text for _, text in SECRETS if kind.pattern.search(text.encode())], kind.pattern
+
+
+@pytest.mark.parametrize("name", [".netrc", "kaggle.json", "access_token", ".env", "id_ed25519", "server.pem"])
+def test_files_that_hold_credentials_by_their_name_are_refused_unread(tmp_path, name):
+    (tmp_path / name).write_text("x")
+    assert scan(tmp_path) == [f"{tmp_path / name}: by its name it holds credentials; remove it"]
+
+
+@pytest.mark.parametrize("name", ["train.parquet", "rows.CSV", "pytorch_model.bin", "rows.jsonl.gz", "head.pkl"])
+def test_tables_pickles_and_archives_are_refused(tmp_path, name):
+    (tmp_path / name).write_text("x")
+    assert scan(tmp_path)[0].startswith(f"{tmp_path / name}: a package holds no {Path(name).suffix} files, which may hold rows")
+
+
+def write_safetensors(path: Path, metadata: dict, size: int = 2) -> None:
+    header = json.dumps({"__metadata__": metadata, "a": {"dtype": "F16", "shape": [1], "data_offsets": [0, 2]}}).encode()
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)
+
+
+def test_of_weights_only_the_header_is_read_and_six_gigabytes_take_no_time(tmp_path):
+    write_safetensors(tmp_path / "model.safetensors", {"format": "pt"}, size=6 * 10**9)
+    started = time.monotonic()
+    assert scan(tmp_path) == []
+    assert time.monotonic() - started < 5
+    write_safetensors(tmp_path / "model.safetensors", {"made_by": f"hf_{letters(34)}", "from": "/home/someone/x"})
+    token, home = scan(tmp_path)
+    assert token.startswith(f"{tmp_path}/model.safetensors: header: looks like a token of Hugging Face (hf_7…); take it out, ")
+    assert home.startswith(f"{tmp_path}/model.safetensors: header: looks like the path of a home folder (/hom…); name the base")
+
+
+def test_a_damaged_header_is_one_line(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 64)
+    with pytest.raises(
+        UserError, match="model.safetensors: no safetensors file, its header is said to have 18446744073709551615"
+    ):
+        scan(tmp_path)
+
+
+def test_what_packages_hold_gives_no_alarm(package_folder):
+    assert scan(package_folder) == []
+
+
+def test_generated_kernels_give_no_alarm():
+    for folder in sorted((ROOT / "kaggle_kernels" / "examples").iterdir()):
+        assert scan(folder) == []
+
+
+def test_words_of_a_vocabulary_give_no_alarm(tmp_path):
+    rng = random.Random(0)
+    parts = ["hf_", "sk-", "ghp_", "/home/user", "://", "password", "secret", "AKIA", "machine", "-----BEGIN PRIVATE KEY-----"]
+    words = [rng.choice(parts) + "".join(rng.choices(LETTERS + "_/-.\"' ", k=rng.randint(0, 12))) for _ in range(50_000)]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"vocab": {word: at for at, word in enumerate(words)}}, indent=1))
+    assert scan(tmp_path) == []
+
+
+def test_hashes_and_commits_give_no_alarm(tmp_path):
+    text = json.dumps(
+        {"git_commit": letters(40, HEX), "sha256": letters(64, HEX), "wandb": "0.31.0", "pad_token": "<pad>"}, indent=1
+    )
+    (tmp_path / "contract.json").write_text(text)
+    assert scan(tmp_path) == []
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """Forty pairs with texts of their own."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    return tiny.pairs_parquet(folder / "pairs.parquet", 40)
+
+
+def test_a_package_without_rows_passes(pairs, package_folder):
+    assert rows_in([package_folder, *(ROOT / "kaggle_kernels" / "examples").iterdir()], pairs) == []
+
+
+def test_a_row_of_the_data_is_found_in_text_in_json_and_in_another_form(pairs, tmp_path):
+    row = pl.read_parquet(pairs).filter(pl.col("language") == "German").row(0, named=True)
+    package = tmp_path / "package"
+    package.mkdir()
+    for name, text in (
+        ("notes.txt", f"an example:\n{row['prompt'][0].upper()}\n{row['response_a'][0]}"),
+        ("rows.json", json.dumps({"examples": [row["prompt"][0], row["response_a"][0]]})),
+        ("kernel.py", f"EXAMPLE = '''{row['prompt'][0].replace(' ', '  ')}''', '{row['response_b'][0]}'"),
+    ):
+        (package / name).write_text(text)
+        told = rows_in([package], pairs)
+        assert told == [
+            f"{package / name}: holds texts of 1 row of {pairs} (id {row['id']}), which the competition does not let out; take "
+            "them out, and make the folder again"
+        ]
+        assert row["prompt"][0][:20] not in told[0]
+        (package / name).unlink()
+
+
+def test_a_row_in_a_script_without_spaces_is_found(tmp_path):
+    row = {"id": "1", "prompt": ["空" * 10], "response_a": [tiny.LANGUAGES["Japanese"][1].replace(" ", "")], "response_b": []}
+    pl.DataFrame([row], schema_overrides={"response_b": pl.List(pl.String)}).write_parquet(tmp_path / "pairs.parquet")
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "notes.txt").write_text(f"例:{row['response_a'][0][:110]}。")
+    assert len(rows_in([tmp_path / "package"], tmp_path / "pairs.parquet")) == 1
+
+
+def test_the_words_of_a_vocabulary_make_no_row_together(tmp_path):
+    words = tiny.LANGUAGES["English"][1].split()
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "vocab.txt").write_text("\n".join(words))
+    row = {"id": "1", "prompt": [" ".join(words)], "response_a": ["a"], "response_b": ["b"]}
+    pl.DataFrame([row]).write_parquet(tmp_path / "pairs.parquet")
+    assert rows_in([tmp_path / "package"], tmp_path / "pairs.parquet") == []
+    (tmp_path / "package" / "notes.txt").write_text("\n".join(words))
+    assert len(rows_in([tmp_path / "package"], tmp_path / "pairs.parquet")) == 1
+
+
+def test_one_sentence_in_common_is_no_row(pairs, tmp_path):
+    prompt = pl.read_parquet(pairs).filter(pl.col("language") == "German").row(0, named=True)["prompt"][0]
+    (tmp_path / "template.txt").write_text(prompt[:60])
+    assert rows_in([tmp_path], pairs) == []
+
+
+def test_the_golden_rows_are_made_up_and_give_no_alarm(tmp_path, package_folder):
+    golden = json.loads((package_folder / "contract.json").read_text())["golden"]
+    rows = [
+        {"id": str(at), **{key: row["pair"][key] for key in ("prompt", "response_a", "response_b")}}
+        for at, row in enumerate(golden)
+    ]
+    as_text = [
+        {key: value if key == "id" else [str(value).encode("utf-8", "replace").decode()] for key, value in row.items()}
+        for row in rows
+    ]
+    pl.DataFrame(as_text).write_parquet(tmp_path / "pairs.parquet")
+    assert rows_in([package_folder], tmp_path / "pairs.parquet") == []
+
+
+def test_pairs_that_cannot_be_read_are_one_line(tmp_path):
+    (tmp_path / "notes.txt").write_text("words " * 40)
+    (tmp_path / "pairs.parquet").write_text("no")
+    with pytest.raises(UserError, match="pairs.parquet: cannot be read"):
+        rows_in([tmp_path], tmp_path / "pairs.parquet")
+
+
+def test_real_pairs_give_no_alarm_on_what_packages_hold(shared_data, package_folder, tmp_path):
+    from click.testing import CliRunner
+
+    from preprocess.__main__ import main
+
+    out = tmp_path / "pairs.parquet"
+    done = CliRunner().invoke(
+        main, [str(shared_data / "human.parquet"), str(shared_data / "human_lmsys.csv"), "--out", str(out)]
+    )
+    assert done.exit_code == 0, done.output
+    kernels = sorted((ROOT / "kaggle_kernels" / "examples").iterdir())
+    assert rows_in([package_folder, *kernels, ROOT / "preprocess", ROOT / "recipes"], out) == []
+    row = pl.read_parquet(out).filter(pl.col("response_a").list.first().str.len_chars() > 400).row(0, named=True)
+    (tmp_path / "leak").mkdir()
+    (tmp_path / "leak" / "rows.json").write_text(json.dumps(row["response_a"]))
+    assert rows_in([tmp_path / "leak"], out)[0].startswith(f"{tmp_path}/leak/rows.json: holds texts of ")

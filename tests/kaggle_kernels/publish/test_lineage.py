@@ -1,0 +1,189 @@
+"""A submission leads back through the ledger to the raw files' hashes, and where it does not, the step is named."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from kaggle_kernels.__main__ import main
+from preprocess.core import ledger
+
+RAW, PAIRS, CONTRACT, MANIFEST, WHEELS, KERNEL = (letter * 64 for letter in "abcdef")
+TIME = "2026-11-25T10:00:00+00:00"
+CODE = {"time": TIME, "git_commit": "1" * 40, "git_dirty": False}
+PUSH = {
+    "spec": "demo",
+    "kernel": "me/pairwise-demo",
+    "kernel_version": 3,
+    "kernel_sha256": KERNEL,
+    "datasets": {
+        "me/pairwise-demo": {"version": 2, "manifest": MANIFEST},
+        "me/pairwise-wheels": {"version": 1, "manifest": WHEELS},
+    },
+}
+SUBMIT = {"spec": "demo", "kernel": "me/pairwise-demo", "kernel_version": 3, "submission_ref": "4711", "message": "first"}
+
+
+def write_chain(without: str = "", **changes) -> None:
+    """A ledger from raw files to a submission; `changes` are of entries by event."""
+    entries = {
+        "pairs": {
+            "sources": [{"file": "data/train.parquet", "sha256": RAW, "rows": 48439}],
+            "pairs": "data/pairs.parquet",
+            "pairs_sha256": PAIRS,
+            "rows": 48401,
+        },
+        "train": {
+            "recipe": "recipes/demo.yml",
+            "recipe_sha256": "2" * 64,
+            "run": "outputs/demo",
+            "pairs": "data/pairs.parquet",
+            "pairs_sha256": PAIRS,
+            "fold": 0,
+            "contract": CONTRACT,
+            "metrics": {"accuracy": 0.84, "log_loss": 0.443},
+        },
+        "package": {
+            "run": "outputs/demo",
+            "dataset": "pairwise-demo",
+            "manifest": MANIFEST,
+            "trained": {"outputs/demo": CONTRACT},
+            "agreement": {"mean_difference": 0.0012},
+        },
+        "push": PUSH,
+        "submit": SUBMIT,
+    }
+    ledger.record("package", **CODE, dataset="pairwise-wheels", manifest=WHEELS, wheels=["bitsandbytes 0.50.2"])
+    for event, fields in entries.items():
+        if event != without:
+            ledger.record(event, **{**CODE, **fields, **changes.get(event, {})})
+
+
+def trace(reference: str):
+    return CliRunner().invoke(main, ["trace", reference])
+
+
+CHAIN = f"""\
+submit   2026-11-25 10:00:00 UTC  me/pairwise-demo version 3, 'first'
+  push     2026-11-25 10:00:00 UTC  me/pairwise-demo version 3, kernel.py ffffffffffff, commit 111111111111
+    package  2026-11-25 10:00:00 UTC  me/pairwise-demo version 2: outputs/demo, manifest dddddddddddd, differs from training \
+by 0.0012, commit 111111111111
+      train    2026-11-25 10:00:00 UTC  outputs/demo: recipes/demo.yml 222222222222, fold 0, accuracy 0.8400, log loss 0.4430, \
+commit 111111111111
+        pairs    2026-11-25 10:00:00 UTC  data/pairs.parquet bbbbbbbbbbbb, 48,401 pairs, commit 111111111111
+          raw                               data/train.parquet, 48,439 rows, sha256 {RAW}
+    package  2026-11-25 10:00:00 UTC  me/pairwise-wheels version 1: bitsandbytes 0.50.2, commit 111111111111
+"""
+
+
+@pytest.mark.parametrize("reference", ["demo", "4711", "me/pairwise-demo", "me/pairwise-demo/3"])
+def test_a_submission_leads_back_to_the_raw_file(ledger_file, reference):
+    write_chain()
+    done = trace(reference)
+    assert (done.output, done.exit_code) == (CHAIN, 0)
+
+
+def test_a_push_that_was_not_submitted_leads_back_too(ledger_file):
+    write_chain(without="submit")
+    done = trace("demo")
+    assert done.exit_code == 0
+    assert done.output.splitlines()[0].startswith("push     2026-11-25 10:00:00 UTC  me/pairwise-demo version 3")
+    assert f"raw                               data/train.parquet, 48,439 rows, sha256 {RAW}" in done.output
+
+
+@pytest.mark.parametrize(
+    "without, line",
+    [
+        (
+            "push",
+            "  broken: no push of me/pairwise-demo version 3 in the ledger: was it pushed from another machine or by hand?",
+        ),
+        (
+            "package",
+            "    broken: me/pairwise-demo version 2: no package with the manifest dddddddddddd in the ledger; package it",
+        ),
+        ("train", "      broken: outputs/demo: no training that wrote the contract cccccccccccc in the ledger; train it again"),
+        ("pairs", "        broken: data/pairs.parquet: no pairs of SHA-256 bbbbbbbbbbbb in the ledger; preprocess them again"),
+    ],
+)
+def test_a_broken_chain_says_where_and_ends_with_2(ledger_file, without, line):
+    write_chain(without=without)
+    done = trace("demo")
+    assert done.exit_code == 2
+    assert [told for told in done.output.splitlines() if told.startswith(line)]
+    assert done.stderr == "error: demo: the chain is broken in 1 place, see above\n"
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"package": {"manifest": "0" * 64}}, "no package with the manifest dddddddddddd"),
+        ({"package": {"trained": {"outputs/demo": "0" * 64}}}, "no training that wrote the contract 000000000000"),
+        ({"train": {"pairs_sha256": "0" * 64}}, "no pairs of SHA-256 000000000000"),
+        ({"push": {"kernel_version": 4}}, "no push of me/pairwise-demo version 3"),
+    ],
+)
+def test_hashes_and_versions_decide_and_not_names(ledger_file, changes, told):
+    write_chain(**changes)
+    assert told in trace("demo").output
+
+
+def test_an_unknown_reference_is_one_line(ledger_file):
+    assert trace("demo").stderr == (
+        f"error: demo: no submission and no push of it in {ledger_file}; give a spec, the ref of a submission, or owner/slug "
+        "of a kernel\n"
+    )
+
+
+def test_the_last_submission_of_a_spec_is_meant(ledger_file):
+    write_chain()
+    ledger.record("push", **{**CODE, **PUSH, "kernel_version": 4})
+    ledger.record("submit", **{**CODE, **SUBMIT, "kernel_version": 4, "message": "second"})
+    lines = trace("demo").output.splitlines()
+    assert lines[0].endswith("me/pairwise-demo version 4, 'second'")
+    assert "me/pairwise-demo version 4, kernel.py" in lines[1]
+
+
+def test_a_mean_leads_back_to_each_of_its_members(ledger_file):
+    write_chain(package={"trained": {"outputs/demo": CONTRACT, "outputs/other": "0" * 64}})
+    done = trace("demo")
+    assert "outputs/demo: recipes/demo.yml 222222222222, fold 0" in done.output
+    assert "broken: outputs/other: no training that wrote the contract 000000000000" in done.output
+
+
+def test_pairs_that_were_made_of_pairs_lead_on(ledger_file):
+    first = {
+        "sources": [{"file": "raw.csv", "sha256": RAW, "rows": 7}],
+        "pairs": "old.parquet",
+        "pairs_sha256": PAIRS,
+        "rows": 7,
+    }
+    ledger.record("pairs", **CODE, **first)
+    again = [{"file": "old.parquet", "sha256": PAIRS, "rows": 7}, {"file": "new.csv", "sha256": "9" * 64, "rows": 3}]
+    write_chain(pairs={"sources": again})
+    lines = [line.strip() for line in trace("demo").output.splitlines()]
+    assert f"raw                               raw.csv, 7 rows, sha256 {RAW}" in lines
+    assert f"raw                               new.csv, 3 rows, sha256 {'9' * 64}" in lines
+    assert [line.split("UTC  ")[1].split(",")[0] for line in lines if line.startswith("pairs")] == [
+        "data/pairs.parquet bbbbbbbbbbbb",
+        "old.parquet bbbbbbbbbbbb",
+    ]
+
+
+def test_changes_that_were_not_committed_and_an_unknown_commit_are_told(ledger_file):
+    write_chain(train={"git_dirty": True}, pairs={"git_commit": None, "git_dirty": None})
+    lines = trace("demo").output.splitlines()
+    assert lines[3].endswith("commit 111111111111 and changes")
+    assert lines[4].endswith("48,401 pairs, commit unknown")
+
+
+def test_a_raw_file_without_a_hash_breaks_the_chain(ledger_file):
+    write_chain(pairs={"sources": [{"file": "data/train.parquet", "sha256": None, "rows": 5}]})
+    assert "broken: data/train.parquet: its SHA-256 is not known; preprocess it again" in trace("demo").output
+
+
+def test_a_push_of_which_little_is_known_is_a_broken_chain_and_no_traceback(ledger_file):
+    ledger_file.write_text(json.dumps({"event": "push", "spec": "demo"}) + "\n")
+    done = trace("demo")
+    assert done.exit_code == 2
+    assert "broken: None version None: the ledger does not say with which datasets it was pushed" in done.output

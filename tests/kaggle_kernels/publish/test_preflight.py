@@ -1,0 +1,341 @@
+"""What push checks before the first byte goes up: each fault is one line with file, finding and fix, and all come at once."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from kaggle_kernels.build.bundle import build
+from kaggle_kernels.build.packages import build_of
+from kaggle_kernels.publish.preflight import Preflight, credentials, preflight, warnings_of
+from postprocess.wheels.build import LICENCES as LICENCES_OF_WHEELS
+from preprocess.core.files import read_yaml, sha256
+from tests import tiny
+from tests.conftest import ROOT
+from tests.kaggle_kernels.packages import (
+    WSDM,
+    change_json,
+    flip_byte,
+    make_pushable,
+    write_manifest,
+    write_recipe,
+)
+
+PACKAGE = Path("outputs/two/package")
+REHEARSAL = Path("outputs/test/rehearsal/rehearsal.json")
+METADATA = PACKAGE / "dataset-metadata.json"
+PAIRS = Path("data/pairs.parquet")
+
+
+@pytest.fixture(autouse=True)
+def account(tmp_path, monkeypatch):
+    """A home without credentials, and a token in the environment; nothing above is a repository."""
+    for name in ("KAGGLE_USERNAME", "KAGGLE_KEY", "KAGGLE_CONFIG_DIR", "XDG_CONFIG_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("KAGGLE_API_TOKEN", "not-a-token")
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "data").mkdir()
+    tiny.pairs_parquet(tmp_path / PAIRS, 3)
+    return tmp_path / "home"
+
+
+def errors_of(spec_path: Path, owner: str = "me") -> list[str]:
+    return preflight(spec_path, owner).errors
+
+
+def test_what_is_ready_passes_every_check(pushable):
+    found = preflight(pushable, "me")
+    assert found.errors == []
+    assert [line.rsplit(": ", 1) for line in found.checks] == [
+        ["credentials of the kaggle command", "ok"],
+        ["owner me", "ok"],
+        [str(pushable), "ok"],
+        ["title and slug of the kernel", "ok"],
+        ["two T4s hold it", "ok"],
+        ["outputs/kernels/test is up to date", "ok"],
+        ["outputs/two/package is what was packaged", "ok"],
+        ["outputs/two/package: dataset tiny-two", "ok"],
+        ["outputs/two/agreement.json: agreement passed", "ok"],
+        ["no secret, home path or row of data in what goes up", "ok"],
+        ["rehearsal of this build passed", "ok"],
+    ]
+
+
+def test_all_problems_are_told_at_once(pushable, monkeypatch):
+    monkeypatch.delenv("KAGGLE_API_TOKEN")
+    pushable.write_text(WSDM.replace("600", "700"))
+    flip_byte(PACKAGE / "tokenizer.json")
+    change_json(METADATA, title="two", licenses=[])
+    (PACKAGE / "folder").mkdir()
+    change_json(PACKAGE.parent / "agreement.json", agrees=False)
+    REHEARSAL.unlink()
+    errors = errors_of(pushable, "INSERT_OWNER")
+    starts = (
+        "no credentials of Kaggle (KAGGLE_API_TOKEN, ",
+        "owner: 'INSERT_OWNER' is no user name of Kaggle; ",
+        "outputs/kernels/test/kernel.py: not up to date; run `python -m kaggle_kernels build test`",
+        "outputs/two/package/folder: a folder, which the kaggle command leaves out; remove it",
+        "outputs/two/package/tokenizer.json: changed since it was made, manifest.json has another size or SHA-256; make",
+        "outputs/two/package/dataset-metadata.json: title: 'two', Kaggle takes 6 to 50 characters; change package.slug",
+        "outputs/two/package/dataset-metadata.json: licenses: found [], Kaggle takes exactly one of its own names: apache-2.0,",
+        "outputs/two/agreement.json: the package does not agree with the trained model; run `python -m postprocess`",
+        "outputs/test/rehearsal/rehearsal.json: missing: no rehearsal passed; run `python -m kaggle_kernels rehearse test",
+    )
+    assert [error[: len(start)] for error, start in zip(errors, starts, strict=True)] == list(starts)
+    assert all("\n" not in error for error in errors)
+
+
+def test_a_spec_that_cannot_be_read_is_told_with_what_needs_no_spec(pushable, monkeypatch):
+    monkeypatch.delenv("KAGGLE_API_TOKEN")
+    pushable.write_text(WSDM.replace("600", "-1"))
+    credentials_error, spec_error = errors_of(pushable)
+    assert credentials_error.startswith("no credentials")
+    assert spec_error.startswith(f"{pushable}: clock_seconds: ")
+
+
+def test_an_unknown_owner_is_left_to_who_asked_for_it(pushable):
+    found = preflight(pushable, "")
+    assert found.errors == []
+    assert not [line for line in found.checks if line.startswith("owner")]
+
+
+@pytest.mark.parametrize(
+    "path", [".kaggle/access_token", ".kaggle/access_token.txt", ".kaggle/kaggle.json", ".config/kaggle/kaggle.json"]
+)
+def test_each_place_of_credentials_is_found_and_an_empty_one_is_not(account, monkeypatch, path):
+    monkeypatch.delenv("KAGGLE_API_TOKEN")
+    assert len(credentials()) == 1
+    (account / path).parent.mkdir(parents=True)
+    (account / path).write_text("")
+    assert len(credentials()) == 1
+    (account / path).write_text("secret of a test")
+    assert credentials() == []
+
+
+@pytest.mark.parametrize(
+    "variables, is_enough",
+    [
+        ({"KAGGLE_USERNAME": "me", "KAGGLE_KEY": "x"}, True),
+        ({"KAGGLE_USERNAME": "me"}, False),
+        ({"KAGGLE_API_TOKEN": "x"}, True),
+    ],
+)
+def test_credentials_of_the_environment_are_found(monkeypatch, variables, is_enough):
+    monkeypatch.delenv("KAGGLE_API_TOKEN")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert (credentials() == []) is is_enough
+
+
+def test_credentials_are_never_read_or_told(pushable, account, monkeypatch):
+    token = account / ".kaggle" / "access_token"
+    token.parent.mkdir()
+    token.write_text("secret-of-a-test")
+    monkeypatch.setenv("KAGGLE_API_TOKEN", "secret-of-a-test")
+    opened = Path.open
+    monkeypatch.setattr(
+        Path, "open", lambda self, *a, **k: pytest.fail(f"{self} read") if self == token else opened(self, *a, **k)
+    )
+    assert "secret-of-a-test" not in repr(preflight(pushable, "me"))
+
+
+def test_a_title_that_kaggle_makes_another_slug_of_is_refused(pushable):
+    pushable.write_text(WSDM.replace("Pairwise Test", "Pairwise 1,000 Tests"))
+    assert errors_of(pushable)[0] == (
+        f"{pushable}: title: 'Pairwise 1,000 Tests' is 'pairwise-1000-tests' on Kaggle, not 'pairwise-1-000-tests'; use "
+        "letters, digits and spaces"
+    )
+
+
+def test_the_titles_of_all_specs_pass():
+    for path in sorted((ROOT / "kaggle_kernels" / "specs").glob("*.yml")):
+        assert not [error for error in errors_of(path) if "title" in error], path
+
+
+def test_the_licences_of_recipes_and_wheels_are_kaggles(pushable):
+    recipes = [read_yaml(path) for path in sorted((ROOT / "recipes").glob("*.yml"))]
+    used = {recipe["pairwise"]["package"].get("licence", "apache-2.0") for recipe in recipes} | set(LICENCES_OF_WHEELS.values())
+    assert {"apache-2.0", "other", "MIT"} <= used
+    for name in sorted(used):
+        change_json(METADATA, licenses=[{"name": name}])
+        assert errors_of(pushable) == []
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"id": "me/tiny-too"}, "id: found the dataset 'tiny-too', the spec says 'tiny-two'; package again, or mend the spec"),
+        ({"title": "x" * 51}, f"title: '{'x' * 51}', Kaggle takes 6 to 50 characters; change package.slug in the recipe"),
+        ({"subtitle": "too short"}, "subtitle: 9 characters, Kaggle takes 20 to 80; change it, or leave it out"),
+        (
+            {"licenses": [{"name": "Apache-2.0"}]},
+            "licenses: found ['Apache-2.0'], Kaggle takes exactly one of its own names: a",
+        ),
+        (
+            {"licenses": [{"name": "other"}] * 2},
+            "licenses: found ['other', 'other'], Kaggle takes exactly one of its own names",
+        ),
+        ({"licenses": "other"}, "licenses: found [], Kaggle takes exactly one"),
+    ],
+)
+def test_metadata_that_kaggle_would_not_take_is_told_with_file_and_key(pushable, changes, told):
+    change_json(METADATA, **changes)
+    assert [error for error in errors_of(pushable) if error.startswith(f"outputs/two/package/dataset-metadata.json: {told}")]
+
+
+def test_an_owner_that_was_filled_in_is_no_change_of_the_package(pushable):
+    change_json(METADATA, id="me/tiny-two")
+    assert errors_of(pushable) == []
+
+
+def test_an_absent_package_is_one_error_that_names_the_command(pushable):
+    shutil.rmtree(PACKAGE)
+    assert errors_of(pushable) == ["outputs/two/package: no package; run `python -m postprocess recipes/two.yml`"]
+
+
+@pytest.mark.parametrize(
+    "damage, told",
+    [
+        (lambda: flip_byte(PACKAGE / "model.safetensors"), "model.safetensors: changed since it was made"),
+        (lambda: (PACKAGE / "model_input.py").unlink(), "model_input.py: missing; make the folder again"),
+        (lambda: (PACKAGE / "notes.txt").write_text("x"), "notes.txt: not in manifest.json, so that nobody checked it; remove"),
+    ],
+)
+def test_files_other_than_the_manifests_are_told_by_name(pushable, damage, told):
+    damage()
+    [error] = errors_of(pushable)
+    assert error.startswith(f"outputs/two/package/{told}")
+
+
+def test_a_package_that_is_not_the_recipes_is_told(pushable):
+    write_recipe(Path.cwd(), "two", "tiny-two", quantize="int8")
+    pushable.write_text(WSDM + "wheels: pairwise-wheels\n")
+    build(pushable)
+    errors = errors_of(pushable)
+    assert errors[0].startswith("outputs/two/package/manifest.json: quantize: found none, recipes/two.yml says int8")
+    assert errors[1] == (
+        "outputs/wheels: no wheels, and the spec names the dataset pairwise-wheels; run `python -m postprocess.wheels`"
+    )
+    assert "is of another build of the kernel" in errors[2]
+    assert len(errors) == 3
+
+
+def test_wheels_that_no_package_needs_may_leave_the_spec(pushable):
+    pushable.write_text(WSDM + "wheels: pairwise-wheels\n")
+    build(pushable)
+    assert errors_of(pushable)[0].endswith(", or take `wheels` out of the spec, which needs none, and build it")
+
+
+def write_wheels(content: bytes = b"a wheel") -> Path:
+    folder = Path("outputs/wheels")
+    folder.mkdir()
+    wheel = folder / "bitsandbytes-1-py3-none-any.whl"
+    wheel.write_bytes(content)
+    facts = {"file": wheel.name, "sha256": sha256(wheel), "bytes": len(content), "name": "bitsandbytes", "version": "1"}
+    (folder / "wheels.json").write_text(json.dumps({"wheels": [facts]}))
+    metadata = {"title": "pairwise-wheels", "id": "INSERT_OWNER/pairwise-wheels", "licenses": [{"name": "MIT"}]}
+    (folder / "dataset-metadata.json").write_text(json.dumps(metadata))
+    return wheel
+
+
+def test_the_wheels_are_checked_as_a_package_is(pushable):
+    wheel = write_wheels()
+    pushable.write_text(WSDM + "wheels: pairwise-wheels\n")
+    build(pushable)
+    REHEARSAL.write_text(json.dumps({"build": build_of(Path("outputs/kernels/test"), {"tiny-two": PACKAGE})}))
+    assert errors_of(pushable) == []
+    flip_byte(wheel)
+    change_json(wheel.with_name("dataset-metadata.json"), id="me/other-wheels")
+    assert [error.split(": ")[0] for error in errors_of(pushable)] == [str(wheel), "outputs/wheels/dataset-metadata.json"]
+
+
+def test_an_agreement_of_another_package_or_none_is_refused(pushable):
+    golden = json.loads((PACKAGE / "manifest.json").read_text())["golden"]
+    golden[0]["probabilities"][0] += 0.25
+    change_json(PACKAGE.parent / "agreement.json", golden=golden)
+    [error] = errors_of(pushable)
+    assert error.startswith("outputs/two/agreement.json: is of another package than outputs/two/package, their golden prob")
+    (PACKAGE.parent / "agreement.json").unlink()
+    [error] = errors_of(pushable)
+    assert error.startswith(
+        "outputs/two/agreement.json: missing, so that it is unknown whether the package is what was trained"
+    )
+
+
+def test_a_rehearsal_of_another_build_is_refused(pushable):
+    pushable.write_text(WSDM.replace("600", "700"))
+    build(pushable)
+    assert errors_of(pushable) == [
+        "outputs/test/rehearsal/rehearsal.json: is of another build of the kernel; run "
+        "`python -m kaggle_kernels rehearse test --test FILE`"
+    ]
+
+
+@pytest.mark.parametrize("rehearsal", [{}, {"build": None}, {"build": {"kernel_sha256": "0" * 64}}])
+def test_a_rehearsal_that_says_nothing_of_its_build_is_refused(pushable, rehearsal):
+    REHEARSAL.write_text(json.dumps(rehearsal))
+    assert len(errors_of(pushable)) == 1
+
+
+def test_a_rehearsal_with_another_package_is_refused(pushable):
+    change_json(PACKAGE / "contract.json", recorded={})
+    write_manifest(PACKAGE)
+    [error] = errors_of(pushable)
+    assert error.startswith(
+        "outputs/test/rehearsal/rehearsal.json: was with another package tiny-two than outputs/two/package;"
+    )
+
+
+def test_a_secret_a_home_path_and_a_row_of_the_pairs_are_refused(pushable):
+    row = pl.read_parquet(tiny.pairs_parquet(PAIRS, 40)).filter(pl.col("language") == "German").row(0, named=True)
+    change_json(PACKAGE / "config.json", note=f"hf_{'7a' * 20}", name_or_path="/home/someone/model")
+    change_json(PACKAGE / "contract.json", recorded={"example": f"{row['prompt'][0]} {row['response_a'][0]}"})
+    write_manifest(PACKAGE)
+    make_pushable(pushable, {"tiny-two": PACKAGE})
+    token, home, rows = errors_of(pushable)
+    assert token.startswith("outputs/two/package/config.json: line 1: looks like a token of Hugging Face (hf_7…); take it out")
+    assert home.startswith("outputs/two/package/config.json: line 1: looks like the path of a home folder (/hom…); name the")
+    assert rows.startswith(f"outputs/two/package/contract.json: holds texts of 1 row of data/pairs.parquet (id {row['id']})")
+
+
+def test_a_secret_in_the_kernel_s_folder_is_refused(pushable):
+    Path("outputs/kernels/test/kaggle.json").write_text("{}")
+    assert errors_of(pushable)[0].endswith("outputs/kernels/test/kaggle.json: by its name it holds credentials; remove it")
+
+
+def test_pairs_that_are_not_here_are_warned_of(pushable):
+    PAIRS.unlink()
+    assert preflight(pushable, "me").warnings[1:] == [
+        "data/pairs.parquet: not on this machine, so that its rows were not looked for in what goes up"
+    ]
+
+
+def test_a_dirty_tree_is_warned_of_and_no_repository_too(pushable):
+    assert preflight(pushable, "me").warnings == ["no git commit: nothing will tell which code made this push"]
+    git = ["git", "-c", "user.name=Test", "-c", "user.email=test@example.com"]
+    for command in (["init", "-q"], ["add", "test.parquet"], ["commit", "-q", "-m", "one"]):
+        subprocess.run([*git, *command], check=True)
+    assert preflight(pushable, "me").warnings == []
+    Path("test.parquet").write_text("changed")
+    [warning] = preflight(pushable, "me").warnings
+    assert re.fullmatch(r"the git tree is dirty: commit first, or .* other than [0-9a-f]{12}", warning)
+
+
+def test_sizes_over_kaggles_limits_are_told_before_the_upload(pushable, monkeypatch):
+    monkeypatch.setattr("kaggle_kernels.publish.preflight.DATASET_BYTES", 1000)
+    [error] = errors_of(pushable)
+    assert error.startswith("outputs/two/package: 0.0 GB, Kaggle takes 0 in a dataset; package fewer bits")
+    assert "0 GB in all: Kaggle holds 0 GB of private datasets an account" in list(warnings_of([PACKAGE]))
+    for number in range(60):
+        (PACKAGE / f"{number}.txt").write_text("x")
+    assert "outputs/two/package: more than 50 files, which Kaggle advises against" in list(warnings_of([PACKAGE]))
+
+
+def test_the_report_is_empty_before_the_first_check():
+    assert Preflight() == Preflight([], [], [])

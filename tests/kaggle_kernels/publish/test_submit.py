@@ -1,0 +1,317 @@
+"""`status` and `submit` by the real kaggle command against the stand-in."""
+
+import json
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from filelock import FileLock
+
+from kaggle_kernels.__main__ import main
+from kaggle_kernels.build.bundle import build_mark
+from kaggle_kernels.build.spec import COMPETITIONS
+from kaggle_kernels.publish import submit as module
+from kaggle_kernels.publish.client import Answer, Pace
+from kaggle_kernels.publish.kernels import fingerprint, read_kernel
+from preprocess.core import ledger
+from preprocess.core.errors import UserError
+from preprocess.core.files import write_json
+from tests.conftest import ROOT
+from tests.fakes.kaggle.server import Fault
+from tests.fakes.kaggle.site import Kernel, KernelVersion, Run, Submission
+
+REF, WSDM_CUP = "tester/pairwise-demo", COMPETITIONS["wsdm"].slug
+GOOD = b"id,winner\n1,model_a\n2,model_b\n"
+DATASETS = {
+    "tester/pairwise-demo": {"version": 3, "manifest": "ab" * 32},
+    "tester/pairwise-wheels": {"version": 1, "manifest": "cd" * 32},
+}
+
+
+BUILD = build_mark((ROOT / "kaggle_kernels/examples/demo/kernel.py").read_text(encoding="utf-8"))
+
+
+def record(build=BUILD, manifest="ab" * 32, **values):
+    """The kernel.json of a run with the demo's package."""
+    return json.dumps({"settings": {"build": build}, "manifests": {"pairwise-demo": manifest}, **values}).encode()
+
+
+@pytest.fixture
+def pushed(tmp_path, monkeypatch, fast_kaggle, ledger_file):
+    """The demo's kernel as push leaves it, here and on the stand-in, COMPLETE; the run of its one version."""
+    monkeypatch.chdir(tmp_path)
+    kernel = read_kernel(ROOT / "kaggle_kernels/examples/demo", "tester", {ref: of["version"] for ref, of in DATASETS.items()})
+    run = Run(statuses=["COMPLETE"], output={"submission.csv": GOOD, "other.bin": b"x", "kernel.json": record()})
+    keys = {"datasetDataSources": "dataset_sources", "competitionDataSources": "competition_sources"}
+    keys |= {"machineShape": "machine_shape", "isPrivate": "is_private", "enableGpu": "enable_gpu", "newTitle": "title"}
+    keys |= {
+        "enableInternet": "enable_internet",
+        "language": "language",
+        "kernelType": "kernel_type",
+        "enableTpu": "enable_tpu",
+    }
+    request = {"slug": REF, "text": kernel.code, **{key: kernel.metadata[name] for key, name in keys.items()}}
+    fast_kaggle.site.kernels[REF] = Kernel(REF, [KernelVersion(1, request, run)])
+    time = (datetime.now(UTC) - timedelta(minutes=63)).isoformat(timespec="seconds")
+    note = {"kernel": REF, "version": 1, "url": "https://www.kaggle.com/code/tester/pairwise-demo", "time": time}
+    note |= {"fingerprint": fingerprint(kernel), "build": BUILD}
+    write_json("outputs/demo/push.json", {**note, "datasets": DATASETS, "checked": True})
+    return run
+
+
+def call(command, *options, **settings):
+    options = (*options, "--poll-seconds", "0.05", "--patience-seconds", "20")
+    return CliRunner().invoke(main, [command, "demo", *options], **settings)
+
+
+def submit(*options, message="first try"):
+    return call("submit", "-m", message, "--yes", *options)
+
+
+def refusal(ended):
+    assert ended.exit_code == 2, ended.output
+    return ended.output.splitlines()[-1].removeprefix("error: ")
+
+
+def test_a_run_is_followed_to_its_end_and_each_line_of_its_log_told_once(pushed):
+    pushed.statuses, pushed.log = ["QUEUED", "RUNNING", "RUNNING", "COMPLETE"], ["loading\n", "scored 3 of 3 rows\n"]
+    ended = call("status", "--wait")
+    assert ended.exit_code == 0, ended.output
+    assert ended.output.splitlines() == [
+        "tester/pairwise-demo version 1: QUEUED, 1 h 03 min after the push",
+        "tester/pairwise-demo version 1: RUNNING, 1 h 03 min after the push",
+        "  | loading",
+        "  | scored 3 of 3 rows",
+        "tester/pairwise-demo version 1: COMPLETE, 1 h 03 min after the push",
+        'next: python -m kaggle_kernels submit demo -m "MESSAGE"',
+    ]
+
+
+def test_an_error_ends_with_the_logs_last_lines(pushed):
+    pushed.statuses, pushed.failure = ["ERROR"], "Your notebook tried to allocate more memory than is available"
+    pushed.log = [f"line {number}\n" for number in range(30)]
+    ended = call("status")
+    assert refusal(ended) == (
+        "tester/pairwise-demo version 1: ERROR: Your notebook tried to allocate more memory than is available; "
+        "https://www.kaggle.com/code/tester/pairwise-demo"
+    )
+    assert [line for line in ended.output.splitlines() if "|" in line] == [f"  | line {number}" for number in range(10, 30)]
+
+
+def test_a_run_that_does_not_end_leaves_a_command_that_goes_on(pushed):
+    pushed.statuses = ["QUEUED"]
+    ended = CliRunner().invoke(main, ["status", "demo", "--wait", "--poll-seconds", "0.05", "--patience-seconds", "0.01"])
+    assert refusal(ended) == "tester/pairwise-demo version 1: still QUEUED; run status again, which goes on waiting"
+
+
+def test_what_was_not_pushed_has_no_status(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert refusal(call("status")) == "outputs/demo/push.json: nothing was pushed; run push demo first"
+
+
+def test_a_complete_version_is_submitted_once_and_leads_back(pushed, kaggle):
+    quality = {"judged": 500, "accuracy": 0.712, "standard_error": 0.0203}
+    pushed.output["kernel.json"] = record(visible={"quality": quality})
+    write_json("outputs/demo/metrics.json", {"accuracy": 0.7254})
+    ended = submit()
+    assert ended.exit_code == 0, ended.output
+    assert ended.output.splitlines() == [
+        "tester/pairwise-demo version 1, pushed 1 h 03 min ago: submission.csv has 2 rows in the visible run",
+        "  tester/pairwise-demo version 3",
+        "  tester/pairwise-wheels version 1",
+        "validation: accuracy 0.7120 ± 0.0203 on Kaggle, 500 rows; accuracy 0.7254 of demo in training",
+        "message: first try",
+        "submissions left today: 5",
+        f"submitted: tester/pairwise-demo version 1 to {WSDM_CUP} as 1001",
+    ]
+    [made] = kaggle.site.submissions
+    assert (made.kernel, made.kernel_version, made.file_name, made.description) == (REF, 1, "submission.csv", "first try")
+    [entry] = ledger.read()
+    expected = {"event": "submit", "spec": "demo", "competition": WSDM_CUP, "kernel": REF, "kernel_version": 1}
+    expected |= {"submission_ref": "1001", "message": "first try", "datasets": DATASETS}
+    assert {key: entry[key] for key in expected} == expected
+    assert sorted(path.name for path in Path("outputs/demo/output").iterdir()) == [
+        "kernel.json",
+        "pairwise-demo.log",
+        "submission.csv",
+    ]
+    told = (
+        f"tester/pairwise-demo version 1: was submitted at {entry['time']} as 1001 ('first try'); --again submits it once more"
+    )
+    assert refusal(submit()) == told
+    assert len(kaggle.site.submissions) == 1
+    assert submit("--again", message="second").exit_code == 0
+    assert [made.description for made in kaggle.site.submissions] == ["first try", "second"]
+
+
+def test_a_kernel_that_was_made_anew_counts_from_1_and_was_not_submitted(pushed, kaggle):
+    time = (datetime.now(UTC) - timedelta(days=2)).isoformat(timespec="seconds")
+    told = {"submission_ref": "7", "message": "of the kernel that was removed"}
+    ledger.record("submit", time=time, kernel=REF, kernel_version=1, **told)
+    assert submit().exit_code == 0
+    assert len(kaggle.site.submissions) == 1
+
+
+@pytest.mark.parametrize(
+    "statuses, output, told",
+    [
+        (["RUNNING"], {}, "RUNNING, and only a COMPLETE version can be submitted; see status --wait"),
+        (["COMPLETE"], {"scores.parquet": b"x"}, "its output has no submission.csv; its log says why: status"),
+        (["COMPLETE"], {"submission.csv": b""}, "its columns are '', wsdm-cup-multilingual-chatbot-arena wants 'id,winner'"),
+        (["COMPLETE"], {"submission.csv": b"id,winner_model_a\n1,1\n"}, "its columns are 'id,winner_model_a', wsdm-cup"),
+        (["COMPLETE"], {"submission.csv": b"id,winner\n1,model_a\n2"}, "line 3 is not whole; download or run it again"),
+        (["COMPLETE"], {"submission.csv": b"id,winner\n"}, "has no rows; download or run it again"),
+    ],
+    ids=["running", "no file", "empty", "other columns", "cut", "no rows"],
+)
+def test_what_is_no_submission_is_not_submitted(pushed, kaggle, statuses, output, told):
+    Path("outputs/demo/output").mkdir()
+    Path("outputs/demo/output/submission.csv").write_bytes(GOOD)
+    pushed.statuses, pushed.output = statuses, output
+    assert told in refusal(submit())
+    assert kaggle.calls("CreateCodeSubmission") == []
+
+
+@pytest.mark.parametrize(
+    "found, told",
+    [
+        (record(build="0123456789abcdef"), "another kernel"),
+        (record(manifest="cd" * 32), "another pairwise-demo"),
+        (record(build="0123456789abcdef", manifest="cd" * 32), "another kernel and another pairwise-demo"),
+        (None, "another kernel"),
+        (json.dumps({"settings": {"build": BUILD}}).encode(), "another run"),
+    ],
+    ids=["kernel", "package", "both", "no record", "no packages"],
+)
+def test_the_output_of_another_run_is_not_taken_for_the_pushed_ones(pushed, kaggle, found, told):
+    """Kaggle may still show the version before as COMPLETE, or a run that was started on its site."""
+    if found is None:
+        del pushed.output["kernel.json"]
+    else:
+        pushed.output["kernel.json"] = found
+    assert refusal(submit()) == (
+        f"tester/pairwise-demo version 1: the output that Kaggle has is of {told}; give it a minute, then status --wait and "
+        "submit; if it stays, push --again"
+    )
+    assert kaggle.calls("CreateCodeSubmission") == []
+
+
+def test_another_version_than_the_pushed_one_is_not_submitted(pushed, kaggle):
+    [version] = kaggle.site.kernels[REF].versions
+    other = {**version.pushed, "text": "print(1)", "enableInternet": True}
+    kaggle.site.kernels[REF].versions.append(KernelVersion(2, other, pushed))
+    assert refusal(submit()) == (
+        "tester/pairwise-demo version 1: is not the current version: the code is another one; enable_internet is true in place "
+        "of false; run push again"
+    )
+    del kaggle.site.kernels[REF]
+    assert refusal(submit()) == "tester/pairwise-demo: is not on Kaggle any more; run push again"
+
+
+def test_a_day_without_submissions_left_is_told_before_anything_is_submitted(pushed, kaggle):
+    kaggle.site.submissions_a_day = 0
+    assert refusal(submit()) == f"{WSDM_CUP}: Kaggle allows you none: join it there, and accept its rules"
+    kaggle.site.submissions_a_day = 1
+    kaggle.site.submissions.append(Submission(1001, WSDM_CUP, REF, 1, "submission.csv", "before", "0.7", "0.7", 0))
+    assert refusal(submit()) == f"{WSDM_CUP}: no submission is left today (0 listed); the day ends at 24:00 UTC"
+    assert kaggle.calls("CreateCodeSubmission") == []
+
+
+def test_todays_listed_submissions_count_where_kaggle_tells_no_limit(pushed, kaggle, monkeypatch):
+    kaggle.faults.append(Fault("GetSubmissionLimits", status=400, times=9))
+    today = datetime.now(UTC).date().isoformat()
+    rows = [{"ref": str(number), "date": f"{today}T00:00:00", "status": "SubmissionStatus.COMPLETE"} for number in range(4)]
+    rows += [{"ref": "x", "date": f"{today}T00:00:00", "status": "SubmissionStatus.ERROR"}, {**rows[0], "date": "2026-01-01"}]
+    pace = Pace(0.02, 1)
+    assert module.submissions_left(COMPETITIONS["wsdm"], rows, pace) == 1
+    with pytest.raises(UserError, match="no submission is left today .5 listed.; the day ends at 24:00 UTC"):
+        module.submissions_left(COMPETITIONS["wsdm"], [*rows, rows[0]], pace)
+
+
+def test_it_asks_and_where_nobody_can_answer_it_refuses(pushed, kaggle, monkeypatch):
+    ended = call("submit", "-m", "first try")
+    assert refusal(ended) == "submit asks before it submits, and there is nobody to ask: add --yes"
+    assert kaggle.requests == []
+    asked = []
+    monkeypatch.setattr(module, "can_ask", lambda: True)
+    monkeypatch.setattr(module.click, "confirm", lambda question: asked.append(question))
+    assert refusal(call("submit", "-m", "first try")) == "nothing was submitted"
+    assert asked == ["submit this?"]
+    assert kaggle.site.submissions == []
+
+
+def test_a_submission_whose_answer_was_lost_is_not_made_twice(pushed, kaggle, monkeypatch):
+    run = module.run
+
+    def lose_the_answer(arguments):
+        answer = run(arguments)
+        return Answer(answer.arguments, 1, "('Connection aborted.', ConnectionResetError(104))")
+
+    monkeypatch.setattr(module, "run", lose_the_answer)
+    assert submit().output.splitlines()[-1] == f"submitted: tester/pairwise-demo version 1 to {WSDM_CUP} as 1001"
+    assert len(kaggle.site.submissions) == 1
+
+
+def test_a_submission_that_was_interrupted_is_found_and_written_down(pushed, kaggle, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "find_new", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert refusal(submit()) == "interrupted; run submit again, which goes on from here"
+    assert (len(kaggle.site.submissions), ledger.read()) == (1, [])
+    assert submit().output == f"submitted: tester/pairwise-demo version 1 to {WSDM_CUP} as 1001\n"
+    assert len(kaggle.site.submissions) == 1
+    assert [entry["submission_ref"] for entry in ledger.read()] == ["1001"]
+
+
+def test_an_interrupted_submission_counts_though_the_next_call_has_other_words(pushed, kaggle, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "find_new", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        submit()
+    assert "was submitted at" in refusal(submit(message="second try"))
+    assert [made.description for made in kaggle.site.submissions] == ["first try"]
+    assert [(entry["submission_ref"], entry["message"]) for entry in ledger.read()] == [("1001", "first try")]
+
+
+def test_a_submission_that_kaggle_took_and_does_not_list_is_written_down_all_the_same(pushed, kaggle, monkeypatch):
+    monkeypatch.setattr(module, "find_new", lambda *_: None)
+    assert submit().output.splitlines()[-1] == f"submitted: tester/pairwise-demo version 1 to {WSDM_CUP} as not listed yet"
+    assert "was submitted at" in refusal(submit())
+    assert len(kaggle.site.submissions) == 1
+
+
+def test_a_submission_of_which_nobody_knows_whether_it_was_made_is_looked_for_by_the_next_call(pushed, kaggle, monkeypatch):
+    run = module.run
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "find_new", lambda *_: None)
+        patch.setattr(module, "run", lambda arguments: Answer(run(arguments).arguments, 0, "Thank you"))
+        assert "perhaps submitted, perhaps not: Thank you; look at Kaggle's page" in refusal(submit())
+    assert submit().output == f"submitted: tester/pairwise-demo version 1 to {WSDM_CUP} as 1001\n"
+    assert len(kaggle.site.submissions) == 1
+
+
+def test_a_message_is_recognised_though_kaggle_trims_it(pushed, kaggle):
+    kaggle.site.submissions.append(Submission(1001, WSDM_CUP, REF, 1, "submission.csv", "first try", "0.7", "0.7", 0))
+    assert module.find_new(COMPETITIONS["wsdm"], " first  try\n", [], Pace(0.02, 1)) == "1001"
+    assert module.find_new(COMPETITIONS["wsdm"], "first", [], Pace(0.02, 1)) is None
+
+
+def test_a_blank_message_is_refused(pushed, kaggle):
+    assert refusal(submit(message=" ")).startswith("-m: is blank")
+    assert kaggle.requests == []
+
+
+def test_two_submits_at_a_time_are_refused(pushed, kaggle):
+    with FileLock("outputs/demo/submit.lock"):
+        assert refusal(submit()) == "outputs/demo/submit.lock: another submit runs in this folder; wait for it"
+    assert kaggle.requests == []
+
+
+def test_a_submission_that_kaggle_refuses_is_one_error(pushed, kaggle):
+    kaggle.site.submissions.append(Submission(1001, WSDM_CUP, REF, 1, "submission.csv", "first try", "0.7", "0.7", 0))
+    kaggle.faults += [Fault("CreateCodeSubmission", status=503, message="503 Server Error: Service Unavailable")]
+    kaggle.faults += [Fault("CreateCodeSubmission", status=400, message="The competition's deadline has passed")]
+    assert refusal(submit()) == (
+        "tester/pairwise-demo version 1: Kaggle lists no new submission: The competition's deadline has passed"
+    )
+    assert len(kaggle.site.submissions) == 1, "the one with the same message, from before"
+    assert ledger.read() == []

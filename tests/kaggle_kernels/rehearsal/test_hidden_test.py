@@ -1,0 +1,162 @@
+"""The hidden test rehearsed: real kernels in Kaggle's versions on hostile rows with two workers; the slow ones at full size."""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import polars as pl
+import pytest
+
+from preprocess.core.files import read_json
+from preprocess.model_input import VERDICTS
+from tests import tiny
+from tests.conftest import ROOT
+from tests.kaggle_kernels.packages import (
+    BASE,
+    change_json,
+    write_manifest,
+    write_recipe,
+    write_spec,
+)
+
+SPEC = "title: Pairwise Hidden\ncompetition: {}\npackages: [{{run: {}, dataset: tiny-{}}}]\nclock_seconds: 600\n"
+FULL_SIZE = ("--rows", "25000", "--shuffle", "--hostile", "--seed", "1", "--devices", "2", "--clock", "300")
+RUNS = {"wsdm": ("two", ["model_a", "model_b"]), "lmsys": ("three", ["tie", "model_b", "model_a"])}
+TEXTS = ("prompt", "response_a", "response_b")
+
+
+def make_workplace(folder, competition, package, base_model=BASE):
+    """Spec, kernel, package and 2,000 test rows: WSDM's layout in test.parquet, or LMSYS's in test.csv."""
+    run, verdicts = RUNS[competition]
+    shutil.copytree(package, folder / "outputs" / run / "package")
+    write_recipe(folder, run, f"tiny-{run}", base_model, verdicts=verdicts)
+    with contextlib.chdir(folder):
+        write_spec(folder, SPEC.format(competition, run, run))
+    rows = tiny.pairs(2000, seed=4)
+    if competition == "wsdm":
+        rows.write_parquet(folder / "test.parquet")
+    else:
+        in_lmsys_layout(rows).write_csv(folder / "test.csv")
+
+
+def in_lmsys_layout(rows):
+    flags = [(pl.col("winner") == verdict).cast(pl.Int8).alias(f"winner_{verdict}") for verdict in VERDICTS]
+    texts = [pl.Series(name, [json.dumps([text]) for text in rows[name]]) for name in TEXTS]
+    return rows.with_columns(*flags, *texts, id=pl.int_range(pl.len())).drop("winner")
+
+
+def rehearse(folder, *options):
+    """The command in a process of its own; its output and rehearsal.json."""
+    command = [sys.executable, "-m", "kaggle_kernels", "rehearse", "specs/test.yml", "--test", *options]
+    command += ["--python", str(ROOT / ".venv-kaggle/bin/python")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout[-5000:]
+    out = folder / options[options.index("--out") + 1] if "--out" in options else folder / "outputs/test/rehearsal"
+    return done.stdout, read_json(out / "rehearsal.json"), out
+
+
+@pytest.mark.parametrize("ids, seed", [("int", "1"), ("string", "2")])
+@pytest.mark.parametrize("competition, test_file", [("wsdm", "test.parquet"), ("lmsys", "test.csv")])
+def test_300_hostile_rows_on_two_workers(tmp_path, request, competition, test_file, ids, seed):
+    package = request.getfixturevalue({"wsdm": "package_folder", "lmsys": "three_verdict_folder"}[competition])
+    make_workplace(tmp_path, competition, package)
+    options = (test_file, "--rows", "300", "--shuffle", "--hostile", "--seed", seed, "--devices", "2", "--clock", "120")
+    printed, measured, out = rehearse(tmp_path, *options)
+    assert f"{test_file}: 300 rows of 2,000, {ids} ids, shuffled, 64 hostile of 64 of 64 kinds; seed {seed}\n" in printed
+    assert (measured["test"]["ids"], len(measured["test"]["kinds"]), measured["clock_seconds"]) == (ids, 64, 120)
+    assert (measured["checks"]["ids"], measured["checks"]["scored"], measured["checks"]["tolerance"]) == (300, 300, 1e-5)
+    assert measured["judged"] == 300 - 63
+    kernel = read_json(out / "kernel.json")
+    assert (kernel["devices"], kernel["hidden_run"], kernel["settings"]["clock_seconds"]) == (["cpu", "cpu"], True, 120)
+    assert sum(worker["computed_tokens"] for worker in kernel["workers"]) > 0
+    rows = pl.read_parquet(out / "rows.parquet")
+    assert pl.read_csv(out / "submission.csv", infer_schema=False)["id"].to_list() == rows["id"].cast(pl.String).to_list()
+
+
+def test_two_t4s_are_predicted_for_the_recipes_base_model_where_a_small_one_stands_in(tmp_path, package_folder):
+    make_workplace(tmp_path, "wsdm", package_folder, "google/gemma-2-9b-it")
+    package = tmp_path / "outputs" / "two" / "package"
+    change_json(package / "contract.json", base_model=".")
+    write_manifest(package)
+    printed, measured, out = rehearse(tmp_path, "test.parquet", "--rows", "1500", "--seed", "1", "--ids", "int")
+    computed = [work["computed_tokens"] for work in read_json(out / "kernel.json")["passes"]]
+    seconds = [2 * 8_323_603_456 * tokens / 3e13 for tokens in computed]
+    predicted = measured["two_t4s"]
+    assert [one["rows"] for one in predicted] == [1500, 10_000, 25_000]
+    assert predicted[0]["first_order"] == pytest.approx(seconds[0], abs=1)
+    assert predicted[2]["second_order"] == pytest.approx(seconds[1] * 25_000 / 1500, rel=0.01)
+    assert predicted[0]["loading"] == 62
+    assert "25,000 rows of these lengths on two T4s: loading 1 min, first order " in printed
+
+
+def test_the_visible_run_scores_held_out_rows_of_the_train_file_and_predicts_the_hidden_one(tmp_path, package_folder):
+    make_workplace(tmp_path, "wsdm", package_folder)
+    package, train = tmp_path / "outputs" / "two" / "package", tiny.pairs(200, seed=8, prefix="train")
+    listed = {"fold": 0, "trained_on": False, "ids": train["id"].to_list()[:60]}
+    (package / "validation_ids.json").write_text(json.dumps(listed))
+    write_manifest(package)
+    train.write_parquet(tmp_path / "all.parquet")
+    tiny.pairs(3, seed=9).drop("winner").write_parquet(tmp_path / "three.parquet")
+    printed, measured, out = rehearse(tmp_path, "three.parquet", "--train", "all.parquet", "--devices", "2")
+    assert "visible run: 60 rows of train.parquet are scored too, held out (fold 0)\n" in printed
+    assert "predicted for 25,000 rows: every row scored once after " in printed
+    assert measured["checks"]["ids"] == 3
+    kernel = read_json(out / "kernel.json")
+    assert (kernel["hidden_run"], kernel["rows"], kernel["scored"], kernel["visible"]["scored"]) == (False, 3, 3, 60)
+    assert kernel["visible"]["quality"]["judged"] == 60
+    assert kernel["visible"]["speed"][0]["tokens_per_second"] > 0
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory, package_folder):
+    """25,000 hostile rows rehearsed without faults: the folder, the output, rehearsal.json and the results."""
+    folder = tmp_path_factory.mktemp("full_size")
+    make_workplace(folder, "wsdm", package_folder)
+    return folder, *rehearse(folder, "test.parquet", *FULL_SIZE, "--out", "clean")
+
+
+@pytest.mark.slow
+def test_25_000_hostile_rows_on_two_workers_are_scored_within_300_seconds(clean):
+    _, printed, measured, _ = clean
+    assert measured["seconds"] < 300
+    assert (measured["test"]["hostile"], measured["checks"]["ids"], measured["checks"]["scored"]) == (1250, 25_000, 25_000)
+    assert measured["checks"]["alike"] > 20_000
+    assert measured["checks"]["largest_difference"] <= 1e-5
+    assert "checked: 25000 ids, each once and in the test file's order; 25000 rows were scored\n" in printed
+
+
+@pytest.mark.slow
+def test_a_worker_killed_every_20_seconds_costs_no_row_and_changes_no_score(clean):
+    folder, _, _, clean_out = clean
+    printed, measured, out = rehearse(folder, "test.parquet", *FULL_SIZE, "--kill-every", "20", "--out", "killed")
+    kills = measured["faults"]["kills"]
+    assert len(kills) >= 1
+    assert printed.count("[rehearsal] killed worker ") == len(kills)
+    assert measured["seconds"] < 300
+    assert (measured["checks"]["ids"], measured["checks"]["scored"]) == (25_000, 25_000)
+    before, after = (pl.read_parquet(folder / "scores.parquet") for folder in (clean_out, out))
+    assert before["id"].equals(after["id"])
+    columns = [name for name in before.columns if "_p_" in name]
+    assert len(columns) == 4
+    for name in columns:
+        both = before[name].is_not_null() & after[name].is_not_null()
+        assert both.sum() > 0
+        assert (before[name] - after[name]).filter(both).abs().max() <= 1e-5
+
+
+@pytest.mark.slow
+def test_a_device_that_is_lost_leaves_its_rows_to_the_other(tmp_path, three_verdict_folder):
+    make_workplace(tmp_path, "lmsys", three_verdict_folder)
+    options = ("--rows", "5000", "--shuffle", "--hostile", "--seed", "2", "--devices", "2", "--clock", "300")
+    _, measured, out = rehearse(tmp_path, "test.csv", *options, "--lose-device", "1")
+    assert {kill["worker"] for kill in measured["faults"]["kills"]} == {1}
+    assert (measured["checks"]["ids"], measured["checks"]["scored"]) == (5000, 5000)
+    first, second = read_json(out / "kernel.json")[
+        "workers"
+    ]  # all may be done before the second has died often enough to be gone
+    assert (first["deaths"], first["computed_tokens"] > 0) == (0, True)
+    assert (second["deaths"] > 0, second["computed_tokens"]) == (True, 0)

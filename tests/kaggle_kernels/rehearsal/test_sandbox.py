@@ -1,0 +1,156 @@
+"""The process that a kernel runs in: what it sees, what it may reach, and that nothing of it outlives it or its clock."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from kaggle_kernels.build.spec import Spec
+from kaggle_kernels.rehearsal.sandbox import (
+    SITECUSTOMIZE,
+    kaggle_environment,
+    lay_out,
+    run_as_kaggle,
+)
+from preprocess.core.errors import UserError
+from tests import tiny
+
+SPEC = Spec(title="Pairwise Test", competition="wsdm", packages=[{"run": "two", "dataset": "tiny-two"}], clock_seconds=600)
+PYTHON = Path(sys.executable)
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A folder that stands for /kaggle."""
+    (tmp_path / "sandbox" / "kaggle" / "working").mkdir(parents=True)
+    return tmp_path / "sandbox" / "kaggle"
+
+
+def run(root, kernel, **options):
+    return run_as_kaggle(PYTHON, kernel, root, "test", **{"clock_seconds": 60, **options})
+
+
+def has_ended(pid, within=10.0):
+    """Whether a process is gone; one that was killed may take a moment on a busy machine."""
+    until = time.monotonic() + within
+    while time.monotonic() < until:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        if state in "ZX":
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv"])
+def test_the_kernel_sees_neither_verdicts_nor_models_nor_the_metadata(tmp_path, suffix, package_folder):
+    rows = tiny.pairs(3, seed=4)
+    lay_out(tmp_path / "kaggle", SPEC, {"tiny-two": package_folder}, suffix, rows)
+    shown = [str(path.relative_to(tmp_path / "kaggle" / "input")) for path in (tmp_path / "kaggle").rglob("test.*")]
+    assert shown == [f"competitions/wsdm-cup-multilingual-chatbot-arena/test{suffix}"]
+    read = pl.read_csv if suffix == ".csv" else pl.read_parquet
+    assert read(tmp_path / "kaggle" / "input" / shown[0]).columns == ["id", "prompt", "response_a", "response_b"]
+    mounted = {path.name for path in (tmp_path / "kaggle" / "input" / "datasets" / "owner" / "tiny-two").iterdir()}
+    assert mounted == {path.name for path in package_folder.iterdir()} - {"dataset-metadata.json"}
+
+
+@pytest.mark.parametrize(
+    "code, message",
+    [
+        ("import socket; socket.create_connection(('127.0.0.1', 9))", "a kernel has no network: a name was looked up"),
+        ("import socket; socket.socket().connect(('127.0.0.1', 9))", "a kernel has no network: it reached for"),
+        ("import socket; socket.socket(type=socket.SOCK_DGRAM).sendto(b'', ('127.0.0.1', 9))", "a kernel has no network"),
+        ("import urllib.request; urllib.request.urlopen('http://localhost')", "a kernel has no network"),
+        ("import preprocess", "a kernel has no repository: it imported preprocess"),
+        ("import os; assert os.environ['HF_HUB_OFFLINE'] == '1'; import kaggle_kernels.runtime", "it imported kaggle_kernels"),
+    ],
+)
+def test_a_rehearsed_kernel_reaches_neither_network_nor_repository(tmp_path, code, message):
+    (tmp_path / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    environment = kaggle_environment(tmp_path, tmp_path)
+    done = subprocess.run([sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert message in done.stderr
+
+
+def test_its_log_comes_line_by_line_with_kaggles_paths_and_its_seconds_are_told(root, capsys):
+    done = run(root, "import os; print('at', os.getcwd()); open('submission.csv', 'w')")
+    assert capsys.readouterr().out == "at /kaggle/working\n"
+    assert 0 < done.seconds < 60
+    assert done.kills == ()
+    assert (root / "working" / "submission.csv").is_file()
+
+
+@pytest.mark.parametrize("devices, told", [(None, "None"), (1, "cpu"), (3, "cpu,cpu,cpu")])
+def test_the_kernel_is_told_of_so_many_cpu_workers_or_of_nothing(root, capsys, devices, told):
+    run(root, "import os; print(os.environ.get('KAGGLE_DEVICES'))", devices=devices)
+    assert capsys.readouterr().out == f"{told}\n"
+
+
+@pytest.mark.parametrize("is_hidden, told", [(False, "None"), (True, "1")])
+def test_the_kernel_is_told_that_this_is_the_hidden_run(root, capsys, is_hidden, told):
+    run(root, "import os; print(os.environ.get('KAGGLE_IS_COMPETITION_RERUN'))", is_hidden=is_hidden)
+    assert capsys.readouterr().out == f"{told}\n"
+
+
+def test_a_kernel_that_fails_is_an_error_with_its_last_line(root):
+    with pytest.raises(UserError) as raised:
+        run(root, "raise ValueError('no rows')")
+    assert str(raised.value) == "test: the kernel ended with exit code 1: ValueError: no rows"
+
+
+def test_a_kernel_that_is_over_its_clock_is_ended_with_all_its_processes(root, capfd):
+    kernel = (
+        "import os, subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(30)'])\n"
+        "print(os.getpid(), child.pid, flush=True)\n"
+        "time.sleep(30)\n"
+    )
+    with pytest.raises(UserError) as raised:
+        run(root, kernel, clock_seconds=2)
+    pids = capfd.readouterr().out.split()
+    assert str(raised.value) == (
+        "test: the kernel was ended, for it was not done within its clock of 2 s (clock_seconds of the spec, or --clock); "
+        f"its last line: {' '.join(pids)}"
+    )
+    assert [has_ended(int(pid)) for pid in pids] == [True, True]
+
+
+def test_what_a_kernel_leaves_behind_is_ended(root, capfd, monkeypatch):
+    monkeypatch.setattr("kaggle_kernels.rehearsal.sandbox.GRACE_SECONDS", 0.1)
+    kernel = (
+        "import subprocess, sys\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(30)'])\n"
+        "print(child.pid)\n"
+    )
+    run(root, kernel)
+    assert has_ended(int(capfd.readouterr().out))
+
+
+def test_an_interrupted_rehearsal_leaves_no_kernel_behind(root, monkeypatch):
+    monkeypatch.setattr("builtins.print", lambda line, **_: interrupted(line))
+    pids = []
+
+    def interrupted(line):
+        pids.append(int(line))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(root, "import os, time; print(os.getpid(), flush=True); time.sleep(30)")
+    assert [has_ended(pid) for pid in pids] == [True]
+
+
+def test_only_what_a_kernel_needs_is_in_its_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("KAGGLE_DEVICES", "cuda:7")
+    monkeypatch.setenv("SECRET", "x")
+    found = kaggle_environment(tmp_path, tmp_path / "site", devices=2)
+    assert found["KAGGLE_DEVICES"] == "cpu,cpu"
+    assert "SECRET" not in found
+    assert "KAGGLE_DEVICES" not in kaggle_environment(tmp_path, tmp_path / "site")
+    assert found["PATH"] == os.environ["PATH"]

@@ -1,0 +1,181 @@
+"""What a rehearsal finds in a kernel's results, whatever the kernel says of them."""
+
+import csv
+
+import polars as pl
+import pytest
+
+from kaggle_kernels.build.spec import COMPETITIONS
+from kaggle_kernels.rehearsal.validate import check_results, tolerance_for
+from preprocess.core.errors import UserError
+from preprocess.core.files import write_json
+
+ROWS = pl.DataFrame(
+    {"id": [30, 1, 200], "prompt": ["p", "q", "p"], "response_a": ["a", "b", "a"], "response_b": ["b", None, "b"]}
+)
+WSDM = {
+    "id": ["30", "1", "200"],
+    "scored": [True, True, False],
+    "p_model_a": [0.75, 0.4, 0.6],
+    "p_model_b": [0.25, 0.6, 0.4],
+    "two_p_model_a_as_given": [0.75, 0.4, None],
+}
+LMSYS = {**WSDM, "p_model_b": [0.125, 0.4, 0.25], "p_tie": [0.125, 0.2, 0.15]}
+ANSWERS = {"wsdm": [["model_a"], ["model_b"], ["model_a"]], "lmsys": [[0.75, 0.125, 0.125], [0.4, 0.4, 0.2], [0.6, 0.25, 0.15]]}
+
+
+def write(folder, competition, scores=None, lines=None, header=None):
+    pl.DataFrame(scores or {"wsdm": WSDM, "lmsys": LMSYS}[competition]).write_parquet(folder / "scores.parquet")
+    with open(folder / "submission.csv", "w", newline="") as file:
+        rows = [[row_id, *answer] for row_id, answer in zip(WSDM["id"], ANSWERS[competition], strict=True)]
+        csv.writer(file).writerows([header or ["id", *COMPETITIONS[competition].columns], *(lines or rows)])
+
+
+def check(folder, competition, tolerance=1e-5):
+    return check_results(folder, ROWS, COMPETITIONS[competition], tolerance)
+
+
+@pytest.mark.parametrize("competition", ["wsdm", "lmsys"])
+def test_a_good_submission_passes(tmp_path, competition):
+    write(tmp_path, competition)
+    assert check(tmp_path, competition) == {
+        "ids": 3,
+        "scored": 2,
+        "by_model": {"two": 2},
+        "tolerance": 1e-5,
+        "alike": 2,
+        "largest_difference": 0.0,
+        "column": None,
+        "rows": [],
+    }
+
+
+@pytest.mark.parametrize(
+    "competition, header, lines, message",
+    [
+        ("wsdm", ["id", "answer"], None, "its columns are id, answer; wsdm-cup-multilingual-chatbot-arena wants id, winner"),
+        (
+            "lmsys",
+            ["id", "winner_model_a"],
+            None,
+            "its columns are id, winner_model_a; lmsys-chatbot-arena wants id, winner_mod",
+        ),
+        ("wsdm", None, [["30", "model_a"], ["1", "model_b"]], "1 ids are missing, e.g. 200; a submission needs every id once"),
+        (
+            "wsdm",
+            None,
+            [["30", "model_a"], ["1", "model_b"], ["200", "model_a"], ["30", "model_a"]],
+            "1 ids are twice or more, e.g. 30; a submission needs every id once",
+        ),
+        (
+            "wsdm",
+            None,
+            [["30", "model_a"], ["1", "model_b"], ["200", "model_a"], ["7", "model_a"]],
+            "1 ids are not in the test file, e.g. 7; a submission needs every id once",
+        ),
+        ("wsdm", None, [["1", "model_b"], ["30", "model_a"], ["200", "model_a"]], ", row 1: the id is 1, the test file has 30"),
+        (
+            "wsdm",
+            None,
+            [["30", "tie"], ["1", "model_b"], ["200", "model_a"]],
+            "id 30: winner is 'tie', expected model_a or mode",
+        ),
+        ("wsdm", None, [["30", "model_a", ""], ["1", "model_b"], ["200", "model_a"]], "id 30: 3 values, expected 2"),
+        (
+            "wsdm",
+            None,
+            [["30", "model_b"], ["1", "model_b"], ["200", "model_a"]],
+            "id 30: model_b, but scores.parquet has 0.75",
+        ),
+        ("lmsys", None, [["30", 1, 0, 0], ["1", 0.4, 0.4, 0.2], ["200", 0.6, 0.25, 0.15]], "id 30: 1, 0, 0 are no probabiliti"),
+        (
+            "lmsys",
+            None,
+            [["30", "nan", 0.5, 0.5], ["1", 0.4, 0.4, 0.2], ["200", 0.6, 0.25, 0.15]],
+            "id 30: nan, 0.5, 0.5 are no",
+        ),
+        ("lmsys", None, [["30", 0.7, 0.2, 0.2], ["1", 0.4, 0.4, 0.2], ["200", 0.6, 0.25, 0.15]], "id 30: 0.7, 0.2, 0.2 are no"),
+        (
+            "lmsys",
+            None,
+            [["30", "", 0.5, 0.5], ["1", 0.4, 0.4, 0.2], ["200", 0.6, 0.25, 0.15]],
+            "id 30: , 0.5, 0.5 are no prob",
+        ),
+        (
+            "lmsys",
+            None,
+            [["30", 0.5, 0.4, 0.1], ["1", 0.4, 0.4, 0.2], ["200", 0.6, 0.25, 0.15]],
+            "but scores.parquet has 0.75, ",
+        ),
+    ],
+)
+def test_a_submission_that_is_wrong_is_told_with_its_id(tmp_path, competition, header, lines, message):
+    write(tmp_path, competition, header=header, lines=lines)
+    with pytest.raises(UserError) as raised:
+        check(tmp_path, competition)
+    assert str(raised.value).startswith(f"{tmp_path / 'submission.csv'}")
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"id": ["30", "1", "2"]}, "1 ids are missing, e.g. 200; a submission needs every id once"),
+        ({"id": ["1", "30", "200"]}, ", row 1: the id is 1, the test file has 30 there; keep its order"),
+        ({"p_model_a": [0.75, float("nan"), 0.6]}, "id 1: nan, 0.6 are no probabilities within 0 and 1 that sum to one"),
+        ({"p_model_a": [0.75, None, 0.6]}, "id 1: None, 0.6 are no probabilities within 0 and 1 that sum to one"),
+        ({"p_model_b": [0.25, 0.7, 0.4]}, "id 1: 0.4, 0.7 are no probabilities within 0 and 1 that sum to one"),
+        ({"two_p_model_a_as_given": [0.75, float("nan"), None]}, "id 1: two_p_model_a_as_given is NaN"),
+    ],
+)
+def test_scores_that_are_wrong_are_told_with_their_id(tmp_path, changes, message):
+    write(tmp_path, "wsdm", scores={**WSDM, **changes})
+    with pytest.raises(UserError) as raised:
+        check(tmp_path, "wsdm")
+    assert str(raised.value).startswith(f"{tmp_path / 'scores.parquet'}")
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["submission.csv", "scores.parquet"])
+@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe"])
+def test_a_file_that_is_absent_or_damaged_is_told_in_one_line(tmp_path, name, content):
+    write(tmp_path, "wsdm")
+    (tmp_path / name).write_bytes(content) if content is not None else (tmp_path / name).unlink()
+    with pytest.raises(UserError) as raised:
+        check(tmp_path, "wsdm")
+    assert str(raised.value).startswith(f"{tmp_path / name}: ")
+    assert "\n" not in str(raised.value)
+
+
+def test_rows_of_the_same_texts_may_differ_by_the_tolerance_only(tmp_path):
+    changed = {**WSDM, "p_model_a": [0.75, 0.4, 0.75], "p_model_b": [0.25, 0.6, 0.25]}
+    changed["two_p_model_a_as_given"] = [0.75, 0.1, 0.7505]
+    write(tmp_path, "wsdm", scores=changed)
+    found = check(tmp_path, "wsdm", 1e-3)
+    assert (found["alike"], found["column"], found["rows"]) == (2, "two_p_model_a_as_given", ["30", "200"])
+    assert found["largest_difference"] == pytest.approx(5e-4)
+    with pytest.raises(UserError) as raised:
+        check(tmp_path, "wsdm", 1e-5)
+    assert str(raised.value) == (
+        f"{tmp_path / 'scores.parquet'}: the ids 30 and 200 have the same texts, and two_p_model_a_as_given differs by "
+        "5.0e-04, more than 1e-05; one has another row's answer, or its batch changes it"
+    )
+
+
+def test_final_probabilities_are_compared_where_the_same_models_scored_in_the_same_orders(tmp_path):
+    write(tmp_path, "wsdm", scores={**WSDM, "p_model_a": [0.75, 0.4, 0.55], "p_model_b": [0.25, 0.6, 0.45]})
+    assert check(tmp_path, "wsdm")["largest_difference"] == 0.0
+    both = {**WSDM, "p_model_a": [0.75, 0.4, 0.55], "p_model_b": [0.25, 0.6, 0.45], "two_p_model_a_as_given": [0.75, 0.4, 0.75]}
+    write(tmp_path, "wsdm", scores=both)
+    with pytest.raises(UserError, match="have the same texts, and p_model_. differs by 2.0e-01"):
+        check(tmp_path, "wsdm")
+
+
+@pytest.mark.parametrize(
+    "config, devices, tolerance",
+    [({}, ["cpu", "cpu"], 1e-5), ({"quantization_config": {}}, ["cpu"], 1e-3), ({}, ["cuda:0", "cuda:1"], 1e-3)],
+)
+def test_sixteen_bits_may_differ_by_more_than_thirty_two(tmp_path, config, devices, tolerance):
+    write_json(tmp_path / "config.json", config)
+    write_json(tmp_path / "kernel.json", {"devices": devices})
+    assert tolerance_for([tmp_path], tmp_path) == tolerance

@@ -1,0 +1,372 @@
+"""Memory, clocks and workers that fail: what happens to a batch, and that no row gets another row's answer."""
+
+import random
+import time
+from collections import deque
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kaggle_kernels.runtime.models.scoring import Request, padded_tokens
+from kaggle_kernels.runtime.package import PackageError
+from kaggle_kernels.runtime.scheduling import engine
+from kaggle_kernels.runtime.scheduling import worker as runtime_worker
+from kaggle_kernels.runtime.scheduling.crew import RECOVERY_BATCHES, Worker
+from kaggle_kernels.runtime.scheduling.engine import (
+    Pass,
+    make_pass,
+    next_batch,
+    pass_record,
+    run_pass,
+)
+from kaggle_kernels.runtime.settings import Clock, start_clock
+from tests.kaggle_kernels.runtime.workers import Device, ThreadProcess, answer, start_in_thread
+
+FAR = 1000.0
+LENGTHS = random.Random(4)
+REQUESTS = [
+    Request(f"row{number}", "as_given", ([LENGTHS.randrange(1, 50) for _ in range(LENGTHS.randrange(20, 120))],))
+    for number in range(60)
+]
+EXPECTED = {request.id: answer(request) for request in REQUESTS}
+LONGEST = max(REQUESTS, key=lambda request: request.length)
+
+
+def run(workers, seconds=FAR, requests=REQUESTS, clock=None, worth=None):
+    work = make_pass("test", requests, time.monotonic() + seconds, workers, worth)
+    try:
+        return run_pass(work, workers, clock or start_clock(FAR))
+    finally:
+        for worker in workers:
+            worker.stop()
+
+
+def holds(row_id):
+    return lambda requests: any(request.id == row_id for request in requests)
+
+
+def once(condition):
+    """A condition that is true the first time it would be, and never again."""
+    seen = []
+    return lambda requests: bool(not seen and condition(requests) and not seen.append(1))
+
+
+def test_every_row_is_scored_by_its_own_tokens():
+    assert run([Device().worker()]).scores == EXPECTED
+
+
+def test_several_workers_share_the_rows_and_give_the_same_scores():
+    devices = [Device(seconds_per_batch=0.01), Device(seconds_per_batch=0.01)]
+    assert run([device.worker() for device in devices]).scores == EXPECTED
+    assert sum(rows for device in devices for rows, _ in device.batches) == 60
+    assert min(len(device.batches) for device in devices) > 2
+
+
+def test_the_slower_worker_gets_fewer_rows_so_that_both_end_together():
+    fast, slow = Device(seconds_per_token=2e-5), Device(seconds_per_token=1e-4)
+    run([fast.worker(200), slow.worker(200)])
+    tokens = [sum(tokens for _, tokens in device.batches) for device in (fast, slow)]
+    assert tokens[0] > 2 * tokens[1] > 0
+
+
+def test_out_of_memory_halves_the_token_budget_and_tries_again():
+    device = Device(memory_tokens=700)
+    worker = device.worker(2000)
+    work = run([worker])
+    assert work.scores == EXPECTED
+    assert worker.tokens_per_batch <= 700 and worker.deaths == 0 and device.starts == 1
+    assert sum(rows for rows, _ in device.batches) == 60
+
+
+def test_a_row_that_alone_needs_too_much_memory_is_given_up_and_the_others_are_scored():
+    worker = Device(memory_tokens=LONGEST.tokens - 1).worker()
+    work = run([worker])
+    too_long = {request.id for request in REQUESTS if request.tokens == LONGEST.tokens}
+    assert work.scores == {row_id: values for row_id, values in EXPECTED.items() if row_id not in too_long}
+    assert set(work.given_up) == too_long
+    assert LONGEST.tokens - 3 < worker.tokens_per_batch < LONGEST.tokens
+
+
+@pytest.mark.parametrize("way", ["dies_at", "fails_at"])
+def test_a_worker_that_dies_is_started_again_with_half_the_budget_and_its_rows_are_scored(way, capsys):
+    device = Device()
+    setattr(device, way, once(holds("row7")))
+    worker = device.worker(1000)
+    work = run([worker])
+    assert work.scores == EXPECTED
+    assert (device.starts, worker.deaths, worker.tokens_per_batch, worker.gone) == (2, 1, 500, False)
+    assert work.deaths == {"cpu": 1}
+    said = {"dies_at": "cpu: died (exit code -9)", "fails_at": "RuntimeError: CUDA error: device-side assert triggered"}[way]
+    assert said in capsys.readouterr().out
+
+
+def test_a_budget_that_a_death_halved_grows_back_but_not_over_what_memory_allows():
+    worker = Worker("cpu", None, 1000, lambda task: None, most_tokens=1000)
+    worker.note_death()
+    worker.connection = SimpleNamespace(send=lambda message: None)
+    assert worker.tokens_per_batch == 500
+    for _ in range(2 * RECOVERY_BATCHES):
+        worker.send([REQUESTS[0]])
+        worker.note_scored(worker.numbers, [1])
+    assert worker.tokens_per_batch == 1000
+    worker.outstanding[0] = [LONGEST] * 2
+    worker.note_out_of_memory(0)
+    for _ in range(2 * RECOVERY_BATCHES):
+        worker.send([REQUESTS[0]])
+        worker.note_scored(worker.numbers, [1])
+    assert worker.tokens_per_batch == LONGEST.tokens
+
+
+def test_a_row_that_kills_its_worker_is_given_up_and_all_others_are_scored():
+    device = Device()
+    device.dies_at = holds("row7")
+    worker = device.worker(1000)
+    work = run([worker])
+    assert work.given_up == ["row7"]
+    assert work.scores == {row_id: values for row_id, values in EXPECTED.items() if row_id != "row7"}
+    assert (worker.deaths, worker.gone) == (3, False)
+
+
+def test_a_device_that_is_lost_leaves_its_rows_to_the_other(capsys):
+    lost, other = Device(), Device(seconds_per_batch=0.01)
+    lost.loads = lambda start: start == 1
+    lost.dies_at = lambda requests: True
+    workers = [lost.worker(name="cuda:0"), other.worker(name="cuda:1")]
+    work = run(workers)
+    assert work.scores == EXPECTED
+    assert (lost.starts, workers[0].gone, workers[1].gone) == (3, True, False)
+    assert work.deaths == {"cuda:0": 3}
+    assert "cuda:0: gone after 3 deaths without a score in between" in capsys.readouterr().out
+
+
+def test_with_all_devices_lost_rows_are_left_without_scores():
+    device, calls = Device(), []
+    device.loads = lambda start: start == 1
+    device.dies_at = lambda requests: bool(calls or (len(device.batches) == 2 and not calls.append(1)))
+    work = run([device.worker()])
+    assert 0 < len(work.scores) < 60
+    assert set(work.scores) | {r.id for batch in work.queue for r in batch} == set(EXPECTED)
+
+
+def test_a_worker_that_says_nothing_is_killed_and_started_again(monkeypatch):
+    monkeypatch.setattr(engine, "QUIET_SECONDS", 0.3)
+    device = Device()
+    device.hangs_at = once(holds("row7"))
+    work = run([device.worker()])
+    assert work.scores == EXPECTED
+    assert device.starts == 2
+
+
+def test_a_worker_that_loads_for_longer_than_a_batch_may_take_is_let_to_work(monkeypatch):
+    monkeypatch.setattr(engine, "QUIET_SECONDS", 0.3)
+    device = Device()
+    device.loads = lambda start: time.sleep(0.6) is None
+    worker = device.worker()
+    assert run([worker]).scores == EXPECTED
+    assert (device.starts, worker.deaths) == (1, 0)
+
+
+def test_a_worker_that_hangs_into_the_reserve_is_killed_and_its_rows_are_left():
+    device = Device(seconds_per_batch=0.01)
+    device.hangs_at = holds(LONGEST.id)
+    began = time.monotonic()
+    work = run([device.worker()], seconds=0.5, clock=Clock(began, began + 0.5, 0.3))
+    assert time.monotonic() - began < 5
+    assert LONGEST.id not in work.scores
+
+
+def test_a_worker_that_refuses_the_package_ends_the_pass():
+    def refuse(connection, task):
+        connection.send(("refused", "PackageError: golden row golden-00 scores otherwise"))
+
+    worker = Worker("cpu", None, 500, lambda task: start_in_thread(task, refuse), (0,))
+    worker.launch()
+    with pytest.raises(PackageError, match="golden row golden-00 scores otherwise"):
+        run([worker])
+
+
+def test_scores_that_are_not_finite_count_as_not_scored():
+    work = run([Device(not_finite=True).worker()])
+    assert work.scores == {}
+    assert work.not_finite == 60
+
+
+def test_a_clock_too_short_for_all_rows_takes_the_short_ones():
+    work = run([Device(seconds_per_batch=0.05).worker(200)], seconds=0.5)
+    by_length = sorted(REQUESTS, key=lambda request: request.length)
+    assert 0 < len(work.scores) < 60
+    short, long = (sum(r.id in work.scores for r in half) for half in (by_length[:30], by_length[30:]))
+    assert short > long
+
+
+def test_rows_are_scored_by_their_worth_an_eighth_at_a_time():
+    worker = Worker("cpu", None, 40, None, most_tokens=40)
+    requests = [Request(str(number), "swapped", ([5] * 10,)) for number in range(16)]
+    work = make_pass("test", requests, FAR, [worker], {str(number): -abs(number - 5.2) for number in range(16)})
+    assert [sorted(int(request.id) for request in batch) for batch in work.queue][:3] == [[5, 6], [4, 7], [3, 8]]
+    assert not work.may_reorder
+
+
+def queue_of(lengths, deadline, may_reorder):
+    batches = [[Request(str(number), "as_given", ([5] * length,))] for number, length in enumerate(lengths)]
+    return Pass("test", deque(batches), deadline, may_reorder, len(lengths))
+
+
+def worker_of_rate(tokens_per_second, tokens_per_batch=100):
+    return Worker("cpu", None, tokens_per_batch, None, tokens=tokens_per_second, seconds=1.0)
+
+
+def test_a_batch_that_would_end_after_the_deadline_stays_in_the_queue():
+    worker = worker_of_rate(10)
+    work = queue_of([90, 60], time.monotonic() + 5, may_reorder=False)
+    assert next_batch(work, worker, [worker]) is None
+    assert [batch[0].id for batch in work.queue] == ["0", "1"]
+    assert work.queued_tokens == 150
+
+
+def test_what_a_worker_has_before_it_counts_too():
+    worker = worker_of_rate(10)
+    worker.outstanding[1] = [Request("before", "as_given", ([5] * 30,))]
+    work = queue_of([40], time.monotonic() + 6, may_reorder=False)
+    assert next_batch(work, worker, [worker]) is None
+    work.deadline += 2
+    assert [request.id for request in next_batch(work, worker, [worker])] == ["0"]
+
+
+def test_a_short_clock_takes_the_shortest_batch_that_fits():
+    worker = worker_of_rate(10)
+    work = queue_of([90, 60, 40], time.monotonic() + 5, may_reorder=True)
+    assert [request.id for request in next_batch(work, worker, [worker])] == ["2"]
+    assert [batch[0].id for batch in work.queue] == ["0", "1"]
+
+
+def test_what_a_short_clock_takes_from_the_end_goes_back_there():
+    worker = worker_of_rate(10, tokens_per_batch=20)
+    work = queue_of([90, 40], time.monotonic() + 5, may_reorder=True)
+    work.put_last([[Request(name, "as_given", ([5] * 10,)) for name in "abc"]])
+    assert [request.id for request in next_batch(work, worker, [worker])] == ["a", "b"]
+    assert [batch[0].id for batch in work.queue] == ["0", "1", "c"]
+    worker.outstanding[1] = [Request("before", "as_given", ([5] * 45,))]
+    assert next_batch(work, worker, [worker]) is None
+    assert [batch[0].id for batch in work.queue] == ["0", "1", "c"]
+    assert work.queued_tokens == 140
+
+
+def test_a_batch_over_the_workers_budget_is_split_and_the_rest_stays_next():
+    worker = Worker("cpu", None, 20, None)
+    five = [Request(str(number), "as_given", ([5] * 10,)) for number in range(5)]
+    work = Pass("test", deque([five]), time.monotonic() + 5, True, 5)
+    assert [[request.id for request in next_batch(work, worker, [worker])] for _ in range(3)] == [["0", "1"], ["2", "3"], ["4"]]
+    assert next_batch(work, worker, [worker]) is None
+    assert work.queued_tokens == 0
+
+
+def test_the_record_of_a_pass():
+    requests = [Request("a", "as_given", ([5] * 30,)), Request("b", "as_given", ([5] * 20,))]
+    record = pass_record(run([Device().worker()], requests=requests))
+    assert {key: record[key] for key in ("pass", "rows", "scored", "left", "tokens", "computed_tokens", "padding")} == {
+        "pass": "test",
+        "rows": 2,
+        "scored": 2,
+        "left": 0,
+        "tokens": 50,
+        "computed_tokens": 60,
+        "padding": 0.1667,
+    }
+
+
+@pytest.mark.parametrize("seconds_left, starts", [(5, 1), (15, 2)])
+def test_a_worker_that_died_is_started_again_where_the_clock_has_time_to_load_it(seconds_left, starts):
+    device = Device()
+    worker = device.worker()
+    worker.load_seconds = 10.0
+    work = make_pass("test", REQUESTS, time.monotonic() + seconds_left, [worker])
+    engine.bury(work, worker, "died", start_clock(FAR))
+    started = worker.process is not None
+    worker.stop()
+    assert started == (starts == 2)
+
+
+def test_a_worker_is_not_started_after_the_deadline():
+    worker = Worker("cpu", None, 500, lambda task: pytest.fail("it was started"), most_tokens=500)
+    assert run([worker], seconds=-1).scores == {}
+
+
+def test_only_deaths_without_a_score_in_between_and_over_more_than_one_row_count_against_a_device():
+    worker = Worker("cpu", None, 1000, lambda task: None, most_tokens=1000)
+    worker.connection = SimpleNamespace(send=lambda message: None)
+    for _ in range(5):
+        worker.send(REQUESTS[:1])
+        worker.note_death()
+    assert (worker.fruitless, worker.gone) == (0, False)
+    for _ in range(2):
+        worker.send(REQUESTS[:2])
+        worker.note_death()
+    assert (worker.fruitless, worker.gone) == (2, False)
+    worker.send(REQUESTS[:2])
+    worker.note_scored(worker.numbers, [1])
+    assert worker.fruitless == 0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+        MemoryError(),
+    ],
+)
+def test_memory_that_runs_out_in_any_library_halves_the_budget_and_no_worker_dies(error):
+    device, real = Device(), Device.score
+
+    def score(requests, connection):
+        if len(requests) > 1:
+            raise error
+        return real(device, requests, connection)
+
+    device.score = score
+    worker = device.worker(300)
+    requests = [Request(str(number), "as_given", ([5] * 100,)) for number in range(3)]
+    work = run([worker], requests=requests)
+    assert len(work.scores) == 3
+    assert (worker.deaths, worker.tokens_per_batch, work.out_of_memory) == (0, 150, 1)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_whatever_fails_the_pass_ends_in_time_and_each_row_is_scored_left_or_given_up(seed, monkeypatch):
+    monkeypatch.setattr(runtime_worker, "free_memory", lambda: None)
+    dice = random.Random(seed)
+    killers = {f"row{dice.randrange(60)}" for _ in range(dice.choice([0, 0, 1, 2]))}
+
+    def device(seed):
+        own = random.Random(seed)
+        made = Device(own.choice([90, 300, 10**9]), own.choice([0, 0.005, 0.03]), own.choice([0, 1e-5, 1e-4]))
+        dies, fails, loads = own.choice([0, 0.02, 0.2, 1]), own.choice([0, 0, 0.05]), own.choice([1, 1, 0.7, 0])
+        made.dies_at = lambda requests: any(request.id in killers for request in requests) or own.random() < dies
+        made.fails_at = lambda requests: own.random() < fails
+        made.loads = lambda start: own.random() < loads
+        return made
+
+    devices = [device(dice.random()) for _ in range(dice.choice([1, 2, 2, 3]))]
+    workers = [one.worker(dice.choice([100, 500, 2000])) for one in devices]
+    seconds = dice.choice([0.1, 0.3, 0.6])
+    worth = {request.id: dice.random() for request in REQUESTS} if dice.random() < 0.4 else None
+    began = time.monotonic()
+    work = run(workers, seconds, clock=Clock(began, began + seconds, 0.6), worth=worth)
+    assert time.monotonic() - began < seconds + 5
+    assert work.scores == {row_id: EXPECTED[row_id] for row_id in work.scores}
+    left = [request.id for batch in work.queue for request in batch]
+    assert sorted([*work.scores, *left, *work.given_up]) == sorted(EXPECTED)
+    assert work.queued_tokens == sum(map(padded_tokens, work.queue))
+
+
+def test_stopping_a_worker_closes_its_pipe():
+    worker = Device().worker()
+    process = worker.process
+    worker.stop()
+    assert isinstance(process, ThreadProcess) and worker.process is None
+    process.thread.join(10)
+    assert not process.thread.is_alive()

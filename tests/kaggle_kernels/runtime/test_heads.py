@@ -1,0 +1,117 @@
+"""The three heads give the verdicts' logits: checked against plain forward passes, a row at a time."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from kaggle_kernels.runtime.models.scoring import make_batches, make_requests, score, verdict_logits
+from kaggle_kernels.runtime.package import read_tokenizer
+from preprocess import model_input
+from preprocess.model_input import Contract, Template
+from tests import tiny
+
+TURN = "# Prompt\n{prompt}\n# A\n{response_a}\n# B\n{response_b}\n"
+CONTRACT = Contract(
+    head="label_tokens",
+    verdicts=("model_a", "model_b"),
+    template=Template("<bos>", TURN, "A or B? "),
+    budget_tokens=200,
+    truncation="middle",
+    pad_token_id=0,
+    attention="sdpa",
+    softcap=False,
+    base_model="tiny",
+    revision=None,
+    num_labels=0,
+    label_token_ids=(37, 38),
+    logit_bias=(),
+    model_input_sha256="",
+    tokenizer_sha256={},
+    golden=(),
+    recorded={},
+)
+REWARD = replace(
+    CONTRACT,
+    head="reward",
+    template=Template("<bos>", "{prompt}<start_of_turn>{response}<end_of_turn>", ""),
+    num_labels=1,
+    label_token_ids=(),
+)
+PAIRS = [model_input.pair_from_row(row) for row in tiny.pairs(12, seed=5).to_dicts()]
+
+
+@pytest.fixture(scope="module", params=["gemma2", "llama"])
+def causal(request, tiny_models):
+    torch.manual_seed(3)
+    folder = tiny_models(request.param)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.5)
+    return model, read_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def rewards(tiny_models):
+    torch.manual_seed(3)
+    folder = tiny_models("gemma2")
+    config = AutoConfig.from_pretrained(folder, num_labels=1, pad_token_id=0)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    torch.nn.init.normal_(model.score.weight, std=0.5)
+    return model, read_tokenizer(folder)
+
+
+def test_label_tokens_are_compared_at_the_last_position_whatever_the_padding(causal):
+    model, tokenizer = causal
+    requests = make_requests(model_input, tokenizer, CONTRACT, PAIRS, ("as_given", "swapped"))
+    assert len({request.length for request in requests}) > 4
+    together = verdict_logits(model, CONTRACT, [request.sequences[0] for request in requests], "cpu")
+    with torch.inference_mode():
+        alone = [model(torch.tensor([request.sequences[0]])).logits[0, -1, [37, 38]] for request in requests]
+    assert (together - torch.stack(alone)).abs().max() < 1e-4
+    assert torch.stack(alone).std() > 0.1
+
+
+def test_only_the_last_position_gets_logits(causal, monkeypatch):
+    model, tokenizer = causal
+    shapes = []
+    head = model.get_output_embeddings()
+    handle = head.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape)))
+    score(model, model_input, tokenizer, CONTRACT, PAIRS[:3], tokens_per_batch=4096)
+    handle.remove()
+    assert {shape[1] for shape in shapes} == {1}
+
+
+def test_the_bias_is_added_before_the_answers_are_swapped_back(causal):
+    model, tokenizer = causal
+    plain = score(model, model_input, tokenizer, CONTRACT, PAIRS)
+    biased = score(model, model_input, tokenizer, replace(CONTRACT, logit_bias=(100.0, 0.0)), PAIRS)
+    assert all(values["as_given"] == pytest.approx([1, 0]) for values in biased.values())
+    assert all(values["swapped"] == pytest.approx([0, 1]) for values in biased.values())
+    assert not all(values["as_given"] == pytest.approx([1, 0]) for values in plain.values())
+
+
+def test_a_rewards_difference_is_the_logit_in_both_orders(rewards):
+    model, tokenizer = rewards
+    found = score(model, model_input, tokenizer, REWARD, PAIRS, tokens_per_batch=300)
+    with torch.inference_mode():
+        for pair in PAIRS:
+            a, b = (model(torch.tensor([ids])).logits.item() for ids in model_input.encode(pair, tokenizer, REWARD))
+            expected = torch.sigmoid(torch.tensor(a - b)).item()
+            assert found[pair.id]["as_given"] == pytest.approx([expected, 1 - expected], abs=1e-5)
+            assert found[pair.id]["swapped"] == found[pair.id]["as_given"]
+    assert max(values["as_given"][0] for values in found.values()) > 0.55
+
+
+def test_a_reward_model_follows_the_order_of_its_verdicts(rewards):
+    model, tokenizer = rewards
+    as_usual = score(model, model_input, tokenizer, REWARD, PAIRS)
+    other = score(model, model_input, tokenizer, replace(REWARD, verdicts=("model_b", "model_a")), PAIRS)
+    assert all(other[pair.id]["as_given"] == pytest.approx(as_usual[pair.id]["as_given"][::-1]) for pair in PAIRS)
+
+
+def test_a_reward_pair_counts_both_its_sequences_against_the_budget(rewards):
+    requests = make_requests(model_input, rewards[1], REWARD, PAIRS, ("as_given",))
+    batches = make_batches(requests, 300)
+    assert sum(map(len, batches)) == 12
+    assert max(max(r.length for r in batch) * 2 * len(batch) for batch in batches) <= 300

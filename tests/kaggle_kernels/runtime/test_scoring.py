@@ -1,0 +1,216 @@
+"""A row's probabilities depend on that row alone: not on its batch, its place in the file, or the budget."""
+
+import random
+from types import SimpleNamespace
+
+import polars as pl
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from kaggle_kernels.runtime.models.model import load_model
+from kaggle_kernels.runtime.models.scoring import (
+    Request,
+    alike,
+    make_batches,
+    make_requests,
+    mean_of_orders,
+    padded_tokens,
+    score,
+    score_batch,
+)
+from kaggle_kernels.runtime.package import read_package
+from tests import tiny
+from tests.conftest import SHARED_DATA
+from tests.kaggle_kernels.packages import AWKWARD_ROWS
+
+
+@pytest.fixture(scope="module")
+def loaded(package_folder):
+    package = read_package(package_folder)
+    return package, load_model(package_folder, package.contract, "cpu")
+
+
+@pytest.fixture(scope="module")
+def pairs(loaded):
+    rows = tiny.pairs(20, seed=5).to_dicts() + AWKWARD_ROWS
+    return [loaded[0].model_input.pair_from_row(row) for row in rows]
+
+
+def score_all(loaded, pairs, **options):
+    package, model = loaded
+    return score(model, package.model_input, package.tokenizer, package.contract, pairs, **options)
+
+
+def furthest(first, second):
+    assert first.keys() == second.keys()
+    return max(
+        abs(p - q)
+        for row_id, by_order in first.items()
+        for order, values in by_order.items()
+        for p, q in zip(values, second[row_id][order], strict=True)
+    )
+
+
+def test_scoring_in_batches_equals_scoring_one_row_at_a_time(loaded, pairs):
+    package, model = loaded
+    alone = {pair.id: score_all(loaded, [pair])[pair.id] for pair in pairs}
+    assert furthest(score_all(loaded, pairs, tokens_per_batch=1200), alone) < 1e-5
+    assert len({round(by_order["as_given"][0], 4) for by_order in alone.values()}) > 20, "the head does not tell rows apart"
+
+
+def test_shuffled_rows_get_the_same_scores_by_id_in_both_orders(loaded, pairs):
+    shuffled = random.Random(3).sample(pairs, len(pairs))
+    assert shuffled != pairs
+    assert furthest(score_all(loaded, pairs, tokens_per_batch=900), score_all(loaded, shuffled, tokens_per_batch=900)) < 1e-6
+
+
+def test_the_second_order_is_the_swapped_pairs_score_swapped_back(loaded, pairs):
+    package, _ = loaded
+    scores = score_all(loaded, pairs)
+    swapped = score_all(loaded, [package.model_input.swap(pair) for pair in pairs], orders=["as_given"])
+    expected = {row_id: {"swapped": by_order["as_given"][::-1]} for row_id, by_order in swapped.items()}
+    assert furthest(expected, scores) < 1e-5
+    assert furthest({row_id: {"swapped": scores[row_id]["as_given"]} for row_id in scores}, scores) > 1e-3
+
+
+def test_the_second_order_of_three_verdicts_keeps_the_tie_in_its_place(three_verdict_folder):
+    package = read_package(three_verdict_folder)
+    loaded = package, load_model(three_verdict_folder, package.contract, "cpu")
+    pair = package.model_input.pair_from_row({"id": "1", "prompt": "p", "response_a": "good", "response_b": "bad bad"})
+    swapped = score_all(loaded, [pair])["1"]["swapped"]
+    tie, b, a = score_all(loaded, [package.model_input.swap(pair)], orders=["as_given"])["1"]["as_given"]
+    assert swapped == pytest.approx([tie, a, b], abs=1e-6)
+
+
+@pytest.mark.parametrize("tokens_per_batch", [64, 1000, 4096])
+def test_the_token_budget_is_never_exceeded_and_no_request_is_lost(tokens_per_batch):
+    rng = random.Random(0)
+    requests = [Request(str(number), "as_given", ([5] * rng.randint(1, 64),)) for number in range(500)]
+    batches = make_batches(requests, tokens_per_batch)
+    assert max(map(padded_tokens, batches)) <= tokens_per_batch
+    assert sorted(r.id for batch in batches for r in batch) == sorted(r.id for r in requests)
+    lengths = [r.length for batch in batches for r in batch]
+    assert lengths == sorted(lengths, reverse=True)
+
+
+def test_a_request_longer_than_the_budget_is_a_batch_of_its_own():
+    batches = make_batches([Request("long", "as_given", ([5] * 90,)), Request("short", "as_given", ([5] * 10,))], 64)
+    assert [[request.id for request in batch] for batch in batches] == [["long"], ["short"]]
+
+
+def test_batches_hold_as_many_rows_as_the_budget_allows():
+    requests = [Request(str(number), "as_given", ([5] * 10,)) for number in range(7)]
+    assert [len(batch) for batch in make_batches(requests, 30)] == [3, 3, 1]
+
+
+def padding(requests, tokens_per_batch):
+    """The share of the computed tokens that is padding."""
+    computed = sum(map(padded_tokens, make_batches(requests, tokens_per_batch)))
+    return 1 - sum(request.tokens for request in requests) / computed
+
+
+def test_lengths_that_are_not_alike_go_through_the_model_apart():
+    assert alike([10, 1000, 990, 12, 985]) == [[1, 2, 4], [3, 0]]
+    assert alike([1000, 900, 800]) == [[0, 1], [2]], "128 tokens of padding are allowed, 300 are not"
+    assert (
+        padded_tokens([Request("1", "as_given", ([5] * 1000, [5] * 300)), Request("2", "as_given", ([5] * 990, [5] * 200))])
+        == 2600
+    )
+    assert alike([7]) == [[0]]
+
+
+def test_the_sequences_of_a_pass_come_back_in_their_places(loaded):
+    package, _ = loaded
+    widths = []
+
+    def model(input_ids):
+        widths.append(input_ids.shape[1])
+        return SimpleNamespace(logits=torch.stack([input_ids[:, 0], torch.zeros_like(input_ids[:, 0])], dim=1).float())
+
+    model.causal = True
+    batch = [Request(str(at), "as_given", ([at + 1] * length,)) for at, length in enumerate([5, 900, 880, 6, 300])]
+    found = score_batch(model, package.model_input, package.contract, batch, "cpu")
+    assert [values[0] for values in found] == pytest.approx(torch.sigmoid(torch.arange(1.0, 6)).tolist())
+    assert widths == [900, 300, 6]
+
+
+@pytest.mark.parametrize(
+    "budget, tokens_per_batch, most", [(2048, 8192, 0.015), (3072, 8192, 0.015), (2048, 4096, 0.01), (3072, 4096, 0.01)]
+)
+def test_little_of_what_is_computed_for_generated_rows_is_padding(budget, tokens_per_batch, most):
+    rng = random.Random(1)
+    lengths = [min(int(rng.lognormvariate(6.5, 0.6)), budget) for _ in range(2000)]
+    assert (
+        padding([Request(str(at), "as_given", ([5] * length,)) for at, length in enumerate(lengths)], tokens_per_batch) < most
+    )
+
+
+@pytest.fixture(scope="module")
+def real_lengths(tmp_path_factory):
+    """Tokens of the prompt and of either response of 4,217 real pairs, by a tokenizer that was trained on some of them."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("real pairs (../shared/data) are absent")
+    texts = pl.read_parquet(SHARED_DATA / "human.parquet").select("prompt", "response_a", "response_b").fill_null("")
+    folder = tmp_path_factory.mktemp("bpe")
+    tiny.bpe_tokenizer(folder, vocabulary_size=8000, texts=[text for row in texts[::8].rows() for text in row])
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return list(
+        zip(*([len(found.ids) for found in backend.encode_batch_fast(column.to_list())] for column in texts), strict=True)
+    )
+
+
+@pytest.mark.parametrize("head, most", [("score", 0.01), ("reward", 0.05)])
+@pytest.mark.parametrize("budget, tokens_per_batch", [(2048, 8192), (3072, 8192), (2048, 4096), (3072, 4096)])
+def test_little_of_what_is_computed_for_real_pairs_is_padding(real_lengths, head, most, budget, tokens_per_batch):
+    requests = []
+    for at, (prompt, a, b) in enumerate(real_lengths):
+        sizes = (prompt + a, prompt + b) if head == "reward" else (prompt + a + b,)
+        requests.append(Request(str(at), "as_given", tuple([5] * min(size, budget) for size in sizes)))
+    assert len(requests) == 4217
+    assert padding(requests, tokens_per_batch) < most
+
+
+def test_requests_are_the_packages_own_ids(loaded, pairs):
+    package, _ = loaded
+    requests = make_requests(package.model_input, package.tokenizer, package.contract, pairs[:3], ("as_given", "swapped"))
+    assert [(request.id, request.order) for request in requests] == [
+        *((pair.id, "as_given") for pair in pairs[:3]),
+        *((pair.id, "swapped") for pair in pairs[:3]),
+    ]
+    swapped = package.model_input.swap(pairs[1])
+    assert requests[4].sequences == package.model_input.encode(swapped, package.tokenizer, package.contract)
+
+
+def test_two_pairs_with_one_id_are_refused(loaded, pairs):
+    with pytest.raises(ValueError, match="1 pairs have the id of another one"):
+        score_all(loaded, [pairs[0], pairs[0]])
+
+
+def test_probabilities_that_are_not_finite_are_an_error(loaded, pairs):
+    package, _ = loaded
+
+    def overflowing(input_ids):
+        return SimpleNamespace(logits=torch.full((len(input_ids), 2), float("nan")))
+
+    overflowing.dtype = torch.float16
+    with pytest.raises(FloatingPointError, match="row row00000, "):
+        score_all((package, overflowing), pairs[:1])
+
+
+def test_the_model_sees_padding_on_the_right_under_a_mask(loaded):
+    package, _ = loaded
+    seen = {}
+
+    def model(input_ids, attention_mask):
+        seen.update(ids=input_ids.tolist(), mask=attention_mask.tolist())
+        return SimpleNamespace(logits=torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
+
+    batch = [Request("1", "as_given", ([5, 6, 7],)), Request("2", "as_given", ([8],))]
+    assert score_batch(model, package.model_input, package.contract, batch, "cpu") == [[0.5, 0.5], [0.5, 0.5]]
+    assert seen == {"ids": [[5, 6, 7], [8, 0, 0]], "mask": [[1, 1, 1], [1, 0, 0]]}
+
+
+def test_the_mean_of_orders_is_over_the_orders_that_were_scored():
+    scores = {"both": {"as_given": [0.75, 0.25], "swapped": [0.25, 0.75]}, "one": {"as_given": [0.9, 0.1]}, "none": {}}
+    assert mean_of_orders(scores) == {"both": [0.5, 0.5], "one": [0.9, 0.1]}

@@ -1,0 +1,159 @@
+"""A submission is whole or it is not written."""
+
+from dataclasses import replace
+
+import polars as pl
+import pytest
+
+from kaggle_kernels.build.spec import Spec, settings_of
+from kaggle_kernels.runtime.submission import (
+    check_submission,
+    fill_unscored,
+    prior,
+    soften,
+    to_competition,
+    weighted_mean,
+    write_scores,
+    write_submission,
+)
+
+WSDM = settings_of(
+    "test", Spec(title="Title", competition="wsdm", packages=[{"run": "r", "dataset": "dataset"}], clock_seconds=60), []
+)
+LMSYS = settings_of(
+    "test", Spec(title="Title", competition="lmsys", packages=[{"run": "r", "dataset": "dataset"}], clock_seconds=60), []
+)
+
+
+def test_wsdm_names_the_winner_and_equal_means_model_a(tmp_path):
+    write_submission(tmp_path / "submission.csv", WSDM, {"9": [0.25, 0.75], "1": [0.5, 0.5], "x": [0.9, 0.1]})
+    assert (tmp_path / "submission.csv").read_text() == "id,winner\n9,model_b\n1,model_a\nx,model_a\n"
+
+
+def test_lmsys_gives_three_probabilities_in_its_columns(tmp_path):
+    write_submission(tmp_path / "submission.csv", LMSYS, {"9": [0.5, 0.25, 0.25]})
+    expected = "id,winner_model_a,winner_model_b,winner_tie\n9,0.5,0.25,0.25\n"
+    assert (tmp_path / "submission.csv").read_text() == expected
+
+
+@pytest.mark.parametrize(
+    "settings, values, message",
+    [
+        (LMSYS, [float("nan"), 0.5, 0.5], "id 9: .nan, 0.5, 0.5. are not probabilities that sum to one"),
+        (LMSYS, [0.5, 0.5], "id 9: .* one for each of model_a, model_b, tie; nothing is submitted"),
+        (WSDM, [float("nan"), 0.5], "id 9: .* not probabilities"),
+        (WSDM, [float("inf"), 0.5], "id 9: .* not probabilities"),
+        (WSDM, [1.0, 0.0], "id 9: .* not probabilities"),
+    ],
+)
+def test_a_submission_that_is_wrong_leaves_no_file(tmp_path, settings, values, message):
+    with pytest.raises(ValueError, match=message):
+        write_submission(tmp_path / "submission.csv", settings, {"9": values})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "ids, message",
+    [
+        (["1", "9"], "its 2 ids are not the test file's 2 ids in their order: row 1 has '9', expected '1'"),
+        (["9", "1", "5"], "its 2 ids are not the test file's 3 ids in their order: row 3 is missing, expected '5'"),
+        (["9"], "row 2 has '1', expected no more"),
+        (["09", "1"], "row 1 has '9', expected '09'"),
+    ],
+)
+def test_a_submission_without_the_test_files_ids_in_their_order_leaves_no_file(tmp_path, ids, message):
+    with pytest.raises(ValueError, match=message):
+        write_submission(tmp_path / "submission.csv", WSDM, {"9": [0.25, 0.75], "1": [0.5, 0.5]}, ids)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ids_that_csv_must_quote_are_read_back_as_they_were(tmp_path):
+    ids = ['a,"b"', " 7 ", "line\nend", "'", "河", "1e5", "007"]
+    write_submission(tmp_path / "submission.csv", WSDM, dict.fromkeys(ids, [0.25, 0.75]), ids)
+    assert pl.read_csv(tmp_path / "submission.csv", infer_schema=False)["id"].to_list() == ids
+
+
+@pytest.mark.parametrize(
+    "settings, text, message",
+    [
+        (WSDM, "id,label\n1,model_a\n2,model_b\n", "columns"),
+        (WSDM, "id,winner\n1,model_a\n", "its 1 ids are not the test file's 2 ids"),
+        (WSDM, "id,winner\n2,model_a\n1,model_b\n", "ids are not"),
+        (WSDM, "id,winner\n1,model_a\n1,model_a\n", "ids are not"),
+        (WSDM, "id,winner\n1,model_a\n2,tie\n", "id 2: 'tie'"),
+        (WSDM, "id,winner\n1,model_a\n2\n", "id 2: 0 values"),
+        (LMSYS, "id,winner_model_a,winner_model_b,winner_tie\n1,0.5,0.3,0.2\n2,0.5,0.3,nan\n", "id 2: "),
+        (LMSYS, "id,winner_model_a,winner_model_b,winner_tie\n1,0.5,0.3,0.2\n2,1.0,0.0,0.0\n", "id 2: "),
+        (LMSYS, "id,winner_model_a,winner_model_b,winner_tie\n1,0.5,0.3,0.2\n2,0.5,0.3,0.3\n", "id 2: "),
+    ],
+)
+def test_a_wrong_submission_is_found(tmp_path, settings, text, message):
+    (tmp_path / "submission.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        check_submission(tmp_path / "submission.csv", settings, ["1", "2"])
+
+
+def test_rows_without_a_score_get_the_prior_the_longer_answer():
+    rows = [
+        {"id": "1", "response_a": "long enough", "response_b": "short"},
+        {"id": "2", "response_a": "short", "response_b": ["turn", None, "turn"]},
+        {"id": "3", "response_a": None, "response_b": ""},
+        {"id": "4", "response_a": "scored", "response_b": "scored"},
+    ]
+    assert fill_unscored(rows, {"4": [0.1, 0.9]}, ("model_a", "model_b"), 0.25) == {
+        "1": [0.6, 0.4],
+        "2": [0.4, 0.6],
+        "3": [0.6, 0.4],
+        "4": [0.1, 0.9],
+    }
+
+
+def test_three_verdicts_have_a_prior_of_their_own():
+    row = {"id": "1", "response_a": ["x"], "response_b": ["long"]}
+    assert prior(row, ("model_a", "model_b", "tie")) == [0.25, 0.45, 0.3]
+
+
+def test_fewer_scored_rows_than_the_spec_allows_raise():
+    rows = [{"id": str(number), "response_a": "a", "response_b": "b"} for number in range(100)]
+    scored = {str(number): [0.5, 0.5] for number in range(97)}
+    assert len(fill_unscored(rows, scored, ("model_a", "model_b"), 0.97)) == 100
+    with pytest.raises(ValueError, match="97 of 100 rows were scored, the spec's min_scored is 0.98; nothing is submitted"):
+        fill_unscored(rows, {**scored, "of the visible run": [0.5, 0.5]}, ("model_a", "model_b"), 0.98)
+
+
+def test_a_tie_that_the_competition_does_not_know_is_dropped_and_the_rest_renormalised():
+    assert to_competition([0.5, 0.125, 0.375], ("tie", "model_b", "model_a"), ("model_a", "model_b")) == [0.75, 0.25]
+    assert to_competition([0.5, 0.2, 0.3], ("tie", "model_b", "model_a"), ("model_a", "model_b", "tie")) == [0.3, 0.2, 0.5]
+
+
+def test_a_model_that_is_sure_of_a_tie_says_nothing_where_there_is_none():
+    assert to_competition([1.0, 0.0, 0.0], ("tie", "model_b", "model_a"), ("model_a", "model_b")) == [0.5, 0.5]
+
+
+def test_the_mean_is_weighted_over_the_models_that_scored_the_row():
+    assert weighted_mean([[1.0, 0.0], [0.0, 1.0]], [0.75, 0.25]) == [0.75, 0.25]
+    assert weighted_mean([[0.25, 0.75]], [0.5]) == [0.25, 0.75]
+
+
+def test_a_temperature_above_one_makes_answers_less_sure_and_keeps_their_order():
+    assert soften([0.8, 0.2], 1.0) == pytest.approx([0.8, 0.2])
+    assert soften([0.8, 0.2], 2.0) == pytest.approx([2 / 3, 1 / 3])
+    assert soften([1.0, 0.0], 1.0) == pytest.approx([1 - 1e-6, 1e-6])
+
+
+def test_scores_hold_every_probability_of_every_model_and_order(tmp_path):
+    scores = {"1": {"as_given": [0.5, 0.25, 0.25], "swapped": [0.25, 0.5, 0.25]}, "2": {"as_given": [0.0, 1.0, 0.0]}}
+    final, verdicts = {"2": [0.1, 0.9], "1": [0.5, 0.5], "3": [0.6, 0.4]}, ("tie", "model_a", "model_b")
+    write_scores(tmp_path / "s.parquet", WSDM.verdicts, final, {"1": [], "2": []}, {"gemma": (verdicts, scores)})
+    frame = pl.read_parquet(tmp_path / "s.parquet")
+    assert frame["id"].to_list() == ["2", "1", "3"]
+    assert frame["scored"].to_list() == [True, True, False]
+    assert frame["p_model_a"].to_list() == [0.1, 0.5, 0.6]
+    assert frame["gemma_p_model_a_as_given"].to_list() == [1.0, 0.25, None]
+    assert frame["gemma_p_tie_swapped"].to_list() == [None, 0.25, None]
+    assert frame.width == 4 + 6
+
+
+def test_the_competitions_columns_are_kaggles():
+    assert (WSDM.competition, WSDM.columns) == ("wsdm-cup-multilingual-chatbot-arena", ("winner",))
+    assert replace(LMSYS, name="").columns == ("winner_model_a", "winner_model_b", "winner_tie")

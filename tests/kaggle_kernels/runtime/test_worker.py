@@ -1,0 +1,81 @@
+"""Worker processes as on Kaggle: started, killed, started again, and the same answers."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from kaggle_kernels.runtime.models.model import load_model
+from kaggle_kernels.runtime.models.scoring import make_requests, score
+from kaggle_kernels.runtime.package import read_package
+from kaggle_kernels.runtime.scheduling.crew import start_workers, stop_workers
+from kaggle_kernels.runtime.scheduling.engine import make_pass, receive, run_pass
+from kaggle_kernels.runtime.scheduling.worker import work
+from kaggle_kernels.runtime.settings import start_clock
+from tests import tiny
+from tests.kaggle_kernels.packages import write_manifest
+from tests.kaggle_kernels.runtime.workers import start_in_thread
+
+
+def test_two_processes_of_which_one_is_killed_score_what_one_model_scores(package_folder, capsys):
+    package = read_package(package_folder)
+    pairs = [package.model_input.pair_from_row(row) for row in tiny.pairs(400, seed=9).to_dicts()]
+    requests = make_requests(package.model_input, package.tokenizer, package.contract, pairs, ("as_given",))
+    clock = start_clock(600)
+    workers = start_workers(package, "each", {0: "cpu", 1: "cpu"}, 300, 1, clock)
+    try:
+        for worker in workers:
+            receive(make_pass("nothing", [], clock.deadline, workers), worker, workers, clock)
+        names = [Path(f"/proc/{worker.process.pid}/comm").read_text().strip() for worker in workers]
+        os.kill(workers[1].process.pid, signal.SIGKILL)
+        done = run_pass(make_pass("test", requests, clock.deadline, workers), workers, clock)
+        processes = [worker.process for worker in workers]
+    finally:
+        stop_workers(workers)
+    assert names == ["worker 0", "worker 1"]
+    assert (workers[0].deaths, workers[1].deaths, workers[1].gone) == (0, 1, False)
+    assert "cpu #1: died (exit code -9)" in capsys.readouterr().out
+    model = load_model(package_folder, package.contract, "cpu")
+    expected = score(model, package.model_input, package.tokenizer, package.contract, pairs, orders=("as_given",))
+    assert len(done.scores) == 400
+    for row_id, values in done.scores.items():
+        assert values == pytest.approx(expected[row_id]["as_given"], abs=1e-5)
+    assert [process.is_alive() for process in processes] == [False, False]
+
+
+def first_message(task_folder, workers_target=work):
+    class Task:
+        folder, devices, position, threads = str(task_folder), ("cpu",), 0, 1
+
+    process, connection = start_in_thread(Task, workers_target)
+    message = connection.recv()
+    connection.close()
+    process.thread.join(10)
+    return message
+
+
+def test_a_worker_tells_what_it_loaded(package_folder):
+    kind, facts = first_message(package_folder)
+    assert (kind, facts["dtype"], facts["batches_at_once"]) == ("loaded", "torch.float32", 1)
+    assert facts["worst"] < 1e-5
+
+
+def test_a_worker_refuses_weights_that_are_not_those_packaged(spoilt):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(spoilt / "model.safetensors")
+    weights["score.weight"] = torch.flip(weights["score.weight"], [0])
+    save_file(weights, spoilt / "model.safetensors", metadata={"format": "pt"})
+    write_manifest(spoilt)
+    kind, sentence = first_message(spoilt)
+    assert kind == "refused"
+    assert "PackageError: " in sentence and "the package recorded" in sentence
+
+
+def test_a_worker_that_cannot_load_says_why(spoilt):
+    (spoilt / "model.safetensors").write_bytes(b"no tensors")
+    kind, told = first_message(spoilt)
+    assert kind == "failed"
+    assert "safetensors" in told.lower()

@@ -1,0 +1,169 @@
+import numpy as np
+import pytest
+
+from postprocess.agreement.statistics import (
+    Column,
+    Resamples,
+    compare,
+    difference,
+    interval,
+    outcomes,
+    resample,
+)
+from recipes.pairwise.tracking.metrics import scores
+
+LABELS = np.array([[1.0, 0.0], [0.0, 1.0]])
+WINNERS = np.array([0, 1])
+TRAINED = (0.9, 0.4)
+
+
+def column(name, *rows):
+    """A column from the probability of model_a in each row, the same in both orders."""
+    return Column(name, np.array([[[p, 1 - p]] * 2 for p in rows]), "float16")
+
+
+def report(tolerance=0.05, groups=None, labels=LABELS, winners=WINNERS, trained=TRAINED, **models):
+    named = {"recorded": trained, "trained": trained, **models}
+    return compare([column(name.replace("_", "-"), *rows) for name, rows in named.items()], labels, winners, tolerance, groups)
+
+
+@pytest.mark.parametrize(
+    ("model", "trained", "nats"),
+    [
+        (0.25, 0.5, 0.143841),  # ln(4/3) / 2
+        (0.5, 0.25, 0.130812),  # 0.25 ln(1/2) + 0.75 ln(3/2)
+        (0.3, 0.3, 0.0),
+        (0.0, 1.0, 34.538776),  # ln 1e15
+    ],
+)
+def test_the_divergence_is_from_the_trained_model_to_the_other_in_nats(model, trained, nats):
+    found = difference(column("quantised", model), column("trained", trained))
+    assert found["kl_divergence"] == pytest.approx(nats, abs=1e-6)
+
+
+def test_differences_and_divergence_are_of_each_order_and_verdicts_of_their_mean():
+    one = Column("quantised", np.array([[[0.7, 0.3], [0.2, 0.8]]]), "float16")
+    other = Column("trained", np.array([[[0.5, 0.5], [0.5, 0.5]]]), "float16")
+    assert difference(one, other) == {
+        "largest": pytest.approx(0.3),
+        "mean": pytest.approx(0.25),
+        "kl_divergence": pytest.approx((0.5 * np.log(0.25 / 0.21) + 0.5 * np.log(0.25 / 0.16)) / 2),
+        "verdicts_changed": 1,
+    }
+
+
+def test_one_group_of_prompts_has_an_interval_without_width():
+    line = report(groups=np.array([5, 5]), quantised=(0.8, 0.6))["models"][-1]
+    assert (line["accuracy"], line["accuracy_interval"]) == (0.5, [0.5, 0.5])
+    assert line["log_loss_interval"] == [0.569717, 0.569717]  # -(ln 0.8 + ln 0.4) / 2
+    assert line["log_loss"] == pytest.approx(0.569717, abs=1e-6)
+
+
+@pytest.mark.parametrize(("groups", "between"), [([0, 0, 0, 1], [0.0, 1.0]), (None, [0.25, 1.0])])
+def test_rows_of_one_group_are_drawn_together(groups, between):
+    """Three rows right and one wrong: both draws hit the group of the wrong row in a quarter of cases, four in 1 of 256."""
+    labels, winners = np.eye(2)[[0, 0, 0, 1]], np.array([0, 0, 0, 1])
+    rows, groups = (0.9, 0.9, 0.9, 0.9), groups and np.array(groups)
+    line = report(groups=groups, labels=labels, winners=winners, trained=rows, quantised=rows)["models"][-1]
+    assert (line["accuracy"], line["accuracy_interval"]) == (0.75, between)
+
+
+def test_a_draw_has_as_many_groups_as_there_are_each_as_a_whole():
+    drawn = resample(np.array([7, 7, 3]))
+    assert drawn.group_r.tolist() == [1, 1, 0]
+    assert drawn.counts_bg.shape == (1000, 2)
+    assert set(drawn.counts_bg.sum(axis=1)) == {2}
+    values_r, all_r = np.array([1.0, 1.0, 0.0]), np.full(3, True)
+    means = {(counts @ [0, 2]) / (counts @ [1, 2]) for counts in drawn.counts_bg}
+    assert means == {0.0, 2 / 3, 1.0}
+    assert interval(values_r, all_r, drawn) == [0.0, 1.0]
+
+
+def test_the_interval_of_independent_rows_is_that_of_a_share():
+    """0.84 of 400 rows: 1.96 sqrt(0.84 * 0.16 / 400) = 0.036 to each side."""
+    values_r = np.array([1.0] * 336 + [0.0] * 64)
+    low, high = interval(values_r, np.full(400, True), resample(np.arange(400)))
+    assert (low, high) == (pytest.approx(0.804, abs=0.005), pytest.approx(0.876, abs=0.005))
+
+
+def test_the_same_rows_in_groups_of_four_have_twice_the_interval():
+    values_r = np.repeat([1.0] * 84 + [0.0] * 16, 4)
+    low, high = interval(values_r, np.full(400, True), resample(np.repeat(np.arange(100), 4)))
+    assert (low, high) == (pytest.approx(0.768, abs=0.015), pytest.approx(0.912, abs=0.015))
+
+
+def test_rows_without_a_winner_do_not_count_for_accuracy_even_where_a_draw_has_no_others():
+    counts = np.array([[2, 0], [0, 2]])
+    drawn = Resamples(np.array([0, 1]), counts)
+    assert interval(np.array([1.0, 0.0]), np.array([True, False]), drawn) == [1.0, 1.0]
+    nothing = interval(np.array([1.0, 0.0]), np.array([False, False]), drawn)
+    assert np.isnan(nothing).tolist() == [True, True]
+
+
+def test_the_means_of_the_outcomes_are_the_metrics():
+    generator = np.random.default_rng(3)
+    rows = generator.dirichlet([1, 1, 1], size=(50, 2))
+    labels, winners = np.eye(3)[generator.integers(3, size=50)], generator.integers(-1, 3, size=50)
+    right_r, loss_r = outcomes(Column("trained", rows, ""), labels, winners)
+    known = scores(rows, labels, winners)
+    assert right_r[winners >= 0].mean() == pytest.approx(known["accuracy"])
+    assert loss_r.mean() == pytest.approx(known["log_loss"])
+
+
+def test_what_packaging_costs_is_measured_row_by_row():
+    found = report(groups=np.array([0, 0]), quantised=(0.8, 0.6))["packaged_minus_trained"]
+    assert found["accuracy"] == {"difference": -0.5, "interval": [-0.5, -0.5]}
+    assert found["log_loss"]["difference"] == pytest.approx(0.261624, abs=1e-6)  # (ln(0.9 / 0.8) + ln(0.6 / 0.4)) / 2
+    assert report(quantised=TRAINED)["packaged_minus_trained"]["accuracy"] == {"difference": 0.0, "interval": [0.0, 0.0]}
+
+
+def test_of_repeats_and_others_the_nearest_to_training_is_packaged_and_their_spread_is_told():
+    models = {"quantised": (0.8, 0.4), "quantised_2": (0.9, 0.38), "quantised_3": (0.4, 0.4), "unmerged": (0.9, 0.45)}
+    found = report(merged=TRAINED, **models)
+    assert found["candidates"] == {
+        "quantised": pytest.approx(0.05),
+        "quantised-2": pytest.approx(0.01),
+        "quantised-3": pytest.approx(0.25),
+        "unmerged": pytest.approx(0.025),
+    }
+    assert (found["packaged"], found["agrees"]) == ("quantised-2", True)
+    assert found["repeats"] == {
+        "models": ["quantised", "quantised-2", "quantised-3"],
+        "mean_difference": {
+            "min": pytest.approx(0.01),
+            "max": pytest.approx(0.25),
+            "standard_deviation": pytest.approx(0.128582, abs=1e-6),
+        },
+        "accuracy": {"min": 0.5, "max": 1.0, "standard_deviation": pytest.approx(0.288675, abs=1e-6)},
+    }
+    assert "repeats" not in report(quantised=TRAINED, unmerged=TRAINED)
+
+
+def test_what_any_quantised_model_was_made_of_must_agree_too():
+    found = report(merged=(0.1, 0.4), quantised=(0.5, 0.4), quantised_2=TRAINED)
+    assert (found["packaged"], found["agrees"]) == ("quantised-2", False)
+    assert found["gates"][0] == {"model": "merged", "against": "trained", "mean": pytest.approx(0.4)}
+    assert [(gate["model"], gate["against"]) for gate in found["gates"][1:]] == [
+        ("quantised-2", "trained"),
+        ("quantised-2", "recorded"),
+    ]
+
+
+NAN = (float("nan"), 0.4)
+
+
+@pytest.mark.parametrize("models", [{"quantised": NAN}, {"quantised": TRAINED, "merged": NAN}], ids=["packaged", "merged"])
+def test_a_gate_that_is_not_a_number_does_not_agree(models):
+    found = report(tolerance=1.0, **models)
+    assert not found["agrees"]
+    assert np.isnan(found["gates"][0]["mean"])
+
+
+def test_a_candidate_that_is_not_a_number_is_not_taken():
+    found = report(merged=TRAINED, quantised=NAN, unmerged=(0.9, 0.41))
+    assert (found["packaged"], found["agrees"]) == ("unmerged", True)
+
+
+def test_the_same_numbers_give_the_same_report():
+    models = {"merged": TRAINED, "quantised": (0.8, 0.6)}
+    assert report(**models) == report(**models)

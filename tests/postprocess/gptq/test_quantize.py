@@ -1,0 +1,378 @@
+"""GPTQ from a run to a package, and from a package to probabilities; and the environment that it runs in."""
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from hashlib import sha256
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from kaggle_kernels.runtime.models.gptq import GptqLinear, unpack, unpacking
+from kaggle_kernels.runtime.models.model import load_model
+from kaggle_kernels.runtime.models.placement import weight_sizes
+from kaggle_kernels.runtime.package import PackageError, read_package
+from postprocess.__main__ import main
+from postprocess.gptq import environment, quantize
+from postprocess.gptq.environment import ENVIRONMENT, python_with_gptq
+from postprocess.memory.model_size import Served, bytes_by_class, dimensions_of, weights
+from postprocess.weights.merge import merge, merged_model
+from preprocess.core.errors import UserError
+from tests.postprocess.test_kaggle_versions import in_kaggles_versions
+
+ROOT = Path(__file__).parents[3]
+RUN = {"width": 128, "training_rows": 30}
+VARIANTS = {
+    "gptq8": ("gemma2", {"quantize": "gptq8", **RUN}),
+    "gptq4": ("llama", {"quantize": "gptq4", "head": "label_tokens", "tolerance": 0.1, **RUN}),
+}
+WEIGHTS_BY_THE_LIBRARY = """
+import sys
+import torch
+from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
+from safetensors.torch import load_file, save_file
+
+name, out, weights = sys.argv[1], sys.argv[2], {}
+for bits, file in ((8, sys.argv[3]), (4, sys.argv[4])):
+    tensors = {key.removeprefix(name + "."): tensor for key, tensor in load_file(file).items() if key.startswith(name + ".")}
+    layer = TorchLinear(bits=bits, group_size=128, sym=True, desc_act=False, in_features=256, out_features=128, bias=False)
+    layer.load_state_dict(tensors)
+    convert_gptq_v1_to_v2_format_module(layer, bits=bits, pack_dtype=torch.int32)
+    layer.post_init()
+    weights[f"gptq{bits}"] = layer.dequantize_weight().T.contiguous()
+save_file(weights, out)
+"""
+
+needs_gptq = pytest.mark.skipif(
+    not (ENVIRONMENT / "installed").exists(),
+    reason="no .venv-gptq; `make setup` makes it from postprocess/gptq/requirements.txt",
+)
+
+
+@pytest.fixture
+def package_of(packaged):
+    """package_of("gptq8") is a run after `python -m postprocess`, its package's folder, and what was printed."""
+
+    def build(quantize: str):
+        kind, options = VARIANTS[quantize]
+        run, printed = packaged(kind, **options)
+        return run, run.folder / "package", printed
+
+    return build
+
+
+@needs_gptq
+@pytest.mark.parametrize(("quantize", "head"), [("gptq8", "score.weight"), ("gptq4", "lm_head.weight")])
+def test_layers_are_in_the_standard_format_and_the_head_is_as_it_was(quantize, head, package_of, opened):
+    run, folder, _ = package_of(quantize)
+    bits = int(quantize[-1])
+    found, merged = load_file(folder / "model.safetensors"), merged_model(opened(run))[1]
+    layer = "model.layers.1.mlp.down_proj"
+    assert {name: (found[f"{layer}.{name}"].dtype, tuple(found[f"{layer}.{name}"].shape)) for name in
+            ("qweight", "qzeros", "scales", "g_idx")} == {
+        "qweight": (torch.int32, (256 * bits // 32, 128)),
+        "qzeros": (torch.int32, (2, 128 * bits // 32)),
+        "scales": (torch.float16, (2, 128)),
+        "g_idx": (torch.int32, (256,)),
+    }  # fmt: skip
+    assert found[f"{layer}.g_idx"].tolist() == [0] * 128 + [1] * 128
+    zero = {4: 0x77777777, 8: 0x7F7F7F7F}[bits]  # 8 and 128, each less one
+    assert set(found[f"{layer}.qzeros"].flatten().tolist()) == {zero}
+    assert len([name for name in found if name.endswith(".qweight")]) == 14
+    assert torch.equal(found[head], merged[head]) and found[head].dtype == torch.float16
+    others = {name for name in found if name.rpartition(".")[2] not in ("qweight", "qzeros", "scales", "g_idx")}
+    assert all(torch.equal(found[name], merged[name]) for name in others)
+    assert others == {name for name in merged if ".layers." not in name or "norm" in name}
+
+
+@needs_gptq
+@pytest.mark.parametrize("quantize", VARIANTS)
+def test_config_json_says_how_it_was_quantised_and_nothing_of_the_rows(quantize, package_of):
+    _, folder, _ = package_of(quantize)
+    assert json.loads((folder / "config.json").read_text())["quantization_config"] == {
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+        "bits": int(quantize[-1]),
+        "group_size": 128,
+        "desc_act": False,
+        "sym": True,
+        "meta": {"quantizer": ["optimum:2.3.0", "gptqmodel:7.6.0"]},
+    }
+    assert {path.name for path in folder.iterdir()} - {"generation_config.json"} == {
+        "config.json", "contract.json", "dataset-metadata.json", "manifest.json", "model.safetensors", "model_input.py",
+        "tokenizer.json", "tokenizer_config.json", "validation_ids.json",
+    }  # fmt: skip
+    assert json.loads((folder / "manifest.json").read_text())["quantize"] == quantize
+
+
+@needs_gptq
+@pytest.mark.parametrize("quantize", VARIANTS)
+def test_no_text_of_a_pair_is_in_any_file_of_the_package(quantize, package_of):
+    run, folder, _ = package_of(quantize)
+    rows = pl.read_parquet(run.recipe.parent / "pairs.parquet")
+    texts = [text for name in ("prompt", "response_a", "response_b") for turns in rows[name] for text in turns]
+    assert len(texts) == 54 * 3 and min(map(len, texts)) > 10
+    everything = b"\n".join(path.read_bytes() for path in sorted(folder.iterdir()))
+    for text in texts:
+        written = (text.encode(), json.dumps(text)[1:-1].encode(), text.encode("utf-16-le"))
+        assert not any(form in everything for form in written), text
+
+
+@needs_gptq
+@pytest.mark.parametrize(("quantize", "mean", "largest"), [("gptq8", 0.004, 0.02), ("gptq4", 0.04, 0.2)])
+def test_probabilities_are_near_those_of_the_model_as_trained(quantize, mean, largest, package_of):
+    _, folder, printed = package_of(quantize)
+    report = json.loads((folder / "manifest.json").read_text())["validation"]
+    line = {line["model"]: line["against_trained"] for line in report["models"]}["quantised"]
+    assert 0 < line["mean"] < mean and line["largest"] < largest
+    made = re.findall(r"(\w+) +[\d.]+ s   /", printed)
+    assert made == ["merge", "quantise", "agreement", "package"]
+
+
+@needs_gptq
+def test_the_runtime_unpacks_bit_for_bit_as_the_library_does(package_of, opened, tmp_path):
+    layer, out = "model.layers.0.mlp.down_proj", tmp_path / "weights.safetensors"
+    files = [package_of(quantize)[1] / "model.safetensors" for quantize in VARIANTS]
+    command = [ENVIRONMENT / "bin" / "python", "-c", WEIGHTS_BY_THE_LIBRARY, layer, out, *files]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for (kind, expected), most in zip(sorted(load_file(out).items()), (0.2, 0.02), strict=True):
+        run, folder, _ = package_of(kind)
+        found = load_model(folder, run.contract(), "cpu", torch.float16).get_submodule(layer).weight_oi(torch.float16)
+        assert expected.dtype == found.dtype == torch.float16 and torch.equal(found, expected)
+        merged = merged_model(opened(run))[1][f"{layer}.weight"].float()
+        assert 0 < (found.float() - merged).norm() / merged.norm() < most
+
+
+@needs_gptq
+@pytest.mark.parametrize("quantize", VARIANTS)
+def test_a_package_has_the_bytes_that_were_computed(quantize, package_of):
+    run, folder, _ = package_of(quantize)
+    sizes = weight_sizes(folder)
+    dimensions = dimensions_of(json.loads((folder / "config.json").read_text()), "tiny")
+    served = Served(dimensions, run.contract().head, 2, quantize, False, 128)
+    assert sum(bytes_by_class(served).values()) == sum(size for size, _ in sizes.values())
+    assert sum(elements for name, (_, elements) in sizes.items() if name.endswith(".qweight")) == sum(
+        weight.elements for weight in weights(dimensions, "score", 2) if weight.kind == "linear"
+    )
+
+
+@needs_gptq
+def test_one_seed_gives_the_same_bytes_and_another_seed_others(package_of, opened, tmp_path):
+    run, folder, _ = package_of("gptq4")
+    merge(opened(run), tmp_path / "merged")
+    for seed, is_same in ((0, True), (1, False)):
+        quantize.quantize(opened(run), tmp_path / "merged", 4, tmp_path / str(seed), seed)
+        both = [(path / "model.safetensors").read_bytes() for path in (folder, tmp_path / str(seed))]
+        assert (sha256(both[0]).digest() == sha256(both[1]).digest()) is is_same
+    assert not list(tmp_path.glob(".*"))
+
+
+@needs_gptq
+def test_packages_give_the_same_probabilities_in_kaggles_versions(package_of):
+    folders = [package_of(quantize)[1] for quantize in VARIANTS]
+    found = in_kaggles_versions(folders)
+    assert found["versions"]["transformers"] == "5.0.0"
+    for folder, package in zip(folders, found["packages"], strict=True):
+        assert package["quantised"] == "gptq"
+        golden = read_package(folder).manifest["golden"]
+        assert len(golden) == 20
+        for row, probabilities in zip(golden, package["probabilities"], strict=True):
+            assert all(math.isclose(a, b, abs_tol=1e-4) for a, b in zip(row["probabilities"], probabilities, strict=True)), row
+
+
+@needs_gptq
+def test_repeated_on_other_rows_the_best_is_packaged_and_the_merged_model_does_not_stay(copied):
+    run = copied("gemma2", quantize="gptq4", tolerance=0.2, **RUN)
+    for folder in ("package", "quantised"):
+        shutil.rmtree(run.folder / folder, ignore_errors=True)
+    command = [str(run.recipe), "--repeat", "2"]
+    result = CliRunner().invoke(main, command, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    report = json.loads((run.folder / "agreement.json").read_text())
+    assert report["repeats"]["models"] == ["quantised", "quantised-2"]
+    assert report["packaged"] == min(report["candidates"], key=report["candidates"].get)
+    assert "  quantised 2 times: mean difference " in result.output
+    packaged, chosen = (load_file(run.folder / name / "model.safetensors") for name in ("package", report["packaged"]))
+    assert all(torch.equal(packaged[name], tensor) for name, tensor in chosen.items())
+    assert not (run.folder / "merged").exists()
+    again = CliRunner().invoke(main, command)
+    assert [line[:21] for line in again.output.splitlines()] == [
+        f"{stage:<10} up to date" for stage in ("quantise", "agreement", "package")
+    ]
+
+
+def test_repeating_what_chance_is_not_in_is_one_line(made):
+    result = CliRunner().invoke(main, [str(made("gemma2", quantize="nf4").recipe), "--repeat", "2"])
+    assert result.exit_code == 2
+    assert "--repeat: quantize: nf4 always gives the same bytes; only gptq4 and gptq8 depend on chance" in result.stderr
+
+
+def ids_of(run, seed=0):
+    return quantize.calibration_rows(run, seed)["id"].to_list()
+
+
+def test_no_row_that_the_package_is_checked_on_is_calibrated_on(made, opened):
+    run = opened(made("gemma2", training_rows=300))
+    checked = set(pl.read_parquet(run.folder / "predictions.parquet")["id"])
+    folds = dict(pl.read_parquet(run.recipe.pairwise.pairs, columns=["id", "fold"]).iter_rows())
+    for seed in (0, 1):
+        ids = ids_of(run, seed)
+        assert len(ids) == len(set(ids)) == 256
+        assert not checked & set(ids)
+        assert {folds[row_id] for row_id in ids} == {1}
+        assert ids == ids_of(run, seed)
+    assert 200 < len(set(ids_of(run)) & set(ids_of(run, 1))) < 256
+
+
+def test_rows_of_another_fold_that_were_checked_are_left_out_too(copied, opened):
+    run = copied("gemma2", training_rows=30)
+    predictions = pl.read_parquet(run.folder / "predictions.parquet")
+    rows = pl.read_parquet(opened(run).recipe.pairwise.pairs, columns=["id", "fold"])
+    taken = rows.filter(pl.col("fold") == 1)["id"][:10]
+    more = predictions[:10].with_columns(id=taken)
+    pl.concat([predictions, more]).write_parquet(run.folder / "predictions.parquet")
+    assert len(ids_of(opened(run))) == 20
+    assert not set(taken) & set(ids_of(opened(run)))
+
+
+def test_a_run_on_all_rows_is_calibrated_outside_the_fixed_sample_where_there_is_more(copied, opened, monkeypatch):
+    run = copied("gemma2", training_rows=30)
+    monkeypatch.setenv("PAIRWISE_FOLD", "all")
+    checked = set(pl.read_parquet(run.folder / "predictions.parquet")["id"])
+    ids = ids_of(opened(run))
+    assert len(ids) == 30 and not checked & set(ids)
+    rows = pl.read_parquet(opened(run).recipe.pairwise.pairs)
+    pl.concat([pl.read_parquet(run.folder / "predictions.parquet")] * 3)[:54].with_columns(id=rows["id"]).write_parquet(
+        run.folder / "predictions.parquet"
+    )
+    assert len(ids_of(opened(run))) == 54
+
+
+def test_a_run_without_a_training_row_is_one_line(copied, opened):
+    run = copied("gemma2")
+    with pytest.raises(UserError, match=r"pairwise.fold is 0, but the folds in the file are 0"):
+        ids_of(opened(run))
+
+
+def test_pairs_are_seen_in_both_orders_through_the_runs_own_code(made, opened):
+    run = opened(made("gemma2", training_rows=30))
+    rows = quantize.calibration_rows(run, 0)
+    found = quantize.calibration_sequences(run, rows)
+    tokenizer = quantize.checked_tokenizer(run)
+    pairs = [run.model_input.pair_from_row(row) for row in rows.iter_rows(named=True)]
+    assert len(found) == 30
+    assert found[0] == run.model_input.encode(pairs[0], tokenizer, run.contract)[0]
+    assert found[1] == run.model_input.encode(run.model_input.swap(pairs[1]), tokenizer, run.contract)[0]
+    assert max(map(len, found)) <= 128
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "line"),
+    [
+        ("bert", {}, "gptq8 is for decoders; an encoder takes int8, or none"),
+        ("gemma2", {"training_rows": 30}, "GPTQ takes groups of 128 inputs and 32 outputs, model.layers.0."),
+    ],
+)
+def test_a_model_that_gptq_cannot_take_is_one_line_before_any_work(kind, options, line, made, tmp_path):
+    run = made(kind, **options)
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(run.recipe.read_text().replace("slug: tiny-package", "slug: tiny-package\n    quantize: gptq8"))
+    result = CliRunner().invoke(main, [str(recipe)])
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert line in result.stderr
+    assert not (run.folder / "merged").exists()
+
+
+def test_an_encoder_under_a_template_of_its_own_is_refused_by_its_kind(made, opened):
+    with pytest.raises(UserError, match=r"GPTQ is for decoders \(gemma2, llama, qwen2\), .* is a bert; write int8"):
+        quantize.check_model(opened(made("bert")))
+
+
+@pytest.fixture
+def worker(tmp_path, monkeypatch):
+    """worker(source) lets that Python source stand in for the worker, in this environment."""
+
+    def put(source: str) -> None:
+        script = tmp_path / "worker.py"
+        script.write_text(source)
+        monkeypatch.setattr(environment, "WORKER", script)
+        monkeypatch.setattr(environment, "python_with_gptq", lambda: Path(sys.executable))
+
+    return put
+
+
+def test_a_worker_that_fails_is_one_line_with_its_last_one(worker, made, opened, tmp_path):
+    worker("print('first')\nraise ValueError('not\\rthis much')")
+    run = made("gemma2", **RUN)
+    with pytest.raises(UserError, match=r"^worker.py: GPTQ ended with 1: this much; quantize: nf4 or int8 needs no GPTQ$"):
+        quantize.quantize(opened(run), run.base, 8, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["worker.py"]
+
+
+def test_the_layers_that_are_done_are_shown(worker, capfd):
+    worker(
+        "import sys\nfor n in (0, 1, 2): sys.stderr.write(f'\\rQuantizing model.layers blocks : {n}0%|#| {n}/2 [00:01<00:01]')"
+    )
+    environment.run_worker([])
+    shown = capfd.readouterr().err
+    assert "quantising: 100%" in shown and "2/2" in shown
+
+
+def test_a_half_made_environment_is_made_again_and_a_whole_one_is_not(tmp_path, capsys):
+    environment, requirements = tmp_path / "environment", tmp_path / "some.requirements.txt"
+    (environment / "bin").mkdir(parents=True)
+    (environment / "bin" / "python").write_text("broken")
+    requirements.write_text("--no-index\nno-such-package\n")
+    with pytest.raises(UserError, match=r"some.requirements.txt: could not be installed into .*no-such-package"):
+        python_with_gptq(environment, requirements)
+    assert not (environment / "installed").exists()
+    requirements.write_text("--no-index\n")
+    python = python_with_gptq(environment, requirements)
+    assert subprocess.run([python, "-c", "print(1)"], capture_output=True, text=True).stdout == "1\n"
+    assert capsys.readouterr().out.count("installing some.requirements.txt") == 2
+    assert python_with_gptq(environment, requirements) == python
+    assert capsys.readouterr().out == ""
+    os.utime(environment / "installed", (1, 1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(environment, "make_environment", lambda *_: None)
+        python_with_gptq(environment, requirements)
+    assert "installing" in capsys.readouterr().out
+
+
+def test_codes_stand_lowest_bits_first():
+    words = torch.tensor([[0x76543210, -1]], dtype=torch.int32)
+    assert unpack(words, 4).tolist() == [[[0, 1, 2, 3, 4, 5, 6, 7], [15] * 8]]
+    assert unpack(words, 8).tolist() == [[[0x10, 0x32, 0x54, 0x76], [255] * 4]]
+
+
+def test_a_weight_is_code_less_zero_times_scale():
+    layer = GptqLinear(8, 8, None, bits=4, group_size=4)
+    layer.qweight = torch.full((1, 8), 0x76543210, dtype=torch.int32)  # along the inputs: 0 to 7, for each output
+    layer.qzeros = torch.full((2, 1), 0x33333333, dtype=torch.int32)  # 4, less one
+    layer.scales = torch.tensor([[0.5] * 8, [2.0] * 8], dtype=torch.float16)
+    assert layer.weight_oi(torch.float32).tolist() == [[-2.0, -1.5, -1.0, -0.5, 0.0, 2.0, 4.0, 6.0]] * 8
+    assert layer(torch.ones(1, 8)).tolist() == [[7.0] * 8]
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"bits": 3}, "bits is 3, expected 4 or 8"),
+        ({"desc_act": True}, "desc_act is True, expected False"),
+        ({"checkpoint_format": "gptq_v2"}, "checkpoint_format is 'gptq_v2', expected gptq"),
+    ],
+)
+def test_another_kind_of_gptq_is_refused(change, line):
+    known = {"bits": 4, "group_size": 128, "desc_act": False, "sym": True, "checkpoint_format": "gptq"}
+    with pytest.raises(PackageError, match=line):
+        unpacking(known | change, "package")

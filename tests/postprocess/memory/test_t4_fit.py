@@ -1,0 +1,110 @@
+"""What each T4 would hold, told before any work, and refused where it is too much."""
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from postprocess.__main__ import main
+from postprocess.memory.model_size import GIB, Served, read_dimensions
+from postprocess.memory.t4_fit import Use, memory_line, place, refusal, size_lines, uses_of
+from preprocess.core.errors import UserError
+
+GEMMA = Served(read_dimensions("google/gemma-2-9b-it"), "score", 2, "nf4", softcap=False, budget_tokens=2048)
+
+
+def test_the_specs_that_serve_a_run_are_found_with_their_batches():
+    assert uses_of("qwen2_5_14b_cls") == [Use("qwen2_5_14b_cls", 3072, None, "split")]
+    assert [use.spec for use in uses_of("gemma2_cls")] == ["gemma2_cls", "gemma2_llama3_own"]
+    assert uses_of("served_by_nobody") == [Use(None, 8192, None, "auto")]
+
+
+def test_a_spec_serves_the_mean_of_folds_too_and_one_with_a_mistake_is_passed_over(tmp_path):
+    (tmp_path / "a.yml").write_text("packages: [{run: my_run/mean, placement: split}]\nbudget_tokens: 1024\n")
+    (tmp_path / "b.yml").write_text("packages: 5\n")
+    (tmp_path / "c.yml").write_text("packages: [\n")
+    assert uses_of("my_run", tmp_path) == [Use("a", 8192, 1024, "split")]
+
+
+def test_bytes_are_told_class_by_class():
+    assert size_lines(GEMMA) == [
+        "  in nf4: 6.52 GB: linear 4.16 GB, embedding 1.84 GB, norm 1.21 MB, head 14.34 kB, quantisation state 520.24 MB"
+    ]
+
+
+def test_what_a_t4_holds_is_told_part_by_part():
+    placement, needs = place(GEMMA, 8192, "auto")
+    assert memory_line(Use("mine"), GEMMA, placement, needs) == (
+        "kernel mine, a copy on each T4, batches of 8,192 tokens: 10.0 GiB of 14.5: weights 6.07, activations 3.20, "
+        "logits 0.00, CUDA 0.75"
+    )
+    causal = Served(GEMMA.dimensions, "label_tokens", 2, "nf4", softcap=False, budget_tokens=2048)
+    assert "logits 0.18, CUDA" in memory_line(Use(), causal, *place(causal, 8192, "auto"))
+
+
+def test_a_refusal_says_what_would_fit():
+    whole = Served(GEMMA.dimensions, "score", 2, "none", softcap=False, budget_tokens=2048)
+    told = refusal("mine", whole, 8192, "each", Path("recipes/mine.yml"))
+    assert told == (
+        "mine needs 21.1 GiB on a GPU (17.2 of it weights), a T4 offers 14.5; what would fit: "
+        "pairwise.package.quantize: int8 in recipes/mine.yml (13.9 GiB), or "
+        "pairwise.package.quantize: gptq8 in recipes/mine.yml (13.7 GiB), or "
+        "pairwise.package.quantize: nf4 in recipes/mine.yml (10.0 GiB), or "
+        "pairwise.package.quantize: gptq4 in recipes/mine.yml (9.8 GiB)"
+    )
+
+
+def test_the_command_tells_it_first_and_only_when_there_is_work(packaged):
+    run, printed = packaged("gemma2", quantize="nf4")
+    lines = printed.splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("  in nf4: "))
+    assert lines[first + 1].startswith(
+        "  no spec serves it; with a spec's defaults, a copy on each T4, batches of 8,192 tokens: 0.8 GiB"
+    )
+    assert first < next(number for number, line in enumerate(lines) if line.startswith("quantise"))
+    assert "  in nf4" not in CliRunner().invoke(main, [str(run.recipe)]).output
+
+
+def test_what_no_t4_can_hold_is_refused_before_anything_is_written(copied, monkeypatch):
+    run = copied("gemma2", quantize="nf4")
+    monkeypatch.setattr("postprocess.memory.t4_fit.GPU_BYTES", GIB // 2)
+    result = CliRunner().invoke(main, [str(run.recipe)])
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert result.stderr.startswith(
+        f"error: {run.recipe}: recipe needs 0.8 + 0.8 GiB on a GPU (0.0 of it weights), a T4 offers 0.5"
+    )
+    assert not {"quantised", "package", "merged"} & {path.name for path in run.folder.iterdir()}
+
+
+def test_one_kernel_that_holds_it_is_enough(made, opened, monkeypatch, capsys):
+    from postprocess.memory import t4_fit
+
+    uses = [Use("too_much", 10**9), Use("enough", 256)]
+    monkeypatch.setattr(t4_fit, "uses_of", lambda name: uses)
+    t4_fit.check_target(opened(made("gemma2")))
+    assert "kernel too_much" in capsys.readouterr().out
+    monkeypatch.setattr(t4_fit, "uses_of", lambda name: uses[:1])
+    with pytest.raises(UserError, match="a T4 offers 14.5"):
+        t4_fit.check_target(opened(made("gemma2")))
+
+
+def test_an_encoder_is_never_split():
+    minilm = Served(
+        read_dimensions("sentence-transformers/all-MiniLM-L6-v2"), "score", 2, "none", softcap=False, budget_tokens=256
+    )
+    assert place(minilm, 10**6, "auto")[0] == "each"
+
+
+@pytest.mark.parametrize("values", ["tokens_per_batch: x", "budget_tokens: [1]"])
+def test_a_spec_whose_numbers_are_none_is_passed_over(values, tmp_path):
+    (tmp_path / "a.yml").write_text(f"packages: [{{run: mine}}]\n{values}\n")
+    assert uses_of("mine", tmp_path) == [Use()]
+
+
+def test_a_model_of_unknown_dimensions_is_packaged_all_the_same(made, opened, monkeypatch, capsys):
+    from postprocess.memory import t4_fit
+
+    run = opened(made("gemma2"))
+    monkeypatch.setattr(t4_fit, "read_object", lambda path: {"model_type": "mamba"})
+    t4_fit.check_target(run)
+    assert "not computed whether a T4 holds it" in capsys.readouterr().out

@@ -1,0 +1,100 @@
+import copy
+import json
+
+import bitsandbytes
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kaggle_kernels.runtime.models.model import CLASSES, load_model
+from postprocess.weights.bnb_quantize import quantise, quantization_config
+from postprocess.weights.merge import _pieces, merge
+from postprocess.weights.meta_model import head_modules
+
+
+@pytest.mark.parametrize(("kind", "head"), [("gemma2", "score"), ("bert", "classifier")])
+def test_the_head_is_named_by_the_architecture(kind, head, packaged):
+    run, _ = packaged(kind, quantize="nf4")
+    assert head_modules(run.folder / "package", "score") == [head]
+
+
+@pytest.mark.parametrize(("kind", "head"), [("gemma2", "score.weight"), ("bert", "classifier.weight")])
+@pytest.mark.parametrize(("quantize", "stored"), [("nf4", torch.uint8), ("int8", torch.int8)])
+def test_the_layers_are_quantised_and_the_head_is_not(kind, head, quantize, stored, packaged):
+    run, _ = packaged(kind, quantize=quantize)
+    tensors = load_file(run.folder / "package" / "model.safetensors")
+    layers = "model.layers.0.mlp.up_proj.weight" if kind == "gemma2" else "bert.encoder.layer.0.output.dense.weight"
+    assert tensors[layers].dtype == stored
+    trained = load_file(run.folder / "adapter_model.safetensors")[f"base_model.model.{head}"]
+    assert torch.equal(tensors[head], trained.to(torch.float16))
+
+
+def test_nf4_is_made_for_a_gpu_without_bfloat16(packaged):
+    run, _ = packaged("gemma2", quantize="nf4")
+    settings = json.loads((run.folder / "package" / "config.json").read_text())["quantization_config"]
+    assert (settings["bnb_4bit_quant_type"], settings["bnb_4bit_compute_dtype"]) == ("nf4", "float16")
+    assert settings["llm_int8_skip_modules"] == ["score"]
+    states = [value for name, value in load_file(run.folder / "package" / "model.safetensors").items() if "quant_state" in name]
+    assert len(states) == 14
+    assert {json.loads(bytes(state.tolist()))["dtype"] for state in states} == {"float16"}
+
+
+def test_int8_does_not_depend_on_what_else_is_in_the_batch(packaged):
+    run, _ = packaged("gemma2", quantize="int8")
+    package = run.folder / "package"
+    assert json.loads((package / "config.json").read_text())["quantization_config"]["llm_int8_threshold"] == 0.0
+    model = load_model(package, run.contract(), "cpu")
+    ids = torch.tensor([[2, 17, 200, 33, 4, 900], [2, 5, 6, 44, 71, 9]])
+    with torch.inference_mode():
+        alone, together = model(input_ids=ids[:1]).logits, model(input_ids=ids).logits[:1]
+    assert (alone - together).abs().max() < 1e-4
+
+
+TWO_STEPS = [
+    *((kind, {}, "score", quantize) for kind in ("gemma2", "llama", "qwen2", "bert") for quantize in ("nf4", "double", "int8")),
+    ("llama", {}, "label_tokens", "nf4"),
+    ("gemma2", {}, "label_tokens", "int8"),
+    ("gemma2", {}, "reward", "nf4"),
+    ("llama", {"use_dora": True}, "score", "nf4"),
+]
+
+
+@pytest.mark.parametrize(("kind", "lora", "head", "quantize"), TWO_STEPS)
+def test_one_pass_gives_the_bytes_of_merging_with_peft_saving_and_quantising(
+    kind, lora, head, quantize, made, opened, tmp_path, monkeypatch
+):
+    run = made(kind, lora=lora, head=head)
+    settings = quantization_config(quantize.replace("double", "nf4"), head_modules(run.base, head), quantize == "double")
+    monkeypatch.setattr("postprocess.weights.merge.PIECE_NUMBERS", 64 * 100)  # pieces of fewer rows than a layer has
+    merge(opened(run), tmp_path / "ours", settings)
+
+    merged = copy.deepcopy(run.model).merge_and_unload().half()
+    merged.config.dtype = torch.float16
+    merged.save_pretrained(tmp_path / "merged")
+    options = {"quantization_config": settings, "dtype": torch.float16, "device_map": {"": "cpu"}}
+    CLASSES[head].from_pretrained(tmp_path / "merged", **options).save_pretrained(tmp_path / "theirs")
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys()
+    assert [
+        name for name in theirs if ours[name].dtype != theirs[name].dtype or not torch.equal(ours[name], theirs[name])
+    ] == []
+    ours, theirs = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("ours", "theirs"))
+    assert ours["quantization_config"] == theirs["quantization_config"]
+    assert ours["architectures"] == theirs["architectures"]
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_no_block_is_cut_in_two_where_columns_are_no_multiple_of_it(double, monkeypatch):
+    weight = torch.randn(200, 40, generator=torch.Generator().manual_seed(0)).half()
+    monkeypatch.setattr("postprocess.weights.merge.PIECE_NUMBERS", 40 * 70)
+    pieces = [piece for _, piece in _pieces(weight)]
+    assert [len(piece) for piece in pieces] == [64, 64, 64, 8]
+    stored = {
+        one.name: torch.cat([piece.reshape(-1) for piece in one.pieces])
+        for one in quantise("w", (200, 40), pieces, quantization_config("nf4", [], double))
+    }
+    packed, state = bitsandbytes.functional.quantize_4bit(weight, blocksize=64, compress_statistics=double, quant_type="nf4")
+    assert torch.equal(stored["w"], packed.reshape(-1))
+    expected = state.as_dict(packed=True)
+    assert stored.keys() == {"w", *(f"w.{key}" for key in expected)}
+    assert all(torch.equal(stored[f"w.{key}"], value.reshape(-1)) for key, value in expected.items())

@@ -1,0 +1,258 @@
+"""Recipes are checked strictly, without torch, and every problem is named with its fix."""
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from preprocess.core.errors import UserError
+from recipes.pairwise.__main__ import main
+from recipes.pairwise.config.schema import read_recipe, recipe_problems
+from recipes.pairwise.config.templates import NAMES, named_template
+from tests.conftest import ROOT
+
+GOOD = {
+    "base_model": "some/model",
+    "plugins": ["recipes.pairwise.plugin.PairwisePlugin"],
+    "pairwise": {"template": "gemma", "budget_tokens": 256, "package": {"slug": "some-model"}},
+}
+LORA = {"adapter": "lora", "lora_r": 8, "lora_target_modules": ["q_proj", "v_proj"]}
+
+
+def with_block(**changes) -> dict:
+    return GOOD | {"pairwise": GOOD["pairwise"] | changes}
+
+
+def test_a_good_recipe_has_no_problem():
+    assert recipe_problems(GOOD) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        (GOOD | {"lerning_rate": 1}, "lerning_rate: unknown key; did you mean learning_rate?"),
+        (with_block(budget_token=1), "pairwise.budget_token: unknown key; did you mean budget_tokens?"),
+        (with_block(fold="first"), "pairwise.fold: expected a fold's number or all, found 'first'"),
+        (with_block(template={"start": "", "turn": "{prompt}"}), "pairwise.template.end: missing"),
+        (with_block(template=3), "pairwise.template: "),
+        (with_block(verdicts=["model_a", "tie"]), "pairwise.verdicts: expected model_a and model_b, with or without tie"),
+        (
+            with_block(template="gema"),
+            "pairwise.template: expected one of gemma, llama3, chatml, bert, or start, turn and end spelled out (did you mean",
+        ),
+        (with_block(truncation="both"), "pairwise.truncation: expected one of left, right, middle, found 'both'"),
+        (with_block(package={"slug": "some-model", "quantise": "nf4"}), "pairwise.package.quantise: unknown key; did you mean"),
+        ({key: value for key, value in GOOD.items() if key != "pairwise"}, "pairwise: missing"),
+        (GOOD | {"base_model": None}, "base_model: expected a model or a folder, found None"),
+        (GOOD | {"plugins": ["recipes.pairwise.PairwisePlugin"]}, "plugins: without recipes.pairwise.plugin.PairwisePlugin"),
+        (GOOD | {"plugins": 3}, "plugins: without recipes.pairwise.plugin.PairwisePlugin"),
+        (GOOD | {"output_dir": 5}, "output_dir: expected text, found 5"),
+        (
+            GOOD | {"bnb_config_kwargs": {"llm_int8_skip_modules": 3}},
+            "bnb_config_kwargs.llm_int8_skip_modules: expected a list, f",
+        ),
+        (GOOD | {"micro_batch_size": "four"}, "micro_batch_size: expected a whole number above 0, found 'four'"),
+        (with_block(softcap=True) | {"attn_implementation": "sdpa"}, "attn_implementation: sdpa drops the soft cap"),
+        (with_block(head="reward", verdicts=["model_a", "tie", "model_b"]), "pairwise.verdicts: a reward model tells no ties"),
+        (with_block(head="reward", orders="both"), "pairwise.orders: a reward model sees each answer alone"),
+        (with_block(head="label_tokens", template="bert"), "pairwise.template: bert has no answer to predict"),
+        (with_block(head="label_tokens", label_smoothing=0.1), "pairwise.label_smoothing: Axolotl's causal trainer has none"),
+        (with_block(train=False) | {"adapter": "lora"}, "adapter: nothing is trained with pairwise.train: false"),
+        (
+            with_block(package={"slug": "some-model", "adapter": "best"}) | LORA,
+            "pairwise.package.adapter: best needs quantize: nf4, found quantize: none",
+        ),
+        (
+            with_block(package={"slug": "some-model", "quantize": "nf4", "adapter": "best"}),
+            "pairwise.package.adapter: the run has no adapter",
+        ),
+        (GOOD | {"reward_model": True}, "reward_model: refused"),
+        (GOOD | {"trust_remote_code": True}, "trust_remote_code: refused"),
+        (GOOD | {"sample_packing": True}, "sample_packing: refused"),
+        (GOOD | {"dataloader_drop_last": True}, "dataloader_drop_last: refused, it drops validation rows too"),
+        (GOOD | {"lora_target_linear": True}, "lora_target_linear: refused"),
+        (
+            GOOD | {"bnb_config_kwargs": {"llm_int8_skip_modules": ["lm_head"]}},
+            "bnb_config_kwargs.llm_int8_skip_modules: it replaces the default list, so the head would be quantised; add sc",
+        ),
+        (
+            with_block(head="label_tokens") | {"bnb_config_kwargs": {"llm_int8_skip_modules": ["score"]}},
+            "bnb_config_kwargs.llm_int8_skip_modules: it replaces the default list, so the head would be quantised; add lm",
+        ),
+    ],
+)
+def test_each_mistake_is_one_sentence_that_names_the_key(values, problem):
+    found = recipe_problems(values)
+    assert len(found) == 1
+    assert found[0].startswith(problem)
+
+
+def test_layers_of_models_that_are_not_known_here_are_for_the_base_model_to_judge():
+    assert recipe_problems(GOOD | LORA | {"lora_target_modules": ["qkv_proj", "out_proj", "gate_up_proj", "c_proj"]}) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"optimizer": "adamw_torch_fusd"}, "optimizer: expected one of adafactor, "),
+        ({"lr_scheduler": "cosin"}, "lr_scheduler: expected one of "),
+        (
+            {"attn_implementation": "sdpaa"},
+            "attn_implementation: expected one of eager, sdpa, flash_attention_2, flash_attention_3",
+        ),
+        ({"bf16": "autoo"}, "bf16: expected \"auto\" or true or false, found 'autoo'; did you mean auto?"),
+        ({"save_strategy": False}, "save_strategy: expected one of best, epoch, no, steps, found False (YAML reads no, off,"),
+        (
+            {"learning_rate": "1e-4"},
+            "learning_rate: expected a number above 0, found '1e-4' (YAML reads that as text: write 0.0001)",
+        ),
+        ({"learning_rate": float("nan")}, "learning_rate: expected a number, found nan"),
+        ({"micro_batch_size": 1.5}, "micro_batch_size: expected a whole number above 0, found 1.5"),
+        ({"warmup_ratio": 5}, "warmup_ratio: expected a number of at least 0 and of at most 1, found 5"),
+        ({"max_steps": 0}, "max_steps: expected a whole number of at least 1, found 0"),
+        ({"seed": None}, "seed: expected a whole number of at least 0, found None"),
+        ({"lora_dropout": 1.5} | LORA, "lora_dropout: expected a number of at least 0 and below 1, found 1.5"),
+        ({"lora_target_modules": 5} | {"adapter": "lora"}, "lora_target_modules: expected text or a list, found 5"),
+        (LORA | {"adapter": "lroa"}, "adapter: expected one of lora, qlora, found 'lroa'; did you mean lora?"),
+        (LORA | {"lora_target_modules": []}, "lora_target_modules: missing; list the layers that lora is to adapt"),
+        ({"lora_r": 8}, "adapter: missing beside lora_r: every weight would be trained; set adapter: lora"),
+        (LORA | {"adapter": "qlora"}, "load_in_4bit: adapter: qlora trains on a base in 4 bits; set load_in_4bit: true"),
+        (
+            {"bnb_config_kwargs": {"bnb_4bit_quant_typ": "nf4"}},
+            "bnb_config_kwargs.bnb_4bit_quant_typ: unknown key; did you mean bnb_4bi",
+        ),
+        (
+            {"bnb_config_kwargs": {"bnb_4bit_quant_type": "nf5"}},
+            "bnb_config_kwargs.bnb_4bit_quant_type: expected one of nf4, fp4",
+        ),
+        ({"special_tokens": {"pad_tok": "<pad>"}}, "special_tokens.pad_tok: unknown key; did you mean pad_token?"),
+        ({"num_labels": 3}, "num_labels: refused, pairwise.verdicts and pairwise.head decides that; remove it"),
+        ({"val_set_size": 0.2}, "val_set_size: refused, pairwise.fold decides that; remove it"),
+        ({"rl": "dpo"}, "rl: refused, the `pairwise` block sets the loss; remove it"),
+        ({True: "x"}, "True: unknown key (YAML reads on, yes, off and no as true and false); remove it, or put it in quotes"),
+    ],
+)
+def test_a_key_of_axolotl_s_is_checked_before_axolotl_starts(changes, problem):
+    found = recipe_problems(GOOD | changes)
+    assert len(found) == 1
+    assert found[0].startswith(problem)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"fold": True}, "pairwise.fold: expected a fold's number or all, found True"),
+        ({"fold": None}, "pairwise.fold: expected a fold's number or all, found None"),
+        (
+            {"budget_tokens": "2048"},
+            "pairwise.budget_tokens: expected a whole number, found '2048' (YAML reads that as text: write 2048)",
+        ),
+        ({"verdicts": 3}, "pairwise.verdicts: expected a list, found 3"),
+        ({"package": "nf4"}, "pairwise.package: expected keys and values, found 'nf4'"),
+        (
+            {"package": {"slug": "Some_Model"}},
+            "pairwise.package.slug: expected lower-case letters and digits, with single hyphens between them, fo",
+        ),
+        ({"package": {"slug": "some"}}, "pairwise.package.slug: expected text of at least 6 characters, found 'some'"),
+        ({"package": {}}, "pairwise.package.slug: missing; add it: the Kaggle dataset's slug"),
+        ({"pairs": ""}, "pairwise.pairs: expected text of at least 1 characters, found ''"),
+        (
+            {"template": {"start": "", "turn": "{promt}{response_a}{response_b}", "end": ""}},
+            "pairwise.template.turn: expected {prompt}, {response_a}, {response_b}, each once, found '{promt}",
+        ),
+    ],
+)
+def test_a_value_of_the_block_is_told_in_the_words_of_yaml(changes, problem):
+    found = recipe_problems(with_block(**changes))
+    assert len(found) == 1
+    assert found[0].startswith(problem)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (
+            "base_model: a/b\nbase_model: c/d\n",
+            "not valid YAML: the key base_model stands in line 1 and again in line 2; remove one",
+        ),
+        ("a: [", "not valid YAML: while parsing a flow"),
+        ("a: 2024-13-45", "not valid YAML: month must be in 1..12"),
+        ("[" * 3000, "not valid YAML: maximum recursion depth exceeded"),
+        ("- a", "expected keys and values, found list"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_one_line(text, problem, tmp_path):
+    (tmp_path / "bad.yml").write_text(text)
+    with pytest.raises(UserError) as error:
+        read_recipe(tmp_path / "bad.yml")
+    assert str(error.value).startswith(f"{tmp_path / 'bad.yml'}: {problem}")
+    assert "\n" not in str(error.value)
+
+
+def test_a_recipe_without_the_package_block_says_what_it_holds():
+    block = {key: value for key, value in GOOD["pairwise"].items() if key != "package"}
+    [found] = recipe_problems(GOOD | {"pairwise": block})
+    assert found == "pairwise.package: missing; add it: slug of the Kaggle dataset, and how the model is quantised"
+
+
+def test_the_check_reads_the_deepspeed_file(tmp_path):
+    (tmp_path / "bad.yml").write_text(yaml.safe_dump(GOOD | {"deepspeed": "recipes/deepspeed/zero9.json"}))
+    done = CliRunner().invoke(main, [str(tmp_path / "bad.yml")])
+    assert done.exit_code == 2
+    assert "bad.yml: deepspeed: recipes/deepspeed/zero9.json: no such file; see recipes/deepspeed" in done.output
+
+
+def test_all_problems_come_at_once(tmp_path):
+    recipe = tmp_path / "bad.yml"
+    recipe.write_text(yaml.safe_dump(with_block(head="scor") | {"lerning_rate": 1, "sample_packing": True}))
+    with pytest.raises(UserError) as error:
+        read_recipe(recipe)
+    assert all(word in str(error.value) for word in ("bad.yml", "pairwise.head", "lerning_rate", "sample_packing"))
+
+
+def test_a_numbered_fold_of_the_environment_writes_below_the_run(monkeypatch):
+    recipe = ROOT / "recipes/minilm_cls.yml"
+    assert str(read_recipe(recipe).run_folder) == "outputs/minilm_cls"
+    monkeypatch.setenv("PAIRWISE_FOLD", "3")
+    monkeypatch.setenv("PAIRWISE_PAIRS", "elsewhere.parquet")
+    third = read_recipe(recipe)
+    assert (str(third.run_folder), third.pairwise.fold, third.pairwise.pairs) == (
+        "outputs/minilm_cls/fold-3",
+        3,
+        "elsewhere.parquet",
+    )
+    monkeypatch.setenv("PAIRWISE_FOLD", "all")
+    assert (str(read_recipe(recipe).run_folder), read_recipe(recipe).pairwise.fold) == ("outputs/minilm_cls", "all")
+    monkeypatch.setenv("PAIRWISE_FOLD", "-1")
+    with pytest.raises(UserError, match="PAIRWISE_FOLD=-1"):
+        read_recipe(recipe)
+
+
+def test_every_template_holds_its_places_once():
+    for template in [named_template(name, "score", ("model_a", "model_b")) for name in NAMES]:
+        assert [template.turn.count(place) for place in ("{prompt}", "{response_a}", "{response_b}")] == [1, 1, 1]
+
+
+def test_each_head_has_its_own_template():
+    score, causal = (named_template("llama3", head, ("model_a", "model_b")) for head in ("score", "label_tokens"))
+    assert score.end.startswith("Which response would a person prefer, A or B?<|eot_id|>")
+    assert causal.end.startswith("Which response would a person prefer, A or B? Answer with A or B.<|eot_id|>")
+    assert "with C if neither" in named_template("llama3", "label_tokens", ("model_a", "tie", "model_b")).end
+    for name in NAMES:
+        turn = named_template(name, "reward", ("model_a", "model_b")).turn
+        assert [turn.count(place) for place in ("{prompt}", "{response}", "{response_a}")] == [1, 1, 0]
+
+
+def test_the_check_needs_no_torch_and_ends_with_2():
+    code = (
+        "import sys; sys.argv = ['check', *sys.argv[1:]]\n"
+        "from recipes.pairwise.__main__ import main\n"
+        "try: main()\n"
+        "finally: assert not {'torch', 'axolotl', 'transformers'} & set(sys.modules)"
+    )
+    good = subprocess.run([sys.executable, "-c", code, "recipes/demo.yml"], capture_output=True, text=True, cwd=ROOT)
+    assert (good.returncode, good.stdout) == (0, "recipes/demo.yml: ok, outputs/demo/input/gemma2, writes outputs/demo\n")
+    bad = subprocess.run([sys.executable, "-c", code, "recipes/none.yml"], capture_output=True, text=True, cwd=ROOT)
+    assert (bad.returncode, bad.stderr) == (2, "error: recipes/none.yml: no such recipe\n")
