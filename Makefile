@@ -1,7 +1,9 @@
 # Thin: each target sets up what it needs, then calls one command. `make help` lists them.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# The first of these that runs and is a Python that every pinned version has been resolved for.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
+  $$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2> /dev/null && command -v $$python && break; done)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export AXOLOTL_DO_NOT_TRACK := 1
 
@@ -9,7 +11,7 @@ export AXOLOTL_DO_NOT_TRACK := 1
 WIDE := preprocess/*.py recipes postprocess/*.py $(addprefix postprocess/,agreement gptq memory weights zero_shot) \
   $(addprefix kaggle_kernels/,publish runtime) tests
 
-.PHONY: help setup demo example test test-slow lint format bench bench-merge bench-kernel cv siamese compare
+.PHONY: help setup lock demo example test test-slow lint format bench bench-merge bench-kernel cv siamese compare
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,7 +28,7 @@ test-slow: setup  ## the slow proofs: two processes, the whole demo, 48,000 rows
 	@python -m pytest -m slow
 
 lint: .venv/installed  ## style, recipes, and that generated kernels and schemas are up to date
-	@ruff format --check . && ruff format --check --line-length 128 $(WIDE) && ruff check . && python -m recipes.pairwise recipes/*.yml && python -m kaggle_kernels build demo --kernels kaggle_kernels/examples --check
+	@ruff format --check . && ruff format --check --line-length 128 $(WIDE) && ruff check . && lint-imports --no-logo --cache-dir .ruff_cache/imports && python -m recipes.pairwise recipes/*.yml && python -m kaggle_kernels build demo --kernels kaggle_kernels/examples --check
 	@python -m recipes.pairwise.config.json_schema --check && python -m kaggle_kernels.build.json_schema --check
 
 example: .venv/installed  ## build the one generated kernel that is committed
@@ -57,26 +59,44 @@ compare: .venv/installed .venv-keras/installed  ## methods side by side on one f
 # One environment for everything, one with Kaggle's versions for rehearsals, one with TensorFlow for recipes/siamese.py,
 # one for GPTQ, whose library wants another numpy.
 # Each is current while its marker is newer than what it was installed from.
-.venv/installed: requirements.txt pyproject.toml
-	@$(call create,.venv,requirements.txt,5 minutes and 5 GB)
+.venv/installed: requirements.lock requirements.txt pyproject.toml
+	@$(call create,.venv,requirements,5 minutes and 5 GB)
+	@.venv/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
 
-.venv-kaggle/installed: kaggle_kernels/requirements.txt
-	@$(call create,.venv-kaggle,kaggle_kernels/requirements.txt,1 minute and 2 GB)
+.venv-kaggle/installed: kaggle_kernels/requirements.lock kaggle_kernels/requirements.txt
+	@$(call create,.venv-kaggle,kaggle_kernels/requirements,1 minute and 2 GB)
+	@touch $@
 
-.venv-keras/installed: recipes/siamese.requirements.txt
-	@$(call create,.venv-keras,recipes/siamese.requirements.txt,1 minute and 2 GB)
+.venv-keras/installed: recipes/siamese.requirements.lock recipes/siamese.requirements.txt
+	@$(call create,.venv-keras,recipes/siamese.requirements,1 minute and 2 GB)
+	@touch $@
 
-.venv-gptq/installed: postprocess/gptq/requirements.txt
-	@$(call create,.venv-gptq,postprocess/gptq/requirements.txt,1 minute and 2 GB)
+.venv-gptq/installed: postprocess/gptq/requirements.lock postprocess/gptq/requirements.txt
+	@$(call create,.venv-gptq,postprocess/gptq/requirements,1 minute and 2 GB)
+	@touch $@
 
+# $(1) the environment, $(2) its requirements file without ending, $(3) how long and how large.
+# torch comes first and alone, in the build that suits the machine; then every other distribution, by its hash.
 define create
-fail() { echo "error: $$1" >&2; rm -rf $(1)/installed; exit 2; }; \
-[ -n "$(PYTHON)" ] || fail "no python3 found; install Python 3.11 and run make again"; \
-$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' \
-  || fail "$(PYTHON) is $$($(PYTHON) -V 2>&1); Python 3.11 or 3.12 is needed: make PYTHON=/path/to/python3.11"; \
-echo "installing $(2) into $(1) (about $(3)); the log is $(1)/install.log"; \
+fail() { echo "error: $$1" >&2; rm -f $(1)/installed; exit 2; }; \
+[ -n "$(PYTHON)" ] || fail "no Python 3.11, 3.12 or 3.13 found; install one, or name it: make PYTHON=/path/to/python3.11"; \
+$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+  || fail "$(PYTHON) is $$($(PYTHON) -V 2>&1); Python 3.11, 3.12 or 3.13 is needed: make PYTHON=/path/to/python3.11"; \
+echo "installing $(2).lock into $(1) (about $(3)); the log is $(1)/install.log"; \
 $(PYTHON) -m venv $(1) || fail "could not create $(1); on Debian and Ubuntu: apt install python3-venv"; \
-$(1)/bin/python -m pip install --disable-pip-version-check -r $(2) > $(1)/install.log 2>&1 \
-  || { grep -i '^error' $(1)/install.log | tail -5 >&2; fail "pip could not install $(2); see $(1)/install.log"; }; \
-touch $@
+pip="$(1)/bin/python -m pip install --disable-pip-version-check"; torch=$$(grep '^torch==' $(2).txt || true); \
+{ [ -z "$$torch" ] || $$pip $$torch; } > $(1)/install.log 2>&1 \
+  && $$pip --no-deps --require-hashes -r $(2).lock >> $(1)/install.log 2>&1 \
+  || { grep -i '^error' $(1)/install.log | tail -5 >&2; fail "pip could not install $(2).lock; see $(1)/install.log"; }
 endef
+
+# The tool that resolves the pins, for every Python and platform at once.
+UV := uv==0.13.9
+LOCK := --universal --python-version 3.11 --generate-hashes --no-annotate --no-emit-package torch \
+  --custom-compile-command "make lock"
+
+lock: .venv/installed  ## pin every distribution again, with hashes, from the four requirements files
+	@.venv/bin/python -m pip install --quiet $(UV)
+	@for file in requirements kaggle_kernels/requirements recipes/siamese.requirements postprocess/gptq/requirements; do \
+	  .venv/bin/uv pip compile --quiet $(LOCK) $$file.txt --output-file $$file.lock || exit 2; done

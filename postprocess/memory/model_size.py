@@ -101,8 +101,8 @@ def read_dimensions(base_model: str) -> Dimensions:
     config = Path(base_model) / "config.json"
     if not config.is_file():
         raise UserError(
-            f"postprocess/memory/{DIMENSIONS.name}: no entry {base_model}, and no such folder; copy the keys that the other entries "
-            "have from its config.json"
+            f"postprocess/memory/{DIMENSIONS.name}: no entry {base_model}, and no such folder; copy the keys that the other "
+            "entries have from its config.json"
         )
     return dimensions_of(read_json(config), str(config))
 

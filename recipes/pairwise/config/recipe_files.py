@@ -1,0 +1,34 @@
+"""Find a recipe by its name or path, for the commands that take one."""
+
+from pathlib import Path
+
+from preprocess.core.errors import UserError
+
+RECIPES = Path(__file__).parents[2]
+
+
+def find_recipe(name: str) -> Path:
+    """Find a recipe.
+
+    Args:
+        name: A path that ends in .yml or .yaml, or the name of a file in recipes/ without its ending.
+
+    Returns:
+        The recipe's path. For a name, it is relative to the current folder where that is possible,
+        since recipes name their files relative to it too.
+
+    Raises:
+        UserError: There is no such file.
+    """
+    if name.endswith((".yml", ".yaml")):
+        path = Path(name)
+    else:
+        path = RECIPES / f"{name}.yml"
+
+    if not path.is_file():
+        names = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yml")))
+        raise UserError(f"{name}: no such recipe; there are {names}, or give a file")
+
+    if path.is_relative_to(Path.cwd()):
+        return path.relative_to(Path.cwd())
+    return path
