@@ -11,7 +11,7 @@ export AXOLOTL_DO_NOT_TRACK := 1
 WIDE := preprocess/*.py recipes postprocess/*.py $(addprefix postprocess/,agreement gptq memory weights zero_shot) \
   $(addprefix kaggle_kernels/,publish runtime) tests
 
-.PHONY: help setup lock demo example test test-slow lint format bench bench-merge bench-kernel cv siamese compare
+.PHONY: help setup lock demo example test test-slow test-gpu lint format bench bench-merge bench-kernel cv siamese compare
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ test: setup  ## the tests, without the slow ones
 
 test-slow: setup  ## the slow proofs: two processes, the whole demo, 48,000 rows, the hidden test at full size, every spec published
 	@python -m pytest -m slow
+
+test-gpu: .venv/installed  ## the proofs that need a GPU: formats, 9B and 14B shapes, training; writes outputs/gpu.json
+	@python -m pytest tests/gpu -rs
 
 lint: .venv/installed  ## style, recipes, and that generated kernels and schemas are up to date
 	@ruff format --check . && ruff format --check --line-length 128 $(WIDE) && ruff check . && lint-imports --no-logo --cache-dir .ruff_cache/imports && python -m recipes.pairwise recipes/*.yml && python -m kaggle_kernels build demo --kernels kaggle_kernels/examples --check
