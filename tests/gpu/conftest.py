@@ -39,6 +39,7 @@ def measure():
 
     def add(name: str, value: float | str) -> None:
         MEASURED.append({"measured": name, "value": value})
+        write_table()  # at once: a run that is cut short keeps what it measured
 
     return add
 
@@ -76,10 +77,18 @@ def matrix_rate():
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Print what was measured, and write outputs/gpu.json."""
+    """Print what was measured."""
     if not MEASURED:
         return
 
+    facts = write_table()
+    terminalreporter.write_line(f"\n{facts['gpu']}, {facts['date']}, {facts['versions']}")
+    for line in MEASURED:
+        terminalreporter.write_line(f"{line['measured']:<72} {line['value']}")
+
+
+def write_table() -> dict:
+    """Write outputs/gpu.json: what was measured until now, on which GPU, when and with which versions."""
     facts = {
         "date": datetime.now(UTC).date().isoformat(),
         "gpu": torch.cuda.get_device_name(),
@@ -87,11 +96,9 @@ def pytest_terminal_summary(terminalreporter):
         "versions": {name: version_of(name) for name in LIBRARIES},
         "measured": MEASURED,
     }
-    terminalreporter.write_line(f"\n{facts['gpu']}, {facts['date']}, {facts['versions']}")
-    for line in MEASURED:
-        terminalreporter.write_line(f"{line['measured']:<72} {line['value']}")
     Path("outputs").mkdir(exist_ok=True)
     write_json(Path("outputs/gpu.json"), facts)
+    return facts
 
 
 def version_of(library: str) -> str:

@@ -38,7 +38,8 @@ def probabilities(package, device: str, dtype: torch.dtype) -> np.ndarray:
 
 @pytest.mark.parametrize("kind, head, quantize, adapter", CASES, ids="-".join)
 def test_a_package_answers_on_the_gpu_as_on_the_cpu(kind, head, quantize, adapter, packaged, gpu_memory, measure):
-    run, _ = packaged(kind, head=head, quantize=quantize, adapter=adapter, qlora=adapter == "unmerged")
+    options = {"head": head, "quantize": quantize, "adapter": adapter, "qlora": adapter == "unmerged"}
+    run, _ = packaged(kind, **options, tolerance=1.0)  # 4 bits are few for so narrow a model: the gate has tests of its own
     package = read_package(run.folder / "package")
     on_cpu = probabilities(package, "cpu", torch.float32)
     on_gpu = probabilities(package, "cuda:0", torch.float16)
