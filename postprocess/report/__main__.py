@@ -10,27 +10,41 @@ from pathlib import Path
 
 import click
 
-from postprocess.report.page import render
-from postprocess.report.run_data import read_evidence
+from postprocess.report.page import render_page
+from postprocess.report.results import compute_results
+from postprocess.report.run_data import read_run
 from preprocess.core.errors import exits_with_2
 from preprocess.core.files import atomic_file
 
-NAME = "report.html"
+REPORT = "report.html"
 
 
 @click.command(help=__doc__)
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option(
-    "--oof", "out_of_fold", is_flag=True, help="Measure oof.parquet, the rows of all folds, in place of the run's own."
+    "--oof",
+    "out_of_fold",
+    is_flag=True,
+    help="Measure oof.parquet, the rows of all folds, in place of the run's own.",
 )
-@click.option("--pairs", type=click.Path(path_type=Path), help="The pairs file of the training, if it has moved.")
+@click.option(
+    "--pairs",
+    "pairs_file",
+    type=click.Path(path_type=Path),
+    help="The pairs file of the training, if it has moved.",
+)
 @exits_with_2
-def main(folder: Path, out_of_fold: bool, pairs: Path | None) -> None:
-    logging.disable(logging.WARNING)  # of libraries
-    page = render(read_evidence(folder, out_of_fold, pairs))
-    with atomic_file(folder / NAME) as temporary:
+def main(folder: Path, out_of_fold: bool, pairs_file: Path | None) -> None:
+    logging.disable(logging.WARNING)  # libraries' warnings
+
+    run = read_run(folder, out_of_fold, pairs_file)
+    results = compute_results(run)
+    page = render_page(run, results)
+
+    file = folder / REPORT
+    with atomic_file(file) as temporary:
         temporary.write_text(page, encoding="utf-8", errors="replace")
-    click.echo(f"report: {folder / NAME}")
+    click.echo(f"report: {file}")
 
 
 if __name__ == "__main__":

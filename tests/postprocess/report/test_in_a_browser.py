@@ -12,8 +12,6 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-from postprocess.report.page import render
-from postprocess.report.run_data import read_evidence
 from tests.postprocess.report import reported
 from tests.postprocess.report.reported import FOUR, Row
 
@@ -55,7 +53,7 @@ def page(tmp_path_factory):
     """The page's address and a browser that has it open, in its first state."""
     folder = tmp_path_factory.mktemp("browser")
     file = folder / "report.html"
-    file.write_text(render(read_evidence(reported.run(folder / "tiny", ROWS))), encoding="utf-8")
+    file.write_text(reported.render(reported.write_run(folder / "tiny", ROWS)), encoding="utf-8")
     with browser(folder / "profile") as driver:
         yield driver, file.as_uri()
 
