@@ -185,9 +185,7 @@ def draw_agreement(agreement: Agreement) -> Markup | None:
     )
 
 
-def choose_dots(
-    x_r: np.ndarray, y_r: np.ndarray, is_marked_r: np.ndarray
-) -> list[svg.ScatterRow]:
+def choose_dots(x_r: np.ndarray, y_r: np.ndarray, is_marked_r: np.ndarray) -> list[svg.ScatterRow]:
     """Choose at most MAX_DOTS rows for a scatter plot, evenly spaced, the same every time."""
     row_count = len(x_r)
     places = np.linspace(0, row_count - 1, min(row_count, MAX_DOTS)).round().astype(int)

@@ -17,7 +17,9 @@ from recipes.pairwise.tracking.metrics import ORDERS
 PREDICTIONS = "predictions.parquet"
 OUT_OF_FOLD = "oof.parquet"
 PAIR_COLUMNS = ("prompt", "response_a", "response_b", "language", "source", "group")
-SAME_PROBABILITY = 1e-6  # two probabilities of float32 that differ by less are equal but for rounding
+SAME_PROBABILITY = (
+    1e-6  # two probabilities of float32 that differ by less are equal but for rounding
+)
 WITHOUT_PAIRS = "so that texts, languages, sources, lengths and groups of prompts are missing here"
 NAME_THE_PAIRS = "name the file of the training with `--pairs FILE`"
 
@@ -141,8 +143,7 @@ def add_pairs(
                 "in metrics.json"
             )
         return predictions, (
-            f"{file} has changed since training, {WITHOUT_PAIRS}: {NAME_THE_PAIRS}, "
-            "or train again."
+            f"{file} has changed since training, {WITHOUT_PAIRS}: {NAME_THE_PAIRS}, or train again."
         )
 
     joined = join_pairs(predictions.rows, read_pairs(file))

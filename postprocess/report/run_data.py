@@ -129,9 +129,7 @@ def training_record(contract: dict) -> dict:
     return record
 
 
-def read_run(
-    folder: Path, out_of_fold: bool = False, pairs_file: Path | None = None
-) -> RunData:
+def read_run(folder: Path, out_of_fold: bool = False, pairs_file: Path | None = None) -> RunData:
     """Read a run folder.
 
     The report measures the run's own validation rows, predictions.parquet. It measures the rows of
@@ -180,9 +178,7 @@ def read_run(
         if not is_named_by_user:
             pairs_file = find_pairs_file(fold_folders, contract, first_metrics)
         expected_sha256 = first_metrics.get("pairs_sha256")
-        predictions, problem = add_pairs(
-            predictions, pairs_file, expected_sha256, is_named_by_user
-        )
+        predictions, problem = add_pairs(predictions, pairs_file, expected_sha256, is_named_by_user)
         if problem:
             missing["pairs"] = problem
 
@@ -222,9 +218,7 @@ def should_measure_out_of_fold(folder: Path, is_wanted: bool) -> bool:
     """
     has_out_of_fold = (folder / OUT_OF_FOLD).is_file()
     if is_wanted and not has_out_of_fold:
-        raise UserError(
-            f"{folder / OUT_OF_FOLD}: no such file; make cv R={folder.name} writes it"
-        )
+        raise UserError(f"{folder / OUT_OF_FOLD}: no such file; make cv R={folder.name} writes it")
     if is_wanted or not has_out_of_fold:
         return is_wanted
 
@@ -283,9 +277,7 @@ def read_history(folder: Path) -> list[dict]:
 
     is_list = isinstance(records, list)
     if not is_list or not all(isinstance(record, dict) for record in records):
-        raise UserError(
-            f"{file}: expected a list of objects; remove the file, or train again"
-        )
+        raise UserError(f"{file}: expected a list of objects; remove the file, or train again")
     return [record for record in records if isinstance(record.get("step"), int)]
 
 

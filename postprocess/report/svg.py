@@ -165,9 +165,7 @@ class Axes:
     def draw_diagonal(self) -> Markup:
         """Draw the line on which both axes are equal, up to 1."""
         low = max(self.x.low, self.y.low)
-        line = Markup(
-            '<line class="reference" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"/>'
-        )
+        line = Markup('<line class="reference" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"/>')
         return line.format(self.place_x(low), self.place_y(low), self.place_x(1), self.place_y(1))
 
 
@@ -255,9 +253,7 @@ def draw_share_bar(shares: Iterable[tuple[str, float]]) -> Markup:
 
 def draw_chart(parts: Iterable[Markup], label: str) -> Markup:
     """Put a chart together; `label` says what it shows for those who cannot see it."""
-    chart = Markup(
-        '<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>'
-    )
+    chart = Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>')
     return chart.format(CHART_WIDTH, CHART_HEIGHT, label, join(parts))
 
 
@@ -280,7 +276,9 @@ def draw_reliability(bins: Sequence[Bin], lowest_confidence: float) -> Markup:
     parts = [axes.draw(), axes.draw_diagonal()]
 
     whisker = Markup('<line class="whisker" x1="{0:.1f}" x2="{0:.1f}" y1="{1:.1f}" y2="{2:.1f}"/>')
-    dot = Markup('<circle class="dot" cx="{:.1f}" cy="{:.1f}" r="{:.1f}"><title>{}</title></circle>')
+    dot = Markup(
+        '<circle class="dot" cx="{:.1f}" cy="{:.1f}" r="{:.1f}"><title>{}</title></circle>'
+    )
     most_rows = max(filled_bin.row_count for filled_bin in bins)
     for filled_bin in bins:
         accuracy = filled_bin.accuracy
@@ -323,9 +321,7 @@ def draw_scatter(
     parts = [axes.draw(), axes.draw_diagonal()]
 
     if has_middle_lines:
-        vertical = Markup(
-            '<line class="grid strong" x1="{0:.1f}" x2="{0:.1f}" y1="{1}" y2="{2}"/>'
-        )
+        vertical = Markup('<line class="grid strong" x1="{0:.1f}" x2="{0:.1f}" y1="{1}" y2="{2}"/>')
         parts.append(vertical.format(axes.place_x(0.5), TOP_MARGIN, PLOT_BOTTOM))
         horizontal = Markup(
             '<line class="grid strong" x1="{0}" x2="{1}" y1="{2:.1f}" y2="{2:.1f}"/>'

@@ -153,9 +153,7 @@ def make_worst_row(row: dict, scored: ScoredRows, place: int) -> WorstRow:
     )
 
 
-def name_probabilities(
-    probabilities_v: np.ndarray, verdicts: tuple[str, ...]
-) -> dict[str, float]:
+def name_probabilities(probabilities_v: np.ndarray, verdicts: tuple[str, ...]) -> dict[str, float]:
     """Give each probability its verdict's name, A first, then B, then a tie if there is one."""
     ordered = sorted(verdicts, key=VERDICTS.index)
     return {verdict: float(probabilities_v[verdicts.index(verdict)]) for verdict in ordered}
