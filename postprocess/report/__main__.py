@@ -35,7 +35,9 @@ REPORT = "report.html"
 )
 @exits_with_2
 def main(folder: Path, out_of_fold: bool, pairs_file: Path | None) -> None:
-    logging.disable(logging.WARNING)  # libraries' warnings
+    """Write the report of a run."""
+    # Libraries warn of things that no user of a report can mend.
+    logging.disable(logging.WARNING)
 
     run = read_run(folder, out_of_fold, pairs_file)
     results = compute_results(run)

@@ -58,8 +58,10 @@ def measure_calibration(scored: ScoredRows) -> Calibration | None:
     if not scored.is_decided_r.any():
         return None
 
+    # The likeliest of two verdicts has a probability of 1/2 at least, of three 1/3.
     lowest_confidence = 1 / len(scored.verdicts)
     bins = fill_bins(scored, lowest_confidence)
+    # The expected calibration error: each bin counts by its number of rows.
     total_error = 0.0
     for filled_bin in bins:
         bin_error = abs(filled_bin.accuracy.value - filled_bin.confidence)
@@ -78,10 +80,12 @@ def measure_calibration(scored: ScoredRows) -> Calibration | None:
 
 def fill_bins(scored: ScoredRows, lowest_confidence: float) -> list[Bin]:
     """Sort the decided rows into bins of equal width, from the lowest confidence to 1."""
+    # A confidence of exactly 1 belongs to the last bin.
     confidence_r = scored.mean_rv.max(axis=1)
     share_of_range_r = (confidence_r - lowest_confidence) / (1 - lowest_confidence)
     bin_of_row_r = np.clip((share_of_range_r * BINS).astype(int), 0, BINS - 1)
 
+    # Bins without rows are left out.
     bins = []
     for number in range(BINS):
         mask_r = scored.is_decided_r & (bin_of_row_r == number)
@@ -105,6 +109,7 @@ def find_best_temperature(scored: ScoredRows) -> tuple[float, float]:
     log_probabilities_rv = np.log(np.clip(scored.mean_rv, SMALLEST, 1))
 
     def compute_log_loss(inverse_temperature: float) -> float:
+        # The cross-entropy: log of the sum of exponentials less the labels' mean logit.
         logits_rv = inverse_temperature * log_probabilities_rv
         # Subtracting the highest logit keeps the exponentials from overflowing.
         highest_r = logits_rv.max(axis=1)

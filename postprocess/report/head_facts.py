@@ -26,12 +26,13 @@ def model_facts(run: RunData) -> list[Fact]:
     contract = run.first_contract
     record = training_record(contract)
 
+    # A base model from a hub has a revision, one from a folder has none.
     base_model = contract.get("base_model", "")
     revision = contract.get("revision")
     if revision:
         base_model = f"{base_model} at {revision[:HASH_DIGITS]}"
 
-    # Created is an ISO time, such as 2026-11-25T09:43:39+00:00.
+    # An ISO time, such as 2026-11-25T09:43:39+00:00.
     created = record.get("created", "")
     created = created.replace("T", " ").replace("+00:00", " UTC")
 
@@ -64,6 +65,7 @@ def find_commits(run: RunData) -> list[str]:
 
 def row_facts(run: RunData) -> list[Fact]:
     """Say which rows were measured, and how many the model was trained on."""
+    # The fold of a run that was trained on all rows is "all".
     folds = set()
     training_rows = set()
     for fold_metrics in run.metrics.values():
@@ -102,6 +104,7 @@ def training_facts(run: RunData) -> list[Fact]:
     if metrics.get("steps"):
         steps = f"{metrics['steps']:,}"
 
+    # All folds together.
     seconds = 0.0
     for fold_metrics in run.metrics.values():
         seconds += fold_metrics.get("seconds_training", 0)
@@ -109,6 +112,7 @@ def training_facts(run: RunData) -> list[Fact]:
     if seconds > 0:
         duration = format_duration(seconds)
 
+    # A library that was not installed at the training is recorded as absent.
     versions = training_record(run.first_contract).get("versions", {})
     installed = []
     for library, version in versions.items():

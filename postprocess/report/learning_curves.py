@@ -46,14 +46,15 @@ def make_learning_charts(run: RunData) -> list[LearningChart]:
     for fold, records in run.history.items():
         fold_metrics = run.metrics.get(fold, {})
 
+        # A smoothed loss, over its raw values. With several folds, the raw values would hide it.
         training_loss = read_curve(records, "loss")
-        # With several folds, the curves that are not smoothed would hide the others.
         if len(run.history) == 1:
             loss.append(Series("raw", training_loss))
         loss.append(Series("training", smooth(training_loss)))
         validation_loss = read_validation(records, "log_loss", fold_metrics)
         loss.append(Series("validation", validation_loss))
 
+        # The trainer logs no accuracy on the training rows.
         validation_accuracy = read_validation(records, "accuracy", fold_metrics)
         accuracy.append(Series("validation", validation_accuracy))
         learning_rate.append(Series("training", read_curve(records, "learning_rate")))
@@ -104,6 +105,7 @@ def smooth(curve: Curve) -> Curve:
 
     smoothed = []
     for place, (step, _) in enumerate(curve):
+        # As far to the left as to the right, or the ends would be drawn inwards.
         reach = min(widest_reach, place, last - place)
         neighbourhood = values[place - reach : place + reach + 1]
         smoothed.append((step, float(neighbourhood.mean())))

@@ -126,6 +126,7 @@ def score_rows(predictions: Predictions, verdicts: tuple[str, ...]) -> ScoredRow
         predictions: The rows. Without the pairs file, the winner alone is the label.
         verdicts: The model's verdicts.
     """
+    # One array (rows, verdicts) for each order, put side by side.
     rows = predictions.rows
     probabilities_of_orders = []
     for order in ORDERS:
@@ -133,13 +134,15 @@ def score_rows(predictions: Predictions, verdicts: tuple[str, ...]) -> ScoredRow
         probabilities_of_orders.append(rows.select(columns).to_numpy())
     probabilities_rov = np.stack(probabilities_of_orders, axis=1).astype(np.float64)
 
-    if predictions.has_pairs:
-        labels = [pl.col(f"label_{verdict}") for verdict in VERDICTS]
-    else:
-        labels = [(pl.col("winner") == verdict).cast(pl.Float64) for verdict in VERDICTS]
-    label_table = rows.select(
-        label.alias(f"p_{verdict}") for verdict, label in zip(VERDICTS, labels, strict=True)
-    )
+    # The labels as the training has them: a tie is shared out where the model knows no tie.
+    labels = []
+    for verdict in VERDICTS:
+        if predictions.has_pairs:
+            label = pl.col(f"label_{verdict}")
+        else:
+            label = (pl.col("winner") == verdict).cast(pl.Float64)
+        labels.append(label.alias(f"p_{verdict}"))
+    labels_rv = targets(rows.select(labels), verdicts).astype(np.float64)
 
     # Every estimate multiplies the counts with float64: convert them once.
     draws = resample(groups_of(rows))
@@ -147,7 +150,7 @@ def score_rows(predictions: Predictions, verdicts: tuple[str, ...]) -> ScoredRow
 
     return ScoredRows(
         probabilities_rov=probabilities_rov,
-        labels_rv=targets(label_table, verdicts).astype(np.float64),
+        labels_rv=labels_rv,
         winners_r=winners(rows, verdicts),
         resamples=resamples,
         verdicts=verdicts,
@@ -173,6 +176,7 @@ def estimate_mean(
     if not mask_r.any():
         return None
 
+    # The draws, reduced to the groups of the rows that count, which get new numbers from 0 on.
     values = np.asarray(values_r, np.float64)[mask_r]
     groups, group_of_value = np.unique(resamples.group_r[mask_r], return_inverse=True)
     draws = Resamples(group_of_value, resamples.counts_bg[:, groups])
@@ -187,7 +191,7 @@ def make_table_row(
     losses_r: np.ndarray,
     mask_r: np.ndarray | None = None,
 ) -> TableRow:
-    """Compute one line of a table for verdicts and losses of any model on the measured rows.
+    """Compute one line of a table from the verdicts and losses of the model or a baseline.
 
     Args:
         name: The line's name.
@@ -243,14 +247,15 @@ def constant_baseline(scored: ScoredRows) -> Baseline:
 
 def longer_answer_baseline(scored: ScoredRows, longer_is_a_r: np.ndarray) -> Baseline:
     """Give every row its longer answer, as sure as the longer answer wins in these rows."""
-    row_count = len(longer_is_a_r)
-    rows = np.arange(row_count)
+    # Which verdict names the longer answer of each row, and which the shorter one.
     place_of_a = scored.verdicts.index("model_a")
     place_of_b = scored.verdicts.index("model_b")
     longer_r = np.where(longer_is_a_r, place_of_a, place_of_b)
     shorter_r = np.where(longer_is_a_r, place_of_b, place_of_a)
 
     # A tie, where the model has one, gets its share in these rows.
+    row_count = len(longer_is_a_r)
+    rows = np.arange(row_count)
     probabilities_rv = np.tile(scored.labels_rv.mean(axis=0), (row_count, 1))
     probabilities_rv[rows, longer_r] = scored.labels_rv[rows, longer_r].mean()
     probabilities_rv[rows, shorter_r] = scored.labels_rv[rows, shorter_r].mean()
@@ -262,6 +267,7 @@ def compare_with_baseline(
     name: str, scored: ScoredRows, is_right_r: np.ndarray, probabilities_rv: np.ndarray
 ) -> Baseline:
     """Compute a baseline's accuracy and log loss, and row by row the model's gain over it."""
+    # Numpy subtracts no bool from a bool: one of them becomes a number.
     losses_r = row_losses(probabilities_rv, scored.labels_rv)
     accuracy_gain_r = scored.is_right_r.astype(np.float64) - is_right_r
     log_loss_gain_r = scored.losses_r - losses_r
@@ -316,9 +322,12 @@ def slice_by_name(scored: ScoredRows, names: pl.Series, plural: str) -> list[Tab
         names: Each row's name; rows without one are "unknown".
         plural: What the names are, for the line of those beyond MAX_NAMES.
     """
+    # Names with as many rows are in alphabetical order.
     names = names.cast(pl.String).fill_null("unknown").replace("", "unknown")
     counts = names.value_counts().sort(["count", names.name], descending=[True, False])
     ranked = counts[names.name].to_list()
+
+    # The rarest names share the last line.
     own_line = ranked
     shared_line = []
     if len(ranked) > MAX_NAMES:
@@ -344,6 +353,7 @@ def slice_by_length(scored: ScoredRows, lengths_r: np.ndarray) -> list[TableRow]
     Returns:
         The lines, the shortest rows first; fewer than four if many rows are equally long.
     """
+    # The longest row of each slice; slices that end at the same length become one.
     quantiles = np.linspace(0, 1, LENGTH_SLICES + 1)[1:]
     longest_of_slices = np.unique(np.quantile(lengths_r, quantiles, method="lower"))
 
@@ -413,4 +423,6 @@ def make_slices(
         by_fold = slice_by_name(scored, fold_names, "folds")
         by_fold.sort(key=lambda row: (len(row.name), row.name))  # fold 10 comes after fold 9
         tables.append(("By fold", by_fold))
+
+    # A single line would repeat the model's line on all rows.
     return [(title, table_rows) for title, table_rows in tables if len(table_rows) > 1]

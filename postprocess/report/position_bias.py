@@ -75,6 +75,8 @@ def measure_position_bias(scored: ScoredRows) -> PositionBias:
         make_table_row("order swapped", scored, swapped_right_r, swapped_losses_r),
         make_table_row("mean of both", scored, scored.is_right_r, scored.losses_r),
     )
+
+    # What scoring the second order brings, row by row.
     accuracy_gain_r = scored.is_right_r.astype(np.float64) - as_given_right_r
     log_loss_gain_r = scored.losses_r - as_given_losses_r
 
@@ -108,6 +110,7 @@ def measure_first_answer(
     first_swapped_r = swapped_rv[:, place_of_b]
     second_swapped_r = swapped_rv[:, place_of_a]
 
+    # Over both orders, without bias, first and second get the same.
     first_r = (first_as_given_r + first_swapped_r) / 2
     second_r = (second_as_given_r + second_swapped_r) / 2
 

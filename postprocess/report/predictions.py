@@ -20,8 +20,6 @@ PAIR_COLUMNS = ("prompt", "response_a", "response_b", "language", "source", "gro
 SAME_PROBABILITY = (
     1e-6  # two probabilities of float32 that differ by less are equal but for rounding
 )
-WITHOUT_PAIRS = "so that texts, languages, sources, lengths and groups of prompts are missing here"
-NAME_THE_PAIRS = "name the file of the training with `--pairs FILE`"
 
 
 @dataclass(frozen=True)
@@ -77,6 +75,7 @@ def read_predictions(file: Path) -> Predictions | None:
     if not file.is_file():
         return None
 
+    # A table that another program wrote, or an earlier version of this project.
     rows = read_table(file)
     probabilities = probability_columns()
     required = ["id", "fold", "winner", *probabilities]
@@ -87,12 +86,13 @@ def read_predictions(file: Path) -> Predictions | None:
             "train again"
         )
 
+    # Rows are joined by id, and means of no rows mean nothing.
     if rows.is_empty():
         raise UserError(f"{file}: no rows; train again")
     if rows["id"].is_duplicated().any():
         raise UserError(f"{file}: an id occurs twice; train again")
 
-    # A null becomes a NaN, and a NaN is between no two numbers.
+    # A null becomes a NaN, and a NaN is not between 0 and 1.
     values = rows.select(pl.col(probabilities).cast(pl.Float64)).fill_null(float("nan"))
     is_valid = values.select(pl.all_horizontal(pl.all().is_between(0, 1))).to_series()
     if not is_valid.all():
@@ -134,25 +134,31 @@ def add_pairs(
     if not file.is_file():
         if is_named_by_user:
             raise UserError(f"{file}: no such file; --pairs names the pairs file of the training")
-        return predictions, f"{file} is not there, {WITHOUT_PAIRS}: {NAME_THE_PAIRS}."
+        return predictions, explain_missing_pairs(file, "does not exist")
 
+    # The labels of a pairs file that was made again may differ from those of the training.
     if expected_sha256 and sha256(file) != expected_sha256:
         if is_named_by_user:
             raise UserError(
                 f"{file}: not the file of the training, whose SHA-256 is {expected_sha256[:12]}… "
                 "in metrics.json"
             )
-        return predictions, (
-            f"{file} has changed since training, {WITHOUT_PAIRS}: {NAME_THE_PAIRS}, or train again."
-        )
+        return predictions, explain_missing_pairs(file, "has changed since training")
 
+    # Without metrics.json there is no hash: then the ids show whether the file is another one.
     joined = join_pairs(predictions.rows, read_pairs(file))
     if joined is None:
-        return predictions, (
-            f"{file} does not hold every row of the predictions, {WITHOUT_PAIRS}: "
-            f"{NAME_THE_PAIRS}, or train again."
-        )
+        reason = "does not hold every row of the predictions"
+        return predictions, explain_missing_pairs(file, reason)
     return Predictions(predictions.file, joined), None
+
+
+def explain_missing_pairs(file: Path, reason: str) -> str:
+    """Say why the page has nothing of the pairs file, and what to do."""
+    return (
+        f"{file} {reason}, so that texts, languages, sources, lengths and groups of prompts are "
+        "missing here: name the file of the training with `--pairs FILE`, or train again."
+    )
 
 
 def join_pairs(rows: pl.DataFrame, pairs: pl.DataFrame) -> pl.DataFrame | None:
@@ -164,6 +170,7 @@ def join_pairs(rows: pl.DataFrame, pairs: pl.DataFrame) -> pl.DataFrame | None:
     columns = [column for column in PAIR_COLUMNS if column in pairs.columns]
     pairs = pairs.select("id", *columns, *labels)
 
+    # A left join keeps the order of the rows, and leaves null what has no pair.
     joined = rows.join(pairs, on="id", how="left", maintain_order="left")
     rows_without_pair = joined["label_model_a"].null_count()
     if rows_without_pair or len(joined) != len(rows):
@@ -171,7 +178,7 @@ def join_pairs(rows: pl.DataFrame, pairs: pl.DataFrame) -> pl.DataFrame | None:
     return joined
 
 
-def are_recorded_in(agreement_rows: pl.DataFrame, predictions: pl.DataFrame) -> bool:
+def is_comparison_of(agreement_rows: pl.DataFrame, predictions: pl.DataFrame) -> bool:
     """Tell whether a comparison of models was made with these predictions.
 
     Args:

@@ -84,12 +84,14 @@ def measure_predictions(predictions: Predictions, verdicts: tuple[str, ...]) -> 
     """
     scored = score_rows(predictions, verdicts)
 
+    # Lengths need the texts of the pairs file.
     lengths = None
     longer_is_a_r = None
     if predictions.has_pairs:
         lengths = measure_lengths(predictions.rows)
         longer_is_a_r = lengths.longer_is_a_r
 
+    # A reward model scores each answer alone: no order, no bias.
     position_bias = None
     if depends_on_order(scored):
         position_bias = measure_position_bias(scored)

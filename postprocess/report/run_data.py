@@ -18,7 +18,7 @@ from postprocess.report.predictions import (
     PREDICTIONS,
     Predictions,
     add_pairs,
-    are_recorded_in,
+    is_comparison_of,
     read_predictions,
     read_table,
 )
@@ -149,7 +149,7 @@ def read_run(folder: Path, out_of_fold: bool = False, pairs_file: Path | None = 
     """
     check_run_folder(folder)
 
-    # A cross-validation has one contract, metrics and history a fold, any other run has one.
+    # A cross-validation has a contract, metrics and a history for each fold, other runs have one.
     measures_out_of_fold = should_measure_out_of_fold(folder, out_of_fold)
     if measures_out_of_fold:
         fold_folders = find_fold_folders(folder)
@@ -161,12 +161,14 @@ def read_run(folder: Path, out_of_fold: bool = False, pairs_file: Path | None = 
     contracts = {name: read_optional(path / CONTRACT) for name, path in fold_folders.items()}
     metrics = {name: read_optional(path / METRICS) for name, path in fold_folders.items()}
     history = read_histories(fold_folders)
+
+    # The folds are of one recipe: what the first one says of the model holds for all.
     contract = first_fold(contracts)
     first_metrics = first_fold(metrics)
-
     commands = find_commands(folder, contract, first_metrics, measures_out_of_fold)
     missing = explain_missing(contracts, metrics, history, commands)
 
+    # The rows to measure, with texts and labels if the pairs file is the one of the training.
     predictions = read_predictions(predictions_file)
     if predictions is None:
         missing["predictions"] = (
@@ -182,6 +184,7 @@ def read_run(folder: Path, out_of_fold: bool = False, pairs_file: Path | None = 
         if problem:
             missing["pairs"] = problem
 
+    # The comparison of the model as trained and as packaged.
     agreement, problem = read_agreement(folder, commands.package)
     if problem:
         missing["agreement"] = problem
@@ -216,13 +219,15 @@ def should_measure_out_of_fold(folder: Path, is_wanted: bool) -> bool:
     Raises:
         UserError: The user wants oof.parquet, and there is none.
     """
-    has_out_of_fold = (folder / OUT_OF_FOLD).is_file()
-    if is_wanted and not has_out_of_fold:
-        raise UserError(f"{folder / OUT_OF_FOLD}: no such file; make cv R={folder.name} writes it")
-    if is_wanted or not has_out_of_fold:
-        return is_wanted
+    file = folder / OUT_OF_FOLD
+    if not file.is_file():
+        if is_wanted:
+            raise UserError(f"{file}: no such file; make cv R={folder.name} writes it")
+        return False
+    if is_wanted:
+        return True
 
-    # Predictions of rows that the model was trained on say nothing of its accuracy.
+    # Predictions of rows that the model was trained on say nothing about its accuracy.
     has_predictions = (folder / PREDICTIONS).is_file()
     metrics = read_optional(folder / METRICS)
     return not has_predictions or bool(metrics.get("rows_were_trained_on"))
@@ -230,6 +235,7 @@ def should_measure_out_of_fold(folder: Path, is_wanted: bool) -> bool:
 
 def find_fold_folders(folder: Path) -> dict[str, Path]:
     """Find the folders of a cross-validation's folds, by name, in the order of their numbers."""
+    # By number, since by name fold-10 would come before fold-2.
     folders_by_number = {}
     for path in folder.glob("fold-*"):
         number = path.name.removeprefix("fold-")
@@ -278,6 +284,8 @@ def read_history(folder: Path) -> list[dict]:
     is_list = isinstance(records, list)
     if not is_list or not all(isinstance(record, dict) for record in records):
         raise UserError(f"{file}: expected a list of objects; remove the file, or train again")
+
+    # The trainer's records all have a step; what other programs add has none.
     return [record for record in records if isinstance(record.get("step"), int)]
 
 
@@ -300,12 +308,14 @@ def find_commands(
 
     Without a contract, the recipe is the one that writes into this folder by default.
     """
+    # The recipe's name is that of the run folder, which fold-3 and mean lie in.
     folder = folder.resolve()
     run_folder = folder.parent if SUBFOLDER_OF_RUN.fullmatch(folder.name) else folder
     recipe = training_record(contract).get("recipe")
     if not recipe:
         recipe = f"{run_folder.name}.yml"
 
+    # oof.parquet and a mean of runs have commands of their own.
     package = f"python -m postprocess recipes/{recipe}"
     if is_cross_validation:
         return Commands(create=f"make cv R={Path(recipe).stem}", package=package)
@@ -313,9 +323,12 @@ def find_commands(
         average = f"{package} --adapter …"
         return Commands(create=average, package=average)
 
+    # A base model that is used as it is has its predictions from the packaging.
     create = f"axolotl train recipes/{recipe}"
     if is_untrained(contract, metrics):
         create = package
+
+    # One fold is named by a variable of the environment.
     fold = re.fullmatch(r"fold-(\d+)", folder.name)
     if fold:
         environment = f"PAIRWISE_FOLD={fold[1]}"
@@ -345,31 +358,32 @@ def explain_missing(
     files = {"contract": contracts, "metrics": metrics, "history": history}
     missing = {}
     for name, folds in files.items():
+        # A fold without its contract.json or metrics.json has an empty entry.
         is_complete = folds and all(folds.values())
         if not is_complete:
             missing[name] = f"There is no {name}.json: `{commands.create}` writes it."
 
+    # There is nothing to write where nothing was trained.
     if not history and is_untrained(first_fold(contracts), first_fold(metrics)):
         missing["history"] = "Nothing was trained here, so that there are no learning curves."
     return missing
 
 
 def find_pairs_file(fold_folders: Mapping[str, Path], contract: dict, metrics: dict) -> Path:
-    """Find the pairs file that the model was trained on.
-
-    run.json names it. A mean of runs has no run.json of its own, but its members have; without any,
-    the recipe names the file.
-    """
+    """Find the pairs file that the model was trained on."""
+    # A mean of runs has no run.json of its own, but its members have.
     folders = list(fold_folders.values())
     average = metrics.get("average")
     if average and average.get("members"):
         folders += [Path(member) for member in average["members"]]
 
+    # run.json holds the `pairwise:` block that the run was started with.
     for folder in folders:
         block = read_optional(folder / "run.json").get("block")
         if isinstance(block, dict) and block.get("pairs"):
             return Path(block["pairs"])
 
+    # Without run.json, the recipe as it is today.
     recipe = Path("recipes") / str(training_record(contract).get("recipe"))
     if recipe.is_file():
         block = read_yaml(recipe).get("pairwise")
@@ -393,12 +407,14 @@ def find_verdicts(
     verdicts = contract.get("verdicts")
     without_tie = VERDICTS[:2]
     if verdicts is None:
+        # A model of two verdicts gives a tie the probability 0.
         if predictions is not None and predictions.rows["p_tie"].max() > 0:
             return VERDICTS
         return without_tie
 
-    possible = [list(order) for order in (*permutations(without_tie), *permutations(VERDICTS))]
-    if verdicts not in possible:
+    # The contract's list may have any order: it is the order of the model's outputs.
+    possible_orders = [*permutations(without_tie), *permutations(VERDICTS)]
+    if verdicts not in [list(order) for order in possible_orders]:
         first_folder = next(iter(fold_folders.values()))
         raise UserError(
             f"{first_folder / CONTRACT}: verdicts are {verdicts}, expected model_a and model_b, "
@@ -424,17 +440,19 @@ def read_agreement(folder: Path, package_command: str) -> tuple[Agreement | None
             "agreement.json."
         )
 
+    # A file of an earlier version of this project cannot be shown.
     report = read_object(file)
     remedy = f"`{package_command}` compares the models again."
     missing_keys = [key for key in AGREEMENT_KEYS if key not in report]
     if missing_keys:
         return None, f"agreement.json is of an earlier version, without {missing_keys[0]}: {remedy}"
 
+    # A file of an earlier training compares other models than those of today's predictions.
     rows = None
     if (folder / AGREEMENT_TABLE).is_file():
         rows = read_table(folder / AGREEMENT_TABLE)
     predictions = read_predictions(folder / PREDICTIONS)
     can_compare = rows is not None and predictions is not None
-    if can_compare and not are_recorded_in(rows, predictions.rows):
+    if can_compare and not is_comparison_of(rows, predictions.rows):
         return None, f"agreement.json is of an earlier training: {remedy}"
     return Agreement(report, rows), None
