@@ -242,7 +242,7 @@ def constant_baseline(scored: ScoredRows) -> Baseline:
     shares = scored.labels_rv.mean(axis=0)
     probabilities_rv = np.tile(shares, (len(scored.labels_rv), 1))
     is_right_r = scored.winners_r == shares.argmax()
-    return compare_with_baseline("always the same", scored, is_right_r, probabilities_rv)
+    return compare_with_baseline("one constant verdict", scored, is_right_r, probabilities_rv)
 
 
 def longer_answer_baseline(scored: ScoredRows, longer_is_a_r: np.ndarray) -> Baseline:

@@ -44,6 +44,7 @@ def render_page(run: RunData, results: Results) -> str:
     Returns:
         The page as HTML. The same run gives the same page.
     """
+    # The policy names the script by its hash, so that no other script runs.
     style = (PAGE_FOLDER / "page.css").read_text(encoding="utf-8")
     script = (PAGE_FOLDER / "page.js").read_text(encoding="utf-8")
     script_hash = hashlib.sha256(script.encode()).digest()
@@ -70,7 +71,7 @@ def make_environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(PAGE_FOLDER),
         autoescape=True,
-        undefined=jinja2.StrictUndefined,
+        undefined=jinja2.StrictUndefined,  # a misspelt name is an error, not an empty text
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -160,6 +161,7 @@ def draw_agreement(agreement: Agreement) -> Markup | None:
     Returns:
         The chart, or None if agreement.parquet is missing or does not have both models.
     """
+    # The packaged model is merged, quantised, or one of several quantised ones.
     packaged = agreement.report.get("packaged")
     rows = agreement.rows
     if rows is None:

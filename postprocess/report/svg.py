@@ -30,8 +30,13 @@ PLOT_HEIGHT = CHART_HEIGHT - TOP_MARGIN - BOTTOM_MARGIN
 PLOT_RIGHT = CHART_WIDTH - RIGHT_MARGIN
 PLOT_BOTTOM = CHART_HEIGHT - BOTTOM_MARGIN
 
-ROUND_STEPS = [1, 2, 2.5, 5, 10]  # between ticks, times a power of ten
+# Ticks and scales.
+ROUND_STEPS = [1, 2, 2.5, 5, 10]  # between two ticks, times a power of ten
 MAX_DECIMALS = 9
+ROUNDING_ERROR = 1e-9  # a tick of 0.3 may be 0.30000000000000004
+TIGHT_MARGIN = 0.04  # of the range, on either side of a tight scale
+EDGE = 0.06  # of a strip, in which a centred number would stand out of the cell
+
 MAX_CURVE_POINTS = 400
 SMALLEST_DOT = 2.5  # radius in the reliability diagram
 LARGEST_DOT = 7.5
@@ -58,6 +63,8 @@ class Scale:
         step = 1.0
         if len(self.ticks) > 1:
             step = self.ticks[1] - self.ticks[0]
+
+        # Small learning rates have too many zeros.
         if 0 < step < 1e-3:
             return [scientific(tick) for tick in self.ticks]
 
@@ -68,7 +75,7 @@ class Scale:
 
     def ticks_have_decimals(self, decimals: int) -> bool:
         """Tell whether rounding to so many decimals changes no tick."""
-        return all(abs(round(tick, decimals) - tick) < 1e-9 for tick in self.ticks)
+        return all(abs(round(tick, decimals) - tick) < ROUNDING_ERROR for tick in self.ticks)
 
 
 PROBABILITY_SCALE = Scale(0.0, 1.0, (0.0, 0.25, 0.5, 0.75, 1.0))
@@ -104,12 +111,14 @@ def make_scale(values: Iterable[float], is_tight: bool = False) -> Scale:
         low -= half_range
         high += half_range
 
+    # Matplotlib's ticks lie on round numbers and enclose the values.
     locator = MaxNLocator(nbins=4, steps=ROUND_STEPS)
     ticks = [float(tick) for tick in locator.tick_values(low, high)]
     if not is_tight:
         return Scale(ticks[0], ticks[-1], tuple(ticks))
 
-    margin = 0.04 * (high - low)
+    # A tight scale leaves out the ticks that are outside.
+    margin = TIGHT_MARGIN * (high - low)
     low -= margin
     high += margin
     return Scale(low, high, tuple(tick for tick in ticks if low <= tick <= high))
@@ -134,11 +143,13 @@ class Axes:
 
     def draw(self) -> Markup:
         """Draw the grid, the ticks' numbers and the names of the axes."""
+        # The numbers below the horizontal axis.
         parts = []
         number = Markup('<text x="{:.1f}" y="{}" text-anchor="middle">{}</text>')
         for tick, label in zip(self.x.ticks, self.x.tick_labels(), strict=True):
             parts.append(number.format(self.place_x(tick), PLOT_BOTTOM + 16, label))
 
+        # The numbers left of the vertical axis, each with its line of the grid.
         line = Markup('<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>')
         number = Markup('<text x="{}" y="{:.1f}" text-anchor="end">{}</text>')
         for tick, label in zip(self.y.ticks, self.y.tick_labels(), strict=True):
@@ -149,11 +160,11 @@ class Axes:
         base_line = Markup('<line class="base" x1="{}" x2="{}" y1="{}" y2="{}"/>')
         parts.append(base_line.format(LEFT_MARGIN, PLOT_RIGHT, PLOT_BOTTOM, PLOT_BOTTOM))
 
+        # The names of both axes. The vertical one is turned: its x runs from the bottom to the top.
         x_name = Markup('<text class="name" x="{:.1f}" y="{}" text-anchor="middle">{}</text>')
         x_middle = LEFT_MARGIN + PLOT_WIDTH / 2
         parts.append(x_name.format(x_middle, CHART_HEIGHT - 4, self.x_name))
 
-        # Turned by 90 degrees, its x runs from the bottom to the top.
         y_name = Markup(
             '<text class="name" x="{:.1f}" y="10" transform="rotate(-90)" text-anchor="middle">'
             "{}</text>"
@@ -194,6 +205,7 @@ def draw_strip(estimate: Estimate, scale: Scale, reference: float | None = None)
         scale: The column's scale.
         reference: Where a dashed line goes through the column.
     """
+    # What is drawn later lies on top: grid, reference, whisker, dot.
     parts = [draw_strip_line(scale, tick, "grid") for tick in scale.ticks]
     if reference is not None:
         parts.append(draw_strip_line(scale, reference, "reference"))
@@ -223,11 +235,10 @@ def draw_strip_axis(scale: Scale) -> Markup:
     number = Markup('<text x="{:.2f}%" y="12" text-anchor="{}">{}</text>')
     for tick, label in zip(scale.ticks, scale.tick_labels(), strict=True):
         fraction = scale.fraction(tick)
-        # A number at an end would stand out of the cell if it were centred.
         anchor = "middle"
-        if fraction < 0.06:
+        if fraction < EDGE:
             anchor = "start"
-        elif fraction > 0.94:
+        elif fraction > 1 - EDGE:
             anchor = "end"
         parts.append(number.format(100 * fraction, anchor, label))
 
@@ -267,8 +278,9 @@ def draw_reliability(bins: Sequence[Bin], lowest_confidence: float) -> Markup:
         bins: The bins that have rows.
         lowest_confidence: Where the horizontal axis begins.
     """
-    first_tick = math.ceil(lowest_confidence * 10 - 1e-9)
-    ticks = tuple(tick / 10 for tick in range(first_tick, 11))
+    # A tick at every tenth, from the lowest confidence on.
+    first_tenth = math.ceil(lowest_confidence * 10 - ROUNDING_ERROR)
+    ticks = tuple(tenth / 10 for tenth in range(first_tenth, 11))
     confidence_scale = Scale(lowest_confidence, 1.0, ticks)
     axes = Axes(
         confidence_scale, PROBABILITY_SCALE, "probability of the verdict", "share that is right"
@@ -285,8 +297,9 @@ def draw_reliability(bins: Sequence[Bin], lowest_confidence: float) -> Markup:
         x = axes.place_x(filled_bin.confidence)
         parts.append(whisker.format(x, axes.place_y(accuracy.low), axes.place_y(accuracy.high)))
 
-        growth = math.sqrt(filled_bin.row_count / most_rows)
-        radius = SMALLEST_DOT + (LARGEST_DOT - SMALLEST_DOT) * growth
+        # The root, since the eye compares areas. The numbers show when the mouse is over the dot.
+        size = math.sqrt(filled_bin.row_count / most_rows)
+        radius = SMALLEST_DOT + (LARGEST_DOT - SMALLEST_DOT) * size
         numbers = (
             f"{filled_bin.row_count:,} rows: {filled_bin.confidence:.3f} sure, "
             f"{accuracy.value:.3f} right"
@@ -328,6 +341,7 @@ def draw_scatter(
         )
         parts.append(horizontal.format(LEFT_MARGIN, PLOT_RIGHT, axes.place_y(0.5)))
 
+    # Two groups, so that the marked dots lie on top and a group has one class.
     dot = Markup('<circle cx="{:.1f}" cy="{:.1f}" r="2.6"/>')
     plain_dots = []
     marked_dots = []
@@ -348,6 +362,7 @@ def draw_curves(all_series: Sequence[Series], axis_name: str, label: str) -> Mar
         axis_name: Of the vertical axis.
         label: What the chart shows.
     """
+    # All curves share the axes.
     steps = []
     values = []
     for series in all_series:
@@ -363,11 +378,13 @@ def draw_curves(all_series: Sequence[Series], axis_name: str, label: str) -> Mar
         "</circle>"
     )
     for series in all_series:
+        # The line has fewer points than a long training has steps.
         points = []
         for step, value in thin_out(series.curve):
             points.append(f"{axes.place_x(step):.1f},{axes.place_y(value):.1f}")
         parts.append(line.format(series.kind, " ".join(points)))
 
+        # A line of one point cannot be seen, and validations are few: both get dots.
         if series.kind == "validation" or len(series.curve) == 1:
             for step, value in series.curve:
                 x = axes.place_x(step)

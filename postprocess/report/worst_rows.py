@@ -115,6 +115,7 @@ def find_worst_rows(
 
 def rank_wrong_rows(scored: ScoredRows) -> list[int]:
     """Return the places of the rows with a wrong verdict, the least probable winner first."""
+    # A stable sort keeps rows of equal probability in the order of their ids.
     wrong_rows = np.flatnonzero(scored.is_decided_r & ~scored.is_right_r)
     winner_probabilities = scored.mean_rv[wrong_rows, scored.winners_r[wrong_rows]]
     ranking = np.argsort(winner_probabilities, kind="stable")
@@ -129,10 +130,12 @@ def make_worst_row(row: dict, scored: ScoredRows, place: int) -> WorstRow:
         scored: All rows as arrays.
         place: The row's place in them.
     """
+    # Rows without the pairs file have neither language nor source.
     facts = [row.get("language"), row.get("source")]
     if row["fold"] is not None:
         facts.append(f"fold {row['fold']}")
 
+    # Each order on its own, since a row may be wrong in one only, and the mean that decides.
     probabilities = {}
     for order_place, order in enumerate(ORDERS):
         name = order.replace("_", " ")
@@ -177,12 +180,14 @@ def cut_text(text: str, limit: int) -> Text:
     longest_uncut = int(limit * SLACK)
     beginning = text[:longest_uncut]
 
+    # Many short lines take as much room on the page as a long text.
     if beginning.count("\n") > MAX_LINES:
         lines = beginning.split("\n")[:MAX_LINES]
         limit = min(limit, len("\n".join(lines)))
     elif len(text) <= longest_uncut:
         return Text(text)
 
+    # A browser becomes slow with a text of a million characters, even a hidden one.
     cut = find_cut(text, limit)
     rest = text[cut:]
     left_out = max(0, len(rest) - MAX_REST_CHARACTERS)
@@ -201,6 +206,7 @@ def find_cut(text: str, limit: int) -> int:
     if white_space > 0:
         return white_space
 
+    # Text without spaces, such as Chinese, or a long link.
     cut = limit
     while cut > 1 and continues_character(text, cut):
         cut -= 1

@@ -107,7 +107,7 @@ def test_the_page_names_no_place_to_load_from(tmp_path):
         ("metrics.json", "There is no metrics.json: axolotl train recipes/tiny.yml writes it."),
         ("history.json", "There is no history.json: axolotl train recipes/tiny.yml writes it."),
         ("predictions.parquet", "so that nothing can be measured: axolotl train recipes/tiny.yml writes it."),
-        ("../pairs.parquet", "is not there, so that texts, languages, sources, lengths and groups of prompts are missing here"),
+        ("../pairs.parquet", "does not exist, so that texts, languages, sources, lengths and groups of prompts are missing here"),
         ("agreement.json", "The run was not packaged yet: python -m postprocess recipes/tiny.yml compares the models"),
     ],
 )
@@ -126,7 +126,7 @@ def test_a_cross_validation_is_measured_over_all_folds(crossed):
         "4 rows of 4 groups of prompts, by the mean of both orders, each row by the model that never saw it.",
         "By fold accuracy",
         "fold 1 † 2 rows",
-        "training validation, a line a fold",
+        "training validation, one line per fold",
         "Accuracy 0.500",
     ):
         assert fact in text
@@ -141,7 +141,7 @@ def test_a_cross_validation_is_measured_over_all_folds(crossed):
             {},
             ["head score, 3 verdicts", "winner tie, the model says A", "A 0.810 · B 0.090 · tie 0.100"],
         ),
-        ([Row(0.9, 0.9)], TWO, {}, ["a reward model reads each answer alone, so that there is no position to prefer"]),
+        ([Row(0.9, 0.9)], TWO, {}, ["a reward model reads each answer alone, so there is no position to prefer"]),
         ([Row(0.9, 0.8), Row(0.2, 0.1, "model_b")], TWO, {}, ["No verdict is wrong."]),
         (FOUR, TWO, {"rows_were_trained_on": True}, ["The model was trained on the rows that it is measured on here"]),
         (
