@@ -69,12 +69,15 @@ def test_the_command_writes_the_page_with_the_run_and_its_numbers(tmp_path):
     assert reported.render(folder) == page, "the same run gives the same page"
 
 
-def test_what_cannot_be_read_is_one_line_and_no_page(tmp_path):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--oof"], "oof.parquet: no such file"), (["--pairs", "absent.parquet"], "absent.parquet: no such file; --pairs names")],
+)
+def test_what_cannot_be_read_is_one_line_and_no_page(tmp_path, options, message):
     folder = reported.write_run(tmp_path / "tiny")
-    (folder / "metrics.json").write_text("{")
-    result = CliRunner().invoke(main, [str(folder)])
+    result = CliRunner().invoke(main, [str(folder), *options])
     assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
-    assert result.stderr.startswith("error: ")
+    assert result.stderr.startswith("error: ") and message in result.stderr
     assert not (folder / "report.html").exists()
 
 
@@ -107,7 +110,7 @@ def test_the_page_names_no_place_to_load_from(tmp_path):
         ("metrics.json", "There is no metrics.json: axolotl train recipes/tiny.yml writes it."),
         ("history.json", "There is no history.json: axolotl train recipes/tiny.yml writes it."),
         ("predictions.parquet", "so that nothing can be measured: axolotl train recipes/tiny.yml writes it."),
-        ("../pairs.parquet", "does not exist, so that texts, languages, sources, lengths and groups of prompts are missing here"),
+        ("../pairs.parquet", "does not exist, so that texts, languages, sources, lengths and groups of prompts are missing"),
         ("agreement.json", "The run was not packaged yet: python -m postprocess recipes/tiny.yml compares the models"),
     ],
 )
@@ -153,6 +156,7 @@ def test_a_cross_validation_is_measured_over_all_folds(crossed):
         ([Row(0.9, 0.8, "model_b", a="")], TWO, {}, ["Answer A 0 characters empty"]),
         ([Row(0.9, 0.8, "model_b", a="\u200b")], TWO, {}, ["Answer A 1 character blank"]),
         ([Row(0.9, 0.8, "model_b", a="\n ")], TWO, {}, ["Answer A 2 characters blank"]),
+        ([Row(0.9, 0.8, "model_b", a="word " * 400)], TWO, {}, ["A 2,000 characters", "word the rest: 1,301 characters"]),
     ],
 )
 def test_the_page_says_what_is_special_in_a_run(tmp_path, rows, verdicts, changed, facts):
