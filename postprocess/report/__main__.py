@@ -1,8 +1,9 @@
-"""`python -m postprocess.report outputs/R`: what a run is worth, as one page, outputs/R/report.html.
+"""`python -m postprocess.report outputs/R`: what a run is worth on one page, outputs/R/report.html.
 
-The page is a single file that loads nothing: accuracy and log loss with intervals, by language, length and source,
-calibration, position bias, learning curves, agreement, the fifty worst errors. It holds rows of the pairs file, so it is as
-private as they are. Exit code 2, after one line, for what the user can mend.
+The page is a single file that loads nothing. It shows accuracy and log loss with intervals, by
+language, length and source, calibration, position bias, learning curves, agreement, and the fifty
+worst errors. It holds rows of the pairs file, so it is as private as they are. Exit code 2, after
+one line, for what the user can mend.
 """
 
 import logging

@@ -38,9 +38,9 @@ class Calibration:
 
     Attributes:
         bins: The bins that have rows, in the order of their confidence.
-        lowest_confidence: What the likeliest of so many verdicts has at least.
+        lowest_confidence: The least that the likeliest verdict can have: 1/2 or 1/3.
         error: The expected calibration error (Guo et al. 2017).
-        temperature: Divides the logarithms of the probabilities for the least log loss.
+        temperature: The temperature with the least log loss on these rows.
         log_loss: Log loss of all rows, in nats.
         log_loss_at_temperature: The least log loss.
     """
@@ -61,6 +61,7 @@ def measure_calibration(scored: ScoredRows) -> Calibration | None:
     # The likeliest of two verdicts has a probability of 1/2 at least, of three 1/3.
     lowest_confidence = 1 / len(scored.verdicts)
     bins = fill_bins(scored, lowest_confidence)
+
     # The expected calibration error: each bin counts by its number of rows.
     total_error = 0.0
     for filled_bin in bins:

@@ -36,6 +36,7 @@ def model_facts(run: RunData) -> list[Fact]:
     created = record.get("created", "")
     created = created.replace("T", " ").replace("+00:00", " UTC")
 
+    # The verdicts of the run, since a contract of an earlier version does not name them.
     head = ""
     if contract:
         head = f"{contract.get('head')}, {len(run.verdicts)} verdicts"

@@ -83,8 +83,8 @@ def read_curve(records: Sequence[dict], key: str) -> Curve:
 def read_validation(records: Sequence[dict], metric: str, fold_metrics: dict) -> Curve:
     """Read the curve of a validation metric.
 
-    A run that was not validated during the training has one point, the validation at its end, of
-    metrics.json.
+    A run that was not validated during training has one point: the validation after its last step,
+    from metrics.json.
     """
     curve = read_curve(records, f"eval_{metric}")
     if curve:
@@ -118,5 +118,5 @@ def without_empty(series: Sequence[Series]) -> tuple[Series, ...]:
 
 
 def has_a_line(chart: LearningChart) -> bool:
-    """Tell whether any series has more than one point; single points make no chart."""
+    """Return whether any series has more than one point; single points make no chart."""
     return any(len(series.curve) > 1 for series in chart.series)

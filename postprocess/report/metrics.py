@@ -1,8 +1,8 @@
 """Compute accuracy and log loss with confidence intervals: of all rows, of slices, of baselines.
 
 `results.compute_results` calls this module. It has plain functions of arrays and tables and reads
-no file. A row is "decided" if its winner is one of the model's verdicts; a tie is no verdict of a
-model of two. Shape letters: see docs/style.md.
+no file. A row is "decided" if its winner is one of the model's verdicts: a tie is not decided for a
+model that only tells A from B. Shape letters: see docs/style.md.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from recipes.pairwise.data.datasets import targets, winners
 from recipes.pairwise.tracking.metrics import ORDERS, row_losses
 
 LENGTH_SLICES = 4
-MAX_NAMES = 12  # lines of a table by language or source; the rarest names share the last one
+MAX_NAMES = 12  # rows of a table by language or source; the rarest names share the last one
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class TableRow:
-    """Accuracy and log loss of some rows, as one line of a table.
+    """Accuracy and log loss of some rows of the data, as one row of a table.
 
     Attributes:
         name: What the rows have in common, or whose verdicts they are.
@@ -51,7 +51,7 @@ class TableRow:
 
     @property
     def has_few_groups(self) -> bool:
-        """Whether there are too few groups for the interval to be as wide as it should."""
+        """Whether there are so few groups that the interval is too narrow."""
         return self.group_count < FEW_GROUPS
 
 
@@ -72,7 +72,7 @@ class Baseline:
 
 @dataclass(frozen=True)
 class ScoredRows:
-    """The measured rows as arrays, float64 but for the winners.
+    """The measured rows as arrays; all but the winners are float64.
 
     Attributes:
         probabilities_rov: The model's probabilities in both orders.
@@ -134,7 +134,7 @@ def score_rows(predictions: Predictions, verdicts: tuple[str, ...]) -> ScoredRow
         probabilities_of_orders.append(rows.select(columns).to_numpy())
     probabilities_rov = np.stack(probabilities_of_orders, axis=1).astype(np.float64)
 
-    # The labels as the training has them: a tie is shared out where the model knows no tie.
+    # As in training: without a verdict for ties, `targets` gives half of a tie to each side.
     labels = []
     for verdict in VERDICTS:
         if predictions.has_pairs:
@@ -191,10 +191,10 @@ def make_table_row(
     losses_r: np.ndarray,
     mask_r: np.ndarray | None = None,
 ) -> TableRow:
-    """Compute one line of a table from the verdicts and losses of the model or a baseline.
+    """Compute one table row from the verdicts and losses of the model or a baseline.
 
     Args:
-        name: The line's name.
+        name: The table row's name.
         scored: The measured rows.
         is_right_r: Whether each row's verdict is right.
         losses_r: Each row's log loss, in nats.
@@ -215,7 +215,7 @@ def make_table_row(
 def model_row(
     scored: ScoredRows, name: str = "this model", mask_r: np.ndarray | None = None
 ) -> TableRow:
-    """Compute the model's line of a table, on all rows or on those of `mask_r`."""
+    """Compute the model's table row, on all rows of the data or on those of `mask_r`."""
     return make_table_row(name, scored, scored.is_right_r, scored.losses_r, mask_r)
 
 
@@ -238,7 +238,7 @@ def make_baselines(scored: ScoredRows, longer_is_a_r: np.ndarray | None) -> list
 
 
 def constant_baseline(scored: ScoredRows) -> Baseline:
-    """Give every row the commonest verdict, and the verdicts' shares as probabilities."""
+    """Predict the commonest verdict for every row, with the verdicts' shares as probabilities."""
     shares = scored.labels_rv.mean(axis=0)
     probabilities_rv = np.tile(shares, (len(scored.labels_rv), 1))
     is_right_r = scored.winners_r == shares.argmax()
@@ -246,7 +246,7 @@ def constant_baseline(scored: ScoredRows) -> Baseline:
 
 
 def longer_answer_baseline(scored: ScoredRows, longer_is_a_r: np.ndarray) -> Baseline:
-    """Give every row its longer answer, as sure as the longer answer wins in these rows."""
+    """Predict the longer answer for every row, with the share in which it wins as probability."""
     # Which verdict names the longer answer of each row, and which the shorter one.
     place_of_a = scored.verdicts.index("model_a")
     place_of_b = scored.verdicts.index("model_b")
@@ -315,43 +315,43 @@ def measure_lengths(rows: pl.DataFrame) -> Lengths:
 
 
 def slice_by_name(scored: ScoredRows, names: pl.Series, plural: str) -> list[TableRow]:
-    """Compute a line for each name, such as a language, those with the most rows first.
+    """Compute a table row for each name, such as a language, the commonest name first.
 
     Args:
         scored: The measured rows.
         names: Each row's name; rows without one are "unknown".
-        plural: What the names are, for the line of those beyond MAX_NAMES.
+        plural: What the names are, for the table row that the rarest names share.
     """
-    # Names with as many rows are in alphabetical order.
+    # Equally common names are in alphabetical order.
     names = names.cast(pl.String).fill_null("unknown").replace("", "unknown")
     counts = names.value_counts().sort(["count", names.name], descending=[True, False])
     ranked = counts[names.name].to_list()
 
-    # The rarest names share the last line.
-    own_line = ranked
-    shared_line = []
+    # The rarest names share the last table row.
+    single_names = ranked
+    shared_names = []
     if len(ranked) > MAX_NAMES:
-        own_line = ranked[: MAX_NAMES - 1]
-        shared_line = ranked[MAX_NAMES - 1 :]
+        single_names = ranked[: MAX_NAMES - 1]
+        shared_names = ranked[MAX_NAMES - 1 :]
 
     table_rows = []
-    for name in own_line:
+    for name in single_names:
         table_rows.append(model_row(scored, name, (names == name).to_numpy()))
-    if shared_line:
-        mask_r = names.is_in(shared_line).to_numpy()
-        table_rows.append(model_row(scored, f"{len(shared_line)} other {plural}", mask_r))
+    if shared_names:
+        mask_r = names.is_in(shared_names).to_numpy()
+        table_rows.append(model_row(scored, f"{len(shared_names)} other {plural}", mask_r))
     return table_rows
 
 
 def slice_by_length(scored: ScoredRows, lengths_r: np.ndarray) -> list[TableRow]:
-    """Compute a line for each quarter of the rows by length.
+    """Compute a table row for each quarter of the data by length.
 
     Args:
         scored: The measured rows.
         lengths_r: The length of each row's texts in characters.
 
     Returns:
-        The lines, the shortest rows first; fewer than four if many rows are equally long.
+        The table rows, the shortest texts first; fewer than four if many are equally long.
     """
     # The longest row of each slice; slices that end at the same length become one.
     quantiles = np.linspace(0, 1, LENGTH_SLICES + 1)[1:]
@@ -371,10 +371,10 @@ def slice_by_length(scored: ScoredRows, lengths_r: np.ndarray) -> list[TableRow]
 
 
 def slice_by_longer_answer(scored: ScoredRows, lengths: Lengths) -> list[TableRow]:
-    """Compute a line for the rows whose longer answer won, whose shorter one won, and for ties.
+    """Compute a table row each for: the longer answer won, the shorter answer won, a tie.
 
     Returns:
-        The lines that have rows. Rows with equally long answers are in neither of the first two.
+        The table rows that have data. Pairs with equally long answers are in none of the first two.
     """
     a_won_r = scored.winners_r == scored.verdicts.index("model_a")
     b_won_r = scored.winners_r == scored.verdicts.index("model_b")
@@ -404,7 +404,7 @@ def make_slices(
         lengths: The texts' lengths; None if the texts are unknown.
 
     Returns:
-        Title and lines of each table that has more than one line.
+        Title and rows of each table that has more than one row.
     """
     rows = predictions.rows
     tables = []
@@ -424,5 +424,5 @@ def make_slices(
         by_fold.sort(key=lambda row: (len(row.name), row.name))  # fold 10 comes after fold 9
         tables.append(("By fold", by_fold))
 
-    # A single line would repeat the model's line on all rows.
+    # A single row would only repeat the model's result on all data.
     return [(title, table_rows) for title, table_rows in tables if len(table_rows) > 1]

@@ -10,6 +10,7 @@ import base64
 import hashlib
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
@@ -109,16 +110,25 @@ def draw_pictures(run: RunData, results: Results) -> dict[str, Markup | None]:
     return pictures
 
 
-def draw_table(table_rows: Sequence[TableRow], reference: TableRow) -> dict:
-    """Draw the pictures of a table: a strip for each line in both columns.
+@dataclass(frozen=True)
+class TablePictures:
+    """The pictures of a table with the columns accuracy and log_loss.
+
+    Attributes:
+        axes: The axis of each column, by its name.
+        strips: For each table row, the strip by the column's name; None where there is no number.
+    """
+
+    axes: dict[str, Markup]
+    strips: list[dict[str, Markup | None]]
+
+
+def draw_table(table_rows: Sequence[TableRow], reference: TableRow) -> TablePictures:
+    """Draw the pictures of a table.
 
     Args:
-        table_rows: The lines.
-        reference: The model on all rows; a dashed line marks it in every strip.
-
-    Returns:
-        "axes": for each column, accuracy and log_loss, its numbers. "strips": for each line, its
-        strip by column, None where there is no number.
+        table_rows: The rows of the table.
+        reference: The model on all data; a dashed line marks it in every strip.
     """
     axes = {}
     strips: list[dict[str, Markup | None]] = [{} for _ in table_rows]
@@ -127,14 +137,14 @@ def draw_table(table_rows: Sequence[TableRow], reference: TableRow) -> dict:
         reference_estimate = getattr(reference, column)
         reference_value = reference_estimate.value if reference_estimate else None
 
-        # All lines of a column share its scale.
+        # The rows share a column's scale.
         scale = svg.make_strip_scale([*estimates, reference_estimate])
         axes[column] = svg.draw_strip_axis(scale)
         for row_strips, estimate in zip(strips, estimates, strict=True):
             row_strips[column] = None
             if estimate is not None:
                 row_strips[column] = svg.draw_strip(estimate, scale, reference_value)
-    return {"axes": axes, "strips": strips}
+    return TablePictures(axes, strips)
 
 
 def draw_learning_chart(chart: LearningChart) -> Markup:
@@ -189,6 +199,7 @@ def draw_agreement(agreement: Agreement) -> Markup | None:
 
 def choose_dots(x_r: np.ndarray, y_r: np.ndarray, is_marked_r: np.ndarray) -> list[svg.ScatterRow]:
     """Choose at most MAX_DOTS rows for a scatter plot, evenly spaced, the same every time."""
+    # Thousands of dots would hide one another and make the page slow.
     row_count = len(x_r)
     places = np.linspace(0, row_count - 1, min(row_count, MAX_DOTS)).round().astype(int)
     return [svg.ScatterRow(x_r[row], y_r[row], is_marked_r[row]) for row in np.unique(places)]
@@ -208,7 +219,8 @@ def format_signed(value: float | None, decimals: int = 3) -> str:
     """Write a difference with its sign: +0.012, −0.012."""
     if value is None:
         return NO_NUMBER
-    rounded = round(value, decimals) + 0.0  # adding zero turns -0.0 into 0.0
+    # A small negative number rounds to -0.0, and adding zero makes 0.0 of it.
+    rounded = round(value, decimals) + 0.0
     return f"{rounded:+.{decimals}f}".replace("-", MINUS)
 
 

@@ -133,13 +133,13 @@ def one_hot_verdicts(probabilities_rv: np.ndarray) -> np.ndarray:
 
 
 def find_flips(scored: ScoredRows) -> np.ndarray:
-    """Tell for each row whether its verdict changes with the order, bool of shape (rows,)."""
+    """Return for each row whether its verdict changes with the order, bool of shape (rows,)."""
     verdicts_ro = scored.probabilities_rov.argmax(axis=2)
     return verdicts_ro[:, 0] != verdicts_ro[:, 1]
 
 
 def depends_on_order(scored: ScoredRows) -> bool:
-    """Tell whether any probability changes with the order; those of a reward model never do."""
+    """Return whether any probability changes with the order; those of a reward model never do."""
     as_given_rv = scored.probabilities_rov[:, 0]
     swapped_rv = scored.probabilities_rov[:, 1]
     return not np.array_equal(as_given_rv, swapped_rv)

@@ -38,7 +38,7 @@ class Predictions:
 
     @property
     def is_out_of_fold(self) -> bool:
-        """Whether these are the rows of all folds, each predicted by a model that did not see it."""
+        """Whether these are the rows of all folds, predicted by models that did not see them."""
         return self.file.name == OUT_OF_FOLD
 
     @property
@@ -75,7 +75,7 @@ def read_predictions(file: Path) -> Predictions | None:
     if not file.is_file():
         return None
 
-    # A table that another program wrote, or an earlier version of this project.
+    # Another program, or an earlier version of this project, may have written other columns.
     rows = read_table(file)
     probabilities = probability_columns()
     required = ["id", "fold", "winner", *probabilities]
@@ -86,7 +86,7 @@ def read_predictions(file: Path) -> Predictions | None:
             "train again"
         )
 
-    # Rows are joined by id, and means of no rows mean nothing.
+    # The ids join the rows with their pairs.
     if rows.is_empty():
         raise UserError(f"{file}: no rows; train again")
     if rows["id"].is_duplicated().any():
@@ -179,7 +179,7 @@ def join_pairs(rows: pl.DataFrame, pairs: pl.DataFrame) -> pl.DataFrame | None:
 
 
 def is_comparison_of(agreement_rows: pl.DataFrame, predictions: pl.DataFrame) -> bool:
-    """Tell whether a comparison of models was made with these predictions.
+    """Return whether a comparison of models was made with these predictions.
 
     Args:
         agreement_rows: agreement.parquet: two rows a pair, one for each order, with the

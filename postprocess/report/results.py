@@ -33,7 +33,7 @@ class Measurements:
         scored: The rows as arrays, for the pictures that show single rows.
         model: Accuracy and log loss of the model on all rows.
         baselines: Guesses that read no text, on the same rows.
-        slices: Title and lines of the tables by language, length, source, winner, fold.
+        slices: Title and rows of the tables by language, length, source, winner, fold.
         calibration: None if no row has a winner among the model's verdicts.
         position_bias: None if the order of the answers changes nothing (a reward model).
         worst_rows: The rows with a wrong verdict whose winner had the least probability.

@@ -72,10 +72,10 @@ class RunData:
 
     Attributes:
         folder: The run folder.
-        contracts: contract.json of each fold by the fold's name, empty where there is none. A run
-            that is no cross-validation has one fold, whose name is empty.
-        metrics: metrics.json, likewise.
-        history: The records of history.json, likewise, without the folds that have none.
+        contracts: contract.json of each fold by the fold's name; empty where there is none. A run
+            that is not a cross-validation has one entry, under the empty name.
+        metrics: metrics.json of each fold by the fold's name; empty where there is none.
+        history: The records of history.json by the fold's name, for the folds that have any.
         predictions: The rows that the report measures; None if there are none.
         verdicts: The verdicts that the model tells apart, in the order of its outputs.
         agreement: The comparison of the trained and the packaged model; None if there is none.
@@ -139,13 +139,13 @@ def read_run(folder: Path, out_of_fold: bool = False, pairs_file: Path | None = 
     Args:
         folder: outputs/R, outputs/R/fold-N or outputs/R/mean.
         out_of_fold: Measure oof.parquet in any case.
-        pairs_file: The pairs file of the training, if it is not where the run says that it is.
+        pairs_file: The pairs file of the training, if it has moved since.
 
     Returns:
         The run's data.
 
     Raises:
-        UserError: The folder is no run folder, or one of its files cannot be read.
+        UserError: The folder is not a run folder, or one of its files cannot be read.
     """
     check_run_folder(folder)
 
@@ -270,7 +270,7 @@ def read_history(folder: Path) -> list[dict]:
         The records that have a step; empty if the folder has no log.
 
     Raises:
-        UserError: The log is no list of objects.
+        UserError: The log is not a list of objects.
     """
     file = folder / HISTORY
     if file.is_file():
@@ -323,12 +323,12 @@ def find_commands(
         average = f"{package} --adapter …"
         return Commands(create=average, package=average)
 
-    # A base model that is used as it is has its predictions from the packaging.
+    # Packaging writes the predictions of a base model that is not trained.
     create = f"axolotl train recipes/{recipe}"
     if is_untrained(contract, metrics):
         create = package
 
-    # One fold is named by a variable of the environment.
+    # An environment variable selects the fold.
     fold = re.fullmatch(r"fold-(\d+)", folder.name)
     if fold:
         environment = f"PAIRWISE_FOLD={fold[1]}"
@@ -338,7 +338,7 @@ def find_commands(
 
 
 def is_untrained(contract: dict, metrics: dict) -> bool:
-    """Tell whether nothing was trained here: a base model as it is, or a mean of several runs."""
+    """Return whether nothing was trained here: a base model as it is, or a mean of several runs."""
     is_base_model = metrics.get("training_rows") == 0 or bool(contract.get("logit_bias"))
     is_mean = "average" in metrics
     return is_base_model or is_mean
@@ -353,7 +353,7 @@ def explain_missing(
     """Say for contract.json, metrics.json and history.json which command writes what is missing.
 
     Returns:
-        A sentence by "contract", "metrics" or "history", for those that any fold is without.
+        A sentence by "contract", "metrics" or "history", for each file that a fold lacks.
     """
     files = {"contract": contracts, "metrics": metrics, "history": history}
     missing = {}
@@ -440,7 +440,7 @@ def read_agreement(folder: Path, package_command: str) -> tuple[Agreement | None
             "agreement.json."
         )
 
-    # A file of an earlier version of this project cannot be shown.
+    # An earlier version of this project wrote fewer keys.
     report = read_object(file)
     remedy = f"`{package_command}` compares the models again."
     missing_keys = [key for key in AGREEMENT_KEYS if key not in report]

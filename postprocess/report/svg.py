@@ -54,7 +54,7 @@ class Scale:
     ticks: tuple[float, ...]
 
     def fraction(self, value: float) -> float:
-        """Return where a value is between both ends, from 0 to 1; at an end if it is beyond."""
+        """Return the position of a value between both ends, from 0 to 1, clipped at the ends."""
         fraction = (value - self.low) / (self.high - self.low)
         return min(max(fraction, 0), 1)
 
@@ -74,7 +74,7 @@ class Scale:
         return [f"{tick:,.{decimals}f}" for tick in self.ticks]
 
     def ticks_have_decimals(self, decimals: int) -> bool:
-        """Tell whether rounding to so many decimals changes no tick."""
+        """Return whether rounding to so many decimals changes no tick."""
         return all(abs(round(tick, decimals) - tick) < ROUNDING_ERROR for tick in self.ticks)
 
 
@@ -251,6 +251,7 @@ def draw_share_bar(shares: Iterable[tuple[str, float]]) -> Markup:
     parts = []
     box = Markup('<rect class="{}" x="{:.2f}%" width="{:.2f}%" height="10"/>')
     start = 0.0
+    # Each box begins where the one before it ends.
     for verdict, share in shares:
         parts.append(box.format(verdict, 100 * start, 100 * share))
         start += share
@@ -328,7 +329,7 @@ def draw_scatter(
         rows: The dots. Those that are marked lie on top.
         axis_names: Of the horizontal and the vertical axis.
         label: What the chart shows.
-        has_middle_lines: Draw lines at one half, where the verdict of a model of two changes.
+        has_middle_lines: Draw lines at one half, where the verdict changes if there are only two.
     """
     axes = Axes(PROBABILITY_SCALE, PROBABILITY_SCALE, *axis_names)
     parts = [axes.draw(), axes.draw_diagonal()]

@@ -38,6 +38,7 @@ def make_control_pictures() -> dict[int, int]:
     del pictures[ord("\t")]
     del pictures[ord("\n")]
     pictures[0x7F] = picture_of_delete
+    # Unicode has no pictures of the controls of Latin-1.
     for code in range(0x80, 0xA0):
         pictures[code] = replacement
     return pictures
@@ -214,7 +215,7 @@ def find_cut(text: str, limit: int) -> int:
 
 
 def continues_character(text: str, place: int) -> bool:
-    """Tell whether the code point at `place` belongs to the same visible character as its left."""
+    """Return whether the code point at `place` belongs to the visible character before it."""
     code_point = text[place]
     is_attached = unicodedata.combining(code_point) != 0
     is_joined = ZERO_WIDTH_JOINER in (code_point, text[place - 1])
@@ -227,5 +228,5 @@ def show_controls(text: str) -> str:
 
 
 def is_printed(character: str) -> bool:
-    """Tell whether a character leaves a mark on the screen."""
+    """Return whether a character leaves a mark on the screen."""
     return character.isprintable() and not character.isspace()
