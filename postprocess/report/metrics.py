@@ -1,7 +1,8 @@
-"""The report's numbers: accuracy, log loss, calibration and position bias, with bootstrap intervals over groups of prompts.
+"""Compute accuracy and log loss with confidence intervals: of all rows, of slices, of baselines.
 
-Plain functions of arrays and tables; no file is read. Shapes: r rows, o the two orders, v verdicts, g groups of prompts, b
-resamples. "Decided" rows are those whose winner is one of the model's verdicts: of a model of two, a tie is none.
+`results.compute_results` calls this module. It has plain functions of arrays and tables and reads
+no file. A row is "decided" if its winner is one of the model's verdicts: a tie is not decided for a
+model that only tells A from B. Shape letters: see docs/style.md.
 """
 
 from collections.abc import Sequence
@@ -9,22 +10,21 @@ from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
-from scipy.optimize import minimize_scalar
 
 from postprocess.agreement.statistics import Resamples, interval, resample
 from postprocess.agreement.table import FEW_GROUPS, groups_of
+from postprocess.report.predictions import Predictions
+from preprocess.model_input import VERDICTS
 from recipes.pairwise.data.datasets import targets, winners
-from recipes.pairwise.tracking.metrics import ORDERS, SMALLEST, row_losses
+from recipes.pairwise.tracking.metrics import ORDERS, row_losses
 
-BINS = 10
-INVERSE_TEMPERATURES = (0.1, 20.0)  # temperatures of 10, the most that a spec takes, to 0.05
-PARTS = 4  # quantiles of length
-MOST_NAMES = 12  # languages or sources that have a line of their own
+LENGTH_SLICES = 4
+MAX_NAMES = 12  # rows of a table by language or source; the rarest names share the last one
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A mean with the interval that 95 % of the resamples give."""
+class Estimate:
+    """A mean over rows with its 95 % confidence interval."""
 
     value: float
     low: float
@@ -32,26 +32,57 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Line:
-    """One line of a table: what it is of, how many rows and groups of prompts it stands on, its two figures."""
+class TableRow:
+    """Accuracy and log loss of some rows of the data, as one row of a table.
+
+    Attributes:
+        name: What the rows have in common, or whose verdicts they are.
+        row_count: Number of rows.
+        group_count: Number of groups of rows with nearly the same prompt.
+        accuracy: Share of the decided rows with the right verdict; None if no row is decided.
+        log_loss: Mean log loss of all rows, in nats.
+    """
 
     name: str
-    rows: int
-    groups: int
-    accuracy: Figure | None
-    log_loss: Figure
+    row_count: int
+    group_count: int
+    accuracy: Estimate | None
+    log_loss: Estimate
 
     @property
-    def few(self) -> bool:
-        """Whether there are too few groups for the interval to be as wide as it should."""
-        return self.groups < FEW_GROUPS
+    def has_few_groups(self) -> bool:
+        """Whether there are so few groups that the interval is too narrow."""
+        return self.group_count < FEW_GROUPS
 
 
 @dataclass(frozen=True)
-class Scored:
-    """The rows that are measured: probabilities in both orders, labels, the winners' places (-1: undecided), resamples."""
+class Baseline:
+    """A guess that reads no text, on the same rows, and the model's advantage over it.
 
-    both_rov: np.ndarray
+    Attributes:
+        table_row: The guess's accuracy and log loss.
+        accuracy_gain: The model's accuracy less the guess's; None if no row is decided.
+        log_loss_gain: The model's log loss less the guess's. Below zero, the model is better.
+    """
+
+    table_row: TableRow
+    accuracy_gain: Estimate | None
+    log_loss_gain: Estimate
+
+
+@dataclass(frozen=True)
+class ScoredRows:
+    """The measured rows as arrays; all but the winners are float64.
+
+    Attributes:
+        probabilities_rov: The model's probabilities in both orders.
+        labels_rv: Target probabilities.
+        winners_r: The place of each row's winner among the verdicts; -1 if it is none of them.
+        resamples: The bootstrap's draws of groups of rows.
+        verdicts: The model's verdicts, in the order of the last axis.
+    """
+
+    probabilities_rov: np.ndarray
     labels_rv: np.ndarray
     winners_r: np.ndarray
     resamples: Resamples
@@ -59,289 +90,339 @@ class Scored:
 
     @property
     def mean_rv(self) -> np.ndarray:
-        """The mean of both orders, which is what a run is judged by."""
-        return self.both_rov.mean(axis=1)
+        """The mean of both orders, by which a run is judged."""
+        return self.probabilities_rov.mean(axis=1)
 
     @property
-    def decided_r(self) -> np.ndarray:
-        """The rows that have a winner among the verdicts."""
+    def predicted_r(self) -> np.ndarray:
+        """The place of each row's likeliest verdict."""
+        return self.mean_rv.argmax(axis=1)
+
+    @property
+    def is_right_r(self) -> np.ndarray:
+        """Whether the likeliest verdict is the winner."""
+        return self.predicted_r == self.winners_r
+
+    @property
+    def is_decided_r(self) -> np.ndarray:
+        """Whether the winner is one of the model's verdicts."""
         return self.winners_r >= 0
 
+    @property
+    def all_r(self) -> np.ndarray:
+        """A mask of all rows."""
+        return np.full(len(self.winners_r), True)
 
-def scored(rows: pl.DataFrame, verdicts: tuple[str, ...]) -> Scored:
-    """The arrays of a table as `Evidence.rows` has it. Without labels of a pairs file, the winner is the label."""
-    per_order = [rows.select(f"p_{verdict}_{order}" for verdict in verdicts).to_numpy() for order in ORDERS]
-    if "label_model_a" in rows.columns:
-        labels = rows.select(pl.col(f"label_{verdict}").alias(f"p_{verdict}") for verdict in ("model_a", "model_b", "tie"))
-    else:
-        labels = rows.select(
-            (pl.col("winner") == verdict).cast(pl.Float64).alias(f"p_{verdict}") for verdict in ("model_a", "model_b", "tie")
-        )
-    both = np.stack(per_order, axis=1).astype(np.float64)
+    @property
+    def losses_r(self) -> np.ndarray:
+        """Each row's log loss, in nats."""
+        return row_losses(self.mean_rv, self.labels_rv)
+
+
+def score_rows(predictions: Predictions, verdicts: tuple[str, ...]) -> ScoredRows:
+    """Turn predictions into arrays, and draw the resamples of their confidence intervals.
+
+    Args:
+        predictions: The rows. Without the pairs file, the winner alone is the label.
+        verdicts: The model's verdicts.
+    """
+    # One array (rows, verdicts) for each order, put side by side.
+    rows = predictions.rows
+    probabilities_of_orders = []
+    for order in ORDERS:
+        columns = [f"p_{verdict}_{order}" for verdict in verdicts]
+        probabilities_of_orders.append(rows.select(columns).to_numpy())
+    probabilities_rov = np.stack(probabilities_of_orders, axis=1).astype(np.float64)
+
+    # As in training: without a verdict for ties, `targets` gives half of a tie to each side.
+    labels = []
+    for verdict in VERDICTS:
+        if predictions.has_pairs:
+            label = pl.col(f"label_{verdict}")
+        else:
+            label = (pl.col("winner") == verdict).cast(pl.Float64)
+        labels.append(label.alias(f"p_{verdict}"))
+    labels_rv = targets(rows.select(labels), verdicts).astype(np.float64)
+
+    # Every estimate multiplies the counts with float64: convert them once.
     draws = resample(groups_of(rows))
-    as_floats = Resamples(draws.group_r, draws.counts_bg.astype(np.float64))  # so that no product converts them again
-    return Scored(both, targets(labels, verdicts).astype(np.float64), winners(rows, verdicts), as_floats, verdicts)
+    resamples = Resamples(draws.group_r, draws.counts_bg.astype(np.float64))
+
+    return ScoredRows(
+        probabilities_rov=probabilities_rov,
+        labels_rv=labels_rv,
+        winners_r=winners(rows, verdicts),
+        resamples=resamples,
+        verdicts=verdicts,
+    )
 
 
-def figure(values_r: np.ndarray, counted_r: np.ndarray, resamples: Resamples) -> Figure | None:
-    """The mean of the values that count, and its interval; None where none does."""
-    if not counted_r.any():
-        return None
-    groups, group_r = np.unique(resamples.group_r[counted_r], return_inverse=True)
-    drawn = Resamples(group_r, resamples.counts_bg[:, groups])
-    values = np.asarray(values_r, np.float64)[counted_r]
-    return Figure(float(values.mean()), *interval(values, np.full(len(values), True), drawn))
+def estimate_mean(
+    values_r: np.ndarray, mask_r: np.ndarray, resamples: Resamples
+) -> Estimate | None:
+    """Compute the mean of some rows' values and its 95 % confidence interval.
 
+    The interval is a percentile bootstrap over groups of rows (Davison and Hinkley 1997, section
+    3.8), here only over the groups that the chosen rows belong to.
 
-def line(name: str, data: Scored, chosen_r: np.ndarray, right_r: np.ndarray, loss_r: np.ndarray) -> Line:
-    """A line of the rows `chosen_r`, of which `right_r` are right and `loss_r` their losses."""
-    groups = len(np.unique(data.resamples.group_r[chosen_r]))
-    accuracy = figure(right_r, chosen_r & data.decided_r, data.resamples)
-    return Line(name, int(chosen_r.sum()), groups, accuracy, figure(loss_r, chosen_r, data.resamples))
+    Args:
+        values_r: A number for each row.
+        mask_r: The rows that count.
+        resamples: The draws of groups.
 
-
-def model_line(data: Scored, name: str = "this model", chosen_r: np.ndarray | None = None) -> Line:
-    """The model on all rows, or on some of them, by the mean of both orders."""
-    every = np.full(len(data.winners_r), True) if chosen_r is None else chosen_r
-    return line(name, data, every, data.mean_rv.argmax(axis=1) == data.winners_r, row_losses(data.mean_rv, data.labels_rv))
-
-
-@dataclass(frozen=True)
-class Baseline:
-    """A guess that reads nothing or only lengths, on the same rows; and the model less it, row by row."""
-
-    line: Line
-    gain_accuracy: Figure | None
-    gain_log_loss: Figure
-
-
-def baselines(data: Scored, longer_r: np.ndarray | None) -> list[Baseline]:
-    """The longer answer (`longer_r`: whether that is A; None: unknown), and the same probabilities for every row.
-
-    Both know how often they are right on these very rows, which favours them.
+    Returns:
+        The estimate, or None if no row counts.
     """
-    found = [constant(data, "always the same")]
-    return ([longer_answer(data, longer_r)] if longer_r is not None else []) + found
+    if not mask_r.any():
+        return None
+
+    # The draws, reduced to the groups of the rows that count, which get new numbers from 0 on.
+    values = np.asarray(values_r, np.float64)[mask_r]
+    groups, group_of_value = np.unique(resamples.group_r[mask_r], return_inverse=True)
+    draws = Resamples(group_of_value, resamples.counts_bg[:, groups])
+    low, high = interval(values, np.full(len(values), True), draws)
+    return Estimate(float(values.mean()), low, high)
 
 
-def constant(data: Scored, name: str) -> Baseline:
-    """The verdicts' shares in these rows as every row's probabilities; the commonest as every row's verdict."""
-    shares = data.labels_rv.mean(axis=0)
-    return baseline(data, name, data.winners_r == shares.argmax(), np.tile(shares, (len(data.labels_rv), 1)))
+def make_table_row(
+    name: str,
+    scored: ScoredRows,
+    is_right_r: np.ndarray,
+    losses_r: np.ndarray,
+    mask_r: np.ndarray | None = None,
+) -> TableRow:
+    """Compute one table row from the verdicts and losses of the model or a baseline.
+
+    Args:
+        name: The table row's name.
+        scored: The measured rows.
+        is_right_r: Whether each row's verdict is right.
+        losses_r: Each row's log loss, in nats.
+        mask_r: The rows that count; None for all.
+    """
+    if mask_r is None:
+        mask_r = scored.all_r
+    groups = np.unique(scored.resamples.group_r[mask_r])
+    return TableRow(
+        name=name,
+        row_count=int(mask_r.sum()),
+        group_count=len(groups),
+        accuracy=estimate_mean(is_right_r, mask_r & scored.is_decided_r, scored.resamples),
+        log_loss=estimate_mean(losses_r, mask_r, scored.resamples),
+    )
 
 
-def longer_answer(data: Scored, longer_r: np.ndarray) -> Baseline:
-    """The longer answer as every row's verdict, at the share in which it wins."""
-    a, b = data.verdicts.index("model_a"), data.verdicts.index("model_b")
-    longer_at, shorter_at = np.where(longer_r, a, b), np.where(longer_r, b, a)
-    rows = np.arange(len(longer_r))
-    shares = data.labels_rv.mean(axis=0)
-    probabilities = np.tile(shares, (len(rows), 1))
-    probabilities[rows, longer_at] = data.labels_rv[rows, longer_at].mean()
-    probabilities[rows, shorter_at] = data.labels_rv[rows, shorter_at].mean()
-    return baseline(data, "the longer answer", data.winners_r == longer_at, probabilities)
+def model_row(
+    scored: ScoredRows, name: str = "this model", mask_r: np.ndarray | None = None
+) -> TableRow:
+    """Compute the model's table row, on all rows of the data or on those of `mask_r`."""
+    return make_table_row(name, scored, scored.is_right_r, scored.losses_r, mask_r)
 
 
-def baseline(data: Scored, name: str, right_r: np.ndarray, probabilities_rv: np.ndarray) -> Baseline:
-    """A baseline with the model's gains over it."""
-    every = np.full(len(data.winners_r), True)
-    loss_r = row_losses(probabilities_rv, data.labels_rv)
-    ours_r = (data.mean_rv.argmax(axis=1) == data.winners_r).astype(np.float64)
+# Baselines
+
+
+def make_baselines(scored: ScoredRows, longer_is_a_r: np.ndarray | None) -> list[Baseline]:
+    """Compute the baselines: the longer answer, and one verdict for every row.
+
+    Both take their shares of right answers from these very rows, which favours them.
+
+    Args:
+        scored: The measured rows.
+        longer_is_a_r: Whether answer A is the longer one; None if the texts are unknown.
+    """
+    baselines = [constant_baseline(scored)]
+    if longer_is_a_r is not None:
+        baselines.insert(0, longer_answer_baseline(scored, longer_is_a_r))
+    return baselines
+
+
+def constant_baseline(scored: ScoredRows) -> Baseline:
+    """Predict the commonest verdict for every row, with the verdicts' shares as probabilities."""
+    shares = scored.labels_rv.mean(axis=0)
+    probabilities_rv = np.tile(shares, (len(scored.labels_rv), 1))
+    is_right_r = scored.winners_r == shares.argmax()
+    return compare_with_baseline("one constant verdict", scored, is_right_r, probabilities_rv)
+
+
+def longer_answer_baseline(scored: ScoredRows, longer_is_a_r: np.ndarray) -> Baseline:
+    """Predict the longer answer for every row, with the share in which it wins as probability."""
+    # Which verdict names the longer answer of each row, and which the shorter one.
+    place_of_a = scored.verdicts.index("model_a")
+    place_of_b = scored.verdicts.index("model_b")
+    longer_r = np.where(longer_is_a_r, place_of_a, place_of_b)
+    shorter_r = np.where(longer_is_a_r, place_of_b, place_of_a)
+
+    # A tie, where the model has one, gets its share in these rows.
+    row_count = len(longer_is_a_r)
+    rows = np.arange(row_count)
+    probabilities_rv = np.tile(scored.labels_rv.mean(axis=0), (row_count, 1))
+    probabilities_rv[rows, longer_r] = scored.labels_rv[rows, longer_r].mean()
+    probabilities_rv[rows, shorter_r] = scored.labels_rv[rows, shorter_r].mean()
+    is_right_r = scored.winners_r == longer_r
+    return compare_with_baseline("the longer answer", scored, is_right_r, probabilities_rv)
+
+
+def compare_with_baseline(
+    name: str, scored: ScoredRows, is_right_r: np.ndarray, probabilities_rv: np.ndarray
+) -> Baseline:
+    """Compute a baseline's accuracy and log loss, and row by row the model's gain over it."""
+    # Numpy subtracts no bool from a bool: one of them becomes a number.
+    losses_r = row_losses(probabilities_rv, scored.labels_rv)
+    accuracy_gain_r = scored.is_right_r.astype(np.float64) - is_right_r
+    log_loss_gain_r = scored.losses_r - losses_r
     return Baseline(
-        line(name, data, every, right_r, loss_r),
-        figure(ours_r - right_r, data.decided_r, data.resamples),
-        figure(row_losses(data.mean_rv, data.labels_rv) - loss_r, every, data.resamples),
+        table_row=make_table_row(name, scored, is_right_r, losses_r),
+        accuracy_gain=estimate_mean(accuracy_gain_r, scored.is_decided_r, scored.resamples),
+        log_loss_gain=estimate_mean(log_loss_gain_r, scored.all_r, scored.resamples),
     )
 
 
-def lengths(rows: pl.DataFrame) -> dict[str, np.ndarray]:
-    """Characters of each row's prompt, response_a and response_b, turns added up."""
-    texts = ("prompt", "response_a", "response_b")
-    counted = rows.select(pl.col(text).list.eval(pl.element().str.len_chars()).list.sum().fill_null(0) for text in texts)
-    return {text: counted[text].to_numpy() for text in texts}
+# Slices
 
 
-def longer_is_a(length: dict[str, np.ndarray]) -> np.ndarray:
-    """Whether A is each row's longer answer; of equal ones it is A, as in metrics.json."""
-    return length["response_a"] >= length["response_b"]
+@dataclass(frozen=True)
+class Lengths:
+    """The length of each row's texts in characters, summed over the turns."""
+
+    prompt_r: np.ndarray
+    response_a_r: np.ndarray
+    response_b_r: np.ndarray
+
+    @property
+    def total_r(self) -> np.ndarray:
+        """The length of the prompt and both answers."""
+        return self.prompt_r + self.response_a_r + self.response_b_r
+
+    @property
+    def longer_is_a_r(self) -> np.ndarray:
+        """Whether A is the longer answer. Of equal ones it is A, as in metrics.json."""
+        return self.response_a_r >= self.response_b_r
 
 
-def by_name(data: Scored, names: pl.Series, others: str) -> list[Line]:
-    """A line for each name, most rows first, from the thirteenth on together, as `others`."""
-    filled = names.cast(pl.String).fill_null("unknown").replace("", "unknown")
-    ranked = filled.value_counts().sort(["count", names.name], descending=[True, False])[names.name].to_list()
-    own = ranked if len(ranked) <= MOST_NAMES else ranked[: MOST_NAMES - 1]
-    lines = [model_line(data, name, (filled == name).to_numpy()) for name in own]
-    if rest := ranked[len(own) :]:
-        lines.append(model_line(data, f"{len(rest)} other {others}", filled.is_in(rest).to_numpy()))
-    return lines
+def measure_lengths(rows: pl.DataFrame) -> Lengths:
+    """Count the characters of each row's prompt and answers."""
+
+    def count_characters(column: str) -> np.ndarray:
+        turn_lengths = pl.col(column).list.eval(pl.element().str.len_chars())
+        return rows.select(turn_lengths.list.sum().fill_null(0)).to_series().to_numpy()
+
+    return Lengths(
+        prompt_r=count_characters("prompt"),
+        response_a_r=count_characters("response_a"),
+        response_b_r=count_characters("response_b"),
+    )
 
 
-def by_length(data: Scored, characters_r: np.ndarray) -> list[Line]:
-    """A line for each quarter of the rows by length; fewer where many rows are equally long."""
-    edges = np.unique(np.quantile(characters_r, np.linspace(0, 1, PARTS + 1)[1:], method="lower"))
-    lines, above = [], -1
-    for edge in edges:
-        chosen = (characters_r > above) & (characters_r <= edge)
-        name = f"up to {edge:,.0f} characters" if above < 0 else f"{above + 1:,.0f} to {edge:,.0f}"
-        lines.append(model_line(data, name, chosen))
-        above = edge
-    return lines
+def slice_by_name(scored: ScoredRows, names: pl.Series, plural: str) -> list[TableRow]:
+    """Compute a table row for each name, such as a language, the commonest name first.
+
+    Args:
+        scored: The measured rows.
+        names: Each row's name; rows without one are "unknown".
+        plural: What the names are, for the table row that the rarest names share.
+    """
+    # Equally common names are in alphabetical order.
+    names = names.cast(pl.String).fill_null("unknown").replace("", "unknown")
+    counts = names.value_counts().sort(["count", names.name], descending=[True, False])
+    ranked = counts[names.name].to_list()
+
+    # The rarest names share the last table row.
+    single_names = ranked
+    shared_names = []
+    if len(ranked) > MAX_NAMES:
+        single_names = ranked[: MAX_NAMES - 1]
+        shared_names = ranked[MAX_NAMES - 1 :]
+
+    table_rows = []
+    for name in single_names:
+        table_rows.append(model_row(scored, name, (names == name).to_numpy()))
+    if shared_names:
+        mask_r = names.is_in(shared_names).to_numpy()
+        table_rows.append(model_row(scored, f"{len(shared_names)} other {plural}", mask_r))
+    return table_rows
 
 
-def by_longer(data: Scored, length: dict[str, np.ndarray]) -> list[Line]:
-    """Where the longer answer won, where the shorter one did, where neither did, each if it occurs."""
-    difference = length["response_a"].astype(int) - length["response_b"].astype(int)
-    a, b = (data.winners_r == data.verdicts.index(name) for name in ("model_a", "model_b"))
-    won = {
-        "the longer answer won": (a & (difference > 0)) | (b & (difference < 0)),
-        "the shorter answer won": (a & (difference < 0)) | (b & (difference > 0)),
-        "a tie": ~a & ~b,
+def slice_by_length(scored: ScoredRows, lengths_r: np.ndarray) -> list[TableRow]:
+    """Compute a table row for each quarter of the data by length.
+
+    Args:
+        scored: The measured rows.
+        lengths_r: The length of each row's texts in characters.
+
+    Returns:
+        The table rows, the shortest texts first; fewer than four if many are equally long.
+    """
+    # The longest row of each slice; slices that end at the same length become one.
+    quantiles = np.linspace(0, 1, LENGTH_SLICES + 1)[1:]
+    longest_of_slices = np.unique(np.quantile(lengths_r, quantiles, method="lower"))
+
+    table_rows = []
+    shortest = None
+    for longest in longest_of_slices:
+        mask_r = lengths_r <= longest
+        name = f"up to {longest:,.0f} characters"
+        if shortest is not None:
+            mask_r &= lengths_r >= shortest
+            name = f"{shortest:,.0f} to {longest:,.0f}"
+        table_rows.append(model_row(scored, name, mask_r))
+        shortest = longest + 1
+    return table_rows
+
+
+def slice_by_longer_answer(scored: ScoredRows, lengths: Lengths) -> list[TableRow]:
+    """Compute a table row each for: the longer answer won, the shorter answer won, a tie.
+
+    Returns:
+        The table rows that have data. Pairs with equally long answers are in none of the first two.
+    """
+    a_won_r = scored.winners_r == scored.verdicts.index("model_a")
+    b_won_r = scored.winners_r == scored.verdicts.index("model_b")
+    a_is_longer_r = lengths.response_a_r > lengths.response_b_r
+    b_is_longer_r = lengths.response_a_r < lengths.response_b_r
+    masks = {
+        "the longer answer won": (a_won_r & a_is_longer_r) | (b_won_r & b_is_longer_r),
+        "the shorter answer won": (a_won_r & b_is_longer_r) | (b_won_r & a_is_longer_r),
+        "a tie": ~a_won_r & ~b_won_r,
     }
-    return [model_line(data, name, chosen) for name, chosen in won.items() if chosen.any()]
+
+    table_rows = []
+    for name, mask_r in masks.items():
+        if mask_r.any():
+            table_rows.append(model_row(scored, name, mask_r))
+    return table_rows
 
 
-@dataclass(frozen=True)
-class Bin:
-    """Rows whose likeliest verdict has a probability within the bin: how many, its mean, and how often it is right."""
+def make_slices(
+    predictions: Predictions, scored: ScoredRows, lengths: Lengths | None
+) -> list[tuple[str, Sequence[TableRow]]]:
+    """Compute the tables by language, length, source, winner and fold.
 
-    rows: int
-    confidence: float
-    accuracy: Figure
+    Args:
+        predictions: The rows, for their languages, sources and folds.
+        scored: The same rows as arrays.
+        lengths: The texts' lengths; None if the texts are unknown.
 
-
-@dataclass(frozen=True)
-class Calibration:
-    """Is the model as sure as it should be? `error` is the expected calibration error (Guo et al. 2017).
-
-    `temperature`: by which the mean probabilities' logits would be divided for the least log loss on these rows.
+    Returns:
+        Title and rows of each table that has more than one row.
     """
+    rows = predictions.rows
+    tables = []
+    if "language" in rows.columns:
+        tables.append(("By language", slice_by_name(scored, rows["language"], "languages")))
+    if lengths is not None:
+        by_length = slice_by_length(scored, lengths.total_r)
+        tables.append(("By length of prompt and answers", by_length))
+    if "source" in rows.columns:
+        tables.append(("By source", slice_by_name(scored, rows["source"], "sources")))
+    if lengths is not None:
+        tables.append(("By which answer won", slice_by_longer_answer(scored, lengths)))
 
-    bins: tuple[Bin, ...]
-    lowest: float
-    error: float
-    temperature: float
-    log_loss: float
-    log_loss_at_temperature: float
+    if rows["fold"].n_unique() > 1:
+        fold_names = "fold " + rows["fold"].cast(pl.String)
+        by_fold = slice_by_name(scored, fold_names, "folds")
+        by_fold.sort(key=lambda row: (len(row.name), row.name))  # fold 10 comes after fold 9
+        tables.append(("By fold", by_fold))
 
-
-def calibration(data: Scored) -> Calibration | None:
-    """Of the decided rows, in ten bins of equal width from the least possible confidence to 1; None where there are none."""
-    decided = data.decided_r
-    if not decided.any():
-        return None
-    confidence_r, right_r = data.mean_rv.max(axis=1), data.mean_rv.argmax(axis=1) == data.winners_r
-    lowest = 1 / len(data.verdicts)
-    place_r = np.clip(((confidence_r - lowest) / (1 - lowest) * BINS).astype(int), 0, BINS - 1)
-    bins = []
-    for place in range(BINS):
-        chosen = decided & (place_r == place)
-        if chosen.any():
-            found = figure(right_r, chosen, data.resamples)
-            bins.append(Bin(int(chosen.sum()), float(confidence_r[chosen].mean()), found))
-    error = sum(one.rows * abs(one.accuracy.value - one.confidence) for one in bins) / decided.sum()
-    temperature, at_temperature = best_temperature(data)
-    plain = float(row_losses(data.mean_rv, data.labels_rv).mean())
-    return Calibration(tuple(bins), lowest, float(error), temperature, plain, at_temperature)
-
-
-def best_temperature(data: Scored) -> tuple[float, float]:
-    """The temperature of the least log loss, and that log loss.
-
-    Applied as the kernel does: powers of the mean, made to sum to 1. Log loss is convex in the inverse temperature, so that
-    there is one minimum.
-    """
-    logarithms = np.log(np.clip(data.mean_rv, SMALLEST, 1))
-
-    def log_loss(inverse: float) -> float:
-        scaled = inverse * logarithms
-        highest = scaled.max(axis=1)
-        normaliser = highest + np.log(np.exp(scaled - highest[:, None]).sum(axis=1))
-        return float((normaliser - (data.labels_rv * scaled).sum(axis=1)).mean())
-
-    found = minimize_scalar(log_loss, bounds=INVERSE_TEMPERATURES, method="bounded", options={"xatol": 1e-6})
-    return 1 / float(found.x), float(found.fun)
-
-
-@dataclass(frozen=True)
-class FirstAnswer:
-    """What the answer that stands first gets, in the order as given, swapped, and over both."""
-
-    name: str
-    as_given: Figure
-    swapped: Figure
-    both: Figure
-
-
-@dataclass(frozen=True)
-class Positions:
-    """Does the place of an answer count?
-
-    Over both orders of the same rows either place has the better answer equally often, so that without bias `chosen` and
-    `probability`, what the first answer gets less what the second gets, are 0. `flips`: the share of rows whose verdict
-    changes with the order. `orders`: either order and their mean as one model each; `gain_*`: the mean less the order as given.
-    """
-
-    first: tuple[FirstAnswer, ...]
-    chosen: Figure
-    probability: Figure
-    flips: Figure
-    orders: tuple[Line, ...]
-    gain_accuracy: Figure | None
-    gain_log_loss: Figure
-
-
-def positions(data: Scored) -> Positions:
-    """The position bias of all rows."""
-    every = np.full(len(data.winners_r), True)
-    places = [data.verdicts.index("model_a"), data.verdicts.index("model_b")]
-
-    def mean(values_r: np.ndarray) -> Figure:
-        return figure(values_r, every, data.resamples)
-
-    def first_answer(name: str, given_rv: np.ndarray, swapped_rv: np.ndarray) -> tuple[FirstAnswer, Figure]:
-        """What the first answer gets, and that less what the second gets."""
-        (given, second_given), (second_swapped, swapped) = given_rv[:, places].T, swapped_rv[:, places].T
-        both, second = (given + swapped) / 2, (second_given + second_swapped) / 2
-        return FirstAnswer(name, mean(given), mean(swapped), mean(both)), mean(both - second)
-
-    given, swapped = data.both_rov[:, 0], data.both_rov[:, 1]
-    choices = (np.eye(len(data.verdicts))[values.argmax(axis=1)] for values in (given, swapped))
-    by_people, _ = first_answer("preferred by the labels", data.labels_rv, data.labels_rv)
-    by_model, chosen = first_answer("chosen by the model", *choices)
-    by_mean, probability = first_answer("mean probability", given, swapped)
-    orders = {"order as given": given, "order swapped": swapped, "mean of both": data.mean_rv}
-    right = {name: (values.argmax(axis=1) == data.winners_r).astype(np.float64) for name, values in orders.items()}
-    loss = {name: row_losses(values, data.labels_rv) for name, values in orders.items()}
-    return Positions(
-        first=(by_people, by_model, by_mean),
-        chosen=chosen,
-        probability=probability,
-        flips=mean(given.argmax(axis=1) != swapped.argmax(axis=1)),
-        orders=tuple(line(name, data, every, right[name], loss[name]) for name in orders),
-        gain_accuracy=figure(right["mean of both"] - right["order as given"], data.decided_r, data.resamples),
-        gain_log_loss=mean(loss["mean of both"] - loss["order as given"]),
-    )
-
-
-def worst(data: Scored, count: int) -> list[int]:
-    """The places of the rows with a wrong verdict, the least probable winner first."""
-    wrong = np.flatnonzero(data.decided_r & (data.mean_rv.argmax(axis=1) != data.winners_r))
-    of_winner = data.mean_rv[wrong, data.winners_r[wrong]]
-    return wrong[np.argsort(of_winner, kind="stable")][:count].tolist()
-
-
-def curve(records: Sequence[dict], name: str | None) -> list[tuple[int, float]]:
-    """Step and value of every record that has `name`, by step; of a step that was logged twice, the later one."""
-    return sorted(
-        {record["step"]: float(record[name]) for record in records if isinstance(record.get(name), int | float)}.items()
-    )
-
-
-def smoothed(curve: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """The curve with each value as the mean of its neighbourhood, a tenth of the curve, shorter at both ends."""
-    values, reach, found = np.array([value for _, value in curve]), len(curve) // 20, []
-    for at, (step, _) in enumerate(curve):
-        near = min(at, reach, len(curve) - 1 - at)
-        found.append((step, float(values[at - near : at + near + 1].mean())))
-    return found
+    # A single row would only repeat the model's result on all data.
+    return [(title, table_rows) for title, table_rows in tables if len(table_rows) > 1]

@@ -1,14 +1,16 @@
-"""Evidence → the page: its numbers and pictures put into page.html.jinja, with page.css and page.js inside it.
+"""Draw and render the page: the results of a run put into page.html.jinja.
 
-Everything is escaped but our own SVG, style and script. A content security policy lets the page load nothing, and run no
-script but page.js, whatever the texts in it say.
+This is the last of the report's three steps, after `run_data` and `results`. The page is one file:
+page.css and page.js stand inside it. Everything is escaped but our own SVG, style and script. A
+content security policy lets the page load nothing and run no script but page.js, whatever the
+texts in it say.
 """
 
 import base64
 import hashlib
 import math
-import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
@@ -16,223 +18,247 @@ import numpy as np
 import polars as pl
 from markupsafe import Markup, escape
 
-from postprocess.report import metrics, svg
-from postprocess.report.metrics import Figure, Line, Scored
-from postprocess.report.run_data import OF_A_RECIPE, OUT_OF_FOLD, Evidence, first
-from postprocess.report.worst_rows import visible, worst_errors
+from postprocess.report import svg
+from postprocess.report.head_facts import collect_facts
+from postprocess.report.learning_curves import LearningChart
+from postprocess.report.metrics import Estimate, ScoredRows, TableRow
+from postprocess.report.position_bias import find_flips
+from postprocess.report.results import Results
+from postprocess.report.run_data import Agreement, RunData
+from postprocess.report.worst_rows import show_controls
 
-HERE = Path(__file__).parent
-DOTS = 600  # of a scatter plot, evenly spaced among the rows
-NEXT_TO_LETTER = {"model_a": "A", "model_b": "B", "tie": "tie"}
+PAGE_FOLDER = Path(__file__).parent
+MAX_DOTS = 600  # of a scatter plot, evenly spaced among the rows
+LETTERS = {"model_a": "A", "model_b": "B", "tie": "tie"}
+NO_NUMBER = "–"
+MINUS = "−"
+NO_BREAK_SPACE = "\u00a0"
 
 
-def render(evidence: Evidence) -> str:
-    """The whole page."""
+def render_page(run: RunData, results: Results) -> str:
+    """Render the page of a run.
+
+    Args:
+        run: The run's files, for the head of the page and for what is missing.
+        results: The numbers, of which this function draws the pictures.
+
+    Returns:
+        The page as HTML. The same run gives the same page.
+    """
+    # The policy names the script by its hash, so that no other script runs.
+    style = (PAGE_FOLDER / "page.css").read_text(encoding="utf-8")
+    script = (PAGE_FOLDER / "page.js").read_text(encoding="utf-8")
+    script_hash = hashlib.sha256(script.encode()).digest()
+
+    template = make_environment().get_template("page.html.jinja")
+    return template.render(
+        run=run,
+        missing=run.missing,
+        facts=collect_facts(run),
+        is_out_of_fold=run.predictions is not None and run.predictions.is_out_of_fold,
+        measured=results.measurements,
+        learning_charts=results.learning_charts,
+        agreement=run.agreement.report if run.agreement else None,
+        pictures=draw_pictures(run, results),
+        letters=LETTERS,
+        style=Markup(style),
+        script=Markup(script),
+        script_hash=base64.b64encode(script_hash).decode(),
+    )
+
+
+def make_environment() -> jinja2.Environment:
+    """Make the template's environment: escaping, the filters, and the functions that draw."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE),
+        loader=jinja2.FileSystemLoader(PAGE_FOLDER),
         autoescape=True,
-        undefined=jinja2.StrictUndefined,
+        undefined=jinja2.StrictUndefined,  # a misspelt name is an error, not an empty text
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for function in (fixed, signed, percent, between, coded, visible):
-        environment.filters[function.__name__] = function
-    script = (HERE / "page.js").read_text(encoding="utf-8")
-    policy = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.get_template("page.html.jinja").render(
-        name=run_name(evidence.folder),
-        evidence=evidence,
-        missing=evidence.missing,
-        facts=facts(evidence),
-        of_fold=evidence.rows_file is not None and evidence.rows_file.name == OUT_OF_FOLD,
-        measured=measured(evidence) if evidence.rows is not None else None,
-        learning=learning(evidence),
-        agreement=agreement(evidence),
-        letters=NEXT_TO_LETTER,
-        style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
-        script=Markup(script),
-        policy=policy,
-        table=table,
-        share_bar=svg.share_bar,
+    environment.filters["decimal"] = format_decimal
+    environment.filters["signed"] = format_signed
+    environment.filters["percent"] = format_percent
+    environment.filters["interval"] = format_interval
+    environment.filters["with_code"] = mark_code
+    environment.filters["show_controls"] = show_controls
+    environment.globals["draw_table"] = draw_table
+    environment.globals["draw_share_bar"] = svg.draw_share_bar
+    environment.globals["draw_learning_chart"] = draw_learning_chart
+    return environment
+
+
+# Pictures
+
+
+def draw_pictures(run: RunData, results: Results) -> dict[str, Markup | None]:
+    """Draw the pictures that a page has once: reliability, orders, agreement; None for none."""
+    pictures: dict[str, Markup | None] = {"reliability": None, "orders": None, "agreement": None}
+
+    measurements = results.measurements
+    if measurements is not None:
+        calibration = measurements.calibration
+        if calibration is not None:
+            pictures["reliability"] = svg.draw_reliability(
+                calibration.bins, calibration.lowest_confidence
+            )
+        if measurements.position_bias is not None:
+            pictures["orders"] = draw_orders(measurements.scored)
+
+    if run.agreement is not None:
+        pictures["agreement"] = draw_agreement(run.agreement)
+    return pictures
+
+
+@dataclass(frozen=True)
+class TablePictures:
+    """The pictures of a table with the columns accuracy and log_loss.
+
+    Attributes:
+        axes: The axis of each column, by its name.
+        strips: For each table row, the strip by the column's name; None where there is no number.
+    """
+
+    axes: dict[str, Markup]
+    strips: list[dict[str, Markup | None]]
+
+
+def draw_table(table_rows: Sequence[TableRow], reference: TableRow) -> TablePictures:
+    """Draw the pictures of a table.
+
+    Args:
+        table_rows: The rows of the table.
+        reference: The model on all data; a dashed line marks it in every strip.
+    """
+    axes = {}
+    strips: list[dict[str, Markup | None]] = [{} for _ in table_rows]
+    for column in ("accuracy", "log_loss"):
+        estimates = [getattr(table_row, column) for table_row in table_rows]
+        reference_estimate = getattr(reference, column)
+        reference_value = reference_estimate.value if reference_estimate else None
+
+        # The rows share a column's scale.
+        scale = svg.make_strip_scale([*estimates, reference_estimate])
+        axes[column] = svg.draw_strip_axis(scale)
+        for row_strips, estimate in zip(strips, estimates, strict=True):
+            row_strips[column] = None
+            if estimate is not None:
+                row_strips[column] = svg.draw_strip(estimate, scale, reference_value)
+    return TablePictures(axes, strips)
+
+
+def draw_learning_chart(chart: LearningChart) -> Markup:
+    """Draw a chart over the steps of the training."""
+    return svg.draw_curves(chart.series, chart.axis, f"{chart.title} by step")
+
+
+def draw_orders(scored: ScoredRows) -> Markup:
+    """Draw P(A) of each row in the order as given and swapped; rows that flip stand out."""
+    place_of_a = scored.verdicts.index("model_a")
+    as_given_r = scored.probabilities_rov[:, 0, place_of_a]
+    swapped_r = scored.probabilities_rov[:, 1, place_of_a]
+    return svg.draw_scatter(
+        choose_dots(as_given_r, swapped_r, find_flips(scored)),
+        axis_names=("P(A), order as given", "P(A), order swapped"),
+        label="The probability of answer A in both orders, a dot a row",
+        has_middle_lines=len(scored.verdicts) == 2,
     )
 
 
-def run_name(folder: Path) -> str:
-    """The run's name: its folder's, with its parent's where that alone says little."""
-    folder = folder.resolve()
-    return f"{folder.parent.name}/{folder.name}" if re.fullmatch(OF_A_RECIPE, folder.name) else folder.name
+def draw_agreement(agreement: Agreement) -> Markup | None:
+    """Draw P(A) of each row as trained and as packaged; rows whose verdict changed stand out.
 
-
-def facts(evidence: Evidence) -> list[tuple[str, str]]:
-    """Names and values of the page's head."""
-    contract, recorded, metrics = first(evidence.contracts), evidence.recorded, first(evidence.metrics)
-    commits = {values.get("recorded", {}).get("git_commit") for values in evidence.contracts.values()} - {None}
-    versions = recorded.get("versions") or {}
-    folds = sorted({str(values["fold"]) for values in evidence.metrics.values() if "fold" in values}, key=lambda f: (len(f), f))
-    training = [values["training_rows"] for values in evidence.metrics.values() if values.get("training_rows")]
-    seconds = sum(values.get("seconds_training", 0) for values in evidence.metrics.values())
-    found = [
-        ("recipe", recorded.get("recipe")),
-        ("base model", " at ".join(filter(None, (contract.get("base_model"), (contract.get("revision") or "")[:12])))),
-        ("git commit", ", ".join(sorted(re.sub(r"^(\w{12})\w+", r"\1", commit) for commit in commits))),
-        ("trained", str(recorded.get("created", "")).replace("T", " ").replace("+00:00", " UTC")),
-        ("head", f"{contract.get('head')}, {len(evidence.verdicts)} verdicts" if contract else None),
-        ("tokens", f"{contract['budget_tokens']:,} a row" if contract.get("budget_tokens") else None),
-        ("fold held out" if len(folds) == 1 else "folds", "none" if folds == ["all"] else ", ".join(folds)),
-        ("rows measured", f"{len(evidence.rows):,}" if evidence.rows is not None else None),
-        ("rows trained on", " to ".join(f"{rows:,}" for rows in sorted({min(training), max(training)})) if training else None),
-        ("steps", f"{metrics['steps']:,}" if metrics.get("steps") else None),
-        ("training took", duration(seconds) if seconds else None),
-        ("pairs", str(metrics.get("pairs_sha256", ""))[:12]),
-        ("versions", ", ".join(f"{name} {version}" for name, version in versions.items() if version != "absent")),
-    ]
-    return [(name, value) for name, value in found if value]
-
-
-def measured(evidence: Evidence) -> dict:
-    """What the sections about the rows show."""
-    rows, data = evidence.rows, metrics.scored(evidence.rows, evidence.verdicts)
-    length = metrics.lengths(rows) if evidence.has_texts else None
-    longer_r = metrics.longer_is_a(length) if length else None
-    is_symmetrical = bool((data.both_rov[:, 0] == data.both_rov[:, 1]).all())
-    found = metrics.calibration(data)
-    return {
-        "data": data,
-        "model": metrics.model_line(data),
-        "groups": data.resamples.counts_bg.shape[1],
-        "has_groups": "group" in rows.columns,
-        "has_labels": "label_model_a" in rows.columns,
-        "baselines": metrics.baselines(data, longer_r),
-        "slices": slices(evidence, data, length),
-        "calibration": found,
-        "reliability": svg.reliability(found.bins, found.lowest) if found else None,
-        "positions": None if is_symmetrical else metrics.positions(data),
-        "orders_picture": None if is_symmetrical else orders_picture(data),
-        "before_calibration": first(evidence.metrics).get("before_calibration"),
-        "errors": worst_errors(rows, data),
-        "wrong": int((data.decided_r & (data.mean_rv.argmax(axis=1) != data.winners_r)).sum()),
-    }
-
-
-def slices(evidence: Evidence, data: Scored, length: dict[str, np.ndarray] | None) -> list[tuple[str, list[Line]]]:
-    """The tables by what a row is, those left out that would have one line only."""
-    rows, found = evidence.rows, []
-    for column, title, others in (("language", "By language", "languages"), ("source", "By source", "sources")):
-        if column in rows.columns:
-            found.append((title, metrics.by_name(data, rows[column], others)))
-    if length:
-        found.insert(1, ("By length of prompt and answers", metrics.by_length(data, sum(length.values()))))
-        found.append(("By which answer won", metrics.by_longer(data, length)))
-    if rows["fold"].n_unique() > 1:
-        folds = metrics.by_name(data, "fold " + rows["fold"].cast(pl.String), "folds")
-        found.append(("By fold", sorted(folds, key=lambda line: (len(line.name), line.name))))
-    return [(title, lines) for title, lines in found if len(lines) > 1]
-
-
-def table(lines: Sequence[Line], reference: Line) -> dict:
-    """A table's lines, each with its strips, and the columns' axes: scales that all lines share."""
-    axes, strips = {}, [{} for _ in lines]
-    for column in ("accuracy", "log_loss"):
-        figures, aim = [getattr(line, column) for line in lines], getattr(reference, column)
-        on = svg.strip_scale([*figures, aim])
-        axes[column] = svg.strip_axis(on)
-        for drawn, one in zip(strips, figures, strict=True):
-            drawn[column] = svg.strip(one, on, aim.value if aim else None) if one else None
-    return {"rows": list(zip(lines, strips, strict=True)), "axes": axes}
-
-
-def orders_picture(data: Scored) -> Markup:
-    """P(A) of each row in the order as given and swapped; those whose verdict flips stand out."""
-    chosen = spaced(len(data.winners_r))
-    place = data.verdicts.index("model_a")
-    flips_r = data.both_rov[:, 0].argmax(axis=1) != data.both_rov[:, 1].argmax(axis=1)
-    x, y = (data.both_rov[chosen, order, place] for order in (0, 1))
-    label = "The probability of answer A in both orders, a dot a row"
-    names = ("P(A), order as given", "P(A), order swapped")
-    return svg.scatter(x, y, flips_r[chosen], names, label, len(data.verdicts) == 2)
-
-
-def spaced(rows: int) -> np.ndarray:
-    """The places of at most DOTS of so many rows, evenly spaced."""
-    return np.unique(np.linspace(0, rows - 1, min(rows, DOTS)).round().astype(int))
-
-
-def learning(evidence: Evidence) -> list[dict]:
-    """The pictures of the learning curves: title, picture, the kinds of lines in it.
-
-    Where nothing was validated on the way, the validation after the last step, of metrics.json, is a dot.
+    Returns:
+        The chart, or None if agreement.parquet is missing or does not have both models.
     """
-    found = []
-    for title, axis, training, validation, at_the_end in (
-        ("Loss", "loss", "loss", "eval_log_loss", "log_loss"),
-        ("Accuracy", "accuracy", None, "eval_accuracy", "accuracy"),
-        ("Learning rate", "learning rate", "learning_rate", None, None),
-    ):
-        series = []
-        for name, records in evidence.history.items():
-            values = evidence.metrics.get(name, {})
-            last = [(values["steps"], values[at_the_end])] if values.get("steps") and values.get(at_the_end) else []
-            curve = metrics.curve(records, training)
-            if training == "loss" and len(evidence.history) == 1:
-                series.append(("raw", curve))
-            series.append(("training", metrics.smoothed(curve) if training == "loss" else curve))
-            series.append(("validation", metrics.curve(records, validation) or last))
-        drawn = [(kind, curve) for kind, curve in series if curve]
-        if any(len(curve) > 1 for _, curve in drawn):
-            kinds = {kind for kind, _ in drawn}
-            found.append({"title": title, "picture": svg.curves(drawn, axis, f"{title} by step"), "kinds": kinds})
-    return found
-
-
-def agreement(evidence: Evidence) -> dict | None:
-    """agreement.json, with the picture of the packaged model beside the trained one where agreement.parquet is there."""
-    if evidence.agreement is None:
+    # The packaged model is merged, quantised, or one of several quantised ones.
+    packaged = agreement.report.get("packaged")
+    rows = agreement.rows
+    if rows is None:
         return None
-    report, rows, picture = evidence.agreement, evidence.agreement_rows, None
-    packaged = report.get("packaged")
-    if rows is not None and f"{packaged}_p_model_a" in rows.columns and "trained_p_model_a" in rows.columns:
-        names = [name for name in NEXT_TO_LETTER if f"trained_p_{name}" in rows.columns]
-        columns = [pl.col(f"{model}_p_{name}").mean() for model in ("trained", packaged) for name in names]
-        mean = rows.group_by("id", maintain_order=True).agg(columns).drop("id").to_numpy()
-        trained, other = mean[:, : len(names)], mean[:, len(names) :]
-        chosen = spaced(len(mean))
-        changed = (trained.argmax(axis=1) != other.argmax(axis=1))[chosen]
-        label = f"The probability of answer A as trained and as {packaged}, a dot a row"
-        axes = ("P(A), trained", f"P(A), {packaged}")
-        picture = svg.scatter(trained[chosen, 0], other[chosen, 0], changed, axes, label, len(names) == 2)
-    return {**report, "picture": picture}
+    if not {"trained_p_model_a", f"{packaged}_p_model_a"} <= set(rows.columns):
+        return None
+
+    # Each pair has two rows, one for each order: compare their means.
+    verdicts = [verdict for verdict in LETTERS if f"trained_p_{verdict}" in rows.columns]
+    trained_columns = [f"trained_p_{verdict}" for verdict in verdicts]
+    packaged_columns = [f"{packaged}_p_{verdict}" for verdict in verdicts]
+    columns = pl.col(trained_columns + packaged_columns)
+    means = rows.group_by("id", maintain_order=True).agg(columns.mean())
+    trained_rv = means.select(trained_columns).to_numpy()
+    packaged_rv = means.select(packaged_columns).to_numpy()
+
+    is_changed_r = trained_rv.argmax(axis=1) != packaged_rv.argmax(axis=1)
+    return svg.draw_scatter(
+        choose_dots(trained_rv[:, 0], packaged_rv[:, 0], is_changed_r),
+        axis_names=("P(A), trained", f"P(A), {packaged}"),
+        label=f"The probability of answer A as trained and as {packaged}, a dot a row",
+        has_middle_lines=len(verdicts) == 2,
+    )
 
 
-def duration(seconds: float) -> str:
-    """1 h 5 min, 7 min, 24 s."""
-    minutes = round(seconds / 60)
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    return f"{minutes} min" if minutes >= 2 else f"{seconds:.0f} s"
+def choose_dots(x_r: np.ndarray, y_r: np.ndarray, is_marked_r: np.ndarray) -> list[svg.ScatterRow]:
+    """Choose at most MAX_DOTS rows for a scatter plot, evenly spaced, the same every time."""
+    # Thousands of dots would hide one another and make the page slow.
+    row_count = len(x_r)
+    places = np.linspace(0, row_count - 1, min(row_count, MAX_DOTS)).round().astype(int)
+    return [svg.ScatterRow(x_r[row], y_r[row], is_marked_r[row]) for row in np.unique(places)]
 
 
-def fixed(value: float | None, places: int = 3) -> str:
-    """A number with so many decimals; a dash where there is none."""
-    return "–" if value is None or not math.isfinite(value) else f"{value:.{places}f}".replace("-", "−")
+# Numbers and text
 
 
-def signed(value: float | None, places: int = 3) -> str:
-    """+0.012 or −0.012."""
-    return "–" if value is None else f"{round(value, places) + 0.0:+.{places}f}".replace("-", "−")
+def format_decimal(value: float | None, decimals: int = 3) -> str:
+    """Write a number, or a dash if there is none: 0.598."""
+    if value is None or not math.isfinite(value):
+        return NO_NUMBER
+    return f"{value:.{decimals}f}".replace("-", MINUS)
 
 
-def percent(value: float | None, places: int = 1) -> str:
-    """61.8 %, with a space that does not break."""
-    return "–" if value is None else f"{100 * value:.{places}f}\u00a0%"
+def format_signed(value: float | None, decimals: int = 3) -> str:
+    """Write a difference with its sign: +0.012, −0.012."""
+    if value is None:
+        return NO_NUMBER
+    # A small negative number rounds to -0.0, and adding zero makes 0.0 of it.
+    rounded = round(value, decimals) + 0.0
+    return f"{rounded:+.{decimals}f}".replace("-", MINUS)
 
 
-def between(one: Figure | Sequence[float] | None, places: int = 3) -> str:
-    """An interval: [0.598, 0.712]."""
-    low, high = (None, None) if one is None else (one.low, one.high) if isinstance(one, Figure) else one
-    return f"[{fixed(low, places)},\u00a0{fixed(high, places)}]"
+def format_percent(share: float | None, decimals: int = 1) -> str:
+    """Write a share as 61.8 %, with a space that does not break."""
+    if share is None:
+        return NO_NUMBER
+    return f"{100 * share:.{decimals}f}{NO_BREAK_SPACE}%"
 
 
-def coded(text: str) -> Markup:
-    """Escaped text, what stands between backticks as code."""
-    parts = [escape(part) if at % 2 == 0 else Markup("<code>{}</code>").format(part) for at, part in enumerate(text.split("`"))]
+def format_interval(interval: Estimate | Sequence[float] | None, decimals: int = 3) -> str:
+    """Write an interval as [0.598, 0.712].
+
+    Args:
+        interval: An estimate with its interval, or [low, high] as in agreement.json.
+        decimals: Of both ends.
+    """
+    if interval is None:
+        low = None
+        high = None
+    elif isinstance(interval, Estimate):
+        low = interval.low
+        high = interval.high
+    else:
+        low, high = interval
+    low_text = format_decimal(low, decimals)
+    high_text = format_decimal(high, decimals)
+    return f"[{low_text},{NO_BREAK_SPACE}{high_text}]"
+
+
+def mark_code(text: str) -> Markup:
+    """Escape a text and mark as code what stands between backticks."""
+    parts = []
+    is_code = False
+    for part in text.split("`"):
+        if is_code:
+            parts.append(Markup("<code>{}</code>").format(part))
+        else:
+            parts.append(escape(part))
+        is_code = not is_code
     return Markup("").join(parts)

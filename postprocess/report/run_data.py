@@ -1,262 +1,458 @@
-"""What a run folder holds, read for the report: facts, predictions joined with their pairs, history, agreement.
+"""Read a run folder: contracts, metrics, learning history, predictions, agreement of the models.
 
-Any of it may be absent: then it is None or empty, and `missing` says in one sentence which command makes it. A file that is
-there and cannot be read is a UserError. Nothing here imports torch.
+`python -m postprocess.report` calls `read_run` first. Each file of a run may be absent: then its
+part of `RunData` is None or empty, and `RunData.missing` says which command writes it. A file that
+exists and cannot be read raises a UserError. Nothing here imports torch.
 """
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
 
 import polars as pl
 
+from postprocess.report.predictions import (
+    OUT_OF_FOLD,
+    PREDICTIONS,
+    Predictions,
+    add_pairs,
+    is_comparison_of,
+    read_predictions,
+    read_table,
+)
 from preprocess.core.errors import UserError
-from preprocess.core.files import read_json, read_object, read_yaml, sha256
+from preprocess.core.files import read_json, read_object, read_yaml
 from preprocess.model_input import VERDICTS
-from recipes.pairwise.data.datasets import read_pairs
-from recipes.pairwise.tracking.metrics import ORDERS
 
-PREDICTIONS, OUT_OF_FOLD = "predictions.parquet", "oof.parquet"
-OF_A_RUN = ("contract.json", "metrics.json", PREDICTIONS, OUT_OF_FOLD, "history.json", "agreement.json")
-OF_PAIRS = ("prompt", "response_a", "response_b", "language", "source", "group")
-OF_AN_AGREEMENT = ("rows", "packaged", "agrees", "mean_difference", "tolerance", "models", "packaged_minus_trained")
-SAME = 1e-6  # two float32 roundings of a probability
-OF_A_RECIPE = r"fold-\d+|mean"  # the folders in a run's folder that are runs themselves
+CONTRACT = "contract.json"
+METRICS = "metrics.json"
+HISTORY = "history.json"
+AGREEMENT = "agreement.json"
+AGREEMENT_TABLE = "agreement.parquet"
+RUN_FILES = (CONTRACT, METRICS, PREDICTIONS, OUT_OF_FOLD, HISTORY, AGREEMENT)
+AGREEMENT_KEYS = (
+    "rows",
+    "packaged",
+    "agrees",
+    "mean_difference",
+    "tolerance",
+    "models",
+    "packaged_minus_trained",
+)
+SUBFOLDER_OF_RUN = re.compile(r"fold-\d+|mean")  # folders of a run's folder that are runs too
 DEFAULT_PAIRS = "data/pairs.parquet"
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """A run folder, read.
+class Agreement:
+    """The comparison that `python -m postprocess` made of the models as trained and as packaged.
 
-    `rows`: id, fold, winner and the probabilities of predictions.parquet or oof.parquet, sorted by id, beside them where
-    `has_texts` the columns of OF_PAIRS that the pairs file has and its labels as label_model_a, label_model_b, label_tie.
-    `contracts` and `metrics` have one entry for each fold that the rows are of, by name. `history` likewise: the records of
-    history.json. `missing`: sentences by what is missing: predictions, pairs, contract, metrics, history, agreement.
+    Attributes:
+        report: agreement.json.
+        rows: agreement.parquet, the probabilities of each model; None if there is no such file.
+    """
+
+    report: dict
+    rows: pl.DataFrame | None
+
+
+@dataclass(frozen=True)
+class Commands:
+    """The command that creates a run's files, and the one that packages its model."""
+
+    create: str
+    package: str
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The files of a run.
+
+    Attributes:
+        folder: The run folder.
+        contracts: contract.json of each fold by the fold's name; empty where there is none. A run
+            that is not a cross-validation has one entry, under the empty name.
+        metrics: metrics.json of each fold by the fold's name; empty where there is none.
+        history: The records of history.json by the fold's name, for the folds that have any.
+        predictions: The rows that the report measures; None if there are none.
+        verdicts: The verdicts that the model tells apart, in the order of its outputs.
+        agreement: The comparison of the trained and the packaged model; None if there is none.
+        missing: A sentence for each thing that is missing, by its name: predictions, pairs,
+            contract, metrics, history, agreement.
     """
 
     folder: Path
     contracts: dict[str, dict]
     metrics: dict[str, dict]
-    rows_file: Path | None
-    rows: pl.DataFrame | None
-    verdicts: tuple[str, ...]
-    has_texts: bool
     history: dict[str, list[dict]]
-    agreement: dict | None
-    agreement_rows: pl.DataFrame | None
-    missing: dict[str, str] = field(default_factory=dict)
+    predictions: Predictions | None
+    verdicts: tuple[str, ...]
+    agreement: Agreement | None
+    missing: dict[str, str]
 
     @property
-    def recorded(self) -> dict:
-        """What the first contract recorded of its training: recipe, git_commit, created, versions."""
-        return first(self.contracts).get("recorded") or {}
+    def name(self) -> str:
+        """The folder's name; fold-3 and mean with the name of their run before it."""
+        folder = self.folder.resolve()
+        if SUBFOLDER_OF_RUN.fullmatch(folder.name):
+            return f"{folder.parent.name}/{folder.name}"
+        return folder.name
+
+    @property
+    def first_contract(self) -> dict:
+        """The first fold's contract: what it says of the model holds for all folds."""
+        return first_fold(self.contracts)
+
+    @property
+    def first_metrics(self) -> dict:
+        """The first fold's metrics."""
+        return first_fold(self.metrics)
 
     @property
     def rows_were_trained_on(self) -> bool:
         """Whether the model has seen the rows that it is measured on."""
-        return any(values.get("rows_were_trained_on") for values in self.metrics.values())
+        return any(fold.get("rows_were_trained_on") for fold in self.metrics.values())
 
 
-def read_evidence(folder: Path, out_of_fold: bool = False, pairs: Path | None = None) -> Evidence:
-    """Read a run folder. Its own predictions are what is measured, or oof.parquet, the rows of all folds.
+def first_fold(folds: Mapping[str, dict]) -> dict:
+    """Return the first fold's entry, or an empty one if there are no folds."""
+    return next(iter(folds.values()), {})
 
-    The latter where `out_of_fold`, and where there are no predictions of its own, or none of rows that were held out.
-    `pairs`: the pairs file of the training, where it is not where the run says that it was.
+
+def training_record(contract: dict) -> dict:
+    """Return what a contract records of the training: recipe, git_commit, created, versions."""
+    record = contract.get("recorded")
+    if not record:
+        return {}
+    return record
+
+
+def read_run(folder: Path, out_of_fold: bool = False, pairs_file: Path | None = None) -> RunData:
+    """Read a run folder.
+
+    The report measures the run's own validation rows, predictions.parquet. It measures the rows of
+    all folds, oof.parquet, if the user wants that, or if the run has no predictions of its own or
+    only those of rows that it was trained on.
+
+    Args:
+        folder: outputs/R, outputs/R/fold-N or outputs/R/mean.
+        out_of_fold: Measure oof.parquet in any case.
+        pairs_file: The pairs file of the training, if it has moved since.
+
+    Returns:
+        The run's data.
+
+    Raises:
+        UserError: The folder is not a run folder, or one of its files cannot be read.
     """
-    if not any((folder / name).is_file() for name in OF_A_RUN):
-        found = "holds nothing of a run" if folder.is_dir() else "no such folder"
-        raise UserError(f"{folder}: {found}; name a run's folder, which axolotl train or python -m postprocess fills")
-    use_oof = wants_out_of_fold(folder, out_of_fold)
-    folders = fold_folders(folder) if use_oof else {"": folder}
-    contracts, metrics = ({name: optional(path / file) for name, path in folders.items()} for file in OF_A_RUN[:2])
-    history = {name: records for name, path in folders.items() if (records := read_history(path))}
-    train, package = commands(folder, first(contracts), first(metrics), use_oof)
-    missing = {
-        name: f"There is no {name}.json: `{train}` writes it."
-        for name, found in (("contract", contracts), ("metrics", metrics), ("history", history))
-        if not (found and all(found.values()))
-    }
-    if not history and is_untrained(first(contracts), first(metrics)):
-        missing["history"] = "Nothing was trained here, so that there are no learning curves."
-    rows_file, rows = read_rows(folder, OUT_OF_FOLD if use_oof else PREDICTIONS)
-    verdicts = verdicts_of(folders, contracts, rows)
-    if rows is None:
-        missing["predictions"] = f"There is no {PREDICTIONS}, so that nothing can be measured: `{train}` writes it."
+    check_run_folder(folder)
+
+    # A cross-validation has a contract, metrics and a history for each fold, other runs have one.
+    measures_out_of_fold = should_measure_out_of_fold(folder, out_of_fold)
+    if measures_out_of_fold:
+        fold_folders = find_fold_folders(folder)
+        predictions_file = folder / OUT_OF_FOLD
     else:
-        rows, told = with_pairs(rows, find_pairs(folders, contracts, metrics, pairs), first(metrics).get("pairs_sha256"), pairs)
-        missing |= {"pairs": told} if told else {}
-    agreement, agreement_rows, told = read_agreement(folder, package)
-    missing |= {"agreement": told} if told else {}
-    has_texts = rows is not None and "prompt" in rows.columns
-    return Evidence(
-        folder, contracts, metrics, rows_file, rows, verdicts, has_texts, history, agreement, agreement_rows, missing
+        fold_folders = {"": folder}
+        predictions_file = folder / PREDICTIONS
+
+    contracts = {name: read_optional(path / CONTRACT) for name, path in fold_folders.items()}
+    metrics = {name: read_optional(path / METRICS) for name, path in fold_folders.items()}
+    history = read_histories(fold_folders)
+
+    # The folds are of one recipe: what the first one says of the model holds for all.
+    contract = first_fold(contracts)
+    first_metrics = first_fold(metrics)
+    commands = find_commands(folder, contract, first_metrics, measures_out_of_fold)
+    missing = explain_missing(contracts, metrics, history, commands)
+
+    # The rows to measure, with texts and labels if the pairs file is the one of the training.
+    predictions = read_predictions(predictions_file)
+    if predictions is None:
+        missing["predictions"] = (
+            f"There is no {PREDICTIONS}, so that nothing can be measured: "
+            f"`{commands.create}` writes it."
+        )
+    else:
+        is_named_by_user = pairs_file is not None
+        if not is_named_by_user:
+            pairs_file = find_pairs_file(fold_folders, contract, first_metrics)
+        expected_sha256 = first_metrics.get("pairs_sha256")
+        predictions, problem = add_pairs(predictions, pairs_file, expected_sha256, is_named_by_user)
+        if problem:
+            missing["pairs"] = problem
+
+    # The comparison of the model as trained and as packaged.
+    agreement, problem = read_agreement(folder, commands.package)
+    if problem:
+        missing["agreement"] = problem
+
+    return RunData(
+        folder=folder,
+        contracts=contracts,
+        metrics=metrics,
+        history=history,
+        predictions=predictions,
+        verdicts=find_verdicts(fold_folders, contract, predictions),
+        agreement=agreement,
+        missing=missing,
     )
 
 
-def first(of_fold: dict[str, dict]) -> dict:
-    """The first fold's entry, or an empty one."""
-    return next(iter(of_fold.values()), {})
+def check_run_folder(folder: Path) -> None:
+    """Raise a UserError if the folder holds none of a run's files."""
+    if any((folder / name).is_file() for name in RUN_FILES):
+        return
+
+    reason = "holds nothing of a run" if folder.is_dir() else "no such folder"
+    raise UserError(
+        f"{folder}: {reason}; name a run's folder, which axolotl train or "
+        "python -m postprocess fills"
+    )
 
 
-def optional(file: Path) -> dict:
-    """The object in a JSON file, empty where there is no such file."""
-    return read_object(file) if file.is_file() else {}
+def should_measure_out_of_fold(folder: Path, is_wanted: bool) -> bool:
+    """Decide whether to measure oof.parquet instead of the run's own predictions.
 
-
-def is_untrained(contract: dict, metrics: dict) -> bool:
-    """Whether nothing was trained in the folder itself: a base model as it is, or a mean of runs."""
-    return metrics.get("training_rows") == 0 or "average" in metrics or bool(contract.get("logit_bias"))
-
-
-def wants_out_of_fold(folder: Path, asked: bool) -> bool:
-    """Whether to measure oof.parquet in place of the run's own predictions."""
-    if asked and not (folder / OUT_OF_FOLD).is_file():
-        raise UserError(f"{folder / OUT_OF_FOLD}: no such file; make cv R={folder.name} writes it")
-    if asked or not (folder / OUT_OF_FOLD).is_file():
-        return asked
-    trained_on = optional(folder / "metrics.json").get("rows_were_trained_on")
-    return bool(trained_on) or not (folder / PREDICTIONS).is_file()
-
-
-def fold_folders(folder: Path) -> dict[str, Path]:
-    """The folders of a cross-validation's folds, by the folds' names in their order."""
-    found = [path for path in folder.glob("fold-*") if re.fullmatch(r"fold-\d+", path.name)]
-    return {path.name: path for path in sorted(found, key=lambda path: int(path.name.removeprefix("fold-")))}
-
-
-def commands(folder: Path, contract: dict, metrics: dict, out_of_fold: bool) -> tuple[str, str]:
-    """The command that fills this folder, and the one that packages its run.
-
-    Without a contract, the recipe is the one that writes there by default.
+    Raises:
+        UserError: The user wants oof.parquet, and there is none.
     """
-    run = folder.resolve().parent if re.fullmatch(OF_A_RECIPE, folder.resolve().name) else folder.resolve()
-    recipe = (contract.get("recorded") or {}).get("recipe") or f"{run.name}.yml"
-    package = f"python -m postprocess recipes/{recipe}"
-    if out_of_fold:
-        return f"make cv R={Path(recipe).stem}", package
-    if folder.name == "mean":
-        return (f"{package} --adapter …",) * 2
-    fold = re.fullmatch(r"fold-(\d+)", folder.name)
-    environment = f"PAIRWISE_FOLD={fold[1]} " if fold else ""
-    train = package if is_untrained(contract, metrics) else f"axolotl train recipes/{recipe}"
-    return environment + train, environment + package
-
-
-def read_table(file: Path) -> pl.DataFrame:
-    """A Parquet file that a run left."""
-    try:
-        return pl.read_parquet(file)
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise UserError(f"{file}: not a Parquet file ({str(error).splitlines()[0]}); remove it, or make it again") from None
-
-
-def read_rows(folder: Path, name: str) -> tuple[Path | None, pl.DataFrame | None]:
-    """The predictions' file and its rows, sorted by id and checked; None where there is no such file."""
-    file = folder / name
+    file = folder / OUT_OF_FOLD
     if not file.is_file():
-        return None, None
-    rows = read_table(file)
-    probabilities = [f"p_{verdict}{suffix}" for suffix in ("", *(f"_{order}" for order in ORDERS)) for verdict in VERDICTS]
-    if absent := [column for column in ("id", "fold", "winner", *probabilities) if column not in rows.columns]:
-        raise UserError(f"{file}: no column {', '.join(absent)}; it was not written by axolotl train; train again")
-    if rows.is_empty() or rows["id"].is_duplicated().any():
-        raise UserError(f"{file}: {'no rows' if rows.is_empty() else 'an id occurs twice'}; train again")
-    values = rows.select(pl.col(probabilities).cast(pl.Float64)).fill_null(float("nan"))
-    bad = values.select((~pl.all_horizontal(pl.all().is_between(0, 1))).alias("bad"))["bad"]
-    if bad.any():
-        raise UserError(f"{file}: row {rows['id'][bad.arg_max()]} has probabilities that are not between 0 and 1; train again")
-    return file, rows.sort("id")
+        if is_wanted:
+            raise UserError(f"{file}: no such file; make cv R={folder.name} writes it")
+        return False
+    if is_wanted:
+        return True
+
+    # Predictions of rows that the model was trained on say nothing about its accuracy.
+    has_predictions = (folder / PREDICTIONS).is_file()
+    metrics = read_optional(folder / METRICS)
+    return not has_predictions or bool(metrics.get("rows_were_trained_on"))
 
 
-def verdicts_of(folders: dict[str, Path], contracts: dict[str, dict], rows: pl.DataFrame | None) -> tuple[str, ...]:
-    """The verdicts that the model tells apart: the contract's, or without one those that have a probability."""
-    found = first(contracts).get("verdicts")
-    if found is None:
-        return VERDICTS if rows is not None and rows["p_tie"].max() else VERDICTS[:2]
-    if found not in (list(order) for length in (2, 3) for order in permutations(VERDICTS[:length])):
-        file = next(iter(folders.values())) / OF_A_RUN[0]
-        raise UserError(f"{file}: verdicts are {found}, expected model_a and model_b, with or without tie; train again")
-    return tuple(found)
+def find_fold_folders(folder: Path) -> dict[str, Path]:
+    """Find the folders of a cross-validation's folds, by name, in the order of their numbers."""
+    # By number, since by name fold-10 would come before fold-2.
+    folders_by_number = {}
+    for path in folder.glob("fold-*"):
+        number = path.name.removeprefix("fold-")
+        if number.isdecimal():
+            folders_by_number[int(number)] = path
+
+    folders = [folders_by_number[number] for number in sorted(folders_by_number)]
+    return {path.name: path for path in folders}
 
 
-def find_pairs(folders: dict[str, Path], contracts: dict, metrics: dict, given: Path | None) -> Path:
-    """The pairs file of the training: as given, as in run.json, or of a mean in a member's, or as in the contract's recipe."""
-    if given:
-        return given
-    members = (first(metrics).get("average") or {}).get("members") or {}
-    for folder in (*folders.values(), *map(Path, members)):
-        block = optional(folder / "run.json").get("block") or {}
-        if isinstance(block, dict) and block.get("pairs"):
-            return Path(block["pairs"])
-    recipe = Path("recipes") / str((first(contracts).get("recorded") or {}).get("recipe"))
-    block = read_yaml(recipe).get("pairwise") if recipe.is_file() else {}
-    return Path(block.get("pairs", DEFAULT_PAIRS) if isinstance(block, dict) else DEFAULT_PAIRS)
-
-
-def with_pairs(rows: pl.DataFrame, file: Path, expected: str | None, given: Path | None) -> tuple[pl.DataFrame, str]:
-    """The rows joined with their pairs, and what to say: empty where the file is the training's, by its hash."""
-    without = "so that texts, languages, sources, lengths and groups of prompts are missing here"
-    name_it = "name the file of the training with `--pairs FILE`"
+def read_optional(file: Path) -> dict:
+    """Read a JSON file that holds an object; an absent file is an empty object."""
     if not file.is_file():
-        if given:
-            raise UserError(f"{file}: no such file; --pairs names the pairs file of the training")
-        return rows, f"{file} is not there, {without}: {name_it}."
-    if expected and sha256(file) != expected:
-        if given:
-            raise UserError(f"{file}: not the file of the training, whose SHA-256 is {expected[:12]}… in metrics.json")
-        return rows, f"{file} has changed since training, {without}: {name_it}, or train again."
-    pairs = read_pairs(file)
-    labels = [pl.col(f"p_{verdict}").cast(pl.Float64).alias(f"label_{verdict}") for verdict in VERDICTS]
-    kept = [column for column in OF_PAIRS if column in pairs.columns]
-    joined = rows.join(pairs.select("id", *kept, *labels), on="id", how="left", maintain_order="left")
-    if joined["label_model_a"].null_count() or len(joined) != len(rows):
-        return rows, f"{file} does not hold every row of the predictions, {without}: {name_it}, or train again."
-    return joined, ""
+        return {}
+    return read_object(file)
+
+
+def read_histories(fold_folders: Mapping[str, Path]) -> dict[str, list[dict]]:
+    """Read the trainer's log of each fold, leaving out the folds that have none."""
+    histories = {}
+    for name, folder in fold_folders.items():
+        records = read_history(folder)
+        if records:
+            histories[name] = records
+    return histories
 
 
 def read_history(folder: Path) -> list[dict]:
-    """The trainer's log: of history.json, or of the newest checkpoint of a run that left none."""
-    if (folder / "history.json").is_file():
-        records = read_json(folder / "history.json")
+    """Read the trainer's log from history.json, or from the newest checkpoint if there is none.
+
+    Returns:
+        The records that have a step; empty if the folder has no log.
+
+    Raises:
+        UserError: The log is not a list of objects.
+    """
+    file = folder / HISTORY
+    if file.is_file():
+        records = read_json(file)
     else:
-        states = {int(path.parent.name.split("-")[1]): path for path in checkpoints(folder)}
-        records = read_object(states[max(states)]).get("log_history") if states else []
-    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-        raise UserError(f"{folder / 'history.json'}: expected a list of objects; remove the file, or train again")
+        file = find_newest_trainer_state(folder)
+        if file is None:
+            return []
+        records = read_object(file).get("log_history")
+
+    is_list = isinstance(records, list)
+    if not is_list or not all(isinstance(record, dict) for record in records):
+        raise UserError(f"{file}: expected a list of objects; remove the file, or train again")
+
+    # The trainer's records all have a step; what other programs add has none.
     return [record for record in records if isinstance(record.get("step"), int)]
 
 
-def checkpoints(folder: Path) -> Iterator[Path]:
-    """The trainer's states in the checkpoints of a run."""
-    return (path for path in folder.glob("checkpoint-*/trainer_state.json") if path.parent.name.split("-")[1].isdecimal())
+def find_newest_trainer_state(folder: Path) -> Path | None:
+    """Find trainer_state.json of the checkpoint with the most steps; None without checkpoints."""
+    newest_step = -1
+    newest_file = None
+    for file in folder.glob("checkpoint-*/trainer_state.json"):
+        step = file.parent.name.removeprefix("checkpoint-")
+        if step.isdecimal() and int(step) > newest_step:
+            newest_step = int(step)
+            newest_file = file
+    return newest_file
 
 
-def read_agreement(folder: Path, package: str) -> tuple[dict | None, pl.DataFrame | None, str]:
-    """agreement.json and agreement.parquet, where they are of the predictions in this folder; else why not."""
-    report, table = folder / "agreement.json", folder / "agreement.parquet"
-    if not report.is_file():
-        return None, None, f"The run was not packaged yet: `{package}` compares the models and writes agreement.json."
-    figures, rows = read_object(report), read_table(table) if table.is_file() else None
-    again = f"`{package}` compares the models again."
-    if absent := [key for key in OF_AN_AGREEMENT if key not in figures]:
-        return None, None, f"agreement.json is of an earlier version, without {absent[0]}: {again}"
-    own = read_rows(folder, PREDICTIONS)[1]
-    if rows is not None and own is not None and not is_of(rows, own):
-        return None, None, f"agreement.json is of an earlier training: {again}"
-    return figures, rows, ""
+def find_commands(
+    folder: Path, contract: dict, metrics: dict, is_cross_validation: bool
+) -> Commands:
+    """Find the commands that create this run and package its model, for advice to the user.
+
+    Without a contract, the recipe is the one that writes into this folder by default.
+    """
+    # The recipe's name is that of the run folder, which fold-3 and mean lie in.
+    folder = folder.resolve()
+    run_folder = folder.parent if SUBFOLDER_OF_RUN.fullmatch(folder.name) else folder
+    recipe = training_record(contract).get("recipe")
+    if not recipe:
+        recipe = f"{run_folder.name}.yml"
+
+    # oof.parquet and a mean of runs have commands of their own.
+    package = f"python -m postprocess recipes/{recipe}"
+    if is_cross_validation:
+        return Commands(create=f"make cv R={Path(recipe).stem}", package=package)
+    if folder.name == "mean":
+        average = f"{package} --adapter …"
+        return Commands(create=average, package=average)
+
+    # Packaging writes the predictions of a base model that is not trained.
+    create = f"axolotl train recipes/{recipe}"
+    if is_untrained(contract, metrics):
+        create = package
+
+    # An environment variable selects the fold.
+    fold = re.fullmatch(r"fold-(\d+)", folder.name)
+    if fold:
+        environment = f"PAIRWISE_FOLD={fold[1]}"
+        create = f"{environment} {create}"
+        package = f"{environment} {package}"
+    return Commands(create, package)
 
 
-def is_of(agreement_rows: pl.DataFrame, predictions: pl.DataFrame) -> bool:
-    """Whether what was compared as `recorded` is what these predictions hold."""
-    columns = [column.removeprefix("recorded_") for column in agreement_rows.columns if column.startswith("recorded_p_")]
-    if not columns or not {"id", "order"} <= set(agreement_rows.columns):
-        return False
-    for (order,), part in agreement_rows.group_by("order"):
-        both = part.join(predictions, on="id", how="left")
-        far = [(pl.col(f"recorded_{name}") - pl.col(f"{name}_{order}")).abs().fill_null(1.0).max() for name in columns]
-        if both.select(pl.max_horizontal(far)).item() > SAME:
-            return False
-    return True
+def is_untrained(contract: dict, metrics: dict) -> bool:
+    """Return whether nothing was trained here: a base model as it is, or a mean of several runs."""
+    is_base_model = metrics.get("training_rows") == 0 or bool(contract.get("logit_bias"))
+    is_mean = "average" in metrics
+    return is_base_model or is_mean
+
+
+def explain_missing(
+    contracts: Mapping[str, dict],
+    metrics: Mapping[str, dict],
+    history: Mapping[str, list[dict]],
+    commands: Commands,
+) -> dict[str, str]:
+    """Say for contract.json, metrics.json and history.json which command writes what is missing.
+
+    Returns:
+        A sentence by "contract", "metrics" or "history", for each file that a fold lacks.
+    """
+    files = {"contract": contracts, "metrics": metrics, "history": history}
+    missing = {}
+    for name, folds in files.items():
+        # A fold without its contract.json or metrics.json has an empty entry.
+        is_complete = folds and all(folds.values())
+        if not is_complete:
+            missing[name] = f"There is no {name}.json: `{commands.create}` writes it."
+
+    # There is nothing to write where nothing was trained.
+    if not history and is_untrained(first_fold(contracts), first_fold(metrics)):
+        missing["history"] = "Nothing was trained here, so that there are no learning curves."
+    return missing
+
+
+def find_pairs_file(fold_folders: Mapping[str, Path], contract: dict, metrics: dict) -> Path:
+    """Find the pairs file that the model was trained on."""
+    # A mean of runs has no run.json of its own, but its members have.
+    folders = list(fold_folders.values())
+    average = metrics.get("average")
+    if average and average.get("members"):
+        folders += [Path(member) for member in average["members"]]
+
+    # run.json holds the `pairwise:` block that the run was started with.
+    for folder in folders:
+        block = read_optional(folder / "run.json").get("block")
+        if isinstance(block, dict) and block.get("pairs"):
+            return Path(block["pairs"])
+
+    # Without run.json, the recipe as it is today.
+    recipe = Path("recipes") / str(training_record(contract).get("recipe"))
+    if recipe.is_file():
+        block = read_yaml(recipe).get("pairwise")
+        if isinstance(block, dict):
+            return Path(block.get("pairs", DEFAULT_PAIRS))
+    return Path(DEFAULT_PAIRS)
+
+
+def find_verdicts(
+    fold_folders: Mapping[str, Path], contract: dict, predictions: Predictions | None
+) -> tuple[str, ...]:
+    """Find the verdicts that the model tells apart.
+
+    Returns:
+        The contract's verdicts, in the order of the model's outputs. Without a contract, those
+        that have a probability above zero.
+
+    Raises:
+        UserError: The contract has other verdicts than model_a, model_b and tie.
+    """
+    verdicts = contract.get("verdicts")
+    without_tie = VERDICTS[:2]
+    if verdicts is None:
+        # A model of two verdicts gives a tie the probability 0.
+        if predictions is not None and predictions.rows["p_tie"].max() > 0:
+            return VERDICTS
+        return without_tie
+
+    # The contract's list may have any order: it is the order of the model's outputs.
+    possible_orders = [*permutations(without_tie), *permutations(VERDICTS)]
+    if verdicts not in [list(order) for order in possible_orders]:
+        first_folder = next(iter(fold_folders.values()))
+        raise UserError(
+            f"{first_folder / CONTRACT}: verdicts are {verdicts}, expected model_a and model_b, "
+            "with or without tie; train again"
+        )
+    return tuple(verdicts)
+
+
+def read_agreement(folder: Path, package_command: str) -> tuple[Agreement | None, str | None]:
+    """Read agreement.json and agreement.parquet, if they belong to this folder's predictions.
+
+    Args:
+        folder: The run folder.
+        package_command: The command that compares the models, for the sentence.
+
+    Returns:
+        The agreement and None, or None and a sentence that says why there is none.
+    """
+    file = folder / AGREEMENT
+    if not file.is_file():
+        return None, (
+            f"The run was not packaged yet: `{package_command}` compares the models and writes "
+            "agreement.json."
+        )
+
+    # An earlier version of this project wrote fewer keys.
+    report = read_object(file)
+    remedy = f"`{package_command}` compares the models again."
+    missing_keys = [key for key in AGREEMENT_KEYS if key not in report]
+    if missing_keys:
+        return None, f"agreement.json is of an earlier version, without {missing_keys[0]}: {remedy}"
+
+    # A file of an earlier training compares other models than those of today's predictions.
+    rows = None
+    if (folder / AGREEMENT_TABLE).is_file():
+        rows = read_table(folder / AGREEMENT_TABLE)
+    predictions = read_predictions(folder / PREDICTIONS)
+    can_compare = rows is not None and predictions is not None
+    if can_compare and not is_comparison_of(rows, predictions.rows):
+        return None, f"agreement.json is of an earlier training: {remedy}"
+    return Agreement(report, rows), None

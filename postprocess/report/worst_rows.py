@@ -1,28 +1,61 @@
-"""The rows that a model gets most wrong, as the page shows them: texts in turns, cut for reading, every character visible."""
+"""Collect the rows that the model gets most wrong, with their texts cut to a readable length.
+
+`results.compute_results` calls `find_worst_rows`. Control characters become visible: the texts are
+the users' and the models', and some are made to deceive.
+"""
 
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import polars as pl
 
-from postprocess.report.metrics import Scored, worst
+from postprocess.report.metrics import ScoredRows
 from preprocess.model_input import VERDICTS
 from recipes.pairwise.tracking.metrics import ORDERS
 
-COUNT = 50
-PROMPT_CHARACTERS, ANSWER_CHARACTERS = 400, 700
-LINES = 14
-REST_CHARACTERS = 50_000  # of a text behind its beginning; hostile rows have hundreds of thousands
-SLACK = 1.25  # a text this much longer than its limit is shown whole: no click for three words
-ZERO_WIDTH_JOINER, VARIATION_SELECTOR = "\u200d", "\ufe0f"
-CONTROLS = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"}  # their pictures in Unicode
-CONTROLS |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+MAX_ROWS = 50
+PROMPT_CHARACTERS = 400
+ANSWER_CHARACTERS = 700
+MAX_LINES = 14
+MAX_REST_CHARACTERS = 50_000  # of a text after its beginning; hostile rows have far more
+# A text is cut only if it is longer than its limit by this factor: no click for three words.
+SLACK = 1.25
+WORD_CHARACTERS = 40  # how far back from its limit a text is searched for the end of a word
+
+ZERO_WIDTH_JOINER = "\u200d"
+VARIATION_SELECTOR = "\ufe0f"
+
+
+def make_control_pictures() -> dict[int, int]:
+    """Map each control character but tab and line feed to a character that can be seen."""
+    first_picture = 0x2400  # Unicode's pictures of the characters 0 to 31, in their order
+    picture_of_delete = 0x2421
+    replacement = 0xFFFD
+
+    pictures = {code: first_picture + code for code in range(0x20)}
+    del pictures[ord("\t")]
+    del pictures[ord("\n")]
+    pictures[0x7F] = picture_of_delete
+    # Unicode has no pictures of the controls of Latin-1.
+    for code in range(0x80, 0xA0):
+        pictures[code] = replacement
+    return pictures
+
+
+CONTROL_PICTURES = make_control_pictures()
 
 
 @dataclass(frozen=True)
 class Text:
-    """A turn: what is shown, what opens behind it, and how many characters are left out even there."""
+    """One turn of a prompt or answer, cut for the page.
+
+    Attributes:
+        shown: The beginning, or all of a short text.
+        rest: What opens on a click.
+        left_out: Number of characters after the rest, which are not in the page.
+    """
 
     shown: str
     rest: str = ""
@@ -30,20 +63,28 @@ class Text:
 
     @property
     def is_blank(self) -> bool:
-        """Whether nothing of it is to be seen: white space, or characters without a width."""
-        return all(character.isspace() or not character.isprintable() for character in self.shown + self.rest)
+        """Whether there is nothing to see: only white space and characters without a width."""
+        return not any(is_printed(character) for character in self.shown + self.rest)
 
     @property
     def characters(self) -> int:
-        """Of the whole text."""
+        """Length of the whole text."""
         return len(self.shown) + len(self.rest) + self.left_out
 
 
 @dataclass(frozen=True)
-class Error:
-    """A row with a wrong verdict. `prompt`, `response_a`, `response_b` are turns, empty where there are no texts.
+class WorstRow:
+    """A row with a wrong verdict.
 
-    `probabilities`: of each order and of their mean, by verdict, all from the pairs file's view of A and B.
+    Attributes:
+        id: The row's id.
+        facts: Language, source and fold, as far as they are known.
+        winner: The verdict of the pairs file.
+        verdict: The model's verdict.
+        prompt: The prompt's turns; empty if the texts are unknown.
+        response_a: The turns of answer A.
+        response_b: The turns of answer B.
+        probabilities: The probability of each verdict by the name of the order, then of the mean.
     """
 
     id: str
@@ -53,68 +94,139 @@ class Error:
     prompt: tuple[Text, ...]
     response_a: tuple[Text, ...]
     response_b: tuple[Text, ...]
-    probabilities: tuple[tuple[str, dict[str, float]], ...]
+    probabilities: dict[str, dict[str, float]]
 
 
-def worst_errors(rows: pl.DataFrame, data: Scored, count: int = COUNT) -> list[Error]:
-    """The rows with a wrong verdict whose winner had the least probability, by the mean of both orders."""
-    places = worst(data, count)
-    return [error(row, data, place) for row, place in zip(rows[places].iter_rows(named=True), places, strict=True)]
+def find_worst_rows(
+    rows: pl.DataFrame, scored: ScoredRows, count: int = MAX_ROWS
+) -> list[WorstRow]:
+    """Find the rows with a wrong verdict whose winner had the least probability.
+
+    Args:
+        rows: The measured rows, with texts if they are known.
+        scored: The same rows as arrays.
+        count: The most rows to return.
+    """
+    places = rank_wrong_rows(scored)[:count]
+    chosen_rows = rows[places].iter_rows(named=True)
+    return [
+        make_worst_row(row, scored, place) for row, place in zip(chosen_rows, places, strict=True)
+    ]
 
 
-def error(row: dict, data: Scored, place: int) -> Error:
-    """One row of the table as the page shows it."""
-    orders = {name: data.both_rov[place, at] for at, name in enumerate(ORDERS)} | {"mean": data.mean_rv[place]}
-    facts = [row.get("language"), row.get("source"), f"fold {row['fold']}" if row["fold"] is not None else None]
-    return Error(
-        id=visible(str(row["id"])),
-        facts=tuple(visible(fact) for fact in facts if fact),
-        winner=data.verdicts[data.winners_r[place]],
-        verdict=data.verdicts[int(data.mean_rv[place].argmax())],
-        prompt=turns(row.get("prompt"), PROMPT_CHARACTERS),
-        response_a=turns(row.get("response_a"), ANSWER_CHARACTERS),
-        response_b=turns(row.get("response_b"), ANSWER_CHARACTERS),
-        probabilities=tuple((name.replace("_", " "), by_verdict(values, data.verdicts)) for name, values in orders.items()),
+def rank_wrong_rows(scored: ScoredRows) -> list[int]:
+    """Return the places of the rows with a wrong verdict, the least probable winner first."""
+    # A stable sort keeps rows of equal probability in the order of their ids.
+    wrong_rows = np.flatnonzero(scored.is_decided_r & ~scored.is_right_r)
+    winner_probabilities = scored.mean_rv[wrong_rows, scored.winners_r[wrong_rows]]
+    ranking = np.argsort(winner_probabilities, kind="stable")
+    return wrong_rows[ranking].tolist()
+
+
+def make_worst_row(row: dict, scored: ScoredRows, place: int) -> WorstRow:
+    """Make one row ready for the page.
+
+    Args:
+        row: The row's columns.
+        scored: All rows as arrays.
+        place: The row's place in them.
+    """
+    # Rows without the pairs file have neither language nor source.
+    facts = [row.get("language"), row.get("source")]
+    if row["fold"] is not None:
+        facts.append(f"fold {row['fold']}")
+
+    # Each order on its own, since a row may be wrong in one only, and the mean that decides.
+    probabilities = {}
+    for order_place, order in enumerate(ORDERS):
+        name = order.replace("_", " ")
+        order_probabilities = scored.probabilities_rov[place, order_place]
+        probabilities[name] = name_probabilities(order_probabilities, scored.verdicts)
+    mean = scored.mean_rv[place]
+    probabilities["mean"] = name_probabilities(mean, scored.verdicts)
+
+    return WorstRow(
+        id=show_controls(str(row["id"])),
+        facts=tuple(show_controls(fact) for fact in facts if fact),
+        winner=scored.verdicts[scored.winners_r[place]],
+        verdict=scored.verdicts[mean.argmax()],
+        prompt=cut_turns(row.get("prompt"), PROMPT_CHARACTERS),
+        response_a=cut_turns(row.get("response_a"), ANSWER_CHARACTERS),
+        response_b=cut_turns(row.get("response_b"), ANSWER_CHARACTERS),
+        probabilities=probabilities,
     )
 
 
-def by_verdict(values: Sequence[float], verdicts: tuple[str, ...]) -> dict[str, float]:
-    """Probabilities by name, A first, then B, then a tie."""
-    return {name: float(values[verdicts.index(name)]) for name in VERDICTS if name in verdicts}
+def name_probabilities(probabilities_v: np.ndarray, verdicts: tuple[str, ...]) -> dict[str, float]:
+    """Give each probability its verdict's name, A first, then B, then a tie if there is one."""
+    ordered = sorted(verdicts, key=VERDICTS.index)
+    return {verdict: float(probabilities_v[verdicts.index(verdict)]) for verdict in ordered}
 
 
-def turns(texts: Sequence[str | None] | None, limit: int) -> tuple[Text, ...]:
-    """The turns of a conversation, each cut on its own."""
-    return tuple(shortened(text or "", limit) for text in texts or ())
+def cut_turns(turns: Sequence[str | None] | None, limit: int) -> tuple[Text, ...]:
+    """Cut each turn of a conversation on its own; an absent turn is an empty text."""
+    if turns is None:
+        return ()
+    return tuple(cut_text(turn or "", limit) for turn in turns)
 
 
-def visible(text: str) -> str:
-    """`text` with a picture in place of every control character but tabs and line breaks."""
-    return text.replace("\r\n", "\n").translate(CONTROLS)
+def cut_text(text: str, limit: int) -> Text:
+    """Cut a text after `limit` characters or MAX_LINES lines, at the end of a word if possible.
 
+    Args:
+        text: A turn.
+        limit: The most characters to show. A text that is a little longer is not cut.
+    """
+    text = show_controls(text)
+    longest_uncut = int(limit * SLACK)
+    beginning = text[:longest_uncut]
 
-def shortened(text: str, limit: int) -> Text:
-    """`text`, visible, cut where a word ends after at most `limit` characters or LINES lines."""
-    text = visible(text)
-    breaks = [at for at, character in enumerate(text[: int(limit * SLACK)]) if character == "\n"]
-    if len(breaks) > LINES:
-        limit = min(limit, breaks[LINES - 1])
-    elif len(text) <= limit * SLACK:
+    # Many short lines take as much room on the page as a long text.
+    if beginning.count("\n") > MAX_LINES:
+        lines = beginning.split("\n")[:MAX_LINES]
+        limit = min(limit, len("\n".join(lines)))
+    elif len(text) <= longest_uncut:
         return Text(text)
-    cut = word_end(text, limit)
+
+    # A browser becomes slow with a text of a million characters, even a hidden one.
+    cut = find_cut(text, limit)
     rest = text[cut:]
-    return Text(text[:cut], rest[:REST_CHARACTERS], max(0, len(rest) - REST_CHARACTERS))
+    left_out = max(0, len(rest) - MAX_REST_CHARACTERS)
+    return Text(text[:cut], rest[:MAX_REST_CHARACTERS], left_out)
 
 
-def word_end(text: str, limit: int) -> int:
-    """Where to cut at `limit` or a little before: at white space, else anywhere but within a character made of several."""
-    space = max(text.rfind(" ", limit - 40, limit + 1), text.rfind("\n", limit - 40, limit + 1))
-    if space > 0:
-        return space
-    while limit > 1 and (
-        unicodedata.combining(text[limit])
-        or text[limit] in (ZERO_WIDTH_JOINER, VARIATION_SELECTOR)
-        or text[limit - 1] == ZERO_WIDTH_JOINER
-    ):
-        limit -= 1
-    return limit
+def find_cut(text: str, limit: int) -> int:
+    """Find where to cut a text: at white space before its limit, or else between two characters.
+
+    One visible character may be made of several, as a letter with its accents: these stay together.
+    """
+    earliest = max(0, limit - WORD_CHARACTERS)
+    last_space = text.rfind(" ", earliest, limit + 1)
+    last_line_break = text.rfind("\n", earliest, limit + 1)
+    white_space = max(last_space, last_line_break)
+    if white_space > 0:
+        return white_space
+
+    # Text without spaces, such as Chinese, or a long link.
+    cut = limit
+    while cut > 1 and continues_character(text, cut):
+        cut -= 1
+    return cut
+
+
+def continues_character(text: str, place: int) -> bool:
+    """Return whether the code point at `place` belongs to the visible character before it."""
+    code_point = text[place]
+    is_attached = unicodedata.combining(code_point) != 0
+    is_joined = ZERO_WIDTH_JOINER in (code_point, text[place - 1])
+    return is_attached or is_joined or code_point == VARIATION_SELECTOR
+
+
+def show_controls(text: str) -> str:
+    """Replace control characters by their pictures, but for tabs and line breaks."""
+    return text.replace("\r\n", "\n").translate(CONTROL_PICTURES)
+
+
+def is_printed(character: str) -> bool:
+    """Return whether a character leaves a mark on the screen."""
+    return character.isprintable() and not character.isspace()

@@ -12,8 +12,6 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-from postprocess.report.page import render
-from postprocess.report.run_data import read_evidence
 from tests.postprocess.report import reported
 from tests.postprocess.report.reported import FOUR, Row
 
@@ -55,7 +53,7 @@ def page(tmp_path_factory):
     """The page's address and a browser that has it open, in its first state."""
     folder = tmp_path_factory.mktemp("browser")
     file = folder / "report.html"
-    file.write_text(render(read_evidence(reported.run(folder / "tiny", ROWS))), encoding="utf-8")
+    file.write_text(reported.render(reported.write_run(folder / "tiny", ROWS)), encoding="utf-8")
     with browser(folder / "profile") as driver:
         yield driver, file.as_uri()
 
@@ -70,18 +68,10 @@ def opened(page):
     return driver
 
 
-def resized(driver, width: int) -> None:
-    screen = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 600}
-    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
-
-
 def shown(driver) -> list[str]:
     """The ids of the rows that are to be seen."""
-    return [
-        row.find_element(By.CLASS_NAME, "id").text
-        for row in driver.find_elements(By.CSS_SELECTOR, ".error")
-        if row.is_displayed()
-    ]
+    rows = [row for row in driver.find_elements(By.CSS_SELECTOR, ".error") if row.is_displayed()]
+    return [row.find_element(By.CLASS_NAME, "id").text for row in rows]
 
 
 def test_words_typed_into_the_search_leave_the_rows_that_hold_them(opened):
@@ -118,7 +108,8 @@ def test_no_script_but_the_pages_own_runs_in_it(opened):
 
 @pytest.mark.parametrize("width", [320, 390, 768, 1280])
 def test_the_page_is_never_wider_than_the_screen(opened, width):
-    resized(opened, width)
+    screen = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 600}
+    opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
     measured = "const page = document.documentElement; return [page.scrollWidth - page.clientWidth, window.innerWidth]"
     assert opened.execute_script(measured) == [0, width]
 
@@ -126,13 +117,6 @@ def test_the_page_is_never_wider_than_the_screen(opened, width):
 def test_right_to_left_texts_run_from_the_right(opened):
     texts = {text.text: text.value_of_css_property("direction") for text in opened.find_elements(By.CSS_SELECTOR, ".text")}
     assert (texts[ARABIC], texts["Which?"]) == ("rtl", "ltr")
-
-
-def test_the_rest_of_a_long_text_opens_from_the_keyboard(opened):
-    details = opened.find_element(By.CSS_SELECTOR, "details.more")
-    assert details.get_attribute("open") is None
-    details.find_element(By.TAG_NAME, "summary").send_keys(Keys.ENTER)
-    assert details.get_attribute("open") is not None
 
 
 def test_without_javascript_every_row_is_there_and_no_search(page):

@@ -1,0 +1,128 @@
+"""Measure calibration: how often verdicts of a given confidence are right, and a best temperature.
+
+`results.compute_results` calls `measure_calibration`. Shape letters: see docs/style.md.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+
+from postprocess.report.metrics import Estimate, ScoredRows, estimate_mean
+from recipes.pairwise.tracking.metrics import SMALLEST
+
+BINS = 10
+# The temperature is sought by its inverse: from 10, the most that a spec takes, to 0.05.
+INVERSE_TEMPERATURES = (0.1, 20.0)
+TOLERANCE = 1e-6  # of the inverse temperature
+
+
+@dataclass(frozen=True)
+class Bin:
+    """The rows whose likeliest verdict has a probability within a bin.
+
+    Attributes:
+        row_count: Number of rows.
+        confidence: Mean probability of the likeliest verdict.
+        accuracy: Share of rows whose likeliest verdict is right.
+    """
+
+    row_count: int
+    confidence: float
+    accuracy: Estimate
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Whether the model is as sure as it is right.
+
+    Attributes:
+        bins: The bins that have rows, in the order of their confidence.
+        lowest_confidence: The least that the likeliest verdict can have: 1/2 or 1/3.
+        error: The expected calibration error (Guo et al. 2017).
+        temperature: The temperature with the least log loss on these rows.
+        log_loss: Log loss of all rows, in nats.
+        log_loss_at_temperature: The least log loss.
+    """
+
+    bins: tuple[Bin, ...]
+    lowest_confidence: float
+    error: float
+    temperature: float
+    log_loss: float
+    log_loss_at_temperature: float
+
+
+def measure_calibration(scored: ScoredRows) -> Calibration | None:
+    """Measure the calibration of the mean of both orders; None if no row is decided."""
+    if not scored.is_decided_r.any():
+        return None
+
+    # The likeliest of two verdicts has a probability of 1/2 at least, of three 1/3.
+    lowest_confidence = 1 / len(scored.verdicts)
+    bins = fill_bins(scored, lowest_confidence)
+
+    # The expected calibration error: each bin counts by its number of rows.
+    total_error = 0.0
+    for filled_bin in bins:
+        bin_error = abs(filled_bin.accuracy.value - filled_bin.confidence)
+        total_error += filled_bin.row_count * bin_error
+
+    temperature, log_loss_at_temperature = find_best_temperature(scored)
+    return Calibration(
+        bins=tuple(bins),
+        lowest_confidence=lowest_confidence,
+        error=float(total_error / scored.is_decided_r.sum()),
+        temperature=temperature,
+        log_loss=float(scored.losses_r.mean()),
+        log_loss_at_temperature=log_loss_at_temperature,
+    )
+
+
+def fill_bins(scored: ScoredRows, lowest_confidence: float) -> list[Bin]:
+    """Sort the decided rows into bins of equal width, from the lowest confidence to 1."""
+    # A confidence of exactly 1 belongs to the last bin.
+    confidence_r = scored.mean_rv.max(axis=1)
+    share_of_range_r = (confidence_r - lowest_confidence) / (1 - lowest_confidence)
+    bin_of_row_r = np.clip((share_of_range_r * BINS).astype(int), 0, BINS - 1)
+
+    # Bins without rows are left out.
+    bins = []
+    for number in range(BINS):
+        mask_r = scored.is_decided_r & (bin_of_row_r == number)
+        if mask_r.any():
+            accuracy = estimate_mean(scored.is_right_r, mask_r, scored.resamples)
+            confidence = float(confidence_r[mask_r].mean())
+            bins.append(Bin(int(mask_r.sum()), confidence, accuracy))
+    return bins
+
+
+def find_best_temperature(scored: ScoredRows) -> tuple[float, float]:
+    """Find the temperature with the least log loss on these rows.
+
+    The temperature is applied as the kernel does it: the mean of both orders to the power of
+    1 / temperature, scaled to sum to 1. Log loss is convex in 1 / temperature, so that there is
+    one minimum.
+
+    Returns:
+        The temperature, and the log loss with it in nats.
+    """
+    log_probabilities_rv = np.log(np.clip(scored.mean_rv, SMALLEST, 1))
+
+    def compute_log_loss(inverse_temperature: float) -> float:
+        # The cross-entropy: log of the sum of exponentials less the labels' mean logit.
+        logits_rv = inverse_temperature * log_probabilities_rv
+        # Subtracting the highest logit keeps the exponentials from overflowing.
+        highest_r = logits_rv.max(axis=1)
+        exponentials_rv = np.exp(logits_rv - highest_r[:, None])
+        log_normaliser_r = highest_r + np.log(exponentials_rv.sum(axis=1))
+        mean_logit_r = (scored.labels_rv * logits_rv).sum(axis=1)
+        return float((log_normaliser_r - mean_logit_r).mean())
+
+    minimum = minimize_scalar(
+        compute_log_loss,
+        bounds=INVERSE_TEMPERATURES,
+        method="bounded",
+        options={"xatol": TOLERANCE},
+    )
+    return 1 / float(minimum.x), float(minimum.fun)

@@ -1,0 +1,122 @@
+"""Turn the trainer's log into curves over the steps of the training.
+
+`results.compute_results` calls `make_learning_charts`; `page` draws the charts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from postprocess.report.run_data import RunData
+
+Curve = Sequence[tuple[int, float]]  # step and value, by step
+
+# A smoothed value is the mean of a tenth of the curve, a twentieth on either side.
+REACHES_PER_CURVE = 20
+
+
+@dataclass(frozen=True)
+class Series:
+    """A curve of a chart. `kind` is its style: training, validation, or raw (not smoothed)."""
+
+    kind: str
+    curve: Curve
+
+
+@dataclass(frozen=True)
+class LearningChart:
+    """A chart over the steps of the training, with a series of each kind for each fold."""
+
+    title: str
+    axis: str
+    series: tuple[Series, ...]
+
+    @property
+    def kinds(self) -> set[str]:
+        """The kinds of series that the chart has."""
+        return {series.kind for series in self.series}
+
+
+def make_learning_charts(run: RunData) -> list[LearningChart]:
+    """Make the charts of loss, accuracy and learning rate, without those that have no curve."""
+    loss = []
+    accuracy = []
+    learning_rate = []
+    for fold, records in run.history.items():
+        fold_metrics = run.metrics.get(fold, {})
+
+        # A smoothed loss, over its raw values. With several folds, the raw values would hide it.
+        training_loss = read_curve(records, "loss")
+        if len(run.history) == 1:
+            loss.append(Series("raw", training_loss))
+        loss.append(Series("training", smooth(training_loss)))
+        validation_loss = read_validation(records, "log_loss", fold_metrics)
+        loss.append(Series("validation", validation_loss))
+
+        # The trainer logs no accuracy on the training rows.
+        validation_accuracy = read_validation(records, "accuracy", fold_metrics)
+        accuracy.append(Series("validation", validation_accuracy))
+        learning_rate.append(Series("training", read_curve(records, "learning_rate")))
+
+    charts = [
+        LearningChart("Loss", "loss", without_empty(loss)),
+        LearningChart("Accuracy", "accuracy", without_empty(accuracy)),
+        LearningChart("Learning rate", "learning rate", without_empty(learning_rate)),
+    ]
+    return [chart for chart in charts if has_a_line(chart)]
+
+
+def read_curve(records: Sequence[dict], key: str) -> Curve:
+    """Collect step and value of the records that have a number at `key`, by step.
+
+    Of a step that was logged twice, the later record counts: the training was resumed.
+    """
+    value_of_step = {}
+    for record in records:
+        value = record.get(key)
+        if isinstance(value, int | float):
+            value_of_step[record["step"]] = float(value)
+    return sorted(value_of_step.items())
+
+
+def read_validation(records: Sequence[dict], metric: str, fold_metrics: dict) -> Curve:
+    """Read the curve of a validation metric.
+
+    A run that was not validated during training has one point: the validation after its last step,
+    from metrics.json.
+    """
+    curve = read_curve(records, f"eval_{metric}")
+    if curve:
+        return curve
+
+    steps = fold_metrics.get("steps")
+    value = fold_metrics.get(metric)
+    if steps and value:
+        return [(steps, value)]
+    return []
+
+
+def smooth(curve: Curve) -> Curve:
+    """Replace each value by the mean of its neighbourhood, which is narrower at both ends."""
+    values = np.array([value for _, value in curve])
+    last = len(curve) - 1
+    widest_reach = len(curve) // REACHES_PER_CURVE
+
+    smoothed = []
+    for place, (step, _) in enumerate(curve):
+        # As far to the left as to the right, or the ends would be drawn inwards.
+        reach = min(widest_reach, place, last - place)
+        neighbourhood = values[place - reach : place + reach + 1]
+        smoothed.append((step, float(neighbourhood.mean())))
+    return smoothed
+
+
+def without_empty(series: Sequence[Series]) -> tuple[Series, ...]:
+    """Leave out the series that have no point."""
+    return tuple(entry for entry in series if entry.curve)
+
+
+def has_a_line(chart: LearningChart) -> bool:
+    """Return whether any series has more than one point; single points make no chart."""
+    return any(len(series.curve) > 1 for series in chart.series)

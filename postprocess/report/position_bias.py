@@ -1,0 +1,145 @@
+"""Measure position bias: whether the model prefers the answer that stands first.
+
+`results.compute_results` calls `measure_position_bias`. Every pair is scored in the order as given
+and with its answers swapped. Over both orders, either position has the better answer equally often,
+so that a difference between the positions is bias. Shape letters: see docs/style.md.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from postprocess.report.metrics import Estimate, ScoredRows, TableRow, estimate_mean, make_table_row
+from recipes.pairwise.tracking.metrics import row_losses
+
+
+@dataclass(frozen=True)
+class FirstAnswer:
+    """The mean share that the first answer gets of the labels, verdicts or probabilities."""
+
+    name: str
+    as_given: Estimate
+    swapped: Estimate
+    both_orders: Estimate
+
+
+@dataclass(frozen=True)
+class PositionBias:
+    """How much the order of the answers changes the verdicts.
+
+    Attributes:
+        first_answers: What the first answer gets from the labels, the verdicts and the
+            probabilities.
+        verdict_bias: Share of verdicts for the first answer less that for the second; 0 without
+            bias.
+        probability_bias: Mean probability of the first answer less that of the second.
+        flip_rate: Share of rows whose verdict changes with the order.
+        orders: The order as given, the swapped order and their mean as one model each.
+        accuracy_gain: Accuracy of the mean less that of the order as given; None if no row is
+            decided.
+        log_loss_gain: Log loss of the mean less that of the order as given.
+    """
+
+    first_answers: tuple[FirstAnswer, ...]
+    verdict_bias: Estimate
+    probability_bias: Estimate
+    flip_rate: Estimate
+    orders: tuple[TableRow, ...]
+    accuracy_gain: Estimate | None
+    log_loss_gain: Estimate
+
+
+def measure_position_bias(scored: ScoredRows) -> PositionBias:
+    """Measure the position bias over all rows."""
+    as_given_rv = scored.probabilities_rov[:, 0]
+    swapped_rv = scored.probabilities_rov[:, 1]
+
+    # The labels do not depend on the order: their bias is zero, and they show what is fair.
+    labels, _ = measure_first_answer(
+        "preferred by the labels", scored, scored.labels_rv, scored.labels_rv
+    )
+    verdicts, verdict_bias = measure_first_answer(
+        "chosen by the model", scored, one_hot_verdicts(as_given_rv), one_hot_verdicts(swapped_rv)
+    )
+    probabilities, probability_bias = measure_first_answer(
+        "mean probability", scored, as_given_rv, swapped_rv
+    )
+
+    # Either order alone, and the mean of both, each scored as if it were the model.
+    as_given_right_r = as_given_rv.argmax(axis=1) == scored.winners_r
+    as_given_losses_r = row_losses(as_given_rv, scored.labels_rv)
+    swapped_right_r = swapped_rv.argmax(axis=1) == scored.winners_r
+    swapped_losses_r = row_losses(swapped_rv, scored.labels_rv)
+    orders = (
+        make_table_row("order as given", scored, as_given_right_r, as_given_losses_r),
+        make_table_row("order swapped", scored, swapped_right_r, swapped_losses_r),
+        make_table_row("mean of both", scored, scored.is_right_r, scored.losses_r),
+    )
+
+    # What scoring the second order brings, row by row.
+    accuracy_gain_r = scored.is_right_r.astype(np.float64) - as_given_right_r
+    log_loss_gain_r = scored.losses_r - as_given_losses_r
+
+    return PositionBias(
+        first_answers=(labels, verdicts, probabilities),
+        verdict_bias=verdict_bias,
+        probability_bias=probability_bias,
+        flip_rate=estimate_mean(find_flips(scored), scored.all_r, scored.resamples),
+        orders=orders,
+        accuracy_gain=estimate_mean(accuracy_gain_r, scored.is_decided_r, scored.resamples),
+        log_loss_gain=estimate_mean(log_loss_gain_r, scored.all_r, scored.resamples),
+    )
+
+
+def measure_first_answer(
+    name: str, scored: ScoredRows, as_given_rv: np.ndarray, swapped_rv: np.ndarray
+) -> tuple[FirstAnswer, Estimate]:
+    """Measure what the first answer gets, and how much more that is than what the second gets.
+
+    Args:
+        name: What is measured, for the table.
+        scored: The measured rows.
+        as_given_rv: What each verdict gets in the order as given.
+        swapped_rv: What it gets in the swapped order. Verdicts name the answers as the pairs file
+            does, so that the first answer of the swapped order is model_b.
+    """
+    place_of_a = scored.verdicts.index("model_a")
+    place_of_b = scored.verdicts.index("model_b")
+    first_as_given_r = as_given_rv[:, place_of_a]
+    second_as_given_r = as_given_rv[:, place_of_b]
+    first_swapped_r = swapped_rv[:, place_of_b]
+    second_swapped_r = swapped_rv[:, place_of_a]
+
+    # Over both orders, without bias, first and second get the same.
+    first_r = (first_as_given_r + first_swapped_r) / 2
+    second_r = (second_as_given_r + second_swapped_r) / 2
+
+    def estimate(values_r: np.ndarray) -> Estimate:
+        return estimate_mean(values_r, scored.all_r, scored.resamples)
+
+    first_answer = FirstAnswer(
+        name=name,
+        as_given=estimate(first_as_given_r),
+        swapped=estimate(first_swapped_r),
+        both_orders=estimate(first_r),
+    )
+    return first_answer, estimate(first_r - second_r)
+
+
+def one_hot_verdicts(probabilities_rv: np.ndarray) -> np.ndarray:
+    """Give the likeliest verdict of each row 1 and all others 0."""
+    verdict_count = probabilities_rv.shape[1]
+    return np.eye(verdict_count)[probabilities_rv.argmax(axis=1)]
+
+
+def find_flips(scored: ScoredRows) -> np.ndarray:
+    """Return for each row whether its verdict changes with the order, bool of shape (rows,)."""
+    verdicts_ro = scored.probabilities_rov.argmax(axis=2)
+    return verdicts_ro[:, 0] != verdicts_ro[:, 1]
+
+
+def depends_on_order(scored: ScoredRows) -> bool:
+    """Return whether any probability changes with the order; those of a reward model never do."""
+    as_given_rv = scored.probabilities_rov[:, 0]
+    swapped_rv = scored.probabilities_rov[:, 1]
+    return not np.array_equal(as_given_rv, swapped_rv)

@@ -1,0 +1,205 @@
+"""Read predictions.parquet or oof.parquet, and add the texts, labels and groups of the pairs file.
+
+`run_data.read_run` calls this module. The report measures the rows that it returns.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+
+from preprocess.core.errors import UserError
+from preprocess.core.files import sha256
+from preprocess.model_input import VERDICTS
+from recipes.pairwise.data.datasets import read_pairs
+from recipes.pairwise.tracking.metrics import ORDERS
+
+PREDICTIONS = "predictions.parquet"
+OUT_OF_FOLD = "oof.parquet"
+PAIR_COLUMNS = ("prompt", "response_a", "response_b", "language", "source", "group")
+SAME_PROBABILITY = (
+    1e-6  # two probabilities of float32 that differ by less are equal but for rounding
+)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The rows that the report measures, sorted by id.
+
+    Attributes:
+        file: predictions.parquet or oof.parquet.
+        rows: id, fold, winner, and the probabilities p_VERDICT of the mean of both orders and
+            p_VERDICT_ORDER of each order. With the pairs file also those of PAIR_COLUMNS that it
+            has, and its labels: label_model_a, label_model_b, label_tie.
+    """
+
+    file: Path
+    rows: pl.DataFrame
+
+    @property
+    def is_out_of_fold(self) -> bool:
+        """Whether these are the rows of all folds, predicted by models that did not see them."""
+        return self.file.name == OUT_OF_FOLD
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether the rows have the columns of the pairs file."""
+        return "prompt" in self.rows.columns
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether it is known which rows have nearly the same prompt."""
+        return "group" in self.rows.columns
+
+
+def read_table(file: Path) -> pl.DataFrame:
+    """Read a Parquet file of a run; a file that is no Parquet file raises a UserError."""
+    try:
+        return pl.read_parquet(file)
+    except (pl.exceptions.PolarsError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{file}: not a Parquet file ({reason}); remove it, or make it again"
+        ) from None
+
+
+def read_predictions(file: Path) -> Predictions | None:
+    """Read a file of predictions and check its columns, ids and probabilities.
+
+    Returns:
+        The rows, sorted by id, without the columns of the pairs file. None if there is no file.
+
+    Raises:
+        UserError: The file is damaged, or was not written by the training.
+    """
+    if not file.is_file():
+        return None
+
+    # Another program, or an earlier version of this project, may have written other columns.
+    rows = read_table(file)
+    probabilities = probability_columns()
+    required = ["id", "fold", "winner", *probabilities]
+    missing = [column for column in required if column not in rows.columns]
+    if missing:
+        raise UserError(
+            f"{file}: no column {', '.join(missing)}; it was not written by axolotl train; "
+            "train again"
+        )
+
+    # The ids join the rows with their pairs.
+    if rows.is_empty():
+        raise UserError(f"{file}: no rows; train again")
+    if rows["id"].is_duplicated().any():
+        raise UserError(f"{file}: an id occurs twice; train again")
+
+    # A null becomes a NaN, and a NaN is not between 0 and 1.
+    values = rows.select(pl.col(probabilities).cast(pl.Float64)).fill_null(float("nan"))
+    is_valid = values.select(pl.all_horizontal(pl.all().is_between(0, 1))).to_series()
+    if not is_valid.all():
+        first_invalid = rows["id"][is_valid.arg_min()]
+        raise UserError(
+            f"{file}: row {first_invalid} has probabilities that are not between 0 and 1; "
+            "train again"
+        )
+    return Predictions(file, rows.sort("id"))
+
+
+def probability_columns() -> list[str]:
+    """Name the columns of probabilities: of the mean of both orders first, then of each order."""
+    columns = [f"p_{verdict}" for verdict in VERDICTS]
+    for order in ORDERS:
+        columns += [f"p_{verdict}_{order}" for verdict in VERDICTS]
+    return columns
+
+
+def add_pairs(
+    predictions: Predictions, file: Path, expected_sha256: str | None, is_named_by_user: bool
+) -> tuple[Predictions, str | None]:
+    """Add texts, groups and labels of the pairs file to the predictions.
+
+    Args:
+        predictions: The rows that the report measures.
+        file: The pairs file.
+        expected_sha256: The hash of the pairs file that the model was trained on, if recorded.
+        is_named_by_user: Whether the user named the file. Then a wrong file is an error. A wrong
+            file that the run itself names is only reported: the rest of the page needs no pairs.
+
+    Returns:
+        The predictions with the columns of the pairs file and None, or the predictions unchanged
+        and a sentence that says why.
+
+    Raises:
+        UserError: The user named a file that does not exist or is not the training's.
+    """
+    if not file.is_file():
+        if is_named_by_user:
+            raise UserError(f"{file}: no such file; --pairs names the pairs file of the training")
+        return predictions, explain_missing_pairs(file, "does not exist")
+
+    # The labels of a pairs file that was made again may differ from those of the training.
+    if expected_sha256 and sha256(file) != expected_sha256:
+        if is_named_by_user:
+            raise UserError(
+                f"{file}: not the file of the training, whose SHA-256 is {expected_sha256[:12]}… "
+                "in metrics.json"
+            )
+        return predictions, explain_missing_pairs(file, "has changed since training")
+
+    # Without metrics.json there is no hash: then the ids show whether the file is another one.
+    joined = join_pairs(predictions.rows, read_pairs(file))
+    if joined is None:
+        reason = "does not hold every row of the predictions"
+        return predictions, explain_missing_pairs(file, reason)
+    return Predictions(predictions.file, joined), None
+
+
+def explain_missing_pairs(file: Path, reason: str) -> str:
+    """Say why the page has nothing of the pairs file, and what to do."""
+    return (
+        f"{file} {reason}, so that texts, languages, sources, lengths and groups of prompts are "
+        "missing here: name the file of the training with `--pairs FILE`, or train again."
+    )
+
+
+def join_pairs(rows: pl.DataFrame, pairs: pl.DataFrame) -> pl.DataFrame | None:
+    """Add the columns of the pairs to the predictions by id; None if a row has no pair."""
+    # The pairs' own p_VERDICT are labels: they get other names than the predictions.
+    labels = [
+        pl.col(f"p_{verdict}").cast(pl.Float64).alias(f"label_{verdict}") for verdict in VERDICTS
+    ]
+    columns = [column for column in PAIR_COLUMNS if column in pairs.columns]
+    pairs = pairs.select("id", *columns, *labels)
+
+    # A left join keeps the order of the rows, and leaves null what has no pair.
+    joined = rows.join(pairs, on="id", how="left", maintain_order="left")
+    rows_without_pair = joined["label_model_a"].null_count()
+    if rows_without_pair or len(joined) != len(rows):
+        return None
+    return joined
+
+
+def is_comparison_of(agreement_rows: pl.DataFrame, predictions: pl.DataFrame) -> bool:
+    """Return whether a comparison of models was made with these predictions.
+
+    Args:
+        agreement_rows: agreement.parquet: two rows a pair, one for each order, with the
+            predictions of that time as recorded_p_VERDICT.
+        predictions: The rows of predictions.parquet, which a later training may have replaced.
+    """
+    verdict_columns = [
+        column.removeprefix("recorded_")
+        for column in agreement_rows.columns
+        if column.startswith("recorded_p_")
+    ]
+    has_keys = {"id", "order"} <= set(agreement_rows.columns)
+    if not verdict_columns or not has_keys:
+        return False
+
+    for (order,), order_rows in agreement_rows.group_by("order"):
+        joined = order_rows.join(predictions, on="id", how="left")
+        for column in verdict_columns:
+            difference = joined[f"recorded_{column}"] - joined[f"{column}_{order}"]
+            # A row that has no prediction now counts as different.
+            if difference.abs().fill_null(1.0).max() > SAME_PROBABILITY:
+                return False
+    return True
