@@ -1,0 +1,74 @@
+"""Links resolve, files that are named exist, the README stays a front door, generated parts are up to date."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.docs.pages import all_pages, anchors, page_id, prose
+
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+NAMED_FILE = re.compile(r"`((?:preprocess|recipes|postprocess|kaggle_kernels|tests|docs)/[\w./-]+\.\w+)`")
+ABSENT_ON_PURPOSE = {"recipes/mine.yml", "kaggle_kernels/specs/mine.yml", "recipes/R.yml"}
+pages = pytest.mark.parametrize("page", all_pages(), ids=page_id)
+
+
+@pages
+def test_links_lead_to_files_and_headings(page):
+    broken = []
+    for link in LINK.findall(prose(page)):
+        if link.startswith(("https://", "http://")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert broken == []
+
+
+@pages
+def test_files_named_in_the_prose_exist(page):
+    named = set(NAMED_FILE.findall(prose(page))) - ABSENT_ON_PURPOSE
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+def test_every_page_is_in_the_index_of_the_readme():
+    linked = set(LINK.findall((ROOT / "README.md").read_text()))
+    unlinked = [page_id(page) for page in all_pages()[1:] if page_id(page) not in linked]
+    assert unlinked == []
+
+
+def test_the_readme_is_a_front_door():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 160
+    assert len(text.split()) <= 1500
+
+
+def test_what_was_never_tried_is_said_where_everybody_sees_it():
+    assert "> **Not yet run on a GPU or against the real Kaggle.**" in (ROOT / "README.md").read_text()
+    publishing = (ROOT / "docs/publishing.md").read_text().splitlines()
+    assert "never tried on the real Kaggle" in " ".join(publishing[:4])
+
+
+def test_an_outdated_list_of_modules_is_refused(tmp_path):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "preprocess").mkdir()
+    (tmp_path / "preprocess/pairs.py").write_text('"""Makes | pairs.\n\nMore."""\n')
+    (tmp_path / "preprocess/bare.py").write_text("")
+    script, page = tmp_path / "docs/build_architecture.py", tmp_path / "docs/architecture.md"
+    script.write_bytes((ROOT / "docs/build_architecture.py").read_bytes())
+    page.write_text("# Written by hand\n")
+
+    def build(*options):
+        return subprocess.run([sys.executable, script, *options], capture_output=True, text=True, timeout=60)
+
+    checked = build("--check")
+    assert (checked.returncode, "not up to date" in checked.stderr) == (2, True)
+    assert build().returncode == 0
+    text = page.read_text()
+    assert text.startswith("# Written by hand\n\n<!--")
+    assert "| [pairs.py](../preprocess/pairs.py) | Makes \\| pairs. |" in text
+    assert "| [bare.py](../preprocess/bare.py) | (no docstring yet) |" in text
+    assert build("--check").returncode == 0
