@@ -1,4 +1,4 @@
-"""Every command line in a fenced bash block: its command exists, and its options are known to it.
+"""Every command line on the pages, in a fenced bash block or in the prose: it exists, and its options are known to it.
 
 Nothing is run. Click commands are imported and asked for their options; the kaggle command, which logs in when it is
 imported, is read as text.
@@ -17,19 +17,20 @@ import click
 import pytest
 
 from tests.conftest import ROOT
-from tests.docs.pages import all_pages, blocks, page_id
+from tests.docs.pages import all_pages, blocks, page_id, prose
 
 # What every machine has, or what the pages say to install; not ours to check.
-OTHER_PROGRAMS = {"cd", "cp", "export", "git", "hf", "pip", "pre-commit", "source", "unzip", "wandb"}
+OTHER_PROGRAMS = {"cd", "cp", "eval", "export", "git", "hf", "pip", "pre-commit", "source", "unzip", "wandb"}
 OTHER_MODULES = {"pytest"}
 ASSIGNMENT = re.compile(r"[A-Z_]+=\S*")
+INLINE = re.compile(r"`((?:[A-Z_]+=\S+ )*(?:make|pairwise|axolotl|kaggle|python -m) [^`…]+)`")
 OPTION = re.compile(r"--?[a-zA-Z][\w-]*")
 
 
-@pytest.mark.parametrize("page", [page for page in all_pages() if blocks(page, "bash")], ids=page_id)
+@pytest.mark.parametrize("page", all_pages(), ids=page_id)
 def test_commands_exist_and_know_their_options(page):
     problems = []
-    for block in blocks(page, "bash"):
+    for block in [*blocks(page, "bash"), *INLINE.findall(prose(page))]:
         for words in commands_in(block):
             problem = problem_of(words)
             if problem:
