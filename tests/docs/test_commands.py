@@ -67,7 +67,7 @@ def test_commands_are_split_at_comments_continuations_and_operators():
 def commands_in(block: str) -> Iterator[list[str]]:
     """The words of each command in a block of shell."""
     for line in block.replace("\\\n", " ").splitlines():
-        for command in re.split(r" (?:&&|\||;) ", re.sub(r"<[^>]+>", "PLACE", line)):
+        for command in re.split(r" (?:&&|\||;) ", line):
             words = shlex.split(command, comments=True)
             if words:
                 yield words

@@ -1,8 +1,10 @@
-"""Links resolve, files that are named exist, the README stays a front door, generated parts are up to date."""
+"""Links resolve, files and messages that are named exist, the README stays a front door, generated parts are up to date."""
 
+import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -11,6 +13,7 @@ from tests.docs.pages import all_pages, anchors, page_id, prose
 
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 NAMED_FILE = re.compile(r"`((?:preprocess|recipes|postprocess|kaggle_kernels|tests|docs)/[\w./-]+\.\w+)`")
+QUOTED = re.compile(r"`([^`]+)`")
 PLACEHOLDER = re.compile(r"/(mine|NAME|R)\.")
 pages = pytest.mark.parametrize("page", all_pages(), ids=page_id)
 
@@ -50,6 +53,30 @@ def test_what_was_never_tried_is_said_where_everybody_sees_it():
     assert "> **Not yet run on a GPU or against the real Kaggle.**" in (ROOT / "README.md").read_text()
     publishing = (ROOT / "docs/publishing.md").read_text().splitlines()
     assert "never tried on the real Kaggle" in " ".join(publishing[:4])
+
+
+def test_messages_that_are_explained_are_in_the_code():
+    code = "\n".join(texts_in_the_code())
+    unknown = []
+    for line in (ROOT / "docs/troubleshooting.md").read_text().splitlines():
+        cell = line.split(" | ")[0]
+        if not cell.startswith("| ") or "Kaggle's own words" in line:
+            continue
+        for message in QUOTED.findall(cell):
+            fragments = [fragment.strip(" ,") for fragment in message.split("…")]
+            unknown += [message for fragment in fragments if fragment not in code]
+    assert unknown == []
+
+
+def texts_in_the_code() -> Iterator[str]:
+    """Every string in the source code; what an f-string fills in is …"""
+    for room in ("preprocess", "recipes", "postprocess", "kaggle_kernels"):
+        for path in (ROOT / room).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.JoinedStr):
+                    yield "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    yield node.value
 
 
 def test_an_outdated_list_of_modules_is_refused(tmp_path):
