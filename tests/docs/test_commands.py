@@ -39,6 +39,29 @@ def test_commands_exist_and_know_their_options(page):
 
 
 @pytest.mark.parametrize(
+    "name, page",
+    [
+        ("preprocess", "data"),
+        ("package", "packaging"),
+        ("report", "report"),
+        ("sweep", "tracking"),
+        ("build", "kernels"),
+        ("weigh", "kernels"),
+        ("rehearse", "rehearsal"),
+        ("push", "publishing"),
+        ("status", "publishing"),
+        ("submit", "publishing"),
+        ("scores", "publishing"),
+    ],
+)
+def test_every_option_is_documented(name, page):
+    text = (ROOT / f"docs/{page}.md").read_text()
+    command = pairwise_command().get_command(click.Context(pairwise_command()), name)
+    undocumented = [parameter.opts for parameter in command.params if not any(option in text for option in parameter.opts)]
+    assert [options for options in undocumented if options[-1].startswith("--")] == []
+
+
+@pytest.mark.parametrize(
     "line, problem",
     [
         ("python -m preprocess data/train.parquet --outt x", "no option --outt"),

@@ -8,11 +8,15 @@ from collections.abc import Iterator
 
 import pytest
 
+from kaggle_kernels.build.spec import PackageBlock as SpecPackageBlock
+from kaggle_kernels.build.spec import Spec
+from recipes.pairwise.config.schema import PackageBlock, PairwiseBlock
 from tests.conftest import ROOT
 from tests.docs.pages import all_pages, anchors, page_id, prose
 
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 NAMED_FILE = re.compile(r"`((?:preprocess|recipes|postprocess|kaggle_kernels|tests|docs)/[\w./-]+\.\w+)`")
+KEY = re.compile(r"^\| `(\w+)` \|", re.M)
 QUOTED = re.compile(r"`([^`]+)`")
 PLACEHOLDER = re.compile(r"/(mine|NAME|R)\.")
 pages = pytest.mark.parametrize("page", all_pages(), ids=page_id)
@@ -99,3 +103,17 @@ def test_an_outdated_list_of_modules_is_refused(tmp_path):
     assert "| [pairs.py](../preprocess/pairs.py) | Makes \\| pairs. |" in text
     assert "| [bare.py](../preprocess/bare.py) | (no docstring yet) |" in text
     assert build("--check").returncode == 0
+
+
+@pytest.mark.parametrize(
+    "name, heading, block",
+    [
+        ("recipes", "The `pairwise:` block", PairwiseBlock),
+        ("recipes", "The package block", PackageBlock),
+        ("kernels", "The keys of a spec", Spec),
+        ("kernels", "The keys of a package", SpecPackageBlock),
+    ],
+)
+def test_every_key_is_documented(name, heading, block):
+    section = (ROOT / f"docs/{name}.md").read_text().partition(f"# {heading}\n")[2].partition("\n#")[0]
+    assert sorted(KEY.findall(section)) == sorted(block.model_fields)
