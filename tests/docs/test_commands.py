@@ -43,6 +43,7 @@ def test_commands_exist_and_know_their_options(page):
     [
         ("preprocess", "data"),
         ("package", "packaging"),
+        ("wheels", "kernels"),
         ("report", "report"),
         ("sweep", "tracking"),
         ("build", "kernels"),
