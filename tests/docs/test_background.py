@@ -1,4 +1,4 @@
-"""Every number on a page of recipes/notes comes from a snippet on that page: they run here, and their output is compared."""
+"""Every number on a page of docs/background comes from a snippet on that page: they run here, and their output is compared."""
 
 import os
 import re
