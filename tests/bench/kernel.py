@@ -25,7 +25,7 @@ import polars as pl
 from preprocess.core.errors import UserError, exits_with_2
 from preprocess.core.files import write_json
 from tests import tiny
-from tests.bench import realistic_rows
+from tests.bench.__main__ import realistic_rows
 
 ROOT = Path(__file__).parents[2]
 VOCABULARY = 16_384
