@@ -19,7 +19,7 @@ from preprocess.core.files import atomic_file
 from preprocess.dedup.leaks import LeakReport, find_leaks
 from preprocess.dedup.ngrams import normalise
 from preprocess.pairs import REJECTED, Pairs, make_pairs
-from preprocess.sources.layouts import read_prompts, read_rows
+from preprocess.sources.reader import read_prompts, read_rows
 
 
 class _Command(click.Command):

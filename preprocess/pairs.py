@@ -18,7 +18,7 @@ import polars as pl
 from preprocess.dedup.grouping import group_prompts
 from preprocess.dedup.ngrams import normalise
 from preprocess.model_input import VERDICTS
-from preprocess.sources.layouts import SHARES, TEXTS, TURNS
+from preprocess.sources.rows import SHARES, TEXTS, TURNS
 
 PAIRS = pl.Schema(
     {

@@ -4,7 +4,7 @@ import polars as pl
 import pytest
 
 from preprocess.pairs import PAIRS, group_number, make_pairs
-from preprocess.sources.layouts import ROWS
+from preprocess.sources.rows import ROWS
 from tests import tiny
 
 

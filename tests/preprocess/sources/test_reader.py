@@ -6,7 +6,8 @@ import polars as pl
 import pytest
 
 from preprocess.core.errors import UserError
-from preprocess.sources.layouts import ROWS, read_prompts, read_rows
+from preprocess.sources.reader import read_prompts, read_rows
+from preprocess.sources.rows import ROWS
 
 
 def wsdm(**columns) -> pl.DataFrame:
