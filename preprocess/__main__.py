@@ -118,7 +118,7 @@ def _report_leaks(pairs: Pairs, held_back: dict[Path, pl.DataFrame], threshold: 
     if not found.leaks:
         return found
     report.console(sys.stderr).print(report.leaks_table(found.leaks, names, ids, prompts))
-    outside = sum(1 for leak in found.leaks if places[leak.other] < 0)
+    outside = sum(1 for leak in found.leaks if places[leak.second] < 0)
     parts = []
     if outside:
         parts.append(

@@ -122,7 +122,7 @@ def leaks_table(leaks: tuple[Leak, ...], names: list[str], ids: list[str], promp
         table.add_column(heading, overflow="fold")
     table.add_column("prompt", no_wrap=True, overflow="ellipsis")
     for leak in leaks[:LEAKS_SHOWN]:
-        both = (leak.one, leak.other)
+        both = (leak.first, leak.second)
         columns = [names[at] for at in both], [ids[at] for at in both], [snippet(prompts[at], SNIPPET) for at in both]
         table.add_row(_decimals(leak.similarity), *("\n".join(column) for column in columns))
     if len(leaks) > LEAKS_SHOWN:
