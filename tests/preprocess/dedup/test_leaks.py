@@ -21,7 +21,8 @@ def test_with_every_prompt_in_a_fold_of_its_own_it_finds_what_brute_force_finds(
 
 
 def test_a_near_copy_leaks_only_from_another_fold():
-    texts = ["what is the tallest mountain on the continent?", "something else", "what is the tallest mountain on this continent?"]
+    question = "what is the tallest mountain on {} continent?"
+    texts = [question.format("the"), "something else", question.format("this")]
     assert find_leaks(texts, [0, 0, 0], 0.7).leaks == ()
     (leak,) = find_leaks(texts, [0, 0, 1], 0.7).leaks
     assert (leak.first, leak.second) == (0, 2)
