@@ -1,28 +1,58 @@
 """Each layout is recognised by its columns, and every row comes back: usable, or with a reason."""
 
 import json
+import math
 
 import polars as pl
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from preprocess.core.errors import UserError
+from preprocess.model_input import VERDICTS
 from preprocess.sources.reader import read_prompts, read_rows
-from preprocess.sources.rows import ROWS
+from preprocess.sources.rows import ROWS, SHARES, TEXTS
+
+REASONS = {
+    *["no id", "empty prompt", "empty answer", "unknown winner", "identical answers, one wins"],
+    *["not a JSON object", "not a list of turns", "not a JSON list of turns", "not a list of chat messages"],
+    *["chosen and rejected answer different prompts", "vote shares are not numbers"],
+    "vote shares do not add up to 1, or the weight is not positive",
+}
+READ_BY = {
+    "WSDM": ("id", *TEXTS, "winner", *SHARES, "weight"),
+    "LMSYS": ("id", *TEXTS, *(f"winner_{verdict}" for verdict in VERDICTS)),
+    "chosen/rejected": ("id", "prompt", "chosen", "rejected"),
+}
+GOOD = {
+    "WSDM": {"id": "good", "prompt": "p", "response_a": "a", "response_b": "b", "winner": "tie"},
+    "LMSYS": {"id": "good", "prompt": '["p"]', "response_a": '["a"]', "response_b": '["b"]', "winner_tie": 1}
+    | {"winner_model_a": 0, "winner_model_b": 0},
+    "chosen/rejected": {"id": "good", "prompt": "p", "chosen": "a", "rejected": "b"},
+}
+
+# Written and read again, these stay as they are; what cleaning changes is tested with model_input.
+plain_text = st.text(st.characters(codec="utf-8", exclude_characters="\r\x00"), min_size=1, max_size=20).filter(str.strip)
+some_id = st.sampled_from(["7", "007", "1e5", "NaN", "null", "id,with\ncommas"]) | plain_text
+message = st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "gpt", "tool"]), "content": st.none() | plain_text})
+any_value = (
+    st.sampled_from([None, "", " ", "a", '["a"]', "[null]", "{", 0, 1, 0.5, -1, 1e400, True, "model_a", "tie", {}])
+    | st.lists(st.sampled_from([None, "a", " ", 1]), max_size=2)
+    | st.lists(message, max_size=4)
+)
 
 
-def wsdm(**columns) -> pl.DataFrame:
-    row = {"id": "1", "prompt": "p", "response_a": "a", "response_b": "b", "winner": "model_a"}
-    height = max(map(len, columns.values()), default=1)
-    return pl.DataFrame({name: columns.get(name, [value] * height) for name, value in row.items()} | columns)
+@st.composite
+def judgements(draw, single_turn: bool = False):
+    count = 1 if single_turn else draw(st.integers(1, 3))
+    prompt, a, b = (draw(st.lists(plain_text, min_size=count, max_size=count)) for _ in range(3))
+    b[-1] += "!" if a == b else ""
+    return draw(some_id), prompt, a, b, draw(st.sampled_from(VERDICTS))
 
 
-def lmsys(prompt, a, b, flags=(1, 0, 0)) -> pl.DataFrame:
-    texts = {"prompt": prompt, "response_a": a, "response_b": b}
-    return pl.DataFrame(
-        {"id": [7], "model_a": ["x"], "model_b": ["y"]}
-        | {name: [text if isinstance(text, str) else json.dumps(text)] for name, text in texts.items()}
-        | {f"winner_{name}": [flag] for name, flag in zip(("model_a", "model_b", "tie"), flags, strict=True)}
-    )
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("sources")
 
 
 def jsonl(path, *rows):
@@ -30,59 +60,114 @@ def jsonl(path, *rows):
     return path
 
 
-def test_wsdm_is_read_alike_from_parquet_and_csv(tmp_path):
-    table = wsdm(id=["1", "2"], prompt=['你好, "x"\n', "b"], winner=["model_b", "tie"], language=["Chinese", None])
-    table.write_parquet(tmp_path / "x.parquet")
-    table.write_csv(tmp_path / "x.csv")
-    rows = read_rows(tmp_path / "x.parquet")
+def wsdm(**columns) -> pl.DataFrame:
+    height = max(map(len, columns.values()), default=1)
+    return pl.DataFrame({name: [value] * height for name, value in GOOD["WSDM"].items()} | columns)
+
+
+def read_back(path) -> list[tuple]:
+    rows = read_rows(path)
     assert rows.schema == ROWS
-    assert rows.drop("file").equals(read_rows(tmp_path / "x.csv").drop("file"))
-    assert rows.drop("file").row(0) == (
-        *(1, "1", ['你好, "x"\n'], ["a"], ["b"], "model_b", "Chinese", "x"),
-        *(0.0, 1.0, 0.0, 1.0, None),
-    )
-    assert rows["language"].to_list() == ["Chinese", "unknown"]
+    assert rows["reason"].null_count() == rows.height
+    assert rows["row"].to_list() == list(range(1, rows.height + 1))
+    return rows.select("id", *TEXTS, "winner").rows()
 
 
-def test_an_own_source_column_wins_over_the_files_name(tmp_path):
-    wsdm(source=["crowd", None], id=["1", "2"]).write_parquet(tmp_path / "stem.parquet")
-    assert read_rows(tmp_path / "stem.parquet")["source"].to_list() == ["crowd", "stem"]
+@given(st.lists(judgements(), min_size=1, max_size=4))
+def test_turns_of_wsdm_and_lmsys_come_back_from_every_kind_of_file(folder, rows):
+    frame = pl.DataFrame(rows, schema=["id", *TEXTS, "winner"], orient="row")
+    frame.write_parquet(folder / "turns.parquet")
+    assert read_back(folder / "turns.parquet") == rows
+    assert read_back(jsonl(folder / "turns.jsonl", *frame.to_dicts())) == rows
+
+    as_json = frame.with_columns(pl.col(TEXTS).map_elements(lambda turns: json.dumps(turns.to_list()), pl.String))
+    lmsys = as_json.with_columns((frame["winner"] == verdict).cast(int).alias(f"winner_{verdict}") for verdict in VERDICTS)
+    lmsys = lmsys.drop("winner")
+    lmsys.write_csv(folder / "lmsys.csv")
+    lmsys.write_parquet(folder / "lmsys.parquet")
+    assert read_back(folder / "lmsys.csv") == rows
+    assert read_back(folder / "lmsys.parquet") == rows
+    assert read_prompts(folder / "lmsys.csv").rows() == [row[:2] for row in rows]
 
 
-def test_ids_keep_their_leading_zeros_in_csv(tmp_path):
-    wsdm(id=["007"]).write_csv(tmp_path / "x.csv")
-    assert read_rows(tmp_path / "x.csv")["id"].to_list() == ["007"]
+@given(st.lists(judgements(single_turn=True), min_size=1, max_size=4))
+def test_single_texts_come_back_from_csv_and_as_chosen_and_rejected(folder, rows):
+    table = wsdm(id=[row[0] for row in rows], winner=[row[4] for row in rows])
+    table = table.with_columns(**{name: pl.Series([row[at][0] for row in rows]) for at, name in enumerate(TEXTS, 1)})
+    table.write_csv(folder / "texts.csv")
+    assert read_back(folder / "texts.csv") == rows
+    assert read_prompts(folder / "texts.csv").rows() == [row[:2] for row in rows]
+
+    table.rename({"response_a": "chosen", "response_b": "rejected"}).drop("winner").write_csv(folder / "chosen.csv")
+    for row, (row_id, prompt, a, b, winner) in zip(rows, read_back(folder / "chosen.csv"), strict=True):
+        assert (row_id, prompt) == row[:2]
+        assert {"model_a": (a, b), "model_b": (b, a)}[winner] == row[2:4]
 
 
-def test_lmsys_turns_may_be_null_and_hold_lone_surrogates(tmp_path):
-    lmsys('["p\\ud83d", "q"]', '[null, "a"]', ["b\r\n", "c"], (0, 0, 1)).write_csv(tmp_path / "x.csv")
-    row = read_rows(tmp_path / "x.csv").row(0, named=True)
-    assert (row["id"], row["winner"], row["reason"]) == ("7", "tie", None)
-    assert (row["prompt"], row["response_a"], row["response_b"]) == (["p\ufffd", "q"], ["", "a"], ["b\n", "c"])
+@pytest.mark.parametrize("layout", READ_BY)
+@given(data=st.data())
+def test_a_row_of_any_values_is_usable_or_has_a_reason(folder, layout, data):
+    row = st.fixed_dictionaries({}, optional=dict.fromkeys(READ_BY[layout], any_value))
+    bad = data.draw(st.lists(row, max_size=5))
+    rows = read_rows(jsonl(folder / "any.jsonl", GOOD[layout], *bad, "{broken"))
+    assert rows.height == len(bad) + 2
+    assert set(rows["reason"].drop_nulls()) <= REASONS
+    for usable in rows.filter(pl.col("reason").is_null()).iter_rows(named=True):
+        assert usable["id"]
+        assert usable["winner"] in VERDICTS
+        assert all("".join(usable[name]).strip() for name in TEXTS)
+        assert usable["response_a"] != usable["response_b"] or usable["winner"] == "tie"
+        assert math.isclose(sum(usable[name] for name in SHARES), 1, abs_tol=1e-3)
+        assert 0 < usable["weight"] < math.inf
 
 
-def test_lmsys_cells_are_never_evaluated(tmp_path):
-    bad = lmsys("[print('x')]", ["a"], ["b"])
-    pl.concat([bad, lmsys(["p"], ["a"], ["b"])]).write_csv(tmp_path / "x.csv")
-    rows = read_rows(tmp_path / "x.csv")
-    assert rows["reason"].to_list() == ["not a JSON list of turns", None]
-    assert rows["prompt"].to_list()[0] == ["[print('x')]"]
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"winner": "modelA"}, "unknown winner"),
+        ({"response_b": " \n"}, "empty answer"),
+        ({"response_a": None}, "empty answer"),
+        ({"prompt": " "}, "empty prompt"),
+        ({"id": None}, "no id"),
+        ({"response_b": "a", "winner": "model_b"}, "identical answers, one wins"),
+        ({"p_model_a": 0.9, "p_model_b": 0.9, "p_tie": 0.0}, "vote shares do not add up to 1, or the weight is not positive"),
+    ],
+)
+def test_an_unusable_row_has_a_reason_and_keeps_its_values(tmp_path, change, reason):
+    rows = read_rows(jsonl(tmp_path / "x.jsonl", GOOD["WSDM"] | change, GOOD["WSDM"]))
+    assert rows["reason"].to_list() == [reason, None]
+    for name, value in change.items():
+        if name in TEXTS:
+            assert rows[name].to_list()[0] == (None if value is None else [value])
+    assert rows["winner"][0] == change.get("winner", "tie")
+
+
+def test_a_file_of_one_text_a_cell_gives_these_rows(tmp_path):
+    table = wsdm(id=["1", "2"], prompt=['你好, "x"\n', "b"], language=["Chinese", None], source=["crowd", None])
+    table.write_csv(tmp_path / "stem.csv")
+    rows = read_rows(tmp_path / "stem.csv").drop("file")
+    assert rows.row(0) == (1, "1", ['你好, "x"\n'], ["a"], ["b"], "tie", "Chinese", "crowd", 0.0, 0.0, 1.0, 1.0, None)
+    assert rows.select("language", "source").row(1) == ("unknown", "stem")
+
+
+def test_lmsys_turns_may_be_null_and_hold_lone_surrogates_and_are_never_evaluated(tmp_path):
+    texts = {"prompt": '["p\\ud83d", "q"]', "response_a": '[null, "a"]', "response_b": '["b\\r\\n", "c"]'}
+    rows = read_rows(jsonl(tmp_path / "x.jsonl", GOOD["LMSYS"] | texts, GOOD["LMSYS"] | {"prompt": "[print('x')]"}))
+    assert rows.select(TEXTS).row(0) == (["p\ufffd", "q"], ["", "a"], ["b\n", "c"])
+    assert rows["reason"].to_list() == [None, "not a JSON list of turns"]
+    assert rows["prompt"].to_list()[1] == ["[print('x')]"]
 
 
 def test_chosen_and_rejected_texts_get_sides_by_a_hash_of_the_id(tmp_path):
     rows = [{"id": str(at), "prompt": "p", "chosen": f"good {at}", "rejected": "bad"} for at in range(200)]
-    table = read_rows(jsonl(tmp_path / "x.jsonl", *rows))
-    for row in table.iter_rows(named=True):
-        winner = row["response_a" if row["winner"] == "model_a" else "response_b"]
-        assert winner == [f"good {row['id']}"]
-    assert 70 < (table["winner"] == "model_a").sum() < 130
-    backwards = read_rows(jsonl(tmp_path / "y.jsonl", *rows[::-1])).reverse()
-    assert backwards["winner"].to_list() == table["winner"].to_list()
+    winners = read_rows(jsonl(tmp_path / "x.jsonl", *rows))["winner"].to_list()
+    assert 70 < winners.count("model_a") < 130
+    assert read_rows(jsonl(tmp_path / "y.jsonl", *rows[::-1]))["winner"].to_list() == winners[::-1]
 
 
 def test_chosen_and_rejected_chats_become_turns(tmp_path):
     start = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "p"}]
-    middle = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "q"}]
+    middle = [{"role": "assistant", "content": "a"}, {"from": "human", "value": "q"}]
     ends = {name: [{"role": "assistant", "content": name}] for name in ("good", "bad")}
     whole = {"chosen": start + middle + ends["good"], "rejected": start + middle + ends["bad"]}
     split = {"prompt": start + middle, "chosen": ends["good"], "rejected": ends["bad"]}
@@ -94,91 +179,57 @@ def test_chosen_and_rejected_chats_become_turns(tmp_path):
     assert answers == [[["a", "bad"], ["a", "good"]]] * 2 + [[["bad"], ["good"]]]
     assert table["id"][0] == table["id"][1], "a row without an id gets one from its texts"
 
-
-def test_chats_in_parquet_are_read_too(tmp_path):
-    chat = {
-        name: [[{"role": "user", "content": "p"}, {"role": "assistant", "content": name}]] for name in ("chosen", "rejected")
-    }
-    pl.DataFrame(chat).write_parquet(tmp_path / "x.parquet")
-    assert read_rows(tmp_path / "x.parquet")["prompt"].to_list() == [["p"]]
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"winner": "modelA"}, "unknown winner"),
-        ({"winner": None}, "unknown winner"),
-        ({"response_a": ""}, "empty answer"),
-        ({"response_b": " \n"}, "empty answer"),
-        ({"response_b": None}, "empty answer"),
-        ({"prompt": " "}, "empty prompt"),
-        ({"id": None}, "no id"),
-        ({"response_b": "a"}, "identical answers, one wins"),
-    ],
-)
-def test_an_unusable_row_has_a_reason_and_keeps_what_was_found(tmp_path, change, reason):
-    wsdm(**{name: [value, "x" if name != "winner" else "tie"] for name, value in change.items()}).write_parquet(
-        tmp_path / "x.parquet"
-    )
-    rows = read_rows(tmp_path / "x.parquet")
-    assert rows["reason"].to_list() == [reason, None]
-    name, value = next(iter(change.items()))
-    found = rows[name].to_list()[0]
-    assert (found[0] if isinstance(found, list) else found or None) == (value or ("" if value == "" else None))
+    chats = {name: [start + ends[name]] for name in ends}
+    pl.DataFrame(chats).rename({"good": "chosen", "bad": "rejected"}).write_parquet(tmp_path / "x.parquet")
+    assert read_rows(tmp_path / "x.parquet")["prompt"].to_list() == [["be brief\n\np"]]
 
 
 def test_lines_that_are_no_json_objects_are_rejected_with_their_text(tmp_path):
-    good = {"id": 1, "prompt": "p", "chosen": "a", "rejected": "b"}
-    rows = read_rows(jsonl(tmp_path / "x.jsonl", good, "{broken", "[1]"))
+    rows = read_rows(jsonl(tmp_path / "x.jsonl", GOOD["WSDM"], "", "{broken", "[1]"))
     assert rows["reason"].to_list() == [None, "not a JSON object", "not a JSON object"]
     assert rows["prompt"].to_list()[1:] == [["{broken"], ["[1]"]]
-    assert rows["row"].to_list() == [1, 2, 3]
+    assert rows["row"].to_list() == [1, 3, 4]
 
 
 def test_vote_shares_of_a_teacher_are_kept(tmp_path):
-    shares = {"p_model_a": [0.25, 0.9], "p_model_b": [0.5, 0.9], "p_tie": [0.25, 0.0], "weight": [3.0, 1.0]}
-    wsdm(id=["1", "2"], **shares).write_parquet(tmp_path / "x.parquet")
-    rows = read_rows(tmp_path / "x.parquet")
-    assert rows.select("p_model_a", "p_model_b", "p_tie", "weight").row(0) == (0.25, 0.5, 0.25, 3.0)
-    assert rows["reason"].to_list()[1] == "vote shares do not add up to 1, or the weight is not positive"
+    shares = {"p_model_a": 0.25, "p_model_b": 0.5, "p_tie": 0.25, "weight": 3.0}
+    rows = read_rows(jsonl(tmp_path / "x.jsonl", GOOD["WSDM"] | shares))
+    assert rows.select(*shares).row(0, named=True) == shares
 
 
-def test_a_missing_column_is_named_with_the_nearest_layout(tmp_path):
-    wsdm().drop("response_b").write_csv(tmp_path / "x.csv")
-    with pytest.raises(
-        UserError, match=r"x\.csv: missing column response_b of the layout WSDM .*found id, prompt, response_a, winner"
-    ):
+@pytest.mark.parametrize(
+    ("layout", "column", "message"),
+    [
+        ("WSDM", "response_b", r"x\.csv: missing column response_b of the layout WSDM .*found id, prompt, response_a, winner"),
+        ("LMSYS", "winner_tie", "missing column winner_tie of the layout LMSYS"),
+        ("chosen/rejected", "prompt", "missing column prompt of the layout chosen/rejected"),
+    ],
+)
+def test_a_missing_column_is_named_with_the_nearest_layout(tmp_path, layout, column, message):
+    pl.DataFrame([GOOD[layout]]).drop(column).write_csv(tmp_path / "x.csv")
+    with pytest.raises(UserError, match=message):
         read_rows(tmp_path / "x.csv")
-    lmsys(["p"], ["a"], ["b"]).drop("winner_tie").write_csv(tmp_path / "y.csv")
-    with pytest.raises(UserError, match="missing column winner_tie of the layout LMSYS"):
-        read_rows(tmp_path / "y.csv")
-    pl.DataFrame({"chosen": ["a"], "rejected": ["b"]}).write_parquet(tmp_path / "z.parquet")
-    with pytest.raises(UserError, match="missing column prompt of the layout chosen/rejected"):
-        read_rows(tmp_path / "z.parquet")
 
 
-def test_unreadable_files_are_one_clear_error(tmp_path):
-    (tmp_path / "broken.parquet").write_bytes(b"PAR1 no")
-    (tmp_path / "latin.csv").write_bytes("id,prompt,response_a,response_b,winner\n1,é,a,b,tie\n".encode("latin-1"))
-    (tmp_path / "empty.csv").write_bytes(b"")
-    (tmp_path / "header.csv").write_text("id,prompt,response_a,response_b,winner\n")
-    (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe")
-    (tmp_path / "train.zip").write_bytes(b"PK")
-    (tmp_path / "folder.csv").mkdir()
-    for name in (
-        "broken.parquet",
-        "latin.csv",
-        "empty.csv",
-        "header.csv",
-        "bytes.jsonl",
-        "train.zip",
-        "folder.csv",
-        "none.csv",
-    ):
-        with pytest.raises(UserError) as error:
-            read_rows(tmp_path / name)
-        assert name in str(error.value)
-        assert "\n" not in str(error.value)
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("broken.parquet", b"PAR1 no"),
+        ("latin.csv", "id,prompt,response_a,response_b,winner\n1,é,a,b,tie\n".encode("latin-1")),
+        ("empty.csv", b""),
+        ("header.csv", b"id,prompt,response_a,response_b,winner\n"),
+        ("bytes.jsonl", b"\xff\xfe"),
+        ("train.zip", b"PK"),
+        ("absent.csv", None),
+    ],
+)
+def test_an_unreadable_file_is_one_clear_error(tmp_path, name, content):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as error:
+        read_rows(tmp_path / name)
+    assert name in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_file_without_one_usable_row_is_an_error_with_the_reasons(tmp_path):
@@ -189,9 +240,10 @@ def test_a_file_without_one_usable_row_is_an_error_with_the_reasons(tmp_path):
 
 def test_prompts_of_a_test_file_need_no_verdict(tmp_path):
     wsdm(prompt=["[1] p", "q"]).drop("winner").write_csv(tmp_path / "x.csv")
-    lmsys(["p", None], ["a"], ["b"]).drop("winner_model_a", "winner_model_b", "winner_tie").write_csv(tmp_path / "y.csv")
     assert read_prompts(tmp_path / "x.csv")["prompt"].to_list() == [["[1] p"], ["q"]]
-    assert read_prompts(tmp_path / "y.csv")["prompt"].to_list() == [["p", ""]]
+    chat = [{"role": "user", "content": "p"}, {"role": "assistant", "content": "a"}]
+    jsonl(tmp_path / "y.jsonl", {"chosen": chat}, {"chosen": [1]}, "{broken")
+    assert read_prompts(tmp_path / "y.jsonl").rows() == [("1", ["p"])]
     pl.DataFrame({"id": [1], "text": ["x"]}).write_csv(tmp_path / "z.csv")
     with pytest.raises(UserError, match="no column prompt"):
         read_prompts(tmp_path / "z.csv")
