@@ -19,11 +19,6 @@ REASONS = {
     *["chosen and rejected answer different prompts", "vote shares are not numbers"],
     "vote shares do not add up to 1, or the weight is not positive",
 }
-READ_BY = {
-    "WSDM": ("id", *TEXTS, "winner", *SHARES, "weight"),
-    "LMSYS": ("id", *TEXTS, *(f"winner_{verdict}" for verdict in VERDICTS)),
-    "chosen/rejected": ("id", "prompt", "chosen", "rejected"),
-}
 GOOD = {
     "WSDM": {"id": "good", "prompt": "p", "response_a": "a", "response_b": "b", "winner": "tie"},
     "LMSYS": {"id": "good", "prompt": '["p"]', "response_a": '["a"]', "response_b": '["b"]', "winner_tie": 1}
@@ -104,10 +99,10 @@ def test_single_texts_come_back_from_csv_and_as_chosen_and_rejected(folder, rows
         assert {"model_a": (a, b), "model_b": (b, a)}[winner] == row[2:4]
 
 
-@pytest.mark.parametrize("layout", READ_BY)
+@pytest.mark.parametrize("layout", GOOD)
 @given(data=st.data())
 def test_a_row_of_any_values_is_usable_or_has_a_reason(folder, layout, data):
-    row = st.fixed_dictionaries({}, optional=dict.fromkeys(READ_BY[layout], any_value))
+    row = st.fixed_dictionaries({}, optional=dict.fromkeys([*GOOD[layout], *SHARES, "weight"], any_value))
     bad = data.draw(st.lists(row, max_size=5))
     rows = read_rows(jsonl(folder / "any.jsonl", GOOD[layout], *bad, "{broken"))
     assert rows.height == len(bad) + 2
@@ -142,11 +137,13 @@ def test_an_unusable_row_has_a_reason_and_keeps_its_values(tmp_path, change, rea
     assert rows["winner"][0] == change.get("winner", "tie")
 
 
-def test_a_file_of_one_text_a_cell_gives_these_rows(tmp_path):
+def test_language_source_and_vote_shares_of_a_teacher_are_kept(tmp_path):
     table = wsdm(id=["1", "2"], prompt=['你好, "x"\n', "b"], language=["Chinese", None], source=["crowd", None])
-    table.write_csv(tmp_path / "stem.csv")
+    table.with_columns(p_model_a=pl.lit(0.25), p_model_b=pl.lit(0.5), p_tie=pl.lit(0.25), weight=pl.lit(3)).write_csv(
+        tmp_path / "stem.csv"
+    )
     rows = read_rows(tmp_path / "stem.csv").drop("file")
-    assert rows.row(0) == (1, "1", ['你好, "x"\n'], ["a"], ["b"], "tie", "Chinese", "crowd", 0.0, 0.0, 1.0, 1.0, None)
+    assert rows.row(0) == (1, "1", ['你好, "x"\n'], ["a"], ["b"], "tie", "Chinese", "crowd", 0.25, 0.5, 0.25, 3.0, None)
     assert rows.select("language", "source").row(1) == ("unknown", "stem")
 
 
@@ -189,12 +186,6 @@ def test_lines_that_are_no_json_objects_are_rejected_with_their_text(tmp_path):
     assert rows["reason"].to_list() == [None, "not a JSON object", "not a JSON object"]
     assert rows["prompt"].to_list()[1:] == [["{broken"], ["[1]"]]
     assert rows["row"].to_list() == [1, 3, 4]
-
-
-def test_vote_shares_of_a_teacher_are_kept(tmp_path):
-    shares = {"p_model_a": 0.25, "p_model_b": 0.5, "p_tie": 0.25, "weight": 3.0}
-    rows = read_rows(jsonl(tmp_path / "x.jsonl", GOOD["WSDM"] | shares))
-    assert rows.select(*shares).row(0, named=True) == shares
 
 
 @pytest.mark.parametrize(
