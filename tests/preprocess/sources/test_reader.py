@@ -31,7 +31,7 @@ plain_text = st.text(st.characters(codec="utf-8", exclude_characters="\r\x00"), 
 some_id = st.sampled_from(["7", "007", "1e5", "NaN", "null", "id,with\ncommas"]) | plain_text
 message = st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "gpt", "tool"]), "content": st.none() | plain_text})
 any_value = (
-    st.sampled_from([None, "", " ", "a", '["a"]', "[null]", "{", 0, 1, 0.5, -1, 1e400, True, "model_a", "tie", {}])
+    st.sampled_from([None, "", " ", "a", "\ud83d", '["a"]', "[null]", "{", 0, 1, 0.5, -1, 1e400, True, "model_a", "tie", {}])
     | st.lists(st.sampled_from([None, "a", " ", 1]), max_size=2)
     | st.lists(message, max_size=4)
 )
@@ -125,7 +125,11 @@ def test_a_row_of_any_values_is_usable_or_has_a_reason(folder, layout, data):
         ({"prompt": " "}, "empty prompt"),
         ({"id": None}, "no id"),
         ({"response_b": "a", "winner": "model_b"}, "identical answers, one wins"),
-        ({"p_model_a": 0.9, "p_model_b": 0.9, "p_tie": 0.0}, "vote shares do not add up to 1, or the weight is not positive"),
+        ({"p_model_a": 0.9, "p_model_b": 0.9, "p_tie": 0}, "vote shares do not add up to 1, or the weight is not positive"),
+        (
+            {"p_model_a": 1, "p_model_b": 0, "p_tie": 0, "weight": 0},
+            "vote shares do not add up to 1, or the weight is not positive",
+        ),
     ],
 )
 def test_an_unusable_row_has_a_reason_and_keeps_its_values(tmp_path, change, reason):
