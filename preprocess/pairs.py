@@ -123,29 +123,35 @@ def unite_judgements(rows: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, int]]:
         The first row of each pair with the weight, shares and winner of all its judgements; and, by source, how many rows
         became part of an earlier one.
     """
-    keys = pl.DataFrame(list(_hash_pairs(rows)), schema={"key": pl.Binary, "is_swapped": pl.Boolean}, orient="row")
-    judgements = rows.select("source", "weight", *SHARES).with_columns(keys).with_row_index("row")
-
-    # Shares as the first judgement of the pair has its sides.
-    is_same_order = pl.col("is_swapped") == pl.col("is_swapped").first().over("key")
-    votes_a = pl.when(is_same_order).then("p_model_a").otherwise("p_model_b") * pl.col("weight")
-    votes_b = pl.when(is_same_order).then("p_model_b").otherwise("p_model_a") * pl.col("weight")
-    votes_tie = pl.col("p_tie") * pl.col("weight")
-    votes = judgements.with_columns(p_model_a=votes_a, p_model_b=votes_b, p_tie=votes_tie)
-
-    totals = votes.group_by("key", maintain_order=True).agg(
-        pl.first("row"), pl.sum(*SHARES, "weight"), pl.len().alias("judgements")
-    )
-    totals = totals.with_columns(pl.col(SHARES) / pl.col("weight"))
-
+    totals = _sum_votes(rows)
     first_rows = totals["row"].to_list()
-    later_rows = judgements.filter(~pl.col("row").is_in(first_rows))
-    united = dict(later_rows["source"].value_counts().iter_rows())
+    table = rows[first_rows].with_columns(totals.select(*SHARES, "weight"))
 
     # A single judgement keeps its verdict, for its shares may be a teacher's.
-    table = rows[first_rows].with_columns(totals.select(*SHARES, "weight"))
-    winner = pl.when(totals["judgements"] == 1).then(pl.col("winner")).otherwise(_most_voted())
+    is_single = totals["judgements"] == 1
+    winner = pl.when(is_single).then(pl.col("winner")).otherwise(_most_voted())
+
+    later_rows = rows.with_row_index("number").filter(~pl.col("number").is_in(first_rows))
+    united = dict(later_rows["source"].value_counts().iter_rows())
     return table.with_columns(winner=winner), united
+
+
+def _sum_votes(rows: pl.DataFrame) -> pl.DataFrame:
+    """Return for each pair: row (the number of its first judgement), judgements, weight, and the shares of the votes."""
+    keys = pl.DataFrame(list(_hash_pairs(rows)), schema={"key": pl.Binary, "is_swapped": pl.Boolean}, orient="row")
+    judgements = rows.select("weight", *SHARES).with_columns(keys).with_row_index("row")
+
+    # Votes for A are votes for the response that the first judgement of the pair has as A.
+    is_same_order = pl.col("is_swapped") == pl.col("is_swapped").first().over("key")
+    share_a = pl.when(is_same_order).then("p_model_a").otherwise("p_model_b")
+    share_b = pl.when(is_same_order).then("p_model_b").otherwise("p_model_a")
+    judgements = judgements.with_columns(p_model_a=share_a, p_model_b=share_b)
+    votes = judgements.with_columns(pl.col(SHARES) * pl.col("weight"))
+
+    totals = votes.group_by("key", maintain_order=True).agg(
+        pl.first("row"), pl.len().alias("judgements"), pl.sum("weight", *SHARES)
+    )
+    return totals.with_columns(pl.col(SHARES) / pl.col("weight"))
 
 
 def _most_voted() -> pl.Expr:

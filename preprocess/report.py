@@ -99,16 +99,18 @@ def summary(pairs: Pairs, folds: int, threshold: float) -> list[str]:
     table = pairs.table
     groups = table["group"].value_counts().sort(["count", "group"], descending=[True, False])
     largest = table.filter(pl.col("group") == groups["group"][0])
-    first_prompt = " ".join(largest["prompt"][0])
-    fold_sizes = np.bincount(table["fold"].to_numpy(), minlength=folds).tolist()
-    sizes = [f"{fold}: {size:,}" for fold, size in enumerate(fold_sizes)]
-
+    largest_size = _count(largest.height, "pair")
+    largest_prompts = _count(largest["prompt"].n_unique(), "prompt")
+    first_prompt = snippet(" ".join(largest["prompt"][0]), SUMMARY_SNIPPET)
     lines = [
         f"{table.height:,} pairs in {groups.height:,} groups of prompts that are equal or of similarity {threshold:g} or more; "
-        f"the largest: {_count(largest.height, 'pair')} with {_count(largest['prompt'].n_unique(), 'prompt')}, "
-        f'"{snippet(first_prompt, SUMMARY_SNIPPET)}"',
-        f"pairs per fold: {', '.join(sizes)}",
+        f'the largest: {largest_size} with {largest_prompts}, "{first_prompt}"'
     ]
+
+    fold_sizes = np.bincount(table["fold"].to_numpy(), minlength=folds).tolist()
+    sizes = [f"{fold}: {size:,}" for fold, size in enumerate(fold_sizes)]
+    lines.append(f"pairs per fold: {', '.join(sizes)}")
+
     for joined in pairs.joined:
         change = "stays in" if joined.fold_now == joined.fold_before else f"moves from fold {joined.fold_before} to"
         lines.append(

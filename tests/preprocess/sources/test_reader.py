@@ -153,16 +153,19 @@ def test_language_source_and_vote_shares_of_a_teacher_are_kept(tmp_path):
 
 def test_lmsys_turns_may_be_null_and_hold_lone_surrogates_and_are_never_evaluated(tmp_path):
     texts = {"prompt": '["p\\ud83d", "q"]', "response_a": '[null, "a"]', "response_b": '["b\\r\\n", "c"]'}
-    rows = read_rows(jsonl(tmp_path / "x.jsonl", GOOD["LMSYS"] | texts, GOOD["LMSYS"] | {"prompt": "[print('x')]"}))
+    changes = [texts, {"prompt": "[print('x')]"}, {"winner_model_a": 1}]
+    rows = read_rows(jsonl(tmp_path / "x.jsonl", *(GOOD["LMSYS"] | change for change in changes)))
     assert rows.select(TEXTS).row(0) == (["p\ufffd", "q"], ["", "a"], ["b\n", "c"])
-    assert rows["reason"].to_list() == [None, "not a JSON list of turns"]
+    assert rows["reason"].to_list() == [None, "not a JSON list of turns", "unknown winner"]
     assert rows["prompt"].to_list()[1] == ["[print('x')]"]
+    assert rows["winner"].to_list()[2] == "model_a 1, model_b 0, tie 1"
 
 
 def test_chosen_and_rejected_texts_get_sides_by_a_hash_of_the_id(tmp_path):
     rows = [{"id": str(at), "prompt": "p", "chosen": f"good {at}", "rejected": "bad"} for at in range(200)]
     winners = read_rows(jsonl(tmp_path / "x.jsonl", *rows))["winner"].to_list()
     assert 70 < winners.count("model_a") < 130
+    assert [winner[-1] for winner in winners[:8]] == list("bbabaaaa"), "another hash would change what a model is trained on"
     assert read_rows(jsonl(tmp_path / "y.jsonl", *rows[::-1]))["winner"].to_list() == winners[::-1]
 
 
@@ -179,6 +182,11 @@ def test_chosen_and_rejected_chats_become_turns(tmp_path):
     answers = [sorted(pair) for pair in table.select("response_a", "response_b").rows()]
     assert answers == [[["a", "bad"], ["a", "good"]]] * 2 + [[["bad"], ["good"]]]
     assert table["id"][0] == table["id"][1], "a row without an id gets one from its texts"
+    other = {"chosen": start + ends["good"], "rejected": middle[1:] + ends["bad"]}
+    same = {"chosen": start + ends["good"], "rejected": start + ends["good"]}
+    unusable = read_rows(jsonl(tmp_path / "y.jsonl", texts, other, same))
+    assert unusable["reason"].to_list() == [None, "chosen and rejected answer different prompts", "identical answers, one wins"]
+    assert unusable["id"].is_null().to_list() == [False, True, False]
 
     chats = {name: [start + ends[name]] for name in ends}
     pl.DataFrame(chats).rename({"good": "chosen", "bad": "rejected"}).write_parquet(tmp_path / "x.parquet")
