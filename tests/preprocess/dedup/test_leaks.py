@@ -40,8 +40,9 @@ def test_files_outside_of_the_folds_leak_into_folds_but_not_into_each_other():
 
 
 @pytest.mark.parametrize(("places", "leaks"), [([0, -1], 1), ([-1, 0], 1), ([-1, -2], 0)])
-def test_a_longer_and_a_shorter_copy_leak_whichever_is_held_back(places, leaks):
-    assert len(find_leaks(["abcdefghijklmnopqrst", "abcdefghijklmnopqrstu"], places, 0.7).leaks) == leaks
+def test_a_longer_copy_exactly_at_the_threshold_leaks_whichever_is_held_back(places, leaks):
+    texts = ["abcdefghijklmnopqr", "abcdefghijklmnopqrstuvwx"]
+    assert [leak.similarity for leak in find_leaks(texts, places, 0.7).leaks] == [0.7] * leaks
 
 
 def test_the_closest_harmless_pair_that_came_near_is_reported():
