@@ -202,7 +202,7 @@ def read_yaml(path: Path | str) -> dict:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        # PyYAML's messages have several lines.
+        # PyYAML's messages have several lines; a UserError has one.
         message = " ".join(str(error).split())
         raise UserError(f"{path}: not valid YAML: {message}") from None
 

@@ -59,10 +59,12 @@ def build_prefix_index(codes: list[np.ndarray], threshold: float) -> PrefixIndex
         threshold: The Jaccard similarity that candidates may reach.
     """
     size = np.array([len(text_codes) for text_codes in codes], dtype=np.int64)
+
+    # A similar text shares at least so many n-grams, hence one of the rarest of them.
     least_shared = np.ceil(threshold * size - ROUNDING).astype(np.int64)
     prefix_size = size - least_shared + 1
 
-    # The ranks of all prefixes, text after text.
+    # All prefixes in one array, text after text.
     ranks, last_rank = _select_prefixes(codes, prefix_size)
     texts = np.repeat(np.arange(len(codes), dtype=np.int32), prefix_size)
     list_start, earlier_texts, lists = _invert(ranks, texts)

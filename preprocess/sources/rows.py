@@ -97,7 +97,7 @@ def read_vote_shares(values: dict, winner: str) -> dict[str, float]:
         p_model_a, p_model_b and p_tie, which add up to 1, and weight, the number of votes.
 
     Raises:
-        UnusableRow: The shares or the weight are not such numbers.
+        UnusableRow: A value is not a number, the shares do not add up, or the weight is not positive.
     """
     has_shares = all(values.get(name) not in (None, "") for name in SHARES)
     if not has_shares:
@@ -117,6 +117,7 @@ def read_vote_shares(values: dict, winner: str) -> dict[str, float]:
     # Written so that NaN, which compares with nothing, is refused.
     total = sum(shares.values())
     are_shares = min(shares.values()) >= 0 and abs(total - 1) < SHARES_TOLERANCE
-    if not are_shares or not 0 < weight < math.inf:
+    is_weight = 0 < weight < math.inf
+    if not (are_shares and is_weight):
         raise UnusableRow("vote shares do not add up to 1, or the weight is not positive")
     return shares | {"weight": weight}
