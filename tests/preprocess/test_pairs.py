@@ -42,6 +42,18 @@ def test_as_many_votes_for_either_are_a_tie():
     assert votes(pairs_of(row("1"), row("2", winner="model_b")).table) == [("tie", 2.0, 0.5, 0.5, 0.0)]
 
 
+def test_shares_count_by_weight_but_a_single_judgement_keeps_its_verdict():
+    def teacher(row_id, *shares, weight=1.0):
+        return (*row(row_id)[:9], *shares, weight, None)
+
+    assert votes(pairs_of(teacher("1", 0.2, 0.7, 0.1, weight=3.0)).table)[0][0] == "model_a"
+    both = pairs_of(teacher("1", 0.2, 0.7, 0.1, weight=3.0), row("2")).table
+    assert both.select("winner", "weight").row(0) == ("model_b", 4.0)
+    assert both.select("p_model_a", "p_model_b", "p_tie").row(0) == pytest.approx((0.4, 0.525, 0.075))
+    equal = pairs_of(teacher("1", 0.7, 0.3, 0.0), teacher("2", 0.1, 0.5, 0.4)).table
+    assert equal["winner"][0] == "tie", "0.7 + 0.1 is a little less than 0.3 + 0.5"
+
+
 def test_an_id_that_is_taken_gets_its_source():
     rows = [row("1", prompt=f"prompt {at}", source=source) for at, source in enumerate("xyyx")]
     assert pairs_of(*rows).table["id"].to_list() == ["1", "y:1", "y:1:2", "x:1"]
