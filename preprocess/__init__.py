@@ -1,1 +1,1 @@
-"""Raw competition files become pairs.parquet, and a pair becomes token ids."""
+"""Raw competition files become pairs.parquet (`python -m preprocess`), and a pair becomes token ids (model_input.py)."""

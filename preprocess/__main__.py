@@ -19,21 +19,25 @@ from preprocess.core.files import atomic_file
 from preprocess.dedup.leaks import LeakReport, find_leaks
 from preprocess.dedup.ngrams import normalise
 from preprocess.pairs import REJECTED, Pairs, make_pairs
-from preprocess.sources.layouts import read_prompts, read_rows
+from preprocess.sources.reader import read_prompts, read_rows
 
 
 class _Command(click.Command):
     """Lets `--against` take several files, as its usage says."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        spread, against = [], False
-        for at, arg in enumerate(args):
+        # click takes one value an option: repeat --against before every further file that follows it.
+        expanded_args = []
+        is_against = False
+        previous = ""
+        for arg in args:
             if arg.startswith("-"):
-                against = arg == "--against"
-            elif against and args[at - 1] != "--against":
-                spread.append("--against")
-            spread.append(arg)
-        return super().parse_args(ctx, spread)
+                is_against = arg == "--against"
+            elif is_against and previous != "--against":
+                expanded_args.append("--against")
+            expanded_args.append(arg)
+            previous = arg
+        return super().parse_args(ctx, expanded_args)
 
 
 @click.command(cls=_Command)
@@ -61,27 +65,35 @@ def main(sources: tuple[Path, ...], out: Path, folds: int, threshold: float, aga
     A source is recognised by its columns: WSDM, LMSYS or chosen/rejected, as .parquet, .csv or .jsonl. Rows that cannot be
     used go to a file beside --out, with a reason.
     """
-    _check_paths(sources, out, against)
+    rejected_path = out.with_name(f"{out.stem}.rejected{out.suffix}")
+    _check_paths(sources, out, rejected_path, against)
     held_back = {path: read_prompts(path) for path in against}
     tables = [read_rows(path) for path in sources]
+
     rows = pl.concat(tables)
-    pairs = make_pairs(rows.filter(pl.col("reason").is_null()), folds, threshold, _track)
+    is_usable = pl.col("reason").is_null()
+    pairs = make_pairs(rows.filter(is_usable), folds, threshold, _track)
+    rejected = rows.filter(~is_usable).select(REJECTED)
+
     console = report.console()
     console.print(report.sources_table(rows, pairs))
     for line in report.summary(pairs, folds, threshold):
         console.print(line, soft_wrap=True)
-    found = _report_leaks(pairs, held_back, threshold)
-    console.print(report.no_leaks(found, threshold, [path.name for path in against]), soft_wrap=True)
-    rejected = rows.filter(pl.col("reason").is_not_null()).select(REJECTED)
-    rejected_path = out.with_name(f"{out.stem}.rejected{out.suffix}")
+
+    # Nothing is written before this has passed.
+    leak_report = _check_leaks(pairs, held_back, threshold)
+    against_names = [path.name for path in against]
+    console.print(report.no_leaks(leak_report, threshold, against_names), soft_wrap=True)
+
     with atomic_file(rejected_path) as temporary_rejected, atomic_file(out) as temporary:
         rejected.write_parquet(temporary_rejected, compression_level=1)
         pairs.table.write_parquet(temporary, compression_level=1)
     console.print(f"wrote {out} ({pairs.table.height:,} pairs) and {rejected_path} ({rejected.height:,} rows)", soft_wrap=True)
+
     ledger.record(
         "pairs",
-        sources=[_raw_file(path, table) for path, table in zip(sources, tables, strict=True)],
-        against=[_raw_file(path, table) for path, table in held_back.items()],
+        sources=[_describe_file(path, table) for path, table in zip(sources, tables, strict=True)],
+        against=[_describe_file(path, table) for path, table in held_back.items()],
         pairs=out,
         pairs_sha256=ledger.fingerprint(out),
         rows=pairs.table.height,
@@ -89,51 +101,58 @@ def main(sources: tuple[Path, ...], out: Path, folds: int, threshold: float, aga
     )
 
 
-def _raw_file(path: Path, table: pl.DataFrame) -> dict:
-    """A raw file as the ledger has it."""
+def _describe_file(path: Path, table: pl.DataFrame) -> dict:
+    """Return what the ledger says of a raw file."""
     return {"file": path, "sha256": ledger.fingerprint(path), "rows": table.height}
 
 
-def _check_paths(sources: tuple[Path, ...], out: Path, against: tuple[Path, ...]) -> None:
+def _check_paths(sources: tuple[Path, ...], out: Path, rejected_path: Path, against: tuple[Path, ...]) -> None:
+    """Raise UserError where a file would be overwritten or read twice."""
     if out.suffix != ".parquet":
         raise UserError(f"--out {out}: expected a name that ends in .parquet")
-    known: set[Path] = {out.resolve(), out.with_name(f"{out.stem}.rejected{out.suffix}").resolve()}
+
+    used_paths = {out.resolve(), rejected_path.resolve()}
     for path in (*sources, *against):
-        if path.resolve() in known:
+        if path.resolve() in used_paths:
             raise UserError(f"{path}: given twice; each file is a source, or a file to compare with, or the output")
-        known.add(path.resolve())
+        used_paths.add(path.resolve())
 
 
-def _report_leaks(pairs: Pairs, held_back: dict[Path, pl.DataFrame], threshold: float) -> LeakReport:
-    """The leak report over folds and held-back files; leaks are shown and raise UserError."""
-    prompts, ids = list(pairs.prompts), pairs.table["id"].to_list()
+def _check_leaks(pairs: Pairs, held_back: dict[Path, pl.DataFrame], threshold: float) -> LeakReport:
+    """Compare the prompts of all folds and held-back files; print leaks and raise UserError if there are any."""
+    prompts = list(pairs.prompts)
+    ids = pairs.table["id"].to_list()
     places = pairs.table["fold"].to_list()
     names = [f"fold {fold}" for fold in places]
+
+    # Held-back files follow, as the places -1, -2 and so on.
     for number, (path, table) in enumerate(held_back.items(), 1):
         prompts += [normalise(turns) for turns in table["prompt"].to_list()]
         ids += table["id"].to_list()
         names += [path.name] * table.height
         places += [-number] * table.height
-    found = find_leaks(prompts, np.array(places), threshold, _track)
-    if not found.leaks:
-        return found
-    report.console(sys.stderr).print(report.leaks_table(found.leaks, names, ids, prompts))
-    outside = sum(1 for leak in found.leaks if places[leak.other] < 0)
-    parts = []
-    if outside:
-        parts.append(
-            f"{outside:,} between sources and {', '.join(path.name for path in held_back)} (remove these rows from one)"
-        )
-    if outside < len(found.leaks):
-        parts.append(f"{len(found.leaks) - outside:,} between folds (the grouping missed them: try a lower --threshold)")
+
+    leak_report = find_leaks(prompts, np.array(places), threshold, _track)
+    if not leak_report.leaks:
+        return leak_report
+
+    report.console(sys.stderr).print(report.leaks_table(leak_report.leaks, names, ids, prompts))
+    into_files = sum(places[leak.second] < 0 for leak in leak_report.leaks)
+    between_folds = len(leak_report.leaks) - into_files
+    advice = []
+    if into_files > 0:
+        file_names = ", ".join(path.name for path in held_back)
+        advice.append(f"{into_files:,} between sources and {file_names} (remove these rows from one)")
+    if between_folds > 0:
+        advice.append(f"{between_folds:,} between folds (the grouping missed them: try a lower --threshold)")
     raise UserError(
-        f"leak report: prompts of similarity {threshold:g} or more stand apart: {'; '.join(parts)}. Nothing was written. "
+        f"leak report: prompts of similarity {threshold:g} or more stand apart: {'; '.join(advice)}. Nothing was written. "
         f"To accept prompts this much alike, raise --threshold above their similarity"
     )
 
 
 def _track(steps: Iterable, label: str) -> Iterable:
-    """A progress bar on a terminal; elsewhere nothing."""
+    """Draw a progress bar on a terminal; elsewhere nothing."""
     return track(steps, label, console=report.console(sys.stderr), transient=True, disable=not sys.stderr.isatty())
 
 

@@ -1,24 +1,23 @@
 """Rows of all sources become pairs: judgements of one pair united, ids unique, prompts grouped, groups spread over folds.
 
-A pair is one prompt with two responses, in whichever order they were shown. Judged several times it is one row, that of its
-first judgement: the weight is the number of judgements, p_* are the shares of votes, the winner is the verdict with most of
-them (tie where two have as many). An id that an earlier row has taken becomes `source:id`, then `source:id:2` and so on.
+A pair is one prompt with two responses, in either order. If it was judged several times, it becomes one row, that of its
+first judgement: the weight is the number of votes, p_* are their shares, and the winner is the verdict with the most votes
+(tie if two have as many). An id that an earlier row has already becomes `source:id`, then `source:id:2` and so on.
 
-A group's number is a hash of its earliest prompt, its fold the remainder of that number. So rows added after the others
-(further files, or at a file's end) move no pair, unless they join two groups: then the younger one moves, and is reported.
+A group's number is a hash of its earliest prompt, and its fold is the remainder of that number. So rows that are added after
+the others move no pair, unless they join two groups: then the younger one moves, and the report says so.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import polars as pl
 
 from preprocess.dedup.grouping import group_prompts
 from preprocess.dedup.ngrams import normalise
-from preprocess.model_input import VERDICTS
-from preprocess.sources.layouts import SHARES, TEXTS, TURNS
+from preprocess.dedup.progress import Track, show_nothing
+from preprocess.sources.rows import SHARES, TEXTS, TURNS
 
 PAIRS = pl.Schema(
     {
@@ -38,12 +37,21 @@ PAIRS = pl.Schema(
     }
 )
 REJECTED = ("file", "row", "id", "reason", *TEXTS, "winner", "language", "source")
-ROWS_AT_ONCE = 2048
+BATCH_ROWS = 2048
+
+# Shares of votes that differ by less are equal; sums of float shares are not exact.
+EQUAL_SHARES = 1e-9
 
 
 @dataclass(frozen=True)
 class Joined:
-    """Two groups of earlier files that a later file joined: the younger one's earliest pair, and its fold before and now."""
+    """Two groups of earlier files that a later file joined.
+
+    Attributes:
+        id: The earliest pair of the younger group.
+        fold_before: Its fold in an earlier run.
+        fold_now: Its fold, that of the older group.
+    """
 
     id: str
     fold_before: int
@@ -52,8 +60,14 @@ class Joined:
 
 @dataclass(frozen=True)
 class Pairs:
-    """`table` has the schema PAIRS; `prompts` are its prompts normalised; `united` counts, by source, the judgements that
-    became part of an earlier row."""
+    """The pairs of all sources.
+
+    Attributes:
+        table: One row a pair, of the schema PAIRS.
+        prompts: The prompt of each, normalised.
+        joined: Groups that a later file joined.
+        united: By source, the number of its rows that became part of an earlier row.
+    """
 
     table: pl.DataFrame
     prompts: list[str]
@@ -61,80 +75,124 @@ class Pairs:
     united: dict[str, int]
 
 
-def make_pairs(rows: pl.DataFrame, folds: int, threshold: float, track: Callable = lambda steps, _: steps) -> Pairs:
-    """Pairs of usable rows (schema sources.ROWS, files in the order in which they were added)."""
-    united, counts = unite_judgements(rows)
-    united = united.with_columns(id=pl.Series(_unique_ids(united["id"].to_list(), united["source"].to_list()), dtype=pl.String))
-    prompts = [normalise(turns) for part in united.iter_slices(ROWS_AT_ONCE) for turns in part["prompt"].to_list()]
-    ages = united["file"].rle_id().to_numpy()
-    groups = group_prompts(prompts, threshold, ages, track)
-    numbers = {root: group_number(prompts[root]) for root in np.unique(groups.root).tolist()}
-    group = np.array([numbers[root] for root in groups.root.tolist()], dtype=np.int64)
-    joined = tuple(
-        Joined(united["id"][given_up], group_number(prompts[given_up]) % folds, int(group[given_up]) % folds)
-        for _, given_up in groups.joined
-    )
-    table = united.with_columns(group=pl.Series(group), fold=pl.Series((group % folds).astype(np.int8)))
-    return Pairs(table.select(pl.col(name).cast(dtype) for name, dtype in PAIRS.items()), prompts, joined, counts)
+def make_pairs(rows: pl.DataFrame, folds: int, threshold: float, track: Track = show_nothing) -> Pairs:
+    """Make pairs of usable rows.
+
+    Args:
+        rows: Of the schema sources.rows.ROWS, files in the order in which they were added.
+        folds: Number of folds.
+        threshold: Jaccard similarity from which on two prompts share a group.
+        track: Shows the progress.
+    """
+    table, united = unite_judgements(rows)
+    ids = _make_ids_unique(table["id"].to_list(), table["source"].to_list())
+
+    prompts = []
+    for batch in table.iter_slices(BATCH_ROWS):
+        prompts += [normalise(turns) for turns in batch["prompt"].to_list()]
+    file_numbers = table["file"].rle_id().to_numpy()
+    groups = group_prompts(prompts, threshold, file_numbers, track)
+
+    roots = groups.root.tolist()
+    number_by_root = {root: group_number(prompts[root]) for root in set(roots)}
+    group = pl.Series([number_by_root[root] for root in roots], dtype=pl.Int64)
+    fold = group % folds
+
+    joined = []
+    for _, given_up in groups.joined:
+        fold_before = group_number(prompts[given_up]) % folds
+        joined.append(Joined(table["id"][given_up], fold_before, fold[given_up]))
+
+    table = table.with_columns(id=pl.Series(ids, dtype=pl.String), group=group, fold=fold)
+    return Pairs(table.select(PAIRS.names()).cast(dict(PAIRS)), prompts, tuple(joined), united)
 
 
 def group_number(prompt: str) -> int:
-    """A group's number, from its earliest prompt (normalised): 0 to 2**63 - 1."""
-    return int.from_bytes(hashlib.sha256(prompt.encode("utf-8")).digest()[:8], "big") >> 1
+    """Return a group's number, a hash of its earliest prompt (normalised): 0 to 2**63 - 1, so that int64 holds it."""
+    digest = hashlib.sha256(prompt.encode("utf-8")).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def unite_judgements(rows: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, int]]:
-    """One row for each unordered pair, with weight and shares; and how many rows of each source went into an earlier one."""
-    votes: dict[bytes, np.ndarray] = {}
-    first, owners, united = [], [], {}
-    shares = rows.select(*SHARES, "weight").to_numpy()
-    sources = rows["source"].to_list()
-    for at, (key, swapped) in enumerate(_keys(rows)):
-        weight = shares[at, 3]
-        vote = shares[at, [1, 0, 2] if swapped else [0, 1, 2]] * weight
-        if key in votes:
-            united[sources[at]] = united.get(sources[at], 0) + 1
-            votes[key] += [*vote, weight, 1, 0]
-        else:
-            votes[key] = np.array([*vote, weight, 1, swapped], dtype=np.float64)
-            first.append(at)
-            owners.append(key)
-    totals = np.array([votes[key] for key in owners]).reshape(-1, 6)
-    flip = totals[:, 5].astype(bool)
-    totals[flip, :2] = totals[flip, 1::-1]
-    p = totals[:, :3] / totals[:, 3:4]
-    kept = rows[first]
-    return kept.with_columns(
-        winner=pl.Series(_winners(kept["winner"].to_list(), p, totals[:, 4]), dtype=pl.String),
-        weight=pl.Series(totals[:, 3]),
-        **{name: pl.Series(p[:, at]) for at, name in enumerate(SHARES)},
-    ), united
+    """Unite the rows that judge one pair, in whichever order its responses stand.
+
+    Args:
+        rows: Of the schema sources.rows.ROWS.
+
+    Returns:
+        The first row of each pair with the weight, shares and winner of all its judgements; and, by source, how many rows
+        became part of an earlier one.
+    """
+    totals = _sum_votes(rows)
+    first_rows = totals["row"].to_list()
+    table = rows[first_rows].with_columns(totals.select(*SHARES, "weight"))
+
+    # A single judgement keeps its verdict, for its shares may be a teacher's.
+    is_single = totals["judgements"] == 1
+    winner = pl.when(is_single).then(pl.col("winner")).otherwise(_most_voted())
+
+    later_rows = rows.with_row_index("number").filter(~pl.col("number").is_in(first_rows))
+    united = dict(later_rows["source"].value_counts().iter_rows())
+    return table.with_columns(winner=winner), united
 
 
-def _winners(given: list[str], p: np.ndarray, judgements: np.ndarray) -> list[str]:
-    """The verdict with the most votes; a single judgement keeps its own, for its shares may be a teacher's."""
-    top = p.max(axis=1, keepdims=True, initial=0)
-    leading = np.isclose(p, top, rtol=0, atol=1e-9)
-    voted = np.where(leading.sum(axis=1) == 1, leading.argmax(axis=1), VERDICTS.index("tie"))
-    return [one if count == 1 else VERDICTS[most] for one, count, most in zip(given, judgements, voted, strict=True)]
+def _sum_votes(rows: pl.DataFrame) -> pl.DataFrame:
+    """Return for each pair: row (the number of its first judgement), judgements, weight, and the shares of the votes."""
+    keys = pl.DataFrame(list(_hash_pairs(rows)), schema={"key": pl.Binary, "is_swapped": pl.Boolean}, orient="row")
+    judgements = rows.select("weight", *SHARES).with_columns(keys).with_row_index("row")
+
+    # Votes for A are votes for the response that the first judgement of the pair has as A.
+    is_same_order = pl.col("is_swapped") == pl.col("is_swapped").first().over("key")
+    share_a = pl.when(is_same_order).then("p_model_a").otherwise("p_model_b")
+    share_b = pl.when(is_same_order).then("p_model_b").otherwise("p_model_a")
+    judgements = judgements.with_columns(p_model_a=share_a, p_model_b=share_b)
+    votes = judgements.with_columns(pl.col(SHARES) * pl.col("weight"))
+
+    totals = votes.group_by("key", maintain_order=True).agg(
+        pl.first("row"), pl.len().alias("judgements"), pl.sum("weight", *SHARES)
+    )
+    return totals.with_columns(pl.col(SHARES) / pl.col("weight"))
 
 
-def _keys(rows: pl.DataFrame) -> Iterator[tuple[bytes, bool]]:
-    """Of each row: a digest of its unordered pair, and whether its responses stand in the other order than in the digest."""
-    for part in rows.select(TEXTS).iter_slices(ROWS_AT_ONCE):
-        for prompt, a, b in part.iter_rows():
-            digests = [hashlib.sha256("\x00".join(turns).encode("utf-8")).digest() for turns in (prompt, a, b)]
-            yield digests[0] + min(digests[1:]) + max(digests[1:]), digests[1] > digests[2]
+def _most_voted() -> pl.Expr:
+    """The verdict with the largest share, or tie where several have it."""
+    largest = pl.max_horizontal(SHARES) - EQUAL_SHARES
+    is_largest = [pl.col(name) >= largest for name in SHARES]
+    return (
+        pl.when(pl.sum_horizontal(is_largest) > 1)
+        .then(pl.lit("tie"))
+        .when(is_largest[0])
+        .then(pl.lit("model_a"))
+        .when(is_largest[1])
+        .then(pl.lit("model_b"))
+        .otherwise(pl.lit("tie"))
+    )
 
 
-def _unique_ids(ids: list[str], sources: list[str]) -> list[str]:
-    taken: set[str] = set()
-    unique = []
+def _hash_pairs(rows: pl.DataFrame) -> Iterator[tuple[bytes, bool]]:
+    """Yield of each row a hash of its pair, and whether its responses stand the other way round than in the hash."""
+    for batch in rows.select(TEXTS).iter_slices(BATCH_ROWS):
+        for prompt, response_a, response_b in batch.iter_rows():
+            hash_a = _hash_turns(response_a)
+            hash_b = _hash_turns(response_b)
+            key = _hash_turns(prompt) + min(hash_a, hash_b) + max(hash_a, hash_b)
+            yield key, hash_a > hash_b
+
+
+def _hash_turns(turns: list[str]) -> bytes:
+    return hashlib.sha256("\x00".join(turns).encode("utf-8")).digest()
+
+
+def _make_ids_unique(ids: list[str], sources: list[str]) -> list[str]:
+    """Return an id for each row: its own, or with the source, or with the source and a number."""
+    used: set[str] = set()
+    unique_ids = []
     for row_id, source in zip(ids, sources, strict=True):
-        name, number = row_id, 1
-        while name in taken:
-            name = f"{source}:{row_id}" if number == 1 else f"{source}:{row_id}:{number}"
+        unique_id = row_id
+        number = 1
+        while unique_id in used:
+            unique_id = f"{source}:{row_id}" if number == 1 else f"{source}:{row_id}:{number}"
             number += 1
-        taken.add(name)
-        unique.append(name)
-    return unique
+        used.add(unique_id)
+        unique_ids.append(unique_id)
+    return unique_ids

@@ -1,6 +1,6 @@
-"""What preprocess prints: one table of the sources, the groups and folds, and any leaks.
+"""What `python -m preprocess` prints: a table of the sources, lines about groups and folds, and leaks if there are any.
 
-Its width does not depend on the terminal when it is piped, so that two runs print the same.
+When the output is piped, its width does not depend on the terminal, so that two runs print the same.
 """
 
 import sys
@@ -17,114 +17,144 @@ from preprocess.pairs import Pairs
 
 PIPED_WIDTH = 140
 LEAKS_SHOWN = 20
+LANGUAGES_SHOWN = 5
 SNIPPET = 100
+SUMMARY_SNIPPET = 60
 HEADINGS = ("source", "read", "kept", "judged again", "rejected", "language", "A wins", "B wins", "tie", "longer wins")
+LEFT_ALIGNED = ("source", "rejected", "language")
 
 
 def console(stream=None) -> Console:
-    """A console as wide as the terminal, or PIPED_WIDTH where there is none."""
+    """Return a console as wide as the terminal, or PIPED_WIDTH if the output is piped; stdout by default."""
     stream = stream or sys.stdout
-    return Console(file=stream, width=None if stream.isatty() else PIPED_WIDTH, highlight=False, markup=False, soft_wrap=False)
+    width = None if stream.isatty() else PIPED_WIDTH
+    return Console(file=stream, width=width, highlight=False, markup=False, soft_wrap=False)
 
 
 def sources_table(rows: pl.DataFrame, pairs: Pairs) -> Table:
-    """One line for each source and one for all: what became of its rows (schema sources.ROWS)."""
+    """Build the table of what became of the rows: one line for each source, and one for all if there are several.
+
+    Args:
+        rows: All rows of the sources, of the schema sources.rows.ROWS.
+        pairs: The pairs made of them.
+    """
     table = Table(box=box.SIMPLE_HEAD)
     for heading in HEADINGS:
-        table.add_column(heading, justify="left" if heading in ("source", "rejected", "language") else "right")
+        justify = "left" if heading in LEFT_ALIGNED else "right"
+        table.add_column(heading, justify=justify)
+
     sources = rows["source"].unique(maintain_order=True).to_list()
-    longer = longer_answer_wins(pairs.table)
     for source in sources:
-        of_source = pairs.table["source"] == source
-        united = pairs.united.get(source, 0)
-        _add_source(
-            table, source, rows.filter(pl.col("source") == source), pairs.table.filter(of_source), longer, of_source, united
-        )
+        is_of_source = pl.col("source") == source
+        kept = pairs.table.filter(is_of_source)
+        table.add_row(source, *_describe_rows(rows.filter(is_of_source), kept, pairs.united.get(source, 0)))
+
     if len(sources) > 1:
         table.add_section()
-        everything = pl.repeat(True, pairs.table.height, eager=True)
-        _add_source(table, "all", rows, pairs.table, longer, everything, sum(pairs.united.values()))
+        table.add_row("all", *_describe_rows(rows, pairs.table, sum(pairs.united.values())))
     return table
 
 
-def longer_answer_wins(table: pl.DataFrame) -> pl.Series:
-    """Of each pair, whether the answer with more characters won (A, where both are as long); null where it was a tie."""
-    characters = {
-        side: pl.col(f"response_{side}").list.eval(pl.element().str.len_chars()).list.sum().alias(side) for side in "ab"
-    }
-    a_is_longer = characters["a"] >= characters["b"]
-    right = pl.when(pl.col("winner") != "tie").then(a_is_longer == (pl.col("winner") == "model_a"))
-    return table.select(right.alias("right"))["right"]
-
-
-def _add_source(table, name, rows, kept, longer, of_source, united) -> None:
+def _describe_rows(rows: pl.DataFrame, kept: pl.DataFrame, united: int) -> list[str]:
+    """Return the cells of a line of the table, but for its name."""
     reasons = rows["reason"].drop_nulls().value_counts().sort(["count", "reason"], descending=[True, False])
-    languages = kept["language"].value_counts().sort(["count", "language"], descending=[True, False])
-    winners = kept["winner"]
-    decided = longer.filter(of_source).drop_nulls()
-    table.add_row(
-        name,
+    rejected = [f"{reason}: {count:,}" for reason, count in reasons.iter_rows()]
+    win_rates = [_format_percent((kept["winner"] == verdict).mean()) for verdict in VERDICTS]
+    return [
         f"{rows.height:,}",
         f"{kept.height:,}",
         f"{united:,}",
-        "\n".join(f"{reason}: {count:,}" for reason, count in reasons.iter_rows()) or "0",
-        _languages(languages),
-        *(_percent((winners == verdict).mean()) for verdict in VERDICTS),
-        _percent(decided.mean()),
-    )
+        "\n".join(rejected) or "0",
+        _list_languages(kept["language"]),
+        *win_rates,
+        _format_percent(longer_answer_wins(kept).mean()),
+    ]
 
 
-def _languages(counts: pl.DataFrame, shown: int = 5) -> str:
-    lines = [f"{language} {count:,}" for language, count in counts.head(shown).iter_rows()]
-    if counts.height > shown:
-        lines.append(f"{counts.height - shown} more {counts['count'][shown:].sum():,}")
+def longer_answer_wins(table: pl.DataFrame) -> pl.Series:
+    """Return for each pair whether the answer with more characters won; null for a tie. Of equally long ones A is longer."""
+    count_characters = pl.element().str.len_chars()
+    length_a = pl.col("response_a").list.eval(count_characters).list.sum()
+    length_b = pl.col("response_b").list.eval(count_characters).list.sum()
+    does_longer_win = (length_a >= length_b) == (pl.col("winner") == "model_a")
+    decided = pl.when(pl.col("winner") != "tie").then(does_longer_win)
+    return table.select(decided.alias("longer_wins"))["longer_wins"]
+
+
+def _list_languages(languages: pl.Series) -> str:
+    counts = languages.value_counts().sort(["count", "language"], descending=[True, False])
+    lines = [f"{language} {count:,}" for language, count in counts.head(LANGUAGES_SHOWN).iter_rows()]
+    others = counts["count"][LANGUAGES_SHOWN:]
+    if len(others) > 0:
+        lines.append(f"{len(others)} more {others.sum():,}")
     return "\n".join(lines)
 
 
-def _percent(share: float | None) -> str:
+def _format_percent(share: float | None) -> str:
     return "-" if share is None else f"{share:.1%}"
 
 
 def summary(pairs: Pairs, folds: int, threshold: float) -> list[str]:
-    """Lines that say how the pairs were grouped and spread over folds."""
+    """Return lines that say how the pairs were grouped and spread over folds."""
     table = pairs.table
     groups = table["group"].value_counts().sort(["count", "group"], descending=[True, False])
-    first = table.filter(pl.col("group") == groups["group"][0])
-    sizes = np.bincount(table["fold"].to_numpy(), minlength=folds)
+    largest = table.filter(pl.col("group") == groups["group"][0])
+    largest_size = _count(largest.height, "pair")
+    largest_prompts = _count(largest["prompt"].n_unique(), "prompt")
+    first_prompt = snippet(" ".join(largest["prompt"][0]), SUMMARY_SNIPPET)
     lines = [
         f"{table.height:,} pairs in {groups.height:,} groups of prompts that are equal or of similarity {threshold:g} or more; "
-        f"the largest: {_count(first.height, 'pair')} with {_count(first['prompt'].n_unique(), 'prompt')}, "
-        f'"{snippet(" ".join(first["prompt"][0]), 60)}"',
-        "pairs per fold: " + ", ".join(f"{fold}: {size:,}" for fold, size in enumerate(sizes.tolist())),
+        f'the largest: {largest_size} with {largest_prompts}, "{first_prompt}"'
     ]
+
+    fold_sizes = np.bincount(table["fold"].to_numpy(), minlength=folds).tolist()
+    sizes = [f"{fold}: {size:,}" for fold, size in enumerate(fold_sizes)]
+    lines.append(f"pairs per fold: {', '.join(sizes)}")
+
     for joined in pairs.joined:
-        now = "stays in" if joined.fold_now == joined.fold_before else f"moves from fold {joined.fold_before} to"
-        lines.append(f"a later file joined two groups of earlier ones: the group of {joined.id} {now} fold {joined.fold_now}")
+        change = "stays in" if joined.fold_now == joined.fold_before else f"moves from fold {joined.fold_before} to"
+        lines.append(
+            f"a later file joined two groups of earlier ones: the group of {joined.id} {change} fold {joined.fold_now}"
+        )
     return lines
 
 
 def no_leaks(report: LeakReport, threshold: float, against: list[str]) -> str:
-    """The line that a leak report without leaks comes to."""
+    """Return the line that a leak report without leaks comes to; `against` names the held-back files."""
     beyond = f" or in {', '.join(against)}" if against else ""
-    closest = f"; the closest of {report.compared:,} that came near: {_decimals(report.closest)}" if report.compared else ""
-    return f"leak report: no prompt has another of similarity {threshold:g} or more in a different fold{beyond}{closest}"
+    line = f"leak report: no prompt has another of similarity {threshold:g} or more in a different fold{beyond}"
+    if report.compared == 0:
+        return line
+    return f"{line}; the closest of {report.compared:,} that came near: {_format_similarity(report.closest)}"
 
 
-def _decimals(similarity: float) -> str:
-    """Three decimals, rounded down, so that what is below the threshold never reads as if it had reached it."""
+def _format_similarity(similarity: float) -> str:
+    """Return three decimals, rounded down, so that what is below the threshold never reads as if it had reached it."""
     return f"{int(similarity * 1000) / 1000:.3f}"
 
 
 def leaks_table(leaks: tuple[Leak, ...], names: list[str], ids: list[str], prompts: list[str]) -> Table:
-    """The first LEAKS_SHOWN leaks; `names` says where each prompt stands."""
+    """Build the table of the first LEAKS_SHOWN leaks.
+
+    Args:
+        leaks: The most similar first.
+        names: By position of a prompt, the name of the fold or file that holds it.
+        ids: By position, the id of its row.
+        prompts: By position, its text.
+    """
     table = Table(box=box.SIMPLE_HEAD, title="prompts that are alike but stand apart", title_justify="left", title_style="")
     for heading in ("similarity", "where", "id"):
         table.add_column(heading, overflow="fold")
     table.add_column("prompt", no_wrap=True, overflow="ellipsis")
+
     for leak in leaks[:LEAKS_SHOWN]:
-        both = (leak.one, leak.other)
-        columns = [names[at] for at in both], [ids[at] for at in both], [snippet(prompts[at], SNIPPET) for at in both]
-        table.add_row(_decimals(leak.similarity), *("\n".join(column) for column in columns))
+        first, second = leak.first, leak.second
+        table.add_row(
+            _format_similarity(leak.similarity),
+            f"{names[first]}\n{names[second]}",
+            f"{ids[first]}\n{ids[second]}",
+            f"{snippet(prompts[first], SNIPPET)}\n{snippet(prompts[second], SNIPPET)}",
+        )
     if len(leaks) > LEAKS_SHOWN:
         table.add_row("", "", "", f"and {len(leaks) - LEAKS_SHOWN:,} more")
     return table
@@ -135,6 +165,6 @@ def _count(number: int, noun: str) -> str:
 
 
 def snippet(text: str, size: int) -> str:
-    """The start of a text on one line."""
+    """Return the start of a text on one line, of at most `size` characters."""
     line = " ".join(text.split())
     return line if len(line) <= size else line[: size - 1] + "…"

@@ -1,5 +1,5 @@
 """Fixtures for all tests. The network is blocked: sockets reach this machine only, the hubs are told to stay offline,
-and the ledger is a temporary file."""
+and the ledger is a temporary file. Properties (hypothesis) try the same examples each time."""
 
 import atexit
 import os
@@ -16,11 +16,18 @@ os.environ |= {
 }
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
+
+# Neither chance nor the speed of a busy machine decides whether a property holds.
+settings.register_profile(
+    "repeatable", derandomize=True, deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("repeatable")
 atexit.register(shutil.rmtree, Path(os.environ["PAIRWISE_LEDGER"]).parent, ignore_errors=True)
 
 

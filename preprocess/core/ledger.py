@@ -1,7 +1,11 @@
-"""The ledger, outputs/ledger.jsonl: one line for whatever made or published something, so that every number leads back.
+"""The ledger, outputs/ledger.jsonl: one line for every run that made or published something.
 
-Each line is an object: time (UTC), event, git_commit and git_dirty (null outside a checkout), versions, and the event's own
-fields. Lines are appended whole, by as many processes as there are, and never changed. PAIRWISE_LEDGER names another file.
+It is the provenance of every number: preprocessing, training, packaging, rehearsing, pushing and
+submitting append a line each, and `python -m kaggle_kernels trace` follows them back.
+
+A line is an object with time (UTC), event, git_commit and git_dirty (null outside a checkout),
+versions, and the event's own fields. Many processes may append at once; lines are written whole and
+never changed. PAIRWISE_LEDGER names another file.
 """
 
 import fcntl
@@ -19,36 +23,77 @@ from preprocess.core.files import sha256
 
 LEDGER = "outputs/ledger.jsonl"
 EVENTS = ("pairs", "train", "package", "rehearse", "push", "submit")
-MADE_BY = ("axolotl", "torch", "transformers", "peft", "tokenizers", "accelerate", "deepspeed", "bitsandbytes")
-GIT_SECONDS = 20  # a repository on a slow disk must not hold a run up
+
+# Packages whose versions decide what a trained model is.
+TRAINING_PACKAGES = (
+    "axolotl",
+    "torch",
+    "transformers",
+    "peft",
+    "tokenizers",
+    "accelerate",
+    "deepspeed",
+    "bitsandbytes",
+)
+RECORDED_PACKAGES = (*TRAINING_PACKAGES, "polars", "kaggle")
+
+# A repository on a slow disk must not hold a run up.
+GIT_TIMEOUT_SECONDS = 20
 
 
 def ledger_path() -> Path:
-    """The ledger's file: of the working directory, unless PAIRWISE_LEDGER names it."""
-    return Path(os.environ.get("PAIRWISE_LEDGER") or LEDGER)
+    """Return PAIRWISE_LEDGER where it is set, else LEDGER in the working directory."""
+    path_from_environment = os.environ.get("PAIRWISE_LEDGER")
+    return Path(path_from_environment or LEDGER)
 
 
 def record(event: str, **fields) -> dict:
-    """Append an entry and return it. `fields` win over what every entry has, e.g. the git_state() of when a run began.
+    """Append an entry to the ledger and return it.
 
-    A ledger that cannot be written is one warning on stderr: what is recorded has happened, and must not be lost over it.
+    A ledger that cannot be written is one warning on stderr: the event has already happened, and its
+    result must not be lost over the record of it.
+
+    Args:
+        event: One of EVENTS.
+        **fields: The event's own fields. They override those that every entry has, e.g. the
+            git_state() at the time when a run began.
+
+    Returns:
+        The entry as `read` will return it.
     """
     if event not in EVENTS:
         raise ValueError(f"{event}: no event of the ledger; expected {', '.join(EVENTS)}")
-    time = datetime.now(UTC).isoformat(timespec="seconds")
-    versions = {name: found for name, found in installed_versions((*MADE_BY, "polars", "kaggle")).items() if found != "absent"}
-    entry = {"time": time, "event": event, **git_state(), "versions": versions, **fields}
+
+    versions = {}
+    for name, installed_version in installed_versions(RECORDED_PACKAGES).items():
+        if installed_version != "absent":
+            versions[name] = installed_version
+
+    # Fields of the event come last, so that they win over the common ones.
+    entry: dict = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": event}
+    entry.update(git_state())
+    entry["versions"] = versions
+    entry.update(fields)
+    line = json.dumps(entry, default=str)
+
+    # The event has happened: a full disk must not end the command.
     path = ledger_path()
     try:
-        _append(path, json.dumps(entry, default=str) + "\n")
+        _append_line(path, line)
     except OSError as error:
-        print(f"warning: {path}: cannot be written ({error.strerror}); it lacks this {event}", file=sys.stderr, flush=True)
-    return json.loads(json.dumps(entry, default=str))
+        warning = f"{path}: cannot be written ({error.strerror}); it lacks this {event}"
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+
+    return json.loads(line)
 
 
 def read(path: Path | None = None) -> list[dict]:
-    """The entries, oldest first; none where there is no ledger. A line that is no entry (cut short) is left out and told."""
+    """Return the entries, oldest first; none if the file does not exist.
+
+    A line that is not an entry, e.g. because a kill cut it short, is skipped with a warning on stderr.
+    """
     path = path or ledger_path()
+    # The shared lock waits for a process that is appending a line.
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             fcntl.flock(file, fcntl.LOCK_SH)
@@ -56,19 +101,59 @@ def read(path: Path | None = None) -> list[dict]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); make it a readable file") from None
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); make it a readable file"
+        ) from None
+
+    # Only a line that cannot be parsed is lost, not the entries around it.
     entries = []
-    for number, line in enumerate(lines, 1):
-        entry = _entry(line)
-        if entry:
+    for line_number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        entry = _parse_entry(line)
+        if entry is None:
+            warning = f"{path}: line {line_number} is no entry (cut short?), and is left out"
+            print(f"warning: {warning}", file=sys.stderr)
+        else:
             entries.append(entry)
-        elif line:
-            print(f"warning: {path}: line {number} is no entry (cut short?), and is left out", file=sys.stderr)
     return entries
 
 
+def _parse_entry(line: str) -> dict | None:
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    is_entry = isinstance(entry, dict) and entry.get("event") in EVENTS
+    return entry if is_entry else None
+
+
+def _append_line(path: Path, line: str) -> None:
+    """Add a line, whole or not at all; it is on the disk when this returns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        size_before = os.fstat(file).st_size
+
+        # After a line that a kill cut short, start a new one, so that only the cut line is lost.
+        ends_in_newline = size_before == 0 or os.pread(file, 1, size_before - 1) == b"\n"
+        if not ends_in_newline:
+            line = "\n" + line
+        content = f"{line}\n".encode()
+
+        # A full disk takes a part of the line, which must not stay.
+        if os.write(file, content) < len(content):
+            os.ftruncate(file, size_before)
+            raise OSError(0, "no room on the disk")
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
 def fingerprint(path: Path | str) -> str | None:
-    """A file's SHA-256, for an entry; None where it cannot be read, which must not end what is recorded."""
+    """Return a file's SHA-256 for an entry, or None if it cannot be read."""
     try:
         return sha256(path)
     except OSError:
@@ -76,25 +161,29 @@ def fingerprint(path: Path | str) -> str | None:
 
 
 def git_state() -> dict[str, str | bool | None]:
-    """The working directory's commit, and whether its tracked files differ from it; both None outside a checkout."""
-    found = git_commit()
-    if found == "unknown":
+    """Return git_commit and git_dirty (whether tracked files differ); both None outside a checkout."""
+    description = git_commit()
+    if description == "unknown":
         return {"git_commit": None, "git_dirty": None}
-    return {"git_commit": found.removesuffix("-dirty"), "git_dirty": found.endswith("-dirty")}
+
+    is_dirty = description.endswith("-dirty")
+    return {"git_commit": description.removesuffix("-dirty"), "git_dirty": is_dirty}
 
 
 def git_commit() -> str:
-    """The commit of the working tree, with -dirty where it has changes, or "unknown" outside a checkout."""
+    """Return the working tree's commit, with -dirty if it has changes; "unknown" outside a checkout."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=GIT_SECONDS)
+        process = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=GIT_TIMEOUT_SECONDS
+        )
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return found.stdout.strip()
+    return process.stdout.strip()
 
 
-def installed_versions(names: Iterable[str] = MADE_BY) -> dict[str, str]:
-    """Versions of installed packages, by name; "absent" for one that is not."""
+def installed_versions(names: Iterable[str] = TRAINING_PACKAGES) -> dict[str, str]:
+    """Return the versions of packages by name; "absent" for one that is not installed."""
     versions = {}
     for name in names:
         try:
@@ -102,28 +191,3 @@ def installed_versions(names: Iterable[str] = MADE_BY) -> dict[str, str]:
         except PackageNotFoundError:
             versions[name] = "absent"
     return versions
-
-
-def _append(path: Path, line: str) -> None:
-    """Add a line, whole or not at all, on the disk when this returns. A line that a kill has cut stays a line of its own."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        size = os.fstat(file).st_size
-        is_cut = size > 0 and os.pread(file, 1, size - 1) != b"\n"
-        content = ("\n" * is_cut + line).encode("utf-8")
-        if os.write(file, content) < len(content):
-            os.ftruncate(file, size)
-            raise OSError(0, "no room on the disk")
-        os.fsync(file)
-    finally:
-        os.close(file)
-
-
-def _entry(line: str) -> dict | None:
-    try:
-        entry = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    return entry if isinstance(entry, dict) and entry.get("event") in EVENTS else None

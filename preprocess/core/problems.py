@@ -1,10 +1,15 @@
-"""What is wrong with a value of a YAML file, in the words of the one line that a user reads."""
+"""Validation messages: pydantic's problems with a YAML file, in the words of the line that a user reads.
+
+Recipes and kernel specs are validated by pydantic, whose messages speak of Python types. Each function
+here returns a part of the line "KEY: expected …, found …; did you mean …?".
+"""
 
 import difflib
 import math
 from collections.abc import Iterable, Mapping
 
-EXPECTED = {  # pydantic's kinds of problem, in the words of YAML
+# The message for each of pydantic's types of problem that needs no context.
+EXPECTED = {
     "tuple_type": "expected a list",
     "list_type": "expected a list",
     "model_type": "expected keys and values",
@@ -15,65 +20,134 @@ EXPECTED = {  # pydantic's kinds of problem, in the words of YAML
     "finite_number": "expected a number",
     "bool_type": "expected true or false",
 }
-BOUNDS = {
+
+# For pydantic's types of violated bounds: the comparison, and the bound's key in the problem's context.
+NUMBER_BOUNDS = {
     "greater_than": ("above", "gt"),
     "greater_than_equal": ("of at least", "ge"),
     "less_than": ("below", "lt"),
     "less_than_equal": ("of at most", "le"),
 }
+LENGTH_BOUNDS = {
+    "string_too_short": ("at least", "min_length"),
+    "string_too_long": ("at most", "max_length"),
+}
 
 
-def nearest(key: object, known: Iterable[str], cutoff: float = 0.5) -> str | None:
-    """The known word that is most like `key`, if one is like it."""
-    match = difflib.get_close_matches(str(key), list(known), n=1, cutoff=cutoff)
-    return match[0] if match else None
+# Below this ratio of difflib, a word is no plausible misspelling of another.
+LEAST_SIMILARITY = 0.5
 
 
-def unknown_key(key: object, known: Iterable[str]) -> str:
-    """That a key is unknown, and the known one that may be meant."""
-    match = nearest(key, known)
+def nearest(key: object, candidates: Iterable[str]) -> str | None:
+    """Find the candidate that is most similar to a mistyped key.
+
+    Args:
+        key: What the user wrote.
+        candidates: The words that are allowed.
+
+    Returns:
+        The most similar candidate, or None if none is similar enough.
+    """
+    matches = difflib.get_close_matches(str(key), list(candidates), n=1, cutoff=LEAST_SIMILARITY)
+    return matches[0] if matches else None
+
+
+def unknown_key(key: object, allowed_keys: Iterable[str]) -> str:
+    """Return the message for a key that is not allowed, with the one that may be meant."""
+    # A key such as `on` has become a boolean, which resembles no allowed key.
     if isinstance(key, bool):
-        return "unknown key (YAML reads on, yes, off and no as true and false); remove it, or put it in quotes"
-    return f"unknown key; did you mean {match}?" if match else "unknown key; remove it"
+        return (
+            "unknown key (YAML reads on, yes, off and no as true and false); "
+            "remove it, or put it in quotes"
+        )
+
+    match = nearest(key, allowed_keys)
+    if match is None:
+        return "unknown key; remove it"
+    return f"unknown key; did you mean {match}?"
 
 
 def in_words(problem: Mapping, patterns: Mapping[str, str]) -> str:
-    """One of pydantic's problems, without its key. `patterns` says of each regular expression what it asks for."""
-    kind, found = problem["type"], problem["input"]
+    """Return the message for one of pydantic's problems with a value, without the key.
+
+    Args:
+        problem: An item of pydantic's ValidationError.errors().
+        patterns: What each regular expression of the model asks for, e.g. {"^[a-z]+$": "lower case"}.
+
+    Returns:
+        "expected …, found …", with a hint where YAML may have read the value differently than meant.
+    """
+    kind = problem["type"]
+    value = problem["input"]
+    context = problem.get("ctx", {})
+
+    # A wrong choice is the one problem whose message may end in a suggestion.
+    if kind == "literal_error":
+        return _describe_wrong_choice(value, context["expected"])
+
     if kind == "string_pattern_mismatch":
-        expected = f"expected {patterns[problem['ctx']['pattern']]}"
-    elif kind in ("string_too_short", "string_too_long"):
-        side = "at least" if kind == "string_too_short" else "at most"
-        expected = f"expected text of {side} {problem['ctx']['min_length' if side == 'at least' else 'max_length']} characters"
-    elif kind == "literal_error":
-        words = problem["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
-        match = nearest(found, words) if isinstance(found, str) else None
-        return f"expected one of {', '.join(words)}, found {found!r}" + (f"; did you mean {match}?" if match else hint(found))
-    elif kind in BOUNDS:
-        word, name = BOUNDS[kind]
-        expected = f"expected a number {word} {problem['ctx'][name]:g}"
+        expected = f"expected {patterns[context['pattern']]}"
+    elif kind in LENGTH_BOUNDS:
+        comparison, bound = LENGTH_BOUNDS[kind]
+        expected = f"expected text of {comparison} {context[bound]} characters"
+    elif kind in NUMBER_BOUNDS:
+        comparison, bound = NUMBER_BOUNDS[kind]
+        expected = f"expected a number {comparison} {context[bound]:g}"
     else:
-        expected = EXPECTED.get(kind, problem["msg"].removeprefix("Value error, "))
-    return f"{expected}, found {found!r}{hint(found)}"
+        # Validators of our own raise ValueError with a message that is fit to print.
+        message = problem["msg"].removeprefix("Value error, ")
+        expected = EXPECTED.get(kind, message)
+
+    return f"{expected}, found {value!r}{hint(value)}"
 
 
-def without_echo(problems: list[dict], known: Iterable[str]) -> list[dict]:
-    """Pydantic's problems but for a key that is only missing because it stands there mistyped."""
-    meant = {nearest(problem["loc"][-1], known) for problem in problems if problem["type"] == "extra_forbidden"}
-    return [problem for problem in problems if problem["type"] != "missing" or problem["loc"][-1] not in meant]
+def _describe_wrong_choice(value: object, expected: str) -> str:
+    """Return the message for a value that is not one of pydantic's list, "'a', 'b' or 'c'"."""
+    choices = expected.replace("'", "").replace(" or ", ", ").split(", ")
+    message = f"expected one of {', '.join(choices)}, found {value!r}"
+
+    match = nearest(value, choices) if isinstance(value, str) else None
+    if match is None:
+        return message + hint(value)
+    return f"{message}; did you mean {match}?"
 
 
-def hint(found: object) -> str:
-    """What YAML made of a value that may have been meant otherwise."""
-    if isinstance(found, bool):
+def without_echo(problems: list[dict], allowed_keys: Iterable[str]) -> list[dict]:
+    """Drop the problem "key is missing" where the same key is already reported as mistyped."""
+    # The keys that the user meant by those that are not allowed.
+    meant_keys = set()
+    for problem in problems:
+        if problem["type"] == "extra_forbidden":
+            meant_keys.add(nearest(problem["loc"][-1], allowed_keys))
+
+    remaining = []
+    for problem in problems:
+        is_echo = problem["type"] == "missing" and problem["loc"][-1] in meant_keys
+        if not is_echo:
+            remaining.append(problem)
+    return remaining
+
+
+def hint(value: object) -> str:
+    """Return a hint in brackets where YAML may have read a value differently than meant, else ""."""
+    if isinstance(value, bool):
         return " (YAML reads no, off, yes and on as false and true: put such a word in quotes)"
+    if not isinstance(value, str):
+        return ""
+
+    # YAML reads some numbers as text, e.g. 1e-5.
     try:
-        number = float(found) if isinstance(found, str) else math.nan
+        number = float(value)
     except ValueError:
         return ""
-    return f" (YAML reads that as text: write {plain(number)})" if math.isfinite(number) else ""
+    # "nan" and "inf" are more likely to be words.
+    if not math.isfinite(number):
+        return ""
+    return f" (YAML reads that as text: write {plain(number)})"
 
 
 def plain(number: float) -> str:
-    """A number as YAML reads it, without an exponent."""
-    return str(int(number)) if number == int(number) else f"{number:.12f}".rstrip("0")
+    """Return a number as YAML reads it, without an exponent."""
+    if number == int(number):
+        return str(int(number))
+    return f"{number:.12f}".rstrip("0")

@@ -1,6 +1,7 @@
-"""What makes two prompts alike: the Jaccard similarity of their sets of character 5-grams, after normalising.
+"""The similarity of two prompts: Jaccard, of their sets of character 5-grams, after normalising.
 
-Characters rather than words, so that Chinese and Japanese work. A text shorter than 5 characters is its own only n-gram.
+Characters rather than words, so that it works for Chinese and Japanese. A text shorter than 5 characters
+is its own only n-gram. The search modules use hashes of n-grams, which are ten times as fast.
 """
 
 import unicodedata
@@ -9,48 +10,69 @@ from collections.abc import Sequence
 import numpy as np
 
 GRAM = 5
-_FACTOR, _MIX = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9)
+
+# Takes the place of missing characters in a text shorter than GRAM: the first number that is no character.
+PADDING = 0x110000
+
+# Odd 64-bit constants with well mixed bits: of Knuth's golden ratio hash, and of SplitMix64.
+FACTOR = np.uint64(0x9E3779B97F4A7C15)
+MIX = np.uint64(0xBF58476D1CE4E5B9)
 
 
 def normalise(turns: Sequence[str]) -> str:
-    """One text of a prompt's turns: NFKC, case folded, runs of white space as one space."""
-    return " ".join(unicodedata.normalize("NFKC", "\n".join(turns)).casefold().split())
+    """Return a prompt's turns as one text: NFKC, case folded, each run of white space one space."""
+    text = unicodedata.normalize("NFKC", "\n".join(turns))
+    return " ".join(text.casefold().split())
 
 
 def grams(text: str) -> frozenset[str]:
-    """The set of character 5-grams of a normalised text."""
-    return frozenset(text[at : at + GRAM] for at in range(max(len(text) - GRAM + 1, 1)))
+    """Return the set of character 5-grams of a normalised text."""
+    count = max(len(text) - GRAM + 1, 1)
+    return frozenset(text[start : start + GRAM] for start in range(count))
 
 
-def jaccard(one: str, other: str) -> float:
-    """Exact similarity of two normalised texts, 0 to 1."""
-    a, b = grams(one), grams(other)
-    shared = len(a & b)
-    return shared / (len(a) + len(b) - shared)
+def jaccard(first: str, second: str) -> float:
+    """Return the exact similarity of two normalised texts, 0 to 1."""
+    first_grams = grams(first)
+    second_grams = grams(second)
+    shared = len(first_grams & second_grams)
+    return shared / (len(first_grams) + len(second_grams) - shared)
 
 
 def gram_codes(text: str) -> np.ndarray:
-    """The same set as 64-bit hashes: sorted, unique, uint64."""
-    points = np.frombuffer(text.encode("utf-32-le"), np.uint32).astype(np.uint64)
-    if len(points) < GRAM:
-        points = np.concatenate([points, np.full(GRAM - len(points), 0x110000, np.uint64)])
-    count = len(points) - GRAM + 1
-    codes = points[:count].copy()
+    """Return the 5-grams of a normalised text as hashes: uint64, sorted, without duplicates."""
+    characters = np.frombuffer(text.encode("utf-32-le"), np.uint32).astype(np.uint64)
+    missing = GRAM - len(characters)
+    if missing > 0:
+        characters = np.append(characters, np.full(missing, PADDING, np.uint64))
+    count = len(characters) - GRAM + 1
+
+    # A polynomial in FACTOR, for all n-grams at once; uint64 wraps around.
+    codes = characters[:count].copy()
     for offset in range(1, GRAM):
-        codes *= _FACTOR
-        codes += points[offset : offset + count]
+        codes *= FACTOR
+        codes += characters[offset : offset + count]
+
+    # Spread the differences of similar n-grams over all bits.
     codes ^= codes >> np.uint64(31)
-    codes *= _MIX
+    codes *= MIX
     codes ^= codes >> np.uint64(29)
-    codes.sort()
-    fresh = np.ones(count, bool)
-    np.not_equal(codes[1:], codes[:-1], out=fresh[1:])
-    return codes[fresh]
+
+    return np.unique(codes)
 
 
-def codes_jaccard(a: np.ndarray, b: np.ndarray) -> float:
-    """`jaccard` of two texts from their gram_codes: the same but for hashes that collide, and ten times as fast."""
-    both = np.concatenate([a, b])
-    both.sort(kind="stable")
-    shared = int(np.count_nonzero(both[1:] == both[:-1]))
-    return shared / (len(both) - shared)
+def codes_jaccard(first: np.ndarray, second: np.ndarray) -> float:
+    """Compute the similarity of two texts from hashes of their n-grams.
+
+    Args:
+        first: The gram_codes of one text.
+        second: The gram_codes of the other.
+
+    Returns:
+        What `jaccard` returns for the texts, unless two hashes collide.
+    """
+    # Two sorted runs, which a stable sort merges in linear time; a shared n-gram stands twice.
+    merged = np.concatenate([first, second])
+    merged.sort(kind="stable")
+    shared = int(np.count_nonzero(merged[1:] == merged[:-1]))
+    return shared / (len(merged) - shared)

@@ -1,7 +1,6 @@
-"""Files of any accepted format as rows of plain Python values: Parquet, CSV (every value a string) and JSONL.
+"""Opening source files: Parquet, CSV (every value a string) and JSONL become rows of Python values.
 
-`open_table` reads nothing but what it must to know the columns are there; a file that cannot be read is a UserError that
-names it. Row numbers count data rows from 1; in JSONL they are line numbers, and a line that is no JSON object is `None`.
+Only reader.py and the layouts use this. It knows file formats, and nothing of what columns mean.
 """
 
 import json
@@ -13,71 +12,102 @@ import polars as pl
 
 from preprocess.core.errors import UserError
 
-ROWS_AT_ONCE = 2048
 SUFFIXES = (".parquet", ".csv", ".jsonl")
 
 
 @dataclass(frozen=True)
+class TableRow:
+    """One row of a file.
+
+    Attributes:
+        number: Counts data rows from 1; in JSONL it is the number of the line.
+        values: Values by column; None for a line of JSONL that is not an object.
+        line: That line, for a message.
+    """
+
+    number: int
+    values: dict | None
+    line: str = ""
+
+
+@dataclass(frozen=True)
 class Table:
-    """A readable file: its columns, its number of rows, and the rows themselves, as a frame or as parsed JSON lines."""
+    """A file that can be read: a Parquet or CSV file as a frame, or the parsed lines of a JSONL file."""
 
     path: Path
     columns: tuple[str, ...]
     height: int
-    frame: pl.DataFrame | None
-    lines: tuple[tuple[int, dict | None, str], ...] = ()
+    frame: pl.DataFrame | None = None
+    json_rows: tuple[TableRow, ...] = ()
 
-    def rows(self, columns: tuple[str, ...] | None = None) -> Iterator[tuple[int, dict | None, str]]:
-        """(row number, values by column, the raw line where there is one) of every row; only `columns`, where given."""
+    def rows(self) -> Iterator[TableRow]:
+        """Yield every row of the file, in its order."""
         if self.frame is None:
-            yield from self.lines
+            yield from self.json_rows
             return
-        frame = self.frame if columns is None else self.frame.select(columns)
-        number = 0
-        for part in frame.iter_slices(ROWS_AT_ONCE):
-            for values in part.iter_rows(named=True):
-                number += 1
-                yield number, values, ""
+
+        for number, values in enumerate(self.frame.iter_rows(named=True), 1):
+            yield TableRow(number, values)
+
+    def holds_text(self, column: str) -> bool:
+        """Return whether a column is known to hold only strings; that of a JSONL file never is."""
+        return self.frame is not None and self.frame.schema.get(column) == pl.String
 
 
 def open_table(path: Path | str) -> Table:
-    """Open a Parquet, CSV or JSONL file; a missing, unreadable or empty one is a UserError."""
+    """Open a Parquet, CSV or JSONL file; raise UserError if it is missing, unreadable or empty."""
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file")
     if path.suffix not in SUFFIXES:
-        raise UserError(f"{path}: unknown kind of file; expected {', '.join(SUFFIXES)} (unpack an archive first)")
+        raise UserError(
+            f"{path}: unknown kind of file; "
+            f"expected {', '.join(SUFFIXES)} (unpack an archive first)"
+        )
+
     try:
-        table = _json_lines(path) if path.suffix == ".jsonl" else _frame(path)
+        table = _read_json_lines(path) if path.suffix == ".jsonl" else _read_frame(path)
     except (pl.exceptions.PolarsError, OSError, UnicodeDecodeError) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: cannot be read as {path.suffix[1:]} ({first_line}); fetch or export it again") from None
-    if not table.height:
+        # Polars' messages have several lines, of which the first says what is wrong.
+        message_lines = str(error).strip().splitlines()
+        message = message_lines[0] if message_lines else type(error).__name__
+        raise UserError(
+            f"{path}: cannot be read as {path.suffix[1:]} ({message}); fetch or export it again"
+        ) from None
+
+    if table.height == 0:
         raise UserError(f"{path}: holds no rows; fetch or export it again")
     return table
 
 
-def _frame(path: Path) -> Table:
+def _read_frame(path: Path) -> Table:
     if path.suffix == ".csv":
+        # Inferred types would turn the id 007 into 7.
         frame = pl.read_csv(path, infer_schema=False)
     else:
         frame = pl.read_parquet(path, use_pyarrow=False, glob=False)
-    return Table(path, tuple(frame.columns), frame.height, frame)
+    return Table(path, tuple(frame.columns), frame.height, frame=frame)
 
 
-def _json_lines(path: Path) -> Table:
-    lines, columns = [], {}
+def _read_json_lines(path: Path) -> Table:
+    rows = []
+    # Lines may differ in their keys; a dict keeps these in the order of appearance.
+    columns: dict[str, None] = {}
+
     with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
+        for line_number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            values = _json_object(line)
-            columns |= dict.fromkeys(values or ())
-            lines.append((number, values, line.rstrip("\n")))
-    return Table(path, tuple(columns), len(lines), None, tuple(lines))
+            values = _parse_object(line)
+            if values is not None:
+                columns.update(dict.fromkeys(values))
+            rows.append(TableRow(line_number, values, line.rstrip("\n")))
+
+    return Table(path, tuple(columns), len(rows), json_rows=tuple(rows))
 
 
-def _json_object(line: str) -> dict | None:
+def _parse_object(line: str) -> dict | None:
+    """Parse a line of JSONL; None if it is not an object."""
     try:
         values = json.loads(line)
     except (json.JSONDecodeError, RecursionError):

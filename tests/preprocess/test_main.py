@@ -10,6 +10,8 @@ from click.testing import CliRunner
 
 from preprocess import __main__ as command
 from preprocess import pairs as pairs_module
+from preprocess.core import ledger
+from preprocess.core.files import sha256
 from preprocess.dedup.grouping import Groups
 from preprocess.pairs import PAIRS
 from tests import tiny
@@ -70,16 +72,12 @@ def test_the_longer_answer_wins_as_often_as_counted_by_hand(tmp_path, out):
     assert line.split()[-4:] == ["50.0%", "25.0%", "25.0%", "66.7%"]
 
 
-def test_running_twice_gives_the_same_bytes_and_the_same_lines(train, out):
-    first = run(train, "--out", out).output, out.read_bytes()
-    assert (run(train, "--out", out).output, out.read_bytes()) == first
-
-
-def test_its_own_output_can_be_read_again(train, out):
-    run(train, "--out", out)
-    again = out.with_name("again.parquet")
-    assert run(out, "--out", again).exit_code == 0
-    assert pl.read_parquet(again).equals(pl.read_parquet(out))
+def test_running_again_gives_the_same_bytes_and_the_output_is_a_source_itself(train, out):
+    first_run = run(train, "--out", out).output, out.read_bytes()
+    assert (run(train, "--out", out).output, out.read_bytes()) == first_run
+    copy = out.with_name("copy.parquet")
+    assert run(out, "--out", copy).exit_code == 0
+    assert pl.read_parquet(copy).equals(pl.read_parquet(out))
 
 
 def test_a_prompt_of_a_held_back_file_is_a_leak_and_nothing_is_written(train, out, tmp_path):
@@ -93,11 +91,17 @@ def test_a_prompt_of_a_held_back_file_is_a_leak_and_nothing_is_written(train, ou
     assert not out.parent.exists()
 
 
-def test_a_held_back_file_without_shared_prompts_passes(train, out, tmp_path):
-    tiny.pairs(30, seed=5).write_parquet(tmp_path / "test.parquet")
-    result = run(train, "--out", out, "--against", tmp_path / "test.parquet")
+def test_a_held_back_file_without_shared_prompts_passes_and_the_ledger_has_all_files(train, out, tmp_path, ledger_file):
+    held_back = tmp_path / "test.parquet"
+    tiny.pairs(30, seed=5).write_parquet(held_back)
+    result = run(train, "--out", out, "--against", held_back)
     assert result.exit_code == 0
     assert "or in test.parquet" in result.output
+    [entry] = ledger.read()
+    assert entry["event"] == "pairs"
+    assert entry["sources"] == [{"file": str(train), "sha256": sha256(train), "rows": 62}]
+    assert entry["against"] == [{"file": str(held_back), "sha256": sha256(held_back), "rows": 30}]
+    assert (entry["pairs"], entry["pairs_sha256"], entry["rows"], entry["rejected"]) == (str(out), sha256(out), 60, 2)
 
 
 def test_a_grouping_gone_wrong_is_caught_and_the_earlier_output_stays(tmp_path, out, monkeypatch):
@@ -116,16 +120,13 @@ def test_a_grouping_gone_wrong_is_caught_and_the_earlier_output_stays(tmp_path, 
     assert out.read_bytes() == before
 
 
-@pytest.mark.parametrize("name", ["absent.parquet", "broken.parquet", "columns.csv", "unusable.csv"])
-def test_bad_input_is_one_line_exit_code_2_and_no_file(tmp_path, train, out, name):
-    (tmp_path / "broken.parquet").write_bytes(b"PAR1")
-    (tmp_path / "columns.csv").write_text("id,prompt,response_a,winner\n1,p,a,tie\n")
+def test_bad_input_is_one_line_exit_code_2_and_no_file(tmp_path, train, out):
     (tmp_path / "unusable.csv").write_text("id,prompt,response_a,response_b,winner\n1,p,a,b,nobody\n")
-    result = run(train, tmp_path / name, "--out", out)
+    result = run(train, tmp_path / "unusable.csv", "--out", out)
     assert result.exit_code == 2
     (line,) = result.output.strip().splitlines()
     assert line.startswith("error: ")
-    assert name in line
+    assert "unusable.csv" in line
     assert not out.parent.exists()
 
 

@@ -2,9 +2,11 @@
 
 import polars as pl
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from preprocess.pairs import PAIRS, group_number, make_pairs
-from preprocess.sources.layouts import ROWS
+from preprocess.sources.rows import ROWS
 from tests import tiny
 
 
@@ -18,10 +20,7 @@ def pairs_of(*rows, folds: int = 5, threshold: float = 0.7):
 
 
 def votes(table: pl.DataFrame) -> list[tuple]:
-    return [
-        tuple(round(x, 4) if isinstance(x, float) else x for x in one)
-        for one in table.select("winner", "weight", "p_model_a", "p_model_b", "p_tie").rows()
-    ]
+    return table.select("winner", "weight", pl.col("p_model_a", "p_model_b", "p_tie").round(4)).rows()
 
 
 def test_a_pair_judged_in_either_order_becomes_one_row_with_vote_shares():
@@ -43,13 +42,33 @@ def test_as_many_votes_for_either_are_a_tie():
     assert votes(pairs_of(row("1"), row("2", winner="model_b")).table) == [("tie", 2.0, 0.5, 0.5, 0.0)]
 
 
-def test_other_prompts_or_other_turns_are_other_pairs():
-    assert pairs_of(row("1"), row("2", prompt="q"), row("3", b="c")).table.height == 3
+def test_shares_count_by_weight_but_a_single_judgement_keeps_its_verdict():
+    def teacher(row_id, *shares, weight=1.0):
+        return (*row(row_id)[:9], *shares, weight, None)
+
+    assert votes(pairs_of(teacher("1", 0.2, 0.7, 0.1, weight=3.0)).table)[0][0] == "model_a"
+    both = pairs_of(teacher("1", 0.2, 0.7, 0.1, weight=3.0), row("2")).table
+    assert both.select("winner", "weight").row(0) == ("model_b", 4.0)
+    assert both.select("p_model_a", "p_model_b", "p_tie").row(0) == pytest.approx((0.4, 0.525, 0.075))
+    equal = pairs_of(teacher("1", 0.7, 0.3, 0.0), teacher("2", 0.1, 0.5, 0.4)).table
+    assert equal["winner"][0] == "tie", "0.7 + 0.1 is a little less than 0.3 + 0.5"
 
 
 def test_an_id_that_is_taken_gets_its_source():
     rows = [row("1", prompt=f"prompt {at}", source=source) for at, source in enumerate("xyyx")]
     assert pairs_of(*rows).table["id"].to_list() == ["1", "y:1", "y:1:2", "x:1"]
+
+
+@given(st.lists(st.tuples(st.sampled_from(["1", "007", "x:1", "x:1:2", "é"]), st.sampled_from("xy")), min_size=1, max_size=8))
+def test_ids_are_unique_texts_that_keep_the_given_id(named):
+    ids = pairs_of(*(row(row_id, b=f"b {at}", source=source) for at, (row_id, source) in enumerate(named))).table["id"]
+    assert ids.dtype == pl.String
+    assert ids.is_unique().all()
+    seen = set()
+    for unique_id, (row_id, source) in zip(ids, named, strict=True):
+        assert unique_id == row_id or unique_id.startswith(f"{source}:{row_id}")
+        assert unique_id == row_id or row_id in seen
+        seen.add(unique_id)
 
 
 def test_groups_and_folds_are_hashes_of_the_earliest_prompt():
@@ -61,10 +80,8 @@ def test_groups_and_folds_are_hashes_of_the_earliest_prompt():
 
 
 def rows_of(table: pl.DataFrame, file: str) -> list[tuple]:
-    return [
-        row(one["id"], one["prompt"], one["response_a"], one["response_b"], one["winner"], file=file)
-        for one in table.iter_rows(named=True)
-    ]
+    columns = table.select("id", "prompt", "response_a", "response_b", "winner")
+    return [row(*values, file=file) for values in columns.rows()]
 
 
 def test_rows_added_after_the_others_move_no_pair():

@@ -5,14 +5,9 @@ import multiprocessing
 import subprocess
 from pathlib import Path
 
-import polars as pl
 import pytest
-from click.testing import CliRunner
 
-from preprocess import __main__ as preprocessing
 from preprocess.core import ledger
-from preprocess.core.files import sha256
-from tests import tiny
 
 
 @pytest.fixture
@@ -38,15 +33,12 @@ def test_an_entry_has_time_commit_versions_and_its_own_fields(checkout, ledger_f
     assert ledger_file.read_text().count("\n") == 1
 
 
-def test_a_changed_tree_is_told(checkout):
+def test_a_changed_tree_is_dirty_unless_the_event_says_what_it_began_from(checkout):
     Path("file.txt").write_text("two")
     entry = ledger.record("push")
     assert (entry["git_commit"], entry["git_dirty"]) == (checkout, True)
-
-
-def test_what_a_run_began_from_wins_over_what_is_there_when_it_ends(checkout):
-    entry = ledger.record("train", git_commit="0" * 40, git_dirty=True)
-    assert (entry["git_commit"], entry["git_dirty"]) == ("0" * 40, True)
+    entry = ledger.record("train", git_commit="0" * 40, git_dirty=False)
+    assert (entry["git_commit"], entry["git_dirty"]) == ("0" * 40, False)
 
 
 def test_without_a_repository_or_git_the_commit_is_null(tmp_path, monkeypatch, ledger_file):
@@ -61,9 +53,8 @@ def test_by_default_it_lies_in_outputs_of_the_working_directory(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PAIRWISE_LEDGER")
     assert ledger.read() == []
-    ledger.record("push", spec="demo")
-    assert [entry["spec"] for entry in ledger.read()] == ["demo"]
-    assert json.loads((tmp_path / "outputs" / "ledger.jsonl").read_text())["spec"] == "demo"
+    entry = ledger.record("push", spec="demo")
+    assert json.loads((tmp_path / "outputs" / "ledger.jsonl").read_text()) == entry
 
 
 def write_fifty(number: int) -> None:
@@ -87,27 +78,22 @@ def test_a_line_cut_by_a_kill_costs_only_itself(ledger_file, capsys):
     ledger.record("push", spec="first")
     ledger.record("push", spec="second")
     ledger_file.write_text(ledger_file.read_text()[:-40])
-    assert [entry["spec"] for entry in ledger.read()] == ["first"]
-    assert capsys.readouterr().err == f"warning: {ledger_file}: line 2 is no entry (cut short?), and is left out\n"
     ledger.record("push", spec="third")
     assert [entry["spec"] for entry in ledger.read()] == ["first", "third"]
+    assert f"{ledger_file}: line 2 is no entry" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("line", ["[1]", "{}", '{"event": "other"}', "\x00\x00"])
-def test_a_line_that_is_no_entry_is_told_by_number_and_left_out(ledger_file, capsys, line):
-    ledger_file.write_text(f"{line}\n\n")
-    ledger.record("push", spec="whole")
-    assert [entry["spec"] for entry in ledger.read()] == ["whole"]
-    assert "line 1 is no entry" in capsys.readouterr().err
+def test_lines_that_are_no_entries_are_left_out_with_their_numbers(ledger_file, capsys):
+    ledger_file.write_text('[1]\n{}\n\n{"event": "other"}\n\x00\x00\n')
+    assert ledger.read() == []
+    assert [int(line.split(": line ")[1].split()[0]) for line in capsys.readouterr().err.splitlines()] == [1, 2, 4, 5]
 
 
 def test_a_ledger_that_cannot_be_written_is_one_warning_and_no_end(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("PAIRWISE_LEDGER", str(tmp_path / "file" / "ledger.jsonl"))
     assert ledger.record("train", fold=0)["fold"] == 0
-    assert capsys.readouterr().err == (
-        f"warning: {tmp_path}/file/ledger.jsonl: cannot be written (File exists); it lacks this train\n"
-    )
+    assert "ledger.jsonl: cannot be written (File exists)" in capsys.readouterr().err
 
 
 def test_a_full_disk_leaves_no_part_of_a_line(ledger_file, monkeypatch, capsys):
@@ -123,17 +109,3 @@ def test_an_unknown_event_is_a_mistake_of_the_caller(ledger_file):
     with pytest.raises(ValueError, match="pull: no event of the ledger; expected pairs, train, package"):
         ledger.record("pull")
     assert not ledger_file.exists()
-
-
-def test_preprocess_enters_raw_files_and_pairs_with_their_hashes(tmp_path, ledger_file):
-    source, against, out = (tmp_path / name for name in ("train.parquet", "test.parquet", "pairs.parquet"))
-    bad = tiny.pairs(1, seed=9, prefix="bad").with_columns(response_a=pl.lit(""))
-    pl.concat([tiny.pairs(30, seed=1), bad]).write_parquet(source)
-    tiny.pairs(10, seed=5).write_parquet(against)
-    done = CliRunner().invoke(preprocessing.main, [str(source), "--out", str(out), "--against", str(against)])
-    assert done.exit_code == 0, done.output
-    [entry] = ledger.read()
-    assert entry["event"] == "pairs"
-    assert entry["sources"] == [{"file": str(source), "sha256": sha256(source), "rows": 31}]
-    assert entry["against"] == [{"file": str(against), "sha256": sha256(against), "rows": 10}]
-    assert (entry["pairs"], entry["pairs_sha256"], entry["rows"], entry["rejected"]) == (str(out), sha256(out), 30, 1)

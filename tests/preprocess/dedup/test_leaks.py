@@ -3,58 +3,50 @@
 import numpy as np
 import pytest
 
-from preprocess.dedup import leaks
+from preprocess.dedup import prefix_filter
 from preprocess.dedup.leaks import find_leaks
 from preprocess.dedup.ngrams import jaccard
-from tests.preprocess.dedup.test_grouping import alike, texts_with_near_copies
+from tests.preprocess.dedup.test_grouping import similar_pairs, texts_with_near_copies
 
 
-@pytest.mark.parametrize("threshold", [0.5, 0.6, 0.7, 0.8, 0.95, 1.0])
-@pytest.mark.parametrize("at_once", [1, 2_000_000])
+@pytest.mark.parametrize("threshold", [0.5, 0.7, 0.95, 1.0])
+@pytest.mark.parametrize("at_once", [100, 2_000_000])
 def test_with_every_prompt_in_a_fold_of_its_own_it_finds_what_brute_force_finds(monkeypatch, threshold, at_once):
-    monkeypatch.setattr(leaks, "MEETINGS_AT_ONCE", at_once)
+    monkeypatch.setattr(prefix_filter, "MEETINGS_AT_ONCE", at_once)
     texts = texts_with_near_copies(seed=1)
-    found = find_leaks(texts, np.arange(len(texts)), threshold).leaks
-    assert {(leak.one, leak.other) for leak in found} == alike(texts, threshold)
-    assert [leak.similarity for leak in found] == sorted((leak.similarity for leak in found), reverse=True)
-    assert all(leak.similarity == jaccard(texts[leak.one], texts[leak.other]) for leak in found)
+    leaks = find_leaks(texts, np.arange(len(texts)), threshold).leaks
+    assert {(leak.first, leak.second) for leak in leaks} == similar_pairs(texts, threshold)
+    assert [leak.similarity for leak in leaks] == sorted((leak.similarity for leak in leaks), reverse=True)
+    assert all(leak.similarity == jaccard(texts[leak.first], texts[leak.second]) for leak in leaks)
 
 
-def test_a_near_copy_put_into_a_wrong_fold_is_found():
-    texts = [
-        "what is the tallest mountain on the continent?",
-        "something else",
-        "what is the tallest mountain on this continent?",
-    ]
+def test_a_near_copy_leaks_only_from_another_fold():
+    question = "what is the tallest mountain on {} continent?"
+    texts = [question.format("the"), "something else", question.format("this")]
     assert find_leaks(texts, [0, 0, 0], 0.7).leaks == ()
     (leak,) = find_leaks(texts, [0, 0, 1], 0.7).leaks
-    assert (leak.one, leak.other) == (0, 2)
+    assert (leak.first, leak.second) == (0, 2)
     assert 0.7 <= leak.similarity < 1
 
 
 def test_short_prompts_in_chinese_leak_when_equal():
-    texts = ["你好", "你好", "您好"]
-    (leak,) = find_leaks(texts, [0, 1, 2], 0.7).leaks
-    assert (leak.one, leak.other, leak.similarity) == (0, 1, 1.0)
+    (leak,) = find_leaks(["你好", "你好", "您好"], [0, 1, 2], 0.7).leaks
+    assert (leak.first, leak.second, leak.similarity) == (0, 1, 1.0)
 
 
 def test_files_outside_of_the_folds_leak_into_folds_but_not_into_each_other():
-    texts = ["the same prompt"] * 4
-    found = find_leaks(texts, [2, 2, -1, -2], 0.7).leaks
-    assert [(leak.one, leak.other) for leak in found] == [(0, 2), (0, 3)]
+    leaks = find_leaks(["the same prompt"] * 4, [2, 2, -1, -2], 0.7).leaks
+    assert [(leak.first, leak.second) for leak in leaks] == [(0, 2), (0, 3)]
 
 
-@pytest.mark.parametrize("places", [[0, -1], [-1, 0]])
-def test_a_longer_and_a_shorter_copy_leak_whichever_is_held_back(places):
-    assert len(find_leaks(["abcdefghijklmnopqrst", "abcdefghijklmnopqrstu"], places, 0.7).leaks) == 1
-    assert find_leaks(["abcdefghijklmnopqrst", "abcdefghijklmnopqrstu"], [-1, -2], 0.7).leaks == ()
+@pytest.mark.parametrize(("places", "leaks"), [([0, -1], 1), ([-1, 0], 1), ([-1, -2], 0)])
+def test_a_longer_copy_exactly_at_the_threshold_leaks_whichever_is_held_back(places, leaks):
+    texts = ["abcdefghijklmnopqr", "abcdefghijklmnopqrstuvwx"]
+    assert [leak.similarity for leak in find_leaks(texts, places, 0.7).leaks] == [0.7] * leaks
 
 
-def test_the_closest_harmless_pair_that_came_near_is_told():
-    texts = texts_with_near_copies(seed=1)
-    below = {jaccard(a, b) for at, b in enumerate(texts) for a in texts[:at]} - {1.0}
+def test_the_closest_harmless_pair_that_came_near_is_reported():
+    texts = texts_with_near_copies(seed=2)
     report = find_leaks(texts, np.arange(len(texts)), 0.7)
-    assert report.closest in below
-    assert 0.6 < report.closest < 0.7
-    assert report.compared > len(report.leaks)
+    assert (len(report.leaks), report.compared, report.closest) == (148, 160, 72 / 103)
     assert find_leaks(["a", "b"], [0, 1], 0.7).closest == 0

@@ -1,0 +1,214 @@
+"""Prefix filtering: finds every pair of texts that may reach a Jaccard similarity, and misses none.
+
+Sort the n-grams of each text from rare to common, and call the first n - ceil(t * n) + 1 of its n n-grams
+its prefix. The prefixes of two texts of similarity t or more share an n-gram, so an inverted index of
+prefixes finds every such pair (Chaudhuri et al. 2006; Xiao et al. 2008). leaks.py verifies the pairs.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+# N-grams are counted by their lowest 22 bits: a collision makes a rare one look more common, no more.
+FREQUENCY_BUCKETS = 1 << 22
+
+# A rank has the frequency in its highest 16 bits and the n-gram's hash below.
+MOST_FREQUENT = np.uint64(0xFFFF)
+HASH_BITS = np.uint64(48)
+HASH_SHIFT = np.uint64(16)
+
+# Bounds memory: the pairs of texts that meet in one n-gram are listed in batches.
+MEETINGS_AT_ONCE = 2_000_000
+
+# Keeps rounding from ruling out a pair exactly at the threshold.
+ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class PrefixIndex:
+    """An inverted index of the prefixes of texts that are sorted by their number of n-grams.
+
+    An entry is one n-gram in the prefix of one text. Entries are in the order of texts.
+
+    Attributes:
+        size: By text, its number of n-grams.
+        prefix_size: By text, how many of these are in its prefix.
+        last_rank: By text, the rank of the commonest n-gram in its prefix.
+        first_entry: By text, and one more: text i has the entries first_entry[i]:first_entry[i + 1].
+        list_start: By entry, where the list of texts with this n-gram begins in `lists`.
+        earlier_texts: By entry, how many texts in that list stand before the entry's own.
+        lists: Texts by n-gram, in ascending order within each.
+    """
+
+    size: np.ndarray
+    prefix_size: np.ndarray
+    last_rank: np.ndarray
+    first_entry: np.ndarray
+    list_start: np.ndarray
+    earlier_texts: np.ndarray
+    lists: np.ndarray
+
+
+def build_prefix_index(codes: list[np.ndarray], threshold: float) -> PrefixIndex:
+    """Build the index over texts.
+
+    Args:
+        codes: The gram_codes of each text, shortest first.
+        threshold: The Jaccard similarity that candidates may reach.
+    """
+    size = np.array([len(text_codes) for text_codes in codes], dtype=np.int64)
+
+    # A similar text shares at least so many n-grams, hence one of the rarest of them.
+    least_shared = np.ceil(threshold * size - ROUNDING).astype(np.int64)
+    prefix_size = size - least_shared + 1
+
+    # All prefixes in one array, text after text.
+    ranks, last_rank = _select_prefixes(codes, prefix_size)
+    texts = np.repeat(np.arange(len(codes), dtype=np.int32), prefix_size)
+    list_start, earlier_texts, lists = _invert(ranks, texts)
+
+    return PrefixIndex(
+        size=size,
+        prefix_size=prefix_size,
+        last_rank=last_rank,
+        first_entry=np.append(0, np.cumsum(prefix_size)),
+        list_start=list_start,
+        earlier_texts=earlier_texts,
+        lists=lists,
+    )
+
+
+def _select_prefixes(
+    codes: list[np.ndarray], prefix_size: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ranks of the rarest n-grams of each text in one array, and each text's last rank."""
+    frequency = np.zeros(FREQUENCY_BUCKETS, np.uint64)
+    bucket_mask = np.uint64(FREQUENCY_BUCKETS - 1)
+    for text_codes in codes:
+        frequency[text_codes & bucket_mask] += np.uint64(1)
+
+    prefixes = [np.zeros(0, np.uint64)]
+    last_rank = np.zeros(len(codes), np.uint64)
+    for text, text_codes in enumerate(codes):
+        text_frequency = frequency[text_codes & bucket_mask]
+        high_bits = np.minimum(text_frequency, MOST_FREQUENT) << HASH_BITS
+        ranks = high_bits | (text_codes >> HASH_SHIFT)
+
+        # The smallest ranks in any order, but for the largest of them, which comes last.
+        last = prefix_size[text] - 1
+        prefix = np.partition(ranks, last)[: last + 1]
+        prefixes.append(prefix)
+        last_rank[text] = prefix[-1]
+
+    return np.concatenate(prefixes), last_rank
+
+
+def _invert(ranks: np.ndarray, texts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return list_start, earlier_texts and lists of the index, given the rank and text of each entry."""
+    # Stable: the texts of an n-gram stay in ascending order.
+    by_rank = np.argsort(ranks, kind="stable")
+    sorted_ranks = ranks[by_rank]
+
+    # A list begins wherever the rank changes.
+    is_start = np.ones(len(ranks), bool)
+    is_start[1:] = sorted_ranks[1:] != sorted_ranks[:-1]
+    starts = np.flatnonzero(is_start)
+    lengths = np.diff(starts, append=len(ranks))
+    start_by_rank = np.repeat(starts, lengths)
+
+    # Back to the order of entries.
+    list_start = np.empty(len(ranks), np.int64)
+    list_start[by_rank] = start_by_rank
+    earlier_texts = np.empty(len(ranks), np.int64)
+    earlier_texts[by_rank] = np.arange(len(ranks)) - start_by_rank
+
+    return list_start, earlier_texts, texts[by_rank]
+
+
+def find_candidates(
+    index: PrefixIndex, places: np.ndarray, threshold: float
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Find the pairs of texts in different places that may reach a similarity.
+
+    Args:
+        index: Built with the same threshold.
+        places: Of each text, its fold, or a number below 0 for a file outside of the folds.
+        threshold: The Jaccard similarity.
+
+    Yields:
+        The longer and the shorter texts of pairs, each pair once, a batch at a time.
+    """
+    text_count = len(index.size)
+
+    for start, stop in _split_texts(index):
+        longer, shorter = _list_meetings(index, start, stop)
+
+        # Two files outside of the folds may share prompts.
+        place = places[longer]
+        other_place = places[shorter]
+        is_apart = (place != other_place) & ((place >= 0) | (other_place >= 0))
+
+        # A text can share no more n-grams than it has.
+        least_size = threshold * index.size[longer] - ROUNDING
+        is_relevant = is_apart & (index.size[shorter] >= least_size)
+
+        # A pair meets in as many n-grams as the two prefixes share.
+        pair_codes = longer[is_relevant] * text_count + shorter[is_relevant]
+        unique_codes, shared = np.unique(pair_codes, return_counts=True)
+        longer = unique_codes // text_count
+        shorter = unique_codes % text_count
+
+        most_shared = shared + _count_beyond_prefix(index, longer, shorter)
+        total_size = index.size[longer] + index.size[shorter]
+        least_shared = threshold / (1 + threshold) * total_size - ROUNDING
+        is_candidate = most_shared >= least_shared
+        yield longer[is_candidate], shorter[is_candidate]
+
+
+def _split_texts(index: PrefixIndex) -> Iterator[tuple[int, int]]:
+    """Yield ranges of texts that have about MEETINGS_AT_ONCE meetings with earlier ones."""
+    # How many meetings there are before each entry, and before each text.
+    before_entry = np.append(0, np.cumsum(index.earlier_texts))
+    before_text = before_entry[index.first_entry]
+    total = before_text[-1]
+
+    # A range ends with the text that reaches the next multiple of the limit.
+    limits = np.arange(0, total + MEETINGS_AT_ONCE, MEETINGS_AT_ONCE)
+    edges = np.searchsorted(before_text, limits)
+    edges = np.minimum(edges, len(index.size))
+    yield from pairwise(edges.tolist())
+
+
+def _list_meetings(index: PrefixIndex, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pair the texts start:stop with every earlier one, as often as their prefixes share an n-gram."""
+    first_entry = index.first_entry[start]
+    last_entry = index.first_entry[stop]
+    earlier_texts = index.earlier_texts[first_entry:last_entry]
+
+    # The later text of a meeting is the entry's own, which is never shorter.
+    texts = np.arange(start, stop)
+    text_by_entry = np.repeat(texts, index.prefix_size[start:stop])
+    longer = np.repeat(text_by_entry, earlier_texts)
+
+    # An entry meets the first texts of its list: 0, 1, … up to its own place there.
+    meetings_before = np.cumsum(earlier_texts) - earlier_texts
+    place_in_list = np.arange(len(longer)) - np.repeat(meetings_before, earlier_texts)
+    list_start = index.list_start[first_entry:last_entry]
+    shorter = index.lists[np.repeat(list_start, earlier_texts) + place_in_list]
+
+    return longer, shorter
+
+
+def _count_beyond_prefix(
+    index: PrefixIndex, longer: np.ndarray, shorter: np.ndarray
+) -> np.ndarray:
+    """Return how many n-grams of each pair may be shared and not be in both prefixes.
+
+    Those stand behind the prefix that ends first, so no more than that text has left.
+    """
+    left_of_longer = index.size[longer] - index.prefix_size[longer]
+    left_of_shorter = index.size[shorter] - index.prefix_size[shorter]
+    ends_first = index.last_rank[shorter] < index.last_rank[longer]
+    return np.where(ends_first, left_of_shorter, left_of_longer)

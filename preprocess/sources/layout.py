@@ -1,0 +1,33 @@
+"""What a layout has to define: its name, its columns, and how one of its rows is read."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from preprocess.sources.rows import Judgement
+from preprocess.sources.tables import Table
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One kind of source file.
+
+    Attributes:
+        name: What messages and the documentation call it.
+        columns: The columns by which a file of this layout is recognised.
+        read_judgement: Reads a row, given its values by column (a line of JSONL may lack some).
+            Raises UnusableRow where a value is of the wrong kind; what every layout has to check,
+            such as an empty answer, reader.py checks.
+        required_columns: The columns that a certain file needs, where it does not need all.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    read_judgement: Callable[[dict], Judgement]
+    required_columns: Callable[[Table], tuple[str, ...]] | None = None
+
+    def find_missing_columns(self, table: Table) -> list[str]:
+        """Return the columns that a file would need to be of this layout, and lacks."""
+        required = self.columns
+        if self.required_columns is not None:
+            required = self.required_columns(table)
+        return [column for column in required if column not in table.columns]

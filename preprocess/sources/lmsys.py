@@ -1,0 +1,62 @@
+"""The layout of the LMSYS competition: turns as JSON lists, and a column of 0 and 1 for each verdict."""
+
+import json
+
+from preprocess.model_input import VERDICTS
+from preprocess.sources.layout import Layout
+from preprocess.sources.rows import Judgement, UnusableRow
+from preprocess.sources.values import read_text, read_turns
+
+# How a flag of 1 reads in CSV, in Parquet, and after a detour through floats or booleans.
+FLAG_SET = ("1", "1.0", "True", "true")
+
+
+def read_judgement(values: dict) -> Judgement:
+    """Read a row, whose texts are JSON lists of turns, in which a turn may be null."""
+    # Exactly one of the three flags must be set.
+    verdicts = []
+    for verdict in VERDICTS:
+        flag = read_text(values.get(f"winner_{verdict}"))
+        if flag in FLAG_SET:
+            verdicts.append(verdict)
+    winner = verdicts[0] if len(verdicts) == 1 else ""
+
+    return Judgement(
+        id=read_text(values.get("id")),
+        prompt=read_json_turns(values.get("prompt")),
+        response_a=read_json_turns(values.get("response_a")),
+        response_b=read_json_turns(values.get("response_b")),
+        winner=winner,
+    )
+
+
+def read_json_turns(value: object) -> list[str]:
+    """Return the turns of a JSON list, or of a list that is parsed already; null and "" hold none."""
+    if value is None or value == "":
+        return []
+    # Parquet and JSONL can hold real lists.
+    if isinstance(value, list):
+        return read_turns(value)
+
+    try:
+        turns = json.loads(value)
+    except (json.JSONDecodeError, RecursionError, TypeError):
+        raise UnusableRow("not a JSON list of turns") from None
+    if not isinstance(turns, list):
+        raise UnusableRow("not a JSON list of turns")
+    return read_turns(turns)
+
+
+LAYOUT = Layout(
+    name="LMSYS",
+    columns=(
+        "id",
+        "prompt",
+        "response_a",
+        "response_b",
+        "winner_model_a",
+        "winner_model_b",
+        "winner_tie",
+    ),
+    read_judgement=read_judgement,
+)

@@ -1,0 +1,207 @@
+"""The entry to this room: a source file is recognised by its columns, and read into rows of one schema.
+
+`python -m preprocess` calls `read_rows` for its sources and `read_prompts` for the files that no source
+may share a prompt with. Every row of a file comes back: usable, or with the reason why it is not.
+
+Any layout may have the columns language and source, which are kept, and p_model_a, p_model_b, p_tie and
+weight, the votes of an earlier pairs.parquet or of a teacher.
+"""
+
+from pathlib import Path
+
+import polars as pl
+
+from preprocess.core.errors import UserError
+from preprocess.model_input import VERDICTS, clean
+from preprocess.sources import chosen_rejected, lmsys, wsdm
+from preprocess.sources.layout import Layout
+from preprocess.sources.rows import (
+    ROWS,
+    TEXTS,
+    TURNS,
+    UnusableRow,
+    check_judgement,
+    read_vote_shares,
+)
+from preprocess.sources.tables import Table, TableRow, open_table
+from preprocess.sources.values import read_text, read_turns, show_turns
+
+# A file that fits several layouts is of the first one.
+LAYOUTS = (wsdm.LAYOUT, lmsys.LAYOUT, chosen_rejected.LAYOUT)
+
+# Rows become a frame in batches, because Python's objects take several times the memory.
+BATCH_ROWS = 2048
+
+
+def read_rows(path: Path | str) -> pl.DataFrame:
+    """Read every row of a source file.
+
+    Args:
+        path: A Parquet, CSV or JSONL file of one of LAYOUTS.
+
+    Returns:
+        A frame of the schema ROWS, in the file's order; `reason` is null where a row can be used.
+
+    Raises:
+        UserError: The file is unreadable, of no known layout, or without a single usable row.
+    """
+    table = open_table(path)
+    layout = recognise_layout(table)
+
+    frames = []
+    batch: list[dict] = []
+    for table_row in table.rows():
+        batch.append(_read_row(layout, table.path, table_row))
+        if len(batch) == BATCH_ROWS:
+            frames.append(pl.DataFrame(batch, schema=ROWS))
+            batch = []
+    frames.append(pl.DataFrame(batch, schema=ROWS))
+    rows = pl.concat(frames)
+
+    # A file of the right columns may still have none of the right values.
+    is_any_usable = rows["reason"].null_count() > 0
+    if not is_any_usable:
+        counts = rows["reason"].value_counts(sort=True)
+        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in counts.iter_rows())
+        raise UserError(
+            f"{table.path}: not one of its {rows.height:,} rows can be used ({reasons})"
+        )
+    return rows
+
+
+def recognise_layout(table: Table) -> Layout:
+    """Return the layout whose columns a file has; raise UserError with the nearest if it has none's."""
+    for layout in LAYOUTS:
+        if not layout.find_missing_columns(table):
+            return layout
+
+    # Name the layout that the user most likely meant, and what the file lacks.
+    nearest = min(LAYOUTS, key=lambda layout: _measure_distance(layout, table))
+    missing = nearest.find_missing_columns(table)
+    noun = "column" if len(missing) == 1 else "columns"
+    raise UserError(
+        f"{table.path}: missing {noun} {', '.join(missing)} of the layout {nearest.name} "
+        f"({', '.join(nearest.columns)}), which is nearest; "
+        f"found {', '.join(table.columns) or 'no columns'}"
+    )
+
+
+def _measure_distance(layout: Layout, table: Table) -> tuple[int, int]:
+    """Return how far a file is from a layout: by columns that it lacks, then by those that it has."""
+    columns_missing = len(layout.find_missing_columns(table))
+    columns_present = len(set(layout.columns) & set(table.columns))
+    return columns_missing, -columns_present
+
+
+def _read_row(layout: Layout, path: Path, table_row: TableRow) -> dict:
+    """Return a row's values by column of ROWS; a column that is left out is null."""
+    row = {"file": str(path), "row": table_row.number}
+    values = table_row.values
+
+    # A broken line of JSONL is kept whole, in the place of the prompt.
+    if values is None:
+        row["prompt"] = [clean(table_row.line)]
+        row["language"] = "unknown"
+        row["source"] = path.stem
+        row["reason"] = "not a JSON object"
+        return row
+
+    row["id"] = read_text(values.get("id")) or None
+    row["language"] = read_text(values.get("language")) or "unknown"
+    row["source"] = read_text(values.get("source")) or path.stem
+
+    try:
+        judgement = layout.read_judgement(values)
+        # A layout may give an id to a row without one.
+        row["id"] = judgement.id
+        check_judgement(judgement)
+        shares = read_vote_shares(values, judgement.winner)
+    except UnusableRow as reason:
+        # The file of rejected rows shows the texts as they were.
+        for name in TEXTS:
+            row[name] = show_turns(values.get(name))
+        row["winner"] = _show_winner(values)
+        row["reason"] = str(reason)
+        return row
+
+    row.update(vars(judgement))
+    row.update(shares)
+    return row
+
+
+def _show_winner(values: dict) -> str | None:
+    """Return the verdict of a row that cannot be used, whatever it is."""
+    # LMSYS's verdict has three columns instead of one.
+    if "winner" in values:
+        return read_text(values["winner"])
+
+    flags = []
+    for verdict in VERDICTS:
+        column = f"winner_{verdict}"
+        if column in values:
+            flags.append(f"{verdict} {read_text(values[column])}")
+    return ", ".join(flags) or None
+
+
+def read_prompts(path: Path | str) -> pl.DataFrame:
+    """Read the prompts of a file, e.g. of a test set, which needs neither answers nor verdicts.
+
+    Args:
+        path: A Parquet, CSV or JSONL file with prompts in the form of any layout.
+
+    Returns:
+        A frame of id and prompt (list of turns). Rows without a readable prompt are left out.
+
+    Raises:
+        UserError: The file is unreadable, or holds no prompt that can be read.
+    """
+    table = open_table(path)
+    if "prompt" not in table.columns and "chosen" not in table.columns:
+        raise UserError(
+            f"{path}: no column prompt (found {', '.join(table.columns)}); "
+            "it cannot be compared with the sources"
+        )
+
+    # A test file has no verdicts, so that its layout cannot be recognised.
+    is_json = _holds_json_prompts(table)
+    prompts = []
+    for table_row in table.rows():
+        if table_row.values is None:
+            continue
+        try:
+            turns = _read_prompt(table_row.values, is_json)
+        except UnusableRow:
+            continue
+        row_id = table_row.values.get("id", table_row.number)
+        prompts.append({"id": str(row_id), "prompt": turns})
+
+    if not prompts:
+        raise UserError(
+            f"{path}: not one of its {table.height:,} rows has a prompt that can be read"
+        )
+    return pl.DataFrame(prompts, schema={"id": pl.String, "prompt": TURNS})
+
+
+def _read_prompt(values: dict, is_json: bool) -> list[str]:
+    if values.get("chosen") is not None:
+        return chosen_rejected.read_prompt(values)
+
+    prompt = values.get("prompt")
+    if is_json:
+        return lmsys.read_json_turns(prompt)
+    return read_turns(prompt)
+
+
+def _holds_json_prompts(table: Table) -> bool:
+    """Return whether every prompt is a JSON list, which is all that tells LMSYS's test file from WSDM's."""
+    if "prompt" not in table.columns:
+        return False
+
+    for table_row in table.rows():
+        if table_row.values is None:
+            continue
+        try:
+            lmsys.read_json_turns(table_row.values.get("prompt"))
+        except UnusableRow:
+            return False
+    return True
