@@ -72,7 +72,7 @@ def load_merged(run: Run, device: str, dtype: torch.dtype) -> torch.nn.Module:
 
 
 def trained_quantization(run: Run) -> dict | None:
-    """bitsandbytes' settings of the base during training, as the run's own config.json recorded them; None for 16 bits."""
+    """Bitsandbytes' settings of the base during training, as the run's own config.json recorded them; None for 16 bits."""
     if not run.has_adapter:
         return None
     file = run.folder / "config.json"

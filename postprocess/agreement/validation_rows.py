@@ -42,7 +42,7 @@ def validation_rows(run: Run) -> tuple[pl.DataFrame, list]:
 
 
 def read_predictions(file: Path, verdicts: tuple[str, ...]) -> pl.DataFrame:
-    """id and the probabilities of each order from a run's predictions.parquet."""
+    """Id and the probabilities of each order from a run's predictions.parquet."""
     try:
         return pl.read_parquet(file, columns=["id", *(f"p_{verdict}_{order}" for verdict in verdicts for order in ORDERS)])
     except (pl.exceptions.PolarsError, OSError) as error:
@@ -72,7 +72,8 @@ def validation_ids(run: Run) -> dict:
 
 def source_ids(row_id: str, source: str) -> set[str]:
     """The ids that a row of pairs.parquet may have had in its source: preprocess makes `source:id` or `source:id:2` of one
-    that was taken."""
+    that was taken.
+    """
     if not source or not row_id.startswith(f"{source}:"):
         return {row_id}
     name = row_id.removeprefix(f"{source}:")

@@ -21,7 +21,7 @@ ROW_FORMAT = torch.tensor(0, dtype=torch.uint8)  # int8's only layout, "row"
 
 
 def quantization_config(kind: str, head: list[str], double: bool = False) -> BitsAndBytesConfig:
-    """bitsandbytes' settings for `kind`, nf4's scales quantised too where `double`.
+    """Bitsandbytes' settings for `kind`, nf4's scales quantised too where `double`.
 
     int8 has its threshold at 0, else answers depend on what else is in the batch.
     """

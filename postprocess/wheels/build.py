@@ -64,8 +64,15 @@ class Wheel:
 
 
 @click.command(help=__doc__)
-@click.option("--out", type=click.Path(path_type=Path), default=Path("outputs/wheels"), show_default=True)
-@click.option("--slug", default="pairwise-wheels", show_default=True, help="The dataset's slug, as specs name it.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("outputs/wheels"), show_default=True
+)
+@click.option(
+    "--slug",
+    default="pairwise-wheels",
+    show_default=True,
+    help="The dataset's slug, as specs name it.",
+)
 @exits_with_2
 def main(out: Path, slug: str) -> None:
     if not re.fullmatch(SLUG, slug) or not 6 <= len(slug) <= 50:
@@ -73,9 +80,13 @@ def main(out: Path, slug: str) -> None:
             f"--slug: {slug!r}; Kaggle takes 6 to 50 of the letters a to z, digits, and single hyphens between them"
         )
     pins = read_pins(WHEELS, hashed=True)
-    made = make_wheels(out, slug, pins, {pin.name: pin.version for pin in read_pins(IMAGE, hashed=False)})
+    made = make_wheels(
+        out, slug, pins, {pin.name: pin.version for pin in read_pins(IMAGE, hashed=False)}
+    )
     click.echo(f"{out}: {f'{len(pins)} of {len(pins)} wheels made' if made else 'up to date'}")
-    click.echo("next: python -m kaggle_kernels push SPEC, which uploads it for every spec that names it")
+    click.echo(
+        "next: python -m kaggle_kernels push SPEC, which uploads it for every spec that names it"
+    )
 
 
 def make_wheels(out: Path, slug: str, pins: Sequence[Pin], image: Mapping[str, str]) -> bool:
@@ -96,7 +107,13 @@ def make_wheels(out: Path, slug: str, pins: Sequence[Pin], image: Mapping[str, s
         write_json(folder / MANIFEST, manifest(wheels))
         write_json(folder / METADATA, dataset_metadata(slug, licence(wheels)))
     names = [f"{wheel.name} {wheel.version}" for wheel in wheels]
-    ledger.record("package", dataset=slug, package=out, manifest=ledger.fingerprint(out / MANIFEST), wheels=names)
+    ledger.record(
+        "package",
+        dataset=slug,
+        package=out,
+        manifest=ledger.fingerprint(out / MANIFEST),
+        wheels=names,
+    )
     return True
 
 
@@ -128,7 +145,11 @@ def is_current(out: Path, slug: str, pins: Sequence[Pin]) -> bool:
     except UserError:
         return False
     files = {MANIFEST, METADATA, *(wheel.file for wheel in wheels)}
-    return listed == manifest(wheels) and metadata.get("title") == slug and {path.name for path in out.iterdir()} == files
+    return (
+        listed == manifest(wheels)
+        and metadata.get("title") == slug
+        and {path.name for path in out.iterdir()} == files
+    )
 
 
 def refuse_foreign(out: Path) -> None:
@@ -136,8 +157,12 @@ def refuse_foreign(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: a file; name a folder")
     names = sorted(path.name for path in out.iterdir()) if out.exists() else []
-    if foreign := [name for name in names if name not in (MANIFEST, METADATA) and not name.endswith(".whl")]:
-        raise UserError(f"--out {out}: holds {', '.join(foreign[:3])}, which is no wheel; name a folder of its own")
+    if foreign := [
+        name for name in names if name not in (MANIFEST, METADATA) and not name.endswith(".whl")
+    ]:
+        raise UserError(
+            f"--out {out}: holds {', '.join(foreign[:3])}, which is no wheel; name a folder of its own"
+        )
 
 
 def find_wheels(folder: Path, pins: Sequence[Pin]) -> list[Wheel]:
@@ -153,13 +178,19 @@ def find_wheels(folder: Path, pins: Sequence[Pin]) -> list[Wheel]:
     for pin in pins:
         paths = found.get((pin.name, pin.version), [])
         if len(paths) != 1:
-            raise UserError(f"{pin.name} {pin.version}: {len(paths)} wheels in {folder}, expected one; remove the folder")
+            raise UserError(
+                f"{pin.name} {pin.version}: {len(paths)} wheels in {folder}, expected one; remove the folder"
+            )
         digest = sha256(paths[0])
         if digest not in pin.hashes:
-            raise UserError(f"{paths[0]}: its SHA-256 is {digest[:12]}…, which {WHEELS.name} does not list; remove the file")
+            raise UserError(
+                f"{paths[0]}: its SHA-256 is {digest[:12]}…, which {WHEELS.name} does not list; remove the file"
+            )
         size, facts = paths[0].stat().st_size, metadata_of(paths[0])
         licence = facts["License-Expression"] or facts["License"] or "unknown"
-        wheels.append(Wheel(pin.name, pin.version, paths[0].name, digest, size, licence.splitlines()[0]))
+        wheels.append(
+            Wheel(pin.name, pin.version, paths[0].name, digest, size, licence.splitlines()[0])
+        )
     return wheels
 
 
@@ -167,10 +198,16 @@ def metadata_of(path: Path):
     """The headers of a wheel's METADATA, as an email.message.Message."""
     try:
         with ZipFile(path) as archive:
-            [name] = [name for name in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", name)]
+            [name] = [
+                name
+                for name in archive.namelist()
+                if re.fullmatch(r"[^/]+\.dist-info/METADATA", name)
+            ]
             return HeaderParser().parsestr(archive.read(name).decode("utf-8"))
     except (BadZipFile, ValueError) as error:
-        raise UserError(f"{path.name}: no wheel ({error}); pin another file in {WHEELS.name}") from None
+        raise UserError(
+            f"{path.name}: no wheel ({error}); pin another file in {WHEELS.name}"
+        ) from None
 
 
 def check(folder: Path, pins: Sequence[Pin], image: Mapping[str, str]) -> list[Wheel]:
@@ -180,7 +217,9 @@ def check(folder: Path, pins: Sequence[Pin], image: Mapping[str, str]) -> list[W
     for wheel in wheels:
         click.echo(f"{wheel.file}  {wheel.bytes / 1e6:.1f} MB  sha256 {wheel.sha256[:12]}")
         for requirement in requirements(folder / wheel.file):
-            click.echo(f"  needs {requirement.name}{requirement.specifier}: {answer(wheel, requirement, image, pinned)}")
+            click.echo(
+                f"  needs {requirement.name}{requirement.specifier}: {answer(wheel, requirement, image, pinned)}"
+            )
     dry_run(folder, [f"{wheel.name}=={wheel.version}" for wheel in wheels])
     click.echo(f"installs without network in Python {PYTHON} ({PLATFORMS[0]}), by a dry run of pip")
     return wheels
@@ -191,14 +230,20 @@ def requirements(wheel: Path) -> list[Requirement]:
     try:
         found = [Requirement(text) for text in metadata_of(wheel).get_all("Requires-Dist", [])]
     except InvalidRequirement as error:
-        raise UserError(f"{wheel.name}: {' '.join(str(error).split())}; pin another version in {WHEELS.name}") from None
+        raise UserError(
+            f"{wheel.name}: {' '.join(str(error).split())}; pin another version in {WHEELS.name}"
+        ) from None
     return [one for one in found if one.marker is None or one.marker.evaluate(MARKERS)]
 
 
-def answer(wheel: Wheel, requirement: Requirement, image: Mapping[str, str], pinned: Mapping[str, str]) -> str:
+def answer(
+    wheel: Wheel, requirement: Requirement, image: Mapping[str, str], pinned: Mapping[str, str]
+) -> str:
     """Where a requirement is met, in words; a UserError where the version there contradicts it."""
     name = canonicalize_name(requirement.name)
-    version, where = (pinned[name], WHEELS.name) if name in pinned else (image.get(name), "Kaggle's image")
+    version, where = (
+        (pinned[name], WHEELS.name) if name in pinned else (image.get(name), "Kaggle's image")
+    )
     if version is None:
         return f"expected in {where}"
     if not requirement.specifier.contains(version, prereleases=True):
@@ -211,7 +256,11 @@ def answer(wheel: Wheel, requirement: Requirement, image: Mapping[str, str], pin
 
 def manifest(wheels: Sequence[Wheel]) -> dict:
     """The content of wheels.json, by which a kernel knows the wheels that it is about to install."""
-    return {"python": PYTHON, "platforms": list(PLATFORMS), "wheels": [asdict(wheel) for wheel in wheels]}
+    return {
+        "python": PYTHON,
+        "platforms": list(PLATFORMS),
+        "wheels": [asdict(wheel) for wheel in wheels],
+    }
 
 
 def licence(wheels: Sequence[Wheel]) -> str:

@@ -12,7 +12,9 @@ from urllib.parse import unquote
 from preprocess.core.errors import UserError
 
 PYTHON, ABI = "3.12", "cp312"
-NEWEST_GLIBC = 35  # Kaggle's image is no older than glibc 2.35, and manylinux_2_N asks for 2.N or newer
+NEWEST_GLIBC = (
+    35  # Kaggle's image is no older than glibc 2.35, and manylinux_2_N asks for 2.N or newer
+)
 PLATFORMS = (
     *(f"manylinux_2_{minor}_x86_64" for minor in range(NEWEST_GLIBC, 4, -1)),
     "manylinux2014_x86_64",
@@ -20,7 +22,16 @@ PLATFORMS = (
     "manylinux1_x86_64",
 )
 TARGET = (
-    *("--no-deps", "--only-binary=:all:", "--python-version", PYTHON, "--implementation", "cp", "--abi", ABI),
+    *(
+        "--no-deps",
+        "--only-binary=:all:",
+        "--python-version",
+        PYTHON,
+        "--implementation",
+        "cp",
+        "--abi",
+        ABI,
+    ),
     *(f"--platform={platform}" for platform in PLATFORMS),
 )
 NO_CONNECTION = ("Retrying (Retry(", "connection error: ", "connection broken by")
@@ -30,7 +41,9 @@ def download(name: str, version: str, hashes: Sequence[str], folder: Path) -> No
     """Put the wheel of a package into `folder`, if its SHA-256 is one of `hashes`; raises UserError where there is none."""
     with tempfile.TemporaryDirectory() as scratch:
         listed = Path(scratch) / "requirements.txt"
-        listed.write_text(f"{name}=={version} {' '.join(f'--hash=sha256:{digest}' for digest in hashes)}\n")
+        listed.write_text(
+            f"{name}=={version} {' '.join(f'--hash=sha256:{digest}' for digest in hashes)}\n"
+        )
         options = ("--retries", "1", "--require-hashes", "--dest", str(folder), "-r", str(listed))
         done = _pip("download", "-vv", *TARGET, *options, environment=os.environ)
     if done.returncode:
@@ -51,7 +64,9 @@ def dry_run(folder: Path, packages: Sequence[str]) -> None:
         )
 
 
-def _pip(command: str, *arguments: str, environment: Mapping[str, str]) -> subprocess.CompletedProcess:
+def _pip(
+    command: str, *arguments: str, environment: Mapping[str, str]
+) -> subprocess.CompletedProcess:
     quiet = ("--disable-pip-version-check", "--no-input")
     return subprocess.run(
         [sys.executable, "-m", "pip", command, *quiet, *arguments],

@@ -201,9 +201,7 @@ def _list_meetings(index: PrefixIndex, start: int, stop: int) -> tuple[np.ndarra
     return longer, shorter
 
 
-def _count_beyond_prefix(
-    index: PrefixIndex, longer: np.ndarray, shorter: np.ndarray
-) -> np.ndarray:
+def _count_beyond_prefix(index: PrefixIndex, longer: np.ndarray, shorter: np.ndarray) -> np.ndarray:
     """Return how many n-grams of each pair may be shared and not be in both prefixes.
 
     Those stand behind the prefix that ends first, so no more than that text has left.

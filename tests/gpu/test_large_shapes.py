@@ -100,9 +100,7 @@ def test_a_large_model_loads_fits_and_scores_as_computed(recipe, room, gpu_memor
     measure("float16 matrices of 8,192, TFLOP/s", round(matrix_rate / 1e12, 1))
     planned = served_of(read_recipe(ROOT / "recipes" / f"{recipe}.yml"))
     random_checkpoint(room / "none", planned)
-    multiplied = sum(
-        weight.elements for weight in weights(planned.dimensions, "score", 2) if weight.kind in ("linear", "head")
-    )
+    multiplied = sum(weight.elements for weight in weights(planned.dimensions, "score", 2) if weight.kind in ("linear", "head"))
 
     for quantize in ("none", "nf4", "int8"):
         folder = room / quantize

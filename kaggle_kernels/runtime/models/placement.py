@@ -69,7 +69,7 @@ def fill(sizes: Sequence[int], capacity: int) -> list[int]:
 
 
 def split_over(folder: Path, devices: Sequence[str]) -> dict[str, str]:
-    """transformers' device_map for the model in `folder`, its layers over all `devices`.
+    """Transformers' device_map for the model in `folder`, its layers over all `devices`.
 
     Positions are computed beside the embedding; a head that is the embedding itself stays with it.
     """

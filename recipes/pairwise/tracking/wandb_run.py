@@ -205,7 +205,8 @@ def without_golden(contract: dict) -> dict:
 
 def worst_rows(predictions: pl.DataFrame, pairs: pl.DataFrame, verdicts: tuple[str, ...]) -> pl.DataFrame:
     """The validation rows of the greatest loss, that one first: id, language, source, winner, the probabilities of both
-    orders, loss (cross-entropy of the mean against the soft labels) and the texts, shortened."""
+    orders, loss (cross-entropy of the mean against the soft labels) and the texts, shortened.
+    """
     rows = predictions.drop("fold", "winner").join(pairs, on="id", suffix="_label", maintain_order="left")
     labels_rv = targets(rows.select(pl.col(f"p_{name}_label").alias(f"p_{name}") for name in VERDICTS), verdicts)
     means_rv = rows.select(f"p_{verdict}" for verdict in verdicts).to_numpy()
