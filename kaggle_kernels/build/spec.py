@@ -78,7 +78,7 @@ class PackageBlock(_Strict):
 
     run: str = Field(
         pattern=RUN,
-        description="the run that made the package: its folder below outputs/; the recipe has the same name",
+        description="the run that made the package: its folder in outputs/; its recipe has the same name",
     )
     dataset: str = Field(
         pattern=SLUG,
@@ -87,7 +87,10 @@ class PackageBlock(_Strict):
         description="the Kaggle dataset's slug: the recipe's package.slug",
     )
     weight: float = Field(
-        1.0, gt=0, le=1, description="in the mean of the models; the weights sum to 1"
+        1.0,
+        gt=0,
+        le=1,
+        description="the model's weight in the mean of all models; the weights sum to 1",
     )
     placement: Literal["auto", "each", "split"] = Field(
         "auto",
@@ -105,45 +108,48 @@ class Spec(_Strict):
         description="the kernel's title on Kaggle; its slug is made from it",
     )
     competition: Literal["wsdm", "lmsys"] = Field(
-        description="whose test file is read and whose submission is written"
+        description="the competition whose test file is read and whose submission is written"
     )
     packages: tuple[PackageBlock, ...] = Field(
         min_length=1, strict=False, description="the models; several are an ensemble"
     )
-    accelerator: Literal["NvidiaTeslaT4"] = Field("NvidiaTeslaT4", description="two T4s")
+    accelerator: Literal["NvidiaTeslaT4"] = Field("NvidiaTeslaT4", description="the GPUs: two T4s")
     clock_seconds: float = Field(
         gt=0, le=43200, description="how long the kernel may take, writing the submission included"
     )
     orders: Literal["as_given", "both"] = Field(
         "both",
-        description="both: every row also with its responses swapped, as the clock allows; a reward model needs one",
+        description="both: every row also with its responses swapped, if time allows; a reward model is run once all the same",
     )
     budget_tokens: int | None = Field(
-        None, ge=64, description="tokens of a row, where they are not to be training's"
+        None, ge=64, description="tokens of a row at most; by default those of training"
     )
     tokens_per_batch: int = Field(
-        8192, ge=64, description="tokens of a batch, padding included; halved where memory runs out"
+        8192, ge=64, description="tokens of a batch, padding included; halved when memory runs out"
     )
     temperature: float = Field(
-        1.0, gt=0, le=10, description="of the final probabilities; above 1: less sure"
+        1.0,
+        gt=0,
+        le=10,
+        description="temperature of the final probabilities; above 1 makes them less confident",
     )
     min_scored: float = Field(
         0.98,
         gt=0,
         le=1,
-        description="the share of rows that must have a score, else nothing is submitted",
+        description="the share of rows that must be scored; with fewer, nothing is submitted",
     )
     visible_rows: int = Field(
         512,
         ge=0,
-        description="rows of the train file's validation fold that the visible run scores to predict the hidden one",
+        description="rows of the train file's validation fold that the visible run scores, to predict the hidden run",
     )
     wheels: str | None = Field(
         None,
         pattern=SLUG,
         min_length=6,
         max_length=50,
-        description="the dataset with bitsandbytes, for nf4 and int8; gptq4 and gptq8 need none",
+        description="the dataset with the wheel of bitsandbytes, for nf4 and int8; gptq4 and gptq8 need none",
     )
 
     @field_validator("title")
