@@ -232,7 +232,8 @@ def push(
 ) -> None:
     """Publish the datasets and the kernel of SPEC on Kaggle.
 
-    Packages and wheels become private datasets. They and the kernel are read back and compared with the files here. Whatever is unchanged on Kaggle is skipped. After an interruption the same command goes on.
+    Packages and wheels become private datasets. They and the kernel are read back and compared with the files here. What is
+    unchanged on Kaggle is skipped. After an interruption the same command goes on.
     """
     from kaggle_kernels.build.spec import find_spec  # noqa: PLC0415  --help starts fast
     from kaggle_kernels.publish import push as publishing  # noqa: PLC0415  --help starts fast
@@ -310,8 +311,8 @@ def scores(competition: str, poll_seconds: float, patience_seconds: float) -> No
 def trace(reference: str) -> None:
     """Trace a submission back to the raw files.
 
-    It is looked up in the ledger, outputs/ledger.jsonl. REF is the submission's reference on Kaggle, or its kernel: owner/slug or owner/slug/VERSION. A SPEC stands for its last
-    submission.
+    It is looked up in the ledger, outputs/ledger.jsonl. REF is the submission's reference on Kaggle, or its kernel:
+    owner/slug or owner/slug/VERSION. A SPEC stands for its last submission.
     """
     from kaggle_kernels.publish.lineage import print_trace  # noqa: PLC0415  --help starts fast
 

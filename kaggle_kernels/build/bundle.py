@@ -87,6 +87,7 @@ def build(spec_path: Path, kernels: Path = KERNELS) -> list[Path]:
     Raises:
         UserError: where the spec has mistakes or does not fit two T4s.
     """
+    # Only what is stale, so that a second build leaves the files and their times alone.
     texts = generate(spec_path)
     written = stale_files(spec_path, kernels)
     for path in written:
@@ -182,6 +183,7 @@ def assemble(docstring: str, settings: Settings) -> str:
     modules = [read_module(name) for name in MODULES]
     check_names(modules)
 
+    # The settings follow the module that defines their classes, so that a reader meets them before the code.
     sections = []
     for module in modules:
         section = module_section(module)
@@ -211,6 +213,7 @@ def kernel_docstring(name: str, spec: Spec, fits: Sequence[Fit]) -> str:
 
 def module_section(module: Module) -> str:
     """Write a module as a section of the kernel: its name and docstring as a block of comments, then its body."""
+    # The heading: the file's name and its docstring between two rules.
     lines = [RULE, f"# {module.name.replace('.', '/')}.py", "#"]
     for line in module.docstring.splitlines():
         lines.append(f"# {line}".rstrip())
@@ -246,6 +249,7 @@ def read_module(name: str) -> Module:
         else:
             defined_names += names_defined_by(statement)
 
+    # The text as it was written, with its comments, which the syntax tree has lost.
     body_lines = source.splitlines()[header_end:]
     return Module(
         name=name,
@@ -296,6 +300,7 @@ def check_names(modules: Sequence[Module]) -> None:
 
 def merge_imports(modules: Sequence[Module]) -> str:
     """Merge the modules' imports into one block for the standard library and one for the rest, in ruff's order."""
+    # Collect what is imported, once: `import name` and `from module import names`.
     whole_modules: set[str] = set()
     names_by_module: dict[str, set[str]] = {}
     for module in modules:
@@ -306,6 +311,7 @@ def merge_imports(modules: Sequence[Module]) -> str:
             else:
                 names_by_module.setdefault(statement.module, set()).update(names)
 
+    # Write the statements: of each block first whole modules, then names, both in alphabetical order.
     standard_library = []
     third_party = []
     for name in sorted(whole_modules):

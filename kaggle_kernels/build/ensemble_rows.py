@@ -14,7 +14,7 @@ from kaggle_kernels.build.spec import COMPETITIONS, Spec
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_object
 
-TRAIN_ALIKE = "train both on the same pairs with the same fold held out"
+TRAIN_ALIKE = "train them on the same pairs with the same fold held out"
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,20 @@ class Rows:
 
 @dataclass(frozen=True)
 class Predictions:
-    """A run's held-out rows: columns id, fold, winner, and p, the list of its probabilities of the verdicts."""
+    """A run's held-out rows: columns id, fold, winner, and p_RUN, the list of its probabilities of the verdicts."""
 
-    run: str
+    name: str
     table: pl.DataFrame
+
+    @property
+    def column(self) -> str:
+        """The column of the probabilities."""
+        return f"p_{self.name}"
 
     @property
     def path(self) -> Path:
         """The file that they were read from."""
-        return predictions_path(self.run)
+        return predictions_path(self.name)
 
 
 def read_rows(spec: Spec) -> Rows:
@@ -50,40 +55,48 @@ def read_rows(spec: Spec) -> Rows:
         UserError: where a run has no such rows, or the runs do not belong together.
     """
     verdicts = COMPETITIONS[spec.competition].verdicts
-    first, *others = [read_predictions(package.run, spec) for package in spec.packages]
+    runs = [read_predictions(package.run, spec) for package in spec.packages]
+    first = runs[0]
 
-    # The first run's rows that the others have too, with a column p_0, p_1, … for each run.
-    shared = first.table.rename({"p": "p_0"})
-    for number, other in enumerate(others, start=1):
-        check_same_rows(first, other)
-        probabilities = other.table.select("id", pl.col("p").alias(f"p_{number}"))
+    # Join the runs by id: the first run's rows that all others have too, with a column of probabilities for each run.
+    shared = first.table.select("id", "winner")
+    for run in runs:
+        check_same_rows(first, run)
+        probabilities = run.table.select("id", run.column)
         shared = shared.join(probabilities, on="id", how="inner", maintain_order="left")
+    if shared.is_empty():
+        names = ", ".join(run.name for run in runs)
+        raise UserError(f"{first.path}: no row is among those of all runs: {names}; {TRAIN_ALIKE}")
 
     judged = shared.filter(pl.col("winner").is_in(verdicts))
     if judged.is_empty():
         raise UserError(f"{first.path}: no row has one of {', '.join(verdicts)} as its winner")
 
-    probabilities_by_run = [judged[f"p_{number}"].to_list() for number in range(len(spec.packages))]
+    # What is left as arrays, a verdict as its place among the competition's.
     winners = [verdicts.index(winner) for winner in judged["winner"]]
+    probabilities_by_run = [judged[run.column].to_list() for run in runs]
     return Rows(np.array(probabilities_by_run, dtype=np.float64), np.array(winners))
 
 
 def check_same_rows(first: Predictions, other: Predictions) -> None:
     """Raise UserError unless two runs have rows in common, with the same folds and verdicts."""
-    shared = first.table.join(other.table, on="id", how="inner", suffix="_other")
+    shared = first.table.join(
+        other.table, on="id", how="inner", suffix="_other", maintain_order="left"
+    )
     if shared.is_empty():
         raise UserError(
-            f"{other.path}: no row of {first.run} is among its rows ({name_folds(first.table)} there, "
+            f"{other.path}: no row of {first.name} is among its rows ({name_folds(first.table)} there, "
             f"{name_folds(other.table)} here); {TRAIN_ALIKE}"
         )
 
+    # Runs on other pairs, or with another fold held out, may share ids all the same.
     for column in ("fold", "winner"):
         differs = pl.col(column).ne_missing(pl.col(f"{column}_other"))
         differing_rows = shared.filter(differs)
         if not differing_rows.is_empty():
             row = differing_rows.row(0, named=True)
             raise UserError(
-                f"{other.path}: row {row['id']}: {column} is {row[f'{column}_other']}, in {first.run} "
+                f"{other.path}: row {row['id']}: {column} is {row[f'{column}_other']}, in {first.name} "
                 f"{row[column]}; {TRAIN_ALIKE}"
             )
 
@@ -112,6 +125,7 @@ def read_predictions(run: str, spec: Spec) -> Predictions:
     path = predictions_path(run)
     check_held_out(run)
 
+    # p_VERDICT is the mean of both orders, p_VERDICT_as_given that of the order in which people saw the row.
     order_suffix = "" if spec.orders == "both" else "_as_given"
     columns = []
     for verdict in COMPETITIONS[spec.competition].verdicts:
@@ -125,6 +139,7 @@ def read_predictions(run: str, spec: Spec) -> Predictions:
             f"{path}: not the predictions of training ({reason}); train again"
         ) from None
 
+    # A constant column comes from training that went wrong, and no weight could be fitted on it.
     values = table.select(pl.col(columns).cast(pl.Float64)).to_numpy()  # (rows, verdicts)
     is_constant = values.min(axis=0) == values.max(axis=0)
     if not np.isfinite(values).all() or is_constant.any():
@@ -132,13 +147,14 @@ def read_predictions(run: str, spec: Spec) -> Predictions:
             f"{path}: {', '.join(columns)} are not probabilities that differ from row to row; train again"
         )
 
+    # Runs are joined by id, so that it has to name one row.
     repeated_ids = table.filter(pl.col("id").is_duplicated())["id"]
     if not repeated_ids.is_empty():
         raise UserError(f"{path}: the id {repeated_ids[0]} occurs twice; train again")
 
     # A run may know a verdict, such as a tie, that the competition does not: what is left sums to one again.
     shares = values / values.sum(axis=1, keepdims=True)
-    probabilities = pl.Series("p", shares.tolist())
+    probabilities = pl.Series(f"p_{run}", shares.tolist())
     return Predictions(run, table.select("id", "fold", "winner", probabilities))
 
 

@@ -41,6 +41,7 @@ def print_specs(paths: Sequence[Path]) -> None:
     Raises:
         UserError: after the table, with the mistakes of every spec that could not be shown.
     """
+    # A spec with a mistake has a row too, so that it does not hide the others.
     table = Table(*COLUMNS, box=SIMPLE_HEAD, pad_edge=False)
     problems = []
     for path in paths:
@@ -67,6 +68,7 @@ def describe_spec(path: Path) -> list[str]:
     spec = read_spec(path)
     fits = fit_packages(path, spec)
 
+    # A cell holds a line for each package.
     base_models = [fit.recipe.axolotl["base_model"] for fit in fits]
     model_names = [base_model.split("/")[-1] for base_model in base_models]
     bits = [fit.served.quantize.replace("none", "16") for fit in fits]

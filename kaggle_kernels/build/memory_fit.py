@@ -61,11 +61,13 @@ def fit_packages(spec_path: Path, spec: Spec) -> list[Fit]:
         recipe = find_recipe(package.run, package_key)
         check_recipe(package, recipe, spec, package_key)
 
+        # What the kernel loads, with the spec's budget of tokens in place of training's.
         served = served_of(recipe)
         if spec.budget_tokens is not None:
             served = replace(served, budget_tokens=spec.budget_tokens)
         check_row_length(served, spec_path, spec, package, recipe)
 
+        # An encoder is small enough for one GPU, and the runtime has no way to split it.
         if package.placement == "split" and served.dimensions.model_type == "bert":
             raise UserError(
                 f"{package_key}.placement: split is for decoders, {package.run} is an encoder; "
@@ -77,6 +79,7 @@ def fit_packages(spec_path: Path, spec: Spec) -> list[Fit]:
                 "Kaggle's image lacks; name the dataset that holds its wheel, e.g. pairwise-wheels"
             )
 
+        # On each GPU, or split over both if one cannot hold it; refused if both cannot.
         placement, gpu_bytes = place(served, spec.tokens_per_batch, package.placement)
         if max(gpu_bytes) > GPU_BYTES:
             reason = refusal(
@@ -102,11 +105,13 @@ def find_recipe(run: str, package_key: str) -> Recipe:
     name = run.split("/")[0]
     folders = (Path("recipes"), RECIPES)
 
+    # By the recipe's own name, which needs only one file to be read.
     for folder in folders:
         path = folder / f"{name}.yml"
         if path.is_file():
             return read_recipe(path)
 
+    # By its output_dir, for which every recipe has to be read.
     for path in list_recipes(folders):
         if read_output_name(path) == name:
             return read_recipe(path)
@@ -148,6 +153,7 @@ def check_recipe(package: PackageBlock, recipe: Recipe, spec: Spec, package_key:
     """
     block = recipe.pairwise
 
+    # A kernel cannot answer with a verdict that its model has never learnt.
     missing_verdicts = set(COMPETITIONS[spec.competition].verdicts) - set(block.verdicts)
     if missing_verdicts:
         raise UserError(
@@ -156,6 +162,7 @@ def check_recipe(package: PackageBlock, recipe: Recipe, spec: Spec, package_key:
             "another run"
         )
 
+    # The package's metadata holds the recipe's slug, and Kaggle mounts a dataset under its slug.
     if package.dataset != block.package.slug:
         raise UserError(
             f"{package_key}.dataset: found {package.dataset!r}, {recipe.path} packages as "
@@ -173,6 +180,7 @@ def check_row_length(
             f"may have {served.budget_tokens} ({recipe.path}: pairwise.budget_tokens); raise it"
         )
 
+    # Beyond its positions a model has no embedding, or was never trained.
     positions = served.dimensions.max_position_embeddings  # 0: its config does not say
     if positions and served.budget_tokens > positions:
         if spec.budget_tokens is not None:

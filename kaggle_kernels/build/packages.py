@@ -60,6 +60,7 @@ def find_package(fit: Fit) -> Path:
             f"{folder}: no package; run `python -m postprocess {fit.recipe.path}` first"
         )
 
+    # From the cheapest check to those that read more.
     check_dataset(folder, fit)
     check_recipe_is_unchanged(folder, fit)
     check_base_model(folder, fit.recipe)

@@ -157,10 +157,10 @@ def test_a_spec_with_one_order_is_weighed_on_that_order(workplace):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda table: table.with_columns(fold=pl.lit(1)), "row row0: fold is 1, in one 0; train both on the same pairs"),
+        (lambda table: table.with_columns(fold=pl.lit(1)), "row row0: fold is 1, in one 0; train them on the same pairs"),
         (
             lambda table: table.with_columns(id="x" + pl.col("id"), fold=pl.lit(2)),
-            "no row of one is among its rows (fold 0 there, fold 2 here); train both on the same pairs",
+            "no row of one is among its rows (fold 0 there, fold 2 here); train them on the same pairs",
         ),
         (lambda table: table.with_columns(winner=pl.lit("tie")), "winner is tie, in one model_"),
         (lambda table: table.drop("p_model_b"), "not the predictions of training"),
