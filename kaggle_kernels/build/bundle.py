@@ -49,11 +49,16 @@ MODULES = (
     "main",
 )
 
-OWNER = "INSERT_OWNER"  # a placeholder: `push` puts the Kaggle account here
-BUILD_DIGITS = 16
-LINE_WIDTH = 128  # of the runtime's modules, and so of the kernel
+# Stands for the Kaggle account in kernel-metadata.json; `push` puts its name there.
+OWNER = "INSERT_OWNER"
+
+# The layout of kernel.py, in characters. Its lines are as long as those of the runtime's modules.
+LINE_WIDTH = 128
 DOCSTRING_WIDTH = 120
 RULE = "# " + "=" * 110
+
+# How much of the SHA-256 identifies a build, in hexadecimal digits.
+BUILD_DIGITS = 16
 
 ImportStatement = ast.Import | ast.ImportFrom
 
@@ -135,6 +140,7 @@ def kernel_metadata(spec: Spec) -> dict:
     if spec.wheels is not None:
         datasets.append(spec.wheels)
 
+    # The keys are explained in https://github.com/Kaggle/kaggle-api/wiki/Kernel-Metadata.
     return {
         "id": f"{OWNER}/{spec.slug}",
         "title": spec.title,

@@ -25,10 +25,13 @@ from preprocess.core.errors import UserError
 from preprocess.core.files import atomic_file
 from preprocess.core.ledger import fingerprint
 
+# The search: within these temperatures; weights are rounded to thousandths, and a model with less than the smallest weight is
+# not worth its time in the kernel.
 TEMPERATURE_BOUNDS = (0.1, 10.0)
-WEIGHT_STEPS = 1000  # fitted weights are rounded to thousandths
-SMALLEST_WEIGHT = 0.005  # a model with less is not worth its time in the kernel
+WEIGHT_STEPS = 1000
+SMALLEST_WEIGHT = 0.005
 
+# The interval of the gain, by a bootstrap over rows: 95 % of the samples lie between the quantiles.
 BOOTSTRAP_SAMPLES = 1000
 BOOTSTRAP_SEED = 1
 CONFIDENCE_QUANTILES = (0.025, 0.975)
@@ -56,9 +59,11 @@ def weigh(spec_path: Path, write: bool) -> None:
     rows = read_rows(spec)
     fitted = fit_mixture(rows)
     equal = Mixture(equal_weights(len(spec.packages)))
+    gains = compute_losses(rows, equal) - compute_losses(rows, fitted)
     print_table(spec, rows, equal, fitted)
-    print(gain_sentence(compute_losses(rows, equal) - compute_losses(rows, fitted)))
+    print(gain_sentence(gains))
 
+    # A spec may not hold a weight of 0: the model would take its share of the time for nothing.
     useless_runs = []
     for package, weight in zip(spec.packages, fitted.weights, strict=True):
         if weight == 0:
@@ -75,10 +80,10 @@ def weigh(spec_path: Path, write: bool) -> None:
     if write:
         write_mixture(spec_path, fitted)
         weights = ", ".join(f"{weight:g}" for weight in fitted.weights)
-        name = spec_path.stem if spec_path.parent == SPECS else spec_path
+        build_argument = spec_path.stem if spec_path.parent == SPECS else spec_path
         print(
             f"{spec_path}: weights {weights}, temperature {fitted.temperature:g}; now run "
-            f"`python -m kaggle_kernels build {name}`"
+            f"`python -m kaggle_kernels build {build_argument}`"
         )
 
 
@@ -97,6 +102,7 @@ def mix_probabilities(rows: Rows, mixture: Mixture) -> np.ndarray:
     Returns:
         float64 of shape (n, v); each row sums to one.
     """
+    # The least probability is bounded as in the kernel, so that log loss stays finite.
     mean = np.tensordot(mixture.weights, rows.probabilities, axes=1)
     powers = np.maximum(mean, SMALLEST) ** (1 / mixture.temperature)
     return powers / powers.sum(axis=1, keepdims=True)
@@ -130,6 +136,7 @@ def fit_mixture(rows: Rows) -> Mixture:
     """
     models = len(rows.probabilities)
 
+    # The parameters are the weights and then the logarithm of the temperature, shape (m + 1,).
     def unpack(parameters: np.ndarray) -> Mixture:
         return Mixture(parameters[:-1], float(np.exp(parameters[-1])))
 
@@ -154,6 +161,7 @@ def fit_mixture(rows: Rows) -> Mixture:
             f"the weights could not be fitted on {len(rows.winners)} rows ({result.message}); keep equal ones"
         )
 
+    # Rounded, so that the spec stays readable; the loss hardly notices.
     best = unpack(result.x)
     return Mixture(round_weights(best.weights), round(best.temperature, 3))
 
@@ -180,6 +188,7 @@ def gain_sentence(gains: np.ndarray) -> str:
     Returns:
         The mean gain with its 95 % interval, from a bootstrap over the rows; a warning where the interval reaches 0.
     """
+    # A bootstrap: how the mean gain varies between samples of as many rows, drawn with replacement.
     generator = np.random.default_rng(BOOTSTRAP_SEED)
     means = []
     for _ in range(BOOTSTRAP_SAMPLES):
@@ -195,10 +204,9 @@ def gain_sentence(gains: np.ndarray) -> str:
 
 def print_table(spec: Spec, rows: Rows, equal: Mixture, fitted: Mixture) -> None:
     """Print accuracy and log loss of each run alone, of equal weights and of the fitted ones."""
+    # A run alone has the weight 1, and the others 0: a row of the identity matrix.
     mixtures = {}
-    run_alone = np.eye(
-        len(spec.packages)
-    )  # a row of weights for each run: 1 for itself, 0 for the others
+    run_alone = np.eye(len(spec.packages))
     for package, weights in zip(spec.packages, run_alone, strict=True):
         mixtures[package.run] = Mixture(weights)
     mixtures["equal weights"] = equal
@@ -225,6 +233,7 @@ def write_mixture(spec_path: Path, mixture: Mixture) -> None:
     yaml.width = 1000  # in characters; ruamel.yaml breaks longer lines
     yaml.indent(mapping=2, sequence=4, offset=2)
 
+    # Without "\r", which ruamel.yaml would keep in comments and lose elsewhere.
     content = spec_path.read_bytes().decode("utf-8")
     line_end = "\r\n" if "\r\n" in content else "\n"
     values = yaml.load(content.replace("\r\n", "\n"))
@@ -247,6 +256,7 @@ def measure_ensemble(spec: Spec) -> dict | None:
     Returns:
         rows, accuracy and log_loss; None where a run's rows are absent, or its package is of an earlier training.
     """
+    # The rows of another training say nothing of the weights in the package.
     for package in spec.packages:
         if not is_of_last_training(package_folder(package.run)):
             return None

@@ -17,8 +17,11 @@ from preprocess.core.files import read_yaml
 from recipes.pairwise.config.schema import Recipe, read_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-BITSANDBYTES = ("nf4", "int8")  # formats that bitsandbytes unpacks; the runtime unpacks GPTQ itself
 
+# The formats that need bitsandbytes on Kaggle. The runtime unpacks GPTQ itself.
+BITSANDBYTES = ("nf4", "int8")
+
+# How `list` names a recipe's head and adapter.
 HEAD_NAMES = {"score": "classifier", "label_tokens": "label tokens", "reward": "reward model"}
 ADAPTER_NAMES = {"qlora": "QLoRA", "lora": "LoRA"}
 

@@ -21,11 +21,12 @@ from recipes.pairwise.config.schema import SLUG
 
 SPECS = Path(__file__).parents[1] / "specs"
 
-SHORTEST_TITLE = (
-    5  # Kaggle's limits, in characters; the slug that is made of the title has the same
-)
+# Kaggle's limits for a title, in characters. The slug that is made of the title has the same lower limit.
+SHORTEST_TITLE = 5
 LONGEST_TITLE = 50
-WEIGHT_TOLERANCE = 1e-6  # how far the sum of the weights may be from 1
+
+# How far the sum of the weights may be from 1.
+WEIGHT_TOLERANCE = 1e-6
 
 RUN = r"^[A-Za-z0-9][A-Za-z0-9_./-]*$"
 TITLE = r"^[^\"'\\\x00-\x1f]*$"
@@ -37,6 +38,7 @@ PATTERNS = RECIPE_PATTERNS | {
 
 
 class _Strict(BaseModel):
+    # An unknown key is an error, and so is a value of another type: "0.5" in quotes is no number.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
@@ -52,6 +54,7 @@ class Competition(_Strict):
     daily_submissions: int  # of a team, in a day of UTC
 
 
+# The rules of https://www.kaggle.com/competitions/SLUG.
 COMPETITIONS = {
     "wsdm": Competition(
         slug="wsdm-cup-multilingual-chatbot-arena",
@@ -101,6 +104,7 @@ class PackageBlock(_Strict):
 class Spec(_Strict):
     """A spec: one kernel, what it serves and how."""
 
+    # What Kaggle runs, and where.
     title: str = Field(
         min_length=SHORTEST_TITLE,
         max_length=LONGEST_TITLE,
@@ -114,6 +118,7 @@ class Spec(_Strict):
         min_length=1, strict=False, description="the models; several are an ensemble"
     )
     accelerator: Literal["NvidiaTeslaT4"] = Field("NvidiaTeslaT4", description="the GPUs: two T4s")
+    # How the rows are scored.
     clock_seconds: float = Field(
         gt=0, le=43200, description="how long the kernel may take, writing the submission included"
     )
@@ -133,6 +138,7 @@ class Spec(_Strict):
         le=10,
         description="temperature of the final probabilities; above 1 makes them less confident",
     )
+    # What is submitted, and what is tried out before.
     min_scored: float = Field(
         0.98,
         gt=0,
@@ -144,6 +150,7 @@ class Spec(_Strict):
         ge=0,
         description="rows of the train file's validation fold that the visible run scores, to predict the hidden run",
     )
+    # What Kaggle's image lacks.
     wheels: str | None = Field(
         None,
         pattern=SLUG,
@@ -165,10 +172,12 @@ class Spec(_Strict):
     @field_validator("packages")
     @classmethod
     def _check_weights_and_names(cls, packages: tuple[PackageBlock, ...]):
+        # The kernel takes the weighted mean of the models' probabilities, which has to sum to 1 again.
         total_weight = sum(package.weight for package in packages)
         if abs(total_weight - 1) > WEIGHT_TOLERANCE:
             raise ValueError(f"the weights sum to {total_weight:g}, expected 1")
 
+        # The kernel tells its models apart by run, and Kaggle mounts a dataset once.
         for key in ("run", "dataset"):
             distinct_values = {getattr(package, key) for package in packages}
             if len(distinct_values) < len(packages):

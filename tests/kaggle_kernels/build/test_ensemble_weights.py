@@ -10,7 +10,7 @@ import yaml
 from click.testing import CliRunner
 
 from kaggle_kernels.__main__ import main
-from kaggle_kernels.build.ensemble_rows import Rows
+from kaggle_kernels.build.ensemble_rows import Rows, read_rows
 from kaggle_kernels.build.ensemble_weights import (
     Mixture,
     compute_losses,
@@ -23,6 +23,7 @@ from kaggle_kernels.build.ensemble_weights import (
 )
 from kaggle_kernels.build.spec import read_spec
 from kaggle_kernels.runtime.submission import soften, weighted_mean
+from preprocess.core.errors import UserError
 
 SPEC = """# a comment
 title: "Pairwise Test"   # and another
@@ -175,6 +176,17 @@ def test_runs_that_do_not_belong_together_are_refused_in_one_line(workplace, cha
     assert (done.exit_code, done.output.count("\n")) == (2, 1)
     assert done.output.startswith("error: outputs/two/predictions.parquet: ") and message in done.output
     assert (workplace / "spec.yml").read_text() == SPEC
+
+
+def test_three_runs_without_a_row_in_common_are_refused(workplace):
+    table = pl.read_parquet("outputs/two/predictions.parquet")
+    write_run("one", table)
+    write_run("two", table.head(200))
+    write_run("three", table.tail(200))
+    spec = read_spec(workplace / "spec.yml")
+    third = spec.packages[1].model_copy(update={"run": "three"})
+    with pytest.raises(UserError, match="outputs/one/predictions.parquet: no row is among those of all runs: one, two, three"):
+        read_rows(spec.model_copy(update={"packages": (*spec.packages, third)}))
 
 
 def test_a_run_without_held_out_rows_is_refused(workplace):
