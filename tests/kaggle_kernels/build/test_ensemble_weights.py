@@ -6,14 +6,12 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-import yaml
 from click.testing import CliRunner
 
 from kaggle_kernels.__main__ import main
 from kaggle_kernels.build.ensemble_rows import Rows, read_rows
 from kaggle_kernels.build.ensemble_weights import (
     Mixture,
-    compute_losses,
     fit_mixture,
     gain_sentence,
     measure_ensemble,
@@ -100,7 +98,7 @@ def test_only_the_numbers_of_a_spec_change_and_a_temperature_is_added(tmp_path, 
     expected = SPEC.replace("0.500}", "0.625}").replace("weight: 0.5\n", "weight: 0.375\n") + "temperature: 1.5\n"
     assert path.read_bytes().decode() == expected.replace("\n", line_end)
     write_mixture(path, Mixture(np.array([0.25, 0.75]), 2.0))
-    assert yaml.safe_load(path.read_text())["temperature"] == 2
+    assert read_spec(path).temperature == 2
     assert [package.weight for package in read_spec(path).packages] == [0.25, 0.75]
 
 
@@ -113,9 +111,6 @@ def test_weights_that_made_the_verdicts_are_found():
     fitted = fit_mixture(rows)
     assert fitted.weights[0] == pytest.approx(0.7, abs=0.05)
     assert fitted.temperature == pytest.approx(1, abs=0.08)
-    best = compute_losses(rows, fitted).mean()
-    others = [Mixture(np.array([w, 1 - w]), t) for w in (0, 0.5, 0.6, 0.8, 1) for t in (0.9, 1, 1.1)]
-    assert all(best <= compute_losses(rows, other).mean() + 1e-6 for other in others)
 
 
 def test_the_mean_and_the_temperature_are_the_kernels():

@@ -34,51 +34,34 @@ def test_the_projects_specs_are_valid_and_no_two_share_a_kernel():
     assert all(slug.startswith("pairwise-") for slug in slugs)
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"packages": package(datset="x")}, "packages.0.datset: unknown key; did you mean dataset?"),
-        ({"clock_seconds": None, "clock_second": 600}, "clock_second: unknown key; did you mean clock_seconds?"),
-    ],
-)
-def test_what_follows_from_a_mistake_is_not_a_second_problem(tmp_path, changes, message):
+def test_what_follows_from_a_mistake_is_not_a_second_problem(tmp_path):
     with pytest.raises(UserError) as refusal:
-        read(tmp_path, **changes)
-    assert str(refusal.value) == f"{tmp_path}/spec.yml: {message}"
+        read(tmp_path, packages=package(datset="x"), clock_seconds=None, clock_second=600)
+    assert str(refusal.value) == (
+        f"{tmp_path}/spec.yml: packages.0.datset: unknown key; did you mean dataset?; "
+        "clock_second: unknown key; did you mean clock_seconds?"
+    )
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"clock_second": 600}, "clock_second: unknown key; did you mean clock_seconds?"),
         ({"zebra": 1}, "zebra: unknown key; remove it"),
         ({"packages": package(wieght=1)}, "packages.0.wieght: unknown key; did you mean weight?"),
-        ({"clock_seconds": None}, "clock_seconds: missing"),
+        ({"clock_seconds": None}, "clock_seconds: missing; add it: how long the kernel may take"),
         ({"packages": package(weight=0.5)}, "packages: the weights sum to 0.5, expected 1"),
         ({"packages": package(weight=0)}, "packages.0.weight: expected a number above 0, found 0"),
         ({"packages": [*package(weight=0.5)] * 2}, "packages: two packages have the same run"),
         ({"packages": []}, "packages: "),
-        (
-            {"packages": package(placement="both")},
-            "packages.0.placement: expected one of auto, each, split, found 'both'",
-        ),
-        (
-            {"packages": package(dataset="Upper_case")},
-            "packages.0.dataset: expected lower-case letters and digits, with single",
-        ),
+        ({"packages": package(placement="both")}, "packages.0.placement: expected one of auto, each, split, found 'both'"),
+        ({"packages": package(dataset="Upper_case")}, "packages.0.dataset: expected lower-case letters and digits, with"),
         ({"packages": package(run="")}, "packages.0.run: expected a run's name, as in outputs/NAME, found ''"),
-        (
-            {"packages": package(weight="0.5")},
-            "packages.0.weight: expected a number, found '0.5' (YAML reads that as text: write 0.5",
-        ),
+        ({"packages": package(weight="0.5")}, "packages.0.weight: expected a number, found '0.5' (YAML reads that as text"),
         ({"packages": "one"}, "packages: expected a list, found 'one'"),
         ({"clock_seconds": True}, "clock_seconds: expected a number, found True"),
         ({"wheels": "dataset-one"}, "wheels: dataset-one is a package's dataset; name the one with bitsandbytes"),
         ({"competition": "wsdmm"}, "competition: expected one of wsdm, lmsys, found 'wsdmm'; did you mean wsdm?"),
-        (
-            {"accelerator": "NvidiaTeslaP100"},
-            "accelerator: expected one of NvidiaTeslaT4, found 'NvidiaTeslaP100'; did you mean NvidiaTeslaT4?",
-        ),
+        ({"accelerator": "NvidiaTeslaP100"}, "accelerator: expected one of NvidiaTeslaT4, found 'NvidiaTeslaP100'"),
         ({"clock_seconds": 0}, "clock_seconds: expected a number above 0, found 0"),
         ({"clock_seconds": 50000}, "clock_seconds: "),
         ({"orders": "swapped"}, "orders: expected one of as_given, both, found 'swapped'"),
@@ -96,13 +79,6 @@ def test_a_wrong_value_is_one_line_with_its_key(tmp_path, changes, message):
         read(tmp_path, **changes)
     assert str(refusal.value).startswith(f"{tmp_path}/spec.yml: {message}")
     assert "\n" not in str(refusal.value)
-
-
-def test_all_problems_are_told_at_once(tmp_path):
-    with pytest.raises(
-        UserError, match="clock_seconds: missing; add it: how long .*; orderz: unknown key; did you mean orders"
-    ):
-        read(tmp_path, clock_seconds=None, orderz="both")
 
 
 def test_a_key_that_stands_twice_is_refused(tmp_path):
