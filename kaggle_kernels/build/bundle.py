@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kaggle_kernels.build.memory_fit import Fit, fit_packages, memory_sentence, package_settings
+from kaggle_kernels.build.memory_fit import Fit, describe_memory, fit_packages, package_settings
 from kaggle_kernels.build.spec import COMPETITIONS, Spec, read_spec, settings_of
 from kaggle_kernels.runtime.settings import PackageSettings, Settings
 from preprocess.core.errors import UserError
@@ -93,7 +93,7 @@ def build(spec_path: Path, kernels: Path = KERNELS) -> list[Path]:
         UserError: where the spec has mistakes or does not fit two T4s.
     """
     # Only what is stale, so that a second build leaves the files and their times alone.
-    texts = generate(spec_path)
+    texts = generate_files(spec_path)
     written = stale_files(spec_path, kernels)
     for path in written:
         with atomic_file(path) as temporary:
@@ -101,13 +101,13 @@ def build(spec_path: Path, kernels: Path = KERNELS) -> list[Path]:
     return written
 
 
-def generate(spec_path: Path) -> dict[str, str]:
+def generate_files(spec_path: Path) -> dict[str, str]:
     """Generate the kernel's files, as text by name; UserError where the spec does not fit two T4s."""
     spec = read_spec(spec_path)
     fits = fit_packages(spec_path, spec)
     return {
         "kernel.py": kernel_text(spec_path.stem, spec, fits),
-        "kernel-metadata.json": json.dumps(kernel_metadata(spec), indent=2) + "\n",
+        "kernel-metadata.json": json.dumps(make_metadata(spec), indent=2) + "\n",
     }
 
 
@@ -115,7 +115,7 @@ def stale_files(spec_path: Path, kernels: Path = KERNELS) -> list[Path]:
     """List the files of a kernel that are absent, or not what the spec and the runtime give now."""
     folder = kernel_folder(spec_path, kernels)
     stale = []
-    for name, text in generate(spec_path).items():
+    for name, text in generate_files(spec_path).items():
         path = folder / name
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             stale.append(path)
@@ -134,7 +134,7 @@ def check_built(spec_path: Path) -> Path:
     return folder
 
 
-def kernel_metadata(spec: Spec) -> dict:
+def make_metadata(spec: Spec) -> dict:
     """Describe the kernel to Kaggle, as kernel-metadata.json does: two T4s, no internet, its datasets."""
     datasets = [package.dataset for package in spec.packages]
     if spec.wheels is not None:
@@ -170,13 +170,13 @@ def kernel_text(name: str, spec: Spec, fits: Sequence[Fit]) -> str:
     Returns:
         The source. Its `build` setting is a hash of all the rest, so that two kernels that differ have different builds.
     """
-    docstring = kernel_docstring(name, spec, fits)
+    docstring = format_docstring(name, spec, fits)
     settings = settings_of(name, spec, [package_settings(fit) for fit in fits])
 
     # The hash cannot hold itself: it is that of the same text with an empty `build`.
-    unmarked_text = assemble(docstring, settings)
+    unmarked_text = assemble_kernel(docstring, settings)
     digest = hashlib.sha256(unmarked_text.encode()).hexdigest()
-    return assemble(docstring, replace(settings, build=digest[:BUILD_DIGITS]))
+    return assemble_kernel(docstring, replace(settings, build=digest[:BUILD_DIGITS]))
 
 
 def build_mark(kernel: str) -> str:
@@ -184,7 +184,7 @@ def build_mark(kernel: str) -> str:
     return re.search(r'^    build="(\w+)",$', kernel, re.MULTILINE)[1]
 
 
-def assemble(docstring: str, settings: Settings) -> str:
+def assemble_kernel(docstring: str, settings: Settings) -> str:
     """Put the parts of kernel.py together: docstring, imports, modules, settings, and the call that runs it."""
     modules = [read_module(name) for name in MODULES]
     check_names(modules)
@@ -192,9 +192,9 @@ def assemble(docstring: str, settings: Settings) -> str:
     # The settings follow the module that defines their classes, so that a reader meets them before the code.
     sections = []
     for module in modules:
-        section = module_section(module)
+        section = format_section(module)
         if module.name == "settings":
-            section += f"\n\n\nSETTINGS = {settings_source(settings)}"
+            section += f"\n\n\nSETTINGS = {format_settings(settings)}"
         sections.append(section)
 
     # Blank lines as ruff wants them: two around the sections, one below the imports.
@@ -203,10 +203,10 @@ def assemble(docstring: str, settings: Settings) -> str:
     return head + "\n\n\n".join([*sections, ending])
 
 
-def kernel_docstring(name: str, spec: Spec, fits: Sequence[Fit]) -> str:
+def format_docstring(name: str, spec: Spec, fits: Sequence[Fit]) -> str:
     """Write the docstring of kernel.py: what it does, where it comes from, what memory it needs."""
     competition = COMPETITIONS[spec.competition]
-    memory = textwrap.fill(memory_sentence(fits, spec), DOCSTRING_WIDTH)
+    memory = textwrap.fill(describe_memory(fits, spec), DOCSTRING_WIDTH)
     return (
         f'"""{spec.title}: scores the pairs of {competition.slug} and writes submission.csv.\n\n'
         f"Generated from the spec {name}.yml by `python -m kaggle_kernels build {name}`; "
@@ -217,7 +217,7 @@ def kernel_docstring(name: str, spec: Spec, fits: Sequence[Fit]) -> str:
     )
 
 
-def module_section(module: Module) -> str:
+def format_section(module: Module) -> str:
     """Write a module as a section of the kernel: its name and docstring as a block of comments, then its body."""
     # The heading: the file's name and its docstring between two rules.
     lines = [RULE, f"# {module.name.replace('.', '/')}.py", "#"]
@@ -253,7 +253,7 @@ def read_module(name: str) -> Module:
             else:
                 outside_imports.append(statement)
         else:
-            defined_names += names_defined_by(statement)
+            defined_names += list_defined_names(statement)
 
     # The text as it was written, with its comments, which the syntax tree has lost.
     body_lines = source.splitlines()[header_end:]
@@ -276,7 +276,7 @@ def check_is_not_renamed(statement: ImportStatement, importer: str) -> None:
             )
 
 
-def names_defined_by(statement: ast.stmt) -> list[str]:
+def list_defined_names(statement: ast.stmt) -> list[str]:
     """List the names that a module's statement defines: a function, a class or constants."""
     if isinstance(statement, ast.FunctionDef | ast.ClassDef):
         return [statement.name]
@@ -325,12 +325,12 @@ def merge_imports(modules: Sequence[Module]) -> str:
         block.append(f"import {name}")
     for name in sorted(names_by_module):
         block = standard_library if is_standard_library(name) else third_party
-        block.append(import_names(name, names_by_module[name]))
+        block.append(format_import(name, names_by_module[name]))
 
     return "\n".join(standard_library) + "\n\n" + "\n".join(third_party)
 
 
-def import_names(module: str, names: set[str]) -> str:
+def format_import(module: str, names: set[str]) -> str:
     """Write a `from … import …`, with a line for each name where one line is too short."""
     ordered_names = sorted(names, key=import_order)
     one_line = f"from {module} import {', '.join(ordered_names)}"
@@ -359,34 +359,34 @@ def is_standard_library(module: str) -> bool:
     return top_level_name in sys.stdlib_module_names
 
 
-def settings_source(settings: Settings) -> str:
+def format_settings(settings: Settings) -> str:
     """Write the settings as Python source, a line for each."""
     lines = ["Settings("]
     for name, value in vars(settings).items():
-        source = packages_source(value) if name == "packages" else value_source(value)
+        source = format_packages(value) if name == "packages" else format_value(value)
         lines.append(f"    {name}={source},")
     lines.append(")")
     return "\n".join(lines)
 
 
-def packages_source(packages: Sequence[PackageSettings]) -> str:
+def format_packages(packages: Sequence[PackageSettings]) -> str:
     """Write the settings of the packages as Python source: a tuple, with a line for each setting."""
     lines = ["("]
     for package in packages:
         lines.append("        PackageSettings(")
         for name, value in vars(package).items():
-            lines.append(f"            {name}={value_source(value)},")
+            lines.append(f"            {name}={format_value(value)},")
         lines.append("        ),")
     lines.append("    )")
     return "\n".join(lines)
 
 
-def value_source(value: object) -> str:
+def format_value(value: object) -> str:
     """Write text, a number, None, or a tuple of them as Python source, text in double quotes."""
     if isinstance(value, str):
         return json.dumps(value)
     if isinstance(value, tuple):
-        items = [value_source(item) for item in value]
+        items = [format_value(item) for item in value]
         if len(items) == 1:
             return f"({items[0]},)"
         return f"({', '.join(items)})"

@@ -61,7 +61,7 @@ def weigh(spec_path: Path, write: bool) -> None:
     equal = Mixture(equal_weights(len(spec.packages)))
     gains = compute_losses(rows, equal) - compute_losses(rows, fitted)
     print_table(spec, rows, equal, fitted)
-    print(gain_sentence(gains))
+    print(describe_gain(gains))
 
     # A spec may not hold a weight of 0: the model would take its share of the time for nothing.
     useless_runs = []
@@ -87,9 +87,9 @@ def weigh(spec_path: Path, write: bool) -> None:
         )
 
 
-def equal_weights(models: int) -> np.ndarray:
-    """Weights of shape (m,) that give every model the same say."""
-    return np.full(models, 1 / models)
+def equal_weights(number_of_models: int) -> np.ndarray:
+    """Make weights of shape (m,) that are all the same."""
+    return np.full(number_of_models, 1 / number_of_models)
 
 
 def mix_probabilities(rows: Rows, mixture: Mixture) -> np.ndarray:
@@ -134,7 +134,7 @@ def fit_mixture(rows: Rows) -> Mixture:
     Raises:
         UserError: where the search does not converge.
     """
-    models = len(rows.probabilities)
+    number_of_models = len(rows.probabilities)
 
     # The parameters are the weights and then the logarithm of the temperature, shape (m + 1,).
     def unpack(parameters: np.ndarray) -> Mixture:
@@ -150,9 +150,9 @@ def fit_mixture(rows: Rows) -> Mixture:
     log_temperature_bounds = tuple(np.log(TEMPERATURE_BOUNDS))
     result = minimize(
         mean_loss,
-        x0=np.append(equal_weights(models), 0.0),
+        x0=np.append(equal_weights(number_of_models), 0.0),
         method="SLSQP",
-        bounds=[(0.0, 1.0)] * models + [log_temperature_bounds],
+        bounds=[(0.0, 1.0)] * number_of_models + [log_temperature_bounds],
         constraints={"type": "eq", "fun": excess_weight},
         options={"ftol": 1e-10, "maxiter": 500},
     )
@@ -179,7 +179,7 @@ def round_weights(weights: np.ndarray) -> np.ndarray:
     return steps / WEIGHT_STEPS
 
 
-def gain_sentence(gains: np.ndarray) -> str:
+def describe_gain(gains: np.ndarray) -> str:
     """Say what the fitted weights gain over equal ones, and whether that is more than noise.
 
     Args:
@@ -205,16 +205,16 @@ def gain_sentence(gains: np.ndarray) -> str:
 def print_table(spec: Spec, rows: Rows, equal: Mixture, fitted: Mixture) -> None:
     """Print accuracy and log loss of each run alone, of equal weights and of the fitted ones."""
     # A run alone has the weight 1, and the others 0: a row of the identity matrix.
-    mixtures = {}
+    named_mixtures = []
     run_alone = np.eye(len(spec.packages))
     for package, weights in zip(spec.packages, run_alone, strict=True):
-        mixtures[package.run] = Mixture(weights)
-    mixtures["equal weights"] = equal
-    mixtures["fitted"] = fitted
+        named_mixtures.append((package.run, Mixture(weights)))
+    named_mixtures.append(("equal weights", equal))
+    named_mixtures.append(("fitted", fitted))
 
     columns = ("model", "weights", "temperature", "accuracy", "log loss")
     table = Table(*columns, box=SIMPLE_HEAD, pad_edge=False)
-    for name, mixture in mixtures.items():
+    for name, mixture in named_mixtures:
         table.add_row(
             name,
             " + ".join(f"{weight:.3f}" for weight in mixture.weights),

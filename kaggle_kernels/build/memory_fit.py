@@ -209,7 +209,7 @@ def package_settings(fit: Fit) -> PackageSettings:
     )
 
 
-def memory_sentence(fits: Sequence[Fit], spec: Spec) -> str:
+def describe_memory(fits: Sequence[Fit], spec: Spec) -> str:
     """Say what the kernel needs on each GPU, for the text at its top."""
     needs = []
     for fit in fits:

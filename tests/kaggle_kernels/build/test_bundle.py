@@ -13,7 +13,7 @@ from kaggle_kernels.build import bundle
 from kaggle_kernels.build.bundle import (
     Module,
     build_mark,
-    generate,
+    generate_files,
     kernel_folder,
     read_module,
     stale_files,
@@ -42,19 +42,19 @@ def test_the_committed_example_is_what_its_spec_and_the_runtime_give():
 
 
 def test_metadata_asks_for_two_t4s_without_internet_and_for_the_datasets():
-    metadata = json.loads(generate(find_spec("gemma2_cls"))["kernel-metadata.json"])
+    metadata = json.loads(generate_files(find_spec("gemma2_cls"))["kernel-metadata.json"])
     assert metadata["machine_shape"] == "NvidiaTeslaT4"
     assert metadata["enable_internet"] is False
     assert (metadata["language"], metadata["kernel_type"], metadata["code_file"]) == ("python", "script", "kernel.py")
     assert metadata["id"] == "INSERT_OWNER/pairwise-gemma-2-classifier"
     assert metadata["dataset_sources"] == ["INSERT_OWNER/pairwise-gemma2-cls", "INSERT_OWNER/pairwise-wheels"]
     assert metadata["competition_sources"] == ["wsdm-cup-multilingual-chatbot-arena"]
-    lmsys = json.loads(generate(find_spec("gemma2_lmsys"))["kernel-metadata.json"])
+    lmsys = json.loads(generate_files(find_spec("gemma2_lmsys"))["kernel-metadata.json"])
     assert lmsys["competition_sources"] == ["lmsys-chatbot-arena"]
 
 
 def test_a_kernel_imports_only_what_kaggles_image_has(spec_path):
-    tree = ast.parse(generate(spec_path)["kernel.py"])
+    tree = ast.parse(generate_files(spec_path)["kernel.py"])
     modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     modules |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert {module.split(".")[0] for module in modules} - set(sys.stdlib_module_names) == RUNTIME_PACKAGES
@@ -68,7 +68,7 @@ def test_a_kernel_is_as_tidy_as_code_written_by_hand():
 
 
 def test_a_kernel_holds_every_module_of_the_runtime_under_its_heading(spec_path):
-    text = generate(spec_path)["kernel.py"]
+    text = generate_files(spec_path)["kernel.py"]
     files = [path.relative_to(bundle.RUNTIME) for path in bundle.RUNTIME.rglob("*.py") if path.stem != "__init__"]
     modules = sorted(".".join(path.with_suffix("").parts) for path in files)
     assert sorted(bundle.MODULES) == modules
@@ -79,7 +79,7 @@ def test_a_kernel_holds_every_module_of_the_runtime_under_its_heading(spec_path)
 
 
 def test_the_settings_are_literal_and_stand_before_the_code(spec_path):
-    text = generate(spec_path)["kernel.py"]
+    text = generate_files(spec_path)["kernel.py"]
     assert '        PackageSettings(\n            run="tiny",\n            dataset="dataset-tiny",\n' in text
     assert '            placement="each",\n            verdicts=("model_a", "model_b"),\n' in text
     assert '            base_model="outputs/demo/input/gemma2",\n            model_type="gemma2",\n' in text
@@ -116,8 +116,8 @@ def test_help_loads_neither_torch_nor_polars():
 
 
 def test_the_build_tells_one_kernel_from_another(spec_path):
-    first = generate(spec_path)["kernel.py"]
-    assert first == generate(spec_path)["kernel.py"]
+    first = generate_files(spec_path)["kernel.py"]
+    assert first == generate_files(spec_path)["kernel.py"]
     assert first.count(f'    build="{build_mark(first)}",\n') == 1
     spec_path.write_text(SPEC.replace("600", "601"))
-    assert len({build_mark(first), build_mark(generate(spec_path)["kernel.py"]), ""}) == 3
+    assert len({build_mark(first), build_mark(generate_files(spec_path)["kernel.py"]), ""}) == 3

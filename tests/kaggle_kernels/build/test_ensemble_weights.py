@@ -12,8 +12,8 @@ from kaggle_kernels.__main__ import main
 from kaggle_kernels.build.ensemble_rows import Rows, read_rows
 from kaggle_kernels.build.ensemble_weights import (
     Mixture,
+    describe_gain,
     fit_mixture,
-    gain_sentence,
     measure_ensemble,
     mix_probabilities,
     round_weights,
@@ -125,8 +125,8 @@ def test_weights_are_thousandths_that_sum_to_one():
 
 
 def test_a_gain_within_noise_is_called_so():
-    assert gain_sentence(np.array([1.0, -1.0] * 50)).startswith("warning: fitted gains 0.0000")
-    assert gain_sentence(np.array([0.01, 0.02] * 50)).startswith("fitted gains 0.0150")
+    assert describe_gain(np.array([1.0, -1.0] * 50)).startswith("warning: fitted gains 0.0000")
+    assert describe_gain(np.array([0.01, 0.02] * 50)).startswith("fitted gains 0.0150")
 
 
 def test_only_rows_that_all_runs_have_count_and_without_write_the_spec_stays(workplace):

@@ -4,7 +4,7 @@ import pytest
 from click.testing import CliRunner
 
 from kaggle_kernels.__main__ import main
-from kaggle_kernels.build.bundle import generate, kernel_folder
+from kaggle_kernels.build.bundle import generate_files, kernel_folder
 from kaggle_kernels.build.listing import print_specs
 from kaggle_kernels.build.memory_fit import fit_packages, in_gib
 from kaggle_kernels.build.spec import all_specs, find_spec, read_spec
@@ -42,7 +42,7 @@ def workplace(tmp_path, monkeypatch):
     ],
 )
 def test_a_kernel_states_what_it_needs(name, needs):
-    docstring = generate(find_spec(name))["kernel.py"].split('"""')[1]
+    docstring = generate_files(find_spec(name))["kernel.py"].split('"""')[1]
     assert needs in " ".join(docstring.split())
 
 
@@ -51,7 +51,7 @@ def test_auto_is_a_copy_on_each_gpu_where_that_fits_and_split_where_not(workplac
     path = workplace(QWEN, quantize=quantize, more="tokens_per_batch: 3072\n")
     [fit] = fit_packages(path, read_spec(path))
     assert (fit.placement, len(fit.gpu_bytes)) == (placement, copies)
-    assert f'placement="{placement}"' in generate(path)["kernel.py"]
+    assert f'placement="{placement}"' in generate_files(path)["kernel.py"]
 
 
 def test_one_t4_cannot_hold_qwen_2_5_14b_in_int8_and_the_line_says_what_would_fit(workplace):
