@@ -68,22 +68,26 @@ def describe_spec(path: Path) -> list[str]:
     spec = read_spec(path)
     fits = fit_packages(path, spec)
 
-    # A cell holds a line for each package.
-    base_models = [fit.recipe.axolotl["base_model"] for fit in fits]
-    model_names = [base_model.split("/")[-1] for base_model in base_models]
-    bits = [fit.served.quantize.replace("none", "16") for fit in fits]
-    is_stale = bool(stale_files(path))
+    # Five columns hold a line for each package.
+    lines_by_package = [describe_package(fit, spec) for fit in fits]
+    package_cells = ["\n".join(lines) for lines in zip(*lines_by_package, strict=True)]
 
-    return [
-        spec.competition,
-        "\n".join(name_package(fit, spec) for fit in fits),
-        "\n".join(model_names),
-        "\n".join(fit.approach for fit in fits),
-        "\n".join(bits),
-        "\n".join(in_gib(fit.gpu_bytes) for fit in fits),
-        format_duration(spec.clock_seconds),
-        "[yellow]stale[/yellow]" if is_stale else "[green]built[/green]",
-    ]
+    duration = format_duration(spec.clock_seconds)
+    state = "[yellow]stale[/yellow]" if stale_files(path) else "[green]built[/green]"
+    return [spec.competition, *package_cells, duration, state]
+
+
+def describe_package(fit: Fit, spec: Spec) -> tuple[str, str, str, str, str]:
+    """Describe a package: its run, the base model's name, its approach, its bits, and GiB on a GPU."""
+    base_model = fit.recipe.axolotl["base_model"]
+    bits = fit.served.quantize.replace("none", "16")
+    return (
+        name_package(fit, spec),
+        base_model.split("/")[-1],
+        fit.approach,
+        bits,
+        in_gib(fit.gpu_bytes),
+    )
 
 
 def name_package(fit: Fit, spec: Spec) -> str:
