@@ -110,14 +110,6 @@ def test_a_model_that_cannot_be_served_so_is_refused_with_what_would_help(workpl
         fit_packages(path, read_spec(path))
 
 
-def test_a_budget_in_the_spec_counts_instead_of_the_recipes(workplace):
-    short = workplace(GEMMA, quantize="nf4", more="budget_tokens: 512\n")
-    [few] = fit_packages(short, read_spec(short))
-    path = workplace(GEMMA, quantize="nf4")
-    [many] = fit_packages(path, read_spec(path))
-    assert few.gpu_bytes[0] < many.gpu_bytes[0]
-
-
 @pytest.mark.parametrize(
     "change, message",
     [
