@@ -1,13 +1,18 @@
 """A spec that two T4s cannot hold, or that its recipes do not suit, is refused before anything is built."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 from click.testing import CliRunner
 
 from kaggle_kernels.__main__ import main
 from kaggle_kernels.build.bundle import generate_files, kernel_folder
 from kaggle_kernels.build.listing import print_specs
-from kaggle_kernels.build.memory_fit import fit_packages, in_gib
+from kaggle_kernels.build.memory_fit import find_recipe, fit_packages, in_gib
 from kaggle_kernels.build.spec import all_specs, find_spec, read_spec
+from postprocess.memory.model_size import served_of
+from postprocess.memory.t4_fit import refusal
 from preprocess.core.errors import UserError
 from tests.kaggle_kernels.packages import write_recipe
 
@@ -80,12 +85,6 @@ def test_a_gptq_package_needs_no_wheels(quantize, needs, workplace):
             r"packages.0: big needs .*, a T4 offers 14.5; what would fit: tokens_per_batch: 4096 \(8\.\d GiB\)",
         ),
         (LLAMA_70B, {"quantize": "nf4"}, "14.5; no single change makes it fit; take a smaller base model$"),
-        # An encoder is offered neither GPTQ nor a split.
-        (
-            MINILM,
-            {"budget_tokens": 512, "more": "tokens_per_batch: 400000\n"},
-            r"a T4 offers 14.5; what would fit: tokens_per_batch: 4096 \(\d.\d GiB\)$",
-        ),
         (
             MINILM,
             {"placement": "split", "budget_tokens": 256},
@@ -108,6 +107,13 @@ def test_a_model_that_cannot_be_served_so_is_refused_with_what_would_help(workpl
     path = workplace(base_model, **keys)
     with pytest.raises(UserError, match=message):
         fit_packages(path, read_spec(path))
+
+
+def test_an_encoder_is_not_offered_gptq():
+    served = served_of(find_recipe("minilm_cls", "packages.0"))
+    deep = replace(served, dimensions=replace(served.dimensions, num_hidden_layers=8000))
+    offers = refusal("minilm_cls", deep, 8192, "auto", Path("recipes/minilm_cls.yml"))
+    assert "pairwise.package.quantize: nf4" in offers and "gptq" not in offers
 
 
 @pytest.mark.parametrize(
