@@ -1,1 +1,5 @@
-"""Kaggle kernels from specs: built as one readable file, rehearsed on this machine."""
+"""Kaggle kernels from specs, the last stage of the chain.
+
+`build` makes one readable kernel.py of a spec in specs/ and of the modules in runtime/, which run on Kaggle. `rehearsal` runs
+it on this machine as Kaggle would, `publish` pushes and submits it. examples/ holds one built kernel.
+"""

@@ -1,28 +1,36 @@
-"""`python -m kaggle_kernels list | build [SPEC…] [--check] | rehearse SPEC --test FILE | weigh SPEC [--write]`,
+"""The commands of `python -m kaggle_kernels`: build a kernel from a spec, rehearse it, publish it, submit it, trace it.
 
-then `push SPEC [--dry-run] | status SPEC [--wait] | submit SPEC -m MESSAGE | scores | trace SPEC`.
-
-A SPEC is the name of a file in kaggle_kernels/specs, or a path.
+Each command reads its options and calls one function of a room: build/, rehearsal/ or publish/. A SPEC is the name of a file in
+kaggle_kernels/specs, without .yml, or the path of a file. Rooms are imported when a command runs, so that --help starts fast.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 
 from preprocess.core.errors import UserError, exits_with_2
 
+LONGEST_RUN_SECONDS = 43_200  # Kaggle's limit for a kernel: 12 hours
+
 
 @click.group()
 def main() -> None:
-    """Kaggle kernels from specs: built as one readable file, rehearsed on this machine, published, submitted, traced."""
+    """Build Kaggle kernels from specs, rehearse them on this machine, publish, submit and trace them.
+
+    A SPEC is the name of a file in kaggle_kernels/specs, without .yml, or the path of a file.
+    """
 
 
 @main.command("list")
 @exits_with_2
 def list_specs() -> None:
-    """Print the specs: packages with their weights, what they need on a GPU, and whether the kernel is up to date."""
-    from kaggle_kernels.build.listing import print_specs  # noqa: PLC0415  --help starts without pydantic
-    from kaggle_kernels.build.spec import all_specs  # noqa: PLC0415
+    """List the specs: packages, GPU memory, state of the kernel.
+
+    The memory is computed from each package's recipe, for a T4.
+    """
+    from kaggle_kernels.build.listing import print_specs  # noqa: PLC0415  --help starts fast
+    from kaggle_kernels.build.spec import all_specs  # noqa: PLC0415  --help starts fast
 
     print_specs(all_specs())
 
@@ -34,27 +42,38 @@ def list_specs() -> None:
     type=click.Path(path_type=Path),
     default=Path("outputs/kernels"),
     show_default=True,
-    help="The folder of all kernels; each has a folder of its spec's name in it.",
+    help="Folder of all kernels; each is written to a folder with its spec's name.",
 )
 @click.option(
     "--check",
     is_flag=True,
-    help="Write nothing; exit with 2 where a generated file is not up to date.",
+    help="Write nothing; exit with code 2 if a file is not up to date.",
 )
 @exits_with_2
 def build(specs: tuple[str, ...], kernels: Path, check: bool) -> None:
-    """Write the kernels of SPECS, by default of all, to outputs/kernels/NAME."""
-    from kaggle_kernels.build import bundle as builder  # noqa: PLC0415  --help starts without pydantic
-    from kaggle_kernels.build.spec import all_specs, find_spec  # noqa: PLC0415
+    """Build the kernels of SPECS, or of all specs if none is given.
 
-    paths = [find_spec(name) for name in specs] or all_specs()
-    write = builder.stale_files if check else builder.build
-    stale = [path for spec_path in paths for path in write(spec_path, kernels)]
-    if check and stale:
-        names = ", ".join(str(path) for path in stale)
-        raise UserError(f"{names}: not up to date; run the same command without --check")
-    for path in paths:
-        click.echo(f"{builder.kernel_folder(path, kernels)}: {'up to date' if check else 'built'}")
+    A kernel is one readable file, kernel.py, with its kernel-metadata.json. It runs without this repository.
+    """
+    from kaggle_kernels.build import bundle  # noqa: PLC0415  --help starts fast
+    from kaggle_kernels.build.spec import all_specs, find_spec  # noqa: PLC0415  --help starts fast
+
+    spec_paths = [find_spec(name) for name in specs] if specs else all_specs()
+
+    if check:
+        stale_files = []
+        for spec_path in spec_paths:
+            stale_files += bundle.stale_files(spec_path, kernels)
+        if stale_files:
+            names = ", ".join(str(path) for path in stale_files)
+            raise UserError(f"{names}: not up to date; run the same command without --check")
+    else:
+        for spec_path in spec_paths:
+            bundle.build(spec_path, kernels)
+
+    state = "up to date" if check else "built"
+    for spec_path in spec_paths:
+        click.echo(f"{bundle.kernel_folder(spec_path, kernels)}: {state}")
 
 
 @main.command()
@@ -64,79 +83,82 @@ def build(specs: tuple[str, ...], kernels: Path, check: bool) -> None:
     "test_file",
     type=click.Path(path_type=Path),
     required=True,
-    help="Test rows; verdicts are scored against.",
+    help="Test rows, CSV or Parquet. If they have verdicts, the kernel's answers are scored.",
 )
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    help="Where results go; by default outputs/SPEC/rehearsal.",
+    help="Folder of the results; by default outputs/SPEC/rehearsal.",
 )
 @click.option(
     "--python",
     type=click.Path(path_type=Path),
     envvar="KAGGLE_PYTHON",
-    help="Python with Kaggle's versions.",
+    help="The Python that has the versions of Kaggle's image.",
 )
 @click.option(
     "--rows",
     "size",
     type=click.IntRange(1),
-    help="So many rows, drawn from the test file, repeated if need be.",
+    help="Number of rows, drawn from the test file; with repetition if it has fewer.",
 )
-@click.option("--shuffle", is_flag=True, help="Another order of rows, with the ids dealt out anew.")
+@click.option("--shuffle", is_flag=True, help="Shuffle the rows and give them each other's ids.")
 @click.option(
-    "--ids", type=click.Choice(["int", "string"]), help="New ids of this kind; see --hostile."
+    "--ids",
+    type=click.Choice(["int", "string"]),
+    help="Give the rows new ids of this type.",
 )
 @click.option(
     "--hostile",
     is_flag=True,
-    help="A twentieth of odd rows; ids: int with an odd seed, string with an even one.",
+    help="Replace a twentieth of the rows by adversarial ones. Ids are int for an odd seed, string for an even one.",
 )
 @click.option(
     "--seed",
     type=click.IntRange(0),
     default=0,
-    help="Decides rows, ids, order and whom a fault hits.",
+    help="Seed for rows, ids, their order, and which workers are killed.",
 )
 @click.option(
     "--devices",
     type=click.IntRange(1),
-    help="So many CPU workers; by default all GPUs, or one CPU.",
+    help="Number of CPU workers; by default all GPUs, or one CPU.",
 )
 @click.option(
     "--clock",
     "clock_seconds",
-    type=click.FloatRange(1, 43200),
-    help="Seconds, in place of the spec's clock_seconds.",
+    type=click.FloatRange(1, LONGEST_RUN_SECONDS),
+    help="Time limit in seconds, instead of the spec's clock_seconds.",
 )
 @click.option(
     "--train",
     "train_file",
     type=click.Path(path_type=Path),
-    help="The competition's train file: rehearse the visible run.",
+    help="The competition's train file; rehearse the visible run, which scores rows of it.",
 )
 @click.option(
     "--kill-every",
     type=click.FloatRange(0, min_open=True),
-    help="Kill a worker every so many seconds, in turn.",
+    help="Kill one worker after another, with a pause of so many seconds.",
 )
 @click.option(
     "--lose-device",
     type=click.IntRange(0),
-    help="Kill every worker of this device as soon as it appears.",
+    help="Kill every worker of this device as soon as it starts.",
 )
 @exits_with_2
 def rehearse(spec: str, test_file: Path, out: Path | None, python: Path | None, **scenario) -> None:
-    """Run the generated kernel of SPEC as Kaggle would: its tree, its versions, no network, no repository.
+    """Run the kernel of SPEC as Kaggle would, on this machine.
 
-    The kernel must have been built since the spec or the runtime changed; rehearse does not build it. Its results are
-    checked from outside, and the time that two T4s would take is predicted.
+    It gets Kaggle's folders and versions, and neither network nor repository. Build it first; one that is out of date is
+    refused. The results are checked, and the time that the kernel would take on two T4s is predicted.
     """
-    from kaggle_kernels.build.spec import find_spec  # noqa: PLC0415
-    from kaggle_kernels.rehearsal import rehearse as rehearsal  # noqa: PLC0415  --help starts without polars
+    from kaggle_kernels.build.spec import find_spec  # noqa: PLC0415  --help starts fast
+    from kaggle_kernels.rehearsal import rehearse as rehearsal  # noqa: PLC0415  --help starts fast
 
     spec_path = find_spec(spec)
-    out = out or Path("outputs") / spec_path.stem / "rehearsal"
+    if out is None:
+        out = Path("outputs") / spec_path.stem / "rehearsal"
     rehearsal.rehearse(spec_path, test_file, out, python, rehearsal.Scenario(**scenario))
 
 
@@ -145,39 +167,50 @@ def rehearse(spec: str, test_file: Path, out: Path | None, python: Path | None, 
 @click.option(
     "--write",
     is_flag=True,
-    help="Put weights and temperature into the spec; build the kernel afterwards.",
+    help="Write weights and temperature into the spec; build the kernel afterwards.",
 )
 @exits_with_2
 def weigh(spec: str, write: bool) -> None:
-    """Fit the weights of SPEC's packages, and the temperature, on the validation rows that all their runs have.
+    """Fit the weights of SPEC's packages and the temperature.
 
-    Reads outputs/RUN/predictions.parquet and metrics.json; least log loss decides.
+    They give the least log loss on the validation rows that all runs held out, which are in outputs/RUN/predictions.parquet.
     """
-    from kaggle_kernels.build import ensemble_weights as weighing  # noqa: PLC0415  --help starts without polars and scipy
-    from kaggle_kernels.build.spec import find_spec  # noqa: PLC0415
+    from kaggle_kernels.build import ensemble_weights  # noqa: PLC0415  --help starts fast
+    from kaggle_kernels.build.spec import find_spec  # noqa: PLC0415  --help starts fast
 
-    weighing.weigh(find_spec(spec), write)
+    ensemble_weights.weigh(find_spec(spec), write)
 
 
-def asks_kaggle(patience_seconds: float):
-    """Decorate a command with the options that say how often Kaggle is asked, and for how long in all."""
-    poll = click.option(
+def asks_kaggle(patience_seconds: float) -> Callable[[Callable], Callable]:
+    """Make a decorator that gives a command the options of waiting for Kaggle.
+
+    Args:
+        patience_seconds: the default of --patience-seconds.
+
+    Returns:
+        The decorator. It adds --poll-seconds and --patience-seconds, of which the command makes a client.Pace.
+    """
+    poll_option = click.option(
         "--poll-seconds",
         type=click.FloatRange(0, min_open=True),
         default=15,
         show_default=True,
         envvar="PAIRWISE_POLL_SECONDS",
-        help="Pause between two questions to Kaggle; it grows to eight times that.",
+        help="Pause between two requests to Kaggle; it grows to eight times that.",
     )
-    patience = click.option(
+    patience_option = click.option(
         "--patience-seconds",
         type=click.FloatRange(0),
         default=patience_seconds,
         show_default=True,
         envvar="PAIRWISE_PATIENCE_SECONDS",
-        help="How long Kaggle may take; the same command goes on waiting.",
+        help="How long to wait for Kaggle; the same command then goes on waiting.",
     )
-    return lambda command: poll(patience(command))
+
+    def add_options(command: Callable) -> Callable:
+        return poll_option(patience_option(command))
+
+    return add_options
 
 
 @main.command()
@@ -185,76 +218,89 @@ def asks_kaggle(patience_seconds: float):
 @click.option(
     "--dry-run",
     is_flag=True,
-    help="Make every check, and list the calls that would change something.",
+    help="Run all checks and list the calls that would change something, without making them.",
 )
 @click.option(
     "--again",
     is_flag=True,
-    help="Push the kernel even where it is unchanged, so that it runs once more.",
+    help="Push the kernel even if it is unchanged, so that it runs once more.",
 )
 @asks_kaggle(patience_seconds=3600)
 @exits_with_2
 def push(
     spec: str, dry_run: bool, again: bool, poll_seconds: float, patience_seconds: float
 ) -> None:
-    """Publish SPEC on Kaggle: its packages and wheels as private datasets, then its kernel, all read back and compared.
+    """Publish the datasets and the kernel of SPEC on Kaggle.
 
-    What is there unchanged is skipped; what was interrupted is continued by the same command.
+    Packages and wheels become private datasets. They and the kernel are read back and compared with the files here. What is
+    unchanged on Kaggle is skipped. After an interruption the same command goes on.
     """
-    from kaggle_kernels.build.spec import find_spec  # noqa: PLC0415
-    from kaggle_kernels.publish import push  # noqa: PLC0415  --help starts without polars
-    from kaggle_kernels.publish.client import Pace  # noqa: PLC0415
+    from kaggle_kernels.build.spec import find_spec  # noqa: PLC0415  --help starts fast
+    from kaggle_kernels.publish import push as publishing  # noqa: PLC0415  --help starts fast
+    from kaggle_kernels.publish.client import Pace  # noqa: PLC0415  --help starts fast
 
-    push.push(find_spec(spec), Pace(poll_seconds, patience_seconds), dry_run, again)
+    publishing.push(find_spec(spec), Pace(poll_seconds, patience_seconds), dry_run, again)
 
 
 @main.command()
 @click.argument("spec")
 @click.option(
-    "--wait", is_flag=True, help="Until the kernel has run; its log is printed as it grows."
+    "--wait",
+    is_flag=True,
+    help="Wait until the kernel has run, and print its log as it grows.",
 )
 @asks_kaggle(patience_seconds=50_000)
 @exits_with_2
 def status(spec: str, wait: bool, poll_seconds: float, patience_seconds: float) -> None:
-    """Print the status of SPEC's kernel as it was pushed; exit code 2 where it ended in an error."""
-    from kaggle_kernels.build.spec import find_spec  # noqa: PLC0415
-    from kaggle_kernels.publish import submit as submission  # noqa: PLC0415  --help starts without pydantic
-    from kaggle_kernels.publish.client import Pace  # noqa: PLC0415
+    """Print the status of SPEC's pushed kernel.
+
+    The exit code is 2 if the kernel ended in an error.
+    """
+    from kaggle_kernels.build.spec import find_spec  # noqa: PLC0415  --help starts fast
+    from kaggle_kernels.publish import submit as submission  # noqa: PLC0415  --help starts fast
+    from kaggle_kernels.publish.client import Pace  # noqa: PLC0415  --help starts fast
 
     submission.status(find_spec(spec), Pace(poll_seconds, patience_seconds), wait)
 
 
 @main.command()
 @click.argument("spec")
-@click.option("-m", "--message", required=True, help="The submission's description on Kaggle.")
-@click.option("--yes", is_flag=True, help="Submit without asking.")
+@click.option("-m", "--message", required=True, help="Description of the submission on Kaggle.")
+@click.option("--yes", is_flag=True, help="Submit without confirmation.")
 @click.option("--again", is_flag=True, help="Submit a version that was submitted before.")
 @asks_kaggle(patience_seconds=3600)
 @exits_with_2
 def submit(
     spec: str, message: str, yes: bool, again: bool, poll_seconds: float, patience_seconds: float
 ) -> None:
-    """Submit the pushed version of SPEC's kernel: complete, current, with a submission.csv that is one."""
-    from kaggle_kernels.build.spec import find_spec  # noqa: PLC0415
-    from kaggle_kernels.publish import submit as submission  # noqa: PLC0415  --help starts without pydantic
-    from kaggle_kernels.publish.client import Pace  # noqa: PLC0415
+    """Submit the pushed version of SPEC's kernel.
+
+    It must be complete, be the one that was built last, and have written a valid submission.csv.
+    """
+    from kaggle_kernels.build.spec import find_spec  # noqa: PLC0415  --help starts fast
+    from kaggle_kernels.publish import submit as submission  # noqa: PLC0415  --help starts fast
+    from kaggle_kernels.publish.client import Pace  # noqa: PLC0415  --help starts fast
 
     submission.submit(find_spec(spec), message, Pace(poll_seconds, patience_seconds), yes, again)
 
 
 @main.command()
 @click.option(
-    "--competition", type=click.Choice(["wsdm", "lmsys"]), default="wsdm", show_default=True
+    "--competition",
+    type=click.Choice(["wsdm", "lmsys"]),
+    default="wsdm",
+    show_default=True,
 )
 @asks_kaggle(patience_seconds=3600)
 @exits_with_2
 def scores(competition: str, poll_seconds: float, patience_seconds: float) -> None:
-    """Print the submissions with their scores, each with the commit, recipe and cross-validation that it came from.
+    """List the submissions with their scores.
 
-    And how far cross-validation and the leaderboard go together; outputs/scores.png shows it.
+    Each is shown with the commit, recipe and cross-validation that it came from. The correlation of cross-validation and
+    leaderboard is printed too, and plotted to outputs/scores.png.
     """
-    from kaggle_kernels.publish.client import Pace  # noqa: PLC0415  --help starts without polars
-    from kaggle_kernels.publish.scores import print_scores  # noqa: PLC0415
+    from kaggle_kernels.publish.client import Pace  # noqa: PLC0415  --help starts fast
+    from kaggle_kernels.publish.scores import print_scores  # noqa: PLC0415  --help starts fast
 
     print_scores(competition, Pace(poll_seconds, patience_seconds))
 
@@ -263,9 +309,10 @@ def scores(competition: str, poll_seconds: float, patience_seconds: float) -> No
 @click.argument("reference", metavar="SPEC|REF")
 @exits_with_2
 def trace(reference: str) -> None:
-    """Lead a submission back to the raw files, by the ledger: outputs/ledger.jsonl.
+    """Trace a submission back to the raw files.
 
-    Named by its SPEC (the last one of it), by the submission's ref, or by the kernel: owner/slug or owner/slug/VERSION.
+    It is looked up in the ledger, outputs/ledger.jsonl. REF is the submission's reference on Kaggle, or its kernel:
+    owner/slug or owner/slug/VERSION. A SPEC stands for its last submission.
     """
     from kaggle_kernels.publish.lineage import print_trace  # noqa: PLC0415  --help starts fast
 

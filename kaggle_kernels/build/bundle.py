@@ -1,7 +1,10 @@
-"""A spec becomes one readable file that runs on Kaggle without this repository: the runtime's modules, put one after another.
+"""Build a spec's kernel: one readable kernel.py that runs on Kaggle without this repository, and its kernel-metadata.json.
 
-It goes to outputs/kernels/NAME: kernel.py and kernel-metadata.json. One example, kaggle_kernels/examples/demo, is committed.
-Imports are merged at the top, each module keeps its text under a heading, the spec's settings come first.
+The kernel is the modules of kaggle_kernels/runtime one after another, each under a heading with its docstring. Their imports
+are merged at the top, the spec's settings follow the module that defines them, and the last lines run the kernel.
+
+`build` writes to outputs/kernels/NAME. `rehearse` and `push` read the kernel there and refuse it if it is out of date.
+kaggle_kernels/examples/demo is a committed example.
 """
 
 import ast
@@ -12,17 +15,19 @@ import re
 import sys
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kaggle_kernels.build.memory_fit import Fit, fit_packages, memory_sentence, package_settings
+from kaggle_kernels.build.memory_fit import Fit, describe_memory, fit_packages, package_settings
 from kaggle_kernels.build.spec import COMPETITIONS, Spec, read_spec, settings_of
 from kaggle_kernels.runtime.settings import PackageSettings, Settings
 from preprocess.core.errors import UserError
 from preprocess.core.files import atomic_file
 
-KERNELS = Path("outputs") / "kernels"  # of the current folder, as everything that is made
+KERNELS = Path("outputs") / "kernels"
 RUNTIME = Path(__file__).parents[1] / "runtime"
+
+# The runtime's modules in the order of the kernel: a module follows those that it imports.
 MODULES = (
     "settings",
     "package",
@@ -42,77 +47,100 @@ MODULES = (
     "scheduling.engine",
     "scheduling.schedule",
     "main",
-)  # each before what imports it
-OWNER = "INSERT_OWNER"  # stands for the Kaggle account, which is known at push
+)
+
+# Stands for the Kaggle account in kernel-metadata.json; `push` puts its name there.
+OWNER = "INSERT_OWNER"
+
+# The layout of kernel.py, in characters. Its lines are as long as those of the runtime's modules.
+LINE_WIDTH = 128
+DOCSTRING_WIDTH = 120
 RULE = "# " + "=" * 110
-WIDTH = 120
+
+# How much of the SHA-256 identifies a build, in hexadecimal digits.
 BUILD_DIGITS = 16
-LINE = 128  # what ruff allows
+
+ImportStatement = ast.Import | ast.ImportFrom
 
 
 @dataclass(frozen=True)
 class Module:
-    """A runtime module taken apart: its docstring, what it imports from elsewhere, and the rest of its text."""
+    """A module of the runtime, taken apart."""
 
     name: str
     docstring: str
-    imports: tuple[ast.Import | ast.ImportFrom, ...]
-    body: str
-    names: tuple[str, ...]
+    imports: tuple[ImportStatement, ...]  # without those from other modules of the runtime
+    body: str  # the text below the imports
+    defined_names: tuple[str, ...]
 
 
 def kernel_folder(spec_path: Path, kernels: Path = KERNELS) -> Path:
-    """Where the spec's kernel is written."""
+    """The folder of a spec's kernel, below the folder of all kernels."""
     return kernels / spec_path.stem
 
 
-def generate(spec_path: Path) -> dict[str, str]:
-    """The text of each generated file, by name; a UserError where the spec does not fit two T4s."""
+def build(spec_path: Path, kernels: Path = KERNELS) -> list[Path]:
+    """Write a spec's kernel where it is absent or out of date.
+
+    Args:
+        spec_path: the spec's file.
+        kernels: the folder of all kernels; the spec's own gets the spec's name.
+
+    Returns:
+        The files that were written; none if the kernel was up to date.
+
+    Raises:
+        UserError: where the spec has mistakes or does not fit two T4s.
+    """
+    # Only what is stale, so that a second build leaves the files and their times alone.
+    texts = generate_files(spec_path)
+    written = stale_files(spec_path, kernels)
+    for path in written:
+        with atomic_file(path) as temporary:
+            temporary.write_text(texts[path.name], encoding="utf-8")
+    return written
+
+
+def generate_files(spec_path: Path) -> dict[str, str]:
+    """Generate the kernel's files, as text by name; UserError where the spec does not fit two T4s."""
     spec = read_spec(spec_path)
+    fits = fit_packages(spec_path, spec)
     return {
-        "kernel.py": kernel_text(spec_path.stem, spec, fit_packages(spec_path, spec)),
-        "kernel-metadata.json": json.dumps(kernel_metadata(spec), indent=2) + "\n",
+        "kernel.py": kernel_text(spec_path.stem, spec, fits),
+        "kernel-metadata.json": json.dumps(make_metadata(spec), indent=2) + "\n",
     }
 
 
-def build(spec_path: Path, kernels: Path = KERNELS) -> list[Path]:
-    """Write the spec's kernel into its folder below `kernels`; the files that changed."""
-    texts = generate(spec_path)
-    changed = stale_files(spec_path, kernels)
-    for path in changed:
-        with atomic_file(path) as temporary:
-            temporary.write_text(texts[path.name], encoding="utf-8")
-    return changed
-
-
 def stale_files(spec_path: Path, kernels: Path = KERNELS) -> list[Path]:
-    """The generated files that are absent or differ from what the spec and the runtime give now."""
+    """List the files of a kernel that are absent, or not what the spec and the runtime give now."""
     folder = kernel_folder(spec_path, kernels)
-    return [
-        folder / name
-        for name, text in generate(spec_path).items()
-        if not (folder / name).is_file() or (folder / name).read_text(encoding="utf-8") != text
-    ]
+    stale = []
+    for name, text in generate_files(spec_path).items():
+        path = folder / name
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            stale.append(path)
+    return stale
 
 
 def check_built(spec_path: Path) -> Path:
-    """The folder of the spec's kernel; a UserError where it was not built since the spec or the runtime changed."""
+    """Return the folder of a spec's kernel; UserError if the spec or the runtime changed since it was built."""
+    folder = kernel_folder(spec_path)
     stale = stale_files(spec_path)
     if stale:
         names = ", ".join(path.name for path in stale)
-        folder = kernel_folder(spec_path)
         raise UserError(
             f"{folder}: {names} not up to date; run `python -m kaggle_kernels build {spec_path}`"
         )
-    return kernel_folder(spec_path)
+    return folder
 
 
-def kernel_metadata(spec: Spec) -> dict:
-    """kernel-metadata.json: two T4s, no internet. The owner is a placeholder until push."""
-    datasets = [
-        *(package.dataset for package in spec.packages),
-        *([spec.wheels] if spec.wheels else []),
-    ]
+def make_metadata(spec: Spec) -> dict:
+    """Describe the kernel to Kaggle, as kernel-metadata.json does: two T4s, no internet, its datasets."""
+    datasets = [package.dataset for package in spec.packages]
+    if spec.wheels is not None:
+        datasets.append(spec.wheels)
+
+    # The keys are explained in https://github.com/Kaggle/kaggle-api/wiki/Kernel-Metadata.
     return {
         "id": f"{OWNER}/{spec.slug}",
         "title": spec.title,
@@ -132,149 +160,234 @@ def kernel_metadata(spec: Spec) -> dict:
 
 
 def kernel_text(name: str, spec: Spec, fits: Sequence[Fit]) -> str:
-    """The kernel as one Python file, its `build` set to a hash of all the rest."""
-    text = unmarked_text(name, spec, fits)
-    mark = hashlib.sha256(text.encode()).hexdigest()[:BUILD_DIGITS]
-    return text.replace('    build="",\n', f'    build="{mark}",\n', 1)
+    """Generate kernel.py.
+
+    Args:
+        name: the spec's name, which is that of its file.
+        spec: the checked spec.
+        fits: its packages, as fit_packages places them.
+
+    Returns:
+        The source. Its `build` setting is a hash of all the rest, so that two kernels that differ have different builds.
+    """
+    docstring = format_docstring(name, spec, fits)
+    settings = settings_of(name, spec, [package_settings(fit) for fit in fits])
+
+    # The hash cannot hold itself: it is that of the same text with an empty `build`.
+    unmarked_text = assemble_kernel(docstring, settings)
+    digest = hashlib.sha256(unmarked_text.encode()).hexdigest()
+    return assemble_kernel(docstring, replace(settings, build=digest[:BUILD_DIGITS]))
 
 
-def build_mark(text: str) -> str:
-    """The `build` of a kernel's text, which its kernel.json repeats."""
-    return re.search(r'^    build="(\w+)",$', text, re.MULTILINE)[1]
+def build_mark(kernel: str) -> str:
+    """Read the `build` setting out of a kernel's text. The kernel repeats it in its kernel.json."""
+    return re.search(r'^    build="(\w+)",$', kernel, re.MULTILINE)[1]
 
 
-def unmarked_text(name: str, spec: Spec, fits: Sequence[Fit]) -> str:
-    """The kernel as one Python file, but for its `build`."""
-    modules = [read_module(module) for module in MODULES]
+def assemble_kernel(docstring: str, settings: Settings) -> str:
+    """Put the parts of kernel.py together: docstring, imports, modules, settings, and the call that runs it."""
+    modules = [read_module(name) for name in MODULES]
     check_names(modules)
-    parts = [
-        f'"""{spec.title}: scores the pairs of {COMPETITIONS[spec.competition].slug} and writes submission.csv.\n\n'
-        f"Generated from the spec {name}.yml by `python -m kaggle_kernels build {name}`; change that, not this.\n"
-        "It runs on two T4s without internet, and needs the datasets that SETTINGS names and the competition's files.\n\n"
-        f"{textwrap.fill(memory_sentence(fits, spec), WIDTH)}\n"
-        '"""',
-        merge_imports(modules),
-    ]
+
+    # The settings follow the module that defines their classes, so that a reader meets them before the code.
+    sections = []
     for module in modules:
-        parts.append(("\n" if len(parts) > 2 else "") + heading(module))
-        parts.append(
-            ("\n" if module.body.startswith(("def ", "class ", "@")) else "") + module.body
-        )
+        section = format_section(module)
         if module.name == "settings":
-            parts.append(
-                f"\nSETTINGS = {settings_literal(settings_of(name, spec, [package_settings(fit) for fit in fits]))}"
-            )
-    parts.append('\nif __name__ == "__main__":\n    run_kernel(SETTINGS)\n    leave()\n')
-    return "\n\n".join(parts)
+            section += f"\n\n\nSETTINGS = {format_settings(settings)}"
+        sections.append(section)
+
+    # Blank lines as ruff wants them: two around the sections, one below the imports.
+    head = f"{docstring}\n\n{merge_imports(modules)}\n\n"
+    ending = 'if __name__ == "__main__":\n    run_kernel(SETTINGS)\n    leave()\n'
+    return head + "\n\n\n".join([*sections, ending])
+
+
+def format_docstring(name: str, spec: Spec, fits: Sequence[Fit]) -> str:
+    """Write the docstring of kernel.py: what it does, where it comes from, what memory it needs."""
+    competition = COMPETITIONS[spec.competition]
+    memory = textwrap.fill(describe_memory(fits, spec), DOCSTRING_WIDTH)
+    return (
+        f'"""{spec.title}: scores the pairs of {competition.slug} and writes submission.csv.\n\n'
+        f"Generated from the spec {name}.yml by `python -m kaggle_kernels build {name}`; "
+        "change that, not this.\n"
+        "It runs on two T4s without internet, and needs the datasets that SETTINGS names and the "
+        "competition's files.\n\n"
+        f'{memory}\n"""'
+    )
+
+
+def format_section(module: Module) -> str:
+    """Write a module as a section of the kernel: its name and docstring as a block of comments, then its body."""
+    # The heading: the file's name and its docstring between two rules.
+    lines = [RULE, f"# {module.name.replace('.', '/')}.py", "#"]
+    for line in module.docstring.splitlines():
+        lines.append(f"# {line}".rstrip())
+    lines.append(RULE)
+
+    # ruff wants two blank lines above a function or a class, one above anything else.
+    starts_with_definition = module.body.startswith(("def ", "class ", "@"))
+    blank_lines = ["", ""] if starts_with_definition else [""]
+    return "\n".join([*lines, *blank_lines, module.body])
 
 
 @functools.cache
 def read_module(name: str) -> Module:
-    """Take a runtime module apart. Imports stand at its top, those of other runtime modules name what they take."""
+    """Read a module of the runtime and take it apart.
+
+    Its docstring and imports stand at its top. Imports from other modules of the runtime are left out, since the kernel
+    holds those modules itself.
+    """
     source = (RUNTIME / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8")
     tree = ast.parse(source)
+
     docstring, *statements = tree.body
-    imports = [node for node in statements if isinstance(node, ast.Import | ast.ImportFrom)]
-    rest = [node for node in statements if node not in imports]
-    start = max(node.end_lineno for node in (docstring, *imports))
-    outside = [node for node in imports if not is_of_runtime(node)]
-    if any(alias.asname for node in imports if is_of_runtime(node) for alias in node.names):
-        raise ValueError(
-            f"{name}.py: imports from the runtime under another name; in one file there is only the first"
-        )
-    body = "\n".join(source.splitlines()[start:]).strip("\n")
-    names = [node.name for node in rest if hasattr(node, "name")]
-    names += [target.id for node in rest if isinstance(node, ast.Assign) for target in node.targets]
-    return Module(name, ast.get_docstring(tree), tuple(outside), body, tuple(names))
-
-
-def is_of_runtime(node: ast.Import | ast.ImportFrom) -> bool:
-    """Whether an import takes from this runtime, whose modules the kernel holds itself."""
-    return isinstance(node, ast.ImportFrom) and node.module.startswith("kaggle_kernels.runtime")
-
-
-def check_names(modules: list[Module]) -> None:
-    """Raise ValueError where two modules define the same name: in one file the second would replace the first."""
-    seen: dict[str, str] = {}
-    for module in modules:
-        for name in module.names:
-            if name in seen:
-                raise ValueError(
-                    f"{module.name}.py and {seen[name]}.py both define {name}; rename one"
-                )
-            seen[name] = module.name
-
-
-def merge_imports(modules: list[Module]) -> str:
-    """All imports once: standard library, then the rest, sorted as ruff sorts them."""
-    plain: set[str] = set()
-    taken: dict[str, set[str]] = {}
-    for node in (node for module in modules for node in module.imports):
-        written = {
-            alias.name + (f" as {alias.asname}" if alias.asname else "") for alias in node.names
-        }
-        if isinstance(node, ast.Import):
-            plain |= written
+    header_end = docstring.end_lineno  # the last line of the docstring and the imports
+    outside_imports = []
+    defined_names = []
+    for statement in statements:
+        if isinstance(statement, ImportStatement):
+            header_end = statement.end_lineno
+            if is_from_runtime(statement):
+                check_is_not_renamed(statement, name)
+            else:
+                outside_imports.append(statement)
         else:
-            taken.setdefault(node.module, set()).update(written)
-    blocks = []
-    for is_standard in (True, False):
-        lines = [
-            f"import {name}"
-            for name in sorted(plain)
-            if is_of_standard_library(name) == is_standard
-        ]
-        lines += [
-            from_import(module, sorted(names, key=import_order))
-            for module, names in sorted(taken.items())
-            if is_of_standard_library(module) == is_standard
-        ]
-        blocks.append("\n".join(lines))
-    return "\n\n".join(block for block in blocks if block)
+            defined_names += list_defined_names(statement)
 
-
-def from_import(module: str, names: Sequence[str]) -> str:
-    """An import on one line, or where that is too long with a line a name."""
-    line = f"from {module} import {', '.join(names)}"
-    return (
-        line
-        if len(line) <= LINE
-        else "\n".join([f"from {module} import (", *(f"    {name}," for name in names), ")"])
+    # The text as it was written, with its comments, which the syntax tree has lost.
+    body_lines = source.splitlines()[header_end:]
+    return Module(
+        name=name,
+        docstring=ast.get_docstring(tree),
+        imports=tuple(outside_imports),
+        body="\n".join(body_lines).strip("\n"),
+        defined_names=tuple(defined_names),
     )
 
 
-def is_of_standard_library(module: str) -> bool:
-    """Whether Python itself brings the module."""
-    return module.split(".")[0].split(" ")[0] in sys.stdlib_module_names
+def check_is_not_renamed(statement: ImportStatement, importer: str) -> None:
+    """Raise ValueError where an import from the runtime has an `as`: the kernel does not define the second name."""
+    for alias in statement.names:
+        if alias.asname is not None:
+            raise ValueError(
+                f"{importer}.py: imports {alias.name} from the runtime as {alias.asname}; in one file "
+                f"there is only {alias.name}"
+            )
+
+
+def list_defined_names(statement: ast.stmt) -> list[str]:
+    """List the names that a module's statement defines: a function, a class or constants."""
+    if isinstance(statement, ast.FunctionDef | ast.ClassDef):
+        return [statement.name]
+    if isinstance(statement, ast.Assign):
+        return [target.id for target in statement.targets]
+    return []
+
+
+def is_from_runtime(statement: ImportStatement) -> bool:
+    """Whether an import takes names from another module of the runtime."""
+    if isinstance(statement, ast.Import):
+        return False
+    return statement.module.startswith("kaggle_kernels.runtime")
+
+
+def check_names(modules: Sequence[Module]) -> None:
+    """Raise ValueError where two modules define the same name: in one file the second would replace the first."""
+    defined_in: dict[str, str] = {}
+    for module in modules:
+        for name in module.defined_names:
+            if name in defined_in:
+                raise ValueError(
+                    f"{module.name}.py and {defined_in[name]}.py both define {name}; rename one"
+                )
+            defined_in[name] = module.name
+
+
+def merge_imports(modules: Sequence[Module]) -> str:
+    """Merge the modules' imports into one block for the standard library and one for the rest, in ruff's order."""
+    # Collect what is imported, once: `import name` and `from module import names`.
+    whole_modules: set[str] = set()
+    names_by_module: dict[str, set[str]] = {}
+    for module in modules:
+        for statement in module.imports:
+            names = {ast.unparse(alias) for alias in statement.names}  # "torch", or "torch as t"
+            if isinstance(statement, ast.Import):
+                whole_modules.update(names)
+            else:
+                names_by_module.setdefault(statement.module, set()).update(names)
+
+    # Write the statements: of each block first whole modules, then names, both in alphabetical order.
+    standard_library = []
+    third_party = []
+    for name in sorted(whole_modules):
+        block = standard_library if is_standard_library(name) else third_party
+        block.append(f"import {name}")
+    for name in sorted(names_by_module):
+        block = standard_library if is_standard_library(name) else third_party
+        block.append(format_import(name, names_by_module[name]))
+
+    return "\n".join(standard_library) + "\n\n" + "\n".join(third_party)
+
+
+def format_import(module: str, names: set[str]) -> str:
+    """Write a `from … import …`, with a line for each name where one line is too short."""
+    ordered_names = sorted(names, key=import_order)
+    one_line = f"from {module} import {', '.join(ordered_names)}"
+    if len(one_line) <= LINE_WIDTH:
+        return one_line
+
+    lines = [f"from {module} import ("]
+    for name in ordered_names:
+        lines.append(f"    {name},")
+    lines.append(")")
+    return "\n".join(lines)
 
 
 def import_order(name: str) -> tuple[int, str]:
-    """Constants, then classes, then functions."""
-    return (0 if name.isupper() else 1 if name[0].isupper() else 2, name)
+    """Sort imported names as ruff does: constants, then classes, then functions."""
+    if name.isupper():
+        return (0, name)
+    if name[0].isupper():
+        return (1, name)
+    return (2, name)
 
 
-def heading(module: Module) -> str:
-    """A module's name and docstring as a comment."""
-    lines = [f"# {line}".rstrip() for line in module.docstring.splitlines()]
-    return "\n".join([RULE, f"# {module.name.replace('.', '/')}.py", "#", *lines, RULE])
+def is_standard_library(module: str) -> bool:
+    """Whether a module, as in "os.path" or "numpy as np", comes with Python."""
+    top_level_name = re.match(r"\w+", module)[0]
+    return top_level_name in sys.stdlib_module_names
 
 
-def settings_literal(settings: Settings) -> str:
-    """The settings as Python source, one a line."""
-    lines = [
-        f"    {name.name}={literal(getattr(settings, name.name))}," for name in fields(settings)
-    ]
-    return "\n".join(["Settings(", *lines, ")"])
+def format_settings(settings: Settings) -> str:
+    """Write the settings as Python source, a line for each."""
+    lines = ["Settings("]
+    for name, value in vars(settings).items():
+        source = format_packages(value) if name == "packages" else format_value(value)
+        lines.append(f"    {name}={source},")
+    lines.append(")")
+    return "\n".join(lines)
 
 
-def literal(value: object) -> str:
-    """A setting as Python source with double quotes; what is said of a package stands one a line."""
-    if isinstance(value, PackageSettings):
-        lines = [f"            {name}={literal(of)}," for name, of in vars(value).items()]
-        return "\n".join(["PackageSettings(", *lines, "        )"])
+def format_packages(packages: Sequence[PackageSettings]) -> str:
+    """Write the settings of the packages as Python source: a tuple, with a line for each setting."""
+    lines = ["("]
+    for package in packages:
+        lines.append("        PackageSettings(")
+        for name, value in vars(package).items():
+            lines.append(f"            {name}={format_value(value)},")
+        lines.append("        ),")
+    lines.append("    )")
+    return "\n".join(lines)
+
+
+def format_value(value: object) -> str:
+    """Write text, a number, None, or a tuple of them as Python source, text in double quotes."""
+    if isinstance(value, str):
+        return json.dumps(value)
     if isinstance(value, tuple):
-        items = [literal(item) for item in value]
-        if isinstance(value[0], PackageSettings):
-            return "\n".join(["(", *(f"        {item}," for item in items), "    )"])
-        return f"({', '.join(items)}{',' if len(items) == 1 else ''})"
-    return json.dumps(value) if isinstance(value, str) else repr(value)
+        items = [format_value(item) for item in value]
+        if len(items) == 1:
+            return f"({items[0]},)"
+        return f"({', '.join(items)})"
+    return repr(value)

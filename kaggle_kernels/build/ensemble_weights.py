@@ -1,288 +1,281 @@
-"""An ensemble's weights, and its temperature, fitted on validation rows that none of its models was trained on.
+"""Fit an ensemble's weights and temperature on validation rows that none of its models was trained on.
 
-The rows are those of outputs/RUN/predictions.parquet that all runs have, joined by id. The kernel's own arithmetic is
-followed: orders averaged, the competition's verdicts made to sum to one, the weighted mean, the temperature.
+`python -m kaggle_kernels weigh SPEC` prints what they gain, and with --write puts them into the spec. `push` records what the
+spec's models reach together on these rows. The probabilities are mixed exactly as the kernel does it (runtime/submission.py):
+the mean of the orders, the competition's verdicts made to sum to one, the weighted mean of the models, the temperature.
+
+Shapes: m is the number of models (runs), n of rows, v of the competition's verdicts.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import polars as pl
-import yaml
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from ruamel.yaml import YAML
 from scipy.optimize import minimize
 
+from kaggle_kernels.build.ensemble_rows import Rows, read_rows
 from kaggle_kernels.build.packages import package_folder
-from kaggle_kernels.build.spec import COMPETITIONS, SPECS, Spec, read_spec
+from kaggle_kernels.build.spec import SPECS, Spec, read_spec
 from kaggle_kernels.runtime.submission import SMALLEST
 from preprocess.core.errors import UserError
-from preprocess.core.files import atomic_file, read_object
+from preprocess.core.files import atomic_file
 from preprocess.core.ledger import fingerprint
 
-TEMPERATURES = (0.1, 10.0)
-RESAMPLES = 1000
-SEED = 1
+# The search: within these temperatures; weights are rounded to thousandths, and a model with less than the smallest weight is
+# not worth its time in the kernel.
+TEMPERATURE_BOUNDS = (0.1, 10.0)
+WEIGHT_STEPS = 1000
+SMALLEST_WEIGHT = 0.005
+
+# The interval of the gain, by a bootstrap over rows: 95 % of the samples lie between the quantiles.
+BOOTSTRAP_SAMPLES = 1000
+BOOTSTRAP_SEED = 1
+CONFIDENCE_QUANTILES = (0.025, 0.975)
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Validation rows that all runs have: probabilities float64 (runs, rows, verdicts), and each row's verdict (rows,)."""
+class Mixture:
+    """How an ensemble mixes its models: their weights, shape (m,), summing to one, and the temperature of the mean."""
 
-    probabilities_mrv: np.ndarray
-    winners_r: np.ndarray
+    weights: np.ndarray
+    temperature: float = 1.0
 
 
 def weigh(spec_path: Path, write: bool) -> None:
-    """Fit, print the table, and with `write` put weights and temperature into the spec."""
+    """Fit the weights and the temperature of a spec, and print what they gain over equal weights.
+
+    Args:
+        spec_path: the spec's file.
+        write: whether to put them into the spec, too.
+
+    Raises:
+        UserError: where there are no rows to fit them on, or `write` is asked for and a model is not worth its place.
+    """
     spec = read_spec(spec_path)
     rows = read_rows(spec)
-    weights, temperature = fit(rows)
-    equal = np.full(len(weights), 1 / len(weights))
-    print_table(spec, rows, equal, weights, temperature)
-    print(noise_sentence(row_losses(rows, equal, 1.0) - row_losses(rows, weights, temperature)))
-    useless = [
-        package.run for package, weight in zip(spec.packages, weights, strict=True) if weight == 0
-    ]
-    if useless:
-        advice = f"{spec_path}: the fitted weight of {', '.join(useless)} is 0; remove it from packages, then weigh again"
+    fitted = fit_mixture(rows)
+    equal = Mixture(equal_weights(len(spec.packages)))
+    gains = compute_losses(rows, equal) - compute_losses(rows, fitted)
+    print_table(spec, rows, equal, fitted)
+    print(describe_gain(gains))
+
+    # A spec may not hold a weight of 0: the model would take its share of the time for nothing.
+    useless_runs = []
+    for package, weight in zip(spec.packages, fitted.weights, strict=True):
+        if weight == 0:
+            useless_runs.append(package.run)
+    if useless_runs:
+        advice = (
+            f"{spec_path}: the fitted weight of {', '.join(useless_runs)} is 0; remove it from packages, "
+            "then weigh again"
+        )
         if write:
             raise UserError(advice)
         print(advice)
+
     if write:
-        write_spec(spec_path, weights, temperature)
-        told = (
-            f"weights {', '.join(f'{weight:g}' for weight in weights)}, temperature {temperature:g}"
+        write_mixture(spec_path, fitted)
+        weights = ", ".join(f"{weight:g}" for weight in fitted.weights)
+        build_argument = spec_path.stem if spec_path.parent == SPECS else spec_path
+        print(
+            f"{spec_path}: weights {weights}, temperature {fitted.temperature:g}; now run "
+            f"`python -m kaggle_kernels build {build_argument}`"
         )
-        name = spec_path.stem if spec_path.parent == SPECS else spec_path
-        print(f"{spec_path}: {told}; now run `python -m kaggle_kernels build {name}`")
 
 
-def read_rows(spec: Spec) -> Rows:
-    """The rows that all runs of the spec held out, with a verdict that the competition knows; a UserError where none are."""
-    verdicts = COMPETITIONS[spec.competition].verdicts
-    tables = [read_predictions(package.run, spec) for package in spec.packages]
-    first, joined = (
-        spec.packages[0].run,
-        tables[0].rename({"fold": "fold_0", "winner": "winner_0", "p": "p_0"}),
-    )
-    for number, (package, table) in enumerate(zip(spec.packages[1:], tables[1:], strict=True), 1):
-        renamed = {name: f"{name}_{number}" for name in ("fold", "winner", "p")}
-        joined = joined.join(table.rename(renamed), on="id", how="inner", maintain_order="left")
-        if joined.is_empty():
-            raise UserError(
-                f"outputs/{package.run}/predictions.parquet: no row of {first} is among its rows ({folds_of(tables[0])} there, "
-                f"{folds_of(table)} here); train both on the same pairs with the same fold held out"
-            )
-        for name in ("fold", "winner"):
-            other = joined.filter(pl.col(f"{name}_0").ne_missing(pl.col(f"{name}_{number}")))
-            if not other.is_empty():
-                row = other.row(0, named=True)
-                raise UserError(
-                    f"outputs/{package.run}/predictions.parquet: row {row['id']}: {name} is {row[f'{name}_{number}']}, in "
-                    f"{first} {row[f'{name}_0']}; train both on the same pairs with the same fold held out"
-                )
-    judged = joined.filter(pl.col("winner_0").is_in(verdicts))
-    if judged.is_empty():
-        raise UserError(
-            f"outputs/{first}/predictions.parquet: no row has one of {', '.join(verdicts)} as its winner"
-        )
-    probabilities = np.array(
-        [judged[f"p_{number}"].to_list() for number in range(len(tables))], dtype=np.float64
-    )
-    return Rows(probabilities, np.array([verdicts.index(winner) for winner in judged["winner_0"]]))
+def equal_weights(number_of_models: int) -> np.ndarray:
+    """Make weights of shape (m,) that are all the same."""
+    return np.full(number_of_models, 1 / number_of_models)
 
 
-def read_predictions(run: str, spec: Spec) -> pl.DataFrame:
-    """A run's id, fold, winner, and p: the list of its probabilities of the competition's verdicts, summing to one."""
-    folder = Path("outputs") / run
-    path, verdicts = folder / "predictions.parquet", COMPETITIONS[spec.competition].verdicts
-    if not path.is_file():
-        raise UserError(
-            f"{path}: no such file; weights are fitted on a run's validation rows: axolotl train recipes/{run}.yml"
-        )
-    if read_object(folder / "metrics.json").get("rows_were_trained_on"):
-        raise UserError(
-            f"{folder / 'metrics.json'}: rows_were_trained_on: the run was trained on these rows, so that they say nothing of "
-            "its weight; train it with a fold held out (PAIRWISE_FOLD=0), and weigh that"
-        )
-    suffix = "" if spec.orders == "both" else "_as_given"
-    columns = [f"p_{verdict}{suffix}" for verdict in verdicts]
-    try:
-        table = pl.read_parquet(path, columns=["id", "fold", "winner", *columns])
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise UserError(
-            f"{path}: not the predictions of training ({str(error).splitlines()[0]}); train again"
-        ) from None
-    values = table.select(pl.col(columns).cast(pl.Float64)).to_numpy()
-    if not np.isfinite(values).all() or (values.min(axis=0) == values.max(axis=0)).any():
-        raise UserError(
-            f"{path}: {', '.join(columns)} are not probabilities that differ from row to row; train again"
-        )
-    if table["id"].is_duplicated().any():
-        raise UserError(
-            f"{path}: the id {table.filter(table['id'].is_duplicated())['id'][0]} occurs twice; train again"
-        )
-    shares = values / values.sum(axis=1, keepdims=True)
-    return table.select("id", "fold", "winner", pl.Series("p", shares.tolist()))
+def mix_probabilities(rows: Rows, mixture: Mixture) -> np.ndarray:
+    """Compute the ensemble's probabilities as the kernel does.
 
+    Args:
+        rows: each model's probabilities, shape (m, n, v).
+        mixture: the models' weights, and the temperature T: the mean's probabilities are raised to 1 / T.
 
-def folds_of(table: pl.DataFrame) -> str:
-    """The folds of a run's rows, e.g. "fold 0"."""
-    return f"fold {', '.join(map(str, sorted(table['fold'].unique().to_list())))}"
-
-
-def mixed(rows: Rows, weights: Sequence[float], temperature: float) -> np.ndarray:
-    """The ensemble's probabilities (rows, verdicts), as the kernel computes them."""
-    mean = np.tensordot(np.asarray(weights), rows.probabilities_mrv, axes=1)
-    powers = np.maximum(mean, SMALLEST) ** (1 / temperature)
+    Returns:
+        float64 of shape (n, v); each row sums to one.
+    """
+    # The least probability is bounded as in the kernel, so that log loss stays finite.
+    mean = np.tensordot(mixture.weights, rows.probabilities, axes=1)
+    powers = np.maximum(mean, SMALLEST) ** (1 / mixture.temperature)
     return powers / powers.sum(axis=1, keepdims=True)
 
 
-def row_losses(rows: Rows, weights: Sequence[float], temperature: float) -> np.ndarray:
-    """Each row's log loss (rows,)."""
-    probabilities = mixed(rows, weights, temperature)
-    return -np.log(
-        np.maximum(probabilities[np.arange(len(rows.winners_r)), rows.winners_r], SMALLEST)
-    )
+def compute_losses(rows: Rows, mixture: Mixture) -> np.ndarray:
+    """Compute each row's log loss, shape (n,)."""
+    probabilities = mix_probabilities(rows, mixture)
+    row_numbers = np.arange(len(rows.winners))
+    of_winners = probabilities[row_numbers, rows.winners]
+    return -np.log(np.maximum(of_winners, SMALLEST))
 
 
-def validation(spec: Spec) -> dict | None:
-    """What the spec's models reach together on the rows that all their runs held out: rows, accuracy, log_loss.
+def compute_accuracy(rows: Rows, mixture: Mixture) -> float:
+    """Compute the share of rows whose likeliest verdict is the one that people gave."""
+    likeliest = mix_probabilities(rows, mixture).argmax(axis=1)
+    return float((likeliest == rows.winners).mean())
 
-    They are mixed as the kernel does, with the spec's weights and temperature. None where the rows are not here, or a run's
-    package is of another training than the run is now.
+
+def fit_mixture(rows: Rows) -> Mixture:
+    """Fit weights and temperature so that the mean log loss is least.
+
+    Sequential least squares (SLSQP) searches the simplex of the weights, w >= 0 and sum(w) = 1, together with the logarithm of
+    the temperature, so that halving and doubling it are steps of the same size.
+
+    Returns:
+        Weights in thousandths that sum to one; a weight under SMALLEST_WEIGHT is 0. The temperature has three decimals.
+
+    Raises:
+        UserError: where the search does not converge.
     """
-    folders = [package_folder(package.run) for package in spec.packages]
-    contracts = [
-        [fingerprint(path / "contract.json") for path in (folder.parent, folder)]
-        for folder in folders
-    ]
-    if any(trained is None or trained != packaged for trained, packaged in contracts):
-        return None
+    number_of_models = len(rows.probabilities)
+
+    # The parameters are the weights and then the logarithm of the temperature, shape (m + 1,).
+    def unpack(parameters: np.ndarray) -> Mixture:
+        return Mixture(parameters[:-1], float(np.exp(parameters[-1])))
+
+    def mean_loss(parameters: np.ndarray) -> float:
+        return compute_losses(rows, unpack(parameters)).mean()
+
+    def excess_weight(parameters: np.ndarray) -> float:
+        return parameters[:-1].sum() - 1
+
+    # The search starts from equal weights and a temperature of 1, whose logarithm is 0.
+    log_temperature_bounds = tuple(np.log(TEMPERATURE_BOUNDS))
+    result = minimize(
+        mean_loss,
+        x0=np.append(equal_weights(number_of_models), 0.0),
+        method="SLSQP",
+        bounds=[(0.0, 1.0)] * number_of_models + [log_temperature_bounds],
+        constraints={"type": "eq", "fun": excess_weight},
+        options={"ftol": 1e-10, "maxiter": 500},
+    )
+    if not result.success:
+        raise UserError(
+            f"the weights could not be fitted on {len(rows.winners)} rows ({result.message}); keep equal ones"
+        )
+
+    # Rounded, so that the spec stays readable; the loss hardly notices.
+    best = unpack(result.x)
+    return Mixture(round_weights(best.weights), round(best.temperature, 3))
+
+
+def round_weights(weights: np.ndarray) -> np.ndarray:
+    """Round weights to thousandths that sum to one, by the largest remainder; those under SMALLEST_WEIGHT become 0."""
+    kept = np.where(weights < SMALLEST_WEIGHT, 0.0, weights)
+    exact_steps = kept / kept.sum() * WEIGHT_STEPS
+    steps = np.floor(exact_steps).astype(int)
+
+    # The steps that are lost by rounding down go to the weights that lost most.
+    steps_left = WEIGHT_STEPS - steps.sum()
+    largest_remainder_first = np.argsort(steps - exact_steps)
+    steps[largest_remainder_first[:steps_left]] += 1
+    return steps / WEIGHT_STEPS
+
+
+def describe_gain(gains: np.ndarray) -> str:
+    """Say what the fitted weights gain over equal ones, and whether that is more than noise.
+
+    Args:
+        gains: by how much each row's log loss is less, shape (n,).
+
+    Returns:
+        The mean gain with its 95 % interval, from a bootstrap over the rows; a warning where the interval reaches 0.
+    """
+    # A bootstrap: how the mean gain varies between samples of as many rows, drawn with replacement.
+    generator = np.random.default_rng(BOOTSTRAP_SEED)
+    means = []
+    for _ in range(BOOTSTRAP_SAMPLES):
+        resampled_gains = generator.choice(gains, len(gains))
+        means.append(resampled_gains.mean())
+    low, high = np.quantile(means, CONFIDENCE_QUANTILES)
+
+    sentence = f"fitted gains {gains.mean():.4f} in log loss over equal weights (95 %: {low:.4f} to {high:.4f})"
+    if low > 0:
+        return sentence
+    return f"warning: {sentence}, which is within noise: equal weights will do as well"
+
+
+def print_table(spec: Spec, rows: Rows, equal: Mixture, fitted: Mixture) -> None:
+    """Print accuracy and log loss of each run alone, of equal weights and of the fitted ones."""
+    # A run alone has the weight 1, and the others 0: a row of the identity matrix.
+    named_mixtures = []
+    run_alone = np.eye(len(spec.packages))
+    for package, weights in zip(spec.packages, run_alone, strict=True):
+        named_mixtures.append((package.run, Mixture(weights)))
+    named_mixtures.append(("equal weights", equal))
+    named_mixtures.append(("fitted", fitted))
+
+    columns = ("model", "weights", "temperature", "accuracy", "log loss")
+    table = Table(*columns, box=SIMPLE_HEAD, pad_edge=False)
+    for name, mixture in named_mixtures:
+        table.add_row(
+            name,
+            " + ".join(f"{weight:.3f}" for weight in mixture.weights),
+            f"{mixture.temperature:.3f}",
+            f"{compute_accuracy(rows, mixture):.4f}",
+            f"{compute_losses(rows, mixture).mean():.4f}",
+        )
+    Console(highlight=False).print(table)
+    print(f"{len(rows.winners)} rows that all runs held out")
+
+
+def write_mixture(spec_path: Path, mixture: Mixture) -> None:
+    """Put weights and temperature into a spec; comments, the order of keys, quotes and line ends stay as they are."""
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    yaml.width = 1000  # in characters; ruamel.yaml breaks longer lines
+    yaml.indent(mapping=2, sequence=4, offset=2)
+
+    # Without "\r", which ruamel.yaml would keep in comments and lose elsewhere.
+    content = spec_path.read_bytes().decode("utf-8")
+    line_end = "\r\n" if "\r\n" in content else "\n"
+    values = yaml.load(content.replace("\r\n", "\n"))
+    for package, weight in zip(values["packages"], mixture.weights, strict=True):
+        package["weight"] = float(weight)
+    values["temperature"] = mixture.temperature
+
+    with (
+        atomic_file(spec_path) as temporary,
+        temporary.open("w", encoding="utf-8", newline=line_end) as file,
+    ):
+        yaml.dump(values, file)
+
+
+def measure_ensemble(spec: Spec) -> dict | None:
+    """Measure what a spec's models reach together on the rows that all their runs held out.
+
+    They are mixed as the kernel does it, with the spec's weights and temperature.
+
+    Returns:
+        rows, accuracy and log_loss; None where a run's rows are absent, or its package is of an earlier training.
+    """
+    # The rows of another training say nothing of the weights in the package.
+    for package in spec.packages:
+        if not is_of_last_training(package_folder(package.run)):
+            return None
     try:
         rows = read_rows(spec)
     except UserError:
         return None
-    weights = [package.weight for package in spec.packages]
-    is_right = mixed(rows, weights, spec.temperature).argmax(axis=1) == rows.winners_r
-    losses = row_losses(rows, weights, spec.temperature)
+
+    weights = np.array([package.weight for package in spec.packages])
+    mixture = Mixture(weights, spec.temperature)
     return {
-        "rows": len(is_right),
-        "accuracy": float(is_right.mean()),
-        "log_loss": float(losses.mean()),
+        "rows": len(rows.winners),
+        "accuracy": compute_accuracy(rows, mixture),
+        "log_loss": float(compute_losses(rows, mixture).mean()),
     }
 
 
-def fit(rows: Rows) -> tuple[np.ndarray, float]:
-    """The weights, summing to one, and the temperature of the least log loss, in thousandths."""
-    models = len(rows.probabilities_mrv)
-    found = minimize(
-        lambda values: row_losses(rows, values[:-1], float(np.exp(values[-1]))).mean(),
-        x0=[*[1 / models] * models, 0.0],
-        method="SLSQP",
-        bounds=[*[(0.0, 1.0)] * models, tuple(np.log(TEMPERATURES))],
-        constraints={"type": "eq", "fun": lambda values: values[:-1].sum() - 1},
-        options={"ftol": 1e-10, "maxiter": 500},
-    )
-    if not found.success:
-        raise UserError(
-            f"the weights could not be fitted on {len(rows.winners_r)} rows ({found.message}); keep equal ones"
-        )
-    return in_thousandths(found.x[:-1]), round(float(np.exp(found.x[-1])), 3)
-
-
-def in_thousandths(weights: Sequence[float]) -> np.ndarray:
-    """Weights as multiples of 0.001 that sum to one; what is under 0.005 becomes 0."""
-    kept = np.where(np.asarray(weights) < 0.005, 0.0, weights)
-    parts = kept / kept.sum() * 1000
-    whole = np.floor(parts).astype(int)
-    for at in np.argsort(whole - parts)[: 1000 - whole.sum()]:
-        whole[at] += 1
-    return whole / 1000
-
-
-def noise_sentence(gains_r: np.ndarray) -> str:
-    """What the fitted weights gain over equal ones, with the interval that resampled rows (a bootstrap) give."""
-    generator = np.random.default_rng(SEED)
-    means = [generator.choice(gains_r, len(gains_r)).mean() for _ in range(RESAMPLES)]
-    low, high = np.quantile(means, [0.025, 0.975])
-    told = f"fitted gains {gains_r.mean():.4f} in log loss over equal weights (95 %: {low:.4f} to {high:.4f})"
-    return (
-        told
-        if low > 0
-        else f"warning: {told}, which is within noise: equal weights will do as well"
-    )
-
-
-def print_table(
-    spec: Spec, rows: Rows, equal: np.ndarray, weights: np.ndarray, temperature: float
-) -> None:
-    """Each run alone, equal weights, fitted weights: accuracy and log loss."""
-    table = Table(
-        "model", "weights", "temperature", "accuracy", "log loss", box=SIMPLE_HEAD, pad_edge=False
-    )
-    runs = [
-        (package.run, row, 1.0)
-        for package, row in zip(spec.packages, np.eye(len(weights)), strict=True)
-    ]
-    for name, chosen, at in [
-        *runs,
-        ("equal weights", equal, 1.0),
-        ("fitted", weights, temperature),
-    ]:
-        told = " + ".join(f"{weight:.3f}" for weight in chosen)
-        right = (mixed(rows, chosen, at).argmax(axis=1) == rows.winners_r).mean()
-        table.add_row(
-            name, told, f"{at:.3f}", f"{right:.4f}", f"{row_losses(rows, chosen, at).mean():.4f}"
-        )
-    Console(highlight=False).print(table)
-    print(f"{len(rows.winners_r)} rows that all runs held out")
-
-
-def write_spec(path: Path, weights: Sequence[float], temperature: float) -> None:
-    """Put weights and temperature into the spec's text, all else byte for byte as it was."""
-    text = path.read_bytes().decode("utf-8")
-    changed = with_weights(text, weights, temperature)
-    expected = yaml.safe_load(text) | {"temperature": temperature}
-    for package, weight in zip(expected["packages"], weights, strict=True):
-        package["weight"] = weight
-    if yaml.safe_load(changed) != expected:
-        raise UserError(
-            f"{path}: written in a way that cannot be changed here; write weights and temperature yourself"
-        )
-    with atomic_file(path) as temporary:
-        temporary.write_bytes(changed.encode("utf-8"))
-
-
-def with_weights(text: str, weights: Sequence[float], temperature: float) -> str:
-    """A spec's YAML with these weights and this temperature; comments, order and quotes stay."""
-    root = yaml.compose(text, Loader=yaml.SafeLoader)
-    packages = next(value for key, value in root.value if key.value == "packages")
-    edits = [
-        edit_of(text, node, "weight", weight)
-        for node, weight in zip(packages.value, weights, strict=True)
-    ]
-    edits.append(edit_of(text, root, "temperature", temperature))
-    for start, end, new in sorted(edits, reverse=True):
-        text = text[:start] + new + text[end:]
-    return text
-
-
-def edit_of(text: str, mapping: yaml.MappingNode, key: str, value: float) -> tuple[int, int, str]:
-    """Start, end and new text that give `key` of a mapping its value: in its place, or after the mapping's last scalar."""
-    entries = [(name, node) for name, node in mapping.value if isinstance(node, yaml.ScalarNode)]
-    for name, node in entries:
-        if name.value == key:
-            return node.start_mark.index, node.end_mark.index, f"{value:g}"
-    name, node = entries[-1]
-    end = node.end_mark.index
-    if mapping.flow_style:
-        return end, end, f", {key}: {value:g}"
-    line_end = text.find("\n", end)
-    end = len(text) if line_end < 0 else line_end - (text[line_end - 1] == "\r")
-    newline = "\r\n" if "\r\n" in text else "\n"
-    return end, end, f"{newline}{' ' * name.start_mark.column}{key}: {value:g}"
+def is_of_last_training(package: Path) -> bool:
+    """Whether a package was made from its run's last training: both have the same contract.json."""
+    trained = fingerprint(package.parent / "contract.json")
+    packaged = fingerprint(package / "contract.json")
+    return trained is not None and trained == packaged

@@ -1,4 +1,7 @@
-"""python -m kaggle_kernels.build.json_schema [--check]: spec.schema.json, from which editors complete and check specs."""
+"""Write spec.schema.json, from which editors complete and check specs.
+
+`python -m kaggle_kernels.build.json_schema` writes it, `make lint` checks with `--check` that it is up to date.
+"""
 
 from pathlib import Path
 
@@ -13,7 +16,7 @@ COMMAND = "python -m kaggle_kernels.build.json_schema"
 
 
 def spec_schema() -> dict:
-    """The schema of a spec: kaggle_kernels.build.spec.Spec as its pydantic model describes it."""
+    """Describe a spec as JSON Schema, from its pydantic model."""
     head = {
         "$schema": DRAFT,
         "$comment": f"Written by `{COMMAND}`; change nothing here.",
@@ -24,7 +27,7 @@ def spec_schema() -> dict:
 
 @click.command()
 @click.option(
-    "--check", is_flag=True, help="Write nothing; exit with 2 where the file is not up to date."
+    "--check", is_flag=True, help="Write nothing; exit with 2 if the file is out of date."
 )
 @exits_with_2
 def main(check: bool) -> None:

@@ -1,4 +1,4 @@
-"""The table of `python -m kaggle_kernels list`."""
+"""The table that `python -m kaggle_kernels list` prints: a row for each spec."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,12 +8,12 @@ from rich.console import Console
 from rich.table import Table
 
 from kaggle_kernels.build.bundle import stale_files
-from kaggle_kernels.build.memory_fit import GPU_BYTES, fit_packages, in_gib
-from kaggle_kernels.build.spec import read_spec
+from kaggle_kernels.build.memory_fit import GPU_BYTES, Fit, fit_packages, in_gib
+from kaggle_kernels.build.spec import Spec, read_spec
 from postprocess.memory.model_size import GIB
 from preprocess.core.errors import UserError
 
-WIDTH = 144  # where the output is no terminal
+WIDTH = 144  # characters, where the output is no terminal
 COLUMNS = (
     "spec",
     "for",
@@ -28,7 +28,7 @@ COLUMNS = (
 
 
 def table_console() -> Console:
-    """A console as wide as the terminal, or WIDTH where there is none."""
+    """Make a console as wide as the terminal, or WIDTH where the output is none."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = WIDTH
@@ -36,40 +36,69 @@ def table_console() -> Console:
 
 
 def print_specs(paths: Sequence[Path]) -> None:
-    """One row a spec, its packages one below the other; a spec with a problem is a row too, a UserError in the end."""
+    """Print a table with a row for each spec, its packages one below the other.
+
+    Raises:
+        UserError: after the table, with the mistakes of every spec that could not be shown.
+    """
+    # A spec with a mistake has a row too, so that it does not hide the others.
     table = Table(*COLUMNS, box=SIMPLE_HEAD, pad_edge=False)
     problems = []
     for path in paths:
         try:
-            table.add_row(path.stem, *row_of(path))
+            table.add_row(path.stem, *describe_spec(path))
         except UserError as problem:
-            table.add_row(path.stem, *[""] * (len(COLUMNS) - 2), "[red]see below[/red]")
+            empty_cells = [""] * (len(COLUMNS) - 2)
+            table.add_row(path.stem, *empty_cells, "[red]see below[/red]")
             problems.append(str(problem))
+
     console = table_console()
     console.print(table)
     console.print(
-        f"GiB a GPU: weights, a batch and CUDA itself, of the {GPU_BYTES / GIB} that a T4 offers; with a +, split over both."
+        f"GiB a GPU: weights, a batch and CUDA itself, of the {GPU_BYTES / GIB} that a T4 offers; "
+        "with a +, split over both."
     )
+
     if problems:
         raise UserError("\nerror: ".join(problems))
 
 
-def row_of(path: Path) -> list[str]:
-    """A spec's cells after its name; a UserError where the spec has a problem."""
+def describe_spec(path: Path) -> list[str]:
+    """Describe a spec in the cells that follow its name; UserError where it has mistakes."""
     spec = read_spec(path)
     fits = fit_packages(path, spec)
-    names = [
-        fit.package.run if len(fits) == 1 else f"{fit.package.weight:g} × {fit.package.run}"
-        for fit in fits
-    ]
-    is_stale = bool(stale_files(path))
-    return [
-        spec.competition,
-        "\n".join(names),
-        "\n".join(fit.recipe.axolotl["base_model"].split("/")[-1] for fit in fits),
-        "\n".join(fit.approach for fit in fits),
-        "\n".join(fit.served.quantize.replace("none", "16") for fit in fits),
-        "\n".join(in_gib(fit.gpu_bytes) for fit in fits),
-        f"{spec.clock_seconds // 3600:.0f} h {spec.clock_seconds % 3600 // 60:02.0f}",
-        "[yellow]stale[/yellow]" if is_stale else "[green]built[/green]",
-    ]
+
+    # Five columns hold a line for each package.
+    lines_by_package = [describe_package(fit, spec) for fit in fits]
+    package_cells = ["\n".join(lines) for lines in zip(*lines_by_package, strict=True)]
+
+    duration = format_duration(spec.clock_seconds)
+    state = "[yellow]stale[/yellow]" if stale_files(path) else "[green]built[/green]"
+    return [spec.competition, *package_cells, duration, state]
+
+
+def describe_package(fit: Fit, spec: Spec) -> tuple[str, str, str, str, str]:
+    """Describe a package: its run, the base model's name, its approach, its bits, and GiB on a GPU."""
+    base_model = fit.recipe.axolotl["base_model"]
+    bits = fit.served.quantize.replace("none", "16")
+    return (
+        name_package(fit, spec),
+        base_model.split("/")[-1],
+        fit.approach,
+        bits,
+        in_gib(fit.gpu_bytes),
+    )
+
+
+def name_package(fit: Fit, spec: Spec) -> str:
+    """Name a package's run, with its weight where the spec is an ensemble: "0.5 × gemma2_cls"."""
+    if len(spec.packages) == 1:
+        return fit.package.run
+    return f"{fit.package.weight:g} × {fit.package.run}"
+
+
+def format_duration(seconds: float) -> str:
+    """Format seconds as hours and minutes: "4 h 45"."""
+    whole_minutes = int(seconds // 60)
+    hours, minutes = divmod(whole_minutes, 60)
+    return f"{hours} h {minutes:02}"

@@ -1,9 +1,10 @@
-"""Does a spec fit? What each of its packages needs on a T4, from the recipe that makes it; what does not fit is refused.
+"""Does a spec fit two T4s? Each of its packages is matched with its recipe, placed and measured against a T4's memory.
 
-Only the recipe is read: a kernel can be built where nothing was trained.
+`build`, `list`, `rehearse` and `push` call fit_packages. Only recipes are read, so that a kernel can be built on a machine
+where nothing was trained.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,129 +17,211 @@ from preprocess.core.files import read_yaml
 from recipes.pairwise.config.schema import Recipe, read_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-BITSANDBYTES = ("nf4", "int8")  # the runtime unpacks GPTQ itself
-HEADS = {"score": "classifier", "label_tokens": "label tokens", "reward": "reward model"}
+
+# The formats that need bitsandbytes on Kaggle. The runtime unpacks GPTQ itself.
+BITSANDBYTES = ("nf4", "int8")
+
+# How `list` names a recipe's head and adapter.
+HEAD_NAMES = {"score": "classifier", "label_tokens": "label tokens", "reward": "reward model"}
+ADAPTER_NAMES = {"qlora": "QLoRA", "lora": "LoRA"}
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A package of a spec with its recipe. `gpu_bytes` is what one copy needs, one number for each GPU that it stands on."""
+    """A package of a spec, with its recipe and its place on the GPUs."""
 
     package: PackageBlock
     recipe: Recipe
     served: Served
-    placement: str  # each or split
-    gpu_bytes: tuple[int, ...]
+    placement: str  # each: a copy on every GPU; split: one copy, its layers over both
+    gpu_bytes: tuple[int, ...]  # what one copy needs on each GPU that it stands on
 
     @property
     def approach(self) -> str:
-        """How the model was trained and what its head is, in a few words."""
+        """The kind of head and of training, e.g. "classifier, QLoRA"."""
         block = self.recipe.pairwise
-        adapter = {"qlora": "QLoRA", "lora": "LoRA"}.get(self.recipe.axolotl.get("adapter"), "full")
-        return f"{HEADS[block.head]}, {adapter if block.train else 'untrained'}"
+        adapter = self.recipe.axolotl.get("adapter")
+        training = ADAPTER_NAMES.get(adapter, "full") if block.train else "untrained"
+        return f"{HEAD_NAMES[block.head]}, {training}"
 
 
 def fit_packages(spec_path: Path, spec: Spec) -> list[Fit]:
-    """Every package of a spec, placed; a UserError where one does not suit its recipe or does not fit."""
+    """Place every package of a spec on the GPUs.
+
+    Args:
+        spec_path: the spec's file, which error messages name.
+        spec: what it holds.
+
+    Returns:
+        A Fit for each package, in the spec's order.
+
+    Raises:
+        UserError: where a package has no recipe, contradicts it, or does not fit the memory of two T4s.
+    """
     fits = []
     for number, package in enumerate(spec.packages):
-        where = f"{spec_path}: packages.{number}"
-        recipe = find_recipe(package.run, where)
-        check_recipe(package, recipe, spec, where)
-        served = served_as(served_of(recipe), spec)
-        if served.budget_tokens > spec.tokens_per_batch:
-            raise UserError(
-                f"{spec_path}: tokens_per_batch: {spec.tokens_per_batch}, but a row of {package.run} may have "
-                f"{served.budget_tokens} ({recipe.path}: pairwise.budget_tokens); raise it"
-            )
-        positions = served.dimensions.max_position_embeddings
-        if positions and served.budget_tokens > positions:
-            key = (
-                f"{spec_path}: budget_tokens"
-                if spec.budget_tokens
-                else f"{recipe.path}: pairwise.budget_tokens"
-            )
-            raise UserError(
-                f"{key}: {served.budget_tokens}, but {recipe.axolotl['base_model']} has {positions} positions; lower it"
-            )
+        package_key = f"{spec_path}: packages.{number}"
+        recipe = find_recipe(package.run, package_key)
+        check_recipe(package, recipe, spec, package_key)
+
+        # What the kernel loads, with the spec's budget of tokens in place of training's.
+        served = served_of(recipe)
+        if spec.budget_tokens is not None:
+            served = replace(served, budget_tokens=spec.budget_tokens)
+        check_row_length(served, spec_path, spec, package, recipe)
+
+        # An encoder is small enough for one GPU, and the runtime has no way to split it.
         if package.placement == "split" and served.dimensions.model_type == "bert":
             raise UserError(
-                f"{where}.placement: split is for decoders, {package.run} is an encoder; write each"
+                f"{package_key}.placement: split is for decoders, {package.run} is an encoder; "
+                "write each"
             )
         if served.quantize in BITSANDBYTES and spec.wheels is None:
             raise UserError(
-                f"{spec_path}: wheels: missing; {package.run} is quantised with bitsandbytes, which Kaggle's image lacks; name "
-                "the dataset that holds its wheel, e.g. pairwise-wheels"
+                f"{spec_path}: wheels: missing; {package.run} is quantised with bitsandbytes, which "
+                "Kaggle's image lacks; name the dataset that holds its wheel, e.g. pairwise-wheels"
             )
-        placement, needs = place(served, spec.tokens_per_batch, package.placement)
-        if max(needs) > GPU_BYTES:
-            raise UserError(
-                f"{where}: {refusal(package.run, served, spec.tokens_per_batch, package.placement, recipe.path)}"
+
+        # On each GPU, or split over both if one cannot hold it; refused if both cannot.
+        placement, gpu_bytes = place(served, spec.tokens_per_batch, package.placement)
+        if max(gpu_bytes) > GPU_BYTES:
+            reason = refusal(
+                package.run, served, spec.tokens_per_batch, package.placement, recipe.path
             )
-        fits.append(Fit(package, recipe, served, placement, needs))
+            raise UserError(f"{package_key}: {reason}")
+        fits.append(Fit(package, recipe, served, placement, gpu_bytes))
     return fits
 
 
-def find_recipe(run: str, where: str) -> Recipe:
-    """The recipe of a run: recipes/RUN.yml here, or among the project's; else the one whose output_dir ends with the run."""
+def find_recipe(run: str, package_key: str) -> Recipe:
+    """Find the recipe that makes a run, in recipes/ of the current folder and then among the project's.
+
+    A recipe is named as its run. If none is, the recipe counts whose output_dir ends with the run's name.
+
+    Args:
+        run: the run's name, which may name a part of it, as in gemma2_cls/mean.
+        package_key: the spec's file and key that name the run, for the error message.
+
+    Raises:
+        UserError: where there is no such recipe, or it has mistakes.
+    """
     name = run.split("/")[0]
     folders = (Path("recipes"), RECIPES)
+
+    # By the recipe's own name, which needs only one file to be read.
     for folder in folders:
-        if (folder / f"{name}.yml").is_file():
-            return read_recipe(folder / f"{name}.yml")
-    for path in (path for folder in folders for path in sorted(folder.glob("*.yml"))):
-        try:
-            values = read_yaml(path)
-        except UserError:
-            continue  # another recipe, which its own check tells of
-        if Path(str(values.get("output_dir") or "")).name == name:
+        path = folder / f"{name}.yml"
+        if path.is_file():
             return read_recipe(path)
+
+    # By its output_dir, for which every recipe has to be read.
+    for path in list_recipes(folders):
+        if read_output_name(path) == name:
+            return read_recipe(path)
+
     raise UserError(
-        f"{where}.run: no recipes/{name}.yml, which says base model and quantisation; name a recipe's run"
+        f"{package_key}.run: no recipes/{name}.yml, which says base model and quantisation; "
+        "name a recipe's run"
     )
 
 
-def check_recipe(package: PackageBlock, recipe: Recipe, spec: Spec, where: str) -> None:
-    """Raise UserError where the recipe's verdicts lack one that the competition asks for, or its dataset is another one."""
+def list_recipes(folders: Sequence[Path]) -> Iterator[Path]:
+    """Yield every recipe's file, folder by folder."""
+    for folder in folders:
+        yield from sorted(folder.glob("*.yml"))
+
+
+def read_output_name(recipe_path: Path) -> str | None:
+    """Read the last part of a recipe's output_dir; None where there is none, or the file is no YAML."""
+    try:
+        output_folder = read_yaml(recipe_path).get("output_dir")
+    except UserError:
+        return None  # the recipe's own check reports its mistakes
+    if not output_folder:
+        return None
+    return Path(str(output_folder)).name
+
+
+def check_recipe(package: PackageBlock, recipe: Recipe, spec: Spec, package_key: str) -> None:
+    """Check that a recipe makes the package that the spec describes.
+
+    Args:
+        package: the package as the spec names it.
+        recipe: the recipe of its run.
+        spec: the whole spec, whose competition asks for certain verdicts.
+        package_key: the package's place in the spec, for the error message.
+
+    Raises:
+        UserError: where the recipe lacks a verdict of the competition, or packages as another dataset.
+    """
     block = recipe.pairwise
-    if missing := set(COMPETITIONS[spec.competition].verdicts) - set(block.verdicts):
+
+    # A kernel cannot answer with a verdict that its model has never learnt.
+    missing_verdicts = set(COMPETITIONS[spec.competition].verdicts) - set(block.verdicts)
+    if missing_verdicts:
         raise UserError(
-            f"{recipe.path}: pairwise.verdicts: no {', '.join(sorted(missing))}, which {spec.competition} asks for and "
-            f"{where} is to answer; train with it, or name another run"
+            f"{recipe.path}: pairwise.verdicts: no {', '.join(sorted(missing_verdicts))}, which "
+            f"{spec.competition} asks for and {package_key} is to answer; train with it, or name "
+            "another run"
         )
+
+    # The package's metadata holds the recipe's slug, and Kaggle mounts a dataset under its slug.
     if package.dataset != block.package.slug:
         raise UserError(
-            f"{where}.dataset: found {package.dataset!r}, {recipe.path} packages as {block.package.slug!r}; write that"
+            f"{package_key}.dataset: found {package.dataset!r}, {recipe.path} packages as "
+            f"{block.package.slug!r}; write that"
         )
 
 
-def served_as(served: Served, spec: Spec) -> Served:
-    """With the spec's token budget, where it names one."""
-    return replace(served, budget_tokens=spec.budget_tokens) if spec.budget_tokens else served
+def check_row_length(
+    served: Served, spec_path: Path, spec: Spec, package: PackageBlock, recipe: Recipe
+) -> None:
+    """Raise UserError where the longest row fits neither a batch nor the model's positions."""
+    if served.budget_tokens > spec.tokens_per_batch:
+        raise UserError(
+            f"{spec_path}: tokens_per_batch: {spec.tokens_per_batch}, but a row of {package.run} "
+            f"may have {served.budget_tokens} ({recipe.path}: pairwise.budget_tokens); raise it"
+        )
+
+    # Beyond its positions a model has no embedding, or was never trained.
+    positions = served.dimensions.max_position_embeddings  # 0: its config does not say
+    if positions and served.budget_tokens > positions:
+        if spec.budget_tokens is not None:
+            budget_key = f"{spec_path}: budget_tokens"
+        else:
+            budget_key = f"{recipe.path}: pairwise.budget_tokens"
+        raise UserError(
+            f"{budget_key}: {served.budget_tokens}, but {recipe.axolotl['base_model']} has "
+            f"{positions} positions; lower it"
+        )
 
 
 def package_settings(fit: Fit) -> PackageSettings:
-    """What the kernel is told of a package."""
-    package, recipe = fit.package, fit.recipe
+    """Collect what the kernel has to know of a package."""
     return PackageSettings(
-        run=package.run,
-        dataset=package.dataset,
-        weight=package.weight,
+        run=fit.package.run,
+        dataset=fit.package.dataset,
+        weight=fit.package.weight,
         placement=fit.placement,
-        verdicts=tuple(recipe.pairwise.verdicts),
-        base_model=recipe.axolotl["base_model"],
+        verdicts=tuple(fit.recipe.pairwise.verdicts),
+        base_model=fit.recipe.axolotl["base_model"],
         model_type=fit.served.dimensions.model_type,
     )
 
 
-def memory_sentence(fits: Sequence[Fit], spec: Spec) -> str:
-    """What the kernel needs on each GPU, for its first lines."""
-    needs = [
-        f"{fit.package.run} {in_gib(fit.gpu_bytes)} GiB{' (split)' if fit.placement == 'split' else ''}"
-        for fit in fits
-    ]
-    together = ", one model at a time" if len(fits) > 1 else ""
-    return (
-        f"On each GPU, which offers {GPU_BYTES / GIB} GiB, computed for batches of {spec.tokens_per_batch:,} tokens: "
-        f"{', '.join(needs)}{together}."
+def describe_memory(fits: Sequence[Fit], spec: Spec) -> str:
+    """Say what the kernel needs on each GPU, for the text at its top."""
+    needs = []
+    for fit in fits:
+        need = f"{fit.package.run} {in_gib(fit.gpu_bytes)} GiB"
+        if fit.placement == "split":
+            need += " (split)"
+        needs.append(need)
+
+    sentence = (
+        f"On each GPU, which offers {GPU_BYTES / GIB} GiB, computed for batches of "
+        f"{spec.tokens_per_batch:,} tokens: {', '.join(needs)}"
     )
+    if len(fits) > 1:
+        sentence += ", one model at a time"
+    return f"{sentence}."

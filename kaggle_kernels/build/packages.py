@@ -1,7 +1,10 @@
-"""The packages of a spec as they lie in outputs/: what the recipe says they are, and what tells one build from another."""
+"""The packages of a spec in outputs/: where they lie, whether they are what the kernel was built for, and their hashes.
 
-from collections.abc import Mapping
-from dataclasses import asdict
+`rehearse` and `push` check every package here before they use it.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from kaggle_kernels.build.memory_fit import Fit
@@ -10,82 +13,136 @@ from postprocess.package import MANIFEST, METADATA
 from postprocess.run_folder import is_same_model
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_object, sha256
+from recipes.pairwise.config.schema import Recipe
 
-AS_TRAINED = (
-    "head",
-    "budget_tokens",
-    "truncation",
-    "softcap",
-)  # keys that contract.json and the recipe share
-ROOM = 1.1  # weights on disk may be a little more than computed: names, and how they were quantised
+# Keys that contract.json has in common with the recipe's `pairwise:` block.
+AS_TRAINED = ("head", "budget_tokens", "truncation", "softcap")
+
+# How far the weights on disk may exceed the computed size: by a share, and by the headers of the files.
+EXCESS_RATIO = 1.1
+EXCESS_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """A value that the recipe gives for a key of one of the package's files."""
+
+    file: str
+    key: str
+    value: object
 
 
 def package_folder(run: str) -> Path:
-    """Where the package of a run lies."""
+    """The folder of a run's package."""
     return Path("outputs") / run / "package"
 
 
 def spec_folder(spec_path: Path) -> Path:
-    """Where everything that is done with a spec's kernel is kept: rehearsal, push, output."""
+    """The folder of what is done with a spec's kernel: its rehearsal, its last push, its output."""
     return Path("outputs") / spec_path.stem
 
 
 def find_package(fit: Fit) -> Path:
-    """The run's package; a UserError where it is absent, or is not what the spec and the recipe say."""
-    folder, recipe = package_folder(fit.package.run), fit.recipe
+    """Find the package that a spec names, and check that the kernel was built for it.
+
+    Args:
+        fit: the package's entry in the spec, its recipe and its computed size.
+
+    Returns:
+        The package's folder.
+
+    Raises:
+        UserError: where it is absent, or the spec or the recipe says something else.
+    """
+    folder = package_folder(fit.package.run)
     if not (folder / MANIFEST).is_file():
-        raise UserError(f"{folder}: no package; run `python -m postprocess {recipe.path}` first")
-    slug = str(read_object(folder / METADATA).get("id")).split("/")[-1]
-    if slug != fit.package.dataset:
         raise UserError(
-            f"{folder / METADATA}: id: found the dataset {slug!r}, the spec says {fit.package.dataset!r}; run "
-            f"`python -m postprocess {recipe.path}` again"
+            f"{folder}: no package; run `python -m postprocess {fit.recipe.path}` first"
         )
-    contract, config, manifest = (
-        read_object(folder / f"{name}.json") for name in ("contract", "config", "manifest")
-    )
-    for file, key, found, expected in (
-        ("contract.json", "verdicts", contract.get("verdicts"), list(recipe.pairwise.verdicts)),
-        *(
-            ("contract.json", key, contract.get(key), getattr(recipe.pairwise, key))
-            for key in AS_TRAINED
-        ),
-        (
-            "contract.json",
-            "template",
-            contract.get("template"),
-            asdict(recipe.pairwise.resolved_template()),
-        ),
-        ("config.json", "model_type", config.get("model_type"), fit.served.dimensions.model_type),
-        ("manifest.json", "quantize", manifest.get("quantize"), recipe.pairwise.package.quantize),
-    ):
-        if found != expected:
-            raise UserError(
-                f"{folder / file}: {key}: found {found}, {recipe.path} says {expected}, which the kernel was built for; train "
-                "and package again with this recipe, or put the recipe back"
-            )
-    base, trained_with = recipe.axolotl["base_model"], str(contract.get("base_model"))
-    stands_in = (
-        Path(trained_with).exists() and not Path(base).exists()
-    )  # axolotl train R.yml --base-model FOLDER
-    if not is_same_model(base, trained_with) and not stands_in:
-        raise UserError(
-            f"{recipe.path}: base_model is {base}, {folder} was made of {trained_with}; put that back, or train, package and "
-            "build again"
-        )
-    held, computed = (
-        sum(path.stat().st_size for path in folder.glob("*.safetensors")),
-        sum(weight_bytes(fit.served)),
-    )
-    if held > computed * ROOM + 2**20:
-        raise UserError(
-            f"{folder}: {held / GIB:.1f} GiB of weights, {recipe.path} comes to {computed / GIB:.1f}, which the kernel's "
-            f"memory was computed for; it was packaged from {contract.get('base_model')}: make that the base_model, and build"
-        )
+
+    # From the cheapest check to those that read more.
+    check_dataset(folder, fit)
+    check_recipe_is_unchanged(folder, fit)
+    check_base_model(folder, fit.recipe)
+    check_weight_bytes(folder, fit)
     return folder
 
 
-def build_of(generated: Path, packages: Mapping[str, Path]) -> dict:
-    """What tells one build from another: the built kernel's SHA-256, and by dataset that of each package's manifest."""
-    manifests = {dataset: sha256(folder / "manifest.json") for dataset, folder in packages.items()}
-    return {"kernel_sha256": sha256(generated / "kernel.py"), "packages": manifests}
+def check_dataset(folder: Path, fit: Fit) -> None:
+    """Raise UserError unless the package is for the dataset that the spec names."""
+    dataset_id = str(read_object(folder / METADATA).get("id"))
+    slug = dataset_id.split("/")[-1]  # OWNER/SLUG
+    if slug != fit.package.dataset:
+        raise UserError(
+            f"{folder / METADATA}: id: found the dataset {slug!r}, the spec says "
+            f"{fit.package.dataset!r}; run `python -m postprocess {fit.recipe.path}` again"
+        )
+
+
+def check_recipe_is_unchanged(folder: Path, fit: Fit) -> None:
+    """Raise UserError where the recipe was changed since the run was trained and packaged."""
+    for expected in expect_values(fit):
+        value = read_object(folder / expected.file).get(expected.key)
+        if value != expected.value:
+            raise UserError(
+                f"{folder / expected.file}: {expected.key}: found {value}, {fit.recipe.path} says "
+                f"{expected.value}, which the kernel was built for; train and package again with "
+                "this recipe, or put the recipe back"
+            )
+
+
+def expect_values(fit: Fit) -> Iterator[Expectation]:
+    """Yield what the package's files hold if it was made with the recipe."""
+    block = fit.recipe.pairwise
+
+    yield Expectation("contract.json", "verdicts", list(block.verdicts))
+    for key in AS_TRAINED:
+        yield Expectation("contract.json", key, getattr(block, key))
+    yield Expectation("contract.json", "template", asdict(block.resolved_template()))
+    yield Expectation("config.json", "model_type", fit.served.dimensions.model_type)
+    yield Expectation("manifest.json", "quantize", block.package.quantize)
+
+
+def check_base_model(folder: Path, recipe: Recipe) -> None:
+    """Raise UserError where the package was trained from another base model than the recipe's."""
+    base_model = recipe.axolotl["base_model"]
+    trained_from = str(read_object(folder / "contract.json").get("base_model"))
+
+    # `axolotl train R.yml --base-model FOLDER` trains from a local copy of the recipe's model.
+    is_local_copy = Path(trained_from).exists() and not Path(base_model).exists()
+
+    if not is_same_model(base_model, trained_from) and not is_local_copy:
+        raise UserError(
+            f"{recipe.path}: base_model is {base_model}, {folder} was made of {trained_from}; put "
+            "that back, or train, package and build again"
+        )
+
+
+def check_weight_bytes(folder: Path, fit: Fit) -> None:
+    """Raise UserError where the weights are larger than those that the kernel's memory was computed for."""
+    bytes_on_disk = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    bytes_computed = sum(weight_bytes(fit.served))
+
+    if bytes_on_disk > bytes_computed * EXCESS_RATIO + EXCESS_BYTES:
+        trained_from = read_object(folder / "contract.json").get("base_model")
+        raise UserError(
+            f"{folder}: {bytes_on_disk / GIB:.1f} GiB of weights, {fit.recipe.path} comes to "
+            f"{bytes_computed / GIB:.1f}, which the kernel's memory was computed for; it was packaged "
+            f"from {trained_from}: make that the base_model, and build"
+        )
+
+
+def build_of(kernel: Path, packages: Mapping[str, Path]) -> dict:
+    """Identify a build of a kernel, so that a rehearsal can be matched with what is pushed.
+
+    Args:
+        kernel: the folder with the built kernel.py.
+        packages: the folders of its packages, by dataset.
+
+    Returns:
+        The SHA-256 of kernel.py, and by dataset that of each package's manifest.json.
+    """
+    manifest_hashes = {}
+    for dataset, folder in packages.items():
+        manifest_hashes[dataset] = sha256(folder / "manifest.json")
+    return {"kernel_sha256": sha256(kernel / "kernel.py"), "packages": manifest_hashes}

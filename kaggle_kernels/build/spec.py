@@ -1,4 +1,8 @@
-"""The strict schema of a spec: one Kaggle kernel. Every problem found is told at once, each with its key and the fix."""
+"""The strict schema of a spec, the YAML file that describes one Kaggle kernel, and its reader.
+
+Every command of kaggle_kernels reads its spec here. All mistakes of a file are reported at once, each with its key and the
+fix. spec.schema.json, which editors use, is generated from the same models (see json_schema.py).
+"""
 
 import re
 from collections.abc import Sequence
@@ -6,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 
 from kaggle_kernels.runtime.settings import PackageSettings, Settings
 from preprocess.core.errors import UserError
@@ -15,29 +20,41 @@ from recipes.pairwise.config.schema import PATTERNS as RECIPE_PATTERNS
 from recipes.pairwise.config.schema import SLUG
 
 SPECS = Path(__file__).parents[1] / "specs"
+
+# Kaggle's limits for a title, in characters. The slug that is made of the title has the same lower limit.
+SHORTEST_TITLE = 5
+LONGEST_TITLE = 50
+
+# How far the sum of the weights may be from 1.
+WEIGHT_TOLERANCE = 1e-6
+
 RUN = r"^[A-Za-z0-9][A-Za-z0-9_./-]*$"
 TITLE = r"^[^\"'\\\x00-\x1f]*$"
-PATTERNS = {
-    **RECIPE_PATTERNS,
+# What each regular expression asks for, in the words of an error message.
+PATTERNS = RECIPE_PATTERNS | {
     RUN: "a run's name, as in outputs/NAME",
     TITLE: "one line without quotation marks and backslashes",
 }
 
 
 class _Strict(BaseModel):
+    # An unknown key is an error, and so is a value of another type: "0.5" in quotes is no number.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class Competition(_Strict):
-    """What a competition calls itself and asks for. A verdict's column stands at the verdict's place."""
+    """A competition on Kaggle: its slug, its answers and its rules."""
 
     slug: str
-    columns: tuple[str, ...]
+    columns: tuple[
+        str, ...
+    ]  # of submission.csv, besides id; several are in the order of the verdicts
     verdicts: tuple[str, ...]
     metric: Literal["accuracy", "log_loss"]
-    daily_submissions: int  # a team's, in a day of UTC
+    daily_submissions: int  # of a team, in a day of UTC
 
 
+# The rules of https://www.kaggle.com/competitions/SLUG.
 COMPETITIONS = {
     "wsdm": Competition(
         slug="wsdm-cup-multilingual-chatbot-arena",
@@ -55,13 +72,16 @@ COMPETITIONS = {
     ),
 }
 
+# In which orders of its two responses the kernel scores a row, by the spec's `orders`.
+ORDERS = {"as_given": ("as_given",), "both": ("as_given", "swapped")}
+
 
 class PackageBlock(_Strict):
-    """One model of a kernel. Base model, quantisation and verdicts are those of the run's recipe."""
+    """One model of a kernel. The run's recipe says its base model, quantisation and verdicts."""
 
     run: str = Field(
         pattern=RUN,
-        description="the run that made the package: its folder below outputs/; the recipe has the same name",
+        description="the run that made the package: its folder in outputs/; its recipe has the same name",
     )
     dataset: str = Field(
         pattern=SLUG,
@@ -70,7 +90,10 @@ class PackageBlock(_Strict):
         description="the Kaggle dataset's slug: the recipe's package.slug",
     )
     weight: float = Field(
-        1.0, gt=0, le=1, description="in the mean of the models; the weights sum to 1"
+        1.0,
+        gt=0,
+        le=1,
+        description="the model's weight in the mean of all models; the weights sum to 1",
     )
     placement: Literal["auto", "each", "split"] = Field(
         "auto",
@@ -79,87 +102,101 @@ class PackageBlock(_Strict):
 
 
 class Spec(_Strict):
-    """A kernel's spec."""
+    """A spec: one kernel, what it serves and how."""
 
+    # What Kaggle runs, and where.
     title: str = Field(
-        min_length=5,
-        max_length=50,
+        min_length=SHORTEST_TITLE,
+        max_length=LONGEST_TITLE,
         pattern=TITLE,
         description="the kernel's title on Kaggle; its slug is made from it",
     )
     competition: Literal["wsdm", "lmsys"] = Field(
-        description="whose test file is read and whose submission is written"
+        description="the competition whose test file is read and whose submission is written"
     )
     packages: tuple[PackageBlock, ...] = Field(
         min_length=1, strict=False, description="the models; several are an ensemble"
     )
-    accelerator: Literal["NvidiaTeslaT4"] = Field("NvidiaTeslaT4", description="two T4s")
+    accelerator: Literal["NvidiaTeslaT4"] = Field("NvidiaTeslaT4", description="the GPUs: two T4s")
+    # How the rows are scored.
     clock_seconds: float = Field(
         gt=0, le=43200, description="how long the kernel may take, writing the submission included"
     )
     orders: Literal["as_given", "both"] = Field(
         "both",
-        description="both: every row also with its responses swapped, as the clock allows; a reward model needs one",
+        description="both: every row also with its responses swapped, if time allows; a reward model is run once all the same",
     )
     budget_tokens: int | None = Field(
-        None, ge=64, description="tokens of a row, where they are not to be training's"
+        None, ge=64, description="tokens of a row at most; by default those of training"
     )
     tokens_per_batch: int = Field(
-        8192, ge=64, description="tokens of a batch, padding included; halved where memory runs out"
+        8192, ge=64, description="tokens of a batch, padding included; halved when memory runs out"
     )
     temperature: float = Field(
-        1.0, gt=0, le=10, description="of the final probabilities; above 1: less sure"
+        1.0,
+        gt=0,
+        le=10,
+        description="temperature of the final probabilities; above 1 makes them less confident",
     )
+    # What is submitted, and what is tried out before.
     min_scored: float = Field(
         0.98,
         gt=0,
         le=1,
-        description="the share of rows that must have a score, else nothing is submitted",
+        description="the share of rows that must be scored; with fewer, nothing is submitted",
     )
     visible_rows: int = Field(
         512,
         ge=0,
-        description="rows of the train file's validation fold that the visible run scores to predict the hidden one",
+        description="rows of the train file's validation fold that the visible run scores, to predict the hidden run",
     )
+    # What Kaggle's image lacks.
     wheels: str | None = Field(
         None,
         pattern=SLUG,
         min_length=6,
         max_length=50,
-        description="the dataset with bitsandbytes, for nf4 and int8; gptq4 and gptq8 need none",
+        description="the dataset with the wheel of bitsandbytes, for nf4 and int8; gptq4 and gptq8 need none",
     )
 
     @field_validator("title")
     @classmethod
-    def _title_makes_a_slug(cls, title):
-        if len(slugify(title)) < 5:
+    def _check_slug_length(cls, title: str) -> str:
+        slug = slugify(title)
+        if len(slug) < SHORTEST_TITLE:
             raise ValueError(
-                f"its slug would be {slugify(title)!r}, Kaggle wants 5 characters or more"
+                f"its slug would be {slug!r}, Kaggle wants {SHORTEST_TITLE} characters or more"
             )
         return title
 
     @field_validator("packages")
     @classmethod
-    def _packages_differ_and_weights_sum_to_one(cls, packages):
-        total = sum(package.weight for package in packages)
-        if abs(total - 1) > 1e-6:
-            raise ValueError(f"the weights sum to {total:g}, expected 1")
+    def _check_weights_and_names(cls, packages: tuple[PackageBlock, ...]):
+        # The kernel takes the weighted mean of the models' probabilities, which has to sum to 1 again.
+        total_weight = sum(package.weight for package in packages)
+        if abs(total_weight - 1) > WEIGHT_TOLERANCE:
+            raise ValueError(f"the weights sum to {total_weight:g}, expected 1")
+
+        # The kernel tells its models apart by run, and Kaggle mounts a dataset once.
         for key in ("run", "dataset"):
-            if len({getattr(package, key) for package in packages}) < len(packages):
+            distinct_values = {getattr(package, key) for package in packages}
+            if len(distinct_values) < len(packages):
                 raise ValueError(f"two packages have the same {key}")
+
         return packages
 
     @model_validator(mode="after")
-    def _a_batch_holds_a_row(self):
-        if self.budget_tokens and self.budget_tokens > self.tokens_per_batch:
+    def _check_batch_holds_a_row(self):
+        if self.budget_tokens is not None and self.budget_tokens > self.tokens_per_batch:
             raise ValueError(
                 f"budget_tokens: {self.budget_tokens} is more than tokens_per_batch, {self.tokens_per_batch}"
             )
         return self
 
     @model_validator(mode="after")
-    def _wheels_are_no_package(self):
-        if self.wheels in {package.dataset for package in self.packages}:
+    def _check_wheels_are_no_package(self):
+        package_datasets = [package.dataset for package in self.packages]
+        if self.wheels in package_datasets:
             raise ValueError(
                 f"wheels: {self.wheels} is a package's dataset; name the one with bitsandbytes, pairwise-wheels"
             )
@@ -172,67 +209,90 @@ class Spec(_Strict):
 
 
 def slugify(title: str) -> str:
-    """Kaggle's slug of a title: lower case, whatever is no letter or digit a hyphen."""
+    """Make a slug of a title as Kaggle does: lower case, with a hyphen for all but letters and digits."""
     return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
 
 
-def find_spec(name: str) -> Path:
-    """The spec's file, given as a path or by its name."""
-    path = Path(name) if name.endswith((".yml", ".yaml")) else SPECS / f"{name}.yml"
-    if not path.is_file():
-        raise UserError(
-            f"{name}: no such spec; there are {', '.join(known.stem for known in all_specs())}, or give a file"
-        )
-    return path
-
-
 def all_specs() -> list[Path]:
-    """The project's specs, by name."""
+    """List the project's own specs, sorted by name."""
     return sorted(SPECS.glob("*.yml"))
 
 
+def find_spec(name: str) -> Path:
+    """Find a spec's file by its name, as in kaggle_kernels/specs/NAME.yml, or by its path."""
+    is_path = name.endswith((".yml", ".yaml"))
+    path = Path(name) if is_path else SPECS / f"{name}.yml"
+    if not path.is_file():
+        existing_names = ", ".join(spec.stem for spec in all_specs())
+        raise UserError(f"{name}: no such spec; there are {existing_names}, or give a file")
+    return path
+
+
 def read_spec(path: Path) -> Spec:
-    """Read and check a spec; every problem found is in one UserError."""
+    """Read and check a spec; one UserError holds all its mistakes."""
     values = read_yaml(path)
     try:
         return Spec.model_validate(values)
     except ValidationError as error:
-        inside = any(
-            problem["loc"][:1] == ("packages",) and len(problem["loc"]) > 1
-            for problem in error.errors()
-        )
-        told = [
-            p for p in error.errors() if not (inside and p["loc"] == ("packages",))
-        ]  # "too short" for want of a good one
-        told = without_echo(told, [*Spec.model_fields, *PackageBlock.model_fields])
-        raise UserError(f"{path}: " + "; ".join(map(_explain, told))) from None
+        problems = _without_consequences(error.errors())
+        messages = [_explain(problem) for problem in problems]
+        raise UserError(f"{path}: " + "; ".join(messages)) from None
 
 
-def _explain(problem: dict) -> str:
-    key, known = (
-        ".".join(str(part) for part in problem["loc"]),
-        PackageBlock if len(problem["loc"]) > 1 else Spec,
-    )
+def _without_consequences(problems: list[ErrorDetails]) -> list[ErrorDetails]:
+    """Leave out the problems that vanish once another one of the list is fixed."""
+    # Pydantic does not count a package with a mistake, and then calls the list of packages too short.
+    if any(_is_of_a_package(problem) for problem in problems):
+        problems = [problem for problem in problems if problem["loc"] != ("packages",)]
+
+    # A mistyped key is unknown, and the key that was meant is missing.
+    known_keys = [*Spec.model_fields, *PackageBlock.model_fields]
+    return without_echo(problems, known_keys)
+
+
+def _is_of_a_package(problem: ErrorDetails) -> bool:
+    """Whether a problem is about a package, rather than about the spec or its list of packages."""
+    location = problem["loc"]
+    return len(location) > 1 and location[0] == "packages"
+
+
+def _explain(problem: ErrorDetails) -> str:
+    """Describe one of pydantic's problems: its key, what is wrong, and what to write."""
+    location = problem["loc"]
+    key = ".".join(str(part) for part in location)
+    fields = PackageBlock.model_fields if _is_of_a_package(problem) else Spec.model_fields
+
     if problem["type"] == "extra_forbidden":
-        return f"{key}: {unknown_key(problem['loc'][-1], known.model_fields)}"
+        return f"{key}: {unknown_key(location[-1], fields)}"
+
     if problem["type"] == "missing":
-        return f"{key}: missing; add it: {known.model_fields[problem['loc'][-1]].description}"
+        return f"{key}: missing; add it: {fields[location[-1]].description}"
+
+    # Our own validators. Those of the whole spec name the key themselves.
     if problem["type"] == "value_error":
         message = problem["msg"].removeprefix("Value error, ")
         return f"{key}: {message}" if key else message
+
     return f"{key}: {in_words(problem, PATTERNS)}"
 
 
 def settings_of(name: str, spec: Spec, packages: Sequence[PackageSettings]) -> Settings:
-    """What the kernel of the spec named `name` is told; see fit.package_settings for its packages."""
+    """Collect the settings that a spec's kernel runs with.
+
+    Args:
+        name: the spec's name, which is that of its file.
+        spec: the checked spec.
+        packages: the settings of its packages, in the spec's order (see memory_fit.package_settings).
+    """
     competition = COMPETITIONS[spec.competition]
+
     return Settings(
         name=name,
         competition=competition.slug,
         columns=competition.columns,
         verdicts=competition.verdicts,
         packages=tuple(packages),
-        orders=("as_given", "swapped") if spec.orders == "both" else ("as_given",),
+        orders=ORDERS[spec.orders],
         clock_seconds=spec.clock_seconds,
         budget_tokens=spec.budget_tokens,
         tokens_per_batch=spec.tokens_per_batch,

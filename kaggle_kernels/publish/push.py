@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from kaggle_kernels.build.bundle import build_mark, kernel_folder
-from kaggle_kernels.build.ensemble_weights import validation
+from kaggle_kernels.build.ensemble_weights import measure_ensemble
 from kaggle_kernels.build.packages import package_folder, spec_folder
 from kaggle_kernels.build.spec import read_spec
 from kaggle_kernels.publish.client import Pace, find_owner
@@ -119,7 +119,7 @@ def publish_kernel(spec_path: Path, owner: str, published: Mapping[str, Mapping]
         print(f"{kernel.ref}: read back: code and metadata are as they are here", flush=True)
     fields = {"spec": spec_path.stem, "kernel": kernel.ref, "kernel_version": last["version"], "url": last["url"]}
     kernel_sha256 = sha256(kernel_folder(spec_path) / CODE)
-    validated = validation(read_spec(spec_path))
+    validated = measure_ensemble(read_spec(spec_path))
     ledger.record("push", **fields, kernel_sha256=kernel_sha256, datasets=dict(published), validation=validated)
     write_json(note, {**last, "checked": True})  # last: where the ledger lacks it, the next call goes on from here
     print(f"next: python -m kaggle_kernels status {spec_path.stem} --wait")

@@ -155,7 +155,7 @@ def test_a_push_that_was_killed_before_it_was_read_back_is_only_read_back(spec, 
 
 def test_a_push_that_was_killed_before_the_ledger_had_it_is_written_down_by_the_next(spec, kaggle, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(publishing, "validation", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(publishing, "measure_ensemble", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert push(spec).exit_code == 2
     assert ledger.read() == []
     assert push(spec).exit_code == 0

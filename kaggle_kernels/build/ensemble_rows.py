@@ -1,0 +1,175 @@
+"""The validation rows on which an ensemble is weighed: those that all its runs held out, with each run's probabilities.
+
+`axolotl train` writes a run's rows to outputs/RUN/predictions.parquet. They are joined by id, and refused where the runs were
+not trained on the same pairs with the same fold held out.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from kaggle_kernels.build.spec import COMPETITIONS, Spec
+from preprocess.core.errors import UserError
+from preprocess.core.files import read_object
+
+TRAIN_ALIKE = "train them on the same pairs with the same fold held out"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows that all runs held out.
+
+    Attributes:
+        probabilities: float64 of shape (runs, rows, verdicts); each row's verdicts sum to one.
+        winners: int of shape (rows,), the index of the verdict that people gave.
+    """
+
+    probabilities: np.ndarray
+    winners: np.ndarray
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """A run's held-out rows: columns id, fold, winner, and p_RUN, the list of its probabilities of the verdicts."""
+
+    name: str
+    table: pl.DataFrame
+
+    @property
+    def column(self) -> str:
+        """The column of the probabilities."""
+        return f"p_{self.name}"
+
+    @property
+    def path(self) -> Path:
+        """The file that they were read from."""
+        return predictions_path(self.name)
+
+
+def read_rows(spec: Spec) -> Rows:
+    """Read the rows that all runs of a spec held out, but for those whose verdict the competition does not know.
+
+    Raises:
+        UserError: where a run has no such rows, or the runs do not belong together.
+    """
+    verdicts = COMPETITIONS[spec.competition].verdicts
+    runs = [read_predictions(package.run, spec) for package in spec.packages]
+    first = runs[0]
+
+    # Join the runs by id: the first run's rows that all others have too, with a column of probabilities for each run.
+    shared = first.table.select("id", "winner")
+    for run in runs:
+        check_same_rows(first, run)
+        probabilities = run.table.select("id", run.column)
+        shared = shared.join(probabilities, on="id", how="inner", maintain_order="left")
+    if shared.is_empty():
+        names = ", ".join(run.name for run in runs)
+        raise UserError(f"{first.path}: no row is among those of all runs: {names}; {TRAIN_ALIKE}")
+
+    judged = shared.filter(pl.col("winner").is_in(verdicts))
+    if judged.is_empty():
+        raise UserError(f"{first.path}: no row has one of {', '.join(verdicts)} as its winner")
+
+    # What is left as arrays, a verdict as its place among the competition's.
+    winners = [verdicts.index(winner) for winner in judged["winner"]]
+    probabilities_by_run = [judged[run.column].to_list() for run in runs]
+    return Rows(np.array(probabilities_by_run, dtype=np.float64), np.array(winners))
+
+
+def check_same_rows(first: Predictions, other: Predictions) -> None:
+    """Raise UserError unless two runs have rows in common, with the same folds and verdicts."""
+    shared = first.table.join(
+        other.table, on="id", how="inner", suffix="_other", maintain_order="left"
+    )
+    if shared.is_empty():
+        raise UserError(
+            f"{other.path}: no row of {first.name} is among its rows ({name_folds(first.table)} there, "
+            f"{name_folds(other.table)} here); {TRAIN_ALIKE}"
+        )
+
+    # Runs on other pairs, or with another fold held out, may share ids all the same.
+    for column in ("fold", "winner"):
+        differs = pl.col(column).ne_missing(pl.col(f"{column}_other"))
+        differing_rows = shared.filter(differs)
+        if not differing_rows.is_empty():
+            row = differing_rows.row(0, named=True)
+            raise UserError(
+                f"{other.path}: row {row['id']}: {column} is {row[f'{column}_other']}, in {first.name} "
+                f"{row[column]}; {TRAIN_ALIKE}"
+            )
+
+
+def name_folds(table: pl.DataFrame) -> str:
+    """Name the folds of a run's rows, e.g. "fold 0"."""
+    folds = table["fold"].unique().sort().to_list()
+    return "fold " + ", ".join(str(fold) for fold in folds)
+
+
+def predictions_path(run: str) -> Path:
+    """The file of a run's held-out rows."""
+    return Path("outputs") / run / "predictions.parquet"
+
+
+def read_predictions(run: str, spec: Spec) -> Predictions:
+    """Read a run's held-out rows, with its probabilities of the competition's verdicts.
+
+    Args:
+        run: the run's name, as in outputs/RUN.
+        spec: says the verdicts, and whether the mean of both orders counts or the rows as they are given.
+
+    Raises:
+        UserError: where the file is absent or broken, or the run was trained on these rows.
+    """
+    path = predictions_path(run)
+    check_held_out(run)
+
+    # p_VERDICT is the mean of both orders, p_VERDICT_as_given that of the order in which people saw the row.
+    order_suffix = "" if spec.orders == "both" else "_as_given"
+    columns = []
+    for verdict in COMPETITIONS[spec.competition].verdicts:
+        columns.append(f"p_{verdict}{order_suffix}")
+
+    try:
+        table = pl.read_parquet(path, columns=["id", "fold", "winner", *columns])
+    except (pl.exceptions.PolarsError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{path}: not the predictions of training ({reason}); train again"
+        ) from None
+
+    # A constant column comes from training that went wrong, and no weight could be fitted on it.
+    values = table.select(pl.col(columns).cast(pl.Float64)).to_numpy()  # (rows, verdicts)
+    is_constant = values.min(axis=0) == values.max(axis=0)
+    if not np.isfinite(values).all() or is_constant.any():
+        raise UserError(
+            f"{path}: {', '.join(columns)} are not probabilities that differ from row to row; train again"
+        )
+
+    # Runs are joined by id, so that it has to name one row.
+    repeated_ids = table.filter(pl.col("id").is_duplicated())["id"]
+    if not repeated_ids.is_empty():
+        raise UserError(f"{path}: the id {repeated_ids[0]} occurs twice; train again")
+
+    # A run may know a verdict, such as a tie, that the competition does not: what is left sums to one again.
+    shares = values / values.sum(axis=1, keepdims=True)
+    probabilities = pl.Series(f"p_{run}", shares.tolist())
+    return Predictions(run, table.select("id", "fold", "winner", probabilities))
+
+
+def check_held_out(run: str) -> None:
+    """Raise UserError unless a run was validated, on rows that it was not trained on."""
+    path = predictions_path(run)
+    if not path.is_file():
+        raise UserError(
+            f"{path}: no such file; weights are fitted on a run's validation rows: "
+            f"axolotl train recipes/{run}.yml"
+        )
+
+    metrics_path = path.with_name("metrics.json")
+    if read_object(metrics_path).get("rows_were_trained_on"):
+        raise UserError(
+            f"{metrics_path}: rows_were_trained_on: the run was trained on these rows, so that they say "
+            "nothing of its weight; train it with a fold held out (PAIRWISE_FOLD=0), and weigh that"
+        )
