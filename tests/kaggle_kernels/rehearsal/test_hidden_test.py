@@ -59,8 +59,10 @@ def rehearse(folder, *options):
     return done.stdout, read_json(out / "rehearsal.json"), out
 
 
-@pytest.mark.parametrize("ids, seed", [("int", "1"), ("string", "2")])
-@pytest.mark.parametrize("competition, test_file", [("wsdm", "test.parquet"), ("lmsys", "test.csv")])
+@pytest.mark.parametrize(
+    "competition, test_file, ids, seed",
+    [("wsdm", "test.parquet", "int", "1"), ("wsdm", "test.parquet", "string", "2"), ("lmsys", "test.csv", "int", "1")],
+)
 def test_300_hostile_rows_on_two_workers(tmp_path, request, competition, test_file, ids, seed):
     package = request.getfixturevalue({"wsdm": "package_folder", "lmsys": "three_verdict_folder"}[competition])
     make_workplace(tmp_path, competition, package)
@@ -69,7 +71,7 @@ def test_300_hostile_rows_on_two_workers(tmp_path, request, competition, test_fi
     assert f"{test_file}: 300 rows of 2,000, {ids} ids, shuffled, 64 hostile of 64 of 64 kinds; seed {seed}\n" in printed
     assert (measured["test"]["ids"], len(measured["test"]["kinds"]), measured["clock_seconds"]) == (ids, 64, 120)
     assert (measured["checks"]["ids"], measured["checks"]["scored"], measured["checks"]["tolerance"]) == (300, 300, 1e-5)
-    assert measured["judged"] == 300 - 63
+    assert (measured["judged"], measured["faults"]["kills"]) == (300 - 63, [])
     kernel = read_json(out / "kernel.json")
     assert (kernel["devices"], kernel["hidden_run"], kernel["settings"]["clock_seconds"]) == (["cpu", "cpu"], True, 120)
     assert sum(worker["computed_tokens"] for worker in kernel["workers"]) > 0
@@ -155,8 +157,6 @@ def test_a_device_that_is_lost_leaves_its_rows_to_the_other(tmp_path, three_verd
     _, measured, out = rehearse(tmp_path, "test.csv", *options, "--lose-device", "1")
     assert {kill["worker"] for kill in measured["faults"]["kills"]} == {1}
     assert (measured["checks"]["ids"], measured["checks"]["scored"]) == (5000, 5000)
-    first, second = read_json(out / "kernel.json")[
-        "workers"
-    ]  # all may be done before the second has died often enough to be gone
+    first, second = read_json(out / "kernel.json")["workers"]
     assert (first["deaths"], first["computed_tokens"] > 0) == (0, True)
     assert (second["deaths"] > 0, second["computed_tokens"]) == (True, 0)
