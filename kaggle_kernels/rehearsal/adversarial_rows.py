@@ -67,14 +67,14 @@ def add_adversarial_rows(rows: pl.DataFrame, seed: int, are_turns: bool) -> pl.D
         # Nobody has judged these texts.
         texts = draw_texts(kind, rng)
         for name, text in zip(TEXTS, texts, strict=True):
-            columns[name][place] = as_stored(text, rows.schema[name], are_turns, rng)
+            columns[name][place] = convert_text(text, rows.schema[name], are_turns, rng)
         for name in verdict_columns:
             columns[name][place] = None
 
-    return pl.DataFrame(columns, schema=schema_with_kinds(rows))
+    return pl.DataFrame(columns, schema=extend_schema(rows))
 
 
-def schema_with_kinds(rows: pl.DataFrame) -> pl.Schema:
+def extend_schema(rows: pl.DataFrame) -> pl.Schema:
     """Return the table's schema with KIND_COLUMN added."""
     schema = pl.Schema(rows.schema)
 
@@ -113,7 +113,7 @@ def choose_kinds(rows: int, rng: random.Random) -> list[str]:
     return [*one_of_each, *long_kinds, *shuffled_short_kinds][:number]
 
 
-def as_stored(text: Field, dtype: pl.DataType, are_turns: bool, rng: random.Random) -> Field:
+def convert_text(text: Field, dtype: pl.DataType, are_turns: bool, rng: random.Random) -> Field:
     """Convert a text, a list of turns or a null to what the test file's column holds.
 
     Args:

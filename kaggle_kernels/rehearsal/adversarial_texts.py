@@ -14,7 +14,7 @@ TEXTS = ("prompt", "response_a", "response_b")
 Field = str | list[str | None] | None
 Texts = tuple[Field, Field, Field]  # in the order of TEXTS
 
-# Longer than any text of the public training files.
+# Length of a long text.
 LONG_CHARACTERS = 200_000
 
 # How often a response repeats a language's sentence at most.
@@ -107,6 +107,7 @@ SHORT: dict[str, Texts] = {
 }
 
 
+# Short words, text that has no place to split it, and Chinese characters.
 WORDS = LongText(("rain ", "bell ", "fish ", "gold ", "wind "))
 NO_SPACES = LongText(tuple(string.ascii_letters + string.digits + "+/"))
 CHINESE = LongText(

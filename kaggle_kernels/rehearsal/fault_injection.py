@@ -43,7 +43,7 @@ class Faults:
     seed: int = 0
 
     @property
-    def kill_workers(self) -> bool:
+    def kills_workers(self) -> bool:
         """Whether anything happens at all."""
         return self.kill_every is not None or self.lose_device is not None
 
@@ -71,7 +71,7 @@ def check_faults(faults: Faults, devices: int | None) -> None:
 
     `devices` is None for the kernel's own choice, which is at least one device.
     """
-    if faults.kill_workers and not PROC.is_dir():
+    if faults.kills_workers and not PROC.is_dir():
         raise UserError(
             f"--kill-every, --lose-device: no {PROC}, in which workers are found; "
             "rehearse faults on Linux"
@@ -113,7 +113,7 @@ def inject_faults(kernel_pid: int, faults: Faults) -> Iterator[list[Kill]]:
         A list that grows with every kill.
     """
     kills: list[Kill] = []
-    if not faults.kill_workers:
+    if not faults.kills_workers:
         yield kills
         return
 
@@ -184,6 +184,7 @@ def kill_worker(worker: int, pid: int, seconds: float, kills: list[Kill]) -> Non
 
 def find_workers(kernel_pid: int) -> dict[int, int]:
     """Find the kernel's living workers: their process ids, by the numbers of their devices."""
+    # Other kernels on this machine have workers of the same names.
     processes = list_processes()
     workers = {}
     for process in processes.values():

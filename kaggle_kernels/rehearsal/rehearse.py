@@ -29,7 +29,7 @@ from kaggle_kernels.rehearsal.throughput import (
     format_duration,
     measure_speed,
     predict_runs,
-    predictions_record,
+    record_predictions,
     report_throughput,
 )
 from kaggle_kernels.rehearsal.validate import check_results, choose_tolerance
@@ -151,7 +151,7 @@ def rehearse(
         ledger.record("rehearse", **ledger_entry, verdict="failed", reason=str(error))
         raise
 
-    clock_seconds = clock_of(inputs, scenario)
+    clock_seconds = choose_clock(inputs, scenario)
     print(
         f"{out / 'submission.csv'}: {len(inputs.rows)} rows in {run.seconds:.1f} s "
         f"of a clock of {format_duration(clock_seconds)}"
@@ -162,7 +162,7 @@ def rehearse(
         "seconds": round(run.seconds, 1),
         "clock_seconds": clock_seconds,
         "devices": scenario.devices,
-        "faults": faults_record(scenario.faults, run),
+        "faults": record_faults(scenario.faults, run),
         **measurements,
         "build": build,
     }
@@ -226,7 +226,7 @@ def check_train_file(scenario: Scenario) -> None:
         )
 
 
-def clock_of(inputs: Inputs, scenario: Scenario) -> float:
+def choose_clock(inputs: Inputs, scenario: Scenario) -> float:
     """Return the kernel's time in seconds: the scenario's, or else the spec's."""
     if scenario.clock_seconds is not None:
         return scenario.clock_seconds
@@ -240,7 +240,7 @@ def run_kernel(inputs: Inputs, scenario: Scenario, out: Path) -> KernelRun:
         UserError: The kernel fails, is late or lacks a result, or a fault did not happen.
     """
     conditions = Conditions(
-        clock_seconds=clock_of(inputs, scenario),
+        clock_seconds=choose_clock(inputs, scenario),
         devices=scenario.devices,
         is_hidden=scenario.is_hidden,
         faults=scenario.faults,
@@ -316,7 +316,7 @@ def evaluate_results(inputs: Inputs, out: Path) -> dict:
         **quality,
         "checks": checks,
         "here": asdict(speed),
-        "two_t4s": predictions_record(predictions),
+        "two_t4s": record_predictions(predictions),
     }
 
 
@@ -339,7 +339,7 @@ def print_checks(checks: dict, fits: list[Fit]) -> None:
         )
 
 
-def faults_record(faults: Faults, run: KernelRun) -> dict:
+def record_faults(faults: Faults, run: KernelRun) -> dict:
     """Write down what happened to the workers, for the key `faults` of rehearsal.json."""
     kills = [asdict(kill) for kill in run.kills]
     return {**asdict(faults), "kills": kills}

@@ -154,6 +154,7 @@ def make_rows(rows: pl.DataFrame, options: RowOptions, are_turns: bool = False) 
 
 def draw_rows(rows: pl.DataFrame, size: int, rng: random.Random) -> pl.DataFrame:
     """Draw `size` rows in the file's order, with replacement only where the file has fewer."""
+    # In the file's order: only --shuffle changes that.
     all_places = range(len(rows))
     if size > len(rows):
         places = rng.choices(all_places, k=size)
@@ -226,7 +227,7 @@ def make_hex_ids(number: int, rng: random.Random) -> list[str]:
 
 
 def describe_rows(rows: pl.DataFrame, rows_in_file: int, options: RowOptions) -> dict:
-    """Describe the rows that `make_rows` returned, for the log and the key `test` of rehearsal.json.
+    """Describe the rows that `make_rows` returned, for the log and rehearsal.json (key `test`).
 
     Returns:
         `rows`, `of` (the file's number), `ids` (their kind), `shuffled`, `seed`; with adversarial

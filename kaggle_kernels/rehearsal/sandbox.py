@@ -171,7 +171,7 @@ def start_kernel(
     return subprocess.Popen(
         [str(python), "-u", "-P", str(script)],
         cwd=root / "working",
-        env=kaggle_environment(root, site, conditions.devices, conditions.is_hidden),
+        env=make_environment(root, site, conditions.devices, conditions.is_hidden),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         encoding="utf-8",
@@ -184,6 +184,7 @@ def print_log(process: subprocess.Popen[str], root: Path) -> str:
     """Print the log until its end, with Kaggle's paths; return the last line that is not blank."""
     last_line = ""
     for line in process.stdout:
+        # Paths look as they would on Kaggle.
         line = line.replace(str(root), "/kaggle")
         line = line.replace(f"{root.parent}/", "")
         print(line, end="", flush=True)
@@ -224,13 +225,14 @@ def end_group(group: int) -> None:
         os.killpg(group, signal.SIGKILL)
 
 
-def kaggle_environment(
+def make_environment(
     root: Path, site: Path, devices: int | None = None, is_hidden: bool = False
 ) -> dict[str, str]:
     """Return the kernel's environment variables: few of this machine's, and no way to a model hub.
 
     `root` stands for /kaggle, `site` holds sitecustomize.py; see `Conditions` for the others.
     """
+    # Tokens and passwords of this machine's user must not reach the kernel.
     environment = {name: os.environ[name] for name in KEPT_ENVIRONMENT if name in os.environ}
     environment |= {
         "HF_HUB_OFFLINE": "1",

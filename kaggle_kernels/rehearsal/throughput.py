@@ -91,11 +91,13 @@ def predict_runs(
         One prediction for each number of rows, the rehearsed number first. Rows are taken to be as
         long as the rehearsed ones.
     """
-    first_order_flop = 0.0  # of a mean row, all models together
+    # The work for a mean row in each order, all models together.
+    first_order_flop = 0.0
     second_order_flop = 0.0
-    first_models_tokens = tokens_per_row(fits[0], spec, passes, rows)
+    first_models_tokens = measure_tokens_per_row(fits[0], spec, passes, rows)
     for fit in fits:
-        tokens = tokens_per_row(fit, spec, passes, rows)
+        tokens = measure_tokens_per_row(fit, spec, passes, rows)
+        # The clock may have left no time for a later model: the first one's tokens are a guess.
         if tokens.first_order == 0:
             tokens = borrow_tokens(tokens, first_models_tokens)
 
@@ -104,7 +106,8 @@ def predict_runs(
         if tokens.second_order is not None:
             second_order_flop += flop_per_token * tokens.second_order
 
-    loading = loading_seconds(fits)
+    # Rows cost time in proportion to their number, loading does not.
+    loading = predict_loading(fits)
     flop_per_second = T4S * T4_FLOP_PER_SECOND
     predictions = []
     for number in dict.fromkeys((rows, *HIDDEN_TEST_ROWS)):  # each number once, in this order
@@ -118,7 +121,7 @@ def predict_runs(
     return predictions
 
 
-def loading_seconds(fits: Sequence[Fit]) -> float:
+def predict_loading(fits: Sequence[Fit]) -> float:
     """Predict how long loading takes: one copy on each T4, or one that is split over them."""
     bytes_to_load = 0
     for fit in fits:
@@ -137,7 +140,7 @@ def count_multiplied_parameters(fit: Fit) -> int:
     return parameters
 
 
-def tokens_per_row(fit: Fit, spec: Spec, passes: Sequence[dict], rows: int) -> TokensPerRow:
+def measure_tokens_per_row(fit: Fit, spec: Spec, passes: Sequence[dict], rows: int) -> TokensPerRow:
     """Derive a model's tokens for a mean row from what it computed in the rehearsal.
 
     Args:
@@ -150,19 +153,19 @@ def tokens_per_row(fit: Fit, spec: Spec, passes: Sequence[dict], rows: int) -> T
         The tokens in each order. The first is 0 where the model scored nothing.
     """
     run = fit.package.run
-    first_order_tokens, _ = mean_tokens(passes, run, "as_given")
+    first_order_tokens, _ = average_tokens(passes, run, "as_given")
     if spec.orders != "both" or fit.served.head == "reward":
         return TokensPerRow(first_order_tokens, None)
 
     # A second order that was cut short ran on rows chosen by their gain per second, which are no
     # fair sample: the first order's tokens are the better guess.
-    second_order_tokens, scored_rows = mean_tokens(passes, run, "swapped")
+    second_order_tokens, scored_rows = average_tokens(passes, run, "swapped")
     if scored_rows < rows:
         second_order_tokens = first_order_tokens
     return TokensPerRow(first_order_tokens, second_order_tokens)
 
 
-def mean_tokens(passes: Sequence[dict], run: str, order: str) -> tuple[float, int]:
+def average_tokens(passes: Sequence[dict], run: str, order: str) -> tuple[float, int]:
     """Return a run's computed tokens a scored row in one order, and the number of scored rows."""
     scored_rows = 0
     computed_tokens = 0
@@ -190,6 +193,7 @@ def measure_speed(passes: Sequence[dict]) -> Speed:
     tokens = sum(record["tokens"] for record in passes)
     computed_tokens = sum(record["computed_tokens"] for record in passes)  # with padding
 
+    # The clock may have left no time for a single batch.
     if seconds == 0 or computed_tokens == 0:
         return Speed(rows_per_second=0.0, tokens_per_second=0.0, padding=0.0)
     return Speed(
@@ -261,7 +265,7 @@ def format_duration(seconds: float) -> str:
     return f"{hours} h {minutes:02} min"
 
 
-def predictions_record(predictions: Sequence[Prediction]) -> list[dict]:
+def record_predictions(predictions: Sequence[Prediction]) -> list[dict]:
     """Convert the predictions to the key `two_t4s` of rehearsal.json, in whole seconds."""
     records = []
     for prediction in predictions:

@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 import polars as pl
@@ -23,7 +24,9 @@ from preprocess.core.files import read_object
 # Rows with the same texts get slightly different probabilities, since their batches are padded to
 # different lengths. Largest allowed difference:
 FLOAT32_TOLERANCE = 1e-5
-SIXTEEN_BIT_TOLERANCE = 1e-3  # on a GPU, or with quantised weights
+
+# On a GPU, or with quantised weights.
+SIXTEEN_BIT_TOLERANCE = 1e-3
 
 # How far probabilities may be from a sum of one, and those in submission.csv from the computed.
 SUM_TOLERANCE = 1e-6
@@ -67,13 +70,15 @@ def check_results(
         are those of `Difference`.
 
     Raises:
-        UserError: Something is wrong.
+        UserError: A file, an id or a value is wrong; the message names it.
     """
+    # Each file by itself, then both together.
     ids = rows["id"].cast(pl.String).to_list()
     answers = read_submission(folder / "submission.csv", ids, competition)
     scores = read_scores(folder / "scores.parquet", ids, competition.verdicts)
     check_same_answers(folder / "submission.csv", answers, scores, competition)
 
+    # An answer that stands in another row's place shows between rows with the same texts.
     difference = find_largest_difference(rows, scores, competition.verdicts)
     if difference.largest > tolerance:
         first, second = difference.ids
@@ -132,6 +137,7 @@ def read_submission(path: Path, ids: Sequence[str], competition: Competition) ->
             f"{competition.slug} wants {', '.join(expected_header)}"
         )
 
+    # Ids come first, so that later messages can name rows by them.
     written_ids = []
     for line in lines:
         written_ids.append(line[0] if line else "")  # a blank line has no values
@@ -220,14 +226,14 @@ def read_scores(path: Path, ids: Sequence[str], verdicts: Sequence[str]) -> pl.D
         check_probabilities(path, row_id, probabilities)
 
     # A model's own probabilities may be null where it did not score the row, but never NaN.
-    for name in model_columns(scores):
+    for name in list_model_columns(scores):
         ids_with_nan = scores.filter(pl.col(name).is_nan())["id"]
         if not ids_with_nan.is_empty():
             raise UserError(f"{path}: id {ids_with_nan[0]}: {name} is NaN")
     return scores
 
 
-def model_columns(scores: pl.DataFrame) -> list[str]:
+def list_model_columns(scores: pl.DataFrame) -> list[str]:
     """List the columns RUN_p_VERDICT_ORDER: a model's probabilities in one order, null if none."""
     return [name for name in scores.columns if "_p_" in name]
 
@@ -235,7 +241,7 @@ def model_columns(scores: pl.DataFrame) -> list[str]:
 def count_scored_rows(scores: pl.DataFrame) -> dict[str, int]:
     """Count the rows that each run has scored in at least one order."""
     rows_by_run: dict[str, int] = {}
-    for name in model_columns(scores):
+    for name in list_model_columns(scores):
         run = name.split("_p_")[0]
         scored_rows = scores[name].count()  # without nulls
         rows_by_run[run] = max(rows_by_run.get(run, 0), scored_rows)
@@ -290,23 +296,23 @@ def find_largest_difference(
         scores: The table of scores.parquet, with its rows in the same order.
         verdicts: Each has a column p_VERDICT of final probabilities.
     """
-    per_model = model_columns(scores)
-    final = [f"p_{verdict}" for verdict in verdicts]
-
-    # Rows that share their texts, with columns that say which models scored them in which order.
-    was_scored = [pl.col(name).is_not_null().alias(f"{name} was scored") for name in per_model]
-    table = scores.with_columns(hash_texts(rows), *was_scored)
+    model_columns = list_model_columns(scores)
+    table = scores.with_columns(hash_texts(rows))
     table = table.filter(pl.col("texts").is_duplicated())
 
-    same_texts = ["texts"]
-    same_texts_and_models = ["texts", *(f"{name} was scored" for name in per_model)]
+    # Columns that say which models scored a row in which order.
+    scored_columns = []
+    for name in model_columns:
+        scored_column = f"{name} was scored"
+        table = table.with_columns(pl.col(name).is_not_null().alias(scored_column))
+        scored_columns.append(scored_column)
 
-    largest = Difference(rows=len(table))
-    for column in per_model:
-        largest = larger_difference(largest, table, column, same_texts)
-    for column in final:
-        largest = larger_difference(largest, table, column, same_texts_and_models)
-    return largest
+    differences = [Difference(rows=len(table))]
+    for name in model_columns:
+        differences.append(compare_rows(table, name, keys=["texts"]))
+    for verdict in verdicts:
+        differences.append(compare_rows(table, f"p_{verdict}", keys=["texts", *scored_columns]))
+    return max(differences, key=attrgetter("largest"))
 
 
 def hash_texts(rows: pl.DataFrame) -> pl.Series:
@@ -318,16 +324,13 @@ def hash_texts(rows: pl.DataFrame) -> pl.Series:
     return pl.Series("texts", hashes)
 
 
-def larger_difference(
-    largest: Difference, table: pl.DataFrame, column: str, keys: Sequence[str]
-) -> Difference:
-    """Return the largest difference in `column` between rows with equal `keys`, or `largest`.
+def compare_rows(table: pl.DataFrame, column: str, keys: Sequence[str]) -> Difference:
+    """Find the largest difference in a column between rows that are equal in the columns `keys`.
 
     Args:
-        largest: The largest difference so far, returned where the column has none above it.
-        table: Has the column, the keys and `id`.
+        table: The rows that share their texts, with `texts` and `id`.
         column: The probabilities to compare; nulls are left out.
-        keys: Columns in which the compared rows are equal.
+        keys: Columns in which the compared rows must be equal.
     """
     groups = table.filter(pl.col(column).is_not_null()).group_by(keys)
     spreads = groups.agg(
@@ -336,11 +339,13 @@ def larger_difference(
         highest_id=pl.col("id").sort_by(column, "id").last(),
     )
     if spreads.is_empty():
-        return largest
+        return Difference(rows=len(table))
 
     # Of equal differences the one with the highest hash, so that the choice is always the same.
     widest = spreads.sort("difference", "texts").row(-1, named=True)
-    if widest["difference"] <= largest.largest:
-        return largest
-    ids = (widest["lowest_id"], widest["highest_id"])
-    return Difference(largest.rows, widest["difference"], column, ids)
+    return Difference(
+        rows=len(table),
+        largest=widest["difference"],
+        column=column,
+        ids=(widest["lowest_id"], widest["highest_id"]),
+    )

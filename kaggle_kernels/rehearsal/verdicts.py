@@ -41,8 +41,8 @@ def read_verdicts(test_rows: pl.DataFrame, where: str) -> pl.DataFrame | None:
         return None
 
     # The longer response is a baseline that a model should beat.
-    length_a = characters_of(test_rows, "response_a")
-    length_b = characters_of(test_rows, "response_b")
+    length_a = count_characters(test_rows, "response_a")
+    length_b = count_characters(test_rows, "response_b")
     longer = pl.when(length_a >= length_b).then(pl.lit("model_a")).otherwise(pl.lit("model_b"))
     return test_rows.select(
         pl.col("id").cast(pl.String),
@@ -71,7 +71,7 @@ def read_flag_columns(test_rows: pl.DataFrame, where: str) -> list[str | None]:
     winners = []
     for place, flags in enumerate(test_rows.select(FLAG_COLUMNS).iter_rows()):
         try:
-            winners.append(verdict_of_flags(flags))
+            winners.append(parse_flags(flags))
         except (TypeError, ValueError):
             row = name_row(test_rows, where, place)
             raise UserError(
@@ -81,7 +81,7 @@ def read_flag_columns(test_rows: pl.DataFrame, where: str) -> list[str | None]:
     return winners
 
 
-def verdict_of_flags(flags: Sequence[object]) -> str | None:
+def parse_flags(flags: Sequence[object]) -> str | None:
     """Return the verdict whose flag is 1, or None where all flags are null.
 
     Args:
@@ -104,7 +104,7 @@ def name_row(test_rows: pl.DataFrame, where: str, place: int) -> str:
     return f"{where}, row {place + 1} (id {test_rows['id'][place]})"
 
 
-def characters_of(rows: pl.DataFrame, name: str) -> pl.Expr:
+def count_characters(rows: pl.DataFrame, name: str) -> pl.Expr:
     """Return an expression for the length of a column's texts, or of all turns together."""
     if isinstance(rows.schema[name], pl.List):
         length = pl.col(name).list.eval(pl.element().str.len_chars()).list.sum()

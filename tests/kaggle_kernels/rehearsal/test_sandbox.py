@@ -14,7 +14,7 @@ from kaggle_kernels.rehearsal.kaggle_tree import lay_out_tree
 from kaggle_kernels.rehearsal.sandbox import (
     SITECUSTOMIZE,
     Conditions,
-    kaggle_environment,
+    make_environment,
     run_as_kaggle,
 )
 from preprocess.core.errors import UserError
@@ -74,7 +74,7 @@ def test_the_kernel_sees_neither_verdicts_nor_models_nor_the_metadata(tmp_path, 
 )
 def test_a_rehearsed_kernel_reaches_neither_network_nor_repository(tmp_path, code, message):
     (tmp_path / "sitecustomize.py").write_text(SITECUSTOMIZE)
-    environment = kaggle_environment(tmp_path, tmp_path)
+    environment = make_environment(tmp_path, tmp_path)
     done = subprocess.run([sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 1
     assert message in done.stderr
@@ -147,6 +147,6 @@ def test_an_interrupted_rehearsal_leaves_no_kernel_behind(root, monkeypatch):
 def test_only_what_a_kernel_needs_is_in_its_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("KAGGLE_DEVICES", "cuda:7")
     monkeypatch.setenv("SECRET", "x")
-    environment = kaggle_environment(tmp_path, tmp_path / "site")
+    environment = make_environment(tmp_path, tmp_path / "site")
     assert environment.keys().isdisjoint({"KAGGLE_DEVICES", "SECRET"})
     assert environment["PATH"] == os.environ["PATH"]

@@ -11,7 +11,7 @@ from kaggle_kernels.rehearsal.throughput import (
     format_duration,
     measure_speed,
     predict_runs,
-    predictions_record,
+    record_predictions,
     report_throughput,
 )
 
@@ -117,6 +117,6 @@ def test_seconds_are_formatted_as_hours_and_minutes(seconds, text):
 
 
 def test_the_record_has_whole_seconds():
-    assert predictions_record([Prediction(10, 1.4, 2.6, 3.5)]) == [
+    assert record_predictions([Prediction(10, 1.4, 2.6, 3.5)]) == [
         {"rows": 10, "loading": 1, "first_order": 3, "second_order": 4, "finish": 8}
     ]
