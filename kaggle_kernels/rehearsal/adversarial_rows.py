@@ -64,10 +64,11 @@ def add_adversarial_rows(rows: pl.DataFrame, seed: int, are_turns: bool) -> pl.D
                 columns[name][place] = columns[name][original]
             continue
 
-        # Nobody has judged these texts.
         texts = draw_texts(kind, rng)
         for name, text in zip(TEXTS, texts, strict=True):
             columns[name][place] = convert_text(text, rows.schema[name], are_turns, rng)
+
+        # Nobody has judged these texts.
         for name in verdict_columns:
             columns[name][place] = None
 
@@ -92,8 +93,8 @@ def choose_kinds(rows: int, rng: random.Random) -> list[str]:
     Every kind comes once before any comes twice. After that the short kinds are about equally
     frequent, and each long kind comes once in ROWS_PER_LONG_ROW rows.
     """
-    wanted = max(math.ceil(SHARE * rows), len(KINDS))
-    number = min(wanted, rows // 2)
+    wanted_rows = max(math.ceil(SHARE * rows), len(KINDS))
+    number = min(wanted_rows, rows // 2)
 
     one_of_each = rng.sample(KINDS, len(KINDS))
 
@@ -149,7 +150,9 @@ def as_plain_text(text: Field) -> str | None:
         return None
 
     if isinstance(text, list):
-        lines = ["" if turn is None else turn for turn in text]
+        lines = []
+        for turn in text:
+            lines.append("" if turn is None else turn)
         text = "\n".join(lines)
     return escape_surrogates(text)
 
@@ -171,7 +174,9 @@ def as_json_turns(text: Field, rng: random.Random) -> str | None:
     # A lone surrogate can be stored as its escape only.
     prefers_unicode = rng.random() < 0.5
     can_be_stored = escape_surrogates(unicode_json) == unicode_json
-    return unicode_json if prefers_unicode and can_be_stored else ascii_json
+    if prefers_unicode and can_be_stored:
+        return unicode_json
+    return ascii_json
 
 
 def escape_surrogates(text: str) -> str:

@@ -154,7 +154,6 @@ def make_rows(rows: pl.DataFrame, options: RowOptions, are_turns: bool = False) 
 
 def draw_rows(rows: pl.DataFrame, size: int, rng: random.Random) -> pl.DataFrame:
     """Draw `size` rows in the file's order, with replacement only where the file has fewer."""
-    # In the file's order: only --shuffle changes that.
     all_places = range(len(rows))
     if size > len(rows):
         places = rng.choices(all_places, k=size)

@@ -141,8 +141,10 @@ def measure_quality(test_rows: pl.DataFrame, scores_file: Path, spec: Spec) -> d
     for row in judged.to_dicts():
         probabilities = {verdict: row[f"p_{verdict}"] for verdict in verdicts}
         prediction = max(probabilities, key=probabilities.get)
-        correct += prediction == row["winner"]
-        correct_by_length += row["longer"] == row["winner"]
+        if prediction == row["winner"]:
+            correct += 1
+        if row["longer"] == row["winner"]:
+            correct_by_length += 1
         loss -= math.log(probabilities[row["winner"]])
 
     return {
