@@ -9,19 +9,10 @@ import pytest
 from kaggle_kernels.rehearsal.adversarial_rows import add_adversarial_rows, choose_kinds
 from kaggle_kernels.rehearsal.adversarial_texts import KINDS, LANGUAGES, LONG, TEXTS
 from kaggle_kernels.runtime.inputs import read_rows
-from preprocess.model_input import VERDICTS
 from tests import tiny
+from tests.kaggle_kernels.rehearsal.layouts import FLAGS, in_lmsys_layout
 
-FLAGS = [f"winner_{verdict}" for verdict in VERDICTS]
 PAIRS = tiny.pairs(200, seed=3)
-
-
-def in_lmsys_layout(table):
-    flags = [(pl.col("winner") == verdict).cast(pl.Int8).alias(f"winner_{verdict}") for verdict in VERDICTS]
-    texts = [pl.Series(name, [json.dumps([text]) for text in table[name]]) for name in TEXTS]
-    return table.with_columns(*flags, *texts).drop("winner")
-
-
 LAYOUTS = {  # a table, and whether its texts are JSON lists of turns
     "wsdm": (PAIRS, False),
     "lmsys": (in_lmsys_layout(PAIRS), True),

@@ -3,7 +3,6 @@
 import polars as pl
 import pytest
 
-from kaggle_kernels.build.spec import Spec
 from kaggle_kernels.rehearsal.rows import (
     RowOptions,
     describe_rows,
@@ -14,8 +13,8 @@ from kaggle_kernels.rehearsal.rows import (
 )
 from preprocess.core.errors import UserError
 from tests import tiny
+from tests.kaggle_kernels.rehearsal.layouts import SPEC
 
-SPEC = Spec(title="Pairwise Test", competition="wsdm", packages=[{"run": "two", "dataset": "tiny-two"}], clock_seconds=600)
 COLUMNS = ["prompt", "response_a", "response_b", "winner"]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from kaggle_kernels.build.spec import Spec
+from kaggle_kernels.rehearsal.fault_injection import read_process
 from kaggle_kernels.rehearsal.kaggle_tree import lay_out_tree
 from kaggle_kernels.rehearsal.sandbox import (
     SITECUSTOMIZE,
@@ -19,8 +19,8 @@ from kaggle_kernels.rehearsal.sandbox import (
 )
 from preprocess.core.errors import UserError
 from tests import tiny
+from tests.kaggle_kernels.rehearsal.layouts import SPEC
 
-SPEC = Spec(title="Pairwise Test", competition="wsdm", packages=[{"run": "two", "dataset": "tiny-two"}], clock_seconds=600)
 PYTHON = Path(sys.executable)
 
 
@@ -37,13 +37,9 @@ def run(root, kernel, clock_seconds=60, **conditions):
 
 def has_ended(pid, within=10.0):
     """Whether a process is gone; one that was killed may take a moment on a busy machine."""
-    until = time.monotonic() + within
-    while time.monotonic() < until:
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except (FileNotFoundError, ProcessLookupError):
-            return True
-        if state in "ZX":
+    deadline = time.monotonic() + within
+    while time.monotonic() < deadline:
+        if read_process(Path(f"/proc/{pid}")) is None:
             return True
         time.sleep(0.05)
     return False

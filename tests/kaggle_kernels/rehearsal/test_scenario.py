@@ -5,16 +5,17 @@ import json
 import polars as pl
 import pytest
 
-from kaggle_kernels.build.bundle import build_mark
+from kaggle_kernels.build.bundle import build, build_mark
 from kaggle_kernels.rehearsal import rehearse as rehearsal
 from kaggle_kernels.rehearsal.sandbox import KernelRun
-from tests.kaggle_kernels.packages import rehearse
+from preprocess.core import ledger
+from tests.kaggle_kernels.packages import change_json, rehearse, write_recipe
 
 
 @pytest.fixture
 def fake_kernel(monkeypatch):
     """Replace the kernel's run by right answers, which `spoil` may spoil; records what the kernel was run with."""
-    fake = {"spoil": lambda working: None}
+    fake = {"spoil": lambda working: None, "passes": []}
 
     def run(python, kernel, root, name, conditions):
         fake.update(kernel=kernel, conditions=conditions)
@@ -23,7 +24,7 @@ def fake_kernel(monkeypatch):
         pl.DataFrame({"id": ids, "winner": "model_a"}).write_csv(working / "submission.csv")
         scores = pl.DataFrame({"id": ids, "scored": True, "p_model_a": 0.75, "p_model_b": 0.25})
         scores.write_parquet(working / "scores.parquet")
-        (working / "kernel.json").write_text(json.dumps({"devices": ["cpu"], "passes": []}))
+        (working / "kernel.json").write_text(json.dumps({"devices": ["cpu"], "passes": fake["passes"]}))
         fake["spoil"](working)
         return KernelRun(12.5, ())
 
@@ -67,6 +68,20 @@ def test_changed_rows_are_kept_beside_the_results_and_the_run_is_a_hidden_one(wo
     assert (record["judged"], record["checks"]["scored"], record["devices"]) == (137, 200, 2)
 
 
+def test_two_t4s_are_predicted_for_the_recipes_base_model_where_a_small_one_stands_in(workplace, tmp_path, fake_kernel):
+    write_recipe(tmp_path, "two", "tiny-two", "google/gemma-2-9b-it")
+    build(workplace)
+    change_json(tmp_path / "outputs/two/package/contract.json", base_model=".")
+    measured = {"run": "two", "scored": 30, "seconds": 1.0, "tokens": 2_000_000, "computed_tokens": 3_000_000}
+    fake_kernel["passes"] = [{**measured, "order": order} for order in ("as_given", "swapped")]
+    done = rehearse(workplace, "--test", "test.parquet")
+    record = json.loads((tmp_path / "outputs/test/rehearsal/rehearsal.json").read_text())
+    assert record["here"] == {"rows_per_second": 30.0, "tokens_per_second": 2_000_000.0, "padding": 0.3333}
+    assert [prediction["rows"] for prediction in record["two_t4s"]] == [30, 10_000, 25_000]
+    assert record["two_t4s"][0] == {"rows": 30, "loading": 62, "first_order": 1665, "second_order": 1665, "finish": 3391}
+    assert "30 rows of these lengths on two T4s: loading 1 min, first order 28 min, second order 28 min" in done.output
+
+
 def lose_a_row(working):
     path = working / "submission.csv"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
@@ -80,13 +95,16 @@ def lose_a_row(working):
         (lambda working: None, ("--kill-every", "5"), "--kill-every: the kernel ended after 12 s and no worker was killed"),
     ],
 )
-def test_a_failure_exits_with_2_and_leaves_no_record(workplace, tmp_path, fake_kernel, spoil, options, message):
+def test_a_failure_exits_with_2_and_leaves_no_record(workplace, tmp_path, fake_kernel, ledger_file, spoil, options, message):
     assert rehearse(workplace, "--test", "test.parquet", "--out", "results").exit_code == 0
     fake_kernel["spoil"] = spoil
     done = rehearse(workplace, "--test", "test.parquet", "--out", "results", *options)
     assert done.exit_code == 2
     assert message in done.output.splitlines()[-1]
     assert not (tmp_path / "results" / "rehearsal.json").exists()
+    passed, failed = ledger.read()
+    assert (passed["verdict"], failed["verdict"]) == ("passed", "failed")
+    assert done.output.endswith(f"error: {failed['reason']}\n")
 
 
 @pytest.mark.parametrize(

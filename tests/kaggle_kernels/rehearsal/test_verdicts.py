@@ -3,12 +3,10 @@
 import polars as pl
 import pytest
 
-from kaggle_kernels.build.spec import Spec
 from kaggle_kernels.rehearsal.verdicts import measure_quality, read_verdicts
 from preprocess.core.errors import UserError
 from tests import tiny
-
-SPEC = Spec(title="Pairwise Test", competition="wsdm", packages=[{"run": "two", "dataset": "tiny-two"}], clock_seconds=600)
+from tests.kaggle_kernels.rehearsal.layouts import SPEC
 
 
 def test_verdicts_are_read_from_either_layout():
