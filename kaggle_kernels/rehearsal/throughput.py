@@ -3,9 +3,9 @@
 `rehearse.py` calls `measure_speed` and `predict_runs` with the kernel's record of its passes, and
 prints `report_throughput`.
 
-The prediction uses the kernel's own cost model (runtime/scheduling/plan.py). The copies of each
-package are loaded one after the other at a fixed rate. Then each T4 does 2 x parameters x tokens
-floating-point operations at a fixed rate. The models of an ensemble run one after the other.
+The copies of each package are loaded one after the other, at the rate that the kernel itself plans
+with. Then each T4 does 2 x parameters x tokens floating-point operations at T4_FLOP_PER_SECOND. The
+models of an ensemble run one after the other.
 
 Parameters and bytes are those of the recipe's base model, even where a small model stands in for it
 in the rehearsal. Tokens are counted with padding, by the tokenizer of the rehearsed package.
@@ -20,13 +20,13 @@ from kaggle_kernels.runtime.scheduling import plan
 from postprocess.memory.model_size import weight_bytes, weights
 from postprocess.memory.t4_fit import GPUS as T4S
 
-# A quarter of the 65e12 that NVIDIA's data sheet gives for float16. Two public runs on two T4s
-# come to the same: vLLM with a 14B in 8 bits at 70,000 tokens a minute, which is
+# About a quarter of the 65e12 that NVIDIA's data sheet gives for float16. Two public runs on two
+# T4s come to the same: vLLM with a 14B in 8 bits at 70,000 tokens a minute, which is
 # 2 * 13.2e9 * 70,000 / 60 / 2 = 1.54e13 on each; and Gemma-2-9b in nf4, 25,000 rows of about
 # 1,000 tokens in 4 hours, which is 1.3e13 (for 900 tokens) to 1.6e13 (for 1,110).
-T4_FLOP_PER_SECOND = plan.FLOP_PER_SECOND["cuda"]
+T4_FLOP_PER_SECOND = 1.5e13
 
-# An assumption without a published source: the visible run on Kaggle measures it.
+# An assumption without a published source. A kernel's log says how long its loading took.
 LOAD_BYTES_PER_SECOND = plan.LOAD_BYTES_PER_SECOND
 
 # A multiplication and an addition for each parameter and token (Kaplan et al. 2020, section 2.1).
@@ -259,6 +259,7 @@ def format_duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.0f} s"
 
+    # Rounded before it is split, so that 3,599 s are 1 h 00 min and not 60 min.
     hours, minutes = divmod(round(seconds / 60), 60)
     if hours == 0:
         return f"{minutes} min"
