@@ -1,11 +1,9 @@
-"""The hidden test, rehearsed here: the generated kernel on a test file of any size, with whatever goes wrong on Kaggle.
+"""The rehearsal of a kernel, step by step, from a test file to rehearsal.json.
 
-The kernel runs in a process of its own (see sandbox.py). Its results are then checked from outside, scored against the
-verdicts, if there are any, and what two T4s would take is predicted.
+`python -m kaggle_kernels rehearse SPEC --test FILE` calls `rehearse`. The package's docstring lists
+the steps and their modules.
 """
 
-import functools
-import math
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass
@@ -13,34 +11,48 @@ from pathlib import Path
 
 import polars as pl
 
-from kaggle_kernels.build.bundle import check_built, kernel_folder, kernel_text
+from kaggle_kernels.build.bundle import check_built, kernel_text
 from kaggle_kernels.build.memory_fit import Fit, fit_packages
 from kaggle_kernels.build.packages import build_of, find_package
 from kaggle_kernels.build.spec import COMPETITIONS, Spec, read_spec
 from kaggle_kernels.rehearsal.fault_injection import Faults, check_faults, check_kills
+from kaggle_kernels.rehearsal.kaggle_tree import lay_out_tree
 from kaggle_kernels.rehearsal.rows import (
-    describe,
+    RowOptions,
+    describe_rows,
+    format_description,
     make_rows,
     read_test_rows,
-    read_verdicts,
-    sentence,
 )
-from kaggle_kernels.rehearsal.sandbox import Run, find_python, lay_out, run_as_kaggle
-from kaggle_kernels.rehearsal.throughput import as_record, here, in_time, predict, report
-from kaggle_kernels.rehearsal.validate import check_results, tolerance_for
+from kaggle_kernels.rehearsal.sandbox import Conditions, KernelRun, find_python, run_as_kaggle
+from kaggle_kernels.rehearsal.throughput import (
+    format_duration,
+    measure_speed,
+    predict_runs,
+    record_predictions,
+    report_throughput,
+)
+from kaggle_kernels.rehearsal.validate import check_results, choose_tolerance
+from kaggle_kernels.rehearsal.verdicts import measure_quality, read_verdicts
 from preprocess.core import ledger
 from preprocess.core.errors import UserError
 from preprocess.core.files import atomic_file, read_object, write_json
 
+RECORD = "rehearsal.json"
 RESULTS = ("submission.csv", "scores.parquet", "kernel.json")
+TRAIN_SUFFIXES = (".parquet", ".csv")
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """What a rehearsal makes of the test rows (see rehearsal_rows.make_rows), the devices, the clock, and the faults.
+    """The options of the command `rehearse`, which names the fields.
 
-    `devices` is a number of CPU workers, None the kernel's own choice; `clock_seconds` None is the spec's.
-    A `train_file` is mounted beside the test file, so that the visible run scores rows of it.
+    Attributes:
+        size, shuffle, ids, hostile, seed: What happens to the test rows; see `RowOptions`.
+        devices: Number of CPU workers. None: the kernel uses what it finds.
+        clock_seconds: The kernel's time. None: the spec's.
+        kill_every, lose_device: What happens to its workers; see `Faults`.
+        train_file: Mounted beside the test file, so that the visible run scores rows of it.
     """
 
     size: int | None = None
@@ -55,14 +67,46 @@ class Scenario:
     train_file: Path | None = None
 
     @property
-    def makes_rows(self) -> bool:
-        """Whether the kernel gets other rows than the test file's; it is then told that this is the hidden run."""
-        return bool(self.size or self.shuffle or self.ids or self.hostile)
+    def row_options(self) -> RowOptions:
+        """What happens to the test rows."""
+        return RowOptions(self.size, self.shuffle, self.ids, self.hostile, self.seed)
+
+    @property
+    def is_hidden(self) -> bool:
+        """Whether the hidden run is rehearsed: the kernel gets other rows than the test file's."""
+        return self.row_options.changes_rows
 
     @property
     def faults(self) -> Faults:
-        """What is done to the kernel's workers."""
+        """What happens to the kernel's workers."""
         return Faults(self.kill_every, self.lose_device, self.seed)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that a rehearsal needs, checked before the kernel runs.
+
+    Attributes:
+        name: The spec's name, which is the kernel's.
+        spec: The kernel's spec.
+        fits: Its packages with their recipes.
+        packages: The folders of its packages, by the names of their datasets.
+        kernel_folder: Where the kernel was built.
+        python: The interpreter with Kaggle's versions.
+        rows: The test rows, with verdicts where the test file has them.
+        rows_description: How they were made; see `describe_rows`.
+        suffix: The test file's: ".csv", or another for Parquet.
+    """
+
+    name: str
+    spec: Spec
+    fits: list[Fit]
+    packages: dict[str, Path]
+    kernel_folder: Path
+    python: Path
+    rows: pl.DataFrame
+    rows_description: dict
+    suffix: str
 
 
 def rehearse(
@@ -72,176 +116,230 @@ def rehearse(
     python: Path | None = None,
     scenario: Scenario | None = None,
 ) -> dict:
-    """Run the spec's kernel on `test_file` and copy what it wrote to `out`; what was measured, also in `out`/rehearsal.json.
+    """Run a spec's kernel as Kaggle would, check its results and keep them in `out`.
 
-    Raises UserError where the kernel was not built, a package is absent or does not suit, the kernel fails or is late, or
-    what it wrote is no valid submission; `out` then has no rehearsal.json.
+    Args:
+        spec_path: The spec; its kernel must be built.
+        test_file: The test rows, CSV or Parquet. Verdicts are hidden from the kernel.
+        out: The folder for the kernel's results, rehearsal.json, and rows.parquet where the rows
+            are not the test file's.
+        python: The interpreter with Kaggle's versions, by default .venv-kaggle's.
+        scenario: The options; by default the kernel runs on the file's own rows.
+
+    Returns:
+        The content of rehearsal.json.
+
+    Raises:
+        UserError: The kernel was not built, a package is absent or does not suit, the kernel fails
+            or is late, or its results are no valid submission. `out` then has no rehearsal.json.
     """
-    scenario = scenario or Scenario()
-    if (out / "rehearsal.json").is_file():
-        (out / "rehearsal.json").unlink()  # of an earlier rehearsal, which says nothing of this one
+    if scenario is None:
+        scenario = Scenario()
+
+    # A record of an earlier rehearsal must not outlive this one's failure.
+    (out / RECORD).unlink(missing_ok=True)
+
+    inputs = prepare_inputs(spec_path, test_file, python, scenario)
+
+    # From here on the ledger gets an entry, whether the rehearsal passes or fails.
+    build = build_of(inputs.kernel_folder, inputs.packages)
+    ledger_entry = {"spec": inputs.name, **build, "rows": len(inputs.rows)}
+    try:
+        run = run_kernel(inputs, scenario, out)
+        measurements = evaluate_results(inputs, out)
+    except UserError as error:
+        ledger.record("rehearse", **ledger_entry, verdict="failed", reason=str(error))
+        raise
+
+    clock_seconds = choose_clock(inputs, scenario)
+    print(
+        f"{out / 'submission.csv'}: {len(inputs.rows)} rows in {run.seconds:.1f} s "
+        f"of a clock of {format_duration(clock_seconds)}"
+    )
+    record = {
+        "rows": len(inputs.rows),
+        "test": inputs.rows_description,
+        "seconds": round(run.seconds, 1),
+        "clock_seconds": clock_seconds,
+        "devices": scenario.devices,
+        "faults": record_faults(scenario.faults, run),
+        **measurements,
+        "build": build,
+    }
+    write_json(out / RECORD, record)
+    ledger.record("rehearse", **ledger_entry, verdict="passed", seconds=record["seconds"])
+    return record
+
+
+def prepare_inputs(
+    spec_path: Path, test_file: Path, python: Path | None, scenario: Scenario
+) -> Inputs:
+    """Check all inputs and make the rows, so that mistakes show before the kernel's long run."""
+    # The kernel and its packages.
     spec = read_spec(spec_path)
-    folder = check_built(spec_path)
+    kernel_folder = check_built(spec_path)
     fits = fit_packages(spec_path, spec)
     packages = {fit.package.dataset: find_package(fit) for fit in fits}
+
+    # The options that a machine or a file may contradict.
     python = find_python(python)
     check_faults(scenario.faults, scenario.devices)
     check_train_file(scenario)
-    rows, told = rehearsal_rows(test_file, spec, scenario)
-    build = build_of(folder, packages)
-    entered = functools.partial(
-        ledger.record, "rehearse", spec=spec_path.stem, **build, rows=len(rows)
-    )
-    try:
-        measured = run_and_check(
-            spec_path, test_file.suffix, rows, out, fits, packages, python, scenario
-        )
-    except UserError as error:
-        entered(verdict="failed", reason=str(error))
-        raise
-    measured = {"rows": len(rows), "test": told, **measured, "build": build}
-    write_json(out / "rehearsal.json", measured)
-    entered(verdict="passed", seconds=measured["seconds"])
-    return measured
 
+    # Verdicts are needed after the run only, but wrong ones are refused now.
+    file_rows = read_test_rows(test_file, spec)
+    read_verdicts(file_rows, str(test_file))
 
-def run_and_check(
-    spec_path: Path,
-    suffix: str,
-    rows: pl.DataFrame,
-    out: Path,
-    fits: list[Fit],
-    packages: dict[str, Path],
-    python: Path,
-    scenario: Scenario,
-) -> dict:
-    """Run the built kernel on `rows`, copy what it wrote to `out`, check it; what was measured."""
-    spec = read_spec(spec_path)
-    kernel = (kernel_folder(spec_path) / "kernel.py").read_text(encoding="utf-8")
-    clock_seconds = scenario.clock_seconds or spec.clock_seconds
-    if scenario.clock_seconds:
-        kernel = kernel_text(
-            spec_path.stem, spec.model_copy(update={"clock_seconds": clock_seconds}), fits
-        )
-    with tempfile.TemporaryDirectory(prefix="rehearsal-") as folder:
-        root = Path(folder) / "kaggle"
-        lay_out(root, spec, packages, suffix, rows, scenario.train_file)
-        run = run_as_kaggle(
-            python,
-            kernel,
-            root,
-            spec_path.stem,
-            clock_seconds=clock_seconds,
-            devices=scenario.devices,
-            is_hidden=scenario.makes_rows,
-            faults=scenario.faults,
-        )
-        keep(root / "working", out, rows if scenario.makes_rows else None)
-    check_kills(scenario.faults, run.kills, run.seconds)
-    measured = {"seconds": round(run.seconds, 1), "clock_seconds": clock_seconds}
-    measured |= {"devices": scenario.devices, "faults": faults_record(scenario, run)}
-    measured |= evaluate(out, rows, spec, fits, tolerance_for(packages.values(), out))
-    print(
-        f"{out / 'submission.csv'}: {len(rows)} rows in {run.seconds:.1f} s of a clock of {in_time(clock_seconds)}"
+    are_turns = spec.competition == "lmsys"
+    rows = make_rows(file_rows, scenario.row_options, are_turns)
+    description = describe_rows(rows, len(file_rows), scenario.row_options)
+    if scenario.is_hidden:
+        print(f"[rehearsal] {test_file}: {format_description(description)}", flush=True)
+
+    return Inputs(
+        name=spec_path.stem,
+        spec=spec,
+        fits=fits,
+        packages=packages,
+        kernel_folder=kernel_folder,
+        python=python,
+        rows=rows,
+        rows_description=description,
+        suffix=test_file.suffix,
     )
-    return measured
 
 
 def check_train_file(scenario: Scenario) -> None:
-    """Raise UserError where there is no such train file, or the run that is rehearsed would not look at it."""
-    if scenario.train_file is None:
+    """Raise UserError if the train file does not exist, or if the hidden run would ignore it."""
+    train_file = scenario.train_file
+    if train_file is None:
         return
-    if not scenario.train_file.is_file() or scenario.train_file.suffix not in (".parquet", ".csv"):
+
+    if not train_file.is_file() or train_file.suffix not in TRAIN_SUFFIXES:
         raise UserError(
-            f"--train {scenario.train_file}: no such file; give the competition's train.parquet or train.csv"
+            f"--train {train_file}: no such file; give the competition's train.parquet or train.csv"
         )
-    if scenario.makes_rows:
+    if scenario.is_hidden:
         raise UserError(
-            "--train: only the visible run scores it; leave out --rows, --shuffle, --ids and --hostile"
+            "--train: only the visible run scores it; "
+            "leave out --rows, --shuffle, --ids and --hostile"
         )
 
 
-def rehearsal_rows(test_file: Path, spec: Spec, scenario: Scenario) -> tuple[pl.DataFrame, dict]:
-    """The rows that the kernel gets, and how they were made."""
-    given = read_test_rows(test_file, spec)
-    read_verdicts(given, str(test_file))
-    options = {
-        name: getattr(scenario, name) for name in ("size", "shuffle", "ids", "hostile", "seed")
-    }
-    rows = make_rows(given, are_turns=spec.competition == "lmsys", **options)
-    told = describe(rows, len(given), scenario.shuffle, scenario.seed)
-    if scenario.makes_rows:
-        print(f"[rehearsal] {test_file}: {sentence(told)}", flush=True)
-    return rows, told
+def choose_clock(inputs: Inputs, scenario: Scenario) -> float:
+    """Return the kernel's time in seconds: the scenario's, or else the spec's."""
+    if scenario.clock_seconds is not None:
+        return scenario.clock_seconds
+    return inputs.spec.clock_seconds
 
 
-def keep(working: Path, out: Path, rows: pl.DataFrame | None) -> None:
-    """Copy the kernel's results to `out`, with the rows that it got where those are not the test file's."""
+def run_kernel(inputs: Inputs, scenario: Scenario, out: Path) -> KernelRun:
+    """Run the kernel in a temporary /kaggle, and copy its results to `out`.
+
+    Raises:
+        UserError: The kernel fails, is late or lacks a result, or a fault did not happen.
+    """
+    conditions = Conditions(
+        clock_seconds=choose_clock(inputs, scenario),
+        devices=scenario.devices,
+        is_hidden=scenario.is_hidden,
+        faults=scenario.faults,
+    )
+    kernel = read_kernel(inputs, scenario)
+
+    # The packages are linked, so that this folder stays small.
+    with tempfile.TemporaryDirectory(prefix="rehearsal-") as folder:
+        root = Path(folder) / "kaggle"
+        lay_out_tree(
+            root, inputs.spec, inputs.packages, inputs.suffix, inputs.rows, scenario.train_file
+        )
+        run = run_as_kaggle(inputs.python, kernel, root, inputs.name, conditions)
+        keep_results(root / "working", out)
+
+    # The test file's own rows need no copy.
+    (out / "rows.parquet").unlink(missing_ok=True)
+    if scenario.is_hidden:
+        with atomic_file(out / "rows.parquet") as temporary:
+            inputs.rows.write_parquet(temporary)
+
+    check_kills(scenario.faults, run.kills, run.seconds)
+    return run
+
+
+def read_kernel(inputs: Inputs, scenario: Scenario) -> str:
+    """Read the built kernel, or generate the same kernel with the scenario's clock."""
+    if scenario.clock_seconds is None:
+        return (inputs.kernel_folder / "kernel.py").read_text(encoding="utf-8")
+
+    spec = inputs.spec.model_copy(update={"clock_seconds": scenario.clock_seconds})
+    return kernel_text(inputs.name, spec, inputs.fits)
+
+
+def keep_results(working: Path, out: Path) -> None:
+    """Copy the kernel's results to `out`; a UserError names one that it did not write."""
     for name in RESULTS:
         if not (working / name).is_file():
             raise UserError(f"{name}: the kernel ended well and did not write it; its log says why")
         with atomic_file(out / name) as temporary:
             shutil.copyfile(working / name, temporary)
-    (out / "rows.parquet").unlink(missing_ok=True)
-    if rows is not None:
-        with atomic_file(out / "rows.parquet") as temporary:
-            rows.write_parquet(temporary)
 
 
-def faults_record(scenario: Scenario, run: Run) -> dict:
-    """What was done to the workers, for rehearsal.json."""
-    return {**asdict(scenario.faults), "kills": [asdict(kill) for kill in run.kills]}
+def evaluate_results(inputs: Inputs, out: Path) -> dict:
+    """Validate the results in `out`, measure them, predict two T4s' time, and print all of it.
 
+    Returns:
+        The measurements for rehearsal.json: `measure_quality`'s keys, `checks`, `here`, `two_t4s`.
+    """
+    # Is it a valid submission?
+    competition = COMPETITIONS[inputs.spec.competition]
+    tolerance = choose_tolerance(inputs.packages.values(), out)
+    checks = check_results(out, inputs.rows, competition, tolerance)
+    print_checks(checks, inputs.fits)
 
-def evaluate(out: Path, rows: pl.DataFrame, spec: Spec, fits: list[Fit], tolerance: float) -> dict:
-    """Check the results in `out`, score them, predict two T4s' time; all of it printed and returned."""
-    competition = COMPETITIONS[spec.competition]
-    found = check_results(out, rows, competition, tolerance)
+    # How long would two T4s take?
     passes = read_object(out / "kernel.json")["passes"]
-    speed, predictions = here(passes), predict(fits, spec, passes, len(rows))
-    silent = [fit.package.run for fit in fits if not found["by_model"].get(fit.package.run)]
-    print(
-        f"checked: {found['ids']} ids, each once and in the test file's order; {found['scored']} rows were scored"
-    )
-    if silent:
-        print(f"warning: {', '.join(silent)} scored no row; the log above says why")
-    if found["alike"]:
-        print(
-            f"checked: {found['alike']} rows have the texts of others; their probabilities differ by at most "
-            f"{found['largest_difference']:.1e}, {tolerance:g} is allowed"
-        )
-    print("\n".join(report(speed, predictions, spec.clock_seconds)))
-    scores = measure(rows, out / "scores.parquet", spec)
-    if scores:
-        print(
-            f"accuracy {scores['accuracy']:.4f}, log loss {scores['log_loss']:.4f} on {scores['judged']} judged rows; "
-            f"the longer response: accuracy {scores['longer_accuracy']:.4f}"
-        )
-    return {**scores, "checks": found, "here": speed, "two_t4s": as_record(predictions)}
+    speed = measure_speed(passes)
+    predictions = predict_runs(inputs.fits, inputs.spec, passes, len(inputs.rows))
+    for line in report_throughput(speed, predictions, inputs.spec.clock_seconds):
+        print(line)
 
+    # How good are the answers?
+    quality = measure_quality(inputs.rows, out / "scores.parquet", inputs.spec)
+    if quality:
+        print(
+            f"accuracy {quality['accuracy']:.4f}, log loss {quality['log_loss']:.4f} "
+            f"on {quality['judged']} judged rows; "
+            f"the longer response: accuracy {quality['longer_accuracy']:.4f}"
+        )
 
-def measure(test_rows: pl.DataFrame, scores: Path, spec: Spec) -> dict:
-    """Accuracy and log loss (natural) over the rows that have a verdict, joined by id; empty where the file has none."""
-    verdicts = COMPETITIONS[spec.competition].verdicts
-    truth = read_verdicts(test_rows, "the test rows")
-    if truth is None:
-        return {}
-    columns = [f"p_{verdict}" for verdict in verdicts]
-    judged = (
-        pl.read_parquet(scores)
-        .join(truth, on="id", how="inner")
-        .filter(pl.col("winner").is_in(verdicts))
-    )
-    right, loss, longer_right = 0, 0.0, 0
-    for row in judged.select("winner", "longer", *columns).to_dicts():
-        values = [row[column] for column in columns]
-        right += verdicts[values.index(max(values))] == row["winner"]
-        loss -= math.log(values[verdicts.index(row["winner"])])
-        longer_right += row["longer"] == row["winner"]
-    total = max(judged.height, 1)
-    shares = {
-        "accuracy": right / total,
-        "log_loss": loss / total,
-        "longer_accuracy": longer_right / total,
+    return {
+        **quality,
+        "checks": checks,
+        "here": asdict(speed),
+        "two_t4s": record_predictions(predictions),
     }
-    return {"judged": judged.height, **shares} if judged.height else {}
+
+
+def print_checks(checks: dict, fits: list[Fit]) -> None:
+    """Print the result of `check_results`, with a warning for each model that scored nothing."""
+    print(
+        f"checked: {checks['ids']} ids, each once and in the test file's order; "
+        f"{checks['scored']} rows were scored"
+    )
+
+    runs = [fit.package.run for fit in fits]
+    idle_runs = [run for run in runs if not checks["by_model"].get(run)]
+    if idle_runs:
+        print(f"warning: {', '.join(idle_runs)} scored no row; the log above says why")
+
+    if checks["alike"]:
+        print(
+            f"checked: {checks['alike']} rows have the texts of others; their probabilities differ "
+            f"by at most {checks['largest_difference']:.1e}, {checks['tolerance']:g} is allowed"
+        )
+
+
+def record_faults(faults: Faults, run: KernelRun) -> dict:
+    """Write down what happened to the workers, for the key `faults` of rehearsal.json."""
+    kills = [asdict(kill) for kill in run.kills]
+    return {**asdict(faults), "kills": kills}

@@ -1,183 +1,260 @@
-"""The rows of a rehearsal: read and checked, and as asked drawn to size, made hostile, shuffled and given other ids."""
+"""The test rows of a rehearsal: read from the test file, checked, and changed as the options say.
+
+`rehearse.py` calls `read_test_rows`, `make_rows` and `describe_rows`, in this order.
+"""
 
 import random
+from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
 
 from kaggle_kernels.build.spec import COMPETITIONS, Spec
-from kaggle_kernels.rehearsal.adversarial_rows import KINDS, TEXTS, make_hostile
+from kaggle_kernels.rehearsal.adversarial_rows import KIND_COLUMN, add_adversarial_rows
+from kaggle_kernels.rehearsal.adversarial_texts import KINDS, TEXTS
 from preprocess.core.errors import UserError
-from preprocess.model_input import VERDICTS
 
 TEXT_TYPES = (pl.String, pl.List(pl.String), pl.Null)
-ID_BITS = (
-    22,
-    31,
-    54,
-    63,
-)  # LMSYS's and WSDM's ids have 6 or 7 digits; above 2**53 a float would confuse them
-HEX_DIGITS = 64  # of a text id, as WSDM's training rows have
+
+# New integer ids have one of these lengths. The ids of LMSYS and WSDM have 6 or 7 digits (22 bits);
+# ids above 2**53 get mixed up by a kernel that reads them as floats.
+ID_BITS = (22, 31, 54, 63)
+
+# Length of a new text id: that of the ids in WSDM's training file.
+HEX_DIGITS = 64
+BITS_PER_HEX_DIGIT = 4
+
+
+@dataclass(frozen=True)
+class RowOptions:
+    """How the rehearsed rows differ from the test file's. By default they do not.
+
+    Attributes:
+        size: Number of rows to draw from the file. None: all of them, once.
+        shuffle: Whether rows change their order and ids are dealt out anew.
+        ids: Kind of the new ids, "int" or "string". None: see `choose_id_kind`.
+        adversarial: Whether some rows are replaced by adversarial ones.
+        seed: Decides everything that is drawn at random.
+    """
+
+    size: int | None = None
+    shuffle: bool = False
+    ids: str | None = None
+    adversarial: bool = False
+    seed: int = 0
+
+    @property
+    def needs_new_ids(self) -> bool:
+        """Whether rows are drawn or replaced, so that the file's ids no longer belong to them."""
+        return self.size is not None or self.ids is not None or self.adversarial
+
+    @property
+    def changes_rows(self) -> bool:
+        """Whether the kernel gets other rows than the test file's."""
+        return self.needs_new_ids or self.shuffle
 
 
 def read_test_rows(test_file: Path, spec: Spec) -> pl.DataFrame:
-    """The test file's rows; a UserError where it cannot be read or lacks a column."""
+    """Read the test file and check its columns and ids.
+
+    Args:
+        test_file: CSV (suffix ".csv") or Parquet, in the layout of the
+            competition's test or train file. Further columns are kept.
+        spec: The kernel's spec; its competition is named in messages.
+
+    Returns:
+        The rows in the file's order.
+
+    Raises:
+        UserError: The file cannot be read, or its columns or ids are wrong.
+    """
     if not test_file.is_file():
         raise UserError(f"{test_file}: no such file; give the test rows with --test")
+
     try:
-        is_csv = test_file.suffix == ".csv"
-        rows = pl.read_csv(test_file, infer_schema=False) if is_csv else pl.read_parquet(test_file)
+        rows = read_table(test_file)
     except (pl.exceptions.PolarsError, OSError) as error:
-        raise UserError(f"{test_file}: cannot be read: {' '.join(str(error).split())}") from None
+        message = " ".join(str(error).split())
+        raise UserError(f"{test_file}: cannot be read: {message}") from None
+
+    problem = find_column_problem(rows)
+    if problem is not None:
+        layout = COMPETITIONS[spec.competition].slug
+        raise UserError(f"{test_file}: {problem}; expected the layout of {layout}")
+
+    problem = find_id_problem(rows)
+    if problem is not None:
+        raise UserError(f"{test_file}: {problem}; a submission needs every id once")
+    return rows
+
+
+def read_table(path: Path) -> pl.DataFrame:
+    """Read a CSV, every column as text, or a Parquet file."""
+    if path.suffix == ".csv":
+        return pl.read_csv(path, infer_schema=False)
+    return pl.read_parquet(path)
+
+
+def find_column_problem(rows: pl.DataFrame) -> str | None:
+    """Say which columns are absent or hold no text, or that there are no rows; else None."""
     missing = [name for name in ("id", *TEXTS) if name not in rows.columns]
-    wrong = [name for name in TEXTS if name not in missing and rows.schema[name] not in TEXT_TYPES]
-    if missing or wrong or rows.is_empty():
-        found = (
-            f"no column {', '.join(missing)}"
-            if missing
-            else f"no text in {', '.join(wrong)}"
-            if wrong
-            else "no rows"
-        )
-        raise UserError(
-            f"{test_file}: {found}; expected the layout of {COMPETITIONS[spec.competition].slug}"
-        )
+    if missing:
+        return f"no column {', '.join(missing)}"
+
+    wrong_type = [name for name in TEXTS if rows.schema[name] not in TEXT_TYPES]
+    if wrong_type:
+        return f"no text in {', '.join(wrong_type)}"
+
+    if rows.is_empty():
+        return "no rows"
+    return None
+
+
+def find_id_problem(rows: pl.DataFrame) -> str | None:
+    """Say that an id is absent or occurs twice; else None."""
     ids = rows["id"].cast(pl.String)
-    if ids.null_count() or ids.is_duplicated().any():
-        found = (
-            "a row has no id"
-            if ids.null_count()
-            else f"the id {ids.filter(ids.is_duplicated())[0]} occurs twice"
-        )
-        raise UserError(f"{test_file}: {found}; a submission needs every id once")
-    return rows
+    if ids.null_count():
+        return "a row has no id"
+
+    repeated_ids = ids.filter(ids.is_duplicated())
+    if not repeated_ids.is_empty():
+        return f"the id {repeated_ids[0]} occurs twice"
+    return None
 
 
-def make_rows(
-    rows: pl.DataFrame,
-    *,
-    size: int | None = None,
-    shuffle: bool = False,
-    ids: str | None = None,
-    hostile: bool = False,
-    seed: int = 0,
-    are_turns: bool = False,
-) -> pl.DataFrame:
-    """The table as a rehearsal needs it, the same for the same seed; rows keep their verdicts where their texts stay.
+def make_rows(rows: pl.DataFrame, options: RowOptions, are_turns: bool = False) -> pl.DataFrame:
+    """Draw, replace, renumber and shuffle rows as the options say.
 
-    `size` rows are drawn, with replacement where there are fewer. With `hostile` some are replaced (see hostile.py), and ids
-    are int for an odd seed, string for an even one. Rows that were drawn or replaced get new ids, of the kind `ids`, else of
-    the file's. `shuffle` puts them in another order and deals out the ids anew.
+    The same seed gives the same rows. A row keeps its verdict wherever it keeps its texts.
+
+    Args:
+        rows: The test file's rows.
+        options: What to change.
+        are_turns: Whether texts are JSON lists of turns, as LMSYS stores them.
+
+    Returns:
+        The rows for the kernel, with a column `hostile` (see `add_adversarial_rows`) where
+        adversarial rows were added.
     """
-    rng = random.Random(seed)
-    kind = ids or (("string", "int")[seed % 2] if hostile else id_kind(rows))
-    is_new = bool(size or ids or hostile)
-    if size:
-        places = (
-            rng.sample(range(len(rows)), size)
-            if size <= len(rows)
-            else rng.choices(range(len(rows)), k=size)
-        )
-        rows = rows[sorted(places)]
-    if hostile:
-        rows = make_hostile(rows, seed, are_turns)
-    if is_new:
-        rows = rows.with_columns(new_ids(len(rows), kind, rng))
-    if shuffle:
-        dealt = rng.sample(rows["id"].to_list(), len(rows))
-        rows = rows[rng.sample(range(len(rows)), len(rows))].with_columns(
-            pl.Series("id", dealt, rows.schema["id"])
-        )
+    rng = random.Random(options.seed)
+
+    # Before rows are drawn, since a part of them may look like another kind.
+    new_id_kind = choose_id_kind(rows, options)
+
+    if options.size is not None:
+        rows = draw_rows(rows, options.size, rng)
+    if options.adversarial:
+        rows = add_adversarial_rows(rows, options.seed, are_turns)
+    if options.needs_new_ids:
+        rows = rows.with_columns(make_ids(len(rows), new_id_kind, rng))
+    if options.shuffle:
+        rows = shuffle_rows(rows, rng)
     return rows
 
 
-def id_kind(rows: pl.DataFrame) -> str:
-    """Whether a table's ids are `int` or `string`; in a CSV they are int where all of them are digits."""
+def draw_rows(rows: pl.DataFrame, size: int, rng: random.Random) -> pl.DataFrame:
+    """Draw `size` rows in the file's order, with replacement only where the file has fewer."""
+    all_places = range(len(rows))
+    if size > len(rows):
+        places = rng.choices(all_places, k=size)
+        return rows[sorted(places)]
+
+    places = rng.sample(all_places, size)
+    return rows[sorted(places)]
+
+
+def shuffle_rows(rows: pl.DataFrame, rng: random.Random) -> pl.DataFrame:
+    """Put rows and ids into two random orders: ids then tell nothing about rows and lengths."""
+    shuffled_ids = rng.sample(rows["id"].to_list(), len(rows))
+    places = rng.sample(range(len(rows)), len(rows))
+    return rows[places].with_columns(pl.Series("id", shuffled_ids, rows.schema["id"]))
+
+
+def choose_id_kind(rows: pl.DataFrame, options: RowOptions) -> str:
+    """Choose the kind of new ids: as the options say, by the seed, or the file's own kind."""
+    if options.ids is not None:
+        return options.ids
+
+    # Whoever rehearses adversarial rows with a few seeds gets both kinds, whatever the file has.
+    if options.adversarial:
+        seed_is_odd = options.seed % 2 == 1
+        return "int" if seed_is_odd else "string"
+
+    return find_id_kind(rows)
+
+
+def find_id_kind(rows: pl.DataFrame) -> str:
+    """Tell whether ids are "int" or "string"; texts that are all digits count as "int"."""
     if rows.schema["id"].is_integer():
         return "int"
-    return "int" if rows["id"].cast(pl.String).str.contains(r"^\d+$").all() else "string"
+    has_only_digits = rows["id"].cast(pl.String).str.contains(r"^\d+$")
+    return "int" if has_only_digits.all() else "string"
 
 
-def new_ids(number: int, kind: str, rng: random.Random) -> pl.Series:
-    """Ids in no order, none twice: int64, or hexadecimal text, of which the first two look like numbers."""
+def make_ids(number: int, kind: str, rng: random.Random) -> pl.Series:
+    """Make a column `id` of `number` different ids in random order: Int64, or hexadecimal text."""
     if kind == "int":
-        made = dict.fromkeys(rng.getrandbits(rng.choice(ID_BITS)) for _ in range(number))
-        while len(made) < number:
-            made[rng.getrandbits(ID_BITS[-1])] = None
-        return pl.Series("id", list(made), pl.Int64)
+        return pl.Series("id", make_int_ids(number, rng), pl.Int64)
+    return pl.Series("id", make_hex_ids(number, rng), pl.String)
+
+
+def make_int_ids(number: int, rng: random.Random) -> list[int]:
+    """Draw different integers of the lengths in ID_BITS, in no order."""
+    ids: dict[int, None] = {}  # a set would not keep the order in which they were drawn
+    for _ in range(number):
+        bits = rng.choice(ID_BITS)
+        ids[rng.getrandbits(bits)] = None
+
+    # Short ids may have been drawn twice; long ones fill up.
+    while len(ids) < number:
+        ids[rng.getrandbits(max(ID_BITS))] = None
+    return list(ids)
+
+
+def make_hex_ids(number: int, rng: random.Random) -> list[str]:
+    """Draw different hexadecimal texts, of which the first two look like numbers."""
+    # A kernel that guesses types would change these two: it would drop zeros, or read a float.
     digits = "".join(rng.choices("123456789", k=HEX_DIGITS))
-    made = dict.fromkeys(("000" + digits[3:], digits[:4] + "e" + digits[5:]))
-    while len(made) < number:
-        made[f"{rng.getrandbits(4 * HEX_DIGITS):0{HEX_DIGITS}x}"] = None
-    return pl.Series("id", list(made)[:number], pl.String)
+    with_leading_zeros = "000" + digits[3:]
+    like_a_float = digits[:4] + "e" + digits[5:]
+
+    ids = {with_leading_zeros: None, like_a_float: None}
+    while len(ids) < number:
+        value = rng.getrandbits(BITS_PER_HEX_DIGIT * HEX_DIGITS)
+        ids[f"{value:0{HEX_DIGITS}x}"] = None
+    return list(ids)[:number]
 
 
-def describe(rows: pl.DataFrame, of: int, shuffled: bool, seed: int) -> dict:
-    """How the rows were made, for the log and rehearsal.json: how many `of` how many, their ids, the hostile ones by kind."""
-    told = {"rows": len(rows), "of": of, "ids": id_kind(rows), "shuffled": shuffled, "seed": seed}
-    if "hostile" in rows.columns:
-        counted = rows["hostile"].drop_nulls().value_counts(sort=True)
-        told["hostile"] = len(rows) - rows["hostile"].null_count()
-        told["kinds"] = dict(sorted(counted.iter_rows()))
-    return told
+def describe_rows(rows: pl.DataFrame, rows_in_file: int, options: RowOptions) -> dict:
+    """Describe the rows that `make_rows` returned, for the log and rehearsal.json (key `test`).
 
-
-def sentence(told: dict) -> str:
-    """What `describe` found, as a line of the log."""
-    shuffled = ", shuffled" if told["shuffled"] else ""
-    hostile = (
-        f", {told['hostile']:,} hostile of {len(told['kinds'])} of {len(KINDS)} kinds"
-        if "hostile" in told
-        else ""
-    )
-    return f"{told['rows']:,} rows of {told['of']:,}, {told['ids']} ids{shuffled}{hostile}; seed {told['seed']}"
-
-
-def read_verdicts(test_rows: pl.DataFrame, where: str) -> pl.DataFrame | None:
-    """id, winner and which response is longer, from WSDM's or LMSYS's columns; None where there are no verdicts.
-
-    A row may have no verdict (null); any other value is a UserError that names the row in `where`.
+    Returns:
+        `rows`, `of` (the file's number), `ids` (their kind), `shuffled`, `seed`; with adversarial
+        rows also `hostile` (their number) and `kinds` (their number by kind).
     """
-    flags = [f"winner_{verdict}" for verdict in VERDICTS]
-    if "winner" in test_rows.columns:
-        found, expected = test_rows["winner"].cast(pl.String).to_list(), "model_a, model_b or tie"
-        winners = [None if value is None else value if value in VERDICTS else "" for value in found]
-    elif present := set(flags) & set(test_rows.columns):
-        if len(present) < len(flags):
-            raise UserError(
-                f"{where}: no column {', '.join(sorted(set(flags) - present))}; give all three, or none"
-            )
-        found, expected = (
-            test_rows.select(flags).rows(),
-            "a 1 for model_a, model_b or tie, and 0 for the others",
-        )
-        winners = [winner_of(values) for values in found]
-    else:
-        return None
-    if "" in winners:
-        at = winners.index("")
-        raise UserError(
-            f"{where}, row {at + 1} (id {test_rows['id'][at]}): winner is {found[at]!r}; expected {expected}"
-        )
-    a, b = (length_of(test_rows, name) for name in ("response_a", "response_b"))
-    longer = pl.when(a >= b).then(pl.lit("model_a")).otherwise(pl.lit("model_b"))
-    winner = pl.Series("winner", winners, pl.String)
-    return test_rows.select(pl.col("id").cast(pl.String), winner, longer.alias("longer"))
+    description = {
+        "rows": len(rows),
+        "of": rows_in_file,
+        "ids": find_id_kind(rows),
+        "shuffled": options.shuffle,
+        "seed": options.seed,
+    }
+    if KIND_COLUMN in rows.columns:
+        kinds = rows[KIND_COLUMN].drop_nulls()
+        description["hostile"] = len(kinds)
+        description["kinds"] = dict(sorted(kinds.value_counts().iter_rows()))
+    return description
 
 
-def winner_of(flags: tuple) -> str | None:
-    """The verdict whose flag is 1, None where all flags are null, "" where they make no sense."""
-    if all(flag is None for flag in flags):
-        return None
-    try:
-        numbers = [float(flag) for flag in flags]
-    except (TypeError, ValueError):
-        return ""
-    return VERDICTS[numbers.index(1)] if sorted(numbers) == [0, 0, 1] else ""
-
-
-def length_of(rows: pl.DataFrame, name: str) -> pl.Expr:
-    """Characters of a text or of a list of turns."""
-    if isinstance(rows.schema[name], pl.List):
-        return pl.col(name).list.eval(pl.element().str.len_chars()).list.sum().fill_null(0)
-    return pl.col(name).str.len_chars().fill_null(0)
+def format_description(description: dict) -> str:
+    """Turn the description of the rows into a line of the log."""
+    parts = [
+        f"{description['rows']:,} rows of {description['of']:,}",
+        f"{description['ids']} ids",
+    ]
+    if description["shuffled"]:
+        parts.append("shuffled")
+    if "hostile" in description:
+        kinds = len(description["kinds"])
+        parts.append(f"{description['hostile']:,} hostile of {kinds} of {len(KINDS)} kinds")
+    return f"{', '.join(parts)}; seed {description['seed']}"

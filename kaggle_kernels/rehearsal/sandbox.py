@@ -1,6 +1,7 @@
-"""A kernel in a process of its own, as Kaggle runs it: Kaggle's tree, its clock, no network, nothing of this repository.
+"""A process for the kernel, as Kaggle gives it one: limited time, no network, no repository.
 
-Faults can be brought about meanwhile; see faults.py.
+`rehearse.py` calls `run_as_kaggle` on a tree that kaggle_tree.py made. fault_injection.py kills
+workers meanwhile.
 """
 
 import contextlib
@@ -12,15 +13,15 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import polars as pl
-
-from kaggle_kernels.build.spec import COMPETITIONS, Spec
-from kaggle_kernels.rehearsal.adversarial_rows import TEXTS
-from kaggle_kernels.rehearsal.fault_injection import Faults, Kill, sabotaged
+from kaggle_kernels.rehearsal.fault_injection import Faults, Kill, inject_faults
 from preprocess.core.errors import UserError
 
 ROOT = Path(__file__).parents[2]
+
+# Packages of this repository, which a kernel must not import.
 PROJECT = ("preprocess", "recipes", "postprocess", "kaggle_kernels", "tests")
+
+# Environment variables of this machine that the kernel gets too.
 KEPT_ENVIRONMENT = (
     "PATH",
     "LANG",
@@ -29,9 +30,13 @@ KEPT_ENVIRONMENT = (
     "CUDA_VISIBLE_DEVICES",
     "LD_LIBRARY_PATH",
 )
-GRACE_SECONDS = 5.0  # for the kernel's own processes to end once it has ended
 
-# Python executes this before the kernel. An audit hook cannot be taken out again, and sub-processes inherit it.
+# How long the kernel's own processes may live on once it has ended.
+GRACE_SECONDS = 5.0
+GROUP_POLL_SECONDS = 0.05
+
+# Python executes this before the kernel. An audit hook cannot be removed, and sub-processes get it
+# too, since they inherit PYTHONPATH.
 SITECUSTOMIZE = f'''"""A rehearsal: no network, and nothing of the repository."""
 
 import sys
@@ -40,8 +45,11 @@ import sys
 def refuse(event, arguments):
     if event in ("socket.getaddrinfo", "socket.gethostbyname"):
         raise OSError("a kernel has no network: a name was looked up")
-    if event in ("socket.connect", "socket.sendto", "socket.sendmsg") and isinstance(arguments[1], tuple):
-        raise OSError(f"a kernel has no network: it reached for {{arguments[1]}}")
+    if event in ("socket.connect", "socket.sendto", "socket.sendmsg"):
+        address = arguments[1]
+        is_network = isinstance(address, tuple)  # a local socket's address is a path
+        if is_network:
+            raise OSError(f"a kernel has no network: it reached for {{address}}")
     if event == "import" and arguments[0].split(".")[0] in {PROJECT!r}:
         raise ImportError(f"a kernel has no repository: it imported {{arguments[0]}}")
 
@@ -51,16 +59,42 @@ sys.addaudithook(refuse)
 
 
 @dataclass(frozen=True)
-class Run:
-    """A kernel that ended well: seconds from the start of its process to its end, and the workers that were killed."""
+class Conditions:
+    """Under which conditions the kernel runs.
+
+    Attributes:
+        clock_seconds: The kernel is ended after this time.
+        devices: Number of CPU workers. None: the kernel uses what it finds.
+        is_hidden: Whether the kernel is told that this is the hidden run.
+        faults: What happens to its workers.
+    """
+
+    clock_seconds: float
+    devices: int | None = None
+    is_hidden: bool = False
+    faults: Faults = Faults()
+
+
+@dataclass(frozen=True)
+class KernelRun:
+    """A kernel that ended well: its seconds from start to end, and the workers that were killed."""
 
     seconds: float
     kills: tuple[Kill, ...]
 
 
+@dataclass
+class Ending:
+    """How the kernel's process ended: the threads that watch it fill this in."""
+
+    was_late: bool = False
+    seconds: float = 0.0
+
+
 def find_python(python: Path | None) -> Path:
-    """The interpreter of the environment with Kaggle's versions."""
-    python = python or ROOT / ".venv-kaggle" / "bin" / "python"
+    """Return the interpreter with Kaggle's versions, by default that of .venv-kaggle."""
+    if python is None:
+        python = ROOT / ".venv-kaggle" / "bin" / "python"
     if not python.is_file():
         raise UserError(
             f"{python}: absent; `make setup` makes the environment with Kaggle's versions"
@@ -68,125 +102,151 @@ def find_python(python: Path | None) -> Path:
     return python.absolute()
 
 
-def lay_out(
-    root: Path,
-    spec: Spec,
-    packages: dict[str, Path],
-    suffix: str,
-    test_rows: pl.DataFrame,
-    train_file: Path | None = None,
-) -> None:
-    """Make /kaggle below `root`: packages as links, dataset-metadata.json left out as Kaggle does, verdicts left out.
-
-    The train file is a link. The test file is a CSV for the suffix ".csv", else Parquet.
-    """
-    for dataset, package in packages.items():
-        folder = root / "input" / "datasets" / "owner" / dataset
-        folder.mkdir(parents=True)
-        for path in package.iterdir():
-            if path.name != "dataset-metadata.json":
-                (folder / path.name).symlink_to(path.absolute())
-    folder = root / "input" / "competitions" / COMPETITIONS[spec.competition].slug
-    folder.mkdir(parents=True)
-    shown = test_rows.select("id", *TEXTS)
-    if suffix == ".csv":
-        shown.write_csv(folder / "test.csv")
-    else:
-        shown.write_parquet(folder / "test.parquet")
-    if train_file:
-        (folder / f"train{train_file.suffix}").symlink_to(train_file.absolute())
-    (root / "working").mkdir()
-
-
 def run_as_kaggle(
-    python: Path,
-    kernel: str,
-    root: Path,
-    name: str,
-    *,
-    clock_seconds: float,
-    devices: int | None = None,
-    is_hidden: bool = False,
-    faults: Faults | None = None,
-) -> Run:
-    """Run the kernel's text and print its log line by line; a UserError where it fails or is not done within its clock.
+    python: Path, kernel: str, root: Path, name: str, conditions: Conditions
+) -> KernelRun:
+    """Run a kernel in Kaggle's tree and print its log line by line.
 
-    `devices` is a number of CPU workers; None leaves the choice to the kernel. With `is_hidden` it is told
-    that this is the hidden run.
+    Args:
+        python: The interpreter to run it with.
+        kernel: The text of kernel.py.
+        root: The folder that stands for /kaggle; a folder and a file are made beside it.
+        name: How messages name the kernel.
+        conditions: Its clock, devices and faults.
+
+    Returns:
+        How long it took, and which workers were killed.
+
+    Raises:
+        UserError: It failed, or was not done within its clock; the message has its last line.
     """
-    site, script = root.parent / "site", root.parent / "kernel.py"
+    # One thread ends the kernel when its clock runs out, the other notes when it ends by itself.
+    # This thread reads the log meanwhile.
+    began = time.monotonic()
+    process = start_kernel(python, kernel, root, conditions)
+    ending = Ending()
+    clock = threading.Timer(
+        conditions.clock_seconds, function=end_late_kernel, args=(process, ending)
+    )
+    watcher = threading.Thread(target=await_end, args=(process, began, ending))
+
+    try:
+        clock.start()
+        watcher.start()
+        with inject_faults(process.pid, conditions.faults) as kills:
+            last_line = print_log(process, root)
+    finally:
+        # Also after Ctrl-C: nothing of the kernel may go on.
+        clock.cancel()
+        end_group(process.pid)
+        watcher.join()
+        process.stdout.close()
+
+    if ending.was_late:
+        raise UserError(
+            f"{name}: the kernel was ended: it was not done within its clock of "
+            f"{conditions.clock_seconds:g} s (clock_seconds of the spec, or --clock); "
+            f"its last line: {last_line}"
+        )
+    if process.returncode != 0:
+        raise UserError(
+            f"{name}: the kernel ended with exit code {process.returncode}: {last_line}"
+        )
+    return KernelRun(ending.seconds, tuple(kills))
+
+
+def start_kernel(
+    python: Path, kernel: str, root: Path, conditions: Conditions
+) -> subprocess.Popen[str]:
+    """Start the kernel in a process group of its own, its log on `stdout`."""
+    # Python imports sitecustomize.py from PYTHONPATH before it runs the script.
+    site = root.parent / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text(SITECUSTOMIZE, encoding="utf-8")
+
+    script = root.parent / "kernel.py"
     script.write_text(kernel, encoding="utf-8")
-    began = time.monotonic()
-    process = subprocess.Popen(
+
+    # -u: the log comes line by line. -P: the script's folder is not searched for modules.
+    return subprocess.Popen(
         [str(python), "-u", "-P", str(script)],
         cwd=root / "working",
-        env=kaggle_environment(root, site, devices, is_hidden),
+        env=make_environment(root, site, conditions.devices, conditions.is_hidden),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         encoding="utf-8",
         errors="replace",
         start_new_session=True,
     )
-    late = threading.Event()
-    clock = threading.Timer(clock_seconds, lambda: (late.set(), end_group(process.pid)))
-    ended: list[float] = []
-    follower = threading.Thread(
-        target=lambda: (process.wait(), ended.append(time.monotonic()), await_group(process.pid))
-    )
-    last = ""
-    try:
-        clock.start()
-        follower.start()
-        with sabotaged(process.pid, faults) as kills:
-            for line in process.stdout:
-                line = line.replace(str(root), "/kaggle").replace(f"{root.parent}/", "")
-                print(line, end="", flush=True)
-                last = line.strip() or last
-    finally:
-        clock.cancel()
-        end_group(process.pid)
-        follower.join()
-        process.stdout.close()
-    if late.is_set():
-        raise UserError(
-            f"{name}: the kernel was ended, for it was not done within its clock of {clock_seconds:g} s (clock_seconds of the "
-            f"spec, or --clock); its last line: {last}"
-        )
-    if process.returncode:
-        raise UserError(f"{name}: the kernel ended with exit code {process.returncode}: {last}")
-    return Run(ended[0] - began, tuple(kills))
 
 
-def kaggle_environment(
+def print_log(process: subprocess.Popen[str], root: Path) -> str:
+    """Print the log until its end, with Kaggle's paths; return the last line that is not blank."""
+    last_line = ""
+    for line in process.stdout:
+        # Paths look as they would on Kaggle.
+        line = line.replace(str(root), "/kaggle")
+        line = line.replace(f"{root.parent}/", "")
+        print(line, end="", flush=True)
+        if line.strip():
+            last_line = line.strip()
+    return last_line
+
+
+def end_late_kernel(process: subprocess.Popen[str], ending: Ending) -> None:
+    """End a kernel whose clock has run out."""
+    ending.was_late = True
+    end_group(process.pid)
+
+
+def await_end(process: subprocess.Popen[str], began: float, ending: Ending) -> None:
+    """Note when the kernel ends, then end what it leaves behind.
+
+    A child that outlives the kernel holds its log open: without this, reading it would never end.
+    """
+    process.wait()
+    ending.seconds = time.monotonic() - began
+    await_group(process.pid)
+
+
+def await_group(group: int) -> None:
+    """Give the processes of a group GRACE_SECONDS to end, then end them."""
+    deadline = time.monotonic() + GRACE_SECONDS
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        while time.monotonic() < deadline:
+            os.killpg(group, 0)  # raises where no process of the group is left
+            time.sleep(GROUP_POLL_SECONDS)
+    end_group(group)
+
+
+def end_group(group: int) -> None:
+    """Kill every process of a group that is still alive."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, signal.SIGKILL)
+
+
+def make_environment(
     root: Path, site: Path, devices: int | None = None, is_hidden: bool = False
 ) -> dict[str, str]:
-    """The kernel's environment variables: nothing of ours but the path, root and devices, and the hubs told to stay offline."""
-    kept = {key: os.environ[key] for key in KEPT_ENVIRONMENT if key in os.environ}
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    folders = {
+    """Return the kernel's environment variables: few of this machine's, and no way to a model hub.
+
+    `root` stands for /kaggle, `site` holds sitecustomize.py; see `Conditions` for the others.
+    """
+    # Tokens and passwords of this machine's user must not reach the kernel.
+    environment = {name: os.environ[name] for name in KEPT_ENVIRONMENT if name in os.environ}
+    environment |= {
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
         "KAGGLE_ROOT": str(root),
         "HOME": str(root.parent),
         "PYTHONPATH": str(site),
         "PYTHONDONTWRITEBYTECODE": "1",
     }
-    workers = {"KAGGLE_DEVICES": ",".join(["cpu"] * devices)} if devices else {}
-    hidden = {"KAGGLE_IS_COMPETITION_RERUN": "1"} if is_hidden else {}
-    return {**kept, **offline, **folders, **workers, **hidden}
 
-
-def await_group(group: int) -> None:
-    """Give the processes of a group GRACE_SECONDS to end, then end them."""
-    until = time.monotonic() + GRACE_SECONDS
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        while time.monotonic() < until:
-            os.killpg(group, 0)
-            time.sleep(0.05)
-    end_group(group)
-
-
-def end_group(group: int) -> None:
-    """Kill every process of a group that there still is."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(group, signal.SIGKILL)
+    # As the kernel's runtime and Kaggle name them.
+    if devices is not None:
+        environment["KAGGLE_DEVICES"] = ",".join(["cpu"] * devices)
+    if is_hidden:
+        environment["KAGGLE_IS_COMPETITION_RERUN"] = "1"
+    return environment

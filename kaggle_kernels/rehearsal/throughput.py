@@ -1,9 +1,14 @@
-"""How long a kernel should take on Kaggle's two T4s, from the tokens that a rehearsal computed here.
+"""Throughput: the speed of a rehearsal here, and the hours that Kaggle's two T4s would take.
 
-The model is that of runtime/plan.py: each copy of a package is loaded at LOAD_BYTES_PER_SECOND, one after the other; then a T4
-does 2 x multiplied parameters x tokens floating-point operations at FLOP_PER_SECOND. Parameters and bytes are those of the
-recipe's base model, even where the rehearsed package is a small one that stands in for it; tokens are counted with their
-padding, by the tokenizer of the rehearsed package. Models of an ensemble are taken one after the other.
+`rehearse.py` calls `measure_speed` and `predict_runs` with the kernel's record of its passes, and
+prints `report_throughput`.
+
+The copies of each package are loaded one after the other, at the rate that the kernel itself plans
+with. Then each T4 does 2 x parameters x tokens floating-point operations at T4_FLOP_PER_SECOND. The
+models of an ensemble run one after the other.
+
+Parameters and bytes are those of the recipe's base model, even where a small model stands in for it
+in the rehearsal. Tokens are counted with padding, by the tokenizer of the rehearsed package.
 """
 
 from collections.abc import Sequence
@@ -11,130 +16,260 @@ from dataclasses import asdict, dataclass
 
 from kaggle_kernels.build.memory_fit import Fit
 from kaggle_kernels.build.spec import Spec
-from kaggle_kernels.runtime.scheduling.plan import (
-    FLOP_PER_SECOND,
-    LOAD_BYTES_PER_SECOND,
-    is_multiplied,
-)
+from kaggle_kernels.runtime.scheduling import plan
 from postprocess.memory.model_size import weight_bytes, weights
-from postprocess.memory.t4_fit import GPUS
+from postprocess.memory.t4_fit import GPUS as T4S
 
-ROWS = (10_000, 25_000)  # the hidden test of WSDM's public phase; of its final phase, and LMSYS's
+# About a quarter of the 65e12 that NVIDIA's data sheet gives for float16. Two public runs on two
+# T4s come to the same: vLLM with a 14B in 8 bits at 70,000 tokens a minute, which is
+# 2 * 13.2e9 * 70,000 / 60 / 2 = 1.54e13 on each; and Gemma-2-9b in nf4, 25,000 rows of about
+# 1,000 tokens in 4 hours, which is 1.3e13 (for 900 tokens) to 1.6e13 (for 1,110).
+T4_FLOP_PER_SECOND = 1.5e13
+
+# An assumption without a published source. A kernel's log says how long its loading took.
+LOAD_BYTES_PER_SECOND = plan.LOAD_BYTES_PER_SECOND
+
+# A multiplication and an addition for each parameter and token (Kaplan et al. 2020, section 2.1).
+FLOP_PER_PARAMETER = 2
+
+# Predictions are also made for the hidden tests: WSDM's public phase; its final phase, and LMSYS's.
+HIDDEN_TEST_ROWS = (10_000, 25_000)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What was measured on this machine, over all passes. `padding` is a share of all tokens."""
+
+    rows_per_second: float
+    tokens_per_second: float  # without padding
+    padding: float
+
+
+@dataclass(frozen=True)
+class TokensPerRow:
+    """Tokens, padding included, that a model computes for a mean row in each order.
+
+    `second_order` is None for a model that scores rows in one order only.
+    """
+
+    first_order: float
+    second_order: float | None
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds on two T4s for so many rows: loading, every model's first order, every model's second order (0: has none)."""
+    """Seconds that two T4s take for so many rows, by phase, all models together."""
 
     rows: int
     loading: float
     first_order: float
-    second_order: float
+    second_order: float  # 0 where no model has a second order
+
+    @property
+    def one_order(self) -> float:
+        """Seconds until every model has scored every row once."""
+        return self.loading + self.first_order
 
     @property
     def finish(self) -> float:
         """Seconds from the beginning to the end of the last order."""
-        return self.loading + self.first_order + self.second_order
+        return self.one_order + self.second_order
 
 
-def predict(fits: Sequence[Fit], spec: Spec, passes: Sequence[dict], rows: int) -> list[Prediction]:
-    """The prediction for `rows` rows, and for each of ROWS, all of the lengths that the passes of kernel.json had.
+def predict_runs(
+    fits: Sequence[Fit], spec: Spec, passes: Sequence[dict], rows: int
+) -> list[Prediction]:
+    """Predict two T4s' time for the rehearsed number of rows, and for the hidden tests' numbers.
 
-    `rows` is the test file's number. A model that scored nothing here is taken to have the first one's tokens.
+    Args:
+        fits: The spec's packages, with the sizes of their base models.
+        spec: The kernel's spec.
+        passes: The key `passes` of kernel.json: what each model computed here in each order.
+        rows: Number of rows in the rehearsed test file.
+
+    Returns:
+        One prediction for each number of rows, the rehearsed number first. Rows are taken to be as
+        long as the rehearsed ones.
     """
-    loaded = sum(
-        sum(weight_bytes(fit.served)) * (GPUS if fit.placement == "each" else 1) for fit in fits
-    )
-    flop = [0.0, 0.0]  # a row's, of each order
-    first: list[float] = []
+    # The work for a mean row in each order, all models together.
+    first_order_flop = 0.0
+    second_order_flop = 0.0
+    first_models_tokens = measure_tokens_per_row(fits[0], spec, passes, rows)
     for fit in fits:
-        tokens = tokens_per_row(fit, spec, passes, rows)
-        first = first or tokens
-        for order, number in enumerate(tokens if tokens[0] else first[: len(tokens)]):
-            flop[order] += 2 * multiplied_parameters(fit) * number
-    rate = GPUS * FLOP_PER_SECOND["cuda"]
-    return [
-        Prediction(
-            number, loaded / LOAD_BYTES_PER_SECOND, number * flop[0] / rate, number * flop[1] / rate
+        tokens = measure_tokens_per_row(fit, spec, passes, rows)
+        # The clock may have left no time for a later model: the first one's tokens are a guess.
+        if tokens.first_order == 0:
+            tokens = borrow_tokens(tokens, first_models_tokens)
+
+        flop_per_token = FLOP_PER_PARAMETER * count_multiplied_parameters(fit)
+        first_order_flop += flop_per_token * tokens.first_order
+        if tokens.second_order is not None:
+            second_order_flop += flop_per_token * tokens.second_order
+
+    # Rows cost time in proportion to their number, loading does not.
+    loading = predict_loading(fits)
+    flop_per_second = T4S * T4_FLOP_PER_SECOND
+    predictions = []
+    for number in dict.fromkeys((rows, *HIDDEN_TEST_ROWS)):  # each number once, in this order
+        prediction = Prediction(
+            rows=number,
+            loading=loading,
+            first_order=number * first_order_flop / flop_per_second,
+            second_order=number * second_order_flop / flop_per_second,
         )
-        for number in dict.fromkeys((rows, *ROWS))
-    ]
+        predictions.append(prediction)
+    return predictions
 
 
-def multiplied_parameters(fit: Fit) -> int:
-    """The parameters of the recipe's model that every token is multiplied with."""
+def predict_loading(fits: Sequence[Fit]) -> float:
+    """Predict how long loading takes: one copy on each T4, or one that is split over them."""
+    bytes_to_load = 0
+    for fit in fits:
+        copies = T4S if fit.placement == "each" else 1
+        bytes_to_load += copies * sum(weight_bytes(fit.served))
+    return bytes_to_load / LOAD_BYTES_PER_SECOND
+
+
+def count_multiplied_parameters(fit: Fit) -> int:
+    """Count the parameters of the recipe's base model that every token is multiplied with."""
     served = fit.served
-    found = weights(served.dimensions, served.head, served.verdicts)
-    return sum(weight.elements for weight in found if is_multiplied(weight.name))
+    parameters = 0
+    for weight in weights(served.dimensions, served.head, served.verdicts):
+        if plan.is_multiplied(weight.name):
+            parameters += weight.elements
+    return parameters
 
 
-def tokens_per_row(fit: Fit, spec: Spec, passes: Sequence[dict], rows: int) -> list[float]:
-    """Computed tokens a row of each order that the spec asks for: as measured; as in the first, where not every row was run."""
-    measured: list[float] = []
-    orders = (
-        ("as_given", "swapped")
-        if spec.orders == "both" and fit.served.head != "reward"
-        else ("as_given",)
+def measure_tokens_per_row(fit: Fit, spec: Spec, passes: Sequence[dict], rows: int) -> TokensPerRow:
+    """Derive a model's tokens for a mean row from what it computed in the rehearsal.
+
+    Args:
+        fit: The model's package.
+        spec: The kernel's spec, which says whether rows are scored in both orders.
+        passes: The key `passes` of kernel.json.
+        rows: Number of rows in the rehearsed test file.
+
+    Returns:
+        The tokens in each order. The first is 0 where the model scored nothing.
+    """
+    run = fit.package.run
+    first_order_tokens, _ = average_tokens(passes, run, "as_given")
+    if spec.orders != "both" or fit.served.head == "reward":
+        return TokensPerRow(first_order_tokens, None)
+
+    # A second order that was cut short ran on rows chosen by their gain per second, which are no
+    # fair sample: the first order's tokens are the better guess.
+    second_order_tokens, scored_rows = average_tokens(passes, run, "swapped")
+    if scored_rows < rows:
+        second_order_tokens = first_order_tokens
+    return TokensPerRow(first_order_tokens, second_order_tokens)
+
+
+def average_tokens(passes: Sequence[dict], run: str, order: str) -> tuple[float, int]:
+    """Return a run's computed tokens a scored row in one order, and the number of scored rows."""
+    scored_rows = 0
+    computed_tokens = 0
+    for record in passes:
+        if record["run"] == run and record["order"] == order:
+            scored_rows += record["scored"]
+            computed_tokens += record["computed_tokens"]
+
+    if scored_rows == 0:
+        return 0.0, 0
+    return computed_tokens / scored_rows, scored_rows
+
+
+def borrow_tokens(tokens: TokensPerRow, first_models_tokens: TokensPerRow) -> TokensPerRow:
+    """Give a model that scored nothing the first model's tokens, in the orders that it has."""
+    if tokens.second_order is None:
+        return TokensPerRow(first_models_tokens.first_order, None)
+    return first_models_tokens
+
+
+def measure_speed(passes: Sequence[dict]) -> Speed:
+    """Measure the speed on this machine, over all passes that kernel.json records."""
+    seconds = sum(record["seconds"] for record in passes)
+    rows = sum(record["scored"] for record in passes)
+    tokens = sum(record["tokens"] for record in passes)
+    computed_tokens = sum(record["computed_tokens"] for record in passes)  # with padding
+
+    # The clock may have left no time for a single batch.
+    if seconds == 0 or computed_tokens == 0:
+        return Speed(rows_per_second=0.0, tokens_per_second=0.0, padding=0.0)
+    return Speed(
+        rows_per_second=round(rows / seconds, 2),
+        tokens_per_second=round(tokens / seconds, 1),
+        padding=round(1 - tokens / computed_tokens, 4),
     )
-    for order in orders:
-        ran = [work for work in passes if (work["run"], work["order"]) == (fit.package.run, order)]
-        scored = sum(work["scored"] for work in ran)
-        tokens = sum(work["computed_tokens"] for work in ran) / max(scored, 1)
-        measured.append(tokens if scored >= rows or not measured else measured[0])
-    return measured
 
 
-def here(passes: Sequence[dict]) -> dict:
-    """What the passes of kernel.json say of this machine: rows and tokens (without padding) a second, over all passes."""
-    seconds = max(sum(work["seconds"] for work in passes), 1e-9)
-    rows, tokens, computed = (
-        sum(work[key] for work in passes) for key in ("scored", "tokens", "computed_tokens")
-    )
-    return {
-        "rows_per_second": round(rows / seconds, 2),
-        "tokens_per_second": round(tokens / seconds, 1),
-        "padding": round(1 - tokens / computed, 4) if computed else 0.0,
-    }
+def report_throughput(
+    speed: Speed, predictions: Sequence[Prediction], clock_seconds: float
+) -> list[str]:
+    """Write the lines of the log: the speed here, the predictions, and a warning if it is too slow.
 
+    Args:
+        speed: What was measured here.
+        predictions: From `predict_runs`: the first is for the rehearsed number of rows.
+        clock_seconds: The time that the spec allows.
+    """
+    lines = [
+        f"here: {speed.rows_per_second:.1f} rows/s, {speed.tokens_per_second:.0f} tokens/s, "
+        f"padding {speed.padding:.1%}"
+    ]
+    for prediction in predictions:
+        lines.append(format_prediction(prediction, clock_seconds))
 
-def report(speed: dict, predictions: Sequence[Prediction], clock_seconds: float) -> list[str]:
-    """Lines for the log: the speed here, a prediction each, and a warning where one order alone is over the clock."""
-    rows, tokens = speed["rows_per_second"], speed["tokens_per_second"]
-    lines = [f"here: {rows:.1f} rows/s, {tokens:.0f} tokens/s, padding {speed['padding']:.1%}"]
-    for one in predictions:
-        second = f", second order {in_time(one.second_order)}" if one.second_order else ""
-        room = (
-            (clock_seconds - one.loading - one.first_order) / one.second_order
-            if one.second_order
-            else 1.0
-        )
-        part = f"; the clock has room for {room:.0%} of the second order" if 0 <= room < 1 else ""
-        lines.append(
-            f"{one.rows:,} rows of these lengths on two T4s: loading {in_time(one.loading)}, first order "
-            f"{in_time(one.first_order)}{second}, predicted finish {in_time(one.finish)} of a clock of "
-            f"{in_time(clock_seconds)}{part}"
-        )
+    # The predictions for other numbers of rows are for information only.
     rehearsed = predictions[0]
-    alone = rehearsed.loading + rehearsed.first_order
-    if alone > clock_seconds:
+    if rehearsed.one_order > clock_seconds:
         lines.append(
-            f"warning: {rehearsed.rows:,} rows are predicted to take {in_time(alone)} in one order alone, the clock is "
-            f"{in_time(clock_seconds)}: rows would be left to the prior; lower budget_tokens, or take a smaller model"
+            f"warning: {rehearsed.rows:,} rows are predicted to take "
+            f"{format_duration(rehearsed.one_order)} in one order alone, the clock is "
+            f"{format_duration(clock_seconds)}: rows would be left to the prior; "
+            "lower budget_tokens, or take a smaller model"
         )
     return lines
 
 
-def in_time(seconds: float) -> str:
-    """Seconds as a person says them: 45 s, 12 min, 1 h 52 min."""
+def format_prediction(prediction: Prediction, clock_seconds: float) -> str:
+    """Format a prediction as a line of the log, with the part of the second order that fits in."""
+    phases = [
+        f"loading {format_duration(prediction.loading)}",
+        f"first order {format_duration(prediction.first_order)}",
+    ]
+    if prediction.second_order > 0:
+        phases.append(f"second order {format_duration(prediction.second_order)}")
+    phases.append(f"predicted finish {format_duration(prediction.finish)}")
+    line = (
+        f"{prediction.rows:,} rows of these lengths on two T4s: {', '.join(phases)} "
+        f"of a clock of {format_duration(clock_seconds)}"
+    )
+
+    # Which rows get a second order is the kernel's choice: those that gain most by it.
+    fits_in_part = prediction.one_order <= clock_seconds < prediction.finish
+    if fits_in_part:
+        share = (clock_seconds - prediction.one_order) / prediction.second_order
+        line += f"; the clock has room for {share:.0%} of the second order"
+    return line
+
+
+def format_duration(seconds: float) -> str:
+    """Format seconds as 45 s, 12 min, or 1 h 52 min."""
     if seconds < 60:
         return f"{seconds:.0f} s"
+
+    # Rounded before it is split, so that 3,599 s are 1 h 00 min and not 60 min.
     hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min"
+    if hours == 0:
+        return f"{minutes} min"
+    return f"{hours} h {minutes:02} min"
 
 
-def as_record(predictions: Sequence[Prediction]) -> list[dict]:
-    """The predictions for rehearsal.json, in whole seconds."""
-    return [
-        {name: round(value) for name, value in (asdict(one) | {"finish": one.finish}).items()}
-        for one in predictions
-    ]
+def record_predictions(predictions: Sequence[Prediction]) -> list[dict]:
+    """Convert the predictions to the key `two_t4s` of rehearsal.json, in whole seconds."""
+    records = []
+    for prediction in predictions:
+        values = asdict(prediction) | {"finish": prediction.finish}
+        records.append({name: round(value) for name, value in values.items()})
+    return records

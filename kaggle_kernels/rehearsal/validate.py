@@ -1,6 +1,7 @@
-"""A kernel's results, checked from outside: nothing of the kernel's own checks is relied on.
+"""Validation of a kernel's results from outside, relying on none of the kernel's own checks.
 
-Every failure is a UserError that names file and id.
+`rehearse.py` calls `check_results` on submission.csv and scores.parquet after the run. Every
+failure is a UserError that names the file and the id.
 """
 
 import csv
@@ -8,208 +9,343 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 import polars as pl
 
 from kaggle_kernels.build.spec import Competition
-from kaggle_kernels.rehearsal.adversarial_rows import TEXTS
+from kaggle_kernels.rehearsal.adversarial_texts import TEXTS
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_object
 
-TOLERANCE = {
-    "float32": 1e-5,
-    "other": 1e-3,
-}  # of rows of the same texts, which other batches pad to another length
+# Rows with the same texts get slightly different probabilities, since their batches are padded to
+# different lengths. Largest allowed difference:
+FLOAT32_TOLERANCE = 1e-5
+
+# On a GPU, or with quantised weights.
+SIXTEEN_BIT_TOLERANCE = 1e-3
+
+# How far probabilities may be from a sum of one, and those in submission.csv from the computed.
 SUM_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far rows with the same texts are apart.
+
+    Attributes:
+        rows: Number of rows that share their texts with another row.
+        largest: The largest difference in any column of probabilities.
+        column: The column that it was found in. None where all rows are equal.
+        ids: The two rows that it was found in.
+    """
+
+    rows: int
+    largest: float = 0.0
+    column: str | None = None
+    ids: tuple[str, ...] = ()
 
 
 def check_results(
     folder: Path, rows: pl.DataFrame, competition: Competition, tolerance: float
 ) -> dict:
-    """Check submission.csv and scores.parquet in `folder` against the test rows; what was found.
+    """Check submission.csv and scores.parquet against the test rows.
 
-    submission.csv: the competition's columns, every id once in the rows' order, legal winners or probabilities within (0, 1)
-    that sum to one. scores.parquet: the same ids, no NaN, the same answers. Rows of the same texts differ in probability by
-    `tolerance` at most, whatever their ids.
+    submission.csv must have the competition's columns, every id once in the order of the rows, and
+    winners of the competition or probabilities within (0, 1) that sum to one. scores.parquet must
+    have the same ids and answers, and no NaN.
+
+    Args:
+        folder: Holds both files.
+        rows: The test rows that the kernel got.
+        competition: Says which columns and verdicts are right.
+        tolerance: How far probabilities of rows with the same texts may differ.
+
+    Returns:
+        The key `checks` of rehearsal.json: `ids` and `scored` are numbers of rows, `by_model` the
+        number of rows that each run has scored; `alike`, `largest_difference`, `column` and `rows`
+        are those of `Difference`.
+
+    Raises:
+        UserError: A file, an id or a value is wrong; the message names it.
     """
+    # Each file by itself, then both together.
     ids = rows["id"].cast(pl.String).to_list()
     answers = read_submission(folder / "submission.csv", ids, competition)
     scores = read_scores(folder / "scores.parquet", ids, competition.verdicts)
-    check_same_answers(folder, answers, scores, competition)
-    alike = largest_difference(rows, scores, competition.verdicts)
-    if alike["largest_difference"] > tolerance:
-        first, second = alike["rows"]
+    check_same_answers(folder / "submission.csv", answers, scores, competition)
+
+    # An answer that stands in another row's place shows between rows with the same texts.
+    difference = find_largest_difference(rows, scores, competition.verdicts)
+    if difference.largest > tolerance:
+        first, second = difference.ids
         raise UserError(
-            f"{folder / 'scores.parquet'}: the ids {first} and {second} have the same texts, and {alike['column']} differs by "
-            f"{alike['largest_difference']:.1e}, more than {tolerance:g}; one has another row's answer, or its batch changes it"
+            f"{folder / 'scores.parquet'}: the ids {first} and {second} have the same texts, and "
+            f"{difference.column} differs by {difference.largest:.1e}, more than {tolerance:g}; "
+            "one has another row's answer, or its batch changes it"
         )
-    by_model: dict[str, int] = {}
-    for name in per_model(scores):
-        run = name.split("_p_")[0]
-        by_model[run] = max(by_model.get(run, 0), scores[name].count())
+
     return {
         "ids": len(ids),
         "scored": int(scores["scored"].sum()),
-        "by_model": by_model,
+        "by_model": count_scored_rows(scores),
         "tolerance": tolerance,
-        **alike,
+        "alike": difference.rows,
+        "largest_difference": difference.largest,
+        "column": difference.column,
+        "rows": list(difference.ids),
     }
 
 
-def tolerance_for(packages: Iterable[Path], out: Path) -> float:
-    """What rows of the same texts may differ by: more where a package is quantised or a GPU computes, in 16 bits."""
-    quantised = any(
+def choose_tolerance(packages: Iterable[Path], out: Path) -> float:
+    """Choose how far probabilities of rows with the same texts may differ.
+
+    Args:
+        packages: The folders of the packages, each with config.json.
+        out: The folder that has the kernel's record, kernel.json.
+    """
+    devices = read_object(out / "kernel.json")["devices"]
+    is_on_cpu = all(device == "cpu" for device in devices)
+    is_quantised = any(
         "quantization_config" in read_object(package / "config.json") for package in packages
     )
-    on_cpu = all(device == "cpu" for device in read_object(out / "kernel.json")["devices"])
-    return TOLERANCE["float32" if on_cpu and not quantised else "other"]
+    if is_on_cpu and not is_quantised:
+        return FLOAT32_TOLERANCE
+    return SIXTEEN_BIT_TOLERANCE
 
 
 def read_submission(path: Path, ids: Sequence[str], competition: Competition) -> list[list[str]]:
-    """The answers of submission.csv, in the order of the ids."""
+    """Read and check submission.csv, whose ids must be `ids` in their order.
+
+    Returns:
+        Each row's values without its id, as the file has them.
+    """
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            header, *lines = list(csv.reader(file, strict=True)) or [[]]
+            lines = list(csv.reader(file, strict=True))
     except (OSError, csv.Error, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}; the kernel's log says why") from None
-    expected = ["id", *competition.columns]
-    if header != expected:
+
+    header = lines.pop(0) if lines else []
+    expected_header = ["id", *competition.columns]
+    if header != expected_header:
         raise UserError(
-            f"{path}: its columns are {', '.join(header)}; {competition.slug} wants {', '.join(expected)}"
+            f"{path}: its columns are {', '.join(header)}; "
+            f"{competition.slug} wants {', '.join(expected_header)}"
         )
-    check_ids(path, [line[0] if line else "" for line in lines], ids)
-    for row_id, line in zip(ids, lines, strict=True):
-        if len(line) != len(expected):
-            raise UserError(f"{path}: id {row_id}: {len(line)} values, expected {len(expected)}")
-        if len(competition.columns) == 1 and line[1] not in competition.verdicts:
-            raise UserError(
-                f"{path}: id {row_id}: winner is {line[1]!r}, expected {' or '.join(competition.verdicts)}"
-            )
-        if len(competition.columns) > 1:
-            check_probabilities(path, row_id, line[1:])
+
+    # Ids come first, so that later messages can name rows by them.
+    written_ids = []
+    for line in lines:
+        written_ids.append(line[0] if line else "")  # a blank line has no values
+    check_ids(path, written_ids, ids)
+
+    for line in lines:
+        if len(line) != len(expected_header):
+            expected = len(expected_header)
+            raise UserError(f"{path}: id {line[0]}: {len(line)} values, expected {expected}")
+        check_answer(path, line[0], line[1:], competition)
     return [line[1:] for line in lines]
 
 
-def check_ids(path: Path, found: Sequence[str], expected: Sequence[str]) -> None:
-    """Raise UserError unless the ids found are those expected, each once, in their order."""
-    twice = [row_id for row_id, times in Counter(found).items() if times > 1]
-    lost, foreign = set(expected) - set(found), set(found) - set(expected)
-    for told, rows in (
-        ("twice or more", twice),
-        ("missing", lost),
-        ("not in the test file", foreign),
-    ):
-        if rows:
+def check_ids(path: Path, written_ids: Sequence[str], expected_ids: Sequence[str]) -> None:
+    """Raise UserError unless the ids written to `path` are the expected ones, once, in order."""
+    repeated = [row_id for row_id, times in Counter(written_ids).items() if times > 1]
+    refuse_ids(path, repeated, "twice or more")
+    refuse_ids(path, set(expected_ids) - set(written_ids), "missing")
+    refuse_ids(path, set(written_ids) - set(expected_ids), "not in the test file")
+
+    pairs = zip(written_ids, expected_ids, strict=True)
+    for row, (written_id, expected_id) in enumerate(pairs, start=1):
+        if written_id != expected_id:
             raise UserError(
-                f"{path}: {len(rows)} ids are {told}, e.g. {min(rows)}; a submission needs every id once"
+                f"{path}, row {row}: the id is {written_id}, "
+                f"the test file has {expected_id} there; keep its order"
             )
-    for number, (one, other) in enumerate(zip(found, expected, strict=True)):
-        if one != other:
-            raise UserError(
-                f"{path}, row {number + 1}: the id is {one}, the test file has {other} there; keep its order"
-            )
+
+
+def refuse_ids(path: Path, wrong_ids: Collection[str], problem: str) -> None:
+    """Raise UserError if there are any wrong ids, with their number and one of them."""
+    if wrong_ids:
+        raise UserError(
+            f"{path}: {len(wrong_ids)} ids are {problem}, e.g. {min(wrong_ids)}; "
+            "a submission needs every id once"
+        )
+
+
+def check_answer(path: Path, row_id: str, answer: Sequence[str], competition: Competition) -> None:
+    """Check a row's winner, or its probabilities, whichever the competition wants."""
+    if len(competition.columns) > 1:
+        check_probabilities(path, row_id, answer)
+        return
+
+    [winner] = answer
+    if winner not in competition.verdicts:
+        verdicts = " or ".join(competition.verdicts)
+        raise UserError(f"{path}: id {row_id}: winner is {winner!r}, expected {verdicts}")
 
 
 def check_probabilities(path: Path, row_id: str, values: Sequence[str | float | None]) -> None:
-    """Raise UserError unless the values are numbers within (0, 1) that sum to one."""
+    """Raise UserError unless a row's values are numbers within (0, 1) that sum to one."""
     try:
         numbers = [float(value) for value in values]
     except (TypeError, ValueError):
         numbers = [math.nan]
-    if not all(0 < number < 1 for number in numbers) or abs(sum(numbers) - 1) > SUM_TOLERANCE:
+
+    are_within_bounds = all(0 < number < 1 for number in numbers)
+    if not are_within_bounds or abs(sum(numbers) - 1) > SUM_TOLERANCE:
         raise UserError(
-            f"{path}: id {row_id}: {', '.join(map(str, values))} are no probabilities within 0 and 1 that sum to one"
+            f"{path}: id {row_id}: {', '.join(map(str, values))} are no probabilities "
+            "within 0 and 1 that sum to one"
         )
 
 
 def read_scores(path: Path, ids: Sequence[str], verdicts: Sequence[str]) -> pl.DataFrame:
-    """scores.parquet, its ids as text."""
+    """Read and check scores.parquet, whose ids must be `ids` in their order.
+
+    Returns:
+        The table with its ids as text. Each verdict has a column p_VERDICT of final probabilities.
+    """
     try:
         scores = pl.read_parquet(path).with_columns(pl.col("id").cast(pl.String))
     except (pl.exceptions.PolarsError, OSError) as error:
-        raise UserError(
-            f"{path}: cannot be read: {' '.join(str(error).split())}; the kernel's log says why"
-        ) from None
-    columns = [f"p_{verdict}" for verdict in verdicts]
-    if missing := {"scored", *columns} - set(scores.columns):
+        message = " ".join(str(error).split())
+        raise UserError(f"{path}: cannot be read: {message}; the kernel's log says why") from None
+
+    final_columns = [f"p_{verdict}" for verdict in verdicts]
+    missing = {"scored", *final_columns} - set(scores.columns)
+    if missing:
         raise UserError(f"{path}: no column {', '.join(sorted(missing))}")
     check_ids(path, scores["id"].to_list(), ids)
-    for row_id, *values in scores.select("id", *columns).iter_rows():
-        check_probabilities(path, row_id, values)
-    for name in per_model(scores):
-        if scores[name].is_nan().any():
-            raise UserError(
-                f"{path}: id {scores['id'][scores[name].is_nan().arg_max()]}: {name} is NaN"
-            )
+
+    # A row without a final probability has the prior, so that no value may be absent.
+    for row_id, *probabilities in scores.select("id", *final_columns).iter_rows():
+        check_probabilities(path, row_id, probabilities)
+
+    # A model's own probabilities may be null where it did not score the row, but never NaN.
+    for name in list_model_columns(scores):
+        ids_with_nan = scores.filter(pl.col(name).is_nan())["id"]
+        if not ids_with_nan.is_empty():
+            raise UserError(f"{path}: id {ids_with_nan[0]}: {name} is NaN")
     return scores
 
 
-def per_model(scores: pl.DataFrame) -> list[str]:
-    """The columns of scores.parquet that hold a model's probabilities in one order; null: not scored."""
+def list_model_columns(scores: pl.DataFrame) -> list[str]:
+    """List the columns RUN_p_VERDICT_ORDER: a model's probabilities in one order, null if none."""
     return [name for name in scores.columns if "_p_" in name]
 
 
+def count_scored_rows(scores: pl.DataFrame) -> dict[str, int]:
+    """Count the rows that each run has scored in at least one order."""
+    rows_by_run: dict[str, int] = {}
+    for name in list_model_columns(scores):
+        run = name.split("_p_")[0]
+        scored_rows = scores[name].count()  # without nulls
+        rows_by_run[run] = max(rows_by_run.get(run, 0), scored_rows)
+    return rows_by_run
+
+
 def check_same_answers(
-    folder: Path, answers: Sequence[Sequence[str]], scores: pl.DataFrame, competition: Competition
+    submission: Path,
+    answers: Sequence[Sequence[str]],
+    scores: pl.DataFrame,
+    competition: Competition,
 ) -> None:
-    """Raise UserError where submission.csv says another thing than scores.parquet."""
-    columns = [f"p_{verdict}" for verdict in competition.verdicts]
-    for answer, (row_id, *values) in zip(
-        answers, scores.select("id", *columns).iter_rows(), strict=True
-    ):
-        if len(competition.columns) == 1:
-            agrees = values[competition.verdicts.index(answer[0])] == max(values)
-        else:
-            agrees = all(
-                math.isclose(float(a), v, abs_tol=SUM_TOLERANCE)
-                for a, v in zip(answer, values, strict=True)
-            )
-        if not agrees:
-            raise UserError(
-                f"{folder / 'submission.csv'}: id {row_id}: {', '.join(answer)}, but scores.parquet has "
-                f"{', '.join(map(str, values))}"
-            )
+    """Check that the answers of submission.csv agree with the probabilities of scores.parquet.
 
-
-def largest_difference(rows: pl.DataFrame, scores: pl.DataFrame, verdicts: Sequence[str]) -> dict:
-    """How far rows of the same texts are apart in any probability: how many such rows, the largest difference, and where.
-
-    Final probabilities are compared among rows that were scored by the same models in the same orders.
+    Raises:
+        UserError: A winner has not the highest probability, or a probability is another one.
     """
-    texts = [
-        hashlib.sha256(json.dumps(row).encode()).hexdigest()
-        for row in rows.select(TEXTS).iter_rows()
-    ]
-    models, final = per_model(scores), [f"p_{verdict}" for verdict in verdicts]
-    scored = [
-        "".join("01"[value is not None] for value in row)
-        for _, *row in scores.select("id", *models).iter_rows()
-    ]
-    table = scores.with_columns(pl.Series("texts", texts), pl.Series("scored_by", scored))
+    final_columns = [f"p_{verdict}" for verdict in competition.verdicts]
+    final_rows = scores.select("id", *final_columns).iter_rows()
+
+    for answer, (row_id, *probabilities) in zip(answers, final_rows, strict=True):
+        if len(competition.columns) == 1:
+            winner = competition.verdicts.index(answer[0])
+            is_same = probabilities[winner] == max(probabilities)
+        else:
+            is_same = are_close(answer, probabilities)
+
+        if not is_same:
+            raise UserError(
+                f"{submission}: id {row_id}: {', '.join(answer)}, but scores.parquet has "
+                f"{', '.join(map(str, probabilities))}"
+            )
+
+
+def are_close(written: Sequence[str], probabilities: Sequence[float]) -> bool:
+    """Tell whether printed probabilities are the computed ones, but for rounding."""
+    for text, probability in zip(written, probabilities, strict=True):
+        if not math.isclose(float(text), probability, abs_tol=SUM_TOLERANCE):
+            return False
+    return True
+
+
+def find_largest_difference(
+    rows: pl.DataFrame, scores: pl.DataFrame, verdicts: Sequence[str]
+) -> Difference:
+    """Find how far probabilities of rows with the same texts are apart, in any column.
+
+    Final probabilities are compared only among rows that the same models scored in the same orders.
+
+    Args:
+        rows: The test rows with their texts.
+        scores: The table of scores.parquet, with its rows in the same order.
+        verdicts: Each has a column p_VERDICT of final probabilities.
+    """
+    model_columns = list_model_columns(scores)
+    table = scores.with_columns(hash_texts(rows))
     table = table.filter(pl.col("texts").is_duplicated())
-    found = {"alike": len(table), "largest_difference": 0.0, "column": None, "rows": []}
-    for columns, key in ((models, ["texts"]), (final, ["texts", "scored_by"])):
-        for column in columns:
-            spread = (
-                table.filter(pl.col(column).is_not_null())
-                .group_by(key)
-                .agg(
-                    difference=pl.col(column).max() - pl.col(column).min(),
-                    first=pl.col("id").sort_by(column, "id").first(),
-                    last=pl.col("id").sort_by(column, "id").last(),
-                )
-            )
-            spread = (
-                spread.filter(pl.col("difference") > found["largest_difference"])
-                .sort("difference", "texts")
-                .tail(1)
-            )
-            for row in spread.to_dicts():
-                found |= {
-                    "largest_difference": row["difference"],
-                    "column": column,
-                    "rows": [row["first"], row["last"]],
-                }
-    return found
+
+    # Columns that say which models scored a row in which order.
+    scored_columns = []
+    for name in model_columns:
+        scored_column = f"{name} was scored"
+        table = table.with_columns(pl.col(name).is_not_null().alias(scored_column))
+        scored_columns.append(scored_column)
+
+    differences = [Difference(rows=len(table))]
+    for name in model_columns:
+        differences.append(compare_rows(table, name, keys=["texts"]))
+    for verdict in verdicts:
+        differences.append(compare_rows(table, f"p_{verdict}", keys=["texts", *scored_columns]))
+    return max(differences, key=attrgetter("largest"))
+
+
+def hash_texts(rows: pl.DataFrame) -> pl.Series:
+    """Make a column `texts` with a hash of each row's texts, which may be very long."""
+    hashes = []
+    for texts in rows.select(TEXTS).iter_rows():
+        serialised = json.dumps(texts).encode()
+        hashes.append(hashlib.sha256(serialised).hexdigest())
+    return pl.Series("texts", hashes)
+
+
+def compare_rows(table: pl.DataFrame, column: str, keys: Sequence[str]) -> Difference:
+    """Find the largest difference in a column between rows that are equal in the columns `keys`.
+
+    Args:
+        table: The rows that share their texts, with `texts` and `id`.
+        column: The probabilities to compare; nulls are left out.
+        keys: Columns in which the compared rows must be equal.
+    """
+    groups = table.filter(pl.col(column).is_not_null()).group_by(keys)
+    spreads = groups.agg(
+        difference=pl.col(column).max() - pl.col(column).min(),
+        lowest_id=pl.col("id").sort_by(column, "id").first(),
+        highest_id=pl.col("id").sort_by(column, "id").last(),
+    )
+    if spreads.is_empty():
+        return Difference(rows=len(table))
+
+    # Of equal differences the one with the highest hash, so that the choice is always the same.
+    widest = spreads.sort("difference", "texts").row(-1, named=True)
+    return Difference(
+        rows=len(table),
+        largest=widest["difference"],
+        column=column,
+        ids=(widest["lowest_id"], widest["highest_id"]),
+    )

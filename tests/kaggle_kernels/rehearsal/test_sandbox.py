@@ -9,17 +9,18 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from kaggle_kernels.build.spec import Spec
+from kaggle_kernels.rehearsal.fault_injection import read_process
+from kaggle_kernels.rehearsal.kaggle_tree import lay_out_tree
 from kaggle_kernels.rehearsal.sandbox import (
     SITECUSTOMIZE,
-    kaggle_environment,
-    lay_out,
+    Conditions,
+    make_environment,
     run_as_kaggle,
 )
 from preprocess.core.errors import UserError
 from tests import tiny
+from tests.kaggle_kernels.rehearsal.layouts import SPEC
 
-SPEC = Spec(title="Pairwise Test", competition="wsdm", packages=[{"run": "two", "dataset": "tiny-two"}], clock_seconds=600)
 PYTHON = Path(sys.executable)
 
 
@@ -30,19 +31,15 @@ def root(tmp_path):
     return tmp_path / "sandbox" / "kaggle"
 
 
-def run(root, kernel, **options):
-    return run_as_kaggle(PYTHON, kernel, root, "test", **{"clock_seconds": 60, **options})
+def run(root, kernel, clock_seconds=60, **conditions):
+    return run_as_kaggle(PYTHON, kernel, root, "test", Conditions(clock_seconds, **conditions))
 
 
 def has_ended(pid, within=10.0):
     """Whether a process is gone; one that was killed may take a moment on a busy machine."""
-    until = time.monotonic() + within
-    while time.monotonic() < until:
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except (FileNotFoundError, ProcessLookupError):
-            return True
-        if state in "ZX":
+    deadline = time.monotonic() + within
+    while time.monotonic() < deadline:
+        if read_process(Path(f"/proc/{pid}")) is None:
             return True
         time.sleep(0.05)
     return False
@@ -51,7 +48,7 @@ def has_ended(pid, within=10.0):
 @pytest.mark.parametrize("suffix", [".parquet", ".csv"])
 def test_the_kernel_sees_neither_verdicts_nor_models_nor_the_metadata(tmp_path, suffix, package_folder):
     rows = tiny.pairs(3, seed=4)
-    lay_out(tmp_path / "kaggle", SPEC, {"tiny-two": package_folder}, suffix, rows)
+    lay_out_tree(tmp_path / "kaggle", SPEC, {"tiny-two": package_folder}, suffix, rows)
     shown = [str(path.relative_to(tmp_path / "kaggle" / "input")) for path in (tmp_path / "kaggle").rglob("test.*")]
     assert shown == [f"competitions/wsdm-cup-multilingual-chatbot-arena/test{suffix}"]
     read = pl.read_csv if suffix == ".csv" else pl.read_parquet
@@ -73,13 +70,13 @@ def test_the_kernel_sees_neither_verdicts_nor_models_nor_the_metadata(tmp_path, 
 )
 def test_a_rehearsed_kernel_reaches_neither_network_nor_repository(tmp_path, code, message):
     (tmp_path / "sitecustomize.py").write_text(SITECUSTOMIZE)
-    environment = kaggle_environment(tmp_path, tmp_path)
+    environment = make_environment(tmp_path, tmp_path)
     done = subprocess.run([sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 1
     assert message in done.stderr
 
 
-def test_its_log_comes_line_by_line_with_kaggles_paths_and_its_seconds_are_told(root, capsys):
+def test_the_log_has_kaggles_paths_and_the_seconds_are_measured(root, capsys):
     done = run(root, "import os; print('at', os.getcwd()); open('submission.csv', 'w')")
     assert capsys.readouterr().out == "at /kaggle/working\n"
     assert 0 < done.seconds < 60
@@ -87,16 +84,13 @@ def test_its_log_comes_line_by_line_with_kaggles_paths_and_its_seconds_are_told(
     assert (root / "working" / "submission.csv").is_file()
 
 
-@pytest.mark.parametrize("devices, told", [(None, "None"), (1, "cpu"), (3, "cpu,cpu,cpu")])
-def test_the_kernel_is_told_of_so_many_cpu_workers_or_of_nothing(root, capsys, devices, told):
-    run(root, "import os; print(os.environ.get('KAGGLE_DEVICES'))", devices=devices)
-    assert capsys.readouterr().out == f"{told}\n"
-
-
-@pytest.mark.parametrize("is_hidden, told", [(False, "None"), (True, "1")])
-def test_the_kernel_is_told_that_this_is_the_hidden_run(root, capsys, is_hidden, told):
-    run(root, "import os; print(os.environ.get('KAGGLE_IS_COMPETITION_RERUN'))", is_hidden=is_hidden)
-    assert capsys.readouterr().out == f"{told}\n"
+@pytest.mark.parametrize(
+    "conditions, variables",
+    [({}, "None None"), ({"devices": 1}, "cpu None"), ({"devices": 3, "is_hidden": True}, "cpu,cpu,cpu 1")],
+)
+def test_the_environment_tells_the_kernel_its_devices_and_that_this_is_the_hidden_run(root, capsys, conditions, variables):
+    run(root, "import os; print(*map(os.environ.get, ('KAGGLE_DEVICES', 'KAGGLE_IS_COMPETITION_RERUN')))", **conditions)
+    assert capsys.readouterr().out == f"{variables}\n"
 
 
 def test_a_kernel_that_fails_is_an_error_with_its_last_line(root):
@@ -116,7 +110,7 @@ def test_a_kernel_that_is_over_its_clock_is_ended_with_all_its_processes(root, c
         run(root, kernel, clock_seconds=2)
     pids = capfd.readouterr().out.split()
     assert str(raised.value) == (
-        "test: the kernel was ended, for it was not done within its clock of 2 s (clock_seconds of the spec, or --clock); "
+        "test: the kernel was ended: it was not done within its clock of 2 s (clock_seconds of the spec, or --clock); "
         f"its last line: {' '.join(pids)}"
     )
     assert [has_ended(int(pid)) for pid in pids] == [True, True]
@@ -149,8 +143,6 @@ def test_an_interrupted_rehearsal_leaves_no_kernel_behind(root, monkeypatch):
 def test_only_what_a_kernel_needs_is_in_its_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("KAGGLE_DEVICES", "cuda:7")
     monkeypatch.setenv("SECRET", "x")
-    found = kaggle_environment(tmp_path, tmp_path / "site", devices=2)
-    assert found["KAGGLE_DEVICES"] == "cpu,cpu"
-    assert "SECRET" not in found
-    assert "KAGGLE_DEVICES" not in kaggle_environment(tmp_path, tmp_path / "site")
-    assert found["PATH"] == os.environ["PATH"]
+    environment = make_environment(tmp_path, tmp_path / "site")
+    assert environment.keys().isdisjoint({"KAGGLE_DEVICES", "SECRET"})
+    assert environment["PATH"] == os.environ["PATH"]

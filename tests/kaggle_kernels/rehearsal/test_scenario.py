@@ -5,63 +5,81 @@ import json
 import polars as pl
 import pytest
 
-from kaggle_kernels.build.bundle import build_mark
+from kaggle_kernels.build.bundle import build, build_mark
 from kaggle_kernels.rehearsal import rehearse as rehearsal
-from tests.kaggle_kernels.packages import rehearse
+from kaggle_kernels.rehearsal.sandbox import KernelRun
+from preprocess.core import ledger
+from tests.kaggle_kernels.packages import change_json, rehearse, write_recipe
 
 
-def faked(monkeypatch, spoil=lambda working: None):
-    """A kernel that knows every answer, its results spoilt; what it was run with."""
-    called = {}
+@pytest.fixture
+def fake_kernel(monkeypatch):
+    """Replace the kernel's run by right answers, which `spoil` may spoil; records what the kernel was run with."""
+    fake = {"spoil": lambda working: None, "passes": []}
 
-    def run(python, kernel, root, name, **options):
-        called.update(options, kernel=kernel)
+    def run(python, kernel, root, name, conditions):
+        fake.update(kernel=kernel, conditions=conditions)
         [path] = (root / "input" / "competitions").rglob("test.*")
         ids, working = pl.read_parquet(path)["id"].cast(pl.String), root / "working"
         pl.DataFrame({"id": ids, "winner": "model_a"}).write_csv(working / "submission.csv")
         scores = pl.DataFrame({"id": ids, "scored": True, "p_model_a": 0.75, "p_model_b": 0.25})
         scores.write_parquet(working / "scores.parquet")
-        (working / "kernel.json").write_text(json.dumps({"devices": ["cpu"], "passes": []}))
-        spoil(working)
-        return rehearsal.Run(12.5, ())
+        (working / "kernel.json").write_text(json.dumps({"devices": ["cpu"], "passes": fake["passes"]}))
+        fake["spoil"](working)
+        return KernelRun(12.5, ())
 
     monkeypatch.setattr(rehearsal, "run_as_kaggle", run)
-    return called
+    return fake
 
 
-def test_another_clock_changes_that_line_of_the_kernel_and_its_build_and_nothing_else(workplace, tmp_path, monkeypatch):
-    called = faked(monkeypatch)
+def test_a_plain_rehearsal_runs_the_built_kernel_on_the_files_own_rows(workplace, tmp_path, fake_kernel):
+    done = rehearse(workplace, "--test", "test.parquet")
+    assert done.exit_code == 0, done.output
+    assert fake_kernel["kernel"] == (tmp_path / "outputs/kernels/test/kernel.py").read_text()
+    conditions = fake_kernel["conditions"]
+    assert (conditions.clock_seconds, conditions.devices, conditions.is_hidden) == (600, None, False)
+    assert not (tmp_path / "outputs/test/rehearsal/rows.parquet").exists()
+    assert "warning: two scored no row; the log above says why\n" in done.output
+
+
+def test_another_clock_changes_that_line_of_the_kernel_and_its_build_and_nothing_else(workplace, tmp_path, fake_kernel):
     done = rehearse(workplace, "--test", "test.parquet", "--clock", "90")
     assert done.exit_code == 0, done.output
-    built, ran = (tmp_path / "outputs/kernels/test/kernel.py").read_text(), called["kernel"]
-    changed = [(one, other) for one, other in zip(built.splitlines(), ran.splitlines(), strict=True) if one != other]
-    marks = (f'    build="{build_mark(built)}",', f'    build="{build_mark(ran)}",')
-    assert changed == [("    clock_seconds=600.0,", "    clock_seconds=90.0,"), marks]
-    assert called["clock_seconds"] == 90
+    built, ran = (tmp_path / "outputs/kernels/test/kernel.py").read_text(), fake_kernel["kernel"]
+    lines = zip(built.splitlines(), ran.splitlines(), strict=True)
+    assert [(before, after) for before, after in lines if before != after] == [
+        ("    clock_seconds=600.0,", "    clock_seconds=90.0,"),
+        (f'    build="{build_mark(built)}",', f'    build="{build_mark(ran)}",'),
+    ]
+    assert fake_kernel["conditions"].clock_seconds == 90
     assert "30 rows in 12.5 s of a clock of 2 min\n" in done.output
     assert json.loads((tmp_path / "outputs/test/rehearsal/rehearsal.json").read_text())["clock_seconds"] == 90
 
 
-def test_a_plain_rehearsal_runs_the_built_kernel_on_the_files_own_rows(workplace, tmp_path, monkeypatch):
-    called = faked(monkeypatch)
-    done = rehearse(workplace, "--test", "test.parquet")
-    assert done.exit_code == 0, done.output
-    assert called["kernel"] == (tmp_path / "outputs/kernels/test/kernel.py").read_text()
-    assert (called["clock_seconds"], called["devices"], called["is_hidden"]) == (600, None, False)
-    assert not (tmp_path / "outputs/test/rehearsal/rows.parquet").exists()
-
-
-def test_made_rows_are_kept_beside_the_results_and_the_run_is_a_hidden_one(workplace, tmp_path, monkeypatch):
-    called = faked(monkeypatch)
+def test_changed_rows_are_kept_beside_the_results_and_the_run_is_a_hidden_one(workplace, tmp_path, fake_kernel):
     options = ("--rows", "200", "--hostile", "--seed", "3", "--devices", "2", "--shuffle")
     done = rehearse(workplace, "--test", "test.parquet", *options)
     assert done.exit_code == 0, done.output
-    assert (called["devices"], called["is_hidden"]) == (2, True)
+    assert (fake_kernel["conditions"].devices, fake_kernel["conditions"].is_hidden) == (2, True)
     rows = pl.read_parquet("outputs/test/rehearsal/rows.parquet")
     assert (rows.height, rows["hostile"].count()) == (200, 64)
     assert "[rehearsal] test.parquet: 200 rows of 30, int ids, shuffled, 64 hostile of 64 of 64 kinds; seed 3\n" in done.output
-    measured = json.loads((tmp_path / "outputs/test/rehearsal/rehearsal.json").read_text())
-    assert (measured["judged"], measured["checks"]["scored"], measured["devices"]) == (137, 200, 2)
+    record = json.loads((tmp_path / "outputs/test/rehearsal/rehearsal.json").read_text())
+    assert (record["judged"], record["checks"]["scored"], record["devices"]) == (137, 200, 2)
+
+
+def test_two_t4s_are_predicted_for_the_recipes_base_model_where_a_small_one_stands_in(workplace, tmp_path, fake_kernel):
+    write_recipe(tmp_path, "two", "tiny-two", "google/gemma-2-9b-it")
+    build(workplace)
+    change_json(tmp_path / "outputs/two/package/contract.json", base_model=".")
+    measured = {"run": "two", "scored": 30, "seconds": 1.0, "tokens": 2_000_000, "computed_tokens": 3_000_000}
+    fake_kernel["passes"] = [{**measured, "order": order} for order in ("as_given", "swapped")]
+    done = rehearse(workplace, "--test", "test.parquet")
+    record = json.loads((tmp_path / "outputs/test/rehearsal/rehearsal.json").read_text())
+    assert record["here"] == {"rows_per_second": 30.0, "tokens_per_second": 2_000_000.0, "padding": 0.3333}
+    assert [prediction["rows"] for prediction in record["two_t4s"]] == [30, 10_000, 25_000]
+    assert record["two_t4s"][0] == {"rows": 30, "loading": 62, "first_order": 1665, "second_order": 1665, "finish": 3391}
+    assert "30 rows of these lengths on two T4s: loading 1 min, first order 28 min, second order 28 min" in done.output
 
 
 def lose_a_row(working):
@@ -70,55 +88,38 @@ def lose_a_row(working):
 
 
 @pytest.mark.parametrize(
-    "spoil, message",
+    "spoil, options, message",
     [
-        (lose_a_row, "submission.csv: 1 ids are missing, e.g. row00"),
-        (
-            lambda working: (working / "scores.parquet").unlink(),
-            "error: scores.parquet: the kernel ended well and did not write",
-        ),
+        (lose_a_row, (), "submission.csv: 1 ids are missing, e.g. row00"),
+        (lambda working: (working / "scores.parquet").unlink(), (), "scores.parquet: the kernel ended well and did not write"),
+        (lambda working: None, ("--kill-every", "5"), "--kill-every: the kernel ended after 12 s and no worker was killed"),
     ],
 )
-def test_results_that_are_no_submission_exit_with_2_and_leave_no_record(workplace, tmp_path, monkeypatch, spoil, message):
-    faked(monkeypatch)
+def test_a_failure_exits_with_2_and_leaves_no_record(workplace, tmp_path, fake_kernel, ledger_file, spoil, options, message):
     assert rehearse(workplace, "--test", "test.parquet", "--out", "results").exit_code == 0
-    faked(monkeypatch, spoil)
-    done = rehearse(workplace, "--test", "test.parquet", "--out", "results")
-    assert done.exit_code == 2
-    assert message in done.output.splitlines()[-1]
-    assert not (tmp_path / "results" / "rehearsal.json").exists()
-
-
-def test_a_model_that_scored_nothing_is_a_warning(workplace, monkeypatch):
-    faked(monkeypatch)
-    done = rehearse(workplace, "--test", "test.parquet")
-    assert "warning: two scored no row; the log above says why\n" in done.output
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        (("--lose-device", "2", "--devices", "2"), "--lose-device: there is no device 2 of 2; give --devices 3 or more"),
-        (("--kill-every", "5"), "--kill-every: the kernel ended after 12 s and no worker was killed; give fewer seconds, or "),
-    ],
-)
-def test_faults_that_cannot_be_or_did_not_happen_exit_with_2(workplace, tmp_path, monkeypatch, options, message):
-    faked(monkeypatch)
+    fake_kernel["spoil"] = spoil
     done = rehearse(workplace, "--test", "test.parquet", "--out", "results", *options)
     assert done.exit_code == 2
     assert message in done.output.splitlines()[-1]
     assert not (tmp_path / "results" / "rehearsal.json").exists()
+    passed, failed = ledger.read()
+    assert (passed["verdict"], failed["verdict"]) == ("passed", "failed")
+    assert done.output.endswith(f"error: {failed['reason']}\n")
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
+        (("--test", "gone.parquet"), "gone.parquet: no such file; give the test rows with --test"),
+        (("--test", "wrong.parquet"), "wrong.parquet, row 1 (id row00000): winner is 'modelA'; expected model_a"),
+        (("--lose-device", "2", "--devices", "2"), "--lose-device: there is no device 2 of 2; give --devices 3 or more"),
         (("--train", "gone.parquet"), "--train gone.parquet: no such file; give the competition's train.parquet or train.csv"),
         (("--train", "test.parquet", "--rows", "9"), "--train: only the visible run scores it; leave out --rows"),
     ],
 )
-def test_a_train_file_that_nobody_would_read_is_refused(workplace, monkeypatch, options, message):
-    called = faked(monkeypatch)
+def test_wrong_options_are_refused_before_the_kernel_runs(workplace, fake_kernel, options, message):
+    pl.read_parquet("test.parquet").sort("id").with_columns(winner=pl.lit("modelA")).write_parquet("wrong.parquet")
     done = rehearse(workplace, "--test", "test.parquet", *options)
-    assert (done.exit_code, called) == (2, {})
-    assert message in done.output
+    assert (done.exit_code, done.output.count("\n")) == (2, 1)
+    assert done.output.startswith(f"error: {message}")
+    assert "kernel" not in fake_kernel

@@ -1,0 +1,62 @@
+"""Kaggle's folder tree for one rehearsal: what a kernel sees below /kaggle.
+
+input/datasets/owner/DATASET/        each package
+input/competitions/COMPETITION/      the test file, and the train file in the visible run
+working/                             empty; the kernel writes its results there
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import polars as pl
+
+from kaggle_kernels.build.spec import COMPETITIONS, Spec
+from kaggle_kernels.rehearsal.adversarial_texts import TEXTS
+
+# Kaggle reads this file from an upload, and does not mount it.
+METADATA = "dataset-metadata.json"
+
+
+def lay_out_tree(
+    root: Path,
+    spec: Spec,
+    packages: Mapping[str, Path],
+    suffix: str,
+    test_rows: pl.DataFrame,
+    train_file: Path | None = None,
+) -> None:
+    """Make the tree in the new folder `root`, which stands for /kaggle.
+
+    Args:
+        root: Where to make it.
+        spec: The kernel's spec; its competition names a folder.
+        packages: Each dataset's name, and the folder of its package.
+        suffix: ".csv" for a test file in CSV, anything else for Parquet.
+        test_rows: The rows of the test file, of which only ids and texts are written.
+        train_file: The competition's train file, for the visible run.
+    """
+    for dataset, package in packages.items():
+        mount_package(root / "input" / "datasets" / "owner" / dataset, package)
+
+    competition = root / "input" / "competitions" / COMPETITIONS[spec.competition].slug
+    competition.mkdir(parents=True)
+
+    # The kernel must not see verdicts, which a train file used as the test file has.
+    visible_columns = test_rows.select("id", *TEXTS)
+    if suffix == ".csv":
+        visible_columns.write_csv(competition / "test.csv")
+    else:
+        visible_columns.write_parquet(competition / "test.parquet")
+
+    if train_file is not None:
+        (competition / f"train{train_file.suffix}").symlink_to(train_file.absolute())
+
+    (root / "working").mkdir()
+
+
+def mount_package(mount: Path, package: Path) -> None:
+    """Link a package's files into the folder `mount`, as Kaggle mounts a dataset."""
+    mount.mkdir(parents=True)
+    for path in package.iterdir():
+        if path.name != METADATA:
+            (mount / path.name).symlink_to(path.absolute())
