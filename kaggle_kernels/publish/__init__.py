@@ -1,4 +1,6 @@
-"""From a rehearsed kernel to a score on Kaggle, by the kaggle command. To be read in this order:
+"""From a rehearsed kernel to a score on Kaggle, by the kaggle command.
+
+To be read in this order:
 
     push.py            every check, then the datasets, then the kernel
     preflight.py       what is checked before the first byte goes up

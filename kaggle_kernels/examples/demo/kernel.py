@@ -155,7 +155,7 @@ SETTINGS = Settings(
     min_scored=0.98,
     visible_rows=512,
     wheels="pairwise-wheels",
-    build="a664c77e8ac0e503",
+    build="6a1bee99bba123a8",
 )
 
 
@@ -2895,9 +2895,7 @@ def combine(settings: Settings, packages: Sequence[Package], per_package: Sequen
             opinion = to_competition(values, package.contract.verdicts, settings.verdicts)
             opinions.setdefault(row_id, []).append(opinion)
             weights.setdefault(row_id, []).append(served.weight)
-    return {
-        row_id: soften(weighted_mean(values, weights[row_id]), settings.temperature) for row_id, values in opinions.items()
-    }
+    return {row_id: soften(weighted_mean(values, weights[row_id]), settings.temperature) for row_id, values in opinions.items()}
 
 
 # ==============================================================================================================

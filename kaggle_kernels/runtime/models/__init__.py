@@ -1,4 +1,6 @@
-"""A package's model: loaded as it was trained, placed on the devices, and run. To be read in this order:
+"""A package's model: loaded as it was trained, placed on the devices, and run.
+
+To be read in this order:
 
     model.py           the model of a package, loaded as its contract says
     gptq.py            layers whose GPTQ weights are unpacked in each pass

@@ -1,4 +1,6 @@
-"""Scores all rows within the time limit, on devices that may fail. To be read in this order:
+"""Scores all rows within the time limit, on devices that may fail.
+
+To be read in this order:
 
     schedule.py        pass after pass: `score_all`, and `plan_next_pass` says which
     plan.py            the second order and further models: which rows are worth their seconds (`allocate`)

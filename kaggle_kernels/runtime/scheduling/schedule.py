@@ -394,6 +394,4 @@ def combine(settings: Settings, packages: Sequence[Package], per_package: Sequen
             opinion = to_competition(values, package.contract.verdicts, settings.verdicts)
             opinions.setdefault(row_id, []).append(opinion)
             weights.setdefault(row_id, []).append(served.weight)
-    return {
-        row_id: soften(weighted_mean(values, weights[row_id]), settings.temperature) for row_id, values in opinions.items()
-    }
+    return {row_id: soften(weighted_mean(values, weights[row_id]), settings.temperature) for row_id, values in opinions.items()}

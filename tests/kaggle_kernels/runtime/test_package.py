@@ -105,5 +105,3 @@ def test_two_packages_keep_their_own_model_input(package_folder, spoilt):
     first, second = (execute_model_input(folder / "model_input.py") for folder in (package_folder, spoilt))
     assert (first.MARKER, second.MARKER) == (" […] ", " [..] ")
     assert first.Pair is not second.Pair
-
-
