@@ -138,7 +138,7 @@ def judgement_of(row: Mapping, columns: Sequence[str]) -> str | None:
     return won[0] if len(won) == 1 else None
 
 
-def visible_report(
+def visible_report(  # noqa: PLR0913  one for each thing that was measured
     visible: VisibleRows,
     verdicts: Sequence[str],
     scored: Mapping[str, Sequence[float]],

@@ -155,7 +155,7 @@ SETTINGS = Settings(
     min_scored=0.98,
     visible_rows=512,
     wheels="pairwise-wheels",
-    build="6a1bee99bba123a8",
+    build="0520ce9a02b77787",
 )
 
 
@@ -341,7 +341,7 @@ def fill(sizes: Sequence[int], capacity: int) -> list[int]:
 
 
 def split_over(folder: Path, devices: Sequence[str]) -> dict[str, str]:
-    """transformers' device_map for the model in `folder`, its layers over all `devices`.
+    """Make transformers' device_map for the model in `folder`, its layers over all `devices`.
 
     Positions are computed beside the embedding; a head that is the embedding itself stays with it.
     """
@@ -848,7 +848,7 @@ def last_token_place(ids: Sequence[int], pad_token_id: int) -> int:
     return 0
 
 
-def score(
+def score(  # noqa: PLR0913  the last three are options by name
     model: torch.nn.Module,
     model_input: ModuleType,
     tokenizer,
@@ -1784,7 +1784,7 @@ def judgement_of(row: Mapping, columns: Sequence[str]) -> str | None:
     return won[0] if len(won) == 1 else None
 
 
-def visible_report(
+def visible_report(  # noqa: PLR0913  one for each thing that was measured
     visible: VisibleRows,
     verdicts: Sequence[str],
     scored: Mapping[str, Sequence[float]],

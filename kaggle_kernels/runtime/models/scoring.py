@@ -177,7 +177,7 @@ def last_token_place(ids: Sequence[int], pad_token_id: int) -> int:
     return 0
 
 
-def score(
+def score(  # noqa: PLR0913  the last three are options by name
     model: torch.nn.Module,
     model_input: ModuleType,
     tokenizer,
