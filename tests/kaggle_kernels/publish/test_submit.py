@@ -249,14 +249,14 @@ def test_one_submission_is_made_whatever_was_lost_on_the_way(pushed, kaggle, fau
 
 @pytest.mark.parametrize(
     "message, outcome",
-    [("first try", f"submitted: tester/pairwise-demo version 1 to {WSDM_CUP} as 1001\n"), ("second try", "was submitted at ")],
+    [("first try", f"submitted: tester/pairwise-demo version 1 to {WSDM_CUP} as 1001"), ("second try", "was submitted at ")],
 )
 def test_a_submission_that_was_interrupted_is_found_and_written_down(pushed, kaggle, monkeypatch, message, outcome):
     with monkeypatch.context() as patch:
         patch.setattr(module, "find_new", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert refusal(submit()) == "interrupted; run submit again, which goes on from here"
     assert (len(kaggle.site.submissions), ledger.read()) == (1, [])
-    assert outcome in submit(message=message).output
+    assert outcome in submit(message=message).output.splitlines()[-1]
     assert [made.description for made in kaggle.site.submissions] == ["first try"]
     assert [(entry["submission_ref"], entry["message"]) for entry in ledger.read()] == [("1001", "first try")]
 

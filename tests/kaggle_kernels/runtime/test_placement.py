@@ -3,7 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from kaggle_kernels.runtime.models.gptq import GptqLinear
 from kaggle_kernels.runtime.models.placement import balance, part_sizes, split_over, weight_sizes
@@ -62,6 +62,16 @@ def test_the_map_of_a_tiny_classifier(package_folder):
 def test_a_head_that_is_the_embedding_stays_with_it(tiny_models):
     assert split_over(tiny_models("gemma2"), ["cuda:0", "cuda:1"])["lm_head"] == "cuda:0"
     assert split_over(tiny_models("llama"), ["cuda:0", "cuda:1"])["lm_head"] == "cuda:1"
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "llama", "qwen2"])
+def test_every_part_of_the_model_has_a_place(tiny_models, kind):
+    placed = split_over(tiny_models(kind), ["cuda:0", "cuda:1"])
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_models(kind)))
+    tensors = [name for name, _ in [*model.named_parameters(), *model.named_buffers()]]
+    assert [name for name in tensors if not any(name.startswith(f"{part}.") for part in placed)] == []
+    assert [part for part in placed if not any(name == part for name, _ in model.named_modules())] == []
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "llama", "qwen2"])
