@@ -155,7 +155,7 @@ SETTINGS = Settings(
     min_scored=0.98,
     visible_rows=512,
     wheels="pairwise-wheels",
-    build="0520ce9a02b77787",
+    build="a22c3ca55f3d6b4d",
 )
 
 
@@ -341,7 +341,7 @@ def fill(sizes: Sequence[int], capacity: int) -> list[int]:
 
 
 def split_over(folder: Path, devices: Sequence[str]) -> dict[str, str]:
-    """Make transformers' device_map for the model in `folder`, its layers over all `devices`.
+    """Transformers' device_map for the model in `folder`, its layers over all `devices`.
 
     Positions are computed beside the embedding; a head that is the embedding itself stays with it.
     """
