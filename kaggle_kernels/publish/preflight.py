@@ -48,43 +48,76 @@ class Preflight:
 
 def preflight(spec_path: Path, owner: str) -> Preflight:
     """Check what a push of the spec by the account `owner` needs. Bad input is among the errors; nothing is raised for it."""
-    found = Preflight()
-    check(found, "credentials of the kaggle command", credentials)
+    report = Preflight()
+    check(report, "credentials of the kaggle command", credentials)
     if owner:
-        check(found, f"owner {owner}", owner_problems, owner)
-    if not check(found, f"{spec_path}", lambda: [] if read_spec(spec_path) else []):
-        return found
-    spec = read_spec(spec_path)
-    check(found, "title and slug of the kernel", title_problems, spec_path, spec)
-    fits: list[Fit] = []
-    if check(found, "two T4s hold it", lambda: fits.extend(fit_packages(spec_path, spec)) or []):
-        check(found, f"{kernel_folder(spec_path)} is up to date", build_problems, spec_path)
+        check(report, f"owner {owner}", owner_problems, owner)
+
+    # Without a spec that can be read there is nothing more to check.
+    spec = read_and_note(report, str(spec_path), read_spec, spec_path)
+    if spec is None:
+        return report
+    check(report, "title and slug of the kernel", title_problems, spec_path, spec)
+    fits = read_and_note(report, "two T4s hold it", fit_packages, spec_path, spec)
+    if fits is None:
+        fits = []
+    else:
+        check(report, f"{kernel_folder(spec_path)} is up to date", build_problems, spec_path)
+
     folders = {package.dataset: package_folder(package.run) for package in spec.packages}
-    for number, (dataset, folder) in enumerate(folders.items()):
-        check(found, f"{folder} is what was packaged", package_problems, folder, dataset, fits[number : number + 1])
-        check(found, f"{folder}: dataset {dataset}", dataset_problems, folder, dataset)
-        check(found, f"{folder.parent / 'agreement.json'}: agreement passed", agreement_problems, folder)
+    fit_by_dataset = {fit.package.dataset: fit for fit in fits}
+    for dataset, folder in folders.items():
+        check(report, f"{folder} is what was packaged", package_problems, folder, dataset, fit_by_dataset.get(dataset))
+        check(report, f"{folder}: dataset {dataset}", dataset_problems, folder, dataset)
+        check(report, f"{folder.parent / 'agreement.json'}: agreement passed", agreement_problems, folder)
     if spec.wheels:
-        check(found, f"{WHEELS}: dataset {spec.wheels}", wheels_problems, spec.wheels, fits)
-    datasets = [folder for folder in (*folders.values(), *([WHEELS] if spec.wheels else [])) if folder.is_dir()]
+        check(report, f"{WHEELS}: dataset {spec.wheels}", wheels_problems, spec.wheels, fits)
+
+    uploaded = list(folders.values())
+    if spec.wheels:
+        uploaded.append(WHEELS)
+    uploaded = [folder for folder in uploaded if folder.is_dir()]
     pairs = list(dict.fromkeys(Path(fit.recipe.pairwise.pairs) for fit in fits))
-    what = "no secret, home path or row of data in what goes up"
-    check(found, what, secret_problems, [*datasets, kernel_folder(spec_path)], pairs)
-    check(found, "rehearsal of this build passed", rehearsal_problems, spec_path, folders)
-    found.warnings.extend(warnings_of(datasets, pairs))
-    found.errors[:] = dict.fromkeys(found.errors)
-    return found
+    secrets = "no secret, home path or row of data in what goes up"
+    check(report, secrets, secret_problems, [*uploaded, kernel_folder(spec_path)], pairs)
+    check(report, "rehearsal of this build passed", rehearsal_problems, spec_path, folders)
+
+    report.warnings.extend(warnings_of(uploaded, pairs))
+    report.errors[:] = dict.fromkeys(report.errors)  # two checks may come upon the same problem
+    return report
 
 
-def check(found: Preflight, what: str, problems: Callable[..., list[str]], *arguments) -> bool:
-    """Make one check and write it down; whether it found nothing wrong. A UserError is a problem like the others."""
+def check(report: Preflight, name: str, find_problems: Callable[..., list[str]], *arguments) -> bool:
+    """Make one check and note it; whether it found nothing wrong. A UserError is a problem like the others."""
     try:
-        told = problems(*arguments)
+        problems = find_problems(*arguments)
     except UserError as error:
-        told = [str(error)]
-    found.errors.extend(told)
-    found.checks.append(f"{what}: {'ok' if not told else f'{len(told)} problem' + 's' * (len(told) > 1)}")
-    return not told
+        problems = [str(error)]
+    note_check(report, name, problems)
+    return not problems
+
+
+def read_and_note(report: Preflight, name: str, read: Callable, *arguments) -> object | None:
+    """Read what later checks need, and note as a check whether it can be read; None where it cannot."""
+    try:
+        value = read(*arguments)
+    except UserError as error:
+        note_check(report, name, [str(error)])
+        return None
+    note_check(report, name, [])
+    return value
+
+
+def note_check(report: Preflight, name: str, problems: Sequence[str]) -> None:
+    """Write a check down with the problems that it found."""
+    report.errors.extend(problems)
+    if not problems:
+        outcome = "ok"
+    elif len(problems) == 1:
+        outcome = "1 problem"
+    else:
+        outcome = f"{len(problems)} problems"
+    report.checks.append(f"{name}: {outcome}")
 
 
 def credentials() -> list[str]:
@@ -128,12 +161,12 @@ def build_problems(spec_path: Path) -> list[str]:
     ]
 
 
-def package_problems(folder: Path, dataset: str, fits: Sequence[Fit]) -> list[str]:
+def package_problems(folder: Path, dataset: str, fit: Fit | None) -> list[str]:
     """Whether the package is there, is the recipe's, is flat, and holds what its manifest lists and nothing else."""
     if not (folder / MANIFEST).is_file():
-        recipe = fits[0].recipe.path if fits else f"the recipe of {dataset}"
+        recipe = fit.recipe.path if fit else f"the recipe of {dataset}"
         return [f"{folder}: no package; run `python -m postprocess {recipe}`"]
-    for fit in fits:
+    if fit:
         find_package(fit)
     return content_problems(folder, read_object(folder / MANIFEST).get("files"), MANIFEST)
 

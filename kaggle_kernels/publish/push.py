@@ -37,11 +37,17 @@ from preprocess.core.files import read_object, sha256, write_json
 
 
 def push(spec_path: Path, pace: Pace, dry_run: bool = False, again: bool = False) -> None:
-    """Publish the spec's datasets and its kernel; with `dry_run` only say what would be done, with `again` a kernel that is
-    unchanged too, so that it runs once more.
+    """Publish the spec's datasets and its kernel.
 
-    Every problem that can be found before is told before the first byte goes up. UserError also where it is interrupted:
-    the same call then goes on.
+    Args:
+        spec_path: The spec, whose packages are in outputs/.
+        pace: How often and how long Kaggle is asked.
+        dry_run: Only say what would be done.
+        again: Push a kernel that is unchanged too, so that it runs once more.
+
+    Raises:
+        UserError: Something is wrong: every problem that can be found before is told before the first byte goes up. Also
+            where the push is interrupted: the same call then goes on.
     """
     owner = check_all(spec_path, pace)
     datasets = find_datasets(spec_path, owner)

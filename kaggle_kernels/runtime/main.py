@@ -71,14 +71,15 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
         log(clock, f"installed {', '.join(installed)} from {settings.wheels}")
     devices = list(devices or visible_devices())
     visible = choose_visible_rows(root, settings, folders, {row["id"] for row in rows})
-    if visible.told:
-        log(clock, visible.told)
+    if visible.log_line:
+        log(clock, visible.log_line)
     machine = check_machine(root, settings, packages, devices, len(rows) + len(visible.rows), clock)
     board = make_board(settings, packages, [*rows, *visible.rows], devices, clock, is_hidden_run())
     with carrying_on(board):
         score_all(board)
     scored = combine(settings, packages, board.scores)
-    final = submit(root / "working", board, rows, scored, read_ids(test_file))
+    final = fill_unscored(rows, scored, settings.verdicts, settings.min_scored)
+    write_submission(root / "working" / "submission.csv", settings, final, read_ids(test_file))
     record = {
         "settings": asdict(settings),
         "manifests": {one.dataset: package.manifest_sha256() for one, package in zip(settings.packages, packages, strict=True)},
@@ -86,7 +87,7 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
         "installed": installed,
         "machine": machine,
         "devices": devices,
-        "hidden_run": board.hidden_run,
+        "hidden_run": board.inputs.hidden_run,
         "rows": len(rows),
         "scored": sum(row["id"] in scored for row in rows),
         "plans": board.plans,
@@ -112,39 +113,30 @@ def carrying_on(board: Board) -> Iterator[None]:
     try:
         yield
     except Exception:
-        if not board.hidden_run:
+        if not board.inputs.hidden_run:
             raise
-        log(board.clock, f"going on with what was scored until now: {traceback.format_exc()}")
-
-
-def submit(
-    working: Path, board: Board, rows: Sequence[dict], scored: Mapping[str, list[float]], expected_ids: Sequence[str]
-) -> dict[str, list[float]]:
-    """Write submission.csv of the test rows, whose ids must be those expected; their probabilities."""
-    settings = board.settings
-    final = fill_unscored(rows, scored, settings.verdicts, settings.min_scored)
-    write_submission(working / "submission.csv", settings, final, expected_ids)
-    return final
+        log(board.inputs.clock, f"going on with what was scored until now: {traceback.format_exc()}")
 
 
 def report_visible_rows(board: Board, visible: VisibleRows, scored: Mapping[str, list[float]]) -> dict:
     """What the visible run measured, for kernel.json, also logged."""
-    clock_seconds = board.clock.deadline - board.clock.began
-    verdicts, speeds = board.settings.verdicts, speeds_of(board)
+    clock_seconds = board.inputs.clock.deadline - board.inputs.clock.began
+    verdicts, speeds = board.inputs.settings.verdicts, speeds_of(board)
     report = visible_report(visible, verdicts, scored, board.by_run(), speeds, board.before_seconds, clock_seconds)
     for line in visible_lines(report):
-        log(board.clock, line)
+        log(board.inputs.clock, line)
     return report
 
 
 def speeds_of(board: Board) -> list[Speed]:
     """What was measured of each package that scored."""
     speeds = []
-    for number, chosen in enumerate(board.settings.packages):
+    for number, chosen in enumerate(board.inputs.settings.packages):
         done = [record for record in board.passes if record["run"] == chosen.run and record["scored"]]
-        loads = [worker["load_seconds"] for worker in board.workers if worker["package"] == board.packages[number].folder.name]
+        name = board.inputs.packages[number].folder.name
+        loads = [worker["load_seconds"] for worker in board.workers if worker["package"] == name]
         if done:
-            rate = board.rates[number] * done[0]["tokens"] / done[0]["computed_tokens"]
+            rate = board.measured.rates[number] * done[0]["tokens"] / done[0]["computed_tokens"]
             tokens = done[0]["tokens"] / done[0]["scored"]
             speeds.append(Speed(chosen.run, max(loads, default=0.0), rate, tokens, len(board.orders(number))))
     return speeds

@@ -20,6 +20,7 @@ from kaggle_kernels.runtime.submission import is_first_longer
 
 VALIDATION_IDS = "validation_ids.json"
 TRAIN_FILES = ("train.parquet", "train.csv")
+TRAIN_PREFIX = "train:"
 HIDDEN_ROWS = (10_000, 25_000)  # of the public and of the final phase
 JUDGEMENTS = ("model_a", "model_b", "tie")
 NEVER = 1e9  # seconds, where nothing was measured
@@ -30,13 +31,13 @@ class VisibleRows:
     """What the visible run scores beside the test rows.
 
     `rows` are like the test file's, each with a new id; `winners` holds their verdicts by that id (None: has none). With
-    `trained_on` a model has seen the rows in training. `told` is a sentence for the log, empty in the hidden run.
+    `trained_on` a model has seen the rows in training. `log_line` says what was chosen or why nothing was.
     """
 
     rows: tuple[dict, ...] = ()
     winners: Mapping[str, str | None] = field(default_factory=dict)
     trained_on: bool = False
-    told: str = ""
+    log_line: str = ""
 
 
 @dataclass(frozen=True)
@@ -57,48 +58,76 @@ class Speed:
         return min(rows * orders * self.tokens_per_row / self.tokens_per_second, NEVER) if self.tokens_per_second else NEVER
 
 
-def choose_visible_rows(root: Path, settings: Settings, folders: Sequence[Path], taken: Collection[str]) -> VisibleRows:
-    """At most settings.visible_rows rows of the train file that the packages in `folders` all list, chosen by a hash of the id.
+def choose_visible_rows(root: Path, settings: Settings, folders: Sequence[Path], test_ids: Collection[str]) -> VisibleRows:
+    """Choose at most settings.visible_rows rows of the train file that the packages in `folders` all list.
 
-    Their ids get a prefix that none of `taken`, the test rows' ids, begins with. No rows in the hidden run, and where there is
-    nothing to choose from, which is told and never an error.
+    No rows in the hidden run, and where there are none to choose from: the log then says why, and it is never an error.
     """
     if os.environ.get("KAGGLE_IS_COMPETITION_RERUN"):
         return VisibleRows()
     if not settings.visible_rows:
-        return VisibleRows(told="visible run: visible_rows is 0, no row of the train file is scored")
+        return no_visible_rows("visible_rows is 0, no row of the train file is scored")
+
     lists = []
     for folder in folders:
         if not (folder / VALIDATION_IDS).is_file():
-            return VisibleRows(
-                told=f"visible run: {folder.name} has no {VALIDATION_IDS}; package the run again to have it measured"
-            )
+            return no_visible_rows(f"{folder.name} has no {VALIDATION_IDS}; package the run again to have it measured")
         lists.append(json.loads((folder / VALIDATION_IDS).read_text(encoding="utf-8")))
-    listed = frozenset.intersection(*(frozenset(one["ids"]) for one in lists))
+    listed_by_all = frozenset.intersection(*(frozenset(listing["ids"]) for listing in lists))
+
     try:
         file = find_mounted(root, settings.competition, TRAIN_FILES, "competitions")
     except FileNotFoundError:
-        return VisibleRows(told=f"visible run: no {' or '.join(TRAIN_FILES)} of {settings.competition} is mounted")
+        return no_visible_rows(f"no {' or '.join(TRAIN_FILES)} of {settings.competition} is mounted")
     try:
-        present = sorted(listed.intersection(read_ids(file)), key=lambda row_id: hashlib.sha256(row_id.encode()).hexdigest())
-        chosen = present[: settings.visible_rows]
-        found = {row["id"]: row for row in rows_of(file, ("id", *TEXTS, *settings.columns), frozenset(chosen))}
+        train_rows = read_train_rows(file, settings, listed_by_all)
     except (OSError, ValueError, pa.ArrowException) as error:
-        return VisibleRows(told=f"visible run: the train file is not scored: {error}")
-    if not found:
-        return VisibleRows(told=f"visible run: {file.name} holds none of the {len(listed)} ids that every package lists")
-    prefix = "train:"
-    while any(row_id.startswith(prefix) for row_id in taken):
-        prefix = f"train:{prefix}"
-    are_turns = "tie" in settings.verdicts
-    rows = tuple(
-        {"id": prefix + row_id, **{name: read_text(found[row_id][name], are_turns) for name in TEXTS}} for row_id in chosen
-    )
-    winners = {prefix + row_id: judgement_of(found[row_id], settings.columns) for row_id in chosen}
-    trained_on = any(one["trained_on"] for one in lists)
-    folds = " and ".join(sorted({f"fold {one['fold']}" for one in lists}))
-    what = "rows that a model was trained on: they tell of speed only" if trained_on else f"held out ({folds})"
-    return VisibleRows(rows, winners, trained_on, f"visible run: {len(rows)} rows of {file.name} are scored too, {what}")
+        return no_visible_rows(f"the train file is not scored: {error}")
+    if not train_rows:
+        return no_visible_rows(f"{file.name} holds none of the {len(listed_by_all)} ids that every package lists")
+
+    trained_on = any(listing["trained_on"] for listing in lists)
+    if trained_on:
+        kind = "rows that a model was trained on: they tell of speed only"
+    else:
+        folds = sorted({f"fold {listing['fold']}" for listing in lists})
+        kind = f"held out ({' and '.join(folds)})"
+    log_line = f"visible run: {len(train_rows)} rows of {file.name} are scored too, {kind}"
+    rows, winners = rename_train_rows(train_rows, settings, test_ids)
+    return VisibleRows(rows, winners, trained_on, log_line)
+
+
+def no_visible_rows(reason: str) -> VisibleRows:
+    """No rows, and a line for the log that says why."""
+    return VisibleRows(log_line=f"visible run: {reason}")
+
+
+def read_train_rows(file: Path, settings: Settings, listed: frozenset[str]) -> list[dict]:
+    """The rows of the train file to be scored, in an order that does not depend on the file's: that of their ids' hashes."""
+    present = listed.intersection(read_ids(file))
+    by_hash = sorted(present, key=lambda row_id: hashlib.sha256(row_id.encode()).hexdigest())
+    wanted = by_hash[: settings.visible_rows]
+    columns = ("id", *TEXTS, *settings.columns)
+    rows_by_id = {row["id"]: row for row in rows_of(file, columns, frozenset(wanted))}
+    return [rows_by_id[row_id] for row_id in wanted]
+
+
+def rename_train_rows(
+    train_rows: Sequence[dict], settings: Settings, test_ids: Collection[str]
+) -> tuple[tuple[dict, ...], dict[str, str | None]]:
+    """The train file's rows as those of the test file are, and their verdicts, under new ids that no test row has."""
+    prefix = TRAIN_PREFIX
+    while any(row_id.startswith(prefix) for row_id in test_ids):
+        prefix = TRAIN_PREFIX + prefix
+
+    rows = []
+    winners = {}
+    for train_row in train_rows:
+        new_id = prefix + train_row["id"]
+        texts = {name: read_text(train_row[name], are_turns="tie" in settings.verdicts) for name in TEXTS}
+        rows.append({"id": new_id, **texts})
+        winners[new_id] = judgement_of(train_row, settings.columns)
+    return tuple(rows), winners
 
 
 def judgement_of(row: Mapping, columns: Sequence[str]) -> str | None:
@@ -109,7 +138,7 @@ def judgement_of(row: Mapping, columns: Sequence[str]) -> str | None:
     return won[0] if len(won) == 1 else None
 
 
-def visible_report(
+def visible_report(  # noqa: PLR0913  one for each thing that was measured
     visible: VisibleRows,
     verdicts: Sequence[str],
     scored: Mapping[str, Sequence[float]],

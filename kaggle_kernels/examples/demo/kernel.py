@@ -155,7 +155,7 @@ SETTINGS = Settings(
     min_scored=0.98,
     visible_rows=512,
     wheels="pairwise-wheels",
-    build="172ac3ab763ccc2f",
+    build="a22c3ca55f3d6b4d",
 )
 
 
@@ -778,10 +778,11 @@ def verdict_logits(
 
     Sequences of like length go through the model together: a pair's two responses, which are not, each with others.
     """
+    compute_logits = label_token_logits if contract.head == "label_tokens" else classifier_logits
     rows = [torch.empty(0)] * len(sequences)
     for group in alike(list(map(len, sequences))):
         with passing():
-            outputs_go = head_outputs(model, contract, [sequences[place] for place in group], device).float().cpu()
+            outputs_go = compute_logits(model, contract, [sequences[place] for place in group], device).float().cpu()
         for place, row in zip(group, outputs_go, strict=True):
             rows[place] = row
     logits = torch.stack(rows)
@@ -790,38 +791,64 @@ def verdict_logits(
     return logits.view(-1, 2)[:, [("model_a", "model_b").index(verdict) for verdict in contract.verdicts]]
 
 
-def head_outputs(model: torch.nn.Module, contract, sequences: Sequence[list[int]], device: str) -> torch.Tensor:
-    """What the head says of each sequence, (sequences, outputs), in one forward pass.
+def classifier_logits(model: torch.nn.Module, contract, sequences: Sequence[list[int]], device: str) -> torch.Tensor:
+    """The outputs of a classifier, (sequences, outputs). Its rows are padded on the right.
 
-    A classifier finds the last token that is not padding by itself, so its rows are padded on the right, and what a decoder
-    reads there never sees the padding: it needs no mask. A causal LM is padded on the left: the answer then stands at the
-    last place of every row, and only there are logits computed.
+    By itself it finds the last token that is not padding. What a decoder reads there never sees the padding behind it, so that
+    only an encoder needs a mask.
     """
-    lengths_g1 = torch.tensor([[len(ids)] for ids in sequences])
-    longest, left, causal = int(lengths_g1.max()), contract.head == "label_tokens", getattr(model, "causal", False)
-    places_t = torch.arange(longest)
-    mask_gt = places_t >= longest - lengths_g1 if left else places_t < lengths_g1
-    ids_gt = torch.full(mask_gt.shape, contract.pad_token_id)
-    ids_gt[mask_gt] = torch.tensor([token for ids in sequences for token in ids])
+    is_decoder = getattr(model, "causal", False)
+    ids_gt, mask_gt = pad(sequences, contract.pad_token_id, pad_left=False)
     inputs = {"input_ids": ids_gt.to(device)}
-    if (left or not causal) and not mask_gt.all():
+    if not is_decoder and not mask_gt.all():
         inputs["attention_mask"] = mask_gt.long().to(device)
-    if left:
-        inputs["position_ids"] = (mask_gt.cumsum(-1) - 1).clamp(min=0).to(device)
-        inputs |= {"logits_to_keep": 1, "use_cache": False}
-    with reading(torch.tensor([read_place(ids, longest, contract, causal) for ids in sequences], device=device)):
-        logits = model(**inputs).logits
-    return logits[:, -1, list(contract.label_token_ids)] if left else logits
+
+    # A decoder's head reads the last token of a row that is not padding, an encoder's the first.
+    read_places = [0] * len(sequences)
+    if is_decoder:
+        read_places = [last_token_place(ids, contract.pad_token_id) for ids in sequences]
+    with reading(torch.tensor(read_places, device=device)):
+        return model(**inputs).logits
 
 
-def read_place(ids: Sequence[int], longest: int, contract, causal: bool) -> int:
-    """Where the head reads a row of `longest` tokens: the last one that is not padding, an encoder's the first."""
-    if contract.head == "label_tokens":
-        return longest - 1
-    return max((place for place, token in enumerate(ids) if token != contract.pad_token_id), default=0) if causal else 0
+def label_token_logits(model: torch.nn.Module, contract, sequences: Sequence[list[int]], device: str) -> torch.Tensor:
+    """The answer tokens' logits of a causal LM, (sequences, verdicts).
+
+    Its rows are padded on the left: the answer then stands at the last place of every row, and only there are logits computed.
+    """
+    ids_gt, mask_gt = pad(sequences, contract.pad_token_id, pad_left=True)
+    position_ids_gt = (mask_gt.cumsum(-1) - 1).clamp(min=0)
+    inputs = {"input_ids": ids_gt.to(device), "position_ids": position_ids_gt.to(device)}
+    if not mask_gt.all():
+        inputs["attention_mask"] = mask_gt.long().to(device)
+
+    last_place = ids_gt.shape[1] - 1
+    with reading(torch.full((len(sequences),), last_place, device=device)):
+        logits_g1v = model(**inputs, logits_to_keep=1, use_cache=False).logits
+    return logits_g1v[:, -1, list(contract.label_token_ids)]
 
 
-def score(
+def pad(sequences: Sequence[list[int]], pad_token_id: int, pad_left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids padded to the longest sequence, and where they are no padding, both (sequences, tokens)."""
+    lengths_g1 = torch.tensor([[len(ids)] for ids in sequences])
+    longest = int(lengths_g1.max())
+    places_t = torch.arange(longest)
+    mask_gt = places_t >= longest - lengths_g1 if pad_left else places_t < lengths_g1
+
+    ids_gt = torch.full(mask_gt.shape, pad_token_id)
+    ids_gt[mask_gt] = torch.tensor([token for ids in sequences for token in ids])
+    return ids_gt, mask_gt
+
+
+def last_token_place(ids: Sequence[int], pad_token_id: int) -> int:
+    """The place of the last token that is not the pad id; 0 where all are, as the classifier reads such a row."""
+    for place in range(len(ids) - 1, -1, -1):
+        if ids[place] != pad_token_id:
+            return place
+    return 0
+
+
+def score(  # noqa: PLR0913  the last three are options by name
     model: torch.nn.Module,
     model_input: ModuleType,
     tokenizer,
@@ -862,37 +889,30 @@ def mean_of_orders(scores: dict[str, dict[str, list[float]]]) -> dict[str, list[
 # ==============================================================================================================
 # scheduling/plan.py
 #
-# What to score next, and for several models where.
+# Plans what is scored after the first order: the second order, and further models, row by row within the time limit.
 #
-# First comes the first order of every row by the first model. Then there are options: the second order, a further model, its
-# second order. An option changes a probability by some amount, whose standard deviation s is measured. The gain to be
-# expected is that of the knowledge gradient (Frazier, Powell and Dayanik 2008): 2 (s φ(m/s) − m Φ(−m/s)), with m half the
-# lead of the first verdict over the second. A row near the line gains most, one far from it nothing. For log loss it is s² (1
-# − Σp²). Divided by the seconds that the row takes, it says what to do first; as much as the clock allows is done. Which
-# further models are worth loading is tried out, with 0, 1, 2, … of them.
+# Called by schedule.plan_next_pass after every pass. What could still be done are options: one more pass each, of a package in
+# an order. An option changes a probability by some amount, whose standard deviation s is measured. The expected gain is that of
+# the knowledge gradient (Frazier, Powell and Dayanik 2008): 2 (s φ(m/s) − m Φ(−m/s)), with m half the lead of the first verdict
+# over the second. A row near the line between two verdicts gains most, one far from it nothing. For log loss it is
+# s² (1 − Σp²).
 #
-# Several models on several GPUs go one after the other on all of them, or each on GPUs of its own, whichever should end sooner.
-#
-# The cost model of that: a copy of a model is loaded at LOAD_BYTES_PER_SECOND, one copy after the other; then a device does
-# 2 x parameters (the embedding's not counted) x tokens floating-point operations at FLOP_PER_SECOND.
-# One after the other loads every model on every device and keeps all devices busy until the end. Side by side loads each
-# model once for each of its devices, and the devices of the faster model wait for the slower one.
-# Side by side must also fit the clock SAFETY times over, else the first model, on half the devices, might not get round.
+# Rows are taken by their gain per second until the seconds are used. Which further models are worth their loading is tried out:
+# with none of them, with the first, with the first two, and so on.
 # ==============================================================================================================
 
 LOAD_BYTES_PER_SECOND = 3e8
-FLOP_PER_SECOND = {"cuda": 1.5e13, "cpu": 5e10}  # a T4 in float16 at a quarter of its peak; one core
-SAFETY = 2.0
-SAMPLE_ROWS = 256
 CHANGE_OF_ORDER = 0.06  # the change of a probability (sd) by a second order or model, until it is measured
 CHANGE_OF_MODEL = 0.1
+ROWS_TO_MEASURE = 30  # fewer give no standard deviation worth planning by
+SHORTEST_SECONDS = 1e-9  # of a row while no speed is measured: gains are divided by it
 
 
 @dataclass(frozen=True)
 class Option:
-    """One more pass: a package (its number in the spec) in an order, for rows that it has not scored.
+    """One more pass that could be made: a package (its number in the spec) in an order, over the rows `unscored` (ids).
 
-    `change` is the standard deviation of what it changes in a probability; `load_seconds` is 0 where its model is loaded.
+    `change` is the standard deviation of what the pass changes in a probability; `load_seconds` is 0 where its model is loaded.
     """
 
     package: int
@@ -900,6 +920,18 @@ class Option:
     change: float
     seconds_per_token: float
     load_seconds: float = 0.0
+    unscored: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Offer:
+    """One row of an option, which is named by its place."""
+
+    option_place: int
+    row_id: str
+    gain: float
+    seconds: float
+    gain_per_second: float
 
 
 @dataclass(frozen=True)
@@ -913,51 +945,63 @@ class Share:
 
 def allocate(
     options: Sequence[Option],
-    unscored: Sequence[Sequence[str]],
     probabilities: Mapping[str, Sequence[float]],
     tokens: Mapping[str, int],
     seconds: float,
     by_log_loss: bool,
 ) -> list[Share]:
-    """Each option's share of `seconds`, in the options' order: rows of most gain per second first, until the seconds are used.
+    """Share `seconds`, what is left of the clock, out among the options: rows of most gain per second first.
 
-    `unscored` are each option's row ids, `probabilities` what is known of a row (absent: nothing), `tokens` a row's length.
+    `probabilities` are what the passes so far say of a row, by id (absent: nothing), `tokens` the rows' lengths. Each option
+    gets a share, in their order; one without rows where it gets no time.
     """
-    tried = []
-    for last in (-1, *sorted({option.package for option in options})):  # -1: only what is loaded
-        considered = [option.package <= last or not option.load_seconds for option in options]
-        tried.append(allocate_to(considered, options, unscored, probabilities, tokens, seconds, by_log_loss))
-    return max(tried, key=lambda found: found[0])[1]
+    offers = make_offers(options, probabilities, tokens, by_log_loss)
+    loaded = {option.package for option in options if not option.load_seconds}
+    further = sorted({option.package for option in options if option.load_seconds})
+
+    best_gain, best_shares = allocate_to(loaded, options, offers, seconds)
+    for count in range(1, len(further) + 1):
+        gain, shares = allocate_to(loaded.union(further[:count]), options, offers, seconds)
+        if gain > best_gain:
+            best_gain, best_shares = gain, shares
+    return best_shares
+
+
+def make_offers(
+    options: Sequence[Option], probabilities: Mapping[str, Sequence[float]], tokens: Mapping[str, int], by_log_loss: bool
+) -> list[Offer]:
+    """Every unscored row of every option, by gain per second; equal ones stay in the order of options and rows."""
+    offers = []
+    for place, option in enumerate(options):
+        for row_id in option.unscored:
+            gain = expected_gain(probabilities.get(row_id), option.change, by_log_loss)
+            seconds = max(tokens[row_id] * option.seconds_per_token, SHORTEST_SECONDS)
+            offers.append(Offer(place, row_id, gain, seconds, gain / seconds))
+    return sorted(offers, key=lambda offer: offer.gain_per_second, reverse=True)
 
 
 def allocate_to(
-    considered: Sequence[bool],
-    options: Sequence[Option],
-    unscored: Sequence[Sequence[str]],
-    probabilities: Mapping[str, Sequence[float]],
-    tokens: Mapping[str, int],
-    seconds: float,
-    by_log_loss: bool,
+    packages: Collection[int], options: Sequence[Option], offers: Sequence[Offer], seconds: float
 ) -> tuple[float, list[Share]]:
-    """The gain of the `considered` options, and the shares of all."""
-    loading = {option.package: option.load_seconds for option, taken in zip(options, considered, strict=True) if taken}
-    left = seconds - sum(loading.values())
-    offers = []
-    for number, option in enumerate(options):
-        for row_id in unscored[number] if considered[number] else ():
-            cost = max(tokens[row_id] * option.seconds_per_token, 1e-9)
-            gain = expected_gain(probabilities.get(row_id), option.change, by_log_loss)
-            offers.append((gain / cost, -number, row_id, cost, gain))
-    worth: list[dict[str, float]] = [{} for _ in options]
-    spent, total = [0.0] * len(options), 0.0
-    for value, number, row_id, cost, gain in sorted(offers, reverse=True):
-        if cost > left:
+    """Take the best offers of these packages that fit the seconds left after loading; their gain, and every option's share."""
+    load_seconds = {option.package: option.load_seconds for option in options if option.package in packages}
+    seconds_left = seconds - sum(load_seconds.values())
+
+    total_gain = 0.0
+    worths: list[dict[str, float]] = [{} for _ in options]
+    seconds_used = [0.0] * len(options)
+    for offer in offers:
+        place = offer.option_place
+        # A row too long for what is left does not keep shorter ones behind it out.
+        if options[place].package not in packages or offer.seconds > seconds_left:
             continue
-        left -= cost
-        spent[-number] += cost
-        total += gain
-        worth[-number][row_id] = value
-    return total, [Share(*found) for found in zip(options, worth, spent, strict=True)]
+        seconds_left -= offer.seconds
+        seconds_used[place] += offer.seconds
+        total_gain += offer.gain
+        worths[place][offer.row_id] = offer.gain_per_second
+
+    shares = [Share(option, worths[place], seconds_used[place]) for place, option in enumerate(options)]
+    return total_gain, shares
 
 
 def expected_gain(values: Sequence[float] | None, change: float, by_log_loss: bool) -> float:
@@ -974,69 +1018,11 @@ def expected_gain(values: Sequence[float] | None, change: float, by_log_loss: bo
 
 
 def measured_change(before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[float]]) -> float | None:
-    """The standard deviation of the first probability's change over the rows in both; None for fewer than 30 of them."""
+    """The standard deviation of the first probability's change over the rows in both; None for fewer than ROWS_TO_MEASURE."""
     changes = [after[row_id][0] - values[0] for row_id, values in before.items() if row_id in after]
-    return math.sqrt(sum(change**2 for change in changes) / len(changes)) if len(changes) >= 30 else None
-
-
-@dataclass(frozen=True)
-class Job:
-    """One model's work: bytes to load for each copy, floating-point operations for all rows in all orders."""
-
-    load_bytes: float
-    flop: float
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What was chosen, both estimates in seconds (side by side: None where it cannot be), and the sentence for the log."""
-
-    side_by_side: bool
-    in_turn_seconds: float
-    side_by_side_seconds: float | None
-    why: str
-
-
-def make_plan(jobs: Sequence[Job], can_part: bool, devices: Sequence[str], seconds_left: float) -> Plan:
-    """The plan for models of which each fits one device; `can_part` is False where one of them is split."""
-    in_turn = seconds_in_turn(jobs, devices)
-    if not can_part or not 2 <= len(jobs) <= len(devices):
-        why = "a model is split over the devices" if not can_part else f"{len(jobs)} models, {len(devices)} devices"
-        return Plan(False, in_turn, None, f"in turn, estimated at {in_turn:.0f} s ({why})")
-    beside = seconds_side_by_side(jobs, devices)
-    chosen = beside < in_turn and beside * SAFETY <= seconds_left
-    estimates = f"in turn {in_turn:.0f} s, side by side {beside:.0f} s, {seconds_left:.0f} s left"
-    return Plan(chosen, in_turn, beside, f"{'side by side' if chosen else 'in turn'} (estimates: {estimates})")
-
-
-def seconds_in_turn(jobs: Sequence[Job], devices: Sequence[str]) -> float:
-    """How long the models take one after the other, each on all devices."""
-    return sum(job.load_bytes * len(devices) / LOAD_BYTES_PER_SECOND + job.flop / rate_of(devices) for job in jobs)
-
-
-def seconds_side_by_side(jobs: Sequence[Job], devices: Sequence[str]) -> float:
-    """How long the models take at the same time, each on its share of the devices; all are loaded before the first row."""
-    shares = share_devices(devices, len(jobs))
-    loading = sum(job.load_bytes * len(share) for job, share in zip(jobs, shares, strict=True)) / LOAD_BYTES_PER_SECOND
-    return loading + max(job.flop / rate_of(share) for job, share in zip(jobs, shares, strict=True))
-
-
-def share_devices(devices: Sequence[str], models: int) -> list[tuple[str, ...]]:
-    """Each model's devices where they work side by side."""
-    return [tuple(devices[number::models]) for number in range(models)]
-
-
-def rate_of(devices: Sequence[str]) -> float:
-    """Floating-point operations a second of all the devices."""
-    return sum(FLOP_PER_SECOND[device.split(":")[0]] for device in devices)
-
-
-def job_of(package: Package, contract, pairs: Sequence, orders: Sequence[str]) -> Job:
-    """A package's work on `pairs`, with their tokens guessed from SAMPLE_ROWS of them, evenly spread."""
-    sample = pairs[:: max(len(pairs) // SAMPLE_ROWS, 1)]
-    requests = make_requests(package.model_input, package.tokenizer, contract, sample, ("as_given",))
-    tokens = sum(request.tokens for request in requests) * len(pairs) / max(len(sample), 1) * len(orders_of(contract, orders))
-    return Job(sum(size for size, _ in weight_sizes(package.folder).values()), flop_per_token(package) * tokens)
+    if len(changes) < ROWS_TO_MEASURE:
+        return None
+    return math.sqrt(sum(change**2 for change in changes) / len(changes))
 
 
 def flop_per_token(package: Package) -> float:
@@ -1680,6 +1666,7 @@ def in_gibibytes(size: int | None) -> str:
 
 VALIDATION_IDS = "validation_ids.json"
 TRAIN_FILES = ("train.parquet", "train.csv")
+TRAIN_PREFIX = "train:"
 HIDDEN_ROWS = (10_000, 25_000)  # of the public and of the final phase
 JUDGEMENTS = ("model_a", "model_b", "tie")
 NEVER = 1e9  # seconds, where nothing was measured
@@ -1690,13 +1677,13 @@ class VisibleRows:
     """What the visible run scores beside the test rows.
 
     `rows` are like the test file's, each with a new id; `winners` holds their verdicts by that id (None: has none). With
-    `trained_on` a model has seen the rows in training. `told` is a sentence for the log, empty in the hidden run.
+    `trained_on` a model has seen the rows in training. `log_line` says what was chosen or why nothing was.
     """
 
     rows: tuple[dict, ...] = ()
     winners: Mapping[str, str | None] = field(default_factory=dict)
     trained_on: bool = False
-    told: str = ""
+    log_line: str = ""
 
 
 @dataclass(frozen=True)
@@ -1717,48 +1704,76 @@ class Speed:
         return min(rows * orders * self.tokens_per_row / self.tokens_per_second, NEVER) if self.tokens_per_second else NEVER
 
 
-def choose_visible_rows(root: Path, settings: Settings, folders: Sequence[Path], taken: Collection[str]) -> VisibleRows:
-    """At most settings.visible_rows rows of the train file that the packages in `folders` all list, chosen by a hash of the id.
+def choose_visible_rows(root: Path, settings: Settings, folders: Sequence[Path], test_ids: Collection[str]) -> VisibleRows:
+    """Choose at most settings.visible_rows rows of the train file that the packages in `folders` all list.
 
-    Their ids get a prefix that none of `taken`, the test rows' ids, begins with. No rows in the hidden run, and where there is
-    nothing to choose from, which is told and never an error.
+    No rows in the hidden run, and where there are none to choose from: the log then says why, and it is never an error.
     """
     if os.environ.get("KAGGLE_IS_COMPETITION_RERUN"):
         return VisibleRows()
     if not settings.visible_rows:
-        return VisibleRows(told="visible run: visible_rows is 0, no row of the train file is scored")
+        return no_visible_rows("visible_rows is 0, no row of the train file is scored")
+
     lists = []
     for folder in folders:
         if not (folder / VALIDATION_IDS).is_file():
-            return VisibleRows(
-                told=f"visible run: {folder.name} has no {VALIDATION_IDS}; package the run again to have it measured"
-            )
+            return no_visible_rows(f"{folder.name} has no {VALIDATION_IDS}; package the run again to have it measured")
         lists.append(json.loads((folder / VALIDATION_IDS).read_text(encoding="utf-8")))
-    listed = frozenset.intersection(*(frozenset(one["ids"]) for one in lists))
+    listed_by_all = frozenset.intersection(*(frozenset(listing["ids"]) for listing in lists))
+
     try:
         file = find_mounted(root, settings.competition, TRAIN_FILES, "competitions")
     except FileNotFoundError:
-        return VisibleRows(told=f"visible run: no {' or '.join(TRAIN_FILES)} of {settings.competition} is mounted")
+        return no_visible_rows(f"no {' or '.join(TRAIN_FILES)} of {settings.competition} is mounted")
     try:
-        present = sorted(listed.intersection(read_ids(file)), key=lambda row_id: hashlib.sha256(row_id.encode()).hexdigest())
-        chosen = present[: settings.visible_rows]
-        found = {row["id"]: row for row in rows_of(file, ("id", *TEXTS, *settings.columns), frozenset(chosen))}
+        train_rows = read_train_rows(file, settings, listed_by_all)
     except (OSError, ValueError, pa.ArrowException) as error:
-        return VisibleRows(told=f"visible run: the train file is not scored: {error}")
-    if not found:
-        return VisibleRows(told=f"visible run: {file.name} holds none of the {len(listed)} ids that every package lists")
-    prefix = "train:"
-    while any(row_id.startswith(prefix) for row_id in taken):
-        prefix = f"train:{prefix}"
-    are_turns = "tie" in settings.verdicts
-    rows = tuple(
-        {"id": prefix + row_id, **{name: read_text(found[row_id][name], are_turns) for name in TEXTS}} for row_id in chosen
-    )
-    winners = {prefix + row_id: judgement_of(found[row_id], settings.columns) for row_id in chosen}
-    trained_on = any(one["trained_on"] for one in lists)
-    folds = " and ".join(sorted({f"fold {one['fold']}" for one in lists}))
-    what = "rows that a model was trained on: they tell of speed only" if trained_on else f"held out ({folds})"
-    return VisibleRows(rows, winners, trained_on, f"visible run: {len(rows)} rows of {file.name} are scored too, {what}")
+        return no_visible_rows(f"the train file is not scored: {error}")
+    if not train_rows:
+        return no_visible_rows(f"{file.name} holds none of the {len(listed_by_all)} ids that every package lists")
+
+    trained_on = any(listing["trained_on"] for listing in lists)
+    if trained_on:
+        kind = "rows that a model was trained on: they tell of speed only"
+    else:
+        folds = sorted({f"fold {listing['fold']}" for listing in lists})
+        kind = f"held out ({' and '.join(folds)})"
+    log_line = f"visible run: {len(train_rows)} rows of {file.name} are scored too, {kind}"
+    rows, winners = rename_train_rows(train_rows, settings, test_ids)
+    return VisibleRows(rows, winners, trained_on, log_line)
+
+
+def no_visible_rows(reason: str) -> VisibleRows:
+    """No rows, and a line for the log that says why."""
+    return VisibleRows(log_line=f"visible run: {reason}")
+
+
+def read_train_rows(file: Path, settings: Settings, listed: frozenset[str]) -> list[dict]:
+    """The rows of the train file to be scored, in an order that does not depend on the file's: that of their ids' hashes."""
+    present = listed.intersection(read_ids(file))
+    by_hash = sorted(present, key=lambda row_id: hashlib.sha256(row_id.encode()).hexdigest())
+    wanted = by_hash[: settings.visible_rows]
+    columns = ("id", *TEXTS, *settings.columns)
+    rows_by_id = {row["id"]: row for row in rows_of(file, columns, frozenset(wanted))}
+    return [rows_by_id[row_id] for row_id in wanted]
+
+
+def rename_train_rows(
+    train_rows: Sequence[dict], settings: Settings, test_ids: Collection[str]
+) -> tuple[tuple[dict, ...], dict[str, str | None]]:
+    """The train file's rows as those of the test file are, and their verdicts, under new ids that no test row has."""
+    prefix = TRAIN_PREFIX
+    while any(row_id.startswith(prefix) for row_id in test_ids):
+        prefix = TRAIN_PREFIX + prefix
+
+    rows = []
+    winners = {}
+    for train_row in train_rows:
+        new_id = prefix + train_row["id"]
+        texts = {name: read_text(train_row[name], are_turns="tie" in settings.verdicts) for name in TEXTS}
+        rows.append({"id": new_id, **texts})
+        winners[new_id] = judgement_of(train_row, settings.columns)
+    return tuple(rows), winners
 
 
 def judgement_of(row: Mapping, columns: Sequence[str]) -> str | None:
@@ -1769,7 +1784,7 @@ def judgement_of(row: Mapping, columns: Sequence[str]) -> str | None:
     return won[0] if len(won) == 1 else None
 
 
-def visible_report(
+def visible_report(  # noqa: PLR0913  one for each thing that was measured
     visible: VisibleRows,
     verdicts: Sequence[str],
     scored: Mapping[str, Sequence[float]],
@@ -1905,7 +1920,8 @@ def in_hours(seconds: float) -> str:
 # A process for each device: it loads a model, then scores the batches that come through its pipe until the pipe closes.
 #
 # A model that one device cannot hold has one process with several devices, its layers over all of them, and a thread for each.
-# A process, because a CUDA error takes a whole process with it, and because two threads share one Python.
+# A process, because a CUDA error takes a whole process with it, and because two threads share one Python. What the kernel's own
+# process does when one dies: engine.handle_worker_death.
 #
 # To the worker: (number, requests). From it:
 #     ("loaded", facts)                             dtype, batches_at_once, seconds, worst golden difference
@@ -2064,12 +2080,12 @@ def memory_bytes(devices: tuple[str, ...]) -> list[int]:
 #
 # The workers as the kernel's own process sees them: started, given batches, killed, started again.
 #
-# A worker that dies is started again with half its token budget. One that dies FRUITLESS_DEATHS times in a row without having
-# loaded its model or scored a batch is given up: its device is gone, and the others go on without it.
+# A worker that dies is started again with half its token budget, which stays halved. One that dies FRUITLESS_DEATHS times in a
+# row without having loaded its model or scored a batch is given up: its device is gone, and the others go on without it. What
+# becomes of the rows that it had is decided by engine.handle_worker_death.
 # ==============================================================================================================
 
 FRUITLESS_DEATHS = 3
-RECOVERY_BATCHES = 32  # scored in a row, after which a budget that a death halved is doubled; after each death twice as many
 JOIN_SECONDS = 30.0  # a killed process may be stuck in a driver
 
 
@@ -2082,7 +2098,6 @@ class Worker:
     tokens_per_batch: int
     start: Callable[[Assignment], tuple]  # gives the process and the pipe to it
     positions: tuple[int, ...] = ()  # of its devices
-    most_tokens: int = 0  # what the budget may grow back to
     process: object = None
     connection: object = None
     loaded: dict | None = None  # what the worker said of its model
@@ -2094,7 +2109,6 @@ class Worker:
     memory_bytes: list[int] = field(default_factory=list)
     deaths: int = 0
     fruitless: int = 0
-    in_a_row: int = 0
     last_event: float = 0.0  # began to load, got its first batch, or gave one back
     numbers: int = 0
 
@@ -2109,8 +2123,7 @@ class Worker:
 
     def launch(self) -> None:
         """Start the process, which loads the model."""
-        self.most_tokens = self.most_tokens or self.tokens_per_batch
-        self.loaded, self.in_a_row = None, 0
+        self.loaded = None
         self.last_event = time.monotonic()
         self.process, self.connection = self.start(self.task)
 
@@ -2130,9 +2143,6 @@ class Worker:
         self.seconds += now - self.last_event
         self.last_event, self.memory_bytes = now, memory
         self.fruitless = 0
-        self.in_a_row += 1
-        if self.in_a_row % (RECOVERY_BATCHES << max(self.deaths - 1, 0)) == 0:
-            self.tokens_per_batch = min(2 * self.tokens_per_batch, self.most_tokens)
         return batch
 
     def note_out_of_memory(self, number: int) -> list[Request]:
@@ -2140,7 +2150,7 @@ class Worker:
         batch = self.outstanding.pop(number)
         self.last_event = time.monotonic()
         fits = padded_tokens(batch) // 2 if len(batch) > 1 else padded_tokens(batch) - 1
-        self.most_tokens = self.tokens_per_batch = max(min(self.tokens_per_batch, fits), 1)
+        self.tokens_per_batch = max(min(self.tokens_per_batch, fits), 1)
         return batch
 
     def note_death(self) -> tuple[list[list[Request]], list[list[Request]]]:
@@ -2212,10 +2222,13 @@ def leave() -> None:
 #
 # One order of one package over its workers: batches dealt from one queue until it is empty or the deadline is near.
 #
-# What happens to a batch: out of memory halves its worker's token budget and tries again; a worker that dies is started again
-# and its rows go back to the queue, those that it was scoring one by one at the end, in case that one of them killed it; a
-# worker that says nothing is killed; the clock may leave batches behind. A row without a score is simply not in the result,
-# and the caller decides what that means.
+# schedule.make_next_pass calls `make_pass` and `run_pass`. What can happen to a batch on its way:
+#     out of memory      its worker's token budget is halved, and the batch cut and tried again (`cut`)
+#     its worker dies    the worker is started again, or given up with its device; its rows go back to the queue, those that it
+#                        was scoring one by one at the end, in case that one of them killed it (`handle_worker_death`)
+#     its worker hangs   the worker is killed, which is a death like others (`watch`)
+#     the clock ends     the batch stays in the queue (`next_batch`)
+# A row without a score is simply not in the result, and the caller decides what that means.
 # ==============================================================================================================
 
 GIVEN_UP_AFTER = 3  # deaths of the worker that was scoring a row, the last two with that row alone
@@ -2284,7 +2297,7 @@ def make_pass(
     worth: Mapping[str, float] | None = None,
 ) -> Pass:
     """A pass over `requests`: by length, or by blocks of those worth most first, where `worth` by id is given."""
-    tokens_per_batch = max(worker.most_tokens for worker in workers)
+    tokens_per_batch = max(worker.tokens_per_batch for worker in workers)
     if worth is None:
         batches = make_batches(requests, tokens_per_batch)
     else:
@@ -2299,13 +2312,14 @@ def run_pass(work: Pass, workers: Sequence[Worker], clock: Clock) -> Pass:
     """Work through the queue; raises PackageError where a worker refuses the package."""
     log(clock, f"{work.label}: {work.rows} rows in {len(work.queue)} batches")
     for worker in workers:
-        if not worker.process and not worker.gone and time_is_left(work):
+        if not worker.process and not worker.gone and time.monotonic() < work.deadline:
             worker.launch()
     while True:
         for worker in workers:
             feed(work, worker, workers)
         alive = [worker for worker in workers if worker.process]
-        busy = [worker for worker in alive if worker.outstanding or (not worker.loaded and work.queue and time_is_left(work))]
+        may_start = work.queue and time.monotonic() < work.deadline
+        busy = [worker for worker in alive if worker.outstanding or (may_start and not worker.loaded)]
         if not busy:
             break
         by_connection = {worker.connection: worker for worker in alive}
@@ -2318,11 +2332,6 @@ def run_pass(work: Pass, workers: Sequence[Worker], clock: Clock) -> Pass:
             log(clock, f"{work.label}: {progress(work, workers)}")
     log(clock, f"{work.label}: {progress(work, workers)}")
     return work
-
-
-def time_is_left(work: Pass) -> bool:
-    """Whether the deadline is still to come."""
-    return time.monotonic() < work.deadline
 
 
 def feed(work: Pass, worker: Worker, workers: Sequence[Worker]) -> None:
@@ -2363,7 +2372,7 @@ def receive(work: Pass, worker: Worker, workers: Sequence[Worker], clock: Clock)
     try:
         kind, *message = worker.connection.recv()
     except (EOFError, OSError):
-        return bury(work, worker, f"died (exit code {exit_code(worker)})", clock)
+        return handle_worker_death(work, worker, f"died (exit code {exit_code(worker)})", clock)
     if kind == "loaded":
         [worker.loaded] = message
         worker.load_seconds, worker.last_event = worker.loaded["seconds"], time.monotonic()
@@ -2381,9 +2390,9 @@ def receive(work: Pass, worker: Worker, workers: Sequence[Worker], clock: Clock)
     elif kind == "refused":
         if all(other.gone for other in workers if other is not worker):
             raise PackageError(message[0])
-        bury(work, worker, f"refuses the package, which another device may not: {message[0]}", clock)
+        handle_worker_death(work, worker, f"refuses the package, which another device may not: {message[0]}", clock)
     else:
-        bury(work, worker, f"failed: {message[0].strip()}", clock)
+        handle_worker_death(work, worker, f"failed: {message[0].strip()}", clock)
 
 
 def cut(work: Pass, worker: Worker, batch: list[Request], workers: Sequence[Worker]) -> str:
@@ -2406,26 +2415,34 @@ def exit_code(worker: Worker) -> int | None:
     return worker.process.exitcode
 
 
-def bury(work: Pass, worker: Worker, why: str, clock: Clock) -> None:
-    """After a worker's death: its rows back to the queue, a new process in its place, or its device given up."""
+def handle_worker_death(work: Pass, worker: Worker, why: str, clock: Clock) -> None:
+    """Put a dead worker's rows back into the queue, and start a new process in its place or give its device up.
+
+    A row that was being scored at GIVEN_UP_AFTER deaths is given up. No process is started that the clock has no time to load.
+    """
     at_work, ready = worker.note_death()
     work.deaths[worker.name] = work.deaths.get(worker.name, 0) + 1
     work.put_first(ready)
-    told = ""
-    for request in (request for batch in at_work for request in batch):
-        work.suspected[request.id] += 1
-        if work.suspected[request.id] >= GIVEN_UP_AFTER:
-            told += give_up(work, [request])
-        else:
-            work.put_last([[request]])
+
+    # Any of the rows that it was scoring may have killed it: each is tried again alone, after all others.
+    rows_given_up = ""
+    for batch in at_work:
+        for request in batch:
+            work.suspected[request.id] += 1
+            if work.suspected[request.id] >= GIVEN_UP_AFTER:
+                rows_given_up += give_up(work, [request])
+            else:
+                work.put_last([[request]])
+
     log(clock, f"{worker.name}: {why}")
     if worker.gone:
-        log(clock, f"{worker.name}: gone after {worker.fruitless} deaths without a score in between{told}")
+        outcome = f"gone after {worker.fruitless} deaths without a score in between"
     elif work.deadline - time.monotonic() <= worker.load_seconds:
-        log(clock, f"{worker.name}: not started again, the clock has no time to load it{told}")
+        outcome = "not started again, the clock has no time to load it"
     else:
         worker.launch()
-        log(clock, f"{worker.name}: started again, {worker.tokens_per_batch} tokens a batch{told}")
+        outcome = f"started again, {worker.tokens_per_batch} tokens a batch"
+    log(clock, f"{worker.name}: {outcome}{rows_given_up}")
 
 
 def give_up(work: Pass, batch: list[Request]) -> str:
@@ -2449,7 +2466,7 @@ def watch(work: Pass, worker: Worker, clock: Clock) -> None:
     if worker.outstanding and now > clock.deadline + clock.reserve_seconds / 3:
         patience = 0
     if quiet > patience:
-        bury(work, worker, f"killed: it said nothing for {quiet:.0f} s", clock)
+        handle_worker_death(work, worker, f"killed: it said nothing for {quiet:.0f} s", clock)
 
 
 def note_scores(work: Pass, batch: list[Request], values: list[list[float]]) -> None:
@@ -2513,36 +2530,53 @@ def worker_record(worker: Worker) -> dict:
 # ==============================================================================================================
 # scheduling/schedule.py
 #
-# From packages and rows to scores: passes one after the other, each planned when the one before has ended.
+# From packages and rows to scores: one pass after another, each planned when the one before has ended.
 #
-# The first order of the first model goes over all rows and may use the whole clock: a row with one score is worth more than a
-# second one. What comes then is up to plan.allocate, again after each pass, with what was measured so far.
+# main.run_kernel calls `score_all`. Models run one after the other, each on all devices. The first order of the first model
+# goes over all rows and may use the whole clock: a row with one score is worth more than a second one. What comes then, the
+# second order and further models, is decided by `plan_next_pass`, with what was measured so far: see plan.py.
 # ==============================================================================================================
 
 Scores = dict[str, dict[str, list[float]]]  # by id, then by order
+Key = tuple[int, str]  # a package's number in the spec, and an order
 PADDING = 1.03  # what batches compute beyond their rows' tokens, while nothing is measured
 ENCODED_AT_ONCE = 1000
 
 
-@dataclass
-class Board:
-    """All that is known while the kernel scores: scores of each package, what was tried, and what was measured."""
+@dataclass(frozen=True)
+class Inputs:
+    """What is to be scored, by which packages, on which devices (by position) and until when."""
 
     settings: Settings
     packages: Sequence[Package]
-    contracts: list  # the packages', with the spec's token budget
+    contracts: Sequence  # the packages', with the spec's token budget
     rows: Sequence[Mapping]
+    devices: Mapping[int, str]
+    threads: int  # of the CPU, for each worker
     clock: Clock
     hidden_run: bool
-    scores: list[Scores]
-    devices: dict[int, str]  # by position; those that are gone leave
-    threads: int
-    tried: dict[tuple[int, str], set[str]] = field(default_factory=dict)
-    proven: set[int] = field(default_factory=set)  # positions of devices that had a model
-    given_up: dict[int, set[str]] = field(default_factory=dict)  # rows that a package's workers could not score in one order
+
+
+@dataclass
+class Measurements:
+    """What plans are made of."""
+
     tokens: dict[str, int] = field(default_factory=dict)  # of the first sequence made of a row
     rates: dict[int, float] = field(default_factory=dict)  # tokens a second of a package's workers together
-    changes: dict[tuple[int, str], float] = field(default_factory=dict)
+    changes: dict[Key, float] = field(default_factory=dict)  # of a probability (sd), by a pass
+
+
+@dataclass
+class Board:
+    """The state of the run: its inputs, how far it is, what was measured, and the records for kernel.json."""
+
+    inputs: Inputs
+    scores: list[Scores]  # of each package
+    devices: dict[int, str]  # those of the inputs that are not gone
+    tried: dict[Key, set[str]] = field(default_factory=dict)  # rows that need not be asked for again, by pass
+    given_up: dict[int, set[str]] = field(default_factory=dict)  # rows that a package's workers could not score in one order
+    proven: set[int] = field(default_factory=set)  # positions of devices that had a model
+    measured: Measurements = field(default_factory=Measurements)
     passes: list[dict] = field(default_factory=list)
     workers: list[dict] = field(default_factory=list)
     plans: list[str] = field(default_factory=list)
@@ -2550,23 +2584,36 @@ class Board:
 
     def orders(self, number: int) -> tuple[str, ...]:
         """The orders worth scoring with a package."""
-        return orders_of(self.contracts[number], self.settings.orders)
+        return orders_of(self.inputs.contracts[number], self.inputs.settings.orders)
 
-    def untouchable(self, key: tuple[int, str]) -> set[str]:
-        """The rows that a package is not to score in an order any more."""
-        return self.tried.get(key, set()) | self.given_up.get(key[0], set())
+    def unscored(self, key: Key) -> list[str]:
+        """The ids of the rows that a pass has still to score."""
+        number, _ = key
+        finished = self.tried.get(key, set()) | self.given_up.get(number, set())
+        return [row["id"] for row in self.inputs.rows if row["id"] not in finished]
 
-    def known(self, numbers: Sequence[int]) -> dict[str, list[float]]:
+    def probabilities(self, numbers: Sequence[int]) -> dict[str, list[float]]:
         """The probabilities by id that these packages give so far."""
-        chosen = replace(self.settings, packages=tuple(self.settings.packages[number] for number in numbers))
-        return combine(chosen, [self.packages[number] for number in numbers], [self.scores[number] for number in numbers])
+        settings = self.inputs.settings
+        of_these = replace(settings, packages=tuple(settings.packages[number] for number in numbers))
+        packages = [self.inputs.packages[number] for number in numbers]
+        return combine(of_these, packages, [self.scores[number] for number in numbers])
 
     def by_run(self) -> dict[str, tuple[tuple[str, ...], Scores]]:
         """The verdicts of each run, in the order of its probabilities, and its scores."""
-        return {
-            chosen.run: (package.contract.verdicts, scores)
-            for chosen, package, scores in zip(self.settings.packages, self.packages, self.scores, strict=True)
-        }
+        runs = [served.run for served in self.inputs.settings.packages]
+        verdicts = [package.contract.verdicts for package in self.inputs.packages]
+        return dict(zip(runs, zip(verdicts, self.scores, strict=True), strict=True))
+
+
+@dataclass(frozen=True)
+class NextPass:
+    """A pass to be made now; for None every row is scored that is left, or the pass may last until the clock's deadline."""
+
+    package: int  # its number in the spec
+    order: str
+    worth: Mapping[str, float] | None = None  # the rows to be scored, with their gain per second
+    seconds: float | None = None
 
 
 def make_board(
@@ -2580,8 +2627,10 @@ def make_board(
     """A board on which nothing is scored yet. The CPU's cores are shared by as many workers as there are devices."""
     threads = max(len(os.sched_getaffinity(0)) // len(devices), 1)
     contracts = [serving_contract(package, settings) for package in packages]
-    empty: list[Scores] = [{row["id"]: {} for row in rows} for _ in packages]
-    return Board(settings, packages, contracts, rows, clock, hidden_run, empty, dict(enumerate(devices)), threads)
+    inputs = Inputs(settings, packages, contracts, rows, dict(enumerate(devices)), threads, clock, hidden_run)
+
+    no_scores: list[Scores] = [{row["id"]: {} for row in rows} for _ in packages]
+    return Board(inputs, no_scores, dict(inputs.devices))
 
 
 def serving_contract(package: Package, settings: Settings):
@@ -2592,61 +2641,134 @@ def serving_contract(package: Package, settings: Settings):
 
 
 def score_all(board: Board) -> None:
-    """Score as much as the clock allows; several packages in turn or side by side, as planned, and in the end what was left."""
-    numbers = list(range(len(board.packages)))
-    board.before_seconds = board.clock.elapsed()
-    if len(numbers) > 1 and len(board.devices) > 1:
-        jobs = [
-            job_of(package, contract, make_pairs(package, board.rows), board.settings.orders)
-            for package, contract in zip(board.packages, board.contracts, strict=True)
-        ]
-        can_part = all(chosen.placement == "each" for chosen in board.settings.packages)
-        plan = make_plan(jobs, can_part, list(board.devices.values()), board.clock.left())
-        note_plan(board, plan.why)
-        if plan.side_by_side:
-            shares = [dict(share) for share in share_devices(list(board.devices.items()), len(numbers))]
-            with ThreadPoolExecutor(len(numbers)) as pool:
-                list(pool.map(lambda number: score_in_turn(board, [number], shares[number]), numbers))
-    score_in_turn(board, numbers, dict(board.devices))
+    """Make pass after pass until nothing is left or nothing more fits the clock.
 
-
-def score_in_turn(board: Board, numbers: list[int], devices: Mapping[int, str]) -> None:
-    """Pass after pass with the packages `numbers` on `devices`, until nothing is left or nothing more fits the clock.
-
-    A package that its workers refuse raises PackageError; in the hidden run a further one is left out instead, since the first
-    one's scores are there.
+    Raises PackageError where the workers refuse a package. In the hidden run a further package is left out instead, since the
+    first one's scores are there.
     """
-    numbers, workers, loaded, encoder = list(numbers), [], None, Encoder(board)
+    clock = board.inputs.clock
+    board.before_seconds = clock.elapsed()
+    numbers = list(range(len(board.inputs.packages)))
+    loaded: int | None = None
+    workers: list[Worker] = []
+    encoder = Encoder(board.inputs)
     try:
-        while share := next_share(board, numbers, loaded, workers):
-            number = share.option.package
+        while next_pass := plan_next_pass(board, numbers, loaded, workers):
+            number = next_pass.package
             if number != loaded:
                 retire(board, workers)
-                loaded, workers = number, start_team(board, number, devices)
+                workers = start_team(board, number)
+                loaded = number
             try:
                 if not workers:
                     numbers.remove(number)
                 else:
-                    run_share(board, share, numbers, workers, encoder)
+                    make_next_pass(board, next_pass, numbers, workers, encoder)
             except PackageError as error:
-                if number == 0 or not board.hidden_run:
+                if number == 0 or not board.inputs.hidden_run:
                     raise
-                log(board.clock, f"{board.packages[number].folder.name}: left out: {error}")
+                log(clock, f"{board.inputs.packages[number].folder.name}: left out: {error}")
                 numbers.remove(number)
     finally:
         retire(board, workers)
         encoder.close()
 
 
-def start_team(board: Board, number: int, devices: Mapping[int, str]) -> list[Worker]:
-    """Workers for a package on the devices that are not gone."""
-    left = {position: device for position, device in devices.items() if position in board.devices}
-    placement = board.settings.packages[number].placement
-    if not left or (placement == "split" and len(left) < len(devices)):
-        log(board.clock, f"{board.packages[number].folder.name}: no device is left for it")
+def plan_next_pass(board: Board, numbers: Sequence[int], loaded: int | None, workers: Sequence[Worker]) -> NextPass | None:
+    """Decide what to do next: the first order of all rows, then what a new plan for the seconds that are left begins with.
+
+    `numbers` are the packages that are not left out, `loaded` is the one that the workers have. None where nothing is left,
+    nothing more fits the clock, or no worker is alive.
+    """
+    if not numbers or (workers and all(worker.gone for worker in workers)):
+        return None
+
+    first_package = numbers[0]
+    first_order = board.orders(first_package)[0]
+    if (first_package, first_order) not in board.tried:
+        return NextPass(first_package, first_order)
+
+    options = make_options(board, numbers, loaded)
+    if not options:
+        return None
+    seconds_left = board.inputs.clock.left()
+    by_log_loss = len(board.inputs.settings.columns) > 1
+    shares = allocate(options, board.probabilities(numbers), board.measured.tokens, seconds_left, by_log_loss)
+    note_plan(board, shares, seconds_left)
+
+    planned = [share for share in shares if share.worth]
+    if not planned:
+        return None
+    first, *later = planned
+
+    # The pass may last until what is planned after it must begin to load.
+    loading = {share.option.package: share.option.load_seconds for share in later}
+    loading.pop(first.option.package, None)
+    seconds = seconds_left - sum(share.seconds for share in later) - sum(loading.values())
+
+    has_every_row = len(first.worth) == len(first.option.unscored)
+    worth = None if has_every_row else first.worth
+    return NextPass(first.option.package, first.option.order, worth, seconds)
+
+
+def make_options(board: Board, numbers: Sequence[int], loaded: int | None) -> list[Option]:
+    """Every pass that has rows left, those of the loaded model first."""
+    options = []
+    for number in sorted(numbers, key=lambda number: number != loaded):
+        for order in board.orders(number):
+            unscored = board.unscored((number, order))
+            if unscored:
+                options.append(make_option(board, (number, order), unscored, numbers, is_loaded=number == loaded))
+    return options
+
+
+def make_option(board: Board, key: Key, unscored: list[str], numbers: Sequence[int], is_loaded: bool) -> Option:
+    """One more pass with what it should change and take, as measured or else as guessed."""
+    number, order = key
+    settings, packages, rates = board.inputs.settings, board.inputs.packages, board.measured.rates
+
+    # What it should change. CHANGE_OF_MODEL is that of one of two models of equal weight.
+    relative_weight = settings.packages[number].weight / sum(settings.packages[other].weight for other in numbers)
+    is_new_model = not any(board.tried.get((number, other)) for other in board.orders(number))
+    typical_change = 2 * CHANGE_OF_MODEL if is_new_model else CHANGE_OF_ORDER
+    change = board.measured.changes.get(key, typical_change * relative_weight)
+
+    # Before a package has run, its speed follows from that of another one and from the parameters of both.
+    rate = rates.get(number, 0.0)
+    if rates and not rate:
+        measured_number = next(iter(rates))
+        rate = rates[measured_number] * flop_per_token(packages[measured_number]) / flop_per_token(packages[number])
+    seconds_per_token = PADDING / rate if rate else 0.0
+
+    copies = 1 if settings.packages[number].placement == "split" else len(board.devices)
+    load_seconds = 0.0 if is_loaded else loading_seconds(packages[number], copies)
+    return Option(number, order, change, seconds_per_token, load_seconds, unscored)
+
+
+def note_plan(board: Board, shares: Sequence[Share], seconds_left: float) -> None:
+    """Log what the plan does with the seconds that are left, and what it leaves; keep the line for kernel.json."""
+    parts = []
+    for share in shares:
+        option = share.option
+        name = f"{board.inputs.packages[option.package].folder.name} {option.order}"
+        part = f"{name} {len(share.worth)} of {len(option.unscored)} rows in {share.seconds:.1f} s"
+        if share.worth and option.load_seconds:
+            part += f" and {option.load_seconds:.1f} s to load"
+        parts.append(part)
+    line = f"{max(seconds_left, 0.0):.1f} s left: {'; '.join(parts)}"
+    board.plans.append(line)
+    log(board.inputs.clock, f"plan: {line}")
+
+
+def start_team(board: Board, number: int) -> list[Worker]:
+    """Workers for a package on the devices that are not gone; none where a model that is split would lack one of them."""
+    inputs = board.inputs
+    package = inputs.packages[number]
+    placement = inputs.settings.packages[number].placement
+    if not board.devices or (placement == "split" and len(board.devices) < len(inputs.devices)):
+        log(inputs.clock, f"{package.folder.name}: no device is left for it")
         return []
-    tokens_per_batch = board.settings.tokens_per_batch
-    return start_workers(board.packages[number], placement, left, tokens_per_batch, board.threads, board.clock)
+    return start_workers(package, placement, board.devices, inputs.settings.tokens_per_batch, inputs.threads, inputs.clock)
 
 
 def retire(board: Board, workers: list[Worker]) -> None:
@@ -2665,101 +2787,54 @@ def retire(board: Board, workers: list[Worker]) -> None:
     workers.clear()
 
 
-def next_share(board: Board, numbers: Sequence[int], loaded: int | None, workers: Sequence[Worker]) -> Share | None:
-    """What to do next: the first order of all rows, then the first share of a plan for what is left; None: nothing more."""
-    if not numbers or (workers and all(worker.gone for worker in workers)):
-        return None
-    first = (numbers[0], board.orders(numbers[0])[0])
-    if first not in board.tried:
-        return Share(Option(*first, change=1.0, seconds_per_token=0.0), {}, 0.0)
-    keys = [(n, order) for n in numbers for order in board.orders(n)]
-    keys.sort(key=lambda key: key[0] != loaded)
-    known, unscored, options = board.known(numbers), [], []
-    for key in keys:
-        left = [row["id"] for row in board.rows if row["id"] not in board.untouchable(key)]
-        if left:
-            unscored.append(left)
-            options.append(make_option(board, key, numbers, loaded))
-    seconds = board.clock.left()
-    shares = allocate(options, unscored, known, board.tokens, seconds, len(board.settings.columns) > 1)
-    chosen = [share for share in shares if share.worth]
-    if options:
-        note_plan(board, plan_sentence(board, shares, unscored, seconds))
-    if not chosen:
-        return None
-    share, *later = chosen
-    whole = len(share.worth) == len(unscored[shares.index(share)])
-    loading = {each.option.package: each.option.load_seconds for each in later if each.option.package != share.option.package}
-    slack = seconds - sum(each.seconds for each in later) - sum(loading.values())
-    return Share(share.option, {} if whole else share.worth, slack)
+def make_next_pass(
+    board: Board, next_pass: NextPass, numbers: Sequence[int], workers: list[Worker], encoder: "Encoder"
+) -> None:
+    """Score the pass's rows, encoded while the workers load or the pass before runs, and note the result on the board."""
+    number, order = next_pass.package, next_pass.order
+    key = (number, order)
+    package, clock = board.inputs.packages[number], board.inputs.clock
+    deadline = clock.deadline
+    if next_pass.seconds is not None:
+        deadline = min(time.monotonic() + next_pass.seconds, deadline)
 
-
-def make_option(board: Board, key: tuple[int, str], numbers: Sequence[int], loaded: int | None) -> Option:
-    """One more pass with what it should change and take, as measured or else as guessed."""
-    number, order = key
-    weights = [board.settings.packages[n].weight for n in numbers]
-    weight = board.settings.packages[number].weight
-    is_new = not any(board.tried.get((number, other)) for other in board.orders(number))
-    guess = CHANGE_OF_MODEL * weight / sum(weights) * 2 if is_new else CHANGE_OF_ORDER * weight / sum(weights)
-    known, rate = next(iter(board.rates.items()), (number, 0.0))
-    rate = board.rates.get(number) or rate * flop_per_token(board.packages[known]) / flop_per_token(board.packages[number])
-    copies = 1 if board.settings.packages[number].placement == "split" else len(board.devices)
-    load = 0.0 if number == loaded else loading_seconds(board.packages[number], copies)
-    return Option(number, order, board.changes.get(key, guess), PADDING / rate if rate else 0.0, load)
-
-
-def plan_sentence(board: Board, shares: Sequence[Share], unscored: Sequence[Sequence[str]], seconds: float) -> str:
-    """What the plan does with the seconds that are left, and what it leaves."""
-    told = []
-    for share, left in zip(shares, unscored, strict=True):
-        name = f"{board.packages[share.option.package].folder.name} {share.option.order}"
-        loading = f" and {share.option.load_seconds:.1f} s to load" if share.worth and share.option.load_seconds else ""
-        told.append(f"{name} {len(share.worth)} of {len(left)} rows in {share.seconds:.1f} s{loading}")
-    return f"{max(seconds, 0.0):.1f} s left: {'; '.join(told)}"
-
-
-def note_plan(board: Board, sentence: str) -> None:
-    """Log a plan and keep it for kernel.json."""
-    board.plans.append(sentence)
-    log(board.clock, f"plan: {sentence}")
-
-
-def run_share(board: Board, share: Share, numbers: Sequence[int], workers: list[Worker], encoder: "Encoder") -> None:
-    """One pass: its rows encoded while the workers load or the pass before runs, scored, and noted on the board."""
-    number, order = key = share.option.package, share.option.order
-    clock = board.clock
-    deadline = min(time.monotonic() + share.seconds, clock.deadline) if share.seconds else clock.deadline
-    done = board.untouchable(key)
-    rows = [row for row in board.rows if (row["id"] in share.worth if share.worth else row["id"] not in done)]
+    ids = set(board.unscored(key) if next_pass.worth is None else next_pass.worth)
+    rows = [row for row in board.inputs.rows if row["id"] in ids]
     requests = encoder.requests(number, order, rows)
-    if not board.tokens:
-        board.tokens = {request.id: request.tokens for request in requests}
+    if not board.measured.tokens:
+        board.measured.tokens = {request.id: request.tokens for request in requests}
     for other in board.orders(number):
         if (number, other) not in board.tried and other != order:
             encoder.begin(number, other, rows)
-    label = f"{board.packages[number].folder.name}, {order}"
-    before = board.known(numbers)
-    work = run_pass(make_pass(label, requests, deadline, workers, share.worth or None), workers, clock)
+
+    before = board.probabilities(numbers)
+    work = make_pass(f"{package.folder.name}, {order}", requests, deadline, workers, next_pass.worth)
+    work = run_pass(work, workers, clock)
     note_pass(board, key, work, requests, workers)
+
+    # Devices that had a model before are not to blame where this one could not be loaded on any.
     if all(worker.gone and not worker.load_seconds and board.proven.issuperset(worker.positions) for worker in workers):
-        raise PackageError(f"{board.packages[number].folder}: no device could load it, and another model ran on all of them")
-    if change := measured_change(before, board.known(numbers)):
-        board.changes[key] = change
+        raise PackageError(f"{package.folder}: no device could load it, and another model ran on all of them")
+    if change := measured_change(before, board.probabilities(numbers)):
+        board.measured.changes[key] = change
 
 
-def note_pass(board: Board, key: tuple[int, str], done: Pass, requests: Sequence[Request], workers: Sequence[Worker]) -> None:
+def note_pass(board: Board, key: Key, work: Pass, requests: Sequence[Request], workers: Sequence[Worker]) -> None:
     """Put a pass's scores on the board, and what was measured."""
     number, order = key
-    board.given_up.setdefault(number, set()).update(done.given_up)
-    for row_id, values in done.scores.items():
+    board.given_up.setdefault(number, set()).update(work.given_up)
+    for row_id, values in work.scores.items():
         board.scores[number][row_id][order] = values
-    in_queue = {request.id for batch in done.queue for request in batch}
-    asked = {request.id for request in requests}
-    may_go_on = done.scores or all(worker.gone for worker in workers)  # else the same rows would be asked for again and again
-    board.tried.setdefault(key, set()).update(asked - in_queue if may_go_on else asked)
+
+    # Rows that the pass left are tried again, but not where nothing came of any: they would be asked for for ever.
+    finished = {request.id for request in requests}
+    if work.scores or all(worker.gone for worker in workers):
+        finished -= {request.id for batch in work.queue for request in batch}
+    board.tried.setdefault(key, set()).update(finished)
+
     if rate := sum(worker.rate() for worker in workers if not worker.gone):
-        board.rates[number] = rate
-    board.passes.append({"run": board.settings.packages[number].run, "order": order, **pass_record(done)})
+        board.measured.rates[number] = rate
+    board.passes.append({"run": board.inputs.settings.packages[number].run, "order": order, **pass_record(work)})
 
 
 class Encoder:
@@ -2769,10 +2844,10 @@ class Encoder:
     and another thread would then encode the template as plain text.
     """
 
-    def __init__(self, board: Board):
-        self.board, self.pool, self.closing = board, ThreadPoolExecutor(1), threading.Event()
-        self.ahead: dict[tuple[int, str], Future] = {}
-        self.tokenizers = [threading.Lock() for _ in board.packages]
+    def __init__(self, inputs: Inputs):
+        self.inputs, self.pool, self.closing = inputs, ThreadPoolExecutor(1), threading.Event()
+        self.ahead: dict[Key, Future] = {}
+        self.tokenizers = [threading.Lock() for _ in inputs.packages]
 
     def begin(self, number: int, order: str, rows: Sequence[Mapping]) -> None:
         """Encode rows that are likely to be asked for."""
@@ -2782,25 +2857,28 @@ class Encoder:
     def requests(self, number: int, order: str, rows: Sequence[Mapping]) -> list[Request]:
         """The rows' requests, in the rows' order."""
         begun = self.ahead.get((number, order))
-        found = {request.id: request for request in (begun.result() if begun else ())}
-        missing = [row for row in rows if row["id"] not in found]
-        found |= {request.id: request for request in (self.encode(number, order, missing) if missing else ())}
-        return [found[row["id"]] for row in rows]
+        by_id = {request.id: request for request in (begun.result() if begun else ())}
+        missing = [row for row in rows if row["id"] not in by_id]
+        if missing:
+            by_id |= {request.id: request for request in self.encode(number, order, missing)}
+        return [by_id[row["id"]] for row in rows]
 
     def encode(self, number: int, order: str, rows: Sequence[Mapping]) -> list[Request]:
         """By the package's own model_input; token ids in four bytes each, since there are millions of them."""
-        board, began, made = self.board, time.monotonic(), []
-        package = board.packages[number]
+        began, encoded = time.monotonic(), []
+        package, contract = self.inputs.packages[number], self.inputs.contracts[number]
         for start in range(0, len(rows), ENCODED_AT_ONCE):
             if self.closing.is_set():
-                return made
-            pairs = make_pairs(package, rows[start : start + ENCODED_AT_ONCE])
+                return encoded
+            pairs = [package.model_input.pair_from_row(row) for row in rows[start : start + ENCODED_AT_ONCE]]
             with self.tokenizers[number]:
-                found = make_requests(package.model_input, package.tokenizer, board.contracts[number], pairs, (order,))
-            made += [replace(request, sequences=tuple(array("i", ids) for ids in request.sequences)) for request in found]
-        tokens, seconds = sum(request.tokens for request in made), time.monotonic() - began
-        log(board.clock, f"{package.folder.name}, {order}: {len(made)} rows encoded, {tokens} tokens in {seconds:.1f} s")
-        return made
+                requests = make_requests(package.model_input, package.tokenizer, contract, pairs, (order,))
+            for request in requests:
+                encoded.append(replace(request, sequences=tuple(array("i", ids) for ids in request.sequences)))
+        tokens, seconds = sum(request.tokens for request in encoded), time.monotonic() - began
+        name = f"{package.folder.name}, {order}"
+        log(self.inputs.clock, f"{name}: {len(encoded)} rows encoded, {tokens} tokens in {seconds:.1f} s")
+        return encoded
 
     def close(self) -> None:
         """Stop, after the rows that are being encoded: ENCODED_AT_ONCE at most."""
@@ -2808,22 +2886,16 @@ class Encoder:
         self.pool.shutdown(cancel_futures=True)
 
 
-def make_pairs(package: Package, rows: Iterable[Mapping]) -> list:
-    """The rows as pairs of the package's own model_input."""
-    return [package.model_input.pair_from_row(row) for row in rows]
-
-
 def combine(settings: Settings, packages: Sequence[Package], per_package: Sequence[Scores]) -> dict[str, list[float]]:
     """Probabilities of the competition's verdicts by id: orders averaged, then packages by weight, then the temperature."""
-    by_id: dict[str, list[tuple[float, list[float]]]] = {}
-    for chosen, package, scores in zip(settings.packages, packages, per_package, strict=True):
+    opinions: dict[str, list[list[float]]] = {}
+    weights: dict[str, list[float]] = {}
+    for served, package, scores in zip(settings.packages, packages, per_package, strict=True):
         for row_id, values in mean_of_orders(scores).items():
-            told = to_competition(values, package.contract.verdicts, settings.verdicts)
-            by_id.setdefault(row_id, []).append((chosen.weight, told))
-    return {
-        row_id: soften(weighted_mean([values for _, values in found], [weight for weight, _ in found]), settings.temperature)
-        for row_id, found in by_id.items()
-    }
+            opinion = to_competition(values, package.contract.verdicts, settings.verdicts)
+            opinions.setdefault(row_id, []).append(opinion)
+            weights.setdefault(row_id, []).append(served.weight)
+    return {row_id: soften(weighted_mean(values, weights[row_id]), settings.temperature) for row_id, values in opinions.items()}
 
 
 # ==============================================================================================================
@@ -2860,14 +2932,15 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
         log(clock, f"installed {', '.join(installed)} from {settings.wheels}")
     devices = list(devices or visible_devices())
     visible = choose_visible_rows(root, settings, folders, {row["id"] for row in rows})
-    if visible.told:
-        log(clock, visible.told)
+    if visible.log_line:
+        log(clock, visible.log_line)
     machine = check_machine(root, settings, packages, devices, len(rows) + len(visible.rows), clock)
     board = make_board(settings, packages, [*rows, *visible.rows], devices, clock, is_hidden_run())
     with carrying_on(board):
         score_all(board)
     scored = combine(settings, packages, board.scores)
-    final = submit(root / "working", board, rows, scored, read_ids(test_file))
+    final = fill_unscored(rows, scored, settings.verdicts, settings.min_scored)
+    write_submission(root / "working" / "submission.csv", settings, final, read_ids(test_file))
     record = {
         "settings": asdict(settings),
         "manifests": {one.dataset: package.manifest_sha256() for one, package in zip(settings.packages, packages, strict=True)},
@@ -2875,7 +2948,7 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
         "installed": installed,
         "machine": machine,
         "devices": devices,
-        "hidden_run": board.hidden_run,
+        "hidden_run": board.inputs.hidden_run,
         "rows": len(rows),
         "scored": sum(row["id"] in scored for row in rows),
         "plans": board.plans,
@@ -2901,39 +2974,30 @@ def carrying_on(board: Board) -> Iterator[None]:
     try:
         yield
     except Exception:
-        if not board.hidden_run:
+        if not board.inputs.hidden_run:
             raise
-        log(board.clock, f"going on with what was scored until now: {traceback.format_exc()}")
-
-
-def submit(
-    working: Path, board: Board, rows: Sequence[dict], scored: Mapping[str, list[float]], expected_ids: Sequence[str]
-) -> dict[str, list[float]]:
-    """Write submission.csv of the test rows, whose ids must be those expected; their probabilities."""
-    settings = board.settings
-    final = fill_unscored(rows, scored, settings.verdicts, settings.min_scored)
-    write_submission(working / "submission.csv", settings, final, expected_ids)
-    return final
+        log(board.inputs.clock, f"going on with what was scored until now: {traceback.format_exc()}")
 
 
 def report_visible_rows(board: Board, visible: VisibleRows, scored: Mapping[str, list[float]]) -> dict:
     """What the visible run measured, for kernel.json, also logged."""
-    clock_seconds = board.clock.deadline - board.clock.began
-    verdicts, speeds = board.settings.verdicts, speeds_of(board)
+    clock_seconds = board.inputs.clock.deadline - board.inputs.clock.began
+    verdicts, speeds = board.inputs.settings.verdicts, speeds_of(board)
     report = visible_report(visible, verdicts, scored, board.by_run(), speeds, board.before_seconds, clock_seconds)
     for line in visible_lines(report):
-        log(board.clock, line)
+        log(board.inputs.clock, line)
     return report
 
 
 def speeds_of(board: Board) -> list[Speed]:
     """What was measured of each package that scored."""
     speeds = []
-    for number, chosen in enumerate(board.settings.packages):
+    for number, chosen in enumerate(board.inputs.settings.packages):
         done = [record for record in board.passes if record["run"] == chosen.run and record["scored"]]
-        loads = [worker["load_seconds"] for worker in board.workers if worker["package"] == board.packages[number].folder.name]
+        name = board.inputs.packages[number].folder.name
+        loads = [worker["load_seconds"] for worker in board.workers if worker["package"] == name]
         if done:
-            rate = board.rates[number] * done[0]["tokens"] / done[0]["computed_tokens"]
+            rate = board.measured.rates[number] * done[0]["tokens"] / done[0]["computed_tokens"]
             tokens = done[0]["tokens"] / done[0]["scored"]
             speeds.append(Speed(chosen.run, max(loads, default=0.0), rate, tokens, len(board.orders(number))))
     return speeds

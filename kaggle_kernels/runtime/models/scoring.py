@@ -107,10 +107,11 @@ def verdict_logits(
 
     Sequences of like length go through the model together: a pair's two responses, which are not, each with others.
     """
+    compute_logits = label_token_logits if contract.head == "label_tokens" else classifier_logits
     rows = [torch.empty(0)] * len(sequences)
     for group in alike(list(map(len, sequences))):
         with passing():
-            outputs_go = head_outputs(model, contract, [sequences[place] for place in group], device).float().cpu()
+            outputs_go = compute_logits(model, contract, [sequences[place] for place in group], device).float().cpu()
         for place, row in zip(group, outputs_go, strict=True):
             rows[place] = row
     logits = torch.stack(rows)
@@ -119,38 +120,64 @@ def verdict_logits(
     return logits.view(-1, 2)[:, [("model_a", "model_b").index(verdict) for verdict in contract.verdicts]]
 
 
-def head_outputs(model: torch.nn.Module, contract, sequences: Sequence[list[int]], device: str) -> torch.Tensor:
-    """What the head says of each sequence, (sequences, outputs), in one forward pass.
+def classifier_logits(model: torch.nn.Module, contract, sequences: Sequence[list[int]], device: str) -> torch.Tensor:
+    """The outputs of a classifier, (sequences, outputs). Its rows are padded on the right.
 
-    A classifier finds the last token that is not padding by itself, so its rows are padded on the right, and what a decoder
-    reads there never sees the padding: it needs no mask. A causal LM is padded on the left: the answer then stands at the
-    last place of every row, and only there are logits computed.
+    By itself it finds the last token that is not padding. What a decoder reads there never sees the padding behind it, so that
+    only an encoder needs a mask.
     """
-    lengths_g1 = torch.tensor([[len(ids)] for ids in sequences])
-    longest, left, causal = int(lengths_g1.max()), contract.head == "label_tokens", getattr(model, "causal", False)
-    places_t = torch.arange(longest)
-    mask_gt = places_t >= longest - lengths_g1 if left else places_t < lengths_g1
-    ids_gt = torch.full(mask_gt.shape, contract.pad_token_id)
-    ids_gt[mask_gt] = torch.tensor([token for ids in sequences for token in ids])
+    is_decoder = getattr(model, "causal", False)
+    ids_gt, mask_gt = pad(sequences, contract.pad_token_id, pad_left=False)
     inputs = {"input_ids": ids_gt.to(device)}
-    if (left or not causal) and not mask_gt.all():
+    if not is_decoder and not mask_gt.all():
         inputs["attention_mask"] = mask_gt.long().to(device)
-    if left:
-        inputs["position_ids"] = (mask_gt.cumsum(-1) - 1).clamp(min=0).to(device)
-        inputs |= {"logits_to_keep": 1, "use_cache": False}
-    with reading(torch.tensor([read_place(ids, longest, contract, causal) for ids in sequences], device=device)):
-        logits = model(**inputs).logits
-    return logits[:, -1, list(contract.label_token_ids)] if left else logits
+
+    # A decoder's head reads the last token of a row that is not padding, an encoder's the first.
+    read_places = [0] * len(sequences)
+    if is_decoder:
+        read_places = [last_token_place(ids, contract.pad_token_id) for ids in sequences]
+    with reading(torch.tensor(read_places, device=device)):
+        return model(**inputs).logits
 
 
-def read_place(ids: Sequence[int], longest: int, contract, causal: bool) -> int:
-    """Where the head reads a row of `longest` tokens: the last one that is not padding, an encoder's the first."""
-    if contract.head == "label_tokens":
-        return longest - 1
-    return max((place for place, token in enumerate(ids) if token != contract.pad_token_id), default=0) if causal else 0
+def label_token_logits(model: torch.nn.Module, contract, sequences: Sequence[list[int]], device: str) -> torch.Tensor:
+    """The answer tokens' logits of a causal LM, (sequences, verdicts).
+
+    Its rows are padded on the left: the answer then stands at the last place of every row, and only there are logits computed.
+    """
+    ids_gt, mask_gt = pad(sequences, contract.pad_token_id, pad_left=True)
+    position_ids_gt = (mask_gt.cumsum(-1) - 1).clamp(min=0)
+    inputs = {"input_ids": ids_gt.to(device), "position_ids": position_ids_gt.to(device)}
+    if not mask_gt.all():
+        inputs["attention_mask"] = mask_gt.long().to(device)
+
+    last_place = ids_gt.shape[1] - 1
+    with reading(torch.full((len(sequences),), last_place, device=device)):
+        logits_g1v = model(**inputs, logits_to_keep=1, use_cache=False).logits
+    return logits_g1v[:, -1, list(contract.label_token_ids)]
 
 
-def score(
+def pad(sequences: Sequence[list[int]], pad_token_id: int, pad_left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids padded to the longest sequence, and where they are no padding, both (sequences, tokens)."""
+    lengths_g1 = torch.tensor([[len(ids)] for ids in sequences])
+    longest = int(lengths_g1.max())
+    places_t = torch.arange(longest)
+    mask_gt = places_t >= longest - lengths_g1 if pad_left else places_t < lengths_g1
+
+    ids_gt = torch.full(mask_gt.shape, pad_token_id)
+    ids_gt[mask_gt] = torch.tensor([token for ids in sequences for token in ids])
+    return ids_gt, mask_gt
+
+
+def last_token_place(ids: Sequence[int], pad_token_id: int) -> int:
+    """The place of the last token that is not the pad id; 0 where all are, as the classifier reads such a row."""
+    for place in range(len(ids) - 1, -1, -1):
+        if ids[place] != pad_token_id:
+            return place
+    return 0
+
+
+def score(  # noqa: PLR0913  the last three are options by name
     model: torch.nn.Module,
     model_input: ModuleType,
     tokenizer,

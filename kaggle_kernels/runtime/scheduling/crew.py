@@ -1,7 +1,8 @@
 """The workers as the kernel's own process sees them: started, given batches, killed, started again.
 
-A worker that dies is started again with half its token budget. One that dies FRUITLESS_DEATHS times in a row without having
-loaded its model or scored a batch is given up: its device is gone, and the others go on without it.
+A worker that dies is started again with half its token budget, which stays halved. One that dies FRUITLESS_DEATHS times in a
+row without having loaded its model or scored a batch is given up: its device is gone, and the others go on without it. What
+becomes of the rows that it had is decided by engine.handle_worker_death.
 """
 
 import contextlib
@@ -18,7 +19,6 @@ from kaggle_kernels.runtime.scheduling.worker import Assignment, run_worker
 from kaggle_kernels.runtime.settings import Clock, log
 
 FRUITLESS_DEATHS = 3
-RECOVERY_BATCHES = 32  # scored in a row, after which a budget that a death halved is doubled; after each death twice as many
 JOIN_SECONDS = 30.0  # a killed process may be stuck in a driver
 
 
@@ -31,7 +31,6 @@ class Worker:
     tokens_per_batch: int
     start: Callable[[Assignment], tuple]  # gives the process and the pipe to it
     positions: tuple[int, ...] = ()  # of its devices
-    most_tokens: int = 0  # what the budget may grow back to
     process: object = None
     connection: object = None
     loaded: dict | None = None  # what the worker said of its model
@@ -43,7 +42,6 @@ class Worker:
     memory_bytes: list[int] = field(default_factory=list)
     deaths: int = 0
     fruitless: int = 0
-    in_a_row: int = 0
     last_event: float = 0.0  # began to load, got its first batch, or gave one back
     numbers: int = 0
 
@@ -58,8 +56,7 @@ class Worker:
 
     def launch(self) -> None:
         """Start the process, which loads the model."""
-        self.most_tokens = self.most_tokens or self.tokens_per_batch
-        self.loaded, self.in_a_row = None, 0
+        self.loaded = None
         self.last_event = time.monotonic()
         self.process, self.connection = self.start(self.task)
 
@@ -79,9 +76,6 @@ class Worker:
         self.seconds += now - self.last_event
         self.last_event, self.memory_bytes = now, memory
         self.fruitless = 0
-        self.in_a_row += 1
-        if self.in_a_row % (RECOVERY_BATCHES << max(self.deaths - 1, 0)) == 0:
-            self.tokens_per_batch = min(2 * self.tokens_per_batch, self.most_tokens)
         return batch
 
     def note_out_of_memory(self, number: int) -> list[Request]:
@@ -89,7 +83,7 @@ class Worker:
         batch = self.outstanding.pop(number)
         self.last_event = time.monotonic()
         fits = padded_tokens(batch) // 2 if len(batch) > 1 else padded_tokens(batch) - 1
-        self.most_tokens = self.tokens_per_batch = max(min(self.tokens_per_batch, fits), 1)
+        self.tokens_per_batch = max(min(self.tokens_per_batch, fits), 1)
         return batch
 
     def note_death(self) -> tuple[list[list[Request]], list[list[Request]]]:

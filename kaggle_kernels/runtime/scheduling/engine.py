@@ -1,9 +1,12 @@
 """One order of one package over its workers: batches dealt from one queue until it is empty or the deadline is near.
 
-What happens to a batch: out of memory halves its worker's token budget and tries again; a worker that dies is started again
-and its rows go back to the queue, those that it was scoring one by one at the end, in case that one of them killed it; a
-worker that says nothing is killed; the clock may leave batches behind. A row without a score is simply not in the result,
-and the caller decides what that means.
+schedule.make_next_pass calls `make_pass` and `run_pass`. What can happen to a batch on its way:
+    out of memory      its worker's token budget is halved, and the batch cut and tried again (`cut`)
+    its worker dies    the worker is started again, or given up with its device; its rows go back to the queue, those that it
+                       was scoring one by one at the end, in case that one of them killed it (`handle_worker_death`)
+    its worker hangs   the worker is killed, which is a death like others (`watch`)
+    the clock ends     the batch stays in the queue (`next_batch`)
+A row without a score is simply not in the result, and the caller decides what that means.
 """
 
 import math
@@ -84,7 +87,7 @@ def make_pass(
     worth: Mapping[str, float] | None = None,
 ) -> Pass:
     """A pass over `requests`: by length, or by blocks of those worth most first, where `worth` by id is given."""
-    tokens_per_batch = max(worker.most_tokens for worker in workers)
+    tokens_per_batch = max(worker.tokens_per_batch for worker in workers)
     if worth is None:
         batches = make_batches(requests, tokens_per_batch)
     else:
@@ -99,13 +102,14 @@ def run_pass(work: Pass, workers: Sequence[Worker], clock: Clock) -> Pass:
     """Work through the queue; raises PackageError where a worker refuses the package."""
     log(clock, f"{work.label}: {work.rows} rows in {len(work.queue)} batches")
     for worker in workers:
-        if not worker.process and not worker.gone and time_is_left(work):
+        if not worker.process and not worker.gone and time.monotonic() < work.deadline:
             worker.launch()
     while True:
         for worker in workers:
             feed(work, worker, workers)
         alive = [worker for worker in workers if worker.process]
-        busy = [worker for worker in alive if worker.outstanding or (not worker.loaded and work.queue and time_is_left(work))]
+        may_start = work.queue and time.monotonic() < work.deadline
+        busy = [worker for worker in alive if worker.outstanding or (may_start and not worker.loaded)]
         if not busy:
             break
         by_connection = {worker.connection: worker for worker in alive}
@@ -118,11 +122,6 @@ def run_pass(work: Pass, workers: Sequence[Worker], clock: Clock) -> Pass:
             log(clock, f"{work.label}: {progress(work, workers)}")
     log(clock, f"{work.label}: {progress(work, workers)}")
     return work
-
-
-def time_is_left(work: Pass) -> bool:
-    """Whether the deadline is still to come."""
-    return time.monotonic() < work.deadline
 
 
 def feed(work: Pass, worker: Worker, workers: Sequence[Worker]) -> None:
@@ -163,7 +162,7 @@ def receive(work: Pass, worker: Worker, workers: Sequence[Worker], clock: Clock)
     try:
         kind, *message = worker.connection.recv()
     except (EOFError, OSError):
-        return bury(work, worker, f"died (exit code {exit_code(worker)})", clock)
+        return handle_worker_death(work, worker, f"died (exit code {exit_code(worker)})", clock)
     if kind == "loaded":
         [worker.loaded] = message
         worker.load_seconds, worker.last_event = worker.loaded["seconds"], time.monotonic()
@@ -181,9 +180,9 @@ def receive(work: Pass, worker: Worker, workers: Sequence[Worker], clock: Clock)
     elif kind == "refused":
         if all(other.gone for other in workers if other is not worker):
             raise PackageError(message[0])
-        bury(work, worker, f"refuses the package, which another device may not: {message[0]}", clock)
+        handle_worker_death(work, worker, f"refuses the package, which another device may not: {message[0]}", clock)
     else:
-        bury(work, worker, f"failed: {message[0].strip()}", clock)
+        handle_worker_death(work, worker, f"failed: {message[0].strip()}", clock)
 
 
 def cut(work: Pass, worker: Worker, batch: list[Request], workers: Sequence[Worker]) -> str:
@@ -206,26 +205,34 @@ def exit_code(worker: Worker) -> int | None:
     return worker.process.exitcode
 
 
-def bury(work: Pass, worker: Worker, why: str, clock: Clock) -> None:
-    """After a worker's death: its rows back to the queue, a new process in its place, or its device given up."""
+def handle_worker_death(work: Pass, worker: Worker, why: str, clock: Clock) -> None:
+    """Put a dead worker's rows back into the queue, and start a new process in its place or give its device up.
+
+    A row that was being scored at GIVEN_UP_AFTER deaths is given up. No process is started that the clock has no time to load.
+    """
     at_work, ready = worker.note_death()
     work.deaths[worker.name] = work.deaths.get(worker.name, 0) + 1
     work.put_first(ready)
-    told = ""
-    for request in (request for batch in at_work for request in batch):
-        work.suspected[request.id] += 1
-        if work.suspected[request.id] >= GIVEN_UP_AFTER:
-            told += give_up(work, [request])
-        else:
-            work.put_last([[request]])
+
+    # Any of the rows that it was scoring may have killed it: each is tried again alone, after all others.
+    rows_given_up = ""
+    for batch in at_work:
+        for request in batch:
+            work.suspected[request.id] += 1
+            if work.suspected[request.id] >= GIVEN_UP_AFTER:
+                rows_given_up += give_up(work, [request])
+            else:
+                work.put_last([[request]])
+
     log(clock, f"{worker.name}: {why}")
     if worker.gone:
-        log(clock, f"{worker.name}: gone after {worker.fruitless} deaths without a score in between{told}")
+        outcome = f"gone after {worker.fruitless} deaths without a score in between"
     elif work.deadline - time.monotonic() <= worker.load_seconds:
-        log(clock, f"{worker.name}: not started again, the clock has no time to load it{told}")
+        outcome = "not started again, the clock has no time to load it"
     else:
         worker.launch()
-        log(clock, f"{worker.name}: started again, {worker.tokens_per_batch} tokens a batch{told}")
+        outcome = f"started again, {worker.tokens_per_batch} tokens a batch"
+    log(clock, f"{worker.name}: {outcome}{rows_given_up}")
 
 
 def give_up(work: Pass, batch: list[Request]) -> str:
@@ -249,7 +256,7 @@ def watch(work: Pass, worker: Worker, clock: Clock) -> None:
     if worker.outstanding and now > clock.deadline + clock.reserve_seconds / 3:
         patience = 0
     if quiet > patience:
-        bury(work, worker, f"killed: it said nothing for {quiet:.0f} s", clock)
+        handle_worker_death(work, worker, f"killed: it said nothing for {quiet:.0f} s", clock)
 
 
 def note_scores(work: Pass, batch: list[Request], values: list[list[float]]) -> None:

@@ -1,42 +1,34 @@
-"""What to score next, and for several models where.
+"""Plans what is scored after the first order: the second order, and further models, row by row within the time limit.
 
-First comes the first order of every row by the first model. Then there are options: the second order, a further model, its
-second order. An option changes a probability by some amount, whose standard deviation s is measured. The gain to be
-expected is that of the knowledge gradient (Frazier, Powell and Dayanik 2008): 2 (s φ(m/s) − m Φ(−m/s)), with m half the
-lead of the first verdict over the second. A row near the line gains most, one far from it nothing. For log loss it is s² (1
-− Σp²). Divided by the seconds that the row takes, it says what to do first; as much as the clock allows is done. Which
-further models are worth loading is tried out, with 0, 1, 2, … of them.
+Called by schedule.plan_next_pass after every pass. What could still be done are options: one more pass each, of a package in
+an order. An option changes a probability by some amount, whose standard deviation s is measured. The expected gain is that of
+the knowledge gradient (Frazier, Powell and Dayanik 2008): 2 (s φ(m/s) − m Φ(−m/s)), with m half the lead of the first verdict
+over the second. A row near the line between two verdicts gains most, one far from it nothing. For log loss it is
+s² (1 − Σp²).
 
-Several models on several GPUs go one after the other on all of them, or each on GPUs of its own, whichever should end sooner.
-
-The cost model of that: a copy of a model is loaded at LOAD_BYTES_PER_SECOND, one copy after the other; then a device does
-2 x parameters (the embedding's not counted) x tokens floating-point operations at FLOP_PER_SECOND.
-One after the other loads every model on every device and keeps all devices busy until the end. Side by side loads each
-model once for each of its devices, and the devices of the faster model wait for the slower one.
-Side by side must also fit the clock SAFETY times over, else the first model, on half the devices, might not get round.
+Rows are taken by their gain per second until the seconds are used. Which further models are worth their loading is tried out:
+with none of them, with the first, with the first two, and so on.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from kaggle_kernels.runtime.models.placement import weight_sizes
-from kaggle_kernels.runtime.models.scoring import make_requests, orders_of
 from kaggle_kernels.runtime.package import Package
 
 LOAD_BYTES_PER_SECOND = 3e8
-FLOP_PER_SECOND = {"cuda": 1.5e13, "cpu": 5e10}  # a T4 in float16 at a quarter of its peak; one core
-SAFETY = 2.0
-SAMPLE_ROWS = 256
 CHANGE_OF_ORDER = 0.06  # the change of a probability (sd) by a second order or model, until it is measured
 CHANGE_OF_MODEL = 0.1
+ROWS_TO_MEASURE = 30  # fewer give no standard deviation worth planning by
+SHORTEST_SECONDS = 1e-9  # of a row while no speed is measured: gains are divided by it
 
 
 @dataclass(frozen=True)
 class Option:
-    """One more pass: a package (its number in the spec) in an order, for rows that it has not scored.
+    """One more pass that could be made: a package (its number in the spec) in an order, over the rows `unscored` (ids).
 
-    `change` is the standard deviation of what it changes in a probability; `load_seconds` is 0 where its model is loaded.
+    `change` is the standard deviation of what the pass changes in a probability; `load_seconds` is 0 where its model is loaded.
     """
 
     package: int
@@ -44,6 +36,18 @@ class Option:
     change: float
     seconds_per_token: float
     load_seconds: float = 0.0
+    unscored: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Offer:
+    """One row of an option, which is named by its place."""
+
+    option_place: int
+    row_id: str
+    gain: float
+    seconds: float
+    gain_per_second: float
 
 
 @dataclass(frozen=True)
@@ -57,51 +61,63 @@ class Share:
 
 def allocate(
     options: Sequence[Option],
-    unscored: Sequence[Sequence[str]],
     probabilities: Mapping[str, Sequence[float]],
     tokens: Mapping[str, int],
     seconds: float,
     by_log_loss: bool,
 ) -> list[Share]:
-    """Each option's share of `seconds`, in the options' order: rows of most gain per second first, until the seconds are used.
+    """Share `seconds`, what is left of the clock, out among the options: rows of most gain per second first.
 
-    `unscored` are each option's row ids, `probabilities` what is known of a row (absent: nothing), `tokens` a row's length.
+    `probabilities` are what the passes so far say of a row, by id (absent: nothing), `tokens` the rows' lengths. Each option
+    gets a share, in their order; one without rows where it gets no time.
     """
-    tried = []
-    for last in (-1, *sorted({option.package for option in options})):  # -1: only what is loaded
-        considered = [option.package <= last or not option.load_seconds for option in options]
-        tried.append(allocate_to(considered, options, unscored, probabilities, tokens, seconds, by_log_loss))
-    return max(tried, key=lambda found: found[0])[1]
+    offers = make_offers(options, probabilities, tokens, by_log_loss)
+    loaded = {option.package for option in options if not option.load_seconds}
+    further = sorted({option.package for option in options if option.load_seconds})
+
+    best_gain, best_shares = allocate_to(loaded, options, offers, seconds)
+    for count in range(1, len(further) + 1):
+        gain, shares = allocate_to(loaded.union(further[:count]), options, offers, seconds)
+        if gain > best_gain:
+            best_gain, best_shares = gain, shares
+    return best_shares
+
+
+def make_offers(
+    options: Sequence[Option], probabilities: Mapping[str, Sequence[float]], tokens: Mapping[str, int], by_log_loss: bool
+) -> list[Offer]:
+    """Every unscored row of every option, by gain per second; equal ones stay in the order of options and rows."""
+    offers = []
+    for place, option in enumerate(options):
+        for row_id in option.unscored:
+            gain = expected_gain(probabilities.get(row_id), option.change, by_log_loss)
+            seconds = max(tokens[row_id] * option.seconds_per_token, SHORTEST_SECONDS)
+            offers.append(Offer(place, row_id, gain, seconds, gain / seconds))
+    return sorted(offers, key=lambda offer: offer.gain_per_second, reverse=True)
 
 
 def allocate_to(
-    considered: Sequence[bool],
-    options: Sequence[Option],
-    unscored: Sequence[Sequence[str]],
-    probabilities: Mapping[str, Sequence[float]],
-    tokens: Mapping[str, int],
-    seconds: float,
-    by_log_loss: bool,
+    packages: Collection[int], options: Sequence[Option], offers: Sequence[Offer], seconds: float
 ) -> tuple[float, list[Share]]:
-    """The gain of the `considered` options, and the shares of all."""
-    loading = {option.package: option.load_seconds for option, taken in zip(options, considered, strict=True) if taken}
-    left = seconds - sum(loading.values())
-    offers = []
-    for number, option in enumerate(options):
-        for row_id in unscored[number] if considered[number] else ():
-            cost = max(tokens[row_id] * option.seconds_per_token, 1e-9)
-            gain = expected_gain(probabilities.get(row_id), option.change, by_log_loss)
-            offers.append((gain / cost, -number, row_id, cost, gain))
-    worth: list[dict[str, float]] = [{} for _ in options]
-    spent, total = [0.0] * len(options), 0.0
-    for value, number, row_id, cost, gain in sorted(offers, reverse=True):
-        if cost > left:
+    """Take the best offers of these packages that fit the seconds left after loading; their gain, and every option's share."""
+    load_seconds = {option.package: option.load_seconds for option in options if option.package in packages}
+    seconds_left = seconds - sum(load_seconds.values())
+
+    total_gain = 0.0
+    worths: list[dict[str, float]] = [{} for _ in options]
+    seconds_used = [0.0] * len(options)
+    for offer in offers:
+        place = offer.option_place
+        # A row too long for what is left does not keep shorter ones behind it out.
+        if options[place].package not in packages or offer.seconds > seconds_left:
             continue
-        left -= cost
-        spent[-number] += cost
-        total += gain
-        worth[-number][row_id] = value
-    return total, [Share(*found) for found in zip(options, worth, spent, strict=True)]
+        seconds_left -= offer.seconds
+        seconds_used[place] += offer.seconds
+        total_gain += offer.gain
+        worths[place][offer.row_id] = offer.gain_per_second
+
+    shares = [Share(option, worths[place], seconds_used[place]) for place, option in enumerate(options)]
+    return total_gain, shares
 
 
 def expected_gain(values: Sequence[float] | None, change: float, by_log_loss: bool) -> float:
@@ -118,69 +134,11 @@ def expected_gain(values: Sequence[float] | None, change: float, by_log_loss: bo
 
 
 def measured_change(before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[float]]) -> float | None:
-    """The standard deviation of the first probability's change over the rows in both; None for fewer than 30 of them."""
+    """The standard deviation of the first probability's change over the rows in both; None for fewer than ROWS_TO_MEASURE."""
     changes = [after[row_id][0] - values[0] for row_id, values in before.items() if row_id in after]
-    return math.sqrt(sum(change**2 for change in changes) / len(changes)) if len(changes) >= 30 else None
-
-
-@dataclass(frozen=True)
-class Job:
-    """One model's work: bytes to load for each copy, floating-point operations for all rows in all orders."""
-
-    load_bytes: float
-    flop: float
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What was chosen, both estimates in seconds (side by side: None where it cannot be), and the sentence for the log."""
-
-    side_by_side: bool
-    in_turn_seconds: float
-    side_by_side_seconds: float | None
-    why: str
-
-
-def make_plan(jobs: Sequence[Job], can_part: bool, devices: Sequence[str], seconds_left: float) -> Plan:
-    """The plan for models of which each fits one device; `can_part` is False where one of them is split."""
-    in_turn = seconds_in_turn(jobs, devices)
-    if not can_part or not 2 <= len(jobs) <= len(devices):
-        why = "a model is split over the devices" if not can_part else f"{len(jobs)} models, {len(devices)} devices"
-        return Plan(False, in_turn, None, f"in turn, estimated at {in_turn:.0f} s ({why})")
-    beside = seconds_side_by_side(jobs, devices)
-    chosen = beside < in_turn and beside * SAFETY <= seconds_left
-    estimates = f"in turn {in_turn:.0f} s, side by side {beside:.0f} s, {seconds_left:.0f} s left"
-    return Plan(chosen, in_turn, beside, f"{'side by side' if chosen else 'in turn'} (estimates: {estimates})")
-
-
-def seconds_in_turn(jobs: Sequence[Job], devices: Sequence[str]) -> float:
-    """How long the models take one after the other, each on all devices."""
-    return sum(job.load_bytes * len(devices) / LOAD_BYTES_PER_SECOND + job.flop / rate_of(devices) for job in jobs)
-
-
-def seconds_side_by_side(jobs: Sequence[Job], devices: Sequence[str]) -> float:
-    """How long the models take at the same time, each on its share of the devices; all are loaded before the first row."""
-    shares = share_devices(devices, len(jobs))
-    loading = sum(job.load_bytes * len(share) for job, share in zip(jobs, shares, strict=True)) / LOAD_BYTES_PER_SECOND
-    return loading + max(job.flop / rate_of(share) for job, share in zip(jobs, shares, strict=True))
-
-
-def share_devices(devices: Sequence[str], models: int) -> list[tuple[str, ...]]:
-    """Each model's devices where they work side by side."""
-    return [tuple(devices[number::models]) for number in range(models)]
-
-
-def rate_of(devices: Sequence[str]) -> float:
-    """Floating-point operations a second of all the devices."""
-    return sum(FLOP_PER_SECOND[device.split(":")[0]] for device in devices)
-
-
-def job_of(package: Package, contract, pairs: Sequence, orders: Sequence[str]) -> Job:
-    """A package's work on `pairs`, with their tokens guessed from SAMPLE_ROWS of them, evenly spread."""
-    sample = pairs[:: max(len(pairs) // SAMPLE_ROWS, 1)]
-    requests = make_requests(package.model_input, package.tokenizer, contract, sample, ("as_given",))
-    tokens = sum(request.tokens for request in requests) * len(pairs) / max(len(sample), 1) * len(orders_of(contract, orders))
-    return Job(sum(size for size, _ in weight_sizes(package.folder).values()), flop_per_token(package) * tokens)
+    if len(changes) < ROWS_TO_MEASURE:
+        return None
+    return math.sqrt(sum(change**2 for change in changes) / len(changes))
 
 
 def flop_per_token(package: Package) -> float:

@@ -176,18 +176,6 @@ def test_an_upload_that_ends_in_503_goes_on_where_it_stopped(fast_kaggle, datase
     assert fast_kaggle.site.datasets[DATASET].versions[0].files == FILES
 
 
-def test_a_command_killed_in_an_upload_goes_on_where_it_stopped_when_it_runs_again(fast_kaggle, dataset_folder):
-    fast_kaggle.faults.append(Fault("PUT", where="weights.bin", breaks_after_bytes=1000, stalls=True))
-    first = subprocess.Popen(["kaggle", "datasets", "create", "-q", "-p", dataset_folder])
-    assert fast_kaggle.stalled.wait(30)
-    first.kill()
-    first.wait()
-    assert fast_kaggle.site.datasets == {}
-    assert create(dataset_folder) == (0, CREATED, "")
-    assert fast_kaggle.site.datasets[DATASET].versions[0].files == FILES
-    assert (fast_kaggle.uploaded_bytes("weights.bin"), fast_kaggle.uploaded_bytes("config.json")) == (10_240, 2)
-
-
 def test_a_kernel_is_pushed_read_back_followed_and_its_output_fetched(fast_kaggle, kernel_folder, tmp_path):
     assert run_kaggle("kernels", "push", "-p", kernel_folder) == (0, PUSHED, "")
     pushed = fast_kaggle.site.kernels[KERNEL].versions[0].pushed

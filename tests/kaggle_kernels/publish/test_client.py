@@ -156,11 +156,12 @@ def test_the_command_ends_with_us_even_where_we_are_killed(fake, tmp_path):
     code = f"from kaggle_kernels.publish import client; client.COMMAND = {client.COMMAND!r}; client.run(('x',))"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([sys.executable, "-c", code], env=environment)
-    while not (tmp_path / "calls").exists():
+    until = time.monotonic() + 60
+    while not (tmp_path / "calls").exists() and time.monotonic() < until:
         time.sleep(0.01)
     [child] = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.wait(10)
     until = time.monotonic() + 10
     while is_running(child) and time.monotonic() < until:
         time.sleep(0.01)

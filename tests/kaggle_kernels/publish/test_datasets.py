@@ -1,10 +1,7 @@
 """A folder becomes a dataset by the real kaggle command against the stand-in, whatever goes wrong on the way."""
 
 import json
-import os
 import random
-import subprocess
-import sys
 
 import pytest
 
@@ -14,7 +11,6 @@ from kaggle_kernels.publish.datasets import find_dataset, plan_dataset, publish_
 from kaggle_kernels.publish.upload import WORK, has_arrived, stale_notes, upload
 from preprocess.core.errors import UserError
 from preprocess.core.files import sha256
-from tests.conftest import ROOT
 from tests.fakes.kaggle.server import Fault
 from tests.fakes.kaggle.site import Dataset, Version
 
@@ -83,11 +79,16 @@ def test_a_version_without_a_file_or_with_a_part_of_one_is_followed_by_one_more(
     assert len(kaggle.calls("StartBlobUpload")) == 3 + 2, "the manifest came whole, and is not sent twice"
 
 
-def test_files_that_are_lost_twice_are_one_error(folder, kaggle):
+@pytest.mark.parametrize("ends, problem", [("READY", "is missing; run this again later"), ("FAILED", "was not processed, ")])
+def test_files_that_are_lost_twice_are_one_error_and_sent_anew_by_the_next_push(folder, kaggle, ends, problem):
+    kaggle.site.processing_ends = ends
     kaggle.faults += [Fault(call, loses=("config.json",)) for call in ("CreateDataset", "CreateDatasetVersion")]
-    with pytest.raises(UserError, match="tester/tiny-two: sent twice, and still config.json is missing; run this again later"):
+    with pytest.raises(UserError, match=f"tester/tiny-two: sent twice, and still config.json {problem}"):
         publish(folder)
     assert not (WORK / "tiny-two").exists()
+    kaggle.site.processing_ends = "READY"
+    assert publish(folder)["version"] == 3
+    assert current(kaggle).sha256() == hashes(folder)
 
 
 def test_a_file_that_could_not_be_sent_stops_the_dataset_without_it(folder, kaggle, capsys):
@@ -127,24 +128,6 @@ def test_notes_that_kaggle_takes_no_more_are_thrown_away(folder, kaggle):
 def test_a_version_is_awaited_that_is_newer_than_the_last():
     assert [Remote("ready", version).is_settled(2) for version in (2, 3)] == [False, True]
     assert [Remote(status, 3).is_settled(2) for status in ("blobs_received", "failed")] == [False, True]
-
-
-def test_a_push_that_is_killed_goes_on_where_it_was(folder, kaggle):
-    kaggle.faults.append(Fault("PUT", where="model.safetensors", breaks_after_bytes=1_500_000, stalls=True))
-    code = (
-        "from pathlib import Path; from kaggle_kernels.publish.datasets import *;"
-        "from kaggle_kernels.publish.client import Answer, Pace;"
-        f"publish_dataset(find_dataset(Path({str(folder)!r}), 'tester'), Pace(0.02, 30))"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-c", code], env=environment)
-    assert kaggle.stalled.wait(60)
-    process.kill()
-    process.wait()
-    assert "tester/tiny-two" not in kaggle.site.datasets
-    assert publish(folder)["version"] == 1
-    assert current(kaggle).sha256() == hashes(folder)
-    assert kaggle.uploaded_bytes("model.safetensors") == 2_000_000
 
 
 def test_a_dataset_that_is_refused_is_one_error_and_then_not_sent_twice(folder, kaggle):

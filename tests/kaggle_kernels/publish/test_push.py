@@ -45,15 +45,10 @@ def test_a_push_is_planned_made_and_then_has_nothing_to_do(spec, kaggle):
     planned = push(spec, "--dry-run")
     assert planned.exit_code == 0, planned.output
     assert changes(kaggle) == []
-    assert planned.output.splitlines()[-8:] == [
-        "tester/pairwise-test: a new version, with tester/tiny-two/1",
-        "a push would call:",
-        "  kaggle datasets create -p outputs/two/package",
-        "  kaggle datasets status tester/tiny-two",
-        "  kaggle datasets files tester/tiny-two",
-        "  kaggle datasets download tester/tiny-two --file manifest.json",
-        "  kaggle kernels push --path outputs/kernels/test",
-        "  kaggle kernels pull tester/pairwise-test --metadata",
+    assert "tester/pairwise-test: a new version, with tester/tiny-two/1\n" in planned.output
+    assert [line.split()[1:3] for line in planned.output.splitlines() if line.startswith("  kaggle ")] == [
+        *(["datasets", name] for name in ("create", "status", "files", "download")),
+        *(["kernels", name] for name in ("push", "pull")),
     ]
     made = push(spec)
     assert made.exit_code == 0, made.output
@@ -76,10 +71,7 @@ def test_a_push_is_planned_made_and_then_has_nothing_to_do(spec, kaggle):
     assert entry["datasets"] == {"tester/tiny-two": {"version": 1, "manifest": manifest}}
     before = len(kaggle.requests)
     again = push(spec)
-    assert again.output.splitlines()[-2:] == [
-        "tester/tiny-two: unchanged, version 1",
-        "tester/pairwise-test: unchanged, version 1, https://www.kaggle.com/code/tester/pairwise-test",
-    ]
+    assert again.output.count(": unchanged, version 1") == 2
     assert [request.call for request in kaggle.requests[before:] if request.call in CHANGING] == []
     assert push(spec, "--dry-run").output.splitlines()[-1] == "a push would change nothing"
     write_run("two", predictions([0.9, 0.8, 0.2, 0.6], ["model_a", "model_a", "model_b", "model_b"]))

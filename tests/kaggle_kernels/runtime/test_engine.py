@@ -1,5 +1,7 @@
 """Memory, clocks and workers that fail: what happens to a batch, and that no row gets another row's answer."""
 
+import multiprocessing
+import os
 import random
 import time
 from collections import deque
@@ -12,7 +14,7 @@ from kaggle_kernels.runtime.models.scoring import Request, padded_tokens
 from kaggle_kernels.runtime.package import PackageError
 from kaggle_kernels.runtime.scheduling import engine
 from kaggle_kernels.runtime.scheduling import worker as runtime_worker
-from kaggle_kernels.runtime.scheduling.crew import RECOVERY_BATCHES, Worker
+from kaggle_kernels.runtime.scheduling.crew import Worker, leave
 from kaggle_kernels.runtime.scheduling.engine import (
     Pass,
     make_pass,
@@ -21,7 +23,8 @@ from kaggle_kernels.runtime.scheduling.engine import (
     run_pass,
 )
 from kaggle_kernels.runtime.settings import Clock, start_clock
-from tests.kaggle_kernels.runtime.workers import Device, ThreadProcess, answer, start_in_thread
+from tests.kaggle_kernels.runtime.boards import refuse
+from tests.kaggle_kernels.runtime.workers import Device, answer, start_in_thread
 
 FAR = 1000.0
 LENGTHS = random.Random(4)
@@ -52,10 +55,6 @@ def once(condition):
     return lambda requests: bool(not seen and condition(requests) and not seen.append(1))
 
 
-def test_every_row_is_scored_by_its_own_tokens():
-    assert run([Device().worker()]).scores == EXPECTED
-
-
 def test_several_workers_share_the_rows_and_give_the_same_scores():
     devices = [Device(seconds_per_batch=0.01), Device(seconds_per_batch=0.01)]
     assert run([device.worker() for device in devices]).scores == EXPECTED
@@ -68,15 +67,6 @@ def test_the_slower_worker_gets_fewer_rows_so_that_both_end_together():
     run([fast.worker(200), slow.worker(200)])
     tokens = [sum(tokens for _, tokens in device.batches) for device in (fast, slow)]
     assert tokens[0] > 2 * tokens[1] > 0
-
-
-def test_out_of_memory_halves_the_token_budget_and_tries_again():
-    device = Device(memory_tokens=700)
-    worker = device.worker(2000)
-    work = run([worker])
-    assert work.scores == EXPECTED
-    assert worker.tokens_per_batch <= 700 and worker.deaths == 0 and device.starts == 1
-    assert sum(rows for rows, _ in device.batches) == 60
 
 
 def test_a_row_that_alone_needs_too_much_memory_is_given_up_and_the_others_are_scored():
@@ -92,30 +82,13 @@ def test_a_row_that_alone_needs_too_much_memory_is_given_up_and_the_others_are_s
 def test_a_worker_that_dies_is_started_again_with_half_the_budget_and_its_rows_are_scored(way, capsys):
     device = Device()
     setattr(device, way, once(holds("row7")))
-    worker = device.worker(1000)
+    worker = device.worker(240)
     work = run([worker])
     assert work.scores == EXPECTED
-    assert (device.starts, worker.deaths, worker.tokens_per_batch, worker.gone) == (2, 1, 500, False)
+    assert (device.starts, worker.deaths, worker.tokens_per_batch, worker.gone) == (2, 1, 120, False)
     assert work.deaths == {"cpu": 1}
     said = {"dies_at": "cpu: died (exit code -9)", "fails_at": "RuntimeError: CUDA error: device-side assert triggered"}[way]
     assert said in capsys.readouterr().out
-
-
-def test_a_budget_that_a_death_halved_grows_back_but_not_over_what_memory_allows():
-    worker = Worker("cpu", None, 1000, lambda task: None, most_tokens=1000)
-    worker.note_death()
-    worker.connection = SimpleNamespace(send=lambda message: None)
-    assert worker.tokens_per_batch == 500
-    for _ in range(2 * RECOVERY_BATCHES):
-        worker.send([REQUESTS[0]])
-        worker.note_scored(worker.numbers, [1])
-    assert worker.tokens_per_batch == 1000
-    worker.outstanding[0] = [LONGEST] * 2
-    worker.note_out_of_memory(0)
-    for _ in range(2 * RECOVERY_BATCHES):
-        worker.send([REQUESTS[0]])
-        worker.note_scored(worker.numbers, [1])
-    assert worker.tokens_per_batch == LONGEST.tokens
 
 
 def test_a_row_that_kills_its_worker_is_given_up_and_all_others_are_scored():
@@ -138,15 +111,6 @@ def test_a_device_that_is_lost_leaves_its_rows_to_the_other(capsys):
     assert (lost.starts, workers[0].gone, workers[1].gone) == (3, True, False)
     assert work.deaths == {"cuda:0": 3}
     assert "cuda:0: gone after 3 deaths without a score in between" in capsys.readouterr().out
-
-
-def test_with_all_devices_lost_rows_are_left_without_scores():
-    device, calls = Device(), []
-    device.loads = lambda start: start == 1
-    device.dies_at = lambda requests: bool(calls or (len(device.batches) == 2 and not calls.append(1)))
-    work = run([device.worker()])
-    assert 0 < len(work.scores) < 60
-    assert set(work.scores) | {r.id for batch in work.queue for r in batch} == set(EXPECTED)
 
 
 def test_a_worker_that_says_nothing_is_killed_and_started_again(monkeypatch):
@@ -176,14 +140,31 @@ def test_a_worker_that_hangs_into_the_reserve_is_killed_and_its_rows_are_left():
     assert LONGEST.id not in work.scores
 
 
-def test_a_worker_that_refuses_the_package_ends_the_pass():
-    def refuse(connection, task):
-        connection.send(("refused", "PackageError: golden row golden-00 scores otherwise"))
+def test_rows_that_one_worker_has_no_memory_for_are_scored_by_the_other(monkeypatch):
+    monkeypatch.setattr(runtime_worker, "free_memory", lambda: None)  # it takes long where there is nothing to free
+    small, large = Device(memory_tokens=60), Device(seconds_per_batch=0.02)
+    work = run([small.worker(name="cuda:0"), large.worker(name="cuda:1")])
+    assert work.scores == EXPECTED
+    assert work.given_up == []
+    assert all(tokens <= 60 for _, tokens in small.batches)
 
-    worker = Worker("cpu", None, 500, lambda task: start_in_thread(task, refuse), (0,))
+
+def refusing(name):
+    worker = Worker(name, None, 500, lambda task: start_in_thread(task, refuse), (0,))
     worker.launch()
-    with pytest.raises(PackageError, match="golden row golden-00 scores otherwise"):
-        run([worker])
+    return worker
+
+
+def test_a_device_that_refuses_the_package_leaves_the_rows_to_one_that_does_not(capsys):
+    workers = [refusing("cuda:0"), Device(seconds_per_batch=0.02).worker(name="cuda:1")]
+    assert run(workers).scores == EXPECTED
+    assert [worker.gone for worker in workers] == [True, False]
+    assert "cuda:0: refuses the package, which another device may not: golden row 7" in capsys.readouterr().out
+
+
+def test_a_package_that_every_device_refuses_raises():
+    with pytest.raises(PackageError, match="golden row 7"):
+        run([refusing("cuda:0"), refusing("cuda:1")])
 
 
 def test_scores_that_are_not_finite_count_as_not_scored():
@@ -192,20 +173,13 @@ def test_scores_that_are_not_finite_count_as_not_scored():
     assert work.not_finite == 60
 
 
-def test_a_clock_too_short_for_all_rows_takes_the_short_ones():
-    work = run([Device(seconds_per_batch=0.05).worker(200)], seconds=0.5)
-    by_length = sorted(REQUESTS, key=lambda request: request.length)
-    assert 0 < len(work.scores) < 60
-    short, long = (sum(r.id in work.scores for r in half) for half in (by_length[:30], by_length[30:]))
-    assert short > long
-
-
 def test_rows_are_scored_by_their_worth_an_eighth_at_a_time():
-    worker = Worker("cpu", None, 40, None, most_tokens=40)
+    worker = Worker("cpu", None, 40, None)
     requests = [Request(str(number), "swapped", ([5] * 10,)) for number in range(16)]
     work = make_pass("test", requests, FAR, [worker], {str(number): -abs(number - 5.2) for number in range(16)})
     assert [sorted(int(request.id) for request in batch) for batch in work.queue][:3] == [[5, 6], [4, 7], [3, 8]]
     assert not work.may_reorder
+    assert make_pass("test", requests, FAR, [worker]).may_reorder
 
 
 def queue_of(lengths, deadline, may_reorder):
@@ -217,19 +191,13 @@ def worker_of_rate(tokens_per_second, tokens_per_batch=100):
     return Worker("cpu", None, tokens_per_batch, None, tokens=tokens_per_second, seconds=1.0)
 
 
-def test_a_batch_that_would_end_after_the_deadline_stays_in_the_queue():
-    worker = worker_of_rate(10)
-    work = queue_of([90, 60], time.monotonic() + 5, may_reorder=False)
-    assert next_batch(work, worker, [worker]) is None
-    assert [batch[0].id for batch in work.queue] == ["0", "1"]
-    assert work.queued_tokens == 150
-
-
-def test_what_a_worker_has_before_it_counts_too():
+def test_a_batch_that_would_end_after_the_deadline_behind_those_before_it_stays_in_the_queue():
     worker = worker_of_rate(10)
     worker.outstanding[1] = [Request("before", "as_given", ([5] * 30,))]
-    work = queue_of([40], time.monotonic() + 6, may_reorder=False)
+    work = queue_of([40, 60], time.monotonic() + 6, may_reorder=False)
     assert next_batch(work, worker, [worker]) is None
+    assert [batch[0].id for batch in work.queue] == ["0", "1"]
+    assert work.queued_tokens == 100
     work.deadline += 2
     assert [request.id for request in next_batch(work, worker, [worker])] == ["0"]
 
@@ -282,19 +250,19 @@ def test_a_worker_that_died_is_started_again_where_the_clock_has_time_to_load_it
     worker = device.worker()
     worker.load_seconds = 10.0
     work = make_pass("test", REQUESTS, time.monotonic() + seconds_left, [worker])
-    engine.bury(work, worker, "died", start_clock(FAR))
+    engine.handle_worker_death(work, worker, "died", start_clock(FAR))
     started = worker.process is not None
     worker.stop()
     assert started == (starts == 2)
 
 
 def test_a_worker_is_not_started_after_the_deadline():
-    worker = Worker("cpu", None, 500, lambda task: pytest.fail("it was started"), most_tokens=500)
+    worker = Worker("cpu", None, 500, lambda task: pytest.fail("it was started"))
     assert run([worker], seconds=-1).scores == {}
 
 
 def test_only_deaths_without_a_score_in_between_and_over_more_than_one_row_count_against_a_device():
-    worker = Worker("cpu", None, 1000, lambda task: None, most_tokens=1000)
+    worker = Worker("cpu", None, 1000, lambda task: None)
     worker.connection = SimpleNamespace(send=lambda message: None)
     for _ in range(5):
         worker.send(REQUESTS[:1])
@@ -363,10 +331,19 @@ def test_whatever_fails_the_pass_ends_in_time_and_each_row_is_scored_left_or_giv
     assert work.queued_tokens == sum(map(padded_tokens, work.queue))
 
 
-def test_stopping_a_worker_closes_its_pipe():
-    worker = Device().worker()
-    process = worker.process
-    worker.stop()
-    assert isinstance(process, ThreadProcess) and worker.process is None
-    process.thread.join(10)
-    assert not process.thread.is_alive()
+def test_a_worker_is_killed_and_a_process_that_does_not_end_is_not_waited_for_for_ever():
+    ended = []
+    process = SimpleNamespace(kill=lambda: ended.append("killed"), join=ended.append)
+    ours, theirs = multiprocessing.Pipe()
+    Worker("cuda:0", None, 500, None, process=process, connection=ours).stop()
+    assert ended == ["killed", 30.0]
+    assert theirs.poll(1), "the pipe is closed, so that the worker's end of it can be read to its end"
+
+
+@pytest.mark.parametrize("children, exits", [([], []), (["stuck"], [0])])
+def test_the_kernel_leaves_at_once_where_a_process_is_stuck(monkeypatch, children, exits):
+    codes = []
+    monkeypatch.setattr(multiprocessing, "active_children", lambda: children)
+    monkeypatch.setattr(os, "_exit", codes.append)
+    leave()
+    assert codes == exits

@@ -90,11 +90,16 @@ ROWS = [
 ]
 
 
+def write_table(path, rows):
+    """The rows in the format that the path's suffix names."""
+    frame = pl.DataFrame(rows)
+    frame.write_parquet(path) if path.suffix == ".parquet" else frame.write_csv(path)
+    return path
+
+
 @pytest.mark.parametrize("suffix", ["parquet", "csv"])
 def test_wsdm_rows_are_read_from_parquet_and_csv(tmp_path, suffix):
-    path = tmp_path / f"test.{suffix}"
-    frame = pl.DataFrame(ROWS)
-    frame.write_parquet(path) if suffix == "parquet" else frame.write_csv(path)
+    path = write_table(tmp_path / f"test.{suffix}", ROWS)
     first, second = read_rows(path, are_turns=False)
     assert first == {**ROWS[0], "id": "7"}
     assert (second["id"], len(second["response_a"]), second["response_b"] or None) == ("3", 200_000, None)
@@ -102,9 +107,7 @@ def test_wsdm_rows_are_read_from_parquet_and_csv(tmp_path, suffix):
 
 @pytest.mark.parametrize("suffix", ["parquet", "csv"])
 def test_ids_beyond_what_a_float_holds_keep_their_digits(tmp_path, suffix):
-    frame = pl.DataFrame([{**ROWS[0], "id": 2**53 + 1}, {**ROWS[1], "id": 2**63 - 1}])
-    path = tmp_path / f"test.{suffix}"
-    frame.write_parquet(path) if suffix == "parquet" else frame.write_csv(path)
+    path = write_table(tmp_path / f"test.{suffix}", [{**ROWS[0], "id": 2**53 + 1}, {**ROWS[1], "id": 2**63 - 1}])
     assert read_ids(path) == ["9007199254740993", "9223372036854775807"]
     assert [row["id"] for row in read_rows(path, False)] == read_ids(path)
 
@@ -118,20 +121,15 @@ def test_ids_are_the_characters_of_the_file(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["parquet", "csv"])
 def test_columns_may_stand_in_any_order_beside_others_and_hold_nothing_but_nulls(tmp_path, suffix):
-    frame = pl.DataFrame(
-        {"scored": [True], "response_b": ["b"], "id": [1], "more": [0.5], "prompt": [None], "response_a": [""]}
-    )
-    path = tmp_path / f"test.{suffix}"
-    frame.write_parquet(path) if suffix == "parquet" else frame.write_csv(path)
+    row = {"scored": True, "response_b": "b", "id": 1, "more": 0.5, "prompt": None, "response_a": ""}
+    path = write_table(tmp_path / f"test.{suffix}", [row])
     [row] = read_rows(path, are_turns=False)
     assert {**row, "prompt": row["prompt"] or None} == {"id": "1", "prompt": None, "response_a": "", "response_b": "b"}
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "csv"])
 def test_a_row_of_ten_million_characters_is_read_whole(tmp_path, suffix):
-    frame = pl.DataFrame([ROWS[0], {**ROWS[1], "prompt": "河 " * 5_000_000}])
-    path = tmp_path / f"test.{suffix}"
-    frame.write_parquet(path) if suffix == "parquet" else frame.write_csv(path)
+    path = write_table(tmp_path / f"test.{suffix}", [ROWS[0], {**ROWS[1], "prompt": "河 " * 5_000_000}])
     assert [len(row["prompt"]) for row in read_rows(path, are_turns=True)] == [16, 10_000_000]
 
 
@@ -144,9 +142,7 @@ def test_categories_and_lists_of_text_are_text(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["parquet", "csv"])
 def test_of_rows_that_are_not_kept_no_text_is_made(tmp_path, suffix):
-    frame = pl.DataFrame([{**ROWS[0], "id": number} for number in range(3000)])
-    path = tmp_path / f"train.{suffix}"
-    frame.write_parquet(path) if suffix == "parquet" else frame.write_csv(path)
+    path = write_table(tmp_path / f"train.{suffix}", [{**ROWS[0], "id": number} for number in range(3000)])
     kept = list(rows_of(path, ("id", "prompt"), {"5", "2999", "absent"}))
     assert kept == [{"id": "5", "prompt": ROWS[0]["prompt"]}, {"id": "2999", "prompt": ROWS[0]["prompt"]}]
     if suffix == "parquet":
@@ -204,9 +200,23 @@ def image_without_bitsandbytes(monkeypatch, tmp_path):
     return package, commands
 
 
-def test_missing_bitsandbytes_is_installed_from_the_mounted_wheels(tmp_path, image_without_bitsandbytes):
+SHA256_OF_X = "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881"
+WHEEL = "datasets/owner/pairwise-wheels/bitsandbytes-0.50.2-py3-none-manylinux_2_24_x86_64.whl"
+
+
+def mount_wheel(root, is_listed=True):
+    """The wheel of bitsandbytes, of the bytes b"x", beside a wheels.json that lists it."""
+    wheel = mount(root, WHEEL)
+    if is_listed:
+        listed = {"wheels": [{"file": wheel.name, "sha256": SHA256_OF_X}]}
+        mount(root, "datasets/owner/pairwise-wheels/wheels.json", json.dumps(listed).encode())
+    return wheel
+
+
+@pytest.mark.parametrize("is_listed", [True, False], ids=["listed in wheels.json", "no wheels.json"])
+def test_missing_bitsandbytes_is_installed_from_the_mounted_wheels(tmp_path, image_without_bitsandbytes, is_listed):
     package, commands = image_without_bitsandbytes
-    wheel = mount(tmp_path, "datasets/owner/pairwise-wheels/bitsandbytes-0.50.2-py3-none-manylinux_2_24_x86_64.whl")
+    wheel = mount_wheel(tmp_path, is_listed)
     assert install_missing_wheels(tmp_path, [package], "pairwise-wheels") == ["bitsandbytes"]
     [command] = commands
     assert command[:4] == [sys.executable, "-m", "pip", "install"]
@@ -215,36 +225,15 @@ def test_missing_bitsandbytes_is_installed_from_the_mounted_wheels(tmp_path, ima
     assert command[-1] == "bitsandbytes"
 
 
-SHA256_OF_X = "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881"
-
-
-@pytest.fixture
-def mounted_wheel(tmp_path):
-    """The wheel of bitsandbytes, of the bytes b"x", beside a wheels.json that lists it."""
-    wheel = mount(tmp_path, "pairwise-wheels/bitsandbytes-0.50.2-py3-none-manylinux_2_24_x86_64.whl")
-    listed = {"wheels": [{"file": wheel.name, "sha256": SHA256_OF_X}]}
-    mount(tmp_path, "pairwise-wheels/wheels.json", json.dumps(listed).encode())
-    return wheel
-
-
-def test_a_wheel_that_wheels_json_lists_is_installed(tmp_path, image_without_bitsandbytes, mounted_wheel):
+def test_wheels_that_are_not_those_of_wheels_json_are_not_installed(tmp_path, image_without_bitsandbytes):
     package, commands = image_without_bitsandbytes
-    assert install_missing_wheels(tmp_path, [package], "pairwise-wheels") == ["bitsandbytes"]
-    assert len(commands) == 1
-
-
-def test_a_wheel_of_other_bytes_than_wheels_json_lists_is_not_installed(tmp_path, image_without_bitsandbytes, mounted_wheel):
-    package, commands = image_without_bitsandbytes
-    mounted_wheel.write_bytes(b"y")
-    with pytest.raises(ValueError, match="whl: its SHA-256 is a1fce4363854…, wheels.json says 2d711642b726; make the dataset"):
-        install_missing_wheels(tmp_path, [package], "pairwise-wheels")
-    assert commands == []
-
-
-def test_a_wheel_beside_those_of_wheels_json_is_not_installed(tmp_path, image_without_bitsandbytes, mounted_wheel):
-    package, commands = image_without_bitsandbytes
-    mount(tmp_path, "pairwise-wheels/zeta-9-py3-none-any.whl")
+    wheel = mount_wheel(tmp_path)
+    other = mount(tmp_path, "datasets/owner/pairwise-wheels/zeta-9-py3-none-any.whl")
     with pytest.raises(ValueError, match="zeta-9-py3-none-any.whl: its SHA-256 is 2d711642b726…, wheels.json says nothing;"):
+        install_missing_wheels(tmp_path, [package], "pairwise-wheels")
+    other.unlink()
+    wheel.write_bytes(b"y")
+    with pytest.raises(ValueError, match="whl: its SHA-256 is a1fce4363854…, wheels.json says 2d711642b726; make the dataset"):
         install_missing_wheels(tmp_path, [package], "pairwise-wheels")
     assert commands == []
 

@@ -1,4 +1,7 @@
-"""The whole kernel in this process: what reaches submission.csv, and when there is none."""
+"""The whole kernel in this process: what reaches submission.csv, and when there is none.
+
+What one device, one row or one package cannot do costs no more than that: the others go on, and the hidden run submits.
+"""
 
 import json
 from dataclasses import replace
@@ -8,38 +11,56 @@ import polars as pl
 import pytest
 
 from kaggle_kernels.build.spec import Spec, settings_of
+from kaggle_kernels.runtime import main
 from kaggle_kernels.runtime.main import run_kernel
+from kaggle_kernels.runtime.scheduling import schedule
 from kaggle_kernels.runtime.scheduling.schedule import combine
 from kaggle_kernels.runtime.settings import start_clock
 from preprocess.core.files import sha256
 from tests import tiny
-from tests.kaggle_kernels.packages import settings_for
+from tests.kaggle_kernels.packages import make_package, settings_for
 
 pytestmark = pytest.mark.usefixtures("workers_in_threads")
 SPEC = Spec(title="Title", competition="wsdm", packages=[{"run": "two", "dataset": "tiny-two"}], clock_seconds=600)
 SETTINGS = settings_of("test", SPEC, [settings_for("two", "tiny-two")])
 
 
-@pytest.fixture
-def kaggle(tmp_path, monkeypatch, package_folder):
-    """A tree like Kaggle's without a test file."""
-    monkeypatch.setenv("KAGGLE_ROOT", str(tmp_path))
-    (tmp_path / "input").mkdir()
-    (tmp_path / "working").mkdir()
-    mounted = tmp_path / "input" / "tiny-two"
-    mounted.mkdir()
-    for path in package_folder.iterdir():
-        (mounted / path.name).symlink_to(path)
-    (tmp_path / "input" / SETTINGS.competition).mkdir()
-    return tmp_path
-
-
 def write_test_rows(kaggle, rows):
     rows.drop("winner").write_parquet(kaggle / "input" / SETTINGS.competition / "test.parquet")
 
 
+@pytest.fixture
+def kaggle(tmp_path, monkeypatch, package_folder):
+    """A tree like Kaggle's with three test rows."""
+    monkeypatch.setenv("KAGGLE_ROOT", str(tmp_path))
+    monkeypatch.delenv("KAGGLE_IS_COMPETITION_RERUN", raising=False)
+    (tmp_path / "working").mkdir()
+    (tmp_path / "input" / SETTINGS.competition).mkdir(parents=True)
+    (tmp_path / "input" / "tiny-two").mkdir()
+    for path in package_folder.iterdir():
+        (tmp_path / "input" / "tiny-two" / path.name).symlink_to(path)
+    write_test_rows(tmp_path, tiny.pairs(3, seed=6))
+    return tmp_path
+
+
+@pytest.fixture
+def hidden_run(monkeypatch, kaggle):
+    """The tree in the run on the hidden test rows."""
+    monkeypatch.setenv("KAGGLE_IS_COMPETITION_RERUN", "1")
+
+
+@pytest.fixture
+def loads_no_model(monkeypatch):
+    """The test fails where a worker is started."""
+    monkeypatch.setattr("kaggle_kernels.runtime.scheduling.crew.start_process", lambda _: pytest.fail("a model was loaded"))
+
+
 def submitted(kaggle):
     return pl.read_csv(kaggle / "working" / "submission.csv")
+
+
+def record_of(kaggle):
+    return json.loads((kaggle / "working" / "kernel.json").read_text())
 
 
 def test_shuffled_rows_on_two_devices_get_the_same_answers_by_id(kaggle):
@@ -57,24 +78,37 @@ def test_shuffled_rows_on_two_devices_get_the_same_answers_by_id(kaggle):
         assert (first_scores.sort("id")[column] - second_scores.sort("id")[column]).abs().max() < 1e-5
 
 
-def test_the_record_holds_settings_versions_and_passes(kaggle, monkeypatch):
-    monkeypatch.setenv("KAGGLE_IS_COMPETITION_RERUN", "1")
-    write_test_rows(kaggle, tiny.pairs(3, seed=6))
+def test_the_record_holds_settings_versions_and_passes(kaggle, hidden_run):
     run_kernel(SETTINGS)
-    record = json.loads((kaggle / "working" / "kernel.json").read_text())
+    record = record_of(kaggle)
     assert record["hidden_run"] is True
-    [chosen] = record["settings"]["packages"]
-    assert (chosen["run"], chosen["dataset"], chosen["weight"]) == ("two", "tiny-two", 1.0)
+    [served] = record["settings"]["packages"]
+    assert (served["run"], served["dataset"], served["weight"]) == ("two", "tiny-two", 1.0)
     assert record["manifests"] == {"tiny-two": sha256(kaggle / "input" / "tiny-two" / "manifest.json")}
     assert [(work["pass"], work["scored"]) for work in record["passes"]] == [
         ("tiny-two, as_given", 3),
         ("tiny-two, swapped", 3),
     ]
+    assert len(record["plans"]) == 1
+
+
+def test_heads_of_two_kinds_make_one_ensemble_and_a_reward_model_runs_one_order(kaggle, tiny_models):
+    served = []
+    for run, head in (("causal", "label_tokens"), ("reward", "reward")):
+        make_package(kaggle / "input" / f"tiny-{run}", tiny_models("gemma2"), head=head)
+        served.append(settings_for(run, f"tiny-{run}", 0.5))
+    run_kernel(replace(SETTINGS, packages=tuple(served)))
+    assert record_of(kaggle)["scored"] == 3
+    passes = [work["pass"] for work in record_of(kaggle)["passes"]]
+    assert passes == ["tiny-causal, as_given", "tiny-causal, swapped", "tiny-reward, as_given"]
+    scores = pl.read_parquet(kaggle / "working" / "scores.parquet")
+    causal = (scores["causal_p_model_a_as_given"] + scores["causal_p_model_a_swapped"]) / 2
+    assert ((causal + scores["reward_p_model_a_as_given"]) / 2 - scores["p_model_a"]).abs().max() < 1e-6
+    assert scores["p_model_a"].n_unique() == 3
 
 
 def test_a_clock_that_has_run_out_raises_and_writes_no_submission(kaggle):
-    write_test_rows(kaggle, tiny.pairs(10, seed=6))
-    with pytest.raises(ValueError, match="0 of 10 rows were scored, the spec's min_scored is 0.98; nothing is submitted"):
+    with pytest.raises(ValueError, match="0 of 3 rows were scored, the spec's min_scored is 0.98; nothing is submitted"):
         run_kernel(replace(SETTINGS, clock_seconds=0.01))
     assert list((kaggle / "working").iterdir()) == []
 
@@ -87,67 +121,99 @@ def test_with_a_low_min_scored_rows_left_by_the_clock_get_the_longer_answer(kagg
     assert submitted(kaggle)["winner"].to_list() == ["model_a" if first else "model_b" for first in longer]
 
 
-def test_a_package_that_is_not_mounted_is_told_before_a_model_is_loaded(kaggle, monkeypatch):
-    monkeypatch.setattr("kaggle_kernels.runtime.scheduling.crew.start_process", lambda _: pytest.fail("a model was loaded"))
-    write_test_rows(kaggle, tiny.pairs(3, seed=6))
-    with pytest.raises(FileNotFoundError, match="0 files named manifest.json below a folder 'tiny-gone'"):
-        run_kernel(replace(SETTINGS, packages=(settings_for("gone", "tiny-gone"),)))
-
-
-def test_a_package_without_ties_is_refused_where_the_competition_has_them(kaggle):
-    write_test_rows(kaggle, tiny.pairs(3, seed=6))
-    with pytest.raises(ValueError, match="tells nothing of tie"):
-        run_kernel(replace(SETTINGS, verdicts=("model_a", "model_b", "tie")))
-
-
 @pytest.mark.parametrize(
-    "changes, message",
+    "changes, error, message",
     [
-        ({"verdicts": ("model_b", "model_a")}, "contract.json: verdicts: found .'model_a', 'model_b'., the recipe of two says"),
-        ({"model_type": "llama"}, "config.json: model_type: found gemma2, the recipe of two says llama; package the run again"),
+        ({"packages": (settings_for("gone", "tiny-gone"),)}, FileNotFoundError, "0 files named manifest.json .* 'tiny-gone'"),
+        ({"verdicts": ("model_a", "model_b", "tie")}, ValueError, "tells nothing of tie"),
+        ({"budget_tokens": 64}, ValueError, "budget_tokens: 64 leaves no room"),
+        (
+            {"packages": (settings_for("two", "tiny-two", verdicts=("model_b", "model_a")),)},
+            ValueError,
+            "contract.json: verdicts: found .'model_a', 'model_b'., the recipe of two says",
+        ),
+        (
+            {"packages": (settings_for("two", "tiny-two", model_type="llama"),)},
+            ValueError,
+            "config.json: model_type: found gemma2, the recipe of two says llama; package the run again",
+        ),
     ],
+    ids=["not mounted", "no ties", "budget below the template", "other verdicts", "other architecture"],
 )
-def test_a_package_that_is_not_the_recipes_is_refused_before_a_model_is_loaded(kaggle, monkeypatch, changes, message):
-    monkeypatch.setattr("kaggle_kernels.runtime.scheduling.crew.start_process", lambda _: pytest.fail("a model was loaded"))
-    write_test_rows(kaggle, tiny.pairs(3, seed=6))
-    with pytest.raises(ValueError, match=message):
-        run_kernel(replace(SETTINGS, packages=(settings_for("two", "tiny-two", **changes),)))
+def test_a_package_that_does_not_suit_is_refused_before_a_model_is_loaded(kaggle, loads_no_model, changes, error, message):
+    with pytest.raises(error, match=message):
+        run_kernel(replace(SETTINGS, **changes))
 
 
 def test_another_base_model_of_the_same_architecture_is_only_logged(kaggle, capsys):
-    write_test_rows(kaggle, tiny.pairs(3, seed=6))
     run_kernel(replace(SETTINGS, packages=(settings_for("two", "tiny-two", base_model="folder/gemma"),)))
     assert "two: made of outputs/demo/input/gemma2, its recipe says folder/gemma\n" in capsys.readouterr().out
 
 
 def test_packages_are_combined_by_weight_after_their_orders_and_verdicts_are_brought_together():
     packages = [
-        SimpleNamespace(contract=SimpleNamespace(verdicts=v)) for v in (("model_a", "model_b"), ("tie", "model_b", "model_a"))
+        SimpleNamespace(contract=SimpleNamespace(verdicts=verdicts))
+        for verdicts in (("model_a", "model_b"), ("tie", "model_b", "model_a"))
     ]
-    chosen = (settings_for("one", "one", 0.75), settings_for("two", "two", 0.25))
+    served = (settings_for("one", "one", 0.75), settings_for("two", "two", 0.25))
     first = {"both": {"as_given": [1.0, 0.0], "swapped": [0.5, 0.5]}, "only second": {}}
     second = {"both": {"as_given": [0.5, 0.125, 0.375]}, "only second": {"as_given": [0.0, 0.75, 0.25]}}
-    combined = combine(replace(SETTINGS, packages=chosen), packages, [first, second])
+    combined = combine(replace(SETTINGS, packages=served), packages, [first, second])
     assert combined["both"] == pytest.approx([0.75, 0.25])
     assert combined["only second"] == pytest.approx([0.25, 0.75])
 
 
 def test_a_spec_may_serve_with_another_token_budget(kaggle):
-    rows = tiny.pairs(3, seed=6).with_columns(prompt=pl.lit("river " * 300))
-    write_test_rows(kaggle, rows)
+    write_test_rows(kaggle, tiny.pairs(3, seed=6).with_columns(prompt=pl.lit("river " * 300)))
     run_kernel(replace(SETTINGS, budget_tokens=150))
-    [first, _] = json.loads((kaggle / "working" / "kernel.json").read_text())["passes"]
+    [first, _] = record_of(kaggle)["passes"]
     assert 3 * 140 < first["tokens"] <= 3 * 150
-
-
-def test_a_token_budget_too_small_for_the_template_is_told_before_a_model_is_loaded(kaggle, monkeypatch):
-    monkeypatch.setattr("kaggle_kernels.runtime.scheduling.crew.start_process", lambda _: pytest.fail("a model was loaded"))
-    write_test_rows(kaggle, tiny.pairs(3, seed=6))
-    with pytest.raises(ValueError, match="budget_tokens: 64 leaves no room"):
-        run_kernel(replace(SETTINGS, budget_tokens=64))
 
 
 @pytest.mark.parametrize("clock_seconds, reserve", [(600, 30), (6000, 300), (43200, 300)])
 def test_the_clock_keeps_a_reserve_for_writing(clock_seconds, reserve):
     clock = start_clock(clock_seconds)
     assert clock.deadline - clock.began == pytest.approx(clock_seconds - reserve)
+
+
+@pytest.fixture
+def fails_in_the_second_pass(monkeypatch):
+    """The pass over the second order raises."""
+    run_pass, calls = schedule.run_pass, []
+
+    def fail(*arguments):
+        calls.append(1)
+        if len(calls) > 1:
+            raise RuntimeError("what nobody thought of")
+        return run_pass(*arguments)
+
+    monkeypatch.setattr(schedule, "run_pass", fail)
+
+
+def test_what_goes_wrong_after_the_first_order_does_not_lose_it(kaggle, hidden_run, fails_in_the_second_pass, capsys):
+    run_kernel(SETTINGS)
+    assert submitted(kaggle).height == 3
+    assert record_of(kaggle)["scored"] == 3
+    assert "RuntimeError: what nobody thought of" in capsys.readouterr().out
+
+
+def test_in_the_visible_run_it_ends_the_kernel(kaggle, fails_in_the_second_pass):
+    with pytest.raises(RuntimeError, match="what nobody thought of"):
+        run_kernel(SETTINGS)
+    assert not (kaggle / "working" / "submission.csv").exists()
+
+
+def test_with_too_few_scores_it_raises_in_the_hidden_run_too(kaggle, hidden_run, monkeypatch):
+    monkeypatch.setattr(main, "score_all", lambda board: 1 / 0)
+    with pytest.raises(ValueError, match="0 of 3 rows were scored"):
+        run_kernel(SETTINGS)
+
+
+def test_a_record_that_cannot_be_written_does_not_cost_the_submission(kaggle, hidden_run, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(main, "write_scores", full)
+    run_kernel(SETTINGS)
+    assert submitted(kaggle).height == 3
+    assert "No space left on device" in capsys.readouterr().out

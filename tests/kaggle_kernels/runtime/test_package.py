@@ -5,9 +5,7 @@ import threading
 
 import pytest
 
-from kaggle_kernels.runtime.models.model import load_model
 from kaggle_kernels.runtime.package import PackageError, check_manifest, read_package
-from kaggle_kernels.runtime.scheduling.worker import check_golden_scores
 from kaggle_kernels.runtime.settings import start_clock
 from tests.kaggle_kernels.packages import change_json, flip_byte, write_manifest
 
@@ -91,14 +89,11 @@ def test_a_template_changed_by_one_character_is_refused_at_the_golden_ids(spoilt
     assert type(refusal.value).__name__ == "ContractError"
 
 
-@pytest.mark.parametrize(
-    "name, source",
-    [("tokenizer.json", "contract.json"), ("tokenizer_config.json", "contract.json"), ("model_input.py", "contract.json")],
-)
-def test_the_contract_refuses_what_a_new_manifest_would_hide(spoilt, name, source):
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "model_input.py"])
+def test_the_contract_refuses_what_a_new_manifest_would_hide(spoilt, name):
     (spoilt / name).write_text((spoilt / name).read_text(encoding="utf-8") + "\n", encoding="utf-8")
     write_manifest(spoilt)
-    with pytest.raises(PackageError, match=f"{name}: its SHA-256 is .*{source} says"):
+    with pytest.raises(PackageError, match=f"{name}: its SHA-256 is .*contract.json says"):
         read_package(spoilt)
 
 
@@ -110,21 +105,3 @@ def test_two_packages_keep_their_own_model_input(package_folder, spoilt):
     first, second = (execute_model_input(folder / "model_input.py") for folder in (package_folder, spoilt))
     assert (first.MARKER, second.MARKER) == (" […] ", " [..] ")
     assert first.Pair is not second.Pair
-
-
-def test_golden_probabilities_are_those_that_were_packaged(package_folder):
-    package = read_package(package_folder)
-    assert check_golden_scores(package, load_model(package_folder, package.contract, "cpu"), "cpu") < 1e-5
-
-
-def test_other_weights_are_refused_at_the_golden_probabilities(spoilt):
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    weights = load_file(spoilt / "model.safetensors")
-    weights["score.weight"] = torch.flip(weights["score.weight"], [0])
-    save_file(weights, spoilt / "model.safetensors", metadata={"format": "pt"})
-    write_manifest(spoilt)
-    package = read_package(spoilt)
-    with pytest.raises(PackageError, match="golden row golden-.. scores .* the package recorded"):
-        check_golden_scores(package, load_model(spoilt, package.contract, "cpu"), "cpu")

@@ -166,13 +166,6 @@ def test_a_batch_that_fails_gives_its_stage_back():
     assert stages.streams.qsize() == 2
 
 
-def test_outside_of_a_batch_nothing_is_locked():
-    model = Model(lambda _: None, lambda _: None)
-    stages = Stages(model, ["second"])
-    assert (model(1), model(2)) == (1, 2)
-    assert not any(lock.locked() for lock in stages.locks)
-
-
 def test_a_part_is_found_below_the_prefix_that_an_adapter_adds():
     seen = []
     model = Model(lambda _: None, lambda _: seen.append([lock.locked() for lock in stages.locks]))

@@ -1,4 +1,4 @@
-"""What a pass leaves on the board, and how long it may take."""
+"""Pass after pass: what is done next, how long it may take, what it leaves on the board, and what is left out."""
 
 import time
 from collections import deque
@@ -8,26 +8,35 @@ from types import SimpleNamespace
 import pytest
 
 from kaggle_kernels.runtime.models.scoring import Request
-from kaggle_kernels.runtime.package import read_package
+from kaggle_kernels.runtime.package import PackageError, read_package
 from kaggle_kernels.runtime.scheduling import schedule
 from kaggle_kernels.runtime.scheduling.engine import Pass
-from kaggle_kernels.runtime.scheduling.plan import Option, Share
-from kaggle_kernels.runtime.scheduling.schedule import Encoder, make_board, note_pass, run_share
-from kaggle_kernels.runtime.settings import start_clock
-from tests import tiny
-from tests.kaggle_kernels.runtime.test_always_submits import ONE
+from kaggle_kernels.runtime.scheduling.plan import Share
+from kaggle_kernels.runtime.scheduling.schedule import (
+    Encoder,
+    NextPass,
+    make_next_pass,
+    note_pass,
+    plan_next_pass,
+    score_all,
+    start_team,
+)
+from tests.kaggle_kernels.packages import make_package
+from tests.kaggle_kernels.runtime.boards import BOTH, ONE, ROWS, board_of, refuse, replace_workers
+from tests.kaggle_kernels.runtime.workers import hang_up
 
+pytestmark = pytest.mark.usefixtures("workers_in_threads")
 KEY = (0, "as_given")
-REQUESTS = [Request(f"row0000{number}", "as_given", ([1, 2, 3],)) for number in range(4)]
-ALIVE = SimpleNamespace(gone=False, rate=lambda: 50.0)
+IDS = [row["id"] for row in ROWS]
+REQUESTS = [Request(row_id, "as_given", ([1, 2, 3],)) for row_id in IDS[:4]]
+ALIVE = SimpleNamespace(gone=False, rate=lambda: 50.0, tokens_per_batch=100, load_seconds=1.0, positions=(0,))
 GONE = SimpleNamespace(gone=True, rate=lambda: 50.0)
 
 
-@pytest.fixture
-def board(package_folder):
-    return make_board(
-        ONE, [read_package(package_folder)], tiny.pairs(4, seed=9).to_dicts(), ["cpu", "cpu"], start_clock(600), True
-    )
+@pytest.fixture(scope="module")
+def packages(package_folder, tiny_models, tmp_path_factory):
+    other = make_package(tmp_path_factory.mktemp("packages") / "other", tiny_models("gemma2"), seed=5)
+    return [read_package(package_folder), read_package(other)]
 
 
 def ended(scored):
@@ -39,33 +48,169 @@ def ended(scored):
 
 @pytest.mark.parametrize(
     "scored, workers, not_again",
-    [
-        (1, [ALIVE], {"row00000"}),
-        (0, [GONE], set()),
-        (0, [ALIVE, GONE], {"row00000", "row00001", "row00002", "row00003"}),
-    ],
+    [(1, [ALIVE], IDS[:1]), (0, [GONE], []), (0, [ALIVE, GONE], IDS[:4])],
     ids=["what it left is asked for again", "lost devices: others may do it", "nothing came: it would be asked for for ever"],
 )
-def test_what_a_pass_left_is_asked_for_again_only_where_that_can_end(board, scored, workers, not_again):
+def test_what_a_pass_left_is_asked_for_again_only_where_that_can_end(packages, scored, workers, not_again):
+    board = board_of(packages[:1])
     note_pass(board, KEY, ended(scored), REQUESTS, workers)
-    assert board.tried[KEY] == not_again
+    assert board.tried[KEY] == set(not_again)
 
 
-def test_the_rate_of_a_package_is_that_of_the_workers_that_are_left(board):
+def test_the_rate_of_a_package_is_that_of_the_workers_that_are_left(packages):
+    board = board_of(packages[:1])
     note_pass(board, KEY, ended(4), REQUESTS, [ALIVE, GONE, ALIVE])
-    assert board.rates == {0: 100.0}
+    assert board.measured.rates == {0: 100.0}
 
 
-@pytest.mark.parametrize("seconds, expected", [(30.0, 30.0), (0.0, 600.0), (5000.0, 600.0)])
-def test_a_pass_ends_with_its_share_of_the_clock(board, monkeypatch, seconds, expected):
+@pytest.mark.parametrize("seconds, expected", [(30.0, 30.0), (None, 600.0), (5000.0, 600.0)])
+def test_a_pass_ends_with_its_share_of_the_clock(packages, monkeypatch, seconds, expected):
     deadlines = []
     monkeypatch.setattr(schedule, "run_pass", lambda work, *_: deadlines.append(work.deadline) or ended(4))
     monkeypatch.setattr(time, "monotonic", lambda: 1000.0)
-    board.clock = replace(board.clock, deadline=1600.0)
-    worker = SimpleNamespace(gone=False, rate=lambda: 1.0, most_tokens=100, load_seconds=1.0, positions=(0,))
-    encoder = Encoder(board)
-    try:
-        run_share(board, Share(Option(*KEY, change=1.0, seconds_per_token=0.0), {}, seconds), [0], [worker], encoder)
-    finally:
-        encoder.close()
+    board = board_of(packages[:1])
+    board.inputs = replace(board.inputs, clock=replace(board.inputs.clock, deadline=1600.0))
+    encoder = Encoder(board.inputs)
+    make_next_pass(board, NextPass(*KEY, seconds=seconds), [0], [ALIVE], encoder)
+    encoder.close()
     assert deadlines == [1000.0 + expected]
+
+
+def test_a_pass_may_last_until_what_is_planned_after_it_must_begin_to_load(packages, monkeypatch):
+    board = board_of(packages)
+    board.tried[KEY] = set(IDS)
+    board.measured.rates[0] = 100.0
+
+    def plan_one_row_of_each(options, *_):
+        assert [(option.package, option.order) for option in options] == [(0, "swapped"), (1, "as_given"), (1, "swapped")]
+        further = [replace(option, load_seconds=40.0) for option in options[1:]]
+        return [
+            Share(option, {IDS[0]: 1.0}, seconds)
+            for option, seconds in zip([options[0], *further], (100.0, 20.0, 30.0), strict=True)
+        ]
+
+    monkeypatch.setattr(schedule, "allocate", plan_one_row_of_each)
+    planned = plan_next_pass(board, [0, 1], 0, [])
+    assert (planned.package, planned.order, planned.worth) == (0, "swapped", {IDS[0]: 1.0})
+    assert planned.seconds == pytest.approx(570 - 40 - 20 - 30, abs=1)
+
+
+def test_until_it_is_measured_a_change_goes_by_weight_and_a_speed_by_parameters(packages, monkeypatch):
+    board = board_of(packages)
+    board.tried[KEY] = set(IDS)
+    board.measured.rates[0] = 103.0
+    planned = []
+    monkeypatch.setattr(schedule, "allocate", lambda options, *_: planned.extend(options) or [])
+    plan_next_pass(board, [0, 1], 0, [])
+    assert [option.change for option in planned] == pytest.approx([0.03, 0.1, 0.1])
+    assert [option.seconds_per_token for option in planned] == pytest.approx([0.01] * 3)
+    assert [option.load_seconds > 0 for option in planned] == [False, True, True]
+    assert [len(option.unscored) for option in planned] == [30] * 3
+
+
+def test_each_model_of_an_ensemble_gives_what_it_gives_alone(packages):
+    board = board_of(packages)
+    score_all(board)
+    for number, package in enumerate(packages):
+        alone = board_of([package], ["cpu"])
+        score_all(alone)
+        for row_id in IDS:
+            for order in ("as_given", "swapped"):
+                assert board.scores[number][row_id][order] == pytest.approx(alone.scores[0][row_id][order], abs=1e-5)
+    assert [record["pass"] for record in board.passes] == ["two, as_given", "two, swapped", "other, as_given", "other, swapped"]
+    assert abs(board.scores[0][IDS[1]]["as_given"][0] - board.scores[1][IDS[1]]["as_given"][0]) > 1e-3
+
+
+def test_a_device_that_is_lost_leaves_the_board_and_its_rows_to_the_other(packages, monkeypatch):
+    replace_workers(monkeypatch, packages[0].folder, lambda connection, _: hang_up(connection), positions=(0,))
+    board = board_of(packages)
+    score_all(board)
+    assert board.devices == {1: "cpu"}
+    assert [record["scored"] for record in board.passes] == [30] * 4
+    assert [(worker["device"], worker["gone"]) for worker in board.workers] == [
+        ("cpu #0", True),
+        ("cpu #1", False),
+        ("cpu #1", False),
+    ]
+
+
+def test_a_short_clock_gives_the_second_order_to_the_least_certain_rows(packages, monkeypatch, capsys):
+    board, allocate = board_of(packages[:1], ["cpu"]), schedule.allocate
+
+    def in_a_third(options, probabilities, tokens, seconds, by_log_loss):
+        third = sum(tokens.values()) * options[0].seconds_per_token / 3 if len(options[0].unscored) == 30 else 0.0
+        return allocate(options, probabilities, tokens, third, by_log_loss)
+
+    monkeypatch.setattr(schedule, "allocate", in_a_third)
+    score_all(board)
+    twice = {row_id for row_id, by_order in board.scores[0].items() if len(by_order) == 2}
+    assert 5 < len(twice) < 16
+    lead = {row_id: abs(by_order["as_given"][0] - 0.5) for row_id, by_order in board.scores[0].items()}
+    assert set(sorted(lead, key=lead.get)[:5]) <= twice
+    assert f"two swapped {len(twice)} of 30 rows in" in board.plans[0]
+    assert f"two swapped 0 of {30 - len(twice)} rows" in board.plans[-1]
+    assert f"plan: {board.plans[0]}\n" in capsys.readouterr().out
+
+
+def test_the_first_model_that_is_refused_raises_always(packages, monkeypatch):
+    replace_workers(monkeypatch, packages[0].folder, refuse)
+    with pytest.raises(PackageError, match="golden row 7"):
+        score_all(board_of(packages[:1], ["cpu"]))
+
+
+@pytest.mark.parametrize("target", [lambda connection, _: hang_up(connection), refuse], ids=["cannot load", "refuses"])
+def test_a_further_package_that_cannot_be_had_takes_no_device_with_it(packages, monkeypatch, target):
+    replace_workers(monkeypatch, packages[1].folder, target)
+    # A device whose first model is still being loaded as the rows are done could not be told from a lost one.
+    board, visible = board_of(packages), board_of(packages, hidden_run=False)
+    board.proven, visible.proven = {0, 1}, {0, 1}
+    score_all(board)
+    assert all(len(by_order) == 2 for by_order in board.scores[0].values())
+    assert not any(board.scores[1].values())
+    assert board.devices == {0: "cpu", 1: "cpu"}
+    with pytest.raises(PackageError):
+        score_all(visible)
+
+
+def test_a_split_model_is_not_loaded_on_half_of_its_devices(packages, capsys):
+    split = replace(BOTH, packages=tuple(replace(served, placement="split") for served in BOTH.packages))
+    board = board_of(packages, settings=split)
+    del board.devices[1]
+    assert start_team(board, 0) == []
+    assert "two: no device is left for it" in capsys.readouterr().out
+
+
+def test_a_row_that_was_given_up_in_one_order_is_not_tried_in_the_other(packages, monkeypatch):
+    run_pass, tried = schedule.run_pass, []
+
+    def give_one_up(work, workers, clock):
+        tried.append({request.id for batch in work.queue for request in batch})
+        work = run_pass(work, workers, clock)
+        work.scores.pop(IDS[3], None)
+        work.given_up.append(IDS[3])
+        return work
+
+    monkeypatch.setattr(schedule, "run_pass", give_one_up)
+    score_all(board_of(packages[:1], settings=ONE))
+    assert tried == [set(IDS), set(IDS) - {IDS[3]}]
+
+
+def test_a_tokenizer_is_used_by_one_thread_at_a_time_and_by_none_once_the_encoder_is_closed(packages, monkeypatch):
+    make_requests, inside, most = schedule.make_requests, [], []
+
+    def slow(*arguments):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.1)
+        requests = make_requests(*arguments)
+        inside.pop()
+        return requests
+
+    monkeypatch.setattr(schedule, "make_requests", slow)
+    encoder = Encoder(board_of(packages).inputs)
+    encoder.begin(0, "swapped", ROWS)
+    assert [request.order for request in encoder.requests(0, "as_given", ROWS)] == ["as_given"] * 30
+    assert most == [1, 1]
+    encoder.begin(1, "swapped", ROWS)
+    encoder.close()
+    assert inside == []

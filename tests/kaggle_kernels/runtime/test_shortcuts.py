@@ -77,16 +77,6 @@ def test_every_architecture_and_head_answers_as_one_row_at_a_time(served):
     assert expected.std() > 0.1, "the answers are too much alike to tell one from another"
 
 
-def test_a_row_has_the_same_answer_whatever_else_is_in_the_batch(served):
-    _, quick, contract = served
-    rows = sequences()
-    together = verdict_logits(quick, contract, rows, "cpu").softmax(-1)
-    step = 2 if contract.head == "reward" else 1
-    for row in range(0, len(rows) // step, 3):
-        alone = probabilities(quick, contract, rows[row * step : (row + 1) * step])
-        assert (together[row] - alone[0]).abs().max() < 1e-5
-
-
 def test_a_row_that_ends_with_the_pad_id_is_read_before_it_as_the_head_does(served):
     plain, quick, contract = served
     rows = [[11, 12, 13, 0, 0], [14, 15, 16, 17, 18, 19, 20], [0, 0], [21, 22]]
