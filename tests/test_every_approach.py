@@ -1,4 +1,4 @@
-"""Every recipe and every spec, found by glob: checked, then small and end to end: trained, packaged, rehearsed to a submission."""
+"""Every recipe and spec, found by glob: checked, then end to end and small: trained, packaged, rehearsed to a submission."""
 
 import json
 from functools import cache

@@ -22,7 +22,7 @@ from preprocess.core.errors import UserError
 from preprocess.core.files import read_yaml
 from preprocess.core.problems import in_words, nearest, unknown_key, without_echo
 from preprocess.model_input import Template
-from recipes.pairwise.config.axolotl_keys import REFUSED, axolotl_problems
+from recipes.pairwise.config.axolotl_keys import axolotl_problems
 from recipes.pairwise.config.templates import NAMES, TemplateName, named_template
 
 SLUG = r"^[a-z0-9]+(-[a-z0-9]+)*$"  # Kaggle's
@@ -173,21 +173,6 @@ class PairwiseArgs(BaseModel):
     """What Axolotl adds to its own schema for this plugin: the block, checked here and passed on as it is."""
 
     pairwise: dict
-
-
-def check_run(cfg: dict, recipe: Path) -> PairwiseBlock:
-    """The block of the run that Axolotl is about to start. `cfg` is the recipe with the command line's overrides.
-
-    Unknown keys are looked for in the file: Axolotl adds keys of its own to `cfg`.
-    """
-    problems = [f"{key}: refused, {why}" for key, why in REFUSED.items() if cfg.get(key)]
-    if recipe.is_file():
-        said = (*REFUSED, "attn_implementation", "base_model", "wandb_project")
-        overridden = {key: cfg.get(key) for key in said if cfg.get(key) is not None}
-        problems = recipe_problems(read_yaml(recipe) | overridden)
-    if problems:
-        raise UserError(f"{recipe}: " + "; ".join(problems))
-    return PairwiseBlock.model_validate(dict(cfg["pairwise"]))
 
 
 def recipe_problems(values: dict) -> list[str]:
