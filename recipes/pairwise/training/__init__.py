@@ -1,1 +1,1 @@
-"""The training itself: losses and trainers, a model's weights before the first step, checkpoints, and what CPUs and ZeRO-3 need."""
+"""The training: losses and trainers, a model's weights before the first step, checkpoints, and what CPUs and ZeRO-3 need."""
