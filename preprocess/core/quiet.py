@@ -22,6 +22,9 @@ KEPT_BACK = {
     "DeepSpeed": "Setting accelerator to CPU",
     # PEFT asks transformers for a setting by its former name.
     "transformers.configuration_utils": "`use_return_dict` is deprecated",
+    # Axolotl on what this project does otherwise: recipes name their template, and no attention comes from a hub.
+    "axolotl.loaders.tokenizer": "No Chat template selected",
+    "axolotl.monkeypatch.attention.fa2_hub_kernel": "Pinned the flash-attn2 hub kernel",
 }
 
 

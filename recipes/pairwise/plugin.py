@@ -5,7 +5,6 @@ brings datasets, collator, trainer and metrics, sees to the head, and at the end
 history.json, contract.json and model_input.py beside the weights. The hooks stand in the order in which Axolotl calls them.
 """
 
-import logging
 import sys
 import time
 from dataclasses import replace
@@ -26,12 +25,11 @@ from recipes.pairwise.config import run_config
 from recipes.pairwise.contract import new_contract, record_training, write_contract
 from recipes.pairwise.data.collators import LabelTokenCollator, PairCollator
 from recipes.pairwise.data.datasets import datasets_of
-from recipes.pairwise.processes import stop, stopping_on_errors
+from recipes.pairwise.processes import LOG, stop, stopping_on_errors
 from recipes.pairwise.tracking import metrics, recipe_copy, results, wandb_run
 from recipes.pairwise.training import checkpoints, cpu, deepspeed_cpu, weights, zero3
 from recipes.pairwise.training.trainer import LabelTokenTrainer, PairwiseTrainer
 
-LOG = logging.getLogger(__name__)
 DEFAULT_SEED = 42
 PADDED_TO_MULTIPLE_OF = 8  # tokens, which suits tensor cores
 

@@ -1,6 +1,7 @@
 """The processes of one run: which of them speaks, and how all of them end where the recipe or the data is at fault."""
 
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -8,6 +9,9 @@ from pathlib import Path
 
 from preprocess.core.errors import UserError
 from preprocess.model_input import ContractError
+
+# Of loggers that are not below its own Axolotl prints warnings only.
+LOG = logging.getLogger("axolotl.pairwise")
 
 
 def is_first_on_machine() -> bool:

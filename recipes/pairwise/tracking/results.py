@@ -1,6 +1,5 @@
 """What a run says of its validation rows: predictions.parquet, metrics.json and history.json, written once it is trained."""
 
-import logging
 import time
 from pathlib import Path
 
@@ -11,9 +10,9 @@ from preprocess.core.errors import UserError
 from preprocess.core.files import atomic_file, sha256, write_json
 from recipes.pairwise.config.schema import PairwiseBlock
 from recipes.pairwise.data.datasets import read_pairs
+from recipes.pairwise.processes import LOG
 from recipes.pairwise.tracking import metrics
 
-LOG = logging.getLogger(__name__)
 FILES = ("contract.json", "metrics.json", "predictions.parquet", "history.json")  # which vouch for the weights beside them
 
 

@@ -11,6 +11,8 @@ def prepare(cfg: dict) -> None:
     """Set up this process for training on CPUs: float32, all cores, and DeepSpeed's process group where it is asked for."""
     # Axolotl takes `bf16: auto` on a CPU for fp16, in which the first step ends in NaN.
     cfg["bf16"] = cfg["fp16"] = False
+    # PyTorch warns of pinned memory where there is no GPU to copy it to.
+    cfg["dataloader_pin_memory"] = False
     use_all_cores()
     torch.cuda.can_device_access_peer = no_gpu_has_peers
     if cfg.get("deepspeed"):
