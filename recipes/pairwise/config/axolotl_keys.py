@@ -152,38 +152,51 @@ def types_of(part: Mapping) -> list[str]:
 
 
 def adapter_problems(values: dict) -> Iterator[str]:
-    """What the adapter's keys say of each other."""
-    adapter, targets, block = values.get("adapter"), values.get("lora_target_modules"), values.get("pairwise")
-    block = block if isinstance(block, dict) else {}
-    lora = [key for key in values if str(key).startswith(("lora_", "peft_")) and not str(key).endswith("_kernel")]
-    if "adapter" not in values and lora and not any(values.get(key) for key in REFUSED):
-        yield f"adapter: missing beside {lora[0]}: every weight would be trained; set adapter: lora, or remove what is LoRA's"
+    """Yield what the adapter's keys say wrong of each other."""
+    adapter = values.get("adapter")
+    block = block_of(values)
+    package = block.get("package")
+    is_untrained = block.get("train") is False
+
+    lora_keys = [key for key in values if str(key).startswith(("lora_", "peft_")) and key not in REFUSED]
+    if lora_keys and "adapter" not in values:
+        key = lora_keys[0]
+        yield f"adapter: missing beside {key}: every weight would be trained; set adapter: lora, or remove what is LoRA's"
+
     if adapter == "qlora" and values.get("load_in_4bit") is not True:
         yield "load_in_4bit: adapter: qlora trains on a base in 4 bits; set load_in_4bit: true, or adapter: lora"
-    if adapter and not targets and block.get("train") is not False:
-        yield f"lora_target_modules: missing; list the layers that {adapter} is to adapt, e.g. [q_proj, v_proj]"
-    package = block.get("package")
-    if isinstance(package, dict) and package.get("adapter", "merged") != "merged" and adapter not in ("lora", "qlora"):
-        yield "pairwise.package.adapter: the run has no adapter; remove the key, or set adapter: lora or qlora"
-    if block.get("train") is False and adapter:
+    if adapter and is_untrained:
         yield "adapter: nothing is trained with pairwise.train: false; remove the key"
+    elif adapter and not values.get("lora_target_modules"):
+        yield f"lora_target_modules: missing; list the layers that {adapter} is to adapt, e.g. [q_proj, v_proj]"
+
+    keeps_adapter_apart = isinstance(package, dict) and package.get("adapter", "merged") != "merged"
+    if keeps_adapter_apart and adapter not in ("lora", "qlora"):
+        yield "pairwise.package.adapter: the run has no adapter; remove the key, or set adapter: lora or qlora"
 
 
 def head_problems(values: dict) -> Iterator[str]:
-    """What would quantise the head, or change how it is reached."""
-    block, quantising = values.get("pairwise"), values.get("bnb_config_kwargs")
-    block = block if isinstance(block, dict) else {}
-    skipped = quantising.get("llm_int8_skip_modules") if isinstance(quantising, dict) else None
+    """Yield what would quantise the head, or change the attention that the block asks for."""
+    block = block_of(values)
     head = "lm_head" if block.get("head") == "label_tokens" else "score"
-    if isinstance(skipped, list) and head not in skipped:
+    quantising = values.get("bnb_config_kwargs")
+    not_quantised = quantising.get("llm_int8_skip_modules") if isinstance(quantising, dict) else None
+    if isinstance(not_quantised, list) and head not in not_quantised:
         key = "bnb_config_kwargs.llm_int8_skip_modules"
         yield f"{key}: it replaces the default list, so the head would be quantised; add {head}"
+
     if block.get("softcap") and values.get("attn_implementation") == "sdpa":
         yield "attn_implementation: sdpa drops the soft cap without a word; use eager or flash_attention_2, or softcap: false"
 
 
 def wandb_problems(values: dict) -> Iterator[str]:
-    """Keys of wandb without the one that turns it on."""
+    """Yield that keys of wandb stand without the one that turns it on."""
     others = [key for key in values if str(key).startswith("wandb_") and key not in REFUSED]
     if others and not values.get("wandb_project"):
         yield f"{others[0]}: means nothing without a project; set wandb_project, or remove the key"
+
+
+def block_of(values: dict) -> dict:
+    """Return a recipe's `pairwise:` block, empty where it is no block, which its own check says."""
+    block = values.get("pairwise")
+    return block if isinstance(block, dict) else {}

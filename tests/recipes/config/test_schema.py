@@ -103,7 +103,9 @@ def test_a_plugin_s_keys_are_accepted_where_the_recipe_names_the_plugin():
         named = GOOD | {"plugins": [*GOOD["plugins"], name]}
         assert recipe_problems(named | {"liger_rope": True}) == []
         assert recipe_problems(named | {"liger_rope": 3}) == ["liger_rope: expected true or false, found 3"]
-    others = ["axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin", "axolotl.integrations.spectrum.SpectrumPlugin"]
+    spectrum = "axolotl.integrations.spectrum.SpectrumPlugin"
+    assert len(recipe_problems(GOOD | {"plugins": [*GOOD["plugins"], spectrum], "liger_rope": True})) == 1
+    others = ["axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin", spectrum]
     keys = {"cut_cross_entropy": True, "spectrum_top_fraction": 0.5, "loraplus_lr_ratio": 16}
     assert recipe_problems(GOOD | {"plugins": [*GOOD["plugins"], *others]} | keys) == []
 
