@@ -72,14 +72,12 @@ def key_schema(annotation: object) -> dict:
             words += get_args(option)
         elif isinstance(kind, type) and issubclass(kind, Enum):
             words += [member.value for member in kind]
-        elif isinstance(kind, type) and issubclass(kind, BaseModel):
-            types.add("object")
-        elif kind in JSON_TYPES:
-            types.add(JSON_TYPES[kind])
+        elif kind is not NoneType:
+            if json_type(kind) is None:
+                return {}
+            types.add(json_type(kind))
             if get_args(option) == (str,):
                 schema["items"] = {"type": "string"}
-        elif kind is not NoneType:
-            return {}
 
     if words and types <= {"boolean"}:
         return {"enum": words + [True, False] if types else words}
@@ -88,6 +86,12 @@ def key_schema(annotation: object) -> dict:
     if "number" in types:
         types.discard("integer")
     return {"type": types.pop() if len(types) == 1 else sorted(types)} | schema
+
+
+def json_type(kind: object) -> str | None:
+    """Return JSON's name of a Python type; None of one that may be anything in JSON."""
+    is_model = isinstance(kind, type) and issubclass(kind, BaseModel)
+    return "object" if is_model else JSON_TYPES.get(kind)
 
 
 def alternatives(annotation: object) -> list:
