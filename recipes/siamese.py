@@ -37,6 +37,7 @@ class UserError(Exception):
 
 
 def arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--pairs", type=Path, default=Path("data/pairs.parquet"), help="written by python -m preprocess")

@@ -1,9 +1,10 @@
-"""Every approach end to end, small: each twin is trained and packaged, each kernel rehearsed to a submission."""
+"""Every recipe and spec, found by glob: checked, then end to end and small: trained, packaged, rehearsed to a submission."""
 
 import json
 from functools import cache
 from pathlib import Path
 
+import jsonschema
 import polars as pl
 import pytest
 import yaml
@@ -21,6 +22,7 @@ from tests.conftest import ROOT
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yml"))
 TRAINED = [recipe for recipe in RECIPES if read_recipe(recipe).pairwise.train]
+UNTRAINED = sorted({*RECIPES} - {*TRAINED})
 SPECS = all_specs()
 ROWS = 40
 
@@ -93,6 +95,26 @@ def test_recipes_and_specs_are_found():
     }
     assert approaches | {"minilm_cls", "minilm_reward", "gemma2_lmsys", "demo"} <= {recipe.stem for recipe in RECIPES}
     assert approaches | {"gemma2_llama3", "gemma2_llama3_own"} <= {spec.stem for spec in SPECS}
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipe_says_what_it_is_and_satisfies_its_schema(recipe):
+    lines = recipe.read_text().splitlines()
+    assert lines[0] == "# yaml-language-server: $schema=recipe.schema.json"
+    assert [line.split(":")[0] for line in lines[1:4]] == ["# What", "# Command", "# Hardware"]
+    values = yaml.safe_load(recipe.read_text())
+    assert None not in values.values()
+    jsonschema.Draft7Validator(read_json(ROOT / "recipes/recipe.schema.json")).validate(values)
+
+
+@pytest.mark.parametrize("recipe", UNTRAINED, ids=lambda path: path.stem)
+def test_recipe_that_trains_nothing_says_so_and_stops(recipe, twin_of, workplace):
+    ended = forked.axolotl("train", twin_of(recipe.stem))
+    assert ended.code == 2
+    assert (
+        "pairwise.train is false, there is nothing to train; package the base model with python -m postprocess" in ended.output
+    )
+    assert not (workplace / "outputs" / recipe.stem / "contract.json").exists()
 
 
 @pytest.mark.parametrize("recipe", TRAINED, ids=lambda path: path.stem)

@@ -23,15 +23,12 @@ from recipes.pairwise.config.schema import PairwiseBlock
 from recipes.pairwise.contract import new_contract, record_training
 from recipes.pairwise.data import datasets
 from recipes.pairwise.data.collators import PairCollator
-from recipes.pairwise.plugin import (
-    PairwisePlugin,
-    check_resume,
-    ensure_head,
-    train_in_float32,
-    use_all_cores,
-)
+from recipes.pairwise.plugin import PairwisePlugin
 from recipes.pairwise.tracking import metrics
+from recipes.pairwise.training.checkpoints import check_resume
+from recipes.pairwise.training.cpu import use_all_cores
 from recipes.pairwise.training.trainer import soft_cross_entropy
+from recipes.pairwise.training.weights import ensure_head
 from tests import tiny
 
 TWO = ("model_a", "model_b")
@@ -157,10 +154,6 @@ def test_a_head_that_holds_nonsense_is_initialised_and_a_sane_one_kept(spoilt):
 
 
 def test_weights_are_one_on_average_whatever_preprocess_counted(tiny_models, tmp_path):
-    from transformers import AutoTokenizer
-
-    from recipes.pairwise.contract import new_contract
-
     path = tiny.pairs_parquet(tmp_path / "pairs.parquet", 4)
     frame = datasets.read_pairs(path).with_columns(weight=pl.Series([1.0, 3.0, 1.0, 3.0], dtype=pl.Float32))
     block = PairwiseBlock(template="gemma", budget_tokens=128, package={"slug": "some-model"})
@@ -292,21 +285,12 @@ def test_a_single_process_gets_every_core_back_from_the_launcher(monkeypatch):
     assert chosen == [3]
 
 
-def test_what_is_trained_is_held_in_float32_and_the_rest_stays():
+@pytest.mark.parametrize(("deepspeed", "trained"), [(None, torch.float32), ("zero2.json", torch.bfloat16)])
+def test_what_is_trained_is_held_in_float32_unless_deepspeed_does_that(deepspeed, trained):
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2)).to(torch.bfloat16)
     model[0].requires_grad_(False)
-    train_in_float32(model)
-    assert [parameter.dtype for parameter in model.parameters()] == [torch.bfloat16] * 2 + [torch.float32] * 2
-
-
-@pytest.mark.parametrize(("bf16", "dtype"), [(True, torch.float32), ("full", torch.bfloat16)])
-def test_without_autocast_a_model_keeps_one_type(bf16, dtype):
-    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2)).to(torch.bfloat16)
-    model[0].requires_grad_(False)
-    PairwisePlugin().post_model_load(SimpleNamespace(deepspeed=None, fsdp_config=None, bf16=bf16), model)
-    assert model[1].weight.dtype == dtype
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16 is True):
-        assert model(torch.ones(1, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    PairwisePlugin().post_model_load(SimpleNamespace(deepspeed=deepspeed, fsdp_config=None), model)
+    assert [parameter.dtype for parameter in model.parameters()] == [torch.bfloat16] * 2 + [trained] * 2
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
-"""What is wrong with Axolotl's keys in a recipe, told before Axolotl starts: it takes a minute to say so, in a traceback.
+"""Check Axolotl's keys in a recipe before Axolotl starts, which takes a minute to refuse them, in a traceback.
 
-Types, allowed values and ranges are those of recipe.schema.json, which editors read too; what one key says of another is
-checked here. Nothing here imports torch or Axolotl.
+Called by recipes.pairwise.config.schema, without torch or Axolotl: names, types and allowed words come from
+recipe.schema.json, which json_schema.py writes from the installed Axolotl and which editors read too. What one key says
+of another is checked here.
 """
 
 import functools
@@ -32,8 +33,9 @@ REFUSED = {
     "gptq": "the head would not be trained; use adapter: qlora with load_in_4bit: true",
     "wandb_log_model": "it uploads gigabytes; remove it, a tracked run refers to its weights where they are, with checksums",
     "comet_api_key": "a file is no place for a secret; remove it, and set COMET_API_KEY in the environment",
+    "swanlab_api_key": "a file is no place for a secret; remove it, and set SWANLAB_API_KEY in the environment",
 }
-SET_BY_THE_BLOCK = {  # keys that are set whatever the recipe says, by the plugin or by Axolotl: a value here would mean nothing
+SET_BY_THE_BLOCK = {  # keys that the plugin or Axolotl sets whatever the recipe says: a value here would mean nothing
     "num_labels": "pairwise.verdicts and pairwise.head",
     "sequence_len": "pairwise.budget_tokens",
     "datasets": "pairwise.pairs",
@@ -42,24 +44,6 @@ SET_BY_THE_BLOCK = {  # keys that are set whatever the recipe says, by the plugi
     "model_type": "pairwise.head",
     "use_wandb": "wandb_project",
 }
-LIMITS = {  # JSON Schema's words for what a number may be
-    "micro_batch_size": {"exclusiveMinimum": 0},
-    "gradient_accumulation_steps": {"exclusiveMinimum": 0},
-    "num_epochs": {"exclusiveMinimum": 0},
-    "learning_rate": {"exclusiveMinimum": 0},
-    "max_steps": {"minimum": 1},
-    "warmup_ratio": {"minimum": 0, "maximum": 1},
-    "warmup_steps": {"minimum": 0},
-    "weight_decay": {"minimum": 0},
-    "max_grad_norm": {"minimum": 0},
-    "lora_r": {"minimum": 1},
-    "lora_alpha": {"minimum": 1},
-    "lora_dropout": {"minimum": 0, "exclusiveMaximum": 1},
-    "seed": {"minimum": 0},
-}
-SDPA_DROPS_SOFTCAP = (
-    "attn_implementation: sdpa drops the soft cap without a word; use eager or flash_attention_2, or softcap: false"
-)
 MOST_WORDS = 12  # of a key that a line lists
 KINDS = {
     "integer": "a whole number",
@@ -69,120 +53,150 @@ KINDS = {
     "array": "a list",
     "object": "keys and values",
 }
+LIMITS = {
+    "exclusiveMinimum": "above",
+    "minimum": "of at least",
+    "exclusiveMaximum": "below",
+    "maximum": "of at most",
+}
 
 
 @functools.cache
 def schema() -> dict:
-    """recipe.schema.json."""
+    """Return recipe.schema.json."""
     return read_json(RECIPE_SCHEMA)
 
 
-@functools.cache
-def validator() -> Draft7Validator:
-    """Checks Axolotl's keys by recipe.schema.json; the `pairwise` block has a check of its own, with better words."""
-    whole = schema()
-    open_keys = {"additionalProperties": True, "required": []}
-    return Draft7Validator(whole | open_keys | {"properties": whole["properties"] | {"pairwise": {}}})
-
-
 def axolotl_problems(values: dict) -> list[str]:
-    """What is wrong with a recipe's parsed YAML but for its `pairwise` block, one sentence a problem with key and fix."""
-    told = {key: f"refused, {why}" for key, why in REFUSED.items() if values.get(key)}
-    told |= {key: f"refused, {by} decides that; remove it" for key, by in SET_BY_THE_BLOCK.items() if key in values}
-    told |= {key: unknown_key(key, schema()["properties"]) for key in values if key not in schema()["properties"]}
-    if not isinstance(values.get("base_model"), str) or not values["base_model"]:
-        told["base_model"] = f"expected a model or a folder, found {values.get('base_model')!r}"
-    plugins = values.get("plugins")
-    if not isinstance(plugins, list) or PLUGIN not in plugins:
-        told["plugins"] = f"without {PLUGIN} Axolotl would train something else; add it"
-    rest = {key: value for key, value in values.items() if key not in told and (key not in REFUSED or value)}
-    by_key = [f"{key}: {sentence}" for key, sentence in told.items()]
-    return [*by_key, *value_problems(rest), *adapter_problems(values), *head_problems(values), *wandb_problems(values)]
+    """Return what is wrong with a recipe's parsed YAML but for its `pairwise` block, one sentence a problem: key and fix."""
+    problems = []
+    base_model, plugins = values.get("base_model"), values.get("plugins", [])
+    if not isinstance(base_model, str) or not base_model:
+        problems.append(f"base_model: expected a model or a folder, found {base_model!r}")
+    if isinstance(plugins, list) and PLUGIN not in plugins:
+        problems.append(f"plugins: without {PLUGIN} Axolotl would train something else; add it")
 
-
-def value_problems(values: dict) -> Iterator[str]:
-    """Values of another type than Axolotl's, beyond what they may be, or not finite."""
-    for error in validator().iter_errors(values):
-        where = ".".join(map(str, error.absolute_path))
-        if error.validator == "additionalProperties":
-            known = error.schema["properties"]
-            yield from (f"{where}.{key}: {unknown_key(key, known)}" for key in error.instance if key not in known)
-        else:
-            yield f"{where}: expected {expected(error.schema)}, found {error.instance!r}{meant(error)}"
     for key, value in values.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            yield f"{key}: expected a number, found {value!r}"
+        if key not in ("base_model", "pairwise"):
+            problems += key_problems(key, value, plugins)
+    problems += [*adapter_problems(values), *head_problems(values), *wandb_problems(values)]
+    return list(dict.fromkeys(problems))
+
+
+def key_problems(key: object, value: object, plugins: object) -> list[str]:
+    """Return what is wrong with one key, whatever the others say. `plugins` are those that the recipe names."""
+    if key in REFUSED:
+        return [f"{key}: refused, {REFUSED[key]}"] if value else []
+    if key in SET_BY_THE_BLOCK:
+        return [f"{key}: refused, {SET_BY_THE_BLOCK[key]} decides that; remove it"]
+    if key not in schema()["properties"]:
+        return [f"{key}: {unknown_key(key, schema()['properties'])}"]
+
+    plugin = schema()["properties"][key].get("plugin")
+    if plugin and not is_named(plugin, plugins):
+        return [f"{key}: needs a plugin of Axolotl's; add {plugin} to plugins, or remove the key"]
+    return list(value_problems(key, value))
+
+
+def is_named(plugin: str, plugins: object) -> bool:
+    """Return whether a recipe's `plugins` hold one of Axolotl's, by this path or a longer one, as liger.plugin.LigerPlugin."""
+    package = plugin.rpartition(".")[0]
+    return isinstance(plugins, list) and any(str(name).startswith(f"{package}.") for name in plugins)
+
+
+def value_problems(key: str, value: object) -> Iterator[str]:
+    """Yield what is wrong with a key's value: another type than Axolotl's, a number out of range, an unknown key in it."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{key}: expected a number, found {value!r}"
+
+    for error in Draft7Validator(schema()["properties"][key]).iter_errors(value):
+        path = ".".join(map(str, (key, *error.absolute_path)))
+        if error.validator == "additionalProperties":
+            known_names = error.schema["properties"]
+            for name in error.instance:
+                if name not in known_names:
+                    yield f"{path}.{name}: {unknown_key(name, known_names)}"
+        elif error.validator != "contains":  # of plugins: axolotl_problems says it, of a recipe without the key too
+            meant = suggestion(error.schema, error.instance)
+            yield f"{path}: expected {expected(error.schema)}, found {error.instance!r}{meant}"
 
 
 def expected(part: Mapping) -> str:
-    """What a part of the schema asks for, in words."""
-    if "$ref" in part:
-        return expected(schema()["definitions"][part["$ref"].rpartition("/")[2]])
+    """Return in words what a part of the schema allows."""
     if "enum" in part:
-        few = part["enum"][:MOST_WORDS]
-        more = f", … ({len(part['enum'])} in all: recipes/{RECIPE_SCHEMA.name})" if len(few) < len(part["enum"]) else ""
-        return "one of " + ", ".join(map(str, few)) + more
-    if "const" in part:
-        return json.dumps(part["const"])
-    for several in ("anyOf", "oneOf", "allOf"):
-        if several in part:
-            return " or ".join(dict.fromkeys(expected(option) for option in part[several]))
-    limits = {"exclusiveMinimum": "above", "minimum": "of at least", "exclusiveMaximum": "below", "maximum": "of at most"}
-    told = [f"{word} {part[name]}" for name, word in limits.items() if name in part]
-    return " ".join([KINDS.get(part.get("type"), "something else"), " and ".join(told)]).rstrip()
+        words = [word if isinstance(word, str) else json.dumps(word) for word in part["enum"]]
+        listed = ", ".join(words[:MOST_WORDS])
+        if len(words) > MOST_WORDS:
+            listed += f", … ({len(words)} in all: recipes/{RECIPE_SCHEMA.name})"
+        return f"one of {listed}"
+
+    kinds = " or ".join(KINDS[kind] for kind in types_of(part))
+    limits = " and ".join(f"{word} {part[limit]}" for limit, word in LIMITS.items() if limit in part)
+    return f"{kinds} {limits}".rstrip()
 
 
-def meant(error) -> str:
-    """What may have been meant: the nearest of the allowed words, or what YAML made of another one."""
-    words = allowed(error.schema)
-    match = nearest(error.instance, words) if isinstance(error.instance, str) else None
+def suggestion(part: Mapping, value: object) -> str:
+    """Return what may have been meant by a wrong value: the nearest of the allowed words, or what YAML made of another one."""
+    words = [word for word in part.get("enum", []) if isinstance(word, str)]
+    match = nearest(value, words) if isinstance(value, str) else None
     if match:
         return f"; did you mean {match}?"
-    takes_text = bool(words) or "text" in expected(error.schema)
-    return hint(error.instance) if takes_text or not isinstance(error.instance, bool) else ""
+    takes_text = bool(words) or "string" in types_of(part)
+    return hint(value) if takes_text or not isinstance(value, bool) else ""
 
 
-def allowed(part: Mapping) -> list[str]:
-    """The words that a part of the schema allows, those of its alternatives included."""
-    if "$ref" in part:
-        return allowed(schema()["definitions"][part["$ref"].rpartition("/")[2]])
-    options = [word for option in part.get("anyOf", ()) for word in allowed(option)]
-    return [word for word in (*part.get("enum", ()), part.get("const")) if isinstance(word, str)] + options
+def types_of(part: Mapping) -> list[str]:
+    """Return the JSON types that a part of the schema allows, which names them alone or in a list."""
+    types = part.get("type", [])
+    return [types] if isinstance(types, str) else types
 
 
 def adapter_problems(values: dict) -> Iterator[str]:
-    """What the adapter's keys say of each other."""
-    adapter, targets, block = values.get("adapter"), values.get("lora_target_modules"), values.get("pairwise")
-    block = block if isinstance(block, dict) else {}
-    lora = [key for key in values if str(key).startswith(("lora_", "peft_")) and not str(key).endswith("_kernel")]
-    if "adapter" not in values and lora and not any(values.get(key) for key in REFUSED):
-        yield f"adapter: missing beside {lora[0]}: every weight would be trained; set adapter: lora, or remove what is LoRA's"
+    """Yield what the adapter's keys say wrong of each other."""
+    adapter = values.get("adapter")
+    block = block_of(values)
+    package = block.get("package")
+    is_untrained = block.get("train") is False
+
+    lora_keys = [key for key in values if str(key).startswith(("lora_", "peft_")) and key not in REFUSED]
+    if lora_keys and "adapter" not in values:
+        key = lora_keys[0]
+        yield f"adapter: missing beside {key}: every weight would be trained; set adapter: lora, or remove what is LoRA's"
+
     if adapter == "qlora" and values.get("load_in_4bit") is not True:
         yield "load_in_4bit: adapter: qlora trains on a base in 4 bits; set load_in_4bit: true, or adapter: lora"
-    if adapter and not targets and block.get("train") is not False:
-        yield f"lora_target_modules: missing; list the layers that {adapter} is to adapt, e.g. [q_proj, v_proj]"
-    package = block.get("package")
-    if isinstance(package, dict) and package.get("adapter", "merged") != "merged" and adapter not in ("lora", "qlora"):
-        yield "pairwise.package.adapter: the run has no adapter; remove the key, or set adapter: lora or qlora"
-    if block.get("train") is False and adapter:
+    if adapter and is_untrained:
         yield "adapter: nothing is trained with pairwise.train: false; remove the key"
+    elif adapter and not values.get("lora_target_modules"):
+        yield f"lora_target_modules: missing; list the layers that {adapter} is to adapt, e.g. [q_proj, v_proj]"
+
+    keeps_adapter_apart = isinstance(package, dict) and package.get("adapter", "merged") != "merged"
+    if keeps_adapter_apart and adapter not in ("lora", "qlora"):
+        yield "pairwise.package.adapter: the run has no adapter; remove the key, or set adapter: lora or qlora"
 
 
 def head_problems(values: dict) -> Iterator[str]:
-    """What would quantise the head, or change how it is reached."""
-    block, quantising = values.get("pairwise"), values.get("bnb_config_kwargs")
-    block = block if isinstance(block, dict) else {}
-    skipped = quantising.get("llm_int8_skip_modules") if isinstance(quantising, dict) else None
+    """Yield what would quantise the head, or change the attention that the block asks for."""
+    block = block_of(values)
     head = "lm_head" if block.get("head") == "label_tokens" else "score"
-    if isinstance(skipped, list) and head not in skipped:
+    quantising = values.get("bnb_config_kwargs")
+    not_quantised = quantising.get("llm_int8_skip_modules") if isinstance(quantising, dict) else None
+    if isinstance(not_quantised, list) and head not in not_quantised:
         key = "bnb_config_kwargs.llm_int8_skip_modules"
         yield f"{key}: it replaces the default list, so the head would be quantised; add {head}"
+
     if block.get("softcap") and values.get("attn_implementation") == "sdpa":
-        yield SDPA_DROPS_SOFTCAP
+        yield "attn_implementation: sdpa drops the soft cap without a word; use eager or flash_attention_2, or softcap: false"
 
 
 def wandb_problems(values: dict) -> Iterator[str]:
-    """Keys of wandb without the one that turns it on."""
+    """Yield that keys of wandb stand without the one that turns it on."""
     others = [key for key in values if str(key).startswith("wandb_") and key not in REFUSED]
     if others and not values.get("wandb_project"):
         yield f"{others[0]}: means nothing without a project; set wandb_project, or remove the key"
+
+
+def block_of(values: dict) -> dict:
+    """Return a recipe's `pairwise:` block, empty where it is no block, which its own check says."""
+    block = values.get("pairwise")
+    return block if isinstance(block, dict) else {}

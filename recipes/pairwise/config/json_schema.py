@@ -1,200 +1,189 @@
-"""python -m recipes.pairwise.config.json_schema [--check]: recipes/recipe.schema.json, by which editors check recipes.
+"""python -m recipes.pairwise.config.json_schema [--check]: write recipes/recipe.schema.json.
 
-It holds Axolotl's keys, as the installed Axolotl describes them, and our `pairwise:` block, both from their pydantic models,
-with every other key an error. JSON Schema's draft 7 is the newest that the YAML language server reads.
+By this file editors complete and check recipes, and axolotl_keys.py checks them without importing Axolotl, which takes
+seconds. Of Axolotl's keys, and of those that its plugins bring, it holds names, types and allowed words; of our
+`pairwise:` block all that its pydantic model says. JSON Schema's draft 7 is the newest that the YAML language server reads.
 """
 
+import importlib
 import inspect
+import itertools
 import json
+import pkgutil
+from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Literal, Union, get_args, get_origin
 
 import click
 from pydantic import BaseModel
-from pydantic.json_schema import GenerateJsonSchema
-from pydantic_core import PydanticSerializationError
 
 from preprocess.core.errors import UserError, exits_with_2
-from preprocess.core.files import atomic_file, read_json
-from recipes.pairwise.config.axolotl_keys import (
-    LIMITS,
-    PLUGIN,
-    RECIPE_SCHEMA,
-    REFUSED,
-    SET_BY_THE_BLOCK,
-)
+from preprocess.core.files import atomic_file
+from recipes.pairwise.config.axolotl_keys import PLUGIN, RECIPE_SCHEMA, REFUSED, SET_BY_THE_BLOCK
 from recipes.pairwise.config.schema import PairwiseBlock
-from recipes.pairwise.config.templates import NAMES
 
 COMMAND = "python -m recipes.pairwise.config.json_schema"
 DRAFT = "http://json-schema.org/draft-07/schema#"
-
-
-class Tolerant(GenerateJsonSchema):
-    """Pydantic's generator, which leaves open what JSON Schema cannot describe instead of failing on it."""
-
-    def handle_invalid_for_json_schema(self, schema, error_info):
-        return {}
-
-    def enum_schema(self, schema):
-        try:
-            return super().enum_schema(schema)
-        except PydanticSerializationError:  # the members are torch's dtypes; Axolotl takes them by name
-            return {"enum": [member.name for member in schema["members"]]}
-
-    def emit_warning(self, kind, detail):
-        pass
-
-
-def model_schema(model: type[BaseModel]) -> dict:
-    """A model's JSON Schema in draft 7."""
-    return tidy(model.model_json_schema(schema_generator=Tolerant, ref_template="#/definitions/{model}"))
-
-
-def tidy(node, names: bool = False):
-    """A part of a schema without titles and null defaults; a reference has no neighbours, which draft 7 would not see.
-
-    `names` says that the keys of `node` are names of properties or definitions, which all stay.
-    """
-    if isinstance(node, list):
-        return [tidy(value) for value in node]
-    if not isinstance(node, dict):
-        return node
-    kept = {
-        "definitions" if key == "$defs" else key: tidy(value, names=not names and key in ("properties", "$defs"))
-        for key, value in node.items()
-        if names or not (key == "title" or (key == "default" and value is None))
-    }
-    return {"allOf": [{"$ref": kept.pop("$ref")}], **kept} if "$ref" in kept and len(kept) > 1 else kept
-
-
-def inlined(node, definitions: dict):
-    """A part of a schema with each reference replaced by what it refers to; none may refer to itself."""
-    if isinstance(node, list):
-        return [inlined(value, definitions) for value in node]
-    if not isinstance(node, dict):
-        return node
-    if "$ref" in node:
-        return inlined(definitions[node["$ref"].rpartition("/")[2]], definitions)
-    whole = {key: inlined(value, definitions) for key, value in node.items()}
-    return {**whole.pop("allOf")[0], **whole} if len(whole.get("allOf", [])) == 1 else whole
+JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", tuple: "array", dict: "object"}
+NARROWER = {  # Axolotl takes these as any number, or as any text that it hands on to transformers and PEFT
+    "micro_batch_size": {"exclusiveMinimum": 0},
+    "gradient_accumulation_steps": {"exclusiveMinimum": 0},
+    "num_epochs": {"exclusiveMinimum": 0},
+    "learning_rate": {"type": "number", "exclusiveMinimum": 0},
+    "max_steps": {"minimum": 1},
+    "warmup_ratio": {"minimum": 0, "maximum": 1},
+    "warmup_steps": {"minimum": 0},
+    "weight_decay": {"minimum": 0},
+    "max_grad_norm": {"minimum": 0},
+    "lora_r": {"minimum": 1},
+    "lora_alpha": {"minimum": 1},
+    "lora_dropout": {"minimum": 0, "exclusiveMaximum": 1},
+    "seed": {"minimum": 0},
+    "adapter": {"enum": ["lora", "qlora"]},
+    "attn_implementation": {"enum": ["eager", "sdpa", "flash_attention_2", "flash_attention_3"]},
+    "wandb_mode": {"enum": ["online", "offline", "disabled"]},
+    "wandb_watch": {"enum": ["false", "gradients", "parameters", "all"]},
+}
 
 
 def block_schema(model: type[BaseModel]) -> dict:
-    """The schema of a model of ours in one piece: its sub-blocks stand where they are used."""
-    schema = model_schema(model)
-    definitions = schema.pop("definitions", {})
-    return inlined(schema, definitions)
-
-
-def pairwise_schema() -> dict:
-    """Our block, with what its validators say beyond the types."""
-    schema = block_schema(PairwiseBlock)
-    properties = schema["properties"]
-    properties["fold"]["anyOf"] = [{"type": "integer", "minimum": 0}, {"const": "all"}]
-    properties["verdicts"] |= {"minItems": 2, "uniqueItems": True}
-    properties["template"]["anyOf"] = [
-        {"enum": list(NAMES)} if option == {"type": "string"} else option for option in properties["template"]["anyOf"]
-    ]
+    """Return the JSON Schema of a pydantic model of ours."""
+    schema = model.model_json_schema()
+    del schema["title"]
     return schema
 
 
-def axolotl_schema() -> dict:
-    """Axolotl's own keys as `properties`, and the `definitions` that they refer to. Imports Axolotl, which takes seconds."""
-    from axolotl.utils.schemas.config import AxolotlInputConfig  # noqa: PLC0415  the check does without
-
-    schema = model_schema(AxolotlInputConfig)
-    properties = {key: without_null(value) for key, value in sorted(schema["properties"].items())}
-    for key, field in AxolotlInputConfig.model_fields.items():
-        if field.deprecated:
-            properties[key]["deprecationMessage"] = field.deprecated
-    for key, words in allowed_words().items():
-        properties[key] = {"enum": words} | {k: v for k, v in properties[key].items() if k in ("default", "description")}
-    properties["bnb_config_kwargs"] |= {"properties": bitsandbytes_schema(), "additionalProperties": False}
-    schema["definitions"]["SpecialTokensConfig"]["additionalProperties"] = False
-    return {"definitions": schema["definitions"], "properties": properties}
+def model_keys(model: type[BaseModel]) -> dict[str, dict]:
+    """Return the keys of one of Axolotl's pydantic models, each with its types or its words."""
+    return {field.alias or name: key_schema(field.annotation) for name, field in model.model_fields.items()}
 
 
-def allowed_words() -> dict[str, list[str]]:
-    """The words of keys that Axolotl takes as any text, and hands on to transformers and PEFT."""
-    from axolotl.utils.schemas.enums import CustomSupportedOptimizers  # noqa: PLC0415  see axolotl_schema
+def key_schema(annotation: object) -> dict:
+    """Return what a value annotated so may be: its JSON types, or its words where it may be nothing else.
+
+    Null is left out: Axolotl allows it nearly everywhere, and a recipe says it by leaving out the key.
+    """
+    types, words, schema = set(), [], {}
+    for option in alternatives(annotation):
+        kind = get_origin(option) or option
+        if kind is Literal:
+            words += get_args(option)
+        elif isinstance(kind, type) and issubclass(kind, Enum):
+            words += [member.value for member in kind]
+        elif kind is not NoneType:
+            if json_type(kind) is None:
+                return {}
+            types.add(json_type(kind))
+            if get_args(option) == (str,):
+                schema["items"] = {"type": "string"}
+
+    if words and types <= {"boolean"}:
+        return {"enum": words + [True, False] if types else words}
+    if words:
+        types.add("string")
+    if "number" in types:
+        types.discard("integer")
+    return {"type": types.pop() if len(types) == 1 else sorted(types)} | schema
+
+
+def json_type(kind: object) -> str | None:
+    """Return JSON's name of a Python type; None of one that may be anything in JSON."""
+    is_model = isinstance(kind, type) and issubclass(kind, BaseModel)
+    return "object" if is_model else JSON_TYPES.get(kind)
+
+
+def alternatives(annotation: object) -> list:
+    """Return the members of a union, those of a union inside it included; of anything else itself."""
+    if get_origin(annotation) is Annotated:
+        return alternatives(get_args(annotation)[0])
+    if get_origin(annotation) not in (Union, UnionType):
+        return [annotation]
+    members = []
+    for member in get_args(annotation):
+        members += alternatives(member)
+    return members
+
+
+def axolotl_keys() -> dict[str, dict]:
+    """Return Axolotl's own keys, those narrowed that it hands on unchecked. Imports Axolotl, which takes seconds."""
+    from axolotl.utils.schemas.config import AxolotlInputConfig, SpecialTokensConfig  # noqa: PLC0415
+    from axolotl.utils.schemas.enums import CustomSupportedOptimizers  # noqa: PLC0415
+    from transformers import BitsAndBytesConfig  # noqa: PLC0415
     from transformers.trainer_utils import SaveStrategy, SchedulerType  # noqa: PLC0415
     from transformers.training_args import OptimizerNames  # noqa: PLC0415
 
-    return {
-        "adapter": ["lora", "qlora"],
-        "attn_implementation": ["eager", "sdpa", "flash_attention_2", "flash_attention_3"],
-        "lr_scheduler": sorted([*(kind.value for kind in SchedulerType), "one_cycle", "rex"]),
-        "optimizer": sorted(kind.value for kind in (*OptimizerNames, *CustomSupportedOptimizers)),
-        "save_strategy": sorted(kind.value for kind in SaveStrategy),
-        "wandb_mode": ["online", "offline", "disabled"],
-        "wandb_watch": ["false", "gradients", "parameters", "all"],
-    }
+    keys = model_keys(AxolotlInputConfig)
+    for key, narrower in NARROWER.items():
+        keys[key] = narrower if "enum" in narrower else keys[key] | narrower
+    keys["lr_scheduler"] = {"enum": sorted([*(kind.value for kind in SchedulerType), "one_cycle", "rex"])}
+    keys["optimizer"] = {"enum": sorted(kind.value for kind in (*OptimizerNames, *CustomSupportedOptimizers))}
+    keys["save_strategy"] = {"enum": sorted(kind.value for kind in SaveStrategy)}
+
+    keys["special_tokens"] |= {"properties": model_keys(SpecialTokensConfig), "additionalProperties": False}
+    quantising = {}
+    for parameter in inspect.signature(BitsAndBytesConfig).parameters.values():
+        if parameter.kind is not parameter.VAR_KEYWORD:
+            quantising[parameter.name] = key_schema(type(parameter.default)) if parameter.default is not None else {}
+    quantising["bnb_4bit_quant_type"] = {"enum": ["nf4", "fp4"]}
+    quantising["llm_int8_skip_modules"] = {"type": "array", "items": {"type": "string"}}
+    keys["bnb_config_kwargs"] |= {"properties": quantising, "additionalProperties": False}
+    return keys
 
 
-def bitsandbytes_schema() -> dict[str, dict]:
-    """What may stand in bnb_config_kwargs: the arguments of transformers' BitsAndBytesConfig, with their types."""
-    from transformers import BitsAndBytesConfig  # noqa: PLC0415  see axolotl_schema
+def plugin_keys() -> dict[str, dict]:
+    """Return the keys that Axolotl's plugins bring, each with the plugin's name as a recipe gives it."""
+    from axolotl import integrations  # noqa: PLC0415  see axolotl_keys
+    from axolotl.integrations.base import BasePlugin  # noqa: PLC0415
 
-    kinds = {bool: {"type": "boolean"}, float: {"type": "number"}}
-    arguments = inspect.signature(BitsAndBytesConfig).parameters.values()
-    known = {one.name: kinds.get(type(one.default), {}) for one in arguments if one.kind is not one.VAR_KEYWORD}
-    modules = {"type": "array", "items": {"type": "string"}}
-    return known | {"bnb_4bit_quant_type": {"enum": ["nf4", "fp4"]}, "llm_int8_skip_modules": modules}
-
-
-def without_null(schema: dict) -> dict:
-    """A key's schema without null, which Axolotl allows nearly everywhere and a recipe says by leaving the key out."""
-    options = [option for option in schema.get("anyOf", []) if option != {"type": "null"}]
-    rest = {key: value for key, value in schema.items() if key != "anyOf"}
-    if len(options) == 1:
-        return ({"allOf": options} if "$ref" in options[0] else options[0]) | rest
-    return {"anyOf": options} | rest if options else rest
-
-
-def committed_axolotl_schema() -> dict:
-    """What axolotl_schema gave when the file was written; a UserError where that was another Axolotl."""
-    committed = read_json(RECIPE_SCHEMA)
-    if committed.get("$comment") != comment():
-        raise UserError(f"{RECIPE_SCHEMA.name}: not of Axolotl {version('axolotl')}; run `{COMMAND}`, and commit what it wrote")
-    return committed
+    keys = {}
+    for module in pkgutil.iter_modules(integrations.__path__, "axolotl.integrations."):
+        # The llm_compressor plugin cannot be imported without a library that nothing here needs.
+        if not module.ispkg or module.name.endswith(".llm_compressor"):
+            continue
+        for name, member in inspect.getmembers(importlib.import_module(module.name), inspect.isclass):
+            if not issubclass(member, BasePlugin) or member is BasePlugin:
+                continue
+            package, _, arguments = member().get_input_args().rpartition(".")
+            for key, part in model_keys(getattr(importlib.import_module(package), arguments)).items():
+                keys[key] = part | {"plugin": f"{module.name}.{name}"}
+    return keys
 
 
-def comment() -> str:
-    return f"Written by `{COMMAND}` from Axolotl {version('axolotl')}; change nothing here."
+def recipe_schema() -> dict:
+    """Return the schema of a recipe: what the strict check refuses is refused here too, where a schema can say it."""
+    block = block_schema(PairwiseBlock)
+    properties = plugin_keys() | axolotl_keys()
+    properties["plugins"]["contains"] = {"const": PLUGIN}
+    for key, reason in REFUSED.items():
+        properties[key] = {"const": False, "description": f"Refused: {reason}."}
+    for key, setter in SET_BY_THE_BLOCK.items():
+        properties[key] = {"not": {}, "description": f"Refused: {setter} decides that."}
 
-
-def recipe_schema(axolotl: dict) -> dict:
-    """The whole schema of a recipe: what the strict check refuses is refused here too, where a schema can say it."""
-    properties = {"pairwise": pairwise_schema()} | {k: v for k, v in axolotl["properties"].items() if k != "pairwise"}
-    properties["plugins"] = properties["plugins"] | {"contains": {"const": PLUGIN}}
-    for key, limits in LIMITS.items():
-        kind = {"type": properties[key].get("type", "number")} | limits
-        properties[key] = kind | {k: v for k, v in properties[key].items() if k == "description"}
-    for key, why in REFUSED.items():
-        properties[key] = {"const": False, "description": f"Refused: {why}."}
-    for key, by in SET_BY_THE_BLOCK.items():
-        properties[key] = {"not": {}, "description": f"Refused: {by} decides that."}
     return {
         "$schema": DRAFT,
-        "$comment": comment(),
+        "$comment": f"Written by `{COMMAND}` from Axolotl {version('axolotl')}; change nothing here.",
         "title": "A recipe: one training run",
         "type": "object",
         "additionalProperties": False,
         "required": ["base_model", "plugins", "pairwise"],
-        "definitions": dict(sorted(axolotl["definitions"].items())),
-        "properties": properties,
+        "$defs": block.pop("$defs"),
+        "properties": properties | {"pairwise": block},
     }
 
 
 def text_of(schema: dict) -> str:
-    """A schema as JSON with one line for each key and each definition, so that a change is a short difference."""
+    """Return a schema as JSON, with one line for all keys of an initial letter: a change in one key is a change in one line."""
     lines = []
-    for key, value in schema.items():
-        whole = json.dumps(value)
-        if key in ("definitions", "properties"):
-            whole = "{\n" + ",\n".join(f"  {json.dumps(name)}: {json.dumps(part)}" for name, part in value.items()) + "\n }"
-        lines.append(f" {json.dumps(key)}: {whole}")
+    for keyword, value in schema.items():
+        text = json.dumps(value)
+        if keyword == "properties":
+            rows = []
+            for _, names in itertools.groupby(sorted(value), key=lambda name: name[0]):
+                rows.append(", ".join(f"{json.dumps(name)}: {json.dumps(value[name])}" for name in names))
+            text = "{\n  " + ",\n  ".join(rows) + "\n }"
+        lines.append(f" {json.dumps(keyword)}: {text}")
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
@@ -213,9 +202,8 @@ def write_or_check(path: Path, schema: dict, command: str, check: bool) -> None:
 @click.option("--check", is_flag=True, help="Write nothing; exit with 2 where the file is not up to date.")
 @exits_with_2
 def main(check: bool) -> None:
-    """Write recipes/recipe.schema.json. The check takes Axolotl's part from the file while Axolotl's version is the same."""
-    axolotl = committed_axolotl_schema() if check else axolotl_schema()
-    write_or_check(RECIPE_SCHEMA, recipe_schema(axolotl), COMMAND, check)
+    """Write recipes/recipe.schema.json from the installed Axolotl and the `pairwise:` block."""
+    write_or_check(RECIPE_SCHEMA, recipe_schema(), COMMAND, check)
 
 
 if __name__ == "__main__":

@@ -8,14 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_yaml
 from preprocess.core.problems import in_words, nearest, unknown_key, without_echo
 from preprocess.model_input import Template
-from recipes.pairwise.config.axolotl_keys import REFUSED, axolotl_problems
-from recipes.pairwise.config.templates import NAMES, named_template
+from recipes.pairwise.config.axolotl_keys import axolotl_problems
+from recipes.pairwise.config.templates import NAMES, TemplateName, named_template
 
 SLUG = r"^[a-z0-9]+(-[a-z0-9]+)*$"  # Kaggle's
 PATTERNS = {SLUG: "lower-case letters and digits, with single hyphens between them"}
@@ -65,9 +73,12 @@ class PairwiseBlock(_Strict):
     """The `pairwise:` block of a recipe."""
 
     pairs: str = Field("data/pairs.parquet", min_length=1, description="what to train on; PAIRWISE_PAIRS=FILE overrides it")
-    fold: int | str = Field(0, description="the fold to hold out, or all; PAIRWISE_FOLD overrides it")
+    fold: NonNegativeInt | Literal["all"] = Field(0, description="the fold to hold out, or all; PAIRWISE_FOLD overrides it")
     verdicts: tuple[Literal["model_a", "model_b", "tie"], ...] = Field(
-        ("model_a", "model_b"), strict=False, description="the order of the logits: two verdicts, or three with tie"
+        ("model_a", "model_b"),
+        strict=False,
+        description="the order of the logits: two verdicts, or three with tie",
+        json_schema_extra={"minItems": 2, "uniqueItems": True},
     )
     head: Literal["score", "label_tokens", "reward"] = Field(
         "score",
@@ -75,15 +86,13 @@ class PairwiseBlock(_Strict):
         "reward: one number for each answer alone (Bradley-Terry)",
     )
     train: bool = Field(True, description="false: the base model is packaged as it is by python -m postprocess")
-    template: str | TemplateBlock = Field(description="gemma, llama3, chatml or bert; or start, turn and end spelled out")
+    template: TemplateName | TemplateBlock = Field(
+        description="gemma, llama3, chatml or bert; or start, turn and end spelled out"
+    )
     budget_tokens: int = Field(ge=64, description="tokens of a sequence, template included")
     truncation: Literal["left", "right", "middle"] = Field("middle", description="where a text that is too long is cut")
     orders: Literal["as_given", "random", "both"] = Field(
         "both", description="the orders of a pair in training; both stand in one micro-batch"
-    )
-    loss: Literal["cross_entropy"] = Field(
-        "cross_entropy",
-        description="on soft labels, rows weighted; label_tokens learns the likeliest verdict, every row counting the same",
     )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="mixes the labels with the uniform distribution")
     softcap: bool = Field(False, description="Gemma-2's soft cap of attention logits; needs eager or flash_attention_2")
@@ -166,21 +175,6 @@ class PairwiseArgs(BaseModel):
     pairwise: dict
 
 
-def check_run(cfg: dict, recipe: Path) -> PairwiseBlock:
-    """The block of the run that Axolotl is about to start. `cfg` is the recipe with the command line's overrides.
-
-    Unknown keys are looked for in the file: Axolotl adds keys of its own to `cfg`.
-    """
-    problems = [f"{key}: refused, {why}" for key, why in REFUSED.items() if cfg.get(key)]
-    if recipe.is_file():
-        said = (*REFUSED, "attn_implementation", "base_model", "wandb_project")
-        overridden = {key: cfg.get(key) for key in said if cfg.get(key) is not None}
-        problems = recipe_problems(read_yaml(recipe) | overridden)
-    if problems:
-        raise UserError(f"{recipe}: " + "; ".join(problems))
-    return PairwiseBlock.model_validate(dict(cfg["pairwise"]))
-
-
 def recipe_problems(values: dict) -> list[str]:
     """What is wrong with a recipe's parsed YAML, one sentence a problem, each naming its key and the fix."""
     problems = axolotl_problems(values)
@@ -190,30 +184,31 @@ def recipe_problems(values: dict) -> list[str]:
 
 
 def pairwise_problems(block: object) -> list[str]:
-    """What is wrong with a `pairwise:` block, one sentence a problem."""
+    """Return what is wrong with a `pairwise:` block, one sentence a problem."""
     try:
         PairwiseBlock.model_validate(block)
     except ValidationError as error:
-        spelled_out = any(
-            "TemplateBlock" in problem["loc"] and isinstance(block["template"], dict) for problem in error.errors()
-        )
-        not_meant = ("template", "str") if spelled_out else ("template", "TemplateBlock")
         keys = [*PairwiseBlock.model_fields, *PackageBlock.model_fields, *TemplateBlock.model_fields]
-        told = without_echo(error.errors(), keys)
-        return [_explain(problem) for problem in told if problem["loc"][:2] != not_meant]
+        sentences = []
+        for problem in without_echo(error.errors(), keys):
+            # Of a template that is spelled out, pydantic also says that it is none of the names: ("template", "literal[…]").
+            if not any(str(part).startswith("literal[") for part in problem["loc"]):
+                sentences.append(_explain(problem))
+        return sentences
     return []
 
 
 def _explain(problem: dict) -> str:
-    where = [str(part) for part in problem["loc"] if part not in ("str", "int", "TemplateBlock")]
+    where = [str(part) for part in problem["loc"] if part != "TemplateBlock"]
     key = ".".join(["pairwise", *where])
-    known = (
-        {"package": PackageBlock, "template": TemplateBlock}.get(where[0], PairwiseBlock) if len(where) > 1 else PairwiseBlock
-    )
+    model = PairwiseBlock
+    if len(where) > 1:
+        model = {"package": PackageBlock, "template": TemplateBlock}.get(where[0], PairwiseBlock)
+
     if problem["type"] == "extra_forbidden":
-        return f"{key}: {unknown_key(problem['loc'][-1], known.model_fields)}"
+        return f"{key}: {unknown_key(problem['loc'][-1], model.model_fields)}"
     if problem["type"] == "missing":
-        return f"{key}: missing; add it: {known.model_fields[where[-1]].description or 'see the README'}"
+        return f"{key}: missing; add it: {model.model_fields[where[-1]].description}"
     if problem["type"] == "value_error" and isinstance(problem["input"], dict):  # of a block as a whole: it names its key
         return f"{key}.{problem['msg'].removeprefix('Value error, ')}"
     return f"{key}: {in_words(problem, PATTERNS)}"

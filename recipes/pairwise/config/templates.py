@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from preprocess.model_input import Template
 
+TemplateName = Literal["gemma", "llama3", "chatml", "bert"]  # what a recipe may name
 SECTIONS = "# Prompt\n{prompt}\n\n# Response A\n{response_a}\n\n# Response B\n{response_b}\n\n"
 QUESTION = "Which response would a person prefer, A or B?"
 LABELS = {"model_a": "A", "model_b": "B", "tie": "C"}  # label_tokens: the answer that stands for each verdict
@@ -32,7 +34,7 @@ CHATS = {
     # Without the system turn that Qwen2.5's own template begins with: it says who the model is, and costs 20 tokens a row.
     "chatml": Chat("", "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n"),
 }
-NAMES = (*CHATS, "bert")
+NAMES = get_args(TemplateName)
 
 
 def named_template(name: str, head: str, verdicts: Sequence[str]) -> Template:

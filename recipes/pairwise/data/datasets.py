@@ -72,10 +72,10 @@ def winners(frame: pl.DataFrame, verdicts: tuple[str, ...]) -> np.ndarray:
 
 
 def tokenise(frame: pl.DataFrame, tokenizer, contract: Contract, what: str) -> Dataset:
-    """A dataset with, for each pair: id, its two sequences, soft labels, the winner's place among the verdicts, weight
-    (1 on average), and the longer sequence's length.
+    """Tokenise pairs into a dataset of one row a pair, see FEATURES.
 
-    The sequences are the pair in both orders, or for the reward head the prompt with each response.
+    The sequences are the pair in both orders, or for the reward head the prompt with each response; `winner` is its place among
+    the verdicts, the weights are 1 on average, and `length` is that of the longer sequence.
     """
     parts = []
     labels, places = targets(frame, contract.verdicts), winners(frame, contract.verdicts)

@@ -15,6 +15,7 @@ from preprocess.core.errors import UserError
 from preprocess.core.files import atomic_file, read_yaml
 from recipes.pairwise.config.axolotl_keys import schema
 from recipes.pairwise.config.schema import run_folder
+from recipes.pairwise.processes import is_first_on_machine
 
 RECIPE_COPY = "recipe.yml"
 TRACKED = "wandb.json"  # by which name the run goes in wandb, where it is tracked: see tracking.py
@@ -67,7 +68,7 @@ def begin_trial(values: dict, recipe: Path) -> None:
 
     What an earlier sweep left in the folder then vouches for nothing.
     """
-    if is_trial(recipe) and int(os.environ.get("LOCAL_RANK", "0")) == 0:
+    if is_trial(recipe) and is_first_on_machine():
         for name in (*VOUCHERS, LOG):
             (Path(values["output_dir"]) / name).unlink(missing_ok=True)
         keep(values)
@@ -75,7 +76,7 @@ def begin_trial(values: dict, recipe: Path) -> None:
 
 def end_refused_trial(values: dict | None, recipe: Path, error: UserError) -> None:
     """Write why a sweep's trial is refused into its log, which Axolotl has not begun yet."""
-    if values and is_trial(recipe) and int(os.environ.get("LOCAL_RANK", "0")) == 0:
+    if values and is_trial(recipe) and is_first_on_machine():
         told = str(error).removeprefix(f"{recipe}: ")
         (Path(values["output_dir"]) / LOG).write_text(f"error: {told}\n", encoding="utf-8")
 

@@ -204,8 +204,9 @@ def without_golden(contract: dict) -> dict:
 
 
 def worst_rows(predictions: pl.DataFrame, pairs: pl.DataFrame, verdicts: tuple[str, ...]) -> pl.DataFrame:
-    """The validation rows of the greatest loss, that one first: id, language, source, winner, the probabilities of both
-    orders, loss (cross-entropy of the mean against the soft labels) and the texts, shortened.
+    """Return the validation rows of the greatest loss, the greatest first, with their probabilities and texts.
+
+    The loss is the cross-entropy of both orders' mean against the soft labels; texts are shortened.
     """
     rows = predictions.drop("fold", "winner").join(pairs, on="id", suffix="_label", maintain_order="left")
     labels_rv = targets(rows.select(pl.col(f"p_{name}_label").alias(f"p_{name}") for name in VERDICTS), verdicts)

@@ -13,11 +13,13 @@ MEANINGLESS = ("ppl", "eval_ppl", "tokens/")
 
 
 def soft_cross_entropy(logits, labels, weight, label_smoothing: float = 0.0):
-    """Mean over pairs and orders of the weighted cross-entropy, in float32. Weights are 1 on average over all rows, so that
-    they count in a micro-batch of one pair too.
+    """Return the weighted cross-entropy's mean over pairs and orders, in float32.
 
-    logits and labels: (pairs, orders, verdicts), labels being probabilities; weight: (pairs,). Smoothing mixes the labels
-    with the uniform distribution, as in Szegedy et al. 2016.
+    Args:
+        logits: Of shape (pairs, orders, verdicts).
+        labels: Target probabilities, of the same shape.
+        weight: Of shape (pairs,); 1 on average over all rows, not over a batch: it counts in a micro-batch of one pair too.
+        label_smoothing: The share of the uniform distribution that is mixed into the labels, as in Szegedy et al. 2016.
     """
     labels = labels * (1 - label_smoothing) + label_smoothing / labels.shape[-1]
     losses_po = -(labels * torch.log_softmax(logits.float(), dim=-1)).sum(-1)

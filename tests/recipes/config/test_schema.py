@@ -32,28 +32,29 @@ def test_a_good_recipe_has_no_problem():
 @pytest.mark.parametrize(
     ("values", "problem"),
     [
-        (GOOD | {"lerning_rate": 1}, "lerning_rate: unknown key; did you mean learning_rate?"),
         (with_block(budget_token=1), "pairwise.budget_token: unknown key; did you mean budget_tokens?"),
+        (with_block(verdict=["model_a"]), "pairwise.verdict: unknown key; did you mean verdicts?"),
+        (with_block(loss="cross_entropy"), "pairwise.loss: unknown key; "),
         (with_block(fold="first"), "pairwise.fold: expected a fold's number or all, found 'first'"),
+        (with_block(fold=True), "pairwise.fold: expected a fold's number or all, found True"),
+        (with_block(fold=-1), "pairwise.fold: expected a fold's number or all, found -1"),
+        (with_block(budget_tokens="2048"), "pairwise.budget_tokens: expected a whole number, found '2048' (YAML reads that as"),
+        (with_block(pairs=""), "pairwise.pairs: expected text of at least 1 characters, found ''"),
         (with_block(template={"start": "", "turn": "{prompt}"}), "pairwise.template.end: missing"),
-        (with_block(template=3), "pairwise.template: "),
+        (
+            with_block(template={"start": "", "turn": "{promt}{response_a}{response_b}", "end": ""}),
+            "pairwise.template.turn: expected {prompt}, {response_a}, {response_b}, each once, found '{promt}",
+        ),
+        (with_block(template=3), "pairwise.template: expected one of gemma, llama3, chatml, bert, or start, turn and end"),
+        (with_block(template="gema"), "pairwise.template: expected one of gemma, llama3, chatml, bert, or start, turn and end"),
+        (with_block(verdicts=3), "pairwise.verdicts: expected a list, found 3"),
         (with_block(verdicts=["model_a", "tie"]), "pairwise.verdicts: expected model_a and model_b, with or without tie"),
-        (
-            with_block(template="gema"),
-            "pairwise.template: expected one of gemma, llama3, chatml, bert, or start, turn and end spelled out (did you mean",
-        ),
         (with_block(truncation="both"), "pairwise.truncation: expected one of left, right, middle, found 'both'"),
+        (with_block(package="nf4"), "pairwise.package: expected keys and values, found 'nf4'"),
+        (with_block(package={}), "pairwise.package.slug: missing; add it: the Kaggle dataset's slug"),
+        (with_block(package={"slug": "some"}), "pairwise.package.slug: expected text of at least 6 characters, found 'some'"),
+        (with_block(package={"slug": "Some_Model"}), "pairwise.package.slug: expected lower-case letters and digits, with"),
         (with_block(package={"slug": "some-model", "quantise": "nf4"}), "pairwise.package.quantise: unknown key; did you mean"),
-        ({key: value for key, value in GOOD.items() if key != "pairwise"}, "pairwise: missing"),
-        (GOOD | {"base_model": None}, "base_model: expected a model or a folder, found None"),
-        (GOOD | {"plugins": ["recipes.pairwise.PairwisePlugin"]}, "plugins: without recipes.pairwise.plugin.PairwisePlugin"),
-        (GOOD | {"plugins": 3}, "plugins: without recipes.pairwise.plugin.PairwisePlugin"),
-        (GOOD | {"output_dir": 5}, "output_dir: expected text, found 5"),
-        (
-            GOOD | {"bnb_config_kwargs": {"llm_int8_skip_modules": 3}},
-            "bnb_config_kwargs.llm_int8_skip_modules: expected a list, f",
-        ),
-        (GOOD | {"micro_batch_size": "four"}, "micro_batch_size: expected a whole number above 0, found 'four'"),
         (with_block(softcap=True) | {"attn_implementation": "sdpa"}, "attn_implementation: sdpa drops the soft cap"),
         (with_block(head="reward", verdicts=["model_a", "tie", "model_b"]), "pairwise.verdicts: a reward model tells no ties"),
         (with_block(head="reward", orders="both"), "pairwise.orders: a reward model sees each answer alone"),
@@ -68,25 +69,45 @@ def test_a_good_recipe_has_no_problem():
             with_block(package={"slug": "some-model", "quantize": "nf4", "adapter": "best"}),
             "pairwise.package.adapter: the run has no adapter",
         ),
-        (GOOD | {"reward_model": True}, "reward_model: refused"),
-        (GOOD | {"trust_remote_code": True}, "trust_remote_code: refused"),
-        (GOOD | {"sample_packing": True}, "sample_packing: refused"),
-        (GOOD | {"dataloader_drop_last": True}, "dataloader_drop_last: refused, it drops validation rows too"),
-        (GOOD | {"lora_target_linear": True}, "lora_target_linear: refused"),
-        (
-            GOOD | {"bnb_config_kwargs": {"llm_int8_skip_modules": ["lm_head"]}},
-            "bnb_config_kwargs.llm_int8_skip_modules: it replaces the default list, so the head would be quantised; add sc",
-        ),
         (
             with_block(head="label_tokens") | {"bnb_config_kwargs": {"llm_int8_skip_modules": ["score"]}},
             "bnb_config_kwargs.llm_int8_skip_modules: it replaces the default list, so the head would be quantised; add lm",
         ),
     ],
 )
-def test_each_mistake_is_one_sentence_that_names_the_key(values, problem):
-    found = recipe_problems(values)
-    assert len(found) == 1
-    assert found[0].startswith(problem)
+def test_a_mistake_in_the_block_is_one_sentence_that_names_the_key(values, problem):
+    [only] = recipe_problems(values)
+    assert only.startswith(problem)
+
+
+@pytest.mark.parametrize("missing", ["base_model", "plugins", "pairwise"])
+def test_a_recipe_cannot_do_without_its_three_keys(missing):
+    [only] = recipe_problems({key: value for key, value in GOOD.items() if key != missing})
+    assert only.startswith(f"{missing}: ")
+
+
+@pytest.mark.parametrize(
+    "key", ["dataloader_drop_last", "lora_target_linear", "reward_model", "rl", "sample_packing", "trust_remote_code"]
+)
+def test_what_would_go_wrong_later_is_refused_and_may_be_spelled_out_as_off(key):
+    [only] = recipe_problems(GOOD | {key: True})
+    assert only.startswith(f"{key}: refused, ")
+    assert recipe_problems(GOOD | LORA | {key: False}) == []
+
+
+def test_a_plugin_s_keys_are_accepted_where_the_recipe_names_the_plugin():
+    liger = "axolotl.integrations.liger.LigerPlugin"
+    [only] = recipe_problems(GOOD | {"liger_rope": True})
+    assert only == f"liger_rope: needs a plugin of Axolotl's; add {liger} to plugins, or remove the key"
+    for name in (liger, "axolotl.integrations.liger.plugin.LigerPlugin"):
+        named = GOOD | {"plugins": [*GOOD["plugins"], name]}
+        assert recipe_problems(named | {"liger_rope": True}) == []
+        assert recipe_problems(named | {"liger_rope": 3}) == ["liger_rope: expected true or false, found 3"]
+    spectrum = "axolotl.integrations.spectrum.SpectrumPlugin"
+    assert len(recipe_problems(GOOD | {"plugins": [*GOOD["plugins"], spectrum], "liger_rope": True})) == 1
+    others = ["axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin", spectrum]
+    keys = {"cut_cross_entropy": True, "spectrum_top_fraction": 0.5, "loraplus_lr_ratio": 16}
+    assert recipe_problems(GOOD | {"plugins": [*GOOD["plugins"], *others]} | keys) == []
 
 
 def test_layers_of_models_that_are_not_known_here_are_for_the_base_model_to_judge():
@@ -96,78 +117,41 @@ def test_layers_of_models_that_are_not_known_here_are_for_the_base_model_to_judg
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
+        ({"lerning_rate": 1}, "lerning_rate: unknown key; did you mean learning_rate?"),
+        ({True: "x"}, "True: unknown key (YAML reads on, yes, off and no as true and false); remove it, or put it in quotes"),
+        ({"base_model": None}, "base_model: expected a model or a folder, found None"),
+        ({"plugins": ["recipes.pairwise.PairwisePlugin"]}, "plugins: without recipes.pairwise.plugin.PairwisePlugin Axolotl"),
+        ({"plugins": 3}, "plugins: expected a list, found 3"),
+        ({"output_dir": 5}, "output_dir: expected text, found 5"),
         ({"optimizer": "adamw_torch_fusd"}, "optimizer: expected one of adafactor, "),
         ({"lr_scheduler": "cosin"}, "lr_scheduler: expected one of "),
-        (
-            {"attn_implementation": "sdpaa"},
-            "attn_implementation: expected one of eager, sdpa, flash_attention_2, flash_attention_3",
-        ),
-        ({"bf16": "autoo"}, "bf16: expected \"auto\" or true or false, found 'autoo'; did you mean auto?"),
+        ({"attn_implementation": "sdpaa"}, "attn_implementation: expected one of eager, sdpa, flash_attention_2, "),
+        ({"bf16": "autoo"}, "bf16: expected one of auto, true, false, found 'autoo'; did you mean auto?"),
         ({"save_strategy": False}, "save_strategy: expected one of best, epoch, no, steps, found False (YAML reads no, off,"),
-        (
-            {"learning_rate": "1e-4"},
-            "learning_rate: expected a number above 0, found '1e-4' (YAML reads that as text: write 0.0001)",
-        ),
+        ({"learning_rate": "1e-4"}, "learning_rate: expected a number above 0, found '1e-4' (YAML reads that as text: write "),
         ({"learning_rate": float("nan")}, "learning_rate: expected a number, found nan"),
+        ({"micro_batch_size": "four"}, "micro_batch_size: expected a whole number above 0, found 'four'"),
         ({"micro_batch_size": 1.5}, "micro_batch_size: expected a whole number above 0, found 1.5"),
         ({"warmup_ratio": 5}, "warmup_ratio: expected a number of at least 0 and of at most 1, found 5"),
-        ({"max_steps": 0}, "max_steps: expected a whole number of at least 1, found 0"),
         ({"seed": None}, "seed: expected a whole number of at least 0, found None"),
-        ({"lora_dropout": 1.5} | LORA, "lora_dropout: expected a number of at least 0 and below 1, found 1.5"),
-        ({"lora_target_modules": 5} | {"adapter": "lora"}, "lora_target_modules: expected text or a list, found 5"),
+        ({"lora_r": 0.5} | {"adapter": "lora", "lora_target_modules": ["q"]}, "lora_r: expected a whole number of at least 1"),
+        ({"lora_target_modules": 5, "adapter": "lora"}, "lora_target_modules: expected a list or text, found 5"),
+        ({"lora_target_modules": [5], "adapter": "lora"}, "lora_target_modules.0: expected text, found 5"),
         (LORA | {"adapter": "lroa"}, "adapter: expected one of lora, qlora, found 'lroa'; did you mean lora?"),
         (LORA | {"lora_target_modules": []}, "lora_target_modules: missing; list the layers that lora is to adapt"),
         ({"lora_r": 8}, "adapter: missing beside lora_r: every weight would be trained; set adapter: lora"),
         (LORA | {"adapter": "qlora"}, "load_in_4bit: adapter: qlora trains on a base in 4 bits; set load_in_4bit: true"),
-        (
-            {"bnb_config_kwargs": {"bnb_4bit_quant_typ": "nf4"}},
-            "bnb_config_kwargs.bnb_4bit_quant_typ: unknown key; did you mean bnb_4bi",
-        ),
-        (
-            {"bnb_config_kwargs": {"bnb_4bit_quant_type": "nf5"}},
-            "bnb_config_kwargs.bnb_4bit_quant_type: expected one of nf4, fp4",
-        ),
+        ({"bnb_config_kwargs": {"bnb_4bit_quant_typ": "nf4"}}, "bnb_config_kwargs.bnb_4bit_quant_typ: unknown key; did you"),
+        ({"bnb_config_kwargs": {"bnb_4bit_quant_type": "nf5"}}, "bnb_config_kwargs.bnb_4bit_quant_type: expected one of nf4,"),
+        ({"bnb_config_kwargs": {"llm_int8_skip_modules": 3}}, "bnb_config_kwargs.llm_int8_skip_modules: expected a list"),
+        ({"bnb_config_kwargs": {"llm_int8_skip_modules": ["lm_head"]}}, "bnb_config_kwargs.llm_int8_skip_modules: it replaces"),
         ({"special_tokens": {"pad_tok": "<pad>"}}, "special_tokens.pad_tok: unknown key; did you mean pad_token?"),
         ({"num_labels": 3}, "num_labels: refused, pairwise.verdicts and pairwise.head decides that; remove it"),
-        ({"val_set_size": 0.2}, "val_set_size: refused, pairwise.fold decides that; remove it"),
-        ({"rl": "dpo"}, "rl: refused, the `pairwise` block sets the loss; remove it"),
-        ({True: "x"}, "True: unknown key (YAML reads on, yes, off and no as true and false); remove it, or put it in quotes"),
     ],
 )
 def test_a_key_of_axolotl_s_is_checked_before_axolotl_starts(changes, problem):
-    found = recipe_problems(GOOD | changes)
-    assert len(found) == 1
-    assert found[0].startswith(problem)
-
-
-@pytest.mark.parametrize(
-    ("changes", "problem"),
-    [
-        ({"fold": True}, "pairwise.fold: expected a fold's number or all, found True"),
-        ({"fold": None}, "pairwise.fold: expected a fold's number or all, found None"),
-        (
-            {"budget_tokens": "2048"},
-            "pairwise.budget_tokens: expected a whole number, found '2048' (YAML reads that as text: write 2048)",
-        ),
-        ({"verdicts": 3}, "pairwise.verdicts: expected a list, found 3"),
-        ({"package": "nf4"}, "pairwise.package: expected keys and values, found 'nf4'"),
-        (
-            {"package": {"slug": "Some_Model"}},
-            "pairwise.package.slug: expected lower-case letters and digits, with single hyphens between them, fo",
-        ),
-        ({"package": {"slug": "some"}}, "pairwise.package.slug: expected text of at least 6 characters, found 'some'"),
-        ({"package": {}}, "pairwise.package.slug: missing; add it: the Kaggle dataset's slug"),
-        ({"pairs": ""}, "pairwise.pairs: expected text of at least 1 characters, found ''"),
-        (
-            {"template": {"start": "", "turn": "{promt}{response_a}{response_b}", "end": ""}},
-            "pairwise.template.turn: expected {prompt}, {response_a}, {response_b}, each once, found '{promt}",
-        ),
-    ],
-)
-def test_a_value_of_the_block_is_told_in_the_words_of_yaml(changes, problem):
-    found = recipe_problems(with_block(**changes))
-    assert len(found) == 1
-    assert found[0].startswith(problem)
+    [only] = recipe_problems(GOOD | changes)
+    assert only.startswith(problem)
 
 
 @pytest.mark.parametrize(
@@ -189,12 +173,6 @@ def test_a_file_that_is_no_recipe_is_one_line(text, problem, tmp_path):
         read_recipe(tmp_path / "bad.yml")
     assert str(error.value).startswith(f"{tmp_path / 'bad.yml'}: {problem}")
     assert "\n" not in str(error.value)
-
-
-def test_a_recipe_without_the_package_block_says_what_it_holds():
-    block = {key: value for key, value in GOOD["pairwise"].items() if key != "package"}
-    [found] = recipe_problems(GOOD | {"pairwise": block})
-    assert found == "pairwise.package: missing; add it: slug of the Kaggle dataset, and how the model is quantised"
 
 
 def test_the_check_reads_the_deepspeed_file(tmp_path):

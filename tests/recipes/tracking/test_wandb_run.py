@@ -328,14 +328,9 @@ def test_the_worst_rows_are_those_of_the_greatest_loss_against_soft_labels_texts
     ("keys", "problem"),
     [
         ({"wandb_name": "first"}, "wandb_name: means nothing without a project; set wandb_project, or remove the key"),
-        ({"use_wandb": True}, "use_wandb: refused, wandb_project decides that; remove it"),
-        ({"wandb_project": "a", "wandb_log_model": "end"}, "wandb_log_model: refused, it uploads gigabytes"),
-        (
-            {"wandb_project": "a", "wandb_mode": "ofline"},
-            "wandb_mode: expected one of online, offline, disabled, found 'ofline'",
-        ),
         ({"wandb_project": "a", "wandb_api_key": KEY}, "wandb_api_key: unknown key"),
         ({"comet_api_key": KEY}, "comet_api_key: refused, a file is no place for a secret"),
+        ({"swanlab_api_key": KEY}, "swanlab_api_key: refused, a file is no place for a secret"),
     ],
 )
 def test_keys_of_wandb_in_a_recipe(keys, problem):

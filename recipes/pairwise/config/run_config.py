@@ -1,0 +1,118 @@
+"""The configuration of the run that Axolotl is about to start: checked first, then completed.
+
+Called by the plugin's first hook, `register`, where `cfg` is still a plain dict of the recipe's keys with the command line's
+overrides. A mistake is a UserError here, a minute before Axolotl would load a model and show a traceback.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from preprocess.core.errors import UserError
+from preprocess.core.files import read_yaml
+from recipes.pairwise.config.axolotl_keys import REFUSED
+from recipes.pairwise.config.model_checks import (
+    check_config,
+    check_layers,
+    check_vocabulary,
+    read_config,
+    warn_of_home_path,
+)
+from recipes.pairwise.config.schema import (
+    PairwiseBlock,
+    apply_environment,
+    recipe_problems,
+    run_folder,
+)
+from recipes.pairwise.processes import is_first_on_machine
+
+INSTEAD = {
+    "merge-lora": "it would lose the head without a word; use python -m postprocess RECIPE",
+    "quantize": "it loads a causal model and loses the head; use python -m postprocess RECIPE",
+    "evaluate": "it ignores this plugin's datasets; metrics.json and predictions.parquet are written by axolotl train",
+    "inference": "a classifier does not generate text; use python -m kaggle_kernels rehearse SPEC --test FILE",
+    "lm-eval": "a classifier does not generate text; use python -m kaggle_kernels rehearse SPEC --test FILE",
+}
+OVERRIDABLE = (*REFUSED, "attn_implementation", "base_model", "wandb_project")
+LORA_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
+
+
+def refuse_other_commands(command_line: Sequence[str]) -> None:
+    """Raise UserError where `command_line` (sys.argv) is a command of Axolotl's that would lose or misuse the head."""
+    # Axolotl's launchers run `python -m axolotl.cli.merge_lora`; its console script gets `axolotl merge-lora`.
+    command = Path(command_line[0]).stem.replace("_", "-")
+    if command == "axolotl" and len(command_line) > 1:
+        command = command_line[1]
+    if command in INSTEAD:
+        raise UserError(f"axolotl {command}: refused, {INSTEAD[command]}")
+
+
+def check_run(cfg: dict, recipe: Path) -> PairwiseBlock:
+    """Check the keys of a run that is to train, and return its `pairwise:` block with the environment's overrides.
+
+    Unknown keys are looked for in the file: Axolotl adds keys of its own to `cfg`.
+    """
+    problems = [f"{key}: refused, {why}" for key, why in REFUSED.items() if cfg.get(key)]
+    if recipe.is_file():
+        overridden = {key: cfg.get(key) for key in OVERRIDABLE if cfg.get(key) is not None}
+        problems = recipe_problems(read_yaml(recipe) | overridden)
+    if problems:
+        raise UserError(f"{recipe}: " + "; ".join(problems))
+
+    block = apply_environment(PairwiseBlock.model_validate(dict(cfg["pairwise"])))
+    if not block.train:
+        raise UserError(
+            f"{recipe}: pairwise.train is false, there is nothing to train; package the base model with "
+            f"python -m postprocess {recipe}"
+        )
+    return block
+
+
+def check_base_model(cfg: dict, block: PairwiseBlock):
+    """Return the base model's configuration, after what the recipe asks of the base model is checked."""
+    model_config = read_config(cfg["base_model"], cfg.get("revision_of_model"))
+    if is_first_on_machine():
+        warn_of_home_path(cfg["base_model"])
+
+    overrides = cfg.get("model_config") or cfg.get("overrides_of_model_config") or {}
+    check_config(model_config, budget_tokens=block.budget_tokens, overrides=overrides, softcap=block.softcap)
+    check_layers(model_config, block.head, targets=cfg.get("lora_target_modules"), saved=cfg.get("lora_modules_to_save"))
+    return model_config
+
+
+def check_tokenizer(cfg, tokenizer, model_config) -> None:
+    """Raise UserError where the tokenizer is not a fast one, has no pad token, or a special token that the model lacks."""
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise UserError(f"base_model: {cfg.base_model} has no fast tokenizer (tokenizer.json)")
+    if tokenizer.pad_token_id is None:
+        raise UserError("special_tokens: the tokenizer has no pad token; set special_tokens: {pad_token: …} in the recipe")
+    vocabulary_size = model_config.get_text_config().vocab_size
+    check_vocabulary(cfg.special_tokens or {}, tokenizer, cfg.base_model, vocabulary_size)
+
+
+def set_fixed_keys(cfg: dict, block: PairwiseBlock, recipe: Path, checkpointing: dict[str, bool]) -> None:
+    """Set the keys that are the same for every recipe, or follow from the `pairwise:` block.
+
+    Args:
+        cfg: Axolotl's configuration, changed in place.
+        block: The checked `pairwise:` block.
+        recipe: The recipe's file, after which the run folder is named.
+        checkpointing: The arguments of gradient checkpointing, where the recipe turns it on.
+    """
+    cfg["output_dir"] = str(run_folder(cfg.get("output_dir"), recipe))
+    if block.head == "label_tokens":
+        cfg["model_type"] = "AutoModelForCausalLM"
+    else:
+        cfg["model_type"] = "AutoModelForSequenceClassification"
+        cfg["num_labels"] = 1 if block.head == "reward" else len(block.verdicts)
+
+    # Axolotl insists on datasets; the plugin's own hook brings the real ones.
+    cfg["datasets"] = [{"path": "pairwise", "type": "completion"}]
+    cfg["sequence_len"] = block.budget_tokens
+
+    if not cfg.get("attn_implementation"):
+        cfg["attn_implementation"] = "eager" if block.softcap else "sdpa"
+    # Axolotl turns these on by itself for models that it takes for its own.
+    for kernel in LORA_KERNELS:
+        cfg[kernel] = False
+    if cfg.get("gradient_checkpointing"):
+        cfg["gradient_checkpointing_kwargs"] = checkpointing

@@ -1,0 +1,36 @@
+"""The processes of one run: which of them speaks, and how all of them end where the recipe or the data is at fault."""
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from preprocess.core.errors import UserError
+from preprocess.model_input import ContractError
+
+# Of loggers that are not below its own Axolotl prints warnings only.
+LOG = logging.getLogger("axolotl.pairwise")
+
+
+def is_first_on_machine() -> bool:
+    """Return whether this is the first process on its machine, the one that prints and writes for all."""
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+
+
+def stop(error: Exception, recipe: Path | None = None) -> None:
+    """End this process with exit code 2; the first one on each machine says why, in one line that names the recipe."""
+    if is_first_on_machine():
+        is_named = recipe is None or str(recipe) in str(error)
+        print(f"error: {error}" if is_named else f"error: {recipe}: {error}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+@contextlib.contextmanager
+def stopping_on_errors(recipe: Path | None = None) -> Iterator[None]:
+    """Turn a UserError or ContractError of the block inside into one line and exit code 2, see stop."""
+    try:
+        yield
+    except (UserError, ContractError) as error:
+        stop(error, recipe)

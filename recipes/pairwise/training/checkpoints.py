@@ -1,0 +1,33 @@
+"""Whose checkpoints stand in a run folder: a run goes on only from those of the same rows and settings."""
+
+from pathlib import Path
+
+from preprocess.core.errors import UserError
+from preprocess.core.files import read_json, sha256, write_json
+from recipes.pairwise.config.schema import PairwiseBlock
+from recipes.pairwise.processes import is_first_on_machine
+
+
+def check_resume(cfg, block: PairwiseBlock, recipe: Path) -> None:
+    """Raise UserError where the run would go on from a checkpoint of other rows or settings; else write run.json.
+
+    run.json says of whose rows and settings the checkpoints beside it are.
+    """
+    folder = Path(cfg.output_dir)
+    identity = {
+        "fold": block.fold,
+        "pairs_sha256": sha256(block.pairs),
+        "block": block.model_dump(mode="json"),
+    }
+
+    resumes = cfg.resume_from_checkpoint or cfg.auto_resume_from_checkpoints
+    if resumes and any(folder.glob("checkpoint-*")):
+        file = folder / "run.json"
+        if not file.exists() or read_json(file) != identity:
+            raise UserError(
+                f"{folder}: its checkpoints were trained with another fold, other pairs or another pairwise block than "
+                f"{recipe} has now; remove them, or do not resume"
+            )
+
+    if is_first_on_machine():
+        write_json(folder / "run.json", identity)

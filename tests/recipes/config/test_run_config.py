@@ -1,0 +1,44 @@
+"""The configuration of a run: which commands are refused, and what every recipe gets whatever it says."""
+
+import pytest
+
+from preprocess.core.errors import UserError
+from recipes.pairwise.config.run_config import check_run, refuse_other_commands, set_fixed_keys
+from recipes.pairwise.config.schema import PairwiseBlock
+from tests.conftest import ROOT
+
+DEMO = ROOT / "recipes/demo.yml"
+
+
+@pytest.mark.parametrize("command", ["merge-lora", "quantize", "evaluate", "inference", "lm-eval"])
+def test_commands_that_lose_or_misuse_the_head_are_refused_however_they_are_started(command):
+    for command_line in (["/bin/axolotl", command, "r.yml"], [f"axolotl/cli/{command.replace('-', '_')}.py", "r.yml"]):
+        with pytest.raises(UserError, match=f"axolotl {command}: refused, "):
+            refuse_other_commands(command_line)
+    for command_line in (["/bin/axolotl", "train", "r.yml"], ["axolotl/cli/train.py", "r.yml"], ["/bin/axolotl"]):
+        refuse_other_commands(command_line)
+
+
+def test_what_the_command_line_overrides_is_checked_with_the_file():
+    cfg = {"pairwise": {"template": "gemma", "budget_tokens": 256, "package": {"slug": "pairwise-demo"}}}
+    assert check_run(cfg, DEMO).budget_tokens == 256
+    with pytest.raises(UserError, match="demo.yml: sample_packing: refused, "):
+        check_run(cfg | {"sample_packing": True}, DEMO)
+
+
+@pytest.mark.parametrize(
+    ("block", "cfg", "expected"),
+    [
+        ({}, {}, {"model_type": "AutoModelForSequenceClassification", "num_labels": 2, "attn_implementation": "sdpa"}),
+        ({"head": "reward"}, {"output_dir": "elsewhere"}, {"num_labels": 1, "output_dir": "elsewhere"}),
+        ({"head": "label_tokens"}, {}, {"model_type": "AutoModelForCausalLM", "output_dir": "outputs/demo"}),
+        ({"softcap": True}, {}, {"attn_implementation": "eager"}),
+        ({"softcap": True}, {"attn_implementation": "flash_attention_2"}, {"attn_implementation": "flash_attention_2"}),
+        ({}, {"gradient_checkpointing": True}, {"gradient_checkpointing_kwargs": {"use_reentrant": False}}),
+        ({}, {"sequence_len": 9, "lora_mlp_kernel": True}, {"sequence_len": 256, "lora_mlp_kernel": False}),
+    ],
+)
+def test_keys_that_follow_from_the_block_are_set(block, cfg, expected):
+    block = PairwiseBlock(**{"template": "gemma", "budget_tokens": 256, "package": {"slug": "some-model"}} | block)
+    set_fixed_keys(cfg, block, DEMO, checkpointing={"use_reentrant": False})
+    assert {key: cfg[key] for key in expected} == expected
