@@ -24,7 +24,6 @@ from kaggle_kernels.runtime.package import check_manifest
 from postprocess.__main__ import main
 from postprocess.pipeline import package_recipe
 from postprocess.run_folder import read_run
-from postprocess.staleness import run_stage
 from postprocess.weights.merge import merge, quantise_in_one_pass
 from postprocess.weights.shard_writer import Planned, Stored, write_file
 from preprocess.core.errors import UserError
@@ -33,7 +32,7 @@ from recipes.pairwise.config.schema import read_recipe
 from tests.postprocess import runs
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["postprocess.work", "tests.postprocess.test_reliability"])
+SERVER.set_forkserver_preload(["postprocess.agreement.gate", "tests.postprocess.test_reliability"])
 SMALL_SHARDS = 50_000
 MADE = (
     "package",
@@ -208,36 +207,6 @@ def test_a_merge_of_another_training_does_not_go_on_with_the_shards_of_the_first
     assert hashes(run.folder / "quantised") == hashes(run.folder / "whole")
 
 
-def test_a_stage_is_made_again_where_a_file_s_time_the_code_or_a_library_has_changed(tmp_path, monkeypatch):
-    source, out = tmp_path / "source", tmp_path / "out"
-    source.write_text("a")
-
-    def made() -> bool:
-        return run_stage(tmp_path, "stage", [source], {}, out, lambda: out.write_text("made"))
-
-    assert (made(), made()) == (True, False)
-    os.utime(source, ns=(1, 1))
-    assert (made(), made()) == (True, False)
-    with monkeypatch.context() as patched:
-        patched.setattr("postprocess.staleness.version", lambda library: "0.0")
-        assert made()
-    assert made()
-    monkeypatch.setattr("postprocess.staleness.SHARED_CODE", tmp_path)
-    assert (made(), made()) == (True, False)
-
-
-def test_what_changes_while_a_stage_is_made_makes_it_again(tmp_path):
-    source, out = tmp_path / "source", tmp_path / "out"
-    source.write_text("a")
-
-    def action() -> None:
-        out.write_text("made")
-        source.write_text("b, meanwhile")
-
-    assert run_stage(tmp_path, "stage", [source], {}, out, action)
-    assert run_stage(tmp_path, "stage", [source], {}, out, lambda: None)
-
-
 def test_models_that_no_longer_belong_to_the_recipe_are_removed(copied):
     run = copied("gemma2", quantize="nf4")
     for name in ("unmerged", "quantised-2", ".merged.partial"):
@@ -270,26 +239,6 @@ def test_a_disk_that_fills_up_is_one_error_and_leaves_nothing(made, opened, tmp_
     with pytest.raises(UserError, match="merged: cannot be written .*No space left on device.*make room on the disk"):
         merge(opened(made("gemma2")), tmp_path / "merged", shard_bytes=SMALL_SHARDS)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("error", "expected"),
-    [
-        (OSError(errno.ENOSPC, "No space left on device"), UserError),
-        (RuntimeError("parquet: underlying IO error: No space left on device (os error 28)"), UserError),
-        (RuntimeError("another"), RuntimeError),
-    ],
-)
-def test_a_full_disk_is_one_error_whichever_library_meets_it(error, expected, tmp_path):
-    def action():
-        raise error
-
-    with pytest.raises(expected) as raised:
-        run_stage(tmp_path, "agreement", [], {}, tmp_path / "agreement.json", action)
-    if expected is UserError:
-        assert str(raised.value).startswith(f"{tmp_path}/agreement.json: cannot be written (")
-        assert str(raised.value).endswith("); make room on the disk, then run this again")
-    assert not (tmp_path / "postprocess.json").exists()
 
 
 def test_two_commands_at_once_on_one_run_are_one_line(copied):
