@@ -102,13 +102,9 @@ def kill_and_run_again(run: runs.Made, moments: int) -> None:
     assert killed > moments / 2
 
 
-def test_a_killed_command_that_is_run_again_gives_the_same_bytes(copied):
-    kill_and_run_again(copied("gemma2", quantize="nf4"), 3)
-
-
-@pytest.mark.slow
-def test_killed_at_twenty_random_moments_the_bytes_are_the_same(copied):
-    kill_and_run_again(copied("gemma2", quantize="nf4"), 20)
+@pytest.mark.parametrize("moments", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_killed_command_that_is_run_again_gives_the_same_bytes(moments, copied):
+    kill_and_run_again(copied("gemma2", quantize="nf4"), moments)
 
 
 def interrupt_at_the_third_shard(monkeypatch):
@@ -187,22 +183,16 @@ def test_a_shard_of_which_a_write_failed_never_gets_its_name(tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("changed", ["adapter_model.safetensors", "adapter_config.json"])
-def test_a_merge_of_another_training_does_not_go_on_with_the_shards_of_the_first(changed, copied, monkeypatch):
+def test_a_merge_of_another_training_does_not_go_on_with_the_shards_of_the_first(copied, monkeypatch):
     run = copied("gemma2", quantize="nf4", tolerance=0.5)
     monkeypatch.setitem(merge.__kwdefaults__, "shard_bytes", 10_000)
     with monkeypatch.context() as patched:
         interrupt_at_the_third_shard(patched)
         assert CliRunner().invoke(main, [str(run.recipe)]).exit_code == 1
     assert len(stamps(run.folder / ".quantised.partial")) >= 2
-    if changed == "adapter_config.json":
-        file = run.folder / changed
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": 17}))
-    else:
-        tensors = load_file(run.folder / changed)
-        save_file({name: tensor * 1.01 for name, tensor in tensors.items()}, run.folder / changed, {"format": "pt"})
+    file = run.folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": 17}))
     assert CliRunner().invoke(main, [str(run.recipe)]).exit_code == 0
-    monkeypatch.setitem(merge.__kwdefaults__, "shard_bytes", 10_000)
     quantise_in_one_pass(read_run(read_recipe(run.recipe)), "nf4", run.folder / "whole")
     assert hashes(run.folder / "quantised") == hashes(run.folder / "whole")
 
@@ -258,39 +248,16 @@ def sharded_base(run: runs.Made, folder: Path) -> Path:
     return folder
 
 
-def truncate(shard: Path) -> None:
-    shard.write_bytes(shard.read_bytes()[:-100])
-
-
 def put_nan_in(shard: Path) -> None:
     tensors = load_file(shard)
     next(iter(tensors.values())).view(-1)[3] = float("nan")
     save_file(tensors, shard, {"format": "pt"})
 
 
-def put_too_large_in(shard: Path) -> None:
-    tensors = load_file(shard)
-    next(iter(tensors.values())).view(-1)[3] = 70_000
-    save_file(tensors, shard, {"format": "pt"})
-
-
-def without_head(run: runs.Made) -> None:
-    file = run.folder / "adapter_model.safetensors"
-    save_file({name: tensor for name, tensor in load_file(file).items() if "score" not in name}, file, {"format": "pt"})
-
-
-def of_another_base(run: runs.Made) -> None:
-    file = run.folder / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "another/model"}))
-
-
 SHARDS = [
-    (truncate, "model-00002-of-00003.safetensors: not a whole safetensors file"),
     (lambda shard: shard.unlink(), "model-00002-of-00003.safetensors: no such file, though the index beside it lists it"),
     (put_nan_in, "is not finite; fetch the model again"),
-    (put_too_large_in, "is not finite once it is torch.float16: its values are too large"),
 ]
-RUNS = [(without_head, "no head (score.weight) in the adapter"), (of_another_base, "an adapter of another base")]
 
 
 def refused(run: runs.Made, message: str) -> None:
@@ -308,11 +275,4 @@ def test_a_damaged_shard_of_the_base_is_named_and_nothing_is_written(damage, mes
     shards = sorted(base.glob("model-*.safetensors"))
     assert len(shards) == 3
     damage(shards[1])
-    refused(run, message)
-
-
-@pytest.mark.parametrize(("damage", "message"), RUNS, ids=[message[:20] for _, message in RUNS])
-def test_an_adapter_that_cannot_be_merged_leaves_nothing(damage, message, copied):
-    run = copied("gemma2", quantize="nf4")
-    damage(run)
     refused(run, message)
