@@ -149,6 +149,7 @@ def locked(run_folder: Path) -> Iterator[None]:
         ) from None
 
     try:
+        # With the lock held, no living process can be writing these temporary files.
         remove_leftovers(run_folder)
         yield
     finally:
@@ -200,11 +201,13 @@ def make_candidates(run: Run, options: Options, preparation: Preparation) -> dic
 
     candidates: dict[str, Path | None] = {}
 
+    # `adapter: best` is both of these; agreement.json says which is packaged.
     if settings.adapter != "unmerged":
         candidates["merged"] = None
         if quantize == "none" or options.keep_merged:
             candidates["merged"] = make_merged(run, preparation)
 
+        # Whatever is packaged is called `quantised`, also where nothing is quantised.
         if quantize == "none":
             candidates["quantised"] = candidates["merged"]
         elif quantize in GPTQ_BITS:
@@ -224,6 +227,7 @@ def make_untrained_run(recipe: Recipe) -> None:
     base_model = recipe.axolotl["base_model"]
     base = find_base(base_model, recipe.axolotl.get("model_revision"), str(recipe.path))
 
+    # How the run is packaged does not change the run.
     settings = recipe.pairwise.model_dump(mode="json", exclude={"package"})
     for key in ("base_model", "special_tokens", "attn_implementation"):
         settings[key] = recipe.axolotl.get(key)
@@ -358,6 +362,7 @@ def make_gptq_models(run: Run, options: Options, preparation: Preparation) -> di
     merged = make_merged(run, preparation)
     bits = GPTQ_BITS[block.package.quantize]
     with making(stage):
+        # Another seed calibrates on other rows.
         for seed, folder in enumerate(folders.values()):
             quantize(run, merged, bits, folder, seed)
 
@@ -399,6 +404,7 @@ def make_agreement(
     Raises:
         UserError: The models do not agree.
     """
+    # The comparison is of what is on the disk: a model that was made anew is compared anew.
     model_files = []
     for folder in unique_folders(candidates):
         model_files += files_of(folder)
@@ -453,6 +459,7 @@ def make_package(run: Run, model: Path, report: Path) -> None:
 def remove_outdated_models(run: Run, candidates: Mapping[str, Path | None]) -> None:
     """Remove the models of an earlier recipe or training: gigabytes that match nothing beside them."""
     kept_folders = unique_folders(candidates)
+    # An earlier run with --keep-merged made it, and it still belongs to this training.
     stage = merge_stage(run)
     if is_current(stage):
         kept_folders += stage.outputs

@@ -55,6 +55,7 @@ def is_current(stage: Stage) -> bool:
     if recorded is None or not stage.outputs[0].exists():
         return False
 
+    # Sizes and times, as hashing gigabytes at every start would take minutes.
     if recorded.get("outputs") != file_stamps(files_in(stage.outputs)):
         return False
     return recorded.get("key") == stage_key(stage)
@@ -95,6 +96,7 @@ def making(stage: Stage) -> Iterator[str]:
         ) from None
 
     seconds = time.perf_counter() - started
+    # Recorded only now: a stage that was interrupted is made again.
     record = read_record(stage.run_folder)
     record[stage.name] = {
         "key": key,
