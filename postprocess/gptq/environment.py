@@ -3,7 +3,7 @@
 gptqmodel needs another numpy than the rest of the project, so the quantiser (worker.py) is a command
 in an environment of its own. gptq/quantize.py calls `run_worker`, which makes the environment first
 where it is missing. `make setup` makes the same one: both take it for complete while its file
-`installed` is newer than requirements.txt. Nothing here imports torch.
+`installed` is newer than requirements.txt and requirements.lock. Nothing here imports torch.
 """
 
 import re
@@ -67,7 +67,7 @@ def python_with_gptq(environment: Path = ENVIRONMENT, requirements: Path = REQUI
 
     Args:
         environment: The environment's folder.
-        requirements: What is installed into it, in pip's format.
+        requirements: What is installed into it, in pip's format, with its lock beside it.
 
     Raises:
         UserError: The environment cannot be made.
@@ -78,7 +78,7 @@ def python_with_gptq(environment: Path = ENVIRONMENT, requirements: Path = REQUI
     with FileLock(environment.with_name(f"{environment.name}.lock")):
         if not is_complete(installed, requirements):
             click.echo(
-                f"installing {requirements.name} into {environment} (about 1 minute and 2 GB, once)"
+                f"installing {requirements.stem}.lock into {environment} (about 1 minute and 2 GB, once)"
             )
             make_environment(environment, requirements)
             installed.touch()
@@ -90,27 +90,49 @@ def is_complete(installed: Path, requirements: Path) -> bool:
     """Whether the environment was completed after its requirements last changed."""
     if not installed.is_file():
         return False
-    return installed.stat().st_mtime >= requirements.stat().st_mtime
+
+    for source in (requirements, requirements.with_suffix(".lock")):
+        if source.stat().st_mtime > installed.stat().st_mtime:
+            return False
+    return True
 
 
 def make_environment(environment: Path, requirements: Path) -> None:
-    """Create an environment, empty what a half-made one left, and install its requirements.
+    """Create an environment, emptied of what a half-made one left, and install its requirements.
+
+    Args:
+        environment: The environment's folder.
+        requirements: A file that pins torch; the lock beside it pins everything else, with hashes.
 
     Raises:
         UserError: A command failed; the message has the last error that it printed.
     """
     python = environment / "bin" / "python"
-    create = [sys.executable, "-m", "venv", "--clear", environment]
-    install = [python, "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
+    pip_install = [python, "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
+    lock = requirements.with_suffix(".lock")
+    commands = [
+        [sys.executable, "-m", "venv", "--clear", environment],
+        # torch comes alone, in the build that suits the machine: the lock leaves it out.
+        [*pip_install, torch_pin(requirements)],
+        [*pip_install, "--no-deps", "--require-hashes", "--requirement", lock],
+    ]
 
-    for command in (create, [*install, "--requirement", requirements]):
+    for command in commands:
         finished = subprocess.run(command, capture_output=True, text=True)
         if finished.returncode != 0:
+            error = last_error(finished.stderr + finished.stdout)
             raise UserError(
-                f"{requirements}: could not be installed into {environment} "
-                f"({last_error(finished.stderr + finished.stdout)[:200]}); "
+                f"{lock}: could not be installed into {environment} ({error[:200]}); "
                 "connect to the internet and run again, or `make setup`"
             )
+
+
+def torch_pin(requirements: Path) -> str:
+    """Find the line of a requirements file that pins torch."""
+    for line in requirements.read_text(encoding="utf-8").splitlines():
+        if line.startswith("torch=="):
+            return line
+    raise ValueError(f"{requirements}: no line torch==VERSION")
 
 
 def last_error(output: str) -> str:

@@ -24,6 +24,7 @@ from recipes.pairwise.config.schema import SLUG
 )
 @exits_with_2
 def main(out: Path, slug: str) -> None:
+    """Make the dataset's folder, and say what comes next."""
     if not re.fullmatch(SLUG, slug) or not 6 <= len(slug) <= 50:
         raise UserError(
             f"--slug: {slug!r}; Kaggle takes 6 to 50 of the letters a to z, digits, and single "
@@ -32,7 +33,9 @@ def main(out: Path, slug: str) -> None:
 
     is_new = make_wheels(out, slug)
     click.echo(f"{out}: {'made' if is_new else 'up to date'}")
-    click.echo("next: python -m kaggle_kernels push SPEC, which uploads it for every spec that names it")
+    click.echo(
+        "next: python -m kaggle_kernels push SPEC, which uploads it for every spec that names it"
+    )
 
 
 if __name__ == "__main__":

@@ -61,9 +61,16 @@ def makings(monkeypatch):
     return makings
 
 
-def test_the_environment_is_made_where_it_is_missing_half_made_or_old(makings, tmp_path):
-    folder, requirements = tmp_path / "environment", tmp_path / "requirements.txt"
-    requirements.write_text("")
+@pytest.fixture
+def requirements(tmp_path):
+    """A requirements file with its lock; neither is installed."""
+    (tmp_path / "requirements.lock").write_text("")
+    (tmp_path / "requirements.txt").write_text("torch==0.0.1\n")
+    return tmp_path / "requirements.txt"
+
+
+def test_the_environment_is_made_where_it_is_missing_half_made_or_old(makings, requirements, tmp_path):
+    folder = tmp_path / "environment"
     makings.fails = True
     with pytest.raises(UserError, match="no network"):
         python_with_gptq(folder, requirements)
@@ -72,25 +79,30 @@ def test_the_environment_is_made_where_it_is_missing_half_made_or_old(makings, t
     assert len(makings) == 2
     python_with_gptq(folder, requirements)
     assert len(makings) == 2
-    os.utime(folder / "installed", (1, 1))
-    python_with_gptq(folder, requirements)
-    assert len(makings) == 3
+    for number, changed in enumerate((requirements, requirements.with_suffix(".lock")), 3):
+        os.utime(folder / "installed", (1e9, 1e9))
+        for file in tmp_path.glob("requirements.*"):
+            os.utime(file, (2e9, 2e9) if file == changed else (1, 1))
+        python_with_gptq(folder, requirements)
+        assert len(makings) == number
 
 
-def test_of_two_runs_one_makes_the_environment_and_the_other_waits(makings, tmp_path):
-    (tmp_path / "requirements.txt").write_text("")
+def test_of_two_runs_one_makes_the_environment_and_the_other_waits(makings, requirements, tmp_path):
     with ThreadPoolExecutor(2) as pool:
-        runs = [pool.submit(python_with_gptq, tmp_path / "environment", tmp_path / "requirements.txt") for _ in range(2)]
+        runs = [pool.submit(python_with_gptq, tmp_path / "environment", requirements) for _ in range(2)]
         assert [run.result(timeout=30) for run in runs] == [tmp_path / "environment" / "bin" / "python"] * 2
     assert len(makings) == 1
 
 
-def test_a_broken_environment_is_emptied_and_what_pip_says_is_told(tmp_path):
-    folder, requirements = tmp_path / "environment", tmp_path / "some.requirements.txt"
+def test_a_broken_environment_is_emptied_and_what_pip_says_is_told(requirements, tmp_path, monkeypatch):
+    folder = tmp_path / "environment"
     (folder / "bin").mkdir(parents=True)
     (folder / "bin" / "python").write_text("broken")
     (folder / "installed").touch()
-    requirements.write_text("--no-index\nno-such-package\n")
-    with pytest.raises(UserError, match=r"some.requirements.txt: could not be installed into .*no-such-package.*`make setup`"):
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(UserError, match=r"requirements.lock: could not be installed into .*torch==0.0.1.*`make setup`"):
         make_environment(folder, requirements)
     assert not (folder / "installed").exists()
