@@ -163,7 +163,9 @@ def files_in(outputs: Iterable[Path]) -> list[Path]:
     files = []
     for output in outputs:
         paths = sorted(output.rglob("*")) if output.is_dir() else [output]
-        files += [path for path in paths if path.is_file()]
+        for path in paths:
+            if path.is_file():
+                files.append(path)
     return files
 
 

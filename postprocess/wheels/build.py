@@ -24,8 +24,9 @@ from preprocess.core.files import atomic_folder, read_object, sha256, write_json
 WHEELS = Path(__file__).with_name("kaggle-wheels.txt")
 IMAGE = Path(__file__).with_name("kaggle-image.txt")
 MANIFEST = "wheels.json"
-LICENCES = {"MIT": "MIT", "Apache-2.0": "apache-2.0"}  # SPDX's name: Kaggle's
-PYTHON = "3.12"  # Kaggle's
+# Kaggle's names of licences, by SPDX's names, which wheels have.
+LICENCES = {"MIT": "MIT", "Apache-2.0": "apache-2.0"}
+PYTHON = "3.12"  # of Kaggle's image
 # Kaggle's image has glibc 2.35 or newer. pip takes a wheel for an older one only if that is named too.
 GLIBC_MINORS = range(35, 4, -1)
 OLD_PLATFORMS = ("manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64")
@@ -64,6 +65,7 @@ def make_wheels(out: Path, slug: str) -> bool:
             raise UserError(f"--out {out}: holds {path.name}, no wheel; name a folder of its own")
 
     with atomic_folder(out) as folder:
+        # One retry: without network, pip's five take a minute.
         run_pip(
             "download",
             *FOR_KAGGLE,
@@ -179,6 +181,7 @@ def manifest_of(folder: Path) -> dict:
 
 def kaggle_licence(wheels: list[dict]) -> str:
     """Kaggle's name for the licence of all wheels; `other` where they differ or Kaggle has none."""
+    # A dataset on Kaggle has exactly one licence.
     licences = {LICENCES.get(wheel["licence"], "other") for wheel in wheels}
     if len(licences) > 1:
         return "other"
@@ -187,6 +190,7 @@ def kaggle_licence(wheels: list[dict]) -> str:
 
 def read_pins(path: Path) -> dict[str, str]:
     """Read the versions in one of the two lists, by canonical package name; pip checks the rest."""
+    # Everything after a version is for pip: hashes, or nothing.
     pins = {}
     text = path.read_text(encoding="utf-8")
     for name, version in re.findall(r"^([\w.-]+)==(\S+)", text, flags=re.MULTILINE):
@@ -201,6 +205,7 @@ def run_pip(*arguments: str) -> None:
     if finished.returncode == 0:
         return
 
+    # pip writes its warnings and errors to stderr, in several lines.
     problems = " ".join(finished.stderr.split())
     raise UserError(
         f"{WHEELS.name}: pip {arguments[0]} for Python {PYTHON} on Linux: {problems}; check the "
