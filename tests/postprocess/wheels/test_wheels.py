@@ -129,6 +129,8 @@ def test_a_folder_is_current_while_every_file_is_as_listed(finished, name):
 def test_a_folder_is_not_current_for_another_slug_or_list(finished, index):
     assert not build.is_current(finished, "other-wheels")
     alpha, beta = build.WHEELS.read_text().splitlines()[1:]
+    build.WHEELS.write_text(f"{alpha}\n{beta}\n" + write_wheel(index / "gamma-1.0-py3-none-any.whl"))
+    assert not build.is_current(finished, "pairwise-wheels")
     build.WHEELS.write_text(alpha)
     assert not build.is_current(finished, "pairwise-wheels")
     build.WHEELS.write_text(f"{alpha}\n" + write_wheel(index / BETA, "another"))
@@ -177,6 +179,11 @@ def test_a_requirement_that_contradicts_the_image_or_another_wheel_is_refused(tm
     write_wheel(tmp_path / "gamma-1.0-py3-none-any.whl", requirement)
     with pytest.raises(UserError, match=f"^gamma-1.0-py3-none-any.whl: .*{line}"):
         build.refuse_contradictions(tmp_path / "gamma-1.0-py3-none-any.whl", {"torch": "2.10.0", "alpha-kit": "1.0"})
+
+
+def test_wheels_that_contradict_the_image_are_not_kept(index, tmp_path):
+    build.IMAGE.write_text("torch==3.1.0\n")
+    assert "needs torch<3,>=2.4, but Kaggle has 3.1.0" in refused(tmp_path / "out")
 
 
 def test_a_folder_or_file_of_something_else_is_not_replaced(index, tmp_path):
