@@ -8,8 +8,9 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export AXOLOTL_DO_NOT_TRACK := 1
 
 # Rooms that are not unpacked yet, with lines of 128: see [tool.ruff.format] in pyproject.toml.
-WIDE := --line-length 128 --config 'format.exclude = []' preprocess/*.py recipes postprocess/*.py \
-  $(addprefix postprocess/,agreement gptq memory weights zero_shot) $(addprefix kaggle_kernels/,publish runtime) tests
+WIDE := --line-length 128 --config 'format.exclude = []' preprocess/*.py recipes \
+  $(addprefix postprocess/,__init__.py __main__.py package.py run_folder.py sweep.py agreement memory weights zero_shot) \
+  $(addprefix postprocess/gptq/,quantize.py worker.py) $(addprefix kaggle_kernels/,publish runtime) tests
 
 .PHONY: help setup lock demo example test test-slow test-gpu lint format bench bench-merge bench-kernel cv siamese compare
 

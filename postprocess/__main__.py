@@ -36,6 +36,7 @@ from recipes.pairwise.config.schema import read_recipe
 @click.option("--rank", type=click.IntRange(min=1), help="Cut the mean to this rank; by default it is exact.")
 @exits_with_2
 def main(recipe: Path, keep_merged: bool, repeat: int, adapters: tuple[str, ...], rank: int | None) -> None:
+    """Package one run, or the mean of several."""
     logging.disable(logging.WARNING)  # libraries tell of GPUs and kernels that are absent; what matters to the user is raised
     options = Options(keep_merged, repeat)
     if rank and not adapters:

@@ -1,22 +1,26 @@
-"""A run → its package: which stages there are, what each is made from, and in which order they come.
+"""From a run to its package: the stages, what each is made from, and their order.
 
-Nothing here imports torch: a run that is up to date is told so in a second.
+    untrained or average (where a recipe needs one)  →  merge, quantise, unmerged  →  agreement  →  package
+
+`python -m postprocess` calls `package_recipe` or `package_mean`. Each `make_…` function below is one
+stage: it names the stage's inputs, returns where they have not changed, and else makes its outputs.
+
+What needs torch is imported inside the functions, once there is something to do: that takes seconds,
+which --help and a run that is up to date need not wait for.
 """
 
 import contextlib
-import functools
-import importlib
 import shutil
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 
 import click
 from filelock import FileLock, Timeout
 
-from postprocess.gptq.environment import REQUIREMENTS
+from postprocess import stage_code
 from postprocess.memory.t4_fit import check_target
 from postprocess.package import package
 from postprocess.run_folder import (
@@ -28,207 +32,463 @@ from postprocess.run_folder import (
     refuse_weights,
     weight_files,
 )
-from postprocess.staleness import is_current, run_stage, stage_key
+from postprocess.staleness import Stage, is_current, making, skip_if_current
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_json, remove_leftovers
 from recipes.pairwise.config.schema import GPTQ_BITS, Recipe
-from recipes.pairwise.contract import MODEL_INPUT, TOKENIZER_FILES
+from recipes.pairwise.contract import TOKENIZER_FILES
 
-RUN_FILES = ("contract.json", "model_input.py", "metrics.json", "predictions.parquet", *TOKENIZER_FILES)
-MODELS = ("merged", "quantised", "quantised-*", "unmerged", ".*.partial")
-RECIPES = Path(__file__).parents[1] / "recipes" / "pairwise"
-CODE = (MODEL_INPUT, *(RECIPES / name for name in ("contract.py", "data.py", "metrics.py", "templates.py")))
+RUN_FILES = (
+    "contract.json",
+    "model_input.py",
+    "metrics.json",
+    "predictions.parquet",
+    *TOKENIZER_FILES,
+)
+MODEL_FOLDERS = ("merged", "quantised", "quantised-*", "unmerged", ".*.partial")
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asks for: the merged model on the disk too, and how often to quantise where chance is in it."""
+    """Options of the command line.
+
+    Attributes:
+        keep_merged: Write the merged model in 16 bits to the run folder too.
+        repeat: How many times to quantise, each time calibrated on other rows; the best is packaged.
+    """
 
     keep_merged: bool = False
     repeat: int = 1
 
 
+@dataclass
+class Preparation:
+    """What comes once, before the first of a run's stages that has something to do."""
+
+    run: Run
+    is_done: bool = False
+
+    def ensure(self) -> None:
+        """Import torch, check that the run can be packaged on this machine, remove the old package.
+
+        Raises:
+            UserError: The models do not fit this machine or a T4, or GPTQ cannot quantise the model.
+        """
+        if self.is_done:
+            return
+
+        import_torch()
+        from postprocess.agreement.reference_model import check_memory  # noqa: PLC0415  needs torch
+        from postprocess.gptq.quantize import check_model  # noqa: PLC0415  needs torch
+
+        check_memory(self.run)
+        if self.run.recipe.pairwise.package.quantize in GPTQ_BITS:
+            check_model(self.run)
+        check_target(self.run)
+
+        # What the package was made from has changed. If a stage fails, no old package may be left.
+        shutil.rmtree(package_folder(self.run), ignore_errors=True)
+        self.is_done = True
+
+
 def package_recipe(recipe: Recipe, options: Options = Options()) -> Path:
-    """Bring the package of `recipe` up to date, whose run was trained, or is made here; the package's folder."""
-    with alone(recipe.run_folder):
+    """Bring the package of a recipe's run up to date.
+
+    Args:
+        recipe: Its run was trained before; with `train: false`, the run folder is made here.
+        options: Options of the command line.
+
+    Returns:
+        The package's folder.
+
+    Raises:
+        UserError: The run cannot be packaged, or the models do not agree; no package is left then.
+    """
+    with locked(recipe.run_folder):
         if not recipe.pairwise.train:
-            use_as_it_is(recipe)
-        return postprocess(read_run(recipe), options)
+            make_untrained_run(recipe)
+        return make_all_stages(read_run(recipe), options)
 
 
-def package_mean(recipe: Recipe, shares: Mapping[Path, float], rank: int | None, options: Options = Options()) -> Path:
-    """Bring the package of the mean of several runs of `recipe` up to date, in the folder `mean` of its run folder."""
-    recipe = replace(recipe, run_folder=recipe.run_folder / "mean")
-    folder = recipe.run_folder
+def package_mean(
+    recipe: Recipe,
+    shares: Mapping[Path, float],
+    rank: int | None,
+    options: Options = Options(),
+) -> Path:
+    """Bring the package of the mean of several runs up to date, in the folder `mean` of the run folder.
 
-    def begin() -> None:
-        shutil.rmtree(folder / "package", ignore_errors=True)  # what it was made from has changed
-        work()
+    Args:
+        recipe: The recipe of the runs.
+        shares: Each run's share in the mean, by its folder; the shares sum to 1.
+        rank: The rank that the mean adapter is cut to; None keeps it exact.
+        options: Options of the command line.
 
-    with alone(folder):
-        run_stage(
-            folder,
-            "average",
-            [
-                *(member / name for member in shares for name in (*RUN_FILES, *ADAPTER, "config.json")),
-                Path(recipe.pairwise.pairs),
-                *CODE,
-            ],
-            {"shares": {str(member): share for member, share in shares.items()}, "rank": rank},
-            [folder / name for name in (*RUN_FILES, *ADAPTER)],
-            lambda: work().average(recipe, shares, rank),
-            begin,
-        )
-        return postprocess(read_run(recipe), options)
+    Returns:
+        The package's folder.
+
+    Raises:
+        UserError: The runs cannot be averaged or packaged, or the models do not agree.
+    """
+    mean_recipe = replace(recipe, run_folder=recipe.run_folder / "mean")
+    with locked(mean_recipe.run_folder):
+        make_average(mean_recipe, shares, rank)
+        return make_all_stages(read_run(mean_recipe), options)
 
 
 @contextlib.contextmanager
-def alone(run_folder: Path) -> Iterator[None]:
-    """Hold the run folder against another postprocess, and remove what one that was killed left half-written."""
+def locked(run_folder: Path) -> Iterator[None]:
+    """Keep other processes out of a run folder, and remove what a killed one left half-written."""
     lock = FileLock(run_folder.with_name(f".{run_folder.name}.lock"), timeout=0)
+    run_folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        run_folder.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
-        raise UserError(f"{run_folder}: another python -m postprocess is at work there; wait for it, or stop it") from None
+        raise UserError(
+            f"{run_folder}: another python -m postprocess is at work there; wait for it, or stop it"
+        ) from None
+
     try:
+        # With the lock held, no living process can be writing these temporary files.
         remove_leftovers(run_folder)
         yield
     finally:
         lock.release()
 
 
-def use_as_it_is(recipe: Recipe) -> None:
-    """Bring the run folder of a recipe with `train: false` up to date: contract, calibration, validation."""
+def import_torch() -> None:
+    """Import torch and the libraries on top of it, silenced; print the seconds of the first import."""
+    is_first_import = "peft" not in sys.modules
+    started = time.perf_counter()
+
+    import peft  # noqa: F401, PLC0415  brings torch
+    import transformers  # noqa: PLC0415
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if is_first_import:
+        seconds = time.perf_counter() - started
+        click.echo(f"{'start-up':<10} {seconds:7.1f} s   torch, transformers, peft")
+
+
+def make_all_stages(run: Run, options: Options) -> Path:
+    """Bring every stage of a run up to date, and return the package's folder."""
+    preparation = Preparation(run)
+    candidates = make_candidates(run, options, preparation)
+    report = make_agreement(run, candidates, preparation)
+
+    best_candidate = read_json(report)["packaged"]
+    make_package(run, candidates[best_candidate], report)
+
+    remove_outdated_models(run, candidates)
+    return package_folder(run)
+
+
+def make_candidates(run: Run, options: Options, preparation: Preparation) -> dict[str, Path | None]:
+    """Bring the models that could be packaged up to date.
+
+    Returns:
+        The models' folders, by the name that agreement.json gives them. Where the package is made of
+        the merged model, `merged` is among them, to be compared; None if it is not kept on the disk.
+    """
+    settings = run.recipe.pairwise.package
+    quantize = settings.quantize
+    if options.repeat > 1 and quantize not in GPTQ_BITS:
+        raise UserError(
+            f"--repeat: quantize: {quantize} always gives the same bytes; "
+            f"only {' and '.join(GPTQ_BITS)} depend on chance"
+        )
+
+    candidates: dict[str, Path | None] = {}
+
+    # `adapter: best` is both of these; agreement.json says which is packaged.
+    if settings.adapter != "unmerged":
+        candidates["merged"] = None
+        if quantize == "none" or options.keep_merged:
+            candidates["merged"] = make_merged(run, preparation)
+
+        # Whatever is packaged is called `quantised`, also where nothing is quantised.
+        if quantize == "none":
+            candidates["quantised"] = candidates["merged"]
+        elif quantize in GPTQ_BITS:
+            candidates |= make_gptq_models(run, options, preparation)
+        else:
+            candidates["quantised"] = make_quantised(run, preparation)
+
+    if settings.adapter != "merged":
+        candidates["unmerged"] = make_unmerged(run, preparation)
+
+    return candidates
+
+
+def make_untrained_run(recipe: Recipe) -> None:
+    """Bring the run folder of a recipe with `train: false` up to date, from the base model alone."""
     refuse_weights(recipe)
-    base = find_base(recipe.axolotl["base_model"], recipe.axolotl.get("model_revision"), str(recipe.path))
-    tokenizer = [base / name for name in TOKENIZER_FILES]
+    base_model = recipe.axolotl["base_model"]
+    base = find_base(base_model, recipe.axolotl.get("model_revision"), str(recipe.path))
+
+    # How the run is packaged does not change the run.
     settings = recipe.pairwise.model_dump(mode="json", exclude={"package"})
-    settings |= {key: recipe.axolotl.get(key) for key in ("base_model", "special_tokens", "attn_implementation")}
-    folder = recipe.run_folder
-    run_stage(
-        folder,
+    for key in ("base_model", "special_tokens", "attn_implementation"):
+        settings[key] = recipe.axolotl.get(key)
+
+    stage = Stage(
+        recipe.run_folder,
         "untrained",
-        [*weight_files(base), *tokenizer, Path(recipe.pairwise.pairs), *CODE],
-        settings,
-        [folder / name for name in RUN_FILES],
-        lambda: work().untrained(recipe, base, hub_commit(base)),
-        work,
+        inputs=[
+            *weight_files(base),
+            *files_named(TOKENIZER_FILES, base),
+            Path(recipe.pairwise.pairs),
+        ],
+        settings=settings,
+        outputs=files_named(RUN_FILES, recipe.run_folder),
+        code=stage_code.ZERO_SHOT,
+    )
+    if skip_if_current(stage):
+        return
+
+    import_torch()
+    from postprocess.zero_shot.base_model_run import untrained  # noqa: PLC0415  needs torch
+
+    with making(stage):
+        untrained(recipe, base, hub_commit(base))
+
+
+def make_average(recipe: Recipe, shares: Mapping[Path, float], rank: int | None) -> None:
+    """Bring the run folder of a mean up to date, from the adapters of its member runs."""
+    member_files = []
+    for member in shares:
+        member_files += files_named([*RUN_FILES, *ADAPTER, "config.json"], member)
+
+    shares_by_name = {str(member): share for member, share in shares.items()}
+    stage = Stage(
+        recipe.run_folder,
+        "average",
+        inputs=[*member_files, Path(recipe.pairwise.pairs)],
+        settings={"shares": shares_by_name, "rank": rank},
+        outputs=files_named([*RUN_FILES, *ADAPTER], recipe.run_folder),
+        code=stage_code.AVERAGE,
+    )
+    if skip_if_current(stage):
+        return
+
+    # The package of an earlier mean must not stay beside this one.
+    shutil.rmtree(recipe.run_folder / "package", ignore_errors=True)
+    import_torch()
+    from postprocess.weights.average_lora import average  # noqa: PLC0415  needs torch
+
+    with making(stage):
+        average(recipe, shares, rank)
+
+
+def merge_stage(run: Run) -> Stage:
+    """Describe the stage that writes the merged model in 16 bits."""
+    return Stage(
+        run.folder,
+        "merge",
+        inputs=run.source_files(),
+        settings={},
+        outputs=[run.folder / "merged"],
+        code=stage_code.MERGE,
     )
 
 
-def postprocess(run: Run, options: Options) -> Path:
-    """Bring every stage of `run` up to date; the package's folder. Where the models do not agree, no package is left."""
-    settings = run.recipe.pairwise.package
-    report, out = run.folder / "agreement.json", run.folder / "package"
+def make_merged(run: Run, preparation: Preparation) -> Path:
+    """Bring the merged model in 16 bits up to date, and return its folder."""
+    stage = merge_stage(run)
+    merged = stage.outputs[0]
+    if skip_if_current(stage):
+        return merged
 
-    @functools.cache
-    def begin() -> None:
-        work().check_memory(run)
-        if settings.quantize in GPTQ_BITS:
-            work().check_gptq(run)
-        check_target(run)
-        shutil.rmtree(out, ignore_errors=True)  # what it was made from has changed
+    preparation.ensure()
+    from postprocess.weights.merge import merge  # noqa: PLC0415  needs torch
 
-    stage = functools.partial(run_stage, run.folder, before=begin)
-    folders = candidates(run, stage, options)
-    made = [file for folder in dict.fromkeys(folders.values()) if folder for file in files(folder)]
-    compared = [*run.source_files(), *made, *run.validation_files(), *CODE]
-    tolerance = {"tolerance": settings.tolerance}
-    told = [report, *(report.with_suffix(suffix) for suffix in (".parquet", ".png"))]
-    stage("agreement", compared, tolerance, told, lambda: work().agreement(run, folders, report))
-    packaged = read_json(report)["packaged"]
-    chosen = folders[packaged]
-    beside = (run.folder / name for name in ("contract.json", "model_input.py", "metrics.json"))
-    inputs = [*files(chosen), report, *beside, *run.validation_files()]
-    action = lambda: package(run, chosen, report, work().validation_ids(run), out)  # noqa: E731
-    stage("package", inputs, settings.model_dump(), out, action, before=work)
-    remove_others(run, folders)
-    return out
+    with making(stage) as key:
+        merge(run, merged, key=key)
+    return merged
 
 
-def remove_others(run: Run, folders: Mapping[str, Path | None]) -> None:
-    """Remove models that an earlier recipe or training left: gigabytes that are not what stands beside them."""
-    sources, merged = run.source_files(), run.folder / "merged"
-    kept = {merged} if is_current(run.folder, "merge", sources, {}, [merged]) else set()
-    for path in [path for pattern in MODELS for path in run.folder.glob(pattern)]:
-        if path not in kept | set(folders.values()):
-            shutil.rmtree(path, ignore_errors=True)
+def make_quantised(run: Run, preparation: Preparation) -> Path:
+    """Bring the merged model in nf4 or int8 up to date, made in one pass, and return its folder."""
+    quantize = run.recipe.pairwise.package.quantize
+    quantised = run.folder / "quantised"
+    stage = Stage(
+        run.folder,
+        "quantise",
+        inputs=run.source_files(),
+        settings={"to": quantize},
+        outputs=[quantised],
+        code=stage_code.QUANTISE,
+    )
+    if skip_if_current(stage):
+        return quantised
+
+    preparation.ensure()
+    from postprocess.weights.merge import quantise_in_one_pass  # noqa: PLC0415  needs torch
+
+    with making(stage) as key:
+        quantise_in_one_pass(run, quantize, quantised, key)
+    return quantised
 
 
-def candidates(run: Run, stage: Callable, options: Options) -> dict[str, Path | None]:
-    """Bring the models that could be packaged up to date; their folders by name.
+def make_gptq_models(run: Run, options: Options, preparation: Preparation) -> dict[str, Path]:
+    """Bring the GPTQ models up to date, each calibrated on other rows.
 
-    Among them is `merged` where a model is made of it: None where it is on no disk, and compared from memory.
-    """
-    settings, sources = run.recipe.pairwise.package, run.source_files()
-    kind, folders = settings.quantize, {}
-    if options.repeat > 1 and kind not in GPTQ_BITS:
-        raise UserError(
-            f"--repeat: quantize: {kind} always gives the same bytes; only {' and '.join(GPTQ_BITS)} depend on chance"
-        )
-    merged = run.folder / "merged"
-    if settings.adapter != "unmerged":
-        folders["merged"] = merged if kind == "none" or options.keep_merged else None
-    if folders.get("merged"):
-        merge_to(run, stage, merged)
-    if settings.adapter != "unmerged" and kind == "none":
-        folders["quantised"] = merged
-    elif kind in GPTQ_BITS:
-        folders |= quantised_by_gptq(run, stage, merged, options)
-    elif settings.adapter != "unmerged":
-        quantised = folders["quantised"] = run.folder / "quantised"
-        key = stage_key(sources, {"to": kind})
-        action = lambda: work().quantise_in_one_pass(run, kind, quantised, key)  # noqa: E731
-        stage("quantise", sources, {"to": kind}, quantised, action)
-    if settings.adapter != "merged":
-        unmerged = folders["unmerged"] = run.folder / "unmerged"
-        key = stage_key(sources, {"to": "nf4"})
-        stage("unmerged", sources, {"to": "nf4"}, unmerged, lambda: work().unmerged(run, unmerged, key))
-    return folders
+    They are made from the merged model, which needs to be on the disk only meanwhile.
 
-
-def merge_to(run: Run, stage: Callable, merged: Path) -> None:
-    """Bring the merged model in the folder `merged` up to date."""
-    sources = run.source_files()
-    key = stage_key(sources, {})
-    stage("merge", sources, {}, merged, lambda: work().merge(run, merged, key=key))
-
-
-def quantised_by_gptq(run: Run, stage: Callable, merged: Path, options: Options) -> dict[str, Path]:
-    """Bring the GPTQ models up to date, each calibrated on other rows; their folders by name.
-
-    They are made of the merged model, which is on the disk for so long, and of the rows that they are calibrated on.
+    Returns:
+        The models' folders by name: quantised, quantised-2, …
     """
     block = run.recipe.pairwise
-    names = ["quantised", *(f"quantised-{number}" for number in range(2, options.repeat + 1))]
+    names = ["quantised"]
+    for number in range(2, options.repeat + 1):
+        names.append(f"quantised-{number}")
     folders = {name: run.folder / name for name in names}
-    made_from = [*run.source_files(), *run.validation_files(), REQUIREMENTS, *CODE]
-    how = {"to": block.package.quantize, "fold": block.fold, "repeat": options.repeat}
-    outputs = list(folders.values())
 
-    def quantise() -> None:
-        for seed, folder in enumerate(outputs):
-            work().gptq(run, merged, GPTQ_BITS[block.package.quantize], folder, seed)
+    stage = Stage(
+        run.folder,
+        "quantise",
+        inputs=[*run.source_files(), *run.validation_files()],
+        settings={"to": block.package.quantize, "fold": block.fold, "repeat": options.repeat},
+        outputs=list(folders.values()),
+        code=stage_code.GPTQ,
+    )
+    if skip_if_current(stage):
+        return folders
 
-    is_made = not is_current(run.folder, "quantise", made_from, how, outputs)
-    if is_made:
-        merge_to(run, stage, merged)
-    stage("quantise", made_from, how, outputs, quantise)
-    if is_made and not options.keep_merged:
+    preparation.ensure()
+    from postprocess.gptq.quantize import quantize  # noqa: PLC0415  needs torch
+
+    merged = make_merged(run, preparation)
+    bits = GPTQ_BITS[block.package.quantize]
+    with making(stage):
+        # Another seed calibrates on other rows.
+        for seed, folder in enumerate(folders.values()):
+            quantize(run, merged, bits, folder, seed)
+
+    if not options.keep_merged:
         shutil.rmtree(merged)
     return folders
 
 
-@functools.cache
-def work() -> ModuleType:
-    """The stages that need torch, imported when the first of them has something to do."""
-    started = time.perf_counter()
-    module = importlib.import_module("postprocess.work")
-    click.echo(f"{'start-up':<10} {time.perf_counter() - started:7.1f} s   torch, transformers, peft")
-    return module
+def make_unmerged(run: Run, preparation: Preparation) -> Path:
+    """Bring the model of nf4 base and separate adapter up to date, and return its folder."""
+    folder = run.folder / "unmerged"
+    stage = Stage(
+        run.folder,
+        "unmerged",
+        inputs=run.source_files(),
+        settings={"to": "nf4"},
+        outputs=[folder],
+        code=stage_code.UNMERGED,
+    )
+    if skip_if_current(stage):
+        return folder
+
+    preparation.ensure()
+    from postprocess.weights.nf4_base_plus_adapter import unmerged  # noqa: PLC0415  needs torch
+
+    with making(stage) as key:
+        unmerged(run, folder, key)
+    return folder
 
 
-def files(folder: Path) -> list[Path]:
-    """The files in a stage's folder."""
+def make_agreement(
+    run: Run, candidates: Mapping[str, Path | None], preparation: Preparation
+) -> Path:
+    """Bring the comparison of the candidates with the trained model up to date.
+
+    Returns:
+        agreement.json, which names the candidate to be packaged.
+
+    Raises:
+        UserError: The models do not agree.
+    """
+    # The comparison is of what is on the disk: a model that was made anew is compared anew.
+    model_files = []
+    for folder in unique_folders(candidates):
+        model_files += files_of(folder)
+
+    report = run.folder / "agreement.json"
+    stage = Stage(
+        run.folder,
+        "agreement",
+        inputs=[*run.source_files(), *model_files, *run.validation_files()],
+        settings={"tolerance": run.recipe.pairwise.package.tolerance},
+        outputs=[report, report.with_suffix(".parquet"), report.with_suffix(".png")],
+        code=stage_code.AGREEMENT,
+    )
+    if skip_if_current(stage):
+        return report
+
+    preparation.ensure()
+    from postprocess.agreement.gate import agreement  # noqa: PLC0415  needs torch
+
+    with making(stage):
+        agreement(run, candidates, report)
+    return report
+
+
+def make_package(run: Run, model: Path, report: Path) -> None:
+    """Bring the package up to date.
+
+    Args:
+        run: The run that is packaged.
+        model: The folder of the candidate that goes into the package.
+        report: agreement.json.
+    """
+    run_files = files_named(["contract.json", "model_input.py", "metrics.json"], run.folder)
+    stage = Stage(
+        run.folder,
+        "package",
+        inputs=[*files_of(model), report, *run_files, *run.validation_files()],
+        settings=run.recipe.pairwise.package.model_dump(),
+        outputs=[package_folder(run)],
+        code=stage_code.PACKAGE,
+    )
+    if skip_if_current(stage):
+        return
+
+    import_torch()
+    from postprocess.agreement.validation_rows import validation_ids  # noqa: PLC0415  needs torch
+
+    with making(stage):
+        package(run, model, report, validation_ids(run), package_folder(run))
+
+
+def remove_outdated_models(run: Run, candidates: Mapping[str, Path | None]) -> None:
+    """Remove the models of an earlier recipe or training: gigabytes that match nothing beside them."""
+    kept_folders = unique_folders(candidates)
+    # An earlier run with --keep-merged made it, and it still belongs to this training.
+    stage = merge_stage(run)
+    if is_current(stage):
+        kept_folders += stage.outputs
+
+    for pattern in MODEL_FOLDERS:
+        for folder in run.folder.glob(pattern):
+            if folder not in kept_folders:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def package_folder(run: Run) -> Path:
+    """Return where a run's package is written."""
+    return run.folder / "package"
+
+
+def unique_folders(candidates: Mapping[str, Path | None]) -> list[Path]:
+    """List the candidates' folders, each once: with `quantize: none`, two names share the merged model."""
+    folders = []
+    for folder in candidates.values():
+        if folder is not None and folder not in folders:
+            folders.append(folder)
+    return folders
+
+
+def files_of(folder: Path) -> list[Path]:
+    """List the files of a model's folder."""
     return sorted(path for path in folder.iterdir() if path.is_file())
+
+
+def files_named(names: Sequence[str], folder: Path) -> list[Path]:
+    """Give the paths of files by their names in a folder."""
+    return [folder / name for name in names]

@@ -13,7 +13,12 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from pydantic import TypeAdapter, ValidationError
 
-from kaggle_kernels.runtime.package import execute_model_input
+from kaggle_kernels.runtime.package import (
+    PackageError,
+    check_hash,
+    execute_model_input,
+    read_tokenizer,
+)
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_json, sha256
 from preprocess.model_input import Contract
@@ -157,6 +162,18 @@ def read_contract(folder: Path) -> tuple[Contract, ModuleType]:
         raise UserError(f"{file}: {error}") from None
     check_head(contract, file)
     return contract, model_input
+
+
+def checked_tokenizer(run: Run):
+    """The run's tokenizer, once it gives the golden rows the ids that they had in training."""
+    try:
+        for file in run.tokenizer_files():
+            check_hash(file, run.contract.tokenizer_sha256[file.name], "contract.json")
+        tokenizer = read_tokenizer(run.folder)
+        run.model_input.check_golden(tokenizer, run.contract)
+    except (PackageError, run.model_input.ContractError) as error:
+        raise UserError(f"{run.folder}: {error}") from None
+    return tokenizer
 
 
 def check_types(contract_class: type, recorded: dict, file: Path) -> None:

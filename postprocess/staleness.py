@@ -1,15 +1,18 @@
-"""Stages that are skipped while they are up to date, by a record in the run folder of what each was made from.
+"""Skip a stage of postprocessing while it is up to date.
 
-`postprocess.json` holds for each stage a hash of its inputs (names, sizes, modification times), its settings and the code,
-and the sizes and modification times of its outputs. Nothing here imports torch.
+`postprocess.json` in the run folder records what each stage was made from: a hash of its inputs
+(names, sizes, modification times), its settings, its code and the libraries' versions, and the sizes
+and modification times of its outputs. pipeline.py calls this. Nothing here imports torch.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,77 +21,159 @@ import click
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_json, write_json
 
+ROOT = Path(__file__).parents[1]
 RECORD = "postprocess.json"
-FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))  # libraries raise it as errors of their own
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors")
-SHARED_CODE = Path(__file__).parents[1] / "kaggle_kernels" / "runtime"
+# Libraries raise a full disk as errors of their own, with the system's words in them.
+FULL_DISK_MESSAGES = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
 
 
-def run_stage(
-    run_folder: Path,
-    name: str,
-    inputs: Iterable[Path],
-    settings: Mapping[str, object],
-    output: Path | Sequence[Path],
-    action: Callable[[], None],
-    before: Callable[[], object] = lambda: None,
-) -> bool:
-    """Call `action`, which makes `output`, unless it is up to date; print the stage and its seconds.
+@dataclass(frozen=True)
+class Stage:
+    """One step from a run to its package, with everything that decides its result.
 
-    `output` is a file, a folder, or several files, of which the first is written last. `before` is called first, outside
-    the clock. Returns whether the stage was made. The record is written only once `action` has succeeded.
+    Attributes:
+        run_folder: The folder that holds the record.
+        name: The stage's name, in the record and on the screen.
+        inputs: The files that the stage reads. Those that do not exist are left out.
+        settings: The options that change the result.
+        outputs: The files or folders that the stage makes, the one that is written last in front.
+        code: The source files, and folders of them, that decide the result; see stage_code.py.
     """
-    outputs = [output] if isinstance(output, Path) else list(output)
-    inputs = list(inputs)
-    if is_current(run_folder, name, inputs, settings, outputs):
-        click.echo(f"{name:<10} up to date   {outputs[0]}")
+
+    run_folder: Path
+    name: str
+    inputs: Sequence[Path]
+    settings: Mapping[str, object]
+    outputs: Sequence[Path]
+    code: Sequence[str]
+
+
+def is_current(stage: Stage) -> bool:
+    """Whether the stage's outputs are unchanged, and were made from what it would read now."""
+    recorded = read_record(stage.run_folder).get(stage.name)
+    if recorded is None or not stage.outputs[0].exists():
         return False
-    key = stage_key(inputs, settings)  # now: what changes meanwhile is not in what is made
-    before()
-    started = time.perf_counter()
-    try:
-        action()
-    except Exception as error:
-        if isinstance(error, UserError) or not any(full in str(error) for full in FULL):
-            raise
-        raise UserError(f"{outputs[0]}: cannot be written ({error}); make room on the disk, then run this again") from None
-    seconds = round(time.perf_counter() - started, 1)
-    made = {"key": key, "outputs": _stamps(_files(outputs)), "seconds": seconds}
-    write_json(run_folder / RECORD, {**_record(run_folder), name: made})
-    click.echo(f"{name:<10} {seconds:7.1f} s   {outputs[0]}")
+
+    # Sizes and times, as hashing gigabytes at every start would take minutes.
+    if recorded.get("outputs") != file_stamps(files_in(stage.outputs)):
+        return False
+    return recorded.get("key") == stage_key(stage)
+
+
+def skip_if_current(stage: Stage) -> bool:
+    """Print that a stage is up to date, if it is; the caller then skips it."""
+    if not is_current(stage):
+        return False
+
+    click.echo(f"{stage.name:<10} up to date   {stage.outputs[0]}")
     return True
 
 
-def is_current(
-    run_folder: Path, name: str, inputs: Iterable[Path], settings: Mapping[str, object], outputs: Sequence[Path]
-) -> bool:
-    """Whether the stage `name` was made from just this and is all there still."""
-    known = _record(run_folder).get(name, {})
-    made = outputs[0].exists() and known.get("outputs") == _stamps(_files(outputs))
-    return made and known.get("key") == stage_key(inputs, settings)
+@contextlib.contextmanager
+def making(stage: Stage) -> Iterator[str]:
+    """Time the block that makes a stage's outputs, and record the stage once the block succeeds.
+
+    Yields:
+        The stage's key, under which an interrupted merge can continue.
+
+    Raises:
+        UserError: The disk is full, whichever library met it.
+    """
+    # Taken before the block: an input that changes meanwhile makes the stage out of date again.
+    key = stage_key(stage)
+    started = time.perf_counter()
+
+    try:
+        yield key
+    except UserError:
+        raise
+    except Exception as error:
+        if not is_full_disk(error):
+            raise
+        raise UserError(
+            f"{stage.outputs[0]}: cannot be written ({error}); make room on the disk, then run this again"
+        ) from None
+
+    seconds = time.perf_counter() - started
+    # Recorded only now: a stage that was interrupted is made again.
+    record = read_record(stage.run_folder)
+    record[stage.name] = {
+        "key": key,
+        "outputs": file_stamps(files_in(stage.outputs)),
+        "seconds": round(seconds, 1),
+    }
+    write_json(stage.run_folder / RECORD, record)
+    click.echo(f"{stage.name:<10} {seconds:7.1f} s   {stage.outputs[0]}")
 
 
-def _record(run_folder: Path) -> dict[str, dict]:
+def stage_key(stage: Stage) -> str:
+    """Hash everything that decides a stage's result: inputs, settings, code, library versions."""
+    facts = [
+        file_stamps(stage.inputs),
+        dict(stage.settings),
+        code_hashes(stage.code),
+        {library: version(library) for library in LIBRARIES},
+    ]
+    text = json.dumps(facts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def code_hashes(code: Iterable[str]) -> dict[str, str]:
+    """Hash source files by content, so that a fresh checkout of the same code changes nothing.
+
+    Args:
+        code: Paths below the root of the repository; of a folder, every Python file counts.
+
+    Raises:
+        FileNotFoundError: A path does not exist; code that moved must not leave the key unnoticed.
+    """
+    hashes = {}
+    for name in code:
+        path = ROOT / name
+        files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
+        for file in files:
+            hashes[str(file.relative_to(ROOT))] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return hashes
+
+
+def read_record(run_folder: Path) -> dict[str, dict]:
+    """Read what the run folder's stages were made from; nothing before the first stage is made."""
     file = run_folder / RECORD
-    record = read_json(file) if file.exists() else {}
-    if not isinstance(record, dict) or not all(isinstance(made, dict) for made in record.values()):
-        raise UserError(f"{file}: expected an object of stages; remove the file, and every stage is made again")
+    if not file.exists():
+        return {}
+
+    record = read_json(file)
+    if not isinstance(record, dict) or not all(
+        isinstance(entry, dict) for entry in record.values()
+    ):
+        raise UserError(
+            f"{file}: expected an object of stages; remove the file, and every stage is made again"
+        )
     return record
 
 
-def stage_key(inputs: Iterable[Path], settings: Mapping[str, object]) -> str:
-    """A hash of everything that decides what a stage makes: inputs, settings, our code and the libraries' versions."""
-    code = [path for folder in (Path(__file__).parent, SHARED_CODE) for path in sorted(folder.glob("*.py"))]
-    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in code]
-    versions = {library: version(library) for library in LIBRARIES}
-    facts = [_stamps(inputs), dict(settings), hashes, versions]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+def is_full_disk(error: Exception) -> bool:
+    """Whether an error, of whichever library, says that the disk or the quota is full."""
+    return any(message in str(error) for message in FULL_DISK_MESSAGES)
 
 
-def _files(outputs: Iterable[Path]) -> list[Path]:
-    return [path for one in outputs for path in (sorted(one.rglob("*")) if one.is_dir() else [one]) if path.is_file()]
+def files_in(outputs: Iterable[Path]) -> list[Path]:
+    """List the files among a stage's outputs, of a folder all files in it."""
+    files = []
+    for output in outputs:
+        paths = sorted(output.rglob("*")) if output.is_dir() else [output]
+        for path in paths:
+            if path.is_file():
+                files.append(path)
+    return files
 
 
-def _stamps(paths: Iterable[Path]) -> dict[str, list[int]]:
-    stamps = {str(path): path.stat() for path in paths if path.exists()}
-    return {name: [stamp.st_size, stamp.st_mtime_ns] for name, stamp in stamps.items()}
+def file_stamps(paths: Iterable[Path]) -> dict[str, list[int]]:
+    """Give the size and modification time (ns) of each file that exists, by path."""
+    stamps = {}
+    for path in paths:
+        if path.exists():
+            status = path.stat()
+            stamps[str(path)] = [status.st_size, status.st_mtime_ns]
+    return stamps

@@ -52,6 +52,7 @@ class Trial:
 @click.option("--by", type=click.Choice(tuple(LOWER_IS_BETTER)), default="log_loss", help="What decides which is best.")
 @exits_with_2
 def main(folder: Path, by: str) -> None:
+    """Print the trials of a sweep, best first, and write them to sweep.csv and sweep.png."""
     trials = sorted(read_trials(folder), key=lambda trial: rank(trial, by))
     names = parameters(trials)
     finished = [trial for trial in trials if trial.status == FINISHED]
@@ -139,6 +140,7 @@ def table_of(trials: Sequence[Trial], names: Sequence[str]) -> pl.DataFrame:
 
 
 def is_number(value: object) -> bool:
+    """Return whether a parameter is a number; True and False are none."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -157,6 +159,7 @@ def value_text(values: Mapping[str, object], name: str) -> str:
 
 
 def shortened(word: str) -> str:
+    """Return the word, cut to what a column of the table holds."""
     return word if len(word) <= MOST_LETTERS else f"{word[:MOST_LETTERS]}…"
 
 
@@ -174,6 +177,7 @@ def show(screen: Console, trials: Sequence[Trial], names: Sequence[str]) -> None
 
 
 def metric_text(value: float | None) -> str:
+    """Return a metric as the table shows it; a trial that failed has none."""
     if value is None:
         return ""
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

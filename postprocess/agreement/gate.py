@@ -17,13 +17,12 @@ import torch
 
 from kaggle_kernels.runtime.models.model import load_model
 from kaggle_kernels.runtime.models.scoring import ORDERS, make_requests, orders_of, score
-from kaggle_kernels.runtime.package import PackageError, check_hash, read_tokenizer
 from postprocess.agreement.plot import agreement_picture
 from postprocess.agreement.reference_model import load_merged, load_trained
 from postprocess.agreement.statistics import QUANTISED, Column, compare
 from postprocess.agreement.table import groups_of, probability_table, table_lines, without_nan
 from postprocess.agreement.validation_rows import validation_rows
-from postprocess.run_folder import Run
+from postprocess.run_folder import Run, checked_tokenizer
 from postprocess.weights.meta_model import model_skeleton
 from preprocess.core.errors import UserError
 from preprocess.core.files import atomic_file, read_object, write_json
@@ -137,18 +136,6 @@ def _score_model(name: str, model: torch.nn.Module, run: Run, tokenizer, pairs: 
     values = np.array([[found[pair.id][order] for order in ORDERS] for pair in pairs], dtype=np.float64)
     rows = [{"id": pair.id, "probabilities": golden[pair.id][GOLDEN_ORDER[0]]} for pair in golden_pairs]
     return Column(name, values, precision), rows
-
-
-def checked_tokenizer(run: Run):
-    """The run's tokenizer, once it gives the golden rows the ids that they had in training."""
-    try:
-        for file in run.tokenizer_files():
-            check_hash(file, run.contract.tokenizer_sha256[file.name], "contract.json")
-        tokenizer = read_tokenizer(run.folder)
-        run.model_input.check_golden(tokenizer, run.contract)
-    except (PackageError, run.model_input.ContractError) as error:
-        raise UserError(f"{run.folder}: {error}") from None
-    return tokenizer
 
 
 def kernel_dtype(run: Run, tokenizer, pairs: list, device: str) -> torch.dtype:

@@ -77,7 +77,7 @@ def model_text(line: dict) -> str:
 
 
 def bracketed(value: float, interval: Sequence[float]) -> str:
-    """0.840 [0.81, 0.87]"""
+    """Return a value with its interval, as in 0.840 [0.81, 0.87]."""
     return f"{value:.3f} [{interval[0]:.2f}, {interval[1]:.2f}]"
 
 

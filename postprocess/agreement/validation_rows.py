@@ -71,8 +71,9 @@ def validation_ids(run: Run) -> dict:
 
 
 def source_ids(row_id: str, source: str) -> set[str]:
-    """The ids that a row of pairs.parquet may have had in its source: preprocess makes `source:id` or `source:id:2` of one
-    that was taken.
+    """Return the ids that a row of pairs.parquet may have had in its source.
+
+    Of an id that was taken already, preprocess makes `source:id` or `source:id:2`.
     """
     if not source or not row_id.startswith(f"{source}:"):
         return {row_id}

@@ -16,10 +16,9 @@ from pathlib import Path
 import polars as pl
 import torch
 
-from postprocess.agreement.gate import checked_tokenizer
 from postprocess.agreement.validation_rows import by_hash
 from postprocess.gptq.environment import run_worker
-from postprocess.run_folder import Run
+from postprocess.run_folder import Run, checked_tokenizer
 from postprocess.weights.meta_model import model_skeleton
 from preprocess.core.errors import UserError
 from preprocess.core.files import atomic_folder

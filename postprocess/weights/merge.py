@@ -80,7 +80,7 @@ def _pieces(tensor: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
         yield start, tensor[start : start + rows]
 
 
-def merge(
+def merge(  # noqa: PLR0913  each has a default but the first two
     run: Run,
     out: Path,
     settings: BitsAndBytesConfig | None = None,

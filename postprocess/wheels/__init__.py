@@ -1,0 +1,1 @@
+"""`python -m postprocess.wheels`: the wheels that Kaggle's image lacks, as one Kaggle dataset."""

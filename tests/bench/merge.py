@@ -120,10 +120,12 @@ def write_run(folder: Path, adapter: dict) -> None:
 
 def ours(folder: Path) -> Callable[[], object]:
     """Merge and nf4 in one pass, as `python -m postprocess` does it."""
+    from postprocess.quiet import silence_libraries
     from postprocess.run_folder import read_run
-    from postprocess.work import quantise_in_one_pass
+    from postprocess.weights.merge import quantise_in_one_pass
     from recipes.pairwise.config.schema import read_recipe
 
+    silence_libraries()
     run = read_run(read_recipe(folder / "recipe.yml"))
     return lambda: quantise_in_one_pass(run, "nf4", folder / "ours")
 

@@ -36,28 +36,20 @@ def test_every_stage_is_printed_with_its_seconds(packaged):
     assert all(" s   " in line for line in printed.splitlines() if line.split()[0] in KNOWN and not line.startswith(" "))
 
 
-def test_a_second_run_does_nothing(packaged):
+def test_a_second_run_does_nothing_and_needs_no_torch(packaged):
     run, _ = packaged("gemma2", quantize="nf4")
     before = snapshot(run.folder)
-    result = invoke(run)
-    assert result.exit_code == 0
-    assert [line[:21] for line in result.stdout.splitlines()] == [f"{stage:<10} up to date" for stage in STAGES]
+    code = (
+        "import sys; from postprocess.__main__ import main; main(sys.argv[1:], standalone_mode=False); "
+        "print(sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(run.recipe)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert [line[:21] for line in done.stdout.splitlines()] == [*(f"{stage:<10} up to date" for stage in STAGES), "[]"]
     assert snapshot(run.folder) == before
 
 
-def test_only_what_is_out_of_date_is_made_again(copied):
-    run = copied(quantize="nf4")
-    assert invoke(run).exit_code == 0
-    (run.folder / "package" / "config.json").unlink()
-    again = invoke(run).stdout.splitlines()
-    assert [line.split()[0] for line in again if "up to date" in line] == ["quantise", "agreement"]
-    run.recipe.write_text(run.recipe.read_text().replace("tiny-package", "other-slug"))
-    again = invoke(run).stdout.splitlines()
-    assert [line.split()[0] for line in again if "up to date" in line] == ["quantise", "agreement"]
-    assert json.loads((run.folder / "package" / "dataset-metadata.json").read_text())["title"] == "other-slug"
-
-
-def test_another_adapter_goes_through_every_stage_again(copied):
+def test_another_adapter_goes_through_every_stage_again_and_a_damaged_one_leaves_no_package(copied):
     run = copied(quantize="none")
     assert invoke(run).exit_code == 0
     path = run.folder / "adapter_model.safetensors"
@@ -69,12 +61,6 @@ def test_another_adapter_goes_through_every_stage_again(copied):
     assert "up to date" not in result.stdout
     head = load_file(run.folder / "package" / "model.safetensors")["score.weight"]
     assert head.equal(tensors["base_model.model.score.weight"].half())
-
-
-def test_an_adapter_that_can_no_longer_be_merged_leaves_no_package(copied):
-    run = copied(quantize="none")
-    assert invoke(run).exit_code == 0
-    path = run.folder / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     assert invoke(run).exit_code == 2
     assert not (run.folder / "package").exists()
@@ -163,12 +149,6 @@ def test_a_model_larger_than_the_memory_is_told_before_anything_is_written(copie
     assert result.stderr.startswith(f"error: {run.base}: 0 GB of weights, the GPU has 0 GB, too little to compare")
     assert result.stderr.endswith("predictions.parquet, or of all rows make cv R=recipe\n")
     assert not (run.folder / "merged").exists()
-
-
-def test_help_and_an_absent_run_need_no_torch():
-    code = "import sys, postprocess.__main__; print(sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.stdout == "[]\n"
 
 
 @pytest.mark.parametrize(

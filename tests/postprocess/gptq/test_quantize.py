@@ -1,12 +1,10 @@
-"""GPTQ from a run to a package, and from a package to probabilities; and the environment that it runs in."""
+"""GPTQ from a run to a package, and from a package to probabilities."""
 
 import json
 import math
-import os
 import re
 import shutil
 import subprocess
-import sys
 from hashlib import sha256
 from pathlib import Path
 
@@ -21,8 +19,8 @@ from kaggle_kernels.runtime.models.model import load_model
 from kaggle_kernels.runtime.models.placement import weight_sizes
 from kaggle_kernels.runtime.package import PackageError, read_package
 from postprocess.__main__ import main
-from postprocess.gptq import environment, quantize
-from postprocess.gptq.environment import ENVIRONMENT, python_with_gptq
+from postprocess.gptq import quantize
+from postprocess.gptq.environment import ENVIRONMENT
 from postprocess.memory.model_size import Served, bytes_by_class, dimensions_of, weights
 from postprocess.weights.merge import merge, merged_model
 from preprocess.core.errors import UserError
@@ -296,57 +294,6 @@ def test_a_model_that_gptq_cannot_take_is_one_line_before_any_work(kind, options
 def test_an_encoder_under_a_template_of_its_own_is_refused_by_its_kind(made, opened):
     with pytest.raises(UserError, match=r"GPTQ is for decoders \(gemma2, llama, qwen2\), .* is a bert; write int8"):
         quantize.check_model(opened(made("bert")))
-
-
-@pytest.fixture
-def worker(tmp_path, monkeypatch):
-    """worker(source) lets that Python source stand in for the worker, in this environment."""
-
-    def put(source: str) -> None:
-        script = tmp_path / "worker.py"
-        script.write_text(source)
-        monkeypatch.setattr(environment, "WORKER", script)
-        monkeypatch.setattr(environment, "python_with_gptq", lambda: Path(sys.executable))
-
-    return put
-
-
-def test_a_worker_that_fails_is_one_line_with_its_last_one(worker, made, opened, tmp_path):
-    worker("print('first')\nraise ValueError('not\\rthis much')")
-    run = made("gemma2", **RUN)
-    with pytest.raises(UserError, match=r"^worker.py: GPTQ ended with 1: this much; quantize: nf4 or int8 needs no GPTQ$"):
-        quantize.quantize(opened(run), run.base, 8, tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["worker.py"]
-
-
-def test_the_layers_that_are_done_are_shown(worker, capfd):
-    worker(
-        "import sys\nfor n in (0, 1, 2): sys.stderr.write(f'\\rQuantizing model.layers blocks : {n}0%|#| {n}/2 [00:01<00:01]')"
-    )
-    environment.run_worker([])
-    shown = capfd.readouterr().err
-    assert "quantising: 100%" in shown and "2/2" in shown
-
-
-def test_a_half_made_environment_is_made_again_and_a_whole_one_is_not(tmp_path, capsys):
-    environment, requirements = tmp_path / "environment", tmp_path / "some.requirements.txt"
-    (environment / "bin").mkdir(parents=True)
-    (environment / "bin" / "python").write_text("broken")
-    requirements.write_text("--no-index\nno-such-package\n")
-    with pytest.raises(UserError, match=r"some.requirements.txt: could not be installed into .*no-such-package"):
-        python_with_gptq(environment, requirements)
-    assert not (environment / "installed").exists()
-    requirements.write_text("--no-index\n")
-    python = python_with_gptq(environment, requirements)
-    assert subprocess.run([python, "-c", "print(1)"], capture_output=True, text=True).stdout == "1\n"
-    assert capsys.readouterr().out.count("installing some.requirements.txt") == 2
-    assert python_with_gptq(environment, requirements) == python
-    assert capsys.readouterr().out == ""
-    os.utime(environment / "installed", (1, 1))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(environment, "make_environment", lambda *_: None)
-        python_with_gptq(environment, requirements)
-    assert "installing" in capsys.readouterr().out
 
 
 def test_codes_stand_lowest_bits_first():

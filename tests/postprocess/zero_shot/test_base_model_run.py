@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from kaggle_kernels.runtime.package import read_package
 from postprocess.__main__ import main
-from postprocess.pipeline import use_as_it_is
+from postprocess.pipeline import make_untrained_run
 from postprocess.run_folder import hub_commit
 from postprocess.staleness import RECORD
 from postprocess.zero_shot.base_model_run import untrained
@@ -279,7 +279,7 @@ def test_the_recipes_revision_of_the_base_is_the_one_that_is_fetched(biased, tmp
 
     monkeypatch.setattr("postprocess.pipeline.find_base", fetch)
     recipe = recipe_file(tmp_path / "run", biased, model_revision="0123abcd")
-    monkeypatch.setattr("postprocess.pipeline.work", lambda: pytest.fail("far enough"))
+    monkeypatch.setattr("postprocess.pipeline.import_torch", lambda: pytest.fail("far enough"))
     with pytest.raises(pytest.fail.Exception, match="far enough"):
-        use_as_it_is(read_recipe(recipe))
+        make_untrained_run(read_recipe(recipe))
     assert asked == [(str(biased), "0123abcd")]

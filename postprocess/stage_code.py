@@ -1,0 +1,80 @@
+"""The source files that decide the result of each stage in pipeline.py.
+
+An edit of one of them makes the stage out of date; an edit of any other file does not. Paths are
+relative to the root of the repository, and a folder stands for every Python file in it.
+tests/postprocess/test_staleness.py compares these lists with what the stages import.
+"""
+
+MODEL_INPUT = "preprocess/model_input.py"
+
+# Which files and which base model a run consists of.
+RUN = (MODEL_INPUT, "postprocess/run_folder.py", "kaggle_kernels/runtime/package.py")
+
+# The class that a head is loaded with. merge writes weights under the names that this class has.
+MODEL_CLASS = (
+    "kaggle_kernels/runtime/models/gptq.py",
+    "kaggle_kernels/runtime/models/model.py",
+    "kaggle_kernels/runtime/models/shortcuts.py",
+)
+
+# Everything that Kaggle's kernel loads and scores a model with.
+SCORING = ("kaggle_kernels/runtime/models",)
+
+PAIRS = ("recipes/pairwise/data/datasets.py", "recipes/pairwise/tracking/metrics.py")
+
+MERGE = (
+    *RUN,
+    *MODEL_CLASS,
+    "postprocess/weights/bnb_quantize.py",
+    "postprocess/weights/checkpoint_reader.py",
+    "postprocess/weights/lora_adapter.py",
+    "postprocess/weights/merge.py",
+    "postprocess/weights/meta_model.py",
+    "postprocess/weights/shard_writer.py",
+)
+
+QUANTISE = MERGE
+
+GPTQ = (
+    *MERGE,
+    *PAIRS,
+    "kaggle_kernels/runtime/models/scoring.py",
+    "postprocess/agreement/validation_rows.py",
+    "postprocess/gptq",
+    "postprocess/gptq/requirements.txt",
+)
+
+UNMERGED = (
+    *MERGE,
+    "postprocess/agreement/reference_model.py",
+    "postprocess/weights/nf4_base_plus_adapter.py",
+)
+
+AGREEMENT = (*MERGE, *PAIRS, *SCORING, "postprocess/agreement")
+
+PACKAGE = (
+    *RUN,
+    *PAIRS,
+    "kaggle_kernels/runtime/models/scoring.py",
+    "kaggle_kernels/runtime/models/shortcuts.py",
+    "postprocess/agreement/validation_rows.py",
+    "postprocess/package.py",
+)
+
+AVERAGE = (
+    *MERGE,
+    *PAIRS,
+    *SCORING,
+    "postprocess/agreement/reference_model.py",
+    "postprocess/weights/average_lora.py",
+)
+
+ZERO_SHOT = (
+    *MERGE,
+    *PAIRS,
+    *SCORING,
+    "postprocess/agreement/validation_rows.py",
+    "postprocess/zero_shot",
+    "recipes/pairwise/config/templates.py",
+    "recipes/pairwise/contract.py",
+)
