@@ -121,6 +121,7 @@ def write_run(folder: Path, adapter: dict) -> None:
 def ours(folder: Path) -> Callable[[], object]:
     """Merge and nf4 in one pass, as `python -m postprocess` does it."""
     from postprocess.quiet import silence_libraries
+
     from postprocess.run_folder import read_run
     from postprocess.weights.merge import quantise_in_one_pass
     from recipes.pairwise.config.schema import read_recipe
