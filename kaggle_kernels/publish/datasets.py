@@ -29,7 +29,8 @@ def find_dataset(folder: Path, owner: str) -> Dataset:
     """The dataset that the folder is to be; UserError where the folder is absent, not flat or without a manifest."""
     if not (folder / METADATA).is_file():
         raise UserError(
-            f"{folder}: no {METADATA}; make the folder again, with python -m postprocess RECIPE, or python -m postprocess.wheels"
+            f"{folder}: no {METADATA}; make the folder again with python -m postprocess RECIPE, wheels with "
+            "python -m postprocess.wheels"
         )
     slug = str(read_object(folder / METADATA).get("id")).split("/")[-1]
     manifest = next((name for name in MANIFESTS if (folder / name).is_file()), None)
