@@ -185,7 +185,7 @@ def test_a_dataset_that_comes_out_public_is_told(folder, kaggle):
 
 
 def test_a_public_dataset_gets_nothing(folder, kaggle):
-    old = Version(1, "", {"old.txt": b"old"}, 0, 0)
+    old = Version(1, "", {"old.txt": b"old"}, 0)
     kaggle.site.datasets["tester/tiny-two"] = Dataset("tester/tiny-two", "tiny-two", "other", False, [old])
     with pytest.raises(UserError, match="tester/tiny-two: is public on Kaggle; make it private"):
         publish(folder)

@@ -17,7 +17,7 @@ UNTIL = "2026-01-03 00:00 UTC"
 def site(fast_kaggle):
     """An account with a dataset of 2,000 bytes and one of 500."""
     for name, size in (("tester/large-one", 2000), ("tester/small-one", 500)):
-        version = Version(1, "", {"weights.bin": b"x" * size}, 0, 0)
+        version = Version(1, "", {"weights.bin": b"x" * size}, 0)
         fast_kaggle.site.datasets[name] = Dataset(name, name.split("/")[1], "other", True, [version])
     return fast_kaggle.site
 

@@ -43,7 +43,7 @@ def listed(number: int, public: str = "", private: str = "", **changes) -> dict:
 def submission(number: int, public: str, private: str = "", competition: str = "wsdm", status: str = "COMPLETE") -> Submission:
     """A submission as the stand-in has it."""
     kernel = ("tester/gemma2_cls", number, "submission.csv", f"try {number}")
-    return Submission(1000 + number, COMPETITIONS[competition].slug, *kernel, public, private, 0, status)
+    return Submission(1000 + number, COMPETITIONS[competition].slug, *kernel, public, private, status)
 
 
 def scores(*options: str):

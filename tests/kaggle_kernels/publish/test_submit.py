@@ -212,7 +212,7 @@ def test_a_day_without_submissions_left_is_told_before_anything_is_submitted(pus
     kaggle.site.submissions_a_day = 0
     assert refusal(submit()) == f"{WSDM_CUP}: Kaggle allows you none: join it there, and accept its rules"
     kaggle.site.submissions_a_day = 1
-    kaggle.site.submissions.append(Submission(1001, WSDM_CUP, REF, 1, "submission.csv", "before", "0.7", "0.7", 0))
+    kaggle.site.submissions.append(Submission(1001, WSDM_CUP, REF, 1, "submission.csv", "before", "0.7", "0.7"))
     assert refusal(submit()) == f"{WSDM_CUP}: no submission is left today (0 listed); the day ends at 24:00 UTC"
     assert kaggle.calls("CreateCodeSubmission") == []
 
@@ -279,7 +279,7 @@ def test_a_submission_of_which_nobody_knows_whether_it_was_made_is_looked_for_by
 
 
 def test_a_message_is_recognised_though_kaggle_trims_it(pushed, kaggle):
-    kaggle.site.submissions.append(Submission(1001, WSDM_CUP, REF, 1, "submission.csv", "first try", "0.7", "0.7", 0))
+    kaggle.site.submissions.append(Submission(1001, WSDM_CUP, REF, 1, "submission.csv", "first try", "0.7", "0.7"))
     assert module.find_new(COMPETITIONS["wsdm"], " first  try\n", [], Pace(0.02, 1)) == "1001"
     assert module.find_new(COMPETITIONS["wsdm"], "first", [], Pace(0.02, 1)) is None
 
@@ -296,7 +296,7 @@ def test_two_submits_at_a_time_are_refused(pushed, kaggle):
 
 
 def test_a_submission_that_kaggle_refuses_is_one_error(pushed, kaggle):
-    kaggle.site.submissions.append(Submission(1001, WSDM_CUP, REF, 1, "submission.csv", "first try", "0.7", "0.7", 0))
+    kaggle.site.submissions.append(Submission(1001, WSDM_CUP, REF, 1, "submission.csv", "first try", "0.7", "0.7"))
     kaggle.faults += [Fault("CreateCodeSubmission", status=503, message="503 Server Error: Service Unavailable")]
     kaggle.faults += [Fault("CreateCodeSubmission", status=400, message="The competition's deadline has passed")]
     assert refusal(submit()) == (
