@@ -91,6 +91,10 @@ def test_files_that_are_lost_twice_are_one_error_and_sent_anew_by_the_next_push(
     assert current(kaggle).sha256() == hashes(folder)
 
 
+def test_a_version_is_awaited_that_is_newer_than_the_last():
+    assert [Remote("ready", version).is_settled(2) for version in (2, 3)] == [False, True]
+
+
 def test_a_file_that_could_not_be_sent_stops_the_dataset_without_it(folder, kaggle, capsys):
     kaggle.faults.append(Fault("PUT", status=400))
     assert publish(folder)["version"] == 1
