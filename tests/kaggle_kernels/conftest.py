@@ -1,23 +1,14 @@
 """Fixtures of the kernels' tests: tiny packages, and copies of them to spoil."""
 
-import os
 import shutil
-import subprocess
-import sys
-import tempfile
 import threading
-import time
-from pathlib import Path
 
 import pytest
 
 from kaggle_kernels.build.spec import find_spec
-from kaggle_kernels.publish import client
 from kaggle_kernels.runtime.scheduling import crew, worker
 from tests import tiny
-from tests.fakes.kaggle import forks
-from tests.fakes.kaggle.guard import fail_on_trespass, kaggle_environment, refuse_unless_loopback
-from tests.fakes.kaggle.server import KaggleServer
+from tests.fakes.kaggle import conftest as stand_in
 from tests.kaggle_kernels.packages import (
     WSDM,
     make_package,
@@ -27,6 +18,11 @@ from tests.kaggle_kernels.packages import (
 )
 from tests.kaggle_kernels.publish.pushes import SMALL, pretend_ready
 from tests.kaggle_kernels.runtime.workers import start_in_thread
+
+# The fixtures that run the stand-in for Kaggle, for every test of the kernels.
+kaggle = stand_in.kaggle
+kaggle_fork_server = stand_in.kaggle_fork_server
+fast_kaggle = stand_in.fast_kaggle
 
 
 @pytest.fixture(scope="session")
@@ -87,51 +83,6 @@ def workers_in_threads(monkeypatch):
     yield
     for thread in started:
         thread.join(60)
-
-
-@pytest.fixture
-def kaggle(tmp_path, monkeypatch):
-    """A running stand-in for Kaggle, and an environment in which `kaggle` reaches it and nothing else: see kaggle_server.py."""
-    server = KaggleServer()
-    environment = kaggle_environment(server, tmp_path / "home")
-    for name in os.environ.keys() - environment.keys():
-        monkeypatch.delenv(name)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    try:
-        refuse_unless_loopback(dict(os.environ), server)
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-    fail_on_trespass(server)
-
-
-@pytest.fixture(scope="session")
-def kaggle_fork_server():
-    """The socket of a process in whose forks the kaggle command starts fast; see tests/fakes/kaggle/forks.py."""
-    with tempfile.TemporaryDirectory(prefix="forks-") as folder:
-        path = Path(folder) / "socket"
-        server = subprocess.Popen([sys.executable, forks.__file__, "serve", path], stdin=subprocess.PIPE)
-        for _ in range(6000):
-            if path.exists():
-                break
-            time.sleep(0.01)
-        yield path
-        server.kill()
-        server.wait()
-
-
-@pytest.fixture
-def fast_kaggle(kaggle, kaggle_fork_server, monkeypatch):
-    """The stand-in, and our commands call the kaggle command in forks."""
-    command = (sys.executable, "-S", forks.__file__, "call", str(kaggle_fork_server))
-    monkeypatch.setattr(client, "COMMAND", command)
-    monkeypatch.setattr(client, "die_with_parent", None)  # with it Python forks this process, and copies its page tables
-    return kaggle
 
 
 @pytest.fixture

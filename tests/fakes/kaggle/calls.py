@@ -5,7 +5,6 @@ pass as an absent field.
 """
 
 import re
-import time
 from collections.abc import Callable
 
 from tests.fakes.kaggle.site import (
@@ -62,7 +61,7 @@ def create_dataset_version(site: Site, asked: dict) -> dict:
     if refused := over_quota(site, files):
         return refused
     if body.get("deleteOldVersions"):
-        dataset.versions = [Version(v.number, v.notes, {}, 0, 0, "DELETED") for v in dataset.versions]
+        dataset.versions = [Version(v.number, v.notes, {}, 0, "DELETED") for v in dataset.versions]
     return add_version(site, dataset, body.get("versionNotes", ""), files)
 
 
@@ -80,8 +79,8 @@ def over_quota(site: Site, files: dict[str, bytes]) -> dict | None:
 
 
 def add_version(site: Site, dataset: Dataset, notes: str, files: dict[str, bytes]) -> dict:
-    number, ready_at = len(dataset.versions) + 1, time.monotonic() + site.processing_seconds
-    dataset.versions.append(Version(number, notes, files, site.processing_calls, ready_at, site.processing_ends))
+    number = len(dataset.versions) + 1
+    dataset.versions.append(Version(number, notes, files, site.processing_calls, site.processing_ends))
     return {"ref": dataset.ref, "url": f"https://www.kaggle.com/datasets/{dataset.ref}", "status": "ok"}
 
 
@@ -211,12 +210,6 @@ def get_kernel(site: Site, asked: dict) -> dict:
     return {"metadata": metadata, "blob": blob}
 
 
-def list_kernels(site: Site, asked: dict) -> dict:
-    named = [dict(zip(("userName", "kernelSlug"), ref.split("/"), strict=True)) for ref in site.kernels]
-    rows, token = page([get_kernel(site, kernel)["metadata"] for kernel in named], asked)
-    return {"kernels": rows, "nextPageToken": token}
-
-
 def get_kernel_session_status(site: Site, asked: dict) -> dict:
     run = find_kernel(site, asked).run
     status = run.statuses[0]
@@ -258,7 +251,7 @@ def create_code_submission(site: Site, asked: dict) -> dict:
     kernel, scores = f"{asked['kernelOwner']}/{asked['kernelSlug']}", site.scores.pop(0) if site.scores else ("0.7", "0.69")
     described = (kernel, version.number, file_name, asked.get("submissionDescription", ""))
     ref = 1001 + len(site.submissions)
-    site.submissions.append(Submission(ref, competition, *described, *scores, site.scoring_calls))
+    site.submissions.append(Submission(ref, competition, *described, *scores))
     return {"message": f"Successfully submitted to {competition}", "ref": ref}
 
 
@@ -270,33 +263,15 @@ def list_submissions(site: Site, asked: dict) -> dict:
 
 def shown(submission: Submission) -> dict:
     told = {"ref": submission.ref, "fileName": submission.file_name, "description": submission.description}
-    told |= {"date": f"2026-01-01T00:{submission.ref - 1000:02d}:00.000Z"}
-    submission.calls_left -= 1
-    if submission.calls_left >= 0:
-        return {**told, "status": "PENDING"}
-    if submission.status == "ERROR":
-        return {**told, "status": "ERROR", "errorDescription": submission.error}
-    scores = {"publicScore": submission.public_score, "privateScore": submission.private_score}
-    return {**told, "status": "COMPLETE", **scores}
+    told |= {"date": f"2026-01-01T00:{submission.ref - 1000:02d}:00.000Z", "status": submission.status}
+    if submission.status == "COMPLETE":
+        told |= {"publicScore": submission.public_score, "privateScore": submission.private_score}
+    return told
 
 
 def get_submission_limits(site: Site, asked: dict) -> dict:
     made = len(site.submissions)
     return {"numToday": made, "numTotal": made, "numAllowedNow": max(site.submissions_a_day - made, 0)}
-
-
-def list_competitions(site: Site, asked: dict) -> dict:
-    rows = [
-        {"ref": f"https://www.kaggle.com/competitions/{name}", "deadline": DATE, "userHasEntered": True}
-        for name in sorted(site.competitions)
-    ]
-    return {"competitions": rows}
-
-
-def list_data_files(site: Site, asked: dict) -> dict:
-    if asked["competitionName"] not in site.competitions:
-        raise Refusal(404, f"Competition {asked['competitionName']} was not found")
-    return {"files": [{"name": name, "totalBytes": 3, "creationDate": DATE} for name in ("test.parquet", "train.parquet")]}
 
 
 CALLS: dict[str, Callable[[Site, dict], dict]] = {
@@ -312,7 +287,6 @@ CALLS: dict[str, Callable[[Site, dict], dict]] = {
     "datasets.DatasetApiService/GetDatasetMetadata": get_dataset_metadata,
     "kernels.KernelsApiService/SaveKernel": save_kernel,
     "kernels.KernelsApiService/GetKernel": get_kernel,
-    "kernels.KernelsApiService/ListKernels": list_kernels,
     "kernels.KernelsApiService/GetKernelSessionStatus": get_kernel_session_status,
     "kernels.KernelsApiService/ListKernelSessionOutput": list_kernel_session_output,
     "kernels.KernelsApiService/ListKernelFiles": list_kernel_files,
@@ -320,6 +294,4 @@ CALLS: dict[str, Callable[[Site, dict], dict]] = {
     "competitions.CompetitionApiService/CreateCodeSubmission": create_code_submission,
     "competitions.CompetitionApiService/ListSubmissions": list_submissions,
     "competitions.CompetitionApiService/GetSubmissionLimits": get_submission_limits,
-    "competitions.CompetitionApiService/ListCompetitions": list_competitions,
-    "competitions.CompetitionApiService/ListDataFiles": list_data_files,
 }

@@ -46,7 +46,6 @@ class Fault:
     seconds: float = 0  # the answer is late
     status: int = 0  # an HTTP error in place of the answer
     message: str = ""  # Kaggle's own words; without them a gateway's page, which the command words otherwise
-    headers: dict[str, str] = field(default_factory=dict)
     answer: dict = field(default_factory=dict)  # put into the answer under HTTP 200; with "error" in it nothing else happens
     loses_answer: bool = False  # all is done as asked, but the connection closes without an answer
     loses: tuple[str, ...] = ()  # CreateDataset, CreateDatasetVersion: these files are left out
@@ -148,7 +147,7 @@ class Handler(BaseHTTPRequestHandler):
             answer = self.answer(call, asked, fault)
         except Refusal as refusal:
             told = {"code": refusal.status, "message": refusal.message} if refusal.message else b"<html></html>"
-            return self.send(refusal.status, told, fault.headers)
+            return self.send(refusal.status, told)
         if fault.loses_answer:
             self.close_connection = True
             return None
@@ -195,7 +194,7 @@ class Handler(BaseHTTPRequestHandler):
         if fault.status:
             if fault.status < 500:
                 blob.content.clear()  # refused, not broken off
-            return self.send(fault.status, b"", fault.headers)
+            return self.send(fault.status, b"")
         if blob.complete:
             return self.send(200, {})
         return self.send(308, b"", {"Range": f"bytes=0-{len(blob.content) - 1}"} if blob.content else {})
@@ -240,7 +239,7 @@ class Handler(BaseHTTPRequestHandler):
         fault = self.server.take_fault("GET", path)
         time.sleep(fault.seconds)
         if fault.status:
-            return self.send(fault.status, b"<html></html>", fault.headers)
+            return self.send(fault.status, b"<html></html>")
         if path.startswith(LOG):
             return self.send_log(self.server.site.kernels.get(path.removeprefix(LOG)))
         content = file_content(self.server.site, path)

@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -27,18 +26,17 @@ class Blob:
 
 @dataclass
 class Version:
-    """A dataset's version. It is processed until `calls_left` status calls were answered and `ready_at` has passed."""
+    """A dataset's version. It is processed until `calls_left` status calls were answered."""
 
     number: int
     notes: str
     files: dict[str, bytes]
     calls_left: int
-    ready_at: float
     ends: str = "READY"
 
     @property
     def status(self) -> str:
-        return "BLOBS_RECEIVED" if self.calls_left > 0 or time.monotonic() < self.ready_at else self.ends
+        return "BLOBS_RECEIVED" if self.calls_left > 0 else self.ends
 
     def sha256(self) -> dict[str, str]:
         """The hash of each file by name."""
@@ -98,7 +96,7 @@ class Kernel:
 
 @dataclass
 class Submission:
-    """A submission; it is PENDING for `calls_left` listings, then it has `status` and the scores."""
+    """A submission; only one that is COMPLETE shows its scores."""
 
     ref: int
     competition: str
@@ -108,9 +106,7 @@ class Submission:
     description: str
     public_score: str
     private_score: str
-    calls_left: int
     status: str = "COMPLETE"
-    error: str = ""
 
 
 @dataclass
@@ -127,9 +123,7 @@ class Site:
     runs: list[Run] = field(default_factory=list)  # of the next pushes, in order; then Run()
     scores: list[tuple[str, str]] = field(default_factory=list)  # of the next submissions: public, private
     processing_calls: int = 1
-    processing_seconds: float = 0
     processing_ends: str = "READY"  # or FAILED
-    scoring_calls: int = 0
     submissions_a_day: int = 5
     gpu_seconds_used: int = 0
     gpu_seconds_allowed: int = 30 * 3600

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from click.testing import CliRunner
 
-from kaggle_kernels.publish.leak_scan import KINDS, rows_in, scan
+from kaggle_kernels.publish.leak_scan import KINDS, TEXTS, rows_in, scan
+from preprocess.__main__ import main
 from preprocess.core.errors import UserError
 from tests import tiny
 from tests.conftest import ROOT
@@ -70,16 +72,18 @@ def test_every_kind_has_a_secret_above():
         assert [text for _, text in SECRETS if kind.pattern.search(text.encode())], kind.pattern
 
 
-@pytest.mark.parametrize("name", [".netrc", "kaggle.json", "access_token", ".env", "id_ed25519", "server.pem"])
-def test_files_that_hold_credentials_by_their_name_are_refused_unread(tmp_path, name):
-    (tmp_path / name).write_text("x")
-    assert scan(tmp_path) == [f"{tmp_path / name}: by its name it holds credentials; remove it"]
-
-
-@pytest.mark.parametrize("name", ["train.parquet", "rows.CSV", "pytorch_model.bin", "rows.jsonl.gz", "head.pkl"])
-def test_tables_pickles_and_archives_are_refused(tmp_path, name):
-    (tmp_path / name).write_text("x")
-    assert scan(tmp_path)[0].startswith(f"{tmp_path / name}: a package holds no {Path(name).suffix} files, which may hold rows")
+@pytest.mark.parametrize(
+    "names, problem",
+    [
+        ([".netrc", "kaggle.json", "access_token", ".env", "id_ed25519", "server.pem"], "by its name it holds credentials"),
+        (["train.parquet", "rows.CSV", "pytorch_model.bin", "rows.jsonl.gz", "head.pkl"], "a package holds no "),
+    ],
+)
+def test_files_that_hold_credentials_or_rows_by_their_name_are_refused_unread(tmp_path, names, problem):
+    for name in names:
+        (tmp_path / name).write_text("x")
+    for name, told in zip(sorted(names), scan(tmp_path), strict=True):
+        assert told.startswith(f"{tmp_path / name}: {problem}")
 
 
 def write_safetensors(path: Path, metadata: dict, size: int = 2) -> None:
@@ -108,28 +112,23 @@ def test_a_damaged_header_is_one_line(tmp_path):
         scan(tmp_path)
 
 
-def test_what_packages_hold_gives_no_alarm(package_folder):
-    assert scan(package_folder) == []
+@pytest.fixture
+def harmless(package_folder) -> list[Path]:
+    """What goes up, of a package without rows and of the example kernel."""
+    return [package_folder, *(ROOT / "kaggle_kernels" / "examples").iterdir()]
 
 
-def test_generated_kernels_give_no_alarm():
-    for folder in sorted((ROOT / "kaggle_kernels" / "examples").iterdir()):
-        assert scan(folder) == []
+def test_what_packages_and_generated_kernels_hold_gives_no_alarm(harmless):
+    assert [problem for folder in harmless for problem in scan(folder)] == []
 
 
-def test_words_of_a_vocabulary_give_no_alarm(tmp_path):
+def test_words_of_a_vocabulary_hashes_and_commits_give_no_alarm(tmp_path):
     rng = random.Random(0)
     parts = ["hf_", "sk-", "ghp_", "/home/user", "://", "password", "secret", "AKIA", "machine", "-----BEGIN PRIVATE KEY-----"]
     words = [rng.choice(parts) + "".join(rng.choices(LETTERS + "_/-.\"' ", k=rng.randint(0, 12))) for _ in range(50_000)]
     (tmp_path / "tokenizer.json").write_text(json.dumps({"vocab": {word: at for at, word in enumerate(words)}}, indent=1))
-    assert scan(tmp_path) == []
-
-
-def test_hashes_and_commits_give_no_alarm(tmp_path):
-    text = json.dumps(
-        {"git_commit": letters(40, HEX), "sha256": letters(64, HEX), "wandb": "0.31.0", "pad_token": "<pad>"}, indent=1
-    )
-    (tmp_path / "contract.json").write_text(text)
+    contract = {"git_commit": letters(40, HEX), "sha256": letters(64, HEX), "wandb": "0.31.0", "pad_token": "<pad>"}
+    (tmp_path / "contract.json").write_text(json.dumps(contract, indent=1))
     assert scan(tmp_path) == []
 
 
@@ -141,27 +140,30 @@ def pairs(tmp_path):
     return tiny.pairs_parquet(folder / "pairs.parquet", 40)
 
 
-def test_a_package_without_rows_passes(pairs, package_folder):
-    assert rows_in([package_folder, *(ROOT / "kaggle_kernels" / "examples").iterdir()], pairs) == []
+def test_a_package_without_rows_passes(pairs, harmless):
+    assert rows_in(harmless, pairs) == []
+
+
+def german(pairs) -> dict:
+    """A row of the pairs."""
+    return pl.read_parquet(pairs).filter(pl.col("language") == "German").row(0, named=True)
 
 
 def test_a_row_of_the_data_is_found_in_text_in_json_and_in_another_form(pairs, tmp_path):
-    row = pl.read_parquet(pairs).filter(pl.col("language") == "German").row(0, named=True)
-    package = tmp_path / "package"
-    package.mkdir()
-    for name, text in (
-        ("notes.txt", f"an example:\n{row['prompt'][0].upper()}\n{row['response_a'][0]}"),
-        ("rows.json", json.dumps({"examples": [row["prompt"][0], row["response_a"][0]]})),
-        ("kernel.py", f"EXAMPLE = '''{row['prompt'][0].replace(' ', '  ')}''', '{row['response_b'][0]}'"),
-    ):
-        (package / name).write_text(text)
-        told = rows_in([package], pairs)
-        assert told == [
-            f"{package / name}: holds texts of 1 row of {pairs} (id {row['id']}), which the competition does not let out; take "
-            "them out, and make the folder again"
-        ]
-        assert row["prompt"][0][:20] not in told[0]
-        (package / name).unlink()
+    row = german(pairs)
+    prompt, response_a, response_b = row["prompt"][0], row["response_a"][0], row["response_b"][0]
+    contents = {
+        "notes.txt": f"an example:\n{prompt.upper()}\n{response_a}",
+        "rows.json": json.dumps({"examples": [prompt, response_a]}),
+        "kernel.py": f"EXAMPLE = '''{prompt.replace(' ', '  ')}''', '{response_b}'",
+    }
+    for name, content in contents.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_text(content)
+        [told] = rows_in([folder], pairs)
+        assert told.startswith(f"{folder / name}: holds texts of 1 row of {pairs} (id {row['id']}), which the competition")
+        assert prompt[:20] not in told
 
 
 def test_a_row_in_a_script_without_spaces_is_found(tmp_path):
@@ -184,22 +186,17 @@ def test_the_words_of_a_vocabulary_make_no_row_together(tmp_path):
 
 
 def test_one_sentence_in_common_is_no_row(pairs, tmp_path):
-    prompt = pl.read_parquet(pairs).filter(pl.col("language") == "German").row(0, named=True)["prompt"][0]
-    (tmp_path / "template.txt").write_text(prompt[:60])
+    (tmp_path / "template.txt").write_text(german(pairs)["prompt"][0][:60])
     assert rows_in([tmp_path], pairs) == []
 
 
 def test_the_golden_rows_are_made_up_and_give_no_alarm(tmp_path, package_folder):
     golden = json.loads((package_folder / "contract.json").read_text())["golden"]
-    rows = [
-        {"id": str(at), **{key: row["pair"][key] for key in ("prompt", "response_a", "response_b")}}
-        for at, row in enumerate(golden)
-    ]
-    as_text = [
-        {key: value if key == "id" else [str(value).encode("utf-8", "replace").decode()] for key, value in row.items()}
-        for row in rows
-    ]
-    pl.DataFrame(as_text).write_parquet(tmp_path / "pairs.parquet")
+    rows = []
+    for number, row in enumerate(golden):
+        texts = {key: [str(row["pair"][key]).encode("utf-8", "replace").decode()] for key in TEXTS}
+        rows.append({"id": str(number), **texts})
+    pl.DataFrame(rows).write_parquet(tmp_path / "pairs.parquet")
     assert rows_in([package_folder], tmp_path / "pairs.parquet") == []
 
 
@@ -210,19 +207,9 @@ def test_pairs_that_cannot_be_read_are_one_line(tmp_path):
         rows_in([tmp_path], tmp_path / "pairs.parquet")
 
 
-def test_real_pairs_give_no_alarm_on_what_packages_hold(shared_data, package_folder, tmp_path):
-    from click.testing import CliRunner
-
-    from preprocess.__main__ import main
-
+def test_real_pairs_give_no_alarm_on_what_packages_hold(shared_data, harmless, tmp_path):
     out = tmp_path / "pairs.parquet"
-    done = CliRunner().invoke(
-        main, [str(shared_data / "human.parquet"), str(shared_data / "human_lmsys.csv"), "--out", str(out)]
-    )
+    sources = [str(shared_data / name) for name in ("human.parquet", "human_lmsys.csv")]
+    done = CliRunner().invoke(main, [*sources, "--out", str(out)])
     assert done.exit_code == 0, done.output
-    kernels = sorted((ROOT / "kaggle_kernels" / "examples").iterdir())
-    assert rows_in([package_folder, *kernels, ROOT / "preprocess", ROOT / "recipes"], out) == []
-    row = pl.read_parquet(out).filter(pl.col("response_a").list.first().str.len_chars() > 400).row(0, named=True)
-    (tmp_path / "leak").mkdir()
-    (tmp_path / "leak" / "rows.json").write_text(json.dumps(row["response_a"]))
-    assert rows_in([tmp_path / "leak"], out)[0].startswith(f"{tmp_path}/leak/rows.json: holds texts of ")
+    assert rows_in([*harmless, ROOT / "preprocess", ROOT / "recipes"], out) == []

@@ -131,24 +131,19 @@ def test_a_kernel_that_is_read_back_otherwise_is_an_error_and_pushed_again(spec,
     assert [entry["kernel_version"] for entry in ledger.read()] == [2]
 
 
-def test_a_push_that_was_killed_before_it_was_read_back_is_only_read_back(spec, kaggle, monkeypatch):
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("step", ["check_pushed", "measure_ensemble"], ids=["before it was read back", "before the ledger"])
+def test_a_push_that_was_killed_is_completed_by_the_next_and_not_made_twice(spec, kaggle, monkeypatch, step):
     with monkeypatch.context() as patch:
-        patch.setattr(publishing, "check_pushed", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(publishing, step, interrupt)
         ended = push(spec)
     assert (ended.exit_code, ended.output.splitlines()[-1]) == (
         2,
         "error: interrupted; run push again, which goes on from here",
     )
-    assert ledger.read() == []
-    assert push(spec).exit_code == 0
-    assert len(kaggle.calls("SaveKernel")) == 1
-    assert [entry["kernel_version"] for entry in ledger.read()] == [1]
-
-
-def test_a_push_that_was_killed_before_the_ledger_had_it_is_written_down_by_the_next(spec, kaggle, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(publishing, "measure_ensemble", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert push(spec).exit_code == 2
     assert ledger.read() == []
     assert push(spec).exit_code == 0
     assert len(kaggle.calls("SaveKernel")) == 1

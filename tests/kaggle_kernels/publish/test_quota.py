@@ -4,7 +4,7 @@ import pytest
 
 from kaggle_kernels.publish.client import Answer, Pace
 from kaggle_kernels.publish.preflight import Preflight
-from kaggle_kernels.publish.quota import check_quota, held_bytes, rows_of
+from kaggle_kernels.publish.quota import check_quota, rows_of
 from preprocess.core.errors import UserError
 from tests.fakes.kaggle.server import Fault
 from tests.fakes.kaggle.site import Dataset, Version
@@ -17,7 +17,7 @@ UNTIL = "2026-01-03 00:00 UTC"
 def site(fast_kaggle):
     """An account with a dataset of 2,000 bytes and one of 500."""
     for name, size in (("tester/large-one", 2000), ("tester/small-one", 500)):
-        version = Version(1, "", {"weights.bin": b"x" * size}, 0, 0)
+        version = Version(1, "", {"weights.bin": b"x" * size}, 0)
         fast_kaggle.site.datasets[name] = Dataset(name, name.split("/")[1], "other", True, [version])
     return fast_kaggle.site
 
@@ -38,18 +38,17 @@ def test_hours_and_room_are_told(site):
     ]
 
 
-def test_no_hours_are_a_warning_for_the_datasets_can_go_up_before(site):
-    site.gpu_seconds_used = site.gpu_seconds_allowed
+@pytest.mark.parametrize(
+    "seconds_left, told",
+    [
+        (0, f"0 of 30.00 left until {UNTIL}: Kaggle will take the datasets, and refuse the kernel until then"),
+        (1800, f"0.5 of 30.00 left until {UNTIL}; a kernel that reaches the end is stopped"),
+    ],
+)
+def test_no_hours_and_few_are_a_warning_for_the_datasets_can_go_up_before(site, seconds_left, told):
+    site.gpu_seconds_used = site.gpu_seconds_allowed - seconds_left
     found = quota({})
-    assert found.errors == []
-    assert found.warnings == [
-        f"GPU hours: 0 of 30.00 left until {UNTIL}: Kaggle will take the datasets, and refuse the kernel until then"
-    ]
-
-
-def test_few_hours_are_a_warning(site):
-    site.gpu_seconds_used = site.gpu_seconds_allowed - 1800
-    assert quota({}).warnings == [f"GPU hours: 0.5 of 30.00 left until {UNTIL}; a kernel that reaches the end is stopped"]
+    assert (found.errors, found.warnings) == ([], [f"GPU hours: {told}"])
 
 
 def test_a_dataset_s_new_version_takes_the_place_of_the_one_before(site, monkeypatch):
@@ -59,12 +58,6 @@ def test_a_dataset_s_new_version_takes_the_place_of_the_one_before(site, monkeyp
         "datasets: 0.0 GB in 2 datasets now, 0.0 GB after this push; Kaggle holds 0 GB of private ones: remove some there if "
         "it refuses"
     ]
-
-
-def test_the_datasets_of_an_account_are_listed_with_their_bytes(site):
-    assert held_bytes(PACE) == {"tester/large-one": 2000, "tester/small-one": 500}
-    site.datasets.clear()
-    assert held_bytes(PACE) == {}
 
 
 def test_what_kaggle_does_not_tell_is_a_warning(fast_kaggle):
