@@ -255,3 +255,15 @@ def test_sizes_over_kaggles_limits_are_told_before_the_upload(pushable, monkeypa
     for number in range(60):
         (PACKAGE / f"{number}.txt").write_text("x")
     assert "outputs/two/package: more than 50 files, which Kaggle advises against" in list(warnings_of([PACKAGE]))
+
+
+def test_credentials_are_never_read_or_told(pushable, account, monkeypatch):
+    token = account / ".kaggle" / "access_token"
+    token.parent.mkdir()
+    token.write_text("secret-of-a-test")
+    monkeypatch.setenv("KAGGLE_API_TOKEN", "secret-of-a-test")
+    opened = Path.open
+    monkeypatch.setattr(
+        Path, "open", lambda self, *a, **k: pytest.fail(f"{self} read") if self == token else opened(self, *a, **k)
+    )
+    assert "secret-of-a-test" not in repr(preflight(pushable, "me"))
