@@ -1,5 +1,4 @@
 import json
-from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -58,12 +57,6 @@ def test_no_line_is_longer_than_128_characters_whatever_the_numbers(rows):
     lines = table_lines(compare(columns, LABELS, WINNERS, 0.05))
     assert max(map(len, lines)) <= 128
     assert {len(line) for line in lines[2:8]} == {len(lines[2])}
-
-
-def test_weights_of_float16_computed_in_float32_are_told():
-    columns = [column(name, *TRAINED) for name in ("recorded", "trained")]
-    columns.append(replace(column("unmerged", *TRAINED), precision="float32"))
-    assert table_lines(compare(columns, LABELS, WINNERS, 0.05))[-1].startswith("  no GPU here: float16 weights with float32")
 
 
 def test_what_json_has_no_word_for_becomes_null():

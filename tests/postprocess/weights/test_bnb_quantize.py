@@ -28,15 +28,6 @@ def test_the_layers_are_quantised_and_the_head_is_not(kind, head, quantize, stor
     assert tensors[f"{own_head}.weight"].dtype == torch.float16
 
 
-def test_nf4_is_made_for_a_gpu_without_bfloat16(packaged):
-    run, _ = packaged("gemma2", quantize="nf4")
-    settings = json.loads((run.folder / "package" / "config.json").read_text())["quantization_config"]
-    assert settings["bnb_4bit_compute_dtype"] == "float16"
-    states = [value for name, value in load_file(run.folder / "package" / "model.safetensors").items() if "quant_state" in name]
-    assert len(states) == 14
-    assert {json.loads(bytes(state.tolist()))["dtype"] for state in states} == {"float16"}
-
-
 def test_int8_does_not_depend_on_what_else_is_in_the_batch(packaged):
     run, _ = packaged("gemma2", quantize="int8")
     package = run.folder / "package"

@@ -1,15 +1,10 @@
-"""The head of a causal LM, which may be tied to its embedding, and reward models as packages."""
+"""The head of a causal LM, which may be tied to its embedding."""
 
-import json
-
-import numpy as np
-import polars as pl
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from kaggle_kernels.runtime.package import read_package
 from postprocess.weights.merge import merge
 from preprocess.core.errors import UserError
 from tests.postprocess import runs
@@ -53,13 +48,3 @@ def test_tied_weights_that_were_trained_apart_cannot_be_packaged_unmerged(made, 
     assert not list(tmp_path.glob("*merged*"))
 
 
-def test_a_reward_model_becomes_a_package_whose_orders_agree(packaged):
-    run, _ = packaged("gemma2", head="reward", quantize="nf4", tolerance=0.2)
-    report = json.loads((run.folder / "agreement.json").read_text())
-    assert {line["flip_rate"] for line in report["models"]} == {0.0}
-    assert report["models"][1]["against_recorded"]["largest"] < 1e-6
-    assert report["models"][2]["against_trained"]["largest"] < 2e-3
-    predictions = pl.read_parquet(run.folder / "predictions.parquet")
-    assert np.array_equal(predictions["p_model_a_as_given"], predictions["p_model_a_swapped"])
-    assert predictions["p_model_a"].std() > 0.01
-    assert read_package(run.folder / "package").contract.num_labels == 1
