@@ -4,6 +4,8 @@ A run is of one head (score, reward, label_tokens), and of a base in 16 bits or,
 """
 
 import json
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import polars as pl
 import torch
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BitsAndBytesConfig
 
 from kaggle_kernels.runtime.models.model import CLASSES
@@ -119,6 +122,27 @@ def make(
     write_contract(run_folder, contract, recipe)
     write_predictions(run_folder, model, pairs_file(folder / "pairs.parquet", rows, training_rows))
     return Made(recipe, run_folder, base, model)
+
+
+def set_json(file: Path, **values) -> None:
+    """Change keys of a JSON file, or write them where there is none."""
+    before = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(before | values))
+
+
+def change_tensors(file: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Rewrite a safetensors file after `change(tensors)`, which changes the dictionary."""
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, {"format": "pt"})
+
+
+def change_base(made: Made, folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    """Let the run be one of a changed copy of its base, which is written to `folder`."""
+    shutil.copytree(made.base, folder)
+    change_tensors(folder / "model.safetensors", change)
+    set_base(made, folder)
+    return folder
 
 
 def set_base(made: Made, base: Path) -> None:

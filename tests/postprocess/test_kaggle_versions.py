@@ -16,8 +16,8 @@ from preprocess.model_input import Pair, read_contract
 from tests.conftest import ROOT
 
 KAGGLE_PYTHON = ROOT / ".venv-kaggle" / "bin" / "python"
-# Architecture, head, quantize, adapter, verdicts. The first list has each of architecture, head and quantize with each of the
-# others; the second, which is slow, is what is then left of all of them.
+KINDS, HEADS, FORMATS = ("gemma2", "llama", "qwen2", "bert"), ("score", "label_tokens", "reward"), ("none", "nf4", "int8")
+# Architecture, head, quantize, adapter, verdicts: each of architecture, head and quantize with each of the others.
 SQUARE = """
 gemma2 score none merged 2
 gemma2 label_tokens int8 merged 2
@@ -33,31 +33,6 @@ qwen2 reward nf4 unmerged 2
 bert score nf4 merged 3
 bert reward none merged 2
 bert score int8 merged 2
-"""
-REST = """
-gemma2 score nf4 merged 2
-gemma2 score int8 merged 2
-gemma2 label_tokens none merged 2
-gemma2 label_tokens nf4 merged 2
-gemma2 reward none merged 2
-gemma2 reward int8 merged 2
-gemma2 score nf4 merged 3
-llama score none merged 2
-llama score nf4 merged 2
-llama label_tokens none merged 2
-llama label_tokens int8 merged 2
-llama reward nf4 merged 2
-llama reward int8 merged 2
-llama score nf4 unmerged 2
-qwen2 score none merged 2
-qwen2 score int8 merged 2
-qwen2 label_tokens nf4 merged 2
-qwen2 label_tokens int8 merged 2
-qwen2 reward none merged 2
-qwen2 reward nf4 merged 2
-bert score none merged 2
-bert reward nf4 merged 2
-bert reward int8 merged 2
 """
 AWKWARD = (
     "",
@@ -115,15 +90,26 @@ print(json.dumps(found))
 """
 
 
-def cases_in(table: str) -> list[tuple[str, str, str, str, int]]:
-    return [(*words[:4], int(words[4])) for words in map(str.split, table.strip().splitlines())]
+def square_cases() -> list[tuple[str, str, str, str, int]]:
+    """The table SQUARE as tuples."""
+    rows = [line.split() for line in SQUARE.strip().splitlines()]
+    return [(kind, head, quantize, adapter, int(verdicts)) for kind, head, quantize, adapter, verdicts in rows]
+
+
+def other_cases() -> list[tuple[str, str, str, str, int]]:
+    """Every architecture, head and format that the table leaves out, and what is left of ties and unmerged adapters."""
+    square = {case[:3] for case in square_cases() if case[3] == "merged"}
+    every = set(itertools.product(KINDS, HEADS, FORMATS)) - set(itertools.product(["bert"], ["label_tokens"], FORMATS))
+    others = [(*case, "merged", 2) for case in sorted(every - square)]
+    return [*others, ("gemma2", "score", "nf4", "merged", 3), ("llama", "score", "nf4", "unmerged", 2)]
 
 
 @pytest.fixture(
-    scope="module", params=[pytest.param(SQUARE, id="square"), pytest.param(REST, id="rest", marks=pytest.mark.slow)]
+    scope="module",
+    params=[pytest.param(square_cases(), id="square"), pytest.param(other_cases(), id="others", marks=pytest.mark.slow)],
 )
 def cases(request):
-    return cases_in(request.param)
+    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +154,7 @@ def in_kaggles_versions(folders: list[Path]) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_the_versions_are_those_of_kaggles_image(found):
+def test_what_was_loaded_with_the_versions_of_kaggles_image_is_what_the_table_says(cases, found):
     assert found["versions"] == {
         "transformers": "5.0.0",
         "peft": "0.19.1",
@@ -177,24 +163,16 @@ def test_the_versions_are_those_of_kaggles_image(found):
         "accelerate": "1.13.0",
         "bitsandbytes": "0.50.2",
     }
-
-
-def test_what_was_loaded_is_what_the_table_says(cases, found):
     names = ("model_type", "head", "quantised", "adapter", "verdicts")
     assert [tuple(package[name] for name in names) for package in found["packages"]] == cases
 
 
-def test_the_tables_hold_every_architecture_head_and_number_format():
-    kinds, heads, formats = ("gemma2", "llama", "qwen2", "bert"), ("score", "label_tokens", "reward"), ("none", "nf4", "int8")
-    square, every = cases_in(SQUARE), cases_in(SQUARE + REST.lstrip())
-    assert (len(square), len(every)) == (14, 37)
-    assert {(kind, quantize) for kind, _, quantize, *_ in square} == set(itertools.product(kinds, formats))
-    assert {(kind, head) for kind, head, *_ in square} == set(itertools.product(kinds, heads)) - {("bert", "label_tokens")}
-    assert {(head, quantize) for _, head, quantize, *_ in square} == set(itertools.product(heads, formats))
-    wanted = set(itertools.product(kinds, heads, formats)) - {("bert", "label_tokens", quantize) for quantize in formats}
-    assert {case[:3] for case in every if case[3] == "merged"} == wanted
-    assert {case[0] for case in every if case[3] == "unmerged"} == {"gemma2", "llama", "qwen2"}
-    assert {case[0] for case in every if case[4] == 3} == set(kinds)
+def test_the_table_has_each_of_architecture_head_and_format_with_each_of_the_others():
+    square = square_cases()
+    assert {(kind, quantize) for kind, _, quantize, *_ in square} == set(itertools.product(KINDS, FORMATS))
+    assert {(kind, head) for kind, head, *_ in square} == set(itertools.product(KINDS, HEADS)) - {("bert", "label_tokens")}
+    assert {(head, quantize) for _, head, quantize, *_ in square} == set(itertools.product(HEADS, FORMATS))
+    assert (len(square), len(other_cases())) == (14, 23)
 
 
 def test_packages_give_the_same_probabilities_in_kaggles_versions(cases, folders, found):

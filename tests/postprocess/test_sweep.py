@@ -63,45 +63,31 @@ def test_trials_are_sorted_by_log_loss_then_accuracy_and_what_did_not_end_comes_
     lines, table = index(swept)
     headings = "trial learning_rate pairwise.budget_tokens log loss accuracy flip rate rows steps status"
     assert [" ".join(line) for line in lines[:3:2]] == [headings, "sweep0002 0.0001 256 0.6100 0.5000 0.2500 400 60 finished"]
-    assert [line[0] for line in lines[2:5]] == ["sweep0002", "sweep0004", "sweep0001"]
-    assert table["trial"].to_list() == ["sweep0002", "sweep0004", "sweep0001", "sweep0003", "sweep0005"]
-    assert table["status"].to_list() == [
-        *["finished"] * 3,
-        "failed: FloatingPointError: step 3: not finite",
-        "unfinished: it runs still, or was ended",
+    unfinished = "unfinished: it runs still, or was ended"
+    assert table.select("trial", "learning_rate", "pairwise.budget_tokens", "log_loss", "status").rows() == [
+        ("sweep0002", 0.0001, 256, 0.61, "finished"),
+        ("sweep0004", 0.01, 256, 0.66, "finished"),
+        ("sweep0001", 0.001, 512, 0.66, "finished"),
+        ("sweep0003", 0.01, 256, None, "failed: FloatingPointError: step 3: not finite"),
+        ("sweep0005", 0.1, 256, None, unfinished),
     ]
-    assert table.columns == [
-        *("trial", "learning_rate", "pairwise.budget_tokens", "log_loss", "accuracy", "flip_rate", "rows", "steps", "status")
-    ]
-    assert table["learning_rate"].to_list() == [0.0001, 0.01, 0.001, 0.01, 0.1]
-    assert table["log_loss"].to_list() == [0.61, 0.66, 0.66, None, None]
 
 
-def test_the_best_is_named_with_the_command_that_packages_it(swept):
+def test_the_best_is_named_and_drawn(swept):
     lines, _ = index(swept)
     assert " ".join(lines[-2]) == f"best by log_loss: sweep0002; package it: python -m postprocess {swept}/sweep0002/recipe.yml"
+    with Image.open(swept / "sweep.png") as picture:
+        assert picture.size == (680, 600)
     lines, table = index(swept, "--by", "accuracy")
     assert " ".join(lines[-2]).startswith("best by accuracy: sweep0004; ")
     assert table["trial"].to_list()[:3] == ["sweep0004", "sweep0001", "sweep0002"]
-
-
-def test_the_picture_is_the_same_for_the_same_trials(swept):
-    index(swept)
-    first = (swept / "sweep.png").read_bytes()
-    with Image.open(swept / "sweep.png") as picture:
-        assert picture.size == (680, 600)
-    index(swept)
-    assert (swept / "sweep.png").read_bytes() == first
 
 
 def test_a_refused_trial_says_why(tmp_path):
     add_trial(tmp_path, "sweep0001", log="error: lora_r: expected a whole number of at least 1, found 0\n", lora_r=0)
     add_trial(tmp_path, "sweep0002", log_loss=0.6, accuracy=0.5, lora_r=8)
     _, table = index(tmp_path)
-    assert table.rows()[1] == (
-        *("sweep0001", 0, None, None, None, None, None),
-        "failed: lora_r: expected a whole number of at least 1, found 0",
-    )
+    assert table["status"].to_list() == ["finished", "failed: lora_r: expected a whole number of at least 1, found 0"]
 
 
 def test_parameters_of_any_kind_are_told_as_a_recipe_has_them(tmp_path):
@@ -129,36 +115,27 @@ def test_how_sure_an_accuracy_is_stands_below(tmp_path):
     told = [" ".join(line) for line in lines]
     assert "400 validation rows: the standard error of an accuracy is 0.025, and the best of several had luck too" in told
     assert "all recipes are the same, or one trial has one: there are no parameters to tell apart" in told
-    assert told[-1] == f"written: {tmp_path}/sweep.csv; nothing to draw"
-    assert not (tmp_path / "sweep.png").exists()
 
 
 def test_a_sweep_of_which_nothing_ended_is_listed_without_a_picture(tmp_path):
     (tmp_path / "sweep.png").write_bytes(b"of an earlier sweep")
     add_trial(tmp_path, "sweep0001", lora_r=8)
     (tmp_path / "sweep0002").mkdir()
-    _, table = index(tmp_path)
-    assert table.select("trial", "status").rows() == [
-        ("sweep0001", "unfinished: it runs still, or was ended"),
-        ("sweep0002", "unfinished: it runs still, or was ended"),
-    ]
+    lines, table = index(tmp_path)
+    assert table["status"].to_list() == ["unfinished: it runs still, or was ended"] * 2
+    assert " ".join(lines[-1]) == f"written: {tmp_path}/sweep.csv; nothing to draw"
     assert not (tmp_path / "sweep.png").exists()
 
 
 def test_a_folder_without_trials_is_one_line(tmp_path):
     (tmp_path / "sweep0001").write_text("no folder")
-    assert fails(str(tmp_path)) == (
-        f"error: {tmp_path}: holds no sweep0001; axolotl train RECIPE --sweep FILE writes the trials below FILE's output_dir, "
-        "or the recipe's"
-    )
+    assert fails(str(tmp_path)).startswith(f"error: {tmp_path}: holds no sweep0001; axolotl train RECIPE --sweep FILE writes ")
     assert fails(str(tmp_path / "absent")).startswith(f"error: {tmp_path}/absent: no such folder; ")
 
 
 def test_metrics_without_what_training_writes_are_one_line(tmp_path):
     run = add_trial(tmp_path, "sweep0001", log_loss=0.6, accuracy=None)
-    assert fails(str(tmp_path)) == (
-        f"error: {run}/metrics.json: no number accuracy; it is not axolotl train's, train this trial again"
-    )
+    assert fails(str(tmp_path)).startswith(f"error: {run}/metrics.json: no number accuracy; ")
 
 
 @pytest.mark.slow
@@ -170,7 +147,7 @@ def test_a_real_sweep_of_two_blocks_is_indexed_and_its_best_is_a_recipe(tiny_mod
     (tmp_path / "sweep.yml").write_text(yaml.safe_dump({"output_dir": [str(tmp_path / "swept")], "pairwise": blocks}))
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [shutil.which("axolotl"), "train", str(recipe), "--sweep", str(tmp_path / "sweep.yml"), "--learning-rate", "0.01"]
-    ended = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    ended = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=500, check=False)
     assert ended.returncode == 0, ended.stdout[-3000:]
     _, table = index(tmp_path / "swept")
     assert sorted(table["pairwise.budget_tokens"].to_list()) == [1, 192, 256]
@@ -181,5 +158,4 @@ def test_a_real_sweep_of_two_blocks_is_indexed_and_its_best_is_a_recipe(tiny_mod
     best = read_recipe(tmp_path / "swept" / table["trial"][0] / "recipe.yml")
     metrics = json.loads((best.run_folder / "metrics.json").read_text())
     assert (best.pairwise.budget_tokens, metrics["log_loss"]) == (table["pairwise.budget_tokens"][0], table["log_loss"][0])
-    contract = json.loads((best.run_folder / "contract.json").read_text())
-    assert (best.axolotl["learning_rate"], contract["budget_tokens"]) == (0.01, best.pairwise.budget_tokens)
+    assert best.axolotl["learning_rate"] == 0.01

@@ -4,38 +4,29 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
-from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from postprocess.agreement.plot import agreement_picture, draw_differences, draw_rows, title
 from postprocess.agreement.statistics import Column, compare
 from tests.postprocess.agreement.test_statistics import LABELS, TRAINED, WINNERS, column, report
 
-TWO = ("model_a", "model_b")
 RUN = Path("outputs/gemma2_cls")
 
 
-def columns(*quantised):
-    return [column(name, *rows) for name, rows in (("recorded", TRAINED), ("trained", TRAINED), ("quantised", quantised))]
-
-
 def picture(out, *quantised):
-    shown = columns(*quantised)
-    agreement_picture(RUN, compare(shown, LABELS, WINNERS, 0.05), shown, TWO, out)
+    named = {"recorded": TRAINED, "trained": TRAINED, "quantised": quantised}
+    shown = [column(name, *rows) for name, rows in named.items()]
+    agreement_picture(RUN, compare(shown, LABELS, WINNERS, 0.05), shown, ("model_a", "model_b"), out)
     return out.read_bytes()
 
 
-def test_the_picture_is_a_png_of_1100_by_520_pixels(tmp_path):
-    found = picture(tmp_path / "agreement.png", 0.8, 0.6)
-    assert found[:8] == b"\x89PNG\r\n\x1a\n"
-    assert struct.unpack(">II", found[16:24]) == (1100, 520)
-
-
-def test_the_same_numbers_give_the_same_bytes_whatever_the_user_s_settings(tmp_path):
+def test_the_same_numbers_give_the_same_png_of_1100_by_520_pixels_whatever_the_user_s_settings(tmp_path):
     first = picture(tmp_path / "one.png", 0.8, 0.6)
+    assert first[:8] == b"\x89PNG\r\n\x1a\n"
+    assert struct.unpack(">II", first[16:24]) == (1100, 520)
     with matplotlib.rc_context({"savefig.dpi": 50, "font.size": 30, "axes.facecolor": "black"}):
         assert picture(tmp_path / "two.png", 0.8, 0.6) == first
-    assert b"Software" not in first and b"matplotlib" not in first
+    assert b"matplotlib" not in first
     assert picture(tmp_path / "three.png", 0.8, 0.39) != first
 
 
@@ -62,9 +53,8 @@ def test_rows_whose_verdict_changed_are_marked():
     same, marked = axes.collections
     assert same.get_offsets().tolist() == [[0.9, 0.8], [0.1, 0.2]]
     assert marked.get_offsets().tolist() == [[0.45, 0.55]]
-    assert [to_hex(one.get_facecolor()[0]) for one in (same, marked)] == ["#3b6ea5", "#d1495b"]
+    assert same.get_facecolor().tolist() != marked.get_facecolor().tolist()
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["same verdict: 2", "verdict changed: 1"]
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("P(model_a), trained", "P(model_a), quantised")
 
 
 @pytest.mark.parametrize(
@@ -83,10 +73,8 @@ def test_the_histogram_holds_every_difference_with_zero_in_the_middle_of_a_bar(v
 
 
 def test_the_title_names_run_rows_difference_and_tolerance():
-    found = report(quantised=(0.8, 0.6))
-    assert title(RUN, found) == (
+    assert title(RUN, report(quantised=(0.8, 0.6))) == (
         "gemma2_cls: quantised model, does not agree\n"
         "2 rows, mean difference 0.1500 (quantised against trained), tolerance 0.05"
     )
     assert title(RUN / "fold-3", report(quantised=TRAINED)).startswith("gemma2_cls/fold-3: quantised model, agrees\n")
-    assert title(RUN / "mean", report(quantised=TRAINED)).startswith("gemma2_cls/mean: quantised model, agrees\n")

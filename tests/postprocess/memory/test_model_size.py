@@ -1,6 +1,8 @@
 """Sizes by arithmetic are those of the models that transformers builds and of the packages that bitsandbytes writes."""
 
 import json
+import subprocess
+import sys
 import weakref
 from dataclasses import replace
 
@@ -60,11 +62,18 @@ def skeleton(config, head, outputs):
         return auto.from_config(config)
 
 
+def parameters_of(dimensions):
+    return sum(weight.elements for weight in weights(dimensions, "label_tokens", 2))
+
+
 def test_every_base_model_that_is_known_has_its_parameters():
-    assert {
-        name: sum(weight.elements for weight in weights(read_dimensions(name), "label_tokens", 2))
-        for name in known_dimensions()
-    } == PARAMETERS
+    assert {name: parameters_of(read_dimensions(name)) for name in known_dimensions()} == PARAMETERS
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "llama"])
+def test_a_base_model_that_is_a_folder_is_read_from_its_config_which_may_leave_keys_out(kind, tiny_models):
+    model = AutoModelForCausalLM.from_pretrained(tiny_models(kind))
+    assert parameters_of(read_dimensions(str(tiny_models(kind)))) == model.num_parameters()
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -99,26 +108,11 @@ def test_a_tiny_package_on_disk_has_the_bytes_that_were_computed(tiny_models, tm
     notes = sum(size for name, size in sizes.items() if ".quant_state." in name or name.endswith(".weight_format"))
     assert notes < 120 * 7 * 2 + 120
     for weight in weights(served.dimensions, "score", 2):
-        packed, state = packed_bytes(weight, quantize)
-        assert sizes[weight.name] == packed, weight.name
         stem = weight.name.removesuffix("weight")
-        states = [
-            size for name, size in sizes.items() if name in (f"{stem}SCB", f"{stem}weight.absmax", f"{stem}weight.quant_map")
-        ]
-        assert sum(states) == state, weight.name
+        states = (f"{stem}SCB", f"{stem}weight.absmax", f"{stem}weight.quant_map")
+        stored = sizes[weight.name], sum(sizes.get(name, 0) for name in states)
+        assert stored == packed_bytes(weight, quantize), weight.name
     assert sum(bytes_by_class(served).values()) == sum(sizes.values()) - notes
-
-
-def test_gemma_2_in_4_bits_is_6_gib():
-    assert bytes_by_class(GEMMA) == {
-        "linear": 4_161_798_144,
-        "embedding": 1_835_008_000,
-        "norm": 1_211_392,
-        "bias": 0,
-        "head": 14_336,
-        "quantisation state": 520_243_584,
-        "adapter": 0,
-    }
 
 
 def test_an_adapter_that_stays_apart_is_counted():
@@ -126,14 +120,6 @@ def test_an_adapter_that_stays_apart_is_counted():
     assert bytes_by_class(replace(GEMMA, lora=lora))["adapter"] == 432_144_384
     recipe = read_recipe(ROOT / "recipes" / "gemma2_qlora.yml")
     assert served_of(recipe).lora == lora
-
-
-def test_of_a_batch_the_longest_rows_the_soft_cap_and_the_head_count():
-    few = replace(GEMMA, budget_tokens=512)
-    assert activation_bytes(few, 8192) < activation_bytes(GEMMA, 8192) < activation_bytes(replace(GEMMA, softcap=True), 8192)
-    assert activation_bytes(GEMMA, 8192) == pytest.approx(2 * activation_bytes(GEMMA, 4096), rel=0.05)
-    causal = replace(GEMMA, head="label_tokens")
-    assert activation_bytes(causal, 8192) - activation_bytes(GEMMA, 8192) == 128 * 256000 * 6
 
 
 class PeakBytes(TorchDispatchMode):
@@ -193,30 +179,16 @@ def test_a_batch_holds_at_least_the_longest_request():
     assert activation_bytes(replace(GEMMA, head="reward"), 100) == activation_bytes(replace(GEMMA, head="reward"), 4096)
 
 
-def test_a_gpu_holds_weights_a_batch_and_cuda():
+def test_a_gpu_holds_weights_a_batch_and_cuda_and_of_a_model_on_two_each_about_half():
     [needed] = gpu_bytes(GEMMA, 8192)
     assert needed == sum(bytes_by_class(GEMMA).values()) + activation_bytes(GEMMA, 8192) + CUDA_BYTES
     assert 9.5 < needed / GIB < 10.5
-
-
-def test_split_over_two_gpus_each_holds_about_half():
     served = Served(read_dimensions("Qwen/Qwen2.5-14B-Instruct"), "score", 2, "int8", False, 2048)
     first, second = weight_bytes(served, 2)
     assert first + second == weight_bytes(served)[0] > 13.7 * GIB
     assert abs(first - second) < 0.3 * GIB
-    both = gpu_bytes(served, 3072, 2)
-    assert both == [held + 2 * activation_bytes(served, 3072) + CUDA_BYTES for held in (first, second)]
-
-
-def test_a_base_model_that_is_a_folder_is_read_from_its_config(tiny_models):
-    found = read_dimensions(str(tiny_models("gemma2")))
-    assert weights(found, "score", 2) == weights(read_dimensions("outputs/demo/input/gemma2"), "score", 2)
-
-
-def test_llamas_own_config_json_fills_in_what_it_leaves_out(tiny_models):
-    found = read_dimensions(str(tiny_models("llama")))
-    model = AutoModelForCausalLM.from_pretrained(tiny_models("llama"))
-    assert sum(weight.elements for weight in weights(found, "label_tokens", 2)) == model.num_parameters()
+    batches = 2 * activation_bytes(served, 3072)  # one in flight for each GPU
+    assert gpu_bytes(served, 3072, 2) == [first + batches + CUDA_BYTES, second + batches + CUDA_BYTES]
 
 
 @pytest.mark.parametrize(
@@ -236,8 +208,5 @@ def test_a_base_model_whose_size_is_unknown_is_one_line(tmp_path, config, messag
 
 
 def test_sizes_need_no_torch():
-    import subprocess
-    import sys
-
     code = "import sys, kaggle_kernels.build.listing; assert not {'torch', 'transformers'} & set(sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0

@@ -1,11 +1,13 @@
 """What each T4 would hold, told before any work, and refused where it is too much."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from postprocess.__main__ import main
+from postprocess.memory import t4_fit
 from postprocess.memory.model_size import GIB, Served, read_dimensions
 from postprocess.memory.t4_fit import Use, memory_line, place, refusal, size_lines, uses_of
 from preprocess.core.errors import UserError
@@ -19,11 +21,19 @@ def test_the_specs_that_serve_a_run_are_found_with_their_batches():
     assert uses_of("served_by_nobody") == [Use(None, 8192, None, "auto")]
 
 
-def test_a_spec_serves_the_mean_of_folds_too_and_one_with_a_mistake_is_passed_over(tmp_path):
-    (tmp_path / "a.yml").write_text("packages: [{run: my_run/mean, placement: split}]\nbudget_tokens: 1024\n")
-    (tmp_path / "b.yml").write_text("packages: 5\n")
-    (tmp_path / "c.yml").write_text("packages: [\n")
-    assert uses_of("my_run", tmp_path) == [Use("a", 8192, 1024, "split")]
+@pytest.mark.parametrize(
+    ("spec", "use"),
+    [
+        ("packages: [{run: mine/mean, placement: split}]\nbudget_tokens: 1024\n", Use("a", 8192, 1024, "split")),
+        ("packages: 5\n", Use()),
+        ("packages: [\n", Use()),
+        ("packages: [{run: mine}]\ntokens_per_batch: x\n", Use()),
+        ("packages: [{run: mine}]\nbudget_tokens: [1]\n", Use()),
+    ],
+)
+def test_a_spec_serves_the_mean_of_folds_too_and_one_with_a_mistake_is_passed_over(spec, use, tmp_path):
+    (tmp_path / "a.yml").write_text(spec)
+    assert uses_of("mine", tmp_path) == [use]
 
 
 def test_bytes_are_told_class_by_class():
@@ -38,20 +48,23 @@ def test_what_a_t4_holds_is_told_part_by_part():
         "kernel mine, a copy on each T4, batches of 8,192 tokens: 10.0 GiB of 14.5: weights 6.07, activations 3.20, "
         "logits 0.00, CUDA 0.75"
     )
-    causal = Served(GEMMA.dimensions, "label_tokens", 2, "nf4", softcap=False, budget_tokens=2048)
+    causal = replace(GEMMA, head="label_tokens")
     assert "logits 0.18, CUDA" in memory_line(Use(), causal, *place(causal, 8192, "auto"))
 
 
 def test_a_refusal_says_what_would_fit():
-    whole = Served(GEMMA.dimensions, "score", 2, "none", softcap=False, budget_tokens=2048)
-    told = refusal("mine", whole, 8192, "each", Path("recipes/mine.yml"))
-    assert told == (
+    assert refusal("mine", replace(GEMMA, quantize="none"), 8192, "each", Path("recipes/mine.yml")) == (
         "mine needs 21.1 GiB on a GPU (17.2 of it weights), a T4 offers 14.5; what would fit: "
         "pairwise.package.quantize: int8 in recipes/mine.yml (13.9 GiB), or "
         "pairwise.package.quantize: gptq8 in recipes/mine.yml (13.7 GiB), or "
         "pairwise.package.quantize: nf4 in recipes/mine.yml (10.0 GiB), or "
         "pairwise.package.quantize: gptq4 in recipes/mine.yml (9.8 GiB)"
     )
+
+
+def test_an_encoder_is_never_split():
+    minilm = replace(GEMMA, dimensions=read_dimensions("sentence-transformers/all-MiniLM-L6-v2"), quantize="none")
+    assert place(minilm, 10**6, "auto")[0] == "each"
 
 
 def test_the_command_tells_it_first_and_only_when_there_is_work(packaged):
@@ -77,8 +90,6 @@ def test_what_no_t4_can_hold_is_refused_before_anything_is_written(copied, monke
 
 
 def test_one_kernel_that_holds_it_is_enough(made, opened, monkeypatch, capsys):
-    from postprocess.memory import t4_fit
-
     uses = [Use("too_much", 10**9), Use("enough", 256)]
     monkeypatch.setattr(t4_fit, "uses_of", lambda name: uses)
     t4_fit.check_target(opened(made("gemma2")))
@@ -88,22 +99,7 @@ def test_one_kernel_that_holds_it_is_enough(made, opened, monkeypatch, capsys):
         t4_fit.check_target(opened(made("gemma2")))
 
 
-def test_an_encoder_is_never_split():
-    minilm = Served(
-        read_dimensions("sentence-transformers/all-MiniLM-L6-v2"), "score", 2, "none", softcap=False, budget_tokens=256
-    )
-    assert place(minilm, 10**6, "auto")[0] == "each"
-
-
-@pytest.mark.parametrize("values", ["tokens_per_batch: x", "budget_tokens: [1]"])
-def test_a_spec_whose_numbers_are_none_is_passed_over(values, tmp_path):
-    (tmp_path / "a.yml").write_text(f"packages: [{{run: mine}}]\n{values}\n")
-    assert uses_of("mine", tmp_path) == [Use()]
-
-
 def test_a_model_of_unknown_dimensions_is_packaged_all_the_same(made, opened, monkeypatch, capsys):
-    from postprocess.memory import t4_fit
-
     run = opened(made("gemma2"))
     monkeypatch.setattr(t4_fit, "read_object", lambda path: {"model_type": "mamba"})
     t4_fit.check_target(run)
