@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax
+from scipy.special import logsumexp
 
 from postprocess.report.metrics import Estimate, ScoredRows
 from recipes.pairwise.tracking.metrics import SMALLEST
@@ -29,22 +29,13 @@ class Bin:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Whether the model is as sure as it is right.
+    """Whether the model is as sure as it is right."""
 
-    Attributes:
-        bins: The bins that have rows, in the order of their confidence.
-        lowest_confidence: The least that the likeliest verdict can have: 1/2 or 1/3.
-        error: The expected calibration error (Guo et al. 2017).
-        temperature: The temperature with the least log loss on these rows.
-        log_loss: Log loss of all rows, in nats, at temperature 1.
-        log_loss_at_temperature: The least log loss.
-    """
-
-    bins: tuple[Bin, ...]
-    lowest_confidence: float
-    error: float
-    temperature: float
-    log_loss: float
+    bins: tuple[Bin, ...]  # those that have rows, in the order of their confidence
+    lowest_confidence: float  # the least that the likeliest verdict can have: 1/2 or 1/3
+    error: float  # the expected calibration error (Guo et al. 2017)
+    temperature: float  # the one with the least log loss on these rows
+    log_loss: float  # of all rows at temperature 1, in nats
     log_loss_at_temperature: float
 
 
@@ -105,8 +96,8 @@ def find_best_temperature(scored: ScoredRows) -> tuple[float, float]:
 
     def compute_log_loss(inverse_temperature: float) -> float:
         logits_rv = inverse_temperature * log_probabilities_rv
-        log_softmax_rv = log_softmax(logits_rv, axis=1)
-        return float(-(scored.labels_rv * log_softmax_rv).sum(axis=1).mean())
+        mean_logit_r = (scored.labels_rv * logits_rv).sum(axis=1)
+        return float((logsumexp(logits_rv, axis=1) - mean_logit_r).mean())
 
     minimum = minimize_scalar(
         compute_log_loss,

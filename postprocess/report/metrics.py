@@ -33,21 +33,13 @@ class Estimate:
 
 @dataclass(frozen=True)
 class TableRow:
-    """Accuracy and log loss of some rows of the data, as one row of a table.
+    """Accuracy and log loss of some rows of the data, as one row of a table."""
 
-    Attributes:
-        name: What the rows have in common, or whose verdicts they are.
-        row_count: Number of rows.
-        group_count: Number of groups of rows with nearly the same prompt.
-        accuracy: Share of the decided rows with the right verdict; None if no row is decided.
-        log_loss: Mean log loss of all rows, in nats.
-    """
-
-    name: str
+    name: str  # what the rows have in common, or whose verdicts they are
     row_count: int
-    group_count: int
-    accuracy: Estimate | None
-    log_loss: Estimate
+    group_count: int  # groups of rows with nearly the same prompt
+    accuracy: Estimate | None  # of the decided rows; None if no row is decided
+    log_loss: Estimate  # of all rows, in nats
 
     @property
     def has_few_groups(self) -> bool:
@@ -76,29 +68,17 @@ class Baseline:
 
 @dataclass(frozen=True)
 class ScoredRows:
-    """The measured rows as arrays.
+    """The measured rows as arrays."""
 
-    Attributes:
-        probabilities_rov: The model's probabilities in both orders, float64.
-        mean_rv: The mean of both orders, by which a run is judged.
-        labels_rv: Target probabilities.
-        winners_r: The place of each row's winner among the verdicts; -1 if it is none of them.
-        is_decided_r: Whether the winner is one of the model's verdicts.
-        is_right_r: Whether the likeliest verdict is the winner.
-        losses_r: Log loss in nats.
-        resamples: The bootstrap's draws of groups of rows.
-        verdicts: The model's verdicts, in the order of the last axis.
-    """
-
-    probabilities_rov: np.ndarray
-    mean_rv: np.ndarray
-    labels_rv: np.ndarray
-    winners_r: np.ndarray
-    is_decided_r: np.ndarray
-    is_right_r: np.ndarray
-    losses_r: np.ndarray
-    resamples: Resamples
-    verdicts: tuple[str, ...]
+    probabilities_rov: np.ndarray  # in both orders, float64
+    mean_rv: np.ndarray  # the mean of both orders, by which a run is judged
+    labels_rv: np.ndarray  # target probabilities
+    winners_r: np.ndarray  # the winner's place among the verdicts; -1 if it is none of them
+    is_decided_r: np.ndarray  # whether the winner is one of the verdicts
+    is_right_r: np.ndarray  # whether the likeliest verdict is the winner
+    losses_r: np.ndarray  # log loss in nats
+    resamples: Resamples  # the bootstrap's draws of groups of rows
+    verdicts: tuple[str, ...]  # in the order of the last axis
 
     def estimate(self, values_r: np.ndarray, mask_r: np.ndarray | None = None) -> Estimate | None:
         """Compute the mean of some rows' values and its 95 % confidence interval.
@@ -108,10 +88,7 @@ class ScoredRows:
 
         Args:
             values_r: A number for each row.
-            mask_r: The rows that count; None for all.
-
-        Returns:
-            The estimate, or None if no row counts.
+            mask_r: The rows that count; None for all. If there are none, there is no estimate.
         """
         if mask_r is None:
             mask_r = np.full(len(values_r), True)

@@ -11,7 +11,6 @@ import hashlib
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
@@ -59,8 +58,6 @@ def render_page(run: RunData, measurements: Measurements | None) -> str:
         is_out_of_fold=run.predictions is not None and run.predictions.is_out_of_fold,
         measured=measurements,
         learning_charts=make_learning_charts(run),
-        agreement=run.agreement.report if run.agreement else None,
-        pictures=draw_pictures(run, measurements),
         letters=LETTERS,
         style=Markup(style),
         script=Markup(script),
@@ -77,15 +74,20 @@ def make_environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["decimal"] = format_decimal
-    environment.filters["signed"] = format_signed
-    environment.filters["percent"] = format_percent
-    environment.filters["interval"] = format_interval
-    environment.filters["with_code"] = mark_code
-    environment.filters["show_controls"] = show_controls
-    environment.globals["draw_table"] = draw_table
-    environment.globals["draw_share_bar"] = svg.draw_share_bar
-    environment.globals["draw_learning_chart"] = svg.draw_learning_chart
+    environment.filters.update(
+        decimal=format_decimal,
+        signed=format_signed,
+        percent=format_percent,
+        interval=format_interval,
+        with_code=mark_code,
+        show_controls=show_controls,
+    )
+    environment.globals.update(
+        svg=svg,
+        make_strip_scale=make_strip_scale,
+        draw_orders=draw_orders,
+        draw_agreement=draw_agreement,
+    )
     return environment
 
 
@@ -112,27 +114,24 @@ def model_facts(run: RunData) -> list[tuple[str, str]]:
     # The commits of all folds, shortened, with -dirty where it applies.
     commits = set()
     for fold_contract in run.contracts.values():
-        commit = training_record(fold_contract).get("git_commit", "")
-        commits.add(re.sub(r"^(\w{12})\w+", r"\1", commit))
+        commit = training_record(fold_contract).get("git_commit")
+        if commit:
+            commits.add(re.sub(r"^(\w{12})\w+", r"\1", commit))
 
     # An ISO time, such as 2026-11-25T09:43:39+00:00.
     created = record.get("created", "").replace("T", " ").replace("+00:00", " UTC")
 
     # The verdicts of the run, since a contract of an earlier version does not name them.
-    head = ""
-    if contract:
-        head = f"{contract.get('head')}, {len(run.verdicts)} verdicts"
-    tokens = ""
-    if contract.get("budget_tokens"):
-        tokens = f"{contract['budget_tokens']:,} a row"
+    head = f"{contract.get('head')}, {len(run.verdicts)} verdicts"
+    tokens = contract.get("budget_tokens")
 
     return [
         ("recipe", record.get("recipe", "")),
         ("base model", base_model),
-        ("git commit", ", ".join(sorted(filter(None, commits)))),
+        ("git commit", ", ".join(sorted(commits))),
         ("trained", created),
-        ("head", head),
-        ("tokens", tokens),
+        ("head", head if contract else ""),
+        ("tokens", f"{tokens:,} a row" if tokens else ""),
     ]
 
 
@@ -171,30 +170,18 @@ def row_facts(run: RunData) -> list[tuple[str, str]]:
 
 
 def training_facts(run: RunData) -> list[tuple[str, str]]:
-    """Say how long the training took, and with which data and versions of libraries."""
+    """Say how long the training of all folds took, with which data and versions of libraries."""
     metrics = run.first_metrics
-    steps = ""
-    if metrics.get("steps"):
-        steps = f"{metrics['steps']:,}"
-
-    # All folds together.
-    seconds = 0.0
-    for fold_metrics in run.metrics.values():
-        seconds += fold_metrics.get("seconds_training", 0)
-    duration = ""
-    if seconds > 0:
-        duration = format_duration(seconds)
+    steps = metrics.get("steps", 0)
+    seconds = sum(fold_metrics.get("seconds_training", 0) for fold_metrics in run.metrics.values())
 
     # A library that was not installed at the training is recorded as absent.
     versions = training_record(run.first_contract).get("versions", {})
-    installed = []
-    for library, version in versions.items():
-        if version != "absent":
-            installed.append(f"{library} {version}")
+    installed = [f"{name} {version}" for name, version in versions.items() if version != "absent"]
 
     return [
-        ("steps", steps),
-        ("training took", duration),
+        ("steps", f"{steps:,}" if steps else ""),
+        ("training took", format_duration(seconds) if seconds > 0 else ""),
         ("pairs", metrics.get("pairs_sha256", "")[:HASH_DIGITS]),
         ("versions", ", ".join(installed)),
     ]
@@ -213,45 +200,14 @@ def format_duration(seconds: float) -> str:
 # Pictures
 
 
-def draw_pictures(run: RunData, measurements: Measurements | None) -> dict[str, Markup | None]:
-    """Draw the pictures that a page has once: reliability, orders, agreement; None for none."""
-    pictures: dict[str, Markup | None] = {"reliability": None, "orders": None, "agreement": None}
-    if measurements is not None and measurements.calibration is not None:
-        calibration = measurements.calibration
-        pictures["reliability"] = svg.draw_reliability(
-            calibration.bins, calibration.lowest_confidence
-        )
-    if measurements is not None and measurements.position_bias is not None:
-        pictures["orders"] = draw_orders(measurements.scored)
-    if run.agreement is not None:
-        pictures["agreement"] = draw_agreement(run.agreement)
-    return pictures
-
-
-@dataclass(frozen=True)
-class TablePictures:
-    """The pictures of a table: the axis of each column, and each row's strips, by column."""
-
-    axes: dict[str, Markup]
-    strips: list[dict[str, Markup]]
-
-
-def draw_table(table_rows: Sequence[TableRow], reference: TableRow) -> TablePictures:
-    """Draw the pictures of a table. A dashed line marks the reference in every strip."""
-    axes = {}
-    strips: list[dict[str, Markup]] = [{} for _ in table_rows]
-    for column in ("accuracy", "log_loss"):
-        estimates = [getattr(table_row, column) for table_row in table_rows]
-        reference_estimate = getattr(reference, column)
-        reference_value = reference_estimate.value if reference_estimate else None
-
-        # The rows share a column's scale.
-        scale = svg.make_strip_scale([*estimates, reference_estimate])
-        axes[column] = svg.draw_strip_axis(scale)
-        for row_strips, estimate in zip(strips, estimates, strict=True):
-            if estimate is not None:
-                row_strips[column] = svg.draw_strip(estimate, scale, reference_value)
-    return TablePictures(axes, strips)
+def make_strip_scale(table_rows: Sequence[TableRow], column: str) -> svg.Scale:
+    """Make the scale that the strips of one column share."""
+    values = []
+    for table_row in table_rows:
+        estimate = getattr(table_row, column)
+        if estimate is not None:
+            values += [estimate.low, estimate.high, estimate.value]
+    return svg.make_scale(values, is_tight=True)
 
 
 def draw_orders(scored: ScoredRows) -> Markup:
@@ -270,15 +226,12 @@ def draw_orders(scored: ScoredRows) -> Markup:
 def draw_agreement(agreement: Agreement) -> Markup | None:
     """Draw P(A) of each row as trained and as packaged; rows whose verdict changed stand out.
 
-    Returns:
-        The chart, or None if agreement.parquet is missing or does not have both models.
+    Returns None if agreement.parquet is missing or does not have both models.
     """
     # The packaged model is merged, quantised, or one of several quantised ones.
     packaged = agreement.report.get("packaged")
     rows = agreement.rows
-    if rows is None:
-        return None
-    if not {"trained_p_model_a", f"{packaged}_p_model_a"} <= set(rows.columns):
+    if rows is None or f"{packaged}_p_model_a" not in rows.columns:
         return None
 
     # Each pair has two rows, one for each order: compare their means.

@@ -25,23 +25,14 @@ class FirstAnswer:
 
 @dataclass(frozen=True)
 class PositionBias:
-    """How much the order of the answers changes the verdicts.
+    """How much the order of the answers changes the verdicts."""
 
-    Attributes:
-        first_answers: What it gets from the labels, the verdicts and the probabilities.
-        verdict_bias: Share of verdicts for the first answer less that for the second.
-        probability_bias: Mean probability of the first answer less that of the second.
-        flip_rate: Share of rows whose verdict changes with the order.
-        orders: The order as given, the swapped order and their mean as one model each.
-        gain: What the mean of both has over the order as given.
-    """
-
-    first_answers: tuple[FirstAnswer, ...]
-    verdict_bias: Estimate
-    probability_bias: Estimate
-    flip_rate: Estimate
-    orders: tuple[TableRow, ...]
-    gain: Gain
+    first_answers: tuple[FirstAnswer, ...]  # of the labels, the verdicts and the probabilities
+    verdict_bias: Estimate  # share of verdicts for the first answer less that for the second
+    probability_bias: Estimate  # mean probability of the first answer less that of the second
+    flip_rate: Estimate  # share of rows whose verdict changes with the order
+    orders: tuple[TableRow, ...]  # as given, swapped, and their mean, as one model each
+    gain: Gain  # of the mean of both over the order as given
 
 
 def measure_position_bias(scored: ScoredRows) -> PositionBias | None:

@@ -17,27 +17,16 @@ from postprocess.report.worst_rows import WorstRow, find_worst_rows
 
 @dataclass(frozen=True)
 class Measurements:
-    """What was measured on the rows of the predictions.
-
-    Attributes:
-        scored: The rows as arrays, for the pictures that show single rows.
-        model: Accuracy and log loss of the model on all rows.
-        baselines: Guesses that read no text, on the same rows.
-        slices: Title and rows of the tables by language, length, source, winner, fold.
-        calibration: None if no row has a winner among the model's verdicts.
-        position_bias: None if the order of the answers changes nothing (a reward model).
-        worst_rows: The rows with a wrong verdict whose winner had the least probability.
-        wrong_count: Number of rows with a wrong verdict.
-    """
+    """What was measured on the rows of the predictions."""
 
     scored: ScoredRows
-    model: TableRow
+    model: TableRow  # accuracy and log loss on all rows
     baselines: Sequence[Baseline]
-    slices: Sequence[tuple[str, Sequence[TableRow]]]
-    calibration: Calibration | None
-    position_bias: PositionBias | None
+    slices: Sequence[tuple[str, Sequence[TableRow]]]  # title and rows of each table
+    calibration: Calibration | None  # None if no row has a winner among the model's verdicts
+    position_bias: PositionBias | None  # None if the order changes nothing (a reward model)
     worst_rows: Sequence[WorstRow]
-    wrong_count: int
+    wrong_count: int  # rows with a wrong verdict
 
 
 def measure_run(run: RunData) -> Measurements | None:

@@ -47,15 +47,10 @@ DEFAULT_PAIRS = "data/pairs.parquet"
 
 @dataclass(frozen=True)
 class Agreement:
-    """The comparison that `python -m postprocess` made of the models as trained and as packaged.
+    """The comparison that `python -m postprocess` made of the models as trained and as packaged."""
 
-    Attributes:
-        report: agreement.json.
-        rows: agreement.parquet, the probabilities of each model; None if there is no such file.
-    """
-
-    report: dict
-    rows: pl.DataFrame | None
+    report: dict  # agreement.json
+    rows: pl.DataFrame | None  # agreement.parquet, the probabilities of each model
 
 
 @dataclass(frozen=True)
@@ -70,27 +65,18 @@ class Commands:
 class RunData:
     """The files of a run.
 
-    Attributes:
-        folder: The run folder.
-        contracts: contract.json of each fold by the fold's name; empty where there is none. A run
-            that is not a cross-validation has one entry, under the empty name.
-        metrics: metrics.json of each fold by the fold's name; empty where there is none.
-        history: The records of history.json by the fold's name, for the folds that have any.
-        predictions: The rows that the report measures; None if there are none.
-        verdicts: The verdicts that the model tells apart, in the order of its outputs.
-        agreement: The comparison of the trained and the packaged model; None if there is none.
-        missing: A sentence for each thing that is missing, by its name: predictions, pairs,
-            contract, metrics, history, agreement.
+    Contracts, metrics and histories are by fold, in a cross-validation; other runs have one entry,
+    under the empty name. A contract or metrics file that is absent is an empty object.
     """
 
     folder: Path
     contracts: dict[str, dict]
     metrics: dict[str, dict]
-    history: dict[str, list[dict]]
-    predictions: Predictions | None
-    verdicts: tuple[str, ...]
+    history: dict[str, list[dict]]  # only of folds that have any records
+    predictions: Predictions | None  # the rows to measure
+    verdicts: tuple[str, ...]  # in the order of the model's outputs
     agreement: Agreement | None
-    missing: dict[str, str]
+    missing: dict[str, str]  # a sentence by the name of what is missing, such as "pairs"
 
     @property
     def name(self) -> str:
@@ -141,9 +127,6 @@ def read_run(folder: Path, out_of_fold: bool = False, pairs_file: Path | None = 
         out_of_fold: Measure oof.parquet in any case.
         pairs_file: The pairs file of the training, if it has moved since.
 
-    Returns:
-        The run's data.
-
     Raises:
         UserError: The folder is not a run folder, or one of its files cannot be read.
     """
@@ -160,7 +143,8 @@ def read_run(folder: Path, out_of_fold: bool = False, pairs_file: Path | None = 
 
     contracts = {name: read_optional(path / CONTRACT) for name, path in fold_folders.items()}
     metrics = {name: read_optional(path / METRICS) for name, path in fold_folders.items()}
-    history = read_histories(fold_folders)
+    histories = {name: read_history(path) for name, path in fold_folders.items()}
+    history = {name: records for name, records in histories.items() if records}
 
     # The folds are of one recipe: what the first one says of the model holds for all.
     contract = first_fold(contracts)
@@ -176,13 +160,20 @@ def read_run(folder: Path, out_of_fold: bool = False, pairs_file: Path | None = 
             f"`{commands.create}` writes it."
         )
     else:
-        is_named_by_user = pairs_file is not None
-        if not is_named_by_user:
-            pairs_file = find_pairs_file(fold_folders, contract, first_metrics)
+        file = pairs_file or find_pairs_file(fold_folders, contract, first_metrics)
         expected_sha256 = first_metrics.get("pairs_sha256")
-        predictions, problem = add_pairs(predictions, pairs_file, expected_sha256, is_named_by_user)
+        predictions, problem = add_pairs(predictions, file, expected_sha256)
+        if problem and pairs_file:
+            raise UserError(
+                f"{file}: {problem}; --pairs names the pairs file of the training "
+                f"(SHA-256 {expected_sha256 or 'not recorded'})"
+            )
         if problem:
-            missing["pairs"] = problem
+            missing["pairs"] = (
+                f"{file} {problem}, so that texts, languages, sources, lengths and groups of "
+                "prompts are missing here: name the file of the training with `--pairs FILE`, or "
+                "train again."
+            )
 
     # The comparison of the model as trained and as packaged.
     agreement, problem = read_agreement(folder, commands.package)
@@ -214,11 +205,7 @@ def check_run_folder(folder: Path) -> None:
 
 
 def should_measure_out_of_fold(folder: Path, is_wanted: bool) -> bool:
-    """Decide whether to measure oof.parquet instead of the run's own predictions.
-
-    Raises:
-        UserError: The user wants oof.parquet, and there is none.
-    """
+    """Decide whether to measure oof.parquet instead of the run's own predictions."""
     file = folder / OUT_OF_FOLD
     if not file.is_file():
         if is_wanted:
@@ -235,15 +222,18 @@ def should_measure_out_of_fold(folder: Path, is_wanted: bool) -> bool:
 
 def find_fold_folders(folder: Path) -> dict[str, Path]:
     """Find the folders of a cross-validation's folds, by name, in the order of their numbers."""
-    # By number, since by name fold-10 would come before fold-2.
-    folders_by_number = {}
-    for path in folder.glob("fold-*"):
-        number = path.name.removeprefix("fold-")
-        if number.isdecimal():
-            folders_by_number[int(number)] = path
+    return {path.name: path for _, path in find_numbered(folder, "fold-")}
 
-    folders = [folders_by_number[number] for number in sorted(folders_by_number)]
-    return {path.name: path for path in folders}
+
+def find_numbered(folder: Path, prefix: str) -> list[tuple[int, Path]]:
+    """Find what is named by the prefix and a number, in the order of these numbers."""
+    # By name, fold-10 would come before fold-2.
+    numbered = []
+    for path in folder.glob(f"{prefix}*"):
+        number = path.name.removeprefix(prefix)
+        if number.isdecimal():
+            numbered.append((int(number), path))
+    return sorted(numbered)
 
 
 def read_optional(file: Path) -> dict:
@@ -253,32 +243,18 @@ def read_optional(file: Path) -> dict:
     return read_object(file)
 
 
-def read_histories(fold_folders: Mapping[str, Path]) -> dict[str, list[dict]]:
-    """Read the trainer's log of each fold, leaving out the folds that have none."""
-    histories = {}
-    for name, folder in fold_folders.items():
-        records = read_history(folder)
-        if records:
-            histories[name] = records
-    return histories
-
-
 def read_history(folder: Path) -> list[dict]:
-    """Read the trainer's log from history.json, or from the newest checkpoint if there is none.
-
-    Returns:
-        The records that have a step; empty if the folder has no log.
-
-    Raises:
-        UserError: The log is not a list of objects.
-    """
+    """Read the trainer's log from history.json, or from the newest checkpoint if there is none."""
     file = folder / HISTORY
     if file.is_file():
         records = read_json(file)
     else:
-        file = find_newest_trainer_state(folder)
-        if file is None:
+        checkpoints = find_numbered(folder, "checkpoint-")
+        states = [path / "trainer_state.json" for _, path in checkpoints]
+        states = [state for state in states if state.is_file()]
+        if not states:
             return []
+        file = states[-1]
         records = read_object(file).get("log_history")
 
     is_list = isinstance(records, list)
@@ -287,18 +263,6 @@ def read_history(folder: Path) -> list[dict]:
 
     # The trainer's records all have a step; what other programs add has none.
     return [record for record in records if isinstance(record.get("step"), int)]
-
-
-def find_newest_trainer_state(folder: Path) -> Path | None:
-    """Find trainer_state.json of the checkpoint with the most steps; None without checkpoints."""
-    newest_step = -1
-    newest_file = None
-    for file in folder.glob("checkpoint-*/trainer_state.json"):
-        step = file.parent.name.removeprefix("checkpoint-")
-        if step.isdecimal() and int(step) > newest_step:
-            newest_step = int(step)
-            newest_file = file
-    return newest_file
 
 
 def find_commands(
@@ -329,9 +293,8 @@ def find_commands(
         create = package
 
     # An environment variable selects the fold.
-    fold = re.fullmatch(r"fold-(\d+)", folder.name)
-    if fold:
-        environment = f"PAIRWISE_FOLD={fold[1]}"
+    if folder != run_folder:
+        environment = f"PAIRWISE_FOLD={folder.name.removeprefix('fold-')}"
         create = f"{environment} {create}"
         package = f"{environment} {package}"
     return Commands(create, package)
@@ -350,11 +313,7 @@ def explain_missing(
     history: Mapping[str, list[dict]],
     commands: Commands,
 ) -> dict[str, str]:
-    """Say for contract.json, metrics.json and history.json which command writes what is missing.
-
-    Returns:
-        A sentence by "contract", "metrics" or "history", for each file that a fold lacks.
-    """
+    """Say for contract.json, metrics.json and history.json which command writes what is missing."""
     files = {"contract": contracts, "metrics": metrics, "history": history}
     missing = {}
     for name, folds in files.items():
@@ -395,26 +354,20 @@ def find_pairs_file(fold_folders: Mapping[str, Path], contract: dict, metrics: d
 def find_verdicts(
     fold_folders: Mapping[str, Path], contract: dict, predictions: Predictions | None
 ) -> tuple[str, ...]:
-    """Find the verdicts that the model tells apart.
-
-    Returns:
-        The contract's verdicts, in the order of the model's outputs. Without a contract, those
-        that have a probability above zero.
+    """Find the verdicts that the model tells apart, in the order of its outputs.
 
     Raises:
         UserError: The contract has other verdicts than model_a, model_b and tie.
     """
     verdicts = contract.get("verdicts")
-    without_tie = VERDICTS[:2]
     if verdicts is None:
-        # A model of two verdicts gives a tie the probability 0.
+        # Without a contract: a model of two verdicts gives a tie the probability 0.
         if predictions is not None and predictions.rows["p_tie"].max() > 0:
             return VERDICTS
-        return without_tie
+        return VERDICTS[:2]
 
-    # The contract's list may have any order: it is the order of the model's outputs.
-    possible_orders = [*permutations(without_tie), *permutations(VERDICTS)]
-    if verdicts not in [list(order) for order in possible_orders]:
+    possible_orders = [*permutations(VERDICTS[:2]), *permutations(VERDICTS)]
+    if not isinstance(verdicts, list) or tuple(verdicts) not in possible_orders:
         first_folder = next(iter(fold_folders.values()))
         raise UserError(
             f"{first_folder / CONTRACT}: verdicts are {verdicts}, expected model_a and model_b, "
@@ -425,10 +378,6 @@ def find_verdicts(
 
 def read_agreement(folder: Path, package_command: str) -> tuple[Agreement | None, str | None]:
     """Read agreement.json and agreement.parquet, if they belong to this folder's predictions.
-
-    Args:
-        folder: The run folder.
-        package_command: The command that compares the models, for the sentence.
 
     Returns:
         The agreement and None, or None and a sentence that says why there is none.

@@ -14,7 +14,7 @@ import numpy as np
 from markupsafe import Markup, escape
 from matplotlib.ticker import MaxNLocator
 
-from postprocess.report.calibration import Bin
+from postprocess.report.calibration import Calibration
 from postprocess.report.learning_curves import Curve, LearningChart
 from postprocess.report.metrics import Estimate
 
@@ -186,23 +186,8 @@ def draw_line(css_class: str, ends_x: tuple, ends_y: tuple) -> str:
 # Strips: pictures in a table's cells
 
 
-def make_strip_scale(estimates: Iterable[Estimate | None]) -> Scale:
-    """Make the scale that the strips of one column share."""
-    values = []
-    for estimate in estimates:
-        if estimate is not None:
-            values += [estimate.low, estimate.high, estimate.value]
-    return make_scale(values, is_tight=True)
-
-
 def draw_strip(estimate: Estimate, scale: Scale, reference: float | None = None) -> Markup:
-    """Draw an estimate as a dot with its interval as a whisker.
-
-    Args:
-        estimate: What to draw. Its numbers stand beside the strip.
-        scale: The column's scale.
-        reference: Where a dashed line goes through the column.
-    """
+    """Draw an estimate as a dot with its interval as a whisker, and a dashed reference line."""
 
     def place(value: float) -> str:
         return f"{100 * scale.fraction(value):.2f}%"
@@ -256,17 +241,15 @@ def draw_chart(parts: Iterable[str], label: str) -> Markup:
     )
 
 
-def draw_reliability(bins: Sequence[Bin], lowest_confidence: float) -> Markup:
+def draw_reliability(calibration: Calibration) -> Markup:
     """Draw a reliability diagram: confidence against accuracy.
 
     Each bin is a dot, its area by the number of rows, its whisker the interval of its accuracy. A
     calibrated model has its dots on the diagonal.
-
-    Args:
-        bins: The bins that have rows.
-        lowest_confidence: Where the horizontal axis begins.
     """
     # A tick at every tenth, from the lowest confidence on.
+    bins = calibration.bins
+    lowest_confidence = calibration.lowest_confidence
     first_tenth = math.ceil(lowest_confidence * 10 - ROUNDING_ERROR)
     ticks = tuple(tenth / 10 for tenth in range(first_tenth, 11))
     confidence_scale = Scale(lowest_confidence, 1.0, ticks)

@@ -39,17 +39,11 @@ del CONTROL_PICTURES[ord("\n")]
 
 @dataclass(frozen=True)
 class Text:
-    """One turn of a prompt or answer, cut for the page.
+    """One turn of a prompt or answer, cut for the page."""
 
-    Attributes:
-        shown: The beginning, or all of a short text.
-        rest: What opens on a click.
-        left_out: Number of characters after the rest, which are not in the page.
-    """
-
-    shown: str
-    rest: str = ""
-    left_out: int = 0
+    shown: str  # the beginning, or all of a short text
+    rest: str = ""  # opens on a click
+    left_out: int = 0  # number of characters after the rest, which are not in the page
 
     @property
     def is_blank(self) -> bool:
@@ -67,25 +61,16 @@ class Text:
 
 @dataclass(frozen=True)
 class WorstRow:
-    """A row with a wrong verdict.
-
-    Attributes:
-        id: The row's id.
-        facts: Language, source and fold, as far as they are known.
-        winner: The verdict of the pairs file.
-        verdict: The model's verdict.
-        prompt, response_a, response_b: Their turns; empty if the texts are unknown.
-        probabilities: The probability of each verdict by the name of the order, then of the mean.
-    """
+    """A row with a wrong verdict; its texts are empty without the pairs file."""
 
     id: str
-    facts: tuple[str, ...]
+    facts: tuple[str, ...]  # language, source and fold, as far as they are known
     winner: str
-    verdict: str
+    verdict: str  # the model's
     prompt: tuple[Text, ...]
     response_a: tuple[Text, ...]
     response_b: tuple[Text, ...]
-    probabilities: dict[str, dict[str, float]]
+    probabilities: dict[str, dict[str, float]]  # by order and the mean, then by verdict
 
 
 def find_worst_rows(
