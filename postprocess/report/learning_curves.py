@@ -32,11 +32,6 @@ class LearningChart:
     axis: str
     series: tuple[Series, ...]
 
-    @property
-    def kinds(self) -> set[str]:
-        """The kinds of series that the chart has."""
-        return {series.kind for series in self.series}
-
 
 def make_learning_charts(run: RunData) -> list[LearningChart]:
     """Make the charts of loss, accuracy and learning rate, without those that have no curve."""

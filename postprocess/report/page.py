@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
-import numpy as np
 import polars as pl
 from markupsafe import Markup, escape
 
@@ -27,7 +26,6 @@ from postprocess.report.run_data import Agreement, RunData, training_record
 from postprocess.report.worst_rows import show_controls
 
 PAGE_FOLDER = Path(__file__).parent
-MAX_DOTS = 600  # of a scatter plot, evenly spaced among the rows
 LETTERS = {"model_a": "A", "model_b": "B", "tie": "tie"}
 NO_NUMBER = "–"
 MINUS = "−"
@@ -216,7 +214,9 @@ def draw_orders(scored: ScoredRows) -> Markup:
     as_given_r = scored.probabilities_rov[:, 0, place_of_a]
     swapped_r = scored.probabilities_rov[:, 1, place_of_a]
     return svg.draw_scatter(
-        choose_dots(as_given_r, swapped_r, find_flips(scored)),
+        as_given_r,
+        swapped_r,
+        find_flips(scored),
         axis_names=("P(A), order as given", "P(A), order swapped"),
         label="The probability of answer A in both orders, a dot a row",
         has_middle_lines=len(scored.verdicts) == 2,
@@ -226,7 +226,8 @@ def draw_orders(scored: ScoredRows) -> Markup:
 def draw_agreement(agreement: Agreement) -> Markup | None:
     """Draw P(A) of each row as trained and as packaged; rows whose verdict changed stand out.
 
-    Returns None if agreement.parquet is missing or does not have both models.
+    Returns:
+        The chart, or None if agreement.parquet is missing or does not have both models.
     """
     # The packaged model is merged, quantised, or one of several quantised ones.
     packaged = agreement.report.get("packaged")
@@ -245,19 +246,13 @@ def draw_agreement(agreement: Agreement) -> Markup | None:
 
     is_changed_r = trained_rv.argmax(axis=1) != packaged_rv.argmax(axis=1)
     return svg.draw_scatter(
-        choose_dots(trained_rv[:, 0], packaged_rv[:, 0], is_changed_r),
+        trained_rv[:, 0],
+        packaged_rv[:, 0],
+        is_changed_r,
         axis_names=("P(A), trained", f"P(A), {packaged}"),
         label=f"The probability of answer A as trained and as {packaged}, a dot a row",
         has_middle_lines=len(verdicts) == 2,
     )
-
-
-def choose_dots(x_r: np.ndarray, y_r: np.ndarray, is_marked_r: np.ndarray) -> list[svg.ScatterRow]:
-    """Choose at most MAX_DOTS rows for a scatter plot, evenly spaced, the same every time."""
-    # Thousands of dots would hide one another and make the page slow.
-    row_count = len(x_r)
-    places = np.linspace(0, row_count - 1, min(row_count, MAX_DOTS)).round().astype(int)
-    return [svg.ScatterRow(x_r[row], y_r[row], is_marked_r[row]) for row in np.unique(places)]
 
 
 # Numbers and text

@@ -111,20 +111,24 @@ def add_pairs(
 
     Returns:
         The predictions with the columns of the pairs file and None, or the predictions unchanged
-        and what is wrong with the file.
+        and a sentence that says what is wrong with the file.
     """
     if not file.is_file():
-        return predictions, "does not exist"
-
+        problem = "does not exist"
     # The labels of a pairs file that was made again may differ from those of the training.
-    if expected_sha256 and sha256(file) != expected_sha256:
-        return predictions, "has changed since training"
+    elif expected_sha256 and sha256(file) != expected_sha256:
+        problem = "has changed since training"
+    else:
+        # Without metrics.json there is no hash: then the ids show whether the file is another one.
+        joined = join_pairs(predictions.rows, read_pairs(file))
+        if joined is not None:
+            return Predictions(predictions.file, joined), None
+        problem = "does not hold every row of the predictions"
 
-    # Without metrics.json there is no hash: then the ids show whether the file is another one.
-    joined = join_pairs(predictions.rows, read_pairs(file))
-    if joined is None:
-        return predictions, "does not hold every row of the predictions"
-    return Predictions(predictions.file, joined), None
+    return predictions, (
+        f"{file} {problem}, so that texts, languages, sources, lengths and groups of prompts are "
+        "missing here: name the file of the training with `--pairs FILE`, or train again."
+    )
 
 
 def join_pairs(rows: pl.DataFrame, pairs: pl.DataFrame) -> pl.DataFrame | None:

@@ -71,7 +71,9 @@ class RunData:
 
     folder: Path
     contracts: dict[str, dict]
+    first_contract: dict  # what it says of the model holds for all folds
     metrics: dict[str, dict]
+    first_metrics: dict
     history: dict[str, list[dict]]  # only of folds that have any records
     predictions: Predictions | None  # the rows to measure
     verdicts: tuple[str, ...]  # in the order of the model's outputs
@@ -87,32 +89,14 @@ class RunData:
         return folder.name
 
     @property
-    def first_contract(self) -> dict:
-        """The first fold's contract: what it says of the model holds for all folds."""
-        return first_fold(self.contracts)
-
-    @property
-    def first_metrics(self) -> dict:
-        """The first fold's metrics."""
-        return first_fold(self.metrics)
-
-    @property
     def rows_were_trained_on(self) -> bool:
         """Whether the model has seen the rows that it is measured on."""
         return any(fold.get("rows_were_trained_on") for fold in self.metrics.values())
 
 
-def first_fold(folds: Mapping[str, dict]) -> dict:
-    """Return the first fold's entry, or an empty one if there are no folds."""
-    return next(iter(folds.values()), {})
-
-
 def training_record(contract: dict) -> dict:
     """Return what a contract records of the training: recipe, git_commit, created, versions."""
-    record = contract.get("recorded")
-    if not record:
-        return {}
-    return record
+    return contract.get("recorded", {})
 
 
 def read_run(folder: Path, out_of_fold: bool = False, pairs_file: Path | None = None) -> RunData:
@@ -135,7 +119,7 @@ def read_run(folder: Path, out_of_fold: bool = False, pairs_file: Path | None = 
     # A cross-validation has a contract, metrics and a history for each fold, other runs have one.
     measures_out_of_fold = should_measure_out_of_fold(folder, out_of_fold)
     if measures_out_of_fold:
-        fold_folders = find_fold_folders(folder)
+        fold_folders = {path.name: path for _, path in find_numbered(folder, "fold-")}
         predictions_file = folder / OUT_OF_FOLD
     else:
         fold_folders = {"": folder}
@@ -147,10 +131,14 @@ def read_run(folder: Path, out_of_fold: bool = False, pairs_file: Path | None = 
     history = {name: records for name, records in histories.items() if records}
 
     # The folds are of one recipe: what the first one says of the model holds for all.
-    contract = first_fold(contracts)
-    first_metrics = first_fold(metrics)
+    contract = next(iter(contracts.values()), {})
+    first_metrics = next(iter(metrics.values()), {})
     commands = find_commands(folder, contract, first_metrics, measures_out_of_fold)
-    missing = explain_missing(contracts, metrics, history, commands)
+    files = {"contract": contracts, "metrics": metrics, "history": history}
+    missing = explain_missing(files, commands)
+    # There is nothing to write where nothing was trained.
+    if not history and is_untrained(contract, first_metrics):
+        missing["history"] = "Nothing was trained here, so that there are no learning curves."
 
     # The rows to measure, with texts and labels if the pairs file is the one of the training.
     predictions = read_predictions(predictions_file)
@@ -163,17 +151,11 @@ def read_run(folder: Path, out_of_fold: bool = False, pairs_file: Path | None = 
         file = pairs_file or find_pairs_file(fold_folders, contract, first_metrics)
         expected_sha256 = first_metrics.get("pairs_sha256")
         predictions, problem = add_pairs(predictions, file, expected_sha256)
+        # The page can do without the pairs file that the run names, but not a user who names one.
         if problem and pairs_file:
-            raise UserError(
-                f"{file}: {problem}; --pairs names the pairs file of the training "
-                f"(SHA-256 {expected_sha256 or 'not recorded'})"
-            )
+            raise UserError(problem)
         if problem:
-            missing["pairs"] = (
-                f"{file} {problem}, so that texts, languages, sources, lengths and groups of "
-                "prompts are missing here: name the file of the training with `--pairs FILE`, or "
-                "train again."
-            )
+            missing["pairs"] = problem
 
     # The comparison of the model as trained and as packaged.
     agreement, problem = read_agreement(folder, commands.package)
@@ -183,7 +165,9 @@ def read_run(folder: Path, out_of_fold: bool = False, pairs_file: Path | None = 
     return RunData(
         folder=folder,
         contracts=contracts,
+        first_contract=contract,
         metrics=metrics,
+        first_metrics=first_metrics,
         history=history,
         predictions=predictions,
         verdicts=find_verdicts(fold_folders, contract, predictions),
@@ -220,13 +204,8 @@ def should_measure_out_of_fold(folder: Path, is_wanted: bool) -> bool:
     return not has_predictions or bool(metrics.get("rows_were_trained_on"))
 
 
-def find_fold_folders(folder: Path) -> dict[str, Path]:
-    """Find the folders of a cross-validation's folds, by name, in the order of their numbers."""
-    return {path.name: path for _, path in find_numbered(folder, "fold-")}
-
-
 def find_numbered(folder: Path, prefix: str) -> list[tuple[int, Path]]:
-    """Find what is named by the prefix and a number, in the order of these numbers."""
+    """Find the folders that are named by the prefix and a number, in the order of the numbers."""
     # By name, fold-10 would come before fold-2.
     numbered = []
     for path in folder.glob(f"{prefix}*"):
@@ -302,29 +281,18 @@ def find_commands(
 
 def is_untrained(contract: dict, metrics: dict) -> bool:
     """Return whether nothing was trained here: a base model as it is, or a mean of several runs."""
-    is_base_model = metrics.get("training_rows") == 0 or bool(contract.get("logit_bias"))
-    is_mean = "average" in metrics
-    return is_base_model or is_mean
+    is_base_model = metrics.get("training_rows") == 0 or contract.get("logit_bias")
+    return bool(is_base_model) or "average" in metrics
 
 
-def explain_missing(
-    contracts: Mapping[str, dict],
-    metrics: Mapping[str, dict],
-    history: Mapping[str, list[dict]],
-    commands: Commands,
-) -> dict[str, str]:
+def explain_missing(files: Mapping[str, Mapping], commands: Commands) -> dict[str, str]:
     """Say for contract.json, metrics.json and history.json which command writes what is missing."""
-    files = {"contract": contracts, "metrics": metrics, "history": history}
     missing = {}
     for name, folds in files.items():
         # A fold without its contract.json or metrics.json has an empty entry.
         is_complete = folds and all(folds.values())
         if not is_complete:
             missing[name] = f"There is no {name}.json: `{commands.create}` writes it."
-
-    # There is nothing to write where nothing was trained.
-    if not history and is_untrained(first_fold(contracts), first_fold(metrics)):
-        missing["history"] = "Nothing was trained here, so that there are no learning curves."
     return missing
 
 

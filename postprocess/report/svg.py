@@ -7,7 +7,7 @@ and scales as a whole. Numbers and labels are the only text in a picture; labels
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +39,7 @@ TIGHT_MARGIN = 0.04  # of the range, on either side of a tight scale
 EDGE = 0.06  # of a strip, in which a centred number would stand out of the cell
 
 MAX_CURVE_POINTS = 400
+MAX_DOTS = 600  # of a scatter plot
 SMALLEST_DOT = 2.5  # radius in the reliability diagram
 LARGEST_DOT = 7.5
 
@@ -281,22 +282,20 @@ def draw_reliability(calibration: Calibration) -> Markup:
     return draw_chart(parts, label)
 
 
-@dataclass(frozen=True)
-class ScatterRow:
-    """A row of the data as a dot: two probabilities, and whether its colour stands out."""
-
-    x: float
-    y: float
-    is_marked: bool
-
-
 def draw_scatter(
-    rows: Sequence[ScatterRow], axis_names: tuple[str, str], label: str, has_middle_lines: bool
+    x_r: np.ndarray,
+    y_r: np.ndarray,
+    is_marked_r: np.ndarray,
+    axis_names: tuple[str, str],
+    label: str,
+    has_middle_lines: bool,
 ) -> Markup:
     """Draw a dot a row on two axes from 0 to 1.
 
     Args:
-        rows: The dots. Those that are marked lie on top.
+        x_r: A probability of each row.
+        y_r: The other one.
+        is_marked_r: The rows whose dots lie on top, in a colour that stands out.
         axis_names: Of the horizontal and the vertical axis.
         label: What the chart shows.
         has_middle_lines: Draw lines at one half, where the verdict changes if there are only two.
@@ -310,13 +309,17 @@ def draw_scatter(
         parts.append(draw_line("grid strong", (x, x), (TOP_MARGIN, PLOT_BOTTOM)))
         parts.append(draw_line("grid strong", (LEFT_MARGIN, PLOT_RIGHT), (y, y)))
 
+    # Thousands of dots would hide one another and make the page slow: evenly spaced rows.
+    last_row = len(x_r) - 1
+    rows = np.linspace(0, last_row, min(len(x_r), MAX_DOTS)).round().astype(int)
+
     # Two groups, so that the marked dots lie on top and a group has one class.
     plain_dots = []
     marked_dots = []
-    for row in rows:
-        dots = marked_dots if row.is_marked else plain_dots
-        x = axes.place_x(row.x)
-        y = axes.place_y(row.y)
+    for row in np.unique(rows):
+        dots = marked_dots if is_marked_r[row] else plain_dots
+        x = axes.place_x(x_r[row])
+        y = axes.place_y(y_r[row])
         dots.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.6"/>')
 
     parts.append(f'<g class="row">{"".join(plain_dots)}</g>')
