@@ -27,7 +27,7 @@ def test_position_bias_is_what_the_first_answer_gets_more_than_the_second(tmp_pa
         ("order swapped", 0.5),
         ("mean of both", 0.5),
     ]
-    assert bias.accuracy_gain.value == -0.25
+    assert bias.gain.accuracy.value == -0.25
 
 
 def test_a_tie_of_three_verdicts_is_neither_first_nor_second(tmp_path):

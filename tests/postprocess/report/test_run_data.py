@@ -29,8 +29,8 @@ def test_a_pairs_file_that_has_changed_is_not_read_and_one_that_has_moved_is_nam
     assert "pairs.parquet has changed since training, so that texts" in run.missing["pairs"]
     assert "prompt" not in run.predictions.rows.columns
     assert "prompt" in read_run(folder, False, moved).predictions.rows.columns
-    assert "pairs.parquet: not the file of the training" in refusal(folder, False, tmp_path / "pairs.parquet")
-    assert "absent.parquet: no such file" in refusal(folder, False, tmp_path / "absent.parquet")
+    assert "pairs.parquet has changed since training" in refusal(folder, False, tmp_path / "pairs.parquet")
+    assert "absent.parquet does not exist" in refusal(folder, False, tmp_path / "absent.parquet")
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,6 @@ def test_a_pairs_file_that_has_changed_is_not_read_and_one_that_has_moved_is_nam
         ("contract.json", '{"verdicts": ["tie", "model_a"]}', "contract.json: verdicts are ['tie', 'model_a'], expected"),
         ("history.json", "{}", "history.json: expected a list of objects"),
         ("predictions.parquet", "x", "predictions.parquet: not a Parquet file"),
-        ("agreement.json", "[]", "agreement.json: expected an object"),
     ],
 )
 def test_a_damaged_file_is_refused_with_its_name(tmp_path, file, content, message):
@@ -82,9 +81,13 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
 def test_the_commands_that_are_named_are_those_of_the_run(tmp_path, name, changed, create, package):
     folder = reported.write_run(tmp_path / name, **changed)
     (folder / "predictions.parquet").unlink()
-    missing = read_run(folder).missing
-    assert f"so that nothing can be measured: `{create}` writes it." in missing["predictions"]
-    assert f"The run was not packaged yet: `{package}` compares the models" in missing["agreement"]
+    (folder / "history.json").unlink()
+    run = read_run(folder)
+    assert run.name == name
+    assert f"so that nothing can be measured: `{create}` writes it." in run.missing["predictions"]
+    assert f"The run was not packaged yet: `{package}` compares the models" in run.missing["agreement"]
+    is_trained = "axolotl train" in create
+    assert run.missing["history"].startswith("There is no history.json" if is_trained else "Nothing was trained here")
 
 
 def test_rows_of_all_folds_are_preferred_to_rows_that_were_trained_on(crossed):
