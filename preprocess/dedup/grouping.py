@@ -12,41 +12,57 @@ from functools import lru_cache
 import numpy as np
 
 from preprocess.dedup.minhash import compute_signatures, find_candidates
-from preprocess.dedup.ngrams import codes_jaccard, gram_codes
-from preprocess.dedup.progress import Track, show_nothing
-from preprocess.dedup.union_find import UnionFind
+from preprocess.dedup.ngrams import Track, codes_jaccard, gram_codes, show_nothing
 
 # Candidates are sorted by the later text, whose n-grams are needed many times in a row.
 CACHED_TEXTS = 4096
+
+
+class UnionFind:
+    """Disjoint sets of the numbers from 0 to `size` - 1, at first each in a set of its own."""
+
+    def __init__(self, size: int):
+        # The parent of a root is the root itself.
+        self._parents = list(range(size))
+
+    def find_root(self, member: int) -> int:
+        """Return the number that stands for the set of a member: the smallest in it."""
+        parents = self._parents
+        while parents[member] != member:
+            # Halve the path, so that later searches are short.
+            parents[member] = parents[parents[member]]
+            member = parents[member]
+        return member
+
+    def unite(self, root: int, other_root: int) -> None:
+        """Unite the sets of two roots; the smaller root stays one."""
+        smaller, larger = sorted((root, other_root))
+        self._parents[larger] = smaller
+
+    def list_roots(self) -> list[int]:
+        """Return the root of every number."""
+        return [self.find_root(member) for member in range(len(self._parents))]
 
 
 @dataclass(frozen=True)
 class Groups:
     """Prompts by group. Prompts are named by their position.
 
-    Attributes:
-        root: int64 (prompts,): the earliest prompt of each prompt's group.
-        joined: (root that stayed, root that was given up) of groups that existed before a later file
-            joined them.
+    `joined` has groups that existed before a later file joined them: the root that stayed, and the one
+    that was given up.
     """
 
-    root: np.ndarray
+    root: np.ndarray  # int64 (prompts,): the earliest prompt of each prompt's group
     joined: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
 class _UniqueTexts:
-    """Different texts in the order of their first positions: most copies never reach the search.
-
-    Attributes:
-        texts: The texts.
-        first_position: int64 (texts,): where each stands first.
-        number: int64 (prompts,): of the prompt at each position, the number of its text.
-    """
+    """Different texts in the order of their first positions: most copies never reach the search."""
 
     texts: list[str]
-    first_position: np.ndarray
-    number: np.ndarray
+    first_position: np.ndarray  # int64 (texts,): where each stands first
+    number: np.ndarray  # int64 (prompts,): of the prompt at each position, the number of its text
 
 
 def group_prompts(

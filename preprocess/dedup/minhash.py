@@ -10,8 +10,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from rensa import RMinHash
 
-from preprocess.dedup.ngrams import gram_codes
-from preprocess.dedup.progress import Track
+from preprocess.dedup.ngrams import Track, gram_codes
 
 PERMUTATIONS = 256
 SEED = 42
@@ -29,15 +28,7 @@ BATCH_PAIRS = 16_384
 
 
 def compute_signatures(texts: Sequence[str], track: Track) -> np.ndarray:
-    """Compute the MinHash signatures of normalised texts.
-
-    Args:
-        texts: Normalised texts.
-        track: Shows the progress.
-
-    Returns:
-        uint32 (texts, PERMUTATIONS).
-    """
+    """Compute the MinHash signatures of normalised texts: uint32 (texts, PERMUTATIONS)."""
     signatures = np.zeros((len(texts), PERMUTATIONS), np.uint32)
 
     for start in track(range(0, len(texts), BATCH_TEXTS), "hashing prompts"):

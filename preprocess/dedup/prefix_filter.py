@@ -30,34 +30,25 @@ ROUNDING = 1e-9
 class PrefixIndex:
     """An inverted index of the prefixes of texts that are sorted by their number of n-grams.
 
-    An entry is one n-gram in the prefix of one text. Entries are in the order of texts.
-
-    Attributes:
-        size: By text, its number of n-grams.
-        prefix_size: By text, how many of these are in its prefix.
-        last_rank: By text, the rank of the commonest n-gram in its prefix.
-        first_entry: By text, and one more: text i has the entries first_entry[i]:first_entry[i + 1].
-        list_start: By entry, where the list of texts with this n-gram begins in `lists`.
-        earlier_texts: By entry, how many texts in that list stand before the entry's own.
-        lists: Texts by n-gram, in ascending order within each.
+    An entry is one n-gram in the prefix of one text. Entries are in the order of texts: text i has the
+    entries first_entry[i]:first_entry[i + 1]. The texts with one n-gram are a list.
     """
 
-    size: np.ndarray
-    prefix_size: np.ndarray
-    last_rank: np.ndarray
-    first_entry: np.ndarray
-    list_start: np.ndarray
-    earlier_texts: np.ndarray
-    lists: np.ndarray
+    # By text.
+    size: np.ndarray  # number of n-grams
+    prefix_size: np.ndarray  # how many of these are in the prefix
+    last_rank: np.ndarray  # rank of the commonest n-gram in the prefix
+    first_entry: np.ndarray  # one more than there are texts
+
+    # By entry.
+    list_start: np.ndarray  # where the list of its n-gram begins in `lists`
+    earlier_texts: np.ndarray  # how many texts in that list stand before the entry's own
+
+    lists: np.ndarray  # one list after the other, texts in ascending order within each
 
 
 def build_prefix_index(codes: list[np.ndarray], threshold: float) -> PrefixIndex:
-    """Build the index over texts.
-
-    Args:
-        codes: The gram_codes of each text, shortest first.
-        threshold: The Jaccard similarity that candidates may reach.
-    """
+    """Build the index over the gram_codes of texts, shortest first, for one threshold."""
     size = np.array([len(text_codes) for text_codes in codes], dtype=np.int64)
 
     # A similar text shares at least so many n-grams, hence one of the rarest of them.

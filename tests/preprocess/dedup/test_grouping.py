@@ -8,8 +8,14 @@ import pytest
 
 from preprocess.dedup import minhash
 from preprocess.dedup.grouping import group_prompts
-from preprocess.dedup.ngrams import codes_jaccard, gram_codes, grams, jaccard, normalise
-from preprocess.dedup.progress import show_nothing
+from preprocess.dedup.ngrams import (
+    codes_jaccard,
+    gram_codes,
+    grams,
+    jaccard,
+    normalise,
+    show_nothing,
+)
 
 ALPHABET = list("abcdefgh 河流窗户音乐面包花かわまどنافذة😀")
 
