@@ -34,14 +34,9 @@ class UnionFind:
             member = parents[member]
         return member
 
-    def unite(self, root: int, other_root: int) -> None:
-        """Unite the sets of two roots; the smaller root stays one."""
-        smaller, larger = sorted((root, other_root))
-        self._parents[larger] = smaller
-
-    def list_roots(self) -> list[int]:
-        """Return the root of every number."""
-        return [self.find_root(member) for member in range(len(self._parents))]
+    def unite(self, root: int, given_up: int) -> None:
+        """Unite the sets of two roots, of which the first is smaller and stays one."""
+        self._parents[given_up] = root
 
 
 @dataclass(frozen=True)
@@ -54,15 +49,6 @@ class Groups:
 
     root: np.ndarray  # int64 (prompts,): the earliest prompt of each prompt's group
     joined: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True)
-class _UniqueTexts:
-    """Different texts in the order of their first positions: most copies never reach the search."""
-
-    texts: list[str]
-    first_position: np.ndarray  # int64 (texts,): where each stands first
-    number: np.ndarray  # int64 (prompts,): of the prompt at each position, the number of its text
 
 
 def group_prompts(
@@ -80,53 +66,40 @@ def group_prompts(
             of no interest which groups were joined.
         track: Shows the progress.
     """
-    unique = _number_texts(texts)
-    signatures = compute_signatures(unique.texts, track)
+    # Most copies never reach the search: only different texts do, in the order of their first positions.
+    first_position: dict[str, int] = {}
+    for position, text in enumerate(texts):
+        first_position.setdefault(text, position)
+    unique_texts = list(first_position)
+    positions = list(first_position.values())
+
+    signatures = compute_signatures(unique_texts, track)
     candidates = find_candidates(signatures, threshold, track)
-    sets, unions = _unite_similar(unique.texts, candidates, threshold, track)
+    sets, unions = _unite_similar(unique_texts, candidates, threshold, track)
 
     # Back from numbers of texts to positions of prompts.
-    roots = np.array(sets.list_roots(), dtype=np.int64)
-    root_positions = unique.first_position[roots]
-    root_by_prompt = root_positions[unique.number]
+    root_by_text = {}
+    for number, text in enumerate(unique_texts):
+        root_by_text[text] = positions[sets.find_root(number)]
+    roots = np.array([root_by_text[text] for text in texts], dtype=np.int64)
 
+    # A group that begins in the file of the text that joins it is not known from an earlier run.
     joined = []
-    if ages is not None:
-        joined = _list_joined_groups(unions, unique.first_position.tolist(), ages)
-    return Groups(root_by_prompt, tuple(joined))
-
-
-def _number_texts(texts: Sequence[str]) -> _UniqueTexts:
-    number_by_text: dict[str, int] = {}
-    first_position = []
-    number = np.zeros(len(texts), np.int64)
-
-    for position, text in enumerate(texts):
-        if text not in number_by_text:
-            number_by_text[text] = len(number_by_text)
-            first_position.append(position)
-        number[position] = number_by_text[text]
-
-    return _UniqueTexts(
-        texts=list(number_by_text),
-        first_position=np.array(first_position, dtype=np.int64),
-        number=number,
-    )
-
-
-@dataclass(frozen=True)
-class _Union:
-    """Two roots whose groups were united because of a text, the later one of a similar pair."""
-
-    root: int
-    given_up: int
-    text: int
+    for root, given_up, joining_text in unions:
+        if ages is not None and ages[positions[given_up]] < ages[positions[joining_text]]:
+            joined.append((positions[root], positions[given_up]))
+    return Groups(roots, tuple(joined))
 
 
 def _unite_similar(
     texts: list[str], candidates: np.ndarray, threshold: float, track: Track
-) -> tuple[UnionFind, list[_Union]]:
-    """Unite the texts of all candidate pairs that are similar indeed; list what was united."""
+) -> tuple[UnionFind, list[tuple[int, int, int]]]:
+    """Unite the texts of all candidate pairs that are similar indeed.
+
+    Returns:
+        The sets; and for each union the root that stayed, the one that was given up, and the later text
+        of the similar pair.
+    """
 
     @lru_cache(maxsize=CACHED_TEXTS)
     def codes_of(number: int) -> np.ndarray:
@@ -142,22 +115,6 @@ def _unite_similar(
         if codes_jaccard(codes_of(earlier), codes_of(later)) < threshold:
             continue
         sets.unite(root, given_up)
-        unions.append(_Union(root, given_up, later))
+        unions.append((root, given_up, later))
 
     return sets, unions
-
-
-def _list_joined_groups(
-    unions: list[_Union], first_position: list[int], ages: Sequence[int]
-) -> list[tuple[int, int]]:
-    """Return the unions, by positions of prompts, of groups that are older than the joining text."""
-    joined = []
-    for union in unions:
-        root_position = first_position[union.root]
-        given_up_position = first_position[union.given_up]
-        age_of_text = ages[first_position[union.text]]
-
-        # A group that begins in the text's own file is not known from an earlier run.
-        if ages[given_up_position] < age_of_text:
-            joined.append((root_position, given_up_position))
-    return joined
