@@ -52,7 +52,7 @@ def test_a_damaged_file_is_refused_with_its_name(tmp_path, file, content, messag
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (lambda rows: rows.with_columns(p_model_a_swapped=pl.lit(float("nan"))), "row row0 has probabilities that are not"),
+        (lambda rows: rows.with_columns(p_tie_swapped=pl.lit(float("nan"))), "row row0 has probabilities that are not"),
         (lambda rows: rows.drop("fold", "p_tie"), "no column fold, p_tie; it was not written by axolotl train"),
         (lambda rows: pl.concat([rows, rows]), "an id occurs twice"),
         (lambda rows: rows.head(0), "no rows"),
@@ -98,17 +98,14 @@ def test_rows_of_all_folds_are_preferred_to_rows_that_were_trained_on(crossed):
     metrics = json.loads((crossed / "metrics.json").read_text())
     write_json(crossed / "metrics.json", metrics | {"rows_were_trained_on": False})
     assert read_run(crossed).predictions.rows.height == 1
-    assert read_run(crossed, out_of_fold=True).predictions.rows.height == 4
-    (crossed / "oof.parquet").unlink()
-    assert "oof.parquet: no such file; make cv R=R writes it" in refusal(crossed, True)
 
-
-def test_a_cross_validation_whose_folds_are_gone_is_still_measured(crossed):
     for fold in (0, 1):
         shutil.rmtree(crossed / f"fold-{fold}")
-    run = read_run(crossed, pairs_file=crossed.parent / "pairs.parquet")
+    run = read_run(crossed, True, crossed.parent / "pairs.parquet")
     assert run.missing["contract"] == "There is no contract.json: `make cv R=R` writes it."
     assert run.predictions.rows["fold"].to_list() == [0, 1, 0, 1]
+    (crossed / "oof.parquet").unlink()
+    assert "oof.parquet: no such file; make cv R=R writes it" in refusal(crossed, True)
 
 
 def test_the_agreement_of_an_earlier_training_is_not_shown(tmp_path):

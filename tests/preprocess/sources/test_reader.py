@@ -193,9 +193,8 @@ def test_chosen_and_rejected_chats_become_turns(tmp_path):
 
 def test_lines_that_are_no_json_objects_are_rejected_with_their_text(tmp_path):
     rows = read_rows(jsonl(tmp_path / "x.jsonl", GOOD["WSDM"], "", "{broken", "[1]"))
-    assert rows["reason"].to_list() == [None, "not a JSON object", "not a JSON object"]
-    assert rows["prompt"].to_list()[1:] == [["{broken"], ["[1]"]]
-    assert rows["row"].to_list() == [1, 3, 4]
+    rejected = rows.select("row", "prompt", "reason").rows()[1:]
+    assert rejected == [(3, ["{broken"], "not a JSON object"), (4, ["[1]"], "not a JSON object")]
 
 
 def test_a_missing_column_is_named_with_the_nearest_layout(tmp_path):
@@ -212,7 +211,6 @@ def test_a_missing_column_is_named_with_the_nearest_layout(tmp_path):
     ("name", "content"),
     [
         ("broken.parquet", b"PAR1 no"),
-        ("latin.csv", "id,prompt,response_a,response_b,winner\n1,é,a,b,tie\n".encode("latin-1")),
         ("empty.csv", b""),
         ("header.csv", b"id,prompt,response_a,response_b,winner\n"),
         ("bytes.jsonl", b"\xff\xfe"),
@@ -225,8 +223,7 @@ def test_an_unreadable_file_is_one_clear_error(tmp_path, name, content):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError) as error:
         read_rows(tmp_path / name)
-    assert name in str(error.value)
-    assert "\n" not in str(error.value)
+    assert name in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_file_without_one_usable_row_is_an_error_with_the_reasons(tmp_path):
