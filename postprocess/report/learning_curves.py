@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from postprocess.report.run_data import RunData
+from postprocess.report.run_data import Fold, RunData
 
 Curve = Sequence[tuple[int, float]]  # step and value, by step
 
@@ -38,19 +38,18 @@ def make_learning_charts(run: RunData) -> list[LearningChart]:
     loss = []
     accuracy = []
     learning_rate = []
-    for fold, records in run.history.items():
-        fold_metrics = run.metrics.get(fold, {})
-
+    folds = [fold for fold in run.folds.values() if fold.history]
+    for fold in folds:
         # A smoothed loss, over its raw values. With several folds, the raw values would hide it.
-        training_loss = read_curve(records, "loss")
-        if len(run.history) == 1:
+        training_loss = read_curve(fold.history, "loss")
+        if len(folds) == 1:
             loss.append(Series("raw", training_loss))
         loss.append(Series("training", smooth(training_loss)))
-        loss.append(Series("validation", read_validation(records, "log_loss", fold_metrics)))
+        loss.append(Series("validation", read_validation(fold, "log_loss")))
 
         # The trainer logs no accuracy on the training rows.
-        accuracy.append(Series("validation", read_validation(records, "accuracy", fold_metrics)))
-        learning_rate.append(Series("training", read_curve(records, "learning_rate")))
+        accuracy.append(Series("validation", read_validation(fold, "accuracy")))
+        learning_rate.append(Series("training", read_curve(fold.history, "learning_rate")))
 
     charts = []
     for title, axis, all_series in (
@@ -78,18 +77,18 @@ def read_curve(records: Sequence[dict], key: str) -> Curve:
     return sorted(value_of_step.items())
 
 
-def read_validation(records: Sequence[dict], metric: str, fold_metrics: dict) -> Curve:
+def read_validation(fold: Fold, metric: str) -> Curve:
     """Read the curve of a validation metric.
 
     A run that was not validated during training has one point: that after its last step, from
     metrics.json.
     """
-    curve = read_curve(records, f"eval_{metric}")
+    curve = read_curve(fold.history, f"eval_{metric}")
     if curve:
         return curve
 
-    steps = fold_metrics.get("steps")
-    value = fold_metrics.get(metric)
+    steps = fold.metrics.get("steps")
+    value = fold.metrics.get(metric)
     if steps and value:
         return [(steps, value)]
     return []

@@ -100,7 +100,7 @@ def collect_facts(run: RunData) -> list[tuple[str, str]]:
 
 def model_facts(run: RunData) -> list[tuple[str, str]]:
     """Say what the model is: recipe, base model, commit, date, head, token budget."""
-    contract = run.first_contract
+    contract = run.first_fold.contract
     record = training_record(contract)
 
     # A base model from a hub has a revision, one from a folder has none.
@@ -111,8 +111,8 @@ def model_facts(run: RunData) -> list[tuple[str, str]]:
 
     # The commits of all folds, shortened, with -dirty where it applies.
     commits = set()
-    for fold_contract in run.contracts.values():
-        commit = training_record(fold_contract).get("git_commit")
+    for fold in run.folds.values():
+        commit = training_record(fold.contract).get("git_commit")
         if commit:
             commits.add(re.sub(r"^(\w{12})\w+", r"\1", commit))
 
@@ -138,11 +138,11 @@ def row_facts(run: RunData) -> list[tuple[str, str]]:
     # The fold of a run that was trained on all rows is "all".
     folds = set()
     training_rows = set()
-    for fold_metrics in run.metrics.values():
-        if "fold" in fold_metrics:
-            folds.add(str(fold_metrics["fold"]))
-        if fold_metrics.get("training_rows"):
-            training_rows.add(fold_metrics["training_rows"])
+    for fold in run.folds.values():
+        if "fold" in fold.metrics:
+            folds.add(str(fold.metrics["fold"]))
+        if fold.metrics.get("training_rows"):
+            training_rows.add(fold.metrics["training_rows"])
 
     fold_label = "fold held out" if len(folds) == 1 else "folds"
     fold_text = ", ".join(sorted(folds, key=lambda fold: (len(fold), fold)))  # 10 comes after 9
@@ -169,12 +169,12 @@ def row_facts(run: RunData) -> list[tuple[str, str]]:
 
 def training_facts(run: RunData) -> list[tuple[str, str]]:
     """Say how long the training of all folds took, with which data and versions of libraries."""
-    metrics = run.first_metrics
+    metrics = run.first_fold.metrics
     steps = metrics.get("steps", 0)
-    seconds = sum(fold_metrics.get("seconds_training", 0) for fold_metrics in run.metrics.values())
+    seconds = sum(fold.metrics.get("seconds_training", 0) for fold in run.folds.values())
 
     # A library that was not installed at the training is recorded as absent.
-    versions = training_record(run.first_contract).get("versions", {})
+    versions = training_record(run.first_fold.contract).get("versions", {})
     installed = [f"{name} {version}" for name, version in versions.items() if version != "absent"]
 
     return [

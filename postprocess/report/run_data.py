@@ -62,19 +62,21 @@ class Commands:
 
 
 @dataclass(frozen=True)
-class RunData:
-    """The files of a run.
+class Fold:
+    """What the training left in a run folder or a fold's folder; empty where a file is absent."""
 
-    Contracts, metrics and histories are by fold, in a cross-validation; other runs have one entry,
-    under the empty name. A contract or metrics file that is absent is an empty object.
-    """
+    contract: dict
+    metrics: dict
+    history: list[dict]  # the records that have a step
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The files of a run."""
 
     folder: Path
-    contracts: dict[str, dict]
-    first_contract: dict  # what it says of the model holds for all folds
-    metrics: dict[str, dict]
-    first_metrics: dict
-    history: dict[str, list[dict]]  # only of folds that have any records
+    folds: dict[str, Fold]  # by name; a run without folds has one, under the empty name
+    first_fold: Fold  # what it says of the model holds for all folds
     predictions: Predictions | None  # the rows to measure
     verdicts: tuple[str, ...]  # in the order of the model's outputs
     agreement: Agreement | None
@@ -91,7 +93,7 @@ class RunData:
     @property
     def rows_were_trained_on(self) -> bool:
         """Whether the model has seen the rows that it is measured on."""
-        return any(fold.get("rows_were_trained_on") for fold in self.metrics.values())
+        return any(fold.metrics.get("rows_were_trained_on") for fold in self.folds.values())
 
 
 def training_record(contract: dict) -> dict:
@@ -125,20 +127,10 @@ def read_run(folder: Path, out_of_fold: bool = False, pairs_file: Path | None = 
         fold_folders = {"": folder}
         predictions_file = folder / PREDICTIONS
 
-    contracts = {name: read_optional(path / CONTRACT) for name, path in fold_folders.items()}
-    metrics = {name: read_optional(path / METRICS) for name, path in fold_folders.items()}
-    histories = {name: read_history(path) for name, path in fold_folders.items()}
-    history = {name: records for name, records in histories.items() if records}
-
-    # The folds are of one recipe: what the first one says of the model holds for all.
-    contract = next(iter(contracts.values()), {})
-    first_metrics = next(iter(metrics.values()), {})
-    commands = find_commands(folder, contract, first_metrics, measures_out_of_fold)
-    files = {"contract": contracts, "metrics": metrics, "history": history}
-    missing = explain_missing(files, commands)
-    # There is nothing to write where nothing was trained.
-    if not history and is_untrained(contract, first_metrics):
-        missing["history"] = "Nothing was trained here, so that there are no learning curves."
+    folds = {name: read_fold(path) for name, path in fold_folders.items()}
+    first_fold = next(iter(folds.values()), Fold({}, {}, []))
+    commands = find_commands(folder, first_fold, measures_out_of_fold)
+    missing = explain_missing(folds, first_fold, commands)
 
     # The rows to measure, with texts and labels if the pairs file is the one of the training.
     predictions = read_predictions(predictions_file)
@@ -148,8 +140,8 @@ def read_run(folder: Path, out_of_fold: bool = False, pairs_file: Path | None = 
             f"`{commands.create}` writes it."
         )
     else:
-        file = pairs_file or find_pairs_file(fold_folders, contract, first_metrics)
-        expected_sha256 = first_metrics.get("pairs_sha256")
+        file = pairs_file or find_pairs_file(fold_folders, first_fold)
+        expected_sha256 = first_fold.metrics.get("pairs_sha256")
         predictions, problem = add_pairs(predictions, file, expected_sha256)
         # The page can do without the pairs file that the run names, but not a user who names one.
         if problem and pairs_file:
@@ -164,13 +156,10 @@ def read_run(folder: Path, out_of_fold: bool = False, pairs_file: Path | None = 
 
     return RunData(
         folder=folder,
-        contracts=contracts,
-        first_contract=contract,
-        metrics=metrics,
-        first_metrics=first_metrics,
-        history=history,
+        folds=folds,
+        first_fold=first_fold,
         predictions=predictions,
-        verdicts=find_verdicts(fold_folders, contract, predictions),
+        verdicts=find_verdicts(fold_folders, first_fold.contract, predictions),
         agreement=agreement,
         missing=missing,
     )
@@ -215,6 +204,15 @@ def find_numbered(folder: Path, prefix: str) -> list[tuple[int, Path]]:
     return sorted(numbered)
 
 
+def read_fold(folder: Path) -> Fold:
+    """Read what the training left in a folder."""
+    return Fold(
+        contract=read_optional(folder / CONTRACT),
+        metrics=read_optional(folder / METRICS),
+        history=read_history(folder),
+    )
+
+
 def read_optional(file: Path) -> dict:
     """Read a JSON file that holds an object; an absent file is an empty object."""
     if not file.is_file():
@@ -244,9 +242,7 @@ def read_history(folder: Path) -> list[dict]:
     return [record for record in records if isinstance(record.get("step"), int)]
 
 
-def find_commands(
-    folder: Path, contract: dict, metrics: dict, is_cross_validation: bool
-) -> Commands:
+def find_commands(folder: Path, first_fold: Fold, is_cross_validation: bool) -> Commands:
     """Find the commands that create this run and package its model, for advice to the user.
 
     Without a contract, the recipe is the one that writes into this folder by default.
@@ -254,7 +250,7 @@ def find_commands(
     # The recipe's name is that of the run folder, which fold-3 and mean lie in.
     folder = folder.resolve()
     run_folder = folder.parent if SUBFOLDER_OF_RUN.fullmatch(folder.name) else folder
-    recipe = training_record(contract).get("recipe")
+    recipe = training_record(first_fold.contract).get("recipe")
     if not recipe:
         recipe = f"{run_folder.name}.yml"
 
@@ -268,7 +264,7 @@ def find_commands(
 
     # Packaging writes the predictions of a base model that is not trained.
     create = f"axolotl train recipes/{recipe}"
-    if is_untrained(contract, metrics):
+    if is_untrained(first_fold):
         create = package
 
     # An environment variable selects the fold.
@@ -279,28 +275,37 @@ def find_commands(
     return Commands(create, package)
 
 
-def is_untrained(contract: dict, metrics: dict) -> bool:
+def is_untrained(fold: Fold) -> bool:
     """Return whether nothing was trained here: a base model as it is, or a mean of several runs."""
-    is_base_model = metrics.get("training_rows") == 0 or contract.get("logit_bias")
-    return bool(is_base_model) or "average" in metrics
+    is_base_model = fold.metrics.get("training_rows") == 0 or fold.contract.get("logit_bias")
+    return bool(is_base_model) or "average" in fold.metrics
 
 
-def explain_missing(files: Mapping[str, Mapping], commands: Commands) -> dict[str, str]:
-    """Say for contract.json, metrics.json and history.json which command writes what is missing."""
+def explain_missing(
+    folds: Mapping[str, Fold], first_fold: Fold, commands: Commands
+) -> dict[str, str]:
+    """Say which command writes contract.json, metrics.json or history.json, where one is missing."""
+    has_contracts = folds and all(fold.contract for fold in folds.values())
+    has_metrics = folds and all(fold.metrics for fold in folds.values())
+    has_history = any(fold.history for fold in folds.values())
+
     missing = {}
-    for name, folds in files.items():
-        # A fold without its contract.json or metrics.json has an empty entry.
-        is_complete = folds and all(folds.values())
+    files = {"contract": has_contracts, "metrics": has_metrics, "history": has_history}
+    for name, is_complete in files.items():
         if not is_complete:
             missing[name] = f"There is no {name}.json: `{commands.create}` writes it."
+
+    # There is nothing to write where nothing was trained.
+    if not has_history and is_untrained(first_fold):
+        missing["history"] = "Nothing was trained here, so that there are no learning curves."
     return missing
 
 
-def find_pairs_file(fold_folders: Mapping[str, Path], contract: dict, metrics: dict) -> Path:
+def find_pairs_file(fold_folders: Mapping[str, Path], first_fold: Fold) -> Path:
     """Find the pairs file that the model was trained on."""
     # A mean of runs has no run.json of its own, but its members have.
     folders = list(fold_folders.values())
-    average = metrics.get("average")
+    average = first_fold.metrics.get("average")
     if average and average.get("members"):
         folders += [Path(member) for member in average["members"]]
 
@@ -311,7 +316,7 @@ def find_pairs_file(fold_folders: Mapping[str, Path], contract: dict, metrics: d
             return Path(block["pairs"])
 
     # Without run.json, the recipe as it is today.
-    recipe = Path("recipes") / str(training_record(contract).get("recipe"))
+    recipe = Path("recipes") / str(training_record(first_fold.contract).get("recipe"))
     if recipe.is_file():
         block = read_yaml(recipe).get("pairwise")
         if isinstance(block, dict):

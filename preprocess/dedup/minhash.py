@@ -72,9 +72,6 @@ def find_candidates(signatures: np.ndarray, threshold: float, track: Track) -> n
         one, as if the texts arrived one by one.
     """
     text_count = len(signatures)
-    if text_count == 0:
-        return np.zeros((0, 2), np.int64)
-
     band_rows = count_band_rows(threshold)
     band_starts = range(0, PERMUTATIONS - band_rows + 1, band_rows)
     least_agreement = (threshold - ESTIMATE_SLACK) * PERMUTATIONS

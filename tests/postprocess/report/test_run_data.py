@@ -121,4 +121,4 @@ def test_checkpoints_have_the_history_of_a_run_that_left_none(tmp_path):
     (folder / "history.json").unlink()
     for step in (9, 10):
         write_json(folder / f"checkpoint-{step}/trainer_state.json", {"log_history": [{"step": step, "loss": 0.5}]})
-    assert read_run(folder).history == {"": [{"step": 10, "loss": 0.5}]}
+    assert read_run(folder).first_fold.history == [{"step": 10, "loss": 0.5}]
