@@ -131,7 +131,8 @@ def test_a_row_of_any_values_is_usable_or_has_a_reason(folder, layout, data):
     ],
 )
 def test_an_unusable_row_has_a_reason_and_keeps_its_values(tmp_path, change, reason):
-    rows = read_rows(jsonl(tmp_path / "x.jsonl", GOOD["WSDM"] | change, GOOD["WSDM"]))
+    identical_tie = GOOD["WSDM"] | {"response_b": "a"}  # which can be used
+    rows = read_rows(jsonl(tmp_path / "x.jsonl", GOOD["WSDM"] | change, identical_tie))
     assert rows["reason"].to_list() == [reason, None]
     for name, value in change.items():
         if name in TEXTS:
@@ -197,13 +198,10 @@ def test_lines_that_are_no_json_objects_are_rejected_with_their_text(tmp_path):
     assert rejected == [(3, ["{broken"], "not a JSON object"), (4, ["[1]"], "not a JSON object")]
 
 
-def test_a_missing_column_is_named_with_the_nearest_layout(tmp_path):
-    pl.DataFrame([GOOD["WSDM"]]).drop("response_b").write_csv(tmp_path / "x.csv")
-    message = r"x\.csv: missing column response_b of the layout WSDM .*found id, prompt, response_a, winner"
-    with pytest.raises(UserError, match=message):
-        read_rows(tmp_path / "x.csv")
-    pl.DataFrame([GOOD["chosen/rejected"]]).drop("prompt").write_csv(tmp_path / "x.csv")
-    with pytest.raises(UserError, match="missing column prompt of the layout chosen/rejected"):
+@pytest.mark.parametrize(("layout", "column"), [("WSDM", "response_b"), ("LMSYS", "winner_tie"), ("chosen/rejected", "prompt")])
+def test_a_missing_column_is_named_with_the_nearest_layout(tmp_path, layout, column):
+    pl.DataFrame([GOOD[layout]]).drop(column).write_csv(tmp_path / "x.csv")
+    with pytest.raises(UserError, match=rf"x\.csv: missing column {column} of the layout {layout} .* nearest; found "):
         read_rows(tmp_path / "x.csv")
 
 
