@@ -84,7 +84,7 @@ class ScoredRows:
         """Compute the mean of some rows' values and its 95 % confidence interval.
 
         The interval is a percentile bootstrap over groups of rows (Davison and Hinkley 1997,
-        section 3.8), here only over the groups that the chosen rows belong to.
+        section 3.8).
 
         Args:
             values_r: A number for each row.
@@ -95,11 +95,8 @@ class ScoredRows:
         if not mask_r.any():
             return None
 
-        # The draws, reduced to the groups of the rows that count, which get new numbers from 0 on.
+        low, high = interval(values_r, mask_r, self.resamples)
         values = np.asarray(values_r, np.float64)[mask_r]
-        groups, group_of_value = np.unique(self.resamples.group_r[mask_r], return_inverse=True)
-        draws = Resamples(group_of_value, self.resamples.counts_bg[:, groups])
-        low, high = interval(values, np.full(len(values), True), draws)
         return Estimate(float(values.mean()), low, high)
 
     def estimate_gain(self, is_right_r: np.ndarray, losses_r: np.ndarray) -> Gain:
