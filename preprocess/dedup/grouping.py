@@ -85,9 +85,12 @@ def group_prompts(
 
     # A group that begins in the file of the text that joins it is not known from an earlier run.
     joined = []
-    for root, given_up, joining_text in unions:
-        if ages is not None and ages[positions[given_up]] < ages[positions[joining_text]]:
-            joined.append((positions[root], positions[given_up]))
+    if ages is not None:
+        for root, given_up, joining_text in unions:
+            age_of_group = ages[positions[given_up]]
+            age_of_text = ages[positions[joining_text]]
+            if age_of_group < age_of_text:
+                joined.append((positions[root], positions[given_up]))
     return Groups(roots, tuple(joined))
 
 

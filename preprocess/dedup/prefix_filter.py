@@ -139,14 +139,17 @@ def find_candidates(
         # Two files outside of the folds may share prompts.
         place = places[longer]
         other_place = places[shorter]
-        is_apart = (place != other_place) & ((place >= 0) | (other_place >= 0))
+        is_any_in_fold = (place >= 0) | (other_place >= 0)
+        is_apart = (place != other_place) & is_any_in_fold
 
         # A text can share no more n-grams than it has.
         least_size = threshold * index.size[longer] - ROUNDING
         is_relevant = is_apart & (index.size[shorter] >= least_size)
 
         # A pair meets in as many n-grams as the two prefixes share.
-        pair_codes = longer[is_relevant] * text_count + shorter[is_relevant]
+        longer = longer[is_relevant]
+        shorter = shorter[is_relevant]
+        pair_codes = longer * text_count + shorter
         unique_codes, shared = np.unique(pair_codes, return_counts=True)
         longer = unique_codes // text_count
         shorter = unique_codes % text_count
@@ -185,9 +188,11 @@ def _list_meetings(index: PrefixIndex, start: int, stop: int) -> tuple[np.ndarra
 
     # An entry meets the first texts of its list: 0, 1, … up to its own place there.
     meetings_before = np.cumsum(earlier_texts) - earlier_texts
-    place_in_list = np.arange(len(longer)) - np.repeat(meetings_before, earlier_texts)
+    first_meeting = np.repeat(meetings_before, earlier_texts)
+    place_in_list = np.arange(len(longer)) - first_meeting
     list_start = index.list_start[first_entry:last_entry]
-    shorter = index.lists[np.repeat(list_start, earlier_texts) + place_in_list]
+    start_by_meeting = np.repeat(list_start, earlier_texts)
+    shorter = index.lists[start_by_meeting + place_in_list]
 
     return longer, shorter
 
