@@ -81,7 +81,7 @@ def group_prompts(
     root_by_text = {}
     for number, text in enumerate(unique_texts):
         root_by_text[text] = positions[sets.find_root(number)]
-    roots = np.array([root_by_text[text] for text in texts], dtype=np.int64)
+    roots = [root_by_text[text] for text in texts]
 
     # A group that begins in the file of the text that joins it is not known from an earlier run.
     joined = []
@@ -91,7 +91,9 @@ def group_prompts(
             age_of_text = ages[positions[joining_text]]
             if age_of_group < age_of_text:
                 joined.append((positions[root], positions[given_up]))
-    return Groups(roots, tuple(joined))
+
+    root_by_prompt = np.array(roots, dtype=np.int64)
+    return Groups(root_by_prompt, tuple(joined))
 
 
 def _unite_similar(

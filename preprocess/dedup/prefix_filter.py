@@ -183,7 +183,8 @@ def _list_meetings(index: PrefixIndex, start: int, stop: int) -> tuple[np.ndarra
 
     # The later text of a meeting is the entry's own, which is never shorter.
     texts = np.arange(start, stop)
-    text_by_entry = np.repeat(texts, index.prefix_size[start:stop])
+    prefix_size = index.prefix_size[start:stop]
+    text_by_entry = np.repeat(texts, prefix_size)
     longer = np.repeat(text_by_entry, earlier_texts)
 
     # An entry meets the first texts of its list: 0, 1, … up to its own place there.
