@@ -15,8 +15,7 @@ from dataclasses import dataclass
 import polars as pl
 
 from preprocess.dedup.grouping import group_prompts
-from preprocess.dedup.ngrams import normalise
-from preprocess.dedup.progress import Track, show_nothing
+from preprocess.dedup.ngrams import Track, normalise, show_nothing
 from preprocess.sources.rows import SHARES, TEXTS, TURNS
 
 PAIRS = pl.Schema(
@@ -45,44 +44,27 @@ EQUAL_SHARES = 1e-9
 
 @dataclass(frozen=True)
 class Joined:
-    """Two groups of earlier files that a later file joined.
+    """Two groups of earlier files that a later file joined."""
 
-    Attributes:
-        id: The earliest pair of the younger group.
-        fold_before: Its fold in an earlier run.
-        fold_now: Its fold, that of the older group.
-    """
-
-    id: str
-    fold_before: int
-    fold_now: int
+    id: str  # the earliest pair of the younger group
+    fold_before: int  # its fold in an earlier run
+    fold_now: int  # its fold, that of the older group
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """The pairs of all sources.
+    """The pairs of all sources."""
 
-    Attributes:
-        table: One row a pair, of the schema PAIRS.
-        prompts: The prompt of each, normalised.
-        joined: Groups that a later file joined.
-        united: By source, the number of its rows that became part of an earlier row.
-    """
-
-    table: pl.DataFrame
-    prompts: list[str]
-    joined: tuple[Joined, ...]
-    united: dict[str, int]
+    table: pl.DataFrame  # one row a pair, of the schema PAIRS
+    prompts: list[str]  # the prompt of each, normalised
+    joined: tuple[Joined, ...]  # groups that a later file joined
+    united: dict[str, int]  # by source, the number of its rows that became part of an earlier row
 
 
 def make_pairs(rows: pl.DataFrame, folds: int, threshold: float, track: Track = show_nothing) -> Pairs:
-    """Make pairs of usable rows.
+    """Make pairs of usable rows, of the schema sources.rows.ROWS, files in the order in which they were added.
 
-    Args:
-        rows: Of the schema sources.rows.ROWS, files in the order in which they were added.
-        folds: Number of folds.
-        threshold: Jaccard similarity from which on two prompts share a group.
-        track: Shows the progress.
+    From a Jaccard similarity of `threshold` on, two prompts share a group.
     """
     table, united = unite_judgements(rows)
     ids = _make_ids_unique(table["id"].to_list(), table["source"].to_list())
@@ -115,9 +97,6 @@ def group_number(prompt: str) -> int:
 
 def unite_judgements(rows: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, int]]:
     """Unite the rows that judge one pair, in whichever order its responses stand.
-
-    Args:
-        rows: Of the schema sources.rows.ROWS.
 
     Returns:
         The first row of each pair with the weight, shares and winner of all its judgements; and, by source, how many rows
@@ -157,16 +136,11 @@ def _sum_votes(rows: pl.DataFrame) -> pl.DataFrame:
 def _most_voted() -> pl.Expr:
     """The verdict with the largest share, or tie where several have it."""
     largest = pl.max_horizontal(SHARES) - EQUAL_SHARES
-    is_largest = [pl.col(name) >= largest for name in SHARES]
-    return (
-        pl.when(pl.sum_horizontal(is_largest) > 1)
-        .then(pl.lit("tie"))
-        .when(is_largest[0])
-        .then(pl.lit("model_a"))
-        .when(is_largest[1])
-        .then(pl.lit("model_b"))
-        .otherwise(pl.lit("tie"))
-    )
+    is_a = pl.col("p_model_a") >= largest
+    is_b = pl.col("p_model_b") >= largest
+    is_tie = (pl.col("p_tie") >= largest) | (is_a & is_b)
+    winner = pl.when(is_a).then(pl.lit("model_a")).otherwise(pl.lit("model_b"))
+    return pl.when(is_tie).then(pl.lit("tie")).otherwise(winner)
 
 
 def _hash_pairs(rows: pl.DataFrame) -> Iterator[tuple[bytes, bool]]:

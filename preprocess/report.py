@@ -32,12 +32,7 @@ def console(stream=None) -> Console:
 
 
 def sources_table(rows: pl.DataFrame, pairs: Pairs) -> Table:
-    """Build the table of what became of the rows: one line for each source, and one for all if there are several.
-
-    Args:
-        rows: All rows of the sources, of the schema sources.rows.ROWS.
-        pairs: The pairs made of them.
-    """
+    """Build the table of what became of the rows: one line for each source, and one for all if there are several."""
     table = Table(box=box.SIMPLE_HEAD)
     for heading in HEADINGS:
         justify = "left" if heading in LEFT_ALIGNED else "right"
@@ -110,7 +105,6 @@ def summary(pairs: Pairs, folds: int, threshold: float) -> list[str]:
     fold_sizes = np.bincount(table["fold"].to_numpy(), minlength=folds).tolist()
     sizes = [f"{fold}: {size:,}" for fold, size in enumerate(fold_sizes)]
     lines.append(f"pairs per fold: {', '.join(sizes)}")
-
     for joined in pairs.joined:
         change = "stays in" if joined.fold_now == joined.fold_before else f"moves from fold {joined.fold_before} to"
         lines.append(

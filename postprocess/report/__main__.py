@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from postprocess.report.page import render_page
-from postprocess.report.results import compute_results
+from postprocess.report.results import measure_run
 from postprocess.report.run_data import read_run
 from preprocess.core.errors import exits_with_2
 from preprocess.core.files import atomic_file
@@ -41,8 +41,7 @@ def main(folder: Path, out_of_fold: bool, pairs_file: Path | None) -> None:
     logging.disable(logging.WARNING)
 
     run = read_run(folder, out_of_fold, pairs_file)
-    results = compute_results(run)
-    page = render_page(run, results)
+    page = render_page(run, measure_run(run))
 
     file = folder / REPORT
     with atomic_file(file) as temporary:

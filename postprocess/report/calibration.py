@@ -1,14 +1,15 @@
 """Measure calibration: how often verdicts of a given confidence are right, and a best temperature.
 
-`results.compute_results` calls `measure_calibration`. Shape letters: see docs/style.md.
+`results.measure_run` calls `measure_calibration`. Shape letters: see docs/style.md.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import minimize_scalar
+from scipy.special import logsumexp
 
-from postprocess.report.metrics import Estimate, ScoredRows, estimate_mean
+from postprocess.report.metrics import Estimate, ScoredRows
 from recipes.pairwise.tracking.metrics import SMALLEST
 
 BINS = 10
@@ -19,13 +20,7 @@ TOLERANCE = 1e-6  # of the inverse temperature
 
 @dataclass(frozen=True)
 class Bin:
-    """The rows whose likeliest verdict has a probability within a bin.
-
-    Attributes:
-        row_count: Number of rows.
-        confidence: Mean probability of the likeliest verdict.
-        accuracy: Share of rows whose likeliest verdict is right.
-    """
+    """The rows whose likeliest verdict has a probability within a bin; `confidence` is its mean."""
 
     row_count: int
     confidence: float
@@ -34,22 +29,13 @@ class Bin:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Whether the model is as sure as it is right.
+    """Whether the model is as sure as it is right."""
 
-    Attributes:
-        bins: The bins that have rows, in the order of their confidence.
-        lowest_confidence: The least that the likeliest verdict can have: 1/2 or 1/3.
-        error: The expected calibration error (Guo et al. 2017).
-        temperature: The temperature with the least log loss on these rows.
-        log_loss: Log loss of all rows, in nats.
-        log_loss_at_temperature: The least log loss.
-    """
-
-    bins: tuple[Bin, ...]
-    lowest_confidence: float
-    error: float
-    temperature: float
-    log_loss: float
+    bins: tuple[Bin, ...]  # those that have rows, in the order of their confidence
+    lowest_confidence: float  # the least that the likeliest verdict can have: 1/2 or 1/3
+    error: float  # the expected calibration error (Guo et al. 2017)
+    temperature: float  # the one with the least log loss on these rows
+    log_loss: float  # of all rows at temperature 1, in nats
     log_loss_at_temperature: float
 
 
@@ -91,7 +77,7 @@ def fill_bins(scored: ScoredRows, lowest_confidence: float) -> list[Bin]:
     for number in range(BINS):
         mask_r = scored.is_decided_r & (bin_of_row_r == number)
         if mask_r.any():
-            accuracy = estimate_mean(scored.is_right_r, mask_r, scored.resamples)
+            accuracy = scored.estimate(scored.is_right_r, mask_r)
             confidence = float(confidence_r[mask_r].mean())
             bins.append(Bin(int(mask_r.sum()), confidence, accuracy))
     return bins
@@ -101,8 +87,7 @@ def find_best_temperature(scored: ScoredRows) -> tuple[float, float]:
     """Find the temperature with the least log loss on these rows.
 
     The temperature is applied as the kernel does it: the mean of both orders to the power of
-    1 / temperature, scaled to sum to 1. Log loss is convex in 1 / temperature, so that there is
-    one minimum.
+    1 / temperature, scaled to sum to 1. Log loss is convex in 1 / temperature: it has one minimum.
 
     Returns:
         The temperature, and the log loss with it in nats.
@@ -110,14 +95,9 @@ def find_best_temperature(scored: ScoredRows) -> tuple[float, float]:
     log_probabilities_rv = np.log(np.clip(scored.mean_rv, SMALLEST, 1))
 
     def compute_log_loss(inverse_temperature: float) -> float:
-        # The cross-entropy: log of the sum of exponentials less the labels' mean logit.
         logits_rv = inverse_temperature * log_probabilities_rv
-        # Subtracting the highest logit keeps the exponentials from overflowing.
-        highest_r = logits_rv.max(axis=1)
-        exponentials_rv = np.exp(logits_rv - highest_r[:, None])
-        log_normaliser_r = highest_r + np.log(exponentials_rv.sum(axis=1))
         mean_logit_r = (scored.labels_rv * logits_rv).sum(axis=1)
-        return float((log_normaliser_r - mean_logit_r).mean())
+        return float((logsumexp(logits_rv, axis=1) - mean_logit_r).mean())
 
     minimum = minimize_scalar(
         compute_log_loss,

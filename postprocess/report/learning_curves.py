@@ -1,6 +1,6 @@
 """Turn the trainer's log into curves over the steps of the training.
 
-`results.compute_results` calls `make_learning_charts`; `page` draws the charts.
+`page` calls `make_learning_charts`, and its template draws the charts by `svg`.
 """
 
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from postprocess.report.run_data import RunData
+from postprocess.report.run_data import Fold, RunData
 
 Curve = Sequence[tuple[int, float]]  # step and value, by step
 
@@ -32,39 +32,36 @@ class LearningChart:
     axis: str
     series: tuple[Series, ...]
 
-    @property
-    def kinds(self) -> set[str]:
-        """The kinds of series that the chart has."""
-        return {series.kind for series in self.series}
-
 
 def make_learning_charts(run: RunData) -> list[LearningChart]:
     """Make the charts of loss, accuracy and learning rate, without those that have no curve."""
     loss = []
     accuracy = []
     learning_rate = []
-    for fold, records in run.history.items():
-        fold_metrics = run.metrics.get(fold, {})
-
+    folds = [fold for fold in run.folds.values() if fold.history]
+    for fold in folds:
         # A smoothed loss, over its raw values. With several folds, the raw values would hide it.
-        training_loss = read_curve(records, "loss")
-        if len(run.history) == 1:
+        training_loss = read_curve(fold.history, "loss")
+        if len(folds) == 1:
             loss.append(Series("raw", training_loss))
         loss.append(Series("training", smooth(training_loss)))
-        validation_loss = read_validation(records, "log_loss", fold_metrics)
-        loss.append(Series("validation", validation_loss))
+        loss.append(Series("validation", read_validation(fold, "log_loss")))
 
         # The trainer logs no accuracy on the training rows.
-        validation_accuracy = read_validation(records, "accuracy", fold_metrics)
-        accuracy.append(Series("validation", validation_accuracy))
-        learning_rate.append(Series("training", read_curve(records, "learning_rate")))
+        accuracy.append(Series("validation", read_validation(fold, "accuracy")))
+        learning_rate.append(Series("training", read_curve(fold.history, "learning_rate")))
 
-    charts = [
-        LearningChart("Loss", "loss", without_empty(loss)),
-        LearningChart("Accuracy", "accuracy", without_empty(accuracy)),
-        LearningChart("Learning rate", "learning rate", without_empty(learning_rate)),
-    ]
-    return [chart for chart in charts if has_a_line(chart)]
+    charts = []
+    for title, axis, all_series in (
+        ("Loss", "loss", loss),
+        ("Accuracy", "accuracy", accuracy),
+        ("Learning rate", "learning rate", learning_rate),
+    ):
+        # Curves without a point are left out; single points alone make no chart.
+        drawn = tuple(series for series in all_series if series.curve)
+        if any(len(series.curve) > 1 for series in drawn):
+            charts.append(LearningChart(title, axis, drawn))
+    return charts
 
 
 def read_curve(records: Sequence[dict], key: str) -> Curve:
@@ -80,18 +77,18 @@ def read_curve(records: Sequence[dict], key: str) -> Curve:
     return sorted(value_of_step.items())
 
 
-def read_validation(records: Sequence[dict], metric: str, fold_metrics: dict) -> Curve:
+def read_validation(fold: Fold, metric: str) -> Curve:
     """Read the curve of a validation metric.
 
-    A run that was not validated during training has one point: the validation after its last step,
-    from metrics.json.
+    A run that was not validated during training has one point: that after its last step, from
+    metrics.json.
     """
-    curve = read_curve(records, f"eval_{metric}")
+    curve = read_curve(fold.history, f"eval_{metric}")
     if curve:
         return curve
 
-    steps = fold_metrics.get("steps")
-    value = fold_metrics.get(metric)
+    steps = fold.metrics.get("steps")
+    value = fold.metrics.get(metric)
     if steps and value:
         return [(steps, value)]
     return []
@@ -110,13 +107,3 @@ def smooth(curve: Curve) -> Curve:
         neighbourhood = values[place - reach : place + reach + 1]
         smoothed.append((step, float(neighbourhood.mean())))
     return smoothed
-
-
-def without_empty(series: Sequence[Series]) -> tuple[Series, ...]:
-    """Leave out the series that have no point."""
-    return tuple(entry for entry in series if entry.curve)
-
-
-def has_a_line(chart: LearningChart) -> bool:
-    """Return whether any series has more than one point; single points make no chart."""
-    return any(len(series.curve) > 1 for series in chart.series)

@@ -1,7 +1,7 @@
 """Compute accuracy and log loss with confidence intervals: of all rows, of slices, of baselines.
 
-`results.compute_results` calls this module. It has plain functions of arrays and tables and reads
-no file. A row is "decided" if its winner is one of the model's verdicts: a tie is not decided for a
+`results.measure_run` calls this module. It has plain functions of arrays and tables and reads no
+file. A row is "decided" if its winner is one of the model's verdicts: a tie is not decided for a
 model that only tells A from B. Shape letters: see docs/style.md.
 """
 
@@ -33,21 +33,13 @@ class Estimate:
 
 @dataclass(frozen=True)
 class TableRow:
-    """Accuracy and log loss of some rows of the data, as one row of a table.
+    """Accuracy and log loss of some rows of the data, as one row of a table."""
 
-    Attributes:
-        name: What the rows have in common, or whose verdicts they are.
-        row_count: Number of rows.
-        group_count: Number of groups of rows with nearly the same prompt.
-        accuracy: Share of the decided rows with the right verdict; None if no row is decided.
-        log_loss: Mean log loss of all rows, in nats.
-    """
-
-    name: str
+    name: str  # what the rows have in common, or whose verdicts they are
     row_count: int
-    group_count: int
-    accuracy: Estimate | None
-    log_loss: Estimate
+    group_count: int  # groups of rows with nearly the same prompt
+    accuracy: Estimate | None  # of the decided rows; None if no row is decided
+    log_loss: Estimate  # of all rows, in nats
 
     @property
     def has_few_groups(self) -> bool:
@@ -56,76 +48,69 @@ class TableRow:
 
 
 @dataclass(frozen=True)
-class Baseline:
-    """A guess that reads no text, on the same rows, and the model's advantage over it.
+class Gain:
+    """The model's accuracy and log loss less those of another one, row by row.
 
-    Attributes:
-        table_row: The guess's accuracy and log loss.
-        accuracy_gain: The model's accuracy less the guess's; None if no row is decided.
-        log_loss_gain: The model's log loss less the guess's. Below zero, the model is better.
+    Accuracy is None if no row is decided. A log loss below zero says that the model is better.
     """
 
+    accuracy: Estimate | None
+    log_loss: Estimate
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A guess that reads no text, on the same rows, and the model's gain over it."""
+
     table_row: TableRow
-    accuracy_gain: Estimate | None
-    log_loss_gain: Estimate
+    gain: Gain
 
 
 @dataclass(frozen=True)
 class ScoredRows:
-    """The measured rows as arrays; all but the winners are float64.
+    """The measured rows as arrays."""
 
-    Attributes:
-        probabilities_rov: The model's probabilities in both orders.
-        labels_rv: Target probabilities.
-        winners_r: The place of each row's winner among the verdicts; -1 if it is none of them.
-        resamples: The bootstrap's draws of groups of rows.
-        verdicts: The model's verdicts, in the order of the last axis.
-    """
+    probabilities_rov: np.ndarray  # in both orders, float64
+    mean_rv: np.ndarray  # the mean of both orders, by which a run is judged
+    labels_rv: np.ndarray  # target probabilities
+    winners_r: np.ndarray  # the winner's place among the verdicts; -1 if it is none of them
+    is_decided_r: np.ndarray  # whether the winner is one of the verdicts
+    is_right_r: np.ndarray  # whether the likeliest verdict is the winner
+    losses_r: np.ndarray  # log loss in nats
+    resamples: Resamples  # the bootstrap's draws of groups of rows
+    verdicts: tuple[str, ...]  # in the order of the last axis
 
-    probabilities_rov: np.ndarray
-    labels_rv: np.ndarray
-    winners_r: np.ndarray
-    resamples: Resamples
-    verdicts: tuple[str, ...]
+    def estimate(self, values_r: np.ndarray, mask_r: np.ndarray | None = None) -> Estimate | None:
+        """Compute the mean of some rows' values and its 95 % confidence interval.
 
-    @property
-    def mean_rv(self) -> np.ndarray:
-        """The mean of both orders, by which a run is judged."""
-        return self.probabilities_rov.mean(axis=1)
+        The interval is a percentile bootstrap over groups of rows (Davison and Hinkley 1997,
+        section 3.8).
 
-    @property
-    def predicted_r(self) -> np.ndarray:
-        """The place of each row's likeliest verdict."""
-        return self.mean_rv.argmax(axis=1)
+        Args:
+            values_r: A number for each row.
+            mask_r: The rows that count; None for all. If there are none, there is no estimate.
+        """
+        if mask_r is None:
+            mask_r = np.full(len(values_r), True)
+        if not mask_r.any():
+            return None
 
-    @property
-    def is_right_r(self) -> np.ndarray:
-        """Whether the likeliest verdict is the winner."""
-        return self.predicted_r == self.winners_r
+        low, high = interval(values_r, mask_r, self.resamples)
+        values = np.asarray(values_r, np.float64)[mask_r]
+        return Estimate(float(values.mean()), low, high)
 
-    @property
-    def is_decided_r(self) -> np.ndarray:
-        """Whether the winner is one of the model's verdicts."""
-        return self.winners_r >= 0
-
-    @property
-    def all_r(self) -> np.ndarray:
-        """A mask of all rows."""
-        return np.full(len(self.winners_r), True)
-
-    @property
-    def losses_r(self) -> np.ndarray:
-        """Each row's log loss, in nats."""
-        return row_losses(self.mean_rv, self.labels_rv)
+    def estimate_gain(self, is_right_r: np.ndarray, losses_r: np.ndarray) -> Gain:
+        """Compute the model's gain over other verdicts, with their log losses, on the same rows."""
+        # Numpy subtracts no bool from a bool: one of them becomes a number.
+        accuracy_gain_r = self.is_right_r.astype(np.float64) - is_right_r
+        return Gain(
+            accuracy=self.estimate(accuracy_gain_r, self.is_decided_r),
+            log_loss=self.estimate(self.losses_r - losses_r),
+        )
 
 
 def score_rows(predictions: Predictions, verdicts: tuple[str, ...]) -> ScoredRows:
-    """Turn predictions into arrays, and draw the resamples of their confidence intervals.
-
-    Args:
-        predictions: The rows. Without the pairs file, the winner alone is the label.
-        verdicts: The model's verdicts.
-    """
+    """Turn predictions into arrays, and draw the resamples of their confidence intervals."""
     # One array (rows, verdicts) for each order, put side by side.
     rows = predictions.rows
     probabilities_of_orders = []
@@ -133,16 +118,18 @@ def score_rows(predictions: Predictions, verdicts: tuple[str, ...]) -> ScoredRow
         columns = [f"p_{verdict}_{order}" for verdict in verdicts]
         probabilities_of_orders.append(rows.select(columns).to_numpy())
     probabilities_rov = np.stack(probabilities_of_orders, axis=1).astype(np.float64)
+    mean_rv = probabilities_rov.mean(axis=1)
 
-    # As in training: without a verdict for ties, `targets` gives half of a tie to each side.
+    # Without the pairs file, the winner alone is the label. As in training: without a verdict for
+    # ties, `targets` gives half of a tie to each side.
     labels = []
     for verdict in VERDICTS:
+        label = (pl.col("winner") == verdict).cast(pl.Float64)
         if predictions.has_pairs:
             label = pl.col(f"label_{verdict}")
-        else:
-            label = (pl.col("winner") == verdict).cast(pl.Float64)
         labels.append(label.alias(f"p_{verdict}"))
     labels_rv = targets(rows.select(labels), verdicts).astype(np.float64)
+    winners_r = winners(rows, verdicts)
 
     # Every estimate multiplies the counts with float64: convert them once.
     draws = resample(groups_of(rows))
@@ -150,38 +137,15 @@ def score_rows(predictions: Predictions, verdicts: tuple[str, ...]) -> ScoredRow
 
     return ScoredRows(
         probabilities_rov=probabilities_rov,
+        mean_rv=mean_rv,
         labels_rv=labels_rv,
-        winners_r=winners(rows, verdicts),
+        winners_r=winners_r,
+        is_decided_r=winners_r >= 0,
+        is_right_r=mean_rv.argmax(axis=1) == winners_r,
+        losses_r=row_losses(mean_rv, labels_rv),
         resamples=resamples,
         verdicts=verdicts,
     )
-
-
-def estimate_mean(
-    values_r: np.ndarray, mask_r: np.ndarray, resamples: Resamples
-) -> Estimate | None:
-    """Compute the mean of some rows' values and its 95 % confidence interval.
-
-    The interval is a percentile bootstrap over groups of rows (Davison and Hinkley 1997, section
-    3.8), here only over the groups that the chosen rows belong to.
-
-    Args:
-        values_r: A number for each row.
-        mask_r: The rows that count.
-        resamples: The draws of groups.
-
-    Returns:
-        The estimate, or None if no row counts.
-    """
-    if not mask_r.any():
-        return None
-
-    # The draws, reduced to the groups of the rows that count, which get new numbers from 0 on.
-    values = np.asarray(values_r, np.float64)[mask_r]
-    groups, group_of_value = np.unique(resamples.group_r[mask_r], return_inverse=True)
-    draws = Resamples(group_of_value, resamples.counts_bg[:, groups])
-    low, high = interval(values, np.full(len(values), True), draws)
-    return Estimate(float(values.mean()), low, high)
 
 
 def make_table_row(
@@ -201,14 +165,13 @@ def make_table_row(
         mask_r: The rows that count; None for all.
     """
     if mask_r is None:
-        mask_r = scored.all_r
-    groups = np.unique(scored.resamples.group_r[mask_r])
+        mask_r = np.full(len(losses_r), True)
     return TableRow(
         name=name,
         row_count=int(mask_r.sum()),
-        group_count=len(groups),
-        accuracy=estimate_mean(is_right_r, mask_r & scored.is_decided_r, scored.resamples),
-        log_loss=estimate_mean(losses_r, mask_r, scored.resamples),
+        group_count=len(np.unique(scored.resamples.group_r[mask_r])),
+        accuracy=scored.estimate(is_right_r, mask_r & scored.is_decided_r),
+        log_loss=scored.estimate(losses_r, mask_r),
     )
 
 
@@ -219,66 +182,7 @@ def model_row(
     return make_table_row(name, scored, scored.is_right_r, scored.losses_r, mask_r)
 
 
-# Baselines
-
-
-def make_baselines(scored: ScoredRows, longer_is_a_r: np.ndarray | None) -> list[Baseline]:
-    """Compute the baselines: the longer answer, and one verdict for every row.
-
-    Both take their shares of right answers from these very rows, which favours them.
-
-    Args:
-        scored: The measured rows.
-        longer_is_a_r: Whether answer A is the longer one; None if the texts are unknown.
-    """
-    baselines = [constant_baseline(scored)]
-    if longer_is_a_r is not None:
-        baselines.insert(0, longer_answer_baseline(scored, longer_is_a_r))
-    return baselines
-
-
-def constant_baseline(scored: ScoredRows) -> Baseline:
-    """Predict the commonest verdict for every row, with the verdicts' shares as probabilities."""
-    shares = scored.labels_rv.mean(axis=0)
-    probabilities_rv = np.tile(shares, (len(scored.labels_rv), 1))
-    is_right_r = scored.winners_r == shares.argmax()
-    return compare_with_baseline("one constant verdict", scored, is_right_r, probabilities_rv)
-
-
-def longer_answer_baseline(scored: ScoredRows, longer_is_a_r: np.ndarray) -> Baseline:
-    """Predict the longer answer for every row, with the share in which it wins as probability."""
-    # Which verdict names the longer answer of each row, and which the shorter one.
-    place_of_a = scored.verdicts.index("model_a")
-    place_of_b = scored.verdicts.index("model_b")
-    longer_r = np.where(longer_is_a_r, place_of_a, place_of_b)
-    shorter_r = np.where(longer_is_a_r, place_of_b, place_of_a)
-
-    # A tie, where the model has one, gets its share in these rows.
-    row_count = len(longer_is_a_r)
-    rows = np.arange(row_count)
-    probabilities_rv = np.tile(scored.labels_rv.mean(axis=0), (row_count, 1))
-    probabilities_rv[rows, longer_r] = scored.labels_rv[rows, longer_r].mean()
-    probabilities_rv[rows, shorter_r] = scored.labels_rv[rows, shorter_r].mean()
-    is_right_r = scored.winners_r == longer_r
-    return compare_with_baseline("the longer answer", scored, is_right_r, probabilities_rv)
-
-
-def compare_with_baseline(
-    name: str, scored: ScoredRows, is_right_r: np.ndarray, probabilities_rv: np.ndarray
-) -> Baseline:
-    """Compute a baseline's accuracy and log loss, and row by row the model's gain over it."""
-    # Numpy subtracts no bool from a bool: one of them becomes a number.
-    losses_r = row_losses(probabilities_rv, scored.labels_rv)
-    accuracy_gain_r = scored.is_right_r.astype(np.float64) - is_right_r
-    log_loss_gain_r = scored.losses_r - losses_r
-    return Baseline(
-        table_row=make_table_row(name, scored, is_right_r, losses_r),
-        accuracy_gain=estimate_mean(accuracy_gain_r, scored.is_decided_r, scored.resamples),
-        log_loss_gain=estimate_mean(log_loss_gain_r, scored.all_r, scored.resamples),
-    )
-
-
-# Slices
+# Lengths and baselines
 
 
 @dataclass(frozen=True)
@@ -289,45 +193,77 @@ class Lengths:
     response_a_r: np.ndarray
     response_b_r: np.ndarray
 
-    @property
-    def total_r(self) -> np.ndarray:
-        """The length of the prompt and both answers."""
-        return self.prompt_r + self.response_a_r + self.response_b_r
-
-    @property
-    def longer_is_a_r(self) -> np.ndarray:
-        """Whether A is the longer answer. Of equal ones it is A, as in metrics.json."""
-        return self.response_a_r >= self.response_b_r
-
 
 def measure_lengths(rows: pl.DataFrame) -> Lengths:
     """Count the characters of each row's prompt and answers."""
-
-    def count_characters(column: str) -> np.ndarray:
+    lengths = []
+    for column in ("prompt", "response_a", "response_b"):
         turn_lengths = pl.col(column).list.eval(pl.element().str.len_chars())
-        return rows.select(turn_lengths.list.sum().fill_null(0)).to_series().to_numpy()
+        row_lengths = rows.select(turn_lengths.list.sum().fill_null(0)).to_series()
+        lengths.append(row_lengths.to_numpy())
+    return Lengths(*lengths)
 
-    return Lengths(
-        prompt_r=count_characters("prompt"),
-        response_a_r=count_characters("response_a"),
-        response_b_r=count_characters("response_b"),
+
+def make_baselines(scored: ScoredRows, lengths: Lengths | None) -> list[Baseline]:
+    """Compute the baselines: the longer answer, if the lengths are known, and a constant verdict.
+
+    Both take their shares of right answers from these very rows, which favours them.
+    """
+    baselines = []
+    if lengths is not None:
+        baselines.append(longer_answer_baseline(scored, lengths))
+    baselines.append(constant_baseline(scored))
+    return baselines
+
+
+def constant_baseline(scored: ScoredRows) -> Baseline:
+    """Predict the commonest verdict for every row, with the verdicts' shares as probabilities."""
+    shares = scored.labels_rv.mean(axis=0)
+    is_right_r = scored.winners_r == shares.argmax()
+    losses_r = row_losses(shares, scored.labels_rv)
+    return Baseline(
+        table_row=make_table_row("one constant verdict", scored, is_right_r, losses_r),
+        gain=scored.estimate_gain(is_right_r, losses_r),
     )
+
+
+def longer_answer_baseline(scored: ScoredRows, lengths: Lengths) -> Baseline:
+    """Predict the longer answer for every row, with the share in which it wins as probability."""
+    # Which verdict names the longer answer of each row. Of equal ones it is A, as in metrics.json.
+    place_of_a = scored.verdicts.index("model_a")
+    place_of_b = scored.verdicts.index("model_b")
+    longer_is_a_r = lengths.response_a_r >= lengths.response_b_r
+    longer_r = np.where(longer_is_a_r, place_of_a, place_of_b)
+    shorter_r = np.where(longer_is_a_r, place_of_b, place_of_a)
+
+    # A tie, where the model has one, gets its share in these rows.
+    row_count = len(longer_r)
+    rows = np.arange(row_count)
+    probabilities_rv = np.tile(scored.labels_rv.mean(axis=0), (row_count, 1))
+    probabilities_rv[rows, longer_r] = scored.labels_rv[rows, longer_r].mean()
+    probabilities_rv[rows, shorter_r] = scored.labels_rv[rows, shorter_r].mean()
+
+    is_right_r = scored.winners_r == longer_r
+    losses_r = row_losses(probabilities_rv, scored.labels_rv)
+    return Baseline(
+        table_row=make_table_row("the longer answer", scored, is_right_r, losses_r),
+        gain=scored.estimate_gain(is_right_r, losses_r),
+    )
+
+
+# Slices
 
 
 def slice_by_name(scored: ScoredRows, names: pl.Series, plural: str) -> list[TableRow]:
     """Compute a table row for each name, such as a language, the commonest name first.
 
-    Args:
-        scored: The measured rows.
-        names: Each row's name; rows without one are "unknown".
-        plural: What the names are, for the table row that the rarest names share.
+    The rarest names share the last table row. `plural` says what the names are.
     """
     # Equally common names are in alphabetical order.
     names = names.cast(pl.String).fill_null("unknown").replace("", "unknown")
     counts = names.value_counts().sort(["count", names.name], descending=[True, False])
     ranked = counts[names.name].to_list()
 
-    # The rarest names share the last table row.
     single_names = ranked
     shared_names = []
     if len(ranked) > MAX_NAMES:
@@ -344,15 +280,7 @@ def slice_by_name(scored: ScoredRows, names: pl.Series, plural: str) -> list[Tab
 
 
 def slice_by_length(scored: ScoredRows, lengths_r: np.ndarray) -> list[TableRow]:
-    """Compute a table row for each quarter of the data by length.
-
-    Args:
-        scored: The measured rows.
-        lengths_r: The length of each row's texts in characters.
-
-    Returns:
-        The table rows, the shortest texts first; fewer than four if many are equally long.
-    """
+    """Compute a table row for each quarter of the data by length, the shortest texts first."""
     # The longest row of each slice; slices that end at the same length become one.
     quantiles = np.linspace(0, 1, LENGTH_SLICES + 1)[1:]
     longest_of_slices = np.unique(np.quantile(lengths_r, quantiles, method="lower"))
@@ -373,8 +301,7 @@ def slice_by_length(scored: ScoredRows, lengths_r: np.ndarray) -> list[TableRow]
 def slice_by_longer_answer(scored: ScoredRows, lengths: Lengths) -> list[TableRow]:
     """Compute a table row each for: the longer answer won, the shorter answer won, a tie.
 
-    Returns:
-        The table rows that have data. Pairs with equally long answers are in none of the first two.
+    Pairs with equally long answers are in none of the first two.
     """
     a_won_r = scored.winners_r == scored.verdicts.index("model_a")
     b_won_r = scored.winners_r == scored.verdicts.index("model_b")
@@ -394,24 +321,19 @@ def slice_by_longer_answer(scored: ScoredRows, lengths: Lengths) -> list[TableRo
 
 
 def make_slices(
-    predictions: Predictions, scored: ScoredRows, lengths: Lengths | None
+    rows: pl.DataFrame, scored: ScoredRows, lengths: Lengths | None
 ) -> list[tuple[str, Sequence[TableRow]]]:
     """Compute the tables by language, length, source, winner and fold.
-
-    Args:
-        predictions: The rows, for their languages, sources and folds.
-        scored: The same rows as arrays.
-        lengths: The texts' lengths; None if the texts are unknown.
 
     Returns:
         Title and rows of each table that has more than one row.
     """
-    rows = predictions.rows
     tables = []
     if "language" in rows.columns:
         tables.append(("By language", slice_by_name(scored, rows["language"], "languages")))
     if lengths is not None:
-        by_length = slice_by_length(scored, lengths.total_r)
+        total_r = lengths.prompt_r + lengths.response_a_r + lengths.response_b_r
+        by_length = slice_by_length(scored, total_r)
         tables.append(("By length of prompt and answers", by_length))
     if "source" in rows.columns:
         tables.append(("By source", slice_by_name(scored, rows["source"], "sources")))

@@ -1,4 +1,4 @@
-"""Draw and render the page: the results of a run put into page.html.jinja.
+"""Draw and render the page: a run and its measurements put into page.html.jinja.
 
 This is the last of the report's three steps, after `run_data` and `results`. The page is one file:
 page.css and page.js stand inside it. Everything is escaped but our own SVG, style and script. A
@@ -9,38 +9,36 @@ texts in it say.
 import base64
 import hashlib
 import math
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
-import numpy as np
 import polars as pl
 from markupsafe import Markup, escape
 
 from postprocess.report import svg
-from postprocess.report.head_facts import collect_facts
-from postprocess.report.learning_curves import LearningChart
+from postprocess.report.learning_curves import make_learning_charts
 from postprocess.report.metrics import Estimate, ScoredRows, TableRow
 from postprocess.report.position_bias import find_flips
-from postprocess.report.results import Results
-from postprocess.report.run_data import Agreement, RunData
+from postprocess.report.results import Measurements
+from postprocess.report.run_data import Agreement, RunData, training_record
 from postprocess.report.worst_rows import show_controls
 
 PAGE_FOLDER = Path(__file__).parent
-MAX_DOTS = 600  # of a scatter plot, evenly spaced among the rows
 LETTERS = {"model_a": "A", "model_b": "B", "tie": "tie"}
 NO_NUMBER = "–"
 MINUS = "−"
 NO_BREAK_SPACE = "\u00a0"
+HASH_DIGITS = 12  # of a commit or a SHA-256, enough to tell them apart
 
 
-def render_page(run: RunData, results: Results) -> str:
+def render_page(run: RunData, measurements: Measurements | None) -> str:
     """Render the page of a run.
 
     Args:
         run: The run's files, for the head of the page and for what is missing.
-        results: The numbers, of which this function draws the pictures.
+        measurements: The numbers; None if the run has no predictions.
 
     Returns:
         The page as HTML. The same run gives the same page.
@@ -56,10 +54,8 @@ def render_page(run: RunData, results: Results) -> str:
         missing=run.missing,
         facts=collect_facts(run),
         is_out_of_fold=run.predictions is not None and run.predictions.is_out_of_fold,
-        measured=results.measurements,
-        learning_charts=results.learning_charts,
-        agreement=run.agreement.report if run.agreement else None,
-        pictures=draw_pictures(run, results),
+        measured=measurements,
+        learning_charts=make_learning_charts(run),
         letters=LETTERS,
         style=Markup(style),
         script=Markup(script),
@@ -76,80 +72,140 @@ def make_environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["decimal"] = format_decimal
-    environment.filters["signed"] = format_signed
-    environment.filters["percent"] = format_percent
-    environment.filters["interval"] = format_interval
-    environment.filters["with_code"] = mark_code
-    environment.filters["show_controls"] = show_controls
-    environment.globals["draw_table"] = draw_table
-    environment.globals["draw_share_bar"] = svg.draw_share_bar
-    environment.globals["draw_learning_chart"] = draw_learning_chart
+    environment.filters.update(
+        decimal=format_decimal,
+        signed=format_signed,
+        percent=format_percent,
+        interval=format_interval,
+        with_code=mark_code,
+        show_controls=show_controls,
+    )
+    environment.globals.update(
+        svg=svg,
+        make_strip_scale=make_strip_scale,
+        draw_orders=draw_orders,
+        draw_agreement=draw_agreement,
+    )
     return environment
+
+
+# Facts in the head of the page
+
+
+def collect_facts(run: RunData) -> list[tuple[str, str]]:
+    """Collect name and value of each fact of contract.json and metrics.json that the run records."""
+    facts = [*model_facts(run), *row_facts(run), *training_facts(run)]
+    return [(name, value) for name, value in facts if value]
+
+
+def model_facts(run: RunData) -> list[tuple[str, str]]:
+    """Say what the model is: recipe, base model, commit, date, head, token budget."""
+    contract = run.first_fold.contract
+    record = training_record(contract)
+
+    # A base model from a hub has a revision, one from a folder has none.
+    base_model = contract.get("base_model", "")
+    revision = contract.get("revision")
+    if revision:
+        base_model = f"{base_model} at {revision[:HASH_DIGITS]}"
+
+    # The commits of all folds, shortened, with -dirty where it applies.
+    commits = set()
+    for fold in run.folds.values():
+        commit = training_record(fold.contract).get("git_commit")
+        if commit:
+            commits.add(re.sub(r"^(\w{12})\w+", r"\1", commit))
+
+    # An ISO time, such as 2026-11-25T09:43:39+00:00.
+    created = record.get("created", "").replace("T", " ").replace("+00:00", " UTC")
+
+    # The verdicts of the run, since a contract of an earlier version does not name them.
+    head = f"{contract.get('head')}, {len(run.verdicts)} verdicts"
+    tokens = contract.get("budget_tokens")
+
+    return [
+        ("recipe", record.get("recipe", "")),
+        ("base model", base_model),
+        ("git commit", ", ".join(sorted(commits))),
+        ("trained", created),
+        ("head", head if contract else ""),
+        ("tokens", f"{tokens:,} a row" if tokens else ""),
+    ]
+
+
+def row_facts(run: RunData) -> list[tuple[str, str]]:
+    """Say which rows were measured, and how many the model was trained on."""
+    # The fold of a run that was trained on all rows is "all".
+    folds = set()
+    training_rows = set()
+    for fold in run.folds.values():
+        if "fold" in fold.metrics:
+            folds.add(str(fold.metrics["fold"]))
+        if fold.metrics.get("training_rows"):
+            training_rows.add(fold.metrics["training_rows"])
+
+    fold_label = "fold held out" if len(folds) == 1 else "folds"
+    fold_text = ", ".join(sorted(folds, key=lambda fold: (len(fold), fold)))  # 10 comes after 9
+    if folds == {"all"}:
+        fold_text = "none"
+
+    measured = ""
+    if run.predictions is not None:
+        measured = f"{len(run.predictions.rows):,}"
+
+    # The folds of a cross-validation differ a little in their numbers of rows.
+    trained_on = ""
+    if training_rows:
+        trained_on = f"{min(training_rows):,}"
+    if len(training_rows) > 1:
+        trained_on = f"{trained_on} to {max(training_rows):,}"
+
+    return [
+        (fold_label, fold_text),
+        ("rows measured", measured),
+        ("rows trained on", trained_on),
+    ]
+
+
+def training_facts(run: RunData) -> list[tuple[str, str]]:
+    """Say how long the training of all folds took, with which data and versions of libraries."""
+    metrics = run.first_fold.metrics
+    steps = metrics.get("steps", 0)
+    seconds = sum(fold.metrics.get("seconds_training", 0) for fold in run.folds.values())
+
+    # A library that was not installed at the training is recorded as absent.
+    versions = training_record(run.first_fold.contract).get("versions", {})
+    installed = [f"{name} {version}" for name, version in versions.items() if version != "absent"]
+
+    return [
+        ("steps", f"{steps:,}" if steps else ""),
+        ("training took", format_duration(seconds) if seconds > 0 else ""),
+        ("pairs", metrics.get("pairs_sha256", "")[:HASH_DIGITS]),
+        ("versions", ", ".join(installed)),
+    ]
+
+
+def format_duration(seconds: float) -> str:
+    """Write a duration as 1 h 5 min, 7 min or 24 s."""
+    minutes = round(seconds / 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    if minutes >= 2:
+        return f"{minutes} min"
+    return f"{seconds:.0f} s"
 
 
 # Pictures
 
 
-def draw_pictures(run: RunData, results: Results) -> dict[str, Markup | None]:
-    """Draw the pictures that a page has once: reliability, orders, agreement; None for none."""
-    pictures: dict[str, Markup | None] = {"reliability": None, "orders": None, "agreement": None}
-
-    measurements = results.measurements
-    if measurements is not None:
-        calibration = measurements.calibration
-        if calibration is not None:
-            pictures["reliability"] = svg.draw_reliability(
-                calibration.bins, calibration.lowest_confidence
-            )
-        if measurements.position_bias is not None:
-            pictures["orders"] = draw_orders(measurements.scored)
-
-    if run.agreement is not None:
-        pictures["agreement"] = draw_agreement(run.agreement)
-    return pictures
-
-
-@dataclass(frozen=True)
-class TablePictures:
-    """The pictures of a table with the columns accuracy and log_loss.
-
-    Attributes:
-        axes: The axis of each column, by its name.
-        strips: For each table row, the strip by the column's name; None where there is no number.
-    """
-
-    axes: dict[str, Markup]
-    strips: list[dict[str, Markup | None]]
-
-
-def draw_table(table_rows: Sequence[TableRow], reference: TableRow) -> TablePictures:
-    """Draw the pictures of a table.
-
-    Args:
-        table_rows: The rows of the table.
-        reference: The model on all data; a dashed line marks it in every strip.
-    """
-    axes = {}
-    strips: list[dict[str, Markup | None]] = [{} for _ in table_rows]
-    for column in ("accuracy", "log_loss"):
-        estimates = [getattr(table_row, column) for table_row in table_rows]
-        reference_estimate = getattr(reference, column)
-        reference_value = reference_estimate.value if reference_estimate else None
-
-        # The rows share a column's scale.
-        scale = svg.make_strip_scale([*estimates, reference_estimate])
-        axes[column] = svg.draw_strip_axis(scale)
-        for row_strips, estimate in zip(strips, estimates, strict=True):
-            row_strips[column] = None
-            if estimate is not None:
-                row_strips[column] = svg.draw_strip(estimate, scale, reference_value)
-    return TablePictures(axes, strips)
-
-
-def draw_learning_chart(chart: LearningChart) -> Markup:
-    """Draw a chart over the steps of the training."""
-    return svg.draw_curves(chart.series, chart.axis, f"{chart.title} by step")
+def make_strip_scale(table_rows: Sequence[TableRow], column: str) -> svg.Scale:
+    """Make the scale that the strips of one column share."""
+    values = []
+    for table_row in table_rows:
+        estimate = getattr(table_row, column)
+        if estimate is not None:
+            values += [estimate.low, estimate.high, estimate.value]
+    return svg.make_scale(values, is_tight=True)
 
 
 def draw_orders(scored: ScoredRows) -> Markup:
@@ -158,7 +214,9 @@ def draw_orders(scored: ScoredRows) -> Markup:
     as_given_r = scored.probabilities_rov[:, 0, place_of_a]
     swapped_r = scored.probabilities_rov[:, 1, place_of_a]
     return svg.draw_scatter(
-        choose_dots(as_given_r, swapped_r, find_flips(scored)),
+        as_given_r,
+        swapped_r,
+        find_flips(scored),
         axis_names=("P(A), order as given", "P(A), order swapped"),
         label="The probability of answer A in both orders, a dot a row",
         has_middle_lines=len(scored.verdicts) == 2,
@@ -174,9 +232,7 @@ def draw_agreement(agreement: Agreement) -> Markup | None:
     # The packaged model is merged, quantised, or one of several quantised ones.
     packaged = agreement.report.get("packaged")
     rows = agreement.rows
-    if rows is None:
-        return None
-    if not {"trained_p_model_a", f"{packaged}_p_model_a"} <= set(rows.columns):
+    if rows is None or f"{packaged}_p_model_a" not in rows.columns:
         return None
 
     # Each pair has two rows, one for each order: compare their means.
@@ -190,19 +246,13 @@ def draw_agreement(agreement: Agreement) -> Markup | None:
 
     is_changed_r = trained_rv.argmax(axis=1) != packaged_rv.argmax(axis=1)
     return svg.draw_scatter(
-        choose_dots(trained_rv[:, 0], packaged_rv[:, 0], is_changed_r),
+        trained_rv[:, 0],
+        packaged_rv[:, 0],
+        is_changed_r,
         axis_names=("P(A), trained", f"P(A), {packaged}"),
         label=f"The probability of answer A as trained and as {packaged}, a dot a row",
         has_middle_lines=len(verdicts) == 2,
     )
-
-
-def choose_dots(x_r: np.ndarray, y_r: np.ndarray, is_marked_r: np.ndarray) -> list[svg.ScatterRow]:
-    """Choose at most MAX_DOTS rows for a scatter plot, evenly spaced, the same every time."""
-    # Thousands of dots would hide one another and make the page slow.
-    row_count = len(x_r)
-    places = np.linspace(0, row_count - 1, min(row_count, MAX_DOTS)).round().astype(int)
-    return [svg.ScatterRow(x_r[row], y_r[row], is_marked_r[row]) for row in np.unique(places)]
 
 
 # Numbers and text
@@ -232,20 +282,10 @@ def format_percent(share: float | None, decimals: int = 1) -> str:
 
 
 def format_interval(interval: Estimate | Sequence[float] | None, decimals: int = 3) -> str:
-    """Write an interval as [0.598, 0.712].
-
-    Args:
-        interval: An estimate with its interval, or [low, high] as in agreement.json.
-        decimals: Of both ends.
-    """
-    if interval is None:
-        low = None
-        high = None
-    elif isinstance(interval, Estimate):
-        low = interval.low
-        high = interval.high
-    else:
-        low, high = interval
+    """Write the interval of an estimate, or [low, high] of agreement.json, as [0.598, 0.712]."""
+    if isinstance(interval, Estimate):
+        interval = (interval.low, interval.high)
+    low, high = interval or (None, None)
     low_text = format_decimal(low, decimals)
     high_text = format_decimal(high, decimals)
     return f"[{low_text},{NO_BREAK_SPACE}{high_text}]"
@@ -253,12 +293,5 @@ def format_interval(interval: Estimate | Sequence[float] | None, decimals: int =
 
 def mark_code(text: str) -> Markup:
     """Escape a text and mark as code what stands between backticks."""
-    parts = []
-    is_code = False
-    for part in text.split("`"):
-        if is_code:
-            parts.append(Markup("<code>{}</code>").format(part))
-        else:
-            parts.append(escape(part))
-        is_code = not is_code
-    return Markup("").join(parts)
+    marked = re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text)))
+    return Markup(marked)

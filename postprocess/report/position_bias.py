@@ -1,6 +1,6 @@
 """Measure position bias: whether the model prefers the answer that stands first.
 
-`results.compute_results` calls `measure_position_bias`. Every pair is scored in the order as given
+`results.measure_run` calls `measure_position_bias`. Every pair is scored in the order as given
 and with its answers swapped. Over both orders, either position has the better answer equally often,
 so that a difference between the positions is bias. Shape letters: see docs/style.md.
 """
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from postprocess.report.metrics import Estimate, ScoredRows, TableRow, estimate_mean, make_table_row
+from postprocess.report.metrics import Estimate, Gain, ScoredRows, TableRow, make_table_row
 from recipes.pairwise.tracking.metrics import row_losses
 
 
@@ -25,34 +25,24 @@ class FirstAnswer:
 
 @dataclass(frozen=True)
 class PositionBias:
-    """How much the order of the answers changes the verdicts.
+    """How much the order of the answers changes the verdicts."""
 
-    Attributes:
-        first_answers: What the first answer gets from the labels, the verdicts and the
-            probabilities.
-        verdict_bias: Share of verdicts for the first answer less that for the second; 0 without
-            bias.
-        probability_bias: Mean probability of the first answer less that of the second.
-        flip_rate: Share of rows whose verdict changes with the order.
-        orders: The order as given, the swapped order and their mean as one model each.
-        accuracy_gain: Accuracy of the mean less that of the order as given; None if no row is
-            decided.
-        log_loss_gain: Log loss of the mean less that of the order as given.
-    """
-
-    first_answers: tuple[FirstAnswer, ...]
-    verdict_bias: Estimate
-    probability_bias: Estimate
-    flip_rate: Estimate
-    orders: tuple[TableRow, ...]
-    accuracy_gain: Estimate | None
-    log_loss_gain: Estimate
+    first_answers: tuple[FirstAnswer, ...]  # of the labels, the verdicts and the probabilities
+    verdict_bias: Estimate  # share of verdicts for the first answer less that for the second
+    probability_bias: Estimate  # mean probability of the first answer less that of the second
+    flip_rate: Estimate  # share of rows whose verdict changes with the order
+    orders: tuple[TableRow, ...]  # as given, swapped, and their mean, as one model each
+    gain: Gain  # of the mean of both over the order as given
 
 
-def measure_position_bias(scored: ScoredRows) -> PositionBias:
-    """Measure the position bias over all rows."""
+def measure_position_bias(scored: ScoredRows) -> PositionBias | None:
+    """Measure the position bias over all rows; None if no probability changes with the order."""
     as_given_rv = scored.probabilities_rov[:, 0]
     swapped_rv = scored.probabilities_rov[:, 1]
+
+    # A reward model scores each answer alone: no order, no bias.
+    if np.array_equal(as_given_rv, swapped_rv):
+        return None
 
     # The labels do not depend on the order: their bias is zero, and they show what is fair.
     labels, _ = measure_first_answer(
@@ -76,18 +66,13 @@ def measure_position_bias(scored: ScoredRows) -> PositionBias:
         make_table_row("mean of both", scored, scored.is_right_r, scored.losses_r),
     )
 
-    # What scoring the second order brings, row by row.
-    accuracy_gain_r = scored.is_right_r.astype(np.float64) - as_given_right_r
-    log_loss_gain_r = scored.losses_r - as_given_losses_r
-
     return PositionBias(
         first_answers=(labels, verdicts, probabilities),
         verdict_bias=verdict_bias,
         probability_bias=probability_bias,
-        flip_rate=estimate_mean(find_flips(scored), scored.all_r, scored.resamples),
+        flip_rate=scored.estimate(find_flips(scored)),
         orders=orders,
-        accuracy_gain=estimate_mean(accuracy_gain_r, scored.is_decided_r, scored.resamples),
-        log_loss_gain=estimate_mean(log_loss_gain_r, scored.all_r, scored.resamples),
+        gain=scored.estimate_gain(as_given_right_r, as_given_losses_r),
     )
 
 
@@ -106,24 +91,19 @@ def measure_first_answer(
     place_of_a = scored.verdicts.index("model_a")
     place_of_b = scored.verdicts.index("model_b")
     first_as_given_r = as_given_rv[:, place_of_a]
-    second_as_given_r = as_given_rv[:, place_of_b]
     first_swapped_r = swapped_rv[:, place_of_b]
-    second_swapped_r = swapped_rv[:, place_of_a]
 
     # Over both orders, without bias, first and second get the same.
     first_r = (first_as_given_r + first_swapped_r) / 2
-    second_r = (second_as_given_r + second_swapped_r) / 2
-
-    def estimate(values_r: np.ndarray) -> Estimate:
-        return estimate_mean(values_r, scored.all_r, scored.resamples)
+    second_r = (as_given_rv[:, place_of_b] + swapped_rv[:, place_of_a]) / 2
 
     first_answer = FirstAnswer(
         name=name,
-        as_given=estimate(first_as_given_r),
-        swapped=estimate(first_swapped_r),
-        both_orders=estimate(first_r),
+        as_given=scored.estimate(first_as_given_r),
+        swapped=scored.estimate(first_swapped_r),
+        both_orders=scored.estimate(first_r),
     )
-    return first_answer, estimate(first_r - second_r)
+    return first_answer, scored.estimate(first_r - second_r)
 
 
 def one_hot_verdicts(probabilities_rv: np.ndarray) -> np.ndarray:
@@ -136,10 +116,3 @@ def find_flips(scored: ScoredRows) -> np.ndarray:
     """Return for each row whether its verdict changes with the order, bool of shape (rows,)."""
     verdicts_ro = scored.probabilities_rov.argmax(axis=2)
     return verdicts_ro[:, 0] != verdicts_ro[:, 1]
-
-
-def depends_on_order(scored: ScoredRows) -> bool:
-    """Return whether any probability changes with the order; those of a reward model never do."""
-    as_given_rv = scored.probabilities_rov[:, 0]
-    swapped_rv = scored.probabilities_rov[:, 1]
-    return not np.array_equal(as_given_rv, swapped_rv)

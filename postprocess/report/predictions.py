@@ -4,6 +4,7 @@
 """
 
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import polars as pl
@@ -12,25 +13,23 @@ from preprocess.core.errors import UserError
 from preprocess.core.files import sha256
 from preprocess.model_input import VERDICTS
 from recipes.pairwise.data.datasets import read_pairs
-from recipes.pairwise.tracking.metrics import ORDERS
 
 PREDICTIONS = "predictions.parquet"
 OUT_OF_FOLD = "oof.parquet"
 PAIR_COLUMNS = ("prompt", "response_a", "response_b", "language", "source", "group")
-SAME_PROBABILITY = (
-    1e-6  # two probabilities of float32 that differ by less are equal but for rounding
-)
+# Of the mean of both orders, then of each order.
+PROBABILITIES = [
+    f"p_{verdict}{order}" for order, verdict in product(("", "_as_given", "_swapped"), VERDICTS)
+]
+SAME_PROBABILITY = 1e-6  # probabilities of float32 that differ by less are equal but for rounding
 
 
 @dataclass(frozen=True)
 class Predictions:
     """The rows that the report measures, sorted by id.
 
-    Attributes:
-        file: predictions.parquet or oof.parquet.
-        rows: id, fold, winner, and the probabilities p_VERDICT of the mean of both orders and
-            p_VERDICT_ORDER of each order. With the pairs file also those of PAIR_COLUMNS that it
-            has, and its labels: label_model_a, label_model_b, label_tie.
+    They have id, fold, winner, and the columns of PROBABILITIES. With the pairs file they also have
+    those of PAIR_COLUMNS that it has, and its labels: label_model_a, label_model_b, label_tie.
     """
 
     file: Path
@@ -64,10 +63,7 @@ def read_table(file: Path) -> pl.DataFrame:
 
 
 def read_predictions(file: Path) -> Predictions | None:
-    """Read a file of predictions and check its columns, ids and probabilities.
-
-    Returns:
-        The rows, sorted by id, without the columns of the pairs file. None if there is no file.
+    """Read a file of predictions and check its columns, ids and probabilities; None if absent.
 
     Raises:
         UserError: The file is damaged, or was not written by the training.
@@ -77,8 +73,7 @@ def read_predictions(file: Path) -> Predictions | None:
 
     # Another program, or an earlier version of this project, may have written other columns.
     rows = read_table(file)
-    probabilities = probability_columns()
-    required = ["id", "fold", "winner", *probabilities]
+    required = ["id", "fold", "winner", *PROBABILITIES]
     missing = [column for column in required if column not in rows.columns]
     if missing:
         raise UserError(
@@ -93,7 +88,7 @@ def read_predictions(file: Path) -> Predictions | None:
         raise UserError(f"{file}: an id occurs twice; train again")
 
     # A null becomes a NaN, and a NaN is not between 0 and 1.
-    values = rows.select(pl.col(probabilities).cast(pl.Float64)).fill_null(float("nan"))
+    values = rows.select(pl.col(PROBABILITIES).cast(pl.Float64)).fill_null(float("nan"))
     is_valid = values.select(pl.all_horizontal(pl.all().is_between(0, 1))).to_series()
     if not is_valid.all():
         first_invalid = rows["id"][is_valid.arg_min()]
@@ -104,16 +99,8 @@ def read_predictions(file: Path) -> Predictions | None:
     return Predictions(file, rows.sort("id"))
 
 
-def probability_columns() -> list[str]:
-    """Name the columns of probabilities: of the mean of both orders first, then of each order."""
-    columns = [f"p_{verdict}" for verdict in VERDICTS]
-    for order in ORDERS:
-        columns += [f"p_{verdict}_{order}" for verdict in VERDICTS]
-    return columns
-
-
 def add_pairs(
-    predictions: Predictions, file: Path, expected_sha256: str | None, is_named_by_user: bool
+    predictions: Predictions, file: Path, expected_sha256: str | None
 ) -> tuple[Predictions, str | None]:
     """Add texts, groups and labels of the pairs file to the predictions.
 
@@ -121,42 +108,25 @@ def add_pairs(
         predictions: The rows that the report measures.
         file: The pairs file.
         expected_sha256: The hash of the pairs file that the model was trained on, if recorded.
-        is_named_by_user: Whether the user named the file. Then a wrong file is an error. A wrong
-            file that the run itself names is only reported: the rest of the page needs no pairs.
 
     Returns:
         The predictions with the columns of the pairs file and None, or the predictions unchanged
-        and a sentence that says why.
-
-    Raises:
-        UserError: The user named a file that does not exist or is not the training's.
+        and a sentence that says what is wrong with the file.
     """
     if not file.is_file():
-        if is_named_by_user:
-            raise UserError(f"{file}: no such file; --pairs names the pairs file of the training")
-        return predictions, explain_missing_pairs(file, "does not exist")
-
+        problem = "does not exist"
     # The labels of a pairs file that was made again may differ from those of the training.
-    if expected_sha256 and sha256(file) != expected_sha256:
-        if is_named_by_user:
-            raise UserError(
-                f"{file}: not the file of the training, whose SHA-256 is {expected_sha256[:12]}… "
-                "in metrics.json"
-            )
-        return predictions, explain_missing_pairs(file, "has changed since training")
+    elif expected_sha256 and sha256(file) != expected_sha256:
+        problem = "has changed since training"
+    else:
+        # Without metrics.json there is no hash: then the ids show whether the file is another one.
+        joined = join_pairs(predictions.rows, read_pairs(file))
+        if joined is not None:
+            return Predictions(predictions.file, joined), None
+        problem = "does not hold every row of the predictions"
 
-    # Without metrics.json there is no hash: then the ids show whether the file is another one.
-    joined = join_pairs(predictions.rows, read_pairs(file))
-    if joined is None:
-        reason = "does not hold every row of the predictions"
-        return predictions, explain_missing_pairs(file, reason)
-    return Predictions(predictions.file, joined), None
-
-
-def explain_missing_pairs(file: Path, reason: str) -> str:
-    """Say why the page has nothing of the pairs file, and what to do."""
-    return (
-        f"{file} {reason}, so that texts, languages, sources, lengths and groups of prompts are "
+    return predictions, (
+        f"{file} {problem}, so that texts, languages, sources, lengths and groups of prompts are "
         "missing here: name the file of the training with `--pairs FILE`, or train again."
     )
 
@@ -186,19 +156,15 @@ def is_comparison_of(agreement_rows: pl.DataFrame, predictions: pl.DataFrame) ->
             predictions of that time as recorded_p_VERDICT.
         predictions: The rows of predictions.parquet, which a later training may have replaced.
     """
-    verdict_columns = [
-        column.removeprefix("recorded_")
-        for column in agreement_rows.columns
-        if column.startswith("recorded_p_")
-    ]
-    has_keys = {"id", "order"} <= set(agreement_rows.columns)
-    if not verdict_columns or not has_keys:
+    if not {"id", "order", "recorded_p_model_a"} <= set(agreement_rows.columns):
         return False
 
+    recorded_columns = [name for name in agreement_rows.columns if name.startswith("recorded_p_")]
     for (order,), order_rows in agreement_rows.group_by("order"):
         joined = order_rows.join(predictions, on="id", how="left")
-        for column in verdict_columns:
-            difference = joined[f"recorded_{column}"] - joined[f"{column}_{order}"]
+        for column in recorded_columns:
+            predicted = joined[f"{column.removeprefix('recorded_')}_{order}"]
+            difference = joined[column] - predicted
             # A row that has no prediction now counts as different.
             if difference.abs().fill_null(1.0).max() > SAME_PROBABILITY:
                 return False

@@ -1,107 +1,54 @@
-"""Compute everything that the page shows of a run.
+"""Measure the rows of a run for the page.
 
-This is the second of the report's three steps: `run_data` reads the run folder, this module
-computes, `page` draws and renders. It reads no file and draws nothing.
+This is the second of the report's three steps: `run_data` reads the run folder, `measure_run`
+computes, `page` draws and renders. Nothing here reads a file.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from postprocess.report import metrics
 from postprocess.report.calibration import Calibration, measure_calibration
-from postprocess.report.learning_curves import LearningChart, make_learning_charts
-from postprocess.report.metrics import (
-    Baseline,
-    ScoredRows,
-    TableRow,
-    make_baselines,
-    make_slices,
-    measure_lengths,
-    model_row,
-    score_rows,
-)
-from postprocess.report.position_bias import PositionBias, depends_on_order, measure_position_bias
-from postprocess.report.predictions import Predictions
+from postprocess.report.metrics import Baseline, ScoredRows, TableRow
+from postprocess.report.position_bias import PositionBias, measure_position_bias
 from postprocess.report.run_data import RunData
 from postprocess.report.worst_rows import WorstRow, find_worst_rows
 
 
 @dataclass(frozen=True)
 class Measurements:
-    """What was measured on the rows of the predictions.
-
-    Attributes:
-        scored: The rows as arrays, for the pictures that show single rows.
-        model: Accuracy and log loss of the model on all rows.
-        baselines: Guesses that read no text, on the same rows.
-        slices: Title and rows of the tables by language, length, source, winner, fold.
-        calibration: None if no row has a winner among the model's verdicts.
-        position_bias: None if the order of the answers changes nothing (a reward model).
-        worst_rows: The rows with a wrong verdict whose winner had the least probability.
-    """
+    """What was measured on the rows of the predictions."""
 
     scored: ScoredRows
-    model: TableRow
+    model: TableRow  # accuracy and log loss on all rows
     baselines: Sequence[Baseline]
-    slices: Sequence[tuple[str, Sequence[TableRow]]]
-    calibration: Calibration | None
-    position_bias: PositionBias | None
+    slices: Sequence[tuple[str, Sequence[TableRow]]]  # title and rows of each table
+    calibration: Calibration | None  # None if no row has a winner among the model's verdicts
+    position_bias: PositionBias | None  # None if the order changes nothing (a reward model)
     worst_rows: Sequence[WorstRow]
-
-    @property
-    def group_count(self) -> int:
-        """Number of groups of rows with nearly the same prompt."""
-        return self.scored.resamples.counts_bg.shape[1]
-
-    @property
-    def wrong_count(self) -> int:
-        """Number of rows with a wrong verdict."""
-        is_wrong_r = self.scored.is_decided_r & ~self.scored.is_right_r
-        return int(is_wrong_r.sum())
+    wrong_count: int  # rows with a wrong verdict
 
 
-@dataclass(frozen=True)
-class Results:
-    """All that the report computes. `measurements` is None if the run has no predictions."""
-
-    measurements: Measurements | None
-    learning_charts: Sequence[LearningChart]
-
-
-def compute_results(run: RunData) -> Results:
-    """Compute the results of a run."""
-    measurements = None
-    if run.predictions is not None:
-        measurements = measure_predictions(run.predictions, run.verdicts)
-    return Results(measurements, make_learning_charts(run))
-
-
-def measure_predictions(predictions: Predictions, verdicts: tuple[str, ...]) -> Measurements:
-    """Measure the rows of predictions.parquet or oof.parquet.
-
-    Args:
-        predictions: The rows, with texts and labels if the pairs file was found.
-        verdicts: The model's verdicts.
-    """
-    scored = score_rows(predictions, verdicts)
+def measure_run(run: RunData) -> Measurements | None:
+    """Measure the rows of predictions.parquet or oof.parquet; None if the run has neither."""
+    if run.predictions is None:
+        return None
+    rows = run.predictions.rows
+    scored = metrics.score_rows(run.predictions, run.verdicts)
 
     # Lengths need the texts of the pairs file.
     lengths = None
-    longer_is_a_r = None
-    if predictions.has_pairs:
-        lengths = measure_lengths(predictions.rows)
-        longer_is_a_r = lengths.longer_is_a_r
+    if run.predictions.has_pairs:
+        lengths = metrics.measure_lengths(rows)
 
-    # A reward model scores each answer alone: no order, no bias.
-    position_bias = None
-    if depends_on_order(scored):
-        position_bias = measure_position_bias(scored)
-
+    is_wrong_r = scored.is_decided_r & ~scored.is_right_r
     return Measurements(
         scored=scored,
-        model=model_row(scored),
-        baselines=make_baselines(scored, longer_is_a_r),
-        slices=make_slices(predictions, scored, lengths),
+        model=metrics.model_row(scored),
+        baselines=metrics.make_baselines(scored, lengths),
+        slices=metrics.make_slices(rows, scored, lengths),
         calibration=measure_calibration(scored),
-        position_bias=position_bias,
-        worst_rows=find_worst_rows(predictions.rows, scored),
+        position_bias=measure_position_bias(scored),
+        worst_rows=find_worst_rows(rows, scored),
+        wrong_count=int(is_wrong_r.sum()),
     )

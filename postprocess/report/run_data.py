@@ -47,15 +47,10 @@ DEFAULT_PAIRS = "data/pairs.parquet"
 
 @dataclass(frozen=True)
 class Agreement:
-    """The comparison that `python -m postprocess` made of the models as trained and as packaged.
+    """The comparison that `python -m postprocess` made of the models as trained and as packaged."""
 
-    Attributes:
-        report: agreement.json.
-        rows: agreement.parquet, the probabilities of each model; None if there is no such file.
-    """
-
-    report: dict
-    rows: pl.DataFrame | None
+    report: dict  # agreement.json
+    rows: pl.DataFrame | None  # agreement.parquet, the probabilities of each model
 
 
 @dataclass(frozen=True)
@@ -67,30 +62,25 @@ class Commands:
 
 
 @dataclass(frozen=True)
-class RunData:
-    """The files of a run.
+class Fold:
+    """What the training left in a run folder or a fold's folder; empty where a file is absent."""
 
-    Attributes:
-        folder: The run folder.
-        contracts: contract.json of each fold by the fold's name; empty where there is none. A run
-            that is not a cross-validation has one entry, under the empty name.
-        metrics: metrics.json of each fold by the fold's name; empty where there is none.
-        history: The records of history.json by the fold's name, for the folds that have any.
-        predictions: The rows that the report measures; None if there are none.
-        verdicts: The verdicts that the model tells apart, in the order of its outputs.
-        agreement: The comparison of the trained and the packaged model; None if there is none.
-        missing: A sentence for each thing that is missing, by its name: predictions, pairs,
-            contract, metrics, history, agreement.
-    """
+    contract: dict
+    metrics: dict
+    history: list[dict]  # the records that have a step
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The files of a run."""
 
     folder: Path
-    contracts: dict[str, dict]
-    metrics: dict[str, dict]
-    history: dict[str, list[dict]]
-    predictions: Predictions | None
-    verdicts: tuple[str, ...]
+    folds: dict[str, Fold]  # by name; a run without folds has one, under the empty name
+    first_fold: Fold  # what it says of the model holds for all folds
+    predictions: Predictions | None  # the rows to measure
+    verdicts: tuple[str, ...]  # in the order of the model's outputs
     agreement: Agreement | None
-    missing: dict[str, str]
+    missing: dict[str, str]  # a sentence by the name of what is missing, such as "pairs"
 
     @property
     def name(self) -> str:
@@ -101,32 +91,14 @@ class RunData:
         return folder.name
 
     @property
-    def first_contract(self) -> dict:
-        """The first fold's contract: what it says of the model holds for all folds."""
-        return first_fold(self.contracts)
-
-    @property
-    def first_metrics(self) -> dict:
-        """The first fold's metrics."""
-        return first_fold(self.metrics)
-
-    @property
     def rows_were_trained_on(self) -> bool:
         """Whether the model has seen the rows that it is measured on."""
-        return any(fold.get("rows_were_trained_on") for fold in self.metrics.values())
-
-
-def first_fold(folds: Mapping[str, dict]) -> dict:
-    """Return the first fold's entry, or an empty one if there are no folds."""
-    return next(iter(folds.values()), {})
+        return any(fold.metrics.get("rows_were_trained_on") for fold in self.folds.values())
 
 
 def training_record(contract: dict) -> dict:
     """Return what a contract records of the training: recipe, git_commit, created, versions."""
-    record = contract.get("recorded")
-    if not record:
-        return {}
-    return record
+    return contract.get("recorded", {})
 
 
 def read_run(folder: Path, out_of_fold: bool = False, pairs_file: Path | None = None) -> RunData:
@@ -141,9 +113,6 @@ def read_run(folder: Path, out_of_fold: bool = False, pairs_file: Path | None = 
         out_of_fold: Measure oof.parquet in any case.
         pairs_file: The pairs file of the training, if it has moved since.
 
-    Returns:
-        The run's data.
-
     Raises:
         UserError: The folder is not a run folder, or one of its files cannot be read.
     """
@@ -152,21 +121,16 @@ def read_run(folder: Path, out_of_fold: bool = False, pairs_file: Path | None = 
     # A cross-validation has a contract, metrics and a history for each fold, other runs have one.
     measures_out_of_fold = should_measure_out_of_fold(folder, out_of_fold)
     if measures_out_of_fold:
-        fold_folders = find_fold_folders(folder)
+        fold_folders = {path.name: path for _, path in find_numbered(folder, "fold-")}
         predictions_file = folder / OUT_OF_FOLD
     else:
         fold_folders = {"": folder}
         predictions_file = folder / PREDICTIONS
 
-    contracts = {name: read_optional(path / CONTRACT) for name, path in fold_folders.items()}
-    metrics = {name: read_optional(path / METRICS) for name, path in fold_folders.items()}
-    history = read_histories(fold_folders)
-
-    # The folds are of one recipe: what the first one says of the model holds for all.
-    contract = first_fold(contracts)
-    first_metrics = first_fold(metrics)
-    commands = find_commands(folder, contract, first_metrics, measures_out_of_fold)
-    missing = explain_missing(contracts, metrics, history, commands)
+    folds = {name: read_fold(path) for name, path in fold_folders.items()}
+    first_fold = next(iter(folds.values()), Fold({}, {}, []))
+    commands = find_commands(folder, first_fold, measures_out_of_fold)
+    missing = explain_missing(folds, first_fold, commands)
 
     # The rows to measure, with texts and labels if the pairs file is the one of the training.
     predictions = read_predictions(predictions_file)
@@ -176,11 +140,12 @@ def read_run(folder: Path, out_of_fold: bool = False, pairs_file: Path | None = 
             f"`{commands.create}` writes it."
         )
     else:
-        is_named_by_user = pairs_file is not None
-        if not is_named_by_user:
-            pairs_file = find_pairs_file(fold_folders, contract, first_metrics)
-        expected_sha256 = first_metrics.get("pairs_sha256")
-        predictions, problem = add_pairs(predictions, pairs_file, expected_sha256, is_named_by_user)
+        file = pairs_file or find_pairs_file(fold_folders, first_fold)
+        expected_sha256 = first_fold.metrics.get("pairs_sha256")
+        predictions, problem = add_pairs(predictions, file, expected_sha256)
+        # The page can do without the pairs file that the run names, but not a user who names one.
+        if problem and pairs_file:
+            raise UserError(problem)
         if problem:
             missing["pairs"] = problem
 
@@ -191,11 +156,10 @@ def read_run(folder: Path, out_of_fold: bool = False, pairs_file: Path | None = 
 
     return RunData(
         folder=folder,
-        contracts=contracts,
-        metrics=metrics,
-        history=history,
+        folds=folds,
+        first_fold=first_fold,
         predictions=predictions,
-        verdicts=find_verdicts(fold_folders, contract, predictions),
+        verdicts=find_verdicts(fold_folders, first_fold.contract, predictions),
         agreement=agreement,
         missing=missing,
     )
@@ -214,11 +178,7 @@ def check_run_folder(folder: Path) -> None:
 
 
 def should_measure_out_of_fold(folder: Path, is_wanted: bool) -> bool:
-    """Decide whether to measure oof.parquet instead of the run's own predictions.
-
-    Raises:
-        UserError: The user wants oof.parquet, and there is none.
-    """
+    """Decide whether to measure oof.parquet instead of the run's own predictions."""
     file = folder / OUT_OF_FOLD
     if not file.is_file():
         if is_wanted:
@@ -233,17 +193,24 @@ def should_measure_out_of_fold(folder: Path, is_wanted: bool) -> bool:
     return not has_predictions or bool(metrics.get("rows_were_trained_on"))
 
 
-def find_fold_folders(folder: Path) -> dict[str, Path]:
-    """Find the folders of a cross-validation's folds, by name, in the order of their numbers."""
-    # By number, since by name fold-10 would come before fold-2.
-    folders_by_number = {}
-    for path in folder.glob("fold-*"):
-        number = path.name.removeprefix("fold-")
+def find_numbered(folder: Path, prefix: str) -> list[tuple[int, Path]]:
+    """Find the folders that are named by the prefix and a number, in the order of the numbers."""
+    # By name, fold-10 would come before fold-2.
+    numbered = []
+    for path in folder.glob(f"{prefix}*"):
+        number = path.name.removeprefix(prefix)
         if number.isdecimal():
-            folders_by_number[int(number)] = path
+            numbered.append((int(number), path))
+    return sorted(numbered)
 
-    folders = [folders_by_number[number] for number in sorted(folders_by_number)]
-    return {path.name: path for path in folders}
+
+def read_fold(folder: Path) -> Fold:
+    """Read what the training left in a folder."""
+    return Fold(
+        contract=read_optional(folder / CONTRACT),
+        metrics=read_optional(folder / METRICS),
+        history=read_history(folder),
+    )
 
 
 def read_optional(file: Path) -> dict:
@@ -253,32 +220,18 @@ def read_optional(file: Path) -> dict:
     return read_object(file)
 
 
-def read_histories(fold_folders: Mapping[str, Path]) -> dict[str, list[dict]]:
-    """Read the trainer's log of each fold, leaving out the folds that have none."""
-    histories = {}
-    for name, folder in fold_folders.items():
-        records = read_history(folder)
-        if records:
-            histories[name] = records
-    return histories
-
-
 def read_history(folder: Path) -> list[dict]:
-    """Read the trainer's log from history.json, or from the newest checkpoint if there is none.
-
-    Returns:
-        The records that have a step; empty if the folder has no log.
-
-    Raises:
-        UserError: The log is not a list of objects.
-    """
+    """Read the trainer's log from history.json, or from the newest checkpoint if there is none."""
     file = folder / HISTORY
     if file.is_file():
         records = read_json(file)
     else:
-        file = find_newest_trainer_state(folder)
-        if file is None:
+        checkpoints = find_numbered(folder, "checkpoint-")
+        states = [path / "trainer_state.json" for _, path in checkpoints]
+        states = [state for state in states if state.is_file()]
+        if not states:
             return []
+        file = states[-1]
         records = read_object(file).get("log_history")
 
     is_list = isinstance(records, list)
@@ -289,21 +242,7 @@ def read_history(folder: Path) -> list[dict]:
     return [record for record in records if isinstance(record.get("step"), int)]
 
 
-def find_newest_trainer_state(folder: Path) -> Path | None:
-    """Find trainer_state.json of the checkpoint with the most steps; None without checkpoints."""
-    newest_step = -1
-    newest_file = None
-    for file in folder.glob("checkpoint-*/trainer_state.json"):
-        step = file.parent.name.removeprefix("checkpoint-")
-        if step.isdecimal() and int(step) > newest_step:
-            newest_step = int(step)
-            newest_file = file
-    return newest_file
-
-
-def find_commands(
-    folder: Path, contract: dict, metrics: dict, is_cross_validation: bool
-) -> Commands:
+def find_commands(folder: Path, first_fold: Fold, is_cross_validation: bool) -> Commands:
     """Find the commands that create this run and package its model, for advice to the user.
 
     Without a contract, the recipe is the one that writes into this folder by default.
@@ -311,7 +250,7 @@ def find_commands(
     # The recipe's name is that of the run folder, which fold-3 and mean lie in.
     folder = folder.resolve()
     run_folder = folder.parent if SUBFOLDER_OF_RUN.fullmatch(folder.name) else folder
-    recipe = training_record(contract).get("recipe")
+    recipe = training_record(first_fold.contract).get("recipe")
     if not recipe:
         recipe = f"{run_folder.name}.yml"
 
@@ -325,55 +264,48 @@ def find_commands(
 
     # Packaging writes the predictions of a base model that is not trained.
     create = f"axolotl train recipes/{recipe}"
-    if is_untrained(contract, metrics):
+    if is_untrained(first_fold):
         create = package
 
     # An environment variable selects the fold.
-    fold = re.fullmatch(r"fold-(\d+)", folder.name)
-    if fold:
-        environment = f"PAIRWISE_FOLD={fold[1]}"
+    if folder != run_folder:
+        environment = f"PAIRWISE_FOLD={folder.name.removeprefix('fold-')}"
         create = f"{environment} {create}"
         package = f"{environment} {package}"
     return Commands(create, package)
 
 
-def is_untrained(contract: dict, metrics: dict) -> bool:
+def is_untrained(fold: Fold) -> bool:
     """Return whether nothing was trained here: a base model as it is, or a mean of several runs."""
-    is_base_model = metrics.get("training_rows") == 0 or bool(contract.get("logit_bias"))
-    is_mean = "average" in metrics
-    return is_base_model or is_mean
+    is_base_model = fold.metrics.get("training_rows") == 0 or fold.contract.get("logit_bias")
+    return bool(is_base_model) or "average" in fold.metrics
 
 
 def explain_missing(
-    contracts: Mapping[str, dict],
-    metrics: Mapping[str, dict],
-    history: Mapping[str, list[dict]],
-    commands: Commands,
+    folds: Mapping[str, Fold], first_fold: Fold, commands: Commands
 ) -> dict[str, str]:
-    """Say for contract.json, metrics.json and history.json which command writes what is missing.
+    """Say which command writes contract.json, metrics.json or history.json, where one is missing."""
+    has_contracts = folds and all(fold.contract for fold in folds.values())
+    has_metrics = folds and all(fold.metrics for fold in folds.values())
+    has_history = any(fold.history for fold in folds.values())
 
-    Returns:
-        A sentence by "contract", "metrics" or "history", for each file that a fold lacks.
-    """
-    files = {"contract": contracts, "metrics": metrics, "history": history}
     missing = {}
-    for name, folds in files.items():
-        # A fold without its contract.json or metrics.json has an empty entry.
-        is_complete = folds and all(folds.values())
+    files = {"contract": has_contracts, "metrics": has_metrics, "history": has_history}
+    for name, is_complete in files.items():
         if not is_complete:
             missing[name] = f"There is no {name}.json: `{commands.create}` writes it."
 
     # There is nothing to write where nothing was trained.
-    if not history and is_untrained(first_fold(contracts), first_fold(metrics)):
+    if not has_history and is_untrained(first_fold):
         missing["history"] = "Nothing was trained here, so that there are no learning curves."
     return missing
 
 
-def find_pairs_file(fold_folders: Mapping[str, Path], contract: dict, metrics: dict) -> Path:
+def find_pairs_file(fold_folders: Mapping[str, Path], first_fold: Fold) -> Path:
     """Find the pairs file that the model was trained on."""
     # A mean of runs has no run.json of its own, but its members have.
     folders = list(fold_folders.values())
-    average = metrics.get("average")
+    average = first_fold.metrics.get("average")
     if average and average.get("members"):
         folders += [Path(member) for member in average["members"]]
 
@@ -384,7 +316,7 @@ def find_pairs_file(fold_folders: Mapping[str, Path], contract: dict, metrics: d
             return Path(block["pairs"])
 
     # Without run.json, the recipe as it is today.
-    recipe = Path("recipes") / str(training_record(contract).get("recipe"))
+    recipe = Path("recipes") / str(training_record(first_fold.contract).get("recipe"))
     if recipe.is_file():
         block = read_yaml(recipe).get("pairwise")
         if isinstance(block, dict):
@@ -395,26 +327,20 @@ def find_pairs_file(fold_folders: Mapping[str, Path], contract: dict, metrics: d
 def find_verdicts(
     fold_folders: Mapping[str, Path], contract: dict, predictions: Predictions | None
 ) -> tuple[str, ...]:
-    """Find the verdicts that the model tells apart.
-
-    Returns:
-        The contract's verdicts, in the order of the model's outputs. Without a contract, those
-        that have a probability above zero.
+    """Find the verdicts that the model tells apart, in the order of its outputs.
 
     Raises:
         UserError: The contract has other verdicts than model_a, model_b and tie.
     """
     verdicts = contract.get("verdicts")
-    without_tie = VERDICTS[:2]
     if verdicts is None:
-        # A model of two verdicts gives a tie the probability 0.
+        # Without a contract: a model of two verdicts gives a tie the probability 0.
         if predictions is not None and predictions.rows["p_tie"].max() > 0:
             return VERDICTS
-        return without_tie
+        return VERDICTS[:2]
 
-    # The contract's list may have any order: it is the order of the model's outputs.
-    possible_orders = [*permutations(without_tie), *permutations(VERDICTS)]
-    if verdicts not in [list(order) for order in possible_orders]:
+    possible_orders = [*permutations(VERDICTS[:2]), *permutations(VERDICTS)]
+    if not isinstance(verdicts, list) or tuple(verdicts) not in possible_orders:
         first_folder = next(iter(fold_folders.values()))
         raise UserError(
             f"{first_folder / CONTRACT}: verdicts are {verdicts}, expected model_a and model_b, "
@@ -425,10 +351,6 @@ def find_verdicts(
 
 def read_agreement(folder: Path, package_command: str) -> tuple[Agreement | None, str | None]:
     """Read agreement.json and agreement.parquet, if they belong to this folder's predictions.
-
-    Args:
-        folder: The run folder.
-        package_command: The command that compares the models, for the sentence.
 
     Returns:
         The agreement and None, or None and a sentence that says why there is none.

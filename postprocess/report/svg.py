@@ -3,19 +3,19 @@
 `page` and its template call the functions that start with `draw_`. Colours are classes of page.css,
 so that they follow light, dark and print. A strip is as wide as its table cell: its coordinates are
 percentages, and nothing in it is stretched. A chart is drawn on CHART_WIDTH by CHART_HEIGHT units
-and scales as a whole. Numbers and our own labels are the only text in a picture; `Markup.format`
-escapes them.
+and scales as a whole. Numbers and labels are the only text in a picture; labels are escaped.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from markupsafe import Markup
+import numpy as np
+from markupsafe import Markup, escape
 from matplotlib.ticker import MaxNLocator
 
-from postprocess.report.calibration import Bin
-from postprocess.report.learning_curves import Curve, Series
+from postprocess.report.calibration import Calibration
+from postprocess.report.learning_curves import Curve, LearningChart
 from postprocess.report.metrics import Estimate
 
 # A chart, and the margins around its axes.
@@ -33,11 +33,13 @@ PLOT_BOTTOM = CHART_HEIGHT - BOTTOM_MARGIN
 # Ticks and scales.
 ROUND_STEPS = [1, 2, 2.5, 5, 10]  # between two ticks, times a power of ten
 MAX_DECIMALS = 9
+SCIENTIFIC_BELOW = 1e-3  # a step between ticks; small learning rates have too many zeros
 ROUNDING_ERROR = 1e-9  # a tick of 0.3 may be 0.30000000000000004
 TIGHT_MARGIN = 0.04  # of the range, on either side of a tight scale
 EDGE = 0.06  # of a strip, in which a centred number would stand out of the cell
 
 MAX_CURVE_POINTS = 400
+MAX_DOTS = 600  # of a scatter plot
 SMALLEST_DOT = 2.5  # radius in the reliability diagram
 LARGEST_DOT = 7.5
 
@@ -64,18 +66,15 @@ class Scale:
         if len(self.ticks) > 1:
             step = self.ticks[1] - self.ticks[0]
 
-        # Small learning rates have too many zeros.
-        if 0 < step < 1e-3:
+        if 0 < step < SCIENTIFIC_BELOW:
             return [scientific(tick) for tick in self.ticks]
 
         decimals = 0
-        while decimals < MAX_DECIMALS and not self.ticks_have_decimals(decimals):
+        while decimals < MAX_DECIMALS:
+            if np.allclose(np.round(self.ticks, decimals), self.ticks, rtol=0, atol=ROUNDING_ERROR):
+                break
             decimals += 1
         return [f"{tick:,.{decimals}f}" for tick in self.ticks]
-
-    def ticks_have_decimals(self, decimals: int) -> bool:
-        """Return whether rounding to so many decimals changes no tick."""
-        return all(abs(round(tick, decimals) - tick) < ROUNDING_ERROR for tick in self.ticks)
 
 
 PROBABILITY_SCALE = Scale(0.0, 1.0, (0.0, 0.25, 0.5, 0.75, 1.0))
@@ -93,9 +92,7 @@ def scientific(value: float) -> str:
 def make_scale(values: Iterable[float], is_tight: bool = False) -> Scale:
     """Make a scale over all finite values, with about four ticks.
 
-    Args:
-        values: Everything that is drawn on the axis.
-        is_tight: End a little beyond the values, not at the next tick.
+    A tight scale ends a little beyond the values, not at the next tick.
     """
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
@@ -141,98 +138,75 @@ class Axes:
         """Return where a value of the vertical axis is, in units from the top."""
         return TOP_MARGIN + PLOT_HEIGHT * (1 - self.y.fraction(value))
 
-    def draw(self) -> Markup:
+    def draw(self) -> list[str]:
         """Draw the grid, the ticks' numbers and the names of the axes."""
         # The numbers below the horizontal axis.
         parts = []
-        number = Markup('<text x="{:.1f}" y="{}" text-anchor="middle">{}</text>')
+        number_y = PLOT_BOTTOM + 16
         for tick, label in zip(self.x.ticks, self.x.tick_labels(), strict=True):
-            parts.append(number.format(self.place_x(tick), PLOT_BOTTOM + 16, label))
+            x = self.place_x(tick)
+            parts.append(f'<text x="{x:.1f}" y="{number_y}" text-anchor="middle">{label}</text>')
 
         # The numbers left of the vertical axis, each with its line of the grid.
-        line = Markup('<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>')
-        number = Markup('<text x="{}" y="{:.1f}" text-anchor="end">{}</text>')
+        number_x = LEFT_MARGIN - 6
         for tick, label in zip(self.y.ticks, self.y.tick_labels(), strict=True):
             y = self.place_y(tick)
-            parts.append(line.format(LEFT_MARGIN, PLOT_RIGHT, y, y))
-            parts.append(number.format(LEFT_MARGIN - 6, y + 4, label))
-
-        base_line = Markup('<line class="base" x1="{}" x2="{}" y1="{}" y2="{}"/>')
-        parts.append(base_line.format(LEFT_MARGIN, PLOT_RIGHT, PLOT_BOTTOM, PLOT_BOTTOM))
+            parts.append(draw_line("grid", (LEFT_MARGIN, PLOT_RIGHT), (f"{y:.1f}", f"{y:.1f}")))
+            parts.append(f'<text x="{number_x}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
+        parts.append(draw_line("base", (LEFT_MARGIN, PLOT_RIGHT), (PLOT_BOTTOM, PLOT_BOTTOM)))
 
         # The names of both axes. The vertical one is turned: its x runs from the bottom to the top.
-        x_name = Markup('<text class="name" x="{:.1f}" y="{}" text-anchor="middle">{}</text>')
         x_middle = LEFT_MARGIN + PLOT_WIDTH / 2
-        parts.append(x_name.format(x_middle, CHART_HEIGHT - 4, self.x_name))
-
-        y_name = Markup(
-            '<text class="name" x="{:.1f}" y="10" transform="rotate(-90)" text-anchor="middle">'
-            "{}</text>"
-        )
         y_middle = TOP_MARGIN + PLOT_HEIGHT / 2
-        parts.append(y_name.format(-y_middle, self.y_name))
-        return join(parts)
+        parts.append(
+            f'<text class="name" x="{x_middle:.1f}" y="{CHART_HEIGHT - 4}" text-anchor="middle">'
+            f"{escape(self.x_name)}</text>"
+        )
+        parts.append(
+            f'<text class="name" x="{-y_middle:.1f}" y="10" transform="rotate(-90)" '
+            f'text-anchor="middle">{escape(self.y_name)}</text>'
+        )
+        return parts
 
-    def draw_diagonal(self) -> Markup:
+    def draw_diagonal(self) -> str:
         """Draw the line on which both axes are equal, up to 1."""
         low = max(self.x.low, self.y.low)
-        line = Markup('<line class="reference" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"/>')
-        return line.format(self.place_x(low), self.place_y(low), self.place_x(1), self.place_y(1))
+        return (
+            f'<line class="reference" x1="{self.place_x(low):.1f}" y1="{self.place_y(low):.1f}" '
+            f'x2="{self.place_x(1):.1f}" y2="{self.place_y(1):.1f}"/>'
+        )
 
 
-def join(parts: Iterable[Markup]) -> Markup:
-    """Join pieces of markup."""
-    return Markup("").join(parts)
+def draw_line(css_class: str, ends_x: tuple, ends_y: tuple) -> str:
+    """Draw a line between two points, given their formatted coordinates."""
+    x1, x2 = ends_x
+    y1, y2 = ends_y
+    return f'<line class="{css_class}" x1="{x1}" x2="{x2}" y1="{y1}" y2="{y2}"/>'
 
 
 # Strips: pictures in a table's cells
 
 
-def make_strip_scale(estimates: Iterable[Estimate | None]) -> Scale:
-    """Make the scale that the strips of one column share."""
-    values = []
-    for estimate in estimates:
-        if estimate is not None:
-            values += [estimate.low, estimate.high, estimate.value]
-    return make_scale(values, is_tight=True)
-
-
 def draw_strip(estimate: Estimate, scale: Scale, reference: float | None = None) -> Markup:
-    """Draw an estimate as a dot with its interval as a whisker.
+    """Draw an estimate as a dot with its interval as a whisker, and a dashed reference line."""
 
-    Args:
-        estimate: What to draw. Its numbers stand beside the strip.
-        scale: The column's scale.
-        reference: Where a dashed line goes through the column.
-    """
+    def place(value: float) -> str:
+        return f"{100 * scale.fraction(value):.2f}%"
+
     # What is drawn later lies on top: grid, reference, whisker, dot.
-    parts = [draw_strip_line(scale, tick, "grid") for tick in scale.ticks]
+    parts = []
+    for tick in scale.ticks:
+        parts.append(draw_line("grid", (place(tick), place(tick)), (0, 20)))
     if reference is not None:
-        parts.append(draw_strip_line(scale, reference, "reference"))
-
-    whisker = Markup('<line class="whisker" x1="{:.2f}%" x2="{:.2f}%" y1="10" y2="10"/>')
-    low = 100 * scale.fraction(estimate.low)
-    high = 100 * scale.fraction(estimate.high)
-    parts.append(whisker.format(low, high))
-
-    dot = Markup('<circle class="dot" cx="{:.2f}%" cy="10" r="4"/>')
-    parts.append(dot.format(100 * scale.fraction(estimate.value)))
-
-    strip = Markup('<svg class="strip" aria-hidden="true" height="20">{}</svg>')
-    return strip.format(join(parts))
-
-
-def draw_strip_line(scale: Scale, value: float, css_class: str) -> Markup:
-    """Draw a vertical line through a strip."""
-    x = 100 * scale.fraction(value)
-    line = Markup('<line class="{}" x1="{:.2f}%" x2="{:.2f}%" y1="0" y2="20"/>')
-    return line.format(css_class, x, x)
+        parts.append(draw_line("reference", (place(reference), place(reference)), (0, 20)))
+    parts.append(draw_line("whisker", (place(estimate.low), place(estimate.high)), (10, 10)))
+    parts.append(f'<circle class="dot" cx="{place(estimate.value)}" cy="10" r="4"/>')
+    return Markup(f'<svg class="strip" aria-hidden="true" height="20">{"".join(parts)}</svg>')
 
 
 def draw_strip_axis(scale: Scale) -> Markup:
     """Draw the ticks' numbers, which stand above a column of strips."""
     parts = []
-    number = Markup('<text x="{:.2f}%" y="12" text-anchor="{}">{}</text>')
     for tick, label in zip(scale.ticks, scale.tick_labels(), strict=True):
         fraction = scale.fraction(tick)
         anchor = "middle"
@@ -240,63 +214,59 @@ def draw_strip_axis(scale: Scale) -> Markup:
             anchor = "start"
         elif fraction > 1 - EDGE:
             anchor = "end"
-        parts.append(number.format(100 * fraction, anchor, label))
-
-    axis = Markup('<svg class="strip axis" aria-hidden="true" height="16">{}</svg>')
-    return axis.format(join(parts))
+        x = 100 * fraction
+        parts.append(f'<text x="{x:.2f}%" y="12" text-anchor="{anchor}">{label}</text>')
+    return Markup(f'<svg class="strip axis" aria-hidden="true" height="16">{"".join(parts)}</svg>')
 
 
 def draw_share_bar(shares: Iterable[tuple[str, float]]) -> Markup:
     """Draw a row's probabilities side by side, each in the colour of its verdict."""
     parts = []
-    box = Markup('<rect class="{}" x="{:.2f}%" width="{:.2f}%" height="10"/>')
     start = 0.0
     # Each box begins where the one before it ends.
     for verdict, share in shares:
-        parts.append(box.format(verdict, 100 * start, 100 * share))
+        x = f"{100 * start:.2f}%"
+        parts.append(f'<rect class="{verdict}" x="{x}" width="{100 * share:.2f}%" height="10"/>')
         start += share
-
-    bar = Markup('<svg class="shares" aria-hidden="true" height="10">{}</svg>')
-    return bar.format(join(parts))
+    return Markup(f'<svg class="shares" aria-hidden="true" height="10">{"".join(parts)}</svg>')
 
 
 # Charts
 
 
-def draw_chart(parts: Iterable[Markup], label: str) -> Markup:
+def draw_chart(parts: Iterable[str], label: str) -> Markup:
     """Put a chart together; `label` says what it shows for those who cannot see it."""
-    chart = Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>')
-    return chart.format(CHART_WIDTH, CHART_HEIGHT, label, join(parts))
+    return Markup(
+        f'<svg class="chart" viewBox="0 0 {CHART_WIDTH} {CHART_HEIGHT}" role="img" '
+        f'aria-label="{escape(label)}">{"".join(parts)}</svg>'
+    )
 
 
-def draw_reliability(bins: Sequence[Bin], lowest_confidence: float) -> Markup:
+def draw_reliability(calibration: Calibration) -> Markup:
     """Draw a reliability diagram: confidence against accuracy.
 
     Each bin is a dot, its area by the number of rows, its whisker the interval of its accuracy. A
     calibrated model has its dots on the diagonal.
-
-    Args:
-        bins: The bins that have rows.
-        lowest_confidence: Where the horizontal axis begins.
     """
     # A tick at every tenth, from the lowest confidence on.
+    bins = calibration.bins
+    lowest_confidence = calibration.lowest_confidence
     first_tenth = math.ceil(lowest_confidence * 10 - ROUNDING_ERROR)
     ticks = tuple(tenth / 10 for tenth in range(first_tenth, 11))
     confidence_scale = Scale(lowest_confidence, 1.0, ticks)
     axes = Axes(
         confidence_scale, PROBABILITY_SCALE, "probability of the verdict", "share that is right"
     )
-    parts = [axes.draw(), axes.draw_diagonal()]
+    parts = [*axes.draw(), axes.draw_diagonal()]
 
-    whisker = Markup('<line class="whisker" x1="{0:.1f}" x2="{0:.1f}" y1="{1:.1f}" y2="{2:.1f}"/>')
-    dot = Markup(
-        '<circle class="dot" cx="{:.1f}" cy="{:.1f}" r="{:.1f}"><title>{}</title></circle>'
-    )
     most_rows = max(filled_bin.row_count for filled_bin in bins)
     for filled_bin in bins:
         accuracy = filled_bin.accuracy
-        x = axes.place_x(filled_bin.confidence)
-        parts.append(whisker.format(x, axes.place_y(accuracy.low), axes.place_y(accuracy.high)))
+        x = f"{axes.place_x(filled_bin.confidence):.1f}"
+        y = f"{axes.place_y(accuracy.value):.1f}"
+        low_y = f"{axes.place_y(accuracy.low):.1f}"
+        high_y = f"{axes.place_y(accuracy.high):.1f}"
+        parts.append(draw_line("whisker", (x, x), (low_y, high_y)))
 
         # The root, since the eye compares areas. The numbers show when the mouse is over the dot.
         size = math.sqrt(filled_bin.row_count / most_rows)
@@ -305,100 +275,92 @@ def draw_reliability(bins: Sequence[Bin], lowest_confidence: float) -> Markup:
             f"{filled_bin.row_count:,} rows: {filled_bin.confidence:.3f} sure, "
             f"{accuracy.value:.3f} right"
         )
-        parts.append(dot.format(x, axes.place_y(accuracy.value), radius, numbers))
+        dot = f'<circle class="dot" cx="{x}" cy="{y}" r="{radius:.1f}">'
+        parts.append(f"{dot}<title>{numbers}</title></circle>")
 
     label = f"Reliability diagram of {len(bins)} bins; the table beside it has its numbers"
     return draw_chart(parts, label)
 
 
-@dataclass(frozen=True)
-class ScatterRow:
-    """A row of the data as a dot: two probabilities, and whether its colour stands out."""
-
-    x: float
-    y: float
-    is_marked: bool
-
-
 def draw_scatter(
-    rows: Sequence[ScatterRow], axis_names: tuple[str, str], label: str, has_middle_lines: bool
+    x_r: np.ndarray,
+    y_r: np.ndarray,
+    is_marked_r: np.ndarray,
+    axis_names: tuple[str, str],
+    label: str,
+    has_middle_lines: bool,
 ) -> Markup:
     """Draw a dot a row on two axes from 0 to 1.
 
     Args:
-        rows: The dots. Those that are marked lie on top.
+        x_r: A probability of each row.
+        y_r: The other one.
+        is_marked_r: The rows whose dots lie on top, in a colour that stands out.
         axis_names: Of the horizontal and the vertical axis.
         label: What the chart shows.
         has_middle_lines: Draw lines at one half, where the verdict changes if there are only two.
     """
     axes = Axes(PROBABILITY_SCALE, PROBABILITY_SCALE, *axis_names)
-    parts = [axes.draw(), axes.draw_diagonal()]
+    parts = [*axes.draw(), axes.draw_diagonal()]
 
     if has_middle_lines:
-        vertical = Markup('<line class="grid strong" x1="{0:.1f}" x2="{0:.1f}" y1="{1}" y2="{2}"/>')
-        parts.append(vertical.format(axes.place_x(0.5), TOP_MARGIN, PLOT_BOTTOM))
-        horizontal = Markup(
-            '<line class="grid strong" x1="{0}" x2="{1}" y1="{2:.1f}" y2="{2:.1f}"/>'
-        )
-        parts.append(horizontal.format(LEFT_MARGIN, PLOT_RIGHT, axes.place_y(0.5)))
+        x = f"{axes.place_x(0.5):.1f}"
+        y = f"{axes.place_y(0.5):.1f}"
+        parts.append(draw_line("grid strong", (x, x), (TOP_MARGIN, PLOT_BOTTOM)))
+        parts.append(draw_line("grid strong", (LEFT_MARGIN, PLOT_RIGHT), (y, y)))
+
+    # Thousands of dots would hide one another and make the page slow: evenly spaced rows.
+    last_row = len(x_r) - 1
+    rows = np.linspace(0, last_row, min(len(x_r), MAX_DOTS)).round().astype(int)
 
     # Two groups, so that the marked dots lie on top and a group has one class.
-    dot = Markup('<circle cx="{:.1f}" cy="{:.1f}" r="2.6"/>')
     plain_dots = []
     marked_dots = []
-    for row in rows:
-        dots = marked_dots if row.is_marked else plain_dots
-        dots.append(dot.format(axes.place_x(row.x), axes.place_y(row.y)))
+    for row in np.unique(rows):
+        dots = marked_dots if is_marked_r[row] else plain_dots
+        x = axes.place_x(x_r[row])
+        y = axes.place_y(y_r[row])
+        dots.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.6"/>')
 
-    parts.append(Markup('<g class="row">{}</g>').format(join(plain_dots)))
-    parts.append(Markup('<g class="row marked">{}</g>').format(join(marked_dots)))
+    parts.append(f'<g class="row">{"".join(plain_dots)}</g>')
+    parts.append(f'<g class="row marked">{"".join(marked_dots)}</g>')
     return draw_chart(parts, label)
 
 
-def draw_curves(all_series: Sequence[Series], axis_name: str, label: str) -> Markup:
-    """Draw curves over the steps of the training.
-
-    Args:
-        all_series: The curves. Those of the validation have dots too, and so have single points.
-        axis_name: Of the vertical axis.
-        label: What the chart shows.
-    """
+def draw_learning_chart(chart: LearningChart) -> Markup:
+    """Draw curves over the steps of the training."""
     # All curves share the axes.
     steps = []
     values = []
-    for series in all_series:
+    for series in chart.series:
         for step, value in series.curve:
             steps.append(step)
             values.append(value)
-    axes = Axes(make_step_scale(max(steps)), make_scale(values), "step", axis_name)
-    parts = [axes.draw()]
+    axes = Axes(make_step_scale(max(steps)), make_scale(values), "step", chart.axis)
+    parts = axes.draw()
 
-    line = Markup('<polyline class="curve {}" points="{}"/>')
-    dot = Markup(
-        '<circle class="curve {}" cx="{:.1f}" cy="{:.1f}" r="3"><title>step {}: {:.4f}</title>'
-        "</circle>"
-    )
-    for series in all_series:
+    for series in chart.series:
         # The line has fewer points than a long training has steps.
         points = []
         for step, value in thin_out(series.curve):
             points.append(f"{axes.place_x(step):.1f},{axes.place_y(value):.1f}")
-        parts.append(line.format(series.kind, " ".join(points)))
+        parts.append(f'<polyline class="curve {series.kind}" points="{" ".join(points)}"/>')
 
         # A line of one point cannot be seen, and validations are few: both get dots.
         if series.kind == "validation" or len(series.curve) == 1:
             for step, value in series.curve:
                 x = axes.place_x(step)
                 y = axes.place_y(value)
-                parts.append(dot.format(series.kind, x, y, step, value))
-    return draw_chart(parts, label)
+                dot = f'<circle class="curve {series.kind}" cx="{x:.1f}" cy="{y:.1f}" r="3">'
+                parts.append(f"{dot}<title>step {step}: {value:.4f}</title></circle>")
+    return draw_chart(parts, f"{chart.title} by step")
 
 
 def make_step_scale(last_step: int) -> Scale:
     """Make a scale from 0 to the last step that has whole numbers as ticks."""
     ticks = make_scale([0, last_step], is_tight=True).ticks
-    whole_ticks = [tick for tick in ticks if tick == round(tick)]
-    return Scale(0, last_step, tuple(tick for tick in whole_ticks if 0 <= tick <= last_step))
+    whole_ticks = [tick for tick in ticks if tick == round(tick) and 0 <= tick <= last_step]
+    return Scale(0, last_step, tuple(whole_ticks))
 
 
 def thin_out(curve: Curve) -> Curve:
@@ -409,8 +371,7 @@ def thin_out(curve: Curve) -> Curve:
     stretch_length = math.ceil(len(curve) / MAX_CURVE_POINTS)
     points = []
     for start in range(0, len(curve), stretch_length):
-        stretch = curve[start : start + stretch_length]
-        mean_step = sum(step for step, _ in stretch) / len(stretch)
-        mean_value = sum(value for _, value in stretch) / len(stretch)
-        points.append((round(mean_step), mean_value))
+        steps, values = zip(*curve[start : start + stretch_length], strict=True)
+        mean_step = round(sum(steps) / len(steps))
+        points.append((mean_step, sum(values) / len(values)))
     return points

@@ -1,6 +1,6 @@
 """Collect the rows that the model gets most wrong, with their texts cut to a readable length.
 
-`results.compute_results` calls `find_worst_rows`. Control characters become visible: the texts are
+`results.measure_run` calls `find_worst_rows`. Control characters become visible: the texts are
 the users' and the models', and some are made to deceive.
 """
 
@@ -28,43 +28,30 @@ ZERO_WIDTH_JOINER = "\u200d"
 VARIATION_SELECTOR = "\ufe0f"
 
 
-def make_control_pictures() -> dict[int, int]:
-    """Map each control character but tab and line feed to a character that can be seen."""
-    first_picture = 0x2400  # Unicode's pictures of the characters 0 to 31, in their order
-    picture_of_delete = 0x2421
-    replacement = 0xFFFD
-
-    pictures = {code: first_picture + code for code in range(0x20)}
-    del pictures[ord("\t")]
-    del pictures[ord("\n")]
-    pictures[0x7F] = picture_of_delete
-    # Unicode has no pictures of the controls of Latin-1.
-    for code in range(0x80, 0xA0):
-        pictures[code] = replacement
-    return pictures
-
-
-CONTROL_PICTURES = make_control_pictures()
+# Control characters but tab and line feed become characters that can be seen: Unicode's pictures of
+# the characters 0 to 31 and of delete. The controls of Latin-1 have no pictures.
+CONTROL_PICTURES = {code: 0x2400 + code for code in range(0x20)}
+CONTROL_PICTURES[0x7F] = 0x2421
+CONTROL_PICTURES.update(dict.fromkeys(range(0x80, 0xA0), 0xFFFD))
+del CONTROL_PICTURES[ord("\t")]
+del CONTROL_PICTURES[ord("\n")]
 
 
 @dataclass(frozen=True)
 class Text:
-    """One turn of a prompt or answer, cut for the page.
+    """One turn of a prompt or answer, cut for the page."""
 
-    Attributes:
-        shown: The beginning, or all of a short text.
-        rest: What opens on a click.
-        left_out: Number of characters after the rest, which are not in the page.
-    """
-
-    shown: str
-    rest: str = ""
-    left_out: int = 0
+    shown: str  # the beginning, or all of a short text
+    rest: str = ""  # opens on a click
+    left_out: int = 0  # number of characters after the rest, which are not in the page
 
     @property
     def is_blank(self) -> bool:
         """Whether there is nothing to see: only white space and characters without a width."""
-        return not any(is_printed(character) for character in self.shown + self.rest)
+        for character in self.shown + self.rest:
+            if character.isprintable() and not character.isspace():
+                return False
+        return True
 
     @property
     def characters(self) -> int:
@@ -74,27 +61,16 @@ class Text:
 
 @dataclass(frozen=True)
 class WorstRow:
-    """A row with a wrong verdict.
-
-    Attributes:
-        id: The row's id.
-        facts: Language, source and fold, as far as they are known.
-        winner: The verdict of the pairs file.
-        verdict: The model's verdict.
-        prompt: The prompt's turns; empty if the texts are unknown.
-        response_a: The turns of answer A.
-        response_b: The turns of answer B.
-        probabilities: The probability of each verdict by the name of the order, then of the mean.
-    """
+    """A row with a wrong verdict; its texts are empty without the pairs file."""
 
     id: str
-    facts: tuple[str, ...]
+    facts: tuple[str, ...]  # language, source and fold, as far as they are known
     winner: str
-    verdict: str
+    verdict: str  # the model's
     prompt: tuple[Text, ...]
     response_a: tuple[Text, ...]
     response_b: tuple[Text, ...]
-    probabilities: dict[str, dict[str, float]]
+    probabilities: dict[str, dict[str, float]]  # by order and the mean, then by verdict
 
 
 def find_worst_rows(
@@ -108,10 +84,7 @@ def find_worst_rows(
         count: The most rows to return.
     """
     places = rank_wrong_rows(scored)[:count]
-    chosen_rows = rows[places].iter_rows(named=True)
-    return [
-        make_worst_row(row, scored, place) for row, place in zip(chosen_rows, places, strict=True)
-    ]
+    return [make_worst_row(rows.row(place, named=True), scored, place) for place in places]
 
 
 def rank_wrong_rows(scored: ScoredRows) -> list[int]:
@@ -124,13 +97,7 @@ def rank_wrong_rows(scored: ScoredRows) -> list[int]:
 
 
 def make_worst_row(row: dict, scored: ScoredRows, place: int) -> WorstRow:
-    """Make one row ready for the page.
-
-    Args:
-        row: The row's columns.
-        scored: All rows as arrays.
-        place: The row's place in them.
-    """
+    """Make a row ready for the page; `place` is its place among the scored rows."""
     # Rows without the pairs file have neither language nor source.
     facts = [row.get("language"), row.get("source")]
     if row["fold"] is not None:
@@ -173,9 +140,7 @@ def cut_turns(turns: Sequence[str | None] | None, limit: int) -> tuple[Text, ...
 def cut_text(text: str, limit: int) -> Text:
     """Cut a text after `limit` characters or MAX_LINES lines, at the end of a word if possible.
 
-    Args:
-        text: A turn.
-        limit: The most characters to show. A text that is a little longer is not cut.
+    A text that is only a little longer is not cut.
     """
     text = show_controls(text)
     longest_uncut = int(limit * SLACK)
@@ -225,8 +190,3 @@ def continues_character(text: str, place: int) -> bool:
 def show_controls(text: str) -> str:
     """Replace control characters by their pictures, but for tabs and line breaks."""
     return text.replace("\r\n", "\n").translate(CONTROL_PICTURES)
-
-
-def is_printed(character: str) -> bool:
-    """Return whether a character leaves a mark on the screen."""
-    return character.isprintable() and not character.isspace()

@@ -87,7 +87,8 @@ def resumable_folder(path: Path | str, key: str, size: int) -> Iterator[Path]:
 
     try:
         # Start anew unless an interrupted call with the same key left its folder.
-        if not _has_key(key_file, key):
+        is_interrupted = key_file.is_file() and key_file.read_text() == key
+        if key == "" or not is_interrupted:
             _remove(working)
             working.mkdir()
             key_file.write_text(key)
@@ -101,19 +102,13 @@ def resumable_folder(path: Path | str, key: str, size: int) -> Iterator[Path]:
         key_file.unlink()
         _remove(path)
         os.replace(working, path)
-    except OSError as error:
+    except Exception as error:
         shutil.rmtree(working, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
         raise UserError(
             f"{path}: cannot be written ({error}); make room on the disk, then run this again"
         ) from None
-    except Exception:
-        shutil.rmtree(working, ignore_errors=True)
-        raise
-
-
-def _has_key(key_file: Path, key: str) -> bool:
-    """Return whether the folder was left by a call with the same key."""
-    return key != "" and key_file.is_file() and key_file.read_text() == key
 
 
 def _require_room(path: Path, working: Path, size: int) -> None:
@@ -161,12 +156,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def write_json(path: Path | str, value: object) -> None:
-    """Write a value as indented JSON, atomically.
-
-    Args:
-        path: The file to write; its folder is created.
-        value: What json.dumps takes. Non-ASCII is escaped, so that lone surrogates survive.
-    """
+    """Write a value as indented JSON, atomically; escaped, so that lone surrogates survive."""
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="ascii")
 

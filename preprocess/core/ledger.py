@@ -64,10 +64,8 @@ def record(event: str, **fields) -> dict:
     if event not in EVENTS:
         raise ValueError(f"{event}: no event of the ledger; expected {', '.join(EVENTS)}")
 
-    versions = {}
-    for name, installed_version in installed_versions(RECORDED_PACKAGES).items():
-        if installed_version != "absent":
-            versions[name] = installed_version
+    versions = installed_versions(RECORDED_PACKAGES)
+    versions = {name: number for name, number in versions.items() if number != "absent"}
 
     # Fields of the event come last, so that they win over the common ones.
     entry: dict = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": event}
@@ -110,22 +108,16 @@ def read(path: Path | None = None) -> list[dict]:
     for line_number, line in enumerate(lines, 1):
         if not line:
             continue
-        entry = _parse_entry(line)
-        if entry is None:
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            entry = None
+        if isinstance(entry, dict) and entry.get("event") in EVENTS:
+            entries.append(entry)
+        else:
             warning = f"{path}: line {line_number} is no entry (cut short?), and is left out"
             print(f"warning: {warning}", file=sys.stderr)
-        else:
-            entries.append(entry)
     return entries
-
-
-def _parse_entry(line: str) -> dict | None:
-    try:
-        entry = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    is_entry = isinstance(entry, dict) and entry.get("event") in EVENTS
-    return entry if is_entry else None
 
 
 def _append_line(path: Path, line: str) -> None:

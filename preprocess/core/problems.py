@@ -39,15 +39,7 @@ LEAST_SIMILARITY = 0.5
 
 
 def nearest(key: object, candidates: Iterable[str]) -> str | None:
-    """Find the candidate that is most similar to a mistyped key.
-
-    Args:
-        key: What the user wrote.
-        candidates: The words that are allowed.
-
-    Returns:
-        The most similar candidate, or None if none is similar enough.
-    """
+    """Find the candidate that is most similar to a mistyped key; None if none is similar enough."""
     matches = difflib.get_close_matches(str(key), list(candidates), n=1, cutoff=LEAST_SIMILARITY)
     return matches[0] if matches else None
 

@@ -12,41 +12,43 @@ from functools import lru_cache
 import numpy as np
 
 from preprocess.dedup.minhash import compute_signatures, find_candidates
-from preprocess.dedup.ngrams import codes_jaccard, gram_codes
-from preprocess.dedup.progress import Track, show_nothing
-from preprocess.dedup.union_find import UnionFind
+from preprocess.dedup.ngrams import Track, codes_jaccard, gram_codes, show_nothing
 
 # Candidates are sorted by the later text, whose n-grams are needed many times in a row.
 CACHED_TEXTS = 4096
+
+
+class UnionFind:
+    """Disjoint sets of the numbers from 0 to `size` - 1, at first each in a set of its own."""
+
+    def __init__(self, size: int):
+        # The parent of a root is the root itself.
+        self._parents = list(range(size))
+
+    def find_root(self, member: int) -> int:
+        """Return the number that stands for the set of a member: the smallest in it."""
+        parents = self._parents
+        while parents[member] != member:
+            # Halve the path, so that later searches are short.
+            parents[member] = parents[parents[member]]
+            member = parents[member]
+        return member
+
+    def unite(self, root: int, given_up: int) -> None:
+        """Unite the sets of two roots, of which the first is smaller and stays one."""
+        self._parents[given_up] = root
 
 
 @dataclass(frozen=True)
 class Groups:
     """Prompts by group. Prompts are named by their position.
 
-    Attributes:
-        root: int64 (prompts,): the earliest prompt of each prompt's group.
-        joined: (root that stayed, root that was given up) of groups that existed before a later file
-            joined them.
+    `joined` has groups that existed before a later file joined them: the root that stayed, and the one
+    that was given up.
     """
 
-    root: np.ndarray
+    root: np.ndarray  # int64 (prompts,): the earliest prompt of each prompt's group
     joined: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True)
-class _UniqueTexts:
-    """Different texts in the order of their first positions: most copies never reach the search.
-
-    Attributes:
-        texts: The texts.
-        first_position: int64 (texts,): where each stands first.
-        number: int64 (prompts,): of the prompt at each position, the number of its text.
-    """
-
-    texts: list[str]
-    first_position: np.ndarray
-    number: np.ndarray
 
 
 def group_prompts(
@@ -64,53 +66,45 @@ def group_prompts(
             of no interest which groups were joined.
         track: Shows the progress.
     """
-    unique = _number_texts(texts)
-    signatures = compute_signatures(unique.texts, track)
+    # Most copies never reach the search: only different texts do, in the order of their first positions.
+    first_position: dict[str, int] = {}
+    for position, text in enumerate(texts):
+        first_position.setdefault(text, position)
+    unique_texts = list(first_position)
+    positions = list(first_position.values())
+
+    signatures = compute_signatures(unique_texts, track)
     candidates = find_candidates(signatures, threshold, track)
-    sets, unions = _unite_similar(unique.texts, candidates, threshold, track)
+    sets, unions = _unite_similar(unique_texts, candidates, threshold, track)
 
     # Back from numbers of texts to positions of prompts.
-    roots = np.array(sets.list_roots(), dtype=np.int64)
-    root_positions = unique.first_position[roots]
-    root_by_prompt = root_positions[unique.number]
+    root_by_text = {}
+    for number, text in enumerate(unique_texts):
+        root_by_text[text] = positions[sets.find_root(number)]
+    roots = [root_by_text[text] for text in texts]
 
+    # A group that begins in the file of the text that joins it is not known from an earlier run.
     joined = []
     if ages is not None:
-        joined = _list_joined_groups(unions, unique.first_position.tolist(), ages)
+        for root, given_up, joining_text in unions:
+            age_of_group = ages[positions[given_up]]
+            age_of_text = ages[positions[joining_text]]
+            if age_of_group < age_of_text:
+                joined.append((positions[root], positions[given_up]))
+
+    root_by_prompt = np.array(roots, dtype=np.int64)
     return Groups(root_by_prompt, tuple(joined))
-
-
-def _number_texts(texts: Sequence[str]) -> _UniqueTexts:
-    number_by_text: dict[str, int] = {}
-    first_position = []
-    number = np.zeros(len(texts), np.int64)
-
-    for position, text in enumerate(texts):
-        if text not in number_by_text:
-            number_by_text[text] = len(number_by_text)
-            first_position.append(position)
-        number[position] = number_by_text[text]
-
-    return _UniqueTexts(
-        texts=list(number_by_text),
-        first_position=np.array(first_position, dtype=np.int64),
-        number=number,
-    )
-
-
-@dataclass(frozen=True)
-class _Union:
-    """Two roots whose groups were united because of a text, the later one of a similar pair."""
-
-    root: int
-    given_up: int
-    text: int
 
 
 def _unite_similar(
     texts: list[str], candidates: np.ndarray, threshold: float, track: Track
-) -> tuple[UnionFind, list[_Union]]:
-    """Unite the texts of all candidate pairs that are similar indeed; list what was united."""
+) -> tuple[UnionFind, list[tuple[int, int, int]]]:
+    """Unite the texts of all candidate pairs that are similar indeed.
+
+    Returns:
+        The sets; and for each union the root that stayed, the one that was given up, and the later text
+        of the similar pair.
+    """
 
     @lru_cache(maxsize=CACHED_TEXTS)
     def codes_of(number: int) -> np.ndarray:
@@ -126,22 +120,6 @@ def _unite_similar(
         if codes_jaccard(codes_of(earlier), codes_of(later)) < threshold:
             continue
         sets.unite(root, given_up)
-        unions.append(_Union(root, given_up, later))
+        unions.append((root, given_up, later))
 
     return sets, unions
-
-
-def _list_joined_groups(
-    unions: list[_Union], first_position: list[int], ages: Sequence[int]
-) -> list[tuple[int, int]]:
-    """Return the unions, by positions of prompts, of groups that are older than the joining text."""
-    joined = []
-    for union in unions:
-        root_position = first_position[union.root]
-        given_up_position = first_position[union.given_up]
-        age_of_text = ages[first_position[union.text]]
-
-        # A group that begins in the text's own file is not known from an earlier run.
-        if ages[given_up_position] < age_of_text:
-            joined.append((root_position, given_up_position))
-    return joined

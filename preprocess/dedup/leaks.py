@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from preprocess.dedup.ngrams import codes_jaccard, gram_codes, jaccard
+from preprocess.dedup.ngrams import Track, codes_jaccard, gram_codes, jaccard, show_nothing
 from preprocess.dedup.prefix_filter import build_prefix_index, find_candidates
-from preprocess.dedup.progress import Track, show_nothing
 
 
 @dataclass(frozen=True)
@@ -25,17 +24,11 @@ class Leak:
 
 @dataclass(frozen=True)
 class LeakReport:
-    """What the comparison of prompts came to.
+    """What the comparison of prompts came to."""
 
-    Attributes:
-        leaks: The most similar first.
-        compared: How many pairs came so near that they were compared.
-        closest: The similarity of the closest of these that is no leak; 0 where there is none.
-    """
-
-    leaks: tuple[Leak, ...]
-    compared: int
-    closest: float
+    leaks: tuple[Leak, ...]  # the most similar first
+    compared: int  # how many pairs came so near that they were compared
+    closest: float  # similarity of the closest of these that is no leak; 0 where there is none
 
 
 def find_leaks(
@@ -78,10 +71,8 @@ def find_leaks(
                 closest = max(closest, similarity)
                 continue
 
-            first = int(min(positions[longer], positions[shorter]))
-            second = int(max(positions[longer], positions[shorter]))
-            exact_similarity = jaccard(texts[first], texts[second])
-            leaks.append(Leak(first, second, exact_similarity))
+            first, second = sorted((int(positions[longer]), int(positions[shorter])))
+            leaks.append(Leak(first, second, jaccard(texts[first], texts[second])))
 
     leaks.sort(key=lambda leak: (-leak.similarity, leak.first, leak.second))
     return LeakReport(tuple(leaks), compared, closest)

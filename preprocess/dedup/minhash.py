@@ -10,8 +10,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from rensa import RMinHash
 
-from preprocess.dedup.ngrams import gram_codes
-from preprocess.dedup.progress import Track
+from preprocess.dedup.ngrams import Track, gram_codes
 
 PERMUTATIONS = 256
 SEED = 42
@@ -29,15 +28,7 @@ BATCH_PAIRS = 16_384
 
 
 def compute_signatures(texts: Sequence[str], track: Track) -> np.ndarray:
-    """Compute the MinHash signatures of normalised texts.
-
-    Args:
-        texts: Normalised texts.
-        track: Shows the progress.
-
-    Returns:
-        uint32 (texts, PERMUTATIONS).
-    """
+    """Compute the MinHash signatures of normalised texts: uint32 (texts, PERMUTATIONS)."""
     signatures = np.zeros((len(texts), PERMUTATIONS), np.uint32)
 
     for start in track(range(0, len(texts), BATCH_TEXTS), "hashing prompts"):
@@ -81,9 +72,6 @@ def find_candidates(signatures: np.ndarray, threshold: float, track: Track) -> n
         one, as if the texts arrived one by one.
     """
     text_count = len(signatures)
-    if text_count == 0:
-        return np.zeros((0, 2), np.int64)
-
     band_rows = count_band_rows(threshold)
     band_starts = range(0, PERMUTATIONS - band_rows + 1, band_rows)
     least_agreement = (threshold - ESTIMATE_SLACK) * PERMUTATIONS

@@ -5,9 +5,13 @@ is its own only n-gram. The search modules use hashes of n-grams, which are ten 
 """
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
+
+# How the searches report their progress: takes the steps of a loop and a label, yields the steps, and
+# may draw a bar meanwhile.
+Track = Callable[[Iterable, str], Iterable]
 
 GRAM = 5
 
@@ -17,6 +21,11 @@ PADDING = 0x110000
 # Odd 64-bit constants with well mixed bits: of Knuth's golden ratio hash, and of SplitMix64.
 FACTOR = np.uint64(0x9E3779B97F4A7C15)
 MIX = np.uint64(0xBF58476D1CE4E5B9)
+
+
+def show_nothing(steps: Iterable, label: str) -> Iterable:
+    """Return the steps: the Track of a caller that wants no progress bar."""
+    return steps
 
 
 def normalise(turns: Sequence[str]) -> str:
@@ -62,15 +71,7 @@ def gram_codes(text: str) -> np.ndarray:
 
 
 def codes_jaccard(first: np.ndarray, second: np.ndarray) -> float:
-    """Compute the similarity of two texts from hashes of their n-grams.
-
-    Args:
-        first: The gram_codes of one text.
-        second: The gram_codes of the other.
-
-    Returns:
-        What `jaccard` returns for the texts, unless two hashes collide.
-    """
+    """Return what `jaccard` does, given the gram_codes of two texts, unless two hashes collide."""
     # Two sorted runs, which a stable sort merges in linear time; a shared n-gram stands twice.
     merged = np.concatenate([first, second])
     merged.sort(kind="stable")

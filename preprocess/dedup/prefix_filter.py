@@ -30,34 +30,25 @@ ROUNDING = 1e-9
 class PrefixIndex:
     """An inverted index of the prefixes of texts that are sorted by their number of n-grams.
 
-    An entry is one n-gram in the prefix of one text. Entries are in the order of texts.
-
-    Attributes:
-        size: By text, its number of n-grams.
-        prefix_size: By text, how many of these are in its prefix.
-        last_rank: By text, the rank of the commonest n-gram in its prefix.
-        first_entry: By text, and one more: text i has the entries first_entry[i]:first_entry[i + 1].
-        list_start: By entry, where the list of texts with this n-gram begins in `lists`.
-        earlier_texts: By entry, how many texts in that list stand before the entry's own.
-        lists: Texts by n-gram, in ascending order within each.
+    An entry is one n-gram in the prefix of one text. Entries are in the order of texts: text i has the
+    entries first_entry[i]:first_entry[i + 1]. The texts with one n-gram are a list.
     """
 
-    size: np.ndarray
-    prefix_size: np.ndarray
-    last_rank: np.ndarray
-    first_entry: np.ndarray
-    list_start: np.ndarray
-    earlier_texts: np.ndarray
-    lists: np.ndarray
+    # By text.
+    size: np.ndarray  # number of n-grams
+    prefix_size: np.ndarray  # how many of these are in the prefix
+    last_rank: np.ndarray  # rank of the commonest n-gram in the prefix
+    first_entry: np.ndarray  # one more than there are texts
+
+    # By entry.
+    list_start: np.ndarray  # where the list of its n-gram begins in `lists`
+    earlier_texts: np.ndarray  # how many texts in that list stand before the entry's own
+
+    lists: np.ndarray  # one list after the other, texts in ascending order within each
 
 
 def build_prefix_index(codes: list[np.ndarray], threshold: float) -> PrefixIndex:
-    """Build the index over texts.
-
-    Args:
-        codes: The gram_codes of each text, shortest first.
-        threshold: The Jaccard similarity that candidates may reach.
-    """
+    """Build the index over the gram_codes of texts, shortest first, for one threshold."""
     size = np.array([len(text_codes) for text_codes in codes], dtype=np.int64)
 
     # A similar text shares at least so many n-grams, hence one of the rarest of them.
@@ -148,14 +139,17 @@ def find_candidates(
         # Two files outside of the folds may share prompts.
         place = places[longer]
         other_place = places[shorter]
-        is_apart = (place != other_place) & ((place >= 0) | (other_place >= 0))
+        is_any_in_fold = (place >= 0) | (other_place >= 0)
+        is_apart = (place != other_place) & is_any_in_fold
 
         # A text can share no more n-grams than it has.
         least_size = threshold * index.size[longer] - ROUNDING
         is_relevant = is_apart & (index.size[shorter] >= least_size)
 
         # A pair meets in as many n-grams as the two prefixes share.
-        pair_codes = longer[is_relevant] * text_count + shorter[is_relevant]
+        longer = longer[is_relevant]
+        shorter = shorter[is_relevant]
+        pair_codes = longer * text_count + shorter
         unique_codes, shared = np.unique(pair_codes, return_counts=True)
         longer = unique_codes // text_count
         shorter = unique_codes % text_count
@@ -189,14 +183,17 @@ def _list_meetings(index: PrefixIndex, start: int, stop: int) -> tuple[np.ndarra
 
     # The later text of a meeting is the entry's own, which is never shorter.
     texts = np.arange(start, stop)
-    text_by_entry = np.repeat(texts, index.prefix_size[start:stop])
+    prefix_size = index.prefix_size[start:stop]
+    text_by_entry = np.repeat(texts, prefix_size)
     longer = np.repeat(text_by_entry, earlier_texts)
 
     # An entry meets the first texts of its list: 0, 1, … up to its own place there.
     meetings_before = np.cumsum(earlier_texts) - earlier_texts
-    place_in_list = np.arange(len(longer)) - np.repeat(meetings_before, earlier_texts)
+    first_meeting = np.repeat(meetings_before, earlier_texts)
+    place_in_list = np.arange(len(longer)) - first_meeting
     list_start = index.list_start[first_entry:last_entry]
-    shorter = index.lists[np.repeat(list_start, earlier_texts) + place_in_list]
+    start_by_meeting = np.repeat(list_start, earlier_texts)
+    shorter = index.lists[start_by_meeting + place_in_list]
 
     return longer, shorter
 

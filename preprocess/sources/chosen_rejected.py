@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 from preprocess.model_input import clean
 from preprocess.sources.layout import Layout
-from preprocess.sources.rows import Judgement, UnusableRow
+from preprocess.sources.rows import Judgement, UnusableRow, read_text
 from preprocess.sources.tables import Table
-from preprocess.sources.values import read_text
 
 # Names that data sets give to the two sides of a chat.
 USER_ROLES = ("user", "human")
@@ -41,8 +40,8 @@ class _Turn:
 def read_judgement(values: dict) -> Judgement:
     """Read a row, whose chosen and rejected answers must be answers to the same prompt."""
     prompt_column = values.get("prompt")
-    prompt, chosen_answer = _read_conversation(prompt_column, values.get("chosen"))
-    other_prompt, rejected_answer = _read_conversation(prompt_column, values.get("rejected"))
+    prompt, chosen_answer = read_conversation(prompt_column, values.get("chosen"))
+    other_prompt, rejected_answer = read_conversation(prompt_column, values.get("rejected"))
     if prompt != other_prompt:
         raise UnusableRow("chosen and rejected answer different prompts")
 
@@ -52,25 +51,19 @@ def read_judgement(values: dict) -> Judgement:
         texts = json.dumps([prompt, chosen_answer, rejected_answer])
         row_id = hashlib.sha256(texts.encode()).hexdigest()[:ID_DIGITS]
 
-    if _is_rejected_first(row_id):
+    # In half of the rows, by a hash of the id, the rejected answer is response A.
+    digest = hashlib.sha256(f"side of {row_id}".encode("utf-8", "replace")).digest()
+    if digest[0] % 2 == 1:
         return Judgement(row_id, prompt, rejected_answer, chosen_answer, winner="model_b")
     return Judgement(row_id, prompt, chosen_answer, rejected_answer, winner="model_a")
 
 
-def read_prompt(values: dict) -> list[str]:
-    """Return the user's turns of a row, which needs no rejected answer."""
-    prompt, _ = _read_conversation(values.get("prompt"), values.get("chosen"))
-    return prompt
+def read_conversation(prompt: object, answer: object) -> tuple[list[str], list[str]]:
+    """Read a prompt with one of its answers.
 
-
-def _is_rejected_first(row_id: str) -> bool:
-    """Return whether the rejected answer is response A: so in half of the rows, by a hash of the id."""
-    digest = hashlib.sha256(f"side of {row_id}".encode("utf-8", "replace")).digest()
-    return digest[0] % 2 == 1
-
-
-def _read_conversation(prompt: object, answer: object) -> tuple[list[str], list[str]]:
-    """Return the user's turns and the assistant's turns of a prompt with one of its answers."""
+    Returns:
+        The user's turns and the assistant's turns.
+    """
     # Without a message of the user, the answer is no whole conversation.
     messages = _read_messages(answer, role_of_text="assistant")
     is_answer_only = all(message.role in ASSISTANT_ROLES for message in messages)

@@ -11,19 +11,14 @@ from preprocess.sources.tables import Table
 class Layout:
     """One kind of source file.
 
-    Attributes:
-        name: What messages and the documentation call it.
-        columns: The columns by which a file of this layout is recognised.
-        read_judgement: Reads a row, given its values by column (a line of JSONL may lack some).
-            Raises UnusableRow where a value is of the wrong kind; what every layout has to check,
-            such as an empty answer, reader.py checks.
-        required_columns: The columns that a certain file needs, where it does not need all.
+    `read_judgement` reads a row, given its values by column (a line of JSONL may lack some). It raises
+    UnusableRow where a value is of the wrong kind; reader.py checks what every layout has to check.
     """
 
     name: str
-    columns: tuple[str, ...]
+    columns: tuple[str, ...]  # by which a file of this layout is recognised
     read_judgement: Callable[[dict], Judgement]
-    required_columns: Callable[[Table], tuple[str, ...]] | None = None
+    required_columns: Callable[[Table], tuple[str, ...]] | None = None  # where not all are needed
 
     def find_missing_columns(self, table: Table) -> list[str]:
         """Return the columns that a file would need to be of this layout, and lacks."""

@@ -4,8 +4,7 @@ import json
 
 from preprocess.model_input import VERDICTS
 from preprocess.sources.layout import Layout
-from preprocess.sources.rows import Judgement, UnusableRow
-from preprocess.sources.values import read_text, read_turns
+from preprocess.sources.rows import TEXTS, Judgement, UnusableRow, read_text, read_turns
 
 # How a flag of 1 reads in CSV, in Parquet, and after a detour through floats or booleans.
 FLAG_SET = ("1", "1.0", "True", "true")
@@ -34,29 +33,20 @@ def read_json_turns(value: object) -> list[str]:
     """Return the turns of a JSON list, or of a list that is parsed already; null and "" hold none."""
     if value is None or value == "":
         return []
-    # Parquet and JSONL can hold real lists.
-    if isinstance(value, list):
-        return read_turns(value)
 
-    try:
-        turns = json.loads(value)
-    except (json.JSONDecodeError, RecursionError, TypeError):
-        raise UnusableRow("not a JSON list of turns") from None
-    if not isinstance(turns, list):
+    # Parquet and JSONL can hold real lists.
+    if not isinstance(value, list):
+        try:
+            value = json.loads(value)
+        except (json.JSONDecodeError, RecursionError, TypeError):
+            raise UnusableRow("not a JSON list of turns") from None
+    if not isinstance(value, list):
         raise UnusableRow("not a JSON list of turns")
-    return read_turns(turns)
+    return read_turns(value)
 
 
 LAYOUT = Layout(
     name="LMSYS",
-    columns=(
-        "id",
-        "prompt",
-        "response_a",
-        "response_b",
-        "winner_model_a",
-        "winner_model_b",
-        "winner_tie",
-    ),
+    columns=("id", *TEXTS, "winner_model_a", "winner_model_b", "winner_tie"),
     read_judgement=read_judgement,
 )

@@ -21,10 +21,12 @@ from preprocess.sources.rows import (
     TURNS,
     UnusableRow,
     check_judgement,
+    read_text,
+    read_turns,
     read_vote_shares,
+    show_turns,
 )
 from preprocess.sources.tables import Table, TableRow, open_table
-from preprocess.sources.values import read_text, read_turns, show_turns
 
 # A file that fits several layouts is of the first one.
 LAYOUTS = (wsdm.LAYOUT, lmsys.LAYOUT, chosen_rejected.LAYOUT)
@@ -35,9 +37,6 @@ BATCH_ROWS = 2048
 
 def read_rows(path: Path | str) -> pl.DataFrame:
     """Read every row of a source file.
-
-    Args:
-        path: A Parquet, CSV or JSONL file of one of LAYOUTS.
 
     Returns:
         A frame of the schema ROWS, in the file's order; `reason` is null where a row can be used.
@@ -146,9 +145,6 @@ def _show_winner(values: dict) -> str | None:
 def read_prompts(path: Path | str) -> pl.DataFrame:
     """Read the prompts of a file, e.g. of a test set, which needs neither answers nor verdicts.
 
-    Args:
-        path: A Parquet, CSV or JSONL file with prompts in the form of any layout.
-
     Returns:
         A frame of id and prompt (list of turns). Rows without a readable prompt are left out.
 
@@ -184,7 +180,8 @@ def read_prompts(path: Path | str) -> pl.DataFrame:
 
 def _read_prompt(values: dict, is_json: bool) -> list[str]:
     if values.get("chosen") is not None:
-        return chosen_rejected.read_prompt(values)
+        prompt, _ = chosen_rejected.read_conversation(values.get("prompt"), values["chosen"])
+        return prompt
 
     prompt = values.get("prompt")
     if is_json:

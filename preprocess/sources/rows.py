@@ -1,6 +1,7 @@
-"""The schema that all source files are brought to, and the rules that a usable row obeys.
+"""The schema that all source files are brought to, the values of a row, and the rules that it obeys.
 
-reader.py builds these rows; `preprocess.pairs` makes pairs of them.
+The layouts read values with these functions; reader.py builds the rows, and `preprocess.pairs` makes
+pairs of them.
 """
 
 import math
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from preprocess.model_input import VERDICTS
+from preprocess.model_input import VERDICTS, clean
 
 # A conversation has one item a turn; a plain text is a conversation of one turn.
 TURNS = pl.List(pl.String)
@@ -47,31 +48,55 @@ class UnusableRow(Exception):
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a layout reads from a row: two responses to one prompt, and the verdict on them.
+    """What a layout reads from a row: the turns of a prompt and two responses, and the verdict."""
 
-    Attributes:
-        id: As the file has it; "" where it has none.
-        prompt: The user's turns.
-        response_a: The turns of the response that was shown as A.
-        response_b: The turns of the other response.
-        winner: One of VERDICTS; anything else makes the row unusable.
-    """
-
-    id: str
+    id: str  # "" where the file has none
     prompt: list[str]
     response_a: list[str]
     response_b: list[str]
-    winner: str
+    winner: str  # one of VERDICTS; anything else makes the row unusable
+
+
+def read_text(value: object) -> str:
+    """Return a value as text; null becomes ""."""
+    if value is None:
+        return ""
+    return clean(str(value))
+
+
+def read_turns(value: object) -> list[str]:
+    """Return the turns of a conversation: a text or null is one turn, a list has a turn an item."""
+    if value is None or isinstance(value, str):
+        return [clean(value)]
+    if not isinstance(value, list):
+        raise UnusableRow("not a list of turns")
+
+    turns = []
+    for turn in value:
+        if turn is not None and not isinstance(turn, str):
+            raise UnusableRow("not a list of turns")
+        turns.append(clean(turn))
+    return turns
+
+
+def show_turns(value: object) -> list[str] | None:
+    """Return a value that may not be turns at all in their form, for the file of rejected rows."""
+    if value is None:
+        return None
+    if isinstance(value, list):
+        return [read_text(turn) for turn in value]
+    return [read_text(value)]
 
 
 def check_judgement(judgement: Judgement) -> None:
     """Raise UnusableRow where a model could learn nothing, or something wrong, from a judgement."""
     if not judgement.id:
         raise UnusableRow("no id")
-    if is_blank(judgement.prompt):
+    if not "".join(judgement.prompt).strip():
         raise UnusableRow("empty prompt")
-    if is_blank(judgement.response_a) or is_blank(judgement.response_b):
-        raise UnusableRow("empty answer")
+    for response in (judgement.response_a, judgement.response_b):
+        if not "".join(response).strip():
+            raise UnusableRow("empty answer")
     if judgement.winner not in VERDICTS:
         raise UnusableRow("unknown winner")
 
@@ -79,11 +104,6 @@ def check_judgement(judgement: Judgement) -> None:
     is_identical = judgement.response_a == judgement.response_b
     if is_identical and judgement.winner != "tie":
         raise UnusableRow("identical answers, one wins")
-
-
-def is_blank(turns: list[str]) -> bool:
-    """Return whether no turn holds anything but white space."""
-    return not "".join(turns).strip()
 
 
 def read_vote_shares(values: dict, winner: str) -> dict[str, float]:

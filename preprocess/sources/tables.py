@@ -17,17 +17,11 @@ SUFFIXES = (".parquet", ".csv", ".jsonl")
 
 @dataclass(frozen=True)
 class TableRow:
-    """One row of a file.
+    """One row of a file."""
 
-    Attributes:
-        number: Counts data rows from 1; in JSONL it is the number of the line.
-        values: Values by column; None for a line of JSONL that is not an object.
-        line: That line, for a message.
-    """
-
-    number: int
-    values: dict | None
-    line: str = ""
+    number: int  # counts data rows from 1; in JSONL it is the number of the line
+    values: dict | None  # by column; None for a line of JSONL that is not an object
+    line: str = ""  # that line, for a message
 
 
 @dataclass(frozen=True)
@@ -98,18 +92,14 @@ def _read_json_lines(path: Path) -> Table:
         for line_number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            values = _parse_object(line)
-            if values is not None:
+            try:
+                values = json.loads(line)
+            except (json.JSONDecodeError, RecursionError):
+                values = None
+            if isinstance(values, dict):
                 columns.update(dict.fromkeys(values))
+            else:
+                values = None
             rows.append(TableRow(line_number, values, line.rstrip("\n")))
 
     return Table(path, tuple(columns), len(rows), json_rows=tuple(rows))
-
-
-def _parse_object(line: str) -> dict | None:
-    """Parse a line of JSONL; None if it is not an object."""
-    try:
-        values = json.loads(line)
-    except (json.JSONDecodeError, RecursionError):
-        return None
-    return values if isinstance(values, dict) else None

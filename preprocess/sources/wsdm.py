@@ -4,8 +4,7 @@ A text is one turn; a list of texts, as in an earlier pairs.parquet, is a conver
 """
 
 from preprocess.sources.layout import Layout
-from preprocess.sources.rows import Judgement
-from preprocess.sources.values import read_text, read_turns
+from preprocess.sources.rows import Judgement, read_text, read_turns
 
 
 def read_judgement(values: dict) -> Judgement:

@@ -38,10 +38,6 @@ def test_sides_follow_the_first_judgement_whichever_way_the_texts_sort():
         assert votes(result.table) == [("tie", 2.0, 0.5, 0.0, 0.5)]
 
 
-def test_as_many_votes_for_either_are_a_tie():
-    assert votes(pairs_of(row("1"), row("2", winner="model_b")).table) == [("tie", 2.0, 0.5, 0.5, 0.0)]
-
-
 def test_shares_count_by_weight_but_a_single_judgement_keeps_its_verdict():
     def teacher(row_id, *shares, weight=1.0):
         return (*row(row_id)[:9], *shares, weight, None)
@@ -100,11 +96,3 @@ def test_groups_that_a_later_file_joins_are_reported_with_their_folds():
     (joined,) = result.joined
     assert (joined.id, joined.fold_before, joined.fold_now) == ("2", group_number(other) % 5, group_number(one) % 5)
     assert result.table["group"].n_unique() == 1
-
-
-@pytest.mark.parametrize("folds", [2, 5, 100])
-def test_folds_are_numbered_from_zero(folds):
-    table = pairs_of(*rows_of(tiny.pairs(400, seed=1), "x"), folds=folds).table
-    assert table["fold"].min() >= 0
-    assert table["fold"].max() < folds
-    assert (table.group_by("group").agg(pl.col("fold").n_unique())["fold"] == 1).all()

@@ -8,7 +8,7 @@ import polars as pl
 
 from postprocess.report.metrics import ScoredRows, score_rows
 from postprocess.report.page import render_page
-from postprocess.report.results import compute_results
+from postprocess.report.results import measure_run
 from postprocess.report.run_data import RunData, read_run
 from preprocess.core.files import sha256, write_json
 from preprocess.model_input import VERDICTS
@@ -122,4 +122,4 @@ def score(folder: Path, rows=FOUR, verdicts=TWO) -> ScoredRows:
 def render(folder: Path) -> str:
     """The page of a run folder."""
     run = read_run(folder)
-    return render_page(run, compute_results(run))
+    return render_page(run, measure_run(run))

@@ -50,7 +50,7 @@ def browser(profile):
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """The page's address and a browser that has it open, in its first state."""
+    """The page's address and a browser, for all tests."""
     folder = tmp_path_factory.mktemp("browser")
     file = folder / "report.html"
     file.write_text(reported.render(reported.write_run(folder / "tiny", ROWS)), encoding="utf-8")
@@ -60,8 +60,11 @@ def page(tmp_path_factory):
 
 @pytest.fixture
 def opened(page):
+    """The browser with the page in its first state."""
     driver, address = page
     driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": []})
+    driver.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
     driver.get_log("performance")
     driver.get_log("browser")
     driver.get(address)
@@ -74,24 +77,17 @@ def shown(driver) -> list[str]:
     return [row.find_element(By.CLASS_NAME, "id").text for row in rows]
 
 
-def test_words_typed_into_the_search_leave_the_rows_that_hold_them(opened):
+def test_words_typed_into_the_search_leave_the_rows_that_hold_them_and_ask_nothing_of_a_network(opened):
     field, count = opened.find_element(By.ID, "search"), opened.find_element(By.ID, "count")
     assert shown(opened) == ["row4", "row5", "row3", "row1"]
     field.send_keys("german SHORT")
     assert (shown(opened), count.text) == (["row1"], "1 of 4")
-    field.clear()
-    field.send_keys("القاهرة")
-    assert (shown(opened), count.text) == (["row4"], "1 of 4")
     field.clear()
     field.send_keys("nothing has this")
     assert (shown(opened), count.text) == ([], "0 of 4")
     field.send_keys(Keys.CONTROL, "a")
     field.send_keys(Keys.DELETE)
     assert (len(shown(opened)), count.text) == (4, "")
-
-
-def test_nothing_is_asked_of_a_network_and_nothing_is_complained_of(opened):
-    opened.find_element(By.ID, "search").send_keys("x")
     assert opened.get_log("browser") == []
     messages = [json.loads(entry["message"])["message"] for entry in opened.get_log("performance")]
     asked = [message["params"]["request"]["url"] for message in messages if message["method"] == "Network.requestWillBeSent"]
@@ -106,28 +102,21 @@ def test_no_script_but_the_pages_own_runs_in_it(opened):
     assert any("Content Security Policy" in entry["message"] for entry in opened.get_log("browser"))
 
 
-@pytest.mark.parametrize("width", [320, 390, 768, 1280])
-def test_the_page_is_never_wider_than_the_screen(opened, width):
+@pytest.mark.parametrize("width", [320, 1280])
+def test_the_page_is_never_wider_than_the_screen_and_arabic_runs_from_the_right(opened, width):
     screen = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 600}
     opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
     measured = "const page = document.documentElement; return [page.scrollWidth - page.clientWidth, window.innerWidth]"
     assert opened.execute_script(measured) == [0, width]
-
-
-def test_right_to_left_texts_run_from_the_right(opened):
     texts = {text.text: text.value_of_css_property("direction") for text in opened.find_elements(By.CSS_SELECTOR, ".text")}
     assert (texts[ARABIC], texts["Which?"]) == ("rtl", "ltr")
 
 
-def test_without_javascript_every_row_is_there_and_no_search(page):
-    driver, address = page
-    driver.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
-    try:
-        driver.get(address)
-        assert len(shown(driver)) == 4
-        assert not driver.find_element(By.ID, "search").is_displayed()
-    finally:
-        driver.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+def test_without_javascript_every_row_is_there_and_no_search(opened):
+    opened.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    opened.refresh()
+    assert len(shown(opened)) == 4
+    assert not opened.find_element(By.ID, "search").is_displayed()
 
 
 @pytest.mark.parametrize(
@@ -139,4 +128,3 @@ def test_the_page_is_light_or_dark_as_the_reader_has_it_and_prints_on_white(open
     opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": features})
     assert ground in opened.find_element(By.TAG_NAME, "body").value_of_css_property("background-color")
     assert opened.find_element(By.TAG_NAME, "nav").is_displayed() == (media != "print")
-    opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": []})

@@ -19,11 +19,6 @@ from tests.postprocess.report.reported import FOUR, TWO, Row
 LOSS = -(math.log(0.82) + math.log(0.41) + math.log(0.81) + math.log(0.28)) / 4
 
 
-def score_with_lengths(folder, rows=FOUR):
-    predictions = reported.read(folder, rows).predictions
-    return metrics.score_rows(predictions, TWO), metrics.measure_lengths(predictions.rows)
-
-
 def test_accuracy_and_log_loss_are_of_the_mean_of_both_orders(tmp_path):
     """Each group has one row right and one wrong, so that no draw of groups has another accuracy; of single rows some have."""
     model = metrics.model_row(reported.score(tmp_path / "run"))
@@ -39,32 +34,21 @@ def test_a_part_of_the_rows_has_the_interval_of_its_own_groups(tmp_path):
     assert (part.row_count, part.group_count, part.accuracy) == (4, 2, metrics.Estimate(1.0, 1.0, 1.0))
 
 
-def test_the_longer_answer_and_the_constant_guess_are_the_baselines(tmp_path):
-    scored, lengths = score_with_lengths(tmp_path / "run")
-    longer, constant = metrics.make_baselines(scored, lengths.longer_is_a_r)
-    assert (longer.table_row.name, longer.table_row.accuracy.value, constant.table_row.accuracy.value) == (
-        "the longer answer",
-        0.5,
-        0.5,
-    )
+def test_the_constant_guess_takes_the_shares_of_the_labels(tmp_path):
+    (constant,) = metrics.make_baselines(reported.score(tmp_path / "run"), None)
+    assert (constant.table_row.name, constant.table_row.accuracy.value) == ("one constant verdict", 0.5)
     assert constant.table_row.log_loss.value == pytest.approx(math.log(2))
-    assert constant.log_loss_gain.value == pytest.approx(LOSS - math.log(2))
-    assert longer.accuracy_gain.value == 0.0
+    assert (constant.gain.accuracy.value, constant.gain.log_loss.value) == (0.0, pytest.approx(LOSS - math.log(2)))
 
 
-def test_the_longer_answer_is_as_sure_as_it_is_often_right(tmp_path):
+def test_the_longer_answer_is_as_sure_as_it_is_often_right_and_of_equal_ones_it_is_the_first(tmp_path):
     """It wins in three of four rows: accuracy 0.75, log loss that of three times 0.75 and once 0.25."""
-    rows = [Row(0.5, 0.5, "model_a", a="longer", b="s")] * 2 + [Row(0.5, 0.5, "model_b", a="s", b="longer")] * 2
-    rows[3] = Row(0.5, 0.5, "model_b", a="longer", b="s")
-    scored, lengths = score_with_lengths(tmp_path / "run", rows)
-    longer, _ = metrics.make_baselines(scored, lengths.longer_is_a_r)
-    assert longer.table_row.accuracy.value == 0.75
+    winners = ["model_a", "model_a", "model_b", "model_b"]
+    scored = reported.score(tmp_path / "run", [Row(0.5, 0.5, winner) for winner in winners])
+    lengths = metrics.Lengths(np.zeros(4), np.array([6, 5, 1, 6]), np.array([1, 5, 6, 1]))
+    longer, _ = metrics.make_baselines(scored, lengths)
+    assert (longer.table_row.name, longer.table_row.accuracy.value) == ("the longer answer", 0.75)
     assert longer.table_row.log_loss.value == pytest.approx(-(3 * math.log(0.75) + math.log(0.25)) / 4)
-
-
-def test_of_equally_long_answers_the_first_counts_as_the_longer():
-    lengths = metrics.Lengths(np.array([0, 0, 0]), np.array([5, 4, 6]), np.array([5, 5, 5]))
-    assert lengths.longer_is_a_r.tolist() == [True, False, True]
 
 
 def test_the_order_of_the_verdicts_changes_no_number(tmp_path):
@@ -75,8 +59,8 @@ def test_the_order_of_the_verdicts_changes_no_number(tmp_path):
     assert metrics.model_row(first) == metrics.model_row(second)
     assert measure_position_bias(first) == measure_position_bias(second)
     assert measure_calibration(first).error == measure_calibration(second).error
-    longer_is_a_r = np.array([True, False, True, True])
-    assert metrics.make_baselines(first, longer_is_a_r) == metrics.make_baselines(second, longer_is_a_r)
+    lengths = metrics.Lengths(np.zeros(4), np.array([2, 1, 2, 2]), np.array([1, 2, 1, 1]))
+    assert metrics.make_baselines(first, lengths) == metrics.make_baselines(second, lengths)
 
 
 def test_ties_of_a_model_of_two_verdicts_count_in_log_loss_alone(tmp_path):
@@ -88,9 +72,8 @@ def test_ties_of_a_model_of_two_verdicts_count_in_log_loss_alone(tmp_path):
 
 
 def test_without_the_pairs_file_the_winner_is_the_label():
-    table = pl.DataFrame({"id": ["x"], "fold": [0], "winner": ["tie"]}).with_columns(
-        **{f"p_model_{side}{suffix}": pl.lit(0.5) for side in "ab" for suffix in ("", "_as_given", "_swapped")}
-    )
+    columns = {f"p_model_{side}_{order}": [0.5] for side in "ab" for order in ("as_given", "swapped")}
+    table = pl.DataFrame({"id": ["x"], "fold": [0], "winner": ["tie"], **columns})
     assert metrics.score_rows(Predictions(Path("predictions.parquet"), table), TWO).labels_rv.tolist() == [[0.5, 0.5]]
 
 
@@ -110,14 +93,15 @@ def test_the_thirteenth_language_and_those_after_it_share_a_line(tmp_path):
     ],
 )
 def test_lengths_are_quarters_of_the_rows_and_equal_ones_are_one_line(tmp_path, lengths, lines):
-    rows = [Row(0.9, 0.9, prompt="", a="x" * length, b="") for length in lengths]
-    scored, measured = score_with_lengths(tmp_path / "run", rows)
-    assert [(line.name, line.row_count) for line in metrics.slice_by_length(scored, measured.total_r)] == lines
+    scored = reported.score(tmp_path / "run", [Row(0.9, 0.9)] * len(lengths))
+    table = metrics.slice_by_length(scored, np.array(lengths))
+    assert [(line.name, line.row_count) for line in table] == lines
 
 
 def test_lines_by_which_answer_won(tmp_path):
-    scored, lengths = score_with_lengths(tmp_path / "run", [*FOUR, Row(0.5, 0.5, "tie")])
-    table = metrics.slice_by_longer_answer(scored, lengths)
+    rows = reported.read(tmp_path / "read/run", [*FOUR, Row(0.5, 0.5, "tie")]).predictions.rows
+    scored = reported.score(tmp_path / "run", [*FOUR, Row(0.5, 0.5, "tie")])
+    table = metrics.slice_by_longer_answer(scored, metrics.measure_lengths(rows))
     assert [(line.name, line.row_count, line.accuracy and line.accuracy.value) for line in table] == [
         ("the longer answer won", 2, 1.0),
         ("the shorter answer won", 2, 0.0),

@@ -27,14 +27,14 @@ def test_position_bias_is_what_the_first_answer_gets_more_than_the_second(tmp_pa
         ("order swapped", 0.5),
         ("mean of both", 0.5),
     ]
-    assert bias.accuracy_gain.value == -0.25
+    assert bias.gain.accuracy.value == -0.25
 
 
 def test_a_tie_of_three_verdicts_is_neither_first_nor_second(tmp_path):
-    rows = [Row(0.5, 0.5, "tie", tie=0.8), Row(0.75, 0.75, "model_a", tie=0.2)]
+    """Of the probabilities the first answer gets 0.1 in the first row, 0.36 and 0.44 in the others."""
+    rows = [Row(0.5, 0.5, "tie", tie=0.8), Row(0.7, 0.8, tie=0.2), Row(0.8, 0.7, tie=0.2)]
     scored = reported.score(tmp_path / "run", rows, VERDICTS)
     bias = measure_position_bias(scored)
     assert model_row(scored).accuracy.value == 1.0
-    # Of the probabilities: (0.1 + 0.6 + 0.1 + 0.2) / 4.
-    assert [round(first.both_orders.value, 4) for first in bias.first_answers] == [0.25, 0.25, 0.25]
+    assert [round(first.both_orders.value, 4) for first in bias.first_answers] == [0.3333, 0.3333, 0.3]
     assert (bias.verdict_bias.value, round(bias.probability_bias.value, 12)) == (0.0, 0.0)

@@ -29,8 +29,8 @@ def test_a_pairs_file_that_has_changed_is_not_read_and_one_that_has_moved_is_nam
     assert "pairs.parquet has changed since training, so that texts" in run.missing["pairs"]
     assert "prompt" not in run.predictions.rows.columns
     assert "prompt" in read_run(folder, False, moved).predictions.rows.columns
-    assert "pairs.parquet: not the file of the training" in refusal(folder, False, tmp_path / "pairs.parquet")
-    assert "absent.parquet: no such file" in refusal(folder, False, tmp_path / "absent.parquet")
+    assert "pairs.parquet has changed since training" in refusal(folder, False, tmp_path / "pairs.parquet")
+    assert "absent.parquet does not exist" in refusal(folder, False, tmp_path / "absent.parquet")
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,6 @@ def test_a_pairs_file_that_has_changed_is_not_read_and_one_that_has_moved_is_nam
         ("contract.json", '{"verdicts": ["tie", "model_a"]}', "contract.json: verdicts are ['tie', 'model_a'], expected"),
         ("history.json", "{}", "history.json: expected a list of objects"),
         ("predictions.parquet", "x", "predictions.parquet: not a Parquet file"),
-        ("agreement.json", "[]", "agreement.json: expected an object"),
     ],
 )
 def test_a_damaged_file_is_refused_with_its_name(tmp_path, file, content, message):
@@ -53,7 +52,7 @@ def test_a_damaged_file_is_refused_with_its_name(tmp_path, file, content, messag
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (lambda rows: rows.with_columns(p_model_a_swapped=pl.lit(float("nan"))), "row row0 has probabilities that are not"),
+        (lambda rows: rows.with_columns(p_tie_swapped=pl.lit(float("nan"))), "row row0 has probabilities that are not"),
         (lambda rows: rows.drop("fold", "p_tie"), "no column fold, p_tie; it was not written by axolotl train"),
         (lambda rows: pl.concat([rows, rows]), "an id occurs twice"),
         (lambda rows: rows.head(0), "no rows"),
@@ -82,9 +81,13 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
 def test_the_commands_that_are_named_are_those_of_the_run(tmp_path, name, changed, create, package):
     folder = reported.write_run(tmp_path / name, **changed)
     (folder / "predictions.parquet").unlink()
-    missing = read_run(folder).missing
-    assert f"so that nothing can be measured: `{create}` writes it." in missing["predictions"]
-    assert f"The run was not packaged yet: `{package}` compares the models" in missing["agreement"]
+    (folder / "history.json").unlink()
+    run = read_run(folder)
+    assert run.name == name
+    assert f"so that nothing can be measured: `{create}` writes it." in run.missing["predictions"]
+    assert f"The run was not packaged yet: `{package}` compares the models" in run.missing["agreement"]
+    is_trained = "axolotl train" in create
+    assert run.missing["history"].startswith("There is no history.json" if is_trained else "Nothing was trained here")
 
 
 def test_rows_of_all_folds_are_preferred_to_rows_that_were_trained_on(crossed):
@@ -95,17 +98,14 @@ def test_rows_of_all_folds_are_preferred_to_rows_that_were_trained_on(crossed):
     metrics = json.loads((crossed / "metrics.json").read_text())
     write_json(crossed / "metrics.json", metrics | {"rows_were_trained_on": False})
     assert read_run(crossed).predictions.rows.height == 1
-    assert read_run(crossed, out_of_fold=True).predictions.rows.height == 4
-    (crossed / "oof.parquet").unlink()
-    assert "oof.parquet: no such file; make cv R=R writes it" in refusal(crossed, True)
 
-
-def test_a_cross_validation_whose_folds_are_gone_is_still_measured(crossed):
     for fold in (0, 1):
         shutil.rmtree(crossed / f"fold-{fold}")
-    run = read_run(crossed, pairs_file=crossed.parent / "pairs.parquet")
+    run = read_run(crossed, True, crossed.parent / "pairs.parquet")
     assert run.missing["contract"] == "There is no contract.json: `make cv R=R` writes it."
     assert run.predictions.rows["fold"].to_list() == [0, 1, 0, 1]
+    (crossed / "oof.parquet").unlink()
+    assert "oof.parquet: no such file; make cv R=R writes it" in refusal(crossed, True)
 
 
 def test_the_agreement_of_an_earlier_training_is_not_shown(tmp_path):
@@ -121,4 +121,4 @@ def test_checkpoints_have_the_history_of_a_run_that_left_none(tmp_path):
     (folder / "history.json").unlink()
     for step in (9, 10):
         write_json(folder / f"checkpoint-{step}/trainer_state.json", {"log_history": [{"step": step, "loss": 0.5}]})
-    assert read_run(folder).history == {"": [{"step": 10, "loss": 0.5}]}
+    assert read_run(folder).first_fold.history == [{"step": 10, "loss": 0.5}]

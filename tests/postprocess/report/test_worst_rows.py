@@ -1,12 +1,16 @@
 """The rows that the model gets most wrong: their ranking, and how their texts are cut."""
 
+import pytest
+
 from postprocess.report.worst_rows import cut_text, find_worst_rows, rank_wrong_rows, show_controls
 from tests.postprocess.report import reported
 
+FAMILY = "\U0001f469\u200d\U0001f467"
+
 
 def test_the_worst_rows_are_those_with_the_least_probable_winner(tmp_path):
-    rows = reported.read(tmp_path / "run").predictions.rows
-    scored = reported.score(tmp_path / "again/run")
+    rows = reported.read(tmp_path / "read/run").predictions.rows
+    scored = reported.score(tmp_path / "run")
     assert rank_wrong_rows(scored) == [3, 1]
     assert [row.id for row in find_worst_rows(rows, scored, count=1)] == ["row3"]
 
@@ -22,11 +26,9 @@ def test_long_texts_are_cut_where_a_word_ends_and_open_to_the_whole():
     assert cut_text("x" * 100_000, 60).left_out == 100_000 - 60 - 50_000
 
 
-def test_a_character_made_of_several_is_not_cut():
-    assert cut_text("e\u0301" * 100, 51).shown == "e\u0301" * 25
-    family = "\U0001f469\u200d\U0001f467"
-    assert cut_text(family * 100, 31).shown == family * 10
-    assert cut_text(family * 100, 32).shown == family * 10
+@pytest.mark.parametrize(("character", "limit", "shown"), [("e\u0301", 51, 25), (FAMILY, 31, 10), (FAMILY, 32, 10)])
+def test_a_character_made_of_several_is_not_cut(character, limit, shown):
+    assert cut_text(character * 100, limit).shown == character * shown
 
 
 def test_control_characters_are_seen():

@@ -9,7 +9,6 @@ import pytest
 from preprocess.dedup import minhash
 from preprocess.dedup.grouping import group_prompts
 from preprocess.dedup.ngrams import codes_jaccard, gram_codes, grams, jaccard, normalise
-from preprocess.dedup.progress import show_nothing
 
 ALPHABET = list("abcdefgh 河流窗户音乐面包花かわまどنافذة😀")
 
@@ -54,7 +53,7 @@ def test_all_pairs_of_equal_signatures_are_candidates_sorted_by_the_later_text()
     signatures = np.repeat(np.arange(74, dtype=np.uint32), minhash.PERMUTATIONS).reshape(74, -1)
     signatures[:70] = 0
     signatures[70:73] = 1
-    candidates = minhash.find_candidates(signatures, 0.7, show_nothing).tolist()
+    candidates = minhash.find_candidates(signatures, 0.7, lambda steps, label: steps).tolist()
     assert {tuple(pair) for pair in candidates} == {*combinations(range(70), 2), *combinations(range(70, 73), 2)}
     assert candidates == sorted(candidates, key=lambda pair: pair[::-1])
 
@@ -73,13 +72,7 @@ def test_a_later_file_that_joins_two_groups_is_reported():
     assert group_prompts([first, second, between], 0.75, [0, 0, 0]).joined == ()
 
 
-def test_no_prompts_are_no_groups():
-    assert len(group_prompts([], 0.7).root) == 0
-
-
 def test_bands_miss_less_than_two_in_a_hundred_thousand():
-    thresholds = (0.5, 0.6, 0.7, 0.8, 0.9)
-    assert [minhash.count_band_rows(threshold) for threshold in thresholds] == [3, 3, 4, 6, 9]
     for threshold in np.arange(0.5, 1, 0.01):
         rows = minhash.count_band_rows(threshold)
         assert (1 - threshold**rows) ** (256 // rows) <= 2e-5
