@@ -1,8 +1,6 @@
 import copy
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,8 +11,8 @@ from transformers import AutoModelForSequenceClassification
 from postprocess.weights.checkpoint_reader import open_tensors
 from postprocess.weights.merge import _pieces, is_finite, merge
 from preprocess.core.errors import UserError
-from tests.bench.merge import measure
-from tests.conftest import ROOT
+from tests.bench.merge import make_inputs, measure
+from tests.bench.processes import in_process
 from tests.postprocess import runs
 
 VARIANTS = [
@@ -83,8 +81,7 @@ def test_an_empty_tensor_and_whole_numbers_are_finite():
 
 @pytest.mark.slow
 def test_at_the_shapes_of_gemma_2_9b_the_anonymous_memory_stays_under_a_gigabyte_and_a_half(tmp_path):
-    command = [sys.executable, "-m", "tests.bench.merge", "inputs", str(tmp_path), "9b"]
-    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+    in_process(make_inputs, tmp_path, "9b")
     assert measure("ours", tmp_path).peak_bytes < 1.5e9
     shutil.rmtree(tmp_path / "base")
 
