@@ -1,7 +1,7 @@
 """What the clock's planner is worth: accuracy against the cost of a second order, by which rows get it.
 
-`python -m tests.bench.planner train --pairs data/pairs.parquet` trains a bag of words in a minute on all folds but one, every
-pair as it is given, so that it learns something and has a position bias, and scores the fold that is left in both orders.
+`python -m tests.bench.planner train --pairs data/pairs.parquet` trains a linear model on all folds but one, every pair as it is
+given, so that it learns something and has a position bias, and scores the fold that is left in both orders.
 `python -m tests.bench.planner curve PREDICTIONS --pairs FILE` reads these, or the predictions.parquet of any run, and tells
 what each choice has reached at each share of the second order's cost. A row's cost is its length in characters.
 """
@@ -65,12 +65,12 @@ def train(pairs: Path) -> None:
 
 
 def fit_and_score(train_rows: pl.DataFrame, rows: pl.DataFrame) -> np.ndarray:
-    """Probabilities (rows, orders, verdicts) by logistic regression on the words of either response.
+    """Probabilities (rows, orders, verdicts) by logistic regression on the characters of both responses.
 
     It is trained on every pair as it is given and nothing in it is symmetrical, so that it has a position bias, as a language
     model has that saw each pair in one order.
     """
-    vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(1, 4), min_df=3, max_features=VOCABULARY, sublinear_tf=True)
+    vectorizer = TfidfVectorizer(analyzer="char", ngram_range=(1, 2), max_features=VOCABULARY, sublinear_tf=True)
     vectorizer.fit(train_rows["response_a"].list.join("\n"))
 
     def features(frame: pl.DataFrame, first: str, second: str):
