@@ -22,6 +22,7 @@ import polars as pl
 from preprocess.core.errors import UserError, exits_with_2
 from preprocess.core.files import read_json, write_json
 from tests import tiny
+from tests.bench import SIZE_NAMES
 from tests.bench.processes import in_process
 from tests.bench.rows import realistic_rows
 
@@ -40,40 +41,17 @@ CONTENDERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A model with random weights: its type, how many times --rows of them it scores, and its configuration."""
+    """A model with random weights: its type, how many times --rows of them it scores, and its SIZE_NAMES."""
 
     model_type: str
     rows_factor: float
-    sizes: dict
+    sizes: tuple[int, ...]
 
 
-def gemma2_sizes(width: int, intermediate: int, layers: int, heads: int, head_dim: int) -> dict:
-    """The configuration of a Gemma-2 whose queries share the keys of half as many heads."""
-    return {
-        "vocab_size": VOCABULARY,
-        "hidden_size": width,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": heads // 2,
-        "head_dim": head_dim,
-        "query_pre_attn_scalar": head_dim,
-        "attn_logit_softcapping": None,
-        **{"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2},
-    }
-
-
-MINILM_SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 384,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 12,
-}
 SHAPES = {
-    "MiniLM": Shape("bert", 1.0, MINILM_SIZES),
-    "tiny Gemma-2": Shape("gemma2", 4.0, gemma2_sizes(width=64, intermediate=128, layers=2, heads=2, head_dim=32)),
-    "small Gemma-2": Shape("gemma2", 0.4, gemma2_sizes(width=512, intermediate=2048, layers=8, heads=8, head_dim=64)),
+    "MiniLM": Shape("bert", 1.0, (384, 1536, 6, 12)),
+    "tiny Gemma-2": Shape("gemma2", 4.0, (64, 128, 2, 2, 1, 32)),
+    "small Gemma-2": Shape("gemma2", 0.4, (512, 2048, 8, 8, 4, 64)),
 }
 
 
@@ -107,7 +85,12 @@ def make_folder(folder: Path, name: str, rows: pl.DataFrame, base: Path | None, 
         texts = [text or "" for column in TEXTS for text in rows[column]]
         write_tokenizer = tiny.wordpiece_tokenizer if shape.model_type == "bert" else tiny.bpe_tokenizer
         write_tokenizer(base, vocabulary_size=VOCABULARY, texts=texts)
-        AutoConfig.for_model(shape.model_type, **shape.sizes).save_pretrained(base)
+        sizes = dict(zip(SIZE_NAMES, shape.sizes, strict=False))
+        if shape.model_type == "gemma2":
+            sizes |= {"query_pre_attn_scalar": sizes["head_dim"], "attn_logit_softcapping": None}
+            sizes |= {"eos_token_id": 1, "bos_token_id": 2}
+        config = AutoConfig.for_model(shape.model_type, vocab_size=VOCABULARY, pad_token_id=0, **sizes)
+        config.save_pretrained(base)
     has_weights = (base / "model.safetensors").is_file()
     template = "bert" if shape.model_type == "bert" else "gemma"
     make_package(folder / "package", base, template=template, budget_tokens=budget, pretrained=has_weights)

@@ -16,26 +16,12 @@ from pathlib import Path
 import click
 import psutil
 
+from tests.bench import SIZE_NAMES
 from tests.bench.processes import fresh_process, in_process
 
-# About Gemma-2's proportions, a billion weights; and two layers of Gemma-2-9b's own shapes.
-SHAPES = {
-    "1b": {
-        "hidden_size": 1536,
-        "intermediate_size": 9216,
-        "num_hidden_layers": 13,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 192,
-    },
-    "9b": {
-        "hidden_size": 3584,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 256,
-    },
+SHAPES = {  # SIZE_NAMES; about Gemma-2's proportions, a billion weights, and two layers of Gemma-2-9b's own shapes
+    "1b": (1536, 9216, 13, 8, 4, 192),
+    "9b": (3584, 14336, 2, 16, 8, 256),
 }
 VOCABULARY = 256_000
 RANK = 64
@@ -74,7 +60,9 @@ def make_inputs(folder: Path, shape: str, layers: int | None = None) -> None:
     from tests.tiny import bpe_tokenizer
 
     base, run = folder / "base", folder / "run"
-    sizes = SHAPES[shape] | ({"num_hidden_layers": layers} if layers else {})
+    sizes = dict(zip(SIZE_NAMES, SHAPES[shape], strict=True))
+    if layers:
+        sizes["num_hidden_layers"] = layers
     config = AutoConfig.for_model("gemma2", vocab_size=VOCABULARY, pad_token_id=0, bos_token_id=2, eos_token_id=1, **sizes)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
