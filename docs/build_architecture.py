@@ -13,20 +13,13 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "architecture.md"
 MARKER = "<!-- Everything below is written by `python docs/build_architecture.py`. -->"
 PACKAGES = ("preprocess", "recipes", "postprocess", "kaggle_kernels")
-LEFT_OUT = ("examples",)  # built kernels: their modules are those of kaggle_kernels/runtime
-WITHOUT_DOCSTRING = "(no docstring yet)"
+LEFT_OUT = "examples"  # built kernels: their modules are those of kaggle_kernels/runtime
 
 
 def main() -> int:
     """Write the page, or with --check compare it; 0, or 2 where the page is not up to date."""
-    parser = argparse.ArgumentParser(
-        description="Write the list of modules in docs/architecture.md."
-    )
-    parser.add_argument(
-        "--check",
-        action="store_true",
-        help="write nothing; exit with 2 where the page is out of date",
-    )
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing, compare")
     arguments = parser.parse_args()
 
     page = PAGE.read_text(encoding="utf-8")
@@ -42,15 +35,7 @@ def main() -> int:
 
 
 def rebuilt_page(page: str, root: Path) -> str:
-    """Keep the handwritten part of a page and write the list of modules anew.
-
-    Args:
-        page: the page's text, with or without MARKER.
-        root: the repository's root.
-
-    Returns:
-        The page's text up to MARKER, the marker, and one section for each package with modules.
-    """
+    """Keep the page's text up to MARKER, and write one section for each package below `root`."""
     handwritten = page.partition(MARKER)[0].rstrip()
     sections = []
     for name in PACKAGES:
@@ -62,23 +47,17 @@ def rebuilt_page(page: str, root: Path) -> str:
 def package_folders(package: Path) -> list[Path]:
     """The folder of a package and all folders below it that hold Python files, parents first."""
     folders = {path.parent for path in package.rglob("*.py")}
-    wanted = []
-    for folder in sorted(folders):
-        if not any(part in LEFT_OUT for part in folder.relative_to(package).parts):
-            wanted.append(folder)
-    return wanted
+    return sorted(folder for folder in folders if LEFT_OUT not in folder.relative_to(package).parts)
 
 
 def package_section(folder: Path, root: Path) -> str:
     """A heading, the docstring of `__init__.py`, and a table with one line for each module."""
     relative_folder = folder.relative_to(root).as_posix()
     depth = relative_folder.count("/")
-    heading = "#" * (2 + min(depth, 1)) + f" {relative_folder}"
-
-    parts = [heading]
+    parts = ["#" * (2 + min(depth, 1)) + f" {relative_folder}"]
     init_file = folder / "__init__.py"
     if init_file.exists():
-        parts.append(module_docstring(init_file) or WITHOUT_DOCSTRING)
+        parts.append(module_docstring(init_file))
 
     table_lines = []
     for path in sorted(folder.glob("*.py")):
@@ -100,8 +79,6 @@ def summary_of(docstring: str) -> str:
     """The first paragraph of a docstring as one line of a Markdown table."""
     first_paragraph = docstring.partition("\n\n")[0]
     one_line = " ".join(first_paragraph.split())
-    if not one_line:
-        return WITHOUT_DOCSTRING
     return one_line.replace("|", "\\|")
 
 

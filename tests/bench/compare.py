@@ -21,6 +21,7 @@ import scipy.sparse
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
+from postprocess.agreement.statistics import interval, resample
 from preprocess.core.errors import UserError, exits_with_2
 from preprocess.core.files import atomic_file, read_json, sha256, write_json
 from recipes.pairwise.data.datasets import read_pairs, split, targets, winners
@@ -30,20 +31,12 @@ ROOT = Path(__file__).parents[2]
 KERAS = ROOT / ".venv-keras" / "bin" / "python"
 OUTPUTS = Path("outputs")
 VERDICTS = ("model_a", "model_b")
-RESAMPLES = 2000
-METHODS = {  # name: what the table calls it
-    "longer": "the longer response",
-    "tfidf": "TF-IDF, logistic regression",
-    "siamese": "Siamese LSTMs (recipes/siamese.py)",
-    "minilm_cls": "MiniLM, classification head (recipes/minilm_cls.yml)",
-    "minilm_reward": "MiniLM, reward head (recipes/minilm_reward.yml)",
-}
-SOURCES = {  # name: the file that says how it is trained
-    "longer": "tests/bench/compare.py",
-    "tfidf": "tests/bench/compare.py",
-    "siamese": "recipes/siamese.py",
-    "minilm_cls": "recipes/minilm_cls.yml",
-    "minilm_reward": "recipes/minilm_reward.yml",
+METHODS = {  # name: what the table calls it, the file that says how it is trained
+    "longer": ("the longer response", "tests/bench/compare.py"),
+    "tfidf": ("TF-IDF, logistic regression", "tests/bench/compare.py"),
+    "siamese": ("Siamese LSTMs (recipes/siamese.py)", "recipes/siamese.py"),
+    "minilm_cls": ("MiniLM, classification head (recipes/minilm_cls.yml)", "recipes/minilm_cls.yml"),
+    "minilm_reward": ("MiniLM, reward head (recipes/minilm_reward.yml)", "recipes/minilm_reward.yml"),
 }
 
 
@@ -66,25 +59,26 @@ class Fold:
 @exits_with_2
 def main(pairs: Path, fold: int, only: str | None, base: Path | None) -> None:
     """Train what is not up to date on PAIRS and write outputs/compare/compare.json and compare.md."""
-    wanted = list(METHODS) if only is None else [name.strip() for name in only.split(",")]
-    if unknown := [name for name in wanted if name not in METHODS]:
-        raise UserError(f"--only {','.join(unknown)}: expected some of {', '.join(METHODS)}")
+    wanted = list(METHODS) if only is None else only.split(",")
+    if not set(wanted) <= METHODS.keys():
+        raise UserError(f"--only {only}: expected some of {', '.join(METHODS)}")
     if base is not None and not (base / "config.json").is_file():
         raise UserError(f"--base {base}: no config.json there; give the folder of a model")
-    chosen = read_fold(pairs, fold)
-    found: dict[str, Path] = {}
-    for name in METHODS:
-        run = find_run(name, chosen)
+    rows_of_fold = read_fold(pairs, fold)
+
+    rows = []
+    for name, (title, _) in METHODS.items():
+        run = find_run(name, rows_of_fold)
         if run is None and name in wanted:
-            print(f"{name}: training on {len(chosen.train)} pairs", flush=True)
-            train(name, chosen, base)
-            run = find_run(name, chosen)
+            print(f"{name}: training on {len(rows_of_fold.train)} pairs", flush=True)
+            train(name, rows_of_fold, base)
+            run = find_run(name, rows_of_fold)
             if run is None:
                 raise UserError(f"{name}: it ended without predictions of fold {fold} of {pairs} in {run_folder(name, fold)}")
         print(f"{name}: {f'up to date in {run}' if run else 'not there, left out'}", flush=True)
-        found |= {name: run} if run else {}
-    rows = [{"method": METHODS[name], "run": str(run), **score(run, chosen)} for name, run in found.items()]
-    write_results(rows, chosen)
+        if run:
+            rows.append({"method": title, "run": str(run), **score(run, rows_of_fold)})
+    write_results(rows, rows_of_fold)
 
 
 def read_fold(pairs: Path, number: int) -> Fold:
@@ -103,33 +97,38 @@ def run_folder(name: str, fold: int) -> Path:
 
 def find_run(name: str, fold: Fold) -> Path | None:
     """The folder of a method's run on these pairs and this fold since its recipe last changed, if there is one."""
-    changed = (ROOT / SOURCES[name]).stat().st_mtime
+    recipe_changed = (ROOT / METHODS[name][1]).stat().st_mtime
     for folder in (run_folder(name, fold.number), OUTPUTS / name):
         metrics_file = folder / "metrics.json"
-        if metrics_file.is_file() and (folder / "predictions.parquet").is_file():
-            known = read_json(metrics_file)
-            is_of_these = known.get("pairs_sha256") == fold.pairs_sha256 and known.get("fold") == fold.number
-            if is_of_these and metrics_file.stat().st_mtime >= changed:
-                return folder
+        if not metrics_file.is_file() or not (folder / "predictions.parquet").is_file():
+            continue
+        values = read_json(metrics_file)
+        is_of_these = values.get("pairs_sha256") == fold.pairs_sha256 and values.get("fold") == fold.number
+        if is_of_these and metrics_file.stat().st_mtime >= recipe_changed:
+            return folder
     return None
 
 
 def train(name: str, fold: Fold, base: Path | None) -> None:
     """Train a method on the fold's training rows; its run folder then holds predictions.parquet and metrics.json."""
+    out = run_folder(name, fold.number)
     if name in ("longer", "tfidf"):
         started = time.monotonic()
-        p_a = {"longer": longer, "tfidf": tfidf}[name](fold.train, fold.held_out)
-        write_run(run_folder(name, fold.number), p_a, fold, time.monotonic() - started)
+        predict = longer if name == "longer" else tfidf
+        p_a = predict(fold.train, fold.held_out)
+        write_run(out, p_a, fold, time.monotonic() - started)
         return
+
     environment = dict(os.environ)
     if name == "siamese":
         if not KERAS.is_file():
             raise UserError(f"{KERAS}: absent; `make setup` makes the environment that has Keras")
-        out = run_folder(name, fold.number)
         command = [str(KERAS), str(ROOT / "recipes" / "siamese.py")]
         command += ["--pairs", str(fold.pairs), "--fold", str(fold.number), "--out", str(out)]
     else:
-        command = ["axolotl", "train", f"recipes/{name}.yml", *(["--base-model", str(base)] if base else [])]
+        command = ["axolotl", "train", f"recipes/{name}.yml"]
+        if base:
+            command += ["--base-model", str(base)]
         environment |= {"PAIRWISE_PAIRS": str(fold.pairs), "PAIRWISE_FOLD": str(fold.number), "AXOLOTL_DO_NOT_TRACK": "1"}
     code = subprocess.run(command, env=environment, check=False).returncode
     if code:
@@ -139,12 +138,13 @@ def train(name: str, fold: Fold, base: Path | None) -> None:
 def longer(train_rows: pl.DataFrame, rows: pl.DataFrame) -> np.ndarray:
     """p(A) by length in characters alone: how often the longer response wins among the training rows; equal: A is taken."""
 
+
     def a_is_longer(frame: pl.DataFrame) -> np.ndarray:
-        length = {side: frame[f"response_{side}"].list.join("").str.len_chars() for side in "ab"}
-        return (length["a"] >= length["b"]).to_numpy()
+        length_a, length_b = (frame[f"response_{side}"].list.join("").str.len_chars() for side in "ab")
+        return (length_a >= length_b).to_numpy()
 
     wins_a = targets(train_rows, VERDICTS)[:, 0]
-    share = float(np.where(a_is_longer(train_rows), wins_a, 1 - wins_a).mean())
+    share = np.where(a_is_longer(train_rows), wins_a, 1 - wins_a).mean()
     return np.where(a_is_longer(rows), share, 1 - share)
 
 
@@ -187,33 +187,21 @@ def score(run: Path, fold: Fold) -> dict[str, float]:
         raise UserError(f"{run / 'predictions.parquet'}: not the rows of fold {fold.number}; remove the folder to train again")
     labels = targets(fold.held_out, VERDICTS)
     mean = table.select("p_model_a", "p_model_b").to_numpy()
-    places = winners(fold.held_out, VERDICTS)
-    values = metrics.scores(np.stack([mean, mean], axis=1), labels, places)
-    decided = places >= 0
-    right = (mean.argmax(axis=1) == places)[decided]
-    low, high = interval(right, fold.held_out["group"].to_numpy()[decided])
-    known = read_json(run / "metrics.json")
+    winners_r = winners(fold.held_out, VERDICTS)
+    is_decided_r = winners_r >= 0
+    values = metrics.scores(np.stack([mean, mean], axis=1), labels, winners_r)
+    is_right_r = mean.argmax(axis=1) == winners_r
+    low, high = interval(is_right_r, is_decided_r, resample(fold.held_out["group"].to_numpy()))
+    recorded = read_json(run / "metrics.json")
     return {
         "accuracy": values["accuracy"],
         "accuracy_low": low,
         "accuracy_high": high,
         "log_loss": values["log_loss"],
         "rows": len(table),
-        "rows_with_a_winner": int(decided.sum()),
-        "seconds": round(known.get("seconds_training", 0) + known.get("seconds_predicting", 0), 1),
+        "rows_with_a_winner": int(is_decided_r.sum()),
+        "seconds": round(recorded.get("seconds_training", 0) + recorded.get("seconds_predicting", 0), 1),
     }
-
-
-def interval(right: np.ndarray, groups: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float]:
-    """The middle 95 % of the accuracy over `resamples` draws of whole groups, with replacement. `right`: one bool a row."""
-    _, group = np.unique(groups, return_inverse=True)
-    if not len(group):
-        return float("nan"), float("nan")
-    sums, counts = np.bincount(group, weights=right), np.bincount(group)
-    rng = np.random.default_rng(seed)
-    draws = (rng.integers(len(counts), size=len(counts)) for _ in range(resamples))
-    low, high = np.percentile([sums[draw].sum() / counts[draw].sum() for draw in draws], [2.5, 97.5])
-    return float(low), float(high)
 
 
 def as_table(rows: list[dict]) -> str:

@@ -1,6 +1,5 @@
 """recipes/siamese.py, run as a user runs it, with .venv-keras: it learns on two devices, swaps, answers, and refuses."""
 
-import csv
 import json
 import os
 import re
@@ -9,8 +8,9 @@ import subprocess
 import numpy as np
 import polars as pl
 import pytest
+from tokenizers import Tokenizer, models
 
-from preprocess.core.files import sha256
+from preprocess.core.files import read_json, sha256
 from recipes.pairwise.data.datasets import targets, winners
 from recipes.pairwise.tracking import metrics
 from tests import tiny
@@ -18,10 +18,8 @@ from tests.conftest import ROOT
 
 PYTHON = ROOT / ".venv-keras" / "bin" / "python"
 SCRIPT = ROOT / "recipes" / "siamese.py"
-SIZES = {"tokens": 32, "units": 8, "vocabulary": 600, "batch-size": 16, "learning-rate": 0.01}
-SMALL = [f"--{name}={value}" for name, value in SIZES.items()]
+SMALL = ["--tokens=32", "--units=8", "--vocabulary=600", "--batch-size=16", "--learning-rate=0.01"]
 VERDICTS = ("model_a", "model_b")
-COLUMNS = ["p_model_a", "p_model_b", "p_tie"]
 
 
 def siamese(*arguments, code: str | None = None) -> subprocess.CompletedProcess:
@@ -33,22 +31,21 @@ def siamese(*arguments, code: str | None = None) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """A folder with pairs.parquet (240 rows, some ties and soft labels), test.csv and swapped.parquet of 33 rows."""
+    """A folder with pairs.parquet (240 rows, some ties and soft labels), test.csv and swapped.csv of 33 rows."""
     folder = tmp_path_factory.mktemp("siamese")
     pairs = pl.read_parquet(tiny.pairs_parquet(folder / "pairs.parquet", rows=240))
     number = pl.int_range(pl.len())
-    tie, soft = number % 15 == 0, number % 7 == 1
-    wins_a = pl.col("p_model_a") == 1
-    pairs.with_columns(
-        winner=pl.when(tie).then(pl.lit("tie")).otherwise("winner"),
-        p_model_a=pl.when(tie).then(0.0).when(soft).then(pl.when(wins_a).then(0.75).otherwise(0.25)).otherwise("p_model_a"),
-        p_model_b=pl.when(tie).then(0.0).when(soft).then(pl.when(wins_a).then(0.25).otherwise(0.75)).otherwise("p_model_b"),
-        p_tie=pl.when(tie).then(1.0).otherwise(0.0),
-    ).write_parquet(folder / "pairs.parquet")
+    is_tie = number % 15 == 0
+    certainty = pl.when(number % 7 == 1).then(0.75).otherwise(1.0)
+    pairs = pairs.with_columns(
+        winner=pl.when(is_tie).then(pl.lit("tie")).otherwise("winner"),
+        p_tie=is_tie.cast(pl.Float64),
+        p_model_a=pl.when(is_tie).then(0.0).when(pl.col("p_model_a") == 1).then(certainty).otherwise(1 - certainty),
+    )
+    pairs.with_columns(p_model_b=1 - pl.col("p_model_a") - pl.col("p_tie")).write_parquet(folder / "pairs.parquet")
     test = tiny.pairs(33, seed=5, prefix="test").select("id", "prompt", "response_a", "response_b")
     test.write_csv(folder / "test.csv")
-    swapped = test.rename({"response_a": "response_b", "response_b": "response_a"})
-    swapped.select(test.columns).write_parquet(folder / "swapped.parquet")
+    test.rename({"response_a": "response_b", "response_b": "response_a"}).write_csv(folder / "swapped.csv")
     return folder
 
 
@@ -62,107 +59,58 @@ def trained(inputs):
     return out, done.stdout
 
 
-def answers(path) -> dict[str, str]:
-    with path.open(newline="") as file:
-        header, *rows = csv.reader(file)
-    assert header == ["id", "winner"]
-    return dict(rows)
-
-
 def test_the_loss_falls_over_two_devices(trained):
     out, printed = trained
     losses = [float(value) for value in re.findall(r"- loss: ([\d.]+)", printed)]
     assert "2 device(s)" in printed
-    assert len(losses) >= 3
     assert losses[-1] < 0.8 * losses[0]
-    values = json.loads((out / "metrics.json").read_text())
-    assert values["log_loss"] < 0.6
-    assert values["accuracy"] > 0.75
+    assert read_json(out / "metrics.json")["log_loss"] < 0.6
 
 
-def test_it_leaves_what_every_run_leaves(inputs, trained):
+def test_it_leaves_what_every_run_leaves_and_the_metrics_are_those_of_all_runs(inputs, trained):
     out, _ = trained
     held_out = pl.read_parquet(inputs / "pairs.parquet").filter(pl.col("fold") == 2).sort("id")
     table = pl.read_parquet(out / "predictions.parquet")
-    assert table.columns == ["id", "fold", "winner", *(c + end for end in ("", "_as_given", "_swapped") for c in COLUMNS)]
     assert table.select("id", "fold", "winner").equals(held_out.select("id", "fold", "winner"))
-    values = json.loads((out / "metrics.json").read_text())
+    values = read_json(out / "metrics.json")
     assert values["pairs_sha256"] == sha256(inputs / "pairs.parquet")
     assert (values["fold"], values["rows"], values["rows_were_trained_on"]) == (2, 48, False)
-    assert sorted(path.name for path in out.iterdir()) == [
-        "metrics.json",
-        "model.keras",
-        "predictions.parquet",
-        "submission.csv",
-        "tokenizer.json",
-    ]
+    assert {path.name for path in out.iterdir()} == {
+        *("metrics.json", "model.keras", "predictions.parquet", "submission.csv", "tokenizer.json")
+    }
     both = np.stack([table.select(f"p_{v}_{order}" for v in VERDICTS).to_numpy() for order in metrics.ORDERS], axis=1)
     expected = metrics.scores(both, targets(held_out, VERDICTS), winners(held_out, VERDICTS))
     assert {name: values[name] for name in expected} == pytest.approx(expected, abs=1e-6)
     assert values["accuracy_of_longer"] == pytest.approx(metrics.longer_is_right(held_out), abs=1e-9)
 
 
-PREDICT = """
-import argparse, json, pathlib, sys
-sys.path.insert(0, sys.argv[1])
-import siamese
-options = argparse.Namespace(out=pathlib.Path(sys.argv[2]), tokens=32, batch_size=16)
-for path in sys.argv[3:]:
-    rows = siamese.read_rows(pathlib.Path(path), ("id", *siamese.TEXTS))
-    print(json.dumps(siamese.predict(rows, options)["p_model_a"].to_list()))
-"""
-
-
-def test_a_swapped_pair_has_one_minus_p(inputs, trained):
-    done = siamese(SCRIPT.parent, trained[0], inputs / "test.csv", inputs / "swapped.parquet", code=PREDICT)
-    as_given, swapped = (np.array(json.loads(line)) for line in done.stdout.splitlines())
-    assert len(as_given) == 33
-    assert as_given.std() > 0.1
-    assert np.abs(as_given + swapped - 1).max() < 0.001
-
-
-def test_a_finished_run_answers_other_rows_without_training_again(inputs, trained):
+def test_a_finished_run_answers_swapped_rows_the_other_way_without_training_again(inputs, trained):
     out, _ = trained
-    first = answers(out / "submission.csv")
+    first = pl.read_csv(out / "submission.csv")
     weights = (out / "model.keras").read_bytes()
-    arguments = ["--pairs", inputs / "pairs.parquet", "--fold", 2, "--out", out, "--test", inputs / "swapped.parquet", *SMALL]
+    arguments = ["--pairs", inputs / "pairs.parquet", "--fold", 2, "--out", out, "--test", inputs / "swapped.csv", *SMALL]
     done = siamese(*arguments, "--cpu-devices", 2, "--epochs", 4)
     assert done.returncode == 0, done.stderr
     assert "Epoch" not in done.stdout
     assert (out / "model.keras").read_bytes() == weights
-    second = answers(out / "submission.csv")
-    assert list(first) == [f"test{number:05d}" for number in range(33)] == list(second)
-    other = {"model_a": "model_b", "model_b": "model_a"}
-    assert {row_id: other[winner] for row_id, winner in first.items()} == second
+    assert first["id"].to_list() == [f"test{number:05d}" for number in range(33)]
+    assert first["winner"].n_unique() == 2
+    other_way = pl.col("winner").replace_strict({"model_a": "model_b", "model_b": "model_a"})
+    assert pl.read_csv(out / "submission.csv").equals(first.with_columns(other_way))
 
 
 def test_a_tokenizer_from_a_file_is_taken_without_its_truncation_and_padding(inputs):
-    tokenizer = unigram(inputs / "tokenizer.json")
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "river": 1, "boring": 2}, unk_token="<unk>"))
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding()
+    tokenizer.save(str(inputs / "tokenizer.json"))
     out = inputs / "other-tokenizer"
     arguments = ["--pairs", inputs / "pairs.parquet", "--out", out, "--tokenizer", inputs / "tokenizer.json", *SMALL]
     done = siamese(*arguments, "--epochs", 1)
     assert done.returncode == 0, done.stderr
-    saved = json.loads((out / "tokenizer.json").read_text())
-    assert {token for token, _ in saved["model"]["vocab"]} == set(tokenizer.get_vocab())
+    saved = read_json(out / "tokenizer.json")
+    assert saved["model"]["vocab"] == {"<unk>": 0, "river": 1, "boring": 2}
     assert (saved["truncation"], saved["padding"]) == (None, None)
-    assert not (out / "submission.csv").exists()
-
-
-def unigram(path):
-    """A tokenizer.json as XLM-R's is: Unigram over Metaspace, with a post-processor, truncation and padding of its own."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
-
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    specials = ["<s>", "<pad>", "</s>", "<unk>"]
-    rows = tiny.pairs(50, seed=3)
-    trainer = trainers.UnigramTrainer(vocab_size=200, special_tokens=specials, unk_token="<unk>", show_progress=False)
-    tokenizer.train_from_iterator([*rows["prompt"], *rows["response_a"]], trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
-    tokenizer.enable_truncation(4)
-    tokenizer.enable_padding(pad_id=1, pad_token="<pad>")
-    tokenizer.save(str(path))
-    return tokenizer
 
 
 ALL_IN_ONE_PROCESS = """
@@ -183,19 +131,15 @@ def test_what_is_broken_is_named_in_one_line(inputs, tmp_path):
     pairs = pl.read_parquet(inputs / "pairs.parquet")
     pairs.drop("weight").write_parquet(tmp_path / "no-weight.parquet")
     pairs.with_columns(p_model_a=None).write_parquet(tmp_path / "no-votes.parquet")
-    (tmp_path / "text.parquet").write_text("not Parquet")
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "twice.csv").write_text("id,prompt,response_a,response_b\n1,p,a,b\n1,p,a,b\n")
     (tmp_path / "none.csv").write_text("id,prompt,response_a,response_b\n")
     (tmp_path / "lacks.csv").write_text("id,prompt,response_a\n1,p,a\n")
     good = ["--pairs", str(inputs / "pairs.parquet"), "--out", str(tmp_path / "out")]
     cases = {
-        "absent.parquet: cannot be read": ["--pairs", "absent.parquet", *good[2:]],
-        "text.parquet: cannot be read": ["--pairs", str(tmp_path / "text.parquet"), *good[2:]],
         "no column weight": ["--pairs", str(tmp_path / "no-weight.parquet"), *good[2:]],
         "a probability or weight is missing": ["--pairs", str(tmp_path / "no-votes.parquet"), *good[2:]],
         "--fold is 9, but the folds in the file are 0, 1, 2, 3, 4": [*good, "--fold", "9"],
-        "--fold is 300, but": [*good, "--fold", "300"],
         "too few rows for --batch-size 500": [*good, "--batch-size", "500"],
         "--units 0: expected 1 or more": [*good, "--units", "0"],
         "broken.json: not a tokenizer.json": [*good, "--tokenizer", str(tmp_path / "broken.json")],
@@ -204,9 +148,9 @@ def test_what_is_broken_is_named_in_one_line(inputs, tmp_path):
         "lacks.csv: no column response_b": [*good, "--test", str(tmp_path / "lacks.csv")],
     }
     done = siamese(SCRIPT.parent, json.dumps(list(cases.values())), code=ALL_IN_ONE_PROCESS)
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(found) == len(cases), done.stderr
-    for expected, message in zip(cases, found, strict=True):
+    messages = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(messages) == len(cases), done.stderr
+    for expected, message in zip(cases, messages, strict=True):
         assert expected in message
         assert "\n" not in message
     assert not list((tmp_path / "out").iterdir())

@@ -1,7 +1,5 @@
 import copy
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -14,8 +12,8 @@ from postprocess.weights.checkpoint_reader import open_tensors
 from postprocess.weights.merge import _pieces, is_finite, merge
 from postprocess.weights.meta_model import model_skeleton
 from preprocess.core.errors import UserError
-from tests.bench.merge import measure
-from tests.conftest import ROOT
+from tests.bench.merge import make_inputs, measure
+from tests.bench.processes import in_process
 from tests.postprocess import runs
 
 VARIANTS = [
@@ -89,8 +87,7 @@ def test_a_number_that_is_not_finite_is_found_wherever_it_stands(value, expected
 
 @pytest.mark.slow
 def test_at_the_shapes_of_gemma_2_9b_the_anonymous_memory_stays_under_a_gigabyte_and_a_half(tmp_path):
-    command = [sys.executable, "-m", "tests.bench.merge", "inputs", str(tmp_path), "9b"]
-    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+    in_process(make_inputs, tmp_path, "9b")
     assert measure("ours", tmp_path).peak_bytes < 1.5e9
     shutil.rmtree(tmp_path / "base")
 
