@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 
 import polars as pl
+import psutil
 import pytest
 
-from kaggle_kernels.rehearsal.fault_injection import read_process
 from kaggle_kernels.rehearsal.kaggle_tree import lay_out_tree
 from kaggle_kernels.rehearsal.sandbox import (
     SITECUSTOMIZE,
@@ -39,7 +39,7 @@ def has_ended(pid, within=10.0):
     """Whether a process is gone; one that was killed may take a moment on a busy machine."""
     deadline = time.monotonic() + within
     while time.monotonic() < deadline:
-        if read_process(Path(f"/proc/{pid}")) is None:
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
             return True
         time.sleep(0.05)
     return False
