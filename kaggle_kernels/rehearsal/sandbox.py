@@ -60,19 +60,12 @@ sys.addaudithook(refuse)
 
 @dataclass(frozen=True)
 class Conditions:
-    """Under which conditions the kernel runs.
+    """Under which conditions the kernel runs."""
 
-    Attributes:
-        clock_seconds: The kernel is ended after this time.
-        devices: Number of CPU workers. None: the kernel uses what it finds.
-        is_hidden: Whether the kernel is told that this is the hidden run.
-        faults: What happens to its workers.
-    """
-
-    clock_seconds: float
-    devices: int | None = None
-    is_hidden: bool = False
-    faults: Faults = Faults()
+    clock_seconds: float  # the kernel is ended after this time
+    devices: int | None = None  # number of CPU workers; None: the kernel uses what it finds
+    is_hidden: bool = False  # whether the kernel is told that this is the hidden run
+    faults: Faults = Faults()  # what happens to its workers
 
 
 @dataclass(frozen=True)
@@ -113,9 +106,6 @@ def run_as_kaggle(
         root: The folder that stands for /kaggle; a folder and a file are made beside it.
         name: How messages name the kernel.
         conditions: Its clock, devices and faults.
-
-    Returns:
-        How long it took, and which workers were killed.
 
     Raises:
         UserError: It failed, or was not done within its clock; the message has its last line.
@@ -185,8 +175,7 @@ def print_log(process: subprocess.Popen[str], root: Path) -> str:
     last_line = ""
     for line in process.stdout:
         # Paths look as they would on Kaggle.
-        line = line.replace(str(root), "/kaggle")
-        line = line.replace(f"{root.parent}/", "")
+        line = line.replace(str(root), "/kaggle").replace(f"{root.parent}/", "")
         print(line, end="", flush=True)
         if line.strip():
             last_line = line.strip()
@@ -200,23 +189,19 @@ def end_late_kernel(process: subprocess.Popen[str], ending: Ending) -> None:
 
 
 def await_end(process: subprocess.Popen[str], began: float, ending: Ending) -> None:
-    """Note when the kernel ends, then end what it leaves behind.
+    """Note when the kernel ends, then give what it leaves behind GRACE_SECONDS to end.
 
     A child that outlives the kernel holds its log open: without this, reading it would never end.
     """
     process.wait()
     ending.seconds = time.monotonic() - began
-    await_group(process.pid)
 
-
-def await_group(group: int) -> None:
-    """Give the processes of a group GRACE_SECONDS to end, then end them."""
     deadline = time.monotonic() + GRACE_SECONDS
     with contextlib.suppress(ProcessLookupError, PermissionError):
         while time.monotonic() < deadline:
-            os.killpg(group, 0)  # raises where no process of the group is left
+            os.killpg(process.pid, 0)  # raises where no process of the group is left
             time.sleep(GROUP_POLL_SECONDS)
-    end_group(group)
+    end_group(process.pid)
 
 
 def end_group(group: int) -> None:
@@ -228,9 +213,9 @@ def end_group(group: int) -> None:
 def make_environment(
     root: Path, site: Path, devices: int | None = None, is_hidden: bool = False
 ) -> dict[str, str]:
-    """Return the kernel's environment variables: few of this machine's, and no way to a model hub.
+    """Make the kernel's environment variables: few of this machine's, and no way to a model hub.
 
-    `root` stands for /kaggle, `site` holds sitecustomize.py; see `Conditions` for the others.
+    `root` stands for /kaggle, `site` holds sitecustomize.py.
     """
     # Tokens and passwords of this machine's user must not reach the kernel.
     environment = {name: os.environ[name] for name in KEPT_ENVIRONMENT if name in os.environ}

@@ -21,10 +21,6 @@ FLAG_COLUMNS = [f"winner_{verdict}" for verdict in VERDICTS]
 def read_verdicts(test_rows: pl.DataFrame, where: str) -> pl.DataFrame | None:
     """Read the verdicts from WSDM's column `winner` or from LMSYS's three columns of 0 and 1.
 
-    Args:
-        test_rows: Rows with `id`, `response_a` and `response_b`.
-        where: How messages name the rows.
-
     Returns:
         `id` as text, `winner` (null: the row has no verdict) and `longer`, the verdict for the
         response with more characters. None where there are no columns of verdicts.
@@ -84,11 +80,8 @@ def read_flag_columns(test_rows: pl.DataFrame, where: str) -> list[str | None]:
 def parse_flags(flags: Sequence[object]) -> str | None:
     """Return the verdict whose flag is 1, or None where all flags are null.
 
-    Args:
-        flags: A row's values in the order of FLAG_COLUMNS: numbers, text (in a CSV) or None.
-
-    Raises:
-        TypeError, ValueError: The flags are not one 1 and two 0.
+    The flags are numbers or, from a CSV, text. Raises TypeError or ValueError where they are not
+    one 1 and two 0.
     """
     if all(flag is None for flag in flags):
         return None
@@ -116,10 +109,7 @@ def count_characters(rows: pl.DataFrame, name: str) -> pl.Expr:
 def measure_quality(test_rows: pl.DataFrame, scores_file: Path, spec: Spec) -> dict:
     """Measure the kernel's probabilities over the rows that have a verdict, joined by id.
 
-    Args:
-        test_rows: The rows that the kernel got, with their verdicts.
-        scores_file: The kernel's scores.parquet.
-        spec: The kernel's spec; rows whose verdict its competition does not know are left out.
+    Rows whose verdict the spec's competition does not know are left out.
 
     Returns:
         `judged` (the number of rows), `accuracy`, `log_loss` (in nats), and `longer_accuracy`: the
