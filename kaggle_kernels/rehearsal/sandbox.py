@@ -10,6 +10,7 @@ import signal
 import subprocess
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,14 +77,6 @@ class KernelRun:
     kills: tuple[Kill, ...]
 
 
-@dataclass
-class Ending:
-    """How the kernel's process ended: the threads that watch it fill this in."""
-
-    was_late: bool = False
-    seconds: float = 0.0
-
-
 def find_python(python: Path | None) -> Path:
     """Return the interpreter with Kaggle's versions, by default that of .venv-kaggle."""
     if python is None:
@@ -110,29 +103,26 @@ def run_as_kaggle(
     Raises:
         UserError: It failed, or was not done within its clock; the message has its last line.
     """
-    # One thread ends the kernel when its clock runs out, the other notes when it ends by itself.
-    # This thread reads the log meanwhile.
     began = time.monotonic()
     process = start_kernel(python, kernel, root, conditions)
-    ending = Ending()
-    clock = threading.Timer(
-        conditions.clock_seconds, function=end_late_kernel, args=(process, ending)
-    )
-    watcher = threading.Thread(target=await_end, args=(process, began, ending))
 
-    try:
-        clock.start()
-        watcher.start()
-        with inject_faults(process.pid, conditions.faults) as kills:
-            last_line = print_log(process, root)
-    finally:
-        # Also after Ctrl-C: nothing of the kernel may go on.
-        clock.cancel()
-        end_group(process.pid)
-        watcher.join()
-        process.stdout.close()
+    # One thread ends the kernel when its clock runs out, another notes when it ends by itself.
+    # This thread reads the log meanwhile.
+    clock = threading.Timer(conditions.clock_seconds, end_group, args=(process.pid,))
+    with ThreadPoolExecutor() as threads:
+        try:
+            clock.start()
+            watcher = threads.submit(await_end, process, began)
+            with inject_faults(process.pid, conditions.faults) as kills:
+                last_line = print_log(process, root)
+        finally:
+            # Also after Ctrl-C: nothing of the kernel may go on.
+            clock.cancel()
+            end_group(process.pid)
+            process.stdout.close()
 
-    if ending.was_late:
+    seconds = watcher.result()
+    if seconds >= conditions.clock_seconds:
         raise UserError(
             f"{name}: the kernel was ended: it was not done within its clock of "
             f"{conditions.clock_seconds:g} s (clock_seconds of the spec, or --clock); "
@@ -142,7 +132,7 @@ def run_as_kaggle(
         raise UserError(
             f"{name}: the kernel ended with exit code {process.returncode}: {last_line}"
         )
-    return KernelRun(ending.seconds, tuple(kills))
+    return KernelRun(seconds, tuple(kills))
 
 
 def start_kernel(
@@ -182,26 +172,22 @@ def print_log(process: subprocess.Popen[str], root: Path) -> str:
     return last_line
 
 
-def end_late_kernel(process: subprocess.Popen[str], ending: Ending) -> None:
-    """End a kernel whose clock has run out."""
-    ending.was_late = True
-    end_group(process.pid)
-
-
-def await_end(process: subprocess.Popen[str], began: float, ending: Ending) -> None:
-    """Note when the kernel ends, then give what it leaves behind GRACE_SECONDS to end.
+def await_end(process: subprocess.Popen[str], began: float) -> float:
+    """Return the kernel's seconds once it has ended, and what it leaves behind has ended too.
 
     A child that outlives the kernel holds its log open: without this, reading it would never end.
     """
     process.wait()
-    ending.seconds = time.monotonic() - began
+    seconds = time.monotonic() - began
 
+    # What the kernel has started may end by itself for a while.
     deadline = time.monotonic() + GRACE_SECONDS
     with contextlib.suppress(ProcessLookupError, PermissionError):
         while time.monotonic() < deadline:
             os.killpg(process.pid, 0)  # raises where no process of the group is left
             time.sleep(GROUP_POLL_SECONDS)
     end_group(process.pid)
+    return seconds
 
 
 def end_group(group: int) -> None:

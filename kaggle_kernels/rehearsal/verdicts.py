@@ -5,7 +5,6 @@ kept here. `rehearse.py` calls `read_verdicts` before the kernel runs and `measu
 """
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import polars as pl
@@ -64,32 +63,24 @@ def read_flag_columns(test_rows: pl.DataFrame, where: str) -> list[str | None]:
         names = ", ".join(sorted(missing))
         raise UserError(f"{where}: no column {names}; give all three, or none")
 
+    # Flags are numbers, or text in a CSV. What is no number becomes null.
+    flag_table = test_rows.select(FLAG_COLUMNS)
+    number_table = flag_table.cast(pl.Float64, strict=False)
+
     winners = []
-    for place, flags in enumerate(test_rows.select(FLAG_COLUMNS).iter_rows()):
-        try:
-            winners.append(parse_flags(flags))
-        except (TypeError, ValueError):
+    rows = zip(flag_table.iter_rows(), number_table.iter_rows(), strict=True)
+    for place, (flags, numbers) in enumerate(rows):
+        if numbers.count(1) == 1 and numbers.count(0) == 2:
+            winners.append(VERDICTS[numbers.index(1)])
+        elif flags == (None, None, None):
+            winners.append(None)
+        else:
             row = name_row(test_rows, where, place)
             raise UserError(
                 f"{row}: winner is {flags!r}; expected a 1 for model_a, model_b or tie, "
                 "and 0 for the others"
-            ) from None
+            )
     return winners
-
-
-def parse_flags(flags: Sequence[object]) -> str | None:
-    """Return the verdict whose flag is 1, or None where all flags are null.
-
-    The flags are numbers or, from a CSV, text. Raises TypeError or ValueError where they are not
-    one 1 and two 0.
-    """
-    if all(flag is None for flag in flags):
-        return None
-
-    numbers = [float(flag) for flag in flags]
-    if sorted(numbers) != [0, 0, 1]:
-        raise ValueError("not one flag is 1 and the others 0")
-    return VERDICTS[numbers.index(1)]
 
 
 def name_row(test_rows: pl.DataFrame, where: str, place: int) -> str:
