@@ -1,6 +1,5 @@
 """Adversarial rows: what they hold, what they leave alone, and that a kernel reads them as they were written."""
 
-import json
 import random
 
 import polars as pl

@@ -14,7 +14,6 @@ from preprocess.core.files import sha256
 from preprocess.model_input import encode, encode_all, pair_from_row, read_contract, swap
 from tests.kaggle_kernels.packages import (
     AWKWARD_ROWS,
-    WSDM,
     change_json,
     rehearse,
     write_manifest,
@@ -110,67 +109,3 @@ def test_the_kernels_ids_are_trainings_ids_on_every_awkward_row(workplace, tmp_p
     assert json.loads((tmp_path / "ids.json").read_text()) == trained
     assert [ids for (ids,) in encode_all(pairs, tokenizer, contract)] == trained[: len(pairs)]
     assert max(map(len, trained)) <= contract.budget_tokens
-
-
-def test_a_stale_kernel_exits_with_2_and_names_the_command(workplace):
-    workplace.write_text(WSDM.replace("600", "700"))
-    done = rehearse(workplace, "--test", "test.parquet")
-    assert done.exit_code == 2
-    assert done.output.endswith(f"kernel.py not up to date; run `python -m kaggle_kernels build {workplace}`\n")
-
-
-@pytest.mark.parametrize(
-    "file, changes, message",
-    [
-        (
-            "contract.json",
-            {"verdicts": ["model_b", "model_a"]},
-            "verdicts: found ['model_b', 'model_a'], recipes/two.yml says [",
-        ),
-        ("config.json", {"model_type": "llama"}, "model_type: found llama, recipes/two.yml says gemma2, which the kernel was"),
-        ("contract.json", {"head": "reward"}, "head: found reward, recipes/two.yml says score, which the kernel was built for"),
-        ("manifest.json", {"quantize": "int8"}, "quantize: found int8, recipes/two.yml says none, which the kernel was built"),
-        ("dataset-metadata.json", {"id": "me/tiny-too"}, "id: found the dataset 'tiny-too', the spec says 'tiny-two'"),
-        ("dataset-metadata.json", {"id": None}, "id: found the dataset 'None', the spec says 'tiny-two'"),
-    ],
-)
-def test_a_package_that_is_not_the_recipes_exits_with_2_and_names_file_key_and_fix(workplace, tmp_path, file, changes, message):
-    change_json(tmp_path / "outputs" / "two" / "package" / file, **changes)
-    done = rehearse(workplace, "--test", "test.parquet")
-    assert (done.exit_code, done.output.count("\n")) == (2, 1)
-    assert done.output.startswith(f"error: outputs/two/package/{file}: {message}")
-
-
-@pytest.mark.parametrize(
-    "file, content, message",
-    [
-        ("manifest.json", None, "error: outputs/two/package: no package; run `python -m postprocess recipes/two.yml` first"),
-        ("dataset-metadata.json", b"{", "error: outputs/two/package/dataset-metadata.json: not valid JSON"),
-        ("contract.json", b"[1]", "error: outputs/two/package/contract.json: expected an object, found list"),
-        ("manifest.json", b"\xff", "error: outputs/two/package/manifest.json: not valid JSON"),
-    ],
-)
-def test_an_absent_or_damaged_package_exits_with_2_in_one_line(workplace, tmp_path, file, content, message):
-    path = tmp_path / "outputs" / "two" / "package" / file
-    path.unlink() if content is None else path.write_bytes(content)
-    done = rehearse(workplace, "--test", "test.parquet")
-    assert (done.exit_code, done.output.count("\n")) == (2, 1)
-    assert done.output.startswith(message)
-
-
-def test_a_package_of_a_larger_base_model_than_the_recipes_exits_with_2(workplace, tmp_path):
-    package = tmp_path / "outputs" / "two" / "package"
-    change_json(package / "contract.json", base_model=".")
-    with (package / "model.safetensors").open("ab") as file:
-        file.truncate(2 * 2**30)
-    done = rehearse(workplace, "--test", "test.parquet")
-    assert done.exit_code == 2
-    assert done.output.startswith("error: outputs/two/package: 2.0 GiB of weights, recipes/two.yml comes to 0.0, ")
-
-
-def test_without_kaggles_environment_it_exits_with_2_and_says_how_to_make_it(workplace):
-    done = rehearse(workplace, "--test", "test.parquet", "--python", "nowhere/bin/python")
-    assert (done.exit_code, done.output) == (
-        2,
-        "error: nowhere/bin/python: absent; `make setup` makes the environment with Kaggle's versions\n",
-    )
