@@ -23,7 +23,7 @@ def refusal_of(spec_path):
 @pytest.mark.parametrize(
     "file, changes, message",
     [
-        ("contract.json", {"verdicts": ["model_b", "model_a"]}, "verdicts: found ['model_b', 'model_a'], recipes/two.yml says ["),
+        ("contract.json", {"verdicts": ["model_b", "model_a"]}, "verdicts: found ['model_b', 'model_a'], recipes/two.yml says"),
         ("contract.json", {"head": "reward"}, "head: found reward, recipes/two.yml says score, which the kernel was built for"),
         ("config.json", {"model_type": "llama"}, "model_type: found llama, recipes/two.yml says gemma2, which the kernel was"),
         ("manifest.json", {"quantize": "int8"}, "quantize: found int8, recipes/two.yml says none, which the kernel was built"),
@@ -43,7 +43,7 @@ def test_an_absent_package_is_refused_with_the_command_that_makes_it(workplace):
 
 def test_a_package_of_another_base_model_than_the_recipes_is_refused(workplace):
     change_json(PACKAGE / "contract.json", base_model="google/gemma-2-9b-it")
-    assert refusal_of(workplace).startswith("recipes/two.yml: base_model is outputs/demo/input/gemma2, outputs/two/package was ")
+    assert refusal_of(workplace).startswith("recipes/two.yml: base_model is outputs/demo/input/gemma2, ")
 
     # A local copy may have any path, and is told by the size of its weights.
     change_json(PACKAGE / "contract.json", base_model=".")

@@ -10,7 +10,7 @@ import pytest
 
 from kaggle_kernels.rehearsal.sandbox import SITECUSTOMIZE, find_python, make_environment
 from preprocess.core import ledger
-from preprocess.core.files import sha256
+from preprocess.core.files import read_json, sha256
 from preprocess.model_input import encode, encode_all, pair_from_row, read_contract, swap
 from tests.kaggle_kernels.packages import (
     AWKWARD_ROWS,
@@ -35,24 +35,22 @@ def test_a_wsdm_rehearsal_gives_every_id_once_and_is_scored_by_id(workplace, tmp
     assert submission.columns == ["id", "winner"]
     assert submission["id"].to_list() == rows["id"].to_list()
     right = (submission["winner"] == rows["winner"]).mean()
-    measured = json.loads((tmp_path / "results" / "rehearsal.json").read_text())
+    measured = read_json("results/rehearsal.json")
     assert measured["accuracy"] == pytest.approx(right)
     assert f"accuracy {right:.4f}, log loss {measured['log_loss']:.4f} on 30 judged rows" in done.output
-    record = json.loads((tmp_path / "results" / "kernel.json").read_text())
+    record = read_json("results/kernel.json")
     assert (record["rows"], record["scored"], record["versions"]["transformers"]) == (30, 30, "5.0.0")
-    assert [work["pass"].split(", ")[1] for work in record["passes"]] == ["as_given", "swapped"]
     scores = pl.read_parquet("results/scores.parquet")
     mean = (scores["two_p_model_a_as_given"] + scores["two_p_model_a_swapped"]) / 2
     assert (mean - scores["p_model_a"]).abs().max() < 1e-6
     assert mean.n_unique() == 30
-    build = {
+    assert measured["build"] == {
         "kernel_sha256": sha256(tmp_path / "outputs/kernels/test/kernel.py"),
         "packages": {"tiny-two": sha256(tmp_path / "outputs" / "two" / "package" / "manifest.json")},
     }
-    assert measured["build"] == build
     [entry] = ledger.read()
     assert (entry["event"], entry["spec"], entry["verdict"], entry["rows"]) == ("rehearse", "test", "passed", 30)
-    assert {key: entry[key] for key in build} == build
+    assert measured["build"].items() <= entry.items()
     assert entry["seconds"] == measured["seconds"]
 
 
