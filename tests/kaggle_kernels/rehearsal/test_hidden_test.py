@@ -85,6 +85,7 @@ def test_the_visible_run_scores_held_out_rows_of_the_train_file_and_predicts_the
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # two rehearsals at full size
 def test_25_000_hostile_rows_are_scored_within_300_seconds_and_killed_workers_cost_no_row_and_change_no_score(
     tmp_path, package_folder
 ):
