@@ -43,14 +43,12 @@ def read_rows(spec: Spec) -> Rows:
         probabilities = table.select("id", pl.col("probabilities").alias(f"p_{run}"))
         shared = shared.join(probabilities, on="id", how="inner", maintain_order="left")
 
-    path = predictions_path(first_run)
-    if shared.is_empty():
-        raise UserError(
-            f"{path}: no row is among those of all runs: {', '.join(tables)}; {TRAIN_ALIKE}"
-        )
     judged = shared.filter(pl.col("winner").is_in(verdicts))
     if judged.is_empty():
-        raise UserError(f"{path}: no row has one of {', '.join(verdicts)} as its winner")
+        raise UserError(
+            f"{predictions_path(first_run)}: no row with a verdict of {spec.competition} is among "
+            f"those of all runs: {', '.join(tables)}; {TRAIN_ALIKE}"
+        )
 
     # What is left as arrays, a verdict as its place among the competition's.
     winners = [verdicts.index(winner) for winner in judged["winner"]]

@@ -175,12 +175,11 @@ def test_runs_that_do_not_belong_together_are_refused_in_one_line(workplace, cha
 
 def test_three_runs_without_a_row_in_common_are_refused(workplace):
     table = pl.read_parquet("outputs/two/predictions.parquet")
-    write_run("one", table)
-    write_run("two", table.head(200))
-    write_run("three", table.tail(200))
+    for run, rows in {"one": table, "two": table.head(200), "three": table.tail(200)}.items():
+        write_run(run, rows)
     spec = read_spec(workplace / "spec.yml")
     third = spec.packages[1].model_copy(update={"run": "three"})
-    with pytest.raises(UserError, match="outputs/one/predictions.parquet: no row is among those of all runs: one, two, three"):
+    with pytest.raises(UserError, match="no row with a verdict of wsdm is among those of all runs: one, two, three"):
         read_rows(spec.model_copy(update={"packages": (*spec.packages, third)}))
 
 

@@ -70,12 +70,6 @@ def test_a_wrong_value_is_one_line_with_its_key(tmp_path, changes, message):
     assert "\n" not in str(refusal.value)
 
 
-def test_a_key_that_stands_twice_is_refused(tmp_path):
-    (tmp_path / "spec.yml").write_text("title: a\ntitle: b")
-    with pytest.raises(UserError, match="the key title stands in line 1 and again in line 2; remove one"):
-        read_spec(tmp_path / "spec.yml")
-
-
 def test_an_unknown_spec_names_those_there_are():
     with pytest.raises(UserError, match="nothing: no such spec; there are .*demo"):
         find_spec("nothing")

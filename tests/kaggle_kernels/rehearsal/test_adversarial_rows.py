@@ -70,6 +70,10 @@ def test_texts_are_stored_as_their_layout_stores_texts(layout, kind, texts):
     assert texts_of(adversarial(layout), kind) == texts
 
 
+def test_a_null_of_lmsys_has_any_of_its_spellings():
+    assert set(texts_of(adversarial("lmsys"), "null")) <= {None, "null", "[null]"}
+
+
 def test_long_rows_have_200_000_characters_in_one_text_or_in_all():
     table = adversarial("wsdm")
     assert {kind: [len(text) // 200_000 for text in texts_of(table, kind)] for kind in LONG} == {

@@ -1,8 +1,6 @@
 """The generated kernel in a process of its own, in Kaggle's versions: from a test file to a submission, or a refusal."""
 
-import csv
 import json
-import shutil
 import subprocess
 
 import polars as pl
@@ -14,16 +12,7 @@ from preprocess.core.files import read_json, sha256
 from preprocess.model_input import encode, encode_all, pair_from_row, read_contract, swap
 from tests.kaggle_kernels.packages import (
     AWKWARD_ROWS,
-    change_json,
     rehearse,
-    write_manifest,
-    write_recipe,
-    write_spec,
-)
-
-LMSYS = (
-    "title: Pairwise Test\ncompetition: lmsys\nclock_seconds: 600\ntemperature: 1.5\ntokens_per_batch: 1000\n"
-    "packages: [{run: three, dataset: tiny-three, weight: 0.75}, {run: other, dataset: tiny-other, weight: 0.25}]\n"
 )
 
 
@@ -54,34 +43,13 @@ def test_a_wsdm_rehearsal_gives_every_id_once_and_is_scored_by_id(workplace, tmp
     assert entry["seconds"] == measured["seconds"]
 
 
-def lmsys_rows():
-    """Awkward rows in LMSYS's layout: JSON lists of turns, lone surrogates as escapes."""
-    as_turns = [{key: [value] if isinstance(value, str) else value for key, value in row.items()} for row in AWKWARD_ROWS]
-    return [{key: json.dumps(value) for key, value in row.items()} | {"id": row["id"][0]} for row in as_turns]
-
-
 def write_lmsys(path):
-    winners = [{f"winner_{verdict}": int(verdict == "tie") for verdict in ("model_a", "model_b", "tie")}] * len(AWKWARD_ROWS)
-    pl.DataFrame([row | winner for row, winner in zip(lmsys_rows(), winners, strict=True)]).write_csv(path)
-
-
-def test_an_lmsys_ensemble_on_awkward_rows_gives_three_probabilities_a_row(tmp_path, monkeypatch, three_verdict_folder):
-    monkeypatch.chdir(tmp_path)
-    for run in ("three", "other"):
-        shutil.copytree(three_verdict_folder, tmp_path / "outputs" / run / "package")
-        write_recipe(tmp_path, run, f"tiny-{run}", verdicts=["tie", "model_b", "model_a"])
-    other = tmp_path / "outputs" / "other" / "package"
-    change_json(other / "dataset-metadata.json", id="INSERT_OWNER/tiny-other")
-    write_manifest(other)
-    write_lmsys(tmp_path / "test.csv")
-    done = rehearse(write_spec(tmp_path, LMSYS), "--test", "test.csv")
-    assert done.exit_code == 0, done.output
-    with open("outputs/test/rehearsal/submission.csv", newline="") as file:
-        header, *lines = csv.reader(file)
-    assert header == ["id", "winner_model_a", "winner_model_b", "winner_tie"]
-    assert [line[0] for line in lines] == [row["id"] for row in lmsys_rows()]
-    assert all(sum(map(float, line[1:])) == pytest.approx(1) for line in lines)
-    assert f"on {len(AWKWARD_ROWS)} judged rows" in done.output
+    """Awkward rows in LMSYS's layout: JSON lists of turns, lone surrogates as escapes."""
+    rows = []
+    for row in AWKWARD_ROWS:
+        as_turns = {key: [text] if isinstance(text, str) else text for key, text in row.items()}
+        rows.append({key: json.dumps(turns) for key, turns in as_turns.items()} | {"id": row["id"]})
+    pl.DataFrame(rows).write_csv(path)
 
 
 def test_the_kernels_ids_are_trainings_ids_on_every_awkward_row(workplace, tmp_path, package_folder):

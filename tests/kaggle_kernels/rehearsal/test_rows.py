@@ -6,7 +6,6 @@ import pytest
 from kaggle_kernels.rehearsal.rows import (
     RowOptions,
     describe_rows,
-    find_id_kind,
     format_description,
     make_rows,
     read_test_rows,
@@ -101,10 +100,8 @@ def test_adversarial_rows_have_int_ids_for_an_odd_seed_unless_a_kind_is_given(ro
 
 @pytest.mark.parametrize("ids, kind", [(["1", "22"], "int"), (["1", "2a"], "string"), ([3, 4], "int")])
 def test_drawn_rows_get_ids_of_the_files_kind(rows, ids, kind):
-    table = rows.head(2).with_columns(id=pl.Series(ids))
     options = RowOptions(size=5, shuffle=True, seed=1)
-    drawn = make_rows(table, options)
-    assert find_id_kind(drawn) == kind
+    drawn = make_rows(rows.head(2).with_columns(id=pl.Series(ids)), options)
     assert format_description(describe_rows(drawn, 2, options)) == f"5 rows of 2, {kind} ids, shuffled; seed 1"
 
 

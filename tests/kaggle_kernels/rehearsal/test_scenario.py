@@ -57,18 +57,6 @@ def test_another_clock_changes_that_line_of_the_kernel_and_its_build_and_nothing
     assert "30 rows in 12.5 s of a clock of 2 min\n" in done.output
 
 
-def test_changed_rows_are_kept_beside_the_results_and_the_run_is_a_hidden_one(workplace, tmp_path, fake_kernel):
-    options = ("--rows", "200", "--hostile", "--seed", "3", "--devices", "2", "--shuffle")
-    done = rehearse(workplace, "--test", "test.parquet", *options)
-    assert done.exit_code == 0, done.output
-    assert (fake_kernel["conditions"].devices, fake_kernel["conditions"].is_hidden) == (2, True)
-    rows = pl.read_parquet("outputs/test/rehearsal/rows.parquet")
-    assert (rows.height, rows["hostile"].count()) == (200, 64)
-    assert "[rehearsal] test.parquet: 200 rows of 30, int ids, shuffled, 64 hostile of 64 of 64 kinds; seed 3\n" in done.output
-    record = record_of(tmp_path)
-    assert (record["judged"], record["checks"]["scored"], record["devices"]) == (137, 200, 2)
-
-
 def test_two_t4s_are_predicted_for_the_recipes_base_model_where_a_small_one_stands_in(workplace, tmp_path, fake_kernel):
     write_recipe(tmp_path, "two", "tiny-two", "google/gemma-2-9b-it")
     build(workplace)
