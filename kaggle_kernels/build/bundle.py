@@ -152,9 +152,10 @@ def make_metadata(spec: Spec) -> dict:
 
 
 def kernel_text(name: str, spec: Spec, fits: Sequence[Fit]) -> str:
-    """Generate the source of kernel.py from a spec and its placed packages.
+    """Generate kernel.py from a spec and its placed packages.
 
-    Its `build` setting is a hash of all the rest, so that two kernels that differ have different builds.
+    Returns:
+        The source. Its `build` setting is a hash of all the rest, so that two kernels that differ have different builds.
     """
     docstring = format_docstring(name, spec, fits)
     settings = settings_of(name, spec, [package_settings(fit) for fit in fits])

@@ -131,9 +131,10 @@ def count_multiplied_parameters(fit: Fit) -> int:
 
 
 def measure_tokens_per_row(passes: Sequence[dict], run: str, rows: int) -> tuple[float, float]:
-    """Measure a model's tokens for a mean row in each order, 0 where it scored nothing.
+    """Measure a model's tokens for a mean row of the `rows` that were rehearsed, padding included.
 
-    `rows` is the number of rows in the rehearsed test file.
+    Returns:
+        The tokens in the first and in the second order, 0 where the model scored nothing.
     """
     first_order_tokens, _ = average_tokens(passes, run, "as_given")
     second_order_tokens, scored_rows = average_tokens(passes, run, "swapped")
