@@ -80,19 +80,11 @@ def kernel_folder(spec_path: Path, kernels: Path = KERNELS) -> Path:
 
 
 def build(spec_path: Path, kernels: Path = KERNELS) -> list[Path]:
-    """Write a spec's kernel where it is absent or out of date.
-
-    Args:
-        spec_path: the spec's file.
-        kernels: the folder of all kernels; the spec's own gets the spec's name.
+    """Write a spec's kernel, below the folder of all kernels, where it is absent or out of date.
 
     Returns:
         The files that were written; none if the kernel was up to date.
-
-    Raises:
-        UserError: where the spec has mistakes or does not fit two T4s.
     """
-    # Only what is stale, so that a second build leaves the files and their times alone.
     texts = generate_files(spec_path)
     written = stale_files(spec_path, kernels)
     for path in written:
@@ -160,12 +152,7 @@ def make_metadata(spec: Spec) -> dict:
 
 
 def kernel_text(name: str, spec: Spec, fits: Sequence[Fit]) -> str:
-    """Generate kernel.py.
-
-    Args:
-        name: the spec's name, which is that of its file.
-        spec: the checked spec.
-        fits: its packages, as fit_packages places them.
+    """Generate kernel.py from a spec and its placed packages.
 
     Returns:
         The source. Its `build` setting is a hash of all the rest, so that two kernels that differ have different builds.
@@ -233,11 +220,7 @@ def format_section(module: Module) -> str:
 
 @functools.cache
 def read_module(name: str) -> Module:
-    """Read a module of the runtime and take it apart.
-
-    Its docstring and imports stand at its top. Imports from other modules of the runtime are left out, since the kernel
-    holds those modules itself.
-    """
+    """Take a module of the runtime apart, without its imports from other modules that the kernel holds itself."""
     source = (RUNTIME / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8")
     tree = ast.parse(source)
 
@@ -248,7 +231,7 @@ def read_module(name: str) -> Module:
     for statement in statements:
         if isinstance(statement, ImportStatement):
             header_end = statement.end_lineno
-            if is_from_runtime(statement):
+            if ast.unparse(statement).startswith("from kaggle_kernels.runtime"):
                 check_is_not_renamed(statement, name)
             else:
                 outside_imports.append(statement)
@@ -285,13 +268,6 @@ def list_defined_names(statement: ast.stmt) -> list[str]:
     return []
 
 
-def is_from_runtime(statement: ImportStatement) -> bool:
-    """Whether an import takes names from another module of the runtime."""
-    if isinstance(statement, ast.Import):
-        return False
-    return statement.module.startswith("kaggle_kernels.runtime")
-
-
 def check_names(modules: Sequence[Module]) -> None:
     """Raise ValueError where two modules define the same name: in one file the second would replace the first."""
     defined_in: dict[str, str] = {}
@@ -318,15 +294,18 @@ def merge_imports(modules: Sequence[Module]) -> str:
                 names_by_module.setdefault(statement.module, set()).update(names)
 
     # Write the statements: of each block first whole modules, then names, both in alphabetical order.
+    statements = [f"import {name}" for name in sorted(whole_modules)]
+    for name in sorted(names_by_module):
+        statements.append(format_import(name, names_by_module[name]))
+
     standard_library = []
     third_party = []
-    for name in sorted(whole_modules):
-        block = standard_library if is_standard_library(name) else third_party
-        block.append(f"import {name}")
-    for name in sorted(names_by_module):
-        block = standard_library if is_standard_library(name) else third_party
-        block.append(format_import(name, names_by_module[name]))
-
+    for statement in statements:
+        top_level_name = re.match(r"(?:import|from) (\w+)", statement)[1]
+        if top_level_name in sys.stdlib_module_names:
+            standard_library.append(statement)
+        else:
+            third_party.append(statement)
     return "\n".join(standard_library) + "\n\n" + "\n".join(third_party)
 
 
@@ -351,12 +330,6 @@ def import_order(name: str) -> tuple[int, str]:
     if name[0].isupper():
         return (1, name)
     return (2, name)
-
-
-def is_standard_library(module: str) -> bool:
-    """Whether a module, as in "os.path" or "numpy as np", comes with Python."""
-    top_level_name = re.match(r"\w+", module)[0]
-    return top_level_name in sys.stdlib_module_names
 
 
 def format_settings(settings: Settings) -> str:

@@ -4,6 +4,7 @@
 not trained on the same pairs with the same fold held out.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,33 +20,10 @@ TRAIN_ALIKE = "train them on the same pairs with the same fold held out"
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows that all runs held out.
+    """The rows that all runs held out."""
 
-    Attributes:
-        probabilities: float64 of shape (runs, rows, verdicts); each row's verdicts sum to one.
-        winners: int of shape (rows,), the index of the verdict that people gave.
-    """
-
-    probabilities: np.ndarray
-    winners: np.ndarray
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """A run's held-out rows: columns id, fold, winner, and p_RUN, the list of its probabilities of the verdicts."""
-
-    name: str
-    table: pl.DataFrame
-
-    @property
-    def column(self) -> str:
-        """The column of the probabilities."""
-        return f"p_{self.name}"
-
-    @property
-    def path(self) -> Path:
-        """The file that they were read from."""
-        return predictions_path(self.name)
+    probabilities: np.ndarray  # float64 of shape (runs, rows, verdicts), whose verdicts sum to one
+    winners: np.ndarray  # int of shape (rows,), the index of the verdict that people gave
 
 
 def read_rows(spec: Spec) -> Rows:
@@ -55,38 +33,39 @@ def read_rows(spec: Spec) -> Rows:
         UserError: where a run has no such rows, or the runs do not belong together.
     """
     verdicts = COMPETITIONS[spec.competition].verdicts
-    runs = [read_predictions(package.run, spec) for package in spec.packages]
-    first = runs[0]
+    tables = {package.run: read_predictions(package.run, spec) for package in spec.packages}
+    first_run = spec.packages[0].run
 
     # Join the runs by id: the first run's rows that all others have too, with a column of probabilities for each run.
-    shared = first.table.select("id", "winner")
-    for run in runs:
-        check_same_rows(first, run)
-        probabilities = run.table.select("id", run.column)
+    shared = tables[first_run].select("id", "winner")
+    for run, table in tables.items():
+        check_same_rows(tables, first_run, run)
+        probabilities = table.select("id", pl.col("probabilities").alias(f"p_{run}"))
         shared = shared.join(probabilities, on="id", how="inner", maintain_order="left")
-    if shared.is_empty():
-        names = ", ".join(run.name for run in runs)
-        raise UserError(f"{first.path}: no row is among those of all runs: {names}; {TRAIN_ALIKE}")
 
     judged = shared.filter(pl.col("winner").is_in(verdicts))
     if judged.is_empty():
-        raise UserError(f"{first.path}: no row has one of {', '.join(verdicts)} as its winner")
+        raise UserError(
+            f"{predictions_path(first_run)}: no row with a verdict of {spec.competition} is among "
+            f"those of all runs: {', '.join(tables)}; {TRAIN_ALIKE}"
+        )
 
     # What is left as arrays, a verdict as its place among the competition's.
     winners = [verdicts.index(winner) for winner in judged["winner"]]
-    probabilities_by_run = [judged[run.column].to_list() for run in runs]
+    probabilities_by_run = [judged[f"p_{run}"].to_list() for run in tables]
     return Rows(np.array(probabilities_by_run, dtype=np.float64), np.array(winners))
 
 
-def check_same_rows(first: Predictions, other: Predictions) -> None:
+def check_same_rows(tables: Mapping[str, pl.DataFrame], first: str, other: str) -> None:
     """Raise UserError unless two runs have rows in common, with the same folds and verdicts."""
-    shared = first.table.join(
-        other.table, on="id", how="inner", suffix="_other", maintain_order="left"
+    path = predictions_path(other)
+    shared = tables[first].join(
+        tables[other], on="id", how="inner", suffix="_other", maintain_order="left"
     )
     if shared.is_empty():
         raise UserError(
-            f"{other.path}: no row of {first.name} is among its rows ({name_folds(first.table)} there, "
-            f"{name_folds(other.table)} here); {TRAIN_ALIKE}"
+            f"{path}: no row of {first} is among its rows ({name_folds(tables[first])} there, "
+            f"{name_folds(tables[other])} here); {TRAIN_ALIKE}"
         )
 
     # Runs on other pairs, or with another fold held out, may share ids all the same.
@@ -96,7 +75,7 @@ def check_same_rows(first: Predictions, other: Predictions) -> None:
         if not differing_rows.is_empty():
             row = differing_rows.row(0, named=True)
             raise UserError(
-                f"{other.path}: row {row['id']}: {column} is {row[f'{column}_other']}, in {first.name} "
+                f"{path}: row {row['id']}: {column} is {row[f'{column}_other']}, in {first} "
                 f"{row[column]}; {TRAIN_ALIKE}"
             )
 
@@ -112,12 +91,11 @@ def predictions_path(run: str) -> Path:
     return Path("outputs") / run / "predictions.parquet"
 
 
-def read_predictions(run: str, spec: Spec) -> Predictions:
+def read_predictions(run: str, spec: Spec) -> pl.DataFrame:
     """Read a run's held-out rows, with its probabilities of the competition's verdicts.
 
-    Args:
-        run: the run's name, as in outputs/RUN.
-        spec: says the verdicts, and whether the mean of both orders counts or the rows as they are given.
+    Returns:
+        Columns id, fold, winner, and probabilities: a list in the order of the verdicts.
 
     Raises:
         UserError: where the file is absent or broken, or the run was trained on these rows.
@@ -154,8 +132,7 @@ def read_predictions(run: str, spec: Spec) -> Predictions:
 
     # A run may know a verdict, such as a tie, that the competition does not: what is left sums to one again.
     shares = values / values.sum(axis=1, keepdims=True)
-    probabilities = pl.Series(f"p_{run}", shares.tolist())
-    return Predictions(run, table.select("id", "fold", "winner", probabilities))
+    return table.select("id", "fold", "winner", pl.Series("probabilities", shares.tolist()))
 
 
 def check_held_out(run: str) -> None:

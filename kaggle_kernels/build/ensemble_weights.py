@@ -48,26 +48,20 @@ class Mixture:
 def weigh(spec_path: Path, write: bool) -> None:
     """Fit the weights and the temperature of a spec, and print what they gain over equal weights.
 
-    Args:
-        spec_path: the spec's file.
-        write: whether to put them into the spec, too.
-
-    Raises:
-        UserError: where there are no rows to fit them on, or `write` is asked for and a model is not worth its place.
+    With `write` they are put into the spec, too, unless a model is not worth its place.
     """
     spec = read_spec(spec_path)
     rows = read_rows(spec)
     fitted = fit_mixture(rows)
-    equal = Mixture(equal_weights(len(spec.packages)))
+    number_of_models = len(spec.packages)
+    equal = Mixture(np.full(number_of_models, 1 / number_of_models))
     gains = compute_losses(rows, equal) - compute_losses(rows, fitted)
     print_table(spec, rows, equal, fitted)
     print(describe_gain(gains))
 
     # A spec may not hold a weight of 0: the model would take its share of the time for nothing.
-    useless_runs = []
-    for package, weight in zip(spec.packages, fitted.weights, strict=True):
-        if weight == 0:
-            useless_runs.append(package.run)
+    weighted_packages = zip(spec.packages, fitted.weights, strict=True)
+    useless_runs = [package.run for package, weight in weighted_packages if weight == 0]
     if useless_runs:
         advice = (
             f"{spec_path}: the fitted weight of {', '.join(useless_runs)} is 0; remove it from packages, "
@@ -87,17 +81,8 @@ def weigh(spec_path: Path, write: bool) -> None:
         )
 
 
-def equal_weights(number_of_models: int) -> np.ndarray:
-    """Make weights of shape (m,) that are all the same."""
-    return np.full(number_of_models, 1 / number_of_models)
-
-
 def mix_probabilities(rows: Rows, mixture: Mixture) -> np.ndarray:
     """Compute the ensemble's probabilities as the kernel does.
-
-    Args:
-        rows: each model's probabilities, shape (m, n, v).
-        mixture: the models' weights, and the temperature T: the mean's probabilities are raised to 1 / T.
 
     Returns:
         float64 of shape (n, v); each row sums to one.
@@ -112,8 +97,8 @@ def compute_losses(rows: Rows, mixture: Mixture) -> np.ndarray:
     """Compute each row's log loss, shape (n,)."""
     probabilities = mix_probabilities(rows, mixture)
     row_numbers = np.arange(len(rows.winners))
-    of_winners = probabilities[row_numbers, rows.winners]
-    return -np.log(np.maximum(of_winners, SMALLEST))
+    winners_probabilities = probabilities[row_numbers, rows.winners]
+    return -np.log(np.maximum(winners_probabilities, SMALLEST))
 
 
 def compute_accuracy(rows: Rows, mixture: Mixture) -> float:
@@ -130,9 +115,6 @@ def fit_mixture(rows: Rows) -> Mixture:
 
     Returns:
         Weights in thousandths that sum to one; a weight under SMALLEST_WEIGHT is 0. The temperature has three decimals.
-
-    Raises:
-        UserError: where the search does not converge.
     """
     number_of_models = len(rows.probabilities)
 
@@ -147,10 +129,11 @@ def fit_mixture(rows: Rows) -> Mixture:
         return parameters[:-1].sum() - 1
 
     # The search starts from equal weights and a temperature of 1, whose logarithm is 0.
+    equal_weights = np.full(number_of_models, 1 / number_of_models)
     log_temperature_bounds = tuple(np.log(TEMPERATURE_BOUNDS))
     result = minimize(
         mean_loss,
-        x0=np.append(equal_weights(number_of_models), 0.0),
+        x0=np.append(equal_weights, 0.0),
         method="SLSQP",
         bounds=[(0.0, 1.0)] * number_of_models + [log_temperature_bounds],
         constraints={"type": "eq", "fun": excess_weight},
@@ -182,11 +165,7 @@ def round_weights(weights: np.ndarray) -> np.ndarray:
 def describe_gain(gains: np.ndarray) -> str:
     """Say what the fitted weights gain over equal ones, and whether that is more than noise.
 
-    Args:
-        gains: by how much each row's log loss is less, shape (n,).
-
-    Returns:
-        The mean gain with its 95 % interval, from a bootstrap over the rows; a warning where the interval reaches 0.
+    `gains` is by how much each row's log loss is less, shape (n,).
     """
     # A bootstrap: how the mean gain varies between samples of as many rows, drawn with replacement.
     generator = np.random.default_rng(BOOTSTRAP_SEED)
@@ -205,16 +184,15 @@ def describe_gain(gains: np.ndarray) -> str:
 def print_table(spec: Spec, rows: Rows, equal: Mixture, fitted: Mixture) -> None:
     """Print accuracy and log loss of each run alone, of equal weights and of the fitted ones."""
     # A run alone has the weight 1, and the others 0: a row of the identity matrix.
-    named_mixtures = []
+    named_mixtures = {}
     run_alone = np.eye(len(spec.packages))
     for package, weights in zip(spec.packages, run_alone, strict=True):
-        named_mixtures.append((package.run, Mixture(weights)))
-    named_mixtures.append(("equal weights", equal))
-    named_mixtures.append(("fitted", fitted))
+        named_mixtures[package.run] = Mixture(weights)
+    named_mixtures |= {"equal weights": equal, "fitted": fitted}
 
     columns = ("model", "weights", "temperature", "accuracy", "log loss")
     table = Table(*columns, box=SIMPLE_HEAD, pad_edge=False)
-    for name, mixture in named_mixtures:
+    for name, mixture in named_mixtures.items():
         table.add_row(
             name,
             " + ".join(f"{weight:.3f}" for weight in mixture.weights),
@@ -258,7 +236,10 @@ def measure_ensemble(spec: Spec) -> dict | None:
     """
     # The rows of another training say nothing of the weights in the package.
     for package in spec.packages:
-        if not is_of_last_training(package_folder(package.run)):
+        folder = package_folder(package.run)
+        trained = fingerprint(folder.parent / "contract.json")
+        packaged = fingerprint(folder / "contract.json")
+        if trained is None or trained != packaged:
             return None
     try:
         rows = read_rows(spec)
@@ -272,10 +253,3 @@ def measure_ensemble(spec: Spec) -> dict | None:
         "accuracy": compute_accuracy(rows, mixture),
         "log_loss": float(compute_losses(rows, mixture).mean()),
     }
-
-
-def is_of_last_training(package: Path) -> bool:
-    """Whether a package was made from its run's last training: both have the same contract.json."""
-    trained = fingerprint(package.parent / "contract.json")
-    packaged = fingerprint(package / "contract.json")
-    return trained is not None and trained == packaged

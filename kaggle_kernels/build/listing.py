@@ -14,17 +14,8 @@ from postprocess.memory.model_size import GIB
 from preprocess.core.errors import UserError
 
 WIDTH = 144  # characters, where the output is no terminal
-COLUMNS = (
-    "spec",
-    "for",
-    "packages",
-    "base model",
-    "approach",
-    "bits",
-    "GiB a GPU",
-    "clock",
-    "kernel",
-)
+PACKAGE_COLUMNS = ("packages", "base model", "approach", "bits", "GiB a GPU")
+COLUMNS = ("spec", "for", *PACKAGE_COLUMNS, "clock", "kernel")
 
 
 def table_console() -> Console:
@@ -68,7 +59,7 @@ def describe_spec(path: Path) -> list[str]:
     spec = read_spec(path)
     fits = fit_packages(path, spec)
 
-    # Five columns hold a line for each package.
+    # PACKAGE_COLUMNS hold a line for each package.
     lines_by_package = [describe_package(fit, spec) for fit in fits]
     package_cells = ["\n".join(lines) for lines in zip(*lines_by_package, strict=True)]
 
@@ -79,22 +70,13 @@ def describe_spec(path: Path) -> list[str]:
 
 def describe_package(fit: Fit, spec: Spec) -> tuple[str, str, str, str, str]:
     """Describe a package: its run, the base model's name, its approach, its bits, and GiB on a GPU."""
+    run = fit.package.run
+    if len(spec.packages) > 1:
+        run = f"{fit.package.weight:g} × {run}"
+
     base_model = fit.recipe.axolotl["base_model"]
     bits = fit.served.quantize.replace("none", "16")
-    return (
-        name_package(fit, spec),
-        base_model.split("/")[-1],
-        fit.approach,
-        bits,
-        in_gib(fit.gpu_bytes),
-    )
-
-
-def name_package(fit: Fit, spec: Spec) -> str:
-    """Name a package's run, with its weight where the spec is an ensemble: "0.5 × gemma2_cls"."""
-    if len(spec.packages) == 1:
-        return fit.package.run
-    return f"{fit.package.weight:g} × {fit.package.run}"
+    return run, base_model.split("/")[-1], fit.approach, bits, in_gib(fit.gpu_bytes)
 
 
 def format_duration(seconds: float) -> str:

@@ -4,7 +4,7 @@
 where nothing was trained.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -46,14 +46,7 @@ class Fit:
 
 
 def fit_packages(spec_path: Path, spec: Spec) -> list[Fit]:
-    """Place every package of a spec on the GPUs.
-
-    Args:
-        spec_path: the spec's file, which error messages name.
-        spec: what it holds.
-
-    Returns:
-        A Fit for each package, in the spec's order.
+    """Place every package of a spec on the GPUs, in the spec's order. Error messages name `spec_path`.
 
     Raises:
         UserError: where a package has no recipe, contradicts it, or does not fit the memory of two T4s.
@@ -101,9 +94,6 @@ def find_recipe(run: str, package_key: str) -> Recipe:
     Args:
         run: the run's name, which may name a part of it, as in gemma2_cls/mean.
         package_key: the spec's file and key that name the run, for the error message.
-
-    Raises:
-        UserError: where there is no such recipe, or it has mistakes.
     """
     name = run.split("/")[0]
     folders = (Path("recipes"), RECIPES)
@@ -115,20 +105,15 @@ def find_recipe(run: str, package_key: str) -> Recipe:
             return read_recipe(path)
 
     # By its output_dir, for which every recipe has to be read.
-    for path in list_recipes(folders):
-        if read_output_name(path) == name:
-            return read_recipe(path)
+    for folder in folders:
+        for path in sorted(folder.glob("*.yml")):
+            if read_output_name(path) == name:
+                return read_recipe(path)
 
     raise UserError(
         f"{package_key}.run: no recipes/{name}.yml, which says base model and quantisation; "
         "name a recipe's run"
     )
-
-
-def list_recipes(folders: Sequence[Path]) -> Iterator[Path]:
-    """Yield every recipe's file, folder by folder."""
-    for folder in folders:
-        yield from sorted(folder.glob("*.yml"))
 
 
 def read_output_name(recipe_path: Path) -> str | None:
@@ -143,13 +128,7 @@ def read_output_name(recipe_path: Path) -> str | None:
 
 
 def check_recipe(package: PackageBlock, recipe: Recipe, spec: Spec, package_key: str) -> None:
-    """Check that a recipe makes the package that the spec describes.
-
-    Args:
-        package: the package as the spec names it.
-        recipe: the recipe of its run.
-        spec: the whole spec, whose competition asks for certain verdicts.
-        package_key: the package's place in the spec, for the error message.
+    """Check that a recipe makes the package that the spec describes under `package_key`.
 
     Raises:
         UserError: where the recipe lacks a verdict of the competition, or packages as another dataset.

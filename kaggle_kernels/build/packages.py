@@ -3,8 +3,8 @@
 `rehearse` and `push` check every package here before they use it.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 from kaggle_kernels.build.memory_fit import Fit
@@ -23,15 +23,6 @@ EXCESS_RATIO = 1.1
 EXCESS_BYTES = 2**20
 
 
-@dataclass(frozen=True)
-class Expectation:
-    """A value that the recipe gives for a key of one of the package's files."""
-
-    file: str
-    key: str
-    value: object
-
-
 def package_folder(run: str) -> Path:
     """The folder of a run's package."""
     return Path("outputs") / run / "package"
@@ -43,13 +34,7 @@ def spec_folder(spec_path: Path) -> Path:
 
 
 def find_package(fit: Fit) -> Path:
-    """Find the package that a spec names, and check that the kernel was built for it.
-
-    Args:
-        fit: the package's entry in the spec, its recipe and its computed size.
-
-    Returns:
-        The package's folder.
+    """Find the folder of a spec's package, and check that the kernel was built for it.
 
     Raises:
         UserError: where it is absent, or the spec or the recipe says something else.
@@ -81,26 +66,27 @@ def check_dataset(folder: Path, fit: Fit) -> None:
 
 def check_recipe_is_unchanged(folder: Path, fit: Fit) -> None:
     """Raise UserError where the recipe was changed since the run was trained and packaged."""
-    for expected in expect_values(fit):
-        value = read_object(folder / expected.file).get(expected.key)
-        if value != expected.value:
-            raise UserError(
-                f"{folder / expected.file}: {expected.key}: found {value}, {fit.recipe.path} says "
-                f"{expected.value}, which the kernel was built for; train and package again with "
-                "this recipe, or put the recipe back"
-            )
-
-
-def expect_values(fit: Fit) -> Iterator[Expectation]:
-    """Yield what the package's files hold if it was made with the recipe."""
+    # What the package's files hold if it was made with the recipe.
     block = fit.recipe.pairwise
-
-    yield Expectation("contract.json", "verdicts", list(block.verdicts))
+    contract = {"verdicts": list(block.verdicts)}
     for key in AS_TRAINED:
-        yield Expectation("contract.json", key, getattr(block, key))
-    yield Expectation("contract.json", "template", asdict(block.resolved_template()))
-    yield Expectation("config.json", "model_type", fit.served.dimensions.model_type)
-    yield Expectation("manifest.json", "quantize", block.package.quantize)
+        contract[key] = getattr(block, key)
+    contract["template"] = asdict(block.resolved_template())
+    expected_values = {
+        "contract.json": contract,
+        "config.json": {"model_type": fit.served.dimensions.model_type},
+        "manifest.json": {"quantize": block.package.quantize},
+    }
+
+    for name, expected_by_key in expected_values.items():
+        values = read_object(folder / name)
+        for key, expected in expected_by_key.items():
+            if values.get(key) != expected:
+                raise UserError(
+                    f"{folder / name}: {key}: found {values.get(key)}, {fit.recipe.path} says "
+                    f"{expected}, which the kernel was built for; train and package again with "
+                    "this recipe, or put the recipe back"
+                )
 
 
 def check_base_model(folder: Path, recipe: Recipe) -> None:
@@ -135,9 +121,7 @@ def check_weight_bytes(folder: Path, fit: Fit) -> None:
 def build_of(kernel: Path, packages: Mapping[str, Path]) -> dict:
     """Identify a build of a kernel, so that a rehearsal can be matched with what is pushed.
 
-    Args:
-        kernel: the folder with the built kernel.py.
-        packages: the folders of its packages, by dataset.
+    `kernel` is the folder with kernel.py, `packages` are those of the packages, by dataset.
 
     Returns:
         The SHA-256 of kernel.py, and by dataset that of each package's manifest.json.

@@ -46,9 +46,8 @@ class Competition(_Strict):
     """A competition on Kaggle: its slug, its answers and its rules."""
 
     slug: str
-    columns: tuple[
-        str, ...
-    ]  # of submission.csv, besides id; several are in the order of the verdicts
+    # Of submission.csv, besides id; several are in the order of the verdicts.
+    columns: tuple[str, ...]
     verdicts: tuple[str, ...]
     metric: Literal["accuracy", "log_loss"]
     daily_submissions: int  # of a team, in a day of UTC
@@ -277,15 +276,8 @@ def _explain(problem: ErrorDetails) -> str:
 
 
 def settings_of(name: str, spec: Spec, packages: Sequence[PackageSettings]) -> Settings:
-    """Collect the settings that a spec's kernel runs with.
-
-    Args:
-        name: the spec's name, which is that of its file.
-        spec: the checked spec.
-        packages: the settings of its packages, in the spec's order (see memory_fit.package_settings).
-    """
+    """Collect the settings that a spec's kernel runs with; `packages` are in the spec's order."""
     competition = COMPETITIONS[spec.competition]
-
     return Settings(
         name=name,
         competition=competition.slug,

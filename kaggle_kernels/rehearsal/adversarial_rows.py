@@ -72,19 +72,13 @@ def add_adversarial_rows(rows: pl.DataFrame, seed: int, are_turns: bool) -> pl.D
         for name in verdict_columns:
             columns[name][place] = None
 
-    return pl.DataFrame(columns, schema=extend_schema(rows))
-
-
-def extend_schema(rows: pl.DataFrame) -> pl.Schema:
-    """Return the table's schema with KIND_COLUMN added."""
-    schema = pl.Schema(rows.schema)
-
     # A column without any text has the type Null, which could not hold the new texts.
+    schema = pl.Schema(rows.schema)
     for name in TEXTS:
         if schema[name] == pl.Null:
             schema[name] = pl.String
     schema[KIND_COLUMN] = pl.String
-    return schema
+    return pl.DataFrame(columns, schema=schema)
 
 
 def choose_kinds(rows: int, rng: random.Random) -> list[str]:
@@ -115,46 +109,23 @@ def choose_kinds(rows: int, rng: random.Random) -> list[str]:
 
 
 def convert_text(text: Field, dtype: pl.DataType, are_turns: bool, rng: random.Random) -> Field:
-    """Convert a text, a list of turns or a null to what the test file's column holds.
+    """Convert a text, a list of turns or a null to what a column of the type `dtype` holds.
 
-    Args:
-        text: The text.
-        dtype: The column's type: a list of text in a column of turns.
-        are_turns: Whether a column of text holds JSON lists of turns.
-        rng: Decides between equally valid spellings in JSON.
+    With `are_turns` a column of text holds JSON lists of turns.
     """
-    if isinstance(dtype, pl.List):
-        return as_list_of_turns(text)
-    if are_turns:
+    is_list = isinstance(dtype, pl.List)
+    if are_turns and not is_list:
         return as_json_turns(text, rng)
-    return as_plain_text(text)
-
-
-def as_list_of_turns(text: Field) -> list[str | None] | None:
-    """Convert a text to a list of turns, each a text or null."""
     if text is None:
         return None
 
     turns = [text] if isinstance(text, str) else text
-    stored_turns = []
-    for turn in turns:
-        if turn is not None:
-            turn = escape_surrogates(turn)
-        stored_turns.append(turn)
-    return stored_turns
+    if is_list:
+        return [None if turn is None else escape_surrogates(turn) for turn in turns]
 
-
-def as_plain_text(text: Field) -> str | None:
-    """Convert a text to one string, with a line for each turn; a null turn is an empty line."""
-    if text is None:
-        return None
-
-    if isinstance(text, list):
-        lines = []
-        for turn in text:
-            lines.append("" if turn is None else turn)
-        text = "\n".join(lines)
-    return escape_surrogates(text)
+    # One string, with a line for each turn; a null turn is an empty line.
+    lines = ["" if turn is None else turn for turn in turns]
+    return escape_surrogates("\n".join(lines))
 
 
 def as_json_turns(text: Field, rng: random.Random) -> str | None:

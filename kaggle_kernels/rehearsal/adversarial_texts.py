@@ -6,7 +6,6 @@ ends. `adversarial_rows.py` calls `draw_texts` and puts the texts into a table.
 
 import random
 import string
-from dataclasses import dataclass
 
 TEXTS = ("prompt", "response_a", "response_b")
 
@@ -19,18 +18,6 @@ LONG_CHARACTERS = 200_000
 
 # How often a response repeats a language's sentence at most.
 MOST_REPEATS = 40
-
-
-@dataclass(frozen=True)
-class LongText:
-    """A text of LONG_CHARACTERS characters, drawn from pieces that all have the same length."""
-
-    pieces: tuple[str, ...]
-
-    def draw(self, rng: random.Random) -> str:
-        """Draw the text."""
-        pieces_needed = LONG_CHARACTERS // len(self.pieces[0])
-        return "".join(rng.choices(self.pieces, k=pieces_needed))
 
 
 # A sentence of each language or script.
@@ -107,15 +94,17 @@ SHORT: dict[str, Texts] = {
 }
 
 
-# Short words, text that has no place to split it, and Chinese characters.
-WORDS = LongText(("rain ", "bell ", "fish ", "gold ", "wind "))
-NO_SPACES = LongText(tuple(string.ascii_letters + string.digits + "+/"))
-CHINESE = LongText(
-    tuple("的一是了我不人在他有这个上们来到时大地为子中你说生国年着就那和要她出也得里后自以会")
+# What long texts are drawn from: short words, characters without a space, and Chinese. The pieces
+# of one kind have the same length.
+Pieces = tuple[str, ...]
+WORDS: Pieces = ("rain ", "bell ", "fish ", "gold ", "wind ")
+NO_SPACES: Pieces = tuple(string.ascii_letters + string.digits + "+/")
+CHINESE: Pieces = tuple(
+    "的一是了我不人在他有这个上们来到时大地为子中你说生国年着就那和要她出也得里后自以会"
 )
 
 # Kinds with one text or more of LONG_CHARACTERS characters.
-LONG: dict[str, tuple[str | LongText, ...]] = {
+LONG: dict[str, tuple[str | Pieces, ...]] = {
     "a long prompt": (WORDS, "an answer", "another answer"),
     "a long response": ("a question", "an answer", WORDS),
     "long in all texts": (WORDS, WORDS, WORDS),
@@ -141,7 +130,8 @@ def draw_texts(kind: str, rng: random.Random) -> Texts:
 
     texts = []
     for text in LONG[kind]:
-        if isinstance(text, LongText):
-            text = text.draw(rng)
+        if isinstance(text, tuple):
+            pieces_needed = LONG_CHARACTERS // len(text[0])
+            text = "".join(rng.choices(text, k=pieces_needed))
         texts.append(text)
     return tuple(texts)

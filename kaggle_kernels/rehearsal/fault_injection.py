@@ -13,9 +13,11 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from preprocess.core.errors import UserError
 
@@ -23,24 +25,14 @@ PROC = Path("/proc")
 POLL_SECONDS = 0.05
 WORKER_NAME = re.compile(r"worker (\d+)")
 
-# In /proc/PID/stat: a zombie, which its parent has not waited for yet, and a dead process.
-DEAD_STATES = ("Z", "X")
-
 
 @dataclass(frozen=True)
 class Faults:
-    """What happens to the kernel's workers; by default nothing.
+    """What happens to the kernel's workers; by default nothing."""
 
-    Attributes:
-        kill_every: Kill one worker every so many seconds, in turn, counted from when the first
-            worker appears.
-        lose_device: Kill every worker of this device as soon as it appears.
-        seed: Decides which worker is killed first.
-    """
-
-    kill_every: float | None = None
-    lose_device: int | None = None
-    seed: int = 0
+    kill_every: float | None = None  # seconds between kills, from when the first worker appears
+    lose_device: int | None = None  # every worker of this device is killed as soon as it appears
+    seed: int = 0  # decides which worker is killed first
 
     @property
     def kills_workers(self) -> bool:
@@ -55,15 +47,6 @@ class Kill:
     worker: int
     pid: int
     seconds: float
-
-
-@dataclass(frozen=True)
-class Process:
-    """A living process of this machine."""
-
-    pid: int
-    parent: int
-    name: str
 
 
 def check_faults(faults: Faults, devices: int | None) -> None:
@@ -103,15 +86,7 @@ def check_kills(faults: Faults, kills: Sequence[Kill], seconds: float) -> None:
 
 @contextlib.contextmanager
 def inject_faults(kernel_pid: int, faults: Faults) -> Iterator[list[Kill]]:
-    """Kill workers of a kernel while the block runs.
-
-    Args:
-        kernel_pid: The process id of the kernel.
-        faults: What happens to its workers.
-
-    Returns:
-        A list that grows with every kill.
-    """
+    """Kill workers of a kernel while the block runs; yield a list that grows with every kill."""
     kills: list[Kill] = []
     if not faults.kills_workers:
         yield kills
@@ -184,45 +159,25 @@ def kill_worker(worker: int, pid: int, seconds: float, kills: list[Kill]) -> Non
 
 def find_workers(kernel_pid: int) -> dict[int, int]:
     """Find the kernel's living workers: their process ids, by the numbers of their devices."""
-    # Other kernels on this machine have workers of the same names.
-    processes = list_processes()
+    # Only descendants: other kernels on this machine have workers of the same names.
     workers = {}
-    for process in processes.values():
-        match = WORKER_NAME.fullmatch(process.name)
-        if match and is_descendant(process, kernel_pid, processes):
-            workers[int(match[1])] = process.pid
+    with contextlib.suppress(psutil.NoSuchProcess):  # the kernel may have ended
+        for process in psutil.Process(kernel_pid).children(recursive=True):
+            number = read_worker_number(process)
+            if number is not None:
+                workers[number] = process.pid
     return workers
 
 
-def is_descendant(process: Process, ancestor: int, processes: Mapping[int, Process]) -> bool:
-    """Follow parents upwards, and tell whether `ancestor` is the process itself or one of them."""
-    pid = process.pid
-    while pid in processes and pid != ancestor:
-        pid = processes[pid].parent
-    return pid == ancestor
-
-
-def list_processes() -> dict[int, Process]:
-    """List this machine's living processes by their ids."""
-    processes = {}
-    for folder in PROC.glob("[0-9]*"):
-        process = read_process(folder)
-        if process is not None:
-            processes[process.pid] = process
-    return processes
-
-
-def read_process(folder: Path) -> Process | None:
-    """Read /proc/PID/stat, "PID (NAME) STATE PARENT …"; None where the process has ended."""
+def read_worker_number(process: psutil.Process) -> int | None:
+    """Read the number of a worker's device from its name; None for other and for dead processes."""
     try:
-        stat = (folder / "stat").read_text(errors="replace")
-    except OSError:
+        name = process.name()
+        is_dead = process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
         return None
 
-    # The name may contain spaces and parentheses itself: its end is the last one.
-    pid_and_name, _, rest = stat.rpartition(")")
-    pid, _, name = pid_and_name.partition(" (")
-    state, parent = rest.split()[:2]
-    if state in DEAD_STATES:
+    match = WORKER_NAME.fullmatch(name)
+    if match is None or is_dead:
         return None
-    return Process(int(pid), int(parent), name)
+    return int(match[1])

@@ -30,13 +30,18 @@ def lay_out_tree(
     Args:
         root: Where to make it.
         spec: The kernel's spec; its competition names a folder.
-        packages: Each dataset's name, and the folder of its package.
+        packages: The folders of its packages, by dataset.
         suffix: ".csv" for a test file in CSV, anything else for Parquet.
         test_rows: The rows of the test file, of which only ids and texts are written.
         train_file: The competition's train file, for the visible run.
     """
+    # Kaggle mounts each package as a dataset.
     for dataset, package in packages.items():
-        mount_package(root / "input" / "datasets" / "owner" / dataset, package)
+        mount = root / "input" / "datasets" / "owner" / dataset
+        mount.mkdir(parents=True)
+        for path in package.iterdir():
+            if path.name != METADATA:
+                (mount / path.name).symlink_to(path.absolute())
 
     competition = root / "input" / "competitions" / COMPETITIONS[spec.competition].slug
     competition.mkdir(parents=True)
@@ -52,11 +57,3 @@ def lay_out_tree(
         (competition / f"train{train_file.suffix}").symlink_to(train_file.absolute())
 
     (root / "working").mkdir()
-
-
-def mount_package(mount: Path, package: Path) -> None:
-    """Link a package's files into the folder `mount`, as Kaggle mounts a dataset."""
-    mount.mkdir(parents=True)
-    for path in package.iterdir():
-        if path.name != METADATA:
-            (mount / path.name).symlink_to(path.absolute())

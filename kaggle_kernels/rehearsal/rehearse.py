@@ -45,25 +45,21 @@ TRAIN_SUFFIXES = (".parquet", ".csv")
 
 @dataclass(frozen=True)
 class Scenario:
-    """The options of the command `rehearse`, which names the fields.
+    """The options of the command `rehearse`, which names the fields."""
 
-    Attributes:
-        size, shuffle, ids, hostile, seed: What happens to the test rows; see `RowOptions`.
-        devices: Number of CPU workers. None: the kernel uses what it finds.
-        clock_seconds: The kernel's time. None: the spec's.
-        kill_every, lose_device: What happens to its workers; see `Faults`.
-        train_file: Mounted beside the test file, so that the visible run scores rows of it.
-    """
-
+    # What happens to the test rows; see `RowOptions`.
     size: int | None = None
     shuffle: bool = False
     ids: str | None = None
     hostile: bool = False
     seed: int = 0
+    # What the kernel has; None: the devices that it finds, and the spec's time.
     devices: int | None = None
     clock_seconds: float | None = None
+    # What happens to its workers; see `Faults`.
     kill_every: float | None = None
     lose_device: int | None = None
+    # Mounted beside the test file, so that the visible run scores rows of it.
     train_file: Path | None = None
 
     @property
@@ -84,29 +80,18 @@ class Scenario:
 
 @dataclass(frozen=True)
 class Inputs:
-    """All that a rehearsal needs, checked before the kernel runs.
+    """All that a rehearsal needs, checked before the kernel runs."""
 
-    Attributes:
-        name: The spec's name, which is the kernel's.
-        spec: The kernel's spec.
-        fits: Its packages with their recipes.
-        packages: The folders of its packages, by the names of their datasets.
-        kernel_folder: Where the kernel was built.
-        python: The interpreter with Kaggle's versions.
-        rows: The test rows, with verdicts where the test file has them.
-        rows_description: How they were made; see `describe_rows`.
-        suffix: The test file's: ".csv", or another for Parquet.
-    """
-
-    name: str
+    name: str  # of the spec and the kernel
     spec: Spec
     fits: list[Fit]
-    packages: dict[str, Path]
+    packages: dict[str, Path]  # their folders, by dataset
     kernel_folder: Path
-    python: Path
-    rows: pl.DataFrame
+    clock_seconds: float
+    python: Path  # the interpreter with Kaggle's versions
+    rows: pl.DataFrame  # with verdicts where the test file has them
     rows_description: dict
-    suffix: str
+    suffix: str  # of the test file: ".csv", or another for Parquet
 
 
 def rehearse(
@@ -122,16 +107,12 @@ def rehearse(
         spec_path: The spec; its kernel must be built.
         test_file: The test rows, CSV or Parquet. Verdicts are hidden from the kernel.
         out: The folder for the kernel's results, rehearsal.json, and rows.parquet where the rows
-            are not the test file's.
+            are not the test file's. After a failure it has no rehearsal.json.
         python: The interpreter with Kaggle's versions, by default .venv-kaggle's.
         scenario: The options; by default the kernel runs on the file's own rows.
 
     Returns:
         The content of rehearsal.json.
-
-    Raises:
-        UserError: The kernel was not built, a package is absent or does not suit, the kernel fails
-            or is late, or its results are no valid submission. `out` then has no rehearsal.json.
     """
     if scenario is None:
         scenario = Scenario()
@@ -151,18 +132,18 @@ def rehearse(
         ledger.record("rehearse", **ledger_entry, verdict="failed", reason=str(error))
         raise
 
-    clock_seconds = choose_clock(inputs, scenario)
     print(
         f"{out / 'submission.csv'}: {len(inputs.rows)} rows in {run.seconds:.1f} s "
-        f"of a clock of {format_duration(clock_seconds)}"
+        f"of a clock of {format_duration(inputs.clock_seconds)}"
     )
+    kills = [asdict(kill) for kill in run.kills]
     record = {
         "rows": len(inputs.rows),
         "test": inputs.rows_description,
         "seconds": round(run.seconds, 1),
-        "clock_seconds": clock_seconds,
+        "clock_seconds": inputs.clock_seconds,
         "devices": scenario.devices,
-        "faults": record_faults(scenario.faults, run),
+        "faults": {**asdict(scenario.faults), "kills": kills},
         **measurements,
         "build": build,
     }
@@ -175,11 +156,14 @@ def prepare_inputs(
     spec_path: Path, test_file: Path, python: Path | None, scenario: Scenario
 ) -> Inputs:
     """Check all inputs and make the rows, so that mistakes show before the kernel's long run."""
-    # The kernel and its packages.
+    # The kernel, its packages and its time.
     spec = read_spec(spec_path)
     kernel_folder = check_built(spec_path)
     fits = fit_packages(spec_path, spec)
     packages = {fit.package.dataset: find_package(fit) for fit in fits}
+    clock_seconds = scenario.clock_seconds
+    if clock_seconds is None:
+        clock_seconds = spec.clock_seconds
 
     # The options that a machine or a file may contradict.
     python = find_python(python)
@@ -202,6 +186,7 @@ def prepare_inputs(
         fits=fits,
         packages=packages,
         kernel_folder=kernel_folder,
+        clock_seconds=clock_seconds,
         python=python,
         rows=rows,
         rows_description=description,
@@ -226,21 +211,10 @@ def check_train_file(scenario: Scenario) -> None:
         )
 
 
-def choose_clock(inputs: Inputs, scenario: Scenario) -> float:
-    """Return the kernel's time in seconds: the scenario's, or else the spec's."""
-    if scenario.clock_seconds is not None:
-        return scenario.clock_seconds
-    return inputs.spec.clock_seconds
-
-
 def run_kernel(inputs: Inputs, scenario: Scenario, out: Path) -> KernelRun:
-    """Run the kernel in a temporary /kaggle, and copy its results to `out`.
-
-    Raises:
-        UserError: The kernel fails, is late or lacks a result, or a fault did not happen.
-    """
+    """Run the kernel in a temporary /kaggle, and copy its results to `out`."""
     conditions = Conditions(
-        clock_seconds=choose_clock(inputs, scenario),
+        clock_seconds=inputs.clock_seconds,
         devices=scenario.devices,
         is_hidden=scenario.is_hidden,
         faults=scenario.faults,
@@ -337,9 +311,3 @@ def print_checks(checks: dict, fits: list[Fit]) -> None:
             f"checked: {checks['alike']} rows have the texts of others; their probabilities differ "
             f"by at most {checks['largest_difference']:.1e}, {checks['tolerance']:g} is allowed"
         )
-
-
-def record_faults(faults: Faults, run: KernelRun) -> dict:
-    """Write down what happened to the workers, for the key `faults` of rehearsal.json."""
-    kills = [asdict(kill) for kill in run.kills]
-    return {**asdict(faults), "kills": kills}

@@ -27,20 +27,12 @@ BITS_PER_HEX_DIGIT = 4
 
 @dataclass(frozen=True)
 class RowOptions:
-    """How the rehearsed rows differ from the test file's. By default they do not.
+    """How the rehearsed rows differ from the test file's. By default they do not."""
 
-    Attributes:
-        size: Number of rows to draw from the file. None: all of them, once.
-        shuffle: Whether rows change their order and ids are dealt out anew.
-        ids: Kind of the new ids, "int" or "string". None: see `choose_id_kind`.
-        adversarial: Whether some rows are replaced by adversarial ones.
-        seed: Decides everything that is drawn at random.
-    """
-
-    size: int | None = None
-    shuffle: bool = False
-    ids: str | None = None
-    adversarial: bool = False
+    size: int | None = None  # number of rows to draw from the file; None: all of them, once
+    shuffle: bool = False  # rows change their order, and ids are dealt out anew
+    ids: str | None = None  # kind of the new ids, "int" or "string"; None: see `choose_id_kind`
+    adversarial: bool = False  # some rows are replaced by adversarial ones
     seed: int = 0
 
     @property
@@ -58,68 +50,54 @@ def read_test_rows(test_file: Path, spec: Spec) -> pl.DataFrame:
     """Read the test file and check its columns and ids.
 
     Args:
-        test_file: CSV (suffix ".csv") or Parquet, in the layout of the
-            competition's test or train file. Further columns are kept.
+        test_file: CSV (suffix ".csv") or Parquet, in the layout of the competition's test or train
+            file. Further columns are kept.
         spec: The kernel's spec; its competition is named in messages.
-
-    Returns:
-        The rows in the file's order.
-
-    Raises:
-        UserError: The file cannot be read, or its columns or ids are wrong.
     """
     if not test_file.is_file():
         raise UserError(f"{test_file}: no such file; give the test rows with --test")
 
     try:
-        rows = read_table(test_file)
+        if test_file.suffix == ".csv":
+            rows = pl.read_csv(test_file, infer_schema=False)  # every column as text
+        else:
+            rows = pl.read_parquet(test_file)
     except (pl.exceptions.PolarsError, OSError) as error:
         message = " ".join(str(error).split())
         raise UserError(f"{test_file}: cannot be read: {message}") from None
 
-    problem = find_column_problem(rows)
-    if problem is not None:
-        layout = COMPETITIONS[spec.competition].slug
-        raise UserError(f"{test_file}: {problem}; expected the layout of {layout}")
-
-    problem = find_id_problem(rows)
-    if problem is not None:
-        raise UserError(f"{test_file}: {problem}; a submission needs every id once")
+    layout = COMPETITIONS[spec.competition].slug
+    check_columns(rows, test_file, layout)
+    check_ids(rows, test_file)
     return rows
 
 
-def read_table(path: Path) -> pl.DataFrame:
-    """Read a CSV, every column as text, or a Parquet file."""
-    if path.suffix == ".csv":
-        return pl.read_csv(path, infer_schema=False)
-    return pl.read_parquet(path)
-
-
-def find_column_problem(rows: pl.DataFrame) -> str | None:
-    """Say which columns are absent or hold no text, or that there are no rows; else None."""
+def check_columns(rows: pl.DataFrame, test_file: Path, layout: str) -> None:
+    """Raise UserError where columns are absent or hold no text, or there are no rows."""
     missing = [name for name in ("id", *TEXTS) if name not in rows.columns]
+    wrong_type = [name for name in TEXTS if rows.schema.get(name) not in TEXT_TYPES]
     if missing:
-        return f"no column {', '.join(missing)}"
+        problem = f"no column {', '.join(missing)}"
+    elif wrong_type:
+        problem = f"no text in {', '.join(wrong_type)}"
+    elif rows.is_empty():
+        problem = "no rows"
+    else:
+        return
+    raise UserError(f"{test_file}: {problem}; expected the layout of {layout}")
 
-    wrong_type = [name for name in TEXTS if rows.schema[name] not in TEXT_TYPES]
-    if wrong_type:
-        return f"no text in {', '.join(wrong_type)}"
 
-    if rows.is_empty():
-        return "no rows"
-    return None
-
-
-def find_id_problem(rows: pl.DataFrame) -> str | None:
-    """Say that an id is absent or occurs twice; else None."""
+def check_ids(rows: pl.DataFrame, test_file: Path) -> None:
+    """Raise UserError where an id is absent or occurs twice."""
     ids = rows["id"].cast(pl.String)
-    if ids.null_count():
-        return "a row has no id"
-
     repeated_ids = ids.filter(ids.is_duplicated())
-    if not repeated_ids.is_empty():
-        return f"the id {repeated_ids[0]} occurs twice"
-    return None
+    if ids.null_count():
+        problem = "a row has no id"
+    elif not repeated_ids.is_empty():
+        problem = f"the id {repeated_ids[0]} occurs twice"
+    else:
+        return
+    raise UserError(f"{test_file}: {problem}; a submission needs every id once")
 
 
 def make_rows(rows: pl.DataFrame, options: RowOptions, are_turns: bool = False) -> pl.DataFrame:
@@ -127,14 +105,8 @@ def make_rows(rows: pl.DataFrame, options: RowOptions, are_turns: bool = False) 
 
     The same seed gives the same rows. A row keeps its verdict wherever it keeps its texts.
 
-    Args:
-        rows: The test file's rows.
-        options: What to change.
-        are_turns: Whether texts are JSON lists of turns, as LMSYS stores them.
-
-    Returns:
-        The rows for the kernel, with a column `hostile` (see `add_adversarial_rows`) where
-        adversarial rows were added.
+    With `are_turns` texts are JSON lists of turns, as LMSYS stores them. Where adversarial rows
+    were added, there is a column `hostile` (see `add_adversarial_rows`).
     """
     rng = random.Random(options.seed)
 
@@ -146,7 +118,11 @@ def make_rows(rows: pl.DataFrame, options: RowOptions, are_turns: bool = False) 
     if options.adversarial:
         rows = add_adversarial_rows(rows, options.seed, are_turns)
     if options.needs_new_ids:
-        rows = rows.with_columns(make_ids(len(rows), new_id_kind, rng))
+        if new_id_kind == "int":
+            new_ids = pl.Series("id", make_int_ids(len(rows), rng), pl.Int64)
+        else:
+            new_ids = pl.Series("id", make_hex_ids(len(rows), rng), pl.String)
+        rows = rows.with_columns(new_ids)
     if options.shuffle:
         rows = shuffle_rows(rows, rng)
     return rows
@@ -157,9 +133,8 @@ def draw_rows(rows: pl.DataFrame, size: int, rng: random.Random) -> pl.DataFrame
     all_places = range(len(rows))
     if size > len(rows):
         places = rng.choices(all_places, k=size)
-        return rows[sorted(places)]
-
-    places = rng.sample(all_places, size)
+    else:
+        places = rng.sample(all_places, size)
     return rows[sorted(places)]
 
 
@@ -189,13 +164,6 @@ def find_id_kind(rows: pl.DataFrame) -> str:
         return "int"
     has_only_digits = rows["id"].cast(pl.String).str.contains(r"^\d+$")
     return "int" if has_only_digits.all() else "string"
-
-
-def make_ids(number: int, kind: str, rng: random.Random) -> pl.Series:
-    """Make a column `id` of `number` different ids in random order: Int64, or hexadecimal text."""
-    if kind == "int":
-        return pl.Series("id", make_int_ids(number, rng), pl.Int64)
-    return pl.Series("id", make_hex_ids(number, rng), pl.String)
 
 
 def make_int_ids(number: int, rng: random.Random) -> list[int]:

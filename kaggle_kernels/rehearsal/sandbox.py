@@ -10,6 +10,7 @@ import signal
 import subprocess
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,19 +61,12 @@ sys.addaudithook(refuse)
 
 @dataclass(frozen=True)
 class Conditions:
-    """Under which conditions the kernel runs.
+    """Under which conditions the kernel runs."""
 
-    Attributes:
-        clock_seconds: The kernel is ended after this time.
-        devices: Number of CPU workers. None: the kernel uses what it finds.
-        is_hidden: Whether the kernel is told that this is the hidden run.
-        faults: What happens to its workers.
-    """
-
-    clock_seconds: float
-    devices: int | None = None
-    is_hidden: bool = False
-    faults: Faults = Faults()
+    clock_seconds: float  # the kernel is ended after this time
+    devices: int | None = None  # number of CPU workers; None: the kernel uses what it finds
+    is_hidden: bool = False  # whether the kernel is told that this is the hidden run
+    faults: Faults = Faults()  # what happens to its workers
 
 
 @dataclass(frozen=True)
@@ -81,14 +75,6 @@ class KernelRun:
 
     seconds: float
     kills: tuple[Kill, ...]
-
-
-@dataclass
-class Ending:
-    """How the kernel's process ended: the threads that watch it fill this in."""
-
-    was_late: bool = False
-    seconds: float = 0.0
 
 
 def find_python(python: Path | None) -> Path:
@@ -114,35 +100,29 @@ def run_as_kaggle(
         name: How messages name the kernel.
         conditions: Its clock, devices and faults.
 
-    Returns:
-        How long it took, and which workers were killed.
-
     Raises:
         UserError: It failed, or was not done within its clock; the message has its last line.
     """
-    # One thread ends the kernel when its clock runs out, the other notes when it ends by itself.
-    # This thread reads the log meanwhile.
     began = time.monotonic()
     process = start_kernel(python, kernel, root, conditions)
-    ending = Ending()
-    clock = threading.Timer(
-        conditions.clock_seconds, function=end_late_kernel, args=(process, ending)
-    )
-    watcher = threading.Thread(target=await_end, args=(process, began, ending))
 
-    try:
-        clock.start()
-        watcher.start()
-        with inject_faults(process.pid, conditions.faults) as kills:
-            last_line = print_log(process, root)
-    finally:
-        # Also after Ctrl-C: nothing of the kernel may go on.
-        clock.cancel()
-        end_group(process.pid)
-        watcher.join()
-        process.stdout.close()
+    # One thread ends the kernel when its clock runs out, another notes when it ends by itself.
+    # This thread reads the log meanwhile.
+    clock = threading.Timer(conditions.clock_seconds, end_group, args=(process.pid,))
+    with ThreadPoolExecutor() as threads:
+        try:
+            clock.start()
+            watcher = threads.submit(await_end, process, began)
+            with inject_faults(process.pid, conditions.faults) as kills:
+                last_line = print_log(process, root)
+        finally:
+            # Also after Ctrl-C: nothing of the kernel may go on.
+            clock.cancel()
+            end_group(process.pid)
+            process.stdout.close()
 
-    if ending.was_late:
+    seconds = watcher.result()
+    if seconds >= conditions.clock_seconds:
         raise UserError(
             f"{name}: the kernel was ended: it was not done within its clock of "
             f"{conditions.clock_seconds:g} s (clock_seconds of the spec, or --clock); "
@@ -152,7 +132,7 @@ def run_as_kaggle(
         raise UserError(
             f"{name}: the kernel ended with exit code {process.returncode}: {last_line}"
         )
-    return KernelRun(ending.seconds, tuple(kills))
+    return KernelRun(seconds, tuple(kills))
 
 
 def start_kernel(
@@ -185,38 +165,29 @@ def print_log(process: subprocess.Popen[str], root: Path) -> str:
     last_line = ""
     for line in process.stdout:
         # Paths look as they would on Kaggle.
-        line = line.replace(str(root), "/kaggle")
-        line = line.replace(f"{root.parent}/", "")
+        line = line.replace(str(root), "/kaggle").replace(f"{root.parent}/", "")
         print(line, end="", flush=True)
         if line.strip():
             last_line = line.strip()
     return last_line
 
 
-def end_late_kernel(process: subprocess.Popen[str], ending: Ending) -> None:
-    """End a kernel whose clock has run out."""
-    ending.was_late = True
-    end_group(process.pid)
-
-
-def await_end(process: subprocess.Popen[str], began: float, ending: Ending) -> None:
-    """Note when the kernel ends, then end what it leaves behind.
+def await_end(process: subprocess.Popen[str], began: float) -> float:
+    """Return the kernel's seconds once it has ended, and what it leaves behind has ended too.
 
     A child that outlives the kernel holds its log open: without this, reading it would never end.
     """
     process.wait()
-    ending.seconds = time.monotonic() - began
-    await_group(process.pid)
+    seconds = time.monotonic() - began
 
-
-def await_group(group: int) -> None:
-    """Give the processes of a group GRACE_SECONDS to end, then end them."""
+    # What the kernel has started may end by itself for a while.
     deadline = time.monotonic() + GRACE_SECONDS
     with contextlib.suppress(ProcessLookupError, PermissionError):
         while time.monotonic() < deadline:
-            os.killpg(group, 0)  # raises where no process of the group is left
+            os.killpg(process.pid, 0)  # raises where no process of the group is left
             time.sleep(GROUP_POLL_SECONDS)
-    end_group(group)
+    end_group(process.pid)
+    return seconds
 
 
 def end_group(group: int) -> None:
@@ -228,9 +199,9 @@ def end_group(group: int) -> None:
 def make_environment(
     root: Path, site: Path, devices: int | None = None, is_hidden: bool = False
 ) -> dict[str, str]:
-    """Return the kernel's environment variables: few of this machine's, and no way to a model hub.
+    """Make the kernel's environment variables: few of this machine's, and no way to a model hub.
 
-    `root` stands for /kaggle, `site` holds sitecustomize.py; see `Conditions` for the others.
+    `root` stands for /kaggle, `site` holds sitecustomize.py.
     """
     # Tokens and passwords of this machine's user must not reach the kernel.
     environment = {name: os.environ[name] for name in KEPT_ENVIRONMENT if name in os.environ}

@@ -46,17 +46,6 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class TokensPerRow:
-    """Tokens, padding included, that a model computes for a mean row in each order.
-
-    `second_order` is None for a model that scores rows in one order only.
-    """
-
-    first_order: float
-    second_order: float | None
-
-
-@dataclass(frozen=True)
 class Prediction:
     """Seconds that two T4s take for so many rows, by phase, all models together."""
 
@@ -85,26 +74,27 @@ def predict_runs(
         fits: The spec's packages, with the sizes of their base models.
         spec: The kernel's spec.
         passes: The key `passes` of kernel.json: what each model computed here in each order.
-        rows: Number of rows in the rehearsed test file.
+        rows: Number of rows in the rehearsed test file; other rows are taken to be as long.
 
     Returns:
-        One prediction for each number of rows, the rehearsed number first. Rows are taken to be as
-        long as the rehearsed ones.
+        One prediction for each number of rows, the rehearsed number first.
     """
+    runs_that_scored = {record["run"] for record in passes if record["scored"] > 0}
+
     # The work for a mean row in each order, all models together.
     first_order_flop = 0.0
     second_order_flop = 0.0
-    first_models_tokens = measure_tokens_per_row(fits[0], spec, passes, rows)
     for fit in fits:
-        tokens = measure_tokens_per_row(fit, spec, passes, rows)
         # The clock may have left no time for a later model: the first one's tokens are a guess.
-        if tokens.first_order == 0:
-            tokens = borrow_tokens(tokens, first_models_tokens)
+        run = fit.package.run
+        if run not in runs_that_scored:
+            run = fits[0].package.run
 
+        first_order_tokens, second_order_tokens = measure_tokens_per_row(passes, run, rows)
         flop_per_token = FLOP_PER_PARAMETER * count_multiplied_parameters(fit)
-        first_order_flop += flop_per_token * tokens.first_order
-        if tokens.second_order is not None:
-            second_order_flop += flop_per_token * tokens.second_order
+        first_order_flop += flop_per_token * first_order_tokens
+        if spec.orders == "both" and fit.served.head != "reward":
+            second_order_flop += flop_per_token * second_order_tokens
 
     # Rows cost time in proportion to their number, loading does not.
     loading = predict_loading(fits)
@@ -140,29 +130,20 @@ def count_multiplied_parameters(fit: Fit) -> int:
     return parameters
 
 
-def measure_tokens_per_row(fit: Fit, spec: Spec, passes: Sequence[dict], rows: int) -> TokensPerRow:
-    """Derive a model's tokens for a mean row from what it computed in the rehearsal.
-
-    Args:
-        fit: The model's package.
-        spec: The kernel's spec, which says whether rows are scored in both orders.
-        passes: The key `passes` of kernel.json.
-        rows: Number of rows in the rehearsed test file.
+def measure_tokens_per_row(passes: Sequence[dict], run: str, rows: int) -> tuple[float, float]:
+    """Measure a model's tokens for a mean row of the `rows` that were rehearsed, padding included.
 
     Returns:
-        The tokens in each order. The first is 0 where the model scored nothing.
+        The tokens in the first and in the second order, 0 where the model scored nothing.
     """
-    run = fit.package.run
     first_order_tokens, _ = average_tokens(passes, run, "as_given")
-    if spec.orders != "both" or fit.served.head == "reward":
-        return TokensPerRow(first_order_tokens, None)
+    second_order_tokens, scored_rows = average_tokens(passes, run, "swapped")
 
     # A second order that was cut short ran on rows chosen by their gain per second, which are no
     # fair sample: the first order's tokens are the better guess.
-    second_order_tokens, scored_rows = average_tokens(passes, run, "swapped")
     if scored_rows < rows:
         second_order_tokens = first_order_tokens
-    return TokensPerRow(first_order_tokens, second_order_tokens)
+    return first_order_tokens, second_order_tokens
 
 
 def average_tokens(passes: Sequence[dict], run: str, order: str) -> tuple[float, int]:
@@ -177,13 +158,6 @@ def average_tokens(passes: Sequence[dict], run: str, order: str) -> tuple[float,
     if scored_rows == 0:
         return 0.0, 0
     return computed_tokens / scored_rows, scored_rows
-
-
-def borrow_tokens(tokens: TokensPerRow, first_models_tokens: TokensPerRow) -> TokensPerRow:
-    """Give a model that scored nothing the first model's tokens, in the orders that it has."""
-    if tokens.second_order is None:
-        return TokensPerRow(first_models_tokens.first_order, None)
-    return first_models_tokens
 
 
 def measure_speed(passes: Sequence[dict]) -> Speed:
@@ -208,10 +182,7 @@ def report_throughput(
 ) -> list[str]:
     """Write the lines of the log: the speed here, the predictions, and a warning if it is too slow.
 
-    Args:
-        speed: What was measured here.
-        predictions: From `predict_runs`: the first is for the rehearsed number of rows.
-        clock_seconds: The time that the spec allows.
+    The first prediction is for the rehearsed number of rows.
     """
     lines = [
         f"here: {speed.rows_per_second:.1f} rows/s, {speed.tokens_per_second:.0f} tokens/s, "

@@ -34,19 +34,11 @@ SUM_TOLERANCE = 1e-6
 
 @dataclass(frozen=True)
 class Difference:
-    """How far rows with the same texts are apart.
+    """How far rows with the same texts are apart: the largest difference in any column."""
 
-    Attributes:
-        rows: Number of rows that share their texts with another row.
-        largest: The largest difference in any column of probabilities.
-        column: The column that it was found in. None where all rows are equal.
-        ids: The two rows that it was found in.
-    """
-
-    rows: int
     largest: float = 0.0
-    column: str | None = None
-    ids: tuple[str, ...] = ()
+    column: str | None = None  # None where all rows are equal
+    ids: tuple[str, ...] = ()  # the two rows that it was found in
 
 
 def check_results(
@@ -65,12 +57,8 @@ def check_results(
         tolerance: How far probabilities of rows with the same texts may differ.
 
     Returns:
-        The key `checks` of rehearsal.json: `ids` and `scored` are numbers of rows, `by_model` the
-        number of rows that each run has scored; `alike`, `largest_difference`, `column` and `rows`
-        are those of `Difference`.
-
-    Raises:
-        UserError: A file, an id or a value is wrong; the message names it.
+        The key `checks` of rehearsal.json: `ids`, `scored` and `alike` (rows that have the texts of
+        others) are numbers of rows, `by_model` the number of rows that each run has scored.
     """
     # Each file by itself, then both together.
     ids = rows["id"].cast(pl.String).to_list()
@@ -79,7 +67,8 @@ def check_results(
     check_same_answers(folder / "submission.csv", answers, scores, competition)
 
     # An answer that stands in another row's place shows between rows with the same texts.
-    difference = find_largest_difference(rows, scores, competition.verdicts)
+    twins = select_twins(rows, scores)
+    difference = find_largest_difference(twins, competition.verdicts)
     if difference.largest > tolerance:
         first, second = difference.ids
         raise UserError(
@@ -93,7 +82,7 @@ def check_results(
         "scored": int(scores["scored"].sum()),
         "by_model": count_scored_rows(scores),
         "tolerance": tolerance,
-        "alike": difference.rows,
+        "alike": len(twins),
         "largest_difference": difference.largest,
         "column": difference.column,
         "rows": list(difference.ids),
@@ -103,9 +92,7 @@ def check_results(
 def choose_tolerance(packages: Iterable[Path], out: Path) -> float:
     """Choose how far probabilities of rows with the same texts may differ.
 
-    Args:
-        packages: The folders of the packages, each with config.json.
-        out: The folder that has the kernel's record, kernel.json.
+    `packages` are the folders with the models' config.json, `out` has the kernel's kernel.json.
     """
     devices = read_object(out / "kernel.json")["devices"]
     is_on_cpu = all(device == "cpu" for device in devices)
@@ -267,7 +254,10 @@ def check_same_answers(
             winner = competition.verdicts.index(answer[0])
             is_same = probabilities[winner] == max(probabilities)
         else:
-            is_same = are_close(answer, probabilities)
+            # Printed probabilities are rounded.
+            pairs = zip(answer, probabilities, strict=True)
+            differences = [abs(float(text) - probability) for text, probability in pairs]
+            is_same = max(differences) <= SUM_TOLERANCE
 
         if not is_same:
             raise UserError(
@@ -276,76 +266,45 @@ def check_same_answers(
             )
 
 
-def are_close(written: Sequence[str], probabilities: Sequence[float]) -> bool:
-    """Tell whether printed probabilities are the computed ones, but for rounding."""
-    for text, probability in zip(written, probabilities, strict=True):
-        if not math.isclose(float(text), probability, abs_tol=SUM_TOLERANCE):
-            return False
-    return True
+def select_twins(rows: pl.DataFrame, scores: pl.DataFrame) -> pl.DataFrame:
+    """Select the rows of `scores` that share their texts, of which a column `texts` has a hash.
 
-
-def find_largest_difference(
-    rows: pl.DataFrame, scores: pl.DataFrame, verdicts: Sequence[str]
-) -> Difference:
-    """Find how far probabilities of rows with the same texts are apart, in any column.
-
-    Final probabilities are compared only among rows that the same models scored in the same orders.
-
-    Args:
-        rows: The test rows with their texts.
-        scores: The table of scores.parquet, with its rows in the same order.
-        verdicts: Each has a column p_VERDICT of final probabilities.
+    `rows` are the test rows, in the same order.
     """
-    model_columns = list_model_columns(scores)
-    table = scores.with_columns(hash_texts(rows))
-    table = table.filter(pl.col("texts").is_duplicated())
-
-    # Columns that say which models scored a row in which order.
-    scored_columns = []
-    for name in model_columns:
-        scored_column = f"{name} was scored"
-        table = table.with_columns(pl.col(name).is_not_null().alias(scored_column))
-        scored_columns.append(scored_column)
-
-    differences = [Difference(rows=len(table))]
-    for name in model_columns:
-        differences.append(compare_rows(table, name, keys=["texts"]))
-    for verdict in verdicts:
-        differences.append(compare_rows(table, f"p_{verdict}", keys=["texts", *scored_columns]))
-    return max(differences, key=attrgetter("largest"))
-
-
-def hash_texts(rows: pl.DataFrame) -> pl.Series:
-    """Make a column `texts` with a hash of each row's texts, which may be very long."""
+    # Hashes, since texts may be very long.
     hashes = []
     for texts in rows.select(TEXTS).iter_rows():
         serialised = json.dumps(texts).encode()
         hashes.append(hashlib.sha256(serialised).hexdigest())
-    return pl.Series("texts", hashes)
+    return scores.with_columns(texts=pl.Series(hashes)).filter(pl.col("texts").is_duplicated())
 
 
-def compare_rows(table: pl.DataFrame, column: str, keys: Sequence[str]) -> Difference:
-    """Find the largest difference in a column between rows that are equal in the columns `keys`.
+def find_largest_difference(twins: pl.DataFrame, verdicts: Sequence[str]) -> Difference:
+    """Find how far probabilities of rows with the same texts are apart, in any column."""
+    differences = [Difference()]
+    model_columns = list_model_columns(twins)
+    for name in model_columns:
+        differences.append(compare_rows(twins, name, keys=[pl.col("texts")]))
 
-    Args:
-        table: The rows that share their texts, with `texts` and `id`.
-        column: The probabilities to compare; nulls are left out.
-        keys: Columns in which the compared rows must be equal.
-    """
-    groups = table.filter(pl.col(column).is_not_null()).group_by(keys)
+    # Final probabilities may differ where other models scored a row, or in other orders.
+    was_scored = [pl.col(name).is_not_null() for name in model_columns]
+    for verdict in verdicts:
+        differences.append(compare_rows(twins, f"p_{verdict}", [pl.col("texts"), *was_scored]))
+    return max(differences, key=attrgetter("largest"))
+
+
+def compare_rows(twins: pl.DataFrame, column: str, keys: Sequence[pl.Expr]) -> Difference:
+    """Find the largest difference in a column, nulls left out, between rows with equal keys."""
+    groups = twins.filter(pl.col(column).is_not_null()).group_by(keys)
     spreads = groups.agg(
         difference=pl.col(column).max() - pl.col(column).min(),
         lowest_id=pl.col("id").sort_by(column, "id").first(),
         highest_id=pl.col("id").sort_by(column, "id").last(),
     )
     if spreads.is_empty():
-        return Difference(rows=len(table))
+        return Difference()
 
     # Of equal differences the one with the highest hash, so that the choice is always the same.
     widest = spreads.sort("difference", "texts").row(-1, named=True)
-    return Difference(
-        rows=len(table),
-        largest=widest["difference"],
-        column=column,
-        ids=(widest["lowest_id"], widest["highest_id"]),
-    )
+    ids = (widest["lowest_id"], widest["highest_id"])
+    return Difference(widest["difference"], column, ids)

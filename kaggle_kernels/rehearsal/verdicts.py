@@ -5,7 +5,6 @@ kept here. `rehearse.py` calls `read_verdicts` before the kernel runs and `measu
 """
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import polars as pl
@@ -20,10 +19,6 @@ FLAG_COLUMNS = [f"winner_{verdict}" for verdict in VERDICTS]
 
 def read_verdicts(test_rows: pl.DataFrame, where: str) -> pl.DataFrame | None:
     """Read the verdicts from WSDM's column `winner` or from LMSYS's three columns of 0 and 1.
-
-    Args:
-        test_rows: Rows with `id`, `response_a` and `response_b`.
-        where: How messages name the rows.
 
     Returns:
         `id` as text, `winner` (null: the row has no verdict) and `longer`, the verdict for the
@@ -68,35 +63,24 @@ def read_flag_columns(test_rows: pl.DataFrame, where: str) -> list[str | None]:
         names = ", ".join(sorted(missing))
         raise UserError(f"{where}: no column {names}; give all three, or none")
 
+    # Flags are numbers, or text in a CSV. What is no number becomes null.
+    flag_table = test_rows.select(FLAG_COLUMNS)
+    number_table = flag_table.cast(pl.Float64, strict=False)
+
     winners = []
-    for place, flags in enumerate(test_rows.select(FLAG_COLUMNS).iter_rows()):
-        try:
-            winners.append(parse_flags(flags))
-        except (TypeError, ValueError):
+    rows = zip(flag_table.iter_rows(), number_table.iter_rows(), strict=True)
+    for place, (flags, numbers) in enumerate(rows):
+        if numbers.count(1) == 1 and numbers.count(0) == 2:
+            winners.append(VERDICTS[numbers.index(1)])
+        elif flags == (None, None, None):
+            winners.append(None)
+        else:
             row = name_row(test_rows, where, place)
             raise UserError(
                 f"{row}: winner is {flags!r}; expected a 1 for model_a, model_b or tie, "
                 "and 0 for the others"
-            ) from None
+            )
     return winners
-
-
-def parse_flags(flags: Sequence[object]) -> str | None:
-    """Return the verdict whose flag is 1, or None where all flags are null.
-
-    Args:
-        flags: A row's values in the order of FLAG_COLUMNS: numbers, text (in a CSV) or None.
-
-    Raises:
-        TypeError, ValueError: The flags are not one 1 and two 0.
-    """
-    if all(flag is None for flag in flags):
-        return None
-
-    numbers = [float(flag) for flag in flags]
-    if sorted(numbers) != [0, 0, 1]:
-        raise ValueError("not one flag is 1 and the others 0")
-    return VERDICTS[numbers.index(1)]
 
 
 def name_row(test_rows: pl.DataFrame, where: str, place: int) -> str:
@@ -116,10 +100,7 @@ def count_characters(rows: pl.DataFrame, name: str) -> pl.Expr:
 def measure_quality(test_rows: pl.DataFrame, scores_file: Path, spec: Spec) -> dict:
     """Measure the kernel's probabilities over the rows that have a verdict, joined by id.
 
-    Args:
-        test_rows: The rows that the kernel got, with their verdicts.
-        scores_file: The kernel's scores.parquet.
-        spec: The kernel's spec; rows whose verdict its competition does not know are left out.
+    Rows whose verdict the spec's competition does not know are left out.
 
     Returns:
         `judged` (the number of rows), `accuracy`, `log_loss` (in nats), and `longer_accuracy`: the

@@ -37,7 +37,7 @@ def test_commands_are_those_of_the_python_m_forms():
 
 def test_help_and_completion_import_nothing_slow():
     code = (
-        "import click, sys; from kaggle_kernels.cli import main\n"
+        "import click, sys; import kaggle_kernels.__main__; from kaggle_kernels.cli import main\n"
         "main(['--help'], standalone_mode=False); main.shell_complete(click.Context(main), '')\n"
         f"print(sorted(set({SLOW_TO_IMPORT!r}) & set(sys.modules)))"
     )

@@ -50,27 +50,16 @@ def test_what_follows_from_a_mistake_is_not_a_second_problem(tmp_path):
         ({"packages": package(wieght=1)}, "packages.0.wieght: unknown key; did you mean weight?"),
         ({"clock_seconds": None}, "clock_seconds: missing; add it: how long the kernel may take"),
         ({"packages": package(weight=0.5)}, "packages: the weights sum to 0.5, expected 1"),
-        ({"packages": package(weight=0)}, "packages.0.weight: expected a number above 0, found 0"),
         ({"packages": [*package(weight=0.5)] * 2}, "packages: two packages have the same run"),
         ({"packages": []}, "packages: "),
         ({"packages": package(placement="both")}, "packages.0.placement: expected one of auto, each, split, found 'both'"),
         ({"packages": package(dataset="Upper_case")}, "packages.0.dataset: expected lower-case letters and digits, with"),
         ({"packages": package(run="")}, "packages.0.run: expected a run's name, as in outputs/NAME, found ''"),
         ({"packages": package(weight="0.5")}, "packages.0.weight: expected a number, found '0.5' (YAML reads that as text"),
-        ({"packages": "one"}, "packages: expected a list, found 'one'"),
-        ({"clock_seconds": True}, "clock_seconds: expected a number, found True"),
         ({"wheels": "dataset-one"}, "wheels: dataset-one is a package's dataset; name the one with bitsandbytes"),
         ({"competition": "wsdmm"}, "competition: expected one of wsdm, lmsys, found 'wsdmm'; did you mean wsdm?"),
-        ({"accelerator": "NvidiaTeslaP100"}, "accelerator: expected one of NvidiaTeslaT4, found 'NvidiaTeslaP100'"),
         ({"clock_seconds": 0}, "clock_seconds: expected a number above 0, found 0"),
-        ({"clock_seconds": 50000}, "clock_seconds: "),
-        ({"orders": "swapped"}, "orders: expected one of as_given, both, found 'swapped'"),
-        ({"min_scored": 1.5}, "min_scored: "),
-        ({"visible_rows": -1}, "visible_rows: "),
-        ({"temperature": 0}, "temperature: "),
-        ({"title": "abc"}, "title: "),
         ({"title": "日本語 ab"}, "title: its slug would be 'ab', Kaggle wants 5 characters or more"),
-        ({"title": "t" * 51}, "title: "),
         ({"budget_tokens": 10000}, "budget_tokens: 10000 is more than tokens_per_batch, 8192"),
     ],
 )
@@ -79,12 +68,6 @@ def test_a_wrong_value_is_one_line_with_its_key(tmp_path, changes, message):
         read(tmp_path, **changes)
     assert str(refusal.value).startswith(f"{tmp_path}/spec.yml: {message}")
     assert "\n" not in str(refusal.value)
-
-
-def test_a_key_that_stands_twice_is_refused(tmp_path):
-    (tmp_path / "spec.yml").write_text("title: a\ntitle: b")
-    with pytest.raises(UserError, match="the key title stands in line 1 and again in line 2; remove one"):
-        read_spec(tmp_path / "spec.yml")
 
 
 def test_an_unknown_spec_names_those_there_are():
@@ -101,7 +84,4 @@ def test_settings_hold_what_the_spec_says(tmp_path):
     packages = [settings_for("one", "dataset-one", 0.75), settings_for("two", "dataset-two", 0.25)]
     settings = settings_of("spec", read(tmp_path, orders="as_given", budget_tokens=1024), packages)
     assert (settings.orders, settings.budget_tokens, settings.clock_seconds) == (("as_given",), 1024, 600)
-    assert [(chosen.run, chosen.dataset, chosen.weight) for chosen in settings.packages] == [
-        ("one", "dataset-one", 0.75),
-        ("two", "dataset-two", 0.25),
-    ]
+    assert settings.packages == tuple(packages)

@@ -1,6 +1,5 @@
 """Adversarial rows: what they hold, what they leave alone, and that a kernel reads them as they were written."""
 
-import json
 import random
 
 import polars as pl
@@ -51,15 +50,28 @@ def test_other_rows_stay_and_only_a_duplicate_has_a_verdict_that_of_its_twin(lay
     assert kept.join(duplicate, on=[*TEXTS, *verdicts], how="semi").height == 1
 
 
-def test_plain_texts_hold_what_their_kind_says():
-    table = adversarial("wsdm")
-    assert texts_of(table, "null") == [None, None, None]
-    assert texts_of(table, "null prompt")[0] is None
-    assert texts_of(table, "empty") == ["", "", ""]
-    assert texts_of(table, "null turns") == ["a question\n", "\nan answer", "\n"]
-    assert texts_of(table, "lone surrogates")[1] == "a\\udfffb"
-    assert texts_of(table, "Hebrew")[0] == "בוקר טוב, מה שלומך?"
-    assert "<end_of_turn>" in texts_of(table, "control tokens")[1]
+@pytest.mark.parametrize(
+    "layout, kind, texts",
+    [
+        ("wsdm", "null", [None, None, None]),
+        ("wsdm", "null turns", ["a question\n", "\nan answer", "\n"]),
+        ("wsdm", "lone surrogates", ["\\ud800", "a\\udfffb", "\\udc00\\ud83d"]),
+        ("lmsys", "null turns", ['["a question", null]', '[null, "an answer"]', "[null, null]"]),
+        ("lmsys", "no turns", ["[]", "[]", "[]"]),
+        ("lmsys", "lone surrogates", ['["\\ud800"]', '["a\\udfffb"]', '["\\udc00\\ud83d"]']),
+        ("lmsys", "broken JSON", ['["a question', '{"a": ', '["\\"]"]']),
+        ("turns", "null", [None, None, None]),
+        ("turns", "null turns", [["a question", None], [None, "an answer"], [None, None]]),
+        ("turns", "uneven turns", [["one", "two"], ["an answer"], ["one answer", "two", "three"]]),
+        ("turns", "lone surrogates", [["\\ud800"], ["a\\udfffb"], ["\\udc00\\ud83d"]]),
+    ],
+)
+def test_texts_are_stored_as_their_layout_stores_texts(layout, kind, texts):
+    assert texts_of(adversarial(layout), kind) == texts
+
+
+def test_a_null_of_lmsys_has_any_of_its_spellings():
+    assert set(texts_of(adversarial("lmsys"), "null")) <= {None, "null", "[null]"}
 
 
 def test_long_rows_have_200_000_characters_in_one_text_or_in_all():
@@ -74,27 +86,6 @@ def test_long_rows_have_200_000_characters_in_one_text_or_in_all():
     }
     assert " " not in texts_of(table, "long without spaces")[1]
     assert texts_of(table, "long and Chinese")[0].isalpha()
-
-
-def test_in_lmsys_layout_texts_are_json_turns_or_on_purpose_not():
-    table = adversarial("lmsys")
-    turns = [json.loads(text) for text in texts_of(table, "null turns")]
-    assert turns == [["a question", None], [None, "an answer"], [None, None]]
-    assert texts_of(table, "no turns") == ["[]", "[]", "[]"]
-    assert texts_of(table, "lone surrogates") == ['["\\ud800"]', '["a\\udfffb"]', '["\\udc00\\ud83d"]']
-    assert set(texts_of(table, "null")) <= {None, "null", "[null]"}
-    assert texts_of(table, "broken JSON")[1] == '{"a": '
-    with pytest.raises(RecursionError):
-        json.loads(texts_of(table, "deep JSON")[0])
-    assert len(json.loads(texts_of(table, "many turns")[2])) == 200
-
-
-def test_lists_of_turns_stay_lists():
-    table = adversarial("turns")
-    assert texts_of(table, "uneven turns") == [["one", "two"], ["an answer"], ["one answer", "two", "three"]]
-    assert texts_of(table, "null") == [None, None, None]
-    assert texts_of(table, "null turns")[0] == ["a question", None]
-    assert texts_of(table, "lone surrogates")[0] == ["\\ud800"]
 
 
 @pytest.mark.parametrize("layout", ["wsdm", "lmsys"])

@@ -48,7 +48,7 @@ def rehearse(folder, *options):
 
 @pytest.mark.parametrize(
     "competition, test_file, ids, seed",
-    [("wsdm", "test.parquet", "int", "1"), ("wsdm", "test.parquet", "string", "2"), ("lmsys", "test.csv", "int", "1")],
+    [("wsdm", "test.parquet", "string", "2"), ("lmsys", "test.csv", "int", "1")],
 )
 def test_300_hostile_rows_on_two_workers(tmp_path, request, competition, test_file, ids, seed):
     package = request.getfixturevalue({"wsdm": "package_folder", "lmsys": "three_verdict_folder"}[competition])
@@ -84,41 +84,29 @@ def test_the_visible_run_scores_held_out_rows_of_the_train_file_and_predicts_the
     assert kernel["visible"]["speed"][0]["tokens_per_second"] > 0
 
 
-@pytest.fixture(scope="module")
-def clean(tmp_path_factory, package_folder):
-    """25,000 hostile rows rehearsed without faults: the folder, the output, rehearsal.json and the results."""
-    folder = tmp_path_factory.mktemp("full_size")
-    make_workplace(folder, "wsdm", package_folder)
-    return folder, *rehearse(folder, "test.parquet", *FULL_SIZE, "--out", "clean")
-
-
 @pytest.mark.slow
-def test_25_000_hostile_rows_on_two_workers_are_scored_within_300_seconds(clean):
-    _, printed, measured, _ = clean
-    assert measured["seconds"] < 300
-    assert (measured["test"]["hostile"], measured["checks"]["ids"], measured["checks"]["scored"]) == (1250, 25_000, 25_000)
-    assert measured["checks"]["alike"] > 20_000
-    assert measured["checks"]["largest_difference"] <= 1e-5
-    assert "checked: 25000 ids, each once and in the test file's order; 25000 rows were scored\n" in printed
+@pytest.mark.timeout(1200)  # two rehearsals at full size
+def test_25_000_hostile_rows_are_scored_within_300_seconds_and_killed_workers_cost_no_row_and_change_no_score(
+    tmp_path, package_folder
+):
+    make_workplace(tmp_path, "wsdm", package_folder)
+    _, clean, clean_out = rehearse(tmp_path, "test.parquet", *FULL_SIZE, "--out", "clean")
+    _, killed, killed_out = rehearse(tmp_path, "test.parquet", *FULL_SIZE, "--kill-every", "20", "--out", "killed")
+    assert (len(clean["faults"]["kills"]), len(killed["faults"]["kills"]) >= 1) == (0, True)
+    for measured in (clean, killed):
+        assert measured["seconds"] < 300
+        assert (measured["test"]["hostile"], measured["checks"]["ids"], measured["checks"]["scored"]) == (1250, 25_000, 25_000)
+        assert measured["checks"]["alike"] > 20_000
+        assert measured["checks"]["largest_difference"] <= 1e-5
 
-
-@pytest.mark.slow
-def test_a_worker_killed_every_20_seconds_costs_no_row_and_changes_no_score(clean):
-    folder, _, _, clean_out = clean
-    printed, measured, out = rehearse(folder, "test.parquet", *FULL_SIZE, "--kill-every", "20", "--out", "killed")
-    kills = measured["faults"]["kills"]
-    assert len(kills) >= 1
-    assert printed.count("[rehearsal] killed worker ") == len(kills)
-    assert measured["seconds"] < 300
-    assert (measured["checks"]["ids"], measured["checks"]["scored"]) == (25_000, 25_000)
-    before, after = (pl.read_parquet(folder / "scores.parquet") for folder in (clean_out, out))
-    assert before["id"].equals(after["id"])
+    before = pl.read_parquet(clean_out / "scores.parquet")
+    after = pl.read_parquet(killed_out / "scores.parquet")
     columns = [name for name in before.columns if "_p_" in name]
     assert len(columns) == 4
     for name in columns:
-        both = before[name].is_not_null() & after[name].is_not_null()
-        assert both.sum() > 0
-        assert (before[name] - after[name]).filter(both).abs().max() <= 1e-5
+        in_both_runs = before[name].is_not_null() & after[name].is_not_null()
+        assert in_both_runs.sum() > 0
+        assert (before[name] - after[name]).filter(in_both_runs).abs().max() <= 1e-5
 
 
 @pytest.mark.slow

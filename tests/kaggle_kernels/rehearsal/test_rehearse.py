@@ -1,8 +1,6 @@
 """The generated kernel in a process of its own, in Kaggle's versions: from a test file to a submission, or a refusal."""
 
-import csv
 import json
-import shutil
 import subprocess
 
 import polars as pl
@@ -10,21 +8,11 @@ import pytest
 
 from kaggle_kernels.rehearsal.sandbox import SITECUSTOMIZE, find_python, make_environment
 from preprocess.core import ledger
-from preprocess.core.files import sha256
+from preprocess.core.files import read_json, sha256
 from preprocess.model_input import encode, encode_all, pair_from_row, read_contract, swap
 from tests.kaggle_kernels.packages import (
     AWKWARD_ROWS,
-    WSDM,
-    change_json,
     rehearse,
-    write_manifest,
-    write_recipe,
-    write_spec,
-)
-
-LMSYS = (
-    "title: Pairwise Test\ncompetition: lmsys\nclock_seconds: 600\ntemperature: 1.5\ntokens_per_batch: 1000\n"
-    "packages: [{run: three, dataset: tiny-three, weight: 0.75}, {run: other, dataset: tiny-other, weight: 0.25}]\n"
 )
 
 
@@ -36,55 +24,32 @@ def test_a_wsdm_rehearsal_gives_every_id_once_and_is_scored_by_id(workplace, tmp
     assert submission.columns == ["id", "winner"]
     assert submission["id"].to_list() == rows["id"].to_list()
     right = (submission["winner"] == rows["winner"]).mean()
-    measured = json.loads((tmp_path / "results" / "rehearsal.json").read_text())
+    measured = read_json("results/rehearsal.json")
     assert measured["accuracy"] == pytest.approx(right)
     assert f"accuracy {right:.4f}, log loss {measured['log_loss']:.4f} on 30 judged rows" in done.output
-    record = json.loads((tmp_path / "results" / "kernel.json").read_text())
+    record = read_json("results/kernel.json")
     assert (record["rows"], record["scored"], record["versions"]["transformers"]) == (30, 30, "5.0.0")
-    assert [work["pass"].split(", ")[1] for work in record["passes"]] == ["as_given", "swapped"]
     scores = pl.read_parquet("results/scores.parquet")
     mean = (scores["two_p_model_a_as_given"] + scores["two_p_model_a_swapped"]) / 2
     assert (mean - scores["p_model_a"]).abs().max() < 1e-6
     assert mean.n_unique() == 30
-    build = {
+    assert measured["build"] == {
         "kernel_sha256": sha256(tmp_path / "outputs/kernels/test/kernel.py"),
         "packages": {"tiny-two": sha256(tmp_path / "outputs" / "two" / "package" / "manifest.json")},
     }
-    assert measured["build"] == build
     [entry] = ledger.read()
     assert (entry["event"], entry["spec"], entry["verdict"], entry["rows"]) == ("rehearse", "test", "passed", 30)
-    assert {key: entry[key] for key in build} == build
+    assert measured["build"].items() <= entry.items()
     assert entry["seconds"] == measured["seconds"]
 
 
-def lmsys_rows():
-    """Awkward rows in LMSYS's layout: JSON lists of turns, lone surrogates as escapes."""
-    as_turns = [{key: [value] if isinstance(value, str) else value for key, value in row.items()} for row in AWKWARD_ROWS]
-    return [{key: json.dumps(value) for key, value in row.items()} | {"id": row["id"][0]} for row in as_turns]
-
-
 def write_lmsys(path):
-    winners = [{f"winner_{verdict}": int(verdict == "tie") for verdict in ("model_a", "model_b", "tie")}] * len(AWKWARD_ROWS)
-    pl.DataFrame([row | winner for row, winner in zip(lmsys_rows(), winners, strict=True)]).write_csv(path)
-
-
-def test_an_lmsys_ensemble_on_awkward_rows_gives_three_probabilities_a_row(tmp_path, monkeypatch, three_verdict_folder):
-    monkeypatch.chdir(tmp_path)
-    for run in ("three", "other"):
-        shutil.copytree(three_verdict_folder, tmp_path / "outputs" / run / "package")
-        write_recipe(tmp_path, run, f"tiny-{run}", verdicts=["tie", "model_b", "model_a"])
-    other = tmp_path / "outputs" / "other" / "package"
-    change_json(other / "dataset-metadata.json", id="INSERT_OWNER/tiny-other")
-    write_manifest(other)
-    write_lmsys(tmp_path / "test.csv")
-    done = rehearse(write_spec(tmp_path, LMSYS), "--test", "test.csv")
-    assert done.exit_code == 0, done.output
-    with open("outputs/test/rehearsal/submission.csv", newline="") as file:
-        header, *lines = csv.reader(file)
-    assert header == ["id", "winner_model_a", "winner_model_b", "winner_tie"]
-    assert [line[0] for line in lines] == [row["id"] for row in lmsys_rows()]
-    assert all(sum(map(float, line[1:])) == pytest.approx(1) for line in lines)
-    assert f"on {len(AWKWARD_ROWS)} judged rows" in done.output
+    """Awkward rows in LMSYS's layout: JSON lists of turns, lone surrogates as escapes."""
+    rows = []
+    for row in AWKWARD_ROWS:
+        as_turns = {key: [text] if isinstance(text, str) else text for key, text in row.items()}
+        rows.append({key: json.dumps(turns) for key, turns in as_turns.items()} | {"id": row["id"]})
+    pl.DataFrame(rows).write_csv(path)
 
 
 def test_the_kernels_ids_are_trainings_ids_on_every_awkward_row(workplace, tmp_path, package_folder):
@@ -110,67 +75,3 @@ def test_the_kernels_ids_are_trainings_ids_on_every_awkward_row(workplace, tmp_p
     assert json.loads((tmp_path / "ids.json").read_text()) == trained
     assert [ids for (ids,) in encode_all(pairs, tokenizer, contract)] == trained[: len(pairs)]
     assert max(map(len, trained)) <= contract.budget_tokens
-
-
-def test_a_stale_kernel_exits_with_2_and_names_the_command(workplace):
-    workplace.write_text(WSDM.replace("600", "700"))
-    done = rehearse(workplace, "--test", "test.parquet")
-    assert done.exit_code == 2
-    assert done.output.endswith(f"kernel.py not up to date; run `python -m kaggle_kernels build {workplace}`\n")
-
-
-@pytest.mark.parametrize(
-    "file, changes, message",
-    [
-        (
-            "contract.json",
-            {"verdicts": ["model_b", "model_a"]},
-            "verdicts: found ['model_b', 'model_a'], recipes/two.yml says [",
-        ),
-        ("config.json", {"model_type": "llama"}, "model_type: found llama, recipes/two.yml says gemma2, which the kernel was"),
-        ("contract.json", {"head": "reward"}, "head: found reward, recipes/two.yml says score, which the kernel was built for"),
-        ("manifest.json", {"quantize": "int8"}, "quantize: found int8, recipes/two.yml says none, which the kernel was built"),
-        ("dataset-metadata.json", {"id": "me/tiny-too"}, "id: found the dataset 'tiny-too', the spec says 'tiny-two'"),
-        ("dataset-metadata.json", {"id": None}, "id: found the dataset 'None', the spec says 'tiny-two'"),
-    ],
-)
-def test_a_package_that_is_not_the_recipes_exits_with_2_and_names_file_key_and_fix(workplace, tmp_path, file, changes, message):
-    change_json(tmp_path / "outputs" / "two" / "package" / file, **changes)
-    done = rehearse(workplace, "--test", "test.parquet")
-    assert (done.exit_code, done.output.count("\n")) == (2, 1)
-    assert done.output.startswith(f"error: outputs/two/package/{file}: {message}")
-
-
-@pytest.mark.parametrize(
-    "file, content, message",
-    [
-        ("manifest.json", None, "error: outputs/two/package: no package; run `python -m postprocess recipes/two.yml` first"),
-        ("dataset-metadata.json", b"{", "error: outputs/two/package/dataset-metadata.json: not valid JSON"),
-        ("contract.json", b"[1]", "error: outputs/two/package/contract.json: expected an object, found list"),
-        ("manifest.json", b"\xff", "error: outputs/two/package/manifest.json: not valid JSON"),
-    ],
-)
-def test_an_absent_or_damaged_package_exits_with_2_in_one_line(workplace, tmp_path, file, content, message):
-    path = tmp_path / "outputs" / "two" / "package" / file
-    path.unlink() if content is None else path.write_bytes(content)
-    done = rehearse(workplace, "--test", "test.parquet")
-    assert (done.exit_code, done.output.count("\n")) == (2, 1)
-    assert done.output.startswith(message)
-
-
-def test_a_package_of_a_larger_base_model_than_the_recipes_exits_with_2(workplace, tmp_path):
-    package = tmp_path / "outputs" / "two" / "package"
-    change_json(package / "contract.json", base_model=".")
-    with (package / "model.safetensors").open("ab") as file:
-        file.truncate(2 * 2**30)
-    done = rehearse(workplace, "--test", "test.parquet")
-    assert done.exit_code == 2
-    assert done.output.startswith("error: outputs/two/package: 2.0 GiB of weights, recipes/two.yml comes to 0.0, ")
-
-
-def test_without_kaggles_environment_it_exits_with_2_and_says_how_to_make_it(workplace):
-    done = rehearse(workplace, "--test", "test.parquet", "--python", "nowhere/bin/python")
-    assert (done.exit_code, done.output) == (
-        2,
-        "error: nowhere/bin/python: absent; `make setup` makes the environment with Kaggle's versions\n",
-    )

@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 
 import polars as pl
+import psutil
 import pytest
 
-from kaggle_kernels.rehearsal.fault_injection import read_process
 from kaggle_kernels.rehearsal.kaggle_tree import lay_out_tree
 from kaggle_kernels.rehearsal.sandbox import (
     SITECUSTOMIZE,
@@ -38,11 +38,14 @@ def run(root, kernel, clock_seconds=60, **conditions):
 def has_ended(pid, within=10.0):
     """Whether a process is gone; one that was killed may take a moment on a busy machine."""
     deadline = time.monotonic() + within
-    while time.monotonic() < deadline:
-        if read_process(Path(f"/proc/{pid}")) is None:
-            return True
-        time.sleep(0.05)
-    return False
+    try:
+        while psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+    except psutil.NoSuchProcess:
+        pass
+    return True
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".csv"])
@@ -63,7 +66,6 @@ def test_the_kernel_sees_neither_verdicts_nor_models_nor_the_metadata(tmp_path, 
         ("import socket; socket.create_connection(('127.0.0.1', 9))", "a kernel has no network: a name was looked up"),
         ("import socket; socket.socket().connect(('127.0.0.1', 9))", "a kernel has no network: it reached for"),
         ("import socket; socket.socket(type=socket.SOCK_DGRAM).sendto(b'', ('127.0.0.1', 9))", "a kernel has no network"),
-        ("import urllib.request; urllib.request.urlopen('http://localhost')", "a kernel has no network"),
         ("import preprocess", "a kernel has no repository: it imported preprocess"),
         ("import os; assert os.environ['HF_HUB_OFFLINE'] == '1'; import kaggle_kernels.runtime", "it imported kaggle_kernels"),
     ],
@@ -77,20 +79,10 @@ def test_a_rehearsed_kernel_reaches_neither_network_nor_repository(tmp_path, cod
 
 
 def test_the_log_has_kaggles_paths_and_the_seconds_are_measured(root, capsys):
-    done = run(root, "import os; print('at', os.getcwd()); open('submission.csv', 'w')")
+    done = run(root, "import os; print('at', os.getcwd())")
     assert capsys.readouterr().out == "at /kaggle/working\n"
     assert 0 < done.seconds < 60
     assert done.kills == ()
-    assert (root / "working" / "submission.csv").is_file()
-
-
-@pytest.mark.parametrize(
-    "conditions, variables",
-    [({}, "None None"), ({"devices": 1}, "cpu None"), ({"devices": 3, "is_hidden": True}, "cpu,cpu,cpu 1")],
-)
-def test_the_environment_tells_the_kernel_its_devices_and_that_this_is_the_hidden_run(root, capsys, conditions, variables):
-    run(root, "import os; print(*map(os.environ.get, ('KAGGLE_DEVICES', 'KAGGLE_IS_COMPETITION_RERUN')))", **conditions)
-    assert capsys.readouterr().out == f"{variables}\n"
 
 
 def test_a_kernel_that_fails_is_an_error_with_its_last_line(root):
@@ -99,50 +91,47 @@ def test_a_kernel_that_fails_is_an_error_with_its_last_line(root):
     assert str(raised.value) == "test: the kernel ended with exit code 1: ValueError: no rows"
 
 
+WITH_A_CHILD = """
+import os, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(30)"])
+print(os.getpid(), child.pid, flush=True)
+"""
+
+
 def test_a_kernel_that_is_over_its_clock_is_ended_with_all_its_processes(root, capfd):
-    kernel = (
-        "import os, subprocess, sys, time\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(30)'])\n"
-        "print(os.getpid(), child.pid, flush=True)\n"
-        "time.sleep(30)\n"
-    )
-    with pytest.raises(UserError) as raised:
-        run(root, kernel, clock_seconds=2)
+    message = "test: the kernel was ended: it was not done within its clock of 2 s .*; its last line: "
+    with pytest.raises(UserError, match=message) as raised:
+        run(root, WITH_A_CHILD + "time.sleep(30)", clock_seconds=2)
     pids = capfd.readouterr().out.split()
-    assert str(raised.value) == (
-        "test: the kernel was ended: it was not done within its clock of 2 s (clock_seconds of the spec, or --clock); "
-        f"its last line: {' '.join(pids)}"
-    )
+    assert str(raised.value).endswith(f"its last line: {' '.join(pids)}")
     assert [has_ended(int(pid)) for pid in pids] == [True, True]
 
 
 def test_what_a_kernel_leaves_behind_is_ended(root, capfd, monkeypatch):
     monkeypatch.setattr("kaggle_kernels.rehearsal.sandbox.GRACE_SECONDS", 0.1)
-    kernel = (
-        "import subprocess, sys\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(30)'])\n"
-        "print(child.pid)\n"
-    )
-    run(root, kernel)
-    assert has_ended(int(capfd.readouterr().out))
+    run(root, WITH_A_CHILD)
+    _, child = capfd.readouterr().out.split()
+    assert has_ended(int(child))
 
 
 def test_an_interrupted_rehearsal_leaves_no_kernel_behind(root, monkeypatch):
-    monkeypatch.setattr("builtins.print", lambda line, **_: interrupted(line))
     pids = []
 
-    def interrupted(line):
+    def interrupt(line, **_):
         pids.append(int(line))
         raise KeyboardInterrupt
 
+    monkeypatch.setattr("builtins.print", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run(root, "import os, time; print(os.getpid(), flush=True); time.sleep(30)")
     assert [has_ended(pid) for pid in pids] == [True]
 
 
-def test_only_what_a_kernel_needs_is_in_its_environment(tmp_path, monkeypatch):
+def test_the_environment_has_the_devices_and_the_kind_of_run_and_no_secrets(tmp_path, monkeypatch):
     monkeypatch.setenv("KAGGLE_DEVICES", "cuda:7")
     monkeypatch.setenv("SECRET", "x")
     environment = make_environment(tmp_path, tmp_path / "site")
-    assert environment.keys().isdisjoint({"KAGGLE_DEVICES", "SECRET"})
+    assert environment.keys().isdisjoint({"KAGGLE_DEVICES", "KAGGLE_IS_COMPETITION_RERUN", "SECRET"})
     assert environment["PATH"] == os.environ["PATH"]
+    environment = make_environment(tmp_path, tmp_path / "site", devices=3, is_hidden=True)
+    assert (environment["KAGGLE_DEVICES"], environment["KAGGLE_IS_COMPETITION_RERUN"]) == ("cpu,cpu,cpu", "1")

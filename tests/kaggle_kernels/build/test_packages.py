@@ -1,0 +1,52 @@
+"""A package in outputs/ that is not the one that the kernel was built for is refused."""
+
+from pathlib import Path
+
+import pytest
+
+from kaggle_kernels.build.memory_fit import fit_packages
+from kaggle_kernels.build.packages import find_package
+from kaggle_kernels.build.spec import read_spec
+from preprocess.core.errors import UserError
+from tests.kaggle_kernels.packages import change_json
+
+PACKAGE = Path("outputs/two/package")
+
+
+def refusal_of(spec_path):
+    [fit] = fit_packages(spec_path, read_spec(spec_path))
+    with pytest.raises(UserError) as raised:
+        find_package(fit)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "file, changes, message",
+    [
+        ("contract.json", {"verdicts": ["model_b", "model_a"]}, "verdicts: found ['model_b', 'model_a'], recipes/two.yml says"),
+        ("contract.json", {"head": "reward"}, "head: found reward, recipes/two.yml says score, which the kernel was built for"),
+        ("config.json", {"model_type": "llama"}, "model_type: found llama, recipes/two.yml says gemma2, which the kernel was"),
+        ("manifest.json", {"quantize": "int8"}, "quantize: found int8, recipes/two.yml says none, which the kernel was built"),
+        ("dataset-metadata.json", {"id": "me/tiny-too"}, "id: found the dataset 'tiny-too', the spec says 'tiny-two'"),
+        ("dataset-metadata.json", {"id": None}, "id: found the dataset 'None', the spec says 'tiny-two'"),
+    ],
+)
+def test_a_package_that_is_not_the_recipes_is_refused_with_file_key_and_fix(workplace, file, changes, message):
+    change_json(PACKAGE / file, **changes)
+    assert refusal_of(workplace).startswith(f"{PACKAGE / file}: {message}")
+
+
+def test_an_absent_package_is_refused_with_the_command_that_makes_it(workplace):
+    (PACKAGE / "manifest.json").unlink()
+    assert refusal_of(workplace) == f"{PACKAGE}: no package; run `python -m postprocess recipes/two.yml` first"
+
+
+def test_a_package_of_another_base_model_than_the_recipes_is_refused(workplace):
+    change_json(PACKAGE / "contract.json", base_model="google/gemma-2-9b-it")
+    assert refusal_of(workplace).startswith("recipes/two.yml: base_model is outputs/demo/input/gemma2, ")
+
+    # A local copy may have any path, and is told by the size of its weights.
+    change_json(PACKAGE / "contract.json", base_model=".")
+    with (PACKAGE / "model.safetensors").open("ab") as file:
+        file.truncate(2 * 2**30)
+    assert refusal_of(workplace).startswith(f"{PACKAGE}: 2.0 GiB of weights, recipes/two.yml comes to 0.0, ")
