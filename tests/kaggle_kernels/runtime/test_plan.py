@@ -22,13 +22,9 @@ def option(package=0, order="swapped", change=0.1, load_seconds=0.0, unscored=TE
     return Option(package, order, change, 0.01, load_seconds, unscored)
 
 
-def rows_planned(options, seconds, probabilities=EVEN, tokens=LENGTHS):
-    """The rows that each option gets, the first to be scored first."""
-    return [list(share.worth) for share in allocate(options, probabilities, tokens, seconds, False)]
-
-
 def counts_planned(options, seconds):
-    return [len(rows) for rows in rows_planned(options, seconds)]
+    """How many rows each option gets."""
+    return [len(share.worth) for share in allocate(options, EVEN, LENGTHS, seconds, False)]
 
 
 def test_gain_is_that_of_the_knowledge_gradient():
@@ -43,25 +39,19 @@ def test_gain_is_that_of_the_knowledge_gradient():
 @pytest.mark.parametrize(
     "seconds, rows",
     [
-        (1.5, ["even"]),
-        (2.5, ["even", "leaning"]),
-        (7.5, ["even", "leaning", "even but long"]),
-        (8.5, ["even", "leaning", "even but long", "sure"]),
+        (1.5, ["unknown"]),
+        (2.5, ["unknown", "even"]),
+        (3.5, ["unknown", "even", "leaning"]),
+        (8.5, ["unknown", "even", "leaning", "even but long"]),
+        (9.5, ["unknown", "even", "leaning", "even but long", "sure"]),
     ],
 )
-def test_the_seconds_go_to_the_least_certain_rows_and_of_those_to_the_short_ones(seconds, rows):
+def test_the_seconds_go_to_unscored_rows_then_to_the_least_certain_and_of_those_to_the_short_ones(seconds, rows):
     probabilities = {"even": [0.5, 0.5], "even but long": [0.5, 0.5], "leaning": [0.55, 0.45], "sure": [0.95, 0.05]}
-    tokens = {"even": 100, "even but long": 500, "leaning": 100, "sure": 100}
+    tokens = {"even": 100, "even but long": 500, "leaning": 100, "sure": 100, "unknown but long": 1000, "unknown": 100}
     [share] = allocate([option(unscored=list(tokens))], probabilities, tokens, seconds, False)
     assert list(share.worth) == rows
     assert share.seconds == pytest.approx(int(seconds))
-
-
-def test_a_row_without_a_score_comes_first_and_one_too_long_for_what_is_left_keeps_no_shorter_one_out():
-    tokens = {"long and unknown": 500, "unknown": 100, "even": 100}
-    options = [option(unscored=list(tokens))]
-    assert rows_planned(options, 1.5, {"even": [0.5, 0.5]}, tokens) == [["unknown"]]
-    assert rows_planned(options, 2.5, {"even": [0.5, 0.5]}, tokens) == [["unknown", "even"]]
 
 
 def test_a_further_model_is_loaded_where_it_is_worth_its_loading():

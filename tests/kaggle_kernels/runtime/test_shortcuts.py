@@ -179,7 +179,11 @@ def test_two_threads_read_their_own_rows(tiny_models):
     assert (expected[0] - expected[1]).abs().max() > 0.01
 
     barrier = threading.Barrier(2)
-    model.model.layers[0].register_forward_hook(lambda *_: barrier.wait(20) and None)
+
+    def meet(*_):
+        barrier.wait(20)
+
+    model.model.layers[0].register_forward_hook(meet)
     scores = score_in_two_threads(lambda number: probabilities(model, contract, [rows[number]]))
     for number in (0, 1):
         assert (scores[number] - expected[number]).abs().max() < 1e-5
