@@ -158,54 +158,45 @@ def test_a_disk_that_cannot_hold_the_outputs_is_refused(tmp_path, monkeypatch):
 NF4 = {"quantization_config": {"quant_method": "bitsandbytes"}}
 GPTQ = {"quantization_config": {"quant_method": "gptq"}}
 AWQ = {"quantization_config": {"quant_method": "awq"}}
-OTHERS = {"torch": "2.13.0", "transformers": "5.0.0", "tokenizers": "0.22.2", "peft": "0.20.0", "bitsandbytes": "absent"}
 
 
-def write_libraries(folder, config, trained, unmerged):
-    """What check_libraries reads of a package."""
+def check_package(folder, config, trained=(), **served):
+    """The lines of check_libraries for a package with this config.json, trained with some versions and served with others."""
     (folder / "config.json").write_text(json.dumps(config))
-    if unmerged:
-        (folder / "lora_config.json").write_text("{}")
-    return [SimpleNamespace(folder=folder, contract=SimpleNamespace(recorded={"versions": trained}))]
+    contract = SimpleNamespace(recorded={"versions": dict(trained)})
+    return check_libraries([SimpleNamespace(folder=folder, contract=contract)], {**SERVED, **served})
 
 
 @pytest.mark.parametrize(
-    "config, trained, unmerged, served, message",
+    "config, trained, message",
     [
-        ({"transformers_version": "5.16.1"}, {}, False, {"transformers": "4.57.1"}, "5.16.1, which version 4.57.1 here would"),
-        ({}, {"transformers": "5.2.0"}, False, {"transformers": "4.57.1"}, "saved by transformers 5.2.0,"),
-        (NF4, {}, False, {}, "needs bitsandbytes, which is not installed; attach a dataset with its wheel"),
-        (AWQ, {}, False, {}, "quantised by awq, this kernel knows bitsandbytes, gptq"),
-        ({}, {}, True, {"peft": None}, "needs peft, which is not installed"),
+        ({"transformers_version": "5.16.1"}, {}, "saved by transformers 5.16.1, which version 4.57.1 here would read wrongly"),
+        ({}, {"transformers": "5.2.0"}, "saved by transformers 5.2.0,"),
+        (NF4, {}, "needs bitsandbytes, which is not installed; attach a dataset with its wheel"),
+        (AWQ, {}, "quantised by awq, this kernel knows bitsandbytes, gptq"),
     ],
 )
-def test_libraries_that_are_absent_or_would_read_a_package_wrongly_are_refused(
-    tmp_path, config, trained, unmerged, served, message
-):
+def test_libraries_that_are_absent_or_too_old_for_a_package_are_refused(tmp_path, config, trained, message):
     with pytest.raises(MachineError, match=message):
-        check_libraries(write_libraries(tmp_path, config, trained, unmerged), {**SERVED, **served})
+        check_package(tmp_path, config, trained, transformers="4.57.1")
 
 
-@pytest.mark.parametrize(
-    "config, trained, unmerged, served, lines",
-    [
-        ({"transformers_version": "4.44.0"}, {}, False, {}, []),
-        ({"transformers_version": "10.0.0"}, {}, False, {"transformers": "10.1.0"}, []),
-        (NF4, {}, False, {"bitsandbytes": "0.50.2"}, []),
-        (GPTQ, {}, False, {"peft": None}, []),
-        ({}, OTHERS, False, {}, ["trained with torch 2.13.0, served with 2.10.0"]),
-        (
-            {},
-            OTHERS,
-            True,
-            {},
-            ["trained with torch 2.13.0, served with 2.10.0", "trained with peft 0.20.0, served with 0.19.1"],
-        ),
-    ],
-)
-def test_versions_that_differ_from_trainings_are_told_where_they_are_used(tmp_path, config, trained, unmerged, served, lines):
-    told = check_libraries(write_libraries(tmp_path, config, trained, unmerged), {**SERVED, **served})
-    assert told == [f"{tmp_path.name}: {line}" for line in lines]
+def test_newer_transformers_and_libraries_that_no_package_uses_are_fine(tmp_path):
+    assert check_package(tmp_path, {"transformers_version": "4.44.0"}) == []
+    assert check_package(tmp_path, {"transformers_version": "9.1.0"}, transformers="10.0.0") == []
+    assert check_package(tmp_path, NF4, bitsandbytes="0.50.2") == []
+    assert check_package(tmp_path, GPTQ, peft=None) == []
+
+
+def test_versions_that_differ_from_trainings_are_told_and_peft_only_where_the_adapter_is_not_merged(tmp_path):
+    trained = {"torch": "2.13.0", "transformers": "5.0.0", "peft": "0.20.0", "bitsandbytes": "absent"}
+    torch_line = f"{tmp_path.name}: trained with torch 2.13.0, served with 2.10.0"
+    assert check_package(tmp_path, {}, trained) == [torch_line]
+    (tmp_path / "lora_config.json").write_text("{}")
+    peft_line = f"{tmp_path.name}: trained with peft 0.20.0, served with 0.19.1"
+    assert check_package(tmp_path, {}, trained) == [torch_line, peft_line]
+    with pytest.raises(MachineError, match="needs peft, which is not installed"):
+        check_package(tmp_path, {}, peft=None)
 
 
 def test_a_package_on_this_machine_passes_and_is_recorded(package_folder, tmp_path, monkeypatch, capsys):

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from kaggle_kernels.runtime.models.scoring import Request, padded_tokens
-from kaggle_kernels.runtime.package import PackageError
 from kaggle_kernels.runtime.scheduling import engine
 from kaggle_kernels.runtime.scheduling import worker as runtime_worker
 from kaggle_kernels.runtime.scheduling.crew import Worker, leave
@@ -151,11 +150,6 @@ def test_a_device_that_refuses_the_package_leaves_the_rows_to_one_that_does_not(
     assert run(workers).scores == EXPECTED
     assert [worker.gone for worker in workers] == [True, False]
     assert "cuda:0: refuses the package, which another device may not: golden row 7" in capsys.readouterr().out
-
-
-def test_a_package_that_every_device_refuses_raises():
-    with pytest.raises(PackageError, match="golden row 7"):
-        run([refusing("cuda:0"), refusing("cuda:1")])
 
 
 def test_scores_that_are_not_finite_count_as_not_scored():

@@ -11,7 +11,6 @@ from kaggle_kernels.runtime.models.scoring import (
     Request,
     alike,
     make_batches,
-    make_requests,
     mean_of_orders,
     padded_tokens,
     score,
@@ -93,26 +92,6 @@ def test_lengths_that_are_not_alike_go_through_the_model_apart():
     assert alike([7]) == [[0]]
     rewards = [Request("1", "as_given", ([5] * 1000, [5] * 300)), Request("2", "as_given", ([5] * 990, [5] * 200))]
     assert padded_tokens(rewards) == 2 * 1000 + 2 * 300
-
-
-@pytest.mark.parametrize("sequences, most", [(1, 0.01), (2, 0.03)], ids=["one sequence a row", "two of a reward model"])
-def test_little_of_what_is_computed_is_padding(sequences, most):
-    rng = random.Random(1)
-    requests = []
-    for number in range(1000):
-        lengths = [min(int(rng.lognormvariate(6.5, 0.6)), 2048) for _ in range(sequences)]
-        requests.append(Request(str(number), "as_given", tuple([5] * length for length in lengths)))
-    computed = sum(map(padded_tokens, make_batches(requests, 4096)))
-    assert 1 - sum(request.tokens for request in requests) / computed < most
-
-
-def test_requests_are_the_packages_own_ids(loaded, pairs):
-    package, _ = loaded
-    requests = make_requests(package.model_input, package.tokenizer, package.contract, pairs[:2], ("as_given", "swapped"))
-    expected = [(pair.id, order) for order in ("as_given", "swapped") for pair in pairs[:2]]
-    assert [(request.id, request.order) for request in requests] == expected
-    swapped = package.model_input.swap(pairs[1])
-    assert requests[3].sequences == package.model_input.encode(swapped, package.tokenizer, package.contract)
 
 
 def test_two_pairs_with_one_id_are_refused(loaded, pairs):
