@@ -67,17 +67,28 @@ def test_the_slower_worker_gets_fewer_rows_so_that_both_end_together():
     assert fast_tokens > 2 * slow_tokens > 0
 
 
+def without(*left_out):
+    """The expected scores of all rows but these."""
+    return {row_id: values for row_id, values in EXPECTED.items() if row_id not in left_out}
+
+
 def test_a_row_that_alone_needs_too_much_memory_is_given_up_and_the_others_are_scored():
     worker = Device(memory_tokens=LONGEST.tokens - 1).worker()
     work = run([worker])
     too_long = {request.id for request in REQUESTS if request.tokens == LONGEST.tokens}
-    assert work.scores == {row_id: values for row_id, values in EXPECTED.items() if row_id not in too_long}
+    assert work.scores == without(*too_long)
     assert set(work.given_up) == too_long
     assert LONGEST.tokens - 3 < worker.tokens_per_batch < LONGEST.tokens
 
 
-@pytest.mark.parametrize("way", ["dies_at", "fails_at"])
-def test_a_worker_that_dies_is_started_again_with_half_the_budget_and_its_rows_are_scored(way, capsys):
+@pytest.mark.parametrize(
+    "way, line",
+    [
+        ("dies_at", "cpu: died (exit code -9)"),
+        ("fails_at", "RuntimeError: CUDA error: device-side assert triggered"),
+    ],
+)
+def test_a_worker_that_dies_is_started_again_with_half_the_budget_and_its_rows_are_scored(way, line, capsys):
     device = Device()
     setattr(device, way, once(holds("row7")))
     worker = device.worker(240)
@@ -85,8 +96,7 @@ def test_a_worker_that_dies_is_started_again_with_half_the_budget_and_its_rows_a
     assert work.scores == EXPECTED
     assert (device.starts, worker.deaths, worker.tokens_per_batch, worker.gone) == (2, 1, 120, False)
     assert work.deaths == {"cpu": 1}
-    said = {"dies_at": "cpu: died (exit code -9)", "fails_at": "RuntimeError: CUDA error: device-side assert triggered"}[way]
-    assert said in capsys.readouterr().out
+    assert line in capsys.readouterr().out
 
 
 def test_a_row_that_kills_its_worker_is_given_up_and_all_others_are_scored():
@@ -95,7 +105,7 @@ def test_a_row_that_kills_its_worker_is_given_up_and_all_others_are_scored():
     worker = device.worker(1000)
     work = run([worker])
     assert work.given_up == ["row7"]
-    assert work.scores == {row_id: values for row_id, values in EXPECTED.items() if row_id != "row7"}
+    assert work.scores == without("row7")
     assert (worker.deaths, worker.gone) == (3, False)
 
 
@@ -154,8 +164,7 @@ def test_a_device_that_refuses_the_package_leaves_the_rows_to_one_that_does_not(
 
 def test_scores_that_are_not_finite_count_as_not_scored():
     work = run([Device(not_finite=True).worker()])
-    assert work.scores == {}
-    assert work.not_finite == 60
+    assert (work.scores, work.not_finite) == ({}, 60)
 
 
 def test_rows_are_scored_by_their_worth_an_eighth_at_a_time():
@@ -222,14 +231,10 @@ def test_a_worker_that_died_is_started_again_where_the_clock_has_time_to_load_it
 def test_only_deaths_without_a_score_in_between_and_over_more_than_one_row_count_against_a_device():
     worker = Worker("cpu", None, 1000, lambda task: None)
     worker.connection = SimpleNamespace(send=lambda message: None)
-    for _ in range(5):
-        worker.send(REQUESTS[:1])
+    for rows, fruitless in ((1, 0), (1, 0), (2, 1), (2, 2)):
+        worker.send(REQUESTS[:rows])
         worker.note_death()
-    assert (worker.fruitless, worker.gone) == (0, False)
-    for _ in range(2):
-        worker.send(REQUESTS[:2])
-        worker.note_death()
-    assert (worker.fruitless, worker.gone) == (2, False)
+        assert (worker.fruitless, worker.gone) == (fruitless, False)
     worker.send(REQUESTS[:2])
     worker.note_scored(worker.numbers, [1])
     assert worker.fruitless == 0

@@ -79,11 +79,13 @@ def test_packages_are_combined_by_weight_after_their_orders_and_verdicts_are_bro
     assert combined["only second"] == pytest.approx([0.25, 0.75])
 
 
-def test_a_spec_may_serve_with_another_token_budget(kaggle):
+def test_a_spec_may_serve_with_another_token_budget_and_another_base_model_is_only_logged(kaggle, capsys):
     write_test_rows(kaggle, tiny.pairs(3, seed=6).with_columns(prompt=pl.lit("river " * 300)))
-    run_kernel(replace(SETTINGS, budget_tokens=150))
+    packages = (settings_for("two", "tiny-two", base_model="folder/gemma"),)
+    run_kernel(replace(SETTINGS, budget_tokens=150, packages=packages))
     [first, _] = record_of(kaggle)["passes"]
     assert 3 * 140 < first["tokens"] <= 3 * 150
+    assert "two: made of outputs/demo/input/gemma2, its recipe says folder/gemma\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("clock_seconds, reserve", [(600, 30), (6000, 300), (43200, 300)])

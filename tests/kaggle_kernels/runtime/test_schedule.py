@@ -116,6 +116,14 @@ def test_each_model_of_an_ensemble_gives_what_it_gives_alone(packages):
     assert abs(board.scores[0][IDS[1]]["as_given"][0] - board.scores[1][IDS[1]]["as_given"][0]) > 1e-3
 
 
+def test_a_device_that_is_lost_leaves_the_board_and_its_rows_to_the_other(packages, monkeypatch):
+    replace_workers(monkeypatch, packages[0].folder, lambda connection, _: hang_up(connection), positions=(0,))
+    board = board_of(packages)
+    score_all(board)
+    assert board.devices == {1: "cpu"}
+    assert [record["scored"] for record in board.passes] == [30] * 4
+
+
 def test_a_short_clock_gives_the_second_order_to_the_least_certain_rows(packages, monkeypatch, capsys):
     board, allocate = board_of(packages[:1], ["cpu"]), schedule.allocate
 
