@@ -64,53 +64,47 @@ def test_gpus_that_are_hidden_from_pytorch_are_not_counted(visible, expected):
     assert visible_gpus(None, visible) is None
 
 
-def test_without_a_gpu_kaggle_is_refused_and_a_rehearsal_is_not():
-    with pytest.raises(MachineError, match="PyTorch finds no GPU.*set machine_shape to NvidiaTeslaT4"):
-        check_gpus(["cpu"], [], [need(6)], on_kaggle=True)
-    assert check_gpus(["cpu"], None, [need(6)], on_kaggle=False) == []
+P100 = Gpu("Tesla P100-PCIE-16GB", 16 * GIB, 16 * GIB, 6.0)
+UNKNOWN = Gpu("?", None, None, None)
 
 
-@pytest.mark.parametrize("on_kaggle", [True, False])
-def test_a_p100_is_refused_with_what_to_do(on_kaggle):
-    p100 = Gpu("Tesla P100-PCIE-16GB", 16 * GIB, 16 * GIB, 6.0)
-    with pytest.raises(MachineError, match="P100-PCIE-16GB has compute capability 6.0, .* set machine_shape to NvidiaTeslaT4"):
-        check_gpus(["cuda:0"], [p100], [need(6)], on_kaggle)
+@pytest.mark.parametrize(
+    "devices, gpus, wanted, on_kaggle, message",
+    [
+        (["cpu"], [], need(6), True, "PyTorch finds no GPU.*set machine_shape to NvidiaTeslaT4"),
+        (["cuda:0"], [P100], need(6), True, "P100-PCIE-16GB has compute capability 6.0, .* set machine_shape to NvidiaTeslaT4"),
+        (["cuda:0"], [P100], need(6), False, "P100-PCIE-16GB has compute capability 6.0"),
+        (["cuda:0"], [t4()], need(15.5, "split"), True, "gemma: 15.5 GiB of weights over all GPUs, and 14.5 GiB free; use two"),
+        (TWO, [t4(5), t4(2)], need(6), True, "gemma: 6.0 GiB of weights, and 5.0 and 2.0 GiB free; .* restart the session"),
+    ],
+    ids=["no GPU", "a P100", "a P100 in a rehearsal", "a split model on one", "memory that another process holds"],
+)
+def test_gpus_that_cannot_do_the_work_are_refused(devices, gpus, wanted, on_kaggle, message):
+    with pytest.raises(MachineError, match=message):
+        check_gpus(devices, gpus, [wanted], on_kaggle)
 
 
-@pytest.mark.parametrize("capability", [7.0, 7.5, 8.9, 10.0, None])
-def test_other_gpus_are_fine(capability):
-    assert check_gpus(TWO, [t4(22, capability)] * 2, [need(6)], True) == []
+NO_FIGURES = ["warning: nvidia-smi does not tell the free memory of each GPU, so it is not checked"]
 
 
-def test_one_gpu_in_place_of_two_is_half_the_speed():
-    assert check_gpus(["cuda:0"], [t4()], [need(6)], True) == ["warning: 1 GPU where 2 were expected: half the speed"]
-
-
-def test_a_split_model_is_refused_on_one_gpu_that_cannot_hold_it_and_served_on_one_that_can():
-    with pytest.raises(MachineError, match="gemma: 15.5 GiB of weights over all GPUs, and 14.5 GiB free; use two T4s"):
-        check_gpus(["cuda:0"], [t4()], [need(15.5, "split")], True)
-    assert check_gpus(["cuda:0"], [t4(80)], [need(15.5, "split")], True) == []
-    assert check_gpus(TWO, [t4()] * 2, [need(15.5, "split")], True) == []
-
-
-def test_memory_that_another_process_holds_is_missed():
-    with pytest.raises(MachineError, match="gemma: 6.0 GiB of weights, and 5.0 and 2.0 GiB free; .* restart the session"):
-        check_gpus(TWO, [t4(5), t4(2)], [need(6)], True)
-    [line] = check_gpus(TWO, [t4(), t4(2)], [need(6)], True)
-    assert line == "warning: gemma: cuda:1 has 2.0 GiB free, too few for 6.0 GiB of weights"
-
-
-def test_little_room_for_batches_is_told():
-    [line] = check_gpus(TWO, [t4()] * 2, [need(13)], True)
-    assert line == "warning: gemma: 13.0 GiB of weights leave 1.0 GiB free for batches"
-    [line] = check_gpus(TWO, [t4()] * 2, [need(25, "split")], True)
-    assert line == "warning: gemma: 25.0 GiB of weights leave 3.0 GiB free for batches"
-
-
-@pytest.mark.parametrize("gpus", [None, [t4()], [t4(), Gpu("?", None, None, None)]])
-def test_without_figures_memory_is_not_checked_and_that_is_told(gpus):
-    lines = check_gpus(TWO, gpus, [need(60)], True)
-    assert lines == ["warning: nvidia-smi does not tell the free memory of each GPU, so it is not checked"]
+@pytest.mark.parametrize(
+    "devices, gpus, wanted, on_kaggle, lines",
+    [
+        (["cpu"], None, need(6), False, []),
+        (TWO, [t4(22, 7.0), t4(22, None)], need(6), True, []),
+        (TWO, [t4()] * 2, need(15.5, "split"), True, []),
+        (["cuda:0"], [t4(80)], need(15.5, "split"), True, []),
+        (["cuda:0"], [t4()], need(6), True, ["warning: 1 GPU where 2 were expected: half the speed"]),
+        (TWO, [t4(), t4(2)], need(6), True, ["warning: gemma: cuda:1 has 2.0 GiB free, too few for 6.0 GiB of weights"]),
+        (TWO, [t4()] * 2, need(13), True, ["warning: gemma: 13.0 GiB of weights leave 1.0 GiB free for batches"]),
+        (TWO, [t4()] * 2, need(25, "split"), True, ["warning: gemma: 25.0 GiB of weights leave 3.0 GiB free for batches"]),
+        (TWO, None, need(60), True, NO_FIGURES),
+        (TWO, [t4()], need(60), True, NO_FIGURES),
+        (TWO, [t4(), UNKNOWN], need(60), True, NO_FIGURES),
+    ],
+)
+def test_gpus_that_are_only_slow_or_unknown_are_told(devices, gpus, wanted, on_kaggle, lines):
+    assert check_gpus(devices, gpus, [wanted], on_kaggle) == lines
 
 
 def test_ram_and_swap_are_read_from_proc(tmp_path):
@@ -122,87 +116,87 @@ def test_ram_and_swap_are_read_from_proc(tmp_path):
     assert available_memory(tmp_path / "absent") is None
 
 
-def test_weights_must_fit_ram_where_cpus_stand_in():
-    with pytest.raises(MachineError, match="20.0 GiB of RAM can be had, gemma needs 36.0 on cpu, cpu; end what else runs"):
-        check_memory(20 * GIB, ["cpu", "cpu"], [need(1), need(9, cpu_factor=2)])
-    assert check_memory(40 * GIB, ["cpu", "cpu"], [need(9, "split", 2)]) == []
-    [line] = check_memory(20 * GIB, ["cpu"], [need(9, cpu_factor=2)])
-    assert line == "warning: 20.0 GiB of RAM can be had, gemma needs 18.0 for its weights alone"
+@pytest.mark.parametrize(
+    "gib, devices, wanted, message",
+    [
+        (20, ["cpu", "cpu"], need(9, cpu_factor=2), "20.0 GiB of RAM can be had, gemma needs 36.0 on cpu, cpu; end what else"),
+        (1.5, TWO, need(6), "1.5 GiB of RAM can be had, 2 processes need 2.0"),
+    ],
+)
+def test_weights_on_cpus_and_processes_must_fit_ram(gib, devices, wanted, message):
+    with pytest.raises(MachineError, match=message):
+        check_memory(int(gib * GIB), devices, [need(1), wanted])
 
 
-def test_weights_on_the_way_to_gpus_need_no_ram_but_are_slow_without():
-    assert check_memory(29 * GIB, TWO, [need(17)]) == []
-    [line] = check_memory(18 * GIB, TWO, [need(17)])
-    assert line.startswith(
-        "warning: 18.0 GiB of RAM can be had, less than the weights of gemma: loading is as slow as the disk"
-    )
-    with pytest.raises(MachineError, match="1.5 GiB of RAM can be had, 2 processes need 2.0"):
-        check_memory(3 * GIB // 2, TWO, [need(6)])
-    assert check_memory(None, TWO, [need(6)]) == []
+@pytest.mark.parametrize(
+    "gib, devices, wanted, lines",
+    [
+        (40, ["cpu", "cpu"], need(9, "split", 2), []),
+        (20, ["cpu"], need(9, cpu_factor=2), ["warning: 20.0 GiB of RAM can be had, gemma needs 18.0 for its weights alone"]),
+        (29, TWO, need(17), []),
+        (18, TWO, need(17), ["warning: 18.0 GiB of RAM can be had, less than the weights of gemma: loading is as slow as"]),
+        (None, TWO, need(6), []),
+    ],
+)
+def test_weights_on_the_way_to_gpus_need_no_ram_but_are_slow_without(gib, devices, wanted, lines):
+    told = check_memory(None if gib is None else gib * GIB, devices, [wanted])
+    assert [line[: len(expected)] for line, expected in zip(told, lines, strict=True)] == lines
 
 
-def test_a_disk_without_room_for_the_outputs_is_refused(tmp_path, monkeypatch):
+def test_a_disk_that_cannot_hold_the_outputs_is_refused(tmp_path, monkeypatch):
     assert check_disk(tmp_path / "working", 25_000) > 0
+    assert list((tmp_path / "working").iterdir()) == []
+    (tmp_path / "file").write_text("a file")
+    with pytest.raises(MachineError, match="file: cannot be written to"):
+        check_disk(tmp_path / "file", 3)
     monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: SimpleNamespace(free=5_000_000))
     assert check_disk(tmp_path, 1000) == 5_000_000
     with pytest.raises(MachineError, match="5.0 MB free, 25000 rows may need 26.0; remove files"):
         check_disk(tmp_path, 25_000)
-    assert list(tmp_path.iterdir()) == [tmp_path / "working"]
 
 
-def test_a_working_folder_that_cannot_be_written_is_refused(tmp_path):
-    (tmp_path / "working").write_text("a file")
-    with pytest.raises(MachineError, match="working: cannot be written to"):
-        check_disk(tmp_path / "working", 3)
+NF4 = {"quantization_config": {"quant_method": "bitsandbytes"}}
+GPTQ = {"quantization_config": {"quant_method": "gptq"}}
+AWQ = {"quantization_config": {"quant_method": "awq"}}
 
 
-@pytest.fixture
-def package(tmp_path):
-    """package(config, versions, unmerged) is what check_libraries looks at."""
-
-    def make(config=None, versions=None, unmerged=False):
-        (tmp_path / "config.json").write_text(json.dumps(config or {}))
-        if unmerged:
-            (tmp_path / "lora_config.json").write_text("{}")
-        return SimpleNamespace(folder=tmp_path, contract=SimpleNamespace(recorded={"versions": versions or {}}))
-
-    return make
+def check_package(folder, config, trained=(), **served):
+    """The lines of check_libraries for a package with this config.json, trained with some versions and served with others."""
+    (folder / "config.json").write_text(json.dumps(config))
+    contract = SimpleNamespace(recorded={"versions": dict(trained)})
+    return check_libraries([SimpleNamespace(folder=folder, contract=contract)], {**SERVED, **served})
 
 
-def test_versions_that_differ_from_trainings_are_told(package, tmp_path):
-    versions = {"torch": "2.13.0", "transformers": "5.16.1", "tokenizers": "0.22.2", "peft": "0.20.0", "bitsandbytes": "absent"}
-    assert check_libraries([package({"transformers_version": "5.16.1"}, versions)], SERVED) == [
-        f"{tmp_path.name}: trained with torch 2.13.0, served with 2.10.0",
-        f"{tmp_path.name}: trained with transformers 5.16.1, served with 5.0.0",
-    ]
-    lines = check_libraries([package({}, versions, unmerged=True)], SERVED)
-    assert lines[2] == f"{tmp_path.name}: trained with peft 0.20.0, served with 0.19.1"
+@pytest.mark.parametrize(
+    "config, trained, message",
+    [
+        ({"transformers_version": "5.16.1"}, {}, "saved by transformers 5.16.1, which version 4.57.1 here would read wrongly"),
+        ({}, {"transformers": "5.2.0"}, "saved by transformers 5.2.0,"),
+        (NF4, {}, "needs bitsandbytes, which is not installed; attach a dataset with its wheel"),
+        (AWQ, {}, "quantised by awq, this kernel knows bitsandbytes, gptq"),
+    ],
+)
+def test_libraries_that_are_absent_or_too_old_for_a_package_are_refused(tmp_path, config, trained, message):
+    with pytest.raises(MachineError, match=message):
+        check_package(tmp_path, config, trained, transformers="4.57.1")
 
 
-def test_transformers_of_an_older_major_version_are_refused_and_newer_ones_are_not(package):
-    saved_by_5 = package({"transformers_version": "5.16.1"})
-    with pytest.raises(MachineError, match="saved by transformers 5.16.1, which version 4.57.1 here would read wrongly"):
-        check_libraries([saved_by_5], {**SERVED, "transformers": "4.57.1"})
-    with pytest.raises(MachineError, match="saved by transformers 5.2.0,"):
-        check_libraries([package({}, {"transformers": "5.2.0"})], {**SERVED, "transformers": "4.57.1"})
-    assert check_libraries([package({"transformers_version": "4.44.0"})], SERVED) == []
-    assert check_libraries([package({"transformers_version": "10.0.0"})], {**SERVED, "transformers": "10.1.0"}) == []
+def test_newer_transformers_and_libraries_that_no_package_uses_are_fine(tmp_path):
+    assert check_package(tmp_path, {"transformers_version": "4.44.0"}) == []
+    assert check_package(tmp_path, {"transformers_version": "9.1.0"}, transformers="10.0.0") == []
+    assert check_package(tmp_path, NF4, bitsandbytes="0.50.2") == []
+    assert check_package(tmp_path, GPTQ, peft=None) == []
 
 
-def test_what_unpacks_the_weights_must_be_installed(package):
-    in_nf4 = package({"quantization_config": {"quant_method": "bitsandbytes"}})
-    with pytest.raises(MachineError, match="needs bitsandbytes, which is not installed; attach a dataset with its wheel"):
-        check_libraries([in_nf4], SERVED)
-    assert check_libraries([in_nf4], {**SERVED, "bitsandbytes": "0.50.2"}) == []
-    assert check_libraries([package({"quantization_config": {"quant_method": "gptq"}})], SERVED) == []
-    with pytest.raises(MachineError, match="quantised by awq, this kernel knows bitsandbytes, gptq"):
-        check_libraries([package({"quantization_config": {"quant_method": "awq"}})], SERVED)
-
-
-def test_peft_is_needed_for_packages_that_are_not_merged(package):
-    assert check_libraries([package()], {**SERVED, "peft": None}) == []
+def test_versions_that_differ_from_trainings_are_told_and_peft_only_where_the_adapter_is_not_merged(tmp_path):
+    trained = {"torch": "2.13.0", "transformers": "5.0.0", "peft": "0.20.0", "bitsandbytes": "absent"}
+    torch_line = f"{tmp_path.name}: trained with torch 2.13.0, served with 2.10.0"
+    assert check_package(tmp_path, {}, trained) == [torch_line]
+    (tmp_path / "lora_config.json").write_text("{}")
+    peft_line = f"{tmp_path.name}: trained with peft 0.20.0, served with 0.19.1"
+    assert check_package(tmp_path, {}, trained) == [torch_line, peft_line]
     with pytest.raises(MachineError, match="needs peft, which is not installed"):
-        check_libraries([package(unmerged=True)], {**SERVED, "peft": None})
+        check_package(tmp_path, {}, peft=None)
 
 
 def test_a_package_on_this_machine_passes_and_is_recorded(package_folder, tmp_path, monkeypatch, capsys):

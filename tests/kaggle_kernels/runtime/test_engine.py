@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from kaggle_kernels.runtime.models.scoring import Request, padded_tokens
-from kaggle_kernels.runtime.package import PackageError
 from kaggle_kernels.runtime.scheduling import engine
 from kaggle_kernels.runtime.scheduling import worker as runtime_worker
 from kaggle_kernels.runtime.scheduling.crew import Worker, leave
@@ -55,31 +54,41 @@ def once(condition):
     return lambda requests: bool(not seen and condition(requests) and not seen.append(1))
 
 
-def test_several_workers_share_the_rows_and_give_the_same_scores():
-    devices = [Device(seconds_per_batch=0.01), Device(seconds_per_batch=0.01)]
-    assert run([device.worker() for device in devices]).scores == EXPECTED
-    assert sum(rows for device in devices for rows, _ in device.batches) == 60
-    assert min(len(device.batches) for device in devices) > 2
-
-
 def test_the_slower_worker_gets_fewer_rows_so_that_both_end_together():
     fast, slow = Device(seconds_per_token=2e-5), Device(seconds_per_token=1e-4)
-    run([fast.worker(200), slow.worker(200)])
-    tokens = [sum(tokens for _, tokens in device.batches) for device in (fast, slow)]
-    assert tokens[0] > 2 * tokens[1] > 0
+    work = run([fast.worker(200), slow.worker(200)])
+    assert work.scores == EXPECTED
+    record = pass_record(work)
+    assert [record[key] for key in ("pass", "rows", "scored", "left")] == ["test", 60, 60, 0]
+    assert record["tokens"] == sum(request.tokens for request in REQUESTS)
+    fast_tokens, slow_tokens = (sum(tokens for _, tokens in device.batches) for device in (fast, slow))
+    assert record["computed_tokens"] == fast_tokens + slow_tokens
+    assert record["padding"] == pytest.approx(1 - record["tokens"] / record["computed_tokens"], abs=1e-4)
+    assert fast_tokens > 2 * slow_tokens > 0
+
+
+def without(*left_out):
+    """The expected scores of all rows but these."""
+    return {row_id: values for row_id, values in EXPECTED.items() if row_id not in left_out}
 
 
 def test_a_row_that_alone_needs_too_much_memory_is_given_up_and_the_others_are_scored():
     worker = Device(memory_tokens=LONGEST.tokens - 1).worker()
     work = run([worker])
     too_long = {request.id for request in REQUESTS if request.tokens == LONGEST.tokens}
-    assert work.scores == {row_id: values for row_id, values in EXPECTED.items() if row_id not in too_long}
+    assert work.scores == without(*too_long)
     assert set(work.given_up) == too_long
     assert LONGEST.tokens - 3 < worker.tokens_per_batch < LONGEST.tokens
 
 
-@pytest.mark.parametrize("way", ["dies_at", "fails_at"])
-def test_a_worker_that_dies_is_started_again_with_half_the_budget_and_its_rows_are_scored(way, capsys):
+@pytest.mark.parametrize(
+    "way, line",
+    [
+        ("dies_at", "cpu: died (exit code -9)"),
+        ("fails_at", "RuntimeError: CUDA error: device-side assert triggered"),
+    ],
+)
+def test_a_worker_that_dies_is_started_again_with_half_the_budget_and_its_rows_are_scored(way, line, capsys):
     device = Device()
     setattr(device, way, once(holds("row7")))
     worker = device.worker(240)
@@ -87,8 +96,7 @@ def test_a_worker_that_dies_is_started_again_with_half_the_budget_and_its_rows_a
     assert work.scores == EXPECTED
     assert (device.starts, worker.deaths, worker.tokens_per_batch, worker.gone) == (2, 1, 120, False)
     assert work.deaths == {"cpu": 1}
-    said = {"dies_at": "cpu: died (exit code -9)", "fails_at": "RuntimeError: CUDA error: device-side assert triggered"}[way]
-    assert said in capsys.readouterr().out
+    assert line in capsys.readouterr().out
 
 
 def test_a_row_that_kills_its_worker_is_given_up_and_all_others_are_scored():
@@ -97,7 +105,7 @@ def test_a_row_that_kills_its_worker_is_given_up_and_all_others_are_scored():
     worker = device.worker(1000)
     work = run([worker])
     assert work.given_up == ["row7"]
-    assert work.scores == {row_id: values for row_id, values in EXPECTED.items() if row_id != "row7"}
+    assert work.scores == without("row7")
     assert (worker.deaths, worker.gone) == (3, False)
 
 
@@ -113,22 +121,14 @@ def test_a_device_that_is_lost_leaves_its_rows_to_the_other(capsys):
     assert "cuda:0: gone after 3 deaths without a score in between" in capsys.readouterr().out
 
 
-def test_a_worker_that_says_nothing_is_killed_and_started_again(monkeypatch):
-    monkeypatch.setattr(engine, "QUIET_SECONDS", 0.3)
-    device = Device()
-    device.hangs_at = once(holds("row7"))
-    work = run([device.worker()])
-    assert work.scores == EXPECTED
-    assert device.starts == 2
-
-
-def test_a_worker_that_loads_for_longer_than_a_batch_may_take_is_let_to_work(monkeypatch):
+def test_a_worker_that_says_nothing_is_killed_and_started_again_unless_it_loads(monkeypatch):
     monkeypatch.setattr(engine, "QUIET_SECONDS", 0.3)
     device = Device()
     device.loads = lambda start: time.sleep(0.6) is None
+    device.hangs_at = once(holds("row7"))
     worker = device.worker()
     assert run([worker]).scores == EXPECTED
-    assert (device.starts, worker.deaths) == (1, 0)
+    assert (device.starts, worker.deaths) == (2, 1)
 
 
 def test_a_worker_that_hangs_into_the_reserve_is_killed_and_its_rows_are_left():
@@ -162,15 +162,9 @@ def test_a_device_that_refuses_the_package_leaves_the_rows_to_one_that_does_not(
     assert "cuda:0: refuses the package, which another device may not: golden row 7" in capsys.readouterr().out
 
 
-def test_a_package_that_every_device_refuses_raises():
-    with pytest.raises(PackageError, match="golden row 7"):
-        run([refusing("cuda:0"), refusing("cuda:1")])
-
-
 def test_scores_that_are_not_finite_count_as_not_scored():
     work = run([Device(not_finite=True).worker()])
-    assert work.scores == {}
-    assert work.not_finite == 60
+    assert (work.scores, work.not_finite) == ({}, 60)
 
 
 def test_rows_are_scored_by_their_worth_an_eighth_at_a_time():
@@ -202,13 +196,6 @@ def test_a_batch_that_would_end_after_the_deadline_behind_those_before_it_stays_
     assert [request.id for request in next_batch(work, worker, [worker])] == ["0"]
 
 
-def test_a_short_clock_takes_the_shortest_batch_that_fits():
-    worker = worker_of_rate(10)
-    work = queue_of([90, 60, 40], time.monotonic() + 5, may_reorder=True)
-    assert [request.id for request in next_batch(work, worker, [worker])] == ["2"]
-    assert [batch[0].id for batch in work.queue] == ["0", "1"]
-
-
 def test_what_a_short_clock_takes_from_the_end_goes_back_there():
     worker = worker_of_rate(10, tokens_per_batch=20)
     work = queue_of([90, 40], time.monotonic() + 5, may_reorder=True)
@@ -230,77 +217,61 @@ def test_a_batch_over_the_workers_budget_is_split_and_the_rest_stays_next():
     assert work.queued_tokens == 0
 
 
-def test_the_record_of_a_pass():
-    requests = [Request("a", "as_given", ([5] * 30,)), Request("b", "as_given", ([5] * 20,))]
-    record = pass_record(run([Device().worker()], requests=requests))
-    assert {key: record[key] for key in ("pass", "rows", "scored", "left", "tokens", "computed_tokens", "padding")} == {
-        "pass": "test",
-        "rows": 2,
-        "scored": 2,
-        "left": 0,
-        "tokens": 50,
-        "computed_tokens": 60,
-        "padding": 0.1667,
-    }
-
-
-@pytest.mark.parametrize("seconds_left, starts", [(5, 1), (15, 2)])
-def test_a_worker_that_died_is_started_again_where_the_clock_has_time_to_load_it(seconds_left, starts):
+@pytest.mark.parametrize("seconds_left, is_started", [(5, False), (15, True)])
+def test_a_worker_that_died_is_started_again_where_the_clock_has_time_to_load_it(seconds_left, is_started):
     device = Device()
     worker = device.worker()
     worker.load_seconds = 10.0
     work = make_pass("test", REQUESTS, time.monotonic() + seconds_left, [worker])
     engine.handle_worker_death(work, worker, "died", start_clock(FAR))
-    started = worker.process is not None
+    assert (worker.process is not None) == is_started
     worker.stop()
-    assert started == (starts == 2)
-
-
-def test_a_worker_is_not_started_after_the_deadline():
-    worker = Worker("cpu", None, 500, lambda task: pytest.fail("it was started"))
-    assert run([worker], seconds=-1).scores == {}
 
 
 def test_only_deaths_without_a_score_in_between_and_over_more_than_one_row_count_against_a_device():
     worker = Worker("cpu", None, 1000, lambda task: None)
     worker.connection = SimpleNamespace(send=lambda message: None)
-    for _ in range(5):
-        worker.send(REQUESTS[:1])
+    for rows, fruitless in ((1, 0), (1, 0), (2, 1), (2, 2)):
+        worker.send(REQUESTS[:rows])
         worker.note_death()
-    assert (worker.fruitless, worker.gone) == (0, False)
-    for _ in range(2):
-        worker.send(REQUESTS[:2])
-        worker.note_death()
-    assert (worker.fruitless, worker.gone) == (2, False)
+        assert (worker.fruitless, worker.gone) == (fruitless, False)
     worker.send(REQUESTS[:2])
     worker.note_scored(worker.numbers, [1])
     assert worker.fruitless == 0
 
 
 @pytest.mark.parametrize(
-    "error",
+    "error, rows, expected",
     [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-        RuntimeError("CUDA error: out of memory"),
-        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
-        MemoryError(),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), 1, True),
+        (RuntimeError("CUDA error: out of memory"), 2, True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), 2, True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), 2, True),
+        (MemoryError(), 2, True),
+        (RuntimeError("CUDA error: out of memory"), 1, False),
+        (RuntimeError("CUDA error: device-side assert triggered"), 2, False),
     ],
 )
-def test_memory_that_runs_out_in_any_library_halves_the_budget_and_no_worker_dies(error):
-    device, real = Device(), Device.score
+def test_memory_may_run_out_in_any_library(error, rows, expected):
+    assert runtime_worker.lacks_memory(error, rows) == expected
 
-    def score(requests, connection):
-        if len(requests) > 1:
-            raise error
-        return real(device, requests, connection)
 
-    device.score = score
-    worker = device.worker(300)
-    requests = [Request(str(number), "as_given", ([5] * 100,)) for number in range(3)]
-    work = run([worker], requests=requests)
+def test_a_batch_that_is_too_large_halves_the_budget_and_no_worker_dies():
+    worker = Device(memory_tokens=250).worker(300)
+    work = run([worker], requests=[Request(str(number), "as_given", ([5] * 100,)) for number in range(3)])
     assert len(work.scores) == 3
     assert (worker.deaths, worker.tokens_per_batch, work.out_of_memory) == (0, 150, 1)
+
+
+def random_device(seed, killers):
+    """A device with a random memory and speed, which may die, fail, not load, and dies at the rows in `killers`."""
+    dice = random.Random(seed)
+    device = Device(dice.choice([90, 300, 10**9]), dice.choice([0, 0.005, 0.03]), dice.choice([0, 1e-5, 1e-4]))
+    dies, fails, loads = dice.choice([0, 0.02, 0.2, 1]), dice.choice([0, 0, 0.05]), dice.choice([1, 1, 0.7, 0])
+    device.dies_at = lambda requests: any(request.id in killers for request in requests) or dice.random() < dies
+    device.fails_at = lambda requests: dice.random() < fails
+    device.loads = lambda start: dice.random() < loads
+    return device
 
 
 @pytest.mark.parametrize("seed", range(24))
@@ -308,18 +279,8 @@ def test_whatever_fails_the_pass_ends_in_time_and_each_row_is_scored_left_or_giv
     monkeypatch.setattr(runtime_worker, "free_memory", lambda: None)
     dice = random.Random(seed)
     killers = {f"row{dice.randrange(60)}" for _ in range(dice.choice([0, 0, 1, 2]))}
-
-    def device(seed):
-        own = random.Random(seed)
-        made = Device(own.choice([90, 300, 10**9]), own.choice([0, 0.005, 0.03]), own.choice([0, 1e-5, 1e-4]))
-        dies, fails, loads = own.choice([0, 0.02, 0.2, 1]), own.choice([0, 0, 0.05]), own.choice([1, 1, 0.7, 0])
-        made.dies_at = lambda requests: any(request.id in killers for request in requests) or own.random() < dies
-        made.fails_at = lambda requests: own.random() < fails
-        made.loads = lambda start: own.random() < loads
-        return made
-
-    devices = [device(dice.random()) for _ in range(dice.choice([1, 2, 2, 3]))]
-    workers = [one.worker(dice.choice([100, 500, 2000])) for one in devices]
+    devices = [random_device(dice.random(), killers) for _ in range(dice.choice([1, 2, 2, 3]))]
+    workers = [device.worker(dice.choice([100, 500, 2000])) for device in devices]
     seconds = dice.choice([0.1, 0.3, 0.6])
     worth = {request.id: dice.random() for request in REQUESTS} if dice.random() < 0.4 else None
     began = time.monotonic()

@@ -26,62 +26,54 @@ def mount(root, path, content=b"x"):
     return file
 
 
-@pytest.mark.parametrize("folder", ["pairwise-demo", "datasets/owner/pairwise-demo", "datasets/owner/pairwise-demo/inner"])
-def test_a_file_is_found_in_either_layout(tmp_path, folder):
-    mount(tmp_path, "datasets/owner/another/manifest.json", b"other")
-    expected = mount(tmp_path, f"{folder}/manifest.json")
-    assert find_mounted(tmp_path, "pairwise-demo", ("manifest.json",)) == expected
+DATASET = ("manifest.json",)
+COMPETITION = ("test.parquet", "test.csv")
+DEMO = "datasets/owner/demo/manifest.json"
 
 
-def test_the_same_file_mounted_twice_counts_once(tmp_path):
+@pytest.mark.parametrize(
+    "slug, names, kind, mounted, expected",
+    [
+        ("demo", DATASET, None, ["datasets/owner/another/manifest.json", "demo/manifest.json"], "demo/manifest.json"),
+        ("demo", DATASET, None, ["datasets/owner/another/manifest.json", DEMO], DEMO),
+        ("demo", DATASET, None, ["datasets/owner/demo/inner/manifest.json"], "datasets/owner/demo/inner/manifest.json"),
+        ("wsdm", COMPETITION, None, ["wsdm/test.csv", "wsdm/test.parquet"], "wsdm/test.parquet"),
+        ("wsdm", COMPETITION, "competitions", ["datasets/owner/wsdm/test.parquet", "wsdm/test.csv"], "wsdm/test.csv"),
+        ("wsdm", COMPETITION, "competitions", ["texts/wsdm/test.parquet", "wsdm/test.csv"], "wsdm/test.csv"),
+        (
+            "wsdm",
+            COMPETITION,
+            "competitions",
+            ["datasets/wsdm/texts/test.parquet", "competitions/wsdm/test.csv"],
+            "competitions/wsdm/test.csv",
+        ),
+        ("wsdm", COMPETITION, "competitions", ["v3/competitions/wsdm/test.csv"], "v3/competitions/wsdm/test.csv"),
+        ("demo", DATASET, "datasets", ["competitions/demo/manifest.json", "demo/manifest.json"], "demo/manifest.json"),
+        ("demo", DATASET, "datasets", ["datasets/demo/other/manifest.json", DEMO], DEMO),
+        ("demo", DATASET, "datasets", ["datasets/owner/a/demo/manifest.json", DEMO], DEMO),
+    ],
+)
+def test_the_mounted_file_is_found_in_every_layout_and_no_other_is_taken_for_it(
+    tmp_path, slug, names, kind, mounted, expected
+):
+    for path in mounted:
+        mount(tmp_path, path, path.encode())
+    assert find_mounted(tmp_path, slug, names, kind) == tmp_path / "input" / expected
+
+
+def test_a_file_mounted_twice_counts_once_unless_the_copies_differ(tmp_path):
     mount(tmp_path, "wsdm/test.parquet")
-    mount(tmp_path, "competitions/wsdm/test.parquet")
-    assert find_mounted(tmp_path, "wsdm", ("test.parquet", "test.csv")).name == "test.parquet"
-
-
-def test_two_different_files_are_refused(tmp_path):
-    mount(tmp_path, "wsdm/test.parquet", b"one")
-    mount(tmp_path, "competitions/wsdm/test.parquet", b"two")
+    copy = mount(tmp_path, "competitions/wsdm/test.parquet")
+    assert find_mounted(tmp_path, "wsdm", COMPETITION).name == "test.parquet"
+    copy.write_bytes(b"y")
     with pytest.raises(FileNotFoundError, match="2 files named test.parquet"):
-        find_mounted(tmp_path, "wsdm", ("test.parquet",))
+        find_mounted(tmp_path, "wsdm", COMPETITION)
 
 
-@pytest.mark.parametrize("folder", ["wsdm", "competitions/wsdm"])
-@pytest.mark.parametrize("dataset", ["datasets/owner/wsdm", "datasets/wsdm/texts", "texts/wsdm", "datasets/owner/texts/wsdm"])
-def test_a_datasets_file_is_not_taken_for_the_competitions(tmp_path, folder, dataset):
-    mount(tmp_path, f"{dataset}/test.parquet", b"another")
-    expected = mount(tmp_path, f"{folder}/test.csv")
-    assert find_mounted(tmp_path, "wsdm", ("test.parquet", "test.csv"), "competitions") == expected
-
-
-@pytest.mark.parametrize("dataset", ["datasets/owner/gemma", "gemma"])
-def test_a_folder_named_like_a_dataset_elsewhere_is_not_taken_for_it(tmp_path, dataset):
-    mount(tmp_path, "competitions/gemma/manifest.json", b"a competition")
-    mount(tmp_path, "datasets/gemma/other/manifest.json", b"an owner")
-    mount(tmp_path, "datasets/owner/other/gemma/manifest.json", b"a folder")
-    expected = mount(tmp_path, f"{dataset}/manifest.json")
-    assert find_mounted(tmp_path, "gemma", ("manifest.json",), "datasets") == expected
-
-
-def test_a_mount_deeper_than_known_is_still_found_but_not_among_the_other_kind(tmp_path):
-    expected = mount(tmp_path, "v3/competitions/wsdm/test.parquet")
-    assert find_mounted(tmp_path, "wsdm", ("test.parquet",), "competitions") == expected
-    mount(tmp_path, "datasets/owner/llama/test.parquet")
-    with pytest.raises(FileNotFoundError, match="0 files named test.parquet"):
-        find_mounted(tmp_path, "llama", ("test.parquet",), "competitions")
-
-
-def test_a_competition_with_both_formats_gives_the_first_one_named(tmp_path):
-    mount(tmp_path, "wsdm/test.csv", b"csv")
-    expected = mount(tmp_path, "wsdm/test.parquet", b"parquet")
-    (tmp_path / "input" / "wsdm" / "inner" / "test.parquet").mkdir(parents=True)
-    assert find_mounted(tmp_path, "wsdm", ("test.parquet", "test.csv")) == expected
-
-
-def test_what_is_not_mounted_is_named_with_what_is(tmp_path):
-    mount(tmp_path, "datasets/owner/another/manifest.json")
-    with pytest.raises(FileNotFoundError, match="0 files named manifest.json .*'pairwise-demo'.* datasets/owner/another;"):
-        find_mounted(tmp_path, "pairwise-demo", ("manifest.json",))
+def test_a_file_that_is_not_mounted_is_named_with_the_folders_that_are(tmp_path):
+    mount(tmp_path, "datasets/owner/llama/test.csv")
+    with pytest.raises(FileNotFoundError, match="0 files named test.parquet or test.csv .*'llama'.* datasets/owner/llama;"):
+        find_mounted(tmp_path, "llama", COMPETITION, "competitions")
 
 
 ROWS = [
@@ -98,18 +90,16 @@ def write_table(path, rows):
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "csv"])
-def test_wsdm_rows_are_read_from_parquet_and_csv(tmp_path, suffix):
-    path = write_table(tmp_path / f"test.{suffix}", ROWS)
-    first, second = read_rows(path, are_turns=False)
-    assert first == {**ROWS[0], "id": "7"}
-    assert (second["id"], len(second["response_a"]), second["response_b"] or None) == ("3", 200_000, None)
-
-
-@pytest.mark.parametrize("suffix", ["parquet", "csv"])
-def test_ids_beyond_what_a_float_holds_keep_their_digits(tmp_path, suffix):
-    path = write_table(tmp_path / f"test.{suffix}", [{**ROWS[0], "id": 2**53 + 1}, {**ROWS[1], "id": 2**63 - 1}])
+def test_rows_are_read_from_columns_in_any_order_and_ids_keep_every_digit(tmp_path, suffix):
+    rows = [{"scored": True, "response_b": None, "prompt": row["prompt"], "response_a": row["response_a"]} for row in ROWS]
+    rows[0]["id"], rows[1]["id"] = 2**53 + 1, 2**63 - 1
+    path = write_table(tmp_path / f"test.{suffix}", rows)
+    null = None if suffix == "parquet" else ""
+    assert read_rows(path, are_turns=False) == [
+        {"id": "9007199254740993", "prompt": 'p, "quoted"\nline', "response_a": "河流", "response_b": null},
+        {"id": "9223372036854775807", "prompt": "q", "response_a": "x" * 200_000, "response_b": null},
+    ]
     assert read_ids(path) == ["9007199254740993", "9223372036854775807"]
-    assert [row["id"] for row in read_rows(path, False)] == read_ids(path)
 
 
 def test_ids_are_the_characters_of_the_file(tmp_path):
@@ -117,20 +107,6 @@ def test_ids_are_the_characters_of_the_file(tmp_path):
     assert read_ids(tmp_path / "test.csv") == ["007", " 1.0 ", 'a,"b"']
     pl.DataFrame({"id": [3.0, -4.0]}).write_parquet(tmp_path / "floats.parquet")
     assert read_ids(tmp_path / "floats.parquet") == ["3", "-4"]
-
-
-@pytest.mark.parametrize("suffix", ["parquet", "csv"])
-def test_columns_may_stand_in_any_order_beside_others_and_hold_nothing_but_nulls(tmp_path, suffix):
-    row = {"scored": True, "response_b": "b", "id": 1, "more": 0.5, "prompt": None, "response_a": ""}
-    path = write_table(tmp_path / f"test.{suffix}", [row])
-    [row] = read_rows(path, are_turns=False)
-    assert {**row, "prompt": row["prompt"] or None} == {"id": "1", "prompt": None, "response_a": "", "response_b": "b"}
-
-
-@pytest.mark.parametrize("suffix", ["parquet", "csv"])
-def test_a_row_of_ten_million_characters_is_read_whole(tmp_path, suffix):
-    path = write_table(tmp_path / f"test.{suffix}", [ROWS[0], {**ROWS[1], "prompt": "河 " * 5_000_000}])
-    assert [len(row["prompt"]) for row in read_rows(path, are_turns=True)] == [16, 10_000_000]
 
 
 def test_categories_and_lists_of_text_are_text(tmp_path):
@@ -150,23 +126,23 @@ def test_of_rows_that_are_not_kept_no_text_is_made(tmp_path, suffix):
         assert (rows[4], rows[5]) == ({"id": 4}, {"id": 5, "prompt": ROWS[0]["prompt"]})
 
 
-def test_lmsys_rows_are_lists_of_turns_with_nulls_and_lone_surrogates(tmp_path):
-    values = {"prompt": '["one","two"]', "response_a": '["a",null]', "response_b": '["\\ud83d","b"]'}
-    pl.DataFrame([{"id": 9, **values}]).write_csv(tmp_path / "test.csv")
-    [row] = read_rows(tmp_path / "test.csv", are_turns=True)
-    assert row == {"id": "9", "prompt": ["one", "two"], "response_a": ["a", None], "response_b": ["\ud83d", "b"]}
+@pytest.mark.parametrize("text", ["[broken", '"text"', "5", "", "[" * 100_000], ids=lambda text: text[:7])
+def test_text_that_is_no_json_list_is_one_turn(text):
+    assert read_text(text, True) == text
 
 
-def test_text_that_is_no_json_list_is_one_turn():
-    assert [read_text(text, True) for text in ("[broken", '"text"', "5", "", "[" * 100_000)] == [
-        "[broken",
-        '"text"',
-        "5",
-        "",
-        "[" * 100_000,
-    ]
-    assert [read_text(text, True) for text in (None, "null", "[1, null]")] == [None, None, ["1", None]]
-    assert [read_text(text, False) for text in ('["a"]', "null")] == ['["a"]', "null"]
+@pytest.mark.parametrize(
+    "text, are_turns, expected",
+    [
+        (None, True, None),
+        ("null", True, None),
+        ('[1, null, "\\ud83d"]', True, ["1", None, "\ud83d"]),
+        ('["a"]', False, '["a"]'),
+        ("null", False, "null"),
+    ],
+)
+def test_a_json_list_is_turns_where_the_competition_has_them(text, are_turns, expected):
+    assert read_text(text, are_turns) == expected
 
 
 @pytest.mark.parametrize(
@@ -238,13 +214,10 @@ def test_wheels_that_are_not_those_of_wheels_json_are_not_installed(tmp_path, im
     assert commands == []
 
 
-def test_missing_bitsandbytes_without_wheels_is_a_clear_error(tmp_path, image_without_bitsandbytes):
-    with pytest.raises(ModuleNotFoundError, match="name a dataset in the spec's `wheels`"):
-        install_missing_wheels(tmp_path, [image_without_bitsandbytes[0]], None)
-
-
-def test_nothing_is_installed_for_packages_that_are_not_quantised(tmp_path, image_without_bitsandbytes):
+def test_without_wheels_a_package_that_needs_them_is_refused_and_another_installs_nothing(tmp_path, image_without_bitsandbytes):
     package, commands = image_without_bitsandbytes
+    with pytest.raises(ModuleNotFoundError, match="name a dataset in the spec's `wheels`"):
+        install_missing_wheels(tmp_path, [package], None)
     (package / "config.json").write_text("{}")
     assert install_missing_wheels(tmp_path, [package], None) == []
     assert commands == []

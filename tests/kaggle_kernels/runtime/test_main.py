@@ -43,53 +43,12 @@ def kaggle(tmp_path, monkeypatch, package_folder):
     return tmp_path
 
 
-@pytest.fixture
-def hidden_run(monkeypatch, kaggle):
-    """The tree in the run on the hidden test rows."""
-    monkeypatch.setenv("KAGGLE_IS_COMPETITION_RERUN", "1")
-
-
-@pytest.fixture
-def loads_no_model(monkeypatch):
-    """The test fails where a worker is started."""
-    monkeypatch.setattr("kaggle_kernels.runtime.scheduling.crew.start_process", lambda _: pytest.fail("a model was loaded"))
-
-
 def submitted(kaggle):
     return pl.read_csv(kaggle / "working" / "submission.csv")
 
 
 def record_of(kaggle):
     return json.loads((kaggle / "working" / "kernel.json").read_text())
-
-
-def test_shuffled_rows_on_two_devices_get_the_same_answers_by_id(kaggle):
-    rows = tiny.pairs(40, seed=6)
-    write_test_rows(kaggle, rows)
-    run_kernel(SETTINGS)
-    first, first_scores = submitted(kaggle), pl.read_parquet(kaggle / "working" / "scores.parquet")
-    write_test_rows(kaggle, rows.sample(fraction=1, shuffle=True, seed=8))
-    run_kernel(replace(SETTINGS, tokens_per_batch=600), devices=["cpu", "cpu"])
-    second, second_scores = submitted(kaggle), pl.read_parquet(kaggle / "working" / "scores.parquet")
-    assert first["id"].to_list() != second["id"].to_list()
-    assert first.sort("id").equals(second.sort("id"))
-    assert first["winner"].n_unique() == 2
-    for column in ("p_model_a", "two_p_model_a_as_given", "two_p_model_a_swapped"):
-        assert (first_scores.sort("id")[column] - second_scores.sort("id")[column]).abs().max() < 1e-5
-
-
-def test_the_record_holds_settings_versions_and_passes(kaggle, hidden_run):
-    run_kernel(SETTINGS)
-    record = record_of(kaggle)
-    assert record["hidden_run"] is True
-    [served] = record["settings"]["packages"]
-    assert (served["run"], served["dataset"], served["weight"]) == ("two", "tiny-two", 1.0)
-    assert record["manifests"] == {"tiny-two": sha256(kaggle / "input" / "tiny-two" / "manifest.json")}
-    assert [(work["pass"], work["scored"]) for work in record["passes"]] == [
-        ("tiny-two, as_given", 3),
-        ("tiny-two, swapped", 3),
-    ]
-    assert len(record["plans"]) == 1
 
 
 def test_heads_of_two_kinds_make_one_ensemble_and_a_reward_model_runs_one_order(kaggle, tiny_models):
@@ -107,49 +66,6 @@ def test_heads_of_two_kinds_make_one_ensemble_and_a_reward_model_runs_one_order(
     assert scores["p_model_a"].n_unique() == 3
 
 
-def test_a_clock_that_has_run_out_raises_and_writes_no_submission(kaggle):
-    with pytest.raises(ValueError, match="0 of 3 rows were scored, the spec's min_scored is 0.98; nothing is submitted"):
-        run_kernel(replace(SETTINGS, clock_seconds=0.01))
-    assert list((kaggle / "working").iterdir()) == []
-
-
-def test_with_a_low_min_scored_rows_left_by_the_clock_get_the_longer_answer(kaggle):
-    rows = tiny.pairs(10, seed=6)
-    write_test_rows(kaggle, rows)
-    run_kernel(replace(SETTINGS, clock_seconds=0.01, min_scored=0.0))
-    longer = rows.select(pl.col("response_a").str.len_chars() >= pl.col("response_b").str.len_chars()).to_series()
-    assert submitted(kaggle)["winner"].to_list() == ["model_a" if first else "model_b" for first in longer]
-
-
-@pytest.mark.parametrize(
-    "changes, error, message",
-    [
-        ({"packages": (settings_for("gone", "tiny-gone"),)}, FileNotFoundError, "0 files named manifest.json .* 'tiny-gone'"),
-        ({"verdicts": ("model_a", "model_b", "tie")}, ValueError, "tells nothing of tie"),
-        ({"budget_tokens": 64}, ValueError, "budget_tokens: 64 leaves no room"),
-        (
-            {"packages": (settings_for("two", "tiny-two", verdicts=("model_b", "model_a")),)},
-            ValueError,
-            "contract.json: verdicts: found .'model_a', 'model_b'., the recipe of two says",
-        ),
-        (
-            {"packages": (settings_for("two", "tiny-two", model_type="llama"),)},
-            ValueError,
-            "config.json: model_type: found gemma2, the recipe of two says llama; package the run again",
-        ),
-    ],
-    ids=["not mounted", "no ties", "budget below the template", "other verdicts", "other architecture"],
-)
-def test_a_package_that_does_not_suit_is_refused_before_a_model_is_loaded(kaggle, loads_no_model, changes, error, message):
-    with pytest.raises(error, match=message):
-        run_kernel(replace(SETTINGS, **changes))
-
-
-def test_another_base_model_of_the_same_architecture_is_only_logged(kaggle, capsys):
-    run_kernel(replace(SETTINGS, packages=(settings_for("two", "tiny-two", base_model="folder/gemma"),)))
-    assert "two: made of outputs/demo/input/gemma2, its recipe says folder/gemma\n" in capsys.readouterr().out
-
-
 def test_packages_are_combined_by_weight_after_their_orders_and_verdicts_are_brought_together():
     packages = [
         SimpleNamespace(contract=SimpleNamespace(verdicts=verdicts))
@@ -163,11 +79,13 @@ def test_packages_are_combined_by_weight_after_their_orders_and_verdicts_are_bro
     assert combined["only second"] == pytest.approx([0.25, 0.75])
 
 
-def test_a_spec_may_serve_with_another_token_budget(kaggle):
+def test_a_spec_may_serve_with_another_token_budget_and_another_base_model_is_only_logged(kaggle, capsys):
     write_test_rows(kaggle, tiny.pairs(3, seed=6).with_columns(prompt=pl.lit("river " * 300)))
-    run_kernel(replace(SETTINGS, budget_tokens=150))
+    packages = (settings_for("two", "tiny-two", base_model="folder/gemma"),)
+    run_kernel(replace(SETTINGS, budget_tokens=150, packages=packages))
     [first, _] = record_of(kaggle)["passes"]
     assert 3 * 140 < first["tokens"] <= 3 * 150
+    assert "two: made of outputs/demo/input/gemma2, its recipe says folder/gemma\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("clock_seconds, reserve", [(600, 30), (6000, 300), (43200, 300)])
@@ -176,44 +94,87 @@ def test_the_clock_keeps_a_reserve_for_writing(clock_seconds, reserve):
     assert clock.deadline - clock.began == pytest.approx(clock_seconds - reserve)
 
 
-@pytest.fixture
-def fails_in_the_second_pass(monkeypatch):
-    """The pass over the second order raises."""
-    run_pass, calls = schedule.run_pass, []
+def answers_by_id(kaggle, rows, settings, devices):
+    """The submission and the scores of a kernel that gets these rows, sorted by id."""
+    write_test_rows(kaggle, rows)
+    run_kernel(settings, devices)
+    assert submitted(kaggle)["id"].to_list() == rows["id"].to_list()
+    return submitted(kaggle).sort("id"), pl.read_parquet(kaggle / "working" / "scores.parquet").sort("id")
 
-    def fail(*arguments):
-        calls.append(1)
-        if len(calls) > 1:
+
+def test_shuffled_rows_on_two_devices_get_the_same_answers_by_id(kaggle):
+    rows = tiny.pairs(40, seed=6)
+    shuffled = rows.sample(fraction=1, shuffle=True, seed=8)
+    first, first_scores = answers_by_id(kaggle, rows, SETTINGS, ["cpu"])
+    second, second_scores = answers_by_id(kaggle, shuffled, replace(SETTINGS, tokens_per_batch=600), ["cpu", "cpu"])
+    assert first.equals(second)
+    assert first["winner"].n_unique() == 2
+    for column in ("p_model_a", "two_p_model_a_as_given", "two_p_model_a_swapped"):
+        assert (first_scores[column] - second_scores[column]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"verdicts": ("model_a", "model_b", "tie")}, "tells nothing of tie"),
+        ({"budget_tokens": 64}, "budget_tokens: 64 leaves no room"),
+        ({"verdicts": ("model_b", "model_a")}, "contract.json: verdicts: found .'model_a', 'model_b'., the recipe of two says"),
+        ({"model_type": "llama"}, "config.json: model_type: found gemma2, the recipe of two says llama; package the run again"),
+    ],
+    ids=["no ties", "budget below the template", "other verdicts", "other architecture"],
+)
+def test_a_package_that_does_not_suit_is_refused_before_a_model_is_loaded(kaggle, monkeypatch, changes, message):
+    monkeypatch.setattr("kaggle_kernels.runtime.scheduling.crew.start_process", lambda _: pytest.fail("a model was loaded"))
+    if "tie" in changes.get("verdicts", ()) or "budget_tokens" in changes:
+        settings = replace(SETTINGS, **changes)
+    else:
+        settings = replace(SETTINGS, packages=(settings_for("two", "tiny-two", **changes),))
+    with pytest.raises(ValueError, match=message):
+        run_kernel(settings)
+
+
+def test_rows_left_by_the_clock_get_the_longer_answer_where_min_scored_allows_it(kaggle):
+    rows = tiny.pairs(10, seed=6)
+    write_test_rows(kaggle, rows)
+    with pytest.raises(ValueError, match="0 of 10 rows were scored, the spec's min_scored is 0.98; nothing is submitted"):
+        run_kernel(replace(SETTINGS, clock_seconds=0.01))
+    assert list((kaggle / "working").iterdir()) == []
+    run_kernel(replace(SETTINGS, clock_seconds=0.01, min_scored=0.0))
+    longer = rows.select(pl.col("response_a").str.len_chars() >= pl.col("response_b").str.len_chars()).to_series()
+    assert submitted(kaggle)["winner"].to_list() == ["model_a" if first else "model_b" for first in longer]
+
+
+def test_what_fails_after_the_first_order_ends_the_visible_run_and_is_logged_in_the_hidden_one(kaggle, monkeypatch, capsys):
+    run_pass = schedule.run_pass
+
+    def fail_in_the_second_order(work, workers, clock):
+        if "swapped" in work.label:
             raise RuntimeError("what nobody thought of")
-        return run_pass(*arguments)
+        return run_pass(work, workers, clock)
 
-    monkeypatch.setattr(schedule, "run_pass", fail)
-
-
-def test_what_goes_wrong_after_the_first_order_does_not_lose_it(kaggle, hidden_run, fails_in_the_second_pass, capsys):
-    run_kernel(SETTINGS)
-    assert submitted(kaggle).height == 3
-    assert record_of(kaggle)["scored"] == 3
-    assert "RuntimeError: what nobody thought of" in capsys.readouterr().out
-
-
-def test_in_the_visible_run_it_ends_the_kernel(kaggle, fails_in_the_second_pass):
+    monkeypatch.setattr(schedule, "run_pass", fail_in_the_second_order)
     with pytest.raises(RuntimeError, match="what nobody thought of"):
         run_kernel(SETTINGS)
     assert not (kaggle / "working" / "submission.csv").exists()
+    monkeypatch.setenv("KAGGLE_IS_COMPETITION_RERUN", "1")
+    run_kernel(SETTINGS)
+    assert submitted(kaggle).height == 3
+    assert "RuntimeError: what nobody thought of" in capsys.readouterr().out
+    record = record_of(kaggle)
+    assert (record["hidden_run"], record["scored"], record["settings"]["packages"][0]["dataset"]) == (True, 3, "tiny-two")
+    assert record["manifests"] == {"tiny-two": sha256(kaggle / "input" / "tiny-two" / "manifest.json")}
+    assert [work["pass"] for work in record["passes"]] == ["tiny-two, as_given"]
 
 
-def test_with_too_few_scores_it_raises_in_the_hidden_run_too(kaggle, hidden_run, monkeypatch):
-    monkeypatch.setattr(main, "score_all", lambda board: 1 / 0)
-    with pytest.raises(ValueError, match="0 of 3 rows were scored"):
-        run_kernel(SETTINGS)
-
-
-def test_a_record_that_cannot_be_written_does_not_cost_the_submission(kaggle, hidden_run, monkeypatch, capsys):
-    def full(*_):
+def test_in_the_hidden_run_too_few_scores_are_an_error_and_a_lost_record_is_not(kaggle, monkeypatch, capsys):
+    def fail_to_write(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(main, "write_scores", full)
+    monkeypatch.setenv("KAGGLE_IS_COMPETITION_RERUN", "1")
+    monkeypatch.setattr(main, "write_scores", fail_to_write)
     run_kernel(SETTINGS)
     assert submitted(kaggle).height == 3
     assert "No space left on device" in capsys.readouterr().out
+    monkeypatch.setattr(main, "score_all", lambda board: 1 / 0)
+    with pytest.raises(ValueError, match="0 of 3 rows were scored"):
+        run_kernel(SETTINGS)

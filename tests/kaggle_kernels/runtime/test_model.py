@@ -15,20 +15,12 @@ def contract(package_folder):
     return read_package(package_folder).contract
 
 
-def test_a_model_on_a_cpu_is_float32_in_eval_mode(package_folder, contract):
-    model = load_model(package_folder, contract, "cpu")
-    assert model.dtype == torch.float32
-    assert not model.training
-
-
-def test_keys_and_values_are_not_kept_for_a_generation_that_never_comes(package_folder, contract):
-    model = load_model(package_folder, contract, "cpu")
-    assert model(torch.tensor([[2, 5, 6]])).past_key_values is None
-
-
-def test_without_soft_cap_the_model_runs_pytorchs_attention_and_its_config_has_none(package_folder, contract):
-    model = load_model(package_folder, contract, "cpu")
+def test_a_model_is_loaded_as_its_contract_says(package_folder, contract):
+    model = load_model(package_folder, replace(contract, pad_token_id=7), "cpu")
+    assert (model.dtype, model.training) == (torch.float32, False)
+    assert model(torch.tensor([[2, 5, 6]])).past_key_values is None, "keys are kept for a generation that never comes"
     assert (model.config._attn_implementation, model.config.attn_logit_softcapping) == ("sdpa_repeated", None)
+    assert model.config.pad_token_id == 7
 
 
 def test_with_soft_cap_the_model_runs_eager_attention_and_keeps_the_value(package_folder, contract):
@@ -40,10 +32,6 @@ def test_a_soft_cap_that_the_config_lost_is_refused(spoilt, contract):
     change_json(spoilt / "config.json", attn_logit_softcapping=None)
     with pytest.raises(PackageError, match="has no attn_logit_softcapping"):
         serving_config(spoilt, replace(contract, softcap=True))
-
-
-def test_the_pad_id_comes_from_the_contract(package_folder, contract):
-    assert serving_config(package_folder, replace(contract, pad_token_id=7)).pad_token_id == 7
 
 
 def test_a_checkpoint_without_its_head_is_refused(spoilt, contract):

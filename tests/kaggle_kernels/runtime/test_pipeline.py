@@ -8,16 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kaggle_kernels.runtime.models.model import load_model
 from kaggle_kernels.runtime.models.pipeline import Stages, stage_starts
-from kaggle_kernels.runtime.models.scoring import make_requests, score, score_batch
-from kaggle_kernels.runtime.package import read_package
-from kaggle_kernels.runtime.scheduling.crew import Worker
-from kaggle_kernels.runtime.scheduling.engine import make_pass, run_pass
-from kaggle_kernels.runtime.scheduling.worker import serve
-from kaggle_kernels.runtime.settings import start_clock
-from tests import tiny
-from tests.kaggle_kernels.runtime.workers import start_in_thread
 
 
 class Part(torch.nn.Module):
@@ -54,22 +45,6 @@ def run(stages, model, batches):
     for thread in threads:
         thread.join(20)
         assert not thread.is_alive()
-
-
-def test_the_first_stage_takes_the_next_batch_while_the_second_has_one():
-    begun, seen = {1: threading.Event(), 2: threading.Event()}, []
-
-    def first(batch):
-        begun[batch].set()
-
-    def second(batch):
-        if batch == 1:
-            seen.append(begun[2].wait(10))
-
-    model = Model(first, second)
-    model.entered = begun[1]
-    run(Stages(model, ["second"]), model, [1, 2])
-    assert seen == [True]
 
 
 def test_there_is_never_more_than_one_batch_in_a_stage():
@@ -117,28 +92,29 @@ def fake_streams(monkeypatch):
     return noted, current
 
 
-def test_batches_in_flight_have_streams_of_their_own_on_every_device(fake_streams):
+def test_the_first_stage_takes_the_next_batch_while_the_second_has_one_each_on_streams_of_its_own(fake_streams):
     _, current = fake_streams
-    begun, seen = {batch: threading.Event() for batch in (1, 2, 3)}, {}
+    begun, streams, overlapped = {batch: threading.Event() for batch in (1, 2, 3)}, {}, []
 
     def first(batch):
-        seen[batch] = current.streams
+        streams[batch] = current.streams
         begun[batch].set()
 
     def second(batch):
         if batch == 1:
-            assert begun[2].wait(10)
+            overlapped.append(begun[2].wait(10))
 
     model = Model(first, second)
     model.entered = begun[1]
     stages = Stages(model, ["second"], ["cuda:0", "cuda:1"])
     run(stages, model, [1, 2])
+    assert overlapped == [True]
     for device in ("cuda:0", "cuda:1"):
-        assert seen[1][device] is not seen[2][device]
-        assert seen[1][device].device == device
+        assert streams[1][device] is not streams[2][device]
+        assert streams[1][device].device == device
     assert not getattr(current, "streams", {})
     run(stages, model, [3])
-    assert seen[3] in (seen[1], seen[2]), "a third batch takes a stream that is free again, and the memory that it has"
+    assert streams[3] in (streams[1], streams[2]), "a third batch takes a stream that is free again, and the memory that it has"
 
 
 def test_a_stage_is_given_back_once_its_device_has_done_its_work(fake_streams):
@@ -186,32 +162,3 @@ def test_stages_begin_where_the_device_changes():
     assert stage_starts(dict.fromkeys(placed, "cpu")) == []
 
 
-def test_a_model_in_two_stages_scores_as_the_whole_one(package_folder):
-    package = read_package(package_folder)
-    pairs = [package.model_input.pair_from_row(row) for row in tiny.pairs(40, seed=9).to_dicts()]
-    model, contract = load_model(package_folder, package.contract, "cpu"), package.contract
-    whole = score(model, package.model_input, package.tokenizer, contract, pairs)
-    stages = Stages(model, ["model.layers.1"])
-    inside, most = [], []
-
-    def score_requests(requests):
-        inside.append(1)
-        most.append(len(inside))
-        with stages.batch():
-            values = score_batch(model, package.model_input, contract, requests, "cpu")
-        inside.pop()
-        return values
-
-    def work(connection, task):
-        connection.send(("loaded", {"dtype": "float32", "batches_at_once": 2, "worst": 0.0, "seconds": 0.0}))
-        serve(connection, score_requests, 2, lambda: [0])
-
-    worker = Worker("cpu", None, 500, lambda task: start_in_thread(task, work))
-    worker.launch()
-    requests = make_requests(package.model_input, package.tokenizer, contract, pairs, ("as_given",))
-    done = run_pass(make_pass("staged", requests, time.monotonic() + 600, [worker]), [worker], start_clock(600))
-    worker.stop()
-    assert max(most) == 2
-    assert {row_id: pytest.approx(values, abs=1e-5) for row_id, values in done.scores.items()} == {
-        pair.id: whole[pair.id]["as_given"] for pair in pairs
-    }

@@ -9,10 +9,11 @@ from kaggle_kernels.runtime.models.gptq import GptqLinear
 from kaggle_kernels.runtime.models.placement import balance, part_sizes, split_over, weight_sizes
 from kaggle_kernels.runtime.models.scoring import score
 from kaggle_kernels.runtime.package import read_package
-from kaggle_kernels.runtime.scheduling import crew
+from kaggle_kernels.runtime.scheduling import crew, worker
 from kaggle_kernels.runtime.scheduling.plan import is_multiplied
 from kaggle_kernels.runtime.scheduling.worker import load_on
 from kaggle_kernels.runtime.settings import start_clock
+from postprocess.weights.bnb_quantize import quantization_config
 from tests import tiny
 
 
@@ -31,37 +32,17 @@ def test_the_fullest_device_holds_as_little_as_can_be(sizes, devices, expected):
 
 
 def test_parts_stand_in_the_order_in_which_a_row_passes_through_them():
-    names = [
-        "lm_head.weight",
-        "model.norm.weight",
-        "model.layers.10.a.weight",
-        "model.layers.2.a.weight",
-        "model.layers.2.b.bias",
-    ]
-    sizes = dict.fromkeys([*names, "model.embed_tokens.weight"], 1)
-    assert part_sizes(sizes) == {
-        "model.embed_tokens": 1,
-        "model.layers.2": 2,
-        "model.layers.10": 1,
-        "model.norm": 1,
-        "lm_head": 1,
-    }
+    layers = ["model.layers.10.a.weight", "model.layers.2.a.weight", "model.layers.2.b.bias"]
+    sizes = dict.fromkeys(["lm_head.weight", "model.norm.weight", *layers, "model.embed_tokens.weight"], 1)
+    parts = list(part_sizes(sizes).items())
+    assert parts[:3] == [("model.embed_tokens", 1), ("model.layers.2", 2), ("model.layers.10", 1)]
+    assert parts[3:] == [("model.norm", 1), ("lm_head", 1)]
 
 
-def test_the_map_of_a_tiny_classifier(package_folder):
-    assert split_over(package_folder, ["cuda:0", "cuda:1"]) == {
-        "model.embed_tokens": "cuda:0",
-        "model.layers.0": "cuda:1",
-        "model.layers.1": "cuda:1",
-        "model.norm": "cuda:1",
-        "score": "cuda:1",
-        "model.rotary_emb": "cuda:0",
-    }
-
-
-def test_a_head_that_is_the_embedding_stays_with_it(tiny_models):
-    assert split_over(tiny_models("gemma2"), ["cuda:0", "cuda:1"])["lm_head"] == "cuda:0"
-    assert split_over(tiny_models("llama"), ["cuda:0", "cuda:1"])["lm_head"] == "cuda:1"
+def test_positions_and_a_head_that_is_the_embedding_stay_with_it(tiny_models):
+    gemma2, llama = (split_over(tiny_models(kind), ["cuda:0", "cuda:1"]) for kind in ("gemma2", "llama"))
+    assert (gemma2["model.embed_tokens"], gemma2["model.rotary_emb"], gemma2["lm_head"]) == ("cuda:0", "cuda:0", "cuda:0")
+    assert (llama["model.embed_tokens"], llama["lm_head"]) == ("cuda:0", "cuda:1")
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "llama", "qwen2"])
@@ -74,32 +55,6 @@ def test_every_part_of_the_model_has_a_place(tiny_models, kind):
     assert [part for part in placed if not any(name == part for name, _ in model.named_modules())] == []
 
 
-@pytest.mark.parametrize("kind", ["gemma2", "llama", "qwen2"])
-def test_accelerate_takes_the_map_and_rows_pass_through_its_hooks(tiny_models, kind):
-    from accelerate import dispatch_model
-
-    model = AutoModelForCausalLM.from_pretrained(tiny_models(kind)).eval()
-    ids = torch.arange(40).view(2, 20)
-    with torch.inference_mode():
-        expected = model(ids, use_cache=False).logits
-        hooked = dispatch_model(model, split_over(tiny_models(kind), ["cpu", "cpu"]), main_device="cpu", force_hooks=True)
-        assert (hooked(ids, use_cache=False).logits - expected).abs().max() < 1e-5
-    assert hooked.model.layers[1]._hf_hook is not None
-
-
-def test_elements_of_nf4_are_counted_as_the_weights_that_they_stand_for(tiny_models, tmp_path):
-    from postprocess.weights.bnb_quantize import quantization_config
-
-    settings = {"quantization_config": quantization_config("nf4", ["lm_head"]), "device_map": {"": "cpu"}}
-    AutoModelForCausalLM.from_pretrained(tiny_models("llama"), dtype=torch.float16, **settings).save_pretrained(tmp_path)
-    whole, packed = weight_sizes(tiny_models("llama")), weight_sizes(tmp_path)
-    assert {name: elements for name, (_, elements) in packed.items() if name in whole} == {
-        name: elements for name, (_, elements) in whole.items()
-    }
-    name = "model.layers.0.mlp.up_proj.weight"
-    assert (whole[name], packed[name]) == ((4 * 64 * 128, 64 * 128), (64 * 128 // 2, 64 * 128))
-
-
 def test_elements_of_gptq_are_counted_as_the_weights_that_they_stand_for(tmp_path):
     for bits in (4, 8):
         layer = GptqLinear(64, 256, None, bits, group_size=128)
@@ -110,42 +65,46 @@ def test_elements_of_gptq_are_counted_as_the_weights_that_they_stand_for(tmp_pat
         assert [name for name in sizes if is_multiplied(name)] == ["layer.qweight"]
 
 
-def test_a_model_whose_parts_all_stand_on_one_device_answers_as_the_whole_one(package_folder):
+def test_elements_of_nf4_are_counted_as_the_weights_that_they_stand_for(tiny_models, tmp_path):
+    settings = {"quantization_config": quantization_config("nf4", ["lm_head"]), "device_map": {"": "cpu"}}
+    AutoModelForCausalLM.from_pretrained(tiny_models("llama"), dtype=torch.float16, **settings).save_pretrained(tmp_path)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert weight_sizes(tiny_models("llama"))[name] == (4 * 64 * 128, 64 * 128)
+    assert weight_sizes(tmp_path)[name] == (64 * 128 // 2, 64 * 128)
+    assert weight_sizes(tmp_path)["lm_head.weight"][1] == 1024 * 64
+
+
+def test_a_split_model_answers_as_the_whole_one(package_folder):
     package = read_package(package_folder)
-    pairs = [package.model_input.pair_from_row(row) for row in tiny.pairs(12, seed=9).to_dicts()]
-    (whole, no_stages), (split, stages) = (load_on(package, devices) for devices in (("cpu",), ("cpu", "cpu")))
-    assert (no_stages, len(stages.locks)) == (None, 1)
-    expected, found = (
-        score(model, package.model_input, package.tokenizer, package.contract, pairs, orders=("as_given",))
-        for model in (whole, split)
-    )
+    pairs = [package.model_input.pair_from_row(row) for row in tiny.pairs(3, seed=9).to_dicts()]
+    scores = []
+    for devices, stages_expected in ((("cpu",), 0), (("cpu", "cpu"), 1)):
+        model, stages = load_on(package, devices)
+        assert len(stages.locks if stages else ()) == stages_expected
+        scores.append(score(model, package.model_input, package.tokenizer, package.contract, pairs, orders=("as_given",)))
     for pair in pairs:
-        assert found[pair.id]["as_given"] == pytest.approx(expected[pair.id]["as_given"], abs=1e-5)
+        assert scores[1][pair.id]["as_given"] == pytest.approx(scores[0][pair.id]["as_given"], abs=1e-5)
 
 
 def test_a_split_model_stands_on_all_devices_with_a_stage_on_each(package_folder, monkeypatch):
-    from kaggle_kernels.runtime.scheduling import worker
-
     loaded, staged = [], []
     monkeypatch.setattr(worker, "load_model", lambda *_, device_map=None: loaded.append(device_map))
-    monkeypatch.setattr(worker, "Stages", lambda model, starts, devices: staged.append((starts, devices)))
-    package = read_package(package_folder)
-    load_on(package, ("cuda:0", "cuda:1"))
+    monkeypatch.setattr(worker, "Stages", lambda model, starts, devices: staged.append(devices))
+    load_on(read_package(package_folder), ("cuda:0", "cuda:1"))
     assert set(loaded[0].values()) == {"cuda:0", "cuda:1"}
-    assert [devices for _, devices in staged] == [("cuda:0", "cuda:1")]
+    assert staged == [("cuda:0", "cuda:1")]
 
 
-def test_each_means_a_worker_a_device_and_split_one_worker(package_folder, monkeypatch, capsys):
-    tasks = []
-    monkeypatch.setattr(crew, "start_process", lambda task: tasks.append(task) or (None, None))
-    package, devices = read_package(package_folder), {0: "cuda:0", 1: "cuda:1"}
-    each = crew.start_workers(package, "each", devices, 100, 2, start_clock(600))
-    assert [(worker.name, worker.positions) for worker in each] == [("cuda:0", (0,)), ("cuda:1", (1,))]
-    [split] = crew.start_workers(package, "split", devices, 100, 2, start_clock(600))
-    assert (split.name, split.positions) == ("cuda:0+cuda:1", (0, 1))
-    assert [(task.devices, task.position, task.threads) for task in tasks] == [
-        (("cuda:0",), 0, 2),
-        (("cuda:1",), 1, 2),
-        (("cuda:0", "cuda:1"), 0, 2),
-    ]
-    assert "two: loading on cuda:0, cuda:1\n" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    "placement, expected",
+    [
+        ("each", [("cuda:0", (0,), ("cuda:0",)), ("cuda:1", (1,), ("cuda:1",))]),
+        ("split", [("cuda:0+cuda:1", (0, 1), ("cuda:0", "cuda:1"))]),
+    ],
+)
+def test_each_means_a_worker_a_device_and_split_one_worker(package_folder, monkeypatch, placement, expected):
+    monkeypatch.setattr(crew, "start_process", lambda task: (None, None))
+    devices = {0: "cuda:0", 1: "cuda:1"}
+    workers = crew.start_workers(read_package(package_folder), placement, devices, 100, 2, start_clock(600))
+    assert [(worker.name, worker.positions, worker.task.devices) for worker in workers] == expected
+    assert [worker.task.position for worker in workers] == [positions[0] for _, positions, _ in expected]

@@ -22,15 +22,6 @@ def option(package=0, order="swapped", change=0.1, load_seconds=0.0, unscored=TE
     return Option(package, order, change, 0.01, load_seconds, unscored)
 
 
-def rows_planned(options, seconds, probabilities=EVEN, tokens=LENGTHS):
-    """The rows that each option gets, the first to be scored first."""
-    return [list(share.worth) for share in allocate(options, probabilities, tokens, seconds, False)]
-
-
-def counts_planned(options, seconds):
-    return [len(rows) for rows in rows_planned(options, seconds)]
-
-
 def test_gain_is_that_of_the_knowledge_gradient():
     assert expected_gain([0.5, 0.5], 0.1, False) == pytest.approx(2 * 0.1 * 0.3989423)
     assert expected_gain([0.6, 0.4], 0.1, False) == pytest.approx(2 * (0.1 * 0.2419707 - 0.1 * 0.1586553))
@@ -43,40 +34,37 @@ def test_gain_is_that_of_the_knowledge_gradient():
 @pytest.mark.parametrize(
     "seconds, rows",
     [
-        (1.5, ["even"]),
-        (2.5, ["even", "leaning"]),
-        (7.5, ["even", "leaning", "even but long"]),
-        (8.5, ["even", "leaning", "even but long", "sure"]),
+        (1.5, ["unknown"]),
+        (2.5, ["unknown", "even"]),
+        (3.5, ["unknown", "even", "leaning"]),
+        (8.5, ["unknown", "even", "leaning", "even but long"]),
+        (9.5, ["unknown", "even", "leaning", "even but long", "sure"]),
     ],
 )
-def test_the_seconds_go_to_the_least_certain_rows_and_of_those_to_the_short_ones(seconds, rows):
+def test_the_seconds_go_to_unscored_rows_then_to_the_least_certain_and_of_those_to_the_short_ones(seconds, rows):
     probabilities = {"even": [0.5, 0.5], "even but long": [0.5, 0.5], "leaning": [0.55, 0.45], "sure": [0.95, 0.05]}
-    tokens = {"even": 100, "even but long": 500, "leaning": 100, "sure": 100}
+    tokens = {"even": 100, "even but long": 500, "leaning": 100, "sure": 100, "unknown but long": 1000, "unknown": 100}
     [share] = allocate([option(unscored=list(tokens))], probabilities, tokens, seconds, False)
     assert list(share.worth) == rows
     assert share.seconds == pytest.approx(int(seconds))
 
 
-def test_a_row_without_a_score_comes_first_and_one_too_long_for_what_is_left_keeps_no_shorter_one_out():
-    tokens = {"long and unknown": 500, "unknown": 100, "even": 100}
-    options = [option(unscored=list(tokens))]
-    assert rows_planned(options, 1.5, {"even": [0.5, 0.5]}, tokens) == [["unknown"]]
-    assert rows_planned(options, 2.5, {"even": [0.5, 0.5]}, tokens) == [["unknown", "even"]]
+CHEAP_AND_FURTHER = [option(change=0.02), option(1, "as_given", load_seconds=5)]
+CHEAP_AND_AGAIN = [option(1, change=0.02), option(0, change=0.02, load_seconds=40)]
+BOTH_ORDERS = [option(1, order, load_seconds=5) for order in ("as_given", "swapped")]
 
 
-def test_a_further_model_is_loaded_where_it_is_worth_its_loading():
-    options = [option(change=0.02), option(1, "as_given", load_seconds=5)]
-    assert [counts_planned(options, seconds) for seconds in (5.5, 9, 16, 30)] == [[5, 0], [0, 4], [1, 10], [10, 10]]
-
-
-def test_a_model_that_would_have_to_be_loaded_again_keeps_no_seconds_from_the_loaded_one():
-    options = [option(1, change=0.02), option(0, change=0.02, load_seconds=40)]
-    assert [counts_planned(options, seconds) for seconds in (5, 41)] == [[5, 0], [10, 0]]
-
-
-def test_a_model_is_loaded_once_for_both_of_its_orders():
-    options = [option(1, order, load_seconds=5) for order in ("as_given", "swapped")]
-    assert counts_planned(options, 25.5) == [10, 10]
+@pytest.mark.parametrize(
+    "options, seconds, counts",
+    [
+        *((CHEAP_AND_FURTHER, *case) for case in ((5.5, [5, 0]), (9, [0, 4]), (16, [1, 10]), (30, [10, 10]))),
+        *((CHEAP_AND_AGAIN, *case) for case in ((5, [5, 0]), (41, [10, 0]))),
+        (BOTH_ORDERS, 25.5, [10, 10]),
+    ],
+)
+def test_a_model_is_loaded_once_and_where_it_is_worth_its_loading(options, seconds, counts):
+    shares = allocate(options, EVEN, LENGTHS, seconds, False)
+    assert [len(share.worth) for share in shares] == counts
 
 
 def test_the_change_is_measured_on_the_rows_in_both():

@@ -1,7 +1,9 @@
 """Worker processes as on Kaggle: started, killed, started again, and the same answers."""
 
+import multiprocessing
 import os
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from kaggle_kernels.runtime.models.scoring import make_requests, score
 from kaggle_kernels.runtime.package import read_package
 from kaggle_kernels.runtime.scheduling.crew import start_workers, stop_workers
 from kaggle_kernels.runtime.scheduling.engine import make_pass, receive, run_pass
-from kaggle_kernels.runtime.scheduling.worker import work
+from kaggle_kernels.runtime.scheduling.worker import Assignment, serve
 from kaggle_kernels.runtime.settings import start_clock
 from tests import tiny
 from tests.kaggle_kernels.packages import write_manifest
@@ -44,11 +46,8 @@ def test_two_processes_of_which_one_is_killed_score_what_one_model_scores(packag
     assert [process.is_alive() for process in processes] == [False, False]
 
 
-def first_message(task_folder, workers_target=work):
-    class Task:
-        folder, devices, position, threads = str(task_folder), ("cpu",), 0, 1
-
-    process, connection = start_in_thread(Task, workers_target)
+def first_message(folder):
+    process, connection = start_in_thread(Assignment(str(folder), ("cpu",), 0, 0))
     message = connection.recv()
     connection.close()
     process.thread.join(10)
@@ -79,3 +78,20 @@ def test_a_worker_that_cannot_load_says_why(spoilt):
     kind, told = first_message(spoilt)
     assert kind == "failed"
     assert "safetensors" in told.lower()
+
+
+def test_a_worker_with_two_stages_scores_two_batches_at_once():
+    both_are_scored = threading.Barrier(2)
+
+    def score_requests(requests):
+        both_are_scored.wait(10)
+        return requests
+
+    ours, theirs = multiprocessing.Pipe()
+    thread = threading.Thread(target=serve, args=(theirs, score_requests, 2, lambda: [0]), daemon=True)
+    thread.start()
+    for number in (1, 2):
+        ours.send((number, [number]))
+    assert sorted(ours.recv() for _ in range(2)) == [("scored", 1, [1], [0]), ("scored", 2, [2], [0])]
+    ours.close()
+    thread.join(10)
