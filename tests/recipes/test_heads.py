@@ -47,8 +47,6 @@ def test_the_answer_follows_the_sequence_and_is_all_that_is_learnt():
 
 def test_one_order_alone_keeps_its_own_answer():
     assert causal("as_given")(ROWS)["input_ids"].tolist() == [[5, 6, 7, 20], [9, 30, 1, 1]]
-    seen = {tuple(causal("random")(ROWS)["input_ids"][0].tolist()) for _ in range(20)}
-    assert {row[:5] for row in seen} <= {(5, 6, 7, 20), (5, 7, 6, 8, 30), (5, 6, 7, 20, 1)}
 
 
 def test_a_tie_is_answered_half_and_half_and_favours_no_place():
@@ -80,17 +78,15 @@ def test_a_reward_batch_holds_each_response_in_the_order_of_the_verdicts():
 def test_the_loss_of_rewards_is_bradley_and_terrys():
     rewards = torch.tensor([2.0, 0.5, -1.0, 1.0])
     labels = torch.tensor([[[1.0, 0.0]], [[0.5, 0.5]]])
-    expected = (
-        -math.log(1 / (1 + math.exp(-1.5))) - (math.log(1 / (1 + math.exp(2))) + math.log(1 / (1 + math.exp(-2)))) / 2
-    ) / 2
+    first = math.log(1 + math.exp(-1.5))
+    second = (math.log(1 + math.exp(2)) + math.log(1 + math.exp(-2))) / 2
+    expected = (first + second) / 2
     assert soft_cross_entropy(rewards.view(labels.shape), labels, torch.ones(2)).item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_reward_models_second_order_is_its_first():
     both = metrics.probabilities(np.array([[[1.0, 0.0]]]), TWO)
-    assert both.shape == (1, 2, 2)
-    assert np.allclose(both, 1 / (1 + math.exp(-1)) * np.array([1, 0]) + 1 / (1 + math.exp(1)) * np.array([0, 1]))
-    assert metrics.scores(both, np.array([[1.0, 0.0]]), np.array([0]))["flip_rate"] == 0
+    assert np.allclose(both, [[[0.731059, 0.268941], [0.731059, 0.268941]]], atol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -104,27 +100,24 @@ def contract_of(tokenizer, **block):
 
 
 def test_the_contract_names_the_answers_tokens(tokenizer):
-    contract = contract_of(tokenizer, head="label_tokens", verdicts=("model_b", "tie", "model_a"))
-    assert [tokenizer.decode([token]) for token in contract.label_token_ids] == ["B", "C", "A"]
-    assert (contract.num_labels, contract_of(tokenizer, head="reward").num_labels, contract_of(tokenizer).num_labels) == (
-        0,
-        1,
-        2,
-    )
-    assert [len(row["ids"]) for row in contract_of(tokenizer, head="reward").golden] == [2] * 20
+    causal_contract = contract_of(tokenizer, head="label_tokens", verdicts=("model_b", "tie", "model_a"))
+    assert [tokenizer.decode([token]) for token in causal_contract.label_token_ids] == ["B", "C", "A"]
+    reward_contract = contract_of(tokenizer, head="reward")
+    assert (causal_contract.num_labels, reward_contract.num_labels, contract_of(tokenizer).num_labels) == (0, 1, 2)
+    assert [len(row["ids"]) for row in reward_contract.golden] == [2] * 20
 
 
-@pytest.mark.parametrize(("end", "refused"), [("x", True), ("y", False)])
-def test_an_answer_that_runs_into_the_template_is_refused(end, refused):
+def test_an_answer_that_runs_into_the_template_is_refused():
     vocabulary = {"x": 0, "y": 1, "A": 2, "B": 3, "xA": 4}
-    joins = SimpleNamespace(backend_tokenizer=Tokenizer(models.BPE(vocabulary, [("x", "A")])))
-    template = {"start": "", "turn": "{prompt}{response_a}{response_b}", "end": end}
-    block = PairwiseBlock(head="label_tokens", template=template, budget_tokens=128, package={"slug": "some-model"})
-    if not refused:
-        assert label_tokens(joins, block) == (2, 3)
-        return
+    merges_x_and_a = SimpleNamespace(backend_tokenizer=Tokenizer(models.BPE(vocabulary, [("x", "A")])))
+
+    def block(end: str) -> PairwiseBlock:
+        template = {"start": "", "turn": "{prompt}{response_a}{response_b}", "end": end}
+        return PairwiseBlock(head="label_tokens", template=template, budget_tokens=128, package={"slug": "some-model"})
+
+    assert label_tokens(merges_x_and_a, block("y")) == (2, 3)
     with pytest.raises(UserError, match="the answer 'A' is not one token of its own after 'x'"):
-        label_tokens(joins, block)
+        label_tokens(merges_x_and_a, block("x"))
 
 
 def test_reward_rows_hold_one_sequence_for_each_response(tokenizer, tmp_path):

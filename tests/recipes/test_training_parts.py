@@ -60,10 +60,12 @@ def test_one_order_is_the_first_or_a_random_one_with_its_own_labels():
     as_given = PairCollator(None, "score", TWO, "as_given", pad_token_id=1)(rows())
     assert as_given["labels"].tolist() == [[[0.75, 0.25]], [[0.0, 1.0]]]
     torch.manual_seed(0)
-    random = PairCollator(None, "score", TWO, "random", pad_token_id=1)
-    seen = {tuple(map(tuple, (batch["input_ids"][:1, :4].tolist()[0], batch["labels"][0, 0].tolist())))
-            for batch in (random(rows()) for _ in range(20))}  # fmt: skip
-    assert seen == {((5, 6, 7, 1), (0.75, 0.25)), ((5, 7, 6, 8), (0.25, 0.75))}
+    random_order = PairCollator(None, "score", TWO, "random", pad_token_id=1)
+    drawn = set()
+    for _ in range(20):
+        batch = random_order(rows())
+        drawn.add((tuple(batch["input_ids"][0, :4].tolist()), tuple(batch["labels"][0, 0].tolist())))
+    assert drawn == {((5, 6, 7, 1), (0.75, 0.25)), ((5, 7, 6, 8), (0.25, 0.75))}
 
 
 def test_loss_is_the_weighted_soft_cross_entropy():
@@ -92,17 +94,13 @@ def test_scores_are_those_worked_out_by_hand():
     assert found["log_loss"] == pytest.approx(-(math.log(0.7) + math.log(0.4) + (math.log(0.8) + math.log(0.2)) / 2) / 3)
 
 
-def test_accuracy_is_against_the_winner_where_a_teacher_s_labels_say_otherwise():
+def test_accuracy_is_against_the_winner_and_minus_one_is_no_verdict_of_the_model():
     both = np.array([[[0.7, 0.3], [0.7, 0.3]], [[0.2, 0.8], [0.2, 0.8]]])
     teacher = np.array([[0.3, 0.7], [0.6, 0.4]])
-    frame = pl.DataFrame({"winner": ["model_a", "model_b"]})
-    assert metrics.scores(both, teacher, datasets.winners(frame, TWO))["accuracy"] == 1.0
-
-
-def test_a_winner_that_is_no_verdict_of_the_model_is_minus_one():
+    assert metrics.scores(both, teacher, np.array([0, 1]))["accuracy"] == 1.0
     frame = pl.DataFrame({"winner": ["tie", "model_b", "model_a"]})
     assert datasets.winners(frame, TWO).tolist() == [-1, 1, 0]
-    assert datasets.winners(frame, ("model_b", "tie", "model_a")).tolist() == [1, 0, 2]
+    assert datasets.winners(frame, THREE).tolist() == [1, 0, 2]
 
 
 def test_the_longer_response_is_counted_over_all_turns():
@@ -168,46 +166,26 @@ def test_weights_are_one_on_average_whatever_preprocess_counted(tiny_models, tmp
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        ("gemma2", {"overrides": {"attention_dropout": 0.1}, "softcap": True}, None),
         ("gemma2", {"budget_tokens": 4097}, "pairwise.budget_tokens: 4097, but the base model has 4096 positions; lower it"),
-        (
-            "gemma2",
-            {"overrides": {"attention_droput": 0.1}},
-            "model_config.attention_droput: unknown key; did you mean attention_dr",
-        ),
+        ("gemma2", {"overrides": {"attention_droput": 0.1}}, "attention_droput: unknown key; did you mean attention_dr"),
         ("llama", {"softcap": True}, "pairwise.softcap: the base model has no soft cap of attention logits; remove the key"),
     ],
 )
 def test_what_the_base_model_s_config_does_not_allow_is_refused(kind, changes, message, tiny_models):
+    allowed = {"budget_tokens": 4096, "overrides": {"attention_dropout": 0.1}, "softcap": False}
     config = read_config(str(tiny_models(kind)), None)
-    asked = {"budget_tokens": 4096, "overrides": {}, "softcap": False} | changes
-    if message is None:
-        return check_config(config, **asked)
+    check_config(config, **allowed)
     with pytest.raises(UserError, match=message):
-        check_config(config, **asked)
+        check_config(config, **allowed | changes)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"targets": "all-linear", "saved": ["score"]}, None),
-        (
-            {"targets": ["gate_prj"]},
-            "lora_target_modules: Gemma2ForSequenceClassification has no layer gate_prj; did you mean gate_p",
-        ),
-        (
-            {"saved": ["embed_token"]},
-            "lora_modules_to_save: Gemma2ForSequenceClassification has no layer embed_token; did you mean",
-        ),
-    ],
-)
-def test_a_layer_that_the_base_model_lacks_is_refused(changes, message, tiny_models):
+def test_a_layer_that_the_base_model_lacks_is_refused(tiny_models):
     config = read_config(str(tiny_models("gemma2")), None)
-    asked = {"targets": ["q_proj"], "saved": None} | changes
-    if message is None:
-        return check_layers(config, "score", **asked)
-    with pytest.raises(UserError, match=message):
-        check_layers(config, "score", **asked)
+    check_layers(config, "score", targets="all-linear", saved=["score"])
+    with pytest.raises(UserError, match="lora_target_modules: Gemma2.* has no layer gate_prj; did you mean gate_p"):
+        check_layers(config, "score", targets=["gate_prj"], saved=None)
+    with pytest.raises(UserError, match="lora_modules_to_save: Gemma2.* has no layer embed_token; did you mean"):
+        check_layers(config, "score", targets=["q_proj"], saved=["embed_token"])
 
 
 def test_a_causal_lm_has_another_head_than_a_classifier(tiny_models):
@@ -230,12 +208,8 @@ def test_a_special_token_that_the_base_model_lacks_is_refused(tiny_models):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("./nothing", "base_model: ./nothing is no model's folder"),
         ("Gemma-2-9b", "base_model: Gemma-2-9b is no model's folder"),
-        (
-            "google/gemma-2-9b-it",
-            "base_model: google/gemma-2-9b-it cannot be read .*; accept its licence on the hub and `hf auth",
-        ),
+        ("google/gemma-2-9b-it", "base_model: google/gemma-2-9b-it cannot be read .*; accept its licence on the hub and"),
     ],
 )
 def test_a_base_model_that_cannot_be_read_is_one_line_that_says_how_to_get_it(name, message):
@@ -252,8 +226,7 @@ def test_a_template_of_another_family_is_refused(tiny_models):
 
 def test_a_run_goes_on_only_from_its_own_checkpoints(tmp_path):
     pairs = tiny.pairs_parquet(tmp_path / "pairs.parquet", 10)
-    package = {"slug": "some-model"}
-    block = PairwiseBlock(pairs=str(pairs), template="gemma", budget_tokens=128, package=package)
+    block = PairwiseBlock(pairs=str(pairs), template="gemma", budget_tokens=128, package={"slug": "some-model"})
     (tmp_path / "run/checkpoint-5").mkdir(parents=True)
     cfg = SimpleNamespace(output_dir=str(tmp_path / "run"), resume_from_checkpoint=None, auto_resume_from_checkpoints=None)
     check_resume(cfg, block, tmp_path / "r.yml")
@@ -294,21 +267,12 @@ def test_what_is_trained_is_held_in_float32_unless_deepspeed_does_that(deepspeed
 
 
 @pytest.mark.parametrize(
-    ("base_model", "is_told"),
-    [
-        ("~/models/gemma", True),
-        ("HOME/models/gemma", True),
-        ("models/gemma", False),
-        ("/data/gemma", False),
-        ("google/g", False),
-    ],
+    ("base_model", "is_warned_of"), [("~/models/gemma", True), ("/home/someone/gemma", True), ("/data/gemma", False)]
 )
-def test_a_base_model_below_the_home_folder_is_warned_of_before_it_stands_in_a_package(
-    base_model, is_told, monkeypatch, capsys
-):
+def test_a_base_model_below_the_home_folder_is_warned_of(base_model, is_warned_of, monkeypatch, capsys):
     monkeypatch.setenv("HOME", "/home/someone")
-    warn_of_home_path(base_model.replace("HOME", "/home/someone"))
-    assert capsys.readouterr().err.startswith("warning: base_model: ") is is_told
+    warn_of_home_path(base_model)
+    assert capsys.readouterr().err.startswith("warning: base_model: ") is is_warned_of
 
 
 def test_the_history_is_what_json_can_hold_of_each_step():

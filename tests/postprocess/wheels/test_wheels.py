@@ -131,8 +131,6 @@ def test_a_folder_is_not_current_for_another_slug_or_list(finished, index):
     alpha, beta = build.WHEELS.read_text().splitlines()[1:]
     build.WHEELS.write_text(f"{alpha}\n{beta}\n" + write_wheel(index / "gamma-1.0-py3-none-any.whl"))
     assert not build.is_current(finished, "pairwise-wheels")
-    build.WHEELS.write_text(alpha)
-    assert not build.is_current(finished, "pairwise-wheels")
     build.WHEELS.write_text(f"{alpha}\n" + write_wheel(index / BETA, "another"))
     assert not build.is_current(finished, "pairwise-wheels")
 
@@ -155,14 +153,11 @@ def test_wheels_that_do_not_install_from_the_folder_alone_are_refused(index, tmp
         build.check_installs(tmp_path / "empty")
 
 
-def test_another_hash_is_refused(index, tmp_path):
+def test_another_hash_or_none_is_refused(index, tmp_path):
     (index / BETA).write_bytes((index / BETA).read_bytes() + b"\0")
     line = refused(tmp_path / "out")
     assert "THESE PACKAGES DO NOT MATCH THE HASHES" in line
     assert hashlib.sha256((index / BETA).read_bytes()).hexdigest() in line
-
-
-def test_a_list_without_hashes_is_refused(index, tmp_path):
     build.WHEELS.write_text("alpha_kit==1.0\n")
     assert "Hashes are required in --require-hashes mode" in refused(tmp_path / "out")
 
@@ -179,11 +174,6 @@ def test_a_requirement_that_contradicts_the_image_or_another_wheel_is_refused(tm
     write_wheel(tmp_path / "gamma-1.0-py3-none-any.whl", requirement)
     with pytest.raises(UserError, match=f"^gamma-1.0-py3-none-any.whl: .*{line}"):
         build.refuse_contradictions(tmp_path / "gamma-1.0-py3-none-any.whl", {"torch": "2.10.0", "alpha-kit": "1.0"})
-
-
-def test_wheels_that_contradict_the_image_are_not_kept(index, tmp_path):
-    build.IMAGE.write_text("torch==3.1.0\n")
-    assert "needs torch<3,>=2.4, but Kaggle has 3.1.0" in refused(tmp_path / "out")
 
 
 def test_a_folder_or_file_of_something_else_is_not_replaced(index, tmp_path):

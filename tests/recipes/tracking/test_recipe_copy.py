@@ -19,11 +19,10 @@ def trial(monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
 
-    def write(name: str = "sweep0001", **changes) -> tuple[DictDefault, Path]:
-        path = tmp_path / "tmp" / f"{name}.yaml"
-        values = (
-            yaml.safe_load((ROOT / "recipes/demo.yml").read_text()) | {"output_dir": str(tmp_path / "swept" / name)} | changes
-        )
+    def write(**changes) -> tuple[DictDefault, Path]:
+        path = tmp_path / "tmp/sweep0001.yaml"
+        values = yaml.safe_load((ROOT / "recipes/demo.yml").read_text())
+        values |= {"output_dir": str(tmp_path / "swept/sweep0001")} | changes
         path.write_text(yaml.safe_dump(values))
         return DictDefault(values | {"axolotl_config_path": str(path)}), path
 
@@ -60,7 +59,7 @@ def test_a_trial_is_kept_at_once_and_another_s_metrics_do_not_stay_beside_it(tri
     assert yaml.safe_load((swept / "recipe.yml").read_text())["lora_r"] == 32
 
 
-def test_the_file_that_tells_a_run_s_recipe_for_good_is_the_copy_of_a_trial_and_the_recipe_of_any_other(trial):
+def test_the_recipe_that_outlives_a_trial_is_its_copy(trial):
     _, path = trial()
     assert recipe_copy.lasting(path, "outputs/R/sweep0001") == Path("outputs/R/sweep0001/recipe.yml")
     assert recipe_copy.lasting(ROOT / "recipes/demo.yml", "outputs/demo") == ROOT / "recipes/demo.yml"
