@@ -7,11 +7,6 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export AXOLOTL_DO_NOT_TRACK := 1
 
-# Rooms that are not unpacked yet, with lines of 128: see [tool.ruff.format] in pyproject.toml.
-WIDE := --line-length 128 --config 'format.exclude = []' preprocess/*.py recipes \
-  $(addprefix postprocess/,__init__.py __main__.py package.py run_folder.py sweep.py agreement memory weights zero_shot) \
-  $(addprefix postprocess/gptq/,quantize.py worker.py) $(addprefix kaggle_kernels/,publish runtime) tests
-
 .PHONY: help setup lock demo example test test-slow test-gpu lint format bench bench-merge bench-kernel cv siamese compare
 
 help:  ## list the targets
@@ -32,14 +27,14 @@ test-gpu: .venv/installed  ## the proofs that need a GPU: formats, 9B and 14B sh
 	@python -m pytest tests/gpu -rs
 
 lint: .venv/installed  ## style, recipes, and that generated kernels and schemas are up to date
-	@ruff format --check . && ruff format --check $(WIDE) && ruff check . && lint-imports --no-logo --cache-dir .ruff_cache/imports && python -m recipes.pairwise recipes/*.yml && python -m kaggle_kernels build demo --kernels kaggle_kernels/examples --check
+	@ruff format --check . && ruff check . && lint-imports --no-logo --cache-dir .ruff_cache/imports && python -m recipes.pairwise recipes/*.yml && python -m kaggle_kernels build demo --kernels kaggle_kernels/examples --check
 	@python docs/build_architecture.py --check && python -m recipes.pairwise.config.json_schema --check && python -m kaggle_kernels.build.json_schema --check
 
 example: .venv/installed  ## build the one generated kernel that is committed
 	@python -m kaggle_kernels build demo --kernels kaggle_kernels/examples
 
 format: .venv/installed  ## put the code into house style
-	@ruff check --fix . ; ruff format . && ruff format $(WIDE)
+	@ruff check --fix . ; ruff format .
 
 bench: .venv/installed .venv-kaggle/installed  ## what is claimed to be fast, measured side by side
 	@python -m tests.bench input

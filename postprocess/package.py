@@ -28,15 +28,22 @@ def package(run: Run, chosen: Path, agreement: Path, validation_ids: Mapping, ou
             shutil.copyfile(run.folder / name, folder / name)
         write_json(folder / "validation_ids.json", validation_ids)
         write_json(folder / METADATA, dataset_metadata(settings.slug, settings.licence))
-        files = {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size} for path in sorted(folder.iterdir())}
+        files = {
+            path.name: {"sha256": sha256(path), "bytes": path.stat().st_size}
+            for path in sorted(folder.iterdir())
+        }
         manifest = {
             "files": files,
             "quantize": settings.quantize,
-            "adapter": ("unmerged" if report["packaged"] == "unmerged" else "merged") if run.has_adapter else None,
+            "adapter": ("unmerged" if report["packaged"] == "unmerged" else "merged")
+            if run.has_adapter
+            else None,
             "dtype": "float16",
             "base_model": run.contract.base_model,
             "revision": run.contract.revision,
-            "validation": {key: report[key] for key in ("rows", "tolerance", "mean_difference", "models")},
+            "validation": {
+                key: report[key] for key in ("rows", "tolerance", "mean_difference", "models")
+            },
             "golden": report["golden"],
         }
         write_json(folder / MANIFEST, manifest)
@@ -69,5 +76,7 @@ def trained_contracts(run_folder: Path) -> dict[str, str | None]:
 def dataset_metadata(slug: str, licence: str) -> dict:
     """Kaggle's dataset-metadata.json. The title is the slug, so that the two cannot part."""
     if not 6 <= len(slug) <= 50:
-        raise UserError(f"pairwise.package.slug: {slug!r} has {len(slug)} characters; Kaggle takes 6 to 50")
+        raise UserError(
+            f"pairwise.package.slug: {slug!r} has {len(slug)} characters; Kaggle takes 6 to 50"
+        )
     return {"title": slug, "id": f"{OWNER}/{slug}", "licenses": [{"name": licence}]}

@@ -49,8 +49,15 @@ class Run:
 
     def source_files(self) -> list[Path]:
         """Every file that decides the weights that are made of the run."""
-        adapter = [self.folder / name for name in (*ADAPTER, "config.json")] if self.has_adapter else []
-        return [*weight_files(self.weights), *adapter, self.folder / "contract.json", *self.tokenizer_files()]
+        adapter = (
+            [self.folder / name for name in (*ADAPTER, "config.json")] if self.has_adapter else []
+        )
+        return [
+            *weight_files(self.weights),
+            *adapter,
+            self.folder / "contract.json",
+            *self.tokenizer_files(),
+        ]
 
     def validation_files(self) -> list[Path]:
         """The files with the rows that models are compared on: the recipe's pairs and training's predictions."""
@@ -70,13 +77,19 @@ def read_run(recipe: Recipe) -> Run:
     contract, model_input = read_contract(folder)
     for name, expected in contract.tokenizer_sha256.items():
         if not (folder / name).is_file() or sha256(folder / name) != expected:
-            raise UserError(f"{folder / name}: missing or changed since training; contract.json holds another SHA-256")
-    weights = find_base(contract.base_model, contract.revision) if has_adapter or not train else folder
+            raise UserError(
+                f"{folder / name}: missing or changed since training; contract.json holds another SHA-256"
+            )
+    weights = (
+        find_base(contract.base_model, contract.revision) if has_adapter or not train else folder
+    )
     check_recipe(recipe, contract, has_adapter)
     run = Run(recipe, folder, contract, model_input, weights, has_adapter)
     for file in run.validation_files():
         if not file.is_file():
-            raise UserError(f"{file}: no such file; the package is checked on the validation rows of the training")
+            raise UserError(
+                f"{file}: no such file; the package is checked on the validation rows of the training"
+            )
     return run
 
 
@@ -85,13 +98,21 @@ def _find_weights(folder: Path, recipe: Path) -> bool:
     has_adapter = (folder / ADAPTER[0]).is_file()
     has_model = any(folder.glob(MODEL_PATTERN))
     if has_adapter and has_model:
-        raise UserError(f"{folder}: holds an adapter and a full model; remove the one that is not from the last training")
+        raise UserError(
+            f"{folder}: holds an adapter and a full model; remove the one that is not from the last training"
+        )
     if not has_adapter and not has_model:
-        found = "no adapter_model.safetensors and no model.safetensors" if folder.is_dir() else "no such folder"
+        found = (
+            "no adapter_model.safetensors and no model.safetensors"
+            if folder.is_dir()
+            else "no such folder"
+        )
         raise UserError(f"{folder}: {found}; train it first with axolotl train {recipe}")
     missing = ADAPTER[1] if has_adapter else "config.json"
     if not (folder / missing).is_file():
-        raise UserError(f"{folder}: weights without {missing}; train it again with axolotl train {recipe}")
+        raise UserError(
+            f"{folder}: weights without {missing}; train it again with axolotl train {recipe}"
+        )
     return has_adapter
 
 
@@ -103,7 +124,10 @@ def check_recipe(recipe: Recipe, contract: Contract, has_adapter: bool) -> None:
     """
     block, file = recipe.pairwise, recipe.run_folder / "contract.json"
     template = block.resolved_template()
-    told = {key: getattr(block, key) for key in ("head", "verdicts", "budget_tokens", "truncation", "softcap")}
+    told = {
+        key: getattr(block, key)
+        for key in ("head", "verdicts", "budget_tokens", "truncation", "softcap")
+    }
     told |= {f"template.{key}": getattr(template, key) for key in ("start", "turn", "end")}
     for key, expected in told.items():
         part = key.removeprefix("template.")
@@ -119,7 +143,9 @@ def check_recipe(recipe: Recipe, contract: Contract, has_adapter: bool) -> None:
         raise UserError(
             f"{recipe.path}: base_model is {base}, the run was trained with {named} ({file}); put that back, or train again"
         )
-    adapted = adapter_settings(recipe.run_folder).get("base_model_name_or_path") if has_adapter else None
+    adapted = (
+        adapter_settings(recipe.run_folder).get("base_model_name_or_path") if has_adapter else None
+    )
     if adapted and not is_same_model(adapted, contract.base_model):
         raise UserError(
             f"{recipe.run_folder / ADAPTER[1]}: base_model_name_or_path is {adapted}, {file} says base_model "
@@ -129,12 +155,18 @@ def check_recipe(recipe: Recipe, contract: Contract, has_adapter: bool) -> None:
 
 def is_same_model(one: str, other: str) -> bool:
     """Whether two names of base models mean the same repository of the hub, or the same folder here."""
-    return one == other or (Path(one).exists() and Path(other).exists() and Path(one).samefile(other))
+    return one == other or (
+        Path(one).exists() and Path(other).exists() and Path(one).samefile(other)
+    )
 
 
 def refuse_weights(recipe: Recipe) -> None:
     """Raise UserError where the run folder of a recipe with `train: false` holds the weights of a training."""
-    found = sorted(path.name for pattern in (ADAPTER[0], MODEL_PATTERN) for path in recipe.run_folder.glob(pattern))
+    found = sorted(
+        path.name
+        for pattern in (ADAPTER[0], MODEL_PATTERN)
+        for path in recipe.run_folder.glob(pattern)
+    )
     if found:
         raise UserError(
             f"{recipe.run_folder}: holds {found[0]} of a training, but {recipe.path} says train: false; give one of the two "
@@ -147,7 +179,9 @@ def read_contract(folder: Path) -> tuple[Contract, ModuleType]:
     file = folder / "contract.json"
     recorded = read_json(file)
     if not isinstance(recorded, dict):
-        raise UserError(f"{file}: expected an object, found {json.dumps(recorded)[:40]}; restore it or train again")
+        raise UserError(
+            f"{file}: expected an object, found {json.dumps(recorded)[:40]}; restore it or train again"
+        )
     expected, found = recorded.get("model_input_sha256"), sha256(folder / "model_input.py")
     if found != expected:
         raise UserError(
@@ -186,15 +220,23 @@ def check_types(contract_class: type, recorded: dict, file: Path) -> None:
         for problem in error.errors():
             if problem["type"] != "missing":
                 where, found = ".".join(map(str, problem["loc"])), json.dumps(problem["input"])[:40]
-                raise UserError(f"{file}: {where}: {problem['msg']}, found {found}; restore it or train again") from None
-    if not isinstance(golden, list) or not all(isinstance(row, dict) and row.keys() == {"pair", "ids"} for row in golden):
-        raise UserError(f"{file}: golden: expected rows with pair and ids; restore it or train again")
+                raise UserError(
+                    f"{file}: {where}: {problem['msg']}, found {found}; restore it or train again"
+                ) from None
+    if not isinstance(golden, list) or not all(
+        isinstance(row, dict) and row.keys() == {"pair", "ids"} for row in golden
+    ):
+        raise UserError(
+            f"{file}: golden: expected rows with pair and ids; restore it or train again"
+        )
 
 
 def check_head(contract: Contract, file: Path) -> None:
     """Raise UserError where head, verdicts, number of outputs and label tokens do not go together."""
     if contract.head not in HEADS:
-        raise UserError(f"{file}: head is {contract.head!r}; only {', '.join(HEADS)} can be packaged")
+        raise UserError(
+            f"{file}: head is {contract.head!r}; only {', '.join(HEADS)} can be packaged"
+        )
     verdicts = len(contract.verdicts)
     outputs = {"score": verdicts, "reward": 1, "label_tokens": 0}[contract.head]
     tokens = verdicts if contract.head == "label_tokens" else 0
@@ -214,9 +256,15 @@ def find_base(name: str, revision: str | None, source: str = "contract.json") ->
     if (Path(name) / "config.json").is_file():
         return Path(name)
     if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise UserError(f"{name}: the base model in {source} is not a model's folder (no config.json); put it back there")
+        raise UserError(
+            f"{name}: the base model in {source} is not a model's folder (no config.json); put it back there"
+        )
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=["model*.safetensors*", "*.json"]))
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=["model*.safetensors*", "*.json"]
+            )
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(
@@ -239,14 +287,28 @@ def adapter_settings(folder: Path) -> dict:
     """The parsed adapter_config.json of a run."""
     settings = read_json(folder / ADAPTER[1])
     if not isinstance(settings, dict):
-        raise UserError(f"{folder / ADAPTER[1]}: expected an object, found {json.dumps(settings)[:40]}")
-    kinds = {"r": (int,), "lora_alpha": (int, float), "rank_pattern": (dict, type(None)), "alpha_pattern": (dict, type(None))}
+        raise UserError(
+            f"{folder / ADAPTER[1]}: expected an object, found {json.dumps(settings)[:40]}"
+        )
+    kinds = {
+        "r": (int,),
+        "lora_alpha": (int, float),
+        "rank_pattern": (dict, type(None)),
+        "alpha_pattern": (dict, type(None)),
+    }
     for key, kind in kinds.items():
         if not isinstance(settings.get(key), kind):
-            raise UserError(f"{folder / ADAPTER[1]}: {key} is {json.dumps(settings.get(key))[:40]}; restore it or train again")
+            raise UserError(
+                f"{folder / ADAPTER[1]}: {key} is {json.dumps(settings.get(key))[:40]}; restore it or train again"
+            )
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern, value in (settings.get(key) or {}).items():
-            if not _is_regex(pattern) or isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            if (
+                not _is_regex(pattern)
+                or isinstance(value, bool)
+                or not isinstance(value, int | float)
+                or value <= 0
+            ):
                 raise UserError(
                     f"{folder / ADAPTER[1]}: {key} has {json.dumps({pattern: value})[:60]}, expected a pattern with a number "
                     "above 0; restore it or train again"

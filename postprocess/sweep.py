@@ -28,11 +28,16 @@ from recipes.pairwise.tracking.recipe_copy import LOG, RECIPE_COPY, TRIAL
 LOWER_IS_BETTER = {"log_loss": True, "accuracy": False}
 METRICS = ("log_loss", "accuracy", "flip_rate", "rows", "steps")
 NOT_PARAMETERS = re.compile(r"output_dir|wandb_\w+")
-ERROR_LINE = re.compile(r"^(?:error: (.+)|((?:\w+\.)*\w*(?:Error|Exception|Interrupt)(?:: .*)?))$", re.MULTILINE)
+ERROR_LINE = re.compile(
+    r"^(?:error: (.+)|((?:\w+\.)*\w*(?:Error|Exception|Interrupt)(?:: .*)?))$", re.MULTILINE
+)
 TAIL_BYTES = 65536
 FINISHED, UNFINISHED = "finished", "unfinished: it runs still, or was ended"
 MOST_DRAWN, MOST_TICKS, MOST_LETTERS = 6, 8, 24
-DOTS_PER_INCH, WIDE_RATIO = 100, 10  # a parameter whose values are this far apart is drawn on a logarithmic axis
+DOTS_PER_INCH, WIDE_RATIO = (
+    100,
+    10,
+)  # a parameter whose values are this far apart is drawn on a logarithmic axis
 DOT, BEST, LINE = "#3b6ea5", "#d1495b", "#8a8a8a"
 
 
@@ -49,7 +54,12 @@ class Trial:
 
 @click.command(help=__doc__)
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--by", type=click.Choice(tuple(LOWER_IS_BETTER)), default="log_loss", help="What decides which is best.")
+@click.option(
+    "--by",
+    type=click.Choice(tuple(LOWER_IS_BETTER)),
+    default="log_loss",
+    help="What decides which is best.",
+)
 @exits_with_2
 def main(folder: Path, by: str) -> None:
     """Print the trials of a sweep, best first, and write them to sweep.csv and sweep.png."""
@@ -63,7 +73,9 @@ def main(folder: Path, by: str) -> None:
         click.echo(note)
     if finished:
         best = finished[0]
-        click.echo(f"best by {by}: {best.name}; package it: python -m postprocess {best.folder / RECIPE_COPY}")
+        click.echo(
+            f"best by {by}: {best.name}; package it: python -m postprocess {best.folder / RECIPE_COPY}"
+        )
     if drawn := parameters(finished):
         with atomic_file(folder / "sweep.png") as temporary:
             draw(folder, finished, drawn, temporary)
@@ -75,7 +87,9 @@ def main(folder: Path, by: str) -> None:
 
 def read_trials(folder: Path) -> list[Trial]:
     """The trials in `folder`; one that was trained on several folds is one trial for each."""
-    found = sorted(path for path in folder.glob("sweep*") if path.is_dir() and TRIAL.fullmatch(path.name))
+    found = sorted(
+        path for path in folder.glob("sweep*") if path.is_dir() and TRIAL.fullmatch(path.name)
+    )
     if not found:
         what = "holds no sweep0001" if folder.is_dir() else "no such folder"
         raise UserError(
@@ -93,8 +107,12 @@ def read_trial(folder: Path, run: Path) -> Trial:
     metrics = read_object(run / "metrics.json") if finished else {}
     missing = [name for name in METRICS if finished and not is_number(metrics.get(name))]
     if missing:
-        raise UserError(f"{run / 'metrics.json'}: no number {missing[0]}; it is not axolotl train's, train this trial again")
-    return Trial(str(run.relative_to(folder)), run, FINISHED if finished else why_not(run), values, metrics)
+        raise UserError(
+            f"{run / 'metrics.json'}: no number {missing[0]}; it is not axolotl train's, train this trial again"
+        )
+    return Trial(
+        str(run.relative_to(folder)), run, FINISHED if finished else why_not(run), values, metrics
+    )
 
 
 def why_not(run: Path) -> str:
@@ -109,15 +127,25 @@ def flat(values: Mapping, before: str = "") -> dict[str, object]:
     """Nested keys as one, with dots: {pairwise: {fold: 0}} is {pairwise.fold: 0}."""
     found = {}
     for key, value in values.items():
-        found |= flat(value, f"{before}{key}.") if isinstance(value, Mapping) else {f"{before}{key}": value}
+        found |= (
+            flat(value, f"{before}{key}.")
+            if isinstance(value, Mapping)
+            else {f"{before}{key}": value}
+        )
     return found
 
 
 def parameters(trials: Sequence[Trial]) -> list[str]:
     """The keys that are not the same in all trials, in the order of the recipes."""
     known = [trial.values for trial in trials if trial.values]
-    keys = dict.fromkeys(key for values in known for key in values if not NOT_PARAMETERS.fullmatch(key))
-    return [key for key in keys if len({json.dumps(values.get(key), default=str) for values in known}) > 1]
+    keys = dict.fromkeys(
+        key for values in known for key in values if not NOT_PARAMETERS.fullmatch(key)
+    )
+    return [
+        key
+        for key in keys
+        if len({json.dumps(values.get(key), default=str) for values in known}) > 1
+    ]
 
 
 def rank(trial: Trial, by: str) -> tuple:
@@ -125,7 +153,11 @@ def rank(trial: Trial, by: str) -> tuple:
     if trial.status != FINISHED:
         return (1, 0, 0, trial.name)
     ordered = [by, *(name for name in LOWER_IS_BETTER if name != by)]
-    return (0, *(trial.metrics[name] * (1 if LOWER_IS_BETTER[name] else -1) for name in ordered), trial.name)
+    return (
+        0,
+        *(trial.metrics[name] * (1 if LOWER_IS_BETTER[name] else -1) for name in ordered),
+        trial.name,
+    )
 
 
 def table_of(trials: Sequence[Trial], names: Sequence[str]) -> pl.DataFrame:
@@ -134,7 +166,11 @@ def table_of(trials: Sequence[Trial], names: Sequence[str]) -> pl.DataFrame:
     for name in names:
         values = [trial.values.get(name) for trial in trials]
         same_kind = all(value is None or is_number(value) for value in values)
-        columns[name] = values if same_kind else [None if value is None else in_short(value) for value in values]
+        columns[name] = (
+            values
+            if same_kind
+            else [None if value is None else in_short(value) for value in values]
+        )
     columns |= {name: [trial.metrics.get(name) for trial in trials] for name in METRICS}
     return pl.DataFrame(columns | {"status": [trial.status for trial in trials]}, strict=False)
 
@@ -167,12 +203,23 @@ def show(screen: Console, trials: Sequence[Trial], names: Sequence[str]) -> None
     """Print the trials as a table; where one did not end, its status takes the place of the metrics."""
     table = Table(box=SIMPLE_HEAD)
     for heading in ("trial", *names):
-        table.add_column(heading, justify="left" if heading == "trial" else "right", overflow="fold")
+        table.add_column(
+            heading, justify="left" if heading == "trial" else "right", overflow="fold"
+        )
     for heading in (*METRICS, "status"):
-        table.add_column(heading.replace("_", " "), justify="left" if heading == "status" else "right", overflow="fold")
+        table.add_column(
+            heading.replace("_", " "),
+            justify="left" if heading == "status" else "right",
+            overflow="fold",
+        )
     for trial in trials:
         values = (value_text(trial.values, name) for name in names)
-        table.add_row(trial.name, *values, *(metric_text(trial.metrics.get(name)) for name in METRICS), trial.status)
+        table.add_row(
+            trial.name,
+            *values,
+            *(metric_text(trial.metrics.get(name)) for name in METRICS),
+            trial.status,
+        )
     screen.print(table)
 
 
@@ -187,10 +234,14 @@ def notes(finished: Sequence[Trial], names: Sequence[str]) -> list[str]:
     """What to know before one trial is called better than another."""
     told = []
     if not names:
-        told.append("all recipes are the same, or one trial has one: there are no parameters to tell apart")
+        told.append(
+            "all recipes are the same, or one trial has one: there are no parameters to tell apart"
+        )
     rows = {(trial.metrics.get("fold"), trial.metrics.get("pairs_sha256")) for trial in finished}
     if len(rows) > 1:
-        told.append("the trials were validated on different rows (another fold, or other pairs): do not compare their metrics")
+        told.append(
+            "the trials were validated on different rows (another fold, or other pairs): do not compare their metrics"
+        )
     elif finished:
         count, accuracy = finished[0].metrics["rows"], finished[0].metrics["accuracy"]
         error = math.sqrt(accuracy * (1 - accuracy) / count)
@@ -204,14 +255,18 @@ def draw(folder: Path, finished: Sequence[Trial], names: Sequence[str], out: Pat
     """Write a PNG: a column for each parameter (the first six), a row for log loss and one for accuracy, a dot a trial."""
     drawn = names[:MOST_DRAWN]
     with matplotlib.style.context("default"):  # whatever the user's matplotlibrc says
-        figure = Figure(figsize=(max(5.0, 3.4 * len(drawn)), 6), dpi=DOTS_PER_INCH, layout="constrained")
+        figure = Figure(
+            figsize=(max(5.0, 3.4 * len(drawn)), 6), dpi=DOTS_PER_INCH, layout="constrained"
+        )
         panels = figure.subplots(len(LOWER_IS_BETTER), len(drawn), sharey="row", squeeze=False)
         left_out = f", {len(drawn)} of {len(names)} parameters" if len(drawn) < len(names) else ""
         figure.suptitle(f"{folder}: {len(finished)} trials, the best in red{left_out}", fontsize=11)
         for row, metric in zip(panels, LOWER_IS_BETTER, strict=True):
             for axes, name in zip(row, drawn, strict=True):
                 draw_parameter(axes, finished, name, metric)
-            row[0].set_ylabel(f"{metric.replace('_', ' ')} ({'lower' if LOWER_IS_BETTER[metric] else 'higher'} is better)")
+            row[0].set_ylabel(
+                f"{metric.replace('_', ' ')} ({'lower' if LOWER_IS_BETTER[metric] else 'higher'} is better)"
+            )
         for axes, name in zip(panels[-1], drawn, strict=True):
             axes.set_xlabel(name)
         figure.savefig(out, format="png", metadata={"Software": None})

@@ -41,9 +41,15 @@ class _Command(click.Command):
 
 
 @click.command(cls=_Command)
-@click.argument("sources", nargs=-1, required=True, metavar="SOURCE…", type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="pairs.parquet to write.")
-@click.option("--folds", default=5, show_default=True, type=click.IntRange(2, 100), help="Number of folds.")
+@click.argument(
+    "sources", nargs=-1, required=True, metavar="SOURCE…", type=click.Path(path_type=Path)
+)
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="pairs.parquet to write."
+)
+@click.option(
+    "--folds", default=5, show_default=True, type=click.IntRange(2, 100), help="Number of folds."
+)
 @click.option(
     "--threshold",
     default=0.7,
@@ -59,7 +65,9 @@ class _Command(click.Command):
     help="Files, e.g. a test set, that no source may share a prompt with.",
 )
 @exits_with_2
-def main(sources: tuple[Path, ...], out: Path, folds: int, threshold: float, against: tuple[Path, ...]) -> None:
+def main(
+    sources: tuple[Path, ...], out: Path, folds: int, threshold: float, against: tuple[Path, ...]
+) -> None:
     """Make pairs with folds from SOURCE… and check that no prompt leaks from fold to fold, or into FILE….
 
     A source is recognised by its columns: WSDM, LMSYS or chosen/rejected, as .parquet, .csv or .jsonl. Rows that cannot be
@@ -88,7 +96,10 @@ def main(sources: tuple[Path, ...], out: Path, folds: int, threshold: float, aga
     with atomic_file(rejected_path) as temporary_rejected, atomic_file(out) as temporary:
         rejected.write_parquet(temporary_rejected, compression_level=1)
         pairs.table.write_parquet(temporary, compression_level=1)
-    console.print(f"wrote {out} ({pairs.table.height:,} pairs) and {rejected_path} ({rejected.height:,} rows)", soft_wrap=True)
+    console.print(
+        f"wrote {out} ({pairs.table.height:,} pairs) and {rejected_path} ({rejected.height:,} rows)",
+        soft_wrap=True,
+    )
 
     ledger.record(
         "pairs",
@@ -106,7 +117,9 @@ def _describe_file(path: Path, table: pl.DataFrame) -> dict:
     return {"file": path, "sha256": ledger.fingerprint(path), "rows": table.height}
 
 
-def _check_paths(sources: tuple[Path, ...], out: Path, rejected_path: Path, against: tuple[Path, ...]) -> None:
+def _check_paths(
+    sources: tuple[Path, ...], out: Path, rejected_path: Path, against: tuple[Path, ...]
+) -> None:
     """Raise UserError where a file would be overwritten or read twice."""
     if out.suffix != ".parquet":
         raise UserError(f"--out {out}: expected a name that ends in .parquet")
@@ -114,7 +127,9 @@ def _check_paths(sources: tuple[Path, ...], out: Path, rejected_path: Path, agai
     used_paths = {out.resolve(), rejected_path.resolve()}
     for path in (*sources, *against):
         if path.resolve() in used_paths:
-            raise UserError(f"{path}: given twice; each file is a source, or a file to compare with, or the output")
+            raise UserError(
+                f"{path}: given twice; each file is a source, or a file to compare with, or the output"
+            )
         used_paths.add(path.resolve())
 
 
@@ -142,9 +157,13 @@ def _check_leaks(pairs: Pairs, held_back: dict[Path, pl.DataFrame], threshold: f
     advice = []
     if into_files > 0:
         file_names = ", ".join(path.name for path in held_back)
-        advice.append(f"{into_files:,} between sources and {file_names} (remove these rows from one)")
+        advice.append(
+            f"{into_files:,} between sources and {file_names} (remove these rows from one)"
+        )
     if between_folds > 0:
-        advice.append(f"{between_folds:,} between folds (the grouping missed them: try a lower --threshold)")
+        advice.append(
+            f"{between_folds:,} between folds (the grouping missed them: try a lower --threshold)"
+        )
     raise UserError(
         f"leak report: prompts of similarity {threshold:g} or more stand apart: {'; '.join(advice)}. Nothing was written. "
         f"To accept prompts this much alike, raise --threshold above their similarity"
@@ -153,7 +172,13 @@ def _check_leaks(pairs: Pairs, held_back: dict[Path, pl.DataFrame], threshold: f
 
 def _track(steps: Iterable, label: str) -> Iterable:
     """Draw a progress bar on a terminal; elsewhere nothing."""
-    return track(steps, label, console=report.console(sys.stderr), transient=True, disable=not sys.stderr.isatty())
+    return track(
+        steps,
+        label,
+        console=report.console(sys.stderr),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    )
 
 
 if __name__ == "__main__":

@@ -61,7 +61,9 @@ class Pairs:
     united: dict[str, int]  # by source, the number of its rows that became part of an earlier row
 
 
-def make_pairs(rows: pl.DataFrame, folds: int, threshold: float, track: Track = show_nothing) -> Pairs:
+def make_pairs(
+    rows: pl.DataFrame, folds: int, threshold: float, track: Track = show_nothing
+) -> Pairs:
     """Make pairs of usable rows, of the schema sources.rows.ROWS, files in the order in which they were added.
 
     From a Jaccard similarity of `threshold` on, two prompts share a group.
@@ -117,7 +119,9 @@ def unite_judgements(rows: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, int]]:
 
 def _sum_votes(rows: pl.DataFrame) -> pl.DataFrame:
     """Return for each pair: row (the number of its first judgement), judgements, weight, and the shares of the votes."""
-    keys = pl.DataFrame(list(_hash_pairs(rows)), schema={"key": pl.Binary, "is_swapped": pl.Boolean}, orient="row")
+    keys = pl.DataFrame(
+        list(_hash_pairs(rows)), schema={"key": pl.Binary, "is_swapped": pl.Boolean}, orient="row"
+    )
     judgements = rows.select("weight", *SHARES).with_columns(keys).with_row_index("row")
 
     # Votes for A are votes for the response that the first judgement of the pair has as A.

@@ -20,7 +20,18 @@ LEAKS_SHOWN = 20
 LANGUAGES_SHOWN = 5
 SNIPPET = 100
 SUMMARY_SNIPPET = 60
-HEADINGS = ("source", "read", "kept", "judged again", "rejected", "language", "A wins", "B wins", "tie", "longer wins")
+HEADINGS = (
+    "source",
+    "read",
+    "kept",
+    "judged again",
+    "rejected",
+    "language",
+    "A wins",
+    "B wins",
+    "tie",
+    "longer wins",
+)
 LEFT_ALIGNED = ("source", "rejected", "language")
 
 
@@ -42,7 +53,9 @@ def sources_table(rows: pl.DataFrame, pairs: Pairs) -> Table:
     for source in sources:
         is_of_source = pl.col("source") == source
         kept = pairs.table.filter(is_of_source)
-        table.add_row(source, *_describe_rows(rows.filter(is_of_source), kept, pairs.united.get(source, 0)))
+        table.add_row(
+            source, *_describe_rows(rows.filter(is_of_source), kept, pairs.united.get(source, 0))
+        )
 
     if len(sources) > 1:
         table.add_section()
@@ -52,7 +65,12 @@ def sources_table(rows: pl.DataFrame, pairs: Pairs) -> Table:
 
 def _describe_rows(rows: pl.DataFrame, kept: pl.DataFrame, united: int) -> list[str]:
     """Return the cells of a line of the table, but for its name."""
-    reasons = rows["reason"].drop_nulls().value_counts().sort(["count", "reason"], descending=[True, False])
+    reasons = (
+        rows["reason"]
+        .drop_nulls()
+        .value_counts()
+        .sort(["count", "reason"], descending=[True, False])
+    )
     rejected = [f"{reason}: {count:,}" for reason, count in reasons.iter_rows()]
     win_rates = [_format_percent((kept["winner"] == verdict).mean()) for verdict in VERDICTS]
     return [
@@ -78,7 +96,9 @@ def longer_answer_wins(table: pl.DataFrame) -> pl.Series:
 
 def _list_languages(languages: pl.Series) -> str:
     counts = languages.value_counts().sort(["count", "language"], descending=[True, False])
-    lines = [f"{language} {count:,}" for language, count in counts.head(LANGUAGES_SHOWN).iter_rows()]
+    lines = [
+        f"{language} {count:,}" for language, count in counts.head(LANGUAGES_SHOWN).iter_rows()
+    ]
     others = counts["count"][LANGUAGES_SHOWN:]
     if len(others) > 0:
         lines.append(f"{len(others)} more {others.sum():,}")
@@ -106,7 +126,11 @@ def summary(pairs: Pairs, folds: int, threshold: float) -> list[str]:
     sizes = [f"{fold}: {size:,}" for fold, size in enumerate(fold_sizes)]
     lines.append(f"pairs per fold: {', '.join(sizes)}")
     for joined in pairs.joined:
-        change = "stays in" if joined.fold_now == joined.fold_before else f"moves from fold {joined.fold_before} to"
+        change = (
+            "stays in"
+            if joined.fold_now == joined.fold_before
+            else f"moves from fold {joined.fold_before} to"
+        )
         lines.append(
             f"a later file joined two groups of earlier ones: the group of {joined.id} {change} fold {joined.fold_now}"
         )
@@ -127,7 +151,9 @@ def _format_similarity(similarity: float) -> str:
     return f"{int(similarity * 1000) / 1000:.3f}"
 
 
-def leaks_table(leaks: tuple[Leak, ...], names: list[str], ids: list[str], prompts: list[str]) -> Table:
+def leaks_table(
+    leaks: tuple[Leak, ...], names: list[str], ids: list[str], prompts: list[str]
+) -> Table:
     """Build the table of the first LEAKS_SHOWN leaks.
 
     Args:
@@ -136,7 +162,12 @@ def leaks_table(leaks: tuple[Leak, ...], names: list[str], ids: list[str], promp
         ids: By position, the id of its row.
         prompts: By position, its text.
     """
-    table = Table(box=box.SIMPLE_HEAD, title="prompts that are alike but stand apart", title_justify="left", title_style="")
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title="prompts that are alike but stand apart",
+        title_justify="left",
+        title_style="",
+    )
     for heading in ("similarity", "where", "id"):
         table.add_column(heading, overflow="fold")
     table.add_column("prompt", no_wrap=True, overflow="ellipsis")

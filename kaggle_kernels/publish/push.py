@@ -9,6 +9,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from preprocess.core import ledger
+from preprocess.core.errors import UserError
+from preprocess.core.files import read_object, sha256, write_json
 
 from kaggle_kernels.build.bundle import build_mark, kernel_folder
 from kaggle_kernels.build.ensemble_weights import measure_ensemble
@@ -17,23 +20,11 @@ from kaggle_kernels.build.spec import read_spec
 from kaggle_kernels.publish.client import Pace, find_owner
 from kaggle_kernels.publish.dataset_state import Dataset
 from kaggle_kernels.publish.datasets import find_dataset, plan_dataset, publish_dataset
-from kaggle_kernels.publish.kernels import (
-    CODE,
-    Kernel,
-    check_pushed,
-    fingerprint,
-    pull,
-    push_calls,
-    read_kernel,
-    what_differs,
-)
+from kaggle_kernels.publish.kernels import CODE, Kernel, check_pushed, fingerprint, pull, push_calls, read_kernel, what_differs
 from kaggle_kernels.publish.kernels import push as push_kernel
 from kaggle_kernels.publish.preflight import WHEELS, credentials, preflight
 from kaggle_kernels.publish.quota import check_quota
 from kaggle_kernels.publish.upload import WORK
-from preprocess.core import ledger
-from preprocess.core.errors import UserError
-from preprocess.core.files import read_object, sha256, write_json
 
 
 def push(spec_path: Path, pace: Pace, dry_run: bool = False, again: bool = False) -> None:

@@ -16,35 +16,12 @@ from pathlib import Path
 import torch
 
 from kaggle_kernels.runtime.checks import check_machine
-from kaggle_kernels.runtime.inputs import (
-    find_mounted,
-    install_missing_wheels,
-    kaggle_root,
-    read_ids,
-    read_rows,
-)
+from kaggle_kernels.runtime.inputs import find_mounted, install_missing_wheels, kaggle_root, read_ids, read_rows
 from kaggle_kernels.runtime.package import Package, PackageError, read_package
-from kaggle_kernels.runtime.scheduling.schedule import (
-    Board,
-    combine,
-    make_board,
-    score_all,
-    serving_contract,
-)
+from kaggle_kernels.runtime.scheduling.schedule import Board, combine, make_board, score_all, serving_contract
 from kaggle_kernels.runtime.settings import Clock, PackageSettings, Settings, log, start_clock
-from kaggle_kernels.runtime.submission import (
-    fill_unscored,
-    write_record,
-    write_scores,
-    write_submission,
-)
-from kaggle_kernels.runtime.visible import (
-    Speed,
-    VisibleRows,
-    choose_visible_rows,
-    visible_lines,
-    visible_report,
-)
+from kaggle_kernels.runtime.submission import fill_unscored, write_record, write_scores, write_submission
+from kaggle_kernels.runtime.visible import Speed, VisibleRows, choose_visible_rows, visible_lines, visible_report
 
 
 def visible_devices() -> list[str]:

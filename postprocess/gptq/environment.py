@@ -14,9 +14,8 @@ from pathlib import Path
 
 import click
 from filelock import FileLock
-from tqdm import tqdm
-
 from preprocess.core.errors import UserError
+from tqdm import tqdm
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = ROOT / ".venv-gptq"
@@ -57,8 +56,7 @@ def run_worker(arguments: Sequence[Path]) -> None:
 
     if worker.returncode != 0:
         raise UserError(
-            f"{WORKER.name}: GPTQ ended with {worker.returncode}: {last_line[:300]}; "
-            "quantize: nf4 or int8 needs no GPTQ"
+            f"{WORKER.name}: GPTQ ended with {worker.returncode}: {last_line[:300]}; quantize: nf4 or int8 needs no GPTQ"
         )
 
 
@@ -77,9 +75,7 @@ def python_with_gptq(environment: Path = ENVIRONMENT, requirements: Path = REQUI
     # Two runs may need the environment at the same time: one makes it, the other waits.
     with FileLock(environment.with_name(f"{environment.name}.lock")):
         if not is_complete(installed, requirements):
-            click.echo(
-                f"installing {requirements.stem}.lock into {environment} (about 1 minute and 2 GB, once)"
-            )
+            click.echo(f"installing {requirements.stem}.lock into {environment} (about 1 minute and 2 GB, once)")
             make_environment(environment, requirements)
             installed.touch()
 

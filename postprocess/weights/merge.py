@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from preprocess.core.errors import UserError
+from preprocess.core.files import resumable_folder
 from tqdm import tqdm
 from transformers import BitsAndBytesConfig, PretrainedConfig
 
@@ -23,8 +25,6 @@ from postprocess.weights.checkpoint_reader import Tensors, open_tensors
 from postprocess.weights.lora_adapter import Adapter, read_adapter, shape_of
 from postprocess.weights.meta_model import LABELLED, Skeleton, head_modules, model_skeleton, untied
 from postprocess.weights.shard_writer import SHARD_BYTES, Planned, Stored, write_shards
-from preprocess.core.errors import UserError
-from preprocess.core.files import resumable_folder
 
 OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 PIECE_NUMBERS = 2**22  # numbers of a piece: 16 MiB in float32

@@ -18,14 +18,13 @@ import click
 import numpy as np
 import polars as pl
 import scipy.sparse
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-
 from postprocess.agreement.statistics import interval, resample
 from preprocess.core.errors import UserError, exits_with_2
 from preprocess.core.files import atomic_file, read_json, sha256, write_json
 from recipes.pairwise.data.datasets import read_pairs, split, targets, winners
 from recipes.pairwise.tracking import metrics
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
 
 ROOT = Path(__file__).parents[2]
 KERAS = ROOT / ".venv-keras" / "bin" / "python"
@@ -137,7 +136,6 @@ def train(name: str, fold: Fold, base: Path | None) -> None:
 
 def longer(train_rows: pl.DataFrame, rows: pl.DataFrame) -> np.ndarray:
     """p(A) by length in characters alone: how often the longer response wins among the training rows; equal: A is taken."""
-
 
     def a_is_longer(frame: pl.DataFrame) -> np.ndarray:
         length_a, length_b = (frame[f"response_{side}"].list.join("").str.len_chars() for side in "ab")

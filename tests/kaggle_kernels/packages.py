@@ -6,7 +6,6 @@ from pathlib import Path
 
 import yaml
 from click.testing import CliRunner, Result
-
 from kaggle_kernels.__main__ import main
 from kaggle_kernels.build.bundle import build, kernel_folder
 from kaggle_kernels.build.packages import build_of
@@ -52,12 +51,7 @@ def make_package(
     Its weights are random, unless it is `pretrained`: then only its head is.
     """
     import torch
-    from transformers import (
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-    )
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     folder.mkdir(parents=True)
     torch.manual_seed(seed)

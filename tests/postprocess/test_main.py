@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 import yaml
 from click.testing import CliRunner
-from safetensors.torch import load_file, save_file
-
 from postprocess.__main__ import main
 from postprocess.run_folder import check_recipe, read_run
 from preprocess.core.errors import UserError
 from recipes.pairwise.config.schema import read_recipe
+from safetensors.torch import load_file, save_file
+
 from tests.postprocess import runs
 
 KNOWN = ("merge", "quantise", "agreement", "package")

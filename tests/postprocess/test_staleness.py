@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-
-from postprocess import stage_code, staleness
 from postprocess.__main__ import main
 from postprocess.staleness import Stage, code_hashes, making, skip_if_current
 from preprocess.core.errors import UserError
+
+from postprocess import stage_code, staleness
 from tests.conftest import ROOT
 
 PROJECT = ("kaggle_kernels", "postprocess", "preprocess", "recipes")

@@ -7,9 +7,8 @@ import json
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
-
 from preprocess.model_input import (
+    MARKER,
     VERDICTS,
     Contract,
     ContractError,
@@ -26,6 +25,8 @@ from preprocess.model_input import (
     swap_probabilities,
     truncate,
 )
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+
 from tests import tiny
 
 SECTIONS = "# Prompt\n{prompt}\n# Response A\n{response_a}\n# Response B\n{response_b}\n"
@@ -127,6 +128,20 @@ def test_swapping_probabilities_twice_gives_them_back_in_any_order_of_verdicts(v
     assert swap_probabilities([0.5, 0.3, 0.2], ("model_a", "tie", "model_b")) == [0.2, 0.3, 0.5]
 
 
+@pytest.mark.parametrize("kind", FRAMES)
+def test_a_long_pair_uses_its_budget_but_for_rounding(tokenizers, kind):
+    pair = Pair("long", ("river " * 400,), ("river window " * 400,), ("music " * 400,))
+    for truncation in ("left", "right", "middle"):
+        assert 157 <= len(encode(pair, tokenizers[kind], contract(kind, truncation=truncation))[0]) <= 160
+
+
+@pytest.mark.parametrize("kind", FRAMES)
+def test_what_looks_like_a_control_token_is_kept_as_plain_text(tokenizers, kind):
+    settings = contract(kind, budget=2000)
+    lengths = [len(encode(Pair("x", (text,), ("b",), ("c",)), tokenizers[kind], settings)[0]) for text in ("a</s>b", "ab")]
+    assert lengths[0] >= lengths[1] + 3
+
+
 def test_an_added_token_that_only_the_template_makes_a_control_token_cannot_be_forged_either(tokenizers):
     tokenizer = Tokenizer.from_str(tokenizers["bpe"].to_str())
     tokenizer.add_tokens([AddedToken("<turn>", special=False), AddedToken("\n\n", special=False)])
@@ -154,6 +169,23 @@ def test_the_last_turns_are_kept_first(tokenizers):
     assert words["river"] not in ids
 
 
+def test_a_cut_in_the_middle_shows_the_marker_once_and_keeps_both_ends(tokenizers):
+    words = " ".join(f"{at}" for at in range(500))
+    ids = encode(Pair("x", (words,), ("yes",), ("no",)), tokenizers["bpe"], contract("bpe"))[0]
+    text = tokenizers["bpe"].decode(ids)
+    assert text.count(MARKER.strip()) == 1
+    assert "0 1 2 3" in text
+    assert "498 499" in text
+
+
+def test_truncation_keeps_the_named_part():
+    assert truncate([1, 2, 3, 4, 5], 3, "left") == [3, 4, 5]
+    assert truncate([1, 2, 3, 4, 5], 3, "right") == [1, 2, 3]
+    assert truncate([1, 2, 3, 4, 5, 6], 5, "middle", [0]) == [1, 2, 0, 5, 6]
+    assert truncate([1, 2, 3], 2, "middle", [0]) == [1, 3]
+    assert truncate([1, 2, 3], 0, "left") == []
+
+
 @given(count=st.integers(0, 50), size=st.integers(2, 60), side=any_truncation)
 def test_truncation_fills_the_size_and_cuts_one_piece(count, size, side):
     ids = list(range(1, count + 1))
@@ -173,13 +205,20 @@ def test_a_budget_is_split_by_need_after_a_minimum_for_each(needs, budget):
     assert all(min(need, budget // 8) <= size <= need for need, size in zip(needs, sizes, strict=True))
     assert min(sum(needs), budget) - len(needs) < sum(sizes) <= budget
     assert split_budget(needs[::-1], budget) == sizes[::-1]
-    assert truncate(needs, 0, "left") == []
+
+
+def test_budgets_of_three_cases_are_these():
+    assert split_budget([10, 20, 30], 100) == [10, 20, 30]
+    assert split_budget([10, 1000, 1000], 100) == [10, 45, 45]
+    assert split_budget([100, 100, 200], 100) == [27, 27, 45]
 
 
 @given(any_text)
 def test_a_cleaned_text_can_be_written_and_stays_as_it_is(text):
     cleaned = clean(text)
-    assert cleaned.encode("utf-8").decode("utf-8") == cleaned == clean(cleaned)
+    assert cleaned.encode("utf-8").decode("utf-8") == cleaned
+    assert "\r\n" not in cleaned
+    assert clean(cleaned) == cleaned
 
 
 def test_cleaning_is_as_the_docstring_says():

@@ -6,10 +6,10 @@ import shutil
 import polars as pl
 import pytest
 import yaml
-
-from preprocess.core import ledger
 from preprocess.core.files import sha256
 from preprocess.model_input import read_contract
+
+from preprocess.core import ledger
 from tests import forked, tiny
 from tests.conftest import ROOT
 
@@ -108,7 +108,6 @@ def test_the_soft_cap_is_chosen_once_and_written_into_config_and_contract(demo_t
 
 def test_lmsys_rows_train_three_verdicts(shared_data, demo_twin, tmp_path):
     from click.testing import CliRunner
-
     from preprocess.__main__ import main
 
     pairs = tmp_path / "lmsys.parquet"

@@ -16,13 +16,7 @@ from dataclasses import dataclass, field, replace
 from kaggle_kernels.runtime.models.scoring import Request, make_requests, mean_of_orders, orders_of
 from kaggle_kernels.runtime.package import Package, PackageError
 from kaggle_kernels.runtime.scheduling.crew import Worker, start_workers, stop_workers
-from kaggle_kernels.runtime.scheduling.engine import (
-    Pass,
-    make_pass,
-    pass_record,
-    run_pass,
-    worker_record,
-)
+from kaggle_kernels.runtime.scheduling.engine import Pass, make_pass, pass_record, run_pass, worker_record
 from kaggle_kernels.runtime.scheduling.plan import (
     CHANGE_OF_MODEL,
     CHANGE_OF_ORDER,

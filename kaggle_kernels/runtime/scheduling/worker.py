@@ -31,12 +31,7 @@ from kaggle_kernels.runtime.models.model import load_model
 from kaggle_kernels.runtime.models.pipeline import Stages, stage_starts
 from kaggle_kernels.runtime.models.placement import split_over
 from kaggle_kernels.runtime.models.scoring import score, score_batch
-from kaggle_kernels.runtime.package import (
-    Package,
-    PackageError,
-    execute_model_input,
-    read_tokenizer,
-)
+from kaggle_kernels.runtime.package import Package, PackageError, execute_model_input, read_tokenizer
 
 GOLDEN_TOLERANCE = 0.05  # float16 and 4-bit kernels differ between devices by up to 0.02; a wrong head by far more
 MEMORY_WORDS = ("CUDA error: out of memory", "_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory")

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from jsonschema import Draft7Validator
-
 from preprocess.core.files import read_json
 from preprocess.core.problems import hint, nearest, unknown_key
 

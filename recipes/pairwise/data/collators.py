@@ -5,7 +5,6 @@ import zlib
 from dataclasses import dataclass
 
 import torch
-
 from preprocess.model_input import swap_probabilities
 
 

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 import polars as pl
-
 from preprocess.model_input import swap_probabilities
 
 ORDERS = ("as_given", "swapped")

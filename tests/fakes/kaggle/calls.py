@@ -7,18 +7,7 @@ pass as an absent field.
 import re
 from collections.abc import Callable
 
-from tests.fakes.kaggle.site import (
-    OWNER,
-    TOKEN,
-    Blob,
-    Dataset,
-    Kernel,
-    KernelVersion,
-    Run,
-    Site,
-    Submission,
-    Version,
-)
+from tests.fakes.kaggle.site import OWNER, TOKEN, Blob, Dataset, Kernel, KernelVersion, Run, Site, Submission, Version
 
 DATE = "2026-01-01T00:00:00.000Z"
 

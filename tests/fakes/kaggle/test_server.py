@@ -17,6 +17,8 @@ FILES = {"config.json": b"{}", "weights.bin": bytes(range(256)) * 40}
 CREATED = (
     "Your private Dataset is being created. Please check progress at https://www.kaggle.com/datasets/tester/tiny-package\n"
 )
+
+
 def run_kaggle(*arguments, command: tuple[str, ...] = ()) -> tuple[int, str, str]:
     """Run `kaggle`: its exit code, standard output and standard error, which without -q has progress bars."""
     words = [*(command or client.COMMAND), *map(str, arguments)]
@@ -110,7 +112,9 @@ def test_a_push_succeeds_without_what_it_named(fast_kaggle, kernel_folder, metad
     assert code == 0
     *told, pushed = lines.splitlines()
     assert [line[: len(start)] for line, start in zip(told, printed, strict=True)] == printed
-    assert pushed.startswith("Kernel version 1 successfully pushed.  Please check progress at https://www.kaggle.com/code/tester/")
+    assert pushed.startswith(
+        "Kernel version 1 successfully pushed.  Please check progress at https://www.kaggle.com/code/tester/"
+    )
     [kernel] = fast_kaggle.site.kernels.values()
     assert {name: kernel.versions[0].pushed[name] for name in kept} == kept
 

@@ -4,13 +4,13 @@ import json
 import random
 
 import pytest
-
 from kaggle_kernels.publish.client import Answer, Pace
 from kaggle_kernels.publish.dataset_state import Remote
 from kaggle_kernels.publish.datasets import find_dataset, plan_dataset, publish_dataset
 from kaggle_kernels.publish.upload import WORK, has_arrived, stale_notes, upload
 from preprocess.core.errors import UserError
 from preprocess.core.files import sha256
+
 from tests.fakes.kaggle.server import Fault
 from tests.fakes.kaggle.site import Dataset, Version
 
@@ -120,9 +120,7 @@ def test_one_file_that_fails_is_sent_anew_and_all_are_where_another_fails_next(l
 
 
 @pytest.mark.parametrize("notes_expire", [False, True])
-def test_a_refused_dataset_is_one_error_and_sent_twice_only_where_kaggle_forgot_its_files(
-    folder, kaggle, notes_expire
-):
+def test_a_refused_dataset_is_one_error_and_sent_twice_only_where_kaggle_forgot_its_files(folder, kaggle, notes_expire):
     kaggle.site.storage_bytes_allowed = 1000
     with pytest.raises(UserError, match="tester/tiny-two: Your private datasets quota is exceeded; mend that, then run this"):
         publish(folder)

@@ -4,22 +4,14 @@ import re
 
 import pytest
 from click.testing import CliRunner
-
 from kaggle_kernels.__main__ import main
 from kaggle_kernels.build.bundle import kernel_folder
 from kaggle_kernels.build.spec import COMPETITIONS, all_specs, find_spec, read_spec
+
 from preprocess.core import ledger
 from tests.fakes.kaggle.server import Fault
 from tests.fakes.kaggle.site import Run
-from tests.kaggle_kernels.publish.pushes import (
-    RAW_SHA256,
-    SMALL,
-    bytes_of,
-    call,
-    check_whole,
-    output_of,
-    pretend_ready,
-)
+from tests.kaggle_kernels.publish.pushes import RAW_SHA256, SMALL, bytes_of, call, check_whole, output_of, pretend_ready
 
 NAMES = [path.stem for path in all_specs()]
 IN_EVERY_TEST_RUN = ("gemma2_llama3", "gemma2_lmsys")  # two packages and wheels; the other competition

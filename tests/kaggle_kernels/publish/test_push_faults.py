@@ -13,16 +13,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.fakes.kaggle.server import Fault, error_under_200
 from tests.fakes.kaggle.site import WSDM
-from tests.kaggle_kernels.publish.pushes import (
-    DATASET,
-    FAST,
-    KERNEL,
-    SMALL,
-    bytes_of,
-    call,
-    check_whole,
-    error_of,
-)
+from tests.kaggle_kernels.publish.pushes import DATASET, FAST, KERNEL, SMALL, bytes_of, call, check_whole, error_of
 
 DENIED = "Permission 'datasets.create' was denied"
 WEIGHTS = "model.safetensors"

@@ -5,15 +5,12 @@ import subprocess
 
 import polars as pl
 import pytest
-
 from kaggle_kernels.rehearsal.sandbox import SITECUSTOMIZE, find_python, make_environment
-from preprocess.core import ledger
 from preprocess.core.files import read_json, sha256
 from preprocess.model_input import encode, encode_all, pair_from_row, read_contract, swap
-from tests.kaggle_kernels.packages import (
-    AWKWARD_ROWS,
-    rehearse,
-)
+
+from preprocess.core import ledger
+from tests.kaggle_kernels.packages import AWKWARD_ROWS, rehearse
 
 
 def test_a_wsdm_rehearsal_gives_every_id_once_and_is_scored_by_id(workplace, tmp_path, ledger_file):

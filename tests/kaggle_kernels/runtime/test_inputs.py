@@ -6,8 +6,6 @@ import sys
 
 import polars as pl
 import pytest
-
-from kaggle_kernels.runtime import inputs
 from kaggle_kernels.runtime.inputs import (
     find_mounted,
     install_missing_wheels,
@@ -17,6 +15,8 @@ from kaggle_kernels.runtime.inputs import (
     read_text,
     rows_of,
 )
+
+from kaggle_kernels.runtime import inputs
 
 
 def mount(root, path, content=b"x"):
@@ -53,9 +53,7 @@ DEMO = "datasets/owner/demo/manifest.json"
         ("demo", DATASET, "datasets", ["datasets/owner/a/demo/manifest.json", DEMO], DEMO),
     ],
 )
-def test_the_mounted_file_is_found_in_every_layout_and_no_other_is_taken_for_it(
-    tmp_path, slug, names, kind, mounted, expected
-):
+def test_the_mounted_file_is_found_in_every_layout_and_no_other_is_taken_for_it(tmp_path, slug, names, kind, mounted, expected):
     for path in mounted:
         mount(tmp_path, path, path.encode())
     assert find_mounted(tmp_path, slug, names, kind) == tmp_path / "input" / expected

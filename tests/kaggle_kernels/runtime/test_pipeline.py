@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
 from kaggle_kernels.runtime.models.pipeline import Stages, stage_starts
 
 
@@ -160,5 +159,3 @@ def test_stages_begin_where_the_device_changes():
     }
     assert stage_starts({**placed, "score": "cuda:1", "model.rotary_emb": "cuda:0"}) == ["model.layers.1"]
     assert stage_starts(dict.fromkeys(placed, "cpu")) == []
-
-

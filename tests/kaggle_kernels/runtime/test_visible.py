@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import polars as pl
 import pytest
-
 from kaggle_kernels.runtime.visible import (
     Speed,
     VisibleRows,
@@ -17,6 +16,7 @@ from kaggle_kernels.runtime.visible import (
     visible_lines,
     visible_report,
 )
+
 from tests import tiny
 from tests.kaggle_kernels.runtime.test_submission import LMSYS, WSDM
 

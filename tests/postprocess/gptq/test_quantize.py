@@ -12,18 +12,18 @@ import polars as pl
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file
-
 from kaggle_kernels.runtime.models.gptq import GptqLinear, unpack, unpacking
 from kaggle_kernels.runtime.models.model import load_model
 from kaggle_kernels.runtime.models.placement import weight_sizes
 from kaggle_kernels.runtime.package import PackageError, read_package
 from postprocess.__main__ import main
-from postprocess.gptq import quantize
 from postprocess.gptq.environment import ENVIRONMENT
 from postprocess.memory.model_size import Served, bytes_by_class, dimensions_of, weights
 from postprocess.weights.merge import merge, merged_model
 from preprocess.core.errors import UserError
+from safetensors.torch import load_file
+
+from postprocess.gptq import quantize
 from tests.postprocess.test_kaggle_versions import in_kaggles_versions
 
 ROOT = Path(__file__).parents[3]

@@ -1,7 +1,6 @@
 """Learning curves out of the trainer's log."""
 
 import pytest
-
 from postprocess.report.learning_curves import read_curve, smooth
 
 

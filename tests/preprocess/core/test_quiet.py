@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 import pytest
-
 from preprocess.core.quiet import KEPT_BACK, without
+
 from tests.conftest import ROOT
 
 FAKE_KERNELS = """

@@ -8,11 +8,11 @@ import deepspeed
 import pytest
 import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from safetensors.torch import save_file
-
 from preprocess.core.errors import UserError
 from recipes.pairwise.training import deepspeed_cpu, zero3
 from recipes.pairwise.training.weights import ensure_head
+from safetensors.torch import save_file
+
 from tests import forked
 from tests.conftest import ROOT
 from tests.recipes import comparable
