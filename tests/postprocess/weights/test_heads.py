@@ -46,5 +46,3 @@ def test_tied_weights_that_were_trained_apart_cannot_be_packaged_unmerged(made, 
     with pytest.raises(UserError, match="trained lm_head.weight, which is the embedding in this base; only adapter: merged"):
         merge(opened(run), tmp_path / "merged", apart=True)
     assert not list(tmp_path.glob("*merged*"))
-
-
