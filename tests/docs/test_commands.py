@@ -66,7 +66,7 @@ def test_every_option_is_documented(page, names):
         ("python -m kaggle_kernels rehearse demo --rowz 3", "no option --rowz"),
         ("python -m postprocess.nothing", "no module postprocess.nothing"),
         ("python docs/nothing.py", "no file docs/nothing.py"),
-        ("cd x && A=1 make dmo   # why", "no target dmo"),
+        ("cd x && A=1 make dmo\n# only words", "no target dmo"),
         ("make cv RECIPE=demo", "no variable RECIPE"),
         ("PAIRWISE_FOLD=all axolotl trian recipes/demo.yml", "no command trian"),
         ("axolotl train recipes/demo.yml \\\n  --wandb-projekt x", "no option --wandb-projekt"),
