@@ -8,6 +8,8 @@ import jsonschema
 import polars as pl
 import pytest
 import yaml
+from transformers import AutoTokenizer
+
 from kaggle_kernels.build.bundle import build
 from kaggle_kernels.build.spec import all_specs, read_spec
 from kaggle_kernels.rehearsal.rehearse import rehearse
@@ -15,8 +17,6 @@ from postprocess.pipeline import package_recipe
 from preprocess.core.files import read_json, sha256
 from preprocess.model_input import check_golden, read_contract
 from recipes.pairwise.config.schema import read_recipe
-from transformers import AutoTokenizer
-
 from tests import forked, tiny
 from tests.conftest import ROOT
 

@@ -5,9 +5,9 @@ import json
 import jsonschema
 import pytest
 import yaml
-from recipes.pairwise.config import json_schema as recipe_side
 
 from kaggle_kernels.build import json_schema as spec_side
+from recipes.pairwise.config import json_schema as recipe_side
 from tests.conftest import ROOT
 from tests.recipes.config.test_schema import GOOD, with_block
 

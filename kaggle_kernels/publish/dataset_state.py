@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from kaggle_kernels.publish.client import Pace, ask, demand, list_files
 from postprocess.package import METADATA
 from preprocess.core.errors import UserError
 from preprocess.core.files import sha256
-
-from kaggle_kernels.publish.client import Pace, ask, demand, list_files
 
 
 @dataclass(frozen=True)

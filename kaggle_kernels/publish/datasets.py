@@ -7,10 +7,6 @@ a kernel therefore does not look for it among the files that manifest.json lists
 
 from pathlib import Path
 
-from postprocess.package import METADATA
-from preprocess.core.errors import UserError
-from preprocess.core.files import read_object
-
 from kaggle_kernels.publish.client import Pace, call_in_words
 from kaggle_kernels.publish.dataset_state import (
     Dataset,
@@ -22,6 +18,9 @@ from kaggle_kernels.publish.dataset_state import (
     what_differs,
 )
 from kaggle_kernels.publish.upload import forget, forget_upload, upload, upload_call, work_folder
+from postprocess.package import METADATA
+from preprocess.core.errors import UserError
+from preprocess.core.files import read_object
 
 MANIFESTS = ("manifest.json", "wheels.json")
 

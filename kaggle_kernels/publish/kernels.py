@@ -9,10 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from kaggle_kernels.publish.client import UNKNOWN_TRIES, Answer, Pace, ask, call_in_words, demand, list_files, run
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_object, write_json
-
-from kaggle_kernels.publish.client import UNKNOWN_TRIES, Answer, Pace, ask, call_in_words, demand, list_files, run
 
 METADATA, CODE = "kernel-metadata.json", "kernel.py"
 PUSHED = re.compile(r"Kernel version (\d+) successfully pushed\.\s+Please check progress at (\S+)")

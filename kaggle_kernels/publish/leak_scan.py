@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
+
 from preprocess.core.errors import UserError
 from recipes.pairwise.contract import GOLDEN_ROWS
 

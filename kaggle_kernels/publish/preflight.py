@@ -11,12 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from postprocess.package import MANIFEST, METADATA, OWNER
-from postprocess.wheels.build import MANIFEST as WHEELS_MANIFEST
-from preprocess.core.errors import UserError
-from preprocess.core.files import read_object, sha256
-from preprocess.core.ledger import git_state
-from recipes.pairwise.config.schema import SLUG
 from slugify import slugify as slug_of_kaggle
 
 from kaggle_kernels.build.bundle import kernel_folder, stale_files
@@ -24,6 +18,12 @@ from kaggle_kernels.build.memory_fit import BITSANDBYTES, Fit, fit_packages
 from kaggle_kernels.build.packages import build_of, find_package, package_folder, spec_folder
 from kaggle_kernels.build.spec import Spec, read_spec
 from kaggle_kernels.publish import leak_scan
+from postprocess.package import MANIFEST, METADATA, OWNER
+from postprocess.wheels.build import MANIFEST as WHEELS_MANIFEST
+from preprocess.core.errors import UserError
+from preprocess.core.files import read_object, sha256
+from preprocess.core.ledger import git_state
+from recipes.pairwise.config.schema import SLUG
 
 WHEELS = Path("outputs/wheels")
 DATASET_BYTES = 200 * 10**9  # Kaggle's documentation: of one dataset, and of all private ones of an account together

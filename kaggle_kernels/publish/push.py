@@ -9,9 +9,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from preprocess.core import ledger
-from preprocess.core.errors import UserError
-from preprocess.core.files import read_object, sha256, write_json
 
 from kaggle_kernels.build.bundle import build_mark, kernel_folder
 from kaggle_kernels.build.ensemble_weights import measure_ensemble
@@ -25,6 +22,9 @@ from kaggle_kernels.publish.kernels import push as push_kernel
 from kaggle_kernels.publish.preflight import WHEELS, credentials, preflight
 from kaggle_kernels.publish.quota import check_quota
 from kaggle_kernels.publish.upload import WORK
+from preprocess.core import ledger
+from preprocess.core.errors import UserError
+from preprocess.core.files import read_object, sha256, write_json
 
 
 def push(spec_path: Path, pace: Pace, dry_run: bool = False, again: bool = False) -> None:

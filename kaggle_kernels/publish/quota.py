@@ -7,10 +7,9 @@ nor what old versions take: what comes to more than the limit is a warning, and 
 import re
 from collections.abc import Mapping
 
-from preprocess.core.errors import UserError
-
 from kaggle_kernels.publish.client import Answer, Pace, ask, pages
 from kaggle_kernels.publish.preflight import DATASET_BYTES, Preflight
+from preprocess.core.errors import UserError
 
 PAGE = 200  # datasets a page
 FEW_HOURS = 1.0

@@ -13,8 +13,6 @@ from pathlib import Path
 import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure
-from preprocess.core import ledger
-from preprocess.core.files import atomic_file
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
@@ -24,6 +22,8 @@ from kaggle_kernels.build.spec import COMPETITIONS
 from kaggle_kernels.publish.client import Pace
 from kaggle_kernels.publish.lineage import chain, push_of
 from kaggle_kernels.publish.submit import list_submissions
+from preprocess.core import ledger
+from preprocess.core.files import atomic_file
 
 PICTURE = Path("outputs/scores.png")
 METRICS = {"accuracy": "accuracy (higher is better)", "log_loss": "log loss (lower is better)"}

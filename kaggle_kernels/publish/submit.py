@@ -8,9 +8,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import click
-from preprocess.core import ledger
-from preprocess.core.errors import UserError
-from preprocess.core.files import read_object, write_json
 
 from kaggle_kernels.build.packages import spec_folder
 from kaggle_kernels.build.spec import COMPETITIONS, Competition, Spec, read_spec
@@ -27,6 +24,9 @@ from kaggle_kernels.publish.kernels import (
     what_differs,
 )
 from kaggle_kernels.publish.push import interruptible, one_at_a_time, read_push
+from preprocess.core import ledger
+from preprocess.core.errors import UserError
+from preprocess.core.files import read_object, write_json
 
 FILE, RECORD = "submission.csv", "kernel.json"
 TAKEN = "Successfully submitted"

@@ -11,12 +11,11 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from kaggle_kernels.publish.client import TRIES, UNKNOWN_TRIES, Answer, Pace, check_credentials, run
+from kaggle_kernels.publish.dataset_state import Dataset, Remote, look, wait_until_ready, what_differs
 from postprocess.package import METADATA
 from preprocess.core.errors import UserError
 from preprocess.core.files import link_or_copy, read_object, write_json
-
-from kaggle_kernels.publish.client import TRIES, UNKNOWN_TRIES, Answer, Pace, check_credentials, run
-from kaggle_kernels.publish.dataset_state import Dataset, Remote, look, wait_until_ready, what_differs
 
 WORK = Path("outputs/.push")  # work folders, by dataset; removed once a dataset is whole
 FILES, STATE, NOTES = "files", "state", "notes"  # in a work folder: what is sent, where the command writes, and what it wrote

@@ -14,12 +14,9 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import torch
+
 from kaggle_kernels.runtime.models.model import load_model
 from kaggle_kernels.runtime.models.scoring import ORDERS, make_requests, orders_of, score
-from preprocess.core.errors import UserError
-from preprocess.core.files import atomic_file, read_object, write_json
-from recipes.pairwise.data.datasets import targets, winners
-
 from postprocess.agreement.plot import agreement_picture
 from postprocess.agreement.reference_model import load_merged, load_trained
 from postprocess.agreement.statistics import QUANTISED, Column, compare
@@ -27,6 +24,9 @@ from postprocess.agreement.table import groups_of, probability_table, table_line
 from postprocess.agreement.validation_rows import validation_rows
 from postprocess.run_folder import Run, checked_tokenizer
 from postprocess.weights.meta_model import model_skeleton
+from preprocess.core.errors import UserError
+from preprocess.core.files import atomic_file, read_object, write_json
+from recipes.pairwise.data.datasets import targets, winners
 
 FLOAT16_ON_CPU_FLOP = 5e10  # about 20 s: float16 is ten times slower than float32 on CPUs without units for it
 GOLDEN_ORDER = ("as_given",)

@@ -3,15 +3,15 @@
 import os
 
 import torch
-from kaggle_kernels.runtime.models.model import CLASSES
 from peft import PeftModel
-from preprocess.core.errors import UserError
-from preprocess.core.files import read_object
 from transformers import BitsAndBytesConfig
 
+from kaggle_kernels.runtime.models.model import CLASSES
 from postprocess.run_folder import ADAPTER, MODEL_PATTERN, Run
 from postprocess.weights.merge import merged_model
 from postprocess.weights.meta_model import empty_model, model_config
+from preprocess.core.errors import UserError
+from preprocess.core.files import read_object
 
 
 def check_memory(run: Run) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+
 from recipes.pairwise.tracking.metrics import SMALLEST, row_losses, scores
 
 NO_CANDIDATES = ("recorded", "trained", "merged")

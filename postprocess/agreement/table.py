@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import polars as pl
-from preprocess.model_input import VERDICTS
-from recipes.pairwise.tracking.metrics import ORDERS
 
 from postprocess.agreement.statistics import Column
+from preprocess.model_input import VERDICTS
+from recipes.pairwise.tracking.metrics import ORDERS
 
 FEW_GROUPS = 20
 HEAD = (

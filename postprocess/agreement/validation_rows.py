@@ -9,12 +9,12 @@ from hashlib import sha256
 from pathlib import Path
 
 import polars as pl
+
 from kaggle_kernels.runtime.models.scoring import ORDERS
+from postprocess.run_folder import Run
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_object
 from recipes.pairwise.data.datasets import read_pairs
-
-from postprocess.run_folder import Run
 
 ROWS = 500
 LISTED_IDS = 5000

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import click
 from filelock import FileLock
-from preprocess.core.errors import UserError
 from tqdm import tqdm
+
+from preprocess.core.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = ROOT / ".venv-gptq"

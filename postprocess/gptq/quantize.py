@@ -15,14 +15,14 @@ from pathlib import Path
 
 import polars as pl
 import torch
-from preprocess.core.errors import UserError
-from preprocess.core.files import atomic_folder
-from recipes.pairwise.data.datasets import read_pairs, split
 
 from postprocess.agreement.validation_rows import by_hash
 from postprocess.gptq.environment import run_worker
 from postprocess.run_folder import Run, checked_tokenizer
 from postprocess.weights.meta_model import model_skeleton
+from preprocess.core.errors import UserError
+from preprocess.core.files import atomic_folder
+from recipes.pairwise.data.datasets import read_pairs, split
 
 ROWS = 256
 GROUP_SIZE = 128

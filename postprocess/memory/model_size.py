@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import yaml
+
 from kaggle_kernels.runtime.models.placement import balance, part_sizes
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_json

@@ -7,10 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from preprocess.core.errors import UserError
-from preprocess.core.files import read_object, read_yaml
-from recipes.pairwise.config.schema import GPTQ_BITS
-
 from postprocess.memory.model_size import (
     CUDA_BYTES,
     GIB,
@@ -24,6 +20,9 @@ from postprocess.memory.model_size import (
     weight_bytes,
 )
 from postprocess.run_folder import Run
+from preprocess.core.errors import UserError
+from preprocess.core.files import read_object, read_yaml
+from recipes.pairwise.config.schema import GPTQ_BITS
 
 SPECS = Path(__file__).parents[2] / "kaggle_kernels" / "specs"
 TOKENS_PER_BATCH = 8192  # a spec's default

@@ -16,20 +16,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from kaggle_kernels.runtime.models.scoring import ORDERS, score
 from kaggle_kernels.runtime.package import read_tokenizer
-from preprocess.core.errors import UserError
-from preprocess.core.files import atomic_file, read_object, sha256, write_json
-from recipes.pairwise.config.schema import Recipe
-from recipes.pairwise.data.datasets import read_pairs, split, targets, winners
-from recipes.pairwise.tracking import metrics
-
 from postprocess.agreement.reference_model import load_trained
 from postprocess.run_folder import ADAPTER, Run, adapter_settings, check_recipe, find_base, read_contract
 from postprocess.weights.checkpoint_reader import open_tensors
 from postprocess.weights.lora_adapter import Adapter, read_adapter
 from postprocess.weights.merge import is_finite
 from postprocess.weights.shard_writer import Planned, Stored, write_file
+from preprocess.core.errors import UserError
+from preprocess.core.files import atomic_file, read_object, sha256, write_json
+from recipes.pairwise.config.schema import Recipe
+from recipes.pairwise.data.datasets import read_pairs, split, targets, winners
+from recipes.pairwise.tracking import metrics
 
 MADE = (
     "adapter_model.safetensors",

@@ -46,7 +46,7 @@ def quantised_weights(config: PretrainedConfig, head: str, settings: BitsAndByte
     return {f"{name}.weight" for name, module in model.named_modules() if type(module) is not type(before.get(name, module))}
 
 
-def plan(name: str, shape: tuple[int, ...], settings: BitsAndBytesConfig) -> Planned:
+def plan_quantised(name: str, shape: tuple[int, ...], settings: BitsAndBytesConfig) -> Planned:
     """What is stored of a quantised weight, and its bytes."""
     rows, numbers = shape[0], shape[0] * shape[1]
     if settings.load_in_8bit:

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_json
-from safetensors import SafetensorError, safe_open
 
 INDEX = "model.safetensors.index.json"
 

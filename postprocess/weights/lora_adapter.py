@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from preprocess.core.errors import UserError
 
 from postprocess.weights.checkpoint_reader import Tensors
+from preprocess.core.errors import UserError
 
 PREFIX = "base_model.model."
 PARTS = re.compile(

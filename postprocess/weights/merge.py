@@ -14,17 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from preprocess.core.errors import UserError
-from preprocess.core.files import resumable_folder
 from tqdm import tqdm
 from transformers import BitsAndBytesConfig, PretrainedConfig
 
 from postprocess.run_folder import ADAPTER, Run, adapter_settings
-from postprocess.weights.bnb_quantize import plan, quantise, quantised_weights, quantization_config
+from postprocess.weights.bnb_quantize import plan_quantised, quantise, quantised_weights, quantization_config
 from postprocess.weights.checkpoint_reader import Tensors, open_tensors
 from postprocess.weights.lora_adapter import Adapter, read_adapter, shape_of
 from postprocess.weights.meta_model import LABELLED, Skeleton, head_modules, model_skeleton, untied
 from postprocess.weights.shard_writer import SHARD_BYTES, Planned, Stored, write_shards
+from preprocess.core.errors import UserError
+from preprocess.core.files import resumable_folder
 
 OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 PIECE_NUMBERS = 2**22  # numbers of a piece: 16 MiB in float32
@@ -103,7 +103,7 @@ def merge(  # noqa: PLR0913  each has a default but the first two
         skeleton = sources.skeleton
         quantised = quantised_weights(skeleton.config, run.contract.head, settings) if settings else set()
         planned = [
-            plan(name, shape, settings) if name in quantised else plan_plain(name, shape, dtype)
+            plan_quantised(name, shape, settings) if name in quantised else plan_plain(name, shape, dtype)
             for name, shape in skeleton.shapes.items()
         ]
         total = sum(weight.bytes for weight in planned)

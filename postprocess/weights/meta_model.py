@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PretrainedConfig
+
 from kaggle_kernels.runtime.models.model import CLASSES
 from preprocess.core.errors import UserError
 from preprocess.model_input import Contract
-from transformers import AutoConfig, PretrainedConfig
 
 LABELLED = ("score", "reward")  # heads that are modules of their own, with outputs that have names
 

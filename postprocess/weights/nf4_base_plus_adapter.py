@@ -9,18 +9,18 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from kaggle_kernels.runtime.models.model import LORA
-from preprocess.core.errors import UserError
-from preprocess.core.files import write_json
 from safetensors.torch import save_file
 from transformers import BitsAndBytesConfig
 
+from kaggle_kernels.runtime.models.model import LORA
 from postprocess.agreement.reference_model import trained_quantization
 from postprocess.run_folder import ADAPTER, Run, adapter_settings
 from postprocess.weights.bnb_quantize import quantization_config
 from postprocess.weights.checkpoint_reader import Tensors, open_tensors
 from postprocess.weights.merge import merge
 from postprocess.weights.meta_model import head_modules
+from preprocess.core.errors import UserError
+from preprocess.core.files import write_json
 
 OF_THE_TRAINING = ("base_model_name_or_path", "revision", "auto_mapping", "peft_version")
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from preprocess.core.files import write_json
 from safetensors import safe_open
 
 from postprocess.weights.checkpoint_reader import INDEX
+from preprocess.core.files import write_json
 
 SHARD_BYTES = 1000**3  # what an interrupted run loses at most
 HEADER_BYTES_A_TENSOR = 160  # dtype, shape and offsets of one tensor in a safetensors header; its name comes on top

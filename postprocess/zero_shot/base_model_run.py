@@ -12,9 +12,17 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import torch
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
 from kaggle_kernels.runtime.models.model import load_model
 from kaggle_kernels.runtime.models.scoring import ORDERS, make_batches, make_requests, orders_of, verdict_logits
 from kaggle_kernels.runtime.package import PackageError
+from postprocess.agreement.validation_rows import by_hash
+from postprocess.weights.checkpoint_reader import open_tensors
+from postprocess.weights.merge import base_names
+from postprocess.weights.meta_model import model_skeleton
+from postprocess.zero_shot.position_bias import position_bias
 from preprocess import model_input
 from preprocess.core.errors import UserError
 from preprocess.core.files import atomic_file, sha256, write_json
@@ -23,14 +31,6 @@ from recipes.pairwise.config.schema import Recipe
 from recipes.pairwise.contract import new_contract, record_training, write_contract
 from recipes.pairwise.data.datasets import read_pairs, split, targets, winners
 from recipes.pairwise.tracking import metrics
-from tqdm import tqdm
-from transformers import AutoTokenizer
-
-from postprocess.agreement.validation_rows import by_hash
-from postprocess.weights.checkpoint_reader import open_tensors
-from postprocess.weights.merge import base_names
-from postprocess.weights.meta_model import model_skeleton
-from postprocess.zero_shot.position_bias import position_bias
 
 MADE = ("contract.json", "model_input.py", "metrics.json", "predictions.parquet")
 CHUNK_ROWS = 500

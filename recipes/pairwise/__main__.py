@@ -1,9 +1,9 @@
 """python -m recipes.pairwise RECIPE…: check recipes in a second, without torch."""
 
 import click
+
 from preprocess.core.errors import UserError, exits_with_2
 from preprocess.core.files import read_object
-
 from recipes.pairwise.config.schema import read_recipe
 
 

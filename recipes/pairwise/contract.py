@@ -11,7 +11,6 @@ from preprocess.core import ledger
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_object, read_yaml, sha256, write_json
 from preprocess.model_input import Contract, encode_all, pair_from_row, read_contract
-
 from recipes.pairwise.config.schema import PairwiseBlock
 from recipes.pairwise.config.templates import LABELS
 

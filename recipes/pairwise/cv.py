@@ -10,10 +10,10 @@ from pathlib import Path
 
 import click
 import polars as pl
+
 from preprocess import model_input
 from preprocess.core.errors import UserError, exits_with_2
 from preprocess.core.files import atomic_file, read_json, sha256, write_json
-
 from recipes.pairwise.config.schema import Recipe, read_recipe
 from recipes.pairwise.data.datasets import read_pairs
 

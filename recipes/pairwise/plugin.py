@@ -16,11 +16,11 @@ from axolotl.common.datasets import TrainDatasetMeta
 from axolotl.integrations.base import BasePlugin
 from axolotl.loaders import load_tokenizer
 from axolotl.utils.trainer import calculate_total_num_steps
-from preprocess.core import ledger
-from preprocess.core.errors import UserError
 from transformers import set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from preprocess.core import ledger
+from preprocess.core.errors import UserError
 from recipes.pairwise.config import run_config
 from recipes.pairwise.contract import new_contract, record_training, write_contract
 from recipes.pairwise.data.collators import LabelTokenCollator, PairCollator

@@ -10,8 +10,8 @@ import subprocess
 import sys
 
 import click
-from preprocess.core.errors import UserError, exits_with_2
 
+from preprocess.core.errors import UserError, exits_with_2
 from recipes.pairwise.config.recipe_files import find_recipe
 
 ERROR_PREFIX = "error: "

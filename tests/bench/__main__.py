@@ -12,9 +12,9 @@ import timeit
 from pathlib import Path
 
 import click
-from preprocess.model_input import Contract, Template, encode_all, pair_from_row
 from tokenizers import Tokenizer
 
+from preprocess.model_input import Contract, Template, encode_all, pair_from_row
 from tests import tiny
 from tests.bench.rows import realistic_rows
 

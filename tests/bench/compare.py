@@ -18,13 +18,14 @@ import click
 import numpy as np
 import polars as pl
 import scipy.sparse
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+
 from postprocess.agreement.statistics import interval, resample
 from preprocess.core.errors import UserError, exits_with_2
 from preprocess.core.files import atomic_file, read_json, sha256, write_json
 from recipes.pairwise.data.datasets import read_pairs, split, targets, winners
 from recipes.pairwise.tracking import metrics
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
 
 ROOT = Path(__file__).parents[2]
 KERAS = ROOT / ".venv-keras" / "bin" / "python"

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import click
 import polars as pl
+
 from preprocess.core.errors import UserError, exits_with_2
 from preprocess.core.files import read_json, write_json
-
 from tests import tiny
 from tests.bench import SIZE_NAMES
 from tests.bench.processes import in_process
@@ -98,8 +98,9 @@ def make_folder(folder: Path, name: str, rows: pl.DataFrame, base: Path | None, 
 
 def load(folder: Path):
     """The package, its model as transformers loads it, and its pairs."""
-    from kaggle_kernels.runtime.package import read_package
     from transformers import AutoModelForSequenceClassification
+
+    from kaggle_kernels.runtime.package import read_package
 
     package = read_package(folder / "package")
     model = AutoModelForSequenceClassification.from_pretrained(folder / "package").eval()
@@ -182,7 +183,6 @@ def ours(folder: Path, tokens_per_batch: int = TOKENS_PER_BATCH, workers: int | 
     from kaggle_kernels.runtime.main import run_kernel
     from kaggle_kernels.runtime.models.scoring import make_requests
     from kaggle_kernels.runtime.package import read_package
-
     from tests.kaggle_kernels.packages import settings_for
 
     package = read_package(folder / "package")

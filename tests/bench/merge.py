@@ -51,11 +51,11 @@ def make_inputs(folder: Path, shape: str, layers: int | None = None) -> None:
     import polars as pl
     import torch
     from peft import LoraConfig
-    from recipes.pairwise.config.schema import read_recipe
-    from recipes.pairwise.contract import new_contract, write_contract
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    from recipes.pairwise.config.schema import read_recipe
+    from recipes.pairwise.contract import new_contract, write_contract
     from tests.postprocess.runs import DECODER_TARGETS, TWO, recipe_file
     from tests.tiny import bpe_tokenizer
 
@@ -106,8 +106,9 @@ def peft(folder: Path, dtype_name: str) -> Callable[[], object]:
     """PEFT's merge_and_unload with the model in `dtype_name`, saved in float16, loaded again in nf4, saved."""
     import torch
     from peft import PeftModel
-    from postprocess.weights.bnb_quantize import quantization_config
     from transformers import AutoModelForSequenceClassification
+
+    from postprocess.weights.bnb_quantize import quantization_config
 
     def load(where: Path, **options):
         return AutoModelForSequenceClassification.from_pretrained(where, num_labels=2, pad_token_id=0, **options)
@@ -192,6 +193,7 @@ def forget(files: list[Path]) -> None:
 def compared(ours: Path, theirs: Path) -> str:
     """How the tensors of two folders differ, in words."""
     import torch
+
     from postprocess.weights.checkpoint_reader import open_tensors
 
     with open_tensors(ours) as our_tensors, open_tensors(theirs) as their_tensors:

@@ -15,14 +15,15 @@ import numpy as np
 import polars as pl
 import scipy.sparse
 import scipy.stats
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+
 from kaggle_kernels.runtime.scheduling.plan import CHANGE_OF_ORDER, expected_gain, measured_change
 from postprocess.agreement.statistics import Resamples, resample
 from preprocess.core.errors import UserError, exits_with_2
 from preprocess.core.files import atomic_file, write_json
 from recipes.pairwise.data.datasets import read_pairs, split, winners
 from recipes.pairwise.tracking.metrics import predictions
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
 
 VERDICTS = ("model_a", "model_b")
 OUT = Path("outputs/bench/planner.parquet")

@@ -6,9 +6,9 @@ from pathlib import Path
 import polars as pl
 import pytest
 from click.testing import CliRunner
+
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_json, sha256, write_json
-
 from tests import tiny
 from tests.bench import compare
 

@@ -6,8 +6,8 @@ import numpy as np
 import polars as pl
 import pytest
 from click.testing import CliRunner
-from preprocess.core.errors import UserError
 
+from preprocess.core.errors import UserError
 from tests.bench import __main__ as bench
 from tests.bench import kernel, planner
 

@@ -7,10 +7,10 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+
 from kaggle_kernels.build.spec import PackageBlock as SpecPackageBlock
 from kaggle_kernels.build.spec import Spec
 from recipes.pairwise.config.schema import PackageBlock, PairwiseBlock
-
 from tests.conftest import ROOT
 from tests.docs.pages import all_pages, anchors, page_id, prose
 

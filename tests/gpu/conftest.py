@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from preprocess.core.files import write_json
 
+from preprocess.core.files import write_json
 from tests.postprocess.conftest import made, packaged
 
 __all__ = ["made", "packaged"]  # fixtures: runs as training leaves them, and their packages

@@ -10,12 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, BitsAndBytesConfig
+
 from kaggle_kernels.runtime.models.model import load_model
 from kaggle_kernels.runtime.models.scoring import verdict_logits
 from postprocess.memory.model_size import CUDA_BYTES, GIB, gpu_bytes, served_of, weight_bytes, weights
 from recipes.pairwise.config.schema import read_recipe
-from transformers import AutoConfig, AutoModelForSequenceClassification, BitsAndBytesConfig
-
 from tests.conftest import ROOT
 
 TOKENS_PER_BATCH = 8192

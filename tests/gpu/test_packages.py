@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from kaggle_kernels.runtime.models.model import load_model
 from kaggle_kernels.runtime.models.scoring import score
 from kaggle_kernels.runtime.package import read_package

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from postprocess.pipeline import package_recipe
 from preprocess.core.files import read_json
 from recipes.pairwise.config.schema import read_recipe
-
 from tests import tiny
 from tests.conftest import ROOT
 

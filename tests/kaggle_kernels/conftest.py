@@ -4,9 +4,9 @@ import shutil
 import threading
 
 import pytest
+
 from kaggle_kernels.build.spec import find_spec
 from kaggle_kernels.runtime.scheduling import crew, worker
-
 from tests import tiny
 from tests.fakes.kaggle import conftest as stand_in
 from tests.kaggle_kernels.packages import WSDM, make_package, make_pushable, write_recipe, write_spec

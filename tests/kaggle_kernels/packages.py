@@ -6,6 +6,7 @@ from pathlib import Path
 
 import yaml
 from click.testing import CliRunner, Result
+
 from kaggle_kernels.__main__ import main
 from kaggle_kernels.build.bundle import build, kernel_folder
 from kaggle_kernels.build.packages import build_of

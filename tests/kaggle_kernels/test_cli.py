@@ -7,6 +7,7 @@ import click
 import pytest
 from click.shell_completion import ShellComplete
 from click.testing import CliRunner
+
 from kaggle_kernels.__main__ import main as kernels
 from kaggle_kernels.cli import CHAIN, main
 

@@ -4,10 +4,10 @@ import shutil
 
 import pytest
 from click.testing import CliRunner
+
 from postprocess.__main__ import main
 from postprocess.run_folder import read_run
 from recipes.pairwise.config.schema import read_recipe
-
 from tests.postprocess import runs
 
 

@@ -13,18 +13,18 @@ import numpy as np
 import polars as pl
 import torch
 import yaml
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, BitsAndBytesConfig
+
 from kaggle_kernels.runtime.models.model import CLASSES
 from kaggle_kernels.runtime.models.scoring import ORDERS, score
 from kaggle_kernels.runtime.package import read_tokenizer
-from peft import LoraConfig, PeftModel, get_peft_model
+from preprocess import model_input
 from recipes.pairwise.config.axolotl_keys import PLUGIN
 from recipes.pairwise.config.schema import PairwiseBlock
 from recipes.pairwise.contract import new_contract, write_contract
 from recipes.pairwise.tracking.metrics import predictions
-from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, BitsAndBytesConfig
-
-from preprocess import model_input
 from tests import tiny
 
 TEMPLATES = {"gemma2": "gemma", "llama": "llama3", "qwen2": "chatml", "bert": "bert"}

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from kaggle_kernels.runtime.package import read_tokenizer
-from preprocess.model_input import Pair, read_contract
 
+from kaggle_kernels.runtime.package import read_tokenizer
 from preprocess import model_input
+from preprocess.model_input import Pair, read_contract
 from tests.conftest import ROOT
 
 KAGGLE_PYTHON = ROOT / ".venv-kaggle" / "bin" / "python"

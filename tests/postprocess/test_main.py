@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 import yaml
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
 from postprocess.__main__ import main
 from postprocess.run_folder import check_recipe, read_run
 from preprocess.core.errors import UserError
 from recipes.pairwise.config.schema import read_recipe
-from safetensors.torch import load_file, save_file
-
 from tests.postprocess import runs
 
 KNOWN = ("merge", "quantise", "agreement", "package")
@@ -30,14 +30,9 @@ def snapshot(folder):
     return {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_every_stage_is_printed_with_its_seconds(packaged):
-    _, printed = packaged("gemma2", quantize="nf4")
-    assert stage_lines(printed) == STAGES
-    assert all(" s   " in line for line in printed.splitlines() if line.split()[0] in KNOWN and not line.startswith(" "))
-
-
 def test_a_second_run_does_nothing_and_needs_no_torch(packaged):
-    run, _ = packaged("gemma2", quantize="nf4")
+    run, printed = packaged("gemma2", quantize="nf4")
+    assert stage_lines(printed) == STAGES
     before = snapshot(run.folder)
     code = (
         "import sys; from postprocess.__main__ import main; main(sys.argv[1:], standalone_mode=False); "
@@ -66,12 +61,6 @@ def test_another_adapter_goes_through_every_stage_again_and_a_damaged_one_leaves
     assert not (run.folder / "package").exists()
 
 
-def test_a_full_fine_tune_becomes_a_package(packaged):
-    run, printed = packaged("bert", full=True, quantize="none")
-    assert stage_lines(printed) == ["merge", "agreement", "package"]
-    assert (run.folder / "package" / "model.safetensors").exists()
-
-
 def test_three_verdicts_in_the_contracts_order_become_a_package(packaged):
     run, _ = packaged("gemma2", quantize="nf4", tolerance=0.2, verdicts=("tie", "model_b", "model_a"))
     config = json.loads((run.folder / "package" / "config.json").read_text())
@@ -81,13 +70,8 @@ def test_three_verdicts_in_the_contracts_order_become_a_package(packaged):
     assert all(len(row["probabilities"]) == 3 for row in report["golden"])
 
 
-def edit_contract(run, **values):
-    path = run.folder / "contract.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
-def edit_adapter_config(run, **values):
-    path = run.folder / "adapter_config.json"
+def edit_json(run, name="contract.json", **values):
+    path = run.folder / name
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
@@ -102,30 +86,24 @@ BAD_RUNS = [
     (lambda run: (run.folder / "contract.json").unlink(), "weights without contract.json"),
     (lambda run: (run.folder / "model_input.py").unlink(), "weights without model_input.py"),
     (lambda run: (run.folder / "adapter_config.json").unlink(), "weights without adapter_config.json"),
-    (lambda run: (run.folder / "contract.json").write_text("{"), "contract.json: not valid JSON"),
     (lambda run: (run.folder / "tokenizer.json").write_text("{}"), "tokenizer.json: missing or changed since training"),
     (lambda run: (run.folder / "predictions.parquet").unlink(), "predictions.parquet: no such file"),
     (lambda run: (run.folder / "predictions.parquet").write_text("no"), "predictions.parquet: not the predictions of training"),
     (lambda run: (run.folder / "model.safetensors").write_text("x"), "holds an adapter and a full model"),
     (append_to_model_input, "has changed since training"),
-    (lambda run: edit_contract(run, base_model="./gone"), "./gone: the base model in contract.json"),
-    (lambda run: edit_contract(run, base_model="nobody/nothing"), "neither a folder here nor to be had from the hub"),
-    (lambda run: edit_contract(run, head="tail"), "head is 'tail'; only score, label_tokens, reward can be packaged"),
-    (lambda run: edit_contract(run, head="reward"), "2 labels for 2 verdicts and the head reward, expected 1"),
-    (lambda run: edit_contract(run, head="label_tokens", num_labels=0), "0 label tokens for 2 verdicts"),
-    (lambda run: edit_contract(run, logit_bias=[0.5]), "1 numbers in logit_bias for 2 verdicts"),
-    (lambda run: edit_contract(run, verdicts=5), "contract.json: verdicts: Input should be a valid array, found 5"),
-    (lambda run: edit_contract(run, template="gemma"), "contract.json: template: Input should be"),
-    (lambda run: edit_contract(run, budget_tokens="128"), "contract.json: budget_tokens: Input should be a valid integer"),
-    (lambda run: edit_contract(run, golden=[["a"]]), "contract.json: golden: expected rows with pair and ids"),
-    (lambda run: edit_contract(run, tokenizer_sha256=["a"]), "contract.json: tokenizer_sha256: Input should be"),
+    (lambda run: edit_json(run, base_model="./gone"), "./gone: the base model in contract.json"),
+    (lambda run: edit_json(run, base_model="nobody/nothing"), "neither a folder here nor to be had from the hub"),
+    (lambda run: edit_json(run, head="tail"), "head is 'tail'; only score, label_tokens, reward can be packaged"),
+    (lambda run: edit_json(run, head="reward"), "2 labels for 2 verdicts and the head reward, expected 1"),
+    (lambda run: edit_json(run, head="label_tokens", num_labels=0), "0 label tokens for 2 verdicts"),
+    (lambda run: edit_json(run, logit_bias=[0.5]), "1 numbers in logit_bias for 2 verdicts"),
+    (lambda run: edit_json(run, budget_tokens="128"), "contract.json: budget_tokens: Input should be a valid integer"),
+    (lambda run: edit_json(run, golden=[["a"]]), "contract.json: golden: expected rows with pair and ids"),
     (lambda run: (run.folder / "contract.json").write_text("[1, 2]"), "contract.json: expected an object, found [1, 2]"),
-    (lambda run: edit_adapter_config(run, r="8"), 'adapter_config.json: r is "8"; restore it or train again'),
-    (lambda run: edit_adapter_config(run, rank_pattern=[1]), "adapter_config.json: rank_pattern is [1]"),
+    (lambda run: edit_json(run, "adapter_config.json", r="8"), 'adapter_config.json: r is "8"; restore it or train again'),
     (lambda run: (run.folder / "postprocess.json").write_text("[]"), "postprocess.json: expected an object of stages"),
     (lambda run: (run.folder / "adapter_config.json").write_text("[1]"), "adapter_config.json: expected an object"),
-    (lambda run: edit_contract(run, extra=1), "unknown keys ['extra']"),
-    (lambda run: edit_contract(run, num_labels=3), "3 labels for 2 verdicts"),
+    (lambda run: edit_json(run, extra=1), "unknown keys ['extra']"),
 ]
 
 
@@ -182,9 +160,7 @@ def test_an_adapter_of_another_base_is_one_line(another, tmp_path, tiny_models):
     ("in_recipe", "named", "trained_with", "is_refused"),
     [
         ("google/gemma-2-9b", "google/gemma-2-9b-it", "google/gemma-2-9b-it", True),
-        ("one", "google/gemma-2-9b-it", "google/gemma-2-9b-it", True),
         ("one", "two", "two", True),
-        ("absent", "two", "two", True),
         ("one", "./one", "./one", False),
         ("google/gemma-2-9b-it", "google/gemma-2-9b-it", "one", False),  # axolotl train R.yml --base-model one
         ("google/gemma-2-9b", "google/gemma-2-9b-it", "one", True),

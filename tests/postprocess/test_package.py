@@ -3,12 +3,12 @@ from dataclasses import asdict
 from hashlib import sha256
 
 import pytest
+
 from kaggle_kernels.runtime.package import read_package
 from postprocess.package import dataset_metadata, trained_contracts
+from preprocess.core import ledger
 from preprocess.core.errors import UserError
 from preprocess.core.files import sha256 as file_sha256
-
-from preprocess.core import ledger
 
 
 def test_the_package_is_flat_and_its_manifest_lists_every_other_file(packaged):

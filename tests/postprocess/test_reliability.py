@@ -12,11 +12,13 @@ import signal
 from hashlib import sha256
 from pathlib import Path
 
-import postprocess.weights.merge
 import pytest
 import torch
 from click.testing import CliRunner
 from filelock import FileLock
+from safetensors.torch import load_file, save_file
+
+import postprocess.weights.merge
 from kaggle_kernels.runtime.package import check_manifest
 from postprocess.__main__ import main
 from postprocess.pipeline import package_recipe
@@ -26,8 +28,6 @@ from postprocess.weights.shard_writer import Planned, Stored, write_file
 from preprocess.core.errors import UserError
 from preprocess.core.files import resumable_folder
 from recipes.pairwise.config.schema import read_recipe
-from safetensors.torch import load_file, save_file
-
 from tests.postprocess import runs
 
 SERVER = multiprocessing.get_context("forkserver")

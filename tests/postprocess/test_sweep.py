@@ -11,9 +11,9 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from PIL import Image
+
 from postprocess.sweep import main
 from recipes.pairwise.config.schema import read_recipe
-
 from tests import tiny
 from tests.conftest import ROOT
 

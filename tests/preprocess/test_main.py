@@ -7,13 +7,13 @@ import sys
 import polars as pl
 import pytest
 from click.testing import CliRunner
-from preprocess.core.files import sha256
-from preprocess.dedup.grouping import Groups
-from preprocess.pairs import PAIRS
 
 from preprocess import __main__ as command
 from preprocess import pairs as pairs_module
 from preprocess.core import ledger
+from preprocess.core.files import sha256
+from preprocess.dedup.grouping import Groups
+from preprocess.pairs import PAIRS
 from tests import tiny
 
 

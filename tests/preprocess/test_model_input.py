@@ -7,6 +7,8 @@ import json
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+
 from preprocess.model_input import (
     MARKER,
     VERDICTS,
@@ -25,8 +27,6 @@ from preprocess.model_input import (
     swap_probabilities,
     truncate,
 )
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
-
 from tests import tiny
 
 SECTIONS = "# Prompt\n{prompt}\n# Response A\n{response_a}\n# Response B\n{response_b}\n"

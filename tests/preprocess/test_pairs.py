@@ -4,9 +4,9 @@ import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from preprocess.pairs import PAIRS, group_number, make_pairs
 from preprocess.sources.rows import ROWS
-
 from tests import tiny
 
 

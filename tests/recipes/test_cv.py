@@ -4,12 +4,12 @@ import json
 
 import polars as pl
 import pytest
+
+from preprocess import model_input
 from preprocess.core.errors import UserError
 from preprocess.core.files import sha256
 from recipes.pairwise import cv
 from recipes.pairwise.config.schema import read_recipe
-
-from preprocess import model_input
 from tests import tiny
 from tests.conftest import ROOT
 

@@ -6,6 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer
+
 from preprocess.core.errors import UserError
 from recipes.pairwise.config.schema import PairwiseBlock
 from recipes.pairwise.contract import label_tokens, new_contract
@@ -13,9 +16,6 @@ from recipes.pairwise.data import datasets
 from recipes.pairwise.data.collators import LabelTokenCollator, PairCollator
 from recipes.pairwise.tracking import metrics
 from recipes.pairwise.training.trainer import soft_cross_entropy
-from tokenizers import Tokenizer, models
-from transformers import AutoTokenizer
-
 from tests import tiny
 
 TWO = ("model_a", "model_b")

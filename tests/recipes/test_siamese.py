@@ -8,11 +8,11 @@ import subprocess
 import numpy as np
 import polars as pl
 import pytest
+from tokenizers import Tokenizer, models
+
 from preprocess.core.files import read_json, sha256
 from recipes.pairwise.data.datasets import targets, winners
 from recipes.pairwise.tracking import metrics
-from tokenizers import Tokenizer, models
-
 from tests import tiny
 from tests.conftest import ROOT
 

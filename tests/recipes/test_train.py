@@ -4,10 +4,10 @@ import sys
 
 import pytest
 from click.testing import CliRunner
+
 from preprocess.core.errors import UserError
 from recipes.pairwise import train
 from recipes.pairwise.config.recipe_files import find_recipe
-
 from tests.conftest import ROOT
 
 TALKS = (

@@ -7,6 +7,9 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from transformers import AutoTokenizer
+
+from preprocess.core import ledger
 from preprocess.core.errors import UserError
 from preprocess.core.files import sha256
 from recipes.pairwise.config.model_checks import check_config, check_layers, check_vocabulary, read_config, warn_of_home_path
@@ -20,9 +23,6 @@ from recipes.pairwise.training.checkpoints import check_resume
 from recipes.pairwise.training.cpu import use_all_cores
 from recipes.pairwise.training.trainer import soft_cross_entropy
 from recipes.pairwise.training.weights import ensure_head
-from transformers import AutoTokenizer
-
-from preprocess.core import ledger
 from tests import tiny
 
 TWO = ("model_a", "model_b")

@@ -5,8 +5,8 @@ import subprocess
 
 import polars as pl
 import pytest
-from preprocess.core.files import read_json
 
+from preprocess.core.files import read_json
 from tests import forked
 from tests.conftest import ROOT
 from tests.recipes import comparable

@@ -1,6 +1,6 @@
-"""Plans what is scored after the first order: the second order, and further models, row by row within the time limit.
+"""Shares out the seconds that are left: which rows get the second order, and which a further model.
 
-Called by schedule.plan_next_pass after every pass. What could still be done are options: one more pass each, of a package in
+schedule.plan_next_pass decides with it, after every pass, which pass comes next. What could still be done are options: one more pass each, of a package in
 an order. An option changes a probability by some amount, whose standard deviation s is measured. The expected gain is that of
 the knowledge gradient (Frazier, Powell and Dayanik 2008): 2 (s φ(m/s) − m Φ(−m/s)), with m half the lead of the first verdict
 over the second. A row near the line between two verdicts gains most, one far from it nothing. For log loss it is

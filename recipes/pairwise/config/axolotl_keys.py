@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from jsonschema import Draft7Validator
+
 from preprocess.core.files import read_json
 from preprocess.core.problems import hint, nearest, unknown_key
 

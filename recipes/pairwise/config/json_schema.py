@@ -17,10 +17,10 @@ from types import NoneType, UnionType
 from typing import Annotated, Literal, Union, get_args, get_origin
 
 import click
-from preprocess.core.errors import UserError, exits_with_2
-from preprocess.core.files import atomic_file
 from pydantic import BaseModel
 
+from preprocess.core.errors import UserError, exits_with_2
+from preprocess.core.files import atomic_file
 from recipes.pairwise.config.axolotl_keys import PLUGIN, RECIPE_SCHEMA, REFUSED, SET_BY_THE_BLOCK
 from recipes.pairwise.config.schema import PairwiseBlock
 

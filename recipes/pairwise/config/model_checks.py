@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from preprocess.core.errors import UserError
-from preprocess.core.problems import nearest, unknown_key
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from preprocess.core.errors import UserError
+from preprocess.core.problems import nearest, unknown_key
 from recipes.pairwise.config.schema import HOW_TO_GET_IT
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_yaml
-
 from recipes.pairwise.config.axolotl_keys import REFUSED
 from recipes.pairwise.config.model_checks import check_config, check_layers, check_vocabulary, read_config, warn_of_home_path
 from recipes.pairwise.config.schema import PairwiseBlock, apply_environment, recipe_problems, run_folder

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, field_validator, model_validator
+
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_yaml
 from preprocess.core.problems import in_words, nearest, unknown_key, without_echo
 from preprocess.model_input import Template
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, field_validator, model_validator
-
 from recipes.pairwise.config.axolotl_keys import axolotl_problems
 from recipes.pairwise.config.templates import NAMES, TemplateName, named_template
 

@@ -5,6 +5,7 @@ import zlib
 from dataclasses import dataclass
 
 import torch
+
 from preprocess.model_input import swap_probabilities
 
 

@@ -9,10 +9,11 @@ import numpy as np
 import polars as pl
 from datasets import Dataset, Features, List, Value, concatenate_datasets, load_from_disk
 from filelock import FileLock
+from tqdm import tqdm
+
 from preprocess.core.errors import UserError
 from preprocess.core.files import atomic_folder, sha256
 from preprocess.model_input import Contract, encode_all, pair_from_row, swap
-from tqdm import tqdm
 
 COLUMNS = ("id", "prompt", "response_a", "response_b", "winner", "fold", "weight", "p_model_a", "p_model_b", "p_tie")
 FIXED_SAMPLE_ROWS = 500

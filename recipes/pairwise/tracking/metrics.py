@@ -1,10 +1,11 @@
-"""Logits of the validation rows → probabilities, metrics.json and predictions.parquet; the trainer's log → history.json."""
+"""Computes metrics and the table of predictions from the logits of the validation rows; results.py writes them."""
 
 import math
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 import polars as pl
+
 from preprocess.model_input import swap_probabilities
 
 ORDERS = ("as_given", "swapped")

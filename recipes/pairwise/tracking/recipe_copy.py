@@ -10,9 +10,9 @@ import tempfile
 from pathlib import Path
 
 import yaml
+
 from preprocess.core.errors import UserError
 from preprocess.core.files import atomic_file, read_yaml
-
 from recipes.pairwise.config.axolotl_keys import schema
 from recipes.pairwise.config.schema import run_folder
 from recipes.pairwise.processes import is_first_on_machine

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+
 from preprocess.core.errors import UserError
 from preprocess.core.files import atomic_file, sha256, write_json
-
 from recipes.pairwise.config.schema import PairwiseBlock
 from recipes.pairwise.data.datasets import read_pairs
 from recipes.pairwise.processes import LOG

@@ -17,14 +17,14 @@ import numpy as np
 import polars as pl
 import wandb
 from axolotl.utils.wandb_ import setup_wandb_env_vars
-from preprocess.core import ledger
-from preprocess.core.errors import UserError
-from preprocess.core.files import read_json, sha256, write_json
-from preprocess.model_input import VERDICTS, Contract
 from pydantic import ValidationError
 from transformers.integrations import WandbCallback
 from wandb.sdk.lib import wbauth
 
+from preprocess.core import ledger
+from preprocess.core.errors import UserError
+from preprocess.core.files import read_json, sha256, write_json
+from preprocess.model_input import VERDICTS, Contract
 from recipes.pairwise.data.datasets import read_pairs, targets
 from recipes.pairwise.tracking import metrics
 from recipes.pairwise.tracking.recipe_copy import RECIPE_COPY, TRACKED, TRIAL

@@ -4,7 +4,6 @@ from pathlib import Path
 
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_json, sha256, write_json
-
 from recipes.pairwise.config.schema import PairwiseBlock
 from recipes.pairwise.processes import is_first_on_machine
 

@@ -4,8 +4,8 @@ import logging
 
 import numpy as np
 import torch
-from preprocess.core.errors import UserError
 
+from preprocess.core.errors import UserError
 from recipes.pairwise.training import zero3
 
 LOG = logging.getLogger(__name__)

@@ -12,9 +12,10 @@ from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import set_z3_leaf_modules
 from peft.utils.other import ModulesToSaveWrapper
-from preprocess.core.errors import UserError
 from pydantic import ValidationError
 from safetensors import safe_open
+
+from preprocess.core.errors import UserError
 
 
 def is_zero3(deepspeed: object) -> bool:

@@ -7,11 +7,11 @@ import sys
 
 import pytest
 from click.testing import CliRunner
+
 from kaggle_kernels.__main__ import main
+from kaggle_kernels.build import bundle
 from kaggle_kernels.build.bundle import Module, build_mark, generate_files, kernel_folder, stale_files
 from kaggle_kernels.build.spec import find_spec
-
-from kaggle_kernels.build import bundle
 from tests.conftest import ROOT
 from tests.kaggle_kernels.packages import write_recipe
 

@@ -7,6 +7,7 @@ import numpy as np
 import polars as pl
 import pytest
 from click.testing import CliRunner
+
 from kaggle_kernels.__main__ import main
 from kaggle_kernels.build.ensemble_rows import Rows, read_rows
 from kaggle_kernels.build.ensemble_weights import (

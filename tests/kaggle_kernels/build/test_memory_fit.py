@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+
 from kaggle_kernels.__main__ import main
 from kaggle_kernels.build.bundle import generate_files
 from kaggle_kernels.build.listing import print_specs
@@ -13,7 +14,6 @@ from kaggle_kernels.build.spec import all_specs, find_spec, read_spec
 from postprocess.memory.model_size import served_of
 from postprocess.memory.t4_fit import refusal
 from preprocess.core.errors import UserError
-
 from tests.kaggle_kernels.packages import write_recipe
 
 GEMMA, QWEN, MINILM = "google/gemma-2-9b-it", "Qwen/Qwen2.5-14B-Instruct", "sentence-transformers/all-MiniLM-L6-v2"

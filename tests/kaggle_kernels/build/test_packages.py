@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
+
 from kaggle_kernels.build.memory_fit import fit_packages
 from kaggle_kernels.build.packages import find_package
 from kaggle_kernels.build.spec import read_spec
 from preprocess.core.errors import UserError
-
 from tests.kaggle_kernels.packages import change_json
 
 PACKAGE = Path("outputs/two/package")

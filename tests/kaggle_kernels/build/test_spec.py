@@ -2,9 +2,9 @@
 
 import pytest
 import yaml
+
 from kaggle_kernels.build.spec import all_specs, find_spec, read_spec, settings_of, slugify
 from preprocess.core.errors import UserError
-
 from tests.kaggle_kernels.packages import settings_for
 
 GOOD = {

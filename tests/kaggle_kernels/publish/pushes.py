@@ -8,16 +8,16 @@ from pathlib import Path
 
 import numpy as np
 from click.testing import CliRunner, Result
+from safetensors.numpy import save
+
 from kaggle_kernels.__main__ import main
 from kaggle_kernels.build.bundle import build_mark, kernel_folder
 from kaggle_kernels.build.memory_fit import Fit, fit_packages
 from kaggle_kernels.build.packages import AS_TRAINED, package_folder
 from kaggle_kernels.build.spec import COMPETITIONS, read_spec
 from postprocess.package import dataset_metadata
-from preprocess.core.files import sha256
-from safetensors.numpy import save
-
 from preprocess.core import ledger
+from preprocess.core.files import sha256
 from tests.fakes.kaggle.server import KaggleServer
 from tests.kaggle_kernels.packages import make_pushable
 

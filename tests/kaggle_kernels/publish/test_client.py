@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-from kaggle_kernels.publish.client import Answer, Pace, ask, demand, find_owner, list_files, run
-from preprocess.core.errors import UserError
 
 from kaggle_kernels.publish import client
+from kaggle_kernels.publish.client import Answer, Pace, ask, demand, find_owner, list_files, run
+from preprocess.core.errors import UserError
 from tests.conftest import ROOT
 
 FAST = Pace(poll_seconds=0.001, patience_seconds=1)

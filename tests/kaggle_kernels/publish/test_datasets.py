@@ -4,13 +4,13 @@ import json
 import random
 
 import pytest
+
 from kaggle_kernels.publish.client import Answer, Pace
 from kaggle_kernels.publish.dataset_state import Remote
 from kaggle_kernels.publish.datasets import find_dataset, plan_dataset, publish_dataset
 from kaggle_kernels.publish.upload import WORK, has_arrived, stale_notes, upload
 from preprocess.core.errors import UserError
 from preprocess.core.files import sha256
-
 from tests.fakes.kaggle.server import Fault
 from tests.fakes.kaggle.site import Dataset, Version
 

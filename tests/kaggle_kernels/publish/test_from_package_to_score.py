@@ -4,10 +4,10 @@ import re
 
 import pytest
 from click.testing import CliRunner
+
 from kaggle_kernels.__main__ import main
 from kaggle_kernels.build.bundle import kernel_folder
 from kaggle_kernels.build.spec import COMPETITIONS, all_specs, find_spec, read_spec
-
 from preprocess.core import ledger
 from tests.fakes.kaggle.server import Fault
 from tests.fakes.kaggle.site import Run

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from kaggle_kernels.build.bundle import build
 from kaggle_kernels.build.spec import find_spec
 from kaggle_kernels.publish.client import Answer

@@ -10,10 +10,10 @@ from pathlib import Path
 import polars as pl
 import pytest
 from click.testing import CliRunner
+
 from kaggle_kernels.publish.leak_scan import KINDS, TEXTS, rows_in, scan
 from preprocess.__main__ import main
 from preprocess.core.errors import UserError
-
 from tests import tiny
 from tests.conftest import ROOT
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 from click.testing import CliRunner
-from kaggle_kernels.__main__ import main
 
+from kaggle_kernels.__main__ import main
 from preprocess.core import ledger
 
 RAW, PAIRS, CONTRACT, MANIFEST, WHEELS, KERNEL = (letter * 64 for letter in "abcdef")

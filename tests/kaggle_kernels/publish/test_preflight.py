@@ -8,13 +8,13 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+
 from kaggle_kernels.build.bundle import build
 from kaggle_kernels.build.packages import build_of
 from kaggle_kernels.build.spec import all_specs, read_spec
 from kaggle_kernels.publish.preflight import credentials, licence_problems, preflight, title_problems, warnings_of
 from postprocess.wheels.build import LICENCES as LICENCES_OF_WHEELS
 from preprocess.core.files import read_yaml, sha256
-
 from tests import tiny
 from tests.conftest import ROOT
 from tests.kaggle_kernels.packages import WSDM, change_json, flip_byte, make_pushable, write_manifest, write_recipe

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from filelock import FileLock
-from kaggle_kernels.__main__ import main
-from preprocess.core.files import sha256
 
+from kaggle_kernels.__main__ import main
 from kaggle_kernels.publish import push as publishing
 from preprocess.core import ledger
+from preprocess.core.files import sha256
 from tests.fakes.kaggle.server import Fault, error_under_200
 from tests.kaggle_kernels.build.test_ensemble_weights import predictions, write_run
 from tests.kaggle_kernels.packages import flip_byte

@@ -1,11 +1,11 @@
 """What Kaggle still grants, asked by the real kaggle command of the stand-in."""
 
 import pytest
+
 from kaggle_kernels.publish.client import Answer, Pace
 from kaggle_kernels.publish.preflight import Preflight
 from kaggle_kernels.publish.quota import check_quota, rows_of
 from preprocess.core.errors import UserError
-
 from tests.fakes.kaggle.server import Fault
 from tests.fakes.kaggle.site import Dataset, Version
 

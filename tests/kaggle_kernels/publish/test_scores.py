@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from PIL import Image
+
 from kaggle_kernels.__main__ import main
 from kaggle_kernels.build.spec import COMPETITIONS
 from kaggle_kernels.publish.scores import PICTURE, Scored, correlation, draw, join
-from PIL import Image
-
 from preprocess.core import ledger
 from tests.fakes.kaggle.site import Submission
 

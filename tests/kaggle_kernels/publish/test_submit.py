@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+
 from kaggle_kernels.__main__ import main
 from kaggle_kernels.build.bundle import build_mark
 from kaggle_kernels.build.spec import COMPETITIONS
+from kaggle_kernels.publish import submit as module
 from kaggle_kernels.publish.client import Answer, Pace
 from kaggle_kernels.publish.kernels import fingerprint, read_kernel
+from preprocess.core import ledger
 from preprocess.core.errors import UserError
 from preprocess.core.files import write_json
-
-from kaggle_kernels.publish import submit as module
-from preprocess.core import ledger
 from tests.conftest import ROOT
 from tests.fakes.kaggle.server import Fault
 from tests.fakes.kaggle.site import Kernel, KernelVersion, Run, Submission

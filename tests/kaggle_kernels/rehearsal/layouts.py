@@ -3,6 +3,7 @@
 import json
 
 import polars as pl
+
 from kaggle_kernels.build.spec import Spec
 from preprocess.model_input import VERDICTS
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from kaggle_kernels.rehearsal.fault_injection import Faults, Kill, check_faults, check_kills, choose_victim, find_workers
 from kaggle_kernels.rehearsal.sandbox import Conditions, run_as_kaggle
 from preprocess.core.errors import UserError

@@ -9,8 +9,8 @@ import sys
 
 import polars as pl
 import pytest
-from preprocess.core.files import read_json
 
+from preprocess.core.files import read_json
 from tests import tiny
 from tests.conftest import ROOT
 from tests.kaggle_kernels.packages import write_manifest, write_recipe, write_spec

@@ -5,11 +5,11 @@ import subprocess
 
 import polars as pl
 import pytest
+
 from kaggle_kernels.rehearsal.sandbox import SITECUSTOMIZE, find_python, make_environment
+from preprocess.core import ledger
 from preprocess.core.files import read_json, sha256
 from preprocess.model_input import encode, encode_all, pair_from_row, read_contract, swap
-
-from preprocess.core import ledger
 from tests.kaggle_kernels.packages import AWKWARD_ROWS, rehearse
 
 

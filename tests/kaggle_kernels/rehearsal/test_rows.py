@@ -2,9 +2,9 @@
 
 import polars as pl
 import pytest
+
 from kaggle_kernels.rehearsal.rows import RowOptions, describe_rows, format_description, make_rows, read_test_rows
 from preprocess.core.errors import UserError
-
 from tests import tiny
 from tests.kaggle_kernels.rehearsal.layouts import SPEC
 

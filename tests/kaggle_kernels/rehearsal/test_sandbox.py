@@ -9,10 +9,10 @@ from pathlib import Path
 import polars as pl
 import psutil
 import pytest
+
 from kaggle_kernels.rehearsal.kaggle_tree import lay_out_tree
 from kaggle_kernels.rehearsal.sandbox import SITECUSTOMIZE, Conditions, make_environment, run_as_kaggle
 from preprocess.core.errors import UserError
-
 from tests import tiny
 from tests.kaggle_kernels.rehearsal.layouts import SPEC
 

@@ -4,12 +4,12 @@ import json
 
 import polars as pl
 import pytest
-from kaggle_kernels.build.bundle import build, build_mark
-from kaggle_kernels.rehearsal.sandbox import KernelRun
-from preprocess.core.files import read_json
 
+from kaggle_kernels.build.bundle import build, build_mark
 from kaggle_kernels.rehearsal import rehearse as rehearsal
+from kaggle_kernels.rehearsal.sandbox import KernelRun
 from preprocess.core import ledger
+from preprocess.core.files import read_json
 from tests.kaggle_kernels.packages import WSDM, change_json, rehearse, write_recipe
 
 

@@ -1,6 +1,7 @@
 """The prediction for two T4s, against arithmetic by hand."""
 
 import pytest
+
 from kaggle_kernels.build.memory_fit import fit_packages
 from kaggle_kernels.build.spec import find_spec, read_spec
 from kaggle_kernels.rehearsal.throughput import (

@@ -4,6 +4,7 @@ import csv
 
 import polars as pl
 import pytest
+
 from kaggle_kernels.build.spec import COMPETITIONS
 from kaggle_kernels.rehearsal.validate import check_results, choose_tolerance
 from preprocess.core.errors import UserError

@@ -2,9 +2,9 @@
 
 import polars as pl
 import pytest
+
 from kaggle_kernels.rehearsal.verdicts import measure_quality, read_verdicts
 from preprocess.core.errors import UserError
-
 from tests import tiny
 from tests.kaggle_kernels.rehearsal.layouts import SPEC
 

@@ -6,7 +6,6 @@ from kaggle_kernels.build.spec import Spec, settings_of
 from kaggle_kernels.runtime.scheduling import crew
 from kaggle_kernels.runtime.scheduling.schedule import Board, make_board
 from kaggle_kernels.runtime.settings import start_clock
-
 from tests import tiny
 from tests.kaggle_kernels.packages import settings_for
 from tests.kaggle_kernels.runtime.workers import start_in_thread

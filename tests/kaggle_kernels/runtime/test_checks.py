@@ -4,7 +4,9 @@ import json
 from types import SimpleNamespace
 
 import pytest
+
 from kaggle_kernels.build.spec import Spec, settings_of
+from kaggle_kernels.runtime import checks
 from kaggle_kernels.runtime.checks import (
     Gpu,
     MachineError,
@@ -21,8 +23,6 @@ from kaggle_kernels.runtime.checks import (
 )
 from kaggle_kernels.runtime.package import read_package
 from kaggle_kernels.runtime.settings import start_clock
-
-from kaggle_kernels.runtime import checks
 from tests.kaggle_kernels.packages import settings_for
 
 GIB = 2**30

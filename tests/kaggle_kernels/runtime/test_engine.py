@@ -9,13 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from kaggle_kernels.runtime.models.scoring import Request, padded_tokens
 from kaggle_kernels.runtime.scheduling import engine
 from kaggle_kernels.runtime.scheduling import worker as runtime_worker
 from kaggle_kernels.runtime.scheduling.crew import Worker, leave
 from kaggle_kernels.runtime.scheduling.engine import Pass, make_pass, next_batch, pass_record, run_pass
 from kaggle_kernels.runtime.settings import Clock, start_clock
-
 from tests.kaggle_kernels.runtime.boards import refuse
 from tests.kaggle_kernels.runtime.workers import Device, answer, start_in_thread
 

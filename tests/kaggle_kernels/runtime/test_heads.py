@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kaggle_kernels.runtime.models.scoring import score
-from kaggle_kernels.runtime.package import read_tokenizer
-from preprocess.model_input import Contract, Template
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from kaggle_kernels.runtime.models.scoring import score
+from kaggle_kernels.runtime.package import read_tokenizer
 from preprocess import model_input
+from preprocess.model_input import Contract, Template
 from tests import tiny
 
 TURN = "# Prompt\n{prompt}\n# A\n{response_a}\n# B\n{response_b}\n"

@@ -6,6 +6,8 @@ import sys
 
 import polars as pl
 import pytest
+
+from kaggle_kernels.runtime import inputs
 from kaggle_kernels.runtime.inputs import (
     find_mounted,
     install_missing_wheels,
@@ -15,8 +17,6 @@ from kaggle_kernels.runtime.inputs import (
     read_text,
     rows_of,
 )
-
-from kaggle_kernels.runtime import inputs
 
 
 def mount(root, path, content=b"x"):

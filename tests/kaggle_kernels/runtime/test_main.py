@@ -9,14 +9,14 @@ from types import SimpleNamespace
 
 import polars as pl
 import pytest
+
 from kaggle_kernels.build.spec import Spec, settings_of
+from kaggle_kernels.runtime import main
 from kaggle_kernels.runtime.main import run_kernel
 from kaggle_kernels.runtime.scheduling import schedule
 from kaggle_kernels.runtime.scheduling.schedule import combine
 from kaggle_kernels.runtime.settings import start_clock
 from preprocess.core.files import sha256
-
-from kaggle_kernels.runtime import main
 from tests import tiny
 from tests.kaggle_kernels.packages import make_package, settings_for
 

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from kaggle_kernels.runtime.models.model import load_model, serving_config
 from kaggle_kernels.runtime.package import PackageError, read_package
-
 from tests.kaggle_kernels.packages import change_json
 
 

@@ -4,8 +4,8 @@ import json
 import threading
 
 import pytest
-from kaggle_kernels.runtime.package import PackageError, check_manifest, read_package
 
+from kaggle_kernels.runtime.package import PackageError, check_manifest, read_package
 from tests.kaggle_kernels.packages import change_json, flip_byte, write_manifest
 
 

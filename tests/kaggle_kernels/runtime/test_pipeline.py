@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from kaggle_kernels.runtime.models.pipeline import Stages, stage_starts
 
 

@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from kaggle_kernels.runtime.models.gptq import GptqLinear
 from kaggle_kernels.runtime.models.placement import balance, part_sizes, split_over, weight_sizes
 from kaggle_kernels.runtime.models.scoring import score
@@ -11,9 +14,6 @@ from kaggle_kernels.runtime.scheduling.plan import is_multiplied
 from kaggle_kernels.runtime.scheduling.worker import load_on
 from kaggle_kernels.runtime.settings import start_clock
 from postprocess.weights.bnb_quantize import quantization_config
-from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM
-
 from tests import tiny
 
 

@@ -1,6 +1,7 @@
 """What is scored next, by gain and seconds."""
 
 import pytest
+
 from kaggle_kernels.runtime.package import read_package
 from kaggle_kernels.runtime.scheduling.plan import (
     Option,

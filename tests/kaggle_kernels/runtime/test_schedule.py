@@ -6,6 +6,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+
 from kaggle_kernels.runtime.models.scoring import Request
 from kaggle_kernels.runtime.package import PackageError, read_package
 from kaggle_kernels.runtime.scheduling import schedule
@@ -20,7 +21,6 @@ from kaggle_kernels.runtime.scheduling.schedule import (
     score_all,
     start_team,
 )
-
 from tests.kaggle_kernels.packages import make_package
 from tests.kaggle_kernels.runtime.boards import BOTH, ONE, ROWS, board_of, refuse, replace_workers
 from tests.kaggle_kernels.runtime.workers import hang_up

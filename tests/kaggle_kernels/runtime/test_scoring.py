@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from kaggle_kernels.runtime.models.model import load_model
 from kaggle_kernels.runtime.models.scoring import (
     Request,
@@ -16,7 +17,6 @@ from kaggle_kernels.runtime.models.scoring import (
     score_batch,
 )
 from kaggle_kernels.runtime.package import read_package
-
 from tests import tiny
 from tests.kaggle_kernels.packages import AWKWARD_ROWS
 

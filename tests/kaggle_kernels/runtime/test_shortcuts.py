@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate import dispatch_model
+from peft import LoraConfig, TaskType, get_peft_model
+from transformers import AutoConfig
+
 from kaggle_kernels.runtime.models.model import CLASSES
 from kaggle_kernels.runtime.models.pipeline import Stages
 from kaggle_kernels.runtime.models.scoring import alike, verdict_logits
 from kaggle_kernels.runtime.models.shortcuts import SDPA, only_what_is_read, reading, take_shortcuts
-from peft import LoraConfig, TaskType, get_peft_model
-from transformers import AutoConfig
-
 from tests.kaggle_kernels.runtime.test_heads import CONTRACT
 
 HEADS = {"score": 2, "reward": 1, "label_tokens": 0}

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import polars as pl
 import pytest
+
 from kaggle_kernels.build.spec import Spec, settings_of
 from kaggle_kernels.runtime.submission import (
     check_submission,

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import polars as pl
 import pytest
+
 from kaggle_kernels.runtime.visible import (
     Speed,
     VisibleRows,
@@ -16,7 +17,6 @@ from kaggle_kernels.runtime.visible import (
     visible_lines,
     visible_report,
 )
-
 from tests import tiny
 from tests.kaggle_kernels.runtime.test_submission import LMSYS, WSDM
 

@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
+
 from kaggle_kernels.runtime.models.model import load_model
 from kaggle_kernels.runtime.models.scoring import make_requests, score
 from kaggle_kernels.runtime.package import read_package
@@ -14,7 +15,6 @@ from kaggle_kernels.runtime.scheduling.crew import start_workers, stop_workers
 from kaggle_kernels.runtime.scheduling.engine import make_pass, receive, run_pass
 from kaggle_kernels.runtime.scheduling.worker import Assignment, serve
 from kaggle_kernels.runtime.settings import start_clock
-
 from tests import tiny
 from tests.kaggle_kernels.packages import write_manifest
 from tests.kaggle_kernels.runtime.workers import start_in_thread

@@ -7,6 +7,7 @@ import threading
 import time
 
 import torch
+
 from kaggle_kernels.runtime.models.scoring import padded_tokens
 from kaggle_kernels.runtime.scheduling import worker as runtime_worker
 from kaggle_kernels.runtime.scheduling.crew import Worker

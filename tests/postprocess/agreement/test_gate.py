@@ -5,11 +5,11 @@ import polars as pl
 import pytest
 import torch
 from click.testing import CliRunner
+
 from kaggle_kernels.runtime.package import read_tokenizer
 from postprocess.__main__ import main
 from postprocess.agreement.gate import kernel_dtype, remedy
 from postprocess.agreement.validation_rows import validation_rows
-
 from tests.postprocess.agreement.test_statistics import report
 
 LEFT_FOR_THE_USER = ("agreement.json", "agreement.parquet", "agreement.png")

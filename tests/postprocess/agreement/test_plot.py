@@ -5,9 +5,9 @@ import matplotlib
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+
 from postprocess.agreement.plot import agreement_picture, draw_differences, draw_rows, title
 from postprocess.agreement.statistics import Column, compare
-
 from tests.postprocess.agreement.test_statistics import LABELS, TRAINED, WINNERS, column, report
 
 RUN = Path("outputs/gemma2_cls")

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 from postprocess.agreement.statistics import Column, Resamples, compare, difference, interval, outcomes, resample
 from recipes.pairwise.tracking.metrics import scores
 

@@ -3,9 +3,9 @@ import json
 import numpy as np
 import polars as pl
 import pytest
+
 from postprocess.agreement.statistics import Column, compare
 from postprocess.agreement.table import groups_of, probability_table, table_lines, without_nan
-
 from tests.postprocess.agreement.test_statistics import LABELS, TRAINED, WINNERS, column, report
 
 THREE = ("tie", "model_b", "model_a")

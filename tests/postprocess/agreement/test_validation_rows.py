@@ -4,6 +4,7 @@ import json
 
 import polars as pl
 import pytest
+
 from postprocess.agreement.validation_rows import source_ids, validation_ids, validation_rows
 from preprocess.core.errors import UserError
 

@@ -7,10 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from postprocess.gptq.environment import make_environment, python_with_gptq, run_worker
-from preprocess.core.errors import UserError
 
 from postprocess.gptq import environment
+from postprocess.gptq.environment import make_environment, python_with_gptq, run_worker
+from preprocess.core.errors import UserError
 
 
 def test_a_worker_that_fails_is_one_line_with_its_last_one(tmp_path, monkeypatch, capfd):

@@ -8,6 +8,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
 from kaggle_kernels.runtime.models.placement import weight_sizes
 from postprocess.memory.model_size import (
     CUDA_BYTES,
@@ -27,12 +33,6 @@ from postprocess.memory.model_size import (
 from postprocess.weights.bnb_quantize import quantization_config
 from preprocess.core.errors import UserError
 from recipes.pairwise.config.schema import read_recipe
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
-
 from tests.conftest import ROOT
 
 PARAMETERS = {

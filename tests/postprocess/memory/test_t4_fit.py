@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+
 from postprocess.__main__ import main
+from postprocess.memory import t4_fit
 from postprocess.memory.model_size import GIB, Served, read_dimensions
 from postprocess.memory.t4_fit import Use, memory_line, place, refusal, size_lines, uses_of
 from preprocess.core.errors import UserError
-
-from postprocess.memory import t4_fit
 
 GEMMA = Served(read_dimensions("google/gemma-2-9b-it"), "score", 2, "nf4", softcap=False, budget_tokens=2048)
 

@@ -1,8 +1,8 @@
 """A cross-validation, which the tests of reading and of the page share."""
 
 import pytest
-from recipes.pairwise.cv import collect
 
+from recipes.pairwise.cv import collect
 from tests.postprocess.report import reported
 from tests.postprocess.report.reported import ALL_METRICS, FOUR, Row
 

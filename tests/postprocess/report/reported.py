@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+
 from postprocess.report.metrics import ScoredRows, score_rows
 from postprocess.report.page import render_page
 from postprocess.report.results import measure_run

@@ -3,8 +3,8 @@
 import math
 
 import pytest
-from postprocess.report.calibration import measure_calibration
 
+from postprocess.report.calibration import measure_calibration
 from tests.postprocess.report import reported
 from tests.postprocess.report.reported import Row
 

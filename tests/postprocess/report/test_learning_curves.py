@@ -1,6 +1,7 @@
 """Learning curves out of the trainer's log."""
 
 import pytest
+
 from postprocess.report.learning_curves import read_curve, smooth
 
 

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+
+from postprocess.report import metrics
 from postprocess.report.calibration import measure_calibration
 from postprocess.report.position_bias import measure_position_bias
 from postprocess.report.predictions import Predictions
 from postprocess.report.worst_rows import rank_wrong_rows
 from preprocess.model_input import VERDICTS
-
-from postprocess.report import metrics
 from tests.postprocess.report import reported
 from tests.postprocess.report.reported import FOUR, TWO, Row
 

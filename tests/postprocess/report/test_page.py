@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+
 from postprocess.report.__main__ import main
 from preprocess.model_input import VERDICTS
-
 from tests.postprocess.report import reported
 from tests.postprocess.report.reported import FOUR, TWO, Row
 

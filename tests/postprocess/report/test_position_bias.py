@@ -1,10 +1,10 @@
 """Position bias, against values computed by hand."""
 
 import pytest
+
 from postprocess.report.metrics import model_row
 from postprocess.report.position_bias import measure_position_bias
 from preprocess.model_input import VERDICTS
-
 from tests.postprocess.report import reported
 from tests.postprocess.report.reported import Row
 

@@ -5,10 +5,10 @@ import shutil
 
 import polars as pl
 import pytest
+
 from postprocess.report.run_data import read_run
 from preprocess.core.errors import UserError
 from preprocess.core.files import write_json
-
 from tests.postprocess.report import reported
 from tests.postprocess.report.reported import FOUR, Row
 

@@ -1,8 +1,8 @@
 """The rows that the model gets most wrong: their ranking, and how their texts are cut."""
 
 import pytest
-from postprocess.report.worst_rows import cut_text, find_worst_rows, rank_wrong_rows, show_controls
 
+from postprocess.report.worst_rows import cut_text, find_worst_rows, rank_wrong_rows, show_controls
 from tests.postprocess.report import reported
 
 FAMILY = "\U0001f469\u200d\U0001f467"

@@ -9,13 +9,13 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from kaggle_kernels.runtime.models.model import CLASSES
 from peft import PeftModel
+from safetensors.torch import load_file
+
+from kaggle_kernels.runtime.models.model import CLASSES
 from postprocess.__main__ import main, members_of
 from postprocess.weights.average_lora import Member, write_adapter
 from preprocess.core.errors import UserError
-from safetensors.torch import load_file
-
 from tests.postprocess import runs
 
 SCORE = "base_model.model.score.weight"

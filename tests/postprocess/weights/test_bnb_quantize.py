@@ -4,11 +4,12 @@ import json
 import bitsandbytes
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from kaggle_kernels.runtime.models.model import CLASSES, load_model
 from postprocess.weights.bnb_quantize import quantise, quantization_config
 from postprocess.weights.merge import _pieces, merge
 from postprocess.weights.meta_model import head_modules
-from safetensors.torch import load_file
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,10 @@
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from postprocess.weights.checkpoint_reader import open_tensors
 from postprocess.weights.shard_writer import Planned, Stored, write_shards
 from preprocess.core.errors import UserError
-from safetensors.torch import load_file
 
 TENSORS = {
     "a.weight": torch.arange(6, dtype=torch.float16).reshape(2, 3),

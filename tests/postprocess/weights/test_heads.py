@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from postprocess.weights.merge import merge
-from preprocess.core.errors import UserError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from postprocess.weights.merge import merge
+from preprocess.core.errors import UserError
 from tests.postprocess import runs
 
 

@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+
 from kaggle_kernels.runtime.models.model import CLASSES
 from postprocess.weights.checkpoint_reader import open_tensors
 from postprocess.weights.merge import _pieces, is_finite, merge
 from postprocess.weights.meta_model import model_skeleton
 from preprocess.core.errors import UserError
-from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
-
 from tests.bench.merge import make_inputs, measure
 from tests.bench.processes import in_process
 from tests.postprocess import runs

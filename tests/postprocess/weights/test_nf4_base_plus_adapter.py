@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file
+
 from kaggle_kernels.runtime.models.model import load_model
 from kaggle_kernels.runtime.models.scoring import ORDERS, score
 from kaggle_kernels.runtime.package import read_package, read_tokenizer
@@ -15,7 +17,6 @@ from postprocess.agreement.reference_model import load_trained
 from postprocess.agreement.validation_rows import validation_rows
 from postprocess.weights.nf4_base_plus_adapter import lora_config, unmerged
 from preprocess.core.errors import UserError
-from safetensors.torch import load_file
 
 QLORA = {"qlora": True, "quantize": "nf4"}
 

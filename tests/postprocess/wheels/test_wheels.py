@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from postprocess.wheels.__main__ import main
-from preprocess.core.errors import UserError
-from preprocess.core.files import write_json
 
 from postprocess.wheels import build
+from postprocess.wheels.__main__ import main
 from preprocess.core import ledger
+from preprocess.core.errors import UserError
+from preprocess.core.files import write_json
 from tests.conftest import ROOT
 
 ALPHA = "alpha_kit-1.0-cp312-cp312-manylinux_2_24_x86_64.whl"

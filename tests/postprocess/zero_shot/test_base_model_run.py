@@ -10,20 +10,20 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
 from kaggle_kernels.runtime.package import read_package
 from postprocess.__main__ import main
 from postprocess.pipeline import make_untrained_run
 from postprocess.run_folder import hub_commit
 from postprocess.staleness import RECORD
 from postprocess.zero_shot.base_model_run import calibration_rows
+from preprocess.core import ledger
 from preprocess.core.errors import UserError
 from preprocess.core.files import sha256
 from recipes.pairwise.config.axolotl_keys import PLUGIN
 from recipes.pairwise.config.schema import read_recipe
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
-from preprocess.core import ledger
 from tests import tiny
 from tests.postprocess import runs
 

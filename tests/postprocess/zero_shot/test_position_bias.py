@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 from postprocess.zero_shot.position_bias import position_bias
 
 TWO = ("model_a", "model_b")

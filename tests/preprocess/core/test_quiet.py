@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from preprocess.core.quiet import KEPT_BACK, without
 
+from preprocess.core.quiet import KEPT_BACK, without
 from tests.conftest import ROOT
 
 FAKE_KERNELS = """
@@ -44,7 +44,5 @@ def test_libraries_are_imported_without_a_kernel_and_without_a_warning(tmp_path)
 
 def test_only_messages_that_begin_so_are_kept_back():
     lets_pass = without(KEPT_BACK["torchao"])
-    records = [
-        logging.LogRecord("torchao", logging.WARNING, "", 0, text, ("x",), None) for text in ("Failed to load %s", "Is %s")
-    ]
-    assert [lets_pass(record) for record in records] == [False, True]
+    for text, passes in (("Failed to load %s", False), ("Is %s", True)):
+        assert lets_pass(logging.LogRecord("torchao", logging.WARNING, "", 0, text, ("x",), None)) is passes

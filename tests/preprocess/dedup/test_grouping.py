@@ -5,10 +5,10 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from preprocess.dedup.grouping import group_prompts
-from preprocess.dedup.ngrams import codes_jaccard, gram_codes, grams, jaccard, normalise
 
 from preprocess.dedup import minhash
+from preprocess.dedup.grouping import group_prompts
+from preprocess.dedup.ngrams import codes_jaccard, gram_codes, grams, jaccard, normalise
 
 ALPHABET = list("abcdefgh 河流窗户音乐面包花かわまどنافذة😀")
 

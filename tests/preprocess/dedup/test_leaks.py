@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from preprocess.dedup.leaks import find_leaks
-from preprocess.dedup.ngrams import jaccard
 
 from preprocess.dedup import prefix_filter
+from preprocess.dedup.leaks import find_leaks
+from preprocess.dedup.ngrams import jaccard
 from tests.preprocess.dedup.test_grouping import similar_pairs, texts_with_near_copies
 
 

@@ -7,6 +7,7 @@ import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from preprocess.core.errors import UserError
 from preprocess.model_input import VERDICTS
 from preprocess.sources.reader import read_prompts, read_rows

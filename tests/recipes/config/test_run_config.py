@@ -1,10 +1,10 @@
 """The configuration of a run: which commands are refused, and what every recipe gets whatever it says."""
 
 import pytest
+
 from preprocess.core.errors import UserError
 from recipes.pairwise.config.run_config import check_run, refuse_other_commands, set_fixed_keys
 from recipes.pairwise.config.schema import PairwiseBlock
-
 from tests.conftest import ROOT
 
 DEMO = ROOT / "recipes/demo.yml"

@@ -7,11 +7,11 @@ import sys
 import pytest
 import yaml
 from click.testing import CliRunner
+
 from preprocess.core.errors import UserError
 from recipes.pairwise.__main__ import main
 from recipes.pairwise.config.schema import read_recipe, recipe_problems
 from recipes.pairwise.config.templates import NAMES, named_template
-
 from tests.conftest import ROOT
 
 GOOD = {

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 from axolotl.utils.dict import DictDefault
+
 from preprocess.core.errors import UserError
 from recipes.pairwise.config.schema import read_recipe
 from recipes.pairwise.tracking import recipe_copy
-
 from tests.conftest import ROOT
 
 

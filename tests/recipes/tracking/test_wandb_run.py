@@ -12,11 +12,11 @@ import psutil
 import pytest
 import yaml
 from axolotl.utils.dict import DictDefault
+
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_json, write_json
 from recipes.pairwise.config.schema import recipe_problems
 from recipes.pairwise.tracking import metrics, wandb_run
-
 from tests import forked, tiny
 from tests.conftest import ROOT
 from tests.recipes import offline_run
