@@ -118,7 +118,7 @@ def test_a_device_that_is_lost_leaves_its_rows_to_the_other(capsys):
 def test_a_worker_that_says_nothing_is_killed_and_started_again_unless_it_loads(monkeypatch):
     monkeypatch.setattr(engine, "QUIET_SECONDS", 0.3)
     device = Device()
-    device.loads = lambda start: time.sleep(0.6) is None
+    device.loads = lambda start: start > 1 or time.sleep(1.3) is None  # longer than the pass waits before it looks
     device.hangs_at = once(holds("row7"))
     worker = device.worker()
     assert run([worker]).scores == EXPECTED
@@ -220,6 +220,11 @@ def test_a_worker_that_died_is_started_again_where_the_clock_has_time_to_load_it
     engine.handle_worker_death(work, worker, "died", start_clock(FAR))
     assert (worker.process is not None) == is_started
     worker.stop()
+
+
+def test_a_worker_is_not_started_after_the_deadline():
+    worker = Worker("cpu", None, 500, lambda task: pytest.fail("it was started"))
+    assert run([worker], seconds=-1).scores == {}
 
 
 def test_only_deaths_without_a_score_in_between_and_over_more_than_one_row_count_against_a_device():

@@ -173,6 +173,7 @@ def test_two_threads_read_their_own_rows(tiny_models):
         barrier.wait(20)
 
     model.model.layers[0].register_forward_hook(meet)
+    model.model.layers[1].self_attn.o_proj.register_forward_hook(meet)
     scores = score_in_two_threads(lambda number: probabilities(model, contract, [rows[number]]))
     for number in (0, 1):
         assert (scores[number] - expected[number]).abs().max() < 1e-5

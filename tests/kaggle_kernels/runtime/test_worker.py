@@ -92,6 +92,10 @@ def test_a_worker_with_two_stages_scores_two_batches_at_once():
     thread.start()
     for number in (1, 2):
         ours.send((number, [number]))
-    assert sorted(ours.recv() for _ in range(2)) == [("scored", 1, [1], [0]), ("scored", 2, [2], [0])]
+    answers = []
+    for _ in range(2):
+        assert ours.poll(20), "the batches are scored one after the other"
+        answers.append(ours.recv())
+    assert sorted(answers) == [("scored", 1, [1], [0]), ("scored", 2, [2], [0])]
     ours.close()
     thread.join(10)
