@@ -155,7 +155,7 @@ SETTINGS = Settings(
     min_scored=0.98,
     visible_rows=512,
     wheels="pairwise-wheels",
-    build="37a1489eab5c2536",
+    build="ec79a0759cc00440",
 )
 
 
@@ -891,11 +891,10 @@ def mean_of_orders(scores: dict[str, dict[str, list[float]]]) -> dict[str, list[
 #
 # Shares out the seconds that are left: which rows get the second order, and which a further model.
 #
-# schedule.plan_next_pass decides with it, after every pass, which pass comes next. What could still be done are options: one more pass each, of a package in
-# an order. An option changes a probability by some amount, whose standard deviation s is measured. The expected gain is that of
-# the knowledge gradient (Frazier, Powell and Dayanik 2008): 2 (s φ(m/s) − m Φ(−m/s)), with m half the lead of the first verdict
-# over the second. A row near the line between two verdicts gains most, one far from it nothing. For log loss it is
-# s² (1 − Σp²).
+# schedule.plan_next_pass decides with it, after every pass, which pass comes next. An option is one more pass of a package in an
+# order. It changes a probability by some amount, whose standard deviation s is measured. Its expected gain is that of the
+# knowledge gradient (Frazier, Powell and Dayanik 2008): 2 (s φ(m/s) − m Φ(−m/s)), with m half the lead of the first verdict over
+# the second. A row near the line between two verdicts gains most, one far from it nothing. For log loss it is s² (1 − Σp²).
 #
 # Rows are taken by their gain per second until the seconds are used. Which further models are worth their loading is tried out:
 # with none of them, with the first, with the first two, and so on.
