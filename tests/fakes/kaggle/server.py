@@ -11,6 +11,7 @@
     server.calls("SaveKernel") those of one call
     server.uploaded_bytes("model.safetensors")   what came up for files of that name, all attempts together
     server.stalled.wait(30)    until an upload has stalled: Fault("PUT", breaks_after_bytes=1000, stalls=True)
+    server.hung_up.wait(30)    until the client of a stalled upload has gone
     server.trespasses          requests for any other host, all refused; the fixture fails the test if there are any
 
 The client reaches it as a proxy (http_proxy), so requests come in absolute form: http://localhost/api/v1/SERVICE/METHOD.
@@ -80,7 +81,8 @@ class KaggleServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.port = self.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self.site, self.lock, self.stalled = Site(), threading.RLock(), threading.Event()
+        self.site, self.lock = Site(), threading.RLock()
+        self.stalled, self.hung_up = threading.Event(), threading.Event()
         self.faults: list[Fault] = []
         self.requests: list[Request] = []
         self.trespasses: list[str] = []
@@ -213,6 +215,7 @@ class Handler(BaseHTTPRequestHandler):
                     self.server.stalled.set()
                     while self.rfile.read1(1 << 16):
                         pass
+                    self.server.hung_up.set()
                 break
         return not self.close_connection
 

@@ -1,19 +1,14 @@
 """The kaggle command is not taken at its word: a script in its place says what tests want, in milliseconds."""
 
 import json
-import os
-import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from kaggle_kernels.publish import client
 from kaggle_kernels.publish.client import Answer, Pace, ask, demand, find_owner, list_files, run
 from preprocess.core.errors import UserError
-from tests.conftest import ROOT
 
 FAST = Pace(poll_seconds=0.001, patience_seconds=1)
 SCRIPT = """
@@ -136,31 +131,6 @@ def test_the_command_is_not_told_to_be_verbose_and_keeps_its_notes_where_it_is_t
     assert (call["words"], call["folder"]) == (["--no-warn", "datasets", "create"], str(tmp_path))
     assert call["environment"]["TMPDIR"] == str(tmp_path / "state")
     assert call["environment"].keys() & {"VERBOSE", "VERBOSE_OUTPUT"} == set()
-
-
-def test_the_command_ends_with_us_even_where_we_are_killed(fake, tmp_path):
-    fake([0, 60])
-    code = f"from kaggle_kernels.publish import client; client.COMMAND = {client.COMMAND!r}; client.run(('x',))"
-    process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)})
-    wait_until((tmp_path / "calls").exists, 60)
-    [child] = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    process.send_signal(signal.SIGKILL)
-    process.wait(10)
-    wait_until(lambda: not is_running(child), 10)
-
-
-def wait_until(is_so, seconds):
-    until = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < until, "waited too long"
-        time.sleep(0.01)
-
-
-def is_running(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")")[-1].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def test_looks_come_less_often_and_end_with_the_patience(monkeypatch):
