@@ -7,7 +7,7 @@
     server.faults.append(Fault("PUT", where="model.safetensors", breaks_after_bytes=1000))    # an upload broken off
     server.faults.append(Fault("CreateDataset", loses=("config.json",)))                      # a file that never arrives
     server.faults.append(Fault("SaveKernel", loses_answer=True))                              # done, but nobody hears of it
-    server.requests            each request: call, JSON, bytes of its body, status of the answer
+    server.requests            each request: call, JSON, bytes of its body
     server.calls("SaveKernel") those of one call
     server.uploaded_bytes("model.safetensors")   what came up for files of that name, all attempts together
     server.stalled.wait(30)    until an upload has stalled: Fault("PUT", breaks_after_bytes=1000, stalls=True)
@@ -68,7 +68,6 @@ class Request:
     url: str
     asked: dict
     bytes: int = 0
-    status: int = 0
 
 
 class KaggleServer(ThreadingHTTPServer):
@@ -263,13 +262,9 @@ class Handler(BaseHTTPRequestHandler):
     def note(self, call: str, asked: dict, length: int = 0) -> Request:
         request = Request(call, self.path, asked, length)
         self.server.requests.append(request)
-        self.noted = request
         return request
 
     def send(self, status: int, body: dict | bytes, headers: dict[str, str] | None = None) -> None:
-        """Answer, and note the status."""
-        if getattr(self, "noted", None):
-            self.noted.status = status
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
         kind = "application/octet-stream" if isinstance(body, bytes) else "application/json"

@@ -9,19 +9,6 @@ from preprocess.core import ledger
 RAW, PAIRS, CONTRACT, MANIFEST, WHEELS, KERNEL = (letter * 64 for letter in "abcdef")
 TIME = "2026-11-25T10:00:00+00:00"
 CODE = {"time": TIME, "git_commit": "1" * 40, "git_dirty": False}
-PUSH = {
-    "spec": "demo",
-    "kernel": "me/pairwise-demo",
-    "kernel_version": 3,
-    "kernel_sha256": KERNEL,
-    "datasets": {
-        "me/pairwise-demo": {"version": 2, "manifest": MANIFEST},
-        "me/pairwise-wheels": {"version": 1, "manifest": WHEELS},
-    },
-}
-SUBMIT = {"spec": "demo", "kernel": "me/pairwise-demo", "kernel_version": 3, "submission_ref": "4711", "message": "first"}
-
-
 ENTRIES = {
     "pairs": {
         "sources": [{"file": "data/train.parquet", "sha256": RAW, "rows": 48439}],
@@ -46,8 +33,17 @@ ENTRIES = {
         "trained": {"outputs/demo": CONTRACT},
         "agreement": {"mean_difference": 0.0012},
     },
-    "push": PUSH,
-    "submit": SUBMIT,
+    "push": {
+        **{"spec": "demo", "kernel": "me/pairwise-demo", "kernel_version": 3, "kernel_sha256": KERNEL},
+        "datasets": {
+            "me/pairwise-demo": {"version": 2, "manifest": MANIFEST},
+            "me/pairwise-wheels": {"version": 1, "manifest": WHEELS},
+        },
+    },
+    "submit": {
+        **{"spec": "demo", "kernel": "me/pairwise-demo", "kernel_version": 3, "submission_ref": "4711"},
+        "message": "first",
+    },
 }
 
 
@@ -126,8 +122,7 @@ def test_an_unknown_reference_is_one_line(ledger_file):
 
 def test_the_last_submission_of_a_spec_is_meant(ledger_file):
     write_chain()
-    ledger.record("push", **{**CODE, **PUSH, "kernel_version": 4})
-    ledger.record("submit", **{**CODE, **SUBMIT, "kernel_version": 4, "message": "second"})
+    write_chain(push={"kernel_version": 4}, submit={"kernel_version": 4, "message": "second"})
     lines = trace("demo").output.splitlines()
     assert lines[0].endswith("me/pairwise-demo version 4, 'second'")
     assert "me/pairwise-demo version 4, kernel.py" in lines[1]
