@@ -49,8 +49,6 @@ def create_dataset_version(site: Site, asked: dict) -> dict:
     files = received_files(site, body)
     if refused := over_quota(site, files):
         return refused
-    if body.get("deleteOldVersions"):
-        dataset.versions = [Version(v.number, v.notes, {}, 0, "DELETED") for v in dataset.versions]
     return add_version(site, dataset, body.get("versionNotes", ""), files)
 
 
@@ -143,30 +141,22 @@ def save_kernel(site: Site, asked: dict) -> dict:
     return {"ref": f"/code/{ref}", "url": url, "versionNumber": len(kernel.versions), "kernelId": 1, **told}
 
 
-SOURCES = {
-    "datasetDataSources": "invalidDatasetSources",
-    "competitionDataSources": "invalidCompetitionSources",
-    "kernelDataSources": "invalidKernelSources",
-    "modelDataSources": "invalidModelSources",
-}
+SOURCES = {"datasetDataSources": "invalidDatasetSources", "competitionDataSources": "invalidCompetitionSources"}
 
 
 def invalid_sources(site: Site, asked: dict) -> dict[str, list[str]]:
     """What a kernel names and the site has not, by the request's field; a dataset without a ready version is such."""
+    datasets = [source for source in asked.get("datasetDataSources", []) if not has_ready_version(site, source)]
+    competitions = [source for source in asked.get("competitionDataSources", []) if source not in site.competitions]
+    return {"datasetDataSources": datasets, "competitionDataSources": competitions}
 
-    def has_dataset(source: str) -> bool:
-        owner, slug, *number = source.split("/")
-        dataset = site.datasets.get(f"{owner}/{slug}")
-        version = dataset and dataset.find(int(number[0]) if number else None)
-        return bool(version) and version.status == "READY"
 
-    known = {
-        "datasetDataSources": has_dataset,
-        "competitionDataSources": site.competitions.__contains__,
-        "kernelDataSources": site.kernels.__contains__,
-        "modelDataSources": site.models.__contains__,
-    }
-    return {key: [source for source in asked.get(key, []) if not is_known(source)] for key, is_known in known.items()}
+def has_ready_version(site: Site, source: str) -> bool:
+    """Whether the site has the dataset owner/slug or owner/slug/version, processed."""
+    owner, slug, *number = source.split("/")
+    dataset = site.datasets.get(f"{owner}/{slug}")
+    version = dataset and dataset.find(int(number[0]) if number else None)
+    return bool(version) and version.status == "READY"
 
 
 def slugify(title: str) -> str:

@@ -7,10 +7,11 @@
     server.faults.append(Fault("PUT", where="model.safetensors", breaks_after_bytes=1000))    # an upload broken off
     server.faults.append(Fault("CreateDataset", loses=("config.json",)))                      # a file that never arrives
     server.faults.append(Fault("SaveKernel", loses_answer=True))                              # done, but nobody hears of it
-    server.requests            each request: call, JSON, bytes of its body, status of the answer
+    server.requests            each request: call, JSON, bytes of its body
     server.calls("SaveKernel") those of one call
     server.uploaded_bytes("model.safetensors")   what came up for files of that name, all attempts together
     server.stalled.wait(30)    until an upload has stalled: Fault("PUT", breaks_after_bytes=1000, stalls=True)
+    server.hung_up.wait(30)    until the client of a stalled upload has gone
     server.trespasses          requests for any other host, all refused; the fixture fails the test if there are any
 
 The client reaches it as a proxy (http_proxy), so requests come in absolute form: http://localhost/api/v1/SERVICE/METHOD.
@@ -67,7 +68,6 @@ class Request:
     url: str
     asked: dict
     bytes: int = 0
-    status: int = 0
 
 
 class KaggleServer(ThreadingHTTPServer):
@@ -80,7 +80,8 @@ class KaggleServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.port = self.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self.site, self.lock, self.stalled = Site(), threading.RLock(), threading.Event()
+        self.site, self.lock = Site(), threading.RLock()
+        self.stalled, self.hung_up = threading.Event(), threading.Event()
         self.faults: list[Fault] = []
         self.requests: list[Request] = []
         self.trespasses: list[str] = []
@@ -213,6 +214,7 @@ class Handler(BaseHTTPRequestHandler):
                     self.server.stalled.set()
                     while self.rfile.read1(1 << 16):
                         pass
+                    self.server.hung_up.set()
                 break
         return not self.close_connection
 
@@ -260,13 +262,9 @@ class Handler(BaseHTTPRequestHandler):
     def note(self, call: str, asked: dict, length: int = 0) -> Request:
         request = Request(call, self.path, asked, length)
         self.server.requests.append(request)
-        self.noted = request
         return request
 
     def send(self, status: int, body: dict | bytes, headers: dict[str, str] | None = None) -> None:
-        """Answer, and note the status."""
-        if getattr(self, "noted", None):
-            self.noted.status = status
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
         kind = "application/octet-stream" if isinstance(body, bytes) else "application/json"

