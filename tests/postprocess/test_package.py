@@ -26,7 +26,7 @@ def test_the_package_is_flat_and_its_manifest_lists_every_other_file(packaged):
     assert asdict(read_package(folder).contract) == asdict(run.contract())
 
 
-def test_the_manifest_holds_figures_of_the_comparison_and_golden_rows_and_no_text(packaged):
+def test_the_package_holds_figures_of_the_comparison_golden_rows_and_ids_and_no_text(packaged):
     run, _ = packaged("gemma2", quantize="nf4")
     manifest = json.loads((run.folder / "package" / "manifest.json").read_text())
     assert (manifest["quantize"], manifest["dtype"], manifest["base_model"]) == ("nf4", "float16", str(run.base))
@@ -37,11 +37,6 @@ def test_the_manifest_holds_figures_of_the_comparison_and_golden_rows_and_no_tex
     golden = manifest["golden"]
     assert [row["id"] for row in golden] == [f"golden-{number:02d}" for number in range(20)]
     assert all(sum(row["probabilities"]) == pytest.approx(1) for row in golden)
-    assert len({row["probabilities"][0] for row in golden}) > 15
-
-
-def test_the_package_lists_the_ids_of_its_validation_rows_and_no_text(packaged):
-    run, _ = packaged("gemma2", quantize="nf4")
     listed = json.loads((run.folder / "package" / "validation_ids.json").read_text())
     expected = sorted((f"row{number:05d}" for number in range(24)), key=lambda row_id: sha256(row_id.encode()).hexdigest())
     assert listed == {"fold": 0, "trained_on": False, "ids": expected}

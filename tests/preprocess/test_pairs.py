@@ -23,19 +23,14 @@ def votes(table: pl.DataFrame) -> list[tuple]:
     return table.select("winner", "weight", pl.col("p_model_a", "p_model_b", "p_tie").round(4)).rows()
 
 
-def test_a_pair_judged_in_either_order_becomes_one_row_with_vote_shares():
-    result = pairs_of(row("1"), row("2", a="b", b="a", winner="model_a"), row("3"), row("4", winner="tie"))
+@pytest.mark.parametrize(("a", "b"), [("a", "b"), ("b", "a")])
+def test_a_pair_judged_in_either_order_becomes_one_row_with_vote_shares_and_the_sides_of_the_first(a, b):
+    judgements = [row("1", a=a, b=b), row("2", a=b, b=a), row("3", a=a, b=b), row("4", a=a, b=b, winner="tie")]
+    result = pairs_of(*judgements)
     assert result.table.schema == PAIRS
-    assert result.table.select("id", "response_a", "response_b").rows() == [("1", ["a"], ["b"])]
+    assert result.table.select("id", "response_a", "response_b").rows() == [("1", [a], [b])]
     assert votes(result.table) == [("model_a", 4.0, 0.5, 0.25, 0.25)]
     assert result.united == {"s": 3}
-
-
-def test_sides_follow_the_first_judgement_whichever_way_the_texts_sort():
-    for a, b in (("a", "b"), ("b", "a")):
-        result = pairs_of(row("1", a=a, b=b), row("2", a=b, b=a, winner="tie"))
-        assert result.table.select("response_a", "response_b").rows() == [([a], [b])]
-        assert votes(result.table) == [("tie", 2.0, 0.5, 0.0, 0.5)]
 
 
 def test_shares_count_by_weight_but_a_single_judgement_keeps_its_verdict():
@@ -92,6 +87,7 @@ def test_rows_added_after_the_others_move_no_pair():
 def test_groups_that_a_later_file_joins_are_reported_with_their_folds():
     one, other, between = "abcdefghijklmnopqrst", "cdefghijklmnopqrstuvwx", "abcdefghijklmnopqrstuvwx"
     old = [row("1", prompt=one, file="old"), row("2", prompt=other, file="old")]
+    assert pairs_of(*old, row("3", prompt=between, file="old"), threshold=0.75).joined == ()
     result = pairs_of(*old, row("3", prompt=between, file="new"), threshold=0.75)
     (joined,) = result.joined
     assert (joined.id, joined.fold_before, joined.fold_now) == ("2", group_number(other) % 5, group_number(one) % 5)

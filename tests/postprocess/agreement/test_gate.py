@@ -93,7 +93,6 @@ FAR, NEAR = (0.5, 0.4), (0.9, 0.41)
         ("int8", {"merged": NEAR, "quantised": FAR}, "package with quantize: none"),
         ("nf4", {"unmerged": FAR}, "package with adapter: merged and quantize: int8 or none"),
         ("none", {"merged": FAR, "quantised": FAR}, "merging alone moves it by 0.2000, package with quantize: nf4"),
-        ("nf4", {"merged": FAR, "quantised": FAR}, "merging alone moves it by 0.2000, package with quantize: nf4"),
         ("nf4", {"merged": FAR, "quantised": FAR, "unmerged": FAR}, "no package of this run would be nearer"),
         ("full", {"merged": FAR, "quantised": FAR}, "float16 alone moves it by 0.2000, train it again"),
     ],

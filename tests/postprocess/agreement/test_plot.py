@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from postprocess.agreement.plot import agreement_picture, draw_differences, draw_rows, title
+from postprocess.agreement.plot import agreement_picture, draw_differences, draw_rows
 from postprocess.agreement.statistics import Column, compare
-from tests.postprocess.agreement.test_statistics import LABELS, TRAINED, WINNERS, column, report
+from tests.postprocess.agreement.test_statistics import LABELS, TRAINED, WINNERS, column
 
 RUN = Path("outputs/gemma2_cls")
 
@@ -30,7 +30,7 @@ def test_the_same_numbers_give_the_same_png_of_1100_by_520_pixels_whatever_the_u
     assert picture(tmp_path / "three.png", 0.8, 0.39) != first
 
 
-@pytest.mark.parametrize("rows", [TRAINED, (float("nan"), 0.4), (float("nan"), float("nan"))], ids=["equal", "a NaN", "NaN"])
+@pytest.mark.parametrize("rows", [TRAINED, (float("nan"), float("nan"))], ids=["equal", "NaN"])
 def test_equal_models_and_numbers_that_are_none_have_a_picture_too(rows, tmp_path):
     assert len(picture(tmp_path / "agreement.png", *rows)) > 10_000
 
@@ -70,11 +70,3 @@ def test_the_histogram_holds_every_difference_with_zero_in_the_middle_of_a_bar(v
     assert heights[20] == (np.abs(values) < 0.001).sum()
     assert axes.get_xlim() == pytest.approx((-half, half))
     assert axes.patches[20].get_x() == pytest.approx(-axes.patches[20].get_width() / 2)
-
-
-def test_the_title_names_run_rows_difference_and_tolerance():
-    assert title(RUN, report(quantised=(0.8, 0.6))) == (
-        "gemma2_cls: quantised model, does not agree\n"
-        "2 rows, mean difference 0.1500 (quantised against trained), tolerance 0.05"
-    )
-    assert title(RUN / "fold-3", report(quantised=TRAINED)).startswith("gemma2_cls/fold-3: quantised model, agrees\n")

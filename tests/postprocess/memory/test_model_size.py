@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from kaggle_kernels.runtime.models.placement import weight_sizes
 from postprocess.memory.model_size import (
@@ -43,18 +43,8 @@ PARAMETERS = {
     "sentence-transformers/all-MiniLM-L6-v2": 22_713_216,
     "outputs/demo/input/gemma2": 139_840,
 }
-HEADS = {"score": 2, "reward": 1, "label_tokens": 0}
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yml"))
 GEMMA = Served(read_dimensions("google/gemma-2-9b-it"), "score", 2, "nf4", False, 2048)
-
-
-def skeleton(config, head, outputs):
-    """The model of a configuration with a head, without weights."""
-    auto = AutoModelForSequenceClassification if outputs else AutoModel if config.model_type == "bert" else AutoModelForCausalLM
-    if outputs:
-        config.num_labels = outputs
-    with torch.device("meta"):
-        return auto.from_config(config)
 
 
 def parameters_of(dimensions):
@@ -63,24 +53,13 @@ def parameters_of(dimensions):
 
 def test_every_base_model_that_is_known_has_its_parameters():
     assert {name: parameters_of(read_dimensions(name)) for name in known_dimensions()} == PARAMETERS
+    assert weights(GEMMA.dimensions, "reward", 2)[-1].shape == (1, 3584)
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "llama"])
 def test_a_base_model_that_is_a_folder_is_read_from_its_config_which_may_leave_keys_out(kind, tiny_models):
     model = AutoModelForCausalLM.from_pretrained(tiny_models(kind))
     assert parameters_of(read_dimensions(str(tiny_models(kind)))) == model.num_parameters()
-
-
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("name", PARAMETERS)
-def test_every_tensor_is_that_of_the_skeleton_which_transformers_builds(name, head):
-    config = AutoConfig.for_model(**known_dimensions()[name])
-    parameters = skeleton(config, head, HEADS[head]).named_parameters()
-    expected = {parameter_name: tuple(tensor.shape) for parameter_name, tensor in parameters}
-    found = {weight.name: weight.shape for weight in weights(read_dimensions(name), head, 2)}
-    if config.model_type == "bert" and head == "label_tokens":
-        found = {name.removeprefix("bert."): shape for name, shape in found.items()}
-    assert found == expected
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -145,9 +124,7 @@ class PeakBytes(TorchDispatchMode):
     [
         ("google/gemma-2-9b-it", "score", False, 4, 2048),
         ("google/gemma-2-9b-it", "score", True, 4, 2048),
-        ("google/gemma-2-9b-it", "score", False, 32, 256),
         ("google/gemma-2-9b-it", "label_tokens", False, 128, 64),
-        ("meta-llama/Meta-Llama-3-8B-Instruct", "score", False, 4, 2048),
         ("Qwen/Qwen2.5-14B-Instruct", "score", False, 2, 2048),
         ("sentence-transformers/all-MiniLM-L6-v2", "score", False, 128, 256),
     ],

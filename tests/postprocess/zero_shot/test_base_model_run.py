@@ -199,11 +199,9 @@ DAMAGE = [
     (leave_weights, "holds adapter_model.safetensors of a training, but"),
     (with_keys(base_model="./gone"), "./gone: the base model in"),
     (with_keys(special_tokens={"pad_token": "<new>"}), "are not all in the vocabulary of"),
-    (with_keys(special_tokens={"colour": "<pad>"}), "recipe.yml: special_tokens.colour: unknown key; remove it"),
     (with_block(head="score"), "has no score.weight, so that its answers would be random"),
     (with_block(budget_tokens=5000), "budget_tokens: 5000, but the base model has 4096 positions"),
     (with_block(budget_tokens=70), "leaves no room beside the template"),
-    (with_block(fold=9), "pairwise.fold is 9, but the folds in the file are 0, 1, 2, 3, 4"),
     (with_block(pairs="gone.parquet"), "gone.parquet: no such file"),
     (overflow, "its logits are not finite"),
 ]
