@@ -104,6 +104,10 @@ def package(packaged, kind: str, head: str, quantize: str, adapter: str, verdict
 
 @pytest.fixture(scope="module")
 def found(folders):
+    return in_kaggles_versions(folders)
+
+
+def in_kaggles_versions(folders: list[Path]) -> dict:
     """What Kaggle's versions make of the packages: versions, and for each its kind, probabilities and token ids."""
     if not KAGGLE_PYTHON.exists():
         pytest.skip("no .venv-kaggle; `make test` creates it from kaggle_kernels/requirements.txt")
