@@ -1,5 +1,6 @@
 """Packages of every architecture, made with this environment's versions, loaded and scored with those of Kaggle's image."""
 
+import itertools
 import json
 import math
 import os
@@ -15,25 +16,28 @@ from preprocess.model_input import Pair, read_contract
 from tests.conftest import ROOT
 
 KAGGLE_PYTHON = ROOT / ".venv-kaggle" / "bin" / "python"
+KINDS, HEADS, FORMATS = ("gemma2", "llama", "qwen2", "bert"), ("score", "label_tokens", "reward"), ("none", "nf4", "int8")
 # Architecture, head, quantize, adapter, verdicts: each of architecture, head and quantize with each of the others.
-CASES = [
-    ("gemma2", "score", "none", "merged", 2),
-    ("gemma2", "label_tokens", "int8", "merged", 2),
-    ("gemma2", "reward", "nf4", "merged", 2),
-    ("gemma2", "score", "nf4", "unmerged", 2),
-    ("llama", "score", "int8", "merged", 3),
-    ("llama", "label_tokens", "nf4", "merged", 2),
-    ("llama", "reward", "none", "merged", 2),
-    ("qwen2", "score", "nf4", "merged", 2),
-    ("qwen2", "label_tokens", "none", "merged", 3),
-    ("qwen2", "reward", "int8", "merged", 2),
-    ("qwen2", "reward", "nf4", "unmerged", 2),
-    ("bert", "score", "nf4", "merged", 3),
-    ("bert", "reward", "none", "merged", 2),
-    ("bert", "score", "int8", "merged", 2),
-]
+SQUARE = """
+gemma2 score none merged 2
+gemma2 label_tokens int8 merged 2
+gemma2 reward nf4 merged 2
+gemma2 score nf4 unmerged 2
+llama score int8 merged 3
+llama label_tokens nf4 merged 2
+llama reward none merged 2
+qwen2 score nf4 merged 2
+qwen2 label_tokens none merged 3
+qwen2 reward int8 merged 2
+qwen2 reward nf4 unmerged 2
+bert score nf4 merged 3
+bert reward none merged 2
+bert score int8 merged 2
+"""
 AWKWARD = (
     "",
+    " ",
+    "\n\n\n",
     "\t tab,  two spaces \r\n and a line ",
     "e\u0301 é ﬁ ① Å \u212b",  # composed, decomposed, compatibility forms
     "नमस्ते 안녕하세요 สวัสดี",
@@ -46,6 +50,8 @@ AWKWARD = (
     "[CLS] [SEP] [MASK] [PAD] [UNK]",
     "1234567890 3.14159 1,000,000 x² ½",
     "don't WON'T I'LL ＦＵＬＬ ｗｉｄｔｈ",
+    "河流窗户 かわ まど نهر نافذة",
+    "def f(x):\n    return x  # a comment\n",
     "a" * 300,
     "\U0001f600" * 50,
     "\ufffd\U0010ffff",
@@ -84,13 +90,35 @@ print(json.dumps(found))
 """
 
 
+def square_cases() -> list[tuple[str, str, str, str, int]]:
+    """The table SQUARE as tuples."""
+    rows = [line.split() for line in SQUARE.strip().splitlines()]
+    return [(kind, head, quantize, adapter, int(verdicts)) for kind, head, quantize, adapter, verdicts in rows]
+
+
+def other_cases() -> list[tuple[str, str, str, str, int]]:
+    """Every architecture, head and format that the table leaves out, and what is left of ties and unmerged adapters."""
+    square = {case[:3] for case in square_cases() if case[3] == "merged"}
+    every = set(itertools.product(KINDS, HEADS, FORMATS)) - set(itertools.product(["bert"], ["label_tokens"], FORMATS))
+    others = [(*case, "merged", 2) for case in sorted(every - square)]
+    return [*others, ("gemma2", "score", "nf4", "merged", 3), ("llama", "score", "nf4", "unmerged", 2)]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(square_cases(), id="square"), pytest.param(other_cases(), id="others", marks=pytest.mark.slow)],
+)
+def cases(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def folders(packaged):
+def folders(cases, packaged):
     """The package of each case. One thread: two, on cores that are busy, take several times as long for models this small."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return [package(packaged, *case) for case in CASES]
+        return [package(packaged, *case) for case in cases]
     finally:
         torch.set_num_threads(threads)
 
@@ -126,7 +154,7 @@ def in_kaggles_versions(folders: list[Path]) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_what_was_loaded_with_the_versions_of_kaggles_image_is_what_the_table_says(found):
+def test_what_was_loaded_with_the_versions_of_kaggles_image_is_what_the_table_says(cases, found):
     assert found["versions"] == {
         "transformers": "5.0.0",
         "peft": "0.19.1",
@@ -136,11 +164,19 @@ def test_what_was_loaded_with_the_versions_of_kaggles_image_is_what_the_table_sa
         "bitsandbytes": "0.50.2",
     }
     names = ("model_type", "head", "quantised", "adapter", "verdicts")
-    assert [tuple(package[name] for name in names) for package in found["packages"]] == CASES
+    assert [tuple(package[name] for name in names) for package in found["packages"]] == cases
 
 
-def test_packages_give_the_same_probabilities_in_kaggles_versions(folders, found):
-    for folder, case, package in zip(folders, CASES, found["packages"], strict=True):
+def test_the_table_has_each_of_architecture_head_and_format_with_each_of_the_others():
+    square = square_cases()
+    assert {(kind, quantize) for kind, _, quantize, *_ in square} == set(itertools.product(KINDS, FORMATS))
+    assert {(kind, head) for kind, head, *_ in square} == set(itertools.product(KINDS, HEADS)) - {("bert", "label_tokens")}
+    assert {(head, quantize) for _, head, quantize, *_ in square} == set(itertools.product(HEADS, FORMATS))
+    assert (len(square), len(other_cases())) == (14, 23)
+
+
+def test_packages_give_the_same_probabilities_in_kaggles_versions(cases, folders, found):
+    for folder, case, package in zip(folders, cases, found["packages"], strict=True):
         golden = json.loads((folder / "manifest.json").read_text())["golden"]
         assert len(golden) == 20
         assert len({tuple(row["probabilities"]) for row in golden}) > 10, f"{case}: golden rows that tell nothing"
@@ -149,8 +185,8 @@ def test_packages_give_the_same_probabilities_in_kaggles_versions(folders, found
             assert all(math.isclose(a, b, abs_tol=1e-6) for a, b in pairs), (case, row, probabilities)
 
 
-def test_awkward_texts_and_pairs_of_them_have_the_same_token_ids_in_kaggles_versions(folders, found):
-    for folder, case, package in zip(folders, CASES, found["packages"], strict=True):
+def test_awkward_texts_and_pairs_of_them_have_the_same_token_ids_in_kaggles_versions(cases, folders, found):
+    for folder, case, package in zip(folders, cases, found["packages"], strict=True):
         tokenizer, contract = read_tokenizer(folder), read_contract(folder)
         for text, text_ids, pair_ids in zip(AWKWARD, package["text_ids"], package["pair_ids"], strict=True):
             assert text_ids == tokenizer.encode(text).ids, (case, text)

@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
 
 from kaggle_kernels.runtime.models.model import CLASSES
+from postprocess.weights.checkpoint_reader import open_tensors
 from postprocess.weights.merge import _pieces, is_finite, merge
 from postprocess.weights.meta_model import model_skeleton
 from preprocess.core.errors import UserError
@@ -100,6 +102,21 @@ def test_a_base_in_bfloat16_is_merged_in_float32(opened, tmp_path, copied):
     before, after = (load_file(folder / "model.safetensors")[f"{name}.weight"] for folder in (base, tmp_path / "merged"))
     assert before.dtype == torch.bfloat16
     assert torch.equal(after, before.float() + b @ a * 2)
+
+
+def test_a_sharded_base_and_a_sharded_result_hold_the_same_tensors(opened, tmp_path, copied):
+    run = copied("gemma2")
+    model = AutoModelForSequenceClassification.from_pretrained(run.base, num_labels=2)
+    model.save_pretrained(tmp_path / "base", max_shard_size="100KB")
+    assert len(list((tmp_path / "base").glob("model-*.safetensors"))) > 1
+    merge(opened(run), tmp_path / "one")
+    runs.set_base(run, tmp_path / "base")
+    merge(opened(run), tmp_path / "many", shard_bytes=100_000)
+    assert len(list((tmp_path / "many").glob("model-*-of-*.safetensors"))) > 1
+    whole = load_file(tmp_path / "one" / "model.safetensors")
+    with open_tensors(tmp_path / "many") as shards:
+        assert set(shards.names()) == set(whole)
+        assert all(torch.equal(shards.get(name), whole[name]) for name in whole)
 
 
 def test_old_names_of_layer_norms_are_understood(opened, tmp_path, copied):
