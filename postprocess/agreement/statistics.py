@@ -35,7 +35,7 @@ class Resamples:
     """Draws of whole groups of rows: the group of each row, (rows,), and how often a draw holds each, (draws, groups)."""
 
     group_r: np.ndarray
-    counts_bg: np.ndarray
+    counts_sg: np.ndarray
 
 
 def compare(
@@ -61,7 +61,7 @@ def compare(
     worst = float(np.max([gate["mean"] for gate in gates]))  # np.max, unlike max, hands a NaN on
     return {
         "rows": len(labels_rv),
-        "groups": resamples.counts_bg.shape[1],
+        "groups": resamples.counts_sg.shape[1],
         "resamples": RESAMPLES,
         "tolerance": tolerance,
         "packaged": packaged,
@@ -136,13 +136,13 @@ def resample(groups_r: np.ndarray) -> Resamples:
 
 def interval(values_r: np.ndarray, counted_r: np.ndarray, resamples: Resamples) -> list[float]:
     """The middle 95 % of the resampled means of the values that count: [low, high]; NaN where no draw holds one of them."""
-    groups = resamples.counts_bg.shape[1]
+    groups = resamples.counts_sg.shape[1]
     sums_g = np.bincount(resamples.group_r, weights=np.where(counted_r, values_r, 0), minlength=groups)
     rows_g = np.bincount(resamples.group_r, weights=counted_r, minlength=groups)
-    sums_b, rows_b = resamples.counts_bg @ sums_g, resamples.counts_bg @ rows_g
-    if not rows_b.any():
+    sums_s, rows_s = resamples.counts_sg @ sums_g, resamples.counts_sg @ rows_g
+    if not rows_s.any():
         return [math.nan, math.nan]
-    ends = np.quantile(sums_b[rows_b > 0] / rows_b[rows_b > 0], MIDDLE)
+    ends = np.quantile(sums_s[rows_s > 0] / rows_s[rows_s > 0], MIDDLE)
     return [round(float(end), DECIMALS) for end in ends]
 
 

@@ -133,7 +133,7 @@ def score_rows(predictions: Predictions, verdicts: tuple[str, ...]) -> ScoredRow
 
     # Every estimate multiplies the counts with float64: convert them once.
     draws = resample(groups_of(rows))
-    resamples = Resamples(draws.group_r, draws.counts_bg.astype(np.float64))
+    resamples = Resamples(draws.group_r, draws.counts_sg.astype(np.float64))
 
     return ScoredRows(
         probabilities_rov=probabilities_rov,

@@ -194,7 +194,7 @@ def part_of_gain(gains_r: np.ndarray, whole_gains_r: np.ndarray, resamples: Resa
     whole_gains_g = np.bincount(resamples.group_r, weights=whole_gains_r)
     with np.errstate(invalid="ignore", divide="ignore"):
         mean = gains_g.sum() / whole_gains_g.sum()
-        parts = resamples.counts_bg @ gains_g / (resamples.counts_bg @ whole_gains_g)
+        parts = resamples.counts_sg @ gains_g / (resamples.counts_sg @ whole_gains_g)
     low, high = np.nanpercentile(parts, [2.5, 97.5])
     return {"mean": float(mean), "low": float(low), "high": float(high)}
 

@@ -155,7 +155,7 @@ SETTINGS = Settings(
     min_scored=0.98,
     visible_rows=512,
     wheels="pairwise-wheels",
-    build="ec79a0759cc00440",
+    build="58848ab37ca53a29",
 )
 
 
@@ -444,17 +444,17 @@ class GptqLinear(torch.nn.Module):
         self.register_buffer("g_idx", torch.zeros(inputs, dtype=torch.int32))  # i // group_size: nothing was reordered
         self.bias = bias
 
-    def weight_oi(self, dtype: torch.dtype) -> torch.Tensor:
+    def weight_ui(self, dtype: torch.dtype) -> torch.Tensor:
         """The weights in `dtype`, of shape (outputs, inputs): (code - zero) * scale."""
-        codes_oi = unpack(self.qweight, self.bits).transpose(0, 1).flatten(1)
-        zeros_go = unpack(self.qzeros, self.bits).flatten(1) + 1
-        weight_ogi = codes_oi.unflatten(1, (-1, self.group_size)).to(dtype)
-        weight_ogi.sub_(zeros_go.T.unsqueeze(-1)).mul_(self.scales.T.unsqueeze(-1).to(dtype))
-        return weight_ogi.flatten(1)
+        codes_ui = unpack(self.qweight, self.bits).transpose(0, 1).flatten(1)
+        zeros_qu = unpack(self.qzeros, self.bits).flatten(1) + 1
+        weight_uqi = codes_ui.unflatten(1, (-1, self.group_size)).to(dtype)
+        weight_uqi.sub_(zeros_qu.T.unsqueeze(-1)).mul_(self.scales.T.unsqueeze(-1).to(dtype))
+        return weight_uqi.flatten(1)
 
     def forward(self, input_bti: torch.Tensor) -> torch.Tensor:
         """The layer's output, in the input's dtype."""
-        return linear(input_bti, self.weight_oi(input_bti.dtype), self.bias)
+        return linear(input_bti, self.weight_ui(input_bti.dtype), self.bias)
 
 
 def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
@@ -521,7 +521,7 @@ AFTER_ATTENTION = ("self_attn.o_proj", "mlp", "attention.output.dense", "interme
 BEING_READ = threading.local()  # of the batch that this thread is scoring: a split model has one in each of several threads
 
 
-def repeated_attention(module, query_bhtd, key_bgtd, value_bgtd, attention_mask, scaling=None, **_):
+def repeated_attention(module, query_bhtd, key_bhtd, value_bhtd, attention_mask, scaling=None, **_):
     """PyTorch's attention with keys and values repeated for every head of their group.
 
     transformers' own leaves the groups to PyTorch where there is no mask (`enable_gqa`). Only FlashAttention on a GPU can
@@ -530,8 +530,8 @@ def repeated_attention(module, query_bhtd, key_bgtd, value_bgtd, attention_mask,
     groups = getattr(module, "num_key_value_groups", 1)
     output_bhtd = scaled_dot_product_attention(
         query_bhtd,
-        key_bgtd.repeat_interleave(groups, dim=1) if groups > 1 else key_bgtd,
-        value_bgtd.repeat_interleave(groups, dim=1) if groups > 1 else value_bgtd,
+        key_bhtd.repeat_interleave(groups, dim=1) if groups > 1 else key_bhtd,
+        value_bhtd.repeat_interleave(groups, dim=1) if groups > 1 else value_bhtd,
         attn_mask=attention_mask,
         scale=scaling,
         is_causal=attention_mask is None and module.is_causal,
@@ -782,8 +782,8 @@ def verdict_logits(
     rows = [torch.empty(0)] * len(sequences)
     for group in alike(list(map(len, sequences))):
         with passing():
-            outputs_go = compute_logits(model, contract, [sequences[place] for place in group], device).float().cpu()
-        for place, row in zip(group, outputs_go, strict=True):
+            outputs_bu = compute_logits(model, contract, [sequences[place] for place in group], device).float().cpu()
+        for place, row in zip(group, outputs_bu, strict=True):
             rows[place] = row
     logits = torch.stack(rows)
     if contract.head != "reward":
@@ -798,10 +798,10 @@ def classifier_logits(model: torch.nn.Module, contract, sequences: Sequence[list
     only an encoder needs a mask.
     """
     is_decoder = getattr(model, "causal", False)
-    ids_gt, mask_gt = pad(sequences, contract.pad_token_id, pad_left=False)
-    inputs = {"input_ids": ids_gt.to(device)}
-    if not is_decoder and not mask_gt.all():
-        inputs["attention_mask"] = mask_gt.long().to(device)
+    ids_bt, mask_bt = pad(sequences, contract.pad_token_id, pad_left=False)
+    inputs = {"input_ids": ids_bt.to(device)}
+    if not is_decoder and not mask_bt.all():
+        inputs["attention_mask"] = mask_bt.long().to(device)
 
     # A decoder's head reads the last token of a row that is not padding, an encoder's the first.
     read_places = [0] * len(sequences)
@@ -816,28 +816,28 @@ def label_token_logits(model: torch.nn.Module, contract, sequences: Sequence[lis
 
     Its rows are padded on the left: the answer then stands at the last place of every row, and only there are logits computed.
     """
-    ids_gt, mask_gt = pad(sequences, contract.pad_token_id, pad_left=True)
-    position_ids_gt = (mask_gt.cumsum(-1) - 1).clamp(min=0)
-    inputs = {"input_ids": ids_gt.to(device), "position_ids": position_ids_gt.to(device)}
-    if not mask_gt.all():
-        inputs["attention_mask"] = mask_gt.long().to(device)
+    ids_bt, mask_bt = pad(sequences, contract.pad_token_id, pad_left=True)
+    position_ids_bt = (mask_bt.cumsum(-1) - 1).clamp(min=0)
+    inputs = {"input_ids": ids_bt.to(device), "position_ids": position_ids_bt.to(device)}
+    if not mask_bt.all():
+        inputs["attention_mask"] = mask_bt.long().to(device)
 
-    last_place = ids_gt.shape[1] - 1
+    last_place = ids_bt.shape[1] - 1
     with reading(torch.full((len(sequences),), last_place, device=device)):
-        logits_g1v = model(**inputs, logits_to_keep=1, use_cache=False).logits
-    return logits_g1v[:, -1, list(contract.label_token_ids)]
+        logits_b1v = model(**inputs, logits_to_keep=1, use_cache=False).logits
+    return logits_b1v[:, -1, list(contract.label_token_ids)]
 
 
 def pad(sequences: Sequence[list[int]], pad_token_id: int, pad_left: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids padded to the longest sequence, and where they are no padding, both (sequences, tokens)."""
-    lengths_g1 = torch.tensor([[len(ids)] for ids in sequences])
-    longest = int(lengths_g1.max())
+    lengths_b1 = torch.tensor([[len(ids)] for ids in sequences])
+    longest = int(lengths_b1.max())
     places_t = torch.arange(longest)
-    mask_gt = places_t >= longest - lengths_g1 if pad_left else places_t < lengths_g1
+    mask_bt = places_t >= longest - lengths_b1 if pad_left else places_t < lengths_b1
 
-    ids_gt = torch.full(mask_gt.shape, pad_token_id)
-    ids_gt[mask_gt] = torch.tensor([token for ids in sequences for token in ids])
-    return ids_gt, mask_gt
+    ids_bt = torch.full(mask_bt.shape, pad_token_id)
+    ids_bt[mask_bt] = torch.tensor([token for ids in sequences for token in ids])
+    return ids_bt, mask_bt
 
 
 def last_token_place(ids: Sequence[int], pad_token_id: int) -> int:

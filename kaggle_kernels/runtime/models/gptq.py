@@ -33,17 +33,17 @@ class GptqLinear(torch.nn.Module):
         self.register_buffer("g_idx", torch.zeros(inputs, dtype=torch.int32))  # i // group_size: nothing was reordered
         self.bias = bias
 
-    def weight_oi(self, dtype: torch.dtype) -> torch.Tensor:
+    def weight_ui(self, dtype: torch.dtype) -> torch.Tensor:
         """The weights in `dtype`, of shape (outputs, inputs): (code - zero) * scale."""
-        codes_oi = unpack(self.qweight, self.bits).transpose(0, 1).flatten(1)
-        zeros_go = unpack(self.qzeros, self.bits).flatten(1) + 1
-        weight_ogi = codes_oi.unflatten(1, (-1, self.group_size)).to(dtype)
-        weight_ogi.sub_(zeros_go.T.unsqueeze(-1)).mul_(self.scales.T.unsqueeze(-1).to(dtype))
-        return weight_ogi.flatten(1)
+        codes_ui = unpack(self.qweight, self.bits).transpose(0, 1).flatten(1)
+        zeros_qu = unpack(self.qzeros, self.bits).flatten(1) + 1
+        weight_uqi = codes_ui.unflatten(1, (-1, self.group_size)).to(dtype)
+        weight_uqi.sub_(zeros_qu.T.unsqueeze(-1)).mul_(self.scales.T.unsqueeze(-1).to(dtype))
+        return weight_uqi.flatten(1)
 
     def forward(self, input_bti: torch.Tensor) -> torch.Tensor:
         """The layer's output, in the input's dtype."""
-        return linear(input_bti, self.weight_oi(input_bti.dtype), self.bias)
+        return linear(input_bti, self.weight_ui(input_bti.dtype), self.bias)
 
 
 def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:

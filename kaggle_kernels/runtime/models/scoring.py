@@ -111,8 +111,8 @@ def verdict_logits(
     rows = [torch.empty(0)] * len(sequences)
     for group in alike(list(map(len, sequences))):
         with passing():
-            outputs_go = compute_logits(model, contract, [sequences[place] for place in group], device).float().cpu()
-        for place, row in zip(group, outputs_go, strict=True):
+            outputs_bu = compute_logits(model, contract, [sequences[place] for place in group], device).float().cpu()
+        for place, row in zip(group, outputs_bu, strict=True):
             rows[place] = row
     logits = torch.stack(rows)
     if contract.head != "reward":
@@ -127,10 +127,10 @@ def classifier_logits(model: torch.nn.Module, contract, sequences: Sequence[list
     only an encoder needs a mask.
     """
     is_decoder = getattr(model, "causal", False)
-    ids_gt, mask_gt = pad(sequences, contract.pad_token_id, pad_left=False)
-    inputs = {"input_ids": ids_gt.to(device)}
-    if not is_decoder and not mask_gt.all():
-        inputs["attention_mask"] = mask_gt.long().to(device)
+    ids_bt, mask_bt = pad(sequences, contract.pad_token_id, pad_left=False)
+    inputs = {"input_ids": ids_bt.to(device)}
+    if not is_decoder and not mask_bt.all():
+        inputs["attention_mask"] = mask_bt.long().to(device)
 
     # A decoder's head reads the last token of a row that is not padding, an encoder's the first.
     read_places = [0] * len(sequences)
@@ -145,28 +145,28 @@ def label_token_logits(model: torch.nn.Module, contract, sequences: Sequence[lis
 
     Its rows are padded on the left: the answer then stands at the last place of every row, and only there are logits computed.
     """
-    ids_gt, mask_gt = pad(sequences, contract.pad_token_id, pad_left=True)
-    position_ids_gt = (mask_gt.cumsum(-1) - 1).clamp(min=0)
-    inputs = {"input_ids": ids_gt.to(device), "position_ids": position_ids_gt.to(device)}
-    if not mask_gt.all():
-        inputs["attention_mask"] = mask_gt.long().to(device)
+    ids_bt, mask_bt = pad(sequences, contract.pad_token_id, pad_left=True)
+    position_ids_bt = (mask_bt.cumsum(-1) - 1).clamp(min=0)
+    inputs = {"input_ids": ids_bt.to(device), "position_ids": position_ids_bt.to(device)}
+    if not mask_bt.all():
+        inputs["attention_mask"] = mask_bt.long().to(device)
 
-    last_place = ids_gt.shape[1] - 1
+    last_place = ids_bt.shape[1] - 1
     with reading(torch.full((len(sequences),), last_place, device=device)):
-        logits_g1v = model(**inputs, logits_to_keep=1, use_cache=False).logits
-    return logits_g1v[:, -1, list(contract.label_token_ids)]
+        logits_b1v = model(**inputs, logits_to_keep=1, use_cache=False).logits
+    return logits_b1v[:, -1, list(contract.label_token_ids)]
 
 
 def pad(sequences: Sequence[list[int]], pad_token_id: int, pad_left: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids padded to the longest sequence, and where they are no padding, both (sequences, tokens)."""
-    lengths_g1 = torch.tensor([[len(ids)] for ids in sequences])
-    longest = int(lengths_g1.max())
+    lengths_b1 = torch.tensor([[len(ids)] for ids in sequences])
+    longest = int(lengths_b1.max())
     places_t = torch.arange(longest)
-    mask_gt = places_t >= longest - lengths_g1 if pad_left else places_t < lengths_g1
+    mask_bt = places_t >= longest - lengths_b1 if pad_left else places_t < lengths_b1
 
-    ids_gt = torch.full(mask_gt.shape, pad_token_id)
-    ids_gt[mask_gt] = torch.tensor([token for ids in sequences for token in ids])
-    return ids_gt, mask_gt
+    ids_bt = torch.full(mask_bt.shape, pad_token_id)
+    ids_bt[mask_bt] = torch.tensor([token for ids in sequences for token in ids])
+    return ids_bt, mask_bt
 
 
 def last_token_place(ids: Sequence[int], pad_token_id: int) -> int:

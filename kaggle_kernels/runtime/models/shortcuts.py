@@ -20,7 +20,7 @@ AFTER_ATTENTION = ("self_attn.o_proj", "mlp", "attention.output.dense", "interme
 BEING_READ = threading.local()  # of the batch that this thread is scoring: a split model has one in each of several threads
 
 
-def repeated_attention(module, query_bhtd, key_bgtd, value_bgtd, attention_mask, scaling=None, **_):
+def repeated_attention(module, query_bhtd, key_bhtd, value_bhtd, attention_mask, scaling=None, **_):
     """PyTorch's attention with keys and values repeated for every head of their group.
 
     transformers' own leaves the groups to PyTorch where there is no mask (`enable_gqa`). Only FlashAttention on a GPU can
@@ -29,8 +29,8 @@ def repeated_attention(module, query_bhtd, key_bgtd, value_bgtd, attention_mask,
     groups = getattr(module, "num_key_value_groups", 1)
     output_bhtd = scaled_dot_product_attention(
         query_bhtd,
-        key_bgtd.repeat_interleave(groups, dim=1) if groups > 1 else key_bgtd,
-        value_bgtd.repeat_interleave(groups, dim=1) if groups > 1 else value_bgtd,
+        key_bhtd.repeat_interleave(groups, dim=1) if groups > 1 else key_bhtd,
+        value_bhtd.repeat_interleave(groups, dim=1) if groups > 1 else value_bhtd,
         attn_mask=attention_mask,
         scale=scaling,
         is_causal=attention_mask is None and module.is_causal,

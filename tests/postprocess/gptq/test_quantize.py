@@ -247,7 +247,7 @@ def test_a_weight_is_code_less_zero_times_scale():
     layer.qweight = torch.full((1, 8), 0x76543210, dtype=torch.int32)  # along the inputs: 0 to 7, for each output
     layer.qzeros = torch.full((2, 1), 0x33333333, dtype=torch.int32)  # 4, less one
     layer.scales = torch.tensor([[0.5] * 8, [2.0] * 8], dtype=torch.float16)
-    assert layer.weight_oi(torch.float32).tolist() == [[-2.0, -1.5, -1.0, -0.5, 0.0, 2.0, 4.0, 6.0]] * 8
+    assert layer.weight_ui(torch.float32).tolist() == [[-2.0, -1.5, -1.0, -0.5, 0.0, 2.0, 4.0, 6.0]] * 8
     assert layer(torch.ones(1, 8)).tolist() == [[7.0] * 8]
 
 
