@@ -24,8 +24,10 @@ def demo(folder) -> str:
 
 def test_the_demo_learns_submits_and_does_nothing_twice(tmp_path):
     folder = tmp_path / "copy"
-    ignored = shutil.ignore_patterns(".git", ".venv*", "outputs", "data", "__pycache__")
-    shutil.copytree(ROOT, folder, ignore=ignored)
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    for name in tracked:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, folder / name)
     (folder / ".venv-kaggle").symlink_to(ROOT / ".venv-kaggle")
     first = demo(folder)
     result = json.loads((folder / "outputs/demo/demo.json").read_text())
