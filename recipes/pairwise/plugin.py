@@ -25,7 +25,7 @@ from recipes.pairwise.config import run_config
 from recipes.pairwise.contract import new_contract, record_training, write_contract
 from recipes.pairwise.data.collators import LabelTokenCollator, PairCollator
 from recipes.pairwise.data.datasets import datasets_of
-from recipes.pairwise.processes import LOG, stop, stopping_on_errors
+from recipes.pairwise.processes import LOG, end_without_telemetry, stop, stopping_on_errors
 from recipes.pairwise.tracking import metrics, recipe_copy, results, wandb_run
 from recipes.pairwise.training import checkpoints, cpu, deepspeed_cpu, weights, zero3
 from recipes.pairwise.training.trainer import LabelTokenTrainer, PairwiseTrainer
@@ -52,6 +52,7 @@ class PairwisePlugin(BasePlugin):
 
     def register(self, cfg):
         """Check the recipe before Axolotl does, and set the keys that are the same for every recipe."""
+        end_without_telemetry()
         with stopping_on_errors():
             run_config.refuse_other_commands(sys.argv)
 

@@ -1,11 +1,15 @@
 """The processes of one run: which of them speaks, and how all of them end where the recipe or the data is at fault."""
 
+import atexit
 import contextlib
 import logging
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+import posthog
+from axolotl.telemetry.manager import TelemetryManager
 
 from preprocess.core.errors import UserError
 from preprocess.model_input import ContractError
@@ -34,3 +38,14 @@ def stopping_on_errors(recipe: Path | None = None) -> Iterator[None]:
         yield
     except (UserError, ContractError) as error:
         stop(error, recipe)
+
+
+def end_without_telemetry() -> None:
+    """Let this process end at once, whatever Axolotl's telemetry still has to send.
+
+    At exit the telemetry's sender is stopped first, and then its queue is waited for: without a network a process with an
+    event left would wait for ever. What has not been sent by then is lost.
+    """
+    atexit.unregister(TelemetryManager.get_instance().shutdown)
+    if posthog.default_client is not None:
+        atexit.unregister(posthog.default_client.join)
