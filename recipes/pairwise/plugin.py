@@ -23,12 +23,12 @@ from preprocess.core import ledger
 from preprocess.core.errors import UserError
 from recipes.pairwise.config import run_config
 from recipes.pairwise.contract import new_contract, record_training, write_contract
-from recipes.pairwise.data.collators import LabelTokenCollator, PairCollator
+from recipes.pairwise.data.collators import PairCollator
 from recipes.pairwise.data.datasets import datasets_of
 from recipes.pairwise.processes import LOG, end_without_telemetry, stop, stopping_on_errors
 from recipes.pairwise.tracking import metrics, recipe_copy, results, wandb_run
-from recipes.pairwise.training import checkpoints, cpu, deepspeed_cpu, weights, zero3
-from recipes.pairwise.training.trainer import LabelTokenTrainer, PairwiseTrainer
+from recipes.pairwise.training import checkpoints, cpu, deepspeed_cpu, heads, weights, zero3
+from recipes.pairwise.training.trainer import LABEL_TOKEN_OPTIONS, PairwiseTrainer
 
 DEFAULT_SEED = 42
 PADDED_TO_MULTIPLE_OF = 8  # tokens, which suits tensor cores
@@ -115,8 +115,8 @@ class PairwisePlugin(BasePlugin):
 
         if self.block.head != "label_tokens":
             with stopping_on_errors(self.recipe):
-                weights.ensure_head(model)
-            weights.name_labels(model.config, ("reward",) if self.block.head == "reward" else self.block.verdicts)
+                heads.ensure_head(model)
+            heads.name_labels(model.config, ("reward",) if self.block.head == "reward" else self.block.verdicts)
         model.config.pad_token_id = self.contract.pad_token_id
         if not self.block.softcap:
             weights.remove_softcap(model)
@@ -127,7 +127,8 @@ class PairwisePlugin(BasePlugin):
             zero3.fetch_heads_as_one(model)
 
     def post_model_load(self, cfg, model):
-        """Hold what is trained in float32, now that the adapter is there; DeepSpeed and FSDP see to that themselves."""
+        """Compute logits in float32, and hold what is trained in it; DeepSpeed and FSDP see to the latter themselves."""
+        heads.compute_logits_in_float32(model, self.contract.label_token_ids)
         if not cfg.deepspeed and not cfg.fsdp_config:
             weights.train_in_float32(model)
 
@@ -140,21 +141,18 @@ class PairwisePlugin(BasePlugin):
         return arguments
 
     def get_trainer_cls(self, cfg):
-        """Choose the trainer by the head."""
-        return LabelTokenTrainer if self.block.head == "label_tokens" else PairwiseTrainer
+        """Bring the trainer with our loss."""
+        return PairwiseTrainer
 
     def get_collator_cls_and_kwargs(self, cfg, is_eval=False):
-        """Choose the collator by the head; evaluation always sees both orders."""
-        arguments = {
+        """Bring the collator; evaluation always sees both orders."""
+        return PairCollator, {
             "head": self.block.head,
             "verdicts": self.block.verdicts,
             "orders": "both" if is_eval else self.block.orders,
             "pad_token_id": self.contract.pad_token_id,
             "pad_to_multiple_of": PADDED_TO_MULTIPLE_OF,
         }
-        if self.block.head == "label_tokens" and not is_eval:
-            return LabelTokenCollator, arguments | {"label_token_ids": self.contract.label_token_ids}
-        return PairCollator, arguments
 
     def add_callbacks_post_trainer(self, cfg, trainer):
         """Let DeepSpeed step on CPUs."""
@@ -163,7 +161,7 @@ class PairwisePlugin(BasePlugin):
     def post_trainer_create(self, cfg, trainer):
         """Give the trainer its loss's settings and metrics; keep the recipe, and clear away an earlier run's results."""
         trainer.label_smoothing = self.block.label_smoothing
-        trainer.label_token_ids = self.contract.label_token_ids
+        trainer.model_options = LABEL_TOKEN_OPTIONS if self.block.head == "label_tokens" else {}
         trainer.compute_metrics = self._compute_metrics
         self.trainer = trainer
         wandb_run.make_harmless(trainer)

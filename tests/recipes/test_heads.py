@@ -6,16 +6,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models
-from transformers import AutoTokenizer
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from preprocess.core.errors import UserError
 from recipes.pairwise.config.schema import PairwiseBlock
 from recipes.pairwise.contract import label_tokens, new_contract
 from recipes.pairwise.data import datasets
-from recipes.pairwise.data.collators import LabelTokenCollator, PairCollator
+from recipes.pairwise.data.collators import PairCollator
 from recipes.pairwise.tracking import metrics
-from recipes.pairwise.training.trainer import soft_cross_entropy
+from recipes.pairwise.training.heads import compute_logits_in_float32
+from recipes.pairwise.training.trainer import LABEL_TOKEN_OPTIONS, soft_cross_entropy
 from tests import tiny
 
 TWO = ("model_a", "model_b")
@@ -23,47 +26,12 @@ ROWS = [
     {"id": "x", "sequences": [[5, 6, 7], [5, 7, 6, 8]], "labels": [0.75, 0.25], "weight": 2.0},
     {"id": "y", "sequences": [[9], [8]], "labels": [0.0, 1.0], "weight": 1.0},
 ]
-TIES = [{"id": name, "sequences": [[5], [6]], "labels": [0.5, 0.5], "weight": 1.0} for name in "abcdefgh"]
 
 
-def causal(orders: str = "both", verdicts: tuple = TWO, answers: tuple = (20, 30)) -> LabelTokenCollator:
-    return LabelTokenCollator(
-        None, "label_tokens", verdicts, orders, pad_token_id=1, pad_to_multiple_of=1, label_token_ids=answers
-    )
-
-
-def test_the_answer_follows_the_sequence_and_is_all_that_is_learnt():
-    batch = causal()(ROWS)
-    assert batch["input_ids"].tolist() == [[5, 6, 7, 20, 1], [5, 7, 6, 8, 30], [9, 30, 1, 1, 1], [8, 20, 1, 1, 1]]
-    assert batch["labels"].tolist() == [
-        [-100, -100, -100, 20, -100],
-        [-100, -100, -100, -100, 30],
-        [-100, 30, -100, -100, -100],
-        [-100, 20, -100, -100, -100],
-    ]
-    assert batch["attention_mask"].sum(dim=1).tolist() == [4, 5, 2, 2]
-    assert sorted(batch) == ["attention_mask", "input_ids", "labels"]
-
-
-def test_one_order_alone_keeps_its_own_answer():
-    assert causal("as_given")(ROWS)["input_ids"].tolist() == [[5, 6, 7, 20], [9, 30, 1, 1]]
-
-
-def test_a_tie_is_answered_half_and_half_and_favours_no_place():
-    answers = causal()(TIES)["input_ids"][:, 1].view(-1, 2)
-    assert (answers[:, 0] == answers[:, 1]).all(), "the same place in both orders is the other response"
-    assert 0 < (answers[:, 0] == 20).sum() < len(TIES)
-
-
-def test_a_tie_with_a_token_of_its_own_is_answered_with_it():
-    row = {"id": "x", "sequences": [[5], [6]], "labels": [0.2, 0.6, 0.2], "weight": 1.0}
-    batch = causal(verdicts=("model_a", "tie", "model_b"), answers=(20, 40, 30))([row])
-    assert batch["input_ids"].tolist() == [[5, 40], [6, 40]]
-
-
-def test_what_is_predicted_from_ends_at_the_last_place():
+def test_label_tokens_are_read_at_the_last_place_of_every_row():
     batch = PairCollator(None, "label_tokens", TWO, "both", pad_token_id=1, pad_to_multiple_of=4)(ROWS)
     assert batch["input_ids"].tolist() == [[1, 5, 6, 7], [5, 7, 6, 8], [1, 1, 1, 9], [1, 1, 1, 8]]
+    assert batch["position_ids"].tolist() == [[0, 0, 1, 2], [0, 1, 2, 3], [0, 0, 0, 0], [0, 0, 0, 0]]
     assert batch["labels"].tolist() == [[[0.75, 0.25], [0.25, 0.75]], [[0.0, 1.0], [1.0, 0.0]]]
 
 
@@ -82,6 +50,47 @@ def test_the_loss_of_rewards_is_bradley_and_terrys():
     second = (math.log(1 + math.exp(2)) + math.log(1 + math.exp(-2))) / 2
     expected = (first + second) / 2
     assert soft_cross_entropy(rewards.view(labels.shape), labels, torch.ones(2)).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_logits_are_float32_though_head_and_autocast_are_bf16():
+    model = nn.ModuleDict({"score": nn.Linear(4, 2, bias=False, dtype=torch.bfloat16)})
+    weight_vd = torch.tensor([[16.0, 0.0, 0.0, 0.0625], [1.0, 0.0, 0.0, 0.0]])
+    model["score"].weight.data = weight_vd.bfloat16()
+    compute_logits_in_float32(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits_v = model["score"](torch.ones(4, dtype=torch.bfloat16))
+    assert logits_v.tolist() == [16.0625, 1.0]
+
+
+def test_a_model_without_a_linear_head_is_no_model_to_train():
+    with pytest.raises(RuntimeError, match="ModuleDict: no linear layer named score or classifier"):
+        compute_logits_in_float32(nn.ModuleDict({"decoder": nn.Linear(4, 2)}))
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]])
+def test_only_label_tokens_have_logits_and_they_are_those_of_the_whole_vocabulary(tiny_models, targets):
+    model = AutoModelForCausalLM.from_pretrained(tiny_models("gemma2"))
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False)).eval()
+    inputs = {"input_ids": torch.tensor([[5, 6, 7], [8, 9, 10]])}
+    all_logits_btv = model(**inputs).logits
+    compute_logits_in_float32(model, (20, 30))
+    logits_b1v = model(**inputs, **LABEL_TOKEN_OPTIONS).logits
+    assert torch.allclose(logits_b1v, all_logits_btv[:, -1:, [20, 30]], atol=1e-5)
+
+
+def test_label_tokens_learn_the_share_of_the_votes(tiny_models):
+    model = AutoModelForCausalLM.from_pretrained(tiny_models("llama"))
+    compute_logits_in_float32(model, (20, 30))
+    row = {"id": "x", "sequences": [[5, 6, 7], [5, 7, 6, 8]], "labels": [0.7, 0.3], "weight": 1.0}
+    batch = PairCollator(None, "label_tokens", TWO, "both", pad_token_id=0)([row])
+    labels_pov, weight_p = batch.pop("labels"), batch.pop("weight")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.003)
+    for _ in range(40):
+        logits_pov = model(**batch, **LABEL_TOKEN_OPTIONS).logits.view(labels_pov.shape)
+        soft_cross_entropy(logits_pov, labels_pov, weight_p).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.allclose(logits_pov.softmax(-1), torch.tensor([[[0.7, 0.3], [0.3, 0.7]]]), atol=0.03)
 
 
 def test_a_reward_models_second_order_is_its_first():

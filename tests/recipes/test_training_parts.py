@@ -1,6 +1,7 @@
 """The plain functions behind the plugin: targets, collator, loss, metrics, splits, head."""
 
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,8 +22,8 @@ from recipes.pairwise.plugin import PairwisePlugin
 from recipes.pairwise.tracking import metrics
 from recipes.pairwise.training.checkpoints import check_resume
 from recipes.pairwise.training.cpu import use_all_cores
-from recipes.pairwise.training.trainer import soft_cross_entropy
-from recipes.pairwise.training.weights import ensure_head
+from recipes.pairwise.training.heads import ensure_head
+from recipes.pairwise.training.trainer import check_gradient, soft_cross_entropy
 from tests import tiny
 
 TWO = ("model_a", "model_b")
@@ -69,6 +70,15 @@ def test_loss_is_the_weighted_soft_cross_entropy():
     assert soft_cross_entropy(logits, labels, torch.tensor([3.0, 1.0])).item() == pytest.approx(expected, abs=1e-6)
     smoothed = soft_cross_entropy(logits[1:], labels[1:], torch.tensor([1.0]), label_smoothing=0.2).item()
     assert smoothed == pytest.approx(0.9 * math.log(4 / 3) + 0.1 * math.log(4), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("norm", "loss_scale", "has_diverged"),
+    [(1.0, None, False), (math.nan, None, True), (math.inf, 32768.0, False), (math.nan, 0.5, True)],
+)
+def test_an_overflow_is_routine_only_while_fp16_looks_for_its_scale(norm, loss_scale, has_diverged):
+    with pytest.raises(FloatingPointError, match="step 3: the gradient is not finite") if has_diverged else nullcontext():
+        check_gradient(norm, 3, loss_scale)
 
 
 def test_the_swapped_order_is_swapped_back_before_it_is_averaged():
@@ -254,9 +264,11 @@ def test_a_single_process_gets_every_core_back_from_the_launcher(monkeypatch):
 
 @pytest.mark.parametrize(("deepspeed", "trained"), [(None, torch.float32), ("zero2.json", torch.bfloat16)])
 def test_what_is_trained_is_held_in_float32_unless_deepspeed_does_that(deepspeed, trained):
-    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2)).to(torch.bfloat16)
-    model[0].requires_grad_(False)
-    PairwisePlugin().post_model_load(SimpleNamespace(deepspeed=deepspeed, fsdp_config=None), model)
+    model = torch.nn.ModuleDict({"layer": torch.nn.Linear(4, 4), "score": torch.nn.Linear(4, 2)}).to(torch.bfloat16)
+    model["layer"].requires_grad_(False)
+    plugin = PairwisePlugin()
+    plugin.contract = SimpleNamespace(label_token_ids=())
+    plugin.post_model_load(SimpleNamespace(deepspeed=deepspeed, fsdp_config=None), model)
     assert [parameter.dtype for parameter in model.parameters()] == [torch.bfloat16] * 2 + [trained] * 2
 
 

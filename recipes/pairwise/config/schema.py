@@ -127,8 +127,6 @@ class PairwiseBlock(_Strict):
             raise ValueError(f"package.quantize: {self.package.quantize} is for decoders; an encoder takes int8, or none")
         if self.head == "label_tokens" and self.template == "bert":
             raise ValueError("template: bert has no answer to predict; label_tokens needs gemma, llama3 or chatml")
-        if self.head == "label_tokens" and self.label_smoothing:
-            raise ValueError("label_smoothing: Axolotl's causal trainer has none; remove the key")
         return self
 
     def resolved_template(self) -> Template:

@@ -1,22 +1,30 @@
 """Rows of the dataset → one padded batch, the two sequences of a pair side by side."""
 
+import math
 import os
-import zlib
 from dataclasses import dataclass
 
 import torch
 
 from preprocess.model_input import swap_probabilities
 
+SEEDS_APART = 7919  # between the seeds of two processes; any prime does
+
 
 @dataclass
 class PairCollator:
-    """Batches for all three heads. `orders`: as_given, random (one of the two for each pair) or both.
+    """Makes the batches for all three heads.
 
-    A batch holds labels (pairs, orders, verdicts), weight (pairs,), and input_ids and attention_mask of shape
-    (pairs * orders, tokens), the orders of a pair adjacent. For the reward head it has one order, and two rows of ids a
-    pair, in the order of the verdicts. Padding stands on the right; for label_tokens, whose answer is read at the last
-    place, on the left. `padding` and `return_tensors` are what Axolotl passes, and ignored.
+    A batch holds labels (pairs, orders, verdicts), weight (pairs,), and input_ids and
+    attention_mask of shape (pairs * orders, tokens), the orders of a pair adjacent. For the reward
+    head it has one order, and two rows of ids a pair, in the order of the verdicts.
+
+    Padding stands on the right. For label_tokens, whose answer is read at the last place, it stands
+    on the left, and the batch holds position_ids as well.
+
+    Attributes:
+        tokenizer: Passed by Axolotl, as are `padding` and `return_tensors`; not used.
+        orders: as_given, random (one of the two for each pair) or both.
     """
 
     tokenizer: object
@@ -27,84 +35,77 @@ class PairCollator:
     pad_to_multiple_of: int = 8
     padding: bool = True
     return_tensors: str = "pt"
-    coin: torch.Generator | None = None
-
-    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        sequences, labels = [], []
-        for row in rows:
-            chosen = self.chosen(row)
-            sequences += [ids for ids, _ in chosen]
-            labels.append([row["labels"]] if self.head == "reward" else [target for _, target in chosen])
-        return {
-            "labels": torch.tensor(labels, dtype=torch.float32),
-            "weight": torch.tensor([row["weight"] for row in rows], dtype=torch.float32),
-            **self.padded(sequences, left=self.head == "label_tokens"),
-        }
-
-    def chosen(self, row: dict) -> list[tuple[list[int], list[float]]]:
-        """The sequences of a row that the batch takes, each with its target probabilities."""
-        first, second = row["sequences"]
-        as_given = list(row["labels"])
-        if self.head == "reward":
-            by_verdict = {"model_a": first, "model_b": second}
-            return [(by_verdict[verdict], as_given) for verdict in self.verdicts]
-        both = [(first, as_given), (second, swap_probabilities(as_given, self.verdicts))]
-        if self.orders == "as_given":
-            return both[:1]
-        if self.orders == "random":
-            return [both[int(torch.rand((), generator=self._coin()) < 0.5)]]
-        return both
-
-    def padded(self, sequences: list[list[int]], left: bool) -> dict[str, torch.Tensor]:
-        """input_ids and attention_mask, both (sequences, tokens)."""
-        longest = max(map(len, sequences))
-        width = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        input_ids = torch.full((len(sequences), width), self.pad_token_id, dtype=torch.long)
-        attention_mask = torch.zeros((len(sequences), width), dtype=torch.long)
-        for number, ids in enumerate(sequences):
-            place = slice(width - len(ids), width) if left else slice(len(ids))
-            input_ids[number, place] = torch.tensor(ids)
-            attention_mask[number, place] = 1
-        return {"input_ids": input_ids, "attention_mask": attention_mask}
-
-    def _coin(self) -> torch.Generator:
-        """A generator that differs between processes and between their workers: torch's own is the same on every GPU."""
-        if self.coin is None:
-            seed = torch.initial_seed() + 7919 * int(os.environ.get("RANK", "0"))
-            self.coin = torch.Generator().manual_seed(seed % 2**63)
-        return self.coin
-
-
-@dataclass
-class LabelTokenCollator(PairCollator):
-    """Batches for a stock causal trainer: each sequence followed by its answer's token, every other label -100."""
-
-    label_token_ids: tuple[int, ...] = ()
+    generator: torch.Generator | None = None
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         sequences = []
+        labels_pov = []
         for row in rows:
-            answers = likeliest({**row, "labels": list(row["labels"])}, self.verdicts)
-            targets = [answers[0], swap_probabilities(answers[1], self.verdicts)]
-            both = [
-                [*ids, self.label_token_ids[target.index(1)]] for ids, target in zip(row["sequences"], targets, strict=True)
-            ]
-            taken = self.chosen({**row, "sequences": both})
-            sequences += [ids for ids, _ in taken]
-        batch = self.padded(sequences, left=False)
-        labels = torch.full_like(batch["input_ids"], -100)
+            if self.head == "reward":
+                sequences += self.reward_sequences(row)
+                labels_pov.append([row["labels"]])
+                continue
+            row_orders = self.choose_orders(row)
+            sequences += [ids for ids, _ in row_orders]
+            labels_pov.append([labels_v for _, labels_v in row_orders])
+
+        weight_p = [row["weight"] for row in rows]
+        return {
+            "labels": torch.tensor(labels_pov, dtype=torch.float32),
+            "weight": torch.tensor(weight_p, dtype=torch.float32),
+            **self.pad(sequences),
+        }
+
+    def reward_sequences(self, row: dict) -> list[list[int]]:
+        """Return the sequences of both responses in the order of the verdicts."""
+        response_a, response_b = row["sequences"]
+        sequences = {"model_a": response_a, "model_b": response_b}
+        return [sequences[verdict] for verdict in self.verdicts]
+
+    def choose_orders(self, row: dict) -> list[tuple[list[int], list[float]]]:
+        """Return the sequences of a row to train on, each with its target probabilities."""
+        ids_as_given, ids_swapped = row["sequences"]
+        labels_v = list(row["labels"])
+        as_given = (ids_as_given, labels_v)
+        swapped = (ids_swapped, swap_probabilities(labels_v, self.verdicts))
+
+        if self.orders == "as_given":
+            return [as_given]
+        if self.orders == "random":
+            return [swapped] if self.is_heads() else [as_given]
+        return [as_given, swapped]
+
+    def pad(self, sequences: list[list[int]]) -> dict[str, torch.Tensor]:
+        """Pad sequences to a common length, a multiple of pad_to_multiple_of.
+
+        Returns:
+            input_ids and attention_mask, and for label_tokens position_ids, all of shape
+            (sequences, tokens).
+        """
+        pads_left = self.head == "label_tokens"
+        longest = max(len(ids) for ids in sequences)
+        width = math.ceil(longest / self.pad_to_multiple_of) * self.pad_to_multiple_of
+        input_ids_bt = torch.full((len(sequences), width), self.pad_token_id, dtype=torch.long)
+        mask_bt = torch.zeros((len(sequences), width), dtype=torch.long)
+
         for number, ids in enumerate(sequences):
-            labels[number, len(ids) - 1] = ids[-1]
-        return {**batch, "labels": labels}
+            start = width - len(ids) if pads_left else 0
+            input_ids_bt[number, start : start + len(ids)] = torch.tensor(ids)
+            mask_bt[number, start : start + len(ids)] = 1
 
+        batch = {"input_ids": input_ids_bt, "attention_mask": mask_bt}
+        if pads_left:
+            # A sequence's positions begin at 0 behind its padding.
+            batch["position_ids"] = (mask_bt.cumsum(dim=-1) - 1).clamp(min=0)
+        return batch
 
-def likeliest(row: dict, verdicts: tuple[str, ...]) -> tuple[list[int], list[int]]:
-    """The one-hot verdict to answer with in each order, both told of the pair as given.
+    def is_heads(self) -> bool:
+        """Toss a coin that differs between processes and their workers.
 
-    Where two verdicts are equally likely, each is the answer in one of the orders, which one by a hash of the id: over both
-    orders the answers are as likely as the votes, and over the rows no place is favoured.
-    """
-    best = [number for number, share in enumerate(row["labels"]) if share == max(row["labels"])]
-    pick = (best[0], best[-1]) if zlib.crc32(row["id"].encode()) % 2 else (best[-1], best[0])
-    one_hot = [[int(number == place) for number in range(len(verdicts))] for place in pick]
-    return one_hot[0], one_hot[1]
+        torch's own generator has the same seed on every GPU.
+        """
+        if self.generator is None:
+            rank = int(os.environ.get("RANK", "0"))
+            seed = torch.initial_seed() + SEEDS_APART * rank
+            self.generator = torch.Generator().manual_seed(seed % 2**63)
+        return torch.rand((), generator=self.generator).item() < 0.5

@@ -15,7 +15,18 @@ from preprocess.core.errors import UserError
 from preprocess.core.files import atomic_folder, sha256
 from preprocess.model_input import Contract, encode_all, pair_from_row, swap
 
-COLUMNS = ("id", "prompt", "response_a", "response_b", "winner", "fold", "weight", "p_model_a", "p_model_b", "p_tie")
+COLUMNS = (
+    "id",
+    "prompt",
+    "response_a",
+    "response_b",
+    "winner",
+    "fold",
+    "weight",
+    "p_model_a",
+    "p_model_b",
+    "p_tie",
+)
 FIXED_SAMPLE_ROWS = 500
 CHUNK_ROWS = 1000
 FEATURES = Features(
@@ -34,31 +45,43 @@ def read_pairs(path: Path | str) -> pl.DataFrame:
     """The rows of a pairs.parquet, its columns checked."""
     path = Path(path)
     if not path.exists():
-        raise UserError(f"{path}: no such file; make it with python -m preprocess SOURCE --out {path}")
+        raise UserError(
+            f"{path}: no such file; make it with python -m preprocess SOURCE --out {path}"
+        )
     try:
         frame = pl.read_parquet(path)
     except pl.exceptions.PolarsError as error:
         raise UserError(f"{path}: not a Parquet file ({str(error).splitlines()[0]})") from None
     missing = [column for column in COLUMNS if column not in frame.columns]
     if missing:
-        raise UserError(f"{path}: no column {', '.join(missing)}; it was not written by python -m preprocess")
+        raise UserError(
+            f"{path}: no column {', '.join(missing)}; it was not written by python -m preprocess"
+        )
     return frame
 
 
-def split(frame: pl.DataFrame, fold: int | str, path: Path | str) -> tuple[pl.DataFrame, pl.DataFrame]:
+def split(
+    frame: pl.DataFrame, fold: int | str, path: Path | str
+) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Training and validation rows. Fold "all" trains on everything and validates on a fixed sample of it."""
     if fold == "all":
-        order = frame["id"].map_elements(lambda row_id: hashlib.sha256(row_id.encode()).hexdigest(), return_dtype=pl.String)
+        order = frame["id"].map_elements(
+            lambda row_id: hashlib.sha256(row_id.encode()).hexdigest(), return_dtype=pl.String
+        )
         return frame, frame[order.arg_sort()[:FIXED_SAMPLE_ROWS]]
     folds = sorted(frame["fold"].unique())
     if fold not in folds or len(folds) < 2:
-        raise UserError(f"{path}: pairwise.fold is {fold}, but the folds in the file are {', '.join(map(str, folds))}")
+        raise UserError(
+            f"{path}: pairwise.fold is {fold}, but the folds in the file are {', '.join(map(str, folds))}"
+        )
     return frame.filter(pl.col("fold") != fold), frame.filter(pl.col("fold") == fold)
 
 
 def targets(frame: pl.DataFrame, verdicts: tuple[str, ...]) -> np.ndarray:
     """Target probabilities, float32 of shape (rows, verdicts). Without a verdict for ties, half of a tie goes to each side."""
-    shares = {verdict: frame[f"p_{verdict}"].to_numpy() for verdict in ("model_a", "model_b", "tie")}
+    shares = {
+        verdict: frame[f"p_{verdict}"].to_numpy() for verdict in ("model_a", "model_b", "tie")
+    }
     if "tie" not in verdicts:
         shares["model_a"] = shares["model_a"] + shares["tie"] / 2
         shares["model_b"] = shares["model_b"] + shares["tie"] / 2
@@ -67,7 +90,9 @@ def targets(frame: pl.DataFrame, verdicts: tuple[str, ...]) -> np.ndarray:
 
 def winners(frame: pl.DataFrame, verdicts: tuple[str, ...]) -> np.ndarray:
     """The place among `verdicts` of each row's winner, int8 (rows,); -1 where it is none of them (a tie for a model of two)."""
-    places = pl.col("winner").replace_strict({verdict: place for place, verdict in enumerate(verdicts)}, default=-1)
+    places = pl.col("winner").replace_strict(
+        {verdict: place for place, verdict in enumerate(verdicts)}, default=-1
+    )
     return frame.select(places.cast(pl.Int8)).to_series().to_numpy()
 
 
@@ -80,7 +105,9 @@ def tokenise(frame: pl.DataFrame, tokenizer, contract: Contract, what: str) -> D
     parts = []
     labels, places = targets(frame, contract.verdicts), winners(frame, contract.verdicts)
     weights = (frame["weight"] / frame["weight"].mean()).to_numpy()
-    with tqdm(total=len(frame), desc=f"tokenising {what}", unit=" pairs", mininterval=5) as progress:
+    with tqdm(
+        total=len(frame), desc=f"tokenising {what}", unit=" pairs", mininterval=5
+    ) as progress:
         for start in range(0, len(frame), CHUNK_ROWS):
             chunk = frame[start : start + CHUNK_ROWS]
             pairs = [pair_from_row(row) for row in chunk.iter_rows(named=True)]
@@ -101,7 +128,9 @@ def tokenise(frame: pl.DataFrame, tokenizer, contract: Contract, what: str) -> D
     return concatenate_datasets(parts)
 
 
-def datasets_of(pairs: Path, fold: int | str, tokenizer, contract: Contract, cache: Path) -> tuple[Dataset, Dataset]:
+def datasets_of(
+    pairs: Path, fold: int | str, tokenizer, contract: Contract, cache: Path
+) -> tuple[Dataset, Dataset]:
     """Training and validation datasets; validation longest first, so that a batch that does not fit fails first.
 
     The first process to come tokenises and writes the cache, the others wait and read it. The cache's name is a hash of
@@ -109,16 +138,30 @@ def datasets_of(pairs: Path, fold: int | str, tokenizer, contract: Contract, cac
     """
     frame = read_pairs(pairs)
     train, validation = split(frame, fold, pairs)
-    settings = {name: value for name, value in asdict(contract).items() if name not in ("golden", "recorded", "base_model")}
+    settings = {
+        name: value
+        for name, value in asdict(contract).items()
+        if name not in ("golden", "recorded", "base_model")
+    }
     tokenizer_bytes = tokenizer.backend_tokenizer.to_str().encode()
-    facts = [sha256(pairs), fold, settings, hashlib.sha256(tokenizer_bytes).hexdigest(), list(FEATURES)]
+    facts = [
+        sha256(pairs),
+        fold,
+        settings,
+        hashlib.sha256(tokenizer_bytes).hexdigest(),
+        list(FEATURES),
+    ]
     key = json.dumps(facts, sort_keys=True)
     folder = cache / hashlib.sha256(key.encode()).hexdigest()[:16]
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / "lock"):
         if not folder.exists():
             with atomic_folder(folder) as temporary:
-                tokenise(train, tokenizer, contract, "training pairs").save_to_disk(temporary / "train")
-                longest_first = tokenise(validation, tokenizer, contract, "validation pairs").sort("length", reverse=True)
+                tokenise(train, tokenizer, contract, "training pairs").save_to_disk(
+                    temporary / "train"
+                )
+                longest_first = tokenise(validation, tokenizer, contract, "validation pairs").sort(
+                    "length", reverse=True
+                )
                 longest_first.save_to_disk(temporary / "validation")
     return load_from_disk(folder / "train"), load_from_disk(folder / "validation")

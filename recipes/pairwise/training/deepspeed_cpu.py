@@ -24,7 +24,9 @@ def start_group() -> None:
     if not torch.distributed.is_initialized():
         if os.environ.get("WORLD_SIZE", "1") == "1":
             os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-            torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+            torch.distributed.init_process_group(
+                "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+            )
         else:
             torch.distributed.init_process_group("gloo")
     tell_accelerate()

@@ -25,14 +25,20 @@ def is_zero3(deepspeed: object) -> bool:
         try:
             settings = json.loads(Path(deepspeed).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise UserError(f"deepspeed: {deepspeed} cannot be read as JSON ({error}); see recipes/deepspeed") from None
+            raise UserError(
+                f"deepspeed: {deepspeed} cannot be read as JSON ({error}); see recipes/deepspeed"
+            ) from None
     if not isinstance(settings, dict):
-        raise UserError(f"deepspeed: {deepspeed}: expected an object, found {type(settings).__name__}; see recipes/deepspeed")
+        raise UserError(
+            f"deepspeed: {deepspeed}: expected an object, found {type(settings).__name__}; see recipes/deepspeed"
+        )
     zero = settings.get("zero_optimization") or {}
     try:
         DeepSpeedZeroConfig(**{key: value for key, value in zero.items() if value != "auto"})
     except (TypeError, ValidationError) as error:
-        raise UserError(f"deepspeed: {deepspeed}: zero_optimization: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(
+            f"deepspeed: {deepspeed}: zero_optimization: {' '.join(str(error).split())[:200]}"
+        ) from None
     if zero.get("stage") != 3:
         return False
     if zero.get("stage3_gather_16bit_weights_on_model_save") is not True:
@@ -52,7 +58,9 @@ def checkpointing_kwargs(cfg) -> dict[str, bool]:
     zero3 = is_zero3(cfg.get("deepspeed"))
     chosen = dict(cfg.get("gradient_checkpointing_kwargs") or {})
     if zero3 and chosen.get("use_reentrant") is False:
-        raise UserError("gradient_checkpointing_kwargs.use_reentrant: false fails under ZeRO-3; remove it")
+        raise UserError(
+            "gradient_checkpointing_kwargs.use_reentrant: false fails under ZeRO-3; remove it"
+        )
     return {"use_reentrant": zero3} | chosen
 
 
@@ -77,4 +85,6 @@ def check_whole(folder: Path) -> None:
         with safe_open(file, "pt") as tensors:
             empty = [name for name in tensors.keys() if 0 in tensors.get_slice(name).get_shape()]  # noqa: SIM118
         if empty:
-            raise RuntimeError(f"{file}: {len(empty)} weights were saved without their values, {empty[0]} the first")
+            raise RuntimeError(
+                f"{file}: {len(empty)} weights were saved without their values, {empty[0]} the first"
+            )

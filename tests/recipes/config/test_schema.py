@@ -57,7 +57,6 @@ def test_a_good_recipe_has_no_problem():
         (with_block(head="reward", verdicts=["model_a", "tie", "model_b"]), "pairwise.verdicts: a reward model tells no ties"),
         (with_block(head="reward", orders="both"), "pairwise.orders: a reward model sees each answer alone"),
         (with_block(head="label_tokens", template="bert"), "pairwise.template: bert has no answer to predict"),
-        (with_block(head="label_tokens", label_smoothing=0.1), "pairwise.label_smoothing: Axolotl's causal trainer has none"),
         (with_block(train=False) | {"adapter": "lora"}, "adapter: nothing is trained with pairwise.train: false"),
         (
             with_block(package={"slug": "some-model", "adapter": "best"}) | LORA,

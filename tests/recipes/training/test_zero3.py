@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from preprocess.core.errors import UserError
 from recipes.pairwise.training import deepspeed_cpu, zero3
-from recipes.pairwise.training.weights import ensure_head
+from recipes.pairwise.training.heads import ensure_head
 from tests import forked
 from tests.conftest import ROOT
 from tests.recipes import comparable

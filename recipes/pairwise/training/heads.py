@@ -1,0 +1,114 @@
+"""A loaded model's head: sane weights before the first step, named outputs, logits in float32.
+
+The plugin calls these after Axolotl has loaded the model and put the adapter on it.
+"""
+
+import functools
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from preprocess.core.errors import UserError
+from recipes.pairwise.training import zero3
+
+LOG = logging.getLogger(__name__)
+
+CLASSIFIER_HEADS = ("score", "classifier")
+LABEL_TOKEN_HEAD = "lm_head"
+
+HEAD_SPREAD = 0.02  # the standard deviation of fresh weights, as usual
+MOST_SPREAD = (
+    0.1  # of a head that was initialised; memory that was not holds zeros, NaN or huge numbers
+)
+
+
+def ensure_head(model: nn.Module) -> None:
+    """Give the head fresh weights where loading left it uninitialised, as under ZeRO-3 and in bf16."""
+    names = [name for name in CLASSIFIER_HEADS if hasattr(model, name)]
+    if not names:
+        raise UserError(f"{type(model).__name__}: no head named {' or '.join(CLASSIFIER_HEADS)}")
+
+    head = getattr(model, names[0])
+    with zero3.gathered(head.parameters()):
+        for parameter_name, weight in head.named_parameters():
+            if weight.dim() != 2:
+                continue
+            spread = weight.detach().float().std().item()
+            is_sane = np.isfinite(spread) and 0 < spread < MOST_SPREAD
+            if not is_sane:
+                LOG.warning(
+                    "head %s.%s has standard deviation %s: initialised anew",
+                    names[0],
+                    parameter_name,
+                    spread,
+                )
+                nn.init.normal_(weight.data, std=HEAD_SPREAD)
+
+
+def name_labels(config, names: Sequence[str]) -> None:
+    """Write the head's outputs into the model's configuration, by name."""
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: number for number, name in enumerate(names)}
+    config.problem_type = None
+
+
+def compute_logits_in_float32(model: nn.Module, label_token_ids: Sequence[int] = ()) -> None:
+    """Have the head compute float32 logits, whatever its weights' dtype and autocast's.
+
+    In bf16 two neighbouring numbers between 16 and 32 are 0.125 apart: too coarse for a loss.
+
+    Args:
+        model: The model with its adapter, if it has one. Its head's forward is replaced.
+        label_token_ids: For the head label_tokens: the tokens whose logits lm_head computes. It
+            computes no others, so that its output has the shape (..., verdicts).
+
+    Raises:
+        RuntimeError: If the model has no head that is a plain linear layer.
+    """
+    head_names = (LABEL_TOKEN_HEAD,) if label_token_ids else CLASSIFIER_HEADS
+    is_replaced = False
+
+    for name, layer in model.named_modules():
+        parts = name.split(".")
+        is_in_head = any(head_name in parts for head_name in head_names)
+        if not is_in_head or type(layer) is not nn.Linear:
+            continue
+
+        # A LoRA of the head computes B(A(x)): A has no row for each output, B and the layer have.
+        output_rows = None
+        if label_token_ids and "lora_A" not in parts:
+            output_rows = list(label_token_ids)
+        layer.forward = functools.partial(linear_in_float32, layer, output_rows)
+        is_replaced = True
+
+    if not is_replaced:
+        raise RuntimeError(
+            f"{type(model).__name__}: no linear layer named {' or '.join(head_names)}"
+        )
+
+
+def linear_in_float32(
+    layer: nn.Linear, output_rows: list[int] | None, inputs: torch.Tensor
+) -> torch.Tensor:
+    """Apply a linear layer, or some of its output rows, in float32 and outside of autocast.
+
+    Args:
+        layer: The layer whose weights are read.
+        output_rows: The outputs to compute; None for all.
+        inputs: Of shape (..., inputs of the layer).
+
+    Returns:
+        float32 of shape (..., outputs computed).
+    """
+    weight = layer.weight
+    bias = layer.bias
+    if output_rows is not None:
+        weight = weight[output_rows]
+        bias = bias[output_rows] if bias is not None else None
+
+    with torch.autocast(inputs.device.type, enabled=False):
+        bias = bias.float() if bias is not None else None
+        return nn.functional.linear(inputs.float(), weight.float(), bias)
