@@ -46,8 +46,8 @@ bench-kernel: .venv/installed  ## scoring beside transformers' pipeline and the 
 	@python -m tests.bench.kernel $(if $(PAIRS),--pairs $(PAIRS)) $(if $(BASE),--base $(BASE)) $(ARGS)
 	@$(if $(PAIRS),python -m tests.bench.planner train --pairs $(PAIRS) && python -m tests.bench.planner curve --pairs $(PAIRS))
 
-cv: .venv/installed  ## train all folds: make cv R=gemma2_cls
-	@$(if $(R),,echo "error: R is missing; name a recipe: make cv R=gemma2_cls" >&2; exit 2;) python -m recipes.pairwise.cv recipes/$(R).yml
+cv: .venv/installed  ## train all folds: make cv R=gemma2_cls ARGS="--base-model FOLDER"
+	@$(if $(R),,echo "error: R is missing; name a recipe: make cv R=gemma2_cls" >&2; exit 2;) python -m recipes.pairwise.cv recipes/$(R).yml $(ARGS)
 
 siamese: .venv-keras/installed  ## the Siamese LSTMs: make siamese PAIRS=data/pairs.parquet TEST=data/test.parquet
 	@.venv-keras/bin/python recipes/siamese.py $(if $(PAIRS),--pairs $(PAIRS)) $(if $(TEST),--test $(TEST)) $(ARGS)

@@ -6,6 +6,7 @@ interrupted cross-validation goes on where it stopped. Out-of-fold rows are pred
 
 import os
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -17,29 +18,48 @@ from preprocess.core.files import atomic_file, read_json, sha256, write_json
 from recipes.pairwise.config.schema import Recipe, read_recipe
 from recipes.pairwise.data.datasets import read_pairs
 
-SHOWN = ("accuracy", "log_loss", "flip_rate", "accuracy_of_longer", "rows")
+AVERAGED = ("accuracy", "log_loss", "flip_rate", "accuracy_of_longer")
 
 
-@click.command()
+@click.command(context_settings={"ignore_unknown_options": True})
 @click.argument("recipe")
+@click.argument("axolotl_options", nargs=-1, type=click.UNPROCESSED)
 @exits_with_2
-def main(recipe: str) -> None:
-    """Train all folds of RECIPE with axolotl and write outputs/R/oof.parquet and cv.json."""
+def main(recipe: str, axolotl_options: tuple[str, ...]) -> None:
+    """Train all folds of RECIPE with axolotl and write outputs/R/oof.parquet and cv.json.
+
+    Options that follow are Axolotl's, for instance --base-model FOLDER or --launcher torchrun.
+    """
     if "PAIRWISE_FOLD" in os.environ:
         raise UserError("PAIRWISE_FOLD is set; unset it, cross-validation trains every fold")
     checked = read_recipe(recipe)
-    folds = fold_numbers(Path(checked.pairwise.pairs))
+    pairs = Path(checked.pairwise.pairs)
+    base_model = option_value(axolotl_options, "--base-model") or checked.axolotl["base_model"]
+
+    folds = fold_numbers(pairs)
     for fold in folds:
         folder = checked.run_folder / f"fold-{fold}"
-        if is_complete(folder, checked):
+        if is_complete(folder, checked, base_model):
             print(f"fold {fold}: up to date in {folder}")
             continue
-        print(f"fold {fold}: axolotl train {recipe} with PAIRWISE_FOLD={fold}", flush=True)
+
+        command = ["axolotl", "train", recipe, *axolotl_options]
+        print(f"fold {fold}: {' '.join(command)} with PAIRWISE_FOLD={fold}", flush=True)
         environment = os.environ | {"PAIRWISE_FOLD": str(fold)}
-        code = subprocess.run(["axolotl", "train", recipe], env=environment, check=False).returncode
+        code = subprocess.run(command, env=environment, check=False).returncode
         if code:
             raise UserError(f"fold {fold}: axolotl train ended with exit code {code}; run this again to go on from this fold")
-    collect(checked.run_folder, folds, Path(checked.pairwise.pairs))
+    collect(checked.run_folder, folds, pairs)
+
+
+def option_value(options: Sequence[str], name: str) -> str | None:
+    """Return the value of an option that is written `NAME VALUE` or `NAME=VALUE`."""
+    for number, option in enumerate(options):
+        if option.startswith(f"{name}="):
+            return option.removeprefix(f"{name}=")
+        if option == name and number + 1 < len(options):
+            return options[number + 1]
+    return None
 
 
 def fold_numbers(pairs: Path) -> list[int]:
@@ -47,31 +67,57 @@ def fold_numbers(pairs: Path) -> list[int]:
     return sorted(read_pairs(pairs)["fold"].unique())
 
 
-def is_complete(folder: Path, recipe: Recipe) -> bool:
-    """Whether the run in `folder` has ended, on these pairs, with this model_input.py, since the recipe last changed."""
-    contract = folder / "contract.json"
-    if not contract.exists() or recipe.path.stat().st_mtime > contract.stat().st_mtime:
+def is_complete(folder: Path, recipe: Recipe, base_model: str) -> bool:
+    """Return whether the run in `folder` has ended and would be the same today.
+
+    It was then trained from this base model, on these pairs, with this model_input.py, and the
+    recipe has not changed since.
+    """
+    contract_file = folder / "contract.json"
+    if not contract_file.exists():
         return False
-    same_pairs = read_json(folder / "metrics.json")["pairs_sha256"] == sha256(recipe.pairwise.pairs)
-    return same_pairs and read_json(contract)["model_input_sha256"] == sha256(model_input.__file__)
+    if recipe.path.stat().st_mtime > contract_file.stat().st_mtime:
+        return False
+
+    contract = read_json(contract_file)
+    metrics = read_json(folder / "metrics.json")
+    return (
+        contract["base_model"] == base_model
+        and contract["model_input_sha256"] == sha256(model_input.__file__)
+        and metrics["pairs_sha256"] == sha256(recipe.pairwise.pairs)
+    )
 
 
 def collect(run_folder: Path, folds: list[int], pairs: Path) -> None:
     """Join the folds' predictions to oof.parquet, their metrics to cv.json, and print both."""
-    parts = [pl.read_parquet(run_folder / f"fold-{fold}" / "predictions.parquet") for fold in folds]
-    joined = pl.concat(parts).sort("id")
-    if joined["id"].to_list() != pl.read_parquet(pairs, columns=["id"])["id"].sort().to_list():
+    fold_folders = {fold: run_folder / f"fold-{fold}" for fold in folds}
+    predictions = [pl.read_parquet(folder / "predictions.parquet") for folder in fold_folders.values()]
+    joined = pl.concat(predictions).sort("id")
+    all_ids = pl.read_parquet(pairs, columns=["id"])["id"].sort()
+    if joined["id"].to_list() != all_ids.to_list():
         raise UserError(f"{run_folder}: the folds' predictions are not of the rows in {pairs}; train all folds on it")
-    metrics = {fold: read_json(run_folder / f"fold-{fold}" / "metrics.json") for fold in folds}
-    total = sum(values["rows"] for values in metrics.values())
-    mean = {name: sum(v[name] * v["rows"] for v in metrics.values()) / total for name in SHOWN[:-1]} | {"rows": total}
+
+    metrics = {fold: read_json(folder / "metrics.json") for fold, folder in fold_folders.items()}
+    mean = mean_over_rows(metrics)
     with atomic_file(run_folder / "oof.parquet") as temporary:
         joined.write_parquet(temporary)
     write_json(run_folder / "cv.json", {"folds": metrics, "mean": mean})
-    print(f"{'fold':<6}" + "".join(f"{name:>20}" for name in SHOWN))
+
+    print(f"{'fold':<6}" + "".join(f"{name:>20}" for name in (*AVERAGED, "rows")))
     for fold, values in [*metrics.items(), ("all", mean)]:
-        print(f"{fold!s:<6}" + "".join(f"{values[name]:>20.4f}" for name in SHOWN[:-1]) + f"{values['rows']:>20}")
-    print(f"written: {run_folder / 'oof.parquet'} ({total} rows)")
+        columns = "".join(f"{values[name]:>20.4f}" for name in AVERAGED)
+        print(f"{fold!s:<6}{columns}{values['rows']:>20}")
+    print(f"written: {run_folder / 'oof.parquet'} ({mean['rows']} rows)")
+
+
+def mean_over_rows(metrics: dict[int, dict]) -> dict[str, float]:
+    """Return the folds' metrics averaged with their rows as weights, and the number of rows."""
+    rows = sum(values["rows"] for values in metrics.values())
+    mean = {"rows": rows}
+    for name in AVERAGED:
+        total = sum(values[name] * values["rows"] for values in metrics.values())
+        mean[name] = total / rows
+    return mean
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """Cross-validation goes on where it stopped, and joins only what belongs together."""
 
 import json
+from types import SimpleNamespace
 
 import polars as pl
 import pytest
+from click.testing import CliRunner
 
 from preprocess import model_input
 from preprocess.core.errors import UserError
@@ -12,6 +14,8 @@ from recipes.pairwise import cv
 from recipes.pairwise.config.schema import read_recipe
 from tests import tiny
 from tests.conftest import ROOT
+
+CONTRACT = {"base_model": "gemma", "model_input_sha256": sha256(model_input.__file__)}
 
 
 @pytest.fixture
@@ -24,9 +28,9 @@ def recipe(tmp_path, monkeypatch):
         folder.mkdir(parents=True)
         rows = pl.read_parquet(pairs).filter(pl.col("fold") == fold).select("id", "fold", "winner")
         rows.write_parquet(folder / "predictions.parquet")
-        values = dict.fromkeys(cv.SHOWN, fold / 10) | {"rows": 4, "pairs_sha256": sha256(pairs)}
+        values = dict.fromkeys(cv.AVERAGED, fold / 10) | {"rows": 4, "pairs_sha256": sha256(pairs)}
         (folder / "metrics.json").write_text(json.dumps(values))
-        (folder / "contract.json").write_text(json.dumps({"model_input_sha256": sha256(model_input.__file__)}))
+        (folder / "contract.json").write_text(json.dumps(CONTRACT))
     return read_recipe(path)
 
 
@@ -40,13 +44,14 @@ def test_all_rows_are_joined_once_and_the_mean_is_over_rows(recipe):
 
 def test_a_fold_is_complete_only_on_the_same_pairs_and_model_input(recipe):
     folder = recipe.run_folder / "fold-0"
-    assert cv.is_complete(folder, recipe)
+    assert cv.is_complete(folder, recipe, "gemma")
+    assert not cv.is_complete(folder, recipe, "another base model")
     contract = (folder / "contract.json").read_text()
-    (folder / "contract.json").write_text(json.dumps({"model_input_sha256": "other"}))
-    assert not cv.is_complete(folder, recipe)
+    (folder / "contract.json").write_text(json.dumps(CONTRACT | {"model_input_sha256": "other"}))
+    assert not cv.is_complete(folder, recipe, "gemma")
     (folder / "contract.json").write_text(contract)
     tiny.pairs_parquet(recipe.run_folder.parent / "pairs.parquet", 20, seed=2)
-    assert not cv.is_complete(folder, recipe)
+    assert not cv.is_complete(folder, recipe, "gemma")
 
 
 def test_predictions_of_other_rows_are_refused(recipe):
@@ -54,3 +59,17 @@ def test_predictions_of_other_rows_are_refused(recipe):
     with pytest.raises(UserError, match="the folds' predictions are not of the rows in"):
         cv.collect(recipe.run_folder, [0, 1, 2, 3, 4], pairs)
     assert not (recipe.run_folder / "oof.parquet").exists()
+
+
+def test_axolotls_options_are_passed_on_to_every_fold(recipe, monkeypatch):
+    commands = []
+
+    def run(command, env, check):
+        commands.append((command, env["PAIRWISE_FOLD"]))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr("recipes.pairwise.cv.subprocess.run", run)
+    ended = CliRunner().invoke(cv.main, [str(recipe.path), "--base-model", "new", "--launcher", "torchrun"])
+    assert ended.exit_code == 0, ended.output
+    options = ["--base-model", "new", "--launcher", "torchrun"]
+    assert commands == [(["axolotl", "train", str(recipe.path), *options], str(fold)) for fold in range(5)]

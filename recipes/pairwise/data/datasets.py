@@ -27,8 +27,9 @@ COLUMNS = (
     "p_model_b",
     "p_tie",
 )
-FIXED_SAMPLE_ROWS = 500
+FIXED_SAMPLE_ROWS = 500  # of fold "all", whose validation rows are trained on too
 CHUNK_ROWS = 1000
+CACHE_NAME_LENGTH = 16  # hexadecimal digits
 FEATURES = Features(
     {
         "id": Value("string"),
@@ -42,7 +43,7 @@ FEATURES = Features(
 
 
 def read_pairs(path: Path | str) -> pl.DataFrame:
-    """The rows of a pairs.parquet, its columns checked."""
+    """Read a pairs.parquet; UserError where it is absent, damaged or lacks a column."""
     path = Path(path)
     if not path.exists():
         raise UserError(
@@ -51,7 +52,9 @@ def read_pairs(path: Path | str) -> pl.DataFrame:
     try:
         frame = pl.read_parquet(path)
     except pl.exceptions.PolarsError as error:
-        raise UserError(f"{path}: not a Parquet file ({str(error).splitlines()[0]})") from None
+        first_line = str(error).splitlines()[0]
+        raise UserError(f"{path}: not a Parquet file ({first_line})") from None
+
     missing = [column for column in COLUMNS if column not in frame.columns]
     if missing:
         raise UserError(
@@ -63,105 +66,152 @@ def read_pairs(path: Path | str) -> pl.DataFrame:
 def split(
     frame: pl.DataFrame, fold: int | str, path: Path | str
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Training and validation rows. Fold "all" trains on everything and validates on a fixed sample of it."""
+    """Split pairs into training and validation rows.
+
+    Args:
+        frame: The rows of a pairs.parquet.
+        fold: The number of the fold to hold out; "all" trains on every row, and validates on a
+            sample of them that is the same whatever the order of the rows.
+        path: The file, for the message.
+
+    Raises:
+        UserError: If there is no such fold, or no other one.
+    """
     if fold == "all":
-        order = frame["id"].map_elements(
-            lambda row_id: hashlib.sha256(row_id.encode()).hexdigest(), return_dtype=pl.String
-        )
-        return frame, frame[order.arg_sort()[:FIXED_SAMPLE_ROWS]]
+        return frame, frame[_order_by_hash(frame["id"])[:FIXED_SAMPLE_ROWS]]
+
     folds = sorted(frame["fold"].unique())
     if fold not in folds or len(folds) < 2:
-        raise UserError(
-            f"{path}: pairwise.fold is {fold}, but the folds in the file are {', '.join(map(str, folds))}"
-        )
-    return frame.filter(pl.col("fold") != fold), frame.filter(pl.col("fold") == fold)
+        listed = ", ".join(str(number) for number in folds)
+        raise UserError(f"{path}: pairwise.fold is {fold}, but the folds in the file are {listed}")
+    is_held_out = pl.col("fold") == fold
+    return frame.filter(~is_held_out), frame.filter(is_held_out)
+
+
+def _order_by_hash(ids: pl.Series) -> pl.Series:
+    """Return the row numbers in an order that only the ids decide."""
+
+    def hash_id(row_id: str) -> str:
+        return hashlib.sha256(row_id.encode()).hexdigest()
+
+    return ids.map_elements(hash_id, return_dtype=pl.String).arg_sort()
 
 
 def targets(frame: pl.DataFrame, verdicts: tuple[str, ...]) -> np.ndarray:
-    """Target probabilities, float32 of shape (rows, verdicts). Without a verdict for ties, half of a tie goes to each side."""
-    shares = {
-        verdict: frame[f"p_{verdict}"].to_numpy() for verdict in ("model_a", "model_b", "tie")
-    }
+    """Return the target probabilities, float32 of shape (rows, verdicts).
+
+    Without a verdict for ties, half of a tie goes to each side.
+    """
+    share_a = frame["p_model_a"].to_numpy()
+    share_b = frame["p_model_b"].to_numpy()
+    share_tie = frame["p_tie"].to_numpy()
     if "tie" not in verdicts:
-        shares["model_a"] = shares["model_a"] + shares["tie"] / 2
-        shares["model_b"] = shares["model_b"] + shares["tie"] / 2
+        share_a = share_a + share_tie / 2
+        share_b = share_b + share_tie / 2
+
+    shares = {"model_a": share_a, "model_b": share_b, "tie": share_tie}
     return np.stack([shares[verdict] for verdict in verdicts], axis=1).astype(np.float32)
 
 
 def winners(frame: pl.DataFrame, verdicts: tuple[str, ...]) -> np.ndarray:
-    """The place among `verdicts` of each row's winner, int8 (rows,); -1 where it is none of them (a tie for a model of two)."""
-    places = pl.col("winner").replace_strict(
-        {verdict: place for place, verdict in enumerate(verdicts)}, default=-1
-    )
-    return frame.select(places.cast(pl.Int8)).to_series().to_numpy()
+    """Return the place among `verdicts` of each row's winner, int8 of shape (rows,).
 
-
-def tokenise(frame: pl.DataFrame, tokenizer, contract: Contract, what: str) -> Dataset:
-    """Tokenise pairs into a dataset of one row a pair, see FEATURES.
-
-    The sequences are the pair in both orders, or for the reward head the prompt with each response; `winner` is its place among
-    the verdicts, the weights are 1 on average, and `length` is that of the longer sequence.
+    It is -1 where the winner is none of them: a tie, for a model of two verdicts.
     """
+    place_by_verdict = {verdict: place for place, verdict in enumerate(verdicts)}
+    places = pl.col("winner").replace_strict(place_by_verdict, default=-1).cast(pl.Int8)
+    return frame.select(places).to_series().to_numpy()
+
+
+def tokenise(frame: pl.DataFrame, tokenizer, contract: Contract, description: str) -> Dataset:
+    """Tokenise pairs into a dataset of one row a pair, with the columns of FEATURES.
+
+    The sequences are the pair in both orders, or for the reward head the prompt with each response;
+    `winner` is its place among the verdicts, `length` that of the longer sequence.
+
+    Args:
+        frame: The rows of a pairs.parquet.
+        tokenizer: A fast tokenizer.
+        contract: Says how a pair becomes token ids.
+        description: What is tokenised, for the progress bar.
+    """
+    labels_rv = targets(frame, contract.verdicts)
+    places_r = winners(frame, contract.verdicts)
+    # 1 on average, so that the learning rate means the same whatever preprocess counted.
+    weights_r = (frame["weight"] / frame["weight"].mean()).to_numpy()
+
     parts = []
-    labels, places = targets(frame, contract.verdicts), winners(frame, contract.verdicts)
-    weights = (frame["weight"] / frame["weight"].mean()).to_numpy()
-    with tqdm(
-        total=len(frame), desc=f"tokenising {what}", unit=" pairs", mininterval=5
-    ) as progress:
+    progress = tqdm(
+        total=len(frame), desc=f"tokenising {description}", unit=" pairs", mininterval=5
+    )
+    with progress:
         for start in range(0, len(frame), CHUNK_ROWS):
-            chunk = frame[start : start + CHUNK_ROWS]
-            pairs = [pair_from_row(row) for row in chunk.iter_rows(named=True)]
-            sequences = encode_all(pairs, tokenizer, contract)
-            if contract.head != "reward":
-                swapped = encode_all([swap(pair) for pair in pairs], tokenizer, contract)
-                sequences = [one + other for one, other in zip(sequences, swapped, strict=True)]
+            rows = slice(start, start + CHUNK_ROWS)
+            chunk = frame[rows]
+            sequences = encode_rows(chunk, tokenizer, contract)
             columns = {
                 "id": chunk["id"].to_list(),
-                "sequences": [list(both) for both in sequences],
-                "labels": labels[start : start + CHUNK_ROWS].tolist(),
-                "winner": places[start : start + CHUNK_ROWS].tolist(),
-                "weight": weights[start : start + CHUNK_ROWS].tolist(),
-                "length": [max(map(len, both)) for both in sequences],
+                "sequences": sequences,
+                "labels": labels_rv[rows].tolist(),
+                "winner": places_r[rows].tolist(),
+                "weight": weights_r[rows].tolist(),
+                "length": [max(len(first), len(second)) for first, second in sequences],
             }
             parts.append(Dataset.from_dict(columns, features=FEATURES))
             progress.update(len(chunk))
     return concatenate_datasets(parts)
 
 
+def encode_rows(chunk: pl.DataFrame, tokenizer, contract: Contract) -> list[list[list[int]]]:
+    """Return two sequences of token ids for each row, see tokenise."""
+    pairs = [pair_from_row(row) for row in chunk.iter_rows(named=True)]
+    as_given = encode_all(pairs, tokenizer, contract)
+    if contract.head == "reward":
+        # One sequence for each response: the order of the two makes no difference.
+        return [list(sequences) for sequences in as_given]
+
+    swapped = encode_all([swap(pair) for pair in pairs], tokenizer, contract)
+    return [[first[0], second[0]] for first, second in zip(as_given, swapped, strict=True)]
+
+
 def datasets_of(
     pairs: Path, fold: int | str, tokenizer, contract: Contract, cache: Path
 ) -> tuple[Dataset, Dataset]:
-    """Training and validation datasets; validation longest first, so that a batch that does not fit fails first.
+    """Return the training and validation datasets of a run, tokenised once.
 
-    The first process to come tokenises and writes the cache, the others wait and read it. The cache's name is a hash of
-    everything that decides its content, so that a stale one is never read.
+    The first process to come tokenises and writes the cache, the others wait and read it. The
+    validation rows stand longest first, so that a batch that does not fit fails first.
+
+    Args:
+        pairs: A pairs.parquet.
+        fold: See split.
+        tokenizer: A fast tokenizer.
+        contract: Says how a pair becomes token ids.
+        cache: The folder of the run's tokenised rows.
     """
-    frame = read_pairs(pairs)
-    train, validation = split(frame, fold, pairs)
-    settings = {
-        name: value
-        for name, value in asdict(contract).items()
-        if name not in ("golden", "recorded", "base_model")
-    }
-    tokenizer_bytes = tokenizer.backend_tokenizer.to_str().encode()
-    facts = [
-        sha256(pairs),
-        fold,
-        settings,
-        hashlib.sha256(tokenizer_bytes).hexdigest(),
-        list(FEATURES),
-    ]
-    key = json.dumps(facts, sort_keys=True)
-    folder = cache / hashlib.sha256(key.encode()).hexdigest()[:16]
+    train, validation = split(read_pairs(pairs), fold, pairs)
+    folder = cache / _cache_name(pairs, fold, tokenizer, contract)
     cache.mkdir(parents=True, exist_ok=True)
+
     with FileLock(cache / "lock"):
         if not folder.exists():
             with atomic_folder(folder) as temporary:
-                tokenise(train, tokenizer, contract, "training pairs").save_to_disk(
-                    temporary / "train"
-                )
-                longest_first = tokenise(validation, tokenizer, contract, "validation pairs").sort(
-                    "length", reverse=True
-                )
+                train_set = tokenise(train, tokenizer, contract, "training pairs")
+                train_set.save_to_disk(temporary / "train")
+                validation_set = tokenise(validation, tokenizer, contract, "validation pairs")
+                longest_first = validation_set.sort("length", reverse=True)
                 longest_first.save_to_disk(temporary / "validation")
     return load_from_disk(folder / "train"), load_from_disk(folder / "validation")
+
+
+def _cache_name(pairs: Path, fold: int | str, tokenizer, contract: Contract) -> str:
+    """Hash everything that decides the tokenised rows, so that a stale cache is never read."""
+    settings = asdict(contract)
+    for name in ("golden", "recorded", "base_model"):
+        del settings[name]
+
+    tokenizer_bytes = tokenizer.backend_tokenizer.to_str().encode()
+    tokenizer_sha256 = hashlib.sha256(tokenizer_bytes).hexdigest()
+    inputs = [sha256(pairs), fold, settings, tokenizer_sha256, list(FEATURES)]
+    key = json.dumps(inputs, sort_keys=True)
+    return hashlib.sha256(key.encode()).hexdigest()[:CACHE_NAME_LENGTH]

@@ -9,9 +9,17 @@ from recipes.pairwise.processes import is_first_on_machine
 
 
 def check_resume(cfg, block: PairwiseBlock, recipe: Path) -> None:
-    """Raise UserError where the run would go on from a checkpoint of other rows or settings; else write run.json.
+    """Check whose checkpoints the run would go on from; then write run.json for those to come.
 
     run.json says of whose rows and settings the checkpoints beside it are.
+
+    Args:
+        cfg: Axolotl's configuration: its output folder, and whether it resumes.
+        block: The recipe's `pairwise:` block.
+        recipe: The recipe's file, for the message.
+
+    Raises:
+        UserError: If the checkpoints are of other rows or settings.
     """
     folder = Path(cfg.output_dir)
     identity = {
@@ -23,7 +31,8 @@ def check_resume(cfg, block: PairwiseBlock, recipe: Path) -> None:
     resumes = cfg.resume_from_checkpoint or cfg.auto_resume_from_checkpoints
     if resumes and any(folder.glob("checkpoint-*")):
         file = folder / "run.json"
-        if not file.exists() or read_json(file) != identity:
+        is_same_run = file.exists() and read_json(file) == identity
+        if not is_same_run:
             raise UserError(
                 f"{folder}: its checkpoints were trained with another fold, other pairs or another pairwise block than "
                 f"{recipe} has now; remove them, or do not resume"

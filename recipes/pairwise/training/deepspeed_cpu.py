@@ -13,16 +13,19 @@ from transformers import TrainerCallback
 
 
 def deepspeed_on_cpu(deepspeed: object) -> bool:
-    """Whether DeepSpeed is asked for where there is no GPU, as in tests and on laptops."""
+    """Return whether DeepSpeed is asked for where there is no GPU, as in tests and on laptops."""
     return bool(deepspeed) and not torch.cuda.is_available()
 
 
 def start_group() -> None:
-    """Make the process group before Axolotl does, of one process or of several (torchrun's environment)."""
+    """Make the process group before Axolotl does, of one process or of torchrun's several."""
+    # With this, accelerate trains with DDP whatever the recipe says.
     os.environ.pop("ACCELERATE_USE_CPU", None)
     os.environ["DS_ACCELERATOR"] = "cpu"
+
     if not torch.distributed.is_initialized():
-        if os.environ.get("WORLD_SIZE", "1") == "1":
+        is_single = os.environ.get("WORLD_SIZE", "1") == "1"
+        if is_single:
             os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
             torch.distributed.init_process_group(
                 "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1

@@ -17,9 +17,39 @@ from safetensors import safe_open
 
 from preprocess.core.errors import UserError
 
+MESSAGE_LENGTH = 200  # characters shown of pydantic's
 
-def is_zero3(deepspeed: object) -> bool:
-    """Whether the recipe's `deepspeed:`, a path or the settings themselves, asks for ZeRO-3; UserError if it cannot be used."""
+
+def is_zero3(deepspeed: str | dict | None) -> bool:
+    """Return whether a recipe's `deepspeed:` asks for ZeRO-3.
+
+    Args:
+        deepspeed: The path of a JSON file, or the settings themselves.
+
+    Raises:
+        UserError: If the settings cannot be read, or would save weights in parts.
+    """
+    settings = read_settings(deepspeed)
+    zero = settings.get("zero_optimization") or {}
+    given = {key: value for key, value in zero.items() if value != "auto"}
+    try:
+        DeepSpeedZeroConfig(**given)
+    except (TypeError, ValidationError) as error:
+        message = " ".join(str(error).split())[:MESSAGE_LENGTH]
+        raise UserError(f"deepspeed: {deepspeed}: zero_optimization: {message}") from None
+
+    if zero.get("stage") != 3:
+        return False
+    if zero.get("stage3_gather_16bit_weights_on_model_save") is not True:
+        raise UserError(
+            f"deepspeed: {deepspeed} lacks stage3_gather_16bit_weights_on_model_save: true in "
+            "zero_optimization; add it, or weights are saved in parts"
+        )
+    return True
+
+
+def read_settings(deepspeed: str | dict | None) -> dict:
+    """Return the settings that a recipe's `deepspeed:` holds or names."""
     settings = deepspeed or {}
     if isinstance(deepspeed, str):
         try:
@@ -29,45 +59,41 @@ def is_zero3(deepspeed: object) -> bool:
                 f"deepspeed: {deepspeed} cannot be read as JSON ({error}); see recipes/deepspeed"
             ) from None
     if not isinstance(settings, dict):
+        kind = type(settings).__name__
         raise UserError(
-            f"deepspeed: {deepspeed}: expected an object, found {type(settings).__name__}; see recipes/deepspeed"
+            f"deepspeed: {deepspeed}: expected an object, found {kind}; see recipes/deepspeed"
         )
-    zero = settings.get("zero_optimization") or {}
-    try:
-        DeepSpeedZeroConfig(**{key: value for key, value in zero.items() if value != "auto"})
-    except (TypeError, ValidationError) as error:
-        raise UserError(
-            f"deepspeed: {deepspeed}: zero_optimization: {' '.join(str(error).split())[:200]}"
-        ) from None
-    if zero.get("stage") != 3:
-        return False
-    if zero.get("stage3_gather_16bit_weights_on_model_save") is not True:
-        raise UserError(
-            f"deepspeed: {deepspeed} lacks stage3_gather_16bit_weights_on_model_save: true in zero_optimization; add it, or "
-            "weights are saved in parts"
-        )
-    return True
+    return settings
 
 
 def checkpointing_kwargs(cfg) -> dict[str, bool]:
-    """Which of PyTorch's two ways to recompute activations suits the run; a recipe's own wrong choice is a UserError.
+    """Return which of PyTorch's two ways to recompute activations suits the run.
 
-    Reentrant, Axolotl's default, marks LoRA's parameters ready twice under DDP. The other compares the shapes of what it
-    recomputes, and under ZeRO-3 weights that were let go since have shape 0: CheckpointError in the first backward pass.
+    Reentrant, Axolotl's default, marks LoRA's parameters ready twice under DDP. The other compares
+    the shapes of what it recomputes, and under ZeRO-3 weights that were let go since have shape 0:
+    CheckpointError in the first backward pass.
+
+    Raises:
+        UserError: If the recipe asks for the one that fails.
     """
-    zero3 = is_zero3(cfg.get("deepspeed"))
-    chosen = dict(cfg.get("gradient_checkpointing_kwargs") or {})
-    if zero3 and chosen.get("use_reentrant") is False:
+    uses_zero3 = is_zero3(cfg.get("deepspeed"))
+    given = dict(cfg.get("gradient_checkpointing_kwargs") or {})
+    if uses_zero3 and given.get("use_reentrant") is False:
         raise UserError(
             "gradient_checkpointing_kwargs.use_reentrant: false fails under ZeRO-3; remove it"
         )
-    return {"use_reentrant": zero3} | chosen
+    return {"use_reentrant": uses_zero3} | given
 
 
 def gathered(parameters):
-    """A context in which `parameters` are whole; what the first process changes in them reaches all when it ends."""
+    """Return a context in which `parameters` are whole.
+
+    What the first process changes in them reaches all processes when the context ends.
+    """
     sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
-    return GatheredParameters(sharded, modifier_rank=0) if sharded else contextlib.nullcontext()
+    if not sharded:
+        return contextlib.nullcontext()
+    return GatheredParameters(sharded, modifier_rank=0)
 
 
 def fetch_heads_as_one(model) -> None:
@@ -80,11 +106,16 @@ def fetch_heads_as_one(model) -> None:
 
 
 def check_whole(folder: Path) -> None:
-    """Raise where a saved weight is empty, which is what a part of a weight looks like once it is saved."""
+    """Raise RuntimeError where a saved weight is empty: so looks a part of a weight once it is saved."""
     for file in sorted(folder.glob("*model*.safetensors")):
+        empty_names = []
         with safe_open(file, "pt") as tensors:
-            empty = [name for name in tensors.keys() if 0 in tensors.get_slice(name).get_shape()]  # noqa: SIM118
-        if empty:
+            for name in tensors.keys():  # noqa: SIM118  it is no dict
+                if 0 in tensors.get_slice(name).get_shape():
+                    empty_names.append(name)
+
+        if empty_names:
             raise RuntimeError(
-                f"{file}: {len(empty)} weights were saved without their values, {empty[0]} the first"
+                f"{file}: {len(empty_names)} weights were saved without their values, "
+                f"{empty_names[0]} the first"
             )
