@@ -8,7 +8,6 @@ from postprocess.run_folder import Run
 from preprocess.core import ledger
 from preprocess.core.errors import UserError
 from preprocess.core.files import atomic_folder, link_or_copy, read_json, sha256, write_json
-from recipes.pairwise.tracking.recipe_copy import TRACKED
 
 OWNER = "INSERT_OWNER"  # filled in when the dataset is pushed
 MANIFEST, METADATA = "manifest.json", "dataset-metadata.json"
@@ -59,10 +58,6 @@ def package(run: Run, chosen: Path, agreement: Path, validation_ids: Mapping, ou
         quantize=settings.quantize,
         agreement=agreed,
     )
-    if (run.folder / TRACKED).is_file():
-        from recipes.pairwise.tracking.wandb_run import log_package  # noqa: PLC0415  imports wandb, for the few runs that use it
-
-        log_package(run.folder, out)
 
 
 def trained_contracts(run_folder: Path) -> dict[str, str | None]:

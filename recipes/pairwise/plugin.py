@@ -171,11 +171,9 @@ class PairwisePlugin(BasePlugin):
 
     def _compute_metrics(self, prediction) -> dict[str, float]:
         """Score an evaluation, during the training and after it."""
-        rows = self.trainer.eval_dataset
         both_rov = metrics.probabilities(prediction.predictions, self.block.verdicts)
         labels_rv = prediction.label_ids[:, 0]
-        winners_r = np.array(rows["winner"])
-        wandb_run.log_groups(self.block.pairs, list(rows["id"]), both_rov, labels_rv, winners_r)
+        winners_r = np.array(self.trainer.eval_dataset["winner"])
         return metrics.scores(both_rov, labels_rv, winners_r)
 
     def post_train(self, cfg, model):
@@ -193,7 +191,7 @@ class PairwisePlugin(BasePlugin):
             write_contract(folder, self.contract, self.recipe)
             LOG.info("contract.json and model_input.py written to %s", folder)
             record_training(recipe_copy.lasting(self.recipe, folder), folder, self.block.pairs, **self.begun_from)
-            wandb_run.finish(folder, self.block.pairs, self.block.verdicts)
+            wandb_run.finish(folder)
 
     def _save_weights(self, folder: Path, model) -> None:
         """Save the weights before Axolotl does: whatever goes wrong while predicting must not cost them."""

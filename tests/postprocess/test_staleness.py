@@ -30,7 +30,6 @@ CANNOT_CHANGE_RESULTS = (
     "recipes/pairwise/processes.py",  # which process prints
     "recipes/pairwise/config/",  # checks a recipe, whose values are among a stage's settings
     "recipes/pairwise/tracking/recipe_copy.py",
-    "recipes/pairwise/tracking/wandb_run.py",
     "kaggle_kernels/runtime/settings.py",  # the kernel's clock and log
 )
 # validation_rows.py takes the names of the two orders from it, for a function that GPTQ does not call.

@@ -13,7 +13,7 @@ FULL, LAST = 1, 4
 
 @dataclass
 class OfflineRun:
-    """A run as `wandb sync` would upload it. Keys of history and summary are joined by dots; artifacts: name → files."""
+    """A run as `wandb sync` would upload it. Keys of history and summary are joined by dots."""
 
     project: str = ""
     name: str = ""
@@ -22,7 +22,6 @@ class OfflineRun:
     config: dict = field(default_factory=dict)
     history: list[dict] = field(default_factory=list)
     summary: dict = field(default_factory=dict)
-    artifacts: dict[str, list] = field(default_factory=dict)
     has_ended: bool = False
 
 
@@ -61,8 +60,6 @@ def read(folder: Path) -> OfflineRun:
             run.history.append(values(record.history.item))
         elif kind == "summary":
             run.summary |= values(record.summary.update)
-        elif kind == "artifact":
-            run.artifacts[record.artifact.name] = list(record.artifact.manifest.contents)
         run.has_ended |= kind == "exit"
     return run
 
@@ -70,10 +67,3 @@ def read(folder: Path) -> OfflineRun:
 def values(items) -> dict:
     """Key → value of a record's items."""
     return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
-
-
-def table(folder: Path, run: OfflineRun, key: str) -> list[dict]:
-    """The rows of a logged table."""
-    (file,) = folder.glob("offline-run-*/files/" + run.summary[f"{key}.path"])
-    found = json.loads(file.read_text(encoding="utf-8"))
-    return [dict(zip(found["columns"], row, strict=True)) for row in found["data"]]

@@ -55,17 +55,6 @@ def scores(both_rov: np.ndarray, labels_rv: np.ndarray, winners_r: np.ndarray) -
     }
 
 
-def by_group(groups: dict[str, np.ndarray], both_rov: np.ndarray, labels_rv: np.ndarray, winners_r: np.ndarray) -> dict:
-    """Metrics of the rows of each name in each column of `groups`, as accuracy/language/English, where there is one."""
-    found = {}
-    for column, names_r in groups.items():
-        for name in sorted(set(names_r)):
-            of_name = names_r == name
-            values = scores(both_rov[of_name], labels_rv[of_name], winners_r[of_name])
-            found |= {f"{metric}/{column}/{name}": values[metric] for metric in ("accuracy", "log_loss", "flip_rate")}
-    return {key: value for key, value in found.items() if np.isfinite(value)}
-
-
 def longer_is_right(frame: pl.DataFrame) -> float:
     """Accuracy of picking the longer response, on the rows that have a winner; equal lengths count as model_a."""
     length = {side: pl.col(f"response_{side}").list.eval(pl.element().str.len_chars()).list.sum() for side in "ab"}

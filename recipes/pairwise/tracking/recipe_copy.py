@@ -18,7 +18,6 @@ from recipes.pairwise.config.schema import run_folder
 from recipes.pairwise.processes import is_first_on_machine
 
 RECIPE_COPY = "recipe.yml"
-TRACKED = "wandb.json"  # by which name the run goes in wandb, where it is tracked: see tracking.py
 LOG = "debug.log"  # Axolotl's, which holds everything that a run prints
 TRIAL = re.compile(r"sweep\d{4,}")
 VOUCHERS = ("contract.json", "metrics.json", "predictions.parquet")
