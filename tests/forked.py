@@ -27,14 +27,20 @@ class Ended:
 
 def axolotl(command: str, recipe: Path, environment: dict[str, str] | None = None, **options) -> Ended:
     """Run `axolotl COMMAND RECIPE` with options such as base_model=… in a fork."""
-    log = recipe.with_suffix(".log")
-    process = SERVER.Process(target=_run, args=(command, str(recipe), str(log), environment or {}, options))
-    process.start()
+    process = start(command, recipe, environment, **options)
     process.join(timeout=300)
     if process.is_alive():
         process.kill()
         process.join()
-    return Ended(process.exitcode, log.read_text(errors="replace"))
+    return Ended(process.exitcode, recipe.with_suffix(".log").read_text(errors="replace"))
+
+
+def start(command: str, recipe: Path, environment: dict[str, str] | None = None, **options) -> multiprocessing.Process:
+    """Begin such a run; what it prints goes into the recipe's .log."""
+    log = recipe.with_suffix(".log")
+    process = SERVER.Process(target=_run, args=(command, str(recipe), str(log), environment or {}, options))
+    process.start()
+    return process
 
 
 def _run(command: str, recipe: str, log: str, environment: dict[str, str], options: dict) -> None:

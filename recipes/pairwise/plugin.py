@@ -97,7 +97,7 @@ class PairwisePlugin(BasePlugin):
             )
             cache = Path(cfg.output_dir) / "prepared"
             train, validation = datasets_of(Path(self.block.pairs), self.block.fold, tokenizer, self.contract, cache)
-            checkpoints.check_resume(cfg, self.block, self.recipe)
+            checkpoints.check_resume(cfg, self.block, self.resolved)
 
         total_steps = cfg.max_steps or calculate_total_num_steps(cfg, train)
         return TrainDatasetMeta(train_dataset=train, eval_dataset=validation, total_num_steps=total_steps)

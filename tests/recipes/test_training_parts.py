@@ -228,16 +228,24 @@ def test_a_template_of_another_family_is_refused(tiny_models):
         new_contract(block, tokenizer, attention="sdpa", base_model="google/gemma", revision=None, pad_token_id=0)
 
 
-def test_a_run_goes_on_only_from_its_own_checkpoints(tmp_path):
+def test_a_run_resumes_only_from_its_own_checkpoints(tmp_path):
     pairs = tiny.pairs_parquet(tmp_path / "pairs.parquet", 10)
     block = PairwiseBlock(pairs=str(pairs), template="gemma", budget_tokens=128, package={"slug": "some-model"})
-    (tmp_path / "run/checkpoint-5").mkdir(parents=True)
+    for step, files in ((5, ["trainer_state.json"]), (10, ["trainer_state.json"]), (15, [])):
+        checkpoint = tmp_path / f"run/checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        for name in files:
+            (checkpoint / name).write_text("{}")
     cfg = SimpleNamespace(output_dir=str(tmp_path / "run"), resume_from_checkpoint=None, auto_resume_from_checkpoints=None)
-    check_resume(cfg, block, tmp_path / "r.yml")
+    check_resume(cfg, block, {"learning_rate": 0.1})
     cfg.auto_resume_from_checkpoints = True
-    check_resume(cfg, block, tmp_path / "r.yml")
-    with pytest.raises(UserError, match="its checkpoints were trained with another fold"):
-        check_resume(cfg, block.model_copy(update={"fold": "all"}), tmp_path / "r.yml")
+    check_resume(cfg, block, {"learning_rate": 0.1, "auto_resume_from_checkpoints": True})
+    assert cfg.resume_from_checkpoint == str(tmp_path / "run/checkpoint-10"), "the newest was left half written"
+    with pytest.raises(UserError, match="run: its checkpoints were trained with another learning_rate, pairwise; remove them"):
+        check_resume(cfg, block.model_copy(update={"fold": "all"}), {"learning_rate": 0.2})
+    tiny.pairs_parquet(pairs, 10, seed=2)
+    with pytest.raises(UserError, match="were trained with another content of pairwise.pairs; remove"):
+        check_resume(cfg, block, {"learning_rate": 0.1})
 
 
 def test_random_orders_differ_between_processes(monkeypatch):
