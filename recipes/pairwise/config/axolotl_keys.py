@@ -31,7 +31,7 @@ REFUSED = {
     "lora_o_kernel": "it takes other models than ours and stops the run; remove it",
     "lora_embedding_kernel": "it takes other models than ours and stops the run; remove it",
     "gptq": "the head would not be trained; use adapter: qlora with load_in_4bit: true",
-    "wandb_log_model": "it uploads gigabytes; remove it, a tracked run refers to its weights where they are, with checksums",
+    "wandb_log_model": "it uploads gigabytes; remove it",
     "comet_api_key": "a file is no place for a secret; remove it, and set COMET_API_KEY in the environment",
     "swanlab_api_key": "a file is no place for a secret; remove it, and set SWANLAB_API_KEY in the environment",
 }
