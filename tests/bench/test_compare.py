@@ -74,11 +74,10 @@ def test_only_a_run_of_the_same_pairs_and_fold_is_reused(pairs):
     assert compare.find_run("minilm_cls", compare.read_fold(pairs, 0)) is None
 
 
-@pytest.mark.parametrize(("number", "p_a"), [(0, [0.5] * 4), (1, [0.875] * 2)])
-def test_the_length_is_as_sure_as_the_training_rows_say(pairs, number, p_a):
-    """Of fold 1's pairs the longer one wins one of two; trained on fold 0, three of four with half of the tie: 0.875."""
-    fold = compare.read_fold(pairs, number)
-    assert compare.longer(fold.train, fold.held_out).tolist() == p_a
+def test_the_length_is_as_sure_as_the_training_rows_say(pairs):
+    """The longer one wins three of fold 0's four pairs, and half of the tie: 0.875."""
+    fold = compare.read_fold(pairs, 1)
+    assert compare.longer(fold.train, fold.held_out).tolist() == [0.875] * 2
 
 
 def test_tfidf_learns_words_and_gives_a_swapped_pair_one_minus_p(tmp_path):
@@ -120,18 +119,3 @@ def test_a_recipe_is_trained_by_axolotl_on_these_pairs_and_this_fold(pairs, tmp_
     assert (tmp_path / "called").read_text() == f"train recipes/minilm_cls.yml --base-model base {pairs} 1\n"
     assert ended.exit_code == 2
     assert "error: minilm_cls: `axolotl train recipes/minilm_cls.yml --base-model base` ended with exit code 3" in ended.output
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["pairs.parquet", "--only", "tfdif"], "error: --only tfdif: expected some of longer, tfidf, siamese"),
-        (["pairs.parquet", "--base", "nowhere"], "error: --base nowhere: no config.json there"),
-        (["pairs.parquet", "--fold", "5"], "error: pairs.parquet: pairwise.fold is 5, but the folds in the file are 0, 1"),
-    ],
-)
-def test_what_is_broken_is_named_in_one_line(pairs, arguments, message):
-    ended = CliRunner().invoke(compare.main, arguments)
-    assert ended.exit_code == 2
-    assert ended.output.startswith(message)
-    assert ended.output.count("\n") == 1
