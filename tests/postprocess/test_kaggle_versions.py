@@ -167,14 +167,6 @@ def test_what_was_loaded_with_the_versions_of_kaggles_image_is_what_the_table_sa
     assert [tuple(package[name] for name in names) for package in found["packages"]] == cases
 
 
-def test_the_table_has_each_of_architecture_head_and_format_with_each_of_the_others():
-    square = square_cases()
-    assert {(kind, quantize) for kind, _, quantize, *_ in square} == set(itertools.product(KINDS, FORMATS))
-    assert {(kind, head) for kind, head, *_ in square} == set(itertools.product(KINDS, HEADS)) - {("bert", "label_tokens")}
-    assert {(head, quantize) for _, head, quantize, *_ in square} == set(itertools.product(HEADS, FORMATS))
-    assert (len(square), len(other_cases())) == (14, 23)
-
-
 def test_packages_give_the_same_probabilities_in_kaggles_versions(cases, folders, found):
     for folder, case, package in zip(folders, cases, found["packages"], strict=True):
         golden = json.loads((folder / "manifest.json").read_text())["golden"]

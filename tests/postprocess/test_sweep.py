@@ -102,14 +102,6 @@ def test_trials_on_several_folds_are_told_apart_and_not_compared(tmp_path):
     assert told in [" ".join(line) for line in lines]
 
 
-def test_how_sure_an_accuracy_is_stands_below(tmp_path):
-    add_trial(tmp_path, "sweep0001", log_loss=0.6, accuracy=0.5)
-    lines, _ = index(tmp_path)
-    told = [" ".join(line) for line in lines]
-    assert "400 validation rows: the standard error of an accuracy is 0.025, and the best of several had luck too" in told
-    assert "all recipes are the same, or one trial has one: there are no parameters to tell apart" in told
-
-
 def test_a_sweep_of_which_nothing_ended_is_listed_without_a_picture(tmp_path):
     (tmp_path / "sweep.png").write_bytes(b"of an earlier sweep")
     add_trial(tmp_path, "sweep0001", lora_r=8)
