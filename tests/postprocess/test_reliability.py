@@ -5,6 +5,7 @@ import errno
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -31,6 +32,7 @@ from tests.postprocess import runs
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["postprocess.agreement.gate", "tests.postprocess.test_reliability"])
 SMALL_SHARDS = 50_000
+CUT_BYTES = 3000
 OUTPUTS = (
     "package",
     "quantised",
@@ -45,9 +47,11 @@ OUTPUTS = (
 def package_in_small_shards(recipe: str, folder: str, events, kill_at: int | None) -> None:
     """What a child process does: `python -m postprocess RECIPE`, with shards small enough that there are many.
 
-    It counts the files of the run that it opens and renames, and kills itself at number `kill_at` of these events.
+    It counts the files of the run that it opens and renames. From number `kill_at` of these events on, no file may become
+    longer than CUT_BYTES: the system then kills the process in the middle of a write.
     """
     torch.set_num_threads(1)
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     merge.__kwdefaults__["shard_bytes"] = 10_000
 
@@ -55,7 +59,7 @@ def package_in_small_shards(recipe: str, folder: str, events, kill_at: int | Non
         if event in ("open", "os.rename") and str(arguments[0]).startswith(folder):
             events.value += 1
             if events.value == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (CUT_BYTES, resource.RLIM_INFINITY))
 
     sys.addaudithook(count_event)
     package_recipe(read_recipe(recipe))
@@ -91,7 +95,7 @@ def test_a_killed_command_that_is_run_again_gives_the_same_bytes(moments, copied
     for moment in range(1, moments + 1):
         wipe(run)
         exit_code, _ = package(run, kill_at=moment * event_count // (moments + 1))
-        assert exit_code == -signal.SIGKILL
+        assert exit_code == -signal.SIGXFSZ
         if (run.folder / "package").exists():
             check_manifest(run.folder / "package")
         assert package(run)[0] == 0
