@@ -26,6 +26,7 @@ from kagglesdk.kernels.services.kernels_api_service import KernelsApiClient
 from kagglesdk.security.services.oauth_service import OAuthClient
 from kagglesdk.security.types.oauth_service import IntrospectTokenRequest
 from kagglesdk.users.services.account_service import AccountClient
+from urllib3.exceptions import NewConnectionError
 
 from preprocess.core.errors import UserError
 
@@ -263,10 +264,11 @@ def as_unanswered(name: str, error: requests.RequestException) -> Unanswered:
     elif isinstance(error, requests.ConnectTimeout):
         reason = f"no connection within {CONNECT_SECONDS} s"
 
-    # Only without a connection it is certain that nothing arrived.
+    # Only without a connection it is certain that nothing arrived. A proxy's failure hides what happened.
     cause = getattr(error.args[0], "reason", None) if error.args else None
-    never_connected = isinstance(error, requests.ConnectTimeout) or (
-        type(cause).__name__ in ("NewConnectionError", "NameResolutionError", "ProxyError")
+    cause = getattr(cause, "original_error", cause)
+    never_connected = isinstance(error, requests.ConnectTimeout) or isinstance(
+        cause, NewConnectionError
     )
     if isinstance(error, requests.ConnectionError) and not never_connected:
         reason = "the connection broke off"
@@ -286,7 +288,10 @@ def check_status(name: str, response: requests.Response) -> None:
     status = response.status_code
     message = response.reason or "no message"
     if "application/json" in response.headers.get("Content-Type", ""):
-        values = response.json()
+        try:
+            values = response.json()
+        except ValueError:
+            values = {}
         if isinstance(values, dict):
             status = max(status, int(values.get("code") or 0))
             message = values.get("message") or message

@@ -20,7 +20,7 @@ from kaggle_kernels.publish.package_files import check_package, check_wheels
 from postprocess.package import MANIFEST, METADATA, OWNER
 from postprocess.wheels.build import MANIFEST as WHEELS_MANIFEST
 from preprocess.core.errors import UserError
-from preprocess.core.files import read_object, sha256
+from preprocess.core.files import read_object
 from preprocess.core.ledger import git_state
 from recipes.pairwise.config.schema import SLUG
 
@@ -30,10 +30,12 @@ DATASET_BYTES = (
 )  # Kaggle's documentation: of one dataset, and of all private ones of an account together
 KERNEL_FILES = ("kernel.py", "kernel-metadata.json")
 # Kaggle's names.
-LICENCES = tuple(
-    """apache-2.0 MIT CC0-1.0 CC-BY-3.0 CC-BY-3.0-IGO CC-BY-4.0 CC-BY-SA-3.0 CC-BY-SA-4.0 CC-BY-NC-4.0 CC-BY-NC-SA-3.0-IGO
-    CC-BY-NC-SA-4.0 CC-BY-ND-4.0 CC-BY-NC-ND-4.0 GPL-2.0 GPL-3.0 LGPL-3.0 AGPL-3.0 FDL-1.3 ODbL-1.0 DbCL-1.0 ODC-BY-1.0 PDDL
-    CDLA-Permissive-1.0 CDLA-Sharing-1.0 US-Government-Works EU-ODP-Legal-Notice copyright-authors other unknown""".split()
+LICENCES = (
+    *("apache-2.0", "MIT", "CC0-1.0", "CC-BY-3.0", "CC-BY-3.0-IGO", "CC-BY-4.0", "CC-BY-SA-3.0"),
+    *("CC-BY-SA-4.0", "CC-BY-NC-4.0", "CC-BY-NC-SA-3.0-IGO", "CC-BY-NC-SA-4.0", "CC-BY-ND-4.0"),
+    *("CC-BY-NC-ND-4.0", "GPL-2.0", "GPL-3.0", "LGPL-3.0", "AGPL-3.0", "FDL-1.3", "ODbL-1.0"),
+    *("DbCL-1.0", "ODC-BY-1.0", "PDDL", "CDLA-Permissive-1.0", "CDLA-Sharing-1.0"),
+    *("US-Government-Works", "EU-ODP-Legal-Notice", "copyright-authors", "other", "unknown"),
 )
 OWNERS = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 

@@ -1,7 +1,7 @@
 """No test may reach Kaggle: the environment that leads every client to the stand-in, and a check that it does.
 
-The kaggle command and our own client honour one value only: KAGGLE_API_ENVIRONMENT=LOCALHOST is http://localhost, port 80, which
-the proxy variables lead to the stand-in's port. With any other value their requests go to the real site.
+The kaggle command and our own client honour one value only: KAGGLE_API_ENVIRONMENT=LOCALHOST is http://localhost, port 80,
+which the proxy variables lead to the stand-in's port. With any other value their requests go to the real site.
 """
 
 import os

@@ -95,6 +95,18 @@ def pretend_wheels(slug: str) -> Path:
     return WHEELS
 
 
+def make_folder(folder: Path, **contents: bytes) -> Path:
+    """A folder as packages are: files (`__` in a name is a dot), metadata with the placeholder, a manifest with every hash."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        (folder / name.replace("__", ".")).write_bytes(content)
+    write_metadata(folder, "tiny-two", "apache-2.0")
+    listed = [path for path in sorted(folder.iterdir()) if path.name != "manifest.json"]
+    files = {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size} for path in listed}
+    (folder / "manifest.json").write_text(json.dumps({"files": files}))
+    return folder
+
+
 def write_metadata(folder: Path, slug: str, licence: str) -> None:
     (folder / "dataset-metadata.json").write_text(json.dumps(dataset_metadata(slug, licence)))
 
