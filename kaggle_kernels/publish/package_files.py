@@ -172,27 +172,32 @@ def check_folder(folder: Path, manifest: str, listed: object, allowed: str) -> l
         return [f"{folder / manifest}: expected files with sha256 and bytes; {REMAKE}"]
 
     problems = []
+    for name in listed:
+        if not (folder / name).is_file():
+            problems.append(f"{folder / name}: missing; {REMAKE}")
+
     for path in sorted(folder.iterdir()):
+        # The metadata's owner may have been filled in, and no kernel sees it.
+        is_unlisted = path.name in (manifest, METADATA)
+        facts = listed.get(path.name)
         if not path.is_file():
             problems.append(f"{path}: no file; a dataset of ours is flat; remove it")
         elif not re.fullmatch(allowed, path.name):
             problems.append(f"{path}: no file that such a folder is defined to have; remove it")
-        elif path.name not in listed and path.name not in (manifest, METADATA):
+        elif facts is None and not is_unlisted:
             problems.append(f"{path}: not in {manifest}, so that nobody checked it; {REMAKE}")
-        else:
-            problems.extend(check_kind(path))
-
-    for name, facts in listed.items():
-        path = folder / name
-        if name == METADATA:  # its owner may have been filled in, and no kernel sees it
-            continue
-        if not path.is_file():
-            problems.append(f"{path}: missing; {REMAKE}")
-        elif path.stat().st_size != facts.get("bytes") or sha256(path) != facts.get("sha256"):
+        elif not is_unlisted and not is_unchanged(path, facts):
             problems.append(
                 f"{path}: changed since it was made, {manifest} has another size or SHA-256; {REMAKE}"
             )
+        else:
+            problems.extend(check_kind(path))
     return problems
+
+
+def is_unchanged(path: Path, facts: Mapping) -> bool:
+    """Whether a file has the bytes that the manifest lists."""
+    return path.stat().st_size == facts.get("bytes") and sha256(path) == facts.get("sha256")
 
 
 def check_kind(path: Path) -> list[str]:

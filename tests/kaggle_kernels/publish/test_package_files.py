@@ -59,15 +59,11 @@ def test_what_differs_from_the_manifest_is_told_by_name(spoilt):
     (spoilt / "folder").mkdir()
     (spoilt / "added_tokens.json").write_text("{}")
     (spoilt / "tokenizer_config.json").unlink()
-    starts = (
-        "added_tokens.json: not in manifest.json, so that nobody checked it",
-        "folder: no file; a dataset of ours is flat; remove it",
+    assert [problem.removeprefix(f"{spoilt}/").split(",")[0].split(";")[0] for problem in check_package(spoilt)] == [
+        "tokenizer_config.json: missing",
+        "added_tokens.json: not in manifest.json",
+        "folder: no file",
         "tokenizer.json: changed since it was made",
-        "tokenizer_config.json: missing; make the folder again",
-    )
-    told = [problem for problem in check_package(spoilt) if "not valid JSON" not in problem]
-    assert sorted(problem.removeprefix(f"{spoilt}/")[: len(start)] for problem, start in zip(told, starts, strict=True)) == [
-        *starts
     ]
 
 
