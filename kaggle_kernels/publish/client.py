@@ -208,6 +208,7 @@ def read_key_file() -> dict:
         config = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
         folder = Path(config) / "kaggle"
 
+    # The command takes a broken file for an absent one too.
     try:
         values = json.loads((folder / "kaggle.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -245,6 +246,7 @@ def ask(pace: Pace, method: Callable, request, changes_something: bool = False):
 
 def list_all(pace: Pace, method: Callable, request, field_name: str) -> list:
     """Call a method that lists something page by page; the items in `field_name` of all pages."""
+    # A token that comes again would list for ever.
     items = []
     while True:
         answer = ask(pace, method, request)
@@ -285,6 +287,7 @@ def check_status(name: str, response: requests.Response) -> None:
         Unanswered: 429 (nothing was done) and 5xx (unknown).
         UserError: 401, with how to log in.
     """
+    # Kaggle's own errors are JSON; those of a gateway are pages.
     status = response.status_code
     message = response.reason or "no message"
     if "application/json" in response.headers.get("Content-Type", ""):

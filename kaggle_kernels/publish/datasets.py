@@ -70,6 +70,7 @@ def publish_dataset(kaggle: Kaggle, folder: DatasetFolder) -> dict:
             remote = wait_until_settled(kaggle, folder, after_version=0)
         check_private(folder, remote)
 
+    # A push that was killed may have made the version already.
     if remote and not find_differences(kaggle, folder, remote):
         print(f"{folder.ref}: unchanged, version {remote.version}", flush=True)
     else:
@@ -101,6 +102,8 @@ def publish_version(
 
         problem = format_differences(differences)
         print(f"{folder.ref}: version {remote.version} is not what was sent: {problem}", flush=True)
+
+        # What came whole is not sent a second time.
         forget_uploads(folder, list(differences))
 
     forget_uploads(folder)
@@ -126,6 +129,7 @@ def plan_dataset(kaggle: Kaggle, folder: DatasetFolder) -> tuple[list[str], int]
 
 def read_dataset(kaggle: Kaggle, folder: DatasetFolder) -> RemoteDataset | None:
     """Read what Kaggle says of a dataset now; None where there is none."""
+    # Kaggle tells the status and the version in two calls.
     status_request = ApiGetDatasetStatusRequest()
     status_request.owner_slug = folder.owner
     status_request.dataset_slug = folder.slug
@@ -146,6 +150,7 @@ def read_dataset(kaggle: Kaggle, folder: DatasetFolder) -> RemoteDataset | None:
 
 def wait_until_settled(kaggle: Kaggle, folder: DatasetFolder, after_version: int) -> RemoteDataset:
     """Wait until a version after `after_version` is ready or has failed; UserError when the patience is over."""
+    # Each status is printed once.
     last_status = None
     for _ in kaggle.pace.looks():
         remote = read_dataset(kaggle, folder)
@@ -220,10 +225,12 @@ def request_version(
             print(f"  {folder.ref}: {error}; perhaps still processed, repeated", flush=True)
             time.sleep(kaggle.pace.pause(attempt))
         except Unanswered:
+            # Asking again could make a second version.
             if is_version_there(kaggle, folder, remote):
                 return
             raise
 
+    # Kaggle puts some errors into an answer with HTTP 200.
     if answer.status == "error" or answer.error:
         raise Refused(answer.error, 200)
 
@@ -232,12 +239,12 @@ def make_dataset_request(folder: DatasetFolder, tokens: list[str]) -> ApiCreateD
     """Ask for a private dataset of files that Kaggle has received, as dataset-metadata.json describes it."""
     metadata = read_object(folder.path / METADATA)
     request = ApiCreateDatasetRequest()
+
+    # kagglesdk sends a field only where it was set.
     request.owner_slug = folder.owner
     request.slug = folder.slug
     request.title = metadata["title"]
     request.license_name = metadata["licenses"][0]["name"]
-    if metadata.get("subtitle"):
-        request.subtitle = metadata["subtitle"]
     request.is_private = True
     request.files = [new_file(token) for token in tokens]
     return request

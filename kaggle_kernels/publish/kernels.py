@@ -155,28 +155,26 @@ def find_differences(meant: Kernel, shown: Kernel) -> list[str]:
     if shown.code.rstrip() != meant.code.rstrip():
         differences.append("the code is another one")
 
-    for key, expected in meant.metadata.items():
-        if key not in SHOWN_FIELDS:
-            continue
-        found = shown.metadata.get(key)
-        if not found and not expected:
-            continue
+    for key in meant.metadata.keys() & SHOWN_FIELDS.keys():
+        expected = normalise(key, meant.metadata[key])
+        actual = normalise(key, shown.metadata.get(key))
+        if key == "dataset_sources":
+            expected = without_hidden_versions(expected, actual)
 
-        # The machine is that of the last run: none before the first.
-        if key == "machine_shape" and not found:
-            continue
+        # Kaggle may leave out what is false. The machine is that of the last run: none before the first.
+        may_be_absent = not expected or key == "machine_shape"
+        if actual != expected and (actual or not may_be_absent):
+            differences.append(f"{key} is {json.dumps(actual)} in place of {json.dumps(expected)}")
+    return sorted(differences)
 
-        # KAGGLE_USERNAME may have the owner in capitals; Kaggle does not tell them apart.
-        if key == "id":
-            expected, found = expected.lower(), (found or "").lower()
-        elif key.endswith("_sources"):
-            expected = sorted(source.lower() for source in expected)
-            found = sorted(source.lower() for source in found or [])
-            if key == "dataset_sources":
-                expected = without_hidden_versions(expected, found)
-        if found != expected:
-            differences.append(f"{key} is {json.dumps(found)} in place of {json.dumps(expected)}")
-    return differences
+
+def normalise(key: str, value: object) -> object:
+    """Put a value into the form in which it is compared: lists have no order, and owners no capitals."""
+    if key.endswith("_sources"):
+        return sorted(source.lower() for source in value or [])
+    if key == "id":
+        return str(value).lower()
+    return value
 
 
 def without_hidden_versions(expected: list[str], found: list[str]) -> list[str]:
@@ -210,6 +208,7 @@ def push(kaggle: Kaggle, kernel: Kernel, version_before: int) -> tuple[int, str]
     except Refused as error:
         raise UserError(f"{kernel.ref}: {error}; mend that, then run push again") from None
     except Unanswered as error:
+        # Sending it again could start a second run.
         shown = find_lost_push(kaggle, kernel, version_before)
         if shown is None:
             raise UserError(
@@ -226,20 +225,28 @@ def make_request(kernel: Kernel) -> ApiSaveKernelRequest:
     """Make kagglesdk's request of a kernel, as `kaggle kernels push` does of its folder."""
     metadata = kernel.metadata
     request = ApiSaveKernelRequest()
+
+    # What it is.
     request.slug = metadata["id"]
     request.new_title = metadata["title"]
     request.text = kernel.code
     request.language = metadata["language"]
     request.kernel_type = metadata["kernel_type"]
+
+    # Where it runs. kagglesdk's default for the internet is yes.
     request.is_private = metadata["is_private"]
     request.enable_gpu = metadata["enable_gpu"]
     request.enable_tpu = metadata["enable_tpu"]
     request.enable_internet = metadata["enable_internet"]
     request.machine_shape = metadata["machine_shape"]
+
+    # What it reads.
     request.dataset_data_sources = metadata["dataset_sources"]
     request.competition_data_sources = metadata["competition_sources"]
     request.kernel_data_sources = metadata["kernel_sources"]
     request.model_data_sources = metadata["model_sources"]
+
+    # kagglesdk takes no None.
     for key in ("docker_image", "docker_image_pinning_type"):
         if metadata.get(key):
             setattr(request, key, metadata[key])
@@ -251,6 +258,7 @@ def check_accepted(kernel: Kernel, answer: ApiSaveKernelResponse) -> None:
     problems = []
     if answer.error:
         problems.append(answer.error)
+    # Kaggle saves a kernel without the sources that it refuses, and runs it.
     for name in ("dataset", "competition", "kernel", "model"):
         refused = getattr(answer, f"invalid_{name}_sources")
         if refused:
@@ -330,6 +338,8 @@ def download_output(
     shutil.rmtree(out, ignore_errors=True)
     request = name_version(ApiListKernelSessionOutputRequest(), ref, version)
     request.page_size = FILES_A_PAGE
+
+    # The rest of the output may have gigabytes.
     files = list_all(kaggle.pace, kaggle.kernels.list_kernel_session_output, request, "files")
     for file in files:
         if file.file_name in names:

@@ -95,6 +95,7 @@ def find_rows(folders: Sequence[Path], pairs: Path) -> list[str]:
         A line for each file with texts of rows.
     """
     places = find_places(folders)
+    # Windows of the pairs do not overlap: so few are cut of many rows.
     ids_by_path: dict[Path, list[str]] = {}
     for row_id, stretches in read_stretches(pairs):
         hits = set()

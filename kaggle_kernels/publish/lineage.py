@@ -88,6 +88,7 @@ def follow_chain(
         yield Step(depth, "push", facts)
         return
 
+    # The kernel, then each of its datasets.
     digest = shorten(push.get("kernel_sha256"))
     yield Step(depth, "push", f"{name_kernel(push)}, kernel.py {digest}", push)
     for dataset, facts in (push.get("datasets") or {}).items():
@@ -113,6 +114,7 @@ def follow_package(
     difference = (entry.get("agreement") or {}).get("mean_difference")
     if difference is not None:
         text += f", differs from training by {difference:.4f}"
+    # A mean of runs leads to each of them.
     yield Step(depth, "package", text, entry)
     for run, contract in (entry.get("trained") or {}).items():
         yield from follow_run(entries, run, contract, depth + 1)
@@ -150,6 +152,8 @@ def follow_pairs(
         return
 
     yield Step(depth, "pairs", f"{name} {shorten(digest)}, {entry.get('rows', 0):,} pairs", entry)
+
+    # Only what was made before, so that a loop cannot come about.
     earlier_entries = entries[: entries.index(entry)]
     for source in entry.get("sources", []):
         file, source_digest = source.get("file"), source.get("sha256")

@@ -77,7 +77,6 @@ class DatasetMetadata(Strict):
     id: str
     title: str
     licenses: list[dict]
-    subtitle: str | None = None
 
 
 class ValidationIds(Strict):
@@ -136,6 +135,7 @@ REQUIRED_FILES = (CONTRACT, CONFIG, METADATA, MODEL_INPUT.name, "tokenizer.json"
 
 def check_package(folder: Path) -> list[str]:
     """List what is wrong with the files of a package; every byte is read."""
+    # The manifest may lack a file that the kernel needs.
     listed = read_object(folder / MANIFEST).get("files")
     problems = check_folder(folder, MANIFEST, listed, PACKAGE_FILES)
     for name in REQUIRED_FILES:
@@ -231,6 +231,7 @@ def check_safetensors(path: Path) -> None:
 
 def check_contract(path: Path) -> None:
     """Raise UserError unless contract.json has exactly the keys of a contract."""
+    # The kernel reads the values; a key of its own could carry anything.
     keys = set(read_object(path))
     expected = set(Contract.__dataclass_fields__)
     if keys != expected:

@@ -102,7 +102,7 @@ def preflight(spec_path: Path, owner: str) -> Preflight:
     check(report, secrets, check_secrets, scanned, pairs)
     check(report, "rehearsal of this build passed", check_rehearsal, spec_path, folders)
 
-    report.warnings.extend(find_warnings(uploaded, pairs))
+    report.warnings.extend(find_warnings(pairs))
     report.errors[:] = dict.fromkeys(report.errors)  # two checks may come upon the same problem
     return report
 
@@ -194,7 +194,6 @@ def check_dataset(folder: Path, dataset: str) -> list[str]:
     file = folder / METADATA
     values = read_object(file)
     slug = str(values.get("id")).split("/")[-1]
-    subtitle = values.get("subtitle")
 
     problems = []
     if slug != dataset:
@@ -212,11 +211,6 @@ def check_dataset(folder: Path, dataset: str) -> list[str]:
         problems.append(
             f"{file}: id: {slug!r}, Kaggle takes a to z, digits and single hyphens; change "
             "package.slug in the recipe"
-        )
-    if subtitle and not 20 <= len(str(subtitle)) <= 80:
-        problems.append(
-            f"{file}: subtitle: {len(str(subtitle))} characters, Kaggle takes 20 to 80; change it, or "
-            "leave it out"
         )
     problems.extend(check_licences(file, values.get("licenses")))
 
@@ -311,13 +305,8 @@ def check_rehearsal(spec_path: Path, folders: Mapping[str, Path]) -> list[str]:
     return problems
 
 
-def find_warnings(folders: Sequence[Path], pairs: Sequence[Path]) -> list[str]:
-    """List what does not hinder a push and may matter later.
-
-    Args:
-        folders: Those of the datasets that are there.
-        pairs: Where the recipes' pairs should be.
-    """
+def find_warnings(pairs: Sequence[Path]) -> list[str]:
+    """List what does not hinder a push and may matter later; `pairs` are where the recipes' pairs should be."""
     warnings = []
     state = git_state()
     if state["git_commit"] is None:
@@ -333,12 +322,4 @@ def find_warnings(folders: Sequence[Path], pairs: Sequence[Path]) -> list[str]:
                 f"{file}: not on this machine, so that its rows were not looked for in what goes up"
             )
 
-    size = 0
-    for folder in folders:
-        size += sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
-    if size > DATASET_BYTES:
-        warnings.append(
-            f"{size / 1e9:.0f} GB in all: Kaggle holds {DATASET_BYTES / 1e9:.0f} GB of private "
-            "datasets an account"
-        )
     return warnings

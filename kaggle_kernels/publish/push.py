@@ -90,6 +90,7 @@ def check_all(spec_path: Path, pace: Pace) -> Kaggle:
     except UserError as error:
         errors.append(str(error))
 
+    # Without an account everything else is checked all the same.
     report = preflight(spec_path, kaggle.owner if kaggle else "")
     if kaggle:
         check_gpu_hours(kaggle, report)
@@ -165,6 +166,7 @@ def publish_kernel(
         if record.is_checked:
             return
 
+    # Kaggle may drop or change what it was given.
     shown = check_pushed(kaggle, kernel)
     print(f"{kernel.ref}: read back: code and metadata are as they are here", flush=True)
     print_sources(shown, versions)
@@ -201,11 +203,14 @@ def push_once(
     )
     write_record(spec_path, record)
 
+    # A refusal of the datasets' versions is remembered for every spec.
     try:
         version, url = push_kernel(kaggle, kernel, record.version_before)
     except PinsRefused:
         write_json(PINS, {"accepted": False})
         raise
+
+    # Kaggle has it: from here on a killed push is completed, not repeated.
     record = replace(record, version=version, url=url)
     write_record(spec_path, record)
     print(f"{kernel.ref}: version {version} was pushed, {url}", flush=True)

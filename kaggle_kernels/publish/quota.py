@@ -36,6 +36,7 @@ def read_quotas(kaggle: Kaggle) -> dict[str, Quota]:
     if answer.quota_refresh_time:
         until = f"{answer.quota_refresh_time:%Y-%m-%d %H:%M} UTC"
 
+    # Kaggle leaves out what an account has no right to.
     quotas = {}
     for name, values in (("GPU", answer.gpu_quota), ("TPU", answer.tpu_quota)):
         if values is not None and values.total_time_allowed is not None:

@@ -87,6 +87,7 @@ def find_origin(submission: ApiSubmission, entries: Sequence[Mapping], metric: s
     if not submits:
         return Origin()
 
+    # The runs that its packages were made of.
     push = find_push(entries, submits[-1])
     steps = list(follow_chain(entries, submits[-1], push))
     trainings = [step.entry for step in steps if step.event == "train" and step.entry]

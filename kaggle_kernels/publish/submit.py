@@ -7,7 +7,6 @@ import csv
 import sys
 import time
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import click
@@ -17,7 +16,6 @@ from kagglesdk.competitions.types.competition_api_service import (
     ApiListSubmissionsRequest,
     ApiSubmission,
 )
-from kagglesdk.competitions.types.submission_status import SubmissionStatus
 
 from kaggle_kernels.build.packages import spec_folder
 from kaggle_kernels.build.spec import COMPETITIONS, Competition, Spec, read_spec
@@ -99,6 +97,7 @@ def wait_for_run(kaggle: Kaggle, pushed: PushRecord) -> RunStatus:
     lines_printed = 0
     for _ in kaggle.pace.looks():
         run = read_run(kaggle, pushed)
+        # The log of a run that waits is empty.
         if run.word != "QUEUED":
             lines = read_log(kaggle, pushed.kernel, pushed.version)
             print_log(lines[lines_printed:])
@@ -106,6 +105,7 @@ def wait_for_run(kaggle: Kaggle, pushed: PushRecord) -> RunStatus:
         if run.is_over:
             return run
 
+        # Each change of the status is printed once.
         if run.word != last_word:
             print(f"{pushed}: {run.word}, {pushed.age} after the push", flush=True)
             last_word = run.word
@@ -153,14 +153,12 @@ def submit(
         check_output(kaggle, pushed, competition, out)
         check_made_by(pushed, out / RECORD)
 
-        listed = list_submissions(kaggle, competition)
-        submissions_left = count_left(kaggle, competition, listed)
         print_summary(spec, pushed, message, out)
-        print(f"submissions left today: {submissions_left}", flush=True)
+        check_allowance(kaggle, competition)
         if not yes and not click.confirm("submit this?"):
             raise UserError("nothing was submitted")
 
-        refs_before = [submission.ref for submission in listed]
+        refs_before = [listed.ref for listed in list_submissions(kaggle, competition)]
         submission = Submission(pushed.version, message, refs_before)
         ref = send(kaggle, spec_path, competition, pushed, submission)
         write_down(spec_path, competition, pushed, submission, ref)
@@ -212,6 +210,7 @@ def check_output(kaggle: Kaggle, pushed: PushRecord, competition: Competition, o
     if not path.is_file():
         raise UserError(f"{pushed}: its output has no {FILE}; its log says why: status")
 
+    # Three rows of the visible test file.
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
         rows = list(csv.reader(file))
     header = rows[0] if rows else []
@@ -230,6 +229,7 @@ def check_output(kaggle: Kaggle, pushed: PushRecord, competition: Competition, o
 
 def check_made_by(pushed: PushRecord, path: Path) -> None:
     """Raise UserError unless kernel.json is of the pushed kernel with the pushed packages."""
+    # A kernel writes down which build it is, and which packages it found.
     record = read_object(path) if path.is_file() else {}
     manifests_pushed = {}
     for ref, dataset in pushed.datasets.items():
@@ -260,41 +260,26 @@ def list_submissions(kaggle: Kaggle, competition: Competition) -> list[ApiSubmis
     return answer.submissions or []
 
 
-def count_left(kaggle: Kaggle, competition: Competition, listed: list[ApiSubmission]) -> int:
-    """Count how many submissions today (UTC) still allows, by Kaggle's word and by what is listed.
-
-    Raises:
-        UserError: None is left.
-    """
-    today = datetime.now(UTC).date()
-    made_today = 0
-    for submission in listed:
-        is_today = submission.date is not None and submission.date.date() == today
-        if is_today and submission.status != SubmissionStatus.ERROR:
-            made_today += 1
-    left = competition.daily_submissions - made_today
-
+def check_allowance(kaggle: Kaggle, competition: Competition) -> None:
+    """Print how many submissions Kaggle allows today (UTC); UserError where none."""
     request = ApiGetSubmissionLimitsRequest()
     request.competition_name = competition.slug
-    made_ever = None
     try:
         limits = ask(kaggle.pace, kaggle.competitions.get_submission_limits, request)
-        left = min(left, limits.num_allowed_now)
-        made_ever = limits.num_total
-    except Refused:
-        # Kaggle tells no limits of some competitions: the list and the rules have to do.
-        pass
+    except Refused as error:
+        # Kaggle has the last word when the submission is made.
+        print(f"submissions left today: not known ({error})")
+        return
 
-    if left < 1 and made_ever == 0:
+    if limits.num_allowed_now < 1 and limits.num_total == 0:
         raise UserError(
             f"{competition.slug}: Kaggle allows you none: join it there, and accept its rules"
         )
-    if left < 1:
+    if limits.num_allowed_now < 1:
         raise UserError(
-            f"{competition.slug}: no submission is left today ({made_today} listed); the day ends "
-            "at 24:00 UTC"
+            f"{competition.slug}: no submission is left today; the day ends at 24:00 UTC"
         )
-    return left
+    print(f"submissions left today: {limits.num_allowed_now}", flush=True)
 
 
 def print_summary(spec: Spec, pushed: PushRecord, message: str, out: Path) -> None:
@@ -350,9 +335,11 @@ def send(
         method = kaggle.competitions.create_code_submission
         answer = ask(kaggle.pace, method, request, changes_something=True)
     except Refused as error:
+        # It is certain that nothing was submitted.
         note.unlink()
         raise UserError(f"{pushed}: not submitted: {error}") from None
     except Unanswered as error:
+        # Asking again could make a second submission.
         ref = find_lost_submission(kaggle, competition, submission, LOOKS)
         if ref is None:
             raise UserError(
@@ -389,6 +376,7 @@ def finish_interrupted(
     note = note_path(spec_path)
     if not note.is_file():
         return False
+    # A minute or more has passed since: one look will do.
     submission = Submission(**read_object(note))
     ref = find_lost_submission(kaggle, competition, submission, looks=1)
     if ref is None:

@@ -66,6 +66,7 @@ def send_files(kaggle: Kaggle, folder: DatasetFolder) -> list[str]:
         if name in uploads and uploads[name].is_complete:
             continue
 
+        # Written down after each file: the next may be interrupted.
         uploads[name] = send_file(kaggle, folder, name, uploads)
         write_notes(folder, uploads)
         print(f"  {name}: sent", flush=True)
@@ -121,12 +122,14 @@ def send_rest(path: Path, url: str, pace: Pace, is_new: bool) -> None:
         UploadLost: The server refuses the rest.
         Unanswered: Nothing more arrived for a minute.
     """
+    # What the server has; unknown after every interruption.
     size = path.stat().st_size
     bytes_there = 0
     is_known = is_new
     attempt = 0
     last_progress = time.monotonic()
 
+    # A session of its own: the address is not Kaggle's, and gets no credentials.
     with requests.Session() as session:
         while True:
             try:
@@ -134,6 +137,8 @@ def send_rest(path: Path, url: str, pace: Pace, is_new: bool) -> None:
                     bytes_before = bytes_there
                     bytes_there = count_received(session, url, size)
                     is_known = True
+
+                    # An upload of hours may break off often, as long as it gets on.
                     if bytes_there > bytes_before:
                         attempt = 0
                         last_progress = time.monotonic()
@@ -195,6 +200,7 @@ def put(session: requests.Session, url: str, headers: dict, content) -> requests
     except requests.RequestException as error:
         raise as_unanswered("upload", error) from None
 
+    # 408 and 429 pass.
     status = response.status_code
     if 400 <= status < 500 and status not in (408, 429):
         raise UploadLost(f"the server refused it ({status})")

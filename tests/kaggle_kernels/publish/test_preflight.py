@@ -12,7 +12,7 @@ import pytest
 from kaggle_kernels.build.bundle import build
 from kaggle_kernels.build.packages import build_of
 from kaggle_kernels.build.spec import all_specs, read_spec
-from kaggle_kernels.publish.preflight import check_licences, check_title, find_warnings, preflight
+from kaggle_kernels.publish.preflight import check_licences, check_title, preflight
 from postprocess.wheels.build import LICENCES as LICENCES_OF_WHEELS
 from preprocess.core.files import read_yaml
 from tests import tiny
@@ -97,7 +97,6 @@ def test_titles_of_specs_and_licences_of_recipes_and_wheels_are_kaggles(pushable
     "changes, told",
     [
         ({"id": "me/tiny-too"}, "id: found the dataset 'tiny-too', the spec says 'tiny-two'; package again, or mend the spec"),
-        ({"subtitle": "too short"}, "subtitle: 9 characters, Kaggle takes 20 to 80; change it, or leave it out"),
         ({"licenses": [{"name": "other"}] * 2}, "licenses: found ['other', 'other'], Kaggle takes exactly one of its own"),
     ],
 )
@@ -189,4 +188,3 @@ def test_sizes_over_kaggles_limits_are_told_before_the_upload(pushable, monkeypa
     monkeypatch.setattr("kaggle_kernels.publish.preflight.DATASET_BYTES", 1000)
     [error] = errors_of(pushable)
     assert error.startswith("outputs/two/package: 0.0 GB, Kaggle takes 0 in a dataset; package fewer bits")
-    assert "0 GB in all: Kaggle holds 0 GB of private datasets an account" in find_warnings([PACKAGE], [])
