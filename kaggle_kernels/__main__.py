@@ -214,6 +214,22 @@ def asks_kaggle(patience_seconds: float) -> Callable[[Callable], Callable]:
 
 
 @main.command()
+@click.option("--yes", is_flag=True, help="Try it without confirmation.")
+@asks_kaggle(patience_seconds=600)
+@exits_with_2
+def smoke(yes: bool, poll_seconds: float, patience_seconds: float) -> None:
+    """Try every call of publishing on your Kaggle account.
+
+    Makes a private dataset of 10 KB and a kernel that reads it, and deletes both. outputs/smoke.json has the calls, without
+    names.
+    """
+    from kaggle_kernels.publish import smoke as smoke_test  # noqa: PLC0415  --help starts fast
+    from kaggle_kernels.publish.client import Pace  # noqa: PLC0415  --help starts fast
+
+    smoke_test.smoke(Pace(poll_seconds, patience_seconds), yes)
+
+
+@main.command()
 @click.argument("spec")
 @click.option(
     "--dry-run",

@@ -39,6 +39,7 @@ CHAIN = (
     Entry("build", "kaggle_kernels.__main__:build", "Build kernels from their specs."),
     Entry("rehearse", "kaggle_kernels.__main__:rehearse", "Run a kernel here as Kaggle would."),
     Entry("weigh", "kaggle_kernels.__main__:weigh", "Fit the weights of an ensemble."),
+    Entry("smoke", "kaggle_kernels.__main__:smoke", "Try publishing on your Kaggle account."),
     Entry("push", "kaggle_kernels.__main__:push", "Publish datasets and kernel on Kaggle."),
     Entry("status", "kaggle_kernels.__main__:status", "Follow the kernel's run on Kaggle."),
     Entry("submit", "kaggle_kernels.__main__:submit", "Submit the kernel to the competition."),

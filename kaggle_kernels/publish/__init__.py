@@ -15,5 +15,6 @@ To be read in this order:
     submit.py          its run followed, its output checked and submitted
     scores.py          submissions with their scores beside cross-validation
     lineage.py         from a submission back to the raw rows
+    smoke.py           every call tried on the user's account
     client.py          a call of Kaggle's API: credentials, time limits, errors
 """

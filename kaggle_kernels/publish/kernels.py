@@ -238,7 +238,6 @@ def make_request(kernel: Kernel) -> ApiSaveKernelRequest:
     request.enable_gpu = metadata["enable_gpu"]
     request.enable_tpu = metadata["enable_tpu"]
     request.enable_internet = metadata["enable_internet"]
-    request.machine_shape = metadata["machine_shape"]
 
     # What it reads.
     request.dataset_data_sources = metadata["dataset_sources"]
@@ -247,7 +246,7 @@ def make_request(kernel: Kernel) -> ApiSaveKernelRequest:
     request.model_data_sources = metadata["model_sources"]
 
     # kagglesdk takes no None.
-    for key in ("docker_image", "docker_image_pinning_type"):
+    for key in ("machine_shape", "docker_image", "docker_image_pinning_type"):
         if metadata.get(key):
             setattr(request, key, metadata[key])
     return request
