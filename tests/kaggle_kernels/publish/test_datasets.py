@@ -4,7 +4,6 @@ import random
 
 import pytest
 
-from kaggle_kernels.publish import client
 from kaggle_kernels.publish.client import Pace, connect
 from kaggle_kernels.publish.dataset_folder import find_dataset_folder
 from kaggle_kernels.publish.datasets import RemoteDataset, plan_dataset, publish_dataset
@@ -144,14 +143,3 @@ def test_a_dataset_that_is_public_gets_nothing_and_one_that_comes_out_public_is_
     kaggle.faults.append(Fault("GetDataset", answer={"isPrivate": False}, times=9))
     with pytest.raises(UserError, match=f"{REF}: is public on Kaggle; make it private"):
         publish(folder)
-
-
-def test_a_server_that_fails_for_good_is_one_error_and_keeps_what_was_sent(folder, kaggle, monkeypatch):
-    monkeypatch.setattr(client, "REPEAT_SECONDS", 0.2)
-    kaggle.faults.append(Fault("CreateDataset", status=429, times=999))
-    with pytest.raises(UserError, match="Kaggle: CreateDataset: 429 Too Many Requests; run this again later"):
-        publish(folder)
-    kaggle.faults.clear()
-    sent = kaggle.uploaded_bytes()
-    assert publish(folder)["version"] == 1
-    assert kaggle.uploaded_bytes() == sent
