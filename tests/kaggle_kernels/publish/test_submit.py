@@ -253,3 +253,10 @@ def test_a_submission_that_kaggle_refuses_is_one_error(pushed, kaggle):
     assert refusal(submit()) == f"{REF} version 1: not submitted: The competition's deadline has passed"
     assert len(kaggle.site.submissions) == 1, "the one with the same message, from before"
     assert ledger.read() == []
+
+
+def test_an_earlier_submission_with_the_same_message_is_not_taken_for_the_lost_one(pushed, kaggle):
+    kaggle.site.submissions.append(Submission(1001, WSDM_CUP, REF, 1, "submission.csv", "first try", "0.7", "0.7"))
+    kaggle.faults.append(Fault("CreateCodeSubmission", status=502))
+    assert "perhaps submitted, perhaps not" in refusal(submit())
+    assert ledger.read() == []
