@@ -214,22 +214,41 @@ def asks_kaggle(patience_seconds: float) -> Callable[[Callable], Callable]:
 
 
 @main.command()
+@click.option("--yes", is_flag=True, help="Try it without confirmation.")
+@asks_kaggle(patience_seconds=600)
+@exits_with_2
+def smoke(yes: bool, poll_seconds: float, patience_seconds: float) -> None:
+    """Try every call of publishing on your Kaggle account.
+
+    Makes a private dataset of 10 KB and a kernel that reads it, and deletes both. outputs/smoke.json has the calls, without
+    names.
+    """
+    from kaggle_kernels.publish import smoke as smoke_test  # noqa: PLC0415  --help starts fast
+    from kaggle_kernels.publish.client import Pace  # noqa: PLC0415  --help starts fast
+
+    smoke_test.smoke(Pace(poll_seconds, patience_seconds), yes)
+
+
+@main.command()
 @click.argument("spec")
 @click.option(
     "--dry-run",
     is_flag=True,
-    help="Run all checks and list the calls that would change something, without making them.",
+    help="Run all checks and list what would change, as commands of Kaggle's client.",
 )
 @click.option(
     "--again",
     is_flag=True,
     help="Push the kernel even if it is unchanged, so that it runs once more.",
 )
+@click.option(
+    "--latest-image",
+    is_flag=True,
+    help="Run in Kaggle's newest Docker image, in place of the last push's.",
+)
 @asks_kaggle(patience_seconds=3600)
 @exits_with_2
-def push(
-    spec: str, dry_run: bool, again: bool, poll_seconds: float, patience_seconds: float
-) -> None:
+def push(spec: str, poll_seconds: float, patience_seconds: float, **options) -> None:
     """Publish the datasets and the kernel of SPEC on Kaggle.
 
     Packages and wheels become private datasets. They and the kernel are read back and compared with the files here. What is
@@ -239,7 +258,8 @@ def push(
     from kaggle_kernels.publish import push as publishing  # noqa: PLC0415  --help starts fast
     from kaggle_kernels.publish.client import Pace  # noqa: PLC0415  --help starts fast
 
-    publishing.push(find_spec(spec), Pace(poll_seconds, patience_seconds), dry_run, again)
+    pace = Pace(poll_seconds, patience_seconds)
+    publishing.push(find_spec(spec), pace, publishing.PushOptions(**options))
 
 
 @main.command()
@@ -247,7 +267,7 @@ def push(
 @click.option(
     "--wait",
     is_flag=True,
-    help="Wait until the kernel has run, and print its log as it grows.",
+    help="Wait until the kernel has run, and print its log as Kaggle shows it.",
 )
 @asks_kaggle(patience_seconds=50_000)
 @exits_with_2
@@ -296,13 +316,23 @@ def submit(
 def scores(competition: str, poll_seconds: float, patience_seconds: float) -> None:
     """List the submissions with their scores.
 
-    Each is shown with the commit, recipe and cross-validation that it came from. The correlation of cross-validation and
-    leaderboard is printed too, and plotted to outputs/scores.png.
+    Each is shown with the commit, recipe and cross-validation that it came from.
     """
     from kaggle_kernels.publish.client import Pace  # noqa: PLC0415  --help starts fast
     from kaggle_kernels.publish.scores import print_scores  # noqa: PLC0415  --help starts fast
 
     print_scores(competition, Pace(poll_seconds, patience_seconds))
+
+
+@main.command()
+@asks_kaggle(patience_seconds=3600)
+@exits_with_2
+def quota(poll_seconds: float, patience_seconds: float) -> None:
+    """List the accelerator hours that Kaggle still grants this week."""
+    from kaggle_kernels.publish.client import Pace  # noqa: PLC0415  --help starts fast
+    from kaggle_kernels.publish.quota import print_quota  # noqa: PLC0415  --help starts fast
+
+    print_quota(Pace(poll_seconds, patience_seconds))
 
 
 @main.command()

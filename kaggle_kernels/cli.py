@@ -39,10 +39,12 @@ CHAIN = (
     Entry("build", "kaggle_kernels.__main__:build", "Build kernels from their specs."),
     Entry("rehearse", "kaggle_kernels.__main__:rehearse", "Run a kernel here as Kaggle would."),
     Entry("weigh", "kaggle_kernels.__main__:weigh", "Fit the weights of an ensemble."),
+    Entry("smoke", "kaggle_kernels.__main__:smoke", "Try publishing on your Kaggle account."),
     Entry("push", "kaggle_kernels.__main__:push", "Publish datasets and kernel on Kaggle."),
     Entry("status", "kaggle_kernels.__main__:status", "Follow the kernel's run on Kaggle."),
     Entry("submit", "kaggle_kernels.__main__:submit", "Submit the kernel to the competition."),
     Entry("scores", "kaggle_kernels.__main__:scores", "List submissions with their scores."),
+    Entry("quota", "kaggle_kernels.__main__:quota", "List the accelerator hours that are left."),
     Entry("trace", "kaggle_kernels.__main__:trace", "Trace a submission back to its raw files."),
 )
 

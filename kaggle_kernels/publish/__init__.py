@@ -1,17 +1,20 @@
-"""From a rehearsed kernel to a score on Kaggle, by the kaggle command.
+"""From a rehearsed kernel to a score on Kaggle, by Kaggle's own client library.
 
 To be read in this order:
 
     push.py            every check, then the datasets, then the kernel
+    push_record.py     what was pushed last, which status and submit go by
     preflight.py       what is checked before the first byte goes up
-    leak_scan.py       secrets, home paths and rows of data in what goes up
-    quota.py           GPU hours and storage that Kaggle still grants
-    datasets.py        a folder becomes a private dataset, or a new version of one
-    upload.py          its files sent, and sent again where something broke off
-    dataset_state.py   a dataset as it is here and as Kaggle has it
-    kernels.py         a kernel pushed and read back
+    package_files.py   the files that may go up, each checked for its kind
+    leak_scan.py       secrets, home paths and rows of data in them
+    quota.py           accelerator hours that Kaggle still grants
+    dataset_folder.py  a folder that is to become a dataset
+    datasets.py        a private dataset, or a new version of one, compared with its folder
+    uploads.py         its files sent, each from where it was broken off
+    kernels.py         a kernel pushed once and read back
     submit.py          its run followed, its output checked and submitted
     scores.py          submissions with their scores beside cross-validation
     lineage.py         from a submission back to the raw rows
-    client.py          the kaggle command itself, which is never taken at its word
+    smoke.py           every call tried on the user's account
+    client.py          a call of Kaggle's API: credentials, time limits, errors
 """

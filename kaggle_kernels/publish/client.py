@@ -1,229 +1,309 @@
-"""The kaggle command, run in a process of its own and never taken at its word: its exit code is 0 on many failures.
+"""Calls of Kaggle's API: kagglesdk's typed requests and answers, with a time limit on every call.
 
-It finds its credentials itself, in its own environment. Nothing here reads them, and only lines about files and versions are
-printed. Raises UserError for what the user can mend.
+kagglesdk's own HTTP client waits for ever. Its service clients take any object with a `call` method, and `Transport` is one
+with time limits of the socket. Nothing more is needed to end against a server that never answers: no call streams, so that a
+process that could be killed would add only its own faults.
+
+Credentials are looked for where the kaggle command looks, and are never printed.
 """
 
-import codecs
-import ctypes
 import json
 import os
-import re
-import selectors
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
+
+import requests
+from kagglesdk.blobs.services.blob_api_service import BlobApiClient
+from kagglesdk.competitions.services.competition_api_service import CompetitionApiClient
+from kagglesdk.datasets.services.dataset_api_service import DatasetApiClient
+from kagglesdk.kaggle_creds import KaggleCredentials
+from kagglesdk.kaggle_env import KaggleEnv, get_access_token_from_env, get_endpoint
+from kagglesdk.kaggle_http_client import KaggleHttpClient
+from kagglesdk.kernels.services.kernels_api_service import KernelsApiClient
+from kagglesdk.security.services.oauth_service import OAuthClient
+from kagglesdk.security.types.oauth_service import IntrospectTokenRequest
+from kagglesdk.users.services.account_service import AccountClient
+from urllib3.exceptions import NewConnectionError
 
 from preprocess.core.errors import UserError
 
-COMMAND = (sys.executable, "-P", "-m", "kaggle")  # requirements.txt's, whatever else PATH has
-LOUD = ("VERBOSE", "VERBOSE_OUTPUT")  # with these it prints the headers of its requests, the token among them
-SILENT_SECONDS = 900  # uploads print their progress; between their own retries is no longer pause than two minutes
-PR_SET_PDEATHSIG = 1
-PRCTL = getattr(ctypes.CDLL(None), "prctl", None)
-TRIES, UNKNOWN_TRIES = 6, 3
-TRANSIENT = re.compile(
-    r"\b(429|5\d\d) (Client|Server) Error|too many requests|internal (server )?error|unavailable|bad gateway|gateway time-?out|"
-    r"max retries exceeded|connection ?error|connection (was )?(aborted|broken|refused|reset)|remote ?disconnected|"
-    r"timed out|name resolution",
-    re.IGNORECASE,
+# Of one call: until there is a connection (or a piece of an upload is taken), and until the answer.
+CONNECT_SECONDS = 10
+ANSWER_SECONDS = 30
+TIMEOUT = (CONNECT_SECONDS, ANSWER_SECONDS)
+
+# A call that failed is repeated for so long. With the last attempt, that is less than two minutes.
+REPEAT_SECONDS = 60
+
+HOW_TO_LOG_IN = (
+    "run `kaggle auth login`, or put a token of kaggle.com/settings/api into KAGGLE_API_TOKEN"
 )
-ABSENT = re.compile(r"\b40[34]\b|not found|forbidden|denied", re.IGNORECASE)  # 403: Kaggle tells nobody what others own
-NO_CREDENTIALS = re.compile(r"authentication required|invalid credentials|\b401 client error|unauthori[sz]ed", re.IGNORECASE)
-HOW_TO_LOG_IN = "run `kaggle auth login`, or put a token of kaggle.com/settings/api into KAGGLE_API_TOKEN"
+
+
+class Refused(UserError):
+    """Kaggle answered and said no.
+
+    Attributes:
+        status: The HTTP status; 200 where Kaggle put its error into a normal answer.
+    """
+
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status
+
+    @property
+    def is_absent(self) -> bool:
+        """Whether there is no such thing, or none that this account may see (403)."""
+        return self.status in (403, 404)
+
+
+class Unanswered(UserError):
+    """No answer, or none that tells whether the call took effect.
+
+    Attributes:
+        may_have_arrived: False where it is certain that the call had no effect.
+    """
+
+    def __init__(self, message: str, may_have_arrived: bool):
+        super().__init__(message)
+        self.may_have_arrived = may_have_arrived
 
 
 @dataclass(frozen=True)
 class Pace:
-    """How often Kaggle is asked, and for how long in all."""
+    """How often Kaggle is asked whether something is ready, and for how long in all."""
 
     poll_seconds: float = 15
     patience_seconds: float = 3600
 
     def looks(self) -> Iterator[int]:
-        """Numbers from 0, each after a pause that grows from poll_seconds to eight times that, until the patience is over."""
-        until, pause, number = time.monotonic() + self.patience_seconds, self.poll_seconds, 0
+        """Count from 0, with a pause before each number but the first, until the patience is over."""
+        deadline = time.monotonic() + self.patience_seconds
+        number = 0
         while True:
             yield number
-            if time.monotonic() + pause > until:
+            number += 1
+            pause = self.pause(number)
+            if time.monotonic() + pause > deadline:
                 return
             time.sleep(pause)
-            pause, number = min(pause * 1.5, self.poll_seconds * 8), number + 1
 
-    def wait_before(self, attempt: int) -> float:
-        """Sleep before another attempt, the second being attempt 1; the seconds."""
-        seconds = min(self.poll_seconds * 2 ** (attempt - 1), self.poll_seconds * 8)
-        time.sleep(seconds)
-        return seconds
+    def pause(self, number: int) -> float:
+        """Seconds to wait before look or attempt `number`, counted from 0: they grow eightfold."""
+        return self.poll_seconds * min(1.5 ** (number - 1), 8)
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a call printed, both streams together, and its exit code: None where it was stopped or fell silent."""
+class Transport:
+    """What kagglesdk's service clients send their requests through."""
 
-    arguments: tuple[str, ...]
-    code: int | None
-    text: str
+    base_url: str
+    session: requests.Session = field(default_factory=requests.Session)
 
-    @property
-    def is_transient(self) -> bool:
-        """Whether it failed in a way that may pass."""
-        return self.code is None or (self.code != 0 and bool(TRANSIENT.search(self.text)))
+    def call(self, service_name: str, request_name: str, request, response_type):
+        """Make one call; kagglesdk's service clients require this signature.
 
-    @property
-    def is_absent(self) -> bool:
-        """Whether it failed because there is no such thing, or none that this account may see."""
-        return bool(self.code) and not self.is_transient and bool(ABSENT.search(self.text))
+        Raises:
+            Refused: Kaggle answered with an error.
+            Unanswered: The connection or the server failed.
+        """
+        url = f"{self.base_url}/v1/{service_name}/{request_name}"
+        try:
+            response = self.session.post(url, json=type(request).to_dict(request), timeout=TIMEOUT)
+        except requests.RequestException as error:
+            raise as_unanswered(request_name, error) from None
 
-    @property
-    def reason(self) -> str:
-        """Its last line."""
-        lines = [line.strip() for line in self.text.splitlines() if line.strip()]
-        return lines[-1] if lines else f"it printed nothing, and ended with exit code {self.code}"
-
-    @property
-    def call(self) -> str:
-        """The call, as one would type it."""
-        return call_in_words(self.arguments)
-
-    def values(self) -> dict | list | None:
-        """The JSON that it printed, whatever stands before and after; None where there is none."""
-        for match in re.finditer(r"^[\[{]", self.text, re.MULTILINE):
-            try:
-                return json.JSONDecoder().raw_decode(self.text[match.start() :])[0]
-            except json.JSONDecodeError:
-                continue
-        return None
+        check_status(request_name, response)
+        try:
+            return response_type.prepare_from(response)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            text = " ".join(response.text.split())
+            raise Unanswered(
+                f"Kaggle: {request_name}: its answer cannot be read: {text[:100]!r}", True
+            ) from None
 
 
-def call_in_words(arguments: Sequence[str]) -> str:
-    """A call of the command, as one would type it."""
-    return "kaggle " + " ".join(f'"{word}"' if " " in word else word for word in arguments)
+@dataclass(frozen=True)
+class Kaggle:
+    """An account on Kaggle, and kagglesdk's service clients that act for it."""
+
+    owner: str
+    pace: Pace
+    session: requests.Session  # sends the credentials: for Kaggle's own addresses only
+    blobs: BlobApiClient
+    competitions: CompetitionApiClient
+    datasets: DatasetApiClient
+    kernels: KernelsApiClient
 
 
-def ask(pace: Pace, *arguments: str) -> Answer:
-    """Call the command, which changes nothing or may be called twice: again where the connection or Kaggle failed.
+def connect(pace: Pace) -> Kaggle:
+    """Log in with the credentials that the kaggle command would use.
 
-    The command does not tell a server's error that has a message from other errors: those too are tried again, but not as
-    often. UserError where the connection still fails after TRIES.
+    Raises:
+        UserError: There are none that Kaggle takes, or Kaggle does not answer.
     """
-    for attempt in range(TRIES):
-        answer = run(arguments)
-        check_credentials(answer)
-        if answer.code == 0 or answer.is_absent:
-            return answer
-        if not answer.is_transient and attempt + 1 >= UNKNOWN_TRIES:
-            return answer
-        if attempt + 1 < TRIES:
-            seconds = pace.wait_before(attempt + 1)
-            print(f"  {answer.call}: {answer.reason}; tried again after {seconds:g} s", flush=True)
-    raise UserError(f"{answer.call}: {answer.reason}; {TRIES} attempts failed; run this again later")
+    # The kaggle command knows no other environment than these two.
+    is_local = os.environ.get("KAGGLE_API_ENVIRONMENT") == "LOCALHOST"
+    endpoint = get_endpoint(KaggleEnv.LOCAL if is_local else KaggleEnv.PROD)
+    transport = Transport(f"{endpoint}/api" if is_local else endpoint)
+
+    owner, auth = find_credentials(transport, pace)
+    transport.session.auth = auth
+    return Kaggle(
+        owner=owner,
+        pace=pace,
+        session=transport.session,
+        blobs=BlobApiClient(transport),
+        competitions=CompetitionApiClient(transport),
+        datasets=DatasetApiClient(transport),
+        kernels=KernelsApiClient(transport),
+    )
 
 
-def demand(pace: Pace, *arguments: str) -> Answer:
-    """As `ask`; UserError where the command failed."""
-    answer = ask(pace, *arguments)
-    if answer.code:
-        raise UserError(f"{answer.call}: {answer.reason}")
-    return answer
+def find_credentials(transport: Transport, pace: Pace) -> tuple[str, object]:
+    """Find the user name and what authorises a request, in the kaggle command's order.
 
+    Returns:
+        The name of the account, and an authorisation as requests takes it.
 
-def pages(pace: Pace, *arguments: str) -> Iterator[Answer]:
-    """The answers to a call that lists something in JSON, page after page."""
-    token = None
-    while True:
-        answer = demand(pace, *arguments, "--format", "json", *(("--page-token", token) if token else ()))
-        yield answer
-        following = re.search(r"^Next Page Token = (\S+)$", answer.text, re.MULTILINE)
-        if not following or following[1] == token:
-            return
-        token = following[1]
-
-
-def list_files(pace: Pace, kind: str, ref: str) -> dict[str, int]:
-    """The bytes of each file, by name, of a dataset's current version (datasets) or of a kernel's last output (kernels)."""
-    files = {}
-    for answer in pages(pace, kind, "files", ref, "--page-size", "100"):
-        values = answer.values()
-        if not isinstance(values, list):
-            raise UserError(f"{answer.call}: {answer.reason}; expected a list of files")
-        files |= {file["name"]: int(file["size"]) for file in values}
-    return files
-
-
-def check_credentials(answer: Answer) -> None:
-    """Raise UserError where the command found none, or none that Kaggle takes."""
-    if answer.code and NO_CREDENTIALS.search(answer.text):
-        raise UserError(f"the kaggle command has no credentials that Kaggle takes: {HOW_TO_LOG_IN}")
-
-
-def find_owner(pace: Pace) -> str:
-    """The name of the account whose credentials the command finds; UserError where it finds none."""
-    found = re.search(r"^- username: (\S+)$", ask(pace, "config", "view").text, re.MULTILINE)
-    if not found or found[1] == "None":
-        raise UserError(f"the kaggle command does not know your user name: {HOW_TO_LOG_IN}")
-    return found[1]
-
-
-def run(
-    arguments: Sequence[str],
-    folder: Path | None = None,
-    state: Path | None = None,
-    stop_at: Callable[[str], bool] = lambda line: False,
-    silent_seconds: float = SILENT_SECONDS,
-) -> Answer:
-    """Call the command once, in `folder`; `state` is where it keeps what it knows of its uploads.
-
-    Each line is handed to `stop_at` as soon as it is there; where that is true, the command is interrupted, as by Ctrl-C. It
-    is ended where it says nothing for `silent_seconds`.
+    Raises:
+        UserError: There are no credentials.
     """
-    environment = {name: value for name, value in os.environ.items() if name not in LOUD} | {"PYTHONUNBUFFERED": "1"}
-    if state:
-        environment["TMPDIR"] = str(state)  # uploads are remembered in TMPDIR/.kaggle/uploads
-    command = [*COMMAND, "--no-warn", *arguments]
-    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    process = subprocess.Popen(command, cwd=folder, env=environment, preexec_fn=die_with_parent, **streams)
-    lines, stopped = [], False
+    # A token is ignored where Kaggle does not know it (any more).
+    token, _ = get_access_token_from_env()
+    if token:
+        request = IntrospectTokenRequest()
+        request.token = token
+        try:
+            answer = ask(pace, OAuthClient(transport).introspect_token, request)
+        except Refused:
+            answer = None
+        if answer and answer.active and answer.username:
+            return answer.username, KaggleHttpClient.BearerAuth(token)
+
+    # A key: variables come before the file, also for one of the two values.
+    values = read_key_file()
+    user = os.environ.get("KAGGLE_USERNAME") or values.get("username")
+    key = os.environ.get("KAGGLE_KEY") or values.get("key")
+    if user and key:
+        return user, (user, key)
+
+    # What `kaggle auth login` left; kagglesdk renews it.
+    users = SimpleNamespace(account_client=AccountClient(transport))
+    oauth = KaggleCredentials.load(SimpleNamespace(users=users))
+    if oauth and oauth.get_username():
+        return oauth.get_username(), KaggleHttpClient.BearerAuth(oauth.get_access_token())
+
+    raise UserError(f"no credentials that Kaggle takes: {HOW_TO_LOG_IN}")
+
+
+def read_key_file() -> dict:
+    """Read kaggle.json from where the kaggle command has it; empty where there is none."""
+    home = Path.home() / ".kaggle"
+    folder = Path(os.environ.get("KAGGLE_CONFIG_DIR") or home)
+    if folder == home and not home.exists():
+        config = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+        folder = Path(config) / "kaggle"
+
+    # The command takes a broken file for an absent one too.
     try:
-        for line in read_lines(process.stdout, silent_seconds):
-            lines.append(line)
-            if not stopped and stop_at(line):
-                stopped = True
-                process.send_signal(signal.SIGINT)
-        code = process.wait()
-    except TimeoutError:
-        lines.append(f"it said nothing for {silent_seconds:g} s and was ended")
-        code = None
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
-    return Answer(tuple(arguments), None if stopped else code, "\n".join(lines))
+        values = json.loads((folder / "kaggle.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
-def die_with_parent() -> None:
-    """In the child: end where this process is killed, for the next call would send the same files beside it (Linux only)."""
-    if PRCTL:
-        PRCTL(PR_SET_PDEATHSIG, signal.SIGKILL)
+def ask(pace: Pace, method: Callable, request, changes_something: bool = False):
+    """Call a method of a service client, again for a minute where the connection or Kaggle fails.
+
+    Args:
+        pace: The pauses between attempts.
+        method: The method, e.g. `kaggle.datasets.get_dataset`.
+        request: kagglesdk's request for it.
+        changes_something: Never repeat a call that may have taken effect: the caller has to look first.
+
+    Raises:
+        Refused: Kaggle answered with an error.
+        Unanswered: It failed for a minute, or may have taken effect.
+    """
+    started = time.monotonic()
+    attempt = 0
+    while True:
+        try:
+            return method(request)
+        except Unanswered as error:
+            attempt += 1
+            seconds = pace.pause(attempt)
+            is_over = time.monotonic() - started + seconds > REPEAT_SECONDS
+            if is_over or (changes_something and error.may_have_arrived):
+                raise
+            print(f"  {error}; repeated after {seconds:g} s", flush=True)
+            time.sleep(seconds)
 
 
-def read_lines(stream, silent_seconds: float) -> Iterator[str]:
-    """The stream's lines as they come; a progress bar's states are lines too. TimeoutError after so long a silence."""
-    decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-    rest = ""
-    with selectors.DefaultSelector() as selector:
-        selector.register(stream, selectors.EVENT_READ)
-        while True:
-            if not selector.select(silent_seconds):
-                raise TimeoutError
-            content = os.read(stream.fileno(), 65536)
-            *lines, rest = re.split(r"[\r\n]+", rest + decode(content, final=not content))
-            yield from (line for line in lines if line.strip())
-            if not content:
-                if rest.strip():
-                    yield rest
-                return
+def list_all(pace: Pace, method: Callable, request, field_name: str) -> list:
+    """Call a method that lists something page by page; the items in `field_name` of all pages."""
+    # A token that comes again would list for ever.
+    items = []
+    while True:
+        answer = ask(pace, method, request)
+        items.extend(getattr(answer, field_name) or [])
+
+        following = answer.next_page_token
+        if not following or following == request.page_token:
+            return items
+        request.page_token = following
+
+
+def as_unanswered(name: str, error: requests.RequestException) -> Unanswered:
+    """Say in one line why a request failed, without its address, which may hold a token."""
+    reason = "no connection"
+    if isinstance(error, requests.ReadTimeout):
+        reason = f"no answer within {ANSWER_SECONDS} s"
+    elif isinstance(error, requests.ConnectTimeout):
+        reason = f"no connection within {CONNECT_SECONDS} s"
+
+    # Only without a connection it is certain that nothing arrived. A proxy's failure hides what happened.
+    cause = getattr(error.args[0], "reason", None) if error.args else None
+    cause = getattr(cause, "original_error", cause)
+    never_connected = isinstance(error, requests.ConnectTimeout) or isinstance(
+        cause, NewConnectionError
+    )
+    if isinstance(error, requests.ConnectionError) and not never_connected:
+        reason = "the connection broke off"
+    return Unanswered(
+        f"Kaggle: {name}: {reason}; check the network, then run this again", not never_connected
+    )
+
+
+def check_status(name: str, response: requests.Response) -> None:
+    """Raise where an answer is an error.
+
+    Raises:
+        Refused: Of Kaggle, with its message.
+        Unanswered: 429 (nothing was done) and 5xx (unknown).
+        UserError: 401, with how to log in.
+    """
+    # Kaggle's own errors are JSON; those of a gateway are pages.
+    status = response.status_code
+    message = response.reason or "no message"
+    if "application/json" in response.headers.get("Content-Type", ""):
+        try:
+            values = response.json()
+        except ValueError:
+            values = {}
+        if isinstance(values, dict):
+            status = max(status, int(values.get("code") or 0))
+            message = values.get("message") or message
+
+    if status < 400:
+        return
+    if status == 401:
+        raise UserError(f"Kaggle does not take these credentials ({message}): {HOW_TO_LOG_IN}")
+    if status == 429 or status >= 500:
+        problem = f"Kaggle: {name}: {status} {message}; run this again later"
+        raise Unanswered(problem, may_have_arrived=status != 429)
+    raise Refused(message, status)

@@ -1,103 +1,368 @@
-"""One folder → one private Kaggle dataset, whose every file is there and whose manifest is the local one.
+"""One folder becomes one private Kaggle dataset, whose every file is there and whose manifest is the local one.
 
-The folder itself is never changed. A package says INSERT_OWNER in dataset-metadata.json, and its manifest.json has the hash of
-that: the copy that is sent has the owner in its place. The kaggle command reads that file and leaves it out of the dataset, and
-a kernel therefore does not look for it among the files that manifest.json lists.
+A version is made of files that Kaggle has received whole, is awaited until Kaggle has processed it, and is compared with the
+folder: names, sizes and manifest. A folder that is on Kaggle already is left alone.
 """
 
-from pathlib import Path
+import io
+import time
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-from kaggle_kernels.publish.client import Pace, call_in_words
-from kaggle_kernels.publish.dataset_state import (
-    Dataset,
-    Remote,
-    check_private,
-    in_one_line,
-    look,
-    wait_until_ready,
-    what_differs,
+import requests
+from kagglesdk.datasets.types.dataset_api_service import (
+    ApiCreateDatasetRequest,
+    ApiCreateDatasetVersionRequest,
+    ApiCreateDatasetVersionRequestBody,
+    ApiDatasetNewFile,
+    ApiDownloadDatasetRequest,
+    ApiGetDatasetRequest,
+    ApiGetDatasetStatusRequest,
+    ApiListDatasetFilesRequest,
 )
-from kaggle_kernels.publish.upload import forget, forget_upload, upload, upload_call, work_folder
+
+from kaggle_kernels.publish.client import Kaggle, Refused, Unanswered, ask, list_all
+from kaggle_kernels.publish.dataset_folder import DatasetFolder
+from kaggle_kernels.publish.uploads import forget_uploads, read_notes, send_files
 from postprocess.package import METADATA
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_object
 
-MANIFESTS = ("manifest.json", "wheels.json")
+# How often a new version is tried while Kaggle says 403, as it does until the last version is processed.
+BUSY_TRIES = 6
+
+# How often Kaggle is asked whether a call whose answer was lost took effect.
+LOOKS = 4
+
+# A version that lacks a file is followed by one more.
+VERSIONS_PER_PUSH = 2
+
+FILES_A_PAGE = 100
+DIFFERENCES_SHOWN = 3
 
 
-def find_dataset(folder: Path, owner: str) -> Dataset:
-    """The dataset that the folder is to be; UserError where the folder is absent, not flat or without a manifest."""
-    if not (folder / METADATA).is_file():
-        raise UserError(
-            f"{folder}: no {METADATA}; make the folder again with python -m postprocess RECIPE, wheels with "
-            "python -m postprocess.wheels"
-        )
-    slug = str(read_object(folder / METADATA).get("id")).split("/")[-1]
-    manifest = next((name for name in MANIFESTS if (folder / name).is_file()), None)
-    if manifest is None:
-        raise UserError(f"{folder}: neither {' nor '.join(MANIFESTS)}; make the folder again")
-    if folders := [path.name for path in folder.iterdir() if path.is_dir()]:
-        raise UserError(f"{folder}: holds the folder {folders[0]}, which would be left out; remove it")
-    return Dataset(folder, f"{owner}/{slug}", manifest)
+@dataclass(frozen=True)
+class RemoteDataset:
+    """What Kaggle says of a dataset: its status in lower case, and its current version, 0 before the first."""
+
+    status: str
+    version: int
+    is_private: bool
+
+    def has_settled(self, after_version: int) -> bool:
+        """Whether a version after this one is ready, or could not be processed."""
+        return self.status == "failed" or (self.status == "ready" and self.version > after_version)
 
 
-def publish_dataset(dataset: Dataset, pace: Pace) -> dict:
-    """Bring Kaggle's dataset up to the folder: created, given a new version, or left as it is; its version and manifest.
+def publish_dataset(kaggle: Kaggle, folder: DatasetFolder) -> dict:
+    """Bring Kaggle's dataset up to the folder: created, given a new version, or left as it is.
 
-    UserError where that cannot be; the next call then goes on from what went up.
+    Returns:
+        Its version and the SHA-256 of its manifest.
+
+    Raises:
+        UserError: That cannot be done now. The next call goes on from what has arrived.
     """
-    found = look(dataset.ref, pace)
-    if found:
-        found = found if found.is_settled(0) else wait_until_ready(dataset.ref, 0, pace)
-        check_private(dataset.ref, pace)
-    if not found or what_differs(dataset, found, pace):
-        found = send(dataset, found, pace)
-        print(f"{dataset.ref}: version {found.version} is ready, {len(dataset.sizes())} files as they are here", flush=True)
+    remote = read_dataset(kaggle, folder)
+    if remote:
+        if not remote.has_settled(after_version=0):
+            remote = wait_until_settled(kaggle, folder, after_version=0)
+        check_private(folder, remote)
+
+    # A push that was killed may have made the version already.
+    if remote and not find_differences(kaggle, folder, remote):
+        print(f"{folder.ref}: unchanged, version {remote.version}", flush=True)
     else:
-        print(f"{dataset.ref}: unchanged, version {found.version}", flush=True)
-    return {"version": found.version, "manifest": dataset.manifest_sha256()}
+        remote = publish_version(kaggle, folder, remote)
+        files = len(folder.sizes())
+        print(f"{folder.ref}: version {remote.version} is ready, {files} files as they are here")
+    return {"version": remote.version, "manifest": folder.manifest_sha256()}
 
 
-def send(dataset: Dataset, found: Remote | None, pace: Pace) -> Remote:
-    """Make a version of the folder, and one more where that lacks a file or has a part of one; UserError if this does too."""
-    for _ in range(2):
-        print(f"{dataset.ref}: {in_words(dataset)}, {next_step(found)}", flush=True)
-        upload(dataset, found, pace)
-        found = wait_until_ready(dataset.ref, found.version if found else 0, pace)
-        wrong = what_differs(dataset, found, pace)
-        if wrong:
-            pace.wait_before(1)  # the list may lag behind the status, and another upload takes an hour
-            wrong = what_differs(dataset, found, pace)
-        if not wrong:
-            check_private(dataset.ref, pace)
-            forget(dataset)
-            return found
-        print(f"{dataset.ref}: version {found.version} is not what was sent: {in_one_line(wrong)}", flush=True)
-        for name in wrong:
-            forget_upload(work_folder(dataset), name)
-    forget(dataset)
-    raise UserError(f"{dataset.ref}: sent twice, and still {in_one_line(wrong)}; run this again later")
+def publish_version(
+    kaggle: Kaggle, folder: DatasetFolder, remote: RemoteDataset | None
+) -> RemoteDataset:
+    """Make a version of the folder, and one more where Kaggle lost a file of it."""
+    for _ in range(VERSIONS_PER_PUSH):
+        print(f"{folder.ref}: {describe_size(folder)}, {describe_step(remote)}", flush=True)
+        version_before = remote.version if remote else 0
+        create_version(kaggle, folder, remote)
+        remote = wait_until_settled(kaggle, folder, version_before)
+
+        differences = find_differences(kaggle, folder, remote)
+        if differences:
+            # The list of files may lag behind the status, and another upload takes an hour.
+            time.sleep(kaggle.pace.poll_seconds)
+            differences = find_differences(kaggle, folder, remote)
+        if not differences:
+            check_private(folder, remote)
+            forget_uploads(folder)
+            return remote
+
+        problem = format_differences(differences)
+        print(f"{folder.ref}: version {remote.version} is not what was sent: {problem}", flush=True)
+
+        # What came whole is not sent a second time.
+        forget_uploads(folder, list(differences))
+
+    forget_uploads(folder)
+    raise UserError(f"{folder.ref}: sent twice, and still {problem}; run this again later")
 
 
-def plan_dataset(dataset: Dataset, pace: Pace) -> tuple[list[str], int]:
-    """The calls that publish_dataset would make now to change something and to check it, and the version there will be."""
-    found = look(dataset.ref, pace)
-    if found and found.is_settled(0) and not what_differs(dataset, found, pace):
-        print(f"{dataset.ref}: unchanged, version {found.version}", flush=True)
-        return [], found.version
-    print(f"{dataset.ref}: {in_words(dataset)}, {next_step(found)}", flush=True)
-    checks = (("status", dataset.ref), ("files", dataset.ref), ("download", dataset.ref, "--file", dataset.manifest))
-    calls = [upload_call(dataset, found, str(dataset.folder)), *(("datasets", *check) for check in checks)]
-    return [call_in_words(arguments) for arguments in calls], (found.version if found else 0) + 1
+def plan_dataset(kaggle: Kaggle, folder: DatasetFolder) -> tuple[list[str], int]:
+    """Say what publish_dataset would do, without doing it.
+
+    Returns:
+        The kaggle commands that do the same, and the version that there will be.
+    """
+    remote = read_dataset(kaggle, folder)
+    if remote and remote.has_settled(0) and not find_differences(kaggle, folder, remote):
+        print(f"{folder.ref}: unchanged, version {remote.version}", flush=True)
+        return [], remote.version
+
+    print(f"{folder.ref}: {describe_size(folder)}, {describe_step(remote)}", flush=True)
+    if remote is None:
+        return [f"kaggle datasets create -p {folder.path}"], 1
+    return [f'kaggle datasets version -p {folder.path} -m "MESSAGE"'], remote.version + 1
 
 
-def in_words(dataset: Dataset) -> str:
-    """How much goes up."""
-    sizes = dataset.sizes()
-    size = sum(sizes.values())
-    return f"{len(sizes)} files, {size / 1e9:.2f} GB" if size > 1e9 else f"{len(sizes)} files, {size / 1e6:.2f} MB"
+def read_dataset(kaggle: Kaggle, folder: DatasetFolder) -> RemoteDataset | None:
+    """Read what Kaggle says of a dataset now; None where there is none."""
+    # Kaggle tells the status and the version in two calls.
+    status_request = ApiGetDatasetStatusRequest()
+    status_request.owner_slug = folder.owner
+    status_request.dataset_slug = folder.slug
+    request = ApiGetDatasetRequest()
+    request.owner_slug = folder.owner
+    request.dataset_slug = folder.slug
+
+    try:
+        answer = ask(kaggle.pace, kaggle.datasets.get_dataset_status, status_request)
+        status = answer.status.name.lower()
+        dataset = ask(kaggle.pace, kaggle.datasets.get_dataset, request)
+    except Refused as error:
+        if error.is_absent:
+            return None
+        raise
+    return RemoteDataset(status, dataset.current_version_number, dataset.is_private)
 
 
-def next_step(found: Remote | None) -> str:
-    """What is made of a dataset of which this was found."""
-    return f"a new version after version {found.version}" if found else "a new private dataset"
+def wait_until_settled(kaggle: Kaggle, folder: DatasetFolder, after_version: int) -> RemoteDataset:
+    """Wait until a version after `after_version` is ready or has failed; UserError when the patience is over."""
+    # Each status is printed once.
+    last_status = None
+    for _ in kaggle.pace.looks():
+        remote = read_dataset(kaggle, folder)
+        if remote and remote.has_settled(after_version):
+            return remote
+
+        status = remote.status.replace("_", " ") if remote else "not there yet"
+        if status != last_status:
+            print(f"  {folder.ref}: {status}; waiting for ready", flush=True)
+            last_status = status
+    raise UserError(
+        f"{folder.ref}: {last_status} after {kaggle.pace.patience_seconds:g} s; run this again, "
+        "which goes on waiting: nothing goes up twice"
+    )
+
+
+def create_version(kaggle: Kaggle, folder: DatasetFolder, remote: RemoteDataset | None) -> None:
+    """Send the files, and have Kaggle make a dataset or a version of them.
+
+    Raises:
+        UserError: Kaggle refuses it, or it is unknown whether it was made.
+    """
+    is_resumed = bool(read_notes(folder))
+    tokens = send_files(kaggle, folder)
+    try:
+        request_version(kaggle, folder, remote, tokens)
+    except Refused as error:
+        # Kaggle keeps files that no dataset took in for a while only.
+        has_expired = is_resumed and error.status in (400, 404)
+        if not has_expired:
+            raise as_refusal(folder, error) from None
+        print(f"  {folder.ref}: {error}; every file is sent anew", flush=True)
+        forget_uploads(folder)
+        tokens = send_files(kaggle, folder)
+        try:
+            request_version(kaggle, folder, remote, tokens)
+        except Refused as second_error:
+            raise as_refusal(folder, second_error) from None
+
+
+def as_refusal(folder: DatasetFolder, error: Refused) -> UserError:
+    """Say what Kaggle refuses and what to do."""
+    return UserError(
+        f"{folder.ref}: {error}; mend that, then run this again: what went up is not sent twice"
+    )
+
+
+def request_version(
+    kaggle: Kaggle, folder: DatasetFolder, remote: RemoteDataset | None, tokens: list[str]
+) -> None:
+    """Make one version of files that Kaggle has received.
+
+    Raises:
+        Refused: Kaggle says no.
+        Unanswered: It is unknown whether the version was made.
+    """
+    if remote is None:
+        method = kaggle.datasets.create_dataset
+        request = make_dataset_request(folder, tokens)
+    else:
+        method = kaggle.datasets.create_dataset_version
+        request = make_version_request(folder, tokens)
+
+    for attempt in range(1, BUSY_TRIES + 1):
+        try:
+            answer = ask(kaggle.pace, method, request, changes_something=True)
+            break
+        except Refused as error:
+            is_busy = remote is not None and error.status == 403
+            if not is_busy or attempt == BUSY_TRIES:
+                raise
+            print(f"  {folder.ref}: {error}; perhaps still processed, repeated", flush=True)
+            time.sleep(kaggle.pace.pause(attempt))
+        except Unanswered:
+            # Asking again could make a second version.
+            if is_version_there(kaggle, folder, remote):
+                return
+            raise
+
+    # Kaggle puts some errors into an answer with HTTP 200.
+    if answer.status == "error" or answer.error:
+        raise Refused(answer.error, 200)
+
+
+def make_dataset_request(folder: DatasetFolder, tokens: list[str]) -> ApiCreateDatasetRequest:
+    """Ask for a private dataset of files that Kaggle has received, as dataset-metadata.json describes it."""
+    metadata = read_object(folder.path / METADATA)
+    request = ApiCreateDatasetRequest()
+
+    # kagglesdk sends a field only where it was set.
+    request.owner_slug = folder.owner
+    request.slug = folder.slug
+    request.title = metadata["title"]
+    request.license_name = metadata["licenses"][0]["name"]
+    request.is_private = True
+    request.files = [new_file(token) for token in tokens]
+    return request
+
+
+def make_version_request(
+    folder: DatasetFolder, tokens: list[str]
+) -> ApiCreateDatasetVersionRequest:
+    """Ask for a new version of a dataset, of files that Kaggle has received."""
+    body = ApiCreateDatasetVersionRequestBody()
+    body.version_notes = f"{folder.manifest} {folder.manifest_sha256()[:12]}"
+    body.files = [new_file(token) for token in tokens]
+    request = ApiCreateDatasetVersionRequest()
+    request.owner_slug = folder.owner
+    request.dataset_slug = folder.slug
+    request.body = body
+    return request
+
+
+def new_file(token: str) -> ApiDatasetNewFile:
+    """Name a file that Kaggle has received."""
+    file = ApiDatasetNewFile()
+    file.token = token
+    return file
+
+
+def is_version_there(kaggle: Kaggle, folder: DatasetFolder, before: RemoteDataset | None) -> bool:
+    """Whether a call whose answer was lost made a version all the same."""
+    for look in range(LOOKS):
+        if look:
+            time.sleep(kaggle.pace.pause(look))
+        if read_dataset(kaggle, folder) != before:
+            return True
+    return False
+
+
+def find_differences(
+    kaggle: Kaggle, folder: DatasetFolder, remote: RemoteDataset
+) -> dict[str, str]:
+    """Compare the dataset's current version with the folder: what is wrong with a file, by its name."""
+    sizes_here = folder.sizes()
+    if remote.status == "failed":
+        return dict.fromkeys(sizes_here, "was not processed")
+    sizes_there = list_files(kaggle, folder, remote.version)
+
+    differences = {}
+    for name in sizes_there.keys() - sizes_here.keys():
+        differences[name] = "should not be there"
+    for name, size in sizes_here.items():
+        if name not in sizes_there:
+            differences[name] = "is missing"
+        elif sizes_there[name] != size:
+            differences[name] = f"has {sizes_there[name]} bytes in place of {size}"
+
+    # The manifest has the hash of every other file.
+    if not differences:
+        manifest_here = (folder.path / folder.manifest).read_bytes()
+        if download_file(kaggle, folder, folder.manifest, remote.version) != manifest_here:
+            return dict.fromkeys(sizes_here, "is another one, says the manifest")
+    return differences
+
+
+def list_files(kaggle: Kaggle, folder: DatasetFolder, version: int) -> dict[str, int]:
+    """List a version's files with their bytes."""
+    request = ApiListDatasetFilesRequest()
+    request.owner_slug = folder.owner
+    request.dataset_slug = folder.slug
+    request.dataset_version_number = version
+    request.page_size = FILES_A_PAGE
+    files = list_all(kaggle.pace, kaggle.datasets.list_dataset_files, request, "dataset_files")
+    return {file.name: file.total_bytes for file in files}
+
+
+def download_file(kaggle: Kaggle, folder: DatasetFolder, name: str, version: int) -> bytes:
+    """Download one small file of a version."""
+    request = ApiDownloadDatasetRequest()
+    request.owner_slug = folder.owner
+    request.dataset_slug = folder.slug
+    request.dataset_version_number = version
+    request.file_name = name
+    response: requests.Response = ask(kaggle.pace, kaggle.datasets.download_dataset, request)
+
+    # Kaggle compresses some files on their way.
+    if response.content.startswith(b"PK\x03\x04"):
+        with zipfile.ZipFile(io.BytesIO(response.content)) as archive:
+            return archive.read(archive.namelist()[0])
+    return response.content
+
+
+def format_differences(differences: Mapping[str, str]) -> str:
+    """Write the first differences in one line."""
+    lines = [f"{name} {problem}" for name, problem in differences.items()]
+    text = ", ".join(lines[:DIFFERENCES_SHOWN])
+    if len(lines) > DIFFERENCES_SHOWN:
+        text += f", and {len(lines) - DIFFERENCES_SHOWN} more"
+    return text
+
+
+def check_private(folder: DatasetFolder, remote: RemoteDataset) -> None:
+    """Raise UserError where everybody can read the dataset: a competition's models are to be kept to oneself."""
+    if not remote.is_private:
+        raise UserError(
+            f"{folder.ref}: is public on Kaggle; make it private in its settings there, or name "
+            "another slug"
+        )
+
+
+def describe_size(folder: DatasetFolder) -> str:
+    """Say how much goes up."""
+    sizes = folder.sizes()
+    total = sum(sizes.values())
+    if total > 1e9:
+        return f"{len(sizes)} files, {total / 1e9:.2f} GB"
+    return f"{len(sizes)} files, {total / 1e6:.2f} MB"
+
+
+def describe_step(remote: RemoteDataset | None) -> str:
+    """Say what is made of a dataset that Kaggle has, or has not."""
+    if remote is None:
+        return "a new private dataset"
+    return f"a new version after version {remote.version}"

@@ -1,44 +1,101 @@
-"""One kernel on Kaggle: pushed, read back and compared field by field, its status, its log, its output."""
+"""One kernel on Kaggle: pushed once, read back and compared field by field; a version's status, log and output.
+
+Kaggle's documentation names dataset sources without a version. A push tries `owner/slug/VERSION`; where Kaggle refuses that,
+it says so, and the next push names the dataset alone, whose newest version is the one that was just compared.
+"""
 
 import hashlib
 import json
-import re
 import shutil
-import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from kaggle_kernels.publish.client import UNKNOWN_TRIES, Answer, Pace, ask, call_in_words, demand, list_files, run
-from preprocess.core.errors import UserError
-from preprocess.core.files import read_object, write_json
+import requests
+from kagglesdk.kernels.types.kernels_api_service import (
+    ApiGetKernelRequest,
+    ApiGetKernelSessionStatusRequest,
+    ApiListKernelSessionOutputRequest,
+    ApiSaveKernelRequest,
+    ApiSaveKernelResponse,
+)
 
-METADATA, CODE = "kernel-metadata.json", "kernel.py"
-PUSHED = re.compile(r"Kernel version (\d+) successfully pushed\.\s+Please check progress at (\S+)")
-REFUSED = re.compile(r"Kernel push error: (.*)")
-LEFT_OUT = re.compile(r"The following are not valid (.+?) and could not be added to the kernel: (.*)")
-STATUS = re.compile(r'has status "(?:\w+\.)?(\w+)"')
-FAILURE = re.compile(r'Failure message: "(.*)"', re.DOTALL)
-LOST = "Log stream connection"
-READ_BACK = 4  # times, for what was pushed may not be shown at once
+from kaggle_kernels.publish.client import (
+    TIMEOUT,
+    Kaggle,
+    Refused,
+    Unanswered,
+    as_unanswered,
+    ask,
+    check_status,
+    list_all,
+)
+from preprocess.core.errors import UserError
+from preprocess.core.files import atomic_file, read_object
+
+METADATA = "kernel-metadata.json"
+CODE = "kernel.py"
+
+# How often Kaggle is asked to show what was pushed: it may take a moment.
+LOOKS = 4
+
+FINAL_STATUSES = ("COMPLETE", "ERROR", "CANCEL_ACKNOWLEDGED")
+FILES_A_PAGE = 100
+
+# Each key of kernel-metadata.json that Kaggle shows again, and the field of kagglesdk's ApiKernelMetadata.
+SHOWN_FIELDS = {
+    "id": "ref",
+    "title": "title",
+    "language": "language",
+    "kernel_type": "kernel_type",
+    "is_private": "is_private",
+    "enable_gpu": "enable_gpu",
+    "enable_tpu": "enable_tpu",
+    "enable_internet": "enable_internet",
+    "machine_shape": "machine_shape",
+    "docker_image": "docker_image",
+    "dataset_sources": "dataset_data_sources",
+    "competition_sources": "competition_data_sources",
+    "kernel_sources": "kernel_data_sources",
+    "model_sources": "model_data_sources",
+}
+
+
+class PinsRefused(UserError):
+    """Kaggle does not take the versions of the datasets."""
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """What a kernel is meant to be: its code, and its metadata with the owner and the datasets' versions filled in."""
+    """A kernel: its code, and its metadata by the keys of kernel-metadata.json.
+
+    Attributes:
+        code: The text of kernel.py.
+        metadata: As it is meant: with the owner, and the datasets' versions. Or as Kaggle shows it.
+        version: Its newest version on Kaggle; 0 where that is not known.
+    """
 
     code: str
     metadata: Mapping
+    version: int = 0
 
     @property
     def ref(self) -> str:
         """owner/slug."""
         return self.metadata["id"]
 
+    def fingerprint(self) -> dict:
+        """What is written down of a pushed kernel, to compare it with the next."""
+        code_sha256 = hashlib.sha256(self.code.rstrip().encode()).hexdigest()
+        # The image is a choice of the push: another one is no reason to push again.
+        metadata = {key: self.metadata[key] for key in self.metadata if "docker_image" not in key}
+        return {"code": code_sha256, "metadata": metadata}
+
 
 @dataclass(frozen=True)
-class Status:
-    """Of a kernel's newest run: QUEUED, RUNNING, COMPLETE, ERROR, CANCEL_…; the failure's message where there is one."""
+class RunStatus:
+    """The status of a version's run, e.g. QUEUED, RUNNING, COMPLETE; and Kaggle's message where it failed."""
 
     word: str
     failure: str
@@ -46,162 +103,255 @@ class Status:
     @property
     def is_over(self) -> bool:
         """Whether it will not change any more."""
-        return self.word in ("COMPLETE", "ERROR", "CANCEL_ACKNOWLEDGED")
+        return self.word in FINAL_STATUSES
 
 
-def read_kernel(folder: Path, owner: str, versions: Mapping[str, int]) -> Kernel:
-    """The built kernel in `folder` as it is to be on Kaggle: of `owner`, each of its datasets at its version."""
+def read_kernel(folder: Path, owner: str, versions: Mapping[str, int], is_pinned: bool) -> Kernel:
+    """Read a built kernel as it is to be on Kaggle.
+
+    Args:
+        folder: The built kernel.
+        owner: The account.
+        versions: The version of each published dataset, by owner/slug.
+        is_pinned: Whether datasets are named with their version.
+    """
     metadata = read_object(folder / METADATA)
-    sources = [f"{owner}/{source.split('/')[1]}" for source in metadata["dataset_sources"]]
-    pinned = [f"{source}/{versions[source]}" if source in versions else source for source in sources]
-    meant = {**metadata, "id": f"{owner}/{metadata['id'].split('/')[1]}", "dataset_sources": pinned}
-    return Kernel((folder / CODE).read_text(encoding="utf-8"), meant)
+    sources = []
+    for source in metadata["dataset_sources"]:
+        ref = f"{owner}/{source.split('/')[1]}"
+        is_version_known = is_pinned and ref in versions
+        sources.append(f"{ref}/{versions[ref]}" if is_version_known else ref)
+
+    slug = metadata["id"].split("/")[1]
+    metadata = {**metadata, "id": f"{owner}/{slug}", "dataset_sources": sources}
+    return Kernel((folder / CODE).read_text(encoding="utf-8"), metadata)
 
 
-def pull(ref: str, pace: Pace) -> Kernel | None:
-    """The kernel as Kaggle has it now; None where there is none."""
-    with tempfile.TemporaryDirectory() as folder:
-        answer = ask(pace, "kernels", "pull", ref, "--metadata", "--path", folder)
-        if answer.is_absent:
+def pull(kaggle: Kaggle, ref: str, version: int | None = None) -> Kernel | None:
+    """Read a kernel as Kaggle has it: a version of it, or the newest; None where there is none."""
+    request = name_version(ApiGetKernelRequest(), ref, version)
+    try:
+        answer = ask(kaggle.pace, kaggle.kernels.get_kernel, request)
+    except Refused as error:
+        if error.is_absent:
             return None
-        if answer.code or not (Path(folder) / METADATA).is_file():
-            raise UserError(f"{answer.call}: {answer.reason}")
-        metadata = read_object(Path(folder) / METADATA)
-        return Kernel((Path(folder) / metadata["code_file"]).read_text(encoding="utf-8"), metadata)
+        raise
+
+    metadata = {key: getattr(answer.metadata, field) for key, field in SHOWN_FIELDS.items()}
+    return Kernel(answer.blob.source, metadata, answer.metadata.current_version_number)
 
 
-def what_differs(meant: Kernel, there: Kernel) -> list[str]:
-    """How what Kaggle has differs from what was meant, in words, field by field.
+def name_version(request, ref: str, version: int | None):
+    """Fill a request's kernel in, and its version unless the newest is meant."""
+    request.user_name, request.kernel_slug = ref.split("/")
+    if version is not None:
+        request.version_label = f"v{version}"
+    return request
 
-    Kaggle names the machine of the last run, which before the first is none, and may leave out what is false. A dataset that
-    it names without a version is taken at its word: what was pinned is the newest version.
+
+def find_differences(meant: Kernel, shown: Kernel) -> list[str]:
+    """Compare a kernel with what Kaggle shows of it: a line for each field that differs."""
+    differences = []
+    if shown.code.rstrip() != meant.code.rstrip():
+        differences.append("the code is another one")
+
+    for key in meant.metadata.keys() & SHOWN_FIELDS.keys():
+        expected = normalise(key, meant.metadata[key])
+        actual = normalise(key, shown.metadata.get(key))
+        if key == "dataset_sources":
+            expected = without_hidden_versions(expected, actual)
+
+        # Kaggle may leave out what is false. The machine is that of the last run: none before the first.
+        may_be_absent = not expected or key == "machine_shape"
+        if actual != expected and (actual or not may_be_absent):
+            differences.append(f"{key} is {json.dumps(actual)} in place of {json.dumps(expected)}")
+    return sorted(differences)
+
+
+def normalise(key: str, value: object) -> object:
+    """Put a value into the form in which it is compared: lists have no order, and owners no capitals."""
+    if key.endswith("_sources"):
+        return sorted(source.lower() for source in value or [])
+    if key == "id":
+        return str(value).lower()
+    return value
+
+
+def without_hidden_versions(expected: list[str], found: list[str]) -> list[str]:
+    """Drop the version of each source that Kaggle shows without one."""
+    shown = []
+    for source in expected:
+        bare = "/".join(source.split("/")[:2])
+        shown.append(bare if bare in found and source not in found else source)
+    return sorted(shown)
+
+
+def push(kaggle: Kaggle, kernel: Kernel, version_before: int) -> tuple[int, str]:
+    """Push the kernel, which starts its visible run.
+
+    Args:
+        kaggle: The account.
+        kernel: The kernel as it is meant.
+        version_before: Its newest version before, by which a push whose answer is lost is recognised.
+
+    Returns:
+        The new version, and the address of its page.
+
+    Raises:
+        PinsRefused: Kaggle leaves datasets out that are named with a version.
+        UserError: It refuses anything else, or it is unknown whether it has taken the kernel. It is never sent twice.
     """
-    told = [] if there.code.rstrip() == meant.code.rstrip() else ["the code is another one"]
-    for key, expected in meant.metadata.items():
-        found = there.metadata.get(key)
-        if key in ("id", "dataset_sources"):
-            expected, found = lower_case(expected), lower_case(found)
-        if expected is False and found is None:
+    try:
+        answer = ask(
+            kaggle.pace, kaggle.kernels.save_kernel, make_request(kernel), changes_something=True
+        )
+    except Refused as error:
+        raise UserError(f"{kernel.ref}: {error}; mend that, then run push again") from None
+    except Unanswered as error:
+        # Sending it again could start a second run.
+        shown = find_lost_push(kaggle, kernel, version_before)
+        if shown is None:
+            raise UserError(
+                f"{kernel.ref}: perhaps pushed, perhaps not: {error}; run push again, which looks "
+                "for it first"
+            ) from None
+        return shown.version, f"https://www.kaggle.com/code/{kernel.ref}"
+
+    check_accepted(kernel, answer)
+    return answer.version_number, answer.url
+
+
+def make_request(kernel: Kernel) -> ApiSaveKernelRequest:
+    """Make kagglesdk's request of a kernel, as `kaggle kernels push` does of its folder."""
+    metadata = kernel.metadata
+    request = ApiSaveKernelRequest()
+
+    # What it is.
+    request.slug = metadata["id"]
+    request.new_title = metadata["title"]
+    request.text = kernel.code
+    request.language = metadata["language"]
+    request.kernel_type = metadata["kernel_type"]
+
+    # Where it runs. kagglesdk's default for the internet is yes.
+    request.is_private = metadata["is_private"]
+    request.enable_gpu = metadata["enable_gpu"]
+    request.enable_tpu = metadata["enable_tpu"]
+    request.enable_internet = metadata["enable_internet"]
+
+    # What it reads.
+    request.dataset_data_sources = metadata["dataset_sources"]
+    request.competition_data_sources = metadata["competition_sources"]
+    request.kernel_data_sources = metadata["kernel_sources"]
+    request.model_data_sources = metadata["model_sources"]
+
+    # kagglesdk takes no None.
+    for key in ("machine_shape", "docker_image", "docker_image_pinning_type"):
+        if metadata.get(key):
+            setattr(request, key, metadata[key])
+    return request
+
+
+def check_accepted(kernel: Kernel, answer: ApiSaveKernelResponse) -> None:
+    """Raise where Kaggle refused the kernel, or a part of it, under HTTP 200."""
+    problems = []
+    if answer.error:
+        problems.append(answer.error)
+    # Kaggle saves a kernel without the sources that it refuses, and runs it.
+    for name in ("dataset", "competition", "kernel", "model"):
+        refused = getattr(answer, f"invalid_{name}_sources")
+        if refused:
+            problems.append(f"{name} sources {', '.join(refused)}: not accepted")
+    if not problems:
+        return
+
+    is_pinned = any(source.count("/") == 2 for source in answer.invalid_dataset_sources or [])
+    if is_pinned and len(problems) == 1:
+        raise PinsRefused(
+            f"{kernel.ref}: {problems[0]}: version {answer.version_number} runs without them, and "
+            "ends in an error; run push again, which names datasets without their versions"
+        )
+    raise UserError(f"{kernel.ref}: {'; '.join(problems)}; mend that, then run push again")
+
+
+def find_lost_push(kaggle: Kaggle, kernel: Kernel, version_before: int) -> Kernel | None:
+    """Look whether a push whose answer was lost made a version all the same; the kernel as Kaggle shows it."""
+    for look in range(LOOKS):
+        if look:
+            time.sleep(kaggle.pace.pause(look))
+        shown = pull(kaggle, kernel.ref)
+        if shown and shown.version > version_before and not find_differences(kernel, shown):
+            return shown
+    return None
+
+
+def check_pushed(kaggle: Kaggle, kernel: Kernel) -> Kernel:
+    """Compare what Kaggle shows with what was pushed; it is given a few looks.
+
+    Returns:
+        The kernel as Kaggle shows it.
+
+    Raises:
+        UserError: It is another one.
+    """
+    problems = ["Kaggle does not show it"]
+    for look in range(LOOKS):
+        if look:
+            time.sleep(kaggle.pace.pause(look))
+        shown = pull(kaggle, kernel.ref)
+        if shown is None:
             continue
-        if key == "code_file" or (key == "machine_shape" and not found):
-            continue
-        if key.endswith("_sources"):
-            expected, found = sorted(expected), sorted(found or [])
-            if key == "dataset_sources":
-                expected = [full if full in found else bare(full) if bare(full) in found else full for full in expected]
-                expected.sort()
-        if found != expected:
-            told.append(f"{key} is {json.dumps(found)} in place of {json.dumps(expected)}")
-    return told
+        problems = find_differences(kernel, shown)
+        if not problems:
+            return shown
+    raise UserError(
+        f"{kernel.ref}: was pushed, and is not what was meant: {'; '.join(problems)}; run push again"
+    )
 
 
-def lower_case(names: str | list[str] | None) -> str | list[str]:
-    """owner/slug as Kaggle compares them: KAGGLE_USERNAME may have the owner in capitals."""
-    return names.lower() if isinstance(names, str) else [name.lower() for name in names or []]
+def read_status(kaggle: Kaggle, ref: str, version: int) -> RunStatus:
+    """Read the status of a version's run."""
+    request = name_version(ApiGetKernelSessionStatusRequest(), ref, version)
+    answer = ask(kaggle.pace, kaggle.kernels.get_kernel_session_status, request)
+    return RunStatus(answer.status.name, answer.failure_message)
 
 
-def bare(source: str) -> str:
-    """owner/slug of owner/slug/version."""
-    return "/".join(source.split("/")[:2])
+def read_log(kaggle: Kaggle, ref: str, version: int) -> list[str]:
+    """Read the lines of a version's log, as far as Kaggle shows it."""
+    request = name_version(ApiListKernelSessionOutputRequest(), ref, version)
+    log = ask(kaggle.pace, kaggle.kernels.list_kernel_session_output, request).log
+
+    # A JSON list of pieces of text, or text.
+    try:
+        pieces = json.loads(log or "")
+        log = "\n".join(piece["data"].removesuffix("\n") for piece in pieces)
+    except (ValueError, TypeError, KeyError):
+        pass
+    return [line for line in (log or "").splitlines() if line.strip()]
 
 
-def push(kernel: Kernel, pace: Pace) -> tuple[int, str]:
-    """Push the kernel, which starts its visible run; the version's number and page. UserError where a part is left out."""
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / CODE).write_text(kernel.code, encoding="utf-8")
-        write_json(Path(folder) / METADATA, dict(kernel.metadata))
-        answer = ask(pace, "kernels", "push", "--path", folder)
-    told = [f"{what} {which}: not accepted" for what, which in LEFT_OUT.findall(answer.text)]
-    told += REFUSED.findall(answer.text)
-    if "title does not resolve" in answer.text:
-        told.append(f"the title {kernel.metadata['title']!r} makes another slug than {kernel.ref}")
-    pushed = PUSHED.search(answer.text)
-    if told or answer.code or not pushed:
-        raise UserError(f"{kernel.ref}: {'; '.join(told) or answer.reason}; mend that, then run push again")
-    return int(pushed[1]), pushed[2]
+def download_output(
+    kaggle: Kaggle, ref: str, version: int, names: tuple[str, ...], out: Path
+) -> None:
+    """Put files of a version's output into the folder `out`, which then holds nothing else."""
+    shutil.rmtree(out, ignore_errors=True)
+    request = name_version(ApiListKernelSessionOutputRequest(), ref, version)
+    request.page_size = FILES_A_PAGE
+
+    # The rest of the output may have gigabytes.
+    files = list_all(kaggle.pace, kaggle.kernels.list_kernel_session_output, request, "files")
+    for file in files:
+        if file.file_name in names:
+            content = ask(kaggle.pace, download, file.url)
+            with atomic_file(out / file.file_name) as temporary:
+                temporary.write_bytes(content)
 
 
-def check_pushed(kernel: Kernel, pace: Pace) -> None:
-    """Raise UserError unless Kaggle has the kernel that was meant; it is given a few looks to show it."""
-    told = ["Kaggle does not show it"]
-    for attempt in range(READ_BACK):
-        if attempt:
-            pace.wait_before(attempt)
-        there = pull(kernel.ref, pace)
-        told = what_differs(kernel, there) if there else told
-        if not told:
-            return
-    raise UserError(f"{kernel.ref}: was pushed, and is not what was meant: {'; '.join(told)}; run push again")
-
-
-def push_calls(kernel: Kernel, folder: Path) -> list[str]:
-    """The calls that pushing the kernel in `folder` and checking it make."""
-    calls = (("kernels", "push", "--path", str(folder)), ("kernels", "pull", kernel.ref, "--metadata"))
-    return [call_in_words(call) for call in calls]
-
-
-def read_status(ref: str, pace: Pace) -> Status:
-    """The status of the kernel's newest run."""
-    answer = demand(pace, "kernels", "status", ref)
-    found = STATUS.search(answer.text)
-    if not found:
-        raise UserError(f"{answer.call}: {answer.reason}")
-    failure = FAILURE.search(answer.text)
-    return Status(found[1], failure[1] if failure else "")
-
-
-def log_lines(answer: Answer) -> list[str]:
-    """The log that a call printed: Kaggle keeps it as a JSON list of pieces of text, or as text."""
-    pieces = answer.values()
-    if isinstance(pieces, list) and all(isinstance(piece, dict) for piece in pieces):
-        return "\n".join(str(piece.get("data", "")).removesuffix("\n") for piece in pieces).splitlines()
-    return answer.text.splitlines()
-
-
-def follow_log(ref: str, told: int, pace: Pace) -> int:
-    """Print the running session's log as it grows, without its first `told` lines; how many lines are told now.
-
-    Returns when the session is over, the connection is lost, or nothing was logged for a while.
-    """
-    count = 0
-
-    def tell(line: str) -> bool:
-        nonlocal count
-        if not line.startswith(LOST):
-            count += 1
-            if count > told:
-                print(f"  | {line}", flush=True)
-        return False
-
-    run(("kernels", "logs", ref, "--follow"), stop_at=tell, silent_seconds=pace.poll_seconds * 8)
-    return max(count, told)
-
-
-def read_log(ref: str, pace: Pace) -> list[str]:
-    """The lines of the newest run's log; none where Kaggle gives none."""
-    answer = ask(pace, "kernels", "logs", ref)
-    return [] if answer.code else [line for line in log_lines(answer) if line.strip()]
-
-
-def download_output(ref: str, names: tuple[str, ...], out: Path, pace: Pace) -> None:
-    """Put those of the newest run's files into `out`, which holds nothing else afterwards but its log.
-
-    The command takes an error page for the file: one whose size is not the listed one is downloaded again.
-    """
-    sizes = list_files(pace, "kernels", ref)
-    pattern = "^(" + "|".join(re.escape(name) for name in names) + ")$"
-    for attempt in range(UNKNOWN_TRIES):
-        if attempt:
-            pace.wait_before(attempt)
-        shutil.rmtree(out, ignore_errors=True)
-        demand(pace, "kernels", "output", ref, "--path", str(out), "--force", "--file-pattern", pattern)
-        there = {name: (out / name).stat().st_size for name in names if (out / name).is_file()}
-        broken = [name for name, size in there.items() if sizes.get(name, size) != size]
-        if not broken:
-            return
-    raise UserError(f"{ref}: {', '.join(broken)} did not arrive as listed, {UNKNOWN_TRIES} times; run this again later")
-
-
-def fingerprint(kernel: Kernel) -> dict:
-    """What is written down of a kernel that was pushed, and compared with the next."""
-    return {"code": hashlib.sha256(kernel.code.rstrip().encode()).hexdigest(), "metadata": dict(kernel.metadata)}
+def download(url: str) -> bytes:
+    """Download a small file from a signed address, to which no credentials are sent."""
+    try:
+        response = requests.get(url, timeout=TIMEOUT)
+    except requests.RequestException as error:
+        raise as_unanswered("download", error) from None
+    check_status("download", response)
+    return response.content

@@ -1,24 +1,35 @@
-"""`trace SPEC|REF`: from a submission back to the raw files, step by step through the ledger, by hashes alone.
+"""`trace SPEC|REF`: from a submission back to the raw files through the ledger, by hashes alone, one table.
 
 submit → push (kernel and its version) → package (its manifest) → train (its contract) → pairs (their hash) → raw files.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from preprocess.core import ledger
 from preprocess.core.errors import UserError
 
-SHORT = 12  # digits of a hash that are shown where the whole of it is not needed
+# Digits of a hash that are shown where the whole of it is not needed.
+SHORT = 12
+
+# A row of the table. Its last column is not wrapped, so that a hash can be copied.
+ROW = "{:<24}{:<18}{:<15}{}"
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a chain: how deep it lies, of which event, its line, and its entry; None where the chain is broken here."""
+    """One step of a chain.
+
+    Attributes:
+        depth: How far it lies from the submission.
+        event: Its event in the ledger, or `raw`.
+        facts: What it was.
+        entry: Its entry in the ledger; None where the chain is broken here.
+    """
 
     depth: int
-    event: str  # one of the ledger's, or raw
-    line: str
+    event: str
+    facts: str
     entry: Mapping | None = None
 
     @property
@@ -30,131 +41,173 @@ class Step:
 def print_trace(reference: str) -> None:
     """Print the chain of a spec's last submission, or of a submission or kernel (owner/slug or owner/slug/VERSION).
 
-    UserError where the ledger has no such thing, or the chain does not reach the raw files.
+    Raises:
+        UserError: The ledger has no such thing, or the chain does not reach the raw files.
     """
     steps = list(trace(ledger.read(), reference))
+    print(ROW.format("step", "time (UTC)", "commit", "facts"))
     for step in steps:
-        print(f"{'  ' * step.depth}{'broken: ' if step.is_broken else ''}{step.line}")
-    if broken := sum(step.is_broken for step in steps):
-        raise UserError(f"{reference}: the chain is broken in {broken} place{'s' * (broken > 1)}, see above")
+        name = "  " * step.depth + ("broken: " if step.is_broken else "") + step.event
+        entry = step.entry or {}
+        time = entry.get("time", "")[:16].replace("T", " ")
+        print(ROW.format(name, time, describe_commit(entry), step.facts))
+
+    broken_steps = sum(step.is_broken for step in steps)
+    if broken_steps:
+        places = "1 place" if broken_steps == 1 else f"{broken_steps} places"
+        raise UserError(f"{reference}: the chain is broken in {places}, see above")
 
 
 def trace(entries: Sequence[Mapping], reference: str) -> Iterator[Step]:
-    """The chain of `reference`, from the newest step to the oldest."""
-    submit = latest(entries, "submit", lambda entry: reference in names_of(entry))
-    push = push_of(entries, submit) if submit else latest(entries, "push", lambda entry: reference in names_of(entry))
+    """Follow `reference` from the newest step to the oldest; UserError where the ledger does not have it."""
+
+    def is_meant(entry: Mapping) -> bool:
+        return reference in names_of(entry)
+
+    submit = find_latest(entries, "submit", is_meant)
+    push = find_push(entries, submit) if submit else find_latest(entries, "push", is_meant)
     if submit is None and push is None:
         raise UserError(
-            f"{reference}: no submission and no push of it in {ledger.ledger_path()}; give a spec, the ref of a submission, or "
-            "owner/slug of a kernel"
+            f"{reference}: no submission and no push of it in {ledger.ledger_path()}; give a spec, "
+            "the ref of a submission, or owner/slug of a kernel"
         )
-    yield from chain(entries, submit, push)
+    yield from follow_chain(entries, submit, push)
 
 
-def chain(entries: Sequence[Mapping], submit: Mapping | None, push: Mapping | None) -> Iterator[Step]:
-    """The chain of a submission, or of a push that was not submitted."""
+def follow_chain(
+    entries: Sequence[Mapping], submit: Mapping | None, push: Mapping | None
+) -> Iterator[Step]:
+    """Follow a submission, or a push that was not submitted."""
+    depth = 0
     if submit:
-        yield Step(0, "submit", f"{stamp(submit)}{named(submit)}, {submit.get('message') or 'no message'!r}", submit)
-    depth = int(submit is not None)
+        message = submit.get("message") or "no message"
+        yield Step(0, "submit", f"{name_kernel(submit)}, {message!r}", submit)
+        depth = 1
     if push is None:
-        yield Step(depth, "push", f"no push of {named(submit)} in the ledger: was it pushed from another machine or by hand?")
+        facts = f"no push of {name_kernel(submit)} in the ledger: was it pushed from elsewhere?"
+        yield Step(depth, "push", facts)
         return
-    yield Step(depth, "push", f"{stamp(push)}{named(push)}, kernel.py {short(push.get('kernel_sha256'))}{code(push)}", push)
-    if not push.get("datasets"):
-        yield Step(depth + 1, "package", f"{named(push)}: the ledger does not say with which datasets it was pushed")
-    for dataset, facts in push.get("datasets", {}).items():
-        yield from trace_package(entries, dataset, facts, depth + 1)
+
+    # The kernel, then each of its datasets.
+    digest = shorten(push.get("kernel_sha256"))
+    yield Step(depth, "push", f"{name_kernel(push)}, kernel.py {digest}", push)
+    for dataset, facts in (push.get("datasets") or {}).items():
+        yield from follow_package(entries, dataset, facts, depth + 1)
 
 
-def trace_package(entries: Sequence[Mapping], dataset: str, facts: Mapping, depth: int) -> Iterator[Step]:
-    """A dataset of a push, the package that it is, and the runs that this was made of."""
-    manifest, name = facts.get("manifest"), f"{dataset} version {facts.get('version')}"
-    entry = latest(entries, "package", lambda entry: entry.get("manifest") == manifest)
-    if not manifest or entry is None:
-        yield Step(depth, "package", f"{name}: no package with the manifest {short(manifest)} in the ledger; package it again")
+def follow_package(
+    entries: Sequence[Mapping], dataset: str, facts: Mapping, depth: int
+) -> Iterator[Step]:
+    """Follow a dataset of a push to the package that it is, and to the runs that this was made of."""
+    manifest = facts.get("manifest")
+    name = f"{dataset} version {facts.get('version')}"
+    entry = find_by(entries, "package", "manifest", manifest)
+    if entry is None:
+        problem = f"{name}: no package with the manifest {shorten(manifest)} in the ledger; package it again"
+        yield Step(depth, "package", problem)
         return
     if "wheels" in entry:
-        yield Step(depth, "package", f"{stamp(entry)}{name}: {', '.join(entry['wheels'])}{code(entry)}", entry)
+        yield Step(depth, "package", f"{name}: {', '.join(entry['wheels'])}", entry)
         return
-    agreed = entry.get("agreement", {}).get("mean_difference")
-    told = f", differs from training by {agreed:.4f}" if isinstance(agreed, float) else ""
-    yield Step(
-        depth, "package", f"{stamp(entry)}{name}: {entry.get('run')}, manifest {short(manifest)}{told}{code(entry)}", entry
-    )
-    for run, contract in entry.get("trained", {}).items():
-        yield from trace_run(entries, run, contract, depth + 1)
+
+    text = f"{name}: {entry.get('run')}, manifest {shorten(manifest)}"
+    difference = (entry.get("agreement") or {}).get("mean_difference")
+    if difference is not None:
+        text += f", differs from training by {difference:.4f}"
+    # A mean of runs leads to each of them.
+    yield Step(depth, "package", text, entry)
+    for run, contract in (entry.get("trained") or {}).items():
+        yield from follow_run(entries, run, contract, depth + 1)
 
 
-def trace_run(entries: Sequence[Mapping], run: str, contract: str | None, depth: int) -> Iterator[Step]:
-    """A trained run and the pairs that it was trained on."""
-    entry = latest(entries, "train", lambda entry: entry.get("contract") == contract)
-    if not contract or entry is None:
-        yield Step(
-            depth, "train", f"{run}: no training that wrote the contract {short(contract)} in the ledger; train it again"
+def follow_run(
+    entries: Sequence[Mapping], run: str, contract: str | None, depth: int
+) -> Iterator[Step]:
+    """Follow a trained run to the pairs that it was trained on."""
+    entry = find_by(entries, "train", "contract", contract)
+    if entry is None:
+        problem = f"{run}: no training that wrote the contract {shorten(contract)} in the ledger; train it again"
+        yield Step(depth, "train", problem)
+        return
+
+    text = f"{run}: {entry.get('recipe')} {shorten(entry.get('recipe_sha256'))}, fold {entry.get('fold')}"
+    metrics = entry.get("metrics") or {}
+    for key in ("accuracy", "log_loss"):
+        if metrics.get(key) is not None:
+            text += f", {key.replace('_', ' ')} {metrics[key]:.4f}"
+    yield Step(depth, "train", text, entry)
+    yield from follow_pairs(entries, entry.get("pairs"), entry.get("pairs_sha256"), depth + 1)
+
+
+def follow_pairs(
+    entries: Sequence[Mapping], name: str, digest: str | None, depth: int
+) -> Iterator[Step]:
+    """Follow a file of pairs to its raw files, one of which may be pairs that were made earlier."""
+    entry = find_by(entries, "pairs", "pairs_sha256", digest)
+    if entry is None:
+        problem = (
+            f"{name}: no pairs of SHA-256 {shorten(digest)} in the ledger; preprocess them again"
         )
+        yield Step(depth, "pairs", problem)
         return
-    recipe, metrics = f"{entry.get('recipe')} {short(entry.get('recipe_sha256'))}", entry.get("metrics", {})
-    told = ", ".join(f"{key.replace('_', ' ')} {metrics[key]:.4f}" for key in ("accuracy", "log_loss") if metrics.get(key))
-    yield Step(depth, "train", f"{stamp(entry)}{run}: {recipe}, fold {entry.get('fold')}, {told}{code(entry)}", entry)
-    yield from trace_pairs(entries, entry.get("pairs"), entry.get("pairs_sha256"), depth + 1)
 
+    yield Step(depth, "pairs", f"{name} {shorten(digest)}, {entry.get('rows', 0):,} pairs", entry)
 
-def trace_pairs(entries: Sequence[Mapping], name: str, digest: str | None, depth: int) -> Iterator[Step]:
-    """A file of pairs and its raw files; one of these may be pairs that were made earlier."""
-    entry = latest(entries, "pairs", lambda entry: entry.get("pairs_sha256") == digest)
-    if not digest or entry is None:
-        yield Step(depth, "pairs", f"{name}: no pairs of SHA-256 {short(digest)} in the ledger; preprocess them again")
-        return
-    yield Step(depth, "pairs", f"{stamp(entry)}{name} {short(digest)}, {entry.get('rows', 0):,} pairs{code(entry)}", entry)
-    before = entries[: entries.index(entry)]
-    for raw in entry.get("sources", []):
-        file, sha256 = raw.get("file"), raw.get("sha256")
-        if sha256 and latest(before, "pairs", lambda entry, sha256=sha256: entry.get("pairs_sha256") == sha256):
-            yield from trace_pairs(before, file, sha256, depth + 1)
-        elif sha256:
-            yield Step(depth + 1, "raw", f"{'raw':<34}{file}, {raw.get('rows', 0):,} rows, sha256 {sha256}", raw)
+    # Only what was made before, so that a loop cannot come about.
+    earlier_entries = entries[: entries.index(entry)]
+    for source in entry.get("sources", []):
+        file, source_digest = source.get("file"), source.get("sha256")
+        if find_by(earlier_entries, "pairs", "pairs_sha256", source_digest):
+            yield from follow_pairs(earlier_entries, file, source_digest, depth + 1)
+        elif source_digest:
+            facts = f"{file}, {source.get('rows', 0):,} rows, sha256 {source_digest}"
+            yield Step(depth + 1, "raw", facts, {"git_commit": ""})
         else:
             yield Step(depth + 1, "raw", f"{file}: its SHA-256 is not known; preprocess it again")
 
 
-def latest(entries: Sequence[Mapping], event: str, is_it) -> Mapping | None:
-    """The newest entry of an event that is meant."""
-    return next((entry for entry in reversed(entries) if entry["event"] == event and is_it(entry)), None)
+def find_latest(
+    entries: Sequence[Mapping], event: str, is_meant: Callable[[Mapping], bool]
+) -> Mapping | None:
+    """Find the newest entry of an event that is meant."""
+    for entry in reversed(entries):
+        if entry["event"] == event and is_meant(entry):
+            return entry
+    return None
 
 
-def push_of(entries: Sequence[Mapping], submit: Mapping) -> Mapping | None:
-    """The push of the kernel and version that were submitted."""
-    return latest(entries, "push", lambda entry: kernel_of(entry) == kernel_of(submit))
+def find_by(entries: Sequence[Mapping], event: str, key: str, digest: str | None) -> Mapping | None:
+    """Find the newest entry of an event that has the hash `digest`; None also where the hash is unknown."""
+    if not digest:
+        return None
+    return find_latest(entries, event, lambda entry: entry.get(key) == digest)
 
 
-def kernel_of(entry: Mapping) -> tuple[str | None, int | None]:
-    """The kernel of a push or a submission, and its version."""
-    return entry.get("kernel"), entry.get("kernel_version")
+def find_push(entries: Sequence[Mapping], submit: Mapping) -> Mapping | None:
+    """Find the push of the kernel and version that were submitted."""
+    return find_latest(entries, "push", lambda entry: name_kernel(entry) == name_kernel(submit))
 
 
 def names_of(entry: Mapping) -> set[str]:
-    """What a push or a submission may be called."""
-    spec, kernel, version, ref = (entry.get(key) for key in ("spec", "kernel", "kernel_version", "submission_ref"))
-    return {str(name) for name in (spec, kernel, f"{kernel}/{version}", ref) if name is not None}
+    """List what the user may call a push or a submission."""
+    kernel = entry.get("kernel")
+    names = {entry.get("spec"), kernel, f"{kernel}/{entry.get('kernel_version')}"}
+    return names | {entry.get("submission_ref")}
 
 
-def named(entry: Mapping) -> str:
-    """A kernel's name for a line."""
+def name_kernel(entry: Mapping) -> str:
+    """Name the kernel of a push or a submission, with its version."""
     return f"{entry.get('kernel')} version {entry.get('kernel_version')}"
 
 
-def stamp(entry: Mapping) -> str:
-    """Which event, and when."""
-    return f"{entry['event']:<9}{entry.get('time', '')[:19].replace('T', ' ')} UTC  "
+def describe_commit(entry: Mapping) -> str:
+    """The commit of the code that did it, with a + where the tree was dirty."""
+    commit = entry.get("git_commit")
+    if not commit:
+        return ""
+    return commit[:SHORT] + ("+" if entry.get("git_dirty") else "")
 
 
-def code(entry: Mapping) -> str:
-    """The commit of the code that did it."""
-    if not entry.get("git_commit"):
-        return ", commit unknown"
-    return f", commit {entry['git_commit'][:SHORT]}{' and changes' * bool(entry.get('git_dirty'))}"
-
-
-def short(digest: str | None) -> str:
+def shorten(digest: str | None) -> str:
     """The beginning of a hash."""
     return digest[:SHORT] if digest else "unknown"

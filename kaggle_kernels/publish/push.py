@@ -4,166 +4,256 @@ What was pushed last is in outputs/SPEC/push.json; a second push finds nothing t
 """
 
 from collections.abc import Mapping
-from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from kaggle_kernels.build.bundle import build_mark, kernel_folder
 from kaggle_kernels.build.ensemble_weights import measure_ensemble
-from kaggle_kernels.build.packages import package_folder, spec_folder
+from kaggle_kernels.build.packages import package_folder
 from kaggle_kernels.build.spec import read_spec
-from kaggle_kernels.publish.client import Pace, find_owner
-from kaggle_kernels.publish.dataset_state import Dataset
-from kaggle_kernels.publish.datasets import find_dataset, plan_dataset, publish_dataset
-from kaggle_kernels.publish.kernels import CODE, Kernel, check_pushed, fingerprint, pull, push_calls, read_kernel, what_differs
+from kaggle_kernels.publish.client import Kaggle, Pace, connect
+from kaggle_kernels.publish.dataset_folder import DatasetFolder, find_dataset_folder
+from kaggle_kernels.publish.datasets import plan_dataset, publish_dataset
+from kaggle_kernels.publish.kernels import (
+    CODE,
+    Kernel,
+    PinsRefused,
+    check_pushed,
+    find_differences,
+    pull,
+    read_kernel,
+)
 from kaggle_kernels.publish.kernels import push as push_kernel
-from kaggle_kernels.publish.preflight import WHEELS, credentials, preflight
-from kaggle_kernels.publish.quota import check_quota
-from kaggle_kernels.publish.upload import WORK
+from kaggle_kernels.publish.preflight import WHEELS, preflight
+from kaggle_kernels.publish.push_record import PushRecord, last_push, one_at_a_time, write_record
+from kaggle_kernels.publish.quota import check_gpu_hours
+from kaggle_kernels.publish.uploads import WORK
 from preprocess.core import ledger
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_object, sha256, write_json
 
+# Whether Kaggle takes owner/slug/VERSION; absent until it was tried.
+PINS = WORK / "pins.json"
 
-def push(spec_path: Path, pace: Pace, dry_run: bool = False, again: bool = False) -> None:
+
+@dataclass(frozen=True)
+class PushOptions:
+    """What the user may choose of a push.
+
+    Attributes:
+        dry_run: Only say what would be done.
+        again: Push a kernel that is unchanged too, so that it runs once more.
+        latest_image: Run in Kaggle's newest Docker image, not in that of the last push.
+    """
+
+    dry_run: bool = False
+    again: bool = False
+    latest_image: bool = False
+
+
+def push(spec_path: Path, pace: Pace, options: PushOptions) -> None:
     """Publish the spec's datasets and its kernel.
 
     Args:
         spec_path: The spec, whose packages are in outputs/.
         pace: How often and how long Kaggle is asked.
-        dry_run: Only say what would be done.
-        again: Push a kernel that is unchanged too, so that it runs once more.
+        options: The user's choices.
 
     Raises:
-        UserError: Something is wrong: every problem that can be found before is told before the first byte goes up. Also
+        UserError: Something is wrong; every problem that can be found before is told before the first byte goes up. Also
             where the push is interrupted: the same call then goes on.
     """
-    owner = check_all(spec_path, pace)
-    datasets = find_datasets(spec_path, owner)
-    if dry_run:
-        plan(spec_path, owner, datasets, pace)
+    kaggle = check_all(spec_path, pace)
+    folders = find_dataset_folders(spec_path, kaggle.owner)
+    if options.dry_run:
+        plan(kaggle, spec_path, folders)
         return
-    with one_at_a_time(WORK / "lock", "push"), interruptible("push"):
-        published = {dataset.ref: publish_dataset(dataset, pace) for dataset in datasets}
-        publish_kernel(spec_path, owner, published, pace, again)
+
+    with one_at_a_time(WORK / "lock", "push"):
+        published = {}
+        for folder in folders:
+            published[folder.ref] = publish_dataset(kaggle, folder)
+        publish_kernel(kaggle, spec_path, published, options)
 
 
-def check_all(spec_path: Path, pace: Pace) -> str:
-    """The account's name, once everything that can be checked before is as it should be; else one UserError of all problems."""
-    owner, errors = "", []
-    if not credentials():  # else preflight says so
-        try:
-            owner = find_owner(pace)
-        except UserError as error:
-            errors = [str(error)]
-    report = preflight(spec_path, owner)
-    if owner and not report.errors:
-        sizes = {dataset.ref: sum(dataset.sizes().values()) for dataset in find_datasets(spec_path, owner)}
-        check_quota(report, sizes, pace)
+def check_all(spec_path: Path, pace: Pace) -> Kaggle:
+    """Log in and check everything that can be checked before.
+
+    Raises:
+        UserError: All problems together.
+    """
+    errors = []
+    kaggle = None
+    try:
+        kaggle = connect(pace)
+    except UserError as error:
+        errors.append(str(error))
+
+    # Without an account everything else is checked all the same.
+    report = preflight(spec_path, kaggle.owner if kaggle else "")
+    if kaggle:
+        check_gpu_hours(kaggle, report)
     for check in report.checks:
         print(f"checked: {check}", flush=True)
     for warning in report.warnings:
         print(f"warning: {warning}", flush=True)
-    errors += report.errors
+
+    errors.extend(report.errors)
     if errors:
         raise UserError("\nerror: ".join(errors))
-    return owner
+    return kaggle
 
 
-def find_datasets(spec_path: Path, owner: str) -> list[Dataset]:
-    """What is to be a dataset: each package, and the wheels where the spec names them."""
+def find_dataset_folders(spec_path: Path, owner: str) -> list[DatasetFolder]:
+    """List what is to be a dataset: each package, and the wheels where the spec names them."""
     spec = read_spec(spec_path)
-    packages = [package_folder(package.run) for package in spec.packages]
-    return [find_dataset(folder, owner) for folder in [*packages, *([WHEELS] if spec.wheels else [])]]
+    paths = [package_folder(package.run) for package in spec.packages]
+    if spec.wheels:
+        paths.append(WHEELS)
+    return [find_dataset_folder(path, owner) for path in paths]
 
 
-def plan(spec_path: Path, owner: str, datasets: list[Dataset], pace: Pace) -> None:
-    """Print the calls by which a push would change something now, and check it; those that only ask are made."""
-    planned = {dataset.ref: plan_dataset(dataset, pace) for dataset in datasets}
-    calls = [call for calls, _ in planned.values() for call in calls]
-    kernel = read_kernel(kernel_folder(spec_path), owner, {ref: version for ref, (_, version) in planned.items()})
-    if calls or not is_there(kernel, last_push(spec_path), pace):
-        print(f"{kernel.ref}: a new version, with {', '.join(kernel.metadata['dataset_sources'])}")
-        calls += push_calls(kernel, kernel_folder(spec_path))
-    print("\n".join(["a push would call:", *(f"  {call}" for call in calls)] if calls else ["a push would change nothing"]))
+def plan(kaggle: Kaggle, spec_path: Path, folders: list[DatasetFolder]) -> None:
+    """Print what a push would do now, as the commands of Kaggle's own client that do the same."""
+    commands = []
+    versions = {}
+    for folder in folders:
+        dataset_commands, versions[folder.ref] = plan_dataset(kaggle, folder)
+        commands.extend(dataset_commands)
+
+    built = kernel_folder(spec_path)
+    kernel = read_kernel(built, kaggle.owner, versions, are_pins_tried())
+    if commands or find_last_version(kaggle, kernel, last_push(spec_path)) is None:
+        sources = ", ".join(kernel.metadata["dataset_sources"])
+        print(f"{kernel.ref}: a new version, with {sources}")
+        commands.append(f"kaggle kernels push -p {built}")
+
+    if not commands:
+        print("a push would change nothing")
+        return
+    print("a push would do what these commands do:")
+    for command in commands:
+        print(f"  {command}")
 
 
-def publish_kernel(spec_path: Path, owner: str, published: Mapping[str, Mapping], pace: Pace, again: bool) -> None:
-    """Push the spec's kernel with the published datasets' versions, unless it is there already; written down in both places."""
-    versions = {ref: record["version"] for ref, record in published.items()}
-    kernel = read_kernel(kernel_folder(spec_path), owner, versions)
-    note, last = push_note(spec_path), last_push(spec_path)
-    if not again and is_there(kernel, last, pace):
-        print(f"{kernel.ref}: unchanged, version {last['version']}, {last['url']}", flush=True)
-        if last["checked"]:
-            return
+def publish_kernel(
+    kaggle: Kaggle, spec_path: Path, published: Mapping[str, Mapping], options: PushOptions
+) -> None:
+    """Push the spec's kernel with the published datasets, unless it is there already.
+
+    Args:
+        kaggle: The account.
+        spec_path: The spec.
+        published: The version and the manifest's SHA-256 of each dataset, by owner/slug.
+        options: The user's choices.
+    """
+    built = kernel_folder(spec_path)
+    versions = {ref: dataset["version"] for ref, dataset in published.items()}
+    kernel = read_kernel(built, kaggle.owner, versions, are_pins_tried())
+    last = last_push(spec_path)
+    last_version = find_last_version(kaggle, kernel, last)
+
+    # A push whose answer was lost has started the run that was asked for.
+    was_lost = last_version is not None and last.version is None
+    if last_version is None or (options.again and not was_lost):
+        image = last.image if last and not options.latest_image else ""
+        kernel = choose_image(kernel, image, options.latest_image)
+        record = push_once(kaggle, spec_path, kernel, published)
     else:
-        version, url = push_kernel(kernel, pace)
-        print(f"{kernel.ref}: version {version} was pushed, {url}", flush=True)
-        last = {
-            "kernel": kernel.ref,
-            "version": version,
-            "url": url,
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            "datasets": dict(published),
-            "fingerprint": fingerprint(kernel),
-            "build": build_mark(kernel.code),
-        }
-        write_json(note, {**last, "checked": False})
-        check_pushed(kernel, pace)
-        print(f"{kernel.ref}: read back: code and metadata are as they are here", flush=True)
-    fields = {"spec": spec_path.stem, "kernel": kernel.ref, "kernel_version": last["version"], "url": last["url"]}
-    kernel_sha256 = sha256(kernel_folder(spec_path) / CODE)
-    validated = measure_ensemble(read_spec(spec_path))
-    ledger.record("push", **fields, kernel_sha256=kernel_sha256, datasets=dict(published), validation=validated)
-    write_json(note, {**last, "checked": True})  # last: where the ledger lacks it, the next call goes on from here
+        record = replace(last, version=last_version)
+        print(f"{kernel.ref}: unchanged, version {record.version}, {record.url}", flush=True)
+        if record.is_checked:
+            return
+
+    # Kaggle may drop or change what it was given.
+    shown = check_pushed(kaggle, kernel)
+    print(f"{kernel.ref}: read back: code and metadata are as they are here", flush=True)
+    print_sources(shown, versions)
+    record = replace(record, image=shown.metadata["docker_image"] or "")
+
+    ledger.record(
+        "push",
+        spec=spec_path.stem,
+        kernel=record.kernel,
+        kernel_version=record.version,
+        url=record.url,
+        kernel_sha256=sha256(built / CODE),
+        datasets=dict(published),
+        validation=measure_ensemble(read_spec(spec_path)),
+    )
+    # Last: where the ledger lacks the push, the next call goes on from here.
+    write_record(spec_path, replace(record, is_checked=True))
     print(f"next: python -m kaggle_kernels status {spec_path.stem} --wait")
 
 
-def is_there(kernel: Kernel, last: Mapping, pace: Pace) -> bool:
-    """Whether the kernel is what was pushed last, and what Kaggle has."""
-    there = pull(kernel.ref, pace) if last.get("fingerprint") == fingerprint(kernel) else None
-    return there is not None and not what_differs(kernel, there)
+def push_once(
+    kaggle: Kaggle, spec_path: Path, kernel: Kernel, published: Mapping[str, Mapping]
+) -> PushRecord:
+    """Push a kernel, and write it down before and after; the record with its version."""
+    before = pull(kaggle, kernel.ref)
+    record = PushRecord(
+        kernel=kernel.ref,
+        fingerprint=kernel.fingerprint(),
+        build=build_mark(kernel.code),
+        datasets=dict(published),
+        time=datetime.now(UTC).isoformat(timespec="seconds"),
+        version_before=before.version if before else 0,
+        url=f"https://www.kaggle.com/code/{kernel.ref}",
+    )
+    write_record(spec_path, record)
 
-
-def last_push(spec_path: Path) -> dict:
-    """What is written down of the spec's last push, which may not have ended; empty where there was none."""
-    note = push_note(spec_path)
-    return read_object(note) if note.is_file() else {}
-
-
-def push_note(spec_path: Path) -> Path:
-    """Where the last push of the spec is written down."""
-    return spec_folder(spec_path) / "push.json"
-
-
-def read_push(spec_path: Path) -> dict:
-    """The last push of the spec; UserError where there was none, or it did not end well."""
-    note, values = push_note(spec_path), last_push(spec_path)
-    if not values.get("checked"):
-        raise UserError(
-            f"{note}: {'the push did not end' if values else 'nothing was pushed'}; run push {spec_path.stem} first"
-        )
-    return values
-
-
-@contextmanager
-def one_at_a_time(lock: Path, command: str):
-    """UserError where the same command runs in this folder already: both would send the same."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
+    # A refusal of the datasets' versions is remembered for every spec.
     try:
-        with FileLock(lock, timeout=0):
-            yield
-    except Timeout:
-        raise UserError(f"{lock}: another {command} runs in this folder; wait for it") from None
+        version, url = push_kernel(kaggle, kernel, record.version_before)
+    except PinsRefused:
+        write_json(PINS, {"accepted": False})
+        raise
+
+    # Kaggle has it: from here on a killed push is completed, not repeated.
+    record = replace(record, version=version, url=url)
+    write_record(spec_path, record)
+    print(f"{kernel.ref}: version {version} was pushed, {url}", flush=True)
+    return record
 
 
-@contextmanager
-def interruptible(command: str):
-    """Ctrl-C as one line that says how to go on."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise UserError(f"interrupted; run {command} again, which goes on from here") from None
+def are_pins_tried() -> bool:
+    """Whether datasets are named with their version: until Kaggle has refused that."""
+    return not PINS.is_file() or read_object(PINS).get("accepted") is not False
+
+
+def choose_image(kernel: Kernel, image: str, is_latest: bool) -> Kernel:
+    """Pin the Docker image, so that the hidden run gets the one that the visible run has shown to work.
+
+    Args:
+        kernel: The kernel.
+        image: The image of the last push; empty where Kaggle has not named one.
+        is_latest: Do not pin it.
+    """
+    pinning = "latest" if is_latest else "original"
+    metadata = {**kernel.metadata, "docker_image_pinning_type": pinning}
+    if image:
+        metadata["docker_image"] = image
+    return replace(kernel, metadata=metadata)
+
+
+def find_last_version(kaggle: Kaggle, kernel: Kernel, last: PushRecord | None) -> int | None:
+    """Find the version that the last push made, if it was of this kernel and Kaggle still has it."""
+    if last is None or last.fingerprint != kernel.fingerprint():
+        return None
+    shown = pull(kaggle, kernel.ref)
+    if shown is None or find_differences(kernel, shown):
+        return None
+    if last.version is None and shown.version <= last.version_before:
+        return None
+    return last.version or shown.version
+
+
+def print_sources(shown: Kernel, versions: Mapping[str, int]) -> None:
+    """Say which version of each dataset the kernel has, and whether Kaggle confirms it."""
+    sources = [source.lower() for source in shown.metadata["dataset_sources"] or []]
+    for ref, version in versions.items():
+        if f"{ref}/{version}".lower() in sources:
+            print(f"  {ref}: pinned to version {version}", flush=True)
+        else:
+            print(f"  {ref}: Kaggle names no version; the newest is {version}", flush=True)

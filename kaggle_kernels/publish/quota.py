@@ -1,68 +1,77 @@
-"""What Kaggle still grants this account: GPU hours of the week, and room for private datasets, as far as it tells.
+"""The accelerator hours that Kaggle still grants this week: the command `quota`, and a check of `push`."""
 
-The command line tells the hours exactly. Of datasets it tells the sizes, public ones among them, and neither which are private
-nor what old versions take: what comes to more than the limit is a warning, and Kaggle's own refusal the last word.
-"""
+from dataclasses import dataclass
 
-import re
-from collections.abc import Mapping
+from kagglesdk.kernels.types.kernels_api_service import ApiGetAcceleratorQuotaStatisticsRequest
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
 
-from kaggle_kernels.publish.client import Answer, Pace, ask, pages
-from kaggle_kernels.publish.preflight import DATASET_BYTES, Preflight
-from preprocess.core.errors import UserError
+from kaggle_kernels.build.listing import table_console
+from kaggle_kernels.publish.client import Kaggle, Pace, Refused, ask, connect
+from kaggle_kernels.publish.preflight import Preflight
 
-PAGE = 200  # datasets a page
+SECONDS_PER_HOUR = 3600
 FEW_HOURS = 1.0
 
 
-def check_quota(found: Preflight, sizes: Mapping[str, int], pace: Pace) -> None:
-    """Ask Kaggle, and add to `found`; `sizes` are the bytes of the datasets that are to be pushed, by owner/slug."""
-    for what, check in (("GPU hours", gpu_hours), ("room for datasets", lambda found, pace: storage(found, sizes, pace))):
-        try:
-            found.checks.append(f"{what}: {check(found, pace)}")
-        except UserError as error:
-            found.warnings.append(f"{what}: not known ({error})")
+@dataclass(frozen=True)
+class Quota:
+    """The hours of one kind of accelerator, and until when they count."""
+
+    hours_used: float
+    hours_allowed: float
+    until: str
+
+    @property
+    def hours_left(self) -> float:
+        """What is left of the week's hours."""
+        return max(self.hours_allowed - self.hours_used, 0.0)
 
 
-def gpu_hours(found: Preflight, pace: Pace) -> str:
-    """How many hours of GPUs are left this week, in words; a warning where they will not do."""
-    for row in rows_of(ask(pace, "quota", "--format", "json")):
-        hours = re.match(r"[\d.]+", str(row.get("remaining")))
-        if row.get("resource") == "GPU" and hours:
-            left, until = float(hours[0]), str(row.get("refreshAt"))[:16].replace("T", " ")
-            told = f"{left:g} of {str(row.get('total')).removesuffix('h')} left until {until} UTC"
-            if left == 0:
-                found.warnings.append(f"GPU hours: {told}: Kaggle will take the datasets, and refuse the kernel until then")
-            elif left < FEW_HOURS:
-                found.warnings.append(f"GPU hours: {told}; a kernel that reaches the end is stopped")
-            return told
-    raise UserError("the kaggle command told none")
+def read_quotas(kaggle: Kaggle) -> dict[str, Quota]:
+    """Read the week's hours of each kind of accelerator that Kaggle names."""
+    request = ApiGetAcceleratorQuotaStatisticsRequest()
+    answer = ask(kaggle.pace, kaggle.kernels.get_accelerator_quota_statistics, request)
+    until = "?"
+    if answer.quota_refresh_time:
+        until = f"{answer.quota_refresh_time:%Y-%m-%d %H:%M} UTC"
+
+    # Kaggle leaves out what an account has no right to.
+    quotas = {}
+    for name, values in (("GPU", answer.gpu_quota), ("TPU", answer.tpu_quota)):
+        if values is not None and values.total_time_allowed is not None:
+            used = values.time_used.total_seconds() / SECONDS_PER_HOUR if values.time_used else 0.0
+            allowed = values.total_time_allowed.total_seconds() / SECONDS_PER_HOUR
+            quotas[name] = Quota(used, allowed, until)
+    return quotas
 
 
-def storage(found: Preflight, sizes: Mapping[str, int], pace: Pace) -> str:
-    """What the account's datasets take now and will take, in words; a warning where that is more than Kaggle grants."""
-    held = held_bytes(pace)
-    others = sum(size for ref, size in held.items() if ref not in sizes)
-    together = others + sum(sizes.values())
-    told = f"{sum(held.values()) / 1e9:.1f} GB in {len(held)} datasets now, {together / 1e9:.1f} GB after this push"
-    if together > DATASET_BYTES:
-        found.warnings.append(
-            f"datasets: {told}; Kaggle holds {DATASET_BYTES / 1e9:.0f} GB of private ones: remove some there if it refuses"
+def print_quota(pace: Pace) -> None:
+    """Print a table with the hours of each kind of accelerator."""
+    table = Table(
+        "accelerator", "hours used", "hours left", "until", box=SIMPLE_HEAD, pad_edge=False
+    )
+    for name, quota in read_quotas(connect(pace)).items():
+        table.add_row(name, f"{quota.hours_used:.2f}", f"{quota.hours_left:.2f}", quota.until)
+    table_console().print(table)
+
+
+def check_gpu_hours(kaggle: Kaggle, report: Preflight) -> None:
+    """Add to a push's checks how many GPU hours are left, with a warning where they are few or unknown."""
+    try:
+        quota = read_quotas(kaggle).get("GPU")
+    except Refused as error:
+        report.warnings.append(f"GPU hours: not known ({error})")
+        return
+    if quota is None:
+        report.warnings.append("GPU hours: not known (Kaggle names none)")
+        return
+
+    left = f"{quota.hours_left:g} of {quota.hours_allowed:g} left until {quota.until}"
+    report.checks.append(f"GPU hours: {left}")
+    if quota.hours_left == 0:
+        report.warnings.append(
+            f"GPU hours: {left}: Kaggle will take the datasets, and refuse the kernel until then"
         )
-    return told
-
-
-def held_bytes(pace: Pace) -> dict[str, int]:
-    """The bytes of each dataset of the account, by owner/slug."""
-    answers = pages(pace, "datasets", "list", "--mine", "--page-size", str(PAGE))
-    return {str(row.get("ref")): int(row.get("size") or 0) for answer in answers for row in rows_of(answer)}
-
-
-def rows_of(answer: Answer) -> list[Mapping]:
-    """The rows that a call printed; none where there is nothing to list, a UserError where it failed."""
-    values = answer.values()
-    if isinstance(values, list):
-        return [row for row in values if isinstance(row, Mapping)]
-    if answer.code or not re.search(r"^No \w+ found", answer.text, re.MULTILINE):
-        raise UserError(f"{answer.call}: {answer.reason}")
-    return []
+    elif quota.hours_left < FEW_HOURS:
+        report.warnings.append(f"GPU hours: {left}; a kernel that reaches the end is stopped")

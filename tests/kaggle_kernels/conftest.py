@@ -13,10 +13,8 @@ from tests.kaggle_kernels.packages import WSDM, make_package, make_pushable, wri
 from tests.kaggle_kernels.publish.pushes import SMALL, pretend_ready
 from tests.kaggle_kernels.runtime.workers import start_in_thread
 
-# The fixtures that run the stand-in for Kaggle, for every test of the kernels.
+# The stand-in for Kaggle, for every test of the kernels.
 kaggle = stand_in.kaggle
-kaggle_fork_server = stand_in.kaggle_fork_server
-fast_kaggle = stand_in.fast_kaggle
 
 
 @pytest.fixture(scope="session")
@@ -80,12 +78,12 @@ def workers_in_threads(monkeypatch):
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch, fast_kaggle):
+def here(tmp_path, monkeypatch, kaggle):
     """The stand-in; the current folder is empty, no repository, with a ledger of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PAIRWISE_LEDGER", str(tmp_path / "ledger.jsonl"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    return fast_kaggle
+    return kaggle
 
 
 @pytest.fixture

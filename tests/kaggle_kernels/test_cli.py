@@ -17,9 +17,9 @@ SLOW_TO_IMPORT = ("torch", "transformers", "polars", "pydantic", "yaml", "kaggle
 def test_help_lists_the_chain_in_the_order_of_use():
     lines = CliRunner().invoke(main, ["--help"]).output.splitlines()
     listed = [line.split()[0] for line in lines[lines.index("Commands:") + 1 :] if line.startswith("  ")]
-    assert listed[:17] == [
+    assert listed[:19] == [
         *("preprocess", "check", "train", "cv", "package", "wheels", "report", "sweep"),
-        *("list", "build", "rehearse", "weigh", "push", "status", "submit", "scores", "trace"),
+        *("list", "build", "rehearse", "weigh", "smoke", "push", "status", "submit", "scores", "quota", "trace"),
     ]
 
 
@@ -47,7 +47,7 @@ def test_help_and_completion_import_nothing_slow():
 
 @pytest.mark.parametrize(
     "words, incomplete, expected",
-    [([], "s", ["sweep", "status", "submit", "scores"]), (["push"], "--d", ["--dry-run"]), ([], "x", [])],
+    [([], "s", ["sweep", "smoke", "status", "submit", "scores"]), (["push"], "--d", ["--dry-run"]), ([], "x", [])],
 )
 def test_shell_completion_of_commands_and_options(words, incomplete, expected):
     completion = ShellComplete(main, {}, "pairwise", "_PAIRWISE_COMPLETE")

@@ -1,11 +1,17 @@
 """What the stand-in Kaggle answers: one function a call, of the site and the request's JSON; it gives the answer's JSON.
 
-Names of calls and fields are those of kagglesdk 0.1.38, which ignores what it does not know: a wrong name in an answer would
-pass as an absent field.
+Names of calls and fields are those of kagglesdk, which ignores what it does not know: `check_fields` holds every answer against
+kagglesdk's own response type, so that the two cannot drift apart.
 """
 
 import re
 from collections.abc import Callable
+
+import kagglesdk.blobs.types.blob_api_service as blobs
+import kagglesdk.competitions.types.competition_api_service as competitions
+import kagglesdk.datasets.types.dataset_api_service as datasets
+import kagglesdk.kernels.types.kernels_api_service as kernels
+import kagglesdk.security.types.oauth_service as oauth
 
 from tests.fakes.kaggle.site import OWNER, TOKEN, Blob, Dataset, Kernel, KernelVersion, Run, Site, Submission, Version
 
@@ -93,11 +99,6 @@ def get_dataset(site: Site, asked: dict) -> dict:
     return {**shown, "lastUpdated": DATE}
 
 
-def list_datasets(site: Site, asked: dict) -> dict:
-    asked = [{"ownerSlug": ref.split("/")[0], "datasetSlug": ref.split("/")[1]} for ref in site.datasets]
-    return {"datasets": [get_dataset(site, dataset) for dataset in asked]}
-
-
 def list_dataset_files(site: Site, asked: dict) -> dict:
     version = find_dataset(site, asked).find(asked.get("datasetVersionNumber"))
     files = sorted(version.files.items()) if version else []
@@ -111,13 +112,6 @@ def download_dataset(site: Site, asked: dict) -> dict:
         raise Refusal(404, "The file was not found")
     path = f"{asked['ownerSlug']}/{asked['datasetSlug']}/{version.number}/{asked['fileName']}"
     return {"redirect": f"http://localhost/files/datasets/{path}"}
-
-
-def get_dataset_metadata(site: Site, asked: dict) -> dict:
-    dataset = find_dataset(site, asked)
-    owner, slug = dataset.ref.split("/")
-    named = {"datasetSlug": slug, "ownerUser": owner, "title": dataset.title}
-    return {"info": {**named, "isPrivate": dataset.is_private, "licenses": [{"name": dataset.licence}]}}
 
 
 def page(rows: list, asked: dict) -> tuple[list, str]:
@@ -146,14 +140,16 @@ SOURCES = {"datasetDataSources": "invalidDatasetSources", "competitionDataSource
 
 def invalid_sources(site: Site, asked: dict) -> dict[str, list[str]]:
     """What a kernel names and the site has not, by the request's field; a dataset without a ready version is such."""
-    datasets = [source for source in asked.get("datasetDataSources", []) if not has_ready_version(site, source)]
-    competitions = [source for source in asked.get("competitionDataSources", []) if source not in site.competitions]
-    return {"datasetDataSources": datasets, "competitionDataSources": competitions}
+    absent = [source for source in asked.get("datasetDataSources", []) if not has_ready_version(site, source)]
+    unknown = [source for source in asked.get("competitionDataSources", []) if source not in site.competitions]
+    return {"datasetDataSources": absent, "competitionDataSources": unknown}
 
 
 def has_ready_version(site: Site, source: str) -> bool:
     """Whether the site has the dataset owner/slug or owner/slug/version, processed."""
     owner, slug, *number = source.split("/")
+    if number and not site.takes_pins:
+        return False
     dataset = site.datasets.get(f"{owner}/{slug}")
     version = dataset and dataset.find(int(number[0]) if number else None)
     return bool(version) and version.status == "READY"
@@ -164,17 +160,17 @@ def slugify(title: str) -> str:
 
 
 def find_kernel(site: Site, asked: dict) -> KernelVersion:
-    """The newest version, or that of a slug which ends in /N."""
-    slug, _, number = asked.get("kernelSlug", "").partition("/")
-    kernel = site.kernels.get(f"{asked.get('userName', '')}/{slug}")
-    if kernel is None or int(number or 1) > len(kernel.versions):
+    """The version of a versionLabel ("v3"), or the newest."""
+    kernel = site.kernels.get(f"{asked.get('userName', '')}/{asked.get('kernelSlug', '')}")
+    number = int(asked.get("versionLabel", "v0").removeprefix("v"))
+    if kernel is None or number > len(kernel.versions):
         raise Refusal(403, "Permission 'kernels.get' was denied")
-    return kernel.versions[int(number) - 1 if number else -1]
+    return kernel.versions[number - 1]
 
 
 def get_kernel(site: Site, asked: dict) -> dict:
     version = find_kernel(site, asked)
-    pushed, slug = version.pushed, asked["kernelSlug"].split("/")[0]
+    pushed, slug = version.pushed, asked["kernelSlug"]
     kept = ("language", "kernelType", "isPrivate", "enableGpu", "enableTpu", "enableInternet", "machineShape", *SOURCES)
     metadata = {
         "id": 1,
@@ -183,7 +179,8 @@ def get_kernel(site: Site, asked: dict) -> dict:
         "author": OWNER,
         "slug": slug,
     }
-    metadata |= {"lastRunTime": DATE, "currentVersionNumber": version.number}
+    newest = site.kernels[metadata["ref"]].versions[-1].number
+    metadata |= {"lastRunTime": DATE, "currentVersionNumber": newest, "dockerImage": site.docker_image}
     metadata |= {key: pushed[key] for key in kept if key in pushed}
     blob = {"source": pushed["text"], "language": pushed["language"], "kernelType": pushed["kernelType"], "slug": slug}
     return {"metadata": metadata, "blob": blob}
@@ -199,17 +196,10 @@ def get_kernel_session_status(site: Site, asked: dict) -> dict:
 def list_kernel_session_output(site: Site, asked: dict) -> dict:
     version = find_kernel(site, asked)
     if not version.run.over:
-        return {"files": [], "log": ""}
+        return {"files": [], "log": version.run.log[0]}
     where = f"http://localhost/files/kernels/{asked['userName']}/{asked['kernelSlug']}/{version.number}"
     rows, token = page([{"url": f"{where}/{name}", "fileName": name} for name in sorted(version.run.output)], asked)
     return {"files": rows, "log": "".join(version.run.log), "nextPageToken": token}
-
-
-def list_kernel_files(site: Site, asked: dict) -> dict:
-    run = find_kernel(site, asked).run
-    files = sorted(run.output.items()) if run.over else []
-    rows, token = page([{"name": name, "size": len(content), "creationDate": DATE} for name, content in files], asked)
-    return {"files": rows, "nextPageToken": token}
 
 
 def get_accelerator_quota_statistics(site: Site, asked: dict) -> dict:
@@ -221,8 +211,9 @@ def create_code_submission(site: Site, asked: dict) -> dict:
     competition, file_name = asked["competitionName"], asked["fileName"]
     if competition not in site.competitions:
         raise Refusal(404, f"Competition {competition} was not found")
-    slug = f"{asked['kernelSlug']}/{asked['kernelVersion']}"
-    version = find_kernel(site, {"userName": asked["kernelOwner"], "kernelSlug": slug})
+    label = f"v{asked['kernelVersion']}"
+    kernel = {"userName": asked["kernelOwner"], "kernelSlug": asked["kernelSlug"], "versionLabel": label}
+    version = find_kernel(site, kernel)
     if version.run.statuses[0] != "COMPLETE" or file_name not in version.run.output:
         raise Refusal(400, f"The kernel version has no output file {file_name}")
     if len(site.submissions) >= site.submissions_a_day:
@@ -253,24 +244,59 @@ def get_submission_limits(site: Site, asked: dict) -> dict:
     return {"numToday": made, "numTotal": made, "numAllowedNow": max(site.submissions_a_day - made, 0)}
 
 
-CALLS: dict[str, Callable[[Site, dict], dict]] = {
-    "security.OAuthService/IntrospectToken": introspect_token,
-    "blobs.BlobApiService/StartBlobUpload": start_blob_upload,
-    "datasets.DatasetApiService/CreateDataset": create_dataset,
-    "datasets.DatasetApiService/CreateDatasetVersion": create_dataset_version,
-    "datasets.DatasetApiService/GetDatasetStatus": get_dataset_status,
-    "datasets.DatasetApiService/GetDataset": get_dataset,
-    "datasets.DatasetApiService/ListDatasets": list_datasets,
-    "datasets.DatasetApiService/ListDatasetFiles": list_dataset_files,
-    "datasets.DatasetApiService/DownloadDataset": download_dataset,
-    "datasets.DatasetApiService/GetDatasetMetadata": get_dataset_metadata,
-    "kernels.KernelsApiService/SaveKernel": save_kernel,
-    "kernels.KernelsApiService/GetKernel": get_kernel,
-    "kernels.KernelsApiService/GetKernelSessionStatus": get_kernel_session_status,
-    "kernels.KernelsApiService/ListKernelSessionOutput": list_kernel_session_output,
-    "kernels.KernelsApiService/ListKernelFiles": list_kernel_files,
-    "kernels.KernelsApiService/GetAcceleratorQuotaStatistics": get_accelerator_quota_statistics,
-    "competitions.CompetitionApiService/CreateCodeSubmission": create_code_submission,
-    "competitions.CompetitionApiService/ListSubmissions": list_submissions,
-    "competitions.CompetitionApiService/GetSubmissionLimits": get_submission_limits,
+def delete_dataset(site: Site, asked: dict) -> dict:
+    del site.datasets[find_dataset(site, asked).ref]
+    return {}
+
+
+def delete_kernel(site: Site, asked: dict) -> dict:
+    find_kernel(site, asked)
+    del site.kernels[f"{asked['userName']}/{asked['kernelSlug']}"]
+    return {}
+
+
+# Of each call: what answers it, and kagglesdk's type of the answer; None for a redirect.
+CALLS: dict[str, tuple[Callable[[Site, dict], dict], type | None]] = {
+    "security.OAuthService/IntrospectToken": (introspect_token, oauth.IntrospectTokenResponse),
+    "blobs.BlobApiService/StartBlobUpload": (start_blob_upload, blobs.ApiStartBlobUploadResponse),
+    "datasets.DatasetApiService/CreateDataset": (create_dataset, datasets.ApiCreateDatasetResponse),
+    "datasets.DatasetApiService/CreateDatasetVersion": (create_dataset_version, datasets.ApiCreateDatasetResponse),
+    "datasets.DatasetApiService/GetDatasetStatus": (get_dataset_status, datasets.ApiGetDatasetStatusResponse),
+    "datasets.DatasetApiService/GetDataset": (get_dataset, datasets.ApiDataset),
+    "datasets.DatasetApiService/ListDatasetFiles": (list_dataset_files, datasets.ApiListDatasetFilesResponse),
+    "datasets.DatasetApiService/DownloadDataset": (download_dataset, None),
+    "datasets.DatasetApiService/DeleteDataset": (delete_dataset, datasets.ApiDeleteDatasetResponse),
+    "kernels.KernelsApiService/SaveKernel": (save_kernel, kernels.ApiSaveKernelResponse),
+    "kernels.KernelsApiService/GetKernel": (get_kernel, kernels.ApiGetKernelResponse),
+    "kernels.KernelsApiService/DeleteKernel": (delete_kernel, kernels.ApiDeleteKernelResponse),
+    "kernels.KernelsApiService/GetKernelSessionStatus": (
+        get_kernel_session_status,
+        kernels.ApiGetKernelSessionStatusResponse,
+    ),
+    "kernels.KernelsApiService/ListKernelSessionOutput": (
+        list_kernel_session_output,
+        kernels.ApiListKernelSessionOutputResponse,
+    ),
+    "kernels.KernelsApiService/GetAcceleratorQuotaStatistics": (
+        get_accelerator_quota_statistics,
+        kernels.ApiGetAcceleratorQuotaStatisticsResponse,
+    ),
+    "competitions.CompetitionApiService/CreateCodeSubmission": (
+        create_code_submission,
+        competitions.ApiCreateCodeSubmissionResponse,
+    ),
+    "competitions.CompetitionApiService/ListSubmissions": (list_submissions, competitions.ApiListSubmissionsResponse),
+    "competitions.CompetitionApiService/GetSubmissionLimits": (get_submission_limits, competitions.ApiSubmissionLimits),
 }
+
+
+def check_fields(answer: dict, response_type: type) -> None:
+    """Refuse where an answer has a field that kagglesdk does not know, or a value that it cannot read."""
+    fields = {field.json_name: field for field in response_type._fields}
+    if unknown := answer.keys() - fields.keys():
+        raise Refusal(400, f"kagglesdk's {response_type.__name__} has no {sorted(unknown)}")
+    for name, value in answer.items():
+        for inner in value if isinstance(value, list) else [value]:
+            if isinstance(inner, dict):
+                check_fields(inner, fields[name].field_type)
+    response_type.from_dict(answer)

@@ -1,4 +1,4 @@
-"""A stand-in for Kaggle that the real `kaggle` command of requirements.txt talks to; see the fixture `kaggle` for its use.
+"""A stand-in for Kaggle that kagglesdk and the real `kaggle` command talk to; see the fixture `kaggle` for its use.
 
     server.site                what Kaggle has: datasets, kernels, submissions, quotas (site.py); set what you like
     server.site.runs.append(Run(statuses=["RUNNING", "ERROR"], failure="out of memory"))      # of the next push
@@ -27,11 +27,10 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
-from tests.fakes.kaggle.calls import CALLS, Refusal
-from tests.fakes.kaggle.site import TOKEN, Blob, Kernel, Site
+from tests.fakes.kaggle.calls import CALLS, Refusal, check_fields
+from tests.fakes.kaggle.site import TOKEN, Blob, Site
 
 API = "/api/v1/"
-LOG = "/api/v1/kernels/logs/stream/"
 
 
 @dataclass
@@ -161,13 +160,16 @@ class Handler(BaseHTTPRequestHandler):
         if fault.status:
             raise Refusal(fault.status, fault.message)
         if call not in CALLS:
-            raise Refusal(404, f"the stand-in does not know {call}")
+            raise Refusal(400, f"the stand-in does not know {call}")
         if not call.endswith("/IntrospectToken") and self.headers["Authorization"] != f"Bearer {TOKEN}":
             raise Refusal(401, "Unauthenticated")
         if "error" in fault.answer:
             return fault.answer
         with self.server.lock:
-            answer = CALLS[call](self.server.site, asked)
+            respond, response_type = CALLS[call]
+            answer = respond(self.server.site, asked)
+            if response_type:
+                check_fields(answer, response_type)
             if fault.loses or fault.cuts:
                 files = self.server.site.datasets[answer["ref"]].versions[-1].files
                 files |= {name: files[name][:-1] for name in fault.cuts}
@@ -233,7 +235,7 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = self.close_connection or left > 0
 
     def do_GET(self) -> None:
-        """Files of datasets and kernels, and a kernel's log."""
+        """Files of datasets and kernels."""
         if self.is_stranger():
             return self.refuse_stranger(self.path)
         path = unquote(urlsplit(self.path).path)
@@ -242,22 +244,8 @@ class Handler(BaseHTTPRequestHandler):
         time.sleep(fault.seconds)
         if fault.status:
             return self.send(fault.status, b"<html></html>")
-        if path.startswith(LOG):
-            return self.send_log(self.server.site.kernels.get(path.removeprefix(LOG)))
         content = file_content(self.server.site, path)
         return self.send(404, b"") if content is None else self.send(200, content)
-
-    def send_log(self, kernel: Kernel | None) -> None:
-        """The log of the newest version: events while it runs, whose end is the run's end; afterwards a list."""
-        if kernel is None:
-            return self.send(403, b"")
-        run = kernel.versions[-1].run
-        events = [{"stream_name": "stdout", "time": number, "data": line} for number, line in enumerate(run.log)]
-        if run.over:
-            return self.send(200, json.dumps(events).encode())
-        run.statuses = run.statuses[-1:]
-        lines = [*map(json.dumps, events), "END_OF_LOG"]
-        return self.send(200, "".join(f"data: {line}\n\n" for line in lines).encode(), {"Content-Type": "text/event-stream"})
 
     def note(self, call: str, asked: dict, length: int = 0) -> Request:
         request = Request(call, self.path, asked, length)

@@ -123,6 +123,8 @@ class Site:
     scores: list[tuple[str, str]] = field(default_factory=list)  # of the next submissions: public, private
     processing_calls: int = 1
     processing_ends: str = "READY"  # or FAILED
+    takes_pins: bool = True  # owner/slug/VERSION as a kernel's dataset source
+    docker_image: str = "kaggle/image:1"
     submissions_a_day: int = 5
     gpu_seconds_used: int = 0
     gpu_seconds_allowed: int = 30 * 3600

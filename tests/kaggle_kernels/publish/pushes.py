@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +19,8 @@ from kaggle_kernels.build.spec import COMPETITIONS, read_spec
 from postprocess.package import dataset_metadata
 from preprocess.core import ledger
 from preprocess.core.files import sha256
+from preprocess.model_input import Contract
+from recipes.pairwise.contract import MODEL_INPUT
 from tests.fakes.kaggle.server import KaggleServer
 from tests.kaggle_kernels.packages import make_pushable
 
@@ -47,9 +50,13 @@ def pretend_package(fit: Fit, seed: int) -> Path:
     run, block = fit.package.run, fit.recipe.pairwise
     folder = Path("outputs") / run / "package"
     folder.mkdir(parents=True)
-    contract = {"verdicts": block.verdicts, "template": asdict(block.resolved_template())}
+    shutil.copyfile(MODEL_INPUT, folder / MODEL_INPUT.name)
+    contract = dict.fromkeys(Contract.__dataclass_fields__)
+    contract |= {"verdicts": block.verdicts, "template": asdict(block.resolved_template())}
     contract |= {"base_model": fit.recipe.axolotl["base_model"], **{key: getattr(block, key) for key in AS_TRAINED}}
+    contract["model_input_sha256"] = sha256(MODEL_INPUT)
     (folder / "contract.json").write_text(json.dumps(contract))
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {}}))
     (folder / "config.json").write_text(json.dumps({"model_type": fit.served.dimensions.model_type}))
     (folder / "model.safetensors").write_bytes(weights(f"{run} {seed}"))
     write_metadata(folder, fit.package.dataset, block.package.licence)
@@ -86,6 +93,18 @@ def pretend_wheels(slug: str) -> Path:
     write_metadata(WHEELS, slug, "MIT")
     ledger.record("package", dataset=slug, manifest=sha256(WHEELS / "wheels.json"), wheels=["bitsandbytes 1"])
     return WHEELS
+
+
+def make_folder(folder: Path, **contents: bytes) -> Path:
+    """A folder as packages are: files (`__` in a name is a dot), metadata with the placeholder, a manifest with every hash."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        (folder / name.replace("__", ".")).write_bytes(content)
+    write_metadata(folder, "tiny-two", "apache-2.0")
+    listed = [path for path in sorted(folder.iterdir()) if path.name != "manifest.json"]
+    files = {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size} for path in listed}
+    (folder / "manifest.json").write_text(json.dumps({"files": files}))
+    return folder
 
 
 def write_metadata(folder: Path, slug: str, licence: str) -> None:

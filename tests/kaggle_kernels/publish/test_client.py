@@ -1,136 +1,110 @@
-"""The kaggle command is not taken at its word: a script in its place says what tests want, in milliseconds."""
+"""A call of Kaggle's API: credentials as the kaggle command finds them, errors told apart, an end within the time limits."""
 
 import json
-import sys
+import socket
 import time
 
 import pytest
+from kagglesdk.datasets.types.dataset_api_service import ApiGetDatasetStatusRequest
+from kagglesdk.kernels.types.kernels_api_service import ApiSaveKernelRequest
 
-from kaggle_kernels.publish import client
-from kaggle_kernels.publish.client import Answer, Pace, ask, demand, find_owner, list_files, run
+from kaggle_kernels.publish import client, uploads
+from kaggle_kernels.publish.client import Pace, Refused, Unanswered, ask, connect
 from preprocess.core.errors import UserError
+from tests.fakes.kaggle.server import Fault
+from tests.fakes.kaggle.site import TOKEN, Dataset, Version
+from tests.kaggle_kernels.publish.pushes import call
 
-FAST = Pace(poll_seconds=0.001, patience_seconds=1)
-SCRIPT = """
-import json, os, sys, time
-from pathlib import Path
-here = Path(__file__).parent
-with (here / "calls").open("a") as calls:
-    calls.write(json.dumps({"words": sys.argv[1:], "environment": dict(os.environ), "folder": os.getcwd()}) + "\\n")
-number = len((here / "calls").read_text().splitlines()) - 1
-answers = json.loads((here / "answers").read_text())
-code, *pieces = answers[min(number, len(answers) - 1)]
-for piece in pieces:
-    if isinstance(piece, str):
-        print(piece, end="", flush=True)
-    else:
-        time.sleep(piece)
-sys.exit(code)
-"""
+FAST = Pace(poll_seconds=0.001, patience_seconds=5)
 
 
 @pytest.fixture
-def fake(tmp_path, monkeypatch):
-    """A script in the command's place: fake([code, text or seconds, …], …) are its answers, the last one stays."""
-    script = tmp_path / "fake.py"
-    script.write_text(SCRIPT)
-    monkeypatch.setattr(client, "COMMAND", (sys.executable, "-S", str(script)))
-
-    def answer(*answers):
-        (tmp_path / "answers").write_text(json.dumps(answers))
-        (tmp_path / "calls").unlink(missing_ok=True)
-        return lambda: [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
-
-    return answer
+def dataset(kaggle):
+    """The stand-in with a dataset, which it has processed; the request for its status."""
+    kaggle.site.datasets["tester/tiny"] = Dataset("tester/tiny", "tiny", "other", True, [Version(1, "", {}, 0)])
+    request = ApiGetDatasetStatusRequest()
+    request.owner_slug, request.dataset_slug = "tester", "tiny"
+    return request
 
 
 @pytest.mark.parametrize(
-    "text, is_transient",
+    "path, content, owner",
     [
-        ("429 Client Error: Too Many Requests for url: http://localhost/api/v1/x", True),
-        ("HTTPSConnectionPool(host='api.kaggle.com', port=443): Max retries exceeded with url: /v1/x", True),
-        ("('Connection aborted.', RemoteDisconnected('Remote end closed connection without response'))", True),
-        ("HTTPSConnectionPool(host='api.kaggle.com', port=443): Read timed out. (read timeout=300)", True),
-        ("Dataset me/x was not found", False),
-        ("403 Client Error: Forbidden for url: http://x", False),
-        ("Permission 'kernels.get' was denied", False),
+        (".kaggle/access_token", TOKEN, "tester"),
+        (".kaggle/kaggle.json", json.dumps({"username": "one", "key": "k"}), "one"),
+        (".config/kaggle/kaggle.json", json.dumps({"username": "two", "key": "k"}), "two"),
+        ("elsewhere/kaggle.json", json.dumps({"username": "three", "key": "k"}), "three"),
+        (".kaggle/credentials.json", json.dumps({"refresh_token": "r", "access_token": "a", "username": "four"}), "four"),
     ],
 )
-def test_an_error_that_may_pass_is_told_from_what_is_absent(text, is_transient):
-    answer = Answer((), 1, text)
-    assert (answer.is_transient, answer.is_absent) == (is_transient, not is_transient)
+def test_credentials_are_found_where_the_kaggle_command_looks(kaggle, tmp_path, monkeypatch, path, content, owner):
+    monkeypatch.delenv("KAGGLE_API_TOKEN")
+    with pytest.raises(UserError, match="no credentials that Kaggle takes: run `kaggle auth login`, or put a token"):
+        connect(FAST)
+    if path.startswith("elsewhere"):
+        monkeypatch.setenv("KAGGLE_CONFIG_DIR", str(tmp_path / "home/elsewhere"))
+    if "credentials" in path:
+        values = {**json.loads(content), "access_token_expiration": "2100-01-01T00:00:00+00:00"}
+        content = json.dumps(values)
+    file = tmp_path / "home" / path
+    file.parent.mkdir(parents=True)
+    file.write_text(content)
+    assert connect(FAST).owner == owner
+
+
+def test_a_token_comes_before_a_key_and_one_that_kaggle_does_not_know_is_ignored(kaggle, monkeypatch):
+    monkeypatch.setenv("KAGGLE_USERNAME", "other")
+    monkeypatch.setenv("KAGGLE_KEY", "secret-of-a-test")
+    assert connect(FAST).owner == "tester"
+    monkeypatch.setenv("KAGGLE_API_TOKEN", "revoked")
+    assert connect(FAST).owner == "other"
+
+
+def test_credentials_that_kaggle_refuses_are_one_line_that_does_not_show_them(kaggle, dataset, monkeypatch):
+    monkeypatch.delenv("KAGGLE_API_TOKEN")
+    monkeypatch.setenv("KAGGLE_USERNAME", "other")
+    monkeypatch.setenv("KAGGLE_KEY", "secret-of-a-test")
+    account = connect(FAST)
+    with pytest.raises(UserError, match="^Kaggle does not take these credentials .*: run `kaggle auth login`") as error:
+        ask(FAST, account.datasets.get_dataset_status, dataset)
+    assert "secret-of-a-test" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    "printed, attempts, message",
+    "fault, calls",
     [
-        ("503 Server Error: Service Unavailable", 6, "Service Unavailable; 6 attempts failed; run this again"),
-        ("a message of a server", 3, '^kaggle quota "two words": a message of a server$'),
-        ("Dataset me/x was not found", 1, "was not found"),
+        ({"status": 429, "times": 3}, 4),
+        ({"status": 502, "times": 3}, 4),
+        ({"loses_answer": True, "times": 2}, 3),
     ],
-    ids=["may pass", "unknown", "clear"],
 )
-def test_a_call_that_fails_is_made_again_as_often_as_its_error_deserves(fake, printed, attempts, message):
-    calls = fake([1, printed])
-    with pytest.raises(UserError, match=message):
-        demand(FAST, "quota", "two words")
-    assert len(calls()) == attempts
+def test_a_question_is_repeated_where_the_connection_or_kaggle_fails(kaggle, dataset, fault, calls):
+    account = connect(FAST)
+    kaggle.faults.append(Fault("GetDatasetStatus", **fault))
+    assert ask(FAST, account.datasets.get_dataset_status, dataset).status.name == "READY"
+    assert len(kaggle.calls("GetDatasetStatus")) == calls
 
 
-def test_a_call_that_succeeds_at_last_is_fine(fake):
-    calls = fake([1, "502 Server Error"], [1, "502 Server Error"], [0, "fine"])
-    assert ask(FAST, "datasets", "status", "me/x").text == "fine"
-    assert len(calls()) == 3
+def test_a_refusal_is_not_repeated_and_says_kaggles_words(kaggle, dataset):
+    account = connect(FAST)
+    dataset.dataset_slug = "other"
+    with pytest.raises(Refused, match="^Dataset tester/other was not found$") as refused:
+        ask(FAST, account.datasets.get_dataset_status, dataset)
+    assert refused.value.is_absent
+    assert len(kaggle.calls("GetDatasetStatus")) == 1
 
 
-def test_the_owner_is_what_the_command_says(fake):
-    fake([0, "Configuration values from /home/me/.config/kaggle\n- username: some-one\n- proxy: None\n"])
-    assert find_owner(FAST) == "some-one"
-    fake([0, "- username: None\n- proxy: None\n"])
-    with pytest.raises(UserError, match="does not know your user name"):
-        find_owner(FAST)
-
-
-def test_a_list_is_read_from_json_between_warnings_page_after_page(fake):
-    first = 'Warning: [an outdated] version\nNext Page Token = 20\n[\n  {"name": "a", "size": 1}\n]\nmore'
-    calls = fake([0, first], [0, '[{"name": "b", "size": 2}]'])
-    assert list_files(FAST, "datasets", "me/x") == {"a": 1, "b": 2}
-    assert [call["words"][-2:] for call in calls()] == [["--format", "json"], ["--page-token", "20"]]
-    assert Answer((), 0, "No submissions found").values() is None
-
-
-def test_lines_come_as_they_are_printed_and_a_progress_bar_is_lines_too(fake):
-    fake([0, "one\ntw", "o\n", " 10%\r 20%\r", "\n", "la\u00dft"])
-    seen = []
-    run(("x",), stop_at=seen.append)
-    assert seen == ["one", "two", " 10%", " 20%", "la\u00dft"]
-
-
-def test_a_line_can_stop_the_command_as_ctrl_c_does(fake):
-    fake([0, "first\n", "stop here\n", 30, "never\n"])
-    began = time.monotonic()
-    answer = run(("x",), stop_at=lambda line: line == "stop here")
-    assert time.monotonic() - began < 10
-    assert answer.code is None
-    assert "KeyboardInterrupt" in answer.text
-    assert "never" not in answer.text
-
-
-def test_a_command_that_falls_silent_is_ended_and_may_pass(fake):
-    fake([0, "first\n", 30])
-    answer = run(("x",), silent_seconds=0.5)
-    assert (answer.code, answer.reason, answer.is_transient) == (None, "it said nothing for 0.5 s and was ended", True)
-
-
-def test_the_command_is_not_told_to_be_verbose_and_keeps_its_notes_where_it_is_told_to(fake, tmp_path, monkeypatch):
-    monkeypatch.setenv("VERBOSE", "1")
-    monkeypatch.setenv("VERBOSE_OUTPUT", "true")
-    calls = fake([0])
-    run(("datasets", "create"), tmp_path, tmp_path / "state")
-    [call] = calls()
-    assert (call["words"], call["folder"]) == (["--no-warn", "datasets", "create"], str(tmp_path))
-    assert call["environment"]["TMPDIR"] == str(tmp_path / "state")
-    assert call["environment"].keys() & {"VERBOSE", "VERBOSE_OUTPUT"} == set()
+@pytest.mark.parametrize("fault, calls", [({"status": 503}, 1), ({"loses_answer": True}, 1), ({"status": 429}, 2)])
+def test_a_call_that_may_have_taken_effect_is_not_repeated(kaggle, fault, calls):
+    account = connect(FAST)
+    kaggle.faults.append(Fault("SaveKernel", **fault))
+    request = ApiSaveKernelRequest()
+    request.slug, request.text, request.language, request.kernel_type = "tester/x", "", "python", "script"
+    try:
+        ask(FAST, account.kernels.save_kernel, request, changes_something=True)
+    except Unanswered as error:
+        assert error.may_have_arrived
+    assert len(kaggle.calls("SaveKernel")) == calls
 
 
 def test_looks_come_less_often_and_end_with_the_patience(monkeypatch):
@@ -140,3 +114,29 @@ def test_looks_come_less_often_and_end_with_the_patience(monkeypatch):
     assert list(Pace(poll_seconds=10, patience_seconds=300).looks()) == [0, 1, 2, 3, 4, 5, 6, 7]
     assert slept == [10, 15, 22.5, 33.75, 50.625, 75.9375, 80]
     assert list(Pace(poll_seconds=10, patience_seconds=0).looks()) == [0]
+
+
+def test_the_last_attempt_of_a_call_ends_within_two_minutes():
+    assert client.REPEAT_SECONDS + client.CONNECT_SECONDS + client.ANSWER_SECONDS <= 120
+
+
+@pytest.fixture
+def black_hole(here, monkeypatch):
+    """A server that takes connections and never answers, with time limits of a tenth of a second."""
+    for module in (client, uploads):
+        monkeypatch.setattr(module, "TIMEOUT", (0.1, 0.1))
+        monkeypatch.setattr(module, "REPEAT_SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        for name in ("http_proxy", "HTTP_PROXY"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{server.getsockname()[1]}")
+        yield
+
+
+@pytest.mark.parametrize("command", [["scores"], ["quota"], ["push", "minilm_cls"]])
+def test_against_a_black_hole_a_command_ends_with_one_line_for_it(black_hole, command):
+    started = time.monotonic()
+    ended = call(*command)
+    assert ended.exit_code == 2
+    line = "error: Kaggle: IntrospectToken: no answer within 30 s; check the network, then run this again"
+    assert ended.output.splitlines().count(line) == 1
+    assert time.monotonic() - started < 30

@@ -1,4 +1,4 @@
-"""A kernel as it is meant and as Kaggle has it, compared field by field."""
+"""A kernel as it is meant and as Kaggle has it, compared field by field; one push starts one run at most."""
 
 import json
 
@@ -6,8 +6,12 @@ import pytest
 
 from kaggle_kernels.build.bundle import build
 from kaggle_kernels.build.spec import find_spec
-from kaggle_kernels.publish.client import Answer
-from kaggle_kernels.publish.kernels import Kernel, log_lines, read_kernel, what_differs
+from kaggle_kernels.publish.client import Pace, connect
+from kaggle_kernels.publish.kernels import Kernel, find_differences, read_kernel, read_log
+from tests.fakes.kaggle.site import Kernel as KernelOfSite
+from tests.fakes.kaggle.site import KernelVersion, Run
+
+VERSIONS = {"me/pairwise-gemma2-qlora": 3, "me/pairwise-llama3-cls": 12}
 
 
 @pytest.fixture(scope="module")
@@ -19,32 +23,37 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def kernel(folder):
-    return read_kernel(folder, "me", {"me/pairwise-gemma2-qlora": 3, "me/pairwise-llama3-cls": 12})
+    return read_kernel(folder, "me", VERSIONS, is_pinned=True)
 
 
-def there(kernel, code=None, **changes):
-    """The kernel as `kernels pull` writes it, with changes."""
-    added = {"id_no": 1, "keywords": [], "docker_image": ""}
-    return Kernel(code or kernel.code, {**kernel.metadata, **added, "code_file": "other.py", **changes})
+def shown(kernel, code=None, **changes):
+    """The kernel as Kaggle shows it, with changes."""
+    return Kernel(code or kernel.code, {**kernel.metadata, "docker_image": "", **changes})
 
 
-def test_what_kaggle_adds_and_leaves_open_is_no_difference(kernel):
-    assert what_differs(kernel, there(kernel)) == []
-    assert what_differs(kernel, there(kernel, machine_shape=None)) == []
-    assert what_differs(kernel, there(kernel, code=kernel.code + "\n")) == []
-    assert what_differs(kernel, there(kernel, enable_internet=None, enable_tpu=None)) == []
-    unpinned = ["me/pairwise-wheels", "me/pairwise-llama3-cls", "me/pairwise-gemma2-qlora"]
-    assert what_differs(kernel, there(kernel, dataset_sources=unpinned)) == []
-
-
-def test_an_owner_in_capitals_is_the_same_owner(folder):
-    meant = read_kernel(folder, "Me", {"Me/pairwise-gemma2-qlora": 3})
-    sources = ["me/pairwise-gemma2-qlora/3", "me/pairwise-llama3-cls", "me/pairwise-wheels"]
-    assert what_differs(meant, there(meant, id="me/pairwise-gemma-2-with-llama-3", dataset_sources=sources)) == []
+def test_versions_are_named_unless_kaggle_does_not_take_them(kernel, folder):
+    bare = ["me/pairwise-gemma2-qlora", "me/pairwise-llama3-cls", "me/pairwise-wheels"]
+    assert kernel.metadata["dataset_sources"] == [f"{bare[0]}/3", f"{bare[1]}/12", bare[2]]
+    assert read_kernel(folder, "me", VERSIONS, is_pinned=False).metadata["dataset_sources"] == bare
 
 
 @pytest.mark.parametrize(
-    "changes, told",
+    "changes",
+    [
+        {},
+        {"machine_shape": None},
+        {"enable_internet": None, "enable_tpu": None},
+        {"dataset_sources": ["me/pairwise-wheels", "me/pairwise-llama3-cls", "me/pairwise-gemma2-qlora"]},
+        {"id": "Me/pairwise-gemma-2-with-llama-3"},
+    ],
+    ids=["nothing", "no run yet", "false left out", "no versions, another order", "an owner in capitals"],
+)
+def test_what_kaggle_leaves_open_is_no_difference(kernel, changes):
+    assert find_differences(kernel, shown(kernel, code=kernel.code + "\n", **changes)) == []
+
+
+@pytest.mark.parametrize(
+    "changes, difference",
     [
         ({"code": "print(1)"}, "the code is another one"),
         ({"is_private": False}, "is_private is false in place of true"),
@@ -54,18 +63,23 @@ def test_an_owner_in_capitals_is_the_same_owner(folder):
         ({"model_sources": ["a/b/c/d/1"]}, 'model_sources is ["a/b/c/d/1"] in place of []'),
     ],
 )
-def test_each_difference_is_told(kernel, changes, told):
-    assert what_differs(kernel, there(kernel, **changes)) == [told]
+def test_each_difference_is_told(kernel, changes, difference):
+    assert find_differences(kernel, shown(kernel, **changes)) == [difference]
 
 
 def test_another_version_of_a_dataset_is_told(kernel):
     sources = ["me/pairwise-gemma2-qlora/2", "me/pairwise-llama3-cls", "me/pairwise-wheels"]
-    [told] = what_differs(kernel, there(kernel, dataset_sources=sources))
-    assert told.startswith('dataset_sources is ["me/pairwise-gemma2-qlora/2", ')
+    [difference] = find_differences(kernel, shown(kernel, dataset_sources=sources))
+    assert difference.startswith('dataset_sources is ["me/pairwise-gemma2-qlora/2", ')
 
 
-def test_a_log_is_read_as_text_and_as_kaggles_pieces():
-    pieces = [{"stream_name": "stdout", "time": 1, "data": "a\nb\n"}, {"stream_name": "stderr", "time": 2, "data": "c"}]
-    for text in (json.dumps(pieces), "Warning: outdated\n" + json.dumps(pieces, indent=1)):
-        assert log_lines(Answer((), 0, text)) == ["a", "b", "c"]
-    assert log_lines(Answer((), 0, "[12.3 s] a\nb")) == ["[12.3 s] a", "b"]
+PIECES = [{"stream_name": "stdout", "time": 1, "data": "a\nb\n"}, {"stream_name": "stderr", "time": 2, "data": "c"}]
+
+
+@pytest.mark.parametrize(
+    "log, lines", [(json.dumps(PIECES), ["a", "b", "c"]), ("[12.3 s] a\n\nb", ["[12.3 s] a", "b"]), ("", [])]
+)
+def test_a_log_is_read_as_text_and_as_kaggles_pieces(kaggle, log, lines):
+    run = Run(statuses=["COMPLETE"], log=[log])
+    kaggle.site.kernels["tester/x"] = KernelOfSite("tester/x", [KernelVersion(1, {}, run)])
+    assert read_log(connect(Pace(0.01, 1)), "tester/x", 1) == lines

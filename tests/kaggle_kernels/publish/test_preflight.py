@@ -12,7 +12,7 @@ import pytest
 from kaggle_kernels.build.bundle import build
 from kaggle_kernels.build.packages import build_of
 from kaggle_kernels.build.spec import all_specs, read_spec
-from kaggle_kernels.publish.preflight import credentials, licence_problems, preflight, title_problems, warnings_of
+from kaggle_kernels.publish.preflight import check_licences, check_title, preflight
 from postprocess.wheels.build import LICENCES as LICENCES_OF_WHEELS
 from preprocess.core.files import read_yaml
 from tests import tiny
@@ -27,17 +27,11 @@ PAIRS = Path("data/pairs.parquet")
 
 
 @pytest.fixture(autouse=True)
-def account(tmp_path, monkeypatch):
-    """A home without credentials, and a token in the environment; nothing above is a repository."""
-    for name in ("KAGGLE_USERNAME", "KAGGLE_KEY", "KAGGLE_CONFIG_DIR", "XDG_CONFIG_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("KAGGLE_API_TOKEN", "not-a-token")
+def pairs(tmp_path, monkeypatch):
+    """The pairs are on this machine; nothing above is a repository."""
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    (tmp_path / "home").mkdir()
     (tmp_path / "data").mkdir()
     tiny.pairs_parquet(tmp_path / PAIRS, 3)
-    return tmp_path / "home"
 
 
 def errors_of(spec_path: Path, owner: str = "me") -> list[str]:
@@ -47,25 +41,25 @@ def errors_of(spec_path: Path, owner: str = "me") -> list[str]:
 def test_what_is_ready_passes_every_check(pushable):
     found = preflight(pushable, "me")
     assert found.errors == []
-    assert len(found.checks) == 11
+    assert len(found.checks) == 10
     assert {line.rsplit(": ", 1)[1] for line in found.checks} == {"ok"}
 
 
-def test_all_problems_are_told_at_once(pushable, monkeypatch):
-    monkeypatch.delenv("KAGGLE_API_TOKEN")
+def test_all_problems_are_told_at_once(pushable):
     pushable.write_text(WSDM.replace("600", "700"))
     flip_byte(PACKAGE / "tokenizer.json")
     change_json(METADATA, title="two", licenses=[])
-    (PACKAGE / "folder").mkdir()
+    (PACKAGE / "train.parquet").write_text("rows")
+    Path("outputs/kernels/test/kaggle.json").write_text("{}")
     change_json(PACKAGE.parent / "agreement.json", agrees=False)
     REHEARSAL.unlink()
     errors = errors_of(pushable, "INSERT_OWNER")
     starts = (
-        "no credentials of Kaggle (KAGGLE_API_TOKEN, ",
         "owner: 'INSERT_OWNER' is no user name of Kaggle; ",
         "outputs/kernels/test/kernel.py: not up to date; run `python -m kaggle_kernels build test`",
-        f"{PACKAGE}/folder: a folder, which the kaggle command leaves out; remove it",
+        "outputs/kernels/test/kaggle.json: no file of a kernel; remove it",
         f"{PACKAGE}/tokenizer.json: changed since it was made",
+        f"{PACKAGE}/train.parquet: no file that such a folder is defined to have; remove it",
         f"{METADATA}: title: 'two', Kaggle takes 6 to 50 characters; change package.slug",
         f"{METADATA}: licenses: found [], Kaggle takes exactly one of its own names: apache-2.0,",
         "outputs/two/agreement.json: the package does not agree with the trained model; run `python -m postprocess`",
@@ -75,12 +69,10 @@ def test_all_problems_are_told_at_once(pushable, monkeypatch):
     assert all("\n" not in error for error in errors)
 
 
-def test_a_spec_that_cannot_be_read_is_told_with_what_needs_no_spec(pushable, monkeypatch):
-    monkeypatch.delenv("KAGGLE_API_TOKEN")
+def test_a_spec_that_cannot_be_read_is_one_error(pushable):
     pushable.write_text(WSDM.replace("600", "-1"))
-    credentials_error, spec_error = errors_of(pushable)
-    assert credentials_error.startswith("no credentials")
-    assert spec_error.startswith(f"{pushable}: clock_seconds: ")
+    [error] = errors_of(pushable)
+    assert error.startswith(f"{pushable}: clock_seconds: ")
 
 
 def test_an_unknown_owner_is_left_to_who_asked_for_it(pushable):
@@ -89,28 +81,14 @@ def test_an_unknown_owner_is_left_to_who_asked_for_it(pushable):
     assert not [line for line in found.checks if line.startswith("owner")]
 
 
-@pytest.mark.parametrize("path", [".kaggle/access_token", ".kaggle/kaggle.json", ".config/kaggle/kaggle.json"])
-def test_each_place_of_credentials_is_found_and_an_empty_one_is_not(account, monkeypatch, path):
-    monkeypatch.delenv("KAGGLE_API_TOKEN")
-    monkeypatch.setenv("KAGGLE_USERNAME", "me")
-    (account / path).parent.mkdir(parents=True)
-    (account / path).write_text("")
-    assert len(credentials()) == 1
-    (account / path).write_text("secret of a test")
-    assert credentials() == []
-    (account / path).unlink()
-    monkeypatch.setenv("KAGGLE_KEY", "x")
-    assert credentials() == []
-
-
 def test_titles_of_specs_and_licences_of_recipes_and_wheels_are_kaggles(pushable):
     for path in all_specs():
-        assert title_problems(path, read_spec(path)) == []
+        assert check_title(path, read_spec(path)) == []
     recipes = [read_yaml(path) for path in sorted((ROOT / "recipes").glob("*.yml"))]
     used = {recipe["pairwise"]["package"].get("licence", "apache-2.0") for recipe in recipes} | set(LICENCES_OF_WHEELS.values())
     assert {"apache-2.0", "other", "MIT"} <= used
     for name in sorted(used):
-        assert licence_problems(METADATA, [{"name": name}]) == []
+        assert check_licences(METADATA, [{"name": name}]) == []
     pushable.write_text(WSDM.replace("Pairwise Test", "Pairwise 1,000 Tests"))
     assert "title: 'Pairwise 1,000 Tests' is 'pairwise-1000-tests' on Kaggle, not 'pairwise-1-000" in errors_of(pushable)[0]
 
@@ -119,7 +97,6 @@ def test_titles_of_specs_and_licences_of_recipes_and_wheels_are_kaggles(pushable
     "changes, told",
     [
         ({"id": "me/tiny-too"}, "id: found the dataset 'tiny-too', the spec says 'tiny-two'; package again, or mend the spec"),
-        ({"subtitle": "too short"}, "subtitle: 9 characters, Kaggle takes 20 to 80; change it, or leave it out"),
         ({"licenses": [{"name": "other"}] * 2}, "licenses: found ['other', 'other'], Kaggle takes exactly one of its own"),
     ],
 )
@@ -130,12 +107,7 @@ def test_metadata_that_kaggle_would_not_take_is_told_with_file_and_key(pushable,
     assert [error for error in errors_of(pushable) if error.startswith(f"{METADATA}: {told}")]
 
 
-def test_files_other_than_the_manifests_are_told_by_name_and_an_absent_package_is_one_error(pushable):
-    (PACKAGE / "model_input.py").unlink()
-    (PACKAGE / "notes.txt").write_text("x")
-    extra, missing = errors_of(pushable)
-    assert extra.startswith("outputs/two/package/notes.txt: not in manifest.json, so that nobody checked it; remove")
-    assert missing == "outputs/two/package/model_input.py: missing; make the folder again"
+def test_an_absent_package_is_one_error(pushable):
     shutil.rmtree(PACKAGE)
     assert errors_of(pushable) == ["outputs/two/package: no package; run `python -m postprocess recipes/two.yml`"]
 
@@ -193,11 +165,9 @@ def test_a_secret_a_home_path_and_a_row_of_the_pairs_are_refused(pushable):
     change_json(PACKAGE / "contract.json", recorded={"example": f"{row['prompt'][0]} {row['response_a'][0]}"})
     write_manifest(PACKAGE)
     make_pushable(pushable, {"tiny-two": PACKAGE})
-    Path("outputs/kernels/test/kaggle.json").write_text("{}")
-    token, home, kernel, rows = errors_of(pushable)
-    assert "config.json: line 1: looks like a token of Hugging Face" in token
+    token, home, rows = errors_of(pushable)
+    assert "config.json: line 1: looks like a secret" in token
     assert "config.json: line 1: looks like the path of a home folder" in home
-    assert "outputs/kernels/test/kaggle.json: by its name it holds credentials" in kernel
     assert f"contract.json: holds texts of 1 row of data/pairs.parquet (id {row['id']})" in rows
 
 
@@ -218,19 +188,3 @@ def test_sizes_over_kaggles_limits_are_told_before_the_upload(pushable, monkeypa
     monkeypatch.setattr("kaggle_kernels.publish.preflight.DATASET_BYTES", 1000)
     [error] = errors_of(pushable)
     assert error.startswith("outputs/two/package: 0.0 GB, Kaggle takes 0 in a dataset; package fewer bits")
-    assert "0 GB in all: Kaggle holds 0 GB of private datasets an account" in list(warnings_of([PACKAGE]))
-    for number in range(60):
-        (PACKAGE / f"{number}.txt").write_text("x")
-    assert "outputs/two/package: more than 50 files, which Kaggle advises against" in list(warnings_of([PACKAGE]))
-
-
-def test_credentials_are_never_read_or_told(pushable, account, monkeypatch):
-    token = account / ".kaggle" / "access_token"
-    token.parent.mkdir()
-    token.write_text("secret-of-a-test")
-    monkeypatch.setenv("KAGGLE_API_TOKEN", "secret-of-a-test")
-    opened = Path.open
-    monkeypatch.setattr(
-        Path, "open", lambda self, *a, **k: pytest.fail(f"{self} read") if self == token else opened(self, *a, **k)
-    )
-    assert "secret-of-a-test" not in repr(preflight(pushable, "me"))

@@ -1,4 +1,4 @@
-"""`status` and `submit` by the real kaggle command against the stand-in."""
+"""`status` and `submit` against the stand-in."""
 
 import json
 from datetime import UTC, datetime, timedelta
@@ -11,8 +11,8 @@ from kaggle_kernels.__main__ import main
 from kaggle_kernels.build.bundle import build_mark
 from kaggle_kernels.build.spec import COMPETITIONS
 from kaggle_kernels.publish import submit as module
-from kaggle_kernels.publish.client import Answer, Pace
-from kaggle_kernels.publish.kernels import fingerprint, read_kernel
+from kaggle_kernels.publish.kernels import read_kernel
+from kaggle_kernels.publish.push_record import PushRecord, write_record
 from preprocess.core import ledger
 from preprocess.core.files import write_json
 from tests.conftest import ROOT
@@ -39,17 +39,26 @@ def record(build=BUILD, manifest="ab" * 32, **values):
 
 
 @pytest.fixture
-def pushed(tmp_path, monkeypatch, fast_kaggle, ledger_file):
+def pushed(tmp_path, monkeypatch, kaggle, ledger_file):
     """The demo's kernel as push leaves it, here and on the stand-in, COMPLETE; the run of its one version."""
     monkeypatch.chdir(tmp_path)
-    kernel = read_kernel(ROOT / "kaggle_kernels/examples/demo", "tester", {ref: of["version"] for ref, of in DATASETS.items()})
+    versions = {ref: dataset["version"] for ref, dataset in DATASETS.items()}
+    kernel = read_kernel(ROOT / "kaggle_kernels/examples/demo", "tester", versions, is_pinned=True)
     run = Run(statuses=["COMPLETE"], output={"submission.csv": GOOD, "other.bin": b"x", "kernel.json": record()})
     request = {"slug": REF, "text": kernel.code} | {key: kernel.metadata[name] for key, name in KEYS.items()}
-    fast_kaggle.site.kernels[REF] = Kernel(REF, [KernelVersion(1, request, run)])
-    time = (datetime.now(UTC) - timedelta(minutes=63)).isoformat(timespec="seconds")
-    note = {"kernel": REF, "version": 1, "url": "https://www.kaggle.com/code/tester/pairwise-demo", "time": time}
-    note |= {"fingerprint": fingerprint(kernel), "build": BUILD}
-    write_json("outputs/demo/push.json", {**note, "datasets": DATASETS, "checked": True})
+    kaggle.site.kernels[REF] = Kernel(REF, [KernelVersion(1, request, run)])
+    made = PushRecord(
+        kernel=REF,
+        fingerprint=kernel.fingerprint(),
+        build=BUILD,
+        datasets=DATASETS,
+        time=(datetime.now(UTC) - timedelta(minutes=63)).isoformat(timespec="seconds"),
+        version_before=0,
+        version=1,
+        url="https://www.kaggle.com/code/tester/pairwise-demo",
+        is_checked=True,
+    )
+    write_record(Path("specs/demo.yml"), made)
     return run
 
 
@@ -113,7 +122,7 @@ def test_a_complete_version_is_submitted_once_and_leads_back(pushed, kaggle):
     expected |= {"submission_ref": "1001", "message": "first try", "datasets": DATASETS}
     assert {key: entry[key] for key in expected} == expected
     downloaded = sorted(path.name for path in Path("outputs/demo/output").iterdir())
-    assert downloaded == ["kernel.json", "pairwise-demo.log", "submission.csv"]
+    assert downloaded == ["kernel.json", "submission.csv"]
     assert f"version 1: was submitted at {entry['time']} as 1001 ('first try')" in refusal(submit())
     assert len(kaggle.site.submissions) == 1
     assert submit("--again", message="second").exit_code == 0
@@ -162,11 +171,19 @@ def test_the_output_of_another_run_is_not_taken_for_the_pushed_ones(pushed, kagg
     assert kaggle.calls("CreateCodeSubmission") == []
 
 
-def test_another_version_than_the_pushed_one_is_not_submitted(pushed, kaggle):
+def test_the_pushed_version_is_asked_for_and_submitted_whatever_ran_since(pushed, kaggle):
     [version] = kaggle.site.kernels[REF].versions
-    other = {**version.pushed, "text": "print(1)", "enableInternet": True}
-    kaggle.site.kernels[REF].versions.append(KernelVersion(2, other, pushed))
-    assert "is not the current version: the code is another one; enable_internet is true in place of false" in refusal(submit())
+    newer = {**version.pushed, "text": "print(1)", "enableInternet": True}
+    kaggle.site.kernels[REF].versions.append(KernelVersion(2, newer, Run(statuses=["ERROR"])))
+    assert "version 1: COMPLETE" in call("status").output
+    assert submit().exit_code == 0
+    assert kaggle.site.submissions[0].kernel_version == 1
+
+
+def test_a_version_that_is_not_what_was_pushed_or_is_gone_is_not_submitted(pushed, kaggle):
+    [version] = kaggle.site.kernels[REF].versions
+    version.pushed.update(text="print(1)", enableInternet=True)
+    assert "is not what was pushed: the code is another one; enable_internet is true in place of false" in refusal(submit())
     del kaggle.site.kernels[REF]
     assert refusal(submit()) == "tester/pairwise-demo: is not on Kaggle any more; run push again"
 
@@ -176,17 +193,8 @@ def test_a_day_without_submissions_left_is_told_before_anything_is_submitted(pus
     assert refusal(submit()) == f"{WSDM_CUP}: Kaggle allows you none: join it there, and accept its rules"
     kaggle.site.submissions_a_day = 1
     kaggle.site.submissions.append(Submission(1001, WSDM_CUP, REF, 1, "submission.csv", "before", "0.7", "0.7"))
-    assert refusal(submit()) == f"{WSDM_CUP}: no submission is left today (0 listed); the day ends at 24:00 UTC"
+    assert refusal(submit()) == f"{WSDM_CUP}: no submission is left today; the day ends at 24:00 UTC"
     assert kaggle.calls("CreateCodeSubmission") == []
-
-
-def test_todays_listed_submissions_count_where_kaggle_tells_no_limit(fast_kaggle):
-    fast_kaggle.faults.append(Fault("GetSubmissionLimits", status=400, times=9))
-    today = f"{datetime.now(UTC).date().isoformat()}T00:00:00"
-    four_of_today = [{"date": today, "status": "SubmissionStatus.COMPLETE"}] * 4
-    failed = {"date": today, "status": "SubmissionStatus.ERROR"}
-    old = {"date": "2026-01-01", "status": "SubmissionStatus.COMPLETE"}
-    assert module.submissions_left(COMPETITIONS["wsdm"], [*four_of_today, failed, old], Pace(0.02, 1)) == 1
 
 
 def test_it_asks_and_where_nobody_can_answer_or_the_message_is_blank_it_refuses(pushed, kaggle, monkeypatch):
@@ -202,54 +210,53 @@ def test_it_asks_and_where_nobody_can_answer_or_the_message_is_blank_it_refuses(
     assert kaggle.site.submissions == []
 
 
-@pytest.mark.parametrize("fault", [{"loses_answer": True}, {"status": 502}], ids=["a lost answer", "a gateway's error"])
-def test_one_submission_is_made_whatever_was_lost_on_the_way(pushed, kaggle, fault):
+@pytest.mark.parametrize(
+    "fault, looks",
+    [({"loses_answer": True}, 4), ({"loses_answer": True}, 0), ({"status": 502}, 4)],
+    ids=["a lost answer, listed at once", "a lost answer, listed later", "a gateway's error"],
+)
+def test_one_submission_is_made_whatever_was_lost_on_the_way(pushed, kaggle, monkeypatch, fault, looks):
     kaggle.faults.append(Fault("CreateCodeSubmission", **fault))
-    assert submit().output.splitlines()[-1] == f"submitted: tester/pairwise-demo version 1 to {WSDM_CUP} as 1001"
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "LOOKS", looks)
+        ended = submit()
+    if "status" in fault or looks == 0:
+        assert "perhaps submitted, perhaps not: Kaggle: CreateCodeSubmission: " in refusal(ended)
+        ended = submit()
+    assert ended.output.splitlines()[-1] == f"submitted: tester/pairwise-demo version 1 to {WSDM_CUP} as 1001"
     assert len(kaggle.site.submissions) == 1
+    assert [entry["submission_ref"] for entry in ledger.read()] == ["1001"]
 
 
 @pytest.mark.parametrize(
     "message, outcome",
-    [("first try", f"submitted: tester/pairwise-demo version 1 to {WSDM_CUP} as 1001"), ("second try", "was submitted at ")],
+    [("first  try ", f"submitted: tester/pairwise-demo version 1 to {WSDM_CUP} as 1001"), ("second try", "was submitted at ")],
 )
 def test_a_submission_that_was_interrupted_is_found_and_written_down(pushed, kaggle, monkeypatch, message, outcome):
+    """Kaggle may trim a message."""
     with monkeypatch.context() as patch:
-        patch.setattr(module, "find_new", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert refusal(submit()) == "interrupted; run submit again, which goes on from here"
-    assert (len(kaggle.site.submissions), ledger.read()) == (1, [])
+        patch.setattr(module, "write_down", interrupt)
+        assert refusal(submit(message="first  try ")) == "interrupted; run submit again, which goes on from here"
+    kaggle.site.submissions[0].description = "first try"
     assert outcome in submit(message=message).output.splitlines()[-1]
-    assert [made.description for made in kaggle.site.submissions] == ["first try"]
-    assert [(entry["submission_ref"], entry["message"]) for entry in ledger.read()] == [("1001", "first try")]
-
-
-def test_a_submission_that_kaggle_took_and_does_not_list_is_written_down_all_the_same(pushed, kaggle, monkeypatch):
-    monkeypatch.setattr(module, "find_new", lambda *_: None)
-    assert submit().output.splitlines()[-1] == f"submitted: tester/pairwise-demo version 1 to {WSDM_CUP} as not listed yet"
-    assert "was submitted at" in refusal(submit())
     assert len(kaggle.site.submissions) == 1
+    assert [(entry["submission_ref"], entry["message"]) for entry in ledger.read()] == [("1001", "first  try ")]
 
 
-def test_a_submission_of_which_nobody_knows_whether_it_was_made_is_looked_for_by_the_next_call(pushed, kaggle, monkeypatch):
-    run = module.run
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "find_new", lambda *_: None)
-        patch.setattr(module, "run", lambda arguments: Answer(run(arguments).arguments, 0, "Thank you"))
-        assert "perhaps submitted, perhaps not: Thank you; look at Kaggle's page" in refusal(submit())
-    assert submit().output == f"submitted: tester/pairwise-demo version 1 to {WSDM_CUP} as 1001\n"
-    assert len(kaggle.site.submissions) == 1
-
-
-def test_a_message_is_recognised_though_kaggle_trims_it(pushed, kaggle):
-    kaggle.site.submissions.append(Submission(1001, WSDM_CUP, REF, 1, "submission.csv", "first try", "0.7", "0.7"))
-    assert module.find_new(COMPETITIONS["wsdm"], " first  try\n", [], Pace(0.02, 1)) == "1001"
-    assert module.find_new(COMPETITIONS["wsdm"], "first", [], Pace(0.02, 1)) is None
+def interrupt(*_):
+    raise KeyboardInterrupt
 
 
 def test_a_submission_that_kaggle_refuses_is_one_error(pushed, kaggle):
     kaggle.site.submissions.append(Submission(1001, WSDM_CUP, REF, 1, "submission.csv", "first try", "0.7", "0.7"))
-    kaggle.faults += [Fault("CreateCodeSubmission", status=503, message="503 Server Error: Service Unavailable")]
     kaggle.faults += [Fault("CreateCodeSubmission", status=400, message="The competition's deadline has passed")]
-    assert "Kaggle lists no new submission: The competition's deadline has passed" in refusal(submit())
+    assert refusal(submit()) == f"{REF} version 1: not submitted: The competition's deadline has passed"
     assert len(kaggle.site.submissions) == 1, "the one with the same message, from before"
+    assert ledger.read() == []
+
+
+def test_an_earlier_submission_with_the_same_message_is_not_taken_for_the_lost_one(pushed, kaggle):
+    kaggle.site.submissions.append(Submission(1001, WSDM_CUP, REF, 1, "submission.csv", "first try", "0.7", "0.7"))
+    kaggle.faults.append(Fault("CreateCodeSubmission", status=502))
+    assert "perhaps submitted, perhaps not" in refusal(submit())
     assert ledger.read() == []

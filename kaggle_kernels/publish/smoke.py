@@ -1,0 +1,181 @@
+"""`smoke`: every call of publishing tried on the user's own account, with files of 10 KB, in five minutes.
+
+It makes a private dataset, a version of it, and a kernel on a CPU that reads it; follows the kernel, fetches its output, and
+deletes both. The calls and what Kaggle answered go to outputs/smoke.json, without names: the transcript that the tests'
+stand-in can be compared with.
+"""
+
+import json
+import secrets
+import shutil
+import tempfile
+from pathlib import Path
+
+import click
+import requests
+from kagglesdk.datasets.types.dataset_api_service import ApiDeleteDatasetRequest
+from kagglesdk.kernels.types.kernels_api_service import ApiDeleteKernelRequest
+
+from kaggle_kernels.publish.client import Kaggle, Pace, ask, connect
+from kaggle_kernels.publish.dataset_folder import DatasetFolder, find_dataset_folder
+from kaggle_kernels.publish.datasets import publish_dataset
+from kaggle_kernels.publish.kernels import Kernel, check_pushed, download_output, read_status
+from kaggle_kernels.publish.kernels import push as push_kernel
+from kaggle_kernels.publish.submit import can_ask
+from postprocess.package import MANIFEST, METADATA, dataset_metadata
+from preprocess.core.errors import UserError
+from preprocess.core.files import sha256, write_json
+
+TRANSCRIPT = Path("outputs/smoke.json")
+FILE_BYTES = 10_000
+OUTPUT = "files.txt"
+
+# Fields whose values are written down: they say how Kaggle behaves, and nothing of the account.
+SHOWN_FIELDS = (
+    *("status", "error", "code", "message", "versionNumber", "currentVersionNumber", "isPrivate"),
+    *("datasetDataSources", "invalidDatasetSources", "versionLabel", "name", "totalBytes"),
+    *("fileName", "failureMessage", "dockerImage", "dockerImagePinningType"),
+)
+CODE = f"""
+from pathlib import Path
+files = sorted(path.name for path in Path("/kaggle/input").rglob("*") if path.is_file())
+Path("{OUTPUT}").write_text("\\n".join(files))
+"""
+
+
+def smoke(pace: Pace, yes: bool) -> None:
+    """Try every call that push and status make, and delete what was made.
+
+    Args:
+        pace: How often and how long Kaggle is asked.
+        yes: Do not ask before.
+
+    Raises:
+        UserError: A call did not do what it is relied on for.
+    """
+    kaggle = connect(pace)
+    slug = f"pairwise-smoke-{secrets.token_hex(4)}"
+    print(f"{kaggle.owner}/{slug}: a private dataset of 10 KB and a kernel, deleted afterwards")
+    if not yes and not (can_ask() and click.confirm("make them on your account?")):
+        raise UserError("nothing was made")
+
+    # Every answer of Kaggle's API, as it comes.
+    exchanges: list[dict] = []
+    kaggle.session.hooks["response"].append(
+        lambda response, **_: exchanges.append(describe_exchange(response))
+    )
+
+    work = Path(tempfile.mkdtemp())
+    kernel = make_kernel(kaggle.owner, slug)
+    try:
+        for content in (b"a", b"b"):
+            folder = write_folder(work / "dataset", slug, content, kaggle.owner)
+            publish_dataset(kaggle, folder)
+        version, _ = push_kernel(kaggle, kernel, version_before=0)
+        check_pushed(kaggle, kernel)
+        check_run(kaggle, kernel, version, work / "output")
+    finally:
+        delete_all(kaggle, slug)
+        names = {f"{kaggle.owner}/{slug}": "USER/SLUG", kaggle.owner: "USER", slug: "SLUG"}
+        write_transcript(exchanges, names)
+        shutil.rmtree(work)
+    print(f"every call did what it should; {TRANSCRIPT} has them, without names")
+
+
+def write_folder(path: Path, slug: str, content: bytes, owner: str) -> DatasetFolder:
+    """Write a folder as packages are: a file, the manifest, Kaggle's metadata."""
+    path.mkdir(exist_ok=True)
+    (path / "data.bin").write_bytes(content * FILE_BYTES)
+    write_json(path / MANIFEST, {"files": {"data.bin": sha256(path / "data.bin")}})
+    write_json(path / METADATA, dataset_metadata(slug, "CC0-1.0"))
+    return find_dataset_folder(path, owner)
+
+
+def make_kernel(owner: str, slug: str) -> Kernel:
+    """Make a private kernel on a CPU that lists the dataset's second version."""
+    metadata = {
+        "id": f"{owner}/{slug}",
+        "title": slug,
+        "language": "python",
+        "kernel_type": "script",
+        "is_private": True,
+        "enable_gpu": False,
+        "enable_tpu": False,
+        "enable_internet": False,
+        "machine_shape": None,
+        "dataset_sources": [f"{owner}/{slug}/2"],
+        "competition_sources": [],
+        "kernel_sources": [],
+        "model_sources": [],
+    }
+    return Kernel(CODE, metadata)
+
+
+def check_run(kaggle: Kaggle, kernel: Kernel, version: int, out: Path) -> None:
+    """Follow the run and fetch its output; UserError unless it saw the dataset's files."""
+    for _ in kaggle.pace.looks():
+        run = read_status(kaggle, kernel.ref, version)
+        if run.is_over:
+            break
+    print(f"{kernel.ref} version {version}: {run.word}", flush=True)
+    if run.word != "COMPLETE":
+        raise UserError(f"{kernel.ref}: {run.word}, expected COMPLETE: {run.failure}")
+
+    download_output(kaggle, kernel.ref, version, (OUTPUT,), out)
+    files = (out / OUTPUT).read_text().split() if (out / OUTPUT).is_file() else []
+    if "data.bin" not in files:
+        raise UserError(f"{kernel.ref}: the kernel saw {files}, expected data.bin among them")
+
+
+def describe_exchange(response: requests.Response) -> dict:
+    """Describe a call and its answer: fields with their values, or with types where a value could identify somebody."""
+    try:
+        answer = response.json()
+    except ValueError:
+        answer = {}
+
+    # What is downloaded comes from a signed address elsewhere.
+    is_api = "/v1/" in response.url
+    return {
+        "call": response.url.split("/v1/")[1] if is_api else "download",
+        "request": without_values(json.loads(response.request.body or b"{}")),
+        "status": response.status_code,
+        "answer": without_values(answer),
+    }
+
+
+def without_values(value: object) -> object:
+    """Keep the values of fields that identify nobody; of all others only the type."""
+    if isinstance(value, list):
+        return [without_values(item) for item in value]
+    if not isinstance(value, dict):
+        return type(value).__name__
+
+    fields = {}
+    for name, inner in value.items():
+        fields[name] = inner if name in SHOWN_FIELDS else without_values(inner)
+    return fields
+
+
+def write_transcript(exchanges: list[dict], names: dict[str, str]) -> None:
+    """Write the calls down, with each name of the user's replaced."""
+    text = json.dumps(exchanges)
+    for name, placeholder in names.items():
+        text = text.replace(name, placeholder)
+    write_json(TRANSCRIPT, json.loads(text))
+
+
+def delete_all(kaggle: Kaggle, slug: str) -> None:
+    """Delete the kernel and the dataset, as far as they were made."""
+    kernel = ApiDeleteKernelRequest()
+    kernel.user_name, kernel.kernel_slug = kaggle.owner, slug
+    dataset = ApiDeleteDatasetRequest()
+    dataset.owner_slug, dataset.dataset_slug = kaggle.owner, slug
+    for method, request in (
+        (kaggle.kernels.delete_kernel, kernel),
+        (kaggle.datasets.delete_dataset, dataset),
+    ):
+        try:
+            ask(kaggle.pace, method, request)
+        except UserError as error:
+            print(f"warning: {kaggle.owner}/{slug}: not deleted ({error}); delete it on Kaggle")

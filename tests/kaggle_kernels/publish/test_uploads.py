@@ -1,0 +1,90 @@
+"""Files on their way to Kaggle: each byte sent once, whatever breaks off."""
+
+import hashlib
+import os
+import signal
+import stat
+import subprocess
+import sys
+
+import pytest
+
+from kaggle_kernels.publish.client import Pace, connect
+from kaggle_kernels.publish.dataset_folder import find_dataset_folder
+from kaggle_kernels.publish.uploads import notes_path, read_notes, send_files
+from preprocess.core.errors import UserError
+from tests.conftest import ROOT
+from tests.fakes.kaggle.server import Fault
+from tests.kaggle_kernels.publish.pushes import make_folder
+
+FAST = Pace(poll_seconds=0.01, patience_seconds=20)
+SIZE = 2_000_000
+SEND = """
+from pathlib import Path
+from kaggle_kernels.publish.client import Pace, connect
+from kaggle_kernels.publish.dataset_folder import find_dataset_folder
+from kaggle_kernels.publish.uploads import send_files
+send_files(connect(Pace(0.01, 20)), find_dataset_folder(Path("two"), "tester"))
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, kaggle):
+    """A folder with weights of 2 MB."""
+    monkeypatch.chdir(tmp_path)
+    return find_dataset_folder(make_folder(tmp_path / "two", model__safetensors=os.urandom(SIZE), empty__txt=b""), "tester")
+
+
+def content(kaggle, token):
+    return hashlib.sha256(kaggle.site.blobs[token].content).hexdigest()
+
+
+def test_a_killed_upload_goes_on_at_the_byte_where_the_server_stands(folder, kaggle):
+    kaggle.faults.append(Fault("PUT", where="model.safetensors", breaks_after_bytes=1_600_000, stalls=True))
+    killed = subprocess.Popen([sys.executable, "-c", SEND], env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert kaggle.stalled.wait(60)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait(10)
+    assert kaggle.hung_up.wait(10)
+
+    tokens = send_files(connect(FAST), folder)
+    assert kaggle.uploaded_bytes("model.safetensors") == SIZE
+    assert [put.bytes for put in kaggle.calls("PUT") if put.asked["range"].startswith("bytes 1600000-")] == [400_000]
+    hashes = [hashlib.sha256((folder.path / name).read_bytes()).hexdigest() for name in folder.sizes()]
+    assert [content(kaggle, token) for token in tokens] == hashes
+
+
+@pytest.mark.parametrize("fault", [{"status": 503}, {}], ids=["a gateway's error", "a lost connection"])
+def test_an_upload_that_breaks_off_goes_on_in_the_same_call(folder, kaggle, fault):
+    kaggle.faults.append(Fault("PUT", where="model.safetensors", breaks_after_bytes=500_000, **fault))
+    send_files(connect(FAST), folder)
+    assert len(kaggle.calls("StartBlobUpload")) == 3
+    ranges = [put.asked["range"] for put in kaggle.calls("PUT") if put.asked["name"] == "model.safetensors"]
+    assert ranges == ["", f"bytes */{SIZE}", f"bytes 500000-{SIZE - 1}/{SIZE}"]
+
+
+def test_what_has_arrived_is_not_sent_again_and_only_the_user_can_read_where(folder, kaggle):
+    tokens = send_files(connect(FAST), folder)
+    assert stat.S_IMODE(notes_path(folder).stat().st_mode) == 0o600
+    requests = len(kaggle.requests)
+    assert send_files(connect(FAST), folder) == tokens
+    assert [request.call for request in kaggle.requests[requests:]] == ["IntrospectToken"]
+
+
+def test_notes_of_another_content_are_not_used(folder):
+    send_files(connect(FAST), folder)
+    make_folder(folder.path, empty__txt=b"no more")
+    assert read_notes(folder) == {}
+
+
+def test_an_upload_that_the_server_forgot_is_begun_anew(folder, kaggle):
+    kaggle.faults.append(Fault("PUT", where="model.safetensors", status=400))
+    tokens = send_files(connect(FAST), folder)
+    assert all(kaggle.site.blobs[token].complete for token in tokens)
+    assert len(kaggle.calls("StartBlobUpload")) == 4
+
+
+def test_a_file_that_is_refused_again_and_again_is_one_error(folder, kaggle):
+    kaggle.faults.append(Fault("PUT", where="model.safetensors", status=400, times=9))
+    with pytest.raises(UserError, match="model.safetensors: the upload was refused 3 times; run this again later"):
+        send_files(connect(FAST), folder)
