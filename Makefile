@@ -10,7 +10,7 @@ export AXOLOTL_DO_NOT_TRACK := 1
 .PHONY: help setup lock demo example test test-slow test-gpu test-fake-gpu lint format bench bench-merge bench-kernel cv siamese compare
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/installed .venv-kaggle/installed .venv-keras/installed .venv-gptq/installed  ## create the four environments; each is made by every target that needs it
 
