@@ -35,21 +35,14 @@ class FakeCheckpoint:
 
     def __init__(self, path, **_):
         header = json.loads(Path(path).read_bytes()[8:])
-        header.pop("__metadata__")
-        self.tensors = {}
         dtypes = {name: dtype for dtype, name in DTYPES.items()}
+
+        self.tensors = {}
         for name, tensor in header.items():
             self.tensors[name] = torch.empty(tensor["shape"], dtype=dtypes[tensor["dtype"]])
 
-    def __enter__(self):
-        return self
-
     def __exit__(self, *_):
         return None
-
-    def metadata(self) -> dict[str, str]:
-        """Say that the tensors are PyTorch's."""
-        return {"format": "pt"}
 
     def keys(self) -> list[str]:
         """List the tensors' names."""
@@ -61,19 +54,29 @@ class FakeCheckpoint:
 
 
 def write_checkpoint(folder: Path, config: dict, head: str, quantize: str) -> None:
-    """Write config.json, and the header alone of a checkpoint in the layout that postprocess gives it."""
+    """Write config.json, and the header alone of a checkpoint in the layout that postprocess gives it.
+
+    Args:
+        folder: Where to; it must not exist.
+        config: The base model's keys of config.json.
+        head: The contract's head.
+        quantize: The package's format.
+    """
     config = AutoConfig.for_model(**config, pad_token_id=0, num_labels=1 if head == "reward" else 2, dtype=torch.float16)
     with torch.device("meta"):
         model = CLASSES[head].from_config(config, dtype=torch.float16)
 
+    # Shape and dtype of each tensor; an output layer that is the embedding is stored once.
     tensors = {}
     for name, tensor in model.state_dict().items():
-        is_quantised = quantize != "none" and ".layers." in name and tensor.dim() == 2
-        tensors |= quantised_layout(name, tensor.shape, quantize) if is_quantised else {name: (tensor.shape, tensor.dtype)}
+        if quantize != "none" and ".layers." in name and tensor.dim() == 2:
+            tensors |= quantised_layout(name, tensor.shape, quantize)
+        else:
+            tensors[name] = (tensor.shape, tensor.dtype)
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
 
-    header = {"__metadata__": {"format": "pt"}}
+    header = {}
     position = 0
     for name, (shape, dtype) in tensors.items():
         size = torch.Size(shape).numel() * dtype.itemsize

@@ -40,7 +40,7 @@ def probabilities(package, device: str, dtype: torch.dtype) -> np.ndarray:
     return np.array([list(scores[pair.id].values()) for pair in pairs])
 
 
-@pytest.mark.parametrize("kind, head, quantize, adapter", CASES, ids="-".join)
+@pytest.mark.parametrize(("kind", "head", "quantize", "adapter"), CASES)
 def test_a_package_answers_on_the_gpu_as_on_the_cpu(kind, head, quantize, adapter, packaged, gpu_memory, measure):
     options = {"head": head, "quantize": quantize, "adapter": adapter, "qlora": adapter == "unmerged"}
     if quantize in GPTQ_BITS:
