@@ -7,10 +7,10 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export AXOLOTL_DO_NOT_TRACK := 1
 
-.PHONY: help setup lock demo example test test-slow test-gpu lint format bench bench-merge bench-kernel cv siamese compare
+.PHONY: help setup lock demo example test test-slow test-gpu test-fake-gpu lint format bench bench-merge bench-kernel cv siamese compare
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/installed .venv-kaggle/installed .venv-keras/installed .venv-gptq/installed  ## create the four environments; each is made by every target that needs it
 
@@ -25,6 +25,9 @@ test-slow: setup  ## the slow proofs: two processes, the whole demo, 48,000 rows
 
 test-gpu: .venv/installed  ## the proofs that need a GPU: formats, 9B and 14B shapes, training; writes outputs/gpu.json
 	@python -m pytest tests/gpu -rs
+
+test-fake-gpu: .venv-fake-gpu/installed  ## large models on two T4s without data: devices, dtypes, memory; sets up 8 GB of its own
+	@.venv-fake-gpu/bin/python -m pytest tests/fake_gpu/two_t4s.py --confcutdir tests/fake_gpu -s
 
 lint: .venv/installed  ## style, recipes, and that generated kernels and schemas are up to date
 	@ruff format --check . && ruff check . && lint-imports --no-logo --cache-dir .ruff_cache/imports && python -m recipes.pairwise recipes/*.yml && python -m kaggle_kernels build demo --kernels kaggle_kernels/examples --check
@@ -56,7 +59,7 @@ compare: .venv/installed .venv-keras/installed  ## methods side by side on one f
 	@python -m tests.bench.compare $(or $(PAIRS),data/pairs.parquet) --fold $(or $(FOLD),0) $(if $(BASE),--base $(BASE)) $(ARGS)
 
 # One environment for everything, one with Kaggle's versions for rehearsals, one with TensorFlow for recipes/siamese.py,
-# one for GPTQ, whose library wants another numpy.
+# one for GPTQ, whose library wants another numpy. One more, with torch's build for CUDA, is for `make test-fake-gpu` only.
 # Each is current while its marker is newer than what it was installed from.
 .venv/installed: requirements.lock requirements.txt pyproject.toml
 	@$(call create,.venv,requirements,5 minutes and 5 GB)
@@ -73,6 +76,10 @@ compare: .venv/installed .venv-keras/installed  ## methods side by side on one f
 
 .venv-gptq/installed: postprocess/gptq/requirements.lock postprocess/gptq/requirements.txt
 	@$(call create,.venv-gptq,postprocess/gptq/requirements,1 minute and 2 GB)
+	@touch $@
+
+.venv-fake-gpu/installed: tests/fake_gpu/requirements.lock tests/fake_gpu/requirements.txt
+	@$(call create,.venv-fake-gpu,tests/fake_gpu/requirements,5 minutes and 8 GB)
 	@touch $@
 
 # $(1) the environment, $(2) its requirements file without ending, $(3) how long and how large.
@@ -95,7 +102,7 @@ UV := uv==0.13.9
 LOCK := --universal --python-version 3.11 --generate-hashes --no-annotate --no-emit-package torch \
   --custom-compile-command "make lock"
 
-lock: .venv/installed  ## pin every distribution again, with hashes, from the four requirements files
+lock: .venv/installed  ## pin every distribution again, with hashes, from the five requirements files
 	@.venv/bin/python -m pip install --quiet $(UV)
-	@for file in requirements kaggle_kernels/requirements recipes/siamese.requirements postprocess/gptq/requirements; do \
+	@for file in requirements kaggle_kernels/requirements recipes/siamese.requirements postprocess/gptq/requirements tests/fake_gpu/requirements; do \
 	  .venv/bin/uv pip compile --quiet $(LOCK) $$file.txt --output-file $$file.lock || exit 2; done

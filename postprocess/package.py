@@ -13,39 +13,39 @@ OWNER = "INSERT_OWNER"  # filled in when the dataset is pushed
 MANIFEST, METADATA = "manifest.json", "dataset-metadata.json"
 
 
-def package(run: Run, chosen: Path, agreement: Path, validation_ids: Mapping, out: Path) -> None:
-    """Write the folder `out` from the files in `chosen`, contract.json, model_input.py, Kaggle's metadata, and a manifest.
+def package(
+    run: Run,
+    chosen: Path,
+    agreement: Path,
+    validation_ids: Mapping,
+    temperatures: Mapping | None,
+    out: Path,
+) -> None:
+    """Write a package and enter it into the ledger.
 
-    `validation_ids` (see rows.validation_ids) become validation_ids.json, from which the kernel's visible run picks rows.
+    Args:
+        run: The run that is packaged.
+        chosen: The folder of the model.
+        agreement: agreement.json.
+        validation_ids: See validation_rows.validation_ids; the kernel's visible run picks rows of them.
+        temperatures: See temperature.measure_temperatures; a kernel may take one of them.
+        out: The package's folder.
     """
     settings = run.recipe.pairwise.package
     report = read_json(agreement)
     with atomic_folder(out) as folder:
-        for file in sorted(path for path in chosen.iterdir() if path.is_file()):
-            link_or_copy(file, folder / file.name)
+        for file in sorted(chosen.iterdir()):
+            if file.is_file():
+                link_or_copy(file, folder / file.name)
         for name in ("contract.json", "model_input.py"):
             shutil.copyfile(run.folder / name, folder / name)
         write_json(folder / "validation_ids.json", validation_ids)
         write_json(folder / METADATA, dataset_metadata(settings.slug, settings.licence))
-        files = {
-            path.name: {"sha256": sha256(path), "bytes": path.stat().st_size}
-            for path in sorted(folder.iterdir())
-        }
-        manifest = {
-            "files": files,
-            "quantize": settings.quantize,
-            "adapter": ("unmerged" if report["packaged"] == "unmerged" else "merged")
-            if run.has_adapter
-            else None,
-            "dtype": "float16",
-            "base_model": run.contract.base_model,
-            "revision": run.contract.revision,
-            "validation": {
-                key: report[key] for key in ("rows", "tolerance", "mean_difference", "models")
-            },
-            "golden": report["golden"],
-        }
-        write_json(folder / MANIFEST, manifest)
+
+        # The manifest comes last: it lists all other files.
+        manifest = {"files": list_files(folder), **describe_model(run, report)}
+        write_json(folder / MANIFEST, manifest | {"temperature": temperatures})
+
     agreed = {key: report[key] for key in ("rows", "tolerance", "mean_difference", "packaged")}
     ledger.record(
         "package",
@@ -58,6 +58,32 @@ def package(run: Run, chosen: Path, agreement: Path, validation_ids: Mapping, ou
         quantize=settings.quantize,
         agreement=agreed,
     )
+
+
+def list_files(folder: Path) -> dict[str, dict]:
+    """List a folder's files for the manifest: SHA-256 and size in bytes, by name."""
+    files = {}
+    for path in sorted(folder.iterdir()):
+        files[path.name] = {"sha256": sha256(path), "bytes": path.stat().st_size}
+    return files
+
+
+def describe_model(run: Run, report: Mapping) -> dict:
+    """Describe the packaged model for the manifest: its format, its base, and what agreement.json says of it."""
+    adapter = None
+    if run.has_adapter:
+        adapter = "unmerged" if report["packaged"] == "unmerged" else "merged"
+
+    compared = ("rows", "tolerance", "mean_difference", "models")
+    return {
+        "quantize": run.recipe.pairwise.package.quantize,
+        "adapter": adapter,
+        "dtype": "float16",
+        "base_model": run.contract.base_model,
+        "revision": run.contract.revision,
+        "validation": {key: report[key] for key in compared},
+        "golden": report["golden"],
+    }
 
 
 def trained_contracts(run_folder: Path) -> dict[str, str | None]:

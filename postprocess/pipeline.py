@@ -451,9 +451,11 @@ def make_package(run: Run, model: Path, report: Path) -> None:
 
     import_torch()
     from postprocess.agreement.validation_rows import validation_ids  # noqa: PLC0415  needs torch
+    from postprocess.temperature import measure_temperatures  # noqa: PLC0415  needs scipy
 
     with making(stage):
-        package(run, model, report, validation_ids(run), package_folder(run))
+        temperatures = measure_temperatures(run)
+        package(run, model, report, validation_ids(run), temperatures, package_folder(run))
 
 
 def remove_outdated_models(run: Run, candidates: Mapping[str, Path | None]) -> None:

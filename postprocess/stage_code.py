@@ -57,8 +57,14 @@ PACKAGE = (
     *PAIRS,
     "kaggle_kernels/runtime/models/scoring.py",
     "kaggle_kernels/runtime/models/shortcuts.py",
+    "postprocess/agreement/statistics.py",
+    "postprocess/agreement/table.py",
     "postprocess/agreement/validation_rows.py",
     "postprocess/package.py",
+    "postprocess/report/calibration.py",
+    "postprocess/report/metrics.py",
+    "postprocess/report/predictions.py",
+    "postprocess/temperature.py",
 )
 
 AVERAGE = (

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kaggle_kernels.build.memory_fit import Fit, describe_memory, fit_packages, package_settings
+from kaggle_kernels.build.packages import choose_temperature
 from kaggle_kernels.build.spec import COMPETITIONS, Spec, read_spec, settings_of
 from kaggle_kernels.runtime.settings import PackageSettings, Settings
 from preprocess.core.errors import UserError
@@ -158,7 +159,8 @@ def kernel_text(name: str, spec: Spec, fits: Sequence[Fit]) -> str:
         The source. Its `build` setting is a hash of all the rest, so that two kernels that differ have different builds.
     """
     docstring = format_docstring(name, spec, fits)
-    settings = settings_of(name, spec, [package_settings(fit) for fit in fits])
+    packages = [package_settings(fit) for fit in fits]
+    settings = settings_of(name, spec, packages, choose_temperature(spec))
 
     # The hash cannot hold itself: it is that of the same text with an empty `build`.
     unmarked_text = assemble_kernel(docstring, settings)

@@ -18,7 +18,7 @@ from ruamel.yaml import YAML
 from scipy.optimize import minimize
 
 from kaggle_kernels.build.ensemble_rows import Rows, read_rows
-from kaggle_kernels.build.packages import package_folder
+from kaggle_kernels.build.packages import choose_temperature, package_folder
 from kaggle_kernels.build.spec import SPECS, Spec, read_spec
 from kaggle_kernels.runtime.submission import SMALLEST
 from preprocess.core.errors import UserError
@@ -229,7 +229,7 @@ def write_mixture(spec_path: Path, mixture: Mixture) -> None:
 def measure_ensemble(spec: Spec) -> dict | None:
     """Measure what a spec's models reach together on the rows that all their runs held out.
 
-    They are mixed as the kernel does it, with the spec's weights and temperature.
+    They are mixed as the kernel does it, with the spec's weights and the kernel's temperature.
 
     Returns:
         rows, accuracy and log_loss; None where a run's rows are absent, or its package is of an earlier training.
@@ -247,7 +247,7 @@ def measure_ensemble(spec: Spec) -> dict | None:
         return None
 
     weights = np.array([package.weight for package in spec.packages])
-    mixture = Mixture(weights, spec.temperature)
+    mixture = Mixture(weights, choose_temperature(spec))
     return {
         "rows": len(rows.winners),
         "accuracy": compute_accuracy(rows, mixture),

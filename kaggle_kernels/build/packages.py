@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from kaggle_kernels.build.memory_fit import Fit
+from kaggle_kernels.build.spec import COMPETITIONS, Spec
 from postprocess.memory.model_size import GIB, weight_bytes
 from postprocess.package import MANIFEST, METADATA
 from postprocess.run_folder import is_same_model
@@ -51,6 +52,34 @@ def find_package(fit: Fit) -> Path:
     check_base_model(folder, fit.recipe)
     check_weight_bytes(folder, fit)
     return folder
+
+
+def choose_temperature(spec: Spec) -> float:
+    """Choose the temperature of a kernel's final probabilities.
+
+    Returns:
+        The spec's own, if it has one. Else that with the least log loss on the validation rows of
+        the package in outputs/, where a single model is judged by log loss and its 95 % interval
+        excludes 1. Else 1.
+    """
+    if spec.temperature is not None:
+        return spec.temperature
+
+    # A temperature changes no verdict. That of an ensemble is fitted with its weights, by `weigh`.
+    is_judged_by_log_loss = COMPETITIONS[spec.competition].metric == "log_loss"
+    if not is_judged_by_log_loss or len(spec.packages) > 1:
+        return 1.0
+
+    manifest = package_folder(spec.packages[0].run) / MANIFEST
+    if not manifest.is_file():
+        return 1.0
+    measured = read_object(manifest).get("temperature")
+    if measured is None:
+        return 1.0
+
+    estimate = measured[spec.orders]
+    excludes_one = estimate["low"] > 1 or estimate["high"] < 1
+    return estimate["best"] if excludes_one else 1.0
 
 
 def check_dataset(folder: Path, fit: Fit) -> None:

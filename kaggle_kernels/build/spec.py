@@ -131,11 +131,12 @@ class Spec(_Strict):
     tokens_per_batch: int = Field(
         8192, ge=64, description="tokens of a batch, padding included; halved when memory runs out"
     )
-    temperature: float = Field(
-        1.0,
+    temperature: float | None = Field(
+        None,
         gt=0,
         le=10,
-        description="temperature of the final probabilities; above 1 makes them less confident",
+        description="temperature of the final probabilities; above 1 makes them less confident; by default that measured for a "
+        "single model where log loss counts, else 1",
     )
     # What is submitted, and what is tried out before.
     min_scored: float = Field(
@@ -275,8 +276,17 @@ def _explain(problem: ErrorDetails) -> str:
     return f"{key}: {in_words(problem, PATTERNS)}"
 
 
-def settings_of(name: str, spec: Spec, packages: Sequence[PackageSettings]) -> Settings:
-    """Collect the settings that a spec's kernel runs with; `packages` are in the spec's order."""
+def settings_of(
+    name: str, spec: Spec, packages: Sequence[PackageSettings], temperature: float = 1.0
+) -> Settings:
+    """Collect the settings that a spec's kernel runs with.
+
+    Args:
+        name: the spec's name.
+        spec: the spec.
+        packages: what the kernel has to know of each package, in the spec's order.
+        temperature: that of the final probabilities; see packages.choose_temperature.
+    """
     competition = COMPETITIONS[spec.competition]
     return Settings(
         name=name,
@@ -288,7 +298,7 @@ def settings_of(name: str, spec: Spec, packages: Sequence[PackageSettings]) -> S
         clock_seconds=spec.clock_seconds,
         budget_tokens=spec.budget_tokens,
         tokens_per_batch=spec.tokens_per_batch,
-        temperature=spec.temperature,
+        temperature=temperature,
         min_scored=spec.min_scored,
         visible_rows=spec.visible_rows,
         wheels=spec.wheels,

@@ -1,6 +1,7 @@
 """Measure calibration: how often verdicts of a given confidence are right, and a best temperature.
 
-`results.measure_run` calls `measure_calibration`. Shape letters: see docs/style.md.
+`results.measure_run` calls `measure_calibration`, `postprocess.temperature` calls
+`estimate_temperature`. Shape letters: see docs/style.md.
 """
 
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp
 
+from postprocess.agreement.statistics import MIDDLE
 from postprocess.report.metrics import Estimate, ScoredRows
 from recipes.pairwise.tracking.metrics import SMALLEST
 
@@ -16,6 +18,8 @@ BINS = 10
 # The temperature is sought by its inverse: from 10, the most that a spec takes, to 0.05.
 INVERSE_TEMPERATURES = (0.1, 20.0)
 TOLERANCE = 1e-6  # of the inverse temperature
+# For the interval the range is walked in steps of about 1 %, the same for every resample.
+INTERVAL_STEPS = 500
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ def measure_calibration(scored: ScoredRows) -> Calibration | None:
         bin_error = abs(filled_bin.accuracy.value - filled_bin.confidence)
         total_error += filled_bin.row_count * bin_error
 
-    temperature, log_loss_at_temperature = find_best_temperature(scored)
+    temperature, log_loss_at_temperature = find_best_temperature(scored.mean_rv, scored.labels_rv)
     return Calibration(
         bins=tuple(bins),
         lowest_confidence=lowest_confidence,
@@ -83,21 +87,19 @@ def fill_bins(scored: ScoredRows, lowest_confidence: float) -> list[Bin]:
     return bins
 
 
-def find_best_temperature(scored: ScoredRows) -> tuple[float, float]:
+def find_best_temperature(
+    probabilities_rv: np.ndarray, labels_rv: np.ndarray
+) -> tuple[float, float]:
     """Find the temperature with the least log loss on these rows.
 
-    The temperature is applied as the kernel does it: the mean of both orders to the power of
-    1 / temperature, scaled to sum to 1. Log loss is convex in 1 / temperature: it has one minimum.
+    Log loss is convex in 1 / temperature: it has one minimum.
 
     Returns:
         The temperature, and the log loss with it in nats.
     """
-    log_probabilities_rv = np.log(np.clip(scored.mean_rv, SMALLEST, 1))
 
     def compute_log_loss(inverse_temperature: float) -> float:
-        logits_rv = inverse_temperature * log_probabilities_rv
-        mean_logit_r = (scored.labels_rv * logits_rv).sum(axis=1)
-        return float((logsumexp(logits_rv, axis=1) - mean_logit_r).mean())
+        return float(soften_and_score(probabilities_rv, labels_rv, inverse_temperature).mean())
 
     minimum = minimize_scalar(
         compute_log_loss,
@@ -106,3 +108,42 @@ def find_best_temperature(scored: ScoredRows) -> tuple[float, float]:
         options={"xatol": TOLERANCE},
     )
     return 1 / float(minimum.x), float(minimum.fun)
+
+
+def soften_and_score(
+    probabilities_rv: np.ndarray, labels_rv: np.ndarray, inverse_temperature: float
+) -> np.ndarray:
+    """Compute each row's log loss in nats at a temperature, (rows,).
+
+    The temperature is applied as the kernel does it: the probabilities to the power of
+    1 / temperature, scaled to sum to 1.
+    """
+    logits_rv = inverse_temperature * np.log(np.clip(probabilities_rv, SMALLEST, 1))
+    mean_logit_r = (labels_rv * logits_rv).sum(axis=1)
+    return logsumexp(logits_rv, axis=1) - mean_logit_r
+
+
+def estimate_temperature(scored: ScoredRows, probabilities_rv: np.ndarray) -> Estimate:
+    """Estimate the best temperature of some probabilities, with its 95 % confidence interval.
+
+    Args:
+        scored: The measured rows, with the draws of their groups.
+        probabilities_rv: Their probabilities in one order, or the mean of both.
+    """
+    best, _ = find_best_temperature(probabilities_rv, scored.labels_rv)
+    group_count = scored.resamples.counts_sg.shape[1]
+
+    # Each resample draws groups of rows: it keeps the temperature at which its loss was least.
+    least_loss_s = np.full(len(scored.resamples.counts_sg), np.inf)
+    temperature_s = np.ones_like(least_loss_s)
+    for inverse_temperature in np.geomspace(*INVERSE_TEMPERATURES, INTERVAL_STEPS):
+        losses_r = soften_and_score(probabilities_rv, scored.labels_rv, inverse_temperature)
+        losses_g = np.bincount(scored.resamples.group_r, losses_r, minlength=group_count)
+        losses_s = scored.resamples.counts_sg @ losses_g
+
+        is_less_s = losses_s < least_loss_s
+        least_loss_s[is_less_s] = losses_s[is_less_s]
+        temperature_s[is_less_s] = 1 / inverse_temperature
+
+    low, high = np.quantile(temperature_s, MIDDLE)
+    return Estimate(best, float(low), float(high))

@@ -1,7 +1,9 @@
-"""Axolotl trains on a GPU: LoRA in bf16, QLoRA on a base in nf4; what comes out is packaged and agrees with its training."""
+"""Axolotl trains in bf16 on a GPU: LoRA, QLoRA, flash-attention, ZeRO-2. Its package agrees with the training."""
 
 import subprocess
 import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,39 +16,44 @@ from tests import tiny
 from tests.conftest import ROOT
 
 STEPS = 20
+ONE_PROCESS = ("torchrun", "--", "--nproc_per_node", "1")  # DeepSpeed wants a launcher's variables
+NO_DEEPSPEED = {"deepspeed": None}
+FLASH = {"attn_implementation": "flash_attention_2"}
+needs_flash = pytest.mark.skipif(find_spec("flash_attn") is None, reason="flash-attn is not installed")
 
 
-def train(recipe: Path, *launcher: str) -> subprocess.CompletedProcess:
+def train(recipe: Path, launcher: Sequence[str]) -> subprocess.CompletedProcess:
     """Run axolotl in a process of its own."""
     command = [sys.executable, "-m", "axolotl.cli.main", "train", str(recipe), "--launcher", *launcher]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize(
-    "name, more",
+    ("name", "keys", "launcher"),
     [
-        ("gemma2_cls", {"bf16": "auto", "deepspeed": None}),
-        ("gemma2_qlora", {"bf16": "auto"}),
-        ("gemma2_reward", {"bf16": "auto", "deepspeed": None}),
-        ("gemma2_causal", {"bf16": "auto", "deepspeed": None}),
+        pytest.param("gemma2_cls", NO_DEEPSPEED, ("python",), id="LoRA"),
+        pytest.param("gemma2_cls", NO_DEEPSPEED | FLASH, ("python",), id="LoRA, flash-attention", marks=needs_flash),
+        pytest.param("gemma2_causal", NO_DEEPSPEED, ("python",), id="LoRA, label tokens"),
+        pytest.param("gemma2_qlora", {}, ("python",), id="QLoRA"),
+        pytest.param("gemma2_reward", {}, ONE_PROCESS, id="LoRA, reward, ZeRO-2"),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_twin_trains_and_its_package_agrees(name, more, tiny_models, tmp_path, measure):
+def test_a_twin_trains_in_bf16_and_its_package_agrees(name, keys, launcher, tiny_models, tmp_path, measure, request):
     recipe = ROOT / "recipes" / f"{name}.yml"
     base = tiny_models(tiny.architecture(yaml.safe_load(recipe.read_text())["base_model"]))
     pairs = tiny.pairs_parquet(tmp_path / "pairs.parquet", 200)
     twin = tiny.twin(recipe, tmp_path, base, pairs)
-    values = yaml.safe_load(twin.read_text()) | more | {"max_steps": STEPS}
+    values = yaml.safe_load(twin.read_text()) | keys | {"bf16": "auto", "max_steps": STEPS}
     twin.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None}))
 
-    trained = train(twin, "python")
+    trained = train(twin, launcher)
     assert trained.returncode == 0, (trained.stdout + trained.stderr)[-3000:]
 
     checked = read_recipe(twin)
     package_recipe(checked)
     agreement = read_json(checked.run_folder / "agreement.json")
     [recorded] = [line for line in agreement["models"] if line["model"] == "recorded"]
-    measure(f"{name} twin, bf16: recorded against trained, mean", round(recorded["against_trained"]["mean"], 5))
-    measure(f"{name} twin: packaged", agreement["packaged"])
+    case = request.node.callspec.id
+    measure(f"{name} twin, {case}, bf16: recorded against trained, mean", round(recorded["against_trained"]["mean"], 5))
+    measure(f"{name} twin, {case}: packaged", agreement["packaged"])
     assert agreement["agrees"] is True

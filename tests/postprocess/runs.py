@@ -64,7 +64,7 @@ def pairs_file(path: Path, rows: int = ROWS, training_rows: int = 0) -> pl.DataF
     shares = [(pl.col("winner") == name).cast(pl.Float32).alias(f"p_{name}") for name in model_input.VERDICTS]
     others = {
         "source": pl.lit("tiny"),
-        "group": pl.lit(0, pl.Int64),
+        "group": (pl.int_range(pl.len()) - 3).clip(0),  # the first four rows are one group
         "fold": (pl.int_range(pl.len()) >= rows).cast(pl.Int8),
         "weight": pl.lit(1, pl.Float32),
     }

@@ -34,6 +34,9 @@ def test_the_package_holds_figures_of_the_comparison_golden_rows_and_ids_and_no_
     assert sorted(validation) == ["mean_difference", "models", "rows", "tolerance"]
     assert (validation["rows"], len(validation["models"])) == (24, 4)
     assert len(json.dumps(validation)) < 4000
+    temperatures = manifest["temperature"]
+    assert sorted(temperatures) == ["as_given", "both"]
+    assert 0.05 <= temperatures["both"]["low"] <= temperatures["both"]["best"] <= temperatures["both"]["high"] <= 10
     golden = manifest["golden"]
     assert [row["id"] for row in golden] == [f"golden-{number:02d}" for number in range(20)]
     assert all(sum(row["probabilities"]) == pytest.approx(1) for row in golden)

@@ -21,7 +21,7 @@ ENTRY_MODULES = {
     "GPTQ": ["postprocess.gptq.quantize", "postprocess.gptq.worker"],
     "UNMERGED": ["postprocess.weights.nf4_base_plus_adapter"],
     "AGREEMENT": ["postprocess.agreement.gate"],
-    "PACKAGE": ["postprocess.package", "postprocess.agreement.validation_rows"],
+    "PACKAGE": ["postprocess.package", "postprocess.agreement.validation_rows", "postprocess.temperature"],
     "AVERAGE": ["postprocess.weights.average_lora"],
     "ZERO_SHOT": ["postprocess.zero_shot.base_model_run"],
 }
