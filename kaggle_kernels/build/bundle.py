@@ -43,8 +43,8 @@ MODULES = (
     "checks",
     "visible",
     "scheduling.worker",
-    "scheduling.crew",
-    "scheduling.engine",
+    "scheduling.worker_handle",
+    "scheduling.pass_runner",
     "scheduling.schedule",
     "main",
 )
@@ -355,7 +355,7 @@ def format_packages(packages: Sequence[PackageSettings]) -> str:
 
 
 def format_value(value: object) -> str:
-    """Write text, a number, None, or a tuple of them as Python source, text in double quotes."""
+    """Write text, a number, None, a dataclass, or a tuple of them as Python source."""
     if isinstance(value, str):
         return json.dumps(value)
     if isinstance(value, tuple):

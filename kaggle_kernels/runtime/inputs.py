@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 TEXTS = ("prompt", "response_a", "response_b")
+SCORED = "scored"  # WSDM's column: whether the row counts on the current leaderboard
 ROWS_AT_ONCE = 1024
 
 
@@ -28,103 +29,207 @@ def kaggle_root() -> Path:
 
 
 def find_mounted(root: Path, slug: str, names: Sequence[str], kind: str | None = None) -> Path:
-    """The file named as one of `names`, the first that is there, in the dataset or competition `slug`, wherever it is mounted.
+    """Find a file of the dataset or competition `slug`, wherever that is mounted.
 
-    A `kind`, datasets or competitions, leaves out what is mounted as the other, and takes `slug` at the place of a mount
-    (slug, kind/slug, kind/owner/slug) before a folder of that name deeper inside. Mounted twice, the same file counts once.
-    Raises FileNotFoundError where there is none, or several that differ.
+    Args:
+        root: The folder that is /kaggle, or stands for it.
+        slug: Kaggle's slug of the dataset or competition.
+        names: Names or patterns of the file; the first one that is there is taken.
+        kind: "datasets" or "competitions". What is mounted as the other is left out, and a mount
+            (slug, kind/slug, kind/owner/slug) comes before a folder of that name deeper inside.
+
+    Raises:
+        FileNotFoundError: There is none, or several that differ.
     """
     inputs = root / "input"
-    places: dict[tuple[int, str], list[Path]] = {}
-    for name in names:
+    paths_by_rank: dict[tuple[int, int], list[Path]] = {}
+    for name_rank, name in enumerate(names):
         for path in sorted(inputs.rglob(name)):
-            place = place_in_mounts(path.relative_to(inputs).parts[:-1], slug, kind)
-            if path.is_file() and place is not None:
-                places.setdefault((place, name), []).append(path)
-    found = places[min(places, key=lambda place: (place[0], names.index(place[1])))] if places else []
-    if found and all(path.name == found[0].name and filecmp.cmp(path, found[0], shallow=False) for path in found[1:]):
-        return found[0]
-    mounted = sorted({str(path.parent.relative_to(inputs)) for path in inputs.rglob("*") if path.is_file()})
+            folders = path.relative_to(inputs).parts[:-1]
+            mount_rank = rank_mount(folders, slug, kind)
+            if path.is_file() and mount_rank is not None:
+                paths_by_rank.setdefault((mount_rank, name_rank), []).append(path)
+
+    # The same file may be mounted twice.
+    paths = []
+    if paths_by_rank:
+        paths = paths_by_rank[min(paths_by_rank)]
+        if all(is_same_file(path, paths[0]) for path in paths[1:]):
+            return paths[0]
+
+    folders_with_files = {path.parent for path in inputs.rglob("*") if path.is_file()}
+    mounted = sorted(str(folder.relative_to(inputs)) for folder in folders_with_files)
     raise FileNotFoundError(
-        f"{inputs}: {len(found)} files named {' or '.join(names)} below a folder {slug!r}, expected one; mounted are "
-        f"{', '.join(mounted) or 'no files at all'}; attach {slug} to the kernel once"
+        f"{inputs}: {len(paths)} files named {' or '.join(names)} below a folder {slug!r}, "
+        f"expected one; mounted are {', '.join(mounted) or 'no files at all'}; "
+        f"attach {slug} to the kernel once"
     )
 
 
-def place_in_mounts(parts: Sequence[str], slug: str, kind: str | None) -> int | None:
-    """How well a file's folders below /kaggle/input suit: 0 in the mount of `slug`, 1 in a folder of that name, None not."""
-    other = {"datasets": "competitions", "competitions": "datasets"}.get(kind or "")
-    if slug not in parts or (len(parts) > 1 and parts[0] == other):
+def is_same_file(path: Path, other: Path) -> bool:
+    """Tell whether two files have the same name and the same bytes."""
+    return path.name == other.name and filecmp.cmp(path, other, shallow=False)
+
+
+def rank_mount(folders: Sequence[str], slug: str, kind: str | None) -> int | None:
+    """Rank a file by its folders below /kaggle/input.
+
+    Returns:
+        0 in the mount of `slug`, 1 in another folder of that name, None outside of both.
+    """
+    if slug not in folders:
         return None
-    owner = 1 if kind == "datasets" else 0
-    is_mount = parts[0] == slug or (parts[0] == kind and parts[1 + owner : 2 + owner] == (slug,))
-    return 0 if kind is None or is_mount else 1
+    if kind is None:
+        return 0
+
+    # As the other kind, which may have the same slug.
+    other_kind = "competitions" if kind == "datasets" else "datasets"
+    if len(folders) > 1 and folders[0] == other_kind:
+        return None
+
+    # A competition has no owner: its mount is competitions/SLUG.
+    slug_place = 2 if kind == "datasets" else 1
+    is_below_kind = folders[0] == kind and folders[slug_place : slug_place + 1] == (slug,)
+    is_mount = folders[0] == slug or is_below_kind
+    return 0 if is_mount else 1
 
 
 def read_rows(path: Path, are_turns: bool) -> list[dict]:
-    """The test rows: id (str), prompt, response_a, response_b, each a string, null, or with `are_turns` a list of those.
+    """Read the test rows.
 
-    Ids keep the file's characters, numbers their digits. Raises ValueError where a column is missing or holds no text, where
-    there are no rows, or where an id is null, no whole number, or there twice.
+    Args:
+        path: The test file, Parquet or CSV.
+        are_turns: Whether a text is a JSON list of turns.
+
+    Returns:
+        A dictionary for each row: `id` (str), prompt, response_a, response_b (each a string, None,
+        or with `are_turns` a list of those), and `counts`: whether Kaggle scores the row now.
+
+    Raises:
+        ValueError: A column is missing or holds no text, there are no rows, or an id is null, no
+            whole number, or there twice.
     """
-    rows = list(rows_of(path, ("id", *TEXTS)))
-    if not rows:
+    file_rows = list(rows_of(path, ("id", *TEXTS), optional_columns=(SCORED,)))
+    if not file_rows:
         raise ValueError(f"{path}: no rows")
-    if twice := [row_id for row_id, count in Counter(row["id"] for row in rows).items() if count > 1]:
-        raise ValueError(f"{path}: an id occurs twice: {', '.join(twice[:3])}; a submission needs every id once")
-    return [{"id": row["id"], **{name: read_text(row[name], are_turns) for name in TEXTS}} for row in rows]
+
+    id_counts = Counter(row["id"] for row in file_rows)
+    repeated_ids = [row_id for row_id, count in id_counts.items() if count > 1]
+    if repeated_ids:
+        raise ValueError(
+            f"{path}: an id occurs twice: {', '.join(repeated_ids[:3])}; "
+            "a submission needs every id once"
+        )
+
+    rows = []
+    for file_row in file_rows:
+        row = {"id": file_row["id"]}
+        for name in TEXTS:
+            row[name] = read_text(file_row[name], are_turns)
+        row["counts"] = is_counted(file_row.get(SCORED))
+        rows.append(row)
+    return rows
+
+
+def is_counted(scored: object) -> bool:
+    """Tell whether a row counts, from its value in the column `scored`: unless that says no.
+
+    Values may be true and false, 1 and 0, or these as text; a null or no such column says nothing.
+    """
+    return str(scored).strip().lower() not in ("false", "0", "0.0")
 
 
 def read_ids(path: Path) -> list[str]:
-    """The ids of a table, in its order: what a submission is checked against."""
+    """Read the ids of a table, in its order."""
     return [row["id"] for row in rows_of(path, ("id",))]
 
 
-def rows_of(path: Path, columns: Sequence[str], keep: Container[str] | None = None) -> Iterator[dict]:
-    """The rows of a Parquet or CSV file with these columns, id among them, where it stands in `keep` if that is given.
+def rows_of(
+    path: Path,
+    columns: Sequence[str],
+    optional_columns: Sequence[str] = (),
+    keep: Container[str] | None = None,
+) -> Iterator[dict]:
+    """Read rows one after the other, so that memory holds a thousand of them at a time.
 
-    Others are never made into Python objects (Parquet) or soon dropped (CSV): memory is that of a thousand rows and those kept.
+    Args:
+        path: A Parquet or CSV file.
+        columns: What a row holds, `id` among them.
+        optional_columns: What it holds besides, where the file has it.
+        keep: The ids of the rows to be read; None: all.
+
+    Raises:
+        ValueError: A column is missing or holds no text, or an id is neither text nor a whole number.
     """
-    number = 0
-    for values in (parquet_parts if path.suffix == ".parquet" else csv_parts)(path, columns, keep):
-        for row in values:
-            number += 1
+    read_parts = parquet_parts if path.suffix == ".parquet" else csv_parts
+    row_number = 0
+    for part in read_parts(path, columns, optional_columns, keep):
+        for row in part:
+            row_number += 1
             row_id = id_text(row["id"])
             if row_id is None:
-                raise ValueError(f"{path}, row {number}: its id is {row['id']!r}; expected a text or a whole number")
+                raise ValueError(
+                    f"{path}, row {row_number}: its id is {row['id']!r}; "
+                    "expected a text or a whole number"
+                )
             if keep is None or row_id in keep:
                 yield {**row, "id": row_id}
 
 
-def parquet_parts(path: Path, columns: Sequence[str], keep: Container[str] | None) -> Iterator[list[dict]]:
-    """Rows by the thousand; of those that are not in `keep` only the id."""
-    with pq.ParquetFile(path, pre_buffer=False, buffer_size=2**18) as file:  # else whole columns: 340 MB of a file of 68 MB
+def parquet_parts(
+    path: Path,
+    columns: Sequence[str],
+    optional_columns: Sequence[str],
+    keep: Container[str] | None,
+) -> Iterator[list[dict]]:
+    """Read a Parquet file by the thousand rows; of rows that are not in `keep` only the id."""
+    # Without these options whole columns are read: 340 MB of a file of 68 MB.
+    with pq.ParquetFile(path, pre_buffer=False, buffer_size=2**18) as file:
         schema = file.schema_arrow
-        check_columns(path, columns, schema.names)
-        for name in set(columns) & set(TEXTS):
-            if not holds_text(schema.field(name).type):
-                raise ValueError(f"{path}: column {name} holds {schema.field(name).type}; expected text, or lists of it")
-        for batch in file.iter_batches(ROWS_AT_ONCE, columns=list(columns), use_threads=False):
+        names = choose_columns(path, columns, optional_columns, schema.names)
+        for name in names:
+            if name in TEXTS and not holds_text(schema.field(name).type):
+                raise ValueError(
+                    f"{path}: column {name} holds {schema.field(name).type}; "
+                    "expected text, or lists of it"
+                )
+
+        for batch in file.iter_batches(ROWS_AT_ONCE, columns=names, use_threads=False):
+            if keep is None:
+                yield batch.to_pylist()
+                continue
             ids = batch.column("id").to_pylist()
-            is_kept = [keep is None or id_text(row_id) in keep for row_id in ids]
-            kept = iter(batch.filter(pa.array(is_kept, pa.bool_())).to_pylist())
-            yield [next(kept) if wanted else {"id": row_id} for row_id, wanted in zip(ids, is_kept, strict=True)]
+            is_kept = [id_text(row_id) in keep for row_id in ids]
+            kept_rows = iter(batch.filter(pa.array(is_kept, pa.bool_())).to_pylist())
+            pairs = zip(ids, is_kept, strict=True)
+            yield [next(kept_rows) if kept else {"id": row_id} for row_id, kept in pairs]
 
 
-def csv_parts(path: Path, columns: Sequence[str], keep: Container[str] | None) -> Iterator[list[dict]]:
-    """Rows one by one; what a row lacks is null."""
+def csv_parts(
+    path: Path,
+    columns: Sequence[str],
+    optional_columns: Sequence[str],
+    keep: Container[str] | None,
+) -> Iterator[list[dict]]:
+    """Read a CSV file row by row; what a row lacks is None."""
     csv.field_size_limit(2**31 - 1)
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
         reader = csv.DictReader(file)
-        check_columns(path, columns, reader.fieldnames or ())
+        names = choose_columns(path, columns, optional_columns, reader.fieldnames or ())
         for row in reader:
-            yield [{name: row[name] for name in columns}]
+            yield [{name: row[name] for name in names}]
 
 
-def check_columns(path: Path, columns: Sequence[str], present: Sequence[str]) -> None:
-    """Raise ValueError where a column is not there."""
-    if missing := [name for name in columns if name not in present]:
-        raise ValueError(f"{path}: no column {', '.join(missing)}; there are {', '.join(present) or 'none'}")
+def choose_columns(
+    path: Path, columns: Sequence[str], optional_columns: Sequence[str], present: Sequence[str]
+) -> list[str]:
+    """List the columns to be read; ValueError where one is missing that is not optional."""
+    missing = [name for name in columns if name not in present]
+    if missing:
+        raise ValueError(
+            f"{path}: no column {', '.join(missing)}; there are {', '.join(present) or 'none'}"
+        )
+    return [*columns, *(name for name in optional_columns if name in present)]
 
 
 def holds_text(kind: pa.DataType) -> bool:

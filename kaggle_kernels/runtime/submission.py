@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,6 +16,14 @@ from kaggle_kernels.runtime.settings import Settings
 
 SMALLEST = 1e-6  # no probability is nearer to 0 or 1: log loss would punish it without end
 PRIOR = {2: (0.6, 0.4), 3: (0.45, 0.25, 0.3)}  # longer, shorter, tie: the longer one wins 62 % of human verdicts
+
+
+@dataclass(frozen=True)
+class ModelScores:
+    """A model's probabilities, by id and then by order of the responses, in its verdicts' order."""
+
+    verdicts: Sequence[str]
+    by_id: Mapping[str, Mapping[str, Sequence[float]]]
 
 
 def to_competition(values: Sequence[float], of: Sequence[str], verdicts: Sequence[str]) -> list[float]:
@@ -52,19 +61,25 @@ def prior(row: Mapping, verdicts: Sequence[str]) -> list[float]:
     return [longer, shorter, *tie] if is_first_longer(row) else [shorter, longer, *tie]
 
 
-def fill_unscored(
-    rows: Sequence[Mapping], scored: Mapping[str, Sequence[float]], verdicts: Sequence[str], min_scored: float
-) -> dict[str, list[float]]:
-    """Probabilities of every row, in the rows' order: its score or the prior.
+def describe_shortfall(
+    rows: Sequence[Mapping], scored: Mapping[str, Sequence[float]], min_scored: float
+) -> str | None:
+    """Say how many rows were scored, where it is a smaller share than `min_scored`, else None."""
+    scored_rows = sum(row["id"] in scored for row in rows)
+    if scored_rows >= min_scored * len(rows):
+        return None
+    return f"{scored_rows} of {len(rows)} rows were scored, the spec's min_scored is {min_scored}"
 
-    Raises ValueError where fewer than the share `min_scored` were scored: a silent bad submission is worse than none.
-    """
-    found = sum(row["id"] in scored for row in rows)
-    if found < min_scored * len(rows):
-        raise ValueError(
-            f"{found} of {len(rows)} rows were scored, the spec's min_scored is {min_scored}; nothing is submitted"
-        )
-    return {row["id"]: list(scored.get(row["id"]) or prior(row, verdicts)) for row in rows}
+
+def fill_unscored(
+    rows: Sequence[Mapping], scored: Mapping[str, Sequence[float]], verdicts: Sequence[str]
+) -> dict[str, list[float]]:
+    """Give every row probabilities, in the rows' order: its score, or else the prior."""
+    final = {}
+    for row in rows:
+        values = scored.get(row["id"])
+        final[row["id"]] = prior(row, verdicts) if values is None else list(values)
+    return final
 
 
 def write_submission(
@@ -141,20 +156,33 @@ def write_scores(
     verdicts: Sequence[str],
     final: Mapping[str, Sequence[float]],
     scored: Mapping[str, Sequence[float]],
-    per_package: Mapping[str, tuple[Sequence[str], Mapping[str, Mapping[str, Sequence[float]]]]],
+    models: Mapping[str, ModelScores],
 ) -> None:
-    """Write every probability: p_VERDICT as submitted, `scored`, and RUN_p_VERDICT_ORDER as each model gave it (null: not).
+    """Write scores.parquet with every probability.
 
-    `per_package` holds for each run its verdicts and its scores by id and order.
+    Its columns are id, p_VERDICT as submitted, `scored` (else that is the prior), and
+    RUN_p_VERDICT_ORDER as each model gave it, null where it did not score the row.
+
+    Args:
+        path: The file.
+        verdicts: The competition's.
+        final: The submitted probabilities by id.
+        scored: Has the ids of the rows that a model scored.
+        models: What each run's model gave.
     """
     columns: dict[str, list] = {"id": list(final), "scored": [row_id in scored for row_id in final]}
-    for at, verdict in enumerate(verdicts):
-        columns[f"p_{verdict}"] = [values[at] for values in final.values()]
-    for run, (order_of_logits, scores) in per_package.items():
-        for order in sorted({order for by_order in scores.values() for order in by_order}):
-            for at, verdict in enumerate(order_of_logits):
-                found = [scores.get(row_id, {}).get(order) for row_id in final]
-                columns[f"{run}_p_{verdict}_{order}"] = [None if values is None else values[at] for values in found]
+    for place, verdict in enumerate(verdicts):
+        columns[f"p_{verdict}"] = [values[place] for values in final.values()]
+
+    for run, model in models.items():
+        orders = {order for by_order in model.by_id.values() for order in by_order}
+        for order in sorted(orders):
+            values_by_row = [model.by_id.get(row_id, {}).get(order) for row_id in final]
+            for place, verdict in enumerate(model.verdicts):
+                columns[f"{run}_p_{verdict}_{order}"] = [
+                    None if values is None else values[place] for values in values_by_row
+                ]
+
     with whole_file(path) as temporary:
         pq.write_table(pa.table(columns), temporary)
 

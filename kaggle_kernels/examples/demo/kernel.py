@@ -62,15 +62,17 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 # What a spec asks of the kernel, the clock that it keeps to, and its log.
 # ==============================================================================================================
 
-RESERVE_SECONDS = 300  # kept for writing and checking the submission; a twentieth of a clock under 6,000 s
+RESERVE_SECONDS = 300  # kept for writing and checking the submission
+RESERVE_SHARE = 1 / 20  # of a shorter time limit
 
 
 @dataclass(frozen=True)
 class PackageSettings:
-    """One model: the run that made it, the Kaggle dataset that holds its package, its weight in the mean.
+    """One model: the run that made it, the Kaggle dataset of its package, its weight in the mean.
 
-    Placement is `each` (a copy on every GPU) or `split` (one copy, its layers over all of them). Verdicts, in the order of
-    the logits, and model_type are the recipe's: a package that says otherwise is refused. Another base_model is only logged.
+    Placement is `each` (a copy on every GPU) or `split` (one copy, its layers over all of them).
+    Verdicts, in the order of the logits, and model_type are the recipe's: a package that says
+    otherwise is refused. Another base_model is only logged.
     """
 
     run: str
@@ -83,6 +85,14 @@ class PackageSettings:
 
 
 @dataclass(frozen=True)
+class TimeLimit:
+    """Seconds that a kernel may take for a test file of up to so many rows; None: of any more."""
+
+    rows: int | None
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Settings:
     """A spec, checked by `build`."""
 
@@ -92,42 +102,58 @@ class Settings:
     verdicts: tuple[str, ...]  # what the competition tells apart
     packages: tuple[PackageSettings, ...]
     orders: tuple[str, ...]
-    clock_seconds: float
+    time_limits: tuple[TimeLimit, ...]  # by ascending number of rows
     budget_tokens: int | None  # None: as in training
     tokens_per_batch: int
     temperature: float
-    min_scored: float
+    min_scored: float  # share of the rows; fewer are an error in the visible run
     visible_rows: int  # of the train file, scored in the visible run
     wheels: str | None  # the dataset with wheels that Kaggle's image lacks
-    build: str = ""  # tells this kernel's text from others, so that what it wrote can be told from what another wrote
+    build: str = ""  # a hash of the kernel's text, by which its outputs are recognised
+
+    def time_limit(self, rows: int) -> float:
+        """Return the seconds that the kernel may take for a test file of so many rows."""
+        for limit in self.time_limits:
+            if limit.rows is None or rows <= limit.rows:
+                return limit.seconds
+        raise ValueError(f"no time limit for {rows} rows; give one for any number of them")
 
 
 @dataclass(frozen=True)
 class Clock:
-    """Seconds since the kernel began. After `deadline` no batch may be running; what is left then is for writing."""
+    """When the kernel began and must end, as time.monotonic gives seconds.
+
+    After `deadline` no batch may be running; the reserve behind it is for writing.
+    """
 
     began: float
     deadline: float
     reserve_seconds: float = 0.0
 
     def elapsed(self) -> float:
-        """Seconds since the beginning."""
+        """Return the seconds since the beginning."""
         return time.monotonic() - self.began
 
     def left(self) -> float:
-        """Seconds until the deadline."""
+        """Return the seconds until the deadline."""
         return self.deadline - time.monotonic()
 
 
-def start_clock(clock_seconds: float) -> Clock:
-    """A clock that starts now."""
-    began = time.monotonic()
-    reserve_seconds = min(RESERVE_SECONDS, clock_seconds / 20)
-    return Clock(began, began + clock_seconds - reserve_seconds, reserve_seconds)
+def start_clock(limit_seconds: float, began: float | None = None) -> Clock:
+    """Make a clock for a time limit, which begins now unless it `began` before."""
+    if began is None:
+        began = time.monotonic()
+    reserve_seconds = min(RESERVE_SECONDS, limit_seconds * RESERVE_SHARE)
+    return Clock(began, began + limit_seconds - reserve_seconds, reserve_seconds)
+
+
+def is_hidden_run() -> bool:
+    """Tell whether this is the run on the hidden test rows, which a submission starts."""
+    return bool(os.environ.get("KAGGLE_IS_COMPETITION_RERUN"))
 
 
 def log(clock: Clock, message: str) -> None:
-    """One line of the kernel's log, with the seconds since the beginning."""
+    """Print one line of the kernel's log, with the seconds since the beginning."""
     print(f"[{clock.elapsed():8.1f} s] {message}", flush=True)
 
 
@@ -148,14 +174,14 @@ SETTINGS = Settings(
         ),
     ),
     orders=("as_given", "swapped"),
-    clock_seconds=600.0,
+    time_limits=(TimeLimit(rows=None, seconds=600.0),),
     budget_tokens=None,
     tokens_per_batch=8192,
     temperature=1.0,
     min_scored=0.98,
     visible_rows=512,
     wheels="pairwise-wheels",
-    build="58848ab37ca53a29",
+    build="2e3cd25bd40f2836",
 )
 
 
@@ -935,10 +961,10 @@ class Offer:
 
 @dataclass(frozen=True)
 class Share:
-    """What an option gets of the clock: its rows with their gain per second, and the seconds for them, without loading."""
+    """What an option gets of the clock: its rows with their gains per second, and the seconds for them, without loading."""
 
     option: Option
-    worth: dict[str, float]
+    gains: dict[str, float]
     seconds: float
 
 
@@ -987,7 +1013,7 @@ def allocate_to(
     seconds_left = seconds - sum(load_seconds.values())
 
     total_gain = 0.0
-    worths: list[dict[str, float]] = [{} for _ in options]
+    gains_by_option: list[dict[str, float]] = [{} for _ in options]
     seconds_used = [0.0] * len(options)
     for offer in offers:
         place = offer.option_place
@@ -997,9 +1023,9 @@ def allocate_to(
         seconds_left -= offer.seconds
         seconds_used[place] += offer.seconds
         total_gain += offer.gain
-        worths[place][offer.row_id] = offer.gain_per_second
+        gains_by_option[place][offer.row_id] = offer.gain_per_second
 
-    shares = [Share(option, worths[place], seconds_used[place]) for place, option in enumerate(options)]
+    shares = [Share(option, gains_by_option[place], seconds_used[place]) for place, option in enumerate(options)]
     return total_gain, shares
 
 
@@ -1048,6 +1074,7 @@ def is_multiplied(name: str) -> bool:
 # ==============================================================================================================
 
 TEXTS = ("prompt", "response_a", "response_b")
+SCORED = "scored"  # WSDM's column: whether the row counts on the current leaderboard
 ROWS_AT_ONCE = 1024
 
 
@@ -1057,103 +1084,207 @@ def kaggle_root() -> Path:
 
 
 def find_mounted(root: Path, slug: str, names: Sequence[str], kind: str | None = None) -> Path:
-    """The file named as one of `names`, the first that is there, in the dataset or competition `slug`, wherever it is mounted.
+    """Find a file of the dataset or competition `slug`, wherever that is mounted.
 
-    A `kind`, datasets or competitions, leaves out what is mounted as the other, and takes `slug` at the place of a mount
-    (slug, kind/slug, kind/owner/slug) before a folder of that name deeper inside. Mounted twice, the same file counts once.
-    Raises FileNotFoundError where there is none, or several that differ.
+    Args:
+        root: The folder that is /kaggle, or stands for it.
+        slug: Kaggle's slug of the dataset or competition.
+        names: Names or patterns of the file; the first one that is there is taken.
+        kind: "datasets" or "competitions". What is mounted as the other is left out, and a mount
+            (slug, kind/slug, kind/owner/slug) comes before a folder of that name deeper inside.
+
+    Raises:
+        FileNotFoundError: There is none, or several that differ.
     """
     inputs = root / "input"
-    places: dict[tuple[int, str], list[Path]] = {}
-    for name in names:
+    paths_by_rank: dict[tuple[int, int], list[Path]] = {}
+    for name_rank, name in enumerate(names):
         for path in sorted(inputs.rglob(name)):
-            place = place_in_mounts(path.relative_to(inputs).parts[:-1], slug, kind)
-            if path.is_file() and place is not None:
-                places.setdefault((place, name), []).append(path)
-    found = places[min(places, key=lambda place: (place[0], names.index(place[1])))] if places else []
-    if found and all(path.name == found[0].name and filecmp.cmp(path, found[0], shallow=False) for path in found[1:]):
-        return found[0]
-    mounted = sorted({str(path.parent.relative_to(inputs)) for path in inputs.rglob("*") if path.is_file()})
+            folders = path.relative_to(inputs).parts[:-1]
+            mount_rank = rank_mount(folders, slug, kind)
+            if path.is_file() and mount_rank is not None:
+                paths_by_rank.setdefault((mount_rank, name_rank), []).append(path)
+
+    # The same file may be mounted twice.
+    paths = []
+    if paths_by_rank:
+        paths = paths_by_rank[min(paths_by_rank)]
+        if all(is_same_file(path, paths[0]) for path in paths[1:]):
+            return paths[0]
+
+    folders_with_files = {path.parent for path in inputs.rglob("*") if path.is_file()}
+    mounted = sorted(str(folder.relative_to(inputs)) for folder in folders_with_files)
     raise FileNotFoundError(
-        f"{inputs}: {len(found)} files named {' or '.join(names)} below a folder {slug!r}, expected one; mounted are "
-        f"{', '.join(mounted) or 'no files at all'}; attach {slug} to the kernel once"
+        f"{inputs}: {len(paths)} files named {' or '.join(names)} below a folder {slug!r}, "
+        f"expected one; mounted are {', '.join(mounted) or 'no files at all'}; "
+        f"attach {slug} to the kernel once"
     )
 
 
-def place_in_mounts(parts: Sequence[str], slug: str, kind: str | None) -> int | None:
-    """How well a file's folders below /kaggle/input suit: 0 in the mount of `slug`, 1 in a folder of that name, None not."""
-    other = {"datasets": "competitions", "competitions": "datasets"}.get(kind or "")
-    if slug not in parts or (len(parts) > 1 and parts[0] == other):
+def is_same_file(path: Path, other: Path) -> bool:
+    """Tell whether two files have the same name and the same bytes."""
+    return path.name == other.name and filecmp.cmp(path, other, shallow=False)
+
+
+def rank_mount(folders: Sequence[str], slug: str, kind: str | None) -> int | None:
+    """Rank a file by its folders below /kaggle/input.
+
+    Returns:
+        0 in the mount of `slug`, 1 in another folder of that name, None outside of both.
+    """
+    if slug not in folders:
         return None
-    owner = 1 if kind == "datasets" else 0
-    is_mount = parts[0] == slug or (parts[0] == kind and parts[1 + owner : 2 + owner] == (slug,))
-    return 0 if kind is None or is_mount else 1
+    if kind is None:
+        return 0
+
+    # As the other kind, which may have the same slug.
+    other_kind = "competitions" if kind == "datasets" else "datasets"
+    if len(folders) > 1 and folders[0] == other_kind:
+        return None
+
+    # A competition has no owner: its mount is competitions/SLUG.
+    slug_place = 2 if kind == "datasets" else 1
+    is_below_kind = folders[0] == kind and folders[slug_place : slug_place + 1] == (slug,)
+    is_mount = folders[0] == slug or is_below_kind
+    return 0 if is_mount else 1
 
 
 def read_rows(path: Path, are_turns: bool) -> list[dict]:
-    """The test rows: id (str), prompt, response_a, response_b, each a string, null, or with `are_turns` a list of those.
+    """Read the test rows.
 
-    Ids keep the file's characters, numbers their digits. Raises ValueError where a column is missing or holds no text, where
-    there are no rows, or where an id is null, no whole number, or there twice.
+    Args:
+        path: The test file, Parquet or CSV.
+        are_turns: Whether a text is a JSON list of turns.
+
+    Returns:
+        A dictionary for each row: `id` (str), prompt, response_a, response_b (each a string, None,
+        or with `are_turns` a list of those), and `counts`: whether Kaggle scores the row now.
+
+    Raises:
+        ValueError: A column is missing or holds no text, there are no rows, or an id is null, no
+            whole number, or there twice.
     """
-    rows = list(rows_of(path, ("id", *TEXTS)))
-    if not rows:
+    file_rows = list(rows_of(path, ("id", *TEXTS), optional_columns=(SCORED,)))
+    if not file_rows:
         raise ValueError(f"{path}: no rows")
-    if twice := [row_id for row_id, count in Counter(row["id"] for row in rows).items() if count > 1]:
-        raise ValueError(f"{path}: an id occurs twice: {', '.join(twice[:3])}; a submission needs every id once")
-    return [{"id": row["id"], **{name: read_text(row[name], are_turns) for name in TEXTS}} for row in rows]
+
+    id_counts = Counter(row["id"] for row in file_rows)
+    repeated_ids = [row_id for row_id, count in id_counts.items() if count > 1]
+    if repeated_ids:
+        raise ValueError(
+            f"{path}: an id occurs twice: {', '.join(repeated_ids[:3])}; "
+            "a submission needs every id once"
+        )
+
+    rows = []
+    for file_row in file_rows:
+        row = {"id": file_row["id"]}
+        for name in TEXTS:
+            row[name] = read_text(file_row[name], are_turns)
+        row["counts"] = is_counted(file_row.get(SCORED))
+        rows.append(row)
+    return rows
+
+
+def is_counted(scored: object) -> bool:
+    """Tell whether a row counts, from its value in the column `scored`: unless that says no.
+
+    Values may be true and false, 1 and 0, or these as text; a null or no such column says nothing.
+    """
+    return str(scored).strip().lower() not in ("false", "0", "0.0")
 
 
 def read_ids(path: Path) -> list[str]:
-    """The ids of a table, in its order: what a submission is checked against."""
+    """Read the ids of a table, in its order."""
     return [row["id"] for row in rows_of(path, ("id",))]
 
 
-def rows_of(path: Path, columns: Sequence[str], keep: Container[str] | None = None) -> Iterator[dict]:
-    """The rows of a Parquet or CSV file with these columns, id among them, where it stands in `keep` if that is given.
+def rows_of(
+    path: Path,
+    columns: Sequence[str],
+    optional_columns: Sequence[str] = (),
+    keep: Container[str] | None = None,
+) -> Iterator[dict]:
+    """Read rows one after the other, so that memory holds a thousand of them at a time.
 
-    Others are never made into Python objects (Parquet) or soon dropped (CSV): memory is that of a thousand rows and those kept.
+    Args:
+        path: A Parquet or CSV file.
+        columns: What a row holds, `id` among them.
+        optional_columns: What it holds besides, where the file has it.
+        keep: The ids of the rows to be read; None: all.
+
+    Raises:
+        ValueError: A column is missing or holds no text, or an id is neither text nor a whole number.
     """
-    number = 0
-    for values in (parquet_parts if path.suffix == ".parquet" else csv_parts)(path, columns, keep):
-        for row in values:
-            number += 1
+    read_parts = parquet_parts if path.suffix == ".parquet" else csv_parts
+    row_number = 0
+    for part in read_parts(path, columns, optional_columns, keep):
+        for row in part:
+            row_number += 1
             row_id = id_text(row["id"])
             if row_id is None:
-                raise ValueError(f"{path}, row {number}: its id is {row['id']!r}; expected a text or a whole number")
+                raise ValueError(
+                    f"{path}, row {row_number}: its id is {row['id']!r}; "
+                    "expected a text or a whole number"
+                )
             if keep is None or row_id in keep:
                 yield {**row, "id": row_id}
 
 
-def parquet_parts(path: Path, columns: Sequence[str], keep: Container[str] | None) -> Iterator[list[dict]]:
-    """Rows by the thousand; of those that are not in `keep` only the id."""
-    with pq.ParquetFile(path, pre_buffer=False, buffer_size=2**18) as file:  # else whole columns: 340 MB of a file of 68 MB
+def parquet_parts(
+    path: Path,
+    columns: Sequence[str],
+    optional_columns: Sequence[str],
+    keep: Container[str] | None,
+) -> Iterator[list[dict]]:
+    """Read a Parquet file by the thousand rows; of rows that are not in `keep` only the id."""
+    # Without these options whole columns are read: 340 MB of a file of 68 MB.
+    with pq.ParquetFile(path, pre_buffer=False, buffer_size=2**18) as file:
         schema = file.schema_arrow
-        check_columns(path, columns, schema.names)
-        for name in set(columns) & set(TEXTS):
-            if not holds_text(schema.field(name).type):
-                raise ValueError(f"{path}: column {name} holds {schema.field(name).type}; expected text, or lists of it")
-        for batch in file.iter_batches(ROWS_AT_ONCE, columns=list(columns), use_threads=False):
+        names = choose_columns(path, columns, optional_columns, schema.names)
+        for name in names:
+            if name in TEXTS and not holds_text(schema.field(name).type):
+                raise ValueError(
+                    f"{path}: column {name} holds {schema.field(name).type}; "
+                    "expected text, or lists of it"
+                )
+
+        for batch in file.iter_batches(ROWS_AT_ONCE, columns=names, use_threads=False):
+            if keep is None:
+                yield batch.to_pylist()
+                continue
             ids = batch.column("id").to_pylist()
-            is_kept = [keep is None or id_text(row_id) in keep for row_id in ids]
-            kept = iter(batch.filter(pa.array(is_kept, pa.bool_())).to_pylist())
-            yield [next(kept) if wanted else {"id": row_id} for row_id, wanted in zip(ids, is_kept, strict=True)]
+            is_kept = [id_text(row_id) in keep for row_id in ids]
+            kept_rows = iter(batch.filter(pa.array(is_kept, pa.bool_())).to_pylist())
+            pairs = zip(ids, is_kept, strict=True)
+            yield [next(kept_rows) if kept else {"id": row_id} for row_id, kept in pairs]
 
 
-def csv_parts(path: Path, columns: Sequence[str], keep: Container[str] | None) -> Iterator[list[dict]]:
-    """Rows one by one; what a row lacks is null."""
+def csv_parts(
+    path: Path,
+    columns: Sequence[str],
+    optional_columns: Sequence[str],
+    keep: Container[str] | None,
+) -> Iterator[list[dict]]:
+    """Read a CSV file row by row; what a row lacks is None."""
     csv.field_size_limit(2**31 - 1)
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
         reader = csv.DictReader(file)
-        check_columns(path, columns, reader.fieldnames or ())
+        names = choose_columns(path, columns, optional_columns, reader.fieldnames or ())
         for row in reader:
-            yield [{name: row[name] for name in columns}]
+            yield [{name: row[name] for name in names}]
 
 
-def check_columns(path: Path, columns: Sequence[str], present: Sequence[str]) -> None:
-    """Raise ValueError where a column is not there."""
-    if missing := [name for name in columns if name not in present]:
-        raise ValueError(f"{path}: no column {', '.join(missing)}; there are {', '.join(present) or 'none'}")
+def choose_columns(
+    path: Path, columns: Sequence[str], optional_columns: Sequence[str], present: Sequence[str]
+) -> list[str]:
+    """List the columns to be read; ValueError where one is missing that is not optional."""
+    missing = [name for name in columns if name not in present]
+    if missing:
+        raise ValueError(
+            f"{path}: no column {', '.join(missing)}; there are {', '.join(present) or 'none'}"
+        )
+    return [*columns, *(name for name in optional_columns if name in present)]
 
 
 def holds_text(kind: pa.DataType) -> bool:
@@ -1232,6 +1363,14 @@ SMALLEST = 1e-6  # no probability is nearer to 0 or 1: log loss would punish it 
 PRIOR = {2: (0.6, 0.4), 3: (0.45, 0.25, 0.3)}  # longer, shorter, tie: the longer one wins 62 % of human verdicts
 
 
+@dataclass(frozen=True)
+class ModelScores:
+    """A model's probabilities, by id and then by order of the responses, in its verdicts' order."""
+
+    verdicts: Sequence[str]
+    by_id: Mapping[str, Mapping[str, Sequence[float]]]
+
+
 def to_competition(values: Sequence[float], of: Sequence[str], verdicts: Sequence[str]) -> list[float]:
     """Probabilities in the order `of` as probabilities of the competition's `verdicts`; what those lack is shared out."""
     kept = [values[list(of).index(verdict)] for verdict in verdicts]
@@ -1267,19 +1406,25 @@ def prior(row: Mapping, verdicts: Sequence[str]) -> list[float]:
     return [longer, shorter, *tie] if is_first_longer(row) else [shorter, longer, *tie]
 
 
-def fill_unscored(
-    rows: Sequence[Mapping], scored: Mapping[str, Sequence[float]], verdicts: Sequence[str], min_scored: float
-) -> dict[str, list[float]]:
-    """Probabilities of every row, in the rows' order: its score or the prior.
+def describe_shortfall(
+    rows: Sequence[Mapping], scored: Mapping[str, Sequence[float]], min_scored: float
+) -> str | None:
+    """Say how many rows were scored, where it is a smaller share than `min_scored`, else None."""
+    scored_rows = sum(row["id"] in scored for row in rows)
+    if scored_rows >= min_scored * len(rows):
+        return None
+    return f"{scored_rows} of {len(rows)} rows were scored, the spec's min_scored is {min_scored}"
 
-    Raises ValueError where fewer than the share `min_scored` were scored: a silent bad submission is worse than none.
-    """
-    found = sum(row["id"] in scored for row in rows)
-    if found < min_scored * len(rows):
-        raise ValueError(
-            f"{found} of {len(rows)} rows were scored, the spec's min_scored is {min_scored}; nothing is submitted"
-        )
-    return {row["id"]: list(scored.get(row["id"]) or prior(row, verdicts)) for row in rows}
+
+def fill_unscored(
+    rows: Sequence[Mapping], scored: Mapping[str, Sequence[float]], verdicts: Sequence[str]
+) -> dict[str, list[float]]:
+    """Give every row probabilities, in the rows' order: its score, or else the prior."""
+    final = {}
+    for row in rows:
+        values = scored.get(row["id"])
+        final[row["id"]] = prior(row, verdicts) if values is None else list(values)
+    return final
 
 
 def write_submission(
@@ -1356,20 +1501,33 @@ def write_scores(
     verdicts: Sequence[str],
     final: Mapping[str, Sequence[float]],
     scored: Mapping[str, Sequence[float]],
-    per_package: Mapping[str, tuple[Sequence[str], Mapping[str, Mapping[str, Sequence[float]]]]],
+    models: Mapping[str, ModelScores],
 ) -> None:
-    """Write every probability: p_VERDICT as submitted, `scored`, and RUN_p_VERDICT_ORDER as each model gave it (null: not).
+    """Write scores.parquet with every probability.
 
-    `per_package` holds for each run its verdicts and its scores by id and order.
+    Its columns are id, p_VERDICT as submitted, `scored` (else that is the prior), and
+    RUN_p_VERDICT_ORDER as each model gave it, null where it did not score the row.
+
+    Args:
+        path: The file.
+        verdicts: The competition's.
+        final: The submitted probabilities by id.
+        scored: Has the ids of the rows that a model scored.
+        models: What each run's model gave.
     """
     columns: dict[str, list] = {"id": list(final), "scored": [row_id in scored for row_id in final]}
-    for at, verdict in enumerate(verdicts):
-        columns[f"p_{verdict}"] = [values[at] for values in final.values()]
-    for run, (order_of_logits, scores) in per_package.items():
-        for order in sorted({order for by_order in scores.values() for order in by_order}):
-            for at, verdict in enumerate(order_of_logits):
-                found = [scores.get(row_id, {}).get(order) for row_id in final]
-                columns[f"{run}_p_{verdict}_{order}"] = [None if values is None else values[at] for values in found]
+    for place, verdict in enumerate(verdicts):
+        columns[f"p_{verdict}"] = [values[place] for values in final.values()]
+
+    for run, model in models.items():
+        orders = {order for by_order in model.by_id.values() for order in by_order}
+        for order in sorted(orders):
+            values_by_row = [model.by_id.get(row_id, {}).get(order) for row_id in final]
+            for place, verdict in enumerate(model.verdicts):
+                columns[f"{run}_p_{verdict}_{order}"] = [
+                    None if values is None else values[place] for values in values_by_row
+                ]
+
     with whole_file(path) as temporary:
         pq.write_table(pa.table(columns), temporary)
 
@@ -1700,25 +1858,41 @@ class Speed:
 
     def seconds_for(self, rows: int, orders: int) -> float:
         """How long `rows` take, in that many orders, once the model is loaded."""
-        return min(rows * orders * self.tokens_per_row / self.tokens_per_second, NEVER) if self.tokens_per_second else NEVER
+        if not self.tokens_per_second:
+            return NEVER
+        return min(rows * orders * self.tokens_per_row / self.tokens_per_second, NEVER)
 
 
-def choose_visible_rows(root: Path, settings: Settings, folders: Sequence[Path], test_ids: Collection[str]) -> VisibleRows:
-    """Choose at most settings.visible_rows rows of the train file that the packages in `folders` all list.
+def choose_visible_rows(
+    root: Path, settings: Settings, folders: Sequence[Path], test_ids: Collection[str]
+) -> VisibleRows:
+    """Choose rows of the train file that every package lists as validation rows.
 
-    No rows in the hidden run, and where there are none to choose from: the log then says why, and it is never an error.
+    Args:
+        root: The folder that is /kaggle, or stands for it.
+        settings: Says how many rows at most.
+        folders: The packages.
+        test_ids: Ids that no chosen row may have.
+
+    Returns:
+        No rows in the hidden run, and where there are none to choose from; it is never an error.
     """
-    if os.environ.get("KAGGLE_IS_COMPETITION_RERUN"):
+    if is_hidden_run():
         return VisibleRows()
     if not settings.visible_rows:
         return no_visible_rows("visible_rows is 0, no row of the train file is scored")
 
-    lists = []
+    # Rows that every package lists.
+    listings = []
     for folder in folders:
-        if not (folder / VALIDATION_IDS).is_file():
-            return no_visible_rows(f"{folder.name} has no {VALIDATION_IDS}; package the run again to have it measured")
-        lists.append(json.loads((folder / VALIDATION_IDS).read_text(encoding="utf-8")))
-    listed_by_all = frozenset.intersection(*(frozenset(listing["ids"]) for listing in lists))
+        path = folder / VALIDATION_IDS
+        if not path.is_file():
+            return no_visible_rows(
+                f"{folder.name} has no {VALIDATION_IDS}; package the run again to have it measured"
+            )
+        listings.append(json.loads(path.read_text(encoding="utf-8")))
+    id_sets = [frozenset(listing["ids"]) for listing in listings]
+    listed_by_all = frozenset.intersection(*id_sets)
 
     try:
         file = find_mounted(root, settings.competition, TRAIN_FILES, "competitions")
@@ -1729,13 +1903,15 @@ def choose_visible_rows(root: Path, settings: Settings, folders: Sequence[Path],
     except (OSError, ValueError, pa.ArrowException) as error:
         return no_visible_rows(f"the train file is not scored: {error}")
     if not train_rows:
-        return no_visible_rows(f"{file.name} holds none of the {len(listed_by_all)} ids that every package lists")
+        return no_visible_rows(
+            f"{file.name} holds none of the {len(listed_by_all)} ids that every package lists"
+        )
 
-    trained_on = any(listing["trained_on"] for listing in lists)
+    trained_on = any(listing["trained_on"] for listing in listings)
     if trained_on:
         kind = "rows that a model was trained on: they tell of speed only"
     else:
-        folds = sorted({f"fold {listing['fold']}" for listing in lists})
+        folds = sorted({f"fold {listing['fold']}" for listing in listings})
         kind = f"held out ({' and '.join(folds)})"
     log_line = f"visible run: {len(train_rows)} rows of {file.name} are scored too, {kind}"
     rows, winners = rename_train_rows(train_rows, settings, test_ids)
@@ -1753,7 +1929,7 @@ def read_train_rows(file: Path, settings: Settings, listed: frozenset[str]) -> l
     by_hash = sorted(present, key=lambda row_id: hashlib.sha256(row_id.encode()).hexdigest())
     wanted = by_hash[: settings.visible_rows]
     columns = ("id", *TEXTS, *settings.columns)
-    rows_by_id = {row["id"]: row for row in rows_of(file, columns, frozenset(wanted))}
+    rows_by_id = {row["id"]: row for row in rows_of(file, columns, keep=frozenset(wanted))}
     return [rows_by_id[row_id] for row_id in wanted]
 
 
@@ -1770,7 +1946,7 @@ def rename_train_rows(
     for train_row in train_rows:
         new_id = prefix + train_row["id"]
         texts = {name: read_text(train_row[name], are_turns="tie" in settings.verdicts) for name in TEXTS}
-        rows.append({"id": new_id, **texts})
+        rows.append({"id": new_id, **texts, "counts": True})
         winners[new_id] = judgement_of(train_row, settings.columns)
     return tuple(rows), winners
 
@@ -1783,86 +1959,142 @@ def judgement_of(row: Mapping, columns: Sequence[str]) -> str | None:
     return won[0] if len(won) == 1 else None
 
 
-def visible_report(  # noqa: PLR0913  one for each thing that was measured
+def report_quality(
     visible: VisibleRows,
     verdicts: Sequence[str],
     scored: Mapping[str, Sequence[float]],
-    per_package: Mapping[str, tuple[Sequence[str], Mapping[str, Mapping[str, Sequence[float]]]]],
-    speeds: Sequence[Speed],
-    before_seconds: float,
-    clock_seconds: float,
+    models: Mapping[str, ModelScores],
 ) -> dict:
-    """What the visible run measured, for kernel.json.
+    """Report for kernel.json how good the answers are, where no model has seen the rows before.
 
-    `scored` are the final probabilities of `verdicts` by id; `per_package` holds for each run its verdicts and its scores by id
-    and order. `before_seconds` passed before the first model was loaded, `clock_seconds` are there until the deadline.
+    Args:
+        visible: The rows of the train file and their winners.
+        verdicts: The competition's.
+        scored: Final probabilities by id.
+        models: What each run's model gave.
     """
     ids = [row["id"] for row in visible.rows]
     report = {
         "rows": len(ids),
         "scored": sum(row_id in scored for row_id in ids),
         "trained_on": visible.trained_on,
-        "speed": [
-            {**asdict(speed), "rows_per_second": speed.tokens_per_second / max(speed.tokens_per_row, 1)} for speed in speeds
-        ],
-        "clock_seconds": clock_seconds,
-        "predicted": [predict_finish(speeds, before_seconds, clock_seconds, rows) for rows in HIDDEN_ROWS],
     }
     if not visible.trained_on:
-        report["quality"] = quality_of(visible, verdicts, scored)
-        report["flips"] = {run: share_of_flips(scores, ids) for run, (_, scores) in per_package.items()}
+        report["quality"] = measure_quality(visible, verdicts, scored)
+        report["flips"] = {run: share_of_flips(model.by_id, ids) for run, model in models.items()}
     return report
 
 
-def quality_of(visible: VisibleRows, verdicts: Sequence[str], scored: Mapping[str, Sequence[float]]) -> dict:
-    """Accuracy, log loss (natural) and the accuracy of the longer answer over the scored rows with one of `verdicts`.
+def report_speed(speeds: Sequence[Speed], before_seconds: float, settings: Settings) -> dict:
+    """Report for kernel.json how fast the packages are, and what that means for hidden tests.
 
-    Where the competition has no ties, rows that are one are left out. No figures where no row is left.
+    Args:
+        speeds: Of the packages that scored, in their order.
+        before_seconds: Passed before the first model was loaded.
+        settings: Has the time limits.
     """
-    right, loss, longer_right, judged = 0, 0.0, 0, 0
+    if not speeds:
+        return {"speed": [], "predicted": []}
+
+    measured = []
+    for speed in speeds:
+        rows_per_second = speed.tokens_per_second / max(speed.tokens_per_row, 1)
+        measured.append({**asdict(speed), "rows_per_second": rows_per_second})
+
+    predicted = []
+    for rows in HIDDEN_ROWS:
+        clock = start_clock(settings.time_limit(rows))
+        clock_seconds = clock.deadline - clock.began
+        predicted.append(predict_finish(speeds, before_seconds, clock_seconds, rows))
+    return {"speed": measured, "predicted": predicted}
+
+
+def measure_quality(
+    visible: VisibleRows, verdicts: Sequence[str], scored: Mapping[str, Sequence[float]]
+) -> dict:
+    """Measure the final probabilities over the scored rows that have one of `verdicts`.
+
+    Returns:
+        `judged` (the number of these rows), `ties_left_out` (rows that are a tie where the
+        competition has none), and unless no row is left: `accuracy`, its `standard_error`,
+        `log_loss` in nats, and `longer_accuracy`: that of the longer answer.
+    """
+    judged = 0
+    correct = 0
+    correct_by_length = 0
+    loss = 0.0
     for row in visible.rows:
         values, winner = scored.get(row["id"]), visible.winners[row["id"]]
         if values is None or winner not in verdicts:
             continue
         judged += 1
-        right += verdicts[values.index(max(values))] == winner
+        correct += verdicts[values.index(max(values))] == winner
+        correct_by_length += ("model_a" if is_first_longer(row) else "model_b") == winner
         loss -= math.log(max(values[verdicts.index(winner)], 1e-15))
-        longer_right += ("model_a" if is_first_longer(row) else "model_b") == winner
-    ties = 0 if "tie" in verdicts else sum(winner == "tie" for winner in visible.winners.values())
+
+    ties_left_out = 0
+    if "tie" not in verdicts:
+        ties_left_out = list(visible.winners.values()).count("tie")
     if not judged:
-        return {"judged": 0, "ties_left_out": ties}
-    accuracy = right / judged
+        return {"judged": 0, "ties_left_out": ties_left_out}
+
+    accuracy = correct / judged
     return {
         "judged": judged,
-        "ties_left_out": ties,
+        "ties_left_out": ties_left_out,
         "accuracy": accuracy,
         "standard_error": math.sqrt(accuracy * (1 - accuracy) / judged),
         "log_loss": loss / judged,
-        "longer_accuracy": longer_right / judged,
+        "longer_accuracy": correct_by_length / judged,
     }
 
 
-def share_of_flips(scores: Mapping[str, Mapping[str, Sequence[float]]], ids: Sequence[str]) -> float | None:
-    """The share of rows whose verdict is another one in the second order; None where no row has two."""
-    pairs = [list(scores[row_id].values()) for row_id in ids if len(scores.get(row_id, ())) == 2]
-    flips = [one.index(max(one)) != other.index(max(other)) for one, other in pairs]
-    return sum(flips) / len(flips) if flips else None
+def share_of_flips(
+    scores: Mapping[str, Mapping[str, Sequence[float]]], ids: Sequence[str]
+) -> float | None:
+    """Compute the share of rows whose verdict changes with the order; None: no row has two."""
+    rows = 0
+    flips = 0
+    for row_id in ids:
+        by_order = scores.get(row_id, {})
+        if len(by_order) == 2:
+            first, second = by_order.values()
+            rows += 1
+            flips += first.index(max(first)) != second.index(max(second))
+    return flips / rows if rows else None
 
 
-def predict_finish(speeds: Sequence[Speed], before_seconds: float, clock_seconds: float, rows: int) -> dict:
-    """When `rows` will have their first score and when everything, in seconds since the beginning, one model after another.
+def predict_finish(
+    speeds: Sequence[Speed], before_seconds: float, clock_seconds: float, rows: int
+) -> dict:
+    """Predict when so many rows will be done, one model after another.
 
-    `first_share` of the rows get a first score within the clock, `rest_share` is what it allows of all that comes after.
+    Args:
+        speeds: Of the models; the first one scores all rows once before anything else.
+        before_seconds: Passed before the first model is loaded.
+        clock_seconds: From the beginning to the deadline.
+        rows: The number of rows.
+
+    Returns:
+        `rows`, `clock_seconds`; in seconds since the beginning when every row has its first score
+        and when everything is done; the shares of the first scores and of all the rest that the
+        clock allows.
     """
     first, *others = speeds
     loaded = before_seconds + first.loading_seconds
     once = loaded + first.seconds_for(rows, 1)
     everything = once + first.seconds_for(rows, first.orders - 1)
-    everything += sum(speed.loading_seconds + speed.seconds_for(rows, speed.orders) for speed in others)
+    for speed in others:
+        everything += speed.loading_seconds + speed.seconds_for(rows, speed.orders)
+
     first_share = (clock_seconds - loaded) / max(once - loaded, 1e-9)
-    rest_share = (clock_seconds - once) / (everything - once) if everything > once else float(clock_seconds >= once)
+    if everything > once:
+        rest_share = (clock_seconds - once) / (everything - once)
+    else:
+        rest_share = 1.0 if clock_seconds >= once else 0.0
     return {
         "rows": rows,
+        "clock_seconds": clock_seconds,
         "first_order_seconds": round(once, 1),
         "all_seconds": round(everything, 1),
         "first_share": min(max(first_share, 0.0), 1.0),
@@ -1871,46 +2103,60 @@ def predict_finish(speeds: Sequence[Speed], before_seconds: float, clock_seconds
 
 
 def visible_lines(report: Mapping) -> list[str]:
-    """The report for the log."""
+    """Write the report as lines of the log."""
     lines = []
-    quality = report.get("quality", {})
-    if quality.get("judged"):
-        flips = [f"{run} flips {share:.3f}" for run, share in report["flips"].items() if share is not None]
-        ties = f" (ties left out: {quality['ties_left_out']})" if quality["ties_left_out"] else ""
-        told = [
-            f"accuracy {quality['accuracy']:.4f} ± {2 * quality['standard_error']:.4f} (two standard errors)",
-            f"log loss {quality['log_loss']:.4f} on {quality['judged']} rows{ties}",
-            f"the longer answer: {quality['longer_accuracy']:.4f}",
-            *flips,
-        ]
-        lines.append(f"visible run: {', '.join(told)}")
+    if report.get("quality", {}).get("judged"):
+        lines.append(f"visible run: {quality_line(report['quality'], report['flips'])}")
     for speed in report["speed"]:
         lines.append(
             f"visible run: {speed['run']}: {speed['rows_per_second']:.2f} rows/s in one order, "
-            f"{speed['tokens_per_second']:.0f} tokens/s, {speed['tokens_per_row']:.0f} tokens a row, loaded in "
-            f"{speed['loading_seconds']:.0f} s"
+            f"{speed['tokens_per_second']:.0f} tokens/s, {speed['tokens_per_row']:.0f} tokens "
+            f"a row, loaded in {speed['loading_seconds']:.0f} s"
         )
-    return lines + [finish_line(finish, report["clock_seconds"]) for finish in report["predicted"]]
+    for finish in report["predicted"]:
+        lines.append(finish_line(finish))
+    return lines
 
 
-def finish_line(finish: Mapping, clock_seconds: float) -> str:
-    """One prediction for the log."""
-    begin, clock = f"predicted for {finish['rows']:,} rows", in_hours(clock_seconds)
+def quality_line(quality: Mapping, flips: Mapping[str, float | None]) -> str:
+    """Write how good the answers are, and each run's share of flips."""
+    ties = quality["ties_left_out"]
+    ties_note = f" (ties left out: {ties})" if ties else ""
+    parts = [
+        f"accuracy {quality['accuracy']:.4f} ± {2 * quality['standard_error']:.4f} "
+        "(two standard errors)",
+        f"log loss {quality['log_loss']:.4f} on {quality['judged']} rows{ties_note}",
+        f"the longer answer: {quality['longer_accuracy']:.4f}",
+    ]
+    for run, share in flips.items():
+        if share is not None:
+            parts.append(f"{run} flips {share:.3f}")
+    return ", ".join(parts)
+
+
+def finish_line(finish: Mapping) -> str:
+    """Write one prediction, with a warning where rows will be left to the prior."""
+    beginning = f"predicted for {finish['rows']:,} rows"
+    clock = format_hours(finish["clock_seconds"])
     if finish["first_share"] < 1:
-        told = f"{clock} are enough for {finish['first_share']:.0%} of them"
-        return f"warning: {begin}: {told}; under min_scored nothing is submitted"
-    ends = f"{begin}: every row scored once after {in_hours(finish['first_order_seconds'])}"
+        return (
+            f"warning: {beginning}: {clock} are enough for {finish['first_share']:.0%} of them; "
+            "the others would get the prior"
+        )
+
+    first_order = format_hours(finish["first_order_seconds"])
+    beginning += f": every row scored once after {first_order}"
     if finish["rest_share"] < 1:
-        return f"{ends}, {finish['rest_share']:.0%} of all else within {clock}"
-    return f"{ends}, all done after {in_hours(finish['all_seconds'])} of {clock}"
+        return f"{beginning}, {finish['rest_share']:.0%} of all else within {clock}"
+    return f"{beginning}, all done after {format_hours(finish['all_seconds'])} of {clock}"
 
 
-def in_hours(seconds: float) -> str:
-    """Seconds as hours and minutes, e.g. 4 h 40 min; under ten minutes as seconds."""
+def format_hours(seconds: float) -> str:
+    """Format seconds as hours and minutes, e.g. 4 h 40 min; under ten minutes as seconds."""
     if seconds < 600:
         return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min"
 
 
 # ==============================================================================================================
@@ -1920,7 +2166,7 @@ def in_hours(seconds: float) -> str:
 #
 # A model that one device cannot hold has one process with several devices, its layers over all of them, and a thread for each.
 # A process, because a CUDA error takes a whole process with it, and because two threads share one Python. What the kernel's own
-# process does when one dies: engine.handle_worker_death.
+# process does when one dies: pass_runner.handle_worker_death.
 #
 # To the worker: (number, requests). From it:
 #     ("loaded", facts)                             dtype, batches_at_once, seconds, worst golden difference
@@ -2075,13 +2321,14 @@ def memory_bytes(devices: tuple[str, ...]) -> list[int]:
 
 
 # ==============================================================================================================
-# scheduling/crew.py
+# scheduling/worker_handle.py
 #
-# The workers as the kernel's own process sees them: started, given batches, killed, started again.
+# The workers as the kernel's own process sees them: started, given batches, killed, restarted.
 #
-# A worker that dies is started again with half its token budget, which stays halved. One that dies FRUITLESS_DEATHS times in a
-# row without having loaded its model or scored a batch is given up: its device is gone, and the others go on without it. What
-# becomes of the rows that it had is decided by engine.handle_worker_death.
+# A worker that dies is started again with half its token budget, which stays halved. One that dies
+# FRUITLESS_DEATHS times in a row without having loaded its model or scored a batch is given up: its
+# device is gone, and the others go on without it. What becomes of the rows that it had is decided by
+# pass_runner.handle_worker_death.
 # ==============================================================================================================
 
 FRUITLESS_DEATHS = 3
@@ -2090,26 +2337,30 @@ JOIN_SECONDS = 30.0  # a killed process may be stuck in a driver
 
 @dataclass
 class Worker:
-    """One process and its history. Tokens are counted with their padding; `seconds` are those in which it had work."""
+    """One process and its history. Tokens are counted with their padding."""
 
     name: str  # its devices, for the log
     task: Assignment
     tokens_per_batch: int
     start: Callable[[Assignment], tuple]  # gives the process and the pipe to it
     positions: tuple[int, ...] = ()  # of its devices
+
+    # The process.
     process: object = None
     connection: object = None
     loaded: dict | None = None  # what the worker said of its model
     gone: bool = False
-    outstanding: dict[int, list[Request]] = field(default_factory=dict)
+    batches_sent: int = 0
+    outstanding: dict[int, list[Request]] = field(default_factory=dict)  # by number, as sent
+    last_event: float = 0.0  # began to load, got its first batch, or gave one back
+
+    # The history, over all of its processes.
     tokens: int = 0
-    seconds: float = 0.0
+    seconds: float = 0.0  # in which it had work
     load_seconds: float = 0.0
     memory_bytes: list[int] = field(default_factory=list)
     deaths: int = 0
-    fruitless: int = 0
-    last_event: float = 0.0  # began to load, got its first batch, or gave one back
-    numbers: int = 0
+    fruitless: int = 0  # deaths without a score in between
 
     @property
     def batches_at_once(self) -> int:
@@ -2117,7 +2368,7 @@ class Worker:
         return self.loaded["batches_at_once"] if self.loaded else 1
 
     def rate(self) -> float:
-        """Tokens a second, from what it has done; 0 before its first batch."""
+        """Return tokens a second, from what it has done; 0 before its first batch."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
     def launch(self) -> None:
@@ -2127,43 +2378,58 @@ class Worker:
         self.process, self.connection = self.start(self.task)
 
     def send(self, batch: list[Request]) -> None:
-        """Give it a batch; one that has died in the meantime is noticed by whoever reads from it."""
+        """Give it a batch; if it has died meanwhile, whoever reads from it will notice."""
         if not self.outstanding:
             self.last_event = time.monotonic()
-        self.numbers += 1
-        self.outstanding[self.numbers] = batch
+        self.batches_sent += 1
+        self.outstanding[self.batches_sent] = batch
         with contextlib.suppress(OSError):
-            self.connection.send((self.numbers, batch))
+            self.connection.send((self.batches_sent, batch))
 
-    def note_scored(self, number: int, memory: list[int]) -> list[Request]:
-        """Count a batch that was scored, and give it back."""
-        batch, now = self.outstanding.pop(number), time.monotonic()
+    def note_loaded(self, facts: dict) -> None:
+        """Note what it said of its model; from now on it can be given batches."""
+        self.loaded = facts
+        self.load_seconds = facts["seconds"]
+        self.last_event = time.monotonic()
+
+    def note_scored(self, number: int, memory_bytes: list[int]) -> list[Request]:
+        """Count a batch that was scored, and return it."""
+        batch = self.outstanding.pop(number)
+        now = time.monotonic()
         self.tokens += padded_tokens(batch)
         self.seconds += now - self.last_event
-        self.last_event, self.memory_bytes = now, memory
+        self.last_event = now
+        self.memory_bytes = memory_bytes
         self.fruitless = 0
         return batch
 
     def note_out_of_memory(self, number: int) -> list[Request]:
-        """Give back a batch that was too large; from now on none is larger than half of it, or than a row that was alone."""
+        """Lower the token budget below a batch that was too large, and return it."""
         batch = self.outstanding.pop(number)
         self.last_event = time.monotonic()
-        fits = padded_tokens(batch) // 2 if len(batch) > 1 else padded_tokens(batch) - 1
-        self.tokens_per_batch = max(min(self.tokens_per_batch, fits), 1)
+        if len(batch) > 1:
+            fitting_tokens = padded_tokens(batch) // 2
+        else:
+            fitting_tokens = padded_tokens(batch) - 1
+        self.tokens_per_batch = max(min(self.tokens_per_batch, fitting_tokens), 1)
         return batch
 
     def note_death(self) -> tuple[list[list[Request]], list[list[Request]]]:
-        """Count a death, and give back the batches that it was scoring and those that lay ready."""
+        """Count a death; return the batches that it was scoring, and those that lay ready."""
         batches = list(self.outstanding.values())
-        at_work = batches[: self.batches_at_once]
+        being_scored = batches[: self.batches_at_once]
+        ready = batches[self.batches_at_once :]
         self.outstanding.clear()
         self.stop()
         self.deaths += 1
         self.tokens_per_batch = max(self.tokens_per_batch // 2, 1)
-        if not (at_work and all(len(batch) == 1 for batch in at_work)):  # a row that kills is given up, not its worker
+
+        # A row that kills its worker when it is alone will be given up, not the worker.
+        has_single_rows = bool(being_scored) and all(len(batch) == 1 for batch in being_scored)
+        if not has_single_rows:
             self.fruitless += 1
         self.gone = self.fruitless >= FRUITLESS_DEATHS
-        return at_work, batches[len(at_work) :]
+        return being_scored, ready
 
     def stop(self) -> None:
         """End the process, whatever it is doing; its device is free afterwards."""
@@ -2171,12 +2437,13 @@ class Worker:
             self.connection.close()
             self.process.kill()
             self.process.join(JOIN_SECONDS)
-        self.process, self.loaded = None, None
+        self.process = None
+        self.loaded = None
 
 
 def start_process(task: Assignment) -> tuple:
-    """A new process for `task`, and the pipe to it. Spawned, since CUDA does not survive a fork."""
-    context = multiprocessing.get_context("spawn")
+    """Start a process for a task; return it and the pipe to it."""
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     ours, theirs = context.Pipe()
     process = context.Process(target=run_worker, args=(theirs, task), daemon=True)
     process.start()
@@ -2185,21 +2452,40 @@ def start_process(task: Assignment) -> tuple:
 
 
 def start_workers(
-    package: Package, placement: str, devices: Mapping[int, str], tokens_per_batch: int, threads: int, clock: Clock
+    package: Package,
+    placement: str,
+    devices: Mapping[int, str],
+    tokens_per_batch: int,
+    threads: int,
+    clock: Clock,
 ) -> list[Worker]:
-    """A worker with a copy of the model for `each` device, or one with the model `split` over them; they load by themselves.
+    """Start the workers of a package, which load it by themselves.
 
-    `devices` are by position. `threads` are those of the CPU for each worker.
+    Args:
+        package: What they load.
+        placement: `each`: a worker with a copy of the model for each device; `split`: one with the
+            model split over them.
+        devices: PyTorch's names by position.
+        tokens_per_batch: Their token budget, until memory runs out.
+        threads: Of the CPU, for each worker.
+        clock: For the log.
     """
-    groups = [tuple(devices)] if placement == "split" else [(position,) for position in devices]
+    position_groups = [(position,) for position in devices]
+    if placement == "split":
+        position_groups = [tuple(devices)]
+
     workers = []
-    for group in groups:
-        names = [devices[position] for position in group]
-        name = "+".join(n if n != "cpu" else f"cpu #{position}" for n, position in zip(names, group, strict=True))
-        task = Assignment(str(package.folder), tuple(names), group[0], threads)
-        workers.append(Worker(name, task, tokens_per_batch, start_process, group))
-        workers[-1].launch()
-    log(clock, f"{package.folder.name}: loading on {', '.join(worker.name for worker in workers)}")
+    for positions in position_groups:
+        device_names = tuple(devices[position] for position in positions)
+        log_names = []
+        for position, name in zip(positions, device_names, strict=True):
+            log_names.append(f"cpu #{position}" if name == "cpu" else name)
+        task = Assignment(str(package.folder), device_names, positions[0], threads)
+        worker = Worker("+".join(log_names), task, tokens_per_batch, start_process, positions)
+        worker.launch()
+        workers.append(worker)
+    names = ", ".join(worker.name for worker in workers)
+    log(clock, f"{package.folder.name}: loading on {names}")
     return workers
 
 
@@ -2209,32 +2495,50 @@ def stop_workers(workers: Sequence[Worker]) -> None:
         worker.stop()
 
 
+def worker_record(worker: Worker) -> dict:
+    """Describe a worker for kernel.json."""
+    return {
+        "device": worker.name,
+        "package": worker.task.folder.rpartition("/")[2],
+        "load_seconds": round(worker.load_seconds, 1),
+        "computed_tokens": worker.tokens,
+        "busy_seconds": round(worker.seconds, 1),
+        "tokens_per_batch": worker.tokens_per_batch,
+        "memory_bytes": worker.memory_bytes,
+        "deaths": worker.deaths,
+        "gone": worker.gone,
+    }
+
+
 def leave() -> None:
-    """End this process at once where a worker's is stuck: multiprocessing would wait for it for ever."""
+    """End this process at once where a worker's is stuck: it would be waited for for ever."""
     if multiprocessing.active_children():
         sys.stdout.flush()
         os._exit(0)
 
 
 # ==============================================================================================================
-# scheduling/engine.py
+# scheduling/pass_runner.py
 #
-# One order of one package over its workers: batches dealt from one queue until it is empty or the deadline is near.
+# One order of one package: batches dealt to workers until none is left or the deadline is near.
 #
 # schedule.make_next_pass calls `make_pass` and `run_pass`. What can happen to a batch on its way:
-#     out of memory      its worker's token budget is halved, and the batch cut and tried again (`cut`)
-#     its worker dies    the worker is started again, or given up with its device; its rows go back to the queue, those that it
-#                        was scoring one by one at the end, in case that one of them killed it (`handle_worker_death`)
-#     its worker hangs   the worker is killed, which is a death like others (`watch`)
+#     out of memory      its worker's token budget is halved, and the batch cut and tried again
+#                        (`return_large_batch`)
+#     its worker dies    the worker is started again, or given up with its device; its rows go back to
+#                        the queue, those that it was scoring one by one at the end, in case that one
+#                        of them killed it (`handle_worker_death`)
+#     its worker hangs   the worker is killed, which is a death like others (`check_is_alive`)
 #     the clock ends     the batch stays in the queue (`next_batch`)
 # A row without a score is simply not in the result, and the caller decides what that means.
 # ==============================================================================================================
 
 GIVEN_UP_AFTER = 3  # deaths of the worker that was scoring a row, the last two with that row alone
-PATIENCE = 20.0  # times what a batch should take, but at least QUIET_SECONDS; then its worker is taken for hung
+PATIENCE = 20.0  # times what a batch should take, but at least QUIET_SECONDS: then a worker hangs
 QUIET_SECONDS = 120.0
 LOAD_PATIENCE_SECONDS = 1800.0
-BLOCKS = 8  # where rows are scored by their worth, an eighth at a time is batched by length
+BLOCKS = 8  # where rows are scored by their gains, an eighth at a time is batched by length
+LOGGED_SHARE = 0.2  # of a pass's rows: progress is logged whenever so many more are scored
 
 
 @dataclass
@@ -2244,7 +2548,7 @@ class Pass:
     label: str
     queue: deque[list[Request]]
     deadline: float
-    may_reorder: bool  # a clock too short for the whole queue then takes short rows first: more rows a second
+    may_reorder: bool  # a clock too short for the queue then takes short rows first: more of them
     rows: int
     began: float | None = None
     scores: dict[str, list[float]] = field(default_factory=dict)
@@ -2255,16 +2559,18 @@ class Pass:
     given_up: list[str] = field(default_factory=list)
     deaths: dict[str, int] = field(default_factory=dict)  # by worker
     suspected: Counter = field(default_factory=Counter)  # deaths by row
-    too_large: dict[str, set[str]] = field(default_factory=dict)  # by row, alone in its batch: the workers that lack the memory
-    logged: float = field(default_factory=time.monotonic)
+    # By row, alone in its batch: the workers that lack the memory for it.
+    too_large: dict[str, set[str]] = field(default_factory=dict)
+    logged_at: float = field(default_factory=time.monotonic)
+    logged_rows: int = 0
     queued_tokens: int = 0  # of the queue, padding included
 
     def __post_init__(self):
         self.queued_tokens = sum(map(padded_tokens, self.queue))
 
-    def take(self, last: bool) -> list[Request]:
-        """The queue's first or last batch."""
-        batch = self.queue.pop() if last else self.queue.popleft()
+    def take(self, from_end: bool) -> list[Request]:
+        """Take the queue's first or last batch."""
+        batch = self.queue.pop() if from_end else self.queue.popleft()
         self.queued_tokens -= padded_tokens(batch)
         return batch
 
@@ -2279,13 +2585,15 @@ class Pass:
         self.queued_tokens += sum(map(padded_tokens, batches))
 
     def seconds_left(self, workers: Sequence[Worker]) -> float:
-        """How long the queue will take on the workers that are alive, from what those have done; 0 where nothing is known."""
+        """Predict how long the living workers need for the queue; 0 before their first batch."""
         rate = sum(worker.rate() for worker in workers if not worker.gone)
         return self.queued_tokens / rate if rate else 0.0
 
     def seconds(self) -> float:
-        """Since its first batch was sent: loading a model does not count."""
-        return max(time.monotonic() - self.began, 1e-9) if self.began else 1e-9
+        """Return the seconds since its first batch was sent: loading a model does not count."""
+        if self.began is None:
+            return 1e-9
+        return max(time.monotonic() - self.began, 1e-9)
 
 
 def make_pass(
@@ -2293,43 +2601,60 @@ def make_pass(
     requests: Sequence[Request],
     deadline: float,
     workers: Sequence[Worker],
-    worth: Mapping[str, float] | None = None,
+    gains: Mapping[str, float] | None = None,
 ) -> Pass:
-    """A pass over `requests`: by length, or by blocks of those worth most first, where `worth` by id is given."""
+    """Make a pass over rows.
+
+    Args:
+        label: Names it in the log.
+        requests: The rows.
+        deadline: When its last batch must end, as time.monotonic gives seconds.
+        workers: Those that will do it.
+        gains: By row: what matters most comes first. None: rows are taken by length.
+    """
     tokens_per_batch = max(worker.tokens_per_batch for worker in workers)
-    if worth is None:
+    if gains is None:
         batches = make_batches(requests, tokens_per_batch)
-    else:
-        by_worth = sorted(requests, key=lambda request: -worth[request.id])
-        size = max(math.ceil(len(requests) / BLOCKS), 1)
-        blocks = [by_worth[start : start + size] for start in range(0, len(by_worth), size)]
-        batches = [batch for block in blocks for batch in make_batches(block, tokens_per_batch)]
-    return Pass(label, deque(batches), deadline, worth is None, len(requests))
+        return Pass(label, deque(batches), deadline, may_reorder=True, rows=len(requests))
+
+    by_gain = sorted(requests, key=lambda request: -gains[request.id])
+    block_size = max(math.ceil(len(requests) / BLOCKS), 1)
+    batches = []
+    for start in range(0, len(by_gain), block_size):
+        block = by_gain[start : start + block_size]
+        batches += make_batches(block, tokens_per_batch)
+    return Pass(label, deque(batches), deadline, may_reorder=False, rows=len(requests))
 
 
 def run_pass(work: Pass, workers: Sequence[Worker], clock: Clock) -> Pass:
-    """Work through the queue; raises PackageError where a worker refuses the package."""
+    """Work through the queue; PackageError where the last worker refuses the package."""
     log(clock, f"{work.label}: {work.rows} rows in {len(work.queue)} batches")
     for worker in workers:
         if not worker.process and not worker.gone and time.monotonic() < work.deadline:
             worker.launch()
+
     while True:
         for worker in workers:
             feed(work, worker, workers)
+
+        # A worker that still loads is waited for while there is work for it.
         alive = [worker for worker in workers if worker.process]
-        may_start = work.queue and time.monotonic() < work.deadline
-        busy = [worker for worker in alive if worker.outstanding or (may_start and not worker.loaded)]
+        may_start = bool(work.queue) and time.monotonic() < work.deadline
+        busy = []
+        for worker in alive:
+            if worker.outstanding or (may_start and not worker.loaded):
+                busy.append(worker)
         if not busy:
             break
+
         by_connection = {worker.connection: worker for worker in alive}
         for connection in wait(list(by_connection), timeout=1.0):
             receive(work, by_connection[connection], workers, clock)
         for worker in busy:
-            watch(work, worker, clock)
-        if time.monotonic() - work.logged > max((clock.deadline - clock.began) / 300, 10):
-            work.logged = time.monotonic()
-            log(clock, f"{work.label}: {progress(work, workers)}")
-    log(clock, f"{work.label}: {progress(work, workers)}")
+            check_is_alive(work, worker, clock)
+        log_progress(work, workers, clock)
+
+    log(clock, f"{work.label}: {progress_line(work, workers)}")
     return work
 
 
@@ -2339,97 +2664,118 @@ def feed(work: Pass, worker: Worker, workers: Sequence[Worker]) -> None:
         batch = next_batch(work, worker, workers)
         if batch is None:
             return
-        work.began = work.began or time.monotonic()
+        if work.began is None:
+            work.began = time.monotonic()
         worker.send(batch)
 
 
 def next_batch(work: Pass, worker: Worker, workers: Sequence[Worker]) -> list[Request] | None:
-    """The next batch within the worker's budget that it can end before the deadline; None when there is none."""
-    left = work.deadline - time.monotonic()
-    if not work.queue or left <= 0:
+    """Take the next batch within the worker's token budget that it can end before the deadline."""
+    seconds_left = work.deadline - time.monotonic()
+    if not work.queue or seconds_left <= 0:
         return None
-    last = work.may_reorder and work.seconds_left(workers) > left
-    put_back, put_off = (work.put_last, work.put_first) if last else (work.put_first, work.put_last)
+
+    # Long rows stand first. Where time is short, they are left for the end.
+    from_end = work.may_reorder and work.seconds_left(workers) > seconds_left
+    put_back = work.put_last if from_end else work.put_first
+    put_off = work.put_first if from_end else work.put_last
+
+    whole_batch = None
     for _ in range(len(work.queue)):
-        whole = work.take(last)
-        if worker.name not in work.too_large.get(whole[0].id, ()):
+        batch = work.take(from_end)
+        if worker.name not in work.too_large.get(batch[0].id, ()):
+            whole_batch = batch
             break
-        put_off([whole])
-    else:
+        put_off([batch])
+    if whole_batch is None:
         return None
-    batch, *rest = make_batches(whole, worker.tokens_per_batch)
-    ahead = sum(map(padded_tokens, worker.outstanding.values())) + padded_tokens(batch)
-    if worker.rate() and ahead / worker.rate() > left:
-        put_back([whole])
+
+    # The worker's budget may have shrunk since the batches were made.
+    batch, *rest = make_batches(whole_batch, worker.tokens_per_batch)
+    tokens_ahead = sum(map(padded_tokens, worker.outstanding.values())) + padded_tokens(batch)
+    if worker.rate() and tokens_ahead / worker.rate() > seconds_left:
+        put_back([whole_batch])
         return None
     put_back(rest)
     return batch
 
 
 def receive(work: Pass, worker: Worker, workers: Sequence[Worker], clock: Clock) -> None:
-    """Read one message of a worker, or its death."""
+    """Read one message of a worker (worker.py lists them), or notice its death."""
     try:
         kind, *message = worker.connection.recv()
     except (EOFError, OSError):
-        return handle_worker_death(work, worker, f"died (exit code {exit_code(worker)})", clock)
+        worker.process.join(timeout=5)
+        exit_code = worker.process.exitcode
+        return handle_worker_death(work, worker, f"died (exit code {exit_code})", clock)
+
     if kind == "loaded":
-        [worker.loaded] = message
-        worker.load_seconds, worker.last_event = worker.loaded["seconds"], time.monotonic()
+        worker.note_loaded(*message)
         log(
             clock,
             f"{worker.name}: loaded in {worker.load_seconds:.0f} s in {worker.loaded['dtype']}; "
             f"golden probabilities differ by at most {worker.loaded['worst']:.1e}",
         )
     elif kind == "scored":
-        number, values, memory = message
-        note_scores(work, worker.note_scored(number, memory), values)
+        number, values, memory_bytes = message
+        note_scores(work, worker.note_scored(number, memory_bytes), values)
     elif kind == "out of memory":
-        told = cut(work, worker, worker.note_out_of_memory(message[0]), workers)
-        log(clock, f"{worker.name}: out of memory: {worker.tokens_per_batch} tokens a batch from now on{told}")
+        batch = worker.note_out_of_memory(*message)
+        outcome = return_large_batch(work, worker, batch, workers)
+        budget = f"{worker.tokens_per_batch} tokens a batch from now on"
+        log(clock, f"{worker.name}: out of memory: {budget}{outcome}")
     elif kind == "refused":
+        [reason] = message
         if all(other.gone for other in workers if other is not worker):
-            raise PackageError(message[0])
-        handle_worker_death(work, worker, f"refuses the package, which another device may not: {message[0]}", clock)
+            raise PackageError(reason)
+        reason = f"refuses the package, which another device may not: {reason}"
+        handle_worker_death(work, worker, reason, clock)
     else:
-        handle_worker_death(work, worker, f"failed: {message[0].strip()}", clock)
+        [reason] = message
+        handle_worker_death(work, worker, f"failed: {reason.strip()}", clock)
 
 
-def cut(work: Pass, worker: Worker, batch: list[Request], workers: Sequence[Worker]) -> str:
-    """Put a batch that was too large back; a row that was alone in it is for the other workers, or given up."""
+def return_large_batch(
+    work: Pass, worker: Worker, batch: list[Request], workers: Sequence[Worker]
+) -> str:
+    """Put a batch back that a worker lacks the memory for.
+
+    A row that was alone in it is left to the other workers, or given up.
+
+    Returns:
+        What became of such a row, for the log.
+    """
     work.out_of_memory += 1
     if len(batch) > 1:
         work.put_first([batch])
         return ""
-    lacking = work.too_large.setdefault(batch[0].id, set())
-    lacking.add(worker.name)
-    if all(other.name in lacking for other in workers if not other.gone):
-        return give_up(work, batch)
+
+    [request] = batch
+    lacking_workers = work.too_large.setdefault(request.id, set())
+    lacking_workers.add(worker.name)
+    if all(other.name in lacking_workers for other in workers if not other.gone):
+        return give_up(work, request)
     work.put_last([batch])
-    return f"; row {batch[0].id} is left to the others"
-
-
-def exit_code(worker: Worker) -> int | None:
-    """How a process that closed its pipe ended."""
-    worker.process.join(timeout=5)
-    return worker.process.exitcode
+    return f"; row {request.id} is left to the others"
 
 
 def handle_worker_death(work: Pass, worker: Worker, why: str, clock: Clock) -> None:
-    """Put a dead worker's rows back into the queue, and start a new process in its place or give its device up.
+    """Put a dead worker's rows back into the queue, and restart it or give its device up.
 
-    A row that was being scored at GIVEN_UP_AFTER deaths is given up. No process is started that the clock has no time to load.
+    A row that was being scored at GIVEN_UP_AFTER deaths is given up. No process is started that the
+    clock has no time to load.
     """
-    at_work, ready = worker.note_death()
+    being_scored, ready = worker.note_death()
     work.deaths[worker.name] = work.deaths.get(worker.name, 0) + 1
     work.put_first(ready)
 
-    # Any of the rows that it was scoring may have killed it: each is tried again alone, after all others.
+    # Any of the rows that it was scoring may have killed it: each is tried again alone, at the end.
     rows_given_up = ""
-    for batch in at_work:
+    for batch in being_scored:
         for request in batch:
             work.suspected[request.id] += 1
             if work.suspected[request.id] >= GIVEN_UP_AFTER:
-                rows_given_up += give_up(work, [request])
+                rows_given_up += give_up(work, request)
             else:
                 work.put_last([[request]])
 
@@ -2444,28 +2790,33 @@ def handle_worker_death(work: Pass, worker: Worker, why: str, clock: Clock) -> N
     log(clock, f"{worker.name}: {outcome}{rows_given_up}")
 
 
-def give_up(work: Pass, batch: list[Request]) -> str:
-    """Leave a row without a score."""
-    work.given_up.append(batch[0].id)
-    return f"; row {batch[0].id} is given up"
+def give_up(work: Pass, request: Request) -> str:
+    """Leave a row without a score; return a note for the log."""
+    work.given_up.append(request.id)
+    return f"; row {request.id} is given up"
 
 
-def watch(work: Pass, worker: Worker, clock: Clock) -> None:
-    """Kill a worker that has said nothing for far too long, or that goes on after the deadline into the clock's reserve."""
+def check_is_alive(work: Pass, worker: Worker, clock: Clock) -> None:
+    """Kill a worker that has said nothing for far too long, or works on into the reserve."""
     if not worker.process:
         return
+
     now = time.monotonic()
-    quiet = now - worker.last_event
+    quiet_seconds = now - worker.last_event
     if not worker.loaded:
         patience = LOAD_PATIENCE_SECONDS
     else:
-        first = next(iter(worker.outstanding.values()), [])
-        expected = padded_tokens(first) / worker.rate() if first and worker.rate() else 0.0
-        patience = max(PATIENCE * expected, QUIET_SECONDS)
+        expected_seconds = 0.0
+        if worker.outstanding and worker.rate():
+            first_batch = next(iter(worker.outstanding.values()))
+            expected_seconds = padded_tokens(first_batch) / worker.rate()
+        patience = max(PATIENCE * expected_seconds, QUIET_SECONDS)
+
     if worker.outstanding and now > clock.deadline + clock.reserve_seconds / 3:
         patience = 0
-    if quiet > patience:
-        handle_worker_death(work, worker, f"killed: it said nothing for {quiet:.0f} s", clock)
+    if quiet_seconds > patience:
+        reason = f"killed: it said nothing for {quiet_seconds:.0f} s"
+        handle_worker_death(work, worker, reason, clock)
 
 
 def note_scores(work: Pass, batch: list[Request], values: list[list[float]]) -> None:
@@ -2479,20 +2830,40 @@ def note_scores(work: Pass, batch: list[Request], values: list[list[float]]) -> 
             work.not_finite += 1
 
 
-def progress(work: Pass, workers: Sequence[Worker]) -> str:
-    """Rows done, speed, memory and the predicted finish, for the log."""
+def log_progress(work: Pass, workers: Sequence[Worker], clock: Clock) -> None:
+    """Log the progress from time to time, and whenever LOGGED_SHARE more of the rows is scored."""
+    now = time.monotonic()
+    seconds_between = max((clock.deadline - clock.began) / 300, 10)
+    is_time = now - work.logged_at > seconds_between
+    is_far = len(work.scores) - work.logged_rows >= LOGGED_SHARE * work.rows
+    if is_time or is_far:
+        work.logged_at = now
+        work.logged_rows = len(work.scores)
+        log(clock, f"{work.label}: {progress_line(work, workers)}")
+
+
+def progress_line(work: Pass, workers: Sequence[Worker]) -> str:
+    """Describe rows done, speed, time to go and memory, for the log."""
     seconds = work.seconds()
-    rest = f", {work.seconds_left(workers):.0f} s to go" if work.queue else ""
-    memory = " + ".join(f"{size / 2**30:.1f}" for worker in workers for size in worker.memory_bytes)
-    return (
-        f"{len(work.scores)} of {work.rows} rows, {len(work.scores) / seconds:.1f} rows/s, "
-        f"{work.tokens / seconds:.0f} tokens/s{rest}{f', {memory} GiB' if memory else ''}"
-    )
+    parts = [
+        f"{len(work.scores)} of {work.rows} rows",
+        f"{len(work.scores) / seconds:.1f} rows/s",
+        f"{work.tokens / seconds:.0f} tokens/s",
+    ]
+    if work.queue:
+        parts.append(f"{work.seconds_left(workers):.0f} s to go")
+    sizes = [f"{size / 2**30:.1f}" for worker in workers for size in worker.memory_bytes]
+    if sizes:
+        parts.append(f"{' + '.join(sizes)} GiB")
+    return ", ".join(parts)
 
 
 def pass_record(work: Pass) -> dict:
-    """A finished pass for kernel.json."""
+    """Describe a finished pass for kernel.json."""
     seconds = work.seconds()
+    padding = 0.0
+    if work.computed_tokens:
+        padding = 1 - work.tokens / work.computed_tokens
     return {
         "pass": work.label,
         "rows": work.rows,
@@ -2503,7 +2874,7 @@ def pass_record(work: Pass) -> dict:
         "tokens_per_second": round(work.tokens / seconds, 1),
         "tokens": work.tokens,
         "computed_tokens": work.computed_tokens,
-        "padding": round(1 - work.tokens / work.computed_tokens, 4) if work.computed_tokens else 0.0,
+        "padding": round(padding, 4),
         "out_of_memory": work.out_of_memory,
         "not_finite": work.not_finite,
         "given_up": work.given_up,
@@ -2511,35 +2882,26 @@ def pass_record(work: Pass) -> dict:
     }
 
 
-def worker_record(worker: Worker) -> dict:
-    """A worker for kernel.json."""
-    return {
-        "device": worker.name,
-        "package": worker.task.folder.rpartition("/")[2],
-        "load_seconds": round(worker.load_seconds, 1),
-        "computed_tokens": worker.tokens,
-        "busy_seconds": round(worker.seconds, 1),
-        "tokens_per_batch": worker.tokens_per_batch,
-        "memory_bytes": worker.memory_bytes,
-        "deaths": worker.deaths,
-        "gone": worker.gone,
-    }
-
-
 # ==============================================================================================================
 # scheduling/schedule.py
 #
-# From packages and rows to scores: one pass after another, each planned when the one before has ended.
+# From packages and rows to scores: one pass after another, each planned when the one before ended.
 #
-# main.run_kernel calls `score_all`. Models run one after the other, each on all devices. The first order of the first model
-# goes over all rows and may use the whole clock: a row with one score is worth more than a second one. What comes then, the
-# second order and further models, is decided by `plan_next_pass`, with what was measured so far: see plan.py.
+# main.run_kernel calls `score_all`. Models run one after the other, each on all devices. The first
+# order of the first model goes over all rows and may use the whole clock: a row with one score is
+# worth more than a second one. What comes then, the second order and further models, is decided by
+# `plan_next_pass`, with what was measured so far: see plan.py. Rows that count on the current
+# leaderboard go through all of this alone; the others get what time is left.
 # ==============================================================================================================
 
 Scores = dict[str, dict[str, list[float]]]  # by id, then by order
 Key = tuple[int, str]  # a package's number in the spec, and an order
 PADDING = 1.03  # what batches compute beyond their rows' tokens, while nothing is measured
 ENCODED_AT_ONCE = 1000
+
+
+class LoadError(RuntimeError):
+    """No device could load a package."""
 
 
 @dataclass(frozen=True)
@@ -2550,6 +2912,7 @@ class Inputs:
     packages: Sequence[Package]
     contracts: Sequence  # the packages', with the spec's token budget
     rows: Sequence[Mapping]
+    row_groups: Sequence[Sequence[str]]  # ids of the rows that count, then of the others
     devices: Mapping[int, str]
     threads: int  # of the CPU, for each worker
     clock: Clock
@@ -2557,62 +2920,75 @@ class Inputs:
 
 
 @dataclass
-class Measurements:
-    """What plans are made of."""
+class Progress:
+    """How far the run is, and the records of it for kernel.json."""
 
-    tokens: dict[str, int] = field(default_factory=dict)  # of the first sequence made of a row
-    rates: dict[int, float] = field(default_factory=dict)  # tokens a second of a package's workers together
-    changes: dict[Key, float] = field(default_factory=dict)  # of a probability (sd), by a pass
-
-
-@dataclass
-class Board:
-    """The state of the run: its inputs, how far it is, what was measured, and the records for kernel.json."""
-
-    inputs: Inputs
     scores: list[Scores]  # of each package
+    packages: list[int]  # numbers of those that are not left out
     devices: dict[int, str]  # those of the inputs that are not gone
-    tried: dict[Key, set[str]] = field(default_factory=dict)  # rows that need not be asked for again, by pass
-    given_up: dict[int, set[str]] = field(default_factory=dict)  # rows that a package's workers could not score in one order
     proven: set[int] = field(default_factory=set)  # positions of devices that had a model
-    measured: Measurements = field(default_factory=Measurements)
+    # Rows that need no further try: in a pass, or with a package in any order.
+    tried: dict[Key, set[str]] = field(default_factory=dict)
+    given_up: dict[int, set[str]] = field(default_factory=dict)
     passes: list[dict] = field(default_factory=list)
     workers: list[dict] = field(default_factory=list)
     plans: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Measurements:
+    """What plans are made of."""
+
     before_seconds: float = 0.0  # passed before the first model was loaded
+    tokens: dict[str, int] = field(default_factory=dict)  # of a row, as the first pass encoded it
+    rates: dict[int, float] = field(default_factory=dict)  # tokens a second, by package
+    changes: dict[Key, float] = field(default_factory=dict)  # of a probability (sd), by a pass
+
+
+@dataclass(frozen=True)
+class Board:
+    """The state of the run."""
+
+    inputs: Inputs
+    progress: Progress
+    measured: Measurements
 
     def orders(self, number: int) -> tuple[str, ...]:
-        """The orders worth scoring with a package."""
+        """List the orders worth scoring with a package."""
         return orders_of(self.inputs.contracts[number], self.inputs.settings.orders)
 
-    def unscored(self, key: Key) -> list[str]:
-        """The ids of the rows that a pass has still to score."""
+    def unscored(self, key: Key, group: Sequence[str]) -> list[str]:
+        """List those rows of a group that a pass has still to score."""
         number, _ = key
-        finished = self.tried.get(key, set()) | self.given_up.get(number, set())
-        return [row["id"] for row in self.inputs.rows if row["id"] not in finished]
+        finished = self.progress.tried.get(key, set()) | self.progress.given_up.get(number, set())
+        return [row_id for row_id in group if row_id not in finished]
 
-    def probabilities(self, numbers: Sequence[int]) -> dict[str, list[float]]:
-        """The probabilities by id that these packages give so far."""
+    def probabilities(self) -> dict[str, list[float]]:
+        """Combine what the packages that are not left out have given so far, by id."""
+        numbers = self.progress.packages
         settings = self.inputs.settings
-        of_these = replace(settings, packages=tuple(settings.packages[number] for number in numbers))
+        of_these = replace(settings, packages=tuple(settings.packages[n] for n in numbers))
         packages = [self.inputs.packages[number] for number in numbers]
-        return combine(of_these, packages, [self.scores[number] for number in numbers])
+        return combine(of_these, packages, [self.progress.scores[number] for number in numbers])
 
-    def by_run(self) -> dict[str, tuple[tuple[str, ...], Scores]]:
-        """The verdicts of each run, in the order of its probabilities, and its scores."""
-        runs = [served.run for served in self.inputs.settings.packages]
-        verdicts = [package.contract.verdicts for package in self.inputs.packages]
-        return dict(zip(runs, zip(verdicts, self.scores, strict=True), strict=True))
+    def scores_by_run(self) -> dict[str, ModelScores]:
+        """Collect what each run's model gave."""
+        models = {}
+        for number, chosen in enumerate(self.inputs.settings.packages):
+            verdicts = self.inputs.packages[number].contract.verdicts
+            models[chosen.run] = ModelScores(verdicts, self.progress.scores[number])
+        return models
 
 
 @dataclass(frozen=True)
 class NextPass:
-    """A pass to be made now; for None every row is scored that is left, or the pass may last until the clock's deadline."""
+    """A pass to be made now."""
 
     package: int  # its number in the spec
     order: str
-    worth: Mapping[str, float] | None = None  # the rows to be scored, with their gain per second
-    seconds: float | None = None
+    rows: frozenset[str]
+    gains: Mapping[str, float] | None = None  # a second, by row; None: rows are taken by length
+    deadline: float | None = None  # None: the clock's
 
 
 def make_board(
@@ -2623,17 +2999,30 @@ def make_board(
     clock: Clock,
     hidden_run: bool,
 ) -> Board:
-    """A board on which nothing is scored yet. The CPU's cores are shared by as many workers as there are devices."""
-    threads = max(len(os.sched_getaffinity(0)) // len(devices), 1)
-    contracts = [serving_contract(package, settings) for package in packages]
-    inputs = Inputs(settings, packages, contracts, rows, dict(enumerate(devices)), threads, clock, hidden_run)
-
-    no_scores: list[Scores] = [{row["id"]: {} for row in rows} for _ in packages]
-    return Board(inputs, no_scores, dict(inputs.devices))
+    """Make a board on which nothing is scored yet. The devices share the CPU's cores evenly."""
+    counting = [row["id"] for row in rows if row["counts"]]
+    others = [row["id"] for row in rows if not row["counts"]]
+    inputs = Inputs(
+        settings=settings,
+        packages=packages,
+        contracts=[serving_contract(package, settings) for package in packages],
+        rows=rows,
+        row_groups=[group for group in (counting, others) if group],
+        devices=dict(enumerate(devices)),
+        threads=max(len(os.sched_getaffinity(0)) // len(devices), 1),
+        clock=clock,
+        hidden_run=hidden_run,
+    )
+    progress = Progress(
+        scores=[{row["id"]: {} for row in rows} for _ in packages],
+        packages=list(range(len(packages))),
+        devices=dict(inputs.devices),
+    )
+    return Board(inputs, progress, Measurements())
 
 
 def serving_contract(package: Package, settings: Settings):
-    """The package's contract, with the spec's token budget where it names one."""
+    """Return the package's contract, with the spec's token budget where it names one."""
     if settings.budget_tokens is None:
         return package.contract
     return replace(package.contract, budget_tokens=settings.budget_tokens)
@@ -2642,241 +3031,320 @@ def serving_contract(package: Package, settings: Settings):
 def score_all(board: Board) -> None:
     """Make pass after pass until nothing is left or nothing more fits the clock.
 
-    Raises PackageError where the workers refuse a package. In the hidden run a further package is left out instead, since the
-    first one's scores are there.
+    In the hidden run a package that fails is left out while another one works.
+
+    Raises:
+        PackageError: The workers refuse a package: it scores other than when it was packaged.
+        LoadError: No device could load a package.
     """
-    clock = board.inputs.clock
-    board.before_seconds = clock.elapsed()
-    numbers = list(range(len(board.inputs.packages)))
+    board.measured.before_seconds = board.inputs.clock.elapsed()
     loaded: int | None = None
     workers: list[Worker] = []
     encoder = Encoder(board.inputs)
     try:
-        while next_pass := plan_next_pass(board, numbers, loaded, workers):
-            number = next_pass.package
-            if number != loaded:
-                retire(board, workers)
-                workers = start_team(board, number)
-                loaded = number
+        while True:
+            next_pass = plan_next_pass(board, loaded, workers)
+            if next_pass is None:
+                return
             try:
-                if not workers:
-                    numbers.remove(number)
-                else:
-                    make_next_pass(board, next_pass, numbers, workers, encoder)
-            except PackageError as error:
-                if number == 0 or not board.inputs.hidden_run:
-                    raise
-                log(clock, f"{board.inputs.packages[number].folder.name}: left out: {error}")
-                numbers.remove(number)
+                if next_pass.package != loaded:
+                    retire(board, workers)
+                    workers = start_team(board, next_pass.package)
+                    loaded = next_pass.package
+                make_next_pass(board, next_pass, workers, encoder)
+            except (PackageError, LoadError) as error:
+                retire(board, workers)
+                loaded = None
+                leave_out(board, next_pass.package, error)
     finally:
         retire(board, workers)
         encoder.close()
 
 
-def plan_next_pass(board: Board, numbers: Sequence[int], loaded: int | None, workers: Sequence[Worker]) -> NextPass | None:
-    """Decide what to do next: the first order of all rows, then what a new plan for the seconds that are left begins with.
+def leave_out(board: Board, number: int, error: Exception) -> None:
+    """Go on without a package; in the visible run, or where no package works, raise its error."""
+    board.progress.packages.remove(number)
+    other_scores = any(by_order for scores in board.progress.scores for by_order in scores.values())
+    another_works = bool(board.progress.packages) or other_scores
+    if not board.inputs.hidden_run or not another_works:
+        raise error
+    log(board.inputs.clock, f"{board.inputs.packages[number].folder.name}: left out: {error}")
 
-    `numbers` are the packages that are not left out, `loaded` is the one that the workers have. None where nothing is left,
-    nothing more fits the clock, or no worker is alive.
+
+def plan_next_pass(
+    board: Board, loaded: int | None, workers: Sequence[Worker]
+) -> NextPass | None:
+    """Decide what to do next: rows that count come first, the others get what time is left.
+
+    Args:
+        board: The state of the run.
+        loaded: The number of the package that the workers have; None: none.
+        workers: The workers of that package.
+
+    Returns:
+        None where nothing is left, nothing more fits the clock, or no worker is alive.
     """
-    if not numbers or (workers and all(worker.gone for worker in workers)):
+    all_gone = bool(workers) and all(worker.gone for worker in workers)
+    if all_gone:
+        log(board.inputs.clock, "no device is left; rows without a score get the prior")
+    if all_gone or not board.progress.packages or board.inputs.clock.left() <= 0:
         return None
 
-    first_package = numbers[0]
-    first_order = board.orders(first_package)[0]
-    if (first_package, first_order) not in board.tried:
-        return NextPass(first_package, first_order)
+    for group in board.inputs.row_groups:
+        next_pass = plan_group(board, group, loaded)
+        if next_pass is not None:
+            return next_pass
+    return None
 
-    options = make_options(board, numbers, loaded)
+
+def plan_group(board: Board, group: Sequence[str], loaded: int | None) -> NextPass | None:
+    """Plan a group's next pass: one order of all its rows, then what a new plan begins with."""
+    is_begun = group[0] in board.measured.tokens
+    if not is_begun:
+        packages = board.progress.packages
+        number = loaded if loaded in packages else packages[0]
+        return NextPass(number, board.orders(number)[0], frozenset(group))
+
+    options = make_options(board, group, loaded)
     if not options:
         return None
-    seconds_left = board.inputs.clock.left()
+    now = time.monotonic()
+    seconds_left = board.inputs.clock.deadline - now
     by_log_loss = len(board.inputs.settings.columns) > 1
-    shares = allocate(options, board.probabilities(numbers), board.measured.tokens, seconds_left, by_log_loss)
+    shares = allocate(
+        options, board.probabilities(), board.measured.tokens, seconds_left, by_log_loss
+    )
     note_plan(board, shares, seconds_left)
-
-    planned = [share for share in shares if share.worth]
+    planned = [share for share in shares if share.gains]
     if not planned:
         return None
     first, *later = planned
 
     # The pass may last until what is planned after it must begin to load.
-    loading = {share.option.package: share.option.load_seconds for share in later}
-    loading.pop(first.option.package, None)
-    seconds = seconds_left - sum(share.seconds for share in later) - sum(loading.values())
+    load_seconds = {share.option.package: share.option.load_seconds for share in later}
+    load_seconds.pop(first.option.package, None)
+    seconds_for_later = sum(share.seconds for share in later) + sum(load_seconds.values())
+    deadline = now + seconds_left - seconds_for_later
 
-    has_every_row = len(first.worth) == len(first.option.unscored)
-    worth = None if has_every_row else first.worth
-    return NextPass(first.option.package, first.option.order, worth, seconds)
+    has_every_row = len(first.gains) == len(first.option.unscored)
+    gains = None if has_every_row else first.gains
+    return NextPass(
+        first.option.package, first.option.order, frozenset(first.gains), gains, deadline
+    )
 
 
-def make_options(board: Board, numbers: Sequence[int], loaded: int | None) -> list[Option]:
-    """Every pass that has rows left, those of the loaded model first."""
+def make_options(board: Board, group: Sequence[str], loaded: int | None) -> list[Option]:
+    """List every pass that has rows of the group left, those of the loaded model first."""
     options = []
-    for number in sorted(numbers, key=lambda number: number != loaded):
+    for number in sorted(board.progress.packages, key=lambda number: number != loaded):
         for order in board.orders(number):
-            unscored = board.unscored((number, order))
+            unscored = board.unscored((number, order), group)
             if unscored:
-                options.append(make_option(board, (number, order), unscored, numbers, is_loaded=number == loaded))
+                option = make_option(board, (number, order), unscored, is_loaded=number == loaded)
+                options.append(option)
     return options
 
 
-def make_option(board: Board, key: Key, unscored: list[str], numbers: Sequence[int], is_loaded: bool) -> Option:
-    """One more pass with what it should change and take, as measured or else as guessed."""
+def make_option(board: Board, key: Key, unscored: list[str], is_loaded: bool) -> Option:
+    """Describe a pass by what it should change and take, as measured or else as guessed."""
     number, order = key
-    settings, packages, rates = board.inputs.settings, board.inputs.packages, board.measured.rates
+    settings, packages = board.inputs.settings, board.inputs.packages
+    progress, measured = board.progress, board.measured
 
     # What it should change. CHANGE_OF_MODEL is that of one of two models of equal weight.
-    relative_weight = settings.packages[number].weight / sum(settings.packages[other].weight for other in numbers)
-    is_new_model = not any(board.tried.get((number, other)) for other in board.orders(number))
+    total_weight = sum(settings.packages[other].weight for other in progress.packages)
+    relative_weight = settings.packages[number].weight / total_weight
+    is_new_model = not any(progress.tried.get((number, other)) for other in board.orders(number))
     typical_change = 2 * CHANGE_OF_MODEL if is_new_model else CHANGE_OF_ORDER
-    change = board.measured.changes.get(key, typical_change * relative_weight)
+    change = measured.changes.get(key, typical_change * relative_weight)
 
-    # Before a package has run, its speed follows from that of another one and from the parameters of both.
-    rate = rates.get(number, 0.0)
-    if rates and not rate:
-        measured_number = next(iter(rates))
-        rate = rates[measured_number] * flop_per_token(packages[measured_number]) / flop_per_token(packages[number])
+    # Before a package has run, its speed follows from another one's and the parameters of both.
+    rate = measured.rates.get(number, 0.0)
+    if measured.rates and not rate:
+        other, other_rate = next(iter(measured.rates.items()))
+        rate = other_rate * flop_per_token(packages[other]) / flop_per_token(packages[number])
     seconds_per_token = PADDING / rate if rate else 0.0
 
-    copies = 1 if settings.packages[number].placement == "split" else len(board.devices)
+    copies = 1 if settings.packages[number].placement == "split" else len(progress.devices)
     load_seconds = 0.0 if is_loaded else loading_seconds(packages[number], copies)
     return Option(number, order, change, seconds_per_token, load_seconds, unscored)
 
 
 def note_plan(board: Board, shares: Sequence[Share], seconds_left: float) -> None:
-    """Log what the plan does with the seconds that are left, and what it leaves; keep the line for kernel.json."""
+    """Log what the plan does with the seconds that are left; keep the line for kernel.json."""
     parts = []
     for share in shares:
         option = share.option
         name = f"{board.inputs.packages[option.package].folder.name} {option.order}"
-        part = f"{name} {len(share.worth)} of {len(option.unscored)} rows in {share.seconds:.1f} s"
-        if share.worth and option.load_seconds:
+        rows = f"{len(share.gains)} of {len(option.unscored)} rows"
+        part = f"{name} {rows} in {share.seconds:.1f} s"
+        if share.gains and option.load_seconds:
             part += f" and {option.load_seconds:.1f} s to load"
         parts.append(part)
+
     line = f"{max(seconds_left, 0.0):.1f} s left: {'; '.join(parts)}"
-    board.plans.append(line)
+    board.progress.plans.append(line)
     log(board.inputs.clock, f"plan: {line}")
 
 
 def start_team(board: Board, number: int) -> list[Worker]:
-    """Workers for a package on the devices that are not gone; none where a model that is split would lack one of them."""
-    inputs = board.inputs
-    package = inputs.packages[number]
-    placement = inputs.settings.packages[number].placement
-    if not board.devices or (placement == "split" and len(board.devices) < len(inputs.devices)):
-        log(inputs.clock, f"{package.folder.name}: no device is left for it")
-        return []
-    return start_workers(package, placement, board.devices, inputs.settings.tokens_per_batch, inputs.threads, inputs.clock)
+    """Start workers for a package on the devices that are not gone.
+
+    Raises:
+        LoadError: No device is left, or a model that is split would lack one of them.
+    """
+    inputs, devices = board.inputs, board.progress.devices
+    package, settings = inputs.packages[number], inputs.settings
+    placement = settings.packages[number].placement
+    is_incomplete = placement == "split" and len(devices) < len(inputs.devices)
+    if not devices or is_incomplete:
+        raise LoadError(f"{package.folder}: no device is left for it")
+    return start_workers(
+        package, placement, devices, settings.tokens_per_batch, inputs.threads, inputs.clock
+    )
 
 
 def retire(board: Board, workers: list[Worker]) -> None:
     """End the workers and note what they did; devices that are gone leave the board.
 
-    A device that had a model before stays where a worker could not load another one: that may be the package's fault.
+    A device stays where its worker could not load a package that no other loaded either, or where
+    it had a model before: that may be the package's fault.
     """
     stop_workers(workers)
+    progress = board.progress
+    any_loaded = any(worker.load_seconds for worker in workers)
     for worker in workers:
-        if worker.gone and (worker.load_seconds or not board.proven.issuperset(worker.positions)):
+        is_proven = progress.proven.issuperset(worker.positions)
+        is_to_blame = bool(worker.load_seconds) or (any_loaded and not is_proven)
+        if worker.gone and is_to_blame:
             for position in worker.positions:
-                board.devices.pop(position, None)
+                progress.devices.pop(position, None)
         elif worker.load_seconds:
-            board.proven.update(worker.positions)
-        board.workers.append(worker_record(worker))
+            progress.proven.update(worker.positions)
+        progress.workers.append(worker_record(worker))
     workers.clear()
 
 
 def make_next_pass(
-    board: Board, next_pass: NextPass, numbers: Sequence[int], workers: list[Worker], encoder: "Encoder"
+    board: Board, next_pass: NextPass, workers: Sequence[Worker], encoder: "Encoder"
 ) -> None:
-    """Score the pass's rows, encoded while the workers load or the pass before runs, and note the result on the board."""
+    """Score the rows of a pass and note the result on the board.
+
+    They are encoded while the workers load, or were while the pass before ran.
+
+    Raises:
+        PackageError: The last worker that is left refuses the package.
+        LoadError: No worker could load it.
+    """
     number, order = next_pass.package, next_pass.order
-    key = (number, order)
     package, clock = board.inputs.packages[number], board.inputs.clock
     deadline = clock.deadline
-    if next_pass.seconds is not None:
-        deadline = min(time.monotonic() + next_pass.seconds, deadline)
+    if next_pass.deadline is not None:
+        deadline = min(next_pass.deadline, deadline)
 
-    ids = set(board.unscored(key) if next_pass.worth is None else next_pass.worth)
-    rows = [row for row in board.inputs.rows if row["id"] in ids]
+    rows = [row for row in board.inputs.rows if row["id"] in next_pass.rows]
     requests = encoder.requests(number, order, rows)
-    if not board.measured.tokens:
-        board.measured.tokens = {request.id: request.tokens for request in requests}
     for other in board.orders(number):
-        if (number, other) not in board.tried and other != order:
+        if (number, other) not in board.progress.tried and other != order:
             encoder.begin(number, other, rows)
 
-    before = board.probabilities(numbers)
-    work = make_pass(f"{package.folder.name}, {order}", requests, deadline, workers, next_pass.worth)
+    before = board.probabilities()
+    label = f"{package.folder.name}, {order}"
+    work = make_pass(label, requests, deadline, workers, next_pass.gains)
     work = run_pass(work, workers, clock)
-    note_pass(board, key, work, requests, workers)
+    if all(worker.gone and not worker.load_seconds for worker in workers):
+        raise LoadError(f"{package.folder}: no device could load it")
 
-    # Devices that had a model before are not to blame where this one could not be loaded on any.
-    if all(worker.gone and not worker.load_seconds and board.proven.issuperset(worker.positions) for worker in workers):
-        raise PackageError(f"{package.folder}: no device could load it, and another model ran on all of them")
-    if change := measured_change(before, board.probabilities(numbers)):
-        board.measured.changes[key] = change
+    note_pass(board, (number, order), work, requests, workers)
+    change = measured_change(before, board.probabilities())
+    if change:
+        board.measured.changes[number, order] = change
 
 
-def note_pass(board: Board, key: Key, work: Pass, requests: Sequence[Request], workers: Sequence[Worker]) -> None:
+def note_pass(
+    board: Board, key: Key, work: Pass, requests: Sequence[Request], workers: Sequence[Worker]
+) -> None:
     """Put a pass's scores on the board, and what was measured."""
     number, order = key
-    board.given_up.setdefault(number, set()).update(work.given_up)
+    progress, measured = board.progress, board.measured
+    progress.given_up.setdefault(number, set()).update(work.given_up)
     for row_id, values in work.scores.items():
-        board.scores[number][row_id][order] = values
+        progress.scores[number][row_id][order] = values
 
-    # Rows that the pass left are tried again, but not where nothing came of any: they would be asked for for ever.
+    # Rows that the pass left are tried again, unless nothing came of any: that would never end.
     finished = {request.id for request in requests}
     if work.scores or all(worker.gone for worker in workers):
         finished -= {request.id for batch in work.queue for request in batch}
-    board.tried.setdefault(key, set()).update(finished)
+    progress.tried.setdefault(key, set()).update(finished)
 
-    if rate := sum(worker.rate() for worker in workers if not worker.gone):
-        board.measured.rates[number] = rate
-    board.passes.append({"run": board.inputs.settings.packages[number].run, "order": order, **pass_record(work)})
+    for request in requests:
+        measured.tokens.setdefault(request.id, request.tokens)
+    rate = sum(worker.rate() for worker in workers if not worker.gone)
+    if rate:
+        measured.rates[number] = rate
+
+    run = board.inputs.settings.packages[number].run
+    progress.passes.append({"run": run, "order": order, **pass_record(work)})
 
 
 class Encoder:
-    """Rows made into requests, what is needed next in a thread of its own while the workers score.
+    """Makes rows into requests, what is needed next in a thread of its own.
 
-    A tokenizer is for one thread at a time: model_input switches its control tokens off while it encodes what users wrote,
-    and another thread would then encode the template as plain text.
+    A tokenizer is for one thread at a time: model_input switches its control tokens off while it
+    encodes what users wrote, and another thread would then encode the template as plain text.
     """
 
     def __init__(self, inputs: Inputs):
-        self.inputs, self.pool, self.closing = inputs, ThreadPoolExecutor(1), threading.Event()
+        self.inputs = inputs
+        self.pool = ThreadPoolExecutor(1)
+        self.closing = threading.Event()
         self.ahead: dict[Key, Future] = {}
         self.tokenizers = [threading.Lock() for _ in inputs.packages]
 
     def begin(self, number: int, order: str, rows: Sequence[Mapping]) -> None:
-        """Encode rows that are likely to be asked for."""
-        if (number, order) not in self.ahead:
-            self.ahead[number, order] = self.pool.submit(self.encode, number, order, rows)
+        """Begin to encode rows that are likely to be needed in a later pass."""
+        key = (number, order)
+        if key not in self.ahead:
+            self.ahead[key] = self.pool.submit(self.encode, number, order, rows)
 
     def requests(self, number: int, order: str, rows: Sequence[Mapping]) -> list[Request]:
-        """The rows' requests, in the rows' order."""
-        begun = self.ahead.get((number, order))
-        by_id = {request.id: request for request in (begun.result() if begun else ())}
-        missing = [row for row in rows if row["id"] not in by_id]
-        if missing:
-            by_id |= {request.id: request for request in self.encode(number, order, missing)}
+        """Return the rows' requests, in the rows' order."""
+        by_id = {}
+        if (number, order) in self.ahead:
+            by_id = {request.id: request for request in self.ahead[number, order].result()}
+        missing_rows = [row for row in rows if row["id"] not in by_id]
+        if missing_rows:
+            for request in self.encode(number, order, missing_rows):
+                by_id[request.id] = request
         return [by_id[row["id"]] for row in rows]
 
     def encode(self, number: int, order: str, rows: Sequence[Mapping]) -> list[Request]:
-        """By the package's own model_input; token ids in four bytes each, since there are millions of them."""
-        began, encoded = time.monotonic(), []
+        """Encode rows by the package's own model_input."""
+        began = time.monotonic()
         package, contract = self.inputs.packages[number], self.inputs.contracts[number]
+        encoded: list[Request] = []
         for start in range(0, len(rows), ENCODED_AT_ONCE):
             if self.closing.is_set():
                 return encoded
-            pairs = [package.model_input.pair_from_row(row) for row in rows[start : start + ENCODED_AT_ONCE]]
+            part = rows[start : start + ENCODED_AT_ONCE]
+            pairs = [package.model_input.pair_from_row(row) for row in part]
             with self.tokenizers[number]:
-                requests = make_requests(package.model_input, package.tokenizer, contract, pairs, (order,))
+                requests = make_requests(
+                    package.model_input, package.tokenizer, contract, pairs, (order,)
+                )
+
+            # Four bytes for each token id, since there are millions of them.
             for request in requests:
-                encoded.append(replace(request, sequences=tuple(array("i", ids) for ids in request.sequences)))
-        tokens, seconds = sum(request.tokens for request in encoded), time.monotonic() - began
+                sequences = tuple(array("i", ids) for ids in request.sequences)
+                encoded.append(replace(request, sequences=sequences))
+
+        tokens = sum(request.tokens for request in encoded)
         name = f"{package.folder.name}, {order}"
-        log(self.inputs.clock, f"{name}: {len(encoded)} rows encoded, {tokens} tokens in {seconds:.1f} s")
+        seconds = time.monotonic() - began
+        log(
+            self.inputs.clock,
+            f"{name}: {len(encoded)} rows encoded, {tokens} tokens in {seconds:.1f} s",
+        )
         return encoded
 
     def close(self) -> None:
@@ -2885,16 +3353,31 @@ class Encoder:
         self.pool.shutdown(cancel_futures=True)
 
 
-def combine(settings: Settings, packages: Sequence[Package], per_package: Sequence[Scores]) -> dict[str, list[float]]:
-    """Probabilities of the competition's verdicts by id: orders averaged, then packages by weight, then the temperature."""
+def combine(
+    settings: Settings, packages: Sequence[Package], scores: Iterable[Scores]
+) -> dict[str, list[float]]:
+    """Combine the packages' scores to probabilities of the competition's verdicts, by id.
+
+    Orders are averaged, then packages by weight, then the temperature is applied.
+
+    Args:
+        settings: Has the packages' weights and the temperature.
+        packages: In the order of the settings.
+        scores: Of each package.
+    """
     opinions: dict[str, list[list[float]]] = {}
     weights: dict[str, list[float]] = {}
-    for served, package, scores in zip(settings.packages, packages, per_package, strict=True):
-        for row_id, values in mean_of_orders(scores).items():
+    for chosen, package, package_scores in zip(settings.packages, packages, scores, strict=True):
+        for row_id, values in mean_of_orders(package_scores).items():
             opinion = to_competition(values, package.contract.verdicts, settings.verdicts)
             opinions.setdefault(row_id, []).append(opinion)
-            weights.setdefault(row_id, []).append(served.weight)
-    return {row_id: soften(weighted_mean(values, weights[row_id]), settings.temperature) for row_id, values in opinions.items()}
+            weights.setdefault(row_id, []).append(chosen.weight)
+
+    combined = {}
+    for row_id, values in opinions.items():
+        mean = weighted_mean(values, weights[row_id])
+        combined[row_id] = soften(mean, settings.temperature)
+    return combined
 
 
 # ==============================================================================================================
@@ -2902,135 +3385,268 @@ def combine(settings: Settings, packages: Sequence[Package], per_package: Sequen
 #
 # The kernel from beginning to end: inputs, checks, scores, submission.
 #
-# Every check that needs no device comes before the first model is loaded. Written to /kaggle/working: submission.csv,
-# scores.parquet, kernel.json.
+# Every check that needs no device comes before the first model is loaded. Written to /kaggle/working:
+# submission.csv, scores.parquet, kernel.json.
 # ==============================================================================================================
 
-
-def visible_devices() -> list[str]:
-    """Every GPU, or the CPU; in a rehearsal KAGGLE_DEVICES names them: "cpu,cpu" are two workers that stand in for GPUs."""
-    if named := os.environ.get("KAGGLE_DEVICES"):
-        return named.split(",")
-    return [f"cuda:{number}" for number in range(torch.cuda.device_count())] or ["cpu"]
+TEST_FILES = ("test.parquet", "test.csv")
+LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors")
 
 
 def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None:
-    """Score the test file and write the submission; raises, and writes no submission, where it would be wrong."""
-    clock = start_clock(settings.clock_seconds)
+    """Score the test file and write the submission.
+
+    The hidden run always submits: a row that could not be scored gets the prior. Only what shows
+    that answers would be wrong ends it. In the visible run every shortfall is an error.
+
+    Args:
+        settings: What the spec asks for.
+        devices: PyTorch's names of the devices; by default those of this machine.
+
+    Raises:
+        PackageError: Every package is damaged, or scores other than when it was packaged.
+        ValueError: The test file or the submission is not whole; in the visible run also: too few
+            rows were scored.
+    """
+    began = time.monotonic()
     root = kaggle_root()
-    (root / "working" / "submission.csv").unlink(missing_ok=True)  # of an earlier run in the same session
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers", "safetensors")}
-    log(clock, f"{settings.name}: {', '.join(f'{name} {version}' for name, version in versions.items())}")
-    test_file = find_mounted(root, settings.competition, ("test.parquet", "test.csv"), "competitions")
+    hidden_run = is_hidden_run()
+    devices = list(devices or list_devices())
+    (root / "working" / "submission.csv").unlink(missing_ok=True)  # an earlier run's
+
+    # The time limit depends on the number of rows.
+    test_file = find_mounted(root, settings.competition, TEST_FILES, "competitions")
     rows = read_rows(test_file, are_turns="tie" in settings.verdicts)
-    log(clock, f"{test_file}: {len(rows)} rows")
-    packages = read_packages(root, settings, clock)
+    clock = start_clock(settings.time_limit(len(rows)), began)
+    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    log(clock, f"{settings.name}: {', '.join(map(' '.join, versions.items()))}")
+    log(clock, f"{test_file}: {len(rows)} rows, {sum(row['counts'] for row in rows)} of them count")
+
+    served, packages = read_packages(root, settings, clock)
     folders = [package.folder for package in packages]
-    installed = install_missing_wheels(root, folders, settings.wheels)
-    if installed:
-        log(clock, f"installed {', '.join(installed)} from {settings.wheels}")
-    devices = list(devices or visible_devices())
     visible = choose_visible_rows(root, settings, folders, {row["id"] for row in rows})
     if visible.log_line:
         log(clock, visible.log_line)
-    machine = check_machine(root, settings, packages, devices, len(rows) + len(visible.rows), clock)
-    board = make_board(settings, packages, [*rows, *visible.rows], devices, clock, is_hidden_run())
-    with carrying_on(board):
+    all_rows = [*rows, *visible.rows]
+
+    machine: dict = {}
+    with log_errors_of_hidden_run(clock):
+        machine["installed"] = install_missing_wheels(root, folders, settings.wheels)
+        machine |= check_machine(root, served, packages, devices, len(all_rows), clock)
+
+    board = make_board(served, packages, all_rows, devices, clock, hidden_run)
+    with log_errors_of_hidden_run(clock):
         score_all(board)
-    scored = combine(settings, packages, board.scores)
-    final = fill_unscored(rows, scored, settings.verdicts, settings.min_scored)
+    scored = combine(served, packages, board.progress.scores)
+
+    shortfall = describe_shortfall(rows, scored, settings.min_scored)
+    if shortfall is not None:
+        if not hidden_run:
+            raise ValueError(f"{shortfall}; nothing is submitted, as the visible run shows it")
+        log(clock, f"warning: {shortfall}; the others get the prior")
+    final = fill_unscored(rows, scored, settings.verdicts)
     write_submission(root / "working" / "submission.csv", settings, final, read_ids(test_file))
-    record = {
-        "settings": asdict(settings),
-        "manifests": {one.dataset: package.manifest_sha256() for one, package in zip(settings.packages, packages, strict=True)},
-        "versions": versions,
-        "installed": installed,
-        "machine": machine,
-        "devices": devices,
-        "hidden_run": board.inputs.hidden_run,
-        "rows": len(rows),
-        "scored": sum(row["id"] in scored for row in rows),
-        "plans": board.plans,
-        "passes": board.passes,
-        "workers": board.workers,
-        "visible": report_visible_rows(board, visible, scored) if visible.rows else None,
-        "seconds": round(clock.elapsed(), 1),
-    }
-    with carrying_on(board):
-        write_scores(root / "working" / "scores.parquet", settings.verdicts, final, scored, board.by_run())
+
+    counts = count_rows(rows, scored)
+    by_prior = counts["rows"] - counts["scored"]
+    log(
+        clock,
+        f"submission.csv: {len(rows)} rows, {counts['scored']} scored, {by_prior} by the prior",
+    )
+
+    # The submission stands: what fails from here on costs no more than a record.
+    with log_errors_of_hidden_run(clock):
+        models = board.scores_by_run()
+        write_scores(root / "working" / "scores.parquet", settings.verdicts, final, scored, models)
+        record = {
+            "settings": asdict(settings),
+            "clock_seconds": settings.time_limit(len(rows)),
+            "versions": versions,
+            "machine": machine,
+            **counts,
+            "shortfall": shortfall,
+            **describe_run(board),
+            "visible": report_visible_run(board, visible, scored) if visible.rows else None,
+            "seconds": round(clock.elapsed(), 1),
+        }
         write_record(root / "working" / "kernel.json", record)
-    log(clock, f"submission.csv: {len(rows)} rows, {record['scored']} scored, {len(rows) - record['scored']} by the prior")
 
 
-def is_hidden_run() -> bool:
-    """Whether this is the run on the hidden test rows, that of a submission."""
-    return bool(os.environ.get("KAGGLE_IS_COMPETITION_RERUN"))
+def list_devices() -> list[str]:
+    """List every GPU, or the CPU.
+
+    A rehearsal names them in KAGGLE_DEVICES: "cpu,cpu" are two workers that stand in for GPUs.
+    """
+    named_devices = os.environ.get("KAGGLE_DEVICES")
+    if named_devices:
+        return named_devices.split(",")
+    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    return gpus or ["cpu"]
 
 
 @contextlib.contextmanager
-def carrying_on(board: Board) -> Iterator[None]:
-    """In the hidden run an error in here is only logged: what was scored before it is worth submitting, if it is enough."""
+def log_errors_of_hidden_run(clock: Clock) -> Iterator[None]:
+    """In the hidden run, log an error of the block and go on: fewer scores beat no submission.
+
+    A PackageError is raised in any run: it shows that answers would be wrong.
+    """
     try:
         yield
+    except PackageError:
+        raise
     except Exception:
-        if not board.inputs.hidden_run:
+        if not is_hidden_run():
             raise
-        log(board.inputs.clock, f"going on with what was scored until now: {traceback.format_exc()}")
+        log(clock, f"going on with what was scored until now: {traceback.format_exc()}")
 
 
-def report_visible_rows(board: Board, visible: VisibleRows, scored: Mapping[str, list[float]]) -> dict:
-    """What the visible run measured, for kernel.json, also logged."""
-    clock_seconds = board.inputs.clock.deadline - board.inputs.clock.began
-    verdicts, speeds = board.inputs.settings.verdicts, speeds_of(board)
-    report = visible_report(visible, verdicts, scored, board.by_run(), speeds, board.before_seconds, clock_seconds)
-    for line in visible_lines(report):
-        log(board.inputs.clock, line)
-    return report
+def read_packages(
+    root: Path, settings: Settings, clock: Clock
+) -> tuple[Settings, list[Package]]:
+    """Find and check the spec's packages. In the hidden run one that fails is left out.
 
+    Returns:
+        The settings with the packages that passed, and these packages.
 
-def speeds_of(board: Board) -> list[Speed]:
-    """What was measured of each package that scored."""
-    speeds = []
-    for number, chosen in enumerate(board.inputs.settings.packages):
-        done = [record for record in board.passes if record["run"] == chosen.run and record["scored"]]
-        name = board.inputs.packages[number].folder.name
-        loads = [worker["load_seconds"] for worker in board.workers if worker["package"] == name]
-        if done:
-            rate = board.measured.rates[number] * done[0]["tokens"] / done[0]["computed_tokens"]
-            tokens = done[0]["tokens"] / done[0]["scored"]
-            speeds.append(Speed(chosen.run, max(loads, default=0.0), rate, tokens, len(board.orders(number))))
-    return speeds
-
-
-def read_packages(root: Path, settings: Settings, clock: Clock) -> list[Package]:
-    """The spec's packages, found and checked against the spec and the recipe, the template against the token budget."""
+    Raises:
+        Exception: The error of a package, in the hidden run only where none passed.
+    """
+    chosen_settings = []
     packages = []
-    for chosen in settings.packages:
-        package = read_package(find_mounted(root, chosen.dataset, ("manifest.json",), "datasets").parent, clock)
-        check_package(package, chosen, settings)
-        if package.contract.base_model != chosen.base_model:
-            log(clock, f"{chosen.run}: made of {package.contract.base_model}, its recipe says {chosen.base_model}")
-        empty = package.model_input.Pair("", (), (), ())
-        package.model_input.encode(empty, package.tokenizer, serving_contract(package, settings))
-        log(clock, f"{package.folder}: files, tokenizer and {len(package.contract.golden)} golden rows are as packaged")
+    for number, chosen in enumerate(settings.packages):
+        try:
+            package = read_and_check_package(root, chosen, settings, clock)
+        except Exception as error:
+            is_last_chance = not packages and number == len(settings.packages) - 1
+            if is_last_chance or not is_hidden_run():
+                raise
+            log(clock, f"{chosen.run}: left out: {type(error).__name__}: {error}")
+            continue
+        chosen_settings.append(chosen)
         packages.append(package)
-    return packages
+    return replace(settings, packages=tuple(chosen_settings)), packages
+
+
+def read_and_check_package(
+    root: Path, chosen: PackageSettings, settings: Settings, clock: Clock
+) -> Package:
+    """Find a package and check it against the spec and the recipe."""
+    folder = find_mounted(root, chosen.dataset, ("manifest.json",), "datasets").parent
+    package = read_package(folder, clock)
+    check_package(package, chosen, settings)
+    if package.contract.base_model != chosen.base_model:
+        log(
+            clock,
+            f"{chosen.run}: made of {package.contract.base_model}, "
+            f"its recipe says {chosen.base_model}",
+        )
+
+    # The template alone must fit the token budget.
+    empty_pair = package.model_input.Pair("", (), (), ())
+    contract = serving_contract(package, settings)
+    package.model_input.encode(empty_pair, package.tokenizer, contract)
+
+    golden_rows = len(package.contract.golden)
+    log(clock, f"{folder}: files, tokenizer and {golden_rows} golden rows are as packaged")
+    return package
 
 
 def check_package(package: Package, chosen: PackageSettings, settings: Settings) -> None:
-    """Raise PackageError where a package's verdicts, their order or its architecture are not those of the recipe."""
-    contract, config = package.contract, json.loads((package.folder / "config.json").read_text(encoding="utf-8"))
-    if missing := set(settings.verdicts) - set(contract.verdicts):
-        raise PackageError(f"{package.folder}: tells nothing of {', '.join(sorted(missing))}, which the competition asks for")
-    for file, key, found, expected in (
-        ("contract.json", "verdicts", contract.verdicts, chosen.verdicts),
-        ("config.json", "model_type", config.get("model_type"), chosen.model_type),
-    ):
-        if found != expected:
-            raise PackageError(
-                f"{package.folder / file}: {key}: found {found}, the recipe of {chosen.run} says {expected}; package the run "
-                "again, or build the kernel again from the recipe that it was trained with"
-            )
+    """Raise PackageError where verdicts, their order or the architecture are not the recipe's."""
+    contract = package.contract
+    missing_verdicts = set(settings.verdicts) - set(contract.verdicts)
+    if missing_verdicts:
+        raise PackageError(
+            f"{package.folder}: tells nothing of {', '.join(sorted(missing_verdicts))}, "
+            "which the competition asks for"
+        )
+
+    config = json.loads((package.folder / "config.json").read_text(encoding="utf-8"))
+    model_type = config.get("model_type")
+    if contract.verdicts != chosen.verdicts:
+        mismatch = f"contract.json: verdicts: found {contract.verdicts}"
+        expected = chosen.verdicts
+    elif model_type != chosen.model_type:
+        mismatch = f"config.json: model_type: found {model_type}"
+        expected = chosen.model_type
+    else:
+        return
+    raise PackageError(
+        f"{package.folder}/{mismatch}, the recipe of {chosen.run} says {expected}; package the "
+        "run again, or build the kernel again from the recipe that it was trained with"
+    )
+
+
+def count_rows(rows: Sequence[Mapping], scored: Mapping[str, Sequence[float]]) -> dict:
+    """Count the rows for kernel.json, and those of them that were scored."""
+    counting_ids = [row["id"] for row in rows if row["counts"]]
+    return {
+        "rows": len(rows),
+        "scored": sum(row["id"] in scored for row in rows),
+        "rows_that_count": len(counting_ids),
+        "scored_that_count": sum(row_id in scored for row_id in counting_ids),
+    }
+
+
+def describe_run(board: Board) -> dict:
+    """Describe what the kernel did, for kernel.json."""
+    inputs, progress = board.inputs, board.progress
+    manifests = {}
+    for chosen, package in zip(inputs.settings.packages, inputs.packages, strict=True):
+        manifests[chosen.dataset] = package.manifest_sha256()
+    return {
+        "manifests": manifests,
+        "devices": list(inputs.devices.values()),
+        "hidden_run": inputs.hidden_run,
+        "plans": progress.plans,
+        "passes": progress.passes,
+        "workers": progress.workers,
+    }
+
+
+def report_visible_run(
+    board: Board, visible: VisibleRows, scored: Mapping[str, list[float]]
+) -> dict:
+    """Log what the visible run measured, and return it for kernel.json."""
+    settings, clock = board.inputs.settings, board.inputs.clock
+    quality = report_quality(visible, settings.verdicts, scored, board.scores_by_run())
+    speed = report_speed(measure_speeds(board), board.measured.before_seconds, settings)
+    report = quality | speed
+    for line in visible_lines(report):
+        log(clock, line)
+    return report
+
+
+def measure_speeds(board: Board) -> list[Speed]:
+    """Collect what was measured of each package that scored."""
+    speeds = []
+    for number, chosen in enumerate(board.inputs.settings.packages):
+        passes = [
+            record
+            for record in board.progress.passes
+            if record["run"] == chosen.run and record["scored"]
+        ]
+        if not passes:
+            continue
+
+        # The rate is that of tokens with their padding, which the prediction leaves out.
+        first_pass = passes[0]
+        token_share = first_pass["tokens"] / first_pass["computed_tokens"]
+        name = board.inputs.packages[number].folder.name
+        loads = [
+            worker["load_seconds"]
+            for worker in board.progress.workers
+            if worker["package"] == name
+        ]
+        speed = Speed(
+            run=chosen.run,
+            loading_seconds=max(loads, default=0.0),
+            tokens_per_second=board.measured.rates.get(number, 0.0) * token_share,
+            tokens_per_row=first_pass["tokens"] / first_pass["scored"],
+            orders=len(board.orders(number)),
+        )
+        speeds.append(speed)
+    return speeds
 
 
 if __name__ == "__main__":

@@ -51,10 +51,10 @@ class Offer:
 
 @dataclass(frozen=True)
 class Share:
-    """What an option gets of the clock: its rows with their gain per second, and the seconds for them, without loading."""
+    """What an option gets of the clock: its rows with their gains per second, and the seconds for them, without loading."""
 
     option: Option
-    worth: dict[str, float]
+    gains: dict[str, float]
     seconds: float
 
 
@@ -103,7 +103,7 @@ def allocate_to(
     seconds_left = seconds - sum(load_seconds.values())
 
     total_gain = 0.0
-    worths: list[dict[str, float]] = [{} for _ in options]
+    gains_by_option: list[dict[str, float]] = [{} for _ in options]
     seconds_used = [0.0] * len(options)
     for offer in offers:
         place = offer.option_place
@@ -113,9 +113,9 @@ def allocate_to(
         seconds_left -= offer.seconds
         seconds_used[place] += offer.seconds
         total_gain += offer.gain
-        worths[place][offer.row_id] = offer.gain_per_second
+        gains_by_option[place][offer.row_id] = offer.gain_per_second
 
-    shares = [Share(option, worths[place], seconds_used[place]) for place, option in enumerate(options)]
+    shares = [Share(option, gains_by_option[place], seconds_used[place]) for place, option in enumerate(options)]
     return total_gain, shares
 
 

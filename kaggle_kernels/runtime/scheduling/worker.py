@@ -2,7 +2,7 @@
 
 A model that one device cannot hold has one process with several devices, its layers over all of them, and a thread for each.
 A process, because a CUDA error takes a whole process with it, and because two threads share one Python. What the kernel's own
-process does when one dies: engine.handle_worker_death.
+process does when one dies: pass_runner.handle_worker_death.
 
 To the worker: (number, requests). From it:
     ("loaded", facts)                             dtype, batches_at_once, seconds, worst golden difference

@@ -60,7 +60,7 @@ def test_300_hostile_rows_on_two_workers(tmp_path, request, competition, test_fi
     assert (measured["checks"]["ids"], measured["checks"]["scored"], measured["checks"]["tolerance"]) == (300, 300, 1e-5)
     assert (measured["judged"], measured["faults"]["kills"]) == (300 - 63, [])
     kernel = read_json(out / "kernel.json")
-    assert (kernel["devices"], kernel["hidden_run"], kernel["settings"]["clock_seconds"]) == (["cpu", "cpu"], True, 120)
+    assert (kernel["devices"], kernel["hidden_run"], kernel["clock_seconds"]) == (["cpu", "cpu"], True, 120)
     assert sum(worker["computed_tokens"] for worker in kernel["workers"]) > 0
     rows = pl.read_parquet(out / "rows.parquet")
     assert pl.read_csv(out / "submission.csv", infer_schema=False)["id"].to_list() == rows["id"].cast(pl.String).to_list()

@@ -45,12 +45,12 @@ def has_ended(pid, within=10.0):
 
 @pytest.mark.parametrize("suffix", [".parquet", ".csv"])
 def test_the_kernel_sees_neither_verdicts_nor_models_nor_the_metadata(tmp_path, suffix, package_folder):
-    rows = tiny.pairs(3, seed=4)
+    rows = tiny.pairs(3, seed=4).with_columns(scored=True)
     lay_out_tree(tmp_path / "kaggle", SPEC, {"tiny-two": package_folder}, suffix, rows)
     shown = [str(path.relative_to(tmp_path / "kaggle" / "input")) for path in (tmp_path / "kaggle").rglob("test.*")]
     assert shown == [f"competitions/wsdm-cup-multilingual-chatbot-arena/test{suffix}"]
     read = pl.read_csv if suffix == ".csv" else pl.read_parquet
-    assert read(tmp_path / "kaggle" / "input" / shown[0]).columns == ["id", "prompt", "response_a", "response_b"]
+    assert read(tmp_path / "kaggle" / "input" / shown[0]).columns == ["id", "prompt", "response_a", "response_b", "scored"]
     mounted = {path.name for path in (tmp_path / "kaggle" / "input" / "datasets" / "owner" / "tiny-two").iterdir()}
     assert mounted == {path.name for path in package_folder.iterdir()} - {"dataset-metadata.json"}
 

@@ -89,13 +89,13 @@ def write_table(path, rows):
 
 @pytest.mark.parametrize("suffix", ["parquet", "csv"])
 def test_rows_are_read_from_columns_in_any_order_and_ids_keep_every_digit(tmp_path, suffix):
-    rows = [{"scored": True, "response_b": None, "prompt": row["prompt"], "response_a": row["response_a"]} for row in ROWS]
+    rows = [{"other": True, "response_b": None, "prompt": row["prompt"], "response_a": row["response_a"]} for row in ROWS]
     rows[0]["id"], rows[1]["id"] = 2**53 + 1, 2**63 - 1
     path = write_table(tmp_path / f"test.{suffix}", rows)
     null = None if suffix == "parquet" else ""
     assert read_rows(path, are_turns=False) == [
-        {"id": "9007199254740993", "prompt": 'p, "quoted"\nline', "response_a": "河流", "response_b": null},
-        {"id": "9223372036854775807", "prompt": "q", "response_a": "x" * 200_000, "response_b": null},
+        {"id": "9007199254740993", "prompt": 'p, "quoted"\nline', "response_a": "河流", "response_b": null, "counts": True},
+        {"id": "9223372036854775807", "prompt": "q", "response_a": "x" * 200_000, "response_b": null, "counts": True},
     ]
     assert read_ids(path) == ["9007199254740993", "9223372036854775807"]
 
@@ -111,17 +111,26 @@ def test_categories_and_lists_of_text_are_text(tmp_path):
     frame = pl.DataFrame({"id": ["x"], "prompt": [["p", None]], "response_a": ["a"], "response_b": ["b"]})
     frame.with_columns(pl.col("response_a").cast(pl.Categorical)).write_parquet(tmp_path / "test.parquet")
     [row] = read_rows(tmp_path / "test.parquet", are_turns=True)
-    assert row == {"id": "x", "prompt": ["p", None], "response_a": "a", "response_b": "b"}
+    assert row == {"id": "x", "prompt": ["p", None], "response_a": "a", "response_b": "b", "counts": True}
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "csv"])
 def test_of_rows_that_are_not_kept_no_text_is_made(tmp_path, suffix):
     path = write_table(tmp_path / f"train.{suffix}", [{**ROWS[0], "id": number} for number in range(3000)])
-    kept = list(rows_of(path, ("id", "prompt"), {"5", "2999", "absent"}))
+    kept = list(rows_of(path, ("id", "prompt"), keep={"5", "2999", "absent"}))
     assert kept == [{"id": "5", "prompt": ROWS[0]["prompt"]}, {"id": "2999", "prompt": ROWS[0]["prompt"]}]
     if suffix == "parquet":
-        rows = [row for part in parquet_parts(path, ("id", "prompt"), {"5"}) for row in part]
+        rows = [row for part in parquet_parts(path, ("id", "prompt"), (), {"5"}) for row in part]
         assert (rows[4], rows[5]) == ({"id": 4}, {"id": 5, "prompt": ROWS[0]["prompt"]})
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+@pytest.mark.parametrize("false", [False, 0, 0.0, "FALSE"])
+def test_a_row_counts_unless_its_column_scored_says_no(tmp_path, suffix, false):
+    scored = pl.Series("scored", [type(false)(1), false, None])
+    table = pl.DataFrame([{**ROWS[0], "id": number} for number in range(3)]).with_columns(scored)
+    path = write_table(tmp_path / f"test.{suffix}", table)
+    assert [row["counts"] for row in read_rows(path, are_turns=False)] == [True, False, True]
 
 
 @pytest.mark.parametrize("text", ["[broken", '"text"', "5", "", "[" * 100_000], ids=lambda text: text[:7])

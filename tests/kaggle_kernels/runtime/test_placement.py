@@ -9,7 +9,7 @@ from kaggle_kernels.runtime.models.gptq import GptqLinear
 from kaggle_kernels.runtime.models.placement import balance, part_sizes, split_over, weight_sizes
 from kaggle_kernels.runtime.models.scoring import score
 from kaggle_kernels.runtime.package import read_package
-from kaggle_kernels.runtime.scheduling import crew, worker
+from kaggle_kernels.runtime.scheduling import worker, worker_handle
 from kaggle_kernels.runtime.scheduling.plan import is_multiplied
 from kaggle_kernels.runtime.scheduling.worker import load_on
 from kaggle_kernels.runtime.settings import start_clock
@@ -103,8 +103,8 @@ def test_a_split_model_stands_on_all_devices_with_a_stage_on_each(package_folder
     ],
 )
 def test_each_means_a_worker_a_device_and_split_one_worker(package_folder, monkeypatch, placement, expected):
-    monkeypatch.setattr(crew, "start_process", lambda task: (None, None))
+    monkeypatch.setattr(worker_handle, "start_process", lambda task: (None, None))
     devices = {0: "cuda:0", 1: "cuda:1"}
-    workers = crew.start_workers(read_package(package_folder), placement, devices, 100, 2, start_clock(600))
+    workers = worker_handle.start_workers(read_package(package_folder), placement, devices, 100, 2, start_clock(600))
     assert [(worker.name, worker.positions, worker.task.devices) for worker in workers] == expected
     assert [worker.task.position for worker in workers] == [positions[0] for _, positions, _ in expected]

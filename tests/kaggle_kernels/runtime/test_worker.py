@@ -11,9 +11,9 @@ import pytest
 from kaggle_kernels.runtime.models.model import load_model
 from kaggle_kernels.runtime.models.scoring import make_requests, score
 from kaggle_kernels.runtime.package import read_package
-from kaggle_kernels.runtime.scheduling.crew import start_workers, stop_workers
-from kaggle_kernels.runtime.scheduling.engine import make_pass, receive, run_pass
+from kaggle_kernels.runtime.scheduling.pass_runner import make_pass, receive, run_pass
 from kaggle_kernels.runtime.scheduling.worker import Assignment, serve
+from kaggle_kernels.runtime.scheduling.worker_handle import start_workers, stop_workers
 from kaggle_kernels.runtime.settings import start_clock
 from tests import tiny
 from tests.kaggle_kernels.packages import write_manifest

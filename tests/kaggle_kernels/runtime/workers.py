@@ -10,7 +10,7 @@ import torch
 
 from kaggle_kernels.runtime.models.scoring import padded_tokens
 from kaggle_kernels.runtime.scheduling import worker as runtime_worker
-from kaggle_kernels.runtime.scheduling.crew import Worker
+from kaggle_kernels.runtime.scheduling.worker_handle import Worker
 
 
 class ThreadProcess:
@@ -30,7 +30,7 @@ class ThreadProcess:
 
 
 def start_in_thread(task, target=runtime_worker.work):
-    """In the place of crew.start_process: the same work in a thread of this process."""
+    """In the place of worker_handle.start_process: the same work in a thread of this process."""
     ours, theirs = multiprocessing.Pipe()
     return ThreadProcess(target, theirs, task), ours
 
