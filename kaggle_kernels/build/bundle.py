@@ -1,7 +1,7 @@
 """Build a spec's kernel: one readable kernel.py that runs on Kaggle without this repository, and its kernel-metadata.json.
 
-The kernel is the modules of kaggle_kernels/runtime one after another, each under a heading with its docstring. Their imports
-are merged at the top, the spec's settings follow the module that defines them, and the last lines run the kernel.
+The kernel is the modules of kaggle_kernels/runtime one after another, each under a heading with its docstring. It reads like an
+article: settings and story first, details below. Imports are merged at the top, and the last lines run the kernel.
 
 `build` writes to outputs/kernels/NAME. `rehearse` and `push` read the kernel there and refuse it if it is out of date.
 kaggle_kernels/examples/demo is a committed example.
@@ -27,26 +27,27 @@ from preprocess.core.files import atomic_file
 KERNELS = Path("outputs") / "kernels"
 RUNTIME = Path(__file__).parents[1] / "runtime"
 
-# The runtime's modules in the order of the kernel: a module follows those that it imports.
+# The runtime's modules in the order of the kernel: what a reader wants first, then what it uses. Only names that Python needs
+# as it reads the file, e.g. for a constant or a decorator, must be defined above.
 MODULES = (
     "settings",
-    "package",
-    "models.placement",
-    "models.pipeline",
-    "models.gptq",
-    "models.shortcuts",
-    "models.model",
-    "models.scoring",
+    "main",
+    "scheduling.schedule",
+    "scheduling.pass_runner",
+    "scheduling.worker_handle",
+    "scheduling.worker",
     "scheduling.plan",
     "inputs",
-    "submission",
+    "package",
     "checks",
     "visible",
-    "scheduling.worker",
-    "scheduling.worker_handle",
-    "scheduling.pass_runner",
-    "scheduling.schedule",
-    "main",
+    "submission",
+    "models.scoring",
+    "models.model",
+    "models.shortcuts",
+    "models.gptq",
+    "models.placement",
+    "models.pipeline",
 )
 
 # Stands for the Kaggle account in kernel-metadata.json; `push` puts its name there.
@@ -184,8 +185,11 @@ def assemble_kernel(docstring: str, settings: Settings) -> str:
             section += f"\n\n\nSETTINGS = {format_settings(settings)}"
         sections.append(section)
 
+    # Annotations may name what is defined below.
+    imports = f"from __future__ import annotations\n\n{merge_imports(modules)}"
+
     # Blank lines as ruff wants them: two around the sections, one below the imports.
-    head = f"{docstring}\n\n{merge_imports(modules)}\n\n"
+    head = f"{docstring}\n\n{imports}\n\n"
     ending = 'if __name__ == "__main__":\n    run_kernel(SETTINGS)\n    leave()\n'
     return head + "\n\n\n".join([*sections, ending])
 

@@ -21,8 +21,8 @@ from kaggle_kernels.runtime.inputs import (
     find_mounted,
     install_missing_wheels,
     kaggle_root,
-    read_ids,
     read_rows,
+    read_table,
 )
 from kaggle_kernels.runtime.package import Package, PackageError, read_package
 from kaggle_kernels.runtime.scheduling.schedule import (
@@ -99,7 +99,7 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
     machine: dict = {}
     with log_errors_of_hidden_run(clock):
         machine["installed"] = install_missing_wheels(root, folders, settings.wheels)
-        machine |= check_machine(root, served, packages, devices, len(all_rows), clock)
+        machine |= check_machine(root, packages, devices, clock)
 
     board = make_board(served, packages, all_rows, devices, clock, hidden_run)
     with log_errors_of_hidden_run(clock):
@@ -112,7 +112,8 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
             raise ValueError(f"{shortfall}; nothing is submitted, as the visible run shows it")
         log(clock, f"warning: {shortfall}; the others get the prior")
     final = fill_unscored(rows, scored, settings.verdicts)
-    write_submission(root / "working" / "submission.csv", settings, final, read_ids(test_file))
+    ids = [row["id"] for row in read_table(test_file, ("id",))]
+    write_submission(root / "working" / "submission.csv", settings, final, ids)
 
     counts = count_rows(rows, scored)
     by_prior = counts["rows"] - counts["scored"]
@@ -167,9 +168,7 @@ def log_errors_of_hidden_run(clock: Clock) -> Iterator[None]:
         log(clock, f"going on with what was scored until now: {traceback.format_exc()}")
 
 
-def read_packages(
-    root: Path, settings: Settings, clock: Clock
-) -> tuple[Settings, list[Package]]:
+def read_packages(root: Path, settings: Settings, clock: Clock) -> tuple[Settings, list[Package]]:
     """Find and check the spec's packages. In the hidden run one that fails is left out.
 
     Returns:
@@ -301,9 +300,7 @@ def measure_speeds(board: Board) -> list[Speed]:
         token_share = first_pass["tokens"] / first_pass["computed_tokens"]
         name = board.inputs.packages[number].folder.name
         loads = [
-            worker["load_seconds"]
-            for worker in board.progress.workers
-            if worker["package"] == name
+            worker["load_seconds"] for worker in board.progress.workers if worker["package"] == name
         ]
         speed = Speed(
             run=chosen.run,

@@ -1,7 +1,7 @@
-"""The visible run is a load test: beside the few test rows that it is shown, it scores rows of the competition's train file.
+"""The visible run is a load test: it also scores rows of the competition's train file.
 
-They are rows of the validation fold that every package lists, so that accuracy means what it will mean in the hidden run,
-and there are enough of them to measure a speed and to predict from it when 10,000 and 25,000 rows will be done.
+They are validation rows that every package lists, so that accuracy means what it will mean in the
+hidden run, and enough to predict from their speed when 10,000 and 25,000 rows will be done.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from kaggle_kernels.runtime.inputs import TEXTS, find_mounted, read_ids, read_text, rows_of
+from kaggle_kernels.runtime.inputs import TEXTS, find_mounted, read_table, read_text
 from kaggle_kernels.runtime.settings import Settings, is_hidden_run, start_clock
 from kaggle_kernels.runtime.submission import ModelScores, is_first_longer
 
@@ -21,39 +21,32 @@ VALIDATION_IDS = "validation_ids.json"
 TRAIN_FILES = ("train.parquet", "train.csv")
 TRAIN_PREFIX = "train:"
 HIDDEN_ROWS = (10_000, 25_000)  # of the public and of the final phase
-JUDGEMENTS = ("model_a", "model_b", "tie")
+VERDICTS = ("model_a", "model_b", "tie")  # in the order of LMSYS's columns
 NEVER = 1e9  # seconds, where nothing was measured
 
 
 @dataclass(frozen=True)
 class VisibleRows:
-    """What the visible run scores beside the test rows.
+    """What the visible run scores beside the test rows."""
 
-    `rows` are like the test file's, each with a new id; `winners` holds their verdicts by that id (None: has none). With
-    `trained_on` a model has seen the rows in training. `log_line` says what was chosen or why nothing was.
-    """
-
-    rows: tuple[dict, ...] = ()
-    winners: Mapping[str, str | None] = field(default_factory=dict)
-    trained_on: bool = False
-    log_line: str = ""
+    rows: tuple[dict, ...] = ()  # as the test file's, each with a new id
+    winners: Mapping[str, str | None] = field(default_factory=dict)  # by that id; None: no verdict
+    trained_on: bool = False  # a model has seen the rows in training
+    log_line: str = ""  # what was chosen, or why nothing was
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What was measured of a package, over all the devices that it was on: tokens without padding, of one order of a row.
-
-    `orders` is how often a row is scored: 1 for a reward model.
-    """
+    """What was measured of a package, over all its devices. Tokens are those without padding."""
 
     run: str
     loading_seconds: float
     tokens_per_second: float
-    tokens_per_row: float
-    orders: int
+    tokens_per_row: float  # in one order
+    orders: int  # in which a row is scored: 1 for a reward model
 
     def seconds_for(self, rows: int, orders: int) -> float:
-        """How long `rows` take, in that many orders, once the model is loaded."""
+        """Predict how long rows take, in that many orders, once the model is loaded."""
         if not self.tokens_per_second:
             return NEVER
         return min(rows * orders * self.tokens_per_row / self.tokens_per_second, NEVER)
@@ -93,7 +86,9 @@ def choose_visible_rows(
     try:
         file = find_mounted(root, settings.competition, TRAIN_FILES, "competitions")
     except FileNotFoundError:
-        return no_visible_rows(f"no {' or '.join(TRAIN_FILES)} of {settings.competition} is mounted")
+        return no_visible_rows(
+            f"no {' or '.join(TRAIN_FILES)} of {settings.competition} is mounted"
+        )
     try:
         train_rows = read_train_rows(file, settings, listed_by_all)
     except (OSError, ValueError, pa.ArrowException) as error:
@@ -120,39 +115,52 @@ def no_visible_rows(reason: str) -> VisibleRows:
 
 
 def read_train_rows(file: Path, settings: Settings, listed: frozenset[str]) -> list[dict]:
-    """The rows of the train file to be scored, in an order that does not depend on the file's: that of their ids' hashes."""
-    present = listed.intersection(read_ids(file))
-    by_hash = sorted(present, key=lambda row_id: hashlib.sha256(row_id.encode()).hexdigest())
-    wanted = by_hash[: settings.visible_rows]
-    columns = ("id", *TEXTS, *settings.columns)
-    rows_by_id = {row["id"]: row for row in rows_of(file, columns, keep=frozenset(wanted))}
-    return [rows_by_id[row_id] for row_id in wanted]
+    """Read as many listed rows of the train file as the spec wants.
+
+    Rows are chosen and ordered by the hashes of their ids, so that the file's order is without
+    effect.
+    """
+    rows = read_table(file, ("id", *TEXTS, *settings.columns))
+    listed_rows = [row for row in rows if row["id"] in listed]
+    listed_rows.sort(key=lambda row: hashlib.sha256(row["id"].encode()).hexdigest())
+    return listed_rows[: settings.visible_rows]
 
 
 def rename_train_rows(
     train_rows: Sequence[dict], settings: Settings, test_ids: Collection[str]
 ) -> tuple[tuple[dict, ...], dict[str, str | None]]:
-    """The train file's rows as those of the test file are, and their verdicts, under new ids that no test row has."""
+    """Make rows of the train file into test rows, under new ids that no test row has.
+
+    Returns:
+        The rows, and their verdicts by the new ids.
+    """
     prefix = TRAIN_PREFIX
     while any(row_id.startswith(prefix) for row_id in test_ids):
         prefix = TRAIN_PREFIX + prefix
 
+    are_turns = "tie" in settings.verdicts
     rows = []
     winners = {}
     for train_row in train_rows:
-        new_id = prefix + train_row["id"]
-        texts = {name: read_text(train_row[name], are_turns="tie" in settings.verdicts) for name in TEXTS}
-        rows.append({"id": new_id, **texts, "counts": True})
-        winners[new_id] = judgement_of(train_row, settings.columns)
+        row = {"id": prefix + train_row["id"], "counts": True}
+        for name in TEXTS:
+            row[name] = read_text(train_row[name], are_turns)
+        rows.append(row)
+        winners[row["id"]] = read_winner(train_row, settings.columns)
     return tuple(rows), winners
 
 
-def judgement_of(row: Mapping, columns: Sequence[str]) -> str | None:
-    """A train row's verdict, from the one column with its name or from one flag a verdict; None where it has none."""
+def read_winner(row: Mapping, columns: Sequence[str]) -> str | None:
+    """Read a train row's verdict from a column with its name, or from one flag a verdict."""
     if len(columns) == 1:
-        return row[columns[0]] if row[columns[0]] in JUDGEMENTS else None
-    won = [verdict for verdict, name in zip(JUDGEMENTS, columns, strict=True) if str(row[name]) in ("1", "1.0", "True")]
-    return won[0] if len(won) == 1 else None
+        winner = row[columns[0]]
+        return winner if winner in VERDICTS else None
+
+    winners = []
+    for verdict, name in zip(VERDICTS, columns, strict=True):
+        if str(row[name]) in ("1", "1.0", "True"):
+            winners.append(verdict)
+    return winners[0] if len(winners) == 1 else None
 
 
 def report_quality(

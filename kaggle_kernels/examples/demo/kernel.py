@@ -6,14 +6,16 @@ It runs on two T4s without internet, and needs the datasets that SETTINGS names 
 On each GPU, which offers 14.5 GiB, computed for batches of 8,192 tokens: demo 0.8 GiB.
 """
 
+from __future__ import annotations
+
 import contextlib
 import csv
-import filecmp
 import gc
 import hashlib
 import importlib.abc
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import math
 import multiprocessing
@@ -21,7 +23,6 @@ import os
 import queue
 import re
 import resource
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,7 @@ import time
 import traceback
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.connection import wait
@@ -181,2340 +182,770 @@ SETTINGS = Settings(
     min_scored=0.98,
     visible_rows=512,
     wheels="pairwise-wheels",
-    build="2e3cd25bd40f2836",
+    build="626ad56b169f9299",
 )
 
 
 # ==============================================================================================================
-# package.py
+# main.py
 #
-# A package is read and checked before any device is touched: every byte, every golden token id.
+# The kernel from beginning to end: inputs, checks, scores, submission.
 #
-# Raises PackageError where a package is not the one that was made; ContractError comes from the package's own model_input.py.
+# Every check that needs no device comes before the first model is loaded. Written to /kaggle/working:
+# submission.csv, scores.parquet, kernel.json.
 # ==============================================================================================================
 
-HASHING_THREADS = 4  # hashlib lets the others go on; a core does about 1 GB a second
-NOT_MOUNTED = ("dataset-metadata.json",)  # Kaggle's client reads this file and leaves it out of the dataset
+TEST_FILES = ("test.parquet", "test.csv")
+LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors")
 
 
-class PackageError(ValueError):
-    """A package is incomplete, damaged, or not what its manifest and contract say."""
+def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None:
+    """Score the test file and write the submission.
 
+    The hidden run always submits: a row that could not be scored gets the prior. Only what shows
+    that answers would be wrong ends it. In the visible run every shortfall is an error.
 
-@dataclass(frozen=True)
-class Package:
-    """A checked package: its folder, the parsed contract.json and manifest.json, its own model_input.py, its tokenizer."""
+    Args:
+        settings: What the spec asks for.
+        devices: PyTorch's names of the devices; by default those of this machine.
 
-    folder: Path
-    contract: object  # model_input.Contract
-    manifest: dict
-    model_input: ModuleType
-    tokenizer: Tokenizer
-
-    def manifest_sha256(self) -> str:
-        """What tells this package from others, every file of it being as listed."""
-        return hashlib.sha256((self.folder / "manifest.json").read_bytes()).hexdigest()
-
-
-def read_package(folder: Path | str, clock: Clock | None = None) -> Package:
-    """Read the package in `folder`: file hashes, contract, tokenizer and golden token ids are checked, in this order.
-
-    With a `clock`, a line is logged of how long it took to read every byte.
+    Raises:
+        PackageError: Every package is damaged, or scores other than when it was packaged.
+        ValueError: The test file or the submission is not whole; in the visible run also: too few
+            rows were scored.
     """
-    folder = Path(folder)
     began = time.monotonic()
-    manifest = check_manifest(folder)
-    if clock:
-        size = sum(expected["bytes"] for expected in manifest["files"].values())
-        log(clock, f"{folder}: {size / 1e9:.2f} GB as listed, hashed in {time.monotonic() - began:.1f} s")
-    model_input = execute_model_input(folder / "model_input.py")
-    contract = model_input.read_contract(folder)
-    check_hash(folder / "model_input.py", contract.model_input_sha256, "contract.json")
-    for name, sha256 in contract.tokenizer_sha256.items():
-        check_hash(folder / name, sha256, "contract.json")
-    tokenizer = read_tokenizer(folder)
-    model_input.check_golden(tokenizer, contract)
-    return Package(folder, contract, manifest, model_input, tokenizer)
-
-
-def check_manifest(folder: Path) -> dict:
-    """The parsed manifest.json, once every file that it lists has the bytes that it lists, and none is there besides."""
-    if not (folder / "manifest.json").is_file():
-        raise PackageError(f"{folder}: manifest.json is missing; package the run again")
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    listed = {name: expected for name, expected in manifest["files"].items() if name not in NOT_MOUNTED}
-    for name, expected in listed.items():
-        path = folder / name
-        if not path.is_file():
-            raise PackageError(f"{path}: missing, but manifest.json lists it; upload the package again")
-        if path.stat().st_size != expected["bytes"]:
-            raise PackageError(f"{path}: {path.stat().st_size} bytes, manifest.json says {expected['bytes']}; upload it again")
-    with ThreadPoolExecutor(HASHING_THREADS) as pool:
-        for _ in pool.map(lambda name: check_hash(folder / name, listed[name]["sha256"], "manifest.json"), listed):
-            pass
-    present = {path.name for path in folder.iterdir() if path.is_file()}
-    unlisted = sorted(present - set(manifest["files"]) - {"manifest.json", *NOT_MOUNTED})
-    if unlisted:
-        raise PackageError(f"{folder}: {', '.join(unlisted)} not listed in manifest.json; package the run again")
-    return manifest
-
-
-def check_hash(path: Path, expected: str, source: str) -> None:
-    """Raise PackageError unless the SHA-256 of the file at `path` is `expected`, as `source` says."""
-    if not path.is_file():
-        raise PackageError(f"{path}: missing, but {source} lists it; package the run again")
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != expected:
-        raise PackageError(f"{path}: its SHA-256 is {found[:12]}…, {source} says {expected[:12]}…; the file has changed")
-
-
-class _SourceOnly(importlib.abc.SourceLoader):
-    """Loads a module from its source, never from a cached compilation, and writes none beside it."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def get_filename(self, fullname: str) -> str:
-        return str(self.path)
-
-    def get_data(self, path: str) -> bytes:
-        return Path(path).read_bytes()
-
-
-def execute_model_input(path: Path) -> ModuleType:
-    """The module in `path`, under a name of its own, so that packages with different copies can live side by side."""
-    name = f"model_input_{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
-    loader = _SourceOnly(path)
-    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(name, path, loader=loader))
-    sys.modules[name] = module
-    loader.exec_module(module)
-    return module
-
-
-def read_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer in tokenizer.json, as training saved it: no class of transformers can rebuild it differently."""
-    if not (folder / "tokenizer.json").is_file():
-        raise PackageError(f"{folder}: tokenizer.json is missing; package the run again")
-    return Tokenizer.from_file(str(folder / "tokenizer.json"))
-
-
-# ==============================================================================================================
-# models/placement.py
-#
-# Which part of a model stands on which device, where one device cannot hold it: layers in their order, bytes in balance.
-#
-# Nothing here needs torch: sizes come from the headers of the package's safetensors files.
-# ==============================================================================================================
-
-LAYER = re.compile(r"^(.*\.layers)\.(\d+)\.")
-
-
-def weight_sizes(folder: Path) -> dict[str, tuple[int, int]]:
-    """Bytes and elements of every tensor in the folder's model*.safetensors, by name.
-
-    Two elements of nf4 share a byte. A word of GPTQ holds as many as there are inputs, which g_idx counts, to a row of words.
-    """
-    sizes = {}
-    for path in sorted(Path(folder).glob("model*.safetensors")):
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        header.pop("__metadata__", None)
-        for name, tensor in header.items():
-            start, end = tensor["data_offsets"]
-            in_one = 2 if tensor["dtype"] == "U8" and f"{name}.absmax" in header else 1
-            if name.endswith(".qweight"):
-                in_one = header[name.removesuffix("qweight") + "g_idx"]["shape"][0] // tensor["shape"][0]
-            sizes[name] = (end - start, math.prod(tensor["shape"]) * in_one)
-    return sizes
-
-
-def part_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
-    """Bytes by part, in the order in which a row passes through them: embedding, layers by number, last norm, head."""
-    parts: dict[str, int] = {}
-    for name, size in sorted(sizes.items(), key=lambda item: place_of(item[0])):
-        layer = LAYER.match(name)
-        part = f"{layer[1]}.{layer[2]}" if layer else name.removesuffix(".weight").removesuffix(".bias")
-        parts[part] = parts.get(part, 0) + size
-    return parts
-
-
-def place_of(name: str) -> tuple[int, int]:
-    """Where a tensor's part stands in a decoder."""
-    if layer := LAYER.match(name):
-        return (1, int(layer[2]))
-    return (0 if "embed" in name else 2 if "norm" in name else 3, 0)
-
-
-def balance(sizes: Sequence[int], devices: int) -> list[int]:
-    """The device's number for each part: neighbours stay together, and the fullest device holds as little as can be."""
-    low, high = max(sizes), sum(sizes)
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fill(sizes, middle)[-1] < devices else (middle + 1, high)
-    return fill(sizes, low)
-
-
-def fill(sizes: Sequence[int], capacity: int) -> list[int]:
-    """The device's number for each part, where a device takes parts until the next one would be over `capacity`."""
-    numbers, device, held = [], 0, 0
-    for size in sizes:
-        if held + size > capacity:
-            device, held = device + 1, 0
-        held += size
-        numbers.append(device)
-    return numbers
-
-
-def split_over(folder: Path, devices: Sequence[str]) -> dict[str, str]:
-    """Transformers' device_map for the model in `folder`, its layers over all `devices`.
-
-    Positions are computed beside the embedding; a head that is the embedding itself stays with it.
-    """
-    parts = part_sizes({name: size for name, (size, _) in weight_sizes(folder).items()})
-    numbers = balance(list(parts.values()), len(devices))
-    placed = {part: devices[number] for part, number in zip(parts, numbers, strict=True)}
-    prefix = next(part for part in parts if ".layers." in part).split(".layers.")[0]
-    placed[f"{prefix}.rotary_emb"] = devices[0]
-    if not {"lm_head", "score"} & placed.keys():
-        placed["lm_head"] = devices[0]
-    return placed
-
-
-# ==============================================================================================================
-# models/pipeline.py
-#
-# A split model has a batch in flight on each of its devices: while the second computes one, the first has the next.
-#
-# A stage is the layers on one device. A batch leaves its stage once the device has computed it and the next stage is free, so
-# that there is one batch in a stage at most, and a device holds the intermediates of one batch only.
-#
-# Each batch in flight has a CUDA stream of its own on every device. PyTorch's copy from one GPU to another makes the current
-# streams of both wait for each other, and accelerate copies masks and positions anew for every layer of a later stage: on one
-# stream, the first GPU's next batch would stand in the queue behind copies that wait for the second GPU.
-# ==============================================================================================================
-
-
-class Stages:
-    """The stages of a split model, entered by forward hooks on the first part of each device.
-
-    `devices` are the stages' devices; those that are GPUs get a stream for each batch in flight.
-    """
-
-    def __init__(self, model, starts: Sequence[str], devices: Sequence[str] = ()):
-        self.locks = [threading.Lock() for _ in range(1 + len(starts))]
-        self.local = threading.local()
-        self.streams: queue.SimpleQueue[list] = queue.SimpleQueue()
-        for _ in self.locks:
-            self.streams.put([torch.cuda.Stream(device) for device in devices if device.startswith("cuda")])
-        for stage, start in enumerate(starts, 1):
-            part = next(part for name, part in model.named_modules() if f".{name}".endswith(f".{start}"))  # PEFT adds a prefix
-            part.register_forward_pre_hook(lambda *_, stage=stage: self.enter(stage))
-
-    @contextlib.contextmanager
-    def batch(self) -> Iterator[None]:
-        """One batch on its way through all stages; outside of this nothing waits. What it computes must be read inside."""
-        self.locks[0].acquire()
-        self.local.stage, self.local.streams = 0, self.streams.get()
-        try:
-            with contextlib.ExitStack() as current:
-                for stream in reversed(self.local.streams):  # the last one entered decides the thread's device
-                    current.enter_context(torch.cuda.stream(stream))
-                yield
-        finally:
-            self.streams.put(self.local.streams)
-            self.locks[self.local.stage].release()
-            self.local.stage = None
-
-    def enter(self, stage: int) -> None:
-        """Wait until the stage is free, take it, and give back the one before once its device has done its work."""
-        held = getattr(self.local, "stage", None)
-        if held is not None:
-            self.locks[stage].acquire()
-            if self.local.streams:
-                self.local.streams[held].synchronize()
-            self.locks[held].release()
-            self.local.stage = stage
-
-
-def stage_starts(device_map: Mapping[str, str]) -> list[str]:
-    """The first part on each device but the first, from a device_map in the order in which a row passes through its parts."""
-    parts = [(part, device) for part, device in device_map.items() if ".layers." in part]
-    return [part for (_, before), (part, device) in zip(parts, parts[1:], strict=False) if device != before]
-
-
-# ==============================================================================================================
-# models/gptq.py
-#
-# GPTQ packages without GPTQ's libraries: linear layers that unpack their 4 or 8 bits for each matrix product.
-#
-# Kaggle's image has none of them, and none can be taken there: gptqmodel is a source distribution that wants a newer
-# transformers and compiles its CUDA kernels at first use. The file format is the standard one (checkpoint_format gptq): qweight
-# and qzeros are int32 words, lowest bits first, of qweight along the inputs, of qzeros along the outputs, each zero less one.
-# ==============================================================================================================
-
-UNPACKING = "gptq_unpacked"  # the name that transformers knows these classes by; its own loader of gptq wants the libraries
-READ = {"bits": (4, 8), "desc_act": (False,), "sym": (True,), "checkpoint_format": ("gptq",)}
-
-
-class GptqLinear(torch.nn.Module):
-    """A linear layer of (outputs, inputs), each row in groups of `group_size` weights with one float16 scale."""
-
-    def __init__(self, outputs: int, inputs: int, bias: torch.nn.Parameter | None, bits: int, group_size: int):
-        super().__init__()
-        self.bits, self.group_size = bits, group_size
-        groups, in_word = inputs // group_size, 32 // bits
-        self.register_buffer("qweight", torch.zeros(inputs // in_word, outputs, dtype=torch.int32))
-        self.register_buffer("qzeros", torch.zeros(groups, outputs // in_word, dtype=torch.int32))
-        self.register_buffer("scales", torch.zeros(groups, outputs, dtype=torch.float16))
-        self.register_buffer("g_idx", torch.zeros(inputs, dtype=torch.int32))  # i // group_size: nothing was reordered
-        self.bias = bias
-
-    def weight_ui(self, dtype: torch.dtype) -> torch.Tensor:
-        """The weights in `dtype`, of shape (outputs, inputs): (code - zero) * scale."""
-        codes_ui = unpack(self.qweight, self.bits).transpose(0, 1).flatten(1)
-        zeros_qu = unpack(self.qzeros, self.bits).flatten(1) + 1
-        weight_uqi = codes_ui.unflatten(1, (-1, self.group_size)).to(dtype)
-        weight_uqi.sub_(zeros_qu.T.unsqueeze(-1)).mul_(self.scales.T.unsqueeze(-1).to(dtype))
-        return weight_uqi.flatten(1)
-
-    def forward(self, input_bti: torch.Tensor) -> torch.Tensor:
-        """The layer's output, in the input's dtype."""
-        return linear(input_bti, self.weight_ui(input_bti.dtype), self.bias)
-
-
-def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """The codes in int32 `words` of shape (rows, columns), uint8 (rows, columns, 32 // bits). Bytes stand lowest first."""
-    bytes_rcb = words.contiguous().view(torch.uint8).unflatten(-1, (-1, 4))
-    return bytes_rcb if bits == 8 else torch.stack((bytes_rcb & 15, bytes_rcb >> 4), dim=-1).flatten(-2)
-
-
-class UnpackingConfig(QuantizationConfigMixin):
-    """What a GPTQ package's config.json says, as far as loading needs it."""
-
-    def __init__(self, bits: int, group_size: int, **_):
-        self.quant_method, self.bits, self.group_size = UNPACKING, bits, group_size
-
-
-class UnpackingQuantizer(HfQuantizer):
-    """Tells transformers to put a GptqLinear in the place of every linear layer below `layers` before it reads weights."""
-
-    requires_calibration = True
-
-    def _process_model_before_weight_loading(self, model: torch.nn.Module, **_) -> None:
-        config = self.quantization_config
-        found = [(name, old) for name, old in model.named_modules() if isinstance(old, torch.nn.Linear) and ".layers." in name]
-        for name, old in found:
-            with torch.device("meta"):
-                new = GptqLinear(old.out_features, old.in_features, old.bias, config.bits, config.group_size)
-            model.set_submodule(name, new)
-
-    def is_serializable(self, **_) -> bool:
-        """No: what is loaded here is served."""
-        return False
-
-    @property
-    def is_trainable(self) -> bool:
-        """No: what is loaded here is served."""
-        return False
-
-
-def unpacking(settings: Mapping[str, object], folder: Path | str) -> dict[str, object]:
-    """config.json's `quantization_config` as from_pretrained must get it. PackageError for a kind that is not unpacked here."""
-    for key, known in READ.items():
-        if settings.get(key) not in known:
-            expected = " or ".join(map(str, known))
-            raise PackageError(f"{folder}: config.json: {key} is {settings.get(key)!r}, expected {expected}; quantise it again")
-    if UNPACKING not in AUTO_QUANTIZER_MAPPING:
-        register_quantization_config(UNPACKING)(UnpackingConfig)
-        register_quantizer(UNPACKING)(UnpackingQuantizer)
-    return {"quant_method": UNPACKING, "bits": settings["bits"], "group_size": settings["group_size"]}
-
-
-# ==============================================================================================================
-# models/shortcuts.py
-#
-# What scoring can leave out without another answer: work for tokens that nobody reads, and attention's slow kernel.
-#
-# A head reads one token of a row: a decoder's last one, an encoder's first. In the last layer all tokens are needed for the
-# attention's keys and values, but what comes after it only for the token that is read: hooks on its output projection and
-# its MLP hand on that token alone. What they give, one token wide, is added to the residual of all tokens by broadcasting,
-# which is right in the one place that is read.
-# ==============================================================================================================
-
-SDPA = "sdpa_repeated"
-AFTER_ATTENTION = ("self_attn.o_proj", "mlp", "attention.output.dense", "intermediate")  # decoders' names, then BERT's
-BEING_READ = threading.local()  # of the batch that this thread is scoring: a split model has one in each of several threads
-
-
-def repeated_attention(module, query_bhtd, key_bhtd, value_bhtd, attention_mask, scaling=None, **_):
-    """PyTorch's attention with keys and values repeated for every head of their group.
-
-    transformers' own leaves the groups to PyTorch where there is no mask (`enable_gqa`). Only FlashAttention on a GPU can
-    do that: on a T4, which has none, and on a CPU the unfused kernel is taken instead.
-    """
-    groups = getattr(module, "num_key_value_groups", 1)
-    output_bhtd = scaled_dot_product_attention(
-        query_bhtd,
-        key_bhtd.repeat_interleave(groups, dim=1) if groups > 1 else key_bhtd,
-        value_bhtd.repeat_interleave(groups, dim=1) if groups > 1 else value_bhtd,
-        attn_mask=attention_mask,
-        scale=scaling,
-        is_causal=attention_mask is None and module.is_causal,
+    root = kaggle_root()
+    hidden_run = is_hidden_run()
+    devices = list(devices or list_devices())
+    (root / "working" / "submission.csv").unlink(missing_ok=True)  # an earlier run's
+
+    # The time limit depends on the number of rows.
+    test_file = find_mounted(root, settings.competition, TEST_FILES, "competitions")
+    rows = read_rows(test_file, are_turns="tie" in settings.verdicts)
+    clock = start_clock(settings.time_limit(len(rows)), began)
+    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    log(clock, f"{settings.name}: {', '.join(map(' '.join, versions.items()))}")
+    log(clock, f"{test_file}: {len(rows)} rows, {sum(row['counts'] for row in rows)} of them count")
+
+    served, packages = read_packages(root, settings, clock)
+    folders = [package.folder for package in packages]
+    visible = choose_visible_rows(root, settings, folders, {row["id"] for row in rows})
+    if visible.log_line:
+        log(clock, visible.log_line)
+    all_rows = [*rows, *visible.rows]
+
+    machine: dict = {}
+    with log_errors_of_hidden_run(clock):
+        machine["installed"] = install_missing_wheels(root, folders, settings.wheels)
+        machine |= check_machine(root, packages, devices, clock)
+
+    board = make_board(served, packages, all_rows, devices, clock, hidden_run)
+    with log_errors_of_hidden_run(clock):
+        score_all(board)
+    scored = combine(served, packages, board.progress.scores)
+
+    shortfall = describe_shortfall(rows, scored, settings.min_scored)
+    if shortfall is not None:
+        if not hidden_run:
+            raise ValueError(f"{shortfall}; nothing is submitted, as the visible run shows it")
+        log(clock, f"warning: {shortfall}; the others get the prior")
+    final = fill_unscored(rows, scored, settings.verdicts)
+    ids = [row["id"] for row in read_table(test_file, ("id",))]
+    write_submission(root / "working" / "submission.csv", settings, final, ids)
+
+    counts = count_rows(rows, scored)
+    by_prior = counts["rows"] - counts["scored"]
+    log(
+        clock,
+        f"submission.csv: {len(rows)} rows, {counts['scored']} scored, {by_prior} by the prior",
     )
-    return output_bhtd.transpose(1, 2).contiguous(), None
+
+    # The submission stands: what fails from here on costs no more than a record.
+    with log_errors_of_hidden_run(clock):
+        models = board.scores_by_run()
+        write_scores(root / "working" / "scores.parquet", settings.verdicts, final, scored, models)
+        record = {
+            "settings": asdict(settings),
+            "clock_seconds": settings.time_limit(len(rows)),
+            "versions": versions,
+            "machine": machine,
+            **counts,
+            "shortfall": shortfall,
+            **describe_run(board),
+            "visible": report_visible_run(board, visible, scored) if visible.rows else None,
+            "seconds": round(clock.elapsed(), 1),
+        }
+        write_record(root / "working" / "kernel.json", record)
 
 
-AttentionInterface.register(SDPA, repeated_attention)
-AttentionMaskInterface.register(SDPA, sdpa_mask)
+def list_devices() -> list[str]:
+    """List every GPU, or the CPU.
 
-
-def take_shortcuts(model: torch.nn.Module) -> None:
-    """Have `model` compute the end of its last layer only for the tokens in `reading`, and say whether it is `causal`.
-
-    Outside of `reading` it computes everything.
+    A rehearsal names them in KAGGLE_DEVICES: "cpu,cpu" are two workers that stand in for GPUs.
     """
-    attentions = [module for module in model.modules() if hasattr(module, "is_causal")]
-    model.causal = bool(attentions) and all(module.is_causal for module in attentions)
-    if model.causal or model.config.model_type == "bert":
-        layers = next(module for name, module in model.named_modules() if name.endswith((".layers", ".encoder.layer")))
-        for name in AFTER_ATTENTION:
-            with contextlib.suppress(AttributeError):
-                layers[-1].get_submodule(name).register_forward_pre_hook(only_what_is_read)
+    named_devices = os.environ.get("KAGGLE_DEVICES")
+    if named_devices:
+        return named_devices.split(",")
+    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    return gpus or ["cpu"]
 
 
 @contextlib.contextmanager
-def reading(places_b: torch.Tensor) -> Iterator[None]:
-    """In this thread, a forward pass is only read at one place of each row."""
-    BEING_READ.places_b = places_b
+def log_errors_of_hidden_run(clock: Clock) -> Iterator[None]:
+    """In the hidden run, log an error of the block and go on: fewer scores beat no submission.
+
+    A PackageError is raised in any run: it shows that answers would be wrong.
+    """
     try:
         yield
-    finally:
-        BEING_READ.places_b = None
+    except PackageError:
+        raise
+    except Exception:
+        if not is_hidden_run():
+            raise
+        log(clock, f"going on with what was scored until now: {traceback.format_exc()}")
 
 
-def only_what_is_read(_, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-    """A forward pre-hook: of the hidden states (rows, tokens, width) the read token of each row, (rows, 1, width)."""
-    places_b = getattr(BEING_READ, "places_b", None)
-    if places_b is None:
-        return None
-    hidden_btd, *others = args
-    rows_b = torch.arange(len(places_b), device=hidden_btd.device)
-    return (hidden_btd[rows_b, places_b.to(hidden_btd.device)].unsqueeze(1), *others)
+def read_packages(root: Path, settings: Settings, clock: Clock) -> tuple[Settings, list[Package]]:
+    """Find and check the spec's packages. In the hidden run one that fails is left out.
 
+    Returns:
+        The settings with the packages that passed, and these packages.
 
-# ==============================================================================================================
-# models/model.py
-#
-# The model of a package, loaded so that it answers as it did in training: pad id, attention and soft-cap from the contract.
-# ==============================================================================================================
-
-CLASSES = {
-    "score": AutoModelForSequenceClassification,
-    "reward": AutoModelForSequenceClassification,
-    "label_tokens": AutoModelForCausalLM,
-}
-LORA = ("lora_config.json", "lora.safetensors")  # under PEFT's own names, transformers would go looking for the base model
-
-
-def load_model(
-    folder: Path | str,
-    contract,
-    device: str,
-    dtype: torch.dtype | None = None,
-    device_map: Mapping[str, str] | None = None,
-) -> torch.nn.Module:
-    """The model in `folder` on `device`, in eval mode, with the adapter on it where the folder holds one.
-
-    `dtype` None means float16 on CUDA (a T4 has no bfloat16 units) and float32 elsewhere; quantised packages load by their
-    own config.json. A `device_map` places parts of the model on several devices; its inputs then go to `device`, which holds
-    the embedding. Raises PackageError where a weight is missing or the configuration contradicts the contract.
+    Raises:
+        Exception: The error of a package, in the hidden run only where none passed.
     """
-    if contract.head not in CLASSES:
-        raise PackageError(f"{folder}: its head is {contract.head!r}; this runtime scores {', '.join(CLASSES)}")
-    dtype = dtype or (torch.float16 if device.startswith("cuda") else torch.float32)
-    config = serving_config(folder, contract)
-    quantised = getattr(config, "quantization_config", None)
-    if quantised and device.startswith("cuda") and quantised.get("bnb_4bit_compute_dtype") == "bfloat16":
-        raise PackageError(f"{folder}: computes in bfloat16, which a T4 lacks; quantise it again from float16 weights")
-    if quantised and quantised.get("quant_method") == "gptq":
-        config.quantization_config = unpacking(quantised, folder)
-    placed = {"device_map": dict(device_map or {"": device})} if device_map or quantised or device != "cpu" else {}
-    model, loaded = CLASSES[contract.head].from_pretrained(
-        folder,
-        config=config,
-        dtype=dtype,
-        attn_implementation="eager" if contract.softcap else SDPA,
-        use_safetensors=True,
-        local_files_only=True,
-        output_loading_info=True,
-        **placed,
-    )
-    lora_config, lora = (Path(folder) / name for name in LORA)
-    missing = set(loaded["missing_keys"])
-    if lora.is_file():
-        model, found = put_adapter_on(model, lora_config, lora, dtype)
-        missing -= found
-    if missing:
-        raise PackageError(f"{folder}: weights are missing: {', '.join(sorted(missing)[:5])}")
-    take_shortcuts(model)
-    return model.eval()
-
-
-def put_adapter_on(
-    model: torch.nn.Module, lora_config: Path, lora: Path, dtype: torch.dtype
-) -> tuple[torch.nn.Module, set[str]]:
-    """The model with a LoRA adapter that was not merged, in `dtype`, and the names of the weights that the adapter replaces."""
-    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict  # noqa: PLC0415  few packages need it
-
-    config = LoraConfig.from_peft_type(**json.loads(lora_config.read_text(encoding="utf-8")))
-    tensors = load_file(lora)
-    model = get_peft_model(model, config, autocast_adapter_dtype=False)
-    result = set_peft_model_state_dict(model, tensors)
-    absent = [name for name in result.missing_keys if "lora_" in name or ".modules_to_save." in name]
-    if absent or result.unexpected_keys:
-        raise PackageError(f"{lora}: not the adapter of {lora_config}: {', '.join([*absent, *result.unexpected_keys][:5])}")
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.to(dtype)
-    return model, {name.removeprefix("base_model.model.") for name in tensors}
-
-
-def serving_config(folder: Path | str, contract):
-    """The folder's config.json with pad id and soft-cap set as the contract says."""
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    outputs = {"score": len(contract.verdicts), "reward": 1, "label_tokens": 0}[contract.head]
-    found = 0 if contract.head == "label_tokens" else config.num_labels
-    if not found == contract.num_labels == outputs:
-        raise PackageError(
-            f"{folder}: config.json has {found} labels, contract.json {contract.num_labels} for the head {contract.head} and "
-            f"the verdicts {', '.join(contract.verdicts)}; package the run again"
-        )
-    if contract.head == "label_tokens" and len(contract.label_token_ids) != len(contract.verdicts):
-        raise PackageError(f"{folder}: contract.json names {len(contract.label_token_ids)} label tokens; package the run again")
-    config.pad_token_id = contract.pad_token_id
-    config.use_cache = False  # keys and values for a generation that never comes: 2.8 GB of Gemma-2-9b at 8,192 tokens
-    if contract.softcap and not getattr(config, "attn_logit_softcapping", None):
-        raise PackageError(f"{folder}: trained with a soft-cap, but config.json has no attn_logit_softcapping")
-    if not contract.softcap and hasattr(config, "attn_logit_softcapping"):
-        config.attn_logit_softcapping = None
-    return config
-
-
-# ==============================================================================================================
-# models/scoring.py
-#
-# Pairs in, probabilities out, the same whatever else is in the batch; everything is joined by id, never by position.
-# ==============================================================================================================
-
-ORDERS = ("as_given", "swapped")
-SPARE_TOKENS = 128  # about what a forward pass costs beside its tokens, of 4-bit weights that are unpacked each time
-
-
-@dataclass(frozen=True)
-class Request:
-    """One pair to be scored: the pair `id`, with its responses in `order`, as one sequence, or for the reward head two."""
-
-    id: str
-    order: str
-    sequences: tuple[list[int], ...]
-
-    @property
-    def length(self) -> int:
-        """Tokens of the longest sequence."""
-        return max(map(len, self.sequences))
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of all sequences."""
-        return sum(map(len, self.sequences))
-
-
-def orders_of(contract, orders: Iterable[str]) -> tuple[str, ...]:
-    """The orders worth scoring: a reward model sees each response alone, so that its second order is its first."""
-    return ORDERS[:1] if contract.head == "reward" else tuple(orders)
-
-
-def padded_tokens(batch: Sequence[Request]) -> int:
-    """Tokens that are computed for a batch, padding included."""
-    lengths = [len(ids) for request in batch for ids in request.sequences]
-    return sum(lengths[group[0]] * len(group) for group in alike(lengths))
-
-
-def alike(lengths: Sequence[int]) -> list[list[int]]:
-    """The lengths' places in groups, longest first, each to be one forward pass with at most SPARE_TOKENS of padding."""
-    groups: list[list[int]] = []
-    padding = 0
-    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
-        padding += lengths[groups[-1][0]] - lengths[place] if groups else 0
-        if not groups or padding > SPARE_TOKENS:
-            groups.append([])
-            padding = 0
-        groups[-1].append(place)
-    return groups
-
-
-def make_requests(model_input: ModuleType, tokenizer, contract, pairs: Sequence, orders: Iterable[str]) -> list[Request]:
-    """The requests for `pairs` in `orders`, encoded by the package's own model_input."""
-    made = []
-    for order in orders:
-        ordered = [model_input.swap(pair) for pair in pairs] if order == "swapped" else list(pairs)
-        encoded = model_input.encode_all(ordered, tokenizer, contract)
-        made += [Request(pair.id, order, sequences) for pair, sequences in zip(pairs, encoded, strict=True)]
-    return made
-
-
-def make_batches(requests: Iterable[Request], tokens_per_batch: int) -> list[list[Request]]:
-    """Batches of requests of like length, longest first, so that one too large for memory shows at once.
-
-    A batch, padded, holds at most `tokens_per_batch` tokens; a request that is longer than that is a batch of its own.
-    """
-    batches: list[list[Request]] = []
-    for request in sorted(requests, key=lambda request: (-request.length, request.id, request.order)):
-        if batches and padded_tokens([*batches[-1], request]) <= tokens_per_batch:
-            batches[-1].append(request)
-        else:
-            batches.append([request])
-    return batches
-
-
-@torch.inference_mode()
-def score_batch(
-    model: torch.nn.Module, model_input: ModuleType, contract, batch: list[Request], device: str, passing=contextlib.nullcontext
-) -> list[list[float]]:
-    """Probabilities of a batch, one list a request in the order of contract.verdicts, swapped ones swapped back.
-
-    The softmax is in float32. Where the model overflowed, the probabilities are NaN. Each forward pass is made in the context
-    `passing()`.
-    """
-    logits_bv = verdict_logits(model, contract, [ids for request in batch for ids in request.sequences], device, passing)
-    if contract.logit_bias:
-        logits_bv = logits_bv + torch.tensor(contract.logit_bias)
-    probabilities_bv = logits_bv.softmax(-1).tolist()
-    return [
-        model_input.swap_probabilities(values, contract.verdicts) if request.order == "swapped" else values
-        for request, values in zip(batch, probabilities_bv, strict=True)
-    ]
-
-
-def verdict_logits(
-    model: torch.nn.Module, contract, sequences: Sequence[list[int]], device: str, passing=contextlib.nullcontext
-) -> torch.Tensor:
-    """The verdicts' logits, float32 of shape (requests, verdicts), of one sequence a request, for the reward head of two.
-
-    Sequences of like length go through the model together: a pair's two responses, which are not, each with others.
-    """
-    compute_logits = label_token_logits if contract.head == "label_tokens" else classifier_logits
-    rows = [torch.empty(0)] * len(sequences)
-    for group in alike(list(map(len, sequences))):
-        with passing():
-            outputs_bu = compute_logits(model, contract, [sequences[place] for place in group], device).float().cpu()
-        for place, row in zip(group, outputs_bu, strict=True):
-            rows[place] = row
-    logits = torch.stack(rows)
-    if contract.head != "reward":
-        return logits
-    return logits.view(-1, 2)[:, [("model_a", "model_b").index(verdict) for verdict in contract.verdicts]]
-
-
-def classifier_logits(model: torch.nn.Module, contract, sequences: Sequence[list[int]], device: str) -> torch.Tensor:
-    """The outputs of a classifier, (sequences, outputs). Its rows are padded on the right.
-
-    By itself it finds the last token that is not padding. What a decoder reads there never sees the padding behind it, so that
-    only an encoder needs a mask.
-    """
-    is_decoder = getattr(model, "causal", False)
-    ids_bt, mask_bt = pad(sequences, contract.pad_token_id, pad_left=False)
-    inputs = {"input_ids": ids_bt.to(device)}
-    if not is_decoder and not mask_bt.all():
-        inputs["attention_mask"] = mask_bt.long().to(device)
-
-    # A decoder's head reads the last token of a row that is not padding, an encoder's the first.
-    read_places = [0] * len(sequences)
-    if is_decoder:
-        read_places = [last_token_place(ids, contract.pad_token_id) for ids in sequences]
-    with reading(torch.tensor(read_places, device=device)):
-        return model(**inputs).logits
-
-
-def label_token_logits(model: torch.nn.Module, contract, sequences: Sequence[list[int]], device: str) -> torch.Tensor:
-    """The answer tokens' logits of a causal LM, (sequences, verdicts).
-
-    Its rows are padded on the left: the answer then stands at the last place of every row, and only there are logits computed.
-    """
-    ids_bt, mask_bt = pad(sequences, contract.pad_token_id, pad_left=True)
-    position_ids_bt = (mask_bt.cumsum(-1) - 1).clamp(min=0)
-    inputs = {"input_ids": ids_bt.to(device), "position_ids": position_ids_bt.to(device)}
-    if not mask_bt.all():
-        inputs["attention_mask"] = mask_bt.long().to(device)
-
-    last_place = ids_bt.shape[1] - 1
-    with reading(torch.full((len(sequences),), last_place, device=device)):
-        logits_b1v = model(**inputs, logits_to_keep=1, use_cache=False).logits
-    return logits_b1v[:, -1, list(contract.label_token_ids)]
-
-
-def pad(sequences: Sequence[list[int]], pad_token_id: int, pad_left: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids padded to the longest sequence, and where they are no padding, both (sequences, tokens)."""
-    lengths_b1 = torch.tensor([[len(ids)] for ids in sequences])
-    longest = int(lengths_b1.max())
-    places_t = torch.arange(longest)
-    mask_bt = places_t >= longest - lengths_b1 if pad_left else places_t < lengths_b1
-
-    ids_bt = torch.full(mask_bt.shape, pad_token_id)
-    ids_bt[mask_bt] = torch.tensor([token for ids in sequences for token in ids])
-    return ids_bt, mask_bt
-
-
-def last_token_place(ids: Sequence[int], pad_token_id: int) -> int:
-    """The place of the last token that is not the pad id; 0 where all are, as the classifier reads such a row."""
-    for place in range(len(ids) - 1, -1, -1):
-        if ids[place] != pad_token_id:
-            return place
-    return 0
-
-
-def score(  # noqa: PLR0913  the last three are options by name
-    model: torch.nn.Module,
-    model_input: ModuleType,
-    tokenizer,
-    contract,
-    pairs: Sequence,
-    *,
-    orders: Iterable[str] = ORDERS,
-    tokens_per_batch: int = 8192,
-    device: str = "cpu",
-) -> dict[str, dict[str, list[float]]]:
-    """Probabilities by id and order, in the order of contract.verdicts; swapped ones are already swapped back.
-
-    A reward model is run once a pair, whatever the orders. Raises FloatingPointError where a row's probabilities are not
-    finite, ValueError where two pairs share an id.
-    """
-    scores: dict[str, dict[str, list[float]]] = {pair.id: {} for pair in pairs}
-    if len(scores) != len(pairs):
-        raise ValueError(f"{len(pairs) - len(scores)} pairs have the id of another one; scores are joined by id")
-    orders = tuple(orders)
-    worth = orders_of(contract, orders)
-    for batch in make_batches(make_requests(model_input, tokenizer, contract, pairs, worth), tokens_per_batch):
-        for request, values in zip(batch, score_batch(model, model_input, contract, batch, device), strict=True):
-            if not all(map(math.isfinite, values)):
-                raise FloatingPointError(f"row {request.id}, {request.order}: probabilities {values} in {model.dtype}")
-            scores[request.id] |= dict.fromkeys([request.order] if worth == orders else orders, values)
-    return scores
-
-
-def mean_of_orders(scores: dict[str, dict[str, list[float]]]) -> dict[str, list[float]]:
-    """The mean over the orders in which each pair was scored, by id; a pair that was not scored is left out."""
-    return {
-        pair_id: [sum(values) / len(by_order) for values in zip(*by_order.values(), strict=True)]
-        for pair_id, by_order in scores.items()
-        if by_order
-    }
-
-
-# ==============================================================================================================
-# scheduling/plan.py
-#
-# Shares out the seconds that are left: which rows get the second order, and which a further model.
-#
-# schedule.plan_next_pass decides with it, after every pass, which pass comes next. An option is one more pass of a package in an
-# order. It changes a probability by some amount, whose standard deviation s is measured. Its expected gain is that of the
-# knowledge gradient (Frazier, Powell and Dayanik 2008): 2 (s φ(m/s) − m Φ(−m/s)), with m half the lead of the first verdict over
-# the second. A row near the line between two verdicts gains most, one far from it nothing. For log loss it is s² (1 − Σp²).
-#
-# Rows are taken by their gain per second until the seconds are used. Which further models are worth their loading is tried out:
-# with none of them, with the first, with the first two, and so on.
-# ==============================================================================================================
-
-LOAD_BYTES_PER_SECOND = 3e8
-CHANGE_OF_ORDER = 0.06  # the change of a probability (sd) by a second order or model, until it is measured
-CHANGE_OF_MODEL = 0.1
-ROWS_TO_MEASURE = 30  # fewer give no standard deviation worth planning by
-SHORTEST_SECONDS = 1e-9  # of a row while no speed is measured: gains are divided by it
-
-
-@dataclass(frozen=True)
-class Option:
-    """One more pass that could be made: a package (its number in the spec) in an order, over the rows `unscored` (ids).
-
-    `change` is the standard deviation of what the pass changes in a probability; `load_seconds` is 0 where its model is loaded.
-    """
-
-    package: int
-    order: str
-    change: float
-    seconds_per_token: float
-    load_seconds: float = 0.0
-    unscored: Sequence[str] = ()
-
-
-@dataclass(frozen=True)
-class Offer:
-    """One row of an option, which is named by its place."""
-
-    option_place: int
-    row_id: str
-    gain: float
-    seconds: float
-    gain_per_second: float
-
-
-@dataclass(frozen=True)
-class Share:
-    """What an option gets of the clock: its rows with their gains per second, and the seconds for them, without loading."""
-
-    option: Option
-    gains: dict[str, float]
-    seconds: float
-
-
-def allocate(
-    options: Sequence[Option],
-    probabilities: Mapping[str, Sequence[float]],
-    tokens: Mapping[str, int],
-    seconds: float,
-    by_log_loss: bool,
-) -> list[Share]:
-    """Share `seconds`, what is left of the clock, out among the options: rows of most gain per second first.
-
-    `probabilities` are what the passes so far say of a row, by id (absent: nothing), `tokens` the rows' lengths. Each option
-    gets a share, in their order; one without rows where it gets no time.
-    """
-    offers = make_offers(options, probabilities, tokens, by_log_loss)
-    loaded = {option.package for option in options if not option.load_seconds}
-    further = sorted({option.package for option in options if option.load_seconds})
-
-    best_gain, best_shares = allocate_to(loaded, options, offers, seconds)
-    for count in range(1, len(further) + 1):
-        gain, shares = allocate_to(loaded.union(further[:count]), options, offers, seconds)
-        if gain > best_gain:
-            best_gain, best_shares = gain, shares
-    return best_shares
-
-
-def make_offers(
-    options: Sequence[Option], probabilities: Mapping[str, Sequence[float]], tokens: Mapping[str, int], by_log_loss: bool
-) -> list[Offer]:
-    """Every unscored row of every option, by gain per second; equal ones stay in the order of options and rows."""
-    offers = []
-    for place, option in enumerate(options):
-        for row_id in option.unscored:
-            gain = expected_gain(probabilities.get(row_id), option.change, by_log_loss)
-            seconds = max(tokens[row_id] * option.seconds_per_token, SHORTEST_SECONDS)
-            offers.append(Offer(place, row_id, gain, seconds, gain / seconds))
-    return sorted(offers, key=lambda offer: offer.gain_per_second, reverse=True)
-
-
-def allocate_to(
-    packages: Collection[int], options: Sequence[Option], offers: Sequence[Offer], seconds: float
-) -> tuple[float, list[Share]]:
-    """Take the best offers of these packages that fit the seconds left after loading; their gain, and every option's share."""
-    load_seconds = {option.package: option.load_seconds for option in options if option.package in packages}
-    seconds_left = seconds - sum(load_seconds.values())
-
-    total_gain = 0.0
-    gains_by_option: list[dict[str, float]] = [{} for _ in options]
-    seconds_used = [0.0] * len(options)
-    for offer in offers:
-        place = offer.option_place
-        # A row too long for what is left does not keep shorter ones behind it out.
-        if options[place].package not in packages or offer.seconds > seconds_left:
+    chosen_settings = []
+    packages = []
+    for number, chosen in enumerate(settings.packages):
+        try:
+            package = read_and_check_package(root, chosen, settings, clock)
+        except Exception as error:
+            is_last_chance = not packages and number == len(settings.packages) - 1
+            if is_last_chance or not is_hidden_run():
+                raise
+            log(clock, f"{chosen.run}: left out: {type(error).__name__}: {error}")
             continue
-        seconds_left -= offer.seconds
-        seconds_used[place] += offer.seconds
-        total_gain += offer.gain
-        gains_by_option[place][offer.row_id] = offer.gain_per_second
-
-    shares = [Share(option, gains_by_option[place], seconds_used[place]) for place, option in enumerate(options)]
-    return total_gain, shares
+        chosen_settings.append(chosen)
+        packages.append(package)
+    return replace(settings, packages=tuple(chosen_settings)), packages
 
 
-def expected_gain(values: Sequence[float] | None, change: float, by_log_loss: bool) -> float:
-    """What another opinion that changes a probability by `change` (sd) is expected to bring: accuracy, or nats of log loss."""
-    if values is None:
-        return 1.0
-    if by_log_loss:
-        return change**2 * (1 - sum(value**2 for value in values))
-    second, first = sorted(values)[-2:]
-    margin, change = (first - second) / 2, max(change, 1e-6)
-    ratio = margin / change
-    density = math.exp(-(ratio**2) / 2) / math.sqrt(2 * math.pi)
-    return 2 * (change * density - margin * math.erfc(ratio / math.sqrt(2)) / 2)
+def read_and_check_package(
+    root: Path, chosen: PackageSettings, settings: Settings, clock: Clock
+) -> Package:
+    """Find a package and check it against the spec and the recipe."""
+    folder = find_mounted(root, chosen.dataset, ("manifest.json",), "datasets").parent
+    package = read_package(folder, clock)
+    check_package(package, chosen, settings)
+    if package.contract.base_model != chosen.base_model:
+        log(
+            clock,
+            f"{chosen.run}: made of {package.contract.base_model}, "
+            f"its recipe says {chosen.base_model}",
+        )
+
+    # The template alone must fit the token budget.
+    empty_pair = package.model_input.Pair("", (), (), ())
+    contract = serving_contract(package, settings)
+    package.model_input.encode(empty_pair, package.tokenizer, contract)
+
+    golden_rows = len(package.contract.golden)
+    log(clock, f"{folder}: files, tokenizer and {golden_rows} golden rows are as packaged")
+    return package
 
 
-def measured_change(before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[float]]) -> float | None:
-    """The standard deviation of the first probability's change over the rows in both; None for fewer than ROWS_TO_MEASURE."""
-    changes = [after[row_id][0] - values[0] for row_id, values in before.items() if row_id in after]
-    if len(changes) < ROWS_TO_MEASURE:
-        return None
-    return math.sqrt(sum(change**2 for change in changes) / len(changes))
+def check_package(package: Package, chosen: PackageSettings, settings: Settings) -> None:
+    """Raise PackageError where verdicts, their order or the architecture are not the recipe's."""
+    contract = package.contract
+    missing_verdicts = set(settings.verdicts) - set(contract.verdicts)
+    if missing_verdicts:
+        raise PackageError(
+            f"{package.folder}: tells nothing of {', '.join(sorted(missing_verdicts))}, "
+            "which the competition asks for"
+        )
 
-
-def flop_per_token(package: Package) -> float:
-    """Floating-point operations that a token costs: two for each parameter that it is multiplied with."""
-    return 2.0 * sum(elements for name, (_, elements) in weight_sizes(package.folder).items() if is_multiplied(name))
-
-
-def loading_seconds(package: Package, copies: int) -> float:
-    """How long loading `copies` of a package should take, one after the other."""
-    return copies * sum(size for size, _ in weight_sizes(package.folder).values()) / LOAD_BYTES_PER_SECOND
-
-
-def is_multiplied(name: str) -> bool:
-    """Whether every token is multiplied with a tensor: no embedding, no lm_head (last places only), no norm, bias or scale."""
-    return name.endswith((".weight", ".qweight")) and not any(part in name.lower() for part in ("embed", "lm_head", "norm"))
-
-
-# ==============================================================================================================
-# inputs.py
-#
-# What Kaggle mounted, found by searching: the layout of /kaggle/input has changed before and differs between runs.
-#
-# WSDM's texts are strings; LMSYS's are JSON lists of turns with nulls. KAGGLE_ROOT stands for /kaggle in a rehearsal.
-# ==============================================================================================================
-
-TEXTS = ("prompt", "response_a", "response_b")
-SCORED = "scored"  # WSDM's column: whether the row counts on the current leaderboard
-ROWS_AT_ONCE = 1024
-
-
-def kaggle_root() -> Path:
-    """/kaggle, or the folder that stands for it in a rehearsal."""
-    return Path(os.environ.get("KAGGLE_ROOT", "/kaggle"))
-
-
-def find_mounted(root: Path, slug: str, names: Sequence[str], kind: str | None = None) -> Path:
-    """Find a file of the dataset or competition `slug`, wherever that is mounted.
-
-    Args:
-        root: The folder that is /kaggle, or stands for it.
-        slug: Kaggle's slug of the dataset or competition.
-        names: Names or patterns of the file; the first one that is there is taken.
-        kind: "datasets" or "competitions". What is mounted as the other is left out, and a mount
-            (slug, kind/slug, kind/owner/slug) comes before a folder of that name deeper inside.
-
-    Raises:
-        FileNotFoundError: There is none, or several that differ.
-    """
-    inputs = root / "input"
-    paths_by_rank: dict[tuple[int, int], list[Path]] = {}
-    for name_rank, name in enumerate(names):
-        for path in sorted(inputs.rglob(name)):
-            folders = path.relative_to(inputs).parts[:-1]
-            mount_rank = rank_mount(folders, slug, kind)
-            if path.is_file() and mount_rank is not None:
-                paths_by_rank.setdefault((mount_rank, name_rank), []).append(path)
-
-    # The same file may be mounted twice.
-    paths = []
-    if paths_by_rank:
-        paths = paths_by_rank[min(paths_by_rank)]
-        if all(is_same_file(path, paths[0]) for path in paths[1:]):
-            return paths[0]
-
-    folders_with_files = {path.parent for path in inputs.rglob("*") if path.is_file()}
-    mounted = sorted(str(folder.relative_to(inputs)) for folder in folders_with_files)
-    raise FileNotFoundError(
-        f"{inputs}: {len(paths)} files named {' or '.join(names)} below a folder {slug!r}, "
-        f"expected one; mounted are {', '.join(mounted) or 'no files at all'}; "
-        f"attach {slug} to the kernel once"
+    config = json.loads((package.folder / "config.json").read_text(encoding="utf-8"))
+    model_type = config.get("model_type")
+    if contract.verdicts != chosen.verdicts:
+        mismatch = f"contract.json: verdicts: found {contract.verdicts}"
+        expected = chosen.verdicts
+    elif model_type != chosen.model_type:
+        mismatch = f"config.json: model_type: found {model_type}"
+        expected = chosen.model_type
+    else:
+        return
+    raise PackageError(
+        f"{package.folder}/{mismatch}, the recipe of {chosen.run} says {expected}; package the "
+        "run again, or build the kernel again from the recipe that it was trained with"
     )
 
 
-def is_same_file(path: Path, other: Path) -> bool:
-    """Tell whether two files have the same name and the same bytes."""
-    return path.name == other.name and filecmp.cmp(path, other, shallow=False)
-
-
-def rank_mount(folders: Sequence[str], slug: str, kind: str | None) -> int | None:
-    """Rank a file by its folders below /kaggle/input.
-
-    Returns:
-        0 in the mount of `slug`, 1 in another folder of that name, None outside of both.
-    """
-    if slug not in folders:
-        return None
-    if kind is None:
-        return 0
-
-    # As the other kind, which may have the same slug.
-    other_kind = "competitions" if kind == "datasets" else "datasets"
-    if len(folders) > 1 and folders[0] == other_kind:
-        return None
-
-    # A competition has no owner: its mount is competitions/SLUG.
-    slug_place = 2 if kind == "datasets" else 1
-    is_below_kind = folders[0] == kind and folders[slug_place : slug_place + 1] == (slug,)
-    is_mount = folders[0] == slug or is_below_kind
-    return 0 if is_mount else 1
-
-
-def read_rows(path: Path, are_turns: bool) -> list[dict]:
-    """Read the test rows.
-
-    Args:
-        path: The test file, Parquet or CSV.
-        are_turns: Whether a text is a JSON list of turns.
-
-    Returns:
-        A dictionary for each row: `id` (str), prompt, response_a, response_b (each a string, None,
-        or with `are_turns` a list of those), and `counts`: whether Kaggle scores the row now.
-
-    Raises:
-        ValueError: A column is missing or holds no text, there are no rows, or an id is null, no
-            whole number, or there twice.
-    """
-    file_rows = list(rows_of(path, ("id", *TEXTS), optional_columns=(SCORED,)))
-    if not file_rows:
-        raise ValueError(f"{path}: no rows")
-
-    id_counts = Counter(row["id"] for row in file_rows)
-    repeated_ids = [row_id for row_id, count in id_counts.items() if count > 1]
-    if repeated_ids:
-        raise ValueError(
-            f"{path}: an id occurs twice: {', '.join(repeated_ids[:3])}; "
-            "a submission needs every id once"
-        )
-
-    rows = []
-    for file_row in file_rows:
-        row = {"id": file_row["id"]}
-        for name in TEXTS:
-            row[name] = read_text(file_row[name], are_turns)
-        row["counts"] = is_counted(file_row.get(SCORED))
-        rows.append(row)
-    return rows
-
-
-def is_counted(scored: object) -> bool:
-    """Tell whether a row counts, from its value in the column `scored`: unless that says no.
-
-    Values may be true and false, 1 and 0, or these as text; a null or no such column says nothing.
-    """
-    return str(scored).strip().lower() not in ("false", "0", "0.0")
-
-
-def read_ids(path: Path) -> list[str]:
-    """Read the ids of a table, in its order."""
-    return [row["id"] for row in rows_of(path, ("id",))]
-
-
-def rows_of(
-    path: Path,
-    columns: Sequence[str],
-    optional_columns: Sequence[str] = (),
-    keep: Container[str] | None = None,
-) -> Iterator[dict]:
-    """Read rows one after the other, so that memory holds a thousand of them at a time.
-
-    Args:
-        path: A Parquet or CSV file.
-        columns: What a row holds, `id` among them.
-        optional_columns: What it holds besides, where the file has it.
-        keep: The ids of the rows to be read; None: all.
-
-    Raises:
-        ValueError: A column is missing or holds no text, or an id is neither text nor a whole number.
-    """
-    read_parts = parquet_parts if path.suffix == ".parquet" else csv_parts
-    row_number = 0
-    for part in read_parts(path, columns, optional_columns, keep):
-        for row in part:
-            row_number += 1
-            row_id = id_text(row["id"])
-            if row_id is None:
-                raise ValueError(
-                    f"{path}, row {row_number}: its id is {row['id']!r}; "
-                    "expected a text or a whole number"
-                )
-            if keep is None or row_id in keep:
-                yield {**row, "id": row_id}
-
-
-def parquet_parts(
-    path: Path,
-    columns: Sequence[str],
-    optional_columns: Sequence[str],
-    keep: Container[str] | None,
-) -> Iterator[list[dict]]:
-    """Read a Parquet file by the thousand rows; of rows that are not in `keep` only the id."""
-    # Without these options whole columns are read: 340 MB of a file of 68 MB.
-    with pq.ParquetFile(path, pre_buffer=False, buffer_size=2**18) as file:
-        schema = file.schema_arrow
-        names = choose_columns(path, columns, optional_columns, schema.names)
-        for name in names:
-            if name in TEXTS and not holds_text(schema.field(name).type):
-                raise ValueError(
-                    f"{path}: column {name} holds {schema.field(name).type}; "
-                    "expected text, or lists of it"
-                )
-
-        for batch in file.iter_batches(ROWS_AT_ONCE, columns=names, use_threads=False):
-            if keep is None:
-                yield batch.to_pylist()
-                continue
-            ids = batch.column("id").to_pylist()
-            is_kept = [id_text(row_id) in keep for row_id in ids]
-            kept_rows = iter(batch.filter(pa.array(is_kept, pa.bool_())).to_pylist())
-            pairs = zip(ids, is_kept, strict=True)
-            yield [next(kept_rows) if kept else {"id": row_id} for row_id, kept in pairs]
-
-
-def csv_parts(
-    path: Path,
-    columns: Sequence[str],
-    optional_columns: Sequence[str],
-    keep: Container[str] | None,
-) -> Iterator[list[dict]]:
-    """Read a CSV file row by row; what a row lacks is None."""
-    csv.field_size_limit(2**31 - 1)
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-        reader = csv.DictReader(file)
-        names = choose_columns(path, columns, optional_columns, reader.fieldnames or ())
-        for row in reader:
-            yield [{name: row[name] for name in names}]
-
-
-def choose_columns(
-    path: Path, columns: Sequence[str], optional_columns: Sequence[str], present: Sequence[str]
-) -> list[str]:
-    """List the columns to be read; ValueError where one is missing that is not optional."""
-    missing = [name for name in columns if name not in present]
-    if missing:
-        raise ValueError(
-            f"{path}: no column {', '.join(missing)}; there are {', '.join(present) or 'none'}"
-        )
-    return [*columns, *(name for name in optional_columns if name in present)]
-
-
-def holds_text(kind: pa.DataType) -> bool:
-    """Whether a column's type is text, or lists of it; a column of nothing but nulls is."""
-    if isinstance(kind, pa.DictionaryType | pa.ListType | pa.LargeListType):
-        return holds_text(kind.value_type)
-    return kind in (pa.string(), pa.large_string(), pa.string_view(), pa.null())
-
-
-def id_text(value: object) -> str | None:
-    """An id as the submission has it: a text as it is, a whole number as its digits; None where it is neither.
-
-    A number that came as a float must be within 2**53: beyond it, digits have been lost.
-    """
-    if isinstance(value, float) and value.is_integer() and abs(value) <= 2**53:
-        return str(int(value))
-    if isinstance(value, bool | float | bytes):
-        return None
-    return str(value) if value is not None and str(value) != "" else None
-
-
-def read_text(value: str | Sequence | None, are_turns: bool) -> str | list[str | None] | None:
-    """A text as it is; with `are_turns`, the turns in its JSON (null: None), or the text itself where that is no JSON list."""
-    if not are_turns or not isinstance(value, str):
-        return value
-    try:
-        turns = json.loads(value)
-    except (json.JSONDecodeError, RecursionError):
-        return value
-    if isinstance(turns, list):
-        return [turn if turn is None else str(turn) for turn in turns]
-    return None if turns is None else value
-
-
-def install_missing_wheels(root: Path, folders: Sequence[Path], wheels: str | None) -> list[str]:
-    """Install bitsandbytes from the mounted wheels where a package needs it and the image lacks it; what was installed."""
-    configs = [json.loads((folder / "config.json").read_text(encoding="utf-8")) for folder in folders]
-    methods = {config.get("quantization_config", {}).get("quant_method") for config in configs}
-    if "bitsandbytes" not in methods or importlib.util.find_spec("bitsandbytes"):
-        return []
-    if wheels is None:
-        raise ModuleNotFoundError(
-            "a package is quantised with bitsandbytes, which is absent; name a dataset in the spec's `wheels`"
-        )
-    folder = find_mounted(root, wheels, ("bitsandbytes-*.whl",), "datasets").parent
-    check_wheels(folder)
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--find-links", str(folder)]
-    subprocess.run([*command, "bitsandbytes"], check=True)
-    importlib.invalidate_caches()
-    return ["bitsandbytes"]
-
-
-def check_wheels(folder: Path) -> None:
-    """Raise ValueError where a wheel is not the one that wheels.json beside it lists; without that file, all are taken."""
-    if not (folder / "wheels.json").is_file():
-        return
-    manifest = json.loads((folder / "wheels.json").read_text(encoding="utf-8"))
-    listed = {wheel["file"]: wheel["sha256"] for wheel in manifest["wheels"]}
-    for path in sorted(folder.glob("*.whl")):
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != listed.get(path.name):
-            raise ValueError(
-                f"{path}: its SHA-256 is {found[:12]}…, wheels.json says {listed.get(path.name, 'nothing')[:12]}; make "
-                "the dataset again with `python -m postprocess.wheels` and upload it"
-            )
-
-
-# ==============================================================================================================
-# submission.py
-#
-# From probabilities to a submission that is whole: every id once, in the test file's order, or an error and no file.
-# ==============================================================================================================
-
-SMALLEST = 1e-6  # no probability is nearer to 0 or 1: log loss would punish it without end
-PRIOR = {2: (0.6, 0.4), 3: (0.45, 0.25, 0.3)}  # longer, shorter, tie: the longer one wins 62 % of human verdicts
-
-
-@dataclass(frozen=True)
-class ModelScores:
-    """A model's probabilities, by id and then by order of the responses, in its verdicts' order."""
-
-    verdicts: Sequence[str]
-    by_id: Mapping[str, Mapping[str, Sequence[float]]]
-
-
-def to_competition(values: Sequence[float], of: Sequence[str], verdicts: Sequence[str]) -> list[float]:
-    """Probabilities in the order `of` as probabilities of the competition's `verdicts`; what those lack is shared out."""
-    kept = [values[list(of).index(verdict)] for verdict in verdicts]
-    if not sum(kept):  # all was said of a tie, which the competition does not know
-        return [1 / len(kept)] * len(kept)
-    return [value / sum(kept) for value in kept]
-
-
-def weighted_mean(values: Sequence[Sequence[float]], weights: Sequence[float]) -> list[float]:
-    """The weighted mean of the models that scored a row; the weights need not sum to one."""
-    return [sum(w * p for w, p in zip(weights, column, strict=True)) / sum(weights) for column in zip(*values, strict=True)]
-
-
-def soften(values: Sequence[float], temperature: float) -> list[float]:
-    """Probabilities at a temperature (above 1: less sure), each within SMALLEST of 0 and 1 at most, summing to one."""
-    powers = [max(value, SMALLEST) ** (1 / temperature) for value in values]
-    inner = [max(power / sum(powers), SMALLEST) for power in powers]
-    return [value / sum(inner) for value in inner]
-
-
-def is_first_longer(row: Mapping) -> bool:
-    """Whether a row's first answer has as many characters as its second, or more, over all turns."""
-
-    def length(value) -> int:
-        return len(value or "") if value is None or isinstance(value, str) else sum(len(turn or "") for turn in value)
-
-    return length(row["response_a"]) >= length(row["response_b"])
-
-
-def prior(row: Mapping, verdicts: Sequence[str]) -> list[float]:
-    """What to say of a row that could not be scored: the longer answer, by characters; of equal ones the first."""
-    longer, shorter, *tie = PRIOR[len(verdicts)]
-    return [longer, shorter, *tie] if is_first_longer(row) else [shorter, longer, *tie]
-
-
-def describe_shortfall(
-    rows: Sequence[Mapping], scored: Mapping[str, Sequence[float]], min_scored: float
-) -> str | None:
-    """Say how many rows were scored, where it is a smaller share than `min_scored`, else None."""
-    scored_rows = sum(row["id"] in scored for row in rows)
-    if scored_rows >= min_scored * len(rows):
-        return None
-    return f"{scored_rows} of {len(rows)} rows were scored, the spec's min_scored is {min_scored}"
-
-
-def fill_unscored(
-    rows: Sequence[Mapping], scored: Mapping[str, Sequence[float]], verdicts: Sequence[str]
-) -> dict[str, list[float]]:
-    """Give every row probabilities, in the rows' order: its score, or else the prior."""
-    final = {}
-    for row in rows:
-        values = scored.get(row["id"])
-        final[row["id"]] = prior(row, verdicts) if values is None else list(values)
-    return final
-
-
-def write_submission(
-    path: Path, settings: Settings, probabilities: Mapping[str, Sequence[float]], ids: Sequence[str] | None = None
-) -> None:
-    """Write id,winner or id and one probability a verdict; the file gets its name once `check_submission` has passed it.
-
-    `ids` are the test file's, in its order, read again; without them it is checked against those of `probabilities`. Where
-    a check fails, no file is left.
-    """
-    check_probabilities(probabilities, settings.verdicts)
-    with whole_file(path) as temporary:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["id", *settings.columns])
-            for row_id, values in probabilities.items():
-                answer = values if len(settings.columns) > 1 else [settings.verdicts[values.index(max(values))]]
-                writer.writerow([row_id, *answer])
-        check_submission(temporary, settings, list(probabilities) if ids is None else ids)
-
-
-def check_probabilities(probabilities: Mapping[str, Sequence[float]], verdicts: Sequence[str]) -> None:
-    """Raise ValueError at a row without one probability a verdict, each above 0 and below 1, summing to one."""
-    for row_id, values in probabilities.items():
-        whole = len(values) == len(verdicts) and all(0 < value < 1 for value in values)
-        if not whole or not math.isclose(sum(values), 1, abs_tol=1e-6):
-            raise ValueError(
-                f"id {row_id}: {list(values)} are not probabilities that sum to one, one for each of {', '.join(verdicts)}; "
-                "nothing is submitted"
-            )
-
-
-def check_submission(path: Path, settings: Settings, ids: Sequence[str]) -> None:
-    """Raise ValueError unless the file has the competition's columns and every id once, in order, with a valid answer."""
-    with path.open(encoding="utf-8", newline="") as file:
-        header, *lines = csv.reader(file)
-    if header != ["id", *settings.columns]:
-        raise ValueError(f"{path}: columns {header}, expected {['id', *settings.columns]}")
-    check_order(path, [line[0] if line else "" for line in lines], ids)
-    for row_id, *answer in lines:
-        if len(answer) != len(settings.columns):
-            raise ValueError(f"{path}: id {row_id}: {len(answer)} values, expected {len(settings.columns)}")
-        if len(answer) == 1 and answer[0] not in settings.verdicts:
-            raise ValueError(f"{path}: id {row_id}: {answer[0]!r}, expected one of {', '.join(settings.verdicts)}")
-    if len(settings.columns) > 1:
-        check_probabilities({row_id: [float(value) for value in answer] for row_id, *answer in lines}, settings.verdicts)
-
-
-def check_order(path: Path, found: Sequence[str], ids: Sequence[str]) -> None:
-    """Raise ValueError at the first id that is not the test file's at that place."""
-    if len(found) != len(ids) or list(found) != list(ids):
-        size = min(len(found), len(ids))
-        at = next((at for at in range(size) if found[at] != ids[at]), size)
-        here = f"row {at + 1} has {found[at]!r}" if at < len(found) else f"row {at + 1} is missing"
-        there = repr(ids[at]) if at < len(ids) else "no more"
-        raise ValueError(
-            f"{path}: its {len(found)} ids are not the test file's {len(ids)} ids in their order: {here}, expected {there}"
-        )
-
-
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it takes that name when the block succeeds and is removed when it fails."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_scores(
-    path: Path,
-    verdicts: Sequence[str],
-    final: Mapping[str, Sequence[float]],
-    scored: Mapping[str, Sequence[float]],
-    models: Mapping[str, ModelScores],
-) -> None:
-    """Write scores.parquet with every probability.
-
-    Its columns are id, p_VERDICT as submitted, `scored` (else that is the prior), and
-    RUN_p_VERDICT_ORDER as each model gave it, null where it did not score the row.
-
-    Args:
-        path: The file.
-        verdicts: The competition's.
-        final: The submitted probabilities by id.
-        scored: Has the ids of the rows that a model scored.
-        models: What each run's model gave.
-    """
-    columns: dict[str, list] = {"id": list(final), "scored": [row_id in scored for row_id in final]}
-    for place, verdict in enumerate(verdicts):
-        columns[f"p_{verdict}"] = [values[place] for values in final.values()]
-
-    for run, model in models.items():
-        orders = {order for by_order in model.by_id.values() for order in by_order}
-        for order in sorted(orders):
-            values_by_row = [model.by_id.get(row_id, {}).get(order) for row_id in final]
-            for place, verdict in enumerate(model.verdicts):
-                columns[f"{run}_p_{verdict}_{order}"] = [
-                    None if values is None else values[place] for values in values_by_row
-                ]
-
-    with whole_file(path) as temporary:
-        pq.write_table(pa.table(columns), temporary)
-
-
-def write_record(path: Path, record: Mapping) -> None:
-    """Write kernel.json."""
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-
-
-# ==============================================================================================================
-# checks.py
-#
-# What must hold before hours of work begin: libraries, GPUs, memory, disk. No GPU is touched here: nvidia-smi is asked.
-#
-# What would make answers wrong, or could only end in a crash, is a MachineError that says what to do; what costs no more than
-# speed is a line in the log. What cannot be found out (no nvidia-smi, no /proc) is not checked.
-# ==============================================================================================================
-
-ASK_GPUS = ("nvidia-smi", "--query-gpu=name,memory.free,memory.total,compute_cap", "--format=csv,noheader,nounits")
-ASK_SECONDS = 30
-EXPECTED_GPUS = 2  # machine_shape NvidiaTeslaT4
-OLDEST_CAPABILITY = 7.0  # a P100 has 6.0, and the image's PyTorch no code for it
-MEBIBYTE = 2**20
-GIBIBYTE = 2**30
-CUDA_CONTEXT_BYTES = GIBIBYTE // 2
-BATCH_BYTES = 2 * GIBIBYTE  # with less beside the weights, batches are halved again and again
-PROCESS_BYTES = GIBIBYTE  # of RAM: Python, PyTorch and CUDA's libraries in a worker
-OUTPUT_BYTES = 1000  # of a row, in submission.csv and scores.parquet together: two models take a quarter of it
-METHODS = {"bitsandbytes": "bitsandbytes", "gptq": None}  # how weights are packed, and what unpacks them if not this runtime
-COMPARED = ("torch", "transformers", "tokenizers", "peft", "bitsandbytes")
-
-
-class MachineError(RuntimeError):
-    """This machine, or what is installed on it, cannot give the answers that the packages were made for."""
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A GPU as nvidia-smi tells of it; None is what it did not tell."""
-
-    name: str
-    free_bytes: int | None
-    total_bytes: int | None
-    capability: float | None
-
-
-@dataclass(frozen=True)
-class Need:
-    """A package's run, its placement, the bytes of its weights on the disk, and what each of those is in RAM on a CPU."""
-
-    run: str
-    placement: str
-    weight_bytes: int
-    cpu_factor: int = 1
-
-
-def check_machine(
-    root: Path, settings: Settings, packages: Sequence[Package], devices: Sequence[str], rows: int, clock: Clock
-) -> dict:
-    """Check libraries, GPUs, memory and disk for the checked packages, and log what is there; the record for kernel.json.
-
-    `devices` are PyTorch's, `rows` those to be scored. Raises MachineError.
-    """
-    lines = check_libraries(packages, {name: installed_version(name) for name in COMPARED})
-    needs = [need_of(chosen, package) for chosen, package in zip(settings.packages, packages, strict=True)]
-    gpus = visible_gpus(ask_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))
-    lines += check_gpus(devices, gpus, needs, on_kaggle="KAGGLE_ROOT" not in os.environ)
-    memory = available_memory()
-    lines += check_memory(memory, devices, needs)
-    free = check_disk(root / "working", rows)
-    log(clock, machine_line(gpus, memory, free))
-    for line in lines:
-        log(clock, line)
+def count_rows(rows: Sequence[Mapping], scored: Mapping[str, Sequence[float]]) -> dict:
+    """Count the rows for kernel.json, and those of them that were scored."""
+    counting_ids = [row["id"] for row in rows if row["counts"]]
     return {
-        "gpus": None if gpus is None else [asdict(gpu) for gpu in gpus],
-        "memory_bytes": memory,
-        "disk_bytes": free,
-        "notes": lines,
+        "rows": len(rows),
+        "scored": sum(row["id"] in scored for row in rows),
+        "rows_that_count": len(counting_ids),
+        "scored_that_count": sum(row_id in scored for row_id in counting_ids),
     }
 
 
-def need_of(chosen, package: Package) -> Need:
-    """What a package of the settings asks of the machine. On a CPU, float16 weights that are not packed become float32."""
-    size = sum(path.stat().st_size for path in package.folder.glob("*.safetensors"))
-    widened = package.manifest.get("quantize") == "none" and package.manifest.get("dtype") == "float16"
-    return Need(chosen.run, chosen.placement, size, 2 if widened else 1)
+def describe_run(board: Board) -> dict:
+    """Describe what the kernel did, for kernel.json."""
+    inputs, progress = board.inputs, board.progress
+    manifests = {}
+    for chosen, package in zip(inputs.settings.packages, inputs.packages, strict=True):
+        manifests[chosen.dataset] = package.manifest_sha256()
+    return {
+        "manifests": manifests,
+        "devices": list(inputs.devices.values()),
+        "hidden_run": inputs.hidden_run,
+        "plans": progress.plans,
+        "passes": progress.passes,
+        "workers": progress.workers,
+    }
 
 
-def installed_version(name: str) -> str | None:
-    """The version of an installed package, None where it is absent; it is not imported."""
-    if importlib.util.find_spec(name) is None:
-        return None
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
-
-
-def check_libraries(packages: Sequence[Package], served: Mapping[str, str | None]) -> list[str]:
-    """Raise MachineError where a package needs what is absent or too old; lines of versions that differ from training's.
-
-    Golden rows show whether another version of PyTorch or of the tokenizers gives other answers, so those are only told. But
-    transformers of an older major version reads a newer configuration without complaint and ignores what it does not know:
-    version 5 writes rope_parameters, without which version 4 gives every model the same rotary base.
-    """
-    lines = []
-    for package in packages:
-        name = package.folder.name
-        config = json.loads((package.folder / "config.json").read_text(encoding="utf-8"))
-        trained = package.contract.recorded.get("versions", {})
-        saved = config.get("transformers_version") or trained.get("transformers")
-        if major(served["transformers"]) < major(saved):
-            raise MachineError(
-                f"{name}: saved by transformers {saved}, which version {served['transformers']} here would read wrongly; "
-                "choose the newest environment for the kernel"
-            )
-        method = (config.get("quantization_config") or {}).get("quant_method")
-        is_unmerged = (package.folder / "lora_config.json").is_file()
-        if method and method not in METHODS:
-            raise MachineError(f"{name}: quantised by {method}, this kernel knows {', '.join(METHODS)}; package the run again")
-        for library in filter(None, (METHODS.get(method), "peft" if is_unmerged else None)):
-            if served[library] is None:
-                raise MachineError(f"{name}: needs {library}, which is not installed; attach a dataset with its wheel")
-        used = {"torch", "transformers", "tokenizers", METHODS.get(method), "peft" if is_unmerged else None}
-        lines += [
-            f"{name}: trained with {library} {trained[library]}, served with {served[library]}"
-            for library in COMPARED
-            if library in used and trained.get(library, served[library]) != served[library]
-        ]
-    return lines
-
-
-def major(version: str | None) -> int:
-    """The first number of a version; 0 where there is none."""
-    found = re.match(r"\d+", version or "")
-    return int(found[0]) if found else 0
-
-
-def ask_gpus() -> list[Gpu] | None:
-    """The GPUs that nvidia-smi tells of; None where it is absent, fails, or does not answer in ASK_SECONDS."""
-    try:
-        done = subprocess.run(ASK_GPUS, capture_output=True, text=True, timeout=ASK_SECONDS, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return parse_gpus(done.stdout)
-
-
-def parse_gpus(text: str) -> list[Gpu]:
-    """GPUs from nvidia-smi's lines: name, MiB free, MiB in all, compute capability; "[N/A]" is None."""
-
-    def number(field: str) -> float | None:
-        return float(field) if re.fullmatch(r"\d+(\.\d+)?", field) else None
-
-    gpus = []
-    for line in filter(str.strip, text.splitlines()):
-        name, *fields = (field.strip() for field in line.rsplit(",", 3))
-        free, total, capability = (*map(number, fields), None, None, None)[:3]
-        gpus.append(Gpu(name, free and int(free * MEBIBYTE), total and int(total * MEBIBYTE), capability))
-    return gpus
-
-
-def visible_gpus(gpus: list[Gpu] | None, visible: str | None) -> list[Gpu] | None:
-    """Those of the GPUs that CUDA_VISIBLE_DEVICES lets PyTorch see, if it names them by number; nvidia-smi sees all."""
-    if gpus is None or visible is None or not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", visible):
-        return gpus
-    return [gpus[number] for number in map(int, visible.split(",")) if number < len(gpus)]
-
-
-def check_gpus(devices: Sequence[str], gpus: Sequence[Gpu] | None, needs: Sequence[Need], on_kaggle: bool) -> list[str]:
-    """Raise MachineError where the GPUs cannot do the work; lines of what will make it slow. In a rehearsal CPUs stand in."""
-    if not any(device.startswith("cuda") for device in devices):
-        if on_kaggle:
-            raise MachineError(
-                "PyTorch finds no GPU, and CPUs would take days; set machine_shape to NvidiaTeslaT4 and enable_gpu to true in "
-                "kernel-metadata.json, or choose GPU T4 x2 in the editor, and look whether the week's GPU hours are spent"
-            )
-        return []
-    for gpu in gpus or ():
-        if gpu.capability is not None and gpu.capability < OLDEST_CAPABILITY:
-            raise MachineError(
-                f"{gpu.name} has compute capability {gpu.capability}, Kaggle's PyTorch needs {OLDEST_CAPABILITY} or more; set "
-                "machine_shape to NvidiaTeslaT4 in kernel-metadata.json, or choose GPU T4 x2 in the editor"
-            )
-    lines = []
-    if len(devices) < EXPECTED_GPUS and any(need.placement == "each" for need in needs):
-        lines.append(f"warning: {len(devices)} GPU where {EXPECTED_GPUS} were expected: half the speed")
-    if gpus is None or len(gpus) != len(devices) or any(gpu.free_bytes is None for gpu in gpus):
-        return [*lines, "warning: nvidia-smi does not tell the free memory of each GPU, so it is not checked"]
-    return lines + [line for need in needs for line in check_gpu_memory([gpu.free_bytes for gpu in gpus], need)]
-
-
-def check_gpu_memory(free: Sequence[int], need: Need) -> list[str]:
-    """Raise MachineError where no GPU (placement each) or not all of them together (split) hold the weights."""
-    weights, is_split = in_gibibytes(need.weight_bytes), need.placement == "split"
-    rooms = [one - CUDA_CONTEXT_BYTES for one in free]
-    room = (sum(rooms) if is_split else max(rooms)) - need.weight_bytes
-    if room < 0:
-        where, told = " over all GPUs" if is_split else "", " and ".join(map(in_gibibytes, free))
-        raise MachineError(
-            f"{need.run}: {weights} GiB of weights{where}, and {told} GiB free; use two T4s (machine_shape NvidiaTeslaT4), "
-            "restart the session if another kernel is on them, or quantise to fewer bits"
-        )
-    lines = []
-    if room < BATCH_BYTES * (len(free) if is_split else 1):
-        lines.append(f"warning: {need.run}: {weights} GiB of weights leave {in_gibibytes(room)} GiB free for batches")
-    if not is_split:
-        lines += [
-            f"warning: {need.run}: cuda:{number} has {in_gibibytes(one)} GiB free, too few for {weights} GiB of weights"
-            for number, one in enumerate(free)
-            if one < CUDA_CONTEXT_BYTES + need.weight_bytes
-        ]
-    return lines
-
-
-def available_memory(path: Path = Path("/proc/meminfo")) -> int | None:
-    """Bytes of RAM, swap included, that can be had without pushing anything out; None where Linux does not say."""
-    try:
-        found = dict(re.findall(r"^(\w+):\s+(\d+) kB$", path.read_text(encoding="utf-8"), flags=re.MULTILINE))
-        return (int(found["MemAvailable"]) + int(found.get("SwapFree", 0))) * 1024
-    except (OSError, KeyError):
-        return None
-
-
-def check_memory(available: int | None, devices: Sequence[str], needs: Sequence[Need]) -> list[str]:
-    """Raise MachineError where RAM cannot hold the workers, with the weights too where those are CPUs; lines of what is tight.
-
-    Weights on the way to a GPU are mapped files, which need no RAM; without room for them each GPU reads them from the disk.
-    """
-    if available is None or not needs:
-        return []
-    largest = max(needs, key=lambda need: need.weight_bytes * need.cpu_factor * copies(need, devices))
-    held = largest.weight_bytes * largest.cpu_factor * copies(largest, devices)
-    on_gpus = any(device.startswith("cuda") for device in devices)
-    workers = PROCESS_BYTES * copies(largest, devices) if on_gpus else 0
-    sizes = f"{in_gibibytes(available)} GiB of RAM can be had"
-    if available < workers + (0 if on_gpus else held):
-        what = f"{copies(largest, devices)} processes need {in_gibibytes(workers)}"
-        if not on_gpus:
-            what = f"{largest.run} needs {in_gibibytes(held)} on {', '.join(devices)}"
-        raise MachineError(f"{sizes}, {what}; end what else runs on this machine")
-    if on_gpus and available < workers + largest.weight_bytes:
-        return [f"warning: {sizes}, less than the weights of {largest.run}: loading is as slow as the disk, on every GPU"]
-    if not on_gpus and available < 1.2 * held:
-        return [f"warning: {sizes}, {largest.run} needs {in_gibibytes(held)} for its weights alone"]
-    return []
-
-
-def copies(need: Need, devices: Sequence[str]) -> int:
-    """How many copies of a package's model are loaded at a time."""
-    return 1 if need.placement == "split" else len(devices)
-
-
-def check_disk(working: Path, rows: int) -> int:
-    """The bytes that are free in /kaggle/working; MachineError where the outputs cannot be written there."""
-    needed = MEBIBYTE + rows * OUTPUT_BYTES
-    try:
-        working.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(working).free
-        with tempfile.TemporaryFile(dir=working) as file:
-            file.write(b"x")
-    except OSError as error:
-        raise MachineError(f"{working}: cannot be written to ({error}); the submission could not be kept") from None
-    if free < needed:
-        raise MachineError(
-            f"{working}: {free / 1e6:.1f} MB free, {rows} rows may need {needed / 1e6:.1f}; remove files from there"
-        )
-    return free
-
-
-def machine_line(gpus: Sequence[Gpu] | None, memory: int | None, disk: int) -> str:
-    """GPUs, RAM and disk for the log."""
-    if gpus is None:
-        told = "no nvidia-smi"
-    else:
-        told = ", ".join(f"{gpu.name} ({in_gibibytes(gpu.free_bytes)} GiB free)" for gpu in gpus) or "no GPU"
-    return f"machine: {told}; {in_gibibytes(memory)} GiB of RAM to be had; {disk / 1e9:.1f} GB free on the disk"
-
-
-def in_gibibytes(size: int | None) -> str:
-    """Bytes as GiB with one decimal."""
-    return "?" if size is None else f"{size / GIBIBYTE:.1f}"
-
-
-# ==============================================================================================================
-# visible.py
-#
-# The visible run is a load test: beside the few test rows that it is shown, it scores rows of the competition's train file.
-#
-# They are rows of the validation fold that every package lists, so that accuracy means what it will mean in the hidden run,
-# and there are enough of them to measure a speed and to predict from it when 10,000 and 25,000 rows will be done.
-# ==============================================================================================================
-
-VALIDATION_IDS = "validation_ids.json"
-TRAIN_FILES = ("train.parquet", "train.csv")
-TRAIN_PREFIX = "train:"
-HIDDEN_ROWS = (10_000, 25_000)  # of the public and of the final phase
-JUDGEMENTS = ("model_a", "model_b", "tie")
-NEVER = 1e9  # seconds, where nothing was measured
-
-
-@dataclass(frozen=True)
-class VisibleRows:
-    """What the visible run scores beside the test rows.
-
-    `rows` are like the test file's, each with a new id; `winners` holds their verdicts by that id (None: has none). With
-    `trained_on` a model has seen the rows in training. `log_line` says what was chosen or why nothing was.
-    """
-
-    rows: tuple[dict, ...] = ()
-    winners: Mapping[str, str | None] = field(default_factory=dict)
-    trained_on: bool = False
-    log_line: str = ""
-
-
-@dataclass(frozen=True)
-class Speed:
-    """What was measured of a package, over all the devices that it was on: tokens without padding, of one order of a row.
-
-    `orders` is how often a row is scored: 1 for a reward model.
-    """
-
-    run: str
-    loading_seconds: float
-    tokens_per_second: float
-    tokens_per_row: float
-    orders: int
-
-    def seconds_for(self, rows: int, orders: int) -> float:
-        """How long `rows` take, in that many orders, once the model is loaded."""
-        if not self.tokens_per_second:
-            return NEVER
-        return min(rows * orders * self.tokens_per_row / self.tokens_per_second, NEVER)
-
-
-def choose_visible_rows(
-    root: Path, settings: Settings, folders: Sequence[Path], test_ids: Collection[str]
-) -> VisibleRows:
-    """Choose rows of the train file that every package lists as validation rows.
-
-    Args:
-        root: The folder that is /kaggle, or stands for it.
-        settings: Says how many rows at most.
-        folders: The packages.
-        test_ids: Ids that no chosen row may have.
-
-    Returns:
-        No rows in the hidden run, and where there are none to choose from; it is never an error.
-    """
-    if is_hidden_run():
-        return VisibleRows()
-    if not settings.visible_rows:
-        return no_visible_rows("visible_rows is 0, no row of the train file is scored")
-
-    # Rows that every package lists.
-    listings = []
-    for folder in folders:
-        path = folder / VALIDATION_IDS
-        if not path.is_file():
-            return no_visible_rows(
-                f"{folder.name} has no {VALIDATION_IDS}; package the run again to have it measured"
-            )
-        listings.append(json.loads(path.read_text(encoding="utf-8")))
-    id_sets = [frozenset(listing["ids"]) for listing in listings]
-    listed_by_all = frozenset.intersection(*id_sets)
-
-    try:
-        file = find_mounted(root, settings.competition, TRAIN_FILES, "competitions")
-    except FileNotFoundError:
-        return no_visible_rows(f"no {' or '.join(TRAIN_FILES)} of {settings.competition} is mounted")
-    try:
-        train_rows = read_train_rows(file, settings, listed_by_all)
-    except (OSError, ValueError, pa.ArrowException) as error:
-        return no_visible_rows(f"the train file is not scored: {error}")
-    if not train_rows:
-        return no_visible_rows(
-            f"{file.name} holds none of the {len(listed_by_all)} ids that every package lists"
-        )
-
-    trained_on = any(listing["trained_on"] for listing in listings)
-    if trained_on:
-        kind = "rows that a model was trained on: they tell of speed only"
-    else:
-        folds = sorted({f"fold {listing['fold']}" for listing in listings})
-        kind = f"held out ({' and '.join(folds)})"
-    log_line = f"visible run: {len(train_rows)} rows of {file.name} are scored too, {kind}"
-    rows, winners = rename_train_rows(train_rows, settings, test_ids)
-    return VisibleRows(rows, winners, trained_on, log_line)
-
-
-def no_visible_rows(reason: str) -> VisibleRows:
-    """No rows, and a line for the log that says why."""
-    return VisibleRows(log_line=f"visible run: {reason}")
-
-
-def read_train_rows(file: Path, settings: Settings, listed: frozenset[str]) -> list[dict]:
-    """The rows of the train file to be scored, in an order that does not depend on the file's: that of their ids' hashes."""
-    present = listed.intersection(read_ids(file))
-    by_hash = sorted(present, key=lambda row_id: hashlib.sha256(row_id.encode()).hexdigest())
-    wanted = by_hash[: settings.visible_rows]
-    columns = ("id", *TEXTS, *settings.columns)
-    rows_by_id = {row["id"]: row for row in rows_of(file, columns, keep=frozenset(wanted))}
-    return [rows_by_id[row_id] for row_id in wanted]
-
-
-def rename_train_rows(
-    train_rows: Sequence[dict], settings: Settings, test_ids: Collection[str]
-) -> tuple[tuple[dict, ...], dict[str, str | None]]:
-    """The train file's rows as those of the test file are, and their verdicts, under new ids that no test row has."""
-    prefix = TRAIN_PREFIX
-    while any(row_id.startswith(prefix) for row_id in test_ids):
-        prefix = TRAIN_PREFIX + prefix
-
-    rows = []
-    winners = {}
-    for train_row in train_rows:
-        new_id = prefix + train_row["id"]
-        texts = {name: read_text(train_row[name], are_turns="tie" in settings.verdicts) for name in TEXTS}
-        rows.append({"id": new_id, **texts, "counts": True})
-        winners[new_id] = judgement_of(train_row, settings.columns)
-    return tuple(rows), winners
-
-
-def judgement_of(row: Mapping, columns: Sequence[str]) -> str | None:
-    """A train row's verdict, from the one column with its name or from one flag a verdict; None where it has none."""
-    if len(columns) == 1:
-        return row[columns[0]] if row[columns[0]] in JUDGEMENTS else None
-    won = [verdict for verdict, name in zip(JUDGEMENTS, columns, strict=True) if str(row[name]) in ("1", "1.0", "True")]
-    return won[0] if len(won) == 1 else None
-
-
-def report_quality(
-    visible: VisibleRows,
-    verdicts: Sequence[str],
-    scored: Mapping[str, Sequence[float]],
-    models: Mapping[str, ModelScores],
+def report_visible_run(
+    board: Board, visible: VisibleRows, scored: Mapping[str, list[float]]
 ) -> dict:
-    """Report for kernel.json how good the answers are, where no model has seen the rows before.
-
-    Args:
-        visible: The rows of the train file and their winners.
-        verdicts: The competition's.
-        scored: Final probabilities by id.
-        models: What each run's model gave.
-    """
-    ids = [row["id"] for row in visible.rows]
-    report = {
-        "rows": len(ids),
-        "scored": sum(row_id in scored for row_id in ids),
-        "trained_on": visible.trained_on,
-    }
-    if not visible.trained_on:
-        report["quality"] = measure_quality(visible, verdicts, scored)
-        report["flips"] = {run: share_of_flips(model.by_id, ids) for run, model in models.items()}
+    """Log what the visible run measured, and return it for kernel.json."""
+    settings, clock = board.inputs.settings, board.inputs.clock
+    quality = report_quality(visible, settings.verdicts, scored, board.scores_by_run())
+    speed = report_speed(measure_speeds(board), board.measured.before_seconds, settings)
+    report = quality | speed
+    for line in visible_lines(report):
+        log(clock, line)
     return report
 
 
-def report_speed(speeds: Sequence[Speed], before_seconds: float, settings: Settings) -> dict:
-    """Report for kernel.json how fast the packages are, and what that means for hidden tests.
-
-    Args:
-        speeds: Of the packages that scored, in their order.
-        before_seconds: Passed before the first model was loaded.
-        settings: Has the time limits.
-    """
-    if not speeds:
-        return {"speed": [], "predicted": []}
-
-    measured = []
-    for speed in speeds:
-        rows_per_second = speed.tokens_per_second / max(speed.tokens_per_row, 1)
-        measured.append({**asdict(speed), "rows_per_second": rows_per_second})
-
-    predicted = []
-    for rows in HIDDEN_ROWS:
-        clock = start_clock(settings.time_limit(rows))
-        clock_seconds = clock.deadline - clock.began
-        predicted.append(predict_finish(speeds, before_seconds, clock_seconds, rows))
-    return {"speed": measured, "predicted": predicted}
-
-
-def measure_quality(
-    visible: VisibleRows, verdicts: Sequence[str], scored: Mapping[str, Sequence[float]]
-) -> dict:
-    """Measure the final probabilities over the scored rows that have one of `verdicts`.
-
-    Returns:
-        `judged` (the number of these rows), `ties_left_out` (rows that are a tie where the
-        competition has none), and unless no row is left: `accuracy`, its `standard_error`,
-        `log_loss` in nats, and `longer_accuracy`: that of the longer answer.
-    """
-    judged = 0
-    correct = 0
-    correct_by_length = 0
-    loss = 0.0
-    for row in visible.rows:
-        values, winner = scored.get(row["id"]), visible.winners[row["id"]]
-        if values is None or winner not in verdicts:
+def measure_speeds(board: Board) -> list[Speed]:
+    """Collect what was measured of each package that scored."""
+    speeds = []
+    for number, chosen in enumerate(board.inputs.settings.packages):
+        passes = [
+            record
+            for record in board.progress.passes
+            if record["run"] == chosen.run and record["scored"]
+        ]
+        if not passes:
             continue
-        judged += 1
-        correct += verdicts[values.index(max(values))] == winner
-        correct_by_length += ("model_a" if is_first_longer(row) else "model_b") == winner
-        loss -= math.log(max(values[verdicts.index(winner)], 1e-15))
 
-    ties_left_out = 0
-    if "tie" not in verdicts:
-        ties_left_out = list(visible.winners.values()).count("tie")
-    if not judged:
-        return {"judged": 0, "ties_left_out": ties_left_out}
-
-    accuracy = correct / judged
-    return {
-        "judged": judged,
-        "ties_left_out": ties_left_out,
-        "accuracy": accuracy,
-        "standard_error": math.sqrt(accuracy * (1 - accuracy) / judged),
-        "log_loss": loss / judged,
-        "longer_accuracy": correct_by_length / judged,
-    }
-
-
-def share_of_flips(
-    scores: Mapping[str, Mapping[str, Sequence[float]]], ids: Sequence[str]
-) -> float | None:
-    """Compute the share of rows whose verdict changes with the order; None: no row has two."""
-    rows = 0
-    flips = 0
-    for row_id in ids:
-        by_order = scores.get(row_id, {})
-        if len(by_order) == 2:
-            first, second = by_order.values()
-            rows += 1
-            flips += first.index(max(first)) != second.index(max(second))
-    return flips / rows if rows else None
-
-
-def predict_finish(
-    speeds: Sequence[Speed], before_seconds: float, clock_seconds: float, rows: int
-) -> dict:
-    """Predict when so many rows will be done, one model after another.
-
-    Args:
-        speeds: Of the models; the first one scores all rows once before anything else.
-        before_seconds: Passed before the first model is loaded.
-        clock_seconds: From the beginning to the deadline.
-        rows: The number of rows.
-
-    Returns:
-        `rows`, `clock_seconds`; in seconds since the beginning when every row has its first score
-        and when everything is done; the shares of the first scores and of all the rest that the
-        clock allows.
-    """
-    first, *others = speeds
-    loaded = before_seconds + first.loading_seconds
-    once = loaded + first.seconds_for(rows, 1)
-    everything = once + first.seconds_for(rows, first.orders - 1)
-    for speed in others:
-        everything += speed.loading_seconds + speed.seconds_for(rows, speed.orders)
-
-    first_share = (clock_seconds - loaded) / max(once - loaded, 1e-9)
-    if everything > once:
-        rest_share = (clock_seconds - once) / (everything - once)
-    else:
-        rest_share = 1.0 if clock_seconds >= once else 0.0
-    return {
-        "rows": rows,
-        "clock_seconds": clock_seconds,
-        "first_order_seconds": round(once, 1),
-        "all_seconds": round(everything, 1),
-        "first_share": min(max(first_share, 0.0), 1.0),
-        "rest_share": min(max(rest_share, 0.0), 1.0),
-    }
-
-
-def visible_lines(report: Mapping) -> list[str]:
-    """Write the report as lines of the log."""
-    lines = []
-    if report.get("quality", {}).get("judged"):
-        lines.append(f"visible run: {quality_line(report['quality'], report['flips'])}")
-    for speed in report["speed"]:
-        lines.append(
-            f"visible run: {speed['run']}: {speed['rows_per_second']:.2f} rows/s in one order, "
-            f"{speed['tokens_per_second']:.0f} tokens/s, {speed['tokens_per_row']:.0f} tokens "
-            f"a row, loaded in {speed['loading_seconds']:.0f} s"
+        # The rate is that of tokens with their padding, which the prediction leaves out.
+        first_pass = passes[0]
+        token_share = first_pass["tokens"] / first_pass["computed_tokens"]
+        name = board.inputs.packages[number].folder.name
+        loads = [
+            worker["load_seconds"] for worker in board.progress.workers if worker["package"] == name
+        ]
+        speed = Speed(
+            run=chosen.run,
+            loading_seconds=max(loads, default=0.0),
+            tokens_per_second=board.measured.rates.get(number, 0.0) * token_share,
+            tokens_per_row=first_pass["tokens"] / first_pass["scored"],
+            orders=len(board.orders(number)),
         )
-    for finish in report["predicted"]:
-        lines.append(finish_line(finish))
-    return lines
-
-
-def quality_line(quality: Mapping, flips: Mapping[str, float | None]) -> str:
-    """Write how good the answers are, and each run's share of flips."""
-    ties = quality["ties_left_out"]
-    ties_note = f" (ties left out: {ties})" if ties else ""
-    parts = [
-        f"accuracy {quality['accuracy']:.4f} ± {2 * quality['standard_error']:.4f} "
-        "(two standard errors)",
-        f"log loss {quality['log_loss']:.4f} on {quality['judged']} rows{ties_note}",
-        f"the longer answer: {quality['longer_accuracy']:.4f}",
-    ]
-    for run, share in flips.items():
-        if share is not None:
-            parts.append(f"{run} flips {share:.3f}")
-    return ", ".join(parts)
-
-
-def finish_line(finish: Mapping) -> str:
-    """Write one prediction, with a warning where rows will be left to the prior."""
-    beginning = f"predicted for {finish['rows']:,} rows"
-    clock = format_hours(finish["clock_seconds"])
-    if finish["first_share"] < 1:
-        return (
-            f"warning: {beginning}: {clock} are enough for {finish['first_share']:.0%} of them; "
-            "the others would get the prior"
-        )
-
-    first_order = format_hours(finish["first_order_seconds"])
-    beginning += f": every row scored once after {first_order}"
-    if finish["rest_share"] < 1:
-        return f"{beginning}, {finish['rest_share']:.0%} of all else within {clock}"
-    return f"{beginning}, all done after {format_hours(finish['all_seconds'])} of {clock}"
-
-
-def format_hours(seconds: float) -> str:
-    """Format seconds as hours and minutes, e.g. 4 h 40 min; under ten minutes as seconds."""
-    if seconds < 600:
-        return f"{seconds:.0f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes:02d} min"
+        speeds.append(speed)
+    return speeds
 
 
 # ==============================================================================================================
-# scheduling/worker.py
+# scheduling/schedule.py
 #
-# A process for each device: it loads a model, then scores the batches that come through its pipe until the pipe closes.
+# From packages and rows to scores: one pass after another, each planned when the one before ended.
 #
-# A model that one device cannot hold has one process with several devices, its layers over all of them, and a thread for each.
-# A process, because a CUDA error takes a whole process with it, and because two threads share one Python. What the kernel's own
-# process does when one dies: pass_runner.handle_worker_death.
-#
-# To the worker: (number, requests). From it:
-#     ("loaded", facts)                             dtype, batches_at_once, seconds, worst golden difference
-#     ("scored", number, probabilities, bytes)      bytes: the most memory used so far, one number for each device
-#     ("out of memory", number)                     it lives on; the batch is to be cut
-#     ("refused", sentence)                         the package is not what was packaged: nothing would mend that
-#     ("failed", traceback)                         and its end
+# main.run_kernel calls `score_all`. Models run one after the other, each on all devices. The first
+# order of the first model goes over all rows and may use the whole clock: a row with one score is
+# worth more than a second one. What comes then, the second order and further models, is decided by
+# `plan_next_pass`, with what was measured so far: see plan.py. Rows that count on the current
+# leaderboard go through all of this alone; the others get what time is left.
 # ==============================================================================================================
 
-GOLDEN_TOLERANCE = 0.05  # float16 and 4-bit kernels differ between devices by up to 0.02; a wrong head by far more
-MEMORY_WORDS = ("CUDA error: out of memory", "_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory")
+Scores = dict[str, dict[str, list[float]]]  # by id, then by order
+Key = tuple[int, str]  # a package's number in the spec, and an order
+PADDING = 1.03  # what batches compute beyond their rows' tokens, while nothing is measured
+ENCODED_AT_ONCE = 1000
+
+
+class LoadError(RuntimeError):
+    """No device could load a package."""
 
 
 @dataclass(frozen=True)
-class Assignment:
-    """What a worker is to load: the package in `folder`, on `devices` (several: its layers over them), with CPU `threads`."""
+class Inputs:
+    """What is to be scored, by which packages, on which devices (by position) and until when."""
 
-    folder: str
-    devices: tuple[str, ...]
-    position: int
-    threads: int
-
-
-def run_worker(connection, task: Assignment) -> None:
-    """The process: work until the pipe closes. It leaves at once then, whatever its threads and CUDA are at."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/comm").write_text(f"worker {task.position}", encoding="utf-8")  # as top and ps show it
-    transformers_logging.disable_progress_bar()
-    torch.set_num_threads(task.threads)
-    work(connection, task)
-    os._exit(0)
-
-
-def work(connection, task: Assignment) -> None:
-    """Load, then score until the other end of the pipe is closed or something fails."""
-    began, device = time.monotonic(), task.devices[0]
-    try:
-        if device.startswith("cuda"):
-            torch.cuda.set_device(device)  # else libraries that ask for no device take memory of the first GPU
-        package = open_package(Path(task.folder))
-        model, stages = load_on(package, task.devices)
-        worst = check_golden_scores(package, model, device)
-    except (PackageError, FloatingPointError) as error:
-        return tell(connection, "refused", f"{type(error).__name__}: {error}")
-    except Exception:
-        return tell(connection, "failed", traceback.format_exc())
-    at_once = len(stages.locks) if stages else 1
-    facts = {"dtype": str(model.dtype), "batches_at_once": at_once, "worst": worst, "seconds": time.monotonic() - began}
-    tell(connection, "loaded", facts)
-
-    def score_requests(requests):
-        passing = stages.batch if stages else contextlib.nullcontext
-        with torch.cuda.device(device) if device.startswith("cuda") else contextlib.nullcontext():  # it is each thread's own
-            return score_batch(model, package.model_input, package.contract, requests, device, passing)
-
-    serve(connection, score_requests, at_once, lambda: memory_bytes(task.devices))
-
-
-def open_package(folder: Path) -> Package:
-    """A package whose files were checked before (see package.read_package), as this process needs it."""
-    model_input = execute_model_input(folder / "model_input.py")
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    return Package(folder, model_input.read_contract(folder), manifest, model_input, read_tokenizer(folder))
-
-
-def load_on(package: Package, devices: tuple[str, ...]) -> tuple[torch.nn.Module, Stages | None]:
-    """The model on a device, or split over several, then with its stages."""
-    if len(devices) == 1:
-        return load_model(package.folder, package.contract, devices[0]), None
-    device_map = split_over(package.folder, devices)
-    model = load_model(package.folder, package.contract, devices[0], device_map=device_map)
-    return model, Stages(model, stage_starts(device_map), devices)
-
-
-def check_golden_scores(package: Package, model: torch.nn.Module, device: str) -> float:
-    """The largest difference from the manifest's golden probabilities; over GOLDEN_TOLERANCE it is a PackageError."""
-    pairs = [package.model_input.pair_from_row(row["pair"]) for row in package.contract.golden]
-    contract = package.contract
-    settings = {"orders": ("as_given",), "tokens_per_batch": contract.budget_tokens, "device": device}
-    found = score(model, package.model_input, package.tokenizer, contract, pairs, **settings)
-    worst = 0.0
-    for golden in package.manifest["golden"]:
-        values = found[golden["id"]]["as_given"]
-        worst = max([worst, *(abs(f - e) for f, e in zip(values, golden["probabilities"], strict=True))])
-        if worst > GOLDEN_TOLERANCE:
-            raise PackageError(
-                f"{package.folder}: golden row {golden['id']} scores {values} on {device}, the package recorded "
-                f"{golden['probabilities']}; weights, head, pad id or attention are not those that were packaged"
-            )
-    return worst
-
-
-def serve(connection, score_requests, at_once: int, memory) -> None:
-    """Score what comes in, `at_once` batches at a time; `score_requests` gives a batch's probabilities, `memory` its bytes.
-
-    Batches are read as they come, so that the next one lies ready when one is done.
-    """
-    inbox, lock = queue.SimpleQueue(), threading.Lock()
-
-    def score_from_inbox():
-        while message := inbox.get():
-            number, requests = message
-            try:
-                answer = ("scored", number, score_requests(requests), memory())
-            except Exception as error:
-                is_too_large = lacks_memory(error, len(requests))
-                answer = ("out of memory", number) if is_too_large else ("failed", traceback.format_exc())
-            if answer[0] == "out of memory":
-                free_memory()
-            with lock:
-                tell(connection, *answer)
-            if answer[0] == "failed":
-                return  # a CUDA error stays with its process: the other end will kill it
-
-    for _ in range(at_once):
-        threading.Thread(target=score_from_inbox, daemon=True).start()
-    with contextlib.suppress(EOFError, OSError):
-        while True:
-            inbox.put(connection.recv())
-    for _ in range(at_once):
-        inbox.put(None)
-
-
-def lacks_memory(error: Exception, rows: int) -> bool:
-    """Whether a batch of so many rows was too large: PyTorch says so of its own memory, CUDA's libraries only in words.
-
-    By those words a row that is alone is no batch to be cut; only a new process may help it.
-    """
-    said = any(words in str(error) for words in MEMORY_WORDS) or isinstance(error, MemoryError)
-    return isinstance(error, torch.OutOfMemoryError) or (said and rows > 1)
-
-
-def tell(connection, *message) -> None:
-    """Send a message; where nobody listens any more there is nothing to tell."""
-    with contextlib.suppress(OSError):
-        connection.send(message)
-
-
-def free_memory() -> None:
-    """Give the memory of a batch that failed back to its device."""
-    gc.collect()
-    if torch.cuda.is_initialized():
-        with contextlib.suppress(RuntimeError):  # a broken device raises its error again; the next batch then ends the worker
-            torch.cuda.empty_cache()
-
-
-def memory_bytes(devices: tuple[str, ...]) -> list[int]:
-    """The most memory that PyTorch took so far on each GPU, or this process on the CPU."""
-    if devices[0].startswith("cuda"):
-        return [torch.cuda.max_memory_reserved(device) for device in devices]
-    return [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]
-
-
-# ==============================================================================================================
-# scheduling/worker_handle.py
-#
-# The workers as the kernel's own process sees them: started, given batches, killed, restarted.
-#
-# A worker that dies is started again with half its token budget, which stays halved. One that dies
-# FRUITLESS_DEATHS times in a row without having loaded its model or scored a batch is given up: its
-# device is gone, and the others go on without it. What becomes of the rows that it had is decided by
-# pass_runner.handle_worker_death.
-# ==============================================================================================================
-
-FRUITLESS_DEATHS = 3
-JOIN_SECONDS = 30.0  # a killed process may be stuck in a driver
+    settings: Settings
+    packages: Sequence[Package]
+    contracts: Sequence  # the packages', with the spec's token budget
+    rows: Sequence[Mapping]
+    row_groups: Sequence[Sequence[str]]  # ids of the rows that count, then of the others
+    devices: Mapping[int, str]
+    threads: int  # of the CPU, for each worker
+    clock: Clock
+    hidden_run: bool
 
 
 @dataclass
-class Worker:
-    """One process and its history. Tokens are counted with their padding."""
+class Progress:
+    """How far the run is, and the records of it for kernel.json."""
 
-    name: str  # its devices, for the log
-    task: Assignment
-    tokens_per_batch: int
-    start: Callable[[Assignment], tuple]  # gives the process and the pipe to it
-    positions: tuple[int, ...] = ()  # of its devices
-
-    # The process.
-    process: object = None
-    connection: object = None
-    loaded: dict | None = None  # what the worker said of its model
-    gone: bool = False
-    batches_sent: int = 0
-    outstanding: dict[int, list[Request]] = field(default_factory=dict)  # by number, as sent
-    last_event: float = 0.0  # began to load, got its first batch, or gave one back
-
-    # The history, over all of its processes.
-    tokens: int = 0
-    seconds: float = 0.0  # in which it had work
-    load_seconds: float = 0.0
-    memory_bytes: list[int] = field(default_factory=list)
-    deaths: int = 0
-    fruitless: int = 0  # deaths without a score in between
-
-    @property
-    def batches_at_once(self) -> int:
-        """How many batches it scores at the same time: one for each stage of a split model."""
-        return self.loaded["batches_at_once"] if self.loaded else 1
-
-    def rate(self) -> float:
-        """Return tokens a second, from what it has done; 0 before its first batch."""
-        return self.tokens / self.seconds if self.seconds else 0.0
-
-    def launch(self) -> None:
-        """Start the process, which loads the model."""
-        self.loaded = None
-        self.last_event = time.monotonic()
-        self.process, self.connection = self.start(self.task)
-
-    def send(self, batch: list[Request]) -> None:
-        """Give it a batch; if it has died meanwhile, whoever reads from it will notice."""
-        if not self.outstanding:
-            self.last_event = time.monotonic()
-        self.batches_sent += 1
-        self.outstanding[self.batches_sent] = batch
-        with contextlib.suppress(OSError):
-            self.connection.send((self.batches_sent, batch))
-
-    def note_loaded(self, facts: dict) -> None:
-        """Note what it said of its model; from now on it can be given batches."""
-        self.loaded = facts
-        self.load_seconds = facts["seconds"]
-        self.last_event = time.monotonic()
-
-    def note_scored(self, number: int, memory_bytes: list[int]) -> list[Request]:
-        """Count a batch that was scored, and return it."""
-        batch = self.outstanding.pop(number)
-        now = time.monotonic()
-        self.tokens += padded_tokens(batch)
-        self.seconds += now - self.last_event
-        self.last_event = now
-        self.memory_bytes = memory_bytes
-        self.fruitless = 0
-        return batch
-
-    def note_out_of_memory(self, number: int) -> list[Request]:
-        """Lower the token budget below a batch that was too large, and return it."""
-        batch = self.outstanding.pop(number)
-        self.last_event = time.monotonic()
-        if len(batch) > 1:
-            fitting_tokens = padded_tokens(batch) // 2
-        else:
-            fitting_tokens = padded_tokens(batch) - 1
-        self.tokens_per_batch = max(min(self.tokens_per_batch, fitting_tokens), 1)
-        return batch
-
-    def note_death(self) -> tuple[list[list[Request]], list[list[Request]]]:
-        """Count a death; return the batches that it was scoring, and those that lay ready."""
-        batches = list(self.outstanding.values())
-        being_scored = batches[: self.batches_at_once]
-        ready = batches[self.batches_at_once :]
-        self.outstanding.clear()
-        self.stop()
-        self.deaths += 1
-        self.tokens_per_batch = max(self.tokens_per_batch // 2, 1)
-
-        # A row that kills its worker when it is alone will be given up, not the worker.
-        has_single_rows = bool(being_scored) and all(len(batch) == 1 for batch in being_scored)
-        if not has_single_rows:
-            self.fruitless += 1
-        self.gone = self.fruitless >= FRUITLESS_DEATHS
-        return being_scored, ready
-
-    def stop(self) -> None:
-        """End the process, whatever it is doing; its device is free afterwards."""
-        if self.process:
-            self.connection.close()
-            self.process.kill()
-            self.process.join(JOIN_SECONDS)
-        self.process = None
-        self.loaded = None
+    scores: list[Scores]  # of each package
+    packages: list[int]  # numbers of those that are not left out
+    devices: dict[int, str]  # those of the inputs that are not gone
+    proven: set[int] = field(default_factory=set)  # positions of devices that had a model
+    # Rows that need no further try: in a pass, or with a package in any order.
+    tried: dict[Key, set[str]] = field(default_factory=dict)
+    given_up: dict[int, set[str]] = field(default_factory=dict)
+    passes: list[dict] = field(default_factory=list)
+    workers: list[dict] = field(default_factory=list)
+    plans: list[str] = field(default_factory=list)
 
 
-def start_process(task: Assignment) -> tuple:
-    """Start a process for a task; return it and the pipe to it."""
-    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    ours, theirs = context.Pipe()
-    process = context.Process(target=run_worker, args=(theirs, task), daemon=True)
-    process.start()
-    theirs.close()
-    return process, ours
+@dataclass
+class Measurements:
+    """What plans are made of."""
+
+    before_seconds: float = 0.0  # passed before the first model was loaded
+    tokens: dict[str, int] = field(default_factory=dict)  # of a row, as the first pass encoded it
+    rates: dict[int, float] = field(default_factory=dict)  # tokens a second, by package
+    changes: dict[Key, float] = field(default_factory=dict)  # of a probability (sd), by a pass
 
 
-def start_workers(
-    package: Package,
-    placement: str,
-    devices: Mapping[int, str],
-    tokens_per_batch: int,
-    threads: int,
+@dataclass(frozen=True)
+class Board:
+    """The state of the run."""
+
+    inputs: Inputs
+    progress: Progress
+    measured: Measurements
+
+    def orders(self, number: int) -> tuple[str, ...]:
+        """List the orders worth scoring with a package."""
+        return orders_of(self.inputs.contracts[number], self.inputs.settings.orders)
+
+    def unscored(self, key: Key, group: Sequence[str]) -> list[str]:
+        """List those rows of a group that a pass has still to score."""
+        number, _ = key
+        finished = self.progress.tried.get(key, set()) | self.progress.given_up.get(number, set())
+        return [row_id for row_id in group if row_id not in finished]
+
+    def probabilities(self) -> dict[str, list[float]]:
+        """Combine what the packages that are not left out have given so far, by id."""
+        numbers = self.progress.packages
+        settings = self.inputs.settings
+        of_these = replace(settings, packages=tuple(settings.packages[n] for n in numbers))
+        packages = [self.inputs.packages[number] for number in numbers]
+        return combine(of_these, packages, [self.progress.scores[number] for number in numbers])
+
+    def scores_by_run(self) -> dict[str, ModelScores]:
+        """Collect what each run's model gave."""
+        models = {}
+        for number, chosen in enumerate(self.inputs.settings.packages):
+            verdicts = self.inputs.packages[number].contract.verdicts
+            models[chosen.run] = ModelScores(verdicts, self.progress.scores[number])
+        return models
+
+
+@dataclass(frozen=True)
+class NextPass:
+    """A pass to be made now."""
+
+    package: int  # its number in the spec
+    order: str
+    rows: frozenset[str]
+    gains: Mapping[str, float] | None = None  # a second, by row; None: rows are taken by length
+    deadline: float | None = None  # None: the clock's
+
+
+def make_board(
+    settings: Settings,
+    packages: Sequence[Package],
+    rows: Sequence[Mapping],
+    devices: Sequence[str],
     clock: Clock,
-) -> list[Worker]:
-    """Start the workers of a package, which load it by themselves.
+    hidden_run: bool,
+) -> Board:
+    """Make a board on which nothing is scored yet. The devices share the CPU's cores evenly."""
+    counting = [row["id"] for row in rows if row["counts"]]
+    others = [row["id"] for row in rows if not row["counts"]]
+    inputs = Inputs(
+        settings=settings,
+        packages=packages,
+        contracts=[serving_contract(package, settings) for package in packages],
+        rows=rows,
+        row_groups=[group for group in (counting, others) if group],
+        devices=dict(enumerate(devices)),
+        threads=max(len(os.sched_getaffinity(0)) // len(devices), 1),
+        clock=clock,
+        hidden_run=hidden_run,
+    )
+    progress = Progress(
+        scores=[{row["id"]: {} for row in rows} for _ in packages],
+        packages=list(range(len(packages))),
+        devices=dict(inputs.devices),
+    )
+    return Board(inputs, progress, Measurements())
+
+
+def serving_contract(package: Package, settings: Settings):
+    """Return the package's contract, with the spec's token budget where it names one."""
+    if settings.budget_tokens is None:
+        return package.contract
+    return replace(package.contract, budget_tokens=settings.budget_tokens)
+
+
+def score_all(board: Board) -> None:
+    """Make pass after pass until nothing is left or nothing more fits the clock.
+
+    In the hidden run a package that fails is left out while another one works.
+
+    Raises:
+        PackageError: The workers refuse a package: it scores other than when it was packaged.
+        LoadError: No device could load a package.
+    """
+    board.measured.before_seconds = board.inputs.clock.elapsed()
+    loaded: int | None = None
+    workers: list[Worker] = []
+    encoder = Encoder(board.inputs)
+    try:
+        while True:
+            next_pass = plan_next_pass(board, loaded, workers)
+            if next_pass is None:
+                return
+            try:
+                if next_pass.package != loaded:
+                    retire(board, workers)
+                    workers = start_team(board, next_pass.package)
+                    loaded = next_pass.package
+                make_next_pass(board, next_pass, workers, encoder)
+            except (PackageError, LoadError) as error:
+                retire(board, workers)
+                loaded = None
+                leave_out(board, next_pass.package, error)
+    finally:
+        retire(board, workers)
+        encoder.close()
+
+
+def leave_out(board: Board, number: int, error: Exception) -> None:
+    """Go on without a package; in the visible run, or where no package works, raise its error."""
+    board.progress.packages.remove(number)
+    other_scores = any(by_order for scores in board.progress.scores for by_order in scores.values())
+    another_works = bool(board.progress.packages) or other_scores
+    if not board.inputs.hidden_run or not another_works:
+        raise error
+    log(board.inputs.clock, f"{board.inputs.packages[number].folder.name}: left out: {error}")
+
+
+def plan_next_pass(board: Board, loaded: int | None, workers: Sequence[Worker]) -> NextPass | None:
+    """Decide what to do next: rows that count come first, the others get what time is left.
 
     Args:
-        package: What they load.
-        placement: `each`: a worker with a copy of the model for each device; `split`: one with the
-            model split over them.
-        devices: PyTorch's names by position.
-        tokens_per_batch: Their token budget, until memory runs out.
-        threads: Of the CPU, for each worker.
-        clock: For the log.
+        board: The state of the run.
+        loaded: The number of the package that the workers have; None: none.
+        workers: The workers of that package.
+
+    Returns:
+        None where nothing is left, nothing more fits the clock, or no worker is alive.
     """
-    position_groups = [(position,) for position in devices]
-    if placement == "split":
-        position_groups = [tuple(devices)]
+    all_gone = bool(workers) and all(worker.gone for worker in workers)
+    if all_gone:
+        log(board.inputs.clock, "no device is left; rows without a score get the prior")
+    if all_gone or not board.progress.packages or board.inputs.clock.left() <= 0:
+        return None
 
-    workers = []
-    for positions in position_groups:
-        device_names = tuple(devices[position] for position in positions)
-        log_names = []
-        for position, name in zip(positions, device_names, strict=True):
-            log_names.append(f"cpu #{position}" if name == "cpu" else name)
-        task = Assignment(str(package.folder), device_names, positions[0], threads)
-        worker = Worker("+".join(log_names), task, tokens_per_batch, start_process, positions)
-        worker.launch()
-        workers.append(worker)
-    names = ", ".join(worker.name for worker in workers)
-    log(clock, f"{package.folder.name}: loading on {names}")
-    return workers
+    for group in board.inputs.row_groups:
+        next_pass = plan_group(board, group, loaded)
+        if next_pass is not None:
+            return next_pass
+    return None
 
 
-def stop_workers(workers: Sequence[Worker]) -> None:
-    """End all the processes."""
+def plan_group(board: Board, group: Sequence[str], loaded: int | None) -> NextPass | None:
+    """Plan a group's next pass: one order of all its rows, then what a new plan begins with."""
+    is_begun = group[0] in board.measured.tokens
+    if not is_begun:
+        packages = board.progress.packages
+        number = loaded if loaded in packages else packages[0]
+        return NextPass(number, board.orders(number)[0], frozenset(group))
+
+    options = make_options(board, group, loaded)
+    if not options:
+        return None
+    now = time.monotonic()
+    seconds_left = board.inputs.clock.deadline - now
+    by_log_loss = len(board.inputs.settings.columns) > 1
+    shares = allocate(
+        options, board.probabilities(), board.measured.tokens, seconds_left, by_log_loss
+    )
+    note_plan(board, shares, seconds_left)
+    planned = [share for share in shares if share.gains]
+    if not planned:
+        return None
+    first, *later = planned
+
+    # The pass may last until what is planned after it must begin to load.
+    load_seconds = {share.option.package: share.option.load_seconds for share in later}
+    load_seconds.pop(first.option.package, None)
+    seconds_for_later = sum(share.seconds for share in later) + sum(load_seconds.values())
+    deadline = now + seconds_left - seconds_for_later
+
+    has_every_row = len(first.gains) == len(first.option.unscored)
+    gains = None if has_every_row else first.gains
+    return NextPass(
+        first.option.package, first.option.order, frozenset(first.gains), gains, deadline
+    )
+
+
+def make_options(board: Board, group: Sequence[str], loaded: int | None) -> list[Option]:
+    """List every pass that has rows of the group left, those of the loaded model first."""
+    options = []
+    for number in sorted(board.progress.packages, key=lambda number: number != loaded):
+        for order in board.orders(number):
+            unscored = board.unscored((number, order), group)
+            if unscored:
+                option = make_option(board, (number, order), unscored, is_loaded=number == loaded)
+                options.append(option)
+    return options
+
+
+def make_option(board: Board, key: Key, unscored: list[str], is_loaded: bool) -> Option:
+    """Describe a pass by what it should change and take, as measured or else as guessed."""
+    number, order = key
+    settings, packages = board.inputs.settings, board.inputs.packages
+    progress, measured = board.progress, board.measured
+
+    # What it should change. CHANGE_OF_MODEL is that of one of two models of equal weight.
+    total_weight = sum(settings.packages[other].weight for other in progress.packages)
+    relative_weight = settings.packages[number].weight / total_weight
+    is_new_model = not any(progress.tried.get((number, other)) for other in board.orders(number))
+    typical_change = 2 * CHANGE_OF_MODEL if is_new_model else CHANGE_OF_ORDER
+    change = measured.changes.get(key, typical_change * relative_weight)
+
+    # Before a package has run, its speed follows from another one's and the parameters of both.
+    rate = measured.rates.get(number, 0.0)
+    if measured.rates and not rate:
+        other, other_rate = next(iter(measured.rates.items()))
+        rate = other_rate * flop_per_token(packages[other]) / flop_per_token(packages[number])
+    seconds_per_token = PADDING / rate if rate else 0.0
+
+    copies = 1 if settings.packages[number].placement == "split" else len(progress.devices)
+    load_seconds = 0.0 if is_loaded else loading_seconds(packages[number], copies)
+    return Option(number, order, change, seconds_per_token, load_seconds, unscored)
+
+
+def note_plan(board: Board, shares: Sequence[Share], seconds_left: float) -> None:
+    """Log what the plan does with the seconds that are left; keep the line for kernel.json."""
+    parts = []
+    for share in shares:
+        option = share.option
+        name = f"{board.inputs.packages[option.package].folder.name} {option.order}"
+        rows = f"{len(share.gains)} of {len(option.unscored)} rows"
+        part = f"{name} {rows} in {share.seconds:.1f} s"
+        if share.gains and option.load_seconds:
+            part += f" and {option.load_seconds:.1f} s to load"
+        parts.append(part)
+
+    line = f"{max(seconds_left, 0.0):.1f} s left: {'; '.join(parts)}"
+    board.progress.plans.append(line)
+    log(board.inputs.clock, f"plan: {line}")
+
+
+def start_team(board: Board, number: int) -> list[Worker]:
+    """Start workers for a package on the devices that are not gone.
+
+    Raises:
+        LoadError: No device is left, or a model that is split would lack one of them.
+    """
+    inputs, devices = board.inputs, board.progress.devices
+    package, settings = inputs.packages[number], inputs.settings
+    placement = settings.packages[number].placement
+    is_incomplete = placement == "split" and len(devices) < len(inputs.devices)
+    if not devices or is_incomplete:
+        raise LoadError(f"{package.folder}: no device is left for it")
+    return start_workers(
+        package, placement, devices, settings.tokens_per_batch, inputs.threads, inputs.clock
+    )
+
+
+def retire(board: Board, workers: list[Worker]) -> None:
+    """End the workers and note what they did; devices that are gone leave the board.
+
+    A device stays where its worker could not load a package that no other loaded either, or where
+    it had a model before: that may be the package's fault.
+    """
+    stop_workers(workers)
+    progress = board.progress
+    any_loaded = any(worker.load_seconds for worker in workers)
     for worker in workers:
-        worker.stop()
+        is_proven = progress.proven.issuperset(worker.positions)
+        is_to_blame = bool(worker.load_seconds) or (any_loaded and not is_proven)
+        if worker.gone and is_to_blame:
+            for position in worker.positions:
+                progress.devices.pop(position, None)
+        elif worker.load_seconds:
+            progress.proven.update(worker.positions)
+        progress.workers.append(worker_record(worker))
+    workers.clear()
 
 
-def worker_record(worker: Worker) -> dict:
-    """Describe a worker for kernel.json."""
-    return {
-        "device": worker.name,
-        "package": worker.task.folder.rpartition("/")[2],
-        "load_seconds": round(worker.load_seconds, 1),
-        "computed_tokens": worker.tokens,
-        "busy_seconds": round(worker.seconds, 1),
-        "tokens_per_batch": worker.tokens_per_batch,
-        "memory_bytes": worker.memory_bytes,
-        "deaths": worker.deaths,
-        "gone": worker.gone,
-    }
+def make_next_pass(
+    board: Board, next_pass: NextPass, workers: Sequence[Worker], encoder: "Encoder"
+) -> None:
+    """Score the rows of a pass and note the result on the board.
+
+    They are encoded while the workers load, or were while the pass before ran.
+
+    Raises:
+        PackageError: The last worker that is left refuses the package.
+        LoadError: No worker could load it.
+    """
+    number, order = next_pass.package, next_pass.order
+    package, clock = board.inputs.packages[number], board.inputs.clock
+    deadline = clock.deadline
+    if next_pass.deadline is not None:
+        deadline = min(next_pass.deadline, deadline)
+
+    rows = [row for row in board.inputs.rows if row["id"] in next_pass.rows]
+    requests = encoder.requests(number, order, rows)
+    for other in board.orders(number):
+        if (number, other) not in board.progress.tried and other != order:
+            encoder.begin(number, other, rows)
+
+    before = board.probabilities()
+    label = f"{package.folder.name}, {order}"
+    work = make_pass(label, requests, deadline, workers, next_pass.gains)
+    work = run_pass(work, workers, clock)
+    if all(worker.gone and not worker.load_seconds for worker in workers):
+        raise LoadError(f"{package.folder}: no device could load it")
+
+    note_pass(board, (number, order), work, requests, workers)
+    change = measured_change(before, board.probabilities())
+    if change:
+        board.measured.changes[number, order] = change
 
 
-def leave() -> None:
-    """End this process at once where a worker's is stuck: it would be waited for for ever."""
-    if multiprocessing.active_children():
-        sys.stdout.flush()
-        os._exit(0)
+def note_pass(
+    board: Board, key: Key, work: Pass, requests: Sequence[Request], workers: Sequence[Worker]
+) -> None:
+    """Put a pass's scores on the board, and what was measured."""
+    number, order = key
+    progress, measured = board.progress, board.measured
+    progress.given_up.setdefault(number, set()).update(work.given_up)
+    for row_id, values in work.scores.items():
+        progress.scores[number][row_id][order] = values
+
+    # Rows that the pass left are tried again, unless nothing came of any: that would never end.
+    finished = {request.id for request in requests}
+    if work.scores or all(worker.gone for worker in workers):
+        finished -= {request.id for batch in work.queue for request in batch}
+    progress.tried.setdefault(key, set()).update(finished)
+
+    for request in requests:
+        measured.tokens.setdefault(request.id, request.tokens)
+    rate = sum(worker.rate() for worker in workers if not worker.gone)
+    if rate:
+        measured.rates[number] = rate
+
+    run = board.inputs.settings.packages[number].run
+    progress.passes.append({"run": run, "order": order, **pass_record(work)})
+
+
+class Encoder:
+    """Makes rows into requests, what is needed next in a thread of its own.
+
+    A tokenizer is for one thread at a time: model_input switches its control tokens off while it
+    encodes what users wrote, and another thread would then encode the template as plain text.
+    """
+
+    def __init__(self, inputs: Inputs):
+        self.inputs = inputs
+        self.pool = ThreadPoolExecutor(1)
+        self.closing = threading.Event()
+        self.ahead: dict[Key, Future] = {}
+        self.tokenizers = [threading.Lock() for _ in inputs.packages]
+
+    def begin(self, number: int, order: str, rows: Sequence[Mapping]) -> None:
+        """Begin to encode rows that are likely to be needed in a later pass."""
+        key = (number, order)
+        if key not in self.ahead:
+            self.ahead[key] = self.pool.submit(self.encode, number, order, rows)
+
+    def requests(self, number: int, order: str, rows: Sequence[Mapping]) -> list[Request]:
+        """Return the rows' requests, in the rows' order."""
+        by_id = {}
+        if (number, order) in self.ahead:
+            by_id = {request.id: request for request in self.ahead[number, order].result()}
+        missing_rows = [row for row in rows if row["id"] not in by_id]
+        if missing_rows:
+            for request in self.encode(number, order, missing_rows):
+                by_id[request.id] = request
+        return [by_id[row["id"]] for row in rows]
+
+    def encode(self, number: int, order: str, rows: Sequence[Mapping]) -> list[Request]:
+        """Encode rows by the package's own model_input."""
+        began = time.monotonic()
+        package, contract = self.inputs.packages[number], self.inputs.contracts[number]
+        encoded: list[Request] = []
+        for start in range(0, len(rows), ENCODED_AT_ONCE):
+            if self.closing.is_set():
+                return encoded
+            part = rows[start : start + ENCODED_AT_ONCE]
+            pairs = [package.model_input.pair_from_row(row) for row in part]
+            with self.tokenizers[number]:
+                requests = make_requests(
+                    package.model_input, package.tokenizer, contract, pairs, (order,)
+                )
+
+            # Four bytes for each token id, since there are millions of them.
+            for request in requests:
+                sequences = tuple(array("i", ids) for ids in request.sequences)
+                encoded.append(replace(request, sequences=sequences))
+
+        tokens = sum(request.tokens for request in encoded)
+        name = f"{package.folder.name}, {order}"
+        seconds = time.monotonic() - began
+        log(
+            self.inputs.clock,
+            f"{name}: {len(encoded)} rows encoded, {tokens} tokens in {seconds:.1f} s",
+        )
+        return encoded
+
+    def close(self) -> None:
+        """Stop, after the rows that are being encoded: ENCODED_AT_ONCE at most."""
+        self.closing.set()
+        self.pool.shutdown(cancel_futures=True)
+
+
+def combine(
+    settings: Settings, packages: Sequence[Package], scores: Iterable[Scores]
+) -> dict[str, list[float]]:
+    """Combine the packages' scores to probabilities of the competition's verdicts, by id.
+
+    Orders are averaged, then packages by weight, then the temperature is applied.
+
+    Args:
+        settings: Has the packages' weights and the temperature.
+        packages: In the order of the settings.
+        scores: Of each package.
+    """
+    opinions: dict[str, list[list[float]]] = {}
+    weights: dict[str, list[float]] = {}
+    for chosen, package, package_scores in zip(settings.packages, packages, scores, strict=True):
+        for row_id, values in mean_of_orders(package_scores).items():
+            opinion = to_competition(values, package.contract.verdicts, settings.verdicts)
+            opinions.setdefault(row_id, []).append(opinion)
+            weights.setdefault(row_id, []).append(chosen.weight)
+
+    combined = {}
+    for row_id, values in opinions.items():
+        mean = weighted_mean(values, weights[row_id])
+        combined[row_id] = soften(mean, settings.temperature)
+    return combined
 
 
 # ==============================================================================================================
@@ -2883,770 +1314,2360 @@ def pass_record(work: Pass) -> dict:
 
 
 # ==============================================================================================================
-# scheduling/schedule.py
+# scheduling/worker_handle.py
 #
-# From packages and rows to scores: one pass after another, each planned when the one before ended.
+# The workers as the kernel's own process sees them: started, given batches, killed, restarted.
 #
-# main.run_kernel calls `score_all`. Models run one after the other, each on all devices. The first
-# order of the first model goes over all rows and may use the whole clock: a row with one score is
-# worth more than a second one. What comes then, the second order and further models, is decided by
-# `plan_next_pass`, with what was measured so far: see plan.py. Rows that count on the current
-# leaderboard go through all of this alone; the others get what time is left.
+# A worker that dies is started again with half its token budget, which stays halved. One that dies
+# FRUITLESS_DEATHS times in a row without having loaded its model or scored a batch is given up: its
+# device is gone, and the others go on without it. What becomes of the rows that it had is decided by
+# pass_runner.handle_worker_death.
 # ==============================================================================================================
 
-Scores = dict[str, dict[str, list[float]]]  # by id, then by order
-Key = tuple[int, str]  # a package's number in the spec, and an order
-PADDING = 1.03  # what batches compute beyond their rows' tokens, while nothing is measured
-ENCODED_AT_ONCE = 1000
-
-
-class LoadError(RuntimeError):
-    """No device could load a package."""
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What is to be scored, by which packages, on which devices (by position) and until when."""
-
-    settings: Settings
-    packages: Sequence[Package]
-    contracts: Sequence  # the packages', with the spec's token budget
-    rows: Sequence[Mapping]
-    row_groups: Sequence[Sequence[str]]  # ids of the rows that count, then of the others
-    devices: Mapping[int, str]
-    threads: int  # of the CPU, for each worker
-    clock: Clock
-    hidden_run: bool
+FRUITLESS_DEATHS = 3
+JOIN_SECONDS = 30.0  # a killed process may be stuck in a driver
 
 
 @dataclass
-class Progress:
-    """How far the run is, and the records of it for kernel.json."""
+class Worker:
+    """One process and its history. Tokens are counted with their padding."""
 
-    scores: list[Scores]  # of each package
-    packages: list[int]  # numbers of those that are not left out
-    devices: dict[int, str]  # those of the inputs that are not gone
-    proven: set[int] = field(default_factory=set)  # positions of devices that had a model
-    # Rows that need no further try: in a pass, or with a package in any order.
-    tried: dict[Key, set[str]] = field(default_factory=dict)
-    given_up: dict[int, set[str]] = field(default_factory=dict)
-    passes: list[dict] = field(default_factory=list)
-    workers: list[dict] = field(default_factory=list)
-    plans: list[str] = field(default_factory=list)
+    name: str  # its devices, for the log
+    task: Assignment
+    tokens_per_batch: int
+    start: Callable[[Assignment], tuple]  # gives the process and the pipe to it
+    positions: tuple[int, ...] = ()  # of its devices
+
+    # The process.
+    process: object = None
+    connection: object = None
+    loaded: dict | None = None  # what the worker said of its model
+    gone: bool = False
+    batches_sent: int = 0
+    outstanding: dict[int, list[Request]] = field(default_factory=dict)  # by number, as sent
+    last_event: float = 0.0  # began to load, got its first batch, or gave one back
+
+    # The history, over all of its processes.
+    tokens: int = 0
+    seconds: float = 0.0  # in which it had work
+    load_seconds: float = 0.0
+    memory_bytes: list[int] = field(default_factory=list)
+    deaths: int = 0
+    fruitless: int = 0  # deaths without a score in between
+
+    @property
+    def batches_at_once(self) -> int:
+        """How many batches it scores at the same time: one for each stage of a split model."""
+        return self.loaded["batches_at_once"] if self.loaded else 1
+
+    def rate(self) -> float:
+        """Return tokens a second, from what it has done; 0 before its first batch."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def launch(self) -> None:
+        """Start the process, which loads the model."""
+        self.loaded = None
+        self.last_event = time.monotonic()
+        self.process, self.connection = self.start(self.task)
+
+    def send(self, batch: list[Request]) -> None:
+        """Give it a batch; if it has died meanwhile, whoever reads from it will notice."""
+        if not self.outstanding:
+            self.last_event = time.monotonic()
+        self.batches_sent += 1
+        self.outstanding[self.batches_sent] = batch
+        with contextlib.suppress(OSError):
+            self.connection.send((self.batches_sent, batch))
+
+    def note_loaded(self, facts: dict) -> None:
+        """Note what it said of its model; from now on it can be given batches."""
+        self.loaded = facts
+        self.load_seconds = facts["seconds"]
+        self.last_event = time.monotonic()
+
+    def note_scored(self, number: int, memory_bytes: list[int]) -> list[Request]:
+        """Count a batch that was scored, and return it."""
+        batch = self.outstanding.pop(number)
+        now = time.monotonic()
+        self.tokens += padded_tokens(batch)
+        self.seconds += now - self.last_event
+        self.last_event = now
+        self.memory_bytes = memory_bytes
+        self.fruitless = 0
+        return batch
+
+    def note_out_of_memory(self, number: int) -> list[Request]:
+        """Lower the token budget below a batch that was too large, and return it."""
+        batch = self.outstanding.pop(number)
+        self.last_event = time.monotonic()
+        if len(batch) > 1:
+            fitting_tokens = padded_tokens(batch) // 2
+        else:
+            fitting_tokens = padded_tokens(batch) - 1
+        self.tokens_per_batch = max(min(self.tokens_per_batch, fitting_tokens), 1)
+        return batch
+
+    def note_death(self) -> tuple[list[list[Request]], list[list[Request]]]:
+        """Count a death; return the batches that it was scoring, and those that lay ready."""
+        batches = list(self.outstanding.values())
+        being_scored = batches[: self.batches_at_once]
+        ready = batches[self.batches_at_once :]
+        self.outstanding.clear()
+        self.stop()
+        self.deaths += 1
+        self.tokens_per_batch = max(self.tokens_per_batch // 2, 1)
+
+        # A row that kills its worker when it is alone will be given up, not the worker.
+        has_single_rows = bool(being_scored) and all(len(batch) == 1 for batch in being_scored)
+        if not has_single_rows:
+            self.fruitless += 1
+        self.gone = self.fruitless >= FRUITLESS_DEATHS
+        return being_scored, ready
+
+    def stop(self) -> None:
+        """End the process, whatever it is doing; its device is free afterwards."""
+        if self.process:
+            self.connection.close()
+            self.process.kill()
+            self.process.join(JOIN_SECONDS)
+        self.process = None
+        self.loaded = None
 
 
-@dataclass
-class Measurements:
-    """What plans are made of."""
+def start_process(task: Assignment) -> tuple:
+    """Start a process for a task; return it and the pipe to it."""
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    ours, theirs = context.Pipe()
+    process = context.Process(target=run_worker, args=(theirs, task), daemon=True)
+    process.start()
+    theirs.close()
+    return process, ours
 
-    before_seconds: float = 0.0  # passed before the first model was loaded
-    tokens: dict[str, int] = field(default_factory=dict)  # of a row, as the first pass encoded it
-    rates: dict[int, float] = field(default_factory=dict)  # tokens a second, by package
-    changes: dict[Key, float] = field(default_factory=dict)  # of a probability (sd), by a pass
+
+def start_workers(
+    package: Package,
+    placement: str,
+    devices: Mapping[int, str],
+    tokens_per_batch: int,
+    threads: int,
+    clock: Clock,
+) -> list[Worker]:
+    """Start the workers of a package, which load it by themselves.
+
+    Args:
+        package: What they load.
+        placement: `each`: a worker with a copy of the model for each device; `split`: one with the
+            model split over them.
+        devices: PyTorch's names by position.
+        tokens_per_batch: Their token budget, until memory runs out.
+        threads: Of the CPU, for each worker.
+        clock: For the log.
+    """
+    position_groups = [(position,) for position in devices]
+    if placement == "split":
+        position_groups = [tuple(devices)]
+
+    workers = []
+    for positions in position_groups:
+        device_names = tuple(devices[position] for position in positions)
+        log_names = []
+        for position, name in zip(positions, device_names, strict=True):
+            log_names.append(f"cpu #{position}" if name == "cpu" else name)
+        task = Assignment(str(package.folder), device_names, positions[0], threads)
+        worker = Worker("+".join(log_names), task, tokens_per_batch, start_process, positions)
+        worker.launch()
+        workers.append(worker)
+    names = ", ".join(worker.name for worker in workers)
+    log(clock, f"{package.folder.name}: loading on {names}")
+    return workers
+
+
+def stop_workers(workers: Sequence[Worker]) -> None:
+    """End all the processes."""
+    for worker in workers:
+        worker.stop()
+
+
+def worker_record(worker: Worker) -> dict:
+    """Describe a worker for kernel.json."""
+    return {
+        "device": worker.name,
+        "package": worker.task.folder.rpartition("/")[2],
+        "load_seconds": round(worker.load_seconds, 1),
+        "computed_tokens": worker.tokens,
+        "busy_seconds": round(worker.seconds, 1),
+        "tokens_per_batch": worker.tokens_per_batch,
+        "memory_bytes": worker.memory_bytes,
+        "deaths": worker.deaths,
+        "gone": worker.gone,
+    }
+
+
+def leave() -> None:
+    """End this process at once where a worker's is stuck: it would be waited for for ever."""
+    if multiprocessing.active_children():
+        sys.stdout.flush()
+        os._exit(0)
+
+
+# ==============================================================================================================
+# scheduling/worker.py
+#
+# A process for each device: it loads a model, then scores the batches that come through its pipe.
+#
+# A model that one device cannot hold has one process with several devices, its layers over all of
+# them, and a thread for each. A process, because a CUDA error takes a whole process with it, and
+# because two threads share one Python. What the kernel's own process does when one dies:
+# pass_runner.handle_worker_death.
+#
+# To the worker: (number, requests). From it:
+#     ("loaded", facts)                         dtype, batches_at_once, seconds, worst difference
+#     ("scored", number, probabilities, bytes)  bytes: the most memory used so far on each device
+#     ("out of memory", number)                 it lives on; the batch is to be cut
+#     ("refused", sentence)                     the package is not what was packaged
+#     ("failed", traceback)                     and its end
+# ==============================================================================================================
+
+GOLDEN_TOLERANCE = (
+    0.05  # float16 and 4-bit kernels differ between devices by up to 0.02; a wrong head by far more
+)
+MEMORY_WORDS = (
+    "CUDA error: out of memory",
+    "_ALLOC_FAILED",
+    "DefaultCPUAllocator: can't allocate memory",
+)
 
 
 @dataclass(frozen=True)
-class Board:
-    """The state of the run."""
+class Assignment:
+    """What a worker is to load, and where."""
 
-    inputs: Inputs
-    progress: Progress
-    measured: Measurements
+    folder: str  # of the package
+    devices: tuple[str, ...]  # several: the model's layers over them
+    position: int  # of the first device
+    threads: int  # of the CPU
 
-    def orders(self, number: int) -> tuple[str, ...]:
-        """List the orders worth scoring with a package."""
-        return orders_of(self.inputs.contracts[number], self.inputs.settings.orders)
 
-    def unscored(self, key: Key, group: Sequence[str]) -> list[str]:
-        """List those rows of a group that a pass has still to score."""
-        number, _ = key
-        finished = self.progress.tried.get(key, set()) | self.progress.given_up.get(number, set())
-        return [row_id for row_id in group if row_id not in finished]
+def run_worker(connection, task: Assignment) -> None:
+    """Run the process until the pipe closes; leave at once then, whatever its threads are at."""
+    with contextlib.suppress(OSError):
+        name = f"worker {task.position}"  # as top and ps show it
+        Path("/proc/self/comm").write_text(name, encoding="utf-8")
+    transformers_logging.disable_progress_bar()
+    torch.set_num_threads(task.threads)
+    work(connection, task)
+    os._exit(0)
 
-    def probabilities(self) -> dict[str, list[float]]:
-        """Combine what the packages that are not left out have given so far, by id."""
-        numbers = self.progress.packages
-        settings = self.inputs.settings
-        of_these = replace(settings, packages=tuple(settings.packages[n] for n in numbers))
-        packages = [self.inputs.packages[number] for number in numbers]
-        return combine(of_these, packages, [self.progress.scores[number] for number in numbers])
 
-    def scores_by_run(self) -> dict[str, ModelScores]:
-        """Collect what each run's model gave."""
-        models = {}
-        for number, chosen in enumerate(self.inputs.settings.packages):
-            verdicts = self.inputs.packages[number].contract.verdicts
-            models[chosen.run] = ModelScores(verdicts, self.progress.scores[number])
-        return models
+def work(connection, task: Assignment) -> None:
+    """Load, then score until the other end of the pipe is closed or something fails."""
+    began = time.monotonic()
+    first_device = task.devices[0]
+    try:
+        # Else libraries that ask for no device take memory of the first GPU.
+        if first_device.startswith("cuda"):
+            torch.cuda.set_device(first_device)
+        package = open_package(Path(task.folder))
+        model, stages = load_on(package, task.devices)
+        worst_difference = check_golden_scores(package, model, first_device)
+    except (PackageError, FloatingPointError) as error:
+        return tell(connection, "refused", f"{type(error).__name__}: {error}")
+    except Exception:
+        return tell(connection, "failed", traceback.format_exc())
+
+    batches_at_once = len(stages.locks) if stages else 1
+    facts = {
+        "dtype": str(model.dtype),
+        "batches_at_once": batches_at_once,
+        "worst": worst_difference,
+        "seconds": time.monotonic() - began,
+    }
+    tell(connection, "loaded", facts)
+
+    def score_requests(requests):
+        passing = stages.batch if stages else contextlib.nullcontext
+        # Each thread has a current device of its own.
+        on_device = contextlib.nullcontext()
+        if first_device.startswith("cuda"):
+            on_device = torch.cuda.device(first_device)
+        with on_device:
+            return score_batch(
+                model, package.model_input, package.contract, requests, first_device, passing
+            )
+
+    serve(connection, score_requests, batches_at_once, lambda: memory_bytes(task.devices))
+
+
+def open_package(folder: Path) -> Package:
+    """Open a package whose files were checked before (see package.read_package)."""
+    model_input = execute_model_input(folder / "model_input.py")
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    contract = model_input.read_contract(folder)
+    return Package(folder, contract, manifest, model_input, read_tokenizer(folder))
+
+
+def load_on(package: Package, devices: tuple[str, ...]) -> tuple[torch.nn.Module, Stages | None]:
+    """Load the model on a device, or split over several, then with its stages."""
+    if len(devices) == 1:
+        return load_model(package.folder, package.contract, devices[0]), None
+    device_map = split_over(package.folder, devices)
+    model = load_model(package.folder, package.contract, devices[0], device_map=device_map)
+    return model, Stages(model, stage_starts(device_map), devices)
+
+
+def check_golden_scores(package: Package, model: torch.nn.Module, device: str) -> float:
+    """Score the golden rows, and compare them with the manifest's probabilities.
+
+    Returns:
+        The largest difference.
+
+    Raises:
+        PackageError: It is over GOLDEN_TOLERANCE.
+    """
+    contract = package.contract
+    pairs = [package.model_input.pair_from_row(row["pair"]) for row in contract.golden]
+    scores = score(
+        model,
+        package.model_input,
+        package.tokenizer,
+        contract,
+        pairs,
+        orders=("as_given",),
+        tokens_per_batch=contract.budget_tokens,
+        device=device,
+    )
+    worst_difference = 0.0
+    for golden in package.manifest["golden"]:
+        values = scores[golden["id"]]["as_given"]
+        for value, expected in zip(values, golden["probabilities"], strict=True):
+            worst_difference = max(worst_difference, abs(value - expected))
+        if worst_difference > GOLDEN_TOLERANCE:
+            raise PackageError(
+                f"{package.folder}: golden row {golden['id']} scores {values} on {device}, the "
+                f"package recorded {golden['probabilities']}; weights, head, pad id or attention "
+                "are not those that were packaged"
+            )
+    return worst_difference
+
+
+def serve(connection, score_requests, batches_at_once: int, measure_memory) -> None:
+    """Score what comes in. Batches are read as they come, so that the next one lies ready.
+
+    Args:
+        connection: The pipe.
+        score_requests: Gives a batch's probabilities.
+        batches_at_once: How many are scored at the same time, each in a thread.
+        measure_memory: Gives the bytes used so far.
+    """
+    inbox = queue.SimpleQueue()
+    lock = threading.Lock()
+
+    def score_from_inbox():
+        while message := inbox.get():
+            number, requests = message
+            try:
+                answer = ("scored", number, score_requests(requests), measure_memory())
+            except Exception as error:
+                if lacks_memory(error, len(requests)):
+                    free_memory()
+                    answer = ("out of memory", number)
+                else:
+                    answer = ("failed", traceback.format_exc())
+            with lock:
+                tell(connection, *answer)
+            # A CUDA error stays with its process: the other end will kill it.
+            if answer[0] == "failed":
+                return
+
+    for _ in range(batches_at_once):
+        threading.Thread(target=score_from_inbox, daemon=True).start()
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            inbox.put(connection.recv())
+    for _ in range(batches_at_once):
+        inbox.put(None)
+
+
+def lacks_memory(error: Exception, rows: int) -> bool:
+    """Tell whether a batch of so many rows was too large.
+
+    PyTorch says so of its own memory, CUDA's libraries only in words. By those, a row that is alone
+    is no batch to be cut; only a new process may help it.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    has_words = any(words in str(error) for words in MEMORY_WORDS)
+    return rows > 1 and (has_words or isinstance(error, MemoryError))
+
+
+def tell(connection, *message) -> None:
+    """Send a message, unless nobody listens any more."""
+    with contextlib.suppress(OSError):
+        connection.send(message)
+
+
+def free_memory() -> None:
+    """Give the memory of a batch that failed back to its device."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        # A broken device raises its error again; the next batch then ends the worker.
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.empty_cache()
+
+
+def memory_bytes(devices: tuple[str, ...]) -> list[int]:
+    """Measure the most memory used so far: PyTorch's on each GPU, or this process's on the CPU."""
+    if devices[0].startswith("cuda"):
+        return [torch.cuda.max_memory_reserved(device) for device in devices]
+    return [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]
+
+
+# ==============================================================================================================
+# scheduling/plan.py
+#
+# Shares out the seconds that are left: which rows get the second order, and which a further model.
+#
+# schedule.plan_next_pass decides with it, after every pass, which pass comes next. An option is one
+# more pass of a package in an order. It changes a probability by some amount, whose standard
+# deviation s is measured. Its expected gain is that of the knowledge gradient (Frazier, Powell and
+# Dayanik 2008): 2 (s φ(m/s) − m Φ(−m/s)), with m half the lead of the first verdict over the second.
+# A row near the line between two verdicts gains most, one far from it nothing. For log loss it is
+# s² (1 − Σp²).
+#
+# Rows are taken by their gain per second until the seconds are used. Which further models are worth
+# their loading is tried out: with none of them, with the first, with the first two, and so on.
+# ==============================================================================================================
+
+LOAD_BYTES_PER_SECOND = 3e8
+CHANGE_OF_ORDER = (
+    0.06  # the change of a probability (sd) by a second order or model, until it is measured
+)
+CHANGE_OF_MODEL = 0.1
+ROWS_TO_MEASURE = 30  # fewer give no standard deviation worth planning by
+SHORTEST_SECONDS = 1e-9  # of a row while no speed is measured: gains are divided by it
 
 
 @dataclass(frozen=True)
-class NextPass:
-    """A pass to be made now."""
+class Option:
+    """One more pass that could be made: a package in an order."""
 
     package: int  # its number in the spec
     order: str
-    rows: frozenset[str]
-    gains: Mapping[str, float] | None = None  # a second, by row; None: rows are taken by length
-    deadline: float | None = None  # None: the clock's
+    change: float  # standard deviation of what it changes in a probability
+    seconds_per_token: float
+    load_seconds: float = 0.0  # 0 where its model is loaded
+    unscored: Sequence[str] = ()  # ids of the rows that it would score
 
 
-def make_board(
-    settings: Settings,
-    packages: Sequence[Package],
-    rows: Sequence[Mapping],
-    devices: Sequence[str],
-    clock: Clock,
-    hidden_run: bool,
-) -> Board:
-    """Make a board on which nothing is scored yet. The devices share the CPU's cores evenly."""
-    counting = [row["id"] for row in rows if row["counts"]]
-    others = [row["id"] for row in rows if not row["counts"]]
-    inputs = Inputs(
-        settings=settings,
-        packages=packages,
-        contracts=[serving_contract(package, settings) for package in packages],
-        rows=rows,
-        row_groups=[group for group in (counting, others) if group],
-        devices=dict(enumerate(devices)),
-        threads=max(len(os.sched_getaffinity(0)) // len(devices), 1),
-        clock=clock,
-        hidden_run=hidden_run,
-    )
-    progress = Progress(
-        scores=[{row["id"]: {} for row in rows} for _ in packages],
-        packages=list(range(len(packages))),
-        devices=dict(inputs.devices),
-    )
-    return Board(inputs, progress, Measurements())
+@dataclass(frozen=True)
+class Offer:
+    """One row of an option, which is named by its place."""
+
+    option_place: int
+    row_id: str
+    gain: float
+    seconds: float
+    gain_per_second: float
 
 
-def serving_contract(package: Package, settings: Settings):
-    """Return the package's contract, with the spec's token budget where it names one."""
-    if settings.budget_tokens is None:
-        return package.contract
-    return replace(package.contract, budget_tokens=settings.budget_tokens)
+@dataclass(frozen=True)
+class Share:
+    """What an option gets of the clock."""
+
+    option: Option
+    gains: dict[str, float]  # of its rows, a second
+    seconds: float  # for these rows, without loading
 
 
-def score_all(board: Board) -> None:
-    """Make pass after pass until nothing is left or nothing more fits the clock.
-
-    In the hidden run a package that fails is left out while another one works.
-
-    Raises:
-        PackageError: The workers refuse a package: it scores other than when it was packaged.
-        LoadError: No device could load a package.
-    """
-    board.measured.before_seconds = board.inputs.clock.elapsed()
-    loaded: int | None = None
-    workers: list[Worker] = []
-    encoder = Encoder(board.inputs)
-    try:
-        while True:
-            next_pass = plan_next_pass(board, loaded, workers)
-            if next_pass is None:
-                return
-            try:
-                if next_pass.package != loaded:
-                    retire(board, workers)
-                    workers = start_team(board, next_pass.package)
-                    loaded = next_pass.package
-                make_next_pass(board, next_pass, workers, encoder)
-            except (PackageError, LoadError) as error:
-                retire(board, workers)
-                loaded = None
-                leave_out(board, next_pass.package, error)
-    finally:
-        retire(board, workers)
-        encoder.close()
-
-
-def leave_out(board: Board, number: int, error: Exception) -> None:
-    """Go on without a package; in the visible run, or where no package works, raise its error."""
-    board.progress.packages.remove(number)
-    other_scores = any(by_order for scores in board.progress.scores for by_order in scores.values())
-    another_works = bool(board.progress.packages) or other_scores
-    if not board.inputs.hidden_run or not another_works:
-        raise error
-    log(board.inputs.clock, f"{board.inputs.packages[number].folder.name}: left out: {error}")
-
-
-def plan_next_pass(
-    board: Board, loaded: int | None, workers: Sequence[Worker]
-) -> NextPass | None:
-    """Decide what to do next: rows that count come first, the others get what time is left.
+def allocate(
+    options: Sequence[Option],
+    probabilities: Mapping[str, Sequence[float]],
+    tokens: Mapping[str, int],
+    seconds: float,
+    by_log_loss: bool,
+) -> list[Share]:
+    """Share the seconds that are left out among options: rows of most gain per second first.
 
     Args:
-        board: The state of the run.
-        loaded: The number of the package that the workers have; None: none.
-        workers: The workers of that package.
+        options: The passes that could be made.
+        probabilities: What the passes so far say of a row, by id; absent: nothing.
+        tokens: The rows' lengths, by id.
+        seconds: What is left of the clock.
+        by_log_loss: Whether the metric is log loss, else accuracy.
 
     Returns:
-        None where nothing is left, nothing more fits the clock, or no worker is alive.
+        A share for each option, in their order; one without rows where it gets no time.
     """
-    all_gone = bool(workers) and all(worker.gone for worker in workers)
-    if all_gone:
-        log(board.inputs.clock, "no device is left; rows without a score get the prior")
-    if all_gone or not board.progress.packages or board.inputs.clock.left() <= 0:
-        return None
-
-    for group in board.inputs.row_groups:
-        next_pass = plan_group(board, group, loaded)
-        if next_pass is not None:
-            return next_pass
-    return None
-
-
-def plan_group(board: Board, group: Sequence[str], loaded: int | None) -> NextPass | None:
-    """Plan a group's next pass: one order of all its rows, then what a new plan begins with."""
-    is_begun = group[0] in board.measured.tokens
-    if not is_begun:
-        packages = board.progress.packages
-        number = loaded if loaded in packages else packages[0]
-        return NextPass(number, board.orders(number)[0], frozenset(group))
-
-    options = make_options(board, group, loaded)
-    if not options:
-        return None
-    now = time.monotonic()
-    seconds_left = board.inputs.clock.deadline - now
-    by_log_loss = len(board.inputs.settings.columns) > 1
-    shares = allocate(
-        options, board.probabilities(), board.measured.tokens, seconds_left, by_log_loss
-    )
-    note_plan(board, shares, seconds_left)
-    planned = [share for share in shares if share.gains]
-    if not planned:
-        return None
-    first, *later = planned
-
-    # The pass may last until what is planned after it must begin to load.
-    load_seconds = {share.option.package: share.option.load_seconds for share in later}
-    load_seconds.pop(first.option.package, None)
-    seconds_for_later = sum(share.seconds for share in later) + sum(load_seconds.values())
-    deadline = now + seconds_left - seconds_for_later
-
-    has_every_row = len(first.gains) == len(first.option.unscored)
-    gains = None if has_every_row else first.gains
-    return NextPass(
-        first.option.package, first.option.order, frozenset(first.gains), gains, deadline
-    )
-
-
-def make_options(board: Board, group: Sequence[str], loaded: int | None) -> list[Option]:
-    """List every pass that has rows of the group left, those of the loaded model first."""
-    options = []
-    for number in sorted(board.progress.packages, key=lambda number: number != loaded):
-        for order in board.orders(number):
-            unscored = board.unscored((number, order), group)
-            if unscored:
-                option = make_option(board, (number, order), unscored, is_loaded=number == loaded)
-                options.append(option)
-    return options
-
-
-def make_option(board: Board, key: Key, unscored: list[str], is_loaded: bool) -> Option:
-    """Describe a pass by what it should change and take, as measured or else as guessed."""
-    number, order = key
-    settings, packages = board.inputs.settings, board.inputs.packages
-    progress, measured = board.progress, board.measured
-
-    # What it should change. CHANGE_OF_MODEL is that of one of two models of equal weight.
-    total_weight = sum(settings.packages[other].weight for other in progress.packages)
-    relative_weight = settings.packages[number].weight / total_weight
-    is_new_model = not any(progress.tried.get((number, other)) for other in board.orders(number))
-    typical_change = 2 * CHANGE_OF_MODEL if is_new_model else CHANGE_OF_ORDER
-    change = measured.changes.get(key, typical_change * relative_weight)
-
-    # Before a package has run, its speed follows from another one's and the parameters of both.
-    rate = measured.rates.get(number, 0.0)
-    if measured.rates and not rate:
-        other, other_rate = next(iter(measured.rates.items()))
-        rate = other_rate * flop_per_token(packages[other]) / flop_per_token(packages[number])
-    seconds_per_token = PADDING / rate if rate else 0.0
-
-    copies = 1 if settings.packages[number].placement == "split" else len(progress.devices)
-    load_seconds = 0.0 if is_loaded else loading_seconds(packages[number], copies)
-    return Option(number, order, change, seconds_per_token, load_seconds, unscored)
-
-
-def note_plan(board: Board, shares: Sequence[Share], seconds_left: float) -> None:
-    """Log what the plan does with the seconds that are left; keep the line for kernel.json."""
-    parts = []
-    for share in shares:
-        option = share.option
-        name = f"{board.inputs.packages[option.package].folder.name} {option.order}"
-        rows = f"{len(share.gains)} of {len(option.unscored)} rows"
-        part = f"{name} {rows} in {share.seconds:.1f} s"
-        if share.gains and option.load_seconds:
-            part += f" and {option.load_seconds:.1f} s to load"
-        parts.append(part)
-
-    line = f"{max(seconds_left, 0.0):.1f} s left: {'; '.join(parts)}"
-    board.progress.plans.append(line)
-    log(board.inputs.clock, f"plan: {line}")
-
-
-def start_team(board: Board, number: int) -> list[Worker]:
-    """Start workers for a package on the devices that are not gone.
-
-    Raises:
-        LoadError: No device is left, or a model that is split would lack one of them.
-    """
-    inputs, devices = board.inputs, board.progress.devices
-    package, settings = inputs.packages[number], inputs.settings
-    placement = settings.packages[number].placement
-    is_incomplete = placement == "split" and len(devices) < len(inputs.devices)
-    if not devices or is_incomplete:
-        raise LoadError(f"{package.folder}: no device is left for it")
-    return start_workers(
-        package, placement, devices, settings.tokens_per_batch, inputs.threads, inputs.clock
-    )
-
-
-def retire(board: Board, workers: list[Worker]) -> None:
-    """End the workers and note what they did; devices that are gone leave the board.
-
-    A device stays where its worker could not load a package that no other loaded either, or where
-    it had a model before: that may be the package's fault.
-    """
-    stop_workers(workers)
-    progress = board.progress
-    any_loaded = any(worker.load_seconds for worker in workers)
-    for worker in workers:
-        is_proven = progress.proven.issuperset(worker.positions)
-        is_to_blame = bool(worker.load_seconds) or (any_loaded and not is_proven)
-        if worker.gone and is_to_blame:
-            for position in worker.positions:
-                progress.devices.pop(position, None)
-        elif worker.load_seconds:
-            progress.proven.update(worker.positions)
-        progress.workers.append(worker_record(worker))
-    workers.clear()
-
-
-def make_next_pass(
-    board: Board, next_pass: NextPass, workers: Sequence[Worker], encoder: "Encoder"
-) -> None:
-    """Score the rows of a pass and note the result on the board.
-
-    They are encoded while the workers load, or were while the pass before ran.
-
-    Raises:
-        PackageError: The last worker that is left refuses the package.
-        LoadError: No worker could load it.
-    """
-    number, order = next_pass.package, next_pass.order
-    package, clock = board.inputs.packages[number], board.inputs.clock
-    deadline = clock.deadline
-    if next_pass.deadline is not None:
-        deadline = min(next_pass.deadline, deadline)
-
-    rows = [row for row in board.inputs.rows if row["id"] in next_pass.rows]
-    requests = encoder.requests(number, order, rows)
-    for other in board.orders(number):
-        if (number, other) not in board.progress.tried and other != order:
-            encoder.begin(number, other, rows)
-
-    before = board.probabilities()
-    label = f"{package.folder.name}, {order}"
-    work = make_pass(label, requests, deadline, workers, next_pass.gains)
-    work = run_pass(work, workers, clock)
-    if all(worker.gone and not worker.load_seconds for worker in workers):
-        raise LoadError(f"{package.folder}: no device could load it")
-
-    note_pass(board, (number, order), work, requests, workers)
-    change = measured_change(before, board.probabilities())
-    if change:
-        board.measured.changes[number, order] = change
-
-
-def note_pass(
-    board: Board, key: Key, work: Pass, requests: Sequence[Request], workers: Sequence[Worker]
-) -> None:
-    """Put a pass's scores on the board, and what was measured."""
-    number, order = key
-    progress, measured = board.progress, board.measured
-    progress.given_up.setdefault(number, set()).update(work.given_up)
-    for row_id, values in work.scores.items():
-        progress.scores[number][row_id][order] = values
-
-    # Rows that the pass left are tried again, unless nothing came of any: that would never end.
-    finished = {request.id for request in requests}
-    if work.scores or all(worker.gone for worker in workers):
-        finished -= {request.id for batch in work.queue for request in batch}
-    progress.tried.setdefault(key, set()).update(finished)
-
-    for request in requests:
-        measured.tokens.setdefault(request.id, request.tokens)
-    rate = sum(worker.rate() for worker in workers if not worker.gone)
-    if rate:
-        measured.rates[number] = rate
-
-    run = board.inputs.settings.packages[number].run
-    progress.passes.append({"run": run, "order": order, **pass_record(work)})
-
-
-class Encoder:
-    """Makes rows into requests, what is needed next in a thread of its own.
-
-    A tokenizer is for one thread at a time: model_input switches its control tokens off while it
-    encodes what users wrote, and another thread would then encode the template as plain text.
-    """
-
-    def __init__(self, inputs: Inputs):
-        self.inputs = inputs
-        self.pool = ThreadPoolExecutor(1)
-        self.closing = threading.Event()
-        self.ahead: dict[Key, Future] = {}
-        self.tokenizers = [threading.Lock() for _ in inputs.packages]
-
-    def begin(self, number: int, order: str, rows: Sequence[Mapping]) -> None:
-        """Begin to encode rows that are likely to be needed in a later pass."""
-        key = (number, order)
-        if key not in self.ahead:
-            self.ahead[key] = self.pool.submit(self.encode, number, order, rows)
-
-    def requests(self, number: int, order: str, rows: Sequence[Mapping]) -> list[Request]:
-        """Return the rows' requests, in the rows' order."""
-        by_id = {}
-        if (number, order) in self.ahead:
-            by_id = {request.id: request for request in self.ahead[number, order].result()}
-        missing_rows = [row for row in rows if row["id"] not in by_id]
-        if missing_rows:
-            for request in self.encode(number, order, missing_rows):
-                by_id[request.id] = request
-        return [by_id[row["id"]] for row in rows]
-
-    def encode(self, number: int, order: str, rows: Sequence[Mapping]) -> list[Request]:
-        """Encode rows by the package's own model_input."""
-        began = time.monotonic()
-        package, contract = self.inputs.packages[number], self.inputs.contracts[number]
-        encoded: list[Request] = []
-        for start in range(0, len(rows), ENCODED_AT_ONCE):
-            if self.closing.is_set():
-                return encoded
-            part = rows[start : start + ENCODED_AT_ONCE]
-            pairs = [package.model_input.pair_from_row(row) for row in part]
-            with self.tokenizers[number]:
-                requests = make_requests(
-                    package.model_input, package.tokenizer, contract, pairs, (order,)
-                )
-
-            # Four bytes for each token id, since there are millions of them.
-            for request in requests:
-                sequences = tuple(array("i", ids) for ids in request.sequences)
-                encoded.append(replace(request, sequences=sequences))
-
-        tokens = sum(request.tokens for request in encoded)
-        name = f"{package.folder.name}, {order}"
-        seconds = time.monotonic() - began
-        log(
-            self.inputs.clock,
-            f"{name}: {len(encoded)} rows encoded, {tokens} tokens in {seconds:.1f} s",
-        )
-        return encoded
-
-    def close(self) -> None:
-        """Stop, after the rows that are being encoded: ENCODED_AT_ONCE at most."""
-        self.closing.set()
-        self.pool.shutdown(cancel_futures=True)
-
-
-def combine(
-    settings: Settings, packages: Sequence[Package], scores: Iterable[Scores]
-) -> dict[str, list[float]]:
-    """Combine the packages' scores to probabilities of the competition's verdicts, by id.
-
-    Orders are averaged, then packages by weight, then the temperature is applied.
-
-    Args:
-        settings: Has the packages' weights and the temperature.
-        packages: In the order of the settings.
-        scores: Of each package.
-    """
-    opinions: dict[str, list[list[float]]] = {}
-    weights: dict[str, list[float]] = {}
-    for chosen, package, package_scores in zip(settings.packages, packages, scores, strict=True):
-        for row_id, values in mean_of_orders(package_scores).items():
-            opinion = to_competition(values, package.contract.verdicts, settings.verdicts)
-            opinions.setdefault(row_id, []).append(opinion)
-            weights.setdefault(row_id, []).append(chosen.weight)
-
-    combined = {}
-    for row_id, values in opinions.items():
-        mean = weighted_mean(values, weights[row_id])
-        combined[row_id] = soften(mean, settings.temperature)
-    return combined
-
-
-# ==============================================================================================================
-# main.py
-#
-# The kernel from beginning to end: inputs, checks, scores, submission.
-#
-# Every check that needs no device comes before the first model is loaded. Written to /kaggle/working:
-# submission.csv, scores.parquet, kernel.json.
-# ==============================================================================================================
-
-TEST_FILES = ("test.parquet", "test.csv")
-LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors")
-
-
-def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None:
-    """Score the test file and write the submission.
-
-    The hidden run always submits: a row that could not be scored gets the prior. Only what shows
-    that answers would be wrong ends it. In the visible run every shortfall is an error.
-
-    Args:
-        settings: What the spec asks for.
-        devices: PyTorch's names of the devices; by default those of this machine.
-
-    Raises:
-        PackageError: Every package is damaged, or scores other than when it was packaged.
-        ValueError: The test file or the submission is not whole; in the visible run also: too few
-            rows were scored.
-    """
-    began = time.monotonic()
-    root = kaggle_root()
-    hidden_run = is_hidden_run()
-    devices = list(devices or list_devices())
-    (root / "working" / "submission.csv").unlink(missing_ok=True)  # an earlier run's
-
-    # The time limit depends on the number of rows.
-    test_file = find_mounted(root, settings.competition, TEST_FILES, "competitions")
-    rows = read_rows(test_file, are_turns="tie" in settings.verdicts)
-    clock = start_clock(settings.time_limit(len(rows)), began)
-    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
-    log(clock, f"{settings.name}: {', '.join(map(' '.join, versions.items()))}")
-    log(clock, f"{test_file}: {len(rows)} rows, {sum(row['counts'] for row in rows)} of them count")
-
-    served, packages = read_packages(root, settings, clock)
-    folders = [package.folder for package in packages]
-    visible = choose_visible_rows(root, settings, folders, {row["id"] for row in rows})
-    if visible.log_line:
-        log(clock, visible.log_line)
-    all_rows = [*rows, *visible.rows]
-
-    machine: dict = {}
-    with log_errors_of_hidden_run(clock):
-        machine["installed"] = install_missing_wheels(root, folders, settings.wheels)
-        machine |= check_machine(root, served, packages, devices, len(all_rows), clock)
-
-    board = make_board(served, packages, all_rows, devices, clock, hidden_run)
-    with log_errors_of_hidden_run(clock):
-        score_all(board)
-    scored = combine(served, packages, board.progress.scores)
-
-    shortfall = describe_shortfall(rows, scored, settings.min_scored)
-    if shortfall is not None:
-        if not hidden_run:
-            raise ValueError(f"{shortfall}; nothing is submitted, as the visible run shows it")
-        log(clock, f"warning: {shortfall}; the others get the prior")
-    final = fill_unscored(rows, scored, settings.verdicts)
-    write_submission(root / "working" / "submission.csv", settings, final, read_ids(test_file))
-
-    counts = count_rows(rows, scored)
-    by_prior = counts["rows"] - counts["scored"]
-    log(
-        clock,
-        f"submission.csv: {len(rows)} rows, {counts['scored']} scored, {by_prior} by the prior",
-    )
-
-    # The submission stands: what fails from here on costs no more than a record.
-    with log_errors_of_hidden_run(clock):
-        models = board.scores_by_run()
-        write_scores(root / "working" / "scores.parquet", settings.verdicts, final, scored, models)
-        record = {
-            "settings": asdict(settings),
-            "clock_seconds": settings.time_limit(len(rows)),
-            "versions": versions,
-            "machine": machine,
-            **counts,
-            "shortfall": shortfall,
-            **describe_run(board),
-            "visible": report_visible_run(board, visible, scored) if visible.rows else None,
-            "seconds": round(clock.elapsed(), 1),
-        }
-        write_record(root / "working" / "kernel.json", record)
-
-
-def list_devices() -> list[str]:
-    """List every GPU, or the CPU.
-
-    A rehearsal names them in KAGGLE_DEVICES: "cpu,cpu" are two workers that stand in for GPUs.
-    """
-    named_devices = os.environ.get("KAGGLE_DEVICES")
-    if named_devices:
-        return named_devices.split(",")
-    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
-    return gpus or ["cpu"]
-
-
-@contextlib.contextmanager
-def log_errors_of_hidden_run(clock: Clock) -> Iterator[None]:
-    """In the hidden run, log an error of the block and go on: fewer scores beat no submission.
-
-    A PackageError is raised in any run: it shows that answers would be wrong.
-    """
-    try:
-        yield
-    except PackageError:
-        raise
-    except Exception:
-        if not is_hidden_run():
-            raise
-        log(clock, f"going on with what was scored until now: {traceback.format_exc()}")
-
-
-def read_packages(
-    root: Path, settings: Settings, clock: Clock
-) -> tuple[Settings, list[Package]]:
-    """Find and check the spec's packages. In the hidden run one that fails is left out.
+    offers = make_offers(options, probabilities, tokens, by_log_loss)
+    loaded = {option.package for option in options if not option.load_seconds}
+    further = sorted({option.package for option in options if option.load_seconds})
+
+    best_gain, best_shares = allocate_to(loaded, options, offers, seconds)
+    for count in range(1, len(further) + 1):
+        gain, shares = allocate_to(loaded.union(further[:count]), options, offers, seconds)
+        if gain > best_gain:
+            best_gain, best_shares = gain, shares
+    return best_shares
+
+
+def make_offers(
+    options: Sequence[Option],
+    probabilities: Mapping[str, Sequence[float]],
+    tokens: Mapping[str, int],
+    by_log_loss: bool,
+) -> list[Offer]:
+    """List every unscored row of every option, by gain per second; equal ones keep their order."""
+    offers = []
+    for place, option in enumerate(options):
+        for row_id in option.unscored:
+            gain = expected_gain(probabilities.get(row_id), option.change, by_log_loss)
+            seconds = max(tokens[row_id] * option.seconds_per_token, SHORTEST_SECONDS)
+            offers.append(Offer(place, row_id, gain, seconds, gain / seconds))
+    return sorted(offers, key=lambda offer: offer.gain_per_second, reverse=True)
+
+
+def allocate_to(
+    packages: Collection[int], options: Sequence[Option], offers: Sequence[Offer], seconds: float
+) -> tuple[float, list[Share]]:
+    """Take the best offers of these packages that fit the seconds left after loading.
 
     Returns:
-        The settings with the packages that passed, and these packages.
-
-    Raises:
-        Exception: The error of a package, in the hidden run only where none passed.
+        Their gain, and a share for each option.
     """
-    chosen_settings = []
-    packages = []
-    for number, chosen in enumerate(settings.packages):
-        try:
-            package = read_and_check_package(root, chosen, settings, clock)
-        except Exception as error:
-            is_last_chance = not packages and number == len(settings.packages) - 1
-            if is_last_chance or not is_hidden_run():
-                raise
-            log(clock, f"{chosen.run}: left out: {type(error).__name__}: {error}")
+    load_seconds = {
+        option.package: option.load_seconds for option in options if option.package in packages
+    }
+    seconds_left = seconds - sum(load_seconds.values())
+
+    total_gain = 0.0
+    gains_by_option: list[dict[str, float]] = [{} for _ in options]
+    seconds_used = [0.0] * len(options)
+    for offer in offers:
+        place = offer.option_place
+        # A row too long for what is left does not keep shorter ones behind it out.
+        if options[place].package not in packages or offer.seconds > seconds_left:
             continue
-        chosen_settings.append(chosen)
-        packages.append(package)
-    return replace(settings, packages=tuple(chosen_settings)), packages
+        seconds_left -= offer.seconds
+        seconds_used[place] += offer.seconds
+        total_gain += offer.gain
+        gains_by_option[place][offer.row_id] = offer.gain_per_second
+
+    shares = [
+        Share(option, gains_by_option[place], seconds_used[place])
+        for place, option in enumerate(options)
+    ]
+    return total_gain, shares
 
 
-def read_and_check_package(
-    root: Path, chosen: PackageSettings, settings: Settings, clock: Clock
-) -> Package:
-    """Find a package and check it against the spec and the recipe."""
-    folder = find_mounted(root, chosen.dataset, ("manifest.json",), "datasets").parent
-    package = read_package(folder, clock)
-    check_package(package, chosen, settings)
-    if package.contract.base_model != chosen.base_model:
-        log(
-            clock,
-            f"{chosen.run}: made of {package.contract.base_model}, "
-            f"its recipe says {chosen.base_model}",
-        )
+def expected_gain(values: Sequence[float] | None, change: float, by_log_loss: bool) -> float:
+    """Compute what one more opinion on a row is expected to bring.
 
-    # The template alone must fit the token budget.
-    empty_pair = package.model_input.Pair("", (), (), ())
-    contract = serving_contract(package, settings)
-    package.model_input.encode(empty_pair, package.tokenizer, contract)
-
-    golden_rows = len(package.contract.golden)
-    log(clock, f"{folder}: files, tokenizer and {golden_rows} golden rows are as packaged")
-    return package
+    Args:
+        values: Its probabilities so far; None: no model has scored it.
+        change: Standard deviation of what the opinion changes in a probability.
+        by_log_loss: Whether the gain is in nats of log loss, else in accuracy.
+    """
+    if values is None:
+        return 1.0
+    if by_log_loss:
+        return change**2 * (1 - sum(value**2 for value in values))
+    second, first = sorted(values)[-2:]
+    margin = (first - second) / 2
+    change = max(change, 1e-6)
+    ratio = margin / change
+    density = math.exp(-(ratio**2) / 2) / math.sqrt(2 * math.pi)
+    return 2 * (change * density - margin * math.erfc(ratio / math.sqrt(2)) / 2)
 
 
-def check_package(package: Package, chosen: PackageSettings, settings: Settings) -> None:
-    """Raise PackageError where verdicts, their order or the architecture are not the recipe's."""
-    contract = package.contract
-    missing_verdicts = set(settings.verdicts) - set(contract.verdicts)
-    if missing_verdicts:
-        raise PackageError(
-            f"{package.folder}: tells nothing of {', '.join(sorted(missing_verdicts))}, "
-            "which the competition asks for"
-        )
+def measured_change(
+    before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[float]]
+) -> float | None:
+    """Measure the standard deviation of the first probability's change over the rows in both.
 
-    config = json.loads((package.folder / "config.json").read_text(encoding="utf-8"))
-    model_type = config.get("model_type")
-    if contract.verdicts != chosen.verdicts:
-        mismatch = f"contract.json: verdicts: found {contract.verdicts}"
-        expected = chosen.verdicts
-    elif model_type != chosen.model_type:
-        mismatch = f"config.json: model_type: found {model_type}"
-        expected = chosen.model_type
-    else:
-        return
-    raise PackageError(
-        f"{package.folder}/{mismatch}, the recipe of {chosen.run} says {expected}; package the "
-        "run again, or build the kernel again from the recipe that it was trained with"
+    Returns:
+        None for fewer than ROWS_TO_MEASURE rows.
+    """
+    changes = [after[row_id][0] - values[0] for row_id, values in before.items() if row_id in after]
+    if len(changes) < ROWS_TO_MEASURE:
+        return None
+    return math.sqrt(sum(change**2 for change in changes) / len(changes))
+
+
+def flop_per_token(package: Package) -> float:
+    """Count the floating-point operations of a token: two for each parameter of its products."""
+    sizes = weight_sizes(package.folder)
+    return 2.0 * sum(elements for name, (_, elements) in sizes.items() if is_multiplied(name))
+
+
+def loading_seconds(package: Package, copies: int) -> float:
+    """Predict how long loading copies of a package takes, one after the other."""
+    weight_bytes = sum(size for size, _ in weight_sizes(package.folder).values())
+    return copies * weight_bytes / LOAD_BYTES_PER_SECOND
+
+
+def is_multiplied(name: str) -> bool:
+    """Tell whether every token is multiplied with a tensor.
+
+    That is no embedding, no lm_head (last places only), no norm, bias or scale.
+    """
+    is_matrix = name.endswith((".weight", ".qweight"))
+    return is_matrix and not any(part in name.lower() for part in ("embed", "lm_head", "norm"))
+
+
+# ==============================================================================================================
+# inputs.py
+#
+# What Kaggle mounted: test rows, packages, wheels.
+#
+# Files are found by searching: the layout of /kaggle/input has changed before and differs between
+# runs. WSDM's texts are strings; LMSYS's are JSON lists of turns with nulls.
+# ==============================================================================================================
+
+TEXTS = ("prompt", "response_a", "response_b")
+SCORED = "scored"  # WSDM's column: whether the row counts on the current leaderboard
+
+
+def kaggle_root() -> Path:
+    """Return /kaggle, or the folder that KAGGLE_ROOT names in its place for a rehearsal."""
+    return Path(os.environ.get("KAGGLE_ROOT", "/kaggle"))
+
+
+def find_mounted(root: Path, slug: str, names: Sequence[str], kind: str) -> Path:
+    """Find a file of the dataset or competition `slug`, wherever that is mounted.
+
+    Args:
+        root: The folder that is /kaggle, or stands for it.
+        slug: Kaggle's slug of the dataset or competition.
+        names: Names or patterns of the file; the first one that is there is taken.
+        kind: "datasets" or "competitions": what is mounted as the other is left out.
+
+    Raises:
+        FileNotFoundError: There is none, or several that differ.
+    """
+    inputs = root / "input"
+    paths_by_rank: dict[tuple[int, int], list[Path]] = {}
+    for name_rank, name in enumerate(names):
+        for path in sorted(inputs.rglob(name)):
+            folders = path.relative_to(inputs).parts[:-1]
+            mount_rank = rank_mount(folders, slug, kind)
+            if path.is_file() and mount_rank is not None:
+                paths_by_rank.setdefault((mount_rank, name_rank), []).append(path)
+
+    # The same file may be mounted twice.
+    paths = paths_by_rank[min(paths_by_rank)] if paths_by_rank else []
+    distinct_files = {(path.name, hash_file(path)) for path in paths}
+    if len(distinct_files) == 1:
+        return paths[0]
+
+    folders_with_files = {path.parent for path in inputs.rglob("*") if path.is_file()}
+    mounted = sorted(str(folder.relative_to(inputs)) for folder in folders_with_files)
+    raise FileNotFoundError(
+        f"{inputs}: {len(paths)} files named {' or '.join(names)} below a folder {slug!r}, "
+        f"expected one; mounted are {', '.join(mounted) or 'no files at all'}; "
+        f"attach {slug} to the kernel once"
     )
 
 
-def count_rows(rows: Sequence[Mapping], scored: Mapping[str, Sequence[float]]) -> dict:
-    """Count the rows for kernel.json, and those of them that were scored."""
-    counting_ids = [row["id"] for row in rows if row["counts"]]
-    return {
-        "rows": len(rows),
-        "scored": sum(row["id"] in scored for row in rows),
-        "rows_that_count": len(counting_ids),
-        "scored_that_count": sum(row_id in scored for row_id in counting_ids),
-    }
+def rank_mount(folders: Sequence[str], slug: str, kind: str) -> int | None:
+    """Rank a file by its folders below /kaggle/input.
+
+    Returns:
+        0 in a mount of `slug` (slug, competitions/slug, datasets/owner/slug), 1 in a folder of that
+        name deeper inside, None outside of both.
+    """
+    other_kind = "competitions" if kind == "datasets" else "datasets"
+    is_other = len(folders) > 1 and folders[0] == other_kind
+    if slug not in folders or is_other:
+        return None
+
+    slug_place = 2 if kind == "datasets" else 1
+    is_below_kind = folders[0] == kind and folders[slug_place : slug_place + 1] == (slug,)
+    return 0 if folders[0] == slug or is_below_kind else 1
 
 
-def describe_run(board: Board) -> dict:
-    """Describe what the kernel did, for kernel.json."""
-    inputs, progress = board.inputs, board.progress
-    manifests = {}
-    for chosen, package in zip(inputs.settings.packages, inputs.packages, strict=True):
-        manifests[chosen.dataset] = package.manifest_sha256()
-    return {
-        "manifests": manifests,
-        "devices": list(inputs.devices.values()),
-        "hidden_run": inputs.hidden_run,
-        "plans": progress.plans,
-        "passes": progress.passes,
-        "workers": progress.workers,
-    }
+def hash_file(path: Path) -> str:
+    """Compute a file's SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def report_visible_run(
-    board: Board, visible: VisibleRows, scored: Mapping[str, list[float]]
+def read_rows(path: Path, are_turns: bool) -> list[dict]:
+    """Read the test rows.
+
+    Args:
+        path: The test file, Parquet or CSV.
+        are_turns: Whether a text is a JSON list of turns.
+
+    Returns:
+        A dictionary for each row: `id` (str), prompt, response_a, response_b (each a string, None,
+        or with `are_turns` a list of those), and `counts`: whether Kaggle scores the row now.
+
+    Raises:
+        ValueError: There are no rows, an id is there twice, or `read_table` raises it.
+    """
+    rows = []
+    for file_row in read_table(path, ("id", *TEXTS, SCORED)):
+        row = {"id": file_row["id"], "counts": is_counted(file_row.get(SCORED))}
+        for name in TEXTS:
+            row[name] = read_text(file_row[name], are_turns)
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{path}: no rows")
+
+    id_counts = Counter(row["id"] for row in rows)
+    repeated_ids = [row_id for row_id, count in id_counts.items() if count > 1]
+    if repeated_ids:
+        raise ValueError(
+            f"{path}: an id occurs twice: {', '.join(repeated_ids[:3])}; "
+            "a submission needs every id once"
+        )
+    return rows
+
+
+def is_counted(scored: object) -> bool:
+    """Tell whether a row counts, from its value in the column `scored`: unless that says no.
+
+    Values may be true and false, 1 and 0, or these as text; a null or no such column says nothing.
+    """
+    return str(scored).strip().lower() not in ("false", "0", "0.0")
+
+
+def read_table(path: Path, columns: Sequence[str]) -> list[dict]:
+    """Read columns of a Parquet or CSV file, `id` among them as text; `scored` may be absent.
+
+    Raises:
+        ValueError: A column is missing or holds no text, or an id is no text and no whole number.
+    """
+    rows = read_parquet(path, columns) if path.suffix == ".parquet" else read_csv(path, columns)
+    for number, row in enumerate(rows, start=1):
+        row_id = id_text(row["id"])
+        if row_id is None:
+            raise ValueError(
+                f"{path}, row {number}: its id is {row['id']!r}; expected a text or a whole number"
+            )
+        row["id"] = row_id
+    return rows
+
+
+def read_parquet(path: Path, columns: Sequence[str]) -> list[dict]:
+    """Read columns of a Parquet file."""
+    schema = pq.read_schema(path)
+    names = choose_columns(path, columns, schema.names)
+    for name in names:
+        kind = schema.field(name).type
+        if name in TEXTS and not holds_text(kind):
+            raise ValueError(f"{path}: column {name} holds {kind}; expected text, or lists of it")
+    return pq.read_table(path, columns=names).to_pylist()
+
+
+def read_csv(path: Path, columns: Sequence[str]) -> list[dict]:
+    """Read columns of a CSV file as text; what a row lacks is None."""
+    csv.field_size_limit(2**31 - 1)
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        reader = csv.DictReader(file)
+        names = choose_columns(path, columns, reader.fieldnames or ())
+        return [{name: row[name] for name in names} for row in reader]
+
+
+def choose_columns(path: Path, columns: Sequence[str], present: Sequence[str]) -> list[str]:
+    """List the columns that are there; ValueError where one is missing, except `scored`."""
+    missing = [name for name in columns if name not in (*present, SCORED)]
+    if missing:
+        raise ValueError(
+            f"{path}: no column {', '.join(missing)}; there are {', '.join(present) or 'none'}"
+        )
+    return [name for name in columns if name in present]
+
+
+def holds_text(kind: pa.DataType) -> bool:
+    """Tell whether a column's type is text, lists of it, or nothing but nulls."""
+    if isinstance(kind, pa.DictionaryType | pa.ListType | pa.LargeListType):
+        return holds_text(kind.value_type)
+    return kind in (pa.string(), pa.large_string(), pa.string_view(), pa.null())
+
+
+def id_text(value: object) -> str | None:
+    """Write an id as the submission has it: a text as it is, a whole number as its digits.
+
+    Returns:
+        None for what is neither. A float must be within 2**53: beyond it, digits have been lost.
+    """
+    if isinstance(value, float) and value.is_integer() and abs(value) <= 2**53:
+        return str(int(value))
+    if value is None or isinstance(value, bool | float | bytes):
+        return None
+    return str(value) or None
+
+
+def read_text(value: str | Sequence | None, are_turns: bool) -> str | list[str | None] | None:
+    """Read a text; with `are_turns`, the turns in its JSON list, or a text that is none."""
+    if not are_turns or not isinstance(value, str):
+        return value
+    try:
+        turns = json.loads(value)
+    except (json.JSONDecodeError, RecursionError):
+        return value
+    if isinstance(turns, list):
+        return [None if turn is None else str(turn) for turn in turns]
+    return None if turns is None else value
+
+
+def install_missing_wheels(root: Path, folders: Sequence[Path], wheels: str | None) -> list[str]:
+    """Install bitsandbytes where a package needs it and the image lacks it.
+
+    Args:
+        root: The folder that is /kaggle, or stands for it.
+        folders: The packages.
+        wheels: The dataset with the wheel; None: the spec names none.
+
+    Returns:
+        What was installed.
+    """
+    methods = set()
+    for folder in folders:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        methods.add(config.get("quantization_config", {}).get("quant_method"))
+    if "bitsandbytes" not in methods or importlib.util.find_spec("bitsandbytes"):
+        return []
+    if wheels is None:
+        raise ModuleNotFoundError(
+            "a package is quantised with bitsandbytes, which is absent; "
+            "name a dataset in the spec's `wheels`"
+        )
+
+    folder = find_mounted(root, wheels, ("bitsandbytes-*.whl",), "datasets").parent
+    check_wheels(folder)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
+    subprocess.run([*pip, "--find-links", str(folder), "bitsandbytes"], check=True)
+    importlib.invalidate_caches()
+    return ["bitsandbytes"]
+
+
+def check_wheels(folder: Path) -> None:
+    """Raise ValueError where a wheel is not as wheels.json lists it, if that is there."""
+    if not (folder / "wheels.json").is_file():
+        return
+    manifest = json.loads((folder / "wheels.json").read_text(encoding="utf-8"))
+    listed = {wheel["file"]: wheel["sha256"] for wheel in manifest["wheels"]}
+    for path in sorted(folder.glob("*.whl")):
+        sha256 = hash_file(path)
+        if sha256 != listed.get(path.name):
+            raise ValueError(
+                f"{path}: its SHA-256 is {sha256[:12]}…, wheels.json says "
+                f"{listed.get(path.name, 'nothing')[:12]}; make the dataset again with "
+                "`python -m postprocess.wheels` and upload it"
+            )
+
+
+# ==============================================================================================================
+# package.py
+#
+# A package is read and checked before any device is touched: every byte, every golden token id.
+#
+# Raises PackageError where a package is not the one that was made; ContractError comes from the package's own model_input.py.
+# ==============================================================================================================
+
+HASHING_THREADS = 4  # hashlib lets the others go on; a core does about 1 GB a second
+NOT_MOUNTED = ("dataset-metadata.json",)  # Kaggle's client reads this file and leaves it out of the dataset
+
+
+class PackageError(ValueError):
+    """A package is incomplete, damaged, or not what its manifest and contract say."""
+
+
+@dataclass(frozen=True)
+class Package:
+    """A checked package: its folder, the parsed contract.json and manifest.json, its own model_input.py, its tokenizer."""
+
+    folder: Path
+    contract: object  # model_input.Contract
+    manifest: dict
+    model_input: ModuleType
+    tokenizer: Tokenizer
+
+    def manifest_sha256(self) -> str:
+        """What tells this package from others, every file of it being as listed."""
+        return hashlib.sha256((self.folder / "manifest.json").read_bytes()).hexdigest()
+
+
+def read_package(folder: Path | str, clock: Clock | None = None) -> Package:
+    """Read the package in `folder`: file hashes, contract, tokenizer and golden token ids are checked, in this order.
+
+    With a `clock`, a line is logged of how long it took to read every byte.
+    """
+    folder = Path(folder)
+    began = time.monotonic()
+    manifest = check_manifest(folder)
+    if clock:
+        size = sum(expected["bytes"] for expected in manifest["files"].values())
+        log(clock, f"{folder}: {size / 1e9:.2f} GB as listed, hashed in {time.monotonic() - began:.1f} s")
+    model_input = execute_model_input(folder / "model_input.py")
+    contract = model_input.read_contract(folder)
+    check_hash(folder / "model_input.py", contract.model_input_sha256, "contract.json")
+    for name, sha256 in contract.tokenizer_sha256.items():
+        check_hash(folder / name, sha256, "contract.json")
+    tokenizer = read_tokenizer(folder)
+    model_input.check_golden(tokenizer, contract)
+    return Package(folder, contract, manifest, model_input, tokenizer)
+
+
+def check_manifest(folder: Path) -> dict:
+    """The parsed manifest.json, once every file that it lists has the bytes that it lists, and none is there besides."""
+    if not (folder / "manifest.json").is_file():
+        raise PackageError(f"{folder}: manifest.json is missing; package the run again")
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    listed = {name: expected for name, expected in manifest["files"].items() if name not in NOT_MOUNTED}
+    for name, expected in listed.items():
+        path = folder / name
+        if not path.is_file():
+            raise PackageError(f"{path}: missing, but manifest.json lists it; upload the package again")
+        if path.stat().st_size != expected["bytes"]:
+            raise PackageError(f"{path}: {path.stat().st_size} bytes, manifest.json says {expected['bytes']}; upload it again")
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:
+        for _ in pool.map(lambda name: check_hash(folder / name, listed[name]["sha256"], "manifest.json"), listed):
+            pass
+    present = {path.name for path in folder.iterdir() if path.is_file()}
+    unlisted = sorted(present - set(manifest["files"]) - {"manifest.json", *NOT_MOUNTED})
+    if unlisted:
+        raise PackageError(f"{folder}: {', '.join(unlisted)} not listed in manifest.json; package the run again")
+    return manifest
+
+
+def check_hash(path: Path, expected: str, source: str) -> None:
+    """Raise PackageError unless the SHA-256 of the file at `path` is `expected`, as `source` says."""
+    if not path.is_file():
+        raise PackageError(f"{path}: missing, but {source} lists it; package the run again")
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected:
+        raise PackageError(f"{path}: its SHA-256 is {found[:12]}…, {source} says {expected[:12]}…; the file has changed")
+
+
+class _SourceOnly(importlib.abc.SourceLoader):
+    """Loads a module from its source, never from a cached compilation, and writes none beside it."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def get_filename(self, fullname: str) -> str:
+        return str(self.path)
+
+    def get_data(self, path: str) -> bytes:
+        return Path(path).read_bytes()
+
+
+def execute_model_input(path: Path) -> ModuleType:
+    """The module in `path`, under a name of its own, so that packages with different copies can live side by side."""
+    name = f"model_input_{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
+    loader = _SourceOnly(path)
+    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(name, path, loader=loader))
+    sys.modules[name] = module
+    loader.exec_module(module)
+    return module
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer in tokenizer.json, as training saved it: no class of transformers can rebuild it differently."""
+    if not (folder / "tokenizer.json").is_file():
+        raise PackageError(f"{folder}: tokenizer.json is missing; package the run again")
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+# ==============================================================================================================
+# checks.py
+#
+# What must hold before hours of work begin: libraries, GPUs, a disk that can be written to.
+#
+# No GPU is touched here: nvidia-smi is asked. What would make answers wrong, or could only end in a
+# crash, is a MachineError that says what to do; what costs no more than speed is a line in the log.
+# What cannot be found out is not checked.
+# ==============================================================================================================
+
+ASK_GPUS = (
+    "nvidia-smi",
+    "--query-gpu=name,memory.free,compute_cap",
+    "--format=csv,noheader,nounits",
+)
+ASK_SECONDS = 30
+EXPECTED_GPUS = 2  # machine_shape NvidiaTeslaT4
+OLDEST_CAPABILITY = 7.0  # a P100 has 6.0, and the image's PyTorch no code for it
+MEBIBYTE = 2**20
+GIBIBYTE = 2**30
+FREE_BYTES = 14 * GIBIBYTE  # of a T4 that no other process uses
+
+# How weights may be packed, and the library that unpacks them, if it is not this runtime.
+METHODS = {"bitsandbytes": "bitsandbytes", "gptq": None}
+COMPARED = ("torch", "transformers", "tokenizers", "peft", "bitsandbytes")
+
+
+class MachineError(RuntimeError):
+    """This machine, or what is installed on it, cannot do the work."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU as nvidia-smi describes it; None is what it does not say."""
+
+    name: str
+    free_bytes: int | None
+    capability: float | None
+
+
+def check_machine(
+    root: Path, packages: Sequence[Package], devices: Sequence[str], clock: Clock
 ) -> dict:
-    """Log what the visible run measured, and return it for kernel.json."""
-    settings, clock = board.inputs.settings, board.inputs.clock
-    quality = report_quality(visible, settings.verdicts, scored, board.scores_by_run())
-    speed = report_speed(measure_speeds(board), board.measured.before_seconds, settings)
-    report = quality | speed
-    for line in visible_lines(report):
-        log(clock, line)
+    """Check libraries, GPUs and the disk for packages, and log what is there.
+
+    Returns:
+        What kernel.json says of the machine: `gpus` and `notes`.
+    """
+    check_disk(root / "working")
+    notes = check_libraries(packages, {name: installed_version(name) for name in COMPARED})
+    gpus = ask_gpus()
+    notes += check_gpus(devices, gpus, on_kaggle="KAGGLE_ROOT" not in os.environ)
+
+    names = [f"{gpu.name} ({format_gib(gpu.free_bytes)} GiB free)" for gpu in gpus or ()]
+    log(clock, f"machine: {', '.join(names) or 'no GPU'}")
+    for note in notes:
+        log(clock, note)
+    return {"gpus": [asdict(gpu) for gpu in gpus or ()], "notes": notes}
+
+
+def check_disk(working: Path) -> None:
+    """Raise MachineError where the outputs cannot be written to /kaggle/working."""
+    try:
+        working.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=working) as file:
+            file.write(b"x")
+    except OSError as error:
+        raise MachineError(
+            f"{working}: cannot be written to ({error}); the submission could not be kept"
+        ) from None
+
+
+def installed_version(name: str) -> str | None:
+    """Return the version of an installed package, None where it is absent; it is not imported."""
+    if importlib.util.find_spec(name) is None:
+        return None
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def check_libraries(packages: Sequence[Package], installed: Mapping[str, str | None]) -> list[str]:
+    """Check the libraries that packages need.
+
+    Golden rows show whether another version of PyTorch or of the tokenizers gives other answers, so
+    those are only noted. But transformers of an older major version reads a newer configuration
+    without complaint and ignores what it does not know: version 5 writes rope_parameters, without
+    which version 4 gives every model the same rotary base.
+
+    Returns:
+        A note for each version that differs from training's.
+
+    Raises:
+        MachineError: A package needs what is absent or too old.
+    """
+    notes = []
+    for package in packages:
+        name = package.folder.name
+        config = json.loads((package.folder / "config.json").read_text(encoding="utf-8"))
+        trained_with = package.contract.recorded.get("versions", {})
+        saved_by = config.get("transformers_version") or trained_with.get("transformers")
+        if major_version(installed["transformers"]) < major_version(saved_by):
+            raise MachineError(
+                f"{name}: saved by transformers {saved_by}, which version "
+                f"{installed['transformers']} here would read wrongly; choose the newest "
+                "environment for the kernel"
+            )
+
+        method = config.get("quantization_config", {}).get("quant_method")
+        if method is not None and method not in METHODS:
+            raise MachineError(
+                f"{name}: quantised by {method}, this kernel knows {', '.join(METHODS)}; "
+                "package the run again"
+            )
+
+        needed = {"torch", "transformers", "tokenizers"}
+        if METHODS.get(method) is not None:
+            needed.add(METHODS[method])
+        if (package.folder / "lora_config.json").is_file():
+            needed.add("peft")  # the adapter is not merged
+        for library in COMPARED:
+            if library not in needed:
+                continue
+            if installed[library] is None:
+                raise MachineError(
+                    f"{name}: needs {library}, which is not installed; "
+                    "attach a dataset with its wheel"
+                )
+            trained_version = trained_with.get(library, installed[library])
+            if trained_version != installed[library]:
+                notes.append(
+                    f"{name}: trained with {library} {trained_version}, "
+                    f"served with {installed[library]}"
+                )
+    return notes
+
+
+def major_version(version: str | None) -> int:
+    """Return the first number of a version; 0 where there is none."""
+    match = re.match(r"\d+", version or "")
+    return int(match[0]) if match else 0
+
+
+def ask_gpus() -> list[Gpu] | None:
+    """Ask nvidia-smi for the GPUs; None where it is absent, fails, or does not answer in time."""
+    try:
+        done = subprocess.run(
+            ASK_GPUS, capture_output=True, text=True, timeout=ASK_SECONDS, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return parse_gpus(done.stdout)
+
+
+def parse_gpus(text: str) -> list[Gpu]:
+    """Read GPUs from nvidia-smi's lines: name, free MiB, compute capability; "[N/A]" is None."""
+    gpus = []
+    for line in text.splitlines():
+        if line.strip():
+            name, free_mib, capability = [field.strip() for field in line.rsplit(",", 2)]
+            free_bytes = int(free_mib) * MEBIBYTE if free_mib.isdigit() else None
+            is_number = re.fullmatch(r"\d+(\.\d+)?", capability) is not None
+            gpus.append(Gpu(name, free_bytes, float(capability) if is_number else None))
+    return gpus
+
+
+def check_gpus(devices: Sequence[str], gpus: Sequence[Gpu] | None, on_kaggle: bool) -> list[str]:
+    """Check that the GPUs can do the work.
+
+    Args:
+        devices: PyTorch's names.
+        gpus: As nvidia-smi describes them; None: it does not.
+        on_kaggle: Whether there must be GPUs; in a rehearsal CPUs stand in for them.
+
+    Returns:
+        A note for each thing that will make it slow.
+    """
+    if not any(device.startswith("cuda") for device in devices):
+        if on_kaggle:
+            raise MachineError(
+                "PyTorch finds no GPU, and CPUs would take days; set machine_shape to "
+                "NvidiaTeslaT4 and enable_gpu to true in kernel-metadata.json, or choose GPU T4 x2 "
+                "in the editor, and look whether the week's GPU hours are spent"
+            )
+        return []
+
+    for gpu in gpus or ():
+        if gpu.capability is not None and gpu.capability < OLDEST_CAPABILITY:
+            raise MachineError(
+                f"{gpu.name} has compute capability {gpu.capability}, Kaggle's PyTorch needs "
+                f"{OLDEST_CAPABILITY} or more; set machine_shape to NvidiaTeslaT4 in "
+                "kernel-metadata.json, or choose GPU T4 x2 in the editor"
+            )
+
+    # The build has computed that the weights fit a T4 that is free.
+    notes = []
+    if len(devices) < EXPECTED_GPUS:
+        notes.append(f"warning: {len(devices)} GPU where {EXPECTED_GPUS} were expected")
+    for gpu in gpus or ():
+        if gpu.free_bytes is not None and gpu.free_bytes < FREE_BYTES:
+            notes.append(
+                f"warning: {gpu.name} has {format_gib(gpu.free_bytes)} GiB free; restart the "
+                "session if another kernel is on it"
+            )
+    return notes
+
+
+def format_gib(size: int | None) -> str:
+    """Format bytes as GiB with one decimal."""
+    return "?" if size is None else f"{size / GIBIBYTE:.1f}"
+
+
+# ==============================================================================================================
+# visible.py
+#
+# The visible run is a load test: it also scores rows of the competition's train file.
+#
+# They are validation rows that every package lists, so that accuracy means what it will mean in the
+# hidden run, and enough to predict from their speed when 10,000 and 25,000 rows will be done.
+# ==============================================================================================================
+
+VALIDATION_IDS = "validation_ids.json"
+TRAIN_FILES = ("train.parquet", "train.csv")
+TRAIN_PREFIX = "train:"
+HIDDEN_ROWS = (10_000, 25_000)  # of the public and of the final phase
+VERDICTS = ("model_a", "model_b", "tie")  # in the order of LMSYS's columns
+NEVER = 1e9  # seconds, where nothing was measured
+
+
+@dataclass(frozen=True)
+class VisibleRows:
+    """What the visible run scores beside the test rows."""
+
+    rows: tuple[dict, ...] = ()  # as the test file's, each with a new id
+    winners: Mapping[str, str | None] = field(default_factory=dict)  # by that id; None: no verdict
+    trained_on: bool = False  # a model has seen the rows in training
+    log_line: str = ""  # what was chosen, or why nothing was
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What was measured of a package, over all its devices. Tokens are those without padding."""
+
+    run: str
+    loading_seconds: float
+    tokens_per_second: float
+    tokens_per_row: float  # in one order
+    orders: int  # in which a row is scored: 1 for a reward model
+
+    def seconds_for(self, rows: int, orders: int) -> float:
+        """Predict how long rows take, in that many orders, once the model is loaded."""
+        if not self.tokens_per_second:
+            return NEVER
+        return min(rows * orders * self.tokens_per_row / self.tokens_per_second, NEVER)
+
+
+def choose_visible_rows(
+    root: Path, settings: Settings, folders: Sequence[Path], test_ids: Collection[str]
+) -> VisibleRows:
+    """Choose rows of the train file that every package lists as validation rows.
+
+    Args:
+        root: The folder that is /kaggle, or stands for it.
+        settings: Says how many rows at most.
+        folders: The packages.
+        test_ids: Ids that no chosen row may have.
+
+    Returns:
+        No rows in the hidden run, and where there are none to choose from; it is never an error.
+    """
+    if is_hidden_run():
+        return VisibleRows()
+    if not settings.visible_rows:
+        return no_visible_rows("visible_rows is 0, no row of the train file is scored")
+
+    # Rows that every package lists.
+    listings = []
+    for folder in folders:
+        path = folder / VALIDATION_IDS
+        if not path.is_file():
+            return no_visible_rows(
+                f"{folder.name} has no {VALIDATION_IDS}; package the run again to have it measured"
+            )
+        listings.append(json.loads(path.read_text(encoding="utf-8")))
+    id_sets = [frozenset(listing["ids"]) for listing in listings]
+    listed_by_all = frozenset.intersection(*id_sets)
+
+    try:
+        file = find_mounted(root, settings.competition, TRAIN_FILES, "competitions")
+    except FileNotFoundError:
+        return no_visible_rows(
+            f"no {' or '.join(TRAIN_FILES)} of {settings.competition} is mounted"
+        )
+    try:
+        train_rows = read_train_rows(file, settings, listed_by_all)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        return no_visible_rows(f"the train file is not scored: {error}")
+    if not train_rows:
+        return no_visible_rows(
+            f"{file.name} holds none of the {len(listed_by_all)} ids that every package lists"
+        )
+
+    trained_on = any(listing["trained_on"] for listing in listings)
+    if trained_on:
+        kind = "rows that a model was trained on: they tell of speed only"
+    else:
+        folds = sorted({f"fold {listing['fold']}" for listing in listings})
+        kind = f"held out ({' and '.join(folds)})"
+    log_line = f"visible run: {len(train_rows)} rows of {file.name} are scored too, {kind}"
+    rows, winners = rename_train_rows(train_rows, settings, test_ids)
+    return VisibleRows(rows, winners, trained_on, log_line)
+
+
+def no_visible_rows(reason: str) -> VisibleRows:
+    """No rows, and a line for the log that says why."""
+    return VisibleRows(log_line=f"visible run: {reason}")
+
+
+def read_train_rows(file: Path, settings: Settings, listed: frozenset[str]) -> list[dict]:
+    """Read as many listed rows of the train file as the spec wants.
+
+    Rows are chosen and ordered by the hashes of their ids, so that the file's order is without
+    effect.
+    """
+    rows = read_table(file, ("id", *TEXTS, *settings.columns))
+    listed_rows = [row for row in rows if row["id"] in listed]
+    listed_rows.sort(key=lambda row: hashlib.sha256(row["id"].encode()).hexdigest())
+    return listed_rows[: settings.visible_rows]
+
+
+def rename_train_rows(
+    train_rows: Sequence[dict], settings: Settings, test_ids: Collection[str]
+) -> tuple[tuple[dict, ...], dict[str, str | None]]:
+    """Make rows of the train file into test rows, under new ids that no test row has.
+
+    Returns:
+        The rows, and their verdicts by the new ids.
+    """
+    prefix = TRAIN_PREFIX
+    while any(row_id.startswith(prefix) for row_id in test_ids):
+        prefix = TRAIN_PREFIX + prefix
+
+    are_turns = "tie" in settings.verdicts
+    rows = []
+    winners = {}
+    for train_row in train_rows:
+        row = {"id": prefix + train_row["id"], "counts": True}
+        for name in TEXTS:
+            row[name] = read_text(train_row[name], are_turns)
+        rows.append(row)
+        winners[row["id"]] = read_winner(train_row, settings.columns)
+    return tuple(rows), winners
+
+
+def read_winner(row: Mapping, columns: Sequence[str]) -> str | None:
+    """Read a train row's verdict from a column with its name, or from one flag a verdict."""
+    if len(columns) == 1:
+        winner = row[columns[0]]
+        return winner if winner in VERDICTS else None
+
+    winners = []
+    for verdict, name in zip(VERDICTS, columns, strict=True):
+        if str(row[name]) in ("1", "1.0", "True"):
+            winners.append(verdict)
+    return winners[0] if len(winners) == 1 else None
+
+
+def report_quality(
+    visible: VisibleRows,
+    verdicts: Sequence[str],
+    scored: Mapping[str, Sequence[float]],
+    models: Mapping[str, ModelScores],
+) -> dict:
+    """Report for kernel.json how good the answers are, where no model has seen the rows before.
+
+    Args:
+        visible: The rows of the train file and their winners.
+        verdicts: The competition's.
+        scored: Final probabilities by id.
+        models: What each run's model gave.
+    """
+    ids = [row["id"] for row in visible.rows]
+    report = {
+        "rows": len(ids),
+        "scored": sum(row_id in scored for row_id in ids),
+        "trained_on": visible.trained_on,
+    }
+    if not visible.trained_on:
+        report["quality"] = measure_quality(visible, verdicts, scored)
+        report["flips"] = {run: share_of_flips(model.by_id, ids) for run, model in models.items()}
     return report
 
 
-def measure_speeds(board: Board) -> list[Speed]:
-    """Collect what was measured of each package that scored."""
-    speeds = []
-    for number, chosen in enumerate(board.inputs.settings.packages):
-        passes = [
-            record
-            for record in board.progress.passes
-            if record["run"] == chosen.run and record["scored"]
-        ]
-        if not passes:
-            continue
+def report_speed(speeds: Sequence[Speed], before_seconds: float, settings: Settings) -> dict:
+    """Report for kernel.json how fast the packages are, and what that means for hidden tests.
 
-        # The rate is that of tokens with their padding, which the prediction leaves out.
-        first_pass = passes[0]
-        token_share = first_pass["tokens"] / first_pass["computed_tokens"]
-        name = board.inputs.packages[number].folder.name
-        loads = [
-            worker["load_seconds"]
-            for worker in board.progress.workers
-            if worker["package"] == name
-        ]
-        speed = Speed(
-            run=chosen.run,
-            loading_seconds=max(loads, default=0.0),
-            tokens_per_second=board.measured.rates.get(number, 0.0) * token_share,
-            tokens_per_row=first_pass["tokens"] / first_pass["scored"],
-            orders=len(board.orders(number)),
+    Args:
+        speeds: Of the packages that scored, in their order.
+        before_seconds: Passed before the first model was loaded.
+        settings: Has the time limits.
+    """
+    if not speeds:
+        return {"speed": [], "predicted": []}
+
+    measured = []
+    for speed in speeds:
+        rows_per_second = speed.tokens_per_second / max(speed.tokens_per_row, 1)
+        measured.append({**asdict(speed), "rows_per_second": rows_per_second})
+
+    predicted = []
+    for rows in HIDDEN_ROWS:
+        clock = start_clock(settings.time_limit(rows))
+        clock_seconds = clock.deadline - clock.began
+        predicted.append(predict_finish(speeds, before_seconds, clock_seconds, rows))
+    return {"speed": measured, "predicted": predicted}
+
+
+def measure_quality(
+    visible: VisibleRows, verdicts: Sequence[str], scored: Mapping[str, Sequence[float]]
+) -> dict:
+    """Measure the final probabilities over the scored rows that have one of `verdicts`.
+
+    Returns:
+        `judged` (the number of these rows), `ties_left_out` (rows that are a tie where the
+        competition has none), and unless no row is left: `accuracy`, its `standard_error`,
+        `log_loss` in nats, and `longer_accuracy`: that of the longer answer.
+    """
+    judged = 0
+    correct = 0
+    correct_by_length = 0
+    loss = 0.0
+    for row in visible.rows:
+        values, winner = scored.get(row["id"]), visible.winners[row["id"]]
+        if values is None or winner not in verdicts:
+            continue
+        judged += 1
+        correct += verdicts[values.index(max(values))] == winner
+        correct_by_length += ("model_a" if is_first_longer(row) else "model_b") == winner
+        loss -= math.log(max(values[verdicts.index(winner)], 1e-15))
+
+    ties_left_out = 0
+    if "tie" not in verdicts:
+        ties_left_out = list(visible.winners.values()).count("tie")
+    if not judged:
+        return {"judged": 0, "ties_left_out": ties_left_out}
+
+    accuracy = correct / judged
+    return {
+        "judged": judged,
+        "ties_left_out": ties_left_out,
+        "accuracy": accuracy,
+        "standard_error": math.sqrt(accuracy * (1 - accuracy) / judged),
+        "log_loss": loss / judged,
+        "longer_accuracy": correct_by_length / judged,
+    }
+
+
+def share_of_flips(
+    scores: Mapping[str, Mapping[str, Sequence[float]]], ids: Sequence[str]
+) -> float | None:
+    """Compute the share of rows whose verdict changes with the order; None: no row has two."""
+    rows = 0
+    flips = 0
+    for row_id in ids:
+        by_order = scores.get(row_id, {})
+        if len(by_order) == 2:
+            first, second = by_order.values()
+            rows += 1
+            flips += first.index(max(first)) != second.index(max(second))
+    return flips / rows if rows else None
+
+
+def predict_finish(
+    speeds: Sequence[Speed], before_seconds: float, clock_seconds: float, rows: int
+) -> dict:
+    """Predict when so many rows will be done, one model after another.
+
+    Args:
+        speeds: Of the models; the first one scores all rows once before anything else.
+        before_seconds: Passed before the first model is loaded.
+        clock_seconds: From the beginning to the deadline.
+        rows: The number of rows.
+
+    Returns:
+        `rows`, `clock_seconds`; in seconds since the beginning when every row has its first score
+        and when everything is done; the shares of the first scores and of all the rest that the
+        clock allows.
+    """
+    first, *others = speeds
+    loaded = before_seconds + first.loading_seconds
+    once = loaded + first.seconds_for(rows, 1)
+    everything = once + first.seconds_for(rows, first.orders - 1)
+    for speed in others:
+        everything += speed.loading_seconds + speed.seconds_for(rows, speed.orders)
+
+    first_share = (clock_seconds - loaded) / max(once - loaded, 1e-9)
+    if everything > once:
+        rest_share = (clock_seconds - once) / (everything - once)
+    else:
+        rest_share = 1.0 if clock_seconds >= once else 0.0
+    return {
+        "rows": rows,
+        "clock_seconds": clock_seconds,
+        "first_order_seconds": round(once, 1),
+        "all_seconds": round(everything, 1),
+        "first_share": min(max(first_share, 0.0), 1.0),
+        "rest_share": min(max(rest_share, 0.0), 1.0),
+    }
+
+
+def visible_lines(report: Mapping) -> list[str]:
+    """Write the report as lines of the log."""
+    lines = []
+    if report.get("quality", {}).get("judged"):
+        lines.append(f"visible run: {quality_line(report['quality'], report['flips'])}")
+    for speed in report["speed"]:
+        lines.append(
+            f"visible run: {speed['run']}: {speed['rows_per_second']:.2f} rows/s in one order, "
+            f"{speed['tokens_per_second']:.0f} tokens/s, {speed['tokens_per_row']:.0f} tokens "
+            f"a row, loaded in {speed['loading_seconds']:.0f} s"
         )
-        speeds.append(speed)
-    return speeds
+    for finish in report["predicted"]:
+        lines.append(finish_line(finish))
+    return lines
+
+
+def quality_line(quality: Mapping, flips: Mapping[str, float | None]) -> str:
+    """Write how good the answers are, and each run's share of flips."""
+    ties = quality["ties_left_out"]
+    ties_note = f" (ties left out: {ties})" if ties else ""
+    parts = [
+        f"accuracy {quality['accuracy']:.4f} ± {2 * quality['standard_error']:.4f} "
+        "(two standard errors)",
+        f"log loss {quality['log_loss']:.4f} on {quality['judged']} rows{ties_note}",
+        f"the longer answer: {quality['longer_accuracy']:.4f}",
+    ]
+    for run, share in flips.items():
+        if share is not None:
+            parts.append(f"{run} flips {share:.3f}")
+    return ", ".join(parts)
+
+
+def finish_line(finish: Mapping) -> str:
+    """Write one prediction, with a warning where rows will be left to the prior."""
+    beginning = f"predicted for {finish['rows']:,} rows"
+    clock = format_hours(finish["clock_seconds"])
+    if finish["first_share"] < 1:
+        return (
+            f"warning: {beginning}: {clock} are enough for {finish['first_share']:.0%} of them; "
+            "the others would get the prior"
+        )
+
+    first_order = format_hours(finish["first_order_seconds"])
+    beginning += f": every row scored once after {first_order}"
+    if finish["rest_share"] < 1:
+        return f"{beginning}, {finish['rest_share']:.0%} of all else within {clock}"
+    return f"{beginning}, all done after {format_hours(finish['all_seconds'])} of {clock}"
+
+
+def format_hours(seconds: float) -> str:
+    """Format seconds as hours and minutes, e.g. 4 h 40 min; under ten minutes as seconds."""
+    if seconds < 600:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min"
+
+
+# ==============================================================================================================
+# submission.py
+#
+# From probabilities to a submission that is whole: every id once, in the test file's order.
+# ==============================================================================================================
+
+SMALLEST = 1e-6  # no probability is nearer to 0 or 1: log loss would punish it without end
+
+# By the number of verdicts: longer, shorter, tie. The longer one wins 62 % of human verdicts.
+PRIOR = {2: (0.6, 0.4), 3: (0.45, 0.25, 0.3)}
+
+
+@dataclass(frozen=True)
+class ModelScores:
+    """A model's probabilities, by id and then by order of the responses, in its verdicts' order."""
+
+    verdicts: Sequence[str]
+    by_id: Mapping[str, Mapping[str, Sequence[float]]]
+
+
+def to_competition(
+    values: Sequence[float], model_verdicts: Sequence[str], verdicts: Sequence[str]
+) -> list[float]:
+    """Bring a model's probabilities into the order of the competition's verdicts.
+
+    The probability of a verdict that the competition does not know is shared out.
+    """
+    kept = [values[model_verdicts.index(verdict)] for verdict in verdicts]
+    total = sum(kept)
+    if total == 0:  # the model is sure of a tie
+        return [1 / len(kept)] * len(kept)
+    return [value / total for value in kept]
+
+
+def weighted_mean(values: Sequence[Sequence[float]], weights: Sequence[float]) -> list[float]:
+    """Average the models' probabilities of a row; the weights need not sum to one."""
+    total_weight = sum(weights)
+    mean = []
+    for column in zip(*values, strict=True):
+        weighted_sum = sum(w * p for w, p in zip(weights, column, strict=True))
+        mean.append(weighted_sum / total_weight)
+    return mean
+
+
+def soften(values: Sequence[float], temperature: float) -> list[float]:
+    """Apply a temperature: above 1, probabilities become less sure. None falls below SMALLEST."""
+    powers = [max(value, SMALLEST) ** (1 / temperature) for value in values]
+    total = sum(powers)
+    bounded = [max(power / total, SMALLEST) for power in powers]
+    total = sum(bounded)
+    return [value / total for value in bounded]
+
+
+def is_first_longer(row: Mapping) -> bool:
+    """Tell whether a row's first response has as many characters as its second, or more."""
+    return count_characters(row["response_a"]) >= count_characters(row["response_b"])
+
+
+def count_characters(text: str | Sequence[str | None] | None) -> int:
+    """Count the characters of a text, or of all its turns."""
+    if text is None or isinstance(text, str):
+        return len(text or "")
+    return sum(len(turn or "") for turn in text)
+
+
+def prior(row: Mapping, verdicts: Sequence[str]) -> list[float]:
+    """Give a row that could not be scored probabilities, by which of its responses is longer."""
+    longer, shorter, *tie = PRIOR[len(verdicts)]
+    if is_first_longer(row):
+        return [longer, shorter, *tie]
+    return [shorter, longer, *tie]
+
+
+def describe_shortfall(
+    rows: Sequence[Mapping], scored: Mapping[str, Sequence[float]], min_scored: float
+) -> str | None:
+    """Say how many rows were scored, where it is a smaller share than `min_scored`, else None."""
+    scored_rows = sum(row["id"] in scored for row in rows)
+    if scored_rows >= min_scored * len(rows):
+        return None
+    return f"{scored_rows} of {len(rows)} rows were scored, the spec's min_scored is {min_scored}"
+
+
+def fill_unscored(
+    rows: Sequence[Mapping], scored: Mapping[str, Sequence[float]], verdicts: Sequence[str]
+) -> dict[str, list[float]]:
+    """Give every row probabilities, in the rows' order: its score, or else the prior."""
+    final = {}
+    for row in rows:
+        values = scored.get(row["id"])
+        final[row["id"]] = prior(row, verdicts) if values is None else list(values)
+    return final
+
+
+def write_submission(
+    path: Path, settings: Settings, final: Mapping[str, Sequence[float]], ids: Sequence[str]
+) -> None:
+    """Write id,winner or id and one probability a verdict. Where a check fails, no file is left.
+
+    Args:
+        path: The file; it gets this name once `check_submission` has passed it.
+        settings: Name the competition's columns and verdicts.
+        final: The probabilities by id.
+        ids: The test file's, in its order, read again.
+    """
+    check_probabilities(final, settings.verdicts)
+    with whole_file(path) as temporary:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["id", *settings.columns])
+            for row_id, values in final.items():
+                answer = values
+                if len(settings.columns) == 1:
+                    answer = [settings.verdicts[values.index(max(values))]]
+                writer.writerow([row_id, *answer])
+        check_submission(temporary, settings, ids)
+
+
+def check_probabilities(final: Mapping[str, Sequence[float]], verdicts: Sequence[str]) -> None:
+    """Raise ValueError at a row without one probability a verdict, which sum to one."""
+    for row_id, values in final.items():
+        are_probabilities = len(values) == len(verdicts) and all(0 < value < 1 for value in values)
+        if not are_probabilities or not math.isclose(sum(values), 1, abs_tol=1e-6):
+            raise ValueError(
+                f"id {row_id}: {list(values)} are not probabilities that sum to one, one for each "
+                f"of {', '.join(verdicts)}; nothing is submitted"
+            )
+
+
+def check_submission(path: Path, settings: Settings, ids: Sequence[str]) -> None:
+    """Raise ValueError unless a file has every id once, in order, with a valid answer."""
+    with path.open(encoding="utf-8", newline="") as file:
+        header, *lines = csv.reader(file)
+    expected_header = ["id", *settings.columns]
+    if header != expected_header:
+        raise ValueError(f"{path}: columns {header}, expected {expected_header}")
+    check_order(path, [line[0] if line else "" for line in lines], ids)
+
+    for row_id, *answer in lines:
+        expected = len(settings.columns)
+        if len(answer) != expected:
+            raise ValueError(f"{path}: id {row_id}: {len(answer)} values, expected {expected}")
+        if expected > 1:
+            numbers = [float(value) for value in answer]
+            check_probabilities({row_id: numbers}, settings.verdicts)
+        elif answer[0] not in settings.verdicts:
+            verdicts = ", ".join(settings.verdicts)
+            raise ValueError(f"{path}: id {row_id}: {answer[0]!r}, expected one of {verdicts}")
+
+
+def check_order(path: Path, written_ids: Sequence[str], ids: Sequence[str]) -> None:
+    """Raise ValueError at the first id that is not the test file's at that place."""
+    for place, (written, expected) in enumerate(itertools.zip_longest(written_ids, ids), start=1):
+        if written == expected:
+            continue
+        here = f"row {place} is missing" if written is None else f"row {place} has {written!r}"
+        there = "no more" if expected is None else repr(expected)
+        raise ValueError(
+            f"{path}: its {len(written_ids)} ids are not the test file's {len(ids)} ids in their "
+            f"order: {here}, expected {there}"
+        )
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path that gets its name when the block succeeds, and is removed if not."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_scores(
+    path: Path,
+    verdicts: Sequence[str],
+    final: Mapping[str, Sequence[float]],
+    scored: Mapping[str, Sequence[float]],
+    models: Mapping[str, ModelScores],
+) -> None:
+    """Write scores.parquet with every probability.
+
+    Its columns are id, p_VERDICT as submitted, `scored` (else that is the prior), and
+    RUN_p_VERDICT_ORDER as each model gave it, null where it did not score the row.
+
+    Args:
+        path: The file.
+        verdicts: The competition's.
+        final: The submitted probabilities by id.
+        scored: Has the ids of the rows that a model scored.
+        models: What each run's model gave.
+    """
+    columns: dict[str, list] = {"id": list(final), "scored": [row_id in scored for row_id in final]}
+    for place, verdict in enumerate(verdicts):
+        columns[f"p_{verdict}"] = [values[place] for values in final.values()]
+
+    for run, model in models.items():
+        orders = {order for by_order in model.by_id.values() for order in by_order}
+        for order in sorted(orders):
+            values_by_row = [model.by_id.get(row_id, {}).get(order) for row_id in final]
+            for place, verdict in enumerate(model.verdicts):
+                columns[f"{run}_p_{verdict}_{order}"] = [
+                    None if values is None else values[place] for values in values_by_row
+                ]
+
+    with whole_file(path) as temporary:
+        pq.write_table(pa.table(columns), temporary)
+
+
+def write_record(path: Path, record: Mapping) -> None:
+    """Write kernel.json."""
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+# ==============================================================================================================
+# models/scoring.py
+#
+# Pairs in, probabilities out, the same whatever else is in the batch; everything is joined by id, never by position.
+# ==============================================================================================================
+
+ORDERS = ("as_given", "swapped")
+SPARE_TOKENS = 128  # about what a forward pass costs beside its tokens, of 4-bit weights that are unpacked each time
+
+
+@dataclass(frozen=True)
+class Request:
+    """One pair to be scored: the pair `id`, with its responses in `order`, as one sequence, or for the reward head two."""
+
+    id: str
+    order: str
+    sequences: tuple[list[int], ...]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(map(len, self.sequences))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all sequences."""
+        return sum(map(len, self.sequences))
+
+
+def orders_of(contract, orders: Iterable[str]) -> tuple[str, ...]:
+    """The orders worth scoring: a reward model sees each response alone, so that its second order is its first."""
+    return ORDERS[:1] if contract.head == "reward" else tuple(orders)
+
+
+def padded_tokens(batch: Sequence[Request]) -> int:
+    """Tokens that are computed for a batch, padding included."""
+    lengths = [len(ids) for request in batch for ids in request.sequences]
+    return sum(lengths[group[0]] * len(group) for group in alike(lengths))
+
+
+def alike(lengths: Sequence[int]) -> list[list[int]]:
+    """The lengths' places in groups, longest first, each to be one forward pass with at most SPARE_TOKENS of padding."""
+    groups: list[list[int]] = []
+    padding = 0
+    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
+        padding += lengths[groups[-1][0]] - lengths[place] if groups else 0
+        if not groups or padding > SPARE_TOKENS:
+            groups.append([])
+            padding = 0
+        groups[-1].append(place)
+    return groups
+
+
+def make_requests(model_input: ModuleType, tokenizer, contract, pairs: Sequence, orders: Iterable[str]) -> list[Request]:
+    """The requests for `pairs` in `orders`, encoded by the package's own model_input."""
+    made = []
+    for order in orders:
+        ordered = [model_input.swap(pair) for pair in pairs] if order == "swapped" else list(pairs)
+        encoded = model_input.encode_all(ordered, tokenizer, contract)
+        made += [Request(pair.id, order, sequences) for pair, sequences in zip(pairs, encoded, strict=True)]
+    return made
+
+
+def make_batches(requests: Iterable[Request], tokens_per_batch: int) -> list[list[Request]]:
+    """Batches of requests of like length, longest first, so that one too large for memory shows at once.
+
+    A batch, padded, holds at most `tokens_per_batch` tokens; a request that is longer than that is a batch of its own.
+    """
+    batches: list[list[Request]] = []
+    for request in sorted(requests, key=lambda request: (-request.length, request.id, request.order)):
+        if batches and padded_tokens([*batches[-1], request]) <= tokens_per_batch:
+            batches[-1].append(request)
+        else:
+            batches.append([request])
+    return batches
+
+
+@torch.inference_mode()
+def score_batch(
+    model: torch.nn.Module, model_input: ModuleType, contract, batch: list[Request], device: str, passing=contextlib.nullcontext
+) -> list[list[float]]:
+    """Probabilities of a batch, one list a request in the order of contract.verdicts, swapped ones swapped back.
+
+    The softmax is in float32. Where the model overflowed, the probabilities are NaN. Each forward pass is made in the context
+    `passing()`.
+    """
+    logits_bv = verdict_logits(model, contract, [ids for request in batch for ids in request.sequences], device, passing)
+    if contract.logit_bias:
+        logits_bv = logits_bv + torch.tensor(contract.logit_bias)
+    probabilities_bv = logits_bv.softmax(-1).tolist()
+    return [
+        model_input.swap_probabilities(values, contract.verdicts) if request.order == "swapped" else values
+        for request, values in zip(batch, probabilities_bv, strict=True)
+    ]
+
+
+def verdict_logits(
+    model: torch.nn.Module, contract, sequences: Sequence[list[int]], device: str, passing=contextlib.nullcontext
+) -> torch.Tensor:
+    """The verdicts' logits, float32 of shape (requests, verdicts), of one sequence a request, for the reward head of two.
+
+    Sequences of like length go through the model together: a pair's two responses, which are not, each with others.
+    """
+    compute_logits = label_token_logits if contract.head == "label_tokens" else classifier_logits
+    rows = [torch.empty(0)] * len(sequences)
+    for group in alike(list(map(len, sequences))):
+        with passing():
+            outputs_bu = compute_logits(model, contract, [sequences[place] for place in group], device).float().cpu()
+        for place, row in zip(group, outputs_bu, strict=True):
+            rows[place] = row
+    logits = torch.stack(rows)
+    if contract.head != "reward":
+        return logits
+    return logits.view(-1, 2)[:, [("model_a", "model_b").index(verdict) for verdict in contract.verdicts]]
+
+
+def classifier_logits(model: torch.nn.Module, contract, sequences: Sequence[list[int]], device: str) -> torch.Tensor:
+    """The outputs of a classifier, (sequences, outputs). Its rows are padded on the right.
+
+    By itself it finds the last token that is not padding. What a decoder reads there never sees the padding behind it, so that
+    only an encoder needs a mask.
+    """
+    is_decoder = getattr(model, "causal", False)
+    ids_bt, mask_bt = pad(sequences, contract.pad_token_id, pad_left=False)
+    inputs = {"input_ids": ids_bt.to(device)}
+    if not is_decoder and not mask_bt.all():
+        inputs["attention_mask"] = mask_bt.long().to(device)
+
+    # A decoder's head reads the last token of a row that is not padding, an encoder's the first.
+    read_places = [0] * len(sequences)
+    if is_decoder:
+        read_places = [last_token_place(ids, contract.pad_token_id) for ids in sequences]
+    with reading(torch.tensor(read_places, device=device)):
+        return model(**inputs).logits
+
+
+def label_token_logits(model: torch.nn.Module, contract, sequences: Sequence[list[int]], device: str) -> torch.Tensor:
+    """The answer tokens' logits of a causal LM, (sequences, verdicts).
+
+    Its rows are padded on the left: the answer then stands at the last place of every row, and only there are logits computed.
+    """
+    ids_bt, mask_bt = pad(sequences, contract.pad_token_id, pad_left=True)
+    position_ids_bt = (mask_bt.cumsum(-1) - 1).clamp(min=0)
+    inputs = {"input_ids": ids_bt.to(device), "position_ids": position_ids_bt.to(device)}
+    if not mask_bt.all():
+        inputs["attention_mask"] = mask_bt.long().to(device)
+
+    last_place = ids_bt.shape[1] - 1
+    with reading(torch.full((len(sequences),), last_place, device=device)):
+        logits_b1v = model(**inputs, logits_to_keep=1, use_cache=False).logits
+    return logits_b1v[:, -1, list(contract.label_token_ids)]
+
+
+def pad(sequences: Sequence[list[int]], pad_token_id: int, pad_left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids padded to the longest sequence, and where they are no padding, both (sequences, tokens)."""
+    lengths_b1 = torch.tensor([[len(ids)] for ids in sequences])
+    longest = int(lengths_b1.max())
+    places_t = torch.arange(longest)
+    mask_bt = places_t >= longest - lengths_b1 if pad_left else places_t < lengths_b1
+
+    ids_bt = torch.full(mask_bt.shape, pad_token_id)
+    ids_bt[mask_bt] = torch.tensor([token for ids in sequences for token in ids])
+    return ids_bt, mask_bt
+
+
+def last_token_place(ids: Sequence[int], pad_token_id: int) -> int:
+    """The place of the last token that is not the pad id; 0 where all are, as the classifier reads such a row."""
+    for place in range(len(ids) - 1, -1, -1):
+        if ids[place] != pad_token_id:
+            return place
+    return 0
+
+
+def score(  # noqa: PLR0913  the last three are options by name
+    model: torch.nn.Module,
+    model_input: ModuleType,
+    tokenizer,
+    contract,
+    pairs: Sequence,
+    *,
+    orders: Iterable[str] = ORDERS,
+    tokens_per_batch: int = 8192,
+    device: str = "cpu",
+) -> dict[str, dict[str, list[float]]]:
+    """Probabilities by id and order, in the order of contract.verdicts; swapped ones are already swapped back.
+
+    A reward model is run once a pair, whatever the orders. Raises FloatingPointError where a row's probabilities are not
+    finite, ValueError where two pairs share an id.
+    """
+    scores: dict[str, dict[str, list[float]]] = {pair.id: {} for pair in pairs}
+    if len(scores) != len(pairs):
+        raise ValueError(f"{len(pairs) - len(scores)} pairs have the id of another one; scores are joined by id")
+    orders = tuple(orders)
+    worth = orders_of(contract, orders)
+    for batch in make_batches(make_requests(model_input, tokenizer, contract, pairs, worth), tokens_per_batch):
+        for request, values in zip(batch, score_batch(model, model_input, contract, batch, device), strict=True):
+            if not all(map(math.isfinite, values)):
+                raise FloatingPointError(f"row {request.id}, {request.order}: probabilities {values} in {model.dtype}")
+            scores[request.id] |= dict.fromkeys([request.order] if worth == orders else orders, values)
+    return scores
+
+
+def mean_of_orders(scores: dict[str, dict[str, list[float]]]) -> dict[str, list[float]]:
+    """The mean over the orders in which each pair was scored, by id; a pair that was not scored is left out."""
+    return {
+        pair_id: [sum(values) / len(by_order) for values in zip(*by_order.values(), strict=True)]
+        for pair_id, by_order in scores.items()
+        if by_order
+    }
+
+
+# ==============================================================================================================
+# models/model.py
+#
+# The model of a package, loaded so that it answers as it did in training: pad id, attention and soft-cap from the contract.
+# ==============================================================================================================
+
+CLASSES = {
+    "score": AutoModelForSequenceClassification,
+    "reward": AutoModelForSequenceClassification,
+    "label_tokens": AutoModelForCausalLM,
+}
+LORA = ("lora_config.json", "lora.safetensors")  # under PEFT's own names, transformers would go looking for the base model
+
+
+def load_model(
+    folder: Path | str,
+    contract,
+    device: str,
+    dtype: torch.dtype | None = None,
+    device_map: Mapping[str, str] | None = None,
+) -> torch.nn.Module:
+    """The model in `folder` on `device`, in eval mode, with the adapter on it where the folder holds one.
+
+    `dtype` None means float16 on CUDA (a T4 has no bfloat16 units) and float32 elsewhere; quantised packages load by their
+    own config.json. A `device_map` places parts of the model on several devices; its inputs then go to `device`, which holds
+    the embedding. Raises PackageError where a weight is missing or the configuration contradicts the contract.
+    """
+    if contract.head not in CLASSES:
+        raise PackageError(f"{folder}: its head is {contract.head!r}; this runtime scores {', '.join(CLASSES)}")
+    dtype = dtype or (torch.float16 if device.startswith("cuda") else torch.float32)
+    config = serving_config(folder, contract)
+    quantised = getattr(config, "quantization_config", None)
+    if quantised and device.startswith("cuda") and quantised.get("bnb_4bit_compute_dtype") == "bfloat16":
+        raise PackageError(f"{folder}: computes in bfloat16, which a T4 lacks; quantise it again from float16 weights")
+    if quantised and quantised.get("quant_method") == "gptq":
+        config.quantization_config = unpacking(quantised, folder)
+    placed = {"device_map": dict(device_map or {"": device})} if device_map or quantised or device != "cpu" else {}
+    model, loaded = CLASSES[contract.head].from_pretrained(
+        folder,
+        config=config,
+        dtype=dtype,
+        attn_implementation="eager" if contract.softcap else SDPA,
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+        **placed,
+    )
+    lora_config, lora = (Path(folder) / name for name in LORA)
+    missing = set(loaded["missing_keys"])
+    if lora.is_file():
+        model, found = put_adapter_on(model, lora_config, lora, dtype)
+        missing -= found
+    if missing:
+        raise PackageError(f"{folder}: weights are missing: {', '.join(sorted(missing)[:5])}")
+    take_shortcuts(model)
+    return model.eval()
+
+
+def put_adapter_on(
+    model: torch.nn.Module, lora_config: Path, lora: Path, dtype: torch.dtype
+) -> tuple[torch.nn.Module, set[str]]:
+    """The model with a LoRA adapter that was not merged, in `dtype`, and the names of the weights that the adapter replaces."""
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict  # noqa: PLC0415  few packages need it
+
+    config = LoraConfig.from_peft_type(**json.loads(lora_config.read_text(encoding="utf-8")))
+    tensors = load_file(lora)
+    model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    result = set_peft_model_state_dict(model, tensors)
+    absent = [name for name in result.missing_keys if "lora_" in name or ".modules_to_save." in name]
+    if absent or result.unexpected_keys:
+        raise PackageError(f"{lora}: not the adapter of {lora_config}: {', '.join([*absent, *result.unexpected_keys][:5])}")
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(dtype)
+    return model, {name.removeprefix("base_model.model.") for name in tensors}
+
+
+def serving_config(folder: Path | str, contract):
+    """The folder's config.json with pad id and soft-cap set as the contract says."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    outputs = {"score": len(contract.verdicts), "reward": 1, "label_tokens": 0}[contract.head]
+    found = 0 if contract.head == "label_tokens" else config.num_labels
+    if not found == contract.num_labels == outputs:
+        raise PackageError(
+            f"{folder}: config.json has {found} labels, contract.json {contract.num_labels} for the head {contract.head} and "
+            f"the verdicts {', '.join(contract.verdicts)}; package the run again"
+        )
+    if contract.head == "label_tokens" and len(contract.label_token_ids) != len(contract.verdicts):
+        raise PackageError(f"{folder}: contract.json names {len(contract.label_token_ids)} label tokens; package the run again")
+    config.pad_token_id = contract.pad_token_id
+    config.use_cache = False  # keys and values for a generation that never comes: 2.8 GB of Gemma-2-9b at 8,192 tokens
+    if contract.softcap and not getattr(config, "attn_logit_softcapping", None):
+        raise PackageError(f"{folder}: trained with a soft-cap, but config.json has no attn_logit_softcapping")
+    if not contract.softcap and hasattr(config, "attn_logit_softcapping"):
+        config.attn_logit_softcapping = None
+    return config
+
+
+# ==============================================================================================================
+# models/shortcuts.py
+#
+# What scoring can leave out without another answer: work for tokens that nobody reads, and attention's slow kernel.
+#
+# A head reads one token of a row: a decoder's last one, an encoder's first. In the last layer all tokens are needed for the
+# attention's keys and values, but what comes after it only for the token that is read: hooks on its output projection and
+# its MLP hand on that token alone. What they give, one token wide, is added to the residual of all tokens by broadcasting,
+# which is right in the one place that is read.
+# ==============================================================================================================
+
+SDPA = "sdpa_repeated"
+AFTER_ATTENTION = ("self_attn.o_proj", "mlp", "attention.output.dense", "intermediate")  # decoders' names, then BERT's
+BEING_READ = threading.local()  # of the batch that this thread is scoring: a split model has one in each of several threads
+
+
+def repeated_attention(module, query_bhtd, key_bhtd, value_bhtd, attention_mask, scaling=None, **_):
+    """PyTorch's attention with keys and values repeated for every head of their group.
+
+    transformers' own leaves the groups to PyTorch where there is no mask (`enable_gqa`). Only FlashAttention on a GPU can
+    do that: on a T4, which has none, and on a CPU the unfused kernel is taken instead.
+    """
+    groups = getattr(module, "num_key_value_groups", 1)
+    output_bhtd = scaled_dot_product_attention(
+        query_bhtd,
+        key_bhtd.repeat_interleave(groups, dim=1) if groups > 1 else key_bhtd,
+        value_bhtd.repeat_interleave(groups, dim=1) if groups > 1 else value_bhtd,
+        attn_mask=attention_mask,
+        scale=scaling,
+        is_causal=attention_mask is None and module.is_causal,
+    )
+    return output_bhtd.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(SDPA, repeated_attention)
+AttentionMaskInterface.register(SDPA, sdpa_mask)
+
+
+def take_shortcuts(model: torch.nn.Module) -> None:
+    """Have `model` compute the end of its last layer only for the tokens in `reading`, and say whether it is `causal`.
+
+    Outside of `reading` it computes everything.
+    """
+    attentions = [module for module in model.modules() if hasattr(module, "is_causal")]
+    model.causal = bool(attentions) and all(module.is_causal for module in attentions)
+    if model.causal or model.config.model_type == "bert":
+        layers = next(module for name, module in model.named_modules() if name.endswith((".layers", ".encoder.layer")))
+        for name in AFTER_ATTENTION:
+            with contextlib.suppress(AttributeError):
+                layers[-1].get_submodule(name).register_forward_pre_hook(only_what_is_read)
+
+
+@contextlib.contextmanager
+def reading(places_b: torch.Tensor) -> Iterator[None]:
+    """In this thread, a forward pass is only read at one place of each row."""
+    BEING_READ.places_b = places_b
+    try:
+        yield
+    finally:
+        BEING_READ.places_b = None
+
+
+def only_what_is_read(_, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+    """A forward pre-hook: of the hidden states (rows, tokens, width) the read token of each row, (rows, 1, width)."""
+    places_b = getattr(BEING_READ, "places_b", None)
+    if places_b is None:
+        return None
+    hidden_btd, *others = args
+    rows_b = torch.arange(len(places_b), device=hidden_btd.device)
+    return (hidden_btd[rows_b, places_b.to(hidden_btd.device)].unsqueeze(1), *others)
+
+
+# ==============================================================================================================
+# models/gptq.py
+#
+# GPTQ packages without GPTQ's libraries: linear layers that unpack their 4 or 8 bits for each matrix product.
+#
+# Kaggle's image has none of them, and none can be taken there: gptqmodel is a source distribution that wants a newer
+# transformers and compiles its CUDA kernels at first use. The file format is the standard one (checkpoint_format gptq): qweight
+# and qzeros are int32 words, lowest bits first, of qweight along the inputs, of qzeros along the outputs, each zero less one.
+# ==============================================================================================================
+
+UNPACKING = "gptq_unpacked"  # the name that transformers knows these classes by; its own loader of gptq wants the libraries
+READ = {"bits": (4, 8), "desc_act": (False,), "sym": (True,), "checkpoint_format": ("gptq",)}
+
+
+class GptqLinear(torch.nn.Module):
+    """A linear layer of (outputs, inputs), each row in groups of `group_size` weights with one float16 scale."""
+
+    def __init__(self, outputs: int, inputs: int, bias: torch.nn.Parameter | None, bits: int, group_size: int):
+        super().__init__()
+        self.bits, self.group_size = bits, group_size
+        groups, in_word = inputs // group_size, 32 // bits
+        self.register_buffer("qweight", torch.zeros(inputs // in_word, outputs, dtype=torch.int32))
+        self.register_buffer("qzeros", torch.zeros(groups, outputs // in_word, dtype=torch.int32))
+        self.register_buffer("scales", torch.zeros(groups, outputs, dtype=torch.float16))
+        self.register_buffer("g_idx", torch.zeros(inputs, dtype=torch.int32))  # i // group_size: nothing was reordered
+        self.bias = bias
+
+    def weight_ui(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weights in `dtype`, of shape (outputs, inputs): (code - zero) * scale."""
+        codes_ui = unpack(self.qweight, self.bits).transpose(0, 1).flatten(1)
+        zeros_qu = unpack(self.qzeros, self.bits).flatten(1) + 1
+        weight_uqi = codes_ui.unflatten(1, (-1, self.group_size)).to(dtype)
+        weight_uqi.sub_(zeros_qu.T.unsqueeze(-1)).mul_(self.scales.T.unsqueeze(-1).to(dtype))
+        return weight_uqi.flatten(1)
+
+    def forward(self, input_bti: torch.Tensor) -> torch.Tensor:
+        """The layer's output, in the input's dtype."""
+        return linear(input_bti, self.weight_ui(input_bti.dtype), self.bias)
+
+
+def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """The codes in int32 `words` of shape (rows, columns), uint8 (rows, columns, 32 // bits). Bytes stand lowest first."""
+    bytes_rcb = words.contiguous().view(torch.uint8).unflatten(-1, (-1, 4))
+    return bytes_rcb if bits == 8 else torch.stack((bytes_rcb & 15, bytes_rcb >> 4), dim=-1).flatten(-2)
+
+
+class UnpackingConfig(QuantizationConfigMixin):
+    """What a GPTQ package's config.json says, as far as loading needs it."""
+
+    def __init__(self, bits: int, group_size: int, **_):
+        self.quant_method, self.bits, self.group_size = UNPACKING, bits, group_size
+
+
+class UnpackingQuantizer(HfQuantizer):
+    """Tells transformers to put a GptqLinear in the place of every linear layer below `layers` before it reads weights."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: torch.nn.Module, **_) -> None:
+        config = self.quantization_config
+        found = [(name, old) for name, old in model.named_modules() if isinstance(old, torch.nn.Linear) and ".layers." in name]
+        for name, old in found:
+            with torch.device("meta"):
+                new = GptqLinear(old.out_features, old.in_features, old.bias, config.bits, config.group_size)
+            model.set_submodule(name, new)
+
+    def is_serializable(self, **_) -> bool:
+        """No: what is loaded here is served."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        """No: what is loaded here is served."""
+        return False
+
+
+def unpacking(settings: Mapping[str, object], folder: Path | str) -> dict[str, object]:
+    """config.json's `quantization_config` as from_pretrained must get it. PackageError for a kind that is not unpacked here."""
+    for key, known in READ.items():
+        if settings.get(key) not in known:
+            expected = " or ".join(map(str, known))
+            raise PackageError(f"{folder}: config.json: {key} is {settings.get(key)!r}, expected {expected}; quantise it again")
+    if UNPACKING not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(UNPACKING)(UnpackingConfig)
+        register_quantizer(UNPACKING)(UnpackingQuantizer)
+    return {"quant_method": UNPACKING, "bits": settings["bits"], "group_size": settings["group_size"]}
+
+
+# ==============================================================================================================
+# models/placement.py
+#
+# Which part of a model stands on which device, where one device cannot hold it: layers in their order, bytes in balance.
+#
+# Nothing here needs torch: sizes come from the headers of the package's safetensors files.
+# ==============================================================================================================
+
+LAYER = re.compile(r"^(.*\.layers)\.(\d+)\.")
+
+
+def weight_sizes(folder: Path) -> dict[str, tuple[int, int]]:
+    """Bytes and elements of every tensor in the folder's model*.safetensors, by name.
+
+    Two elements of nf4 share a byte. A word of GPTQ holds as many as there are inputs, which g_idx counts, to a row of words.
+    """
+    sizes = {}
+    for path in sorted(Path(folder).glob("model*.safetensors")):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header.pop("__metadata__", None)
+        for name, tensor in header.items():
+            start, end = tensor["data_offsets"]
+            in_one = 2 if tensor["dtype"] == "U8" and f"{name}.absmax" in header else 1
+            if name.endswith(".qweight"):
+                in_one = header[name.removesuffix("qweight") + "g_idx"]["shape"][0] // tensor["shape"][0]
+            sizes[name] = (end - start, math.prod(tensor["shape"]) * in_one)
+    return sizes
+
+
+def part_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Bytes by part, in the order in which a row passes through them: embedding, layers by number, last norm, head."""
+    parts: dict[str, int] = {}
+    for name, size in sorted(sizes.items(), key=lambda item: place_of(item[0])):
+        layer = LAYER.match(name)
+        part = f"{layer[1]}.{layer[2]}" if layer else name.removesuffix(".weight").removesuffix(".bias")
+        parts[part] = parts.get(part, 0) + size
+    return parts
+
+
+def place_of(name: str) -> tuple[int, int]:
+    """Where a tensor's part stands in a decoder."""
+    if layer := LAYER.match(name):
+        return (1, int(layer[2]))
+    return (0 if "embed" in name else 2 if "norm" in name else 3, 0)
+
+
+def balance(sizes: Sequence[int], devices: int) -> list[int]:
+    """The device's number for each part: neighbours stay together, and the fullest device holds as little as can be."""
+    low, high = max(sizes), sum(sizes)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fill(sizes, middle)[-1] < devices else (middle + 1, high)
+    return fill(sizes, low)
+
+
+def fill(sizes: Sequence[int], capacity: int) -> list[int]:
+    """The device's number for each part, where a device takes parts until the next one would be over `capacity`."""
+    numbers, device, held = [], 0, 0
+    for size in sizes:
+        if held + size > capacity:
+            device, held = device + 1, 0
+        held += size
+        numbers.append(device)
+    return numbers
+
+
+def split_over(folder: Path, devices: Sequence[str]) -> dict[str, str]:
+    """Transformers' device_map for the model in `folder`, its layers over all `devices`.
+
+    Positions are computed beside the embedding; a head that is the embedding itself stays with it.
+    """
+    parts = part_sizes({name: size for name, (size, _) in weight_sizes(folder).items()})
+    numbers = balance(list(parts.values()), len(devices))
+    placed = {part: devices[number] for part, number in zip(parts, numbers, strict=True)}
+    prefix = next(part for part in parts if ".layers." in part).split(".layers.")[0]
+    placed[f"{prefix}.rotary_emb"] = devices[0]
+    if not {"lm_head", "score"} & placed.keys():
+        placed["lm_head"] = devices[0]
+    return placed
+
+
+# ==============================================================================================================
+# models/pipeline.py
+#
+# A split model has a batch in flight on each of its devices: while the second computes one, the first has the next.
+#
+# A stage is the layers on one device. A batch leaves its stage once the device has computed it and the next stage is free, so
+# that there is one batch in a stage at most, and a device holds the intermediates of one batch only.
+#
+# Each batch in flight has a CUDA stream of its own on every device. PyTorch's copy from one GPU to another makes the current
+# streams of both wait for each other, and accelerate copies masks and positions anew for every layer of a later stage: on one
+# stream, the first GPU's next batch would stand in the queue behind copies that wait for the second GPU.
+# ==============================================================================================================
+
+
+class Stages:
+    """The stages of a split model, entered by forward hooks on the first part of each device.
+
+    `devices` are the stages' devices; those that are GPUs get a stream for each batch in flight.
+    """
+
+    def __init__(self, model, starts: Sequence[str], devices: Sequence[str] = ()):
+        self.locks = [threading.Lock() for _ in range(1 + len(starts))]
+        self.local = threading.local()
+        self.streams: queue.SimpleQueue[list] = queue.SimpleQueue()
+        for _ in self.locks:
+            self.streams.put([torch.cuda.Stream(device) for device in devices if device.startswith("cuda")])
+        for stage, start in enumerate(starts, 1):
+            part = next(part for name, part in model.named_modules() if f".{name}".endswith(f".{start}"))  # PEFT adds a prefix
+            part.register_forward_pre_hook(lambda *_, stage=stage: self.enter(stage))
+
+    @contextlib.contextmanager
+    def batch(self) -> Iterator[None]:
+        """One batch on its way through all stages; outside of this nothing waits. What it computes must be read inside."""
+        self.locks[0].acquire()
+        self.local.stage, self.local.streams = 0, self.streams.get()
+        try:
+            with contextlib.ExitStack() as current:
+                for stream in reversed(self.local.streams):  # the last one entered decides the thread's device
+                    current.enter_context(torch.cuda.stream(stream))
+                yield
+        finally:
+            self.streams.put(self.local.streams)
+            self.locks[self.local.stage].release()
+            self.local.stage = None
+
+    def enter(self, stage: int) -> None:
+        """Wait until the stage is free, take it, and give back the one before once its device has done its work."""
+        held = getattr(self.local, "stage", None)
+        if held is not None:
+            self.locks[stage].acquire()
+            if self.local.streams:
+                self.local.streams[held].synchronize()
+            self.locks[held].release()
+            self.local.stage = stage
+
+
+def stage_starts(device_map: Mapping[str, str]) -> list[str]:
+    """The first part on each device but the first, from a device_map in the order in which a row passes through its parts."""
+    parts = [(part, device) for part, device in device_map.items() if ".layers." in part]
+    return [part for (_, before), (part, device) in zip(parts, parts[1:], strict=False) if device != before]
 
 
 if __name__ == "__main__":

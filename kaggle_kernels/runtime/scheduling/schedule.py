@@ -224,9 +224,7 @@ def leave_out(board: Board, number: int, error: Exception) -> None:
     log(board.inputs.clock, f"{board.inputs.packages[number].folder.name}: left out: {error}")
 
 
-def plan_next_pass(
-    board: Board, loaded: int | None, workers: Sequence[Worker]
-) -> NextPass | None:
+def plan_next_pass(board: Board, loaded: int | None, workers: Sequence[Worker]) -> NextPass | None:
     """Decide what to do next: rows that count come first, the others get what time is left.
 
     Args:

@@ -67,7 +67,8 @@ def test_two_t4s_are_predicted_for_the_recipes_base_model_where_a_small_one_stan
     record = record_of(tmp_path)
     assert record["here"] == {"rows_per_second": 30.0, "tokens_per_second": 2_000_000.0, "padding": 0.3333}
     assert [prediction["rows"] for prediction in record["two_t4s"]] == [30, 10_000, 25_000]
-    assert record["two_t4s"][0] == {"rows": 30, "loading": 62, "first_order": 1665, "second_order": 1665, "finish": 3391}
+    expected = {"loading": 62, "first_order": 1665, "second_order": 1665, "finish": 3391}
+    assert record["two_t4s"][0] == {"rows": 30, "clock_seconds": 600, **expected}
     assert "30 rows of these lengths on two T4s: loading 1 min, first order 28 min, second order 28 min" in done.output
 
 

@@ -35,7 +35,7 @@ WSDM_SCORES = {"9": [0.25, 0.75], "1": [0.5, 0.5], "x": [0.9, 0.1]}
     ],
 )
 def test_wsdm_names_the_winner_and_lmsys_gives_three_probabilities(tmp_path, settings, probabilities, expected):
-    write_submission(tmp_path / "submission.csv", settings, probabilities)
+    write_submission(tmp_path / "submission.csv", settings, probabilities, list(probabilities))
     assert (tmp_path / "submission.csv").read_text() == expected
 
 
@@ -51,7 +51,7 @@ def test_wsdm_names_the_winner_and_lmsys_gives_three_probabilities(tmp_path, set
 )
 def test_a_submission_that_is_wrong_leaves_no_file(tmp_path, settings, values, message):
     with pytest.raises(ValueError, match=message):
-        write_submission(tmp_path / "submission.csv", settings, {"9": values})
+        write_submission(tmp_path / "submission.csv", settings, {"9": values}, ["9"])
     assert list(tmp_path.iterdir()) == []
 
 
