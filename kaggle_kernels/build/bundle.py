@@ -54,9 +54,9 @@ MODULES = (
 OWNER = "INSERT_OWNER"
 
 # The layout of kernel.py, in characters. Its lines are as long as those of the runtime's modules.
-LINE_WIDTH = 128
-DOCSTRING_WIDTH = 120
-RULE = "# " + "=" * 110
+LINE_WIDTH = 100
+DOCSTRING_WIDTH = 96
+RULE = "# " + "=" * 96
 
 # How much of the SHA-256 identifies a build, in hexadecimal digits.
 BUILD_DIGITS = 16
