@@ -18,7 +18,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 
-from kaggle_kernels.runtime.models.scoring import Request, make_batches, padded_tokens
+from kaggle_kernels.runtime.models.scoring import (
+    BatchScores,
+    Request,
+    make_batches,
+    padded_tokens,
+)
 from kaggle_kernels.runtime.package import PackageError
 from kaggle_kernels.runtime.scheduling.worker_handle import Worker
 from kaggle_kernels.runtime.settings import Clock, log
@@ -45,6 +50,7 @@ class Pass:
     tokens: int = 0
     computed_tokens: int = 0
     out_of_memory: int = 0
+    overflowed: int = 0  # rows that were computed again in float32
     not_finite: int = 0
     given_up: list[str] = field(default_factory=list)
     deaths: dict[str, int] = field(default_factory=dict)  # by worker
@@ -207,8 +213,8 @@ def receive(work: Pass, worker: Worker, workers: Sequence[Worker], clock: Clock)
             f"golden probabilities differ by at most {worker.loaded['worst']:.1e}",
         )
     elif kind == "scored":
-        number, values, memory_bytes = message
-        note_scores(work, worker.note_scored(number, memory_bytes), values)
+        number, scores, memory_bytes = message
+        note_scores(work, worker.note_scored(number, memory_bytes), scores)
     elif kind == "out of memory":
         batch = worker.note_out_of_memory(*message)
         outcome = return_large_batch(work, worker, batch, workers)
@@ -309,11 +315,12 @@ def check_is_alive(work: Pass, worker: Worker, clock: Clock) -> None:
         handle_worker_death(work, worker, reason, clock)
 
 
-def note_scores(work: Pass, batch: list[Request], values: list[list[float]]) -> None:
+def note_scores(work: Pass, batch: list[Request], scores: BatchScores) -> None:
     """Keep a batch's probabilities by id; those that are not finite count as not scored."""
     work.computed_tokens += padded_tokens(batch)
     work.tokens += sum(request.tokens for request in batch)
-    for request, probabilities in zip(batch, values, strict=True):
+    work.overflowed += scores.overflowed
+    for request, probabilities in zip(batch, scores.probabilities, strict=True):
         if all(map(math.isfinite, probabilities)):
             work.scores[request.id] = probabilities
         else:
@@ -345,6 +352,11 @@ def progress_line(work: Pass, workers: Sequence[Worker]) -> str:
     sizes = [f"{size / 2**30:.1f}" for worker in workers for size in worker.memory_bytes]
     if sizes:
         parts.append(f"{' + '.join(sizes)} GiB")
+    if work.overflowed:
+        parts.append(
+            f"{work.overflowed} rows overflowed float16 and were computed again in float32, "
+            f"{work.not_finite} of them in vain"
+        )
     return ", ".join(parts)
 
 
@@ -366,6 +378,7 @@ def pass_record(work: Pass) -> dict:
         "computed_tokens": work.computed_tokens,
         "padding": round(padding, 4),
         "out_of_memory": work.out_of_memory,
+        "overflowed": work.overflowed,
         "not_finite": work.not_finite,
         "given_up": work.given_up,
         "deaths": work.deaths,

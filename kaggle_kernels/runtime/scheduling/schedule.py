@@ -20,6 +20,7 @@ from kaggle_kernels.runtime.models.scoring import (
     make_requests,
     mean_of_orders,
     orders_of,
+    spare_tokens_of,
 )
 from kaggle_kernels.runtime.package import Package, PackageError
 from kaggle_kernels.runtime.scheduling.pass_runner import (
@@ -346,12 +347,12 @@ def start_team(board: Board, number: int) -> list[Worker]:
     """
     inputs, devices = board.inputs, board.progress.devices
     package, settings = inputs.packages[number], inputs.settings
-    placement = settings.packages[number].placement
-    is_incomplete = placement == "split" and len(devices) < len(inputs.devices)
+    chosen = settings.packages[number]
+    is_incomplete = chosen.placement == "split" and len(devices) < len(inputs.devices)
     if not devices or is_incomplete:
         raise LoadError(f"{package.folder}: no device is left for it")
     return start_workers(
-        package, placement, devices, settings.tokens_per_batch, inputs.threads, inputs.clock
+        package, chosen, devices, settings.tokens_per_batch, inputs.threads, inputs.clock
     )
 
 
@@ -481,7 +482,12 @@ class Encoder:
             pairs = [package.model_input.pair_from_row(row) for row in part]
             with self.tokenizers[number]:
                 requests = make_requests(
-                    package.model_input, package.tokenizer, contract, pairs, (order,)
+                    package.model_input,
+                    package.tokenizer,
+                    contract,
+                    pairs,
+                    (order,),
+                    spare_tokens_of(package.manifest),
                 )
 
             # Four bytes for each token id, since there are millions of them.

@@ -7,7 +7,7 @@ pass_runner.handle_worker_death.
 
 To the worker: (number, requests). From it:
     ("loaded", facts)                         dtype, batches_at_once, seconds, worst difference
-    ("scored", number, probabilities, bytes)  bytes: the most memory used so far on each device
+    ("scored", number, BatchScores, bytes)    bytes: the most memory used so far on each device
     ("out of memory", number)                 it lives on; the batch is to be cut
     ("refused", sentence)                     the package is not what was packaged
     ("failed", traceback)                     and its end
@@ -57,6 +57,7 @@ class Assignment:
     devices: tuple[str, ...]  # several: the model's layers over them
     position: int  # of the first device
     threads: int  # of the CPU
+    weight_bytes_limit: int | None = None  # of each device, for a model that is split
 
 
 def run_worker(connection, task: Assignment) -> None:
@@ -79,7 +80,7 @@ def work(connection, task: Assignment) -> None:
         if first_device.startswith("cuda"):
             torch.cuda.set_device(first_device)
         package = open_package(Path(task.folder))
-        model, stages = load_on(package, task.devices)
+        model, stages = load_on(package, task.devices, task.weight_bytes_limit)
         worst_difference = check_golden_scores(package, model, first_device)
     except (PackageError, FloatingPointError) as error:
         return tell(connection, "refused", f"{type(error).__name__}: {error}")
@@ -117,11 +118,13 @@ def open_package(folder: Path) -> Package:
     return Package(folder, contract, manifest, model_input, read_tokenizer(folder))
 
 
-def load_on(package: Package, devices: tuple[str, ...]) -> tuple[torch.nn.Module, Stages | None]:
+def load_on(
+    package: Package, devices: tuple[str, ...], weight_bytes_limit: int | None = None
+) -> tuple[torch.nn.Module, Stages | None]:
     """Load the model on a device, or split over several, then with its stages."""
     if len(devices) == 1:
         return load_model(package.folder, package.contract, devices[0]), None
-    device_map = split_over(package.folder, devices)
+    device_map = split_over(package.folder, devices, weight_bytes_limit)
     model = load_model(package.folder, package.contract, devices[0], device_map=device_map)
     return model, Stages(model, stage_starts(device_map), devices)
 
@@ -166,7 +169,7 @@ def serve(connection, score_requests, batches_at_once: int, measure_memory) -> N
 
     Args:
         connection: The pipe.
-        score_requests: Gives a batch's probabilities.
+        score_requests: Gives a batch's BatchScores.
         batches_at_once: How many are scored at the same time, each in a thread.
         measure_memory: Gives the bytes used so far.
     """

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from kaggle_kernels.runtime.models.scoring import Request, padded_tokens
 from kaggle_kernels.runtime.package import Package
 from kaggle_kernels.runtime.scheduling.worker import Assignment, run_worker
-from kaggle_kernels.runtime.settings import Clock, log
+from kaggle_kernels.runtime.settings import Clock, PackageSettings, log
 
 FRUITLESS_DEATHS = 3
 JOIN_SECONDS = 30.0  # a killed process may be stuck in a driver
@@ -141,7 +141,7 @@ def start_process(task: Assignment) -> tuple:
 
 def start_workers(
     package: Package,
-    placement: str,
+    chosen: PackageSettings,
     devices: Mapping[int, str],
     tokens_per_batch: int,
     threads: int,
@@ -151,15 +151,15 @@ def start_workers(
 
     Args:
         package: What they load.
-        placement: `each`: a worker with a copy of the model for each device; `split`: one with the
-            model split over them.
+        chosen: Its placement is `each`: a worker with a copy of the model for each device; or
+            `split`: one worker with the model split over them.
         devices: PyTorch's names by position.
         tokens_per_batch: Their token budget, until memory runs out.
         threads: Of the CPU, for each worker.
         clock: For the log.
     """
     position_groups = [(position,) for position in devices]
-    if placement == "split":
+    if chosen.placement == "split":
         position_groups = [tuple(devices)]
 
     workers = []
@@ -168,7 +168,9 @@ def start_workers(
         log_names = []
         for position, name in zip(positions, device_names, strict=True):
             log_names.append(f"cpu #{position}" if name == "cpu" else name)
-        task = Assignment(str(package.folder), device_names, positions[0], threads)
+        task = Assignment(
+            str(package.folder), device_names, positions[0], threads, chosen.weight_bytes_limit
+        )
         worker = Worker("+".join(log_names), task, tokens_per_batch, start_process, positions)
         worker.launch()
         workers.append(worker)
