@@ -1,7 +1,8 @@
 """Build a spec's kernel: one readable kernel.py that runs on Kaggle without this repository, and its kernel-metadata.json.
 
-The kernel is the modules of kaggle_kernels/runtime one after another, each under a heading with its docstring. It reads like an
-article: settings and story first, details below. Imports are merged at the top, and the last lines run the kernel.
+The kernel is the modules of kaggle_kernels/runtime one after another, each under a heading with its docstring. It reads
+like an article: settings and story first, details below. Imports are merged at the top, and the last lines run the kernel. What
+functions take, return and raise is left to the modules' own docstrings.
 
 `build` writes to outputs/kernels/NAME. `rehearse` and `push` read the kernel there and refuse it if it is out of date.
 kaggle_kernels/examples/demo is a committed example.
@@ -245,7 +246,7 @@ def read_module(name: str) -> Module:
             defined_names += list_defined_names(statement)
 
     # The text as it was written, with its comments, which the syntax tree has lost.
-    body_lines = source.splitlines()[header_end:]
+    body_lines = shorten_docstrings(source, tree)[header_end:]
     return Module(
         name=name,
         docstring=ast.get_docstring(tree),
@@ -253,6 +254,34 @@ def read_module(name: str) -> Module:
         body="\n".join(body_lines).strip("\n"),
         defined_names=tuple(defined_names),
     )
+
+
+def shorten_docstrings(source: str, tree: ast.Module) -> list[str]:
+    """Leave the sections Args, Returns and Raises out of the functions' docstrings.
+
+    Returns:
+        The lines of the source. A line that is left out is no line any more, so that only those
+        above the first function keep their numbers.
+    """
+    lines = source.splitlines()
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    functions.sort(key=lambda function: function.lineno, reverse=True)  # from the end
+    for function in functions:
+        if not ast.get_docstring(function):
+            continue
+        start = function.body[0].lineno - 1
+        end = function.body[0].end_lineno
+        for place in range(start, end):
+            if lines[place].strip() in ("Args:", "Returns:", "Raises:"):
+                kept_lines = lines[start : place - 1]  # without the blank line
+                closing_line = lines[end - 1]
+                if len(kept_lines) == 1:
+                    kept_lines = [kept_lines[0] + closing_line.strip()]
+                else:
+                    kept_lines.append(closing_line)
+                lines[start:end] = kept_lines
+                break
+    return lines
 
 
 def check_is_not_renamed(statement: ImportStatement, importer: str) -> None:

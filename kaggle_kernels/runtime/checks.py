@@ -62,6 +62,7 @@ def check_machine(
     gpus = ask_gpus()
     notes += check_gpus(devices, gpus, on_kaggle="KAGGLE_ROOT" not in os.environ)
 
+    # The log says what was there, whatever happens later.
     names = [f"{gpu.name} ({format_gib(gpu.free_bytes)} GiB free)" for gpu in gpus or ()]
     log(clock, f"machine: {', '.join(names) or 'no GPU'}")
     for note in notes:
@@ -118,6 +119,7 @@ def check_libraries(packages: Sequence[Package], installed: Mapping[str, str | N
                 "environment for the kernel"
             )
 
+        # Weights that nothing here can unpack.
         method = config.get("quantization_config", {}).get("quant_method")
         if method is not None and method not in METHODS:
             raise MachineError(
@@ -125,6 +127,7 @@ def check_libraries(packages: Sequence[Package], installed: Mapping[str, str | N
                 "package the run again"
             )
 
+        # What this package is computed with.
         needed = {"torch", "transformers", "tokenizers"}
         if METHODS.get(method) is not None:
             needed.add(METHODS[method])
@@ -196,6 +199,7 @@ def check_gpus(devices: Sequence[str], gpus: Sequence[Gpu] | None, on_kaggle: bo
             )
         return []
 
+    # Older GPUs fail at the first kernel that PyTorch starts.
     for gpu in gpus or ():
         if gpu.capability is not None and gpu.capability < OLDEST_CAPABILITY:
             raise MachineError(

@@ -48,12 +48,13 @@ def find_mounted(root: Path, slug: str, names: Sequence[str], kind: str) -> Path
             if path.is_file() and mount_rank is not None:
                 paths_by_rank.setdefault((mount_rank, name_rank), []).append(path)
 
-    # The same file may be mounted twice.
+    # The best rank wins. The same file may be mounted twice.
     paths = paths_by_rank[min(paths_by_rank)] if paths_by_rank else []
     distinct_files = {(path.name, hash_file(path)) for path in paths}
     if len(distinct_files) == 1:
         return paths[0]
 
+    # Say what there is, so that a wrong slug shows.
     folders_with_files = {path.parent for path in inputs.rglob("*") if path.is_file()}
     mounted = sorted(str(folder.relative_to(inputs)) for folder in folders_with_files)
     raise FileNotFoundError(
@@ -75,6 +76,7 @@ def rank_mount(folders: Sequence[str], slug: str, kind: str) -> int | None:
     if slug not in folders or is_other:
         return None
 
+    # A dataset's mount has its owner between the kind and the slug.
     slug_place = 2 if kind == "datasets" else 1
     is_below_kind = folders[0] == kind and folders[slug_place : slug_place + 1] == (slug,)
     return 0 if folders[0] == slug or is_below_kind else 1
@@ -109,6 +111,7 @@ def read_rows(path: Path, are_turns: bool) -> list[dict]:
     if not rows:
         raise ValueError(f"{path}: no rows")
 
+    # Scores are joined by id.
     id_counts = Counter(row["id"] for row in rows)
     repeated_ids = [row_id for row_id, count in id_counts.items() if count > 1]
     if repeated_ids:
@@ -198,6 +201,7 @@ def read_text(value: str | Sequence | None, are_turns: bool) -> str | list[str |
     """Read a text; with `are_turns`, the turns in its JSON list, or a text that is none."""
     if not are_turns or not isinstance(value, str):
         return value
+    # LMSYS's files hold nulls, and texts that merely look like JSON.
     try:
         turns = json.loads(value)
     except (json.JSONDecodeError, RecursionError):
@@ -230,6 +234,7 @@ def install_missing_wheels(root: Path, folders: Sequence[Path], wheels: str | No
             "name a dataset in the spec's `wheels`"
         )
 
+    # No network: pip installs from the mounted folder alone.
     folder = find_mounted(root, wheels, ("bitsandbytes-*.whl",), "datasets").parent
     check_wheels(folder)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]

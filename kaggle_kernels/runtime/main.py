@@ -89,6 +89,7 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
     log(clock, f"{settings.name}: {', '.join(map(' '.join, versions.items()))}")
     log(clock, f"{test_file}: {len(rows)} rows, {sum(row['counts'] for row in rows)} of them count")
 
+    # What is there to score them with.
     served, packages = read_packages(root, settings, clock)
     folders = [package.folder for package in packages]
     visible = choose_visible_rows(root, settings, folders, {row["id"] for row in rows})
@@ -96,16 +97,15 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
         log(clock, visible.log_line)
     all_rows = [*rows, *visible.rows]
 
-    machine: dict = {}
-    with log_errors_of_hidden_run(clock):
-        machine["installed"] = install_missing_wheels(root, folders, settings.wheels)
-        machine |= check_machine(root, packages, devices, clock)
+    machine = prepare_machine(root, served, packages, devices, clock)
 
+    # The hours of work.
     board = make_board(served, packages, all_rows, devices, clock, hidden_run)
     with log_errors_of_hidden_run(clock):
         score_all(board)
     scored = combine(served, packages, board.progress.scores)
 
+    # From here on a row without a score has the prior.
     shortfall = describe_shortfall(rows, scored, settings.min_scored)
     if shortfall is not None:
         if not hidden_run:
@@ -138,6 +138,25 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
             "seconds": round(clock.elapsed(), 1),
         }
         write_record(root / "working" / "kernel.json", record)
+
+
+def prepare_machine(
+    root: Path,
+    settings: Settings,
+    packages: Sequence[Package],
+    devices: Sequence[str],
+    clock: Clock,
+) -> dict:
+    """Install what is missing and check what is there, for kernel.json.
+
+    In the hidden run a problem is only logged: golden rows show where answers would be wrong.
+    """
+    machine: dict = {}
+    folders = [package.folder for package in packages]
+    with log_errors_of_hidden_run(clock):
+        machine["installed"] = install_missing_wheels(root, folders, settings.wheels)
+        machine |= check_machine(root, packages, devices, clock)
+    return machine
 
 
 def list_devices() -> list[str]:
@@ -177,34 +196,34 @@ def read_packages(root: Path, settings: Settings, clock: Clock) -> tuple[Setting
     Raises:
         Exception: The error of a package, in the hidden run only where none passed.
     """
-    chosen_settings = []
+    kept_settings = []
     packages = []
-    for number, chosen in enumerate(settings.packages):
+    for number, package_settings in enumerate(settings.packages):
         try:
-            package = read_and_check_package(root, chosen, settings, clock)
+            package = read_and_check_package(root, package_settings, settings, clock)
         except Exception as error:
             is_last_chance = not packages and number == len(settings.packages) - 1
             if is_last_chance or not is_hidden_run():
                 raise
-            log(clock, f"{chosen.run}: left out: {type(error).__name__}: {error}")
+            log(clock, f"{package_settings.run}: left out: {type(error).__name__}: {error}")
             continue
-        chosen_settings.append(chosen)
+        kept_settings.append(package_settings)
         packages.append(package)
-    return replace(settings, packages=tuple(chosen_settings)), packages
+    return replace(settings, packages=tuple(kept_settings)), packages
 
 
 def read_and_check_package(
-    root: Path, chosen: PackageSettings, settings: Settings, clock: Clock
+    root: Path, package_settings: PackageSettings, settings: Settings, clock: Clock
 ) -> Package:
     """Find a package and check it against the spec and the recipe."""
-    folder = find_mounted(root, chosen.dataset, ("manifest.json",), "datasets").parent
+    folder = find_mounted(root, package_settings.dataset, ("manifest.json",), "datasets").parent
     package = read_package(folder, clock)
-    check_package(package, chosen, settings)
-    if package.contract.base_model != chosen.base_model:
+    check_package(package, package_settings, settings)
+    if package.contract.base_model != package_settings.base_model:
         log(
             clock,
-            f"{chosen.run}: made of {package.contract.base_model}, "
-            f"its recipe says {chosen.base_model}",
+            f"{package_settings.run}: made of {package.contract.base_model}, "
+            f"its recipe says {package_settings.base_model}",
         )
 
     # The template alone must fit the token budget.
@@ -217,7 +236,7 @@ def read_and_check_package(
     return package
 
 
-def check_package(package: Package, chosen: PackageSettings, settings: Settings) -> None:
+def check_package(package: Package, package_settings: PackageSettings, settings: Settings) -> None:
     """Raise PackageError where verdicts, their order or the architecture are not the recipe's."""
     contract = package.contract
     missing_verdicts = set(settings.verdicts) - set(contract.verdicts)
@@ -229,16 +248,16 @@ def check_package(package: Package, chosen: PackageSettings, settings: Settings)
 
     config = json.loads((package.folder / "config.json").read_text(encoding="utf-8"))
     model_type = config.get("model_type")
-    if contract.verdicts != chosen.verdicts:
+    if contract.verdicts != package_settings.verdicts:
         mismatch = f"contract.json: verdicts: found {contract.verdicts}"
-        expected = chosen.verdicts
-    elif model_type != chosen.model_type:
+        expected = package_settings.verdicts
+    elif model_type != package_settings.model_type:
         mismatch = f"config.json: model_type: found {model_type}"
-        expected = chosen.model_type
+        expected = package_settings.model_type
     else:
         return
     raise PackageError(
-        f"{package.folder}/{mismatch}, the recipe of {chosen.run} says {expected}; package the "
+        f"{package.folder}/{mismatch}, the recipe of {package_settings.run} says {expected}; package the "
         "run again, or build the kernel again from the recipe that it was trained with"
     )
 
@@ -258,8 +277,8 @@ def describe_run(board: Board) -> dict:
     """Describe what the kernel did, for kernel.json."""
     inputs, progress = board.inputs, board.progress
     manifests = {}
-    for chosen, package in zip(inputs.settings.packages, inputs.packages, strict=True):
-        manifests[chosen.dataset] = package.manifest_sha256()
+    for package_settings, package in zip(inputs.settings.packages, inputs.packages, strict=True):
+        manifests[package_settings.dataset] = package.manifest_sha256()
     return {
         "manifests": manifests,
         "devices": list(inputs.devices.values()),
@@ -286,11 +305,11 @@ def report_visible_run(
 def measure_speeds(board: Board) -> list[Speed]:
     """Collect what was measured of each package that scored."""
     speeds = []
-    for number, chosen in enumerate(board.inputs.settings.packages):
+    for number, package_settings in enumerate(board.inputs.settings.packages):
         passes = [
             record
             for record in board.progress.passes
-            if record["run"] == chosen.run and record["scored"]
+            if record["run"] == package_settings.run and record["scored"]
         ]
         if not passes:
             continue
@@ -303,7 +322,7 @@ def measure_speeds(board: Board) -> list[Speed]:
             worker["load_seconds"] for worker in board.progress.workers if worker["package"] == name
         ]
         speed = Speed(
-            run=chosen.run,
+            run=package_settings.run,
             loading_seconds=max(loads, default=0.0),
             tokens_per_second=board.measured.rates.get(number, 0.0) * token_share,
             tokens_per_row=first_pass["tokens"] / first_pass["scored"],

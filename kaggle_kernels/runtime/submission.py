@@ -57,6 +57,7 @@ def soften(values: Sequence[float], temperature: float) -> list[float]:
     """Apply a temperature: above 1, probabilities become less sure. None falls below SMALLEST."""
     powers = [max(value, SMALLEST) ** (1 / temperature) for value in values]
     total = sum(powers)
+    # A second time, so that they sum to one again.
     bounded = [max(power / total, SMALLEST) for power in powers]
     total = sum(bounded)
     return [value / total for value in bounded]
@@ -124,6 +125,8 @@ def write_submission(
                 if len(settings.columns) == 1:
                     answer = [settings.verdicts[values.index(max(values))]]
                 writer.writerow([row_id, *answer])
+
+        # What stands in the file is checked, not what was meant to.
         check_submission(temporary, settings, ids)
 
 
@@ -206,6 +209,7 @@ def write_scores(
     for place, verdict in enumerate(verdicts):
         columns[f"p_{verdict}"] = [values[place] for values in final.values()]
 
+    # Each model's own opinion, order by order.
     for run, model in models.items():
         orders = {order for by_order in model.by_id.values() for order in by_order}
         for order in sorted(orders):

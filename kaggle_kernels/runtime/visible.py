@@ -89,6 +89,7 @@ def choose_visible_rows(
         return no_visible_rows(
             f"no {' or '.join(TRAIN_FILES)} of {settings.competition} is mounted"
         )
+    # Whatever is wrong with this file, the test rows can be scored.
     try:
         train_rows = read_train_rows(file, settings, listed_by_all)
     except (OSError, ValueError, pa.ArrowException) as error:
@@ -98,6 +99,7 @@ def choose_visible_rows(
             f"{file.name} holds none of the {len(listed_by_all)} ids that every package lists"
         )
 
+    # Rows that a model knows say nothing of its accuracy.
     trained_on = any(listing["trained_on"] for listing in listings)
     if trained_on:
         kind = "rows that a model was trained on: they tell of speed only"
@@ -105,6 +107,7 @@ def choose_visible_rows(
         folds = sorted({f"fold {listing['fold']}" for listing in listings})
         kind = f"held out ({' and '.join(folds)})"
     log_line = f"visible run: {len(train_rows)} rows of {file.name} are scored too, {kind}"
+
     rows, winners = rename_train_rows(train_rows, settings, test_ids)
     return VisibleRows(rows, winners, trained_on, log_line)
 
@@ -134,6 +137,7 @@ def rename_train_rows(
     Returns:
         The rows, and their verdicts by the new ids.
     """
+    # A test row may have such an id already.
     prefix = TRAIN_PREFIX
     while any(row_id.startswith(prefix) for row_id in test_ids):
         prefix = TRAIN_PREFIX + prefix
@@ -205,6 +209,7 @@ def report_speed(speeds: Sequence[Speed], before_seconds: float, settings: Setti
         rows_per_second = speed.tokens_per_second / max(speed.tokens_per_row, 1)
         measured.append({**asdict(speed), "rows_per_second": rows_per_second})
 
+    # Each number of rows has a time limit of its own.
     predicted = []
     for rows in HIDDEN_ROWS:
         clock = start_clock(settings.time_limit(rows))
@@ -242,6 +247,7 @@ def measure_quality(
     if not judged:
         return {"judged": 0, "ties_left_out": ties_left_out}
 
+    # The standard error is that of a share.
     accuracy = correct / judged
     return {
         "judged": judged,
@@ -291,6 +297,7 @@ def predict_finish(
     for speed in others:
         everything += speed.loading_seconds + speed.seconds_for(rows, speed.orders)
 
+    # Which part of it the clock allows.
     first_share = (clock_seconds - loaded) / max(once - loaded, 1e-9)
     if everything > once:
         rest_share = (clock_seconds - once) / (everything - once)

@@ -194,7 +194,7 @@ SETTINGS = Settings(
     min_scored=0.98,
     visible_rows=512,
     wheels="pairwise-wheels",
-    build="4571bfa7ea2ef0fd",
+    build="23bd119725f71a24",
 )
 
 
@@ -216,15 +216,6 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
 
     The hidden run always submits: a row that could not be scored gets the prior. Only what shows
     that answers would be wrong ends it. In the visible run every shortfall is an error.
-
-    Args:
-        settings: What the spec asks for.
-        devices: PyTorch's names of the devices; by default those of this machine.
-
-    Raises:
-        PackageError: Every package is damaged, or scores other than when it was packaged.
-        ValueError: The test file or the submission is not whole; in the visible run also: too few
-            rows were scored.
     """
     began = time.monotonic()
     root = kaggle_root()
@@ -240,6 +231,7 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
     log(clock, f"{settings.name}: {', '.join(map(' '.join, versions.items()))}")
     log(clock, f"{test_file}: {len(rows)} rows, {sum(row['counts'] for row in rows)} of them count")
 
+    # What is there to score them with.
     served, packages = read_packages(root, settings, clock)
     folders = [package.folder for package in packages]
     visible = choose_visible_rows(root, settings, folders, {row["id"] for row in rows})
@@ -247,16 +239,15 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
         log(clock, visible.log_line)
     all_rows = [*rows, *visible.rows]
 
-    machine: dict = {}
-    with log_errors_of_hidden_run(clock):
-        machine["installed"] = install_missing_wheels(root, folders, settings.wheels)
-        machine |= check_machine(root, packages, devices, clock)
+    machine = prepare_machine(root, served, packages, devices, clock)
 
+    # The hours of work.
     board = make_board(served, packages, all_rows, devices, clock, hidden_run)
     with log_errors_of_hidden_run(clock):
         score_all(board)
     scored = combine(served, packages, board.progress.scores)
 
+    # From here on a row without a score has the prior.
     shortfall = describe_shortfall(rows, scored, settings.min_scored)
     if shortfall is not None:
         if not hidden_run:
@@ -291,6 +282,25 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
         write_record(root / "working" / "kernel.json", record)
 
 
+def prepare_machine(
+    root: Path,
+    settings: Settings,
+    packages: Sequence[Package],
+    devices: Sequence[str],
+    clock: Clock,
+) -> dict:
+    """Install what is missing and check what is there, for kernel.json.
+
+    In the hidden run a problem is only logged: golden rows show where answers would be wrong.
+    """
+    machine: dict = {}
+    folders = [package.folder for package in packages]
+    with log_errors_of_hidden_run(clock):
+        machine["installed"] = install_missing_wheels(root, folders, settings.wheels)
+        machine |= check_machine(root, packages, devices, clock)
+    return machine
+
+
 def list_devices() -> list[str]:
     """List every GPU, or the CPU.
 
@@ -320,42 +330,35 @@ def log_errors_of_hidden_run(clock: Clock) -> Iterator[None]:
 
 
 def read_packages(root: Path, settings: Settings, clock: Clock) -> tuple[Settings, list[Package]]:
-    """Find and check the spec's packages. In the hidden run one that fails is left out.
-
-    Returns:
-        The settings with the packages that passed, and these packages.
-
-    Raises:
-        Exception: The error of a package, in the hidden run only where none passed.
-    """
-    chosen_settings = []
+    """Find and check the spec's packages. In the hidden run one that fails is left out."""
+    kept_settings = []
     packages = []
-    for number, chosen in enumerate(settings.packages):
+    for number, package_settings in enumerate(settings.packages):
         try:
-            package = read_and_check_package(root, chosen, settings, clock)
+            package = read_and_check_package(root, package_settings, settings, clock)
         except Exception as error:
             is_last_chance = not packages and number == len(settings.packages) - 1
             if is_last_chance or not is_hidden_run():
                 raise
-            log(clock, f"{chosen.run}: left out: {type(error).__name__}: {error}")
+            log(clock, f"{package_settings.run}: left out: {type(error).__name__}: {error}")
             continue
-        chosen_settings.append(chosen)
+        kept_settings.append(package_settings)
         packages.append(package)
-    return replace(settings, packages=tuple(chosen_settings)), packages
+    return replace(settings, packages=tuple(kept_settings)), packages
 
 
 def read_and_check_package(
-    root: Path, chosen: PackageSettings, settings: Settings, clock: Clock
+    root: Path, package_settings: PackageSettings, settings: Settings, clock: Clock
 ) -> Package:
     """Find a package and check it against the spec and the recipe."""
-    folder = find_mounted(root, chosen.dataset, ("manifest.json",), "datasets").parent
+    folder = find_mounted(root, package_settings.dataset, ("manifest.json",), "datasets").parent
     package = read_package(folder, clock)
-    check_package(package, chosen, settings)
-    if package.contract.base_model != chosen.base_model:
+    check_package(package, package_settings, settings)
+    if package.contract.base_model != package_settings.base_model:
         log(
             clock,
-            f"{chosen.run}: made of {package.contract.base_model}, "
-            f"its recipe says {chosen.base_model}",
+            f"{package_settings.run}: made of {package.contract.base_model}, "
+            f"its recipe says {package_settings.base_model}",
         )
 
     # The template alone must fit the token budget.
@@ -368,7 +371,7 @@ def read_and_check_package(
     return package
 
 
-def check_package(package: Package, chosen: PackageSettings, settings: Settings) -> None:
+def check_package(package: Package, package_settings: PackageSettings, settings: Settings) -> None:
     """Raise PackageError where verdicts, their order or the architecture are not the recipe's."""
     contract = package.contract
     missing_verdicts = set(settings.verdicts) - set(contract.verdicts)
@@ -380,16 +383,16 @@ def check_package(package: Package, chosen: PackageSettings, settings: Settings)
 
     config = json.loads((package.folder / "config.json").read_text(encoding="utf-8"))
     model_type = config.get("model_type")
-    if contract.verdicts != chosen.verdicts:
+    if contract.verdicts != package_settings.verdicts:
         mismatch = f"contract.json: verdicts: found {contract.verdicts}"
-        expected = chosen.verdicts
-    elif model_type != chosen.model_type:
+        expected = package_settings.verdicts
+    elif model_type != package_settings.model_type:
         mismatch = f"config.json: model_type: found {model_type}"
-        expected = chosen.model_type
+        expected = package_settings.model_type
     else:
         return
     raise PackageError(
-        f"{package.folder}/{mismatch}, the recipe of {chosen.run} says {expected}; package the "
+        f"{package.folder}/{mismatch}, the recipe of {package_settings.run} says {expected}; package the "
         "run again, or build the kernel again from the recipe that it was trained with"
     )
 
@@ -409,8 +412,8 @@ def describe_run(board: Board) -> dict:
     """Describe what the kernel did, for kernel.json."""
     inputs, progress = board.inputs, board.progress
     manifests = {}
-    for chosen, package in zip(inputs.settings.packages, inputs.packages, strict=True):
-        manifests[chosen.dataset] = package.manifest_sha256()
+    for package_settings, package in zip(inputs.settings.packages, inputs.packages, strict=True):
+        manifests[package_settings.dataset] = package.manifest_sha256()
     return {
         "manifests": manifests,
         "devices": list(inputs.devices.values()),
@@ -437,11 +440,11 @@ def report_visible_run(
 def measure_speeds(board: Board) -> list[Speed]:
     """Collect what was measured of each package that scored."""
     speeds = []
-    for number, chosen in enumerate(board.inputs.settings.packages):
+    for number, package_settings in enumerate(board.inputs.settings.packages):
         passes = [
             record
             for record in board.progress.passes
-            if record["run"] == chosen.run and record["scored"]
+            if record["run"] == package_settings.run and record["scored"]
         ]
         if not passes:
             continue
@@ -454,7 +457,7 @@ def measure_speeds(board: Board) -> list[Speed]:
             worker["load_seconds"] for worker in board.progress.workers if worker["package"] == name
         ]
         speed = Speed(
-            run=chosen.run,
+            run=package_settings.run,
             loading_seconds=max(loads, default=0.0),
             tokens_per_second=board.measured.rates.get(number, 0.0) * token_share,
             tokens_per_row=first_pass["tokens"] / first_pass["scored"],
@@ -556,9 +559,9 @@ class Board:
     def scores_by_run(self) -> dict[str, ModelScores]:
         """Collect what each run's model gave."""
         models = {}
-        for number, chosen in enumerate(self.inputs.settings.packages):
+        for number, package_settings in enumerate(self.inputs.settings.packages):
             verdicts = self.inputs.packages[number].contract.verdicts
-            models[chosen.run] = ModelScores(verdicts, self.progress.scores[number])
+            models[package_settings.run] = ModelScores(verdicts, self.progress.scores[number])
         return models
 
 
@@ -595,6 +598,7 @@ def make_board(
         clock=clock,
         hidden_run=hidden_run,
     )
+
     progress = Progress(
         scores=[{row["id"]: {} for row in rows} for _ in packages],
         packages=list(range(len(packages))),
@@ -614,10 +618,6 @@ def score_all(board: Board) -> None:
     """Make pass after pass until nothing is left or nothing more fits the clock.
 
     In the hidden run a package that fails is left out while another one works.
-
-    Raises:
-        PackageError: The workers refuse a package: it scores other than when it was packaged.
-        LoadError: No device could load a package.
     """
     board.measured.before_seconds = board.inputs.clock.elapsed()
     loaded: int | None = None
@@ -654,22 +654,14 @@ def leave_out(board: Board, number: int, error: Exception) -> None:
 
 
 def plan_next_pass(board: Board, loaded: int | None, workers: Sequence[Worker]) -> NextPass | None:
-    """Decide what to do next: rows that count come first, the others get what time is left.
-
-    Args:
-        board: The state of the run.
-        loaded: The number of the package that the workers have; None: none.
-        workers: The workers of that package.
-
-    Returns:
-        None where nothing is left, nothing more fits the clock, or no worker is alive.
-    """
+    """Decide what to do next: rows that count come first, the others get what time is left."""
     all_gone = bool(workers) and all(worker.gone for worker in workers)
     if all_gone:
         log(board.inputs.clock, "no device is left; rows without a score get the prior")
     if all_gone or not board.progress.packages or board.inputs.clock.left() <= 0:
         return None
 
+    # Nothing of the others before all of those that count.
     for group in board.inputs.row_groups:
         next_pass = plan_group(board, group, loaded)
         if next_pass is not None:
@@ -685,6 +677,7 @@ def plan_group(board: Board, group: Sequence[str], loaded: int | None) -> NextPa
         number = loaded if loaded in packages else packages[0]
         return NextPass(number, board.orders(number)[0], frozenset(group))
 
+    # What the clock allows of the rest.
     options = make_options(board, group, loaded)
     if not options:
         return None
@@ -715,6 +708,7 @@ def plan_group(board: Board, group: Sequence[str], loaded: int | None) -> NextPa
 
 def make_options(board: Board, group: Sequence[str], loaded: int | None) -> list[Option]:
     """List every pass that has rows of the group left, those of the loaded model first."""
+    # Loading takes long: the model that is there comes first.
     options = []
     for number in sorted(board.progress.packages, key=lambda number: number != loaded):
         for order in board.orders(number):
@@ -768,19 +762,15 @@ def note_plan(board: Board, shares: Sequence[Share], seconds_left: float) -> Non
 
 
 def start_team(board: Board, number: int) -> list[Worker]:
-    """Start workers for a package on the devices that are not gone.
-
-    Raises:
-        LoadError: No device is left, or a model that is split would lack one of them.
-    """
+    """Start workers for a package on the devices that are not gone."""
     inputs, devices = board.inputs, board.progress.devices
     package, settings = inputs.packages[number], inputs.settings
-    chosen = settings.packages[number]
-    is_incomplete = chosen.placement == "split" and len(devices) < len(inputs.devices)
+    package_settings = settings.packages[number]
+    is_incomplete = package_settings.placement == "split" and len(devices) < len(inputs.devices)
     if not devices or is_incomplete:
         raise LoadError(f"{package.folder}: no device is left for it")
     return start_workers(
-        package, chosen, devices, settings.tokens_per_batch, inputs.threads, inputs.clock
+        package, package_settings, devices, settings.tokens_per_batch, inputs.threads, inputs.clock
     )
 
 
@@ -811,10 +801,6 @@ def make_next_pass(
     """Score the rows of a pass and note the result on the board.
 
     They are encoded while the workers load, or were while the pass before ran.
-
-    Raises:
-        PackageError: The last worker that is left refuses the package.
-        LoadError: No worker could load it.
     """
     number, order = next_pass.package, next_pass.order
     package, clock = board.inputs.packages[number], board.inputs.clock
@@ -822,12 +808,14 @@ def make_next_pass(
     if next_pass.deadline is not None:
         deadline = min(next_pass.deadline, deadline)
 
+    # Tokenise now, and the other orders of the same rows while this one is scored.
     rows = [row for row in board.inputs.rows if row["id"] in next_pass.rows]
     requests = encoder.requests(number, order, rows)
     for other in board.orders(number):
         if (number, other) not in board.progress.tried and other != order:
             encoder.begin(number, other, rows)
 
+    # How far this pass moves probabilities tells what further passes are worth.
     before = board.probabilities()
     label = f"{package.folder.name}, {order}"
     work = make_pass(label, requests, deadline, workers, next_pass.gains)
@@ -863,6 +851,7 @@ def note_pass(
     if rate:
         measured.rates[number] = rate
 
+    # kernel.json keeps a record of every pass.
     run = board.inputs.settings.packages[number].run
     progress.passes.append({"run": run, "order": order, **pass_record(work)})
 
@@ -892,6 +881,7 @@ class Encoder:
         by_id = {}
         if (number, order) in self.ahead:
             by_id = {request.id: request for request in self.ahead[number, order].result()}
+        # Rows that nobody expected to be needed.
         missing_rows = [row for row in rows if row["id"] not in by_id]
         if missing_rows:
             for request in self.encode(number, order, missing_rows):
@@ -944,19 +934,16 @@ def combine(
     """Combine the packages' scores to probabilities of the competition's verdicts, by id.
 
     Orders are averaged, then packages by weight, then the temperature is applied.
-
-    Args:
-        settings: Has the packages' weights and the temperature.
-        packages: In the order of the settings.
-        scores: Of each package.
     """
     opinions: dict[str, list[list[float]]] = {}
     weights: dict[str, list[float]] = {}
-    for chosen, package, package_scores in zip(settings.packages, packages, scores, strict=True):
+    for package_settings, package, package_scores in zip(
+        settings.packages, packages, scores, strict=True
+    ):
         for row_id, values in mean_of_orders(package_scores).items():
             opinion = to_competition(values, package.contract.verdicts, settings.verdicts)
             opinions.setdefault(row_id, []).append(opinion)
-            weights.setdefault(row_id, []).append(chosen.weight)
+            weights.setdefault(row_id, []).append(package_settings.weight)
 
     combined = {}
     for row_id, values in opinions.items():
@@ -1052,20 +1039,13 @@ def make_pass(
     workers: Sequence[Worker],
     gains: Mapping[str, float] | None = None,
 ) -> Pass:
-    """Make a pass over rows.
-
-    Args:
-        label: Names it in the log.
-        requests: The rows.
-        deadline: When its last batch must end, as time.monotonic gives seconds.
-        workers: Those that will do it.
-        gains: By row: what matters most comes first. None: rows are taken by length.
-    """
+    """Make a pass over rows."""
     tokens_per_batch = max(worker.tokens_per_batch for worker in workers)
     if gains is None:
         batches = make_batches(requests, tokens_per_batch)
         return Pass(label, deque(batches), deadline, may_reorder=True, rows=len(requests))
 
+    # Batches of one length waste no padding, but rows of high gain must come early: a compromise.
     by_gain = sorted(requests, key=lambda request: -gains[request.id])
     block_size = max(math.ceil(len(requests) / BLOCKS), 1)
     batches = []
@@ -1078,6 +1058,7 @@ def make_pass(
 def run_pass(work: Pass, workers: Sequence[Worker], clock: Clock) -> Pass:
     """Work through the queue; PackageError where the last worker refuses the package."""
     log(clock, f"{work.label}: {work.rows} rows in {len(work.queue)} batches")
+    # Workers that died late in the pass before may not have been restarted.
     for worker in workers:
         if not worker.process and not worker.gone and time.monotonic() < work.deadline:
             worker.launch()
@@ -1096,6 +1077,7 @@ def run_pass(work: Pass, workers: Sequence[Worker], clock: Clock) -> Pass:
         if not busy:
             break
 
+        # Wait for any message, but look after the workers every second.
         by_connection = {worker.connection: worker for worker in alive}
         for connection in wait(list(by_connection), timeout=1.0):
             receive(work, by_connection[connection], workers, clock)
@@ -1129,6 +1111,7 @@ def next_batch(work: Pass, worker: Worker, workers: Sequence[Worker]) -> list[Re
     put_back = work.put_last if from_end else work.put_first
     put_off = work.put_first if from_end else work.put_last
 
+    # The first batch that this worker has not proven too small for.
     whole_batch = None
     for _ in range(len(work.queue)):
         batch = work.take(from_end)
@@ -1190,9 +1173,6 @@ def return_large_batch(
     """Put a batch back that a worker lacks the memory for.
 
     A row that was alone in it is left to the other workers, or given up.
-
-    Returns:
-        What became of such a row, for the log.
     """
     work.out_of_memory += 1
     if len(batch) > 1:
@@ -1261,6 +1241,7 @@ def check_is_alive(work: Pass, worker: Worker, clock: Clock) -> None:
             expected_seconds = padded_tokens(first_batch) / worker.rate()
         patience = max(PATIENCE * expected_seconds, QUIET_SECONDS)
 
+    # The reserve is for writing the submission.
     if worker.outstanding and now > clock.deadline + clock.reserve_seconds / 3:
         patience = 0
     if quiet_seconds > patience:
@@ -1435,6 +1416,7 @@ class Worker:
     def note_death(self) -> tuple[list[list[Request]], list[list[Request]]]:
         """Count a death; return the batches that it was scoring, and those that lay ready."""
         batches = list(self.outstanding.values())
+        # It scores them in the order in which they were sent.
         being_scored = batches[: self.batches_at_once]
         ready = batches[self.batches_at_once :]
         self.outstanding.clear()
@@ -1471,25 +1453,16 @@ def start_process(task: Assignment) -> tuple:
 
 def start_workers(
     package: Package,
-    chosen: PackageSettings,
+    package_settings: PackageSettings,
     devices: Mapping[int, str],
     tokens_per_batch: int,
     threads: int,
     clock: Clock,
 ) -> list[Worker]:
-    """Start the workers of a package, which load it by themselves.
-
-    Args:
-        package: What they load.
-        chosen: Its placement is `each`: a worker with a copy of the model for each device; or
-            `split`: one worker with the model split over them.
-        devices: PyTorch's names by position.
-        tokens_per_batch: Their token budget, until memory runs out.
-        threads: Of the CPU, for each worker.
-        clock: For the log.
-    """
+    """Start the workers of a package, which load it by themselves."""
+    # A worker for each group of devices.
     position_groups = [(position,) for position in devices]
-    if chosen.placement == "split":
+    if package_settings.placement == "split":
         position_groups = [tuple(devices)]
 
     workers = []
@@ -1499,7 +1472,11 @@ def start_workers(
         for position, name in zip(positions, device_names, strict=True):
             log_names.append(f"cpu #{position}" if name == "cpu" else name)
         task = Assignment(
-            str(package.folder), device_names, positions[0], threads, chosen.weight_bytes_limit
+            str(package.folder),
+            device_names,
+            positions[0],
+            threads,
+            package_settings.weight_bytes_limit,
         )
         worker = Worker("+".join(log_names), task, tokens_per_batch, start_process, positions)
         worker.launch()
@@ -1603,6 +1580,7 @@ def work(connection, task: Assignment) -> None:
     except Exception:
         return tell(connection, "failed", traceback.format_exc())
 
+    # Only now can it be given batches.
     batches_at_once = len(stages.locks) if stages else 1
     facts = {
         "dtype": str(model.dtype),
@@ -1646,15 +1624,9 @@ def load_on(
 
 
 def check_golden_scores(package: Package, model: torch.nn.Module, device: str) -> float:
-    """Score the golden rows, and compare them with the manifest's probabilities.
-
-    Returns:
-        The largest difference.
-
-    Raises:
-        PackageError: It is over GOLDEN_TOLERANCE.
-    """
+    """Score the golden rows, and compare them with the manifest's probabilities."""
     contract = package.contract
+    # A golden row is scored as any other, by the code of the kernel.
     pairs = [package.model_input.pair_from_row(row["pair"]) for row in contract.golden]
     scores = score(
         model,
@@ -1681,14 +1653,7 @@ def check_golden_scores(package: Package, model: torch.nn.Module, device: str) -
 
 
 def serve(connection, score_requests, batches_at_once: int, measure_memory) -> None:
-    """Score what comes in. Batches are read as they come, so that the next one lies ready.
-
-    Args:
-        connection: The pipe.
-        score_requests: Gives a batch's BatchScores.
-        batches_at_once: How many are scored at the same time, each in a thread.
-        measure_memory: Gives the bytes used so far.
-    """
+    """Score what comes in. Batches are read as they come, so that the next one lies ready."""
     inbox = queue.SimpleQueue()
     lock = threading.Lock()
 
@@ -1709,11 +1674,14 @@ def serve(connection, score_requests, batches_at_once: int, measure_memory) -> N
             if answer[0] == "failed":
                 return
 
+    # The stages of a split model work on different batches at the same time.
     for _ in range(batches_at_once):
         threading.Thread(target=score_from_inbox, daemon=True).start()
     with contextlib.suppress(EOFError, OSError):
         while True:
             inbox.put(connection.recv())
+
+    # The pipe is closed: None ends a thread.
     for _ in range(batches_at_once):
         inbox.put(None)
 
@@ -1816,18 +1784,8 @@ def allocate(
     seconds: float,
     by_log_loss: bool,
 ) -> list[Share]:
-    """Share the seconds that are left out among options: rows of most gain per second first.
-
-    Args:
-        options: The passes that could be made.
-        probabilities: What the passes so far say of a row, by id; absent: nothing.
-        tokens: The rows' lengths, by id.
-        seconds: What is left of the clock.
-        by_log_loss: Whether the metric is log loss, else accuracy.
-
-    Returns:
-        A share for each option, in their order; one without rows where it gets no time.
-    """
+    """Share the seconds that are left out among options: rows of most gain per second first."""
+    # Loaded models cost no loading; further ones are tried in the spec's order.
     offers = make_offers(options, probabilities, tokens, by_log_loss)
     loaded = {option.package for option in options if not option.load_seconds}
     further = sorted({option.package for option in options if option.load_seconds})
@@ -1859,11 +1817,7 @@ def make_offers(
 def allocate_to(
     packages: Collection[int], options: Sequence[Option], offers: Sequence[Offer], seconds: float
 ) -> tuple[float, list[Share]]:
-    """Take the best offers of these packages that fit the seconds left after loading.
-
-    Returns:
-        Their gain, and a share for each option.
-    """
+    """Take the best offers of these packages that fit the seconds left after loading."""
     load_seconds = {
         option.package: option.load_seconds for option in options if option.package in packages
     }
@@ -1890,18 +1844,14 @@ def allocate_to(
 
 
 def expected_gain(values: Sequence[float] | None, change: float, by_log_loss: bool) -> float:
-    """Compute what one more opinion on a row is expected to bring.
-
-    Args:
-        values: Its probabilities so far; None: no model has scored it.
-        change: Standard deviation of what the opinion changes in a probability.
-        by_log_loss: Whether the gain is in nats of log loss, else in accuracy.
-    """
+    """Compute what one more opinion on a row is expected to bring."""
     if values is None:
         return 1.0
+    # The expected drop of log loss, to second order.
     if by_log_loss:
         return change**2 * (1 - sum(value**2 for value in values))
     second, first = sorted(values)[-2:]
+    # The verdict flips where the change exceeds half of its lead.
     margin = (first - second) / 2
     change = max(change, 1e-6)
     ratio = margin / change
@@ -1912,11 +1862,7 @@ def expected_gain(values: Sequence[float] | None, change: float, by_log_loss: bo
 def measured_change(
     before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[float]]
 ) -> float | None:
-    """Measure the standard deviation of the first probability's change over the rows in both.
-
-    Returns:
-        None for fewer than ROWS_TO_MEASURE rows.
-    """
+    """Measure the standard deviation of the first probability's change over the rows in both."""
     changes = [after[row_id][0] - values[0] for row_id, values in before.items() if row_id in after]
     if len(changes) < ROWS_TO_MEASURE:
         return None
@@ -1963,17 +1909,7 @@ def kaggle_root() -> Path:
 
 
 def find_mounted(root: Path, slug: str, names: Sequence[str], kind: str) -> Path:
-    """Find a file of the dataset or competition `slug`, wherever that is mounted.
-
-    Args:
-        root: The folder that is /kaggle, or stands for it.
-        slug: Kaggle's slug of the dataset or competition.
-        names: Names or patterns of the file; the first one that is there is taken.
-        kind: "datasets" or "competitions": what is mounted as the other is left out.
-
-    Raises:
-        FileNotFoundError: There is none, or several that differ.
-    """
+    """Find a file of the dataset or competition `slug`, wherever that is mounted."""
     inputs = root / "input"
     paths_by_rank: dict[tuple[int, int], list[Path]] = {}
     for name_rank, name in enumerate(names):
@@ -1983,12 +1919,13 @@ def find_mounted(root: Path, slug: str, names: Sequence[str], kind: str) -> Path
             if path.is_file() and mount_rank is not None:
                 paths_by_rank.setdefault((mount_rank, name_rank), []).append(path)
 
-    # The same file may be mounted twice.
+    # The best rank wins. The same file may be mounted twice.
     paths = paths_by_rank[min(paths_by_rank)] if paths_by_rank else []
     distinct_files = {(path.name, hash_file(path)) for path in paths}
     if len(distinct_files) == 1:
         return paths[0]
 
+    # Say what there is, so that a wrong slug shows.
     folders_with_files = {path.parent for path in inputs.rglob("*") if path.is_file()}
     mounted = sorted(str(folder.relative_to(inputs)) for folder in folders_with_files)
     raise FileNotFoundError(
@@ -1999,17 +1936,13 @@ def find_mounted(root: Path, slug: str, names: Sequence[str], kind: str) -> Path
 
 
 def rank_mount(folders: Sequence[str], slug: str, kind: str) -> int | None:
-    """Rank a file by its folders below /kaggle/input.
-
-    Returns:
-        0 in a mount of `slug` (slug, competitions/slug, datasets/owner/slug), 1 in a folder of that
-        name deeper inside, None outside of both.
-    """
+    """Rank a file by its folders below /kaggle/input."""
     other_kind = "competitions" if kind == "datasets" else "datasets"
     is_other = len(folders) > 1 and folders[0] == other_kind
     if slug not in folders or is_other:
         return None
 
+    # A dataset's mount has its owner between the kind and the slug.
     slug_place = 2 if kind == "datasets" else 1
     is_below_kind = folders[0] == kind and folders[slug_place : slug_place + 1] == (slug,)
     return 0 if folders[0] == slug or is_below_kind else 1
@@ -2022,19 +1955,7 @@ def hash_file(path: Path) -> str:
 
 
 def read_rows(path: Path, are_turns: bool) -> list[dict]:
-    """Read the test rows.
-
-    Args:
-        path: The test file, Parquet or CSV.
-        are_turns: Whether a text is a JSON list of turns.
-
-    Returns:
-        A dictionary for each row: `id` (str), prompt, response_a, response_b (each a string, None,
-        or with `are_turns` a list of those), and `counts`: whether Kaggle scores the row now.
-
-    Raises:
-        ValueError: There are no rows, an id is there twice, or `read_table` raises it.
-    """
+    """Read the test rows."""
     rows = []
     for file_row in read_table(path, ("id", *TEXTS, SCORED)):
         row = {"id": file_row["id"], "counts": is_counted(file_row.get(SCORED))}
@@ -2044,6 +1965,7 @@ def read_rows(path: Path, are_turns: bool) -> list[dict]:
     if not rows:
         raise ValueError(f"{path}: no rows")
 
+    # Scores are joined by id.
     id_counts = Counter(row["id"] for row in rows)
     repeated_ids = [row_id for row_id, count in id_counts.items() if count > 1]
     if repeated_ids:
@@ -2063,11 +1985,7 @@ def is_counted(scored: object) -> bool:
 
 
 def read_table(path: Path, columns: Sequence[str]) -> list[dict]:
-    """Read columns of a Parquet or CSV file, `id` among them as text; `scored` may be absent.
-
-    Raises:
-        ValueError: A column is missing or holds no text, or an id is no text and no whole number.
-    """
+    """Read columns of a Parquet or CSV file, `id` among them as text; `scored` may be absent."""
     rows = read_parquet(path, columns) if path.suffix == ".parquet" else read_csv(path, columns)
     for number, row in enumerate(rows, start=1):
         row_id = id_text(row["id"])
@@ -2117,11 +2035,7 @@ def holds_text(kind: pa.DataType) -> bool:
 
 
 def id_text(value: object) -> str | None:
-    """Write an id as the submission has it: a text as it is, a whole number as its digits.
-
-    Returns:
-        None for what is neither. A float must be within 2**53: beyond it, digits have been lost.
-    """
+    """Write an id as the submission has it: a text as it is, a whole number as its digits."""
     if isinstance(value, float) and value.is_integer() and abs(value) <= 2**53:
         return str(int(value))
     if value is None or isinstance(value, bool | float | bytes):
@@ -2133,6 +2047,7 @@ def read_text(value: str | Sequence | None, are_turns: bool) -> str | list[str |
     """Read a text; with `are_turns`, the turns in its JSON list, or a text that is none."""
     if not are_turns or not isinstance(value, str):
         return value
+    # LMSYS's files hold nulls, and texts that merely look like JSON.
     try:
         turns = json.loads(value)
     except (json.JSONDecodeError, RecursionError):
@@ -2143,16 +2058,7 @@ def read_text(value: str | Sequence | None, are_turns: bool) -> str | list[str |
 
 
 def install_missing_wheels(root: Path, folders: Sequence[Path], wheels: str | None) -> list[str]:
-    """Install bitsandbytes where a package needs it and the image lacks it.
-
-    Args:
-        root: The folder that is /kaggle, or stands for it.
-        folders: The packages.
-        wheels: The dataset with the wheel; None: the spec names none.
-
-    Returns:
-        What was installed.
-    """
+    """Install bitsandbytes where a package needs it and the image lacks it."""
     methods = set()
     for folder in folders:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -2165,6 +2071,7 @@ def install_missing_wheels(root: Path, folders: Sequence[Path], wheels: str | No
             "name a dataset in the spec's `wheels`"
         )
 
+    # No network: pip installs from the mounted folder alone.
     folder = find_mounted(root, wheels, ("bitsandbytes-*.whl",), "datasets").parent
     check_wheels(folder)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
@@ -2224,16 +2131,7 @@ class Package:
 
 
 def read_package(folder: Path | str, clock: Clock | None = None) -> Package:
-    """Read a package and check it: file hashes, contract, tokenizer and golden token ids, in this order.
-
-    Args:
-        folder: The package's folder.
-        clock: Where it is given, a line is logged of how long it took to read every byte.
-
-    Raises:
-        PackageError: A file is missing, has changed, or is not listed.
-        ContractError: The package's own model_input.py finds that a golden row has other token ids.
-    """
+    """Read a package and check it: file hashes, contract, tokenizer and golden token ids, in this order."""
     folder = Path(folder)
     began = time.monotonic()
     manifest = check_manifest(folder)
@@ -2382,16 +2280,13 @@ class Gpu:
 def check_machine(
     root: Path, packages: Sequence[Package], devices: Sequence[str], clock: Clock
 ) -> dict:
-    """Check libraries, GPUs and the disk for packages, and log what is there.
-
-    Returns:
-        What kernel.json says of the machine: `gpus` and `notes`.
-    """
+    """Check libraries, GPUs and the disk for packages, and log what is there."""
     check_disk(root / "working")
     notes = check_libraries(packages, {name: installed_version(name) for name in COMPARED})
     gpus = ask_gpus()
     notes += check_gpus(devices, gpus, on_kaggle="KAGGLE_ROOT" not in os.environ)
 
+    # The log says what was there, whatever happens later.
     names = [f"{gpu.name} ({format_gib(gpu.free_bytes)} GiB free)" for gpu in gpus or ()]
     log(clock, f"machine: {', '.join(names) or 'no GPU'}")
     for note in notes:
@@ -2428,12 +2323,6 @@ def check_libraries(packages: Sequence[Package], installed: Mapping[str, str | N
     those are only noted. But transformers of an older major version reads a newer configuration
     without complaint and ignores what it does not know: version 5 writes rope_parameters, without
     which version 4 gives every model the same rotary base.
-
-    Returns:
-        A note for each version that differs from training's.
-
-    Raises:
-        MachineError: A package needs what is absent or too old.
     """
     notes = []
     for package in packages:
@@ -2448,6 +2337,7 @@ def check_libraries(packages: Sequence[Package], installed: Mapping[str, str | N
                 "environment for the kernel"
             )
 
+        # Weights that nothing here can unpack.
         method = config.get("quantization_config", {}).get("quant_method")
         if method is not None and method not in METHODS:
             raise MachineError(
@@ -2455,6 +2345,7 @@ def check_libraries(packages: Sequence[Package], installed: Mapping[str, str | N
                 "package the run again"
             )
 
+        # What this package is computed with.
         needed = {"torch", "transformers", "tokenizers"}
         if METHODS.get(method) is not None:
             needed.add(METHODS[method])
@@ -2507,16 +2398,7 @@ def parse_gpus(text: str) -> list[Gpu]:
 
 
 def check_gpus(devices: Sequence[str], gpus: Sequence[Gpu] | None, on_kaggle: bool) -> list[str]:
-    """Check that the GPUs can do the work.
-
-    Args:
-        devices: PyTorch's names.
-        gpus: As nvidia-smi describes them; None: it does not.
-        on_kaggle: Whether there must be GPUs; in a rehearsal CPUs stand in for them.
-
-    Returns:
-        A note for each thing that will make it slow.
-    """
+    """Check that the GPUs can do the work."""
     if not any(device.startswith("cuda") for device in devices):
         if on_kaggle:
             raise MachineError(
@@ -2526,6 +2408,7 @@ def check_gpus(devices: Sequence[str], gpus: Sequence[Gpu] | None, on_kaggle: bo
             )
         return []
 
+    # Older GPUs fail at the first kernel that PyTorch starts.
     for gpu in gpus or ():
         if gpu.capability is not None and gpu.capability < OLDEST_CAPABILITY:
             raise MachineError(
@@ -2599,17 +2482,7 @@ class Speed:
 def choose_visible_rows(
     root: Path, settings: Settings, folders: Sequence[Path], test_ids: Collection[str]
 ) -> VisibleRows:
-    """Choose rows of the train file that every package lists as validation rows.
-
-    Args:
-        root: The folder that is /kaggle, or stands for it.
-        settings: Says how many rows at most.
-        folders: The packages.
-        test_ids: Ids that no chosen row may have.
-
-    Returns:
-        No rows in the hidden run, and where there are none to choose from; it is never an error.
-    """
+    """Choose rows of the train file that every package lists as validation rows."""
     if is_hidden_run():
         return VisibleRows()
     if not settings.visible_rows:
@@ -2633,6 +2506,7 @@ def choose_visible_rows(
         return no_visible_rows(
             f"no {' or '.join(TRAIN_FILES)} of {settings.competition} is mounted"
         )
+    # Whatever is wrong with this file, the test rows can be scored.
     try:
         train_rows = read_train_rows(file, settings, listed_by_all)
     except (OSError, ValueError, pa.ArrowException) as error:
@@ -2642,6 +2516,7 @@ def choose_visible_rows(
             f"{file.name} holds none of the {len(listed_by_all)} ids that every package lists"
         )
 
+    # Rows that a model knows say nothing of its accuracy.
     trained_on = any(listing["trained_on"] for listing in listings)
     if trained_on:
         kind = "rows that a model was trained on: they tell of speed only"
@@ -2649,6 +2524,7 @@ def choose_visible_rows(
         folds = sorted({f"fold {listing['fold']}" for listing in listings})
         kind = f"held out ({' and '.join(folds)})"
     log_line = f"visible run: {len(train_rows)} rows of {file.name} are scored too, {kind}"
+
     rows, winners = rename_train_rows(train_rows, settings, test_ids)
     return VisibleRows(rows, winners, trained_on, log_line)
 
@@ -2673,11 +2549,8 @@ def read_train_rows(file: Path, settings: Settings, listed: frozenset[str]) -> l
 def rename_train_rows(
     train_rows: Sequence[dict], settings: Settings, test_ids: Collection[str]
 ) -> tuple[tuple[dict, ...], dict[str, str | None]]:
-    """Make rows of the train file into test rows, under new ids that no test row has.
-
-    Returns:
-        The rows, and their verdicts by the new ids.
-    """
+    """Make rows of the train file into test rows, under new ids that no test row has."""
+    # A test row may have such an id already.
     prefix = TRAIN_PREFIX
     while any(row_id.startswith(prefix) for row_id in test_ids):
         prefix = TRAIN_PREFIX + prefix
@@ -2713,14 +2586,7 @@ def report_quality(
     scored: Mapping[str, Sequence[float]],
     models: Mapping[str, ModelScores],
 ) -> dict:
-    """Report for kernel.json how good the answers are, where no model has seen the rows before.
-
-    Args:
-        visible: The rows of the train file and their winners.
-        verdicts: The competition's.
-        scored: Final probabilities by id.
-        models: What each run's model gave.
-    """
+    """Report for kernel.json how good the answers are, where no model has seen the rows before."""
     ids = [row["id"] for row in visible.rows]
     report = {
         "rows": len(ids),
@@ -2734,13 +2600,7 @@ def report_quality(
 
 
 def report_speed(speeds: Sequence[Speed], before_seconds: float, settings: Settings) -> dict:
-    """Report for kernel.json how fast the packages are, and what that means for hidden tests.
-
-    Args:
-        speeds: Of the packages that scored, in their order.
-        before_seconds: Passed before the first model was loaded.
-        settings: Has the time limits.
-    """
+    """Report for kernel.json how fast the packages are, and what that means for hidden tests."""
     if not speeds:
         return {"speed": [], "predicted": []}
 
@@ -2749,6 +2609,7 @@ def report_speed(speeds: Sequence[Speed], before_seconds: float, settings: Setti
         rows_per_second = speed.tokens_per_second / max(speed.tokens_per_row, 1)
         measured.append({**asdict(speed), "rows_per_second": rows_per_second})
 
+    # Each number of rows has a time limit of its own.
     predicted = []
     for rows in HIDDEN_ROWS:
         clock = start_clock(settings.time_limit(rows))
@@ -2760,13 +2621,7 @@ def report_speed(speeds: Sequence[Speed], before_seconds: float, settings: Setti
 def measure_quality(
     visible: VisibleRows, verdicts: Sequence[str], scored: Mapping[str, Sequence[float]]
 ) -> dict:
-    """Measure the final probabilities over the scored rows that have one of `verdicts`.
-
-    Returns:
-        `judged` (the number of these rows), `ties_left_out` (rows that are a tie where the
-        competition has none), and unless no row is left: `accuracy`, its `standard_error`,
-        `log_loss` in nats, and `longer_accuracy`: that of the longer answer.
-    """
+    """Measure the final probabilities over the scored rows that have one of `verdicts`."""
     judged = 0
     correct = 0
     correct_by_length = 0
@@ -2786,6 +2641,7 @@ def measure_quality(
     if not judged:
         return {"judged": 0, "ties_left_out": ties_left_out}
 
+    # The standard error is that of a share.
     accuracy = correct / judged
     return {
         "judged": judged,
@@ -2815,19 +2671,7 @@ def share_of_flips(
 def predict_finish(
     speeds: Sequence[Speed], before_seconds: float, clock_seconds: float, rows: int
 ) -> dict:
-    """Predict when so many rows will be done, one model after another.
-
-    Args:
-        speeds: Of the models; the first one scores all rows once before anything else.
-        before_seconds: Passed before the first model is loaded.
-        clock_seconds: From the beginning to the deadline.
-        rows: The number of rows.
-
-    Returns:
-        `rows`, `clock_seconds`; in seconds since the beginning when every row has its first score
-        and when everything is done; the shares of the first scores and of all the rest that the
-        clock allows.
-    """
+    """Predict when so many rows will be done, one model after another."""
     first, *others = speeds
     loaded = before_seconds + first.loading_seconds
     once = loaded + first.seconds_for(rows, 1)
@@ -2835,6 +2679,7 @@ def predict_finish(
     for speed in others:
         everything += speed.loading_seconds + speed.seconds_for(rows, speed.orders)
 
+    # Which part of it the clock allows.
     first_share = (clock_seconds - loaded) / max(once - loaded, 1e-9)
     if everything > once:
         rest_share = (clock_seconds - once) / (everything - once)
@@ -2955,6 +2800,7 @@ def soften(values: Sequence[float], temperature: float) -> list[float]:
     """Apply a temperature: above 1, probabilities become less sure. None falls below SMALLEST."""
     powers = [max(value, SMALLEST) ** (1 / temperature) for value in values]
     total = sum(powers)
+    # A second time, so that they sum to one again.
     bounded = [max(power / total, SMALLEST) for power in powers]
     total = sum(bounded)
     return [value / total for value in bounded]
@@ -3004,14 +2850,7 @@ def fill_unscored(
 def write_submission(
     path: Path, settings: Settings, final: Mapping[str, Sequence[float]], ids: Sequence[str]
 ) -> None:
-    """Write id,winner or id and one probability a verdict. Where a check fails, no file is left.
-
-    Args:
-        path: The file; it gets this name once `check_submission` has passed it.
-        settings: Name the competition's columns and verdicts.
-        final: The probabilities by id.
-        ids: The test file's, in its order, read again.
-    """
+    """Write id,winner or id and one probability a verdict. Where a check fails, no file is left."""
     check_probabilities(final, settings.verdicts)
     with whole_file(path) as temporary:
         with temporary.open("w", encoding="utf-8", newline="") as file:
@@ -3022,6 +2861,8 @@ def write_submission(
                 if len(settings.columns) == 1:
                     answer = [settings.verdicts[values.index(max(values))]]
                 writer.writerow([row_id, *answer])
+
+        # What stands in the file is checked, not what was meant to.
         check_submission(temporary, settings, ids)
 
 
@@ -3092,18 +2933,12 @@ def write_scores(
 
     Its columns are id, p_VERDICT as submitted, `scored` (else that is the prior), and
     RUN_p_VERDICT_ORDER as each model gave it, null where it did not score the row.
-
-    Args:
-        path: The file.
-        verdicts: The competition's.
-        final: The submitted probabilities by id.
-        scored: Has the ids of the rows that a model scored.
-        models: What each run's model gave.
     """
     columns: dict[str, list] = {"id": list(final), "scored": [row_id in scored for row_id in final]}
     for place, verdict in enumerate(verdicts):
         columns[f"p_{verdict}"] = [values[place] for values in final.values()]
 
+    # Each model's own opinion, order by order.
     for run, model in models.items():
         orders = {order for by_order in model.by_id.values() for order in by_order}
         for order in sorted(orders):
@@ -3192,15 +3027,7 @@ def padded_tokens(batch: Sequence[Request]) -> int:
 def group_by_length(
     lengths: Sequence[int], spare_tokens: int = DEFAULT_SPARE_TOKENS
 ) -> list[list[int]]:
-    """Group sequences of like length, each group to be one forward pass.
-
-    Args:
-        lengths: The sequences' numbers of tokens.
-        spare_tokens: The most padding in a group. More of it costs more than another pass.
-
-    Returns:
-        For each group the sequences' places in `lengths`, longest first.
-    """
+    """Group sequences of like length, each group to be one forward pass."""
     groups: list[list[int]] = []
     padding = 0
     for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
@@ -3259,19 +3086,7 @@ def score_batch(
     device: str,
     passing=contextlib.nullcontext,
 ) -> BatchScores:
-    """Score a batch; a row that overflows float16 is computed again in float32, alone.
-
-    Args:
-        model: A model in eval mode.
-        model_input: The package's own model_input.py.
-        contract: The package's contract.
-        batch: Requests that fit into memory together.
-        device: Where the model's inputs go.
-        passing: Makes the context of each forward pass (see pipeline.Stages.batch).
-
-    Returns:
-        The probabilities, those of swapped requests swapped back; NaN where float32 does not help either.
-    """
+    """Score a batch; a row that overflows float16 is computed again in float32, alone."""
     probabilities_bv = batch_probabilities(model, contract, batch, device, passing)
     overflowed_rows = []
     if model.dtype is torch.float16:
@@ -3319,9 +3134,6 @@ def verdict_logits(
     """Compute the verdicts' logits of one sequence a request, for the reward head of two.
 
     Sequences of like length go through the model together: a pair's two responses, which are not, each with others.
-
-    Returns:
-        Float32 of shape (requests, verdicts), on the CPU.
     """
     rows = [torch.empty(0)] * len(sequences)
     lengths = [len(ids) for ids in sequences]
@@ -3344,11 +3156,7 @@ def verdict_logits(
 def head_outputs(
     model: torch.nn.Module, contract, sequences: Sequence[list[int]], device: str
 ) -> torch.Tensor:
-    """Run the model over sequences, padded on the right, and read its head's outputs at one place of each.
-
-    Returns:
-        Shape (sequences, outputs), the outputs being those of a classifier, or a causal LM's logits of the label tokens.
-    """
+    """Run the model over sequences, padded on the right, and read its head's outputs at one place of each."""
     is_causal_lm = contract.head == "label_tokens"
     is_decoder = is_causal_lm or getattr(model, "causal", False)
     ids_bt, mask_bt = pad(sequences, contract.pad_token_id)
@@ -3392,11 +3200,7 @@ def find_last_token(ids: Sequence[int], pad_token_id: int) -> int:
 
 
 def pad(sequences: Sequence[list[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pad token ids on the right to the longest sequence.
-
-    Returns:
-        The ids, and where they are no padding, both of shape (sequences, tokens).
-    """
+    """Pad token ids on the right to the longest sequence."""
     lengths = [len(ids) for ids in sequences]
     shape = (len(sequences), max(lengths))
     ids_bt = torch.full(shape, pad_token_id)
@@ -3420,15 +3224,7 @@ def score(  # noqa: PLR0913  the last three are options by name
     tokens_per_batch: int = 8192,
     device: str = "cpu",
 ) -> dict[str, dict[str, list[float]]]:
-    """Score pairs in one process. A reward model is run once a pair, whatever the orders.
-
-    Returns:
-        Probabilities by id and order, in the order of contract.verdicts; swapped ones are already swapped back.
-
-    Raises:
-        FloatingPointError: A row's probabilities are not finite.
-        ValueError: Two pairs share an id.
-    """
+    """Score pairs in one process. A reward model is run once a pair, whatever the orders."""
     scores: dict[str, dict[str, list[float]]] = {pair.id: {} for pair in pairs}
     if len(scores) != len(pairs):
         raise ValueError(
@@ -3496,18 +3292,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     device_map: Mapping[str, str] | None = None,
 ) -> torch.nn.Module:
-    """Load the model in `folder` in eval mode, with the adapter on it where the folder holds one.
-
-    Args:
-        folder: The package's folder.
-        contract: The package's model_input.Contract.
-        device: Where the model goes, or with a `device_map` its inputs: the device of the embedding.
-        dtype: None for float16 on CUDA (a T4 has no bfloat16 units) and float32 elsewhere.
-        device_map: Places parts of the model on several devices.
-
-    Raises:
-        PackageError: A weight is missing, or the configuration contradicts the contract.
-    """
+    """Load the model in `folder` in eval mode, with the adapter on it where the folder holds one."""
     if contract.head not in CLASSES:
         raise PackageError(
             f"{folder}: its head is {contract.head!r}; this runtime scores {', '.join(CLASSES)}"
@@ -3546,11 +3331,7 @@ def load_model(
 
 
 def set_quantisation(config, folder: Path | str, device: str) -> bool:
-    """Prepare a configuration for the package's kind of quantisation, and say whether it has one.
-
-    Raises:
-        PackageError: It cannot be computed on `device`.
-    """
+    """Prepare a configuration for the package's kind of quantisation, and say whether it has one."""
     quantised = getattr(config, "quantization_config", None)
     if not quantised:
         return False
@@ -3576,11 +3357,7 @@ def choose_attention(config, contract) -> str:
 def add_adapter(
     model: torch.nn.Module, lora_config_path: Path, lora_path: Path, dtype: torch.dtype
 ) -> tuple[torch.nn.Module, set[str]]:
-    """Put a LoRA adapter that was not merged on a model, in `dtype`.
-
-    Returns:
-        The model, and the names of the weights that the adapter replaces.
-    """
+    """Put a LoRA adapter that was not merged on a model, in `dtype`."""
     # Few packages need PEFT, whose import takes seconds.
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict  # noqa: PLC0415
 
@@ -3608,11 +3385,7 @@ def add_adapter(
 
 
 def serving_config(folder: Path | str, contract):
-    """Read the folder's config.json, with pad id and soft-cap set as the contract says.
-
-    Raises:
-        PackageError: The configuration's labels or soft-cap are not the contract's.
-    """
+    """Read the folder's config.json, with pad id and soft-cap set as the contract says."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     verdicts = contract.verdicts
 
@@ -3767,10 +3540,6 @@ def take_shortcuts(model: torch.nn.Module, label_token_ids: Sequence[int] = ()) 
     """Have `model` compute no more than what is read in `reading`, and say whether it is `causal`.
 
     Outside of `reading` it computes all tokens.
-
-    Args:
-        model: A model as transformers or PEFT made it.
-        label_token_ids: Of a causal LM, the only tokens that it computes logits of; empty for a classifier.
     """
     attentions = [module for module in model.modules() if hasattr(module, "is_causal")]
     model.causal = bool(attentions) and all(module.is_causal for module in attentions)
@@ -4003,11 +3772,7 @@ class GptqLinear(torch.nn.Module):
 
 
 def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """Unpack the codes in int32 words, which stand lowest bits first.
-
-    Returns:
-        uint8 of shape (rows, columns * 32 // bits), for `words` of shape (rows, columns).
-    """
+    """Unpack the codes in int32 words, which stand lowest bits first."""
     bytes_ri = words.contiguous().view(torch.uint8)
     if bits == 8:
         return bytes_ri
@@ -4059,11 +3824,7 @@ class UnpackingQuantizer(HfQuantizer):
 
 
 def unpacking(settings: Mapping[str, object], folder: Path | str) -> dict[str, object]:
-    """Rewrite config.json's `quantization_config` as from_pretrained must get it.
-
-    Raises:
-        PackageError: The package in `folder` is of a kind that is not unpacked here.
-    """
+    """Rewrite config.json's `quantization_config` as from_pretrained must get it."""
     for key, supported in SUPPORTED.items():
         if settings.get(key) not in supported:
             expected = " or ".join(map(str, supported))
@@ -4179,17 +3940,7 @@ def part_order(part_name: str, layers: str) -> tuple[int, int]:
 
 
 def balance(parts: Sequence[Part], devices: int, byte_limit: int | None = None) -> list[int]:
-    """Place parts on devices, neighbours together.
-
-    Args:
-        parts: The model's parts, in their order.
-        devices: How many devices there are.
-        byte_limit: The most bytes of weights on a device; None for no limit.
-
-    Returns:
-        Each part's device, by number. No device is over the limit by more than must be, the busiest has as little work as can
-        be, and the fullest as few bytes.
-    """
+    """Place parts on devices, neighbours together."""
 
     def cost_of(cuts: Sequence[int]) -> tuple[int, int, int]:
         stages = cut_parts(parts, cuts)

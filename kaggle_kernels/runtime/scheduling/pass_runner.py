@@ -113,6 +113,7 @@ def make_pass(
         batches = make_batches(requests, tokens_per_batch)
         return Pass(label, deque(batches), deadline, may_reorder=True, rows=len(requests))
 
+    # Batches of one length waste no padding, but rows of high gain must come early: a compromise.
     by_gain = sorted(requests, key=lambda request: -gains[request.id])
     block_size = max(math.ceil(len(requests) / BLOCKS), 1)
     batches = []
@@ -125,6 +126,7 @@ def make_pass(
 def run_pass(work: Pass, workers: Sequence[Worker], clock: Clock) -> Pass:
     """Work through the queue; PackageError where the last worker refuses the package."""
     log(clock, f"{work.label}: {work.rows} rows in {len(work.queue)} batches")
+    # Workers that died late in the pass before may not have been restarted.
     for worker in workers:
         if not worker.process and not worker.gone and time.monotonic() < work.deadline:
             worker.launch()
@@ -143,6 +145,7 @@ def run_pass(work: Pass, workers: Sequence[Worker], clock: Clock) -> Pass:
         if not busy:
             break
 
+        # Wait for any message, but look after the workers every second.
         by_connection = {worker.connection: worker for worker in alive}
         for connection in wait(list(by_connection), timeout=1.0):
             receive(work, by_connection[connection], workers, clock)
@@ -176,6 +179,7 @@ def next_batch(work: Pass, worker: Worker, workers: Sequence[Worker]) -> list[Re
     put_back = work.put_last if from_end else work.put_first
     put_off = work.put_first if from_end else work.put_last
 
+    # The first batch that this worker has not proven too small for.
     whole_batch = None
     for _ in range(len(work.queue)):
         batch = work.take(from_end)
@@ -308,6 +312,7 @@ def check_is_alive(work: Pass, worker: Worker, clock: Clock) -> None:
             expected_seconds = padded_tokens(first_batch) / worker.rate()
         patience = max(PATIENCE * expected_seconds, QUIET_SECONDS)
 
+    # The reserve is for writing the submission.
     if worker.outstanding and now > clock.deadline + clock.reserve_seconds / 3:
         patience = 0
     if quiet_seconds > patience:

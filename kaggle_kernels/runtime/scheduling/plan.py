@@ -78,6 +78,7 @@ def allocate(
     Returns:
         A share for each option, in their order; one without rows where it gets no time.
     """
+    # Loaded models cost no loading; further ones are tried in the spec's order.
     offers = make_offers(options, probabilities, tokens, by_log_loss)
     loaded = {option.package for option in options if not option.load_seconds}
     further = sorted({option.package for option in options if option.load_seconds})
@@ -149,9 +150,11 @@ def expected_gain(values: Sequence[float] | None, change: float, by_log_loss: bo
     """
     if values is None:
         return 1.0
+    # The expected drop of log loss, to second order.
     if by_log_loss:
         return change**2 * (1 - sum(value**2 for value in values))
     second, first = sorted(values)[-2:]
+    # The verdict flips where the change exceeds half of its lead.
     margin = (first - second) / 2
     change = max(change, 1e-6)
     ratio = margin / change

@@ -128,9 +128,9 @@ class Board:
     def scores_by_run(self) -> dict[str, ModelScores]:
         """Collect what each run's model gave."""
         models = {}
-        for number, chosen in enumerate(self.inputs.settings.packages):
+        for number, package_settings in enumerate(self.inputs.settings.packages):
             verdicts = self.inputs.packages[number].contract.verdicts
-            models[chosen.run] = ModelScores(verdicts, self.progress.scores[number])
+            models[package_settings.run] = ModelScores(verdicts, self.progress.scores[number])
         return models
 
 
@@ -167,6 +167,7 @@ def make_board(
         clock=clock,
         hidden_run=hidden_run,
     )
+
     progress = Progress(
         scores=[{row["id"]: {} for row in rows} for _ in packages],
         packages=list(range(len(packages))),
@@ -242,6 +243,7 @@ def plan_next_pass(board: Board, loaded: int | None, workers: Sequence[Worker]) 
     if all_gone or not board.progress.packages or board.inputs.clock.left() <= 0:
         return None
 
+    # Nothing of the others before all of those that count.
     for group in board.inputs.row_groups:
         next_pass = plan_group(board, group, loaded)
         if next_pass is not None:
@@ -257,6 +259,7 @@ def plan_group(board: Board, group: Sequence[str], loaded: int | None) -> NextPa
         number = loaded if loaded in packages else packages[0]
         return NextPass(number, board.orders(number)[0], frozenset(group))
 
+    # What the clock allows of the rest.
     options = make_options(board, group, loaded)
     if not options:
         return None
@@ -287,6 +290,7 @@ def plan_group(board: Board, group: Sequence[str], loaded: int | None) -> NextPa
 
 def make_options(board: Board, group: Sequence[str], loaded: int | None) -> list[Option]:
     """List every pass that has rows of the group left, those of the loaded model first."""
+    # Loading takes long: the model that is there comes first.
     options = []
     for number in sorted(board.progress.packages, key=lambda number: number != loaded):
         for order in board.orders(number):
@@ -347,12 +351,12 @@ def start_team(board: Board, number: int) -> list[Worker]:
     """
     inputs, devices = board.inputs, board.progress.devices
     package, settings = inputs.packages[number], inputs.settings
-    chosen = settings.packages[number]
-    is_incomplete = chosen.placement == "split" and len(devices) < len(inputs.devices)
+    package_settings = settings.packages[number]
+    is_incomplete = package_settings.placement == "split" and len(devices) < len(inputs.devices)
     if not devices or is_incomplete:
         raise LoadError(f"{package.folder}: no device is left for it")
     return start_workers(
-        package, chosen, devices, settings.tokens_per_batch, inputs.threads, inputs.clock
+        package, package_settings, devices, settings.tokens_per_batch, inputs.threads, inputs.clock
     )
 
 
@@ -394,12 +398,14 @@ def make_next_pass(
     if next_pass.deadline is not None:
         deadline = min(next_pass.deadline, deadline)
 
+    # Tokenise now, and the other orders of the same rows while this one is scored.
     rows = [row for row in board.inputs.rows if row["id"] in next_pass.rows]
     requests = encoder.requests(number, order, rows)
     for other in board.orders(number):
         if (number, other) not in board.progress.tried and other != order:
             encoder.begin(number, other, rows)
 
+    # How far this pass moves probabilities tells what further passes are worth.
     before = board.probabilities()
     label = f"{package.folder.name}, {order}"
     work = make_pass(label, requests, deadline, workers, next_pass.gains)
@@ -435,6 +441,7 @@ def note_pass(
     if rate:
         measured.rates[number] = rate
 
+    # kernel.json keeps a record of every pass.
     run = board.inputs.settings.packages[number].run
     progress.passes.append({"run": run, "order": order, **pass_record(work)})
 
@@ -464,6 +471,7 @@ class Encoder:
         by_id = {}
         if (number, order) in self.ahead:
             by_id = {request.id: request for request in self.ahead[number, order].result()}
+        # Rows that nobody expected to be needed.
         missing_rows = [row for row in rows if row["id"] not in by_id]
         if missing_rows:
             for request in self.encode(number, order, missing_rows):
@@ -524,11 +532,13 @@ def combine(
     """
     opinions: dict[str, list[list[float]]] = {}
     weights: dict[str, list[float]] = {}
-    for chosen, package, package_scores in zip(settings.packages, packages, scores, strict=True):
+    for package_settings, package, package_scores in zip(
+        settings.packages, packages, scores, strict=True
+    ):
         for row_id, values in mean_of_orders(package_scores).items():
             opinion = to_competition(values, package.contract.verdicts, settings.verdicts)
             opinions.setdefault(row_id, []).append(opinion)
-            weights.setdefault(row_id, []).append(chosen.weight)
+            weights.setdefault(row_id, []).append(package_settings.weight)
 
     combined = {}
     for row_id, values in opinions.items():

@@ -87,6 +87,7 @@ def work(connection, task: Assignment) -> None:
     except Exception:
         return tell(connection, "failed", traceback.format_exc())
 
+    # Only now can it be given batches.
     batches_at_once = len(stages.locks) if stages else 1
     facts = {
         "dtype": str(model.dtype),
@@ -139,6 +140,7 @@ def check_golden_scores(package: Package, model: torch.nn.Module, device: str) -
         PackageError: It is over GOLDEN_TOLERANCE.
     """
     contract = package.contract
+    # A golden row is scored as any other, by the code of the kernel.
     pairs = [package.model_input.pair_from_row(row["pair"]) for row in contract.golden]
     scores = score(
         model,
@@ -193,11 +195,14 @@ def serve(connection, score_requests, batches_at_once: int, measure_memory) -> N
             if answer[0] == "failed":
                 return
 
+    # The stages of a split model work on different batches at the same time.
     for _ in range(batches_at_once):
         threading.Thread(target=score_from_inbox, daemon=True).start()
     with contextlib.suppress(EOFError, OSError):
         while True:
             inbox.put(connection.recv())
+
+    # The pipe is closed: None ends a thread.
     for _ in range(batches_at_once):
         inbox.put(None)
 

@@ -105,6 +105,7 @@ class Worker:
     def note_death(self) -> tuple[list[list[Request]], list[list[Request]]]:
         """Count a death; return the batches that it was scoring, and those that lay ready."""
         batches = list(self.outstanding.values())
+        # It scores them in the order in which they were sent.
         being_scored = batches[: self.batches_at_once]
         ready = batches[self.batches_at_once :]
         self.outstanding.clear()
@@ -141,7 +142,7 @@ def start_process(task: Assignment) -> tuple:
 
 def start_workers(
     package: Package,
-    chosen: PackageSettings,
+    package_settings: PackageSettings,
     devices: Mapping[int, str],
     tokens_per_batch: int,
     threads: int,
@@ -151,15 +152,16 @@ def start_workers(
 
     Args:
         package: What they load.
-        chosen: Its placement is `each`: a worker with a copy of the model for each device; or
+        package_settings: Its placement is `each`: a worker with a copy of the model for each device; or
             `split`: one worker with the model split over them.
         devices: PyTorch's names by position.
         tokens_per_batch: Their token budget, until memory runs out.
         threads: Of the CPU, for each worker.
         clock: For the log.
     """
+    # A worker for each group of devices.
     position_groups = [(position,) for position in devices]
-    if chosen.placement == "split":
+    if package_settings.placement == "split":
         position_groups = [tuple(devices)]
 
     workers = []
@@ -169,7 +171,11 @@ def start_workers(
         for position, name in zip(positions, device_names, strict=True):
             log_names.append(f"cpu #{position}" if name == "cpu" else name)
         task = Assignment(
-            str(package.folder), device_names, positions[0], threads, chosen.weight_bytes_limit
+            str(package.folder),
+            device_names,
+            positions[0],
+            threads,
+            package_settings.weight_bytes_limit,
         )
         worker = Worker("+".join(log_names), task, tokens_per_batch, start_process, positions)
         worker.launch()
