@@ -46,10 +46,10 @@ def to_competition(
 def weighted_mean(values: Sequence[Sequence[float]], weights: Sequence[float]) -> list[float]:
     """Average the models' probabilities of a row; the weights need not sum to one."""
     total_weight = sum(weights)
-    mean = []
-    for column in zip(*values, strict=True):
-        weighted_sum = sum(w * p for w, p in zip(weights, column, strict=True))
-        mean.append(weighted_sum / total_weight)
+    mean = [0.0] * len(values[0])
+    for opinion, weight in zip(values, weights, strict=True):
+        for place, probability in enumerate(opinion):
+            mean[place] += weight * probability / total_weight
     return mean
 
 
@@ -99,8 +99,11 @@ def fill_unscored(
     """Give every row probabilities, in the rows' order: its score, or else the prior."""
     final = {}
     for row in rows:
-        values = scored.get(row["id"])
-        final[row["id"]] = prior(row, verdicts) if values is None else list(values)
+        row_id = row["id"]
+        if row_id in scored:
+            final[row_id] = list(scored[row_id])
+        else:
+            final[row_id] = prior(row, verdicts)
     return final
 
 

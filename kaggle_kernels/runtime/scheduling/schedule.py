@@ -119,11 +119,15 @@ class Board:
 
     def probabilities(self) -> dict[str, list[float]]:
         """Combine what the packages that are not left out have given so far, by id."""
-        numbers = self.progress.packages
-        settings = self.inputs.settings
-        of_these = replace(settings, packages=tuple(settings.packages[n] for n in numbers))
-        packages = [self.inputs.packages[number] for number in numbers]
-        return combine(of_these, packages, [self.progress.scores[number] for number in numbers])
+        package_settings = []
+        packages = []
+        scores = []
+        for number in self.progress.packages:
+            package_settings.append(self.inputs.settings.packages[number])
+            packages.append(self.inputs.packages[number])
+            scores.append(self.progress.scores[number])
+        settings = replace(self.inputs.settings, packages=tuple(package_settings))
+        return combine(settings, packages, scores)
 
     def scores_by_run(self) -> dict[str, ModelScores]:
         """Collect what each run's model gave."""
@@ -154,8 +158,11 @@ def make_board(
     hidden_run: bool,
 ) -> Board:
     """Make a board on which nothing is scored yet. The devices share the CPU's cores evenly."""
-    counting = [row["id"] for row in rows if row["counts"]]
-    others = [row["id"] for row in rows if not row["counts"]]
+    counting: list[str] = []
+    others: list[str] = []
+    for row in rows:
+        group = counting if row["counts"] else others
+        group.append(row["id"])
     inputs = Inputs(
         settings=settings,
         packages=packages,
@@ -217,10 +224,9 @@ def score_all(board: Board) -> None:
 
 
 def leave_out(board: Board, number: int, error: Exception) -> None:
-    """Go on without a package; in the visible run, or where no package works, raise its error."""
+    """Go on without a package; in the visible run, or where no package has worked, raise its error."""
     board.progress.packages.remove(number)
-    other_scores = any(by_order for scores in board.progress.scores for by_order in scores.values())
-    another_works = bool(board.progress.packages) or other_scores
+    another_works = bool(board.progress.packages or board.progress.passes)
     if not board.inputs.hidden_run or not another_works:
         raise error
     log(board.inputs.clock, f"{board.inputs.packages[number].folder.name}: left out: {error}")

@@ -52,7 +52,7 @@ def test_a_kernel_imports_only_what_kaggles_image_has(spec_path):
 
 
 def test_a_kernel_is_as_tidy_as_code_written_by_hand():
-    rules = ["--select", "E,F,I,B,UP,SIM,W", "--ignore", "SIM108", "--line-length", "128"]
+    rules = ["--select", "E,F,I,B,UP,SIM,W", "--ignore", "SIM108,UP037", "--line-length", "128"]
     for command in (["check", *rules], ["format", "--diff", "--line-length", "100"]):
         ruff = [sys.executable, "-m", "ruff", *command, "--isolated"]
         done = subprocess.run([*ruff, EXAMPLES / "demo" / "kernel.py"], capture_output=True, text=True, timeout=60)

@@ -5,12 +5,12 @@ import math
 
 import pytest
 import torch
-from kaggle_kernels.runtime.scheduling.engine import make_pass, note_scores, progress
 from transformers import AutoModelForSequenceClassification
 
 from kaggle_kernels.runtime.models.scoring import BatchScores, Request, score, score_batch
 from kaggle_kernels.runtime.models.shortcuts import take_shortcuts
 from kaggle_kernels.runtime.package import read_package
+from kaggle_kernels.runtime.scheduling.pass_runner import make_pass, note_scores, progress_line
 from postprocess.weights.bnb_quantize import quantization_config
 from preprocess import model_input
 from tests import tiny
@@ -84,4 +84,4 @@ def test_whoever_packages_such_a_model_is_warned(package_folder):
 def test_the_log_says_how_many_rows_overflowed():
     work = make_pass("test", BATCH, math.inf, [Device().worker()])
     note_scores(work, BATCH, BatchScores([[0.5, 0.5]] * 3 + [[math.nan] * 2], overflowed=2))
-    assert progress(work, []).endswith("; 2 rows overflowed float16 and were computed again in float32, 1 of them in vain")
+    assert progress_line(work, []).endswith(", 2 rows overflowed float16 and were computed again in float32, 1 of them in vain")
