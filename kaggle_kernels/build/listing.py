@@ -13,7 +13,7 @@ from kaggle_kernels.build.spec import Spec, read_spec
 from postprocess.memory.model_size import GIB
 from preprocess.core.errors import UserError
 
-WIDTH = 144  # characters, where the output is no terminal
+WIDTH = 156  # characters, where the output is no terminal
 PACKAGE_COLUMNS = ("packages", "base model", "approach", "bits", "GiB a GPU")
 COLUMNS = ("spec", "for", *PACKAGE_COLUMNS, "clock", "kernel")
 
