@@ -44,7 +44,7 @@ bench-merge: .venv/installed  ## merging and quantising a billion weights: ours 
 
 bench-kernel: .venv/installed  ## scoring beside transformers' pipeline and the notebooks' way, and the planner: make bench-kernel PAIRS=data/pairs.parquet
 	@python -m tests.bench.kernel $(if $(PAIRS),--pairs $(PAIRS)) $(if $(BASE),--base $(BASE)) $(ARGS)
-	@$(if $(PAIRS),python -m tests.bench.planner train --pairs $(PAIRS) && python -m tests.bench.planner curve --pairs $(PAIRS))
+	@$(if $(PAIRS),python -m tests.bench.planner $(PAIRS))
 
 cv: .venv/installed  ## train all folds: make cv R=gemma2_cls ARGS="--base-model FOLDER"
 	@$(if $(R),,echo "error: R is missing; name a recipe: make cv R=gemma2_cls" >&2; exit 2;) python -m recipes.pairwise.cv recipes/$(R).yml $(ARGS)

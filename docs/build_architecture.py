@@ -1,7 +1,8 @@
-"""`python docs/build_architecture.py [--check]`: the list of modules in docs/architecture.md, from their docstrings.
+"""`python docs/build_architecture.py [--check]`: the table of rooms in docs/architecture.md, from docstrings.
 
-Whoever adds or renames a module runs it; `make lint` runs it with --check. The page above the marker is written by hand
-and left alone. Sources are parsed and not imported, so this needs the standard library only.
+Whoever adds a folder or a module, or describes a folder anew, runs it; `make lint` runs it with
+--check. The page above the marker is written by hand and left alone. Sources are parsed and not
+imported, so this needs the standard library only.
 """
 
 import argparse
@@ -23,7 +24,7 @@ def main() -> int:
     arguments = parser.parse_args()
 
     page = PAGE.read_text(encoding="utf-8")
-    current_page = rebuilt_page(page, ROOT)
+    current_page = rebuild_page(page, ROOT)
 
     if arguments.check and page != current_page:
         command = "python docs/build_architecture.py"
@@ -34,49 +35,38 @@ def main() -> int:
     return 0
 
 
-def rebuilt_page(page: str, root: Path) -> str:
-    """Keep the page's text up to MARKER, and write one section for each package below `root`."""
+def rebuild_page(page: str, root: Path) -> str:
+    """Keep the page's text up to MARKER, and write a table with one row for each folder."""
     handwritten = page.partition(MARKER)[0].rstrip()
-    sections = []
+    table_lines = ["| room | purpose | modules |", "|---|---|---|"]
     for name in PACKAGES:
-        for folder in package_folders(root / name):
-            sections.append(package_section(folder, root))
-    return "\n\n".join([handwritten, MARKER, *sections]) + "\n"
+        for folder in find_package_folders(root / name):
+            table_lines.append(describe_folder(folder, root))
+    return "\n\n".join([handwritten, MARKER, "\n".join(table_lines)]) + "\n"
 
 
-def package_folders(package: Path) -> list[Path]:
+def find_package_folders(package: Path) -> list[Path]:
     """The folder of a package and all folders below it that hold Python files, parents first."""
     folders = {path.parent for path in package.rglob("*.py")}
     return sorted(folder for folder in folders if LEFT_OUT not in folder.relative_to(package).parts)
 
 
-def package_section(folder: Path, root: Path) -> str:
-    """A heading, the docstring of `__init__.py`, and a table with one line for each module."""
+def describe_folder(folder: Path, root: Path) -> str:
+    """One row of the table: a folder, the summary of its `__init__.py`, the names of its modules."""
     relative_folder = folder.relative_to(root).as_posix()
-    depth = relative_folder.count("/")
-    parts = ["#" * (2 + min(depth, 1)) + f" {relative_folder}"]
-    init_file = folder / "__init__.py"
-    if init_file.exists():
-        parts.append(module_docstring(init_file))
-
-    table_lines = []
+    purpose = ""
+    module_names = []
     for path in sorted(folder.glob("*.py")):
-        if path.name != "__init__.py":
-            link = f"[{path.name}](../{relative_folder}/{path.name})"
-            table_lines.append(f"| {link} | {summary_of(module_docstring(path))} |")
-    if table_lines:
-        parts.append("\n".join(["| module | purpose |", "|---|---|", *table_lines]))
-    return "\n\n".join(parts)
+        if path.name == "__init__.py":
+            purpose = read_summary(path)
+        else:
+            module_names.append(path.stem)
+    return f"| [{relative_folder}](../{relative_folder}) | {purpose} | {', '.join(module_names)} |"
 
 
-def module_docstring(path: Path) -> str:
-    """The docstring of a Python file, without indentation; empty where it has none."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    return ast.get_docstring(tree) or ""
-
-
-def summary_of(docstring: str) -> str:
-    """The first paragraph of a docstring as one line of a Markdown table."""
+def read_summary(path: Path) -> str:
+    """The first paragraph of a module's docstring, as one line that a table can hold."""
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     first_paragraph = docstring.partition("\n\n")[0]
     one_line = " ".join(first_paragraph.split())
     return one_line.replace("|", "\\|")

@@ -1,6 +1,6 @@
 """A run folder read and checked before any work: its weights, its contract, the code that made its ids, its base model.
 
-Starts fast: nothing here imports torch.
+`pipeline.py` reads a run with `read_run` before its stages. Starts fast: nothing here imports torch.
 """
 
 import json
@@ -27,6 +27,22 @@ from recipes.pairwise.config.schema import HOW_TO_GET_IT, Recipe
 HEADS = ("score", "label_tokens", "reward")
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
 MODEL_PATTERN = "model*.safetensors*"
+BASE_FILES = ["model*.safetensors*", "*.json"]  # what is fetched of a base model
+
+# Keys of the `pairwise:` block and of its template that the contract repeats.
+CONTRACT_KEYS = ("head", "verdicts", "budget_tokens", "truncation", "softcap")
+TEMPLATE_KEYS = ("start", "turn", "end")
+
+# What PEFT wrote of an adapter, as far as merging needs it.
+ADAPTER_TYPES = {
+    "r": (int,),
+    "lora_alpha": (int, float),
+    "rank_pattern": (dict, type(None)),
+    "alpha_pattern": (dict, type(None)),
+}
+SHOWN_CHARACTERS = 40  # of a wrong value
+SHOWN_OF_PATTERN = 60
+SHOWN_OF_HUB_ERROR = 120
 
 
 @dataclass(frozen=True)
@@ -49,15 +65,10 @@ class Run:
 
     def source_files(self) -> list[Path]:
         """Every file that decides the weights that are made of the run."""
-        adapter = (
-            [self.folder / name for name in (*ADAPTER, "config.json")] if self.has_adapter else []
-        )
-        return [
-            *weight_files(self.weights),
-            *adapter,
-            self.folder / "contract.json",
-            *self.tokenizer_files(),
-        ]
+        files = weight_files(self.weights)
+        if self.has_adapter:
+            files += [self.folder / name for name in (*ADAPTER, "config.json")]
+        return [*files, self.folder / "contract.json", *self.tokenizer_files()]
 
     def validation_files(self) -> list[Path]:
         """The files with the rows that models are compared on: the recipe's pairs and training's predictions."""
@@ -65,9 +76,15 @@ class Run:
 
 
 def read_run(recipe: Recipe) -> Run:
-    """The run of `recipe`, checked. Everything that the user can mend is a UserError."""
-    folder, train = recipe.run_folder, recipe.pairwise.train
-    has_adapter = train and _find_weights(folder, recipe.path)
+    """Read the run of a recipe, and check it.
+
+    Raises:
+        UserError: The run is not complete, was changed since training, or is not the recipe's.
+    """
+    folder = recipe.run_folder
+    is_trained = recipe.pairwise.train
+    has_adapter = is_trained and find_adapter(folder, recipe.path)
+
     for name in ("contract.json", "model_input.py"):
         if not (folder / name).is_file():
             raise UserError(
@@ -75,15 +92,20 @@ def read_run(recipe: Recipe) -> Run:
                 f"axolotl train {recipe.path}, with recipes.pairwise.plugin among its plugins"
             )
     contract, model_input = read_contract(folder)
+
     for name, expected in contract.tokenizer_sha256.items():
-        if not (folder / name).is_file() or sha256(folder / name) != expected:
+        file = folder / name
+        if not file.is_file() or sha256(file) != expected:
             raise UserError(
-                f"{folder / name}: missing or changed since training; contract.json holds another SHA-256"
+                f"{file}: missing or changed since training; contract.json holds another SHA-256"
             )
-    weights = (
-        find_base(contract.base_model, contract.revision) if has_adapter or not train else folder
-    )
+
+    # A full fine-tune holds the whole model itself.
+    weights = folder
+    if has_adapter or not is_trained:
+        weights = find_base(contract.base_model, contract.revision)
     check_recipe(recipe, contract, has_adapter)
+
     run = Run(recipe, folder, contract, model_input, weights, has_adapter)
     for file in run.validation_files():
         if not file.is_file():
@@ -93,8 +115,12 @@ def read_run(recipe: Recipe) -> Run:
     return run
 
 
-def _find_weights(folder: Path, recipe: Path) -> bool:
-    """Whether `folder` holds an adapter (True) or a full model (False)."""
+def find_adapter(folder: Path, recipe: Path) -> bool:
+    """Find out whether a run folder holds an adapter (True) or a full model (False).
+
+    Raises:
+        UserError: It holds none of them, both, or weights without their configuration.
+    """
     has_adapter = (folder / ADAPTER[0]).is_file()
     has_model = any(folder.glob(MODEL_PATTERN))
     if has_adapter and has_model:
@@ -102,93 +128,109 @@ def _find_weights(folder: Path, recipe: Path) -> bool:
             f"{folder}: holds an adapter and a full model; remove the one that is not from the last training"
         )
     if not has_adapter and not has_model:
-        found = (
-            "no adapter_model.safetensors and no model.safetensors"
-            if folder.is_dir()
-            else "no such folder"
-        )
-        raise UserError(f"{folder}: {found}; train it first with axolotl train {recipe}")
-    missing = ADAPTER[1] if has_adapter else "config.json"
-    if not (folder / missing).is_file():
+        reason = "no such folder"
+        if folder.is_dir():
+            reason = f"no {ADAPTER[0]} and no model.safetensors"
+        raise UserError(f"{folder}: {reason}; train it first with axolotl train {recipe}")
+
+    configuration = ADAPTER[1] if has_adapter else "config.json"
+    if not (folder / configuration).is_file():
         raise UserError(
-            f"{folder}: weights without {missing}; train it again with axolotl train {recipe}"
+            f"{folder}: weights without {configuration}; train it again with axolotl train {recipe}"
         )
     return has_adapter
 
 
-def check_recipe(recipe: Recipe, contract: Contract, has_adapter: bool) -> None:
-    """Raise UserError where recipe or adapter say another thing than the contract, which is what the run was trained with.
-
-    The recipe's base model must be the one that it named when it was trained, for which another may have stood in:
-    `axolotl train R.yml --base-model FOLDER`.
-    """
-    block, file = recipe.pairwise, recipe.run_folder / "contract.json"
-    template = block.resolved_template()
-    told = {
-        key: getattr(block, key)
-        for key in ("head", "verdicts", "budget_tokens", "truncation", "softcap")
-    }
-    told |= {f"template.{key}": getattr(template, key) for key in ("start", "turn", "end")}
-    for key, expected in told.items():
-        part = key.removeprefix("template.")
-        found = getattr(contract if part == key else contract.template, part)
-        if found != expected:
-            raise UserError(
-                f"{recipe.path}: pairwise.{key} is {expected!r}, the run was trained with {found!r} ({file}); put that back, "
-                "or train again"
-            )
-    base = recipe.axolotl["base_model"]
-    named = contract.recorded.get("recipe_base_model", contract.base_model)
-    if not is_same_model(base, named) and not is_same_model(base, contract.base_model):
+def refuse_weights(recipe: Recipe) -> None:
+    """Raise UserError where the run folder of a recipe with `train: false` holds the weights of a training."""
+    folder = recipe.run_folder
+    weights = sorted([*folder.glob(ADAPTER[0]), *folder.glob(MODEL_PATTERN)])
+    if weights:
         raise UserError(
-            f"{recipe.path}: base_model is {base}, the run was trained with {named} ({file}); put that back, or train again"
+            f"{folder}: holds {weights[0].name} of a training, but {recipe.path} says train: false; "
+            "give one of the two another output_dir, or remove the weights"
         )
-    adapted = (
-        adapter_settings(recipe.run_folder).get("base_model_name_or_path") if has_adapter else None
-    )
-    if adapted and not is_same_model(adapted, contract.base_model):
+
+
+# The recipe and the contract
+
+
+def check_recipe(recipe: Recipe, contract: Contract, has_adapter: bool) -> None:
+    """Check that recipe and adapter say what the contract says, with which the run was trained.
+
+    Raises:
+        UserError: One of them says something else.
+    """
+    contract_file = recipe.run_folder / "contract.json"
+    block = recipe.pairwise
+    template = block.resolved_template()
+
+    # By the recipe's key: what the recipe says now, and what the run was trained with.
+    values = {}
+    for key in CONTRACT_KEYS:
+        values[key] = (getattr(block, key), getattr(contract, key))
+    for key in TEMPLATE_KEYS:
+        values[f"template.{key}"] = (getattr(template, key), getattr(contract.template, key))
+    for key, (current, trained) in values.items():
+        if current != trained:
+            raise UserError(
+                f"{recipe.path}: pairwise.{key} is {current!r}, the run was trained with {trained!r} ({contract_file}); "
+                "put that back, or train again"
+            )
+
+    # Another model may have stood in for the recipe's: `axolotl train R.yml --base-model FOLDER`.
+    base_model = recipe.axolotl["base_model"]
+    named_base = contract.recorded.get("recipe_base_model", contract.base_model)
+    is_named = is_same_model(base_model, named_base)
+    if not is_named and not is_same_model(base_model, contract.base_model):
         raise UserError(
-            f"{recipe.run_folder / ADAPTER[1]}: base_model_name_or_path is {adapted}, {file} says base_model "
+            f"{recipe.path}: base_model is {base_model}, the run was trained with {named_base} ({contract_file}); "
+            "put that back, or train again"
+        )
+    if has_adapter:
+        check_base_of_adapter(recipe.run_folder, contract)
+
+
+def check_base_of_adapter(folder: Path, contract: Contract) -> None:
+    """Raise UserError where the adapter was trained on another base than the contract says."""
+    adapter_base = adapter_settings(folder).get("base_model_name_or_path")
+    if adapter_base and not is_same_model(adapter_base, contract.base_model):
+        raise UserError(
+            f"{folder / ADAPTER[1]}: base_model_name_or_path is {adapter_base}, {folder / 'contract.json'} says base_model "
             f"{contract.base_model}: an adapter of another base; put the run's own adapter back, or train again"
         )
 
 
-def is_same_model(one: str, other: str) -> bool:
+def is_same_model(name: str, other_name: str) -> bool:
     """Whether two names of base models mean the same repository of the hub, or the same folder here."""
-    return one == other or (
-        Path(one).exists() and Path(other).exists() and Path(one).samefile(other)
-    )
-
-
-def refuse_weights(recipe: Recipe) -> None:
-    """Raise UserError where the run folder of a recipe with `train: false` holds the weights of a training."""
-    found = sorted(
-        path.name
-        for pattern in (ADAPTER[0], MODEL_PATTERN)
-        for path in recipe.run_folder.glob(pattern)
-    )
-    if found:
-        raise UserError(
-            f"{recipe.run_folder}: holds {found[0]} of a training, but {recipe.path} says train: false; give one of the two "
-            "another output_dir, or remove the weights"
-        )
+    if name == other_name:
+        return True
+    folder, other_folder = Path(name), Path(other_name)
+    return folder.exists() and other_folder.exists() and folder.samefile(other_folder)
 
 
 def read_contract(folder: Path) -> tuple[Contract, ModuleType]:
-    """The contract of a run, and the run's own model_input.py, executed once its hash is the contract's."""
+    """Read a run's contract, and execute the run's own model_input.py once its hash is the contract's.
+
+    Returns:
+        The contract and the module.
+
+    Raises:
+        UserError: The contract is damaged, or model_input.py is not the one of the training.
+    """
     file = folder / "contract.json"
-    recorded = read_json(file)
-    if not isinstance(recorded, dict):
+    recorded = read_recorded_object(file)
+
+    code_file = folder / "model_input.py"
+    expected_hash = recorded.get("model_input_sha256")
+    code_hash = sha256(code_file)
+    if code_hash != expected_hash:
         raise UserError(
-            f"{file}: expected an object, found {json.dumps(recorded)[:40]}; restore it or train again"
+            f"{code_file}: SHA-256 is {code_hash[:12]}…, contract.json says {str(expected_hash)[:12]}…; "
+            "the file has changed since training: restore it or train again"
         )
-    expected, found = recorded.get("model_input_sha256"), sha256(folder / "model_input.py")
-    if found != expected:
-        raise UserError(
-            f"{folder / 'model_input.py'}: SHA-256 is {found[:12]}…, contract.json says {str(expected)[:12]}…; the file has "
-            "changed since training: restore it or train again"
-        )
-    model_input = execute_model_input(folder / "model_input.py")
+    model_input = execute_model_input(code_file)
+
     check_types(model_input.Contract, recorded, file)
     try:
         contract = model_input.contract_from_dict(recorded)
@@ -196,6 +238,21 @@ def read_contract(folder: Path) -> tuple[Contract, ModuleType]:
         raise UserError(f"{file}: {error}") from None
     check_head(contract, file)
     return contract, model_input
+
+
+def read_recorded_object(file: Path) -> dict:
+    """Read a JSON file of the training that holds an object."""
+    values = read_json(file)
+    if not isinstance(values, dict):
+        raise UserError(
+            f"{file}: expected an object, found {shorten(values)}; restore it or train again"
+        )
+    return values
+
+
+def shorten(value: object, length: int = SHOWN_CHARACTERS) -> str:
+    """Write a wrong value as JSON, cut for a message of one line."""
+    return json.dumps(value)[:length]
 
 
 def checked_tokenizer(run: Run):
@@ -211,62 +268,86 @@ def checked_tokenizer(run: Run):
 
 
 def check_types(contract_class: type, recorded: dict, file: Path) -> None:
-    """Raise UserError where a value of a parsed contract.json has another type than the contract's; absent keys are let by."""
-    golden = recorded.get("golden")
-    plain = recorded | {"golden": []}  # its rows hold lone surrogates, which pydantic does not read
+    """Check that the values of a contract have the types of the contract's class; absent keys are let by.
+
+    Args:
+        contract_class: The class in the run's own model_input.py.
+        recorded: The parsed contract.json.
+        file: Its path, for the message.
+
+    Raises:
+        UserError: A value has another type.
+    """
+    # The golden rows hold lone surrogates, which pydantic does not read.
+    without_golden = json.dumps(recorded | {"golden": []})
     try:
-        TypeAdapter(contract_class).validate_json(json.dumps(plain), strict=True)
+        TypeAdapter(contract_class).validate_json(without_golden, strict=True)
     except ValidationError as error:
         for problem in error.errors():
             if problem["type"] != "missing":
-                where, found = ".".join(map(str, problem["loc"])), json.dumps(problem["input"])[:40]
+                key = ".".join(map(str, problem["loc"]))
                 raise UserError(
-                    f"{file}: {where}: {problem['msg']}, found {found}; restore it or train again"
+                    f"{file}: {key}: {problem['msg']}, found {shorten(problem['input'])}; restore it or train again"
                 ) from None
-    if not isinstance(golden, list) or not all(
-        isinstance(row, dict) and row.keys() == {"pair", "ids"} for row in golden
-    ):
-        raise UserError(
-            f"{file}: golden: expected rows with pair and ids; restore it or train again"
-        )
+
+    golden = recorded.get("golden")
+    rows = golden if isinstance(golden, list) else [golden]
+    for row in rows:
+        if not isinstance(row, dict) or row.keys() != {"pair", "ids"}:
+            raise UserError(
+                f"{file}: golden: expected rows with pair and ids; restore it or train again"
+            )
 
 
 def check_head(contract: Contract, file: Path) -> None:
     """Raise UserError where head, verdicts, number of outputs and label tokens do not go together."""
-    if contract.head not in HEADS:
-        raise UserError(
-            f"{file}: head is {contract.head!r}; only {', '.join(HEADS)} can be packaged"
-        )
-    verdicts = len(contract.verdicts)
-    outputs = {"score": verdicts, "reward": 1, "label_tokens": 0}[contract.head]
-    tokens = verdicts if contract.head == "label_tokens" else 0
-    for name, found, expected in (
-        ("labels", contract.num_labels, outputs),
-        ("label tokens", len(contract.label_token_ids), tokens),
-        ("numbers in logit_bias", len(contract.logit_bias), len(contract.logit_bias) and verdicts),
+    head = contract.head
+    if head not in HEADS:
+        raise UserError(f"{file}: head is {head!r}; only {', '.join(HEADS)} can be packaged")
+
+    # A bias is optional; a model that answers in words has no outputs of its own.
+    verdict_count = len(contract.verdicts)
+    expected_labels = {"score": verdict_count, "reward": 1, "label_tokens": 0}[head]
+    expected_tokens = verdict_count if head == "label_tokens" else 0
+    expected_biases = verdict_count if contract.logit_bias else 0
+    for name, count, expected in (
+        ("labels", contract.num_labels, expected_labels),
+        ("label tokens", len(contract.label_token_ids), expected_tokens),
+        ("numbers in logit_bias", len(contract.logit_bias), expected_biases),
     ):
-        if found != expected:
+        if count != expected:
             raise UserError(
-                f"{file}: {found} {name} for {verdicts} verdicts and the head {contract.head}, expected {expected}; train again"
+                f"{file}: {count} {name} for {verdict_count} verdicts and the head {head}, expected {expected}; train again"
             )
 
 
+# Weights
+
+
 def find_base(name: str, revision: str | None, source: str = "contract.json") -> Path:
-    """The folder of a base model that `source` names: that folder, or a snapshot of the hub's repository."""
-    if (Path(name) / "config.json").is_file():
-        return Path(name)
-    if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+    """Find a base model: a folder here, or a snapshot of the hub's repository, which is fetched.
+
+    Args:
+        name: The folder, or the repository as owner/name.
+        revision: The repository's commit, branch or tag; None for main.
+        source: The file that names the base model, for the message.
+
+    Raises:
+        UserError: There is no such model.
+    """
+    folder = Path(name)
+    if (folder / "config.json").is_file():
+        return folder
+
+    is_path = folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1
+    if is_path:
         raise UserError(
             f"{name}: the base model in {source} is not a model's folder (no config.json); put it back there"
         )
     try:
-        return Path(
-            snapshot_download(
-                name, revision=revision, allow_patterns=["model*.safetensors*", "*.json"]
-            )
-        )
+        return Path(snapshot_download(name, revision=revision, allow_patterns=BASE_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:120]
+        reason = " ".join(str(error).split())[:SHOWN_OF_HUB_ERROR]
         raise UserError(
             f"{name}: the base model in {source} is neither a folder here nor to be had from the hub at revision "
             f"{revision or 'main'} ({type(error).__name__}: {reason}); {HOW_TO_GET_IT}"
@@ -284,41 +365,38 @@ def hub_commit(folder: Path) -> str | None:
 
 
 def adapter_settings(folder: Path) -> dict:
-    """The parsed adapter_config.json of a run."""
-    settings = read_json(folder / ADAPTER[1])
-    if not isinstance(settings, dict):
-        raise UserError(
-            f"{folder / ADAPTER[1]}: expected an object, found {json.dumps(settings)[:40]}"
-        )
-    kinds = {
-        "r": (int,),
-        "lora_alpha": (int, float),
-        "rank_pattern": (dict, type(None)),
-        "alpha_pattern": (dict, type(None)),
-    }
-    for key, kind in kinds.items():
-        if not isinstance(settings.get(key), kind):
-            raise UserError(
-                f"{folder / ADAPTER[1]}: {key} is {json.dumps(settings.get(key))[:40]}; restore it or train again"
-            )
+    """Read a run's adapter_config.json, and check what merging needs of it.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    file = folder / ADAPTER[1]
+    settings = read_recorded_object(file)
+    for key, types in ADAPTER_TYPES.items():
+        value = settings.get(key)
+        if not isinstance(value, types):
+            raise UserError(f"{file}: {key} is {shorten(value)}; restore it or train again")
+
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern, value in (settings.get(key) or {}).items():
-            if (
-                not _is_regex(pattern)
-                or isinstance(value, bool)
-                or not isinstance(value, int | float)
-                or value <= 0
-            ):
+            if not is_pattern(pattern) or not is_positive_number(value):
                 raise UserError(
-                    f"{folder / ADAPTER[1]}: {key} has {json.dumps({pattern: value})[:60]}, expected a pattern with a number "
+                    f"{file}: {key} has {shorten({pattern: value}, SHOWN_OF_PATTERN)}, expected a pattern with a number "
                     "above 0; restore it or train again"
                 )
     return settings
 
 
-def _is_regex(pattern: str) -> bool:
+def is_pattern(text: str) -> bool:
+    """Whether a text is a regular expression."""
     try:
-        re.compile(pattern)
+        re.compile(text)
     except re.error:
         return False
     return True
+
+
+def is_positive_number(value: object) -> bool:
+    """Whether a value of a JSON file is a number above 0; true is none."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and value > 0

@@ -28,7 +28,7 @@ class Ended:
 def axolotl(command: str, recipe: Path, environment: dict[str, str] | None = None, **options) -> Ended:
     """Run `axolotl COMMAND RECIPE` with options such as base_model=… in a fork."""
     process = start(command, recipe, environment, **options)
-    process.join(timeout=300)
+    process.join(timeout=540)
     if process.is_alive():
         process.kill()
         process.join()

@@ -12,6 +12,7 @@ import numpy as np
 import polars as pl
 
 from kaggle_kernels.build.spec import COMPETITIONS, Spec
+from postprocess.report.predictions import read_predictions
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_object
 
@@ -33,7 +34,7 @@ def read_rows(spec: Spec) -> Rows:
         UserError: where a run has no such rows, or the runs do not belong together.
     """
     verdicts = COMPETITIONS[spec.competition].verdicts
-    tables = {package.run: read_predictions(package.run, spec) for package in spec.packages}
+    tables = {package.run: read_probabilities(package.run, spec) for package in spec.packages}
     first_run = spec.packages[0].run
 
     # Join the runs by id: the first run's rows that all others have too, with a column of probabilities for each run.
@@ -91,7 +92,7 @@ def predictions_path(run: str) -> Path:
     return Path("outputs") / run / "predictions.parquet"
 
 
-def read_predictions(run: str, spec: Spec) -> pl.DataFrame:
+def read_probabilities(run: str, spec: Spec) -> pl.DataFrame:
     """Read a run's held-out rows, with its probabilities of the competition's verdicts.
 
     Returns:
@@ -100,39 +101,18 @@ def read_predictions(run: str, spec: Spec) -> pl.DataFrame:
     Raises:
         UserError: where the file is absent or broken, or the run was trained on these rows.
     """
-    path = predictions_path(run)
     check_held_out(run)
+    rows = read_predictions(predictions_path(run)).rows
 
     # p_VERDICT is the mean of both orders, p_VERDICT_as_given that of the order in which people saw the row.
     order_suffix = "" if spec.orders == "both" else "_as_given"
-    columns = []
-    for verdict in COMPETITIONS[spec.competition].verdicts:
-        columns.append(f"p_{verdict}{order_suffix}")
-
-    try:
-        table = pl.read_parquet(path, columns=["id", "fold", "winner", *columns])
-    except (pl.exceptions.PolarsError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{path}: not the predictions of training ({reason}); train again"
-        ) from None
-
-    # A constant column comes from training that went wrong, and no weight could be fitted on it.
-    values = table.select(pl.col(columns).cast(pl.Float64)).to_numpy()  # (rows, verdicts)
-    is_constant = values.min(axis=0) == values.max(axis=0)
-    if not np.isfinite(values).all() or is_constant.any():
-        raise UserError(
-            f"{path}: {', '.join(columns)} are not probabilities that differ from row to row; train again"
-        )
-
-    # Runs are joined by id, so that it has to name one row.
-    repeated_ids = table.filter(pl.col("id").is_duplicated())["id"]
-    if not repeated_ids.is_empty():
-        raise UserError(f"{path}: the id {repeated_ids[0]} occurs twice; train again")
+    verdicts = COMPETITIONS[spec.competition].verdicts
+    columns = [f"p_{verdict}{order_suffix}" for verdict in verdicts]
 
     # A run may know a verdict, such as a tie, that the competition does not: what is left sums to one again.
+    values = rows.select(columns).to_numpy().astype(np.float64)  # (rows, verdicts)
     shares = values / values.sum(axis=1, keepdims=True)
-    return table.select("id", "fold", "winner", pl.Series("probabilities", shares.tolist()))
+    return rows.select("id", "fold", "winner", pl.Series("probabilities", shares.tolist()))
 
 
 def check_held_out(run: str) -> None:

@@ -121,7 +121,7 @@ def read_run(folder: Path, out_of_fold: bool = False, pairs_file: Path | None = 
     # A cross-validation has a contract, metrics and a history for each fold, other runs have one.
     measures_out_of_fold = should_measure_out_of_fold(folder, out_of_fold)
     if measures_out_of_fold:
-        fold_folders = {path.name: path for _, path in find_numbered(folder, "fold-")}
+        fold_folders = {path.name: path for path in find_fold_folders(folder)}
         predictions_file = folder / OUT_OF_FOLD
     else:
         fold_folders = {"": folder}
@@ -193,15 +193,15 @@ def should_measure_out_of_fold(folder: Path, is_wanted: bool) -> bool:
     return not has_predictions or bool(metrics.get("rows_were_trained_on"))
 
 
-def find_numbered(folder: Path, prefix: str) -> list[tuple[int, Path]]:
-    """Find the folders that are named by the prefix and a number, in the order of the numbers."""
+def find_fold_folders(folder: Path) -> list[Path]:
+    """Find the folders of a cross-validation's folds, in the order of their numbers."""
     # By name, fold-10 would come before fold-2.
-    numbered = []
-    for path in folder.glob(f"{prefix}*"):
-        number = path.name.removeprefix(prefix)
+    folder_by_number = {}
+    for path in folder.glob("fold-*"):
+        number = path.name.removeprefix("fold-")
         if number.isdecimal():
-            numbered.append((int(number), path))
-    return sorted(numbered)
+            folder_by_number[int(number)] = path
+    return [folder_by_number[number] for number in sorted(folder_by_number)]
 
 
 def read_fold(folder: Path) -> Fold:
@@ -221,19 +221,12 @@ def read_optional(file: Path) -> dict:
 
 
 def read_history(folder: Path) -> list[dict]:
-    """Read the trainer's log from history.json, or from the newest checkpoint if there is none."""
+    """Read the trainer's log from history.json; an absent file is an empty log."""
     file = folder / HISTORY
-    if file.is_file():
-        records = read_json(file)
-    else:
-        checkpoints = find_numbered(folder, "checkpoint-")
-        states = [path / "trainer_state.json" for _, path in checkpoints]
-        states = [state for state in states if state.is_file()]
-        if not states:
-            return []
-        file = states[-1]
-        records = read_object(file).get("log_history")
+    if not file.is_file():
+        return []
 
+    records = read_json(file)
     is_list = isinstance(records, list)
     if not is_list or not all(isinstance(record, dict) for record in records):
         raise UserError(f"{file}: expected a list of objects; remove the file, or train again")

@@ -32,9 +32,6 @@ PLOT_BOTTOM = CHART_HEIGHT - BOTTOM_MARGIN
 
 # Ticks and scales.
 ROUND_STEPS = [1, 2, 2.5, 5, 10]  # between two ticks, times a power of ten
-MAX_DECIMALS = 9
-SCIENTIFIC_BELOW = 1e-3  # a step between ticks; small learning rates have too many zeros
-ROUNDING_ERROR = 1e-9  # a tick of 0.3 may be 0.30000000000000004
 TIGHT_MARGIN = 0.04  # of the range, on either side of a tight scale
 EDGE = 0.06  # of a strip, in which a centred number would stand out of the cell
 
@@ -61,32 +58,11 @@ class Scale:
         return min(max(fraction, 0), 1)
 
     def tick_labels(self) -> list[str]:
-        """Write the ticks with as many decimals as tell them apart."""
-        step = 1.0
-        if len(self.ticks) > 1:
-            step = self.ticks[1] - self.ticks[0]
-
-        if 0 < step < SCIENTIFIC_BELOW:
-            return [scientific(tick) for tick in self.ticks]
-
-        decimals = 0
-        while decimals < MAX_DECIMALS:
-            if np.allclose(np.round(self.ticks, decimals), self.ticks, rtol=0, atol=ROUNDING_ERROR):
-                break
-            decimals += 1
-        return [f"{tick:,.{decimals}f}" for tick in self.ticks]
+        """Write the ticks: 0.25, 1,000, 5e-05."""
+        return [f"{tick:,g}" for tick in self.ticks]
 
 
 PROBABILITY_SCALE = Scale(0.0, 1.0, (0.0, 0.25, 0.5, 0.75, 1.0))
-
-
-def scientific(value: float) -> str:
-    """Write a small number short: 2.5e-5, 3e-5, 0."""
-    if value == 0:
-        return "0"
-    mantissa, exponent = f"{value:.1e}".split("e")
-    mantissa = mantissa.removesuffix(".0")
-    return f"{mantissa}e{int(exponent)}"
 
 
 def make_scale(values: Iterable[float], is_tight: bool = False) -> Scale:
@@ -251,7 +227,7 @@ def draw_reliability(calibration: Calibration) -> Markup:
     # A tick at every tenth, from the lowest confidence on.
     bins = calibration.bins
     lowest_confidence = calibration.lowest_confidence
-    first_tenth = math.ceil(lowest_confidence * 10 - ROUNDING_ERROR)
+    first_tenth = math.ceil(round(lowest_confidence * 10, 6))  # of a third, 4
     ticks = tuple(tenth / 10 for tenth in range(first_tenth, 11))
     confidence_scale = Scale(lowest_confidence, 1.0, ticks)
     axes = Axes(
@@ -336,7 +312,10 @@ def draw_learning_chart(chart: LearningChart) -> Markup:
         for step, value in series.curve:
             steps.append(step)
             values.append(value)
-    axes = Axes(make_step_scale(max(steps)), make_scale(values), "step", chart.axis)
+    last_step = max(steps)
+    step_ticks = MaxNLocator(nbins=4, integer=True).tick_values(0, last_step)
+    step_scale = Scale(0, last_step, tuple(tick for tick in step_ticks if tick <= last_step))
+    axes = Axes(step_scale, make_scale(values), "step", chart.axis)
     parts = axes.draw()
 
     for series in chart.series:
@@ -356,22 +335,7 @@ def draw_learning_chart(chart: LearningChart) -> Markup:
     return draw_chart(parts, f"{chart.title} by step")
 
 
-def make_step_scale(last_step: int) -> Scale:
-    """Make a scale from 0 to the last step that has whole numbers as ticks."""
-    ticks = make_scale([0, last_step], is_tight=True).ticks
-    whole_ticks = [tick for tick in ticks if tick == round(tick) and 0 <= tick <= last_step]
-    return Scale(0, last_step, tuple(whole_ticks))
-
-
 def thin_out(curve: Curve) -> Curve:
-    """Reduce a curve to MAX_CURVE_POINTS at most: the means of stretches of equal length."""
-    if len(curve) <= MAX_CURVE_POINTS:
-        return curve
-
-    stretch_length = math.ceil(len(curve) / MAX_CURVE_POINTS)
-    points = []
-    for start in range(0, len(curve), stretch_length):
-        steps, values = zip(*curve[start : start + stretch_length], strict=True)
-        mean_step = round(sum(steps) / len(steps))
-        points.append((mean_step, sum(values) / len(values)))
-    return points
+    """Reduce a curve to about MAX_CURVE_POINTS, evenly spaced from its last point on."""
+    distance = math.ceil(len(curve) / MAX_CURVE_POINTS)
+    return curve[::-distance][::-1]

@@ -4,7 +4,6 @@
 the users' and the models', and some are made to deceive.
 """
 
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,10 +22,6 @@ MAX_REST_CHARACTERS = 50_000  # of a text after its beginning; hostile rows have
 # A text is cut only if it is longer than its limit by this factor: no click for three words.
 SLACK = 1.25
 WORD_CHARACTERS = 40  # how far back from its limit a text is searched for the end of a word
-
-ZERO_WIDTH_JOINER = "\u200d"
-VARIATION_SELECTOR = "\ufe0f"
-
 
 # Control characters but tab and line feed become characters that can be seen: Unicode's pictures of
 # the characters 0 to 31 and of delete. The controls of Latin-1 have no pictures.
@@ -161,30 +156,14 @@ def cut_text(text: str, limit: int) -> Text:
 
 
 def find_cut(text: str, limit: int) -> int:
-    """Find where to cut a text: at white space before its limit, or else between two characters.
-
-    One visible character may be made of several, as a letter with its accents: these stay together.
-    """
+    """Find where to cut a text: at white space shortly before its limit, or else at the limit."""
     earliest = max(0, limit - WORD_CHARACTERS)
     last_space = text.rfind(" ", earliest, limit + 1)
     last_line_break = text.rfind("\n", earliest, limit + 1)
     white_space = max(last_space, last_line_break)
-    if white_space > 0:
-        return white_space
 
-    # Text without spaces, such as Chinese, or a long link.
-    cut = limit
-    while cut > 1 and continues_character(text, cut):
-        cut -= 1
-    return cut
-
-
-def continues_character(text: str, place: int) -> bool:
-    """Return whether the code point at `place` belongs to the visible character before it."""
-    code_point = text[place]
-    is_attached = unicodedata.combining(code_point) != 0
-    is_joined = ZERO_WIDTH_JOINER in (code_point, text[place - 1])
-    return is_attached or is_joined or code_point == VARIATION_SELECTOR
+    # Chinese, or a long link, has no white space.
+    return white_space if white_space > 0 else limit
 
 
 def show_controls(text: str) -> str:

@@ -1,7 +1,7 @@
 """Download the wheels that Kaggle's image lacks into the folder of one Kaggle dataset.
 
 Every wheel must have a hash that is pinned in postprocess/wheels/kaggle-wheels.txt, and must install
-without network beside what Kaggle's image holds. A folder that is up to date is left as it is. Exit
+without network. A folder that is up to date is left as it is. Exit
 code 2, after one line, for what the user can mend.
 """
 

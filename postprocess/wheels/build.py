@@ -1,8 +1,8 @@
 """Download the wheels that Kaggle's image lacks, as the folder of one Kaggle dataset.
 
-kaggle-wheels.txt pins the wheels with their hashes; kaggle-image.txt has the versions that Kaggle's
-image is known to hold. `python -m postprocess.wheels` calls this. A kernel installs from the dataset,
-after it compared the wheels with wheels.json (kaggle_kernels/runtime/inputs.py).
+kaggle-wheels.txt pins the wheels with their hashes. `python -m postprocess.wheels` calls this. A
+kernel installs from the dataset, after it compared the wheels with wheels.json
+(kaggle_kernels/runtime/inputs.py).
 """
 
 import re
@@ -13,7 +13,6 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 import click
-from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from postprocess.package import METADATA, dataset_metadata
@@ -22,7 +21,6 @@ from preprocess.core.errors import UserError
 from preprocess.core.files import atomic_folder, read_object, sha256, write_json
 
 WHEELS = Path(__file__).with_name("kaggle-wheels.txt")
-IMAGE = Path(__file__).with_name("kaggle-image.txt")
 MANIFEST = "wheels.json"
 # Kaggle's names of licences, by SPDX's names, which wheels have.
 LICENCES = {"MIT": "MIT", "Apache-2.0": "apache-2.0"}
@@ -50,13 +48,12 @@ def make_wheels(out: Path, slug: str) -> bool:
         Whether anything had to be made.
 
     Raises:
-        UserError: A wheel is missing, not the pinned one, or does not go with Kaggle's image; or
-            `out` holds something else, which would be deleted.
+        UserError: A wheel is missing or not the pinned one; or `out` holds something else, which
+            would be deleted.
     """
     if out.is_file():
         raise UserError(f"--out {out}: a file; name a folder")
     if is_current(out, slug):
-        check_installs(out)
         return False
 
     # The folder is about to be replaced: refuse one that holds somebody's own files.
@@ -113,13 +110,12 @@ def is_current(out: Path, slug: str) -> bool:
 
 
 def check_installs(folder: Path) -> None:
-    """Check that the wheels install from the folder alone, beside what Kaggle's image has.
+    """Check by a dry run of pip that the wheels install from the folder alone, and print them.
 
-    pip's dry run shows that they fit Kaggle's Python and platform. What they require is mostly not on
-    this machine, where pip could resolve it; it is compared with the versions in the two lists.
+    That they go with the packages of Kaggle's image is known from kaggle_kernels/requirements.lock,
+    in which they are resolved together.
     """
-    pins = read_pins(WHEELS)
-    requirements = [f"{name}=={version}" for name, version in pins.items()]
+    requirements = [f"{name}=={version}" for name, version in read_pins(WHEELS).items()]
     with tempfile.TemporaryDirectory() as target:
         # --isolated: no index or folder in the settings of the user's pip may help.
         run_pip(
@@ -133,30 +129,9 @@ def check_installs(folder: Path) -> None:
             *requirements,
         )
 
-    versions_on_kaggle = read_pins(IMAGE) | pins
     for wheel in sorted(folder.glob("*.whl")):
-        refuse_contradictions(wheel, versions_on_kaggle)
         click.echo(f"{wheel.name}  {wheel.stat().st_size / 1e6:.1f} MB")
     click.echo(f"installs without network in Python {PYTHON} ({PLATFORMS[0]}), by a dry run of pip")
-
-
-def refuse_contradictions(wheel: Path, versions_on_kaggle: dict[str, str]) -> None:
-    """Raise UserError where a wheel requires another version of a package than Kaggle has."""
-    [distribution] = distributions(path=[str(wheel)])
-    for text in distribution.requires or ():
-        requirement = Requirement(text)
-        # A marker limits a requirement to some Pythons, systems, or extras.
-        marker = requirement.marker
-        if marker is not None and not marker.evaluate({"python_version": PYTHON}):
-            continue
-
-        # Of a package in neither list, Kaggle's version is not known.
-        version = versions_on_kaggle.get(canonicalize_name(requirement.name))
-        if version is not None and not requirement.specifier.contains(version, prereleases=True):
-            raise UserError(
-                f"{wheel.name}: needs {text}, but Kaggle has {version} (in {IMAGE.name} or "
-                f"{WHEELS.name}); pin another version in {WHEELS.name}"
-            )
 
 
 def manifest_of(folder: Path) -> dict:
@@ -189,7 +164,7 @@ def kaggle_licence(wheels: list[dict]) -> str:
 
 
 def read_pins(path: Path) -> dict[str, str]:
-    """Read the versions in one of the two lists, by canonical package name; pip checks the rest."""
+    """Read the versions in the list, by canonical package name; pip checks the rest."""
     # Everything after a version is for pip: hashes, or nothing.
     pins = {}
     text = path.read_text(encoding="utf-8")

@@ -1,9 +1,8 @@
 """`make compare PAIRS=…`: every approach that a laptop can train, on one fold of one pairs file, in one table.
 
-A method is trained where no run of these pairs and this fold is there since its recipe last changed, so that an interrupted
-comparison goes on where it stopped: runs are looked for in outputs/METHOD and outputs/METHOD/fold-K, and written to the latter.
-All are scored here on the same rows, from their predictions.parquet, as tracking.metrics scores: rows without a winner do
-not count for accuracy.
+A method is trained where outputs/METHOD/fold-K holds no run of these pairs since its recipe last changed, so that an
+interrupted comparison goes on where it stopped. All are scored here on the same rows, from their predictions.parquet, as
+tracking.metrics scores: rows without a winner do not count for accuracy.
 The interval of an accuracy is a bootstrap over groups of prompts, since rows that share a prompt are no independent evidence.
 """
 
@@ -58,7 +57,7 @@ class Fold:
 @click.option("--base", envvar="BASE", type=click.Path(path_type=Path), help="MiniLM's folder, on a machine without network.")
 @exits_with_2
 def main(pairs: Path, fold: int, only: str | None, base: Path | None) -> None:
-    """Train what is not up to date on PAIRS and write outputs/compare/compare.json and compare.md."""
+    """Train what is not up to date on PAIRS and write outputs/compare/compare.json."""
     wanted = list(METHODS) if only is None else only.split(",")
     if not set(wanted) <= METHODS.keys():
         raise UserError(f"--only {only}: expected some of {', '.join(METHODS)}")
@@ -74,7 +73,7 @@ def main(pairs: Path, fold: int, only: str | None, base: Path | None) -> None:
             train(name, rows_of_fold, base)
             run = find_run(name, rows_of_fold)
             if run is None:
-                raise UserError(f"{name}: it ended without predictions of fold {fold} of {pairs} in {run_folder(name, fold)}")
+                raise UserError(f"{name}: it ended without predictions of fold {fold} of {pairs}")
         print(f"{name}: {f'up to date in {run}' if run else 'not there, left out'}", flush=True)
         if run:
             rows.append({"method": title, "run": str(run), **score(run, rows_of_fold)})
@@ -97,16 +96,15 @@ def run_folder(name: str, fold: int) -> Path:
 
 def find_run(name: str, fold: Fold) -> Path | None:
     """The folder of a method's run on these pairs and this fold since its recipe last changed, if there is one."""
+    folder = run_folder(name, fold.number)
+    metrics_file = folder / "metrics.json"
+    if not metrics_file.is_file() or not (folder / "predictions.parquet").is_file():
+        return None
+
+    is_of_these_pairs = read_json(metrics_file).get("pairs_sha256") == fold.pairs_sha256
     recipe_changed = (ROOT / METHODS[name][1]).stat().st_mtime
-    for folder in (run_folder(name, fold.number), OUTPUTS / name):
-        metrics_file = folder / "metrics.json"
-        if not metrics_file.is_file() or not (folder / "predictions.parquet").is_file():
-            continue
-        values = read_json(metrics_file)
-        is_of_these = values.get("pairs_sha256") == fold.pairs_sha256 and values.get("fold") == fold.number
-        if is_of_these and metrics_file.stat().st_mtime >= recipe_changed:
-            return folder
-    return None
+    is_current = is_of_these_pairs and metrics_file.stat().st_mtime >= recipe_changed
+    return folder if is_current else None
 
 
 def train(name: str, fold: Fold, base: Path | None) -> None:
@@ -203,28 +201,18 @@ def score(run: Path, fold: Fold) -> dict[str, float]:
     }
 
 
-def as_table(rows: list[dict]) -> str:
-    """The rows as a Markdown table."""
-    lines = ["| method | accuracy | 95 % interval | log loss | rows | seconds |", "|---|---|---|---|---|---|"]
+def write_results(rows: list[dict], fold: Fold) -> None:
+    """Write outputs/compare/compare.json, and print it as a table for Markdown."""
+    facts = {"pairs": str(fold.pairs), "pairs_sha256": fold.pairs_sha256, "fold": fold.number}
+    facts |= {"groups": fold.held_out["group"].n_unique(), "training_rows": len(fold.train)}
+    write_json(OUTPUTS / "compare" / "compare.json", {**facts, "methods": rows})
+
+    print(f"\nfold {fold.number} of {fold.pairs}: {len(fold.train)} pairs for training, {facts['groups']} groups held out\n")
+    print("| method | accuracy | 95 % interval | log loss | rows | seconds |\n|---|---|---|---|---|---|")
     for row in rows:
         between = f"{row['accuracy_low']:.3f} to {row['accuracy_high']:.3f}"
         figures = f"{row['accuracy']:.3f} | {between} | {row['log_loss']:.3f} | {row['rows']} | {row['seconds']:.0f}"
-        lines.append(f"| {row['method']} | {figures} |")
-    return "\n".join(lines)
-
-
-def write_results(rows: list[dict], fold: Fold) -> None:
-    """Write outputs/compare/compare.json and compare.md, and print the latter."""
-    groups = fold.held_out["group"].n_unique()
-    head = (
-        f"Fold {fold.number} of {fold.pairs.name}: trained on {len(fold.train)} pairs, measured on {len(fold.held_out)} "
-        f"with {groups} groups of prompts. The interval is a bootstrap over these; the seconds are of training and predicting."
-    )
-    facts = {"pairs": str(fold.pairs), "pairs_sha256": fold.pairs_sha256, "fold": fold.number, "groups": groups}
-    write_json(OUTPUTS / "compare" / "compare.json", {**facts, "training_rows": len(fold.train), "methods": rows})
-    with atomic_file(OUTPUTS / "compare" / "compare.md") as temporary:
-        temporary.write_text(f"{head}\n\n{as_table(rows)}\n", encoding="utf-8")
-    print(f"\n{head}\n\n{as_table(rows)}\n\nwritten: {OUTPUTS / 'compare' / 'compare.json'}, compare.md")
+        print(f"| {row['method']} | {figures} |")
 
 
 if __name__ == "__main__":

@@ -49,14 +49,7 @@ def test_the_part_of_a_gain_is_counted_from_none_to_the_whole_second_order():
     first = np.array([[0.6, 0.4], [0.45, 0.55], [0.9, 0.1], [0.52, 0.48]])
     second = np.array([[0.2, 0.8], [0.9, 0.1], [0.9, 0.1], [0.5, 0.5]])
     scored = planner.Scored(first, second, np.ones(4), np.array([1, 0, 0, 0]), planner.resample(np.arange(4)))
-    points = {point["share"]: point for point in planner.reached([np.arange(4)], scored)}
-    assert [points[share]["accuracy"] for share in (0, 0.5, 1)] == [0.5, 1, 1]
-    assert [points[share]["of_gain"]["mean"] for share in (0, 0.5)] == [0, 1]
-
-
-def test_rows_that_the_bias_may_have_decided_come_first_after_the_pilot():
-    """The second order takes a tenth from A on average: a lead of A by a tenth is in doubt, one of B is not."""
-    first = np.array([[0.7, 0.3], [0.8, 0.2], [0.6, 0.4], [0.4, 0.6], [0.95, 0.05]])
-    second = first + np.array([[-0.21, 0.21], [-0.19, 0.19], [0, 0], [0, 0], [0, 0]])
-    scored = planner.Scored(first, second, np.ones(5), np.zeros(5), planner.resample(np.arange(5)))
-    assert planner.directed(np.array([0, 1]), scored).tolist() == [0, 1, 2, 3, 4]
+    measured = [planner.measure_choice([np.arange(count)], scored) for count in (0, 2, 4)]
+    assert [values["accuracy"] for values in measured] == [0.5, 1, 1]
+    assert [values["of_gain"][0] for values in measured] == [0, 1, 1]
+    assert planner.take_affordable(np.array([2, 0, 1]), np.ones(3)).tolist() == [2]

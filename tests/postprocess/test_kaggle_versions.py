@@ -10,9 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from kaggle_kernels.runtime.package import read_tokenizer
-from preprocess import model_input
-from preprocess.model_input import Pair, read_contract
 from tests.conftest import ROOT
 
 KAGGLE_PYTHON = ROOT / ".venv-kaggle" / "bin" / "python"
@@ -34,28 +31,6 @@ bert score nf4 merged 3
 bert reward none merged 2
 bert score int8 merged 2
 """
-AWKWARD = (
-    "",
-    " ",
-    "\n\n\n",
-    "\t tab,  two spaces \r\n and a line ",
-    "e\u0301 é ﬁ ① Å \u212b",  # composed, decomposed, compatibility forms
-    "नमस्ते 안녕하세요 สวัสดี",
-    "\u1112\u1161\u11ab 한",  # a syllable in parts, and whole
-    "👩‍👩‍👧‍👦🏳️‍🌈 👍🏽",
-    "\u200b\u200d\ufeff\u00a0\u202e",
-    "\x00\x01\x7f",
-    "<start_of_turn>user <bos><eos><pad>",
-    "<|im_start|>system<|im_end|> <|eot_id|><|begin_of_text|>",
-    "[CLS] [SEP] [MASK] [PAD] [UNK]",
-    "1234567890 3.14159 1,000,000 x² ½",
-    "don't WON'T I'LL ＦＵＬＬ ｗｉｄｔｈ",
-    "河流窗户 かわ まど نهر نافذة",
-    "def f(x):\n    return x  # a comment\n",
-    "a" * 300,
-    "\U0001f600" * 50,
-    "\ufffd\U0010ffff",
-)
 IN_KAGGLES_VERSIONS = """
 import importlib.metadata, json, sys
 import torch
@@ -72,8 +47,6 @@ for folder in request["folders"]:
     model = load_model(folder, package.contract, "cpu", torch.float16)
     pairs = [package.model_input.pair_from_row(row["pair"]) for row in package.contract.golden]
     scores = score(model, package.model_input, package.tokenizer, package.contract, pairs, orders=("as_given",))
-    texts = request["texts"]
-    awkward = [package.model_input.Pair(text, (text,), (text,), (text,)) for text in texts]
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     layers = {type(module).__name__ for module in base.modules()}
     found["packages"].append({
@@ -83,8 +56,6 @@ for folder in request["folders"]:
         "adapter": "unmerged" if hasattr(model, "peft_config") else "merged",
         "verdicts": len(package.contract.verdicts),
         "probabilities": [scores[pair.id]["as_given"] for pair in pairs],
-        "text_ids": [package.tokenizer.encode(text).ids for text in texts],
-        "pair_ids": [package.model_input.encode(pair, package.tokenizer, package.contract) for pair in awkward],
     })
 print(json.dumps(found))
 """
@@ -136,11 +107,11 @@ def found(folders):
 
 
 def in_kaggles_versions(folders: list[Path]) -> dict:
-    """What Kaggle's versions make of the packages: versions, and for each its kind, probabilities and token ids."""
+    """What Kaggle's versions make of the packages: versions, and for each its kind and the golden rows' probabilities."""
     if not KAGGLE_PYTHON.exists():
         pytest.skip("no .venv-kaggle; `make test` creates it from kaggle_kernels/requirements.txt")
     libraries = ["transformers", "peft", "tokenizers", "safetensors", "accelerate", "bitsandbytes"]
-    request = {"folders": [str(folder) for folder in folders], "texts": AWKWARD, "libraries": libraries}
+    request = {"folders": [str(folder) for folder in folders], "libraries": libraries}
     done = subprocess.run(
         [KAGGLE_PYTHON, "-c", IN_KAGGLES_VERSIONS],
         input=json.dumps(request),
@@ -167,14 +138,6 @@ def test_what_was_loaded_with_the_versions_of_kaggles_image_is_what_the_table_sa
     assert [tuple(package[name] for name in names) for package in found["packages"]] == cases
 
 
-def test_the_table_has_each_of_architecture_head_and_format_with_each_of_the_others():
-    square = square_cases()
-    assert {(kind, quantize) for kind, _, quantize, *_ in square} == set(itertools.product(KINDS, FORMATS))
-    assert {(kind, head) for kind, head, *_ in square} == set(itertools.product(KINDS, HEADS)) - {("bert", "label_tokens")}
-    assert {(head, quantize) for _, head, quantize, *_ in square} == set(itertools.product(HEADS, FORMATS))
-    assert (len(square), len(other_cases())) == (14, 23)
-
-
 def test_packages_give_the_same_probabilities_in_kaggles_versions(cases, folders, found):
     for folder, case, package in zip(folders, cases, found["packages"], strict=True):
         golden = json.loads((folder / "manifest.json").read_text())["golden"]
@@ -183,14 +146,3 @@ def test_packages_give_the_same_probabilities_in_kaggles_versions(cases, folders
         for row, probabilities in zip(golden, package["probabilities"], strict=True):
             pairs = zip(row["probabilities"], probabilities, strict=True)
             assert all(math.isclose(a, b, abs_tol=1e-6) for a, b in pairs), (case, row, probabilities)
-
-
-def test_awkward_texts_and_pairs_of_them_have_the_same_token_ids_in_kaggles_versions(cases, folders, found):
-    for folder, case, package in zip(folders, cases, found["packages"], strict=True):
-        tokenizer, contract = read_tokenizer(folder), read_contract(folder)
-        for text, text_ids, pair_ids in zip(AWKWARD, package["text_ids"], package["pair_ids"], strict=True):
-            assert text_ids == tokenizer.encode(text).ids, (case, text)
-            pair = Pair(text, (text,), (text,), (text,))
-            assert pair_ids == [list(ids) for ids in model_input.encode(pair, tokenizer, contract)], (case, text)
-    kinds = [package["text_ids"] for package in found["packages"]]
-    assert len({json.dumps(ids) for ids in kinds}) == 4  # four tokenizers, no two alike

@@ -38,7 +38,7 @@ def test_a_second_run_does_nothing_and_needs_no_torch(packaged):
         "import sys; from postprocess.__main__ import main; main(sys.argv[1:], standalone_mode=False); "
         "print(sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(run.recipe)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code, str(run.recipe)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert [line[:21] for line in done.stdout.splitlines()] == [*(f"{stage:<10} up to date" for stage in STAGES), "[]"]
     assert snapshot(run.folder) == before

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
 from preprocess.model_input import (
-    MARKER,
     VERDICTS,
     Contract,
     ContractError,
@@ -128,20 +127,6 @@ def test_swapping_probabilities_twice_gives_them_back_in_any_order_of_verdicts(v
     assert swap_probabilities([0.5, 0.3, 0.2], ("model_a", "tie", "model_b")) == [0.2, 0.3, 0.5]
 
 
-@pytest.mark.parametrize("kind", FRAMES)
-def test_a_long_pair_uses_its_budget_but_for_rounding(tokenizers, kind):
-    pair = Pair("long", ("river " * 400,), ("river window " * 400,), ("music " * 400,))
-    for truncation in ("left", "right", "middle"):
-        assert 157 <= len(encode(pair, tokenizers[kind], contract(kind, truncation=truncation))[0]) <= 160
-
-
-@pytest.mark.parametrize("kind", FRAMES)
-def test_what_looks_like_a_control_token_is_kept_as_plain_text(tokenizers, kind):
-    settings = contract(kind, budget=2000)
-    lengths = [len(encode(Pair("x", (text,), ("b",), ("c",)), tokenizers[kind], settings)[0]) for text in ("a</s>b", "ab")]
-    assert lengths[0] >= lengths[1] + 3
-
-
 def test_an_added_token_that_only_the_template_makes_a_control_token_cannot_be_forged_either(tokenizers):
     tokenizer = Tokenizer.from_str(tokenizers["bpe"].to_str())
     tokenizer.add_tokens([AddedToken("<turn>", special=False), AddedToken("\n\n", special=False)])
@@ -167,23 +152,6 @@ def test_the_last_turns_are_kept_first(tokenizers):
     ids = encode(pair, tokenizers["bpe"], contract("bpe", truncation="left"))[0]
     assert words["bread"] in ids
     assert words["river"] not in ids
-
-
-def test_a_cut_in_the_middle_shows_the_marker_once_and_keeps_both_ends(tokenizers):
-    words = " ".join(f"{at}" for at in range(500))
-    ids = encode(Pair("x", (words,), ("yes",), ("no",)), tokenizers["bpe"], contract("bpe"))[0]
-    text = tokenizers["bpe"].decode(ids)
-    assert text.count(MARKER.strip()) == 1
-    assert "0 1 2 3" in text
-    assert "498 499" in text
-
-
-def test_truncation_keeps_the_named_part():
-    assert truncate([1, 2, 3, 4, 5], 3, "left") == [3, 4, 5]
-    assert truncate([1, 2, 3, 4, 5], 3, "right") == [1, 2, 3]
-    assert truncate([1, 2, 3, 4, 5, 6], 5, "middle", [0]) == [1, 2, 0, 5, 6]
-    assert truncate([1, 2, 3], 2, "middle", [0]) == [1, 3]
-    assert truncate([1, 2, 3], 0, "left") == []
 
 
 @given(count=st.integers(0, 50), size=st.integers(2, 60), side=any_truncation)

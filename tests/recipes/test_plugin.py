@@ -39,18 +39,11 @@ def test_a_command_that_would_lose_the_head_is_refused(demo_twin, tmp_path):
     assert not (tmp_path / "demo").exists()
 
 
-@pytest.mark.parametrize(
-    ("changes", "block", "message"),
-    [
-        ({"lerning_rate": 1}, {}, "lerning_rate: unknown key; did you mean learning_rate?"),
-        ({}, {"fold": 9}, "pairwise.fold is 9, but the folds in the file are 0, 1, 2, 3, 4"),
-    ],
-)
-def test_a_recipe_that_would_go_wrong_ends_with_2_and_one_line(demo_twin, changes, block, message):
-    ended = forked.axolotl("train", demo_twin(block, **changes))
+def test_a_recipe_that_would_go_wrong_ends_with_2_and_one_line(demo_twin):
+    ended = forked.axolotl("train", demo_twin({"fold": 9}))
     assert ended.code == 2
     assert last_line(ended.output).startswith("error: ")
-    assert message in last_line(ended.output)
+    assert "pairwise.fold is 9, but the folds in the file are 0, 1, 2, 3, 4" in last_line(ended.output)
 
 
 def test_a_template_that_ends_with_the_pad_token_is_refused(demo_twin, tiny_models, tmp_path):
@@ -65,38 +58,27 @@ def test_a_template_that_ends_with_the_pad_token_is_refused(demo_twin, tiny_mode
     assert "demo.yml: pairwise.template: rows end with '<eos>', the pad token" in last_line(ended.output)
 
 
-@pytest.mark.parametrize(
-    ("base", "changes", "weights"),
-    [
-        ("gemma2", {"adapter": "qlora", "load_in_4bit": True}, "adapter_model.safetensors"),
-        ("llama", {"gradient_checkpointing": True}, "adapter_model.safetensors"),
-        ("qwen2", dict.fromkeys(("adapter", "lora_r", "lora_alpha", "lora_target_modules")), "model.safetensors"),
-    ],
-    ids=["qlora", "llama with gradient checkpointing", "full fine-tuning of a decoder"],
-)
-def test_other_ways_to_train_leave_weights_with_a_head(demo_twin, tmp_path, base, changes, weights):
+def test_full_fine_tuning_of_a_decoder_leaves_weights_with_a_head(demo_twin, tmp_path):
     from safetensors import safe_open
 
-    ended = forked.axolotl("train", demo_twin(base=base, **changes))
+    without_adapter = dict.fromkeys(("adapter", "lora_r", "lora_alpha", "lora_target_modules"))
+    ended = forked.axolotl("train", demo_twin(base="qwen2", **without_adapter))
     assert ended.code == 0, ended.output[-3000:]
     run = tmp_path / "demo"
-    assert read_contract(run).verdicts == ("model_a", "model_b")
-    with safe_open(run / weights, "pt") as tensors:
-        heads = [name for name in tensors.keys() if "score" in name]  # noqa: SIM118
-        assert [tensors.get_slice(name).get_shape() for name in heads] == [[2, 64]]
+    with safe_open(run / "model.safetensors", "pt") as tensors:
+        assert tensors.get_slice("score.weight").get_shape() == [2, 64]
     history = json.loads((run / "history.json").read_text())
     assert [record["step"] for record in history if "loss" in record] == [1, 2, 3]
     assert all(record["learning_rate"] >= 0 for record in history if "loss" in record)
 
 
-@pytest.mark.parametrize("softcap", [False, True])
-def test_the_soft_cap_is_written_into_config_and_contract(demo_twin, tmp_path, softcap):
-    ended = forked.axolotl("train", demo_twin({"softcap": softcap}))
+def test_the_soft_cap_is_written_into_config_and_contract(demo_twin, tmp_path):
+    ended = forked.axolotl("train", demo_twin({"softcap": True}))
     assert ended.code == 0, ended.output[-3000:]
     contract = read_contract(tmp_path / "demo")
-    assert (contract.softcap, contract.attention) == (softcap, "eager" if softcap else "sdpa")
+    assert (contract.softcap, contract.attention) == (True, "eager")
     config = json.loads((tmp_path / "demo/config.json").read_text())
-    assert config["attn_logit_softcapping"] == (50.0 if softcap else None)
+    assert config["attn_logit_softcapping"] == 50.0
 
 
 def test_training_again_removes_what_vouched_for_the_old_weights(demo_twin, tmp_path):

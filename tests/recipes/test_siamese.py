@@ -183,22 +183,6 @@ def test_every_batch_is_full_and_what_fills_it_up_weighs_nothing():
     assert len(set(shuffled[2])) == 3
 
 
-SWAPPED = """
-import argparse, json, sys
-sys.path.insert(0, sys.argv[1])
-import numpy as np, siamese
-model = siamese.build(10, argparse.Namespace(units=4, learning_rate=0.1))
-a, b = np.array([[3, 4, 5]]), np.array([[3, 6, 0]])
-print(json.dumps([float(model([a, b])[0, 0]), float(model([b, a])[0, 0])]))
-"""
-
-
-def test_a_swapped_pair_has_one_minus_p():
-    as_given, swapped = json.loads(siamese(SCRIPT.parent, code=SWAPPED).stdout.splitlines()[-1])
-    assert as_given != swapped
-    assert as_given + swapped == pytest.approx(1, abs=1e-6)
-
-
 def test_an_error_ends_with_one_line_and_exit_code_2(tmp_path):
     done = siamese("--pairs", tmp_path / "absent.parquet", "--out", tmp_path / "out")
     assert done.returncode == 2

@@ -159,9 +159,9 @@ def test_a_spec_with_one_order_is_weighed_on_that_order(workplace):
             "no row of one is among its rows (fold 0 there, fold 2 here); train them on the same pairs",
         ),
         (lambda table: table.with_columns(winner=pl.lit("tie")), "winner is tie, in one model_"),
-        (lambda table: table.drop("p_model_b"), "not the predictions of training"),
-        (lambda table: pl.concat([table, table.head(1)]), "the id row0 occurs twice"),
-        (lambda table: table.with_columns(p_model_a=pl.lit(float("nan"))), "are not probabilities"),
+        (lambda table: table.drop("p_model_b"), "no column p_model_b; it was not written by axolotl train"),
+        (lambda table: pl.concat([table, table.head(1)]), "an id occurs twice"),
+        (lambda table: table.with_columns(p_model_a=pl.lit(float("nan"))), "probabilities that are not between 0 and 1"),
     ],
     ids=["another fold", "other rows", "other verdicts", "no probabilities", "an id twice", "not finite"],
 )

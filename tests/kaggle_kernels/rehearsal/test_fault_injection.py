@@ -21,7 +21,7 @@ from pathlib import Path
 
 def work(number):
     Path("/proc/self/comm").write_text(f"worker {number}")
-    time.sleep(30)
+    time.sleep(600)
 
 
 def start(number):
@@ -48,17 +48,17 @@ def run(tmp_path, faults, deaths, kernel=KERNEL):
     root = tmp_path / "sandbox" / "kaggle"
     (root / "working").mkdir(parents=True)
     kernel = kernel.replace("DEATHS", str(deaths))
-    return run_as_kaggle(Path(sys.executable), kernel, root, "test", Conditions(clock_seconds=60, faults=faults))
+    return run_as_kaggle(Path(sys.executable), kernel, root, "test", Conditions(clock_seconds=500, faults=faults))
 
 
 def test_workers_are_killed_in_turn_and_each_kill_is_printed_and_kept(tmp_path, capfd):
-    done = run(tmp_path, Faults(kill_every=0.5, seed=1), deaths=4)
+    done = run(tmp_path, Faults(kill_every=3, seed=1), deaths=4)
     printed = capfd.readouterr().out
     assert [kill.worker for kill in done.kills[:4]] == [1, 2, 0, 1]
     assert "deaths [(1, -9), (2, -9), (0, -9), (1, -9)]" in printed
     first = done.kills[0]
     assert f"[rehearsal] killed worker {first.worker} (pid {first.pid}) after {first.seconds} s\n" in printed
-    assert all(kill.seconds >= 0.5 * number for number, kill in enumerate(done.kills, start=1))
+    assert all(kill.seconds >= 3 * number for number, kill in enumerate(done.kills, start=1))
 
 
 def test_every_worker_of_a_lost_device_is_killed_and_no_other(tmp_path):
@@ -78,7 +78,7 @@ def test_every_worker_is_killed_for_good_once_the_log_says_that_so_many_rows_are
 
 
 def test_workers_of_another_kernel_are_not_found():
-    code = "open('/proc/self/comm', 'w').write('worker 0'); print('named', flush=True); import time; time.sleep(30)"
+    code = "open('/proc/self/comm', 'w').write('worker 0'); print('named', flush=True); import time; time.sleep(600)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as worker:
         assert worker.stdout.readline() == b"named\n"
         assert find_workers(os.getpid()) == {0: worker.pid}

@@ -28,11 +28,11 @@ def root(tmp_path):
     return tmp_path / "sandbox" / "kaggle"
 
 
-def run(root, kernel, clock_seconds=60, **conditions):
+def run(root, kernel, clock_seconds=500, **conditions):
     return run_as_kaggle(PYTHON, kernel, root, "test", Conditions(clock_seconds, **conditions))
 
 
-def has_ended(pid, within=10.0):
+def has_ended(pid, within=60.0):
     """Whether a process is gone; one that was killed may take a moment on a busy machine."""
     deadline = time.monotonic() + within
     try:
@@ -78,7 +78,7 @@ def test_a_rehearsed_kernel_reaches_neither_network_nor_repository(tmp_path, cod
 def test_the_log_has_kaggles_paths_and_the_seconds_are_measured(root, capsys):
     done = run(root, "import os; print('at', os.getcwd())")
     assert capsys.readouterr().out == "at /kaggle/working\n"
-    assert 0 < done.seconds < 60
+    assert 0 < done.seconds < 500
     assert done.kills == ()
 
 
@@ -90,7 +90,7 @@ def test_a_kernel_that_fails_is_an_error_with_its_last_line(root):
 
 WITH_A_CHILD = """
 import os, subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(30)"])
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 print(os.getpid(), child.pid, flush=True)
 """
 
@@ -103,7 +103,7 @@ def test_a_kernel_that_is_over_its_clock_is_ended_with_all_its_processes(root, m
     lines = []
     message = "test: the kernel was ended: it was not done within its clock of 0.01 s .*; its last line: "
     with pytest.raises(UserError, match=message) as raised:
-        run(root, WITH_A_CHILD + "time.sleep(30)", clock_seconds=0.01)
+        run(root, WITH_A_CHILD + "time.sleep(600)", clock_seconds=0.01)
     [line] = lines
     assert str(raised.value).endswith(f"its last line: {line.strip()}")
     assert [has_ended(int(pid)) for pid in line.split()] == [True, True]
@@ -125,7 +125,7 @@ def test_an_interrupted_rehearsal_leaves_no_kernel_behind(root, monkeypatch):
 
     monkeypatch.setattr("builtins.print", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        run(root, "import os, time; print(os.getpid(), flush=True); time.sleep(30)")
+        run(root, "import os, time; print(os.getpid(), flush=True); time.sleep(600)")
     assert [has_ended(pid) for pid in pids] == [True]
 
 

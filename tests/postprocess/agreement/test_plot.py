@@ -30,11 +30,6 @@ def test_the_same_numbers_give_the_same_png_of_1100_by_520_pixels_whatever_the_u
     assert picture(tmp_path / "three.png", 0.8, 0.39) != first
 
 
-@pytest.mark.parametrize("rows", [TRAINED, (float("nan"), float("nan"))], ids=["equal", "NaN"])
-def test_equal_models_and_numbers_that_are_none_have_a_picture_too(rows, tmp_path):
-    assert len(picture(tmp_path / "agreement.png", *rows)) > 10_000
-
-
 def test_three_verdicts_have_a_picture_of_model_a(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr("postprocess.agreement.plot.draw_differences", lambda axes, values, name: drawn.append(values))

@@ -2,11 +2,10 @@ import json
 
 import numpy as np
 import polars as pl
-import pytest
 
-from postprocess.agreement.statistics import Column, compare
+from postprocess.agreement.statistics import Column
 from postprocess.agreement.table import groups_of, probability_table, table_lines, without_nan
-from tests.postprocess.agreement.test_statistics import LABELS, TRAINED, WINNERS, column, report
+from tests.postprocess.agreement.test_statistics import TRAINED, column, report
 
 THREE = ("tie", "model_b", "model_a")
 
@@ -49,14 +48,6 @@ def test_the_lines_hold_the_figures_of_each_model_and_of_the_choice():
         "  quantised 2 times: mean difference 0.01000 to 0.15000, sd 0.09899; accuracy 0.5000 to 1.0000, sd 0.3536",
         "  fewer than 20 groups of prompts: the brackets are narrower than they should be",
     ]
-
-
-@pytest.mark.parametrize("rows", [(1.0, 1.0), (0.0, 0.0), (float("nan"), float("nan"))])
-def test_no_line_is_longer_than_128_characters_whatever_the_numbers(rows):
-    columns = [column(name, *rows) for name in ("recorded", "trained", "unmerged", "quantised", "quantised-99")]
-    lines = table_lines(compare(columns, LABELS, WINNERS, 0.05))
-    assert max(map(len, lines)) <= 128
-    assert {len(line) for line in lines[2:8]} == {len(lines[2])}
 
 
 def test_what_json_has_no_word_for_becomes_null():

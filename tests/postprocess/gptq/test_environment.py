@@ -62,7 +62,7 @@ def test_the_environment_is_made_where_it_is_missing_or_older_than_its_requireme
 def test_of_two_runs_one_makes_the_environment_and_the_other_waits(makings, requirements, tmp_path):
     with ThreadPoolExecutor(2) as pool:
         runs = [pool.submit(python_with_gptq, tmp_path / "environment", requirements) for _ in range(2)]
-        assert [run.result(timeout=30) for run in runs] == [tmp_path / "environment" / "bin" / "python"] * 2
+        assert [run.result(timeout=300) for run in runs] == [tmp_path / "environment" / "bin" / "python"] * 2
     assert len(makings) == 1
 
 

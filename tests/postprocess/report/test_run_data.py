@@ -113,11 +113,3 @@ def test_the_agreement_of_an_earlier_training_is_not_shown(tmp_path):
     run = read_run(folder)
     assert run.agreement is None
     assert "agreement.json is of an earlier training: `python -m postprocess recipes/tiny.yml`" in run.missing["agreement"]
-
-
-def test_checkpoints_have_the_history_of_a_run_that_left_none(tmp_path):
-    folder = reported.write_run(tmp_path / "tiny")
-    (folder / "history.json").unlink()
-    for step in (9, 10):
-        write_json(folder / f"checkpoint-{step}/trainer_state.json", {"log_history": [{"step": step, "loss": 0.5}]})
-    assert read_run(folder).first_fold.history == [{"step": 10, "loss": 0.5}]

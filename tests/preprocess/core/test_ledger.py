@@ -66,7 +66,7 @@ def test_processes_that_write_at_once_leave_every_line_whole(ledger_file, monkey
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(300)
     runs = [entry["run"] for entry in ledger.read()]
     assert sorted(runs) == sorted(f"{number}-{at}" for number in range(4) for at in range(50))
     assert len({len(line) for line in ledger_file.read_text().splitlines()}) <= 2

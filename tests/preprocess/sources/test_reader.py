@@ -210,7 +210,6 @@ def test_a_missing_column_is_named_with_the_nearest_layout(tmp_path, layout, col
     [
         ("broken.parquet", b"PAR1 no"),
         ("empty.csv", b""),
-        ("header.csv", b"id,prompt,response_a,response_b,winner\n"),
         ("bytes.jsonl", b"\xff\xfe"),
         ("train.zip", b"PK"),
         ("absent.csv", None),

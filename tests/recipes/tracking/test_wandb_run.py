@@ -150,7 +150,7 @@ def in_a_process(function, folder: Path, environment: dict) -> str:
     home = {"HOME": str(folder / "home"), "WANDB_API_KEY": ""}
     process = forked.SERVER.Process(target=_into_a_file, args=(function, folder, home | environment))
     process.start()
-    process.join(timeout=120)
+    process.join(timeout=400)
     return (folder / "returned").read_text()
 
 

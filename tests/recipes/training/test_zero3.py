@@ -65,7 +65,7 @@ def test_zero3_saves_every_weight_of_a_full_fine_tune(tiny_models, tmp_path):
 def test_a_head_that_stands_in_parts_is_checked_and_made_anew():
     process = forked.SERVER.Process(target=_make_a_head_under_zero3)
     process.start()
-    process.join(timeout=120)
+    process.join(timeout=400)
     assert process.exitcode == 0
 
 
