@@ -96,35 +96,6 @@ def test_both_workers_killed_for_good_after_a_fifth_of_the_rows_leave_a_whole_su
 
 
 @pytest.mark.slow
-def test_with_a_clock_for_a_third_of_the_rows_those_that_count_are_scored_first(tmp_path, package_folder):
-    make_workplace(tmp_path, "wsdm", package_folder)
-    rows = pl.read_parquet(tmp_path / "test.parquet")
-    rows.with_columns(scored=pl.int_range(pl.len()) % 5 == 0).write_parquet(tmp_path / "test.parquet")
-    size = ("--rows", "20000", "--devices", "2")
-    _, whole, out = rehearse(tmp_path, "test.parquet", *size, "--out", "whole")
-    # Until the first batch is scored the kernel needs as long as before, then a third of the first pass.
-    kernel = read_json(out / "kernel.json")
-    seconds = [work["seconds"] for work in kernel["passes"]]
-    clock = (whole["seconds"] - sum(seconds) + (seconds[0] + seconds[2]) / 3) / 0.95
-    options = ("test.parquet", *size, "--clock", f"{clock:.1f}")
-    printed, measured, out = rehearse(tmp_path, *options)
-    counts = pl.read_parquet(out / "rows.parquet")["scored"]
-    scores = pl.read_parquet(out / "scores.parquet")["scored"]
-    assert measured["checks"]["ids"] == 20_000
-    assert f"warning: {scores.sum()} of 20000 rows were scored" in printed
-    assert counts.filter(scores).all() or not counts.filter(~scores).any()
-
-    # The same rows as a visible run: one clear error.
-    pl.read_parquet(out / "rows.parquet").write_parquet(tmp_path / "same.parquet")
-    command = [sys.executable, "-m", "kaggle_kernels", "rehearse", "specs/test.yml", "--test", "same.parquet"]
-    command += ["--devices", "2", "--clock", f"{clock:.1f}", "--python", str(ROOT / ".venv-kaggle/bin/python")]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "rows were scored, the spec's min_scored is 0.98; nothing is submitted" in done.stderr.splitlines()[-1]
-
-
-@pytest.mark.slow
 @pytest.mark.timeout(2400)  # two rehearsals at full size
 def test_25_000_hostile_rows_are_scored_and_killed_workers_cost_no_row_and_change_no_score(tmp_path, package_folder):
     make_workplace(tmp_path, "wsdm", package_folder)
