@@ -146,6 +146,11 @@ def build(specs: tuple[str, ...], kernels: Path, check: bool) -> None:
     type=click.IntRange(0),
     help="Kill every worker of this device as soon as it starts.",
 )
+@click.option(
+    "--lose-all-at",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Kill every worker for good once this share of a pass's rows is scored.",
+)
 @exits_with_2
 def rehearse(spec: str, test_file: Path, out: Path | None, python: Path | None, **scenario) -> None:
     """Run the kernel of SPEC as Kaggle would, on this machine.

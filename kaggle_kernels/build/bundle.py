@@ -1,7 +1,8 @@
 """Build a spec's kernel: one readable kernel.py that runs on Kaggle without this repository, and its kernel-metadata.json.
 
-The kernel is the modules of kaggle_kernels/runtime one after another, each under a heading with its docstring. Their imports
-are merged at the top, the spec's settings follow the module that defines them, and the last lines run the kernel.
+The kernel is the modules of kaggle_kernels/runtime one after another, each under a heading with its docstring. It reads
+like an article: settings and story first, details below. Imports are merged at the top, and the last lines run the kernel. What
+functions take, return and raise is left to the modules' own docstrings.
 
 `build` writes to outputs/kernels/NAME. `rehearse` and `push` read the kernel there and refuse it if it is out of date.
 kaggle_kernels/examples/demo is a committed example.
@@ -28,35 +29,38 @@ from preprocess.core.files import atomic_file
 KERNELS = Path("outputs") / "kernels"
 RUNTIME = Path(__file__).parents[1] / "runtime"
 
-# The runtime's modules in the order of the kernel: a module follows those that it imports.
+# The runtime's modules in the order of the kernel: what a reader wants first, then what it uses. Only names that Python needs
+# as it reads the file, e.g. for a constant or a decorator, must be defined above.
 MODULES = (
     "settings",
-    "package",
-    "models.placement",
-    "models.pipeline",
-    "models.gptq",
-    "models.shortcuts",
-    "models.model",
-    "models.scoring",
+    "main",
+    "scheduling.schedule",
+    "scheduling.pass_runner",
+    "scheduling.worker_handle",
+    "scheduling.worker",
     "scheduling.plan",
     "inputs",
-    "submission",
+    "package",
     "checks",
     "visible",
-    "scheduling.worker",
-    "scheduling.crew",
-    "scheduling.engine",
-    "scheduling.schedule",
-    "main",
+    "submission",
+    "models.scoring",
+    "models.model",
+    "models.overflow",
+    "models.shortcuts",
+    "models.fused",
+    "models.gptq",
+    "models.placement",
+    "models.pipeline",
 )
 
 # Stands for the Kaggle account in kernel-metadata.json; `push` puts its name there.
 OWNER = "INSERT_OWNER"
 
 # The layout of kernel.py, in characters. Its lines are as long as those of the runtime's modules.
-LINE_WIDTH = 128
-DOCSTRING_WIDTH = 120
-RULE = "# " + "=" * 110
+LINE_WIDTH = 100
+DOCSTRING_WIDTH = 96
+RULE = "# " + "=" * 96
 
 # How much of the SHA-256 identifies a build, in hexadecimal digits.
 BUILD_DIGITS = 16
@@ -186,8 +190,11 @@ def assemble_kernel(docstring: str, settings: Settings) -> str:
             section += f"\n\n\nSETTINGS = {format_settings(settings)}"
         sections.append(section)
 
+    # Annotations may name what is defined below.
+    imports = f"from __future__ import annotations\n\n{merge_imports(modules)}"
+
     # Blank lines as ruff wants them: two around the sections, one below the imports.
-    head = f"{docstring}\n\n{merge_imports(modules)}\n\n"
+    head = f"{docstring}\n\n{imports}\n\n"
     ending = 'if __name__ == "__main__":\n    run_kernel(SETTINGS)\n    leave()\n'
     return head + "\n\n\n".join([*sections, ending])
 
@@ -241,7 +248,7 @@ def read_module(name: str) -> Module:
             defined_names += list_defined_names(statement)
 
     # The text as it was written, with its comments, which the syntax tree has lost.
-    body_lines = source.splitlines()[header_end:]
+    body_lines = shorten_docstrings(source, tree)[header_end:]
     return Module(
         name=name,
         docstring=ast.get_docstring(tree),
@@ -249,6 +256,34 @@ def read_module(name: str) -> Module:
         body="\n".join(body_lines).strip("\n"),
         defined_names=tuple(defined_names),
     )
+
+
+def shorten_docstrings(source: str, tree: ast.Module) -> list[str]:
+    """Leave the sections Args, Returns and Raises out of the functions' docstrings.
+
+    Returns:
+        The lines of the source. A line that is left out is no line any more, so that only those
+        above the first function keep their numbers.
+    """
+    lines = source.splitlines()
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    functions.sort(key=lambda function: function.lineno, reverse=True)  # from the end
+    for function in functions:
+        if not ast.get_docstring(function):
+            continue
+        start = function.body[0].lineno - 1
+        end = function.body[0].end_lineno
+        for place in range(start, end):
+            if lines[place].strip() in ("Args:", "Returns:", "Raises:"):
+                kept_lines = lines[start : place - 1]  # without the blank line
+                closing_line = lines[end - 1]
+                if len(kept_lines) == 1:
+                    kept_lines = [kept_lines[0] + closing_line.strip()]
+                else:
+                    kept_lines.append(closing_line)
+                lines[start:end] = kept_lines
+                break
+    return lines
 
 
 def check_is_not_renamed(statement: ImportStatement, importer: str) -> None:
@@ -357,7 +392,7 @@ def format_packages(packages: Sequence[PackageSettings]) -> str:
 
 
 def format_value(value: object) -> str:
-    """Write text, a number, None, or a tuple of them as Python source, text in double quotes."""
+    """Write text, a number, None, a dataclass, or a tuple of them as Python source."""
     if isinstance(value, str):
         return json.dumps(value)
     if isinstance(value, tuple):

@@ -13,7 +13,7 @@ from kaggle_kernels.build.spec import Spec, read_spec
 from postprocess.memory.model_size import GIB
 from preprocess.core.errors import UserError
 
-WIDTH = 144  # characters, where the output is no terminal
+WIDTH = 156  # characters, where the output is no terminal
 PACKAGE_COLUMNS = ("packages", "base model", "approach", "bits", "GiB a GPU")
 COLUMNS = ("spec", "for", *PACKAGE_COLUMNS, "clock", "kernel")
 
@@ -63,9 +63,9 @@ def describe_spec(path: Path) -> list[str]:
     lines_by_package = [describe_package(fit, spec) for fit in fits]
     package_cells = ["\n".join(lines) for lines in zip(*lines_by_package, strict=True)]
 
-    duration = format_duration(spec.clock_seconds)
+    durations = [format_duration(limit.seconds) for limit in spec.time_limits]
     state = "[yellow]stale[/yellow]" if stale_files(path) else "[green]built[/green]"
-    return [spec.competition, *package_cells, duration, state]
+    return [spec.competition, *package_cells, " / ".join(durations), state]
 
 
 def describe_package(fit: Fit, spec: Spec) -> tuple[str, str, str, str, str]:

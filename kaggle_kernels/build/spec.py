@@ -7,12 +7,20 @@ fix. spec.schema.json, which editors use, is generated from the same models (see
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
-from kaggle_kernels.runtime.settings import PackageSettings, Settings
+from kaggle_kernels.runtime.settings import PackageSettings, Settings, TimeLimit
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_yaml
 from preprocess.core.problems import in_words, unknown_key, without_echo
@@ -24,6 +32,9 @@ SPECS = Path(__file__).parents[1] / "specs"
 # Kaggle's limits for a title, in characters. The slug that is made of the title has the same lower limit.
 SHORTEST_TITLE = 5
 LONGEST_TITLE = 50
+
+# Kaggle ends every kernel after twelve hours.
+LONGEST_SECONDS = 43_200.0
 
 # How far the sum of the weights may be from 1.
 WEIGHT_TOLERANCE = 1e-6
@@ -51,6 +62,7 @@ class Competition(_Strict):
     verdicts: tuple[str, ...]
     metric: Literal["accuracy", "log_loss"]
     daily_submissions: int  # of a team, in a day of UTC
+    time_limits: dict[int | None, float]  # seconds by rows up to; None: any more
 
 
 # The rules of https://www.kaggle.com/competitions/SLUG.
@@ -61,6 +73,8 @@ COMPETITIONS = {
         verdicts=("model_a", "model_b"),
         metric="accuracy",
         daily_submissions=5,
+        # 4 h 45 min for the public phase's 10,000 rows, 12 h for the final phase's 25,000.
+        time_limits={12_000: 17_100.0, None: LONGEST_SECONDS},
     ),
     "lmsys": Competition(
         slug="lmsys-chatbot-arena",
@@ -68,6 +82,7 @@ COMPETITIONS = {
         verdicts=("model_a", "model_b", "tie"),
         metric="log_loss",
         daily_submissions=5,
+        time_limits={None: 32_400.0},
     ),
 }
 
@@ -100,6 +115,16 @@ class PackageBlock(_Strict):
     )
 
 
+# In YAML: seconds, or seconds by the largest number of rows that they are for; null: any more.
+_SECONDS_SCHEMA = {"type": "number", "exclusiveMinimum": 0, "maximum": LONGEST_SECONDS}
+TimeLimits = Annotated[
+    dict[int | None, float],
+    WithJsonSchema(
+        {"anyOf": [_SECONDS_SCHEMA, {"type": "object", "additionalProperties": _SECONDS_SCHEMA}]}
+    ),
+]
+
+
 class Spec(_Strict):
     """A spec: one kernel, what it serves and how."""
 
@@ -118,8 +143,9 @@ class Spec(_Strict):
     )
     accelerator: Literal["NvidiaTeslaT4"] = Field("NvidiaTeslaT4", description="the GPUs: two T4s")
     # How the rows are scored.
-    clock_seconds: float = Field(
-        gt=0, le=43200, description="how long the kernel may take, writing the submission included"
+    clock_seconds: TimeLimits | None = Field(
+        None,
+        description="how long the kernel may take: seconds, or seconds by rows up to; by default the competition's limits",
     )
     orders: Literal["as_given", "both"] = Field(
         "both",
@@ -143,7 +169,7 @@ class Spec(_Strict):
         0.98,
         gt=0,
         le=1,
-        description="the share of rows that must be scored; with fewer, nothing is submitted",
+        description="the share of rows that should be scored; fewer are an error in the visible run, a warning in the hidden",
     )
     visible_rows: int = Field(
         512,
@@ -158,6 +184,26 @@ class Spec(_Strict):
         max_length=50,
         description="the dataset with the wheel of bitsandbytes, for nf4 and int8; gptq4 and gptq8 need none",
     )
+
+    @field_validator("clock_seconds", mode="before")
+    @classmethod
+    def _read_time_limits(cls, value: object) -> object:
+        if value is None:
+            return None
+
+        seconds_by_rows = value if isinstance(value, dict) else {None: value}
+        for rows, seconds in seconds_by_rows.items():
+            is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+            if not is_number or not 0 < seconds <= LONGEST_SECONDS:
+                raise ValueError(
+                    f"expected seconds above 0 and up to {LONGEST_SECONDS:g}, found {seconds!r}"
+                )
+            if rows is not None and (not isinstance(rows, int) or rows < 1):
+                raise ValueError(f"expected a number of rows, or null for any more, found {rows!r}")
+
+        if None not in seconds_by_rows:
+            raise ValueError("says nothing of more rows; add null: SECONDS")
+        return seconds_by_rows
 
     @field_validator("title")
     @classmethod
@@ -201,6 +247,20 @@ class Spec(_Strict):
                 f"wheels: {self.wheels} is a package's dataset; name the one with bitsandbytes, pairwise-wheels"
             )
         return self
+
+    @property
+    def time_limits(self) -> tuple[TimeLimit, ...]:
+        """The kernel's time limits by ascending number of rows, its own or its competition's."""
+        seconds_by_rows = self.clock_seconds or COMPETITIONS[self.competition].time_limits
+        row_numbers = sorted(rows for rows in seconds_by_rows if rows is not None)
+        return tuple(TimeLimit(rows, float(seconds_by_rows[rows])) for rows in [*row_numbers, None])
+
+    def time_limit(self, rows: int) -> float:
+        """Return the seconds that the kernel may take for a test file of so many rows."""
+        for limit in self.time_limits:
+            if limit.rows is None or rows <= limit.rows:
+                return limit.seconds
+        raise ValueError(f"no time limit for {rows} rows")
 
     @property
     def slug(self) -> str:
@@ -295,7 +355,7 @@ def settings_of(
         verdicts=competition.verdicts,
         packages=tuple(packages),
         orders=ORDERS[spec.orders],
-        clock_seconds=spec.clock_seconds,
+        time_limits=spec.time_limits,
         budget_tokens=spec.budget_tokens,
         tokens_per_batch=spec.tokens_per_batch,
         temperature=temperature,

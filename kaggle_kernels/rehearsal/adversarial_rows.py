@@ -18,12 +18,16 @@ from kaggle_kernels.rehearsal.adversarial_texts import (
     Field,
     draw_texts,
 )
+from kaggle_kernels.runtime.inputs import SCORED
 
 # Share of the rows that is replaced.
 SHARE = 0.05
 
 # One row of each long kind in so many rows: it takes as long to tokenise as fifty others.
 ROWS_PER_LONG_ROW = 2500
+
+# One in so many seeds leaves out the column that says which rows count.
+SEEDS_WITHOUT_SCORED = 4
 
 # Holds an adversarial row's kind, and null for a row that stayed.
 KIND_COLUMN = "hostile"
@@ -78,7 +82,26 @@ def add_adversarial_rows(rows: pl.DataFrame, seed: int, are_turns: bool) -> pl.D
         if schema[name] == pl.Null:
             schema[name] = pl.String
     schema[KIND_COLUMN] = pl.String
-    return pl.DataFrame(columns, schema=schema)
+    table = pl.DataFrame(columns, schema=schema)
+    return table if are_turns else draw_scored(table, seed)
+
+
+def draw_scored(table: pl.DataFrame, seed: int) -> pl.DataFrame:
+    """Let each adversarial row count on the leaderboard, or not, or say nothing of it.
+
+    WSDM's column says so; one in SEEDS_WITHOUT_SCORED seeds leaves it out altogether.
+    """
+    if seed % SEEDS_WITHOUT_SCORED == SEEDS_WITHOUT_SCORED - 1:
+        return table.drop(SCORED, strict=False)
+
+    rng = random.Random(seed)
+    scored = [True] * len(table)
+    if SCORED in table.columns:
+        scored = table[SCORED].to_list()
+    for place, kind in enumerate(table[KIND_COLUMN]):
+        if kind is not None:
+            scored[place] = rng.choice((True, False, None))
+    return table.with_columns(pl.Series(SCORED, scored, pl.Boolean))
 
 
 def choose_kinds(rows: int, rng: random.Random) -> list[str]:

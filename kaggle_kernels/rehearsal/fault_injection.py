@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -23,6 +23,9 @@ from preprocess.core.errors import UserError
 
 PROC = Path("/proc")
 POLL_SECONDS = 0.05
+
+# A line of the kernel's log: "demo, as_given: 120 of 300 rows, 41.3 rows/s".
+PROGRESS = re.compile(r": (\d+) of (\d+) rows, .* rows/s")
 WORKER_NAME = re.compile(r"worker (\d+)")
 
 
@@ -32,12 +35,14 @@ class Faults:
 
     kill_every: float | None = None  # seconds between kills, from when the first worker appears
     lose_device: int | None = None  # every worker of this device is killed as soon as it appears
+    lose_all_at: float | None = None  # the same of all devices, from this share of a pass's rows on
     seed: int = 0  # decides which worker is killed first
 
     @property
     def kills_workers(self) -> bool:
         """Whether anything happens at all."""
-        return self.kill_every is not None or self.lose_device is not None
+        faults = (self.kill_every, self.lose_device, self.lose_all_at)
+        return any(fault is not None for fault in faults)
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ def check_faults(faults: Faults, devices: int | None) -> None:
     """
     if faults.kills_workers and not PROC.is_dir():
         raise UserError(
-            f"--kill-every, --lose-device: no {PROC}, in which workers are found; "
+            f"--kill-every, --lose-device, --lose-all-at: no {PROC}, in which workers are found; "
             "rehearse faults on Linux"
         )
 
@@ -77,6 +82,11 @@ def check_kills(faults: Faults, kills: Sequence[Kill], seconds: float) -> None:
             f"--lose-device: no process named worker {faults.lose_device} appeared; "
             "nothing was killed"
         )
+    if faults.lose_all_at is not None and not kills:
+        raise UserError(
+            "--lose-all-at: no worker was alive when the log said that so many rows were scored; "
+            "give a smaller share, or more --rows"
+        )
     if faults.kill_every is not None and not kills:
         raise UserError(
             f"--kill-every: the kernel ended after {seconds:.0f} s and no worker was killed; "
@@ -84,33 +94,46 @@ def check_kills(faults: Faults, kills: Sequence[Kill], seconds: float) -> None:
         )
 
 
+@dataclass
+class Injection:
+    """What happens while a kernel runs: its kills so far, and how far its log says that it is."""
+
+    kills: list[Kill] = field(default_factory=list)
+    scored_share: float = 0.0  # of a pass's rows
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def read_log_line(self, line: str) -> None:
+        """Note how many rows are scored, where a line of the kernel's log says so."""
+        match = PROGRESS.search(line)
+        if match:
+            self.scored_share = max(self.scored_share, int(match[1]) / int(match[2]))
+
+
 @contextlib.contextmanager
-def inject_faults(kernel_pid: int, faults: Faults) -> Iterator[list[Kill]]:
-    """Kill workers of a kernel while the block runs; yield a list that grows with every kill."""
-    kills: list[Kill] = []
+def inject_faults(kernel_pid: int, faults: Faults) -> Iterator[Injection]:
+    """Kill workers of a kernel while the block runs; yield what grows with every kill."""
+    injection = Injection()
     if not faults.kills_workers:
-        yield kills
+        yield injection
         return
 
-    stop = threading.Event()
-    killer = threading.Thread(target=kill_until_stopped, args=(kernel_pid, faults, kills, stop))
+    killer = threading.Thread(target=kill_until_stopped, args=(kernel_pid, faults, injection))
     killer.start()
     try:
-        yield kills
+        yield injection
     finally:
-        stop.set()
+        injection.stop.set()
         killer.join()
 
 
-def kill_until_stopped(
-    kernel_pid: int, faults: Faults, kills: list[Kill], stop: threading.Event
-) -> None:
-    """Look for workers every POLL_SECONDS, and kill those whose turn it is, until `stop` is set."""
+def kill_until_stopped(kernel_pid: int, faults: Faults, injection: Injection) -> None:
+    """Look for workers every POLL_SECONDS, and kill those whose turn it is, until it stops."""
+    kills = injection.kills
     began = time.monotonic()
     next_kill_at = None  # seconds after `began`, once the first worker has appeared
     last_victim = None
 
-    while not stop.wait(POLL_SECONDS):
+    while not injection.stop.wait(POLL_SECONDS):
         seconds = time.monotonic() - began
         workers = find_workers(kernel_pid)
 
@@ -119,10 +142,12 @@ def kill_until_stopped(
             if workers.get(kill.worker) == kill.pid:
                 del workers[kill.worker]
 
-        # The lost device: its worker never lives for long.
-        if faults.lose_device in workers:
-            pid = workers.pop(faults.lose_device)
-            kill_worker(faults.lose_device, pid, seconds, kills)
+        # Lost devices: their workers never live for long.
+        lost_devices = {faults.lose_device}
+        if faults.lose_all_at is not None and injection.scored_share >= faults.lose_all_at:
+            lost_devices.update(workers)
+        for device in lost_devices & workers.keys():
+            kill_worker(device, workers.pop(device), seconds, kills)
 
         # The regular kills: the first one is due `kill_every` seconds after a worker was seen.
         if faults.kill_every is None or not workers:

@@ -12,6 +12,7 @@ import polars as pl
 
 from kaggle_kernels.build.spec import COMPETITIONS, Spec
 from kaggle_kernels.rehearsal.adversarial_texts import TEXTS
+from kaggle_kernels.runtime.inputs import SCORED
 
 # Kaggle reads this file from an upload, and does not mount it.
 METADATA = "dataset-metadata.json"
@@ -32,7 +33,7 @@ def lay_out_tree(
         spec: The kernel's spec; its competition names a folder.
         packages: The folders of its packages, by dataset.
         suffix: ".csv" for a test file in CSV, anything else for Parquet.
-        test_rows: The rows of the test file, of which only ids and texts are written.
+        test_rows: The rows of the test file; ids, texts and `scored` are written.
         train_file: The competition's train file, for the visible run.
     """
     # Kaggle mounts each package as a dataset.
@@ -47,7 +48,8 @@ def lay_out_tree(
     competition.mkdir(parents=True)
 
     # The kernel must not see verdicts, which a train file used as the test file has.
-    visible_columns = test_rows.select("id", *TEXTS)
+    optional_columns = [name for name in (SCORED,) if name in test_rows.columns]
+    visible_columns = test_rows.select("id", *TEXTS, *optional_columns)
     if suffix == ".csv":
         visible_columns.write_csv(competition / "test.csv")
     else:

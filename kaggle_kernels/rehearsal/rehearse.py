@@ -59,6 +59,7 @@ class Scenario:
     # What happens to its workers; see `Faults`.
     kill_every: float | None = None
     lose_device: int | None = None
+    lose_all_at: float | None = None
     # Mounted beside the test file, so that the visible run scores rows of it.
     train_file: Path | None = None
 
@@ -75,7 +76,7 @@ class Scenario:
     @property
     def faults(self) -> Faults:
         """What happens to the kernel's workers."""
-        return Faults(self.kill_every, self.lose_device, self.seed)
+        return Faults(self.kill_every, self.lose_device, self.lose_all_at, self.seed)
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Inputs:
     """All that a rehearsal needs, checked before the kernel runs."""
 
     name: str  # of the spec and the kernel
-    spec: Spec
+    spec: Spec  # with the scenario's clock
     fits: list[Fit]
     packages: dict[str, Path]  # their folders, by dataset
     kernel_folder: Path
@@ -156,14 +157,13 @@ def prepare_inputs(
     spec_path: Path, test_file: Path, python: Path | None, scenario: Scenario
 ) -> Inputs:
     """Check all inputs and make the rows, so that mistakes show before the kernel's long run."""
-    # The kernel, its packages and its time.
+    # The kernel, its packages and its time limits.
     spec = read_spec(spec_path)
     kernel_folder = check_built(spec_path)
     fits = fit_packages(spec_path, spec)
     packages = {fit.package.dataset: find_package(fit) for fit in fits}
-    clock_seconds = scenario.clock_seconds
-    if clock_seconds is None:
-        clock_seconds = spec.clock_seconds
+    if scenario.clock_seconds is not None:
+        spec = spec.model_copy(update={"clock_seconds": {None: scenario.clock_seconds}})
 
     # The options that a machine or a file may contradict.
     python = find_python(python)
@@ -186,7 +186,7 @@ def prepare_inputs(
         fits=fits,
         packages=packages,
         kernel_folder=kernel_folder,
-        clock_seconds=clock_seconds,
+        clock_seconds=spec.time_limit(len(rows)),
         python=python,
         rows=rows,
         rows_description=description,
@@ -245,8 +245,7 @@ def read_kernel(inputs: Inputs, scenario: Scenario) -> str:
     if scenario.clock_seconds is None:
         return (inputs.kernel_folder / "kernel.py").read_text(encoding="utf-8")
 
-    spec = inputs.spec.model_copy(update={"clock_seconds": scenario.clock_seconds})
-    return kernel_text(inputs.name, spec, inputs.fits)
+    return kernel_text(inputs.name, inputs.spec, inputs.fits)
 
 
 def keep_results(working: Path, out: Path) -> None:
@@ -274,7 +273,7 @@ def evaluate_results(inputs: Inputs, out: Path) -> dict:
     passes = read_object(out / "kernel.json")["passes"]
     speed = measure_speed(passes)
     predictions = predict_runs(inputs.fits, inputs.spec, passes, len(inputs.rows))
-    for line in report_throughput(speed, predictions, inputs.spec.clock_seconds):
+    for line in report_throughput(speed, predictions):
         print(line)
 
     # How good are the answers?

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,8 +114,8 @@ def run_as_kaggle(
         try:
             clock.start()
             watcher = threads.submit(await_end, process, began)
-            with inject_faults(process.pid, conditions.faults) as kills:
-                last_line = print_log(process, root)
+            with inject_faults(process.pid, conditions.faults) as injection:
+                last_line = print_log(process, root, injection.read_log_line)
         finally:
             # Also after Ctrl-C: nothing of the kernel may go on.
             clock.cancel()
@@ -132,7 +133,7 @@ def run_as_kaggle(
         raise UserError(
             f"{name}: the kernel ended with exit code {process.returncode}: {last_line}"
         )
-    return KernelRun(seconds, tuple(kills))
+    return KernelRun(seconds, tuple(injection.kills))
 
 
 def start_kernel(
@@ -160,13 +161,17 @@ def start_kernel(
     )
 
 
-def print_log(process: subprocess.Popen[str], root: Path) -> str:
-    """Print the log until its end, with Kaggle's paths; return the last line that is not blank."""
+def print_log(process: subprocess.Popen[str], root: Path, read_line: Callable[[str], None]) -> str:
+    """Print the log until its end, with Kaggle's paths; return the last line that is not blank.
+
+    `read_line` is called with each line.
+    """
     last_line = ""
     for line in process.stdout:
         # Paths look as they would on Kaggle.
         line = line.replace(str(root), "/kaggle").replace(f"{root.parent}/", "")
         print(line, end="", flush=True)
+        read_line(line)
         if line.strip():
             last_line = line.strip()
     return last_line

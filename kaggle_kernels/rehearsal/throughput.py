@@ -50,6 +50,7 @@ class Prediction:
     """Seconds that two T4s take for so many rows, by phase, all models together."""
 
     rows: int
+    clock_seconds: float  # the kernel's time limit for so many rows
     loading: float
     first_order: float
     second_order: float  # 0 where no model has a second order
@@ -103,6 +104,7 @@ def predict_runs(
     for number in dict.fromkeys((rows, *HIDDEN_TEST_ROWS)):  # each number once, in this order
         prediction = Prediction(
             rows=number,
+            clock_seconds=spec.time_limit(number),
             loading=loading,
             first_order=number * first_order_flop / flop_per_second,
             second_order=number * second_order_flop / flop_per_second,
@@ -177,9 +179,7 @@ def measure_speed(passes: Sequence[dict]) -> Speed:
     )
 
 
-def report_throughput(
-    speed: Speed, predictions: Sequence[Prediction], clock_seconds: float
-) -> list[str]:
+def report_throughput(speed: Speed, predictions: Sequence[Prediction]) -> list[str]:
     """Write the lines of the log: the speed here, the predictions, and a warning if it is too slow.
 
     The first prediction is for the rehearsed number of rows.
@@ -189,22 +189,23 @@ def report_throughput(
         f"padding {speed.padding:.1%}"
     ]
     for prediction in predictions:
-        lines.append(format_prediction(prediction, clock_seconds))
+        lines.append(format_prediction(prediction))
 
     # The predictions for other numbers of rows are for information only.
     rehearsed = predictions[0]
-    if rehearsed.one_order > clock_seconds:
+    if rehearsed.one_order > rehearsed.clock_seconds:
         lines.append(
             f"warning: {rehearsed.rows:,} rows are predicted to take "
             f"{format_duration(rehearsed.one_order)} in one order alone, the clock is "
-            f"{format_duration(clock_seconds)}: rows would be left to the prior; "
+            f"{format_duration(rehearsed.clock_seconds)}: rows would be left to the prior; "
             "lower budget_tokens, or take a smaller model"
         )
     return lines
 
 
-def format_prediction(prediction: Prediction, clock_seconds: float) -> str:
+def format_prediction(prediction: Prediction) -> str:
     """Format a prediction as a line of the log, with the part of the second order that fits in."""
+    clock_seconds = prediction.clock_seconds
     phases = [
         f"loading {format_duration(prediction.loading)}",
         f"first order {format_duration(prediction.first_order)}",

@@ -1,150 +1,332 @@
 """The kernel from beginning to end: inputs, checks, scores, submission.
 
-Every check that needs no device comes before the first model is loaded. Written to /kaggle/working: submission.csv,
-scores.parquet, kernel.json.
+Every check that needs no device comes before the first model is loaded. Written to /kaggle/working:
+submission.csv, scores.parquet, kernel.json.
 """
 
 import contextlib
 import importlib.metadata
 import json
 import os
+import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 from kaggle_kernels.runtime.checks import check_machine
-from kaggle_kernels.runtime.inputs import find_mounted, install_missing_wheels, kaggle_root, read_ids, read_rows
+from kaggle_kernels.runtime.inputs import (
+    find_mounted,
+    install_missing_wheels,
+    kaggle_root,
+    read_rows,
+    read_table,
+)
 from kaggle_kernels.runtime.package import Package, PackageError, read_package
-from kaggle_kernels.runtime.scheduling.schedule import Board, combine, make_board, score_all, serving_contract
-from kaggle_kernels.runtime.settings import Clock, PackageSettings, Settings, log, start_clock
-from kaggle_kernels.runtime.submission import fill_unscored, write_record, write_scores, write_submission
-from kaggle_kernels.runtime.visible import Speed, VisibleRows, choose_visible_rows, visible_lines, visible_report
+from kaggle_kernels.runtime.scheduling.schedule import (
+    Board,
+    combine,
+    make_board,
+    score_all,
+    serving_contract,
+)
+from kaggle_kernels.runtime.settings import (
+    Clock,
+    PackageSettings,
+    Settings,
+    is_hidden_run,
+    log,
+    start_clock,
+)
+from kaggle_kernels.runtime.submission import (
+    describe_shortfall,
+    fill_unscored,
+    write_record,
+    write_scores,
+    write_submission,
+)
+from kaggle_kernels.runtime.visible import (
+    Speed,
+    VisibleRows,
+    choose_visible_rows,
+    report_quality,
+    report_speed,
+    visible_lines,
+)
 
-
-def visible_devices() -> list[str]:
-    """Every GPU, or the CPU; in a rehearsal KAGGLE_DEVICES names them: "cpu,cpu" are two workers that stand in for GPUs."""
-    if named := os.environ.get("KAGGLE_DEVICES"):
-        return named.split(",")
-    return [f"cuda:{number}" for number in range(torch.cuda.device_count())] or ["cpu"]
+TEST_FILES = ("test.parquet", "test.csv")
+LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors")
 
 
 def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None:
-    """Score the test file and write the submission; raises, and writes no submission, where it would be wrong."""
-    clock = start_clock(settings.clock_seconds)
+    """Score the test file and write the submission.
+
+    The hidden run always submits: a row that could not be scored gets the prior. Only what shows
+    that answers would be wrong ends it. In the visible run every shortfall is an error.
+
+    Args:
+        settings: What the spec asks for.
+        devices: PyTorch's names of the devices; by default those of this machine.
+
+    Raises:
+        PackageError: Every package is damaged, or scores other than when it was packaged.
+        ValueError: The test file or the submission is not whole; in the visible run also: too few
+            rows were scored.
+    """
+    began = time.monotonic()
     root = kaggle_root()
-    (root / "working" / "submission.csv").unlink(missing_ok=True)  # of an earlier run in the same session
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers", "safetensors")}
-    log(clock, f"{settings.name}: {', '.join(f'{name} {version}' for name, version in versions.items())}")
-    test_file = find_mounted(root, settings.competition, ("test.parquet", "test.csv"), "competitions")
+    hidden_run = is_hidden_run()
+    devices = list(devices or list_devices())
+    (root / "working" / "submission.csv").unlink(missing_ok=True)  # an earlier run's
+
+    # The time limit depends on the number of rows.
+    test_file = find_mounted(root, settings.competition, TEST_FILES, "competitions")
     rows = read_rows(test_file, are_turns="tie" in settings.verdicts)
-    log(clock, f"{test_file}: {len(rows)} rows")
-    packages = read_packages(root, settings, clock)
+    clock = start_clock(settings.time_limit(len(rows)), began)
+    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    log(clock, f"{settings.name}: {', '.join(map(' '.join, versions.items()))}")
+    log(clock, f"{test_file}: {len(rows)} rows, {sum(row['counts'] for row in rows)} of them count")
+
+    # What is there to score them with.
+    served, packages = read_packages(root, settings, clock)
     folders = [package.folder for package in packages]
-    installed = install_missing_wheels(root, folders, settings.wheels)
-    if installed:
-        log(clock, f"installed {', '.join(installed)} from {settings.wheels}")
-    devices = list(devices or visible_devices())
     visible = choose_visible_rows(root, settings, folders, {row["id"] for row in rows})
     if visible.log_line:
         log(clock, visible.log_line)
-    machine = check_machine(root, settings, packages, devices, len(rows) + len(visible.rows), clock)
-    board = make_board(settings, packages, [*rows, *visible.rows], devices, clock, is_hidden_run())
-    with carrying_on(board):
+    all_rows = [*rows, *visible.rows]
+
+    machine = prepare_machine(root, served, packages, devices, clock)
+
+    # The hours of work.
+    board = make_board(served, packages, all_rows, devices, clock, hidden_run)
+    with log_errors_of_hidden_run(clock):
         score_all(board)
-    scored = combine(settings, packages, board.scores)
-    final = fill_unscored(rows, scored, settings.verdicts, settings.min_scored)
-    write_submission(root / "working" / "submission.csv", settings, final, read_ids(test_file))
-    record = {
-        "settings": asdict(settings),
-        "manifests": {one.dataset: package.manifest_sha256() for one, package in zip(settings.packages, packages, strict=True)},
-        "versions": versions,
-        "installed": installed,
-        "machine": machine,
-        "devices": devices,
-        "hidden_run": board.inputs.hidden_run,
-        "rows": len(rows),
-        "scored": sum(row["id"] in scored for row in rows),
-        "plans": board.plans,
-        "passes": board.passes,
-        "workers": board.workers,
-        "visible": report_visible_rows(board, visible, scored) if visible.rows else None,
-        "seconds": round(clock.elapsed(), 1),
-    }
-    with carrying_on(board):
-        write_scores(root / "working" / "scores.parquet", settings.verdicts, final, scored, board.by_run())
+    scored = combine(served, packages, board.progress.scores)
+
+    # From here on a row without a score has the prior.
+    shortfall = describe_shortfall(rows, scored, settings.min_scored)
+    if shortfall is not None:
+        if not hidden_run:
+            raise ValueError(f"{shortfall}; nothing is submitted, as the visible run shows it")
+        log(clock, f"warning: {shortfall}; the others get the prior")
+    final = fill_unscored(rows, scored, settings.verdicts)
+    ids = [row["id"] for row in read_table(test_file, ("id",))]
+    write_submission(root / "working" / "submission.csv", settings, final, ids)
+
+    counts = count_rows(rows, scored)
+    by_prior = counts["rows"] - counts["scored"]
+    log(
+        clock,
+        f"submission.csv: {len(rows)} rows, {counts['scored']} scored, {by_prior} by the prior",
+    )
+
+    # The submission stands: what fails from here on costs no more than a record.
+    with log_errors_of_hidden_run(clock):
+        models = board.scores_by_run()
+        write_scores(root / "working" / "scores.parquet", settings.verdicts, final, scored, models)
+        record = {
+            "settings": asdict(settings),
+            "clock_seconds": settings.time_limit(len(rows)),
+            "versions": versions,
+            "machine": machine,
+            **counts,
+            "shortfall": shortfall,
+            **describe_run(board),
+            "visible": report_visible_run(board, visible, scored) if visible.rows else None,
+            "seconds": round(clock.elapsed(), 1),
+        }
         write_record(root / "working" / "kernel.json", record)
-    log(clock, f"submission.csv: {len(rows)} rows, {record['scored']} scored, {len(rows) - record['scored']} by the prior")
 
 
-def is_hidden_run() -> bool:
-    """Whether this is the run on the hidden test rows, that of a submission."""
-    return bool(os.environ.get("KAGGLE_IS_COMPETITION_RERUN"))
+def prepare_machine(
+    root: Path,
+    settings: Settings,
+    packages: Sequence[Package],
+    devices: Sequence[str],
+    clock: Clock,
+) -> dict:
+    """Install what is missing and check what is there, for kernel.json.
+
+    In the hidden run a problem is only logged: golden rows show where answers would be wrong.
+    """
+    machine: dict = {}
+    folders = [package.folder for package in packages]
+    with log_errors_of_hidden_run(clock):
+        machine["installed"] = install_missing_wheels(root, folders, settings.wheels)
+        machine |= check_machine(root, packages, devices, clock)
+    return machine
+
+
+def list_devices() -> list[str]:
+    """List every GPU, or the CPU.
+
+    A rehearsal names them in KAGGLE_DEVICES: "cpu,cpu" are two workers that stand in for GPUs.
+    """
+    named_devices = os.environ.get("KAGGLE_DEVICES")
+    if named_devices:
+        return named_devices.split(",")
+    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    return gpus or ["cpu"]
 
 
 @contextlib.contextmanager
-def carrying_on(board: Board) -> Iterator[None]:
-    """In the hidden run an error in here is only logged: what was scored before it is worth submitting, if it is enough."""
+def log_errors_of_hidden_run(clock: Clock) -> Iterator[None]:
+    """In the hidden run, log an error of the block and go on: fewer scores beat no submission.
+
+    A PackageError is raised in any run: it shows that answers would be wrong.
+    """
     try:
         yield
+    except PackageError:
+        raise
     except Exception:
-        if not board.inputs.hidden_run:
+        if not is_hidden_run():
             raise
-        log(board.inputs.clock, f"going on with what was scored until now: {traceback.format_exc()}")
+        log(clock, f"going on with what was scored until now: {traceback.format_exc()}")
 
 
-def report_visible_rows(board: Board, visible: VisibleRows, scored: Mapping[str, list[float]]) -> dict:
-    """What the visible run measured, for kernel.json, also logged."""
-    clock_seconds = board.inputs.clock.deadline - board.inputs.clock.began
-    verdicts, speeds = board.inputs.settings.verdicts, speeds_of(board)
-    report = visible_report(visible, verdicts, scored, board.by_run(), speeds, board.before_seconds, clock_seconds)
+def read_packages(root: Path, settings: Settings, clock: Clock) -> tuple[Settings, list[Package]]:
+    """Find and check the spec's packages. In the hidden run one that fails is left out.
+
+    Returns:
+        The settings with the packages that passed, and these packages.
+
+    Raises:
+        Exception: The error of a package, in the hidden run only where none passed.
+    """
+    kept_settings = []
+    packages = []
+    for number, package_settings in enumerate(settings.packages):
+        try:
+            package = read_and_check_package(root, package_settings, settings, clock)
+        except Exception as error:
+            is_last_chance = not packages and number == len(settings.packages) - 1
+            if is_last_chance or not is_hidden_run():
+                raise
+            log(clock, f"{package_settings.run}: left out: {type(error).__name__}: {error}")
+            continue
+        kept_settings.append(package_settings)
+        packages.append(package)
+    return replace(settings, packages=tuple(kept_settings)), packages
+
+
+def read_and_check_package(
+    root: Path, package_settings: PackageSettings, settings: Settings, clock: Clock
+) -> Package:
+    """Find a package and check it against the spec and the recipe."""
+    folder = find_mounted(root, package_settings.dataset, ("manifest.json",), "datasets").parent
+    package = read_package(folder, clock)
+    check_package(package, package_settings, settings)
+    if package.contract.base_model != package_settings.base_model:
+        log(
+            clock,
+            f"{package_settings.run}: made of {package.contract.base_model}, "
+            f"its recipe says {package_settings.base_model}",
+        )
+
+    # The template alone must fit the token budget.
+    empty_pair = package.model_input.Pair("", (), (), ())
+    contract = serving_contract(package, settings)
+    package.model_input.encode(empty_pair, package.tokenizer, contract)
+
+    golden_rows = len(package.contract.golden)
+    log(clock, f"{folder}: files, tokenizer and {golden_rows} golden rows are as packaged")
+    return package
+
+
+def check_package(package: Package, package_settings: PackageSettings, settings: Settings) -> None:
+    """Raise PackageError where verdicts, their order or the architecture are not the recipe's."""
+    contract = package.contract
+    missing_verdicts = set(settings.verdicts) - set(contract.verdicts)
+    if missing_verdicts:
+        raise PackageError(
+            f"{package.folder}: tells nothing of {', '.join(sorted(missing_verdicts))}, "
+            "which the competition asks for"
+        )
+
+    config = json.loads((package.folder / "config.json").read_text(encoding="utf-8"))
+    model_type = config.get("model_type")
+    if contract.verdicts != package_settings.verdicts:
+        mismatch = f"contract.json: verdicts: found {contract.verdicts}"
+        expected = package_settings.verdicts
+    elif model_type != package_settings.model_type:
+        mismatch = f"config.json: model_type: found {model_type}"
+        expected = package_settings.model_type
+    else:
+        return
+    raise PackageError(
+        f"{package.folder}/{mismatch}, the recipe of {package_settings.run} says {expected}; package the "
+        "run again, or build the kernel again from the recipe that it was trained with"
+    )
+
+
+def count_rows(rows: Sequence[Mapping], scored: Mapping[str, Sequence[float]]) -> dict:
+    """Count the rows for kernel.json, and those of them that were scored."""
+    counting_ids = [row["id"] for row in rows if row["counts"]]
+    return {
+        "rows": len(rows),
+        "scored": sum(row["id"] in scored for row in rows),
+        "rows_that_count": len(counting_ids),
+        "scored_that_count": sum(row_id in scored for row_id in counting_ids),
+    }
+
+
+def describe_run(board: Board) -> dict:
+    """Describe what the kernel did, for kernel.json."""
+    inputs, progress = board.inputs, board.progress
+    manifests = {}
+    for package_settings, package in zip(inputs.settings.packages, inputs.packages, strict=True):
+        manifests[package_settings.dataset] = package.manifest_sha256()
+    return {
+        "manifests": manifests,
+        "devices": list(inputs.devices.values()),
+        "hidden_run": inputs.hidden_run,
+        "plans": progress.plans,
+        "passes": progress.passes,
+        "workers": progress.workers,
+    }
+
+
+def report_visible_run(
+    board: Board, visible: VisibleRows, scored: Mapping[str, list[float]]
+) -> dict:
+    """Log what the visible run measured, and return it for kernel.json."""
+    settings, clock = board.inputs.settings, board.inputs.clock
+    quality = report_quality(visible, settings.verdicts, scored, board.scores_by_run())
+    speed = report_speed(measure_speeds(board), board.measured.before_seconds, settings)
+    report = quality | speed
     for line in visible_lines(report):
-        log(board.inputs.clock, line)
+        log(clock, line)
     return report
 
 
-def speeds_of(board: Board) -> list[Speed]:
-    """What was measured of each package that scored."""
+def measure_speeds(board: Board) -> list[Speed]:
+    """Collect what was measured of each package that scored."""
     speeds = []
-    for number, chosen in enumerate(board.inputs.settings.packages):
-        done = [record for record in board.passes if record["run"] == chosen.run and record["scored"]]
+    for number, package_settings in enumerate(board.inputs.settings.packages):
+        passes = [
+            record
+            for record in board.progress.passes
+            if record["run"] == package_settings.run and record["scored"]
+        ]
+        if not passes:
+            continue
+
+        # The rate is that of tokens with their padding, which the prediction leaves out.
+        first_pass = passes[0]
+        token_share = first_pass["tokens"] / first_pass["computed_tokens"]
         name = board.inputs.packages[number].folder.name
-        loads = [worker["load_seconds"] for worker in board.workers if worker["package"] == name]
-        if done:
-            rate = board.measured.rates[number] * done[0]["tokens"] / done[0]["computed_tokens"]
-            tokens = done[0]["tokens"] / done[0]["scored"]
-            speeds.append(Speed(chosen.run, max(loads, default=0.0), rate, tokens, len(board.orders(number))))
+        loads = [
+            worker["load_seconds"] for worker in board.progress.workers if worker["package"] == name
+        ]
+        speed = Speed(
+            run=package_settings.run,
+            loading_seconds=max(loads, default=0.0),
+            tokens_per_second=board.measured.rates.get(number, 0.0) * token_share,
+            tokens_per_row=first_pass["tokens"] / first_pass["scored"],
+            orders=len(board.orders(number)),
+        )
+        speeds.append(speed)
     return speeds
-
-
-def read_packages(root: Path, settings: Settings, clock: Clock) -> list[Package]:
-    """The spec's packages, found and checked against the spec and the recipe, the template against the token budget."""
-    packages = []
-    for chosen in settings.packages:
-        package = read_package(find_mounted(root, chosen.dataset, ("manifest.json",), "datasets").parent, clock)
-        check_package(package, chosen, settings)
-        if package.contract.base_model != chosen.base_model:
-            log(clock, f"{chosen.run}: made of {package.contract.base_model}, its recipe says {chosen.base_model}")
-        empty = package.model_input.Pair("", (), (), ())
-        package.model_input.encode(empty, package.tokenizer, serving_contract(package, settings))
-        log(clock, f"{package.folder}: files, tokenizer and {len(package.contract.golden)} golden rows are as packaged")
-        packages.append(package)
-    return packages
-
-
-def check_package(package: Package, chosen: PackageSettings, settings: Settings) -> None:
-    """Raise PackageError where a package's verdicts, their order or its architecture are not those of the recipe."""
-    contract, config = package.contract, json.loads((package.folder / "config.json").read_text(encoding="utf-8"))
-    if missing := set(settings.verdicts) - set(contract.verdicts):
-        raise PackageError(f"{package.folder}: tells nothing of {', '.join(sorted(missing))}, which the competition asks for")
-    for file, key, found, expected in (
-        ("contract.json", "verdicts", contract.verdicts, chosen.verdicts),
-        ("config.json", "model_type", config.get("model_type"), chosen.model_type),
-    ):
-        if found != expected:
-            raise PackageError(
-                f"{package.folder / file}: {key}: found {found}, the recipe of {chosen.run} says {expected}; package the run "
-                "again, or build the kernel again from the recipe that it was trained with"
-            )

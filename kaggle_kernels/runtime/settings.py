@@ -1,17 +1,21 @@
 """What a spec asks of the kernel, the clock that it keeps to, and its log."""
 
+import os
 import time
 from dataclasses import dataclass
 
-RESERVE_SECONDS = 300  # kept for writing and checking the submission; a twentieth of a clock under 6,000 s
+RESERVE_SECONDS = 300  # kept for writing and checking the submission
+RESERVE_SHARE = 1 / 20  # of a shorter time limit
 
 
 @dataclass(frozen=True)
 class PackageSettings:
-    """One model: the run that made it, the Kaggle dataset that holds its package, its weight in the mean.
+    """One model: the run that made it, the Kaggle dataset of its package, its weight in the mean.
 
-    Placement is `each` (a copy on every GPU) or `split` (one copy, its layers over all of them). Verdicts, in the order of
-    the logits, and model_type are the recipe's: a package that says otherwise is refused. Another base_model is only logged.
+    Placement is `each` (a copy on every GPU) or `split` (one copy, its layers over all of them).
+    Verdicts, in the order of the logits, and model_type are the recipe's: a package that says
+    otherwise is refused. Another base_model is only logged. A model that is split puts no more than
+    `weight_bytes_limit` on a GPU, which leaves room for a batch.
     """
 
     run: str
@@ -21,6 +25,15 @@ class PackageSettings:
     verdicts: tuple[str, ...]
     base_model: str
     model_type: str
+    weight_bytes_limit: int | None = None
+
+
+@dataclass(frozen=True)
+class TimeLimit:
+    """Seconds that a kernel may take for a test file of up to so many rows; None: of any more."""
+
+    rows: int | None
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -33,40 +46,56 @@ class Settings:
     verdicts: tuple[str, ...]  # what the competition tells apart
     packages: tuple[PackageSettings, ...]
     orders: tuple[str, ...]
-    clock_seconds: float
+    time_limits: tuple[TimeLimit, ...]  # by ascending number of rows
     budget_tokens: int | None  # None: as in training
     tokens_per_batch: int
     temperature: float
-    min_scored: float
+    min_scored: float  # share of the rows; fewer are an error in the visible run
     visible_rows: int  # of the train file, scored in the visible run
     wheels: str | None  # the dataset with wheels that Kaggle's image lacks
-    build: str = ""  # tells this kernel's text from others, so that what it wrote can be told from what another wrote
+    build: str = ""  # a hash of the kernel's text, by which its outputs are recognised
+
+    def time_limit(self, rows: int) -> float:
+        """Return the seconds that the kernel may take for a test file of so many rows."""
+        for limit in self.time_limits:
+            if limit.rows is None or rows <= limit.rows:
+                return limit.seconds
+        raise ValueError(f"no time limit for {rows} rows; give one for any number of them")
 
 
 @dataclass(frozen=True)
 class Clock:
-    """Seconds since the kernel began. After `deadline` no batch may be running; what is left then is for writing."""
+    """When the kernel began and must end, as time.monotonic gives seconds.
+
+    After `deadline` no batch may be running; the reserve behind it is for writing.
+    """
 
     began: float
     deadline: float
     reserve_seconds: float = 0.0
 
     def elapsed(self) -> float:
-        """Seconds since the beginning."""
+        """Return the seconds since the beginning."""
         return time.monotonic() - self.began
 
     def left(self) -> float:
-        """Seconds until the deadline."""
+        """Return the seconds until the deadline."""
         return self.deadline - time.monotonic()
 
 
-def start_clock(clock_seconds: float) -> Clock:
-    """A clock that starts now."""
-    began = time.monotonic()
-    reserve_seconds = min(RESERVE_SECONDS, clock_seconds / 20)
-    return Clock(began, began + clock_seconds - reserve_seconds, reserve_seconds)
+def start_clock(limit_seconds: float, began: float | None = None) -> Clock:
+    """Make a clock for a time limit, which begins now unless it `began` before."""
+    if began is None:
+        began = time.monotonic()
+    reserve_seconds = min(RESERVE_SECONDS, limit_seconds * RESERVE_SHARE)
+    return Clock(began, began + limit_seconds - reserve_seconds, reserve_seconds)
+
+
+def is_hidden_run() -> bool:
+    """Tell whether this is the run on the hidden test rows, which a submission starts."""
+    return bool(os.environ.get("KAGGLE_IS_COMPETITION_RERUN"))
 
 
 def log(clock: Clock, message: str) -> None:
-    """One line of the kernel's log, with the seconds since the beginning."""
+    """Print one line of the kernel's log, with the seconds since the beginning."""
     print(f"[{clock.elapsed():8.1f} s] {message}", flush=True)

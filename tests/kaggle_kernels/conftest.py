@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from kaggle_kernels.build.spec import find_spec
-from kaggle_kernels.runtime.scheduling import crew, worker
+from kaggle_kernels.runtime.scheduling import worker, worker_handle
 from tests import tiny
 from tests.fakes.kaggle import conftest as stand_in
 from tests.kaggle_kernels.packages import WSDM, make_package, make_pushable, write_recipe, write_spec
@@ -71,7 +71,7 @@ def workers_in_threads(monkeypatch):
         return process, connection
 
     monkeypatch.setattr(worker, "load_on", load_alone)
-    monkeypatch.setattr(crew, "start_process", start)
+    monkeypatch.setattr(worker_handle, "start_process", start)
     yield
     for thread in started:
         thread.join(60)

@@ -1,83 +1,166 @@
-"""Which part of a model stands on which device, where one device cannot hold it: layers in their order, bytes in balance.
+"""Which part of a model stands on which device, where one device cannot hold it: layers in their order, work in balance.
 
+A split model runs at the speed of its slower device. Its layers are shared out evenly, as far as the devices' memory allows;
+embedding and head hardly compute, but take memory. The build places a model by the same functions (postprocess.memory).
 Nothing here needs torch: sizes come from the headers of the package's safetensors files.
 """
 
+import itertools
 import json
 import math
+import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-LAYER = re.compile(r"^(.*\.layers)\.(\d+)\.")
+# The name of a tensor in one of several modules of a list.
+NUMBERED = re.compile(r"^(.+?)\.(\d+)\.")
+
+# The name of a part that is a layer.
+LAYER = re.compile(r"\.\d+$")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A layer, or a module beside the layers: its bytes, and its weights that are multiplied with every token."""
+
+    size_bytes: int = 0
+    work: int = 0
 
 
 def weight_sizes(folder: Path) -> dict[str, tuple[int, int]]:
-    """Bytes and elements of every tensor in the folder's model*.safetensors, by name.
+    """Read bytes and elements of every tensor in the folder's model*.safetensors, by name.
 
     Two elements of nf4 share a byte. A word of GPTQ holds as many as there are inputs, which g_idx counts, to a row of words.
     """
     sizes = {}
     for path in sorted(Path(folder).glob("model*.safetensors")):
+        # A file begins with the length of its header, which describes each tensor.
         with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            header_length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(header_length))
         header.pop("__metadata__", None)
+
         for name, tensor in header.items():
             start, end = tensor["data_offsets"]
-            in_one = 2 if tensor["dtype"] == "U8" and f"{name}.absmax" in header else 1
-            if name.endswith(".qweight"):
-                in_one = header[name.removesuffix("qweight") + "g_idx"]["shape"][0] // tensor["shape"][0]
-            sizes[name] = (end - start, math.prod(tensor["shape"]) * in_one)
+            elements = math.prod(tensor["shape"])
+            if tensor["dtype"] == "U8" and f"{name}.absmax" in header:
+                elements *= 2
+            elif name.endswith(".qweight"):
+                inputs = header[name.removesuffix("qweight") + "g_idx"]["shape"][0]
+                elements *= inputs // tensor["shape"][0]
+            sizes[name] = (end - start, elements)
     return sizes
 
 
-def part_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
-    """Bytes by part, in the order in which a row passes through them: embedding, layers by number, last norm, head."""
-    parts: dict[str, int] = {}
-    for name, size in sorted(sizes.items(), key=lambda item: place_of(item[0])):
-        layer = LAYER.match(name)
-        part = f"{layer[1]}.{layer[2]}" if layer else name.removesuffix(".weight").removesuffix(".bias")
-        parts[part] = parts.get(part, 0) + size
-    return parts
+def find_layers(sizes: Mapping[str, tuple[int, int]]) -> str:
+    """Find the name of the list of layers, such as model.layers: of all lists the one with the most bytes."""
+    bytes_by_list: Counter[str] = Counter()
+    for name, (size_bytes, _) in sizes.items():
+        numbered = NUMBERED.match(name)
+        if numbered:
+            bytes_by_list[numbered[1]] += size_bytes
+    return max(bytes_by_list, key=bytes_by_list.get)
 
 
-def place_of(name: str) -> tuple[int, int]:
-    """Where a tensor's part stands in a decoder."""
-    if layer := LAYER.match(name):
-        return (1, int(layer[2]))
-    return (0 if "embed" in name else 2 if "norm" in name else 3, 0)
+def list_parts(sizes: Mapping[str, tuple[int, int]]) -> dict[str, Part]:
+    """List a model's parts in the order in which a row passes through them, by bytes and elements of each tensor."""
+    layers = find_layers(sizes)
+    parts: dict[str, Part] = {}
+    for name, (size_bytes, elements) in sizes.items():
+        # Outside of the layers there is hardly work: embeddings are looked up, a head reads one token.
+        work = 0
+        if name.startswith(f"{layers}."):
+            work = elements
+
+        part_name = name_part(name, layers)
+        part = parts.get(part_name, Part())
+        parts[part_name] = Part(part.size_bytes + size_bytes, part.work + work)
+
+    ordered_names = sorted(parts, key=lambda name: part_order(name, layers))
+    return {name: parts[name] for name in ordered_names}
 
 
-def balance(sizes: Sequence[int], devices: int) -> list[int]:
-    """The device's number for each part: neighbours stay together, and the fullest device holds as little as can be."""
-    low, high = max(sizes), sum(sizes)
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fill(sizes, middle)[-1] < devices else (middle + 1, high)
-    return fill(sizes, low)
+def name_part(tensor_name: str, layers: str) -> str:
+    """Name the module that a tensor belongs to: a layer, or the largest module that holds no layer."""
+    path = tensor_name.split(".")
+    layers_path = layers.split(".")
+    shared_path = os.path.commonprefix([path, layers_path])
+    return ".".join(path[: len(shared_path) + 1])
 
 
-def fill(sizes: Sequence[int], capacity: int) -> list[int]:
-    """The device's number for each part, where a device takes parts until the next one would be over `capacity`."""
-    numbers, device, held = [], 0, 0
-    for size in sizes:
-        if held + size > capacity:
-            device, held = device + 1, 0
-        held += size
-        numbers.append(device)
+def part_order(part_name: str, layers: str) -> tuple[int, int]:
+    """Sort parts: embedding, layers by number, norm, head."""
+    if part_name.startswith(f"{layers}."):
+        return (1, int(part_name.rpartition(".")[2]))
+    if "embed" in part_name:
+        return (0, 0)
+    if "norm" in part_name.lower():
+        return (2, 0)
+    return (3, 0)
+
+
+def balance(parts: Sequence[Part], devices: int, byte_limit: int | None = None) -> list[int]:
+    """Place parts on devices, neighbours together.
+
+    Args:
+        parts: The model's parts, in their order.
+        devices: How many devices there are.
+        byte_limit: The most bytes of weights on a device; None for no limit.
+
+    Returns:
+        Each part's device, by number. No device is over the limit by more than must be, the busiest has as little work as can
+        be, and the fullest as few bytes.
+    """
+
+    def cost_of(cuts: Sequence[int]) -> tuple[int, int, int]:
+        stages = cut_parts(parts, cuts)
+        stage_bytes = [sum(part.size_bytes for part in stage) for stage in stages]
+        stage_work = [sum(part.work for part in stage) for stage in stages]
+        most_bytes = max(stage_bytes)
+        most_work = max(stage_work)
+
+        if byte_limit is None:
+            return (0, most_work, most_bytes)
+        excess_bytes = max(most_bytes - byte_limit, 0)
+        return (excess_bytes, most_work, most_bytes)
+
+    # There are few ways to cut some dozens of layers in two: all are tried.
+    all_cuts = itertools.combinations(range(1, len(parts)), devices - 1)
+    best_cuts = min(all_cuts, key=cost_of)
+
+    numbers = []
+    for device, stage in enumerate(cut_parts(parts, best_cuts)):
+        numbers += [device] * len(stage)
     return numbers
 
 
-def split_over(folder: Path, devices: Sequence[str]) -> dict[str, str]:
-    """Transformers' device_map for the model in `folder`, its layers over all `devices`.
+def cut_parts(parts: Sequence[Part], cuts: Sequence[int]) -> list[Sequence[Part]]:
+    """Cut a list of parts before the places in `cuts`."""
+    bounds = [0, *cuts, len(parts)]
+    return [parts[start:end] for start, end in itertools.pairwise(bounds)]
+
+
+def split_over(
+    folder: Path, devices: Sequence[str], byte_limit: int | None = None
+) -> dict[str, str]:
+    """Make transformers' device_map for the model in `folder`, its layers over all `devices`.
 
     Positions are computed beside the embedding; a head that is the embedding itself stays with it.
     """
-    parts = part_sizes({name: size for name, (size, _) in weight_sizes(folder).items()})
-    numbers = balance(list(parts.values()), len(devices))
-    placed = {part: devices[number] for part, number in zip(parts, numbers, strict=True)}
-    prefix = next(part for part in parts if ".layers." in part).split(".layers.")[0]
-    placed[f"{prefix}.rotary_emb"] = devices[0]
-    if not {"lm_head", "score"} & placed.keys():
-        placed["lm_head"] = devices[0]
-    return placed
+    sizes = weight_sizes(folder)
+    parts = list_parts(sizes)
+    numbers = balance(list(parts.values()), len(devices), byte_limit)
+    device_map = {
+        part_name: devices[number] for part_name, number in zip(parts, numbers, strict=True)
+    }
+
+    # What holds no weights, or those of another part, is not in the files.
+    layers = find_layers(sizes)
+    device_map[f"{layers.rpartition('.')[0]}.rotary_emb"] = devices[0]
+    last_part = list(parts)[-1]
+    if part_order(last_part, layers) == (2, 0):  # the norm: there is no head
+        device_map["lm_head"] = devices[0]
+    return device_map

@@ -3,8 +3,8 @@
 To be read in this order:
 
     schedule.py        pass after pass: `score_all`, and `plan_next_pass` says which
-    plan.py            the second order and further models: which rows are worth their seconds (`allocate`)
-    engine.py          one pass: batches to workers and back; `handle_worker_death` says what happens when a worker dies
-    crew.py            a worker as the kernel's own process sees it: started, given batches, killed, started again
+    pass_runner.py     one pass: batches to workers and back, and what happens when a worker dies
+    worker_handle.py   a worker as the kernel's own process sees it: started, given batches, killed
     worker.py          the worker's process: it loads a model and scores what comes
+    plan.py            the second order and further models: which rows are worth their seconds
 """

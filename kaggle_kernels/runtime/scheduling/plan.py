@@ -1,12 +1,14 @@
 """Shares out the seconds that are left: which rows get the second order, and which a further model.
 
-schedule.plan_next_pass decides with it, after every pass, which pass comes next. An option is one more pass of a package in an
-order. It changes a probability by some amount, whose standard deviation s is measured. Its expected gain is that of the
-knowledge gradient (Frazier, Powell and Dayanik 2008): 2 (s φ(m/s) − m Φ(−m/s)), with m half the lead of the first verdict over
-the second. A row near the line between two verdicts gains most, one far from it nothing. For log loss it is s² (1 − Σp²).
+schedule.plan_next_pass decides with it, after every pass, which pass comes next. An option is one
+more pass of a package in an order. It changes a probability by some amount, whose standard
+deviation s is measured. Its expected gain is that of the knowledge gradient (Frazier, Powell and
+Dayanik 2008): 2 (s φ(m/s) − m Φ(−m/s)), with m half the lead of the first verdict over the second.
+A row near the line between two verdicts gains most, one far from it nothing. For log loss it is
+s² (1 − Σp²).
 
-Rows are taken by their gain per second until the seconds are used. Which further models are worth their loading is tried out:
-with none of them, with the first, with the first two, and so on.
+Rows are taken by their gain per second until the seconds are used. Which further models are worth
+their loading is tried out: with none of them, with the first, with the first two, and so on.
 """
 
 import math
@@ -17,7 +19,9 @@ from kaggle_kernels.runtime.models.placement import weight_sizes
 from kaggle_kernels.runtime.package import Package
 
 LOAD_BYTES_PER_SECOND = 3e8
-CHANGE_OF_ORDER = 0.06  # the change of a probability (sd) by a second order or model, until it is measured
+CHANGE_OF_ORDER = (
+    0.06  # the change of a probability (sd) by a second order or model, until it is measured
+)
 CHANGE_OF_MODEL = 0.1
 ROWS_TO_MEASURE = 30  # fewer give no standard deviation worth planning by
 SHORTEST_SECONDS = 1e-9  # of a row while no speed is measured: gains are divided by it
@@ -25,17 +29,14 @@ SHORTEST_SECONDS = 1e-9  # of a row while no speed is measured: gains are divide
 
 @dataclass(frozen=True)
 class Option:
-    """One more pass that could be made: a package (its number in the spec) in an order, over the rows `unscored` (ids).
+    """One more pass that could be made: a package in an order."""
 
-    `change` is the standard deviation of what the pass changes in a probability; `load_seconds` is 0 where its model is loaded.
-    """
-
-    package: int
+    package: int  # its number in the spec
     order: str
-    change: float
+    change: float  # standard deviation of what it changes in a probability
     seconds_per_token: float
-    load_seconds: float = 0.0
-    unscored: Sequence[str] = ()
+    load_seconds: float = 0.0  # 0 where its model is loaded
+    unscored: Sequence[str] = ()  # ids of the rows that it would score
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,11 @@ class Offer:
 
 @dataclass(frozen=True)
 class Share:
-    """What an option gets of the clock: its rows with their gain per second, and the seconds for them, without loading."""
+    """What an option gets of the clock."""
 
     option: Option
-    worth: dict[str, float]
-    seconds: float
+    gains: dict[str, float]  # of its rows, a second
+    seconds: float  # for these rows, without loading
 
 
 def allocate(
@@ -65,11 +66,19 @@ def allocate(
     seconds: float,
     by_log_loss: bool,
 ) -> list[Share]:
-    """Share `seconds`, what is left of the clock, out among the options: rows of most gain per second first.
+    """Share the seconds that are left out among options: rows of most gain per second first.
 
-    `probabilities` are what the passes so far say of a row, by id (absent: nothing), `tokens` the rows' lengths. Each option
-    gets a share, in their order; one without rows where it gets no time.
+    Args:
+        options: The passes that could be made.
+        probabilities: What the passes so far say of a row, by id; absent: nothing.
+        tokens: The rows' lengths, by id.
+        seconds: What is left of the clock.
+        by_log_loss: Whether the metric is log loss, else accuracy.
+
+    Returns:
+        A share for each option, in their order; one without rows where it gets no time.
     """
+    # Loaded models cost no loading; further ones are tried in the spec's order.
     offers = make_offers(options, probabilities, tokens, by_log_loss)
     loaded = {option.package for option in options if not option.load_seconds}
     further = sorted({option.package for option in options if option.load_seconds})
@@ -83,9 +92,12 @@ def allocate(
 
 
 def make_offers(
-    options: Sequence[Option], probabilities: Mapping[str, Sequence[float]], tokens: Mapping[str, int], by_log_loss: bool
+    options: Sequence[Option],
+    probabilities: Mapping[str, Sequence[float]],
+    tokens: Mapping[str, int],
+    by_log_loss: bool,
 ) -> list[Offer]:
-    """Every unscored row of every option, by gain per second; equal ones stay in the order of options and rows."""
+    """List every unscored row of every option, by gain per second; equal ones keep their order."""
     offers = []
     for place, option in enumerate(options):
         for row_id in option.unscored:
@@ -98,12 +110,18 @@ def make_offers(
 def allocate_to(
     packages: Collection[int], options: Sequence[Option], offers: Sequence[Offer], seconds: float
 ) -> tuple[float, list[Share]]:
-    """Take the best offers of these packages that fit the seconds left after loading; their gain, and every option's share."""
-    load_seconds = {option.package: option.load_seconds for option in options if option.package in packages}
+    """Take the best offers of these packages that fit the seconds left after loading.
+
+    Returns:
+        Their gain, and a share for each option.
+    """
+    load_seconds = {
+        option.package: option.load_seconds for option in options if option.package in packages
+    }
     seconds_left = seconds - sum(load_seconds.values())
 
     total_gain = 0.0
-    worths: list[dict[str, float]] = [{} for _ in options]
+    gains_by_option: list[dict[str, float]] = [{} for _ in options]
     seconds_used = [0.0] * len(options)
     for offer in offers:
         place = offer.option_place
@@ -113,27 +131,45 @@ def allocate_to(
         seconds_left -= offer.seconds
         seconds_used[place] += offer.seconds
         total_gain += offer.gain
-        worths[place][offer.row_id] = offer.gain_per_second
+        gains_by_option[place][offer.row_id] = offer.gain_per_second
 
-    shares = [Share(option, worths[place], seconds_used[place]) for place, option in enumerate(options)]
+    shares = [
+        Share(option, gains_by_option[place], seconds_used[place])
+        for place, option in enumerate(options)
+    ]
     return total_gain, shares
 
 
 def expected_gain(values: Sequence[float] | None, change: float, by_log_loss: bool) -> float:
-    """What another opinion that changes a probability by `change` (sd) is expected to bring: accuracy, or nats of log loss."""
+    """Compute what one more opinion on a row is expected to bring.
+
+    Args:
+        values: Its probabilities so far; None: no model has scored it.
+        change: Standard deviation of what the opinion changes in a probability.
+        by_log_loss: Whether the gain is in nats of log loss, else in accuracy.
+    """
     if values is None:
         return 1.0
+    # The expected drop of log loss, to second order.
     if by_log_loss:
         return change**2 * (1 - sum(value**2 for value in values))
     second, first = sorted(values)[-2:]
-    margin, change = (first - second) / 2, max(change, 1e-6)
+    # The verdict flips where the change exceeds half of its lead.
+    margin = (first - second) / 2
+    change = max(change, 1e-6)
     ratio = margin / change
     density = math.exp(-(ratio**2) / 2) / math.sqrt(2 * math.pi)
     return 2 * (change * density - margin * math.erfc(ratio / math.sqrt(2)) / 2)
 
 
-def measured_change(before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[float]]) -> float | None:
-    """The standard deviation of the first probability's change over the rows in both; None for fewer than ROWS_TO_MEASURE."""
+def measured_change(
+    before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[float]]
+) -> float | None:
+    """Measure the standard deviation of the first probability's change over the rows in both.
+
+    Returns:
+        None for fewer than ROWS_TO_MEASURE rows.
+    """
     changes = [after[row_id][0] - values[0] for row_id, values in before.items() if row_id in after]
     if len(changes) < ROWS_TO_MEASURE:
         return None
@@ -141,15 +177,21 @@ def measured_change(before: Mapping[str, Sequence[float]], after: Mapping[str, S
 
 
 def flop_per_token(package: Package) -> float:
-    """Floating-point operations that a token costs: two for each parameter that it is multiplied with."""
-    return 2.0 * sum(elements for name, (_, elements) in weight_sizes(package.folder).items() if is_multiplied(name))
+    """Count the floating-point operations of a token: two for each parameter of its products."""
+    sizes = weight_sizes(package.folder)
+    return 2.0 * sum(elements for name, (_, elements) in sizes.items() if is_multiplied(name))
 
 
 def loading_seconds(package: Package, copies: int) -> float:
-    """How long loading `copies` of a package should take, one after the other."""
-    return copies * sum(size for size, _ in weight_sizes(package.folder).values()) / LOAD_BYTES_PER_SECOND
+    """Predict how long loading copies of a package takes, one after the other."""
+    weight_bytes = sum(size for size, _ in weight_sizes(package.folder).values())
+    return copies * weight_bytes / LOAD_BYTES_PER_SECOND
 
 
 def is_multiplied(name: str) -> bool:
-    """Whether every token is multiplied with a tensor: no embedding, no lm_head (last places only), no norm, bias or scale."""
-    return name.endswith((".weight", ".qweight")) and not any(part in name.lower() for part in ("embed", "lm_head", "norm"))
+    """Tell whether every token is multiplied with a tensor.
+
+    That is no embedding, no lm_head (last places only), no norm, bias or scale.
+    """
+    is_matrix = name.endswith((".weight", ".qweight"))
+    return is_matrix and not any(part in name.lower() for part in ("embed", "lm_head", "norm"))

@@ -1,22 +1,34 @@
-"""From packages and rows to scores: one pass after another, each planned when the one before has ended.
+"""From packages and rows to scores: one pass after another, each planned when the one before ended.
 
-main.run_kernel calls `score_all`. Models run one after the other, each on all devices. The first order of the first model
-goes over all rows and may use the whole clock: a row with one score is worth more than a second one. What comes then, the
-second order and further models, is decided by `plan_next_pass`, with what was measured so far: see plan.py.
+main.run_kernel calls `score_all`. Models run one after the other, each on all devices. The first
+order of the first model goes over all rows and may use the whole clock: a row with one score is
+worth more than a second one. What comes then, the second order and further models, is decided by
+`plan_next_pass`, with what was measured so far: see plan.py. Rows that count on the current
+leaderboard go through all of this alone; the others get what time is left.
 """
 
 import os
 import threading
 import time
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
-from kaggle_kernels.runtime.models.scoring import Request, make_requests, mean_of_orders, orders_of
+from kaggle_kernels.runtime.models.scoring import (
+    Request,
+    make_requests,
+    mean_of_orders,
+    orders_of,
+    spare_tokens_of,
+)
 from kaggle_kernels.runtime.package import Package, PackageError
-from kaggle_kernels.runtime.scheduling.crew import Worker, start_workers, stop_workers
-from kaggle_kernels.runtime.scheduling.engine import Pass, make_pass, pass_record, run_pass, worker_record
+from kaggle_kernels.runtime.scheduling.pass_runner import (
+    Pass,
+    make_pass,
+    pass_record,
+    run_pass,
+)
 from kaggle_kernels.runtime.scheduling.plan import (
     CHANGE_OF_MODEL,
     CHANGE_OF_ORDER,
@@ -27,13 +39,23 @@ from kaggle_kernels.runtime.scheduling.plan import (
     loading_seconds,
     measured_change,
 )
+from kaggle_kernels.runtime.scheduling.worker_handle import (
+    Worker,
+    start_workers,
+    stop_workers,
+    worker_record,
+)
 from kaggle_kernels.runtime.settings import Clock, Settings, log
-from kaggle_kernels.runtime.submission import soften, to_competition, weighted_mean
+from kaggle_kernels.runtime.submission import ModelScores, soften, to_competition, weighted_mean
 
 Scores = dict[str, dict[str, list[float]]]  # by id, then by order
 Key = tuple[int, str]  # a package's number in the spec, and an order
 PADDING = 1.03  # what batches compute beyond their rows' tokens, while nothing is measured
 ENCODED_AT_ONCE = 1000
+
+
+class LoadError(RuntimeError):
+    """No device could load a package."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +66,7 @@ class Inputs:
     packages: Sequence[Package]
     contracts: Sequence  # the packages', with the spec's token budget
     rows: Sequence[Mapping]
+    row_groups: Sequence[Sequence[str]]  # ids of the rows that count, then of the others
     devices: Mapping[int, str]
     threads: int  # of the CPU, for each worker
     clock: Clock
@@ -51,62 +74,79 @@ class Inputs:
 
 
 @dataclass
-class Measurements:
-    """What plans are made of."""
+class Progress:
+    """How far the run is, and the records of it for kernel.json."""
 
-    tokens: dict[str, int] = field(default_factory=dict)  # of the first sequence made of a row
-    rates: dict[int, float] = field(default_factory=dict)  # tokens a second of a package's workers together
-    changes: dict[Key, float] = field(default_factory=dict)  # of a probability (sd), by a pass
-
-
-@dataclass
-class Board:
-    """The state of the run: its inputs, how far it is, what was measured, and the records for kernel.json."""
-
-    inputs: Inputs
     scores: list[Scores]  # of each package
+    packages: list[int]  # numbers of those that are not left out
     devices: dict[int, str]  # those of the inputs that are not gone
-    tried: dict[Key, set[str]] = field(default_factory=dict)  # rows that need not be asked for again, by pass
-    given_up: dict[int, set[str]] = field(default_factory=dict)  # rows that a package's workers could not score in one order
     proven: set[int] = field(default_factory=set)  # positions of devices that had a model
-    measured: Measurements = field(default_factory=Measurements)
+    # Rows that need no further try: in a pass, or with a package in any order.
+    tried: dict[Key, set[str]] = field(default_factory=dict)
+    given_up: dict[int, set[str]] = field(default_factory=dict)
     passes: list[dict] = field(default_factory=list)
     workers: list[dict] = field(default_factory=list)
     plans: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Measurements:
+    """What plans are made of."""
+
     before_seconds: float = 0.0  # passed before the first model was loaded
+    tokens: dict[str, int] = field(default_factory=dict)  # of a row, as the first pass encoded it
+    rates: dict[int, float] = field(default_factory=dict)  # tokens a second, by package
+    changes: dict[Key, float] = field(default_factory=dict)  # of a probability (sd), by a pass
+
+
+@dataclass(frozen=True)
+class Board:
+    """The state of the run."""
+
+    inputs: Inputs
+    progress: Progress
+    measured: Measurements
 
     def orders(self, number: int) -> tuple[str, ...]:
-        """The orders worth scoring with a package."""
+        """List the orders worth scoring with a package."""
         return orders_of(self.inputs.contracts[number], self.inputs.settings.orders)
 
-    def unscored(self, key: Key) -> list[str]:
-        """The ids of the rows that a pass has still to score."""
+    def unscored(self, key: Key, group: Sequence[str]) -> list[str]:
+        """List those rows of a group that a pass has still to score."""
         number, _ = key
-        finished = self.tried.get(key, set()) | self.given_up.get(number, set())
-        return [row["id"] for row in self.inputs.rows if row["id"] not in finished]
+        finished = self.progress.tried.get(key, set()) | self.progress.given_up.get(number, set())
+        return [row_id for row_id in group if row_id not in finished]
 
-    def probabilities(self, numbers: Sequence[int]) -> dict[str, list[float]]:
-        """The probabilities by id that these packages give so far."""
-        settings = self.inputs.settings
-        of_these = replace(settings, packages=tuple(settings.packages[number] for number in numbers))
-        packages = [self.inputs.packages[number] for number in numbers]
-        return combine(of_these, packages, [self.scores[number] for number in numbers])
+    def probabilities(self) -> dict[str, list[float]]:
+        """Combine what the packages that are not left out have given so far, by id."""
+        package_settings = []
+        packages = []
+        scores = []
+        for number in self.progress.packages:
+            package_settings.append(self.inputs.settings.packages[number])
+            packages.append(self.inputs.packages[number])
+            scores.append(self.progress.scores[number])
+        settings = replace(self.inputs.settings, packages=tuple(package_settings))
+        return combine(settings, packages, scores)
 
-    def by_run(self) -> dict[str, tuple[tuple[str, ...], Scores]]:
-        """The verdicts of each run, in the order of its probabilities, and its scores."""
-        runs = [served.run for served in self.inputs.settings.packages]
-        verdicts = [package.contract.verdicts for package in self.inputs.packages]
-        return dict(zip(runs, zip(verdicts, self.scores, strict=True), strict=True))
+    def scores_by_run(self) -> dict[str, ModelScores]:
+        """Collect what each run's model gave."""
+        models = {}
+        for number, package_settings in enumerate(self.inputs.settings.packages):
+            verdicts = self.inputs.packages[number].contract.verdicts
+            models[package_settings.run] = ModelScores(verdicts, self.progress.scores[number])
+        return models
 
 
 @dataclass(frozen=True)
 class NextPass:
-    """A pass to be made now; for None every row is scored that is left, or the pass may last until the clock's deadline."""
+    """A pass to be made now."""
 
     package: int  # its number in the spec
     order: str
-    worth: Mapping[str, float] | None = None  # the rows to be scored, with their gain per second
-    seconds: float | None = None
+    rows: frozenset[str]
+    gains: Mapping[str, float] | None = None  # a second, by row; None: rows are taken by length
+    deadline: float | None = None  # None: the clock's
 
 
 def make_board(
@@ -117,17 +157,34 @@ def make_board(
     clock: Clock,
     hidden_run: bool,
 ) -> Board:
-    """A board on which nothing is scored yet. The CPU's cores are shared by as many workers as there are devices."""
-    threads = max(len(os.sched_getaffinity(0)) // len(devices), 1)
-    contracts = [serving_contract(package, settings) for package in packages]
-    inputs = Inputs(settings, packages, contracts, rows, dict(enumerate(devices)), threads, clock, hidden_run)
+    """Make a board on which nothing is scored yet. The devices share the CPU's cores evenly."""
+    counting: list[str] = []
+    others: list[str] = []
+    for row in rows:
+        group = counting if row["counts"] else others
+        group.append(row["id"])
+    inputs = Inputs(
+        settings=settings,
+        packages=packages,
+        contracts=[serving_contract(package, settings) for package in packages],
+        rows=rows,
+        row_groups=[group for group in (counting, others) if group],
+        devices=dict(enumerate(devices)),
+        threads=max(len(os.sched_getaffinity(0)) // len(devices), 1),
+        clock=clock,
+        hidden_run=hidden_run,
+    )
 
-    no_scores: list[Scores] = [{row["id"]: {} for row in rows} for _ in packages]
-    return Board(inputs, no_scores, dict(inputs.devices))
+    progress = Progress(
+        scores=[{row["id"]: {} for row in rows} for _ in packages],
+        packages=list(range(len(packages))),
+        devices=dict(inputs.devices),
+    )
+    return Board(inputs, progress, Measurements())
 
 
 def serving_contract(package: Package, settings: Settings):
-    """The package's contract, with the spec's token budget where it names one."""
+    """Return the package's contract, with the spec's token budget where it names one."""
     if settings.budget_tokens is None:
         return package.contract
     return replace(package.contract, budget_tokens=settings.budget_tokens)
@@ -136,241 +193,329 @@ def serving_contract(package: Package, settings: Settings):
 def score_all(board: Board) -> None:
     """Make pass after pass until nothing is left or nothing more fits the clock.
 
-    Raises PackageError where the workers refuse a package. In the hidden run a further package is left out instead, since the
-    first one's scores are there.
+    In the hidden run a package that fails is left out while another one works.
+
+    Raises:
+        PackageError: The workers refuse a package: it scores other than when it was packaged.
+        LoadError: No device could load a package.
     """
-    clock = board.inputs.clock
-    board.before_seconds = clock.elapsed()
-    numbers = list(range(len(board.inputs.packages)))
+    board.measured.before_seconds = board.inputs.clock.elapsed()
     loaded: int | None = None
     workers: list[Worker] = []
     encoder = Encoder(board.inputs)
     try:
-        while next_pass := plan_next_pass(board, numbers, loaded, workers):
-            number = next_pass.package
-            if number != loaded:
-                retire(board, workers)
-                workers = start_team(board, number)
-                loaded = number
+        while True:
+            next_pass = plan_next_pass(board, loaded, workers)
+            if next_pass is None:
+                return
             try:
-                if not workers:
-                    numbers.remove(number)
-                else:
-                    make_next_pass(board, next_pass, numbers, workers, encoder)
-            except PackageError as error:
-                if number == 0 or not board.inputs.hidden_run:
-                    raise
-                log(clock, f"{board.inputs.packages[number].folder.name}: left out: {error}")
-                numbers.remove(number)
+                if next_pass.package != loaded:
+                    retire(board, workers)
+                    workers = start_team(board, next_pass.package)
+                    loaded = next_pass.package
+                make_next_pass(board, next_pass, workers, encoder)
+            except (PackageError, LoadError) as error:
+                retire(board, workers)
+                loaded = None
+                leave_out(board, next_pass.package, error)
     finally:
         retire(board, workers)
         encoder.close()
 
 
-def plan_next_pass(board: Board, numbers: Sequence[int], loaded: int | None, workers: Sequence[Worker]) -> NextPass | None:
-    """Decide what to do next: the first order of all rows, then what a new plan for the seconds that are left begins with.
+def leave_out(board: Board, number: int, error: Exception) -> None:
+    """Go on without a package; in the visible run, or where no package has worked, raise its error."""
+    board.progress.packages.remove(number)
+    another_works = bool(board.progress.packages or board.progress.passes)
+    if not board.inputs.hidden_run or not another_works:
+        raise error
+    log(board.inputs.clock, f"{board.inputs.packages[number].folder.name}: left out: {error}")
 
-    `numbers` are the packages that are not left out, `loaded` is the one that the workers have. None where nothing is left,
-    nothing more fits the clock, or no worker is alive.
+
+def plan_next_pass(board: Board, loaded: int | None, workers: Sequence[Worker]) -> NextPass | None:
+    """Decide what to do next: rows that count come first, the others get what time is left.
+
+    Args:
+        board: The state of the run.
+        loaded: The number of the package that the workers have; None: none.
+        workers: The workers of that package.
+
+    Returns:
+        None where nothing is left, nothing more fits the clock, or no worker is alive.
     """
-    if not numbers or (workers and all(worker.gone for worker in workers)):
+    all_gone = bool(workers) and all(worker.gone for worker in workers)
+    if all_gone:
+        log(board.inputs.clock, "no device is left; rows without a score get the prior")
+    if all_gone or not board.progress.packages or board.inputs.clock.left() <= 0:
         return None
 
-    first_package = numbers[0]
-    first_order = board.orders(first_package)[0]
-    if (first_package, first_order) not in board.tried:
-        return NextPass(first_package, first_order)
+    # Nothing of the others before all of those that count.
+    for group in board.inputs.row_groups:
+        next_pass = plan_group(board, group, loaded)
+        if next_pass is not None:
+            return next_pass
+    return None
 
-    options = make_options(board, numbers, loaded)
+
+def plan_group(board: Board, group: Sequence[str], loaded: int | None) -> NextPass | None:
+    """Plan a group's next pass: one order of all its rows, then what a new plan begins with."""
+    is_begun = group[0] in board.measured.tokens
+    if not is_begun:
+        packages = board.progress.packages
+        number = loaded if loaded in packages else packages[0]
+        return NextPass(number, board.orders(number)[0], frozenset(group))
+
+    # What the clock allows of the rest.
+    options = make_options(board, group, loaded)
     if not options:
         return None
-    seconds_left = board.inputs.clock.left()
+    now = time.monotonic()
+    seconds_left = board.inputs.clock.deadline - now
     by_log_loss = len(board.inputs.settings.columns) > 1
-    shares = allocate(options, board.probabilities(numbers), board.measured.tokens, seconds_left, by_log_loss)
+    shares = allocate(
+        options, board.probabilities(), board.measured.tokens, seconds_left, by_log_loss
+    )
     note_plan(board, shares, seconds_left)
-
-    planned = [share for share in shares if share.worth]
+    planned = [share for share in shares if share.gains]
     if not planned:
         return None
     first, *later = planned
 
     # The pass may last until what is planned after it must begin to load.
-    loading = {share.option.package: share.option.load_seconds for share in later}
-    loading.pop(first.option.package, None)
-    seconds = seconds_left - sum(share.seconds for share in later) - sum(loading.values())
+    load_seconds = {share.option.package: share.option.load_seconds for share in later}
+    load_seconds.pop(first.option.package, None)
+    seconds_for_later = sum(share.seconds for share in later) + sum(load_seconds.values())
+    deadline = now + seconds_left - seconds_for_later
 
-    has_every_row = len(first.worth) == len(first.option.unscored)
-    worth = None if has_every_row else first.worth
-    return NextPass(first.option.package, first.option.order, worth, seconds)
+    has_every_row = len(first.gains) == len(first.option.unscored)
+    gains = None if has_every_row else first.gains
+    return NextPass(
+        first.option.package, first.option.order, frozenset(first.gains), gains, deadline
+    )
 
 
-def make_options(board: Board, numbers: Sequence[int], loaded: int | None) -> list[Option]:
-    """Every pass that has rows left, those of the loaded model first."""
+def make_options(board: Board, group: Sequence[str], loaded: int | None) -> list[Option]:
+    """List every pass that has rows of the group left, those of the loaded model first."""
+    # Loading takes long: the model that is there comes first.
     options = []
-    for number in sorted(numbers, key=lambda number: number != loaded):
+    for number in sorted(board.progress.packages, key=lambda number: number != loaded):
         for order in board.orders(number):
-            unscored = board.unscored((number, order))
+            unscored = board.unscored((number, order), group)
             if unscored:
-                options.append(make_option(board, (number, order), unscored, numbers, is_loaded=number == loaded))
+                option = make_option(board, (number, order), unscored, is_loaded=number == loaded)
+                options.append(option)
     return options
 
 
-def make_option(board: Board, key: Key, unscored: list[str], numbers: Sequence[int], is_loaded: bool) -> Option:
-    """One more pass with what it should change and take, as measured or else as guessed."""
+def make_option(board: Board, key: Key, unscored: list[str], is_loaded: bool) -> Option:
+    """Describe a pass by what it should change and take, as measured or else as guessed."""
     number, order = key
-    settings, packages, rates = board.inputs.settings, board.inputs.packages, board.measured.rates
+    settings, packages = board.inputs.settings, board.inputs.packages
+    progress, measured = board.progress, board.measured
 
     # What it should change. CHANGE_OF_MODEL is that of one of two models of equal weight.
-    relative_weight = settings.packages[number].weight / sum(settings.packages[other].weight for other in numbers)
-    is_new_model = not any(board.tried.get((number, other)) for other in board.orders(number))
+    total_weight = sum(settings.packages[other].weight for other in progress.packages)
+    relative_weight = settings.packages[number].weight / total_weight
+    is_new_model = not any(progress.tried.get((number, other)) for other in board.orders(number))
     typical_change = 2 * CHANGE_OF_MODEL if is_new_model else CHANGE_OF_ORDER
-    change = board.measured.changes.get(key, typical_change * relative_weight)
+    change = measured.changes.get(key, typical_change * relative_weight)
 
-    # Before a package has run, its speed follows from that of another one and from the parameters of both.
-    rate = rates.get(number, 0.0)
-    if rates and not rate:
-        measured_number = next(iter(rates))
-        rate = rates[measured_number] * flop_per_token(packages[measured_number]) / flop_per_token(packages[number])
+    # Before a package has run, its speed follows from another one's and the parameters of both.
+    rate = measured.rates.get(number, 0.0)
+    if measured.rates and not rate:
+        other, other_rate = next(iter(measured.rates.items()))
+        rate = other_rate * flop_per_token(packages[other]) / flop_per_token(packages[number])
     seconds_per_token = PADDING / rate if rate else 0.0
 
-    copies = 1 if settings.packages[number].placement == "split" else len(board.devices)
+    copies = 1 if settings.packages[number].placement == "split" else len(progress.devices)
     load_seconds = 0.0 if is_loaded else loading_seconds(packages[number], copies)
     return Option(number, order, change, seconds_per_token, load_seconds, unscored)
 
 
 def note_plan(board: Board, shares: Sequence[Share], seconds_left: float) -> None:
-    """Log what the plan does with the seconds that are left, and what it leaves; keep the line for kernel.json."""
+    """Log what the plan does with the seconds that are left; keep the line for kernel.json."""
     parts = []
     for share in shares:
         option = share.option
         name = f"{board.inputs.packages[option.package].folder.name} {option.order}"
-        part = f"{name} {len(share.worth)} of {len(option.unscored)} rows in {share.seconds:.1f} s"
-        if share.worth and option.load_seconds:
+        rows = f"{len(share.gains)} of {len(option.unscored)} rows"
+        part = f"{name} {rows} in {share.seconds:.1f} s"
+        if share.gains and option.load_seconds:
             part += f" and {option.load_seconds:.1f} s to load"
         parts.append(part)
+
     line = f"{max(seconds_left, 0.0):.1f} s left: {'; '.join(parts)}"
-    board.plans.append(line)
+    board.progress.plans.append(line)
     log(board.inputs.clock, f"plan: {line}")
 
 
 def start_team(board: Board, number: int) -> list[Worker]:
-    """Workers for a package on the devices that are not gone; none where a model that is split would lack one of them."""
-    inputs = board.inputs
-    package = inputs.packages[number]
-    placement = inputs.settings.packages[number].placement
-    if not board.devices or (placement == "split" and len(board.devices) < len(inputs.devices)):
-        log(inputs.clock, f"{package.folder.name}: no device is left for it")
-        return []
-    return start_workers(package, placement, board.devices, inputs.settings.tokens_per_batch, inputs.threads, inputs.clock)
+    """Start workers for a package on the devices that are not gone.
+
+    Raises:
+        LoadError: No device is left, or a model that is split would lack one of them.
+    """
+    inputs, devices = board.inputs, board.progress.devices
+    package, settings = inputs.packages[number], inputs.settings
+    package_settings = settings.packages[number]
+    is_incomplete = package_settings.placement == "split" and len(devices) < len(inputs.devices)
+    if not devices or is_incomplete:
+        raise LoadError(f"{package.folder}: no device is left for it")
+    return start_workers(
+        package, package_settings, devices, settings.tokens_per_batch, inputs.threads, inputs.clock
+    )
 
 
 def retire(board: Board, workers: list[Worker]) -> None:
     """End the workers and note what they did; devices that are gone leave the board.
 
-    A device that had a model before stays where a worker could not load another one: that may be the package's fault.
+    A device stays where its worker could not load a package that no other loaded either, or where
+    it had a model before: that may be the package's fault.
     """
     stop_workers(workers)
+    progress = board.progress
+    any_loaded = any(worker.load_seconds for worker in workers)
     for worker in workers:
-        if worker.gone and (worker.load_seconds or not board.proven.issuperset(worker.positions)):
+        is_proven = progress.proven.issuperset(worker.positions)
+        is_to_blame = bool(worker.load_seconds) or (any_loaded and not is_proven)
+        if worker.gone and is_to_blame:
             for position in worker.positions:
-                board.devices.pop(position, None)
+                progress.devices.pop(position, None)
         elif worker.load_seconds:
-            board.proven.update(worker.positions)
-        board.workers.append(worker_record(worker))
+            progress.proven.update(worker.positions)
+        progress.workers.append(worker_record(worker))
     workers.clear()
 
 
 def make_next_pass(
-    board: Board, next_pass: NextPass, numbers: Sequence[int], workers: list[Worker], encoder: "Encoder"
+    board: Board, next_pass: NextPass, workers: Sequence[Worker], encoder: "Encoder"
 ) -> None:
-    """Score the pass's rows, encoded while the workers load or the pass before runs, and note the result on the board."""
+    """Score the rows of a pass and note the result on the board.
+
+    They are encoded while the workers load, or were while the pass before ran.
+
+    Raises:
+        PackageError: The last worker that is left refuses the package.
+        LoadError: No worker could load it.
+    """
     number, order = next_pass.package, next_pass.order
-    key = (number, order)
     package, clock = board.inputs.packages[number], board.inputs.clock
     deadline = clock.deadline
-    if next_pass.seconds is not None:
-        deadline = min(time.monotonic() + next_pass.seconds, deadline)
+    if next_pass.deadline is not None:
+        deadline = min(next_pass.deadline, deadline)
 
-    ids = set(board.unscored(key) if next_pass.worth is None else next_pass.worth)
-    rows = [row for row in board.inputs.rows if row["id"] in ids]
+    # Tokenise now, and the other orders of the same rows while this one is scored.
+    rows = [row for row in board.inputs.rows if row["id"] in next_pass.rows]
     requests = encoder.requests(number, order, rows)
-    if not board.measured.tokens:
-        board.measured.tokens = {request.id: request.tokens for request in requests}
     for other in board.orders(number):
-        if (number, other) not in board.tried and other != order:
+        if (number, other) not in board.progress.tried and other != order:
             encoder.begin(number, other, rows)
 
-    before = board.probabilities(numbers)
-    work = make_pass(f"{package.folder.name}, {order}", requests, deadline, workers, next_pass.worth)
+    # How far this pass moves probabilities tells what further passes are worth.
+    before = board.probabilities()
+    label = f"{package.folder.name}, {order}"
+    work = make_pass(label, requests, deadline, workers, next_pass.gains)
     work = run_pass(work, workers, clock)
-    note_pass(board, key, work, requests, workers)
+    if all(worker.gone and not worker.load_seconds for worker in workers):
+        raise LoadError(f"{package.folder}: no device could load it")
 
-    # Devices that had a model before are not to blame where this one could not be loaded on any.
-    if all(worker.gone and not worker.load_seconds and board.proven.issuperset(worker.positions) for worker in workers):
-        raise PackageError(f"{package.folder}: no device could load it, and another model ran on all of them")
-    if change := measured_change(before, board.probabilities(numbers)):
-        board.measured.changes[key] = change
+    note_pass(board, (number, order), work, requests, workers)
+    change = measured_change(before, board.probabilities())
+    if change:
+        board.measured.changes[number, order] = change
 
 
-def note_pass(board: Board, key: Key, work: Pass, requests: Sequence[Request], workers: Sequence[Worker]) -> None:
+def note_pass(
+    board: Board, key: Key, work: Pass, requests: Sequence[Request], workers: Sequence[Worker]
+) -> None:
     """Put a pass's scores on the board, and what was measured."""
     number, order = key
-    board.given_up.setdefault(number, set()).update(work.given_up)
+    progress, measured = board.progress, board.measured
+    progress.given_up.setdefault(number, set()).update(work.given_up)
     for row_id, values in work.scores.items():
-        board.scores[number][row_id][order] = values
+        progress.scores[number][row_id][order] = values
 
-    # Rows that the pass left are tried again, but not where nothing came of any: they would be asked for for ever.
+    # Rows that the pass left are tried again, unless nothing came of any: that would never end.
     finished = {request.id for request in requests}
     if work.scores or all(worker.gone for worker in workers):
         finished -= {request.id for batch in work.queue for request in batch}
-    board.tried.setdefault(key, set()).update(finished)
+    progress.tried.setdefault(key, set()).update(finished)
 
-    if rate := sum(worker.rate() for worker in workers if not worker.gone):
-        board.measured.rates[number] = rate
-    board.passes.append({"run": board.inputs.settings.packages[number].run, "order": order, **pass_record(work)})
+    for request in requests:
+        measured.tokens.setdefault(request.id, request.tokens)
+    rate = sum(worker.rate() for worker in workers if not worker.gone)
+    if rate:
+        measured.rates[number] = rate
+
+    # kernel.json keeps a record of every pass.
+    run = board.inputs.settings.packages[number].run
+    progress.passes.append({"run": run, "order": order, **pass_record(work)})
 
 
 class Encoder:
-    """Rows made into requests, what is needed next in a thread of its own while the workers score.
+    """Makes rows into requests, what is needed next in a thread of its own.
 
-    A tokenizer is for one thread at a time: model_input switches its control tokens off while it encodes what users wrote,
-    and another thread would then encode the template as plain text.
+    A tokenizer is for one thread at a time: model_input switches its control tokens off while it
+    encodes what users wrote, and another thread would then encode the template as plain text.
     """
 
     def __init__(self, inputs: Inputs):
-        self.inputs, self.pool, self.closing = inputs, ThreadPoolExecutor(1), threading.Event()
+        self.inputs = inputs
+        self.pool = ThreadPoolExecutor(1)
+        self.closing = threading.Event()
         self.ahead: dict[Key, Future] = {}
         self.tokenizers = [threading.Lock() for _ in inputs.packages]
 
     def begin(self, number: int, order: str, rows: Sequence[Mapping]) -> None:
-        """Encode rows that are likely to be asked for."""
-        if (number, order) not in self.ahead:
-            self.ahead[number, order] = self.pool.submit(self.encode, number, order, rows)
+        """Begin to encode rows that are likely to be needed in a later pass."""
+        key = (number, order)
+        if key not in self.ahead:
+            self.ahead[key] = self.pool.submit(self.encode, number, order, rows)
 
     def requests(self, number: int, order: str, rows: Sequence[Mapping]) -> list[Request]:
-        """The rows' requests, in the rows' order."""
-        begun = self.ahead.get((number, order))
-        by_id = {request.id: request for request in (begun.result() if begun else ())}
-        missing = [row for row in rows if row["id"] not in by_id]
-        if missing:
-            by_id |= {request.id: request for request in self.encode(number, order, missing)}
+        """Return the rows' requests, in the rows' order."""
+        by_id = {}
+        if (number, order) in self.ahead:
+            by_id = {request.id: request for request in self.ahead[number, order].result()}
+        # Rows that nobody expected to be needed.
+        missing_rows = [row for row in rows if row["id"] not in by_id]
+        if missing_rows:
+            for request in self.encode(number, order, missing_rows):
+                by_id[request.id] = request
         return [by_id[row["id"]] for row in rows]
 
     def encode(self, number: int, order: str, rows: Sequence[Mapping]) -> list[Request]:
-        """By the package's own model_input; token ids in four bytes each, since there are millions of them."""
-        began, encoded = time.monotonic(), []
+        """Encode rows by the package's own model_input."""
+        began = time.monotonic()
         package, contract = self.inputs.packages[number], self.inputs.contracts[number]
+        encoded: list[Request] = []
         for start in range(0, len(rows), ENCODED_AT_ONCE):
             if self.closing.is_set():
                 return encoded
-            pairs = [package.model_input.pair_from_row(row) for row in rows[start : start + ENCODED_AT_ONCE]]
+            part = rows[start : start + ENCODED_AT_ONCE]
+            pairs = [package.model_input.pair_from_row(row) for row in part]
             with self.tokenizers[number]:
-                requests = make_requests(package.model_input, package.tokenizer, contract, pairs, (order,))
+                requests = make_requests(
+                    package.model_input,
+                    package.tokenizer,
+                    contract,
+                    pairs,
+                    (order,),
+                    spare_tokens_of(package.manifest),
+                )
+
+            # Four bytes for each token id, since there are millions of them.
             for request in requests:
-                encoded.append(replace(request, sequences=tuple(array("i", ids) for ids in request.sequences)))
-        tokens, seconds = sum(request.tokens for request in encoded), time.monotonic() - began
+                sequences = tuple(array("i", ids) for ids in request.sequences)
+                encoded.append(replace(request, sequences=sequences))
+
+        tokens = sum(request.tokens for request in encoded)
         name = f"{package.folder.name}, {order}"
-        log(self.inputs.clock, f"{name}: {len(encoded)} rows encoded, {tokens} tokens in {seconds:.1f} s")
+        seconds = time.monotonic() - began
+        log(
+            self.inputs.clock,
+            f"{name}: {len(encoded)} rows encoded, {tokens} tokens in {seconds:.1f} s",
+        )
         return encoded
 
     def close(self) -> None:
@@ -379,13 +524,30 @@ class Encoder:
         self.pool.shutdown(cancel_futures=True)
 
 
-def combine(settings: Settings, packages: Sequence[Package], per_package: Sequence[Scores]) -> dict[str, list[float]]:
-    """Probabilities of the competition's verdicts by id: orders averaged, then packages by weight, then the temperature."""
+def combine(
+    settings: Settings, packages: Sequence[Package], scores: Iterable[Scores]
+) -> dict[str, list[float]]:
+    """Combine the packages' scores to probabilities of the competition's verdicts, by id.
+
+    Orders are averaged, then packages by weight, then the temperature is applied.
+
+    Args:
+        settings: Has the packages' weights and the temperature.
+        packages: In the order of the settings.
+        scores: Of each package.
+    """
     opinions: dict[str, list[list[float]]] = {}
     weights: dict[str, list[float]] = {}
-    for served, package, scores in zip(settings.packages, packages, per_package, strict=True):
-        for row_id, values in mean_of_orders(scores).items():
+    for package_settings, package, package_scores in zip(
+        settings.packages, packages, scores, strict=True
+    ):
+        for row_id, values in mean_of_orders(package_scores).items():
             opinion = to_competition(values, package.contract.verdicts, settings.verdicts)
             opinions.setdefault(row_id, []).append(opinion)
-            weights.setdefault(row_id, []).append(served.weight)
-    return {row_id: soften(weighted_mean(values, weights[row_id]), settings.temperature) for row_id, values in opinions.items()}
+            weights.setdefault(row_id, []).append(package_settings.weight)
+
+    combined = {}
+    for row_id, values in opinions.items():
+        mean = weighted_mean(values, weights[row_id])
+        combined[row_id] = soften(mean, settings.temperature)
+    return combined

@@ -1,15 +1,16 @@
-"""A process for each device: it loads a model, then scores the batches that come through its pipe until the pipe closes.
+"""A process for each device: it loads a model, then scores the batches that come through its pipe.
 
-A model that one device cannot hold has one process with several devices, its layers over all of them, and a thread for each.
-A process, because a CUDA error takes a whole process with it, and because two threads share one Python. What the kernel's own
-process does when one dies: engine.handle_worker_death.
+A model that one device cannot hold has one process with several devices, its layers over all of
+them, and a thread for each. A process, because a CUDA error takes a whole process with it, and
+because two threads share one Python. What the kernel's own process does when one dies:
+pass_runner.handle_worker_death.
 
 To the worker: (number, requests). From it:
-    ("loaded", facts)                             dtype, batches_at_once, seconds, worst golden difference
-    ("scored", number, probabilities, bytes)      bytes: the most memory used so far, one number for each device
-    ("out of memory", number)                     it lives on; the batch is to be cut
-    ("refused", sentence)                         the package is not what was packaged: nothing would mend that
-    ("failed", traceback)                         and its end
+    ("loaded", facts)                         dtype, batches_at_once, seconds, worst difference
+    ("scored", number, BatchScores, bytes)    bytes: the most memory used so far on each device
+    ("out of memory", number)                 it lives on; the batch is to be cut
+    ("refused", sentence)                     the package is not what was packaged
+    ("failed", traceback)                     and its end
 """
 
 import contextlib
@@ -31,26 +32,39 @@ from kaggle_kernels.runtime.models.model import load_model
 from kaggle_kernels.runtime.models.pipeline import Stages, stage_starts
 from kaggle_kernels.runtime.models.placement import split_over
 from kaggle_kernels.runtime.models.scoring import score, score_batch
-from kaggle_kernels.runtime.package import Package, PackageError, execute_model_input, read_tokenizer
+from kaggle_kernels.runtime.package import (
+    Package,
+    PackageError,
+    execute_model_input,
+    read_tokenizer,
+)
 
-GOLDEN_TOLERANCE = 0.05  # float16 and 4-bit kernels differ between devices by up to 0.02; a wrong head by far more
-MEMORY_WORDS = ("CUDA error: out of memory", "_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory")
+GOLDEN_TOLERANCE = (
+    0.05  # float16 and 4-bit kernels differ between devices by up to 0.02; a wrong head by far more
+)
+MEMORY_WORDS = (
+    "CUDA error: out of memory",
+    "_ALLOC_FAILED",
+    "DefaultCPUAllocator: can't allocate memory",
+)
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """What a worker is to load: the package in `folder`, on `devices` (several: its layers over them), with CPU `threads`."""
+    """What a worker is to load, and where."""
 
-    folder: str
-    devices: tuple[str, ...]
-    position: int
-    threads: int
+    folder: str  # of the package
+    devices: tuple[str, ...]  # several: the model's layers over them
+    position: int  # of the first device
+    threads: int  # of the CPU
+    weight_bytes_limit: int | None = None  # of each device, for a model that is split
 
 
 def run_worker(connection, task: Assignment) -> None:
-    """The process: work until the pipe closes. It leaves at once then, whatever its threads and CUDA are at."""
+    """Run the process until the pipe closes; leave at once then, whatever its threads are at."""
     with contextlib.suppress(OSError):
-        Path("/proc/self/comm").write_text(f"worker {task.position}", encoding="utf-8")  # as top and ps show it
+        name = f"worker {task.position}"  # as top and ps show it
+        Path("/proc/self/comm").write_text(name, encoding="utf-8")
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(task.threads)
     work(connection, task)
@@ -59,105 +73,154 @@ def run_worker(connection, task: Assignment) -> None:
 
 def work(connection, task: Assignment) -> None:
     """Load, then score until the other end of the pipe is closed or something fails."""
-    began, device = time.monotonic(), task.devices[0]
+    began = time.monotonic()
+    first_device = task.devices[0]
     try:
-        if device.startswith("cuda"):
-            torch.cuda.set_device(device)  # else libraries that ask for no device take memory of the first GPU
+        # Else libraries that ask for no device take memory of the first GPU.
+        if first_device.startswith("cuda"):
+            torch.cuda.set_device(first_device)
         package = open_package(Path(task.folder))
-        model, stages = load_on(package, task.devices)
-        worst = check_golden_scores(package, model, device)
+        model, stages = load_on(package, task.devices, task.weight_bytes_limit)
+        worst_difference = check_golden_scores(package, model, first_device)
     except (PackageError, FloatingPointError) as error:
         return tell(connection, "refused", f"{type(error).__name__}: {error}")
     except Exception:
         return tell(connection, "failed", traceback.format_exc())
-    at_once = len(stages.locks) if stages else 1
-    facts = {"dtype": str(model.dtype), "batches_at_once": at_once, "worst": worst, "seconds": time.monotonic() - began}
+
+    # Only now can it be given batches.
+    batches_at_once = len(stages.locks) if stages else 1
+    facts = {
+        "dtype": str(model.dtype),
+        "batches_at_once": batches_at_once,
+        "worst": worst_difference,
+        "seconds": time.monotonic() - began,
+    }
     tell(connection, "loaded", facts)
 
     def score_requests(requests):
         passing = stages.batch if stages else contextlib.nullcontext
-        with torch.cuda.device(device) if device.startswith("cuda") else contextlib.nullcontext():  # it is each thread's own
-            return score_batch(model, package.model_input, package.contract, requests, device, passing)
+        # Each thread has a current device of its own.
+        on_device = contextlib.nullcontext()
+        if first_device.startswith("cuda"):
+            on_device = torch.cuda.device(first_device)
+        with on_device:
+            return score_batch(
+                model, package.model_input, package.contract, requests, first_device, passing
+            )
 
-    serve(connection, score_requests, at_once, lambda: memory_bytes(task.devices))
+    serve(connection, score_requests, batches_at_once, lambda: memory_bytes(task.devices))
 
 
 def open_package(folder: Path) -> Package:
-    """A package whose files were checked before (see package.read_package), as this process needs it."""
+    """Open a package whose files were checked before (see package.read_package)."""
     model_input = execute_model_input(folder / "model_input.py")
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    return Package(folder, model_input.read_contract(folder), manifest, model_input, read_tokenizer(folder))
+    contract = model_input.read_contract(folder)
+    return Package(folder, contract, manifest, model_input, read_tokenizer(folder))
 
 
-def load_on(package: Package, devices: tuple[str, ...]) -> tuple[torch.nn.Module, Stages | None]:
-    """The model on a device, or split over several, then with its stages."""
+def load_on(
+    package: Package, devices: tuple[str, ...], weight_bytes_limit: int | None = None
+) -> tuple[torch.nn.Module, Stages | None]:
+    """Load the model on a device, or split over several, then with its stages."""
     if len(devices) == 1:
         return load_model(package.folder, package.contract, devices[0]), None
-    device_map = split_over(package.folder, devices)
+    device_map = split_over(package.folder, devices, weight_bytes_limit)
     model = load_model(package.folder, package.contract, devices[0], device_map=device_map)
     return model, Stages(model, stage_starts(device_map), devices)
 
 
 def check_golden_scores(package: Package, model: torch.nn.Module, device: str) -> float:
-    """The largest difference from the manifest's golden probabilities; over GOLDEN_TOLERANCE it is a PackageError."""
-    pairs = [package.model_input.pair_from_row(row["pair"]) for row in package.contract.golden]
-    contract = package.contract
-    settings = {"orders": ("as_given",), "tokens_per_batch": contract.budget_tokens, "device": device}
-    found = score(model, package.model_input, package.tokenizer, contract, pairs, **settings)
-    worst = 0.0
-    for golden in package.manifest["golden"]:
-        values = found[golden["id"]]["as_given"]
-        worst = max([worst, *(abs(f - e) for f, e in zip(values, golden["probabilities"], strict=True))])
-        if worst > GOLDEN_TOLERANCE:
-            raise PackageError(
-                f"{package.folder}: golden row {golden['id']} scores {values} on {device}, the package recorded "
-                f"{golden['probabilities']}; weights, head, pad id or attention are not those that were packaged"
-            )
-    return worst
+    """Score the golden rows, and compare them with the manifest's probabilities.
 
+    Returns:
+        The largest difference.
 
-def serve(connection, score_requests, at_once: int, memory) -> None:
-    """Score what comes in, `at_once` batches at a time; `score_requests` gives a batch's probabilities, `memory` its bytes.
-
-    Batches are read as they come, so that the next one lies ready when one is done.
+    Raises:
+        PackageError: It is over GOLDEN_TOLERANCE.
     """
-    inbox, lock = queue.SimpleQueue(), threading.Lock()
+    contract = package.contract
+    # A golden row is scored as any other, by the code of the kernel.
+    pairs = [package.model_input.pair_from_row(row["pair"]) for row in contract.golden]
+    scores = score(
+        model,
+        package.model_input,
+        package.tokenizer,
+        contract,
+        pairs,
+        orders=("as_given",),
+        tokens_per_batch=contract.budget_tokens,
+        device=device,
+    )
+    worst_difference = 0.0
+    for golden in package.manifest["golden"]:
+        values = scores[golden["id"]]["as_given"]
+        for value, expected in zip(values, golden["probabilities"], strict=True):
+            worst_difference = max(worst_difference, abs(value - expected))
+        if worst_difference > GOLDEN_TOLERANCE:
+            raise PackageError(
+                f"{package.folder}: golden row {golden['id']} scores {values} on {device}, the "
+                f"package recorded {golden['probabilities']}; weights, head, pad id or attention "
+                "are not those that were packaged"
+            )
+    return worst_difference
+
+
+def serve(connection, score_requests, batches_at_once: int, measure_memory) -> None:
+    """Score what comes in. Batches are read as they come, so that the next one lies ready.
+
+    Args:
+        connection: The pipe.
+        score_requests: Gives a batch's BatchScores.
+        batches_at_once: How many are scored at the same time, each in a thread.
+        measure_memory: Gives the bytes used so far.
+    """
+    inbox = queue.SimpleQueue()
+    lock = threading.Lock()
 
     def score_from_inbox():
         while message := inbox.get():
             number, requests = message
             try:
-                answer = ("scored", number, score_requests(requests), memory())
+                answer = ("scored", number, score_requests(requests), measure_memory())
             except Exception as error:
-                is_too_large = lacks_memory(error, len(requests))
-                answer = ("out of memory", number) if is_too_large else ("failed", traceback.format_exc())
-            if answer[0] == "out of memory":
-                free_memory()
+                if lacks_memory(error, len(requests)):
+                    free_memory()
+                    answer = ("out of memory", number)
+                else:
+                    answer = ("failed", traceback.format_exc())
             with lock:
                 tell(connection, *answer)
+            # A CUDA error stays with its process: the other end will kill it.
             if answer[0] == "failed":
-                return  # a CUDA error stays with its process: the other end will kill it
+                return
 
-    for _ in range(at_once):
+    # The stages of a split model work on different batches at the same time.
+    for _ in range(batches_at_once):
         threading.Thread(target=score_from_inbox, daemon=True).start()
     with contextlib.suppress(EOFError, OSError):
         while True:
             inbox.put(connection.recv())
-    for _ in range(at_once):
+
+    # The pipe is closed: None ends a thread.
+    for _ in range(batches_at_once):
         inbox.put(None)
 
 
 def lacks_memory(error: Exception, rows: int) -> bool:
-    """Whether a batch of so many rows was too large: PyTorch says so of its own memory, CUDA's libraries only in words.
+    """Tell whether a batch of so many rows was too large.
 
-    By those words a row that is alone is no batch to be cut; only a new process may help it.
+    PyTorch says so of its own memory, CUDA's libraries only in words. By those, a row that is alone
+    is no batch to be cut; only a new process may help it.
     """
-    said = any(words in str(error) for words in MEMORY_WORDS) or isinstance(error, MemoryError)
-    return isinstance(error, torch.OutOfMemoryError) or (said and rows > 1)
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    has_words = any(words in str(error) for words in MEMORY_WORDS)
+    return rows > 1 and (has_words or isinstance(error, MemoryError))
 
 
 def tell(connection, *message) -> None:
-    """Send a message; where nobody listens any more there is nothing to tell."""
+    """Send a message, unless nobody listens any more."""
     with contextlib.suppress(OSError):
         connection.send(message)
 
@@ -166,12 +229,13 @@ def free_memory() -> None:
     """Give the memory of a batch that failed back to its device."""
     gc.collect()
     if torch.cuda.is_initialized():
-        with contextlib.suppress(RuntimeError):  # a broken device raises its error again; the next batch then ends the worker
+        # A broken device raises its error again; the next batch then ends the worker.
+        with contextlib.suppress(RuntimeError):
             torch.cuda.empty_cache()
 
 
 def memory_bytes(devices: tuple[str, ...]) -> list[int]:
-    """The most memory that PyTorch took so far on each GPU, or this process on the CPU."""
+    """Measure the most memory used so far: PyTorch's on each GPU, or this process's on the CPU."""
     if devices[0].startswith("cuda"):
         return [torch.cuda.max_memory_reserved(device) for device in devices]
     return [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]

@@ -52,8 +52,9 @@ def test_a_kernel_imports_only_what_kaggles_image_has(spec_path):
 
 
 def test_a_kernel_is_as_tidy_as_code_written_by_hand():
-    for command in (["check", "--select", "E,F,I,B,UP,SIM,W"], ["format", "--diff"]):
-        ruff = [sys.executable, "-m", "ruff", *command, "--isolated", "--line-length", "128"]
+    rules = ["--select", "E,F,I,B,UP,SIM,W", "--ignore", "SIM108,UP037", "--line-length", "128"]
+    for command in (["check", *rules], ["format", "--diff", "--line-length", "100"]):
+        ruff = [sys.executable, "-m", "ruff", *command, "--isolated"]
         done = subprocess.run([*ruff, EXAMPLES / "demo" / "kernel.py"], capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stdout
 

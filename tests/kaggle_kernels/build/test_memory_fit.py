@@ -43,7 +43,7 @@ def workplace(tmp_path, monkeypatch):
     ("name", "needs"),
     [
         ("gemma2_llama3", "gemma2_qlora 9.9 GiB, llama3_cls 10.7 GiB, one model at a time."),
-        ("qwen2_5_14b_cls", "of 3,072 tokens: qwen2_5_14b_cls 12.8 + 12.9 GiB (split)."),
+        ("qwen2_5_14b_cls", "of 3,072 tokens: qwen2_5_14b_cls 13.6 + 12.1 GiB (split)."),
     ],
 )
 def test_a_kernel_states_what_it_needs(name, needs):
@@ -73,7 +73,7 @@ def test_a_gptq_package_needs_no_wheels(quantize, needs, workplace):
         (
             QWEN,
             {"quantize": "int8", "placement": "each", "more": "tokens_per_batch: 3072\n"},
-            r"packages.0: big needs 17.1 GiB on a GPU .*, a T4 offers 14.5; what would fit: placement: split \(12.9 GiB\), or ",
+            r"packages.0: big needs 17.1 GiB on a GPU .*, a T4 offers 14.5; what would fit: placement: split \(13.6 GiB\), or ",
         ),
         (LLAMA_70B, {"quantize": "nf4"}, "14.5; no single change makes it fit; take a smaller base model$"),
         (
@@ -139,7 +139,7 @@ def test_every_spec_of_the_project_fits_and_has_a_row_in_the_list(tmp_path, monk
     rows = [line.split() for line in done.output.splitlines() if line.startswith(" ") and line.strip()]
     assert [row[0] for row in rows[2:] if row[1] in ("wsdm", "lmsys")] == [path.stem for path in all_specs()]
     [qlora] = [row for row in rows if row[:2] == ["gemma2_qlora", "wsdm"]]
-    assert " ".join(qlora) == "gemma2_qlora wsdm gemma2_qlora gemma-2-9b-it classifier, QLoRA nf4 9.9 4 h 45 stale"
+    assert " ".join(qlora) == "gemma2_qlora wsdm gemma2_qlora gemma-2-9b-it classifier, QLoRA nf4 9.9 4 h 45 / 12 h 00 stale"
     assert "0.5 × llama3_cls     Meta-Llama-3-8B-Instruct" in done.output
 
 

@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from kaggle_kernels.build.spec import all_specs, find_spec, read_spec, settings_of, slugify
+from kaggle_kernels.runtime.settings import TimeLimit
 from preprocess.core.errors import UserError
 from tests.kaggle_kernels.packages import settings_for
 
@@ -36,10 +37,9 @@ def test_the_projects_specs_are_valid_and_no_two_share_a_kernel():
 
 def test_what_follows_from_a_mistake_is_not_a_second_problem(tmp_path):
     with pytest.raises(UserError) as refusal:
-        read(tmp_path, packages=package(datset="x"), clock_seconds=None, clock_second=600)
+        read(tmp_path, packages=package(datset="x"), title=None, titel="Pairwise Test")
     assert str(refusal.value) == (
-        f"{tmp_path}/spec.yml: packages.0.datset: unknown key; did you mean dataset?; "
-        "clock_second: unknown key; did you mean clock_seconds?"
+        f"{tmp_path}/spec.yml: packages.0.datset: unknown key; did you mean dataset?; titel: unknown key; did you mean title?"
     )
 
 
@@ -47,13 +47,20 @@ def test_what_follows_from_a_mistake_is_not_a_second_problem(tmp_path):
     "changes, message",
     [
         ({"zebra": 1}, "zebra: unknown key; remove it"),
+        ({"title": None}, "title: missing; add it: the kernel's title on Kaggle"),
         ({"packages": package(weight=0.5)}, "packages: the weights sum to 0.5, expected 1"),
         ({"packages": [*package(weight=0.5)] * 2}, "packages: two packages have the same run"),
         ({"packages": package(dataset="Upper_case")}, "packages.0.dataset: expected lower-case letters and digits, with"),
         ({"packages": package(run="")}, "packages.0.run: expected a run's name, as in outputs/NAME, found ''"),
         ({"packages": package(weight="0.5")}, "packages.0.weight: expected a number, found '0.5' (YAML reads that as text"),
         ({"wheels": "dataset-one"}, "wheels: dataset-one is a package's dataset; name the one with bitsandbytes"),
-        ({"clock_seconds": 0}, "clock_seconds: expected a number above 0, found 0"),
+        ({"clock_seconds": 0}, "clock_seconds: expected seconds above 0 and up to 43200, found 0"),
+        ({"clock_seconds": {None: 50_000}}, "clock_seconds: expected seconds above 0 and up to 43200, found 50000"),
+        (
+            {"clock_seconds": {"12k": 60, None: 90}},
+            "clock_seconds: expected a number of rows, or null for any more, found '12k'",
+        ),
+        ({"clock_seconds": {12_000: 60}}, "clock_seconds: says nothing of more rows; add null: SECONDS"),
         ({"title": "日本語 ab"}, "title: its slug would be 'ab', Kaggle wants 5 characters or more"),
         ({"budget_tokens": 10000}, "budget_tokens: 10000 is more than tokens_per_batch, 8192"),
     ],
@@ -78,5 +85,19 @@ def test_a_titles_slug_is_kaggles():
 def test_settings_hold_what_the_spec_says(tmp_path):
     packages = [settings_for("one", "dataset-one", 0.75), settings_for("two", "dataset-two", 0.25)]
     settings = settings_of("spec", read(tmp_path, orders="as_given", budget_tokens=1024), packages)
-    assert (settings.orders, settings.budget_tokens, settings.clock_seconds) == (("as_given",), 1024, 600)
+    assert (settings.orders, settings.budget_tokens) == (("as_given",), 1024)
+    assert settings.time_limits == (TimeLimit(None, 600),)
     assert settings.packages == tuple(packages)
+
+
+@pytest.mark.parametrize(
+    "changes, seconds",
+    [
+        ({"clock_seconds": None}, [17_100, 17_100, 43_200]),
+        ({"clock_seconds": None, "competition": "lmsys"}, [32_400, 32_400, 32_400]),
+        ({"clock_seconds": {None: 900, 12_000: 600, 100: 60}}, [60, 600, 900]),
+    ],
+)
+def test_the_time_limit_goes_by_rows_as_the_competition_or_the_spec_says(tmp_path, changes, seconds):
+    spec = read(tmp_path, **changes)
+    assert [spec.time_limit(rows) for rows in (100, 12_000, 12_001)] == seconds

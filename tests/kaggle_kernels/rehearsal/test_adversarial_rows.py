@@ -40,7 +40,7 @@ def test_a_twentieth_is_replaced_and_each_kind_is_there_unless_half_the_rows_are
 @pytest.mark.parametrize("layout, verdicts", [("wsdm", ["winner"]), ("lmsys", FLAGS)])
 def test_other_rows_stay_and_only_a_duplicate_has_a_verdict_that_of_its_twin(layout, verdicts):
     before, after = LAYOUTS[layout][0], adversarial(layout)
-    kept = after.filter(pl.col("hostile").is_null()).drop("hostile")
+    kept = after.filter(pl.col("hostile").is_null()).select(before.columns)
     assert kept.equals(before.filter(pl.col("id").is_in(kept["id"].implode())))
     assert after["id"].equals(before["id"])
     replaced = after.filter(pl.col("hostile").is_not_null() & (pl.col("hostile") != "duplicate"))
@@ -48,6 +48,17 @@ def test_other_rows_stay_and_only_a_duplicate_has_a_verdict_that_of_its_twin(lay
     assert replaced.select(verdicts).null_count().row(0) == (63,) * len(verdicts)
     duplicate = after.filter(pl.col("hostile") == "duplicate")
     assert kept.join(duplicate, on=[*TEXTS, *verdicts], how="semi").height == 1
+
+
+def test_rows_count_or_not_or_nobody_knows_and_a_file_may_lack_the_column():
+    before = PAIRS.with_columns(scored=pl.int_range(pl.len()) % 2 == 0)
+    after = add_adversarial_rows(before, 1, are_turns=False)
+    is_hostile = pl.col("hostile").is_not_null()
+    assert after.filter(~is_hostile)["scored"].equals(before.filter(after["hostile"].is_null())["scored"])
+    assert set(after.filter(is_hostile)["scored"]) == {True, False, None}
+    assert set(add_adversarial_rows(PAIRS, 1, are_turns=False)["scored"]) == {True, False, None}
+    assert "scored" not in add_adversarial_rows(before, 3, are_turns=False).columns
+    assert "scored" not in adversarial("lmsys").columns
 
 
 @pytest.mark.parametrize(
@@ -95,5 +106,5 @@ def test_the_kernel_reads_each_text_as_it_was_written(tmp_path, layout, suffix):
     path = tmp_path / f"test.{suffix}"
     table.write_csv(path) if suffix == "csv" else table.write_parquet(path)
     expected = table.fill_null("") if suffix == "csv" else table
-    assert read_rows(path, are_turns=False) == expected.to_dicts()
+    assert read_rows(path, are_turns=False) == expected.with_columns(counts=True).to_dicts()
     assert len(read_rows(path, are_turns=LAYOUTS[layout][1])) == 200

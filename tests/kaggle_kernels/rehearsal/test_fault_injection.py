@@ -44,10 +44,10 @@ if __name__ == "__main__":
 """
 
 
-def run(tmp_path, faults, deaths):
+def run(tmp_path, faults, deaths, kernel=KERNEL):
     root = tmp_path / "sandbox" / "kaggle"
     (root / "working").mkdir(parents=True)
-    kernel = KERNEL.replace("DEATHS", str(deaths))
+    kernel = kernel.replace("DEATHS", str(deaths))
     return run_as_kaggle(Path(sys.executable), kernel, root, "test", Conditions(clock_seconds=500, faults=faults))
 
 
@@ -65,6 +65,16 @@ def test_every_worker_of_a_lost_device_is_killed_and_no_other(tmp_path):
     done = run(tmp_path, Faults(lose_device=1), deaths=3)
     assert {kill.worker for kill in done.kills} == {1}
     assert len({kill.pid for kill in done.kills}) == len(done.kills) >= 3
+
+
+def test_every_worker_is_killed_for_good_once_the_log_says_that_so_many_rows_are_scored(tmp_path, capfd):
+    progress = 'for rows in (1, 2, 4): print(f"demo, as_given: {rows} of 10 rows, 41.3 rows/s", flush=True); time.sleep(1)'
+    kernel = KERNEL.replace("    while len(deaths)", f"    {progress}\n    while len(deaths)")
+    done = run(tmp_path, Faults(lose_all_at=0.4), deaths=6, kernel=kernel)
+    assert {kill.worker for kill in done.kills} == {0, 1, 2}
+    assert len(done.kills) >= 6
+    printed = capfd.readouterr().out
+    assert "killed" not in printed[: printed.index("4 of 10 rows")]
 
 
 def test_workers_of_another_kernel_are_not_found():
@@ -97,4 +107,6 @@ def test_a_fault_that_did_not_happen_is_an_error():
         check_kills(Faults(kill_every=20), (), 12.4)
     with pytest.raises(UserError, match="--lose-device: no process named worker 1 appeared; nothing was killed"):
         check_kills(Faults(kill_every=20, lose_device=1), (Kill(0, 7, 20.0),), 60)
+    with pytest.raises(UserError, match="--lose-all-at: no worker was alive"):
+        check_kills(Faults(lose_all_at=0.5), (), 60)
     check_kills(Faults(kill_every=20, lose_device=0), (Kill(0, 7, 20.0),), 60)

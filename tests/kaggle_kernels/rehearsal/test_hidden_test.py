@@ -60,7 +60,7 @@ def test_300_hostile_rows_on_two_workers(tmp_path, request, competition, test_fi
     assert (measured["checks"]["ids"], measured["checks"]["scored"], measured["checks"]["tolerance"]) == (300, 300, 1e-5)
     assert (measured["judged"], measured["faults"]["kills"]) == (300 - 63, [])
     kernel = read_json(out / "kernel.json")
-    assert (kernel["devices"], kernel["hidden_run"], kernel["settings"]["clock_seconds"]) == (["cpu", "cpu"], True, 500)
+    assert (kernel["devices"], kernel["hidden_run"], kernel["clock_seconds"]) == (["cpu", "cpu"], True, 500)
     assert sum(worker["computed_tokens"] for worker in kernel["workers"]) > 0
     rows = pl.read_parquet(out / "rows.parquet")
     assert pl.read_csv(out / "submission.csv", infer_schema=False)["id"].to_list() == rows["id"].cast(pl.String).to_list()
@@ -82,6 +82,17 @@ def test_the_visible_run_scores_held_out_rows_of_the_train_file_and_predicts_the
     assert (kernel["hidden_run"], kernel["rows"], kernel["scored"], kernel["visible"]["scored"]) == (False, 3, 3, 60)
     assert kernel["visible"]["quality"]["judged"] == 60
     assert kernel["visible"]["speed"][0]["tokens_per_second"] > 0
+
+
+def test_both_workers_killed_for_good_after_a_fifth_of_the_rows_leave_a_whole_submission(tmp_path, package_folder):
+    make_workplace(tmp_path, "wsdm", package_folder)
+    options = ("test.parquet", "--rows", "4000", "--shuffle", "--devices", "2", "--lose-all-at", "0.2")
+    printed, measured, out = rehearse(tmp_path, *options)
+    assert {kill["worker"] for kill in measured["faults"]["kills"]} == {0, 1}
+    assert (measured["checks"]["ids"], 800 <= measured["checks"]["scored"] < 4000) == (4000, True)
+    assert "no device is left; rows without a score get the prior\n" in printed
+    assert f"warning: {measured['checks']['scored']} of 4000 rows were scored" in printed
+    assert read_json(out / "kernel.json")["scored"] == measured["checks"]["scored"]
 
 
 @pytest.mark.slow

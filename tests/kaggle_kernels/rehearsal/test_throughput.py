@@ -94,16 +94,16 @@ def test_the_speed_here_is_over_all_passes():
     ],
 )
 def test_the_report_has_each_order_the_finish_and_what_fits_into_the_clock(orders, end):
-    speed, prediction = report_throughput(SPEED, [Prediction(25_000, 60, *orders)], 17_100)
+    speed, prediction = report_throughput(SPEED, [Prediction(25_000, 17_100, 60, *orders)])
     assert speed == "here: 20.0 rows/s, 18000 tokens/s, padding 18.2%"
     assert prediction.endswith(end)
 
 
 def test_a_first_order_over_the_clock_is_a_warning_for_the_rehearsed_rows_alone():
-    over, within = Prediction(25_000, 60, 18_000, 18_000), Prediction(10_000, 60, 7200, 7200)
-    *_, warning = report_throughput(SPEED, [over, within], 17_100)
+    over, within = Prediction(25_000, 17_100, 60, 18_000, 18_000), Prediction(10_000, 17_100, 60, 7200, 7200)
+    *_, warning = report_throughput(SPEED, [over, within])
     assert warning.startswith("warning: 25,000 rows are predicted to take 5 h 01 min in one order alone, the clock")
-    assert "warning" not in "".join(report_throughput(SPEED, [within, over], 17_100))
+    assert "warning" not in "".join(report_throughput(SPEED, [within, over]))
 
 
 @pytest.mark.parametrize("seconds, text", [(59.4, "59 s"), (60, "1 min"), (3599, "1 h 00 min"), (6720, "1 h 52 min")])

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from kaggle_kernels.build.spec import Spec, settings_of
-from kaggle_kernels.runtime.scheduling import crew
+from kaggle_kernels.runtime.scheduling import worker_handle
 from kaggle_kernels.runtime.scheduling.schedule import Board, make_board
 from kaggle_kernels.runtime.settings import start_clock
 from tests import tiny
@@ -19,25 +19,25 @@ SPEC = Spec(
 )
 BOTH = settings_of("test", SPEC, [settings_for("two", "tiny-two", 0.5), settings_for("other", "tiny-other", 0.5)])
 ONE = replace(BOTH, packages=(settings_for("two", "tiny-two"),))
-ROWS = [{key: row[key] for key in ("id", "prompt", "response_a", "response_b")} for row in tiny.pairs(30, seed=9).to_dicts()]
+ROWS = tiny.pairs(30, seed=9).drop("winner").with_columns(counts=True).to_dicts()
 
 
-def board_of(packages, devices=("cpu", "cpu"), hidden_run=True, settings=None) -> Board:
+def board_of(packages, devices=("cpu", "cpu"), hidden_run=True, settings=None, rows=ROWS) -> Board:
     """A board for one package or for both."""
     settings = settings or (ONE if len(packages) == 1 else BOTH)
-    return make_board(settings, packages, ROWS, devices, start_clock(600), hidden_run)
+    return make_board(settings, packages, rows, devices, start_clock(600), hidden_run)
 
 
 def replace_workers(monkeypatch, folder, target, positions=(0, 1)) -> None:
     """Have the workers with the package in `folder` at these positions do `target`."""
-    start_usual = crew.start_process
+    start_usual = worker_handle.start_process
 
     def start(task):
         if task.folder == str(folder) and task.position in positions:
             return start_in_thread(task, target)
         return start_usual(task)
 
-    monkeypatch.setattr(crew, "start_process", start)
+    monkeypatch.setattr(worker_handle, "start_process", start)
 
 
 def refuse(connection, task) -> None:

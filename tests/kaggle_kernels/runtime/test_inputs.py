@@ -11,11 +11,9 @@ from kaggle_kernels.runtime import inputs
 from kaggle_kernels.runtime.inputs import (
     find_mounted,
     install_missing_wheels,
-    parquet_parts,
-    read_ids,
     read_rows,
+    read_table,
     read_text,
-    rows_of,
 )
 
 
@@ -26,6 +24,10 @@ def mount(root, path, content=b"x"):
     return file
 
 
+def read_ids(path):
+    return [row["id"] for row in read_table(path, ("id",))]
+
+
 DATASET = ("manifest.json",)
 COMPETITION = ("test.parquet", "test.csv")
 DEMO = "datasets/owner/demo/manifest.json"
@@ -34,10 +36,10 @@ DEMO = "datasets/owner/demo/manifest.json"
 @pytest.mark.parametrize(
     "slug, names, kind, mounted, expected",
     [
-        ("demo", DATASET, None, ["datasets/owner/another/manifest.json", "demo/manifest.json"], "demo/manifest.json"),
-        ("demo", DATASET, None, ["datasets/owner/another/manifest.json", DEMO], DEMO),
-        ("demo", DATASET, None, ["datasets/owner/demo/inner/manifest.json"], "datasets/owner/demo/inner/manifest.json"),
-        ("wsdm", COMPETITION, None, ["wsdm/test.csv", "wsdm/test.parquet"], "wsdm/test.parquet"),
+        ("demo", DATASET, "datasets", ["datasets/owner/another/manifest.json", "demo/manifest.json"], "demo/manifest.json"),
+        ("demo", DATASET, "datasets", ["datasets/owner/another/manifest.json", DEMO], DEMO),
+        ("demo", DATASET, "datasets", ["datasets/owner/demo/inner/manifest.json"], "datasets/owner/demo/inner/manifest.json"),
+        ("wsdm", COMPETITION, "competitions", ["wsdm/test.csv", "wsdm/test.parquet"], "wsdm/test.parquet"),
         ("wsdm", COMPETITION, "competitions", ["datasets/owner/wsdm/test.parquet", "wsdm/test.csv"], "wsdm/test.csv"),
         ("wsdm", COMPETITION, "competitions", ["texts/wsdm/test.parquet", "wsdm/test.csv"], "wsdm/test.csv"),
         (
@@ -62,10 +64,10 @@ def test_the_mounted_file_is_found_in_every_layout_and_no_other_is_taken_for_it(
 def test_a_file_mounted_twice_counts_once_unless_the_copies_differ(tmp_path):
     mount(tmp_path, "wsdm/test.parquet")
     copy = mount(tmp_path, "competitions/wsdm/test.parquet")
-    assert find_mounted(tmp_path, "wsdm", COMPETITION).name == "test.parquet"
+    assert find_mounted(tmp_path, "wsdm", COMPETITION, "competitions").name == "test.parquet"
     copy.write_bytes(b"y")
     with pytest.raises(FileNotFoundError, match="2 files named test.parquet"):
-        find_mounted(tmp_path, "wsdm", COMPETITION)
+        find_mounted(tmp_path, "wsdm", COMPETITION, "competitions")
 
 
 def test_a_file_that_is_not_mounted_is_named_with_the_folders_that_are(tmp_path):
@@ -89,13 +91,13 @@ def write_table(path, rows):
 
 @pytest.mark.parametrize("suffix", ["parquet", "csv"])
 def test_rows_are_read_from_columns_in_any_order_and_ids_keep_every_digit(tmp_path, suffix):
-    rows = [{"scored": True, "response_b": None, "prompt": row["prompt"], "response_a": row["response_a"]} for row in ROWS]
+    rows = [{"other": True, "response_b": None, "prompt": row["prompt"], "response_a": row["response_a"]} for row in ROWS]
     rows[0]["id"], rows[1]["id"] = 2**53 + 1, 2**63 - 1
     path = write_table(tmp_path / f"test.{suffix}", rows)
     null = None if suffix == "parquet" else ""
     assert read_rows(path, are_turns=False) == [
-        {"id": "9007199254740993", "prompt": 'p, "quoted"\nline', "response_a": "河流", "response_b": null},
-        {"id": "9223372036854775807", "prompt": "q", "response_a": "x" * 200_000, "response_b": null},
+        {"id": "9007199254740993", "prompt": 'p, "quoted"\nline', "response_a": "河流", "response_b": null, "counts": True},
+        {"id": "9223372036854775807", "prompt": "q", "response_a": "x" * 200_000, "response_b": null, "counts": True},
     ]
     assert read_ids(path) == ["9007199254740993", "9223372036854775807"]
 
@@ -111,17 +113,16 @@ def test_categories_and_lists_of_text_are_text(tmp_path):
     frame = pl.DataFrame({"id": ["x"], "prompt": [["p", None]], "response_a": ["a"], "response_b": ["b"]})
     frame.with_columns(pl.col("response_a").cast(pl.Categorical)).write_parquet(tmp_path / "test.parquet")
     [row] = read_rows(tmp_path / "test.parquet", are_turns=True)
-    assert row == {"id": "x", "prompt": ["p", None], "response_a": "a", "response_b": "b"}
+    assert row == {"id": "x", "prompt": ["p", None], "response_a": "a", "response_b": "b", "counts": True}
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "csv"])
-def test_of_rows_that_are_not_kept_no_text_is_made(tmp_path, suffix):
-    path = write_table(tmp_path / f"train.{suffix}", [{**ROWS[0], "id": number} for number in range(3000)])
-    kept = list(rows_of(path, ("id", "prompt"), {"5", "2999", "absent"}))
-    assert kept == [{"id": "5", "prompt": ROWS[0]["prompt"]}, {"id": "2999", "prompt": ROWS[0]["prompt"]}]
-    if suffix == "parquet":
-        rows = [row for part in parquet_parts(path, ("id", "prompt"), {"5"}) for row in part]
-        assert (rows[4], rows[5]) == ({"id": 4}, {"id": 5, "prompt": ROWS[0]["prompt"]})
+@pytest.mark.parametrize("false", [False, 0, 0.0, "FALSE"])
+def test_a_row_counts_unless_its_column_scored_says_no(tmp_path, suffix, false):
+    scored = pl.Series("scored", [type(false)(1), false, None])
+    table = pl.DataFrame([{**ROWS[0], "id": number} for number in range(3)]).with_columns(scored)
+    path = write_table(tmp_path / f"test.{suffix}", table)
+    assert [row["counts"] for row in read_rows(path, are_turns=False)] == [True, False, True]
 
 
 @pytest.mark.parametrize("text", ["[broken", '"text"', "5", "", "[" * 100_000], ids=lambda text: text[:7])

@@ -4,6 +4,7 @@ What one device, one row or one package cannot do costs no more than that: the o
 """
 
 import json
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,15 +14,18 @@ import pytest
 from kaggle_kernels.build.spec import Spec, settings_of
 from kaggle_kernels.runtime import main
 from kaggle_kernels.runtime.main import run_kernel
-from kaggle_kernels.runtime.scheduling import schedule
+from kaggle_kernels.runtime.package import PackageError
+from kaggle_kernels.runtime.scheduling import schedule, worker_handle
 from kaggle_kernels.runtime.scheduling.schedule import combine
-from kaggle_kernels.runtime.settings import start_clock
+from kaggle_kernels.runtime.settings import TimeLimit, start_clock
 from preprocess.core.files import sha256
 from tests import tiny
-from tests.kaggle_kernels.packages import make_package, settings_for
+from tests.kaggle_kernels.packages import flip_byte, make_package, settings_for
+from tests.kaggle_kernels.runtime.boards import refuse
+from tests.kaggle_kernels.runtime.workers import Device, start_in_thread
 
 pytestmark = pytest.mark.usefixtures("workers_in_threads")
-SPEC = Spec(title="Title", competition="wsdm", packages=[{"run": "two", "dataset": "tiny-two"}], clock_seconds=600)
+SPEC = Spec(title="Title", competition="wsdm", packages=[{"run": "two", "dataset": "tiny-two"}])
 SETTINGS = settings_of("test", SPEC, [settings_for("two", "tiny-two")])
 
 
@@ -124,7 +128,7 @@ def test_shuffled_rows_on_two_devices_get_the_same_answers_by_id(kaggle):
     ids=["no ties", "budget below the template", "other verdicts", "other architecture"],
 )
 def test_a_package_that_does_not_suit_is_refused_before_a_model_is_loaded(kaggle, monkeypatch, changes, message):
-    monkeypatch.setattr("kaggle_kernels.runtime.scheduling.crew.start_process", lambda _: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(worker_handle, "start_process", lambda _: pytest.fail("a model was loaded"))
     if "tie" in changes.get("verdicts", ()) or "budget_tokens" in changes:
         settings = replace(SETTINGS, **changes)
     else:
@@ -133,13 +137,29 @@ def test_a_package_that_does_not_suit_is_refused_before_a_model_is_loaded(kaggle
         run_kernel(settings)
 
 
-def test_rows_left_by_the_clock_get_the_longer_answer_where_min_scored_allows_it(kaggle):
+def test_the_time_limit_is_that_of_the_files_number_of_rows(kaggle):
+    limits = (TimeLimit(2, 1.0), TimeLimit(3, 700.0), TimeLimit(None, 800.0))
+    run_kernel(replace(SETTINGS, time_limits=limits))
+    assert record_of(kaggle)["clock_seconds"] == 700
+    assert [SETTINGS.time_limit(rows) for rows in (3, 12_000, 12_001)] == [17_100, 17_100, 43_200]
+
+
+def test_rows_left_by_the_clock_are_an_error_of_the_visible_run_and_get_the_longer_answer_in_the_hidden_one(
+    kaggle, monkeypatch, capsys
+):
     rows = tiny.pairs(10, seed=6)
-    write_test_rows(kaggle, rows)
-    with pytest.raises(ValueError, match="0 of 10 rows were scored, the spec's min_scored is 0.98; nothing is submitted"):
-        run_kernel(replace(SETTINGS, clock_seconds=0.01))
+    write_test_rows(kaggle, rows.with_columns(scored=pl.int_range(pl.len()) < 4))
+    settings = replace(SETTINGS, time_limits=(TimeLimit(None, 0.01),))
+    shortfall = "0 of 10 rows were scored, the spec's min_scored is 0.98"
+    with pytest.raises(ValueError, match=f"{shortfall}; nothing is submitted"):
+        run_kernel(settings)
     assert list((kaggle / "working").iterdir()) == []
-    run_kernel(replace(SETTINGS, clock_seconds=0.01, min_scored=0.0))
+    monkeypatch.setenv("KAGGLE_IS_COMPETITION_RERUN", "1")
+    run_kernel(settings)
+    assert f"warning: {shortfall}; the others get the prior\n" in capsys.readouterr().out
+    record = record_of(kaggle)
+    assert [record[key] for key in ("rows", "scored", "rows_that_count", "scored_that_count")] == [10, 0, 4, 0]
+    assert record["shortfall"] == shortfall
     longer = rows.select(pl.col("response_a").str.len_chars() >= pl.col("response_b").str.len_chars()).to_series()
     assert submitted(kaggle)["winner"].to_list() == ["model_a" if first else "model_b" for first in longer]
 
@@ -166,7 +186,7 @@ def test_what_fails_after_the_first_order_ends_the_visible_run_and_is_logged_in_
     assert [work["pass"] for work in record["passes"]] == ["tiny-two, as_given"]
 
 
-def test_in_the_hidden_run_too_few_scores_are_an_error_and_a_lost_record_is_not(kaggle, monkeypatch, capsys):
+def test_in_the_hidden_run_no_error_of_the_machine_costs_the_submission(kaggle, monkeypatch, capsys):
     def fail_to_write(*_):
         raise OSError(28, "No space left on device")
 
@@ -175,6 +195,65 @@ def test_in_the_hidden_run_too_few_scores_are_an_error_and_a_lost_record_is_not(
     run_kernel(SETTINGS)
     assert submitted(kaggle).height == 3
     assert "No space left on device" in capsys.readouterr().out
-    monkeypatch.setattr(main, "score_all", lambda board: 1 / 0)
-    with pytest.raises(ValueError, match="0 of 3 rows were scored"):
+    for name in ("check_machine", "score_all"):
+        monkeypatch.setattr(main, name, lambda *_: 1 / 0)
+    run_kernel(SETTINGS)
+    assert submitted(kaggle).height == 3
+    assert capsys.readouterr().out.count("ZeroDivisionError: ") == 2
+
+
+def test_a_package_that_is_damaged_is_left_out_of_the_hidden_run_while_another_one_works(kaggle, monkeypatch, capsys):
+    shutil.copytree(kaggle / "input" / "tiny-two", kaggle / "input" / "tiny-damaged")
+    flip_byte(kaggle / "input" / "tiny-damaged" / "tokenizer.json")
+    damaged, whole = settings_for("damaged", "tiny-damaged", 0.5), settings_for("two", "tiny-two", 0.5)
+    with pytest.raises(PackageError):
+        run_kernel(replace(SETTINGS, packages=(damaged, whole)))
+    monkeypatch.setenv("KAGGLE_IS_COMPETITION_RERUN", "1")
+    for packages in ((damaged, whole), (whole, damaged)):
+        run_kernel(replace(SETTINGS, packages=packages))
+        assert record_of(kaggle)["scored"] == 3
+        assert "damaged: left out: PackageError: " in capsys.readouterr().out
+    with pytest.raises(PackageError):
+        run_kernel(replace(SETTINGS, packages=(damaged,)))
+
+
+def test_workers_that_refuse_the_only_package_end_the_hidden_run_without_a_submission(kaggle, monkeypatch):
+    monkeypatch.setenv("KAGGLE_IS_COMPETITION_RERUN", "1")
+    monkeypatch.setattr(worker_handle, "start_process", lambda task: start_in_thread(task, refuse))
+    with pytest.raises(PackageError, match="golden row 7"):
         run_kernel(SETTINGS)
+    assert list((kaggle / "working").iterdir()) == []
+
+
+def test_workers_that_are_lost_for_good_after_a_fifth_of_the_rows_leave_a_whole_submission(kaggle, monkeypatch, capsys):
+    rows = tiny.pairs(200, seed=6)
+    write_test_rows(kaggle, rows)
+    device = Device()
+    device.dies_at = lambda requests: sum(scored for scored, _ in device.batches) >= 40
+    device.loads = lambda start: not device.dies_at([])
+    monkeypatch.setattr(worker_handle, "start_process", lambda task: start_in_thread(task, device.work))
+    monkeypatch.setenv("KAGGLE_IS_COMPETITION_RERUN", "1")
+    run_kernel(replace(SETTINGS, tokens_per_batch=1000), ["cpu", "cpu"])
+    assert submitted(kaggle)["id"].to_list() == rows["id"].to_list()
+    record = record_of(kaggle)
+    assert 40 <= record["scored"] < 70
+    assert [worker["gone"] for worker in record["workers"]] == [True, True]
+    printed = capsys.readouterr().out
+    assert "no device is left; rows without a score get the prior\n" in printed
+    assert f"warning: {record['scored']} of 200 rows were scored" in printed
+
+
+def test_with_a_clock_for_a_third_of_the_rows_those_that_count_are_scored_first(kaggle, monkeypatch):
+    rows = tiny.pairs(300, seed=6)
+    scored = pl.Series("scored", [(True, False, None, False)[place % 4] for place in range(300)])
+    write_test_rows(kaggle, rows.with_columns(scored))
+    device = Device(seconds_per_token=5e-5)
+    monkeypatch.setattr(worker_handle, "start_process", lambda task: start_in_thread(task, device.work))
+    monkeypatch.setenv("KAGGLE_IS_COMPETITION_RERUN", "1")
+    # Their tokens alone take 1.7 s.
+    run_kernel(replace(SETTINGS, orders=("as_given",), time_limits=(TimeLimit(None, 1.5),)), ["cpu"])
+    table = pl.read_parquet(kaggle / "working" / "scores.parquet").with_columns(counts=scored.fill_null(True))
+    assert submitted(kaggle)["id"].to_list() == rows["id"].to_list()
+    done, left = table.filter("scored"), table.filter(~pl.col("scored"))
+    assert not left.is_empty()
+    assert done["counts"].all() or left["counts"].not_().all()

@@ -45,7 +45,7 @@ def test_the_seconds_go_to_unscored_rows_then_to_the_least_certain_and_of_those_
     probabilities = {"even": [0.5, 0.5], "even but long": [0.5, 0.5], "leaning": [0.55, 0.45], "sure": [0.95, 0.05]}
     tokens = {"even": 100, "even but long": 500, "leaning": 100, "sure": 100, "unknown but long": 1000, "unknown": 100}
     [share] = allocate([option(unscored=list(tokens))], probabilities, tokens, seconds, False)
-    assert list(share.worth) == rows
+    assert list(share.gains) == rows
     assert share.seconds == pytest.approx(int(seconds))
 
 
@@ -64,7 +64,7 @@ BOTH_ORDERS = [option(1, order, load_seconds=5) for order in ("as_given", "swapp
 )
 def test_a_model_is_loaded_once_and_where_it_is_worth_its_loading(options, seconds, counts):
     shares = allocate(options, EVEN, LENGTHS, seconds, False)
-    assert [len(share.worth) for share in shares] == counts
+    assert [len(share.gains) for share in shares] == counts
 
 
 def test_the_change_is_measured_on_the_rows_in_both():

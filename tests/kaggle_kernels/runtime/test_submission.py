@@ -7,7 +7,9 @@ import pytest
 
 from kaggle_kernels.build.spec import Spec, settings_of
 from kaggle_kernels.runtime.submission import (
+    ModelScores,
     check_submission,
+    describe_shortfall,
     fill_unscored,
     prior,
     soften,
@@ -19,7 +21,7 @@ from kaggle_kernels.runtime.submission import (
 
 PACKAGES = [{"run": "r", "dataset": "tiny-r"}]
 WSDM, LMSYS = (
-    settings_of("test", Spec(title="Title", competition=competition, packages=PACKAGES, clock_seconds=60), [])
+    settings_of("test", Spec(title="Title", competition=competition, packages=PACKAGES), [])
     for competition in ("wsdm", "lmsys")
 )
 WSDM_SCORES = {"9": [0.25, 0.75], "1": [0.5, 0.5], "x": [0.9, 0.1]}
@@ -33,7 +35,7 @@ WSDM_SCORES = {"9": [0.25, 0.75], "1": [0.5, 0.5], "x": [0.9, 0.1]}
     ],
 )
 def test_wsdm_names_the_winner_and_lmsys_gives_three_probabilities(tmp_path, settings, probabilities, expected):
-    write_submission(tmp_path / "submission.csv", settings, probabilities)
+    write_submission(tmp_path / "submission.csv", settings, probabilities, list(probabilities))
     assert (tmp_path / "submission.csv").read_text() == expected
 
 
@@ -49,7 +51,7 @@ def test_wsdm_names_the_winner_and_lmsys_gives_three_probabilities(tmp_path, set
 )
 def test_a_submission_that_is_wrong_leaves_no_file(tmp_path, settings, values, message):
     with pytest.raises(ValueError, match=message):
-        write_submission(tmp_path / "submission.csv", settings, {"9": values})
+        write_submission(tmp_path / "submission.csv", settings, {"9": values}, ["9"])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -95,17 +97,16 @@ def test_rows_without_a_score_get_the_prior_the_longer_answer():
         {"id": "3", "response_a": None, "response_b": ""},
         {"id": "4", "response_a": "scored", "response_b": "scored"},
     ]
-    filled = fill_unscored(rows, {"4": [0.1, 0.9]}, ("model_a", "model_b"), 0.25)
+    filled = fill_unscored(rows, {"4": [0.1, 0.9]}, ("model_a", "model_b"))
     assert filled == {"1": [0.6, 0.4], "2": [0.4, 0.6], "3": [0.6, 0.4], "4": [0.1, 0.9]}
     assert prior(rows[1], ("model_a", "model_b", "tie")) == [0.25, 0.45, 0.3]
 
 
-def test_fewer_scored_rows_than_the_spec_allows_raise():
-    rows = [{"id": str(number), "response_a": "a", "response_b": "b"} for number in range(100)]
-    scored = {str(number): [0.5, 0.5] for number in range(97)}
-    assert len(fill_unscored(rows, scored, ("model_a", "model_b"), 0.97)) == 100
-    with pytest.raises(ValueError, match="97 of 100 rows were scored, the spec's min_scored is 0.98; nothing is submitted"):
-        fill_unscored(rows, {**scored, "of the visible run": [0.5, 0.5]}, ("model_a", "model_b"), 0.98)
+def test_a_share_of_scored_rows_under_min_scored_is_a_shortfall():
+    rows = [{"id": str(number)} for number in range(100)]
+    scored = {str(number): [0.5, 0.5] for number in range(97)} | {"of the visible run": [0.5, 0.5]}
+    assert describe_shortfall(rows, scored, 0.97) is None
+    assert describe_shortfall(rows, scored, 0.98) == "97 of 100 rows were scored, the spec's min_scored is 0.98"
 
 
 def test_a_tie_that_the_competition_does_not_know_is_dropped_and_the_rest_renormalised():
@@ -128,7 +129,7 @@ def test_a_temperature_above_one_makes_answers_less_sure_and_keeps_their_order()
 def test_scores_hold_every_probability_of_every_model_and_order(tmp_path):
     scores = {"1": {"as_given": [0.5, 0.25, 0.25], "swapped": [0.25, 0.5, 0.25]}, "2": {"as_given": [0.0, 1.0, 0.0]}}
     final, verdicts = {"2": [0.1, 0.9], "1": [0.5, 0.5], "3": [0.6, 0.4]}, ("tie", "model_a", "model_b")
-    write_scores(tmp_path / "s.parquet", WSDM.verdicts, final, {"1": [], "2": []}, {"gemma": (verdicts, scores)})
+    write_scores(tmp_path / "s.parquet", WSDM.verdicts, final, {"1": [], "2": []}, {"gemma": ModelScores(verdicts, scores)})
     frame = pl.read_parquet(tmp_path / "s.parquet")
     assert frame["id"].to_list() == ["2", "1", "3"]
     assert frame["scored"].to_list() == [True, True, False]

@@ -7,15 +7,18 @@ from dataclasses import replace
 import polars as pl
 import pytest
 
+from kaggle_kernels.runtime.settings import TimeLimit
+from kaggle_kernels.runtime.submission import ModelScores
 from kaggle_kernels.runtime.visible import (
     Speed,
     VisibleRows,
     choose_visible_rows,
+    measure_quality,
     predict_finish,
-    quality_of,
+    report_quality,
+    report_speed,
     share_of_flips,
     visible_lines,
-    visible_report,
 )
 from tests import tiny
 from tests.kaggle_kernels.runtime.test_submission import LMSYS, WSDM
@@ -49,7 +52,8 @@ def test_rows_that_every_package_lists_are_chosen_with_their_winners_under_ids_t
     folders = [listing(tmp_path, "one", ["row00004", "row00005", "absent"]), listing(tmp_path, "two", ["row00009", "row00005"])]
     chosen = choose_visible_rows(tmp_path, WSDM, folders, {"1", "train:row00004", "train:train:x"})
     new_id = "train:train:train:row00005"
-    assert chosen.rows == ({"id": new_id, **{name: ROWS[name][5] for name in ("prompt", "response_a", "response_b")}},)
+    texts = ROWS.select("prompt", "response_a", "response_b").row(5, named=True)
+    assert chosen.rows == ({"id": new_id, **texts, "counts": True},)
     assert chosen.winners == {new_id: ROWS["winner"][5]}
     assert chosen.log_line == "visible run: 1 rows of train.parquet are scored too, held out (fold 0)"
     monkeypatch.setenv("KAGGLE_IS_COMPETITION_RERUN", "1")
@@ -115,7 +119,7 @@ def judged():
 
 def test_two_verdicts_are_judged_without_ties_and_three_with_them(judged):
     visible, scored = judged
-    assert quality_of(visible, TWO, scored) == {
+    assert measure_quality(visible, TWO, scored) == {
         "judged": 3,
         "ties_left_out": 1,
         "accuracy": pytest.approx(2 / 3),
@@ -124,9 +128,9 @@ def test_two_verdicts_are_judged_without_ties_and_three_with_them(judged):
         "longer_accuracy": pytest.approx(2 / 3),
     }
     with_ties = {row_id: [first, 0.05, second] for row_id, (first, second) in scored.items()}
-    quality = quality_of(visible, ("model_a", "model_b", "tie"), with_ties)
+    quality = measure_quality(visible, ("model_a", "model_b", "tie"), with_ties)
     assert (quality["judged"], quality["ties_left_out"], quality["accuracy"], quality["longer_accuracy"]) == (4, 0, 0.25, 0.5)
-    assert quality_of(visible, TWO, {}) == {"judged": 0, "ties_left_out": 1}
+    assert measure_quality(visible, TWO, {}) == {"judged": 0, "ties_left_out": 1}
 
 
 def test_a_flip_is_another_verdict_in_the_second_order():
@@ -170,27 +174,28 @@ def test_a_short_clock_allows_a_share(speed, clock, first, rest):
 def test_the_report_is_json_and_its_lines_say_it(judged):
     visible, scored = judged
     scores = {row_id: {"as_given": values, "swapped": values[::-1]} for row_id, values in scored.items()}
-    report = visible_report(visible, TWO, scored, {"gemma": (TWO, scores)}, [GEMMA], 50, 17_000)
+    report = report_quality(visible, TWO, scored, {"gemma": ModelScores(TWO, scores)}) | report_speed([GEMMA], 50, WSDM)
     assert json.loads(json.dumps(report)) == report
     assert (report["rows"], report["scored"], report["flips"]) == (5, 4, {"gemma": 0.75})
     quality, speed, public, final = visible_lines(report)
     assert "accuracy 0.6667 ± 0.5443 (two standard errors), log loss 0.8634 on 3 rows (ties left out: 1), " in quality
     assert "gemma flips 0.750" in quality
     assert "gemma: 2.00 rows/s in one order, 1000 tokens/s, 500 tokens a row, loaded in 100 s" in speed
-    assert public.endswith("10,000 rows: every row scored once after 1 h 26 min, all done after 2 h 49 min of 4 h 43 min")
-    assert final.endswith("25,000 rows: every row scored once after 3 h 31 min, 35% of all else within 4 h 43 min")
+    assert public.endswith("10,000 rows: every row scored once after 1 h 26 min, all done after 2 h 49 min of 4 h 40 min")
+    assert final.endswith("25,000 rows: every row scored once after 3 h 31 min, all done after 6 h 59 min of 11 h 55 min")
 
 
 @pytest.mark.parametrize(
     "speed, clock, line",
     [
-        (replace(GEMMA, tokens_per_second=1e5), 599, "scored once after 275 s, all done after 400 s of 599 s"),
-        (GEMMA, 9000, "warning: predicted for 25,000 rows: 2 h 30 min are enough for 71% of them"),
+        (replace(GEMMA, tokens_per_second=1e5), 600, "scored once after 275 s, all done after 400 s of 570 s"),
+        (GEMMA, 9300, "warning: predicted for 25,000 rows: 2 h 30 min are enough for 71% of them; the others would get"),
+        (GEMMA, 17_100, "every row scored once after 3 h 31 min, 33% of all else within 4 h 40 min"),
     ],
-    ids=["in seconds", "a clock too short for every row"],
+    ids=["in seconds", "a clock too short for every row", "for the second order"],
 )
-def test_the_finish_of_the_final_phase_is_told(judged, speed, clock, line):
-    report = visible_report(judged[0], TWO, judged[1], {}, [speed], 50, clock)
+def test_the_finish_of_the_final_phase_is_told(speed, clock, line):
+    report = report_speed([speed], 50, replace(WSDM, time_limits=(TimeLimit(None, clock),)))
     assert line in visible_lines(report)[-1]
 
 
@@ -200,6 +205,6 @@ def test_of_rows_that_were_trained_on_only_the_speed_is_told(tmp_path, judged):
     chosen = choose_visible_rows(tmp_path, WSDM, folders, set())
     assert chosen.trained_on
     assert "rows that a model was trained on: they tell of speed only" in chosen.log_line
-    report = visible_report(replace(judged[0], trained_on=True), TWO, judged[1], {"gemma": (TWO, {})}, [GEMMA], 50, 17_000)
+    report = report_quality(replace(judged[0], trained_on=True), TWO, judged[1], {"gemma": ModelScores(TWO, {})})
     assert not {"quality", "flips"} & set(report)
-    assert not any("accuracy" in line for line in visible_lines(report))
+    assert not any("accuracy" in line for line in visible_lines(report | report_speed([GEMMA], 50, WSDM)))

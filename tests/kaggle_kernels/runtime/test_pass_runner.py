@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from kaggle_kernels.runtime.models.scoring import Request, padded_tokens
-from kaggle_kernels.runtime.scheduling import engine
+from kaggle_kernels.runtime.scheduling import pass_runner
 from kaggle_kernels.runtime.scheduling import worker as runtime_worker
-from kaggle_kernels.runtime.scheduling.crew import Worker, leave
-from kaggle_kernels.runtime.scheduling.engine import Pass, make_pass, next_batch, pass_record, run_pass
+from kaggle_kernels.runtime.scheduling.pass_runner import Pass, make_pass, next_batch, pass_record, run_pass
+from kaggle_kernels.runtime.scheduling.worker_handle import Worker, leave
 from kaggle_kernels.runtime.settings import Clock, start_clock
 from tests.kaggle_kernels.runtime.boards import refuse
 from tests.kaggle_kernels.runtime.workers import Device, answer, start_in_thread
@@ -116,7 +116,7 @@ def test_a_device_that_is_lost_leaves_its_rows_to_the_other(capsys):
 
 
 def test_a_worker_that_says_nothing_is_killed_and_started_again_unless_it_loads(monkeypatch):
-    monkeypatch.setattr(engine, "QUIET_SECONDS", 0.3)
+    monkeypatch.setattr(pass_runner, "QUIET_SECONDS", 0.3)
     device = Device()
     device.loads = lambda start: start > 1 or time.sleep(1.3) is None  # longer than the pass waits before it looks
     device.hangs_at = once(holds("row7"))
@@ -217,7 +217,7 @@ def test_a_worker_that_died_is_started_again_where_the_clock_has_time_to_load_it
     worker = device.worker()
     worker.load_seconds = 10.0
     work = make_pass("test", REQUESTS, time.monotonic() + seconds_left, [worker])
-    engine.handle_worker_death(work, worker, "died", start_clock(FAR))
+    pass_runner.handle_worker_death(work, worker, "died", start_clock(FAR))
     assert (worker.process is not None) == is_started
     worker.stop()
 
@@ -235,7 +235,7 @@ def test_only_deaths_without_a_score_in_between_and_over_more_than_one_row_count
         worker.note_death()
         assert (worker.fruitless, worker.gone) == (fruitless, False)
     worker.send(REQUESTS[:2])
-    worker.note_scored(worker.numbers, [1])
+    worker.note_scored(worker.batches_sent, [1])
     assert worker.fruitless == 0
 
 

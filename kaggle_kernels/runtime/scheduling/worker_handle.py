@@ -1,0 +1,213 @@
+"""The workers as the kernel's own process sees them: started, given batches, killed, restarted.
+
+A worker that dies is started again with half its token budget, which stays halved. One that dies
+FRUITLESS_DEATHS times in a row without having loaded its model or scored a batch is given up: its
+device is gone, and the others go on without it. What becomes of the rows that it had is decided by
+pass_runner.handle_worker_death.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from kaggle_kernels.runtime.models.scoring import Request, padded_tokens
+from kaggle_kernels.runtime.package import Package
+from kaggle_kernels.runtime.scheduling.worker import Assignment, run_worker
+from kaggle_kernels.runtime.settings import Clock, PackageSettings, log
+
+FRUITLESS_DEATHS = 3
+JOIN_SECONDS = 30.0  # a killed process may be stuck in a driver
+
+
+@dataclass
+class Worker:
+    """One process and its history. Tokens are counted with their padding."""
+
+    name: str  # its devices, for the log
+    task: Assignment
+    tokens_per_batch: int
+    start: Callable[[Assignment], tuple]  # gives the process and the pipe to it
+    positions: tuple[int, ...] = ()  # of its devices
+
+    # The process.
+    process: object = None
+    connection: object = None
+    loaded: dict | None = None  # what the worker said of its model
+    gone: bool = False
+    batches_sent: int = 0
+    outstanding: dict[int, list[Request]] = field(default_factory=dict)  # by number, as sent
+    last_event: float = 0.0  # began to load, got its first batch, or gave one back
+
+    # The history, over all of its processes.
+    tokens: int = 0
+    seconds: float = 0.0  # in which it had work
+    load_seconds: float = 0.0
+    memory_bytes: list[int] = field(default_factory=list)
+    deaths: int = 0
+    fruitless: int = 0  # deaths without a score in between
+
+    @property
+    def batches_at_once(self) -> int:
+        """How many batches it scores at the same time: one for each stage of a split model."""
+        return self.loaded["batches_at_once"] if self.loaded else 1
+
+    def rate(self) -> float:
+        """Return tokens a second, from what it has done; 0 before its first batch."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def launch(self) -> None:
+        """Start the process, which loads the model."""
+        self.loaded = None
+        self.last_event = time.monotonic()
+        self.process, self.connection = self.start(self.task)
+
+    def send(self, batch: list[Request]) -> None:
+        """Give it a batch; if it has died meanwhile, whoever reads from it will notice."""
+        if not self.outstanding:
+            self.last_event = time.monotonic()
+        self.batches_sent += 1
+        self.outstanding[self.batches_sent] = batch
+        with contextlib.suppress(OSError):
+            self.connection.send((self.batches_sent, batch))
+
+    def note_loaded(self, facts: dict) -> None:
+        """Note what it said of its model; from now on it can be given batches."""
+        self.loaded = facts
+        self.load_seconds = facts["seconds"]
+        self.last_event = time.monotonic()
+
+    def note_scored(self, number: int, memory_bytes: list[int]) -> list[Request]:
+        """Count a batch that was scored, and return it."""
+        batch = self.outstanding.pop(number)
+        now = time.monotonic()
+        self.tokens += padded_tokens(batch)
+        self.seconds += now - self.last_event
+        self.last_event = now
+        self.memory_bytes = memory_bytes
+        self.fruitless = 0
+        return batch
+
+    def note_out_of_memory(self, number: int) -> list[Request]:
+        """Lower the token budget below a batch that was too large, and return it."""
+        batch = self.outstanding.pop(number)
+        self.last_event = time.monotonic()
+        if len(batch) > 1:
+            fitting_tokens = padded_tokens(batch) // 2
+        else:
+            fitting_tokens = padded_tokens(batch) - 1
+        self.tokens_per_batch = max(min(self.tokens_per_batch, fitting_tokens), 1)
+        return batch
+
+    def note_death(self) -> tuple[list[list[Request]], list[list[Request]]]:
+        """Count a death; return the batches that it was scoring, and those that lay ready."""
+        batches = list(self.outstanding.values())
+        # It scores them in the order in which they were sent.
+        being_scored = batches[: self.batches_at_once]
+        ready = batches[self.batches_at_once :]
+        self.outstanding.clear()
+        self.stop()
+        self.deaths += 1
+        self.tokens_per_batch = max(self.tokens_per_batch // 2, 1)
+
+        # A row that kills its worker when it is alone will be given up, not the worker.
+        has_single_rows = bool(being_scored) and all(len(batch) == 1 for batch in being_scored)
+        if not has_single_rows:
+            self.fruitless += 1
+        self.gone = self.fruitless >= FRUITLESS_DEATHS
+        return being_scored, ready
+
+    def stop(self) -> None:
+        """End the process, whatever it is doing; its device is free afterwards."""
+        if self.process:
+            self.connection.close()
+            self.process.kill()
+            self.process.join(JOIN_SECONDS)
+        self.process = None
+        self.loaded = None
+
+
+def start_process(task: Assignment) -> tuple:
+    """Start a process for a task; return it and the pipe to it."""
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    ours, theirs = context.Pipe()
+    process = context.Process(target=run_worker, args=(theirs, task), daemon=True)
+    process.start()
+    theirs.close()
+    return process, ours
+
+
+def start_workers(
+    package: Package,
+    package_settings: PackageSettings,
+    devices: Mapping[int, str],
+    tokens_per_batch: int,
+    threads: int,
+    clock: Clock,
+) -> list[Worker]:
+    """Start the workers of a package, which load it by themselves.
+
+    Args:
+        package: What they load.
+        package_settings: Its placement is `each`: a worker with a copy of the model for each device; or
+            `split`: one worker with the model split over them.
+        devices: PyTorch's names by position.
+        tokens_per_batch: Their token budget, until memory runs out.
+        threads: Of the CPU, for each worker.
+        clock: For the log.
+    """
+    # A worker for each group of devices.
+    position_groups = [(position,) for position in devices]
+    if package_settings.placement == "split":
+        position_groups = [tuple(devices)]
+
+    workers = []
+    for positions in position_groups:
+        device_names = tuple(devices[position] for position in positions)
+        log_names = []
+        for position, name in zip(positions, device_names, strict=True):
+            log_names.append(f"cpu #{position}" if name == "cpu" else name)
+        task = Assignment(
+            str(package.folder),
+            device_names,
+            positions[0],
+            threads,
+            package_settings.weight_bytes_limit,
+        )
+        worker = Worker("+".join(log_names), task, tokens_per_batch, start_process, positions)
+        worker.launch()
+        workers.append(worker)
+    names = ", ".join(worker.name for worker in workers)
+    log(clock, f"{package.folder.name}: loading on {names}")
+    return workers
+
+
+def stop_workers(workers: Sequence[Worker]) -> None:
+    """End all the processes."""
+    for worker in workers:
+        worker.stop()
+
+
+def worker_record(worker: Worker) -> dict:
+    """Describe a worker for kernel.json."""
+    return {
+        "device": worker.name,
+        "package": worker.task.folder.rpartition("/")[2],
+        "load_seconds": round(worker.load_seconds, 1),
+        "computed_tokens": worker.tokens,
+        "busy_seconds": round(worker.seconds, 1),
+        "tokens_per_batch": worker.tokens_per_batch,
+        "memory_bytes": worker.memory_bytes,
+        "deaths": worker.deaths,
+        "gone": worker.gone,
+    }
+
+
+def leave() -> None:
+    """End this process at once where a worker's is stuck: it would be waited for for ever."""
+    if multiprocessing.active_children():
+        sys.stdout.flush()
+        os._exit(0)
