@@ -45,13 +45,7 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
-from torch.nn.functional import (
-    embedding,
-    layer_norm,
-    linear,
-    rms_norm,
-    scaled_dot_product_attention,
-)
+from torch.nn.functional import layer_norm, linear, rms_norm, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from transformers import (
     AttentionInterface,
@@ -194,7 +188,7 @@ SETTINGS = Settings(
     min_scored=0.98,
     visible_rows=512,
     wheels="pairwise-wheels",
-    build="81ed9eb0169381b2",
+    build="ec8f859f0014d275",
 )
 
 
@@ -3445,13 +3439,11 @@ QUANTISE_TO_INT8 = "bitsandbytes.int8_vectorwise_quant.default"
 
 
 class ComputeInFloat32(TorchFunctionMode):
-    """In this thread, hidden states are float32 from the embedding on, whatever the dtype of the weights."""
+    """In this thread, hidden states are float32 from the first layer on, whatever the dtype of the weights."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         """Call `function` with float32 in place of float16."""
         kwargs = kwargs or {}
-        if function is embedding:
-            return function(*args, **kwargs).float()
         if function in WITH_WEIGHTS:
             args = [to_float32(value) for value in args]
             kwargs = {name: to_float32(value) for name, value in kwargs.items()}
