@@ -12,6 +12,7 @@ RUN = (MODEL_INPUT, "postprocess/run_folder.py", "kaggle_kernels/runtime/package
 
 # The class that a head is loaded with. merge writes weights under the names that this class has.
 MODEL_CLASS = (
+    "kaggle_kernels/runtime/models/fused.py",
     "kaggle_kernels/runtime/models/gptq.py",
     "kaggle_kernels/runtime/models/model.py",
     "kaggle_kernels/runtime/models/shortcuts.py",
@@ -38,6 +39,7 @@ QUANTISE = MERGE
 GPTQ = (
     *MERGE,
     *PAIRS,
+    "kaggle_kernels/runtime/models/overflow.py",
     "kaggle_kernels/runtime/models/scoring.py",
     "postprocess/agreement/validation_rows.py",
     "postprocess/gptq",
@@ -55,6 +57,8 @@ AGREEMENT = (*MERGE, *PAIRS, *SCORING, "postprocess/agreement")
 PACKAGE = (
     *RUN,
     *PAIRS,
+    "kaggle_kernels/runtime/models/fused.py",
+    "kaggle_kernels/runtime/models/overflow.py",
     "kaggle_kernels/runtime/models/scoring.py",
     "kaggle_kernels/runtime/models/shortcuts.py",
     "postprocess/agreement/validation_rows.py",

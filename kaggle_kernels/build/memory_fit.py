@@ -10,7 +10,7 @@ from pathlib import Path
 
 from kaggle_kernels.build.spec import COMPETITIONS, PackageBlock, Spec
 from kaggle_kernels.runtime.settings import PackageSettings
-from postprocess.memory.model_size import GIB, Served, served_of
+from postprocess.memory.model_size import GIB, Served, served_of, weight_bytes_limit
 from postprocess.memory.t4_fit import GPU_BYTES, in_gib, place, refusal
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_yaml
@@ -35,6 +35,7 @@ class Fit:
     served: Served
     placement: str  # each: a copy on every GPU; split: one copy, its layers over both
     gpu_bytes: tuple[int, ...]  # what one copy needs on each GPU that it stands on
+    weight_bytes_limit: int | None = None  # split: what a GPU has for weights
 
     @property
     def approach(self) -> str:
@@ -82,7 +83,10 @@ def fit_packages(spec_path: Path, spec: Spec) -> list[Fit]:
                 package.run, served, spec.tokens_per_batch, package.placement, recipe.path
             )
             raise UserError(f"{package_key}: {reason}")
-        fits.append(Fit(package, recipe, served, placement, gpu_bytes))
+        byte_limit = None
+        if placement == "split":
+            byte_limit = weight_bytes_limit(served, spec.tokens_per_batch, len(gpu_bytes))
+        fits.append(Fit(package, recipe, served, placement, gpu_bytes, byte_limit))
     return fits
 
 
@@ -185,6 +189,7 @@ def package_settings(fit: Fit) -> PackageSettings:
         verdicts=tuple(fit.recipe.pairwise.verdicts),
         base_model=fit.recipe.axolotl["base_model"],
         model_type=fit.served.dimensions.model_type,
+        weight_bytes_limit=fit.weight_bytes_limit,
     )
 
 

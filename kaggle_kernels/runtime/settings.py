@@ -12,6 +12,7 @@ class PackageSettings:
 
     Placement is `each` (a copy on every GPU) or `split` (one copy, its layers over all of them). Verdicts, in the order of
     the logits, and model_type are the recipe's: a package that says otherwise is refused. Another base_model is only logged.
+    A model that is split puts no more than `weight_bytes_limit` on a GPU, which leaves room for a batch.
     """
 
     run: str
@@ -21,6 +22,7 @@ class PackageSettings:
     verdicts: tuple[str, ...]
     base_model: str
     model_type: str
+    weight_bytes_limit: int | None = None
 
 
 @dataclass(frozen=True)

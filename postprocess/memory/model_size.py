@@ -5,19 +5,19 @@ Sizes are in bytes. Dimensions come from dimensions.yml, or from the config.json
 
 import functools
 import math
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import yaml
 
-from kaggle_kernels.runtime.models.placement import balance, part_sizes
+from kaggle_kernels.runtime.models.placement import balance, list_parts
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_json
 from recipes.pairwise.config.schema import GPTQ_BITS, Recipe
 
 DIMENSIONS = Path(__file__).parent / "dimensions.yml"
 GIB = 2**30
+GPU_BYTES = 29 * GIB // 2  # of a T4's 15 GiB, out-of-memory messages of PyTorch say that 14.56 to 14.76 can be had
 CUDA_BYTES = 3 * GIB // 4  # CUDA's context, cuBLAS's workspace, and what PyTorch's allocator holds without using it
 NF4_BLOCK = 64
 GPTQ_GROUP = 128
@@ -275,24 +275,26 @@ def largest_batch(served: Served, tokens_per_batch: int) -> int:
     return max(tokens_per_batch, served.budget_tokens * (2 if served.head == "reward" else 1))
 
 
-def weight_bytes(served: Served, gpus: int = 1) -> list[int]:
+def weight_bytes(served: Served, gpus: int = 1, byte_limit: int | None = None) -> list[int]:
     """Bytes of the weights on each GPU, with the layers in balance over `gpus` of them, as the kernel places them."""
-    names = {}
+    sizes = {}
     for weight in weights(served.dimensions, served.head, served.verdicts):
-        names[weight.name] = sum(packed_bytes(weight, served.quantize)) + _lora_bytes(weight, served)
+        size = sum(packed_bytes(weight, served.quantize)) + _lora_bytes(weight, served)
+        sizes[weight.name] = (size, weight.elements)
     if gpus == 1:
-        return [sum(names.values())]
+        return [sum(size for size, _ in sizes.values())]
     if served.dimensions.model_type == "bert":
         raise ValueError("an encoder's layers are not split")
-    parts = part_sizes(names)
-    return _sums(parts.values(), balance(list(parts.values()), gpus), gpus)
-
-
-def _sums(values: Iterable[int], numbers: Sequence[int], gpus: int) -> list[int]:
+    parts = list(list_parts(sizes).values())
     totals = [0] * gpus
-    for value, number in zip(values, numbers, strict=True):
-        totals[number] += value
+    for part, number in zip(parts, balance(parts, gpus, byte_limit), strict=True):
+        totals[number] += part.size_bytes
     return totals
+
+
+def weight_bytes_limit(served: Served, tokens_per_batch: int, gpus: int) -> int:
+    """What a GPU has for the weights of a model over `gpus` of them: its memory without the batches in flight and CUDA."""
+    return GPU_BYTES - gpus * activation_bytes(served, tokens_per_batch) - CUDA_BYTES
 
 
 def gpu_bytes(served: Served, tokens_per_batch: int, gpus: int = 1) -> list[int]:
@@ -301,5 +303,6 @@ def gpu_bytes(served: Served, tokens_per_batch: int, gpus: int = 1) -> list[int]
     A model on several GPUs has a batch in flight for each of them. A GPU computes one at a time, but PyTorch keeps the memory
     of each batch's stream apart (kaggle_kernels/runtime/models/pipeline.py).
     """
-    beside = gpus * activation_bytes(served, tokens_per_batch) + CUDA_BYTES
-    return [held + beside for held in weight_bytes(served, gpus)]
+    byte_limit = weight_bytes_limit(served, tokens_per_batch, gpus)
+    beside = GPU_BYTES - byte_limit
+    return [held + beside for held in weight_bytes(served, gpus, byte_limit)]

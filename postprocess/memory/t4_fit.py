@@ -10,6 +10,7 @@ from pathlib import Path
 from postprocess.memory.model_size import (
     CUDA_BYTES,
     GIB,
+    GPU_BYTES,
     Served,
     activation_bytes,
     bytes_by_class,
@@ -18,6 +19,7 @@ from postprocess.memory.model_size import (
     logit_bytes,
     served_of,
     weight_bytes,
+    weight_bytes_limit,
 )
 from postprocess.run_folder import Run
 from preprocess.core.errors import UserError
@@ -27,7 +29,6 @@ from recipes.pairwise.config.schema import GPTQ_BITS
 SPECS = Path(__file__).parents[2] / "kaggle_kernels" / "specs"
 TOKENS_PER_BATCH = 8192  # a spec's default
 GPUS = 2
-GPU_BYTES = 29 * GIB // 2  # of a T4's 15 GiB, out-of-memory messages of PyTorch say that 14.56 to 14.76 can be had
 SMALLER = {"none": ("int8", "gptq8", "nf4", "gptq4"), "int8": ("nf4", "gptq4"), "gptq8": ("gptq4", "nf4")}
 
 
@@ -90,9 +91,10 @@ def size_lines(served: Served) -> list[str]:
 def memory_line(use: Use, served: Served, placement: str, needs: Sequence[int]) -> str:
     """What each T4 holds in one kernel, part by part."""
     gpus = len(needs)
+    held_by_gpu = weight_bytes(served, gpus, weight_bytes_limit(served, use.tokens_per_batch, gpus))
     logits = gpus * logit_bytes(served, use.tokens_per_batch)
     activations = gpus * activation_bytes(served, use.tokens_per_batch) - logits
-    weights = " + ".join(f"{held / GIB:.2f}" for held in weight_bytes(served, gpus))
+    weights = " + ".join(f"{held / GIB:.2f}" for held in held_by_gpu)
     where = f"kernel {use.spec}" if use.spec else "no spec serves it; with a spec's defaults"
     return (
         f"{where}, {'layers on both T4s' if placement == 'split' else 'a copy on each T4'}, batches of "
@@ -134,7 +136,7 @@ def refusal(run: str, served: Served, tokens: int, placement: str, recipe: Path)
             continue
         changes[f"pairwise.package.quantize: {kind} in {recipe}"] = most(replace(served, quantize=kind), tokens, placement)
     ways = [f"{text} ({size / GIB:.1f} GiB)" for text, size in changes.items() if size <= GPU_BYTES]
-    held = max(weight_bytes(served, len(needs))) / GIB
+    held = max(weight_bytes(served, len(needs), weight_bytes_limit(served, tokens, len(needs)))) / GIB
     return f"{run} needs {in_gib(needs)} GiB on a GPU ({held:.1f} of it weights), a T4 offers {GPU_BYTES / GIB}; " + (
         f"what would fit: {', or '.join(ways)}" if ways else "no single change makes it fit; take a smaller base model"
     )

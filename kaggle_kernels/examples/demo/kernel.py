@@ -9,11 +9,13 @@ On each GPU, which offers 14.5 GiB, computed for batches of 8,192 tokens: demo 0
 import contextlib
 import csv
 import filecmp
+import functools
 import gc
 import hashlib
 import importlib.abc
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import math
 import multiprocessing
@@ -28,6 +30,7 @@ import tempfile
 import threading
 import time
 import traceback
+import warnings
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
@@ -42,7 +45,8 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
-from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.nn.functional import embedding, layer_norm, linear, rms_norm, scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -71,6 +75,7 @@ class PackageSettings:
 
     Placement is `each` (a copy on every GPU) or `split` (one copy, its layers over all of them). Verdicts, in the order of
     the logits, and model_type are the recipe's: a package that says otherwise is refused. Another base_model is only logged.
+    A model that is split puts no more than `weight_bytes_limit` on a GPU, which leaves room for a batch.
     """
 
     run: str
@@ -80,6 +85,7 @@ class PackageSettings:
     verdicts: tuple[str, ...]
     base_model: str
     model_type: str
+    weight_bytes_limit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -145,6 +151,7 @@ SETTINGS = Settings(
             verdicts=("model_a", "model_b"),
             base_model="outputs/demo/input/gemma2",
             model_type="gemma2",
+            weight_bytes_limit=None,
         ),
     ),
     orders=("as_given", "swapped"),
@@ -155,7 +162,7 @@ SETTINGS = Settings(
     min_scored=0.98,
     visible_rows=512,
     wheels="pairwise-wheels",
-    build="58848ab37ca53a29",
+    build="7c14c3384549b0bd",
 )
 
 
@@ -276,83 +283,131 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 # ==============================================================================================================
 # models/placement.py
 #
-# Which part of a model stands on which device, where one device cannot hold it: layers in their order, bytes in balance.
+# Which part of a model stands on which device, where one device cannot hold it: layers in their order, work in balance.
 #
+# A split model runs at the speed of its slower device. Its layers are shared out evenly, as far as the devices' memory allows;
+# embedding and head hardly compute, but take memory. The build places a model by the same functions (postprocess.memory).
 # Nothing here needs torch: sizes come from the headers of the package's safetensors files.
 # ==============================================================================================================
 
-LAYER = re.compile(r"^(.*\.layers)\.(\d+)\.")
+NUMBERED = re.compile(r"^(.+?)\.(\d+)\.")  # a tensor of one of several modules in a list
+LAYER = re.compile(r"\.\d+$")  # the part that is one layer
+
+
+@dataclass(frozen=True)
+class Part:
+    """A layer, or a module beside the layers: its bytes, and its weights that are multiplied with every token."""
+
+    size_bytes: int = 0
+    work: int = 0
 
 
 def weight_sizes(folder: Path) -> dict[str, tuple[int, int]]:
-    """Bytes and elements of every tensor in the folder's model*.safetensors, by name.
+    """Read bytes and elements of every tensor in the folder's model*.safetensors, by name.
 
     Two elements of nf4 share a byte. A word of GPTQ holds as many as there are inputs, which g_idx counts, to a row of words.
     """
     sizes = {}
     for path in sorted(Path(folder).glob("model*.safetensors")):
         with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            header_length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(header_length))
         header.pop("__metadata__", None)
+
         for name, tensor in header.items():
+            elements = math.prod(tensor["shape"])
+            if tensor["dtype"] == "U8" and f"{name}.absmax" in header:
+                elements *= 2
+            elif name.endswith(".qweight"):
+                inputs = header[name.removesuffix("qweight") + "g_idx"]["shape"][0]
+                elements *= inputs // tensor["shape"][0]
             start, end = tensor["data_offsets"]
-            in_one = 2 if tensor["dtype"] == "U8" and f"{name}.absmax" in header else 1
-            if name.endswith(".qweight"):
-                in_one = header[name.removesuffix("qweight") + "g_idx"]["shape"][0] // tensor["shape"][0]
-            sizes[name] = (end - start, math.prod(tensor["shape"]) * in_one)
+            sizes[name] = (end - start, elements)
     return sizes
 
 
-def part_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
-    """Bytes by part, in the order in which a row passes through them: embedding, layers by number, last norm, head."""
-    parts: dict[str, int] = {}
-    for name, size in sorted(sizes.items(), key=lambda item: place_of(item[0])):
-        layer = LAYER.match(name)
-        part = f"{layer[1]}.{layer[2]}" if layer else name.removesuffix(".weight").removesuffix(".bias")
-        parts[part] = parts.get(part, 0) + size
-    return parts
+def find_layers(sizes: Mapping[str, tuple[int, int]]) -> str:
+    """Find the name of the list of layers, such as model.layers: of all lists the one with the most bytes."""
+    bytes_by_list: Counter[str] = Counter()
+    for name, (size_bytes, _) in sizes.items():
+        numbered = NUMBERED.match(name)
+        if numbered:
+            bytes_by_list[numbered[1]] += size_bytes
+    return max(bytes_by_list, key=bytes_by_list.get)
 
 
-def place_of(name: str) -> tuple[int, int]:
-    """Where a tensor's part stands in a decoder."""
-    if layer := LAYER.match(name):
-        return (1, int(layer[2]))
-    return (0 if "embed" in name else 2 if "norm" in name else 3, 0)
+def list_parts(sizes: Mapping[str, tuple[int, int]]) -> dict[str, Part]:
+    """List a model's parts in the order in which a row passes through them, by bytes and elements of each tensor."""
+    layers = find_layers(sizes)
+    parts: dict[str, Part] = {}
+    for name, (size_bytes, elements) in sizes.items():
+        part_name = name_part(name, layers)
+        part = parts.get(part_name, Part())
+        work = elements if name.startswith(f"{layers}.") else 0
+        parts[part_name] = Part(part.size_bytes + size_bytes, part.work + work)
+    return dict(sorted(parts.items(), key=lambda item: part_order(item[0], layers)))
 
 
-def balance(sizes: Sequence[int], devices: int) -> list[int]:
-    """The device's number for each part: neighbours stay together, and the fullest device holds as little as can be."""
-    low, high = max(sizes), sum(sizes)
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fill(sizes, middle)[-1] < devices else (middle + 1, high)
-    return fill(sizes, low)
+def name_part(tensor_name: str, layers: str) -> str:
+    """Name the module that a tensor belongs to: a layer, or the largest module that holds no layer."""
+    path = tensor_name.split(".")
+    shared = len(os.path.commonprefix([path, layers.split(".")]))
+    return ".".join(path[: shared + 1])
 
 
-def fill(sizes: Sequence[int], capacity: int) -> list[int]:
-    """The device's number for each part, where a device takes parts until the next one would be over `capacity`."""
-    numbers, device, held = [], 0, 0
-    for size in sizes:
-        if held + size > capacity:
-            device, held = device + 1, 0
-        held += size
-        numbers.append(device)
+def part_order(part_name: str, layers: str) -> tuple[int, int]:
+    """Sort parts: embedding, layers by number, norm, head."""
+    if part_name.startswith(f"{layers}."):
+        return (1, int(part_name.rpartition(".")[2]))
+    if "embed" in part_name:
+        return (0, 0)
+    return (2, 0) if "norm" in part_name.lower() else (3, 0)
+
+
+def balance(parts: Sequence[Part], devices: int, byte_limit: int | None = None) -> list[int]:
+    """Place parts on devices, neighbours together.
+
+    Args:
+        parts: The model's parts, in their order.
+        devices: How many devices there are.
+        byte_limit: The most bytes of weights on a device; None for no limit.
+
+    Returns:
+        Each part's device, by number. No device is over the limit by more than must be, the busiest has as little work as can
+        be, and the fullest as few bytes.
+    """
+    best_cost, best_bounds = None, None
+    for cuts in itertools.combinations(range(1, len(parts)), devices - 1):
+        bounds = [0, *cuts, len(parts)]
+        stages = [parts[start:end] for start, end in itertools.pairwise(bounds)]
+        most_bytes = max(sum(part.size_bytes for part in stage) for stage in stages)
+        most_work = max(sum(part.work for part in stage) for stage in stages)
+        excess_bytes = max(most_bytes - byte_limit, 0) if byte_limit is not None else 0
+        cost = (excess_bytes, most_work, most_bytes)
+        if best_cost is None or cost < best_cost:
+            best_cost, best_bounds = cost, bounds
+
+    numbers = []
+    for device, (start, end) in enumerate(itertools.pairwise(best_bounds)):
+        numbers += [device] * (end - start)
     return numbers
 
 
-def split_over(folder: Path, devices: Sequence[str]) -> dict[str, str]:
-    """Transformers' device_map for the model in `folder`, its layers over all `devices`.
+def split_over(folder: Path, devices: Sequence[str], byte_limit: int | None = None) -> dict[str, str]:
+    """Make transformers' device_map for the model in `folder`, its layers over all `devices`.
 
     Positions are computed beside the embedding; a head that is the embedding itself stays with it.
     """
-    parts = part_sizes({name: size for name, (size, _) in weight_sizes(folder).items()})
-    numbers = balance(list(parts.values()), len(devices))
-    placed = {part: devices[number] for part, number in zip(parts, numbers, strict=True)}
-    prefix = next(part for part in parts if ".layers." in part).split(".layers.")[0]
-    placed[f"{prefix}.rotary_emb"] = devices[0]
-    if not {"lm_head", "score"} & placed.keys():
-        placed["lm_head"] = devices[0]
-    return placed
+    sizes = weight_sizes(folder)
+    parts = list_parts(sizes)
+    numbers = balance(list(parts.values()), len(devices), byte_limit)
+    device_map = {part_name: devices[number] for part_name, number in zip(parts, numbers, strict=True)}
+
+    layers = find_layers(sizes)
+    device_map[f"{layers.rpartition('.')[0]}.rotary_emb"] = devices[0]
+    if part_order(list(parts)[-1], layers) == (2, 0):  # the norm is the last part
+        device_map["lm_head"] = devices[0]
+    return device_map
 
 
 # ==============================================================================================================
@@ -375,46 +430,66 @@ class Stages:
     `devices` are the stages' devices; those that are GPUs get a stream for each batch in flight.
     """
 
-    def __init__(self, model, starts: Sequence[str], devices: Sequence[str] = ()):
+    def __init__(self, model: torch.nn.Module, starts: Sequence[str], devices: Sequence[str] = ()):
         self.locks = [threading.Lock() for _ in range(1 + len(starts))]
-        self.local = threading.local()
+        self.local = threading.local()  # the stage and the streams of the batch that this thread computes
+
+        gpus = [device for device in devices if device.startswith("cuda")]
         self.streams: queue.SimpleQueue[list] = queue.SimpleQueue()
         for _ in self.locks:
-            self.streams.put([torch.cuda.Stream(device) for device in devices if device.startswith("cuda")])
+            self.streams.put([torch.cuda.Stream(gpu) for gpu in gpus])
+
         for stage, start in enumerate(starts, 1):
-            part = next(part for name, part in model.named_modules() if f".{name}".endswith(f".{start}"))  # PEFT adds a prefix
-            part.register_forward_pre_hook(lambda *_, stage=stage: self.enter(stage))
+            enter_stage = functools.partial(self.enter, stage)
+            find_part(model, start).register_forward_pre_hook(enter_stage)
 
     @contextlib.contextmanager
     def batch(self) -> Iterator[None]:
         """One batch on its way through all stages; outside of this nothing waits. What it computes must be read inside."""
         self.locks[0].acquire()
-        self.local.stage, self.local.streams = 0, self.streams.get()
+        self.local.stage = 0
+        self.local.streams = self.streams.get()
         try:
-            with contextlib.ExitStack() as current:
+            with contextlib.ExitStack() as current_streams:
                 for stream in reversed(self.local.streams):  # the last one entered decides the thread's device
-                    current.enter_context(torch.cuda.stream(stream))
+                    current_streams.enter_context(torch.cuda.stream(stream))
                 yield
         finally:
             self.streams.put(self.local.streams)
             self.locks[self.local.stage].release()
             self.local.stage = None
 
-    def enter(self, stage: int) -> None:
+    def enter(self, stage: int, *_) -> None:
         """Wait until the stage is free, take it, and give back the one before once its device has done its work."""
-        held = getattr(self.local, "stage", None)
-        if held is not None:
-            self.locks[stage].acquire()
-            if self.local.streams:
-                self.local.streams[held].synchronize()
-            self.locks[held].release()
-            self.local.stage = stage
+        previous_stage = getattr(self.local, "stage", None)
+        if previous_stage is None:
+            return
+        self.locks[stage].acquire()
+        if self.local.streams:
+            self.local.streams[previous_stage].synchronize()
+        self.locks[previous_stage].release()
+        self.local.stage = stage
+
+
+def find_part(model: torch.nn.Module, part_name: str) -> torch.nn.Module:
+    """Find a part of a model by its name, to which PEFT adds a prefix."""
+    for name, module in model.named_modules():
+        if f".{name}".endswith(f".{part_name}"):
+            return module
+    raise LookupError(f"the model has no part {part_name}")
 
 
 def stage_starts(device_map: Mapping[str, str]) -> list[str]:
-    """The first part on each device but the first, from a device_map in the order in which a row passes through its parts."""
-    parts = [(part, device) for part, device in device_map.items() if ".layers." in part]
-    return [part for (_, before), (part, device) in zip(parts, parts[1:], strict=False) if device != before]
+    """List the first layer on each device but the first, by a device_map in the order of the layers."""
+    starts = []
+    previous_device = None
+    for part_name, device in device_map.items():
+        if not LAYER.search(part_name):
+            continue
+        if previous_device not in (None, device):
+            starts.append(part_name)
+        previous_device = device
+    return starts
 
 
 # ==============================================================================================================
@@ -428,28 +503,41 @@ def stage_starts(device_map: Mapping[str, str]) -> list[str]:
 # ==============================================================================================================
 
 UNPACKING = "gptq_unpacked"  # the name that transformers knows these classes by; its own loader of gptq wants the libraries
-READ = {"bits": (4, 8), "desc_act": (False,), "sym": (True,), "checkpoint_format": ("gptq",)}
+SUPPORTED = {"bits": (4, 8), "desc_act": (False,), "sym": (True,), "checkpoint_format": ("gptq",)}
 
 
 class GptqLinear(torch.nn.Module):
-    """A linear layer of (outputs, inputs), each row in groups of `group_size` weights with one float16 scale."""
+    """A linear layer of (outputs, inputs), each row in groups of `group_size` weights with one float16 scale.
 
-    def __init__(self, outputs: int, inputs: int, bias: torch.nn.Parameter | None, bits: int, group_size: int):
+    It is loaded in the format's own layout. `prepare` then turns words, zeros and scales once into the layout of a weight.
+    """
+
+    def __init__(self, linear_layer: torch.nn.Linear, bits: int, group_size: int):
         super().__init__()
-        self.bits, self.group_size = bits, group_size
-        groups, in_word = inputs // group_size, 32 // bits
-        self.register_buffer("qweight", torch.zeros(inputs // in_word, outputs, dtype=torch.int32))
-        self.register_buffer("qzeros", torch.zeros(groups, outputs // in_word, dtype=torch.int32))
+        self.bits = bits
+        self.group_size = group_size
+        outputs, inputs = linear_layer.out_features, linear_layer.in_features
+        groups = inputs // group_size
+        codes_in_word = 32 // bits
+        self.register_buffer("qweight", torch.zeros(inputs // codes_in_word, outputs, dtype=torch.int32))
+        self.register_buffer("qzeros", torch.zeros(groups, outputs // codes_in_word, dtype=torch.int32))
         self.register_buffer("scales", torch.zeros(groups, outputs, dtype=torch.float16))
         self.register_buffer("g_idx", torch.zeros(inputs, dtype=torch.int32))  # i // group_size: nothing was reordered
-        self.bias = bias
+        self.bias = linear_layer.bias
+
+    def prepare(self) -> None:
+        """Bring the loaded tensors into the order in which they are used; what they came in is freed."""
+        zeros_qu = unpack(self.qzeros, self.bits) + 1
+        self.register_buffer("words_ui", self.qweight.T.clone(memory_format=torch.contiguous_format))
+        self.register_buffer("zeros_uq1", zeros_qu.T.contiguous().unsqueeze(-1))
+        self.register_buffer("scales_uq1", self.scales.T.contiguous().unsqueeze(-1))
+        del self.qweight, self.qzeros, self.scales, self.g_idx
 
     def weight_ui(self, dtype: torch.dtype) -> torch.Tensor:
         """The weights in `dtype`, of shape (outputs, inputs): (code - zero) * scale."""
-        codes_ui = unpack(self.qweight, self.bits).transpose(0, 1).flatten(1)
-        zeros_qu = unpack(self.qzeros, self.bits).flatten(1) + 1
+        codes_ui = unpack(self.words_ui, self.bits)
         weight_uqi = codes_ui.unflatten(1, (-1, self.group_size)).to(dtype)
-        weight_uqi.sub_(zeros_qu.T.unsqueeze(-1)).mul_(self.scales.T.unsqueeze(-1).to(dtype))
+        weight_uqi.sub_(self.zeros_uq1).mul_(self.scales_uq1.to(dtype))
         return weight_uqi.flatten(1)
 
     def forward(self, input_bti: torch.Tensor) -> torch.Tensor:
@@ -458,16 +546,24 @@ class GptqLinear(torch.nn.Module):
 
 
 def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """The codes in int32 `words` of shape (rows, columns), uint8 (rows, columns, 32 // bits). Bytes stand lowest first."""
-    bytes_rcb = words.contiguous().view(torch.uint8).unflatten(-1, (-1, 4))
-    return bytes_rcb if bits == 8 else torch.stack((bytes_rcb & 15, bytes_rcb >> 4), dim=-1).flatten(-2)
+    """Unpack the codes in int32 words, which stand lowest bits first.
+
+    Returns:
+        uint8 of shape (rows, columns * 32 // bits), for `words` of shape (rows, columns).
+    """
+    bytes_ri = words.contiguous().view(torch.uint8)
+    if bits == 8:
+        return bytes_ri
+    return torch.stack((bytes_ri & 15, bytes_ri >> 4), dim=-1).flatten(-2)
 
 
 class UnpackingConfig(QuantizationConfigMixin):
     """What a GPTQ package's config.json says, as far as loading needs it."""
 
     def __init__(self, bits: int, group_size: int, **_):
-        self.quant_method, self.bits, self.group_size = UNPACKING, bits, group_size
+        self.quant_method = UNPACKING
+        self.bits = bits
+        self.group_size = group_size
 
 
 class UnpackingQuantizer(HfQuantizer):
@@ -477,11 +573,16 @@ class UnpackingQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: torch.nn.Module, **_) -> None:
         config = self.quantization_config
-        found = [(name, old) for name, old in model.named_modules() if isinstance(old, torch.nn.Linear) and ".layers." in name]
-        for name, old in found:
-            with torch.device("meta"):
-                new = GptqLinear(old.out_features, old.in_features, old.bias, config.bits, config.group_size)
-            model.set_submodule(name, new)
+        for name, module in list(model.named_modules()):
+            if isinstance(module, torch.nn.Linear) and ".layers." in name:
+                with torch.device("meta"):
+                    packed = GptqLinear(module, config.bits, config.group_size)
+                model.set_submodule(name, packed)
+
+    def _process_model_after_weight_loading(self, model: torch.nn.Module, **_) -> None:
+        for module in model.modules():
+            if isinstance(module, GptqLinear):
+                module.prepare()
 
     def is_serializable(self, **_) -> bool:
         """No: what is loaded here is served."""
@@ -494,15 +595,104 @@ class UnpackingQuantizer(HfQuantizer):
 
 
 def unpacking(settings: Mapping[str, object], folder: Path | str) -> dict[str, object]:
-    """config.json's `quantization_config` as from_pretrained must get it. PackageError for a kind that is not unpacked here."""
-    for key, known in READ.items():
-        if settings.get(key) not in known:
-            expected = " or ".join(map(str, known))
+    """Rewrite config.json's `quantization_config` as from_pretrained must get it.
+
+    Raises:
+        PackageError: The package in `folder` is of a kind that is not unpacked here.
+    """
+    for key, supported in SUPPORTED.items():
+        if settings.get(key) not in supported:
+            expected = " or ".join(map(str, supported))
             raise PackageError(f"{folder}: config.json: {key} is {settings.get(key)!r}, expected {expected}; quantise it again")
+
     if UNPACKING not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(UNPACKING)(UnpackingConfig)
         register_quantizer(UNPACKING)(UnpackingQuantizer)
     return {"quant_method": UNPACKING, "bits": settings["bits"], "group_size": settings["group_size"]}
+
+
+# ==============================================================================================================
+# models/fused.py
+#
+# Norms, rotary positions and gated activations in fewer passes over memory than transformers' own chains of operations.
+#
+# A T4 spends a tenth of a Gemma-2 forward in them. They are replaced when a model is loaded, for the architectures below;
+# others are left alone.
+# ==============================================================================================================
+
+# What is added to the weight of a norm, by model_type.
+NORM_OFFSETS = {"gemma2": 1.0, "llama": 0.0, "mistral": 0.0, "phi3": 0.0, "qwen2": 0.0, "qwen3": 0.0}
+PARTLY_ROTATED = ("phi3",)  # its positions may rotate a part of a head only
+
+
+class GatedMlp(torch.nn.Module):
+    """A gated MLP whose product is formed in the memory of the activation."""
+
+    def __init__(self, mlp: torch.nn.Module):
+        super().__init__()
+        self.gate_proj = mlp.gate_proj
+        self.up_proj = mlp.up_proj
+        self.down_proj = mlp.down_proj
+        self.act_fn = mlp.act_fn
+
+    def forward(self, hidden_btd: torch.Tensor) -> torch.Tensor:
+        """The MLP's output, of the input's shape."""
+        gated_btu = self.act_fn(self.gate_proj(hidden_btd))
+        gated_btu *= self.up_proj(hidden_btd)
+        return self.down_proj(gated_btu)
+
+
+def fuse_elementwise(model: torch.nn.Module) -> None:
+    """Replace the elementwise operations of a model whose architecture is known."""
+    model_type = model.config.model_type
+    if model_type not in NORM_OFFSETS:
+        return
+
+    for name, module in list(model.named_modules()):
+        if type(module).__name__.endswith("RMSNorm"):
+            model.set_submodule(name, fuse_norm(module, NORM_OFFSETS[model_type]))
+        elif name.endswith(".mlp") and hasattr(module, "gate_proj"):
+            model.set_submodule(name, GatedMlp(module))
+
+    # The attention of an architecture finds this function in the module that defines it.
+    if model_type not in PARTLY_ROTATED:
+        architecture = sys.modules[type(layer_list(model)[0]).__module__]
+        architecture.apply_rotary_pos_emb = rotate_queries_and_keys
+
+
+def fuse_norm(norm: torch.nn.Module, offset: float) -> torch.nn.RMSNorm:
+    """Make PyTorch's own RMSNorm, one kernel on a GPU, of an architecture's."""
+    epsilon = getattr(norm, "variance_epsilon", None) or norm.eps
+    fused = torch.nn.RMSNorm(norm.weight.shape, eps=epsilon, device="meta")
+    fused.weight = torch.nn.Parameter(norm.weight.detach() + offset, requires_grad=False)
+    return fused
+
+
+def rotate_queries_and_keys(q, k, cos, sin, unsqueeze_dim=1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate queries and keys by their positions, as transformers' apply_rotary_pos_emb does, by its parameters."""
+    cos = cos.unsqueeze(unsqueeze_dim)
+    sin = sin.unsqueeze(unsqueeze_dim)
+    return rotate_halves(q, cos, sin), rotate_halves(k, cos, sin)
+
+
+def rotate_halves(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate each number of the first half of the last axis together with its counterpart in the second half."""
+    half = states.shape[-1] // 2
+    rotated = states * cos
+    rotated[..., :half].addcmul_(states[..., half:], sin[..., :half], value=-1)
+    rotated[..., half:].addcmul_(states[..., :half], sin[..., half:])
+    return rotated
+
+
+def layer_list(model: torch.nn.Module) -> torch.nn.ModuleList:
+    """Find the list of a model's layers: of all its lists of modules the one with the most parameters."""
+    largest, most_parameters = None, -1
+    for module in model.modules():
+        if isinstance(module, torch.nn.ModuleList):
+            parameters = sum(parameter.numel() for parameter in module.parameters())
+            if parameters > most_parameters:
+                largest, most_parameters = module, parameters
+    return largest
 
 
 # ==============================================================================================================
@@ -513,10 +703,11 @@ def unpacking(settings: Mapping[str, object], folder: Path | str) -> dict[str, o
 # A head reads one token of a row: a decoder's last one, an encoder's first. In the last layer all tokens are needed for the
 # attention's keys and values, but what comes after it only for the token that is read: hooks on its output projection and
 # its MLP hand on that token alone. What they give, one token wide, is added to the residual of all tokens by broadcasting,
-# which is right in the one place that is read.
+# which is right in the one place that is read. Of a causal LM's output layer only the rows of the label tokens are kept.
 # ==============================================================================================================
 
 SDPA = "sdpa_repeated"
+READ_FIRST_TOKEN = ("bert", "deberta-v2")  # encoders whose head reads nothing else
 AFTER_ATTENTION = ("self_attn.o_proj", "mlp", "attention.output.dense", "intermediate")  # decoders' names, then BERT's
 BEING_READ = threading.local()  # of the batch that this thread is scoring: a split model has one in each of several threads
 
@@ -528,10 +719,14 @@ def repeated_attention(module, query_bhtd, key_bhtd, value_bhtd, attention_mask,
     do that: on a T4, which has none, and on a CPU the unfused kernel is taken instead.
     """
     groups = getattr(module, "num_key_value_groups", 1)
+    if groups > 1:
+        key_bhtd = key_bhtd.repeat_interleave(groups, dim=1)
+        value_bhtd = value_bhtd.repeat_interleave(groups, dim=1)
+
     output_bhtd = scaled_dot_product_attention(
         query_bhtd,
-        key_bhtd.repeat_interleave(groups, dim=1) if groups > 1 else key_bhtd,
-        value_bhtd.repeat_interleave(groups, dim=1) if groups > 1 else value_bhtd,
+        key_bhtd,
+        value_bhtd,
         attn_mask=attention_mask,
         scale=scaling,
         is_causal=attention_mask is None and module.is_causal,
@@ -543,18 +738,55 @@ AttentionInterface.register(SDPA, repeated_attention)
 AttentionMaskInterface.register(SDPA, sdpa_mask)
 
 
-def take_shortcuts(model: torch.nn.Module) -> None:
-    """Have `model` compute the end of its last layer only for the tokens in `reading`, and say whether it is `causal`.
+class LabelHead(torch.nn.Module):
+    """The rows of a causal LM's output layer that belong to the label tokens, in float32."""
 
-    Outside of `reading` it computes everything.
+    def __init__(self, output_layer: torch.nn.Linear, label_token_ids: Sequence[int], device: torch.device):
+        super().__init__()
+        rows = list(label_token_ids)
+        self.weight_vd = output_layer.weight.detach()[rows].to(device, torch.float32)
+        self.bias_v = None
+        if output_layer.bias is not None:
+            self.bias_v = output_layer.bias.detach()[rows].to(device, torch.float32)
+
+    def forward(self, hidden_btd: torch.Tensor) -> torch.Tensor:
+        """The label tokens' logits, (rows, tokens, labels); the model itself scales or caps them afterwards."""
+        return linear(hidden_btd.float(), self.weight_vd, self.bias_v)
+
+
+def take_shortcuts(model: torch.nn.Module, label_token_ids: Sequence[int] = ()) -> None:
+    """Have `model` compute no more than what is read in `reading`, and say whether it is `causal`.
+
+    Outside of `reading` it computes all tokens.
+
+    Args:
+        model: A model as transformers or PEFT made it.
+        label_token_ids: Of a causal LM, the only tokens that it computes logits of; empty for a classifier.
     """
     attentions = [module for module in model.modules() if hasattr(module, "is_causal")]
     model.causal = bool(attentions) and all(module.is_causal for module in attentions)
-    if model.causal or model.config.model_type == "bert":
-        layers = next(module for name, module in model.named_modules() if name.endswith((".layers", ".encoder.layer")))
+    fuse_elementwise(model)
+    if label_token_ids:
+        keep_label_rows(model, label_token_ids)
+
+    if model.causal or model.config.model_type in READ_FIRST_TOKEN:
+        last_layer = layer_list(model)[-1]
         for name in AFTER_ATTENTION:
             with contextlib.suppress(AttributeError):
-                layers[-1].get_submodule(name).register_forward_pre_hook(only_what_is_read)
+                last_layer.get_submodule(name).register_forward_pre_hook(keep_read_tokens)
+
+
+def keep_label_rows(model: torch.nn.Module, label_token_ids: Sequence[int]) -> None:
+    """Have a causal LM compute logits of the label tokens only, at the place of each row that is read.
+
+    An output layer that has an adapter on it stays whole.
+    """
+    output_layer = model.get_output_embeddings()
+    if type(output_layer) is torch.nn.Linear:
+        last_device = next(layer_list(model)[-1].parameters()).device
+        output_layer = LabelHead(output_layer, label_token_ids, last_device)
+        model.set_output_embeddings(output_layer)
+    output_layer.register_forward_pre_hook(keep_read_tokens)
 
 
 @contextlib.contextmanager
@@ -567,14 +799,61 @@ def reading(places_b: torch.Tensor) -> Iterator[None]:
         BEING_READ.places_b = None
 
 
-def only_what_is_read(_, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+def keep_read_tokens(_, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
     """A forward pre-hook: of the hidden states (rows, tokens, width) the read token of each row, (rows, 1, width)."""
     places_b = getattr(BEING_READ, "places_b", None)
     if places_b is None:
         return None
+
     hidden_btd, *others = args
     rows_b = torch.arange(len(places_b), device=hidden_btd.device)
-    return (hidden_btd[rows_b, places_b.to(hidden_btd.device)].unsqueeze(1), *others)
+    read_bd = hidden_btd[rows_b, places_b.to(hidden_btd.device)]
+    return (read_bd.unsqueeze(1), *others)
+
+
+# ==============================================================================================================
+# models/overflow.py
+#
+# A float16 model computed in float32, for the rows that overflow float16.
+#
+# Some inputs drive activations of Qwen2.5 and Gemma-2 beyond 65,504; such a row ends as NaN. scoring.score_batch
+# then computes it again in the context `ComputeInFloat32()`. The weights stay in float16; those of one layer at a
+# time are converted.
+# ==============================================================================================================
+
+FLOAT16_MAX = torch.finfo(torch.float16).max
+WITH_WEIGHTS = (layer_norm, linear, rms_norm)  # these want input and weights in one dtype
+QUANTISE_TO_INT8 = "bitsandbytes.int8_vectorwise_quant.default"  # takes float16 only
+
+
+class ComputeInFloat32(TorchFunctionMode):
+    """In this thread, hidden states are float32 from the embedding on, whatever the dtype of the weights."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        """Call `function` with float32 in place of float16."""
+        kwargs = kwargs or {}
+        if function is embedding:
+            return function(*args, **kwargs).float()
+        if function in WITH_WEIGHTS:
+            args = [to_float32(value) for value in args]
+            kwargs = {name: to_float32(value) for name, value in kwargs.items()}
+        if str(function) == QUANTISE_TO_INT8:
+            args = (args[0].clamp(-FLOAT16_MAX, FLOAT16_MAX).half(), *args[1:])
+
+        result = function(*args, **kwargs)
+
+        # bitsandbytes and PEFT convert a layer's input to the dtype of its weights.
+        is_narrowed = function is torch.Tensor.to and result.dtype is torch.float16
+        if is_narrowed and args[0].dtype is torch.float32:
+            return args[0]
+        return result
+
+
+def to_float32(value):
+    """Convert a float16 tensor; anything else stays as it is."""
+    if isinstance(value, torch.Tensor) and value.dtype is torch.float16:
+        return value.float()
+    return value
 
 
 # ==============================================================================================================
@@ -598,56 +877,98 @@ def load_model(
     dtype: torch.dtype | None = None,
     device_map: Mapping[str, str] | None = None,
 ) -> torch.nn.Module:
-    """The model in `folder` on `device`, in eval mode, with the adapter on it where the folder holds one.
+    """Load the model in `folder` in eval mode, with the adapter on it where the folder holds one.
 
-    `dtype` None means float16 on CUDA (a T4 has no bfloat16 units) and float32 elsewhere; quantised packages load by their
-    own config.json. A `device_map` places parts of the model on several devices; its inputs then go to `device`, which holds
-    the embedding. Raises PackageError where a weight is missing or the configuration contradicts the contract.
+    Args:
+        folder: The package's folder.
+        contract: The package's model_input.Contract.
+        device: Where the model goes, or with a `device_map` its inputs: the device of the embedding.
+        dtype: None for float16 on CUDA (a T4 has no bfloat16 units) and float32 elsewhere. Quantised packages load by their
+            own config.json.
+        device_map: Places parts of the model on several devices.
+
+    Raises:
+        PackageError: A weight is missing, or the configuration contradicts the contract.
     """
     if contract.head not in CLASSES:
         raise PackageError(f"{folder}: its head is {contract.head!r}; this runtime scores {', '.join(CLASSES)}")
-    dtype = dtype or (torch.float16 if device.startswith("cuda") else torch.float32)
+    if dtype is None:
+        dtype = torch.float16 if device.startswith("cuda") else torch.float32
     config = serving_config(folder, contract)
-    quantised = getattr(config, "quantization_config", None)
-    if quantised and device.startswith("cuda") and quantised.get("bnb_4bit_compute_dtype") == "bfloat16":
-        raise PackageError(f"{folder}: computes in bfloat16, which a T4 lacks; quantise it again from float16 weights")
-    if quantised and quantised.get("quant_method") == "gptq":
-        config.quantization_config = unpacking(quantised, folder)
-    placed = {"device_map": dict(device_map or {"": device})} if device_map or quantised or device != "cpu" else {}
-    model, loaded = CLASSES[contract.head].from_pretrained(
+    is_quantised = set_quantisation(config, folder, device)
+
+    options = {}
+    if device_map or is_quantised or device != "cpu":
+        options["device_map"] = dict(device_map or {"": device})
+    model, loading = CLASSES[contract.head].from_pretrained(
         folder,
         config=config,
         dtype=dtype,
-        attn_implementation="eager" if contract.softcap else SDPA,
+        attn_implementation=choose_attention(config, contract),
         use_safetensors=True,
         local_files_only=True,
         output_loading_info=True,
-        **placed,
+        **options,
     )
-    lora_config, lora = (Path(folder) / name for name in LORA)
-    missing = set(loaded["missing_keys"])
-    if lora.is_file():
-        model, found = put_adapter_on(model, lora_config, lora, dtype)
-        missing -= found
+
+    missing = set(loading["missing_keys"])
+    lora_config_path, lora_path = (Path(folder) / name for name in LORA)
+    if lora_path.is_file():
+        model, replaced_names = add_adapter(model, lora_config_path, lora_path, dtype)
+        missing -= replaced_names
     if missing:
         raise PackageError(f"{folder}: weights are missing: {', '.join(sorted(missing)[:5])}")
-    take_shortcuts(model)
+    take_shortcuts(model, contract.label_token_ids)
     return model.eval()
 
 
-def put_adapter_on(
-    model: torch.nn.Module, lora_config: Path, lora: Path, dtype: torch.dtype
+def set_quantisation(config, folder: Path | str, device: str) -> bool:
+    """Prepare a configuration for the package's kind of quantisation, and say whether it has one.
+
+    Raises:
+        PackageError: It cannot be computed on `device`.
+    """
+    quantised = getattr(config, "quantization_config", None)
+    if not quantised:
+        return False
+    if device.startswith("cuda") and quantised.get("bnb_4bit_compute_dtype") == "bfloat16":
+        raise PackageError(f"{folder}: computes in bfloat16, which a T4 lacks; quantise it again from float16 weights")
+    if quantised.get("quant_method") == "gptq":
+        config.quantization_config = unpacking(quantised, folder)
+    return True
+
+
+def choose_attention(config, contract) -> str:
+    """Name the fastest implementation of attention that the architecture has; a soft cap has only transformers' eager one."""
+    model_class = CLASSES[contract.head]._model_mapping[type(config)]
+    if contract.softcap or not model_class._supports_sdpa:
+        return "eager"
+    if not model_class._supports_attention_backend:
+        return "sdpa"
+    return SDPA
+
+
+def add_adapter(
+    model: torch.nn.Module, lora_config_path: Path, lora_path: Path, dtype: torch.dtype
 ) -> tuple[torch.nn.Module, set[str]]:
-    """The model with a LoRA adapter that was not merged, in `dtype`, and the names of the weights that the adapter replaces."""
+    """Put a LoRA adapter that was not merged on a model, in `dtype`.
+
+    Returns:
+        The model, and the names of the weights that the adapter replaces.
+    """
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict  # noqa: PLC0415  few packages need it
 
-    config = LoraConfig.from_peft_type(**json.loads(lora_config.read_text(encoding="utf-8")))
-    tensors = load_file(lora)
-    model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    lora_config = LoraConfig.from_peft_type(**json.loads(lora_config_path.read_text(encoding="utf-8")))
+    tensors = load_file(lora_path)
+    model = get_peft_model(model, lora_config, autocast_adapter_dtype=False)
     result = set_peft_model_state_dict(model, tensors)
-    absent = [name for name in result.missing_keys if "lora_" in name or ".modules_to_save." in name]
-    if absent or result.unexpected_keys:
-        raise PackageError(f"{lora}: not the adapter of {lora_config}: {', '.join([*absent, *result.unexpected_keys][:5])}")
+
+    # PEFT also counts the weights of the base model as missing.
+    unmatched = [name for name in result.missing_keys if "lora_" in name or ".modules_to_save." in name]
+    unmatched += result.unexpected_keys
+    if unmatched:
+        raise PackageError(f"{lora_path}: not the adapter of {lora_config_path}: {', '.join(unmatched[:5])}")
+
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.to(dtype)
@@ -655,17 +976,23 @@ def put_adapter_on(
 
 
 def serving_config(folder: Path | str, contract):
-    """The folder's config.json with pad id and soft-cap set as the contract says."""
+    """Read the folder's config.json, with pad id and soft-cap set as the contract says.
+
+    Raises:
+        PackageError: The configuration's labels or soft-cap are not the contract's.
+    """
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    outputs = {"score": len(contract.verdicts), "reward": 1, "label_tokens": 0}[contract.head]
-    found = 0 if contract.head == "label_tokens" else config.num_labels
-    if not found == contract.num_labels == outputs:
+    verdicts = contract.verdicts
+    expected_labels = {"score": len(verdicts), "reward": 1, "label_tokens": 0}[contract.head]
+    labels = 0 if contract.head == "label_tokens" else config.num_labels
+    if not labels == contract.num_labels == expected_labels:
         raise PackageError(
-            f"{folder}: config.json has {found} labels, contract.json {contract.num_labels} for the head {contract.head} and "
-            f"the verdicts {', '.join(contract.verdicts)}; package the run again"
+            f"{folder}: config.json has {labels} labels, contract.json {contract.num_labels} for the head {contract.head} and "
+            f"the verdicts {', '.join(verdicts)}; package the run again"
         )
-    if contract.head == "label_tokens" and len(contract.label_token_ids) != len(contract.verdicts):
+    if contract.head == "label_tokens" and len(contract.label_token_ids) != len(verdicts):
         raise PackageError(f"{folder}: contract.json names {len(contract.label_token_ids)} label tokens; package the run again")
+
     config.pad_token_id = contract.pad_token_id
     config.use_cache = False  # keys and values for a generation that never comes: 2.8 GB of Gemma-2-9b at 8,192 tokens
     if contract.softcap and not getattr(config, "attn_logit_softcapping", None):
@@ -682,7 +1009,11 @@ def serving_config(folder: Path | str, contract):
 # ==============================================================================================================
 
 ORDERS = ("as_given", "swapped")
-SPARE_TOKENS = 128  # about what a forward pass costs beside its tokens, of 4-bit weights that are unpacked each time
+REWARD_SIDES = ("model_a", "model_b")  # the order of a reward model's two sequences
+
+# What a forward pass costs beside its tokens, in tokens, by the package's quantisation: weights are unpacked in each pass.
+SPARE_TOKENS = {"none": 32, "int8": 32, "nf4": 128, "gptq8": 256, "gptq4": 512}
+DEFAULT_SPARE_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -692,6 +1023,7 @@ class Request:
     id: str
     order: str
     sequences: tuple[list[int], ...]
+    spare_tokens: int = DEFAULT_SPARE_TOKENS
 
     @property
     def length(self) -> int:
@@ -704,42 +1036,74 @@ class Request:
         return sum(map(len, self.sequences))
 
 
+@dataclass(frozen=True)
+class BatchScores:
+    """A batch's probabilities, one list a request in the order of contract.verdicts, and how many rows overflowed float16."""
+
+    probabilities: list[list[float]]
+    overflowed: int = 0
+
+
 def orders_of(contract, orders: Iterable[str]) -> tuple[str, ...]:
-    """The orders worth scoring: a reward model sees each response alone, so that its second order is its first."""
-    return ORDERS[:1] if contract.head == "reward" else tuple(orders)
+    """List the orders worth scoring: a reward model sees each response alone, so that its second order is its first."""
+    if contract.head == "reward":
+        return ORDERS[:1]
+    return tuple(orders)
 
 
 def padded_tokens(batch: Sequence[Request]) -> int:
-    """Tokens that are computed for a batch, padding included."""
+    """Count the tokens that are computed for a batch, padding included."""
     lengths = [len(ids) for request in batch for ids in request.sequences]
-    return sum(lengths[group[0]] * len(group) for group in alike(lengths))
+    tokens = 0
+    for places in group_by_length(lengths, batch[0].spare_tokens):
+        tokens += lengths[places[0]] * len(places)
+    return tokens
 
 
-def alike(lengths: Sequence[int]) -> list[list[int]]:
-    """The lengths' places in groups, longest first, each to be one forward pass with at most SPARE_TOKENS of padding."""
+def group_by_length(lengths: Sequence[int], spare_tokens: int = DEFAULT_SPARE_TOKENS) -> list[list[int]]:
+    """Group sequences of like length, each group to be one forward pass.
+
+    Args:
+        lengths: The sequences' numbers of tokens.
+        spare_tokens: The most padding in a group. More of it costs more than another pass.
+
+    Returns:
+        For each group the sequences' places in `lengths`, longest first.
+    """
     groups: list[list[int]] = []
     padding = 0
     for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
-        padding += lengths[groups[-1][0]] - lengths[place] if groups else 0
-        if not groups or padding > SPARE_TOKENS:
+        if groups:
+            padding += lengths[groups[-1][0]] - lengths[place]
+        if not groups or padding > spare_tokens:
             groups.append([])
             padding = 0
         groups[-1].append(place)
     return groups
 
 
-def make_requests(model_input: ModuleType, tokenizer, contract, pairs: Sequence, orders: Iterable[str]) -> list[Request]:
-    """The requests for `pairs` in `orders`, encoded by the package's own model_input."""
-    made = []
+def make_requests(
+    model_input: ModuleType,
+    tokenizer,
+    contract,
+    pairs: Sequence,
+    orders: Iterable[str],
+    spare_tokens: int = DEFAULT_SPARE_TOKENS,
+) -> list[Request]:
+    """Make the requests for `pairs` in `orders`, encoded by the package's own model_input."""
+    requests = []
     for order in orders:
-        ordered = [model_input.swap(pair) for pair in pairs] if order == "swapped" else list(pairs)
-        encoded = model_input.encode_all(ordered, tokenizer, contract)
-        made += [Request(pair.id, order, sequences) for pair, sequences in zip(pairs, encoded, strict=True)]
-    return made
+        ordered_pairs = pairs
+        if order == "swapped":
+            ordered_pairs = [model_input.swap(pair) for pair in pairs]
+        encoded = model_input.encode_all(list(ordered_pairs), tokenizer, contract)
+        for pair, sequences in zip(pairs, encoded, strict=True):
+            requests.append(Request(pair.id, order, sequences, spare_tokens))
+    return requests
 
 
 def make_batches(requests: Iterable[Request], tokens_per_batch: int) -> list[list[Request]]:
-    """Batches of requests of like length, longest first, so that one too large for memory shows at once.
+    """Make batches of requests of like length, longest first, so that one too large for memory shows at once.
 
     A batch, padded, holds at most `tokens_per_batch` tokens; a request that is longer than that is a batch of its own.
     """
@@ -754,98 +1118,144 @@ def make_batches(requests: Iterable[Request], tokens_per_batch: int) -> list[lis
 
 @torch.inference_mode()
 def score_batch(
-    model: torch.nn.Module, model_input: ModuleType, contract, batch: list[Request], device: str, passing=contextlib.nullcontext
-) -> list[list[float]]:
-    """Probabilities of a batch, one list a request in the order of contract.verdicts, swapped ones swapped back.
+    model: torch.nn.Module,
+    model_input: ModuleType,
+    contract,
+    batch: Sequence[Request],
+    device: str,
+    passing=contextlib.nullcontext,
+) -> BatchScores:
+    """Score a batch; a row that overflows float16 is computed again in float32, alone.
 
-    The softmax is in float32. Where the model overflowed, the probabilities are NaN. Each forward pass is made in the context
-    `passing()`.
+    Args:
+        model: A model in eval mode.
+        model_input: The package's own model_input.py.
+        contract: The package's contract.
+        batch: Requests that fit into memory together.
+        device: Where the model's inputs go.
+        passing: Makes the context of each forward pass (see pipeline.Stages.batch).
+
+    Returns:
+        The probabilities, those of swapped requests swapped back; NaN where float32 does not help either.
     """
-    logits_bv = verdict_logits(model, contract, [ids for request in batch for ids in request.sequences], device, passing)
+    probabilities_bv = batch_probabilities(model, contract, batch, device, passing)
+    overflowed_rows = []
+    if model.dtype is torch.float16:
+        is_finite_b = probabilities_bv.isfinite().all(-1)
+        overflowed_rows = torch.nonzero(~is_finite_b).flatten().tolist()
+
+    # What fails here, for lack of memory or of a float32 kernel, costs this row alone.
+    for row in overflowed_rows:
+        with contextlib.suppress(RuntimeError), ComputeInFloat32():
+            probabilities_bv[row] = batch_probabilities(model, contract, [batch[row]], device, passing)[0]
+
+    rows = []
+    for request, values in zip(batch, probabilities_bv.tolist(), strict=True):
+        if request.order == "swapped":
+            rows.append(model_input.swap_probabilities(values, contract.verdicts))
+        else:
+            rows.append(values)
+    return BatchScores(rows, len(overflowed_rows))
+
+
+def batch_probabilities(model: torch.nn.Module, contract, batch: Sequence[Request], device: str, passing) -> torch.Tensor:
+    """Compute the probabilities of a batch in its own orders, float32 of shape (requests, verdicts)."""
+    sequences = [ids for request in batch for ids in request.sequences]
+    logits_bv = verdict_logits(model, contract, sequences, device, passing, batch[0].spare_tokens)
     if contract.logit_bias:
         logits_bv = logits_bv + torch.tensor(contract.logit_bias)
-    probabilities_bv = logits_bv.softmax(-1).tolist()
-    return [
-        model_input.swap_probabilities(values, contract.verdicts) if request.order == "swapped" else values
-        for request, values in zip(batch, probabilities_bv, strict=True)
-    ]
+    return logits_bv.softmax(-1)
 
 
 def verdict_logits(
-    model: torch.nn.Module, contract, sequences: Sequence[list[int]], device: str, passing=contextlib.nullcontext
+    model: torch.nn.Module,
+    contract,
+    sequences: Sequence[list[int]],
+    device: str,
+    passing=contextlib.nullcontext,
+    spare_tokens: int = DEFAULT_SPARE_TOKENS,
 ) -> torch.Tensor:
-    """The verdicts' logits, float32 of shape (requests, verdicts), of one sequence a request, for the reward head of two.
+    """Compute the verdicts' logits of one sequence a request, for the reward head of two.
 
     Sequences of like length go through the model together: a pair's two responses, which are not, each with others.
+
+    Returns:
+        Float32 of shape (requests, verdicts), on the CPU.
     """
-    compute_logits = label_token_logits if contract.head == "label_tokens" else classifier_logits
     rows = [torch.empty(0)] * len(sequences)
-    for group in alike(list(map(len, sequences))):
+    lengths = [len(ids) for ids in sequences]
+    for places in group_by_length(lengths, spare_tokens):
+        group = [sequences[place] for place in places]
         with passing():
-            outputs_bu = compute_logits(model, contract, [sequences[place] for place in group], device).float().cpu()
-        for place, row in zip(group, outputs_bu, strict=True):
+            outputs_bu = head_outputs(model, contract, group, device).float().cpu()
+        for place, row in zip(places, outputs_bu, strict=True):
             rows[place] = row
+
     logits = torch.stack(rows)
     if contract.head != "reward":
         return logits
-    return logits.view(-1, 2)[:, [("model_a", "model_b").index(verdict) for verdict in contract.verdicts]]
+    sides = [REWARD_SIDES.index(verdict) for verdict in contract.verdicts]
+    return logits.view(-1, 2)[:, sides]
 
 
-def classifier_logits(model: torch.nn.Module, contract, sequences: Sequence[list[int]], device: str) -> torch.Tensor:
-    """The outputs of a classifier, (sequences, outputs). Its rows are padded on the right.
+def head_outputs(model: torch.nn.Module, contract, sequences: Sequence[list[int]], device: str) -> torch.Tensor:
+    """Run the model over sequences, padded on the right, and read its head's outputs at one place of each.
 
-    By itself it finds the last token that is not padding. What a decoder reads there never sees the padding behind it, so that
-    only an encoder needs a mask.
+    Returns:
+        Shape (sequences, outputs), the outputs being those of a classifier, or a causal LM's logits of the label tokens.
     """
-    is_decoder = getattr(model, "causal", False)
-    ids_bt, mask_bt = pad(sequences, contract.pad_token_id, pad_left=False)
+    is_causal_lm = contract.head == "label_tokens"
+    is_decoder = is_causal_lm or getattr(model, "causal", False)
+    ids_bt, mask_bt = pad(sequences, contract.pad_token_id)
     inputs = {"input_ids": ids_bt.to(device)}
+
+    # What a decoder reads never sees the padding behind it, so that only an encoder needs a mask.
     if not is_decoder and not mask_bt.all():
         inputs["attention_mask"] = mask_bt.long().to(device)
 
-    # A decoder's head reads the last token of a row that is not padding, an encoder's the first.
-    read_places = [0] * len(sequences)
+    places_b = torch.tensor(places_read(contract, sequences, is_decoder), device=device)
+    with reading(places_b):
+        logits = model(**inputs).logits
+    if not is_causal_lm:
+        return logits
+
+    # A model that was loaded by load_model has computed no more than this (see shortcuts.LabelHead).
+    if logits.shape[1] > 1:
+        rows_b = torch.arange(len(sequences), device=logits.device)
+        logits = logits[rows_b, places_b.to(logits.device)].unsqueeze(1)
+    if logits.shape[-1] > len(contract.label_token_ids):
+        logits = logits[..., list(contract.label_token_ids)]
+    return logits[:, 0]
+
+
+def places_read(contract, sequences: Sequence[list[int]], is_decoder: bool) -> list[int]:
+    """List the place of each sequence that its head reads."""
+    if contract.head == "label_tokens":
+        return [len(ids) - 1 for ids in sequences]
     if is_decoder:
-        read_places = [last_token_place(ids, contract.pad_token_id) for ids in sequences]
-    with reading(torch.tensor(read_places, device=device)):
-        return model(**inputs).logits
-
-
-def label_token_logits(model: torch.nn.Module, contract, sequences: Sequence[list[int]], device: str) -> torch.Tensor:
-    """The answer tokens' logits of a causal LM, (sequences, verdicts).
-
-    Its rows are padded on the left: the answer then stands at the last place of every row, and only there are logits computed.
-    """
-    ids_bt, mask_bt = pad(sequences, contract.pad_token_id, pad_left=True)
-    position_ids_bt = (mask_bt.cumsum(-1) - 1).clamp(min=0)
-    inputs = {"input_ids": ids_bt.to(device), "position_ids": position_ids_bt.to(device)}
-    if not mask_bt.all():
-        inputs["attention_mask"] = mask_bt.long().to(device)
-
-    last_place = ids_bt.shape[1] - 1
-    with reading(torch.full((len(sequences),), last_place, device=device)):
-        logits_b1v = model(**inputs, logits_to_keep=1, use_cache=False).logits
-    return logits_b1v[:, -1, list(contract.label_token_ids)]
-
-
-def pad(sequences: Sequence[list[int]], pad_token_id: int, pad_left: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids padded to the longest sequence, and where they are no padding, both (sequences, tokens)."""
-    lengths_b1 = torch.tensor([[len(ids)] for ids in sequences])
-    longest = int(lengths_b1.max())
-    places_t = torch.arange(longest)
-    mask_bt = places_t >= longest - lengths_b1 if pad_left else places_t < lengths_b1
-
-    ids_bt = torch.full(mask_bt.shape, pad_token_id)
-    ids_bt[mask_bt] = torch.tensor([token for ids in sequences for token in ids])
-    return ids_bt, mask_bt
+        return [last_token_place(ids, contract.pad_token_id) for ids in sequences]
+    return [0] * len(sequences)
 
 
 def last_token_place(ids: Sequence[int], pad_token_id: int) -> int:
-    """The place of the last token that is not the pad id; 0 where all are, as the classifier reads such a row."""
+    """Find the last token that is not the pad id; 0 where all are, as transformers' classifier reads such a row."""
     for place in range(len(ids) - 1, -1, -1):
         if ids[place] != pad_token_id:
             return place
     return 0
+
+
+def pad(sequences: Sequence[list[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pad token ids on the right to the longest sequence.
+
+    Returns:
+        The ids, and where they are no padding, both of shape (sequences, tokens).
+    """
+    lengths_b1 = torch.tensor([[len(ids)] for ids in sequences])
+    mask_bt = torch.arange(int(lengths_b1.max())) < lengths_b1
+    ids_bt = torch.full(mask_bt.shape, pad_token_id)
+    ids_bt[mask_bt] = torch.tensor([token for ids in sequences for token in ids])
+    return ids_bt, mask_bt
 
 
 def score(  # noqa: PLR0913  the last three are options by name
@@ -859,31 +1269,51 @@ def score(  # noqa: PLR0913  the last three are options by name
     tokens_per_batch: int = 8192,
     device: str = "cpu",
 ) -> dict[str, dict[str, list[float]]]:
-    """Probabilities by id and order, in the order of contract.verdicts; swapped ones are already swapped back.
+    """Score pairs in one process. A reward model is run once a pair, whatever the orders.
 
-    A reward model is run once a pair, whatever the orders. Raises FloatingPointError where a row's probabilities are not
-    finite, ValueError where two pairs share an id.
+    Returns:
+        Probabilities by id and order, in the order of contract.verdicts; swapped ones are already swapped back.
+
+    Raises:
+        FloatingPointError: A row's probabilities are not finite.
+        ValueError: Two pairs share an id.
     """
     scores: dict[str, dict[str, list[float]]] = {pair.id: {} for pair in pairs}
     if len(scores) != len(pairs):
         raise ValueError(f"{len(pairs) - len(scores)} pairs have the id of another one; scores are joined by id")
+
     orders = tuple(orders)
-    worth = orders_of(contract, orders)
-    for batch in make_batches(make_requests(model_input, tokenizer, contract, pairs, worth), tokens_per_batch):
-        for request, values in zip(batch, score_batch(model, model_input, contract, batch, device), strict=True):
+    distinct_orders = orders_of(contract, orders)
+    requests = make_requests(model_input, tokenizer, contract, pairs, distinct_orders)
+    overflowed = 0
+    for batch in make_batches(requests, tokens_per_batch):
+        batch_scores = score_batch(model, model_input, contract, batch, device)
+        overflowed += batch_scores.overflowed
+        for request, values in zip(batch, batch_scores.probabilities, strict=True):
             if not all(map(math.isfinite, values)):
                 raise FloatingPointError(f"row {request.id}, {request.order}: probabilities {values} in {model.dtype}")
-            scores[request.id] |= dict.fromkeys([request.order] if worth == orders else orders, values)
+            scored_orders = orders
+            if distinct_orders == orders:
+                scored_orders = [request.order]
+            scores[request.id] |= dict.fromkeys(scored_orders, values)
+
+    if overflowed:
+        warnings.warn(
+            f"{overflowed} of {len(requests)} sequences overflowed float16 and were computed again in float32, "
+            "which takes a T4 eight times as long",
+            stacklevel=2,
+        )
     return scores
 
 
 def mean_of_orders(scores: dict[str, dict[str, list[float]]]) -> dict[str, list[float]]:
-    """The mean over the orders in which each pair was scored, by id; a pair that was not scored is left out."""
-    return {
-        pair_id: [sum(values) / len(by_order) for values in zip(*by_order.values(), strict=True)]
-        for pair_id, by_order in scores.items()
-        if by_order
-    }
+    """Average each pair's probabilities over the orders in which it was scored; a pair that was not scored is left out."""
+    means = {}
+    for pair_id, by_order in scores.items():
+        if by_order:
+            by_verdict = zip(*by_order.values(), strict=True)
+            means[pair_id] = [sum(values) / len(by_order) for values in by_verdict]
+    return means
 
 
 # ==============================================================================================================
@@ -1924,7 +2354,7 @@ def in_hours(seconds: float) -> str:
 #
 # To the worker: (number, requests). From it:
 #     ("loaded", facts)                             dtype, batches_at_once, seconds, worst golden difference
-#     ("scored", number, probabilities, bytes)      bytes: the most memory used so far, one number for each device
+#     ("scored", number, BatchScores, bytes)        bytes: the most memory used so far, one number for each device
 #     ("out of memory", number)                     it lives on; the batch is to be cut
 #     ("refused", sentence)                         the package is not what was packaged: nothing would mend that
 #     ("failed", traceback)                         and its end
@@ -1942,6 +2372,7 @@ class Assignment:
     devices: tuple[str, ...]
     position: int
     threads: int
+    weight_bytes_limit: int | None = None  # of each device, for a model that is split
 
 
 def run_worker(connection, task: Assignment) -> None:
@@ -1961,7 +2392,7 @@ def work(connection, task: Assignment) -> None:
         if device.startswith("cuda"):
             torch.cuda.set_device(device)  # else libraries that ask for no device take memory of the first GPU
         package = open_package(Path(task.folder))
-        model, stages = load_on(package, task.devices)
+        model, stages = load_on(package, task.devices, task.weight_bytes_limit)
         worst = check_golden_scores(package, model, device)
     except (PackageError, FloatingPointError) as error:
         return tell(connection, "refused", f"{type(error).__name__}: {error}")
@@ -1986,11 +2417,13 @@ def open_package(folder: Path) -> Package:
     return Package(folder, model_input.read_contract(folder), manifest, model_input, read_tokenizer(folder))
 
 
-def load_on(package: Package, devices: tuple[str, ...]) -> tuple[torch.nn.Module, Stages | None]:
+def load_on(
+    package: Package, devices: tuple[str, ...], weight_bytes_limit: int | None = None
+) -> tuple[torch.nn.Module, Stages | None]:
     """The model on a device, or split over several, then with its stages."""
     if len(devices) == 1:
         return load_model(package.folder, package.contract, devices[0]), None
-    device_map = split_over(package.folder, devices)
+    device_map = split_over(package.folder, devices, weight_bytes_limit)
     model = load_model(package.folder, package.contract, devices[0], device_map=device_map)
     return model, Stages(model, stage_starts(device_map), devices)
 
@@ -2014,7 +2447,7 @@ def check_golden_scores(package: Package, model: torch.nn.Module, device: str) -
 
 
 def serve(connection, score_requests, at_once: int, memory) -> None:
-    """Score what comes in, `at_once` batches at a time; `score_requests` gives a batch's probabilities, `memory` its bytes.
+    """Score what comes in, `at_once` batches at a time; `score_requests` gives a batch's BatchScores, `memory` its bytes.
 
     Batches are read as they come, so that the next one lies ready when one is done.
     """
@@ -2185,18 +2618,18 @@ def start_process(task: Assignment) -> tuple:
 
 
 def start_workers(
-    package: Package, placement: str, devices: Mapping[int, str], tokens_per_batch: int, threads: int, clock: Clock
+    package: Package, served: PackageSettings, devices: Mapping[int, str], tokens_per_batch: int, threads: int, clock: Clock
 ) -> list[Worker]:
     """A worker with a copy of the model for `each` device, or one with the model `split` over them; they load by themselves.
 
     `devices` are by position. `threads` are those of the CPU for each worker.
     """
-    groups = [tuple(devices)] if placement == "split" else [(position,) for position in devices]
+    groups = [tuple(devices)] if served.placement == "split" else [(position,) for position in devices]
     workers = []
     for group in groups:
         names = [devices[position] for position in group]
         name = "+".join(n if n != "cpu" else f"cpu #{position}" for n, position in zip(names, group, strict=True))
-        task = Assignment(str(package.folder), tuple(names), group[0], threads)
+        task = Assignment(str(package.folder), tuple(names), group[0], threads, served.weight_bytes_limit)
         workers.append(Worker(name, task, tokens_per_batch, start_process, group))
         workers[-1].launch()
     log(clock, f"{package.folder.name}: loading on {', '.join(worker.name for worker in workers)}")
@@ -2251,6 +2684,7 @@ class Pass:
     tokens: int = 0
     computed_tokens: int = 0
     out_of_memory: int = 0
+    overflowed: int = 0  # rows that were computed again in float32
     not_finite: int = 0
     given_up: list[str] = field(default_factory=list)
     deaths: dict[str, int] = field(default_factory=dict)  # by worker
@@ -2381,8 +2815,8 @@ def receive(work: Pass, worker: Worker, workers: Sequence[Worker], clock: Clock)
             f"golden probabilities differ by at most {worker.loaded['worst']:.1e}",
         )
     elif kind == "scored":
-        number, values, memory = message
-        note_scores(work, worker.note_scored(number, memory), values)
+        number, scores, memory = message
+        note_scores(work, worker.note_scored(number, memory), scores)
     elif kind == "out of memory":
         told = cut(work, worker, worker.note_out_of_memory(message[0]), workers)
         log(clock, f"{worker.name}: out of memory: {worker.tokens_per_batch} tokens a batch from now on{told}")
@@ -2468,11 +2902,12 @@ def watch(work: Pass, worker: Worker, clock: Clock) -> None:
         handle_worker_death(work, worker, f"killed: it said nothing for {quiet:.0f} s", clock)
 
 
-def note_scores(work: Pass, batch: list[Request], values: list[list[float]]) -> None:
+def note_scores(work: Pass, batch: list[Request], scores: BatchScores) -> None:
     """Keep a batch's probabilities by id; those that are not finite count as not scored."""
     work.computed_tokens += padded_tokens(batch)
     work.tokens += sum(request.tokens for request in batch)
-    for request, probabilities in zip(batch, values, strict=True):
+    work.overflowed += scores.overflowed
+    for request, probabilities in zip(batch, scores.probabilities, strict=True):
         if all(map(math.isfinite, probabilities)):
             work.scores[request.id] = probabilities
         else:
@@ -2486,8 +2921,15 @@ def progress(work: Pass, workers: Sequence[Worker]) -> str:
     memory = " + ".join(f"{size / 2**30:.1f}" for worker in workers for size in worker.memory_bytes)
     return (
         f"{len(work.scores)} of {work.rows} rows, {len(work.scores) / seconds:.1f} rows/s, "
-        f"{work.tokens / seconds:.0f} tokens/s{rest}{f', {memory} GiB' if memory else ''}"
+        f"{work.tokens / seconds:.0f} tokens/s{rest}{f', {memory} GiB' if memory else ''}{overflow_report(work)}"
     )
+
+
+def overflow_report(work: Pass) -> str:
+    """How many rows overflowed, for the log; empty where none did."""
+    if not work.overflowed:
+        return ""
+    return f"; {work.overflowed} rows overflowed float16 and were computed again in float32, {work.not_finite} of them in vain"
 
 
 def pass_record(work: Pass) -> dict:
@@ -2505,6 +2947,7 @@ def pass_record(work: Pass) -> dict:
         "computed_tokens": work.computed_tokens,
         "padding": round(1 - work.tokens / work.computed_tokens, 4) if work.computed_tokens else 0.0,
         "out_of_memory": work.out_of_memory,
+        "overflowed": work.overflowed,
         "not_finite": work.not_finite,
         "given_up": work.given_up,
         "deaths": work.deaths,
@@ -2763,11 +3206,11 @@ def start_team(board: Board, number: int) -> list[Worker]:
     """Workers for a package on the devices that are not gone; none where a model that is split would lack one of them."""
     inputs = board.inputs
     package = inputs.packages[number]
-    placement = inputs.settings.packages[number].placement
-    if not board.devices or (placement == "split" and len(board.devices) < len(inputs.devices)):
+    served = inputs.settings.packages[number]
+    if not board.devices or (served.placement == "split" and len(board.devices) < len(inputs.devices)):
         log(inputs.clock, f"{package.folder.name}: no device is left for it")
         return []
-    return start_workers(package, placement, board.devices, inputs.settings.tokens_per_batch, inputs.threads, inputs.clock)
+    return start_workers(package, served, board.devices, inputs.settings.tokens_per_batch, inputs.threads, inputs.clock)
 
 
 def retire(board: Board, workers: list[Worker]) -> None:

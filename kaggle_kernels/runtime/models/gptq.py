@@ -17,28 +17,41 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from kaggle_kernels.runtime.package import PackageError
 
 UNPACKING = "gptq_unpacked"  # the name that transformers knows these classes by; its own loader of gptq wants the libraries
-READ = {"bits": (4, 8), "desc_act": (False,), "sym": (True,), "checkpoint_format": ("gptq",)}
+SUPPORTED = {"bits": (4, 8), "desc_act": (False,), "sym": (True,), "checkpoint_format": ("gptq",)}
 
 
 class GptqLinear(torch.nn.Module):
-    """A linear layer of (outputs, inputs), each row in groups of `group_size` weights with one float16 scale."""
+    """A linear layer of (outputs, inputs), each row in groups of `group_size` weights with one float16 scale.
 
-    def __init__(self, outputs: int, inputs: int, bias: torch.nn.Parameter | None, bits: int, group_size: int):
+    It is loaded in the format's own layout. `prepare` then turns words, zeros and scales once into the layout of a weight.
+    """
+
+    def __init__(self, linear_layer: torch.nn.Linear, bits: int, group_size: int):
         super().__init__()
-        self.bits, self.group_size = bits, group_size
-        groups, in_word = inputs // group_size, 32 // bits
-        self.register_buffer("qweight", torch.zeros(inputs // in_word, outputs, dtype=torch.int32))
-        self.register_buffer("qzeros", torch.zeros(groups, outputs // in_word, dtype=torch.int32))
+        self.bits = bits
+        self.group_size = group_size
+        outputs, inputs = linear_layer.out_features, linear_layer.in_features
+        groups = inputs // group_size
+        codes_in_word = 32 // bits
+        self.register_buffer("qweight", torch.zeros(inputs // codes_in_word, outputs, dtype=torch.int32))
+        self.register_buffer("qzeros", torch.zeros(groups, outputs // codes_in_word, dtype=torch.int32))
         self.register_buffer("scales", torch.zeros(groups, outputs, dtype=torch.float16))
         self.register_buffer("g_idx", torch.zeros(inputs, dtype=torch.int32))  # i // group_size: nothing was reordered
-        self.bias = bias
+        self.bias = linear_layer.bias
+
+    def prepare(self) -> None:
+        """Bring the loaded tensors into the order in which they are used; what they came in is freed."""
+        zeros_qu = unpack(self.qzeros, self.bits) + 1
+        self.register_buffer("words_ui", self.qweight.T.clone(memory_format=torch.contiguous_format))
+        self.register_buffer("zeros_uq1", zeros_qu.T.contiguous().unsqueeze(-1))
+        self.register_buffer("scales_uq1", self.scales.T.contiguous().unsqueeze(-1))
+        del self.qweight, self.qzeros, self.scales, self.g_idx
 
     def weight_ui(self, dtype: torch.dtype) -> torch.Tensor:
         """The weights in `dtype`, of shape (outputs, inputs): (code - zero) * scale."""
-        codes_ui = unpack(self.qweight, self.bits).transpose(0, 1).flatten(1)
-        zeros_qu = unpack(self.qzeros, self.bits).flatten(1) + 1
+        codes_ui = unpack(self.words_ui, self.bits)
         weight_uqi = codes_ui.unflatten(1, (-1, self.group_size)).to(dtype)
-        weight_uqi.sub_(zeros_qu.T.unsqueeze(-1)).mul_(self.scales.T.unsqueeze(-1).to(dtype))
+        weight_uqi.sub_(self.zeros_uq1).mul_(self.scales_uq1.to(dtype))
         return weight_uqi.flatten(1)
 
     def forward(self, input_bti: torch.Tensor) -> torch.Tensor:
@@ -47,16 +60,24 @@ class GptqLinear(torch.nn.Module):
 
 
 def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """The codes in int32 `words` of shape (rows, columns), uint8 (rows, columns, 32 // bits). Bytes stand lowest first."""
-    bytes_rcb = words.contiguous().view(torch.uint8).unflatten(-1, (-1, 4))
-    return bytes_rcb if bits == 8 else torch.stack((bytes_rcb & 15, bytes_rcb >> 4), dim=-1).flatten(-2)
+    """Unpack the codes in int32 words, which stand lowest bits first.
+
+    Returns:
+        uint8 of shape (rows, columns * 32 // bits), for `words` of shape (rows, columns).
+    """
+    bytes_ri = words.contiguous().view(torch.uint8)
+    if bits == 8:
+        return bytes_ri
+    return torch.stack((bytes_ri & 15, bytes_ri >> 4), dim=-1).flatten(-2)
 
 
 class UnpackingConfig(QuantizationConfigMixin):
     """What a GPTQ package's config.json says, as far as loading needs it."""
 
     def __init__(self, bits: int, group_size: int, **_):
-        self.quant_method, self.bits, self.group_size = UNPACKING, bits, group_size
+        self.quant_method = UNPACKING
+        self.bits = bits
+        self.group_size = group_size
 
 
 class UnpackingQuantizer(HfQuantizer):
@@ -66,11 +87,16 @@ class UnpackingQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: torch.nn.Module, **_) -> None:
         config = self.quantization_config
-        found = [(name, old) for name, old in model.named_modules() if isinstance(old, torch.nn.Linear) and ".layers." in name]
-        for name, old in found:
-            with torch.device("meta"):
-                new = GptqLinear(old.out_features, old.in_features, old.bias, config.bits, config.group_size)
-            model.set_submodule(name, new)
+        for name, module in list(model.named_modules()):
+            if isinstance(module, torch.nn.Linear) and ".layers." in name:
+                with torch.device("meta"):
+                    packed = GptqLinear(module, config.bits, config.group_size)
+                model.set_submodule(name, packed)
+
+    def _process_model_after_weight_loading(self, model: torch.nn.Module, **_) -> None:
+        for module in model.modules():
+            if isinstance(module, GptqLinear):
+                module.prepare()
 
     def is_serializable(self, **_) -> bool:
         """No: what is loaded here is served."""
@@ -83,11 +109,16 @@ class UnpackingQuantizer(HfQuantizer):
 
 
 def unpacking(settings: Mapping[str, object], folder: Path | str) -> dict[str, object]:
-    """config.json's `quantization_config` as from_pretrained must get it. PackageError for a kind that is not unpacked here."""
-    for key, known in READ.items():
-        if settings.get(key) not in known:
-            expected = " or ".join(map(str, known))
+    """Rewrite config.json's `quantization_config` as from_pretrained must get it.
+
+    Raises:
+        PackageError: The package in `folder` is of a kind that is not unpacked here.
+    """
+    for key, supported in SUPPORTED.items():
+        if settings.get(key) not in supported:
+            expected = " or ".join(map(str, supported))
             raise PackageError(f"{folder}: config.json: {key} is {settings.get(key)!r}, expected {expected}; quantise it again")
+
     if UNPACKING not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(UNPACKING)(UnpackingConfig)
         register_quantizer(UNPACKING)(UnpackingQuantizer)

@@ -9,11 +9,14 @@ stream, the first GPU's next batch would stand in the queue behind copies that w
 """
 
 import contextlib
+import functools
 import queue
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
+
+from kaggle_kernels.runtime.models.placement import LAYER
 
 
 class Stages:
@@ -22,43 +25,63 @@ class Stages:
     `devices` are the stages' devices; those that are GPUs get a stream for each batch in flight.
     """
 
-    def __init__(self, model, starts: Sequence[str], devices: Sequence[str] = ()):
+    def __init__(self, model: torch.nn.Module, starts: Sequence[str], devices: Sequence[str] = ()):
         self.locks = [threading.Lock() for _ in range(1 + len(starts))]
-        self.local = threading.local()
+        self.local = threading.local()  # the stage and the streams of the batch that this thread computes
+
+        gpus = [device for device in devices if device.startswith("cuda")]
         self.streams: queue.SimpleQueue[list] = queue.SimpleQueue()
         for _ in self.locks:
-            self.streams.put([torch.cuda.Stream(device) for device in devices if device.startswith("cuda")])
+            self.streams.put([torch.cuda.Stream(gpu) for gpu in gpus])
+
         for stage, start in enumerate(starts, 1):
-            part = next(part for name, part in model.named_modules() if f".{name}".endswith(f".{start}"))  # PEFT adds a prefix
-            part.register_forward_pre_hook(lambda *_, stage=stage: self.enter(stage))
+            enter_stage = functools.partial(self.enter, stage)
+            find_part(model, start).register_forward_pre_hook(enter_stage)
 
     @contextlib.contextmanager
     def batch(self) -> Iterator[None]:
         """One batch on its way through all stages; outside of this nothing waits. What it computes must be read inside."""
         self.locks[0].acquire()
-        self.local.stage, self.local.streams = 0, self.streams.get()
+        self.local.stage = 0
+        self.local.streams = self.streams.get()
         try:
-            with contextlib.ExitStack() as current:
+            with contextlib.ExitStack() as current_streams:
                 for stream in reversed(self.local.streams):  # the last one entered decides the thread's device
-                    current.enter_context(torch.cuda.stream(stream))
+                    current_streams.enter_context(torch.cuda.stream(stream))
                 yield
         finally:
             self.streams.put(self.local.streams)
             self.locks[self.local.stage].release()
             self.local.stage = None
 
-    def enter(self, stage: int) -> None:
+    def enter(self, stage: int, *_) -> None:
         """Wait until the stage is free, take it, and give back the one before once its device has done its work."""
-        held = getattr(self.local, "stage", None)
-        if held is not None:
-            self.locks[stage].acquire()
-            if self.local.streams:
-                self.local.streams[held].synchronize()
-            self.locks[held].release()
-            self.local.stage = stage
+        previous_stage = getattr(self.local, "stage", None)
+        if previous_stage is None:
+            return
+        self.locks[stage].acquire()
+        if self.local.streams:
+            self.local.streams[previous_stage].synchronize()
+        self.locks[previous_stage].release()
+        self.local.stage = stage
+
+
+def find_part(model: torch.nn.Module, part_name: str) -> torch.nn.Module:
+    """Find a part of a model by its name, to which PEFT adds a prefix."""
+    for name, module in model.named_modules():
+        if f".{name}".endswith(f".{part_name}"):
+            return module
+    raise LookupError(f"the model has no part {part_name}")
 
 
 def stage_starts(device_map: Mapping[str, str]) -> list[str]:
-    """The first part on each device but the first, from a device_map in the order in which a row passes through its parts."""
-    parts = [(part, device) for part, device in device_map.items() if ".layers." in part]
-    return [part for (_, before), (part, device) in zip(parts, parts[1:], strict=False) if device != before]
+    """List the first layer on each device but the first, by a device_map in the order of the layers."""
+    starts = []
+    previous_device = None
+    for part_name, device in device_map.items():
+        if not LAYER.search(part_name):
+            continue
+        if previous_device not in (None, device):
+            starts.append(part_name)
+        previous_device = device
+    return starts

@@ -1,83 +1,135 @@
-"""Which part of a model stands on which device, where one device cannot hold it: layers in their order, bytes in balance.
+"""Which part of a model stands on which device, where one device cannot hold it: layers in their order, work in balance.
 
+A split model runs at the speed of its slower device. Its layers are shared out evenly, as far as the devices' memory allows;
+embedding and head hardly compute, but take memory. The build places a model by the same functions (postprocess.memory).
 Nothing here needs torch: sizes come from the headers of the package's safetensors files.
 """
 
+import itertools
 import json
 import math
+import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-LAYER = re.compile(r"^(.*\.layers)\.(\d+)\.")
+NUMBERED = re.compile(r"^(.+?)\.(\d+)\.")  # a tensor of one of several modules in a list
+LAYER = re.compile(r"\.\d+$")  # the part that is one layer
+
+
+@dataclass(frozen=True)
+class Part:
+    """A layer, or a module beside the layers: its bytes, and its weights that are multiplied with every token."""
+
+    size_bytes: int = 0
+    work: int = 0
 
 
 def weight_sizes(folder: Path) -> dict[str, tuple[int, int]]:
-    """Bytes and elements of every tensor in the folder's model*.safetensors, by name.
+    """Read bytes and elements of every tensor in the folder's model*.safetensors, by name.
 
     Two elements of nf4 share a byte. A word of GPTQ holds as many as there are inputs, which g_idx counts, to a row of words.
     """
     sizes = {}
     for path in sorted(Path(folder).glob("model*.safetensors")):
         with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            header_length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(header_length))
         header.pop("__metadata__", None)
+
         for name, tensor in header.items():
+            elements = math.prod(tensor["shape"])
+            if tensor["dtype"] == "U8" and f"{name}.absmax" in header:
+                elements *= 2
+            elif name.endswith(".qweight"):
+                inputs = header[name.removesuffix("qweight") + "g_idx"]["shape"][0]
+                elements *= inputs // tensor["shape"][0]
             start, end = tensor["data_offsets"]
-            in_one = 2 if tensor["dtype"] == "U8" and f"{name}.absmax" in header else 1
-            if name.endswith(".qweight"):
-                in_one = header[name.removesuffix("qweight") + "g_idx"]["shape"][0] // tensor["shape"][0]
-            sizes[name] = (end - start, math.prod(tensor["shape"]) * in_one)
+            sizes[name] = (end - start, elements)
     return sizes
 
 
-def part_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
-    """Bytes by part, in the order in which a row passes through them: embedding, layers by number, last norm, head."""
-    parts: dict[str, int] = {}
-    for name, size in sorted(sizes.items(), key=lambda item: place_of(item[0])):
-        layer = LAYER.match(name)
-        part = f"{layer[1]}.{layer[2]}" if layer else name.removesuffix(".weight").removesuffix(".bias")
-        parts[part] = parts.get(part, 0) + size
-    return parts
+def find_layers(sizes: Mapping[str, tuple[int, int]]) -> str:
+    """Find the name of the list of layers, such as model.layers: of all lists the one with the most bytes."""
+    bytes_by_list: Counter[str] = Counter()
+    for name, (size_bytes, _) in sizes.items():
+        numbered = NUMBERED.match(name)
+        if numbered:
+            bytes_by_list[numbered[1]] += size_bytes
+    return max(bytes_by_list, key=bytes_by_list.get)
 
 
-def place_of(name: str) -> tuple[int, int]:
-    """Where a tensor's part stands in a decoder."""
-    if layer := LAYER.match(name):
-        return (1, int(layer[2]))
-    return (0 if "embed" in name else 2 if "norm" in name else 3, 0)
+def list_parts(sizes: Mapping[str, tuple[int, int]]) -> dict[str, Part]:
+    """List a model's parts in the order in which a row passes through them, by bytes and elements of each tensor."""
+    layers = find_layers(sizes)
+    parts: dict[str, Part] = {}
+    for name, (size_bytes, elements) in sizes.items():
+        part_name = name_part(name, layers)
+        part = parts.get(part_name, Part())
+        work = elements if name.startswith(f"{layers}.") else 0
+        parts[part_name] = Part(part.size_bytes + size_bytes, part.work + work)
+    return dict(sorted(parts.items(), key=lambda item: part_order(item[0], layers)))
 
 
-def balance(sizes: Sequence[int], devices: int) -> list[int]:
-    """The device's number for each part: neighbours stay together, and the fullest device holds as little as can be."""
-    low, high = max(sizes), sum(sizes)
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fill(sizes, middle)[-1] < devices else (middle + 1, high)
-    return fill(sizes, low)
+def name_part(tensor_name: str, layers: str) -> str:
+    """Name the module that a tensor belongs to: a layer, or the largest module that holds no layer."""
+    path = tensor_name.split(".")
+    shared = len(os.path.commonprefix([path, layers.split(".")]))
+    return ".".join(path[: shared + 1])
 
 
-def fill(sizes: Sequence[int], capacity: int) -> list[int]:
-    """The device's number for each part, where a device takes parts until the next one would be over `capacity`."""
-    numbers, device, held = [], 0, 0
-    for size in sizes:
-        if held + size > capacity:
-            device, held = device + 1, 0
-        held += size
-        numbers.append(device)
+def part_order(part_name: str, layers: str) -> tuple[int, int]:
+    """Sort parts: embedding, layers by number, norm, head."""
+    if part_name.startswith(f"{layers}."):
+        return (1, int(part_name.rpartition(".")[2]))
+    if "embed" in part_name:
+        return (0, 0)
+    return (2, 0) if "norm" in part_name.lower() else (3, 0)
+
+
+def balance(parts: Sequence[Part], devices: int, byte_limit: int | None = None) -> list[int]:
+    """Place parts on devices, neighbours together.
+
+    Args:
+        parts: The model's parts, in their order.
+        devices: How many devices there are.
+        byte_limit: The most bytes of weights on a device; None for no limit.
+
+    Returns:
+        Each part's device, by number. No device is over the limit by more than must be, the busiest has as little work as can
+        be, and the fullest as few bytes.
+    """
+    best_cost, best_bounds = None, None
+    for cuts in itertools.combinations(range(1, len(parts)), devices - 1):
+        bounds = [0, *cuts, len(parts)]
+        stages = [parts[start:end] for start, end in itertools.pairwise(bounds)]
+        most_bytes = max(sum(part.size_bytes for part in stage) for stage in stages)
+        most_work = max(sum(part.work for part in stage) for stage in stages)
+        excess_bytes = max(most_bytes - byte_limit, 0) if byte_limit is not None else 0
+        cost = (excess_bytes, most_work, most_bytes)
+        if best_cost is None or cost < best_cost:
+            best_cost, best_bounds = cost, bounds
+
+    numbers = []
+    for device, (start, end) in enumerate(itertools.pairwise(best_bounds)):
+        numbers += [device] * (end - start)
     return numbers
 
 
-def split_over(folder: Path, devices: Sequence[str]) -> dict[str, str]:
-    """Transformers' device_map for the model in `folder`, its layers over all `devices`.
+def split_over(folder: Path, devices: Sequence[str], byte_limit: int | None = None) -> dict[str, str]:
+    """Make transformers' device_map for the model in `folder`, its layers over all `devices`.
 
     Positions are computed beside the embedding; a head that is the embedding itself stays with it.
     """
-    parts = part_sizes({name: size for name, (size, _) in weight_sizes(folder).items()})
-    numbers = balance(list(parts.values()), len(devices))
-    placed = {part: devices[number] for part, number in zip(parts, numbers, strict=True)}
-    prefix = next(part for part in parts if ".layers." in part).split(".layers.")[0]
-    placed[f"{prefix}.rotary_emb"] = devices[0]
-    if not {"lm_head", "score"} & placed.keys():
-        placed["lm_head"] = devices[0]
-    return placed
+    sizes = weight_sizes(folder)
+    parts = list_parts(sizes)
+    numbers = balance(list(parts.values()), len(devices), byte_limit)
+    device_map = {part_name: devices[number] for part_name, number in zip(parts, numbers, strict=True)}
+
+    layers = find_layers(sizes)
+    device_map[f"{layers.rpartition('.')[0]}.rotary_emb"] = devices[0]
+    if part_order(list(parts)[-1], layers) == (2, 0):  # the norm is the last part
+        device_map["lm_head"] = devices[0]
+    return device_map

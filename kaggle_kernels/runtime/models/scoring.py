@@ -2,16 +2,22 @@
 
 import contextlib
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 
+from kaggle_kernels.runtime.models.overflow import ComputeInFloat32
 from kaggle_kernels.runtime.models.shortcuts import reading
 
 ORDERS = ("as_given", "swapped")
-SPARE_TOKENS = 128  # about what a forward pass costs beside its tokens, of 4-bit weights that are unpacked each time
+REWARD_SIDES = ("model_a", "model_b")  # the order of a reward model's two sequences
+
+# What a forward pass costs beside its tokens, in tokens, by the package's quantisation: weights are unpacked in each pass.
+SPARE_TOKENS = {"none": 32, "int8": 32, "nf4": 128, "gptq8": 256, "gptq4": 512}
+DEFAULT_SPARE_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -21,6 +27,7 @@ class Request:
     id: str
     order: str
     sequences: tuple[list[int], ...]
+    spare_tokens: int = DEFAULT_SPARE_TOKENS
 
     @property
     def length(self) -> int:
@@ -33,42 +40,74 @@ class Request:
         return sum(map(len, self.sequences))
 
 
+@dataclass(frozen=True)
+class BatchScores:
+    """A batch's probabilities, one list a request in the order of contract.verdicts, and how many rows overflowed float16."""
+
+    probabilities: list[list[float]]
+    overflowed: int = 0
+
+
 def orders_of(contract, orders: Iterable[str]) -> tuple[str, ...]:
-    """The orders worth scoring: a reward model sees each response alone, so that its second order is its first."""
-    return ORDERS[:1] if contract.head == "reward" else tuple(orders)
+    """List the orders worth scoring: a reward model sees each response alone, so that its second order is its first."""
+    if contract.head == "reward":
+        return ORDERS[:1]
+    return tuple(orders)
 
 
 def padded_tokens(batch: Sequence[Request]) -> int:
-    """Tokens that are computed for a batch, padding included."""
+    """Count the tokens that are computed for a batch, padding included."""
     lengths = [len(ids) for request in batch for ids in request.sequences]
-    return sum(lengths[group[0]] * len(group) for group in alike(lengths))
+    tokens = 0
+    for places in group_by_length(lengths, batch[0].spare_tokens):
+        tokens += lengths[places[0]] * len(places)
+    return tokens
 
 
-def alike(lengths: Sequence[int]) -> list[list[int]]:
-    """The lengths' places in groups, longest first, each to be one forward pass with at most SPARE_TOKENS of padding."""
+def group_by_length(lengths: Sequence[int], spare_tokens: int = DEFAULT_SPARE_TOKENS) -> list[list[int]]:
+    """Group sequences of like length, each group to be one forward pass.
+
+    Args:
+        lengths: The sequences' numbers of tokens.
+        spare_tokens: The most padding in a group. More of it costs more than another pass.
+
+    Returns:
+        For each group the sequences' places in `lengths`, longest first.
+    """
     groups: list[list[int]] = []
     padding = 0
     for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
-        padding += lengths[groups[-1][0]] - lengths[place] if groups else 0
-        if not groups or padding > SPARE_TOKENS:
+        if groups:
+            padding += lengths[groups[-1][0]] - lengths[place]
+        if not groups or padding > spare_tokens:
             groups.append([])
             padding = 0
         groups[-1].append(place)
     return groups
 
 
-def make_requests(model_input: ModuleType, tokenizer, contract, pairs: Sequence, orders: Iterable[str]) -> list[Request]:
-    """The requests for `pairs` in `orders`, encoded by the package's own model_input."""
-    made = []
+def make_requests(
+    model_input: ModuleType,
+    tokenizer,
+    contract,
+    pairs: Sequence,
+    orders: Iterable[str],
+    spare_tokens: int = DEFAULT_SPARE_TOKENS,
+) -> list[Request]:
+    """Make the requests for `pairs` in `orders`, encoded by the package's own model_input."""
+    requests = []
     for order in orders:
-        ordered = [model_input.swap(pair) for pair in pairs] if order == "swapped" else list(pairs)
-        encoded = model_input.encode_all(ordered, tokenizer, contract)
-        made += [Request(pair.id, order, sequences) for pair, sequences in zip(pairs, encoded, strict=True)]
-    return made
+        ordered_pairs = pairs
+        if order == "swapped":
+            ordered_pairs = [model_input.swap(pair) for pair in pairs]
+        encoded = model_input.encode_all(list(ordered_pairs), tokenizer, contract)
+        for pair, sequences in zip(pairs, encoded, strict=True):
+            requests.append(Request(pair.id, order, sequences, spare_tokens))
+    return requests
 
 
 def make_batches(requests: Iterable[Request], tokens_per_batch: int) -> list[list[Request]]:
-    """Batches of requests of like length, longest first, so that one too large for memory shows at once.
+    """Make batches of requests of like length, longest first, so that one too large for memory shows at once.
 
     A batch, padded, holds at most `tokens_per_batch` tokens; a request that is longer than that is a batch of its own.
     """
@@ -83,98 +122,144 @@ def make_batches(requests: Iterable[Request], tokens_per_batch: int) -> list[lis
 
 @torch.inference_mode()
 def score_batch(
-    model: torch.nn.Module, model_input: ModuleType, contract, batch: list[Request], device: str, passing=contextlib.nullcontext
-) -> list[list[float]]:
-    """Probabilities of a batch, one list a request in the order of contract.verdicts, swapped ones swapped back.
+    model: torch.nn.Module,
+    model_input: ModuleType,
+    contract,
+    batch: Sequence[Request],
+    device: str,
+    passing=contextlib.nullcontext,
+) -> BatchScores:
+    """Score a batch; a row that overflows float16 is computed again in float32, alone.
 
-    The softmax is in float32. Where the model overflowed, the probabilities are NaN. Each forward pass is made in the context
-    `passing()`.
+    Args:
+        model: A model in eval mode.
+        model_input: The package's own model_input.py.
+        contract: The package's contract.
+        batch: Requests that fit into memory together.
+        device: Where the model's inputs go.
+        passing: Makes the context of each forward pass (see pipeline.Stages.batch).
+
+    Returns:
+        The probabilities, those of swapped requests swapped back; NaN where float32 does not help either.
     """
-    logits_bv = verdict_logits(model, contract, [ids for request in batch for ids in request.sequences], device, passing)
+    probabilities_bv = batch_probabilities(model, contract, batch, device, passing)
+    overflowed_rows = []
+    if model.dtype is torch.float16:
+        is_finite_b = probabilities_bv.isfinite().all(-1)
+        overflowed_rows = torch.nonzero(~is_finite_b).flatten().tolist()
+
+    # What fails here, for lack of memory or of a float32 kernel, costs this row alone.
+    for row in overflowed_rows:
+        with contextlib.suppress(RuntimeError), ComputeInFloat32():
+            probabilities_bv[row] = batch_probabilities(model, contract, [batch[row]], device, passing)[0]
+
+    rows = []
+    for request, values in zip(batch, probabilities_bv.tolist(), strict=True):
+        if request.order == "swapped":
+            rows.append(model_input.swap_probabilities(values, contract.verdicts))
+        else:
+            rows.append(values)
+    return BatchScores(rows, len(overflowed_rows))
+
+
+def batch_probabilities(model: torch.nn.Module, contract, batch: Sequence[Request], device: str, passing) -> torch.Tensor:
+    """Compute the probabilities of a batch in its own orders, float32 of shape (requests, verdicts)."""
+    sequences = [ids for request in batch for ids in request.sequences]
+    logits_bv = verdict_logits(model, contract, sequences, device, passing, batch[0].spare_tokens)
     if contract.logit_bias:
         logits_bv = logits_bv + torch.tensor(contract.logit_bias)
-    probabilities_bv = logits_bv.softmax(-1).tolist()
-    return [
-        model_input.swap_probabilities(values, contract.verdicts) if request.order == "swapped" else values
-        for request, values in zip(batch, probabilities_bv, strict=True)
-    ]
+    return logits_bv.softmax(-1)
 
 
 def verdict_logits(
-    model: torch.nn.Module, contract, sequences: Sequence[list[int]], device: str, passing=contextlib.nullcontext
+    model: torch.nn.Module,
+    contract,
+    sequences: Sequence[list[int]],
+    device: str,
+    passing=contextlib.nullcontext,
+    spare_tokens: int = DEFAULT_SPARE_TOKENS,
 ) -> torch.Tensor:
-    """The verdicts' logits, float32 of shape (requests, verdicts), of one sequence a request, for the reward head of two.
+    """Compute the verdicts' logits of one sequence a request, for the reward head of two.
 
     Sequences of like length go through the model together: a pair's two responses, which are not, each with others.
+
+    Returns:
+        Float32 of shape (requests, verdicts), on the CPU.
     """
-    compute_logits = label_token_logits if contract.head == "label_tokens" else classifier_logits
     rows = [torch.empty(0)] * len(sequences)
-    for group in alike(list(map(len, sequences))):
+    lengths = [len(ids) for ids in sequences]
+    for places in group_by_length(lengths, spare_tokens):
+        group = [sequences[place] for place in places]
         with passing():
-            outputs_bu = compute_logits(model, contract, [sequences[place] for place in group], device).float().cpu()
-        for place, row in zip(group, outputs_bu, strict=True):
+            outputs_bu = head_outputs(model, contract, group, device).float().cpu()
+        for place, row in zip(places, outputs_bu, strict=True):
             rows[place] = row
+
     logits = torch.stack(rows)
     if contract.head != "reward":
         return logits
-    return logits.view(-1, 2)[:, [("model_a", "model_b").index(verdict) for verdict in contract.verdicts]]
+    sides = [REWARD_SIDES.index(verdict) for verdict in contract.verdicts]
+    return logits.view(-1, 2)[:, sides]
 
 
-def classifier_logits(model: torch.nn.Module, contract, sequences: Sequence[list[int]], device: str) -> torch.Tensor:
-    """The outputs of a classifier, (sequences, outputs). Its rows are padded on the right.
+def head_outputs(model: torch.nn.Module, contract, sequences: Sequence[list[int]], device: str) -> torch.Tensor:
+    """Run the model over sequences, padded on the right, and read its head's outputs at one place of each.
 
-    By itself it finds the last token that is not padding. What a decoder reads there never sees the padding behind it, so that
-    only an encoder needs a mask.
+    Returns:
+        Shape (sequences, outputs), the outputs being those of a classifier, or a causal LM's logits of the label tokens.
     """
-    is_decoder = getattr(model, "causal", False)
-    ids_bt, mask_bt = pad(sequences, contract.pad_token_id, pad_left=False)
+    is_causal_lm = contract.head == "label_tokens"
+    is_decoder = is_causal_lm or getattr(model, "causal", False)
+    ids_bt, mask_bt = pad(sequences, contract.pad_token_id)
     inputs = {"input_ids": ids_bt.to(device)}
+
+    # What a decoder reads never sees the padding behind it, so that only an encoder needs a mask.
     if not is_decoder and not mask_bt.all():
         inputs["attention_mask"] = mask_bt.long().to(device)
 
-    # A decoder's head reads the last token of a row that is not padding, an encoder's the first.
-    read_places = [0] * len(sequences)
+    places_b = torch.tensor(places_read(contract, sequences, is_decoder), device=device)
+    with reading(places_b):
+        logits = model(**inputs).logits
+    if not is_causal_lm:
+        return logits
+
+    # A model that was loaded by load_model has computed no more than this (see shortcuts.LabelHead).
+    if logits.shape[1] > 1:
+        rows_b = torch.arange(len(sequences), device=logits.device)
+        logits = logits[rows_b, places_b.to(logits.device)].unsqueeze(1)
+    if logits.shape[-1] > len(contract.label_token_ids):
+        logits = logits[..., list(contract.label_token_ids)]
+    return logits[:, 0]
+
+
+def places_read(contract, sequences: Sequence[list[int]], is_decoder: bool) -> list[int]:
+    """List the place of each sequence that its head reads."""
+    if contract.head == "label_tokens":
+        return [len(ids) - 1 for ids in sequences]
     if is_decoder:
-        read_places = [last_token_place(ids, contract.pad_token_id) for ids in sequences]
-    with reading(torch.tensor(read_places, device=device)):
-        return model(**inputs).logits
-
-
-def label_token_logits(model: torch.nn.Module, contract, sequences: Sequence[list[int]], device: str) -> torch.Tensor:
-    """The answer tokens' logits of a causal LM, (sequences, verdicts).
-
-    Its rows are padded on the left: the answer then stands at the last place of every row, and only there are logits computed.
-    """
-    ids_bt, mask_bt = pad(sequences, contract.pad_token_id, pad_left=True)
-    position_ids_bt = (mask_bt.cumsum(-1) - 1).clamp(min=0)
-    inputs = {"input_ids": ids_bt.to(device), "position_ids": position_ids_bt.to(device)}
-    if not mask_bt.all():
-        inputs["attention_mask"] = mask_bt.long().to(device)
-
-    last_place = ids_bt.shape[1] - 1
-    with reading(torch.full((len(sequences),), last_place, device=device)):
-        logits_b1v = model(**inputs, logits_to_keep=1, use_cache=False).logits
-    return logits_b1v[:, -1, list(contract.label_token_ids)]
-
-
-def pad(sequences: Sequence[list[int]], pad_token_id: int, pad_left: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids padded to the longest sequence, and where they are no padding, both (sequences, tokens)."""
-    lengths_b1 = torch.tensor([[len(ids)] for ids in sequences])
-    longest = int(lengths_b1.max())
-    places_t = torch.arange(longest)
-    mask_bt = places_t >= longest - lengths_b1 if pad_left else places_t < lengths_b1
-
-    ids_bt = torch.full(mask_bt.shape, pad_token_id)
-    ids_bt[mask_bt] = torch.tensor([token for ids in sequences for token in ids])
-    return ids_bt, mask_bt
+        return [last_token_place(ids, contract.pad_token_id) for ids in sequences]
+    return [0] * len(sequences)
 
 
 def last_token_place(ids: Sequence[int], pad_token_id: int) -> int:
-    """The place of the last token that is not the pad id; 0 where all are, as the classifier reads such a row."""
+    """Find the last token that is not the pad id; 0 where all are, as transformers' classifier reads such a row."""
     for place in range(len(ids) - 1, -1, -1):
         if ids[place] != pad_token_id:
             return place
     return 0
+
+
+def pad(sequences: Sequence[list[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pad token ids on the right to the longest sequence.
+
+    Returns:
+        The ids, and where they are no padding, both of shape (sequences, tokens).
+    """
+    lengths_b1 = torch.tensor([[len(ids)] for ids in sequences])
+    mask_bt = torch.arange(int(lengths_b1.max())) < lengths_b1
+    ids_bt = torch.full(mask_bt.shape, pad_token_id)
+    ids_bt[mask_bt] = torch.tensor([token for ids in sequences for token in ids])
+    return ids_bt, mask_bt
 
 
 def score(  # noqa: PLR0913  the last three are options by name
@@ -188,28 +273,48 @@ def score(  # noqa: PLR0913  the last three are options by name
     tokens_per_batch: int = 8192,
     device: str = "cpu",
 ) -> dict[str, dict[str, list[float]]]:
-    """Probabilities by id and order, in the order of contract.verdicts; swapped ones are already swapped back.
+    """Score pairs in one process. A reward model is run once a pair, whatever the orders.
 
-    A reward model is run once a pair, whatever the orders. Raises FloatingPointError where a row's probabilities are not
-    finite, ValueError where two pairs share an id.
+    Returns:
+        Probabilities by id and order, in the order of contract.verdicts; swapped ones are already swapped back.
+
+    Raises:
+        FloatingPointError: A row's probabilities are not finite.
+        ValueError: Two pairs share an id.
     """
     scores: dict[str, dict[str, list[float]]] = {pair.id: {} for pair in pairs}
     if len(scores) != len(pairs):
         raise ValueError(f"{len(pairs) - len(scores)} pairs have the id of another one; scores are joined by id")
+
     orders = tuple(orders)
-    worth = orders_of(contract, orders)
-    for batch in make_batches(make_requests(model_input, tokenizer, contract, pairs, worth), tokens_per_batch):
-        for request, values in zip(batch, score_batch(model, model_input, contract, batch, device), strict=True):
+    distinct_orders = orders_of(contract, orders)
+    requests = make_requests(model_input, tokenizer, contract, pairs, distinct_orders)
+    overflowed = 0
+    for batch in make_batches(requests, tokens_per_batch):
+        batch_scores = score_batch(model, model_input, contract, batch, device)
+        overflowed += batch_scores.overflowed
+        for request, values in zip(batch, batch_scores.probabilities, strict=True):
             if not all(map(math.isfinite, values)):
                 raise FloatingPointError(f"row {request.id}, {request.order}: probabilities {values} in {model.dtype}")
-            scores[request.id] |= dict.fromkeys([request.order] if worth == orders else orders, values)
+            scored_orders = orders
+            if distinct_orders == orders:
+                scored_orders = [request.order]
+            scores[request.id] |= dict.fromkeys(scored_orders, values)
+
+    if overflowed:
+        warnings.warn(
+            f"{overflowed} of {len(requests)} sequences overflowed float16 and were computed again in float32, "
+            "which takes a T4 eight times as long",
+            stacklevel=2,
+        )
     return scores
 
 
 def mean_of_orders(scores: dict[str, dict[str, list[float]]]) -> dict[str, list[float]]:
-    """The mean over the orders in which each pair was scored, by id; a pair that was not scored is left out."""
-    return {
-        pair_id: [sum(values) / len(by_order) for values in zip(*by_order.values(), strict=True)]
-        for pair_id, by_order in scores.items()
-        if by_order
-    }
+    """Average each pair's probabilities over the orders in which it was scored; a pair that was not scored is left out."""
+    means = {}
+    for pair_id, by_order in scores.items():
+        if by_order:
+            by_verdict = zip(*by_order.values(), strict=True)
+            means[pair_id] = [sum(values) / len(by_order) for values in by_verdict]
+    return means

@@ -3,19 +3,22 @@
 A head reads one token of a row: a decoder's last one, an encoder's first. In the last layer all tokens are needed for the
 attention's keys and values, but what comes after it only for the token that is read: hooks on its output projection and
 its MLP hand on that token alone. What they give, one token wide, is added to the residual of all tokens by broadcasting,
-which is right in the one place that is read.
+which is right in the one place that is read. Of a causal LM's output layer only the rows of the label tokens are kept.
 """
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import linear, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+from kaggle_kernels.runtime.models.fused import fuse_elementwise, layer_list
+
 SDPA = "sdpa_repeated"
+READ_FIRST_TOKEN = ("bert", "deberta-v2")  # encoders whose head reads nothing else
 AFTER_ATTENTION = ("self_attn.o_proj", "mlp", "attention.output.dense", "intermediate")  # decoders' names, then BERT's
 BEING_READ = threading.local()  # of the batch that this thread is scoring: a split model has one in each of several threads
 
@@ -27,10 +30,14 @@ def repeated_attention(module, query_bhtd, key_bhtd, value_bhtd, attention_mask,
     do that: on a T4, which has none, and on a CPU the unfused kernel is taken instead.
     """
     groups = getattr(module, "num_key_value_groups", 1)
+    if groups > 1:
+        key_bhtd = key_bhtd.repeat_interleave(groups, dim=1)
+        value_bhtd = value_bhtd.repeat_interleave(groups, dim=1)
+
     output_bhtd = scaled_dot_product_attention(
         query_bhtd,
-        key_bhtd.repeat_interleave(groups, dim=1) if groups > 1 else key_bhtd,
-        value_bhtd.repeat_interleave(groups, dim=1) if groups > 1 else value_bhtd,
+        key_bhtd,
+        value_bhtd,
         attn_mask=attention_mask,
         scale=scaling,
         is_causal=attention_mask is None and module.is_causal,
@@ -42,18 +49,55 @@ AttentionInterface.register(SDPA, repeated_attention)
 AttentionMaskInterface.register(SDPA, sdpa_mask)
 
 
-def take_shortcuts(model: torch.nn.Module) -> None:
-    """Have `model` compute the end of its last layer only for the tokens in `reading`, and say whether it is `causal`.
+class LabelHead(torch.nn.Module):
+    """The rows of a causal LM's output layer that belong to the label tokens, in float32."""
 
-    Outside of `reading` it computes everything.
+    def __init__(self, output_layer: torch.nn.Linear, label_token_ids: Sequence[int], device: torch.device):
+        super().__init__()
+        rows = list(label_token_ids)
+        self.weight_vd = output_layer.weight.detach()[rows].to(device, torch.float32)
+        self.bias_v = None
+        if output_layer.bias is not None:
+            self.bias_v = output_layer.bias.detach()[rows].to(device, torch.float32)
+
+    def forward(self, hidden_btd: torch.Tensor) -> torch.Tensor:
+        """The label tokens' logits, (rows, tokens, labels); the model itself scales or caps them afterwards."""
+        return linear(hidden_btd.float(), self.weight_vd, self.bias_v)
+
+
+def take_shortcuts(model: torch.nn.Module, label_token_ids: Sequence[int] = ()) -> None:
+    """Have `model` compute no more than what is read in `reading`, and say whether it is `causal`.
+
+    Outside of `reading` it computes all tokens.
+
+    Args:
+        model: A model as transformers or PEFT made it.
+        label_token_ids: Of a causal LM, the only tokens that it computes logits of; empty for a classifier.
     """
     attentions = [module for module in model.modules() if hasattr(module, "is_causal")]
     model.causal = bool(attentions) and all(module.is_causal for module in attentions)
-    if model.causal or model.config.model_type == "bert":
-        layers = next(module for name, module in model.named_modules() if name.endswith((".layers", ".encoder.layer")))
+    fuse_elementwise(model)
+    if label_token_ids:
+        keep_label_rows(model, label_token_ids)
+
+    if model.causal or model.config.model_type in READ_FIRST_TOKEN:
+        last_layer = layer_list(model)[-1]
         for name in AFTER_ATTENTION:
             with contextlib.suppress(AttributeError):
-                layers[-1].get_submodule(name).register_forward_pre_hook(only_what_is_read)
+                last_layer.get_submodule(name).register_forward_pre_hook(keep_read_tokens)
+
+
+def keep_label_rows(model: torch.nn.Module, label_token_ids: Sequence[int]) -> None:
+    """Have a causal LM compute logits of the label tokens only, at the place of each row that is read.
+
+    An output layer that has an adapter on it stays whole.
+    """
+    output_layer = model.get_output_embeddings()
+    if type(output_layer) is torch.nn.Linear:
+        last_device = next(layer_list(model)[-1].parameters()).device
+        output_layer = LabelHead(output_layer, label_token_ids, last_device)
+        model.set_output_embeddings(output_layer)
+    output_layer.register_forward_pre_hook(keep_read_tokens)
 
 
 @contextlib.contextmanager
@@ -66,11 +110,13 @@ def reading(places_b: torch.Tensor) -> Iterator[None]:
         BEING_READ.places_b = None
 
 
-def only_what_is_read(_, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+def keep_read_tokens(_, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
     """A forward pre-hook: of the hidden states (rows, tokens, width) the read token of each row, (rows, 1, width)."""
     places_b = getattr(BEING_READ, "places_b", None)
     if places_b is None:
         return None
+
     hidden_btd, *others = args
     rows_b = torch.arange(len(places_b), device=hidden_btd.device)
-    return (hidden_btd[rows_b, places_b.to(hidden_btd.device)].unsqueeze(1), *others)
+    read_bd = hidden_btd[rows_b, places_b.to(hidden_btd.device)]
+    return (read_bd.unsqueeze(1), *others)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from kaggle_kernels.runtime.models.scoring import Request, padded_tokens
 from kaggle_kernels.runtime.package import Package
 from kaggle_kernels.runtime.scheduling.worker import Assignment, run_worker
-from kaggle_kernels.runtime.settings import Clock, log
+from kaggle_kernels.runtime.settings import Clock, PackageSettings, log
 
 FRUITLESS_DEATHS = 3
 JOIN_SECONDS = 30.0  # a killed process may be stuck in a driver
@@ -119,18 +119,18 @@ def start_process(task: Assignment) -> tuple:
 
 
 def start_workers(
-    package: Package, placement: str, devices: Mapping[int, str], tokens_per_batch: int, threads: int, clock: Clock
+    package: Package, served: PackageSettings, devices: Mapping[int, str], tokens_per_batch: int, threads: int, clock: Clock
 ) -> list[Worker]:
     """A worker with a copy of the model for `each` device, or one with the model `split` over them; they load by themselves.
 
     `devices` are by position. `threads` are those of the CPU for each worker.
     """
-    groups = [tuple(devices)] if placement == "split" else [(position,) for position in devices]
+    groups = [tuple(devices)] if served.placement == "split" else [(position,) for position in devices]
     workers = []
     for group in groups:
         names = [devices[position] for position in group]
         name = "+".join(n if n != "cpu" else f"cpu #{position}" for n, position in zip(names, group, strict=True))
-        task = Assignment(str(package.folder), tuple(names), group[0], threads)
+        task = Assignment(str(package.folder), tuple(names), group[0], threads, served.weight_bytes_limit)
         workers.append(Worker(name, task, tokens_per_batch, start_process, group))
         workers[-1].launch()
     log(clock, f"{package.folder.name}: loading on {', '.join(worker.name for worker in workers)}")

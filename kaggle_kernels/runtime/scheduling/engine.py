@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 
-from kaggle_kernels.runtime.models.scoring import Request, make_batches, padded_tokens
+from kaggle_kernels.runtime.models.scoring import BatchScores, Request, make_batches, padded_tokens
 from kaggle_kernels.runtime.package import PackageError
 from kaggle_kernels.runtime.scheduling.crew import Worker
 from kaggle_kernels.runtime.settings import Clock, log
@@ -42,6 +42,7 @@ class Pass:
     tokens: int = 0
     computed_tokens: int = 0
     out_of_memory: int = 0
+    overflowed: int = 0  # rows that were computed again in float32
     not_finite: int = 0
     given_up: list[str] = field(default_factory=list)
     deaths: dict[str, int] = field(default_factory=dict)  # by worker
@@ -172,8 +173,8 @@ def receive(work: Pass, worker: Worker, workers: Sequence[Worker], clock: Clock)
             f"golden probabilities differ by at most {worker.loaded['worst']:.1e}",
         )
     elif kind == "scored":
-        number, values, memory = message
-        note_scores(work, worker.note_scored(number, memory), values)
+        number, scores, memory = message
+        note_scores(work, worker.note_scored(number, memory), scores)
     elif kind == "out of memory":
         told = cut(work, worker, worker.note_out_of_memory(message[0]), workers)
         log(clock, f"{worker.name}: out of memory: {worker.tokens_per_batch} tokens a batch from now on{told}")
@@ -259,11 +260,12 @@ def watch(work: Pass, worker: Worker, clock: Clock) -> None:
         handle_worker_death(work, worker, f"killed: it said nothing for {quiet:.0f} s", clock)
 
 
-def note_scores(work: Pass, batch: list[Request], values: list[list[float]]) -> None:
+def note_scores(work: Pass, batch: list[Request], scores: BatchScores) -> None:
     """Keep a batch's probabilities by id; those that are not finite count as not scored."""
     work.computed_tokens += padded_tokens(batch)
     work.tokens += sum(request.tokens for request in batch)
-    for request, probabilities in zip(batch, values, strict=True):
+    work.overflowed += scores.overflowed
+    for request, probabilities in zip(batch, scores.probabilities, strict=True):
         if all(map(math.isfinite, probabilities)):
             work.scores[request.id] = probabilities
         else:
@@ -277,8 +279,15 @@ def progress(work: Pass, workers: Sequence[Worker]) -> str:
     memory = " + ".join(f"{size / 2**30:.1f}" for worker in workers for size in worker.memory_bytes)
     return (
         f"{len(work.scores)} of {work.rows} rows, {len(work.scores) / seconds:.1f} rows/s, "
-        f"{work.tokens / seconds:.0f} tokens/s{rest}{f', {memory} GiB' if memory else ''}"
+        f"{work.tokens / seconds:.0f} tokens/s{rest}{f', {memory} GiB' if memory else ''}{overflow_report(work)}"
     )
+
+
+def overflow_report(work: Pass) -> str:
+    """How many rows overflowed, for the log; empty where none did."""
+    if not work.overflowed:
+        return ""
+    return f"; {work.overflowed} rows overflowed float16 and were computed again in float32, {work.not_finite} of them in vain"
 
 
 def pass_record(work: Pass) -> dict:
@@ -296,6 +305,7 @@ def pass_record(work: Pass) -> dict:
         "computed_tokens": work.computed_tokens,
         "padding": round(1 - work.tokens / work.computed_tokens, 4) if work.computed_tokens else 0.0,
         "out_of_memory": work.out_of_memory,
+        "overflowed": work.overflowed,
         "not_finite": work.not_finite,
         "given_up": work.given_up,
         "deaths": work.deaths,

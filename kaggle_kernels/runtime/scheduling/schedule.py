@@ -257,11 +257,11 @@ def start_team(board: Board, number: int) -> list[Worker]:
     """Workers for a package on the devices that are not gone; none where a model that is split would lack one of them."""
     inputs = board.inputs
     package = inputs.packages[number]
-    placement = inputs.settings.packages[number].placement
-    if not board.devices or (placement == "split" and len(board.devices) < len(inputs.devices)):
+    served = inputs.settings.packages[number]
+    if not board.devices or (served.placement == "split" and len(board.devices) < len(inputs.devices)):
         log(inputs.clock, f"{package.folder.name}: no device is left for it")
         return []
-    return start_workers(package, placement, board.devices, inputs.settings.tokens_per_batch, inputs.threads, inputs.clock)
+    return start_workers(package, served, board.devices, inputs.settings.tokens_per_batch, inputs.threads, inputs.clock)
 
 
 def retire(board: Board, workers: list[Worker]) -> None:

@@ -6,7 +6,7 @@ process does when one dies: engine.handle_worker_death.
 
 To the worker: (number, requests). From it:
     ("loaded", facts)                             dtype, batches_at_once, seconds, worst golden difference
-    ("scored", number, probabilities, bytes)      bytes: the most memory used so far, one number for each device
+    ("scored", number, BatchScores, bytes)        bytes: the most memory used so far, one number for each device
     ("out of memory", number)                     it lives on; the batch is to be cut
     ("refused", sentence)                         the package is not what was packaged: nothing would mend that
     ("failed", traceback)                         and its end
@@ -45,6 +45,7 @@ class Assignment:
     devices: tuple[str, ...]
     position: int
     threads: int
+    weight_bytes_limit: int | None = None  # of each device, for a model that is split
 
 
 def run_worker(connection, task: Assignment) -> None:
@@ -64,7 +65,7 @@ def work(connection, task: Assignment) -> None:
         if device.startswith("cuda"):
             torch.cuda.set_device(device)  # else libraries that ask for no device take memory of the first GPU
         package = open_package(Path(task.folder))
-        model, stages = load_on(package, task.devices)
+        model, stages = load_on(package, task.devices, task.weight_bytes_limit)
         worst = check_golden_scores(package, model, device)
     except (PackageError, FloatingPointError) as error:
         return tell(connection, "refused", f"{type(error).__name__}: {error}")
@@ -89,11 +90,13 @@ def open_package(folder: Path) -> Package:
     return Package(folder, model_input.read_contract(folder), manifest, model_input, read_tokenizer(folder))
 
 
-def load_on(package: Package, devices: tuple[str, ...]) -> tuple[torch.nn.Module, Stages | None]:
+def load_on(
+    package: Package, devices: tuple[str, ...], weight_bytes_limit: int | None = None
+) -> tuple[torch.nn.Module, Stages | None]:
     """The model on a device, or split over several, then with its stages."""
     if len(devices) == 1:
         return load_model(package.folder, package.contract, devices[0]), None
-    device_map = split_over(package.folder, devices)
+    device_map = split_over(package.folder, devices, weight_bytes_limit)
     model = load_model(package.folder, package.contract, devices[0], device_map=device_map)
     return model, Stages(model, stage_starts(device_map), devices)
 
@@ -117,7 +120,7 @@ def check_golden_scores(package: Package, model: torch.nn.Module, device: str) -
 
 
 def serve(connection, score_requests, at_once: int, memory) -> None:
-    """Score what comes in, `at_once` batches at a time; `score_requests` gives a batch's probabilities, `memory` its bytes.
+    """Score what comes in, `at_once` batches at a time; `score_requests` gives a batch's BatchScores, `memory` its bytes.
 
     Batches are read as they come, so that the next one lies ready when one is done.
     """

@@ -1,5 +1,7 @@
 """The three heads give the verdicts' logits: checked against plain forward passes, a row at a time."""
 
+import copy
+import math
 from dataclasses import replace
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from kaggle_kernels.runtime.models.scoring import score
+from kaggle_kernels.runtime.models.shortcuts import take_shortcuts
 from kaggle_kernels.runtime.package import read_tokenizer
 from preprocess import model_input
 from preprocess.model_input import Contract, Template
@@ -51,14 +54,18 @@ def causal(tiny_models):
     return model, read_tokenizer(folder)
 
 
-def test_only_the_last_position_gets_logits(causal):
-    model, tokenizer = causal
-    shapes = []
-    head = model.get_output_embeddings()
-    handle = head.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape)))
-    score(model, model_input, tokenizer, CONTRACT, PAIRS[:3], tokens_per_batch=4096)
-    handle.remove()
-    assert {shape[1] for shape in shapes} == {1}
+def test_only_label_tokens_of_the_place_that_is_read_get_logits_and_the_cap_is_the_models_own(causal):
+    model, tokenizer = copy.deepcopy(causal[0]), causal[1]
+    model.config.final_logit_softcapping = 1.0
+    expected = score(model, model_input, tokenizer, CONTRACT, PAIRS, tokens_per_batch=4096)
+    take_shortcuts(model, CONTRACT.label_token_ids)
+    shapes = set()
+    model.get_output_embeddings().register_forward_hook(lambda _, inputs, output: shapes.add((*output.shape[1:], output.dtype)))
+    scores = score(model, model_input, tokenizer, CONTRACT, PAIRS, tokens_per_batch=4096)
+    assert shapes == {(1, 2, torch.float32)}
+    for pair_id, by_order in expected.items():
+        assert scores[pair_id]["as_given"] == pytest.approx(by_order["as_given"], abs=1e-5)
+        assert 1 / (1 + math.e**2) < by_order["as_given"][0] < 1 / (1 + math.e**-2), "logits lie between -1 and 1"
 
 
 def test_the_bias_is_added_before_the_answers_are_swapped_back(causal):

@@ -1,4 +1,4 @@
-"""A model over several devices: its parts in their order, bytes in balance, the same answers as on one."""
+"""A model over several devices: its parts in their order, work in balance, the same answers as on one."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kaggle_kernels.runtime.models.gptq import GptqLinear
-from kaggle_kernels.runtime.models.placement import balance, part_sizes, split_over, weight_sizes
+from kaggle_kernels.runtime.models.placement import Part, balance, list_parts, split_over, weight_sizes
 from kaggle_kernels.runtime.models.scoring import score
 from kaggle_kernels.runtime.package import read_package
 from kaggle_kernels.runtime.scheduling import crew, worker
@@ -15,28 +15,44 @@ from kaggle_kernels.runtime.scheduling.worker import load_on
 from kaggle_kernels.runtime.settings import start_clock
 from postprocess.weights.bnb_quantize import quantization_config
 from tests import tiny
+from tests.kaggle_kernels.packages import settings_for
+
+
+def embedding_and_layers(embedding_bytes, layers):
+    return [Part(embedding_bytes, 0), *[Part(2, 2)] * layers, Part(1, 0)]
 
 
 @pytest.mark.parametrize(
-    "sizes, devices, expected",
+    ("embedding_bytes", "layers", "devices", "byte_limit", "expected"),
     [
-        ([1, 1, 1, 1], 2, [0, 0, 1, 1]),
-        ([6, 1, 1, 1, 1], 2, [0, 1, 1, 1, 1]),
-        ([3, 2, 2, 2, 2, 2], 2, [0, 0, 0, 1, 1, 1]),
-        ([1, 1, 1, 1, 1, 1], 3, [0, 0, 1, 1, 2, 2]),
-        ([5], 2, [0]),
+        (6, 4, 2, None, "0 00 11 1"),  # two layers each, whatever the embedding takes
+        (6, 5, 2, None, "0 00 111 1"),  # the odd layer stands where there is no embedding
+        (0, 6, 3, None, "0 00 11 22 2"),
+        (6, 4, 2, 9, "0 0 111 1"),  # half of the layers would be 10 bytes
+        (6, 4, 2, 5, "0 0 111 1"),  # nothing keeps to 5 bytes: as even as can be
+        (6, 1, 2, None, "0 1 1"),  # one layer
     ],
 )
-def test_the_fullest_device_holds_as_little_as_can_be(sizes, devices, expected):
-    assert balance(sizes, devices) == expected
+def test_devices_have_the_same_work_as_far_as_their_memory_allows(embedding_bytes, layers, devices, byte_limit, expected):
+    placed = balance(embedding_and_layers(embedding_bytes, layers), devices, byte_limit)
+    assert placed == [int(device) for device in expected if device != " "]
 
 
 def test_parts_stand_in_the_order_in_which_a_row_passes_through_them():
     layers = ["model.layers.10.a.weight", "model.layers.2.a.weight", "model.layers.2.b.bias"]
-    sizes = dict.fromkeys(["lm_head.weight", "model.norm.weight", *layers, "model.embed_tokens.weight"], 1)
-    parts = list(part_sizes(sizes).items())
-    assert parts[:3] == [("model.embed_tokens", 1), ("model.layers.2", 2), ("model.layers.10", 1)]
-    assert parts[3:] == [("model.norm", 1), ("lm_head", 1)]
+    sizes = dict.fromkeys(["lm_head.weight", "model.norm.weight", *layers, "model.embed_tokens.weight"], (4, 1))
+    assert list(list_parts(sizes).items()) == [
+        ("model.embed_tokens", Part(4, 0)),
+        ("model.layers.2", Part(8, 2)),
+        ("model.layers.10", Part(4, 1)),
+        ("model.norm", Part(4, 0)),
+        ("lm_head", Part(4, 0)),
+    ]
+
+
+def test_the_layers_of_an_encoder_are_found_as_well(tiny_models):
+    parts = list(list_parts(weight_sizes(tiny_models("bert"))))
+    assert parts[:3] == ["embeddings", "encoder.layer.0", "encoder.layer.1"]
 
 
 def test_positions_and_a_head_that_is_the_embedding_stay_with_it(tiny_models):
@@ -57,7 +73,7 @@ def test_every_part_of_the_model_has_a_place(tiny_models, kind):
 
 def test_elements_of_gptq_are_counted_as_the_weights_that_they_stand_for(tmp_path):
     for bits in (4, 8):
-        layer = GptqLinear(64, 256, None, bits, group_size=128)
+        layer = GptqLinear(torch.nn.Linear(256, 64), bits, group_size=128)
         save_file({f"layer.{name}": tensor for name, tensor in layer.state_dict().items()}, tmp_path / "model.safetensors")
         sizes = weight_sizes(tmp_path)
         assert sizes["layer.qweight"] == (64 * 256 * bits // 8, 64 * 256)
@@ -96,7 +112,7 @@ def test_a_split_model_stands_on_all_devices_with_a_stage_on_each(package_folder
 
 
 @pytest.mark.parametrize(
-    "placement, expected",
+    ("placement", "expected"),
     [
         ("each", [("cuda:0", (0,), ("cuda:0",)), ("cuda:1", (1,), ("cuda:1",))]),
         ("split", [("cuda:0+cuda:1", (0, 1), ("cuda:0", "cuda:1"))]),
@@ -105,6 +121,8 @@ def test_a_split_model_stands_on_all_devices_with_a_stage_on_each(package_folder
 def test_each_means_a_worker_a_device_and_split_one_worker(package_folder, monkeypatch, placement, expected):
     monkeypatch.setattr(crew, "start_process", lambda task: (None, None))
     devices = {0: "cuda:0", 1: "cuda:1"}
-    workers = crew.start_workers(read_package(package_folder), placement, devices, 100, 2, start_clock(600))
+    served = settings_for("two", "tiny-two", placement=placement, weight_bytes_limit=10**6)
+    workers = crew.start_workers(read_package(package_folder), served, devices, 100, 2, start_clock(600))
+    assert [worker.task.weight_bytes_limit for worker in workers] == [10**6] * len(expected)
     assert [(worker.name, worker.positions, worker.task.devices) for worker in workers] == expected
     assert [worker.task.position for worker in workers] == [positions[0] for _, positions, _ in expected]

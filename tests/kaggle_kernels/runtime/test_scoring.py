@@ -8,8 +8,9 @@ import torch
 
 from kaggle_kernels.runtime.models.model import load_model
 from kaggle_kernels.runtime.models.scoring import (
+    BatchScores,
     Request,
-    alike,
+    group_by_length,
     make_batches,
     make_requests,
     mean_of_orders,
@@ -88,9 +89,9 @@ def test_batches_hold_as_many_rows_as_the_budget_allows_and_a_longer_row_alone()
 
 
 def test_lengths_that_are_not_alike_go_through_the_model_apart():
-    assert alike([10, 1000, 990, 12, 985]) == [[1, 2, 4], [3, 0]]
-    assert alike([1000, 900, 800]) == [[0, 1], [2]], "128 tokens of padding are allowed, 300 are not"
-    assert alike([7]) == [[0]]
+    assert group_by_length([10, 1000, 990, 12, 985]) == [[1, 2, 4], [3, 0]]
+    assert group_by_length([1000, 900, 800]) == [[0, 1], [2]], "128 tokens of padding are allowed, 300 are not"
+    assert group_by_length([1000, 900, 800], spare_tokens=512) == [[0, 1, 2]], "a costly pass is worth more padding"
     rewards = [Request("1", "as_given", ([5] * 1000, [5] * 300)), Request("2", "as_given", ([5] * 990, [5] * 200))]
     assert padded_tokens(rewards) == 2 * 1000 + 2 * 300
 
@@ -127,8 +128,10 @@ def test_the_model_sees_padding_on_the_right_under_a_mask(loaded):
         seen.update(ids=input_ids.tolist(), mask=attention_mask.tolist())
         return SimpleNamespace(logits=torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
 
+    model.dtype = torch.float32
+
     batch = [Request("1", "as_given", ([5, 6, 7],)), Request("2", "as_given", ([8],))]
-    assert score_batch(model, package.model_input, package.contract, batch, "cpu") == [[0.5, 0.5], [0.5, 0.5]]
+    assert score_batch(model, package.model_input, package.contract, batch, "cpu") == BatchScores([[0.5, 0.5], [0.5, 0.5]])
     assert seen == {"ids": [[5, 6, 7], [8, 0, 0]], "mask": [[1, 1, 1], [1, 0, 0]]}
 
 

@@ -12,8 +12,8 @@ from transformers import AutoConfig
 
 from kaggle_kernels.runtime.models.model import CLASSES
 from kaggle_kernels.runtime.models.pipeline import Stages
-from kaggle_kernels.runtime.models.scoring import alike, verdict_logits
-from kaggle_kernels.runtime.models.shortcuts import SDPA, only_what_is_read, reading, take_shortcuts
+from kaggle_kernels.runtime.models.scoring import group_by_length, verdict_logits
+from kaggle_kernels.runtime.models.shortcuts import SDPA, keep_read_tokens, reading, take_shortcuts
 from tests.kaggle_kernels.runtime.test_heads import CONTRACT
 
 HEADS = {"score": 2, "reward": 1, "label_tokens": 0}
@@ -120,9 +120,9 @@ def test_attention_repeats_keys_so_that_no_kernel_must_know_groups(tiny_models, 
 
 def test_a_pass_that_fails_leaves_nothing_to_read():
     with pytest.raises(RuntimeError), reading(torch.tensor([1])):
-        assert only_what_is_read(None, (torch.zeros(1, 3, 4),))[0].shape == (1, 1, 4)
+        assert keep_read_tokens(None, (torch.zeros(1, 3, 4),))[0].shape == (1, 1, 4)
         raise RuntimeError("CUDA error")
-    assert only_what_is_read(None, (torch.zeros(1, 3, 4),)) is None
+    assert keep_read_tokens(None, (torch.zeros(1, 3, 4),)) is None
 
 
 def test_an_unmerged_adapter_answers_as_one_row_at_a_time(tiny_models):
@@ -188,7 +188,7 @@ def test_a_split_model_makes_each_pass_of_a_batch_in_its_stages(tiny_models):
     take_shortcuts(model)
     stages = Stages(model, ["model.layers.1"])
     rows = [[[token] * length for length in (300, 297, 100, 97, 20, 17)] for token in (20, 40)]
-    assert len(alike([len(ids) for ids in rows[0]])) > 1
+    assert len(group_by_length([len(ids) for ids in rows[0]])) > 1
 
     def score_in_stages(number):
         with torch.inference_mode():

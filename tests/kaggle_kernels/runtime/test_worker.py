@@ -16,7 +16,7 @@ from kaggle_kernels.runtime.scheduling.engine import make_pass, receive, run_pas
 from kaggle_kernels.runtime.scheduling.worker import Assignment, serve
 from kaggle_kernels.runtime.settings import start_clock
 from tests import tiny
-from tests.kaggle_kernels.packages import write_manifest
+from tests.kaggle_kernels.packages import settings_for, write_manifest
 from tests.kaggle_kernels.runtime.workers import start_in_thread
 
 
@@ -25,7 +25,7 @@ def test_two_processes_of_which_one_is_killed_score_what_one_model_scores(packag
     pairs = [package.model_input.pair_from_row(row) for row in tiny.pairs(400, seed=9).to_dicts()]
     requests = make_requests(package.model_input, package.tokenizer, package.contract, pairs, ("as_given",))
     clock = start_clock(600)
-    workers = start_workers(package, "each", {0: "cpu", 1: "cpu"}, 300, 1, clock)
+    workers = start_workers(package, settings_for("two", "tiny-two"), {0: "cpu", 1: "cpu"}, 300, 1, clock)
     try:
         for worker in workers:
             receive(make_pass("nothing", [], clock.deadline, workers), worker, workers, clock)

@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from kaggle_kernels.runtime.models.scoring import padded_tokens
+from kaggle_kernels.runtime.models.scoring import BatchScores, padded_tokens
 from kaggle_kernels.runtime.scheduling import worker as runtime_worker
 from kaggle_kernels.runtime.scheduling.crew import Worker
 
@@ -78,10 +78,10 @@ class Device:
             time.sleep(1000)
         if self.dies_at(requests):
             hang_up(connection)
-            return []
+            return BatchScores([])
         self.batches.append((len(requests), padded_tokens(requests)))
         time.sleep(self.seconds_per_batch + self.seconds_per_token * padded_tokens(requests))
-        return [[float("nan")] * 2 if self.not_finite else answer(request) for request in requests]
+        return BatchScores([[float("nan")] * 2 if self.not_finite else answer(request) for request in requests])
 
     def worker(self, tokens_per_batch=500, name="cpu"):
         """A worker on this device, which loads at once."""

@@ -238,15 +238,17 @@ def test_an_encoder_under_a_template_of_its_own_is_refused_by_its_kind(made, ope
 
 def test_codes_stand_lowest_bits_first():
     words = torch.tensor([[0x76543210, -1]], dtype=torch.int32)
-    assert unpack(words, 4).tolist() == [[[0, 1, 2, 3, 4, 5, 6, 7], [15] * 8]]
-    assert unpack(words, 8).tolist() == [[[0x10, 0x32, 0x54, 0x76], [255] * 4]]
+    assert unpack(words, 4).tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, *[15] * 8]]
+    assert unpack(words, 8).tolist() == [[0x10, 0x32, 0x54, 0x76, *[255] * 4]]
 
 
 def test_a_weight_is_code_less_zero_times_scale():
-    layer = GptqLinear(8, 8, None, bits=4, group_size=4)
+    layer = GptqLinear(torch.nn.Linear(8, 8, bias=False), bits=4, group_size=4)
     layer.qweight = torch.full((1, 8), 0x76543210, dtype=torch.int32)  # along the inputs: 0 to 7, for each output
     layer.qzeros = torch.full((2, 1), 0x33333333, dtype=torch.int32)  # 4, less one
     layer.scales = torch.tensor([[0.5] * 8, [2.0] * 8], dtype=torch.float16)
+    layer.prepare()
+    assert layer.words_ui.is_contiguous(), "bytes are transposed in every pass"
     assert layer.weight_ui(torch.float32).tolist() == [[-2.0, -1.5, -1.0, -0.5, 0.0, 2.0, 4.0, 6.0]] * 8
     assert layer(torch.ones(1, 8)).tolist() == [[7.0] * 8]
 

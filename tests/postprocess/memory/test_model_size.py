@@ -18,6 +18,7 @@ from kaggle_kernels.runtime.models.placement import weight_sizes
 from postprocess.memory.model_size import (
     CUDA_BYTES,
     GIB,
+    GPU_BYTES,
     Served,
     activation_bytes,
     bytes_by_class,
@@ -28,6 +29,7 @@ from postprocess.memory.model_size import (
     read_dimensions,
     served_of,
     weight_bytes,
+    weight_bytes_limit,
     weights,
 )
 from postprocess.weights.bnb_quantize import quantization_config
@@ -158,9 +160,21 @@ def test_a_gpu_holds_weights_a_batch_and_cuda_and_of_a_model_on_two_each_about_h
     served = Served(read_dimensions("Qwen/Qwen2.5-14B-Instruct"), "score", 2, "int8", False, 2048)
     first, second = weight_bytes(served, 2)
     assert first + second == weight_bytes(served)[0] > 13.7 * GIB
-    assert abs(first - second) < 0.3 * GIB
+    assert first - second == 152_064 * 5_120 * 2 - 5_120 * 2 - 2 * 5_120 * 2, (
+        "24 layers on each; embedding here, norm and head there"
+    )
     batches = 2 * activation_bytes(served, 3072)  # one in flight for each GPU
     assert gpu_bytes(served, 3072, 2) == [first + batches + CUDA_BYTES, second + batches + CUDA_BYTES]
+
+
+def test_layers_are_moved_where_a_gpu_lacks_the_memory_for_half_of_them():
+    served = Served(read_dimensions("Qwen/Qwen2.5-14B-Instruct"), "score", 2, "int8", False, 2048)
+    first, second = weight_bytes(served, 2)
+    layer = (second - 2 * 5_120 * 2) // 24
+    limited = weight_bytes(served, 2, byte_limit=first - 1)
+    assert limited == pytest.approx([first - layer, second + layer], abs=5_120 * 2)
+    byte_limit = weight_bytes_limit(served, 3072, 2)
+    assert gpu_bytes(served, 3072, 2) == [GPU_BYTES - byte_limit + size for size in weight_bytes(served, 2, byte_limit)]
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,8 @@ def test_the_command_tells_it_first_and_only_when_there_is_work(packaged):
 
 def test_what_no_t4_can_hold_is_refused_before_anything_is_written(copied, monkeypatch):
     run = copied("gemma2", quantize="nf4")
-    monkeypatch.setattr("postprocess.memory.t4_fit.GPU_BYTES", GIB // 2)
+    for module in ("t4_fit", "model_size"):
+        monkeypatch.setattr(f"postprocess.memory.{module}.GPU_BYTES", GIB // 2)
     result = CliRunner().invoke(main, [str(run.recipe)])
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
     assert result.stderr.startswith(

@@ -1,0 +1,44 @@
+"""A float16 model computed in float32, for the rows that overflow float16.
+
+Some inputs drive activations of Qwen2.5 and Gemma-2 beyond 65,504; such a row ends as NaN. scoring.score_batch
+then computes it again in the context `ComputeInFloat32()`. The weights stay in float16; those of one layer at a
+time are converted.
+"""
+
+import torch
+from torch.nn.functional import embedding, layer_norm, linear, rms_norm
+from torch.overrides import TorchFunctionMode
+
+FLOAT16_MAX = torch.finfo(torch.float16).max
+WITH_WEIGHTS = (layer_norm, linear, rms_norm)  # these want input and weights in one dtype
+QUANTISE_TO_INT8 = "bitsandbytes.int8_vectorwise_quant.default"  # takes float16 only
+
+
+class ComputeInFloat32(TorchFunctionMode):
+    """In this thread, hidden states are float32 from the embedding on, whatever the dtype of the weights."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        """Call `function` with float32 in place of float16."""
+        kwargs = kwargs or {}
+        if function is embedding:
+            return function(*args, **kwargs).float()
+        if function in WITH_WEIGHTS:
+            args = [to_float32(value) for value in args]
+            kwargs = {name: to_float32(value) for name, value in kwargs.items()}
+        if str(function) == QUANTISE_TO_INT8:
+            args = (args[0].clamp(-FLOAT16_MAX, FLOAT16_MAX).half(), *args[1:])
+
+        result = function(*args, **kwargs)
+
+        # bitsandbytes and PEFT convert a layer's input to the dtype of its weights.
+        is_narrowed = function is torch.Tensor.to and result.dtype is torch.float16
+        if is_narrowed and args[0].dtype is torch.float32:
+            return args[0]
+        return result
+
+
+def to_float32(value):
+    """Convert a float16 tensor; anything else stays as it is."""
+    if isinstance(value, torch.Tensor) and value.dtype is torch.float16:
+        return value.float()
+    return value
