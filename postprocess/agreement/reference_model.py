@@ -7,6 +7,7 @@ from peft import PeftModel
 from transformers import BitsAndBytesConfig
 
 from kaggle_kernels.runtime.models.model import CLASSES
+from kaggle_kernels.runtime.models.shortcuts import keep_label_rows
 from postprocess.run_folder import ADAPTER, MODEL_PATTERN, Run
 from postprocess.weights.merge import merged_model
 from postprocess.weights.meta_model import empty_model, model_config
@@ -55,6 +56,8 @@ def load_trained(run: Run, device: str) -> torch.nn.Module:
     )
     if run.has_adapter:
         model = PeftModel.from_pretrained(model, run.folder)
+    if run.contract.label_token_ids:
+        keep_label_rows(model, run.contract.label_token_ids)
     return (model if quantised else model.to(device)).eval()
 
 
@@ -68,6 +71,8 @@ def load_merged(run: Run, device: str, dtype: torch.dtype) -> torch.nn.Module:
         dtype=dtype,
         attn_implementation="eager" if run.contract.softcap else "sdpa",
     )
+    if run.contract.label_token_ids:
+        keep_label_rows(model, run.contract.label_token_ids)
     return model.to(device).eval()
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -46,6 +46,11 @@ class BatchScores:
 
     probabilities: list[list[float]]
     overflowed: int = 0
+
+
+def spare_tokens_of(manifest: Mapping[str, object]) -> int:
+    """The padding that a package's forward passes may hold, by the quantisation that its manifest names."""
+    return SPARE_TOKENS.get(manifest["quantize"], DEFAULT_SPARE_TOKENS)
 
 
 def orders_of(contract, orders: Iterable[str]) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
-from kaggle_kernels.runtime.models.scoring import Request, make_requests, mean_of_orders, orders_of
+from kaggle_kernels.runtime.models.scoring import Request, make_requests, mean_of_orders, orders_of, spare_tokens_of
 from kaggle_kernels.runtime.package import Package, PackageError
 from kaggle_kernels.runtime.scheduling.crew import Worker, start_workers, stop_workers
 from kaggle_kernels.runtime.scheduling.engine import Pass, make_pass, pass_record, run_pass, worker_record
@@ -365,7 +365,9 @@ class Encoder:
                 return encoded
             pairs = [package.model_input.pair_from_row(row) for row in rows[start : start + ENCODED_AT_ONCE]]
             with self.tokenizers[number]:
-                requests = make_requests(package.model_input, package.tokenizer, contract, pairs, (order,))
+                requests = make_requests(
+                    package.model_input, package.tokenizer, contract, pairs, (order,), spare_tokens_of(package.manifest)
+                )
             for request in requests:
                 encoded.append(replace(request, sequences=tuple(array("i", ids) for ids in request.sequences)))
         tokens, seconds = sum(request.tokens for request in encoded), time.monotonic() - began

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from kaggle_kernels.runtime.models.scoring import BatchScores, Request, score, score_batch
-from kaggle_kernels.runtime.models.shortcuts import SDPA, take_shortcuts
+from kaggle_kernels.runtime.models.shortcuts import take_shortcuts
 from kaggle_kernels.runtime.package import read_package
 from kaggle_kernels.runtime.scheduling.engine import make_pass, note_scores, progress
 from postprocess.weights.bnb_quantize import quantization_config
@@ -23,9 +23,9 @@ SEQUENCES = [[token] * length for token, length in ((20, 5), (40, 30), (50, 31),
 BATCH = [Request(str(number), "as_given", (ids,)) for number, ids in enumerate(SEQUENCES)]
 
 
-def overflowing_model(folder, kind, factor):
+def overflowing_model(kind, factor):
     """A float16 model whose first layer gives some rows values beyond those of float16."""
-    model = random_model(folder, "score", SDPA, torch.float16)
+    model = random_model(kind, dtype=torch.float16)
     for name, module in model.named_modules():
         if name.endswith(f"0.{LAST_LINEAR[kind]}"):
             module.weight.data *= factor
@@ -38,8 +38,8 @@ def probabilities_in_float32(model):
 
 
 @pytest.mark.parametrize("kind", LAST_LINEAR)
-def test_what_overflows_is_finite_and_as_in_float32(kind, tiny_models):
-    model = overflowing_model(tiny_models(kind), kind, 1e4)
+def test_what_overflows_is_finite_and_as_in_float32(kind):
+    model = overflowing_model(kind, 8e3)
     expected = probabilities_in_float32(copy.deepcopy(model))
     with torch.inference_mode():
         in_float16 = [model(torch.tensor([ids])).logits[0] for ids in SEQUENCES]
@@ -55,8 +55,8 @@ def test_what_overflows_is_finite_and_as_in_float32(kind, tiny_models):
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
-def test_quantised_layers_compute_in_float32_as_well(quantize, tiny_models, tmp_path):
-    overflowing_model(tiny_models("llama"), "llama", 3e4).save_pretrained(tmp_path)
+def test_quantised_layers_compute_in_float32_as_well(quantize, tmp_path):
+    overflowing_model("llama", 3e4).save_pretrained(tmp_path)
     probabilities = []
     for dtype in (torch.float16, torch.float32):
         options = quantization_config(quantize, ["score"])
@@ -75,7 +75,7 @@ def test_quantised_layers_compute_in_float32_as_well(quantize, tiny_models, tmp_
 def test_whoever_packages_such_a_model_is_warned(package_folder):
     package = read_package(package_folder)
     pairs = [model_input.pair_from_row(row) for row in tiny.pairs(3, seed=9).to_dicts()]
-    model = overflowing_model(package_folder, "gemma2", 3e4)
+    model = overflowing_model("gemma2", 3e4)
     take_shortcuts(model)
     with pytest.warns(UserWarning, match="6 of 6 sequences overflowed float16 and were computed again in float32"):
         score(model, model_input, package.tokenizer, package.contract, pairs)
