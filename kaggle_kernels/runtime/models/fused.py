@@ -9,8 +9,17 @@ import sys
 import torch
 
 # What is added to the weight of a norm, by model_type.
-NORM_OFFSETS = {"gemma2": 1.0, "llama": 0.0, "mistral": 0.0, "phi3": 0.0, "qwen2": 0.0, "qwen3": 0.0}
-PARTLY_ROTATED = ("phi3",)  # its positions may rotate a part of a head only
+NORM_OFFSETS = {
+    "gemma2": 1.0,
+    "llama": 0.0,
+    "mistral": 0.0,
+    "phi3": 0.0,
+    "qwen2": 0.0,
+    "qwen3": 0.0,
+}
+
+# Architectures whose positions may rotate a part of a head only.
+PARTLY_ROTATED = ("phi3",)
 
 
 class GatedMlp(torch.nn.Module):
@@ -25,7 +34,8 @@ class GatedMlp(torch.nn.Module):
 
     def forward(self, hidden_btd: torch.Tensor) -> torch.Tensor:
         """The MLP's output, of the input's shape."""
-        gated_btu = self.act_fn(self.gate_proj(hidden_btd))
+        gate_btu = self.gate_proj(hidden_btd)
+        gated_btu = self.act_fn(gate_btu)
         gated_btu *= self.up_proj(hidden_btd)
         return self.down_proj(gated_btu)
 
@@ -50,9 +60,14 @@ def fuse_elementwise(model: torch.nn.Module) -> None:
 
 def fuse_norm(norm: torch.nn.Module, offset: float) -> torch.nn.RMSNorm:
     """Make PyTorch's own RMSNorm, one kernel on a GPU, of an architecture's."""
-    epsilon = getattr(norm, "variance_epsilon", None) or norm.eps
+    # Architectures have either of two names for it.
+    epsilon = getattr(norm, "variance_epsilon", None)
+    if epsilon is None:
+        epsilon = norm.eps
+
     fused = torch.nn.RMSNorm(norm.weight.shape, eps=epsilon, device="meta")
-    fused.weight = torch.nn.Parameter(norm.weight.detach() + offset, requires_grad=False)
+    weight_d = norm.weight.detach() + offset
+    fused.weight = torch.nn.Parameter(weight_d, requires_grad=False)
     return fused
 
 
@@ -66,9 +81,13 @@ def rotate_queries_and_keys(q, k, cos, sin, unsqueeze_dim=1) -> tuple[torch.Tens
 def rotate_halves(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate each number of the first half of the last axis together with its counterpart in the second half."""
     half = states.shape[-1] // 2
+    first = states[..., :half]
+    second = states[..., half:]
+
+    # The first half becomes first * cos - second * sin, the second half second * cos + first * sin.
     rotated = states * cos
-    rotated[..., :half].addcmul_(states[..., half:], sin[..., :half], value=-1)
-    rotated[..., half:].addcmul_(states[..., :half], sin[..., half:])
+    rotated[..., :half].addcmul_(second, sin[..., :half], value=-1)
+    rotated[..., half:].addcmul_(first, sin[..., half:])
     return rotated
 
 

@@ -1,10 +1,13 @@
 """GPTQ packages without GPTQ's libraries: linear layers that unpack their 4 or 8 bits for each matrix product.
 
 Kaggle's image has none of them, and none can be taken there: gptqmodel is a source distribution that wants a newer
-transformers and compiles its CUDA kernels at first use. The file format is the standard one (checkpoint_format gptq): qweight
-and qzeros are int32 words, lowest bits first, of qweight along the inputs, of qzeros along the outputs, each zero less one.
+transformers and compiles its CUDA kernels at first use.
+
+The file format is the standard one (checkpoint_format gptq). qweight and qzeros are int32 words, lowest bits first, of
+qweight along the inputs, of qzeros along the outputs, each zero less one.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,8 +19,15 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from kaggle_kernels.runtime.package import PackageError
 
-UNPACKING = "gptq_unpacked"  # the name that transformers knows these classes by; its own loader of gptq wants the libraries
+# The name that transformers knows these classes by; its own loader of gptq wants the libraries.
+UNPACKING = "gptq_unpacked"
+
+# The kinds of GPTQ that are unpacked here, by the keys of config.json.
 SUPPORTED = {"bits": (4, 8), "desc_act": (False,), "sym": (True,), "checkpoint_format": ("gptq",)}
+
+
+# A linear layer elsewhere, such as the head, is not quantised.
+IN_LAYER = re.compile(r"\.\d+\.")
 
 
 class GptqLinear(torch.nn.Module):
@@ -30,19 +40,28 @@ class GptqLinear(torch.nn.Module):
         super().__init__()
         self.bits = bits
         self.group_size = group_size
+        self.bias = linear_layer.bias
+
+        # Tensors under the names and in the shapes of the file format.
         outputs, inputs = linear_layer.out_features, linear_layer.in_features
         groups = inputs // group_size
         codes_in_word = 32 // bits
-        self.register_buffer("qweight", torch.zeros(inputs // codes_in_word, outputs, dtype=torch.int32))
-        self.register_buffer("qzeros", torch.zeros(groups, outputs // codes_in_word, dtype=torch.int32))
+        self.register_buffer(
+            "qweight", torch.zeros(inputs // codes_in_word, outputs, dtype=torch.int32)
+        )
+        self.register_buffer(
+            "qzeros", torch.zeros(groups, outputs // codes_in_word, dtype=torch.int32)
+        )
         self.register_buffer("scales", torch.zeros(groups, outputs, dtype=torch.float16))
-        self.register_buffer("g_idx", torch.zeros(inputs, dtype=torch.int32))  # i // group_size: nothing was reordered
-        self.bias = linear_layer.bias
+        # Of each input its group, which is its place // group_size: nothing was reordered.
+        self.register_buffer("g_idx", torch.zeros(inputs, dtype=torch.int32))
 
     def prepare(self) -> None:
         """Bring the loaded tensors into the order in which they are used; what they came in is freed."""
         zeros_qu = unpack(self.qzeros, self.bits) + 1
-        self.register_buffer("words_ui", self.qweight.T.clone(memory_format=torch.contiguous_format))
+        self.register_buffer(
+            "words_ui", self.qweight.T.clone(memory_format=torch.contiguous_format)
+        )
         self.register_buffer("zeros_uq1", zeros_qu.T.contiguous().unsqueeze(-1))
         self.register_buffer("scales_uq1", self.scales.T.contiguous().unsqueeze(-1))
         del self.qweight, self.qzeros, self.scales, self.g_idx
@@ -51,7 +70,8 @@ class GptqLinear(torch.nn.Module):
         """The weights in `dtype`, of shape (outputs, inputs): (code - zero) * scale."""
         codes_ui = unpack(self.words_ui, self.bits)
         weight_uqi = codes_ui.unflatten(1, (-1, self.group_size)).to(dtype)
-        weight_uqi.sub_(self.zeros_uq1).mul_(self.scales_uq1.to(dtype))
+        weight_uqi.sub_(self.zeros_uq1)
+        weight_uqi.mul_(self.scales_uq1.to(dtype))
         return weight_uqi.flatten(1)
 
     def forward(self, input_bti: torch.Tensor) -> torch.Tensor:
@@ -68,7 +88,10 @@ def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
     bytes_ri = words.contiguous().view(torch.uint8)
     if bits == 8:
         return bytes_ri
-    return torch.stack((bytes_ri & 15, bytes_ri >> 4), dim=-1).flatten(-2)
+
+    # Two codes share a byte, the first one in its lower half.
+    codes = torch.stack((bytes_ri & 15, bytes_ri >> 4), dim=-1)
+    return codes.flatten(-2)
 
 
 class UnpackingConfig(QuantizationConfigMixin):
@@ -81,14 +104,15 @@ class UnpackingConfig(QuantizationConfigMixin):
 
 
 class UnpackingQuantizer(HfQuantizer):
-    """Tells transformers to put a GptqLinear in the place of every linear layer below `layers` before it reads weights."""
+    """Tells transformers to put a GptqLinear in the place of every linear layer of a layer before it reads weights."""
 
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: torch.nn.Module, **_) -> None:
         config = self.quantization_config
         for name, module in list(model.named_modules()):
-            if isinstance(module, torch.nn.Linear) and ".layers." in name:
+            if isinstance(module, torch.nn.Linear) and IN_LAYER.search(name):
+                # Weights are read into it afterwards.
                 with torch.device("meta"):
                     packed = GptqLinear(module, config.bits, config.group_size)
                 model.set_submodule(name, packed)
@@ -117,9 +141,15 @@ def unpacking(settings: Mapping[str, object], folder: Path | str) -> dict[str, o
     for key, supported in SUPPORTED.items():
         if settings.get(key) not in supported:
             expected = " or ".join(map(str, supported))
-            raise PackageError(f"{folder}: config.json: {key} is {settings.get(key)!r}, expected {expected}; quantise it again")
+            raise PackageError(
+                f"{folder}: config.json: {key} is {settings.get(key)!r}, expected {expected}; quantise it again"
+            )
 
     if UNPACKING not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(UNPACKING)(UnpackingConfig)
         register_quantizer(UNPACKING)(UnpackingQuantizer)
-    return {"quant_method": UNPACKING, "bits": settings["bits"], "group_size": settings["group_size"]}
+    return {
+        "quant_method": UNPACKING,
+        "bits": settings["bits"],
+        "group_size": settings["group_size"],
+    }

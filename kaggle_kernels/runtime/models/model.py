@@ -17,7 +17,9 @@ CLASSES = {
     "reward": AutoModelForSequenceClassification,
     "label_tokens": AutoModelForCausalLM,
 }
-LORA = ("lora_config.json", "lora.safetensors")  # under PEFT's own names, transformers would go looking for the base model
+
+# Under PEFT's own names for them, transformers would go looking for the base model.
+LORA = ("lora_config.json", "lora.safetensors")
 
 
 def load_model(
@@ -33,20 +35,23 @@ def load_model(
         folder: The package's folder.
         contract: The package's model_input.Contract.
         device: Where the model goes, or with a `device_map` its inputs: the device of the embedding.
-        dtype: None for float16 on CUDA (a T4 has no bfloat16 units) and float32 elsewhere. Quantised packages load by their
-            own config.json.
+        dtype: None for float16 on CUDA (a T4 has no bfloat16 units) and float32 elsewhere.
         device_map: Places parts of the model on several devices.
 
     Raises:
         PackageError: A weight is missing, or the configuration contradicts the contract.
     """
     if contract.head not in CLASSES:
-        raise PackageError(f"{folder}: its head is {contract.head!r}; this runtime scores {', '.join(CLASSES)}")
+        raise PackageError(
+            f"{folder}: its head is {contract.head!r}; this runtime scores {', '.join(CLASSES)}"
+        )
     if dtype is None:
         dtype = torch.float16 if device.startswith("cuda") else torch.float32
+
     config = serving_config(folder, contract)
     is_quantised = set_quantisation(config, folder, device)
 
+    # Without a device_map weights are read on the CPU first, and quantised ones are not read at all.
     options = {}
     if device_map or is_quantised or device != "cpu":
         options["device_map"] = dict(device_map or {"": device})
@@ -61,6 +66,7 @@ def load_model(
         **options,
     )
 
+    # An adapter may bring a head of its own, which the base model then lacks rightly.
     missing = set(loading["missing_keys"])
     lora_config_path, lora_path = (Path(folder) / name for name in LORA)
     if lora_path.is_file():
@@ -82,7 +88,9 @@ def set_quantisation(config, folder: Path | str, device: str) -> bool:
     if not quantised:
         return False
     if device.startswith("cuda") and quantised.get("bnb_4bit_compute_dtype") == "bfloat16":
-        raise PackageError(f"{folder}: computes in bfloat16, which a T4 lacks; quantise it again from float16 weights")
+        raise PackageError(
+            f"{folder}: computes in bfloat16, which a T4 lacks; quantise it again from float16 weights"
+        )
     if quantised.get("quant_method") == "gptq":
         config.quantization_config = unpacking(quantised, folder)
     return True
@@ -106,23 +114,30 @@ def add_adapter(
     Returns:
         The model, and the names of the weights that the adapter replaces.
     """
-    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict  # noqa: PLC0415  few packages need it
+    # Few packages need PEFT, whose import takes seconds.
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict  # noqa: PLC0415
 
-    lora_config = LoraConfig.from_peft_type(**json.loads(lora_config_path.read_text(encoding="utf-8")))
+    settings = json.loads(lora_config_path.read_text(encoding="utf-8"))
+    lora_config = LoraConfig.from_peft_type(**settings)
     tensors = load_file(lora_path)
     model = get_peft_model(model, lora_config, autocast_adapter_dtype=False)
     result = set_peft_model_state_dict(model, tensors)
 
     # PEFT also counts the weights of the base model as missing.
-    unmatched = [name for name in result.missing_keys if "lora_" in name or ".modules_to_save." in name]
+    unmatched = [
+        name for name in result.missing_keys if "lora_" in name or ".modules_to_save." in name
+    ]
     unmatched += result.unexpected_keys
     if unmatched:
-        raise PackageError(f"{lora_path}: not the adapter of {lora_config_path}: {', '.join(unmatched[:5])}")
+        raise PackageError(
+            f"{lora_path}: not the adapter of {lora_config_path}: {', '.join(unmatched[:5])}"
+        )
 
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.to(dtype)
-    return model, {name.removeprefix("base_model.model.") for name in tensors}
+    replaced_names = {name.removeprefix("base_model.model.") for name in tensors}
+    return model, replaced_names
 
 
 def serving_config(folder: Path | str, contract):
@@ -133,6 +148,8 @@ def serving_config(folder: Path | str, contract):
     """
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     verdicts = contract.verdicts
+
+    # The head has one output for each verdict, or one reward, or is the language model's own.
     expected_labels = {"score": len(verdicts), "reward": 1, "label_tokens": 0}[contract.head]
     labels = 0 if contract.head == "label_tokens" else config.num_labels
     if not labels == contract.num_labels == expected_labels:
@@ -141,12 +158,19 @@ def serving_config(folder: Path | str, contract):
             f"the verdicts {', '.join(verdicts)}; package the run again"
         )
     if contract.head == "label_tokens" and len(contract.label_token_ids) != len(verdicts):
-        raise PackageError(f"{folder}: contract.json names {len(contract.label_token_ids)} label tokens; package the run again")
+        raise PackageError(
+            f"{folder}: contract.json names {len(contract.label_token_ids)} label tokens; package the run again"
+        )
 
     config.pad_token_id = contract.pad_token_id
-    config.use_cache = False  # keys and values for a generation that never comes: 2.8 GB of Gemma-2-9b at 8,192 tokens
+    # Else keys and values are kept for a generation that never comes: 2.8 GB of Gemma-2-9b.
+    config.use_cache = False
+
+    # Training may have left the soft cap of attention out, for the sake of SDPA.
     if contract.softcap and not getattr(config, "attn_logit_softcapping", None):
-        raise PackageError(f"{folder}: trained with a soft-cap, but config.json has no attn_logit_softcapping")
+        raise PackageError(
+            f"{folder}: trained with a soft-cap, but config.json has no attn_logit_softcapping"
+        )
     if not contract.softcap and hasattr(config, "attn_logit_softcapping"):
         config.attn_logit_softcapping = None
     return config

@@ -10,8 +10,12 @@ from torch.nn.functional import embedding, layer_norm, linear, rms_norm
 from torch.overrides import TorchFunctionMode
 
 FLOAT16_MAX = torch.finfo(torch.float16).max
-WITH_WEIGHTS = (layer_norm, linear, rms_norm)  # these want input and weights in one dtype
-QUANTISE_TO_INT8 = "bitsandbytes.int8_vectorwise_quant.default"  # takes float16 only
+
+# These functions want input and weights in one dtype.
+WITH_WEIGHTS = (layer_norm, linear, rms_norm)
+
+# bitsandbytes' first step of an int8 product, which takes float16 only.
+QUANTISE_TO_INT8 = "bitsandbytes.int8_vectorwise_quant.default"
 
 
 class ComputeInFloat32(TorchFunctionMode):

@@ -27,8 +27,11 @@ class Stages:
 
     def __init__(self, model: torch.nn.Module, starts: Sequence[str], devices: Sequence[str] = ()):
         self.locks = [threading.Lock() for _ in range(1 + len(starts))]
-        self.local = threading.local()  # the stage and the streams of the batch that this thread computes
 
+        # The stage and the streams of the batch that this thread computes.
+        self.local = threading.local()
+
+        # A set of streams for each batch in flight, taken by one batch after the other.
         gpus = [device for device in devices if device.startswith("cuda")]
         self.streams: queue.SimpleQueue[list] = queue.SimpleQueue()
         for _ in self.locks:
@@ -46,7 +49,8 @@ class Stages:
         self.local.streams = self.streams.get()
         try:
             with contextlib.ExitStack() as current_streams:
-                for stream in reversed(self.local.streams):  # the last one entered decides the thread's device
+                # The last one entered decides the thread's device.
+                for stream in reversed(self.local.streams):
                     current_streams.enter_context(torch.cuda.stream(stream))
                 yield
         finally:
@@ -59,6 +63,8 @@ class Stages:
         previous_stage = getattr(self.local, "stage", None)
         if previous_stage is None:
             return
+
+        # The device may still compute what Python has long queued.
         self.locks[stage].acquire()
         if self.local.streams:
             self.local.streams[previous_stage].synchronize()
@@ -81,6 +87,7 @@ def stage_starts(device_map: Mapping[str, str]) -> list[str]:
     for part_name, device in device_map.items():
         if not LAYER.search(part_name):
             continue
+        # The first part of the first device begins no stage that a batch would have to wait for.
         if previous_device not in (None, device):
             starts.append(part_name)
         previous_device = device

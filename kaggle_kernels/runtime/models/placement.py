@@ -15,8 +15,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-NUMBERED = re.compile(r"^(.+?)\.(\d+)\.")  # a tensor of one of several modules in a list
-LAYER = re.compile(r"\.\d+$")  # the part that is one layer
+# The name of a tensor in one of several modules of a list.
+NUMBERED = re.compile(r"^(.+?)\.(\d+)\.")
+
+# The name of a part that is a layer.
+LAYER = re.compile(r"\.\d+$")
 
 
 @dataclass(frozen=True)
@@ -34,19 +37,20 @@ def weight_sizes(folder: Path) -> dict[str, tuple[int, int]]:
     """
     sizes = {}
     for path in sorted(Path(folder).glob("model*.safetensors")):
+        # A file begins with the length of its header, which describes each tensor.
         with path.open("rb") as file:
             header_length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(header_length))
         header.pop("__metadata__", None)
 
         for name, tensor in header.items():
+            start, end = tensor["data_offsets"]
             elements = math.prod(tensor["shape"])
             if tensor["dtype"] == "U8" and f"{name}.absmax" in header:
                 elements *= 2
             elif name.endswith(".qweight"):
                 inputs = header[name.removesuffix("qweight") + "g_idx"]["shape"][0]
                 elements *= inputs // tensor["shape"][0]
-            start, end = tensor["data_offsets"]
             sizes[name] = (end - start, elements)
     return sizes
 
@@ -66,18 +70,25 @@ def list_parts(sizes: Mapping[str, tuple[int, int]]) -> dict[str, Part]:
     layers = find_layers(sizes)
     parts: dict[str, Part] = {}
     for name, (size_bytes, elements) in sizes.items():
+        # Outside of the layers there is hardly work: embeddings are looked up, a head reads one token.
+        work = 0
+        if name.startswith(f"{layers}."):
+            work = elements
+
         part_name = name_part(name, layers)
         part = parts.get(part_name, Part())
-        work = elements if name.startswith(f"{layers}.") else 0
         parts[part_name] = Part(part.size_bytes + size_bytes, part.work + work)
-    return dict(sorted(parts.items(), key=lambda item: part_order(item[0], layers)))
+
+    ordered_names = sorted(parts, key=lambda name: part_order(name, layers))
+    return {name: parts[name] for name in ordered_names}
 
 
 def name_part(tensor_name: str, layers: str) -> str:
     """Name the module that a tensor belongs to: a layer, or the largest module that holds no layer."""
     path = tensor_name.split(".")
-    shared = len(os.path.commonprefix([path, layers.split(".")]))
-    return ".".join(path[: shared + 1])
+    layers_path = layers.split(".")
+    shared_path = os.path.commonprefix([path, layers_path])
+    return ".".join(path[: len(shared_path) + 1])
 
 
 def part_order(part_name: str, layers: str) -> tuple[int, int]:
@@ -86,7 +97,9 @@ def part_order(part_name: str, layers: str) -> tuple[int, int]:
         return (1, int(part_name.rpartition(".")[2]))
     if "embed" in part_name:
         return (0, 0)
-    return (2, 0) if "norm" in part_name.lower() else (3, 0)
+    if "norm" in part_name.lower():
+        return (2, 0)
+    return (3, 0)
 
 
 def balance(parts: Sequence[Part], devices: int, byte_limit: int | None = None) -> list[int]:
@@ -101,14 +114,18 @@ def balance(parts: Sequence[Part], devices: int, byte_limit: int | None = None) 
         Each part's device, by number. No device is over the limit by more than must be, the busiest has as little work as can
         be, and the fullest as few bytes.
     """
+    # There are few ways to cut a few dozen layers in two: all are tried.
     best_cost, best_bounds = None, None
     for cuts in itertools.combinations(range(1, len(parts)), devices - 1):
         bounds = [0, *cuts, len(parts)]
         stages = [parts[start:end] for start, end in itertools.pairwise(bounds)]
-        most_bytes = max(sum(part.size_bytes for part in stage) for stage in stages)
-        most_work = max(sum(part.work for part in stage) for stage in stages)
-        excess_bytes = max(most_bytes - byte_limit, 0) if byte_limit is not None else 0
-        cost = (excess_bytes, most_work, most_bytes)
+        stage_bytes = [sum(part.size_bytes for part in stage) for stage in stages]
+        stage_work = [sum(part.work for part in stage) for stage in stages]
+
+        excess_bytes = 0
+        if byte_limit is not None:
+            excess_bytes = max(max(stage_bytes) - byte_limit, 0)
+        cost = (excess_bytes, max(stage_work), max(stage_bytes))
         if best_cost is None or cost < best_cost:
             best_cost, best_bounds = cost, bounds
 
@@ -118,7 +135,9 @@ def balance(parts: Sequence[Part], devices: int, byte_limit: int | None = None) 
     return numbers
 
 
-def split_over(folder: Path, devices: Sequence[str], byte_limit: int | None = None) -> dict[str, str]:
+def split_over(
+    folder: Path, devices: Sequence[str], byte_limit: int | None = None
+) -> dict[str, str]:
     """Make transformers' device_map for the model in `folder`, its layers over all `devices`.
 
     Positions are computed beside the embedding; a head that is the embedding itself stays with it.
@@ -126,10 +145,14 @@ def split_over(folder: Path, devices: Sequence[str], byte_limit: int | None = No
     sizes = weight_sizes(folder)
     parts = list_parts(sizes)
     numbers = balance(list(parts.values()), len(devices), byte_limit)
-    device_map = {part_name: devices[number] for part_name, number in zip(parts, numbers, strict=True)}
+    device_map = {
+        part_name: devices[number] for part_name, number in zip(parts, numbers, strict=True)
+    }
 
+    # What holds no weights, or those of another part, is not in the files.
     layers = find_layers(sizes)
     device_map[f"{layers.rpartition('.')[0]}.rotary_emb"] = devices[0]
-    if part_order(list(parts)[-1], layers) == (2, 0):  # the norm is the last part
+    last_part = list(parts)[-1]
+    if part_order(last_part, layers) == (2, 0):  # the norm: there is no head
         device_map["lm_head"] = devices[0]
     return device_map

@@ -13,7 +13,9 @@ from kaggle_kernels.runtime.models.overflow import ComputeInFloat32
 from kaggle_kernels.runtime.models.shortcuts import reading
 
 ORDERS = ("as_given", "swapped")
-REWARD_SIDES = ("model_a", "model_b")  # the order of a reward model's two sequences
+
+# The order of a reward model's two sequences.
+REWARD_SIDES = ("model_a", "model_b")
 
 # What a forward pass costs beside its tokens, in tokens, by the package's quantisation: weights are unpacked in each pass.
 SPARE_TOKENS = {"none": 32, "int8": 32, "nf4": 128, "gptq8": 256, "gptq4": 512}
@@ -65,11 +67,14 @@ def padded_tokens(batch: Sequence[Request]) -> int:
     lengths = [len(ids) for request in batch for ids in request.sequences]
     tokens = 0
     for places in group_by_length(lengths, batch[0].spare_tokens):
-        tokens += lengths[places[0]] * len(places)
+        longest = lengths[places[0]]
+        tokens += longest * len(places)
     return tokens
 
 
-def group_by_length(lengths: Sequence[int], spare_tokens: int = DEFAULT_SPARE_TOKENS) -> list[list[int]]:
+def group_by_length(
+    lengths: Sequence[int], spare_tokens: int = DEFAULT_SPARE_TOKENS
+) -> list[list[int]]:
     """Group sequences of like length, each group to be one forward pass.
 
     Args:
@@ -82,6 +87,7 @@ def group_by_length(lengths: Sequence[int], spare_tokens: int = DEFAULT_SPARE_TO
     groups: list[list[int]] = []
     padding = 0
     for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
+        # A row is padded to the longest of its group, which is the group's first.
         if groups:
             padding += lengths[groups[-1][0]] - lengths[place]
         if not groups or padding > spare_tokens:
@@ -117,7 +123,9 @@ def make_batches(requests: Iterable[Request], tokens_per_batch: int) -> list[lis
     A batch, padded, holds at most `tokens_per_batch` tokens; a request that is longer than that is a batch of its own.
     """
     batches: list[list[Request]] = []
-    for request in sorted(requests, key=lambda request: (-request.length, request.id, request.order)):
+    for request in sorted(
+        requests, key=lambda request: (-request.length, request.id, request.order)
+    ):
         if batches and padded_tokens([*batches[-1], request]) <= tokens_per_batch:
             batches[-1].append(request)
         else:
@@ -155,8 +163,10 @@ def score_batch(
 
     # What fails here, for lack of memory or of a float32 kernel, costs this row alone.
     for row in overflowed_rows:
+        batch_of_one = [batch[row]]
         with contextlib.suppress(RuntimeError), ComputeInFloat32():
-            probabilities_bv[row] = batch_probabilities(model, contract, [batch[row]], device, passing)[0]
+            [row_v] = batch_probabilities(model, contract, batch_of_one, device, passing)
+            probabilities_bv[row] = row_v
 
     rows = []
     for request, values in zip(batch, probabilities_bv.tolist(), strict=True):
@@ -167,7 +177,9 @@ def score_batch(
     return BatchScores(rows, len(overflowed_rows))
 
 
-def batch_probabilities(model: torch.nn.Module, contract, batch: Sequence[Request], device: str, passing) -> torch.Tensor:
+def batch_probabilities(
+    model: torch.nn.Module, contract, batch: Sequence[Request], device: str, passing
+) -> torch.Tensor:
     """Compute the probabilities of a batch in its own orders, float32 of shape (requests, verdicts)."""
     sequences = [ids for request in batch for ids in request.sequences]
     logits_bv = verdict_logits(model, contract, sequences, device, passing, batch[0].spare_tokens)
@@ -203,11 +215,15 @@ def verdict_logits(
     logits = torch.stack(rows)
     if contract.head != "reward":
         return logits
+
+    # A pair's two rewards are its two logits: Bradley and Terry's model.
     sides = [REWARD_SIDES.index(verdict) for verdict in contract.verdicts]
     return logits.view(-1, 2)[:, sides]
 
 
-def head_outputs(model: torch.nn.Module, contract, sequences: Sequence[list[int]], device: str) -> torch.Tensor:
+def head_outputs(
+    model: torch.nn.Module, contract, sequences: Sequence[list[int]], device: str
+) -> torch.Tensor:
     """Run the model over sequences, padded on the right, and read its head's outputs at one place of each.
 
     Returns:
@@ -222,7 +238,8 @@ def head_outputs(model: torch.nn.Module, contract, sequences: Sequence[list[int]
     if not is_decoder and not mask_bt.all():
         inputs["attention_mask"] = mask_bt.long().to(device)
 
-    places_b = torch.tensor(places_read(contract, sequences, is_decoder), device=device)
+    read_places = list_read_places(contract, sequences, is_decoder)
+    places_b = torch.tensor(read_places, device=device)
     with reading(places_b):
         logits = model(**inputs).logits
     if not is_causal_lm:
@@ -237,16 +254,16 @@ def head_outputs(model: torch.nn.Module, contract, sequences: Sequence[list[int]
     return logits[:, 0]
 
 
-def places_read(contract, sequences: Sequence[list[int]], is_decoder: bool) -> list[int]:
+def list_read_places(contract, sequences: Sequence[list[int]], is_decoder: bool) -> list[int]:
     """List the place of each sequence that its head reads."""
     if contract.head == "label_tokens":
         return [len(ids) - 1 for ids in sequences]
     if is_decoder:
-        return [last_token_place(ids, contract.pad_token_id) for ids in sequences]
+        return [find_last_token(ids, contract.pad_token_id) for ids in sequences]
     return [0] * len(sequences)
 
 
-def last_token_place(ids: Sequence[int], pad_token_id: int) -> int:
+def find_last_token(ids: Sequence[int], pad_token_id: int) -> int:
     """Find the last token that is not the pad id; 0 where all are, as transformers' classifier reads such a row."""
     for place in range(len(ids) - 1, -1, -1):
         if ids[place] != pad_token_id:
@@ -260,10 +277,12 @@ def pad(sequences: Sequence[list[int]], pad_token_id: int) -> tuple[torch.Tensor
     Returns:
         The ids, and where they are no padding, both of shape (sequences, tokens).
     """
-    lengths_b1 = torch.tensor([[len(ids)] for ids in sequences])
-    mask_bt = torch.arange(int(lengths_b1.max())) < lengths_b1
-    ids_bt = torch.full(mask_bt.shape, pad_token_id)
-    ids_bt[mask_bt] = torch.tensor([token for ids in sequences for token in ids])
+    lengths = [len(ids) for ids in sequences]
+    ids_bt = torch.full((len(sequences), max(lengths)), pad_token_id)
+    mask_bt = torch.zeros(ids_bt.shape, dtype=torch.bool)
+    for row, ids in enumerate(sequences):
+        ids_bt[row, : len(ids)] = torch.tensor(ids)
+        mask_bt[row, : len(ids)] = True
     return ids_bt, mask_bt
 
 
@@ -289,8 +308,11 @@ def score(  # noqa: PLR0913  the last three are options by name
     """
     scores: dict[str, dict[str, list[float]]] = {pair.id: {} for pair in pairs}
     if len(scores) != len(pairs):
-        raise ValueError(f"{len(pairs) - len(scores)} pairs have the id of another one; scores are joined by id")
+        raise ValueError(
+            f"{len(pairs) - len(scores)} pairs have the id of another one; scores are joined by id"
+        )
 
+    # Where the orders do not differ, one is computed and counts for all.
     orders = tuple(orders)
     distinct_orders = orders_of(contract, orders)
     requests = make_requests(model_input, tokenizer, contract, pairs, distinct_orders)
@@ -300,7 +322,9 @@ def score(  # noqa: PLR0913  the last three are options by name
         overflowed += batch_scores.overflowed
         for request, values in zip(batch, batch_scores.probabilities, strict=True):
             if not all(map(math.isfinite, values)):
-                raise FloatingPointError(f"row {request.id}, {request.order}: probabilities {values} in {model.dtype}")
+                raise FloatingPointError(
+                    f"row {request.id}, {request.order}: probabilities {values} in {model.dtype}"
+                )
             scored_orders = orders
             if distinct_orders == orders:
                 scored_orders = [request.order]
@@ -320,6 +344,7 @@ def mean_of_orders(scores: dict[str, dict[str, list[float]]]) -> dict[str, list[
     means = {}
     for pair_id, by_order in scores.items():
         if by_order:
+            # The verdict's probabilities in each order stand together.
             by_verdict = zip(*by_order.values(), strict=True)
             means[pair_id] = [sum(values) / len(by_order) for values in by_verdict]
     return means

@@ -17,10 +17,17 @@ from transformers.masking_utils import sdpa_mask
 
 from kaggle_kernels.runtime.models.fused import fuse_elementwise, layer_list
 
+# The name under which transformers finds repeated_attention.
 SDPA = "sdpa_repeated"
-READ_FIRST_TOKEN = ("bert", "deberta-v2")  # encoders whose head reads nothing else
-AFTER_ATTENTION = ("self_attn.o_proj", "mlp", "attention.output.dense", "intermediate")  # decoders' names, then BERT's
-BEING_READ = threading.local()  # of the batch that this thread is scoring: a split model has one in each of several threads
+
+# Encoders whose head reads nothing but the first token.
+READ_FIRST_TOKEN = ("bert", "deberta-v2")
+
+# What comes after the attention in a layer, by the names of decoders, then of BERT.
+AFTER_ATTENTION = ("self_attn.o_proj", "mlp", "attention.output.dense", "intermediate")
+
+# The places read in the batch of this thread: a split model has a batch in each of several threads.
+BEING_READ = threading.local()
 
 
 def repeated_attention(module, query_bhtd, key_bhtd, value_bhtd, attention_mask, scaling=None, **_):
@@ -52,17 +59,22 @@ AttentionMaskInterface.register(SDPA, sdpa_mask)
 class LabelHead(torch.nn.Module):
     """The rows of a causal LM's output layer that belong to the label tokens, in float32."""
 
-    def __init__(self, output_layer: torch.nn.Linear, label_token_ids: Sequence[int], device: torch.device):
+    def __init__(
+        self, output_layer: torch.nn.Linear, label_token_ids: Sequence[int], device: torch.device
+    ):
         super().__init__()
         rows = list(label_token_ids)
-        self.weight_vd = output_layer.weight.detach()[rows].to(device, torch.float32)
+        weight_vd = output_layer.weight.detach()[rows]
+        self.weight_vd = weight_vd.to(device, torch.float32)
         self.bias_v = None
         if output_layer.bias is not None:
-            self.bias_v = output_layer.bias.detach()[rows].to(device, torch.float32)
+            bias_v = output_layer.bias.detach()[rows]
+            self.bias_v = bias_v.to(device, torch.float32)
 
     def forward(self, hidden_btd: torch.Tensor) -> torch.Tensor:
         """The label tokens' logits, (rows, tokens, labels); the model itself scales or caps them afterwards."""
-        return linear(hidden_btd.float(), self.weight_vd, self.bias_v)
+        hidden_btd = hidden_btd.float()
+        return linear(hidden_btd, self.weight_vd, self.bias_v)
 
 
 def take_shortcuts(model: torch.nn.Module, label_token_ids: Sequence[int] = ()) -> None:
@@ -76,10 +88,12 @@ def take_shortcuts(model: torch.nn.Module, label_token_ids: Sequence[int] = ()) 
     """
     attentions = [module for module in model.modules() if hasattr(module, "is_causal")]
     model.causal = bool(attentions) and all(module.is_causal for module in attentions)
+
     fuse_elementwise(model)
     if label_token_ids:
         keep_label_rows(model, label_token_ids)
 
+    # Architectures name the parts after the attention differently: a layer has some of these names.
     if model.causal or model.config.model_type in READ_FIRST_TOKEN:
         last_layer = layer_list(model)[-1]
         for name in AFTER_ATTENTION:
@@ -94,6 +108,7 @@ def keep_label_rows(model: torch.nn.Module, label_token_ids: Sequence[int]) -> N
     """
     output_layer = model.get_output_embeddings()
     if type(output_layer) is torch.nn.Linear:
+        # The head of a model that is split need not stand where the hidden states come out.
         last_device = next(layer_list(model)[-1].parameters()).device
         output_layer = LabelHead(output_layer, label_token_ids, last_device)
         model.set_output_embeddings(output_layer)
