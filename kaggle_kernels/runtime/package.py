@@ -18,8 +18,11 @@ from tokenizers import Tokenizer
 
 from kaggle_kernels.runtime.settings import Clock, log
 
-HASHING_THREADS = 4  # hashlib lets the others go on; a core does about 1 GB a second
-NOT_MOUNTED = ("dataset-metadata.json",)  # Kaggle's client reads this file and leaves it out of the dataset
+# hashlib lets other threads go on. A core does about 1 GB a second.
+HASHING_THREADS = 4
+
+# Kaggle's client reads these files and leaves them out of the dataset.
+NOT_MOUNTED = ("dataset-metadata.json",)
 
 
 class PackageError(ValueError):
@@ -42,46 +45,72 @@ class Package:
 
 
 def read_package(folder: Path | str, clock: Clock | None = None) -> Package:
-    """Read the package in `folder`: file hashes, contract, tokenizer and golden token ids are checked, in this order.
+    """Read a package and check it: file hashes, contract, tokenizer and golden token ids, in this order.
 
-    With a `clock`, a line is logged of how long it took to read every byte.
+    Args:
+        folder: The package's folder.
+        clock: Where it is given, a line is logged of how long it took to read every byte.
+
+    Raises:
+        PackageError: A file is missing, has changed, or is not listed.
+        ContractError: The package's own model_input.py finds that a golden row has other token ids.
     """
     folder = Path(folder)
     began = time.monotonic()
     manifest = check_manifest(folder)
     if clock:
-        size = sum(expected["bytes"] for expected in manifest["files"].values())
-        log(clock, f"{folder}: {size / 1e9:.2f} GB as listed, hashed in {time.monotonic() - began:.1f} s")
-    model_input = execute_model_input(folder / "model_input.py")
+        size = sum(listed["bytes"] for listed in manifest["files"].values())
+        seconds = time.monotonic() - began
+        log(clock, f"{folder}: {size / 1e9:.2f} GB as listed, hashed in {seconds:.1f} s")
+
+    # The contract names what decides a model's input, so that a new manifest cannot hide a change.
+    model_input_path = folder / "model_input.py"
+    model_input = execute_model_input(model_input_path)
     contract = model_input.read_contract(folder)
-    check_hash(folder / "model_input.py", contract.model_input_sha256, "contract.json")
+    check_hash(model_input_path, contract.model_input_sha256, "contract.json")
     for name, sha256 in contract.tokenizer_sha256.items():
         check_hash(folder / name, sha256, "contract.json")
+
     tokenizer = read_tokenizer(folder)
     model_input.check_golden(tokenizer, contract)
     return Package(folder, contract, manifest, model_input, tokenizer)
 
 
 def check_manifest(folder: Path) -> dict:
-    """The parsed manifest.json, once every file that it lists has the bytes that it lists, and none is there besides."""
-    if not (folder / "manifest.json").is_file():
+    """Parse manifest.json, once every file that it lists has the bytes that it lists, and none is there besides."""
+    manifest_path = folder / "manifest.json"
+    if not manifest_path.is_file():
         raise PackageError(f"{folder}: manifest.json is missing; package the run again")
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    listed = {name: expected for name, expected in manifest["files"].items() if name not in NOT_MOUNTED}
-    for name, expected in listed.items():
-        path = folder / name
-        if not path.is_file():
-            raise PackageError(f"{path}: missing, but manifest.json lists it; upload the package again")
-        if path.stat().st_size != expected["bytes"]:
-            raise PackageError(f"{path}: {path.stat().st_size} bytes, manifest.json says {expected['bytes']}; upload it again")
+    manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+    hashes = {}
+    for name, listed in manifest["files"].items():
+        if name not in NOT_MOUNTED:
+            check_size(folder / name, listed["bytes"])
+            hashes[folder / name] = listed["sha256"]
+
+    # Reading every byte takes a minute or two: several files at a time.
     with ThreadPoolExecutor(HASHING_THREADS) as pool:
-        for _ in pool.map(lambda name: check_hash(folder / name, listed[name]["sha256"], "manifest.json"), listed):
-            pass
-    present = {path.name for path in folder.iterdir() if path.is_file()}
-    unlisted = sorted(present - set(manifest["files"]) - {"manifest.json", *NOT_MOUNTED})
+        checks = [pool.submit(check_hash, *item, "manifest.json") for item in hashes.items()]
+        for check in checks:
+            check.result()
+
+    expected_names = {"manifest.json", *manifest["files"], *NOT_MOUNTED}
+    present_names = {path.name for path in folder.iterdir() if path.is_file()}
+    unlisted = sorted(present_names - expected_names)
     if unlisted:
-        raise PackageError(f"{folder}: {', '.join(unlisted)} not listed in manifest.json; package the run again")
+        raise PackageError(
+            f"{folder}: {', '.join(unlisted)} not listed in manifest.json; package the run again"
+        )
     return manifest
+
+
+def check_size(path: Path, expected: int) -> None:
+    """Raise PackageError unless the file at `path` has as many bytes as manifest.json says."""
+    if not path.is_file():
+        raise PackageError(f"{path}: missing, but manifest.json lists it; upload the package again")
+    size = path.stat().st_size
+    if size != expected:
+        raise PackageError(f"{path}: {size} bytes, manifest.json says {expected}; upload it again")
 
 
 def check_hash(path: Path, expected: str, source: str) -> None:
@@ -89,9 +118,11 @@ def check_hash(path: Path, expected: str, source: str) -> None:
     if not path.is_file():
         raise PackageError(f"{path}: missing, but {source} lists it; package the run again")
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != expected:
-        raise PackageError(f"{path}: its SHA-256 is {found[:12]}…, {source} says {expected[:12]}…; the file has changed")
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    if sha256 != expected:
+        raise PackageError(
+            f"{path}: its SHA-256 is {sha256[:12]}…, {source} says {expected[:12]}…; the file has changed"
+        )
 
 
 class _SourceOnly(importlib.abc.SourceLoader):
@@ -108,17 +139,22 @@ class _SourceOnly(importlib.abc.SourceLoader):
 
 
 def execute_model_input(path: Path) -> ModuleType:
-    """The module in `path`, under a name of its own, so that packages with different copies can live side by side."""
-    name = f"model_input_{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
+    """Import the module at `path` under a name of its own, so that packages with different copies can live side by side."""
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    name = f"model_input_{sha256[:12]}"
     loader = _SourceOnly(path)
-    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(name, path, loader=loader))
+    module_spec = importlib.util.spec_from_file_location(name, path, loader=loader)
+    module = importlib.util.module_from_spec(module_spec)
+
+    # Its dataclasses look their module up by name.
     sys.modules[name] = module
     loader.exec_module(module)
     return module
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer in tokenizer.json, as training saved it: no class of transformers can rebuild it differently."""
-    if not (folder / "tokenizer.json").is_file():
+    """Read tokenizer.json, as training saved it: no class of transformers can rebuild it differently."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
         raise PackageError(f"{folder}: tokenizer.json is missing; package the run again")
-    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return Tokenizer.from_file(str(path))

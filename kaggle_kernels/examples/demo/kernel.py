@@ -162,7 +162,7 @@ SETTINGS = Settings(
     min_scored=0.98,
     visible_rows=512,
     wheels="pairwise-wheels",
-    build="7c14c3384549b0bd",
+    build="2d76c3e3e470f575",
 )
 
 
@@ -174,8 +174,11 @@ SETTINGS = Settings(
 # Raises PackageError where a package is not the one that was made; ContractError comes from the package's own model_input.py.
 # ==============================================================================================================
 
-HASHING_THREADS = 4  # hashlib lets the others go on; a core does about 1 GB a second
-NOT_MOUNTED = ("dataset-metadata.json",)  # Kaggle's client reads this file and leaves it out of the dataset
+# hashlib lets other threads go on. A core does about 1 GB a second.
+HASHING_THREADS = 4
+
+# Kaggle's client reads these files and leaves them out of the dataset.
+NOT_MOUNTED = ("dataset-metadata.json",)
 
 
 class PackageError(ValueError):
@@ -198,46 +201,72 @@ class Package:
 
 
 def read_package(folder: Path | str, clock: Clock | None = None) -> Package:
-    """Read the package in `folder`: file hashes, contract, tokenizer and golden token ids are checked, in this order.
+    """Read a package and check it: file hashes, contract, tokenizer and golden token ids, in this order.
 
-    With a `clock`, a line is logged of how long it took to read every byte.
+    Args:
+        folder: The package's folder.
+        clock: Where it is given, a line is logged of how long it took to read every byte.
+
+    Raises:
+        PackageError: A file is missing, has changed, or is not listed.
+        ContractError: The package's own model_input.py finds that a golden row has other token ids.
     """
     folder = Path(folder)
     began = time.monotonic()
     manifest = check_manifest(folder)
     if clock:
-        size = sum(expected["bytes"] for expected in manifest["files"].values())
-        log(clock, f"{folder}: {size / 1e9:.2f} GB as listed, hashed in {time.monotonic() - began:.1f} s")
-    model_input = execute_model_input(folder / "model_input.py")
+        size = sum(listed["bytes"] for listed in manifest["files"].values())
+        seconds = time.monotonic() - began
+        log(clock, f"{folder}: {size / 1e9:.2f} GB as listed, hashed in {seconds:.1f} s")
+
+    # The contract names what decides a model's input, so that a new manifest cannot hide a change.
+    model_input_path = folder / "model_input.py"
+    model_input = execute_model_input(model_input_path)
     contract = model_input.read_contract(folder)
-    check_hash(folder / "model_input.py", contract.model_input_sha256, "contract.json")
+    check_hash(model_input_path, contract.model_input_sha256, "contract.json")
     for name, sha256 in contract.tokenizer_sha256.items():
         check_hash(folder / name, sha256, "contract.json")
+
     tokenizer = read_tokenizer(folder)
     model_input.check_golden(tokenizer, contract)
     return Package(folder, contract, manifest, model_input, tokenizer)
 
 
 def check_manifest(folder: Path) -> dict:
-    """The parsed manifest.json, once every file that it lists has the bytes that it lists, and none is there besides."""
-    if not (folder / "manifest.json").is_file():
+    """Parse manifest.json, once every file that it lists has the bytes that it lists, and none is there besides."""
+    manifest_path = folder / "manifest.json"
+    if not manifest_path.is_file():
         raise PackageError(f"{folder}: manifest.json is missing; package the run again")
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    listed = {name: expected for name, expected in manifest["files"].items() if name not in NOT_MOUNTED}
-    for name, expected in listed.items():
-        path = folder / name
-        if not path.is_file():
-            raise PackageError(f"{path}: missing, but manifest.json lists it; upload the package again")
-        if path.stat().st_size != expected["bytes"]:
-            raise PackageError(f"{path}: {path.stat().st_size} bytes, manifest.json says {expected['bytes']}; upload it again")
+    manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+    hashes = {}
+    for name, listed in manifest["files"].items():
+        if name not in NOT_MOUNTED:
+            check_size(folder / name, listed["bytes"])
+            hashes[folder / name] = listed["sha256"]
+
+    # Reading every byte takes a minute or two: several files at a time.
     with ThreadPoolExecutor(HASHING_THREADS) as pool:
-        for _ in pool.map(lambda name: check_hash(folder / name, listed[name]["sha256"], "manifest.json"), listed):
-            pass
-    present = {path.name for path in folder.iterdir() if path.is_file()}
-    unlisted = sorted(present - set(manifest["files"]) - {"manifest.json", *NOT_MOUNTED})
+        checks = [pool.submit(check_hash, *item, "manifest.json") for item in hashes.items()]
+        for check in checks:
+            check.result()
+
+    expected_names = {"manifest.json", *manifest["files"], *NOT_MOUNTED}
+    present_names = {path.name for path in folder.iterdir() if path.is_file()}
+    unlisted = sorted(present_names - expected_names)
     if unlisted:
-        raise PackageError(f"{folder}: {', '.join(unlisted)} not listed in manifest.json; package the run again")
+        raise PackageError(
+            f"{folder}: {', '.join(unlisted)} not listed in manifest.json; package the run again"
+        )
     return manifest
+
+
+def check_size(path: Path, expected: int) -> None:
+    """Raise PackageError unless the file at `path` has as many bytes as manifest.json says."""
+    if not path.is_file():
+        raise PackageError(f"{path}: missing, but manifest.json lists it; upload the package again")
+    size = path.stat().st_size
+    if size != expected:
+        raise PackageError(f"{path}: {size} bytes, manifest.json says {expected}; upload it again")
 
 
 def check_hash(path: Path, expected: str, source: str) -> None:
@@ -245,9 +274,11 @@ def check_hash(path: Path, expected: str, source: str) -> None:
     if not path.is_file():
         raise PackageError(f"{path}: missing, but {source} lists it; package the run again")
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != expected:
-        raise PackageError(f"{path}: its SHA-256 is {found[:12]}…, {source} says {expected[:12]}…; the file has changed")
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    if sha256 != expected:
+        raise PackageError(
+            f"{path}: its SHA-256 is {sha256[:12]}…, {source} says {expected[:12]}…; the file has changed"
+        )
 
 
 class _SourceOnly(importlib.abc.SourceLoader):
@@ -264,20 +295,25 @@ class _SourceOnly(importlib.abc.SourceLoader):
 
 
 def execute_model_input(path: Path) -> ModuleType:
-    """The module in `path`, under a name of its own, so that packages with different copies can live side by side."""
-    name = f"model_input_{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
+    """Import the module at `path` under a name of its own, so that packages with different copies can live side by side."""
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    name = f"model_input_{sha256[:12]}"
     loader = _SourceOnly(path)
-    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(name, path, loader=loader))
+    module_spec = importlib.util.spec_from_file_location(name, path, loader=loader)
+    module = importlib.util.module_from_spec(module_spec)
+
+    # Its dataclasses look their module up by name.
     sys.modules[name] = module
     loader.exec_module(module)
     return module
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer in tokenizer.json, as training saved it: no class of transformers can rebuild it differently."""
-    if not (folder / "tokenizer.json").is_file():
+    """Read tokenizer.json, as training saved it: no class of transformers can rebuild it differently."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
         raise PackageError(f"{folder}: tokenizer.json is missing; package the run again")
-    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return Tokenizer.from_file(str(path))
 
 
 # ==============================================================================================================
@@ -290,8 +326,11 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 # Nothing here needs torch: sizes come from the headers of the package's safetensors files.
 # ==============================================================================================================
 
-NUMBERED = re.compile(r"^(.+?)\.(\d+)\.")  # a tensor of one of several modules in a list
-LAYER = re.compile(r"\.\d+$")  # the part that is one layer
+# The name of a tensor in one of several modules of a list.
+NUMBERED = re.compile(r"^(.+?)\.(\d+)\.")
+
+# The name of a part that is a layer.
+LAYER = re.compile(r"\.\d+$")
 
 
 @dataclass(frozen=True)
@@ -309,19 +348,20 @@ def weight_sizes(folder: Path) -> dict[str, tuple[int, int]]:
     """
     sizes = {}
     for path in sorted(Path(folder).glob("model*.safetensors")):
+        # A file begins with the length of its header, which describes each tensor.
         with path.open("rb") as file:
             header_length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(header_length))
         header.pop("__metadata__", None)
 
         for name, tensor in header.items():
+            start, end = tensor["data_offsets"]
             elements = math.prod(tensor["shape"])
             if tensor["dtype"] == "U8" and f"{name}.absmax" in header:
                 elements *= 2
             elif name.endswith(".qweight"):
                 inputs = header[name.removesuffix("qweight") + "g_idx"]["shape"][0]
                 elements *= inputs // tensor["shape"][0]
-            start, end = tensor["data_offsets"]
             sizes[name] = (end - start, elements)
     return sizes
 
@@ -341,18 +381,25 @@ def list_parts(sizes: Mapping[str, tuple[int, int]]) -> dict[str, Part]:
     layers = find_layers(sizes)
     parts: dict[str, Part] = {}
     for name, (size_bytes, elements) in sizes.items():
+        # Outside of the layers there is hardly work: embeddings are looked up, a head reads one token.
+        work = 0
+        if name.startswith(f"{layers}."):
+            work = elements
+
         part_name = name_part(name, layers)
         part = parts.get(part_name, Part())
-        work = elements if name.startswith(f"{layers}.") else 0
         parts[part_name] = Part(part.size_bytes + size_bytes, part.work + work)
-    return dict(sorted(parts.items(), key=lambda item: part_order(item[0], layers)))
+
+    ordered_names = sorted(parts, key=lambda name: part_order(name, layers))
+    return {name: parts[name] for name in ordered_names}
 
 
 def name_part(tensor_name: str, layers: str) -> str:
     """Name the module that a tensor belongs to: a layer, or the largest module that holds no layer."""
     path = tensor_name.split(".")
-    shared = len(os.path.commonprefix([path, layers.split(".")]))
-    return ".".join(path[: shared + 1])
+    layers_path = layers.split(".")
+    shared_path = os.path.commonprefix([path, layers_path])
+    return ".".join(path[: len(shared_path) + 1])
 
 
 def part_order(part_name: str, layers: str) -> tuple[int, int]:
@@ -361,7 +408,9 @@ def part_order(part_name: str, layers: str) -> tuple[int, int]:
         return (1, int(part_name.rpartition(".")[2]))
     if "embed" in part_name:
         return (0, 0)
-    return (2, 0) if "norm" in part_name.lower() else (3, 0)
+    if "norm" in part_name.lower():
+        return (2, 0)
+    return (3, 0)
 
 
 def balance(parts: Sequence[Part], devices: int, byte_limit: int | None = None) -> list[int]:
@@ -376,24 +425,38 @@ def balance(parts: Sequence[Part], devices: int, byte_limit: int | None = None) 
         Each part's device, by number. No device is over the limit by more than must be, the busiest has as little work as can
         be, and the fullest as few bytes.
     """
-    best_cost, best_bounds = None, None
-    for cuts in itertools.combinations(range(1, len(parts)), devices - 1):
-        bounds = [0, *cuts, len(parts)]
-        stages = [parts[start:end] for start, end in itertools.pairwise(bounds)]
-        most_bytes = max(sum(part.size_bytes for part in stage) for stage in stages)
-        most_work = max(sum(part.work for part in stage) for stage in stages)
-        excess_bytes = max(most_bytes - byte_limit, 0) if byte_limit is not None else 0
-        cost = (excess_bytes, most_work, most_bytes)
-        if best_cost is None or cost < best_cost:
-            best_cost, best_bounds = cost, bounds
+
+    def cost_of(cuts: Sequence[int]) -> tuple[int, int, int]:
+        stages = cut_parts(parts, cuts)
+        stage_bytes = [sum(part.size_bytes for part in stage) for stage in stages]
+        stage_work = [sum(part.work for part in stage) for stage in stages]
+        most_bytes = max(stage_bytes)
+        most_work = max(stage_work)
+
+        if byte_limit is None:
+            return (0, most_work, most_bytes)
+        excess_bytes = max(most_bytes - byte_limit, 0)
+        return (excess_bytes, most_work, most_bytes)
+
+    # There are few ways to cut some dozens of layers in two: all are tried.
+    all_cuts = itertools.combinations(range(1, len(parts)), devices - 1)
+    best_cuts = min(all_cuts, key=cost_of)
 
     numbers = []
-    for device, (start, end) in enumerate(itertools.pairwise(best_bounds)):
-        numbers += [device] * (end - start)
+    for device, stage in enumerate(cut_parts(parts, best_cuts)):
+        numbers += [device] * len(stage)
     return numbers
 
 
-def split_over(folder: Path, devices: Sequence[str], byte_limit: int | None = None) -> dict[str, str]:
+def cut_parts(parts: Sequence[Part], cuts: Sequence[int]) -> list[Sequence[Part]]:
+    """Cut a list of parts before the places in `cuts`."""
+    bounds = [0, *cuts, len(parts)]
+    return [parts[start:end] for start, end in itertools.pairwise(bounds)]
+
+
+def split_over(
+    folder: Path, devices: Sequence[str], byte_limit: int | None = None
+) -> dict[str, str]:
     """Make transformers' device_map for the model in `folder`, its layers over all `devices`.
 
     Positions are computed beside the embedding; a head that is the embedding itself stays with it.
@@ -401,11 +464,15 @@ def split_over(folder: Path, devices: Sequence[str], byte_limit: int | None = No
     sizes = weight_sizes(folder)
     parts = list_parts(sizes)
     numbers = balance(list(parts.values()), len(devices), byte_limit)
-    device_map = {part_name: devices[number] for part_name, number in zip(parts, numbers, strict=True)}
+    device_map = {
+        part_name: devices[number] for part_name, number in zip(parts, numbers, strict=True)
+    }
 
+    # What holds no weights, or those of another part, is not in the files.
     layers = find_layers(sizes)
     device_map[f"{layers.rpartition('.')[0]}.rotary_emb"] = devices[0]
-    if part_order(list(parts)[-1], layers) == (2, 0):  # the norm is the last part
+    last_part = list(parts)[-1]
+    if part_order(last_part, layers) == (2, 0):  # the norm: there is no head
         device_map["lm_head"] = devices[0]
     return device_map
 
@@ -432,8 +499,11 @@ class Stages:
 
     def __init__(self, model: torch.nn.Module, starts: Sequence[str], devices: Sequence[str] = ()):
         self.locks = [threading.Lock() for _ in range(1 + len(starts))]
-        self.local = threading.local()  # the stage and the streams of the batch that this thread computes
 
+        # The stage and the streams of the batch that this thread computes.
+        self.local = threading.local()
+
+        # A set of streams for each batch in flight, taken by one batch after the other.
         gpus = [device for device in devices if device.startswith("cuda")]
         self.streams: queue.SimpleQueue[list] = queue.SimpleQueue()
         for _ in self.locks:
@@ -451,7 +521,8 @@ class Stages:
         self.local.streams = self.streams.get()
         try:
             with contextlib.ExitStack() as current_streams:
-                for stream in reversed(self.local.streams):  # the last one entered decides the thread's device
+                # The last one entered decides the thread's device.
+                for stream in reversed(self.local.streams):
                     current_streams.enter_context(torch.cuda.stream(stream))
                 yield
         finally:
@@ -464,6 +535,8 @@ class Stages:
         previous_stage = getattr(self.local, "stage", None)
         if previous_stage is None:
             return
+
+        # The device may still compute what Python has long queued.
         self.locks[stage].acquire()
         if self.local.streams:
             self.local.streams[previous_stage].synchronize()
@@ -486,6 +559,7 @@ def stage_starts(device_map: Mapping[str, str]) -> list[str]:
     for part_name, device in device_map.items():
         if not LAYER.search(part_name):
             continue
+        # The first part of the first device begins no stage that a batch would have to wait for.
         if previous_device not in (None, device):
             starts.append(part_name)
         previous_device = device
@@ -498,12 +572,21 @@ def stage_starts(device_map: Mapping[str, str]) -> list[str]:
 # GPTQ packages without GPTQ's libraries: linear layers that unpack their 4 or 8 bits for each matrix product.
 #
 # Kaggle's image has none of them, and none can be taken there: gptqmodel is a source distribution that wants a newer
-# transformers and compiles its CUDA kernels at first use. The file format is the standard one (checkpoint_format gptq): qweight
-# and qzeros are int32 words, lowest bits first, of qweight along the inputs, of qzeros along the outputs, each zero less one.
+# transformers and compiles its CUDA kernels at first use.
+#
+# The file format is the standard one (checkpoint_format gptq). qweight and qzeros are int32 words, lowest bits first, of
+# qweight along the inputs, of qzeros along the outputs, each zero less one.
 # ==============================================================================================================
 
-UNPACKING = "gptq_unpacked"  # the name that transformers knows these classes by; its own loader of gptq wants the libraries
+# The name that transformers knows these classes by; its own loader of gptq wants the libraries.
+UNPACKING = "gptq_unpacked"
+
+# The kinds of GPTQ that are unpacked here, by the keys of config.json.
 SUPPORTED = {"bits": (4, 8), "desc_act": (False,), "sym": (True,), "checkpoint_format": ("gptq",)}
+
+
+# A linear layer elsewhere, such as the head, is not quantised.
+IN_LAYER = re.compile(r"\.\d+\.")
 
 
 class GptqLinear(torch.nn.Module):
@@ -516,28 +599,42 @@ class GptqLinear(torch.nn.Module):
         super().__init__()
         self.bits = bits
         self.group_size = group_size
+        self.bias = linear_layer.bias
+
+        # Tensors under the names and in the shapes of the file format.
         outputs, inputs = linear_layer.out_features, linear_layer.in_features
         groups = inputs // group_size
         codes_in_word = 32 // bits
-        self.register_buffer("qweight", torch.zeros(inputs // codes_in_word, outputs, dtype=torch.int32))
-        self.register_buffer("qzeros", torch.zeros(groups, outputs // codes_in_word, dtype=torch.int32))
+        self.register_buffer(
+            "qweight", torch.zeros(inputs // codes_in_word, outputs, dtype=torch.int32)
+        )
+        self.register_buffer(
+            "qzeros", torch.zeros(groups, outputs // codes_in_word, dtype=torch.int32)
+        )
         self.register_buffer("scales", torch.zeros(groups, outputs, dtype=torch.float16))
-        self.register_buffer("g_idx", torch.zeros(inputs, dtype=torch.int32))  # i // group_size: nothing was reordered
-        self.bias = linear_layer.bias
+        # Of each input its group, which is its place // group_size: nothing was reordered.
+        self.register_buffer("g_idx", torch.zeros(inputs, dtype=torch.int32))
 
     def prepare(self) -> None:
         """Bring the loaded tensors into the order in which they are used; what they came in is freed."""
-        zeros_qu = unpack(self.qzeros, self.bits) + 1
-        self.register_buffer("words_ui", self.qweight.T.clone(memory_format=torch.contiguous_format))
-        self.register_buffer("zeros_uq1", zeros_qu.T.contiguous().unsqueeze(-1))
-        self.register_buffer("scales_uq1", self.scales.T.contiguous().unsqueeze(-1))
+        words_ui = self.qweight.T.clone(memory_format=torch.contiguous_format)
+        zeros_uq = unpack(self.qzeros, self.bits).T + 1
+        scales_uq = self.scales.T.contiguous()
+
+        self.register_buffer("words_ui", words_ui)
+        self.register_buffer("zeros_uq1", zeros_uq.unsqueeze(-1))
+        self.register_buffer("scales_uq1", scales_uq.unsqueeze(-1))
         del self.qweight, self.qzeros, self.scales, self.g_idx
 
     def weight_ui(self, dtype: torch.dtype) -> torch.Tensor:
         """The weights in `dtype`, of shape (outputs, inputs): (code - zero) * scale."""
         codes_ui = unpack(self.words_ui, self.bits)
-        weight_uqi = codes_ui.unflatten(1, (-1, self.group_size)).to(dtype)
-        weight_uqi.sub_(self.zeros_uq1).mul_(self.scales_uq1.to(dtype))
+        codes_uqi = codes_ui.unflatten(1, (-1, self.group_size))
+
+        # In place: the weights of a layer are large beside a batch.
+        weight_uqi = codes_uqi.to(dtype)
+        weight_uqi.sub_(self.zeros_uq1)
+        weight_uqi.mul_(self.scales_uq1.to(dtype))
         return weight_uqi.flatten(1)
 
     def forward(self, input_bti: torch.Tensor) -> torch.Tensor:
@@ -554,7 +651,10 @@ def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
     bytes_ri = words.contiguous().view(torch.uint8)
     if bits == 8:
         return bytes_ri
-    return torch.stack((bytes_ri & 15, bytes_ri >> 4), dim=-1).flatten(-2)
+
+    # Two codes share a byte, the first one in its lower half.
+    codes = torch.stack((bytes_ri & 15, bytes_ri >> 4), dim=-1)
+    return codes.flatten(-2)
 
 
 class UnpackingConfig(QuantizationConfigMixin):
@@ -567,17 +667,21 @@ class UnpackingConfig(QuantizationConfigMixin):
 
 
 class UnpackingQuantizer(HfQuantizer):
-    """Tells transformers to put a GptqLinear in the place of every linear layer below `layers` before it reads weights."""
+    """Tells transformers to put a GptqLinear in the place of every linear layer of a layer before it reads weights."""
 
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: torch.nn.Module, **_) -> None:
         config = self.quantization_config
         for name, module in list(model.named_modules()):
-            if isinstance(module, torch.nn.Linear) and ".layers." in name:
-                with torch.device("meta"):
-                    packed = GptqLinear(module, config.bits, config.group_size)
-                model.set_submodule(name, packed)
+            is_linear = isinstance(module, torch.nn.Linear)
+            if not is_linear or not IN_LAYER.search(name):
+                continue
+
+            # On the meta device: its tensors are read from the package afterwards.
+            with torch.device("meta"):
+                packed = GptqLinear(module, config.bits, config.group_size)
+            model.set_submodule(name, packed)
 
     def _process_model_after_weight_loading(self, model: torch.nn.Module, **_) -> None:
         for module in model.modules():
@@ -603,12 +707,18 @@ def unpacking(settings: Mapping[str, object], folder: Path | str) -> dict[str, o
     for key, supported in SUPPORTED.items():
         if settings.get(key) not in supported:
             expected = " or ".join(map(str, supported))
-            raise PackageError(f"{folder}: config.json: {key} is {settings.get(key)!r}, expected {expected}; quantise it again")
+            raise PackageError(
+                f"{folder}: config.json: {key} is {settings.get(key)!r}, expected {expected}; quantise it again"
+            )
 
     if UNPACKING not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(UNPACKING)(UnpackingConfig)
         register_quantizer(UNPACKING)(UnpackingQuantizer)
-    return {"quant_method": UNPACKING, "bits": settings["bits"], "group_size": settings["group_size"]}
+    return {
+        "quant_method": UNPACKING,
+        "bits": settings["bits"],
+        "group_size": settings["group_size"],
+    }
 
 
 # ==============================================================================================================
@@ -621,8 +731,17 @@ def unpacking(settings: Mapping[str, object], folder: Path | str) -> dict[str, o
 # ==============================================================================================================
 
 # What is added to the weight of a norm, by model_type.
-NORM_OFFSETS = {"gemma2": 1.0, "llama": 0.0, "mistral": 0.0, "phi3": 0.0, "qwen2": 0.0, "qwen3": 0.0}
-PARTLY_ROTATED = ("phi3",)  # its positions may rotate a part of a head only
+NORM_OFFSETS = {
+    "gemma2": 1.0,
+    "llama": 0.0,
+    "mistral": 0.0,
+    "phi3": 0.0,
+    "qwen2": 0.0,
+    "qwen3": 0.0,
+}
+
+# Architectures whose positions may rotate a part of a head only.
+PARTLY_ROTATED = ("phi3",)
 
 
 class GatedMlp(torch.nn.Module):
@@ -637,7 +756,8 @@ class GatedMlp(torch.nn.Module):
 
     def forward(self, hidden_btd: torch.Tensor) -> torch.Tensor:
         """The MLP's output, of the input's shape."""
-        gated_btu = self.act_fn(self.gate_proj(hidden_btd))
+        gate_btu = self.gate_proj(hidden_btd)
+        gated_btu = self.act_fn(gate_btu)
         gated_btu *= self.up_proj(hidden_btd)
         return self.down_proj(gated_btu)
 
@@ -662,9 +782,14 @@ def fuse_elementwise(model: torch.nn.Module) -> None:
 
 def fuse_norm(norm: torch.nn.Module, offset: float) -> torch.nn.RMSNorm:
     """Make PyTorch's own RMSNorm, one kernel on a GPU, of an architecture's."""
-    epsilon = getattr(norm, "variance_epsilon", None) or norm.eps
+    # Architectures have either of two names for it.
+    epsilon = getattr(norm, "variance_epsilon", None)
+    if epsilon is None:
+        epsilon = norm.eps
+
     fused = torch.nn.RMSNorm(norm.weight.shape, eps=epsilon, device="meta")
-    fused.weight = torch.nn.Parameter(norm.weight.detach() + offset, requires_grad=False)
+    weight_d = norm.weight.detach() + offset
+    fused.weight = torch.nn.Parameter(weight_d, requires_grad=False)
     return fused
 
 
@@ -678,21 +803,25 @@ def rotate_queries_and_keys(q, k, cos, sin, unsqueeze_dim=1) -> tuple[torch.Tens
 def rotate_halves(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate each number of the first half of the last axis together with its counterpart in the second half."""
     half = states.shape[-1] // 2
+    first = states[..., :half]
+    second = states[..., half:]
+
+    # The first half becomes first * cos - second * sin, the second half second * cos + first * sin.
     rotated = states * cos
-    rotated[..., :half].addcmul_(states[..., half:], sin[..., :half], value=-1)
-    rotated[..., half:].addcmul_(states[..., :half], sin[..., half:])
+    rotated[..., :half].addcmul_(second, sin[..., :half], value=-1)
+    rotated[..., half:].addcmul_(first, sin[..., half:])
     return rotated
 
 
 def layer_list(model: torch.nn.Module) -> torch.nn.ModuleList:
     """Find the list of a model's layers: of all its lists of modules the one with the most parameters."""
-    largest, most_parameters = None, -1
-    for module in model.modules():
-        if isinstance(module, torch.nn.ModuleList):
-            parameters = sum(parameter.numel() for parameter in module.parameters())
-            if parameters > most_parameters:
-                largest, most_parameters = module, parameters
-    return largest
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    return max(lists, key=count_parameters)
+
+
+def count_parameters(module: torch.nn.Module) -> int:
+    """Count the parameters of a module and of all modules in it."""
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 # ==============================================================================================================
@@ -706,10 +835,17 @@ def layer_list(model: torch.nn.Module) -> torch.nn.ModuleList:
 # which is right in the one place that is read. Of a causal LM's output layer only the rows of the label tokens are kept.
 # ==============================================================================================================
 
+# The name under which transformers finds repeated_attention.
 SDPA = "sdpa_repeated"
-READ_FIRST_TOKEN = ("bert", "deberta-v2")  # encoders whose head reads nothing else
-AFTER_ATTENTION = ("self_attn.o_proj", "mlp", "attention.output.dense", "intermediate")  # decoders' names, then BERT's
-BEING_READ = threading.local()  # of the batch that this thread is scoring: a split model has one in each of several threads
+
+# Encoders whose head reads nothing but the first token.
+READ_FIRST_TOKEN = ("bert", "deberta-v2")
+
+# What comes after the attention in a layer, by the names of decoders, then of BERT.
+AFTER_ATTENTION = ("self_attn.o_proj", "mlp", "attention.output.dense", "intermediate")
+
+# The places read in the batch of this thread: a split model has a batch in each of several threads.
+BEING_READ = threading.local()
 
 
 def repeated_attention(module, query_bhtd, key_bhtd, value_bhtd, attention_mask, scaling=None, **_):
@@ -741,17 +877,22 @@ AttentionMaskInterface.register(SDPA, sdpa_mask)
 class LabelHead(torch.nn.Module):
     """The rows of a causal LM's output layer that belong to the label tokens, in float32."""
 
-    def __init__(self, output_layer: torch.nn.Linear, label_token_ids: Sequence[int], device: torch.device):
+    def __init__(
+        self, output_layer: torch.nn.Linear, label_token_ids: Sequence[int], device: torch.device
+    ):
         super().__init__()
         rows = list(label_token_ids)
-        self.weight_vd = output_layer.weight.detach()[rows].to(device, torch.float32)
+        weight_vd = output_layer.weight.detach()[rows]
+        self.weight_vd = weight_vd.to(device, torch.float32)
         self.bias_v = None
         if output_layer.bias is not None:
-            self.bias_v = output_layer.bias.detach()[rows].to(device, torch.float32)
+            bias_v = output_layer.bias.detach()[rows]
+            self.bias_v = bias_v.to(device, torch.float32)
 
     def forward(self, hidden_btd: torch.Tensor) -> torch.Tensor:
         """The label tokens' logits, (rows, tokens, labels); the model itself scales or caps them afterwards."""
-        return linear(hidden_btd.float(), self.weight_vd, self.bias_v)
+        hidden_btd = hidden_btd.float()
+        return linear(hidden_btd, self.weight_vd, self.bias_v)
 
 
 def take_shortcuts(model: torch.nn.Module, label_token_ids: Sequence[int] = ()) -> None:
@@ -765,10 +906,12 @@ def take_shortcuts(model: torch.nn.Module, label_token_ids: Sequence[int] = ()) 
     """
     attentions = [module for module in model.modules() if hasattr(module, "is_causal")]
     model.causal = bool(attentions) and all(module.is_causal for module in attentions)
+
     fuse_elementwise(model)
     if label_token_ids:
         keep_label_rows(model, label_token_ids)
 
+    # Architectures name the parts after the attention differently: a layer has some of these names.
     if model.causal or model.config.model_type in READ_FIRST_TOKEN:
         last_layer = layer_list(model)[-1]
         for name in AFTER_ATTENTION:
@@ -783,6 +926,7 @@ def keep_label_rows(model: torch.nn.Module, label_token_ids: Sequence[int]) -> N
     """
     output_layer = model.get_output_embeddings()
     if type(output_layer) is torch.nn.Linear:
+        # The head of a model that is split need not stand where the hidden states come out.
         last_device = next(layer_list(model)[-1].parameters()).device
         output_layer = LabelHead(output_layer, label_token_ids, last_device)
         model.set_output_embeddings(output_layer)
@@ -822,8 +966,12 @@ def keep_read_tokens(_, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, .
 # ==============================================================================================================
 
 FLOAT16_MAX = torch.finfo(torch.float16).max
-WITH_WEIGHTS = (layer_norm, linear, rms_norm)  # these want input and weights in one dtype
-QUANTISE_TO_INT8 = "bitsandbytes.int8_vectorwise_quant.default"  # takes float16 only
+
+# These functions want input and weights in one dtype.
+WITH_WEIGHTS = (layer_norm, linear, rms_norm)
+
+# bitsandbytes' first step of an int8 product, which takes float16 only.
+QUANTISE_TO_INT8 = "bitsandbytes.int8_vectorwise_quant.default"
 
 
 class ComputeInFloat32(TorchFunctionMode):
@@ -867,7 +1015,9 @@ CLASSES = {
     "reward": AutoModelForSequenceClassification,
     "label_tokens": AutoModelForCausalLM,
 }
-LORA = ("lora_config.json", "lora.safetensors")  # under PEFT's own names, transformers would go looking for the base model
+
+# Under PEFT's own names for them, transformers would go looking for the base model.
+LORA = ("lora_config.json", "lora.safetensors")
 
 
 def load_model(
@@ -883,20 +1033,23 @@ def load_model(
         folder: The package's folder.
         contract: The package's model_input.Contract.
         device: Where the model goes, or with a `device_map` its inputs: the device of the embedding.
-        dtype: None for float16 on CUDA (a T4 has no bfloat16 units) and float32 elsewhere. Quantised packages load by their
-            own config.json.
+        dtype: None for float16 on CUDA (a T4 has no bfloat16 units) and float32 elsewhere.
         device_map: Places parts of the model on several devices.
 
     Raises:
         PackageError: A weight is missing, or the configuration contradicts the contract.
     """
     if contract.head not in CLASSES:
-        raise PackageError(f"{folder}: its head is {contract.head!r}; this runtime scores {', '.join(CLASSES)}")
+        raise PackageError(
+            f"{folder}: its head is {contract.head!r}; this runtime scores {', '.join(CLASSES)}"
+        )
     if dtype is None:
         dtype = torch.float16 if device.startswith("cuda") else torch.float32
+
     config = serving_config(folder, contract)
     is_quantised = set_quantisation(config, folder, device)
 
+    # Without a device_map weights are read on the CPU first, and quantised ones are not read at all.
     options = {}
     if device_map or is_quantised or device != "cpu":
         options["device_map"] = dict(device_map or {"": device})
@@ -911,6 +1064,7 @@ def load_model(
         **options,
     )
 
+    # An adapter may bring a head of its own, which the base model then lacks rightly.
     missing = set(loading["missing_keys"])
     lora_config_path, lora_path = (Path(folder) / name for name in LORA)
     if lora_path.is_file():
@@ -932,7 +1086,9 @@ def set_quantisation(config, folder: Path | str, device: str) -> bool:
     if not quantised:
         return False
     if device.startswith("cuda") and quantised.get("bnb_4bit_compute_dtype") == "bfloat16":
-        raise PackageError(f"{folder}: computes in bfloat16, which a T4 lacks; quantise it again from float16 weights")
+        raise PackageError(
+            f"{folder}: computes in bfloat16, which a T4 lacks; quantise it again from float16 weights"
+        )
     if quantised.get("quant_method") == "gptq":
         config.quantization_config = unpacking(quantised, folder)
     return True
@@ -956,23 +1112,30 @@ def add_adapter(
     Returns:
         The model, and the names of the weights that the adapter replaces.
     """
-    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict  # noqa: PLC0415  few packages need it
+    # Few packages need PEFT, whose import takes seconds.
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict  # noqa: PLC0415
 
-    lora_config = LoraConfig.from_peft_type(**json.loads(lora_config_path.read_text(encoding="utf-8")))
+    settings = json.loads(lora_config_path.read_text(encoding="utf-8"))
+    lora_config = LoraConfig.from_peft_type(**settings)
     tensors = load_file(lora_path)
     model = get_peft_model(model, lora_config, autocast_adapter_dtype=False)
     result = set_peft_model_state_dict(model, tensors)
 
     # PEFT also counts the weights of the base model as missing.
-    unmatched = [name for name in result.missing_keys if "lora_" in name or ".modules_to_save." in name]
+    unmatched = [
+        name for name in result.missing_keys if "lora_" in name or ".modules_to_save." in name
+    ]
     unmatched += result.unexpected_keys
     if unmatched:
-        raise PackageError(f"{lora_path}: not the adapter of {lora_config_path}: {', '.join(unmatched[:5])}")
+        raise PackageError(
+            f"{lora_path}: not the adapter of {lora_config_path}: {', '.join(unmatched[:5])}"
+        )
 
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.to(dtype)
-    return model, {name.removeprefix("base_model.model.") for name in tensors}
+    replaced_names = {name.removeprefix("base_model.model.") for name in tensors}
+    return model, replaced_names
 
 
 def serving_config(folder: Path | str, contract):
@@ -983,6 +1146,8 @@ def serving_config(folder: Path | str, contract):
     """
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     verdicts = contract.verdicts
+
+    # The head has one output for each verdict, or one reward, or is the language model's own.
     expected_labels = {"score": len(verdicts), "reward": 1, "label_tokens": 0}[contract.head]
     labels = 0 if contract.head == "label_tokens" else config.num_labels
     if not labels == contract.num_labels == expected_labels:
@@ -991,12 +1156,19 @@ def serving_config(folder: Path | str, contract):
             f"the verdicts {', '.join(verdicts)}; package the run again"
         )
     if contract.head == "label_tokens" and len(contract.label_token_ids) != len(verdicts):
-        raise PackageError(f"{folder}: contract.json names {len(contract.label_token_ids)} label tokens; package the run again")
+        raise PackageError(
+            f"{folder}: contract.json names {len(contract.label_token_ids)} label tokens; package the run again"
+        )
 
     config.pad_token_id = contract.pad_token_id
-    config.use_cache = False  # keys and values for a generation that never comes: 2.8 GB of Gemma-2-9b at 8,192 tokens
+    # Else keys and values are kept for a generation that never comes: 2.8 GB of Gemma-2-9b.
+    config.use_cache = False
+
+    # Training may have left the soft cap of attention out, for the sake of SDPA.
     if contract.softcap and not getattr(config, "attn_logit_softcapping", None):
-        raise PackageError(f"{folder}: trained with a soft-cap, but config.json has no attn_logit_softcapping")
+        raise PackageError(
+            f"{folder}: trained with a soft-cap, but config.json has no attn_logit_softcapping"
+        )
     if not contract.softcap and hasattr(config, "attn_logit_softcapping"):
         config.attn_logit_softcapping = None
     return config
@@ -1009,7 +1181,9 @@ def serving_config(folder: Path | str, contract):
 # ==============================================================================================================
 
 ORDERS = ("as_given", "swapped")
-REWARD_SIDES = ("model_a", "model_b")  # the order of a reward model's two sequences
+
+# The order of a reward model's two sequences.
+REWARD_SIDES = ("model_a", "model_b")
 
 # What a forward pass costs beside its tokens, in tokens, by the package's quantisation: weights are unpacked in each pass.
 SPARE_TOKENS = {"none": 32, "int8": 32, "nf4": 128, "gptq8": 256, "gptq4": 512}
@@ -1044,6 +1218,11 @@ class BatchScores:
     overflowed: int = 0
 
 
+def spare_tokens_of(manifest: Mapping[str, object]) -> int:
+    """The padding that a package's forward passes may hold, by the quantisation that its manifest names."""
+    return SPARE_TOKENS.get(manifest["quantize"], DEFAULT_SPARE_TOKENS)
+
+
 def orders_of(contract, orders: Iterable[str]) -> tuple[str, ...]:
     """List the orders worth scoring: a reward model sees each response alone, so that its second order is its first."""
     if contract.head == "reward":
@@ -1056,11 +1235,14 @@ def padded_tokens(batch: Sequence[Request]) -> int:
     lengths = [len(ids) for request in batch for ids in request.sequences]
     tokens = 0
     for places in group_by_length(lengths, batch[0].spare_tokens):
-        tokens += lengths[places[0]] * len(places)
+        longest = lengths[places[0]]
+        tokens += longest * len(places)
     return tokens
 
 
-def group_by_length(lengths: Sequence[int], spare_tokens: int = DEFAULT_SPARE_TOKENS) -> list[list[int]]:
+def group_by_length(
+    lengths: Sequence[int], spare_tokens: int = DEFAULT_SPARE_TOKENS
+) -> list[list[int]]:
     """Group sequences of like length, each group to be one forward pass.
 
     Args:
@@ -1073,6 +1255,7 @@ def group_by_length(lengths: Sequence[int], spare_tokens: int = DEFAULT_SPARE_TO
     groups: list[list[int]] = []
     padding = 0
     for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
+        # A row is padded to the longest of its group, which is the group's first.
         if groups:
             padding += lengths[groups[-1][0]] - lengths[place]
         if not groups or padding > spare_tokens:
@@ -1108,7 +1291,9 @@ def make_batches(requests: Iterable[Request], tokens_per_batch: int) -> list[lis
     A batch, padded, holds at most `tokens_per_batch` tokens; a request that is longer than that is a batch of its own.
     """
     batches: list[list[Request]] = []
-    for request in sorted(requests, key=lambda request: (-request.length, request.id, request.order)):
+    for request in sorted(
+        requests, key=lambda request: (-request.length, request.id, request.order)
+    ):
         if batches and padded_tokens([*batches[-1], request]) <= tokens_per_batch:
             batches[-1].append(request)
         else:
@@ -1146,8 +1331,10 @@ def score_batch(
 
     # What fails here, for lack of memory or of a float32 kernel, costs this row alone.
     for row in overflowed_rows:
+        batch_of_one = [batch[row]]
         with contextlib.suppress(RuntimeError), ComputeInFloat32():
-            probabilities_bv[row] = batch_probabilities(model, contract, [batch[row]], device, passing)[0]
+            [row_v] = batch_probabilities(model, contract, batch_of_one, device, passing)
+            probabilities_bv[row] = row_v
 
     rows = []
     for request, values in zip(batch, probabilities_bv.tolist(), strict=True):
@@ -1158,10 +1345,15 @@ def score_batch(
     return BatchScores(rows, len(overflowed_rows))
 
 
-def batch_probabilities(model: torch.nn.Module, contract, batch: Sequence[Request], device: str, passing) -> torch.Tensor:
+def batch_probabilities(
+    model: torch.nn.Module, contract, batch: Sequence[Request], device: str, passing
+) -> torch.Tensor:
     """Compute the probabilities of a batch in its own orders, float32 of shape (requests, verdicts)."""
     sequences = [ids for request in batch for ids in request.sequences]
-    logits_bv = verdict_logits(model, contract, sequences, device, passing, batch[0].spare_tokens)
+    spare_tokens = batch[0].spare_tokens  # one package's requests have the same
+    logits_bv = verdict_logits(model, contract, sequences, device, passing, spare_tokens)
+
+    # What cancels the position bias of a base model that was not trained.
     if contract.logit_bias:
         logits_bv = logits_bv + torch.tensor(contract.logit_bias)
     return logits_bv.softmax(-1)
@@ -1194,11 +1386,15 @@ def verdict_logits(
     logits = torch.stack(rows)
     if contract.head != "reward":
         return logits
+
+    # A pair's two rewards are its two logits: Bradley and Terry's model.
     sides = [REWARD_SIDES.index(verdict) for verdict in contract.verdicts]
     return logits.view(-1, 2)[:, sides]
 
 
-def head_outputs(model: torch.nn.Module, contract, sequences: Sequence[list[int]], device: str) -> torch.Tensor:
+def head_outputs(
+    model: torch.nn.Module, contract, sequences: Sequence[list[int]], device: str
+) -> torch.Tensor:
     """Run the model over sequences, padded on the right, and read its head's outputs at one place of each.
 
     Returns:
@@ -1213,7 +1409,8 @@ def head_outputs(model: torch.nn.Module, contract, sequences: Sequence[list[int]
     if not is_decoder and not mask_bt.all():
         inputs["attention_mask"] = mask_bt.long().to(device)
 
-    places_b = torch.tensor(places_read(contract, sequences, is_decoder), device=device)
+    read_places = list_read_places(contract, sequences, is_decoder)
+    places_b = torch.tensor(read_places, device=device)
     with reading(places_b):
         logits = model(**inputs).logits
     if not is_causal_lm:
@@ -1228,16 +1425,16 @@ def head_outputs(model: torch.nn.Module, contract, sequences: Sequence[list[int]
     return logits[:, 0]
 
 
-def places_read(contract, sequences: Sequence[list[int]], is_decoder: bool) -> list[int]:
+def list_read_places(contract, sequences: Sequence[list[int]], is_decoder: bool) -> list[int]:
     """List the place of each sequence that its head reads."""
     if contract.head == "label_tokens":
         return [len(ids) - 1 for ids in sequences]
     if is_decoder:
-        return [last_token_place(ids, contract.pad_token_id) for ids in sequences]
+        return [find_last_token(ids, contract.pad_token_id) for ids in sequences]
     return [0] * len(sequences)
 
 
-def last_token_place(ids: Sequence[int], pad_token_id: int) -> int:
+def find_last_token(ids: Sequence[int], pad_token_id: int) -> int:
     """Find the last token that is not the pad id; 0 where all are, as transformers' classifier reads such a row."""
     for place in range(len(ids) - 1, -1, -1):
         if ids[place] != pad_token_id:
@@ -1251,10 +1448,15 @@ def pad(sequences: Sequence[list[int]], pad_token_id: int) -> tuple[torch.Tensor
     Returns:
         The ids, and where they are no padding, both of shape (sequences, tokens).
     """
-    lengths_b1 = torch.tensor([[len(ids)] for ids in sequences])
-    mask_bt = torch.arange(int(lengths_b1.max())) < lengths_b1
-    ids_bt = torch.full(mask_bt.shape, pad_token_id)
-    ids_bt[mask_bt] = torch.tensor([token for ids in sequences for token in ids])
+    lengths = [len(ids) for ids in sequences]
+    shape = (len(sequences), max(lengths))
+    ids_bt = torch.full(shape, pad_token_id)
+    mask_bt = torch.zeros(shape, dtype=torch.bool)
+
+    for row, ids in enumerate(sequences):
+        length = len(ids)
+        ids_bt[row, :length] = torch.tensor(ids)
+        mask_bt[row, :length] = True
     return ids_bt, mask_bt
 
 
@@ -1280,8 +1482,11 @@ def score(  # noqa: PLR0913  the last three are options by name
     """
     scores: dict[str, dict[str, list[float]]] = {pair.id: {} for pair in pairs}
     if len(scores) != len(pairs):
-        raise ValueError(f"{len(pairs) - len(scores)} pairs have the id of another one; scores are joined by id")
+        raise ValueError(
+            f"{len(pairs) - len(scores)} pairs have the id of another one; scores are joined by id"
+        )
 
+    # Where the orders do not differ, one is computed and counts for all.
     orders = tuple(orders)
     distinct_orders = orders_of(contract, orders)
     requests = make_requests(model_input, tokenizer, contract, pairs, distinct_orders)
@@ -1291,7 +1496,9 @@ def score(  # noqa: PLR0913  the last three are options by name
         overflowed += batch_scores.overflowed
         for request, values in zip(batch, batch_scores.probabilities, strict=True):
             if not all(map(math.isfinite, values)):
-                raise FloatingPointError(f"row {request.id}, {request.order}: probabilities {values} in {model.dtype}")
+                raise FloatingPointError(
+                    f"row {request.id}, {request.order}: probabilities {values} in {model.dtype}"
+                )
             scored_orders = orders
             if distinct_orders == orders:
                 scored_orders = [request.order]
@@ -1311,6 +1518,7 @@ def mean_of_orders(scores: dict[str, dict[str, list[float]]]) -> dict[str, list[
     means = {}
     for pair_id, by_order in scores.items():
         if by_order:
+            # The verdict's probabilities in each order stand together.
             by_verdict = zip(*by_order.values(), strict=True)
             means[pair_id] = [sum(values) / len(by_order) for values in by_verdict]
     return means
@@ -3314,7 +3522,9 @@ class Encoder:
                 return encoded
             pairs = [package.model_input.pair_from_row(row) for row in rows[start : start + ENCODED_AT_ONCE]]
             with self.tokenizers[number]:
-                requests = make_requests(package.model_input, package.tokenizer, contract, pairs, (order,))
+                requests = make_requests(
+                    package.model_input, package.tokenizer, contract, pairs, (order,), spare_tokens_of(package.manifest)
+                )
             for request in requests:
                 encoded.append(replace(request, sequences=tuple(array("i", ids) for ids in request.sequences)))
         tokens, seconds = sum(request.tokens for request in encoded), time.monotonic() - began

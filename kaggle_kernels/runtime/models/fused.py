@@ -93,10 +93,10 @@ def rotate_halves(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) ->
 
 def layer_list(model: torch.nn.Module) -> torch.nn.ModuleList:
     """Find the list of a model's layers: of all its lists of modules the one with the most parameters."""
-    largest, most_parameters = None, -1
-    for module in model.modules():
-        if isinstance(module, torch.nn.ModuleList):
-            parameters = sum(parameter.numel() for parameter in module.parameters())
-            if parameters > most_parameters:
-                largest, most_parameters = module, parameters
-    return largest
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    return max(lists, key=count_parameters)
+
+
+def count_parameters(module: torch.nn.Module) -> int:
+    """Count the parameters of a module and of all modules in it."""
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -58,18 +58,22 @@ class GptqLinear(torch.nn.Module):
 
     def prepare(self) -> None:
         """Bring the loaded tensors into the order in which they are used; what they came in is freed."""
-        zeros_qu = unpack(self.qzeros, self.bits) + 1
-        self.register_buffer(
-            "words_ui", self.qweight.T.clone(memory_format=torch.contiguous_format)
-        )
-        self.register_buffer("zeros_uq1", zeros_qu.T.contiguous().unsqueeze(-1))
-        self.register_buffer("scales_uq1", self.scales.T.contiguous().unsqueeze(-1))
+        words_ui = self.qweight.T.clone(memory_format=torch.contiguous_format)
+        zeros_uq = unpack(self.qzeros, self.bits).T + 1
+        scales_uq = self.scales.T.contiguous()
+
+        self.register_buffer("words_ui", words_ui)
+        self.register_buffer("zeros_uq1", zeros_uq.unsqueeze(-1))
+        self.register_buffer("scales_uq1", scales_uq.unsqueeze(-1))
         del self.qweight, self.qzeros, self.scales, self.g_idx
 
     def weight_ui(self, dtype: torch.dtype) -> torch.Tensor:
         """The weights in `dtype`, of shape (outputs, inputs): (code - zero) * scale."""
         codes_ui = unpack(self.words_ui, self.bits)
-        weight_uqi = codes_ui.unflatten(1, (-1, self.group_size)).to(dtype)
+        codes_uqi = codes_ui.unflatten(1, (-1, self.group_size))
+
+        # In place: the weights of a layer are large beside a batch.
+        weight_uqi = codes_uqi.to(dtype)
         weight_uqi.sub_(self.zeros_uq1)
         weight_uqi.mul_(self.scales_uq1.to(dtype))
         return weight_uqi.flatten(1)
@@ -111,11 +115,14 @@ class UnpackingQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: torch.nn.Module, **_) -> None:
         config = self.quantization_config
         for name, module in list(model.named_modules()):
-            if isinstance(module, torch.nn.Linear) and IN_LAYER.search(name):
-                # Weights are read into it afterwards.
-                with torch.device("meta"):
-                    packed = GptqLinear(module, config.bits, config.group_size)
-                model.set_submodule(name, packed)
+            is_linear = isinstance(module, torch.nn.Linear)
+            if not is_linear or not IN_LAYER.search(name):
+                continue
+
+            # On the meta device: its tensors are read from the package afterwards.
+            with torch.device("meta"):
+                packed = GptqLinear(module, config.bits, config.group_size)
+            model.set_submodule(name, packed)
 
     def _process_model_after_weight_loading(self, model: torch.nn.Module, **_) -> None:
         for module in model.modules():

@@ -114,25 +114,33 @@ def balance(parts: Sequence[Part], devices: int, byte_limit: int | None = None) 
         Each part's device, by number. No device is over the limit by more than must be, the busiest has as little work as can
         be, and the fullest as few bytes.
     """
-    # There are few ways to cut a few dozen layers in two: all are tried.
-    best_cost, best_bounds = None, None
-    for cuts in itertools.combinations(range(1, len(parts)), devices - 1):
-        bounds = [0, *cuts, len(parts)]
-        stages = [parts[start:end] for start, end in itertools.pairwise(bounds)]
+
+    def cost_of(cuts: Sequence[int]) -> tuple[int, int, int]:
+        stages = cut_parts(parts, cuts)
         stage_bytes = [sum(part.size_bytes for part in stage) for stage in stages]
         stage_work = [sum(part.work for part in stage) for stage in stages]
+        most_bytes = max(stage_bytes)
+        most_work = max(stage_work)
 
-        excess_bytes = 0
-        if byte_limit is not None:
-            excess_bytes = max(max(stage_bytes) - byte_limit, 0)
-        cost = (excess_bytes, max(stage_work), max(stage_bytes))
-        if best_cost is None or cost < best_cost:
-            best_cost, best_bounds = cost, bounds
+        if byte_limit is None:
+            return (0, most_work, most_bytes)
+        excess_bytes = max(most_bytes - byte_limit, 0)
+        return (excess_bytes, most_work, most_bytes)
+
+    # There are few ways to cut some dozens of layers in two: all are tried.
+    all_cuts = itertools.combinations(range(1, len(parts)), devices - 1)
+    best_cuts = min(all_cuts, key=cost_of)
 
     numbers = []
-    for device, (start, end) in enumerate(itertools.pairwise(best_bounds)):
-        numbers += [device] * (end - start)
+    for device, stage in enumerate(cut_parts(parts, best_cuts)):
+        numbers += [device] * len(stage)
     return numbers
+
+
+def cut_parts(parts: Sequence[Part], cuts: Sequence[int]) -> list[Sequence[Part]]:
+    """Cut a list of parts before the places in `cuts`."""
+    bounds = [0, *cuts, len(parts)]
+    return [parts[start:end] for start, end in itertools.pairwise(bounds)]
 
 
 def split_over(

@@ -182,7 +182,10 @@ def batch_probabilities(
 ) -> torch.Tensor:
     """Compute the probabilities of a batch in its own orders, float32 of shape (requests, verdicts)."""
     sequences = [ids for request in batch for ids in request.sequences]
-    logits_bv = verdict_logits(model, contract, sequences, device, passing, batch[0].spare_tokens)
+    spare_tokens = batch[0].spare_tokens  # one package's requests have the same
+    logits_bv = verdict_logits(model, contract, sequences, device, passing, spare_tokens)
+
+    # What cancels the position bias of a base model that was not trained.
     if contract.logit_bias:
         logits_bv = logits_bv + torch.tensor(contract.logit_bias)
     return logits_bv.softmax(-1)
@@ -278,11 +281,14 @@ def pad(sequences: Sequence[list[int]], pad_token_id: int) -> tuple[torch.Tensor
         The ids, and where they are no padding, both of shape (sequences, tokens).
     """
     lengths = [len(ids) for ids in sequences]
-    ids_bt = torch.full((len(sequences), max(lengths)), pad_token_id)
-    mask_bt = torch.zeros(ids_bt.shape, dtype=torch.bool)
+    shape = (len(sequences), max(lengths))
+    ids_bt = torch.full(shape, pad_token_id)
+    mask_bt = torch.zeros(shape, dtype=torch.bool)
+
     for row, ids in enumerate(sequences):
-        ids_bt[row, : len(ids)] = torch.tensor(ids)
-        mask_bt[row, : len(ids)] = True
+        length = len(ids)
+        ids_bt[row, :length] = torch.tensor(ids)
+        mask_bt[row, :length] = True
     return ids_bt, mask_bt
 
 
