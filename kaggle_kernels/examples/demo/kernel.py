@@ -45,7 +45,7 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
-from torch.nn.functional import embedding, layer_norm, linear, rms_norm, scaled_dot_product_attention
+from torch.nn.functional import layer_norm, linear, rms_norm, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from transformers import (
     AttentionInterface,
@@ -162,7 +162,7 @@ SETTINGS = Settings(
     min_scored=0.98,
     visible_rows=512,
     wheels="pairwise-wheels",
-    build="2d76c3e3e470f575",
+    build="c664ab59c763ea48",
 )
 
 
@@ -975,13 +975,11 @@ QUANTISE_TO_INT8 = "bitsandbytes.int8_vectorwise_quant.default"
 
 
 class ComputeInFloat32(TorchFunctionMode):
-    """In this thread, hidden states are float32 from the embedding on, whatever the dtype of the weights."""
+    """In this thread, hidden states are float32 from the first layer on, whatever the dtype of the weights."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         """Call `function` with float32 in place of float16."""
         kwargs = kwargs or {}
-        if function is embedding:
-            return function(*args, **kwargs).float()
         if function in WITH_WEIGHTS:
             args = [to_float32(value) for value in args]
             kwargs = {name: to_float32(value) for name, value in kwargs.items()}

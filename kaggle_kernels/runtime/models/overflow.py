@@ -6,7 +6,7 @@ time are converted.
 """
 
 import torch
-from torch.nn.functional import embedding, layer_norm, linear, rms_norm
+from torch.nn.functional import layer_norm, linear, rms_norm
 from torch.overrides import TorchFunctionMode
 
 FLOAT16_MAX = torch.finfo(torch.float16).max
@@ -19,13 +19,11 @@ QUANTISE_TO_INT8 = "bitsandbytes.int8_vectorwise_quant.default"
 
 
 class ComputeInFloat32(TorchFunctionMode):
-    """In this thread, hidden states are float32 from the embedding on, whatever the dtype of the weights."""
+    """In this thread, hidden states are float32 from the first layer on, whatever the dtype of the weights."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         """Call `function` with float32 in place of float16."""
         kwargs = kwargs or {}
-        if function is embedding:
-            return function(*args, **kwargs).float()
         if function in WITH_WEIGHTS:
             args = [to_float32(value) for value in args]
             kwargs = {name: to_float32(value) for name, value in kwargs.items()}

@@ -28,6 +28,7 @@ def embedding_and_layers(embedding_bytes, layers):
         (6, 4, 2, None, "0 00 11 1"),  # two layers each, whatever the embedding takes
         (6, 5, 2, None, "0 00 111 1"),  # the odd layer stands where there is no embedding
         (0, 6, 3, None, "0 00 11 22 2"),
+        (6, 4, 2, 10, "0 00 11 1"),  # all within the limit: bytes do not count
         (6, 4, 2, 9, "0 0 111 1"),  # half of the layers would be 10 bytes
         (6, 4, 2, 5, "0 0 111 1"),  # nothing keeps to 5 bytes: as even as can be
         (6, 1, 2, None, "0 1 1"),  # one layer
