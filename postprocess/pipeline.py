@@ -310,13 +310,20 @@ def make_merged(run: Run, preparation: Preparation) -> Path:
 
 def make_quantised(run: Run, preparation: Preparation) -> Path:
     """Bring the merged model in nf4 or int8 up to date, made in one pass, and return its folder."""
-    quantize = run.recipe.pairwise.package.quantize
+    block = run.recipe.pairwise
+    quantize = block.package.quantize
     quantised = run.folder / "quantised"
+    inputs = run.source_files()
+    settings = {"to": quantize}
+    if quantize == "int8":
+        # It is calibrated on training rows.
+        inputs += run.validation_files()
+        settings["fold"] = block.fold
     stage = Stage(
         run.folder,
         "quantise",
-        inputs=run.source_files(),
-        settings={"to": quantize},
+        inputs=inputs,
+        settings=settings,
         outputs=[quantised],
         code=stage_code.QUANTISE,
     )
@@ -324,7 +331,7 @@ def make_quantised(run: Run, preparation: Preparation) -> Path:
         return quantised
 
     preparation.ensure()
-    from postprocess.weights.merge import quantise_in_one_pass  # noqa: PLC0415  needs torch
+    from postprocess.weights.quantise_run import quantise_in_one_pass  # noqa: PLC0415  needs torch
 
     with making(stage) as key:
         quantise_in_one_pass(run, quantize, quantised, key)

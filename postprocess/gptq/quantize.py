@@ -13,18 +13,15 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-import polars as pl
 import torch
 
-from postprocess.agreement.validation_rows import by_hash
 from postprocess.gptq.environment import run_worker
-from postprocess.run_folder import Run, checked_tokenizer
+from postprocess.run_folder import Run
+from postprocess.weights.calibration import choose_calibration_rows, encode_calibration_rows
 from postprocess.weights.meta_model import model_skeleton
 from preprocess.core.errors import UserError
 from preprocess.core.files import atomic_folder
-from recipes.pairwise.data.datasets import read_pairs, split
 
-ROWS = 256
 GROUP_SIZE = 128
 OUTPUTS = 32  # gptqmodel packs that many rows at once
 MODEL_TYPES = ("gemma2", "llama", "qwen2")
@@ -37,13 +34,14 @@ def quantize(run: Run, merged: Path, bits: int, out: Path, seed: int = 0) -> Non
     the model is not of a kind that GPTQ takes here, where there is no row to calibrate on, or where the worker fails.
     """
     check_model(run)
+    rows = choose_calibration_rows(run, seed)
     job = {
         "model": str(merged.resolve()),
         "architecture": model_skeleton(merged, run.contract).config.architectures[0],
         "attention": "eager" if run.contract.softcap else "sdpa",
         "bits": bits,
         "group_size": GROUP_SIZE,
-        "sequences": calibration_sequences(run, calibration_rows(run, seed)),
+        "sequences": encode_calibration_rows(run, rows),
     }
     gc.collect()
     torch.cuda.empty_cache()  # the worker is another process, and wants what this one holds without using it
@@ -75,31 +73,3 @@ def check_model(run: Run) -> None:
 def linear_layers(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> list[tuple[str, tuple[int, ...]]]:
     """The weights that are quantised, as (name, (outputs, inputs))."""
     return [(name, shape) for name, shape in shapes if ".layers." in name and len(shape) == 2]
-
-
-def calibration_rows(run: Run, seed: int) -> pl.DataFrame:
-    """Up to 256 training rows by a hash of seed and id, in that order, none of them in predictions.parquet.
-
-    With fold `all` and a file so small that every row is in there, it is those: each was trained on as well.
-    """
-    pairs_file, predictions = run.validation_files()
-    training, _ = split(read_pairs(pairs_file), run.recipe.pairwise.fold, pairs_file)
-    checked = pl.read_parquet(predictions, columns=["id"])
-    others = training.join(checked, on="id", how="anti")
-    rows = training if others.is_empty() and run.recipe.pairwise.fold == "all" else others
-    if rows.is_empty():
-        raise UserError(
-            f"{pairs_file}: every row outside fold {run.recipe.pairwise.fold} is in {predictions}, so that none is left for "
-            "GPTQ to calibrate on; set pairwise.fold as it was in training"
-        )
-    chosen = pl.DataFrame({"id": by_hash(rows["id"], ROWS, salt=f"{seed}:")})
-    return chosen.join(rows, on="id", how="left", maintain_order="left")
-
-
-def calibration_sequences(run: Run, rows: pl.DataFrame) -> list[list[int]]:
-    """Token ids as the model sees them, every second pair with its answers swapped, so that both orders are met."""
-    tokenizer = checked_tokenizer(run)
-    pairs = [run.model_input.pair_from_row(row) for row in rows.iter_rows(named=True)]
-    turned = [run.model_input.swap(pair) if number % 2 else pair for number, pair in enumerate(pairs)]
-    encoded = run.model_input.encode_all(turned, tokenizer, run.contract)
-    return [list(ids) for sequences in encoded for ids in sequences]

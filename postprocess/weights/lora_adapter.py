@@ -14,13 +14,14 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear, LoraLayer
 
 from postprocess.run_folder import ADAPTER, adapter_settings
 from postprocess.weights.checkpoint_reader import open_tensors
 from preprocess.core.errors import UserError
 
 PREFIX = "base_model.model."
+ADAPTER_NAME = "default"
 LOW_RANK_PART = re.compile(
     r"\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?=\.|$)"
 )
@@ -177,7 +178,7 @@ def check_complete(layers: Mapping[str, LoraLayer], file: Path) -> None:
 
 
 def merge_layer(layer: LoraLayer, base_weight: torch.Tensor) -> torch.Tensor:
-    """Add a layer's low-rank change to its base weight, in float32, and drop the layer's tensors.
+    """Add a layer's low-rank change to its base weight, in float32.
 
     Args:
         layer: The layer, whose adapter's tensors are loaded and whose base weight is not.
@@ -186,14 +187,21 @@ def merge_layer(layer: LoraLayer, base_weight: torch.Tensor) -> torch.Tensor:
     Returns:
         The merged weight in float32.
     """
+    is_plain = isinstance(layer, Linear) and ADAPTER_NAME not in layer.lora_variant
+    if is_plain:
+        # What PEFT computes, in place: it would hold three copies of the weight at a time.
+        a = layer.lora_A[ADAPTER_NAME].weight.to(torch.float32)
+        b = layer.lora_B[ADAPTER_NAME].weight.to(torch.float32)
+        merged_weight = (b @ a).mul_(layer.scaling[ADAPTER_NAME])
+        return merged_weight.add_(base_weight)
+
     base_layer = layer.get_base_layer()
     # PEFT adds in place, and the tensor may be mapped from its file.
     own_copy = base_weight.to(torch.float32, copy=True)
     base_layer.weight = torch.nn.Parameter(own_copy, requires_grad=False)
-
     layer.float()
     layer.merge()
     merged_weight = base_layer.weight.detach()
-
+    # No weight stays in memory with its layer.
     layer.to("meta")
     return merged_weight

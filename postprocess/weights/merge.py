@@ -22,7 +22,6 @@ from postprocess.weights.bnb_quantize import (
     quantise,
     quantised_bytes,
     quantised_weights,
-    quantization_config,
 )
 from postprocess.weights.checkpoint_reader import Tensors, open_tensors
 from postprocess.weights.lora_adapter import Adapter, load_adapter, merge_layer
@@ -30,11 +29,11 @@ from postprocess.weights.meta_model import (
     LABELLED,
     Skeleton,
     empty_model,
-    head_modules,
     model_skeleton,
     untie,
 )
 from postprocess.weights.shard_writer import SHARD_BYTES, Stored, write_shards
+from postprocess.weights.smooth_quant import Smoothing
 from preprocess.core.errors import UserError
 from preprocess.core.files import resumable_folder
 
@@ -50,11 +49,13 @@ class Form:
     Attributes:
         quantization: How its layers are quantised; None for 16 bits.
         dtype: The dtype of what is not quantised.
+        smoothing: What SmoothQuant changes; None for nothing.
         keeps_adapter_apart: Leave out low-rank changes. What the adapter holds whole (the head) is in.
     """
 
     quantization: BitsAndBytesConfig | None = None
     dtype: torch.dtype = torch.float16
+    smoothing: Smoothing | None = None
     keeps_adapter_apart: bool = False
 
 
@@ -67,12 +68,14 @@ class Sources:
         base: The open checkpoint of the base model.
         base_names: Each tensor's name in that checkpoint.
         adapter: What training changed; None where the base is all there is.
+        smoothing: What SmoothQuant changes after that; None for nothing.
     """
 
     skeleton: Skeleton
     base: Tensors
     base_names: Mapping[str, str]
     adapter: Adapter | None
+    smoothing: Smoothing | None
 
     def trained_path(self) -> Path:
         """Name the file that training wrote."""
@@ -85,10 +88,12 @@ class Sources:
         return self.base.get(self.base_names[name])
 
     def read(self, name: str) -> torch.Tensor:
-        """Read a tensor as it is after training: in float32 where PEFT merges it, else as it is stored."""
+        """Read a tensor as it is to be written: in float32 where it changes, else as it is stored."""
         tensor = self.read_before_merge(name)
         if self.adapter and name in self.adapter.layers:
-            return merge_layer(self.adapter.layers[name], tensor)
+            tensor = merge_layer(self.adapter.layers[name], tensor)
+        if self.smoothing:
+            tensor = self.smoothing.apply(name, tensor)
         return tensor
 
     def read_pieces(self, name: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
@@ -101,17 +106,19 @@ class Sources:
         Raises:
             UserError: A number is not finite, or does not fit `dtype`.
         """
-        tensor = self.read(name)
-        for piece in split_rows(tensor):
+        for piece in split_rows(self.read(name)):
             rounded = piece.to(dtype) if piece.is_floating_point() else piece
             if not is_finite(rounded):
                 raise UserError(self.explain_not_finite(name, piece, dtype))
             yield rounded
 
     def read_whole(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """Read a tensor as it is after training, rounded to `dtype`; errors are those of read_pieces."""
-        pieces = list(self.read_pieces(name, dtype))
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        """Read a tensor as read_pieces does, in one piece."""
+        tensor = self.read(name)
+        rounded = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        if not is_finite(rounded):
+            raise UserError(self.explain_not_finite(name, tensor, dtype))
+        return rounded
 
     def explain_not_finite(self, name: str, piece: torch.Tensor, dtype: torch.dtype) -> str:
         """Say which file a number that is not finite comes from, and what to do."""
@@ -149,7 +156,7 @@ def merge(
         UserError: Base and adapter do not belong together, the head is missing, a number does not fit
             the dtype, or the disk is full.
     """
-    with open_sources(run, form) as sources:
+    with torch.no_grad(), open_sources(run, form) as sources:
         skeleton = sources.skeleton
         quantised_names = set()
         if form.quantization:
@@ -196,24 +203,11 @@ def write_config(config: PretrainedConfig, form: Form, folder: Path) -> None:
     config.save_pretrained(folder)
 
 
-def quantise_in_one_pass(run: Run, kind: str, out: Path, key: str = "") -> None:
-    """Write the merged model of a run, quantised but for its head, as a folder.
-
-    Args:
-        run: The trained run.
-        kind: nf4 or int8.
-        out: The folder.
-        key: An interrupted call with the same key is continued at its shard.
-    """
-    head = head_modules(run.weights, run.contract.head)
-    merge(run, out, Form(quantization_config(kind, head)), key=key)
-
-
 def merged_model(
     run: Run, dtype: torch.dtype = torch.float16
 ) -> tuple[PretrainedConfig, dict[str, torch.Tensor]]:
     """Merge the model of a run in memory: its configuration, and its tensors by name."""
-    with open_sources(run, Form(dtype=dtype)) as sources:
+    with torch.no_grad(), open_sources(run, Form(dtype=dtype)) as sources:
         tensors = {}
         for name in sources.skeleton.shapes:
             tensors[name] = sources.read_whole(name, dtype)
@@ -249,7 +243,7 @@ def open_sources(run: Run, form: Form) -> Iterator[Sources]:
             if name in skeleton.shapes and name not in base_names:
                 base_names[name] = base_names[source]
 
-        sources = Sources(skeleton, base, base_names, adapter)
+        sources = Sources(skeleton, base, base_names, adapter, form.smoothing)
         if adapter:
             has_own_head = run.contract.head in LABELLED
             check_replacements(adapter, skeleton, tied_names, has_own_head)

@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 PROJECT = ("kaggle_kernels", "postprocess", "preprocess", "recipes")
 ENTRY_MODULES = {
     "MERGE": ["postprocess.weights.merge"],
-    "QUANTISE": ["postprocess.weights.merge"],
+    "QUANTISE": ["postprocess.weights.quantise_run"],
     "GPTQ": ["postprocess.gptq.quantize", "postprocess.gptq.worker"],
     "UNMERGED": ["postprocess.weights.nf4_base_plus_adapter"],
     "AGREEMENT": ["postprocess.agreement.gate"],

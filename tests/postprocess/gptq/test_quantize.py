@@ -20,6 +20,8 @@ from postprocess.__main__ import main
 from postprocess.gptq import quantize
 from postprocess.gptq.environment import ENVIRONMENT
 from postprocess.memory.model_size import Served, bytes_by_class, dimensions_of, weights
+from postprocess.run_folder import checked_tokenizer
+from postprocess.weights.calibration import choose_calibration_rows, encode_calibration_rows
 from postprocess.weights.merge import merge, merged_model
 from preprocess.core.errors import UserError
 from tests.postprocess.test_kaggle_versions import in_kaggles_versions
@@ -173,7 +175,7 @@ def test_repeating_what_chance_is_not_in_is_one_line(made):
 
 
 def ids_of(run, seed=0):
-    return quantize.calibration_rows(run, seed)["id"].to_list()
+    return choose_calibration_rows(run, seed)["id"].to_list()
 
 
 def test_no_row_that_the_package_is_checked_on_is_calibrated_on(made, opened):
@@ -204,9 +206,9 @@ def test_a_run_on_all_rows_is_calibrated_outside_the_fixed_sample_where_there_is
 
 def test_pairs_are_seen_in_both_orders_through_the_runs_own_code(made, opened):
     run = opened(made("gemma2", training_rows=30))
-    rows = quantize.calibration_rows(run, 0)
-    found = quantize.calibration_sequences(run, rows)
-    tokenizer = quantize.checked_tokenizer(run)
+    rows = choose_calibration_rows(run)
+    found = encode_calibration_rows(run, rows)
+    tokenizer = checked_tokenizer(run)
     pairs = [run.model_input.pair_from_row(row) for row in rows.iter_rows(named=True)]
     assert len(found) == 30
     assert found[0] == run.model_input.encode(pairs[0], tokenizer, run.contract)[0]
