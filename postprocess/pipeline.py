@@ -45,6 +45,7 @@ RUN_FILES = (
     "predictions.parquet",
     *TOKENIZER_FILES,
 )
+MOST_REPEATS = 20
 MODEL_FOLDERS = ("merged", "quantised", "quantised-*", "unmerged", ".*.partial")
 
 
@@ -341,41 +342,57 @@ def make_quantised(run: Run, preparation: Preparation) -> Path:
 def make_gptq_models(run: Run, options: Options, preparation: Preparation) -> dict[str, Path]:
     """Bring the GPTQ models up to date, each calibrated on other rows.
 
-    They are made from the merged model, which needs to be on the disk only meanwhile.
+    They are made from the merged model, which needs to be on the disk only meanwhile. Models of an
+    earlier call with a larger `repeat` are kept among them while they are up to date.
 
     Returns:
         The models' folders by name: quantised, quantised-2, …
     """
-    block = run.recipe.pairwise
-    names = ["quantised"]
-    for number in range(2, options.repeat + 1):
-        names.append(f"quantised-{number}")
-    folders = {name: run.folder / name for name in names}
+    stages = []
+    while len(stages) < MOST_REPEATS:
+        stage = gptq_stage(run, seed=len(stages))
+        if len(stages) >= options.repeat and not is_current(stage):
+            break
+        stages.append(stage)
 
-    stage = Stage(
+    outdated_stages = []
+    for stage in stages:
+        if not skip_if_current(stage):
+            outdated_stages.append(stage)
+
+    if outdated_stages:
+        preparation.ensure()
+        from postprocess.gptq.quantize import quantize  # noqa: PLC0415  needs torch
+
+        merged = make_merged(run, preparation)
+        for stage in outdated_stages:
+            with making(stage):
+                quantize(
+                    run, merged, stage.settings["bits"], stage.outputs[0], stage.settings["seed"]
+                )
+        if not options.keep_merged:
+            shutil.rmtree(merged)
+
+    return {stage.outputs[0].name: stage.outputs[0] for stage in stages}
+
+
+def gptq_stage(run: Run, seed: int) -> Stage:
+    """Describe the stage that makes one GPTQ model.
+
+    Args:
+        run: The run that is packaged.
+        seed: Decides which rows it is calibrated on; 0 for the first model.
+    """
+    block = run.recipe.pairwise
+    number = "" if seed == 0 else f"-{seed + 1}"
+    return Stage(
         run.folder,
-        "quantise",
+        f"quantise{number}",
         inputs=[*run.source_files(), *run.validation_files()],
-        settings={"to": block.package.quantize, "fold": block.fold, "repeat": options.repeat},
-        outputs=list(folders.values()),
+        settings={"bits": GPTQ_BITS[block.package.quantize], "fold": block.fold, "seed": seed},
+        outputs=[run.folder / f"quantised{number}"],
         code=stage_code.GPTQ,
     )
-    if skip_if_current(stage):
-        return folders
-
-    preparation.ensure()
-    from postprocess.gptq.quantize import quantize  # noqa: PLC0415  needs torch
-
-    merged = make_merged(run, preparation)
-    bits = GPTQ_BITS[block.package.quantize]
-    with making(stage):
-        # Another seed calibrates on other rows.
-        for seed, folder in enumerate(folders.values()):
-            quantize(run, merged, bits, folder, seed)
-
-    if not options.keep_merged:
-        shutil.rmtree(merged)
-    return folders
 
 
 def make_unmerged(run: Run, preparation: Preparation) -> Path:

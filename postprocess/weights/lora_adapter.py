@@ -19,6 +19,7 @@ from peft.tuners.lora import Linear, LoraLayer
 from postprocess.run_folder import ADAPTER, adapter_settings
 from postprocess.weights.checkpoint_reader import open_tensors
 from preprocess.core.errors import UserError
+from recipes.pairwise.config.axolotl_keys import LORA_INITIALISATIONS
 
 PREFIX = "base_model.model."
 ADAPTER_NAME = "default"
@@ -41,8 +42,6 @@ REFUSED_SETTINGS = (
     "velora_config",
 )
 KNOWN_SETTINGS = {field.name for field in fields(LoraConfig)}
-# The other initialisations change the base model's own weights when training starts.
-INITIALISATIONS_THAT_KEEP_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ def check_settings(settings: Mapping[str, object], config_file: Path) -> None:
             f"{config_file}: peft_type is {settings.get('peft_type')!r}; only LORA can be merged"
         )
 
-    if settings.get("init_lora_weights", True) not in INITIALISATIONS_THAT_KEEP_THE_BASE:
+    if settings.get("init_lora_weights", True) not in LORA_INITIALISATIONS:
         raise UserError(
             f"{config_file}: init_lora_weights is {settings['init_lora_weights']!r}, which changed the base's own "
             "weights; train with init_lora_weights true or gaussian"

@@ -43,6 +43,7 @@ def workplace(tmp_path, monkeypatch):
     ("name", "needs"),
     [
         ("gemma2_llama3", "gemma2_qlora 9.9 GiB, llama3_cls 10.7 GiB, one model at a time."),
+        ("gemma2_cls_int8", "gemma2_cls_int8 13.9 GiB"),
         ("qwen2_5_14b_cls", "of 3,072 tokens: qwen2_5_14b_cls 12.8 + 12.9 GiB (split)."),
     ],
 )
