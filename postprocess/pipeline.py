@@ -1,6 +1,6 @@
 """From a run to its package: the stages, what each is made from, and their order.
 
-    untrained or average (where a recipe needs one)  →  merge, quantise, unmerged  →  agreement  →  package
+    untrained or average (where a recipe needs one)  →  merge, quantise, unmerged  →  scores  →  agreement  →  package
 
 `python -m postprocess` calls `package_recipe` or `package_mean`. Each `make_…` function below is one
 stage: it names the stage's inputs, returns where they have not changed, and else makes its outputs.
@@ -428,16 +428,12 @@ def make_agreement(
     Raises:
         UserError: The models do not agree.
     """
-    # The comparison is of what is on the disk: a model that was made anew is compared anew.
-    model_files = []
-    for folder in unique_folders(candidates):
-        model_files += files_of(folder)
-
+    scores_file = make_scores(run, candidates, preparation)
     report = run.folder / "agreement.json"
     stage = Stage(
         run.folder,
         "agreement",
-        inputs=[*run.source_files(), *model_files, *run.validation_files()],
+        inputs=[scores_file, run.folder / "metrics.json", *run.validation_files()],
         settings={"tolerance": run.recipe.pairwise.package.tolerance},
         outputs=[report, report.with_suffix(".parquet"), report.with_suffix(".png")],
         code=stage_code.AGREEMENT,
@@ -449,8 +445,39 @@ def make_agreement(
     from postprocess.agreement.gate import agreement  # noqa: PLC0415  needs torch
 
     with making(stage):
-        agreement(run, candidates, report)
+        agreement(run, scores_file, report)
     return report
+
+
+def make_scores(run: Run, candidates: Mapping[str, Path | None], preparation: Preparation) -> Path:
+    """Bring the probabilities that the candidates and the trained model give up to date.
+
+    Returns:
+        The file with the probabilities. Another tolerance needs no other ones.
+    """
+    # The comparison is of what is on the disk: a model that was made anew is compared anew.
+    model_files = []
+    for folder in unique_folders(candidates):
+        model_files += files_of(folder)
+
+    scores_file = run.folder / "scores.json"
+    stage = Stage(
+        run.folder,
+        "scores",
+        inputs=[*run.source_files(), *model_files, *run.validation_files()],
+        settings={"candidates": list(candidates)},
+        outputs=[scores_file],
+        code=stage_code.AGREEMENT,
+    )
+    if skip_if_current(stage):
+        return scores_file
+
+    preparation.ensure()
+    from postprocess.agreement.gate import score_models  # noqa: PLC0415  needs torch
+
+    with making(stage):
+        score_models(run, candidates, scores_file)
+    return scores_file
 
 
 def make_package(run: Run, model: Path, report: Path) -> None:

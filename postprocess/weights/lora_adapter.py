@@ -192,7 +192,7 @@ def merge_layer(layer: LoraLayer, base_weight: torch.Tensor) -> torch.Tensor:
         a = layer.lora_A[ADAPTER_NAME].weight.to(torch.float32)
         b = layer.lora_B[ADAPTER_NAME].weight.to(torch.float32)
         merged_weight = (b @ a).mul_(layer.scaling[ADAPTER_NAME])
-        return merged_weight.add_(base_weight)
+        return merged_weight.add_(base_weight.to(torch.float32))
 
     base_layer = layer.get_base_layer()
     # PEFT adds in place, and the tensor may be mapped from its file.

@@ -6,7 +6,9 @@ of the model. Here a shard's header is written last: of a weight in nf4, the siz
 
 import json
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +24,7 @@ SHARD_BYTES = 1000**3  # what an interrupted run loses at most
 # offsets, and its name, which is the weight's with an ending.
 TENSORS_A_WEIGHT = 6
 HEADER_BYTES_A_TENSOR = 220
+PIECES_IN_FLIGHT = 4
 DTYPES = {
     torch.float32: "F32",
     torch.float16: "F16",
@@ -115,20 +118,28 @@ def write_file(
     # Tensors start at a multiple of 8 bytes, as safetensors asks for.
     header_bytes = -(-header_bytes // 8) * 8
 
-    with path.open("wb") as file:
-        data_start = 8 + header_bytes
-        file.seek(data_start)
+    # A thread writes while the next pieces are computed; a few may wait for it, no more.
+    with path.open("wb") as file, ThreadPoolExecutor(max_workers=1) as writer:
+        file.seek(8 + header_bytes)
+        waiting: deque[Future] = deque()
+        position = 0
         for weight in weights:
             for stored in store(weight):
-                begin = file.tell() - data_start
+                begin = position
                 for piece in stored.pieces:
                     flat = piece.detach().contiguous().reshape(-1)
-                    file.write(flat.view(torch.uint8).numpy().data)
+                    data = flat.view(torch.uint8).numpy()
+                    waiting.append(writer.submit(file.write, data.data))
+                    if len(waiting) > PIECES_IN_FLIGHT:
+                        waiting.popleft().result()
+                    position += data.nbytes
                 header[stored.name] = {
                     "dtype": DTYPES[stored.dtype],
                     "shape": list(stored.shape),
-                    "data_offsets": [begin, file.tell() - data_start],
+                    "data_offsets": [begin, position],
                 }
+        for write in waiting:
+            write.result()
 
         # Spaces after the JSON are part of the format.
         encoded = json.dumps(header, separators=(",", ":")).encode("ascii")

@@ -37,6 +37,7 @@ OUTPUTS = (
     "quantised",
     ".quantised.partial",
     "agreement.json",
+    "scores.json",
     "agreement.parquet",
     "agreement.png",
     "postprocess.json",

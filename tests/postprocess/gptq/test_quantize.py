@@ -107,7 +107,7 @@ def test_probabilities_are_near_those_of_the_model_as_trained(quantize, mean, la
     line = {line["model"]: line["against_trained"] for line in report["models"]}["quantised"]
     assert 0 < line["mean"] < mean and line["largest"] < largest
     made = re.findall(r"(\w+) +[\d.]+ s   /", printed)
-    assert made == ["merge", "quantise", "agreement", "package"]
+    assert made == ["merge", "quantise", "scores", "agreement", "package"]
 
 
 @needs_gptq
@@ -165,7 +165,7 @@ def test_repeated_on_other_rows_the_best_is_packaged_and_the_merged_model_does_n
     for rerun in (command, command[:1]):  # a plain run keeps what was made
         again = CliRunner().invoke(main, rerun)
         assert [line[:22] for line in again.output.splitlines()] == [
-            f"{stage:<10} up to date " for stage in ("quantise", "quantise-2", "agreement", "package")
+            f"{stage:<10} up to date " for stage in ("quantise", "quantise-2", "scores", "agreement", "package")
         ]
 
 

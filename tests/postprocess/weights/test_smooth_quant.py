@@ -52,7 +52,8 @@ def test_int8_agrees_where_outliers_broke_it(kind, copied, opened, tmp_path):
     for folder in (tmp_path / "before", tmp_path / "planted", run.folder / "quantised"):
         model = load_model(folder, run.contract(), "cpu")
         differences[folder.name] = difference_from_recorded(opened(run), model)
-    assert False, "VALUES " + repr({k: round(float(v), 4) for k, v in differences.items()})
+    assert differences["planted"] > 4 * differences["before"]
+    assert differences["quantised"] < 1.5 * differences["before"]
 
 
 @pytest.mark.parametrize("kind", NORMS)

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from preprocess.core.errors import UserError
 from recipes.pairwise.__main__ import main
+from recipes.pairwise.config.axolotl_keys import REFUSED, schema
 from recipes.pairwise.config.schema import read_recipe, recipe_problems
 from recipes.pairwise.config.templates import NAMES, named_template
 from tests.conftest import ROOT
