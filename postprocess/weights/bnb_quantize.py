@@ -5,6 +5,8 @@ from a 16-bit copy on the disk; merge.py quantises each weight as soon as it is 
 CPU, so that a package is the same on every machine, and from float16, as a T4 has no bfloat16.
 """
 
+from collections.abc import Iterable
+
 import bitsandbytes.functional as bnb
 import torch
 from transformers import BitsAndBytesConfig, PretrainedConfig
@@ -13,6 +15,7 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from postprocess.weights.meta_model import empty_model
 
 BLOCK = 64  # numbers of nf4 that share a scale
+BLOCKS_OF_SCALES = 256  # with double quantisation, scales that share a scale
 INT8_FORMAT = torch.tensor(0, dtype=torch.uint8)  # bitsandbytes' only layout of int8, "row"
 
 
@@ -64,30 +67,70 @@ def quantised_bytes(shape: tuple[int, ...], settings: BitsAndBytesConfig) -> int
 
 
 def quantise(
-    name: str, weight: torch.Tensor, settings: BitsAndBytesConfig
+    name: str,
+    shape: tuple[int, int],
+    pieces: Iterable[torch.Tensor],
+    settings: BitsAndBytesConfig,
 ) -> dict[str, torch.Tensor]:
-    """Quantise one weight.
+    """Quantise one weight, some rows at a time: bitsandbytes needs ten times the memory of what it is given.
 
     Args:
         name: The weight's name in the model.
-        weight: Its values in float16, (outputs, inputs).
+        shape: Its shape, (outputs, inputs).
+        pieces: Its rows in float16, a multiple of 64 at a time, so that no block of nf4 is cut in two.
         settings: As quantization_config gives them.
 
     Returns:
-        The tensors that are stored of it, by name.
+        The tensors that are stored of it, by name: the bytes that the whole weight would give.
     """
-    if settings.load_in_8bit:
-        values, scales, _ = bnb.int8_vectorwise_quant(weight)
-        module = name.removesuffix("weight")
-        return {name: values, f"{module}SCB": scales, f"{module}weight_format": INT8_FORMAT}
+    values = []
+    scales = []
+    for piece in pieces:
+        if settings.load_in_8bit:
+            piece_values, piece_scales, _ = bnb.int8_vectorwise_quant(piece)
+        else:
+            piece_values, state = bnb.quantize_4bit(piece, blocksize=BLOCK, quant_type="nf4")
+            piece_scales = state.absmax
+        values.append(piece_values)
+        scales.append(piece_scales)
 
-    values, state = bnb.quantize_4bit(
-        weight,
-        blocksize=BLOCK,
-        quant_type="nf4",
-        compress_statistics=settings.bnb_4bit_use_double_quant,
-    )
-    stored = {name: values}
+    if settings.load_in_8bit:
+        module = name.removesuffix("weight")
+        return {
+            name: torch.cat(values),
+            f"{module}SCB": torch.cat(scales),
+            f"{module}weight_format": INT8_FORMAT,
+        }
+
+    stored = {name: torch.cat(values)}
+    is_double = settings.bnb_4bit_use_double_quant
+    state = join_state(torch.cat(scales), shape, is_double)
     for part, tensor in state.as_dict(packed=True).items():
         stored[f"{name}.{part}"] = tensor
     return stored
+
+
+def join_state(scales: torch.Tensor, shape: tuple[int, int], is_double: bool) -> bnb.QuantState:
+    """Give the state that bitsandbytes' quantize_4bit makes of a whole weight.
+
+    Args:
+        scales: The scale of each block.
+        shape: The weight's shape.
+        is_double: Whether the scales are quantised too.
+    """
+    state = bnb.QuantState(
+        absmax=scales,
+        shape=torch.Size(shape),
+        code=bnb.get_4bit_type("nf4", device="cpu"),
+        blocksize=BLOCK,
+        quant_type="nf4",
+        dtype=torch.float16,
+    )
+    if is_double:
+        offset = scales.mean()
+        state.absmax, state.state2 = bnb.quantize_blockwise(
+            scales - offset, blocksize=BLOCKS_OF_SCALES
+        )
+        state.offset = offset
+        state.nested = True
+    return state

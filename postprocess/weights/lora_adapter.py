@@ -23,6 +23,7 @@ from recipes.pairwise.config.axolotl_keys import LORA_INITIALISATIONS
 
 PREFIX = "base_model.model."
 ADAPTER_NAME = "default"
+ROWS = 1024  # of a weight that are converted at a time
 LOW_RANK_PART = re.compile(
     r"\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?=\.|$)"
 )
@@ -192,7 +193,9 @@ def merge_layer(layer: LoraLayer, base_weight: torch.Tensor) -> torch.Tensor:
         a = layer.lora_A[ADAPTER_NAME].weight.to(torch.float32)
         b = layer.lora_B[ADAPTER_NAME].weight.to(torch.float32)
         merged_weight = (b @ a).mul_(layer.scaling[ADAPTER_NAME])
-        return merged_weight.add_(base_weight.to(torch.float32))
+        for rows, base_rows in zip(merged_weight.split(ROWS), base_weight.split(ROWS), strict=True):
+            rows += base_rows.to(torch.float32)
+        return merged_weight
 
     base_layer = layer.get_base_layer()
     # PEFT adds in place, and the tensor may be mapped from its file.

@@ -40,6 +40,7 @@ from preprocess.core.files import resumable_folder
 # Names that old checkpoints of BERT use.
 OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 PIECE_NUMBERS = 2**22  # numbers of a piece: 16 MiB in float32
+ROWS_MULTIPLE = 64  # of a piece's rows, so that no block of nf4 is cut in two
 
 
 @dataclass(frozen=True)
@@ -112,14 +113,6 @@ class Sources:
                 raise UserError(self.explain_not_finite(name, piece, dtype))
             yield rounded
 
-    def read_whole(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """Read a tensor as read_pieces does, in one piece."""
-        tensor = self.read(name)
-        rounded = tensor.to(dtype) if tensor.is_floating_point() else tensor
-        if not is_finite(rounded):
-            raise UserError(self.explain_not_finite(name, tensor, dtype))
-        return rounded
-
     def explain_not_finite(self, name: str, piece: torch.Tensor, dtype: torch.dtype) -> str:
         """Say which file a number that is not finite comes from, and what to do."""
         if is_finite(piece):
@@ -172,8 +165,8 @@ def merge(
 
         def store(name: str) -> Iterator[Stored]:
             if name in quantised_names:
-                weight = sources.read_whole(name, torch.float16)
-                tensors = quantise(name, weight, form.quantization)
+                pieces = sources.read_pieces(name, torch.float16)
+                tensors = quantise(name, skeleton.shapes[name], pieces, form.quantization)
                 for stored_name, tensor in tensors.items():
                     yield Stored(stored_name, tensor.dtype, tuple(tensor.shape), [tensor])
                 return
@@ -210,7 +203,8 @@ def merged_model(
     with torch.no_grad(), open_sources(run, Form(dtype=dtype)) as sources:
         tensors = {}
         for name in sources.skeleton.shapes:
-            tensors[name] = sources.read_whole(name, dtype)
+            pieces = list(sources.read_pieces(name, dtype))
+            tensors[name] = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         return sources.skeleton.config, tensors
 
 
@@ -338,7 +332,8 @@ def split_rows(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         yield tensor
         return
 
-    rows = max(PIECE_NUMBERS // tensor[0].numel(), 1)
+    row_numbers = tensor[0].numel()
+    rows = max(PIECE_NUMBERS // row_numbers // ROWS_MULTIPLE, 1) * ROWS_MULTIPLE
     yield from tensor.split(rows)
 
 
