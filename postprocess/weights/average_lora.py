@@ -12,13 +12,14 @@ import contextlib
 import math
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from peft.utils.other import get_pattern_key
+from safetensors.torch import save_file
 
 from kaggle_kernels.runtime.models.scoring import ORDERS, score
 from kaggle_kernels.runtime.package import read_tokenizer
@@ -34,7 +35,6 @@ from postprocess.run_folder import (
 from postprocess.weights.checkpoint_reader import Tensors, open_tensors
 from postprocess.weights.lora_adapter import PREFIX, check_settings
 from postprocess.weights.merge import is_finite
-from postprocess.weights.shard_writer import Stored, write_file
 from preprocess.core.errors import UserError
 from preprocess.core.files import atomic_file, read_object, sha256, write_json
 from recipes.pairwise.config.schema import Recipe
@@ -191,6 +191,7 @@ def check_members(members: Sequence[Member], mean_folder: Path) -> None:
                     f"{member.folder}: no {name}; --adapter takes the folder of a trained LoRA run"
                 )
 
+    # The mean gets the first member's tokenizer and contract, which the others must share.
     first = members[0].folder
     contract, _ = read_contract(first)
     for name, expected in contract.tokenizer_sha256.items():
@@ -213,11 +214,13 @@ def check_alike(first: Path, other: Path) -> None:
                 "with one recipe on one base have a mean"
             )
 
+    # One of them has an output layer of its own, the other has not.
     first_is_tied = bool(adapter_settings(first).get("ensure_weight_tying"))
     other_is_tied = bool(adapter_settings(other).get("ensure_weight_tying"))
     if first_is_tied != other_is_tied:
         raise UserError(f"{other / ADAPTER[1]}: ensure_weight_tying is not that of {first}")
 
+    # A QLoRA adapter corrects the rounding of its base too.
     if read_quantization(first) != read_quantization(other):
         raise UserError(
             f"{other / 'config.json'}: quantization_config is not that of {first}: LoRA and QLoRA do not mix"
@@ -244,6 +247,7 @@ def write_adapter(folder: Path, members: Sequence[Member], rank: int | None) -> 
         What cutting ranks has cost.
     """
     truncation = Truncation()
+    mean_tensors = {}
     ranks = {}
 
     with contextlib.ExitStack() as stack:
@@ -253,35 +257,27 @@ def write_adapter(folder: Path, members: Sequence[Member], rank: int | None) -> 
             adapters.append(read_member(member, tensors))
         check_whole_tensors(adapters)
 
-        modules = []
-        for adapter in adapters:
-            modules += adapter.changes
-        modules = list(dict.fromkeys(modules))
-
-        def store(name: str) -> Iterator[Stored]:
-            if name not in modules:
-                yield stored_whole(name, mean_tensor(adapters, name))
-                return
-
-            a, b = mean_factors(adapters, name)
+        # A module that some member did not train is in the mean as well: that member adds nothing.
+        names_of_factors = {}
+        for adapter in reversed(adapters):
+            names_of_factors |= adapter.changes
+        for module, names in names_of_factors.items():
+            a, b = mean_factors(adapters, module)
             if rank is not None:
-                a, b = cut_rank(a, b, rank, name, truncation)
-            ranks[name] = len(a)
-            owner = find_owner(adapters, name)
-            yield stored_whole(owner.a_name, a.to(torch.float32))
-            yield stored_whole(owner.b_name, b.to(torch.float32))
+                a, b = cut_rank(a, b, rank, module, truncation)
+            ranks[module] = len(a)
+            mean_tensors[names.a_name] = a.to(torch.float32).contiguous()
+            mean_tensors[names.b_name] = b.to(torch.float32).contiguous()
 
-        with atomic_file(folder / ADAPTER[0]) as temporary:
-            write_file(temporary, [*modules, *adapters[0].whole], store)
+        # Heads, and what else was trained whole.
+        for name in adapters[0].whole:
+            mean_tensors[name] = mean_tensor(adapters, name)
 
+    with atomic_file(folder / ADAPTER[0]) as temporary:
+        save_file(mean_tensors, temporary, metadata={"format": "pt"})
     settings = [adapter_settings(member.folder) for member in members]
     write_json(folder / ADAPTER[1], mean_settings(settings, ranks))
     return truncation
-
-
-def stored_whole(name: str, tensor: torch.Tensor) -> Stored:
-    """Describe a tensor that is written in one piece."""
-    return Stored(name, tensor.dtype, tuple(tensor.shape), [tensor])
 
 
 def read_member(member: Member, tensors: Tensors) -> MemberAdapter:
@@ -302,6 +298,7 @@ def read_member(member: Member, tensors: Tensors) -> MemberAdapter:
             "peft_use_dora: false, or package the runs apart and let a kernel average them"
         )
 
+    # B is found by the name of A. What is neither was trained whole.
     changes = {}
     whole = []
     for name in tensors.names():
@@ -346,14 +343,6 @@ def check_whole_tensors(adapters: Sequence[MemberAdapter]) -> None:
                 raise UserError(f"{path}: {name} has another shape than in {first.tensors.path}")
 
 
-def find_owner(adapters: Sequence[MemberAdapter], module: str) -> Factors:
-    """Find the first member's change of a module, under whose names the mean is stored."""
-    for adapter in adapters:
-        if module in adapter.changes:
-            return adapter.changes[module]
-    raise KeyError(module)
-
-
 def mean_factors(
     adapters: Sequence[MemberAdapter], module: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -373,6 +362,7 @@ def mean_factors(
         change = adapter.changes.get(module)
         if change is None:
             continue
+        # Share and scaling go into B, so that the mean needs none.
         a = adapter.read(change.a_name)
         b = adapter.read(change.b_name) * (adapter.share * change.scaling)
         if a_factors and (a.shape[1] != a_factors[0].shape[1] or len(b) != len(b_factors[0])):
@@ -401,12 +391,14 @@ def cut_rank(
     Returns:
         A (rank, inputs) and B (outputs, rank).
     """
+    # Two thin QR decompositions leave a square matrix of the ranks.
     q, r = torch.linalg.qr(b)
     p, s = torch.linalg.qr(a.T)
     left, singular_values, right = torch.linalg.svd(r @ s.T)
     rank = min(rank, len(singular_values))
     truncation.add(module, singular_values, rank)
 
+    # Each factor gets the root of the singular values, so that they are of one size.
     root = singular_values[:rank].sqrt()
     cut_a = (root[:, None] * right[:rank]) @ p.T
     cut_b = q @ (left[:, :rank] * root)
@@ -433,12 +425,14 @@ def mean_settings(settings: Sequence[dict], ranks: Mapping[str, int]) -> dict:
         settings: The members' adapter_config.json.
         ranks: The rank of the mean's change of each module, by the module's name in the file.
     """
+    # The largest rank is the rule, every other one an exception by the module's name.
     rank = max(ranks.values())
     other_ranks = {}
     for module, module_rank in ranks.items():
         if module_rank != rank:
             other_ranks[re.escape(module.removeprefix(PREFIX))] = module_rank
 
+    # Members may have trained different modules; a pattern must be the same in all.
     mean = dict(settings[0])
     for key in ("target_modules", "modules_to_save"):
         names = set()
@@ -506,6 +500,7 @@ def write_results(run: Run, facts: Mapping[str, object]) -> None:
         for order_number, order in enumerate(ORDERS):
             probabilities_rov[row, order_number] = scores[pair.id][order]
 
+    # The same figures that training writes of its validation rows.
     values = metrics.scores(probabilities_rov, targets(sample, verdicts), winners(sample, verdicts))
     results = {
         **values,

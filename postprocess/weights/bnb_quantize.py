@@ -47,6 +47,7 @@ def quantised_weights(
     config: PretrainedConfig, head: str, settings: BitsAndBytesConfig
 ) -> set[str]:
     """List the weights that transformers expects to be quantised: it says so itself, of an empty model."""
+    # What has another class afterwards was replaced by a quantised layer.
     model = empty_model(config, head)
     modules_before = dict(model.named_modules())
     replace_with_bnb_linear(model, settings.llm_int8_skip_modules, settings, pre_quantized=True)
@@ -127,6 +128,7 @@ def join_state(scales: torch.Tensor, shape: tuple[int, int], is_double: bool) ->
         dtype=torch.float16,
     )
     if is_double:
+        # bitsandbytes centres the scales before it rounds them to 8 bits.
         offset = scales.mean()
         state.absmax, state.state2 = bnb.quantize_blockwise(
             scales - offset, blocksize=BLOCKS_OF_SCALES

@@ -68,6 +68,7 @@ def open_tensors(path: Path) -> Iterator[Tensors]:
 
 def find_files(folder: Path) -> list[Path]:
     """List the files of a folder's weights: its shards in the order of their names, or its one file."""
+    # Shards have an index, which alone says which of the folder's files belong together.
     index = folder / INDEX
     if index.is_file():
         try:

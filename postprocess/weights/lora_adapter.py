@@ -75,6 +75,8 @@ def load_adapter(run_folder: Path, model: torch.nn.Module) -> Adapter:
     check_settings(settings, run_folder / ADAPTER[1])
     low_rank_parts, replacements = read_adapter_file(file)
 
+    # PEFT builds its layers by the settings. What is then in the file and not in the layers, or the
+    # reverse, shows that the two do not belong together.
     architecture = type(model).__name__
     try:
         with warnings.catch_warnings():
@@ -139,6 +141,7 @@ def check_settings(settings: Mapping[str, object], config_file: Path) -> None:
             f"{config_file}: peft_type is {settings.get('peft_type')!r}; only LORA can be merged"
         )
 
+    # The adapter's file does not hold what such an initialisation did to the base.
     if settings.get("init_lora_weights", True) not in LORA_INITIALISATIONS:
         raise UserError(
             f"{config_file}: init_lora_weights is {settings['init_lora_weights']!r}, which changed the base's own "
@@ -171,6 +174,7 @@ def check_complete(layers: Mapping[str, LoraLayer], file: Path) -> None:
     """Raise UserError where an adapter's file lacks a part of a layer's change."""
     for weight, layer in layers.items():
         for part, tensor in layer.state_dict().items():
+            # Only what was in the file has left the meta device.
             if tensor.is_meta and part.startswith("lora_"):
                 raise UserError(
                     f"{file}: {weight} has no {part.split('.')[0]}; the file is not complete: train again"
@@ -201,6 +205,7 @@ def merge_layer(layer: LoraLayer, base_weight: torch.Tensor) -> torch.Tensor:
     # PEFT adds in place, and the tensor may be mapped from its file.
     own_copy = base_weight.to(torch.float32, copy=True)
     base_layer.weight = torch.nn.Parameter(own_copy, requires_grad=False)
+    # PEFT's model merges in float32 as well.
     layer.float()
     layer.merge()
     merged_weight = base_layer.weight.detach()

@@ -120,6 +120,7 @@ class Sources:
                 f"{self.trained_path()}: {name} is not finite once it is {dtype}: its values are too "
                 "large; train again"
             )
+        # It may have come from the base, or from training.
         is_from_base = self.adapter is None or name not in self.adapter.replacements
         if is_from_base and not is_finite(self.read_before_merge(name)):
             return f"{self.base.path}: {name} is not finite; fetch the model again"
@@ -156,6 +157,7 @@ def merge(
             head = run.contract.head
             quantised_names = quantised_weights(skeleton.config, head, form.quantization)
 
+        # What the result will weigh: for the room on the disk and for the division into shards.
         weight_bytes = {}
         for name, shape in skeleton.shapes.items():
             if name in quantised_names:
@@ -163,6 +165,7 @@ def merge(
             else:
                 weight_bytes[name] = torch.Size(shape).numel() * form.dtype.itemsize
 
+        # Called for one weight after the other, as the shards are written.
         def store(name: str) -> Iterator[Stored]:
             if name in quantised_names:
                 pieces = sources.read_pieces(name, torch.float16)
@@ -215,6 +218,7 @@ def open_sources(run: Run, form: Form) -> Iterator[Sources]:
     Raises:
         UserError: They do not belong together, or something is missing.
     """
+    # All checks need headers only: a mistake is told before gigabytes are read.
     skeleton = model_skeleton(run.weights, run.contract)
     adapter = None
     tied_names = skeleton.tied
@@ -277,6 +281,7 @@ def find_base_names(base: Tensors, skeleton: Skeleton) -> dict[str, str]:
 
 def check_shapes(sources: Sources) -> None:
     """Raise UserError unless every tensor of the model is there in its shape; only headers are read."""
+    # The adapter's tensor takes the place of the base's.
     replacements = sources.adapter.replacements if sources.adapter else {}
     for name, shape in sources.skeleton.shapes.items():
         if name in replacements:
@@ -319,6 +324,7 @@ def check_replacements(
             "of another base"
         )
 
+    # Without a trained head, transformers would make a random one.
     if has_own_head and adapter.replacements.keys().isdisjoint(skeleton.head):
         raise UserError(
             f"{adapter.path}: no head ({', '.join(skeleton.head)}) in the adapter, its answers would be random; train "

@@ -49,6 +49,7 @@ def model_skeleton(folder: Path, contract: Contract) -> Skeleton:
     model = build_model(config, contract.head, folder)
     config.architectures = [type(model).__name__]
 
+    # Tied tensors are in no checkpoint: the model points at the other one.
     tied = dict(model.all_tied_weights_keys)
     shapes = {}
     for name, tensor in model.state_dict().items():
@@ -75,6 +76,7 @@ def model_config(folder: Path, contract: Contract) -> PretrainedConfig:
             f"{folder}: its weights are quantised already; the contract's base_model must be the 16-bit original"
         )
 
+    # Of a causal LM, the head is as the base has it.
     if contract.head in LABELLED:
         labels = contract.verdicts if contract.head == "score" else ("reward",)
         config.id2label = dict(enumerate(labels))

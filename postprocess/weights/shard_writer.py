@@ -72,6 +72,7 @@ def write_shards(
         shard_bytes: About how many bytes a shard has.
         progress: Called after each shard with its bytes.
     """
+    # The division depends on the sizes alone: an interrupted call finds its shards again.
     shards = plan_shards(weight_bytes, shard_bytes)
     file_names = ["model.safetensors"]
     if len(shards) > 1:
@@ -112,6 +113,7 @@ def write_file(
         weights: The weights' names, in the order of the file.
         store: Gives the tensors that are stored of a weight.
     """
+    # Room for the header stays free in front of the tensors.
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     name_bytes = sum(len(weight) for weight in weights)
     header_bytes = TENSORS_A_WEIGHT * (name_bytes + HEADER_BYTES_A_TENSOR * (len(weights) + 1))

@@ -69,6 +69,7 @@ def find_groups(model: PreTrainedModel) -> list[Group]:
     if model.config.model_type not in MODEL_TYPES:
         return []
 
+    # Each attention stands for its layer.
     modules = dict(model.named_modules())
     groups = []
     for name in modules:
@@ -109,6 +110,7 @@ def smooth(model: PreTrainedModel, sequences: Iterable[Sequence[int]]) -> Smooth
         scales = compute_scales(model, group, largest_inputs[group.source])
         source = model.get_submodule(group.source)
         if isinstance(source, torch.nn.Linear):
+            # Its outputs are divided, bias included.
             rows[f"{group.source}.weight"] = scales
             rows[f"{group.source}.bias"] = scales
         else:
@@ -139,6 +141,7 @@ def compute_scales(
     Returns:
         The scales in float32 on the CPU, (channels,). A channel that is never active keeps 1.
     """
+    # All targets read the same input: the largest weight of any of them counts.
     largest_weights = torch.zeros_like(largest_inputs)
     for target in group.targets:
         weight = model.get_submodule(target).weight.detach()
@@ -173,11 +176,13 @@ def measure_inputs(
 
         return record
 
+    # The targets of a group have one input, so that one of them is enough to see it.
     hooks = []
     for group in groups:
         first_target = model.get_submodule(group.targets[0])
         hooks.append(first_target.register_forward_pre_hook(watch(group.source)))
 
+    # One sequence at a time needs no padding, which would be measured too.
     with torch.inference_mode():
         for ids in sequences:
             model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
