@@ -7,6 +7,7 @@ worker gets token ids, and writes none of them. pipeline.py calls this.
 
 import gc
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -23,7 +24,14 @@ from preprocess.core.files import atomic_folder
 
 GROUP_SIZE = 128
 OUTPUTS = 32  # gptqmodel packs that many rows at once
-MODEL_TYPES = ("gemma2", "llama", "qwen2")
+# Linear layers of a decoder's layer. Those with the same input are quantised together, each group after
+# what stands before it.
+GROUPS = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.qkv_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj", "mlp.gate_up_proj"),
+    ("mlp.down_proj",),
+)
 
 
 def quantize(run: Run, merged: Path, bits: int, out: Path, seed: int = 0) -> None:
@@ -40,7 +48,7 @@ def quantize(run: Run, merged: Path, bits: int, out: Path, seed: int = 0) -> Non
     Raises:
         UserError: GPTQ does not take the model, no row is left to calibrate on, or the worker fails.
     """
-    check_model(run)
+    groups = check_model(run)
     rows = choose_calibration_rows(run, seed)
     job = {
         "model": str(merged.resolve()),
@@ -48,6 +56,7 @@ def quantize(run: Run, merged: Path, bits: int, out: Path, seed: int = 0) -> Non
         "attention": "eager" if run.contract.softcap else "sdpa",
         "bits": bits,
         "group_size": GROUP_SIZE,
+        "groups": groups,
         "sequences": encode_calibration_rows(run, rows),
     }
 
@@ -62,23 +71,39 @@ def quantize(run: Run, merged: Path, bits: int, out: Path, seed: int = 0) -> Non
             shutil.copyfile(file, folder / file.name)
 
 
-def check_model(run: Run) -> None:
-    """Raise UserError where the model's kind, or the size of one of its layers, is not one that GPTQ takes."""
+def check_model(run: Run) -> list[list[str]]:
+    """Check that GPTQ can take the run's model.
+
+    Returns:
+        The names of the linear layers within a decoder's layer, in the groups that are quantised together.
+
+    Raises:
+        UserError: The model has layers of other names, or of a size that GPTQ cannot take.
+    """
     skeleton = model_skeleton(run.weights, run.contract)
     base_model = run.contract.base_model
-    kind = skeleton.config.model_type
-    if kind not in MODEL_TYPES:
+    layers = linear_layers(skeleton.shapes)
+    names_left = set()
+    for name in layers:
+        names_left.add(re.sub(r".*\.layers\.\d+\.", "", name).removesuffix(".weight"))
+
+    groups = []
+    for group in GROUPS:
+        groups.append([name for name in group if name in names_left])
+        names_left -= set(group)
+    if not layers or names_left:
         raise UserError(
-            f"pairwise.package.quantize: GPTQ is for decoders ({', '.join(MODEL_TYPES)}), {base_model} is a "
-            f"{kind}; write int8, or none: it is small"
+            f"pairwise.package.quantize: GPTQ is for decoders with Llama's or Phi-3's names of layers, {base_model} is a "
+            f"{skeleton.config.model_type}; write int8, or none if it is small"
         )
 
-    for name, (outputs, inputs) in linear_layers(skeleton.shapes).items():
+    for name, (outputs, inputs) in layers.items():
         if inputs % GROUP_SIZE or outputs % OUTPUTS:
             raise UserError(
                 f"pairwise.package.quantize: GPTQ takes groups of {GROUP_SIZE} inputs and {OUTPUTS} outputs, {name} of "
                 f"{base_model} has {inputs} and {outputs}; write nf4 or int8"
             )
+    return groups
 
 
 def linear_layers(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

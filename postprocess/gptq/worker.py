@@ -1,7 +1,8 @@
 """One model quantised by optimum's GPTQ, in .venv-gptq: `python postprocess/gptq/worker.py JOB.json OUT`.
 
-JOB.json has `model` (the folder of a decoder in 16 bits), `architecture` (its class in transformers), `attention`, `bits`,
-`group_size` and `sequences` (token ids to calibrate on). OUT gets config.json and model.safetensors in GPTQ's standard
+JOB.json has `model` (the folder of a decoder in 16 bits), `architecture` (its class in transformers),
+`attention`, `bits`, `group_size`, `groups` (names of the linear layers that are quantised together) and
+`sequences` (token ids to calibrate on). OUT gets config.json and model.safetensors in GPTQ's standard
 format. Imports nothing of this project: none of it is in that environment.
 """
 
@@ -23,14 +24,6 @@ import torch
 import transformers
 from optimum.gptq import GPTQQuantizer
 from safetensors.torch import load_file, save_file
-
-# Layers with the same input are quantised together, each group after what stands before it.
-GROUPS = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
-)
 
 
 def main(job_file: Path, out: Path) -> None:
@@ -68,7 +61,7 @@ def main(job_file: Path, out: Path) -> None:
         dataset=dataset,
         model_seqlen=longest,
         block_name_to_quantize="model.layers",
-        modules_in_block_to_quantize=[list(group) for group in GROUPS],
+        modules_in_block_to_quantize=job["groups"],
         # Kept outputs go from layer to layer with the first one's mask, which is every layer's only
         # within the window.
         cache_block_outputs=window is None or longest <= window,
