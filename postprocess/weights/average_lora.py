@@ -333,6 +333,7 @@ def find_scaling(module: str, rank: int, settings: Mapping) -> float:
 
 def check_whole_tensors(adapters: Sequence[MemberAdapter]) -> None:
     """Raise UserError unless the members hold the same whole tensors, in the same shapes."""
+    # A head that one member lacks cannot be averaged.
     first = adapters[0]
     for adapter in adapters[1:]:
         path = adapter.tensors.path
@@ -407,6 +408,7 @@ def cut_rank(
 
 def mean_tensor(adapters: Sequence[MemberAdapter], name: str) -> torch.Tensor:
     """Average a tensor that the members trained whole (a head); one that all share stays as it is."""
+    # Biases that were never trained are the same in all, in their own dtype.
     first = adapters[0].tensors.get(name)
     mean = torch.zeros(first.shape, dtype=torch.float64)
     is_shared = True
@@ -466,6 +468,7 @@ def print_summary(
         truncation: What was cut away.
         rank: The rank that was asked for; None for an exact mean.
     """
+    # Shares are told as they count, not as they were given.
     shares = ", ".join(f"{member.share:.3f} {member.folder}" for member in members)
     print(f"  the mean of {len(members)} adapters: {shares}")
 
@@ -491,6 +494,7 @@ def write_results(run: Run, facts: Mapping[str, object]) -> None:
     _, sample = split(read_pairs(block.pairs), "all", block.pairs)
     pairs = [run.model_input.pair_from_row(row) for row in sample.iter_rows(named=True)]
 
+    # Scored as training scores them: by PEFT's model, not by a merged one.
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_trained(run, device)
     tokenizer = read_tokenizer(run.folder)

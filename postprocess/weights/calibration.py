@@ -34,6 +34,7 @@ def choose_calibration_rows(run: Run, seed: int = 0) -> pl.DataFrame:
     training_rows, _ = split(read_pairs(pairs_file), fold, pairs_file)
     checked_rows = pl.read_parquet(predictions, columns=["id"])
 
+    # Rows that a model was tuned on would flatter it in the comparison.
     rows = training_rows.join(checked_rows, on="id", how="anti")
     if rows.is_empty() and fold == "all":
         rows = training_rows

@@ -73,6 +73,8 @@ def load_adapter(run_folder: Path, model: torch.nn.Module) -> Adapter:
     file = run_folder / ADAPTER[0]
     settings = adapter_settings(run_folder)
     check_settings(settings, run_folder / ADAPTER[1])
+    # A newer PEFT may have written settings that this one lacks, empty ones.
+    known_settings = {name: value for name, value in settings.items() if name in KNOWN_SETTINGS}
     low_rank_parts, replacements = read_adapter_file(file)
 
     # PEFT builds its layers by the settings. What is then in the file and not in the layers, or the
@@ -82,7 +84,7 @@ def load_adapter(run_folder: Path, model: torch.nn.Module) -> Adapter:
         with warnings.catch_warnings():
             # Of tied embeddings that are trained apart: merge.py keeps them apart.
             warnings.simplefilter("ignore")
-            peft_model = get_peft_model(model, LoraConfig(**settings))
+            peft_model = get_peft_model(model, LoraConfig(**known_settings))
         loaded = peft_model.load_state_dict(low_rank_parts, strict=False, assign=True)
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).splitlines()[-1].split())
@@ -166,6 +168,7 @@ def find_layers(peft_model: PeftModel) -> dict[str, LoraLayer]:
 
 def model_name(peft_name: str) -> str:
     """Give the name that a tensor has without PEFT's wrappers."""
+    # A layer under LoRA holds the base's layer, a module trained whole stands beside the original.
     name = peft_name.removeprefix(PREFIX).replace(".base_layer.", ".")
     return re.sub(r"\.modules_to_save(\.default)?\.", ".", name)
 

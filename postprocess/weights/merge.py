@@ -107,6 +107,7 @@ class Sources:
         Raises:
             UserError: A number is not finite, or does not fit `dtype`.
         """
+        # Whatever precision a weight is stored in, it is rounded once.
         for piece in split_rows(self.read(name)):
             rounded = piece.to(dtype) if piece.is_floating_point() else piece
             if not is_finite(rounded):
@@ -168,6 +169,7 @@ def merge(
         # Called for one weight after the other, as the shards are written.
         def store(name: str) -> Iterator[Stored]:
             if name in quantised_names:
+                # From float16, as if a merged model had been saved before.
                 pieces = sources.read_pieces(name, torch.float16)
                 tensors = quantise(name, skeleton.shapes[name], pieces, form.quantization)
                 for stored_name, tensor in tensors.items():
@@ -193,6 +195,7 @@ def merge(
 
 def write_config(config: PretrainedConfig, form: Form, folder: Path) -> None:
     """Write config.json."""
+    # transformers reads from here how the weights are to be loaded.
     config.dtype = form.dtype
     if form.quantization:
         config.quantization_config = form.quantization

@@ -38,6 +38,7 @@ def unmerged(run: Run, out: Path, key: str = "") -> None:
             together.
     """
 
+    # Written into the same temporary folder, so that no base is left without its adapter.
     def add_adapter(folder: Path) -> None:
         with open_tensors(run.folder / ADAPTER[0]) as tensors:
             save_file(lora_tensors(tensors), folder / LORA[1], metadata={"format": "pt"})

@@ -49,6 +49,7 @@ def calibrate_smoothing(run: Run) -> Smoothing | None:
         print(f"  int8 as it is, without SmoothQuant: {error}")
         return None
 
+    # As the gate loads it for its comparison.
     has_gpu = torch.cuda.is_available()
     device = "cuda" if has_gpu else "cpu"
     dtype = torch.float16 if has_gpu else torch.float32

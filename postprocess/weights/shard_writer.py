@@ -155,6 +155,7 @@ def write_file(
 
 def write_index(folder: Path, file_names: Sequence[str]) -> None:
     """Write the index of a folder's shards, which says where each tensor is."""
+    # Names come from the files' own headers: a shard of an earlier call has them too.
     weight_map = {}
     total_bytes = 0
     for file_name in file_names:

@@ -85,6 +85,7 @@ def test_a_base_in_bfloat16_is_merged_in_float32(opened, tmp_path, copied):
     base = runs.change_base(
         run, tmp_path / "base", lambda tensors: tensors.update({key: value.bfloat16() for key, value in tensors.items()})
     )
+    runs.set_json(run.folder / "adapter_config.json", setting_of_a_newer_peft=None)
     merge(opened(run), tmp_path / "merged", Form(dtype=torch.float32))
     adapter = load_file(run.folder / "adapter_model.safetensors")
     a, b = (adapter[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
