@@ -139,7 +139,7 @@ def compute_scales(
         largest_inputs: The largest absolute value of each channel, (channels,).
 
     Returns:
-        The scales in float32 on the CPU, (channels,). A channel that is never active keeps 1.
+        The scales in float32 on the CPU, (channels,). A channel without a usable scale keeps 1.
     """
     # All targets read the same input: the largest weight of any of them counts.
     largest_weights = torch.zeros_like(largest_inputs)
@@ -149,7 +149,8 @@ def compute_scales(
         largest_weights = torch.maximum(largest_weights, column_maxima)
 
     scales = largest_inputs**STRENGTH / largest_weights ** (1 - STRENGTH)
-    is_usable = (largest_inputs > 0) & (largest_weights > 0)
+    # A channel may overflow in float16, or never be active.
+    is_usable = torch.isfinite(scales) & (scales > 0)
     return torch.where(is_usable, scales, 1.0)
 
 
