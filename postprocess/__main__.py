@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from postprocess.pipeline import Options, package_mean, package_recipe
+from postprocess.pipeline import MOST_REPEATS, Options, package_mean, package_recipe
 from postprocess.run_folder import ADAPTER
 from preprocess.core.errors import UserError, exits_with_2
 from recipes.pairwise.config.schema import read_recipe
@@ -26,7 +26,7 @@ from recipes.pairwise.config.schema import read_recipe
 )
 @click.option(
     "--repeat",
-    type=click.IntRange(1, 20),
+    type=click.IntRange(1, MOST_REPEATS),
     default=1,
     help="Quantise so many times where chance is in it (GPTQ's calibration rows), tell the spread, and package the best.",
 )

@@ -1,6 +1,6 @@
 """From a run to its package: the stages, what each is made from, and their order.
 
-    untrained or average (where a recipe needs one)  →  merge, quantise, unmerged  →  agreement  →  package
+    untrained or average (where a recipe needs one)  →  merge, quantise, unmerged  →  scores  →  agreement  →  package
 
 `python -m postprocess` calls `package_recipe` or `package_mean`. Each `make_…` function below is one
 stage: it names the stage's inputs, returns where they have not changed, and else makes its outputs.
@@ -45,6 +45,7 @@ RUN_FILES = (
     "predictions.parquet",
     *TOKENIZER_FILES,
 )
+MOST_REPEATS = 20
 MODEL_FOLDERS = ("merged", "quantised", "quantised-*", "unmerged", ".*.partial")
 
 
@@ -310,13 +311,20 @@ def make_merged(run: Run, preparation: Preparation) -> Path:
 
 def make_quantised(run: Run, preparation: Preparation) -> Path:
     """Bring the merged model in nf4 or int8 up to date, made in one pass, and return its folder."""
-    quantize = run.recipe.pairwise.package.quantize
+    block = run.recipe.pairwise
+    quantize = block.package.quantize
     quantised = run.folder / "quantised"
+    inputs = run.source_files()
+    settings = {"to": quantize}
+    if quantize == "int8":
+        # It is calibrated on training rows.
+        inputs += run.validation_files()
+        settings["fold"] = block.fold
     stage = Stage(
         run.folder,
         "quantise",
-        inputs=run.source_files(),
-        settings={"to": quantize},
+        inputs=inputs,
+        settings=settings,
         outputs=[quantised],
         code=stage_code.QUANTISE,
     )
@@ -324,7 +332,7 @@ def make_quantised(run: Run, preparation: Preparation) -> Path:
         return quantised
 
     preparation.ensure()
-    from postprocess.weights.merge import quantise_in_one_pass  # noqa: PLC0415  needs torch
+    from postprocess.weights.quantise_run import quantise_in_one_pass  # noqa: PLC0415  needs torch
 
     with making(stage) as key:
         quantise_in_one_pass(run, quantize, quantised, key)
@@ -334,41 +342,57 @@ def make_quantised(run: Run, preparation: Preparation) -> Path:
 def make_gptq_models(run: Run, options: Options, preparation: Preparation) -> dict[str, Path]:
     """Bring the GPTQ models up to date, each calibrated on other rows.
 
-    They are made from the merged model, which needs to be on the disk only meanwhile.
+    They are made from the merged model, which needs to be on the disk only meanwhile. Models of an
+    earlier call with a larger `repeat` are kept among them while they are up to date.
 
     Returns:
         The models' folders by name: quantised, quantised-2, …
     """
-    block = run.recipe.pairwise
-    names = ["quantised"]
-    for number in range(2, options.repeat + 1):
-        names.append(f"quantised-{number}")
-    folders = {name: run.folder / name for name in names}
+    stages = []
+    while len(stages) < MOST_REPEATS:
+        stage = gptq_stage(run, seed=len(stages))
+        if len(stages) >= options.repeat and not is_current(stage):
+            break
+        stages.append(stage)
 
-    stage = Stage(
+    outdated_stages = []
+    for stage in stages:
+        if not skip_if_current(stage):
+            outdated_stages.append(stage)
+
+    if outdated_stages:
+        preparation.ensure()
+        from postprocess.gptq.quantize import quantize  # noqa: PLC0415  needs torch
+
+        merged = make_merged(run, preparation)
+        for stage in outdated_stages:
+            with making(stage):
+                quantize(
+                    run, merged, stage.settings["bits"], stage.outputs[0], stage.settings["seed"]
+                )
+        if not options.keep_merged:
+            shutil.rmtree(merged)
+
+    return {stage.outputs[0].name: stage.outputs[0] for stage in stages}
+
+
+def gptq_stage(run: Run, seed: int) -> Stage:
+    """Describe the stage that makes one GPTQ model.
+
+    Args:
+        run: The run that is packaged.
+        seed: Decides which rows it is calibrated on; 0 for the first model.
+    """
+    block = run.recipe.pairwise
+    number = "" if seed == 0 else f"-{seed + 1}"
+    return Stage(
         run.folder,
-        "quantise",
+        f"quantise{number}",
         inputs=[*run.source_files(), *run.validation_files()],
-        settings={"to": block.package.quantize, "fold": block.fold, "repeat": options.repeat},
-        outputs=list(folders.values()),
+        settings={"bits": GPTQ_BITS[block.package.quantize], "fold": block.fold, "seed": seed},
+        outputs=[run.folder / f"quantised{number}"],
         code=stage_code.GPTQ,
     )
-    if skip_if_current(stage):
-        return folders
-
-    preparation.ensure()
-    from postprocess.gptq.quantize import quantize  # noqa: PLC0415  needs torch
-
-    merged = make_merged(run, preparation)
-    bits = GPTQ_BITS[block.package.quantize]
-    with making(stage):
-        # Another seed calibrates on other rows.
-        for seed, folder in enumerate(folders.values()):
-            quantize(run, merged, bits, folder, seed)
-
-    if not options.keep_merged:
-        shutil.rmtree(merged)
-    return folders
 
 
 def make_unmerged(run: Run, preparation: Preparation) -> Path:
@@ -404,16 +428,12 @@ def make_agreement(
     Raises:
         UserError: The models do not agree.
     """
-    # The comparison is of what is on the disk: a model that was made anew is compared anew.
-    model_files = []
-    for folder in unique_folders(candidates):
-        model_files += files_of(folder)
-
+    scores_file = make_scores(run, candidates, preparation)
     report = run.folder / "agreement.json"
     stage = Stage(
         run.folder,
         "agreement",
-        inputs=[*run.source_files(), *model_files, *run.validation_files()],
+        inputs=[scores_file, run.folder / "metrics.json", *run.validation_files()],
         settings={"tolerance": run.recipe.pairwise.package.tolerance},
         outputs=[report, report.with_suffix(".parquet"), report.with_suffix(".png")],
         code=stage_code.AGREEMENT,
@@ -425,8 +445,39 @@ def make_agreement(
     from postprocess.agreement.gate import agreement  # noqa: PLC0415  needs torch
 
     with making(stage):
-        agreement(run, candidates, report)
+        agreement(run, scores_file, report)
     return report
+
+
+def make_scores(run: Run, candidates: Mapping[str, Path | None], preparation: Preparation) -> Path:
+    """Bring the probabilities that the candidates and the trained model give up to date.
+
+    Returns:
+        The file with the probabilities. Another tolerance needs no other ones.
+    """
+    # The comparison is of what is on the disk: a model that was made anew is compared anew.
+    model_files = []
+    for folder in unique_folders(candidates):
+        model_files += files_of(folder)
+
+    scores_file = run.folder / "scores.json"
+    stage = Stage(
+        run.folder,
+        "scores",
+        inputs=[*run.source_files(), *model_files, *run.validation_files()],
+        settings={"candidates": list(candidates)},
+        outputs=[scores_file],
+        code=stage_code.AGREEMENT,
+    )
+    if skip_if_current(stage):
+        return scores_file
+
+    preparation.ensure()
+    from postprocess.agreement.gate import score_models  # noqa: PLC0415  needs torch
+
+    with making(stage):
+        score_models(run, candidates, scores_file)
+    return scores_file
 
 
 def make_package(run: Run, model: Path, report: Path) -> None:

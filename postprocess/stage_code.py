@@ -32,9 +32,18 @@ MERGE = (
     "postprocess/weights/merge.py",
     "postprocess/weights/meta_model.py",
     "postprocess/weights/shard_writer.py",
+    "postprocess/weights/smooth_quant.py",
 )
 
-QUANTISE = MERGE
+QUANTISE = (
+    *MERGE,
+    *PAIRS,
+    "kaggle_kernels/runtime/models/scoring.py",
+    "postprocess/agreement/reference_model.py",
+    "postprocess/agreement/validation_rows.py",
+    "postprocess/weights/calibration.py",
+    "postprocess/weights/quantise_run.py",
+)
 
 GPTQ = (
     *MERGE,
@@ -43,6 +52,7 @@ GPTQ = (
     "kaggle_kernels/runtime/models/scoring.py",
     "postprocess/agreement/validation_rows.py",
     "postprocess/gptq",
+    "postprocess/weights/calibration.py",
     "postprocess/gptq/requirements.txt",
 )
 

@@ -32,37 +32,70 @@ FLOAT16_ON_CPU_FLOP = 5e10  # about 20 s: float16 is ten times slower than float
 GOLDEN_ORDER = ("as_given",)
 
 
-def agreement(run: Run, folders: Mapping[str, Path | None], out: Path) -> None:
-    """Compare, print a table, write `out` (agreement.json) and, beside it, agreement.parquet and agreement.png.
+def score_models(run: Run, folders: Mapping[str, Path | None], out: Path) -> None:
+    """Score the validation rows with every model, and write the probabilities to a JSON file.
 
-    `folders` are those of the models by column: `merged` where there is one (None: made in memory), then the candidates:
-    `quantised`, if it was made more than once `quantised-2`, `quantised-3`, …, and `unmerged`. agreement.json also holds the
-    golden probabilities of the candidate that is packaged. Raises UserError, once all is written, where the models do not
-    agree.
+    Args:
+        run: The run that is packaged.
+        folders: The models' folders by column: `merged` where there is one (None: made in memory),
+            then the candidates `quantised`, `quantised-2`, …, `unmerged`.
+        out: The file. Besides the columns it has the golden rows' probabilities of each model.
     """
     rows, pairs = validation_rows(run)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = checked_tokenizer(run)
     dtype = kernel_dtype(run, tokenizer, pairs, device)
-    columns, golden = [recorded_column(run, rows)], {}
+    columns = [recorded_column(run, rows)]
+    golden = {}
     for name, load in model_loaders(run, folders, device, dtype):
         column, golden[name] = _score_model(name, load(), run, tokenizer, pairs)
         columns.append(column)
         gc.collect()
+
+    # With quantize: none, one model has both names.
     if QUANTISED in folders and folders[QUANTISED] == folders.get("merged"):
         merged = next(column for column in columns if column.name == "merged")
         columns.append(Column(QUANTISED, merged.probabilities_rov, merged.precision))
         golden[QUANTISED] = golden["merged"]
-    verdicts, tolerance = run.contract.verdicts, run.recipe.pairwise.package.tolerance
+
+    as_json = []
+    for column in columns:
+        probabilities = column.probabilities_rov.tolist()
+        as_json.append({"name": column.name, "precision": column.precision, "rov": probabilities})
+    write_json(out, {"columns": as_json, "golden": golden})
+
+
+def agreement(run: Run, scores_file: Path, out: Path) -> None:
+    """Compare the models, print a table, write agreement.json and, beside it, a table and a picture.
+
+    Args:
+        run: The run that is packaged.
+        scores_file: What score_models wrote.
+        out: agreement.json. It also has the golden probabilities of the candidate that is packaged.
+
+    Raises:
+        UserError: The models do not agree. All is written by then.
+    """
+    scores = read_object(scores_file)
+    columns = []
+    for column in scores["columns"]:
+        columns.append(Column(column["name"], np.array(column["rov"]), column["precision"]))
+
+    rows, _ = validation_rows(run)
+    verdicts = run.contract.verdicts
+    tolerance = run.recipe.pairwise.package.tolerance
     report = compare(columns, targets(rows, verdicts), winners(rows, verdicts), tolerance, groups_of(rows))
     metrics = run.folder / "metrics.json"
-    report["rows_were_trained_on"] = metrics.is_file() and bool(read_object(metrics).get("rows_were_trained_on"))
+    trained_on = metrics.is_file() and read_object(metrics).get("rows_were_trained_on")
+    report["rows_were_trained_on"] = bool(trained_on)
     print("\n".join(table_lines(report)))
+
     with atomic_file(out.with_suffix(".parquet")) as temporary:
         probability_table(rows, columns, verdicts).write_parquet(temporary)
     with atomic_file(out.with_suffix(".png")) as temporary:
         agreement_picture(run.folder, report, columns, verdicts, temporary)
-    write_json(out, without_nan({**report, "golden": golden[report["packaged"]]}))
+    golden = scores["golden"][report["packaged"]]
+    write_json(out, without_nan({**report, "golden": golden}))
     refuse(run, report, out)
 
 

@@ -1,37 +1,47 @@
-"""The mean of several runs' adapters, as one adapter: of the products B A, which is what a model adds to its weights.
+"""The mean of several runs' adapters, as one adapter: of the products B A, which a model adds to its weights.
 
-The mean of products is not the product of means: averaging A and B apart, as others do, mixes one run's A with another's B
-and is wrong even for two copies of one model that differ by a rotation of their ranks. Here the ranks stand side by side,
-[w1 B1, w2 B2, …] [A1; A2; …], which is exact, or are cut to a given number by the truncated singular value decomposition,
-the nearest product of that rank (Eckart and Young 1936), its error told. Heads are averaged as they are.
+The mean of products is not the product of means: averaging A and B apart mixes one run's A with
+another's B, and is wrong even for two copies of one model that differ by a rotation of their ranks.
+Here the ranks stand side by side, [w1 B1, w2 B2, …] [A1; A2; …], which is exact, or are cut to a given
+number by the truncated singular value decomposition, the nearest product of that rank (Eckart and
+Young 1936). PEFT's add_weighted_adapter does both with the whole model in memory and without the heads,
+which are averaged here as well.
 """
 
 import contextlib
 import math
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from peft.utils.other import get_pattern_key
+from safetensors.torch import save_file
 
 from kaggle_kernels.runtime.models.scoring import ORDERS, score
 from kaggle_kernels.runtime.package import read_tokenizer
 from postprocess.agreement.reference_model import load_trained
-from postprocess.run_folder import ADAPTER, Run, adapter_settings, check_recipe, find_base, read_contract
-from postprocess.weights.checkpoint_reader import open_tensors
-from postprocess.weights.lora_adapter import Adapter, read_adapter
+from postprocess.run_folder import (
+    ADAPTER,
+    Run,
+    adapter_settings,
+    check_recipe,
+    find_base,
+    read_contract,
+)
+from postprocess.weights.checkpoint_reader import Tensors, open_tensors
+from postprocess.weights.lora_adapter import PREFIX, check_settings
 from postprocess.weights.merge import is_finite
-from postprocess.weights.shard_writer import Planned, Stored, write_file
 from preprocess.core.errors import UserError
 from preprocess.core.files import atomic_file, read_object, sha256, write_json
 from recipes.pairwise.config.schema import Recipe
 from recipes.pairwise.data.datasets import read_pairs, split, targets, winners
 from recipes.pairwise.tracking import metrics
 
-MADE = (
+WRITTEN_FILES = (
     "adapter_model.safetensors",
     "adapter_config.json",
     "contract.json",
@@ -40,7 +50,7 @@ MADE = (
     "predictions.parquet",
     "config.json",
 )
-A_PARTS, B_PARTS = ("lora_A", "lora_embedding_A"), ("lora_B", "lora_embedding_B")
+A_NAME = re.compile(r"(?P<module>.+)\.(lora_A\.weight|lora_embedding_A)")
 
 
 @dataclass(frozen=True)
@@ -52,268 +62,466 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Part:
-    """A member's open adapter with its share."""
+class Factors:
+    """The low-rank change of one module: the names of A and B in the adapter's file, and the factor on B A."""
 
-    adapter: Adapter
+    a_name: str
+    b_name: str
+    scaling: float
+
+
+@dataclass(frozen=True)
+class MemberAdapter:
+    """A member's open adapter.
+
+    Attributes:
+        tensors: The open file.
+        share: The member's share of the mean.
+        changes: The low-rank change of each module, by the module's name in the file.
+        whole: The names of the tensors that were trained whole.
+    """
+
+    tensors: Tensors
     share: float
+    changes: Mapping[str, Factors]
+    whole: Sequence[str]
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read a tensor in float64; a UserError where it is not finite."""
+        tensor = self.tensors.get(name)
+        if not is_finite(tensor):
+            raise UserError(f"{self.tensors.path}: {name} is not finite; train again")
+        return tensor.to(torch.float64)
 
 
 @dataclass
 class Truncation:
-    """What cutting ranks has cost: squared Frobenius norms of all changes and of what was cut, and the worst layer."""
+    """What cutting ranks costs.
+
+    Attributes:
+        total: The sum of the squared Frobenius norms of all changes.
+        lost: The same of what was cut away.
+        worst: The largest relative error of a module, and the module.
+    """
 
     total: float = 0.0
-    cut: float = 0.0
+    lost: float = 0.0
     worst: tuple[float, str] = (0.0, "")
 
-    def add(self, name: str, singular_values: torch.Tensor, kept: int) -> None:
-        """Count one weight, whose change has these singular values, of which the first `kept` are kept."""
-        total, cut = (float((values**2).sum()) for values in (singular_values, singular_values[kept:]))
+    def add(self, module: str, singular_values: torch.Tensor, rank: int) -> None:
+        """Count a module's change, of whose singular values the first `rank` are kept."""
+        total = float((singular_values**2).sum())
+        lost = float((singular_values[rank:] ** 2).sum())
         self.total += total
-        self.cut += cut
-        self.worst = max(self.worst, (math.sqrt(cut / total) if total else 0.0, name))
+        self.lost += lost
+        self.worst = max(self.worst, (relative_norm(lost, total), module))
 
     @property
     def error(self) -> float:
-        """The norm of what was cut over the norm of what there was."""
-        return math.sqrt(self.cut / self.total) if self.total else 0.0
+        """The norm of what was cut away, relative to the norm of all changes."""
+        return relative_norm(self.lost, self.total)
+
+
+def relative_norm(part: float, total: float) -> float:
+    """Give the ratio of two norms from their squares; 0 where there is nothing."""
+    return math.sqrt(part / total) if total else 0.0
 
 
 def average(recipe: Recipe, shares: Mapping[Path, float], rank: int | None) -> None:
-    """Fill the run folder of `recipe` with the mean of several runs' adapters, cut to `rank` where that is given.
+    """Fill a run folder with the mean of several runs' adapters.
 
-    `shares` are what each run's folder has in the mean; they sum to 1. The validation rows are the fixed sample of a run that
-    trained on everything, since most were trained on by some member. Raises UserError where the members are not runs of one
-    contract, or cannot be averaged (DoRA).
+    The validation rows are the fixed sample of a run that trained on everything, since most of them
+    were trained on by some member.
+
+    Args:
+        recipe: The recipe of the runs, with the folder of the mean as its run folder.
+        shares: Each run's share of the mean, by its folder; the shares sum to 1.
+        rank: The rank that the mean is cut to; None keeps it exact.
+
+    Raises:
+        UserError: The members are not runs of one contract, or have no mean (DoRA).
     """
-    folder, members = recipe.run_folder, [Member(*item) for item in shares.items()]
-    check_members(members, folder)
-    check_recipe(replace(recipe, run_folder=members[0].folder), read_contract(members[0].folder)[0], has_adapter=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in MADE:  # nothing of an earlier run may vouch for this one
-        (folder / name).unlink(missing_ok=True)
+    folder = recipe.run_folder
+    members = [Member(member_folder, share) for member_folder, share in shares.items()]
     first = members[0].folder
+    check_members(members, folder)
     contract, model_input = read_contract(first)
+    check_recipe(replace(recipe, run_folder=first), contract, has_adapter=True)
+
+    # Nothing of an earlier run may vouch for this one.
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in WRITTEN_FILES:
+        (folder / name).unlink(missing_ok=True)
     for name in ("model_input.py", "config.json", *contract.tokenizer_sha256):
         if (first / name).is_file():
             shutil.copyfile(first / name, folder / name)
+
     truncation = write_adapter(folder, members, rank)
     shutil.copyfile(first / "contract.json", folder / "contract.json")
-    print_summary(members, read_object(folder / ADAPTER[1]), truncation, rank)
-    weights = find_base(contract.base_model, contract.revision)
-    told = {"members": {str(member.folder): member.share for member in members}, "rank": rank, "error": truncation.error}
-    write_results(Run(recipe, folder, contract, model_input, weights, has_adapter=True), told)
+    print_summary(members, read_object(folder / ADAPTER[1])["r"], truncation, rank)
+
+    base = find_base(contract.base_model, contract.revision)
+    run = Run(recipe, folder, contract, model_input, base, has_adapter=True)
+    facts = {
+        "members": {str(member.folder): member.share for member in members},
+        "rank": rank,
+        "error": truncation.error,
+    }
+    write_results(run, facts)
 
 
-def check_members(members: Sequence[Member], out: Path) -> None:
-    """Raise UserError unless every member is a run with an adapter other than `out`, all of the same contract."""
-    first = members[0].folder
+def check_members(members: Sequence[Member], mean_folder: Path) -> None:
+    """Check that the members are runs with adapters of one contract.
+
+    Args:
+        members: The runs.
+        mean_folder: Where the mean is written, which must be none of them.
+
+    Raises:
+        UserError: They are not.
+    """
     for member in members:
-        if member.folder.resolve() == out.resolve():
-            raise UserError(f"--adapter {member.folder}: the mean is written there; name the runs that it is the mean of")
-        if missing := [name for name in (*ADAPTER, "contract.json", "model_input.py") if not (member.folder / name).is_file()]:
-            raise UserError(f"{member.folder}: no {missing[0]}; --adapter takes the folder of a trained LoRA run")
+        if member.folder.resolve() == mean_folder.resolve():
+            raise UserError(
+                f"--adapter {member.folder}: the mean is written there; name the runs that it is the mean of"
+            )
+        for name in (*ADAPTER, "contract.json", "model_input.py"):
+            if not (member.folder / name).is_file():
+                raise UserError(
+                    f"{member.folder}: no {name}; --adapter takes the folder of a trained LoRA run"
+                )
+
+    # The mean gets the first member's tokenizer and contract, which the others must share.
+    first = members[0].folder
     contract, _ = read_contract(first)
     for name, expected in contract.tokenizer_sha256.items():
         if not (first / name).is_file() or sha256(first / name) != expected:
-            raise UserError(f"{first / name}: missing or changed since training; contract.json holds another SHA-256")
-    one = asdict(contract)
-    for member in members[1:]:
-        other = asdict(read_contract(member.folder)[0])
-        if unlike := [key for key in one if key != "recorded" and one[key] != other[key]]:
             raise UserError(
-                f"{member.folder / 'contract.json'}: {unlike[0]} is not that of {first}; only adapters that were trained "
+                f"{first / name}: missing or changed since training; contract.json holds another SHA-256"
+            )
+    for member in members[1:]:
+        check_alike(first, member.folder)
+
+
+def check_alike(first: Path, other: Path) -> None:
+    """Raise UserError where two runs differ in a way that leaves them without a mean."""
+    first_contract = asdict(read_contract(first)[0])
+    other_contract = asdict(read_contract(other)[0])
+    for key, value in first_contract.items():
+        if key != "recorded" and value != other_contract[key]:
+            raise UserError(
+                f"{other / 'contract.json'}: {key} is not that of {first}; only adapters that were trained "
                 "with one recipe on one base have a mean"
             )
-        settings = [adapter_settings(folder).get("ensure_weight_tying") for folder in (first, member.folder)]
-        if bool(settings[0]) != bool(settings[1]):
-            raise UserError(f"{member.folder / ADAPTER[1]}: ensure_weight_tying is not that of {first}")
-        quantised = [quantization_of(folder) for folder in (first, member.folder)]
-        if quantised[0] != quantised[1]:
-            raise UserError(
-                f"{member.folder / 'config.json'}: quantization_config is not that of {first}: LoRA and QLoRA do not mix"
-            )
+
+    # One of them has an output layer of its own, the other has not.
+    first_is_tied = bool(adapter_settings(first).get("ensure_weight_tying"))
+    other_is_tied = bool(adapter_settings(other).get("ensure_weight_tying"))
+    if first_is_tied != other_is_tied:
+        raise UserError(f"{other / ADAPTER[1]}: ensure_weight_tying is not that of {first}")
+
+    # A QLoRA adapter corrects the rounding of its base too.
+    if read_quantization(first) != read_quantization(other):
+        raise UserError(
+            f"{other / 'config.json'}: quantization_config is not that of {first}: LoRA and QLoRA do not mix"
+        )
 
 
-def quantization_of(folder: Path) -> object:
-    """How a run's base was quantised while it was trained; None for 16 bits."""
+def read_quantization(folder: Path) -> object:
+    """Read how a run's base was quantised during training; None for 16 bits."""
     file = folder / "config.json"
-    return read_object(file).get("quantization_config") if file.is_file() else None
+    if not file.is_file():
+        return None
+    return read_object(file).get("quantization_config")
 
 
 def write_adapter(folder: Path, members: Sequence[Member], rank: int | None) -> Truncation:
-    """Write the mean as adapter_model.safetensors and adapter_config.json that PEFT reads; what cutting ranks has cost."""
+    """Write the mean as adapter_model.safetensors and adapter_config.json, as PEFT reads them.
+
+    Args:
+        folder: Where they are written.
+        members: The runs.
+        rank: The rank that the mean is cut to; None keeps it exact.
+
+    Returns:
+        What cutting ranks has cost.
+    """
     truncation = Truncation()
+    mean_tensors = {}
+    ranks = {}
+
     with contextlib.ExitStack() as stack:
-        parts = []
+        adapters = []
         for member in members:
             tensors = stack.enter_context(open_tensors(member.folder / ADAPTER[0]))
-            settings = adapter_settings(member.folder)
-            parts.append(Part(read_adapter(tensors, settings, member.folder / ADAPTER[1]), member.share))
-        names = changed_names(parts)
-        ranks = {name: rank_of_mean(parts, name, rank) for name in names}
-        planned = [Planned(name, stored_names(parts, name), 0) for name in names]
-        replaced = {key: name for name, key in replaced_keys(parts).items()}
-        planned += [Planned(key, (key,), 0) for key in replaced]
+            adapters.append(read_member(member, tensors))
+        check_whole_tensors(adapters)
 
-        def store(name: str) -> Iterator[Stored]:
-            if name in ranks:
-                a, b = mean_factors(parts, name)
-                if rank:
-                    a, b = cut(a, b, ranks[name], name, truncation)
-                for key, tensor in zip(stored_names(parts, name), (a, b), strict=True):
-                    yield Stored(key, torch.float32, tuple(tensor.shape), [tensor.to(torch.float32)])
-            else:
-                mean = mean_replacement(parts, replaced[name])
-                yield Stored(name, mean.dtype, tuple(mean.shape), [mean])
+        # A module that some member did not train is in the mean as well: that member adds nothing.
+        names_of_factors = {}
+        for adapter in reversed(adapters):
+            names_of_factors |= adapter.changes
+        for module, names in names_of_factors.items():
+            a, b = mean_factors(adapters, module)
+            if rank is not None:
+                a, b = cut_rank(a, b, rank, module, truncation)
+            ranks[module] = len(a)
+            mean_tensors[names.a_name] = a.to(torch.float32).contiguous()
+            mean_tensors[names.b_name] = b.to(torch.float32).contiguous()
 
-        write_file(folder / ADAPTER[0], planned, store)
-    write_json(folder / ADAPTER[1], mean_settings([adapter_settings(member.folder) for member in members], ranks))
+        # Heads, and what else was trained whole.
+        for name in adapters[0].whole:
+            mean_tensors[name] = mean_tensor(adapters, name)
+
+    with atomic_file(folder / ADAPTER[0]) as temporary:
+        save_file(mean_tensors, temporary, metadata={"format": "pt"})
+    settings = [adapter_settings(member.folder) for member in members]
+    write_json(folder / ADAPTER[1], mean_settings(settings, ranks))
     return truncation
 
 
-def changed_names(parts: Sequence[Part]) -> list[str]:
-    """The weights that some member changed, in order. A UserError where one is of DoRA, whose changes are no products."""
-    for part in parts:
-        for name, change in part.adapter.changes.items():
-            if "lora_magnitude_vector" in change.parts:
-                raise UserError(
-                    f"{part.adapter.tensors.path}: {name} was trained with DoRA, which rescales rows: no adapter is the mean "
-                    "of that; train with peft_use_dora: false, or package the runs apart and let a kernel average them"
-                )
-    return list(dict.fromkeys(name for part in parts for name in part.adapter.changes))
+def read_member(member: Member, tensors: Tensors) -> MemberAdapter:
+    """Find what a member's adapter changes.
+
+    Args:
+        member: The run.
+        tensors: Its open adapter_model.safetensors.
+
+    Raises:
+        UserError: It is no adapter of PEFT's, or of a kind that has no mean.
+    """
+    settings = adapter_settings(member.folder)
+    check_settings(settings, member.folder / ADAPTER[1])
+    if settings.get("use_dora"):
+        raise UserError(
+            f"{tensors.path}: was trained with DoRA, which rescales rows: no adapter is the mean of that; train with "
+            "peft_use_dora: false, or package the runs apart and let a kernel average them"
+        )
+
+    # B is found by the name of A. What is neither was trained whole.
+    changes = {}
+    whole = []
+    for name in tensors.names():
+        a_name = A_NAME.fullmatch(name)
+        if a_name:
+            module = a_name["module"]
+            scaling = find_scaling(module, tensors.shape(name)[0], settings)
+            b_name = name.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B")
+            if b_name not in tensors.names():
+                raise UserError(f"{tensors.path}: {module} has no lora_B; train again")
+            changes[module] = Factors(name, b_name, scaling)
+        elif "lora_" not in name:
+            whole.append(name)
+    return MemberAdapter(tensors, member.share, changes, whole)
 
 
-def replaced_keys(parts: Sequence[Part]) -> Mapping[str, str]:
-    """The adapters' keys of the tensors that every member replaces; a UserError where only some do."""
-    first = parts[0].adapter
-    for part in parts[1:]:
-        if unlike := sorted(first.replacements.keys() ^ part.adapter.replacements.keys()):
-            raise UserError(f"{part.adapter.tensors.path}: {unlike[0]} is in it or in {first.tensors.path}, not in both")
-        for name, key in part.adapter.replacements.items():
-            if part.adapter.tensors.shape(key) != first.tensors.shape(first.replacements[name]):
-                raise UserError(f"{part.adapter.tensors.path}: {name} has another shape than in {first.tensors.path}")
-    return first.replacements
+def find_scaling(module: str, rank: int, settings: Mapping) -> float:
+    """Give the factor that PEFT puts on a module's B A.
+
+    Args:
+        module: The module's name in the adapter's file.
+        rank: The rank of its change.
+        settings: adapter_config.json.
+    """
+    alpha_pattern = settings.get("alpha_pattern") or {}
+    pattern = get_pattern_key(alpha_pattern.keys(), module.removeprefix(PREFIX))
+    alpha = alpha_pattern.get(pattern, settings["lora_alpha"])
+    if settings.get("use_rslora"):
+        return alpha / math.sqrt(rank)
+    return alpha / rank
 
 
-def _keys(part: Part, name: str) -> tuple[str, str] | None:
-    """The adapter's keys of A and of B for the weight `name`."""
-    if name not in part.adapter.changes:
-        return None
-    found = part.adapter.changes[name].parts
-    return tuple(next(found[which] for which in both if which in found) for both in (A_PARTS, B_PARTS))
+def check_whole_tensors(adapters: Sequence[MemberAdapter]) -> None:
+    """Raise UserError unless the members hold the same whole tensors, in the same shapes."""
+    # A head that one member lacks cannot be averaged.
+    first = adapters[0]
+    for adapter in adapters[1:]:
+        path = adapter.tensors.path
+        for name in sorted(set(first.whole) ^ set(adapter.whole)):
+            raise UserError(f"{path}: {name} is in it or in {first.tensors.path}, not in both")
+        for name in first.whole:
+            if adapter.tensors.shape(name) != first.tensors.shape(name):
+                raise UserError(f"{path}: {name} has another shape than in {first.tensors.path}")
 
 
-def stored_names(parts: Sequence[Part], name: str) -> tuple[str, str]:
-    """The keys under which the mean's A and B of the weight `name` are stored: a member's own."""
-    return next(keys for part in parts if (keys := _keys(part, name)))
+def mean_factors(
+    adapters: Sequence[MemberAdapter], module: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Join the members' factors of one module.
+
+    Args:
+        adapters: The members.
+        module: The module's name in their files; some may not have it.
+
+    Returns:
+        A (sum of ranks, inputs) and B (outputs, sum of ranks) in float64. Their product is the mean of
+        what the members add.
+    """
+    a_factors = []
+    b_factors = []
+    for adapter in adapters:
+        change = adapter.changes.get(module)
+        if change is None:
+            continue
+        # Share and scaling go into B, so that the mean needs none.
+        a = adapter.read(change.a_name)
+        b = adapter.read(change.b_name) * (adapter.share * change.scaling)
+        if a_factors and (a.shape[1] != a_factors[0].shape[1] or len(b) != len(b_factors[0])):
+            raise UserError(
+                f"{adapter.tensors.path}: {module} has another shape than in {adapters[0].tensors.path}"
+            )
+        a_factors.append(a)
+        b_factors.append(b)
+    return torch.cat(a_factors), torch.cat(b_factors, dim=1)
 
 
-def sum_of_ranks(parts: Sequence[Part], name: str) -> int:
-    """The rank of the exact mean of the changes of the weight `name`."""
-    return sum(part.adapter.tensors.shape(keys[0])[0] for part in parts if (keys := _keys(part, name)))
+def cut_rank(
+    a: torch.Tensor, b: torch.Tensor, rank: int, module: str, truncation: Truncation
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find the factors of the nearest product of a lower rank.
 
+    B A is never multiplied out: it is Q (R S^T) P^T, and R S^T is as small as the ranks.
 
-def rank_of_mean(parts: Sequence[Part], name: str, rank: int | None) -> int:
-    """The rank of the mean's change of the weight `name`: all of it, or at most `rank` and what its shape can have."""
-    whole = sum_of_ranks(parts, name)
-    if rank is None:
-        return whole
-    part, (a, b) = next((part, keys) for part in parts if (keys := _keys(part, name)))
-    shape = part.adapter.tensors.shape
-    return min(whole, rank, shape(a)[1], shape(b)[0])
+    Args:
+        a: (ranks, inputs).
+        b: (outputs, ranks).
+        rank: The rank to cut to. The product may have less.
+        module: The module, for `truncation`.
+        truncation: What is cut away is counted there.
 
-
-def mean_factors(parts: Sequence[Part], name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """A (ranks, in) and B (out, ranks) in float64, whose product is the mean of the members' s B A."""
-    a, b = [], []
-    for part in parts:
-        if keys := _keys(part, name):
-            one, other = (finite(part, key).to(torch.float64) for key in keys)
-            a.append(one)
-            b.append(other * (part.share * part.adapter.changes[name].scaling))
-    if len({(one.shape[1], other.shape[0]) for one, other in zip(a, b, strict=True)}) > 1:
-        raise UserError(f"{parts[-1].adapter.tensors.path}: {name} has another shape than in {parts[0].adapter.tensors.path}")
-    return torch.cat(a), torch.cat(b, dim=1)
-
-
-def finite(part: Part, key: str) -> torch.Tensor:
-    """A tensor of a member; a UserError where it is not finite."""
-    tensor = part.adapter.tensors.get(key)
-    if not is_finite(tensor):
-        raise UserError(f"{part.adapter.tensors.path}: {key} is not finite; train again")
-    return tensor
-
-
-def cut(a: torch.Tensor, b: torch.Tensor, rank: int, name: str, truncation: Truncation) -> tuple[torch.Tensor, torch.Tensor]:
-    """The factors of the nearest product of `rank`, found without multiplying out: B A = Q (R S^T) P^T, and R S^T is small."""
+    Returns:
+        A (rank, inputs) and B (outputs, rank).
+    """
+    # Two thin QR decompositions leave a square matrix of the ranks.
     q, r = torch.linalg.qr(b)
     p, s = torch.linalg.qr(a.T)
-    left, values, right = torch.linalg.svd(r @ s.T)
-    truncation.add(name, values, rank)
-    root = values[:rank].sqrt()
-    return (root[:, None] * right[:rank]) @ p.T, q @ (left[:, :rank] * root)
+    left, singular_values, right = torch.linalg.svd(r @ s.T)
+    rank = min(rank, len(singular_values))
+    truncation.add(module, singular_values, rank)
+
+    # Each factor gets the root of the singular values, so that they are of one size.
+    root = singular_values[:rank].sqrt()
+    cut_a = (root[:, None] * right[:rank]) @ p.T
+    cut_b = q @ (left[:, :rank] * root)
+    return cut_a, cut_b
 
 
-def mean_replacement(parts: Sequence[Part], name: str) -> torch.Tensor:
-    """The mean of a tensor that the members replace (a head); as it is where it is the same in all."""
-    tensors = [finite(part, part.adapter.replacements[name]) for part in parts]
-    if all(torch.equal(tensor, tensors[0]) for tensor in tensors):
-        return tensors[0]
-    return sum(part.share * tensor.to(torch.float64) for part, tensor in zip(parts, tensors, strict=True)).to(torch.float32)
+def mean_tensor(adapters: Sequence[MemberAdapter], name: str) -> torch.Tensor:
+    """Average a tensor that the members trained whole (a head); one that all share stays as it is."""
+    # Biases that were never trained are the same in all, in their own dtype.
+    first = adapters[0].tensors.get(name)
+    mean = torch.zeros(first.shape, dtype=torch.float64)
+    is_shared = True
+    for adapter in adapters:
+        mean += adapter.share * adapter.read(name)
+        is_shared = is_shared and torch.equal(adapter.tensors.get(name), first)
+    return first if is_shared else mean.to(torch.float32)
 
 
 def mean_settings(settings: Sequence[dict], ranks: Mapping[str, int]) -> dict:
-    """adapter_config.json of the mean: scalings are in B already, so alpha is the rank everywhere."""
+    """Write the mean's adapter_config.json.
+
+    B holds the scalings already, so that alpha is the rank everywhere.
+
+    Args:
+        settings: The members' adapter_config.json.
+        ranks: The rank of the mean's change of each module, by the module's name in the file.
+    """
+    # The largest rank is the rule, every other one an exception by the module's name.
     rank = max(ranks.values())
-    others = {re.escape(name.removesuffix(".weight")): found for name, found in ranks.items() if found != rank}
-    kept = {key: value for key, value in settings[0].items() if key not in ("target_modules", "modules_to_save")}
-    joined = {}
+    other_ranks = {}
+    for module, module_rank in ranks.items():
+        if module_rank != rank:
+            other_ranks[re.escape(module.removeprefix(PREFIX))] = module_rank
+
+    # Members may have trained different modules; a pattern must be the same in all.
+    mean = dict(settings[0])
     for key in ("target_modules", "modules_to_save"):
-        found = [one.get(key) for one in settings]
-        lists = all(isinstance(value, list) for value in found)
-        joined[key] = sorted({name for value in found for name in value}) if lists else found[0]
-    scaled = {"r": rank, "lora_alpha": rank, "rank_pattern": others, "alpha_pattern": others, "use_rslora": False}
-    return {**kept, **joined, **scaled}
+        names = set()
+        are_lists = True
+        for member_settings in settings:
+            value = member_settings.get(key)
+            are_lists = are_lists and isinstance(value, list)
+            if are_lists:
+                names.update(value)
+        if are_lists:
+            mean[key] = sorted(names)
+
+    mean |= {
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": other_ranks,
+        "alpha_pattern": other_ranks,
+        "use_rslora": False,
+    }
+    return mean
 
 
-def print_summary(members: Sequence[Member], settings: Mapping, truncation: Truncation, rank: int | None) -> None:
-    """Print whose mean it is, its rank, and what cutting ranks has cost."""
+def print_summary(
+    members: Sequence[Member], mean_rank: int, truncation: Truncation, rank: int | None
+) -> None:
+    """Print whose mean it is, its rank, and what cutting ranks has cost.
+
+    Args:
+        members: The runs.
+        mean_rank: The rank of the mean.
+        truncation: What was cut away.
+        rank: The rank that was asked for; None for an exact mean.
+    """
+    # Shares are told as they count, not as they were given.
     shares = ", ".join(f"{member.share:.3f} {member.folder}" for member in members)
     print(f"  the mean of {len(members)} adapters: {shares}")
-    if rank and truncation.error > 1e-6:
-        worst, name = truncation.worst
-        print(f"  cut to rank {rank}: {truncation.error:.2%} of the change is lost (norms), at most {worst:.2%}, in {name}")
-    else:
-        print(f"  exact, of rank {settings['r']}")
+
+    if rank is None or truncation.error <= 1e-6:
+        print(f"  exact, of rank {mean_rank}")
+        return
+    worst_error, module = truncation.worst
+    print(
+        f"  cut to rank {rank}: {truncation.error:.2%} of the change is lost (norms), at most "
+        f"{worst_error:.2%}, in {module.removeprefix(PREFIX)}"
+    )
 
 
-def write_results(run: Run, told: dict) -> None:
-    """Score the fixed sample with base and mean; write predictions.parquet and metrics.json."""
-    block, verdicts = run.recipe.pairwise, run.contract.verdicts
+def write_results(run: Run, facts: Mapping[str, object]) -> None:
+    """Score the fixed sample of validation rows, and write predictions.parquet and metrics.json.
+
+    Args:
+        run: The mean.
+        facts: What metrics.json says of the mean.
+    """
+    block = run.recipe.pairwise
+    verdicts = run.contract.verdicts
     _, sample = split(read_pairs(block.pairs), "all", block.pairs)
     pairs = [run.model_input.pair_from_row(row) for row in sample.iter_rows(named=True)]
+
+    # Scored as training scores them: by PEFT's model, not by a merged one.
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_trained(run, device)
-    found = score(model, run.model_input, read_tokenizer(run.folder), run.contract, pairs, device=device)
-    both = np.array([[found[pair.id][order] for order in ORDERS] for pair in pairs], dtype=np.float64)
-    values = metrics.scores(both, targets(sample, verdicts), winners(sample, verdicts))
-    write_json(
-        run.folder / "metrics.json",
-        {
-            **values,
-            "accuracy_of_longer": metrics.longer_is_right(sample),
-            "rows": len(sample),
-            "fold": "all",
-            "rows_were_trained_on": True,
-            "average": told,
-            "pairs_sha256": sha256(block.pairs),
-        },
-    )
-    table = metrics.predictions([pair.id for pair in pairs], both, verdicts, sample)
+    tokenizer = read_tokenizer(run.folder)
+    scores = score(model, run.model_input, tokenizer, run.contract, pairs, device=device)
+    probabilities_rov = np.empty((len(pairs), len(ORDERS), len(verdicts)))
+    for row, pair in enumerate(pairs):
+        for order_number, order in enumerate(ORDERS):
+            probabilities_rov[row, order_number] = scores[pair.id][order]
+
+    # The same figures that training writes of its validation rows.
+    values = metrics.scores(probabilities_rov, targets(sample, verdicts), winners(sample, verdicts))
+    results = {
+        **values,
+        "accuracy_of_longer": metrics.longer_is_right(sample),
+        "rows": len(sample),
+        "fold": "all",
+        "rows_were_trained_on": True,
+        "average": facts,
+        "pairs_sha256": sha256(block.pairs),
+    }
+    write_json(run.folder / "metrics.json", results)
+
+    ids = [pair.id for pair in pairs]
+    table = metrics.predictions(ids, probabilities_rov, verdicts, sample)
     with atomic_file(run.folder / "predictions.parquet") as temporary:
         table.write_parquet(temporary)
     print(
-        f"  accuracy {values['accuracy']:.4f}, log loss {values['log_loss']:.4f} on {len(sample)} rows that members trained on"
+        f"  accuracy {values['accuracy']:.4f}, log loss {values['log_loss']:.4f} on {len(sample)} rows that "
+        "members trained on"
     )

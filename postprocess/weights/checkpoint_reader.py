@@ -16,53 +16,72 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Tensors:
-    """The tensors of an open checkpoint, by name; pages are mapped in when a tensor is read."""
+    """The tensors of an open checkpoint by name; pages are mapped in when a tensor is read.
+
+    Attributes:
+        path: The file, or the folder of shards.
+        handles: safetensors' open file for each tensor.
+    """
 
     path: Path
-    handles: Mapping[str, object]
-    files: Mapping[str, Path]
+    handles: Mapping[str, safe_open]
 
     def names(self) -> list[str]:
-        """Every tensor's name."""
+        """List every tensor's name."""
         return list(self.handles)
 
-    def file_of(self, name: str) -> Path:
-        """The file that a tensor is in."""
-        return self.files[name]
-
     def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape, from the header alone."""
+        """Read a tensor's shape from the header alone."""
         return tuple(self.handles[name].get_slice(name).get_shape())
 
     def get(self, name: str) -> torch.Tensor:
-        """A tensor in its own dtype, mapped from the file."""
+        """Map a tensor from its file, in its own dtype."""
         return self.handles[name].get_tensor(name)
 
 
 @contextlib.contextmanager
 def open_tensors(path: Path) -> Iterator[Tensors]:
-    """Open a safetensors file, or a folder with model.safetensors or its shards and their index."""
-    files = _files_of(path) if path.is_dir() else [path]
+    """Open a safetensors file, or a folder with model.safetensors or its shards and their index.
+
+    Raises:
+        UserError: A file is missing or broken.
+    """
+    paths = find_files(path) if path.is_dir() else [path]
+    handles = {}
+
     with contextlib.ExitStack() as stack:
-        handles, found = {}, {}
-        for file in files:
+        for file in paths:
             try:
                 handle = stack.enter_context(safe_open(file, framework="pt"))
             except FileNotFoundError:
-                raise UserError(f"{file}: no such file, though the index beside it lists it; fetch the model again") from None
+                raise UserError(
+                    f"{file}: no such file, though the index beside it lists it; fetch the model again"
+                ) from None
             except (SafetensorError, OSError) as error:
-                raise UserError(f"{file}: not a whole safetensors file ({error}); write or fetch it again") from None
+                raise UserError(
+                    f"{file}: not a whole safetensors file ({error}); write or fetch it again"
+                ) from None
+
             handles |= dict.fromkeys(handle.keys(), handle)
-            found |= dict.fromkeys(handle.keys(), file)
-        yield Tensors(path, handles, found)
+        yield Tensors(path, handles)
 
 
-def _files_of(folder: Path) -> list[Path]:
-    if (folder / INDEX).is_file():
+def find_files(folder: Path) -> list[Path]:
+    """List the files of a folder's weights: its shards in the order of their names, or its one file."""
+    # Shards have an index, which alone says which of the folder's files belong together.
+    index = folder / INDEX
+    if index.is_file():
         try:
-            return [folder / name for name in sorted(set(read_json(folder / INDEX)["weight_map"].values()))]
+            file_names = set(read_json(index)["weight_map"].values())
         except (KeyError, TypeError, AttributeError):
-            raise UserError(f"{folder / INDEX}: no weight_map of tensors to files; fetch the model again") from None
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    raise UserError(f"{folder}: no model.safetensors and no {INDEX}; weights in other formats are not read")
+            raise UserError(
+                f"{index}: no weight_map of tensors to files; fetch the model again"
+            ) from None
+        return [folder / name for name in sorted(file_names)]
+
+    single_file = folder / "model.safetensors"
+    if single_file.is_file():
+        return [single_file]
+    raise UserError(
+        f"{folder}: no model.safetensors and no {INDEX}; weights in other formats are not read"
+    )

@@ -1,178 +1,217 @@
-"""A PEFT LoRA adapter as a list of changes to a classifier's tensors: products to add, and tensors to put in their place.
+"""A run's LoRA adapter on a model without weights, so that PEFT itself merges one layer at a time.
 
-Plain, rank-stabilised and weight-decomposed (DoRA) LoRA on linear layers, plain LoRA on embeddings, `rank_pattern`,
-`alpha_pattern`, `modules_to_save` and trained biases. Whatever else an adapter_config.json asks for is refused by name.
+PEFT merges models that are whole in memory. Here the model stands on the meta device, where it takes
+none, and the adapter's tensors are mapped from their file. merge.py hands each layer the one weight
+that it changes, and PEFT computes the result: what it knows of ranks, scalings and variants of LoRA
+is not written down again here.
 """
 
-import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear, LoraLayer
 
-from postprocess.weights.checkpoint_reader import Tensors
+from postprocess.run_folder import ADAPTER, adapter_settings
+from postprocess.weights.checkpoint_reader import open_tensors
 from preprocess.core.errors import UserError
+from recipes.pairwise.config.axolotl_keys import LORA_INITIALISATIONS
 
 PREFIX = "base_model.model."
-PARTS = re.compile(
-    r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.default)?(\.weight)?"
+ADAPTER_NAME = "default"
+ROWS = 1024  # of a weight that are converted at a time
+LOW_RANK_PART = re.compile(
+    r"\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?=\.|$)"
 )
-READ = {"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "init_lora_weights"}
-WITHOUT_EFFECT_ON_A_MERGE = {
-    "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules",
-    "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config",
-    "megatron_config", "megatron_core", "modules_to_save", "peft_version", "qalora_group_size", "revision", "runtime_config",
-    "target_modules", "task_type",
-}  # fmt: skip
-WHOLE_BYTES = 2**28  # every layer of Gemma-2-9b
-KEEP_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")  # the other initialisations change the base's weights
 
-
-@dataclass(frozen=True)
-class Change:
-    """What a low-rank update adds to one weight: names of its parts in the adapter file, and the factor on B @ A."""
-
-    parts: Mapping[str, str]
-    scaling: float
+# Settings of adapter_config.json whose merge is more than adding B A to one weight.
+REFUSED_SETTINGS = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "fan_in_fan_out",
+    "layer_replication",
+    "lora_bias",
+    "monteclora_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_qalora",
+    "velora_config",
+)
+KNOWN_SETTINGS = {field.name for field in fields(LoraConfig)}
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter's changes by the name of the classifier's tensor."""
+    """What training changed, by the names that the tensors have in the model.
 
-    tensors: Tensors
-    changes: Mapping[str, Change]
-    replacements: Mapping[str, str]
-
-    def delta(self, name: str) -> "Delta | None":
-        """What training added to the weight `name`; None where nothing was."""
-        return Delta(self.changes[name], self.tensors) if name in self.changes else None
-
-    def without(self, names: Iterable[str]) -> "Adapter":
-        """The adapter without what it says of the tensors `names`, which are another one's bytes."""
-        kept = [
-            {name: value for name, value in part.items() if name not in names} for part in (self.changes, self.replacements)
-        ]
-        return Adapter(self.tensors, *kept)
-
-    def untrained(self) -> "Adapter":
-        """The adapter without its low-rank changes: what it replaces is still replaced."""
-        return replace(self, changes={})
-
-
-class Delta:
-    """A weight's low-rank change, in float32 and applied to the weight's rows as they come.
-
-    s B A is multiplied out at once where it is small, so that it has the bits that PEFT gives it, and row by row where it
-    is not (an embedding of 256,000 tokens). DoRA's norms are of the whole weight's rows.
+    Attributes:
+        path: The adapter's file.
+        layers: PEFT's layer for each weight that has a low-rank change.
+        replacements: The tensors that were trained whole: heads, biases, modules_to_save.
     """
 
-    def __init__(self, change: Change, tensors: Tensors):
-        self.parts = {name: tensors.get(key).to(torch.float32) for name, key in change.parts.items()}
-        self.scaling = change.scaling
-        self.is_embedding = "lora_embedding_A" in self.parts
-        rows, columns = shape_of(change, tensors)
-        self.whole = self._rows(0, rows) if rows * columns * 4 <= WHOLE_BYTES else None
-
-    def _rows(self, start: int, stop: int) -> torch.Tensor:
-        if self.is_embedding:
-            product = (self.parts["lora_embedding_B"] @ self.parts["lora_embedding_A"][:, start:stop]).T
-        else:
-            product = self.parts["lora_B"][start:stop] @ self.parts["lora_A"]
-        return product.mul_(self.scaling)
-
-    def apply(self, rows: torch.Tensor, start: int) -> torch.Tensor:
-        """The weight's rows from `start` on after training, float32; `rows` are the base's, in any dtype."""
-        stop = start + len(rows)
-        changed = self._rows(start, stop) if self.whole is None else self.whole[start:stop]
-        changed = changed + rows.to(torch.float32)
-        if "lora_magnitude_vector" in self.parts:
-            norm = torch.linalg.norm(changed, dim=1)
-            changed = (self.parts["lora_magnitude_vector"][start:stop] / norm).view(-1, 1) * changed
-        return changed
+    path: Path
+    layers: Mapping[str, LoraLayer]
+    replacements: Mapping[str, torch.Tensor]
 
 
-def read_adapter(tensors: Tensors, settings: Mapping[str, object], config_file: Path) -> Adapter:
-    """The changes in an open adapter file. A setting or key that this merge does not know is a UserError."""
-    _refuse_unknown(settings, config_file)
-    parts: dict[str, dict[str, str]] = {}
-    replacements: dict[str, str] = {}
-    for key in tensors.names():
-        if not key.startswith(PREFIX):
-            raise UserError(
-                f"{tensors.path}: key {key} does not start with {PREFIX}: a whole model, or not saved by PEFT; put "
-                "the training's adapter there"
-            )
-        if ".original_module." in key:  # with bias: all, PEFT also saves the untrained biases of a module that it replaced
-            continue
-        name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
-        if found := PARTS.fullmatch(name):
-            parts.setdefault(found["module"], {})[found["part"]] = key
-        else:
-            replacements[re.sub(r"\.modules_to_save(\.default)?\.", ".", name)] = key
-    changes = {f"{module}.weight": _change(module, keys, tensors, settings) for module, keys in parts.items()}
-    for name in sorted(changes.keys() & replacements.keys()):
-        if ".base_layer." not in replacements[name]:  # PEFT saves an embedding under LoRA with its base's weights
-            raise UserError(
-                f"{tensors.path}: {name} is in lora_target_modules and in lora_modules_to_save; train with one of them"
-            )
-    return Adapter(tensors, changes, replacements)
+def load_adapter(run_folder: Path, model: torch.nn.Module) -> Adapter:
+    """Put a run's adapter on a model without weights.
+
+    Args:
+        run_folder: The folder with the adapter's weights and settings.
+        model: The base model with its head, on the meta device. It is changed in place.
+
+    Raises:
+        UserError: The adapter is not for this model, is not complete, or cannot be merged.
+    """
+    file = run_folder / ADAPTER[0]
+    settings = adapter_settings(run_folder)
+    check_settings(settings, run_folder / ADAPTER[1])
+    # A newer PEFT may have written settings that this one lacks, empty ones.
+    known_settings = {name: value for name, value in settings.items() if name in KNOWN_SETTINGS}
+    low_rank_parts, replacements = read_adapter_file(file)
+
+    # PEFT builds its layers by the settings. What is then in the file and not in the layers, or the
+    # reverse, shows that the two do not belong together.
+    architecture = type(model).__name__
+    try:
+        with warnings.catch_warnings():
+            # Of tied embeddings that are trained apart: merge.py keeps them apart.
+            warnings.simplefilter("ignore")
+            peft_model = get_peft_model(model, LoraConfig(**known_settings))
+        loaded = peft_model.load_state_dict(low_rank_parts, strict=False, assign=True)
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).splitlines()[-1].split())
+        raise UserError(
+            f"{file}: PEFT cannot put it on {architecture} ({reason[:200]}): an adapter of another base, or of "
+            f"other settings than {ADAPTER[1]}"
+        ) from None
+
+    if loaded.unexpected_keys:
+        raise UserError(
+            f"{file}: {loaded.unexpected_keys[0]} is not part of {architecture} with the settings of {ADAPTER[1]}: "
+            "an adapter of another base"
+        )
+    layers = find_layers(peft_model)
+    check_complete(layers, file)
+    return Adapter(file, layers, replacements)
 
 
-def _refuse_unknown(settings: Mapping[str, object], config_file: Path) -> None:
+def read_adapter_file(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Map an adapter's tensors from its file.
+
+    Returns:
+        The parts of low-rank changes by their names in PEFT's model, and the tensors that were trained
+        whole by their names in the model.
+
+    Raises:
+        UserError: The file is broken or not an adapter's.
+    """
+    low_rank_parts = {}
+    replacements = {}
+    with open_tensors(file) as opened:
+        for name in opened.names():
+            if not name.startswith(PREFIX):
+                raise UserError(
+                    f"{file}: key {name} does not start with {PREFIX}: a whole model, or not saved by PEFT; put "
+                    "the training's adapter there"
+                )
+
+            tensor = opened.get(name)
+            if LOW_RANK_PART.search(name):
+                # PEFT leaves the adapter's name, which is always "default" here, out of the file.
+                peft_name = LOW_RANK_PART.sub(r".\1.default", name)
+                if peft_name.endswith("lora_magnitude_vector.default"):
+                    peft_name += ".weight"
+                low_rank_parts[peft_name] = tensor
+            elif ".original_module." not in name:
+                # With bias: all, PEFT also saves the untrained biases of a module that it replaced.
+                replacements[model_name(name)] = tensor
+    return low_rank_parts, replacements
+
+
+def check_settings(settings: Mapping[str, object], config_file: Path) -> None:
+    """Raise UserError for a kind of adapter whose merge is not tested here."""
     if settings.get("peft_type") != "LORA":
-        raise UserError(f"{config_file}: peft_type is {settings.get('peft_type')!r}; only LORA can be merged")
-    if settings.get("init_lora_weights", True) not in KEEP_THE_BASE:
         raise UserError(
-            f"{config_file}: init_lora_weights is {settings['init_lora_weights']!r}, which changed the base's own weights; "
-            "train with init_lora_weights true or gaussian"
+            f"{config_file}: peft_type is {settings.get('peft_type')!r}; only LORA can be merged"
         )
-    unknown = sorted(key for key, value in settings.items() if value and key not in READ | WITHOUT_EFFECT_ON_A_MERGE)
-    if unknown:
-        raise UserError(f"{config_file}: {', '.join(unknown)}: this kind of LoRA cannot be merged; train without")
 
-
-def _change(module: str, keys: Mapping[str, str], tensors: Tensors, settings: Mapping[str, object]) -> Change:
-    linear, embedding = {"lora_A", "lora_B"}, {"lora_embedding_A", "lora_embedding_B"}
-    if set(keys) not in (linear, linear | {"lora_magnitude_vector"}, embedding):
-        raise UserError(f"{tensors.path}: {module} has the parts {', '.join(sorted(keys))}; this kind of LoRA cannot be merged")
-    rank = _by_pattern(module, settings.get("rank_pattern") or {}, settings["r"])
-    alpha = _by_pattern(module, settings.get("alpha_pattern") or {}, settings["lora_alpha"])
-    found = tensors.shape(keys.get("lora_A") or keys["lora_embedding_A"])[0]
-    if found != rank:
+    # The adapter's file does not hold what such an initialisation did to the base.
+    if settings.get("init_lora_weights", True) not in LORA_INITIALISATIONS:
         raise UserError(
-            f"{tensors.path}: {module} has rank {found}, adapter_config.json says {rank}; they do not belong together"
+            f"{config_file}: init_lora_weights is {settings['init_lora_weights']!r}, which changed the base's own "
+            "weights; train with init_lora_weights true or gaussian"
         )
-    _check_parts(module, keys, tensors, rank)
-    return Change(keys, alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank)
 
-
-def _check_parts(module: str, keys: Mapping[str, str], tensors: Tensors, rank: int) -> None:
-    """Raise UserError where the parts of one weight's change do not fit each other."""
-    shapes = {part: tensors.shape(key) for part, key in keys.items()}
-    fitting = {"lora_B": (1, rank), "lora_embedding_B": (1, rank)}
-    for part, shape in shapes.items():
-        axis, expected = fitting.get(part, (0, rank))
-        if part == "lora_magnitude_vector":
-            expected = shapes["lora_B"][0]
-        dimensions = 1 if part == "lora_magnitude_vector" else 2
-        if len(shape) != dimensions or shape[axis] != expected:
+    for name, value in settings.items():
+        if value and (name in REFUSED_SETTINGS or name not in KNOWN_SETTINGS):
             raise UserError(
-                f"{tensors.path}: {keys[part]} has the shape {list(shape)}, which does not go with the other parts of "
-                f"{module}; train again"
+                f"{config_file}: {name}: this kind of LoRA cannot be merged; train without"
             )
 
 
-def _by_pattern(module: str, patterns: Mapping[str, float], default: float) -> float:
-    """The value of the first pattern that matches the end of a module's name, as PEFT reads rank_pattern and alpha_pattern."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+def find_layers(peft_model: PeftModel) -> dict[str, LoraLayer]:
+    """List the layers with low-rank changes by the name that their weight has in the model."""
+    layers = {}
+    for name, module in peft_model.named_modules():
+        if isinstance(module, LoraLayer):
+            layers[model_name(f"{name}.weight")] = module
+    return layers
 
 
-def shape_of(change: Change, tensors: Tensors) -> tuple[int, int]:
-    """The shape that a weight must have for `change` to fit it."""
-    parts, shape = change.parts, tensors.shape
-    if "lora_embedding_A" in parts:
-        return shape(parts["lora_embedding_A"])[1], shape(parts["lora_embedding_B"])[0]
-    return shape(parts["lora_B"])[0], shape(parts["lora_A"])[1]
+def model_name(peft_name: str) -> str:
+    """Give the name that a tensor has without PEFT's wrappers."""
+    # A layer under LoRA holds the base's layer, a module trained whole stands beside the original.
+    name = peft_name.removeprefix(PREFIX).replace(".base_layer.", ".")
+    return re.sub(r"\.modules_to_save(\.default)?\.", ".", name)
+
+
+def check_complete(layers: Mapping[str, LoraLayer], file: Path) -> None:
+    """Raise UserError where an adapter's file lacks a part of a layer's change."""
+    for weight, layer in layers.items():
+        for part, tensor in layer.state_dict().items():
+            # Only what was in the file has left the meta device.
+            if tensor.is_meta and part.startswith("lora_"):
+                raise UserError(
+                    f"{file}: {weight} has no {part.split('.')[0]}; the file is not complete: train again"
+                )
+
+
+def merge_layer(layer: LoraLayer, base_weight: torch.Tensor) -> torch.Tensor:
+    """Add a layer's low-rank change to its base weight, in float32.
+
+    Args:
+        layer: The layer, whose adapter's tensors are loaded and whose base weight is not.
+        base_weight: The weight before training, of any floating-point dtype.
+
+    Returns:
+        The merged weight in float32.
+    """
+    is_plain = isinstance(layer, Linear) and ADAPTER_NAME not in layer.lora_variant
+    if is_plain:
+        # What PEFT computes, in place: it would hold three copies of the weight at a time.
+        a = layer.lora_A[ADAPTER_NAME].weight.to(torch.float32)
+        b = layer.lora_B[ADAPTER_NAME].weight.to(torch.float32)
+        merged_weight = (b @ a).mul_(layer.scaling[ADAPTER_NAME])
+        for rows, base_rows in zip(merged_weight.split(ROWS), base_weight.split(ROWS), strict=True):
+            rows += base_rows.to(torch.float32)
+        return merged_weight
+
+    base_layer = layer.get_base_layer()
+    # PEFT adds in place, and the tensor may be mapped from its file.
+    own_copy = base_weight.to(torch.float32, copy=True)
+    base_layer.weight = torch.nn.Parameter(own_copy, requires_grad=False)
+    # PEFT's model merges in float32 as well.
+    layer.float()
+    layer.merge()
+    merged_weight = base_layer.weight.detach()
+    # No weight stays in memory with its layer.
+    layer.to("meta")
+    return merged_weight

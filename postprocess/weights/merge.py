@@ -1,234 +1,357 @@
-"""Base weights and an adapter → one model, a few rows at a time, the head included: in 16 bits, or quantised in the same pass.
+"""Base weights and an adapter → one model, a weight at a time: in 16 bits, or quantised in the same pass.
 
-Every weight is computed in float32 and rounded once to float16; a layer to be quantised is quantised from that, so that no
-16-bit copy of the model is ever on disk. The names are those of the model that transformers builds from the base's
-configuration for the contract's head: a classifier has no lm_head, a causal LM has one unless it is the embedding (tied, in
-no file), an encoder's missing prefix is added. A full fine-tune goes the same way, without an adapter, and so does a base
-model that nobody trained.
+PEFT and transformers need the whole model in memory and a 16-bit copy of it on the disk. Here each
+weight is read, merged by PEFT in float32, rounded once to float16, quantised by bitsandbytes where it
+is to be, and written. Names are those of the model that transformers builds from the base's
+configuration for the contract's head. A full fine-tune goes the same way, without an adapter, and so
+does a base model that nobody trained.
 """
 
 import contextlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 from transformers import BitsAndBytesConfig, PretrainedConfig
 
-from postprocess.run_folder import ADAPTER, Run, adapter_settings
-from postprocess.weights.bnb_quantize import plan_quantised, quantise, quantised_weights, quantization_config
+from postprocess.run_folder import Run, adapter_settings
+from postprocess.weights.bnb_quantize import (
+    quantise,
+    quantised_bytes,
+    quantised_weights,
+)
 from postprocess.weights.checkpoint_reader import Tensors, open_tensors
-from postprocess.weights.lora_adapter import Adapter, read_adapter, shape_of
-from postprocess.weights.meta_model import LABELLED, Skeleton, head_modules, model_skeleton, untied
-from postprocess.weights.shard_writer import SHARD_BYTES, Planned, Stored, write_shards
+from postprocess.weights.lora_adapter import Adapter, load_adapter, merge_layer
+from postprocess.weights.meta_model import (
+    LABELLED,
+    Skeleton,
+    empty_model,
+    model_skeleton,
+    untie,
+)
+from postprocess.weights.shard_writer import SHARD_BYTES, Stored, write_shards
+from postprocess.weights.smooth_quant import Smoothing
 from preprocess.core.errors import UserError
 from preprocess.core.files import resumable_folder
 
+# Names that old checkpoints of BERT use.
 OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 PIECE_NUMBERS = 2**22  # numbers of a piece: 16 MiB in float32
 ROWS_MULTIPLE = 64  # of a piece's rows, so that no block of nf4 is cut in two
 
 
 @dataclass(frozen=True)
+class Form:
+    """In which form a model is written.
+
+    Attributes:
+        quantization: How its layers are quantised; None for 16 bits.
+        dtype: The dtype of what is not quantised.
+        smoothing: What SmoothQuant changes; None for nothing.
+        keeps_adapter_apart: Leave out low-rank changes. What the adapter holds whole (the head) is in.
+    """
+
+    quantization: BitsAndBytesConfig | None = None
+    dtype: torch.dtype = torch.float16
+    smoothing: Smoothing | None = None
+    keeps_adapter_apart: bool = False
+
+
+@dataclass(frozen=True)
 class Sources:
-    """What a model is made of: its skeleton, the open base, the base's names by the model's, the open adapter if any."""
+    """What a model is made of.
+
+    Attributes:
+        skeleton: The names and shapes of the tensors that are to be written.
+        base: The open checkpoint of the base model.
+        base_names: Each tensor's name in that checkpoint.
+        adapter: What training changed; None where the base is all there is.
+        smoothing: What SmoothQuant changes after that; None for nothing.
+    """
 
     skeleton: Skeleton
     base: Tensors
-    names: Mapping[str, str]
+    base_names: Mapping[str, str]
     adapter: Adapter | None
+    smoothing: Smoothing | None
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """The tensor that a change of `name` is added to: the adapter's own where it replaces the base's."""
-        replaced = self.adapter.replacements.get(name) if self.adapter else None
-        return self.adapter.tensors.get(replaced) if replaced else self.base.get(self.names[name])
+    def trained_path(self) -> Path:
+        """Name the file that training wrote."""
+        return self.adapter.path if self.adapter else self.base.path
 
-    def pieces(self, name: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-        """The tensor `name` after training in `dtype`, some rows at a time; a UserError where it is not finite there."""
-        tensor = self.tensor(name)
-        delta = self.adapter.delta(name) if self.adapter else None
-        for start, rows in _pieces(tensor):
-            changed = delta.apply(rows, start) if delta else rows
-            rounded = changed.to(dtype) if changed.is_floating_point() else changed
+    def read_before_merge(self, name: str) -> torch.Tensor:
+        """Read a tensor without its low-rank change."""
+        if self.adapter and name in self.adapter.replacements:
+            return self.adapter.replacements[name]
+        return self.base.get(self.base_names[name])
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read a tensor as it is to be written: in float32 where it changes, else as it is stored."""
+        tensor = self.read_before_merge(name)
+        if self.adapter and name in self.adapter.layers:
+            tensor = merge_layer(self.adapter.layers[name], tensor)
+        if self.smoothing:
+            tensor = self.smoothing.apply(name, tensor)
+        return tensor
+
+    def read_pieces(self, name: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        """Read a tensor as it is after training, some rows at a time.
+
+        Args:
+            name: The tensor's name in the model.
+            dtype: What floating-point numbers are rounded to.
+
+        Raises:
+            UserError: A number is not finite, or does not fit `dtype`.
+        """
+        # Whatever precision a weight is stored in, it is rounded once.
+        for piece in split_rows(self.read(name)):
+            rounded = piece.to(dtype) if piece.is_floating_point() else piece
             if not is_finite(rounded):
-                raise UserError(self._why_not_finite(name, changed, dtype))
+                raise UserError(self.explain_not_finite(name, piece, dtype))
             yield rounded
 
-    def _why_not_finite(self, name: str, changed: torch.Tensor, dtype: torch.dtype) -> str:
-        if torch.isfinite(changed).all():
-            return f"{self.base.path}: {name} is not finite once it is {dtype}: its values are too large; train again"
-        replaced = self.adapter and name in self.adapter.replacements
-        if replaced or torch.isfinite(self.tensor(name)).all():
-            return f"{self.adapter.tensors.path}: {name} is not finite; train again"
-        return f"{self.base.file_of(self.names[name])}: {name} is not finite; fetch the model again"
+    def explain_not_finite(self, name: str, piece: torch.Tensor, dtype: torch.dtype) -> str:
+        """Say which file a number that is not finite comes from, and what to do."""
+        if is_finite(piece):
+            return (
+                f"{self.trained_path()}: {name} is not finite once it is {dtype}: its values are too "
+                "large; train again"
+            )
+        # It may have come from the base, or from training.
+        is_from_base = self.adapter is None or name not in self.adapter.replacements
+        if is_from_base and not is_finite(self.read_before_merge(name)):
+            return f"{self.base.path}: {name} is not finite; fetch the model again"
+        return f"{self.trained_path()}: {name} is not finite; train again"
 
 
-def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether no number is NaN or infinite: of the extremes, which NaN is passed on to (isfinite is a hundred times slower)."""
-    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
-
-
-def _pieces(tensor: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """A tensor in pieces of about PIECE_NUMBERS numbers, each with the row that it starts at."""
-    if tensor.dim() < 2:
-        yield 0, tensor
-        return
-    rows = max(PIECE_NUMBERS // tensor[0].numel() // ROWS_MULTIPLE, 1) * ROWS_MULTIPLE
-    for start in range(0, len(tensor), rows):
-        yield start, tensor[start : start + rows]
-
-
-def merge(  # noqa: PLR0913  each has a default but the first two
+def merge(
     run: Run,
     out: Path,
-    settings: BitsAndBytesConfig | None = None,
+    form: Form = Form(),
     *,
-    dtype: torch.dtype = torch.float16,
     shard_bytes: int = SHARD_BYTES,
     key: str = "",
-    apart: bool = False,
-    finish: Callable[[Path], object] = lambda _: None,
+    add_files: Callable[[Path], object] = lambda _: None,
 ) -> None:
-    """Write the model of `run` with its configuration and tokenizer as the folder `out`, quantised where `settings` say so.
+    """Write the model of a run, with its configuration and tokenizer, as a folder.
 
-    With `apart`, the adapter's low-rank changes are left out; what it replaces (the head) is in. `finish` may add files to
-    the folder. An interrupted call goes on at the shard that it was at, if it is called again with the same `key`.
+    Args:
+        run: The trained run.
+        out: The folder.
+        form: Whether the model is quantised and whether its adapter is merged.
+        shard_bytes: About how many bytes a file of weights has.
+        key: An interrupted call with the same key is continued at its shard.
+        add_files: Writes further files into the folder before it gets its name.
 
-    Everything is checked from the files' headers before a weight is read. Raises UserError where base and adapter do not
-    belong together, the head is missing, a weight does not fit `dtype`, or the disk is full.
+    Raises:
+        UserError: Base and adapter do not belong together, the head is missing, a number does not fit
+            the dtype, or the disk is full.
     """
-    with open_sources(run, apart) as sources:
+    with torch.no_grad(), open_sources(run, form) as sources:
         skeleton = sources.skeleton
-        quantised = quantised_weights(skeleton.config, run.contract.head, settings) if settings else set()
-        planned = [
-            plan_quantised(name, shape, settings) if name in quantised else plan_plain(name, shape, dtype)
-            for name, shape in skeleton.shapes.items()
-        ]
-        total = sum(weight.bytes for weight in planned)
+        quantised_names = set()
+        if form.quantization:
+            head = run.contract.head
+            quantised_names = quantised_weights(skeleton.config, head, form.quantization)
 
-        def store(name: str) -> Iterator[Stored]:
-            if name in quantised:
-                yield from quantise(name, skeleton.shapes[name], sources.pieces(name, torch.float16), settings)
+        # What the result will weigh: for the room on the disk and for the division into shards.
+        weight_bytes = {}
+        for name, shape in skeleton.shapes.items():
+            if name in quantised_names:
+                weight_bytes[name] = quantised_bytes(shape, form.quantization)
             else:
-                stored = dtype if sources.tensor(name).is_floating_point() else sources.tensor(name).dtype
-                yield Stored(name, stored, skeleton.shapes[name], sources.pieces(name, dtype))
+                weight_bytes[name] = torch.Size(shape).numel() * form.dtype.itemsize
 
+        # Called for one weight after the other, as the shards are written.
+        def store(name: str) -> Iterator[Stored]:
+            if name in quantised_names:
+                # From float16, as if a merged model had been saved before.
+                pieces = sources.read_pieces(name, torch.float16)
+                tensors = quantise(name, skeleton.shapes[name], pieces, form.quantization)
+                for stored_name, tensor in tensors.items():
+                    yield Stored(stored_name, tensor.dtype, tuple(tensor.shape), [tensor])
+                return
+
+            dtype = sources.read_before_merge(name).dtype
+            stored_dtype = form.dtype if dtype.is_floating_point else dtype
+            pieces = sources.read_pieces(name, form.dtype)
+            yield Stored(name, stored_dtype, skeleton.shapes[name], pieces)
+
+        total_bytes = sum(weight_bytes.values())
         with (
-            resumable_folder(out, key, total) as folder,
-            tqdm(total=total, desc=out.name, unit="B", unit_scale=True, delay=2, mininterval=5) as progress,
+            resumable_folder(out, key, total_bytes) as folder,
+            tqdm(total=total_bytes, desc=out.name, unit="B", unit_scale=True, delay=2) as bar,
         ):
-            write_shards(folder, planned, store, shard_bytes, progress.update)
-            skeleton.config.dtype = dtype
-            if settings:
-                skeleton.config.quantization_config = settings
-            skeleton.config.save_pretrained(folder)
+            write_shards(folder, weight_bytes, store, shard_bytes, bar.update)
+            write_config(skeleton.config, form, folder)
             for file in run.tokenizer_files():
                 shutil.copyfile(file, folder / file.name)
-            finish(folder)
+            add_files(folder)
 
 
-def quantise_in_one_pass(run: Run, kind: str, out: Path, key: str = "") -> None:
-    """Write the merged model of `run` in `kind` (nf4, int8) as the folder `out`, the head left as it is."""
-    merge(run, out, quantization_config(kind, head_modules(run.weights, run.contract.head)), key=key)
+def write_config(config: PretrainedConfig, form: Form, folder: Path) -> None:
+    """Write config.json."""
+    # transformers reads from here how the weights are to be loaded.
+    config.dtype = form.dtype
+    if form.quantization:
+        config.quantization_config = form.quantization
+    config.save_pretrained(folder)
 
 
-def plan_plain(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Planned:
-    """What is stored of a weight that is not quantised."""
-    return Planned(name, (name,), torch.Size(shape).numel() * dtype.itemsize)
-
-
-def merged_model(run: Run, dtype: torch.dtype = torch.float16) -> tuple[PretrainedConfig, dict[str, torch.Tensor]]:
-    """The merged model in memory: its configuration, and its tensors by name."""
-    with open_sources(run) as sources:
+def merged_model(
+    run: Run, dtype: torch.dtype = torch.float16
+) -> tuple[PretrainedConfig, dict[str, torch.Tensor]]:
+    """Merge the model of a run in memory: its configuration, and its tensors by name."""
+    with torch.no_grad(), open_sources(run, Form(dtype=dtype)) as sources:
         tensors = {}
-        for name, shape in sources.skeleton.shapes.items():
-            tensors[name] = torch.cat([piece.reshape(-1) for piece in sources.pieces(name, dtype)]).reshape(shape)
+        for name in sources.skeleton.shapes:
+            pieces = list(sources.read_pieces(name, dtype))
+            tensors[name] = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         return sources.skeleton.config, tensors
 
 
 @contextlib.contextmanager
-def open_sources(run: Run, apart: bool = False) -> Iterator[Sources]:
-    """The open base and, where the run has one, the open adapter, checked to fit each other and the model to be made."""
+def open_sources(run: Run, form: Form) -> Iterator[Sources]:
+    """Open the base and the adapter of a run, and check that they make the model that is to be written.
+
+    Raises:
+        UserError: They do not belong together, or something is missing.
+    """
+    # All checks need headers only: a mistake is told before gigabytes are read.
     skeleton = model_skeleton(run.weights, run.contract)
-    tied = skeleton.tied
-    with contextlib.ExitStack() as stack:
-        base = stack.enter_context(open_tensors(run.weights))
-        adapter = None
-        if run.has_adapter:
-            tensors = stack.enter_context(open_tensors(run.folder / ADAPTER[0]))
-            settings = adapter_settings(run.folder)
-            adapter = read_adapter(tensors, settings, run.folder / ADAPTER[1])
-            if _is_untied(skeleton, adapter, settings):
-                if apart:
-                    raise UserError(
-                        f"{adapter.tensors.path}: trained {' or '.join(skeleton.tied)}, which is the embedding in this base; "
-                        "only adapter: merged keeps the two apart"
-                    )
-                skeleton = untied(skeleton)
-            adapter = adapter.without(skeleton.tied)
-            if apart:
-                adapter = adapter.untrained()
-        names = base_names(base, skeleton)
-        names |= {name: names[source] for name, source in tied.items() if name in skeleton.shapes and name not in names}
-        check_fit(skeleton, base, names, adapter, has_own_head=run.contract.head in LABELLED)
-        yield Sources(skeleton, base, names, adapter)
+    adapter = None
+    tied_names = skeleton.tied
+    if run.has_adapter:
+        adapter = load_adapter(run.folder, empty_model(skeleton.config, run.contract.head))
+        if was_untied(skeleton, adapter, adapter_settings(run.folder)):
+            if form.keeps_adapter_apart:
+                raise UserError(
+                    f"{adapter.path}: trained {' or '.join(tied_names)}, which is the embedding in this base; "
+                    "only adapter: merged keeps the two apart"
+                )
+            skeleton = untie(skeleton)
+        if form.keeps_adapter_apart:
+            adapter = replace(adapter, layers={})
+
+    with open_tensors(run.weights) as base:
+        base_names = find_base_names(base, skeleton)
+        # A tensor that was tied in the base and is not any more starts as the other one's numbers.
+        for name, source in tied_names.items():
+            if name in skeleton.shapes and name not in base_names:
+                base_names[name] = base_names[source]
+
+        sources = Sources(skeleton, base, base_names, adapter, form.smoothing)
+        if adapter:
+            has_own_head = run.contract.head in LABELLED
+            check_replacements(adapter, skeleton, tied_names, has_own_head)
+        check_shapes(sources)
+        yield sources
 
 
-def _is_untied(skeleton: Skeleton, adapter: Adapter, settings: Mapping[str, object]) -> bool:
-    """Whether two tensors that are one in the base were trained apart: PEFT does that unless it is told ensure_weight_tying."""
-    trained = adapter.changes.keys() | adapter.replacements.keys()
-    is_trained = any({name, source} & trained for name, source in skeleton.tied.items())
-    return is_trained and not settings.get("ensure_weight_tying")
+def was_untied(skeleton: Skeleton, adapter: Adapter, settings: Mapping[str, object]) -> bool:
+    """Whether two tensors that are one in the base were trained apart.
+
+    PEFT trains them apart unless its setting `ensure_weight_tying` is true.
+    """
+    if settings.get("ensure_weight_tying"):
+        return False
+
+    trained_names = adapter.layers.keys() | adapter.replacements.keys()
+    for name, source in skeleton.tied.items():
+        if name in trained_names or source in trained_names:
+            return True
+    return False
 
 
-def base_names(base: Tensors, skeleton: Skeleton) -> dict[str, str]:
-    """The model's name for each tensor of the base checkpoint that it has, as {model's: checkpoint's}."""
-    names = {}
-    for found in base.names():
-        name = found
+def find_base_names(base: Tensors, skeleton: Skeleton) -> dict[str, str]:
+    """Find the checkpoint's name of each tensor of the model that the checkpoint has."""
+    base_names = {}
+    for base_name in base.names():
+        name = base_name
         for old, new in OLD_NAMES.items():
             name = name.replace(old, new)
+
+        # A checkpoint of an encoder alone lacks the prefix that the model with a head has.
         for candidate in (name, f"{skeleton.prefix}.{name}"):
             if candidate in skeleton.shapes:
-                names[candidate] = found
-    return names
+                base_names[candidate] = base_name
+    return base_names
 
 
-def check_fit(
-    skeleton: Skeleton, base: Tensors, sources: Mapping[str, str], adapter: Adapter | None, *, has_own_head: bool
+def check_shapes(sources: Sources) -> None:
+    """Raise UserError unless every tensor of the model is there in its shape; only headers are read."""
+    # The adapter's tensor takes the place of the base's.
+    replacements = sources.adapter.replacements if sources.adapter else {}
+    for name, shape in sources.skeleton.shapes.items():
+        if name in replacements:
+            path = sources.adapter.path
+            stored_shape = tuple(replacements[name].shape)
+        elif name in sources.base_names:
+            path = sources.base.path
+            stored_shape = sources.base.shape(sources.base_names[name])
+        else:
+            part = "head" if name in sources.skeleton.head else "weight"
+            raise UserError(
+                f"{sources.base.path}: the {part} {name} is not there; train again, with it in lora_modules_to_save "
+                "if an adapter is trained"
+            )
+
+        if stored_shape != shape:
+            raise UserError(
+                f"{path}: {name} has the shape {list(stored_shape)}, the model needs {list(shape)}"
+            )
+
+
+def check_replacements(
+    adapter: Adapter, skeleton: Skeleton, tied_names: Mapping[str, str], has_own_head: bool
 ) -> None:
-    """Every tensor has one source of its own shape, every key of the adapter a place; else a UserError."""
-    changes = adapter.changes if adapter else {}
-    replaced = adapter.replacements if adapter else {}
-    if adapter:
-        if has_own_head:
-            _check_head(skeleton, adapter)
-        if unused := sorted((changes.keys() | replaced.keys()) - skeleton.shapes.keys()):
-            kind = skeleton.config.architectures[0]
-            raise UserError(
-                f"{adapter.tensors.path}: {unused[0]} is not part of {kind} in {base.path}: an adapter of another base"
-            )
-    for name, shape in skeleton.shapes.items():
-        if name not in replaced and name not in sources:
-            what = "head" if name in skeleton.head else "weight"
-            either = f" and not in {adapter.tensors.path.name}; list it in lora_modules_to_save" if adapter else ""
-            raise UserError(f"{base.path}: the {what} {name} is not there{either}; train again")
-        found = adapter.tensors.shape(replaced[name]) if name in replaced else base.shape(sources[name])
-        if found != shape:
-            path = adapter.tensors.path if name in replaced else base.path
-            raise UserError(f"{path}: {name} has the shape {list(found)}, the model needs {list(shape)}")
-        if name in changes and (needed := shape_of(changes[name], adapter.tensors)) != shape:
-            raise UserError(
-                f"{adapter.tensors.path}: the change of {name} is for the shape {list(needed)}, in "
-                f"{base.path} it has {list(shape)}: an adapter of another base"
-            )
+    """Check the tensors that an adapter holds whole.
 
+    Args:
+        adapter: The adapter.
+        skeleton: The model that is to be written.
+        tied_names: The tensors that are another one's in the base, which PEFT saves too.
+        has_own_head: Whether training made a head, which the adapter must hold.
 
-def _check_head(skeleton: Skeleton, adapter: Adapter) -> None:
-    if not any(name in adapter.replacements for name in skeleton.head):
+    Raises:
+        UserError: The model has no such tensor, or the head is missing.
+    """
+    unknown_names = adapter.replacements.keys() - skeleton.shapes.keys() - tied_names.keys()
+    if unknown_names:
         raise UserError(
-            f"{adapter.tensors.path}: no head ({', '.join(skeleton.head)}) in the adapter, its answers would be random; train "
+            f"{adapter.path}: {min(unknown_names)} is not part of {skeleton.config.architectures[0]}: an adapter "
+            "of another base"
+        )
+
+    # Without a trained head, transformers would make a random one.
+    if has_own_head and adapter.replacements.keys().isdisjoint(skeleton.head):
+        raise UserError(
+            f"{adapter.path}: no head ({', '.join(skeleton.head)}) in the adapter, its answers would be random; train "
             "with task type SEQ_CLS (model_type: AutoModelForSequenceClassification)"
         )
+
+
+def split_rows(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Divide a tensor along its first axis into pieces of about PIECE_NUMBERS numbers."""
+    if tensor.dim() < 2:
+        yield tensor
+        return
+
+    row_numbers = tensor[0].numel()
+    rows = max(PIECE_NUMBERS // row_numbers // ROWS_MULTIPLE, 1) * ROWS_MULTIPLE
+    yield from tensor.split(rows)
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no number is NaN or infinite.
+
+    The extremes are looked at, which a NaN is passed on to: isfinite is a hundred times slower.
+    """
+    if tensor.numel() == 0:
+        return True
+    extremes = torch.stack(tensor.aminmax())
+    return bool(torch.isfinite(extremes).all())

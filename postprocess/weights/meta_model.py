@@ -1,4 +1,4 @@
-"""The empty model that a run's weights fill, its class chosen by the contract's head: configuration, names and shapes."""
+"""The empty model that a run's weights fill, its class chosen by the contract's head: configuration, names, shapes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,14 +12,20 @@ from kaggle_kernels.runtime.models.model import CLASSES
 from preprocess.core.errors import UserError
 from preprocess.model_input import Contract
 
-LABELLED = ("score", "reward")  # heads that are modules of their own, with outputs that have names
+# Heads that are modules of their own, whose outputs have names.
+LABELLED = ("score", "reward")
 
 
 @dataclass(frozen=True)
 class Skeleton:
-    """The model to be filled: its configuration, its tensors' shapes by name, its base's prefix, the head's names.
+    """The model that is to be filled.
 
-    `tied` are the names of tensors that are another one's bytes, {name: the other one's}; they are in no file.
+    Attributes:
+        config: Its configuration.
+        shapes: The shape of each tensor by name, without those that are tied.
+        prefix: What the names of the tensors below the head start with.
+        head: The names of the head's tensors.
+        tied: For each tensor that is another one's bytes, and in no file, the name of the other.
     """
 
     config: PretrainedConfig
@@ -29,22 +35,51 @@ class Skeleton:
     tied: Mapping[str, str]
 
 
-def _read_config(folder: Path) -> PretrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError, AttributeError, ArithmeticError, KeyError, StrictDataclassError) as error:
-        raise UserError(
-            f"{folder / 'config.json'}: transformers cannot read it ({' '.join(str(error).split())[:200]})"
-        ) from None
+def model_skeleton(folder: Path, contract: Contract) -> Skeleton:
+    """Describe the model of a configuration with the contract's head.
+
+    Args:
+        folder: The folder with config.json.
+        contract: Names the head, its labels and the padding token.
+
+    Raises:
+        UserError: transformers has no such model, or its weights are quantised already.
+    """
+    config = model_config(folder, contract)
+    model = build_model(config, contract.head, folder)
+    config.architectures = [type(model).__name__]
+
+    # Tied tensors are in no checkpoint: the model points at the other one.
+    tied = dict(model.all_tied_weights_keys)
+    shapes = {}
+    for name, tensor in model.state_dict().items():
+        if name not in tied:
+            shapes[name] = tuple(tensor.shape)
+    prefix = model.base_model_prefix
+    head = tuple(name for name in shapes if not name.startswith(f"{prefix}."))
+    return Skeleton(config, shapes, prefix, head, tied)
 
 
 def model_config(folder: Path, contract: Contract) -> PretrainedConfig:
-    """The configuration in `folder` with labels, pad id and soft-cap as the contract says."""
-    config = _read_config(folder)
+    """Read a configuration, and set labels, padding token and soft cap as the contract says.
+
+    Args:
+        folder: The folder with config.json.
+        contract: The contract of the run.
+
+    Raises:
+        UserError: It cannot be read, or is that of a quantised model.
+    """
+    config = read_config(folder)
     if getattr(config, "quantization_config", None):
-        raise UserError(f"{folder}: its weights are quantised already; the contract's base_model must be the 16-bit original")
+        raise UserError(
+            f"{folder}: its weights are quantised already; the contract's base_model must be the 16-bit original"
+        )
+
+    # Of a causal LM, the head is as the base has it.
     if contract.head in LABELLED:
-        config.id2label = dict(enumerate(contract.verdicts if contract.head == "score" else ("reward",)))
+        labels = contract.verdicts if contract.head == "score" else ("reward",)
+        config.id2label = dict(enumerate(labels))
         config.label2id = {name: label for label, name in config.id2label.items()}
     config.pad_token_id = contract.pad_token_id
     if not contract.softcap and hasattr(config, "attn_logit_softcapping"):
@@ -52,44 +87,57 @@ def model_config(folder: Path, contract: Contract) -> PretrainedConfig:
     return config
 
 
-def model_skeleton(folder: Path, contract: Contract) -> Skeleton:
-    """The model of the configuration in `folder` with the contract's head, without weights."""
-    config = model_config(folder, contract)
-    model = _model_or_error(config, contract.head, folder)
-    config.architectures = [type(model).__name__]
-    tied = {name: source for name, source in model.all_tied_weights_keys.items()}
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
-    head = tuple(name for name in shapes if not name.startswith(f"{model.base_model_prefix}."))
-    return Skeleton(config, shapes, model.base_model_prefix, head, tied)
-
-
-def untied(skeleton: Skeleton) -> Skeleton:
-    """The same model with tensors of their own where two were one."""
+def untie(skeleton: Skeleton) -> Skeleton:
+    """Describe the same model with tensors of their own where two were one."""
     skeleton.config.tie_word_embeddings = False
-    own = {name: skeleton.shapes[source] for name, source in skeleton.tied.items()}
-    return replace(skeleton, shapes={**skeleton.shapes, **own}, tied={})
+    shapes = dict(skeleton.shapes)
+    for name, source in skeleton.tied.items():
+        shapes[name] = skeleton.shapes[source]
+    return replace(skeleton, shapes=shapes, tied={})
 
 
 def head_modules(folder: Path, head: str) -> list[str]:
-    """The names of the modules beside the base model: ["score"], for BERT ["classifier"], for a causal LM ["lm_head"]."""
-    model = _model_or_error(_read_config(folder), head, folder)
-    return [
-        name
-        for name, module in model.named_children()
-        if name != model.base_model_prefix and any(True for _ in module.parameters())
-    ]
+    """Name the modules beside the base model: ["score"], for BERT ["classifier"], for a causal LM ["lm_head"]."""
+    model = build_model(read_config(folder), head, folder)
+    names = []
+    for name, module in model.named_children():
+        has_parameters = next(module.parameters(), None) is not None
+        if name != model.base_model_prefix and has_parameters:
+            names.append(name)
+    return names
 
 
 def empty_model(config: PretrainedConfig, head: str) -> torch.nn.Module:
-    """The model of a configuration with this head, on no device; a ValueError where transformers has none."""
+    """Build the model of a configuration with this head on the meta device; ValueError where there is none."""
     with torch.device("meta"):
         return CLASSES[head].from_config(config)
 
 
-def _model_or_error(config: PretrainedConfig, head: str, folder: Path) -> torch.nn.Module:
+def build_model(config: PretrainedConfig, head: str, folder: Path) -> torch.nn.Module:
+    """Build an empty model; a UserError names `folder` where transformers cannot."""
     try:
         return empty_model(config, head)
     except (ValueError, TypeError, ArithmeticError) as error:
+        reason = str(error).splitlines()[0][:200]
         raise UserError(
-            f"{folder}: transformers has no model with the head {head} for it ({str(error).splitlines()[0][:200]})"
+            f"{folder}: transformers has no model with the head {head} for it ({reason})"
+        ) from None
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """Read a model's configuration; a UserError where transformers cannot."""
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        KeyError,
+        StrictDataclassError,
+    ) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{folder / 'config.json'}: transformers cannot read it ({reason})"
         ) from None

@@ -1,10 +1,13 @@
-"""A model's weights → safetensors shards, a piece at a time, so that an interrupted run goes on at the shard it was at."""
+"""A model's weights → safetensors shards, a piece at a time, so that an interrupted run continues at its shard.
 
-import errno
+safetensors' own save_file wants all tensors of a file in memory, and transformers' save_pretrained all
+of the model. Here a shard's header is written last: of a weight in nf4, the size is known only then.
+"""
+
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +19,11 @@ from postprocess.weights.checkpoint_reader import INDEX
 from preprocess.core.files import write_json
 
 SHARD_BYTES = 1000**3  # what an interrupted run loses at most
-HEADER_BYTES_A_TENSOR = 160  # dtype, shape and offsets of one tensor in a safetensors header; its name comes on top
+
+# A weight in nf4 is stored as up to six tensors. A header's entry has a tensor's dtype, shape and
+# offsets, and its name, which is the weight's with an ending.
+TENSORS_A_WEIGHT = 6
+HEADER_BYTES_A_TENSOR = 220
 PIECES_IN_FLIGHT = 4
 DTYPES = {
     torch.float32: "F32",
@@ -32,7 +39,14 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor on its way to a file: its name there, its dtype and shape, and its values in pieces, first to last."""
+    """A tensor on its way into a file.
+
+    Attributes:
+        name: Its name in the file.
+        dtype: Its dtype there.
+        shape: Its shape there.
+        pieces: Its values in order, some at a time.
+    """
 
     name: str
     dtype: torch.dtype
@@ -40,145 +54,117 @@ class Stored:
     pieces: Iterable[torch.Tensor]
 
 
-@dataclass(frozen=True)
-class Planned:
-    """A weight to be written: its name, the names that are stored of it, and about how many bytes those are."""
-
-    name: str
-    stored: tuple[str, ...]
-    bytes: int
-
-
 def write_shards(
     folder: Path,
-    planned: Sequence[Planned],
+    weight_bytes: Mapping[str, int],
     store: Callable[[str], Iterable[Stored]],
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[int], object] = lambda _: None,
 ) -> None:
-    """Write the weights `planned` into `folder`: model.safetensors, or shards of about `shard_bytes` with an index.
+    """Write a model as model.safetensors, or as several shards with an index.
 
-    `store` gives what is stored of a weight; each piece goes to disk as it comes, in a thread of its own, so that the next
-    is computed meanwhile. A shard has its final name only once it is whole, and one that has it already is not written
-    again. `progress` is told the bytes that are done. Which weight goes into which file depends on `planned` alone.
+    A shard gets its final name once its bytes are on the disk, and one that has it is not written again.
+
+    Args:
+        folder: Where the shards are written.
+        weight_bytes: About how many bytes each weight takes, by name, in the order of the file.
+        store: Gives the tensors that are stored of a weight.
+        shard_bytes: About how many bytes a shard has.
+        progress: Called after each shard with its bytes.
     """
-    shards = plan_shards(planned, shard_bytes)
-    names = ["model.safetensors"]
+    # The division depends on the sizes alone: an interrupted call finds its shards again.
+    shards = plan_shards(weight_bytes, shard_bytes)
+    file_names = ["model.safetensors"]
     if len(shards) > 1:
-        names = [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
-    with _Writer() as writer:
-        for file_name, shard in zip(names, shards, strict=True):
-            if (folder / file_name).exists():
-                progress(sum(weight.bytes for weight in shard))
-                continue
-            _write_shard(folder / file_name, shard, store, writer, progress)
+        numbers = range(1, len(shards) + 1)
+        file_names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in numbers]
+
+    for file_name, weights in zip(file_names, shards, strict=True):
+        if not (folder / file_name).exists():
+            temporary = folder / f".{file_name}.tmp"
+            write_file(temporary, weights, store)
+            os.replace(temporary, folder / file_name)
+        progress(sum(weight_bytes[weight] for weight in weights))
+
     if len(shards) > 1:
-        total = sum((folder / name).stat().st_size for name in names)
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map(folder, names)})
+        write_index(folder, file_names)
 
 
-def write_file(path: Path, planned: Sequence[Planned], store: Callable[[str], Iterable[Stored]]) -> None:
-    """Write the weights `planned` into one file, as write_shards writes a shard."""
-    try:
-        with _Writer() as writer:
-            _write_shard(path, planned, store, writer, lambda _: None)
-    except BaseException:
-        path.with_name(f".{path.name}.tmp").unlink(missing_ok=True)
-        raise
-
-
-def plan_shards(planned: Sequence[Planned], shard_bytes: int) -> list[list[Planned]]:
-    """The weights of each shard, in order: as many as `shard_bytes` hold, at least one."""
-    shards: list[list[Planned]] = []
-    room = 0
-    for weight in planned:
-        if not shards or weight.bytes > room:
+def plan_shards(weight_bytes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
+    """Divide the weights, in order, among shards: as many as `shard_bytes` hold, at least one."""
+    shards: list[list[str]] = []
+    bytes_left = 0
+    for weight, size in weight_bytes.items():
+        if not shards or size > bytes_left:
             shards.append([])
-            room = shard_bytes
+            bytes_left = shard_bytes
         shards[-1].append(weight)
-        room -= weight.bytes
+        bytes_left -= size
     return shards
 
 
-def weight_map(folder: Path, names: Sequence[str]) -> dict[str, str]:
-    """The file name of each tensor in the files `names`, from their headers, in order."""
-    found = {}
-    for name in names:
-        with safe_open(folder / name, framework="pt") as file:
-            found |= dict.fromkeys(file.keys(), name)
-    return dict(sorted(found.items()))
-
-
-class _Writer:
-    """Calls made one after the other in one thread, a few ahead of it at most; the first that fails is raised."""
-
-    def __init__(self):
-        self.pool = ThreadPoolExecutor(1)
-        self.pending: deque[Future] = deque()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        if kind:
-            self.pool.shutdown(cancel_futures=True)
-            return
-        with self.pool:
-            self.wait(0)
-
-    def call(self, function: Callable, *arguments) -> None:
-        """Have `function` called; waits where too many calls are ahead of it."""
-        self.pending.append(self.pool.submit(function, *arguments))
-        self.wait(PIECES_IN_FLIGHT)
-
-    def wait(self, left: int) -> None:
-        """Wait until at most `left` calls are to be made."""
-        while len(self.pending) > left:
-            self.pending.popleft().result()
-
-
-def _write_shard(
-    path: Path, shard: Sequence[Planned], store: Callable[[str], Iterable[Stored]], writer: _Writer, progress: Callable
+def write_file(
+    path: Path, weights: Sequence[str], store: Callable[[str], Iterable[Stored]]
 ) -> None:
-    """Write one shard beside its final name, which it takes once its bytes are on the disk.
+    """Write weights into one safetensors file.
 
-    Space for the header is kept at the start and filled in last: a tensor's size need not be known beforehand.
+    Args:
+        path: The file.
+        weights: The weights' names, in the order of the file.
+        store: Gives the tensors that are stored of a weight.
     """
-    announced = [name for weight in shard for name in weight.stored]
-    reserved = -(-sum(HEADER_BYTES_A_TENSOR + len(name) for name in announced) // 8) * 8
+    # Room for the header stays free in front of the tensors.
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    temporary, position = path.with_name(f".{path.name}.tmp"), 0
-    file = temporary.open("wb")
-    file.seek(8 + reserved)
-    for weight in shard:
-        for stored in store(weight.name):
-            begin = position
-            for piece in stored.pieces:
-                data = piece.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-                writer.call(file.write, data.data)
-                position += data.nbytes
-            header[stored.name] = {
-                "dtype": DTYPES[stored.dtype],
-                "shape": list(stored.shape),
-                "data_offsets": [begin, position],
-            }
-        progress(weight.bytes)
-    if set(announced) != header.keys() - {"__metadata__"}:
-        unlike = sorted(set(announced) ^ (header.keys() - {"__metadata__"}))
-        raise ValueError(f"tensors announced and not written, or the reverse: {unlike[:5]}")
-    writer.call(_finish, file, header, reserved, position, path)
+    name_bytes = sum(len(weight) for weight in weights)
+    header_bytes = TENSORS_A_WEIGHT * (name_bytes + HEADER_BYTES_A_TENSOR * (len(weights) + 1))
+    # Tensors start at a multiple of 8 bytes, as safetensors asks for.
+    header_bytes = -(-header_bytes // 8) * 8
 
+    # A thread writes while the next pieces are computed; a few may wait for it, no more.
+    with path.open("wb") as file, ThreadPoolExecutor(max_workers=1) as writer:
+        file.seek(8 + header_bytes)
+        waiting: deque[Future] = deque()
+        position = 0
+        for weight in weights:
+            for stored in store(weight):
+                begin = position
+                for piece in stored.pieces:
+                    flat = piece.detach().contiguous().reshape(-1)
+                    data = flat.view(torch.uint8).numpy()
+                    waiting.append(writer.submit(file.write, data.data))
+                    if len(waiting) > PIECES_IN_FLIGHT:
+                        waiting.popleft().result()
+                    position += data.nbytes
+                header[stored.name] = {
+                    "dtype": DTYPES[stored.dtype],
+                    "shape": list(stored.shape),
+                    "data_offsets": [begin, position],
+                }
+        for write in waiting:
+            write.result()
 
-def _finish(file, header: dict, reserved: int, size: int, path: Path) -> None:
-    """Write the header of a shard whose tensors are `size` bytes, and give it its name; not where one of its writes failed."""
-    encoded = json.dumps(header, separators=(",", ":")).encode("ascii")
-    if len(encoded) > reserved:
-        raise ValueError(f"{file.name}: a header of {len(encoded)} bytes does not fit the {reserved} kept for it")
-    with file:
-        if file.seek(0, os.SEEK_END) != 8 + reserved + size:
-            raise OSError(errno.EIO, f"{path}: shorter than what was written to it")
+        # Spaces after the JSON are part of the format.
+        encoded = json.dumps(header, separators=(",", ":")).encode("ascii")
+        if len(encoded) > header_bytes:
+            raise ValueError(f"{path}: a header of {len(encoded)} bytes, {header_bytes} are free")
         file.seek(0)
-        file.write(reserved.to_bytes(8, "little") + encoded.ljust(reserved))
+        file.write(header_bytes.to_bytes(8, "little") + encoded.ljust(header_bytes))
         file.flush()
         os.fsync(file.fileno())
-    os.replace(file.name, path)
+
+
+def write_index(folder: Path, file_names: Sequence[str]) -> None:
+    """Write the index of a folder's shards, which says where each tensor is."""
+    # Names come from the files' own headers: a shard of an earlier call has them too.
+    weight_map = {}
+    total_bytes = 0
+    for file_name in file_names:
+        with safe_open(folder / file_name, framework="pt") as file:
+            weight_map |= dict.fromkeys(file.keys(), file_name)
+        total_bytes += (folder / file_name).stat().st_size
+
+    index = {
+        "metadata": {"total_size": total_bytes},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    write_json(folder / INDEX, index)

@@ -20,7 +20,7 @@ from kaggle_kernels.runtime.models.scoring import ORDERS, make_batches, make_req
 from kaggle_kernels.runtime.package import PackageError
 from postprocess.agreement.validation_rows import by_hash
 from postprocess.weights.checkpoint_reader import open_tensors
-from postprocess.weights.merge import base_names
+from postprocess.weights.merge import find_base_names
 from postprocess.weights.meta_model import model_skeleton
 from postprocess.zero_shot.position_bias import position_bias
 from preprocess import model_input
@@ -127,7 +127,7 @@ def base_contract(recipe: Recipe, base: Path, revision: str | None, tokenizer) -
             f"pairwise.budget_tokens: {block.budget_tokens}, but the base model has {positions} positions; lower it"
         )
     with open_tensors(base) as tensors:
-        if absent := [name for name in skeleton.head if name not in base_names(tensors, skeleton)]:
+        if absent := [name for name in skeleton.head if name not in find_base_names(tensors, skeleton)]:
             raise UserError(
                 f"{base}: has no {', '.join(absent)}, so that its answers would be random; with train: false, choose "
                 "head: label_tokens, or a base model that has this head"

@@ -55,9 +55,7 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
 
     try:
         yield temporary
-        # A folder cannot be renamed onto one that is not empty.
-        _remove(path)
-        os.replace(temporary, path)
+        _replace_folder(path, temporary)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error})") from None
     finally:
@@ -100,8 +98,7 @@ def resumable_folder(path: Path | str, key: str, size: int) -> Iterator[Path]:
 
         # The key is no part of the finished folder.
         key_file.unlink()
-        _remove(path)
-        os.replace(working, path)
+        _replace_folder(path, working)
     except Exception as error:
         shutil.rmtree(working, ignore_errors=True)
         if not isinstance(error, OSError):
@@ -109,6 +106,20 @@ def resumable_folder(path: Path | str, key: str, size: int) -> Iterator[Path]:
         raise UserError(
             f"{path}: cannot be written ({error}); make room on the disk, then run this again"
         ) from None
+
+
+def _replace_folder(path: Path, new: Path) -> None:
+    """Give the folder `new` the name `path`; a kill leaves a whole folder there, or none.
+
+    A folder cannot be renamed onto one that is not empty, and removing the old one takes a while: under
+    its own name, a kill would leave a part of it there.
+    """
+    old = path.with_name(f".{path.name}.old.tmp")
+    _remove(old)
+    if os.path.lexists(path):
+        os.replace(path, old)
+    os.replace(new, path)
+    _remove(old)
 
 
 def _require_room(path: Path, working: Path, size: int) -> None:

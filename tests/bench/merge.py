@@ -95,7 +95,7 @@ def make_inputs(folder: Path, shape: str, layers: int | None = None) -> None:
 def ours(folder: Path) -> Callable[[], object]:
     """Merge and nf4 in one pass, as `python -m postprocess` does it."""
     from postprocess.run_folder import read_run
-    from postprocess.weights.merge import quantise_in_one_pass
+    from postprocess.weights.quantise_run import quantise_in_one_pass
     from recipes.pairwise.config.schema import read_recipe
 
     run = read_run(read_recipe(folder / "recipe.yml"))

@@ -14,8 +14,8 @@ from preprocess.core.errors import UserError
 from recipes.pairwise.config.schema import read_recipe
 from tests.postprocess import runs
 
-KNOWN = ("merge", "quantise", "agreement", "package")
-STAGES = ["quantise", "agreement", "package"]
+KNOWN = ("merge", "quantise", "scores", "agreement", "package")
+STAGES = ["quantise", "scores", "agreement", "package"]
 
 
 def invoke(run):
@@ -59,6 +59,16 @@ def test_another_adapter_goes_through_every_stage_again_and_a_damaged_one_leaves
     path.write_bytes(path.read_bytes()[:-100])
     assert invoke(run).exit_code == 2
     assert not (run.folder / "package").exists()
+
+
+def test_another_tolerance_scores_nothing_again(copied):
+    run = copied(quantize="nf4", tolerance=0.3)
+    assert stage_lines(invoke(run).stdout) == STAGES
+    run.recipe.write_text(run.recipe.read_text().replace("tolerance: 0.3", "tolerance: 0.25"))
+    result = invoke(run)
+    lines = [line.split()[0] for line in result.stdout.splitlines() if "up to date" in line]
+    assert (result.exit_code, lines) == (0, ["quantise", "scores"])
+    assert json.loads((run.folder / "agreement.json").read_text())["tolerance"] == 0.25
 
 
 def test_three_verdicts_in_the_contracts_order_become_a_package(packaged):

@@ -23,7 +23,8 @@ from kaggle_kernels.runtime.package import check_manifest
 from postprocess.__main__ import main
 from postprocess.pipeline import package_recipe
 from postprocess.run_folder import read_run
-from postprocess.weights.merge import merge, quantise_in_one_pass
+from postprocess.weights.merge import merge
+from postprocess.weights.quantise_run import quantise_in_one_pass
 from preprocess.core.errors import UserError
 from preprocess.core.files import resumable_folder
 from recipes.pairwise.config.schema import read_recipe
@@ -38,6 +39,7 @@ OUTPUTS = (
     "quantised",
     ".quantised.partial",
     "agreement.json",
+    "scores.json",
     "agreement.parquet",
     "agreement.png",
     "postprocess.json",

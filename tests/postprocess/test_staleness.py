@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 PROJECT = ("kaggle_kernels", "postprocess", "preprocess", "recipes")
 ENTRY_MODULES = {
     "MERGE": ["postprocess.weights.merge"],
-    "QUANTISE": ["postprocess.weights.merge"],
+    "QUANTISE": ["postprocess.weights.quantise_run"],
     "GPTQ": ["postprocess.gptq.quantize", "postprocess.gptq.worker"],
     "UNMERGED": ["postprocess.weights.nf4_base_plus_adapter"],
     "AGREEMENT": ["postprocess.agreement.gate"],
@@ -106,9 +106,9 @@ def test_the_command_makes_again_what_an_edit_concerns(copied, source_copy):
         result = CliRunner().invoke(main, [str(run.recipe)], catch_exceptions=False)
         return [line.split()[0] for line in result.stdout.splitlines() if " s   /" in line]
 
-    assert made_after_edit("postprocess/weights/merge.py") == ["quantise", "agreement", "package"]
+    assert made_after_edit("postprocess/weights/merge.py") == ["quantise", "scores", "agreement", "package"]
     assert made_after_edit("postprocess/sweep.py") == []
-    assert made_after_edit("kaggle_kernels/runtime/models/placement.py") == ["agreement", "package"]
+    assert made_after_edit("kaggle_kernels/runtime/models/placement.py") == ["scores", "agreement", "package"]
     assert made_after_edit("postprocess/package.py") == ["package"]
 
 

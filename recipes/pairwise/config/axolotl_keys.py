@@ -30,11 +30,20 @@ REFUSED = {
     "lora_qkv_kernel": "it takes other models than ours and stops the run; remove it",
     "lora_o_kernel": "it takes other models than ours and stops the run; remove it",
     "lora_embedding_kernel": "it takes other models than ours and stops the run; remove it",
+    "lora_fan_in_fan_out": "it is for GPT-2's transposed layers, which no model here has; remove it",
+    "lora_target_parameters": "an adapter of bare parameters cannot be merged; list layers in lora_target_modules",
+    "peft": "LoftQ changes the base's own weights, which the adapter's file does not hold; remove it",
+    "peft_layer_replication": "the packaged model has the base's layers, each once; remove it",
+    "peft_trainable_token_indices": "single rows of an embedding cannot be merged; put it into lora_modules_to_save",
+    "relora": "it changes the base's own weights, which the adapter's file does not hold; remove it",
     "gptq": "the head would not be trained; use adapter: qlora with load_in_4bit: true",
     "wandb_log_model": "it uploads gigabytes; remove it",
     "comet_api_key": "a file is no place for a secret; remove it, and set COMET_API_KEY in the environment",
     "swanlab_api_key": "a file is no place for a secret; remove it, and set SWANLAB_API_KEY in the environment",
 }
+# The other initialisations of LoRA (PiSSA, OLoRA, …) change the base's own weights when training
+# starts. The adapter's file does not hold them, so that nothing could be merged in the end.
+LORA_INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 SET_BY_THE_BLOCK = {  # keys that the plugin or Axolotl sets whatever the recipe says: a value here would mean nothing
     "num_labels": "pairwise.verdicts and pairwise.head",
     "sequence_len": "pairwise.budget_tokens",

@@ -21,7 +21,13 @@ from pydantic import BaseModel
 
 from preprocess.core.errors import UserError, exits_with_2
 from preprocess.core.files import atomic_file
-from recipes.pairwise.config.axolotl_keys import PLUGIN, RECIPE_SCHEMA, REFUSED, SET_BY_THE_BLOCK
+from recipes.pairwise.config.axolotl_keys import (
+    LORA_INITIALISATIONS,
+    PLUGIN,
+    RECIPE_SCHEMA,
+    REFUSED,
+    SET_BY_THE_BLOCK,
+)
 from recipes.pairwise.config.schema import PairwiseBlock
 
 COMMAND = "python -m recipes.pairwise.config.json_schema"
@@ -37,6 +43,7 @@ NARROWER = {  # Axolotl takes these as any number, or as any text that it hands 
     "warmup_steps": {"minimum": 0},
     "weight_decay": {"minimum": 0},
     "max_grad_norm": {"minimum": 0},
+    "peft_init_lora_weights": {"enum": list(LORA_INITIALISATIONS)},
     "lora_r": {"minimum": 1},
     "lora_alpha": {"minimum": 1},
     "lora_dropout": {"minimum": 0, "exclusiveMaximum": 1},

@@ -44,6 +44,7 @@ def workplace(tmp_path, monkeypatch):
     [
         ("gemma2_llama3", "gemma2_qlora 9.9 GiB, llama3_cls 10.7 GiB, one model at a time."),
         ("qwen2_5_14b_cls", "of 3,072 tokens: qwen2_5_14b_cls 13.6 + 12.1 GiB (split)."),
+        ("gemma2_cls_int8", "gemma2_cls_int8 13.9 GiB"),
     ],
 )
 def test_a_kernel_states_what_it_needs(name, needs):

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import sys
 from hashlib import sha256
 from pathlib import Path
 
@@ -17,11 +18,14 @@ from kaggle_kernels.runtime.models.gptq import GptqLinear, unpack, unpacking
 from kaggle_kernels.runtime.models.placement import weight_sizes
 from kaggle_kernels.runtime.package import PackageError, read_package
 from postprocess.__main__ import main
-from postprocess.gptq import quantize
+from postprocess.gptq import environment, quantize
 from postprocess.gptq.environment import ENVIRONMENT
 from postprocess.memory.model_size import Served, bytes_by_class, dimensions_of, weights
+from postprocess.run_folder import checked_tokenizer
+from postprocess.weights.calibration import choose_calibration_rows, encode_calibration_rows
 from postprocess.weights.merge import merge, merged_model
 from preprocess.core.errors import UserError
+from tests.postprocess import runs
 from tests.postprocess.test_kaggle_versions import in_kaggles_versions
 
 ROOT = Path(__file__).parents[3]
@@ -105,7 +109,7 @@ def test_probabilities_are_near_those_of_the_model_as_trained(quantize, mean, la
     line = {line["model"]: line["against_trained"] for line in report["models"]}["quantised"]
     assert 0 < line["mean"] < mean and line["largest"] < largest
     made = re.findall(r"(\w+) +[\d.]+ s   /", printed)
-    assert made == ["merge", "quantise", "agreement", "package"]
+    assert made == ["merge", "quantise", "scores", "agreement", "package"]
 
 
 @needs_gptq
@@ -160,10 +164,38 @@ def test_repeated_on_other_rows_the_best_is_packaged_and_the_merged_model_does_n
     packaged, chosen = (load_file(run.folder / name / "model.safetensors") for name in ("package", report["packaged"]))
     assert all(torch.equal(packaged[name], tensor) for name, tensor in chosen.items())
     assert not (run.folder / "merged").exists()
-    again = CliRunner().invoke(main, command)
-    assert [line[:21] for line in again.output.splitlines()] == [
-        f"{stage:<10} up to date" for stage in ("quantise", "agreement", "package")
-    ]
+
+
+# A worker that rounds nothing: it tells one seed's rows from another's by a file.
+WORKER = """
+import hashlib, json, shutil, sys
+job = json.load(open(sys.argv[1]))
+for name in ("config.json", "model.safetensors"):
+    shutil.copyfile(f"{job['model']}/{name}", f"{sys.argv[2]}/{name}")
+open(f"{sys.argv[2]}/rows", "w").write(hashlib.sha256(str(job["sequences"]).encode()).hexdigest())
+"""
+
+
+def test_a_plain_run_keeps_what_was_repeated_until_the_model_changes(copied, tmp_path, monkeypatch):
+    run = copied("gemma2", quantize="gptq4", tolerance=0.2, **RUN)
+    (tmp_path / "worker.py").write_text(WORKER)
+    monkeypatch.setattr(environment, "WORKER", tmp_path / "worker.py")
+    monkeypatch.setattr(environment, "python_with_gptq", lambda: Path(sys.executable))
+
+    def stages(*options):
+        result = CliRunner().invoke(main, [str(run.recipe), *options], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return [line.split("/")[0].split() for line in result.stdout.splitlines() if line.startswith("quantise")]
+
+    assert len(stages()) == 1
+    assert [line[1:3] == ["up", "to"] for line in stages("--repeat", "3")] == [True, False, False]
+    assert [line[1:3] == ["up", "to"] for line in stages()] == [True, True, True]
+    rows = {(run.folder / name / "rows").read_text() for name in ("quantised", "quantised-2", "quantised-3")}
+    assert len(rows) == 3
+
+    runs.set_json(run.folder / "adapter_config.json", lora_alpha=17)
+    assert len(stages()) == 1
+    assert not (run.folder / "quantised-2").exists()
 
 
 def test_repeating_what_chance_is_not_in_is_one_line(made):
@@ -173,7 +205,7 @@ def test_repeating_what_chance_is_not_in_is_one_line(made):
 
 
 def ids_of(run, seed=0):
-    return quantize.calibration_rows(run, seed)["id"].to_list()
+    return choose_calibration_rows(run, seed)["id"].to_list()
 
 
 def test_no_row_that_the_package_is_checked_on_is_calibrated_on(made, opened):
@@ -204,9 +236,9 @@ def test_a_run_on_all_rows_is_calibrated_outside_the_fixed_sample_where_there_is
 
 def test_pairs_are_seen_in_both_orders_through_the_runs_own_code(made, opened):
     run = opened(made("gemma2", training_rows=30))
-    rows = quantize.calibration_rows(run, 0)
-    found = quantize.calibration_sequences(run, rows)
-    tokenizer = quantize.checked_tokenizer(run)
+    rows = choose_calibration_rows(run)
+    found = encode_calibration_rows(run, rows)
+    tokenizer = checked_tokenizer(run)
     pairs = [run.model_input.pair_from_row(row) for row in rows.iter_rows(named=True)]
     assert len(found) == 30
     assert found[0] == run.model_input.encode(pairs[0], tokenizer, run.contract)[0]
@@ -232,7 +264,7 @@ def test_a_model_that_gptq_cannot_take_is_one_line_before_any_work(kind, options
 
 
 def test_an_encoder_under_a_template_of_its_own_is_refused_by_its_kind(made, opened):
-    with pytest.raises(UserError, match=r"GPTQ is for decoders \(gemma2, llama, qwen2\), .* is a bert; write int8"):
+    with pytest.raises(UserError, match="GPTQ is for decoders with Llama's .* is a bert; write int8"):
         quantize.check_model(opened(made("bert")))
 
 

@@ -124,7 +124,7 @@ def test_the_mean_is_packaged_like_one_adapter_and_anew_after_a_member_was_train
     assert (mean / "package" / "manifest.json").is_file()
     again = CliRunner().invoke(main, command)
     assert [line[:21] for line in again.output.splitlines()] == [
-        f"{stage:<10} up to date" for stage in ("average", "quantise", "agreement", "package")
+        f"{stage:<10} up to date" for stage in ("average", "quantise", "scores", "agreement", "package")
     ]
 
     runs.change_tensors(second / "adapter_model.safetensors", lambda tensors: tensors[SCORE].add_(0.01))

@@ -3,7 +3,7 @@ import torch
 from safetensors.torch import load_file
 
 from postprocess.weights.checkpoint_reader import open_tensors
-from postprocess.weights.shard_writer import Planned, Stored, write_shards
+from postprocess.weights.shard_writer import Stored, write_shards
 from preprocess.core.errors import UserError
 
 TENSORS = {
@@ -16,12 +16,12 @@ TENSORS = {
 
 
 def write_tensors(folder, tensors, **options):
-    planned = [Planned(name, (name,), tensor.nbytes) for name, tensor in tensors.items()]
+    weight_bytes = {name: tensor.nbytes for name, tensor in tensors.items()}
 
     def store(name):
         yield Stored(name, tensors[name].dtype, tuple(tensors[name].shape), [tensors[name]])
 
-    write_shards(folder, planned, store, **options)
+    write_shards(folder, weight_bytes, store, **options)
 
 
 @pytest.mark.parametrize(("shard_bytes", "files"), [(10**6, 1), (12, 3)])

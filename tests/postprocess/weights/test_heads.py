@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from postprocess.weights.merge import merge
+from postprocess.weights.merge import Form, merge
 from preprocess.core.errors import UserError
 from tests.postprocess import runs
 
@@ -32,7 +32,7 @@ TIED = [
 @pytest.mark.parametrize(("lora", "stays_tied"), TIED)
 def test_tied_weights_that_were_trained_apart_stay_apart(lora, stays_tied, made, opened, tmp_path):
     run = made("gemma2", head="label_tokens", lora=lora)
-    merge(opened(run), tmp_path / "merged", dtype=torch.float32)
+    merge(opened(run), tmp_path / "merged", Form(dtype=torch.float32))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="sdpa")
     assert merged.config.tie_word_embeddings is stays_tied
     assert ("lm_head.weight" in load_file(tmp_path / "merged" / "model.safetensors")) is not stays_tied
@@ -44,5 +44,5 @@ def test_tied_weights_that_were_trained_apart_stay_apart(lora, stays_tied, made,
 def test_tied_weights_that_were_trained_apart_cannot_be_packaged_unmerged(made, opened, tmp_path):
     run = made("gemma2", head="label_tokens", lora={"modules_to_save": ["lm_head"]})
     with pytest.raises(UserError, match="trained lm_head.weight, which is the embedding in this base; only adapter: merged"):
-        merge(opened(run), tmp_path / "merged", apart=True)
+        merge(opened(run), tmp_path / "merged", Form(keeps_adapter_apart=True))
     assert not list(tmp_path.glob("*merged*"))

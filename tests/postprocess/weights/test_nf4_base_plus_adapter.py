@@ -59,7 +59,7 @@ def test_base_and_adapter_stay_apart_in_the_package_which_computes_what_was_trai
     run, printed = packaged("gemma2", adapter="unmerged", **QLORA)
     folder = run.folder / "package"
     stages = [line.split()[0] for line in printed.splitlines() if " s   /" in line]
-    assert stages == ["unmerged", "agreement", "package"]
+    assert stages == ["unmerged", "scores", "agreement", "package"]
     adapter, trained = load_file(folder / "lora.safetensors"), load_file(run.folder / "adapter_model.safetensors")
     assert adapter.keys() == trained.keys()
     assert all(torch.equal(adapter[name], trained[name].half()) for name in trained)
@@ -89,7 +89,7 @@ def test_the_better_of_both_is_packaged_and_said_to_be(packaged):
     assert (run.folder / "package" / "lora.safetensors").exists()
     again = CliRunner().invoke(main, [str(run.recipe)])
     assert [line[:21] for line in again.stdout.splitlines()] == [
-        f"{stage:<10} up to date" for stage in ("quantise", "unmerged", "agreement", "package")
+        f"{stage:<10} up to date" for stage in ("quantise", "unmerged", "scores", "agreement", "package")
     ]
 
 

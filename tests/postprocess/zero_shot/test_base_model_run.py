@@ -27,7 +27,7 @@ from recipes.pairwise.config.schema import read_recipe
 from tests import tiny
 from tests.postprocess import runs
 
-STAGES = ["untrained", "quantise", "agreement", "package"]
+STAGES = ["untrained", "quantise", "scores", "agreement", "package"]
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_every_stage_is_made_and_the_run_is_whole(packaged):
     assert [line.split()[0] for line in result.stdout.splitlines() if " s   /" in line] == STAGES
     assert {path.name for path in run.iterdir() if path.is_file()} == {
         *("contract.json", "model_input.py", "metrics.json", "predictions.parquet", "tokenizer.json", "tokenizer_config.json"),
-        *("agreement.json", "agreement.parquet", "agreement.png", RECORD),
+        *("scores.json", "agreement.json", "agreement.parquet", "agreement.png", RECORD),
     }
     metrics = json.loads((run / "metrics.json").read_text())
     counts = [metrics[name] for name in ("rows", "training_rows", "calibration_rows", "fold", "steps")]

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from preprocess.core.errors import UserError
 from recipes.pairwise.__main__ import main
+from recipes.pairwise.config.axolotl_keys import REFUSED, schema
 from recipes.pairwise.config.schema import read_recipe, recipe_problems
 from recipes.pairwise.config.templates import NAMES, named_template
 from tests.conftest import ROOT
@@ -78,9 +79,24 @@ def test_a_recipe_cannot_do_without_its_three_keys(missing):
     assert only.startswith(f"{missing}: ")
 
 
+# Merged as PEFT merges it (tests/postprocess/weights/test_merge.py), or without effect on a merge.
+MERGED_KEYS = {
+    "lora_alpha", "lora_alpha_pattern", "lora_dropout", "lora_model_dir", "lora_modules_to_save", "lora_on_cpu", "lora_r",
+    "lora_rank_pattern", "lora_target_modules", "peft_autocast_adapter_dtype", "peft_ensure_weight_tying",
+    "peft_init_lora_weights", "peft_layers_pattern", "peft_layers_to_transform", "peft_use_dora", "peft_use_rslora",
+}  # fmt: skip
+
+
+def test_every_key_of_lora_is_merged_or_refused():
+    keys = {key for key in schema()["properties"] if key.startswith(("lora_", "peft"))}
+    assert keys - REFUSED.keys() == MERGED_KEYS
+
+
 @pytest.mark.parametrize(
-    "key", ["dataloader_drop_last", "lora_target_linear", "reward_model", "rl", "sample_packing", "trust_remote_code"]
-)
+    "key",
+    ["dataloader_drop_last", "lora_target_linear", "peft", "peft_layer_replication", "relora", "reward_model", "rl",
+     "sample_packing", "trust_remote_code"],
+)  # fmt: skip
 def test_what_would_go_wrong_later_is_refused_and_may_be_spelled_out_as_off(key):
     [only] = recipe_problems(GOOD | {key: True})
     assert only.startswith(f"{key}: refused, ")
@@ -115,6 +131,7 @@ def test_a_plugin_s_keys_are_accepted_where_the_recipe_names_the_plugin():
         ({"learning_rate": float("nan")}, "learning_rate: expected a number, found nan"),
         ({"micro_batch_size": 1.5}, "micro_batch_size: expected a whole number above 0, found 1.5"),
         ({"warmup_ratio": 5}, "warmup_ratio: expected a number of at least 0 and of at most 1, found 5"),
+        (LORA | {"peft_init_lora_weights": "pissa"}, "peft_init_lora_weights: expected one of true, false, gaussian, "),
         (LORA | {"lora_target_modules": []}, "lora_target_modules: missing; list the layers that lora is to adapt"),
         ({"lora_r": 8}, "adapter: missing beside lora_r: every weight would be trained; set adapter: lora"),
         (LORA | {"adapter": "qlora"}, "load_in_4bit: adapter: qlora trains on a base in 4 bits; set load_in_4bit: true"),

@@ -1,0 +1,70 @@
+"""The training rows that GPTQ and SmoothQuant calibrate on, as token ids.
+
+They go through the run's own model_input.py. None of them is a row that the package is checked on,
+unless every row is trained on and checked (fold: all of a small file).
+"""
+
+import polars as pl
+
+from postprocess.agreement.validation_rows import by_hash
+from postprocess.run_folder import Run, checked_tokenizer
+from preprocess.core.errors import UserError
+from recipes.pairwise.data.datasets import read_pairs, split
+
+ROWS = 256
+
+
+def choose_calibration_rows(run: Run, seed: int = 0) -> pl.DataFrame:
+    """Choose up to 256 training rows by a hash of seed and id, none of them in predictions.parquet.
+
+    With fold `all` and a file so small that every row is in there, it is those: each was trained on too.
+
+    Args:
+        run: The trained run.
+        seed: Another one chooses other rows.
+
+    Returns:
+        The rows in the order of the hash.
+
+    Raises:
+        UserError: Every row is checked, so that none is left.
+    """
+    pairs_file, predictions = run.validation_files()
+    fold = run.recipe.pairwise.fold
+    training_rows, _ = split(read_pairs(pairs_file), fold, pairs_file)
+    checked_rows = pl.read_parquet(predictions, columns=["id"])
+
+    # Rows that a model was tuned on would flatter it in the comparison.
+    rows = training_rows.join(checked_rows, on="id", how="anti")
+    if rows.is_empty() and fold == "all":
+        rows = training_rows
+    if rows.is_empty():
+        raise UserError(
+            f"{pairs_file}: every row outside fold {fold} is in {predictions}, so that none is left to calibrate on; "
+            "set pairwise.fold as it was in training"
+        )
+    chosen_ids = pl.DataFrame({"id": by_hash(rows["id"], ROWS, salt=f"{seed}:")})
+    return chosen_ids.join(rows, on="id", how="left", maintain_order="left")
+
+
+def encode_calibration_rows(run: Run, rows: pl.DataFrame) -> list[list[int]]:
+    """Encode rows as the model sees them, every second one swapped, so that both orders are met.
+
+    Args:
+        run: The trained run.
+        rows: Rows of its pairs file.
+
+    Returns:
+        The token ids of each sequence; the reward head has two for a row.
+    """
+    pairs = []
+    for number, row in enumerate(rows.iter_rows(named=True)):
+        pair = run.model_input.pair_from_row(row)
+        is_swapped = number % 2 == 1
+        pairs.append(run.model_input.swap(pair) if is_swapped else pair)
+
+    sequences = []
+    for encoded in run.model_input.encode_all(pairs, checked_tokenizer(run), run.contract):
+        for ids in encoded:
+            sequences.append(list(ids))
+    return sequences

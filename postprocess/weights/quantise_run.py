@@ -1,0 +1,64 @@
+"""A trained run → its merged model in nf4 or int8, in one pass over the weights. pipeline.py calls this."""
+
+import gc
+from pathlib import Path
+
+import torch
+
+from postprocess.agreement.reference_model import load_merged
+from postprocess.run_folder import Run
+from postprocess.weights.bnb_quantize import quantization_config
+from postprocess.weights.calibration import choose_calibration_rows, encode_calibration_rows
+from postprocess.weights.merge import Form, merge
+from postprocess.weights.meta_model import head_modules, model_skeleton
+from postprocess.weights.smooth_quant import MODEL_TYPES, Smoothing, smooth
+from preprocess.core.errors import UserError
+
+
+def quantise_in_one_pass(run: Run, kind: str, out: Path, key: str = "") -> None:
+    """Write the merged model of a run, quantised but for its head, as a folder.
+
+    Args:
+        run: The trained run.
+        kind: nf4, or int8 with the outliers of activations smoothed.
+        out: The folder.
+        key: An interrupted call with the same key is continued at its shard.
+    """
+    smoothing = calibrate_smoothing(run) if kind == "int8" else None
+    head = head_modules(run.weights, run.contract.head)
+    form = Form(quantization_config(kind, head), smoothing=smoothing)
+    merge(run, out, form, key=key)
+
+
+def calibrate_smoothing(run: Run) -> Smoothing | None:
+    """Compute SmoothQuant's scales of a run's merged model, on the rows that GPTQ calibrates on too.
+
+    Returns:
+        None where the architecture is not known, or no row is left to calibrate on; that is printed.
+    """
+    model_type = model_skeleton(run.weights, run.contract).config.model_type
+    if model_type not in MODEL_TYPES:
+        print(
+            f"  int8 as it is: SmoothQuant is for {', '.join(MODEL_TYPES)}, this is a {model_type}"
+        )
+        return None
+
+    try:
+        rows = choose_calibration_rows(run)
+    except UserError as error:
+        print(f"  int8 as it is, without SmoothQuant: {error}")
+        return None
+
+    # As the gate loads it for its comparison.
+    has_gpu = torch.cuda.is_available()
+    device = "cuda" if has_gpu else "cpu"
+    dtype = torch.float16 if has_gpu else torch.float32
+    model = load_merged(run, device, dtype)
+    smoothing = smooth(model, encode_calibration_rows(run, rows))
+    print(f"  int8 with SmoothQuant, calibrated on {len(rows)} training rows")
+
+    # The merge that follows wants the memory.
+    del model
+    gc.collect()
+    torch.cuda.empty_cache()
+    return smoothing

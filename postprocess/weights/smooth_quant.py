@@ -1,0 +1,192 @@
+"""SmoothQuant (Xiao et al. 2023): outliers of activations are moved into weights before int8.
+
+int8 rounds the numbers of a token with one scale, that of the largest. In models above 7B some channels
+are a hundred times larger than the rest, which is then rounded to nothing. Where a linear layer's input
+comes out of a norm, or is a product with another layer's output, dividing a channel of the one by s and
+multiplying the column of the other by s changes no result but the rounding. The scales are folded into
+the weights, so that nothing changes when the package runs. quantise_run.py calls this.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+# Architectures whose layers are built as `find_groups` says.
+MODEL_TYPES = ("gemma2", "llama", "mistral", "qwen2", "qwen3")
+# How much of an outlier moves into the weights: the paper's alpha.
+STRENGTH = 0.5
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linear layers with the same input, and the module that gives it.
+
+    Attributes:
+        source: The norm, or the linear layer whose output is multiplied into the input.
+        targets: The linear layers.
+    """
+
+    source: str
+    targets: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Smoothing:
+    """What SmoothQuant changes in a model, by the names of its tensors.
+
+    Attributes:
+        norms: New weights of norms, in float16.
+        columns: For weights of linear layers, a factor on each input.
+        rows: For weights and biases of linear layers, a divisor of each output.
+    """
+
+    norms: Mapping[str, torch.Tensor]
+    columns: Mapping[str, torch.Tensor]
+    rows: Mapping[str, torch.Tensor]
+
+    def apply(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Give a tensor as it is with the scales folded in; in float32 where it changes.
+
+        Args:
+            name: The tensor's name in the model.
+            tensor: The merged tensor.
+        """
+        if name in self.norms:
+            return self.norms[name]
+        if name in self.columns:
+            tensor = tensor.to(torch.float32) * self.columns[name]
+        if name in self.rows:
+            # A weight has its outputs along the first axis, and so has a bias.
+            divisors = self.rows[name].reshape(-1, *[1] * (tensor.dim() - 1))
+            tensor = tensor.to(torch.float32) / divisors
+        return tensor
+
+
+def find_groups(model: PreTrainedModel) -> list[Group]:
+    """Find what can be smoothed in a model; nothing in an architecture that is not known."""
+    if model.config.model_type not in MODEL_TYPES:
+        return []
+
+    # Each attention stands for its layer.
+    modules = dict(model.named_modules())
+    groups = []
+    for name in modules:
+        if not name.endswith(".self_attn"):
+            continue
+        layer = name.removesuffix(".self_attn")
+        # Gemma-2 normalises the feed-forward's input by itself, the others after attention.
+        feed_forward_norm = f"{layer}.pre_feedforward_layernorm"
+        if feed_forward_norm not in modules:
+            feed_forward_norm = f"{layer}.post_attention_layernorm"
+
+        attention_inputs = [f"{name}.{part}_proj" for part in "qkv"]
+        feed_forward_inputs = [f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj"]
+        groups.append(Group(f"{layer}.input_layernorm", attention_inputs))
+        groups.append(Group(feed_forward_norm, feed_forward_inputs))
+        groups.append(Group(f"{layer}.mlp.up_proj", [f"{layer}.mlp.down_proj"]))
+    return groups
+
+
+def smooth(model: PreTrainedModel, sequences: Iterable[Sequence[int]]) -> Smoothing:
+    """Compute the scales of a model.
+
+    Args:
+        model: The merged model, in 16 or 32 bits.
+        sequences: Token ids to calibrate on.
+
+    Returns:
+        What is to be changed. Nothing is changed in `model`.
+    """
+    groups = find_groups(model)
+    largest_inputs = measure_inputs(model, groups, sequences)
+    norm_offset = 1.0 if model.config.model_type.startswith("gemma") else 0.0
+    norms = {}
+    columns = {}
+    rows = {}
+
+    for group in groups:
+        scales = compute_scales(model, group, largest_inputs[group.source])
+        source = model.get_submodule(group.source)
+        if isinstance(source, torch.nn.Linear):
+            # Its outputs are divided, bias included.
+            rows[f"{group.source}.weight"] = scales
+            rows[f"{group.source}.bias"] = scales
+        else:
+            # float16 rounds the norm's new weight, coarsely where Gemma adds 1 to it. What the weight
+            # was really divided by goes into the columns, so that both still cancel.
+            weight = source.weight.detach().to("cpu", torch.float32)
+            new_weight = ((weight + norm_offset) / scales - norm_offset).to(torch.float16)
+            new_factor = new_weight.to(torch.float32) + norm_offset
+            is_lost = new_factor == 0
+            new_weight[is_lost] = weight[is_lost].to(torch.float16)
+            scales = torch.where(is_lost, 1.0, (weight + norm_offset) / new_factor)
+            norms[f"{group.source}.weight"] = new_weight
+        for target in group.targets:
+            columns[f"{target}.weight"] = scales
+    return Smoothing(norms, columns, rows)
+
+
+def compute_scales(
+    model: PreTrainedModel, group: Group, largest_inputs: torch.Tensor
+) -> torch.Tensor:
+    """Compute the scale of each channel of a group's input.
+
+    Args:
+        model: The merged model.
+        group: Linear layers with the same input.
+        largest_inputs: The largest absolute value of each channel, (channels,).
+
+    Returns:
+        The scales in float32 on the CPU, (channels,). A channel without a usable scale keeps 1.
+    """
+    # All targets read the same input: the largest weight of any of them counts.
+    largest_weights = torch.zeros_like(largest_inputs)
+    for target in group.targets:
+        weight = model.get_submodule(target).weight.detach()
+        column_maxima = weight.abs().amax(dim=0).to("cpu", torch.float32)
+        largest_weights = torch.maximum(largest_weights, column_maxima)
+
+    scales = largest_inputs**STRENGTH / largest_weights ** (1 - STRENGTH)
+    # A channel may overflow in float16, or never be active.
+    is_usable = torch.isfinite(scales) & (scales > 0)
+    return torch.where(is_usable, scales, 1.0)
+
+
+def measure_inputs(
+    model: PreTrainedModel, groups: Sequence[Group], sequences: Iterable[Sequence[int]]
+) -> dict[str, torch.Tensor]:
+    """Measure the largest absolute value of each input channel over all tokens.
+
+    Args:
+        model: The merged model.
+        groups: Whose inputs are measured.
+        sequences: Token ids, run one sequence at a time.
+
+    Returns:
+        The maxima, (channels,), by the group's source.
+    """
+    largest_inputs: dict[str, torch.Tensor] = {}
+
+    def watch(source: str):
+        def record(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+            maxima = inputs[0].abs().flatten(end_dim=-2).amax(dim=0).to("cpu", torch.float32)
+            before = largest_inputs.get(source, maxima)
+            largest_inputs[source] = torch.maximum(before, maxima)
+
+        return record
+
+    # The targets of a group have one input, so that one of them is enough to see it.
+    hooks = []
+    for group in groups:
+        first_target = model.get_submodule(group.targets[0])
+        hooks.append(first_target.register_forward_pre_hook(watch(group.source)))
+
+    # One sequence at a time needs no padding, which would be measured too.
+    with torch.inference_mode():
+        for ids in sequences:
+            model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return largest_inputs
