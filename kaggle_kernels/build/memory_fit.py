@@ -64,7 +64,7 @@ def fit_packages(spec_path: Path, spec: Spec) -> list[Fit]:
         check_row_length(served, spec_path, spec, package, recipe)
 
         # An encoder is small enough for one GPU, and the runtime has no way to split it.
-        if package.placement == "split" and served.dimensions.model_type == "bert":
+        if package.placement == "split" and served.base.is_encoder:
             raise UserError(
                 f"{package_key}.placement: split is for decoders, {package.run} is an encoder; "
                 "write each"
@@ -163,7 +163,7 @@ def check_row_length(
         )
 
     # Beyond its positions a model has no embedding, or was never trained.
-    positions = served.dimensions.max_position_embeddings  # 0: its config does not say
+    positions = served.base.positions
     if positions and served.budget_tokens > positions:
         if spec.budget_tokens is not None:
             budget_key = f"{spec_path}: budget_tokens"
@@ -184,7 +184,7 @@ def package_settings(fit: Fit) -> PackageSettings:
         placement=fit.placement,
         verdicts=tuple(fit.recipe.pairwise.verdicts),
         base_model=fit.recipe.axolotl["base_model"],
-        model_type=fit.served.dimensions.model_type,
+        model_type=fit.served.base.model_type,
     )
 
 

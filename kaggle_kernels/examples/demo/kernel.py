@@ -155,7 +155,7 @@ SETTINGS = Settings(
     min_scored=0.98,
     visible_rows=512,
     wheels="pairwise-wheels",
-    build="58848ab37ca53a29",
+    build="53452baec57fbcba",
 )
 
 
@@ -618,7 +618,7 @@ def load_model(
         folder,
         config=config,
         dtype=dtype,
-        attn_implementation="eager" if contract.softcap else SDPA,
+        attn_implementation=attention_of(config, contract),
         use_safetensors=True,
         local_files_only=True,
         output_loading_info=True,
@@ -633,6 +633,13 @@ def load_model(
         raise PackageError(f"{folder}: weights are missing: {', '.join(sorted(missing)[:5])}")
     take_shortcuts(model)
     return model.eval()
+
+
+def attention_of(config, contract) -> str:
+    """The attention to load with: eager for a soft cap, and for a model that has no other, such as DeBERTa."""
+    model_class = CLASSES[contract.head]._model_mapping[type(config)]
+    needs_eager = contract.softcap or not model_class._supports_sdpa
+    return "eager" if needs_eager else SDPA
 
 
 def put_adapter_on(

@@ -19,7 +19,8 @@ from kaggle_kernels.runtime.package import PackageError, read_package
 from postprocess.__main__ import main
 from postprocess.gptq import quantize
 from postprocess.gptq.environment import ENVIRONMENT
-from postprocess.memory.model_size import Served, bytes_by_class, dimensions_of, weights
+from postprocess.memory.measure import measure_folder
+from postprocess.memory.model_size import Served, bytes_by_class
 from postprocess.weights.merge import merge, merged_model
 from preprocess.core.errors import UserError
 from tests.postprocess.test_kaggle_versions import in_kaggles_versions
@@ -113,11 +114,10 @@ def test_probabilities_are_near_those_of_the_model_as_trained(quantize, mean, la
 def test_a_package_has_the_bytes_that_were_computed(quantize, package_of):
     run, folder, _ = package_of(quantize)
     sizes = weight_sizes(folder)
-    dimensions = dimensions_of(json.loads((folder / "config.json").read_text()), "tiny")
-    served = Served(dimensions, run.contract().head, 2, quantize, False, 128)
+    served = Served(measure_folder(run.base), run.contract().head, quantize, False, 128)
     assert sum(bytes_by_class(served).values()) == sum(size for size, _ in sizes.values())
     assert sum(elements for name, (_, elements) in sizes.items() if name.endswith(".qweight")) == sum(
-        weight.elements for weight in weights(dimensions, "score", 2) if weight.kind == "linear"
+        weight.elements for weight in served.weights if weight.kind == "linear"
     )
 
 
