@@ -7,7 +7,9 @@ package: the worker gets token ids, and writes none of them.
 """
 
 import gc
+import itertools
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -27,7 +29,13 @@ from recipes.pairwise.data.datasets import read_pairs, split
 ROWS = 256
 GROUP_SIZE = 128
 OUTPUTS = 32  # gptqmodel packs that many rows at once
-MODEL_TYPES = ("gemma2", "llama", "qwen2")
+# Linear layers of a decoder's layer: those with the same input are quantised together, each group after what stands before it.
+GROUPS = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.qkv_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj", "mlp.gate_up_proj"),
+    ("mlp.down_proj",),
+)
 
 
 def quantize(run: Run, merged: Path, bits: int, out: Path, seed: int = 0) -> None:
@@ -36,13 +44,14 @@ def quantize(run: Run, merged: Path, bits: int, out: Path, seed: int = 0) -> Non
     Another `seed` calibrates on other rows; one seed always gives the same bytes on the same machine. Raises UserError where
     the model is not of a kind that GPTQ takes here, where there is no row to calibrate on, or where the worker fails.
     """
-    check_model(run)
+    groups = check_model(run)
     job = {
         "model": str(merged.resolve()),
         "architecture": model_skeleton(merged, run.contract).config.architectures[0],
         "attention": "eager" if run.contract.softcap else "sdpa",
         "bits": bits,
         "group_size": GROUP_SIZE,
+        "groups": groups,
         "sequences": calibration_sequences(run, calibration_rows(run, seed)),
     }
     gc.collect()
@@ -55,21 +64,34 @@ def quantize(run: Run, merged: Path, bits: int, out: Path, seed: int = 0) -> Non
             shutil.copyfile(file, folder / file.name)
 
 
-def check_model(run: Run) -> None:
-    """Raise UserError where the model's kind, or the size of one of its layers, is not one that GPTQ can take here."""
+def check_model(run: Run) -> list[list[str]]:
+    """Check that GPTQ can take the run's model.
+
+    Returns:
+        The names of the linear layers within a decoder's layer, in the order and groups in which they are quantised.
+
+    Raises:
+        UserError: The model has layers of other names, or of a size that GPTQ cannot take.
+    """
     skeleton = model_skeleton(run.weights, run.contract)
-    kind = skeleton.config.model_type
-    if kind not in MODEL_TYPES:
+    base_model = run.contract.base_model
+    layers = linear_layers(skeleton.shapes.items())
+    names = {re.sub(r".*\.layers\.\d+\.", "", name).removesuffix(".weight") for name, _ in layers}
+
+    groups = [[name for name in group if name in names] for group in GROUPS]
+    if not layers or names != set(itertools.chain(*groups)):
         raise UserError(
-            f"pairwise.package.quantize: GPTQ is for decoders ({', '.join(MODEL_TYPES)}), {run.contract.base_model} is a "
-            f"{kind}; write int8, or none: it is small"
+            f"pairwise.package.quantize: GPTQ is for decoders with Llama's or Phi-3's names of layers, {base_model} is a "
+            f"{skeleton.config.model_type}; write int8, or none if it is small"
         )
-    for name, shape in linear_layers(skeleton.shapes.items()):
-        if shape[1] % GROUP_SIZE or shape[0] % OUTPUTS:
+
+    for name, (outputs, inputs) in layers:
+        if inputs % GROUP_SIZE or outputs % OUTPUTS:
             raise UserError(
                 f"pairwise.package.quantize: GPTQ takes groups of {GROUP_SIZE} inputs and {OUTPUTS} outputs, {name} of "
-                f"{run.contract.base_model} has {shape[1]} and {shape[0]}; write nf4 or int8"
+                f"{base_model} has {inputs} and {outputs}; write nf4 or int8"
             )
+    return groups
 
 
 def linear_layers(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> list[tuple[str, tuple[int, ...]]]:

@@ -1,7 +1,8 @@
 """One model quantised by optimum's GPTQ, in .venv-gptq: `python postprocess/gptq/worker.py JOB.json OUT`.
 
 JOB.json has `model` (the folder of a decoder in 16 bits), `architecture` (its class in transformers), `attention`, `bits`,
-`group_size` and `sequences` (token ids to calibrate on). OUT gets config.json and model.safetensors in GPTQ's standard
+`group_size`, `groups` (names of linear layers) and
+`sequences` (token ids to calibrate on). OUT gets config.json and model.safetensors in GPTQ's standard
 format. Imports nothing of this project: none of it is in that environment.
 """
 
@@ -22,13 +23,6 @@ import transformers
 from optimum.gptq import GPTQQuantizer
 from safetensors.torch import load_file, save_file
 
-GROUPS = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
-)  # layers with the same input are quantised together, each after what stands before it
-
 
 def main(job_file: Path, out: Path) -> None:
     """Quantise and save. On a CPU in float32: float16 is several times slower there; what is kept is float16 either way."""
@@ -48,7 +42,7 @@ def main(job_file: Path, out: Path) -> None:
         dataset=[{"input_ids": [ids], "attention_mask": [[1] * len(ids)]} for ids in job["sequences"]],
         model_seqlen=longest,
         block_name_to_quantize="model.layers",
-        modules_in_block_to_quantize=[list(group) for group in GROUPS],
+        modules_in_block_to_quantize=job["groups"],
         # Kept outputs go from layer to layer with the first one's mask, which is every layer's only within the window.
         cache_block_outputs=window is None or longest <= window,
         backend="gptq_torch",  # the one whose words stay in the standard order when it is made ready to run

@@ -22,7 +22,7 @@ from recipes.pairwise.config.model_checks import (
 )
 from recipes.pairwise.config.schema import PairwiseBlock, apply_environment, recipe_problems, run_folder
 from recipes.pairwise.processes import is_first_on_machine
-from recipes.pairwise.training.weights import HEADS
+from recipes.pairwise.training.heads import CLASSIFIER_HEADS
 
 INSTEAD = {
     "merge-lora": "it would lose the head without a word; use python -m postprocess RECIPE",
@@ -99,7 +99,7 @@ def set_model_keys(cfg: dict, block: PairwiseBlock, model) -> None:
     # PEFT trains a classifier's last layer by itself. What else an encoder's head has is as new, and would not be saved.
     if cfg.get("adapter") and block.head != "label_tokens":
         saved = list(cfg.get("lora_modules_to_save") or [])
-        new_modules = set(list_head_modules(model)) - {*HEADS, *saved}
+        new_modules = set(list_head_modules(model)) - {*CLASSIFIER_HEADS, *saved}
         if new_modules:
             cfg["lora_modules_to_save"] = saved + sorted(new_modules)
 
