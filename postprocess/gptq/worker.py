@@ -1,9 +1,9 @@
 """One model quantised by optimum's GPTQ, in .venv-gptq: `python postprocess/gptq/worker.py JOB.json OUT`.
 
 JOB.json has `model` (the folder of a decoder in 16 bits), `architecture` (its class in transformers), `attention`, `bits`,
-`group_size`, `groups` (names of linear layers) and
-`sequences` (token ids to calibrate on). OUT gets config.json and model.safetensors in GPTQ's standard
-format. Imports nothing of this project: none of it is in that environment.
+`group_size`, `groups` (names of the linear layers that are quantised together) and `sequences` (token ids to calibrate on).
+OUT gets config.json and model.safetensors in GPTQ's standard format. Imports nothing of this project: none of it is in that
+environment.
 """
 
 import json

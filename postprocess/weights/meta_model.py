@@ -11,7 +11,6 @@ from transformers import AutoConfig, PretrainedConfig
 from kaggle_kernels.runtime.models.model import CLASSES
 from preprocess.core.errors import UserError
 from preprocess.model_input import Contract
-from recipes.pairwise.config.model_checks import list_head_modules
 
 LABELLED = ("score", "reward")  # heads that are modules of their own, with outputs that have names
 
@@ -72,8 +71,13 @@ def untied(skeleton: Skeleton) -> Skeleton:
 
 
 def head_modules(folder: Path, head: str) -> list[str]:
-    """The names of the modules beside the base model in `folder`, once it has its head."""
-    return list_head_modules(_model_or_error(_read_config(folder), head, folder))
+    """The names of the modules beside the base model: ["score"], for BERT ["classifier"], for a causal LM ["lm_head"]."""
+    model = _model_or_error(_read_config(folder), head, folder)
+    return [
+        name
+        for name, module in model.named_children()
+        if name != model.base_model_prefix and any(True for _ in module.parameters())
+    ]
 
 
 def empty_model(config: PretrainedConfig, head: str) -> torch.nn.Module:

@@ -47,7 +47,7 @@ def load_model(
         folder,
         config=config,
         dtype=dtype,
-        attn_implementation=attention_of(config, contract),
+        attn_implementation=choose_attention(config, contract),
         use_safetensors=True,
         local_files_only=True,
         output_loading_info=True,
@@ -64,11 +64,14 @@ def load_model(
     return model.eval()
 
 
-def attention_of(config, contract) -> str:
-    """The attention to load with: eager for a soft cap, and for a model that has no other, such as DeBERTa."""
+def choose_attention(config, contract) -> str:
+    """Name the fastest implementation of attention that the architecture has; a soft cap has only transformers' eager one."""
     model_class = CLASSES[contract.head]._model_mapping[type(config)]
-    needs_eager = contract.softcap or not model_class._supports_sdpa
-    return "eager" if needs_eager else SDPA
+    if contract.softcap or not model_class._supports_sdpa:
+        return "eager"
+    if not model_class._supports_attention_backend:
+        return "sdpa"
+    return SDPA
 
 
 def put_adapter_on(
