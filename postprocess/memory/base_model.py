@@ -20,7 +20,7 @@ BASE_MODELS = Path(__file__).parent / "base_models.yml"
 
 # A layer's number in a tensor's name, and the numbers of several layers: layers.7.mlp, layers.0-41.mlp
 LAYER_NUMBER = re.compile(r"\.(\d+)\.")
-LAYER_NUMBERS = re.compile(r"(?<=\.)(\d+)-(\d+)(?=\.)")
+LAYER_NUMBERS = re.compile(r"(?<=\.)\d+(-\d+|(,\d+)+)(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -93,17 +93,19 @@ def read_records() -> dict[str, dict]:
 
 def write_records(records: Mapping[str, dict]) -> None:
     """Write base_models.yml."""
+    text = yaml.safe_dump(dict(records), sort_keys=False, width=120, default_flow_style=None)
     with atomic_file(BASE_MODELS) as path:
-        path.write_text(
-            "# Written by `python -m postprocess.memory`: what a base model's config.json says, and what was measured of it.\n"
-            + yaml.safe_dump(records, sort_keys=False, width=120, default_flow_style=None),
-            encoding="utf-8",
-        )
+        path.write_text(f"# Written by `python -m postprocess.memory`.\n{text}", encoding="utf-8")
     read_records.cache_clear()
 
 
 def make_record(config: Mapping[str, object], base_model: BaseModel) -> dict:
-    """Convert the keys of a config.json and what was measured of the model to an entry of base_models.yml."""
+    """Convert a base model to an entry of base_models.yml.
+
+    Args:
+        config: The keys of its config.json from which it can be measured again.
+        base_model: What was measured of it.
+    """
     heads = {head: pack_weights(weights) for head, weights in base_model.heads.items()}
     batches = {attention: list(astuple(batch)) for attention, batch in base_model.batches.items()}
     return {
@@ -132,46 +134,45 @@ def parse_record(record: Mapping) -> BaseModel:
     )
 
 
-def pack_weights(weights: Iterable[Weight]) -> list[list]:
-    """Write weights as rows [name, kind, *shape], one row for neighbouring layers' weights of one shape."""
-    rows: list[list] = []
-    open_rows: dict[
-        tuple, list
-    ] = {}  # by what the weights have in common; the row that another layer may join
-    last_numbers: dict[tuple, int] = {}
+def pack_weights(weights: Iterable[Weight]) -> list[str]:
+    """Write weights as name/kind/shape, one text for all layers' weights that differ in the layer's number only."""
+    layers_by_pattern: dict[tuple, list[int]] = {}
     for weight in weights:
         match = LAYER_NUMBER.search(weight.name)
-        if match is None:
-            rows.append([weight.name, weight.kind, *weight.shape])
-            continue
+        pattern = weight.name
+        if match is not None:
+            pattern = f"{pattern[: match.start(1)]}{{}}{pattern[match.end(1) :]}"
+        layers = layers_by_pattern.setdefault((pattern, weight.kind, weight.shape), [])
+        if match is not None:
+            layers.append(int(match[1]))
 
-        before, number, after = (
-            weight.name[: match.start(1)],
-            int(match[1]),
-            weight.name[match.end(1) :],
-        )
-        layers_key = (before, after, weight.kind, weight.shape)
-        if last_numbers.get(layers_key) == number - 1:
-            row = open_rows[layers_key]
-            first = LAYER_NUMBERS.search(row[0])[1]
-            row[0] = f"{before}{first}-{number}{after}"
-        else:
-            row = [f"{before}{number}-{number}{after}", weight.kind, *weight.shape]
-            rows.append(row)
-            open_rows[layers_key] = row
-        last_numbers[layers_key] = number
+    rows = []
+    for (pattern, kind, shape), layers in layers_by_pattern.items():
+        # Layers 0 to 41 are written 0-41, others one by one.
+        numbers = ",".join(map(str, layers))
+        if layers and layers == list(range(layers[0], layers[-1] + 1)):
+            numbers = f"{layers[0]}-{layers[-1]}"
+        sizes = "x".join(map(str, shape))
+        rows.append(f"{pattern.format(numbers)}/{kind}/{sizes}")
     return rows
 
 
-def unpack_weights(rows: Iterable[list]) -> tuple[Weight, ...]:
-    """Read the rows that pack_weights writes."""
+def unpack_weights(rows: Iterable[str]) -> tuple[Weight, ...]:
+    """Read the texts that pack_weights writes."""
     weights = []
-    for name, kind, *shape in rows:
+    for row in rows:
+        name, kind, sizes = row.split("/")
+        shape = tuple(map(int, sizes.split("x")))
         match = LAYER_NUMBERS.search(name)
         if match is None:
-            weights.append(Weight(name, kind, tuple(shape)))
+            weights.append(Weight(name, kind, shape))
             continue
-        for number in range(int(match[1]), int(match[2]) + 1):
-            layer_name = name.replace(match[0], str(number))
-            weights.append(Weight(layer_name, kind, tuple(shape)))
+
+        layers = match[0].split(",")
+        if "-" in match[0]:
+            first, last = match[0].split("-")
+            layers = range(int(first), int(last) + 1)
+        for number in layers:
+            layer_name = f"{name[: match.start()]}{number}{name[match.end() :]}"
+            weights.append(Weight(layer_name, kind, shape))
     return tuple(weights)

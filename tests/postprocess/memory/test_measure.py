@@ -51,14 +51,12 @@ def test_a_folder_is_measured_when_it_is_asked_for(tiny_models):
 
 
 def test_layers_of_one_shape_share_a_row_and_others_have_their_own():
-    names = [f"model.layers.{number}.norm.weight" for number in (1, 2, 3, 5)]
-    weights = (Weight("embed.weight", "embedding", (8, 4)), *(Weight(name, "norm", (4,)) for name in names))
+    embedding = Weight("embed.weight", "embedding", (8, 4))
+    norms = [Weight(f"layers.{number}.norm.weight", "norm", (4,)) for number in (1, 2, 3)]
+    routers = [Weight(f"layers.{number}.router.weight", "linear", (2, 4)) for number in (0, 2)]
+    weights = (embedding, *norms, *routers)
     rows = pack_weights(weights)
-    assert rows == [
-        ["embed.weight", "embedding", 8, 4],
-        ["model.layers.1-3.norm.weight", "norm", 4],
-        ["model.layers.5-5.norm.weight", "norm", 4],
-    ]
+    assert rows == ["embed.weight/embedding/8x4", "layers.1-3.norm.weight/norm/4", "layers.0,2.router.weight/linear/2x4"]
     assert unpack_weights(rows) == weights
 
 
