@@ -100,6 +100,12 @@ def test_a_model_that_cannot_be_served_so_is_refused_with_what_would_help(workpl
         fit_packages(path, read_spec(path))
 
 
+def test_a_model_that_kaggles_transformers_lacks_is_refused(workplace, tiny_models):
+    path = workplace(str(tiny_models("olmo2")))
+    with pytest.raises(UserError, match="base_model: .*: Kaggle's transformers 5.0.0 has no classifier for olmo2"):
+        fit_packages(path, read_spec(path))
+
+
 def test_an_encoder_is_not_offered_gptq():
     served = served_of(find_recipe("minilm_cls", "packages.0"))
     deep = replace(served, base=replace(served.base, weights=served.base.weights * 1500))

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[3]
 RUN = {"width": 128, "training_rows": 30}
 VARIANTS = {
     "gptq8": ("gemma2", {"quantize": "gptq8", **RUN}),
-    "gptq4": ("llama", {"quantize": "gptq4", "head": "label_tokens", "tolerance": 0.1, **RUN}),
+    "gptq4": ("phi3", {"quantize": "gptq4", "head": "label_tokens", "tolerance": 0.1, **RUN}),
 }
 
 needs_gptq = pytest.mark.skipif(

@@ -87,7 +87,6 @@ def test_a_gpu_holds_weights_a_batch_and_cuda_and_of_a_model_on_two_each_about_h
     ("changes", "block", "message"),
     [
         ({}, {}, "base_models.yml: no entry some/model, and no such folder; run `python -m postprocess.memory some/model`"),
-        ({"model_type": "olmo2"}, {}, "Kaggle's transformers 5.0.0 has no classifier for olmo2"),
         ({"model_type": "gemma3_text"}, {}, "activations of gemma3_text overflow float16, .*transformers/issues/36822"),
         ({"heads": {}}, {"head": "label_tokens"}, "gemma2 is an encoder, which has no answer tokens"),
     ],

@@ -4,7 +4,13 @@ import pytest
 
 from preprocess.core.errors import UserError
 from recipes.pairwise.config.model_checks import build_empty_model, read_config
-from recipes.pairwise.config.run_config import check_run, refuse_other_commands, set_fixed_keys, set_model_keys
+from recipes.pairwise.config.run_config import (
+    check_base_model,
+    check_run,
+    refuse_other_commands,
+    set_fixed_keys,
+    set_model_keys,
+)
 from recipes.pairwise.config.schema import PairwiseBlock
 from tests.conftest import ROOT
 
@@ -59,3 +65,10 @@ def test_keys_that_follow_from_the_base_model_are_set(kind, softcap, cfg, expect
     model = build_empty_model(read_config(str(tiny_models(kind)), None), block.head)
     set_model_keys(cfg, block, model)
     assert cfg == cfg | expected and ("lora_modules_to_save" in cfg) == ("lora_modules_to_save" in expected)
+
+
+def test_training_what_kaggle_cannot_serve_is_warned_of(tiny_models, capsys):
+    block = PairwiseBlock(template="gemma", budget_tokens=256, package={"slug": "some-model"})
+    check_base_model({"base_model": str(tiny_models("olmo2"))}, block)
+    warning = "warning: base_model: Kaggle's transformers 5.0.0 has no classifier for olmo2; it cannot be packaged\n"
+    assert capsys.readouterr().err.endswith(warning)
