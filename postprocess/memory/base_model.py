@@ -71,6 +71,7 @@ def find_base_model(name: str) -> BaseModel:
     Raises:
         UserError: where there is neither an entry nor a folder.
     """
+    # An entry comes first: it costs no import of torch.
     record = read_records().get(name)
     if record is not None:
         return parse_record(record)
@@ -138,6 +139,7 @@ def pack_weights(weights: Iterable[Weight]) -> list[str]:
     """Write weights as name/kind/shape, one text for all layers' weights that differ in the layer's number only."""
     layers_by_pattern: dict[tuple, list[int]] = {}
     for weight in weights:
+        # What layers have in common: model.layers.{}.mlp.up_proj.weight
         match = LAYER_NUMBER.search(weight.name)
         pattern = weight.name
         if match is not None:

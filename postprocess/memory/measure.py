@@ -4,6 +4,7 @@ Tensors there have a shape and no bytes, so that any model fits. What PyTorch wo
 pass is counted operation by operation.
 """
 
+import contextlib
 import copy
 import weakref
 from collections.abc import Iterable
@@ -16,9 +17,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig
 
 from postprocess.memory.base_model import BaseModel, BatchBytes, Weight
-from postprocess.weights.meta_model import empty_model
 from preprocess.core.errors import UserError
-from recipes.pairwise.config.model_checks import read_config
+from recipes.pairwise.config.model_checks import build_empty_model, read_config
 
 SHORT_ROW = 64  # tokens
 LONG_ROW = 2048  # tokens, or as many as the model has positions
@@ -33,53 +33,50 @@ def measure_folder(folder: Path) -> BaseModel:
 def measure(config: PretrainedConfig) -> BaseModel:
     """Measure the classifier, and the causal LM where there is one, that transformers builds of a configuration.
 
+    Args:
+        config: Of the base model; it is not changed.
+
     Raises:
         UserError: where transformers has no classifier for it, or it cannot be run without weights.
     """
+    # As the kernel loads it: float16, no cache, and no soft cap unless the recipe asks for it.
     config = copy.deepcopy(config)
     config.dtype = torch.float16
     config.use_cache = False
-    if config.pad_token_id is None:
-        config.pad_token_id = 0
     softcap = getattr(config, "attn_logit_softcapping", None)
     if softcap is not None:
         config.attn_logit_softcapping = None
+    if config.pad_token_id is None:
+        config.pad_token_id = 0  # a classifier wants one for batches
 
-    classifier = build_model(config, "score")
+    classifier = build_empty_model(config, "score").eval()
     is_encoder = not any(getattr(module, "is_causal", False) for module in classifier.modules())
-    weights, head = split_weights(classifier)
-    heads = {"score": head}
+    weights, score_head = split_weights(classifier)
+    heads = {"score": score_head}
     if not is_encoder:
-        _, heads["label_tokens"] = split_weights(build_model(config, "label_tokens"))
+        # Some reward models have a class of their own, and no causal LM beside it.
+        with contextlib.suppress(UserError):
+            _, heads["label_tokens"] = split_weights(build_empty_model(config, "label_tokens"))
 
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    text_config = config.get_text_config()
+    positions = getattr(text_config, "max_position_embeddings", None)
     batches = {"plain": measure_batches(classifier, positions)}
     if softcap is not None:
         # Only eager attention applies the soft cap.
         config.attn_logit_softcapping = softcap
         config._attn_implementation = "eager"
-        batches["softcap"] = measure_batches(build_model(config, "score"), positions)
+        capped_classifier = build_empty_model(config, "score").eval()
+        batches["softcap"] = measure_batches(capped_classifier, positions)
 
     return BaseModel(
         model_type=config.model_type,
         is_encoder=is_encoder,
         positions=positions,
-        vocabulary=config.get_text_config().vocab_size,
+        vocabulary=text_config.vocab_size,
         weights=weights,
         heads=heads,
         batches=batches,
     )
-
-
-def build_model(config: PretrainedConfig, head: str) -> torch.nn.Module:
-    """Build the model with a head on the meta device; UserError where transformers has none."""
-    try:
-        return empty_model(config, head).eval()
-    except ValueError as error:
-        reason = str(error).splitlines()[0][:200]
-        raise UserError(
-            f"model_type {config.model_type!r}: transformers has no model with the head {head} for it ({reason})"
-        ) from None
 
 
 def split_weights(model: torch.nn.Module) -> tuple[tuple[Weight, ...], tuple[Weight, ...]]:
@@ -100,16 +97,25 @@ def split_weights(model: torch.nn.Module) -> tuple[tuple[Weight, ...], tuple[Wei
 
 
 def find_kind(module: torch.nn.Module, parameter_name: str) -> str:
-    """Name the kind of a base model's tensor. Only linear ones are quantised."""
+    """Name the kind of a base model's tensor."""
     if isinstance(module, torch.nn.Embedding):
         return "embedding"
+    # The weights of linear layers are what is quantised.
     if isinstance(module, torch.nn.Linear):
         return "linear" if parameter_name == "weight" else "bias"
     return "norm"
 
 
 def measure_batches(model: torch.nn.Module, positions: int | None) -> BatchBytes:
-    """Measure three batches, and compute from them what a token takes, and what a token takes for each that it attends to."""
+    """Measure three batches, and compute from them what a token takes, and what a token takes for each that it attends to.
+
+    Args:
+        model: A classifier on the meta device.
+        positions: The most tokens of a row; None for no limit.
+
+    Raises:
+        UserError: The model looks at values that tensors on the meta device lack.
+    """
     long_row = min(LONG_ROW, positions or LONG_ROW)
     half_row = long_row // 2
     try:
@@ -131,9 +137,14 @@ def measure_batches(model: torch.nn.Module, positions: int | None) -> BatchBytes
 
 
 def count_peak_bytes(model: torch.nn.Module, rows: int, length: int) -> int:
-    """Count the most bytes that a forward pass over `rows` padded rows of `length` tokens holds beside weights and inputs.
+    """Count the most bytes that a forward pass holds at one time beside weights and inputs.
 
     Attention is PyTorch's unfused kernel, the one that any GPU can run.
+
+    Args:
+        model: A classifier on the meta device.
+        rows: Rows of the batch.
+        length: Tokens of each row, with a mask as padded rows have it.
     """
     with torch.device("meta"):
         ids_bt = torch.ones(rows, length, dtype=torch.long)

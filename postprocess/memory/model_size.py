@@ -66,6 +66,7 @@ def served_of(recipe: Recipe, base: BaseModel | None = None) -> Served:
     if reason is not None:
         raise UserError(f"{recipe.path}: base_model: {recipe.axolotl['base_model']}: {reason}")
 
+    # An adapter that is merged has no bytes of its own.
     lora_rank, lora_targets = 0, ()
     if block.package.adapter != "merged":
         lora_rank = recipe.axolotl.get("lora_r") or PEFT_RANK
@@ -82,7 +83,15 @@ def served_of(recipe: Recipe, base: BaseModel | None = None) -> Served:
 
 
 def packed_bytes(weight: Weight, quantize: str) -> tuple[int, int]:
-    """Return the bytes of a tensor as packaged, and of the state that its quantisation needs besides."""
+    """Compute the bytes of a tensor as packaged.
+
+    Args:
+        weight: The tensor; only linear ones are quantised.
+        quantize: The recipe's: none, nf4, int8, gptq4 or gptq8.
+
+    Returns:
+        The tensor's bytes, and those of the state that its quantisation needs besides.
+    """
     if weight.kind != "linear" or quantize == "none":
         return 2 * weight.elements, 0
 
@@ -132,6 +141,7 @@ def weight_bytes(served: Served, gpus: int = 1) -> list[int]:
     if served.base.is_encoder:
         raise ValueError("an encoder's layers are not split")
 
+    # The kernel balances the same parts by the same function.
     parts = list(part_sizes(sizes).values())
     bytes_by_gpu = [0] * gpus
     for size, gpu in zip(parts, balance(parts, gpus), strict=True):
@@ -140,10 +150,11 @@ def weight_bytes(served: Served, gpus: int = 1) -> list[int]:
 
 
 def activation_bytes(served: Served, tokens_per_batch: int) -> int:
-    """Return the most that a batch of `tokens_per_batch` tokens takes on a GPU beside the weights.
+    """Return the most bytes that a batch takes on a GPU beside the weights.
 
-    It was measured in float16 with 16-bit weights, and without a T4's faster attention kernels. A quantised layer has its
-    weights unpacked besides, or its result in another type.
+    Args:
+        served: The packaged model.
+        tokens_per_batch: The spec's; a longer request is a batch of its own.
     """
     tokens = largest_batch(served, tokens_per_batch)
     longest_row = min(served.budget_tokens, tokens)
@@ -151,6 +162,7 @@ def activation_bytes(served: Served, tokens_per_batch: int) -> int:
     attention_token = batch.attention_token + batch.score * longest_row
     computed = tokens * max(batch.token, attention_token)
 
+    # What was measured is for 16-bit weights, and without logits of a vocabulary.
     return computed + unpacked_bytes(served, tokens) + logit_bytes(served, tokens_per_batch)
 
 
@@ -188,8 +200,12 @@ def largest_batch(served: Served, tokens_per_batch: int) -> int:
 def gpu_bytes(served: Served, tokens_per_batch: int, gpus: int = 1) -> list[int]:
     """Return what each of the GPUs that share one copy of the model needs: weights, a batch, CUDA itself.
 
-    A model on several GPUs has a batch in flight for each of them. A GPU computes one at a time, but PyTorch keeps the memory
-    of each batch's stream apart (kaggle_kernels/runtime/models/pipeline.py).
+    Args:
+        served: The packaged model.
+        tokens_per_batch: The spec's.
+        gpus: GPUs that share the copy.
     """
+    # A GPU computes one of the batches in flight at a time, but PyTorch keeps the memory of each
+    # batch's stream apart (kaggle_kernels/runtime/models/pipeline.py).
     beside_weights = gpus * activation_bytes(served, tokens_per_batch) + CUDA_BYTES
     return [held + beside_weights for held in weight_bytes(served, gpus)]

@@ -73,13 +73,21 @@ def check_target(run: Run) -> None:
             )
             refusals.append(reason)
 
-    # One kernel that holds it is enough.
+    # Other kernels may have a smaller batch: one kernel that holds it is enough.
     if len(refusals) == len(uses):
         raise UserError(f"{recipe.path}: {refusals[0]}")
 
 
 def find_uses(run: str, specs: Path = SPECS) -> list[Use]:
-    """Find how the specs in a folder serve a run, or a part of it as in NAME/mean; a spec's defaults where none does."""
+    """Find how kernels serve a run.
+
+    Args:
+        run: The run's name; a kernel may serve a part of it, as NAME/mean.
+        specs: The folder of specs.
+
+    Returns:
+        A use for each spec that names the run, or a spec's defaults where none does.
+    """
     uses = []
     for path in sorted(specs.glob("*.yml")):
         try:
@@ -151,6 +159,7 @@ def place(served: Served, tokens_per_batch: int, placement: str) -> tuple[str, t
     """
     needs_of_copy = tuple(gpu_bytes(served, tokens_per_batch))
     copy_fits = max(needs_of_copy) <= GPU_BYTES
+    # Of an encoder, the runtime has no way to split the layers.
     if placement == "each" or served.base.is_encoder or (placement == "auto" and copy_fits):
         return "each", needs_of_copy
     return "split", tuple(gpu_bytes(served, tokens_per_batch, GPUS))
@@ -175,7 +184,17 @@ def refusal(run: str, served: Served, tokens: int, placement: str, recipe: Path)
 
 
 def list_changes(served: Served, tokens: int, placement: str, recipe: Path) -> dict[str, int]:
-    """List single changes of spec or recipe that need less memory, with the bytes on the fullest GPU."""
+    """List single changes of spec or recipe that need less memory.
+
+    Args:
+        served: The package that does not fit.
+        tokens: The spec's tokens_per_batch.
+        placement: The spec's.
+        recipe: The recipe's file, named where it is to be changed.
+
+    Returns:
+        The bytes on the fullest GPU, by the change in words.
+    """
     sizes = {}
 
     # The largest batch that helps; smaller ones only cost time.
