@@ -146,6 +146,7 @@ def count_peak_bytes(model: torch.nn.Module, rows: int, length: int) -> int:
         rows: Rows of the batch.
         length: Tokens of each row, with a mask as padded rows have it.
     """
+    # Tensors that were there before the pass are not counted.
     with torch.device("meta"):
         ids_bt = torch.ones(rows, length, dtype=torch.long)
         mask_bt = torch.ones(rows, length, dtype=torch.long)
@@ -163,6 +164,7 @@ class PeakBytes(TorchDispatchMode):
         super().__init__()
         self.alive = 0
         self.highest = 0
+        # Tensors may share a storage. It is forgotten when the last of them is gone.
         self.counted = weakref.WeakKeyDictionary()
         for tensor in tensors_before:
             self.counted[tensor.untyped_storage()] = True

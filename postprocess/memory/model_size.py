@@ -171,6 +171,7 @@ def unpacked_bytes(served: Served, tokens: int) -> int:
     if served.quantize == "none":
         return 0
 
+    # One layer is unpacked at a time; the largest decides.
     layers = [weight for weight in served.weights if weight.kind == "linear"]
     most_weights = max(layer.elements for layer in layers)
     if served.quantize == "nf4":
@@ -187,6 +188,7 @@ def logit_bytes(served: Served, tokens_per_batch: int) -> int:
     """Return the most that a batch's logits take: of a causal LM, float16 and float32 of the vocabulary for each row."""
     if served.head != "label_tokens":
         return 0
+    # Logits are computed for the last token of each row only; the shortest rows make the most rows.
     most_rows = math.ceil(largest_batch(served, tokens_per_batch) / SHORTEST_ROW)
     return most_rows * served.base.vocabulary * (2 + 4)
 

@@ -58,6 +58,7 @@ def check_target(run: Run) -> None:
     from postprocess.memory.measure import measure_folder  # noqa: PLC0415  needs torch
 
     recipe = run.recipe
+    # The base model that the run was trained from, which may be a local copy of the recipe's.
     served = served_of(recipe, measure_folder(run.weights))
     print(describe_size(served))
 
@@ -128,6 +129,7 @@ def describe_memory(use: Use, served: Served, placement: str, needs: Sequence[in
     activations = gpus * activation_bytes(served, use.tokens_per_batch) - logits
     weights = " + ".join(f"{held / GIB:.2f}" for held in weight_bytes(served, gpus))
 
+    # E.g. kernel gemma2_cls, a copy on each T4, batches of 8,192 tokens: 9.9 GiB of 14.5: weights …
     kernel = f"kernel {use.spec}" if use.spec else "no spec serves it; with a spec's defaults"
     copies = "layers on both T4s" if placement == "split" else "a copy on each T4"
     return (
@@ -204,6 +206,7 @@ def list_changes(served: Served, tokens: int, placement: str, recipe: Path) -> d
             sizes[f"tokens_per_batch: {fewer}"] = size
             break
 
+    # The spec forbids a split that might fit.
     if placement == "each":
         sizes["placement: split"] = max(place(served, tokens, "auto")[1])
 
