@@ -156,17 +156,43 @@ def _corpus() -> list[str]:
     return [*rows["prompt"], *rows["response_a"], *rows["response_b"], "# Prompt\n\n# Response A\n\n# Response B\n\nA or B?"]
 
 
+# Architectures that tests build, and the keys of their configurations that stand for what only they have.
+ENCODERS = ("bert", "modernbert", "deberta-v2")
+KINDS = ("gemma2", "llama", "qwen2", "qwen3", "phi3", "mistral", *ENCODERS)
+OWN_KEYS = {
+    "gemma2": {"sliding_window": 64, "query_pre_attn_scalar": 32},
+    "mistral": {"sliding_window": 64},
+    "modernbert": {
+        "local_attention": 64,
+        "cls_token_id": 2,
+        "sep_token_id": 3,
+        "bos_token_id": 2,
+        "eos_token_id": 3,
+    },
+    "deberta-v2": {
+        "relative_attention": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "position_buckets": 32,
+        "norm_rel_ebd": "layer_norm",
+        "share_att_key": True,
+        "position_biased_input": False,
+        "type_vocab_size": 0,
+    },
+}
+
+
 def model(folder: Path, kind: str = "gemma2", layers: int = 2, width: int = 64) -> Path:
-    """Write a tiny model with random weights and its tokenizer: gemma2, llama or qwen2 (causal LMs), or bert.
+    """Write a tiny model of one of KINDS with random weights and its tokenizer: a causal LM, or an encoder.
 
     Sizes respect bitsandbytes on CPUs: every in_features a multiple of 64, every out_features of 32. With a `width` (hidden
     size) of 128 or a multiple, they suit GPTQ's groups of 128 too.
     """
     import torch
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
     folder.mkdir(parents=True, exist_ok=True)
-    if kind == "bert":
+    is_encoder = kind in ENCODERS
+    if is_encoder:
         wordpiece_tokenizer(folder)
     else:
         bpe_tokenizer(folder, kind)
@@ -179,13 +205,15 @@ def model(folder: Path, kind: str = "gemma2", layers: int = 2, width: int = 64) 
         "max_position_embeddings": 4096,
         "pad_token_id": 0,
     }
-    if kind != "bert":
-        sizes |= {"num_key_value_heads": 1, "head_dim": 32, "bos_token_id": 2, "eos_token_id": 1}
-    if kind == "gemma2":
-        sizes |= {"sliding_window": 64, "query_pre_attn_scalar": 32}
+    if not is_encoder:
+        sizes |= {"num_key_value_heads": 1, "bos_token_id": 2, "eos_token_id": 1}
+        if kind != "phi3":
+            sizes["head_dim"] = 32
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **sizes)
-    auto = AutoModel if kind == "bert" else AutoModelForCausalLM
+    config = AutoConfig.for_model(kind, **sizes, **OWN_KEYS.get(kind, {}))
+    auto = AutoModelForMaskedLM if is_encoder else AutoModelForCausalLM
+    if kind == "bert":
+        auto = AutoModel  # as sentence-transformers keeps it: with a pooler, and no head
     auto.from_config(config).save_pretrained(folder)
     return folder
 

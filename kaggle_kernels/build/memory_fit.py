@@ -10,8 +10,8 @@ from pathlib import Path
 
 from kaggle_kernels.build.spec import COMPETITIONS, PackageBlock, Spec
 from kaggle_kernels.runtime.settings import PackageSettings
-from postprocess.memory.model_size import GIB, Served, served_of, weight_bytes_limit
-from postprocess.memory.t4_fit import GPU_BYTES, in_gib, place, refusal
+from postprocess.memory.model_size import GIB, GPU_BYTES, Served, served_of, weight_bytes_limit
+from postprocess.memory.t4_fit import in_gib, place, refusal
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_yaml
 from recipes.pairwise.config.schema import Recipe, read_recipe
@@ -65,7 +65,7 @@ def fit_packages(spec_path: Path, spec: Spec) -> list[Fit]:
         check_row_length(served, spec_path, spec, package, recipe)
 
         # An encoder is small enough for one GPU, and the runtime has no way to split it.
-        if package.placement == "split" and served.dimensions.model_type == "bert":
+        if package.placement == "split" and served.base.is_encoder:
             raise UserError(
                 f"{package_key}.placement: split is for decoders, {package.run} is an encoder; "
                 "write each"
@@ -167,7 +167,7 @@ def check_row_length(
         )
 
     # Beyond its positions a model has no embedding, or was never trained.
-    positions = served.dimensions.max_position_embeddings  # 0: its config does not say
+    positions = served.base.positions
     if positions and served.budget_tokens > positions:
         if spec.budget_tokens is not None:
             budget_key = f"{spec_path}: budget_tokens"
@@ -188,7 +188,7 @@ def package_settings(fit: Fit) -> PackageSettings:
         placement=fit.placement,
         verdicts=tuple(fit.recipe.pairwise.verdicts),
         base_model=fit.recipe.axolotl["base_model"],
-        model_type=fit.served.dimensions.model_type,
+        model_type=fit.served.base.model_type,
         weight_bytes_limit=fit.weight_bytes_limit,
     )
 

@@ -103,7 +103,7 @@ def check_recipe_is_unchanged(folder: Path, fit: Fit) -> None:
     contract["template"] = asdict(block.resolved_template())
     expected_values = {
         "contract.json": contract,
-        "config.json": {"model_type": fit.served.dimensions.model_type},
+        "config.json": {"model_type": fit.served.base.model_type},
         "manifest.json": {"quantize": block.package.quantize},
     }
 

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from kaggle_kernels.build.memory_fit import Fit
 from kaggle_kernels.build.spec import Spec
 from kaggle_kernels.runtime.scheduling import plan
-from postprocess.memory.model_size import weight_bytes, weights
+from postprocess.memory.model_size import weight_bytes
 from postprocess.memory.t4_fit import GPUS as T4S
 
 # About a quarter of the 65e12 that NVIDIA's data sheet gives for float16. Two public runs on two
@@ -124,9 +124,8 @@ def predict_loading(fits: Sequence[Fit]) -> float:
 
 def count_multiplied_parameters(fit: Fit) -> int:
     """Count the parameters of the recipe's base model that every token is multiplied with."""
-    served = fit.served
     parameters = 0
-    for weight in weights(served.dimensions, served.head, served.verdicts):
+    for weight in fit.served.weights:
         if plan.is_multiplied(weight.name):
             parameters += weight.elements
     return parameters

@@ -49,7 +49,7 @@ def load_trained(run: Run, device: str) -> torch.nn.Module:
     model = CLASSES[run.contract.head].from_pretrained(
         run.weights,
         config=model_config(run.weights, run.contract),
-        attn_implementation="eager" if run.contract.softcap else "sdpa",
+        attn_implementation="eager" if run.contract.softcap else None,
         local_files_only=True,
         use_safetensors=True,
         **options,
@@ -69,7 +69,7 @@ def load_merged(run: Run, device: str, dtype: torch.dtype) -> torch.nn.Module:
         config=config,
         state_dict=tensors,
         dtype=dtype,
-        attn_implementation="eager" if run.contract.softcap else "sdpa",
+        attn_implementation="eager" if run.contract.softcap else None,
     )
     if run.contract.label_token_ids:
         keep_label_rows(model, run.contract.label_token_ids)

@@ -14,7 +14,6 @@ from postprocess.memory.model_size import (
     Served,
     activation_bytes,
     bytes_by_class,
-    dimensions_of,
     gpu_bytes,
     logit_bytes,
     served_of,
@@ -23,13 +22,20 @@ from postprocess.memory.model_size import (
 )
 from postprocess.run_folder import Run
 from preprocess.core.errors import UserError
-from preprocess.core.files import read_object, read_yaml
+from preprocess.core.files import read_yaml
 from recipes.pairwise.config.schema import GPTQ_BITS
 
 SPECS = Path(__file__).parents[2] / "kaggle_kernels" / "specs"
 TOKENS_PER_BATCH = 8192  # a spec's default
+SMALLER_BATCHES = (4096, 2048, 1024)
 GPUS = 2
-SMALLER = {"none": ("int8", "gptq8", "nf4", "gptq4"), "int8": ("nf4", "gptq4"), "gptq8": ("gptq4", "nf4")}
+
+# The formats that make a package smaller, by the one that it has.
+SMALLER_FORMATS = {
+    "none": ("int8", "gptq8", "nf4", "gptq4"),
+    "int8": ("nf4", "gptq4"),
+    "gptq8": ("gptq4", "nf4"),
+}
 
 
 @dataclass(frozen=True)
@@ -43,105 +49,178 @@ class Use:
 
 
 def check_target(run: Run) -> None:
-    """Print what the package will weigh, class by class, and what each T4 will hold; UserError where no kernel could hold it.
+    """Print what the package will weigh, class by class, and what each T4 will hold.
 
-    Sizes are known of four architectures; of another, one line says so.
+    Raises:
+        UserError: no kernel could hold it, or Kaggle's T4s cannot run its kind.
     """
-    recipe, config = run.recipe, run.weights / "config.json"
-    try:
-        served = served_of(recipe, dimensions_of(read_object(config), str(config)))
-    except UserError as error:
-        print(f"  not computed whether a T4 holds it: {error}")
-        return
-    print("\n".join(size_lines(served)))
-    uses = uses_of(recipe.path.stem)
-    refused = []
+    from postprocess.memory.measure import measure_folder  # noqa: PLC0415  needs torch
+
+    recipe = run.recipe
+    # The base model that the run was trained from, which may be a local copy of the recipe's.
+    served = served_of(recipe, measure_folder(run.weights))
+    print(describe_size(served))
+
+    uses = find_uses(recipe.path.stem)
+    refusals = []
     for use in uses:
-        asked = replace(served, budget_tokens=use.budget_tokens or served.budget_tokens)
-        placement, needs = place(asked, use.tokens_per_batch, use.placement)
-        print(f"  {memory_line(use, asked, placement, needs)}")
+        served_here = replace(served, budget_tokens=use.budget_tokens or served.budget_tokens)
+        placement, needs = place(served_here, use.tokens_per_batch, use.placement)
+        print(f"  {describe_memory(use, served_here, placement, needs)}")
         if max(needs) > GPU_BYTES:
-            refused.append(refusal(recipe.path.stem, asked, use.tokens_per_batch, use.placement, recipe.path))
-    if len(refused) == len(uses):
-        raise UserError(f"{recipe.path}: {refused[0]}")
+            reason = refusal(
+                recipe.path.stem, served_here, use.tokens_per_batch, use.placement, recipe.path
+            )
+            refusals.append(reason)
+
+    # Other kernels may have a smaller batch: one kernel that holds it is enough.
+    if len(refusals) == len(uses):
+        raise UserError(f"{recipe.path}: {refusals[0]}")
 
 
-def uses_of(name: str, specs: Path = SPECS) -> list[Use]:
-    """How the specs in the folder `specs` serve the run `name` (or a part of it, as NAME/mean); defaults where none does."""
-    found = []
+def find_uses(run: str, specs: Path = SPECS) -> list[Use]:
+    """Find how kernels serve a run.
+
+    Args:
+        run: The run's name; a kernel may serve a part of it, as NAME/mean.
+        specs: The folder of specs.
+
+    Returns:
+        A use for each spec that names the run, or a spec's defaults where none does.
+    """
+    uses = []
     for path in sorted(specs.glob("*.yml")):
         try:
-            values = read_yaml(path)
-            packages = [package for package in values["packages"] if package["run"].split("/")[0] == name]
-            tokens, budget = int(values.get("tokens_per_batch", TOKENS_PER_BATCH)), values.get("budget_tokens")
-            budget = budget if budget is None else int(budget)
+            uses += read_uses(path, run)
         except (UserError, KeyError, TypeError, ValueError, AttributeError):
-            continue  # a spec with a mistake, which `build` tells of
-        found += [Use(path.stem, tokens, budget, package.get("placement", "auto")) for package in packages]
-    return found or [Use()]
+            continue  # a spec with a mistake, which `build` reports
+    return uses or [Use()]
 
 
-def size_lines(served: Served) -> list[str]:
-    """The package's bytes by class of tensor, and in all."""
-    classes = {kind: size for kind, size in bytes_by_class(served).items() if size}
-    parts = ", ".join(f"{kind} {in_units(size)}" for kind, size in classes.items())
-    return [f"  in {served.quantize if served.quantize != 'none' else '16 bits'}: {in_units(sum(classes.values()))}: {parts}"]
+def read_uses(spec_path: Path, run: str) -> list[Use]:
+    """Read how a spec serves a run."""
+    values = read_yaml(spec_path)
+    tokens_per_batch = int(values.get("tokens_per_batch", TOKENS_PER_BATCH))
+    budget_tokens = values.get("budget_tokens")
+    if budget_tokens is not None:
+        budget_tokens = int(budget_tokens)
+
+    uses = []
+    for package in values["packages"]:
+        if package["run"].split("/")[0] == run:
+            placement = package.get("placement", "auto")
+            uses.append(Use(spec_path.stem, tokens_per_batch, budget_tokens, placement))
+    return uses
 
 
-def memory_line(use: Use, served: Served, placement: str, needs: Sequence[int]) -> str:
-    """What each T4 holds in one kernel, part by part."""
+def describe_size(served: Served) -> str:
+    """Write the package's bytes, in all and by class of tensor."""
+    sizes = {name: size for name, size in bytes_by_class(served).items() if size > 0}
+    classes = ", ".join(f"{name} {in_units(size)}" for name, size in sizes.items())
+    number_format = "16 bits" if served.quantize == "none" else served.quantize
+    return f"  in {number_format}: {in_units(sum(sizes.values()))}: {classes}"
+
+
+def describe_memory(use: Use, served: Served, placement: str, needs: Sequence[int]) -> str:
+    """Write what each T4 holds in one kernel, part by part."""
     gpus = len(needs)
-    held_by_gpu = weight_bytes(served, gpus, weight_bytes_limit(served, use.tokens_per_batch, gpus))
     logits = gpus * logit_bytes(served, use.tokens_per_batch)
     activations = gpus * activation_bytes(served, use.tokens_per_batch) - logits
+    byte_limit = weight_bytes_limit(served, use.tokens_per_batch, gpus)
+    held_by_gpu = weight_bytes(served, gpus, byte_limit)
     weights = " + ".join(f"{held / GIB:.2f}" for held in held_by_gpu)
-    where = f"kernel {use.spec}" if use.spec else "no spec serves it; with a spec's defaults"
+
+    # E.g. kernel gemma2_cls, a copy on each T4, batches of 8,192 tokens: 9.9 GiB of 14.5: weights …
+    kernel = f"kernel {use.spec}" if use.spec else "no spec serves it; with a spec's defaults"
+    copies = "layers on both T4s" if placement == "split" else "a copy on each T4"
     return (
-        f"{where}, {'layers on both T4s' if placement == 'split' else 'a copy on each T4'}, batches of "
-        f"{use.tokens_per_batch:,} tokens: {in_gib(needs)} GiB of {GPU_BYTES / GIB}: weights {weights}, activations "
+        f"{kernel}, {copies}, batches of {use.tokens_per_batch:,} tokens: "
+        f"{in_gib(needs)} GiB of {GPU_BYTES / GIB}: weights {weights}, activations "
         f"{activations / GIB:.2f}, logits {logits / GIB:.2f}, CUDA {CUDA_BYTES / GIB:.2f}"
     )
 
 
 def in_units(size: int) -> str:
-    """Bytes as GB, MB or kB."""
-    unit, name = next((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if size >= unit or name == "kB")
-    return f"{size / unit:.2f} {name}"
+    """Write bytes as GB, MB or kB."""
+    if size >= 1e9:
+        return f"{size / 1e9:.2f} GB"
+    if size >= 1e6:
+        return f"{size / 1e6:.2f} MB"
+    return f"{size / 1e3:.2f} kB"
 
 
 def place(served: Served, tokens_per_batch: int, placement: str) -> tuple[str, tuple[int, ...]]:
-    """Where a package goes, and what that needs on each GPU. `auto`: a copy on every GPU if that fits, else split."""
-    alone = tuple(gpu_bytes(served, tokens_per_batch))
-    is_encoder = served.dimensions.model_type == "bert"
-    if placement == "each" or is_encoder or (placement == "auto" and max(alone) <= GPU_BYTES):
-        return "each", alone
+    """Decide where a package goes, and compute what that needs on each GPU.
+
+    Args:
+        served: The packaged model.
+        tokens_per_batch: The spec's.
+        placement: each, split, or auto: a copy on every GPU if that fits, else split.
+
+    Returns:
+        each or split, and the bytes on every GPU that a copy stands on.
+    """
+    needs_of_copy = tuple(gpu_bytes(served, tokens_per_batch))
+    copy_fits = max(needs_of_copy) <= GPU_BYTES
+    # Of an encoder, the runtime has no way to split the layers.
+    if placement == "each" or served.base.is_encoder or (placement == "auto" and copy_fits):
+        return "each", needs_of_copy
     return "split", tuple(gpu_bytes(served, tokens_per_batch, GPUS))
 
 
 def refusal(run: str, served: Served, tokens: int, placement: str, recipe: Path) -> str:
-    """What a package that does not fit needs, and each single change that would make it fit."""
-
-    def most(changed: Served, tokens: int, placement: str) -> float:
-        return max(place(changed, tokens, placement)[1])
-
+    """Write what a package that does not fit needs, and each single change that would make it fit."""
     needs = place(served, tokens, placement)[1]
-    smaller = [fewer for fewer in (4096, 2048, 1024) if served.budget_tokens <= fewer < tokens]
-    fitting = [fewer for fewer in smaller if most(served, fewer, placement) <= GPU_BYTES][:1]
-    changes = {f"tokens_per_batch: {fewer}": most(served, fewer, placement) for fewer in fitting}
-    if placement == "each":
-        changes["placement: split"] = most(served, tokens, "auto")
-    is_encoder = served.dimensions.model_type == "bert"
-    for kind in SMALLER.get(served.quantize, ()):
-        if is_encoder and kind in GPTQ_BITS:
-            continue
-        changes[f"pairwise.package.quantize: {kind} in {recipe}"] = most(replace(served, quantize=kind), tokens, placement)
-    ways = [f"{text} ({size / GIB:.1f} GiB)" for text, size in changes.items() if size <= GPU_BYTES]
-    held = max(weight_bytes(served, len(needs), weight_bytes_limit(served, tokens, len(needs)))) / GIB
-    return f"{run} needs {in_gib(needs)} GiB on a GPU ({held:.1f} of it weights), a T4 offers {GPU_BYTES / GIB}; " + (
-        f"what would fit: {', or '.join(ways)}" if ways else "no single change makes it fit; take a smaller base model"
+    ways = []
+    for change, size in list_changes(served, tokens, placement, recipe).items():
+        if size <= GPU_BYTES:
+            ways.append(f"{change} ({size / GIB:.1f} GiB)")
+
+    byte_limit = weight_bytes_limit(served, tokens, len(needs))
+    held = max(weight_bytes(served, len(needs), byte_limit)) / GIB
+    need = (
+        f"{run} needs {in_gib(needs)} GiB on a GPU ({held:.1f} of it weights), "
+        f"a T4 offers {GPU_BYTES / GIB}"
     )
+    if not ways:
+        return f"{need}; no single change makes it fit; take a smaller base model"
+    return f"{need}; what would fit: {', or '.join(ways)}"
+
+
+def list_changes(served: Served, tokens: int, placement: str, recipe: Path) -> dict[str, int]:
+    """List single changes of spec or recipe that need less memory.
+
+    Args:
+        served: The package that does not fit.
+        tokens: The spec's tokens_per_batch.
+        placement: The spec's.
+        recipe: The recipe's file, named where it is to be changed.
+
+    Returns:
+        The bytes on the fullest GPU, by the change in words.
+    """
+    sizes = {}
+
+    # The largest batch that helps; smaller ones only cost time.
+    for fewer in SMALLER_BATCHES:
+        size = max(place(served, fewer, placement)[1])
+        if served.budget_tokens <= fewer < tokens and size <= GPU_BYTES:
+            sizes[f"tokens_per_batch: {fewer}"] = size
+            break
+
+    # The spec forbids a split that might fit.
+    if placement == "each":
+        sizes["placement: split"] = max(place(served, tokens, "auto")[1])
+
+    for quantize in SMALLER_FORMATS.get(served.quantize, ()):
+        if served.base.is_encoder and quantize in GPTQ_BITS:
+            continue  # GPTQ is for decoders
+        smaller = replace(served, quantize=quantize)
+        change = f"pairwise.package.quantize: {quantize} in {recipe}"
+        sizes[change] = max(place(smaller, tokens, placement)[1])
+    return sizes
 
 
 def in_gib(sizes: Sequence[int]) -> str:
-    """GiB on each GPU, e.g. "9.9", or "12.1 + 11.9" where the layers stand on two."""
+    """Write GiB on each GPU, e.g. "9.9", or "12.1 + 11.9" where the layers stand on two."""
     return " + ".join(f"{size / GIB:.1f}" for size in sizes)

@@ -66,12 +66,14 @@ class PairwisePlugin(BasePlugin):
             self.block = run_config.check_run(cfg, self.recipe)
             wandb_run.check(cfg)
             checkpointing = zero3.checkpointing_kwargs(cfg)
-            self.model_config = run_config.check_base_model(cfg, self.block)
+            empty_model = run_config.check_base_model(cfg, self.block)
+            self.model_config = empty_model.config
         except UserError as error:
             recipe_copy.end_refused_trial(self.resolved, self.recipe, error)
             stop(error, self.recipe)
 
         run_config.set_fixed_keys(cfg, self.block, self.recipe, checkpointing)
+        run_config.set_model_keys(cfg, self.block, empty_model)
         if not torch.cuda.is_available():
             cpu.prepare(cfg)
 

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, BitsAnd
 
 from kaggle_kernels.runtime.models.model import load_model
 from kaggle_kernels.runtime.models.scoring import verdict_logits
-from postprocess.memory.model_size import CUDA_BYTES, GIB, gpu_bytes, served_of, weight_bytes, weights
+from postprocess.memory.base_model import read_records
+from postprocess.memory.model_size import CUDA_BYTES, GIB, gpu_bytes, served_of, weight_bytes
 from recipes.pairwise.config.schema import read_recipe
 from tests.conftest import ROOT
 
@@ -36,20 +37,10 @@ QUANTISED = {
 }
 
 
-def random_checkpoint(folder, served) -> None:
-    """Write a float16 checkpoint of the served model's shape, with random weights."""
-    dimensions = vars(served.dimensions)
-    shared = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-    config = AutoConfig.for_model(
-        served.dimensions.model_type,
-        num_labels=2,
-        pad_token_id=0,
-        head_dim=dimensions["head_dim"],
-        max_position_embeddings=dimensions["max_position_embeddings"],
-        dtype=torch.float16,
-        vocab_size=dimensions["vocab_size"],
-        **{name: dimensions[name] for name in shared},
-    )
+def random_checkpoint(folder, base_model: str) -> None:
+    """Write a float16 checkpoint of the base model's shape, with random weights."""
+    sizes = read_records()[base_model]["config"]
+    config = AutoConfig.for_model(**sizes, num_labels=2, pad_token_id=0, dtype=torch.float16)
     with torch.device("cuda"):
         model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float16)
     model.save_pretrained(folder, max_shard_size="4GB")
@@ -91,9 +82,10 @@ def seconds_a_pass(model) -> float:
 @pytest.mark.timeout(400)
 def test_a_large_model_loads_fits_and_scores_as_computed(recipe, room, gpu_memory, matrix_rate, measure):
     measure("float16 matrices of 8,192, TFLOP/s", round(matrix_rate / 1e12, 1))
-    planned = served_of(read_recipe(ROOT / "recipes" / f"{recipe}.yml"))
-    random_checkpoint(room / "none", planned)
-    multiplied = sum(weight.elements for weight in weights(planned.dimensions, "score", 2) if weight.kind in ("linear", "head"))
+    checked = read_recipe(ROOT / "recipes" / f"{recipe}.yml")
+    planned = served_of(checked)
+    random_checkpoint(room / "none", checked.axolotl["base_model"])
+    multiplied = sum(weight.elements for weight in planned.weights if weight.kind in ("linear", "head"))
 
     for quantize in ("none", "nf4", "int8"):
         folder = room / quantize
@@ -111,7 +103,7 @@ def test_a_large_model_loads_fits_and_scores_as_computed(recipe, room, gpu_memor
         seconds = seconds_a_pass(model)
         peak = gpu_memory.max_memory_allocated() - held_before
 
-        served = replace(planned, quantize=quantize, lora=None)
+        served = replace(planned, quantize=quantize, lora_rank=0)
         [computed_weights] = weight_bytes(served)
         [computed] = gpu_bytes(served, TOKENS_PER_BATCH)
         tokens_per_second = TOKENS_PER_BATCH / seconds

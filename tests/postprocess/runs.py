@@ -27,9 +27,15 @@ from recipes.pairwise.contract import new_contract, write_contract
 from recipes.pairwise.tracking.metrics import predictions
 from tests import tiny
 
-TEMPLATES = {"gemma2": "gemma", "llama": "llama3", "qwen2": "chatml", "bert": "bert"}
-BUDGETS = {"gemma2": 128, "llama": 256, "qwen2": 192, "bert": 128}
-TARGETS = {"bert": ["query", "value", "dense"]}
+TEMPLATES = {"llama": "llama3", "qwen2": "chatml", **dict.fromkeys(tiny.ENCODERS, "bert")}  # gemma for the others
+BUDGETS = {"llama": 256, "qwen2": 192}  # 128 for the others
+TARGETS = {
+    "bert": ["query", "value", "dense"],
+    "modernbert": ["Wqkv", "Wi", "Wo"],
+    "deberta-v2": ["query_proj", "value_proj"],
+    "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
+}
+HEADS = {"modernbert": ["head"], "deberta-v2": ["pooler"]}  # what their heads have beside a classifier
 DECODER_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ROWS = 24
 TWO = ("model_a", "model_b")
@@ -77,8 +83,8 @@ def recipe_file(folder: Path, base: Path, kind: str, verdicts: tuple[str, ...], 
     """Write a recipe for a run in folder/run; `keys` are Axolotl's."""
     block = {
         "pairs": str(folder / "pairs.parquet"),
-        "template": TEMPLATES[kind],
-        "budget_tokens": BUDGETS[kind] + 64 * (head == "label_tokens"),
+        "template": TEMPLATES.get(kind, "gemma"),
+        "budget_tokens": BUDGETS.get(kind, 128) + 64 * (head == "label_tokens"),
         "verdicts": list(verdicts),
         "head": head,
         "package": {"slug": "tiny-package", **package},
@@ -159,10 +165,10 @@ def base_model(base: Path, kind: str, head: str, verdicts: int, qlora: bool = Fa
     options = {"quantization_config": BitsAndBytesConfig(**NF4), "device_map": {"": "cpu"}} if qlora else {}
     if head != "label_tokens":
         options["num_labels"] = 1 if head == "reward" else verdicts
-    model = CLASSES[head].from_pretrained(base, pad_token_id=0, attn_implementation="sdpa", dtype=torch.float32, **options)
+    model = CLASSES[head].from_pretrained(base, pad_token_id=0, dtype=torch.float32, **options)
     if kind == "gemma2":
         model.config.attn_logit_softcapping = None
-    own_head = model.classifier if kind == "bert" else getattr(model, "score", None)
+    own_head = model.classifier if kind in tiny.ENCODERS else getattr(model, "score", None)
     with torch.no_grad():
         for parameter in own_head.parameters() if own_head else ():
             parameter.normal_(0, 0.15)
@@ -172,6 +178,7 @@ def base_model(base: Path, kind: str, head: str, verdicts: int, qlora: bool = Fa
 def with_adapter(model: torch.nn.Module, kind: str, head: str, **lora) -> PeftModel:
     """The model with a LoRA adapter whose A and B are random and not zero."""
     settings = {"r": 8, "lora_alpha": 16, "target_modules": TARGETS.get(kind, DECODER_TARGETS)} | lora
+    settings["modules_to_save"] = [*settings.get("modules_to_save", []), *HEADS.get(kind, [])]
     task = "CAUSAL_LM" if head == "label_tokens" else "SEQ_CLS"
     model = get_peft_model(model, LoraConfig(task_type=task, **settings))
     with torch.no_grad():

@@ -13,7 +13,14 @@ from transformers import AutoTokenizer
 from preprocess.core import ledger
 from preprocess.core.errors import UserError
 from preprocess.core.files import sha256
-from recipes.pairwise.config.model_checks import check_config, check_layers, check_vocabulary, read_config, warn_of_home_path
+from recipes.pairwise.config.model_checks import (
+    build_empty_model,
+    check_config,
+    check_layers,
+    check_vocabulary,
+    read_config,
+    warn_of_home_path,
+)
 from recipes.pairwise.config.schema import PairwiseBlock
 from recipes.pairwise.contract import new_contract, record_training
 from recipes.pairwise.data import datasets
@@ -184,19 +191,19 @@ def test_what_the_base_model_s_config_does_not_allow_is_refused(kind, changes, m
 
 
 def test_a_layer_that_the_base_model_lacks_is_refused(tiny_models):
-    config = read_config(str(tiny_models("gemma2")), None)
-    check_layers(config, "score", targets="all-linear", saved=["score"])
+    model = build_empty_model(read_config(str(tiny_models("gemma2")), None), "score")
+    check_layers(model, targets="all-linear", saved=["score"])
     with pytest.raises(UserError, match="lora_target_modules: Gemma2.* has no layer gate_prj; did you mean gate_p"):
-        check_layers(config, "score", targets=["gate_prj"], saved=None)
+        check_layers(model, targets=["gate_prj"], saved=None)
     with pytest.raises(UserError, match="lora_modules_to_save: Gemma2.* has no layer embed_token; did you mean"):
-        check_layers(config, "score", targets=["q_proj"], saved=["embed_token"])
+        check_layers(model, targets=["q_proj"], saved=["embed_token"])
 
 
 def test_a_causal_lm_has_another_head_than_a_classifier(tiny_models):
-    config = read_config(str(tiny_models("llama")), None)
-    check_layers(config, "label_tokens", targets=["q_proj", "lm_head"], saved=None)
+    model = build_empty_model(read_config(str(tiny_models("llama")), None), "label_tokens")
+    check_layers(model, targets=["q_proj", "lm_head"], saved=None)
     with pytest.raises(UserError, match="lora_modules_to_save: LlamaForCausalLM has no layer score"):
-        check_layers(config, "label_tokens", targets=["q_proj"], saved=["score"])
+        check_layers(model, targets=["q_proj"], saved=["score"])
 
 
 def test_a_special_token_that_the_base_model_lacks_is_refused(tiny_models):

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from preprocess.core.errors import UserError
 from preprocess.core.problems import nearest, unknown_key
 from recipes.pairwise.config.schema import HOW_TO_GET_IT
+from recipes.pairwise.config.served_models import why_not_served
 
 
 def read_config(base_model: str, revision: str | None):
@@ -43,6 +44,13 @@ def warn_of_home_path(base_model: str) -> None:
         )
 
 
+def warn_of_unserved_model(model_type: str, head: str) -> None:
+    """Print a line where Kaggle's T4s cannot run the model, which then can only be a teacher."""
+    reason = why_not_served(model_type, head)
+    if reason is not None:
+        print(f"warning: base_model: {reason}; it cannot be packaged", file=sys.stderr, flush=True)
+
+
 def check_config(config, *, budget_tokens: int, overrides: Mapping[str, object], softcap: bool) -> None:
     """Raise UserError where the base model lacks what is asked of it: positions for a row, keys of model_config, a soft cap."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -56,15 +64,34 @@ def check_config(config, *, budget_tokens: int, overrides: Mapping[str, object],
         raise UserError("pairwise.softcap: the base model has no soft cap of attention logits; remove the key")
 
 
-def check_layers(config, head: str, *, targets: Iterable[str] | str | None, saved: Iterable[str] | None) -> None:
+def build_empty_model(config, head: str) -> torch.nn.Module:
+    """Build a base model with a head and without weights; a UserError where transformers has none."""
+    auto = AutoModelForCausalLM if head == "label_tokens" else AutoModelForSequenceClassification
+    try:
+        with torch.device("meta"):
+            return auto.from_config(config)
+    except ValueError:
+        raise UserError(f"base_model: transformers has no model of the type {config.model_type} with the head {head}") from None
+
+
+def list_head_modules(model: torch.nn.Module) -> list[str]:
+    """List the modules beside the base model: ["score"], of an encoder ["pooler", "classifier"], of a causal LM ["lm_head"]."""
+    names = []
+    for name, module in model.named_children():
+        has_weights = any(True for _ in module.parameters())
+        if name != model.base_model_prefix and has_weights:
+            names.append(name)
+    return names
+
+
+def check_layers(model: torch.nn.Module, *, targets: Iterable[str] | str | None, saved: Iterable[str] | None) -> None:
     """Raise UserError where the model has no layer of a name that LoRA is to adapt or to train whole.
 
-    The model is built without weights. `targets` are lora_target_modules, or a regular expression, which is PEFT's to judge;
-    `saved` is lora_modules_to_save.
+    Args:
+        model: The base model with its head.
+        targets: lora_target_modules, or a regular expression, which is PEFT's to judge.
+        saved: lora_modules_to_save.
     """
-    auto = AutoModelForCausalLM if head == "label_tokens" else AutoModelForSequenceClassification
-    with torch.device("meta"):
-        model = auto.from_config(config)
     layers = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     for key, names in {"lora_target_modules": targets, "lora_modules_to_save": saved}.items():
         for name in () if isinstance(names, str) else names or ():

@@ -10,9 +10,19 @@ from pathlib import Path
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_yaml
 from recipes.pairwise.config.axolotl_keys import REFUSED
-from recipes.pairwise.config.model_checks import check_config, check_layers, check_vocabulary, read_config, warn_of_home_path
+from recipes.pairwise.config.model_checks import (
+    build_empty_model,
+    check_config,
+    check_layers,
+    check_vocabulary,
+    list_head_modules,
+    read_config,
+    warn_of_home_path,
+    warn_of_unserved_model,
+)
 from recipes.pairwise.config.schema import PairwiseBlock, apply_environment, recipe_problems, run_folder
 from recipes.pairwise.processes import is_first_on_machine
+from recipes.pairwise.training.heads import CLASSIFIER_HEADS
 
 INSTEAD = {
     "merge-lora": "it would lose the head without a word; use python -m postprocess RECIPE",
@@ -57,15 +67,17 @@ def check_run(cfg: dict, recipe: Path) -> PairwiseBlock:
 
 
 def check_base_model(cfg: dict, block: PairwiseBlock):
-    """Return the base model's configuration, after what the recipe asks of the base model is checked."""
+    """Return the base model, built without weights, after what the recipe asks of it is checked."""
     model_config = read_config(cfg["base_model"], cfg.get("revision_of_model"))
     if is_first_on_machine():
         warn_of_home_path(cfg["base_model"])
+        warn_of_unserved_model(model_config.model_type, block.head)
 
     overrides = cfg.get("model_config") or cfg.get("overrides_of_model_config") or {}
     check_config(model_config, budget_tokens=block.budget_tokens, overrides=overrides, softcap=block.softcap)
-    check_layers(model_config, block.head, targets=cfg.get("lora_target_modules"), saved=cfg.get("lora_modules_to_save"))
-    return model_config
+    model = build_empty_model(model_config, block.head)
+    check_layers(model, targets=cfg.get("lora_target_modules"), saved=cfg.get("lora_modules_to_save"))
+    return model
 
 
 def check_tokenizer(cfg, tokenizer, model_config) -> None:
@@ -76,6 +88,20 @@ def check_tokenizer(cfg, tokenizer, model_config) -> None:
         raise UserError("special_tokens: the tokenizer has no pad token; set special_tokens: {pad_token: …} in the recipe")
     vocabulary_size = model_config.get_text_config().vocab_size
     check_vocabulary(cfg.special_tokens or {}, tokenizer, cfg.base_model, vocabulary_size)
+
+
+def set_model_keys(cfg: dict, block: PairwiseBlock, model) -> None:
+    """Set the keys that follow from the base model, given without weights: its attention, and what LoRA trains whole."""
+    if not cfg.get("attn_implementation"):
+        needs_eager = block.softcap or not model._supports_sdpa
+        cfg["attn_implementation"] = "eager" if needs_eager else "sdpa"
+
+    # PEFT trains a classifier's last layer by itself. What else an encoder's head has is as new, and would not be saved.
+    if cfg.get("adapter") and block.head != "label_tokens":
+        saved = list(cfg.get("lora_modules_to_save") or [])
+        new_modules = set(list_head_modules(model)) - {*CLASSIFIER_HEADS, *saved}
+        if new_modules:
+            cfg["lora_modules_to_save"] = saved + sorted(new_modules)
 
 
 def set_fixed_keys(cfg: dict, block: PairwiseBlock, recipe: Path, checkpointing: dict[str, bool]) -> None:
@@ -98,8 +124,6 @@ def set_fixed_keys(cfg: dict, block: PairwiseBlock, recipe: Path, checkpointing:
     cfg["datasets"] = [{"path": "pairwise", "type": "completion"}]
     cfg["sequence_len"] = block.budget_tokens
 
-    if not cfg.get("attn_implementation"):
-        cfg["attn_implementation"] = "eager" if block.softcap else "sdpa"
     # Axolotl turns these on by itself for models that it takes for its own.
     for kernel in LORA_KERNELS:
         cfg[kernel] = False

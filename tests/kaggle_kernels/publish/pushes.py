@@ -57,7 +57,7 @@ def pretend_package(fit: Fit, seed: int) -> Path:
     contract["model_input_sha256"] = sha256(MODEL_INPUT)
     (folder / "contract.json").write_text(json.dumps(contract))
     (folder / "tokenizer.json").write_text(json.dumps({"model": {}}))
-    (folder / "config.json").write_text(json.dumps({"model_type": fit.served.dimensions.model_type}))
+    (folder / "config.json").write_text(json.dumps({"model_type": fit.served.base.model_type}))
     (folder / "model.safetensors").write_bytes(weights(f"{run} {seed}"))
     write_metadata(folder, fit.package.dataset, block.package.licence)
     files = {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size} for path in sorted(folder.iterdir())}

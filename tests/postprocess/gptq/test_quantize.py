@@ -20,7 +20,8 @@ from kaggle_kernels.runtime.package import PackageError, read_package
 from postprocess.__main__ import main
 from postprocess.gptq import environment, quantize
 from postprocess.gptq.environment import ENVIRONMENT
-from postprocess.memory.model_size import Served, bytes_by_class, dimensions_of, weights
+from postprocess.memory.measure import measure_folder
+from postprocess.memory.model_size import Served, bytes_by_class
 from postprocess.run_folder import checked_tokenizer
 from postprocess.weights.calibration import choose_calibration_rows, encode_calibration_rows
 from postprocess.weights.merge import merge, merged_model
@@ -32,7 +33,7 @@ ROOT = Path(__file__).parents[3]
 RUN = {"width": 128, "training_rows": 30}
 VARIANTS = {
     "gptq8": ("gemma2", {"quantize": "gptq8", **RUN}),
-    "gptq4": ("llama", {"quantize": "gptq4", "head": "label_tokens", "tolerance": 0.1, **RUN}),
+    "gptq4": ("phi3", {"quantize": "gptq4", "head": "label_tokens", "tolerance": 0.1, **RUN}),
 }
 
 needs_gptq = pytest.mark.skipif(
@@ -117,11 +118,10 @@ def test_probabilities_are_near_those_of_the_model_as_trained(quantize, mean, la
 def test_a_package_has_the_bytes_that_were_computed(quantize, package_of):
     run, folder, _ = package_of(quantize)
     sizes = weight_sizes(folder)
-    dimensions = dimensions_of(json.loads((folder / "config.json").read_text()), "tiny")
-    served = Served(dimensions, run.contract().head, 2, quantize, False, 128)
+    served = Served(measure_folder(run.base), run.contract().head, quantize, False, 128)
     assert sum(bytes_by_class(served).values()) == sum(size for size, _ in sizes.values())
     assert sum(elements for name, (_, elements) in sizes.items() if name.endswith(".qweight")) == sum(
-        weight.elements for weight in weights(dimensions, "score", 2) if weight.kind == "linear"
+        weight.elements for weight in served.weights if weight.kind == "linear"
     )
 
 
@@ -264,8 +264,9 @@ def test_a_model_that_gptq_cannot_take_is_one_line_before_any_work(kind, options
 
 
 def test_an_encoder_under_a_template_of_its_own_is_refused_by_its_kind(made, opened):
-    with pytest.raises(UserError, match="GPTQ is for decoders with Llama's .* is a bert; write int8"):
-        quantize.check_model(opened(made("bert")))
+    for kind in ("bert", "modernbert"):
+        with pytest.raises(UserError, match=f"GPTQ is for decoders with Llama's .* is a {kind}; write int8"):
+            quantize.check_model(opened(made(kind)))
 
 
 def test_codes_stand_lowest_bits_first():

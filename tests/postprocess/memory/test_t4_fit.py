@@ -8,16 +8,17 @@ from click.testing import CliRunner
 
 from postprocess.__main__ import main
 from postprocess.memory import t4_fit
-from postprocess.memory.model_size import GIB, Served, read_dimensions
-from postprocess.memory.t4_fit import Use, memory_line, place, refusal, size_lines, uses_of
+from postprocess.memory.base_model import find_base_model
+from postprocess.memory.model_size import GIB, Served
+from postprocess.memory.t4_fit import Use, describe_memory, describe_size, find_uses, place, refusal
 
-GEMMA = Served(read_dimensions("google/gemma-2-9b-it"), "score", 2, "nf4", softcap=False, budget_tokens=2048)
+GEMMA = Served(find_base_model("google/gemma-2-9b-it"), "score", "nf4", softcap=False, budget_tokens=2048)
 
 
 def test_the_specs_that_serve_a_run_are_found_with_their_batches():
-    assert uses_of("qwen2_5_14b_cls") == [Use("qwen2_5_14b_cls", 3072, None, "split")]
-    assert [use.spec for use in uses_of("gemma2_cls")] == ["gemma2_cls", "gemma2_llama3_own"]
-    assert uses_of("served_by_nobody") == [Use(None, 8192, None, "auto")]
+    assert find_uses("qwen2_5_14b_cls") == [Use("qwen2_5_14b_cls", 3072, None, "split")]
+    assert [use.spec for use in find_uses("gemma2_cls")] == ["gemma2_cls", "gemma2_llama3_own"]
+    assert find_uses("served_by_nobody") == [Use(None, 8192, None, "auto")]
 
 
 @pytest.mark.parametrize(
@@ -30,34 +31,34 @@ def test_the_specs_that_serve_a_run_are_found_with_their_batches():
 )
 def test_a_spec_serves_the_mean_of_folds_too_and_one_with_a_mistake_is_passed_over(spec, use, tmp_path):
     (tmp_path / "a.yml").write_text(spec)
-    assert uses_of("mine", tmp_path) == [use]
+    assert find_uses("mine", tmp_path) == [use]
 
 
 def test_bytes_and_what_a_t4_holds_are_told_part_by_part():
-    assert size_lines(GEMMA) == [
+    assert describe_size(GEMMA) == (
         "  in nf4: 6.52 GB: linear 4.16 GB, embedding 1.84 GB, norm 1.21 MB, head 14.34 kB, quantisation state 520.24 MB"
-    ]
+    )
     placement, needs = place(GEMMA, 8192, "auto")
-    assert memory_line(Use("mine"), GEMMA, placement, needs) == (
-        "kernel mine, a copy on each T4, batches of 8,192 tokens: 10.0 GiB of 14.5: weights 6.07, activations 3.20, "
+    assert describe_memory(Use("mine"), GEMMA, placement, needs) == (
+        "kernel mine, a copy on each T4, batches of 8,192 tokens: 9.9 GiB of 14.5: weights 6.07, activations 3.08, "
         "logits 0.00, CUDA 0.75"
     )
     causal = replace(GEMMA, head="label_tokens")
-    assert "logits 0.18, CUDA" in memory_line(Use(), causal, *place(causal, 8192, "auto"))
+    assert "logits 0.18, CUDA" in describe_memory(Use(), causal, *place(causal, 8192, "auto"))
 
 
 def test_a_refusal_says_what_would_fit():
     assert refusal("mine", replace(GEMMA, quantize="none"), 8192, "each", Path("recipes/mine.yml")) == (
-        "mine needs 21.1 GiB on a GPU (17.2 of it weights), a T4 offers 14.5; what would fit: "
-        "pairwise.package.quantize: int8 in recipes/mine.yml (13.9 GiB), or "
-        "pairwise.package.quantize: gptq8 in recipes/mine.yml (13.7 GiB), or "
-        "pairwise.package.quantize: nf4 in recipes/mine.yml (10.0 GiB), or "
-        "pairwise.package.quantize: gptq4 in recipes/mine.yml (9.8 GiB)"
+        "mine needs 20.9 GiB on a GPU (17.2 of it weights), a T4 offers 14.5; what would fit: "
+        "pairwise.package.quantize: int8 in recipes/mine.yml (13.8 GiB), or "
+        "pairwise.package.quantize: gptq8 in recipes/mine.yml (13.6 GiB), or "
+        "pairwise.package.quantize: nf4 in recipes/mine.yml (9.9 GiB), or "
+        "pairwise.package.quantize: gptq4 in recipes/mine.yml (9.7 GiB)"
     )
 
 
 def test_an_encoder_is_never_split():
-    minilm = replace(GEMMA, dimensions=read_dimensions("sentence-transformers/all-MiniLM-L6-v2"), quantize="none")
+    minilm = replace(GEMMA, base=find_base_model("sentence-transformers/all-MiniLM-L6-v2"), quantize="none")
     assert place(minilm, 10**6, "auto")[0] == "each"
 
 
@@ -86,13 +87,6 @@ def test_what_no_t4_can_hold_is_refused_before_anything_is_written(copied, monke
 
 def test_one_kernel_that_holds_it_is_enough(made, opened, monkeypatch, capsys):
     uses = [Use("too_much", 10**9), Use("enough", 256)]
-    monkeypatch.setattr(t4_fit, "uses_of", lambda name: uses)
+    monkeypatch.setattr(t4_fit, "find_uses", lambda name: uses)
     t4_fit.check_target(opened(made("gemma2")))
     assert "kernel too_much" in capsys.readouterr().out
-
-
-def test_a_model_of_unknown_dimensions_is_packaged_all_the_same(made, opened, monkeypatch, capsys):
-    run = opened(made("gemma2"))
-    monkeypatch.setattr(t4_fit, "read_object", lambda path: {"model_type": "mamba"})
-    t4_fit.check_target(run)
-    assert "not computed whether a T4 holds it" in capsys.readouterr().out

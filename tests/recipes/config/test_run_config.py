@@ -3,7 +3,14 @@
 import pytest
 
 from preprocess.core.errors import UserError
-from recipes.pairwise.config.run_config import check_run, refuse_other_commands, set_fixed_keys
+from recipes.pairwise.config.model_checks import build_empty_model, read_config
+from recipes.pairwise.config.run_config import (
+    check_base_model,
+    check_run,
+    refuse_other_commands,
+    set_fixed_keys,
+    set_model_keys,
+)
 from recipes.pairwise.config.schema import PairwiseBlock
 from tests.conftest import ROOT
 
@@ -29,11 +36,9 @@ def test_what_the_command_line_overrides_is_checked_with_the_file():
 @pytest.mark.parametrize(
     ("block", "cfg", "expected"),
     [
-        ({}, {}, {"model_type": "AutoModelForSequenceClassification", "num_labels": 2, "attn_implementation": "sdpa"}),
+        ({}, {}, {"model_type": "AutoModelForSequenceClassification", "num_labels": 2}),
         ({"head": "reward"}, {"output_dir": "elsewhere"}, {"num_labels": 1, "output_dir": "elsewhere"}),
         ({"head": "label_tokens"}, {}, {"model_type": "AutoModelForCausalLM", "output_dir": "outputs/demo"}),
-        ({"softcap": True}, {}, {"attn_implementation": "eager"}),
-        ({"softcap": True}, {"attn_implementation": "flash_attention_2"}, {"attn_implementation": "flash_attention_2"}),
         ({}, {"gradient_checkpointing": True}, {"gradient_checkpointing_kwargs": {"use_reentrant": False}}),
         ({}, {"sequence_len": 9, "lora_mlp_kernel": True}, {"sequence_len": 256, "lora_mlp_kernel": False}),
     ],
@@ -42,3 +47,28 @@ def test_keys_that_follow_from_the_block_are_set(block, cfg, expected):
     block = PairwiseBlock(**{"template": "gemma", "budget_tokens": 256, "package": {"slug": "some-model"}} | block)
     set_fixed_keys(cfg, block, DEMO, checkpointing={"use_reentrant": False})
     assert {key: cfg[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "softcap", "cfg", "expected"),
+    [
+        ("gemma2", False, {"adapter": "lora"}, {"attn_implementation": "sdpa"}),
+        ("gemma2", True, {}, {"attn_implementation": "eager"}),
+        ("gemma2", True, {"attn_implementation": "flash_attention_2"}, {"attn_implementation": "flash_attention_2"}),
+        ("deberta-v2", False, {}, {"attn_implementation": "eager"}),
+        ("deberta-v2", False, {"adapter": "lora"}, {"attn_implementation": "eager", "lora_modules_to_save": ["pooler"]}),
+        ("modernbert", False, {"adapter": "lora"}, {"attn_implementation": "sdpa", "lora_modules_to_save": ["head"]}),
+    ],
+)
+def test_keys_that_follow_from_the_base_model_are_set(kind, softcap, cfg, expected, tiny_models):
+    block = PairwiseBlock(template="gemma", budget_tokens=256, softcap=softcap, package={"slug": "some-model"})
+    model = build_empty_model(read_config(str(tiny_models(kind)), None), block.head)
+    set_model_keys(cfg, block, model)
+    assert cfg == cfg | expected and ("lora_modules_to_save" in cfg) == ("lora_modules_to_save" in expected)
+
+
+def test_training_what_kaggle_cannot_serve_is_warned_of(tiny_models, capsys):
+    block = PairwiseBlock(template="gemma", budget_tokens=256, package={"slug": "some-model"})
+    check_base_model({"base_model": str(tiny_models("olmo2"))}, block)
+    warning = "warning: base_model: Kaggle's transformers 5.0.0 has no classifier for olmo2; it cannot be packaged\n"
+    assert capsys.readouterr().err.endswith(warning)

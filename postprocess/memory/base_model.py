@@ -1,0 +1,180 @@
+"""Base models in numbers: the names, shapes and kinds of their tensors, and the memory of a batch.
+
+The numbers stand in base_models.yml, so that `build` and `list` need neither torch nor a hub. The command
+`python -m postprocess.memory` measures them. A base model that is a folder is measured when it is asked for.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+import yaml
+
+from preprocess.core.errors import UserError
+from preprocess.core.files import atomic_file, read_yaml
+
+BASE_MODELS = Path(__file__).parent / "base_models.yml"
+
+# A layer's number in a tensor's name, and the numbers of several layers: layers.7.mlp, layers.0-41.mlp
+LAYER_NUMBER = re.compile(r"\.(\d+)\.")
+LAYER_NUMBERS = re.compile(r"(?<=\.)\d+(-\d+|(,\d+)+)(?=\.)")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor of the 16-bit model: its name, its shape, and linear, embedding, norm, bias or head."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class BatchBytes:
+    """Bytes that a batch takes beside the weights: the larger of two moments, each in bytes a token.
+
+    Within an MLP, or wherever short rows need most: `token`. Within attention: `attention_token`, and
+    `score` for each token that a token attends to.
+    """
+
+    token: int
+    attention_token: int
+    score: int
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model as transformers builds it."""
+
+    model_type: str
+    is_encoder: bool
+    positions: int | None  # None: its configuration names no limit
+    vocabulary: int
+    weights: tuple[Weight, ...]  # without a head
+    heads: Mapping[
+        str, tuple[Weight, ...]
+    ]  # score (with two labels), and label_tokens for a causal LM
+    batches: Mapping[str, BatchBytes]  # as the kernel computes attention: plain, or with a softcap
+
+
+def find_base_model(name: str) -> BaseModel:
+    """Look up the base model of a recipe, or measure it where it is a folder without an entry.
+
+    Raises:
+        UserError: where there is neither an entry nor a folder.
+    """
+    # An entry comes first: it costs no import of torch.
+    record = read_records().get(name)
+    if record is not None:
+        return parse_record(record)
+
+    if not (Path(name) / "config.json").is_file():
+        raise UserError(
+            f"postprocess/memory/{BASE_MODELS.name}: no entry {name}, and no such folder; "
+            f"run `python -m postprocess.memory {name}`, which writes it"
+        )
+    from postprocess.memory.measure import measure_folder  # noqa: PLC0415  needs torch
+
+    return measure_folder(Path(name))
+
+
+@functools.cache
+def read_records() -> dict[str, dict]:
+    """Read base_models.yml, by the base model's name."""
+    return read_yaml(BASE_MODELS)
+
+
+def write_records(records: Mapping[str, dict]) -> None:
+    """Write base_models.yml."""
+    text = yaml.safe_dump(dict(records), sort_keys=False, width=120, default_flow_style=None)
+    with atomic_file(BASE_MODELS) as path:
+        path.write_text(f"# Written by `python -m postprocess.memory`.\n{text}", encoding="utf-8")
+    read_records.cache_clear()
+
+
+def make_record(config: Mapping[str, object], base_model: BaseModel) -> dict:
+    """Convert a base model to an entry of base_models.yml.
+
+    Args:
+        config: The keys of its config.json from which it can be measured again.
+        base_model: What was measured of it.
+    """
+    heads = {head: pack_weights(weights) for head, weights in base_model.heads.items()}
+    batches = {attention: list(astuple(batch)) for attention, batch in base_model.batches.items()}
+    return {
+        "config": dict(config),
+        "is_encoder": base_model.is_encoder,
+        "positions": base_model.positions,
+        "vocabulary": base_model.vocabulary,
+        "batches": batches,
+        "heads": heads,
+        "weights": pack_weights(base_model.weights),
+    }
+
+
+def parse_record(record: Mapping) -> BaseModel:
+    """Convert an entry of base_models.yml to the model that it describes."""
+    heads = {head: unpack_weights(rows) for head, rows in record["heads"].items()}
+    batches = {attention: BatchBytes(*sizes) for attention, sizes in record["batches"].items()}
+    return BaseModel(
+        model_type=record["config"]["model_type"],
+        is_encoder=record["is_encoder"],
+        positions=record["positions"],
+        vocabulary=record["vocabulary"],
+        weights=unpack_weights(record["weights"]),
+        heads=heads,
+        batches=batches,
+    )
+
+
+def pack_weights(weights: Iterable[Weight]) -> list[str]:
+    """Write weights as name/kind/shape, one text for all layers' weights that differ in the layer's number only."""
+    layers_by_pattern: dict[tuple, list[int]] = {}
+    for weight in weights:
+        # What layers have in common: model.layers.{}.mlp.up_proj.weight
+        match = LAYER_NUMBER.search(weight.name)
+        pattern = weight.name
+        if match is not None:
+            pattern = f"{pattern[: match.start(1)]}{{}}{pattern[match.end(1) :]}"
+        layers = layers_by_pattern.setdefault((pattern, weight.kind, weight.shape), [])
+        if match is not None:
+            layers.append(int(match[1]))
+
+    rows = []
+    for (pattern, kind, shape), layers in layers_by_pattern.items():
+        # Layers 0 to 41 are written 0-41, others one by one.
+        numbers = ",".join(map(str, layers))
+        if layers and layers == list(range(layers[0], layers[-1] + 1)):
+            numbers = f"{layers[0]}-{layers[-1]}"
+        sizes = "x".join(map(str, shape))
+        rows.append(f"{pattern.format(numbers)}/{kind}/{sizes}")
+    return rows
+
+
+def unpack_weights(rows: Iterable[str]) -> tuple[Weight, ...]:
+    """Read the texts that pack_weights writes."""
+    weights = []
+    for row in rows:
+        name, kind, sizes = row.split("/")
+        shape = tuple(map(int, sizes.split("x")))
+        match = LAYER_NUMBERS.search(name)
+        if match is None:
+            weights.append(Weight(name, kind, shape))
+            continue
+
+        layers = match[0].split(",")
+        if "-" in match[0]:
+            first, last = match[0].split("-")
+            layers = range(int(first), int(last) + 1)
+        for number in layers:
+            layer_name = f"{name[: match.start()]}{number}{name[match.end() :]}"
+            weights.append(Weight(layer_name, kind, shape))
+    return tuple(weights)
