@@ -38,6 +38,7 @@ MERGE = (
 QUANTISE = (
     *MERGE,
     *PAIRS,
+    "kaggle_kernels/runtime/models/overflow.py",
     "kaggle_kernels/runtime/models/scoring.py",
     "postprocess/agreement/reference_model.py",
     "postprocess/agreement/validation_rows.py",

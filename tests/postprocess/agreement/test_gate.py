@@ -51,7 +51,7 @@ def test_report_and_table_compare_four_models_on_the_validation_rows(packaged):
     models = {line["model"]: line for line in json.loads((run.folder / "agreement.json").read_text())["models"]}
     assert list(models) == ["recorded", "trained", "merged", "quantised"]
     assert models["trained"]["against_recorded"]["largest"] < 1e-6
-    assert models["merged"]["against_trained"]["largest"] < 1e-3
+    assert models["merged"]["against_trained"]["largest"] < 2e-3
     assert 1e-3 < models["quantised"]["against_trained"]["mean"] < 0.05
     table = pl.read_parquet(run.folder / "agreement.parquet")
     sides = ("model_a", "model_b")
