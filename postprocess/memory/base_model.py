@@ -39,15 +39,17 @@ class Weight:
 
 @dataclass(frozen=True)
 class BatchBytes:
-    """Bytes that a batch takes beside the weights: the larger of two moments, each in bytes a token.
+    """Bytes that a batch takes beside the weights, at the two moments that may need most.
 
-    Within an MLP, or wherever short rows need most: `token`. Within attention: `attention_token`, and
-    `score` for each token that a token attends to.
+    Attributes:
+        mlp_per_token: Within an MLP, for each token.
+        attention_per_token: Within attention, for each token.
+        attention_per_score: Beside that, for each token that a token attends to.
     """
 
-    token: int
-    attention_token: int
-    score: int
+    mlp_per_token: int
+    attention_per_token: int
+    attention_per_score: int
 
 
 @dataclass(frozen=True)

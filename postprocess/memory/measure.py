@@ -130,9 +130,9 @@ def measure_batches(model: torch.nn.Module, positions: int | None) -> BatchBytes
     # Within attention, bytes a token grow in proportion to the row.
     score_bytes = (long_bytes / long_row - half_bytes / half_row) / (long_row - half_row)
     return BatchBytes(
-        token=round(short_bytes / (SHORT_ROWS * SHORT_ROW)),
-        attention_token=round(long_bytes / long_row - score_bytes * long_row),
-        score=round(score_bytes),
+        mlp_per_token=round(short_bytes / (SHORT_ROWS * SHORT_ROW)),
+        attention_per_token=round(long_bytes / long_row - score_bytes * long_row),
+        attention_per_score=round(score_bytes),
     )
 
 

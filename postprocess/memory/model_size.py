@@ -177,12 +177,17 @@ def activation_bytes(served: Served, tokens_per_batch: int) -> int:
     """
     tokens = largest_batch(served, tokens_per_batch)
     longest_row = min(served.budget_tokens, tokens)
-    batch = served.base.batches["softcap" if served.softcap else "plain"]
-    attention_token = batch.attention_token + batch.score * longest_row
-    computed = tokens * max(batch.token, attention_token)
+    attention = "softcap" if served.softcap else "plain"
+    batch = served.base.batches[attention]
+
+    # Attention and MLP follow each other: only the larger of the two counts.
+    scores_per_token = batch.attention_per_score * longest_row
+    attention_per_token = batch.attention_per_token + scores_per_token
+    per_token = max(batch.mlp_per_token, attention_per_token)
 
     # What was measured is for 16-bit weights, and without logits of a vocabulary.
-    return computed + unpacked_bytes(served, tokens) + logit_bytes(served, tokens_per_batch)
+    beside = unpacked_bytes(served, tokens) + logit_bytes(served, tokens_per_batch)
+    return tokens * per_token + beside
 
 
 def unpacked_bytes(served: Served, tokens: int) -> int:

@@ -114,18 +114,41 @@ def smooth(model: PreTrainedModel, sequences: Iterable[Sequence[int]]) -> Smooth
             rows[f"{group.source}.weight"] = scales
             rows[f"{group.source}.bias"] = scales
         else:
-            # float16 rounds the norm's new weight, coarsely where Gemma adds 1 to it. What the weight
-            # was really divided by goes into the columns, so that both still cancel.
-            weight = source.weight.detach().to("cpu", torch.float32)
-            new_weight = ((weight + norm_offset) / scales - norm_offset).to(torch.float16)
-            new_factor = new_weight.to(torch.float32) + norm_offset
-            is_lost = new_factor == 0
-            new_weight[is_lost] = weight[is_lost].to(torch.float16)
-            scales = torch.where(is_lost, 1.0, (weight + norm_offset) / new_factor)
+            new_weight, scales = divide_norm(source.weight, scales, norm_offset)
             norms[f"{group.source}.weight"] = new_weight
+
+        # What was divided away from the inputs is multiplied into the weights that read them.
         for target in group.targets:
             columns[f"{target}.weight"] = scales
     return Smoothing(norms, columns, rows)
+
+
+def divide_norm(
+    weight: torch.Tensor, scales: torch.Tensor, norm_offset: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Divide a norm's weight by the scales, as far as float16 allows.
+
+    float16 rounds the new weight, coarsely where Gemma adds 1 to it. The layers behind the norm have
+    to be multiplied by what the weight was really divided by, or the two would not cancel.
+
+    Args:
+        weight: The norm's weight, (channels,).
+        scales: The wanted divisors, (channels,).
+        norm_offset: What the model adds to the weight when it computes.
+
+    Returns:
+        The new weight in float16, and the divisors that it stands for in float32, both (channels,).
+    """
+    weight = weight.detach().to("cpu", torch.float32)
+    factor = weight + norm_offset
+    new_weight = (factor / scales - norm_offset).to(torch.float16)
+    new_factor = new_weight.to(torch.float32) + norm_offset
+
+    # A factor that rounds to 0 could not be undone: such a channel keeps its weight.
+    is_lost = new_factor == 0
+    new_weight[is_lost] = weight[is_lost].to(torch.float16)
+    divisors = torch.where(is_lost, 1.0, factor / new_factor)
+    return new_weight, divisors
 
 
 def compute_scales(
