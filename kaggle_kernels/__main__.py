@@ -335,7 +335,7 @@ def scores(competition: str, poll_seconds: float, patience_seconds: float) -> No
 def quota(poll_seconds: float, patience_seconds: float) -> None:
     """List the accelerator hours that Kaggle still grants this week."""
     from kaggle_kernels.publish.client import Pace  # noqa: PLC0415  --help starts fast
-    from kaggle_kernels.publish.quota import print_quota  # noqa: PLC0415  --help starts fast
+    from kaggle_kernels.publish.preflight import print_quota  # noqa: PLC0415  --help starts fast
 
     print_quota(Pace(poll_seconds, patience_seconds))
 

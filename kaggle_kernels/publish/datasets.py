@@ -23,8 +23,7 @@ from kagglesdk.datasets.types.dataset_api_service import (
 )
 
 from kaggle_kernels.publish.client import Kaggle, Refused, Unanswered, ask, list_all
-from kaggle_kernels.publish.dataset_folder import DatasetFolder
-from kaggle_kernels.publish.uploads import forget_uploads, read_notes, send_files
+from kaggle_kernels.publish.uploads import DatasetFolder, forget_uploads, read_notes, send_files
 from postprocess.package import METADATA
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_object

@@ -13,7 +13,6 @@ from kaggle_kernels.build.ensemble_weights import measure_ensemble
 from kaggle_kernels.build.packages import package_folder
 from kaggle_kernels.build.spec import read_spec
 from kaggle_kernels.publish.client import Kaggle, Pace, connect
-from kaggle_kernels.publish.dataset_folder import DatasetFolder, find_dataset_folder
 from kaggle_kernels.publish.datasets import plan_dataset, publish_dataset
 from kaggle_kernels.publish.kernels import (
     CODE,
@@ -25,10 +24,9 @@ from kaggle_kernels.publish.kernels import (
     read_kernel,
 )
 from kaggle_kernels.publish.kernels import push as push_kernel
-from kaggle_kernels.publish.preflight import WHEELS, preflight
+from kaggle_kernels.publish.preflight import WHEELS, check_gpu_hours, preflight
 from kaggle_kernels.publish.push_record import PushRecord, last_push, one_at_a_time, write_record
-from kaggle_kernels.publish.quota import check_gpu_hours
-from kaggle_kernels.publish.uploads import WORK
+from kaggle_kernels.publish.uploads import WORK, DatasetFolder, find_dataset_folder
 from preprocess.core import ledger
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_object, sha256, write_json

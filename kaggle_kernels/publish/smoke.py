@@ -17,11 +17,11 @@ from kagglesdk.datasets.types.dataset_api_service import ApiDeleteDatasetRequest
 from kagglesdk.kernels.types.kernels_api_service import ApiDeleteKernelRequest
 
 from kaggle_kernels.publish.client import Kaggle, Pace, ask, connect
-from kaggle_kernels.publish.dataset_folder import DatasetFolder, find_dataset_folder
 from kaggle_kernels.publish.datasets import publish_dataset
 from kaggle_kernels.publish.kernels import Kernel, check_pushed, download_output, read_status
 from kaggle_kernels.publish.kernels import push as push_kernel
 from kaggle_kernels.publish.submit import can_ask
+from kaggle_kernels.publish.uploads import DatasetFolder, find_dataset_folder
 from postprocess.package import MANIFEST, METADATA, dataset_metadata
 from preprocess.core.errors import UserError
 from preprocess.core.files import sha256, write_json

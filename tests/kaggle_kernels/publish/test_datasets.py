@@ -5,9 +5,8 @@ import random
 import pytest
 
 from kaggle_kernels.publish.client import Pace, connect
-from kaggle_kernels.publish.dataset_folder import find_dataset_folder
 from kaggle_kernels.publish.datasets import RemoteDataset, plan_dataset, publish_dataset
-from kaggle_kernels.publish.uploads import WORK
+from kaggle_kernels.publish.uploads import WORK, find_dataset_folder
 from preprocess.core.errors import UserError
 from preprocess.core.files import sha256
 from tests.fakes.kaggle.server import Fault
