@@ -33,9 +33,8 @@ SECONDS_PER_HOUR = 3600
 FEW_HOURS = 1.0
 
 WHEELS = Path("outputs/wheels")
-DATASET_BYTES = (
-    200 * 10**9
-)  # Kaggle's documentation: of one dataset, and of all private ones of an account together
+# Kaggle's documentation: of one dataset, and of all private ones of an account together.
+DATASET_BYTES = 200 * 10**9
 KERNEL_FILES = ("kernel.py", "kernel-metadata.json")
 # Kaggle's names.
 LICENCES = (
@@ -72,11 +71,7 @@ class Preflight:
 
 
 def preflight(spec_path: Path, owner: str) -> Preflight:
-    """Check what a push of a spec needs.
-
-    Args:
-        spec_path: The spec.
-        owner: The account; empty where it is not known.
+    """Check what a push of a spec needs; `owner` is empty where there is no account.
 
     Returns:
         All checks, errors and warnings. Bad input is among the errors; nothing is raised for it.
@@ -96,6 +91,7 @@ def preflight(spec_path: Path, owner: str) -> Preflight:
     else:
         check(report, f"{kernel_folder(spec_path)} is up to date", check_build, spec_path)
 
+    # By dataset: a package whose recipe cannot be read has no fit, and is checked all the same.
     folders = {package.dataset: package_folder(package.run) for package in spec.packages}
     fit_by_dataset = {fit.package.dataset: fit for fit in fits}
     for dataset, folder in folders.items():
@@ -114,31 +110,31 @@ def preflight(spec_path: Path, owner: str) -> Preflight:
     if spec.wheels:
         check(report, f"{WHEELS}: dataset {spec.wheels}", check_wheels_dataset, spec.wheels, fits)
 
-    uploaded = list(folders.values())
+    # Everything that leaves this machine, as far as it is there: what is absent is told above.
+    uploaded = [*folders.values(), kernel_folder(spec_path)]
     if spec.wheels:
         uploaded.append(WHEELS)
-    uploaded = [folder for folder in uploaded if folder.is_dir()]
-    scanned = [folder for folder in [*uploaded, kernel_folder(spec_path)] if folder.is_dir()]
+    scanned = [folder for folder in uploaded if folder.is_dir()]
     pairs = list(dict.fromkeys(Path(fit.recipe.pairwise.pairs) for fit in fits))
     secrets = "no secret, home path or row of data in what goes up"
     check(report, secrets, check_secrets, scanned, pairs)
     check(report, "rehearsal of this build passed", check_rehearsal, spec_path, folders)
 
+    # Two checks may come upon the same problem.
     report.warnings.extend(find_warnings(pairs))
-    report.errors[:] = dict.fromkeys(report.errors)  # two checks may come upon the same problem
+    report.errors[:] = dict.fromkeys(report.errors)
     return report
 
 
 def check(
     report: Preflight, name: str, find_problems: Callable[..., list[str]], *arguments
-) -> bool:
-    """Make one check and note it; whether it found nothing wrong. A UserError is a problem like the others."""
+) -> None:
+    """Make one check and note it. A UserError is a problem like the others."""
     try:
         problems = find_problems(*arguments)
     except UserError as error:
         problems = [str(error)]
     note_check(report, name, problems)
-    return not problems
 
 
 def read_and_note(report: Preflight, name: str, read: Callable, *arguments) -> object | None:
@@ -269,6 +265,7 @@ def check_agreement(folder: Path) -> list[str]:
             f"{file}: missing, so that it is unknown whether the package is what was trained; {remedy}"
         ]
 
+    # The golden rows' probabilities tell which package the report is of.
     report = read_object(file)
     if report.get("agrees") is not True:
         return [f"{file}: the package does not agree with the trained model; {remedy}"]
@@ -284,6 +281,7 @@ def check_wheels_dataset(slug: str, fits: Sequence[Fit]) -> list[str]:
     if (WHEELS / WHEELS_MANIFEST).is_file():
         return [*check_wheels(WHEELS), *check_dataset(WHEELS, slug)]
 
+    # Only what bitsandbytes quantised needs a wheel.
     remedy = "run `python -m postprocess.wheels`"
     if not any(fit.served.quantize in BITSANDBYTES for fit in fits):
         remedy += ", or take `wheels` out of the spec, which needs none, and build it"
@@ -343,7 +341,6 @@ def find_warnings(pairs: Sequence[Path]) -> list[str]:
             warnings.append(
                 f"{file}: not on this machine, so that its rows were not looked for in what goes up"
             )
-
     return warnings
 
 
@@ -386,6 +383,7 @@ def check_gpu_hours(kaggle: Kaggle, report: Preflight) -> None:
         report.warnings.append("GPU hours: not known (Kaggle names none)")
         return
 
+    # Never an error: Kaggle may know more when the kernel is pushed.
     left = f"{quota.hours_left:g} of {quota.hours_allowed:g} left until {quota.until}"
     report.checks.append(f"GPU hours: {left}")
     if quota.hours_left == 0:

@@ -43,19 +43,12 @@ MANIFESTS = (MANIFEST, WHEELS_MANIFEST)
 
 @dataclass(frozen=True)
 class DatasetFolder:
-    """A folder that is to be the dataset owner/slug.
-
-    Attributes:
-        path: The folder. It is never changed.
-        owner: The account.
-        slug: The dataset's name, of dataset-metadata.json.
-        manifest: The file in it that lists the others with their hashes.
-    """
+    """A folder that is to be the dataset owner/slug. It is never changed."""
 
     path: Path
     owner: str
     slug: str
-    manifest: str
+    manifest: str  # the file in it that lists the others with their hashes
 
     @property
     def ref(self) -> str:
@@ -73,11 +66,7 @@ class DatasetFolder:
 
 
 def find_dataset_folder(path: Path, owner: str) -> DatasetFolder:
-    """Find what dataset a folder is to be.
-
-    Raises:
-        UserError: The folder is absent, not flat, or has no manifest.
-    """
+    """Find what dataset a folder is to be; UserError where it is absent, not flat, or has no manifest."""
     if not (path / METADATA).is_file():
         raise UserError(
             f"{path}: no {METADATA}; make the folder again with python -m postprocess RECIPE, "
@@ -86,12 +75,14 @@ def find_dataset_folder(path: Path, owner: str) -> DatasetFolder:
     manifests = [name for name in MANIFESTS if (path / name).is_file()]
     if not manifests:
         raise UserError(f"{path}: neither {' nor '.join(MANIFESTS)}; make the folder again")
+    # A dataset of ours is flat: nothing here sends folders.
     folders = [inner.name for inner in path.iterdir() if inner.is_dir()]
     if folders:
         raise UserError(
             f"{path}: holds the folder {folders[0]}, which would be left out; remove it"
         )
 
+    # The owner in the file may be a placeholder.
     slug = str(read_object(path / METADATA).get("id")).split("/")[-1]
     return DatasetFolder(path, owner, slug, manifests[0])
 
@@ -110,11 +101,9 @@ class UploadLost(Exception):
 
 
 def send_files(kaggle: Kaggle, folder: DatasetFolder) -> list[str]:
-    """Send every file of a folder that has not arrived yet.
+    """Send every file of a folder that has not arrived yet; the tokens of all files.
 
-    Returns:
-        The tokens of all files, for CreateDataset and CreateDatasetVersion. There is no other source of tokens: no dataset
-        can be made before every file is there.
+    There is no other source of tokens: no dataset can be made before every file is there.
 
     Raises:
         UserError: A file cannot be sent. What has arrived is not sent again by the next call.
@@ -168,13 +157,7 @@ def start_upload(kaggle: Kaggle, path: Path) -> Upload:
 
 
 def send_rest(path: Path, url: str, pace: Pace, is_new: bool) -> None:
-    """Send what the server lacks of a file, and go on after each interruption.
-
-    Args:
-        path: The file.
-        url: Where Kaggle wants it; a signed address, which needs no credentials.
-        pace: The pauses after an interruption.
-        is_new: Whether the server has nothing yet, and need not be asked.
+    """Send what the server lacks of a file, and go on after each interruption; one that `is_new` has sent nothing.
 
     Raises:
         UploadLost: The server refuses the rest.
@@ -216,6 +199,7 @@ def send_rest(path: Path, url: str, pace: Pace, is_new: bool) -> None:
 def count_received(session: requests.Session, url: str, size: int) -> int:
     """Ask the server how many bytes of a file it has."""
     headers = {"Content-Range": f"bytes */{size}", "Content-Length": "0"}
+    # 308 says that a part is missing; any other status, that the file is complete.
     response = put(session, url, headers, b"")
     if response.status_code != 308:
         return size
@@ -245,12 +229,8 @@ def put_from(session: requests.Session, path: Path, url: str, start: int) -> Non
 
 
 def put(session: requests.Session, url: str, headers: dict, content) -> requests.Response:
-    """Make one PUT to the server that stores uploads.
-
-    Raises:
-        UploadLost: It refuses the upload: unknown, expired or not as announced.
-        Unanswered: It failed, or did not answer.
-    """
+    """Make one PUT to the server that stores uploads; UploadLost where it refuses, Unanswered where it fails."""
+    # A redirect is a 308, which has a meaning of its own here.
     try:
         response = session.put(
             url, data=content, headers=headers, timeout=TIMEOUT, allow_redirects=False
@@ -276,6 +256,7 @@ def read_notes(folder: DatasetFolder) -> dict[str, Upload]:
     path = notes_path(folder)
     if not path.is_file():
         return {}
+    # Files of another content must not come into the dataset under these names.
     notes = read_object(path)
     if notes.get("manifest") != folder.manifest_sha256():
         return {}
@@ -286,6 +267,7 @@ def write_notes(folder: DatasetFolder, uploads: dict[str, Upload]) -> None:
     """Write the uploads down, for the user's eyes only."""
     values = {name: asdict(upload) for name, upload in uploads.items()}
     text = json.dumps({"manifest": folder.manifest_sha256(), "uploads": values}, indent=1)
+    # The mode is set before there is anything to read.
     with atomic_file(notes_path(folder)) as temporary:
         temporary.touch(mode=0o600)
         temporary.write_text(text, encoding="ascii")

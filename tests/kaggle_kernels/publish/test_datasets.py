@@ -47,7 +47,7 @@ def test_new_then_unchanged_then_a_new_version(folder, kaggle, capsys):
     assert len(kaggle.calls("StartBlobUpload")) == 3
 
     make_folder(folder, config__json=b"[]")
-    assert plan_dataset(connect(FAST), find_dataset_folder(folder, "tester"))[1] == 2
+    assert plan_dataset(connect(FAST), find_dataset_folder(folder, "tester")) == (2, True)
     assert publish(folder)["version"] == 2
     check_whole(kaggle, folder)
     assert f"{REF}: unchanged, version 1" in capsys.readouterr().out
