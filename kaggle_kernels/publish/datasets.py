@@ -82,7 +82,7 @@ def publish_version(
 ) -> RemoteDataset:
     """Make a version of the folder, and one more where Kaggle lost a file of it."""
     for _ in range(VERSIONS_PER_PUSH):
-        print(f"{folder.ref}: {describe_size(folder)}, {describe_step(remote)}", flush=True)
+        print_step(folder, remote)
         version_before = remote.version if remote else 0
         create_version(kaggle, folder, remote)
         remote = wait_until_settled(kaggle, folder, version_before)
@@ -114,7 +114,7 @@ def plan_dataset(kaggle: Kaggle, folder: DatasetFolder) -> tuple[int, bool]:
         print(f"{folder.ref}: unchanged, version {remote.version}", flush=True)
         return remote.version, False
 
-    print(f"{folder.ref}: {describe_size(folder)}, {describe_step(remote)}", flush=True)
+    print_step(folder, remote)
     version_before = remote.version if remote else 0
     return version_before + 1, True
 
@@ -333,17 +333,13 @@ def check_private(folder: DatasetFolder, remote: RemoteDataset) -> None:
         )
 
 
-def describe_size(folder: DatasetFolder) -> str:
-    """Say how much goes up."""
+def print_step(folder: DatasetFolder, remote: RemoteDataset | None) -> None:
+    """Say how much goes up, and what is made of it."""
     sizes = folder.sizes()
     total = sum(sizes.values())
+    size = f"{total / 1e6:.2f} MB"
     if total > 1e9:
-        return f"{len(sizes)} files, {total / 1e9:.2f} GB"
-    return f"{len(sizes)} files, {total / 1e6:.2f} MB"
+        size = f"{total / 1e9:.2f} GB"
 
-
-def describe_step(remote: RemoteDataset | None) -> str:
-    """Say what is made of a dataset that Kaggle has, or has not."""
-    if remote is None:
-        return "a new private dataset"
-    return f"a new version after version {remote.version}"
+    step = f"a new version after version {remote.version}" if remote else "a new private dataset"
+    print(f"{folder.ref}: {len(sizes)} files, {size}, {step}", flush=True)

@@ -170,7 +170,7 @@ def find_latest(
 
 
 def find_by(entries: Sequence[Mapping], event: str, key: str, digest: str | None) -> Mapping | None:
-    """Find the newest entry of an event that has the hash `digest`; None also where the hash is unknown."""
+    """Find the newest entry of an event that has `digest` under `key`; None also where that is unknown."""
     if not digest:
         return None
     return find_latest(entries, event, lambda entry: entry.get(key) == digest)

@@ -17,7 +17,7 @@ from rich.table import Table
 from kaggle_kernels.build.listing import table_console
 from kaggle_kernels.build.spec import COMPETITIONS
 from kaggle_kernels.publish.client import Pace, connect
-from kaggle_kernels.publish.lineage import Step, describe_commit, find_push, follow_chain
+from kaggle_kernels.publish.lineage import Step, describe_commit, find_by, find_push, follow_chain
 from kaggle_kernels.publish.submit import list_submissions
 from preprocess.core import ledger
 
@@ -78,20 +78,19 @@ def format_score(value: float | str | None) -> str:
 def find_origin(submission: ApiSubmission, entries: Sequence[Mapping], metric: str) -> Origin:
     """Follow one of Kaggle's submissions through the ledger; `metric` is which of the metrics CV is."""
     # A submission that was made on another machine is in another ledger.
-    submits = [entry for entry in entries if entry["event"] == "submit"]
-    submits = [entry for entry in submits if entry.get("submission_ref") == str(submission.ref)]
-    if not submits:
+    submit = find_by(entries, "submit", "submission_ref", str(submission.ref))
+    if submit is None:
         return Origin()
 
     # The runs that its packages were made of.
-    push = find_push(entries, submits[-1])
-    steps = list(follow_chain(entries, submits[-1], push))
+    push = find_push(entries, submit)
+    steps = list(follow_chain(entries, submit, push))
     trainings = [step.entry for step in steps if step.event == "train" and step.entry]
     recipes = [Path(entry.get("recipe", "")).stem for entry in trainings]
 
-    kernel = str(submits[-1].get("kernel")).split("/")[-1]
+    kernel = str(submit.get("kernel")).split("/")[-1]
     return Origin(
-        kernel=f"{kernel} {submits[-1].get('kernel_version')}",
+        kernel=f"{kernel} {submit.get('kernel_version')}",
         commit=describe_commit(push or {}, digits=7),
         recipes=tuple(dict.fromkeys(recipes)),
         cv=find_metrics(push, steps, trainings).get(metric),
