@@ -225,8 +225,7 @@ def asks_kaggle(patience_seconds: float) -> Callable[[Callable], Callable]:
 def smoke(yes: bool, poll_seconds: float, patience_seconds: float) -> None:
     """Try every call of publishing on your Kaggle account.
 
-    Makes a private dataset of 10 KB and a kernel that reads it, and deletes both. outputs/smoke.json has the calls, without
-    names.
+    Makes a private dataset of 10 KB and a kernel that reads it, and deletes both.
     """
     from kaggle_kernels.publish import smoke as smoke_test  # noqa: PLC0415  --help starts fast
     from kaggle_kernels.publish.client import Pace  # noqa: PLC0415  --help starts fast
@@ -239,7 +238,7 @@ def smoke(yes: bool, poll_seconds: float, patience_seconds: float) -> None:
 @click.option(
     "--dry-run",
     is_flag=True,
-    help="Run all checks and list what would change, as commands of Kaggle's client.",
+    help="Run all checks and list what would change.",
 )
 @click.option(
     "--again",
@@ -335,7 +334,7 @@ def scores(competition: str, poll_seconds: float, patience_seconds: float) -> No
 def quota(poll_seconds: float, patience_seconds: float) -> None:
     """List the accelerator hours that Kaggle still grants this week."""
     from kaggle_kernels.publish.client import Pace  # noqa: PLC0415  --help starts fast
-    from kaggle_kernels.publish.quota import print_quota  # noqa: PLC0415  --help starts fast
+    from kaggle_kernels.publish.preflight import print_quota  # noqa: PLC0415  --help starts fast
 
     print_quota(Pace(poll_seconds, patience_seconds))
 

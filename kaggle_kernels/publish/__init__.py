@@ -4,13 +4,11 @@ To be read in this order:
 
     push.py            every check, then the datasets, then the kernel
     push_record.py     what was pushed last, which status and submit go by
-    preflight.py       what is checked before the first byte goes up
+    preflight.py       what is checked before the first byte goes up; accelerator hours left
     package_files.py   the files that may go up, each checked for its kind
     leak_scan.py       secrets, home paths and rows of data in them
-    quota.py           accelerator hours that Kaggle still grants
-    dataset_folder.py  a folder that is to become a dataset
     datasets.py        a private dataset, or a new version of one, compared with its folder
-    uploads.py         its files sent, each from where it was broken off
+    uploads.py         its folder, and its files sent, each from where it was broken off
     kernels.py         a kernel pushed once and read back
     submit.py          its run followed, its output checked and submitted
     scores.py          submissions with their scores beside cross-validation

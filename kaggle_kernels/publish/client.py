@@ -38,17 +38,16 @@ TIMEOUT = (CONNECT_SECONDS, ANSWER_SECONDS)
 # A call that failed is repeated for so long. With the last attempt, that is less than two minutes.
 REPEAT_SECONDS = 60
 
+# How often Kaggle is asked whether a call whose answer was lost took effect: it may show it late.
+FEW_LOOKS = 4
+
 HOW_TO_LOG_IN = (
     "run `kaggle auth login`, or put a token of kaggle.com/settings/api into KAGGLE_API_TOKEN"
 )
 
 
 class Refused(UserError):
-    """Kaggle answered and said no.
-
-    Attributes:
-        status: The HTTP status; 200 where Kaggle put its error into a normal answer.
-    """
+    """Kaggle answered and said no, with an HTTP status: 200 where it put the error into a normal answer."""
 
     def __init__(self, message: str, status: int):
         super().__init__(message)
@@ -61,11 +60,7 @@ class Refused(UserError):
 
 
 class Unanswered(UserError):
-    """No answer, or none that tells whether the call took effect.
-
-    Attributes:
-        may_have_arrived: False where it is certain that the call had no effect.
-    """
+    """No answer, or none that tells whether the call took effect: `may_have_arrived` unless that is certain."""
 
     def __init__(self, message: str, may_have_arrived: bool):
         super().__init__(message)
@@ -90,6 +85,13 @@ class Pace:
             if time.monotonic() + pause > deadline:
                 return
             time.sleep(pause)
+
+    def few_looks(self) -> Iterator[None]:
+        """Count FEW_LOOKS looks, with a pause before each but the first."""
+        for number in range(FEW_LOOKS):
+            if number:
+                time.sleep(self.pause(number))
+            yield
 
     def pause(self, number: int) -> float:
         """Seconds to wait before look or attempt `number`, counted from 0: they grow eightfold."""
@@ -118,6 +120,7 @@ class Transport:
 
         check_status(request_name, response)
         try:
+            # kagglesdk checks nothing: what it cannot read fails in many ways.
             return response_type.prepare_from(response)
         except (ValueError, KeyError, TypeError, AttributeError):
             text = " ".join(response.text.split())
@@ -132,7 +135,6 @@ class Kaggle:
 
     owner: str
     pace: Pace
-    session: requests.Session  # sends the credentials: for Kaggle's own addresses only
     blobs: BlobApiClient
     competitions: CompetitionApiClient
     datasets: DatasetApiClient
@@ -140,22 +142,18 @@ class Kaggle:
 
 
 def connect(pace: Pace) -> Kaggle:
-    """Log in with the credentials that the kaggle command would use.
-
-    Raises:
-        UserError: There are none that Kaggle takes, or Kaggle does not answer.
-    """
+    """Log in with the credentials that the kaggle command would use; UserError where Kaggle takes none."""
     # The kaggle command knows no other environment than these two.
     is_local = os.environ.get("KAGGLE_API_ENVIRONMENT") == "LOCALHOST"
     endpoint = get_endpoint(KaggleEnv.LOCAL if is_local else KaggleEnv.PROD)
     transport = Transport(f"{endpoint}/api" if is_local else endpoint)
 
+    # The session sends the credentials: it is for Kaggle's own addresses only.
     owner, auth = find_credentials(transport, pace)
     transport.session.auth = auth
     return Kaggle(
         owner=owner,
         pace=pace,
-        session=transport.session,
         blobs=BlobApiClient(transport),
         competitions=CompetitionApiClient(transport),
         datasets=DatasetApiClient(transport),
@@ -164,14 +162,7 @@ def connect(pace: Pace) -> Kaggle:
 
 
 def find_credentials(transport: Transport, pace: Pace) -> tuple[str, object]:
-    """Find the user name and what authorises a request, in the kaggle command's order.
-
-    Returns:
-        The name of the account, and an authorisation as requests takes it.
-
-    Raises:
-        UserError: There are no credentials.
-    """
+    """Find the user name and an authorisation as requests takes it, in the kaggle command's order."""
     # A token is ignored where Kaggle does not know it (any more).
     token, _ = get_access_token_from_env()
     if token:
@@ -238,6 +229,8 @@ def ask(pace: Pace, method: Callable, request, changes_something: bool = False):
             attempt += 1
             seconds = pace.pause(attempt)
             is_over = time.monotonic() - started + seconds > REPEAT_SECONDS
+
+            # Repeated, a call that took effect would make a second version, run or submission.
             if is_over or (changes_something and error.may_have_arrived):
                 raise
             print(f"  {error}; repeated after {seconds:g} s", flush=True)
@@ -246,12 +239,12 @@ def ask(pace: Pace, method: Callable, request, changes_something: bool = False):
 
 def list_all(pace: Pace, method: Callable, request, field_name: str) -> list:
     """Call a method that lists something page by page; the items in `field_name` of all pages."""
-    # A token that comes again would list for ever.
     items = []
     while True:
         answer = ask(pace, method, request)
         items.extend(getattr(answer, field_name) or [])
 
+        # A token that comes again would list for ever.
         following = answer.next_page_token
         if not following or following == request.page_token:
             return items
@@ -280,13 +273,7 @@ def as_unanswered(name: str, error: requests.RequestException) -> Unanswered:
 
 
 def check_status(name: str, response: requests.Response) -> None:
-    """Raise where an answer is an error.
-
-    Raises:
-        Refused: Of Kaggle, with its message.
-        Unanswered: 429 (nothing was done) and 5xx (unknown).
-        UserError: 401, with how to log in.
-    """
+    """Raise where an answer is an error: Refused, Unanswered, or UserError where the credentials are wrong."""
     # Kaggle's own errors are JSON; those of a gateway are pages.
     status = response.status_code
     message = response.reason or "no message"
@@ -303,6 +290,7 @@ def check_status(name: str, response: requests.Response) -> None:
         return
     if status == 401:
         raise UserError(f"Kaggle does not take these credentials ({message}): {HOW_TO_LOG_IN}")
+    # With 429 nothing was done; after a server's error it is unknown.
     if status == 429 or status >= 500:
         problem = f"Kaggle: {name}: {status} {message}; run this again later"
         raise Unanswered(problem, may_have_arrived=status != 429)

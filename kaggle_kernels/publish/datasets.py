@@ -23,17 +23,13 @@ from kagglesdk.datasets.types.dataset_api_service import (
 )
 
 from kaggle_kernels.publish.client import Kaggle, Refused, Unanswered, ask, list_all
-from kaggle_kernels.publish.dataset_folder import DatasetFolder
-from kaggle_kernels.publish.uploads import forget_uploads, read_notes, send_files
+from kaggle_kernels.publish.uploads import DatasetFolder, forget_uploads, read_notes, send_files
 from postprocess.package import METADATA
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_object
 
 # How often a new version is tried while Kaggle says 403, as it does until the last version is processed.
 BUSY_TRIES = 6
-
-# How often Kaggle is asked whether a call whose answer was lost took effect.
-LOOKS = 4
 
 # A version that lacks a file is followed by one more.
 VERSIONS_PER_PUSH = 2
@@ -64,6 +60,7 @@ def publish_dataset(kaggle: Kaggle, folder: DatasetFolder) -> dict:
     Raises:
         UserError: That cannot be done now. The next call goes on from what has arrived.
     """
+    # Nothing goes up into a public dataset, and none is made while a version is processed.
     remote = read_dataset(kaggle, folder)
     if remote:
         if not remote.has_settled(after_version=0):
@@ -85,7 +82,7 @@ def publish_version(
 ) -> RemoteDataset:
     """Make a version of the folder, and one more where Kaggle lost a file of it."""
     for _ in range(VERSIONS_PER_PUSH):
-        print(f"{folder.ref}: {describe_size(folder)}, {describe_step(remote)}", flush=True)
+        print_step(folder, remote)
         version_before = remote.version if remote else 0
         create_version(kaggle, folder, remote)
         remote = wait_until_settled(kaggle, folder, version_before)
@@ -110,21 +107,16 @@ def publish_version(
     raise UserError(f"{folder.ref}: sent twice, and still {problem}; run this again later")
 
 
-def plan_dataset(kaggle: Kaggle, folder: DatasetFolder) -> tuple[list[str], int]:
-    """Say what publish_dataset would do, without doing it.
-
-    Returns:
-        The kaggle commands that do the same, and the version that there will be.
-    """
+def plan_dataset(kaggle: Kaggle, folder: DatasetFolder) -> tuple[int, bool]:
+    """Print what publish_dataset would do: the version that there would be, and whether it is new."""
     remote = read_dataset(kaggle, folder)
     if remote and remote.has_settled(0) and not find_differences(kaggle, folder, remote):
         print(f"{folder.ref}: unchanged, version {remote.version}", flush=True)
-        return [], remote.version
+        return remote.version, False
 
-    print(f"{folder.ref}: {describe_size(folder)}, {describe_step(remote)}", flush=True)
-    if remote is None:
-        return [f"kaggle datasets create -p {folder.path}"], 1
-    return [f'kaggle datasets version -p {folder.path} -m "MESSAGE"'], remote.version + 1
+    print_step(folder, remote)
+    version_before = remote.version if remote else 0
+    return version_before + 1, True
 
 
 def read_dataset(kaggle: Kaggle, folder: DatasetFolder) -> RemoteDataset | None:
@@ -168,51 +160,44 @@ def wait_until_settled(kaggle: Kaggle, folder: DatasetFolder, after_version: int
 
 
 def create_version(kaggle: Kaggle, folder: DatasetFolder, remote: RemoteDataset | None) -> None:
-    """Send the files, and have Kaggle make a dataset or a version of them.
-
-    Raises:
-        UserError: Kaggle refuses it, or it is unknown whether it was made.
-    """
+    """Send the files, and have Kaggle make a dataset or a version of them; UserError where it refuses."""
     is_resumed = bool(read_notes(folder))
-    tokens = send_files(kaggle, folder)
-    try:
-        request_version(kaggle, folder, remote, tokens)
-    except Refused as error:
-        # Kaggle keeps files that no dataset took in for a while only.
-        has_expired = is_resumed and error.status in (400, 404)
-        if not has_expired:
-            raise as_refusal(folder, error) from None
-        print(f"  {folder.ref}: {error}; every file is sent anew", flush=True)
-        forget_uploads(folder)
+    while True:
         tokens = send_files(kaggle, folder)
         try:
             request_version(kaggle, folder, remote, tokens)
-        except Refused as second_error:
-            raise as_refusal(folder, second_error) from None
+            return
+        except Refused as error:
+            # Kaggle keeps files that no dataset took in for a while only.
+            has_expired = is_resumed and error.status in (400, 404)
+            if not has_expired:
+                raise UserError(
+                    f"{folder.ref}: {error}; mend that, then run this again: what went up is not "
+                    "sent twice"
+                ) from None
 
-
-def as_refusal(folder: DatasetFolder, error: Refused) -> UserError:
-    """Say what Kaggle refuses and what to do."""
-    return UserError(
-        f"{folder.ref}: {error}; mend that, then run this again: what went up is not sent twice"
-    )
+            # Files that were sent a moment ago cannot have expired: the second refusal is the last.
+            print(f"  {folder.ref}: {error}; every file is sent anew", flush=True)
+        forget_uploads(folder)
+        is_resumed = False
 
 
 def request_version(
     kaggle: Kaggle, folder: DatasetFolder, remote: RemoteDataset | None, tokens: list[str]
 ) -> None:
-    """Make one version of files that Kaggle has received.
+    """Make one version of files that Kaggle has received."""
+    files = []
+    for token in tokens:
+        file = ApiDatasetNewFile()
+        file.token = token
+        files.append(file)
 
-    Raises:
-        Refused: Kaggle says no.
-        Unanswered: It is unknown whether the version was made.
-    """
     if remote is None:
         method = kaggle.datasets.create_dataset
-        request = make_dataset_request(folder, tokens)
+        request = make_dataset_request(folder, files)
     else:
         method = kaggle.datasets.create_dataset_version
-        request = make_version_request(folder, tokens)
+        request = make_version_request(folder, files)
 
     for attempt in range(1, BUSY_TRIES + 1):
         try:
@@ -235,7 +220,9 @@ def request_version(
         raise Refused(answer.error, 200)
 
 
-def make_dataset_request(folder: DatasetFolder, tokens: list[str]) -> ApiCreateDatasetRequest:
+def make_dataset_request(
+    folder: DatasetFolder, files: list[ApiDatasetNewFile]
+) -> ApiCreateDatasetRequest:
     """Ask for a private dataset of files that Kaggle has received, as dataset-metadata.json describes it."""
     metadata = read_object(folder.path / METADATA)
     request = ApiCreateDatasetRequest()
@@ -246,17 +233,18 @@ def make_dataset_request(folder: DatasetFolder, tokens: list[str]) -> ApiCreateD
     request.title = metadata["title"]
     request.license_name = metadata["licenses"][0]["name"]
     request.is_private = True
-    request.files = [new_file(token) for token in tokens]
+    request.files = files
     return request
 
 
 def make_version_request(
-    folder: DatasetFolder, tokens: list[str]
+    folder: DatasetFolder, files: list[ApiDatasetNewFile]
 ) -> ApiCreateDatasetVersionRequest:
     """Ask for a new version of a dataset, of files that Kaggle has received."""
+    # The notes tell on Kaggle's page which package a version is.
     body = ApiCreateDatasetVersionRequestBody()
     body.version_notes = f"{folder.manifest} {folder.manifest_sha256()[:12]}"
-    body.files = [new_file(token) for token in tokens]
+    body.files = files
     request = ApiCreateDatasetVersionRequest()
     request.owner_slug = folder.owner
     request.dataset_slug = folder.slug
@@ -264,18 +252,9 @@ def make_version_request(
     return request
 
 
-def new_file(token: str) -> ApiDatasetNewFile:
-    """Name a file that Kaggle has received."""
-    file = ApiDatasetNewFile()
-    file.token = token
-    return file
-
-
 def is_version_there(kaggle: Kaggle, folder: DatasetFolder, before: RemoteDataset | None) -> bool:
     """Whether a call whose answer was lost made a version all the same."""
-    for look in range(LOOKS):
-        if look:
-            time.sleep(kaggle.pace.pause(look))
+    for _ in kaggle.pace.few_looks():
         if read_dataset(kaggle, folder) != before:
             return True
     return False
@@ -288,6 +267,8 @@ def find_differences(
     sizes_here = folder.sizes()
     if remote.status == "failed":
         return dict.fromkeys(sizes_here, "was not processed")
+
+    # Names and sizes first: they cost one call, and tell which files to send again.
     sizes_there = list_files(kaggle, folder, remote.version)
 
     differences = {}
@@ -352,17 +333,13 @@ def check_private(folder: DatasetFolder, remote: RemoteDataset) -> None:
         )
 
 
-def describe_size(folder: DatasetFolder) -> str:
-    """Say how much goes up."""
+def print_step(folder: DatasetFolder, remote: RemoteDataset | None) -> None:
+    """Say how much goes up, and what is made of it."""
     sizes = folder.sizes()
     total = sum(sizes.values())
+    size = f"{total / 1e6:.2f} MB"
     if total > 1e9:
-        return f"{len(sizes)} files, {total / 1e9:.2f} GB"
-    return f"{len(sizes)} files, {total / 1e6:.2f} MB"
+        size = f"{total / 1e9:.2f} GB"
 
-
-def describe_step(remote: RemoteDataset | None) -> str:
-    """Say what is made of a dataset that Kaggle has, or has not."""
-    if remote is None:
-        return "a new private dataset"
-    return f"a new version after version {remote.version}"
+    step = f"a new version after version {remote.version}" if remote else "a new private dataset"
+    print(f"{folder.ref}: {len(sizes)} files, {size}, {step}", flush=True)

@@ -7,7 +7,6 @@ it says so, and the next push names the dataset alone, whose newest version is t
 import hashlib
 import json
 import shutil
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,29 +36,17 @@ from preprocess.core.files import atomic_file, read_object
 METADATA = "kernel-metadata.json"
 CODE = "kernel.py"
 
-# How often Kaggle is asked to show what was pushed: it may take a moment.
-LOOKS = 4
-
 FINAL_STATUSES = ("COMPLETE", "ERROR", "CANCEL_ACKNOWLEDGED")
 FILES_A_PAGE = 100
 
+# Keys of kernel-metadata.json that kagglesdk has under the same name, and kinds of what a kernel reads.
+SETTINGS = ("language", "kernel_type", "is_private", "enable_gpu", "enable_tpu", "enable_internet")
+SOURCES = ("dataset", "competition", "kernel", "model")
+
 # Each key of kernel-metadata.json that Kaggle shows again, and the field of kagglesdk's ApiKernelMetadata.
-SHOWN_FIELDS = {
-    "id": "ref",
-    "title": "title",
-    "language": "language",
-    "kernel_type": "kernel_type",
-    "is_private": "is_private",
-    "enable_gpu": "enable_gpu",
-    "enable_tpu": "enable_tpu",
-    "enable_internet": "enable_internet",
-    "machine_shape": "machine_shape",
-    "docker_image": "docker_image",
-    "dataset_sources": "dataset_data_sources",
-    "competition_sources": "competition_data_sources",
-    "kernel_sources": "kernel_data_sources",
-    "model_sources": "model_data_sources",
-}
+SHOWN_FIELDS = {key: key for key in ("title", *SETTINGS, "machine_shape", "docker_image")}
+SHOWN_FIELDS["id"] = "ref"
+SHOWN_FIELDS.update({f"{kind}_sources": f"{kind}_data_sources" for kind in SOURCES})
 
 
 class PinsRefused(UserError):
@@ -68,17 +55,12 @@ class PinsRefused(UserError):
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel: its code, and its metadata by the keys of kernel-metadata.json.
-
-    Attributes:
-        code: The text of kernel.py.
-        metadata: As it is meant: with the owner, and the datasets' versions. Or as Kaggle shows it.
-        version: Its newest version on Kaggle; 0 where that is not known.
-    """
+    """A kernel as it is meant, or as Kaggle shows it."""
 
     code: str
+    # By the keys of kernel-metadata.json, with the owner and the datasets' versions filled in.
     metadata: Mapping
-    version: int = 0
+    version: int = 0  # its newest version on Kaggle; 0 where that is not known
 
     @property
     def ref(self) -> str:
@@ -87,6 +69,7 @@ class Kernel:
 
     def fingerprint(self) -> dict:
         """What is written down of a pushed kernel, to compare it with the next."""
+        # Kaggle may change the last line end.
         code_sha256 = hashlib.sha256(self.code.rstrip().encode()).hexdigest()
         # The image is a choice of the push: another one is no reason to push again.
         metadata = {key: self.metadata[key] for key in self.metadata if "docker_image" not in key}
@@ -107,14 +90,7 @@ class RunStatus:
 
 
 def read_kernel(folder: Path, owner: str, versions: Mapping[str, int], is_pinned: bool) -> Kernel:
-    """Read a built kernel as it is to be on Kaggle.
-
-    Args:
-        folder: The built kernel.
-        owner: The account.
-        versions: The version of each published dataset, by owner/slug.
-        is_pinned: Whether datasets are named with their version.
-    """
+    """Read a built kernel as it is to be on Kaggle, where `is_pinned` with the datasets' versions (by owner/slug)."""
     metadata = read_object(folder / METADATA)
     sources = []
     for source in metadata["dataset_sources"]:
@@ -187,15 +163,9 @@ def without_hidden_versions(expected: list[str], found: list[str]) -> list[str]:
 
 
 def push(kaggle: Kaggle, kernel: Kernel, version_before: int) -> tuple[int, str]:
-    """Push the kernel, which starts its visible run.
+    """Push the kernel, which starts its visible run; the new version and the address of its page.
 
-    Args:
-        kaggle: The account.
-        kernel: The kernel as it is meant.
-        version_before: Its newest version before, by which a push whose answer is lost is recognised.
-
-    Returns:
-        The new version, and the address of its page.
+    Its newest version before tells a push whose answer is lost from none.
 
     Raises:
         PinsRefused: Kaggle leaves datasets out that are named with a version.
@@ -225,25 +195,15 @@ def make_request(kernel: Kernel) -> ApiSaveKernelRequest:
     """Make kagglesdk's request of a kernel, as `kaggle kernels push` does of its folder."""
     metadata = kernel.metadata
     request = ApiSaveKernelRequest()
-
-    # What it is.
     request.slug = metadata["id"]
     request.new_title = metadata["title"]
     request.text = kernel.code
-    request.language = metadata["language"]
-    request.kernel_type = metadata["kernel_type"]
 
-    # Where it runs. kagglesdk's default for the internet is yes.
-    request.is_private = metadata["is_private"]
-    request.enable_gpu = metadata["enable_gpu"]
-    request.enable_tpu = metadata["enable_tpu"]
-    request.enable_internet = metadata["enable_internet"]
-
-    # What it reads.
-    request.dataset_data_sources = metadata["dataset_sources"]
-    request.competition_data_sources = metadata["competition_sources"]
-    request.kernel_data_sources = metadata["kernel_sources"]
-    request.model_data_sources = metadata["model_sources"]
+    # None of these is left to kagglesdk's defaults: that of the internet is yes.
+    for key in SETTINGS:
+        setattr(request, key, metadata[key])
+    for kind in SOURCES:
+        setattr(request, f"{kind}_data_sources", metadata[f"{kind}_sources"])
 
     # kagglesdk takes no None.
     for key in ("machine_shape", "docker_image", "docker_image_pinning_type"):
@@ -258,13 +218,14 @@ def check_accepted(kernel: Kernel, answer: ApiSaveKernelResponse) -> None:
     if answer.error:
         problems.append(answer.error)
     # Kaggle saves a kernel without the sources that it refuses, and runs it.
-    for name in ("dataset", "competition", "kernel", "model"):
+    for name in SOURCES:
         refused = getattr(answer, f"invalid_{name}_sources")
         if refused:
             problems.append(f"{name} sources {', '.join(refused)}: not accepted")
     if not problems:
         return
 
+    # owner/slug/VERSION was refused and nothing else: a push without versions may do.
     is_pinned = any(source.count("/") == 2 for source in answer.invalid_dataset_sources or [])
     if is_pinned and len(problems) == 1:
         raise PinsRefused(
@@ -276,9 +237,7 @@ def check_accepted(kernel: Kernel, answer: ApiSaveKernelResponse) -> None:
 
 def find_lost_push(kaggle: Kaggle, kernel: Kernel, version_before: int) -> Kernel | None:
     """Look whether a push whose answer was lost made a version all the same; the kernel as Kaggle shows it."""
-    for look in range(LOOKS):
-        if look:
-            time.sleep(kaggle.pace.pause(look))
+    for _ in kaggle.pace.few_looks():
         shown = pull(kaggle, kernel.ref)
         if shown and shown.version > version_before and not find_differences(kernel, shown):
             return shown
@@ -286,24 +245,15 @@ def find_lost_push(kaggle: Kaggle, kernel: Kernel, version_before: int) -> Kerne
 
 
 def check_pushed(kaggle: Kaggle, kernel: Kernel) -> Kernel:
-    """Compare what Kaggle shows with what was pushed; it is given a few looks.
-
-    Returns:
-        The kernel as Kaggle shows it.
-
-    Raises:
-        UserError: It is another one.
-    """
+    """Read back what was pushed, as Kaggle shows it; UserError where it is another kernel."""
     problems = ["Kaggle does not show it"]
-    for look in range(LOOKS):
-        if look:
-            time.sleep(kaggle.pace.pause(look))
+    for _ in kaggle.pace.few_looks():
         shown = pull(kaggle, kernel.ref)
-        if shown is None:
-            continue
-        problems = find_differences(kernel, shown)
+        if shown:
+            problems = find_differences(kernel, shown)
         if not problems:
             return shown
+
     raise UserError(
         f"{kernel.ref}: was pushed, and is not what was meant: {'; '.join(problems)}; run push again"
     )
@@ -334,6 +284,7 @@ def download_output(
     kaggle: Kaggle, ref: str, version: int, names: tuple[str, ...], out: Path
 ) -> None:
     """Put files of a version's output into the folder `out`, which then holds nothing else."""
+    # A file of an earlier version must not pass for one of this.
     shutil.rmtree(out, ignore_errors=True)
     request = name_version(ApiListKernelSessionOutputRequest(), ref, version)
     request.page_size = FILES_A_PAGE

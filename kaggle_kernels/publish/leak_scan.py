@@ -76,6 +76,7 @@ def find_secrets(path: Path, content: bytes) -> Iterator[str]:
         if is_vocabulary or not any(word.encode() in content for word in words.split()):
             continue
 
+        # A secret that is printed would be one more place that has it: four characters find it again.
         for match in re.finditer(pattern.encode(), content):
             line = content.count(b"\n", 0, match.start()) + 1
             shown = match[0][:4].decode("ascii", "replace")
@@ -83,18 +84,12 @@ def find_secrets(path: Path, content: bytes) -> Iterator[str]:
 
 
 def find_rows(folders: Sequence[Path], pairs: Path) -> list[str]:
-    """Find texts of the pairs in what goes up: two stretches of 48 characters of one row.
+    """Find texts of the pairs in what goes up: two stretches of 48 characters of one row; a line for each file.
 
     Case, spaces and punctuation do not count. The made-up golden rows are not looked for.
-
-    Args:
-        folders: What goes up.
-        pairs: The pairs.
-
-    Returns:
-        A line for each file with texts of rows.
     """
     places = find_places(folders)
+
     # Windows of the pairs do not overlap: so few are cut of many rows.
     ids_by_path: dict[Path, list[str]] = {}
     for row_id, stretches in read_stretches(pairs):
@@ -122,6 +117,8 @@ def find_places(folders: Sequence[Path]) -> dict[str, Path]:
         for path in sorted(folder.iterdir()):
             for text in read_texts(path):
                 places.update(dict.fromkeys(cut_windows(text, 1), path))
+
+    # A package may have the golden rows, which are made up.
     for text in find_strings(GOLDEN_ROWS):
         for window in cut_windows(text, 1):
             places.pop(window, None)
@@ -132,6 +129,7 @@ def read_texts(path: Path) -> list[str]:
     """Read the strings of a JSON file, or a text file as a whole; nothing of weights, wheels and vocabularies."""
     if not path.is_file() or path.suffix in (WEIGHTS, WHEEL) or path.name in VOCABULARIES:
         return []
+    # JSON escapes what is not ASCII: its strings are compared, not its bytes.
     text = path.read_bytes().decode("utf-8", "replace")
     if path.suffix != ".json":
         return [text]

@@ -18,19 +18,12 @@ ROW = "{:<24}{:<18}{:<15}{}"
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a chain.
+    """One step of a chain."""
 
-    Attributes:
-        depth: How far it lies from the submission.
-        event: Its event in the ledger, or `raw`.
-        facts: What it was.
-        entry: Its entry in the ledger; None where the chain is broken here.
-    """
-
-    depth: int
-    event: str
+    depth: int  # how far it lies from the submission
+    event: str  # its event in the ledger, or `raw`
     facts: str
-    entry: Mapping | None = None
+    entry: Mapping | None = None  # in the ledger; None where the chain is broken here
 
     @property
     def is_broken(self) -> bool:
@@ -39,11 +32,7 @@ class Step:
 
 
 def print_trace(reference: str) -> None:
-    """Print the chain of a spec's last submission, or of a submission or kernel (owner/slug or owner/slug/VERSION).
-
-    Raises:
-        UserError: The ledger has no such thing, or the chain does not reach the raw files.
-    """
+    """Print the chain of a submission, a spec or a kernel; UserError where it does not reach the raw files."""
     steps = list(trace(ledger.read(), reference))
     print(ROW.format("step", "time (UTC)", "commit", "facts"))
     for step in steps:
@@ -52,6 +41,7 @@ def print_trace(reference: str) -> None:
         time = entry.get("time", "")[:16].replace("T", " ")
         print(ROW.format(name, time, describe_commit(entry), step.facts))
 
+    # The whole table first: what is known helps to find what is not.
     broken_steps = sum(step.is_broken for step in steps)
     if broken_steps:
         places = "1 place" if broken_steps == 1 else f"{broken_steps} places"
@@ -64,6 +54,7 @@ def trace(entries: Sequence[Mapping], reference: str) -> Iterator[Step]:
     def is_meant(entry: Mapping) -> bool:
         return reference in names_of(entry)
 
+    # A spec that was pushed again after its submission stands for what was submitted.
     submit = find_latest(entries, "submit", is_meant)
     push = find_push(entries, submit) if submit else find_latest(entries, "push", is_meant)
     if submit is None and push is None:
@@ -106,6 +97,8 @@ def follow_package(
         problem = f"{name}: no package with the manifest {shorten(manifest)} in the ledger; package it again"
         yield Step(depth, "package", problem)
         return
+
+    # Wheels come from a package index, and lead no further back.
     if "wheels" in entry:
         yield Step(depth, "package", f"{name}: {', '.join(entry['wheels'])}", entry)
         return
@@ -177,7 +170,7 @@ def find_latest(
 
 
 def find_by(entries: Sequence[Mapping], event: str, key: str, digest: str | None) -> Mapping | None:
-    """Find the newest entry of an event that has the hash `digest`; None also where the hash is unknown."""
+    """Find the newest entry of an event that has `digest` under `key`; None also where that is unknown."""
     if not digest:
         return None
     return find_latest(entries, event, lambda entry: entry.get(key) == digest)
@@ -200,12 +193,12 @@ def name_kernel(entry: Mapping) -> str:
     return f"{entry.get('kernel')} version {entry.get('kernel_version')}"
 
 
-def describe_commit(entry: Mapping) -> str:
+def describe_commit(entry: Mapping, digits: int = SHORT) -> str:
     """The commit of the code that did it, with a + where the tree was dirty."""
     commit = entry.get("git_commit")
     if not commit:
         return ""
-    return commit[:SHORT] + ("+" if entry.get("git_dirty") else "")
+    return commit[:digits] + ("+" if entry.get("git_dirty") else "")
 
 
 def shorten(digest: str | None) -> str:

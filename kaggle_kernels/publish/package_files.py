@@ -157,20 +157,12 @@ def check_wheels(folder: Path) -> list[str]:
 
 
 def check_folder(folder: Path, manifest: str, listed: object, allowed: str) -> list[str]:
-    """Compare a folder with its manifest and with what it is defined to hold.
-
-    Args:
-        folder: The folder.
-        manifest: Its manifest's name.
-        listed: Of the manifest: `sha256` and `bytes` of each file by its name.
-        allowed: A regular expression of the names that it may hold.
-
-    Returns:
-        A line for each problem.
-    """
+    """Compare a folder with its manifest's files, and with the names that it is defined to hold; a line for each problem."""
+    # The manifest is read before its own schema is checked.
     if not isinstance(listed, Mapping) or not all(isinstance(f, Mapping) for f in listed.values()):
         return [f"{folder / manifest}: expected files with sha256 and bytes; {REMAKE}"]
 
+    # In the manifest, and not in the folder; then the other way round.
     problems = []
     for name in listed:
         if not (folder / name).is_file():
@@ -197,6 +189,7 @@ def check_folder(folder: Path, manifest: str, listed: object, allowed: str) -> l
 
 def is_unchanged(path: Path, facts: Mapping) -> bool:
     """Whether a file has the bytes that the manifest lists."""
+    # The size first: the hash of gigabytes takes a minute.
     return path.stat().st_size == facts.get("bytes") and sha256(path) == facts.get("sha256")
 
 
@@ -211,6 +204,7 @@ def check_kind(path: Path) -> list[str]:
             check_model_input(path)
         elif path.name in SCHEMAS:
             SCHEMAS[path.name].model_validate(read_object(path))
+    # The first problem of a file will do: it is made again as a whole.
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         key = ".".join(str(part) for part in first["loc"])

@@ -9,12 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kagglesdk.kernels.types.kernels_api_service import ApiGetAcceleratorQuotaStatisticsRequest
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
 from slugify import slugify as slug_of_kaggle
 
 from kaggle_kernels.build.bundle import kernel_folder, stale_files
+from kaggle_kernels.build.listing import table_console
 from kaggle_kernels.build.memory_fit import BITSANDBYTES, Fit, fit_packages
 from kaggle_kernels.build.packages import build_of, find_package, package_folder, spec_folder
 from kaggle_kernels.build.spec import Spec, read_spec
+from kaggle_kernels.publish.client import Kaggle, Pace, Refused, ask, connect
 from kaggle_kernels.publish.leak_scan import find_rows, scan
 from kaggle_kernels.publish.package_files import check_package, check_wheels
 from postprocess.package import MANIFEST, METADATA, OWNER
@@ -24,10 +29,12 @@ from preprocess.core.files import read_object
 from preprocess.core.ledger import git_state
 from recipes.pairwise.config.schema import SLUG
 
+SECONDS_PER_HOUR = 3600
+FEW_HOURS = 1.0
+
 WHEELS = Path("outputs/wheels")
-DATASET_BYTES = (
-    200 * 10**9
-)  # Kaggle's documentation: of one dataset, and of all private ones of an account together
+# Kaggle's documentation: of one dataset, and of all private ones of an account together.
+DATASET_BYTES = 200 * 10**9
 KERNEL_FILES = ("kernel.py", "kernel-metadata.json")
 # Kaggle's names.
 LICENCES = (
@@ -41,6 +48,20 @@ OWNERS = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
 @dataclass(frozen=True)
+class Quota:
+    """The hours of one kind of accelerator, and until when they count."""
+
+    hours_used: float
+    hours_allowed: float
+    until: str
+
+    @property
+    def hours_left(self) -> float:
+        """What is left of the week's hours."""
+        return max(self.hours_allowed - self.hours_used, 0.0)
+
+
+@dataclass(frozen=True)
 class Preflight:
     """A line for each check that was made, every problem, and what is only worth knowing."""
 
@@ -50,11 +71,7 @@ class Preflight:
 
 
 def preflight(spec_path: Path, owner: str) -> Preflight:
-    """Check what a push of a spec needs.
-
-    Args:
-        spec_path: The spec.
-        owner: The account; empty where it is not known.
+    """Check what a push of a spec needs; `owner` is empty where there is no account.
 
     Returns:
         All checks, errors and warnings. Bad input is among the errors; nothing is raised for it.
@@ -74,6 +91,7 @@ def preflight(spec_path: Path, owner: str) -> Preflight:
     else:
         check(report, f"{kernel_folder(spec_path)} is up to date", check_build, spec_path)
 
+    # By dataset: a package whose recipe cannot be read has no fit, and is checked all the same.
     folders = {package.dataset: package_folder(package.run) for package in spec.packages}
     fit_by_dataset = {fit.package.dataset: fit for fit in fits}
     for dataset, folder in folders.items():
@@ -92,31 +110,31 @@ def preflight(spec_path: Path, owner: str) -> Preflight:
     if spec.wheels:
         check(report, f"{WHEELS}: dataset {spec.wheels}", check_wheels_dataset, spec.wheels, fits)
 
-    uploaded = list(folders.values())
+    # Everything that leaves this machine, as far as it is there: what is absent is told above.
+    uploaded = [*folders.values(), kernel_folder(spec_path)]
     if spec.wheels:
         uploaded.append(WHEELS)
-    uploaded = [folder for folder in uploaded if folder.is_dir()]
-    scanned = [folder for folder in [*uploaded, kernel_folder(spec_path)] if folder.is_dir()]
+    scanned = [folder for folder in uploaded if folder.is_dir()]
     pairs = list(dict.fromkeys(Path(fit.recipe.pairwise.pairs) for fit in fits))
     secrets = "no secret, home path or row of data in what goes up"
     check(report, secrets, check_secrets, scanned, pairs)
     check(report, "rehearsal of this build passed", check_rehearsal, spec_path, folders)
 
+    # Two checks may come upon the same problem.
     report.warnings.extend(find_warnings(pairs))
-    report.errors[:] = dict.fromkeys(report.errors)  # two checks may come upon the same problem
+    report.errors[:] = dict.fromkeys(report.errors)
     return report
 
 
 def check(
     report: Preflight, name: str, find_problems: Callable[..., list[str]], *arguments
-) -> bool:
-    """Make one check and note it; whether it found nothing wrong. A UserError is a problem like the others."""
+) -> None:
+    """Make one check and note it. A UserError is a problem like the others."""
     try:
         problems = find_problems(*arguments)
     except UserError as error:
         problems = [str(error)]
     note_check(report, name, problems)
-    return not problems
 
 
 def read_and_note(report: Preflight, name: str, read: Callable, *arguments) -> object | None:
@@ -247,6 +265,7 @@ def check_agreement(folder: Path) -> list[str]:
             f"{file}: missing, so that it is unknown whether the package is what was trained; {remedy}"
         ]
 
+    # The golden rows' probabilities tell which package the report is of.
     report = read_object(file)
     if report.get("agrees") is not True:
         return [f"{file}: the package does not agree with the trained model; {remedy}"]
@@ -262,6 +281,7 @@ def check_wheels_dataset(slug: str, fits: Sequence[Fit]) -> list[str]:
     if (WHEELS / WHEELS_MANIFEST).is_file():
         return [*check_wheels(WHEELS), *check_dataset(WHEELS, slug)]
 
+    # Only what bitsandbytes quantised needs a wheel.
     remedy = "run `python -m postprocess.wheels`"
     if not any(fit.served.quantize in BITSANDBYTES for fit in fits):
         remedy += ", or take `wheels` out of the spec, which needs none, and build it"
@@ -321,5 +341,54 @@ def find_warnings(pairs: Sequence[Path]) -> list[str]:
             warnings.append(
                 f"{file}: not on this machine, so that its rows were not looked for in what goes up"
             )
-
     return warnings
+
+
+def read_quotas(kaggle: Kaggle) -> dict[str, Quota]:
+    """Read the week's hours of each kind of accelerator that Kaggle names."""
+    request = ApiGetAcceleratorQuotaStatisticsRequest()
+    answer = ask(kaggle.pace, kaggle.kernels.get_accelerator_quota_statistics, request)
+    until = "?"
+    if answer.quota_refresh_time:
+        until = f"{answer.quota_refresh_time:%Y-%m-%d %H:%M} UTC"
+
+    # Kaggle leaves out what an account has no right to.
+    quotas = {}
+    for name, values in (("GPU", answer.gpu_quota), ("TPU", answer.tpu_quota)):
+        if values is not None and values.total_time_allowed is not None:
+            used = values.time_used.total_seconds() / SECONDS_PER_HOUR if values.time_used else 0.0
+            allowed = values.total_time_allowed.total_seconds() / SECONDS_PER_HOUR
+            quotas[name] = Quota(used, allowed, until)
+    return quotas
+
+
+def print_quota(pace: Pace) -> None:
+    """Print a table with the hours of each kind of accelerator."""
+    table = Table(
+        "accelerator", "hours used", "hours left", "until", box=SIMPLE_HEAD, pad_edge=False
+    )
+    for name, quota in read_quotas(connect(pace)).items():
+        table.add_row(name, f"{quota.hours_used:.2f}", f"{quota.hours_left:.2f}", quota.until)
+    table_console().print(table)
+
+
+def check_gpu_hours(kaggle: Kaggle, report: Preflight) -> None:
+    """Add to a push's checks how many GPU hours are left, with a warning where they are few or unknown."""
+    try:
+        quota = read_quotas(kaggle).get("GPU")
+    except Refused as error:
+        report.warnings.append(f"GPU hours: not known ({error})")
+        return
+    if quota is None:
+        report.warnings.append("GPU hours: not known (Kaggle names none)")
+        return
+
+    # Never an error: Kaggle may know more when the kernel is pushed.
+    left = f"{quota.hours_left:g} of {quota.hours_allowed:g} left until {quota.until}"
+    report.checks.append(f"GPU hours: {left}")
+    if quota.hours_left == 0:
+        report.warnings.append(
+            f"GPU hours: {left}: Kaggle will take the datasets, and refuse the kernel until then"
+        )
+    elif quota.hours_left < FEW_HOURS:
+        report.warnings.append(f"GPU hours: {left}; a kernel that reaches the end is stopped")

@@ -13,7 +13,6 @@ from kaggle_kernels.build.ensemble_weights import measure_ensemble
 from kaggle_kernels.build.packages import package_folder
 from kaggle_kernels.build.spec import read_spec
 from kaggle_kernels.publish.client import Kaggle, Pace, connect
-from kaggle_kernels.publish.dataset_folder import DatasetFolder, find_dataset_folder
 from kaggle_kernels.publish.datasets import plan_dataset, publish_dataset
 from kaggle_kernels.publish.kernels import (
     CODE,
@@ -25,10 +24,9 @@ from kaggle_kernels.publish.kernels import (
     read_kernel,
 )
 from kaggle_kernels.publish.kernels import push as push_kernel
-from kaggle_kernels.publish.preflight import WHEELS, preflight
+from kaggle_kernels.publish.preflight import WHEELS, check_gpu_hours, preflight
 from kaggle_kernels.publish.push_record import PushRecord, last_push, one_at_a_time, write_record
-from kaggle_kernels.publish.quota import check_gpu_hours
-from kaggle_kernels.publish.uploads import WORK
+from kaggle_kernels.publish.uploads import WORK, DatasetFolder, find_dataset_folder
 from preprocess.core import ledger
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_object, sha256, write_json
@@ -39,13 +37,7 @@ PINS = WORK / "pins.json"
 
 @dataclass(frozen=True)
 class PushOptions:
-    """What the user may choose of a push.
-
-    Attributes:
-        dry_run: Only say what would be done.
-        again: Push a kernel that is unchanged too, so that it runs once more.
-        latest_image: Run in Kaggle's newest Docker image, not in that of the last push.
-    """
+    """What the user may choose of a push, as the command's --help explains it."""
 
     dry_run: bool = False
     again: bool = False
@@ -54,11 +46,6 @@ class PushOptions:
 
 def push(spec_path: Path, pace: Pace, options: PushOptions) -> None:
     """Publish the spec's datasets and its kernel.
-
-    Args:
-        spec_path: The spec, whose packages are in outputs/.
-        pace: How often and how long Kaggle is asked.
-        options: The user's choices.
 
     Raises:
         UserError: Something is wrong; every problem that can be found before is told before the first byte goes up. Also
@@ -78,11 +65,7 @@ def push(spec_path: Path, pace: Pace, options: PushOptions) -> None:
 
 
 def check_all(spec_path: Path, pace: Pace) -> Kaggle:
-    """Log in and check everything that can be checked before.
-
-    Raises:
-        UserError: All problems together.
-    """
+    """Log in and check everything that can be checked before; UserError with all problems together."""
     errors = []
     kaggle = None
     try:
@@ -115,39 +98,26 @@ def find_dataset_folders(spec_path: Path, owner: str) -> list[DatasetFolder]:
 
 
 def plan(kaggle: Kaggle, spec_path: Path, folders: list[DatasetFolder]) -> None:
-    """Print what a push would do now, as the commands of Kaggle's own client that do the same."""
-    commands = []
+    """Print what a push would change now."""
     versions = {}
+    has_new_dataset = False
     for folder in folders:
-        dataset_commands, versions[folder.ref] = plan_dataset(kaggle, folder)
-        commands.extend(dataset_commands)
+        versions[folder.ref], is_new = plan_dataset(kaggle, folder)
+        has_new_dataset = has_new_dataset or is_new
 
-    built = kernel_folder(spec_path)
-    kernel = read_kernel(built, kaggle.owner, versions, are_pins_tried())
-    if commands or find_last_version(kaggle, kernel, last_push(spec_path)) is None:
+    # A kernel names its datasets' versions, so that a new one makes a new kernel.
+    kernel = read_kernel(kernel_folder(spec_path), kaggle.owner, versions, are_pins_tried())
+    if has_new_dataset or find_last_version(kaggle, kernel, last_push(spec_path)) is None:
         sources = ", ".join(kernel.metadata["dataset_sources"])
         print(f"{kernel.ref}: a new version, with {sources}")
-        commands.append(f"kaggle kernels push -p {built}")
-
-    if not commands:
+    else:
         print("a push would change nothing")
-        return
-    print("a push would do what these commands do:")
-    for command in commands:
-        print(f"  {command}")
 
 
 def publish_kernel(
     kaggle: Kaggle, spec_path: Path, published: Mapping[str, Mapping], options: PushOptions
 ) -> None:
-    """Push the spec's kernel with the published datasets, unless it is there already.
-
-    Args:
-        kaggle: The account.
-        spec_path: The spec.
-        published: The version and the manifest's SHA-256 of each dataset, by owner/slug.
-        options: The user's choices.
-    """
+    """Push the spec's kernel with the published datasets, by owner/slug, unless it is there already."""
     built = kernel_folder(spec_path)
     versions = {ref: dataset["version"] for ref, dataset in published.items()}
     kernel = read_kernel(built, kaggle.owner, versions, are_pins_tried())
@@ -191,6 +161,7 @@ def push_once(
     kaggle: Kaggle, spec_path: Path, kernel: Kernel, published: Mapping[str, Mapping]
 ) -> PushRecord:
     """Push a kernel, and write it down before and after; the record with its version."""
+    # The version before tells a push whose answer is lost from none.
     before = pull(kaggle, kernel.ref)
     record = PushRecord(
         kernel=kernel.ref,
@@ -223,13 +194,7 @@ def are_pins_tried() -> bool:
 
 
 def choose_image(kernel: Kernel, image: str, is_latest: bool) -> Kernel:
-    """Pin the Docker image, so that the hidden run gets the one that the visible run has shown to work.
-
-    Args:
-        kernel: The kernel.
-        image: The image of the last push; empty where Kaggle has not named one.
-        is_latest: Do not pin it.
-    """
+    """Pin the Docker image of the last push (empty: not known), so that the hidden run gets what has been shown to work."""
     pinning = "latest" if is_latest else "original"
     metadata = {**kernel.metadata, "docker_image_pinning_type": pinning}
     if image:
@@ -241,9 +206,13 @@ def find_last_version(kaggle: Kaggle, kernel: Kernel, last: PushRecord | None) -
     """Find the version that the last push made, if it was of this kernel and Kaggle still has it."""
     if last is None or last.fingerprint != kernel.fingerprint():
         return None
+
+    # It may have been deleted or changed on Kaggle's page since.
     shown = pull(kaggle, kernel.ref)
     if shown is None or find_differences(kernel, shown):
         return None
+
+    # The answer was lost: the newest version is that push only where it is newer than what was there.
     if last.version is None and shown.version <= last.version_before:
         return None
     return last.version or shown.version
@@ -251,6 +220,7 @@ def find_last_version(kaggle: Kaggle, kernel: Kernel, last: PushRecord | None) -
 
 def print_sources(shown: Kernel, versions: Mapping[str, int]) -> None:
     """Say which version of each dataset the kernel has, and whether Kaggle confirms it."""
+    # Kaggle may write an owner with other capitals.
     sources = [source.lower() for source in shown.metadata["dataset_sources"] or []]
     for ref, version in versions.items():
         if f"{ref}/{version}".lower() in sources:

@@ -15,31 +15,18 @@ from preprocess.core.files import read_object, write_json
 
 @dataclass(frozen=True)
 class PushRecord:
-    """A push, written down before Kaggle gets the kernel.
+    """A push, written down before Kaggle gets the kernel."""
 
-    Attributes:
-        kernel: owner/slug.
-        fingerprint: Kernel.fingerprint() of what was pushed.
-        build: The mark of the build, which the kernel repeats in its kernel.json.
-        datasets: The version and the manifest's SHA-256 of each dataset, by owner/slug.
-        time: When it was pushed, in UTC.
-        version_before: The kernel's newest version before.
-        version: The version that the push made; None until Kaggle has said it.
-        url: The version's page.
-        image: The Docker image that Kaggle shows.
-        is_checked: Whether the kernel was read back and is what was meant.
-    """
-
-    kernel: str
-    fingerprint: dict
-    build: str
-    datasets: Mapping[str, Mapping]
-    time: str
-    version_before: int
-    version: int | None = None
+    kernel: str  # owner/slug
+    fingerprint: dict  # Kernel.fingerprint() of what was pushed
+    build: str  # the mark of the build, which the kernel repeats in its kernel.json
+    datasets: Mapping[str, Mapping]  # version and the manifest's SHA-256, by owner/slug
+    time: str  # UTC
+    version_before: int  # the kernel's newest version before
+    version: int | None = None  # None until Kaggle has said it
     url: str = ""
-    image: str = ""
-    is_checked: bool = False
+    image: str = ""  # the Docker image that Kaggle shows
+    is_checked: bool = False  # whether it was read back and is what was meant
 
     def __str__(self) -> str:
         return f"{self.kernel} version {self.version}"
@@ -69,6 +56,8 @@ def last_push(spec_path: Path) -> PushRecord | None:
     path = record_path(spec_path)
     if not path.is_file():
         return None
+
+    # Another version of this program had other fields.
     try:
         return PushRecord(**read_object(path))
     except TypeError:
@@ -87,6 +76,7 @@ def require_push(spec_path: Path) -> PushRecord:
 @contextmanager
 def one_at_a_time(lock: Path, command: str):
     """Raise UserError where the same command runs in this folder already, and turn Ctrl-C into one line."""
+    # The system lets go of the lock when a process is killed, so that none is ever left behind.
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(lock, timeout=0):

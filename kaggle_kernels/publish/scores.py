@@ -17,7 +17,7 @@ from rich.table import Table
 from kaggle_kernels.build.listing import table_console
 from kaggle_kernels.build.spec import COMPETITIONS
 from kaggle_kernels.publish.client import Pace, connect
-from kaggle_kernels.publish.lineage import Step, find_push, follow_chain
+from kaggle_kernels.publish.lineage import Step, describe_commit, find_by, find_push, follow_chain
 from kaggle_kernels.publish.submit import list_submissions
 from preprocess.core import ledger
 
@@ -67,6 +67,7 @@ def make_cells(submission: ApiSubmission, origin: Origin) -> list[str]:
 
 def format_score(value: float | str | None) -> str:
     """Write a score with four digits; empty where there is none."""
+    # Kaggle gives a text, which is empty before the score is there.
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -75,39 +76,25 @@ def format_score(value: float | str | None) -> str:
 
 
 def find_origin(submission: ApiSubmission, entries: Sequence[Mapping], metric: str) -> Origin:
-    """Follow a submission through the ledger.
-
-    Args:
-        submission: Kaggle's entry.
-        entries: The ledger.
-        metric: Which of the metrics is CV: accuracy or log_loss.
-    """
-    submits = [entry for entry in entries if entry["event"] == "submit"]
-    submits = [entry for entry in submits if entry.get("submission_ref") == str(submission.ref)]
-    if not submits:
+    """Follow one of Kaggle's submissions through the ledger; `metric` is which of the metrics CV is."""
+    # A submission that was made on another machine is in another ledger.
+    submit = find_by(entries, "submit", "submission_ref", str(submission.ref))
+    if submit is None:
         return Origin()
 
     # The runs that its packages were made of.
-    push = find_push(entries, submits[-1])
-    steps = list(follow_chain(entries, submits[-1], push))
+    push = find_push(entries, submit)
+    steps = list(follow_chain(entries, submit, push))
     trainings = [step.entry for step in steps if step.event == "train" and step.entry]
     recipes = [Path(entry.get("recipe", "")).stem for entry in trainings]
 
-    kernel = str(submits[-1].get("kernel")).split("/")[-1]
+    kernel = str(submit.get("kernel")).split("/")[-1]
     return Origin(
-        kernel=f"{kernel} {submits[-1].get('kernel_version')}",
-        commit=describe_commit(push),
+        kernel=f"{kernel} {submit.get('kernel_version')}",
+        commit=describe_commit(push or {}, digits=7),
         recipes=tuple(dict.fromkeys(recipes)),
         cv=find_metrics(push, steps, trainings).get(metric),
     )
-
-
-def describe_commit(push: Mapping | None) -> str:
-    """The commit that a kernel was pushed from, with a + where the tree was dirty."""
-    commit = (push or {}).get("git_commit")
-    if not commit:
-        return ""
-    return commit[:7] + ("+" if push.get("git_dirty") else "")
 
 
 def find_metrics(

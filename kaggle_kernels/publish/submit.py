@@ -5,7 +5,6 @@ Kaggle is asked for the pushed version itself, whatever has been run since.
 
 import csv
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,23 +39,14 @@ RECORD = "kernel.json"
 LAST_LINES = 20
 SUBMISSIONS_LISTED = 100
 
-# How often Kaggle is asked whether a submission whose answer was lost was made.
-LOOKS = 4
-
 
 @dataclass(frozen=True)
 class Submission:
-    """A submission that is to be made, or may have been made: outputs/SPEC/submit.json.
+    """A submission that is to be made, or may have been made: outputs/SPEC/submit.json."""
 
-    Attributes:
-        version: The kernel's version.
-        message: Its description, by which it is found in Kaggle's list where its ref was lost.
-        refs_before: The refs of all submissions before it.
-    """
-
-    version: int
-    message: str
-    refs_before: list[int]
+    version: int  # the kernel's
+    message: str  # by which it is found in Kaggle's list where its ref was lost
+    refs_before: list[int]  # of all submissions before it
 
 
 def status(spec_path: Path, pace: Pace, wait: bool = False) -> None:
@@ -68,7 +58,10 @@ def status(spec_path: Path, pace: Pace, wait: bool = False) -> None:
     pushed = require_push(spec_path)
     kaggle = connect(pace)
     try:
-        run = wait_for_run(kaggle, pushed) if wait else read_run(kaggle, pushed)
+        if wait:
+            run = wait_for_run(kaggle, pushed)
+        else:
+            run = read_status(kaggle, pushed.kernel, pushed.version)
     except KeyboardInterrupt:
         raise UserError("interrupted; run status again, which goes on from here") from None
 
@@ -82,21 +75,12 @@ def status(spec_path: Path, pace: Pace, wait: bool = False) -> None:
         print(f'next: python -m kaggle_kernels submit {spec_path.stem} -m "MESSAGE"')
 
 
-def read_run(kaggle: Kaggle, pushed: PushRecord) -> RunStatus:
-    """Read the status of the pushed version's run."""
-    return read_status(kaggle, pushed.kernel, pushed.version)
-
-
 def wait_for_run(kaggle: Kaggle, pushed: PushRecord) -> RunStatus:
-    """Wait until the pushed version has run, and print changes of its status and new lines of its log.
-
-    Raises:
-        UserError: It is not over within the patience.
-    """
+    """Wait until the pushed version has run, and print changes of its status and new lines of its log."""
     last_word = ""
     lines_printed = 0
     for _ in kaggle.pace.looks():
-        run = read_run(kaggle, pushed)
+        run = read_status(kaggle, pushed.kernel, pushed.version)
         # The log of a run that waits is empty.
         if run.word != "QUEUED":
             lines = read_log(kaggle, pushed.kernel, pushed.version)
@@ -123,13 +107,6 @@ def submit(
 ) -> None:
     """Submit the pushed version once it is complete and its submission.csv is one.
 
-    Args:
-        spec_path: The spec.
-        message: The submission's description on Kaggle.
-        pace: How often and how long Kaggle is asked.
-        yes: Do not ask before.
-        again: Submit a version that was submitted before.
-
     Raises:
         UserError: Something of this is not so, no submission is left today, or the version was submitted before.
     """
@@ -153,11 +130,13 @@ def submit(
         check_output(kaggle, pushed, competition, out)
         check_made_by(pushed, out / RECORD)
 
+        # A submission of the day is spent for good: the user sees before what it would be.
         print_summary(spec, pushed, message, out)
         check_allowance(kaggle, competition)
         if not yes and not click.confirm("submit this?"):
             raise UserError("nothing was submitted")
 
+        # What is in the list already is not this one, also with the same message.
         refs_before = [listed.ref for listed in list_submissions(kaggle, competition)]
         submission = Submission(pushed.version, message, refs_before)
         ref = send(kaggle, spec_path, competition, pushed, submission)
@@ -196,7 +175,7 @@ def check_complete(kaggle: Kaggle, pushed: PushRecord) -> None:
     if problems:
         raise UserError(f"{pushed}: is not what was pushed: {'; '.join(problems)}; run push again")
 
-    run = read_run(kaggle, pushed)
+    run = read_status(kaggle, pushed.kernel, pushed.version)
     if run.word != "COMPLETE":
         raise UserError(
             f"{pushed}: {run.word}, and only a COMPLETE version can be submitted; see status --wait"
@@ -271,6 +250,7 @@ def check_allowance(kaggle: Kaggle, competition: Competition) -> None:
         print(f"submissions left today: not known ({error})")
         return
 
+    # An account that has not joined is allowed none in all.
     if limits.num_allowed_now < 1 and limits.num_total == 0:
         raise UserError(
             f"{competition.slug}: Kaggle allows you none: join it there, and accept its rules"
@@ -316,11 +296,7 @@ def send(
     pushed: PushRecord,
     submission: Submission,
 ) -> int:
-    """Submit once; the submission's ref on Kaggle.
-
-    Raises:
-        UserError: Kaggle refuses it, or it is unknown whether it was made: the next call then looks for it first.
-    """
+    """Submit once; the submission's ref on Kaggle, or UserError where it refuses or its answer is lost."""
     request = ApiCreateCodeSubmissionRequest()
     request.competition_name = competition.slug
     request.kernel_owner, request.kernel_slug = pushed.kernel.split("/")
@@ -340,45 +316,39 @@ def send(
         raise UserError(f"{pushed}: not submitted: {error}") from None
     except Unanswered as error:
         # Asking again could make a second submission.
-        ref = find_lost_submission(kaggle, competition, submission, LOOKS)
-        if ref is None:
-            raise UserError(
-                f"{pushed}: perhaps submitted, perhaps not: {error}; run submit again, which "
-                "looks for it first"
-            ) from None
-        return ref
+        for _ in kaggle.pace.few_looks():
+            ref = find_lost_submission(kaggle, competition, submission)
+            if ref is not None:
+                return ref
+        raise UserError(
+            f"{pushed}: perhaps submitted, perhaps not: {error}; run submit again, which looks for "
+            "it first"
+        ) from None
     return answer.ref
 
 
 def find_lost_submission(
-    kaggle: Kaggle, competition: Competition, submission: Submission, looks: int
+    kaggle: Kaggle, competition: Competition, submission: Submission
 ) -> int | None:
     """Look in Kaggle's list for a submission whose answer was lost; its ref, or None where it is not there."""
-    for look in range(looks):
-        if look:
-            time.sleep(kaggle.pace.pause(look))
-        for listed in list_submissions(kaggle, competition):
-            # Kaggle trims a message.
-            is_same = (listed.description or "").split() == submission.message.split()
-            if is_same and listed.ref not in submission.refs_before:
-                return listed.ref
+    for listed in list_submissions(kaggle, competition):
+        # Kaggle trims a message.
+        is_same = (listed.description or "").split() == submission.message.split()
+        if is_same and listed.ref not in submission.refs_before:
+            return listed.ref
     return None
 
 
 def finish_interrupted(
     kaggle: Kaggle, spec_path: Path, competition: Competition, pushed: PushRecord, message: str
 ) -> bool:
-    """Write a submission down that an interrupted call has made.
-
-    Returns:
-        Whether it is the one that is to be made now.
-    """
+    """Write a submission down that an interrupted call has made; whether it is the one that is to be made now."""
     note = note_path(spec_path)
     if not note.is_file():
         return False
     # A minute or more has passed since: one look will do.
     submission = Submission(**read_object(note))
-    ref = find_lost_submission(kaggle, competition, submission, looks=1)
+    ref = find_lost_submission(kaggle, competition, submission)
     if ref is None:
         note.unlink()
         return False
@@ -406,6 +376,7 @@ def write_down(
         kernel_version=submission.version,
         datasets=pushed.datasets,
     )
+    # After the ledger: a call that is killed between them finds the note, and writes the line again.
     note_path(spec_path).unlink(missing_ok=True)
     print(
         f"submitted: {pushed.kernel} version {submission.version} to {competition.slug} as {ref}",

@@ -1,4 +1,4 @@
-"""The files of a dataset sent to Kaggle, each resumed where the server says that it stands.
+"""A folder that is to become a dataset, and its files sent to Kaggle, each resumed where the server says that it stands.
 
 An upload is Google's resumable one: kagglesdk gives an address, `PUT` sends bytes, and a `PUT` with
 `Content-Range: bytes */SIZE` asks how many have arrived. Where a file was going, and the token by which a dataset takes it in,
@@ -28,14 +28,63 @@ from kaggle_kernels.publish.client import (
     ask,
     check_status,
 )
-from kaggle_kernels.publish.dataset_folder import DatasetFolder
+from postprocess.package import MANIFEST, METADATA
+from postprocess.wheels.build import MANIFEST as WHEELS_MANIFEST
 from preprocess.core.errors import UserError
-from preprocess.core.files import atomic_file, read_object
+from preprocess.core.files import atomic_file, read_object, sha256
 
 WORK = Path("outputs/.push")
 
 # How often one file is begun anew in one push where the server will not have the rest of it.
 STARTS = 3
+
+MANIFESTS = (MANIFEST, WHEELS_MANIFEST)
+
+
+@dataclass(frozen=True)
+class DatasetFolder:
+    """A folder that is to be the dataset owner/slug. It is never changed."""
+
+    path: Path
+    owner: str
+    slug: str
+    manifest: str  # the file in it that lists the others with their hashes
+
+    @property
+    def ref(self) -> str:
+        """owner/slug."""
+        return f"{self.owner}/{self.slug}"
+
+    def sizes(self) -> dict[str, int]:
+        """The bytes of each file that goes up, by name. Kaggle's metadata is read, and not sent."""
+        files = [path for path in sorted(self.path.iterdir()) if path.name != METADATA]
+        return {path.name: path.stat().st_size for path in files}
+
+    def manifest_sha256(self) -> str:
+        """What tells one content of the folder from another."""
+        return sha256(self.path / self.manifest)
+
+
+def find_dataset_folder(path: Path, owner: str) -> DatasetFolder:
+    """Find what dataset a folder is to be; UserError where it is absent, not flat, or has no manifest."""
+    if not (path / METADATA).is_file():
+        raise UserError(
+            f"{path}: no {METADATA}; make the folder again with python -m postprocess RECIPE, "
+            "wheels with python -m postprocess.wheels"
+        )
+    manifests = [name for name in MANIFESTS if (path / name).is_file()]
+    if not manifests:
+        raise UserError(f"{path}: neither {' nor '.join(MANIFESTS)}; make the folder again")
+    # A dataset of ours is flat: nothing here sends folders.
+    folders = [inner.name for inner in path.iterdir() if inner.is_dir()]
+    if folders:
+        raise UserError(
+            f"{path}: holds the folder {folders[0]}, which would be left out; remove it"
+        )
+
+    # The owner in the file may be a placeholder.
+    slug = str(read_object(path / METADATA).get("id")).split("/")[-1]
+    return DatasetFolder(path, owner, slug, manifests[0])
 
 
 @dataclass(frozen=True)
@@ -52,11 +101,9 @@ class UploadLost(Exception):
 
 
 def send_files(kaggle: Kaggle, folder: DatasetFolder) -> list[str]:
-    """Send every file of a folder that has not arrived yet.
+    """Send every file of a folder that has not arrived yet; the tokens of all files.
 
-    Returns:
-        The tokens of all files, for CreateDataset and CreateDatasetVersion. There is no other source of tokens: no dataset
-        can be made before every file is there.
+    There is no other source of tokens: no dataset can be made before every file is there.
 
     Raises:
         UserError: A file cannot be sent. What has arrived is not sent again by the next call.
@@ -110,13 +157,7 @@ def start_upload(kaggle: Kaggle, path: Path) -> Upload:
 
 
 def send_rest(path: Path, url: str, pace: Pace, is_new: bool) -> None:
-    """Send what the server lacks of a file, and go on after each interruption.
-
-    Args:
-        path: The file.
-        url: Where Kaggle wants it; a signed address, which needs no credentials.
-        pace: The pauses after an interruption.
-        is_new: Whether the server has nothing yet, and need not be asked.
+    """Send what the server lacks of a file, and go on after each interruption; one that `is_new` has sent nothing.
 
     Raises:
         UploadLost: The server refuses the rest.
@@ -158,6 +199,7 @@ def send_rest(path: Path, url: str, pace: Pace, is_new: bool) -> None:
 def count_received(session: requests.Session, url: str, size: int) -> int:
     """Ask the server how many bytes of a file it has."""
     headers = {"Content-Range": f"bytes */{size}", "Content-Length": "0"}
+    # 308 says that a part is missing; any other status, that the file is complete.
     response = put(session, url, headers, b"")
     if response.status_code != 308:
         return size
@@ -187,12 +229,8 @@ def put_from(session: requests.Session, path: Path, url: str, start: int) -> Non
 
 
 def put(session: requests.Session, url: str, headers: dict, content) -> requests.Response:
-    """Make one PUT to the server that stores uploads.
-
-    Raises:
-        UploadLost: It refuses the upload: unknown, expired or not as announced.
-        Unanswered: It failed, or did not answer.
-    """
+    """Make one PUT to the server that stores uploads; UploadLost where it refuses, Unanswered where it fails."""
+    # A redirect is a 308, which has a meaning of its own here.
     try:
         response = session.put(
             url, data=content, headers=headers, timeout=TIMEOUT, allow_redirects=False
@@ -218,6 +256,7 @@ def read_notes(folder: DatasetFolder) -> dict[str, Upload]:
     path = notes_path(folder)
     if not path.is_file():
         return {}
+    # Files of another content must not come into the dataset under these names.
     notes = read_object(path)
     if notes.get("manifest") != folder.manifest_sha256():
         return {}
@@ -228,6 +267,7 @@ def write_notes(folder: DatasetFolder, uploads: dict[str, Upload]) -> None:
     """Write the uploads down, for the user's eyes only."""
     values = {name: asdict(upload) for name, upload in uploads.items()}
     text = json.dumps({"manifest": folder.manifest_sha256(), "uploads": values}, indent=1)
+    # The mode is set before there is anything to read.
     with atomic_file(notes_path(folder)) as temporary:
         temporary.touch(mode=0o600)
         temporary.write_text(text, encoding="ascii")

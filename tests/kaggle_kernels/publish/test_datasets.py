@@ -5,9 +5,8 @@ import random
 import pytest
 
 from kaggle_kernels.publish.client import Pace, connect
-from kaggle_kernels.publish.dataset_folder import find_dataset_folder
 from kaggle_kernels.publish.datasets import RemoteDataset, plan_dataset, publish_dataset
-from kaggle_kernels.publish.uploads import WORK
+from kaggle_kernels.publish.uploads import WORK, find_dataset_folder
 from preprocess.core.errors import UserError
 from preprocess.core.files import sha256
 from tests.fakes.kaggle.server import Fault
@@ -48,7 +47,7 @@ def test_new_then_unchanged_then_a_new_version(folder, kaggle, capsys):
     assert len(kaggle.calls("StartBlobUpload")) == 3
 
     make_folder(folder, config__json=b"[]")
-    assert plan_dataset(connect(FAST), find_dataset_folder(folder, "tester"))[1] == 2
+    assert plan_dataset(connect(FAST), find_dataset_folder(folder, "tester")) == (2, True)
     assert publish(folder)["version"] == 2
     check_whole(kaggle, folder)
     assert f"{REF}: unchanged, version 1" in capsys.readouterr().out

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from filelock import FileLock
 
 from kaggle_kernels.__main__ import main
-from kaggle_kernels.publish import kernels
+from kaggle_kernels.publish import client
 from kaggle_kernels.publish import push as publishing
 from preprocess.core import ledger
 from preprocess.core.files import sha256
@@ -57,11 +57,10 @@ def test_a_push_is_planned_made_and_then_has_nothing_to_do(spec, kaggle):
     planned = push(spec, "--dry-run")
     assert planned.exit_code == 0, planned.output
     assert changes(kaggle) == []
-    assert f"{REF}: a new version, with tester/tiny-two/1\n" in planned.output
-    assert planned.output.splitlines()[-2:] == [
-        "  kaggle datasets create -p outputs/two/package",
-        "  kaggle kernels push -p outputs/kernels/test",
-    ]
+    dataset_line, kernel_line = planned.output.splitlines()[-2:]
+    assert dataset_line.startswith("tester/tiny-two: 7 files, ")
+    assert dataset_line.endswith(" MB, a new private dataset")
+    assert kernel_line == f"{REF}: a new version, with tester/tiny-two/1"
 
     made = push(spec)
     assert made.exit_code == 0, made.output
@@ -149,7 +148,7 @@ def test_the_image_of_the_last_push_is_kept_unless_the_latest_is_wanted(spec, ka
 def test_a_lost_answer_to_savekernel_starts_no_second_run(spec, kaggle, monkeypatch, looks):
     kaggle.faults.append(Fault("SaveKernel", loses_answer=True))
     with monkeypatch.context() as patch:
-        patch.setattr(kernels, "LOOKS", looks)
+        patch.setattr(client, "FEW_LOOKS", looks)
         first = push(spec)
     if looks == 0:
         assert "perhaps pushed, perhaps not: Kaggle: SaveKernel: the connection broke off" in error_of(first)

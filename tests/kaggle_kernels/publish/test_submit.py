@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from kaggle_kernels.__main__ import main
 from kaggle_kernels.build.bundle import build_mark
 from kaggle_kernels.build.spec import COMPETITIONS
+from kaggle_kernels.publish import client
 from kaggle_kernels.publish import submit as module
 from kaggle_kernels.publish.kernels import read_kernel
 from kaggle_kernels.publish.push_record import PushRecord, write_record
@@ -218,7 +219,7 @@ def test_it_asks_and_where_nobody_can_answer_or_the_message_is_blank_it_refuses(
 def test_one_submission_is_made_whatever_was_lost_on_the_way(pushed, kaggle, monkeypatch, fault, looks):
     kaggle.faults.append(Fault("CreateCodeSubmission", **fault))
     with monkeypatch.context() as patch:
-        patch.setattr(module, "LOOKS", looks)
+        patch.setattr(client, "FEW_LOOKS", looks)
         ended = submit()
     if "status" in fault or looks == 0:
         assert "perhaps submitted, perhaps not: Kaggle: CreateCodeSubmission: " in refusal(ended)

@@ -10,8 +10,7 @@ import sys
 import pytest
 
 from kaggle_kernels.publish.client import Pace, connect
-from kaggle_kernels.publish.dataset_folder import find_dataset_folder
-from kaggle_kernels.publish.uploads import notes_path, read_notes, send_files
+from kaggle_kernels.publish.uploads import find_dataset_folder, notes_path, read_notes, send_files
 from preprocess.core.errors import UserError
 from tests.conftest import ROOT
 from tests.fakes.kaggle.server import Fault
@@ -22,8 +21,7 @@ SIZE = 2_000_000
 SEND = """
 from pathlib import Path
 from kaggle_kernels.publish.client import Pace, connect
-from kaggle_kernels.publish.dataset_folder import find_dataset_folder
-from kaggle_kernels.publish.uploads import send_files
+from kaggle_kernels.publish.uploads import find_dataset_folder, send_files
 send_files(connect(Pace(0.01, 20)), find_dataset_folder(Path("two"), "tester"))
 """
 
