@@ -225,7 +225,8 @@ def asks_kaggle(patience_seconds: float) -> Callable[[Callable], Callable]:
 def smoke(yes: bool, poll_seconds: float, patience_seconds: float) -> None:
     """Try every call of publishing on your Kaggle account.
 
-    Makes a private dataset of 10 KB and a kernel that reads it, and deletes both.
+    Makes a private dataset of 10 KB and a kernel that reads it, and deletes both. outputs/smoke.json has the calls, without
+    names.
     """
     from kaggle_kernels.publish import smoke as smoke_test  # noqa: PLC0415  --help starts fast
     from kaggle_kernels.publish.client import Pace  # noqa: PLC0415  --help starts fast
@@ -238,7 +239,7 @@ def smoke(yes: bool, poll_seconds: float, patience_seconds: float) -> None:
 @click.option(
     "--dry-run",
     is_flag=True,
-    help="Run all checks and list what would change.",
+    help="Run all checks and list what would change, as commands of Kaggle's client.",
 )
 @click.option(
     "--again",

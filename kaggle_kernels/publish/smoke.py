@@ -1,15 +1,18 @@
 """`smoke`: every call of publishing tried on the user's own account, with files of 10 KB, in five minutes.
 
 It makes a private dataset, a version of it, and a kernel on a CPU that reads it; follows the kernel, fetches its output, and
-deletes both.
+deletes both. The calls and what Kaggle answered go to outputs/smoke.json, without names: the transcript that the tests'
+stand-in can be compared with.
 """
 
+import json
 import secrets
 import shutil
 import tempfile
 from pathlib import Path
 
 import click
+import requests
 from kagglesdk.datasets.types.dataset_api_service import ApiDeleteDatasetRequest
 from kagglesdk.kernels.types.kernels_api_service import ApiDeleteKernelRequest
 
@@ -23,10 +26,16 @@ from postprocess.package import MANIFEST, METADATA, dataset_metadata
 from preprocess.core.errors import UserError
 from preprocess.core.files import sha256, write_json
 
+TRANSCRIPT = Path("outputs/smoke.json")
 FILE_BYTES = 10_000
 OUTPUT = "files.txt"
 
-# Run on Kaggle: its output shows which files the dataset has there.
+# Fields whose values are written down: they say how Kaggle behaves, and nothing of the account.
+SHOWN_FIELDS = (
+    *("status", "error", "code", "message", "versionNumber", "currentVersionNumber", "isPrivate"),
+    *("datasetDataSources", "invalidDatasetSources", "versionLabel", "name", "totalBytes"),
+    *("fileName", "failureMessage", "dockerImage", "dockerImagePinningType"),
+)
 CODE = f"""
 from pathlib import Path
 files = sorted(path.name for path in Path("/kaggle/input").rglob("*") if path.is_file())
@@ -35,17 +44,30 @@ Path("{OUTPUT}").write_text("\\n".join(files))
 
 
 def smoke(pace: Pace, yes: bool) -> None:
-    """Try every call that push and status make, and delete what was made; UserError where one fails."""
+    """Try every call that push and status make, and delete what was made.
+
+    Args:
+        pace: How often and how long Kaggle is asked.
+        yes: Do not ask before.
+
+    Raises:
+        UserError: A call did not do what it is relied on for.
+    """
     kaggle = connect(pace)
     slug = f"pairwise-smoke-{secrets.token_hex(4)}"
     print(f"{kaggle.owner}/{slug}: a private dataset of 10 KB and a kernel, deleted afterwards")
     if not yes and not (can_ask() and click.confirm("make them on your account?")):
         raise UserError("nothing was made")
 
+    # Every answer of Kaggle's API, as it comes.
+    exchanges: list[dict] = []
+    kaggle.session.hooks["response"].append(
+        lambda response, **_: exchanges.append(describe_exchange(response))
+    )
+
     work = Path(tempfile.mkdtemp())
     kernel = make_kernel(kaggle.owner, slug)
     try:
-        # The second content takes the other call, that for a version of a dataset which is there.
         for content in (b"a", b"b"):
             folder = write_folder(work / "dataset", slug, content, kaggle.owner)
             publish_dataset(kaggle, folder)
@@ -53,10 +75,11 @@ def smoke(pace: Pace, yes: bool) -> None:
         check_pushed(kaggle, kernel)
         check_run(kaggle, kernel, version, work / "output")
     finally:
-        # Also after Ctrl-C: a dataset counts against the account's storage.
         delete_all(kaggle, slug)
+        names = {f"{kaggle.owner}/{slug}": "USER/SLUG", kaggle.owner: "USER", slug: "SLUG"}
+        write_transcript(exchanges, names)
         shutil.rmtree(work)
-    print("every call did what it should")
+    print(f"every call did what it should; {TRANSCRIPT} has them, without names")
 
 
 def write_folder(path: Path, slug: str, content: bytes, owner: str) -> DatasetFolder:
@@ -80,7 +103,6 @@ def make_kernel(owner: str, slug: str) -> Kernel:
         "enable_tpu": False,
         "enable_internet": False,
         "machine_shape": None,
-        # With a version, which Kaggle's documentation does not mention.
         "dataset_sources": [f"{owner}/{slug}/2"],
         "competition_sources": [],
         "kernel_sources": [],
@@ -99,11 +121,48 @@ def check_run(kaggle: Kaggle, kernel: Kernel, version: int, out: Path) -> None:
     if run.word != "COMPLETE":
         raise UserError(f"{kernel.ref}: {run.word}, expected COMPLETE: {run.failure}")
 
-    # A run can be COMPLETE without its dataset, where Kaggle dropped the source.
     download_output(kaggle, kernel.ref, version, (OUTPUT,), out)
     files = (out / OUTPUT).read_text().split() if (out / OUTPUT).is_file() else []
     if "data.bin" not in files:
         raise UserError(f"{kernel.ref}: the kernel saw {files}, expected data.bin among them")
+
+
+def describe_exchange(response: requests.Response) -> dict:
+    """Describe a call and its answer: fields with their values, or with types where a value could identify somebody."""
+    try:
+        answer = response.json()
+    except ValueError:
+        answer = {}
+
+    # What is downloaded comes from a signed address elsewhere.
+    is_api = "/v1/" in response.url
+    return {
+        "call": response.url.split("/v1/")[1] if is_api else "download",
+        "request": without_values(json.loads(response.request.body or b"{}")),
+        "status": response.status_code,
+        "answer": without_values(answer),
+    }
+
+
+def without_values(value: object) -> object:
+    """Keep the values of fields that identify nobody; of all others only the type."""
+    if isinstance(value, list):
+        return [without_values(item) for item in value]
+    if not isinstance(value, dict):
+        return type(value).__name__
+
+    fields = {}
+    for name, inner in value.items():
+        fields[name] = inner if name in SHOWN_FIELDS else without_values(inner)
+    return fields
+
+
+def write_transcript(exchanges: list[dict], names: dict[str, str]) -> None:
+    """Write the calls down, with each name of the user's replaced."""
+    text = json.dumps(exchanges)
+    for name, placeholder in names.items():
+        text = text.replace(name, placeholder)
+    write_json(TRANSCRIPT, json.loads(text))
 
 
 def delete_all(kaggle: Kaggle, slug: str) -> None:
@@ -112,8 +171,6 @@ def delete_all(kaggle: Kaggle, slug: str) -> None:
     kernel.user_name, kernel.kernel_slug = kaggle.owner, slug
     dataset = ApiDeleteDatasetRequest()
     dataset.owner_slug, dataset.dataset_slug = kaggle.owner, slug
-
-    # Each by itself: where one cannot be deleted, the other still is.
     for method, request in (
         (kaggle.kernels.delete_kernel, kernel),
         (kaggle.datasets.delete_dataset, dataset),

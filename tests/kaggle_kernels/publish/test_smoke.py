@@ -1,10 +1,12 @@
-"""`smoke` against the stand-in: every call made once for real, everything deleted."""
+"""`smoke` against the stand-in: every call made once for real, everything deleted, a transcript without names."""
 
-from tests.fakes.kaggle.site import Run
+from kaggle_kernels.publish.smoke import TRANSCRIPT
+from preprocess.core.files import read_json
+from tests.fakes.kaggle.site import TOKEN, Run
 from tests.kaggle_kernels.publish.pushes import call, error_of
 
 
-def test_everything_is_tried_and_deleted(here):
+def test_everything_is_tried_deleted_and_written_down_without_names(here):
     here.site.runs.append(Run(output={"files.txt": b"data.bin\nmanifest.json"}))
     done = call("smoke", "--yes")
     assert done.exit_code == 0, done.output
@@ -12,10 +14,12 @@ def test_everything_is_tried_and_deleted(here):
     [request] = here.calls("SaveKernel")
     assert (request.asked["enableGpu"], request.asked["enableInternet"]) == (False, False)
 
-    [source] = request.asked["datasetDataSources"]
-    assert source.endswith("/2")
-    calls_made = {request.call for request in here.requests}
-    assert calls_made >= {"CreateDataset", "CreateDatasetVersion", "ListKernelSessionOutput", "DeleteDataset", "DeleteKernel"}
+    transcript = read_json(TRANSCRIPT)
+    answered = {exchange["call"].split("/")[-1] for exchange in transcript}
+    assert answered >= {"CreateDataset", "CreateDatasetVersion", "SaveKernel", "ListKernelSessionOutput", "DeleteDataset"}
+    text = TRANSCRIPT.read_text()
+    assert "USER/SLUG/2" in text
+    assert [name for name in ("tester", TOKEN, "uploads/") if name in text] == []
 
 
 def test_what_was_made_is_deleted_where_the_kernel_fails(here):
