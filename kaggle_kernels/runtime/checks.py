@@ -173,9 +173,13 @@ def parse_gpus(text: str) -> list[Gpu]:
     for line in text.splitlines():
         if line.strip():
             name, free_mib, capability = [field.strip() for field in line.rsplit(",", 2)]
-            free_bytes = int(free_mib) * MEBIBYTE if free_mib.isdigit() else None
-            is_number = re.fullmatch(r"\d+(\.\d+)?", capability) is not None
-            gpus.append(Gpu(name, free_bytes, float(capability) if is_number else None))
+            free_bytes = None
+            if free_mib.isdigit():
+                free_bytes = int(free_mib) * MEBIBYTE
+            capability_number = None
+            if re.fullmatch(r"\d+(\.\d+)?", capability):
+                capability_number = float(capability)
+            gpus.append(Gpu(name, free_bytes, capability_number))
     return gpus
 
 

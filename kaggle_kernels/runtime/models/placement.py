@@ -153,9 +153,9 @@ def split_over(
     sizes = weight_sizes(folder)
     parts = list_parts(sizes)
     numbers = balance(list(parts.values()), len(devices), byte_limit)
-    device_map = {
-        part_name: devices[number] for part_name, number in zip(parts, numbers, strict=True)
-    }
+    device_map = {}
+    for part_name, number in zip(parts, numbers, strict=True):
+        device_map[part_name] = devices[number]
 
     # What holds no weights, or those of another part, is not in the files.
     layers = find_layers(sizes)

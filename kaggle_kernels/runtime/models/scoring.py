@@ -64,7 +64,11 @@ def orders_of(contract, orders: Iterable[str]) -> tuple[str, ...]:
 
 def padded_tokens(batch: Sequence[Request]) -> int:
     """Count the tokens that are computed for a batch, padding included."""
-    lengths = [len(ids) for request in batch for ids in request.sequences]
+    lengths = []
+    for request in batch:
+        lengths += map(len, request.sequences)
+
+    # Each group is a forward pass of its own, padded to its first sequence.
     tokens = 0
     for places in group_by_length(lengths, batch[0].spare_tokens):
         longest = lengths[places[0]]
@@ -181,7 +185,9 @@ def batch_probabilities(
     model: torch.nn.Module, contract, batch: Sequence[Request], device: str, passing
 ) -> torch.Tensor:
     """Compute the probabilities of a batch in its own orders, float32 of shape (requests, verdicts)."""
-    sequences = [ids for request in batch for ids in request.sequences]
+    sequences = []
+    for request in batch:
+        sequences += request.sequences
     spare_tokens = batch[0].spare_tokens  # one package's requests have the same
     logits_bv = verdict_logits(model, contract, sequences, device, passing, spare_tokens)
 

@@ -104,13 +104,15 @@ class Worker:
 
     def note_death(self) -> tuple[list[list[Request]], list[list[Request]]]:
         """Count a death; return the batches that it was scoring, and those that lay ready."""
-        batches = list(self.outstanding.values())
         # It scores them in the order in which they were sent.
+        batches = list(self.outstanding.values())
         being_scored = batches[: self.batches_at_once]
         ready = batches[self.batches_at_once :]
         self.outstanding.clear()
         self.stop()
         self.deaths += 1
+
+        # It may have died of a lack of memory that was never reported.
         self.tokens_per_batch = max(self.tokens_per_batch // 2, 1)
 
         # A row that kills its worker when it is alone will be given up, not the worker.
@@ -180,6 +182,7 @@ def start_workers(
         worker = Worker("+".join(log_names), task, tokens_per_batch, start_process, positions)
         worker.launch()
         workers.append(worker)
+
     names = ", ".join(worker.name for worker in workers)
     log(clock, f"{package.folder.name}: loading on {names}")
     return workers
