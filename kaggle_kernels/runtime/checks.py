@@ -86,6 +86,8 @@ def installed_version(name: str) -> str | None:
     """Return the version of an installed package, None where it is absent; it is not imported."""
     if importlib.util.find_spec(name) is None:
         return None
+
+    # A module that was copied without its metadata is there all the same.
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -172,6 +174,7 @@ def parse_gpus(text: str) -> list[Gpu]:
     gpus = []
     for line in text.splitlines():
         if line.strip():
+            # A GPU's name may hold a comma: the fields are counted from the right.
             name, free_mib, capability = [field.strip() for field in line.rsplit(",", 2)]
             free_bytes = None
             if free_mib.isdigit():

@@ -165,7 +165,7 @@ def read_parquet(path: Path, columns: Sequence[str]) -> list[dict]:
     schema = pq.read_schema(path)
     names = choose_columns(path, columns, schema.names)
 
-    # A wrong type is refused here: later it would fail for one row, after hours of work.
+    # What holds no text would fail later, without the name of its column.
     for name in names:
         kind = schema.field(name).type
         if name in TEXTS and not holds_text(kind):

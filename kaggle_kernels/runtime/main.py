@@ -79,7 +79,9 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
     root = kaggle_root()
     hidden_run = is_hidden_run()
     devices = list(devices or list_devices())
-    (root / "working" / "submission.csv").unlink(missing_ok=True)  # an earlier run's
+
+    # An earlier run's submission must not pass for that of a run that fails.
+    (root / "working" / "submission.csv").unlink(missing_ok=True)
 
     # The time limit depends on the number of rows.
     test_file = find_mounted(root, settings.competition, TEST_FILES, "competitions")
@@ -201,6 +203,7 @@ def read_packages(root: Path, settings: Settings, clock: Clock) -> tuple[Setting
     kept_settings = []
     packages = []
     for number, package_settings in enumerate(settings.packages):
+        # One package less costs some accuracy, no package at all the submission.
         try:
             package = read_and_check_package(root, package_settings, settings, clock)
         except Exception as error:

@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 
 from kaggle_kernels.runtime.settings import Settings
 
-SMALLEST = 1e-6  # no probability is nearer to 0 or 1: log loss would punish it without end
+# No probability is nearer to 0 or 1: log loss would punish it without end.
+SMALLEST = 1e-6
 
 # By the number of verdicts: longer, shorter, tie. The longer one wins 62 % of human verdicts.
 PRIOR = {2: (0.6, 0.4), 3: (0.45, 0.25, 0.3)}

@@ -303,6 +303,7 @@ def predict_finish(
         and when everything is done; the shares of the first scores and of all the rest that the
         clock allows.
     """
+    # As schedule.py goes about it: one order of all rows, then the rest, model by model.
     first, *others = speeds
     loaded = before_seconds + first.loading_seconds
     once = loaded + first.seconds_for(rows, 1)
@@ -362,6 +363,7 @@ def finish_line(finish: Mapping) -> str:
     """Write one prediction, with a warning where rows will be left to the prior."""
     beginning = f"predicted for {finish['rows']:,} rows"
     clock = format_hours(finish["clock_seconds"])
+    # The share that gets no score at all is what a reader must see first.
     if finish["first_share"] < 1:
         return (
             f"warning: {beginning}: {clock} are enough for {finish['first_share']:.0%} of them; "

@@ -149,6 +149,8 @@ def start_clock(limit_seconds: float, began: float | None = None) -> Clock:
     """Make a clock for a time limit, which begins now unless it `began` before."""
     if began is None:
         began = time.monotonic()
+
+    # A rehearsal of a minute cannot spare five.
     reserve_seconds = min(RESERVE_SECONDS, limit_seconds * RESERVE_SHARE)
     return Clock(began, began + limit_seconds - reserve_seconds, reserve_seconds)
 
@@ -188,7 +190,7 @@ SETTINGS = Settings(
     min_scored=0.98,
     visible_rows=512,
     wheels="pairwise-wheels",
-    build="8a91d3844c59a8a0",
+    build="3ed3a9eeebc09f13",
 )
 
 
@@ -215,7 +217,9 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
     root = kaggle_root()
     hidden_run = is_hidden_run()
     devices = list(devices or list_devices())
-    (root / "working" / "submission.csv").unlink(missing_ok=True)  # an earlier run's
+
+    # An earlier run's submission must not pass for that of a run that fails.
+    (root / "working" / "submission.csv").unlink(missing_ok=True)
 
     # The time limit depends on the number of rows.
     test_file = find_mounted(root, settings.competition, TEST_FILES, "competitions")
@@ -330,6 +334,7 @@ def read_packages(root: Path, settings: Settings, clock: Clock) -> tuple[Setting
     kept_settings = []
     packages = []
     for number, package_settings in enumerate(settings.packages):
+        # One package less costs some accuracy, no package at all the submission.
         try:
             package = read_and_check_package(root, package_settings, settings, clock)
         except Exception as error:
@@ -1136,6 +1141,8 @@ def feed(work: Pass, worker: Worker, workers: Sequence[Worker]) -> None:
         batch = next_batch(work, worker, workers)
         if batch is None:
             return
+
+        # Loading is over: the pass's speed counts from here.
         if work.began is None:
             work.began = time.monotonic()
         worker.send(batch)
@@ -1180,6 +1187,7 @@ def receive(work: Pass, worker: Worker, workers: Sequence[Worker], clock: Clock)
     try:
         kind, *message = worker.connection.recv()
     except (EOFError, OSError):
+        # The pipe closes before the exit code is there.
         worker.process.join(timeout=5)
         exit_code = worker.process.exitcode
         return handle_worker_death(work, worker, f"died (exit code {exit_code})", clock)
@@ -1429,6 +1437,7 @@ class Worker:
 
     def send(self, batch: list[Request]) -> None:
         """Give it a batch; if it has died meanwhile, whoever reads from it will notice."""
+        # The time in which it had nothing to do counts neither as work nor as silence.
         if not self.outstanding:
             self.last_event = time.monotonic()
         self.batches_sent += 1
@@ -1457,6 +1466,8 @@ class Worker:
         """Lower the token budget below a batch that was too large, and return it."""
         batch = self.outstanding.pop(number)
         self.last_event = time.monotonic()
+
+        # A row that is alone cannot be cut, but longer ones need not be tried.
         if len(batch) > 1:
             fitting_tokens = padded_tokens(batch) // 2
         else:
@@ -1496,10 +1507,13 @@ class Worker:
 
 def start_process(task: Assignment) -> tuple:
     """Start a process for a task; return it and the pipe to it."""
-    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    # CUDA does not survive a fork.
+    context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=run_worker, args=(theirs, task), daemon=True)
     process.start()
+
+    # With the process's own end alone open, its death closes the pipe.
     theirs.close()
     return process, ours
 
@@ -1522,6 +1536,7 @@ def start_workers(
     for positions in position_groups:
         device_names = tuple(devices[position] for position in positions)
         log_names = []
+        # Two workers on one CPU would have the same name.
         for position, name in zip(positions, device_names, strict=True):
             log_names.append(f"cpu #{position}" if name == "cpu" else name)
         task = Assignment(
@@ -1612,6 +1627,8 @@ def run_worker(connection, task: Assignment) -> None:
     with contextlib.suppress(OSError):
         name = f"worker {task.position}"  # as top and ps show it
         Path("/proc/self/comm").write_text(name, encoding="utf-8")
+
+    # Several workers write to one log, where progress bars would run into each other.
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(task.threads)
     work(connection, task)
@@ -1646,6 +1663,7 @@ def work(connection, task: Assignment) -> None:
 
     def score_requests(requests):
         passing = stages.batch if stages else contextlib.nullcontext
+
         # Each thread has a current device of its own.
         on_device = contextlib.nullcontext()
         if first_device.startswith("cuda"):
@@ -1680,6 +1698,7 @@ def load_on(
 def check_golden_scores(package: Package, model: torch.nn.Module, device: str) -> float:
     """Score the golden rows, and compare them with the manifest's probabilities."""
     contract = package.contract
+
     # A golden row is scored as any other, by the code of the kernel.
     pairs = [package.model_input.pair_from_row(row["pair"]) for row in contract.golden]
     scores = score(
@@ -1692,6 +1711,8 @@ def check_golden_scores(package: Package, model: torch.nn.Module, device: str) -
         tokens_per_batch=contract.budget_tokens,
         device=device,
     )
+
+    # The largest difference is logged even where it is within the tolerance.
     worst_difference = 0.0
     for golden in package.manifest["golden"]:
         values = scores[golden["id"]]["as_given"]
@@ -1722,8 +1743,10 @@ def serve(connection, score_requests, batches_at_once: int, measure_memory) -> N
                     answer = ("out of memory", number)
                 else:
                     answer = ("failed", traceback.format_exc())
+            # Two threads that write at once would mix their messages.
             with lock:
                 tell(connection, *answer)
+
             # A CUDA error stays with its process: the other end will kill it.
             if answer[0] == "failed":
                 return
@@ -1796,8 +1819,11 @@ LOAD_BYTES_PER_SECOND = 3e8
 CHANGE_OF_ORDER = 0.06
 CHANGE_OF_MODEL = 0.1
 
-ROWS_TO_MEASURE = 30  # fewer give no standard deviation worth planning by
-SHORTEST_SECONDS = 1e-9  # of a row while no speed is measured: gains are divided by it
+# Fewer rows give no standard deviation worth planning by.
+ROWS_TO_MEASURE = 30
+
+# Of a row while no speed is measured: gains are divided by it.
+SHORTEST_SECONDS = 1e-9
 
 
 @dataclass(frozen=True)
@@ -2085,7 +2111,7 @@ def read_parquet(path: Path, columns: Sequence[str]) -> list[dict]:
     schema = pq.read_schema(path)
     names = choose_columns(path, columns, schema.names)
 
-    # A wrong type is refused here: later it would fail for one row, after hours of work.
+    # What holds no text would fail later, without the name of its column.
     for name in names:
         kind = schema.field(name).type
         if name in TEXTS and not holds_text(kind):
@@ -2237,6 +2263,7 @@ def read_package(folder: Path | str, clock: Clock | None = None) -> Package:
     for name, sha256 in contract.tokenizer_sha256.items():
         check_hash(folder / name, sha256, "contract.json")
 
+    # Another version of the tokenizers library may encode otherwise.
     tokenizer = read_tokenizer(folder)
     model_input.check_golden(tokenizer, contract)
     return Package(folder, contract, manifest, model_input, tokenizer)
@@ -2248,6 +2275,8 @@ def check_manifest(folder: Path) -> dict:
     if not manifest_path.is_file():
         raise PackageError(f"{folder}: manifest.json is missing; package the run again")
     manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+
+    # Sizes are compared first: a truncated upload shows before gigabytes are hashed.
     hashes = {}
     for name, listed in manifest["files"].items():
         if name not in NOT_MOUNTED:
@@ -2260,6 +2289,7 @@ def check_manifest(folder: Path) -> dict:
         for check in checks:
             check.result()
 
+    # A file that nobody packaged may be one that transformers would read.
     expected_names = {"manifest.json", *manifest["files"], *NOT_MOUNTED}
     present_names = {path.name for path in folder.iterdir() if path.is_file()}
     unlisted = sorted(present_names - expected_names)
@@ -2399,6 +2429,8 @@ def installed_version(name: str) -> str | None:
     """Return the version of an installed package, None where it is absent; it is not imported."""
     if importlib.util.find_spec(name) is None:
         return None
+
+    # A module that was copied without its metadata is there all the same.
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -2479,6 +2511,7 @@ def parse_gpus(text: str) -> list[Gpu]:
     gpus = []
     for line in text.splitlines():
         if line.strip():
+            # A GPU's name may hold a comma: the fields are counted from the right.
             name, free_mib, capability = [field.strip() for field in line.rsplit(",", 2)]
             free_bytes = None
             if free_mib.isdigit():
@@ -2778,6 +2811,7 @@ def predict_finish(
     speeds: Sequence[Speed], before_seconds: float, clock_seconds: float, rows: int
 ) -> dict:
     """Predict when so many rows will be done, one model after another."""
+    # As schedule.py goes about it: one order of all rows, then the rest, model by model.
     first, *others = speeds
     loaded = before_seconds + first.loading_seconds
     once = loaded + first.seconds_for(rows, 1)
@@ -2837,6 +2871,7 @@ def finish_line(finish: Mapping) -> str:
     """Write one prediction, with a warning where rows will be left to the prior."""
     beginning = f"predicted for {finish['rows']:,} rows"
     clock = format_hours(finish["clock_seconds"])
+    # The share that gets no score at all is what a reader must see first.
     if finish["first_share"] < 1:
         return (
             f"warning: {beginning}: {clock} are enough for {finish['first_share']:.0%} of them; "
@@ -2864,7 +2899,8 @@ def format_hours(seconds: float) -> str:
 # From probabilities to a submission that is whole: every id once, in the test file's order.
 # ================================================================================================
 
-SMALLEST = 1e-6  # no probability is nearer to 0 or 1: log loss would punish it without end
+# No probability is nearer to 0 or 1: log loss would punish it without end.
+SMALLEST = 1e-6
 
 # By the number of verdicts: longer, shorter, tie. The longer one wins 62 % of human verdicts.
 PRIOR = {2: (0.6, 0.4), 3: (0.45, 0.25, 0.3)}
@@ -3209,9 +3245,9 @@ def make_batches(requests: Iterable[Request], tokens_per_batch: int) -> list[lis
     A batch, padded, holds at most `tokens_per_batch` tokens; a request that is longer than that is a batch of its own.
     """
     batches: list[list[Request]] = []
-    for request in sorted(
-        requests, key=lambda request: (-request.length, request.id, request.order)
-    ):
+    # The id decides between equals, so that the batches are the same in every run.
+    ordered = sorted(requests, key=lambda request: (-request.length, request.id, request.order))
+    for request in ordered:
         if batches and padded_tokens([*batches[-1], request]) <= tokens_per_batch:
             batches[-1].append(request)
         else:
@@ -3230,6 +3266,8 @@ def score_batch(
 ) -> BatchScores:
     """Score a batch; a row that overflows float16 is computed again in float32, alone."""
     probabilities_bv = batch_probabilities(model, contract, batch, device, passing)
+
+    # Only float16 has a range that hidden states can leave.
     overflowed_rows = []
     if model.dtype is torch.float16:
         is_finite_b = probabilities_bv.isfinite().all(-1)
@@ -3547,6 +3585,7 @@ def serving_config(folder: Path | str, contract):
         )
 
     config.pad_token_id = contract.pad_token_id
+
     # Else keys and values are kept for a generation that never comes: 2.8 GB of Gemma-2-9b.
     config.use_cache = False
 
@@ -3883,12 +3922,15 @@ class GptqLinear(torch.nn.Module):
             "qzeros", torch.zeros(groups, outputs // codes_in_word, dtype=torch.int32)
         )
         self.register_buffer("scales", torch.zeros(groups, outputs, dtype=torch.float16))
+
         # Of each input its group, which is its place // group_size: nothing was reordered.
         self.register_buffer("g_idx", torch.zeros(inputs, dtype=torch.int32))
 
     def prepare(self) -> None:
         """Bring the loaded tensors into the order in which they are used; what they came in is freed."""
         words_ui = self.qweight.T.clone(memory_format=torch.contiguous_format)
+
+        # The format stores each zero less one.
         zeros_uq = unpack(self.qzeros, self.bits).T + 1
         scales_uq = self.scales.T.contiguous()
 
@@ -4091,6 +4133,7 @@ def balance(parts: Sequence[Part], devices: int, byte_limit: int | None = None) 
         most_bytes = max(stage_bytes)
         most_work = max(stage_work)
 
+        # Memory comes first: a split that does not fit is of no use, however fast.
         if byte_limit is None:
             return (0, most_work, most_bytes)
         excess_bytes = max(most_bytes - byte_limit, 0)

@@ -122,6 +122,7 @@ def balance(parts: Sequence[Part], devices: int, byte_limit: int | None = None) 
         most_bytes = max(stage_bytes)
         most_work = max(stage_work)
 
+        # Memory comes first: a split that does not fit is of no use, however fast.
         if byte_limit is None:
             return (0, most_work, most_bytes)
         excess_bytes = max(most_bytes - byte_limit, 0)

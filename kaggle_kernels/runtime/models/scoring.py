@@ -127,9 +127,9 @@ def make_batches(requests: Iterable[Request], tokens_per_batch: int) -> list[lis
     A batch, padded, holds at most `tokens_per_batch` tokens; a request that is longer than that is a batch of its own.
     """
     batches: list[list[Request]] = []
-    for request in sorted(
-        requests, key=lambda request: (-request.length, request.id, request.order)
-    ):
+    # The id decides between equals, so that the batches are the same in every run.
+    ordered = sorted(requests, key=lambda request: (-request.length, request.id, request.order))
+    for request in ordered:
         if batches and padded_tokens([*batches[-1], request]) <= tokens_per_batch:
             batches[-1].append(request)
         else:
@@ -160,6 +160,8 @@ def score_batch(
         The probabilities, those of swapped requests swapped back; NaN where float32 does not help either.
     """
     probabilities_bv = batch_probabilities(model, contract, batch, device, passing)
+
+    # Only float16 has a range that hidden states can leave.
     overflowed_rows = []
     if model.dtype is torch.float16:
         is_finite_b = probabilities_bv.isfinite().all(-1)

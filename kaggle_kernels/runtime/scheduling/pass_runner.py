@@ -166,6 +166,8 @@ def feed(work: Pass, worker: Worker, workers: Sequence[Worker]) -> None:
         batch = next_batch(work, worker, workers)
         if batch is None:
             return
+
+        # Loading is over: the pass's speed counts from here.
         if work.began is None:
             work.began = time.monotonic()
         worker.send(batch)
@@ -210,6 +212,7 @@ def receive(work: Pass, worker: Worker, workers: Sequence[Worker], clock: Clock)
     try:
         kind, *message = worker.connection.recv()
     except (EOFError, OSError):
+        # The pipe closes before the exit code is there.
         worker.process.join(timeout=5)
         exit_code = worker.process.exitcode
         return handle_worker_death(work, worker, f"died (exit code {exit_code})", clock)

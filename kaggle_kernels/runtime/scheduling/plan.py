@@ -24,8 +24,11 @@ LOAD_BYTES_PER_SECOND = 3e8
 CHANGE_OF_ORDER = 0.06
 CHANGE_OF_MODEL = 0.1
 
-ROWS_TO_MEASURE = 30  # fewer give no standard deviation worth planning by
-SHORTEST_SECONDS = 1e-9  # of a row while no speed is measured: gains are divided by it
+# Fewer rows give no standard deviation worth planning by.
+ROWS_TO_MEASURE = 30
+
+# Of a row while no speed is measured: gains are divided by it.
+SHORTEST_SECONDS = 1e-9
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,7 @@ class Worker:
 
     def send(self, batch: list[Request]) -> None:
         """Give it a batch; if it has died meanwhile, whoever reads from it will notice."""
+        # The time in which it had nothing to do counts neither as work nor as silence.
         if not self.outstanding:
             self.last_event = time.monotonic()
         self.batches_sent += 1
@@ -95,6 +96,8 @@ class Worker:
         """Lower the token budget below a batch that was too large, and return it."""
         batch = self.outstanding.pop(number)
         self.last_event = time.monotonic()
+
+        # A row that is alone cannot be cut, but longer ones need not be tried.
         if len(batch) > 1:
             fitting_tokens = padded_tokens(batch) // 2
         else:
@@ -134,10 +137,13 @@ class Worker:
 
 def start_process(task: Assignment) -> tuple:
     """Start a process for a task; return it and the pipe to it."""
-    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    # CUDA does not survive a fork.
+    context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=run_worker, args=(theirs, task), daemon=True)
     process.start()
+
+    # With the process's own end alone open, its death closes the pipe.
     theirs.close()
     return process, ours
 
@@ -170,6 +176,7 @@ def start_workers(
     for positions in position_groups:
         device_names = tuple(devices[position] for position in positions)
         log_names = []
+        # Two workers on one CPU would have the same name.
         for position, name in zip(positions, device_names, strict=True):
             log_names.append(f"cpu #{position}" if name == "cpu" else name)
         task = Assignment(
