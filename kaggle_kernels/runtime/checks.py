@@ -86,6 +86,8 @@ def installed_version(name: str) -> str | None:
     """Return the version of an installed package, None where it is absent; it is not imported."""
     if importlib.util.find_spec(name) is None:
         return None
+
+    # A module that was copied without its metadata is there all the same.
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -172,10 +174,15 @@ def parse_gpus(text: str) -> list[Gpu]:
     gpus = []
     for line in text.splitlines():
         if line.strip():
+            # A GPU's name may hold a comma: the fields are counted from the right.
             name, free_mib, capability = [field.strip() for field in line.rsplit(",", 2)]
-            free_bytes = int(free_mib) * MEBIBYTE if free_mib.isdigit() else None
-            is_number = re.fullmatch(r"\d+(\.\d+)?", capability) is not None
-            gpus.append(Gpu(name, free_bytes, float(capability) if is_number else None))
+            free_bytes = None
+            if free_mib.isdigit():
+                free_bytes = int(free_mib) * MEBIBYTE
+            capability_number = None
+            if re.fullmatch(r"\d+(\.\d+)?", capability):
+                capability_number = float(capability)
+            gpus.append(Gpu(name, free_bytes, capability_number))
     return gpus
 
 

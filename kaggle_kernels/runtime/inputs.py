@@ -49,14 +49,19 @@ def find_mounted(root: Path, slug: str, names: Sequence[str], kind: str) -> Path
                 paths_by_rank.setdefault((mount_rank, name_rank), []).append(path)
 
     # The best rank wins. The same file may be mounted twice.
-    paths = paths_by_rank[min(paths_by_rank)] if paths_by_rank else []
+    paths = []
+    if paths_by_rank:
+        paths = paths_by_rank[min(paths_by_rank)]
     distinct_files = {(path.name, hash_file(path)) for path in paths}
     if len(distinct_files) == 1:
         return paths[0]
 
     # Say what there is, so that a wrong slug shows.
-    folders_with_files = {path.parent for path in inputs.rglob("*") if path.is_file()}
-    mounted = sorted(str(folder.relative_to(inputs)) for folder in folders_with_files)
+    folders_with_files = set()
+    for path in inputs.rglob("*"):
+        if path.is_file():
+            folders_with_files.add(str(path.parent.relative_to(inputs)))
+    mounted = sorted(folders_with_files)
     raise FileNotFoundError(
         f"{inputs}: {len(paths)} files named {' or '.join(names)} below a folder {slug!r}, "
         f"expected one; mounted are {', '.join(mounted) or 'no files at all'}; "
@@ -71,13 +76,16 @@ def rank_mount(folders: Sequence[str], slug: str, kind: str) -> int | None:
         0 in a mount of `slug` (slug, competitions/slug, datasets/owner/slug), 1 in a folder of that
         name deeper inside, None outside of both.
     """
-    other_kind = "competitions" if kind == "datasets" else "datasets"
+    # A dataset's mount has its owner between the kind and the slug.
+    if kind == "datasets":
+        other_kind, slug_place = "competitions", 2
+    else:
+        other_kind, slug_place = "datasets", 1
+
+    # A dataset may have the slug of the competition that it was made for.
     is_other = len(folders) > 1 and folders[0] == other_kind
     if slug not in folders or is_other:
         return None
-
-    # A dataset's mount has its owner between the kind and the slug.
-    slug_place = 2 if kind == "datasets" else 1
     is_below_kind = folders[0] == kind and folders[slug_place : slug_place + 1] == (slug,)
     return 0 if folders[0] == slug or is_below_kind else 1
 
@@ -136,7 +144,12 @@ def read_table(path: Path, columns: Sequence[str]) -> list[dict]:
     Raises:
         ValueError: A column is missing or holds no text, or an id is no text and no whole number.
     """
-    rows = read_parquet(path, columns) if path.suffix == ".parquet" else read_csv(path, columns)
+    if path.suffix == ".parquet":
+        rows = read_parquet(path, columns)
+    else:
+        rows = read_csv(path, columns)
+
+    # Scores are joined by id, so an id must have one way to be written.
     for number, row in enumerate(rows, start=1):
         row_id = id_text(row["id"])
         if row_id is None:
@@ -151,6 +164,8 @@ def read_parquet(path: Path, columns: Sequence[str]) -> list[dict]:
     """Read columns of a Parquet file."""
     schema = pq.read_schema(path)
     names = choose_columns(path, columns, schema.names)
+
+    # What holds no text would fail later, without the name of its column.
     for name in names:
         kind = schema.field(name).type
         if name in TEXTS and not holds_text(kind):
@@ -160,6 +175,7 @@ def read_parquet(path: Path, columns: Sequence[str]) -> list[dict]:
 
 def read_csv(path: Path, columns: Sequence[str]) -> list[dict]:
     """Read columns of a CSV file as text; what a row lacks is None."""
+    # The csv module refuses fields beyond 128 KiB by default, conversations may be longer.
     csv.field_size_limit(2**31 - 1)
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
         reader = csv.DictReader(file)
@@ -201,11 +217,13 @@ def read_text(value: str | Sequence | None, are_turns: bool) -> str | list[str |
     """Read a text; with `are_turns`, the turns in its JSON list, or a text that is none."""
     if not are_turns or not isinstance(value, str):
         return value
+
     # LMSYS's files hold nulls, and texts that merely look like JSON.
     try:
         turns = json.loads(value)
     except (json.JSONDecodeError, RecursionError):
         return value
+
     if isinstance(turns, list):
         return [None if turn is None else str(turn) for turn in turns]
     return None if turns is None else value
@@ -222,6 +240,7 @@ def install_missing_wheels(root: Path, folders: Sequence[Path], wheels: str | No
     Returns:
         What was installed.
     """
+    # An image that has the library keeps its own.
     methods = set()
     for folder in folders:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

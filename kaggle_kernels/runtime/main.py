@@ -79,7 +79,9 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
     root = kaggle_root()
     hidden_run = is_hidden_run()
     devices = list(devices or list_devices())
-    (root / "working" / "submission.csv").unlink(missing_ok=True)  # an earlier run's
+
+    # An earlier run's submission must not pass for that of a run that fails.
+    (root / "working" / "submission.csv").unlink(missing_ok=True)
 
     # The time limit depends on the number of rows.
     test_file = find_mounted(root, settings.competition, TEST_FILES, "competitions")
@@ -112,6 +114,8 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
             raise ValueError(f"{shortfall}; nothing is submitted, as the visible run shows it")
         log(clock, f"warning: {shortfall}; the others get the prior")
     final = fill_unscored(rows, scored, settings.verdicts)
+
+    # The ids are read again, so that a row lost on the way here is noticed.
     ids = [row["id"] for row in read_table(test_file, ("id",))]
     write_submission(root / "working" / "submission.csv", settings, final, ids)
 
@@ -199,6 +203,7 @@ def read_packages(root: Path, settings: Settings, clock: Clock) -> tuple[Setting
     kept_settings = []
     packages = []
     for number, package_settings in enumerate(settings.packages):
+        # One package less costs some accuracy, no package at all the submission.
         try:
             package = read_and_check_package(root, package_settings, settings, clock)
         except Exception as error:
@@ -246,6 +251,7 @@ def check_package(package: Package, package_settings: PackageSettings, settings:
             "which the competition asks for"
         )
 
+    # In another order, the logits of one verdict would be taken for those of another.
     config = json.loads((package.folder / "config.json").read_text(encoding="utf-8"))
     model_type = config.get("model_type")
     if contract.verdicts != package_settings.verdicts:
@@ -306,11 +312,10 @@ def measure_speeds(board: Board) -> list[Speed]:
     """Collect what was measured of each package that scored."""
     speeds = []
     for number, package_settings in enumerate(board.inputs.settings.packages):
-        passes = [
-            record
-            for record in board.progress.passes
-            if record["run"] == package_settings.run and record["scored"]
-        ]
+        passes = []
+        for record in board.progress.passes:
+            if record["run"] == package_settings.run and record["scored"]:
+                passes.append(record)
         if not passes:
             continue
 
@@ -318,9 +323,12 @@ def measure_speeds(board: Board) -> list[Speed]:
         first_pass = passes[0]
         token_share = first_pass["tokens"] / first_pass["computed_tokens"]
         name = board.inputs.packages[number].folder.name
-        loads = [
-            worker["load_seconds"] for worker in board.progress.workers if worker["package"] == name
-        ]
+
+        # A package's workers load side by side: the slowest of them is waited for.
+        loads = []
+        for worker in board.progress.workers:
+            if worker["package"] == name:
+                loads.append(worker["load_seconds"])
         speed = Speed(
             run=package_settings.run,
             loading_seconds=max(loads, default=0.0),

@@ -71,6 +71,7 @@ def read_package(folder: Path | str, clock: Clock | None = None) -> Package:
     for name, sha256 in contract.tokenizer_sha256.items():
         check_hash(folder / name, sha256, "contract.json")
 
+    # Another version of the tokenizers library may encode otherwise.
     tokenizer = read_tokenizer(folder)
     model_input.check_golden(tokenizer, contract)
     return Package(folder, contract, manifest, model_input, tokenizer)
@@ -82,6 +83,8 @@ def check_manifest(folder: Path) -> dict:
     if not manifest_path.is_file():
         raise PackageError(f"{folder}: manifest.json is missing; package the run again")
     manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+
+    # Sizes are compared first: a truncated upload shows before gigabytes are hashed.
     hashes = {}
     for name, listed in manifest["files"].items():
         if name not in NOT_MOUNTED:
@@ -94,6 +97,7 @@ def check_manifest(folder: Path) -> dict:
         for check in checks:
             check.result()
 
+    # A file that nobody packaged may be one that transformers would read.
     expected_names = {"manifest.json", *manifest["files"], *NOT_MOUNTED}
     present_names = {path.name for path in folder.iterdir() if path.is_file()}
     unlisted = sorted(present_names - expected_names)

@@ -87,6 +87,8 @@ def start_clock(limit_seconds: float, began: float | None = None) -> Clock:
     """Make a clock for a time limit, which begins now unless it `began` before."""
     if began is None:
         began = time.monotonic()
+
+    # A rehearsal of a minute cannot spare five.
     reserve_seconds = min(RESERVE_SECONDS, limit_seconds * RESERVE_SHARE)
     return Clock(began, began + limit_seconds - reserve_seconds, reserve_seconds)
 

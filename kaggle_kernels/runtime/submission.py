@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 
 from kaggle_kernels.runtime.settings import Settings
 
-SMALLEST = 1e-6  # no probability is nearer to 0 or 1: log loss would punish it without end
+# No probability is nearer to 0 or 1: log loss would punish it without end.
+SMALLEST = 1e-6
 
 # By the number of verdicts: longer, shorter, tie. The longer one wins 62 % of human verdicts.
 PRIOR = {2: (0.6, 0.4), 3: (0.45, 0.25, 0.3)}
@@ -57,7 +58,8 @@ def soften(values: Sequence[float], temperature: float) -> list[float]:
     """Apply a temperature: above 1, probabilities become less sure. None falls below SMALLEST."""
     powers = [max(value, SMALLEST) ** (1 / temperature) for value in values]
     total = sum(powers)
-    # A second time, so that they sum to one again.
+
+    # The bound breaks the sum of one, so it is restored once more.
     bounded = [max(power / total, SMALLEST) for power in powers]
     total = sum(bounded)
     return [value / total for value in bounded]
@@ -70,9 +72,17 @@ def is_first_longer(row: Mapping) -> bool:
 
 def count_characters(text: str | Sequence[str | None] | None) -> int:
     """Count the characters of a text, or of all its turns."""
-    if text is None or isinstance(text, str):
-        return len(text or "")
-    return sum(len(turn or "") for turn in text)
+    if text is None:
+        return 0
+    if isinstance(text, str):
+        return len(text)
+
+    # A conversation of LMSYS has None for a turn without an answer.
+    characters = 0
+    for turn in text:
+        if turn is not None:
+            characters += len(turn)
+    return characters
 
 
 def prior(row: Mapping, verdicts: Sequence[str]) -> list[float]:
@@ -125,6 +135,7 @@ def write_submission(
             writer.writerow(["id", *settings.columns])
             for row_id, values in final.items():
                 answer = values
+                # One column holds the name of the winner, several hold probabilities.
                 if len(settings.columns) == 1:
                     answer = [settings.verdicts[values.index(max(values))]]
                 writer.writerow([row_id, *answer])
@@ -151,7 +162,12 @@ def check_submission(path: Path, settings: Settings, ids: Sequence[str]) -> None
     expected_header = ["id", *settings.columns]
     if header != expected_header:
         raise ValueError(f"{path}: columns {header}, expected {expected_header}")
-    check_order(path, [line[0] if line else "" for line in lines], ids)
+
+    # An empty line has no id; it still counts as a row that is not the expected one.
+    written_ids = []
+    for line in lines:
+        written_ids.append(line[0] if line else "")
+    check_order(path, written_ids, ids)
 
     for row_id, *answer in lines:
         expected = len(settings.columns)
@@ -170,7 +186,11 @@ def check_order(path: Path, written_ids: Sequence[str], ids: Sequence[str]) -> N
     for place, (written, expected) in enumerate(itertools.zip_longest(written_ids, ids), start=1):
         if written == expected:
             continue
-        here = f"row {place} is missing" if written is None else f"row {place} has {written!r}"
+
+        # zip_longest gives None where one of the two lists has ended.
+        here = f"row {place} has {written!r}"
+        if written is None:
+            here = f"row {place} is missing"
         there = "no more" if expected is None else repr(expected)
         raise ValueError(
             f"{path}: its {len(written_ids)} ids are not the test file's {len(ids)} ids in their "
@@ -214,16 +234,26 @@ def write_scores(
 
     # Each model's own opinion, order by order.
     for run, model in models.items():
-        orders = {order for by_order in model.by_id.values() for order in by_order}
+        orders: set[str] = set()
+        for by_order in model.by_id.values():
+            orders.update(by_order)
         for order in sorted(orders):
-            values_by_row = [model.by_id.get(row_id, {}).get(order) for row_id in final]
             for place, verdict in enumerate(model.verdicts):
-                columns[f"{run}_p_{verdict}_{order}"] = [
-                    None if values is None else values[place] for values in values_by_row
-                ]
+                columns[f"{run}_p_{verdict}_{order}"] = read_column(model, order, place, final)
 
     with whole_file(path) as temporary:
         pq.write_table(pa.table(columns), temporary)
+
+
+def read_column(
+    model: ModelScores, order: str, place: int, ids: Iterable[str]
+) -> list[float | None]:
+    """Read one verdict's probabilities in one order, by its place; None for a row without."""
+    column: list[float | None] = []
+    for row_id in ids:
+        values = model.by_id.get(row_id, {}).get(order)
+        column.append(None if values is None else values[place])
+    return column
 
 
 def write_record(path: Path, record: Mapping) -> None:

@@ -83,6 +83,7 @@ def choose_visible_rows(
     id_sets = [frozenset(listing["ids"]) for listing in listings]
     listed_by_all = frozenset.intersection(*id_sets)
 
+    # A rehearsal may have no train file.
     try:
         file = find_mounted(root, settings.competition, TRAIN_FILES, "competitions")
     except FileNotFoundError:
@@ -123,8 +124,10 @@ def read_train_rows(file: Path, settings: Settings, listed: frozenset[str]) -> l
     Rows are chosen and ordered by the hashes of their ids, so that the file's order is without
     effect.
     """
-    rows = read_table(file, ("id", *TEXTS, *settings.columns))
-    listed_rows = [row for row in rows if row["id"] in listed]
+    listed_rows = []
+    for row in read_table(file, ("id", *TEXTS, *settings.columns)):
+        if row["id"] in listed:
+            listed_rows.append(row)
     listed_rows.sort(key=lambda row: hashlib.sha256(row["id"].encode()).hexdigest())
     return listed_rows[: settings.visible_rows]
 
@@ -160,6 +163,7 @@ def read_winner(row: Mapping, columns: Sequence[str]) -> str | None:
         winner = row[columns[0]]
         return winner if winner in VERDICTS else None
 
+    # A flag may come as an integer, a float or a truth value, from CSV as their text.
     winners = []
     for verdict, name in zip(VERDICTS, columns, strict=True):
         if str(row[name]) in ("1", "1.0", "True"):
@@ -189,7 +193,9 @@ def report_quality(
     }
     if not visible.trained_on:
         report["quality"] = measure_quality(visible, verdicts, scored)
-        report["flips"] = {run: share_of_flips(model.by_id, ids) for run, model in models.items()}
+        report["flips"] = {}
+        for run, model in models.items():
+            report["flips"][run] = share_of_flips(model.by_id, ids)
     return report
 
 
@@ -233,12 +239,18 @@ def measure_quality(
     correct_by_length = 0
     loss = 0.0
     for row in visible.rows:
-        values, winner = scored.get(row["id"]), visible.winners[row["id"]]
+        values = scored.get(row["id"])
+        winner = visible.winners[row["id"]]
         if values is None or winner not in verdicts:
             continue
         judged += 1
         correct += verdicts[values.index(max(values))] == winner
-        correct_by_length += ("model_a" if is_first_longer(row) else "model_b") == winner
+
+        # The baseline that any model must beat.
+        longer = "model_a" if is_first_longer(row) else "model_b"
+        correct_by_length += longer == winner
+
+        # A probability of 0 would make the loss infinite.
         loss -= math.log(max(values[verdicts.index(winner)], 1e-15))
 
     ties_left_out = 0
@@ -267,6 +279,7 @@ def share_of_flips(
     flips = 0
     for row_id in ids:
         by_order = scores.get(row_id, {})
+        # What time did not allow has one order, and cannot flip.
         if len(by_order) == 2:
             first, second = by_order.values()
             rows += 1
@@ -290,6 +303,7 @@ def predict_finish(
         and when everything is done; the shares of the first scores and of all the rest that the
         clock allows.
     """
+    # As schedule.py goes about it: one order of all rows, then the rest, model by model.
     first, *others = speeds
     loaded = before_seconds + first.loading_seconds
     once = loaded + first.seconds_for(rows, 1)
@@ -349,6 +363,7 @@ def finish_line(finish: Mapping) -> str:
     """Write one prediction, with a warning where rows will be left to the prior."""
     beginning = f"predicted for {finish['rows']:,} rows"
     clock = format_hours(finish["clock_seconds"])
+    # The share that gets no score at all is what a reader must see first.
     if finish["first_share"] < 1:
         return (
             f"warning: {beginning}: {clock} are enough for {finish['first_share']:.0%} of them; "

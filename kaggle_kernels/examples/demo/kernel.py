@@ -149,6 +149,8 @@ def start_clock(limit_seconds: float, began: float | None = None) -> Clock:
     """Make a clock for a time limit, which begins now unless it `began` before."""
     if began is None:
         began = time.monotonic()
+
+    # A rehearsal of a minute cannot spare five.
     reserve_seconds = min(RESERVE_SECONDS, limit_seconds * RESERVE_SHARE)
     return Clock(began, began + limit_seconds - reserve_seconds, reserve_seconds)
 
@@ -188,7 +190,7 @@ SETTINGS = Settings(
     min_scored=0.98,
     visible_rows=512,
     wheels="pairwise-wheels",
-    build="ec8f859f0014d275",
+    build="3ed3a9eeebc09f13",
 )
 
 
@@ -215,7 +217,9 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
     root = kaggle_root()
     hidden_run = is_hidden_run()
     devices = list(devices or list_devices())
-    (root / "working" / "submission.csv").unlink(missing_ok=True)  # an earlier run's
+
+    # An earlier run's submission must not pass for that of a run that fails.
+    (root / "working" / "submission.csv").unlink(missing_ok=True)
 
     # The time limit depends on the number of rows.
     test_file = find_mounted(root, settings.competition, TEST_FILES, "competitions")
@@ -248,6 +252,8 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
             raise ValueError(f"{shortfall}; nothing is submitted, as the visible run shows it")
         log(clock, f"warning: {shortfall}; the others get the prior")
     final = fill_unscored(rows, scored, settings.verdicts)
+
+    # The ids are read again, so that a row lost on the way here is noticed.
     ids = [row["id"] for row in read_table(test_file, ("id",))]
     write_submission(root / "working" / "submission.csv", settings, final, ids)
 
@@ -328,6 +334,7 @@ def read_packages(root: Path, settings: Settings, clock: Clock) -> tuple[Setting
     kept_settings = []
     packages = []
     for number, package_settings in enumerate(settings.packages):
+        # One package less costs some accuracy, no package at all the submission.
         try:
             package = read_and_check_package(root, package_settings, settings, clock)
         except Exception as error:
@@ -375,6 +382,7 @@ def check_package(package: Package, package_settings: PackageSettings, settings:
             "which the competition asks for"
         )
 
+    # In another order, the logits of one verdict would be taken for those of another.
     config = json.loads((package.folder / "config.json").read_text(encoding="utf-8"))
     model_type = config.get("model_type")
     if contract.verdicts != package_settings.verdicts:
@@ -435,11 +443,10 @@ def measure_speeds(board: Board) -> list[Speed]:
     """Collect what was measured of each package that scored."""
     speeds = []
     for number, package_settings in enumerate(board.inputs.settings.packages):
-        passes = [
-            record
-            for record in board.progress.passes
-            if record["run"] == package_settings.run and record["scored"]
-        ]
+        passes = []
+        for record in board.progress.passes:
+            if record["run"] == package_settings.run and record["scored"]:
+                passes.append(record)
         if not passes:
             continue
 
@@ -447,9 +454,12 @@ def measure_speeds(board: Board) -> list[Speed]:
         first_pass = passes[0]
         token_share = first_pass["tokens"] / first_pass["computed_tokens"]
         name = board.inputs.packages[number].folder.name
-        loads = [
-            worker["load_seconds"] for worker in board.progress.workers if worker["package"] == name
-        ]
+
+        # A package's workers load side by side: the slowest of them is waited for.
+        loads = []
+        for worker in board.progress.workers:
+            if worker["package"] == name:
+                loads.append(worker["load_seconds"])
         speed = Speed(
             run=package_settings.run,
             loading_seconds=max(loads, default=0.0),
@@ -539,11 +549,14 @@ class Board:
     def unscored(self, key: Key, group: Sequence[str]) -> list[str]:
         """List those rows of a group that a pass has still to score."""
         number, _ = key
-        finished = self.progress.tried.get(key, set()) | self.progress.given_up.get(number, set())
+        tried = self.progress.tried.get(key, set())
+        given_up = self.progress.given_up.get(number, set())
+        finished = tried | given_up
         return [row_id for row_id in group if row_id not in finished]
 
     def probabilities(self) -> dict[str, list[float]]:
         """Combine what the packages that are not left out have given so far, by id."""
+        # The weights of packages that are left out must not count.
         package_settings = []
         packages = []
         scores = []
@@ -588,6 +601,8 @@ def make_board(
     for row in rows:
         group = counting if row["counts"] else others
         group.append(row["id"])
+
+    threads = max(len(os.sched_getaffinity(0)) // len(devices), 1)
     inputs = Inputs(
         settings=settings,
         packages=packages,
@@ -595,7 +610,7 @@ def make_board(
         rows=rows,
         row_groups=[group for group in (counting, others) if group],
         devices=dict(enumerate(devices)),
-        threads=max(len(os.sched_getaffinity(0)) // len(devices), 1),
+        threads=threads,
         clock=clock,
         hidden_run=hidden_run,
     )
@@ -629,7 +644,9 @@ def score_all(board: Board) -> None:
             next_pass = plan_next_pass(board, loaded, workers)
             if next_pass is None:
                 return
+
             try:
+                # Two models do not fit one GPU: the old one goes before the new one comes.
                 if next_pass.package != loaded:
                     retire(board, workers)
                     workers = start_team(board, next_pass.package)
@@ -655,6 +672,7 @@ def leave_out(board: Board, number: int, error: Exception) -> None:
 
 def plan_next_pass(board: Board, loaded: int | None, workers: Sequence[Worker]) -> NextPass | None:
     """Decide what to do next: rows that count come first, the others get what time is left."""
+    # Workers are gone for good once they died too often; no plan brings them back.
     all_gone = bool(workers) and all(worker.gone for worker in workers)
     if all_gone:
         log(board.inputs.clock, "no device is left; rows without a score get the prior")
@@ -671,6 +689,7 @@ def plan_next_pass(board: Board, loaded: int | None, workers: Sequence[Worker]) 
 
 def plan_group(board: Board, group: Sequence[str], loaded: int | None) -> NextPass | None:
     """Plan a group's next pass: one order of all its rows, then what a new plan begins with."""
+    # A group's rows are all encoded in its first pass, so that one of them tells of all.
     is_begun = group[0] in board.measured.tokens
     if not is_begun:
         packages = board.progress.packages
@@ -688,17 +707,25 @@ def plan_group(board: Board, group: Sequence[str], loaded: int | None) -> NextPa
         options, board.probabilities(), board.measured.tokens, seconds_left, by_log_loss
     )
     note_plan(board, shares, seconds_left)
+
+    # An option without rows gets no time.
     planned = [share for share in shares if share.gains]
     if not planned:
         return None
     first, *later = planned
 
     # The pass may last until what is planned after it must begin to load.
-    load_seconds = {share.option.package: share.option.load_seconds for share in later}
+    # A package that has two passes is loaded once.
+    load_seconds: dict[int, float] = {}
+    seconds_for_later = 0.0
+    for share in later:
+        seconds_for_later += share.seconds
+        load_seconds[share.option.package] = share.option.load_seconds
     load_seconds.pop(first.option.package, None)
-    seconds_for_later = sum(share.seconds for share in later) + sum(load_seconds.values())
+    seconds_for_later += sum(load_seconds.values())
     deadline = now + seconds_left - seconds_for_later
 
+    # Where no row must be left out, taking them by length wastes the least padding.
     has_every_row = len(first.gains) == len(first.option.unscored)
     gains = None if has_every_row else first.gains
     return NextPass(
@@ -709,8 +736,9 @@ def plan_group(board: Board, group: Sequence[str], loaded: int | None) -> NextPa
 def make_options(board: Board, group: Sequence[str], loaded: int | None) -> list[Option]:
     """List every pass that has rows of the group left, those of the loaded model first."""
     # Loading takes long: the model that is there comes first.
+    packages = sorted(board.progress.packages, key=lambda number: number != loaded)
     options = []
-    for number in sorted(board.progress.packages, key=lambda number: number != loaded):
+    for number in packages:
         for order in board.orders(number):
             unscored = board.unscored((number, order), group)
             if unscored:
@@ -729,7 +757,10 @@ def make_option(board: Board, key: Key, unscored: list[str], is_loaded: bool) ->
     total_weight = sum(settings.packages[other].weight for other in progress.packages)
     relative_weight = settings.packages[number].weight / total_weight
     is_new_model = not any(progress.tried.get((number, other)) for other in board.orders(number))
-    typical_change = 2 * CHANGE_OF_MODEL if is_new_model else CHANGE_OF_ORDER
+    if is_new_model:
+        typical_change = 2 * CHANGE_OF_MODEL
+    else:
+        typical_change = CHANGE_OF_ORDER
     change = measured.changes.get(key, typical_change * relative_weight)
 
     # Before a package has run, its speed follows from another one's and the parameters of both.
@@ -739,8 +770,13 @@ def make_option(board: Board, key: Key, unscored: list[str], is_loaded: bool) ->
         rate = other_rate * flop_per_token(packages[other]) / flop_per_token(packages[number])
     seconds_per_token = PADDING / rate if rate else 0.0
 
-    copies = 1 if settings.packages[number].placement == "split" else len(progress.devices)
-    load_seconds = 0.0 if is_loaded else loading_seconds(packages[number], copies)
+    # All devices load from one disk, so that further copies take time as well.
+    copies = len(progress.devices)
+    if settings.packages[number].placement == "split":
+        copies = 1
+    load_seconds = 0.0
+    if not is_loaded:
+        load_seconds = loading_seconds(packages[number], copies)
     return Option(number, order, change, seconds_per_token, load_seconds, unscored)
 
 
@@ -766,6 +802,8 @@ def start_team(board: Board, number: int) -> list[Worker]:
     inputs, devices = board.inputs, board.progress.devices
     package, settings = inputs.packages[number], inputs.settings
     package_settings = settings.packages[number]
+
+    # The layers of a split model were placed for all of the devices.
     is_incomplete = package_settings.placement == "split" and len(devices) < len(inputs.devices)
     if not devices or is_incomplete:
         raise LoadError(f"{package.folder}: no device is left for it")
@@ -842,7 +880,8 @@ def note_pass(
     # Rows that the pass left are tried again, unless nothing came of any: that would never end.
     finished = {request.id for request in requests}
     if work.scores or all(worker.gone for worker in workers):
-        finished -= {request.id for batch in work.queue for request in batch}
+        for batch in work.queue:
+            finished.difference_update(request.id for request in batch)
     progress.tried.setdefault(key, set()).update(finished)
 
     for request in requests:
@@ -878,9 +917,11 @@ class Encoder:
 
     def requests(self, number: int, order: str, rows: Sequence[Mapping]) -> list[Request]:
         """Return the rows' requests, in the rows' order."""
-        by_id = {}
+        encoded = []
         if (number, order) in self.ahead:
-            by_id = {request.id: request for request in self.ahead[number, order].result()}
+            encoded = self.ahead[number, order].result()
+        by_id = {request.id: request for request in encoded}
+
         # Rows that nobody expected to be needed.
         missing_rows = [row for row in rows if row["id"] not in by_id]
         if missing_rows:
@@ -896,6 +937,7 @@ class Encoder:
         for start in range(0, len(rows), ENCODED_AT_ONCE):
             if self.closing.is_set():
                 return encoded
+
             part = rows[start : start + ENCODED_AT_ONCE]
             pairs = [package.model_input.pair_from_row(row) for row in part]
             with self.tokenizers[number]:
@@ -935,6 +977,7 @@ def combine(
 
     Orders are averaged, then packages by weight, then the temperature is applied.
     """
+    # A row has as many opinions as packages have scored it.
     opinions: dict[str, list[list[float]]] = {}
     weights: dict[str, list[float]] = {}
     for package_settings, package, package_scores in zip(
@@ -1023,7 +1066,9 @@ class Pass:
     def seconds_left(self, workers: Sequence[Worker]) -> float:
         """Predict how long the living workers need for the queue; 0 before their first batch."""
         rate = sum(worker.rate() for worker in workers if not worker.gone)
-        return self.queued_tokens / rate if rate else 0.0
+        if not rate:
+            return 0.0
+        return self.queued_tokens / rate
 
     def seconds(self) -> float:
         """Return the seconds since its first batch was sent: loading a model does not count."""
@@ -1058,6 +1103,7 @@ def make_pass(
 def run_pass(work: Pass, workers: Sequence[Worker], clock: Clock) -> Pass:
     """Work through the queue; PackageError where the last worker refuses the package."""
     log(clock, f"{work.label}: {work.rows} rows in {len(work.queue)} batches")
+
     # Workers that died late in the pass before may not have been restarted.
     for worker in workers:
         if not worker.process and not worker.gone and time.monotonic() < work.deadline:
@@ -1095,6 +1141,8 @@ def feed(work: Pass, worker: Worker, workers: Sequence[Worker]) -> None:
         batch = next_batch(work, worker, workers)
         if batch is None:
             return
+
+        # Loading is over: the pass's speed counts from here.
         if work.began is None:
             work.began = time.monotonic()
         worker.send(batch)
@@ -1108,8 +1156,10 @@ def next_batch(work: Pass, worker: Worker, workers: Sequence[Worker]) -> list[Re
 
     # Long rows stand first. Where time is short, they are left for the end.
     from_end = work.may_reorder and work.seconds_left(workers) > seconds_left
-    put_back = work.put_last if from_end else work.put_first
-    put_off = work.put_first if from_end else work.put_last
+    if from_end:
+        put_back, put_off = work.put_last, work.put_first
+    else:
+        put_back, put_off = work.put_first, work.put_last
 
     # The first batch that this worker has not proven too small for.
     whole_batch = None
@@ -1137,6 +1187,7 @@ def receive(work: Pass, worker: Worker, workers: Sequence[Worker], clock: Clock)
     try:
         kind, *message = worker.connection.recv()
     except (EOFError, OSError):
+        # The pipe closes before the exit code is there.
         worker.process.join(timeout=5)
         exit_code = worker.process.exitcode
         return handle_worker_death(work, worker, f"died (exit code {exit_code})", clock)
@@ -1157,6 +1208,7 @@ def receive(work: Pass, worker: Worker, workers: Sequence[Worker], clock: Clock)
         budget = f"{worker.tokens_per_batch} tokens a batch from now on"
         log(clock, f"{worker.name}: out of memory: {budget}{outcome}")
     elif kind == "refused":
+        # One device alone may be faulty; the last one has nobody to contradict it.
         [reason] = message
         if all(other.gone for other in workers if other is not worker):
             raise PackageError(reason)
@@ -1174,6 +1226,7 @@ def return_large_batch(
 
     A row that was alone in it is left to the other workers, or given up.
     """
+    # The worker's budget is smaller now, so next_batch cuts the batch in parts.
     work.out_of_memory += 1
     if len(batch) > 1:
         work.put_first([batch])
@@ -1194,6 +1247,7 @@ def handle_worker_death(work: Pass, worker: Worker, why: str, clock: Clock) -> N
     A row that was being scored at GIVEN_UP_AFTER deaths is given up. No process is started that the
     clock has no time to load.
     """
+    # What only lay ready is not suspected.
     being_scored, ready = worker.note_death()
     work.deaths[worker.name] = work.deaths.get(worker.name, 0) + 1
     work.put_first(ready)
@@ -1232,6 +1286,8 @@ def check_is_alive(work: Pass, worker: Worker, clock: Clock) -> None:
 
     now = time.monotonic()
     quiet_seconds = now - worker.last_event
+
+    # How long a batch takes is known only once the worker has scored one.
     if not worker.loaded:
         patience = LOAD_PATIENCE_SECONDS
     else:
@@ -1283,7 +1339,10 @@ def progress_line(work: Pass, workers: Sequence[Worker]) -> str:
     ]
     if work.queue:
         parts.append(f"{work.seconds_left(workers):.0f} s to go")
-    sizes = [f"{size / 2**30:.1f}" for worker in workers for size in worker.memory_bytes]
+    sizes = []
+    for worker in workers:
+        for memory_bytes in worker.memory_bytes:
+            sizes.append(f"{memory_bytes / 2**30:.1f}")
     if sizes:
         parts.append(f"{' + '.join(sizes)} GiB")
     if work.overflowed:
@@ -1378,6 +1437,7 @@ class Worker:
 
     def send(self, batch: list[Request]) -> None:
         """Give it a batch; if it has died meanwhile, whoever reads from it will notice."""
+        # The time in which it had nothing to do counts neither as work nor as silence.
         if not self.outstanding:
             self.last_event = time.monotonic()
         self.batches_sent += 1
@@ -1406,6 +1466,8 @@ class Worker:
         """Lower the token budget below a batch that was too large, and return it."""
         batch = self.outstanding.pop(number)
         self.last_event = time.monotonic()
+
+        # A row that is alone cannot be cut, but longer ones need not be tried.
         if len(batch) > 1:
             fitting_tokens = padded_tokens(batch) // 2
         else:
@@ -1415,13 +1477,15 @@ class Worker:
 
     def note_death(self) -> tuple[list[list[Request]], list[list[Request]]]:
         """Count a death; return the batches that it was scoring, and those that lay ready."""
-        batches = list(self.outstanding.values())
         # It scores them in the order in which they were sent.
+        batches = list(self.outstanding.values())
         being_scored = batches[: self.batches_at_once]
         ready = batches[self.batches_at_once :]
         self.outstanding.clear()
         self.stop()
         self.deaths += 1
+
+        # It may have died of a lack of memory that was never reported.
         self.tokens_per_batch = max(self.tokens_per_batch // 2, 1)
 
         # A row that kills its worker when it is alone will be given up, not the worker.
@@ -1443,10 +1507,13 @@ class Worker:
 
 def start_process(task: Assignment) -> tuple:
     """Start a process for a task; return it and the pipe to it."""
-    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    # CUDA does not survive a fork.
+    context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=run_worker, args=(theirs, task), daemon=True)
     process.start()
+
+    # With the process's own end alone open, its death closes the pipe.
     theirs.close()
     return process, ours
 
@@ -1469,6 +1536,7 @@ def start_workers(
     for positions in position_groups:
         device_names = tuple(devices[position] for position in positions)
         log_names = []
+        # Two workers on one CPU would have the same name.
         for position, name in zip(positions, device_names, strict=True):
             log_names.append(f"cpu #{position}" if name == "cpu" else name)
         task = Assignment(
@@ -1481,6 +1549,7 @@ def start_workers(
         worker = Worker("+".join(log_names), task, tokens_per_batch, start_process, positions)
         worker.launch()
         workers.append(worker)
+
     names = ", ".join(worker.name for worker in workers)
     log(clock, f"{package.folder.name}: loading on {names}")
     return workers
@@ -1558,6 +1627,8 @@ def run_worker(connection, task: Assignment) -> None:
     with contextlib.suppress(OSError):
         name = f"worker {task.position}"  # as top and ps show it
         Path("/proc/self/comm").write_text(name, encoding="utf-8")
+
+    # Several workers write to one log, where progress bars would run into each other.
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(task.threads)
     work(connection, task)
@@ -1592,6 +1663,7 @@ def work(connection, task: Assignment) -> None:
 
     def score_requests(requests):
         passing = stages.batch if stages else contextlib.nullcontext
+
         # Each thread has a current device of its own.
         on_device = contextlib.nullcontext()
         if first_device.startswith("cuda"):
@@ -1626,6 +1698,7 @@ def load_on(
 def check_golden_scores(package: Package, model: torch.nn.Module, device: str) -> float:
     """Score the golden rows, and compare them with the manifest's probabilities."""
     contract = package.contract
+
     # A golden row is scored as any other, by the code of the kernel.
     pairs = [package.model_input.pair_from_row(row["pair"]) for row in contract.golden]
     scores = score(
@@ -1638,6 +1711,8 @@ def check_golden_scores(package: Package, model: torch.nn.Module, device: str) -
         tokens_per_batch=contract.budget_tokens,
         device=device,
     )
+
+    # The largest difference is logged even where it is within the tolerance.
     worst_difference = 0.0
     for golden in package.manifest["golden"]:
         values = scores[golden["id"]]["as_given"]
@@ -1668,8 +1743,10 @@ def serve(connection, score_requests, batches_at_once: int, measure_memory) -> N
                     answer = ("out of memory", number)
                 else:
                     answer = ("failed", traceback.format_exc())
+            # Two threads that write at once would mix their messages.
             with lock:
                 tell(connection, *answer)
+
             # A CUDA error stays with its process: the other end will kill it.
             if answer[0] == "failed":
                 return
@@ -1737,12 +1814,16 @@ def memory_bytes(devices: tuple[str, ...]) -> list[int]:
 # ================================================================================================
 
 LOAD_BYTES_PER_SECOND = 3e8
-CHANGE_OF_ORDER = (
-    0.06  # the change of a probability (sd) by a second order or model, until it is measured
-)
+
+# The change of a probability (sd) by a second order or model, until it is measured.
+CHANGE_OF_ORDER = 0.06
 CHANGE_OF_MODEL = 0.1
-ROWS_TO_MEASURE = 30  # fewer give no standard deviation worth planning by
-SHORTEST_SECONDS = 1e-9  # of a row while no speed is measured: gains are divided by it
+
+# Fewer rows give no standard deviation worth planning by.
+ROWS_TO_MEASURE = 30
+
+# Of a row while no speed is measured: gains are divided by it.
+SHORTEST_SECONDS = 1e-9
 
 
 @dataclass(frozen=True)
@@ -1785,11 +1866,15 @@ def allocate(
     by_log_loss: bool,
 ) -> list[Share]:
     """Share the seconds that are left out among options: rows of most gain per second first."""
-    # Loaded models cost no loading; further ones are tried in the spec's order.
     offers = make_offers(options, probabilities, tokens, by_log_loss)
-    loaded = {option.package for option in options if not option.load_seconds}
-    further = sorted({option.package for option in options if option.load_seconds})
+    loaded = set()
+    not_loaded = set()
+    for option in options:
+        packages = not_loaded if option.load_seconds else loaded
+        packages.add(option.package)
 
+    # Loaded models cost no loading; further ones are tried in the spec's order.
+    further = sorted(not_loaded)
     best_gain, best_shares = allocate_to(loaded, options, offers, seconds)
     for count in range(1, len(further) + 1):
         gain, shares = allocate_to(loaded.union(further[:count]), options, offers, seconds)
@@ -1818,9 +1903,11 @@ def allocate_to(
     packages: Collection[int], options: Sequence[Option], offers: Sequence[Offer], seconds: float
 ) -> tuple[float, list[Share]]:
     """Take the best offers of these packages that fit the seconds left after loading."""
-    load_seconds = {
-        option.package: option.load_seconds for option in options if option.package in packages
-    }
+    # A package has several options, but is loaded once.
+    load_seconds = {}
+    for option in options:
+        if option.package in packages:
+            load_seconds[option.package] = option.load_seconds
     seconds_left = seconds - sum(load_seconds.values())
 
     total_gain = 0.0
@@ -1836,22 +1923,24 @@ def allocate_to(
         total_gain += offer.gain
         gains_by_option[place][offer.row_id] = offer.gain_per_second
 
-    shares = [
-        Share(option, gains_by_option[place], seconds_used[place])
-        for place, option in enumerate(options)
-    ]
+    shares = []
+    for place, option in enumerate(options):
+        shares.append(Share(option, gains_by_option[place], seconds_used[place]))
     return total_gain, shares
 
 
 def expected_gain(values: Sequence[float] | None, change: float, by_log_loss: bool) -> float:
     """Compute what one more opinion on a row is expected to bring."""
+    # A first score is worth more than any second opinion.
     if values is None:
         return 1.0
+
     # The expected drop of log loss, to second order.
     if by_log_loss:
         return change**2 * (1 - sum(value**2 for value in values))
-    second, first = sorted(values)[-2:]
+
     # The verdict flips where the change exceeds half of its lead.
+    second, first = sorted(values)[-2:]
     margin = (first - second) / 2
     change = max(change, 1e-6)
     ratio = margin / change
@@ -1863,7 +1952,10 @@ def measured_change(
     before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[float]]
 ) -> float | None:
     """Measure the standard deviation of the first probability's change over the rows in both."""
-    changes = [after[row_id][0] - values[0] for row_id, values in before.items() if row_id in after]
+    changes = []
+    for row_id, values in before.items():
+        if row_id in after:
+            changes.append(after[row_id][0] - values[0])
     if len(changes) < ROWS_TO_MEASURE:
         return None
     return math.sqrt(sum(change**2 for change in changes) / len(changes))
@@ -1872,7 +1964,11 @@ def measured_change(
 def flop_per_token(package: Package) -> float:
     """Count the floating-point operations of a token: two for each parameter of its products."""
     sizes = weight_sizes(package.folder)
-    return 2.0 * sum(elements for name, (_, elements) in sizes.items() if is_multiplied(name))
+    multiplied_elements = 0
+    for name, (_, elements) in sizes.items():
+        if is_multiplied(name):
+            multiplied_elements += elements
+    return 2.0 * multiplied_elements
 
 
 def loading_seconds(package: Package, copies: int) -> float:
@@ -1920,14 +2016,19 @@ def find_mounted(root: Path, slug: str, names: Sequence[str], kind: str) -> Path
                 paths_by_rank.setdefault((mount_rank, name_rank), []).append(path)
 
     # The best rank wins. The same file may be mounted twice.
-    paths = paths_by_rank[min(paths_by_rank)] if paths_by_rank else []
+    paths = []
+    if paths_by_rank:
+        paths = paths_by_rank[min(paths_by_rank)]
     distinct_files = {(path.name, hash_file(path)) for path in paths}
     if len(distinct_files) == 1:
         return paths[0]
 
     # Say what there is, so that a wrong slug shows.
-    folders_with_files = {path.parent for path in inputs.rglob("*") if path.is_file()}
-    mounted = sorted(str(folder.relative_to(inputs)) for folder in folders_with_files)
+    folders_with_files = set()
+    for path in inputs.rglob("*"):
+        if path.is_file():
+            folders_with_files.add(str(path.parent.relative_to(inputs)))
+    mounted = sorted(folders_with_files)
     raise FileNotFoundError(
         f"{inputs}: {len(paths)} files named {' or '.join(names)} below a folder {slug!r}, "
         f"expected one; mounted are {', '.join(mounted) or 'no files at all'}; "
@@ -1937,13 +2038,16 @@ def find_mounted(root: Path, slug: str, names: Sequence[str], kind: str) -> Path
 
 def rank_mount(folders: Sequence[str], slug: str, kind: str) -> int | None:
     """Rank a file by its folders below /kaggle/input."""
-    other_kind = "competitions" if kind == "datasets" else "datasets"
+    # A dataset's mount has its owner between the kind and the slug.
+    if kind == "datasets":
+        other_kind, slug_place = "competitions", 2
+    else:
+        other_kind, slug_place = "datasets", 1
+
+    # A dataset may have the slug of the competition that it was made for.
     is_other = len(folders) > 1 and folders[0] == other_kind
     if slug not in folders or is_other:
         return None
-
-    # A dataset's mount has its owner between the kind and the slug.
-    slug_place = 2 if kind == "datasets" else 1
     is_below_kind = folders[0] == kind and folders[slug_place : slug_place + 1] == (slug,)
     return 0 if folders[0] == slug or is_below_kind else 1
 
@@ -1986,7 +2090,12 @@ def is_counted(scored: object) -> bool:
 
 def read_table(path: Path, columns: Sequence[str]) -> list[dict]:
     """Read columns of a Parquet or CSV file, `id` among them as text; `scored` may be absent."""
-    rows = read_parquet(path, columns) if path.suffix == ".parquet" else read_csv(path, columns)
+    if path.suffix == ".parquet":
+        rows = read_parquet(path, columns)
+    else:
+        rows = read_csv(path, columns)
+
+    # Scores are joined by id, so an id must have one way to be written.
     for number, row in enumerate(rows, start=1):
         row_id = id_text(row["id"])
         if row_id is None:
@@ -2001,6 +2110,8 @@ def read_parquet(path: Path, columns: Sequence[str]) -> list[dict]:
     """Read columns of a Parquet file."""
     schema = pq.read_schema(path)
     names = choose_columns(path, columns, schema.names)
+
+    # What holds no text would fail later, without the name of its column.
     for name in names:
         kind = schema.field(name).type
         if name in TEXTS and not holds_text(kind):
@@ -2010,6 +2121,7 @@ def read_parquet(path: Path, columns: Sequence[str]) -> list[dict]:
 
 def read_csv(path: Path, columns: Sequence[str]) -> list[dict]:
     """Read columns of a CSV file as text; what a row lacks is None."""
+    # The csv module refuses fields beyond 128 KiB by default, conversations may be longer.
     csv.field_size_limit(2**31 - 1)
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
         reader = csv.DictReader(file)
@@ -2047,11 +2159,13 @@ def read_text(value: str | Sequence | None, are_turns: bool) -> str | list[str |
     """Read a text; with `are_turns`, the turns in its JSON list, or a text that is none."""
     if not are_turns or not isinstance(value, str):
         return value
+
     # LMSYS's files hold nulls, and texts that merely look like JSON.
     try:
         turns = json.loads(value)
     except (json.JSONDecodeError, RecursionError):
         return value
+
     if isinstance(turns, list):
         return [None if turn is None else str(turn) for turn in turns]
     return None if turns is None else value
@@ -2059,6 +2173,7 @@ def read_text(value: str | Sequence | None, are_turns: bool) -> str | list[str |
 
 def install_missing_wheels(root: Path, folders: Sequence[Path], wheels: str | None) -> list[str]:
     """Install bitsandbytes where a package needs it and the image lacks it."""
+    # An image that has the library keeps its own.
     methods = set()
     for folder in folders:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -2148,6 +2263,7 @@ def read_package(folder: Path | str, clock: Clock | None = None) -> Package:
     for name, sha256 in contract.tokenizer_sha256.items():
         check_hash(folder / name, sha256, "contract.json")
 
+    # Another version of the tokenizers library may encode otherwise.
     tokenizer = read_tokenizer(folder)
     model_input.check_golden(tokenizer, contract)
     return Package(folder, contract, manifest, model_input, tokenizer)
@@ -2159,6 +2275,8 @@ def check_manifest(folder: Path) -> dict:
     if not manifest_path.is_file():
         raise PackageError(f"{folder}: manifest.json is missing; package the run again")
     manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+
+    # Sizes are compared first: a truncated upload shows before gigabytes are hashed.
     hashes = {}
     for name, listed in manifest["files"].items():
         if name not in NOT_MOUNTED:
@@ -2171,6 +2289,7 @@ def check_manifest(folder: Path) -> dict:
         for check in checks:
             check.result()
 
+    # A file that nobody packaged may be one that transformers would read.
     expected_names = {"manifest.json", *manifest["files"], *NOT_MOUNTED}
     present_names = {path.name for path in folder.iterdir() if path.is_file()}
     unlisted = sorted(present_names - expected_names)
@@ -2310,6 +2429,8 @@ def installed_version(name: str) -> str | None:
     """Return the version of an installed package, None where it is absent; it is not imported."""
     if importlib.util.find_spec(name) is None:
         return None
+
+    # A module that was copied without its metadata is there all the same.
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -2390,10 +2511,15 @@ def parse_gpus(text: str) -> list[Gpu]:
     gpus = []
     for line in text.splitlines():
         if line.strip():
+            # A GPU's name may hold a comma: the fields are counted from the right.
             name, free_mib, capability = [field.strip() for field in line.rsplit(",", 2)]
-            free_bytes = int(free_mib) * MEBIBYTE if free_mib.isdigit() else None
-            is_number = re.fullmatch(r"\d+(\.\d+)?", capability) is not None
-            gpus.append(Gpu(name, free_bytes, float(capability) if is_number else None))
+            free_bytes = None
+            if free_mib.isdigit():
+                free_bytes = int(free_mib) * MEBIBYTE
+            capability_number = None
+            if re.fullmatch(r"\d+(\.\d+)?", capability):
+                capability_number = float(capability)
+            gpus.append(Gpu(name, free_bytes, capability_number))
     return gpus
 
 
@@ -2500,6 +2626,7 @@ def choose_visible_rows(
     id_sets = [frozenset(listing["ids"]) for listing in listings]
     listed_by_all = frozenset.intersection(*id_sets)
 
+    # A rehearsal may have no train file.
     try:
         file = find_mounted(root, settings.competition, TRAIN_FILES, "competitions")
     except FileNotFoundError:
@@ -2540,8 +2667,10 @@ def read_train_rows(file: Path, settings: Settings, listed: frozenset[str]) -> l
     Rows are chosen and ordered by the hashes of their ids, so that the file's order is without
     effect.
     """
-    rows = read_table(file, ("id", *TEXTS, *settings.columns))
-    listed_rows = [row for row in rows if row["id"] in listed]
+    listed_rows = []
+    for row in read_table(file, ("id", *TEXTS, *settings.columns)):
+        if row["id"] in listed:
+            listed_rows.append(row)
     listed_rows.sort(key=lambda row: hashlib.sha256(row["id"].encode()).hexdigest())
     return listed_rows[: settings.visible_rows]
 
@@ -2573,6 +2702,7 @@ def read_winner(row: Mapping, columns: Sequence[str]) -> str | None:
         winner = row[columns[0]]
         return winner if winner in VERDICTS else None
 
+    # A flag may come as an integer, a float or a truth value, from CSV as their text.
     winners = []
     for verdict, name in zip(VERDICTS, columns, strict=True):
         if str(row[name]) in ("1", "1.0", "True"):
@@ -2595,7 +2725,9 @@ def report_quality(
     }
     if not visible.trained_on:
         report["quality"] = measure_quality(visible, verdicts, scored)
-        report["flips"] = {run: share_of_flips(model.by_id, ids) for run, model in models.items()}
+        report["flips"] = {}
+        for run, model in models.items():
+            report["flips"][run] = share_of_flips(model.by_id, ids)
     return report
 
 
@@ -2627,12 +2759,18 @@ def measure_quality(
     correct_by_length = 0
     loss = 0.0
     for row in visible.rows:
-        values, winner = scored.get(row["id"]), visible.winners[row["id"]]
+        values = scored.get(row["id"])
+        winner = visible.winners[row["id"]]
         if values is None or winner not in verdicts:
             continue
         judged += 1
         correct += verdicts[values.index(max(values))] == winner
-        correct_by_length += ("model_a" if is_first_longer(row) else "model_b") == winner
+
+        # The baseline that any model must beat.
+        longer = "model_a" if is_first_longer(row) else "model_b"
+        correct_by_length += longer == winner
+
+        # A probability of 0 would make the loss infinite.
         loss -= math.log(max(values[verdicts.index(winner)], 1e-15))
 
     ties_left_out = 0
@@ -2661,6 +2799,7 @@ def share_of_flips(
     flips = 0
     for row_id in ids:
         by_order = scores.get(row_id, {})
+        # What time did not allow has one order, and cannot flip.
         if len(by_order) == 2:
             first, second = by_order.values()
             rows += 1
@@ -2672,6 +2811,7 @@ def predict_finish(
     speeds: Sequence[Speed], before_seconds: float, clock_seconds: float, rows: int
 ) -> dict:
     """Predict when so many rows will be done, one model after another."""
+    # As schedule.py goes about it: one order of all rows, then the rest, model by model.
     first, *others = speeds
     loaded = before_seconds + first.loading_seconds
     once = loaded + first.seconds_for(rows, 1)
@@ -2731,6 +2871,7 @@ def finish_line(finish: Mapping) -> str:
     """Write one prediction, with a warning where rows will be left to the prior."""
     beginning = f"predicted for {finish['rows']:,} rows"
     clock = format_hours(finish["clock_seconds"])
+    # The share that gets no score at all is what a reader must see first.
     if finish["first_share"] < 1:
         return (
             f"warning: {beginning}: {clock} are enough for {finish['first_share']:.0%} of them; "
@@ -2758,7 +2899,8 @@ def format_hours(seconds: float) -> str:
 # From probabilities to a submission that is whole: every id once, in the test file's order.
 # ================================================================================================
 
-SMALLEST = 1e-6  # no probability is nearer to 0 or 1: log loss would punish it without end
+# No probability is nearer to 0 or 1: log loss would punish it without end.
+SMALLEST = 1e-6
 
 # By the number of verdicts: longer, shorter, tie. The longer one wins 62 % of human verdicts.
 PRIOR = {2: (0.6, 0.4), 3: (0.45, 0.25, 0.3)}
@@ -2800,7 +2942,8 @@ def soften(values: Sequence[float], temperature: float) -> list[float]:
     """Apply a temperature: above 1, probabilities become less sure. None falls below SMALLEST."""
     powers = [max(value, SMALLEST) ** (1 / temperature) for value in values]
     total = sum(powers)
-    # A second time, so that they sum to one again.
+
+    # The bound breaks the sum of one, so it is restored once more.
     bounded = [max(power / total, SMALLEST) for power in powers]
     total = sum(bounded)
     return [value / total for value in bounded]
@@ -2813,9 +2956,17 @@ def is_first_longer(row: Mapping) -> bool:
 
 def count_characters(text: str | Sequence[str | None] | None) -> int:
     """Count the characters of a text, or of all its turns."""
-    if text is None or isinstance(text, str):
-        return len(text or "")
-    return sum(len(turn or "") for turn in text)
+    if text is None:
+        return 0
+    if isinstance(text, str):
+        return len(text)
+
+    # A conversation of LMSYS has None for a turn without an answer.
+    characters = 0
+    for turn in text:
+        if turn is not None:
+            characters += len(turn)
+    return characters
 
 
 def prior(row: Mapping, verdicts: Sequence[str]) -> list[float]:
@@ -2861,6 +3012,7 @@ def write_submission(
             writer.writerow(["id", *settings.columns])
             for row_id, values in final.items():
                 answer = values
+                # One column holds the name of the winner, several hold probabilities.
                 if len(settings.columns) == 1:
                     answer = [settings.verdicts[values.index(max(values))]]
                 writer.writerow([row_id, *answer])
@@ -2887,7 +3039,12 @@ def check_submission(path: Path, settings: Settings, ids: Sequence[str]) -> None
     expected_header = ["id", *settings.columns]
     if header != expected_header:
         raise ValueError(f"{path}: columns {header}, expected {expected_header}")
-    check_order(path, [line[0] if line else "" for line in lines], ids)
+
+    # An empty line has no id; it still counts as a row that is not the expected one.
+    written_ids = []
+    for line in lines:
+        written_ids.append(line[0] if line else "")
+    check_order(path, written_ids, ids)
 
     for row_id, *answer in lines:
         expected = len(settings.columns)
@@ -2906,7 +3063,11 @@ def check_order(path: Path, written_ids: Sequence[str], ids: Sequence[str]) -> N
     for place, (written, expected) in enumerate(itertools.zip_longest(written_ids, ids), start=1):
         if written == expected:
             continue
-        here = f"row {place} is missing" if written is None else f"row {place} has {written!r}"
+
+        # zip_longest gives None where one of the two lists has ended.
+        here = f"row {place} has {written!r}"
+        if written is None:
+            here = f"row {place} is missing"
         there = "no more" if expected is None else repr(expected)
         raise ValueError(
             f"{path}: its {len(written_ids)} ids are not the test file's {len(ids)} ids in their "
@@ -2943,16 +3104,26 @@ def write_scores(
 
     # Each model's own opinion, order by order.
     for run, model in models.items():
-        orders = {order for by_order in model.by_id.values() for order in by_order}
+        orders: set[str] = set()
+        for by_order in model.by_id.values():
+            orders.update(by_order)
         for order in sorted(orders):
-            values_by_row = [model.by_id.get(row_id, {}).get(order) for row_id in final]
             for place, verdict in enumerate(model.verdicts):
-                columns[f"{run}_p_{verdict}_{order}"] = [
-                    None if values is None else values[place] for values in values_by_row
-                ]
+                columns[f"{run}_p_{verdict}_{order}"] = read_column(model, order, place, final)
 
     with whole_file(path) as temporary:
         pq.write_table(pa.table(columns), temporary)
+
+
+def read_column(
+    model: ModelScores, order: str, place: int, ids: Iterable[str]
+) -> list[float | None]:
+    """Read one verdict's probabilities in one order, by its place; None for a row without."""
+    column: list[float | None] = []
+    for row_id in ids:
+        values = model.by_id.get(row_id, {}).get(order)
+        column.append(None if values is None else values[place])
+    return column
 
 
 def write_record(path: Path, record: Mapping) -> None:
@@ -3019,7 +3190,11 @@ def orders_of(contract, orders: Iterable[str]) -> tuple[str, ...]:
 
 def padded_tokens(batch: Sequence[Request]) -> int:
     """Count the tokens that are computed for a batch, padding included."""
-    lengths = [len(ids) for request in batch for ids in request.sequences]
+    lengths = []
+    for request in batch:
+        lengths += map(len, request.sequences)
+
+    # Each group is a forward pass of its own, padded to its first sequence.
     tokens = 0
     for places in group_by_length(lengths, batch[0].spare_tokens):
         longest = lengths[places[0]]
@@ -3070,9 +3245,9 @@ def make_batches(requests: Iterable[Request], tokens_per_batch: int) -> list[lis
     A batch, padded, holds at most `tokens_per_batch` tokens; a request that is longer than that is a batch of its own.
     """
     batches: list[list[Request]] = []
-    for request in sorted(
-        requests, key=lambda request: (-request.length, request.id, request.order)
-    ):
+    # The id decides between equals, so that the batches are the same in every run.
+    ordered = sorted(requests, key=lambda request: (-request.length, request.id, request.order))
+    for request in ordered:
         if batches and padded_tokens([*batches[-1], request]) <= tokens_per_batch:
             batches[-1].append(request)
         else:
@@ -3091,6 +3266,8 @@ def score_batch(
 ) -> BatchScores:
     """Score a batch; a row that overflows float16 is computed again in float32, alone."""
     probabilities_bv = batch_probabilities(model, contract, batch, device, passing)
+
+    # Only float16 has a range that hidden states can leave.
     overflowed_rows = []
     if model.dtype is torch.float16:
         is_finite_b = probabilities_bv.isfinite().all(-1)
@@ -3116,7 +3293,9 @@ def batch_probabilities(
     model: torch.nn.Module, contract, batch: Sequence[Request], device: str, passing
 ) -> torch.Tensor:
     """Compute the probabilities of a batch in its own orders, float32 of shape (requests, verdicts)."""
-    sequences = [ids for request in batch for ids in request.sequences]
+    sequences = []
+    for request in batch:
+        sequences += request.sequences
     spare_tokens = batch[0].spare_tokens  # one package's requests have the same
     logits_bv = verdict_logits(model, contract, sequences, device, passing, spare_tokens)
 
@@ -3406,6 +3585,7 @@ def serving_config(folder: Path | str, contract):
         )
 
     config.pad_token_id = contract.pad_token_id
+
     # Else keys and values are kept for a generation that never comes: 2.8 GB of Gemma-2-9b.
     config.use_cache = False
 
@@ -3742,12 +3922,15 @@ class GptqLinear(torch.nn.Module):
             "qzeros", torch.zeros(groups, outputs // codes_in_word, dtype=torch.int32)
         )
         self.register_buffer("scales", torch.zeros(groups, outputs, dtype=torch.float16))
+
         # Of each input its group, which is its place // group_size: nothing was reordered.
         self.register_buffer("g_idx", torch.zeros(inputs, dtype=torch.int32))
 
     def prepare(self) -> None:
         """Bring the loaded tensors into the order in which they are used; what they came in is freed."""
         words_ui = self.qweight.T.clone(memory_format=torch.contiguous_format)
+
+        # The format stores each zero less one.
         zeros_uq = unpack(self.qzeros, self.bits).T + 1
         scales_uq = self.scales.T.contiguous()
 
@@ -3950,6 +4133,7 @@ def balance(parts: Sequence[Part], devices: int, byte_limit: int | None = None) 
         most_bytes = max(stage_bytes)
         most_work = max(stage_work)
 
+        # Memory comes first: a split that does not fit is of no use, however fast.
         if byte_limit is None:
             return (0, most_work, most_bytes)
         excess_bytes = max(most_bytes - byte_limit, 0)
@@ -3981,9 +4165,9 @@ def split_over(
     sizes = weight_sizes(folder)
     parts = list_parts(sizes)
     numbers = balance(list(parts.values()), len(devices), byte_limit)
-    device_map = {
-        part_name: devices[number] for part_name, number in zip(parts, numbers, strict=True)
-    }
+    device_map = {}
+    for part_name, number in zip(parts, numbers, strict=True):
+        device_map[part_name] = devices[number]
 
     # What holds no weights, or those of another part, is not in the files.
     layers = find_layers(sizes)

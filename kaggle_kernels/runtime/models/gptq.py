@@ -53,12 +53,15 @@ class GptqLinear(torch.nn.Module):
             "qzeros", torch.zeros(groups, outputs // codes_in_word, dtype=torch.int32)
         )
         self.register_buffer("scales", torch.zeros(groups, outputs, dtype=torch.float16))
+
         # Of each input its group, which is its place // group_size: nothing was reordered.
         self.register_buffer("g_idx", torch.zeros(inputs, dtype=torch.int32))
 
     def prepare(self) -> None:
         """Bring the loaded tensors into the order in which they are used; what they came in is freed."""
         words_ui = self.qweight.T.clone(memory_format=torch.contiguous_format)
+
+        # The format stores each zero less one.
         zeros_uq = unpack(self.qzeros, self.bits).T + 1
         scales_uq = self.scales.T.contiguous()
 

@@ -163,6 +163,7 @@ def serving_config(folder: Path | str, contract):
         )
 
     config.pad_token_id = contract.pad_token_id
+
     # Else keys and values are kept for a generation that never comes: 2.8 GB of Gemma-2-9b.
     config.use_cache = False
 

@@ -122,6 +122,7 @@ def balance(parts: Sequence[Part], devices: int, byte_limit: int | None = None) 
         most_bytes = max(stage_bytes)
         most_work = max(stage_work)
 
+        # Memory comes first: a split that does not fit is of no use, however fast.
         if byte_limit is None:
             return (0, most_work, most_bytes)
         excess_bytes = max(most_bytes - byte_limit, 0)
@@ -153,9 +154,9 @@ def split_over(
     sizes = weight_sizes(folder)
     parts = list_parts(sizes)
     numbers = balance(list(parts.values()), len(devices), byte_limit)
-    device_map = {
-        part_name: devices[number] for part_name, number in zip(parts, numbers, strict=True)
-    }
+    device_map = {}
+    for part_name, number in zip(parts, numbers, strict=True):
+        device_map[part_name] = devices[number]
 
     # What holds no weights, or those of another part, is not in the files.
     layers = find_layers(sizes)

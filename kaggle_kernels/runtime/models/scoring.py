@@ -64,7 +64,11 @@ def orders_of(contract, orders: Iterable[str]) -> tuple[str, ...]:
 
 def padded_tokens(batch: Sequence[Request]) -> int:
     """Count the tokens that are computed for a batch, padding included."""
-    lengths = [len(ids) for request in batch for ids in request.sequences]
+    lengths = []
+    for request in batch:
+        lengths += map(len, request.sequences)
+
+    # Each group is a forward pass of its own, padded to its first sequence.
     tokens = 0
     for places in group_by_length(lengths, batch[0].spare_tokens):
         longest = lengths[places[0]]
@@ -123,9 +127,9 @@ def make_batches(requests: Iterable[Request], tokens_per_batch: int) -> list[lis
     A batch, padded, holds at most `tokens_per_batch` tokens; a request that is longer than that is a batch of its own.
     """
     batches: list[list[Request]] = []
-    for request in sorted(
-        requests, key=lambda request: (-request.length, request.id, request.order)
-    ):
+    # The id decides between equals, so that the batches are the same in every run.
+    ordered = sorted(requests, key=lambda request: (-request.length, request.id, request.order))
+    for request in ordered:
         if batches and padded_tokens([*batches[-1], request]) <= tokens_per_batch:
             batches[-1].append(request)
         else:
@@ -156,6 +160,8 @@ def score_batch(
         The probabilities, those of swapped requests swapped back; NaN where float32 does not help either.
     """
     probabilities_bv = batch_probabilities(model, contract, batch, device, passing)
+
+    # Only float16 has a range that hidden states can leave.
     overflowed_rows = []
     if model.dtype is torch.float16:
         is_finite_b = probabilities_bv.isfinite().all(-1)
@@ -181,7 +187,9 @@ def batch_probabilities(
     model: torch.nn.Module, contract, batch: Sequence[Request], device: str, passing
 ) -> torch.Tensor:
     """Compute the probabilities of a batch in its own orders, float32 of shape (requests, verdicts)."""
-    sequences = [ids for request in batch for ids in request.sequences]
+    sequences = []
+    for request in batch:
+        sequences += request.sequences
     spare_tokens = batch[0].spare_tokens  # one package's requests have the same
     logits_bv = verdict_logits(model, contract, sequences, device, passing, spare_tokens)
 

@@ -83,7 +83,9 @@ class Pass:
     def seconds_left(self, workers: Sequence[Worker]) -> float:
         """Predict how long the living workers need for the queue; 0 before their first batch."""
         rate = sum(worker.rate() for worker in workers if not worker.gone)
-        return self.queued_tokens / rate if rate else 0.0
+        if not rate:
+            return 0.0
+        return self.queued_tokens / rate
 
     def seconds(self) -> float:
         """Return the seconds since its first batch was sent: loading a model does not count."""
@@ -126,6 +128,7 @@ def make_pass(
 def run_pass(work: Pass, workers: Sequence[Worker], clock: Clock) -> Pass:
     """Work through the queue; PackageError where the last worker refuses the package."""
     log(clock, f"{work.label}: {work.rows} rows in {len(work.queue)} batches")
+
     # Workers that died late in the pass before may not have been restarted.
     for worker in workers:
         if not worker.process and not worker.gone and time.monotonic() < work.deadline:
@@ -163,6 +166,8 @@ def feed(work: Pass, worker: Worker, workers: Sequence[Worker]) -> None:
         batch = next_batch(work, worker, workers)
         if batch is None:
             return
+
+        # Loading is over: the pass's speed counts from here.
         if work.began is None:
             work.began = time.monotonic()
         worker.send(batch)
@@ -176,8 +181,10 @@ def next_batch(work: Pass, worker: Worker, workers: Sequence[Worker]) -> list[Re
 
     # Long rows stand first. Where time is short, they are left for the end.
     from_end = work.may_reorder and work.seconds_left(workers) > seconds_left
-    put_back = work.put_last if from_end else work.put_first
-    put_off = work.put_first if from_end else work.put_last
+    if from_end:
+        put_back, put_off = work.put_last, work.put_first
+    else:
+        put_back, put_off = work.put_first, work.put_last
 
     # The first batch that this worker has not proven too small for.
     whole_batch = None
@@ -205,6 +212,7 @@ def receive(work: Pass, worker: Worker, workers: Sequence[Worker], clock: Clock)
     try:
         kind, *message = worker.connection.recv()
     except (EOFError, OSError):
+        # The pipe closes before the exit code is there.
         worker.process.join(timeout=5)
         exit_code = worker.process.exitcode
         return handle_worker_death(work, worker, f"died (exit code {exit_code})", clock)
@@ -225,6 +233,7 @@ def receive(work: Pass, worker: Worker, workers: Sequence[Worker], clock: Clock)
         budget = f"{worker.tokens_per_batch} tokens a batch from now on"
         log(clock, f"{worker.name}: out of memory: {budget}{outcome}")
     elif kind == "refused":
+        # One device alone may be faulty; the last one has nobody to contradict it.
         [reason] = message
         if all(other.gone for other in workers if other is not worker):
             raise PackageError(reason)
@@ -245,6 +254,7 @@ def return_large_batch(
     Returns:
         What became of such a row, for the log.
     """
+    # The worker's budget is smaller now, so next_batch cuts the batch in parts.
     work.out_of_memory += 1
     if len(batch) > 1:
         work.put_first([batch])
@@ -265,6 +275,7 @@ def handle_worker_death(work: Pass, worker: Worker, why: str, clock: Clock) -> N
     A row that was being scored at GIVEN_UP_AFTER deaths is given up. No process is started that the
     clock has no time to load.
     """
+    # What only lay ready is not suspected.
     being_scored, ready = worker.note_death()
     work.deaths[worker.name] = work.deaths.get(worker.name, 0) + 1
     work.put_first(ready)
@@ -303,6 +314,8 @@ def check_is_alive(work: Pass, worker: Worker, clock: Clock) -> None:
 
     now = time.monotonic()
     quiet_seconds = now - worker.last_event
+
+    # How long a batch takes is known only once the worker has scored one.
     if not worker.loaded:
         patience = LOAD_PATIENCE_SECONDS
     else:
@@ -354,7 +367,10 @@ def progress_line(work: Pass, workers: Sequence[Worker]) -> str:
     ]
     if work.queue:
         parts.append(f"{work.seconds_left(workers):.0f} s to go")
-    sizes = [f"{size / 2**30:.1f}" for worker in workers for size in worker.memory_bytes]
+    sizes = []
+    for worker in workers:
+        for memory_bytes in worker.memory_bytes:
+            sizes.append(f"{memory_bytes / 2**30:.1f}")
     if sizes:
         parts.append(f"{' + '.join(sizes)} GiB")
     if work.overflowed:

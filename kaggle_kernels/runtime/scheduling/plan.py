@@ -19,12 +19,16 @@ from kaggle_kernels.runtime.models.placement import weight_sizes
 from kaggle_kernels.runtime.package import Package
 
 LOAD_BYTES_PER_SECOND = 3e8
-CHANGE_OF_ORDER = (
-    0.06  # the change of a probability (sd) by a second order or model, until it is measured
-)
+
+# The change of a probability (sd) by a second order or model, until it is measured.
+CHANGE_OF_ORDER = 0.06
 CHANGE_OF_MODEL = 0.1
-ROWS_TO_MEASURE = 30  # fewer give no standard deviation worth planning by
-SHORTEST_SECONDS = 1e-9  # of a row while no speed is measured: gains are divided by it
+
+# Fewer rows give no standard deviation worth planning by.
+ROWS_TO_MEASURE = 30
+
+# Of a row while no speed is measured: gains are divided by it.
+SHORTEST_SECONDS = 1e-9
 
 
 @dataclass(frozen=True)
@@ -78,11 +82,15 @@ def allocate(
     Returns:
         A share for each option, in their order; one without rows where it gets no time.
     """
-    # Loaded models cost no loading; further ones are tried in the spec's order.
     offers = make_offers(options, probabilities, tokens, by_log_loss)
-    loaded = {option.package for option in options if not option.load_seconds}
-    further = sorted({option.package for option in options if option.load_seconds})
+    loaded = set()
+    not_loaded = set()
+    for option in options:
+        packages = not_loaded if option.load_seconds else loaded
+        packages.add(option.package)
 
+    # Loaded models cost no loading; further ones are tried in the spec's order.
+    further = sorted(not_loaded)
     best_gain, best_shares = allocate_to(loaded, options, offers, seconds)
     for count in range(1, len(further) + 1):
         gain, shares = allocate_to(loaded.union(further[:count]), options, offers, seconds)
@@ -115,9 +123,11 @@ def allocate_to(
     Returns:
         Their gain, and a share for each option.
     """
-    load_seconds = {
-        option.package: option.load_seconds for option in options if option.package in packages
-    }
+    # A package has several options, but is loaded once.
+    load_seconds = {}
+    for option in options:
+        if option.package in packages:
+            load_seconds[option.package] = option.load_seconds
     seconds_left = seconds - sum(load_seconds.values())
 
     total_gain = 0.0
@@ -133,10 +143,9 @@ def allocate_to(
         total_gain += offer.gain
         gains_by_option[place][offer.row_id] = offer.gain_per_second
 
-    shares = [
-        Share(option, gains_by_option[place], seconds_used[place])
-        for place, option in enumerate(options)
-    ]
+    shares = []
+    for place, option in enumerate(options):
+        shares.append(Share(option, gains_by_option[place], seconds_used[place]))
     return total_gain, shares
 
 
@@ -148,13 +157,16 @@ def expected_gain(values: Sequence[float] | None, change: float, by_log_loss: bo
         change: Standard deviation of what the opinion changes in a probability.
         by_log_loss: Whether the gain is in nats of log loss, else in accuracy.
     """
+    # A first score is worth more than any second opinion.
     if values is None:
         return 1.0
+
     # The expected drop of log loss, to second order.
     if by_log_loss:
         return change**2 * (1 - sum(value**2 for value in values))
-    second, first = sorted(values)[-2:]
+
     # The verdict flips where the change exceeds half of its lead.
+    second, first = sorted(values)[-2:]
     margin = (first - second) / 2
     change = max(change, 1e-6)
     ratio = margin / change
@@ -170,7 +182,10 @@ def measured_change(
     Returns:
         None for fewer than ROWS_TO_MEASURE rows.
     """
-    changes = [after[row_id][0] - values[0] for row_id, values in before.items() if row_id in after]
+    changes = []
+    for row_id, values in before.items():
+        if row_id in after:
+            changes.append(after[row_id][0] - values[0])
     if len(changes) < ROWS_TO_MEASURE:
         return None
     return math.sqrt(sum(change**2 for change in changes) / len(changes))
@@ -179,7 +194,11 @@ def measured_change(
 def flop_per_token(package: Package) -> float:
     """Count the floating-point operations of a token: two for each parameter of its products."""
     sizes = weight_sizes(package.folder)
-    return 2.0 * sum(elements for name, (_, elements) in sizes.items() if is_multiplied(name))
+    multiplied_elements = 0
+    for name, (_, elements) in sizes.items():
+        if is_multiplied(name):
+            multiplied_elements += elements
+    return 2.0 * multiplied_elements
 
 
 def loading_seconds(package: Package, copies: int) -> float:

@@ -114,11 +114,14 @@ class Board:
     def unscored(self, key: Key, group: Sequence[str]) -> list[str]:
         """List those rows of a group that a pass has still to score."""
         number, _ = key
-        finished = self.progress.tried.get(key, set()) | self.progress.given_up.get(number, set())
+        tried = self.progress.tried.get(key, set())
+        given_up = self.progress.given_up.get(number, set())
+        finished = tried | given_up
         return [row_id for row_id in group if row_id not in finished]
 
     def probabilities(self) -> dict[str, list[float]]:
         """Combine what the packages that are not left out have given so far, by id."""
+        # The weights of packages that are left out must not count.
         package_settings = []
         packages = []
         scores = []
@@ -163,6 +166,8 @@ def make_board(
     for row in rows:
         group = counting if row["counts"] else others
         group.append(row["id"])
+
+    threads = max(len(os.sched_getaffinity(0)) // len(devices), 1)
     inputs = Inputs(
         settings=settings,
         packages=packages,
@@ -170,7 +175,7 @@ def make_board(
         rows=rows,
         row_groups=[group for group in (counting, others) if group],
         devices=dict(enumerate(devices)),
-        threads=max(len(os.sched_getaffinity(0)) // len(devices), 1),
+        threads=threads,
         clock=clock,
         hidden_run=hidden_run,
     )
@@ -208,7 +213,9 @@ def score_all(board: Board) -> None:
             next_pass = plan_next_pass(board, loaded, workers)
             if next_pass is None:
                 return
+
             try:
+                # Two models do not fit one GPU: the old one goes before the new one comes.
                 if next_pass.package != loaded:
                     retire(board, workers)
                     workers = start_team(board, next_pass.package)
@@ -243,6 +250,7 @@ def plan_next_pass(board: Board, loaded: int | None, workers: Sequence[Worker]) 
     Returns:
         None where nothing is left, nothing more fits the clock, or no worker is alive.
     """
+    # Workers are gone for good once they died too often; no plan brings them back.
     all_gone = bool(workers) and all(worker.gone for worker in workers)
     if all_gone:
         log(board.inputs.clock, "no device is left; rows without a score get the prior")
@@ -259,6 +267,7 @@ def plan_next_pass(board: Board, loaded: int | None, workers: Sequence[Worker]) 
 
 def plan_group(board: Board, group: Sequence[str], loaded: int | None) -> NextPass | None:
     """Plan a group's next pass: one order of all its rows, then what a new plan begins with."""
+    # A group's rows are all encoded in its first pass, so that one of them tells of all.
     is_begun = group[0] in board.measured.tokens
     if not is_begun:
         packages = board.progress.packages
@@ -276,17 +285,25 @@ def plan_group(board: Board, group: Sequence[str], loaded: int | None) -> NextPa
         options, board.probabilities(), board.measured.tokens, seconds_left, by_log_loss
     )
     note_plan(board, shares, seconds_left)
+
+    # An option without rows gets no time.
     planned = [share for share in shares if share.gains]
     if not planned:
         return None
     first, *later = planned
 
     # The pass may last until what is planned after it must begin to load.
-    load_seconds = {share.option.package: share.option.load_seconds for share in later}
+    # A package that has two passes is loaded once.
+    load_seconds: dict[int, float] = {}
+    seconds_for_later = 0.0
+    for share in later:
+        seconds_for_later += share.seconds
+        load_seconds[share.option.package] = share.option.load_seconds
     load_seconds.pop(first.option.package, None)
-    seconds_for_later = sum(share.seconds for share in later) + sum(load_seconds.values())
+    seconds_for_later += sum(load_seconds.values())
     deadline = now + seconds_left - seconds_for_later
 
+    # Where no row must be left out, taking them by length wastes the least padding.
     has_every_row = len(first.gains) == len(first.option.unscored)
     gains = None if has_every_row else first.gains
     return NextPass(
@@ -297,8 +314,9 @@ def plan_group(board: Board, group: Sequence[str], loaded: int | None) -> NextPa
 def make_options(board: Board, group: Sequence[str], loaded: int | None) -> list[Option]:
     """List every pass that has rows of the group left, those of the loaded model first."""
     # Loading takes long: the model that is there comes first.
+    packages = sorted(board.progress.packages, key=lambda number: number != loaded)
     options = []
-    for number in sorted(board.progress.packages, key=lambda number: number != loaded):
+    for number in packages:
         for order in board.orders(number):
             unscored = board.unscored((number, order), group)
             if unscored:
@@ -317,7 +335,10 @@ def make_option(board: Board, key: Key, unscored: list[str], is_loaded: bool) ->
     total_weight = sum(settings.packages[other].weight for other in progress.packages)
     relative_weight = settings.packages[number].weight / total_weight
     is_new_model = not any(progress.tried.get((number, other)) for other in board.orders(number))
-    typical_change = 2 * CHANGE_OF_MODEL if is_new_model else CHANGE_OF_ORDER
+    if is_new_model:
+        typical_change = 2 * CHANGE_OF_MODEL
+    else:
+        typical_change = CHANGE_OF_ORDER
     change = measured.changes.get(key, typical_change * relative_weight)
 
     # Before a package has run, its speed follows from another one's and the parameters of both.
@@ -327,8 +348,13 @@ def make_option(board: Board, key: Key, unscored: list[str], is_loaded: bool) ->
         rate = other_rate * flop_per_token(packages[other]) / flop_per_token(packages[number])
     seconds_per_token = PADDING / rate if rate else 0.0
 
-    copies = 1 if settings.packages[number].placement == "split" else len(progress.devices)
-    load_seconds = 0.0 if is_loaded else loading_seconds(packages[number], copies)
+    # All devices load from one disk, so that further copies take time as well.
+    copies = len(progress.devices)
+    if settings.packages[number].placement == "split":
+        copies = 1
+    load_seconds = 0.0
+    if not is_loaded:
+        load_seconds = loading_seconds(packages[number], copies)
     return Option(number, order, change, seconds_per_token, load_seconds, unscored)
 
 
@@ -358,6 +384,8 @@ def start_team(board: Board, number: int) -> list[Worker]:
     inputs, devices = board.inputs, board.progress.devices
     package, settings = inputs.packages[number], inputs.settings
     package_settings = settings.packages[number]
+
+    # The layers of a split model were placed for all of the devices.
     is_incomplete = package_settings.placement == "split" and len(devices) < len(inputs.devices)
     if not devices or is_incomplete:
         raise LoadError(f"{package.folder}: no device is left for it")
@@ -438,7 +466,8 @@ def note_pass(
     # Rows that the pass left are tried again, unless nothing came of any: that would never end.
     finished = {request.id for request in requests}
     if work.scores or all(worker.gone for worker in workers):
-        finished -= {request.id for batch in work.queue for request in batch}
+        for batch in work.queue:
+            finished.difference_update(request.id for request in batch)
     progress.tried.setdefault(key, set()).update(finished)
 
     for request in requests:
@@ -474,9 +503,11 @@ class Encoder:
 
     def requests(self, number: int, order: str, rows: Sequence[Mapping]) -> list[Request]:
         """Return the rows' requests, in the rows' order."""
-        by_id = {}
+        encoded = []
         if (number, order) in self.ahead:
-            by_id = {request.id: request for request in self.ahead[number, order].result()}
+            encoded = self.ahead[number, order].result()
+        by_id = {request.id: request for request in encoded}
+
         # Rows that nobody expected to be needed.
         missing_rows = [row for row in rows if row["id"] not in by_id]
         if missing_rows:
@@ -492,6 +523,7 @@ class Encoder:
         for start in range(0, len(rows), ENCODED_AT_ONCE):
             if self.closing.is_set():
                 return encoded
+
             part = rows[start : start + ENCODED_AT_ONCE]
             pairs = [package.model_input.pair_from_row(row) for row in part]
             with self.tokenizers[number]:
@@ -536,6 +568,7 @@ def combine(
         packages: In the order of the settings.
         scores: Of each package.
     """
+    # A row has as many opinions as packages have scored it.
     opinions: dict[str, list[list[float]]] = {}
     weights: dict[str, list[float]] = {}
     for package_settings, package, package_scores in zip(

@@ -65,6 +65,8 @@ def run_worker(connection, task: Assignment) -> None:
     with contextlib.suppress(OSError):
         name = f"worker {task.position}"  # as top and ps show it
         Path("/proc/self/comm").write_text(name, encoding="utf-8")
+
+    # Several workers write to one log, where progress bars would run into each other.
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(task.threads)
     work(connection, task)
@@ -99,6 +101,7 @@ def work(connection, task: Assignment) -> None:
 
     def score_requests(requests):
         passing = stages.batch if stages else contextlib.nullcontext
+
         # Each thread has a current device of its own.
         on_device = contextlib.nullcontext()
         if first_device.startswith("cuda"):
@@ -140,6 +143,7 @@ def check_golden_scores(package: Package, model: torch.nn.Module, device: str) -
         PackageError: It is over GOLDEN_TOLERANCE.
     """
     contract = package.contract
+
     # A golden row is scored as any other, by the code of the kernel.
     pairs = [package.model_input.pair_from_row(row["pair"]) for row in contract.golden]
     scores = score(
@@ -152,6 +156,8 @@ def check_golden_scores(package: Package, model: torch.nn.Module, device: str) -
         tokens_per_batch=contract.budget_tokens,
         device=device,
     )
+
+    # The largest difference is logged even where it is within the tolerance.
     worst_difference = 0.0
     for golden in package.manifest["golden"]:
         values = scores[golden["id"]]["as_given"]
@@ -189,8 +195,10 @@ def serve(connection, score_requests, batches_at_once: int, measure_memory) -> N
                     answer = ("out of memory", number)
                 else:
                     answer = ("failed", traceback.format_exc())
+            # Two threads that write at once would mix their messages.
             with lock:
                 tell(connection, *answer)
+
             # A CUDA error stays with its process: the other end will kill it.
             if answer[0] == "failed":
                 return

@@ -67,6 +67,7 @@ class Worker:
 
     def send(self, batch: list[Request]) -> None:
         """Give it a batch; if it has died meanwhile, whoever reads from it will notice."""
+        # The time in which it had nothing to do counts neither as work nor as silence.
         if not self.outstanding:
             self.last_event = time.monotonic()
         self.batches_sent += 1
@@ -95,6 +96,8 @@ class Worker:
         """Lower the token budget below a batch that was too large, and return it."""
         batch = self.outstanding.pop(number)
         self.last_event = time.monotonic()
+
+        # A row that is alone cannot be cut, but longer ones need not be tried.
         if len(batch) > 1:
             fitting_tokens = padded_tokens(batch) // 2
         else:
@@ -104,13 +107,15 @@ class Worker:
 
     def note_death(self) -> tuple[list[list[Request]], list[list[Request]]]:
         """Count a death; return the batches that it was scoring, and those that lay ready."""
-        batches = list(self.outstanding.values())
         # It scores them in the order in which they were sent.
+        batches = list(self.outstanding.values())
         being_scored = batches[: self.batches_at_once]
         ready = batches[self.batches_at_once :]
         self.outstanding.clear()
         self.stop()
         self.deaths += 1
+
+        # It may have died of a lack of memory that was never reported.
         self.tokens_per_batch = max(self.tokens_per_batch // 2, 1)
 
         # A row that kills its worker when it is alone will be given up, not the worker.
@@ -132,10 +137,13 @@ class Worker:
 
 def start_process(task: Assignment) -> tuple:
     """Start a process for a task; return it and the pipe to it."""
-    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    # CUDA does not survive a fork.
+    context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=run_worker, args=(theirs, task), daemon=True)
     process.start()
+
+    # With the process's own end alone open, its death closes the pipe.
     theirs.close()
     return process, ours
 
@@ -168,6 +176,7 @@ def start_workers(
     for positions in position_groups:
         device_names = tuple(devices[position] for position in positions)
         log_names = []
+        # Two workers on one CPU would have the same name.
         for position, name in zip(positions, device_names, strict=True):
             log_names.append(f"cpu #{position}" if name == "cpu" else name)
         task = Assignment(
@@ -180,6 +189,7 @@ def start_workers(
         worker = Worker("+".join(log_names), task, tokens_per_batch, start_process, positions)
         worker.launch()
         workers.append(worker)
+
     names = ", ".join(worker.name for worker in workers)
     log(clock, f"{package.folder.name}: loading on {names}")
     return workers
