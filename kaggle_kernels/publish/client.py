@@ -135,6 +135,7 @@ class Kaggle:
 
     owner: str
     pace: Pace
+    session: requests.Session  # sends the credentials: for Kaggle's own addresses only
     blobs: BlobApiClient
     competitions: CompetitionApiClient
     datasets: DatasetApiClient
@@ -148,12 +149,12 @@ def connect(pace: Pace) -> Kaggle:
     endpoint = get_endpoint(KaggleEnv.LOCAL if is_local else KaggleEnv.PROD)
     transport = Transport(f"{endpoint}/api" if is_local else endpoint)
 
-    # The session sends the credentials: it is for Kaggle's own addresses only.
     owner, auth = find_credentials(transport, pace)
     transport.session.auth = auth
     return Kaggle(
         owner=owner,
         pace=pace,
+        session=transport.session,
         blobs=BlobApiClient(transport),
         competitions=CompetitionApiClient(transport),
         datasets=DatasetApiClient(transport),
