@@ -84,13 +84,21 @@ def find_secrets(path: Path, content: bytes) -> Iterator[str]:
 
 
 def find_rows(folders: Sequence[Path], pairs: Path) -> list[str]:
-    """Find texts of the pairs in what goes up: two stretches of 48 characters of one row; a line for each file.
+    """Find texts of the competition's pairs in the files that are to be uploaded.
 
-    Case, spaces and punctuation do not count. The made-up golden rows are not looked for.
+    A file holds a row where it has two of the row's windows of 48 characters. Case, spaces and
+    punctuation do not count, and the made-up golden rows are not looked for.
+
+    Args:
+        folders: The folders to be uploaded.
+        pairs: The pairs.parquet whose texts may not go up.
+
+    Returns:
+        One problem for each file that holds a row.
     """
     places = find_places(folders)
 
-    # Windows of the pairs do not overlap: so few are cut of many rows.
+    # The files' windows overlap, so those of the pairs need not: far fewer have to be looked up.
     ids_by_path: dict[Path, list[str]] = {}
     for row_id, stretches in read_stretches(pairs):
         hits = set()

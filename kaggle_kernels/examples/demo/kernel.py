@@ -190,7 +190,7 @@ SETTINGS = Settings(
     min_scored=0.98,
     visible_rows=512,
     wheels="pairwise-wheels",
-    build="3ed3a9eeebc09f13",
+    build="bcd0e329354e26e2",
 )
 
 
@@ -3622,17 +3622,20 @@ class ComputeInFloat32(TorchFunctionMode):
     """In this thread, hidden states are float32 from the first layer on, whatever the dtype of the weights."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        """Call `function` with float32 in place of float16."""
+        """Call `function` with float32 in place of float16; PyTorch calls this for every function."""
         kwargs = kwargs or {}
+        # Hidden states are float32 and the weights float16: the weights follow.
         if function in WITH_WEIGHTS:
             args = [to_float32(value) for value in args]
             kwargs = {name: to_float32(value) for name, value in kwargs.items()}
+        # The int8 kernel of bitsandbytes reads float16 only, in which a larger number is infinite.
         if str(function) == QUANTISE_TO_INT8:
             args = (args[0].clamp(-FLOAT16_MAX, FLOAT16_MAX).half(), *args[1:])
 
         result = function(*args, **kwargs)
 
-        # bitsandbytes and PEFT convert a layer's input to the dtype of its weights.
+        # bitsandbytes and PEFT convert a layer's input to the dtype of its weights, where it would
+        # overflow again: the input stays as it is.
         is_narrowed = function is torch.Tensor.to and result.dtype is torch.float16
         if is_narrowed and args[0].dtype is torch.float32:
             return args[0]
@@ -4054,7 +4057,7 @@ class Part:
 def weight_sizes(folder: Path) -> dict[str, tuple[int, int]]:
     """Read bytes and elements of every tensor in the folder's model*.safetensors, by name.
 
-    Two elements of nf4 share a byte. A word of GPTQ holds as many as there are inputs, which g_idx counts, to a row of words.
+    Of a quantised weight the elements are those before it was packed.
     """
     sizes = {}
     for path in sorted(Path(folder).glob("model*.safetensors")):
@@ -4067,8 +4070,10 @@ def weight_sizes(folder: Path) -> dict[str, tuple[int, int]]:
         for name, tensor in header.items():
             start, end = tensor["data_offsets"]
             elements = math.prod(tensor["shape"])
+            # nf4 packs two elements into a byte.
             if tensor["dtype"] == "U8" and f"{name}.absmax" in header:
                 elements *= 2
+            # GPTQ packs several inputs into a word; g_idx has an entry for each input.
             elif name.endswith(".qweight"):
                 inputs = header[name.removesuffix("qweight") + "g_idx"]["shape"][0]
                 elements *= inputs // tensor["shape"][0]
@@ -4216,7 +4221,11 @@ class Stages:
 
     @contextlib.contextmanager
     def batch(self) -> Iterator[None]:
-        """One batch on its way through all stages; outside of this nothing waits. What it computes must be read inside."""
+        """Let the forward pass inside go through all stages, one stage at a time.
+
+        A forward pass outside of this context takes no locks. Results must be read inside of it,
+        while the batch has its streams.
+        """
         self.locks[0].acquire()
         self.local.stage = 0
         self.local.streams = self.streams.get()
@@ -4232,8 +4241,12 @@ class Stages:
             self.local.stage = None
 
     def enter(self, stage: int, *_) -> None:
-        """Wait until the stage is free, take it, and give back the one before once its device has done its work."""
+        """Move this thread's batch to a stage: take its lock, then release the one before.
+
+        The model calls this as a hook, just before the first layer of the stage.
+        """
         previous_stage = getattr(self.local, "stage", None)
+        # A forward pass outside of `batch` takes no locks.
         if previous_stage is None:
             return
 

@@ -43,7 +43,11 @@ class Stages:
 
     @contextlib.contextmanager
     def batch(self) -> Iterator[None]:
-        """One batch on its way through all stages; outside of this nothing waits. What it computes must be read inside."""
+        """Let the forward pass inside go through all stages, one stage at a time.
+
+        A forward pass outside of this context takes no locks. Results must be read inside of it,
+        while the batch has its streams.
+        """
         self.locks[0].acquire()
         self.local.stage = 0
         self.local.streams = self.streams.get()
@@ -59,8 +63,12 @@ class Stages:
             self.local.stage = None
 
     def enter(self, stage: int, *_) -> None:
-        """Wait until the stage is free, take it, and give back the one before once its device has done its work."""
+        """Move this thread's batch to a stage: take its lock, then release the one before.
+
+        The model calls this as a hook, just before the first layer of the stage.
+        """
         previous_stage = getattr(self.local, "stage", None)
+        # A forward pass outside of `batch` takes no locks.
         if previous_stage is None:
             return
 

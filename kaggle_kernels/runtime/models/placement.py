@@ -33,7 +33,7 @@ class Part:
 def weight_sizes(folder: Path) -> dict[str, tuple[int, int]]:
     """Read bytes and elements of every tensor in the folder's model*.safetensors, by name.
 
-    Two elements of nf4 share a byte. A word of GPTQ holds as many as there are inputs, which g_idx counts, to a row of words.
+    Of a quantised weight the elements are those before it was packed.
     """
     sizes = {}
     for path in sorted(Path(folder).glob("model*.safetensors")):
@@ -46,8 +46,10 @@ def weight_sizes(folder: Path) -> dict[str, tuple[int, int]]:
         for name, tensor in header.items():
             start, end = tensor["data_offsets"]
             elements = math.prod(tensor["shape"])
+            # nf4 packs two elements into a byte.
             if tensor["dtype"] == "U8" and f"{name}.absmax" in header:
                 elements *= 2
+            # GPTQ packs several inputs into a word; g_idx has an entry for each input.
             elif name.endswith(".qweight"):
                 inputs = header[name.removesuffix("qweight") + "g_idx"]["shape"][0]
                 elements *= inputs // tensor["shape"][0]
