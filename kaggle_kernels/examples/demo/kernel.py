@@ -190,7 +190,7 @@ SETTINGS = Settings(
     min_scored=0.98,
     visible_rows=512,
     wheels="pairwise-wheels",
-    build="bcd0e329354e26e2",
+    build="258ae6b4925be497",
 )
 
 
@@ -224,22 +224,23 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
     # The time limit depends on the number of rows.
     test_file = find_mounted(root, settings.competition, TEST_FILES, "competitions")
     rows = read_rows(test_file, are_turns="tie" in settings.verdicts)
-    clock = start_clock(settings.time_limit(len(rows)), began)
-    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
-    log(clock, f"{settings.name}: {', '.join(map(' '.join, versions.items()))}")
-    log(clock, f"{test_file}: {len(rows)} rows, {sum(row['counts'] for row in rows)} of them count")
+    clock_seconds = settings.time_limit(len(rows))
+    clock = start_clock(clock_seconds, began)
+    versions = log_versions(settings, clock)
+    counting_rows = sum(row["counts"] for row in rows)
+    log(clock, f"{test_file}: {len(rows)} rows, {counting_rows} of them count")
 
     # What is there to score them with.
     served, packages = read_packages(root, settings, clock)
     folders = [package.folder for package in packages]
-    visible = choose_visible_rows(root, settings, folders, {row["id"] for row in rows})
+    test_ids = {row["id"] for row in rows}
+    visible = choose_visible_rows(root, settings, folders, test_ids)
     if visible.log_line:
         log(clock, visible.log_line)
-    all_rows = [*rows, *visible.rows]
-
     machine = prepare_machine(root, served, packages, devices, clock)
 
     # The hours of work.
+    all_rows = [*rows, *visible.rows]
     board = make_board(served, packages, all_rows, devices, clock, hidden_run)
     with log_errors_of_hidden_run(clock):
         score_all(board)
@@ -256,30 +257,59 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
     # The ids are read again, so that a row lost on the way here is noticed.
     ids = [row["id"] for row in read_table(test_file, ("id",))]
     write_submission(root / "working" / "submission.csv", settings, final, ids)
+    counts = log_counts(rows, scored, clock)
 
+    # The submission stands: what fails from here on costs no more than a record.
+    record = {
+        "settings": asdict(settings),
+        "clock_seconds": clock_seconds,
+        "versions": versions,
+        "machine": machine,
+        **counts,
+        "shortfall": shortfall,
+    }
+    with log_errors_of_hidden_run(clock):
+        write_records(root / "working", board, visible, scored, final, record)
+
+
+def log_versions(settings: Settings, clock: Clock) -> dict[str, str]:
+    """Log the kernel's name and the versions of its libraries, and return these for kernel.json."""
+    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    listed = ", ".join(f"{name} {version}" for name, version in versions.items())
+    log(clock, f"{settings.name}: {listed}")
+    return versions
+
+
+def log_counts(
+    rows: Sequence[Mapping], scored: Mapping[str, Sequence[float]], clock: Clock
+) -> dict:
+    """Log how many rows were scored, and return the counts for kernel.json."""
     counts = count_rows(rows, scored)
     by_prior = counts["rows"] - counts["scored"]
     log(
         clock,
         f"submission.csv: {len(rows)} rows, {counts['scored']} scored, {by_prior} by the prior",
     )
+    return counts
 
-    # The submission stands: what fails from here on costs no more than a record.
-    with log_errors_of_hidden_run(clock):
-        models = board.scores_by_run()
-        write_scores(root / "working" / "scores.parquet", settings.verdicts, final, scored, models)
-        record = {
-            "settings": asdict(settings),
-            "clock_seconds": settings.time_limit(len(rows)),
-            "versions": versions,
-            "machine": machine,
-            **counts,
-            "shortfall": shortfall,
-            **describe_run(board),
-            "visible": report_visible_run(board, visible, scored) if visible.rows else None,
-            "seconds": round(clock.elapsed(), 1),
-        }
-        write_record(root / "working" / "kernel.json", record)
+
+def write_records(
+    folder: Path,
+    board: Board,
+    visible: VisibleRows,
+    scored: Mapping[str, list[float]],
+    final: Mapping[str, list[float]],
+    record: dict,
+) -> None:
+    """Write scores.parquet and kernel.json, which no score depends on."""
+    inputs = board.inputs
+    write_scores(
+        folder / "scores.parquet", inputs.settings.verdicts, final, scored, board.scores_by_run()
+    )
+    record |= describe_run(board)
+    record["visible"] = report_visible_run(board, visible, scored) if visible.rows else None
+    record["seconds"] = round(inputs.clock.elapsed(), 1)
+    write_record(folder / "kernel.json", record)
 
 
 def prepare_machine(
