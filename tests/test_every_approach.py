@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from kaggle_kernels.build.bundle import build
 from kaggle_kernels.build.spec import all_specs, read_spec
+from kaggle_kernels.publish.package_files import check_package
 from kaggle_kernels.rehearsal.rehearse import rehearse
 from postprocess.pipeline import package_recipe
 from preprocess.core.files import read_json, sha256
@@ -134,6 +135,7 @@ def test_twin_is_packaged_and_agrees_with_its_training(recipe, packaged):
     block = read_recipe(recipe).pairwise
     assert read_json(package / "dataset-metadata.json")["id"] == f"INSERT_OWNER/{block.package.slug}"
     assert read_contract(package).verdicts == block.verdicts
+    assert check_package(package) == [], "push would refuse the package"
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda path: path.stem)

@@ -55,6 +55,7 @@ class Manifest(Strict):
     base_model: str | None = None
     revision: str | None = None
     validation: dict | None = None
+    temperature: dict | None = None
 
 
 class WheelFacts(FileFacts):
