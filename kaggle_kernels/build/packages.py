@@ -104,7 +104,7 @@ def check_recipe_is_unchanged(folder: Path, fit: Fit) -> None:
     expected_values = {
         "contract.json": contract,
         "config.json": {"model_type": fit.served.base.model_type},
-        "manifest.json": {"quantize": block.package.quantize},
+        MANIFEST: {"quantize": block.package.quantize},
     }
 
     for name, expected_by_key in expected_values.items():
@@ -157,5 +157,5 @@ def build_of(kernel: Path, packages: Mapping[str, Path]) -> dict:
     """
     manifest_hashes = {}
     for dataset, folder in packages.items():
-        manifest_hashes[dataset] = sha256(folder / "manifest.json")
+        manifest_hashes[dataset] = sha256(folder / MANIFEST)
     return {"kernel_sha256": sha256(kernel / "kernel.py"), "packages": manifest_hashes}

@@ -13,9 +13,7 @@ import polars as pl
 from kaggle_kernels.build.spec import COMPETITIONS, Spec
 from kaggle_kernels.rehearsal.adversarial_texts import TEXTS
 from kaggle_kernels.runtime.inputs import SCORED
-
-# Kaggle reads this file from an upload, and does not mount it.
-METADATA = "dataset-metadata.json"
+from kaggle_kernels.runtime.package import NOT_MOUNTED
 
 
 def lay_out_tree(
@@ -41,7 +39,7 @@ def lay_out_tree(
         mount = root / "input" / "datasets" / "owner" / dataset
         mount.mkdir(parents=True)
         for path in package.iterdir():
-            if path.name != METADATA:
+            if path.name not in NOT_MOUNTED:
                 (mount / path.name).symlink_to(path.absolute())
 
     competition = root / "input" / "competitions" / COMPETITIONS[spec.competition].slug

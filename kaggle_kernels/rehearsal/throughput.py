@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from kaggle_kernels.build.memory_fit import Fit
 from kaggle_kernels.build.spec import Spec
 from kaggle_kernels.runtime.scheduling import plan
+from kaggle_kernels.runtime.visible import HIDDEN_ROWS
 from postprocess.memory.model_size import weight_bytes
 from postprocess.memory.t4_fit import GPUS as T4S
 
@@ -26,14 +27,8 @@ from postprocess.memory.t4_fit import GPUS as T4S
 # 1,000 tokens in 4 hours, which is 1.3e13 (for 900 tokens) to 1.6e13 (for 1,110).
 T4_FLOP_PER_SECOND = 1.5e13
 
-# An assumption without a published source. A kernel's log says how long its loading took.
-LOAD_BYTES_PER_SECOND = plan.LOAD_BYTES_PER_SECOND
-
 # A multiplication and an addition for each parameter and token (Kaplan et al. 2020, section 2.1).
 FLOP_PER_PARAMETER = 2
-
-# Predictions are also made for the hidden tests: WSDM's public phase; its final phase, and LMSYS's.
-HIDDEN_TEST_ROWS = (10_000, 25_000)
 
 
 @dataclass(frozen=True)
@@ -101,7 +96,7 @@ def predict_runs(
     loading = predict_loading(fits)
     flop_per_second = T4S * T4_FLOP_PER_SECOND
     predictions = []
-    for number in dict.fromkeys((rows, *HIDDEN_TEST_ROWS)):  # each number once, in this order
+    for number in dict.fromkeys((rows, *HIDDEN_ROWS)):  # each number once, in this order
         prediction = Prediction(
             rows=number,
             clock_seconds=spec.time_limit(number),
@@ -119,7 +114,7 @@ def predict_loading(fits: Sequence[Fit]) -> float:
     for fit in fits:
         copies = T4S if fit.placement == "each" else 1
         bytes_to_load += copies * sum(weight_bytes(fit.served))
-    return bytes_to_load / LOAD_BYTES_PER_SECOND
+    return bytes_to_load / plan.LOAD_BYTES_PER_SECOND
 
 
 def count_multiplied_parameters(fit: Fit) -> int:

@@ -3,7 +3,6 @@
 Raises PackageError where a package is not the one that was made; ContractError comes from the package's own model_input.py.
 """
 
-import hashlib
 import importlib.abc
 import importlib.util
 import json
@@ -16,6 +15,7 @@ from types import ModuleType
 
 from tokenizers import Tokenizer
 
+from kaggle_kernels.runtime.inputs import hash_file
 from kaggle_kernels.runtime.settings import Clock, log
 
 # hashlib lets other threads go on. A core does about 1 GB a second.
@@ -41,7 +41,7 @@ class Package:
 
     def manifest_sha256(self) -> str:
         """What tells this package from others, every file of it being as listed."""
-        return hashlib.sha256((self.folder / "manifest.json").read_bytes()).hexdigest()
+        return hash_file(self.folder / "manifest.json")
 
 
 def read_package(folder: Path | str, clock: Clock | None = None) -> Package:
@@ -121,8 +121,7 @@ def check_hash(path: Path, expected: str, source: str) -> None:
     """Raise PackageError unless the SHA-256 of the file at `path` is `expected`, as `source` says."""
     if not path.is_file():
         raise PackageError(f"{path}: missing, but {source} lists it; package the run again")
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    sha256 = hash_file(path)
     if sha256 != expected:
         raise PackageError(
             f"{path}: its SHA-256 is {sha256[:12]}…, {source} says {expected[:12]}…; the file has changed"
@@ -144,8 +143,7 @@ class _SourceOnly(importlib.abc.SourceLoader):
 
 def execute_model_input(path: Path) -> ModuleType:
     """Import the module at `path` under a name of its own, so that packages with different copies can live side by side."""
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    name = f"model_input_{sha256[:12]}"
+    name = f"model_input_{hash_file(path)[:12]}"
     loader = _SourceOnly(path)
     module_spec = importlib.util.spec_from_file_location(name, path, loader=loader)
     module = importlib.util.module_from_spec(module_spec)

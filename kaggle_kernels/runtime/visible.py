@@ -20,7 +20,7 @@ from kaggle_kernels.runtime.submission import ModelScores, is_first_longer
 VALIDATION_IDS = "validation_ids.json"
 TRAIN_FILES = ("train.parquet", "train.csv")
 TRAIN_PREFIX = "train:"
-HIDDEN_ROWS = (10_000, 25_000)  # of the public and of the final phase
+HIDDEN_ROWS = (10_000, 25_000)  # WSDM's public phase; its final phase, and LMSYS's
 VERDICTS = ("model_a", "model_b", "tie")  # in the order of LMSYS's columns
 NEVER = 1e9  # seconds, where nothing was measured
 

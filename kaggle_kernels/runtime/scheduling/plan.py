@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from kaggle_kernels.runtime.models.placement import weight_sizes
 from kaggle_kernels.runtime.package import Package
 
+# An assumption without a published source. A kernel's log says how long its loading took.
 LOAD_BYTES_PER_SECOND = 3e8
 
 # The change of a probability (sd) by a second order or model, until it is measured.
