@@ -78,7 +78,9 @@ def test_whoever_packages_such_a_model_is_warned(package_folder):
     model = overflowing_model("gemma2", 3e4)
     take_shortcuts(model)
     with pytest.warns(UserWarning, match="6 of 6 sequences overflowed float16 and were computed again in float32"):
-        score(model, model_input, package.tokenizer, package.contract, pairs)
+        scores = score(model, model_input, package.tokenizer, package.contract, pairs)
+    for by_order in scores.values():
+        assert all(math.isfinite(value) for values in by_order.values() for value in values)
 
 
 def test_the_log_says_how_many_rows_overflowed():

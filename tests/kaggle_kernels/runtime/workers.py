@@ -14,7 +14,10 @@ from kaggle_kernels.runtime.scheduling.worker_handle import Worker
 
 
 class ThreadProcess:
-    """What the kernel sees of a process, with a thread in its place. Closing the pipe ends it, as a kill would."""
+    """What the kernel sees of a process, with a thread in its place.
+
+    A thread can be neither killed nor, while it hangs, joined. Worker.stop closes the pipe first, which ends it.
+    """
 
     exitcode = -9
 
