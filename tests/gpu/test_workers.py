@@ -81,7 +81,7 @@ def test_two_batches_on_streams_of_their_own_score_what_each_scores_alone(packag
 
     @torch.inference_mode()
     def compute_in_stages(batch):
-        return verdict_logits(model, package.contract, batch, GPU, stages.batch)
+        return verdict_logits(model, package.contract, batch, GPU, stages.forward_pass)
 
     with ThreadPoolExecutor(2) as pool:
         computed = list(pool.map(compute_in_stages, batches))

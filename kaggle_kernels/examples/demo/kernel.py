@@ -190,7 +190,7 @@ SETTINGS = Settings(
     min_scored=0.98,
     visible_rows=512,
     wheels="pairwise-wheels",
-    build="258ae6b4925be497",
+    build="39462b345fc74803",
 )
 
 
@@ -718,20 +718,20 @@ def plan_next_pass(board: Board, loaded: int | None, workers: Sequence[Worker]) 
 
 
 def plan_group(board: Board, group: Sequence[str], loaded: int | None) -> NextPass | None:
-    """Plan a group's next pass: one order of all its rows, then what a new plan begins with."""
-    # A group's rows are all encoded in its first pass, so that one of them tells of all.
-    is_begun = group[0] in board.measured.tokens
-    if not is_begun:
+    """Plan a group's next pass: at first one order of all its rows, later the first of a new plan."""
+    # The first pass measures the tokens of all its rows: one row shows whether it was made.
+    has_had_first_pass = group[0] in board.measured.tokens
+    if not has_had_first_pass:
         packages = board.progress.packages
         number = loaded if loaded in packages else packages[0]
         return NextPass(number, board.orders(number)[0], frozenset(group))
 
-    # What the clock allows of the rest.
+    # Share the time that is left out among all passes that could still be made.
     options = make_options(board, group, loaded)
     if not options:
         return None
-    now = time.monotonic()
-    seconds_left = board.inputs.clock.deadline - now
+    clock = board.inputs.clock
+    seconds_left = clock.left()
     by_log_loss = len(board.inputs.settings.columns) > 1
     shares = allocate(
         options, board.probabilities(), board.measured.tokens, seconds_left, by_log_loss
@@ -744,23 +744,18 @@ def plan_group(board: Board, group: Sequence[str], loaded: int | None) -> NextPa
         return None
     first, *later = planned
 
-    # The pass may last until what is planned after it must begin to load.
-    # A package that has two passes is loaded once.
-    load_seconds: dict[int, float] = {}
-    seconds_for_later = 0.0
-    for share in later:
-        seconds_for_later += share.seconds
-        load_seconds[share.option.package] = share.option.load_seconds
+    # The pass must leave the time for those planned after it: their scoring, and loading each
+    # package once. Its own package is loaded by then.
+    load_seconds = {share.option.package: share.option.load_seconds for share in later}
     load_seconds.pop(first.option.package, None)
-    seconds_for_later += sum(load_seconds.values())
-    deadline = now + seconds_left - seconds_for_later
+    seconds_for_later = sum(share.seconds for share in later) + sum(load_seconds.values())
+    deadline = clock.deadline - seconds_for_later
 
     # Where no row must be left out, taking them by length wastes the least padding.
-    has_every_row = len(first.gains) == len(first.option.unscored)
+    option = first.option
+    has_every_row = len(first.gains) == len(option.unscored)
     gains = None if has_every_row else first.gains
-    return NextPass(
-        first.option.package, first.option.order, frozenset(first.gains), gains, deadline
-    )
+    return NextPass(option.package, option.order, frozenset(first.gains), gains, deadline)
 
 
 def make_options(board: Board, group: Sequence[str], loaded: int | None) -> list[Option]:
@@ -868,7 +863,7 @@ def make_next_pass(
 ) -> None:
     """Score the rows of a pass and note the result on the board.
 
-    They are encoded while the workers load, or were while the pass before ran.
+    The rows are encoded here while the workers load, or were encoded during the pass before.
     """
     number, order = next_pass.package, next_pass.order
     package, clock = board.inputs.packages[number], board.inputs.clock
@@ -876,23 +871,25 @@ def make_next_pass(
     if next_pass.deadline is not None:
         deadline = min(next_pass.deadline, deadline)
 
-    # Tokenise now, and the other orders of the same rows while this one is scored.
     rows = [row for row in board.inputs.rows if row["id"] in next_pass.rows]
     requests = encoder.requests(number, order, rows)
-    for other in board.orders(number):
-        if (number, other) not in board.progress.tried and other != order:
-            encoder.begin(number, other, rows)
 
-    # How far this pass moves probabilities tells what further passes are worth.
-    before = board.probabilities()
+    # The rows' other order is encoded in the background, while this one is scored.
+    for other_order in board.orders(number):
+        was_tried = (number, other_order) in board.progress.tried
+        if other_order != order and not was_tried:
+            encoder.begin(number, other_order, rows)
+
+    probabilities_before = board.probabilities()
     label = f"{package.folder.name}, {order}"
     work = make_pass(label, requests, deadline, workers, next_pass.gains)
     work = run_pass(work, workers, clock)
     if all(worker.gone and not worker.load_seconds for worker in workers):
         raise LoadError(f"{package.folder}: no device could load it")
 
+    # How far this pass moved probabilities tells what further passes are worth.
     note_pass(board, (number, order), work, requests, workers)
-    change = measured_change(before, board.probabilities())
+    change = measured_change(probabilities_before, board.probabilities())
     if change:
         board.measured.changes[number, order] = change
 
@@ -1414,9 +1411,8 @@ def pass_record(work: Pass) -> dict:
 # The workers as the kernel's own process sees them: started, given batches, killed, restarted.
 #
 # A worker that dies is started again with half its token budget, which stays halved. One that dies
-# FRUITLESS_DEATHS times in a row without having loaded its model or scored a batch is given up: its
-# device is gone, and the others go on without it. What becomes of the rows that it had is decided by
-# pass_runner.handle_worker_death.
+# FRUITLESS_DEATHS times without a scored batch in between is given up: its device is gone, and the
+# others go on without it. pass_runner.handle_worker_death decides what becomes of its rows.
 # ================================================================================================
 
 FRUITLESS_DEATHS = 3
@@ -1507,20 +1503,23 @@ class Worker:
 
     def note_death(self) -> tuple[list[list[Request]], list[list[Request]]]:
         """Count a death; return the batches that it was scoring, and those that lay ready."""
-        # It scores them in the order in which they were sent.
-        batches = list(self.outstanding.values())
-        being_scored = batches[: self.batches_at_once]
-        ready = batches[self.batches_at_once :]
+        # Batches are scored in the order in which they were sent.
+        sent_batches = list(self.outstanding.values())
+        being_scored = sent_batches[: self.batches_at_once]
+        ready = sent_batches[self.batches_at_once :]
         self.outstanding.clear()
+
+        # Only now: a stopped worker no longer knows its batches_at_once.
         self.stop()
         self.deaths += 1
 
         # It may have died of a lack of memory that was never reported.
         self.tokens_per_batch = max(self.tokens_per_batch // 2, 1)
 
-        # A row that kills its worker when it is alone will be given up, not the worker.
-        has_single_rows = bool(being_scored) and all(len(batch) == 1 for batch in being_scored)
-        if not has_single_rows:
+        # A row that is scored alone may be what kills the worker. It will be given up in the
+        # worker's place, so that such a death does not count against the worker.
+        only_single_rows = all(len(batch) == 1 for batch in being_scored)
+        if not being_scored or not only_single_rows:
             self.fruitless += 1
         self.gone = self.fruitless >= FRUITLESS_DEATHS
         return being_scored, ready
@@ -1692,7 +1691,7 @@ def work(connection, task: Assignment) -> None:
     tell(connection, "loaded", facts)
 
     def score_requests(requests):
-        passing = stages.batch if stages else contextlib.nullcontext
+        pass_context = stages.forward_pass if stages else contextlib.nullcontext
 
         # Each thread has a current device of its own.
         on_device = contextlib.nullcontext()
@@ -1700,7 +1699,7 @@ def work(connection, task: Assignment) -> None:
             on_device = torch.cuda.device(first_device)
         with on_device:
             return score_batch(
-                model, package.model_input, package.contract, requests, first_device, passing
+                model, package.model_input, package.contract, requests, first_device, pass_context
             )
 
     serve(connection, score_requests, batches_at_once, lambda: memory_bytes(task.devices))
@@ -1843,6 +1842,7 @@ def memory_bytes(devices: tuple[str, ...]) -> list[int]:
 # their loading is tried out: with none of them, with the first, with the first two, and so on.
 # ================================================================================================
 
+# An assumption without a published source. A kernel's log says how long its loading took.
 LOAD_BYTES_PER_SECOND = 3e8
 
 # The change of a probability (sd) by a second order or model, until it is measured.
@@ -2272,7 +2272,7 @@ class Package:
 
     def manifest_sha256(self) -> str:
         """What tells this package from others, every file of it being as listed."""
-        return hashlib.sha256((self.folder / "manifest.json").read_bytes()).hexdigest()
+        return hash_file(self.folder / "manifest.json")
 
 
 def read_package(folder: Path | str, clock: Clock | None = None) -> Package:
@@ -2343,8 +2343,7 @@ def check_hash(path: Path, expected: str, source: str) -> None:
     """Raise PackageError unless the SHA-256 of the file at `path` is `expected`, as `source` says."""
     if not path.is_file():
         raise PackageError(f"{path}: missing, but {source} lists it; package the run again")
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    sha256 = hash_file(path)
     if sha256 != expected:
         raise PackageError(
             f"{path}: its SHA-256 is {sha256[:12]}…, {source} says {expected[:12]}…; the file has changed"
@@ -2366,8 +2365,7 @@ class _SourceOnly(importlib.abc.SourceLoader):
 
 def execute_model_input(path: Path) -> ModuleType:
     """Import the module at `path` under a name of its own, so that packages with different copies can live side by side."""
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    name = f"model_input_{sha256[:12]}"
+    name = f"model_input_{hash_file(path)[:12]}"
     loader = _SourceOnly(path)
     module_spec = importlib.util.spec_from_file_location(name, path, loader=loader)
     module = importlib.util.module_from_spec(module_spec)
@@ -2603,7 +2601,7 @@ def format_gib(size: int | None) -> str:
 VALIDATION_IDS = "validation_ids.json"
 TRAIN_FILES = ("train.parquet", "train.csv")
 TRAIN_PREFIX = "train:"
-HIDDEN_ROWS = (10_000, 25_000)  # of the public and of the final phase
+HIDDEN_ROWS = (10_000, 25_000)  # WSDM's public phase; its final phase, and LMSYS's
 VERDICTS = ("model_a", "model_b", "tie")  # in the order of LMSYS's columns
 NEVER = 1e9  # seconds, where nothing was measured
 
@@ -3292,10 +3290,10 @@ def score_batch(
     contract,
     batch: Sequence[Request],
     device: str,
-    passing=contextlib.nullcontext,
+    pass_context=contextlib.nullcontext,
 ) -> BatchScores:
     """Score a batch; a row that overflows float16 is computed again in float32, alone."""
-    probabilities_bv = batch_probabilities(model, contract, batch, device, passing)
+    probabilities_bv = batch_probabilities(model, contract, batch, device, pass_context)
 
     # Only float16 has a range that hidden states can leave.
     overflowed_rows = []
@@ -3307,7 +3305,7 @@ def score_batch(
     for row in overflowed_rows:
         batch_of_one = [batch[row]]
         with contextlib.suppress(RuntimeError), ComputeInFloat32():
-            [row_v] = batch_probabilities(model, contract, batch_of_one, device, passing)
+            [row_v] = batch_probabilities(model, contract, batch_of_one, device, pass_context)
             probabilities_bv[row] = row_v
 
     rows = []
@@ -3320,14 +3318,14 @@ def score_batch(
 
 
 def batch_probabilities(
-    model: torch.nn.Module, contract, batch: Sequence[Request], device: str, passing
+    model: torch.nn.Module, contract, batch: Sequence[Request], device: str, pass_context
 ) -> torch.Tensor:
     """Compute the probabilities of a batch in its own orders, float32 of shape (requests, verdicts)."""
     sequences = []
     for request in batch:
         sequences += request.sequences
     spare_tokens = batch[0].spare_tokens  # one package's requests have the same
-    logits_bv = verdict_logits(model, contract, sequences, device, passing, spare_tokens)
+    logits_bv = verdict_logits(model, contract, sequences, device, pass_context, spare_tokens)
 
     # What cancels the position bias of a base model that was not trained.
     if contract.logit_bias:
@@ -3340,7 +3338,7 @@ def verdict_logits(
     contract,
     sequences: Sequence[list[int]],
     device: str,
-    passing=contextlib.nullcontext,
+    pass_context=contextlib.nullcontext,
     spare_tokens: int = DEFAULT_SPARE_TOKENS,
 ) -> torch.Tensor:
     """Compute the verdicts' logits of one sequence a request, for the reward head of two.
@@ -3351,7 +3349,7 @@ def verdict_logits(
     lengths = [len(ids) for ids in sequences]
     for places in group_by_length(lengths, spare_tokens):
         group = [sequences[place] for place in places]
-        with passing():
+        with pass_context():
             outputs_bu = head_outputs(model, contract, group, device).float().cpu()
         for place, row in zip(places, outputs_bu, strict=True):
             rows[place] = row
@@ -4085,10 +4083,7 @@ class Part:
 
 
 def weight_sizes(folder: Path) -> dict[str, tuple[int, int]]:
-    """Read bytes and elements of every tensor in the folder's model*.safetensors, by name.
-
-    Of a quantised weight the elements are those before it was packed.
-    """
+    """Read the bytes and the elements of every tensor in the folder's model*.safetensors, by name."""
     sizes = {}
     for path in sorted(Path(folder).glob("model*.safetensors")):
         # A file begins with the length of its header, which describes each tensor.
@@ -4099,16 +4094,25 @@ def weight_sizes(folder: Path) -> dict[str, tuple[int, int]]:
 
         for name, tensor in header.items():
             start, end = tensor["data_offsets"]
-            elements = math.prod(tensor["shape"])
-            # nf4 packs two elements into a byte.
-            if tensor["dtype"] == "U8" and f"{name}.absmax" in header:
-                elements *= 2
-            # GPTQ packs several inputs into a word; g_idx has an entry for each input.
-            elif name.endswith(".qweight"):
-                inputs = header[name.removesuffix("qweight") + "g_idx"]["shape"][0]
-                elements *= inputs // tensor["shape"][0]
-            sizes[name] = (end - start, elements)
+            sizes[name] = (end - start, count_elements(name, header))
     return sizes
+
+
+def count_elements(name: str, header: Mapping[str, Mapping]) -> int:
+    """Count a tensor's elements; those of a quantised weight as they were before it was packed."""
+    tensor = header[name]
+    stored_elements = math.prod(tensor["shape"])
+
+    # nf4 packs two elements into a byte.
+    if tensor["dtype"] == "U8" and f"{name}.absmax" in header:
+        return stored_elements * 2
+
+    # GPTQ packs several inputs into a word; g_idx has an entry for each input.
+    if name.endswith(".qweight"):
+        group_indices = header[name.removesuffix("qweight") + "g_idx"]
+        inputs_per_word = group_indices["shape"][0] // tensor["shape"][0]
+        return stored_elements * inputs_per_word
+    return stored_elements
 
 
 def find_layers(sizes: Mapping[str, tuple[int, int]]) -> str:
@@ -4246,41 +4250,42 @@ class Stages:
             self.streams.put([torch.cuda.Stream(gpu) for gpu in gpus])
 
         for stage, start in enumerate(starts, 1):
-            enter_stage = functools.partial(self.enter, stage)
-            find_part(model, start).register_forward_pre_hook(enter_stage)
+            hook = functools.partial(self.enter_stage, stage)
+            find_part(model, start).register_forward_pre_hook(hook)
 
     @contextlib.contextmanager
-    def batch(self) -> Iterator[None]:
-        """Let the forward pass inside go through all stages, one stage at a time.
+    def forward_pass(self) -> Iterator[None]:
+        """Let the forward pass of one batch inside go through the stages.
 
-        A forward pass outside of this context takes no locks. Results must be read inside of it,
-        while the batch has its streams.
+        Results must be read inside of this context, while the batch has its streams. A forward pass
+        outside of it takes no locks.
         """
+        # Wait until the first stage is free; enter_stage moves the batch on to the others.
         self.locks[0].acquire()
         self.local.stage = 0
         self.local.streams = self.streams.get()
         try:
             with contextlib.ExitStack() as current_streams:
-                # The last one entered decides the thread's device.
+                # The stream entered last decides the thread's device: it must be the first stage's.
                 for stream in reversed(self.local.streams):
                     current_streams.enter_context(torch.cuda.stream(stream))
                 yield
         finally:
+            # After an error the batch may be in any of the stages.
             self.streams.put(self.local.streams)
             self.locks[self.local.stage].release()
             self.local.stage = None
 
-    def enter(self, stage: int, *_) -> None:
-        """Move this thread's batch to a stage: take its lock, then release the one before.
+    def enter_stage(self, stage: int, *_) -> None:
+        """Move this thread's batch on to a stage, and free the one before.
 
         The model calls this as a hook, just before the first layer of the stage.
         """
         previous_stage = getattr(self.local, "stage", None)
-        # A forward pass outside of `batch` takes no locks.
-        if previous_stage is None:
+        if previous_stage is None:  # outside of `forward_pass`
             return
 
-        # The device may still compute what Python has long queued.
+        # Python is ahead of the device: a stage is free only once its device has done its work.
         self.locks[stage].acquire()
         if self.local.streams:
             self.local.streams[previous_stage].synchronize()

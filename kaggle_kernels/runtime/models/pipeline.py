@@ -38,41 +38,42 @@ class Stages:
             self.streams.put([torch.cuda.Stream(gpu) for gpu in gpus])
 
         for stage, start in enumerate(starts, 1):
-            enter_stage = functools.partial(self.enter, stage)
-            find_part(model, start).register_forward_pre_hook(enter_stage)
+            hook = functools.partial(self.enter_stage, stage)
+            find_part(model, start).register_forward_pre_hook(hook)
 
     @contextlib.contextmanager
-    def batch(self) -> Iterator[None]:
-        """Let the forward pass inside go through all stages, one stage at a time.
+    def forward_pass(self) -> Iterator[None]:
+        """Let the forward pass of one batch inside go through the stages.
 
-        A forward pass outside of this context takes no locks. Results must be read inside of it,
-        while the batch has its streams.
+        Results must be read inside of this context, while the batch has its streams. A forward pass
+        outside of it takes no locks.
         """
+        # Wait until the first stage is free; enter_stage moves the batch on to the others.
         self.locks[0].acquire()
         self.local.stage = 0
         self.local.streams = self.streams.get()
         try:
             with contextlib.ExitStack() as current_streams:
-                # The last one entered decides the thread's device.
+                # The stream entered last decides the thread's device: it must be the first stage's.
                 for stream in reversed(self.local.streams):
                     current_streams.enter_context(torch.cuda.stream(stream))
                 yield
         finally:
+            # After an error the batch may be in any of the stages.
             self.streams.put(self.local.streams)
             self.locks[self.local.stage].release()
             self.local.stage = None
 
-    def enter(self, stage: int, *_) -> None:
-        """Move this thread's batch to a stage: take its lock, then release the one before.
+    def enter_stage(self, stage: int, *_) -> None:
+        """Move this thread's batch on to a stage, and free the one before.
 
         The model calls this as a hook, just before the first layer of the stage.
         """
         previous_stage = getattr(self.local, "stage", None)
-        # A forward pass outside of `batch` takes no locks.
-        if previous_stage is None:
+        if previous_stage is None:  # outside of `forward_pass`
             return
 
-        # The device may still compute what Python has long queued.
+        # Python is ahead of the device: a stage is free only once its device has done its work.
         self.locks[stage].acquire()
         if self.local.streams:
             self.local.streams[previous_stage].synchronize()

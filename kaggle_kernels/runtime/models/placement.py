@@ -31,10 +31,7 @@ class Part:
 
 
 def weight_sizes(folder: Path) -> dict[str, tuple[int, int]]:
-    """Read bytes and elements of every tensor in the folder's model*.safetensors, by name.
-
-    Of a quantised weight the elements are those before it was packed.
-    """
+    """Read the bytes and the elements of every tensor in the folder's model*.safetensors, by name."""
     sizes = {}
     for path in sorted(Path(folder).glob("model*.safetensors")):
         # A file begins with the length of its header, which describes each tensor.
@@ -45,16 +42,25 @@ def weight_sizes(folder: Path) -> dict[str, tuple[int, int]]:
 
         for name, tensor in header.items():
             start, end = tensor["data_offsets"]
-            elements = math.prod(tensor["shape"])
-            # nf4 packs two elements into a byte.
-            if tensor["dtype"] == "U8" and f"{name}.absmax" in header:
-                elements *= 2
-            # GPTQ packs several inputs into a word; g_idx has an entry for each input.
-            elif name.endswith(".qweight"):
-                inputs = header[name.removesuffix("qweight") + "g_idx"]["shape"][0]
-                elements *= inputs // tensor["shape"][0]
-            sizes[name] = (end - start, elements)
+            sizes[name] = (end - start, count_elements(name, header))
     return sizes
+
+
+def count_elements(name: str, header: Mapping[str, Mapping]) -> int:
+    """Count a tensor's elements; those of a quantised weight as they were before it was packed."""
+    tensor = header[name]
+    stored_elements = math.prod(tensor["shape"])
+
+    # nf4 packs two elements into a byte.
+    if tensor["dtype"] == "U8" and f"{name}.absmax" in header:
+        return stored_elements * 2
+
+    # GPTQ packs several inputs into a word; g_idx has an entry for each input.
+    if name.endswith(".qweight"):
+        group_indices = header[name.removesuffix("qweight") + "g_idx"]
+        inputs_per_word = group_indices["shape"][0] // tensor["shape"][0]
+        return stored_elements * inputs_per_word
+    return stored_elements
 
 
 def find_layers(sizes: Mapping[str, tuple[int, int]]) -> str:

@@ -144,7 +144,7 @@ def score_batch(
     contract,
     batch: Sequence[Request],
     device: str,
-    passing=contextlib.nullcontext,
+    pass_context=contextlib.nullcontext,
 ) -> BatchScores:
     """Score a batch; a row that overflows float16 is computed again in float32, alone.
 
@@ -154,12 +154,12 @@ def score_batch(
         contract: The package's contract.
         batch: Requests that fit into memory together.
         device: Where the model's inputs go.
-        passing: Makes the context of each forward pass (see pipeline.Stages.batch).
+        pass_context: Makes the context of each forward pass (see pipeline.Stages.forward_pass).
 
     Returns:
         The probabilities, those of swapped requests swapped back; NaN where float32 does not help either.
     """
-    probabilities_bv = batch_probabilities(model, contract, batch, device, passing)
+    probabilities_bv = batch_probabilities(model, contract, batch, device, pass_context)
 
     # Only float16 has a range that hidden states can leave.
     overflowed_rows = []
@@ -171,7 +171,7 @@ def score_batch(
     for row in overflowed_rows:
         batch_of_one = [batch[row]]
         with contextlib.suppress(RuntimeError), ComputeInFloat32():
-            [row_v] = batch_probabilities(model, contract, batch_of_one, device, passing)
+            [row_v] = batch_probabilities(model, contract, batch_of_one, device, pass_context)
             probabilities_bv[row] = row_v
 
     rows = []
@@ -184,14 +184,14 @@ def score_batch(
 
 
 def batch_probabilities(
-    model: torch.nn.Module, contract, batch: Sequence[Request], device: str, passing
+    model: torch.nn.Module, contract, batch: Sequence[Request], device: str, pass_context
 ) -> torch.Tensor:
     """Compute the probabilities of a batch in its own orders, float32 of shape (requests, verdicts)."""
     sequences = []
     for request in batch:
         sequences += request.sequences
     spare_tokens = batch[0].spare_tokens  # one package's requests have the same
-    logits_bv = verdict_logits(model, contract, sequences, device, passing, spare_tokens)
+    logits_bv = verdict_logits(model, contract, sequences, device, pass_context, spare_tokens)
 
     # What cancels the position bias of a base model that was not trained.
     if contract.logit_bias:
@@ -204,7 +204,7 @@ def verdict_logits(
     contract,
     sequences: Sequence[list[int]],
     device: str,
-    passing=contextlib.nullcontext,
+    pass_context=contextlib.nullcontext,
     spare_tokens: int = DEFAULT_SPARE_TOKENS,
 ) -> torch.Tensor:
     """Compute the verdicts' logits of one sequence a request, for the reward head of two.
@@ -218,7 +218,7 @@ def verdict_logits(
     lengths = [len(ids) for ids in sequences]
     for places in group_by_length(lengths, spare_tokens):
         group = [sequences[place] for place in places]
-        with passing():
+        with pass_context():
             outputs_bu = head_outputs(model, contract, group, device).float().cpu()
         for place, row in zip(places, outputs_bu, strict=True):
             rows[place] = row

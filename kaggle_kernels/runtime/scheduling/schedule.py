@@ -266,20 +266,24 @@ def plan_next_pass(board: Board, loaded: int | None, workers: Sequence[Worker]) 
 
 
 def plan_group(board: Board, group: Sequence[str], loaded: int | None) -> NextPass | None:
-    """Plan a group's next pass: one order of all its rows, then what a new plan begins with."""
-    # A group's rows are all encoded in its first pass, so that one of them tells of all.
-    is_begun = group[0] in board.measured.tokens
-    if not is_begun:
+    """Plan a group's next pass: at first one order of all its rows, later the first of a new plan.
+
+    Returns:
+        None where no row is left, or the clock allows none.
+    """
+    # The first pass measures the tokens of all its rows: one row shows whether it was made.
+    has_had_first_pass = group[0] in board.measured.tokens
+    if not has_had_first_pass:
         packages = board.progress.packages
         number = loaded if loaded in packages else packages[0]
         return NextPass(number, board.orders(number)[0], frozenset(group))
 
-    # What the clock allows of the rest.
+    # Share the time that is left out among all passes that could still be made.
     options = make_options(board, group, loaded)
     if not options:
         return None
-    now = time.monotonic()
-    seconds_left = board.inputs.clock.deadline - now
+    clock = board.inputs.clock
+    seconds_left = clock.left()
     by_log_loss = len(board.inputs.settings.columns) > 1
     shares = allocate(
         options, board.probabilities(), board.measured.tokens, seconds_left, by_log_loss
@@ -292,23 +296,18 @@ def plan_group(board: Board, group: Sequence[str], loaded: int | None) -> NextPa
         return None
     first, *later = planned
 
-    # The pass may last until what is planned after it must begin to load.
-    # A package that has two passes is loaded once.
-    load_seconds: dict[int, float] = {}
-    seconds_for_later = 0.0
-    for share in later:
-        seconds_for_later += share.seconds
-        load_seconds[share.option.package] = share.option.load_seconds
+    # The pass must leave the time for those planned after it: their scoring, and loading each
+    # package once. Its own package is loaded by then.
+    load_seconds = {share.option.package: share.option.load_seconds for share in later}
     load_seconds.pop(first.option.package, None)
-    seconds_for_later += sum(load_seconds.values())
-    deadline = now + seconds_left - seconds_for_later
+    seconds_for_later = sum(share.seconds for share in later) + sum(load_seconds.values())
+    deadline = clock.deadline - seconds_for_later
 
     # Where no row must be left out, taking them by length wastes the least padding.
-    has_every_row = len(first.gains) == len(first.option.unscored)
+    option = first.option
+    has_every_row = len(first.gains) == len(option.unscored)
     gains = None if has_every_row else first.gains
-    return NextPass(
-        first.option.package, first.option.order, frozenset(first.gains), gains, deadline
-    )
+    return NextPass(option.package, option.order, frozenset(first.gains), gains, deadline)
 
 
 def make_options(board: Board, group: Sequence[str], loaded: int | None) -> list[Option]:
@@ -420,7 +419,7 @@ def make_next_pass(
 ) -> None:
     """Score the rows of a pass and note the result on the board.
 
-    They are encoded while the workers load, or were while the pass before ran.
+    The rows are encoded here while the workers load, or were encoded during the pass before.
 
     Raises:
         PackageError: The last worker that is left refuses the package.
@@ -432,23 +431,25 @@ def make_next_pass(
     if next_pass.deadline is not None:
         deadline = min(next_pass.deadline, deadline)
 
-    # Tokenise now, and the other orders of the same rows while this one is scored.
     rows = [row for row in board.inputs.rows if row["id"] in next_pass.rows]
     requests = encoder.requests(number, order, rows)
-    for other in board.orders(number):
-        if (number, other) not in board.progress.tried and other != order:
-            encoder.begin(number, other, rows)
 
-    # How far this pass moves probabilities tells what further passes are worth.
-    before = board.probabilities()
+    # The rows' other order is encoded in the background, while this one is scored.
+    for other_order in board.orders(number):
+        was_tried = (number, other_order) in board.progress.tried
+        if other_order != order and not was_tried:
+            encoder.begin(number, other_order, rows)
+
+    probabilities_before = board.probabilities()
     label = f"{package.folder.name}, {order}"
     work = make_pass(label, requests, deadline, workers, next_pass.gains)
     work = run_pass(work, workers, clock)
     if all(worker.gone and not worker.load_seconds for worker in workers):
         raise LoadError(f"{package.folder}: no device could load it")
 
+    # How far this pass moved probabilities tells what further passes are worth.
     note_pass(board, (number, order), work, requests, workers)
-    change = measured_change(before, board.probabilities())
+    change = measured_change(probabilities_before, board.probabilities())
     if change:
         board.measured.changes[number, order] = change
 

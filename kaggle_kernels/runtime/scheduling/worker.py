@@ -100,7 +100,7 @@ def work(connection, task: Assignment) -> None:
     tell(connection, "loaded", facts)
 
     def score_requests(requests):
-        passing = stages.batch if stages else contextlib.nullcontext
+        pass_context = stages.forward_pass if stages else contextlib.nullcontext
 
         # Each thread has a current device of its own.
         on_device = contextlib.nullcontext()
@@ -108,7 +108,7 @@ def work(connection, task: Assignment) -> None:
             on_device = torch.cuda.device(first_device)
         with on_device:
             return score_batch(
-                model, package.model_input, package.contract, requests, first_device, passing
+                model, package.model_input, package.contract, requests, first_device, pass_context
             )
 
     serve(connection, score_requests, batches_at_once, lambda: memory_bytes(task.devices))

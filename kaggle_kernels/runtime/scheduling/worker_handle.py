@@ -1,9 +1,8 @@
 """The workers as the kernel's own process sees them: started, given batches, killed, restarted.
 
 A worker that dies is started again with half its token budget, which stays halved. One that dies
-FRUITLESS_DEATHS times in a row without having loaded its model or scored a batch is given up: its
-device is gone, and the others go on without it. What becomes of the rows that it had is decided by
-pass_runner.handle_worker_death.
+FRUITLESS_DEATHS times without a scored batch in between is given up: its device is gone, and the
+others go on without it. pass_runner.handle_worker_death decides what becomes of its rows.
 """
 
 import contextlib
@@ -107,20 +106,23 @@ class Worker:
 
     def note_death(self) -> tuple[list[list[Request]], list[list[Request]]]:
         """Count a death; return the batches that it was scoring, and those that lay ready."""
-        # It scores them in the order in which they were sent.
-        batches = list(self.outstanding.values())
-        being_scored = batches[: self.batches_at_once]
-        ready = batches[self.batches_at_once :]
+        # Batches are scored in the order in which they were sent.
+        sent_batches = list(self.outstanding.values())
+        being_scored = sent_batches[: self.batches_at_once]
+        ready = sent_batches[self.batches_at_once :]
         self.outstanding.clear()
+
+        # Only now: a stopped worker no longer knows its batches_at_once.
         self.stop()
         self.deaths += 1
 
         # It may have died of a lack of memory that was never reported.
         self.tokens_per_batch = max(self.tokens_per_batch // 2, 1)
 
-        # A row that kills its worker when it is alone will be given up, not the worker.
-        has_single_rows = bool(being_scored) and all(len(batch) == 1 for batch in being_scored)
-        if not has_single_rows:
+        # A row that is scored alone may be what kills the worker. It will be given up in the
+        # worker's place, so that such a death does not count against the worker.
+        only_single_rows = all(len(batch) == 1 for batch in being_scored)
+        if not being_scored or not only_single_rows:
             self.fruitless += 1
         self.gone = self.fruitless >= FRUITLESS_DEATHS
         return being_scored, ready

@@ -34,7 +34,7 @@ class Model(torch.nn.Module):
 
 def run(stages, model, batches):
     def one(batch):
-        with stages.batch():
+        with stages.forward_pass():
             model(batch)
 
     threads = [threading.Thread(target=one, args=(batch,)) for batch in batches]
@@ -121,7 +121,7 @@ def test_a_stage_is_given_back_once_its_device_has_done_its_work(fake_streams):
     noted, current = fake_streams
     model = Model(lambda _: None, lambda _: noted.append(("second", stages.locks[0].locked())))
     stages = Stages(model, ["second"], ["cuda:0", "cuda:1"])
-    with stages.batch():
+    with stages.forward_pass():
         used = current.streams["cuda:0"]
         release = stages.locks[0].release
         stages.locks[0] = SimpleNamespace(release=lambda: (noted.append(("released",)), release()), locked=lambda: False)
@@ -136,7 +136,7 @@ def test_a_batch_that_fails_gives_its_stage_back():
     model = Model(lambda _: None, fail)
     stages = Stages(model, ["second"])
     for _ in range(2):
-        with pytest.raises(RuntimeError), stages.batch():
+        with pytest.raises(RuntimeError), stages.forward_pass():
             model(1)
     assert not any(lock.locked() for lock in stages.locks)
     assert stages.streams.qsize() == 2
@@ -146,7 +146,7 @@ def test_a_part_is_found_below_the_prefix_that_an_adapter_adds():
     seen = []
     model = Model(lambda _: None, lambda _: seen.append([lock.locked() for lock in stages.locks]))
     stages = Stages(torch.nn.ModuleDict({"base_model": torch.nn.ModuleDict({"model": model})}), ["model.second"])
-    with stages.batch():
+    with stages.forward_pass():
         model(1)
     assert seen == [[False, True]]
 

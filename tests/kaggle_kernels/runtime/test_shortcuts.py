@@ -266,7 +266,7 @@ def test_a_split_model_makes_each_pass_of_a_batch_in_its_stages():
 
     def score_in_stages(number):
         with torch.inference_mode():
-            return verdict_logits(model, contract, rows[number], "cpu", stages.batch).softmax(-1)
+            return verdict_logits(model, contract, rows[number], "cpu", stages.forward_pass).softmax(-1)
 
     expected = [probabilities(model, contract, batch) for batch in rows]
     scores = score_in_two_threads(score_in_stages)
