@@ -20,7 +20,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from kaggle_kernels.runtime.settings import PackageSettings, Settings, TimeLimit
+from kaggle_kernels.runtime.settings import PackageSettings, Settings, TimeLimit, find_time_limit
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_yaml
 from preprocess.core.problems import in_words, unknown_key, without_echo
@@ -257,10 +257,7 @@ class Spec(_Strict):
 
     def time_limit(self, rows: int) -> float:
         """Return the seconds that the kernel may take for a test file of so many rows."""
-        for limit in self.time_limits:
-            if limit.rows is None or rows <= limit.rows:
-                return limit.seconds
-        raise ValueError(f"no time limit for {rows} rows")
+        return find_time_limit(self.time_limits, rows)
 
     @property
     def slug(self) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 RESERVE_SECONDS = 300  # kept for writing and checking the submission
@@ -57,10 +58,15 @@ class Settings:
 
     def time_limit(self, rows: int) -> float:
         """Return the seconds that the kernel may take for a test file of so many rows."""
-        for limit in self.time_limits:
-            if limit.rows is None or rows <= limit.rows:
-                return limit.seconds
-        raise ValueError(f"no time limit for {rows} rows; give one for any number of them")
+        return find_time_limit(self.time_limits, rows)
+
+
+def find_time_limit(time_limits: Sequence[TimeLimit], rows: int) -> float:
+    """Return the seconds of the first limit that holds for so many rows; they ascend by rows."""
+    for limit in time_limits:
+        if limit.rows is None or rows <= limit.rows:
+            return limit.seconds
+    raise ValueError(f"no time limit for {rows} rows; give one for any number of them")
 
 
 @dataclass(frozen=True)

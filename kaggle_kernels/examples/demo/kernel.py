@@ -18,6 +18,7 @@ import importlib.metadata
 import importlib.util
 import itertools
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -119,10 +120,15 @@ class Settings:
 
     def time_limit(self, rows: int) -> float:
         """Return the seconds that the kernel may take for a test file of so many rows."""
-        for limit in self.time_limits:
-            if limit.rows is None or rows <= limit.rows:
-                return limit.seconds
-        raise ValueError(f"no time limit for {rows} rows; give one for any number of them")
+        return find_time_limit(self.time_limits, rows)
+
+
+def find_time_limit(time_limits: Sequence[TimeLimit], rows: int) -> float:
+    """Return the seconds of the first limit that holds for so many rows; they ascend by rows."""
+    for limit in time_limits:
+        if limit.rows is None or rows <= limit.rows:
+            return limit.seconds
+    raise ValueError(f"no time limit for {rows} rows; give one for any number of them")
 
 
 @dataclass(frozen=True)
@@ -190,7 +196,7 @@ SETTINGS = Settings(
     min_scored=0.98,
     visible_rows=512,
     wheels="pairwise-wheels",
-    build="39462b345fc74803",
+    build="0d82f0b61e53eb38",
 )
 
 
@@ -3509,6 +3515,9 @@ def load_model(
         )
     if dtype is None:
         dtype = torch.float16 if device.startswith("cuda") else torch.float32
+
+    # For some CPUs bitsandbytes looks for a compiled kernel on a hub, and warns that it does without.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
     config = serving_config(folder, contract)
     is_quantised = set_quantisation(config, folder, device)

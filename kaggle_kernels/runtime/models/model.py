@@ -1,6 +1,7 @@
 """The model of a package, loaded so that it answers as it did in training: pad id, attention and soft-cap from the contract."""
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -47,6 +48,9 @@ def load_model(
         )
     if dtype is None:
         dtype = torch.float16 if device.startswith("cuda") else torch.float32
+
+    # For some CPUs bitsandbytes looks for a compiled kernel on a hub, and warns that it does without.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
     config = serving_config(folder, contract)
     is_quantised = set_quantisation(config, folder, device)
