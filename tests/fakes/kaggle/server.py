@@ -119,7 +119,7 @@ class Handler(BaseHTTPRequestHandler):
     server: KaggleServer
 
     def log_message(self, *arguments) -> None:
-        pass
+        """Silence the standard library's log, a line of stderr for each request: `note` keeps them."""
 
     def do_CONNECT(self) -> None:
         self.refuse_stranger(self.path)
@@ -214,6 +214,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
                 if fault.stalls:
                     self.server.stalled.set()
+                    # What the client still sends is dropped until it has gone.
                     while self.rfile.read1(1 << 16):
                         pass
                     self.server.hung_up.set()
