@@ -1,8 +1,7 @@
 """Calls of Kaggle's API: kagglesdk's typed requests and answers, with a time limit on every call.
 
 kagglesdk's own HTTP client waits for ever. Its service clients take any object with a `call` method, and `Transport` is one
-with time limits of the socket. Nothing more is needed to end against a server that never answers: no call streams, so that a
-process that could be killed would add only its own faults.
+with time limits of the socket. They suffice against a server that never answers, because no call streams its answer.
 
 Credentials are looked for where the kaggle command looks, and are never printed.
 """
@@ -40,6 +39,8 @@ REPEAT_SECONDS = 60
 
 # How often Kaggle is asked whether a call whose answer was lost took effect: it may show it late.
 FEW_LOOKS = 4
+
+ITEMS_A_PAGE = 100
 
 HOW_TO_LOG_IN = (
     "run `kaggle auth login`, or put a token of kaggle.com/settings/api into KAGGLE_API_TOKEN"
@@ -240,6 +241,7 @@ def ask(pace: Pace, method: Callable, request, changes_something: bool = False):
 
 def list_all(pace: Pace, method: Callable, request, field_name: str) -> list:
     """Call a method that lists something page by page; the items in `field_name` of all pages."""
+    request.page_size = ITEMS_A_PAGE
     items = []
     while True:
         answer = ask(pace, method, request)
@@ -254,20 +256,21 @@ def list_all(pace: Pace, method: Callable, request, field_name: str) -> list:
 
 def as_unanswered(name: str, error: requests.RequestException) -> Unanswered:
     """Say in one line why a request failed, without its address, which may hold a token."""
-    reason = "no connection"
-    if isinstance(error, requests.ReadTimeout):
-        reason = f"no answer within {ANSWER_SECONDS} s"
-    elif isinstance(error, requests.ConnectTimeout):
-        reason = f"no connection within {CONNECT_SECONDS} s"
-
     # Only without a connection it is certain that nothing arrived. A proxy's failure hides what happened.
     cause = getattr(error.args[0], "reason", None) if error.args else None
     cause = getattr(cause, "original_error", cause)
     never_connected = isinstance(error, requests.ConnectTimeout) or isinstance(
         cause, NewConnectionError
     )
-    if isinstance(error, requests.ConnectionError) and not never_connected:
+
+    if isinstance(error, requests.ReadTimeout):
+        reason = f"no answer within {ANSWER_SECONDS} s"
+    elif isinstance(error, requests.ConnectTimeout):
+        reason = f"no connection within {CONNECT_SECONDS} s"
+    elif isinstance(error, requests.ConnectionError) and not never_connected:
         reason = "the connection broke off"
+    else:
+        reason = "no connection"
     return Unanswered(
         f"Kaggle: {name}: {reason}; check the network, then run this again", not never_connected
     )

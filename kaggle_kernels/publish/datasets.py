@@ -34,7 +34,6 @@ BUSY_TRIES = 6
 # A version that lacks a file is followed by one more.
 VERSIONS_PER_PUSH = 2
 
-FILES_A_PAGE = 100
 DIFFERENCES_SHOWN = 3
 
 
@@ -294,7 +293,6 @@ def list_files(kaggle: Kaggle, folder: DatasetFolder, version: int) -> dict[str,
     request.owner_slug = folder.owner
     request.dataset_slug = folder.slug
     request.dataset_version_number = version
-    request.page_size = FILES_A_PAGE
     files = list_all(kaggle.pace, kaggle.datasets.list_dataset_files, request, "dataset_files")
     return {file.name: file.total_bytes for file in files}
 

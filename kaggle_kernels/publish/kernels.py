@@ -37,7 +37,6 @@ METADATA = "kernel-metadata.json"
 CODE = "kernel.py"
 
 FINAL_STATUSES = ("COMPLETE", "ERROR", "CANCEL_ACKNOWLEDGED")
-FILES_A_PAGE = 100
 
 # Keys of kernel-metadata.json that kagglesdk has under the same name, and kinds of what a kernel reads.
 SETTINGS = ("language", "kernel_type", "is_private", "enable_gpu", "enable_tpu", "enable_internet")
@@ -103,7 +102,7 @@ def read_kernel(folder: Path, owner: str, versions: Mapping[str, int], is_pinned
     return Kernel((folder / CODE).read_text(encoding="utf-8"), metadata)
 
 
-def pull(kaggle: Kaggle, ref: str, version: int | None = None) -> Kernel | None:
+def pull_kernel(kaggle: Kaggle, ref: str, version: int | None = None) -> Kernel | None:
     """Read a kernel as Kaggle has it: a version of it, or the newest; None where there is none."""
     request = name_version(ApiGetKernelRequest(), ref, version)
     try:
@@ -153,16 +152,16 @@ def normalise(key: str, value: object) -> object:
     return value
 
 
-def without_hidden_versions(expected: list[str], found: list[str]) -> list[str]:
+def without_hidden_versions(expected: list[str], actual: list[str]) -> list[str]:
     """Drop the version of each source that Kaggle shows without one."""
     shown = []
     for source in expected:
         bare = "/".join(source.split("/")[:2])
-        shown.append(bare if bare in found and source not in found else source)
+        shown.append(bare if bare in actual and source not in actual else source)
     return sorted(shown)
 
 
-def push(kaggle: Kaggle, kernel: Kernel, version_before: int) -> tuple[int, str]:
+def push_kernel(kaggle: Kaggle, kernel: Kernel, version_before: int) -> tuple[int, str]:
     """Push the kernel, which starts its visible run; the new version and the address of its page.
 
     Its newest version before tells a push whose answer is lost from none.
@@ -238,7 +237,7 @@ def check_accepted(kernel: Kernel, answer: ApiSaveKernelResponse) -> None:
 def find_lost_push(kaggle: Kaggle, kernel: Kernel, version_before: int) -> Kernel | None:
     """Look whether a push whose answer was lost made a version all the same; the kernel as Kaggle shows it."""
     for _ in kaggle.pace.few_looks():
-        shown = pull(kaggle, kernel.ref)
+        shown = pull_kernel(kaggle, kernel.ref)
         if shown and shown.version > version_before and not find_differences(kernel, shown):
             return shown
     return None
@@ -248,7 +247,7 @@ def check_pushed(kaggle: Kaggle, kernel: Kernel) -> Kernel:
     """Read back what was pushed, as Kaggle shows it; UserError where it is another kernel."""
     problems = ["Kaggle does not show it"]
     for _ in kaggle.pace.few_looks():
-        shown = pull(kaggle, kernel.ref)
+        shown = pull_kernel(kaggle, kernel.ref)
         if shown:
             problems = find_differences(kernel, shown)
         if not problems:
@@ -287,7 +286,6 @@ def download_output(
     # A file of an earlier version must not pass for one of this.
     shutil.rmtree(out, ignore_errors=True)
     request = name_version(ApiListKernelSessionOutputRequest(), ref, version)
-    request.page_size = FILES_A_PAGE
 
     # The rest of the output may have gigabytes.
     files = list_all(kaggle.pace, kaggle.kernels.list_kernel_session_output, request, "files")

@@ -20,9 +20,9 @@ WHEEL = ".whl"
 WEIGHTS = ".safetensors"
 
 # Characters of normalised text: more than code and templates have in common with a row.
-WINDOW = 48
-# So many windows of one row are no accident.
-WINDOWS_OF_A_ROW = 2
+NGRAM_CHARACTERS = 48
+# So many n-grams of one row are no accident.
+NGRAMS_OF_A_ROW = 2
 REMEDY = "take it out, make the folder again, and revoke a secret that has been anywhere else"
 TEXTS = ("prompt", "response_a", "response_b")
 
@@ -86,26 +86,27 @@ def find_secrets(path: Path, content: bytes) -> Iterator[str]:
 def find_rows(folders: Sequence[Path], pairs: Path) -> list[str]:
     """Find texts of the competition's pairs in the files that are to be uploaded.
 
-    A file holds a row where it has two of the row's windows of 48 characters. Case, spaces and
-    punctuation do not count, and the made-up golden rows are not looked for.
+    A row counts as found where two of its n-grams, of 48 characters each, are in the files. Case,
+    spaces and punctuation do not count, and the made-up golden rows are not looked for.
 
     Args:
         folders: The folders to be uploaded.
         pairs: The pairs.parquet whose texts may not go up.
 
     Returns:
-        One problem for each file that holds a row.
+        One problem for each file with n-grams of such rows.
     """
-    places = find_places(folders)
+    path_by_ngram = index_ngrams(folders)
 
-    # The files' windows overlap, so those of the pairs need not: far fewer have to be looked up.
+    # The files are cut at every character, so that the rows need not be: far fewer look-ups.
     ids_by_path: dict[Path, list[str]] = {}
-    for row_id, stretches in read_stretches(pairs):
-        hits = set()
-        for stretch in stretches:
-            hits.update(window for window in cut_windows(stretch, WINDOW) if window in places)
-        if len(hits) >= WINDOWS_OF_A_ROW:
-            for path in {places[window] for window in hits}:
+    for row_id, beginnings in read_beginnings(pairs):
+        shared_ngrams = set()
+        for beginning in beginnings:
+            ngrams = cut_ngrams(beginning, step=NGRAM_CHARACTERS)
+            shared_ngrams.update(ngram for ngram in ngrams if ngram in path_by_ngram)
+        if len(shared_ngrams) >= NGRAMS_OF_A_ROW:
+            for path in {path_by_ngram[ngram] for ngram in shared_ngrams}:
                 ids_by_path.setdefault(path, []).append(row_id)
 
     problems = []
@@ -118,19 +119,19 @@ def find_rows(folders: Sequence[Path], pairs: Path) -> list[str]:
     return problems
 
 
-def find_places(folders: Sequence[Path]) -> dict[str, Path]:
-    """Cut every text that goes up into windows: the file of each window that is not of a golden row."""
-    places = {}
+def index_ngrams(folders: Sequence[Path]) -> dict[str, Path]:
+    """Map each n-gram of the folders' texts to a file that has it."""
+    path_by_ngram = {}
     for folder in folders:
         for path in sorted(folder.iterdir()):
             for text in read_texts(path):
-                places.update(dict.fromkeys(cut_windows(text, 1), path))
+                path_by_ngram.update(dict.fromkeys(cut_ngrams(text, step=1), path))
 
     # A package may have the golden rows, which are made up.
     for text in find_strings(GOLDEN_ROWS):
-        for window in cut_windows(text, 1):
-            places.pop(window, None)
-    return places
+        for ngram in cut_ngrams(text, step=1):
+            path_by_ngram.pop(ngram, None)
+    return path_by_ngram
 
 
 def read_texts(path: Path) -> list[str]:
@@ -153,18 +154,18 @@ def find_strings(value: object) -> list[str]:
     return [value] if isinstance(value, str) else []
 
 
-def cut_windows(text: str, step: int) -> Iterator[str]:
-    """Cut stretches of WINDOW characters out of the normalised text, one every `step` characters."""
+def cut_ngrams(text: str, step: int) -> Iterator[str]:
+    """Cut n-grams of NGRAM_CHARACTERS out of the normalised text, one every `step` characters."""
     words = re.sub(r"\W+", " ", text.casefold()).strip()
     # A character of Chinese, Japanese or Korean says as much as three others.
     words = re.sub(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]", r"\g<0>\g<0>\g<0>", words)
-    for start in range(0, len(words) - WINDOW + 1, step):
-        yield words[start : start + WINDOW]
+    for start in range(0, len(words) - NGRAM_CHARACTERS + 1, step):
+        yield words[start : start + NGRAM_CHARACTERS]
 
 
-def read_stretches(pairs: Path) -> Iterator[tuple[str, list[str]]]:
-    """Read of each row its id, and of each of its texts the beginning: enough for four windows."""
-    texts = [pl.col(name).list.join("\n").str.slice(0, 4 * WINDOW) for name in TEXTS]
+def read_beginnings(pairs: Path) -> Iterator[tuple[str, list[str]]]:
+    """Read each row's id and the beginnings of its texts, each long enough for four n-grams."""
+    texts = [pl.col(name).list.join("\n").str.slice(0, 4 * NGRAM_CHARACTERS) for name in TEXTS]
     try:
         rows = pl.scan_parquet(pairs).select("id", *texts).collect()
     except (pl.exceptions.PolarsError, OSError) as error:
@@ -172,5 +173,5 @@ def read_stretches(pairs: Path) -> Iterator[tuple[str, list[str]]]:
         raise UserError(
             f"{pairs}: cannot be read ({reason}); make it again with python -m preprocess"
         ) from None
-    for row_id, *stretches in rows.iter_rows():
-        yield row_id, [stretch for stretch in stretches if stretch]
+    for row_id, *beginnings in rows.iter_rows():
+        yield row_id, [beginning for beginning in beginnings if beginning]

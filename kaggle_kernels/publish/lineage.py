@@ -52,7 +52,7 @@ def trace(entries: Sequence[Mapping], reference: str) -> Iterator[Step]:
     """Follow `reference` from the newest step to the oldest; UserError where the ledger does not have it."""
 
     def is_meant(entry: Mapping) -> bool:
-        return reference in names_of(entry)
+        return reference in list_names(entry)
 
     # A spec that was pushed again after its submission stands for what was submitted.
     submit = find_latest(entries, "submit", is_meant)
@@ -68,30 +68,33 @@ def trace(entries: Sequence[Mapping], reference: str) -> Iterator[Step]:
 def follow_chain(
     entries: Sequence[Mapping], submit: Mapping | None, push: Mapping | None
 ) -> Iterator[Step]:
-    """Follow a submission, or a push that was not submitted."""
-    depth = 0
+    """Follow a submission and its push, or a push that was not submitted, back to the raw files."""
+    # Each step stands one level below the step that it was needed for; a push may be the first.
+    push_depth = 0
     if submit:
         message = submit.get("message") or "no message"
         yield Step(0, "submit", f"{name_kernel(submit)}, {message!r}", submit)
-        depth = 1
+        push_depth = 1
+
+    # Without its push, nobody knows which datasets a submission used: the chain ends here.
     if push is None:
-        facts = f"no push of {name_kernel(submit)} in the ledger: was it pushed from elsewhere?"
-        yield Step(depth, "push", facts)
+        problem = f"no push of {name_kernel(submit)} in the ledger: was it pushed from elsewhere?"
+        yield Step(push_depth, "push", problem)
         return
 
     # The kernel, then each of its datasets.
     digest = shorten(push.get("kernel_sha256"))
-    yield Step(depth, "push", f"{name_kernel(push)}, kernel.py {digest}", push)
-    for dataset, facts in (push.get("datasets") or {}).items():
-        yield from follow_package(entries, dataset, facts, depth + 1)
+    yield Step(push_depth, "push", f"{name_kernel(push)}, kernel.py {digest}", push)
+    for ref, dataset in (push.get("datasets") or {}).items():
+        yield from follow_package(entries, ref, dataset, push_depth + 1)
 
 
 def follow_package(
-    entries: Sequence[Mapping], dataset: str, facts: Mapping, depth: int
+    entries: Sequence[Mapping], ref: str, dataset: Mapping, depth: int
 ) -> Iterator[Step]:
-    """Follow a dataset of a push to the package that it is, and to the runs that this was made of."""
-    manifest = facts.get("manifest")
-    name = f"{dataset} version {facts.get('version')}"
+    """Follow a pushed dataset (owner/slug) to the package in it, and on to the runs in that."""
+    manifest = dataset.get("manifest")
+    name = f"{ref} version {dataset.get('version')}"
     entry = find_by(entries, "package", "manifest", manifest)
     if entry is None:
         problem = f"{name}: no package with the manifest {shorten(manifest)} in the ledger; package it again"
@@ -153,8 +156,9 @@ def follow_pairs(
         if find_by(earlier_entries, "pairs", "pairs_sha256", source_digest):
             yield from follow_pairs(earlier_entries, file, source_digest, depth + 1)
         elif source_digest:
+            # The ledger has no entry of a raw file, and none is missing.
             facts = f"{file}, {source.get('rows', 0):,} rows, sha256 {source_digest}"
-            yield Step(depth + 1, "raw", facts, {"git_commit": ""})
+            yield Step(depth + 1, "raw", facts, entry={})
         else:
             yield Step(depth + 1, "raw", f"{file}: its SHA-256 is not known; preprocess it again")
 
@@ -169,11 +173,11 @@ def find_latest(
     return None
 
 
-def find_by(entries: Sequence[Mapping], event: str, key: str, digest: str | None) -> Mapping | None:
-    """Find the newest entry of an event that has `digest` under `key`; None also where that is unknown."""
-    if not digest:
+def find_by(entries: Sequence[Mapping], event: str, key: str, value: str | None) -> Mapping | None:
+    """Find the newest entry of an event that has `value` under `key`; None also where that is unknown."""
+    if not value:
         return None
-    return find_latest(entries, event, lambda entry: entry.get(key) == digest)
+    return find_latest(entries, event, lambda entry: entry.get(key) == value)
 
 
 def find_push(entries: Sequence[Mapping], submit: Mapping) -> Mapping | None:
@@ -181,7 +185,7 @@ def find_push(entries: Sequence[Mapping], submit: Mapping) -> Mapping | None:
     return find_latest(entries, "push", lambda entry: name_kernel(entry) == name_kernel(submit))
 
 
-def names_of(entry: Mapping) -> set[str]:
+def list_names(entry: Mapping) -> set[str]:
     """List what the user may call a push or a submission."""
     kernel = entry.get("kernel")
     names = {entry.get("spec"), kernel, f"{kernel}/{entry.get('kernel_version')}"}

@@ -20,6 +20,8 @@ from kaggle_kernels.build.memory_fit import BITSANDBYTES, Fit, fit_packages
 from kaggle_kernels.build.packages import build_of, find_package, package_folder, spec_folder
 from kaggle_kernels.build.spec import Spec, read_spec
 from kaggle_kernels.publish.client import Kaggle, Pace, Refused, ask, connect
+from kaggle_kernels.publish.kernels import CODE
+from kaggle_kernels.publish.kernels import METADATA as KERNEL_METADATA
 from kaggle_kernels.publish.leak_scan import find_rows, scan
 from kaggle_kernels.publish.package_files import check_package, check_wheels
 from postprocess.package import MANIFEST, METADATA, OWNER
@@ -35,7 +37,7 @@ FEW_HOURS = 1.0
 WHEELS = Path("outputs/wheels")
 # Kaggle's documentation: of one dataset, and of all private ones of an account together.
 DATASET_BYTES = 200 * 10**9
-KERNEL_FILES = ("kernel.py", "kernel-metadata.json")
+KERNEL_FILES = (CODE, KERNEL_METADATA)
 # Kaggle's names.
 LICENCES = (
     *("apache-2.0", "MIT", "CC0-1.0", "CC-BY-3.0", "CC-BY-3.0-IGO", "CC-BY-4.0", "CC-BY-SA-3.0"),
@@ -309,7 +311,7 @@ def check_rehearsal(spec_path: Path, folders: Mapping[str, Path]) -> list[str]:
     # What is absent is told by other checks.
     generated = kernel_folder(spec_path)
     manifests = [folder / MANIFEST for folder in folders.values()]
-    if not all(path.is_file() for path in (generated / "kernel.py", *manifests)):
+    if not all(path.is_file() for path in (generated / CODE, *manifests)):
         return []
 
     rehearsed = read_object(file).get("build") or {}

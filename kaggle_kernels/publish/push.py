@@ -20,10 +20,10 @@ from kaggle_kernels.publish.kernels import (
     PinsRefused,
     check_pushed,
     find_differences,
-    pull,
+    pull_kernel,
+    push_kernel,
     read_kernel,
 )
-from kaggle_kernels.publish.kernels import push as push_kernel
 from kaggle_kernels.publish.preflight import WHEELS, check_gpu_hours, preflight
 from kaggle_kernels.publish.push_record import PushRecord, last_push, one_at_a_time, write_record
 from kaggle_kernels.publish.uploads import WORK, DatasetFolder, find_dataset_folder
@@ -162,7 +162,7 @@ def push_once(
 ) -> PushRecord:
     """Push a kernel, and write it down before and after; the record with its version."""
     # The version before tells a push whose answer is lost from none.
-    before = pull(kaggle, kernel.ref)
+    before = pull_kernel(kaggle, kernel.ref)
     record = PushRecord(
         kernel=kernel.ref,
         fingerprint=kernel.fingerprint(),
@@ -208,7 +208,7 @@ def find_last_version(kaggle: Kaggle, kernel: Kernel, last: PushRecord | None) -
         return None
 
     # It may have been deleted or changed on Kaggle's page since.
-    shown = pull(kaggle, kernel.ref)
+    shown = pull_kernel(kaggle, kernel.ref)
     if shown is None or find_differences(kernel, shown):
         return None
 

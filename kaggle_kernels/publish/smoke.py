@@ -18,8 +18,13 @@ from kagglesdk.kernels.types.kernels_api_service import ApiDeleteKernelRequest
 
 from kaggle_kernels.publish.client import Kaggle, Pace, ask, connect
 from kaggle_kernels.publish.datasets import publish_dataset
-from kaggle_kernels.publish.kernels import Kernel, check_pushed, download_output, read_status
-from kaggle_kernels.publish.kernels import push as push_kernel
+from kaggle_kernels.publish.kernels import (
+    Kernel,
+    check_pushed,
+    download_output,
+    push_kernel,
+    read_status,
+)
 from kaggle_kernels.publish.submit import can_ask
 from kaggle_kernels.publish.uploads import DatasetFolder, find_dataset_folder
 from postprocess.package import MANIFEST, METADATA, dataset_metadata

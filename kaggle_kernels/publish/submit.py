@@ -24,7 +24,7 @@ from kaggle_kernels.publish.kernels import (
     RunStatus,
     download_output,
     find_differences,
-    pull,
+    pull_kernel,
     read_log,
     read_status,
 )
@@ -108,7 +108,8 @@ def submit(
     """Submit the pushed version once it is complete and its submission.csv is one.
 
     Raises:
-        UserError: Something of this is not so, no submission is left today, or the version was submitted before.
+        UserError: The version is not complete, or was submitted before; its output is no submission; or none is
+            left today.
     """
     if not message.strip():
         raise UserError(
@@ -140,11 +141,11 @@ def submit(
         refs_before = [listed.ref for listed in list_submissions(kaggle, competition)]
         submission = Submission(pushed.version, message, refs_before)
         ref = send(kaggle, spec_path, competition, pushed, submission)
-        write_down(spec_path, competition, pushed, submission, ref)
+        record_submission(spec_path, competition, pushed, submission, ref)
 
 
 def can_ask() -> bool:
-    """Whether somebody sits there to answer."""
+    """Whether a person can answer a question: the input is a terminal."""
     return sys.stdin.isatty()
 
 
@@ -164,7 +165,7 @@ def check_not_submitted(pushed: PushRecord, again: bool) -> None:
 
 def check_complete(kaggle: Kaggle, pushed: PushRecord) -> None:
     """Raise UserError unless Kaggle has the pushed version as it was pushed, and has run it."""
-    shown = pull(kaggle, pushed.kernel, pushed.version)
+    shown = pull_kernel(kaggle, pushed.kernel, pushed.version)
     if shown is None:
         raise UserError(f"{pushed.kernel}: is not on Kaggle any more; run push again")
 
@@ -342,19 +343,26 @@ def find_lost_submission(
 def finish_interrupted(
     kaggle: Kaggle, spec_path: Path, competition: Competition, pushed: PushRecord, message: str
 ) -> bool:
-    """Write a submission down that an interrupted call has made; whether it is the one that is to be made now."""
+    """Finish an interrupted call of submit: look for its submission on Kaggle, and record it.
+
+    Returns:
+        Whether that submission is the one asked for now, so that none is left to make.
+    """
+    # The note exists from before a submission's call until it is in the ledger.
     note = note_path(spec_path)
     if not note.is_file():
         return False
+
     # A minute or more has passed since: one look will do.
-    submission = Submission(**read_object(note))
-    ref = find_lost_submission(kaggle, competition, submission)
+    interrupted = Submission(**read_object(note))
+    ref = find_lost_submission(kaggle, competition, interrupted)
     if ref is None:
         note.unlink()
         return False
 
-    write_down(spec_path, competition, pushed, submission, ref)
-    return (submission.version, submission.message) == (pushed.version, message)
+    record_submission(spec_path, competition, pushed, interrupted, ref)
+    is_same_version = interrupted.version == pushed.version
+    return is_same_version and interrupted.message == message
 
 
 def note_path(spec_path: Path) -> Path:
@@ -362,7 +370,7 @@ def note_path(spec_path: Path) -> Path:
     return spec_folder(spec_path) / "submit.json"
 
 
-def write_down(
+def record_submission(
     spec_path: Path, competition: Competition, pushed: PushRecord, submission: Submission, ref: int
 ) -> None:
     """Write a submission into the ledger, and tell the user."""

@@ -26,40 +26,40 @@ class Refusal(Exception):
         self.status, self.message = status, message
 
 
-def introspect_token(site: Site, asked: dict) -> dict:
-    return {"active": True, "username": OWNER, "userId": 1} if asked["token"] == TOKEN else {"active": False}
+def introspect_token(site: Site, fields: dict) -> dict:
+    return {"active": True, "username": OWNER, "userId": 1} if fields["token"] == TOKEN else {"active": False}
 
 
-def start_blob_upload(site: Site, asked: dict) -> dict:
-    blob = Blob(f"blob-{next(site.numbers)}", asked["name"], asked.get("contentLength", 0))
+def start_blob_upload(site: Site, fields: dict) -> dict:
+    blob = Blob(f"blob-{next(site.numbers)}", fields["name"], fields.get("contentLength", 0))
     site.blobs[blob.token] = blob
     return {"token": blob.token, "createUrl": f"http://localhost/uploads/{blob.token}"}
 
 
-def create_dataset(site: Site, asked: dict) -> dict:
-    ref = f"{asked['ownerSlug']}/{asked['slug']}"
+def create_dataset(site: Site, fields: dict) -> dict:
+    ref = f"{fields['ownerSlug']}/{fields['slug']}"
     if ref in site.datasets:
-        return {"status": "error", "error": f'The requested title "{asked["title"]}" is already in use by a dataset.'}
-    files = received_files(site, asked)
+        return {"status": "error", "error": f'The requested title "{fields["title"]}" is already in use by a dataset.'}
+    files = received_files(site, fields)
     if refused := over_quota(site, files):
         return refused
-    site.datasets[ref] = Dataset(ref, asked["title"], asked["licenseName"], asked.get("isPrivate", False))
+    site.datasets[ref] = Dataset(ref, fields["title"], fields["licenseName"], fields.get("isPrivate", False))
     return add_version(site, site.datasets[ref], "Initial release", files)
 
 
-def create_dataset_version(site: Site, asked: dict) -> dict:
-    dataset = find_dataset(site, asked)
+def create_dataset_version(site: Site, fields: dict) -> dict:
+    dataset = find_dataset(site, fields)
     if dataset.versions[-1].status == "BLOBS_RECEIVED":
         raise Refusal(403, "Permission 'datasets.update' was denied")
-    body = asked["body"]
+    body = fields["body"]
     files = received_files(site, body)
     if refused := over_quota(site, files):
         return refused
     return add_version(site, dataset, body.get("versionNotes", ""), files)
 
 
-def received_files(site: Site, asked: dict) -> dict[str, bytes]:
-    blobs = [site.blobs.get(file.get("token", "")) for file in asked.get("files", [])]
+def received_files(site: Site, fields: dict) -> dict[str, bytes]:
+    blobs = [site.blobs.get(file.get("token", "")) for file in fields.get("files", [])]
     if None in blobs or not all(blob.complete for blob in blobs):
         raise Refusal(400, "A file's token is unknown, or its upload was not completed")
     return {blob.name: bytes(blob.content) for blob in blobs}
@@ -77,71 +77,71 @@ def add_version(site: Site, dataset: Dataset, notes: str, files: dict[str, bytes
     return {"ref": dataset.ref, "url": f"https://www.kaggle.com/datasets/{dataset.ref}", "status": "ok"}
 
 
-def find_dataset(site: Site, asked: dict) -> Dataset:
-    ref = f"{asked.get('ownerSlug', '')}/{asked.get('datasetSlug', '')}"
+def find_dataset(site: Site, fields: dict) -> Dataset:
+    ref = f"{fields.get('ownerSlug', '')}/{fields.get('datasetSlug', '')}"
     if ref not in site.datasets:
         raise Refusal(404, f"Dataset {ref} was not found")
     return site.datasets[ref]
 
 
-def get_dataset_status(site: Site, asked: dict) -> dict:
-    version = find_dataset(site, asked).versions[-1]
+def get_dataset_status(site: Site, fields: dict) -> dict:
+    version = find_dataset(site, fields).versions[-1]
     status = version.status
     version.calls_left -= 1
     return {"status": status}
 
 
-def get_dataset(site: Site, asked: dict) -> dict:
-    dataset = find_dataset(site, asked)
+def get_dataset(site: Site, fields: dict) -> dict:
+    dataset = find_dataset(site, fields)
     shown = {"ref": dataset.ref, "title": dataset.title, "isPrivate": dataset.is_private, "licenseName": dataset.licence}
     if current := dataset.current:
         shown |= {"currentVersionNumber": current.number, "totalBytes": sum(map(len, current.files.values()))}
     return {**shown, "lastUpdated": DATE}
 
 
-def list_dataset_files(site: Site, asked: dict) -> dict:
-    version = find_dataset(site, asked).find(asked.get("datasetVersionNumber"))
+def list_dataset_files(site: Site, fields: dict) -> dict:
+    version = find_dataset(site, fields).find(fields.get("datasetVersionNumber"))
     files = sorted(version.files.items()) if version else []
-    rows, token = page([{"name": name, "totalBytes": len(content), "creationDate": DATE} for name, content in files], asked)
+    rows, token = page([{"name": name, "totalBytes": len(content), "creationDate": DATE} for name, content in files], fields)
     return {"datasetFiles": rows, "nextPageToken": token}
 
 
-def download_dataset(site: Site, asked: dict) -> dict:
-    version = find_dataset(site, asked).find(asked.get("datasetVersionNumber"))
-    if version is None or asked.get("fileName", "") not in version.files:
+def download_dataset(site: Site, fields: dict) -> dict:
+    version = find_dataset(site, fields).find(fields.get("datasetVersionNumber"))
+    if version is None or fields.get("fileName", "") not in version.files:
         raise Refusal(404, "The file was not found")
-    path = f"{asked['ownerSlug']}/{asked['datasetSlug']}/{version.number}/{asked['fileName']}"
+    path = f"{fields['ownerSlug']}/{fields['datasetSlug']}/{version.number}/{fields['fileName']}"
     return {"redirect": f"http://localhost/files/datasets/{path}"}
 
 
-def page(rows: list, asked: dict) -> tuple[list, str]:
+def page(rows: list, fields: dict) -> tuple[list, str]:
     """The page that was asked for, and the token of the next one; the token is the place of a page's first row."""
-    start, size = int(asked.get("pageToken") or 0), asked.get("pageSize") or 20
+    start, size = int(fields.get("pageToken") or 0), fields.get("pageSize") or 20
     return rows[start : start + size], str(start + size) if start + size < len(rows) else ""
 
 
-def save_kernel(site: Site, asked: dict) -> dict:
-    if asked.get("enableGpu") and site.gpu_seconds_used >= site.gpu_seconds_allowed:
+def save_kernel(site: Site, fields: dict) -> dict:
+    if fields.get("enableGpu") and site.gpu_seconds_used >= site.gpu_seconds_allowed:
         return {"error": f"Maximum weekly GPU quota of {site.gpu_seconds_allowed / 3600:.2f} hours reached"}
-    ref = asked["slug"]
-    if ref not in site.kernels and asked.get("newTitle"):
-        ref = f"{ref.split('/')[0]}/{slugify(asked['newTitle'])}"  # a new kernel lands where its title says
+    ref = fields["slug"]
+    if ref not in site.kernels and fields.get("newTitle"):
+        ref = f"{ref.split('/')[0]}/{slugify(fields['newTitle'])}"  # a new kernel lands where its title says
     kernel = site.kernels.setdefault(ref, Kernel(ref))
-    invalid = invalid_sources(site, asked)
-    pushed = {**asked, **{key: [s for s in asked.get(key, []) if s not in invalid[key]] for key in invalid}}
+    invalid = invalid_sources(site, fields)
+    pushed = {**fields, **{key: [s for s in fields.get(key, []) if s not in invalid[key]] for key in invalid}}
     kernel.versions.append(KernelVersion(len(kernel.versions) + 1, pushed, site.runs.pop(0) if site.runs else Run()))
-    told = {SOURCES[key]: sources for key, sources in invalid.items() if sources}
+    invalid_fields = {SOURCES[key]: sources for key, sources in invalid.items() if sources}
     url = f"https://www.kaggle.com/code/{ref}"
-    return {"ref": f"/code/{ref}", "url": url, "versionNumber": len(kernel.versions), "kernelId": 1, **told}
+    return {"ref": f"/code/{ref}", "url": url, "versionNumber": len(kernel.versions), "kernelId": 1, **invalid_fields}
 
 
 SOURCES = {"datasetDataSources": "invalidDatasetSources", "competitionDataSources": "invalidCompetitionSources"}
 
 
-def invalid_sources(site: Site, asked: dict) -> dict[str, list[str]]:
+def invalid_sources(site: Site, fields: dict) -> dict[str, list[str]]:
     """What a kernel names and the site has not, by the request's field; a dataset without a ready version is such."""
-    absent = [source for source in asked.get("datasetDataSources", []) if not has_ready_version(site, source)]
-    unknown = [source for source in asked.get("competitionDataSources", []) if source not in site.competitions]
+    absent = [source for source in fields.get("datasetDataSources", []) if not has_ready_version(site, source)]
+    unknown = [source for source in fields.get("competitionDataSources", []) if source not in site.competitions]
     return {"datasetDataSources": absent, "competitionDataSources": unknown}
 
 
@@ -159,22 +159,22 @@ def slugify(title: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
 
 
-def find_kernel(site: Site, asked: dict) -> KernelVersion:
+def find_kernel(site: Site, fields: dict) -> KernelVersion:
     """The version of a versionLabel ("v3"), or the newest."""
-    kernel = site.kernels.get(f"{asked.get('userName', '')}/{asked.get('kernelSlug', '')}")
-    number = int(asked.get("versionLabel", "v0").removeprefix("v"))
+    kernel = site.kernels.get(f"{fields.get('userName', '')}/{fields.get('kernelSlug', '')}")
+    number = int(fields.get("versionLabel", "v0").removeprefix("v"))
     if kernel is None or number > len(kernel.versions):
         raise Refusal(403, "Permission 'kernels.get' was denied")
     return kernel.versions[number - 1]
 
 
-def get_kernel(site: Site, asked: dict) -> dict:
-    version = find_kernel(site, asked)
-    pushed, slug = version.pushed, asked["kernelSlug"]
+def get_kernel(site: Site, fields: dict) -> dict:
+    version = find_kernel(site, fields)
+    pushed, slug = version.pushed, fields["kernelSlug"]
     kept = ("language", "kernelType", "isPrivate", "enableGpu", "enableTpu", "enableInternet", "machineShape", *SOURCES)
     metadata = {
         "id": 1,
-        "ref": f"{asked['userName']}/{slug}",
+        "ref": f"{fields['userName']}/{slug}",
         "title": pushed.get("newTitle", ""),
         "author": OWNER,
         "slug": slug,
@@ -186,72 +186,72 @@ def get_kernel(site: Site, asked: dict) -> dict:
     return {"metadata": metadata, "blob": blob}
 
 
-def get_kernel_session_status(site: Site, asked: dict) -> dict:
-    run = find_kernel(site, asked).run
+def get_kernel_session_status(site: Site, fields: dict) -> dict:
+    run = find_kernel(site, fields).run
     status = run.statuses[0]
     run.statuses = run.statuses[1:] or run.statuses
     return {"status": status, "failureMessage": run.failure if status == "ERROR" else ""}
 
 
-def list_kernel_session_output(site: Site, asked: dict) -> dict:
-    version = find_kernel(site, asked)
+def list_kernel_session_output(site: Site, fields: dict) -> dict:
+    version = find_kernel(site, fields)
     if not version.run.over:
         return {"files": [], "log": version.run.log[0]}
-    where = f"http://localhost/files/kernels/{asked['userName']}/{asked['kernelSlug']}/{version.number}"
-    rows, token = page([{"url": f"{where}/{name}", "fileName": name} for name in sorted(version.run.output)], asked)
+    where = f"http://localhost/files/kernels/{fields['userName']}/{fields['kernelSlug']}/{version.number}"
+    rows, token = page([{"url": f"{where}/{name}", "fileName": name} for name in sorted(version.run.output)], fields)
     return {"files": rows, "log": "".join(version.run.log), "nextPageToken": token}
 
 
-def get_accelerator_quota_statistics(site: Site, asked: dict) -> dict:
+def get_accelerator_quota_statistics(site: Site, fields: dict) -> dict:
     gpu = {"timeUsed": f"{site.gpu_seconds_used}s", "totalTimeAllowed": f"{site.gpu_seconds_allowed}s"}
     return {"quotaRefreshTime": "2026-01-03T00:00:00.000Z", "gpuQuota": gpu}
 
 
-def create_code_submission(site: Site, asked: dict) -> dict:
-    competition, file_name = asked["competitionName"], asked["fileName"]
+def create_code_submission(site: Site, fields: dict) -> dict:
+    competition, file_name = fields["competitionName"], fields["fileName"]
     if competition not in site.competitions:
         raise Refusal(404, f"Competition {competition} was not found")
-    label = f"v{asked['kernelVersion']}"
-    kernel = {"userName": asked["kernelOwner"], "kernelSlug": asked["kernelSlug"], "versionLabel": label}
+    label = f"v{fields['kernelVersion']}"
+    kernel = {"userName": fields["kernelOwner"], "kernelSlug": fields["kernelSlug"], "versionLabel": label}
     version = find_kernel(site, kernel)
     if version.run.statuses[0] != "COMPLETE" or file_name not in version.run.output:
         raise Refusal(400, f"The kernel version has no output file {file_name}")
     if len(site.submissions) >= site.submissions_a_day:
         raise Refusal(400, f"Your team has used its daily Submission allowance ({site.submissions_a_day}) today")
-    kernel, scores = f"{asked['kernelOwner']}/{asked['kernelSlug']}", site.scores.pop(0) if site.scores else ("0.7", "0.69")
-    described = (kernel, version.number, file_name, asked.get("submissionDescription", ""))
+    kernel, scores = f"{fields['kernelOwner']}/{fields['kernelSlug']}", site.scores.pop(0) if site.scores else ("0.7", "0.69")
+    described = (kernel, version.number, file_name, fields.get("submissionDescription", ""))
     ref = 1001 + len(site.submissions)
     site.submissions.append(Submission(ref, competition, *described, *scores))
     return {"message": f"Successfully submitted to {competition}", "ref": ref}
 
 
-def list_submissions(site: Site, asked: dict) -> dict:
-    listed = [submission for submission in reversed(site.submissions) if submission.competition == asked["competitionName"]]
-    rows, token = page(listed, asked)
+def list_submissions(site: Site, fields: dict) -> dict:
+    listed = [submission for submission in reversed(site.submissions) if submission.competition == fields["competitionName"]]
+    rows, token = page(listed, fields)
     return {"submissions": [shown(submission) for submission in rows], "nextPageToken": token}
 
 
 def shown(submission: Submission) -> dict:
-    told = {"ref": submission.ref, "fileName": submission.file_name, "description": submission.description}
-    told |= {"date": f"2026-01-01T00:{submission.ref - 1000:02d}:00.000Z", "status": submission.status}
+    shown_fields = {"ref": submission.ref, "fileName": submission.file_name, "description": submission.description}
+    shown_fields |= {"date": f"2026-01-01T00:{submission.ref - 1000:02d}:00.000Z", "status": submission.status}
     if submission.status == "COMPLETE":
-        told |= {"publicScore": submission.public_score, "privateScore": submission.private_score}
-    return told
+        shown_fields |= {"publicScore": submission.public_score, "privateScore": submission.private_score}
+    return shown_fields
 
 
-def get_submission_limits(site: Site, asked: dict) -> dict:
+def get_submission_limits(site: Site, fields: dict) -> dict:
     made = len(site.submissions)
     return {"numToday": made, "numTotal": made, "numAllowedNow": max(site.submissions_a_day - made, 0)}
 
 
-def delete_dataset(site: Site, asked: dict) -> dict:
-    del site.datasets[find_dataset(site, asked).ref]
+def delete_dataset(site: Site, fields: dict) -> dict:
+    del site.datasets[find_dataset(site, fields).ref]
     return {}
 
 
-def delete_kernel(site: Site, asked: dict) -> dict:
-    find_kernel(site, asked)
-    del site.kernels[f"{asked['userName']}/{asked['kernelSlug']}"]
+def delete_kernel(site: Site, fields: dict) -> dict:
+    find_kernel(site, fields)
+    del site.kernels[f"{fields['userName']}/{fields['kernelSlug']}"]
     return {}
 
 

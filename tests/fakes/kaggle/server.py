@@ -65,7 +65,7 @@ class Request:
 
     call: str
     url: str
-    asked: dict
+    fields: dict
     bytes: int = 0
 
 
@@ -119,7 +119,7 @@ class Handler(BaseHTTPRequestHandler):
     server: KaggleServer
 
     def log_message(self, *arguments) -> None:
-        pass
+        """Silence the standard library's log, a line of stderr for each request: `note` keeps them."""
 
     def do_CONNECT(self) -> None:
         self.refuse_stranger(self.path)
@@ -138,16 +138,16 @@ class Handler(BaseHTTPRequestHandler):
         if self.is_stranger():
             return self.refuse_stranger(self.path)
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        path, asked = urlsplit(self.path).path, json.loads(body or b"{}")
+        path, fields = urlsplit(self.path).path, json.loads(body or b"{}")
         call = path.removeprefix(API)
-        request = self.note(call.rsplit("/")[-1], asked, len(body))
+        request = self.note(call.rsplit("/")[-1], fields, len(body))
         fault = self.server.take_fault(request.call, body.decode())
         time.sleep(fault.seconds)
         try:
-            answer = self.answer(call, asked, fault)
+            answer = self.answer(call, fields, fault)
         except Refusal as refusal:
-            told = {"code": refusal.status, "message": refusal.message} if refusal.message else b"<html></html>"
-            return self.send(refusal.status, told)
+            error = {"code": refusal.status, "message": refusal.message} if refusal.message else b"<html></html>"
+            return self.send(refusal.status, error)
         if fault.loses_answer:
             self.close_connection = True
             return None
@@ -155,7 +155,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(302, b"", {"Location": answer["redirect"]})
         return self.send(200, answer)
 
-    def answer(self, call: str, asked: dict, fault: Fault) -> dict:
+    def answer(self, call: str, fields: dict, fault: Fault) -> dict:
         """What the site says to a call, spoilt as the fault has it."""
         if fault.status:
             raise Refusal(fault.status, fault.message)
@@ -167,7 +167,7 @@ class Handler(BaseHTTPRequestHandler):
             return fault.answer
         with self.server.lock:
             respond, response_type = CALLS[call]
-            answer = respond(self.server.site, asked)
+            answer = respond(self.server.site, fields)
             if response_type:
                 check_fields(answer, response_type)
             if fault.loses or fault.cuts:
@@ -214,6 +214,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
                 if fault.stalls:
                     self.server.stalled.set()
+                    # What the client still sends is dropped until it has gone.
                     while self.rfile.read1(1 << 16):
                         pass
                     self.server.hung_up.set()
@@ -247,8 +248,8 @@ class Handler(BaseHTTPRequestHandler):
         content = file_content(self.server.site, path)
         return self.send(404, b"") if content is None else self.send(200, content)
 
-    def note(self, call: str, asked: dict, length: int = 0) -> Request:
-        request = Request(call, self.path, asked, length)
+    def note(self, call: str, fields: dict, length: int = 0) -> Request:
+        request = Request(call, self.path, fields, length)
         self.server.requests.append(request)
         return request
 

@@ -62,7 +62,7 @@ def test_no_dataset_is_asked_for_before_every_file_is_there(folder, kaggle, name
     kaggle.faults.clear()
     assert publish(folder)["version"] == 1
     [request] = kaggle.calls("CreateDataset")
-    assert len(request.asked["files"]) == 3
+    assert len(request.fields["files"]) == 3
     check_whole(kaggle, folder)
 
 

@@ -12,7 +12,7 @@ def test_everything_is_tried_deleted_and_written_down_without_names(here):
     assert done.exit_code == 0, done.output
     assert (here.site.datasets, here.site.kernels) == ({}, {})
     [request] = here.calls("SaveKernel")
-    assert (request.asked["enableGpu"], request.asked["enableInternet"]) == (False, False)
+    assert (request.fields["enableGpu"], request.fields["enableInternet"]) == (False, False)
 
     transcript = read_json(TRANSCRIPT)
     answered = {exchange["call"].split("/")[-1] for exchange in transcript}

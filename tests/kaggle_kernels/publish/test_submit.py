@@ -236,7 +236,7 @@ def test_one_submission_is_made_whatever_was_lost_on_the_way(pushed, kaggle, mon
 def test_a_submission_that_was_interrupted_is_found_and_written_down(pushed, kaggle, monkeypatch, message, outcome):
     """Kaggle may trim a message."""
     with monkeypatch.context() as patch:
-        patch.setattr(module, "write_down", interrupt)
+        patch.setattr(module, "record_submission", interrupt)
         assert refusal(submit(message="first  try ")) == "interrupted; run submit again, which goes on from here"
     kaggle.site.submissions[0].description = "first try"
     assert outcome in submit(message=message).output.splitlines()[-1]

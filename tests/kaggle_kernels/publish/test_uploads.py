@@ -47,7 +47,7 @@ def test_a_killed_upload_goes_on_at_the_byte_where_the_server_stands(folder, kag
 
     tokens = send_files(connect(FAST), folder)
     assert kaggle.uploaded_bytes("model.safetensors") == SIZE
-    assert [put.bytes for put in kaggle.calls("PUT") if put.asked["range"].startswith("bytes 1600000-")] == [400_000]
+    assert [put.bytes for put in kaggle.calls("PUT") if put.fields["range"].startswith("bytes 1600000-")] == [400_000]
     hashes = [hashlib.sha256((folder.path / name).read_bytes()).hexdigest() for name in folder.sizes()]
     assert [content(kaggle, token) for token in tokens] == hashes
 
@@ -57,7 +57,7 @@ def test_an_upload_that_breaks_off_goes_on_in_the_same_call(folder, kaggle, faul
     kaggle.faults.append(Fault("PUT", where="model.safetensors", breaks_after_bytes=500_000, **fault))
     send_files(connect(FAST), folder)
     assert len(kaggle.calls("StartBlobUpload")) == 3
-    ranges = [put.asked["range"] for put in kaggle.calls("PUT") if put.asked["name"] == "model.safetensors"]
+    ranges = [put.fields["range"] for put in kaggle.calls("PUT") if put.fields["name"] == "model.safetensors"]
     assert ranges == ["", f"bytes */{SIZE}", f"bytes 500000-{SIZE - 1}/{SIZE}"]
 
 
