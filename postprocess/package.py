@@ -15,7 +15,7 @@ MANIFEST, METADATA = "manifest.json", "dataset-metadata.json"
 
 def package(
     run: Run,
-    chosen: Path,
+    model: Path,
     agreement: Path,
     validation_ids: Mapping,
     temperatures: Mapping | None,
@@ -25,7 +25,7 @@ def package(
 
     Args:
         run: The run that is packaged.
-        chosen: The folder of the model.
+        model: The folder of the candidate that is packaged.
         agreement: agreement.json.
         validation_ids: See validation_rows.validation_ids; the kernel's visible run picks rows of them.
         temperatures: See temperature.measure_temperatures; a kernel may take one of them.
@@ -34,7 +34,7 @@ def package(
     settings = run.recipe.pairwise.package
     report = read_json(agreement)
     with atomic_folder(out) as folder:
-        for file in sorted(chosen.iterdir()):
+        for file in sorted(model.iterdir()):
             if file.is_file():
                 link_or_copy(file, folder / file.name)
         for name in ("contract.json", "model_input.py"):
@@ -46,7 +46,7 @@ def package(
         manifest = {"files": list_files(folder), **describe_model(run, report)}
         write_json(folder / MANIFEST, manifest | {"temperature": temperatures})
 
-    agreed = {key: report[key] for key in ("rows", "tolerance", "mean_difference", "packaged")}
+    ledger_keys = ("rows", "tolerance", "mean_difference", "packaged")
     ledger.record(
         "package",
         run=run.folder,
@@ -56,7 +56,7 @@ def package(
         contract=ledger.fingerprint(out / "contract.json"),
         trained=trained_contracts(run.folder),
         quantize=settings.quantize,
-        agreement=agreed,
+        agreement={key: report[key] for key in ledger_keys},
     )
 
 
@@ -74,23 +74,30 @@ def describe_model(run: Run, report: Mapping) -> dict:
     if run.has_adapter:
         adapter = "unmerged" if report["packaged"] == "unmerged" else "merged"
 
-    compared = ("rows", "tolerance", "mean_difference", "models")
+    validation_keys = ("rows", "tolerance", "mean_difference", "models")
     return {
         "quantize": run.recipe.pairwise.package.quantize,
         "adapter": adapter,
         "dtype": "float16",
         "base_model": run.contract.base_model,
         "revision": run.contract.revision,
-        "validation": {key: report[key] for key in compared},
+        "validation": {key: report[key] for key in validation_keys},
         "golden": report["golden"],
     }
 
 
 def trained_contracts(run_folder: Path) -> dict[str, str | None]:
-    """The trained runs that a package is made of, by folder, each with its contract's SHA-256: of a mean, all its members."""
-    metrics = run_folder / "metrics.json"
-    told = read_json(metrics).get("average") if metrics.is_file() else None
-    folders = told["members"] if told else [run_folder]
+    """List the trained runs that a package is made of: of a mean, all its members.
+
+    Returns:
+        The SHA-256 of each run's contract, by the run's folder.
+    """
+    folders = [run_folder]
+    metrics_file = run_folder / "metrics.json"
+    if metrics_file.is_file():
+        average = read_json(metrics_file).get("average")
+        if average:
+            folders = average["members"]
     return {str(folder): ledger.fingerprint(Path(folder) / "contract.json") for folder in folders}
 
 

@@ -93,12 +93,7 @@ def read_run(recipe: Recipe) -> Run:
             )
     contract, model_input = read_contract(folder)
 
-    for name, expected in contract.tokenizer_sha256.items():
-        file = folder / name
-        if not file.is_file() or sha256(file) != expected:
-            raise UserError(
-                f"{file}: missing or changed since training; contract.json holds another SHA-256"
-            )
+    check_tokenizer_files(folder, contract)
 
     # A full fine-tune holds the whole model itself.
     weights = folder
@@ -253,6 +248,16 @@ def read_recorded_object(file: Path) -> dict:
 def shorten(value: object, length: int = SHOWN_CHARACTERS) -> str:
     """Write a wrong value as JSON, cut for a message of one line."""
     return json.dumps(value)[:length]
+
+
+def check_tokenizer_files(folder: Path, contract: Contract) -> None:
+    """Raise UserError where a tokenizer's file is not the one of the training."""
+    for name, expected_hash in contract.tokenizer_sha256.items():
+        file = folder / name
+        if not file.is_file() or sha256(file) != expected_hash:
+            raise UserError(
+                f"{file}: missing or changed since training; contract.json holds another SHA-256"
+            )
 
 
 def checked_tokenizer(run: Run):

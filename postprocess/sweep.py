@@ -21,7 +21,7 @@ from preprocess.core.files import atomic_file, read_object, read_yaml
 from preprocess.report import console
 from recipes.pairwise.tracking.recipe_copy import LOG, RECIPE_COPY, TRIAL
 
-LOWER_IS_BETTER = {"log_loss": True, "accuracy": False}
+RANKED_BY = ("log_loss", "accuracy")
 METRICS = ("log_loss", "accuracy", "flip_rate", "rows", "steps")
 NOT_PARAMETERS = re.compile(r"output_dir|wandb_\w+")
 OWN_ERROR = re.compile(r"^error: (.+)$", re.MULTILINE)
@@ -46,7 +46,7 @@ class Trial:
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option(
     "--by",
-    type=click.Choice(tuple(LOWER_IS_BETTER)),
+    type=click.Choice(RANKED_BY),
     default="log_loss",
     help="What decides which is best.",
 )
@@ -77,6 +77,9 @@ def main(folder: Path, by: str) -> None:
 def read_trials(folder: Path) -> list[Trial]:
     """Read the trials of a sweep; one that was trained on several folds is one trial for each.
 
+    Args:
+        folder: The folder of the sweep.
+
     Raises:
         UserError: There is no trial, or the metrics of one are not those of a training.
     """
@@ -96,7 +99,15 @@ def read_trials(folder: Path) -> list[Trial]:
 
 
 def read_trial(sweep_folder: Path, run_folder: Path) -> Trial:
-    """Read one trial, as far as it came."""
+    """Read one trial, as far as it came.
+
+    Args:
+        sweep_folder: The folder of the sweep, by which the trial is named.
+        run_folder: The folder of the trial, or of one fold of it.
+
+    Raises:
+        UserError: Its metrics are not those of a training.
+    """
     # A trial that failed early may have left no recipe.
     recipe = run_folder / RECIPE_COPY
     values = {}
@@ -150,6 +161,7 @@ def flatten_keys(values: Mapping, prefix: str = "") -> dict[str, object]:
 
 def find_parameters(trials: Sequence[Trial]) -> list[str]:
     """Find the keys that are not the same in all trials, in the order of the recipes."""
+    # A trial that left no recipe says nothing of the keys.
     recipes = [trial.values for trial in trials if trial.values]
     keys = {}
     for values in recipes:
@@ -157,30 +169,37 @@ def find_parameters(trials: Sequence[Trial]) -> list[str]:
 
     parameters = []
     for key in keys:
+        if NOT_PARAMETERS.fullmatch(key):
+            continue
+        # As text, because a list is no member of a set.
         distinct_values = {json.dumps(values.get(key), default=str) for values in recipes}
-        if len(distinct_values) > 1 and not NOT_PARAMETERS.fullmatch(key):
+        if len(distinct_values) > 1:
             parameters.append(key)
     return parameters
 
 
 def rank_key(trial: Trial, by: str) -> tuple:
-    """Return the key that sorts trials best first; what has no metrics comes last."""
+    """Return the key that sorts trials best first; what has no metrics comes last.
+
+    Args:
+        trial: The trial.
+        by: log_loss or accuracy; of trials that are equal by it, the other one decides.
+    """
     if trial.status != FINISHED:
         return (1, 0, 0, trial.name)
 
-    # Of equal trials, the other metric decides.
-    losses = []
-    for name in sorted(LOWER_IS_BETTER, key=lambda name: name != by):
-        sign = 1 if LOWER_IS_BETTER[name] else -1
-        losses.append(sign * trial.metrics[name])
-    return (0, *losses, trial.name)
+    log_loss = trial.metrics["log_loss"]
+    error_rate = 1 - trial.metrics["accuracy"]
+    if by == "accuracy":
+        return (0, error_rate, log_loss, trial.name)
+    return (0, log_loss, error_rate, trial.name)
 
 
 def describe_uncertainty(finished: Sequence[Trial]) -> str:
     """Say what to know before one trial is called better than another."""
-    row_sets = {
-        (trial.metrics.get("fold"), trial.metrics.get("pairs_sha256")) for trial in finished
-    }
+    row_sets = set()
+    for trial in finished:
+        row_sets.add((trial.metrics.get("fold"), trial.metrics.get("pairs_sha256")))
     if len(row_sets) > 1:
         return (
             "the trials were validated on different rows (another fold, or other pairs): "
@@ -202,17 +221,20 @@ def describe_uncertainty(finished: Sequence[Trial]) -> str:
 
 def make_frame(trials: Sequence[Trial], parameters: Sequence[str]) -> pl.DataFrame:
     """Make a table with a row for each trial: its name, parameters, metrics and status."""
-    columns = {"trial": [trial.name for trial in trials]}
+    rows = []
+    for trial in trials:
+        values = {name: trial.values.get(name) for name in parameters}
+        metrics = {name: trial.metrics.get(name) for name in METRICS}
+        rows.append({"trial": trial.name, **values, **metrics, "status": trial.status})
+
+    # A column of a CSV file has one type: numbers, or text where one value is no number.
     for name in parameters:
-        values = [trial.values.get(name) for trial in trials]
-        # A column of a CSV file has one type: numbers, or text where one value is none.
-        if not all(value is None or is_number(value) for value in values):
-            values = [None if value is None else format_value(value) for value in values]
-        columns[name] = values
-    for name in METRICS:
-        columns[name] = [trial.metrics.get(name) for trial in trials]
-    columns["status"] = [trial.status for trial in trials]
-    return pl.DataFrame(columns, strict=False)
+        if all(row[name] is None or is_number(row[name]) for row in rows):
+            continue
+        for row in rows:
+            if row[name] is not None:
+                row[name] = format_value(row[name])
+    return pl.DataFrame(rows, strict=False, infer_schema_length=None)
 
 
 def make_screen_table(trials: Sequence[Trial], parameters: Sequence[str]) -> Table:
@@ -236,21 +258,28 @@ def describe_parameter(trial: Trial, name: str) -> str:
     if not trial.values:
         return "unknown"
     value = trial.values.get(name)
-    return "default" if value is None else format_value(value)
+    if value is None:
+        return "default"
+    return format_value(value)
 
 
 def format_value(value: object) -> str:
     """Write a parameter's value as a recipe has it."""
     if isinstance(value, list):
-        return f"[{', '.join(format_value(item) for item in value)}]"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        items = [format_value(item) for item in value]
+        return f"[{', '.join(items)}]"
+    if isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False)
 
 
 def format_metric(value: float | None) -> str:
     """Write a metric; a trial that failed has none."""
     if value is None:
         return ""
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4f}"
 
 
 def is_number(value: object) -> bool:

@@ -37,13 +37,13 @@ def measure_temperatures(run: Run) -> dict[str, dict[str, float]] | None:
     if scored.resamples.counts_sg.shape[1] < FEW_GROUPS:
         return None
 
-    of_both = estimate_temperature(scored, scored.mean_rv)
+    both = estimate_temperature(scored, scored.mean_rv)
     click.echo(
-        f"  temperature {of_both.value:.2f} (95 %: {of_both.low:.2f} to {of_both.high:.2f}) has the "
+        f"  temperature {both.value:.2f} (95 %: {both.low:.2f} to {both.high:.2f}) has the "
         f"least log loss on {len(scored.labels_rv)} validation rows"
     )
     as_given = estimate_temperature(scored, scored.probabilities_rov[:, 0])
-    return {"both": round_estimate(of_both), "as_given": round_estimate(as_given)}
+    return {"both": round_estimate(both), "as_given": round_estimate(as_given)}
 
 
 def round_estimate(estimate: Estimate) -> dict[str, float]:

@@ -76,7 +76,9 @@ def python_with_gptq(environment: Path = ENVIRONMENT, requirements: Path = REQUI
     # Two runs may need the environment at the same time: one makes it, the other waits.
     with FileLock(environment.with_name(f"{environment.name}.lock")):
         if not is_complete(installed, requirements):
-            click.echo(f"installing {requirements.stem}.lock into {environment} (about 1 minute and 2 GB, once)")
+            click.echo(
+                f"installing {requirements.stem}.lock into {environment} (about 1 minute and 2 GB, once)"
+            )
             make_environment(environment, requirements)
             installed.touch()
 

@@ -29,6 +29,7 @@ from postprocess.run_folder import (
     Run,
     adapter_settings,
     check_recipe,
+    check_tokenizer_files,
     find_base,
     read_contract,
 )
@@ -194,11 +195,7 @@ def check_members(members: Sequence[Member], mean_folder: Path) -> None:
     # The mean gets the first member's tokenizer and contract, which the others must share.
     first = members[0].folder
     contract, _ = read_contract(first)
-    for name, expected in contract.tokenizer_sha256.items():
-        if not (first / name).is_file() or sha256(first / name) != expected:
-            raise UserError(
-                f"{first / name}: missing or changed since training; contract.json holds another SHA-256"
-            )
+    check_tokenizer_files(first, contract)
     for member in members[1:]:
         check_alike(first, member.folder)
 
@@ -468,7 +465,7 @@ def print_summary(
         truncation: What was cut away.
         rank: The rank that was asked for; None for an exact mean.
     """
-    # Shares are told as they count, not as they were given.
+    # The shares as they count: they sum to 1, the weights of the command line need not.
     shares = ", ".join(f"{member.share:.3f} {member.folder}" for member in members)
     print(f"  the mean of {len(members)} adapters: {shares}")
 

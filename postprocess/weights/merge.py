@@ -221,7 +221,7 @@ def open_sources(run: Run, form: Form) -> Iterator[Sources]:
     Raises:
         UserError: They do not belong together, or something is missing.
     """
-    # All checks need headers only: a mistake is told before gigabytes are read.
+    # All checks need headers only: a mistake is reported before gigabytes are read.
     skeleton = model_skeleton(run.weights, run.contract)
     adapter = None
     tied_names = skeleton.tied

@@ -109,18 +109,20 @@ def check_control_tokens(tokenizer, block: PairwiseBlock, base_model: str) -> No
 
 def label_tokens(tokenizer, block: PairwiseBlock) -> tuple[int, ...]:
     """The token of each verdict's answer as it stands after the template's end; a UserError where that is not one token."""
-    backend, end = tokenizer.backend_tokenizer, block.resolved_template().end
-    before = backend.encode(end, add_special_tokens=False).ids
-    found = []
+    backend = tokenizer.backend_tokenizer
+    end = block.resolved_template().end
+    end_ids = backend.encode(end, add_special_tokens=False).ids
+
+    answer_ids = []
     for verdict in block.verdicts:
-        *same, last = backend.encode(end + LABELS[verdict], add_special_tokens=False).ids
-        if same != before or last in found:
+        *ids_before, answer_id = backend.encode(end + LABELS[verdict], add_special_tokens=False).ids
+        if ids_before != end_ids or answer_id in answer_ids:
             raise UserError(
                 f"pairwise.template: the answer {LABELS[verdict]!r} is not one token of its own after {end[-20:]!r}; end the "
                 "template with a line break or a control token, or use head: score"
             )
-        found.append(last)
-    return tuple(found)
+        answer_ids.append(answer_id)
+    return tuple(answer_ids)
 
 
 def golden_rows(tokenizer, contract: Contract) -> tuple[dict, ...]:

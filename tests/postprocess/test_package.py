@@ -60,8 +60,8 @@ def test_the_package_of_a_mean_names_the_contract_of_each_member(tmp_path):
     for member in (*members, tmp_path / "mean"):
         member.mkdir()
         (member / "contract.json").write_text(member.name)
-    told = {"average": {"members": {str(member): 0.5 for member in members}}}
-    (tmp_path / "mean" / "metrics.json").write_text(json.dumps(told))
+    metrics = {"average": {"members": {str(member): 0.5 for member in members}}}
+    (tmp_path / "mean" / "metrics.json").write_text(json.dumps(metrics))
     assert trained_contracts(tmp_path / "mean") == {str(member): file_sha256(member / "contract.json") for member in members}
     assert list(trained_contracts(members[0])) == [str(members[0])]
 

@@ -27,8 +27,8 @@ def add_trial(folder: Path, name: str, *, log_loss=None, accuracy=None, log=None
     recipe = {"base_model": "some/model", "pairwise": block, "output_dir": str(run)} | keys
     (run / "recipe.yml").write_text(yaml.safe_dump(recipe))
     if log_loss is not None:
-        told = METRICS | {"log_loss": log_loss, "accuracy": accuracy} | (metrics or {})
-        (run / "metrics.json").write_text(json.dumps(told))
+        values = METRICS | {"log_loss": log_loss, "accuracy": accuracy} | (metrics or {})
+        (run / "metrics.json").write_text(json.dumps(values))
         (run / "contract.json").write_text("{}")
     if log is not None:
         (run / "debug.log").write_text(log)
@@ -95,8 +95,8 @@ def test_trials_on_several_folds_are_told_apart_and_not_compared(tmp_path):
         add_trial(tmp_path, f"sweep0001/fold-{fold}", log_loss=loss, accuracy=0.5, metrics=metrics, block=block)
     lines, table = index(tmp_path)
     assert table.select("trial", "pairwise.fold").rows() == [("sweep0001/fold-0", 0), ("sweep0001/fold-1", 1)]
-    told = "the trials were validated on different rows (another fold, or other pairs): do not compare their metrics"
-    assert told in [" ".join(line) for line in lines]
+    warning = "the trials were validated on different rows (another fold, or other pairs): do not compare their metrics"
+    assert warning in [" ".join(line) for line in lines]
 
 
 def test_a_sweep_of_which_nothing_ended_is_listed(tmp_path):

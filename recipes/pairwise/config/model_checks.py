@@ -104,6 +104,6 @@ def check_layers(model: torch.nn.Module, *, targets: Iterable[str] | str | None,
 def check_vocabulary(special_tokens: Mapping[str, str], tokenizer, base_model: str, vocabulary_size: int) -> None:
     """Raise UserError where a special token of the recipe is new: the base model has no row for it in its embedding."""
     for key, token in special_tokens.items():
-        found = tokenizer.convert_tokens_to_ids(token) if isinstance(token, str) else None
-        if found is not None and found >= vocabulary_size:
+        token_id = tokenizer.convert_tokens_to_ids(token) if isinstance(token, str) else None
+        if token_id is not None and token_id >= vocabulary_size:
             raise UserError(f"special_tokens.{key}: {base_model} has no token {token!r}; name one that it has")

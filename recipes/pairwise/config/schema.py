@@ -116,9 +116,9 @@ class PairwiseBlock(_Strict):
     @model_validator(mode="after")
     def _the_head_suits_the_rest(self):
         places = ("prompt", "response") if self.head == "reward" else ("prompt", "response_a", "response_b")
-        if isinstance(self.template, TemplateBlock) and any(self.template.turn.count(f"{{{place}}}") != 1 for place in places):
-            told = ", ".join(f"{{{place}}}" for place in places)
-            raise ValueError(f"template.turn: expected {told}, each once, found {self.template.turn!r}")
+        fields = [f"{{{place}}}" for place in places]
+        if isinstance(self.template, TemplateBlock) and any(self.template.turn.count(field) != 1 for field in fields):
+            raise ValueError(f"template.turn: expected {', '.join(fields)}, each once, found {self.template.turn!r}")
         if self.head == "reward" and "tie" in self.verdicts:
             raise ValueError("verdicts: a reward model tells no ties apart; leave out tie, half of a tie goes to each side")
         if self.head == "reward" and "orders" in self.model_fields_set:

@@ -64,14 +64,21 @@ def longer_is_right(frame: pl.DataFrame) -> float:
 
 def predictions(ids: list[str], both_rov: np.ndarray, verdicts: tuple[str, ...], frame: pl.DataFrame) -> pl.DataFrame:
     """One row a pair: id, fold, winner, the mean probabilities and those of each order; a verdict not predicted is 0."""
+    # The mean has no suffix, each order its name.
+    probabilities_by_suffix = {"": both_rov.mean(axis=1)}
+    for place, order in enumerate(ORDERS):
+        probabilities_by_suffix[f"_{order}"] = both_rov[:, place]
+
     columns: dict[str, object] = {"id": ids}
-    for suffix, values in (("", both_rov.mean(axis=1)), *((f"_{order}", both_rov[:, at]) for at, order in enumerate(ORDERS))):
+    for suffix, values_rv in probabilities_by_suffix.items():
         for verdict in ("model_a", "model_b", "tie"):
-            known = verdict in verdicts
-            columns[f"p_{verdict}{suffix}"] = values[:, verdicts.index(verdict)] if known else np.zeros(len(ids))
+            columns[f"p_{verdict}{suffix}"] = np.zeros(len(ids))
+            if verdict in verdicts:
+                columns[f"p_{verdict}{suffix}"] = values_rv[:, verdicts.index(verdict)]
+
     joined = pl.DataFrame(columns).join(frame.select("id", "fold", "winner"), on="id", how="left", maintain_order="left")
-    order = ["id", "fold", "winner", *(name for name in columns if name != "id")]
-    return joined.select(order).sort("id")
+    del columns["id"]
+    return joined.select("id", "fold", "winner", *columns).sort("id")
 
 
 def history(log: Iterable[Mapping]) -> list[dict[str, float]]:

@@ -43,15 +43,21 @@ def resolved(cfg: dict, recipe: Path) -> dict:
     values = {key: given[key] for key in (*file, *given) if key in known and given.get(key) is not None}
     if isinstance(values.get("pairwise"), dict):
         values["pairwise"] = values["pairwise"] | overrides()
-    named = cfg.get("output_dir")
-    return values | {"output_dir": str(run_folder(named if isinstance(named, str) else None, recipe))}
+    output_dir = cfg.get("output_dir")
+    if not isinstance(output_dir, str):
+        output_dir = None
+    return values | {"output_dir": str(run_folder(output_dir, recipe))}
 
 
 def overrides() -> dict:
     """What PAIRWISE_FOLD and PAIRWISE_PAIRS say of the `pairwise` block."""
     fold, pairs = os.environ.get("PAIRWISE_FOLD"), os.environ.get("PAIRWISE_PAIRS")
-    told = {"fold": int(fold) if fold and fold.isdecimal() else fold, "pairs": pairs}
-    return {key: value for key, value in told.items() if value not in (None, "")}
+    changes = {}
+    if fold:
+        changes["fold"] = int(fold) if fold.isdecimal() else fold
+    if pairs:
+        changes["pairs"] = pairs
+    return changes
 
 
 def keep(values: dict) -> None:
@@ -76,8 +82,8 @@ def begin_trial(values: dict, recipe: Path) -> None:
 def end_refused_trial(values: dict | None, recipe: Path, error: UserError) -> None:
     """Write why a sweep's trial is refused into its log, which Axolotl has not begun yet."""
     if values and is_trial(recipe) and is_first_on_machine():
-        told = str(error).removeprefix(f"{recipe}: ")
-        (Path(values["output_dir"]) / LOG).write_text(f"error: {told}\n", encoding="utf-8")
+        reason = str(error).removeprefix(f"{recipe}: ")
+        (Path(values["output_dir"]) / LOG).write_text(f"error: {reason}\n", encoding="utf-8")
 
 
 def is_trial(recipe: Path) -> bool:
