@@ -113,6 +113,7 @@ SCHEMAS = {
     METADATA: DatasetMetadata,
     VALIDATION_IDS: ValidationIds,
     WHEELS_MANIFEST: WheelsManifest,
+    "generation_config.json": Open,  # GPTQ's library writes it beside a causal LM
     "lora_config.json": Open,
     "model.safetensors.index.json": WeightIndex,
     "tokenizer.json": Tokenizer,

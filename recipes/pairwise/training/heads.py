@@ -77,7 +77,8 @@ def compute_logits_in_float32(model: nn.Module, label_token_ids: Sequence[int] =
         if not is_in_head or type(layer) is not nn.Linear:
             continue
 
-        # A LoRA of the head computes B(A(x)): A has no row for each output, B and the layer have.
+        # LoRA adds B(A(x)) to the head's output: of the two only B has a row for each output, and
+        # of B and the head itself the same rows are computed.
         output_rows = None
         if label_token_ids and "lora_A" not in parts:
             output_rows = list(label_token_ids)

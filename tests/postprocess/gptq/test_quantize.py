@@ -14,6 +14,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
+from kaggle_kernels.publish.package_files import check_package
 from kaggle_kernels.runtime.models.gptq import GptqLinear, unpack, unpacking
 from kaggle_kernels.runtime.models.placement import weight_sizes
 from kaggle_kernels.runtime.package import PackageError, read_package
@@ -117,6 +118,7 @@ def test_probabilities_are_near_those_of_the_model_as_trained(quantize, mean, la
 @pytest.mark.parametrize("quantize", VARIANTS)
 def test_a_package_has_the_bytes_that_were_computed(quantize, package_of):
     run, folder, _ = package_of(quantize)
+    assert check_package(folder) == [], "push would refuse the package"
     sizes = weight_sizes(folder)
     served = Served(measure_folder(run.base), run.contract().head, quantize, False, 128)
     assert sum(bytes_by_class(served).values()) == sum(size for size, _ in sizes.values())
