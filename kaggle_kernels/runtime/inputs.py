@@ -5,7 +5,6 @@ runs. WSDM's texts are strings; LMSYS's are JSON lists of turns with nulls.
 """
 
 import csv
-import hashlib
 import importlib.util
 import json
 import os
@@ -17,6 +16,8 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from kaggle_kernels.runtime.package import hash_file
 
 TEXTS = ("prompt", "response_a", "response_b")
 SCORED = "scored"  # WSDM's column: whether the row counts on the current leaderboard
@@ -88,12 +89,6 @@ def rank_mount(folders: Sequence[str], slug: str, kind: str) -> int | None:
         return None
     is_below_kind = folders[0] == kind and folders[slug_place : slug_place + 1] == (slug,)
     return 0 if folders[0] == slug or is_below_kind else 1
-
-
-def hash_file(path: Path) -> str:
-    """Compute a file's SHA-256."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_rows(path: Path, are_turns: bool) -> list[dict]:

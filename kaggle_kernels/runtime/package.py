@@ -3,6 +3,7 @@
 Raises PackageError where a package is not the one that was made; ContractError comes from the package's own model_input.py.
 """
 
+import hashlib
 import importlib.abc
 import importlib.util
 import json
@@ -15,7 +16,6 @@ from types import ModuleType
 
 from tokenizers import Tokenizer
 
-from kaggle_kernels.runtime.inputs import hash_file
 from kaggle_kernels.runtime.settings import Clock, log
 
 # hashlib lets other threads go on. A core does about 1 GB a second.
@@ -115,6 +115,12 @@ def check_size(path: Path, expected: int) -> None:
     size = path.stat().st_size
     if size != expected:
         raise PackageError(f"{path}: {size} bytes, manifest.json says {expected}; upload it again")
+
+
+def hash_file(path: Path) -> str:
+    """Compute a file's SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_hash(path: Path, expected: str, source: str) -> None:

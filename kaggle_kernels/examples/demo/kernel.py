@@ -196,7 +196,7 @@ SETTINGS = Settings(
     min_scored=0.98,
     visible_rows=512,
     wheels="pairwise-wheels",
-    build="0d82f0b61e53eb38",
+    build="20caa86283dbe54d",
 )
 
 
@@ -2088,12 +2088,6 @@ def rank_mount(folders: Sequence[str], slug: str, kind: str) -> int | None:
     return 0 if folders[0] == slug or is_below_kind else 1
 
 
-def hash_file(path: Path) -> str:
-    """Compute a file's SHA-256."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def read_rows(path: Path, are_turns: bool) -> list[dict]:
     """Read the test rows."""
     rows = []
@@ -2343,6 +2337,12 @@ def check_size(path: Path, expected: int) -> None:
     size = path.stat().st_size
     if size != expected:
         raise PackageError(f"{path}: {size} bytes, manifest.json says {expected}; upload it again")
+
+
+def hash_file(path: Path) -> str:
+    """Compute a file's SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_hash(path: Path, expected: str, source: str) -> None:
