@@ -249,10 +249,10 @@ def make_untrained_run(recipe: Recipe) -> None:
         return
 
     import_torch()
-    from postprocess.zero_shot.base_model_run import untrained  # noqa: PLC0415  needs torch
+    from postprocess.zero_shot.base_model_run import make_base_model_run  # noqa: PLC0415  needs torch
 
     with making(stage):
-        untrained(recipe, base, hub_commit(base))
+        make_base_model_run(recipe, base, hub_commit(base))
 
 
 def make_average(recipe: Recipe, shares: Mapping[Path, float], rank: int | None) -> None:

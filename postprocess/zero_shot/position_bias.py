@@ -1,34 +1,51 @@
-"""The position bias of a model that was never trained for the task, found without looking at a label, and its cancellation.
+"""Estimate the position bias of an untrained model from unlabelled rows, and the bias that cancels it.
 
-Over both orders of the same pairs, the answer that stands first and the one that stands second are equally often the better
-one, by construction. Where the model still prefers one of the two places on average, that is bias, and one number on the
-logits takes it away. It is contextual calibration (Zhao et al. 2021, "Calibrate Before Use") with the estimate from
-unlabelled rows of the task as in batch calibration (Zhou et al. 2023, "Batch Calibration"); what those assume of the labels,
-that all are equally likely, both orders of each row make true here.
+Over both orders of the same pairs, the response that stands first is the better one as often as the
+one that stands second. A model that prefers one of the two places on average is biased, and one number
+on its logits takes that away. This is contextual calibration (Zhao et al. 2021, "Calibrate Before
+Use"), estimated on unlabelled rows of the task as in batch calibration (Zhou et al. 2023, "Batch
+Calibration"). What those methods assume, that all labels are equally likely, both orders make true.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
-STEPS = 100  # halvings; float64 is exhausted after about 60
+from recipes.pairwise.tracking.metrics import softmax
+
+BISECTION_STEPS = 100  # float64 is exhausted after about 60
 
 
-def position_bias(logits_rov: np.ndarray, verdicts: Sequence[str]) -> tuple[float, ...]:
-    """What to add to a sequence's logits, in the order of `verdicts`: -d/2 for model_a, d/2 for model_b, 0 for tie.
+def find_logit_bias(logits_rov: np.ndarray, verdicts: Sequence[str]) -> tuple[float, ...]:
+    """Find what to add to a sequence's logits so that both places are equally likely on average.
 
-    `logits_rov` are logits of shape (rows, 2 orders, verdicts) as the model gave them, not swapped back: model_a is whatever
-    stood first. With d added, the mean probability of the first answer is that of the second; d is found by bisection.
+    Args:
+        logits_rov: Logits as the model gave them, (rows, 2 orders, verdicts), not swapped back:
+            model_a is the response that stood first.
+        verdicts: The verdicts in the order of the logits.
+
+    Returns:
+        The bias of each verdict: -d/2 for model_a, d/2 for model_b and 0 for a tie.
     """
-    logits = logits_rov.reshape(-1, len(verdicts)).astype(np.float64)
-    first, second = verdicts.index("model_a"), verdicts.index("model_b")
-    direction = np.array([{"model_a": -0.5, "model_b": 0.5, "tie": 0.0}[verdict] for verdict in verdicts])
-    margins = logits[:, first] - logits[:, second]
-    low, high = float(margins.min()), float(margins.max())
-    for _ in range(STEPS):
+    logits_bv = logits_rov.reshape(-1, len(verdicts)).astype(np.float64)
+    first = verdicts.index("model_a")
+    second = verdicts.index("model_b")
+    direction_v = np.zeros(len(verdicts))
+    direction_v[first] = -0.5
+    direction_v[second] = 0.5
+
+    # Beyond the smallest and the largest margin, every row prefers the same place.
+    margins_b = logits_bv[:, first] - logits_bv[:, second]
+    low = float(margins_b.min())
+    high = float(margins_b.max())
+    for _ in range(BISECTION_STEPS):
         middle = (low + high) / 2
-        shifted = logits + middle * direction
-        shares = np.exp(shifted - shifted.max(axis=1, keepdims=True))
-        shares /= shares.sum(axis=1, keepdims=True)
-        low, high = (middle, high) if (shares[:, first] - shares[:, second]).mean() > 0 else (low, middle)
-    return tuple(float(part) for part in (low + high) / 2 * direction)
+        probabilities_bv = softmax(logits_bv + middle * direction_v)
+        preference = (probabilities_bv[:, first] - probabilities_bv[:, second]).mean()
+        if preference > 0:
+            low = middle
+        else:
+            high = middle
+
+    bias_v = (low + high) / 2 * direction_v
+    return tuple(float(number) for number in bias_v)

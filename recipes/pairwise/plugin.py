@@ -41,7 +41,7 @@ class PairwisePlugin(BasePlugin):
         super().__init__()
         self.started = time.monotonic()
         self.recipe = None
-        self.resolved = None  # the recipe's keys as they run: see recipe_copy.resolved
+        self.resolved = None  # the recipe's keys as they run: see recipe_copy.resolve_recipe
         self.begun_from: dict = {}  # the recipe's hash and the git state at the beginning, for the ledger
         self.block = None
         self.model_config = None
@@ -58,9 +58,9 @@ class PairwisePlugin(BasePlugin):
 
         self.recipe = Path(cfg["axolotl_config_path"])
         try:
-            self.resolved = recipe_copy.resolved(cfg, self.recipe)
+            self.resolved = recipe_copy.resolve_recipe(cfg, self.recipe)
             recipe_copy.begin_trial(self.resolved, self.recipe)
-            lasting_recipe = recipe_copy.lasting(self.recipe, self.resolved["output_dir"])
+            lasting_recipe = recipe_copy.lasting_recipe(self.recipe, self.resolved["output_dir"])
             self.begun_from = {"recipe_sha256": ledger.fingerprint(lasting_recipe), **ledger.git_state()}
 
             self.block = run_config.check_run(cfg, self.recipe)
@@ -169,7 +169,7 @@ class PairwisePlugin(BasePlugin):
         wandb_run.make_harmless(trainer)
         if trainer.is_world_process_zero():
             results.remove_earlier(Path(cfg.output_dir))
-            recipe_copy.keep(self.resolved)
+            recipe_copy.write_copy(self.resolved)
 
     def _compute_metrics(self, prediction) -> dict[str, float]:
         """Score an evaluation, during the training and after it."""
@@ -192,7 +192,7 @@ class PairwisePlugin(BasePlugin):
             zero3.check_whole(folder)
             write_contract(folder, self.contract, self.recipe)
             LOG.info("contract.json and model_input.py written to %s", folder)
-            record_training(recipe_copy.lasting(self.recipe, folder), folder, self.block.pairs, **self.begun_from)
+            record_training(recipe_copy.lasting_recipe(self.recipe, folder), folder, self.block.pairs, **self.begun_from)
             wandb_run.finish(folder)
 
     def _save_weights(self, folder: Path, model) -> None:

@@ -1,90 +1,157 @@
-"""Computes metrics and the table of predictions from the logits of the validation rows; results.py writes them."""
+"""Compute metrics and the table of predictions from the logits of the validation rows.
+
+results.py writes both into the run folder; packaging and the report read them.
+"""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import polars as pl
 
-from preprocess.model_input import swap_probabilities
+from preprocess.model_input import VERDICTS, swap_probabilities
 
 ORDERS = ("as_given", "swapped")
 SMALLEST = 1e-15  # where a probability is clipped before its logarithm, as the competitions do
 
 
-def probabilities(logits_rov: np.ndarray, verdicts: tuple[str, ...]) -> np.ndarray:
-    """Softmax in float64 of logits (rows, 2 orders, verdicts), the swapped order then swapped back.
-
-    A reward model's logits are (rows, 1, verdicts): its second order is its first.
-    """
-    logits = logits_rov.astype(np.float64)
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Convert logits to probabilities along the last axis."""
     exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    both = exponentials / exponentials.sum(axis=-1, keepdims=True)
-    if both.shape[1] == 1:
-        return np.repeat(both, 2, axis=1)
+    return exponentials / exponentials.sum(axis=-1, keepdims=True)
+
+
+def probabilities(logits_rov: np.ndarray, verdicts: Sequence[str]) -> np.ndarray:
+    """Convert logits to probabilities in float64, and swap the swapped order back.
+
+    Args:
+        logits_rov: Logits (rows, 2 orders, verdicts). A reward model's are (rows, 1, verdicts): its
+            second order is its first.
+        verdicts: The verdicts in the order of the logits.
+
+    Returns:
+        Probabilities (rows, 2 orders, verdicts).
+    """
+    probabilities_rov = softmax(logits_rov.astype(np.float64))
+    if probabilities_rov.shape[1] == 1:
+        return np.repeat(probabilities_rov, 2, axis=1)
+
     places = swap_probabilities(range(len(verdicts)), verdicts)
-    return np.stack([both[:, 0], both[:, 1][:, places]], axis=1)
+    as_given_rv = probabilities_rov[:, 0]
+    swapped_back_rv = probabilities_rov[:, 1][:, places]
+    return np.stack([as_given_rv, swapped_back_rv], axis=1)
 
 
 def row_losses(probabilities_rv: np.ndarray, labels_rv: np.ndarray) -> np.ndarray:
-    """Each row's log loss against its soft label, in nats (rows,)."""
-    return -(labels_rv * np.log(np.clip(probabilities_rv, SMALLEST, 1))).sum(axis=1)
+    """Compute each row's log loss against its soft label, in nats (rows,)."""
+    logarithms_rv = np.log(np.clip(probabilities_rv, SMALLEST, 1))
+    return -(labels_rv * logarithms_rv).sum(axis=1)
 
 
-def scores(both_rov: np.ndarray, labels_rv: np.ndarray, winners_r: np.ndarray) -> dict[str, float]:
-    """Metrics of probabilities (rows, 2 orders, verdicts) against soft labels (rows, verdicts) and winners (rows,).
+def compute_accuracy(probabilities_rv: np.ndarray, winners_r: np.ndarray) -> float:
+    """Compute the share of rows whose likeliest verdict is the winner.
 
-    accuracy: share of rows whose likeliest verdict, by the mean of both orders, is the winner, whatever a teacher's labels
-    say; rows without a winner among the verdicts (-1: a tie for a model of two) do not count. log_loss: against the soft
-    labels, on all rows. flip_rate: share of rows whose verdict changes when the answers are swapped.
+    Args:
+        probabilities_rv: Probabilities (rows, verdicts).
+        winners_r: The place of each row's winner among the verdicts. A row with -1 does not count:
+            it is a tie, and the model has two verdicts.
+
+    Returns:
+        The accuracy; NaN where no row counts.
     """
-    mean, decided = both_rov.mean(axis=1), winners_r >= 0
+    has_winner_r = winners_r >= 0
+    if not has_winner_r.any():
+        return float("nan")
+    is_right_r = probabilities_rv.argmax(axis=1) == winners_r
+    return float(is_right_r[has_winner_r].mean())
 
-    def accuracy(values):
-        return float((values.argmax(axis=1) == winners_r)[decided].mean()) if decided.any() else float("nan")
 
-    def log_loss(values):
-        return float(row_losses(values, labels_rv).mean())
+def scores(
+    probabilities_rov: np.ndarray, labels_rv: np.ndarray, winners_r: np.ndarray
+) -> dict[str, float]:
+    """Compute the metrics of a run's validation rows.
 
+    Accuracy and log loss are those of the mean of both orders, and of the order as given.
+
+    Args:
+        probabilities_rov: Probabilities (rows, 2 orders, verdicts), the swapped order swapped back.
+        labels_rv: Soft labels (rows, verdicts), for the log loss of all rows.
+        winners_r: See compute_accuracy; what decides whether a row is right, whatever its soft label.
+
+    Returns:
+        The metrics by name. flip_rate is the share of rows whose verdict changes with the order.
+    """
+    mean_rv = probabilities_rov.mean(axis=1)
+    as_given_rv = probabilities_rov[:, 0]
+    swapped_rv = probabilities_rov[:, 1]
+    flips_r = as_given_rv.argmax(axis=1) != swapped_rv.argmax(axis=1)
     return {
-        "accuracy": accuracy(mean),
-        "log_loss": log_loss(mean),
-        "accuracy_as_given": accuracy(both_rov[:, 0]),
-        "log_loss_as_given": log_loss(both_rov[:, 0]),
-        "flip_rate": float((both_rov[:, 0].argmax(axis=1) != both_rov[:, 1].argmax(axis=1)).mean()),
+        "accuracy": compute_accuracy(mean_rv, winners_r),
+        "log_loss": float(row_losses(mean_rv, labels_rv).mean()),
+        "accuracy_as_given": compute_accuracy(as_given_rv, winners_r),
+        "log_loss_as_given": float(row_losses(as_given_rv, labels_rv).mean()),
+        "flip_rate": float(flips_r.mean()),
     }
 
 
-def longer_is_right(frame: pl.DataFrame) -> float:
-    """Accuracy of picking the longer response, on the rows that have a winner; equal lengths count as model_a."""
-    length = {side: pl.col(f"response_{side}").list.eval(pl.element().str.len_chars()).list.sum() for side in "ab"}
-    right = pl.when(length["a"] >= length["b"]).then(pl.lit("model_a")).otherwise(pl.lit("model_b")) == pl.col("winner")
-    return float(frame.filter(pl.col("winner") != "tie").select(right.mean()).item() or 0.0)
+def longer_is_right(pairs: pl.DataFrame) -> float:
+    """Compute the accuracy of picking the longer response, on the rows that have a winner.
+
+    Of equal lengths, model_a is picked.
+    """
+    character_counts = pl.element().str.len_chars()
+    length_a = pl.col("response_a").list.eval(character_counts).list.sum()
+    length_b = pl.col("response_b").list.eval(character_counts).list.sum()
+    longer = pl.when(length_a >= length_b).then(pl.lit("model_a")).otherwise(pl.lit("model_b"))
+
+    decided_pairs = pairs.filter(pl.col("winner") != "tie")
+    share = decided_pairs.select((longer == pl.col("winner")).mean()).item()
+    return float(share or 0.0)
 
 
-def predictions(ids: list[str], both_rov: np.ndarray, verdicts: tuple[str, ...], frame: pl.DataFrame) -> pl.DataFrame:
-    """One row a pair: id, fold, winner, the mean probabilities and those of each order; a verdict not predicted is 0."""
+def predictions(
+    ids: list[str], probabilities_rov: np.ndarray, verdicts: tuple[str, ...], pairs: pl.DataFrame
+) -> pl.DataFrame:
+    """Make the table of predictions.
+
+    Args:
+        ids: The rows' ids.
+        probabilities_rov: Their probabilities (rows, 2 orders, verdicts).
+        verdicts: The verdicts in that order. The probability of another one is 0.
+        pairs: Has each row's fold and winner.
+
+    Returns:
+        One row a pair, sorted by id: id, fold, winner, the mean probabilities p_VERDICT, and those of
+        each order p_VERDICT_ORDER.
+    """
     # The mean has no suffix, each order its name.
-    probabilities_by_suffix = {"": both_rov.mean(axis=1)}
+    probabilities_by_suffix = {"": probabilities_rov.mean(axis=1)}
     for place, order in enumerate(ORDERS):
-        probabilities_by_suffix[f"_{order}"] = both_rov[:, place]
+        probabilities_by_suffix[f"_{order}"] = probabilities_rov[:, place]
 
-    columns: dict[str, object] = {"id": ids}
+    columns: dict[str, np.ndarray] = {}
     for suffix, values_rv in probabilities_by_suffix.items():
-        for verdict in ("model_a", "model_b", "tie"):
-            columns[f"p_{verdict}{suffix}"] = np.zeros(len(ids))
+        for verdict in VERDICTS:
+            column = np.zeros(len(ids))
             if verdict in verdicts:
-                columns[f"p_{verdict}{suffix}"] = values_rv[:, verdicts.index(verdict)]
+                column = values_rv[:, verdicts.index(verdict)]
+            columns[f"p_{verdict}{suffix}"] = column
 
-    joined = pl.DataFrame(columns).join(frame.select("id", "fold", "winner"), on="id", how="left", maintain_order="left")
-    del columns["id"]
+    table = pl.DataFrame({"id": ids, **columns})
+    labels = pairs.select("id", "fold", "winner")
+    joined = table.join(labels, on="id", how="left", maintain_order="left")
     return joined.select("id", "fold", "winner", *columns).sort("id")
 
 
 def history(log: Iterable[Mapping]) -> list[dict[str, float]]:
-    """The trainer's log as history.json holds it: of each record that has a step its finite numbers, by name."""
-
-    def is_finite(value: object) -> bool:
-        return isinstance(value, int | float) and math.isfinite(value)
-
-    return [{name: value for name, value in record.items() if is_finite(value)} for record in log if "step" in record]
+    """Keep of each record of the trainer's log that has a step its finite numbers, for history.json."""
+    records = []
+    for record in log:
+        if "step" not in record:
+            continue
+        numbers = {}
+        for name, value in record.items():
+            if isinstance(value, int | float) and math.isfinite(value):
+                numbers[name] = value
+        records.append(numbers)
+    return records

@@ -1,7 +1,8 @@
-"""The recipe as it ran, with what the command line and the environment changed, kept in the run folder as recipe.yml.
+"""Keep the recipe as it ran, with what the command line and the environment changed, as recipe.yml of the run folder.
 
-A sweep needs it: Axolotl trains each trial from a temporary file, removes that, and says nowhere which parameters
-`sweep0003` had. The copy is a recipe itself: `python -m postprocess outputs/R/sweep0003/recipe.yml` packages the trial.
+A sweep needs it: Axolotl trains each trial from a temporary file, removes that, and says nowhere which
+parameters `sweep0003` had. The copy is a recipe itself, which can be packaged:
+`python -m postprocess outputs/R/sweep0003/recipe.yml`. The plugin calls this.
 """
 
 import os
@@ -16,83 +17,107 @@ from preprocess.core.files import atomic_file, read_yaml
 from recipes.pairwise.config.axolotl_keys import schema
 from recipes.pairwise.config.schema import run_folder
 from recipes.pairwise.processes import is_first_on_machine
+from recipes.pairwise.tracking.results import FILES
 
 RECIPE_COPY = "recipe.yml"
 LOG = "debug.log"  # Axolotl's, which holds everything that a run prints
 TRIAL = re.compile(r"sweep\d{4,}")
-VOUCHERS = ("contract.json", "metrics.json", "predictions.parquet")
 HEADER = """\
 # The recipe as it ran in this folder, with what the command line and the environment changed: written by axolotl train.
 # Its package: python -m postprocess {path}
 """
 
 
-def resolved(cfg: dict, recipe: Path) -> dict:
-    """The keys of `recipe` in its order, with the values that `cfg` (of Axolotl: file and command line) and PAIRWISE_* give.
+def resolve_recipe(cfg: dict, recipe: Path) -> dict:
+    """Give the keys of a recipe with the values that they have in this run.
 
-    Raises UserError where all trials of a sweep would write to one folder.
+    Args:
+        cfg: Axolotl's configuration: the file and the command line.
+        recipe: The recipe's file, whose order of keys is kept.
+
+    Returns:
+        The keys, with what PAIRWISE_FOLD and PAIRWISE_PAIRS change, and the run folder as output_dir.
+
+    Raises:
+        UserError: All trials of a sweep would write to one folder.
     """
-    file = read_yaml(recipe) if recipe.is_file() else {}
-    if is_trial(recipe) and cfg.get("output_dir") != file["output_dir"]:
-        raise UserError(
-            f"--output-dir {cfg.get('output_dir')}: the trials of a sweep would write over each other; name the folder in the "
-            f"sweep's file instead: output_dir: [{cfg.get('output_dir')}]"
-        )
-    given = cfg.to_dict() if hasattr(cfg, "to_dict") else dict(cfg)
-    known = file.keys() | schema()["properties"].keys() - {"axolotl_config_path"}
-    values = {key: given[key] for key in (*file, *given) if key in known and given.get(key) is not None}
-    if isinstance(values.get("pairwise"), dict):
-        values["pairwise"] = values["pairwise"] | overrides()
+    keys_of_file = {}
+    if recipe.is_file():
+        keys_of_file = read_yaml(recipe)
     output_dir = cfg.get("output_dir")
-    if not isinstance(output_dir, str):
-        output_dir = None
-    return values | {"output_dir": str(run_folder(output_dir, recipe))}
+    if is_trial(recipe) and output_dir != keys_of_file["output_dir"]:
+        raise UserError(
+            f"--output-dir {output_dir}: the trials of a sweep would write over each other; name the folder in the "
+            f"sweep's file instead: output_dir: [{output_dir}]"
+        )
+
+    # Axolotl adds keys of its own while it runs, which no recipe may hold.
+    configuration = cfg.to_dict() if hasattr(cfg, "to_dict") else dict(cfg)
+    allowed_keys = keys_of_file.keys() | schema()["properties"].keys() - {"axolotl_config_path"}
+    values = {}
+    for key in (*keys_of_file, *configuration):
+        if key in allowed_keys and configuration.get(key) is not None:
+            values[key] = configuration[key]
+
+    if isinstance(values.get("pairwise"), dict):
+        values["pairwise"] = values["pairwise"] | read_environment()
+    folder = output_dir if isinstance(output_dir, str) else None
+    values["output_dir"] = str(run_folder(folder, recipe))
+    return values
 
 
-def overrides() -> dict:
-    """What PAIRWISE_FOLD and PAIRWISE_PAIRS say of the `pairwise` block."""
-    fold, pairs = os.environ.get("PAIRWISE_FOLD"), os.environ.get("PAIRWISE_PAIRS")
+def read_environment() -> dict:
+    """Read what PAIRWISE_FOLD and PAIRWISE_PAIRS say of the `pairwise` block."""
     changes = {}
+    fold = os.environ.get("PAIRWISE_FOLD")
     if fold:
         changes["fold"] = int(fold) if fold.isdecimal() else fold
+    pairs = os.environ.get("PAIRWISE_PAIRS")
     if pairs:
         changes["pairs"] = pairs
     return changes
 
 
-def keep(values: dict) -> None:
-    """Write `values` (see resolved) as recipe.yml into their run folder."""
+def write_copy(values: dict) -> None:
+    """Write a recipe's resolved keys (see resolve_recipe) as recipe.yml into their run folder."""
     path = Path(values["output_dir"]) / RECIPE_COPY
-    text = HEADER.format(path=path) + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+    keys = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
     with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(HEADER.format(path=path) + keys, encoding="utf-8")
 
 
 def begin_trial(values: dict, recipe: Path) -> None:
-    """Where `recipe` is a sweep's trial, keep it at once: one that is refused, or fails, is listed with its parameters too.
+    """Keep the recipe of a sweep's trial before it runs; of another run, do nothing.
 
-    What an earlier sweep left in the folder then vouches for nothing.
+    A trial that is refused, or fails, is then listed with its parameters too. What an earlier sweep
+    left in the folder vouches for nothing any more.
     """
-    if is_trial(recipe) and is_first_on_machine():
-        for name in (*VOUCHERS, LOG):
-            (Path(values["output_dir"]) / name).unlink(missing_ok=True)
-        keep(values)
+    if not is_trial(recipe) or not is_first_on_machine():
+        return
+    folder = Path(values["output_dir"])
+    for name in (*FILES, LOG):
+        (folder / name).unlink(missing_ok=True)
+    write_copy(values)
 
 
 def end_refused_trial(values: dict | None, recipe: Path, error: UserError) -> None:
     """Write why a sweep's trial is refused into its log, which Axolotl has not begun yet."""
     if values and is_trial(recipe) and is_first_on_machine():
         reason = str(error).removeprefix(f"{recipe}: ")
-        (Path(values["output_dir"]) / LOG).write_text(f"error: {reason}\n", encoding="utf-8")
+        log = Path(values["output_dir"]) / LOG
+        log.write_text(f"error: {reason}\n", encoding="utf-8")
 
 
 def is_trial(recipe: Path) -> bool:
-    """Whether `recipe` is the temporary file that Axolotl writes for one trial of a sweep."""
+    """Return whether a recipe is the temporary file that Axolotl writes for one trial of a sweep."""
     if recipe.parent != Path(tempfile.gettempdir()) or not recipe.is_file():
         return False
-    return bool(TRIAL.fullmatch(Path(str(read_yaml(recipe).get("output_dir"))).name))
+    output_dir = str(read_yaml(recipe).get("output_dir"))
+    return TRIAL.fullmatch(Path(output_dir).name) is not None
 
 
-def lasting(recipe: Path, folder: str | Path) -> Path:
-    """The file that tells the recipe of the run in `folder` for good: of a sweep's trial that is the copy."""
-    return Path(folder) / RECIPE_COPY if is_trial(recipe) else recipe
+def lasting_recipe(recipe: Path, folder: str | Path) -> Path:
+    """Return the file that will still tell a run's recipe later: of a sweep's trial, that is its copy."""
+    if is_trial(recipe):
+        return Path(folder) / RECIPE_COPY
+    return recipe

@@ -13,7 +13,12 @@ from recipes.pairwise.data.datasets import read_pairs
 from recipes.pairwise.processes import LOG
 from recipes.pairwise.tracking import metrics
 
-FILES = ("contract.json", "metrics.json", "predictions.parquet", "history.json")  # which vouch for the weights beside them
+FILES = (
+    "contract.json",
+    "metrics.json",
+    "predictions.parquet",
+    "history.json",
+)  # which vouch for the weights beside them
 
 
 def remove_earlier(folder: Path) -> None:
@@ -42,7 +47,9 @@ def write_results(folder: Path, trainer, block: PairwiseBlock, started: float) -
 
     both_rov = metrics.probabilities(output.predictions, block.verdicts)
     if not np.isfinite(both_rov).all():
-        raise UserError(f"{folder}: the model's probabilities are not finite; lower the learning rate or use bf16")
+        raise UserError(
+            f"{folder}: the model's probabilities are not finite; lower the learning rate or use bf16"
+        )
 
     pairs = read_pairs(block.pairs)
     table = metrics.predictions(list(rows["id"]), both_rov, block.verdicts, pairs)
@@ -65,5 +72,8 @@ def write_results(folder: Path, trainer, block: PairwiseBlock, started: float) -
     write_json(folder / "metrics.json", scores | facts)
     write_json(folder / "history.json", metrics.history(trainer.state.log_history))
     LOG.info(
-        "validation: accuracy %.4f, log loss %.4f, flips %.3f", scores["accuracy"], scores["log_loss"], scores["flip_rate"]
+        "validation: accuracy %.4f, log loss %.4f, flips %.3f",
+        scores["accuracy"],
+        scores["log_loss"],
+        scores["flip_rate"],
     )

@@ -62,7 +62,9 @@ def is_ready() -> bool:
         settings = wandb.setup().settings
         if settings.mode in MODES_WITHOUT_LOGIN:
             return True
-        login = wbauth.authenticate_session(host=settings.base_url, source="train", prompt=False, update_session=False)
+        login = wbauth.authenticate_session(
+            host=settings.base_url, source="train", prompt=False, update_session=False
+        )
     except ValidationError as error:
         problem = error.errors()[0]
         setting = ".".join(str(part) for part in problem["loc"])
@@ -177,7 +179,9 @@ def finish(folder: Path) -> None:
         wandb.run.summary.update({"metrics": read_json(folder / "metrics.json")})
         wandb.run.finish()
     except Exception as error:
-        LOG.error("wandb: %s: %s; the run's end is not tracked", type(error).__name__, one_line(error))
+        LOG.error(
+            "wandb: %s: %s; the run's end is not tracked", type(error).__name__, one_line(error)
+        )
 
 
 def one_line(error: Exception) -> str:

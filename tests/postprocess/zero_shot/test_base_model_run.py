@@ -18,7 +18,7 @@ from postprocess.__main__ import main
 from postprocess.pipeline import make_untrained_run
 from postprocess.run_folder import hub_commit
 from postprocess.staleness import RECORD
-from postprocess.zero_shot.base_model_run import calibration_rows
+from postprocess.zero_shot.base_model_run import choose_calibration_rows
 from preprocess.core import ledger
 from preprocess.core.errors import UserError
 from preprocess.core.files import sha256
@@ -138,10 +138,10 @@ def test_a_strong_position_bias_is_cancelled(packaged):
 
 def test_labels_and_validation_rows_have_no_part_in_the_calibration():
     frame = pl.DataFrame({name: ["1", "2", "3"] for name in ("id", "prompt", "response_a", "response_b", "winner")})
-    calibration = calibration_rows(frame, frame[1:2])
+    calibration = choose_calibration_rows(frame, frame[1:2])
     assert calibration.columns == ["id", "prompt", "response_a", "response_b"]
     assert calibration["id"].to_list() == ["1", "3"]
-    assert calibration_rows(frame, frame)["id"].to_list() == ["1", "2", "3"]  # fold: all
+    assert choose_calibration_rows(frame, frame)["id"].to_list() == ["1", "2", "3"]  # fold: all
 
 
 def test_a_second_run_does_nothing_and_another_block_does_it_again(biased, tmp_path):
