@@ -104,8 +104,15 @@ def make_environment(environment: Path, requirements: Path) -> None:
         requirements: A file that pins torch; the lock beside it pins everything else, with hashes.
 
     Raises:
-        UserError: A command failed; the message has the last error that it printed.
+        UserError: The environment is a link, or a command failed; the message then has the last error
+            that it printed.
     """
+    # Emptying a link would empty what another checkout uses.
+    if environment.is_symlink():
+        raise UserError(
+            f"{environment}: is a link, and the environment behind it is not that of {requirements}; remove the link"
+        )
+
     python = environment / "bin" / "python"
     pip_install = [python, "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
     lock = requirements.with_suffix(".lock")

@@ -1,4 +1,7 @@
-"""The contract of a run: what its model was trained with, written once beside the weights with the code that made its ids."""
+"""Make and write the contract of a run: everything that decides its model's input, beside the weights.
+
+The plugin makes it before training starts; packaging makes one for a base model that is not trained.
+"""
 
 import re
 import shutil
@@ -17,9 +20,9 @@ from recipes.pairwise.config.templates import LABELS
 MODEL_INPUT = Path(model_input.__file__)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt")
 
-CONTROL = re.compile(r"<\|?\w+\|?>|\[[A-Z]+\]")  # a chat model's control tokens, and BERT's
+CONTROL_TOKEN = re.compile(r"<\|?\w+\|?>|\[[A-Z]+\]")  # a chat model's control tokens, and BERT's
 
-LONG = "The quick brown fox jumps over the lazy dog, 0123456789. "
+SENTENCE = "The quick brown fox jumps over the lazy dog, 0123456789. "
 GOLDEN_ROWS = (
     {"prompt": "What is 2 + 2?", "response_a": "4", "response_b": "5"},
     {"prompt": "", "response_a": "", "response_b": ""},
@@ -45,26 +48,45 @@ GOLDEN_ROWS = (
         "response_a": "```python\nprint('A')\n```",
         "response_b": "| a | b |\n|---|---|",
     },
-    {"prompt": LONG * 300, "response_a": "short", "response_b": "also short"},
-    {"prompt": "short", "response_a": LONG * 300, "response_b": "漢字かな交じり文。" * 800},
+    {"prompt": SENTENCE * 300, "response_a": "short", "response_b": "also short"},
+    {"prompt": "short", "response_a": SENTENCE * 300, "response_b": "漢字かな交じり文。" * 800},
     {"prompt": ["first turn", "second turn"], "response_a": ["a one", "a two"], "response_b": ["b one", None]},
     {
-        "prompt": [f"turn {number}: {LONG * 20}" for number in range(12)],
-        "response_a": [LONG * 10] * 12,
-        "response_b": ["x", "", LONG * 30] * 4,
+        "prompt": [f"turn {number}: {SENTENCE * 20}" for number in range(12)],
+        "response_a": [SENTENCE * 10] * 12,
+        "response_b": ["x", "", SENTENCE * 30] * 4,
     },
 )
 
 
 def new_contract(
-    block: PairwiseBlock, tokenizer, *, attention: str, base_model: str, revision: str | None, pad_token_id: int
+    block: PairwiseBlock,
+    tokenizer,
+    *,
+    attention: str,
+    base_model: str,
+    revision: str | None,
+    pad_token_id: int,
 ) -> Contract:
-    """The contract as training starts: all that decides the ids, golden rows included, without the tokenizer's hashes.
+    """Make the contract as training starts; the hashes of the tokenizer's files come at its end.
 
-    A base model in a folder is named as the user named it; hub models by repository and revision. Raises UserError where
-    rows end with the pad token: a classifier reads the last token that is not padding, and would read the wrong one.
+    Args:
+        block: The recipe's `pairwise:` block.
+        tokenizer: A fast tokenizer of transformers.
+        attention: transformers' implementation of attention.
+        base_model: A repository of the hub, or a folder as the user named it.
+        revision: The repository's commit.
+        pad_token_id: What rows are padded with.
+
+    Raises:
+        UserError: Rows end with the pad token. A classifier reads the last token that is not padding,
+            and would read the wrong one.
     """
-    outputs = {"score": len(block.verdicts), "reward": 1, "label_tokens": 0}
+    output_counts = {"score": len(block.verdicts), "reward": 1, "label_tokens": 0}
+    label_token_ids: tuple[int, ...] = ()
+    if block.head == "label_tokens":
+        label_token_ids = find_label_tokens(tokenizer, block)
+
     contract = Contract(
         head=block.head,
         verdicts=block.verdicts,
@@ -76,8 +98,8 @@ def new_contract(
         softcap=block.softcap,
         base_model=base_model,
         revision=revision,
-        num_labels=outputs[block.head],
-        label_token_ids=label_tokens(tokenizer, block) if block.head == "label_tokens" else (),
+        num_labels=output_counts[block.head],
+        label_token_ids=label_token_ids,
         logit_bias=(),
         model_input_sha256=sha256(MODEL_INPUT),
         tokenizer_sha256={},
@@ -85,9 +107,9 @@ def new_contract(
         recorded={},
     )
     check_control_tokens(tokenizer, block, base_model)
-    golden = golden_rows(tokenizer, contract)
-    ends = {ids[-1] for row in golden for ids in row["ids"]}
-    if block.head != "label_tokens" and pad_token_id in ends:
+    golden = encode_golden_rows(tokenizer, contract)
+    last_ids = {ids[-1] for row in golden for ids in row["ids"]}
+    if block.head != "label_tokens" and pad_token_id in last_ids:
         raise UserError(
             f"pairwise.template: rows end with {tokenizer.pad_token!r}, the pad token, which is never read; "
             "end the template otherwise, or set special_tokens: {pad_token: …} to another token"
@@ -97,18 +119,24 @@ def new_contract(
 
 def check_control_tokens(tokenizer, block: PairwiseBlock, base_model: str) -> None:
     """Raise UserError where a template that the recipe names is not of the base model's family."""
+    # A template that is spelled out may write what it likes.
+    if not isinstance(block.template, str):
+        return
     template = block.resolved_template()
-    controls = CONTROL.findall(template.start + template.turn + template.end)
-    absent = [text for text in controls if tokenizer.backend_tokenizer.token_to_id(text) is None]
-    if absent and isinstance(block.template, str):
-        raise UserError(
-            f"pairwise.template: {block.template} writes {absent[0]}, which is no token of {base_model}; name the template of "
-            "that model's family, or spell out start, turn and end"
-        )
+    for token in CONTROL_TOKEN.findall(template.start + template.turn + template.end):
+        if tokenizer.backend_tokenizer.token_to_id(token) is None:
+            raise UserError(
+                f"pairwise.template: {block.template} writes {token}, which is no token of {base_model}; name the "
+                "template of that model's family, or spell out start, turn and end"
+            )
 
 
-def label_tokens(tokenizer, block: PairwiseBlock) -> tuple[int, ...]:
-    """The token of each verdict's answer as it stands after the template's end; a UserError where that is not one token."""
+def find_label_tokens(tokenizer, block: PairwiseBlock) -> tuple[int, ...]:
+    """Find the token of each verdict's answer as it stands after the template's end.
+
+    Raises:
+        UserError: An answer is not one token, or two answers are the same one.
+    """
     backend = tokenizer.backend_tokenizer
     end = block.resolved_template().end
     end_ids = backend.encode(end, add_special_tokens=False).ids
@@ -125,46 +153,77 @@ def label_tokens(tokenizer, block: PairwiseBlock) -> tuple[int, ...]:
     return tuple(answer_ids)
 
 
-def golden_rows(tokenizer, contract: Contract) -> tuple[dict, ...]:
-    """Twenty synthetic pairs, awkward ones among them, with the token ids that they have under the contract."""
-    rows = [{"id": f"golden-{number:02d}", **row} for number, row in enumerate(GOLDEN_ROWS)]
-    ids = encode_all([pair_from_row(row) for row in rows], tokenizer, contract)
-    return tuple({"pair": row, "ids": list(sequences)} for row, sequences in zip(rows, ids, strict=True))
+def encode_golden_rows(tokenizer, contract: Contract) -> tuple[dict, ...]:
+    """Encode twenty made-up pairs, awkward ones among them: each with its token ids under the contract."""
+    rows = []
+    for number, texts in enumerate(GOLDEN_ROWS):
+        rows.append({"id": f"golden-{number:02d}", **texts})
+    pairs = [pair_from_row(row) for row in rows]
+
+    golden = []
+    for row, sequences in zip(rows, encode_all(pairs, tokenizer, contract), strict=True):
+        golden.append({"pair": row, "ids": list(sequences)})
+    return tuple(golden)
 
 
 def write_contract(folder: Path, contract: Contract, recipe: Path) -> None:
-    """Complete `contract` with the hashes of the tokenizer's files in `folder`, and write it there with model_input.py."""
-    hashes = {name: sha256(folder / name) for name in TOKENIZER_FILES if (folder / name).exists()}
+    """Write contract.json and model_input.py into a run folder.
+
+    Args:
+        folder: The run folder, which holds the tokenizer's files already.
+        contract: The contract. The files' hashes, and what is recorded of the run, are added.
+        recipe: The recipe's file.
+
+    Raises:
+        UserError: The folder has no tokenizer.json.
+    """
+    hashes = {}
+    for name in TOKENIZER_FILES:
+        if (folder / name).exists():
+            hashes[name] = sha256(folder / name)
     if "tokenizer.json" not in hashes:
         raise UserError(f"{folder}: no tokenizer.json; use a base model with a fast tokenizer")
     shutil.copyfile(MODEL_INPUT, folder / MODEL_INPUT.name)
+
+    # The command line may have named another base model than the recipe.
+    recipe_base_model = contract.base_model
+    if recipe.is_file():
+        recipe_base_model = read_yaml(recipe).get("base_model")
     recorded = {
         "recipe": recipe.name,
-        "recipe_base_model": read_yaml(recipe).get("base_model") if recipe.is_file() else contract.base_model,
+        "recipe_base_model": recipe_base_model,
         "git_commit": ledger.git_commit(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": ledger.installed_versions(),
     }
     complete = replace(contract, tokenizer_sha256=hashes, recorded=recorded)
     write_json(folder / "contract.json", asdict(complete))
+    # A mistake shows now, and not when the run is packaged.
     read_contract(folder)
 
 
-def record_training(recipe: Path, folder: Path, pairs: str, **begun_from) -> None:
+def record_training(recipe: Path, folder: Path, pairs: str, recipe_sha256: str | None = None, **git_state) -> None:
     """Enter a run into the ledger, once its metrics.json and contract.json are there.
 
-    `begun_from` are the recipe's hash and the commit when it began: hours later both may be others.
+    Args:
+        recipe: The recipe's file.
+        folder: The run folder.
+        pairs: The pairs file.
+        recipe_sha256: The recipe's hash when the run began, hours before; its hash of now without it.
+        **git_state: The commit when the run began, as ledger.git_state gives it; that of now without it.
     """
     metrics = read_object(folder / "metrics.json")
+    pairs_sha256 = metrics.pop("pairs_sha256")
+    fold = metrics.pop("fold")
     ledger.record(
         "train",
         recipe=recipe,
-        recipe_sha256=begun_from.pop("recipe_sha256", None) or ledger.fingerprint(recipe),
+        recipe_sha256=recipe_sha256 or ledger.fingerprint(recipe),
         run=folder,
         pairs=pairs,
-        pairs_sha256=metrics.pop("pairs_sha256"),
-        fold=metrics.pop("fold"),
+        pairs_sha256=pairs_sha256,
+        fold=fold,
         contract=ledger.fingerprint(folder / "contract.json"),
         metrics=metrics,
-        **begun_from,
+        **git_state,
     )

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from preprocess.core.errors import UserError
 from recipes.pairwise.config.schema import PairwiseBlock
-from recipes.pairwise.contract import label_tokens, new_contract
+from recipes.pairwise.contract import find_label_tokens, new_contract
 from recipes.pairwise.data import datasets
 from recipes.pairwise.data.collators import PairCollator
 from recipes.pairwise.tracking import metrics
@@ -124,9 +124,9 @@ def test_an_answer_that_runs_into_the_template_is_refused():
         template = {"start": "", "turn": "{prompt}{response_a}{response_b}", "end": end}
         return PairwiseBlock(head="label_tokens", template=template, budget_tokens=128, package={"slug": "some-model"})
 
-    assert label_tokens(merges_x_and_a, block("y")) == (2, 3)
+    assert find_label_tokens(merges_x_and_a, block("y")) == (2, 3)
     with pytest.raises(UserError, match="the answer 'A' is not one token of its own after 'x'"):
-        label_tokens(merges_x_and_a, block("x"))
+        find_label_tokens(merges_x_and_a, block("x"))
 
 
 def test_reward_rows_hold_one_sequence_for_each_response(tokenizer, tmp_path):
