@@ -3,6 +3,7 @@
 `page` calls `make_learning_charts`, and its template draws the charts by `svg`.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,14 +15,22 @@ Curve = Sequence[tuple[int, float]]  # step and value, by step
 
 # A smoothed value is the mean of a tenth of the curve, a twentieth on either side.
 REACHES_PER_CURVE = 20
+MAX_TABLE_POINTS = 12  # of a curve
 
 
 @dataclass(frozen=True)
 class Series:
-    """A curve of a chart. `kind` is its style: training, validation, or raw (not smoothed)."""
+    """A curve of a chart.
+
+    Attributes:
+        kind: Its style: training, validation, or raw (not smoothed).
+        curve: Its points.
+        fold: The fold's name; empty in a run without folds.
+    """
 
     kind: str
     curve: Curve
+    fold: str = ""
 
 
 @dataclass(frozen=True)
@@ -32,24 +41,36 @@ class LearningChart:
     axis: str
     series: tuple[Series, ...]
 
+    def rows(self) -> list[tuple[str, int, float]]:
+        """List curve, step and value of some points of each curve, the last one among them."""
+        rows = []
+        for series in self.series:
+            if series.kind == "raw":
+                continue
+            name = f"{series.kind} {series.fold}".strip()
+            for step, value in thin_out(series.curve, MAX_TABLE_POINTS):
+                rows.append((name, step, value))
+        return rows
+
 
 def make_learning_charts(run: RunData) -> list[LearningChart]:
     """Make the charts of loss, accuracy and learning rate, without those that have no curve."""
     loss = []
     accuracy = []
     learning_rate = []
-    folds = [fold for fold in run.folds.values() if fold.history]
-    for fold in folds:
+    folds = {name: fold for name, fold in run.folds.items() if fold.history}
+    for name, fold in folds.items():
         # A smoothed loss, over its raw values. With several folds, the raw values would hide it.
         training_loss = read_curve(fold.history, "loss")
         if len(folds) == 1:
             loss.append(Series("raw", training_loss))
-        loss.append(Series("training", smooth(training_loss)))
-        loss.append(Series("validation", read_validation(fold, "log_loss")))
+        loss.append(Series("training", smooth(training_loss), name))
+        loss.append(Series("validation", read_validation(fold, "log_loss"), name))
 
         # The trainer logs no accuracy on the training rows.
-        accuracy.append(Series("validation", read_validation(fold, "accuracy")))
-        learning_rate.append(Series("training", read_curve(fold.history, "learning_rate")))
+        accuracy.append(Series("validation", read_validation(fold, "accuracy"), name))
+        learning_rates = read_curve(fold.history, "learning_rate")
+        learning_rate.append(Series("training", learning_rates, name))
 
     charts = []
     for title, axis, all_series in (
@@ -92,6 +113,12 @@ def read_validation(fold: Fold, metric: str) -> Curve:
     if steps and value:
         return [(steps, value)]
     return []
+
+
+def thin_out(curve: Curve, points: int) -> Curve:
+    """Reduce a curve to about `points` points, evenly spaced from its last one on."""
+    distance = math.ceil(len(curve) / points)
+    return curve[::-distance][::-1]
 
 
 def smooth(curve: Curve) -> Curve:

@@ -182,6 +182,12 @@ def model_row(
     return make_table_row(name, scored, scored.is_right_r, scored.losses_r, mask_r)
 
 
+def estimate_brier_score(scored: ScoredRows) -> Estimate:
+    """Compute the Brier score (Brier 1950): the squared error of a row's probabilities, summed over verdicts."""
+    errors_rv = scored.mean_rv - scored.labels_rv
+    return scored.estimate((errors_rv**2).sum(axis=1))
+
+
 # Lengths and baselines
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from postprocess.report import metrics
 from postprocess.report.calibration import Calibration, measure_calibration
-from postprocess.report.metrics import Baseline, ScoredRows, TableRow
+from postprocess.report.metrics import Baseline, Estimate, ScoredRows, TableRow
 from postprocess.report.position_bias import PositionBias, measure_position_bias
 from postprocess.report.run_data import RunData
 from postprocess.report.worst_rows import WorstRow, find_worst_rows
@@ -21,6 +21,7 @@ class Measurements:
 
     scored: ScoredRows
     model: TableRow  # accuracy and log loss on all rows
+    brier_score: Estimate
     baselines: Sequence[Baseline]
     slices: Sequence[tuple[str, Sequence[TableRow]]]  # title and rows of each table
     calibration: Calibration | None  # None if no row has a winner among the model's verdicts
@@ -45,6 +46,7 @@ def measure_run(run: RunData) -> Measurements | None:
     return Measurements(
         scored=scored,
         model=metrics.model_row(scored),
+        brier_score=metrics.estimate_brier_score(scored),
         baselines=metrics.make_baselines(scored, lengths),
         slices=metrics.make_slices(rows, scored, lengths),
         calibration=measure_calibration(scored),

@@ -15,7 +15,7 @@ from markupsafe import Markup, escape
 from matplotlib.ticker import MaxNLocator
 
 from postprocess.report.calibration import Calibration
-from postprocess.report.learning_curves import Curve, LearningChart
+from postprocess.report.learning_curves import LearningChart, thin_out
 from postprocess.report.metrics import Estimate
 
 # A chart, and the margins around its axes.
@@ -266,12 +266,12 @@ def draw_scatter(
     label: str,
     has_middle_lines: bool,
 ) -> Markup:
-    """Draw a dot a row on two axes from 0 to 1.
+    """Draw a mark a row on two axes from 0 to 1: a dot, or a cross for the rows that stand out.
 
     Args:
         x_r: A probability of each row.
         y_r: The other one.
-        is_marked_r: The rows whose dots lie on top, in a colour that stands out.
+        is_marked_r: The rows that get a cross.
         axis_names: Of the horizontal and the vertical axis.
         label: What the chart shows.
         has_middle_lines: Draw lines at one half, where the verdict changes if there are only two.
@@ -289,17 +289,19 @@ def draw_scatter(
     last_row = len(x_r) - 1
     rows = np.linspace(0, last_row, min(len(x_r), MAX_DOTS)).round().astype(int)
 
-    # Two groups, so that the marked dots lie on top and a group has one class.
-    plain_dots = []
-    marked_dots = []
+    # Two groups, so that the crosses lie on top and a group has one class.
+    dots = []
+    crosses = []
     for row in np.unique(rows):
-        dots = marked_dots if is_marked_r[row] else plain_dots
         x = axes.place_x(x_r[row])
         y = axes.place_y(y_r[row])
-        dots.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.6"/>')
+        if is_marked_r[row]:
+            crosses.append(f'<path d="M{x - 3:.1f} {y - 3:.1f}l6 6m0-6l-6 6"/>')
+        else:
+            dots.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.6"/>')
 
-    parts.append(f'<g class="row">{"".join(plain_dots)}</g>')
-    parts.append(f'<g class="row marked">{"".join(marked_dots)}</g>')
+    parts.append(f'<g class="row">{"".join(dots)}</g>')
+    parts.append(f'<g class="row marked">{"".join(crosses)}</g>')
     return draw_chart(parts, label)
 
 
@@ -321,7 +323,7 @@ def draw_learning_chart(chart: LearningChart) -> Markup:
     for series in chart.series:
         # The line has fewer points than a long training has steps.
         points = []
-        for step, value in thin_out(series.curve):
+        for step, value in thin_out(series.curve, MAX_CURVE_POINTS):
             points.append(f"{axes.place_x(step):.1f},{axes.place_y(value):.1f}")
         parts.append(f'<polyline class="curve {series.kind}" points="{" ".join(points)}"/>')
 
@@ -333,9 +335,3 @@ def draw_learning_chart(chart: LearningChart) -> Markup:
                 dot = f'<circle class="curve {series.kind}" cx="{x:.1f}" cy="{y:.1f}" r="3">'
                 parts.append(f"{dot}<title>step {step}: {value:.4f}</title></circle>")
     return draw_chart(parts, f"{chart.title} by step")
-
-
-def thin_out(curve: Curve) -> Curve:
-    """Reduce a curve to about MAX_CURVE_POINTS, evenly spaced from its last point on."""
-    distance = math.ceil(len(curve) / MAX_CURVE_POINTS)
-    return curve[::-distance][::-1]

@@ -52,17 +52,20 @@ def test_the_command_writes_the_page_with_the_run_and_its_numbers(tmp_path):
     for fact in (
         "tiny This page holds rows of the pairs file",
         "Accuracy 0.500 [0.500, 0.500] Log loss 0.643",
+        "Brier score 0.467 [0.381, 0.554]",
+        "temperature 1.53: log loss −0.016",
         "recipe tiny.yml base model some/base git commit 0123456789ab-dirty trained 2026-11-25 09:43:39 UTC",
         "head score, 2 verdicts tokens 256 a row fold held out 0 rows measured 4 rows trained on 1,590 steps 60",
         "versions torch 2.13.0",
         "4 rows of 2 groups of prompts, by the mean of both orders.",
-        "English † 3 rows, 2 groups",
+        "English † 3 rows (75.0 %), 2 groups",
         "Expected calibration error 0.4200, over ten bins of equal width.",
         "25.0 % of the verdicts flip when the answers are swapped.",
         "The merged model agrees: its mean difference is 0.0001, the tolerance 0.05.",
         "merged float16 0.500 [0.400, 0.600] 0.643 [0.600, 0.700] 0.00012 0.00114 – 3",
         "2 of 4 verdicts are wrong.",
-        "winner B, the model says A English made fold 0 row3",
+        "row3 winner B, the model says A English made fold 0",
+        "curve step loss training 1 0.69 training 2 0.68 training 3 0.67",
     ):
         assert fact in page.words()
     assert "peft" not in page.text
@@ -130,7 +133,7 @@ def test_a_cross_validation_is_measured_over_all_folds(crossed):
         "folds 0, 1 rows measured 4",
         "4 rows of 4 groups of prompts, by the mean of both orders, each row by the model that never saw it.",
         "By fold accuracy",
-        "fold 1 † 2 rows",
+        "fold 1 † 2 rows (50.0 %)",
         "training validation, one line per fold",
         "Accuracy 0.500",
     ):
