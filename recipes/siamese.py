@@ -1,11 +1,13 @@
 """A Siamese network in Keras on pairs.parquet: the smallest approach here, one script that stands alone.
 
-Both sides (the prompt with response A, the prompt with response B) go through the same embedding and the same three
-bidirectional LSTM layers. Their concatenation, in both orders, goes through the same dense ReLU layers; the sigmoid of the
-difference is the probability that A is preferred, so that a swapped pair has 1 - p by construction.
+Both sides (the prompt with response A, the prompt with response B) go through the same embedding and the
+same three bidirectional LSTM layers. Their concatenation, in both orders, goes through the same dense
+ReLU layers; the sigmoid of the difference is the probability that A is preferred, so that a swapped pair
+has 1 - p by construction.
 
-The pairs of --fold are held out and measured; a tenth of the other prompts say when to stop. Into --out go tokenizer.json,
-model.keras, predictions.parquet, metrics.json and submission.csv, each whole or absent; a finished run is not repeated.
+The pairs of --fold are held out and measured; a tenth of the other prompts say when to stop. Into --out
+go tokenizer.json, model.keras, predictions.parquet, metrics.json and submission.csv, each whole or
+absent; a finished run is not repeated.
 """
 
 import argparse
@@ -14,6 +16,8 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 os.environ["KERAS_BACKEND"] = "tensorflow"
@@ -28,31 +32,52 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 TEXTS = ("prompt", "response_a", "response_b")
 COLUMNS = ("id", *TEXTS, "winner", "group", "fold", "weight", "p_model_a", "p_model_b", "p_tie")
-PADDING, SEPARATOR, RESERVED = 0, 1, 2  # the tokenizer's own ids start at RESERVED: no text can spell these two
+
+# Token ids that no text can spell: the tokenizer's own ids start at RESERVED.
+PADDING = 0
+SEPARATOR = 1
+RESERVED = 2
+
 DROPOUT = 0.3
+LSTM_LAYERS = 3
+PATIENCE = 2  # epochs without a better loss before training stops
+LENGTH_NOISE = 32  # tokens by which lengths are blurred, so that batches differ between epochs
+SMALLEST = 1e-15  # where a probability is clipped before its logarithm
+
+# The token ids of a pair's two sides.
+Sides = tuple[list[int], list[int]]
 
 
 class UserError(Exception):
     """Bad input, in one line: what was found, where, and what to do."""
 
 
-def arguments() -> argparse.Namespace:
+def read_options() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--pairs", type=Path, default=Path("data/pairs.parquet"), help="written by python -m preprocess")
+    add("--pairs", type=Path, default=Path("data/pairs.parquet"), help="by python -m preprocess")
     add("--fold", type=int, default=0, help="the fold that is held out and measured")
     add("--out", type=Path, default=Path("outputs/siamese"), help="the folder that is written")
-    add("--test", type=Path, help="rows to answer: a Parquet or CSV file with id, prompt, response_a, response_b")
-    add("--tokenizer", type=Path, help="a tokenizer.json such as XLM-R's; without one, it is trained on the training rows")
-    add("--vocabulary", type=int, default=8000, help="tokens of the tokenizer that is trained where --tokenizer names none")
-    add("--tokens", type=int, default=256, help="tokens of a side; a prompt takes a quarter at most")
-    add("--units", type=int, default=32, help="width of an LSTM layer, each way; the embedding is twice as wide")
+    add(
+        "--test",
+        type=Path,
+        help="rows to answer: a Parquet or CSV file with id, prompt, response_a, response_b",
+    )
+    add(
+        "--tokenizer",
+        type=Path,
+        help="a tokenizer.json such as XLM-R's; without one, it is trained on the training rows",
+    )
+    add("--vocabulary", type=int, default=8000, help="tokens of a tokenizer that is trained")
+    add("--tokens", type=int, default=256, help="of a side; a prompt takes a quarter at most")
+    add("--units", type=int, default=32, help="of an LSTM, each way; embeddings have twice as many")
     add("--batch-size", type=int, default=32, help="pairs in a step, over all devices")
     add("--epochs", type=int, default=12, help="at most")
     add("--learning-rate", type=float, default=5e-4, help="Adam's")
-    add("--seed", type=int, default=1, help="of the weights, the order of the rows, and the rows that say when to stop")
-    add("--cpu-devices", type=int, default=1, help="logical CPUs, to try several replicas without GPUs")
+    add("--seed", type=int, default=1, help="of weights, order, and the rows that say when to stop")
+    add("--cpu-devices", type=int, default=1, help="logical CPUs, to try replicas without GPUs")
+
     options = parser.parse_args()
     for name, value in vars(options).items():
         if name != "fold" and isinstance(value, int) and value < 1:
@@ -60,45 +85,110 @@ def arguments() -> argparse.Namespace:
     return options
 
 
-def read_rows(path: Path, columns: tuple[str, ...]) -> pl.DataFrame:
-    """The rows of a Parquet or CSV file, each id once; the turns of a conversation are joined by line breaks."""
+# Rows
+
+
+def read_rows(path: Path, columns: Sequence[str]) -> pl.DataFrame:
+    """Read rows from a Parquet or CSV file; the turns of a conversation are joined by line breaks.
+
+    Args:
+        path: The file.
+        columns: The columns that it must have.
+
+    Raises:
+        UserError: The file cannot be read, lacks a column, is empty, or has an id twice.
+    """
     try:
-        frame = pl.read_csv(path, infer_schema=False) if path.suffix == ".csv" else pl.read_parquet(path)
+        if path.suffix == ".csv":
+            rows = pl.read_csv(path, infer_schema=False)
+        else:
+            rows = pl.read_parquet(path)
     except (pl.exceptions.PolarsError, OSError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({' '.join(str(error).split())[:150]}); pairs are made by python -m preprocess"
-        ) from None
-    missing = [name for name in columns if name not in frame.columns]
-    if missing or frame.is_empty():
-        raise UserError(f"{path}: {'no column ' + ', '.join(missing) if missing else 'no rows'}; expected {', '.join(columns)}")
-    frame = frame.with_columns((pl.selectors.list() & pl.selectors.by_name(*TEXTS)).list.join("\n"))
-    frame = frame.with_columns(pl.col("id").cast(pl.String), pl.col(TEXTS).cast(pl.String).fill_null(""))
-    if frame["id"].null_count() or frame["id"].is_duplicated().any():
+        reason = " ".join(str(error).split())[:150]
+        raise UserError(f"{path}: cannot be read ({reason}); pairs are made by python -m preprocess") from None
+
+    problem = None
+    missing_columns = [name for name in columns if name not in rows.columns]
+    if missing_columns:
+        problem = f"no column {', '.join(missing_columns)}"
+    elif rows.is_empty():
+        problem = "no rows"
+    if problem:
+        raise UserError(f"{path}: {problem}; expected {', '.join(columns)}")
+
+    turns = pl.selectors.list() & pl.selectors.by_name(*TEXTS)
+    rows = rows.with_columns(turns.list.join("\n"))
+    rows = rows.with_columns(pl.col("id").cast(pl.String), pl.col(TEXTS).cast(pl.String).fill_null(""))
+    if rows["id"].null_count() or rows["id"].is_duplicated().any():
         raise UserError(f"{path}: an id is missing or stands there twice; give every row an id of its own")
-    return frame
+    return rows
 
 
-def split(pairs: pl.DataFrame, options: argparse.Namespace) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
-    """Rows to train on, rows that say when to stop, rows that are held out. No group of prompts stands in two of them."""
-    rest, held_out = pairs.filter(pl.col("fold") != options.fold), pairs.filter(pl.col("fold") == options.fold)
-    if rest.is_empty() or held_out.is_empty():
+def add_targets(pairs: pl.DataFrame, path: Path) -> pl.DataFrame:
+    """Add the column `target`, the share of votes for A with half of the ties, and scale weights to mean 1."""
+    pairs = pairs.with_columns(
+        pl.col("weight") / pl.mean("weight"),
+        target=pl.col("p_model_a") + pl.col("p_tie") / 2,
+    )
+    is_complete = (pairs["target"] + pairs["weight"]).is_finite().fill_null(False)
+    if not is_complete.all():
+        raise UserError(f"{path}: a probability or weight is missing; write the file with python -m preprocess")
+    return pairs
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The pairs in three parts; no group of prompts stands in two of them.
+
+    Attributes:
+        training: Rows to train on.
+        stopping: Rows that say when to stop.
+        held_out: Rows to measure.
+    """
+
+    training: pl.DataFrame
+    stopping: pl.DataFrame
+    held_out: pl.DataFrame
+
+
+def split(pairs: pl.DataFrame, options: argparse.Namespace) -> Parts:
+    """Hold out a fold, and draw a tenth of the other groups to say when to stop.
+
+    Raises:
+        UserError: There is no such fold, or fewer training rows than a batch has.
+    """
+    others = pairs.filter(pl.col("fold") != options.fold)
+    held_out = pairs.filter(pl.col("fold") == options.fold)
+    if others.is_empty() or held_out.is_empty():
         folds = ", ".join(map(str, sorted(pairs["fold"].unique())))
         raise UserError(f"{options.pairs}: --fold is {options.fold}, but the folds in the file are {folds}")
-    groups = np.random.default_rng(options.seed).permutation(rest["group"].unique().sort().to_numpy())
-    stops = pl.col("group").is_in(groups[: max(len(groups) // 10, 1)].tolist())
-    if rest.filter(~stops).height < options.batch_size:
+
+    groups = others["group"].unique().sort().to_numpy()
+    groups = np.random.default_rng(options.seed).permutation(groups)
+    stopping_groups = groups[: max(len(groups) // 10, 1)].tolist()
+    is_stopping = pl.col("group").is_in(stopping_groups)
+    training = others.filter(~is_stopping)
+    if len(training) < options.batch_size:
         raise UserError(f"{options.pairs}: too few rows for --batch-size {options.batch_size}; lower it")
-    return rest.filter(~stops), rest.filter(stops), held_out
+    return Parts(training, others.filter(is_stopping), held_out)
 
 
-def find_tokenizer(path: Path | None, vocabulary: int, train: pl.DataFrame) -> Tokenizer:
-    """The tokenizer in a file, or a byte-level BPE trained on the training rows."""
+# Token ids
+
+
+def find_tokenizer(path: Path | None, vocabulary: int, training: pl.DataFrame) -> Tokenizer:
+    """Read a tokenizer, or train a byte-level BPE.
+
+    Args:
+        path: A tokenizer.json; None to train one.
+        vocabulary: How many tokens a trained one has.
+        training: The rows that it is trained on.
+
+    Raises:
+        UserError: The file is no tokenizer.json.
+    """
     if path is None:
-        tokenizer, byte_level = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.pre_tokenizer = byte_level
-        trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=byte_level.alphabet(), show_progress=False)
-        tokenizer.train_from_iterator([text for name in TEXTS for text in train[name]], trainer)
-        return tokenizer
+        return train_tokenizer(vocabulary, training)
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
@@ -108,142 +198,365 @@ def find_tokenizer(path: Path | None, vocabulary: int, train: pl.DataFrame) -> T
     return tokenizer
 
 
-def sides(rows: pl.DataFrame, tokenizer: Tokenizer, tokens: int) -> list[tuple[list[int], list[int]]]:
-    """For each pair the ids of both sides: the end of the prompt, a separator, the response without its middle."""
-    encoded = [tokenizer.encode_batch_fast(rows[name].to_list(), add_special_tokens=False) for name in TEXTS]
+def train_tokenizer(vocabulary: int, training: pl.DataFrame) -> Tokenizer:
+    """Train a byte-level BPE on the prompts and responses of the training rows."""
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = byte_level
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=byte_level.alphabet(), show_progress=False)
+    texts = []
+    for name in TEXTS:
+        texts += training[name].to_list()
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
 
-    def side(prompt: list[int], response: list[int]) -> list[int]:
-        prompt = prompt[max(len(prompt) - tokens // 4, 0) :]
-        room = max(tokens - len(prompt) - 1, 1)
-        if len(response) > room:
-            response = response[: (room + 1) // 2] + response[len(response) - room // 2 :]
-        return [token + RESERVED for token in prompt] + [SEPARATOR] + [token + RESERVED for token in response]
 
-    return [(side(prompt.ids, a.ids), side(prompt.ids, b.ids)) for prompt, a, b in zip(*encoded, strict=True)]
+def encode_rows(rows: pl.DataFrame, tokenizer: Tokenizer, tokens: int) -> list[Sides]:
+    """Encode both sides of each row, each with at most so many tokens."""
+    encoded = {}
+    for name in TEXTS:
+        texts = rows[name].to_list()
+        encoded[name] = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+
+    pairs = []
+    for prompt, a, b in zip(*encoded.values(), strict=True):
+        side_a = join_side(prompt.ids, a.ids, tokens)
+        side_b = join_side(prompt.ids, b.ids, tokens)
+        pairs.append((side_a, side_b))
+    return pairs
 
 
-def batches(pairs: list, targets: np.ndarray, weights: np.ndarray, size: int, rng=None) -> tf.data.Dataset:
-    """Full batches, so that every replica has its share: in order, then rows of weight 0; by `rng`, the last rows left out."""
-    filler = 0 if rng else -len(pairs) % size
-    pairs = pairs + [([SEPARATOR], [SEPARATOR])] * filler
-    weights = weights * (len(pairs) / len(targets))  # Keras divides the loss by all rows, the filler too
-    values = np.pad(np.stack([targets, weights])[..., None], ((0, 0), (0, filler), (0, 0)))
+def join_side(prompt: list[int], response: list[int], tokens: int) -> list[int]:
+    """Join the end of the prompt, a separator, and the response without its middle."""
+    prompt_tokens = tokens // 4
+    prompt = prompt[max(len(prompt) - prompt_tokens, 0) :]
+
+    response_tokens = max(tokens - len(prompt) - 1, 1)
+    if len(response) > response_tokens:
+        beginning = response[: (response_tokens + 1) // 2]
+        end = response[len(response) - response_tokens // 2 :]
+        response = beginning + end
+
+    shifted_prompt = [token + RESERVED for token in prompt]
+    shifted_response = [token + RESERVED for token in response]
+    return [*shifted_prompt, SEPARATOR, *shifted_response]
+
+
+# Batches: always full, so that every replica has its share
+
+
+def make_ordered_batches(pairs: list[Sides], targets: np.ndarray, weights: np.ndarray, size: int) -> tf.data.Dataset:
+    """Make batches in the order of the rows; rows of weight 0 fill up the last one.
+
+    Args:
+        pairs: The rows' token ids.
+        targets: What P(A) should be, (rows,).
+        weights: The rows' weights in the loss, (rows,).
+        size: Rows of a batch.
+    """
+    filler_count = -len(pairs) % size
+    filled = pairs + [([SEPARATOR], [SEPARATOR])] * filler_count
+    # Keras divides the loss by all rows, the filler too.
+    weights = weights * (len(filled) / len(pairs))
+    targets = np.pad(targets, (0, filler_count))
+    weights = np.pad(weights, (0, filler_count))
+    batches = np.arange(len(filled)).reshape(-1, size)
+
+    def draw_batches() -> np.ndarray:
+        return batches
+
+    return make_dataset(filled, targets, weights, batches.shape, draw_batches)
+
+
+def make_shuffled_batches(
+    pairs: list[Sides],
+    targets: np.ndarray,
+    weights: np.ndarray,
+    size: int,
+    rng: np.random.Generator,
+) -> tf.data.Dataset:
+    """Make batches of rows of like length, in random order, others in each epoch.
+
+    The rows that would not fill a batch are left out, other ones in each epoch.
+
+    Args:
+        pairs: The rows' token ids.
+        targets: What P(A) should be, (rows,).
+        weights: The rows' weights in the loss, (rows,).
+        size: Rows of a batch.
+        rng: Draws the rows and their order.
+    """
     count = len(pairs) // size
+    lengths = np.array([max(len(side_a), len(side_b)) for side_a, side_b in pairs])
+
+    def draw_batches() -> np.ndarray:
+        rows = rng.permutation(len(pairs))[: count * size]
+        blurred_lengths = lengths[rows] + LENGTH_NOISE * rng.random(len(rows))
+        rows_by_length = rows[np.argsort(blurred_lengths, kind="stable")]
+        return rng.permutation(rows_by_length.reshape(count, size))
+
+    return make_dataset(pairs, targets, weights, (count, size), draw_batches)
+
+
+def make_dataset(
+    pairs: list[Sides],
+    targets: np.ndarray,
+    weights: np.ndarray,
+    shape: tuple[int, int],
+    draw_batches: Callable[[], np.ndarray],
+) -> tf.data.Dataset:
+    """Make the dataset that Keras reads: ids of both sides, targets and weights of each batch.
+
+    Args:
+        pairs: The rows' token ids.
+        targets: (rows,).
+        weights: (rows,).
+        shape: The number of batches, and the rows of each.
+        draw_batches: Gives each batch's rows, an array of that shape, once in each epoch.
+    """
+    count, size = shape
 
     def generate():
-        order = rng.permutation(len(pairs)) if rng else np.arange(len(pairs))
-        if rng:
-            order = sorted(order[: count * size], key=lambda row: max(map(len, pairs[row])) + 32 * rng.random())
-            order = rng.permutation(np.reshape(order, (count, size)))  # like lengths in a batch, the batches at random
-        for chunk in np.reshape(order, (count, size)):
-            ids = keras.utils.pad_sequences([pairs[row][side] for side in (0, 1) for row in chunk], padding="post")
-            yield (ids[:size], ids[size:]), *values[:, chunk]
+        for rows in draw_batches():
+            # Both sides of a batch are padded to one length: the model stacks them.
+            sides = [pairs[row][0] for row in rows] + [pairs[row][1] for row in rows]
+            ids = keras.utils.pad_sequences(sides, padding="post", value=PADDING)
+            yield (ids[:size], ids[size:]), targets[rows, None], weights[rows, None]
 
-    ids, value = tf.TensorSpec((size, None), tf.int32), tf.TensorSpec((size, 1), tf.float32)
+    ids = tf.TensorSpec((size, None), tf.int32)
+    value = tf.TensorSpec((size, 1), tf.float32)
     dataset = tf.data.Dataset.from_generator(generate, output_signature=((ids, ids), value, value))
     return dataset.apply(tf.data.experimental.assert_cardinality(count)).prefetch(2)
 
 
-def build(vocabulary: int, options: argparse.Namespace) -> keras.Model:
-    """The network: ids of side A and of side B, each (rows, tokens), to the probability (rows, 1) that A is preferred."""
-    a, b = (keras.Input((None,), dtype="int32", name=name) for name in "ab")
-    states = layers.Concatenate(axis=0)([a, b])  # both sides in one pass: half the LSTM's steps
+# The model
+
+
+def build_model(vocabulary: int, options: argparse.Namespace) -> keras.Model:
+    """Build the network: ids of side A and of side B, each (rows, tokens), to P(A), (rows, 1)."""
+    ids_a = keras.Input((None,), dtype="int32", name="a")
+    ids_b = keras.Input((None,), dtype="int32", name="b")
+
+    # Both sides in one pass take half the LSTM's steps.
+    states = layers.Concatenate(axis=0)([ids_a, ids_b])
     states = layers.Embedding(vocabulary + RESERVED, 2 * options.units, mask_zero=True)(states)
     states = layers.Dropout(DROPOUT)(states)
-    for _ in range(3):
-        states = layers.Bidirectional(layers.LSTM(options.units, return_sequences=True))(states)
+    for _ in range(LSTM_LAYERS):
+        lstm = layers.LSTM(options.units, return_sequences=True)
+        states = layers.Bidirectional(lstm)(states)
     side_a, side_b = keras.ops.split(layers.GlobalAveragePooling1D()(states), 2)
-    head = keras.Sequential([layers.Dense(64, "relu"), layers.Dropout(DROPOUT), layers.Dense(32, "relu"), layers.Dense(1)])
-    logits = [head(layers.Concatenate()(order)) for order in ([side_a, side_b], [side_b, side_a])]
-    model = keras.Model([a, b], layers.Activation("sigmoid")(layers.Subtract()(logits)))
-    model.compile(keras.optimizers.Adam(options.learning_rate, clipnorm=1.0), keras.losses.BinaryCrossentropy())
+
+    # One head for both orders: the difference changes its sign when the sides are swapped.
+    head = keras.Sequential(
+        [
+            layers.Dense(64, "relu"),
+            layers.Dropout(DROPOUT),
+            layers.Dense(32, "relu"),
+            layers.Dense(1),
+        ]
+    )
+    logit_as_given = head(layers.Concatenate()([side_a, side_b]))
+    logit_swapped = head(layers.Concatenate()([side_b, side_a]))
+    difference = layers.Subtract()([logit_as_given, logit_swapped])
+
+    model = keras.Model([ids_a, ids_b], layers.Activation("sigmoid")(difference))
+    optimizer = keras.optimizers.Adam(options.learning_rate, clipnorm=1.0)
+    model.compile(optimizer, keras.losses.BinaryCrossentropy())
+    return model
+
+
+def train(parts: Parts, tokenizer: Tokenizer, options: argparse.Namespace) -> keras.Model:
+    """Train on every GPU, or on the logical CPUs where there is none.
+
+    Raises:
+        UserError: Batches cannot be divided among the devices, or the loss is not finite.
+    """
+    sides = encode_rows(parts.training, tokenizer, options.tokens)
+    training_batches = make_shuffled_batches(
+        sides,
+        parts.training["target"].to_numpy(),
+        parts.training["weight"].to_numpy(),
+        options.batch_size,
+        np.random.default_rng(options.seed),
+    )
+    sides = encode_rows(parts.stopping, tokenizer, options.tokens)
+    stopping_batches = make_ordered_batches(
+        sides,
+        parts.stopping["target"].to_numpy(),
+        parts.stopping["weight"].to_numpy(),
+        options.batch_size,
+    )
+
+    devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
+    if options.batch_size % len(devices):
+        raise UserError(f"--batch-size {options.batch_size}: expected a multiple of the {len(devices)} devices")
+    with tf.distribute.MirroredStrategy([device.name for device in devices]).scope():
+        model = build_model(tokenizer.get_vocab_size(), options)
+    print(
+        f"{model.count_params():,} weights, {len(devices)} device(s), {len(parts.training)} pairs; "
+        "ends where val_loss rises twice",
+        flush=True,
+    )
+
+    stop = keras.callbacks.EarlyStopping("val_loss", patience=PATIENCE, restore_best_weights=True)
+    model.fit(
+        training_batches,
+        validation_data=stopping_batches,
+        epochs=options.epochs,
+        callbacks=[stop],
+        shuffle=False,  # the dataset is shuffled already
+        verbose=2,
+    )
+    if not np.isfinite(stop.best):
+        raise UserError(f"--learning-rate {options.learning_rate}: the loss is not finite; lower it")
     return model
 
 
 def predict(rows: pl.DataFrame, options: argparse.Namespace) -> pl.DataFrame:
-    """`rows` with p_VERDICT by the model in --out, and each order's: the swapped one, swapped back, is the same."""
+    """Add p_VERDICT by the model in --out, and that of each order: both are the same once swapped back."""
     model = keras.saving.load_model(options.out / "model.keras", compile=False)
-    pairs = sides(rows, Tokenizer.from_file(str(options.out / "tokenizer.json")), options.tokens)
-    data = batches(pairs, *np.zeros((2, len(pairs))), options.batch_size)
-    p = model.predict(data, verbose=0)[: len(pairs), 0].astype(np.float64)
-    for end in ("", "_as_given", "_swapped"):
-        rows = rows.with_columns(**{f"p_model_a{end}": p, f"p_model_b{end}": 1 - p, f"p_tie{end}": pl.lit(0.0)})
-    return rows
+    tokenizer = Tokenizer.from_file(str(options.out / "tokenizer.json"))
+    sides = encode_rows(rows, tokenizer, options.tokens)
+    unused = np.zeros(len(rows))
+    batches = make_ordered_batches(sides, unused, unused, options.batch_size)
+
+    # The last rows fill up a batch.
+    p_model_a = model.predict(batches, verbose=0)[: len(rows), 0].astype(np.float64)
+    columns = {}
+    for order in ("", "_as_given", "_swapped"):
+        columns[f"p_model_a{order}"] = p_model_a
+        columns[f"p_model_b{order}"] = 1 - p_model_a
+        columns[f"p_tie{order}"] = np.zeros(len(rows))
+    return rows.with_columns(**columns)
 
 
 def measure(rows: pl.DataFrame) -> dict[str, float]:
-    """Accuracy against the winners, ties left out, and log loss against the shares, by the names that all runs use."""
-    target, p, winner = (rows[name].to_numpy() for name in ("target", "p_model_a", "winner"))
-    longer = (rows["response_a"].str.len_chars() >= rows["response_b"].str.len_chars()).to_numpy()
-    right, longer_right = ((says_a == (winner == "model_a"))[winner != "tie"].mean() for says_a in (p >= 0.5, longer))
-    loss = -np.mean(target * np.log(np.clip(p, 1e-15, 1)) + (1 - target) * np.log(np.clip(1 - p, 1e-15, 1)))
-    values = {"accuracy": right, "accuracy_as_given": right, "log_loss": loss, "log_loss_as_given": loss, "flip_rate": 0}
-    return {name: float(value) for name, value in (values | {"accuracy_of_longer": longer_right}).items()}
+    """Compute accuracy and log loss of predicted rows, by the names that all runs use.
+
+    Accuracy is against the winners, ties left out; log loss against the shares of the votes.
+    """
+    is_decided = (rows["winner"] != "tie").to_numpy()
+    a_won = (rows["winner"] == "model_a").to_numpy()
+    p_model_a = rows["p_model_a"].to_numpy()
+    accuracy = ((p_model_a >= 0.5) == a_won)[is_decided].mean()
+
+    length_a = rows["response_a"].str.len_chars().to_numpy()
+    length_b = rows["response_b"].str.len_chars().to_numpy()
+    accuracy_of_longer = ((length_a >= length_b) == a_won)[is_decided].mean()
+
+    target = rows["target"].to_numpy()
+    loss_if_a = -np.log(np.clip(p_model_a, SMALLEST, 1))
+    loss_if_b = -np.log(np.clip(1 - p_model_a, SMALLEST, 1))
+    log_loss = np.mean(target * loss_if_a + (1 - target) * loss_if_b)
+    return {
+        "accuracy": float(accuracy),
+        "accuracy_as_given": float(accuracy),
+        "log_loss": float(log_loss),
+        "log_loss_as_given": float(log_loss),
+        "flip_rate": 0.0,
+        "accuracy_of_longer": float(accuracy_of_longer),
+    }
 
 
-def write(path: Path, save) -> None:
-    """Call `save` with a temporary path beside `path`, which then takes that name: the file is whole or absent."""
+# The run
+
+
+def save_whole(path: Path, save: Callable[[Path], object]) -> None:
+    """Save under a temporary name beside `path`, which it then gets: the file is whole or absent."""
     temporary = path.with_name(f".unfinished.{path.name}")
     save(temporary)
     os.replace(temporary, path)
 
 
-def run(pairs: pl.DataFrame, settings: dict, options: argparse.Namespace) -> None:
-    """Train on every GPU or logical CPU, then write the files; the last one, metrics.json, vouches for the others."""
-    started, out = time.monotonic(), options.out
-    pairs = pairs.with_columns(pl.col("weight") / pl.mean("weight"), target=pl.col("p_model_a") + pl.col("p_tie") / 2)
-    if not (pairs["target"] + pairs["weight"]).is_finite().fill_null(False).all():
-        raise UserError(f"{options.pairs}: a probability or weight is missing; write the file with python -m preprocess")
-    parts = split(pairs, options)
-    tokenizer = find_tokenizer(options.tokenizer, options.vocabulary, parts[0])
-    fitted, checked = ((sides(part, tokenizer, options.tokens), part["target"], part["weight"]) for part in parts[:2])
-    fitted = batches(*fitted, options.batch_size, np.random.default_rng(options.seed))
-    checked = batches(*checked, options.batch_size)
-    devices = [device.name for device in tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")]
-    if options.batch_size % len(devices):
-        raise UserError(f"--batch-size {options.batch_size}: expected a multiple of the {len(devices)} devices")
-    with tf.distribute.MirroredStrategy(devices).scope():
-        model = build(tokenizer.get_vocab_size(), options)
-    print(
-        f"{model.count_params():,} weights, {len(devices)} device(s), {len(parts[0])} pairs; ends where val_loss rises twice",
-        flush=True,
-    )
-    stop = keras.callbacks.EarlyStopping("val_loss", patience=2, restore_best_weights=True)
-    model.fit(fitted, validation_data=checked, epochs=options.epochs, callbacks=[stop], shuffle=False, verbose=2)
-    if not np.isfinite(stop.best):
-        raise UserError(f"--learning-rate {options.learning_rate}: the loss is not finite; lower it")
+def collect_settings(options: argparse.Namespace) -> dict[str, object]:
+    """Collect everything that decides the result: options, and hashes of pairs, tokenizer and script."""
+    files = {"pairs": options.pairs, "tokenizer": options.tokenizer, "script": Path(__file__)}
+    settings = {}
+    for name, value in vars(options).items():
+        if name not in (*files, "out", "test"):
+            settings[name] = value
+    for name, path in files.items():
+        settings[f"{name}_sha256"] = None
+        if path is not None:
+            settings[f"{name}_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return settings
+
+
+def run(pairs: pl.DataFrame, settings: dict[str, object], options: argparse.Namespace) -> None:
+    """Train, measure, and write the files of --out. The last one, metrics.json, vouches for the others.
+
+    Args:
+        pairs: The rows of the pairs file.
+        settings: As collect_settings gives them.
+        options: The command line.
+    """
+    start = time.monotonic()
+    parts = split(add_targets(pairs, options.pairs), options)
+    tokenizer = find_tokenizer(options.tokenizer, options.vocabulary, parts.training)
+    model = train(parts, tokenizer, options)
+
+    # Nothing of an earlier run may vouch for this one.
+    out = options.out
     for name in ("metrics.json", "submission.csv"):
         (out / name).unlink(missing_ok=True)
-    write(out / "tokenizer.json", lambda path: tokenizer.save(str(path)))
-    write(out / "model.keras", keras.Model(model.inputs, model.outputs).save)  # without Adam's two numbers a weight
-    trained, held_out = time.monotonic(), predict(parts[2], options).sort("id")
-    write(out / "predictions.parquet", held_out.select("id", "fold", "winner", "^p_.*$").write_parquet)
-    values = measure(held_out) | {"rows": len(held_out), "fold": options.fold, "rows_were_trained_on": False}
-    values |= {"seconds_training": round(trained - started, 1), "seconds_predicting": round(time.monotonic() - trained, 1)}
-    values |= {"pairs_sha256": settings["pairs_sha256"], "settings": settings}
-    write(out / "metrics.json", lambda path: path.write_text(json.dumps(values, indent=1) + "\n"))
+    save_whole(out / "tokenizer.json", lambda path: tokenizer.save(str(path)))
+    # Without the two numbers that Adam keeps for each weight.
+    save_whole(out / "model.keras", keras.Model(model.inputs, model.outputs).save)
+    end_of_training = time.monotonic()
+
+    held_out = predict(parts.held_out, options).sort("id")
+    table = held_out.select("id", "fold", "winner", "^p_.*$")
+    save_whole(out / "predictions.parquet", table.write_parquet)
+    metrics = {
+        **measure(held_out),
+        "rows": len(held_out),
+        "fold": options.fold,
+        "rows_were_trained_on": False,
+        "seconds_training": round(end_of_training - start, 1),
+        "seconds_predicting": round(time.monotonic() - end_of_training, 1),
+        "pairs_sha256": settings["pairs_sha256"],
+        "settings": settings,
+    }
+    text = json.dumps(metrics, indent=1) + "\n"
+    save_whole(out / "metrics.json", lambda path: path.write_text(text))
+
+
+def is_finished(metrics_file: Path, settings: dict[str, object]) -> bool:
+    """Whether the run was made already with the same settings."""
+    if not metrics_file.exists():
+        return False
+    return json.loads(metrics_file.read_text()).get("settings") == settings
 
 
 def main() -> None:
     """Train unless that is done, print what was measured, and answer the rows of --test."""
-    options = arguments()
+    options = read_options()
     pairs = read_rows(options.pairs, COLUMNS)
-    test = read_rows(options.test, ("id", *TEXTS)) if options.test else None
-    files = {"pairs": options.pairs, "tokenizer": options.tokenizer, "script": Path(__file__)}
-    settings = {name: value for name, value in vars(options).items() if name not in (*files, "out", "test")}
-    settings |= {f"{name}_sha256": path and hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
-    one = tf.config.LogicalDeviceConfiguration()
-    tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], [one] * options.cpu_devices)
+    test = None
+    if options.test:
+        test = read_rows(options.test, ("id", *TEXTS))
+
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    logical_cpus = [tf.config.LogicalDeviceConfiguration()] * options.cpu_devices
+    tf.config.set_logical_device_configuration(cpu, logical_cpus)
     keras.utils.set_random_seed(options.seed)
     options.out.mkdir(parents=True, exist_ok=True)
-    metrics = options.out / "metrics.json"
-    if not metrics.exists() or json.loads(metrics.read_text()).get("settings") != settings:
+
+    settings = collect_settings(options)
+    metrics_file = options.out / "metrics.json"
+    if not is_finished(metrics_file, settings):
         run(pairs, settings, options)
-    told = "accuracy {accuracy:.4f} on {rows} rows (the longer response: {accuracy_of_longer:.4f}), log loss {log_loss:.4f}"
-    print(f"{metrics}: {told.format(**json.loads(metrics.read_text()))}")
+    metrics = json.loads(metrics_file.read_text())
+    print(
+        f"{metrics_file}: accuracy {metrics['accuracy']:.4f} on {metrics['rows']} rows (the longer response: "
+        f"{metrics['accuracy_of_longer']:.4f}), log loss {metrics['log_loss']:.4f}"
+    )
+
     if test is not None:
-        answers = np.where(predict(test, options)["p_model_a"] >= 0.5, "model_a", "model_b")
-        write(options.out / "submission.csv", pl.DataFrame({"id": test["id"], "winner": answers}).write_csv)
+        p_model_a = predict(test, options)["p_model_a"].to_numpy()
+        winners = np.where(p_model_a >= 0.5, "model_a", "model_b")
+        submission = pl.DataFrame({"id": test["id"], "winner": winners})
+        save_whole(options.out / "submission.csv", submission.write_csv)
         print(f"{options.out / 'submission.csv'}: {len(test)} rows")
 
 

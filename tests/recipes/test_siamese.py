@@ -161,8 +161,9 @@ import json, sys
 sys.path.insert(0, sys.argv[1])
 import numpy as np, siamese
 pairs = [([5] * (row + 1), [6]) for row in range(5)]
-for rng in (None, np.random.default_rng(1)):
-    for (a, b), targets, weights in siamese.batches(pairs, np.arange(5), np.ones(5), 3, rng).as_numpy_iterator():
+rows = pairs, np.arange(5), np.ones(5), 3
+for dataset in (siamese.make_ordered_batches(*rows), siamese.make_shuffled_batches(*rows, np.random.default_rng(1))):
+    for (a, b), targets, weights in dataset.as_numpy_iterator():
         print(json.dumps([a.tolist(), b.tolist(), targets.ravel().tolist(), weights.ravel().tolist()]))
 """
 
