@@ -20,6 +20,7 @@ BASE_MODELS = Path(__file__).parent / "base_models.yml"
 
 # A layer's number in a tensor's name, and the numbers of several layers: layers.7.mlp, layers.0-41.mlp
 LAYER_NUMBER = re.compile(r"\.(\d+)\.")
+ANY_LAYER = "*"
 LAYER_NUMBERS = re.compile(r"(?<=\.)\d+(-\d+|(,\d+)+)(?=\.)")
 
 
@@ -138,45 +139,56 @@ def parse_record(record: Mapping) -> BaseModel:
 
 
 def pack_weights(weights: Iterable[Weight]) -> list[str]:
-    """Write weights as name/kind/shape, one text for all layers' weights that differ in the layer's number only."""
-    layers_by_pattern: dict[tuple, list[int]] = {}
+    """Write weights as name/kind/shape, one text for the same weight of many layers.
+
+    For example model.layers.0-41.mlp.up_proj.weight/linear/14336x3584.
+    """
+    layers_by_row: dict[str, list[int]] = {}
     for weight in weights:
-        # What layers have in common: model.layers.{}.mlp.up_proj.weight
-        match = LAYER_NUMBER.search(weight.name)
-        pattern = weight.name
-        if match is not None:
-            pattern = f"{pattern[: match.start(1)]}{{}}{pattern[match.end(1) :]}"
-        layers = layers_by_pattern.setdefault((pattern, weight.kind, weight.shape), [])
-        if match is not None:
-            layers.append(int(match[1]))
+        sizes = "x".join(map(str, weight.shape))
+        row = f"{weight.name}/{weight.kind}/{sizes}"
+        layer = LAYER_NUMBER.search(weight.name)
+        if layer is None:
+            layers_by_row[row] = []
+            continue
+        # A placeholder makes the rows of all layers equal.
+        row = LAYER_NUMBER.sub(f".{ANY_LAYER}.", row, count=1)
+        layers_by_row.setdefault(row, []).append(int(layer[1]))
 
     rows = []
-    for (pattern, kind, shape), layers in layers_by_pattern.items():
-        # Layers 0 to 41 are written 0-41, others one by one.
-        numbers = ",".join(map(str, layers))
-        if layers and layers == list(range(layers[0], layers[-1] + 1)):
-            numbers = f"{layers[0]}-{layers[-1]}"
-        sizes = "x".join(map(str, shape))
-        rows.append(f"{pattern.format(numbers)}/{kind}/{sizes}")
+    for row, layers in layers_by_row.items():
+        rows.append(row.replace(ANY_LAYER, format_layers(layers)))
     return rows
+
+
+def format_layers(layers: list[int]) -> str:
+    """Write layers that follow each other as 0-41, others one by one: 0,2,4."""
+    if layers and layers == list(range(layers[0], layers[-1] + 1)):
+        return f"{layers[0]}-{layers[-1]}"
+    return ",".join(map(str, layers))
 
 
 def unpack_weights(rows: Iterable[str]) -> tuple[Weight, ...]:
     """Read the texts that pack_weights writes."""
     weights = []
     for row in rows:
-        name, kind, sizes = row.split("/")
+        pattern, kind, sizes = row.split("/")
         shape = tuple(map(int, sizes.split("x")))
-        match = LAYER_NUMBERS.search(name)
-        if match is None:
+        for name in list_names(pattern):
             weights.append(Weight(name, kind, shape))
-            continue
-
-        layers = match[0].split(",")
-        if "-" in match[0]:
-            first, last = match[0].split("-")
-            layers = range(int(first), int(last) + 1)
-        for number in layers:
-            layer_name = f"{name[: match.start()]}{number}{name[match.end() :]}"
-            weights.append(Weight(layer_name, kind, shape))
     return tuple(weights)
+
+
+def list_names(pattern: str) -> list[str]:
+    """List the names of a weight in its layers: layers.0-2.mlp is layers.0.mlp, layers.1.mlp, layers.2.mlp."""
+    match = LAYER_NUMBERS.search(pattern)
+    if match is None:
+        return [pattern]
+
+    layers = match[0].split(",")
+    if "-" in match[0]:
+        first, last = match[0].split("-")
+        layers = range(int(first), int(last) + 1)
+    beginning = pattern[: match.start()]
+    end = pattern[match.end() :]
+    return [f"{beginning}{layer}{end}" for layer in layers]
