@@ -5,6 +5,7 @@ Nothing is written before the leak report has passed. The same files in the same
 
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -21,23 +22,49 @@ from preprocess.dedup.ngrams import normalise
 from preprocess.pairs import REJECTED, Pairs, make_pairs
 from preprocess.sources.reader import read_prompts, read_rows
 
+OPTIONS_OF_FILES = ("--extra", "--pool", "--against")
+
 
 class _Command(click.Command):
-    """Lets `--against` take several files, as its usage says."""
+    """Lets the options of files take several files, as their usage says."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        # click takes one value an option: repeat --against before every further file that follows it.
+        # click takes one value an option: repeat it before every further file that follows it.
         expanded_args = []
-        is_against = False
+        option = ""
         previous = ""
         for arg in args:
             if arg.startswith("-"):
-                is_against = arg == "--against"
-            elif is_against and previous != "--against":
-                expanded_args.append("--against")
+                option = arg
+            elif option in OPTIONS_OF_FILES and previous != option:
+                expanded_args.append(option)
             expanded_args.append(arg)
             previous = arg
         return super().parse_args(ctx, expanded_args)
+
+
+class ShareOrFile(click.ParamType):
+    """A share between 0 and 1, or else a file."""
+
+    name = "SHARE|FILE"
+
+    def convert(self, value: str, param: click.Parameter, ctx: click.Context) -> float | Path:
+        """Convert the command line's text; a number that is no share is an error."""
+        try:
+            share = float(value)
+        except ValueError:
+            return Path(value)
+        if not 0 < share < 1:
+            self.fail(f"{value}: expected a share between 0 and 1, or a file", param, ctx)
+        return share
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file that is read, and the role of its rows."""
+
+    path: Path
+    role: str
 
 
 @click.command(cls=_Command)
@@ -58,6 +85,25 @@ class _Command(click.Command):
     help="Prompts of this similarity (Jaccard, of character 5-grams) or more share a group, hence a fold.",
 )
 @click.option(
+    "--extra",
+    multiple=True,
+    metavar="FILE…",
+    type=click.Path(path_type=Path),
+    help="Files whose rows are trained on, but never validated on, e.g. pairs that models judged.",
+)
+@click.option(
+    "--pool",
+    multiple=True,
+    metavar="FILE…",
+    type=click.Path(path_type=Path),
+    help="Files of rows without a verdict, for teachers to label.",
+)
+@click.option(
+    "--test",
+    type=ShareOrFile(),
+    help="The lockbox, on which nothing is trained: a share of the groups of prompts, or a file.",
+)
+@click.option(
     "--against",
     multiple=True,
     metavar="FILE…",
@@ -65,23 +111,32 @@ class _Command(click.Command):
     help="Files, e.g. a test set, that no source may share a prompt with.",
 )
 @exits_with_2
-def main(
-    sources: tuple[Path, ...], out: Path, folds: int, threshold: float, against: tuple[Path, ...]
+def main(  # noqa: PLR0913  an argument for each option
+    sources: tuple[Path, ...],
+    out: Path,
+    folds: int,
+    threshold: float,
+    extra: tuple[Path, ...],
+    pool: tuple[Path, ...],
+    test: float | Path | None,
+    against: tuple[Path, ...],
 ) -> None:
-    """Make pairs with folds from SOURCE… and check that no prompt leaks from fold to fold, or into FILE….
+    """Make pairs with folds from SOURCE…, and check that no prompt leaks from fold to fold or into a test set.
 
     A source is recognised by its columns: WSDM, LMSYS or chosen/rejected, as .parquet, .csv or .jsonl. Rows that cannot be
     used go to a file beside --out, with a reason.
     """
     rejected_path = out.with_name(f"{out.stem}.rejected{out.suffix}")
-    _check_paths(sources, out, rejected_path, against)
+    inputs = list_sources(sources, extra, pool, test)
+    _check_paths([source.path for source in inputs], out, rejected_path, against)
     held_back = {path: read_prompts(path) for path in against}
-    tables = [read_rows(path) for path in sources]
+    tables = [read_rows(source.path, source.role) for source in inputs]
 
     rows = pl.concat(tables)
     is_usable = pl.col("reason").is_null()
-    pairs = make_pairs(rows.filter(is_usable), folds, threshold, _track)
-    rejected = rows.filter(~is_usable).select(REJECTED)
+    test_share = test if isinstance(test, float) else 0.0
+    pairs = make_pairs(rows.filter(is_usable), folds, threshold, _track, test_share)
+    rejected = pl.concat([rows.filter(~is_usable).select(REJECTED), pairs.dropped])
 
     console = report.console()
     console.print(report.sources_table(rows, pairs))
@@ -103,7 +158,10 @@ def main(
 
     ledger.record(
         "pairs",
-        sources=[_describe_file(path, table) for path, table in zip(sources, tables, strict=True)],
+        sources=[
+            _describe_file(source.path, table) | {"role": source.role}
+            for source, table in zip(inputs, tables, strict=True)
+        ],
         against=[_describe_file(path, table) for path, table in held_back.items()],
         pairs=out,
         pairs_sha256=ledger.fingerprint(out),
@@ -117,8 +175,23 @@ def _describe_file(path: Path, table: pl.DataFrame) -> dict:
     return {"file": path, "sha256": ledger.fingerprint(path), "rows": table.height}
 
 
+def list_sources(
+    sources: Iterable[Path],
+    extra: Iterable[Path],
+    pool: Iterable[Path],
+    test: float | Path | None,
+) -> list[Source]:
+    """List the files in the order in which they are read, training rows first: they name the groups."""
+    inputs = [Source(path, "train") for path in sources]
+    inputs += [Source(path, "extra") for path in extra]
+    inputs += [Source(path, "pool") for path in pool]
+    if isinstance(test, Path):
+        inputs.append(Source(test, "test"))
+    return inputs
+
+
 def _check_paths(
-    sources: tuple[Path, ...], out: Path, rejected_path: Path, against: tuple[Path, ...]
+    sources: Iterable[Path], out: Path, rejected_path: Path, against: Iterable[Path]
 ) -> None:
     """Raise UserError where a file would be overwritten or read twice."""
     if out.suffix != ".parquet":
@@ -134,11 +207,14 @@ def _check_paths(
 
 
 def _check_leaks(pairs: Pairs, held_back: dict[Path, pl.DataFrame], threshold: float) -> LeakReport:
-    """Compare the prompts of all folds and held-back files; print leaks and raise UserError if there are any."""
+    """Compare the prompts of folds, lockbox and held-back files; print leaks and raise UserError if there are any."""
     prompts = list(pairs.prompts)
     ids = pairs.table["id"].to_list()
-    places = pairs.table["fold"].to_list()
-    names = [f"fold {fold}" for fold in places]
+
+    # The lockbox is in no fold: it is a place of its own.
+    lockbox = (pairs.table["fold"].max() or 0) + 1
+    places = pairs.table["fold"].fill_null(lockbox).cast(pl.Int64).to_list()
+    names = ["lockbox" if place == lockbox else f"fold {place}" for place in places]
 
     # Held-back files follow, as the places -1, -2 and so on.
     for number, (path, table) in enumerate(held_back.items(), 1):
@@ -152,9 +228,23 @@ def _check_leaks(pairs: Pairs, held_back: dict[Path, pl.DataFrame], threshold: f
         return leak_report
 
     report.console(sys.stderr).print(report.leaks_table(leak_report.leaks, names, ids, prompts))
-    into_files = sum(places[leak.second] < 0 for leak in leak_report.leaks)
-    between_folds = len(leak_report.leaks) - into_files
+    into_files = 0
+    into_lockbox = 0
+    between_folds = 0
+    for leak in leak_report.leaks:
+        # Held-back files come last.
+        if places[leak.second] < 0:
+            into_files += 1
+        elif lockbox in (places[leak.first], places[leak.second]):
+            into_lockbox += 1
+        else:
+            between_folds += 1
+
     advice = []
+    if into_lockbox > 0:
+        advice.append(
+            f"{into_lockbox:,} between sources and the lockbox (remove these rows from one, or let --test 0.2 draw it)"
+        )
     if into_files > 0:
         file_names = ", ".join(path.name for path in held_back)
         advice.append(

@@ -1,5 +1,9 @@
 """Rows of all sources become pairs: judgements of one pair united, ids unique, prompts grouped, groups spread over folds.
 
+Rows keep their roles: train, extra, pool, or test for the lockbox. Judgements are united within a role, so
+that the shares of votes of a training row are never mixed with a teacher's. Whole groups of training rows
+can be drawn into the lockbox; extra and pool rows that share a group with a lockbox row are dropped.
+
 A pair is one prompt with two responses, in either order. If it was judged several times, it becomes one row, that of its
 first judgement: the weight is the number of votes, p_* are their shares, and the winner is the verdict with the most votes
 (tie if two have as many). An id that an earlier row has already becomes `source:id`, then `source:id:2` and so on.
@@ -27,7 +31,9 @@ PAIRS = pl.Schema(
         "winner": pl.String,
         "language": pl.String,
         "source": pl.String,
+        "role": pl.String,
         "group": pl.Int64,
+        # Null for the lockbox, which is in no fold.
         "fold": pl.Int8,
         "weight": pl.Float32,
         "p_model_a": pl.Float32,
@@ -37,6 +43,8 @@ PAIRS = pl.Schema(
 )
 REJECTED = ("file", "row", "id", "reason", *TEXTS, "winner", "language", "source")
 BATCH_ROWS = 2048
+DRAW_STEPS = 10_000  # in which a share of the groups is counted
+LIKE_LOCKBOX = "prompt is like one of the lockbox"
 
 # Shares of votes that differ by less are equal; sums of float shares are not exact.
 EQUAL_SHARES = 1e-9
@@ -59,14 +67,24 @@ class Pairs:
     prompts: list[str]  # the prompt of each, normalised
     joined: tuple[Joined, ...]  # groups that a later file joined
     united: dict[str, int]  # by source, the number of its rows that became part of an earlier row
+    dropped: pl.DataFrame  # rows of the columns REJECTED, left out for the lockbox's sake
 
 
 def make_pairs(
-    rows: pl.DataFrame, folds: int, threshold: float, track: Track = show_nothing
+    rows: pl.DataFrame,
+    folds: int,
+    threshold: float,
+    track: Track = show_nothing,
+    test_share: float = 0.0,
 ) -> Pairs:
-    """Make pairs of usable rows, of the schema sources.rows.ROWS, files in the order in which they were added.
+    """Make pairs of usable rows.
 
-    From a Jaccard similarity of `threshold` on, two prompts share a group.
+    Args:
+        rows: Of the schema sources.rows.ROWS, files in the order in which they were added.
+        folds: The number of folds.
+        threshold: The Jaccard similarity from which on two prompts share a group.
+        track: Shows the progress.
+        test_share: The share of the groups of training rows that are drawn into the lockbox.
     """
     table, united = unite_judgements(rows)
     ids = _make_ids_unique(table["id"].to_list(), table["source"].to_list())
@@ -87,8 +105,36 @@ def make_pairs(
         fold_before = group_number(prompts[given_up]) % folds
         joined.append(Joined(table["id"][given_up], fold_before, fold[given_up]))
 
-    table = table.with_columns(id=pl.Series(ids, dtype=pl.String), group=group, fold=fold)
-    return Pairs(table.select(PAIRS.names()).cast(dict(PAIRS)), prompts, tuple(joined), united)
+    table = table.with_columns(
+        id=pl.Series(ids, dtype=pl.String),
+        role=pl.when((pl.col("role") == "train") & _is_drawn(group, folds, test_share))
+        .then(pl.lit("test"))
+        .otherwise("role"),
+        group=group,
+    )
+    table = table.with_columns(fold=pl.when(pl.col("role") != "test").then(fold))
+
+    # Whatever a student or its teacher trains on must not know the lockbox's prompts.
+    lockbox_groups = table.filter(role="test")["group"].unique()
+    is_like_lockbox = pl.col("role").is_in(["extra", "pool"]) & pl.col("group").is_in(
+        lockbox_groups
+    )
+    dropped = table.filter(is_like_lockbox).with_columns(reason=pl.lit(LIKE_LOCKBOX))
+    is_kept = table.select(~is_like_lockbox).to_series()
+    kept_prompts = [prompt for prompt, is_one in zip(prompts, is_kept, strict=True) if is_one]
+
+    return Pairs(
+        table=table.filter(is_kept).select(PAIRS.names()).cast(dict(PAIRS)),
+        prompts=kept_prompts,
+        joined=tuple(joined),
+        united=united,
+        dropped=dropped.select(REJECTED),
+    )
+
+
+def _is_drawn(group: pl.Series, folds: int, share: float) -> pl.Series:
+    """Return whether each group is in a share of all, drawn by its number independently of its fold."""
+    return (group // folds) % DRAW_STEPS < round(share * DRAW_STEPS)
 
 
 def group_number(prompt: str) -> int:
@@ -98,7 +144,7 @@ def group_number(prompt: str) -> int:
 
 
 def unite_judgements(rows: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, int]]:
-    """Unite the rows that judge one pair, in whichever order its responses stand.
+    """Unite the rows of one role that judge one pair, in whichever order its responses stand.
 
     Returns:
         The first row of each pair with the weight, shares and winner of all its judgements; and, by source, how many rows
@@ -108,33 +154,46 @@ def unite_judgements(rows: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, int]]:
     first_rows = totals["row"].to_list()
     table = rows[first_rows].with_columns(totals.select(*SHARES, "weight"))
 
-    # A single judgement keeps its verdict, for its shares may be a teacher's.
-    is_single = totals["judgements"] == 1
-    winner = pl.when(is_single).then(pl.col("winner")).otherwise(_most_voted())
+    # A single judgement keeps its verdict, for its shares may be a teacher's. Pool rows have none.
+    keeps_winner = (totals["judgements"] == 1) | (table["role"] == "pool")
+    winner = pl.when(keeps_winner).then(pl.col("winner")).otherwise(_most_voted())
 
     later_rows = rows.with_row_index("number").filter(~pl.col("number").is_in(first_rows))
-    united = dict(later_rows["source"].value_counts().iter_rows())
+    united = dict(name_sources(later_rows).value_counts().iter_rows())
     return table.with_columns(winner=winner), united
 
 
+def name_sources(table: pl.DataFrame) -> pl.Series:
+    """Name each row's source as the printed table does: with its role where that is extra or pool."""
+    is_special = pl.col("role").is_in(["extra", "pool"])
+    name = pl.when(is_special).then(pl.format("{} ({})", "source", "role")).otherwise("source")
+    return table.select(name.alias("name"))["name"]
+
+
 def _sum_votes(rows: pl.DataFrame) -> pl.DataFrame:
-    """Return for each pair: row (the number of its first judgement), judgements, weight, and the shares of the votes."""
+    """Sum the votes on each pair of a role.
+
+    Returns:
+        For each pair: row (the number of its first judgement), judgements, weight, and the shares of the
+        votes, null for the pool.
+    """
     keys = pl.DataFrame(
         list(_hash_pairs(rows)), schema={"key": pl.Binary, "is_swapped": pl.Boolean}, orient="row"
     )
-    judgements = rows.select("weight", *SHARES).with_columns(keys).with_row_index("row")
+    judgements = rows.select("role", "weight", *SHARES).with_columns(keys).with_row_index("row")
 
     # Votes for A are votes for the response that the first judgement of the pair has as A.
-    is_same_order = pl.col("is_swapped") == pl.col("is_swapped").first().over("key")
+    is_same_order = pl.col("is_swapped") == pl.col("is_swapped").first().over("role", "key")
     share_a = pl.when(is_same_order).then("p_model_a").otherwise("p_model_b")
     share_b = pl.when(is_same_order).then("p_model_b").otherwise("p_model_a")
     judgements = judgements.with_columns(p_model_a=share_a, p_model_b=share_b)
     votes = judgements.with_columns(pl.col(SHARES) * pl.col("weight"))
 
-    totals = votes.group_by("key", maintain_order=True).agg(
+    totals = votes.group_by("role", "key", maintain_order=True).agg(
         pl.first("row"), pl.len().alias("judgements"), pl.sum("weight", *SHARES)
     )
-    return totals.with_columns(pl.col(SHARES) / pl.col("weight"))
+    has_votes = pl.col("role") != "pool"
+    return totals.with_columns(pl.when(has_votes).then(pl.col(SHARES) / pl.col("weight")))
 
 
 def _most_voted() -> pl.Expr:

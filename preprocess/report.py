@@ -13,25 +13,15 @@ from rich.table import Table
 
 from preprocess.dedup.leaks import Leak, LeakReport
 from preprocess.model_input import VERDICTS
-from preprocess.pairs import Pairs
+from preprocess.pairs import Pairs, name_sources
 
-PIPED_WIDTH = 140
+PIPED_WIDTH = 100
 LEAKS_SHOWN = 20
 LANGUAGES_SHOWN = 5
-SNIPPET = 100
+SNIPPET = 50
+PROMPT_WIDTH = 40
 SUMMARY_SNIPPET = 60
-HEADINGS = (
-    "source",
-    "read",
-    "kept",
-    "judged again",
-    "rejected",
-    "language",
-    "A wins",
-    "B wins",
-    "tie",
-    "longer wins",
-)
+HEADINGS = ("source", "read", "kept", "again", "rejected", "language", "A", "B", "tie", "longer")
 LEFT_ALIGNED = ("source", "rejected", "language")
 
 
@@ -43,21 +33,27 @@ def console(stream=None) -> Console:
 
 
 def sources_table(rows: pl.DataFrame, pairs: Pairs) -> Table:
-    """Build the table of what became of the rows: one line for each source, and one for all if there are several."""
+    """Build the table of what became of the rows: one line for each source, and one for all if there are several.
+
+    `again` counts rows that judge a pair of an earlier row. A, B, tie and longer are the shares of pairs
+    that A, B, nobody and the longer response won.
+    """
     table = Table(box=box.SIMPLE_HEAD)
     for heading in HEADINGS:
         justify = "left" if heading in LEFT_ALIGNED else "right"
         table.add_column(heading, justify=justify)
 
-    sources = rows["source"].unique(maintain_order=True).to_list()
-    for source in sources:
-        is_of_source = pl.col("source") == source
-        kept = pairs.table.filter(is_of_source)
+    # Training rows may be drawn into the lockbox, so that these two roles are one line.
+    sources = name_sources(rows)
+    kept_sources = name_sources(pairs.table)
+    names = sources.unique(maintain_order=True).to_list()
+    for name in names:
+        kept = pairs.table.filter(kept_sources == name)
         table.add_row(
-            source, *_describe_rows(rows.filter(is_of_source), kept, pairs.united.get(source, 0))
+            name, *_describe_rows(rows.filter(sources == name), kept, pairs.united.get(name, 0))
         )
 
-    if len(sources) > 1:
+    if len(names) > 1:
         table.add_section()
         table.add_row("all", *_describe_rows(rows, pairs.table, sum(pairs.united.values())))
     return table
@@ -122,9 +118,22 @@ def summary(pairs: Pairs, folds: int, threshold: float) -> list[str]:
         f'the largest: {largest_size} with {largest_prompts}, "{first_prompt}"'
     ]
 
-    fold_sizes = np.bincount(table["fold"].to_numpy(), minlength=folds).tolist()
+    training_folds = table.filter(role="train")["fold"].to_numpy()
+    fold_sizes = np.bincount(training_folds, minlength=folds).tolist()
     sizes = [f"{fold}: {size:,}" for fold, size in enumerate(fold_sizes)]
     lines.append(f"pairs per fold: {', '.join(sizes)}")
+
+    role_sizes = []
+    for role, name in (("test", "lockbox"), ("extra", "extra"), ("pool", "pool")):
+        size = table.filter(role=role).height
+        if size > 0:
+            role_sizes.append(f"{name}: {size:,}")
+    if role_sizes:
+        lines.append(f"beside the folds: {', '.join(role_sizes)}")
+    if pairs.dropped.height > 0:
+        lines.append(
+            f"dropped because their prompt is like one of the lockbox: {_count(pairs.dropped.height, 'row')}"
+        )
     for joined in pairs.joined:
         change = (
             "stays in"
@@ -170,7 +179,8 @@ def leaks_table(
     )
     for heading in ("similarity", "where", "id"):
         table.add_column(heading, overflow="fold")
-    table.add_column("prompt", no_wrap=True, overflow="ellipsis")
+    # Ids are shown whole, even if that takes two lines; a prompt is known by its beginning.
+    table.add_column("prompt", no_wrap=True, overflow="ellipsis", max_width=PROMPT_WIDTH)
 
     for leak in leaks[:LEAKS_SHOWN]:
         first, second = leak.first, leak.second

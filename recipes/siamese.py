@@ -151,14 +151,23 @@ class Parts:
     held_out: pl.DataFrame
 
 
+def choose_trainable(pairs: pl.DataFrame) -> pl.DataFrame:
+    """Leave out the pool, which has no votes, and the lockbox, which nothing is trained on."""
+    if "role" not in pairs.columns:
+        return pairs.with_columns(role=pl.lit("train"))
+    return pairs.filter(pl.col("role").is_in(["train", "extra"]))
+
+
 def split(pairs: pl.DataFrame, options: argparse.Namespace) -> Parts:
     """Hold out a fold, and draw a tenth of the other groups to say when to stop.
+
+    Extra rows are trained on, and never measured.
 
     Raises:
         UserError: There is no such fold, or fewer training rows than a batch has.
     """
     others = pairs.filter(pl.col("fold") != options.fold)
-    held_out = pairs.filter(pl.col("fold") == options.fold)
+    held_out = pairs.filter(pl.col("fold") == options.fold, pl.col("role") == "train")
     if others.is_empty() or held_out.is_empty():
         folds = ", ".join(map(str, sorted(pairs["fold"].unique())))
         raise UserError(f"{options.pairs}: --fold is {options.fold}, but the folds in the file are {folds}")
@@ -491,7 +500,7 @@ def run(pairs: pl.DataFrame, settings: dict[str, object], options: argparse.Name
         options: The command line.
     """
     start = time.monotonic()
-    parts = split(add_targets(pairs, options.pairs), options)
+    parts = split(add_targets(choose_trainable(pairs), options.pairs), options)
     tokenizer = find_tokenizer(options.tokenizer, options.vocabulary, parts.training)
     model = train(parts, tokenizer, options)
 

@@ -67,15 +67,14 @@ def make_base_model_run(recipe: Recipe, base: Path, revision: str | None) -> Non
     tokenizer = load_tokenizer(recipe, base)
     tokenizer.save_pretrained(folder)
     contract = make_contract(recipe, base, revision, tokenizer)
-    pairs = read_pairs(block.pairs)
-    _, validation = split(pairs, block.fold, block.pairs)
+    training, validation = split(read_pairs(block.pairs), block.fold, block.pairs)
     model = load_base(base, contract)
 
     # A reward model sees one response at a time, and has no place to prefer.
     start = time.monotonic()
     calibration_count = 0
     if contract.head != "reward":
-        calibration = choose_calibration_rows(pairs, validation)
+        calibration = choose_calibration_rows(training, validation)
         calibration_count = len(calibration)
         logits_rov = compute_logits(model, contract, tokenizer, calibration, "calibrating")
         bias = find_logit_bias(logits_rov, contract.verdicts)
@@ -191,12 +190,12 @@ def load_base(base: Path, contract: Contract) -> torch.nn.Module:
         raise UserError(f"{base}: cannot be used as it is ({error})") from None
 
 
-def choose_calibration_rows(pairs: pl.DataFrame, validation: pl.DataFrame) -> pl.DataFrame:
-    """Choose up to 500 rows that are not for validation, by a hash of their ids, without their labels.
+def choose_calibration_rows(training: pl.DataFrame, validation: pl.DataFrame) -> pl.DataFrame:
+    """Choose up to 500 training rows that are not for validation, by a hash of their ids, without their labels.
 
     Where every row is for validation (fold: all of a small file), it is those.
     """
-    texts = pairs.select("id", "prompt", "response_a", "response_b")
+    texts = training.select("id", "prompt", "response_a", "response_b")
     rows = texts.join(validation.select("id"), on="id", how="anti")
     if rows.is_empty():
         rows = texts

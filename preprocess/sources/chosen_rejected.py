@@ -141,6 +141,7 @@ def _list_required_columns(table: Table) -> tuple[str, ...]:
 LAYOUT = Layout(
     name="chosen/rejected",
     columns=("prompt", "chosen", "rejected"),
+    verdict_columns=(),
     read_judgement=read_judgement,
     required_columns=_list_required_columns,
 )

@@ -17,12 +17,17 @@ class Layout:
 
     name: str
     columns: tuple[str, ...]  # by which a file of this layout is recognised
+    verdict_columns: tuple[str, ...]  # those of them that only a judged row needs
     read_judgement: Callable[[dict], Judgement]
     required_columns: Callable[[Table], tuple[str, ...]] | None = None  # where not all are needed
 
-    def find_missing_columns(self, table: Table) -> list[str]:
+    def find_missing_columns(self, table: Table, needs_verdicts: bool = True) -> list[str]:
         """Return the columns that a file would need to be of this layout, and lacks."""
         required = self.columns
         if self.required_columns is not None:
             required = self.required_columns(table)
-        return [column for column in required if column not in table.columns]
+
+        missing = [column for column in required if column not in table.columns]
+        if needs_verdicts:
+            return missing
+        return [column for column in missing if column not in self.verdict_columns]

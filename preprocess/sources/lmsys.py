@@ -45,8 +45,11 @@ def read_json_turns(value: object) -> list[str]:
     return read_turns(value)
 
 
+VERDICT_COLUMNS = ("winner_model_a", "winner_model_b", "winner_tie")
+
 LAYOUT = Layout(
     name="LMSYS",
-    columns=("id", *TEXTS, "winner_model_a", "winner_model_b", "winner_tie"),
+    columns=("id", *TEXTS, *VERDICT_COLUMNS),
+    verdict_columns=VERDICT_COLUMNS,
     read_judgement=read_judgement,
 )

@@ -16,6 +16,7 @@ from preprocess.model_input import VERDICTS, clean
 from preprocess.sources import chosen_rejected, lmsys, wsdm
 from preprocess.sources.layout import Layout
 from preprocess.sources.rows import (
+    ROLES,
     ROWS,
     TEXTS,
     TURNS,
@@ -35,8 +36,13 @@ LAYOUTS = (wsdm.LAYOUT, lmsys.LAYOUT, chosen_rejected.LAYOUT)
 BATCH_ROWS = 2048
 
 
-def read_rows(path: Path | str) -> pl.DataFrame:
+def read_rows(path: Path | str, role: str = "train") -> pl.DataFrame:
     """Read every row of a source file.
+
+    Args:
+        path: The file.
+        role: One of ROLES. Rows of the role pool need no verdict, and lose the one that they have. A
+            column `role`, as an earlier pairs.parquet has it, takes the place of train.
 
     Returns:
         A frame of the schema ROWS, in the file's order; `reason` is null where a row can be used.
@@ -45,12 +51,12 @@ def read_rows(path: Path | str) -> pl.DataFrame:
         UserError: The file is unreadable, of no known layout, or without a single usable row.
     """
     table = open_table(path)
-    layout = recognise_layout(table)
+    layout = recognise_layout(table, needs_verdicts=role != "pool")
 
     frames = []
     batch: list[dict] = []
     for table_row in table.rows():
-        batch.append(_read_row(layout, table.path, table_row))
+        batch.append(_read_row(layout, table.path, role, table_row))
         if len(batch) == BATCH_ROWS:
             frames.append(pl.DataFrame(batch, schema=ROWS))
             batch = []
@@ -68,11 +74,15 @@ def read_rows(path: Path | str) -> pl.DataFrame:
     return rows
 
 
-def recognise_layout(table: Table) -> Layout:
+def recognise_layout(table: Table, needs_verdicts: bool = True) -> Layout:
     """Return the layout whose columns a file has; raise UserError with the nearest if it has none's."""
     for layout in LAYOUTS:
-        if not layout.find_missing_columns(table):
-            return layout
+        if layout.find_missing_columns(table, needs_verdicts):
+            continue
+        # Without verdicts, only the form of the texts tells these two apart.
+        if layout is wsdm.LAYOUT and not needs_verdicts and _holds_json_prompts(table):
+            return lmsys.LAYOUT
+        return layout
 
     # Name the layout that the user most likely meant, and what the file lacks.
     nearest = min(LAYOUTS, key=lambda layout: _measure_distance(layout, table))
@@ -92,9 +102,9 @@ def _measure_distance(layout: Layout, table: Table) -> tuple[int, int]:
     return columns_missing, -columns_present
 
 
-def _read_row(layout: Layout, path: Path, table_row: TableRow) -> dict:
+def _read_row(layout: Layout, path: Path, role: str, table_row: TableRow) -> dict:
     """Return a row's values by column of ROWS; a column that is left out is null."""
-    row = {"file": str(path), "row": table_row.number}
+    row = {"file": str(path), "row": table_row.number, "role": role}
     values = table_row.values
 
     # A broken line of JSONL is kept whole, in the place of the prompt.
@@ -108,13 +118,18 @@ def _read_row(layout: Layout, path: Path, table_row: TableRow) -> dict:
     row["id"] = read_text(values.get("id")) or None
     row["language"] = read_text(values.get("language")) or "unknown"
     row["source"] = read_text(values.get("source")) or path.stem
+    if role == "train" and values.get("role") in ROLES:
+        row["role"] = values["role"]
+    needs_verdict = row["role"] != "pool"
 
     try:
         judgement = layout.read_judgement(values)
         # A layout may give an id to a row without one.
         row["id"] = judgement.id
-        check_judgement(judgement)
-        shares = read_vote_shares(values, judgement.winner)
+        check_judgement(judgement, needs_verdict)
+        shares = {"weight": 1.0}
+        if needs_verdict:
+            shares = read_vote_shares(values, judgement.winner)
     except UnusableRow as reason:
         # The file of rejected rows shows the texts as they were.
         for name in TEXTS:
@@ -125,6 +140,8 @@ def _read_row(layout: Layout, path: Path, table_row: TableRow) -> dict:
 
     row.update(vars(judgement))
     row.update(shares)
+    if not needs_verdict:
+        row["winner"] = None
     return row
 
 

@@ -17,6 +17,9 @@ TEXTS = ("prompt", "response_a", "response_b")
 # Shares of the votes for each verdict, in the order of VERDICTS.
 SHARES = ("p_model_a", "p_model_b", "p_tie")
 
+# What a row is for: see docs/data.md.
+ROLES = ("train", "extra", "pool", "test")
+
 # One row of a source file.
 ROWS = pl.Schema(
     {
@@ -29,6 +32,7 @@ ROWS = pl.Schema(
         "winner": pl.String,
         "language": pl.String,
         "source": pl.String,
+        "role": pl.String,
         "p_model_a": pl.Float64,
         "p_model_b": pl.Float64,
         "p_tie": pl.Float64,
@@ -54,7 +58,7 @@ class Judgement:
     prompt: list[str]
     response_a: list[str]
     response_b: list[str]
-    winner: str  # one of VERDICTS; anything else makes the row unusable
+    winner: str  # one of VERDICTS; anything else makes a row unusable that needs a verdict
 
 
 def read_text(value: object) -> str:
@@ -88,8 +92,16 @@ def show_turns(value: object) -> list[str] | None:
     return [read_text(value)]
 
 
-def check_judgement(judgement: Judgement) -> None:
-    """Raise UnusableRow where a model could learn nothing, or something wrong, from a judgement."""
+def check_judgement(judgement: Judgement, needs_verdict: bool = True) -> None:
+    """Check that a model can learn something from a judgement, and nothing wrong.
+
+    Args:
+        judgement: What was read of a row.
+        needs_verdict: Whether the row is of use only with its verdict.
+
+    Raises:
+        UnusableRow: It cannot.
+    """
     if not judgement.id:
         raise UnusableRow("no id")
     if not "".join(judgement.prompt).strip():
@@ -97,11 +109,15 @@ def check_judgement(judgement: Judgement) -> None:
     for response in (judgement.response_a, judgement.response_b):
         if not "".join(response).strip():
             raise UnusableRow("empty answer")
+    is_identical = judgement.response_a == judgement.response_b
+    if not needs_verdict:
+        if is_identical:
+            raise UnusableRow("identical answers")
+        return
+
     if judgement.winner not in VERDICTS:
         raise UnusableRow("unknown winner")
-
     # Equal answers can be a tie, but none can be better.
-    is_identical = judgement.response_a == judgement.response_b
     if is_identical and judgement.winner != "tie":
         raise UnusableRow("identical answers, one wins")
 

@@ -21,5 +21,6 @@ def read_judgement(values: dict) -> Judgement:
 LAYOUT = Layout(
     name="WSDM",
     columns=("id", "prompt", "response_a", "response_b", "winner"),
+    verdict_columns=("winner",),
     read_judgement=read_judgement,
 )

@@ -16,7 +16,7 @@ from preprocess import model_input
 from preprocess.core.errors import UserError, exits_with_2
 from preprocess.core.files import atomic_file, read_json, sha256, write_json
 from recipes.pairwise.config.schema import Recipe, read_recipe
-from recipes.pairwise.data.datasets import read_pairs
+from recipes.pairwise.data.datasets import list_folds, read_pairs
 
 AVERAGED = ("accuracy", "log_loss", "flip_rate", "accuracy_of_longer")
 
@@ -36,7 +36,7 @@ def main(recipe: str, axolotl_options: tuple[str, ...]) -> None:
     pairs = Path(checked.pairwise.pairs)
     base_model = option_value(axolotl_options, "--base-model") or checked.axolotl["base_model"]
 
-    folds = fold_numbers(pairs)
+    folds = list_folds(read_pairs(pairs))
     for fold in folds:
         folder = checked.run_folder / f"fold-{fold}"
         if is_complete(folder, checked, base_model):
@@ -60,11 +60,6 @@ def option_value(options: Sequence[str], name: str) -> str | None:
         if option == name and number + 1 < len(options):
             return options[number + 1]
     return None
-
-
-def fold_numbers(pairs: Path) -> list[int]:
-    """The folds in a pairs.parquet."""
-    return sorted(read_pairs(pairs)["fold"].unique())
 
 
 def is_complete(folder: Path, recipe: Recipe, base_model: str) -> bool:
@@ -93,7 +88,7 @@ def collect(run_folder: Path, folds: list[int], pairs: Path) -> None:
     fold_folders = {fold: run_folder / f"fold-{fold}" for fold in folds}
     predictions = [pl.read_parquet(folder / "predictions.parquet") for folder in fold_folders.values()]
     joined = pl.concat(predictions).sort("id")
-    all_ids = pl.read_parquet(pairs, columns=["id"])["id"].sort()
+    all_ids = read_pairs(pairs).filter(role="train")["id"].sort()
     if joined["id"].to_list() != all_ids.to_list():
         raise UserError(f"{run_folder}: the folds' predictions are not of the rows in {pairs}; train all folds on it")
 

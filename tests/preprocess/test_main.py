@@ -92,9 +92,36 @@ def test_a_held_back_file_without_shared_prompts_passes_and_the_ledger_has_all_f
     assert "or in test.parquet" in result.output
     [entry] = ledger.read()
     assert (entry["event"], entry["rows"], entry["rejected"]) == ("pairs", 60, 2)
-    assert entry["sources"] == [{"file": str(train), "sha256": sha256(train), "rows": 62}]
+    assert entry["sources"] == [{"file": str(train), "sha256": sha256(train), "rows": 62, "role": "train"}]
     assert entry["against"] == [{"file": str(held_back), "sha256": sha256(held_back), "rows": 30}]
     assert (entry["pairs"], entry["pairs_sha256"]) == (str(out), sha256(out))
+
+
+def test_files_of_all_roles_become_one_file_that_is_a_source_itself(train, out, tmp_path, ledger_file):
+    files = {"extra": tiny.pairs(20, seed=2, prefix="e"), "pool": tiny.pairs(10, seed=3, prefix="p").drop("winner")}
+    for role, table in files.items():
+        table.write_csv(tmp_path / f"{role}.csv")
+    result = run(train, "--out", out, "--extra", tmp_path / "extra.csv", "--pool", tmp_path / "pool.csv", "--test", "0.2")
+    assert result.exit_code == 0, result.output
+    roles = dict(pl.read_parquet(out)["role"].value_counts().iter_rows())
+    assert (roles["extra"], roles["pool"], roles["train"] + roles["test"]) == (20, 10, 60)
+    assert f"beside the folds: lockbox: {roles['test']}, extra: 20, pool: 10" in result.output
+    assert "pool (pool)" in result.output
+    assert max(map(len, result.output.splitlines()[:15])) <= 100
+    assert [source["role"] for source in ledger.read()[0]["sources"]] == ["train", "extra", "pool"]
+    copy = out.with_name("copy.parquet")
+    assert run(out, "--out", copy).exit_code == 0
+    assert pl.read_parquet(copy).equals(pl.read_parquet(out))
+
+
+def test_a_training_row_whose_prompt_is_in_the_lockbox_is_a_leak(train, out, tmp_path):
+    lockbox = pl.read_parquet(train).head(3).with_columns(pl.col("prompt") + "!", id="held" + pl.col("id"))
+    lockbox.write_csv(tmp_path / "lockbox.csv")
+    result = run(train, "--out", out, "--test", tmp_path / "lockbox.csv")
+    assert result.exit_code == 2
+    assert "3 between sources and the lockbox" in result.output
+    assert not out.parent.exists()
+    assert "expected a share between 0 and 1, or a file" in run(train, "--out", out, "--test", "1.5").output
 
 
 def test_a_grouping_gone_wrong_is_caught_and_the_earlier_output_stays(tmp_path, out, monkeypatch):

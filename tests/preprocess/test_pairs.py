@@ -10,9 +10,11 @@ from preprocess.sources.rows import ROWS
 from tests import tiny
 
 
-def row(row_id, prompt="p", a="a", b="b", winner="model_a", source="s", file="f") -> tuple:
+def row(row_id, prompt="p", a="a", b="b", winner="model_a", source="s", file="f", role="train") -> tuple:
     one_hot = [float(winner == verdict) for verdict in ("model_a", "model_b", "tie")]
-    return (file, 1, row_id, [prompt], [a], [b], winner, "English", source, *one_hot, 1.0, None)
+    if role == "pool":
+        winner, one_hot = None, [None] * 3
+    return (file, 1, row_id, [prompt], [a], [b], winner, "English", source, role, *one_hot, 1.0, None)
 
 
 def pairs_of(*rows, folds: int = 5, threshold: float = 0.7):
@@ -35,7 +37,7 @@ def test_a_pair_judged_in_either_order_becomes_one_row_with_vote_shares_and_the_
 
 def test_shares_count_by_weight_but_a_single_judgement_keeps_its_verdict():
     def teacher(row_id, *shares, weight=1.0):
-        return (*row(row_id)[:9], *shares, weight, None)
+        return (*row(row_id)[:10], *shares, weight, None)
 
     assert votes(pairs_of(teacher("1", 0.2, 0.7, 0.1, weight=3.0)).table)[0][0] == "model_a"
     both = pairs_of(teacher("1", 0.2, 0.7, 0.1, weight=3.0), row("2")).table
@@ -68,6 +70,50 @@ def test_groups_and_folds_are_hashes_of_the_earliest_prompt():
     assert number == 7580162477500060531, "another hash would move every pair to another fold"
     assert result.table["group"].to_list() == [number, number]
     assert result.table["fold"].to_list() == [number % 5] * 2
+
+
+def test_a_teacher_s_verdict_on_a_pair_never_enters_the_votes_on_it():
+    roles = ("train", "train", "extra", "pool", "pool")
+    winners = ("model_a", "model_a", "model_b", None, None)
+    rows = [row(str(at), winner=winner, role=role) for at, (role, winner) in enumerate(zip(roles, winners, strict=True))]
+    result = pairs_of(*rows)
+    assert result.table.select("role", "winner", "weight", "p_model_a").rows() == [
+        ("train", "model_a", 2.0, 1.0),
+        ("extra", "model_b", 1.0, 0.0),
+        ("pool", None, 2.0, None),
+    ]
+    assert result.united == {"s": 1, "s (pool)": 1}
+
+
+def test_a_share_of_the_groups_becomes_the_lockbox_and_stays_it_when_rows_are_added():
+    old, new = rows_of(tiny.pairs(300, seed=1), "old"), rows_of(tiny.pairs(300, seed=2, prefix="new"), "new")
+    near_copy = row("copy", prompt=old[0][3][0] + "!", role="train")
+    before, after = [
+        make_pairs(pl.DataFrame(rows, schema=ROWS, orient="row"), 5, 0.7, test_share=0.2).table
+        for rows in ([*old, near_copy], [*old, near_copy, *new])
+    ]
+    assert after.head(before.height).equals(before)
+    lockbox = after.filter(role="test")
+    assert 0.15 < lockbox.height / after.height < 0.25
+    assert lockbox["fold"].null_count() == lockbox.height
+    assert set(lockbox["group"]).isdisjoint(after.filter(role="train")["group"])
+
+
+def test_extra_and_pool_rows_like_the_lockbox_are_dropped_with_their_reason():
+    sky, sea = "Why is the sky blue today?", "How deep is the sea over there?"
+    rows = [row("1", prompt=sea)]
+    for role in ("extra", "pool"):
+        rows += [row(f"{role} sky", prompt=sky + "?", role=role), row(f"{role} sea", prompt=sea, role=role)]
+    result = pairs_of(*rows, row("secret", prompt=sky, role="test"))
+    kept = result.table.select("id", "role", "fold").rows()
+    fold = group_number("how deep is the sea over there?") % 5
+    expected = [("1", "train", fold), ("extra sea", "extra", fold), ("pool sea", "pool", fold), ("secret", "test", None)]
+    assert kept == expected
+    assert result.dropped.select("id", "reason").rows() == [
+        ("extra sky", "prompt is like one of the lockbox"),
+        ("pool sky", "prompt is like one of the lockbox"),
+    ]
+    assert len(result.prompts) == 4
 
 
 def rows_of(table: pl.DataFrame, file: str) -> list[tuple]:

@@ -12,6 +12,7 @@ from preprocess.core.errors import UserError
 from preprocess.core.files import sha256
 from recipes.pairwise import cv
 from recipes.pairwise.config.schema import read_recipe
+from recipes.pairwise.data.datasets import list_folds, read_pairs
 from tests import tiny
 from tests.conftest import ROOT
 
@@ -36,7 +37,10 @@ def recipe(tmp_path, monkeypatch):
 
 def test_all_rows_are_joined_once_and_the_mean_is_over_rows(recipe):
     pairs = recipe.run_folder.parent / "pairs.parquet"
-    cv.collect(recipe.run_folder, cv.fold_numbers(pairs), pairs)
+    table = pl.read_parquet(pairs)
+    lockbox = table.head(2).with_columns(id="lockbox" + pl.col("id"), fold=pl.lit(None, pl.Int8), role=pl.lit("test"))
+    pl.concat([table.with_columns(role=pl.lit("train")), lockbox]).write_parquet(pairs)
+    cv.collect(recipe.run_folder, list_folds(read_pairs(pairs)), pairs)
     joined = pl.read_parquet(recipe.run_folder / "oof.parquet")
     assert joined["id"].to_list() == [f"row{number:05d}" for number in range(20)]
     assert json.loads((recipe.run_folder / "cv.json").read_text())["mean"]["accuracy"] == pytest.approx(0.2)

@@ -138,6 +138,21 @@ def test_a_fold_is_held_out_and_all_keeps_a_fixed_sample(tmp_path):
         datasets.split(frame, 7, path)
 
 
+def test_extra_rows_are_trained_on_and_only_human_votes_are_validated_on(tmp_path):
+    path = tiny.pairs_parquet(tmp_path / "pairs.parquet", 20)
+    frame = datasets.read_pairs(path)
+    tables = [frame]
+    for role in ("extra", "pool", "test"):
+        tables.append(frame.with_columns(id=role + pl.col("id"), role=pl.lit(role)))
+    frame = pl.concat(tables)
+    train, validation = datasets.split(frame, 2, path)
+    assert dict(train["role"].value_counts().iter_rows()) == {"train": 16, "extra": 16}
+    assert dict(validation["role"].value_counts().iter_rows()) == {"train": 4}
+    assert 2 not in train["fold"], "extra rows like the validation rows are left out with them"
+    train, sample = datasets.split(frame, "all", path)
+    assert (len(train), sample["role"].unique().to_list()) == (40, ["train"])
+
+
 def test_pairs_that_are_absent_or_of_another_kind_are_named(tmp_path):
     with pytest.raises(UserError, match="none.parquet: no such file; make it with python -m preprocess"):
         datasets.read_pairs(tmp_path / "none.parquet")

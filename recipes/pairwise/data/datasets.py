@@ -43,7 +43,11 @@ FEATURES = Features(
 
 
 def read_pairs(path: Path | str) -> pl.DataFrame:
-    """Read a pairs.parquet; UserError where it is absent, damaged or lacks a column."""
+    """Read a pairs.parquet. In a file without roles, every row is a training row.
+
+    Raises:
+        UserError: It is absent or damaged, or lacks a column.
+    """
     path = Path(path)
     if not path.exists():
         raise UserError(
@@ -60,16 +64,22 @@ def read_pairs(path: Path | str) -> pl.DataFrame:
         raise UserError(
             f"{path}: no column {', '.join(missing)}; it was not written by python -m preprocess"
         )
+    if "role" not in frame.columns:
+        frame = frame.with_columns(role=pl.lit("train"))
     return frame
 
 
 def split(
     frame: pl.DataFrame, fold: int | str, path: Path | str
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Split pairs into training and validation rows.
+    """Split pairs into training and validation rows, by their roles.
+
+    Rows of the roles train and extra are trained on, those of train alone are validated on. Neither
+    holds rows of the pool or the lockbox. A fold's extra rows are left out with it, since their prompts
+    may be like those of its validation rows.
 
     Args:
-        frame: The rows of a pairs.parquet.
+        frame: The rows of a pairs.parquet, as read_pairs gives them.
         fold: The number of the fold to hold out; "all" trains on every row, and validates on a
             sample of them that is the same whatever the order of the rows.
         path: The file, for the message.
@@ -77,15 +87,23 @@ def split(
     Raises:
         UserError: If there is no such fold, or no other one.
     """
+    human_votes = frame.filter(role="train")
+    trainable = frame.filter(pl.col("role").is_in(["train", "extra"]))
     if fold == "all":
-        return frame, frame[_order_by_hash(frame["id"])[:FIXED_SAMPLE_ROWS]]
+        sample = _order_by_hash(human_votes["id"])[:FIXED_SAMPLE_ROWS]
+        return trainable, human_votes[sample]
 
-    folds = sorted(frame["fold"].unique())
+    folds = list_folds(frame)
     if fold not in folds or len(folds) < 2:
         listed = ", ".join(str(number) for number in folds)
         raise UserError(f"{path}: pairwise.fold is {fold}, but the folds in the file are {listed}")
     is_held_out = pl.col("fold") == fold
-    return frame.filter(~is_held_out), frame.filter(is_held_out)
+    return trainable.filter(~is_held_out), human_votes.filter(is_held_out)
+
+
+def list_folds(frame: pl.DataFrame) -> list[int]:
+    """List the folds that pairs are validated in."""
+    return sorted(frame.filter(role="train")["fold"].unique())
 
 
 def _order_by_hash(ids: pl.Series) -> pl.Series:
