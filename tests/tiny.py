@@ -13,6 +13,8 @@ from pathlib import Path
 import polars as pl
 import yaml
 
+from preprocess.core.files import sha256
+
 ROOT = Path(__file__).parents[1]
 
 # Per language: what joins words, ordinary words, words of a good answer, words of a bad one.
@@ -240,6 +242,9 @@ def twin(recipe: Path, folder: Path, base_model: Path, pairs_file: Path, **chang
     values |= {"base_model": str(base_model), "output_dir": str(folder / recipe.stem), "max_steps": 3, "bf16": False}
     values["pairwise"] = values["pairwise"] | {"pairs": str(pairs_file)}
     folder.mkdir(parents=True, exist_ok=True)
+    if "distill" in values["pairwise"]:
+        teacher = str(teacher_labels(folder / "teacher", pairs_file))
+        values["pairwise"]["distill"] = values["pairwise"]["distill"] | {"teachers": [teacher]}
     if "deepspeed" in values and "deepspeed" not in changes:
         changes["deepspeed"] = str(deepspeed_numbers(values["deepspeed"], folder, values, processes=1))
     values |= changes
@@ -257,6 +262,24 @@ def deepspeed_numbers(config: str, folder: Path, recipe: dict, processes: int) -
     path = folder / f"{Path(config).stem}-{processes}.json"
     path.write_text(json.dumps(values))
     return path
+
+
+def teacher_labels(folder: Path, pairs_file: Path) -> Path:
+    """Write the labels that a teacher in `folder` would have given: four fifths sure of each winner."""
+    pairs = pl.read_parquet(pairs_file)
+    folds = sorted(pairs["fold"].drop_nulls().unique())
+    runs = {}
+    for fold in folds:
+        contract = folder / f"fold-{fold}" / "contract.json"
+        contract.parent.mkdir(parents=True, exist_ok=True)
+        contract.write_text(json.dumps({"fold": fold}))
+        runs[contract.parent.name] = {"fold": fold, "contract_sha256": sha256(contract)}
+    p_model_a = pl.when(pl.col("winner") == "model_a").then(0.8).otherwise(0.2)
+    labels = pairs.select("id", p_model_a.alias("p_model_a"), p_tie=0.0, runs=pl.concat_list(pl.format("fold-{}", "fold")))
+    labels.with_columns(p_model_b=1 - pl.col("p_model_a")).write_parquet(folder / "labels.parquet")
+    record = {"pairs_sha256": sha256(pairs_file), "verdicts": ["model_a", "model_b"], "runs": runs}
+    (folder / "labels.json").write_text(json.dumps(record))
+    return folder
 
 
 def pairs_parquet(path: Path, rows: int, seed: int = 1) -> Path:

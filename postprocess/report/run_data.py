@@ -30,6 +30,7 @@ CONTRACT = "contract.json"
 METRICS = "metrics.json"
 HISTORY = "history.json"
 AGREEMENT = "agreement.json"
+LOCKBOX = "lockbox.json"
 AGREEMENT_TABLE = "agreement.parquet"
 RUN_FILES = (CONTRACT, METRICS, PREDICTIONS, OUT_OF_FOLD, HISTORY, AGREEMENT)
 AGREEMENT_KEYS = (
@@ -80,6 +81,9 @@ class RunData:
     predictions: Predictions | None  # the rows to measure
     verdicts: tuple[str, ...]  # in the order of the model's outputs
     agreement: Agreement | None
+    lockbox: (
+        dict  # lockbox.json, the scores on rows that nothing was trained or tuned on; empty without
+    )
     missing: dict[str, str]  # a sentence by the name of what is missing, such as "pairs"
 
     @property
@@ -161,6 +165,7 @@ def read_run(folder: Path, out_of_fold: bool = False, pairs_file: Path | None = 
         predictions=predictions,
         verdicts=find_verdicts(fold_folders, first_fold.contract, predictions),
         agreement=agreement,
+        lockbox=read_optional(folder / LOCKBOX),
         missing=missing,
     )
 

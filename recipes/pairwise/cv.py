@@ -17,6 +17,7 @@ from preprocess.core.errors import UserError, exits_with_2
 from preprocess.core.files import atomic_file, read_json, sha256, write_json
 from recipes.pairwise.config.schema import Recipe, read_recipe
 from recipes.pairwise.data.datasets import list_folds, read_pairs
+from recipes.pairwise.data.teacher_labels import hash_labels
 
 AVERAGED = ("accuracy", "log_loss", "flip_rate", "accuracy_of_longer")
 
@@ -65,8 +66,8 @@ def option_value(options: Sequence[str], name: str) -> str | None:
 def is_complete(folder: Path, recipe: Recipe, base_model: str) -> bool:
     """Return whether the run in `folder` has ended and would be the same today.
 
-    It was then trained from this base model, on these pairs, with this model_input.py, and the
-    recipe has not changed since.
+    It was then trained from this base model, on these pairs and these labels of teachers, with this
+    model_input.py, and the recipe has not changed since.
     """
     contract_file = folder / "contract.json"
     if not contract_file.exists():
@@ -80,6 +81,7 @@ def is_complete(folder: Path, recipe: Recipe, base_model: str) -> bool:
         contract["base_model"] == base_model
         and contract["model_input_sha256"] == sha256(model_input.__file__)
         and metrics["pairs_sha256"] == sha256(recipe.pairwise.pairs)
+        and metrics.get("labels_sha256", {}) == hash_labels(recipe.pairwise.distill)
     )
 
 

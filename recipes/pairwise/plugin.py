@@ -98,7 +98,9 @@ class PairwisePlugin(BasePlugin):
                 pad_token_id=tokenizer.pad_token_id,
             )
             cache = Path(cfg.output_dir) / "prepared"
-            train, validation = datasets_of(Path(self.block.pairs), self.block.fold, tokenizer, self.contract, cache)
+            train, validation = datasets_of(
+                Path(self.block.pairs), self.block.fold, tokenizer, self.contract, cache, self.block.distill
+            )
             checkpoints.check_resume(cfg, self.block, self.resolved)
 
         total_steps = cfg.max_steps or calculate_total_num_steps(cfg, train)
@@ -163,6 +165,7 @@ class PairwisePlugin(BasePlugin):
     def post_trainer_create(self, cfg, trainer):
         """Give the trainer its loss's settings and metrics; keep the recipe, and clear away an earlier run's results."""
         trainer.label_smoothing = self.block.label_smoothing
+        trainer.distill = self.block.distill
         trainer.model_options = LABEL_TOKEN_OPTIONS if self.block.head == "label_tokens" else {}
         trainer.compute_metrics = self._compute_metrics
         self.trainer = trainer

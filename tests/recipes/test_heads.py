@@ -18,7 +18,8 @@ from recipes.pairwise.data import datasets
 from recipes.pairwise.data.collators import PairCollator
 from recipes.pairwise.tracking import metrics
 from recipes.pairwise.training.heads import compute_logits_in_float32
-from recipes.pairwise.training.trainer import LABEL_TOKEN_OPTIONS, soft_cross_entropy
+from recipes.pairwise.training.losses import soft_cross_entropy
+from recipes.pairwise.training.trainer import LABEL_TOKEN_OPTIONS
 from tests import tiny
 
 TWO = ("model_a", "model_b")

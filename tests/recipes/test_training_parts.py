@@ -30,7 +30,8 @@ from recipes.pairwise.tracking import metrics
 from recipes.pairwise.training.checkpoints import check_resume
 from recipes.pairwise.training.cpu import use_all_cores
 from recipes.pairwise.training.heads import ensure_head
-from recipes.pairwise.training.trainer import check_gradient, soft_cross_entropy
+from recipes.pairwise.training.losses import soft_cross_entropy
+from recipes.pairwise.training.trainer import check_gradient
 from tests import tiny
 
 TWO = ("model_a", "model_b")

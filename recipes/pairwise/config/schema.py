@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_yaml
@@ -61,6 +70,27 @@ class PackageBlock(_Strict):
         return self
 
 
+class DistillBlock(_Strict):
+    """How a student learns from teachers: see docs/distillation.md."""
+
+    teachers: dict[str, PositiveFloat] = Field(
+        min_length=1,
+        description="runs whose labels.parquet is read, by name below outputs/ or by path: a list, or a map to their weights",
+    )
+    weight: float = Field(0.9, gt=0, le=1, description="of the teachers' part of the loss against that of the votes")
+    temperature: float = Field(5.0, gt=0, le=20, description="softens teachers and student in the teachers' part of the loss")
+    pool: bool = Field(False, description="also train on the pairs file's pool rows, by the teachers' labels alone")
+
+    @field_validator("teachers", mode="before")
+    @classmethod
+    def _listed_teachers_weigh_the_same(cls, teachers):
+        if not isinstance(teachers, list):
+            return teachers
+        if len(set(map(str, teachers))) < len(teachers):
+            raise ValueError("a teacher is named twice; give it a weight instead: {NAME: 2}")
+        return dict.fromkeys(teachers, 1.0)
+
+
 class PairwiseBlock(_Strict):
     """The `pairwise:` block of a recipe."""
 
@@ -86,6 +116,7 @@ class PairwiseBlock(_Strict):
     orders: Literal["as_given", "random", "both"] = Field(
         "both", description="the orders of a pair in training; both stand in one micro-batch"
     )
+    distill: DistillBlock | None = Field(None, description="learn from the labels of teachers too")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="mixes the labels with the uniform distribution")
     softcap: bool = Field(False, description="Gemma-2's soft cap of attention logits; needs eager or flash_attention_2")
     package: PackageBlock = Field(description="slug of the Kaggle dataset, and how the model is quantised")
@@ -121,6 +152,8 @@ class PairwiseBlock(_Strict):
             raise ValueError(f"template.turn: expected {', '.join(fields)}, each once, found {self.template.turn!r}")
         if self.head == "reward" and "tie" in self.verdicts:
             raise ValueError("verdicts: a reward model tells no ties apart; leave out tie, half of a tie goes to each side")
+        if self.distill and not self.train:
+            raise ValueError("distill: with train: false there is no student; remove one of the two")
         if self.head == "reward" and "orders" in self.model_fields_set:
             raise ValueError("orders: a reward model sees each answer alone, its orders are the same; remove the key")
         if self.template == "bert" and self.package.quantize in GPTQ_BITS:
@@ -178,7 +211,8 @@ def pairwise_problems(block: object) -> list[str]:
     try:
         PairwiseBlock.model_validate(block)
     except ValidationError as error:
-        keys = [*PairwiseBlock.model_fields, *PackageBlock.model_fields, *TemplateBlock.model_fields]
+        blocks = (PairwiseBlock, PackageBlock, TemplateBlock, DistillBlock)
+        keys = [key for block_class in blocks for key in block_class.model_fields]
         sentences = []
         for problem in without_echo(error.errors(), keys):
             # Of a template that is spelled out, pydantic also says that it is none of the names: ("template", "literal[…]").
@@ -193,7 +227,8 @@ def _explain(problem: dict) -> str:
     key = ".".join(["pairwise", *where])
     model = PairwiseBlock
     if len(where) > 1:
-        model = {"package": PackageBlock, "template": TemplateBlock}.get(where[0], PairwiseBlock)
+        blocks = {"package": PackageBlock, "template": TemplateBlock, "distill": DistillBlock}
+        model = blocks.get(where[0], PairwiseBlock)
 
     if problem["type"] == "extra_forbidden":
         return f"{key}: {unknown_key(problem['loc'][-1], model.model_fields)}"

@@ -17,7 +17,8 @@ class PairCollator:
 
     A batch holds labels (pairs, orders, verdicts), weight (pairs,), and input_ids and
     attention_mask of shape (pairs * orders, tokens), the orders of a pair adjacent. For the reward
-    head it has one order, and two rows of ids a pair, in the order of the verdicts.
+    head it has one order, and two rows of ids a pair, in the order of the verdicts. Where rows have
+    teachers, it also holds teacher, the teachers' probabilities in the shape of labels.
 
     Padding stands on the right. For label_tokens, whose answer is read at the last place, it stands
     on the left, and the batch holds position_ids as well.
@@ -40,40 +41,48 @@ class PairCollator:
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         sequences = []
         labels_pov = []
+        teacher_pov = []
         for row in rows:
-            if self.head == "reward":
-                sequences += self.reward_sequences(row)
-                labels_pov.append([row["labels"]])
-                continue
-            row_orders = self.choose_orders(row)
-            sequences += [ids for ids, _ in row_orders]
-            labels_pov.append([labels_v for _, labels_v in row_orders])
+            swaps = self.choose_orders()
+            sequences += self.choose_sequences(row, swaps)
+            labels_pov.append([self.order_verdicts(row["labels"], swap) for swap in swaps])
+            if row.get("teacher"):
+                teacher_pov.append([self.order_verdicts(row["teacher"], swap) for swap in swaps])
 
         weight_p = [row["weight"] for row in rows]
-        return {
+        batch = {
             "labels": torch.tensor(labels_pov, dtype=torch.float32),
             "weight": torch.tensor(weight_p, dtype=torch.float32),
             **self.pad(sequences),
         }
+        if teacher_pov:
+            batch["teacher"] = torch.tensor(teacher_pov, dtype=torch.float32)
+        return batch
 
-    def reward_sequences(self, row: dict) -> list[list[int]]:
-        """Return the sequences of both responses in the order of the verdicts."""
-        response_a, response_b = row["sequences"]
-        sequences = {"model_a": response_a, "model_b": response_b}
-        return [sequences[verdict] for verdict in self.verdicts]
-
-    def choose_orders(self, row: dict) -> list[tuple[list[int], list[float]]]:
-        """Return the sequences of a row to train on, each with its target probabilities."""
-        ids_as_given, ids_swapped = row["sequences"]
-        labels_v = list(row["labels"])
-        as_given = (ids_as_given, labels_v)
-        swapped = (ids_swapped, swap_probabilities(labels_v, self.verdicts))
-
-        if self.orders == "as_given":
-            return [as_given]
+    def choose_orders(self) -> list[bool]:
+        """Choose the orders of a row to train on: for each, whether it is swapped."""
+        if self.head == "reward" or self.orders == "as_given":
+            return [False]
         if self.orders == "random":
-            return [swapped] if self.is_heads() else [as_given]
-        return [as_given, swapped]
+            return [self.is_heads()]
+        return [False, True]
+
+    def choose_sequences(self, row: dict, swaps: list[bool]) -> list[list[int]]:
+        """Return a row's sequences of token ids in these orders.
+
+        For the reward head they are those of both responses, in the order of the verdicts.
+        """
+        first, second = row["sequences"]
+        if self.head == "reward":
+            response_by_verdict = {"model_a": first, "model_b": second}
+            return [response_by_verdict[verdict] for verdict in self.verdicts]
+        return [second if is_swapped else first for is_swapped in swaps]
+
+    def order_verdicts(self, probabilities: list[float], is_swapped: bool) -> list[float]:
+        """Return a row's probabilities as they are in an order: swapped, A's is that of B."""
+        if is_swapped:
+            return swap_probabilities(list(probabilities), self.verdicts)
+        return list(probabilities)
 
     def pad(self, sequences: list[list[int]]) -> dict[str, torch.Tensor]:
         """Pad sequences to a common length, a multiple of pad_to_multiple_of.

@@ -14,6 +14,8 @@ from tqdm import tqdm
 from preprocess.core.errors import UserError
 from preprocess.core.files import atomic_folder, sha256
 from preprocess.model_input import Contract, encode_all, pair_from_row, swap
+from recipes.pairwise.config.schema import DistillBlock
+from recipes.pairwise.data.teacher_labels import hash_labels, read_teachers
 
 COLUMNS = (
     "id",
@@ -36,6 +38,8 @@ FEATURES = Features(
         "sequences": List(List(Value("int32"))),
         "labels": List(Value("float32")),
         "winner": Value("int8"),
+        # The teachers' probabilities; empty without teachers.
+        "teacher": List(Value("float32")),
         "weight": Value("float32"),
         "length": Value("int32"),
     }
@@ -70,25 +74,31 @@ def read_pairs(path: Path | str) -> pl.DataFrame:
 
 
 def split(
-    frame: pl.DataFrame, fold: int | str, path: Path | str
+    frame: pl.DataFrame, fold: int | str, path: Path | str, with_pool: bool = False
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Split pairs into training and validation rows, by their roles.
 
     Rows of the roles train and extra are trained on, those of train alone are validated on. Neither
-    holds rows of the pool or the lockbox. A fold's extra rows are left out with it, since their prompts
-    may be like those of its validation rows.
+    holds rows of the lockbox. A fold's other rows are left out with it, since their prompts may be like
+    those of its validation rows.
 
     Args:
         frame: The rows of a pairs.parquet, as read_pairs gives them.
         fold: The number of the fold to hold out; "all" trains on every row, and validates on a
             sample of them that is the same whatever the order of the rows.
         path: The file, for the message.
+        with_pool: Also train on the rows of the pool, which have no votes.
 
     Raises:
-        UserError: If there is no such fold, or no other one.
+        UserError: If there is no such fold, or no other one, or a row to train on shares its prompt
+            with a row of the lockbox.
     """
+    training_roles = ["train", "extra"]
+    if with_pool:
+        training_roles.append("pool")
     human_votes = frame.filter(role="train")
-    trainable = frame.filter(pl.col("role").is_in(["train", "extra"]))
+    trainable = frame.filter(pl.col("role").is_in(training_roles))
+    check_lockbox(frame, trainable, path)
     if fold == "all":
         sample = _order_by_hash(human_votes["id"])[:FIXED_SAMPLE_ROWS]
         return trainable, human_votes[sample]
@@ -99,6 +109,19 @@ def split(
         raise UserError(f"{path}: pairwise.fold is {fold}, but the folds in the file are {listed}")
     is_held_out = pl.col("fold") == fold
     return trainable.filter(~is_held_out), human_votes.filter(is_held_out)
+
+
+def check_lockbox(frame: pl.DataFrame, trainable: pl.DataFrame, path: Path | str) -> None:
+    """Raise UserError where a row to train on shares its group of prompts with a row of the lockbox."""
+    lockbox = frame.filter(role="test")
+    if lockbox.is_empty():
+        return
+    leaks = trainable.filter(pl.col("group").is_in(lockbox["group"].implode()))
+    if not leaks.is_empty():
+        raise UserError(
+            f"{path}: {leaks['id'][0]} (role {leaks['role'][0]}) has a prompt like one of the lockbox; make the file "
+            "again with python -m preprocess, which drops such rows"
+        )
 
 
 def list_folds(frame: pl.DataFrame) -> list[int]:
@@ -118,8 +141,9 @@ def _order_by_hash(ids: pl.Series) -> pl.Series:
 def targets(frame: pl.DataFrame, verdicts: tuple[str, ...]) -> np.ndarray:
     """Return the target probabilities, float32 of shape (rows, verdicts).
 
-    Without a verdict for ties, half of a tie goes to each side.
+    Without a verdict for ties, half of a tie goes to each side. A pool row, which has no votes, has zeros.
     """
+    frame = frame.with_columns(pl.col("p_model_a", "p_model_b", "p_tie").fill_null(0.0))
     share_a = frame["p_model_a"].to_numpy()
     share_b = frame["p_model_b"].to_numpy()
     share_tie = frame["p_tie"].to_numpy()
@@ -141,7 +165,13 @@ def winners(frame: pl.DataFrame, verdicts: tuple[str, ...]) -> np.ndarray:
     return frame.select(places).to_series().to_numpy()
 
 
-def tokenise(frame: pl.DataFrame, tokenizer, contract: Contract, description: str) -> Dataset:
+def tokenise(
+    frame: pl.DataFrame,
+    tokenizer,
+    contract: Contract,
+    description: str,
+    teacher_rv: np.ndarray | None = None,
+) -> Dataset:
     """Tokenise pairs into a dataset of one row a pair, with the columns of FEATURES.
 
     The sequences are the pair in both orders, or for the reward head the prompt with each response;
@@ -152,7 +182,10 @@ def tokenise(frame: pl.DataFrame, tokenizer, contract: Contract, description: st
         tokenizer: A fast tokenizer.
         contract: Says how a pair becomes token ids.
         description: What is tokenised, for the progress bar.
+        teacher_rv: The teachers' probabilities, (rows, verdicts), if there are teachers.
     """
+    if teacher_rv is None:
+        teacher_rv = np.zeros((len(frame), 0), np.float32)
     labels_rv = targets(frame, contract.verdicts)
     places_r = winners(frame, contract.verdicts)
     # 1 on average, so that the learning rate means the same whatever preprocess counted.
@@ -172,6 +205,7 @@ def tokenise(frame: pl.DataFrame, tokenizer, contract: Contract, description: st
                 "sequences": sequences,
                 "labels": labels_rv[rows].tolist(),
                 "winner": places_r[rows].tolist(),
+                "teacher": teacher_rv[rows].tolist(),
                 "weight": weights_r[rows].tolist(),
                 "length": [max(len(first), len(second)) for first, second in sequences],
             }
@@ -193,7 +227,12 @@ def encode_rows(chunk: pl.DataFrame, tokenizer, contract: Contract) -> list[list
 
 
 def datasets_of(
-    pairs: Path, fold: int | str, tokenizer, contract: Contract, cache: Path
+    pairs: Path,
+    fold: int | str,
+    tokenizer,
+    contract: Contract,
+    cache: Path,
+    distill: DistillBlock | None = None,
 ) -> tuple[Dataset, Dataset]:
     """Return the training and validation datasets of a run, tokenised once.
 
@@ -206,15 +245,20 @@ def datasets_of(
         tokenizer: A fast tokenizer.
         contract: Says how a pair becomes token ids.
         cache: The folder of the run's tokenised rows.
+        distill: The teachers of a student, whose labels its training rows get.
     """
-    train, validation = split(read_pairs(pairs), fold, pairs)
-    folder = cache / _cache_name(pairs, fold, tokenizer, contract)
+    with_pool = distill is not None and distill.pool
+    train, validation = split(read_pairs(pairs), fold, pairs, with_pool)
+    teacher_rv = None
+    if distill is not None:
+        teacher_rv = read_teachers(distill, train, pairs, contract.verdicts)
+    folder = cache / _cache_name(pairs, fold, tokenizer, contract, distill)
     cache.mkdir(parents=True, exist_ok=True)
 
     with FileLock(cache / "lock"):
         if not folder.exists():
             with atomic_folder(folder) as temporary:
-                train_set = tokenise(train, tokenizer, contract, "training pairs")
+                train_set = tokenise(train, tokenizer, contract, "training pairs", teacher_rv)
                 train_set.save_to_disk(temporary / "train")
                 validation_set = tokenise(validation, tokenizer, contract, "validation pairs")
                 longest_first = validation_set.sort("length", reverse=True)
@@ -222,7 +266,9 @@ def datasets_of(
     return load_from_disk(folder / "train"), load_from_disk(folder / "validation")
 
 
-def _cache_name(pairs: Path, fold: int | str, tokenizer, contract: Contract) -> str:
+def _cache_name(
+    pairs: Path, fold: int | str, tokenizer, contract: Contract, distill: DistillBlock | None
+) -> str:
     """Hash everything that decides the tokenised rows, so that a stale cache is never read."""
     settings = asdict(contract)
     for name in ("golden", "recorded", "base_model"):
@@ -231,5 +277,7 @@ def _cache_name(pairs: Path, fold: int | str, tokenizer, contract: Contract) -> 
     tokenizer_bytes = tokenizer.backend_tokenizer.to_str().encode()
     tokenizer_sha256 = hashlib.sha256(tokenizer_bytes).hexdigest()
     inputs = [sha256(pairs), fold, settings, tokenizer_sha256, list(FEATURES)]
+    if distill is not None:
+        inputs += [distill.teachers, distill.pool, hash_labels(distill)]
     key = json.dumps(inputs, sort_keys=True)
     return hashlib.sha256(key.encode()).hexdigest()[:CACHE_NAME_LENGTH]

@@ -10,6 +10,7 @@ from preprocess.core.errors import UserError
 from preprocess.core.files import atomic_file, sha256, write_json
 from recipes.pairwise.config.schema import PairwiseBlock
 from recipes.pairwise.data.datasets import read_pairs
+from recipes.pairwise.data.teacher_labels import hash_labels
 from recipes.pairwise.processes import LOG
 from recipes.pairwise.tracking import metrics
 
@@ -68,6 +69,7 @@ def write_results(folder: Path, trainer, block: PairwiseBlock, started: float) -
         "seconds_training": round(trained - started, 1),
         "seconds_predicting": round(time.monotonic() - trained, 1),
         "pairs_sha256": sha256(block.pairs),
+        "labels_sha256": hash_labels(block.distill),
     }
     write_json(folder / "metrics.json", scores | facts)
     write_json(folder / "history.json", metrics.history(trainer.state.log_history))

@@ -1,4 +1,4 @@
-"""Axolotl's trainer with one loss for all heads: cross-entropy on soft targets."""
+"""Axolotl's trainer with one loss for all heads: cross-entropy on votes, mixed with teachers' labels."""
 
 import math
 
@@ -7,7 +7,9 @@ from axolotl.core.trainers.base import AxolotlTrainer
 from torch.utils.data import SequentialSampler
 from transformers import Trainer
 
+from recipes.pairwise.config.schema import DistillBlock
 from recipes.pairwise.training.deepspeed_cpu import deepspeed_on_cpu, tell_accelerate
+from recipes.pairwise.training.losses import distillation_loss, soft_cross_entropy
 
 # Axolotl logs these; they mean nothing for a model that generates no text.
 MEANINGLESS_METRICS = ("ppl", "eval_ppl", "tokens/")
@@ -17,30 +19,6 @@ LABEL_TOKEN_OPTIONS = {"logits_to_keep": 1, "use_cache": False}
 
 # fp16's loss scale starts at 65,536 and is halved at every overflow: below this, all steps overflow.
 LEAST_LOSS_SCALE = 1.0
-
-
-def soft_cross_entropy(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    weight: torch.Tensor,
-    label_smoothing: float = 0.0,
-) -> torch.Tensor:
-    """Return the weighted cross-entropy's mean over pairs and orders, in float32.
-
-    Args:
-        logits: Of shape (pairs, orders, verdicts).
-        labels: Target probabilities, of the same shape.
-        weight: Of shape (pairs,); 1 on average over all rows, not over a batch: it counts in a
-            micro-batch of one pair too.
-        label_smoothing: The share of the uniform distribution that is mixed into the labels, as in
-            Szegedy et al. 2016.
-    """
-    verdicts = labels.shape[-1]
-    labels = labels * (1 - label_smoothing) + label_smoothing / verdicts
-    log_probabilities = torch.log_softmax(logits.float(), dim=-1)
-    losses_po = -(labels * log_probabilities).sum(dim=-1)
-    losses_p = losses_po.mean(dim=1) * weight
-    return losses_p.mean()
 
 
 def check_gradient(norm: float, step: int, loss_scale: float | None) -> None:
@@ -96,10 +74,12 @@ class PairwiseTrainer(AxolotlTrainer, _AfterAxolotl):
 
     Attributes:
         label_smoothing: See soft_cross_entropy; set by the plugin.
+        distill: Says how a student learns from its teachers; None without teachers. Set by the plugin.
         model_options: Further arguments of the model's forward; set by the plugin.
     """
 
     label_smoothing = 0.0
+    distill: DistillBlock | None = None
     model_options: dict = {}
 
     def __init__(self, *args, **kwargs):
@@ -112,11 +92,17 @@ class PairwiseTrainer(AxolotlTrainer, _AfterAxolotl):
         model_inputs = dict(inputs)
         labels = model_inputs.pop("labels")
         weight = model_inputs.pop("weight")
+        # Validation rows have no teachers: metrics are against human votes.
+        teacher = model_inputs.pop("teacher", None)
         logits = model(**model_inputs, **self.model_options).logits
         logits_pov = logits.view(labels.shape).float()
 
         label_smoothing = self.label_smoothing if model.training else 0.0
         loss = soft_cross_entropy(logits_pov, labels, weight, label_smoothing)
+        if teacher is not None:
+            share = self.distill.weight
+            divergence = distillation_loss(logits_pov, teacher, weight, self.distill.temperature)
+            loss = (1 - share) * loss + share * divergence
         return (loss, {"logits": logits_pov}) if return_outputs else loss
 
     def _prepare_input(self, data):

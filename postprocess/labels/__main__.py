@@ -1,0 +1,83 @@
+"""`python -m postprocess.labels TEACHER`: score rows with trained runs that did not see them.
+
+The rows of a fold, extra ones too, are scored by the run that held that fold out; pool and lockbox rows
+by the runs of all folds, whose mean they get. outputs/TEACHER/labels.parquet holds the probabilities in
+both orders. An interrupted call goes on where it was.
+"""
+
+import os
+import queue
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import click
+
+from preprocess.core.errors import UserError, exits_with_2
+from recipes.pairwise.config.recipe_files import find_recipe
+from recipes.pairwise.config.schema import Recipe, read_recipe
+from recipes.pairwise.data.datasets import list_folds, read_pairs
+from recipes.pairwise.train import count_devices
+
+
+@click.command(help=__doc__)
+@click.argument("teacher")
+@click.option(
+    "--run",
+    "only_run",
+    help="Score with this run alone, e.g. fold-0; labels.parquet is not written.",
+)
+@exits_with_2
+def main(teacher: str, only_run: str | None) -> None:
+    """Label the rows of a teacher's pairs file."""
+    if "PAIRWISE_FOLD" in os.environ:
+        raise UserError("PAIRWISE_FOLD is set; unset it, labels are of all folds")
+    recipe = read_recipe(find_recipe(teacher))
+    devices = count_devices()
+    if devices > 1 and only_run is None:
+        score_on_devices(recipe, devices)
+
+    # What other processes have scored is not scored again.
+    from postprocess.labels.labels import make_labels  # noqa: PLC0415  needs torch
+
+    make_labels(recipe, only_run)
+
+
+def score_on_devices(recipe: Recipe, devices: int) -> None:
+    """Score with each fold's run in a process of its own, one on each GPU at a time.
+
+    Raises:
+        UserError: A process failed; it has printed why.
+    """
+    free_devices: queue.Queue[int] = queue.Queue()
+    for device in range(devices):
+        free_devices.put(device)
+
+    def score_fold(fold: int) -> int:
+        device = free_devices.get()
+        command = [
+            sys.executable,
+            "-m",
+            "postprocess.labels",
+            str(recipe.path),
+            "--run",
+            f"fold-{fold}",
+        ]
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(device)}
+        exit_code = subprocess.run(command, env=environment, check=False).returncode
+        free_devices.put(device)
+        return exit_code
+
+    folds = []
+    for fold in list_folds(read_pairs(Path(recipe.pairwise.pairs))):
+        if (recipe.run_folder / f"fold-{fold}").is_dir():
+            folds.append(fold)
+    with ThreadPoolExecutor(max_workers=devices) as threads:
+        exit_codes = list(threads.map(score_fold, folds))
+    if any(exit_codes):
+        raise UserError(f"{recipe.run_folder}: a fold could not be scored; see above")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""Label a pairs file with a teacher: choose each run's rows, score them, and average what several runs say.
+
+`python -m postprocess.labels` calls `make_labels`. The file and its reader are in
+recipes/pairwise/data/teacher_labels.py.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from postprocess.labels.score_rows import score_rows
+from postprocess.report.run_data import LOCKBOX
+from postprocess.run_folder import Run, read_run
+from preprocess.core.errors import UserError
+from preprocess.core.files import atomic_file, read_object, sha256, write_json
+from recipes.pairwise.config.schema import Recipe
+from recipes.pairwise.data.datasets import list_folds, read_pairs, targets, winners
+from recipes.pairwise.data.teacher_labels import LABELS, LABELS_RECORD, label_columns
+from recipes.pairwise.tracking import metrics
+
+CHUNKS = "labels"  # the folder of unfinished work, in the run's folder
+OWN_RUN = "."  # the name of a recipe's only run, that of its own folder
+SUFFIXES = ("", *(f"_{order}" for order in metrics.ORDERS))
+
+
+@dataclass(frozen=True)
+class TeacherRun:
+    """One run of a teacher.
+
+    Attributes:
+        name: Its folder within the teacher's: fold-0, or "." for the teacher's own.
+        fold: The fold that it held out; None where it was trained on all rows.
+        run: The run.
+    """
+
+    name: str
+    fold: int | None
+    run: Run
+
+
+def make_labels(recipe: Recipe, only_run: str | None = None) -> None:
+    """Write labels.parquet and labels.json of a teacher, and lockbox.json where there are lockbox rows.
+
+    Args:
+        recipe: The teacher's recipe.
+        only_run: Score with this run alone, and leave the files to another call.
+
+    Raises:
+        UserError: A run is missing, not complete, or of another pairs file.
+    """
+    pairs_file = Path(recipe.pairwise.pairs)
+    pairs = read_pairs(pairs_file)
+    pairs_sha256 = sha256(pairs_file)
+    folder = recipe.run_folder
+
+    tables = {}
+    records = {}
+    for teacher_run in find_runs(recipe, pairs, pairs_sha256):
+        if only_run not in (None, teacher_run.name):
+            continue
+        contract_sha256 = sha256(teacher_run.run.folder / "contract.json")
+        records[teacher_run.name] = {"fold": teacher_run.fold, "contract_sha256": contract_sha256}
+        rows = choose_rows(pairs, teacher_run.fold)
+        if rows.is_empty():
+            continue
+        key = {"pairs_sha256": pairs_sha256, **records[teacher_run.name]}
+        chunks = teacher_run.run.folder / CHUNKS
+        tables[teacher_run.name] = score_rows(teacher_run.run, rows, key, chunks)
+        verdicts = teacher_run.run.contract.verdicts
+    if only_run is not None:
+        return
+    if not tables:
+        raise UserError(
+            f"{pairs_file}: no row that {folder} was not trained on; hold out a fold, or add a pool"
+        )
+
+    labels = average_runs(tables)
+    with atomic_file(folder / LABELS) as temporary:
+        labels.write_parquet(temporary)
+    record = {"pairs_sha256": pairs_sha256, "verdicts": list(verdicts), "runs": records}
+    write_json(folder / LABELS_RECORD, record)
+    print(f"{folder / LABELS}: {len(labels):,} of {len(pairs):,} rows, by {len(records)} run(s)")
+    measure_lockbox(folder, labels, pairs, verdicts)
+
+
+def find_runs(recipe: Recipe, pairs: pl.DataFrame, pairs_sha256: str) -> list[TeacherRun]:
+    """Find a teacher's runs: those of all its folds, or its own where it has none.
+
+    Args:
+        recipe: The teacher's recipe.
+        pairs: The rows of its pairs file.
+        pairs_sha256: The file's hash, which every run must have recorded.
+
+    Raises:
+        UserError: A fold is missing, or a run is not what its folder says.
+    """
+    folder = recipe.run_folder
+    folds = list_folds(pairs)
+    fold_folders = {fold: folder / f"fold-{fold}" for fold in folds}
+    has_folds = any((path / "contract.json").is_file() for path in fold_folders.values())
+
+    if not has_folds:
+        held_out = read_fold(folder, pairs_sha256)
+        run = read_run(recipe)
+        return [TeacherRun(OWN_RUN, held_out, run)]
+
+    runs = []
+    for fold, fold_folder in fold_folders.items():
+        held_out = read_fold(fold_folder, pairs_sha256)
+        if held_out != fold:
+            raise UserError(
+                f"{fold_folder / 'metrics.json'}: fold {held_out} was held out here, not {fold}: this run was "
+                f"trained on the rows of fold {fold}; train it again with make cv R={folder.name}"
+            )
+        block = recipe.pairwise.model_copy(update={"fold": fold})
+        run = read_run(replace(recipe, run_folder=fold_folder, pairwise=block))
+        runs.append(TeacherRun(fold_folder.name, fold, run))
+    return runs
+
+
+def read_fold(folder: Path, pairs_sha256: str) -> int | None:
+    """Read which fold a run held out; None for a run that was trained on all rows."""
+    file = folder / "metrics.json"
+    if not file.is_file():
+        raise UserError(
+            f"{file}: no such file; train the teacher's folds with make cv R={folder.parent.name}"
+        )
+    values = read_object(file)
+    if values.get("pairs_sha256") != pairs_sha256:
+        raise UserError(
+            f"{file}: trained on another pairs file than the recipe's as it is now; train again"
+        )
+    fold = values.get("fold")
+    return None if fold == "all" else fold
+
+
+def choose_rows(pairs: pl.DataFrame, fold: int | None) -> pl.DataFrame:
+    """Choose the rows that a run was not trained on: its held-out fold, the pool and the lockbox.
+
+    Args:
+        pairs: The rows of the pairs file.
+        fold: The fold that the run held out; None where it was trained on all rows with votes.
+    """
+    has_votes = pl.col("role").is_in(["train", "extra"])
+    if fold is None:
+        return pairs.filter(~has_votes)
+    return pairs.filter(~has_votes | (pl.col("fold") == fold))
+
+
+def average_runs(tables: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
+    """Average the runs' probabilities of each row.
+
+    Args:
+        tables: Each run's table of predictions, by its name.
+
+    Returns:
+        id, runs (the names of those that scored the row), and the probabilities of the mean and of each
+        order; sorted by id.
+    """
+    columns = []
+    for suffix in SUFFIXES:
+        columns += label_columns(suffix)
+
+    named_tables = []
+    for name, table in tables.items():
+        named_tables.append(table.select("id", pl.lit(name).alias("runs"), *columns))
+    rows = pl.concat(named_tables)
+    return rows.group_by("id").agg(pl.col("runs"), pl.col(columns).mean()).sort("id")
+
+
+def measure_lockbox(
+    folder: Path, labels: pl.DataFrame, pairs: pl.DataFrame, verdicts: Sequence[str]
+) -> None:
+    """Score the lockbox against its human votes, print that and write lockbox.json.
+
+    Args:
+        folder: The teacher's folder.
+        labels: Its labels.
+        pairs: The rows of the pairs file. Without lockbox rows, nothing is written.
+        verdicts: The teacher's verdicts.
+    """
+    lockbox = pairs.filter(role="test").join(labels, on="id", how="inner", suffix="_label")
+    if lockbox.is_empty():
+        return
+
+    orders = []
+    for order in metrics.ORDERS:
+        columns = [f"p_{verdict}_{order}" for verdict in verdicts]
+        orders.append(lockbox.select(columns).to_numpy())
+    probabilities_rov = np.stack(orders, axis=1)
+    scores = metrics.scores(
+        probabilities_rov, targets(lockbox, tuple(verdicts)), winners(lockbox, tuple(verdicts))
+    )
+    write_json(folder / LOCKBOX, scores | {"rows": len(lockbox)})
+    print(
+        f"lockbox: accuracy {scores['accuracy']:.4f}, log loss {scores['log_loss']:.4f} on {len(lockbox):,} rows"
+    )

@@ -1,0 +1,158 @@
+"""The file of a teacher's labels, outputs/TEACHER/labels.parquet, and what a student reads of it.
+
+`pairwise labels` (postprocess/labels) writes the file. A row's label is the mean of the runs that did
+not train on it: of its own fold's run for a row with votes, of all folds' runs for the pool and the
+lockbox. A student refuses labels that say otherwise, that are of another pairs file, or that are older
+than the runs which they come from.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from preprocess.core.errors import UserError
+from preprocess.core.files import read_object, sha256
+from preprocess.model_input import VERDICTS
+from recipes.pairwise.config.schema import DistillBlock
+
+LABELS = "labels.parquet"
+LABELS_RECORD = "labels.json"
+
+
+def teacher_folder(run: str) -> Path:
+    """Find a teacher's folder: `run` is the name of one below outputs/, or a path."""
+    if "/" in run:
+        return Path(run)
+    return Path("outputs") / run
+
+
+def hash_labels(distill: DistillBlock | None) -> dict[str, str]:
+    """Hash the files of labels that a student reads, by their paths; none without distillation."""
+    hashes = {}
+    if distill is not None:
+        for run in distill.teachers:
+            file = teacher_folder(run) / LABELS
+            hashes[str(file)] = sha256(file) if file.is_file() else "absent"
+    return hashes
+
+
+def read_teachers(
+    distill: DistillBlock, rows: pl.DataFrame, pairs_file: Path, verdicts: Sequence[str]
+) -> np.ndarray:
+    """Read the labels of a student's training rows, averaged over its teachers by their weights.
+
+    Args:
+        distill: The student's `pairwise.distill`.
+        rows: The training rows, as datasets.split gives them.
+        pairs_file: The student's pairs file.
+        verdicts: The student's verdicts, which must be those of every teacher.
+
+    Returns:
+        Probabilities, float32 (rows, verdicts), in the order as given.
+
+    Raises:
+        UserError: A file is missing, or its labels are not fit for these rows.
+    """
+    columns = [f"p_{verdict}" for verdict in verdicts]
+    total_weight = sum(distill.teachers.values())
+    labels_rv = np.zeros((len(rows), len(verdicts)))
+    for run, weight in distill.teachers.items():
+        labels = read_labels(teacher_folder(run), rows, pairs_file, verdicts)
+        labels_rv += weight / total_weight * labels.select(columns).to_numpy()
+    return labels_rv.astype(np.float32)
+
+
+def read_labels(
+    folder: Path, rows: pl.DataFrame, pairs_file: Path, verdicts: Sequence[str]
+) -> pl.DataFrame:
+    """Read one teacher's labels of some rows, in the order of the rows.
+
+    Args:
+        folder: The teacher's folder.
+        rows: The rows of the pairs file.
+        pairs_file: The pairs file.
+        verdicts: The student's verdicts.
+
+    Raises:
+        UserError: See read_teachers.
+    """
+    file = folder / LABELS
+    if not file.is_file() or not (folder / LABELS_RECORD).is_file():
+        raise UserError(
+            f"{file}: no such file; train the teacher's folds with make cv R={folder.name}, and label with "
+            f"pairwise labels {folder.name}"
+        )
+    record = read_object(folder / LABELS_RECORD)
+    check_record(record, folder, pairs_file, verdicts)
+
+    labels = rows.select("id", "role", "fold").join(
+        pl.read_parquet(file), on="id", how="left", maintain_order="left"
+    )
+    without_label = labels.filter(pl.col("runs").is_null())
+    if len(without_label) > 0:
+        raise UserError(
+            f"{file}: no label of {len(without_label):,} of the {len(rows):,} training rows, such as "
+            f"{without_label['id'][0]} (role {without_label['role'][0]}); train every fold of the teacher with "
+            f"make cv R={folder.name}, and label again"
+        )
+    check_runs(labels, record["runs"], file)
+    return labels
+
+
+def check_record(record: Mapping, folder: Path, pairs_file: Path, verdicts: Sequence[str]) -> None:
+    """Check that a file of labels is of this pairs file, of these verdicts, and of the runs as they are now.
+
+    Args:
+        record: The teacher's labels.json.
+        folder: The teacher's folder.
+        pairs_file: The student's pairs file.
+        verdicts: The student's verdicts.
+
+    Raises:
+        UserError: It is not.
+    """
+    file = folder / LABELS
+    again = f"run pairwise labels {folder.name} again"
+    if record["pairs_sha256"] != sha256(pairs_file):
+        raise UserError(
+            f"{file}: labels of another pairs file than {pairs_file} as it is now; train teacher and student on "
+            f"one file, and {again}"
+        )
+    if set(record["verdicts"]) != set(verdicts):
+        raise UserError(
+            f"{file}: the teacher's verdicts are {', '.join(record['verdicts'])}, the student's "
+            f"{', '.join(verdicts)}; they must be the same"
+        )
+    for run, facts in record["runs"].items():
+        contract = folder / run / "contract.json"
+        if not contract.is_file() or sha256(contract) != facts["contract_sha256"]:
+            raise UserError(f"{file}: older than the training of {folder / run}; {again}")
+
+
+def check_runs(labels: pl.DataFrame, runs: Mapping[str, Mapping], file: Path) -> None:
+    """Check that no row with votes was labelled by a run that was trained on it.
+
+    Args:
+        labels: Labels with the columns id, role, fold and runs.
+        runs: What labels.json says of each run, the fold that it held out among it.
+        file: The file of labels, for the message.
+
+    Raises:
+        UserError: One was.
+    """
+    fold_by_run = {run: facts["fold"] for run, facts in runs.items()}
+    with_votes = labels.filter(pl.col("role").is_in(["train", "extra"]))
+    for row_id, fold, row_runs in with_votes.select("id", "fold", "runs").iter_rows():
+        for run in row_runs:
+            if fold_by_run.get(run) != fold:
+                raise UserError(
+                    f"{file}: {row_id} of fold {fold} is labelled by the run {run}, which was trained on it; a "
+                    "teacher's labels must be out-of-fold: make them with pairwise labels"
+                )
+
+
+def label_columns(suffix: str = "") -> list[str]:
+    """Name the columns of probabilities: of the mean of both orders, or with a suffix of one order."""
+    return [f"p_{verdict}{suffix}" for verdict in VERDICTS]
