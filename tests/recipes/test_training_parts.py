@@ -144,7 +144,8 @@ def test_extra_rows_are_trained_on_and_only_human_votes_are_validated_on(tmp_pat
     frame = datasets.read_pairs(path)
     tables = [frame]
     for role in ("extra", "pool", "test"):
-        tables.append(frame.with_columns(id=role + pl.col("id"), role=pl.lit(role)))
+        group = pl.col("group") + (100 if role == "test" else 0)
+        tables.append(frame.with_columns(id=role + pl.col("id"), role=pl.lit(role), group=group))
     frame = pl.concat(tables)
     train, validation = datasets.split(frame, 2, path)
     assert dict(train["role"].value_counts().iter_rows()) == {"train": 16, "extra": 16}
