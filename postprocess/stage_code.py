@@ -21,7 +21,11 @@ MODEL_CLASS = (
 # Everything that Kaggle's kernel loads and scores a model with.
 SCORING = ("kaggle_kernels/runtime/models",)
 
-PAIRS = ("recipes/pairwise/data/datasets.py", "recipes/pairwise/tracking/metrics.py")
+PAIRS = (
+    "recipes/pairwise/data/datasets.py",
+    "recipes/pairwise/data/teacher_labels.py",
+    "recipes/pairwise/tracking/metrics.py",
+)
 
 MERGE = (
     *RUN,
