@@ -50,9 +50,13 @@ def score_on_devices(recipe: Recipe, devices: int) -> None:
     Raises:
         UserError: A process failed; it has printed why.
     """
-    free_devices: queue.Queue[int] = queue.Queue()
-    for device in range(devices):
-        free_devices.put(device)
+    # The user may have chosen some of the machine's GPUs.
+    device_names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if len(device_names) != devices:
+        device_names = [str(device) for device in range(devices)]
+    free_devices: queue.Queue[str] = queue.Queue()
+    for name in device_names:
+        free_devices.put(name)
 
     def score_fold(fold: int) -> int:
         device = free_devices.get()
@@ -64,7 +68,7 @@ def score_on_devices(recipe: Recipe, devices: int) -> None:
             "--run",
             f"fold-{fold}",
         ]
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(device)}
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": device}
         exit_code = subprocess.run(command, env=environment, check=False).returncode
         free_devices.put(device)
         return exit_code
