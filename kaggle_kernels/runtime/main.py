@@ -27,7 +27,6 @@ from kaggle_kernels.runtime.inputs import (
 from kaggle_kernels.runtime.package import Package, PackageError, read_package
 from kaggle_kernels.runtime.scheduling.schedule import (
     Board,
-    combine,
     make_board,
     score_all,
     serving_contract,
@@ -106,7 +105,7 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
     board = make_board(served, packages, all_rows, devices, clock, hidden_run)
     with log_errors_of_hidden_run(clock):
         score_all(board)
-    scored = combine(served, packages, board.progress.scores)
+    scored = board.probabilities()
 
     # From here on a row without a score has the prior.
     shortfall = describe_shortfall(rows, scored, settings.min_scored)

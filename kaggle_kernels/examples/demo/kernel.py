@@ -196,7 +196,7 @@ SETTINGS = Settings(
     min_scored=0.98,
     visible_rows=512,
     wheels="pairwise-wheels",
-    build="20caa86283dbe54d",
+    build="5cd7837814c25d75",
 )
 
 
@@ -250,7 +250,7 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
     board = make_board(served, packages, all_rows, devices, clock, hidden_run)
     with log_errors_of_hidden_run(clock):
         score_all(board)
-    scored = combine(served, packages, board.progress.scores)
+    scored = board.probabilities()
 
     # From here on a row without a score has the prior.
     shortfall = describe_shortfall(rows, scored, settings.min_scored)
@@ -591,17 +591,8 @@ class Board:
         return [row_id for row_id in group if row_id not in finished]
 
     def probabilities(self) -> dict[str, list[float]]:
-        """Combine what the packages that are not left out have given so far, by id."""
-        # The weights of packages that are left out must not count.
-        package_settings = []
-        packages = []
-        scores = []
-        for number in self.progress.packages:
-            package_settings.append(self.inputs.settings.packages[number])
-            packages.append(self.inputs.packages[number])
-            scores.append(self.progress.scores[number])
-        settings = replace(self.inputs.settings, packages=tuple(package_settings))
-        return combine(settings, packages, scores)
+        """Combine what all packages have given so far, by id."""
+        return combine(self.inputs.settings, self.inputs.packages, self.progress.scores)
 
     def scores_by_run(self) -> dict[str, ModelScores]:
         """Collect what each run's model gave."""
@@ -1135,7 +1126,8 @@ def make_pass(
 
 def run_pass(work: Pass, workers: Sequence[Worker], clock: Clock) -> Pass:
     """Work through the queue; PackageError where the last worker refuses the package."""
-    log(clock, f"{work.label}: {work.rows} rows in {len(work.queue)} batches")
+    batches = "1 batch" if len(work.queue) == 1 else f"{len(work.queue)} batches"
+    log(clock, f"{work.label}: {work.rows} rows in {batches}")
 
     # Workers that died late in the pass before may not have been restarted.
     for worker in workers:

@@ -127,7 +127,8 @@ def make_pass(
 
 def run_pass(work: Pass, workers: Sequence[Worker], clock: Clock) -> Pass:
     """Work through the queue; PackageError where the last worker refuses the package."""
-    log(clock, f"{work.label}: {work.rows} rows in {len(work.queue)} batches")
+    batches = "1 batch" if len(work.queue) == 1 else f"{len(work.queue)} batches"
+    log(clock, f"{work.label}: {work.rows} rows in {batches}")
 
     # Workers that died late in the pass before may not have been restarted.
     for worker in workers:

@@ -120,17 +120,8 @@ class Board:
         return [row_id for row_id in group if row_id not in finished]
 
     def probabilities(self) -> dict[str, list[float]]:
-        """Combine what the packages that are not left out have given so far, by id."""
-        # The weights of packages that are left out must not count.
-        package_settings = []
-        packages = []
-        scores = []
-        for number in self.progress.packages:
-            package_settings.append(self.inputs.settings.packages[number])
-            packages.append(self.inputs.packages[number])
-            scores.append(self.progress.scores[number])
-        settings = replace(self.inputs.settings, packages=tuple(package_settings))
-        return combine(settings, packages, scores)
+        """Combine what all packages have given so far, by id."""
+        return combine(self.inputs.settings, self.inputs.packages, self.progress.scores)
 
     def scores_by_run(self) -> dict[str, ModelScores]:
         """Collect what each run's model gave."""

@@ -16,6 +16,7 @@ from kaggle_kernels.runtime.scheduling.schedule import (
     Encoder,
     LoadError,
     NextPass,
+    leave_out,
     make_next_pass,
     note_pass,
     plan_next_pass,
@@ -241,3 +242,10 @@ def test_a_tokenizer_is_used_by_one_thread_at_a_time_and_by_none_once_the_encode
     encoder.begin(1, "swapped", ROWS)
     encoder.close()
     assert inside == []
+
+
+def test_the_scores_of_a_package_that_was_left_out_later_still_count(packages):
+    board = board_of(packages)
+    board.progress.scores[1][IDS[0]]["as_given"] = [0.75, 0.25]
+    leave_out(board, 1, LoadError("no device could load it"))
+    assert board.probabilities() == {IDS[0]: pytest.approx([0.75, 0.25])}
