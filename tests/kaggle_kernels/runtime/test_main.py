@@ -223,37 +223,3 @@ def test_workers_that_refuse_the_only_package_end_the_hidden_run_without_a_submi
     with pytest.raises(PackageError, match="golden row 7"):
         run_kernel(SETTINGS)
     assert list((kaggle / "working").iterdir()) == []
-
-
-def test_workers_that_are_lost_for_good_after_a_fifth_of_the_rows_leave_a_whole_submission(kaggle, monkeypatch, capsys):
-    rows = tiny.pairs(200, seed=6)
-    write_test_rows(kaggle, rows)
-    device = Device()
-    device.dies_at = lambda requests: sum(scored for scored, _ in device.batches) >= 40
-    device.loads = lambda start: not device.dies_at([])
-    monkeypatch.setattr(worker_handle, "start_process", lambda task: start_in_thread(task, device.work))
-    monkeypatch.setenv("KAGGLE_IS_COMPETITION_RERUN", "1")
-    run_kernel(replace(SETTINGS, tokens_per_batch=1000), ["cpu", "cpu"])
-    assert submitted(kaggle)["id"].to_list() == rows["id"].to_list()
-    record = record_of(kaggle)
-    assert 40 <= record["scored"] < 70
-    assert [worker["gone"] for worker in record["workers"]] == [True, True]
-    printed = capsys.readouterr().out
-    assert "no device is left; rows without a score get the prior\n" in printed
-    assert f"warning: {record['scored']} of 200 rows were scored" in printed
-
-
-def test_with_a_clock_for_a_third_of_the_rows_those_that_count_are_scored_first(kaggle, monkeypatch):
-    rows = tiny.pairs(300, seed=6)
-    scored = pl.Series("scored", [(True, False, None, False)[place % 4] for place in range(300)])
-    write_test_rows(kaggle, rows.with_columns(scored))
-    device = Device(seconds_per_token=5e-5)
-    monkeypatch.setattr(worker_handle, "start_process", lambda task: start_in_thread(task, device.work))
-    monkeypatch.setenv("KAGGLE_IS_COMPETITION_RERUN", "1")
-    # Their tokens alone take 1.7 s.
-    run_kernel(replace(SETTINGS, orders=("as_given",), time_limits=(TimeLimit(None, 1.5),)), ["cpu"])
-    table = pl.read_parquet(kaggle / "working" / "scores.parquet").with_columns(counts=scored.fill_null(True))
-    assert submitted(kaggle)["id"].to_list() == rows["id"].to_list()
-    done, left = table.filter("scored"), table.filter(~pl.col("scored"))
-    assert not left.is_empty()
-    assert done["counts"].all() or left["counts"].not_().all()
