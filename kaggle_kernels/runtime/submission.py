@@ -65,11 +65,6 @@ def soften(values: Sequence[float], temperature: float) -> list[float]:
     return [value / total for value in bounded]
 
 
-def is_first_longer(row: Mapping) -> bool:
-    """Tell whether a row's first response has as many characters as its second, or more."""
-    return count_characters(row["response_a"]) >= count_characters(row["response_b"])
-
-
 def count_characters(text: str | Sequence[str | None] | None) -> int:
     """Count the characters of a text, or of all its turns."""
     if text is None:
@@ -88,19 +83,9 @@ def count_characters(text: str | Sequence[str | None] | None) -> int:
 def prior(row: Mapping, verdicts: Sequence[str]) -> list[float]:
     """Give a row that could not be scored probabilities, by which of its responses is longer."""
     longer, shorter, *tie = PRIOR[len(verdicts)]
-    if is_first_longer(row):
+    if count_characters(row["response_a"]) >= count_characters(row["response_b"]):
         return [longer, shorter, *tie]
     return [shorter, longer, *tie]
-
-
-def describe_shortfall(
-    rows: Sequence[Mapping], scored: Mapping[str, Sequence[float]], min_scored: float
-) -> str | None:
-    """Say how many rows were scored, where it is a smaller share than `min_scored`, else None."""
-    scored_rows = sum(row["id"] in scored for row in rows)
-    if scored_rows >= min_scored * len(rows):
-        return None
-    return f"{scored_rows} of {len(rows)} rows were scored, the spec's min_scored is {min_scored}"
 
 
 def fill_unscored(
@@ -123,7 +108,7 @@ def write_submission(
     """Write id,winner or id and one probability a verdict. Where a check fails, no file is left.
 
     Args:
-        path: The file; it gets this name once `check_submission` has passed it.
+        path: The file; it gets this name once its ids were read back.
         settings: Name the competition's columns and verdicts.
         final: The probabilities by id.
         ids: The test file's, in its order, read again.
@@ -141,7 +126,7 @@ def write_submission(
                 writer.writerow([row_id, *answer])
 
         # What stands in the file is checked, not what was meant to.
-        check_submission(temporary, settings, ids)
+        check_ids(temporary, ids)
 
 
 def check_probabilities(final: Mapping[str, Sequence[float]], verdicts: Sequence[str]) -> None:
@@ -155,47 +140,17 @@ def check_probabilities(final: Mapping[str, Sequence[float]], verdicts: Sequence
             )
 
 
-def check_submission(path: Path, settings: Settings, ids: Sequence[str]) -> None:
-    """Raise ValueError unless a file has every id once, in order, with a valid answer."""
+def check_ids(path: Path, ids: Sequence[str]) -> None:
+    """Raise ValueError unless a submission has every id of the test file once, in its order."""
     with path.open(encoding="utf-8", newline="") as file:
-        header, *lines = csv.reader(file)
-    expected_header = ["id", *settings.columns]
-    if header != expected_header:
-        raise ValueError(f"{path}: columns {header}, expected {expected_header}")
-
-    # An empty line has no id; it still counts as a row that is not the expected one.
-    written_ids = []
-    for line in lines:
-        written_ids.append(line[0] if line else "")
-    check_order(path, written_ids, ids)
-
-    for row_id, *answer in lines:
-        expected = len(settings.columns)
-        if len(answer) != expected:
-            raise ValueError(f"{path}: id {row_id}: {len(answer)} values, expected {expected}")
-        if expected > 1:
-            numbers = [float(value) for value in answer]
-            check_probabilities({row_id: numbers}, settings.verdicts)
-        elif answer[0] not in settings.verdicts:
-            verdicts = ", ".join(settings.verdicts)
-            raise ValueError(f"{path}: id {row_id}: {answer[0]!r}, expected one of {verdicts}")
-
-
-def check_order(path: Path, written_ids: Sequence[str], ids: Sequence[str]) -> None:
-    """Raise ValueError at the first id that is not the test file's at that place."""
+        _header, *lines = csv.reader(file)
+    written_ids = [line[0] for line in lines]
     for place, (written, expected) in enumerate(itertools.zip_longest(written_ids, ids), start=1):
-        if written == expected:
-            continue
-
-        # zip_longest gives None where one of the two lists has ended.
-        here = f"row {place} has {written!r}"
-        if written is None:
-            here = f"row {place} is missing"
-        there = "no more" if expected is None else repr(expected)
-        raise ValueError(
-            f"{path}: its {len(written_ids)} ids are not the test file's {len(ids)} ids in their "
-            f"order: {here}, expected {there}"
-        )
+        if written != expected:
+            raise ValueError(
+                f"{path}: its {len(written_ids)} ids are not the test file's {len(ids)} ids in "
+                f"their order: row {place} has {written!r}, expected {expected!r}"
+            )
 
 
 @contextlib.contextmanager
