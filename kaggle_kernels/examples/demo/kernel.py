@@ -192,7 +192,7 @@ SETTINGS = Settings(
     min_scored=0.98,
     visible_rows=512,
     wheels="pairwise-wheels",
-    build="b5429f8910acee04",
+    build="6f0f1d84c7ed89af",
 )
 
 
@@ -1450,9 +1450,11 @@ def serve(connection, score_requests, batches_at_once: int) -> None:
             if answer[0] == "failed":
                 return
 
-    threads = [threading.Thread(target=score_until_closed) for _ in range(batches_at_once)]
-    for thread in threads:
+    threads = []
+    for _ in range(batches_at_once):
+        thread = threading.Thread(target=score_until_closed, daemon=True)
         thread.start()
+        threads.append(thread)
     for thread in threads:
         thread.join()
 

@@ -199,9 +199,11 @@ def serve(connection, score_requests, batches_at_once: int) -> None:
             if answer[0] == "failed":
                 return
 
-    threads = [threading.Thread(target=score_until_closed) for _ in range(batches_at_once)]
-    for thread in threads:
+    threads = []
+    for _ in range(batches_at_once):
+        thread = threading.Thread(target=score_until_closed, daemon=True)
         thread.start()
+        threads.append(thread)
     for thread in threads:
         thread.join()
 
