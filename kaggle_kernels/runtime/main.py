@@ -145,7 +145,7 @@ def write_records(
     """
     scored = board.probabilities()
     verdicts = board.inputs.settings.verdicts
-    write_scores(folder / "scores.parquet", verdicts, final, scored, board.scores_by_run())
+    write_scores(folder / "scores.parquet", verdicts, final, scored, board.model_columns())
     if visible.rows:
         record["visible"] = report_visible_run(board, visible, scored)
     write_record(folder / "kernel.json", record | describe_run(board))

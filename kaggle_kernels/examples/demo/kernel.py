@@ -192,7 +192,7 @@ SETTINGS = Settings(
     min_scored=0.98,
     visible_rows=512,
     wheels="pairwise-wheels",
-    build="6f0f1d84c7ed89af",
+    build="91e267271ae914db",
 )
 
 
@@ -284,7 +284,7 @@ def write_records(
     """Write scores.parquet and kernel.json, which no score depends on."""
     scored = board.probabilities()
     verdicts = board.inputs.settings.verdicts
-    write_scores(folder / "scores.parquet", verdicts, final, scored, board.scores_by_run())
+    write_scores(folder / "scores.parquet", verdicts, final, scored, board.model_columns())
     if visible.rows:
         record["visible"] = report_visible_run(board, visible, scored)
     write_record(folder / "kernel.json", record | describe_run(board))
@@ -490,13 +490,17 @@ class Board:
         """Combine what all packages have given so far, by id."""
         return combine(self.inputs.settings, self.inputs.packages, self.progress.scores)
 
-    def scores_by_run(self) -> dict[str, ModelScores]:
-        """Collect what each run's model gave."""
-        models = {}
+    def model_columns(self) -> dict[str, dict[str, float]]:
+        """Collect each model's own probabilities: RUN_p_VERDICT_ORDER, then by id."""
+        columns: dict[str, dict[str, float]] = {}
         for number, package_settings in enumerate(self.inputs.settings.packages):
             verdicts = self.inputs.packages[number].contract.verdicts
-            models[package_settings.run] = ModelScores(verdicts, self.progress.scores[number])
-        return models
+            for row_id, by_order in self.progress.scores[number].items():
+                for order, values in by_order.items():
+                    for verdict, value in zip(verdicts, values, strict=True):
+                        name = f"{package_settings.run}_p_{verdict}_{order}"
+                        columns.setdefault(name, {})[row_id] = value
+        return columns
 
 
 @dataclass(frozen=True)
@@ -630,14 +634,22 @@ def plan_further_pass(board: Board, group: Sequence[str], loaded: int | None) ->
         return None
     first, *later = planned
 
-    # The pass must leave the time for those planned after it: their scoring, and loading each
-    # package once. Its own package is loaded by then.
-    load_seconds = {share.option.package: share.option.load_seconds for share in later}
-    load_seconds.pop(first.option.package, None)
-    seconds_for_later = sum(share.seconds for share in later) + sum(load_seconds.values())
-    deadline = clock.deadline - seconds_for_later
-    row_ids = frozenset(first.row_ids)
-    return NextPass(first.option.package, first.option.order, row_ids, deadline)
+    # The pass must leave the time for those planned after it.
+    package = first.option.package
+    deadline = clock.deadline - count_seconds(later, package)
+    return NextPass(package, first.option.order, frozenset(first.row_ids), deadline)
+
+
+def count_seconds(shares: Sequence[Share], loaded: int) -> float:
+    """Count the seconds of shares: their scoring, and loading each package but the loaded one once."""
+    seconds = 0.0
+    loaded_packages = {loaded}
+    for share in shares:
+        seconds += share.seconds
+        if share.option.package not in loaded_packages:
+            loaded_packages.add(share.option.package)
+            seconds += share.option.load_seconds
+    return seconds
 
 
 def make_options(board: Board, group: Sequence[str], loaded: int | None) -> list[Option]:
@@ -2192,14 +2204,6 @@ SMALLEST = 1e-6
 PRIOR = {2: (0.6, 0.4), 3: (0.45, 0.25, 0.3)}
 
 
-@dataclass(frozen=True)
-class ModelScores:
-    """A model's probabilities, by id and then by order of the responses, in its verdicts' order."""
-
-    verdicts: Sequence[str]
-    by_id: Mapping[str, Mapping[str, Sequence[float]]]
-
-
 def to_competition(
     values: Sequence[float], model_verdicts: Sequence[str], verdicts: Sequence[str]
 ) -> list[float]:
@@ -2243,11 +2247,7 @@ def count_characters(text: str | Sequence[str | None] | None) -> int:
         return len(text)
 
     # A conversation of LMSYS has None for a turn without an answer.
-    characters = 0
-    for turn in text:
-        if turn is not None:
-            characters += len(turn)
-    return characters
+    return sum(len(turn) for turn in text if turn is not None)
 
 
 def prior(row: Mapping, verdicts: Sequence[str]) -> list[float]:
@@ -2275,8 +2275,7 @@ def fill_unscored(
 def write_submission(
     path: Path, settings: Settings, final: Mapping[str, Sequence[float]], ids: Sequence[str]
 ) -> None:
-    """Write id,winner or id and one probability a verdict. Where a check fails, no file is left."""
-    check_probabilities(final, settings.verdicts)
+    """Write id,winner or id and one probability a verdict. Where ids are wrong, no file is left."""
     with whole_file(path) as temporary:
         with temporary.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
@@ -2290,17 +2289,6 @@ def write_submission(
 
         # What stands in the file is checked, not what was meant to.
         check_ids(temporary, ids)
-
-
-def check_probabilities(final: Mapping[str, Sequence[float]], verdicts: Sequence[str]) -> None:
-    """Raise ValueError at a row without one probability a verdict, which sum to one."""
-    for row_id, values in final.items():
-        are_probabilities = len(values) == len(verdicts) and all(0 < value < 1 for value in values)
-        if not are_probabilities or not math.isclose(sum(values), 1, abs_tol=1e-6):
-            raise ValueError(
-                f"id {row_id}: {list(values)} are not probabilities that sum to one, one for each "
-                f"of {', '.join(verdicts)}; nothing is submitted"
-            )
 
 
 def check_ids(path: Path, ids: Sequence[str]) -> None:
@@ -2332,39 +2320,20 @@ def write_scores(
     verdicts: Sequence[str],
     final: Mapping[str, Sequence[float]],
     scored: Mapping[str, Sequence[float]],
-    models: Mapping[str, ModelScores],
+    model_columns: Mapping[str, Mapping[str, float]],
 ) -> None:
     """Write scores.parquet with every probability.
 
-    Its columns are id, p_VERDICT as submitted, `scored` (else that is the prior), and
-    RUN_p_VERDICT_ORDER as each model gave it, null where it did not score the row.
+    Its columns are id, `scored` (else the row has the prior), p_VERDICT as submitted, and what each
+    model gave, null where it did not score the row.
     """
     columns: dict[str, list] = {"id": list(final), "scored": [row_id in scored for row_id in final]}
     for place, verdict in enumerate(verdicts):
         columns[f"p_{verdict}"] = [values[place] for values in final.values()]
-
-    # Each model's own opinion, order by order.
-    for run, model in models.items():
-        orders: set[str] = set()
-        for by_order in model.by_id.values():
-            orders.update(by_order)
-        for order in sorted(orders):
-            for place, verdict in enumerate(model.verdicts):
-                columns[f"{run}_p_{verdict}_{order}"] = read_column(model, order, place, final)
-
+    for name, value_by_id in model_columns.items():
+        columns[name] = [value_by_id.get(row_id) for row_id in final]
     with whole_file(path) as temporary:
         pq.write_table(pa.table(columns), temporary)
-
-
-def read_column(
-    model: ModelScores, order: str, place: int, ids: Iterable[str]
-) -> list[float | None]:
-    """Read one verdict's probabilities in one order, by its place; None for a row without."""
-    column: list[float | None] = []
-    for row_id in ids:
-        values = model.by_id.get(row_id, {}).get(order)
-        column.append(None if values is None else values[place])
-    return column
 
 
 def write_record(path: Path, record: Mapping) -> None:

@@ -32,7 +32,7 @@ from kaggle_kernels.runtime.scheduling.plan import (
 )
 from kaggle_kernels.runtime.scheduling.worker_handle import Worker, start_workers
 from kaggle_kernels.runtime.settings import Clock, Settings, log
-from kaggle_kernels.runtime.submission import ModelScores, soften, to_competition, weighted_mean
+from kaggle_kernels.runtime.submission import soften, to_competition, weighted_mean
 
 Scores = dict[str, dict[str, list[float]]]  # by id, then by order
 Key = tuple[int, str]  # a package's number in the spec, and an order
@@ -99,13 +99,17 @@ class Board:
         """Combine what all packages have given so far, by id."""
         return combine(self.inputs.settings, self.inputs.packages, self.progress.scores)
 
-    def scores_by_run(self) -> dict[str, ModelScores]:
-        """Collect what each run's model gave."""
-        models = {}
+    def model_columns(self) -> dict[str, dict[str, float]]:
+        """Collect each model's own probabilities: RUN_p_VERDICT_ORDER, then by id."""
+        columns: dict[str, dict[str, float]] = {}
         for number, package_settings in enumerate(self.inputs.settings.packages):
             verdicts = self.inputs.packages[number].contract.verdicts
-            models[package_settings.run] = ModelScores(verdicts, self.progress.scores[number])
-        return models
+            for row_id, by_order in self.progress.scores[number].items():
+                for order, values in by_order.items():
+                    for verdict, value in zip(verdicts, values, strict=True):
+                        name = f"{package_settings.run}_p_{verdict}_{order}"
+                        columns.setdefault(name, {})[row_id] = value
+        return columns
 
 
 @dataclass(frozen=True)
@@ -256,14 +260,22 @@ def plan_further_pass(board: Board, group: Sequence[str], loaded: int | None) ->
         return None
     first, *later = planned
 
-    # The pass must leave the time for those planned after it: their scoring, and loading each
-    # package once. Its own package is loaded by then.
-    load_seconds = {share.option.package: share.option.load_seconds for share in later}
-    load_seconds.pop(first.option.package, None)
-    seconds_for_later = sum(share.seconds for share in later) + sum(load_seconds.values())
-    deadline = clock.deadline - seconds_for_later
-    row_ids = frozenset(first.row_ids)
-    return NextPass(first.option.package, first.option.order, row_ids, deadline)
+    # The pass must leave the time for those planned after it.
+    package = first.option.package
+    deadline = clock.deadline - count_seconds(later, package)
+    return NextPass(package, first.option.order, frozenset(first.row_ids), deadline)
+
+
+def count_seconds(shares: Sequence[Share], loaded: int) -> float:
+    """Count the seconds of shares: their scoring, and loading each package but the loaded one once."""
+    seconds = 0.0
+    loaded_packages = {loaded}
+    for share in shares:
+        seconds += share.seconds
+        if share.option.package not in loaded_packages:
+            loaded_packages.add(share.option.package)
+            seconds += share.option.load_seconds
+    return seconds
 
 
 def make_options(board: Board, group: Sequence[str], loaded: int | None) -> list[Option]:

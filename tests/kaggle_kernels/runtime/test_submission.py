@@ -7,7 +7,6 @@ import pytest
 
 from kaggle_kernels.build.spec import Spec, settings_of
 from kaggle_kernels.runtime.submission import (
-    ModelScores,
     check_ids,
     fill_unscored,
     prior,
@@ -36,22 +35,6 @@ WSDM_SCORES = {"9": [0.25, 0.75], "1": [0.5, 0.5], "x": [0.9, 0.1]}
 def test_wsdm_names_the_winner_and_lmsys_gives_three_probabilities(tmp_path, settings, probabilities, expected):
     write_submission(tmp_path / "submission.csv", settings, probabilities, list(probabilities))
     assert (tmp_path / "submission.csv").read_text() == expected
-
-
-@pytest.mark.parametrize(
-    "settings, values, message",
-    [
-        (LMSYS, [float("nan"), 0.5, 0.5], "id 9: .nan, 0.5, 0.5. are not probabilities that sum to one"),
-        (LMSYS, [0.5, 0.5], "id 9: .* one for each of model_a, model_b, tie; nothing is submitted"),
-        (WSDM, [float("nan"), 0.5], "id 9: .* not probabilities"),
-        (WSDM, [float("inf"), 0.5], "id 9: .* not probabilities"),
-        (WSDM, [1.0, 0.0], "id 9: .* not probabilities"),
-    ],
-)
-def test_a_submission_that_is_wrong_leaves_no_file(tmp_path, settings, values, message):
-    with pytest.raises(ValueError, match=message):
-        write_submission(tmp_path / "submission.csv", settings, {"9": values}, ["9"])
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -108,19 +91,19 @@ def test_a_temperature_above_one_makes_answers_less_sure_and_keeps_their_order()
     assert soften([0.8, 0.2], 1.0) == pytest.approx([0.8, 0.2])
     assert soften([0.8, 0.2], 2.0) == pytest.approx([2 / 3, 1 / 3])
     assert soften([1.0, 0.0], 1.0) == pytest.approx([1 - 1e-6, 1e-6])
+    assert soften([0.2, 0.0, 0.8], 0.3)[1] > 0
 
 
-def test_scores_hold_every_probability_of_every_model_and_order(tmp_path):
-    scores = {"1": {"as_given": [0.5, 0.25, 0.25], "swapped": [0.25, 0.5, 0.25]}, "2": {"as_given": [0.0, 1.0, 0.0]}}
-    final, verdicts = {"2": [0.1, 0.9], "1": [0.5, 0.5], "3": [0.6, 0.4]}, ("tie", "model_a", "model_b")
-    write_scores(tmp_path / "s.parquet", WSDM.verdicts, final, {"1": [], "2": []}, {"gemma": ModelScores(verdicts, scores)})
-    frame = pl.read_parquet(tmp_path / "s.parquet")
-    assert frame["id"].to_list() == ["2", "1", "3"]
-    assert frame["scored"].to_list() == [True, True, False]
-    assert frame["p_model_a"].to_list() == [0.1, 0.5, 0.6]
-    assert frame["gemma_p_model_a_as_given"].to_list() == [1.0, 0.25, None]
-    assert frame["gemma_p_tie_swapped"].to_list() == [None, 0.25, None]
-    assert frame.width == 4 + 6
+def test_scores_hold_every_probability_and_nulls_where_a_model_gave_none(tmp_path):
+    final = {"2": [0.1, 0.9], "1": [0.5, 0.5], "3": [0.6, 0.4]}
+    write_scores(tmp_path / "s.parquet", WSDM.verdicts, final, {"1": [], "2": []}, {"gemma_p_tie_swapped": {"1": 0.25}})
+    assert pl.read_parquet(tmp_path / "s.parquet").to_dict(as_series=False) == {
+        "id": ["2", "1", "3"],
+        "scored": [True, True, False],
+        "p_model_a": [0.1, 0.5, 0.6],
+        "p_model_b": [0.9, 0.5, 0.4],
+        "gemma_p_tie_swapped": [None, 0.25, None],
+    }
 
 
 def test_the_competitions_columns_are_kaggles():
