@@ -119,7 +119,7 @@ class NextPass:
     package: int  # its number in the spec
     order: str
     row_ids: frozenset[str]
-    deadline: float | None = None  # None: the clock's
+    deadline: float  # as time.monotonic gives seconds
 
 
 def make_board(
@@ -235,7 +235,8 @@ def plan_first_pass(board: Board, group: Sequence[str], loaded: int | None) -> N
     """Plan one order of all rows of a group, with the model that is there or the spec's first."""
     packages = board.progress.packages
     number = loaded if loaded in packages else packages[0]
-    return NextPass(number, board.orders(number)[0], frozenset(group))
+    order = board.orders(number)[0]
+    return NextPass(number, order, frozenset(group), board.inputs.clock.deadline)
 
 
 def plan_further_pass(board: Board, group: Sequence[str], loaded: int | None) -> NextPass | None:
@@ -382,10 +383,7 @@ def score_pass(board: Board, next_pass: NextPass, workers: Sequence[Worker]) -> 
     tokens = sum(request.tokens for request in requests)
     log(clock, f"{label}: {len(requests)} rows encoded, {tokens} tokens")
 
-    deadline = clock.deadline
-    if next_pass.deadline is not None:
-        deadline = min(next_pass.deadline, deadline)
-    work = make_pass(label, requests, deadline, workers)
+    work = make_pass(label, requests, next_pass.deadline, workers)
     work = run_pass(work, workers, clock)
     if all(worker.gone and not worker.load_seconds for worker in workers):
         raise LoadError(f"{package.folder}: no device could load it")

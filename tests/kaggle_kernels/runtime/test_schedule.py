@@ -14,12 +14,10 @@ from kaggle_kernels.runtime.scheduling.pass_runner import Pass
 from kaggle_kernels.runtime.scheduling.plan import Share
 from kaggle_kernels.runtime.scheduling.schedule import (
     LoadError,
-    NextPass,
     leave_out,
     note_pass,
     plan_next_pass,
     score_all,
-    score_pass,
     start_team,
 )
 from tests.kaggle_kernels.packages import make_package
@@ -57,17 +55,6 @@ def test_what_a_pass_left_is_asked_for_again_only_where_that_can_end(packages, s
     note_pass(board, KEY, ended(scored), REQUESTS, workers)
     assert board.progress.tried[KEY] == set(not_again)
     assert board.measured.rates.get(0) == rate
-
-
-@pytest.mark.parametrize("deadline, expected", [(1030.0, 1030.0), (None, 1600.0), (6000.0, 1600.0)])
-def test_a_pass_ends_with_its_share_of_the_clock(packages, monkeypatch, deadline, expected):
-    deadlines = []
-    monkeypatch.setattr(schedule, "run_pass", lambda work, *_: deadlines.append(work.deadline) or ended(4))
-    monkeypatch.setattr(time, "monotonic", lambda: 1000.0)
-    board = board_of(packages[:1])
-    board = replace(board, inputs=replace(board.inputs, clock=replace(board.inputs.clock, deadline=1600.0)))
-    score_pass(board, NextPass(*KEY, frozenset(IDS), deadline=deadline), [ALIVE])
-    assert deadlines == [expected]
 
 
 def test_a_pass_may_last_until_what_is_planned_after_it_must_begin_to_load(packages, monkeypatch):
