@@ -192,7 +192,7 @@ SETTINGS = Settings(
     min_scored=0.98,
     visible_rows=512,
     wheels="pairwise-wheels",
-    build="91e267271ae914db",
+    build="3acc85d5bbc54e8f",
 )
 
 
@@ -510,7 +510,7 @@ class NextPass:
     package: int  # its number in the spec
     order: str
     row_ids: frozenset[str]
-    deadline: float | None = None  # None: the clock's
+    deadline: float  # as time.monotonic gives seconds
 
 
 def make_board(
@@ -613,7 +613,8 @@ def plan_first_pass(board: Board, group: Sequence[str], loaded: int | None) -> N
     """Plan one order of all rows of a group, with the model that is there or the spec's first."""
     packages = board.progress.packages
     number = loaded if loaded in packages else packages[0]
-    return NextPass(number, board.orders(number)[0], frozenset(group))
+    order = board.orders(number)[0]
+    return NextPass(number, order, frozenset(group), board.inputs.clock.deadline)
 
 
 def plan_further_pass(board: Board, group: Sequence[str], loaded: int | None) -> NextPass | None:
@@ -747,10 +748,7 @@ def score_pass(board: Board, next_pass: NextPass, workers: Sequence[Worker]) -> 
     tokens = sum(request.tokens for request in requests)
     log(clock, f"{label}: {len(requests)} rows encoded, {tokens} tokens")
 
-    deadline = clock.deadline
-    if next_pass.deadline is not None:
-        deadline = min(next_pass.deadline, deadline)
-    work = make_pass(label, requests, deadline, workers)
+    work = make_pass(label, requests, next_pass.deadline, workers)
     work = run_pass(work, workers, clock)
     if all(worker.gone and not worker.load_seconds for worker in workers):
         raise LoadError(f"{package.folder}: no device could load it")
@@ -943,8 +941,8 @@ def run_pass(work: Pass, workers: Sequence[Worker], clock: Clock) -> Pass:
 
 
 def feed(work: Pass, worker: Worker, workers: Sequence[Worker]) -> None:
-    """Give a worker as many batches as it can score at once."""
-    while worker.loaded and len(worker.outstanding) < worker.batches_at_once:
+    """Give a worker what it can score at once, and one batch more that lies ready in the pipe."""
+    while worker.loaded and len(worker.outstanding) <= worker.batches_at_once:
         batch = next_batch(work, worker, workers)
         if batch is None:
             return
@@ -1037,8 +1035,10 @@ def handle_worker_death(work: Pass, worker: Worker, why: str, clock: Clock) -> N
     """
     log(clock, f"{worker.name}: {why}")
 
-    # Any of the rows that it was scoring may have killed it.
-    for batch in worker.note_death():
+    # Any of the rows that it was scoring may have killed it. What only lay ready has not.
+    being_scored, ready = worker.note_death()
+    work.queue.extendleft(reversed(ready))
+    for batch in being_scored:
         try_alone(work, batch, clock)
 
     if worker.gone:
@@ -1214,10 +1214,15 @@ class Worker:
         self.tokens_per_batch = max(min(self.tokens_per_batch, padded_tokens(batch) // 2), 1)
         return batch
 
-    def note_death(self) -> list[list[Request]]:
-        """Count a death; return the batches that it was scoring."""
+    def note_death(self) -> tuple[list[list[Request]], list[list[Request]]]:
+        """Count a death; return the batches that it was scoring, and those that lay ready."""
+        # Batches are scored in the order in which they were sent.
         batches = list(self.outstanding.values())
+        being_scored = batches[: self.batches_at_once]
+        ready = batches[self.batches_at_once :]
         self.outstanding.clear()
+
+        # Only now: a stopped worker no longer knows its batches_at_once.
         self.stop()
 
         # It may have died of a lack of memory that was never reported.
@@ -1225,11 +1230,11 @@ class Worker:
 
         # A row that is scored alone may be what kills the worker. It will be given up in the
         # worker's place, so that such a death does not count against the worker.
-        only_single_rows = all(len(batch) == 1 for batch in batches)
-        if not batches or not only_single_rows:
+        only_single_rows = all(len(batch) == 1 for batch in being_scored)
+        if not being_scored or not only_single_rows:
             self.fruitless += 1
         self.gone = self.fruitless >= FRUITLESS_DEATHS
-        return batches
+        return being_scored, ready
 
     def stop(self) -> None:
         """End the process, whatever it is doing; its device is free afterwards."""

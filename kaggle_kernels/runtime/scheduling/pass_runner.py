@@ -123,8 +123,8 @@ def run_pass(work: Pass, workers: Sequence[Worker], clock: Clock) -> Pass:
 
 
 def feed(work: Pass, worker: Worker, workers: Sequence[Worker]) -> None:
-    """Give a worker as many batches as it can score at once."""
-    while worker.loaded and len(worker.outstanding) < worker.batches_at_once:
+    """Give a worker what it can score at once, and one batch more that lies ready in the pipe."""
+    while worker.loaded and len(worker.outstanding) <= worker.batches_at_once:
         batch = next_batch(work, worker, workers)
         if batch is None:
             return
@@ -217,8 +217,10 @@ def handle_worker_death(work: Pass, worker: Worker, why: str, clock: Clock) -> N
     """
     log(clock, f"{worker.name}: {why}")
 
-    # Any of the rows that it was scoring may have killed it.
-    for batch in worker.note_death():
+    # Any of the rows that it was scoring may have killed it. What only lay ready has not.
+    being_scored, ready = worker.note_death()
+    work.queue.extendleft(reversed(ready))
+    for batch in being_scored:
         try_alone(work, batch, clock)
 
     if worker.gone:

@@ -103,10 +103,15 @@ class Worker:
         self.tokens_per_batch = max(min(self.tokens_per_batch, padded_tokens(batch) // 2), 1)
         return batch
 
-    def note_death(self) -> list[list[Request]]:
-        """Count a death; return the batches that it was scoring."""
+    def note_death(self) -> tuple[list[list[Request]], list[list[Request]]]:
+        """Count a death; return the batches that it was scoring, and those that lay ready."""
+        # Batches are scored in the order in which they were sent.
         batches = list(self.outstanding.values())
+        being_scored = batches[: self.batches_at_once]
+        ready = batches[self.batches_at_once :]
         self.outstanding.clear()
+
+        # Only now: a stopped worker no longer knows its batches_at_once.
         self.stop()
 
         # It may have died of a lack of memory that was never reported.
@@ -114,11 +119,11 @@ class Worker:
 
         # A row that is scored alone may be what kills the worker. It will be given up in the
         # worker's place, so that such a death does not count against the worker.
-        only_single_rows = all(len(batch) == 1 for batch in batches)
-        if not batches or not only_single_rows:
+        only_single_rows = all(len(batch) == 1 for batch in being_scored)
+        if not being_scored or not only_single_rows:
             self.fruitless += 1
         self.gone = self.fruitless >= FRUITLESS_DEATHS
-        return batches
+        return being_scored, ready
 
     def stop(self) -> None:
         """End the process, whatever it is doing; its device is free afterwards."""
