@@ -151,6 +151,11 @@ def build(specs: tuple[str, ...], kernels: Path, check: bool) -> None:
     type=click.FloatRange(0, 1, min_open=True),
     help="Kill every worker for good once this share of a pass's rows is scored.",
 )
+@click.option(
+    "--end-clock-at",
+    type=click.IntRange(1),
+    help="Put the kernel's clock to its end once so many rows are scored.",
+)
 @exits_with_2
 def rehearse(spec: str, test_file: Path, out: Path | None, python: Path | None, **scenario) -> None:
     """Run the kernel of SPEC as Kaggle would, on this machine.

@@ -187,8 +187,6 @@ def package_settings(fit: Fit) -> PackageSettings:
         weight=fit.package.weight,
         placement=fit.placement,
         verdicts=tuple(fit.recipe.pairwise.verdicts),
-        base_model=fit.recipe.axolotl["base_model"],
-        model_type=fit.served.base.model_type,
         weight_bytes_limit=fit.weight_bytes_limit,
     )
 

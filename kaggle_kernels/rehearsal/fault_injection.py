@@ -1,7 +1,9 @@
-"""Fault injection: workers of the running kernel are killed, as a GPU that fails would end them.
+"""Fault injection: workers of the running kernel are killed, or its clock comes to its end early.
 
 sandbox.py runs the kernel inside `inject_faults`; rehearse.py calls `check_faults` before the run
-and `check_kills` after it. Every kill is printed, and written to rehearsal.json.
+and `check_happened` after it. Every kill is printed, and written to rehearsal.json. A clock is ended
+by a signal, upon which sitecustomize.py puts the kernel's time far ahead: so a test may count on
+rows, and not on how fast a machine is.
 
 A worker is a descendant of the kernel's process that is named "worker N", where N is the number of
 its device. Linux only.
@@ -31,16 +33,17 @@ WORKER_NAME = re.compile(r"worker (\d+)")
 
 @dataclass(frozen=True)
 class Faults:
-    """What happens to the kernel's workers; by default nothing."""
+    """What happens to the kernel; by default nothing."""
 
     kill_every: float | None = None  # seconds between kills, from when the first worker appears
     lose_device: int | None = None  # every worker of this device is killed as soon as it appears
     lose_all_at: float | None = None  # the same of all devices, from this share of a pass's rows on
     seed: int = 0  # decides which worker is killed first
+    end_clock_at: int | None = None  # the clock comes to its end once so many rows are scored
 
     @property
     def kills_workers(self) -> bool:
-        """Whether anything happens at all."""
+        """Whether workers are killed."""
         faults = (self.kill_every, self.lose_device, self.lose_all_at)
         return any(fault is not None for fault in faults)
 
@@ -74,8 +77,15 @@ def check_faults(faults: Faults, devices: int | None) -> None:
         )
 
 
-def check_kills(faults: Faults, kills: Sequence[Kill], seconds: float) -> None:
+def check_happened(
+    faults: Faults, kills: Sequence[Kill], clock_ended: bool, seconds: float
+) -> None:
     """Raise UserError if a fault did not happen in a run of `seconds`: it would prove nothing."""
+    if faults.end_clock_at is not None and not clock_ended:
+        raise UserError(
+            f"--end-clock-at: the log never said that {faults.end_clock_at} rows were scored while "
+            "the kernel ran; give fewer, or more --rows"
+        )
     killed_workers = {kill.worker for kill in kills}
     if faults.lose_device is not None and faults.lose_device not in killed_workers:
         raise UserError(
@@ -96,38 +106,59 @@ def check_kills(faults: Faults, kills: Sequence[Kill], seconds: float) -> None:
 
 @dataclass
 class Injection:
-    """What happens while a kernel runs: its kills so far, and how far its log says that it is."""
+    """What happens while a kernel runs: its faults so far, and how far its log says that it is."""
 
     kills: list[Kill] = field(default_factory=list)
+    clock_ended: bool = False
     scored_share: float = 0.0  # of a pass's rows
+    rows_of_pass: int = 0
+    rows_of_earlier_passes: int = 0
     stop: threading.Event = field(default_factory=threading.Event)
 
     def read_log_line(self, line: str) -> None:
         """Note how many rows are scored, where a line of the kernel's log says so."""
         match = PROGRESS.search(line)
-        if match:
-            self.scored_share = max(self.scored_share, int(match[1]) / int(match[2]))
+        if not match:
+            return
+        scored = int(match[1])
+        self.scored_share = max(self.scored_share, scored / int(match[2]))
+
+        # A new pass begins with few rows again.
+        if scored < self.rows_of_pass:
+            self.rows_of_earlier_passes += self.rows_of_pass
+        self.rows_of_pass = scored
+
+    def end_clock_in_time(self, kernel_pid: int, end_clock_at: int | None) -> None:
+        """Put the kernel's clock to its end, once, where so many rows are scored."""
+        rows_scored = self.rows_of_earlier_passes + self.rows_of_pass
+        if end_clock_at is None or self.clock_ended or rows_scored < end_clock_at:
+            return
+
+        self.clock_ended = True
+        print("[rehearsal] the kernel's clock is put to its end", flush=True)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(kernel_pid, signal.SIGUSR1)
 
 
 @contextlib.contextmanager
 def inject_faults(kernel_pid: int, faults: Faults) -> Iterator[Injection]:
-    """Kill workers of a kernel while the block runs; yield what grows with every kill."""
+    """Inject faults into a kernel while the block runs; yield what happens."""
     injection = Injection()
-    if not faults.kills_workers:
+    if not faults.kills_workers and faults.end_clock_at is None:
         yield injection
         return
 
-    killer = threading.Thread(target=kill_until_stopped, args=(kernel_pid, faults, injection))
-    killer.start()
+    injector = threading.Thread(target=inject_until_stopped, args=(kernel_pid, faults, injection))
+    injector.start()
     try:
         yield injection
     finally:
         injection.stop.set()
-        killer.join()
+        injector.join()
 
 
-def kill_until_stopped(kernel_pid: int, faults: Faults, injection: Injection) -> None:
-    """Look for workers every POLL_SECONDS, and kill those whose turn it is, until it stops."""
+def inject_until_stopped(kernel_pid: int, faults: Faults, injection: Injection) -> None:
+    """Look every POLL_SECONDS whose turn it is, until it stops."""
     kills = injection.kills
     began = time.monotonic()
     next_kill_at = None  # seconds after `began`, once the first worker has appeared
@@ -136,6 +167,8 @@ def kill_until_stopped(kernel_pid: int, faults: Faults, injection: Injection) ->
     while not injection.stop.wait(POLL_SECONDS):
         seconds = time.monotonic() - began
         workers = find_workers(kernel_pid)
+
+        injection.end_clock_in_time(kernel_pid, faults.end_clock_at)
 
         # A killed process stays in /proc for a moment.
         for kill in kills:

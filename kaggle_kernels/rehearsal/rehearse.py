@@ -15,7 +15,7 @@ from kaggle_kernels.build.bundle import check_built, kernel_text
 from kaggle_kernels.build.memory_fit import Fit, fit_packages
 from kaggle_kernels.build.packages import build_of, find_package
 from kaggle_kernels.build.spec import COMPETITIONS, Spec, read_spec
-from kaggle_kernels.rehearsal.fault_injection import Faults, check_faults, check_kills
+from kaggle_kernels.rehearsal.fault_injection import Faults, check_faults, check_happened
 from kaggle_kernels.rehearsal.kaggle_tree import lay_out_tree
 from kaggle_kernels.rehearsal.rows import (
     RowOptions,
@@ -56,10 +56,11 @@ class Scenario:
     # What the kernel has; None: the devices that it finds, and the spec's time.
     devices: int | None = None
     clock_seconds: float | None = None
-    # What happens to its workers; see `Faults`.
+    # What happens to it; see `Faults`.
     kill_every: float | None = None
     lose_device: int | None = None
     lose_all_at: float | None = None
+    end_clock_at: int | None = None
     # Mounted beside the test file, so that the visible run scores rows of it.
     train_file: Path | None = None
 
@@ -75,8 +76,10 @@ class Scenario:
 
     @property
     def faults(self) -> Faults:
-        """What happens to the kernel's workers."""
-        return Faults(self.kill_every, self.lose_device, self.lose_all_at, self.seed)
+        """What happens to the kernel."""
+        return Faults(
+            self.kill_every, self.lose_device, self.lose_all_at, self.seed, self.end_clock_at
+        )
 
 
 @dataclass(frozen=True)
@@ -236,7 +239,7 @@ def run_kernel(inputs: Inputs, scenario: Scenario, out: Path) -> KernelRun:
         with atomic_file(out / "rows.parquet") as temporary:
             inputs.rows.write_parquet(temporary)
 
-    check_kills(scenario.faults, run.kills, run.seconds)
+    check_happened(scenario.faults, run.kills, run.clock_ended, run.seconds)
     return run
 
 

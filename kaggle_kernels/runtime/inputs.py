@@ -10,14 +10,12 @@ import json
 import os
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kaggle_kernels.runtime.package import hash_file
+from kaggle_kernels.runtime.package import Package, hash_file
 
 TEXTS = ("prompt", "response_a", "response_b")
 SCORED = "scored"  # WSDM's column: whether the row counts on the current leaderboard
@@ -41,54 +39,32 @@ def find_mounted(root: Path, slug: str, names: Sequence[str], kind: str) -> Path
         FileNotFoundError: There is none, or several that differ.
     """
     inputs = root / "input"
-    paths_by_rank: dict[tuple[int, int], list[Path]] = {}
-    for name_rank, name in enumerate(names):
+    for name in names:
+        paths = []
         for path in sorted(inputs.rglob(name)):
-            folders = path.relative_to(inputs).parts[:-1]
-            mount_rank = rank_mount(folders, slug, kind)
-            if path.is_file() and mount_rank is not None:
-                paths_by_rank.setdefault((mount_rank, name_rank), []).append(path)
+            # A dataset may have the slug of the competition that it was made for.
+            mount, *deeper_folders = path.relative_to(inputs).parts[:-1] or ("",)
+            is_other_kind = mount in ("datasets", "competitions") and mount != kind
+            if slug in (mount, *deeper_folders) and not is_other_kind:
+                paths.append(path)
 
-    # The best rank wins. The same file may be mounted twice.
-    paths = []
-    if paths_by_rank:
-        paths = paths_by_rank[min(paths_by_rank)]
-    distinct_files = {(path.name, hash_file(path)) for path in paths}
-    if len(distinct_files) == 1:
-        return paths[0]
+        # The same file may be mounted twice.
+        if len(paths) == 1 or len({hash_file(path) for path in paths}) == 1:
+            return paths[0]
+        if paths:
+            break
 
     # Say what there is, so that a wrong slug shows.
     folders_with_files = set()
     for path in inputs.rglob("*"):
         if path.is_file():
             folders_with_files.add(str(path.parent.relative_to(inputs)))
-    mounted = sorted(folders_with_files)
+    mounted = ", ".join(sorted(folders_with_files))
     raise FileNotFoundError(
         f"{inputs}: {len(paths)} files named {' or '.join(names)} below a folder {slug!r}, "
-        f"expected one; mounted are {', '.join(mounted) or 'no files at all'}; "
+        f"expected one; mounted are {mounted or 'no files at all'}; "
         f"attach {slug} to the kernel once"
     )
-
-
-def rank_mount(folders: Sequence[str], slug: str, kind: str) -> int | None:
-    """Rank a file by its folders below /kaggle/input.
-
-    Returns:
-        0 in a mount of `slug` (slug, competitions/slug, datasets/owner/slug), 1 in a folder of that
-        name deeper inside, None outside of both.
-    """
-    # A dataset's mount has its owner between the kind and the slug.
-    if kind == "datasets":
-        other_kind, slug_place = "competitions", 2
-    else:
-        other_kind, slug_place = "datasets", 1
-
-    # A dataset may have the slug of the competition that it was made for.
-    is_other = len(folders) > 1 and folders[0] == other_kind
-    if slug not in folders or is_other:
-        return None
-    is_below_kind = folders[0] == kind and folders[slug_place : slug_place + 1] == (slug,)
-    return 0 if folders[0] == slug or is_below_kind else 1
 
 
 def read_rows(path: Path, are_turns: bool) -> list[dict]:
@@ -101,9 +77,6 @@ def read_rows(path: Path, are_turns: bool) -> list[dict]:
     Returns:
         A dictionary for each row: `id` (str), prompt, response_a, response_b (each a string, None,
         or with `are_turns` a list of those), and `counts`: whether Kaggle scores the row now.
-
-    Raises:
-        ValueError: There are no rows, an id is there twice, or `read_table` raises it.
     """
     rows = []
     for file_row in read_table(path, ("id", *TEXTS, SCORED)):
@@ -111,17 +84,6 @@ def read_rows(path: Path, are_turns: bool) -> list[dict]:
         for name in TEXTS:
             row[name] = read_text(file_row[name], are_turns)
         rows.append(row)
-    if not rows:
-        raise ValueError(f"{path}: no rows")
-
-    # Scores are joined by id.
-    id_counts = Counter(row["id"] for row in rows)
-    repeated_ids = [row_id for row_id, count in id_counts.items() if count > 1]
-    if repeated_ids:
-        raise ValueError(
-            f"{path}: an id occurs twice: {', '.join(repeated_ids[:3])}; "
-            "a submission needs every id once"
-        )
     return rows
 
 
@@ -134,38 +96,16 @@ def is_counted(scored: object) -> bool:
 
 
 def read_table(path: Path, columns: Sequence[str]) -> list[dict]:
-    """Read columns of a Parquet or CSV file, `id` among them as text; `scored` may be absent.
-
-    Raises:
-        ValueError: A column is missing or holds no text, or an id is no text and no whole number.
-    """
+    """Read columns of a Parquet or CSV file, `id` among them as text; `scored` may be absent."""
     if path.suffix == ".parquet":
-        rows = read_parquet(path, columns)
+        names = choose_columns(path, columns, pq.read_schema(path).names)
+        rows = pq.read_table(path, columns=names).to_pylist()
     else:
         rows = read_csv(path, columns)
 
-    # Scores are joined by id, so an id must have one way to be written.
-    for number, row in enumerate(rows, start=1):
-        row_id = id_text(row["id"])
-        if row_id is None:
-            raise ValueError(
-                f"{path}, row {number}: its id is {row['id']!r}; expected a text or a whole number"
-            )
-        row["id"] = row_id
+    for row in rows:
+        row["id"] = str(row["id"])
     return rows
-
-
-def read_parquet(path: Path, columns: Sequence[str]) -> list[dict]:
-    """Read columns of a Parquet file."""
-    schema = pq.read_schema(path)
-    names = choose_columns(path, columns, schema.names)
-
-    # What holds no text would fail later, without the name of its column.
-    for name in names:
-        kind = schema.field(name).type
-        if name in TEXTS and not holds_text(kind):
-            raise ValueError(f"{path}: column {name} holds {kind}; expected text, or lists of it")
-    return pq.read_table(path, columns=names).to_pylist()
 
 
 def read_csv(path: Path, columns: Sequence[str]) -> list[dict]:
@@ -188,26 +128,6 @@ def choose_columns(path: Path, columns: Sequence[str], present: Sequence[str]) -
     return [name for name in columns if name in present]
 
 
-def holds_text(kind: pa.DataType) -> bool:
-    """Tell whether a column's type is text, lists of it, or nothing but nulls."""
-    if isinstance(kind, pa.DictionaryType | pa.ListType | pa.LargeListType):
-        return holds_text(kind.value_type)
-    return kind in (pa.string(), pa.large_string(), pa.string_view(), pa.null())
-
-
-def id_text(value: object) -> str | None:
-    """Write an id as the submission has it: a text as it is, a whole number as its digits.
-
-    Returns:
-        None for what is neither. A float must be within 2**53: beyond it, digits have been lost.
-    """
-    if isinstance(value, float) and value.is_integer() and abs(value) <= 2**53:
-        return str(int(value))
-    if value is None or isinstance(value, bool | float | bytes):
-        return None
-    return str(value) or None
-
-
 def read_text(value: str | Sequence | None, are_turns: bool) -> str | list[str | None] | None:
     """Read a text; with `are_turns`, the turns in its JSON list, or a text that is none."""
     if not are_turns or not isinstance(value, str):
@@ -224,24 +144,19 @@ def read_text(value: str | Sequence | None, are_turns: bool) -> str | list[str |
     return None if turns is None else value
 
 
-def install_missing_wheels(root: Path, folders: Sequence[Path], wheels: str | None) -> list[str]:
+def install_missing_wheels(root: Path, packages: Sequence[Package], wheels: str | None) -> None:
     """Install bitsandbytes where a package needs it and the image lacks it.
 
     Args:
         root: The folder that is /kaggle, or stands for it.
-        folders: The packages.
+        packages: The packages.
         wheels: The dataset with the wheel; None: the spec names none.
-
-    Returns:
-        What was installed.
     """
+    formats = {package.manifest["quantize"] for package in packages}
+    is_needed = not formats.isdisjoint(("nf4", "int8"))
     # An image that has the library keeps its own.
-    methods = set()
-    for folder in folders:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        methods.add(config.get("quantization_config", {}).get("quant_method"))
-    if "bitsandbytes" not in methods or importlib.util.find_spec("bitsandbytes"):
-        return []
+    if not is_needed or importlib.util.find_spec("bitsandbytes"):
+        return
     if wheels is None:
         raise ModuleNotFoundError(
             "a package is quantised with bitsandbytes, which is absent; "
@@ -250,24 +165,6 @@ def install_missing_wheels(root: Path, folders: Sequence[Path], wheels: str | No
 
     # No network: pip installs from the mounted folder alone.
     folder = find_mounted(root, wheels, ("bitsandbytes-*.whl",), "datasets").parent
-    check_wheels(folder)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
     subprocess.run([*pip, "--find-links", str(folder), "bitsandbytes"], check=True)
     importlib.invalidate_caches()
-    return ["bitsandbytes"]
-
-
-def check_wheels(folder: Path) -> None:
-    """Raise ValueError where a wheel is not as wheels.json lists it, if that is there."""
-    if not (folder / "wheels.json").is_file():
-        return
-    manifest = json.loads((folder / "wheels.json").read_text(encoding="utf-8"))
-    listed = {wheel["file"]: wheel["sha256"] for wheel in manifest["wheels"]}
-    for path in sorted(folder.glob("*.whl")):
-        sha256 = hash_file(path)
-        if sha256 != listed.get(path.name):
-            raise ValueError(
-                f"{path}: its SHA-256 is {sha256[:12]}…, wheels.json says "
-                f"{listed.get(path.name, 'nothing')[:12]}; make the dataset again with "
-                "`python -m postprocess.wheels` and upload it"
-            )

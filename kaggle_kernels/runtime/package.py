@@ -8,15 +8,12 @@ import importlib.abc
 import importlib.util
 import json
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 from tokenizers import Tokenizer
-
-from kaggle_kernels.runtime.settings import Clock, log
 
 # hashlib lets other threads go on. A core does about 1 GB a second.
 HASHING_THREADS = 4
@@ -39,29 +36,16 @@ class Package:
     model_input: ModuleType
     tokenizer: Tokenizer
 
-    def manifest_sha256(self) -> str:
-        """What tells this package from others, every file of it being as listed."""
-        return hash_file(self.folder / "manifest.json")
 
-
-def read_package(folder: Path | str, clock: Clock | None = None) -> Package:
+def read_package(folder: Path | str) -> Package:
     """Read a package and check it: file hashes, contract, tokenizer and golden token ids, in this order.
-
-    Args:
-        folder: The package's folder.
-        clock: Where it is given, a line is logged of how long it took to read every byte.
 
     Raises:
         PackageError: A file is missing, has changed, or is not listed.
         ContractError: The package's own model_input.py finds that a golden row has other token ids.
     """
     folder = Path(folder)
-    began = time.monotonic()
     manifest = check_manifest(folder)
-    if clock:
-        size = sum(listed["bytes"] for listed in manifest["files"].values())
-        seconds = time.monotonic() - began
-        log(clock, f"{folder}: {size / 1e9:.2f} GB as listed, hashed in {seconds:.1f} s")
 
     # The contract names what decides a model's input, so that a new manifest cannot hide a change.
     model_input_path = folder / "model_input.py"
@@ -84,16 +68,13 @@ def check_manifest(folder: Path) -> dict:
         raise PackageError(f"{folder}: manifest.json is missing; package the run again")
     manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
 
-    # Sizes are compared first: a truncated upload shows before gigabytes are hashed.
-    hashes = {}
-    for name, listed in manifest["files"].items():
-        if name not in NOT_MOUNTED:
-            check_size(folder / name, listed["bytes"])
-            hashes[folder / name] = listed["sha256"]
-
     # Reading every byte takes a minute or two: several files at a time.
     with ThreadPoolExecutor(HASHING_THREADS) as pool:
-        checks = [pool.submit(check_hash, *item, "manifest.json") for item in hashes.items()]
+        checks = []
+        for name, listed in manifest["files"].items():
+            if name not in NOT_MOUNTED:
+                path = folder / name
+                checks.append(pool.submit(check_hash, path, listed["sha256"], "manifest.json"))
         for check in checks:
             check.result()
 
@@ -106,15 +87,6 @@ def check_manifest(folder: Path) -> dict:
             f"{folder}: {', '.join(unlisted)} not listed in manifest.json; package the run again"
         )
     return manifest
-
-
-def check_size(path: Path, expected: int) -> None:
-    """Raise PackageError unless the file at `path` has as many bytes as manifest.json says."""
-    if not path.is_file():
-        raise PackageError(f"{path}: missing, but manifest.json lists it; upload the package again")
-    size = path.stat().st_size
-    if size != expected:
-        raise PackageError(f"{path}: {size} bytes, manifest.json says {expected}; upload it again")
 
 
 def hash_file(path: Path) -> str:

@@ -14,9 +14,9 @@ class PackageSettings:
     """One model: the run that made it, the Kaggle dataset of its package, its weight in the mean.
 
     Placement is `each` (a copy on every GPU) or `split` (one copy, its layers over all of them).
-    Verdicts, in the order of the logits, and model_type are the recipe's: a package that says
-    otherwise is refused. Another base_model is only logged. A model that is split puts no more than
-    `weight_bytes_limit` on a GPU, which leaves room for a batch.
+    Verdicts are the recipe's, in the order of the logits: a package that says otherwise is refused.
+    A model that is split puts no more than `weight_bytes_limit` on a GPU, which leaves room for a
+    batch.
     """
 
     run: str
@@ -24,8 +24,6 @@ class PackageSettings:
     weight: float
     placement: str
     verdicts: tuple[str, ...]
-    base_model: str
-    model_type: str
     weight_bytes_limit: int | None = None
 
 

@@ -4,10 +4,8 @@ import contextlib
 import csv
 import itertools
 import json
-import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,14 +18,6 @@ SMALLEST = 1e-6
 
 # By the number of verdicts: longer, shorter, tie. The longer one wins 62 % of human verdicts.
 PRIOR = {2: (0.6, 0.4), 3: (0.45, 0.25, 0.3)}
-
-
-@dataclass(frozen=True)
-class ModelScores:
-    """A model's probabilities, by id and then by order of the responses, in its verdicts' order."""
-
-    verdicts: Sequence[str]
-    by_id: Mapping[str, Mapping[str, Sequence[float]]]
 
 
 def to_competition(
@@ -65,11 +55,6 @@ def soften(values: Sequence[float], temperature: float) -> list[float]:
     return [value / total for value in bounded]
 
 
-def is_first_longer(row: Mapping) -> bool:
-    """Tell whether a row's first response has as many characters as its second, or more."""
-    return count_characters(row["response_a"]) >= count_characters(row["response_b"])
-
-
 def count_characters(text: str | Sequence[str | None] | None) -> int:
     """Count the characters of a text, or of all its turns."""
     if text is None:
@@ -78,29 +63,15 @@ def count_characters(text: str | Sequence[str | None] | None) -> int:
         return len(text)
 
     # A conversation of LMSYS has None for a turn without an answer.
-    characters = 0
-    for turn in text:
-        if turn is not None:
-            characters += len(turn)
-    return characters
+    return sum(len(turn) for turn in text if turn is not None)
 
 
 def prior(row: Mapping, verdicts: Sequence[str]) -> list[float]:
     """Give a row that could not be scored probabilities, by which of its responses is longer."""
     longer, shorter, *tie = PRIOR[len(verdicts)]
-    if is_first_longer(row):
+    if count_characters(row["response_a"]) >= count_characters(row["response_b"]):
         return [longer, shorter, *tie]
     return [shorter, longer, *tie]
-
-
-def describe_shortfall(
-    rows: Sequence[Mapping], scored: Mapping[str, Sequence[float]], min_scored: float
-) -> str | None:
-    """Say how many rows were scored, where it is a smaller share than `min_scored`, else None."""
-    scored_rows = sum(row["id"] in scored for row in rows)
-    if scored_rows >= min_scored * len(rows):
-        return None
-    return f"{scored_rows} of {len(rows)} rows were scored, the spec's min_scored is {min_scored}"
 
 
 def fill_unscored(
@@ -120,15 +91,14 @@ def fill_unscored(
 def write_submission(
     path: Path, settings: Settings, final: Mapping[str, Sequence[float]], ids: Sequence[str]
 ) -> None:
-    """Write id,winner or id and one probability a verdict. Where a check fails, no file is left.
+    """Write id,winner or id and one probability a verdict. Where ids are wrong, no file is left.
 
     Args:
-        path: The file; it gets this name once `check_submission` has passed it.
+        path: The file; it gets this name once its ids were read back.
         settings: Name the competition's columns and verdicts.
         final: The probabilities by id.
         ids: The test file's, in its order, read again.
     """
-    check_probabilities(final, settings.verdicts)
     with whole_file(path) as temporary:
         with temporary.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
@@ -141,61 +111,20 @@ def write_submission(
                 writer.writerow([row_id, *answer])
 
         # What stands in the file is checked, not what was meant to.
-        check_submission(temporary, settings, ids)
+        check_ids(temporary, ids)
 
 
-def check_probabilities(final: Mapping[str, Sequence[float]], verdicts: Sequence[str]) -> None:
-    """Raise ValueError at a row without one probability a verdict, which sum to one."""
-    for row_id, values in final.items():
-        are_probabilities = len(values) == len(verdicts) and all(0 < value < 1 for value in values)
-        if not are_probabilities or not math.isclose(sum(values), 1, abs_tol=1e-6):
-            raise ValueError(
-                f"id {row_id}: {list(values)} are not probabilities that sum to one, one for each "
-                f"of {', '.join(verdicts)}; nothing is submitted"
-            )
-
-
-def check_submission(path: Path, settings: Settings, ids: Sequence[str]) -> None:
-    """Raise ValueError unless a file has every id once, in order, with a valid answer."""
+def check_ids(path: Path, ids: Sequence[str]) -> None:
+    """Raise ValueError unless a submission has every id of the test file once, in its order."""
     with path.open(encoding="utf-8", newline="") as file:
-        header, *lines = csv.reader(file)
-    expected_header = ["id", *settings.columns]
-    if header != expected_header:
-        raise ValueError(f"{path}: columns {header}, expected {expected_header}")
-
-    # An empty line has no id; it still counts as a row that is not the expected one.
-    written_ids = []
-    for line in lines:
-        written_ids.append(line[0] if line else "")
-    check_order(path, written_ids, ids)
-
-    for row_id, *answer in lines:
-        expected = len(settings.columns)
-        if len(answer) != expected:
-            raise ValueError(f"{path}: id {row_id}: {len(answer)} values, expected {expected}")
-        if expected > 1:
-            numbers = [float(value) for value in answer]
-            check_probabilities({row_id: numbers}, settings.verdicts)
-        elif answer[0] not in settings.verdicts:
-            verdicts = ", ".join(settings.verdicts)
-            raise ValueError(f"{path}: id {row_id}: {answer[0]!r}, expected one of {verdicts}")
-
-
-def check_order(path: Path, written_ids: Sequence[str], ids: Sequence[str]) -> None:
-    """Raise ValueError at the first id that is not the test file's at that place."""
+        _header, *lines = csv.reader(file)
+    written_ids = [line[0] for line in lines]
     for place, (written, expected) in enumerate(itertools.zip_longest(written_ids, ids), start=1):
-        if written == expected:
-            continue
-
-        # zip_longest gives None where one of the two lists has ended.
-        here = f"row {place} has {written!r}"
-        if written is None:
-            here = f"row {place} is missing"
-        there = "no more" if expected is None else repr(expected)
-        raise ValueError(
-            f"{path}: its {len(written_ids)} ids are not the test file's {len(ids)} ids in their "
-            f"order: {here}, expected {there}"
-        )
+        if written != expected:
+            raise ValueError(
+                f"{path}: its {len(written_ids)} ids are not the test file's {len(ids)} ids in "
+                f"their order: row {place} has {written!r}, expected {expected!r}"
+            )
 
 
 @contextlib.contextmanager
@@ -214,46 +143,27 @@ def write_scores(
     verdicts: Sequence[str],
     final: Mapping[str, Sequence[float]],
     scored: Mapping[str, Sequence[float]],
-    models: Mapping[str, ModelScores],
+    model_columns: Mapping[str, Mapping[str, float]],
 ) -> None:
     """Write scores.parquet with every probability.
 
-    Its columns are id, p_VERDICT as submitted, `scored` (else that is the prior), and
-    RUN_p_VERDICT_ORDER as each model gave it, null where it did not score the row.
+    Its columns are id, `scored` (else the row has the prior), p_VERDICT as submitted, and what each
+    model gave, null where it did not score the row.
 
     Args:
         path: The file.
         verdicts: The competition's.
         final: The submitted probabilities by id.
         scored: Has the ids of the rows that a model scored.
-        models: What each run's model gave.
+        model_columns: The models' probabilities by column and id (see schedule.Board).
     """
     columns: dict[str, list] = {"id": list(final), "scored": [row_id in scored for row_id in final]}
     for place, verdict in enumerate(verdicts):
         columns[f"p_{verdict}"] = [values[place] for values in final.values()]
-
-    # Each model's own opinion, order by order.
-    for run, model in models.items():
-        orders: set[str] = set()
-        for by_order in model.by_id.values():
-            orders.update(by_order)
-        for order in sorted(orders):
-            for place, verdict in enumerate(model.verdicts):
-                columns[f"{run}_p_{verdict}_{order}"] = read_column(model, order, place, final)
-
+    for name, value_by_id in model_columns.items():
+        columns[name] = [value_by_id.get(row_id) for row_id in final]
     with whole_file(path) as temporary:
         pq.write_table(pa.table(columns), temporary)
-
-
-def read_column(
-    model: ModelScores, order: str, place: int, ids: Iterable[str]
-) -> list[float | None]:
-    """Read one verdict's probabilities in one order, by its place; None for a row without."""
-    column: list[float | None] = []
-    for row_id in ids:
-        values = model.by_id.get(row_id, {}).get(order)
-        column.append(None if values is None else values[place])
-    return column
 
 
 def write_record(path: Path, record: Mapping) -> None:

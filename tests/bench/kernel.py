@@ -186,9 +186,8 @@ def ours(folder: Path, tokens_per_batch: int = TOKENS_PER_BATCH, workers: int | 
     from tests.kaggle_kernels.packages import settings_for
 
     package = read_package(folder / "package")
-    model_type = read_json(folder / "package" / "config.json")["model_type"]
     spec = Spec(title="Bench", competition="wsdm", packages=[{"run": "bench", "dataset": "bench-model"}], clock_seconds=36_000)
-    settings = settings_of("bench", spec, [settings_for("bench", "bench-model", model_type=model_type)])
+    settings = settings_of("bench", spec, [settings_for("bench", "bench-model")])
     settings = dataclasses.replace(settings, orders=("as_given",), tokens_per_batch=tokens_per_batch)
 
     # A tree like Kaggle's.
@@ -207,9 +206,10 @@ def ours(folder: Path, tokens_per_batch: int = TOKENS_PER_BATCH, workers: int | 
 
     run_kernel(settings, ["cpu"] * (workers or os.cpu_count()))
     [model_pass] = read_json(kaggle / "working" / "kernel.json")["passes"]
+    padding = 1 - model_pass["tokens"] / model_pass["computed_tokens"]
     scores = pl.read_parquet(kaggle / "working" / "scores.parquet")
     probabilities = dict(scores.select("id", "p_model_a").iter_rows())
-    return Measured(model_pass["seconds"] + encoding_seconds, probabilities, model_pass["padding"])
+    return Measured(model_pass["seconds"] + encoding_seconds, probabilities, padding)
 
 
 WORK = {"a": pipeline, "b": notebook, "ours": ours}

@@ -16,7 +16,7 @@ import scipy.sparse
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from kaggle_kernels.runtime.scheduling.plan import expected_gain, measured_change
+from kaggle_kernels.runtime.scheduling.plan import CHANGE_OF_ORDER, expected_gain
 from postprocess.agreement.statistics import Resamples, resample
 from preprocess.core.errors import exits_with_2
 from recipes.pairwise.data.datasets import read_pairs, split, winners
@@ -91,10 +91,8 @@ def choose_rows(scored: Scored) -> dict[str, list[np.ndarray]]:
     random_orders = [rng.permutation(len(scored.cost)) for _ in range(SHUFFLES)]
     by_certainty = np.argsort(np.abs(scored.first[:, 0] - scored.first[:, 1]), kind="stable")
 
-    # As the kernel does, with the change of a probability as it is measured.
-    mean = (scored.first + scored.second) / 2
-    change = measured_change(dict(enumerate(scored.first.tolist())), dict(enumerate(mean.tolist())))
-    gain = np.array([expected_gain(values, change, by_log_loss=False) for values in scored.first.tolist()])
+    # As the kernel does.
+    gain = np.array([expected_gain(values, CHANGE_OF_ORDER, by_log_loss=False) for values in scored.first.tolist()])
     by_gain_per_second = np.argsort(-gain / scored.cost, kind="stable")
 
     choices = {"random": random_orders, "the least certain": [by_certainty], "by gain per second": [by_gain_per_second]}

@@ -118,7 +118,7 @@ def make_pushable(spec_path: Path, packages: dict[str, Path]) -> None:
 
 def settings_for(run: str, dataset: str, weight: float = 1.0, **changes) -> PackageSettings:
     """What a kernel is told of a tiny package."""
-    told = {"placement": "each", "verdicts": ("model_a", "model_b"), "base_model": BASE, "model_type": "gemma2", **changes}
+    told = {"placement": "each", "verdicts": ("model_a", "model_b"), **changes}
     return PackageSettings(run, dataset, weight, **told)
 
 

@@ -24,10 +24,8 @@ import multiprocessing
 import os
 import queue
 import re
-import resource
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -35,10 +33,11 @@ import warnings
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.connection import wait
 from pathlib import Path
+from statistics import NormalDist
 from types import ModuleType
 
 import pyarrow as pa
@@ -47,6 +46,7 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch.nn.functional import layer_norm, linear, rms_norm, scaled_dot_product_attention
+from torch.nn.utils.rnn import pad_sequence
 from torch.overrides import TorchFunctionMode
 from transformers import (
     AttentionInterface,
@@ -76,9 +76,9 @@ class PackageSettings:
     """One model: the run that made it, the Kaggle dataset of its package, its weight in the mean.
 
     Placement is `each` (a copy on every GPU) or `split` (one copy, its layers over all of them).
-    Verdicts, in the order of the logits, and model_type are the recipe's: a package that says
-    otherwise is refused. Another base_model is only logged. A model that is split puts no more than
-    `weight_bytes_limit` on a GPU, which leaves room for a batch.
+    Verdicts are the recipe's, in the order of the logits: a package that says otherwise is refused.
+    A model that is split puts no more than `weight_bytes_limit` on a GPU, which leaves room for a
+    batch.
     """
 
     run: str
@@ -86,8 +86,6 @@ class PackageSettings:
     weight: float
     placement: str
     verdicts: tuple[str, ...]
-    base_model: str
-    model_type: str
     weight_bytes_limit: int | None = None
 
 
@@ -183,8 +181,6 @@ SETTINGS = Settings(
             weight=1.0,
             placement="each",
             verdicts=("model_a", "model_b"),
-            base_model="outputs/demo/input/gemma2",
-            model_type="gemma2",
             weight_bytes_limit=None,
         ),
     ),
@@ -196,7 +192,7 @@ SETTINGS = Settings(
     min_scored=0.98,
     visible_rows=512,
     wheels="pairwise-wheels",
-    build="20caa86283dbe54d",
+    build="3acc85d5bbc54e8f",
 )
 
 
@@ -230,30 +226,31 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
     # The time limit depends on the number of rows.
     test_file = find_mounted(root, settings.competition, TEST_FILES, "competitions")
     rows = read_rows(test_file, are_turns="tie" in settings.verdicts)
-    clock_seconds = settings.time_limit(len(rows))
-    clock = start_clock(clock_seconds, began)
-    versions = log_versions(settings, clock)
+    clock = start_clock(settings.time_limit(len(rows)), began)
+    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    log(clock, f"{settings.name}: {versions}")
     counting_rows = sum(row["counts"] for row in rows)
     log(clock, f"{test_file}: {len(rows)} rows, {counting_rows} of them count")
 
-    # What is there to score them with.
+    # What is there to score them with. Golden rows show where a machine gives wrong answers.
     served, packages = read_packages(root, settings, clock)
-    folders = [package.folder for package in packages]
-    test_ids = {row["id"] for row in rows}
-    visible = choose_visible_rows(root, settings, folders, test_ids)
+    with log_errors_of_hidden_run(clock):
+        install_missing_wheels(root, packages, settings.wheels)
+        check_machine(packages, devices, clock)
+    visible = choose_visible_rows(root, settings, packages)
     if visible.log_line:
         log(clock, visible.log_line)
-    machine = prepare_machine(root, served, packages, devices, clock)
 
     # The hours of work.
     all_rows = [*rows, *visible.rows]
     board = make_board(served, packages, all_rows, devices, clock, hidden_run)
     with log_errors_of_hidden_run(clock):
         score_all(board)
-    scored = combine(served, packages, board.progress.scores)
+    scored = board.probabilities()
 
     # From here on a row without a score has the prior.
-    shortfall = describe_shortfall(rows, scored, settings.min_scored)
+    counts = count_rows(rows, scored)
+    shortfall = describe_shortfall(counts, settings.min_scored)
     if shortfall is not None:
         if not hidden_run:
             raise ValueError(f"{shortfall}; nothing is submitted, as the visible run shows it")
@@ -263,78 +260,55 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
     # The ids are read again, so that a row lost on the way here is noticed.
     ids = [row["id"] for row in read_table(test_file, ("id",))]
     write_submission(root / "working" / "submission.csv", settings, final, ids)
-    counts = log_counts(rows, scored, clock)
+    log(clock, f"submission.csv: {counts['rows']} rows, {counts['scored']} scored by models")
 
     # The submission stands: what fails from here on costs no more than a record.
     record = {
         "settings": asdict(settings),
-        "clock_seconds": clock_seconds,
+        "clock_seconds": settings.time_limit(len(rows)),
         "versions": versions,
-        "machine": machine,
         **counts,
         "shortfall": shortfall,
     }
     with log_errors_of_hidden_run(clock):
-        write_records(root / "working", board, visible, scored, final, record)
-
-
-def log_versions(settings: Settings, clock: Clock) -> dict[str, str]:
-    """Log the kernel's name and the versions of its libraries, and return these for kernel.json."""
-    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
-    listed = ", ".join(f"{name} {version}" for name, version in versions.items())
-    log(clock, f"{settings.name}: {listed}")
-    return versions
-
-
-def log_counts(
-    rows: Sequence[Mapping], scored: Mapping[str, Sequence[float]], clock: Clock
-) -> dict:
-    """Log how many rows were scored, and return the counts for kernel.json."""
-    counts = count_rows(rows, scored)
-    by_prior = counts["rows"] - counts["scored"]
-    log(
-        clock,
-        f"submission.csv: {len(rows)} rows, {counts['scored']} scored, {by_prior} by the prior",
-    )
-    return counts
+        write_records(root / "working", board, visible, final, record)
 
 
 def write_records(
     folder: Path,
     board: Board,
     visible: VisibleRows,
-    scored: Mapping[str, list[float]],
     final: Mapping[str, list[float]],
     record: dict,
 ) -> None:
     """Write scores.parquet and kernel.json, which no score depends on."""
-    inputs = board.inputs
-    write_scores(
-        folder / "scores.parquet", inputs.settings.verdicts, final, scored, board.scores_by_run()
+    scored = board.probabilities()
+    verdicts = board.inputs.settings.verdicts
+    write_scores(folder / "scores.parquet", verdicts, final, scored, board.model_columns())
+    if visible.rows:
+        record["visible"] = report_visible_run(board, visible, scored)
+    write_record(folder / "kernel.json", record | describe_run(board))
+
+
+def count_rows(rows: Sequence[Mapping], scored: Mapping[str, Sequence[float]]) -> dict[str, int]:
+    """Count the rows for kernel.json, and those of them that were scored."""
+    counting_ids = [row["id"] for row in rows if row["counts"]]
+    return {
+        "rows": len(rows),
+        "scored": sum(row["id"] in scored for row in rows),
+        "rows_that_count": len(counting_ids),
+        "scored_that_count": sum(row_id in scored for row_id in counting_ids),
+    }
+
+
+def describe_shortfall(counts: Mapping[str, int], min_scored: float) -> str | None:
+    """Say how many rows were scored, where it is a smaller share than `min_scored`, else None."""
+    if counts["scored"] >= min_scored * counts["rows"]:
+        return None
+    return (
+        f"{counts['scored']} of {counts['rows']} rows were scored, "
+        f"the spec's min_scored is {min_scored}"
     )
-    record |= describe_run(board)
-    record["visible"] = report_visible_run(board, visible, scored) if visible.rows else None
-    record["seconds"] = round(inputs.clock.elapsed(), 1)
-    write_record(folder / "kernel.json", record)
-
-
-def prepare_machine(
-    root: Path,
-    settings: Settings,
-    packages: Sequence[Package],
-    devices: Sequence[str],
-    clock: Clock,
-) -> dict:
-    """Install what is missing and check what is there, for kernel.json.
-
-    In the hidden run a problem is only logged: golden rows show where answers would be wrong.
-    """
-    machine: dict = {}
-    folders = [package.folder for package in packages]
-    with log_errors_of_hidden_run(clock):
-        machine["installed"] = install_missing_wheels(root, folders, settings.wheels)
-        machine |= check_machine(root, packages, devices, clock)
-    return machine
 
 
 def list_devices() -> list[str]:
@@ -372,78 +346,35 @@ def read_packages(root: Path, settings: Settings, clock: Clock) -> tuple[Setting
     for number, package_settings in enumerate(settings.packages):
         # One package less costs some accuracy, no package at all the submission.
         try:
-            package = read_and_check_package(root, package_settings, settings, clock)
+            dataset = package_settings.dataset
+            folder = find_mounted(root, dataset, ("manifest.json",), "datasets").parent
+            package = read_package(folder)
+            check_verdicts(package, package_settings)
         except Exception as error:
             is_last_chance = not packages and number == len(settings.packages) - 1
             if is_last_chance or not is_hidden_run():
                 raise
             log(clock, f"{package_settings.run}: left out: {type(error).__name__}: {error}")
             continue
+
+        golden_rows = len(package.contract.golden)
+        log(clock, f"{folder}: files, tokenizer and {golden_rows} golden rows are as packaged")
         kept_settings.append(package_settings)
         packages.append(package)
     return replace(settings, packages=tuple(kept_settings)), packages
 
 
-def read_and_check_package(
-    root: Path, package_settings: PackageSettings, settings: Settings, clock: Clock
-) -> Package:
-    """Find a package and check it against the spec and the recipe."""
-    folder = find_mounted(root, package_settings.dataset, ("manifest.json",), "datasets").parent
-    package = read_package(folder, clock)
-    check_package(package, package_settings, settings)
-    if package.contract.base_model != package_settings.base_model:
-        log(
-            clock,
-            f"{package_settings.run}: made of {package.contract.base_model}, "
-            f"its recipe says {package_settings.base_model}",
-        )
+def check_verdicts(package: Package, package_settings: PackageSettings) -> None:
+    """Raise PackageError where the order of the verdicts is not the recipe's.
 
-    # The template alone must fit the token budget.
-    empty_pair = package.model_input.Pair("", (), (), ())
-    contract = serving_contract(package, settings)
-    package.model_input.encode(empty_pair, package.tokenizer, contract)
-
-    golden_rows = len(package.contract.golden)
-    log(clock, f"{folder}: files, tokenizer and {golden_rows} golden rows are as packaged")
-    return package
-
-
-def check_package(package: Package, package_settings: PackageSettings, settings: Settings) -> None:
-    """Raise PackageError where verdicts, their order or the architecture are not the recipe's."""
-    contract = package.contract
-    missing_verdicts = set(settings.verdicts) - set(contract.verdicts)
-    if missing_verdicts:
+    The logits of one verdict would be taken for those of another.
+    """
+    if package.contract.verdicts != package_settings.verdicts:
         raise PackageError(
-            f"{package.folder}: tells nothing of {', '.join(sorted(missing_verdicts))}, "
-            "which the competition asks for"
+            f"{package.folder}/contract.json: verdicts: found {package.contract.verdicts}, the "
+            f"recipe of {package_settings.run} says {package_settings.verdicts}; package the run "
+            "again, or build the kernel again from the recipe that it was trained with"
         )
-
-    # In another order, the logits of one verdict would be taken for those of another.
-    config = json.loads((package.folder / "config.json").read_text(encoding="utf-8"))
-    model_type = config.get("model_type")
-    if contract.verdicts != package_settings.verdicts:
-        mismatch = f"contract.json: verdicts: found {contract.verdicts}"
-        expected = package_settings.verdicts
-    elif model_type != package_settings.model_type:
-        mismatch = f"config.json: model_type: found {model_type}"
-        expected = package_settings.model_type
-    else:
-        return
-    raise PackageError(
-        f"{package.folder}/{mismatch}, the recipe of {package_settings.run} says {expected}; package the "
-        "run again, or build the kernel again from the recipe that it was trained with"
-    )
-
-
-def count_rows(rows: Sequence[Mapping], scored: Mapping[str, Sequence[float]]) -> dict:
-    """Count the rows for kernel.json, and those of them that were scored."""
-    counting_ids = [row["id"] for row in rows if row["counts"]]
-    return {
-        "rows": len(rows),
-        "scored": sum(row["id"] in scored for row in rows),
-        "rows_that_count": len(counting_ids),
-        "scored_that_count": sum(row_id in scored for row_id in counting_ids),
-    }
 
 
 def describe_run(board: Board) -> dict:
@@ -451,14 +382,13 @@ def describe_run(board: Board) -> dict:
     inputs, progress = board.inputs, board.progress
     manifests = {}
     for package_settings, package in zip(inputs.settings.packages, inputs.packages, strict=True):
-        manifests[package_settings.dataset] = package.manifest_sha256()
+        manifests[package_settings.dataset] = hash_file(package.folder / "manifest.json")
     return {
         "manifests": manifests,
         "devices": list(inputs.devices.values()),
         "hidden_run": inputs.hidden_run,
-        "plans": progress.plans,
         "passes": progress.passes,
-        "workers": progress.workers,
+        "seconds": round(inputs.clock.elapsed(), 1),
     }
 
 
@@ -466,45 +396,21 @@ def report_visible_run(
     board: Board, visible: VisibleRows, scored: Mapping[str, list[float]]
 ) -> dict:
     """Log what the visible run measured, and return it for kernel.json."""
-    settings, clock = board.inputs.settings, board.inputs.clock
-    quality = report_quality(visible, settings.verdicts, scored, board.scores_by_run())
-    speed = report_speed(measure_speeds(board), board.measured.before_seconds, settings)
-    report = quality | speed
-    for line in visible_lines(report):
-        log(clock, line)
+    inputs, progress = board.inputs, board.progress
+    report: dict = {"rows": len(visible.rows), "predicted": []}
+    if not visible.trained_on:
+        report["quality"] = measure_quality(visible, inputs.settings.verdicts, scored)
+        if report["quality"]["judged"]:
+            log(inputs.clock, describe_quality(report["quality"]))
+
+    # What is not spent on batches is spent once, however many rows there are.
+    started_seconds = inputs.clock.elapsed() - sum(record["seconds"] for record in progress.passes)
+    for rows in HIDDEN_ROWS:
+        finish = predict_finish(progress.passes, started_seconds, rows)
+        report["predicted"].append(finish)
+        clock = start_clock(inputs.settings.time_limit(rows))
+        log(inputs.clock, describe_finish(finish, clock.deadline - clock.began))
     return report
-
-
-def measure_speeds(board: Board) -> list[Speed]:
-    """Collect what was measured of each package that scored."""
-    speeds = []
-    for number, package_settings in enumerate(board.inputs.settings.packages):
-        passes = []
-        for record in board.progress.passes:
-            if record["run"] == package_settings.run and record["scored"]:
-                passes.append(record)
-        if not passes:
-            continue
-
-        # The rate is that of tokens with their padding, which the prediction leaves out.
-        first_pass = passes[0]
-        token_share = first_pass["tokens"] / first_pass["computed_tokens"]
-        name = board.inputs.packages[number].folder.name
-
-        # A package's workers load side by side: the slowest of them is waited for.
-        loads = []
-        for worker in board.progress.workers:
-            if worker["package"] == name:
-                loads.append(worker["load_seconds"])
-        speed = Speed(
-            run=package_settings.run,
-            loading_seconds=max(loads, default=0.0),
-            tokens_per_second=board.measured.rates.get(number, 0.0) * token_share,
-            tokens_per_row=first_pass["tokens"] / first_pass["scored"],
-            orders=len(board.orders(number)),
-        )
-        speeds.append(speed)
-    return speeds
 
 
 # ================================================================================================
@@ -551,23 +457,16 @@ class Progress:
     scores: list[Scores]  # of each package
     packages: list[int]  # numbers of those that are not left out
     devices: dict[int, str]  # those of the inputs that are not gone
-    proven: set[int] = field(default_factory=set)  # positions of devices that had a model
-    # Rows that need no further try: in a pass, or with a package in any order.
-    tried: dict[Key, set[str]] = field(default_factory=dict)
-    given_up: dict[int, set[str]] = field(default_factory=dict)
+    tried: dict[Key, set[str]] = field(default_factory=dict)  # rows that need no further try
     passes: list[dict] = field(default_factory=list)
-    workers: list[dict] = field(default_factory=list)
-    plans: list[str] = field(default_factory=list)
 
 
 @dataclass
 class Measurements:
     """What plans are made of."""
 
-    before_seconds: float = 0.0  # passed before the first model was loaded
     tokens: dict[str, int] = field(default_factory=dict)  # of a row, as the first pass encoded it
     rates: dict[int, float] = field(default_factory=dict)  # tokens a second, by package
-    changes: dict[Key, float] = field(default_factory=dict)  # of a probability (sd), by a pass
 
 
 @dataclass(frozen=True)
@@ -584,32 +483,24 @@ class Board:
 
     def unscored(self, key: Key, group: Sequence[str]) -> list[str]:
         """List those rows of a group that a pass has still to score."""
-        number, _ = key
         tried = self.progress.tried.get(key, set())
-        given_up = self.progress.given_up.get(number, set())
-        finished = tried | given_up
-        return [row_id for row_id in group if row_id not in finished]
+        return [row_id for row_id in group if row_id not in tried]
 
     def probabilities(self) -> dict[str, list[float]]:
-        """Combine what the packages that are not left out have given so far, by id."""
-        # The weights of packages that are left out must not count.
-        package_settings = []
-        packages = []
-        scores = []
-        for number in self.progress.packages:
-            package_settings.append(self.inputs.settings.packages[number])
-            packages.append(self.inputs.packages[number])
-            scores.append(self.progress.scores[number])
-        settings = replace(self.inputs.settings, packages=tuple(package_settings))
-        return combine(settings, packages, scores)
+        """Combine what all packages have given so far, by id."""
+        return combine(self.inputs.settings, self.inputs.packages, self.progress.scores)
 
-    def scores_by_run(self) -> dict[str, ModelScores]:
-        """Collect what each run's model gave."""
-        models = {}
+    def model_columns(self) -> dict[str, dict[str, float]]:
+        """Collect each model's own probabilities: RUN_p_VERDICT_ORDER, then by id."""
+        columns: dict[str, dict[str, float]] = {}
         for number, package_settings in enumerate(self.inputs.settings.packages):
             verdicts = self.inputs.packages[number].contract.verdicts
-            models[package_settings.run] = ModelScores(verdicts, self.progress.scores[number])
-        return models
+            for row_id, by_order in self.progress.scores[number].items():
+                for order, values in by_order.items():
+                    for verdict, value in zip(verdicts, values, strict=True):
+                        name = f"{package_settings.run}_p_{verdict}_{order}"
+                        columns.setdefault(name, {})[row_id] = value
+        return columns
 
 
 @dataclass(frozen=True)
@@ -618,9 +509,8 @@ class NextPass:
 
     package: int  # its number in the spec
     order: str
-    rows: frozenset[str]
-    gains: Mapping[str, float] | None = None  # a second, by row; None: rows are taken by length
-    deadline: float | None = None  # None: the clock's
+    row_ids: frozenset[str]
+    deadline: float  # as time.monotonic gives seconds
 
 
 def make_board(
@@ -638,11 +528,17 @@ def make_board(
         group = counting if row["counts"] else others
         group.append(row["id"])
 
+    # A spec may have another token budget than training.
+    contracts = [package.contract for package in packages]
+    if settings.budget_tokens is not None:
+        budget_tokens = settings.budget_tokens
+        contracts = [replace(contract, budget_tokens=budget_tokens) for contract in contracts]
+
     threads = max(len(os.sched_getaffinity(0)) // len(devices), 1)
     inputs = Inputs(
         settings=settings,
         packages=packages,
-        contracts=[serving_contract(package, settings) for package in packages],
+        contracts=contracts,
         rows=rows,
         row_groups=[group for group in (counting, others) if group],
         devices=dict(enumerate(devices)),
@@ -659,42 +555,28 @@ def make_board(
     return Board(inputs, progress, Measurements())
 
 
-def serving_contract(package: Package, settings: Settings):
-    """Return the package's contract, with the spec's token budget where it names one."""
-    if settings.budget_tokens is None:
-        return package.contract
-    return replace(package.contract, budget_tokens=settings.budget_tokens)
-
-
 def score_all(board: Board) -> None:
     """Make pass after pass until nothing is left or nothing more fits the clock.
 
     In the hidden run a package that fails is left out while another one works.
     """
-    board.measured.before_seconds = board.inputs.clock.elapsed()
     loaded: int | None = None
     workers: list[Worker] = []
-    encoder = Encoder(board.inputs)
     try:
-        while True:
-            next_pass = plan_next_pass(board, loaded, workers)
-            if next_pass is None:
-                return
-
+        while next_pass := plan_next_pass(board, loaded, workers):
             try:
                 # Two models do not fit one GPU: the old one goes before the new one comes.
                 if next_pass.package != loaded:
                     retire(board, workers)
                     workers = start_team(board, next_pass.package)
                     loaded = next_pass.package
-                make_next_pass(board, next_pass, workers, encoder)
+                score_pass(board, next_pass, workers)
             except (PackageError, LoadError) as error:
                 retire(board, workers)
                 loaded = None
                 leave_out(board, next_pass.package, error)
     finally:
         retire(board, workers)
-        encoder.close()
 
 
 def leave_out(board: Board, number: int, error: Exception) -> None:
@@ -717,51 +599,58 @@ def plan_next_pass(board: Board, loaded: int | None, workers: Sequence[Worker]) 
 
     # Nothing of the others before all of those that count.
     for group in board.inputs.row_groups:
-        next_pass = plan_group(board, group, loaded)
+        # The first pass measures the tokens of all its rows: one row shows whether it was made.
+        if group[0] in board.measured.tokens:
+            next_pass = plan_further_pass(board, group, loaded)
+        else:
+            next_pass = plan_first_pass(board, group, loaded)
         if next_pass is not None:
             return next_pass
     return None
 
 
-def plan_group(board: Board, group: Sequence[str], loaded: int | None) -> NextPass | None:
-    """Plan a group's next pass: at first one order of all its rows, later the first of a new plan."""
-    # The first pass measures the tokens of all its rows: one row shows whether it was made.
-    has_had_first_pass = group[0] in board.measured.tokens
-    if not has_had_first_pass:
-        packages = board.progress.packages
-        number = loaded if loaded in packages else packages[0]
-        return NextPass(number, board.orders(number)[0], frozenset(group))
+def plan_first_pass(board: Board, group: Sequence[str], loaded: int | None) -> NextPass:
+    """Plan one order of all rows of a group, with the model that is there or the spec's first."""
+    packages = board.progress.packages
+    number = loaded if loaded in packages else packages[0]
+    order = board.orders(number)[0]
+    return NextPass(number, order, frozenset(group), board.inputs.clock.deadline)
 
-    # Share the time that is left out among all passes that could still be made.
+
+def plan_further_pass(board: Board, group: Sequence[str], loaded: int | None) -> NextPass | None:
+    """Share the time that is left among all passes that a group could still have; take the first."""
     options = make_options(board, group, loaded)
     if not options:
         return None
     clock = board.inputs.clock
-    seconds_left = clock.left()
     by_log_loss = len(board.inputs.settings.columns) > 1
     shares = allocate(
-        options, board.probabilities(), board.measured.tokens, seconds_left, by_log_loss
+        options, board.probabilities(), board.measured.tokens, clock.left(), by_log_loss
     )
-    note_plan(board, shares, seconds_left)
+    log_plan(board, shares)
 
     # An option without rows gets no time.
-    planned = [share for share in shares if share.gains]
+    planned = [share for share in shares if share.row_ids]
     if not planned:
         return None
     first, *later = planned
 
-    # The pass must leave the time for those planned after it: their scoring, and loading each
-    # package once. Its own package is loaded by then.
-    load_seconds = {share.option.package: share.option.load_seconds for share in later}
-    load_seconds.pop(first.option.package, None)
-    seconds_for_later = sum(share.seconds for share in later) + sum(load_seconds.values())
-    deadline = clock.deadline - seconds_for_later
+    # The pass must leave the time for those planned after it.
+    package = first.option.package
+    deadline = clock.deadline - count_seconds(later, package)
+    return NextPass(package, first.option.order, frozenset(first.row_ids), deadline)
 
-    # Where no row must be left out, taking them by length wastes the least padding.
-    option = first.option
-    has_every_row = len(first.gains) == len(option.unscored)
-    gains = None if has_every_row else first.gains
-    return NextPass(option.package, option.order, frozenset(first.gains), gains, deadline)
+
+def count_seconds(shares: Sequence[Share], loaded: int) -> float:
+    """Count the seconds of shares: their scoring, and loading each package but the loaded one once."""
+    seconds = 0.0
+    loaded_packages = {loaded}
+    for share in shares:
+        seconds += share.seconds
+        if share.option.package not in loaded_packages:
+            loaded_packages.add(share.option.package)
+            seconds += share.option.load_seconds
+    return seconds
 
 
 def make_options(board: Board, group: Sequence[str], loaded: int | None) -> list[Option]:
@@ -779,7 +668,7 @@ def make_options(board: Board, group: Sequence[str], loaded: int | None) -> list
 
 
 def make_option(board: Board, key: Key, unscored: list[str], is_loaded: bool) -> Option:
-    """Describe a pass by what it should change and take, as measured or else as guessed."""
+    """Describe a pass by what it should change, and by the seconds that it should take."""
     number, order = key
     settings, packages = board.inputs.settings, board.inputs.packages
     progress, measured = board.progress, board.measured
@@ -788,11 +677,8 @@ def make_option(board: Board, key: Key, unscored: list[str], is_loaded: bool) ->
     total_weight = sum(settings.packages[other].weight for other in progress.packages)
     relative_weight = settings.packages[number].weight / total_weight
     is_new_model = not any(progress.tried.get((number, other)) for other in board.orders(number))
-    if is_new_model:
-        typical_change = 2 * CHANGE_OF_MODEL
-    else:
-        typical_change = CHANGE_OF_ORDER
-    change = measured.changes.get(key, typical_change * relative_weight)
+    typical_change = 2 * CHANGE_OF_MODEL if is_new_model else CHANGE_OF_ORDER
+    change = typical_change * relative_weight
 
     # Before a package has run, its speed follows from another one's and the parameters of both.
     rate = measured.rates.get(number, 0.0)
@@ -811,21 +697,15 @@ def make_option(board: Board, key: Key, unscored: list[str], is_loaded: bool) ->
     return Option(number, order, change, seconds_per_token, load_seconds, unscored)
 
 
-def note_plan(board: Board, shares: Sequence[Share], seconds_left: float) -> None:
-    """Log what the plan does with the seconds that are left; keep the line for kernel.json."""
+def log_plan(board: Board, shares: Sequence[Share]) -> None:
+    """Log what a plan does with the seconds that are left."""
     parts = []
     for share in shares:
-        option = share.option
-        name = f"{board.inputs.packages[option.package].folder.name} {option.order}"
-        rows = f"{len(share.gains)} of {len(option.unscored)} rows"
-        part = f"{name} {rows} in {share.seconds:.1f} s"
-        if share.gains and option.load_seconds:
-            part += f" and {option.load_seconds:.1f} s to load"
-        parts.append(part)
-
-    line = f"{max(seconds_left, 0.0):.1f} s left: {'; '.join(parts)}"
-    board.progress.plans.append(line)
-    log(board.inputs.clock, f"plan: {line}")
+        name = f"{board.inputs.packages[share.option.package].folder.name} {share.option.order}"
+        rows = f"{len(share.row_ids)} of {len(share.option.unscored)} rows"
+        parts.append(f"{name} {rows} in {share.seconds:.1f} s")
+    clock = board.inputs.clock
+    log(clock, f"plan: {clock.left():.1f} s left: {'; '.join(parts)}")
 
 
 def start_team(board: Board, number: int) -> list[Worker]:
@@ -844,60 +724,61 @@ def start_team(board: Board, number: int) -> list[Worker]:
 
 
 def retire(board: Board, workers: list[Worker]) -> None:
-    """End the workers and note what they did; devices that are gone leave the board.
+    """End the workers; devices that are gone leave the board.
 
-    A device stays where its worker could not load a package that no other loaded either, or where
-    it had a model before: that may be the package's fault.
+    Where no worker could load the package, that is the package's fault and the devices stay.
     """
-    stop_workers(workers)
-    progress = board.progress
     any_loaded = any(worker.load_seconds for worker in workers)
     for worker in workers:
-        is_proven = progress.proven.issuperset(worker.positions)
-        is_to_blame = bool(worker.load_seconds) or (any_loaded and not is_proven)
-        if worker.gone and is_to_blame:
+        worker.stop()
+        if worker.gone and any_loaded:
             for position in worker.positions:
-                progress.devices.pop(position, None)
-        elif worker.load_seconds:
-            progress.proven.update(worker.positions)
-        progress.workers.append(worker_record(worker))
+                board.progress.devices.pop(position, None)
     workers.clear()
 
 
-def make_next_pass(
-    board: Board, next_pass: NextPass, workers: Sequence[Worker], encoder: "Encoder"
-) -> None:
-    """Score the rows of a pass and note the result on the board.
-
-    The rows are encoded here while the workers load, or were encoded during the pass before.
-    """
+def score_pass(board: Board, next_pass: NextPass, workers: Sequence[Worker]) -> None:
+    """Score the rows of a pass and note the result on the board."""
     number, order = next_pass.package, next_pass.order
     package, clock = board.inputs.packages[number], board.inputs.clock
-    deadline = clock.deadline
-    if next_pass.deadline is not None:
-        deadline = min(next_pass.deadline, deadline)
-
-    rows = [row for row in board.inputs.rows if row["id"] in next_pass.rows]
-    requests = encoder.requests(number, order, rows)
-
-    # The rows' other order is encoded in the background, while this one is scored.
-    for other_order in board.orders(number):
-        was_tried = (number, other_order) in board.progress.tried
-        if other_order != order and not was_tried:
-            encoder.begin(number, other_order, rows)
-
-    probabilities_before = board.probabilities()
     label = f"{package.folder.name}, {order}"
-    work = make_pass(label, requests, deadline, workers, next_pass.gains)
+
+    # The rows of the first pass are encoded here while the workers load.
+    requests = encode_rows(board.inputs, next_pass)
+    tokens = sum(request.tokens for request in requests)
+    log(clock, f"{label}: {len(requests)} rows encoded, {tokens} tokens")
+
+    work = make_pass(label, requests, next_pass.deadline, workers)
     work = run_pass(work, workers, clock)
     if all(worker.gone and not worker.load_seconds for worker in workers):
         raise LoadError(f"{package.folder}: no device could load it")
-
-    # How far this pass moved probabilities tells what further passes are worth.
     note_pass(board, (number, order), work, requests, workers)
-    change = measured_change(probabilities_before, board.probabilities())
-    if change:
-        board.measured.changes[number, order] = change
+
+
+def encode_rows(inputs: Inputs, next_pass: NextPass) -> list[Request]:
+    """Encode the rows of a pass by the package's own model_input."""
+    package = inputs.packages[next_pass.package]
+    pairs = []
+    for row in inputs.rows:
+        if row["id"] in next_pass.row_ids:
+            pairs.append(package.model_input.pair_from_row(row))
+
+    encoded: list[Request] = []
+    for start in range(0, len(pairs), ENCODED_AT_ONCE):
+        requests = make_requests(
+            package.model_input,
+            package.tokenizer,
+            inputs.contracts[next_pass.package],
+            pairs[start : start + ENCODED_AT_ONCE],
+            (next_pass.order,),
+            spare_tokens_of(package.manifest),
+        )
+
+        # Four bytes for each token id, since there are millions of them.
+        for request in requests:
+            sequences = tuple(array("i", ids) for ids in request.sequences)
+            encoded.append(replace(request, sequences=sequences))
+    return encoded
 
 
 def note_pass(
@@ -906,7 +787,6 @@ def note_pass(
     """Put a pass's scores on the board, and what was measured."""
     number, order = key
     progress, measured = board.progress, board.measured
-    progress.given_up.setdefault(number, set()).update(work.given_up)
     for row_id, values in work.scores.items():
         progress.scores[number][row_id][order] = values
 
@@ -917,6 +797,10 @@ def note_pass(
             finished.difference_update(request.id for request in batch)
     progress.tried.setdefault(key, set()).update(finished)
 
+    # What ends workers in one order would do so in the other.
+    for any_order in board.orders(number):
+        progress.tried.setdefault((number, any_order), set()).update(work.given_up)
+
     for request in requests:
         measured.tokens.setdefault(request.id, request.tokens)
     rate = sum(worker.rate() for worker in workers if not worker.gone)
@@ -926,81 +810,6 @@ def note_pass(
     # kernel.json keeps a record of every pass.
     run = board.inputs.settings.packages[number].run
     progress.passes.append({"run": run, "order": order, **pass_record(work)})
-
-
-class Encoder:
-    """Makes rows into requests, what is needed next in a thread of its own.
-
-    A tokenizer is for one thread at a time: model_input switches its control tokens off while it
-    encodes what users wrote, and another thread would then encode the template as plain text.
-    """
-
-    def __init__(self, inputs: Inputs):
-        self.inputs = inputs
-        self.pool = ThreadPoolExecutor(1)
-        self.closing = threading.Event()
-        self.ahead: dict[Key, Future] = {}
-        self.tokenizers = [threading.Lock() for _ in inputs.packages]
-
-    def begin(self, number: int, order: str, rows: Sequence[Mapping]) -> None:
-        """Begin to encode rows that are likely to be needed in a later pass."""
-        key = (number, order)
-        if key not in self.ahead:
-            self.ahead[key] = self.pool.submit(self.encode, number, order, rows)
-
-    def requests(self, number: int, order: str, rows: Sequence[Mapping]) -> list[Request]:
-        """Return the rows' requests, in the rows' order."""
-        encoded = []
-        if (number, order) in self.ahead:
-            encoded = self.ahead[number, order].result()
-        by_id = {request.id: request for request in encoded}
-
-        # Rows that nobody expected to be needed.
-        missing_rows = [row for row in rows if row["id"] not in by_id]
-        if missing_rows:
-            for request in self.encode(number, order, missing_rows):
-                by_id[request.id] = request
-        return [by_id[row["id"]] for row in rows]
-
-    def encode(self, number: int, order: str, rows: Sequence[Mapping]) -> list[Request]:
-        """Encode rows by the package's own model_input."""
-        began = time.monotonic()
-        package, contract = self.inputs.packages[number], self.inputs.contracts[number]
-        encoded: list[Request] = []
-        for start in range(0, len(rows), ENCODED_AT_ONCE):
-            if self.closing.is_set():
-                return encoded
-
-            part = rows[start : start + ENCODED_AT_ONCE]
-            pairs = [package.model_input.pair_from_row(row) for row in part]
-            with self.tokenizers[number]:
-                requests = make_requests(
-                    package.model_input,
-                    package.tokenizer,
-                    contract,
-                    pairs,
-                    (order,),
-                    spare_tokens_of(package.manifest),
-                )
-
-            # Four bytes for each token id, since there are millions of them.
-            for request in requests:
-                sequences = tuple(array("i", ids) for ids in request.sequences)
-                encoded.append(replace(request, sequences=sequences))
-
-        tokens = sum(request.tokens for request in encoded)
-        name = f"{package.folder.name}, {order}"
-        seconds = time.monotonic() - began
-        log(
-            self.inputs.clock,
-            f"{name}: {len(encoded)} rows encoded, {tokens} tokens in {seconds:.1f} s",
-        )
-        return encoded
-
-    def close(self) -> None:
-        """Stop, after the rows that are being encoded: ENCODED_AT_ONCE at most."""
-        self.closing.set()
-        self.pool.shutdown(cancel_futures=True)
 
 
 def combine(
@@ -1034,8 +843,8 @@ def combine(
 # One order of one package: batches dealt to workers until none is left or the deadline is near.
 #
 # schedule.make_next_pass calls `make_pass` and `run_pass`. What can happen to a batch on its way:
-#     out of memory      its worker's token budget is halved, and the batch cut and tried again
-#                        (`return_large_batch`)
+#     out of memory      its worker's token budget is halved, and the batch cut and tried again; a
+#                        row that was alone is tried again at the end (`try_alone`)
 #     its worker dies    the worker is started again, or given up with its device; its rows go back to
 #                        the queue, those that it was scoring one by one at the end, in case that one
 #                        of them killed it (`handle_worker_death`)
@@ -1044,64 +853,40 @@ def combine(
 # A row without a score is simply not in the result, and the caller decides what that means.
 # ================================================================================================
 
-GIVEN_UP_AFTER = 3  # deaths of the worker that was scoring a row, the last two with that row alone
-PATIENCE = 20.0  # times what a batch should take, but at least QUIET_SECONDS: then a worker hangs
-QUIET_SECONDS = 120.0
+GIVEN_UP_AFTER = 3  # tries of a row that ended its worker, or its memory
+QUIET_SECONDS = 300.0  # many times what a batch takes on a T4: then a worker hangs
 LOAD_PATIENCE_SECONDS = 1800.0
-BLOCKS = 8  # where rows are scored by their gains, an eighth at a time is batched by length
-LOGGED_SHARE = 0.2  # of a pass's rows: progress is logged whenever so many more are scored
+LOGGED_SHARE = 0.05  # of a pass's rows: progress is logged whenever so many more are scored
 
 
 @dataclass
 class Pass:
-    """The queue of batches and the probabilities by id, and what there is to tell of both."""
+    """The queue of batches, the probabilities by id, and what there is to tell of both."""
 
     label: str
     queue: deque[list[Request]]
     deadline: float
-    may_reorder: bool  # a clock too short for the queue then takes short rows first: more of them
     rows: int
+    all_tokens: int = 0  # of the queue at the beginning, padding included
     began: float | None = None
     scores: dict[str, list[float]] = field(default_factory=dict)
     tokens: int = 0
-    computed_tokens: int = 0
-    out_of_memory: int = 0
+    computed_tokens: int = 0  # padding included
     overflowed: int = 0  # rows that were computed again in float32
     not_finite: int = 0
+    failed_tries: Counter = field(default_factory=Counter)  # by row
     given_up: list[str] = field(default_factory=list)
-    deaths: dict[str, int] = field(default_factory=dict)  # by worker
-    suspected: Counter = field(default_factory=Counter)  # deaths by row
-    # By row, alone in its batch: the workers that lack the memory for it.
-    too_large: dict[str, set[str]] = field(default_factory=dict)
-    logged_at: float = field(default_factory=time.monotonic)
     logged_rows: int = 0
-    queued_tokens: int = 0  # of the queue, padding included
 
     def __post_init__(self):
-        self.queued_tokens = sum(map(padded_tokens, self.queue))
-
-    def take(self, from_end: bool) -> list[Request]:
-        """Take the queue's first or last batch."""
-        batch = self.queue.pop() if from_end else self.queue.popleft()
-        self.queued_tokens -= padded_tokens(batch)
-        return batch
-
-    def put_first(self, batches: Sequence[list[Request]]) -> None:
-        """Put batches before all others, in their order."""
-        self.queue.extendleft(reversed(batches))
-        self.queued_tokens += sum(map(padded_tokens, batches))
-
-    def put_last(self, batches: Sequence[list[Request]]) -> None:
-        """Put batches after all others, in their order."""
-        self.queue.extend(batches)
-        self.queued_tokens += sum(map(padded_tokens, batches))
+        self.all_tokens = sum(map(padded_tokens, self.queue))
 
     def seconds_left(self, workers: Sequence[Worker]) -> float:
-        """Predict how long the living workers need for the queue; 0 before their first batch."""
+        """Predict how long the living workers need for the rest; 0 before their first batch."""
         rate = sum(worker.rate() for worker in workers if not worker.gone)
         if not rate:
             return 0.0
-        return self.queued_tokens / rate
+        return (self.all_tokens - self.computed_tokens) / rate
 
     def seconds(self) -> float:
         """Return the seconds since its first batch was sent: loading a model does not count."""
@@ -1111,31 +896,18 @@ class Pass:
 
 
 def make_pass(
-    label: str,
-    requests: Sequence[Request],
-    deadline: float,
-    workers: Sequence[Worker],
-    gains: Mapping[str, float] | None = None,
+    label: str, requests: Sequence[Request], deadline: float, workers: Sequence[Worker]
 ) -> Pass:
     """Make a pass over rows."""
     tokens_per_batch = max(worker.tokens_per_batch for worker in workers)
-    if gains is None:
-        batches = make_batches(requests, tokens_per_batch)
-        return Pass(label, deque(batches), deadline, may_reorder=True, rows=len(requests))
-
-    # Batches of one length waste no padding, but rows of high gain must come early: a compromise.
-    by_gain = sorted(requests, key=lambda request: -gains[request.id])
-    block_size = max(math.ceil(len(requests) / BLOCKS), 1)
-    batches = []
-    for start in range(0, len(by_gain), block_size):
-        block = by_gain[start : start + block_size]
-        batches += make_batches(block, tokens_per_batch)
-    return Pass(label, deque(batches), deadline, may_reorder=False, rows=len(requests))
+    batches = make_batches(requests, tokens_per_batch)
+    return Pass(label, deque(batches), deadline, rows=len(requests))
 
 
 def run_pass(work: Pass, workers: Sequence[Worker], clock: Clock) -> Pass:
     """Work through the queue; PackageError where the last worker refuses the package."""
-    log(clock, f"{work.label}: {work.rows} rows in {len(work.queue)} batches")
+    batches = "1 batch" if len(work.queue) == 1 else f"{len(work.queue)} batches"
+    log(clock, f"{work.label}: {work.rows} rows in {batches}")
 
     # Workers that died late in the pass before may not have been restarted.
     for worker in workers:
@@ -1169,7 +941,7 @@ def run_pass(work: Pass, workers: Sequence[Worker], clock: Clock) -> Pass:
 
 
 def feed(work: Pass, worker: Worker, workers: Sequence[Worker]) -> None:
-    """Give a worker what it can score at once, and one batch more that lies ready."""
+    """Give a worker what it can score at once, and one batch more that lies ready in the pipe."""
     while worker.loaded and len(worker.outstanding) <= worker.batches_at_once:
         batch = next_batch(work, worker, workers)
         if batch is None:
@@ -1187,31 +959,21 @@ def next_batch(work: Pass, worker: Worker, workers: Sequence[Worker]) -> list[Re
     if not work.queue or seconds_left <= 0:
         return None
 
-    # Long rows stand first. Where time is short, they are left for the end.
-    from_end = work.may_reorder and work.seconds_left(workers) > seconds_left
-    if from_end:
-        put_back, put_off = work.put_last, work.put_first
-    else:
-        put_back, put_off = work.put_first, work.put_last
-
-    # The first batch that this worker has not proven too small for.
-    whole_batch = None
-    for _ in range(len(work.queue)):
-        batch = work.take(from_end)
-        if worker.name not in work.too_large.get(batch[0].id, ()):
-            whole_batch = batch
-            break
-        put_off([batch])
-    if whole_batch is None:
-        return None
+    # Long rows stand first. Where time is short, they are left for the end: more rows get a score.
+    short_rows_first = work.seconds_left(workers) > seconds_left
+    whole_batch = work.queue.pop() if short_rows_first else work.queue.popleft()
 
     # The worker's budget may have shrunk since the batches were made.
-    batch, *rest = make_batches(whole_batch, worker.tokens_per_batch)
-    tokens_ahead = sum(map(padded_tokens, worker.outstanding.values())) + padded_tokens(batch)
-    if worker.rate() and tokens_ahead / worker.rate() > seconds_left:
-        put_back([whole_batch])
-        return None
-    put_back(rest)
+    parts = make_batches(whole_batch, worker.tokens_per_batch)
+    batch = None
+    if worker.seconds_until_scored(parts[0]) <= seconds_left:
+        batch = parts.pop(0)
+
+    # What is not taken goes back to the same end.
+    if short_rows_first:
+        work.queue.extend(parts)
+    else:
+        work.queue.extendleft(reversed(parts))
     return batch
 
 
@@ -1233,13 +995,16 @@ def receive(work: Pass, worker: Worker, workers: Sequence[Worker], clock: Clock)
             f"golden probabilities differ by at most {worker.loaded['worst']:.1e}",
         )
     elif kind == "scored":
-        number, scores, memory_bytes = message
-        note_scores(work, worker.note_scored(number, memory_bytes), scores)
+        number, scores = message
+        note_scores(work, worker.note_scored(number), scores)
     elif kind == "out of memory":
         batch = worker.note_out_of_memory(*message)
-        outcome = return_large_batch(work, worker, batch, workers)
-        budget = f"{worker.tokens_per_batch} tokens a batch from now on"
-        log(clock, f"{worker.name}: out of memory: {budget}{outcome}")
+        log(clock, f"{worker.name}: out of memory: {worker.tokens_per_batch} tokens a batch now")
+        # The budget is smaller than this batch, so next_batch cuts it in parts.
+        if len(batch) > 1:
+            work.queue.appendleft(batch)
+        else:
+            try_alone(work, batch, clock)
     elif kind == "refused":
         # One device alone may be faulty; the last one has nobody to contradict it.
         [reason] = message
@@ -1252,50 +1017,30 @@ def receive(work: Pass, worker: Worker, workers: Sequence[Worker], clock: Clock)
         handle_worker_death(work, worker, f"failed: {reason.strip()}", clock)
 
 
-def return_large_batch(
-    work: Pass, worker: Worker, batch: list[Request], workers: Sequence[Worker]
-) -> str:
-    """Put a batch back that a worker lacks the memory for.
-
-    A row that was alone in it is left to the other workers, or given up.
-    """
-    # The worker's budget is smaller now, so next_batch cuts the batch in parts.
-    work.out_of_memory += 1
-    if len(batch) > 1:
-        work.put_first([batch])
-        return ""
-
-    [request] = batch
-    lacking_workers = work.too_large.setdefault(request.id, set())
-    lacking_workers.add(worker.name)
-    if all(other.name in lacking_workers for other in workers if not other.gone):
-        return give_up(work, request)
-    work.put_last([batch])
-    return f"; row {request.id} is left to the others"
+def try_alone(work: Pass, batch: list[Request], clock: Clock) -> None:
+    """Put rows that failed at the end of the queue, each alone, or give them up."""
+    for request in batch:
+        work.failed_tries[request.id] += 1
+        if work.failed_tries[request.id] < GIVEN_UP_AFTER:
+            work.queue.append([request])
+        else:
+            work.given_up.append(request.id)
+            log(clock, f"row {request.id} is given up")
 
 
 def handle_worker_death(work: Pass, worker: Worker, why: str, clock: Clock) -> None:
     """Put a dead worker's rows back into the queue, and restart it or give its device up.
 
-    A row that was being scored at GIVEN_UP_AFTER deaths is given up. No process is started that the
-    clock has no time to load.
+    No process is started that the clock has no time to load.
     """
-    # What only lay ready is not suspected.
-    being_scored, ready = worker.note_death()
-    work.deaths[worker.name] = work.deaths.get(worker.name, 0) + 1
-    work.put_first(ready)
-
-    # Any of the rows that it was scoring may have killed it: each is tried again alone, at the end.
-    rows_given_up = ""
-    for batch in being_scored:
-        for request in batch:
-            work.suspected[request.id] += 1
-            if work.suspected[request.id] >= GIVEN_UP_AFTER:
-                rows_given_up += give_up(work, request)
-            else:
-                work.put_last([[request]])
-
     log(clock, f"{worker.name}: {why}")
+
+    # Any of the rows that it was scoring may have killed it. What only lay ready has not.
+    being_scored, ready = worker.note_death()
+    work.queue.extendleft(reversed(ready))
+    for batch in being_scored:
+        try_alone(work, batch, clock)
+
     if worker.gone:
         outcome = f"gone after {worker.fruitless} deaths without a score in between"
     elif work.deadline - time.monotonic() <= worker.load_seconds:
@@ -1303,13 +1048,7 @@ def handle_worker_death(work: Pass, worker: Worker, why: str, clock: Clock) -> N
     else:
         worker.launch()
         outcome = f"started again, {worker.tokens_per_batch} tokens a batch"
-    log(clock, f"{worker.name}: {outcome}{rows_given_up}")
-
-
-def give_up(work: Pass, request: Request) -> str:
-    """Leave a row without a score; return a note for the log."""
-    work.given_up.append(request.id)
-    return f"; row {request.id} is given up"
+    log(clock, f"{worker.name}: {outcome}")
 
 
 def check_is_alive(work: Pass, worker: Worker, clock: Clock) -> None:
@@ -1317,22 +1056,12 @@ def check_is_alive(work: Pass, worker: Worker, clock: Clock) -> None:
     if not worker.process:
         return
 
-    now = time.monotonic()
-    quiet_seconds = now - worker.last_event
-
-    # How long a batch takes is known only once the worker has scored one.
-    if not worker.loaded:
-        patience = LOAD_PATIENCE_SECONDS
-    else:
-        expected_seconds = 0.0
-        if worker.outstanding and worker.rate():
-            first_batch = next(iter(worker.outstanding.values()))
-            expected_seconds = padded_tokens(first_batch) / worker.rate()
-        patience = max(PATIENCE * expected_seconds, QUIET_SECONDS)
-
+    patience = QUIET_SECONDS if worker.loaded else LOAD_PATIENCE_SECONDS
     # The reserve is for writing the submission.
+    now = time.monotonic()
     if worker.outstanding and now > clock.deadline + clock.reserve_seconds / 3:
         patience = 0
+    quiet_seconds = now - worker.last_event
     if quiet_seconds > patience:
         reason = f"killed: it said nothing for {quiet_seconds:.0f} s"
         handle_worker_death(work, worker, reason, clock)
@@ -1351,19 +1080,14 @@ def note_scores(work: Pass, batch: list[Request], scores: BatchScores) -> None:
 
 
 def log_progress(work: Pass, workers: Sequence[Worker], clock: Clock) -> None:
-    """Log the progress from time to time, and whenever LOGGED_SHARE more of the rows is scored."""
-    now = time.monotonic()
-    seconds_between = max((clock.deadline - clock.began) / 300, 10)
-    is_time = now - work.logged_at > seconds_between
-    is_far = len(work.scores) - work.logged_rows >= LOGGED_SHARE * work.rows
-    if is_time or is_far:
-        work.logged_at = now
+    """Log the progress whenever LOGGED_SHARE more of the rows is scored."""
+    if len(work.scores) - work.logged_rows >= LOGGED_SHARE * work.rows:
         work.logged_rows = len(work.scores)
         log(clock, f"{work.label}: {progress_line(work, workers)}")
 
 
 def progress_line(work: Pass, workers: Sequence[Worker]) -> str:
-    """Describe rows done, speed, time to go and memory, for the log."""
+    """Describe rows done, speed, time to go and overflows, for the log."""
     seconds = work.seconds()
     parts = [
         f"{len(work.scores)} of {work.rows} rows",
@@ -1372,12 +1096,6 @@ def progress_line(work: Pass, workers: Sequence[Worker]) -> str:
     ]
     if work.queue:
         parts.append(f"{work.seconds_left(workers):.0f} s to go")
-    sizes = []
-    for worker in workers:
-        for memory_bytes in worker.memory_bytes:
-            sizes.append(f"{memory_bytes / 2**30:.1f}")
-    if sizes:
-        parts.append(f"{' + '.join(sizes)} GiB")
     if work.overflowed:
         parts.append(
             f"{work.overflowed} rows overflowed float16 and were computed again in float32, "
@@ -1388,26 +1106,16 @@ def progress_line(work: Pass, workers: Sequence[Worker]) -> str:
 
 def pass_record(work: Pass) -> dict:
     """Describe a finished pass for kernel.json."""
-    seconds = work.seconds()
-    padding = 0.0
-    if work.computed_tokens:
-        padding = 1 - work.tokens / work.computed_tokens
     return {
         "pass": work.label,
         "rows": work.rows,
         "scored": len(work.scores),
-        "left": sum(map(len, work.queue)),
-        "seconds": round(seconds, 2),
-        "rows_per_second": round(len(work.scores) / seconds, 2),
-        "tokens_per_second": round(work.tokens / seconds, 1),
+        "seconds": round(work.seconds(), 2),
         "tokens": work.tokens,
         "computed_tokens": work.computed_tokens,
-        "padding": round(padding, 4),
-        "out_of_memory": work.out_of_memory,
         "overflowed": work.overflowed,
         "not_finite": work.not_finite,
         "given_up": work.given_up,
-        "deaths": work.deaths,
     }
 
 
@@ -1429,7 +1137,7 @@ JOIN_SECONDS = 30.0  # a killed process may be stuck in a driver
 class Worker:
     """One process and its history. Tokens are counted with their padding."""
 
-    name: str  # its devices, for the log
+    name: str  # for the log
     task: Assignment
     tokens_per_batch: int
     start: Callable[[Assignment], tuple]  # gives the process and the pipe to it
@@ -1448,8 +1156,6 @@ class Worker:
     tokens: int = 0
     seconds: float = 0.0  # in which it had work
     load_seconds: float = 0.0
-    memory_bytes: list[int] = field(default_factory=list)
-    deaths: int = 0
     fruitless: int = 0  # deaths without a score in between
 
     @property
@@ -1460,6 +1166,13 @@ class Worker:
     def rate(self) -> float:
         """Return tokens a second, from what it has done; 0 before its first batch."""
         return self.tokens / self.seconds if self.seconds else 0.0
+
+    def seconds_until_scored(self, batch: list[Request]) -> float:
+        """Predict how long a batch takes behind those that it has; 0 before its first one."""
+        if not self.rate():
+            return 0.0
+        tokens = padded_tokens(batch) + sum(map(padded_tokens, self.outstanding.values()))
+        return tokens / self.rate()
 
     def launch(self) -> None:
         """Start the process, which loads the model."""
@@ -1483,41 +1196,34 @@ class Worker:
         self.load_seconds = facts["seconds"]
         self.last_event = time.monotonic()
 
-    def note_scored(self, number: int, memory_bytes: list[int]) -> list[Request]:
+    def note_scored(self, number: int) -> list[Request]:
         """Count a batch that was scored, and return it."""
         batch = self.outstanding.pop(number)
         now = time.monotonic()
         self.tokens += padded_tokens(batch)
         self.seconds += now - self.last_event
         self.last_event = now
-        self.memory_bytes = memory_bytes
         self.fruitless = 0
         return batch
 
     def note_out_of_memory(self, number: int) -> list[Request]:
-        """Lower the token budget below a batch that was too large, and return it."""
+        """Lower the token budget to half of a batch that was too large, and return it."""
         batch = self.outstanding.pop(number)
         self.last_event = time.monotonic()
 
-        # A row that is alone cannot be cut, but longer ones need not be tried.
-        if len(batch) > 1:
-            fitting_tokens = padded_tokens(batch) // 2
-        else:
-            fitting_tokens = padded_tokens(batch) - 1
-        self.tokens_per_batch = max(min(self.tokens_per_batch, fitting_tokens), 1)
+        self.tokens_per_batch = max(min(self.tokens_per_batch, padded_tokens(batch) // 2), 1)
         return batch
 
     def note_death(self) -> tuple[list[list[Request]], list[list[Request]]]:
         """Count a death; return the batches that it was scoring, and those that lay ready."""
         # Batches are scored in the order in which they were sent.
-        sent_batches = list(self.outstanding.values())
-        being_scored = sent_batches[: self.batches_at_once]
-        ready = sent_batches[self.batches_at_once :]
+        batches = list(self.outstanding.values())
+        being_scored = batches[: self.batches_at_once]
+        ready = batches[self.batches_at_once :]
         self.outstanding.clear()
 
         # Only now: a stopped worker no longer knows its batches_at_once.
         self.stop()
-        self.deaths += 1
 
         # It may have died of a lack of memory that was never reported.
         self.tokens_per_batch = max(self.tokens_per_batch // 2, 1)
@@ -1570,10 +1276,6 @@ def start_workers(
     workers = []
     for positions in position_groups:
         device_names = tuple(devices[position] for position in positions)
-        log_names = []
-        # Two workers on one CPU would have the same name.
-        for position, name in zip(positions, device_names, strict=True):
-            log_names.append(f"cpu #{position}" if name == "cpu" else name)
         task = Assignment(
             str(package.folder),
             device_names,
@@ -1581,34 +1283,15 @@ def start_workers(
             threads,
             package_settings.weight_bytes_limit,
         )
-        worker = Worker("+".join(log_names), task, tokens_per_batch, start_process, positions)
+        # Two workers may stand on one CPU.
+        name = f"worker {positions[0]} on {'+'.join(device_names)}"
+        worker = Worker(name, task, tokens_per_batch, start_process, positions)
         worker.launch()
         workers.append(worker)
 
     names = ", ".join(worker.name for worker in workers)
-    log(clock, f"{package.folder.name}: loading on {names}")
+    log(clock, f"{package.folder.name}: loading in {names}")
     return workers
-
-
-def stop_workers(workers: Sequence[Worker]) -> None:
-    """End all the processes."""
-    for worker in workers:
-        worker.stop()
-
-
-def worker_record(worker: Worker) -> dict:
-    """Describe a worker for kernel.json."""
-    return {
-        "device": worker.name,
-        "package": worker.task.folder.rpartition("/")[2],
-        "load_seconds": round(worker.load_seconds, 1),
-        "computed_tokens": worker.tokens,
-        "busy_seconds": round(worker.seconds, 1),
-        "tokens_per_batch": worker.tokens_per_batch,
-        "memory_bytes": worker.memory_bytes,
-        "deaths": worker.deaths,
-        "gone": worker.gone,
-    }
 
 
 def leave() -> None:
@@ -1630,7 +1313,7 @@ def leave() -> None:
 #
 # To the worker: (number, requests). From it:
 #     ("loaded", facts)                         dtype, batches_at_once, seconds, worst difference
-#     ("scored", number, BatchScores, bytes)    bytes: the most memory used so far on each device
+#     ("scored", number, BatchScores)
 #     ("out of memory", number)                 it lives on; the batch is to be cut
 #     ("refused", sentence)                     the package is not what was packaged
 #     ("failed", traceback)                     and its end
@@ -1708,7 +1391,7 @@ def work(connection, task: Assignment) -> None:
                 model, package.model_input, package.contract, requests, first_device, pass_context
             )
 
-    serve(connection, score_requests, batches_at_once, lambda: memory_bytes(task.devices))
+    serve(connection, score_requests, batches_at_once)
 
 
 def open_package(folder: Path) -> Package:
@@ -1762,40 +1445,46 @@ def check_golden_scores(package: Package, model: torch.nn.Module, device: str) -
     return worst_difference
 
 
-def serve(connection, score_requests, batches_at_once: int, measure_memory) -> None:
-    """Score what comes in. Batches are read as they come, so that the next one lies ready."""
-    inbox = queue.SimpleQueue()
-    lock = threading.Lock()
+def serve(connection, score_requests, batches_at_once: int) -> None:
+    """Score what comes in until the pipe is closed, or until something fails."""
+    # Two threads that read or write at once would mix their messages.
+    receiving = threading.Lock()
+    sending = threading.Lock()
 
-    def score_from_inbox():
-        while message := inbox.get():
-            number, requests = message
+    def score_until_closed():
+        while True:
             try:
-                answer = ("scored", number, score_requests(requests), measure_memory())
-            except Exception as error:
-                if lacks_memory(error, len(requests)):
-                    free_memory()
-                    answer = ("out of memory", number)
-                else:
-                    answer = ("failed", traceback.format_exc())
-            # Two threads that write at once would mix their messages.
-            with lock:
+                with receiving:
+                    number, requests = connection.recv()
+            except (EOFError, OSError):
+                return
+
+            answer = answer_batch(number, requests, score_requests)
+            with sending:
                 tell(connection, *answer)
 
-            # A CUDA error stays with its process: the other end will kill it.
+            # A CUDA error stays with its process: the other end will start a new one.
             if answer[0] == "failed":
                 return
 
-    # The stages of a split model work on different batches at the same time.
+    threads = []
     for _ in range(batches_at_once):
-        threading.Thread(target=score_from_inbox, daemon=True).start()
-    with contextlib.suppress(EOFError, OSError):
-        while True:
-            inbox.put(connection.recv())
+        thread = threading.Thread(target=score_until_closed, daemon=True)
+        thread.start()
+        threads.append(thread)
+    for thread in threads:
+        thread.join()
 
-    # The pipe is closed: None ends a thread.
-    for _ in range(batches_at_once):
-        inbox.put(None)
+
+def answer_batch(number: int, requests: list[Request], score_requests) -> tuple:
+    """Score a batch; return the message to the kernel's own process."""
+    try:
+        return ("scored", number, score_requests(requests))
+    except Exception as error:
+        if not lacks_memory(error, len(requests)):
+            return ("failed", traceback.format_exc())
+    free_memory()
+    return ("out of memory", number)
 
 
 def lacks_memory(error: Exception, rows: int) -> bool:
@@ -1825,38 +1514,27 @@ def free_memory() -> None:
             torch.cuda.empty_cache()
 
 
-def memory_bytes(devices: tuple[str, ...]) -> list[int]:
-    """Measure the most memory used so far: PyTorch's on each GPU, or this process's on the CPU."""
-    if devices[0].startswith("cuda"):
-        return [torch.cuda.max_memory_reserved(device) for device in devices]
-    return [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]
-
-
 # ================================================================================================
 # scheduling/plan.py
 #
 # Shares out the seconds that are left: which rows get the second order, and which a further model.
 #
 # schedule.plan_next_pass decides with it, after every pass, which pass comes next. An option is one
-# more pass of a package in an order. It changes a probability by some amount, whose standard
-# deviation s is measured. Its expected gain is that of the knowledge gradient (Frazier, Powell and
-# Dayanik 2008): 2 (s φ(m/s) − m Φ(−m/s)), with m half the lead of the first verdict over the second.
-# A row near the line between two verdicts gains most, one far from it nothing. For log loss it is
-# s² (1 − Σp²).
+# more pass of a package in an order. It changes a probability by some amount, of standard deviation
+# s. Its expected gain is that of the knowledge gradient (Frazier, Powell and Dayanik 2008):
+# 2 (s φ(m/s) − m Φ(−m/s)), with m half the lead of the first verdict over the second. A row near the
+# line between two verdicts gains most, one far from it nothing. For log loss it is s² (1 − Σp²).
 #
 # Rows are taken by their gain per second until the seconds are used. Which further models are worth
-# their loading is tried out: with none of them, with the first, with the first two, and so on.
+# their loading is tried out.
 # ================================================================================================
 
 # An assumption without a published source. A kernel's log says how long its loading took.
 LOAD_BYTES_PER_SECOND = 3e8
 
-# The change of a probability (sd) by a second order or model, until it is measured.
+# The change of a probability (sd) by a second order or model.
 CHANGE_OF_ORDER = 0.06
 CHANGE_OF_MODEL = 0.1
-
-# Fewer rows give no standard deviation worth planning by.
-ROWS_TO_MEASURE = 30
 
 # Of a row while no speed is measured: gains are divided by it.
 SHORTEST_SECONDS = 1e-9
@@ -1882,7 +1560,6 @@ class Offer:
     row_id: str
     gain: float
     seconds: float
-    gain_per_second: float
 
 
 @dataclass(frozen=True)
@@ -1890,7 +1567,7 @@ class Share:
     """What an option gets of the clock."""
 
     option: Option
-    gains: dict[str, float]  # of its rows, a second
+    row_ids: list[str]
     seconds: float  # for these rows, without loading
 
 
@@ -1903,17 +1580,13 @@ def allocate(
 ) -> list[Share]:
     """Share the seconds that are left out among options: rows of most gain per second first."""
     offers = make_offers(options, probabilities, tokens, by_log_loss)
-    loaded = set()
-    not_loaded = set()
-    for option in options:
-        packages = not_loaded if option.load_seconds else loaded
-        packages.add(option.package)
+    packages = list(dict.fromkeys(option.package for option in options))
 
-    # Loaded models cost no loading; further ones are tried in the spec's order.
-    further = sorted(not_loaded)
-    best_gain, best_shares = allocate_to(loaded, options, offers, seconds)
-    for count in range(1, len(further) + 1):
-        gain, shares = allocate_to(loaded.union(further[:count]), options, offers, seconds)
+    # A further model must be worth its loading: with the first package, with the first two, …
+    best_gain = -1.0
+    best_shares: list[Share] = []
+    for count in range(1, len(packages) + 1):
+        gain, shares = allocate_to(packages[:count], options, offers, seconds)
         if gain > best_gain:
             best_gain, best_shares = gain, shares
     return best_shares
@@ -1931,8 +1604,8 @@ def make_offers(
         for row_id in option.unscored:
             gain = expected_gain(probabilities.get(row_id), option.change, by_log_loss)
             seconds = max(tokens[row_id] * option.seconds_per_token, SHORTEST_SECONDS)
-            offers.append(Offer(place, row_id, gain, seconds, gain / seconds))
-    return sorted(offers, key=lambda offer: offer.gain_per_second, reverse=True)
+            offers.append(Offer(place, row_id, gain, seconds))
+    return sorted(offers, key=lambda offer: offer.gain / offer.seconds, reverse=True)
 
 
 def allocate_to(
@@ -1947,7 +1620,7 @@ def allocate_to(
     seconds_left = seconds - sum(load_seconds.values())
 
     total_gain = 0.0
-    gains_by_option: list[dict[str, float]] = [{} for _ in options]
+    row_ids: list[list[str]] = [[] for _ in options]
     seconds_used = [0.0] * len(options)
     for offer in offers:
         place = offer.option_place
@@ -1957,11 +1630,11 @@ def allocate_to(
         seconds_left -= offer.seconds
         seconds_used[place] += offer.seconds
         total_gain += offer.gain
-        gains_by_option[place][offer.row_id] = offer.gain_per_second
+        row_ids[place].append(offer.row_id)
 
     shares = []
     for place, option in enumerate(options):
-        shares.append(Share(option, gains_by_option[place], seconds_used[place]))
+        shares.append(Share(option, row_ids[place], seconds_used[place]))
     return total_gain, shares
 
 
@@ -1978,23 +1651,10 @@ def expected_gain(values: Sequence[float] | None, change: float, by_log_loss: bo
     # The verdict flips where the change exceeds half of its lead.
     second, first = sorted(values)[-2:]
     margin = (first - second) / 2
-    change = max(change, 1e-6)
     ratio = margin / change
-    density = math.exp(-(ratio**2) / 2) / math.sqrt(2 * math.pi)
-    return 2 * (change * density - margin * math.erfc(ratio / math.sqrt(2)) / 2)
-
-
-def measured_change(
-    before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[float]]
-) -> float | None:
-    """Measure the standard deviation of the first probability's change over the rows in both."""
-    changes = []
-    for row_id, values in before.items():
-        if row_id in after:
-            changes.append(after[row_id][0] - values[0])
-    if len(changes) < ROWS_TO_MEASURE:
-        return None
-    return math.sqrt(sum(change**2 for change in changes) / len(changes))
+    density = NormalDist().pdf(ratio)
+    tail = math.erfc(ratio / math.sqrt(2)) / 2  # NormalDist.cdf is not exact so far out
+    return 2 * (change * density - margin * tail)
 
 
 def flop_per_token(package: Package) -> float:
@@ -2043,49 +1703,32 @@ def kaggle_root() -> Path:
 def find_mounted(root: Path, slug: str, names: Sequence[str], kind: str) -> Path:
     """Find a file of the dataset or competition `slug`, wherever that is mounted."""
     inputs = root / "input"
-    paths_by_rank: dict[tuple[int, int], list[Path]] = {}
-    for name_rank, name in enumerate(names):
+    for name in names:
+        paths = []
         for path in sorted(inputs.rglob(name)):
-            folders = path.relative_to(inputs).parts[:-1]
-            mount_rank = rank_mount(folders, slug, kind)
-            if path.is_file() and mount_rank is not None:
-                paths_by_rank.setdefault((mount_rank, name_rank), []).append(path)
+            # A dataset may have the slug of the competition that it was made for.
+            mount, *deeper_folders = path.relative_to(inputs).parts[:-1] or ("",)
+            is_other_kind = mount in ("datasets", "competitions") and mount != kind
+            if slug in (mount, *deeper_folders) and not is_other_kind:
+                paths.append(path)
 
-    # The best rank wins. The same file may be mounted twice.
-    paths = []
-    if paths_by_rank:
-        paths = paths_by_rank[min(paths_by_rank)]
-    distinct_files = {(path.name, hash_file(path)) for path in paths}
-    if len(distinct_files) == 1:
-        return paths[0]
+        # The same file may be mounted twice.
+        if len(paths) == 1 or len({hash_file(path) for path in paths}) == 1:
+            return paths[0]
+        if paths:
+            break
 
     # Say what there is, so that a wrong slug shows.
     folders_with_files = set()
     for path in inputs.rglob("*"):
         if path.is_file():
             folders_with_files.add(str(path.parent.relative_to(inputs)))
-    mounted = sorted(folders_with_files)
+    mounted = ", ".join(sorted(folders_with_files))
     raise FileNotFoundError(
         f"{inputs}: {len(paths)} files named {' or '.join(names)} below a folder {slug!r}, "
-        f"expected one; mounted are {', '.join(mounted) or 'no files at all'}; "
+        f"expected one; mounted are {mounted or 'no files at all'}; "
         f"attach {slug} to the kernel once"
     )
-
-
-def rank_mount(folders: Sequence[str], slug: str, kind: str) -> int | None:
-    """Rank a file by its folders below /kaggle/input."""
-    # A dataset's mount has its owner between the kind and the slug.
-    if kind == "datasets":
-        other_kind, slug_place = "competitions", 2
-    else:
-        other_kind, slug_place = "datasets", 1
-
-    # A dataset may have the slug of the competition that it was made for.
-    is_other = len(folders) > 1 and folders[0] == other_kind
-    if slug not in folders or is_other:
-        return None
-    is_below_kind = folders[0] == kind and folders[slug_place : slug_place + 1] == (slug,)
-    return 0 if folders[0] == slug or is_below_kind else 1
 
 
 def read_rows(path: Path, are_turns: bool) -> list[dict]:
@@ -2096,17 +1739,6 @@ def read_rows(path: Path, are_turns: bool) -> list[dict]:
         for name in TEXTS:
             row[name] = read_text(file_row[name], are_turns)
         rows.append(row)
-    if not rows:
-        raise ValueError(f"{path}: no rows")
-
-    # Scores are joined by id.
-    id_counts = Counter(row["id"] for row in rows)
-    repeated_ids = [row_id for row_id, count in id_counts.items() if count > 1]
-    if repeated_ids:
-        raise ValueError(
-            f"{path}: an id occurs twice: {', '.join(repeated_ids[:3])}; "
-            "a submission needs every id once"
-        )
     return rows
 
 
@@ -2121,32 +1753,14 @@ def is_counted(scored: object) -> bool:
 def read_table(path: Path, columns: Sequence[str]) -> list[dict]:
     """Read columns of a Parquet or CSV file, `id` among them as text; `scored` may be absent."""
     if path.suffix == ".parquet":
-        rows = read_parquet(path, columns)
+        names = choose_columns(path, columns, pq.read_schema(path).names)
+        rows = pq.read_table(path, columns=names).to_pylist()
     else:
         rows = read_csv(path, columns)
 
-    # Scores are joined by id, so an id must have one way to be written.
-    for number, row in enumerate(rows, start=1):
-        row_id = id_text(row["id"])
-        if row_id is None:
-            raise ValueError(
-                f"{path}, row {number}: its id is {row['id']!r}; expected a text or a whole number"
-            )
-        row["id"] = row_id
+    for row in rows:
+        row["id"] = str(row["id"])
     return rows
-
-
-def read_parquet(path: Path, columns: Sequence[str]) -> list[dict]:
-    """Read columns of a Parquet file."""
-    schema = pq.read_schema(path)
-    names = choose_columns(path, columns, schema.names)
-
-    # What holds no text would fail later, without the name of its column.
-    for name in names:
-        kind = schema.field(name).type
-        if name in TEXTS and not holds_text(kind):
-            raise ValueError(f"{path}: column {name} holds {kind}; expected text, or lists of it")
-    return pq.read_table(path, columns=names).to_pylist()
 
 
 def read_csv(path: Path, columns: Sequence[str]) -> list[dict]:
@@ -2169,22 +1783,6 @@ def choose_columns(path: Path, columns: Sequence[str], present: Sequence[str]) -
     return [name for name in columns if name in present]
 
 
-def holds_text(kind: pa.DataType) -> bool:
-    """Tell whether a column's type is text, lists of it, or nothing but nulls."""
-    if isinstance(kind, pa.DictionaryType | pa.ListType | pa.LargeListType):
-        return holds_text(kind.value_type)
-    return kind in (pa.string(), pa.large_string(), pa.string_view(), pa.null())
-
-
-def id_text(value: object) -> str | None:
-    """Write an id as the submission has it: a text as it is, a whole number as its digits."""
-    if isinstance(value, float) and value.is_integer() and abs(value) <= 2**53:
-        return str(int(value))
-    if value is None or isinstance(value, bool | float | bytes):
-        return None
-    return str(value) or None
-
-
 def read_text(value: str | Sequence | None, are_turns: bool) -> str | list[str | None] | None:
     """Read a text; with `are_turns`, the turns in its JSON list, or a text that is none."""
     if not are_turns or not isinstance(value, str):
@@ -2201,15 +1799,13 @@ def read_text(value: str | Sequence | None, are_turns: bool) -> str | list[str |
     return None if turns is None else value
 
 
-def install_missing_wheels(root: Path, folders: Sequence[Path], wheels: str | None) -> list[str]:
+def install_missing_wheels(root: Path, packages: Sequence[Package], wheels: str | None) -> None:
     """Install bitsandbytes where a package needs it and the image lacks it."""
+    formats = {package.manifest["quantize"] for package in packages}
+    is_needed = not formats.isdisjoint(("nf4", "int8"))
     # An image that has the library keeps its own.
-    methods = set()
-    for folder in folders:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        methods.add(config.get("quantization_config", {}).get("quant_method"))
-    if "bitsandbytes" not in methods or importlib.util.find_spec("bitsandbytes"):
-        return []
+    if not is_needed or importlib.util.find_spec("bitsandbytes"):
+        return
     if wheels is None:
         raise ModuleNotFoundError(
             "a package is quantised with bitsandbytes, which is absent; "
@@ -2218,27 +1814,9 @@ def install_missing_wheels(root: Path, folders: Sequence[Path], wheels: str | No
 
     # No network: pip installs from the mounted folder alone.
     folder = find_mounted(root, wheels, ("bitsandbytes-*.whl",), "datasets").parent
-    check_wheels(folder)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
     subprocess.run([*pip, "--find-links", str(folder), "bitsandbytes"], check=True)
     importlib.invalidate_caches()
-    return ["bitsandbytes"]
-
-
-def check_wheels(folder: Path) -> None:
-    """Raise ValueError where a wheel is not as wheels.json lists it, if that is there."""
-    if not (folder / "wheels.json").is_file():
-        return
-    manifest = json.loads((folder / "wheels.json").read_text(encoding="utf-8"))
-    listed = {wheel["file"]: wheel["sha256"] for wheel in manifest["wheels"]}
-    for path in sorted(folder.glob("*.whl")):
-        sha256 = hash_file(path)
-        if sha256 != listed.get(path.name):
-            raise ValueError(
-                f"{path}: its SHA-256 is {sha256[:12]}…, wheels.json says "
-                f"{listed.get(path.name, 'nothing')[:12]}; make the dataset again with "
-                "`python -m postprocess.wheels` and upload it"
-            )
 
 
 # ================================================================================================
@@ -2270,20 +1848,11 @@ class Package:
     model_input: ModuleType
     tokenizer: Tokenizer
 
-    def manifest_sha256(self) -> str:
-        """What tells this package from others, every file of it being as listed."""
-        return hash_file(self.folder / "manifest.json")
 
-
-def read_package(folder: Path | str, clock: Clock | None = None) -> Package:
+def read_package(folder: Path | str) -> Package:
     """Read a package and check it: file hashes, contract, tokenizer and golden token ids, in this order."""
     folder = Path(folder)
-    began = time.monotonic()
     manifest = check_manifest(folder)
-    if clock:
-        size = sum(listed["bytes"] for listed in manifest["files"].values())
-        seconds = time.monotonic() - began
-        log(clock, f"{folder}: {size / 1e9:.2f} GB as listed, hashed in {seconds:.1f} s")
 
     # The contract names what decides a model's input, so that a new manifest cannot hide a change.
     model_input_path = folder / "model_input.py"
@@ -2306,16 +1875,13 @@ def check_manifest(folder: Path) -> dict:
         raise PackageError(f"{folder}: manifest.json is missing; package the run again")
     manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
 
-    # Sizes are compared first: a truncated upload shows before gigabytes are hashed.
-    hashes = {}
-    for name, listed in manifest["files"].items():
-        if name not in NOT_MOUNTED:
-            check_size(folder / name, listed["bytes"])
-            hashes[folder / name] = listed["sha256"]
-
     # Reading every byte takes a minute or two: several files at a time.
     with ThreadPoolExecutor(HASHING_THREADS) as pool:
-        checks = [pool.submit(check_hash, *item, "manifest.json") for item in hashes.items()]
+        checks = []
+        for name, listed in manifest["files"].items():
+            if name not in NOT_MOUNTED:
+                path = folder / name
+                checks.append(pool.submit(check_hash, path, listed["sha256"], "manifest.json"))
         for check in checks:
             check.result()
 
@@ -2328,15 +1894,6 @@ def check_manifest(folder: Path) -> dict:
             f"{folder}: {', '.join(unlisted)} not listed in manifest.json; package the run again"
         )
     return manifest
-
-
-def check_size(path: Path, expected: int) -> None:
-    """Raise PackageError unless the file at `path` has as many bytes as manifest.json says."""
-    if not path.is_file():
-        raise PackageError(f"{path}: missing, but manifest.json lists it; upload the package again")
-    size = path.stat().st_size
-    if size != expected:
-        raise PackageError(f"{path}: {size} bytes, manifest.json says {expected}; upload it again")
 
 
 def hash_file(path: Path) -> str:
@@ -2393,206 +1950,85 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 # ================================================================================================
 # checks.py
 #
-# What must hold before hours of work begin: libraries, GPUs, a disk that can be written to.
+# What must hold before hours of work begin: libraries that read the packages rightly, and GPUs.
 #
-# No GPU is touched here: nvidia-smi is asked. What would make answers wrong, or could only end in a
-# crash, is a MachineError that says what to do; what costs no more than speed is a line in the log.
-# What cannot be found out is not checked.
+# What would make answers wrong, or could only end in a crash, is a MachineError that says what to do.
+# No GPU is touched here: nvidia-smi is asked.
 # ================================================================================================
 
-ASK_GPUS = (
-    "nvidia-smi",
-    "--query-gpu=name,memory.free,compute_cap",
-    "--format=csv,noheader,nounits",
-)
+ASK_CAPABILITIES = ("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
 ASK_SECONDS = 30
 EXPECTED_GPUS = 2  # machine_shape NvidiaTeslaT4
 OLDEST_CAPABILITY = 7.0  # a P100 has 6.0, and the image's PyTorch no code for it
-MEBIBYTE = 2**20
-GIBIBYTE = 2**30
-FREE_BYTES = 14 * GIBIBYTE  # of a T4 that no other process uses
-
-# How weights may be packed, and the library that unpacks them, if it is not this runtime.
-METHODS = {"bitsandbytes": "bitsandbytes", "gptq": None}
-COMPARED = ("torch", "transformers", "tokenizers", "peft", "bitsandbytes")
 
 
 class MachineError(RuntimeError):
     """This machine, or what is installed on it, cannot do the work."""
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """A GPU as nvidia-smi describes it; None is what it does not say."""
-
-    name: str
-    free_bytes: int | None
-    capability: float | None
-
-
-def check_machine(
-    root: Path, packages: Sequence[Package], devices: Sequence[str], clock: Clock
-) -> dict:
-    """Check libraries, GPUs and the disk for packages, and log what is there."""
-    check_disk(root / "working")
-    notes = check_libraries(packages, {name: installed_version(name) for name in COMPARED})
-    gpus = ask_gpus()
-    notes += check_gpus(devices, gpus, on_kaggle="KAGGLE_ROOT" not in os.environ)
-
-    # The log says what was there, whatever happens later.
-    names = [f"{gpu.name} ({format_gib(gpu.free_bytes)} GiB free)" for gpu in gpus or ()]
-    log(clock, f"machine: {', '.join(names) or 'no GPU'}")
-    for note in notes:
-        log(clock, note)
-    return {"gpus": [asdict(gpu) for gpu in gpus or ()], "notes": notes}
-
-
-def check_disk(working: Path) -> None:
-    """Raise MachineError where the outputs cannot be written to /kaggle/working."""
-    try:
-        working.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=working) as file:
-            file.write(b"x")
-    except OSError as error:
-        raise MachineError(
-            f"{working}: cannot be written to ({error}); the submission could not be kept"
-        ) from None
-
-
-def installed_version(name: str) -> str | None:
-    """Return the version of an installed package, None where it is absent; it is not imported."""
-    if importlib.util.find_spec(name) is None:
-        return None
-
-    # A module that was copied without its metadata is there all the same.
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
-
-
-def check_libraries(packages: Sequence[Package], installed: Mapping[str, str | None]) -> list[str]:
-    """Check the libraries that packages need.
-
-    Golden rows show whether another version of PyTorch or of the tokenizers gives other answers, so
-    those are only noted. But transformers of an older major version reads a newer configuration
-    without complaint and ignores what it does not know: version 5 writes rope_parameters, without
-    which version 4 gives every model the same rotary base.
-    """
-    notes = []
+def check_machine(packages: Sequence[Package], devices: Sequence[str], clock: Clock) -> None:
+    """Check the installed transformers for each package, and the GPUs."""
+    transformers_version = importlib.metadata.version("transformers")
     for package in packages:
-        name = package.folder.name
-        config = json.loads((package.folder / "config.json").read_text(encoding="utf-8"))
-        trained_with = package.contract.recorded.get("versions", {})
-        saved_by = config.get("transformers_version") or trained_with.get("transformers")
-        if major_version(installed["transformers"]) < major_version(saved_by):
-            raise MachineError(
-                f"{name}: saved by transformers {saved_by}, which version "
-                f"{installed['transformers']} here would read wrongly; choose the newest "
-                "environment for the kernel"
-            )
+        check_transformers(package, transformers_version)
 
-        # Weights that nothing here can unpack.
-        method = config.get("quantization_config", {}).get("quant_method")
-        if method is not None and method not in METHODS:
-            raise MachineError(
-                f"{name}: quantised by {method}, this kernel knows {', '.join(METHODS)}; "
-                "package the run again"
-            )
-
-        # What this package is computed with.
-        needed = {"torch", "transformers", "tokenizers"}
-        if METHODS.get(method) is not None:
-            needed.add(METHODS[method])
-        if (package.folder / "lora_config.json").is_file():
-            needed.add("peft")  # the adapter is not merged
-        for library in COMPARED:
-            if library not in needed:
-                continue
-            if installed[library] is None:
-                raise MachineError(
-                    f"{name}: needs {library}, which is not installed; "
-                    "attach a dataset with its wheel"
-                )
-            trained_version = trained_with.get(library, installed[library])
-            if trained_version != installed[library]:
-                notes.append(
-                    f"{name}: trained with {library} {trained_version}, "
-                    f"served with {installed[library]}"
-                )
-    return notes
+    is_rehearsal = "KAGGLE_ROOT" in os.environ
+    uses_gpus = any(device.startswith("cuda") for device in devices)
+    if uses_gpus or not is_rehearsal:
+        check_gpus(devices, ask_capabilities())
+    if uses_gpus and len(devices) < EXPECTED_GPUS:
+        log(clock, f"warning: {len(devices)} GPU where {EXPECTED_GPUS} were expected")
 
 
-def major_version(version: str | None) -> int:
-    """Return the first number of a version; 0 where there is none."""
-    match = re.match(r"\d+", version or "")
-    return int(match[0]) if match else 0
+def check_transformers(package: Package, installed: str) -> None:
+    """Raise MachineError where the installed transformers would misread a package.
+
+    An older major version reads a newer configuration without complaint and ignores what it does
+    not know: version 5 writes rope_parameters, without which version 4 gives every model the same
+    rotary base.
+    """
+    config = json.loads((package.folder / "config.json").read_text(encoding="utf-8"))
+    trained_with = package.contract.recorded.get("versions", {})
+    saved_by = config.get("transformers_version") or trained_with.get("transformers")
+    if saved_by and major_version(installed) < major_version(saved_by):
+        raise MachineError(
+            f"{package.folder.name}: saved by transformers {saved_by}, which version {installed} "
+            "here would read wrongly; choose the newest environment for the kernel"
+        )
 
 
-def ask_gpus() -> list[Gpu] | None:
-    """Ask nvidia-smi for the GPUs; None where it is absent, fails, or does not answer in time."""
+def major_version(version: str) -> int:
+    """Return the first number of a version."""
+    return int(version.split(".")[0])
+
+
+def check_gpus(devices: Sequence[str], capabilities: Sequence[float]) -> None:
+    """Raise MachineError where there is no GPU, or one too old for Kaggle's PyTorch."""
+    if not any(device.startswith("cuda") for device in devices):
+        raise MachineError(
+            "PyTorch finds no GPU, and CPUs would take days; set machine_shape to NvidiaTeslaT4 "
+            "and enable_gpu to true in kernel-metadata.json, or choose GPU T4 x2 in the editor, "
+            "and look whether the week's GPU hours are spent"
+        )
+
+    # An older GPU fails at the first kernel that PyTorch starts.
+    if capabilities and min(capabilities) < OLDEST_CAPABILITY:
+        raise MachineError(
+            f"a GPU has compute capability {min(capabilities)}, Kaggle's PyTorch needs "
+            f"{OLDEST_CAPABILITY} or more; set machine_shape to NvidiaTeslaT4 in "
+            "kernel-metadata.json, or choose GPU T4 x2 in the editor"
+        )
+
+
+def ask_capabilities() -> list[float]:
+    """Ask nvidia-smi for the GPUs' compute capabilities; none where it cannot say."""
     try:
         done = subprocess.run(
-            ASK_GPUS, capture_output=True, text=True, timeout=ASK_SECONDS, check=True
+            ASK_CAPABILITIES, capture_output=True, text=True, timeout=ASK_SECONDS, check=True
         )
     except (OSError, subprocess.SubprocessError):
-        return None
-    return parse_gpus(done.stdout)
-
-
-def parse_gpus(text: str) -> list[Gpu]:
-    """Read GPUs from nvidia-smi's lines: name, free MiB, compute capability; "[N/A]" is None."""
-    gpus = []
-    for line in text.splitlines():
-        if line.strip():
-            # A GPU's name may hold a comma: the fields are counted from the right.
-            name, free_mib, capability = [field.strip() for field in line.rsplit(",", 2)]
-            free_bytes = None
-            if free_mib.isdigit():
-                free_bytes = int(free_mib) * MEBIBYTE
-            capability_number = None
-            if re.fullmatch(r"\d+(\.\d+)?", capability):
-                capability_number = float(capability)
-            gpus.append(Gpu(name, free_bytes, capability_number))
-    return gpus
-
-
-def check_gpus(devices: Sequence[str], gpus: Sequence[Gpu] | None, on_kaggle: bool) -> list[str]:
-    """Check that the GPUs can do the work."""
-    if not any(device.startswith("cuda") for device in devices):
-        if on_kaggle:
-            raise MachineError(
-                "PyTorch finds no GPU, and CPUs would take days; set machine_shape to "
-                "NvidiaTeslaT4 and enable_gpu to true in kernel-metadata.json, or choose GPU T4 x2 "
-                "in the editor, and look whether the week's GPU hours are spent"
-            )
         return []
-
-    # Older GPUs fail at the first kernel that PyTorch starts.
-    for gpu in gpus or ():
-        if gpu.capability is not None and gpu.capability < OLDEST_CAPABILITY:
-            raise MachineError(
-                f"{gpu.name} has compute capability {gpu.capability}, Kaggle's PyTorch needs "
-                f"{OLDEST_CAPABILITY} or more; set machine_shape to NvidiaTeslaT4 in "
-                "kernel-metadata.json, or choose GPU T4 x2 in the editor"
-            )
-
-    # The build has computed that the weights fit a T4 that is free.
-    notes = []
-    if len(devices) < EXPECTED_GPUS:
-        notes.append(f"warning: {len(devices)} GPU where {EXPECTED_GPUS} were expected")
-    for gpu in gpus or ():
-        if gpu.free_bytes is not None and gpu.free_bytes < FREE_BYTES:
-            notes.append(
-                f"warning: {gpu.name} has {format_gib(gpu.free_bytes)} GiB free; restart the "
-                "session if another kernel is on it"
-            )
-    return notes
-
-
-def format_gib(size: int | None) -> str:
-    """Format bytes as GiB with one decimal."""
-    return "?" if size is None else f"{size / GIBIBYTE:.1f}"
+    return [float(line) for line in re.findall(r"^\d+\.\d+$", done.stdout, re.MULTILINE)]
 
 
 # ================================================================================================
@@ -2606,10 +2042,9 @@ def format_gib(size: int | None) -> str:
 
 VALIDATION_IDS = "validation_ids.json"
 TRAIN_FILES = ("train.parquet", "train.csv")
-TRAIN_PREFIX = "train:"
+TRAIN_PREFIX = "train:"  # of the rows' ids, which then differ from those of test rows
 HIDDEN_ROWS = (10_000, 25_000)  # WSDM's public phase; its final phase, and LMSYS's
 VERDICTS = ("model_a", "model_b", "tie")  # in the order of LMSYS's columns
-NEVER = 1e9  # seconds, where nothing was measured
 
 
 @dataclass(frozen=True)
@@ -2622,119 +2057,63 @@ class VisibleRows:
     log_line: str = ""  # what was chosen, or why nothing was
 
 
-@dataclass(frozen=True)
-class Speed:
-    """What was measured of a package, over all its devices. Tokens are those without padding."""
-
-    run: str
-    loading_seconds: float
-    tokens_per_second: float
-    tokens_per_row: float  # in one order
-    orders: int  # in which a row is scored: 1 for a reward model
-
-    def seconds_for(self, rows: int, orders: int) -> float:
-        """Predict how long rows take, in that many orders, once the model is loaded."""
-        if not self.tokens_per_second:
-            return NEVER
-        return min(rows * orders * self.tokens_per_row / self.tokens_per_second, NEVER)
-
-
-def choose_visible_rows(
-    root: Path, settings: Settings, folders: Sequence[Path], test_ids: Collection[str]
-) -> VisibleRows:
+def choose_visible_rows(root: Path, settings: Settings, packages: Sequence[Package]) -> VisibleRows:
     """Choose rows of the train file that every package lists as validation rows."""
-    if is_hidden_run():
+    if is_hidden_run() or settings.visible_rows == 0:
         return VisibleRows()
-    if not settings.visible_rows:
-        return no_visible_rows("visible_rows is 0, no row of the train file is scored")
 
-    # Rows that every package lists.
-    listings = []
-    for folder in folders:
-        path = folder / VALIDATION_IDS
-        if not path.is_file():
-            return no_visible_rows(
-                f"{folder.name} has no {VALIDATION_IDS}; package the run again to have it measured"
-            )
-        listings.append(json.loads(path.read_text(encoding="utf-8")))
-    id_sets = [frozenset(listing["ids"]) for listing in listings]
-    listed_by_all = frozenset.intersection(*id_sets)
-
-    # A rehearsal may have no train file.
+    # Whatever is wrong with the train file, the test rows can be scored.
     try:
+        listings = []
+        for package in packages:
+            listing = (package.folder / VALIDATION_IDS).read_text(encoding="utf-8")
+            listings.append(json.loads(listing))
         file = find_mounted(root, settings.competition, TRAIN_FILES, "competitions")
-    except FileNotFoundError:
-        return no_visible_rows(
-            f"no {' or '.join(TRAIN_FILES)} of {settings.competition} is mounted"
-        )
-    # Whatever is wrong with this file, the test rows can be scored.
-    try:
-        train_rows = read_train_rows(file, settings, listed_by_all)
+        train_rows = read_train_rows(file, settings, listings)
     except (OSError, ValueError, pa.ArrowException) as error:
-        return no_visible_rows(f"the train file is not scored: {error}")
-    if not train_rows:
-        return no_visible_rows(
-            f"{file.name} holds none of the {len(listed_by_all)} ids that every package lists"
-        )
+        return VisibleRows(log_line=f"visible run: only test rows are scored: {error}")
 
     # Rows that a model knows say nothing of its accuracy.
     trained_on = any(listing["trained_on"] for listing in listings)
+    log_line = f"visible run: {len(train_rows)} rows of {file.name} are scored too"
     if trained_on:
-        kind = "rows that a model was trained on: they tell of speed only"
-    else:
-        folds = sorted({f"fold {listing['fold']}" for listing in listings})
-        kind = f"held out ({' and '.join(folds)})"
-    log_line = f"visible run: {len(train_rows)} rows of {file.name} are scored too, {kind}"
+        log_line += "; a model was trained on them: they tell of speed only"
 
-    rows, winners = rename_train_rows(train_rows, settings, test_ids)
-    return VisibleRows(rows, winners, trained_on, log_line)
-
-
-def no_visible_rows(reason: str) -> VisibleRows:
-    """No rows, and a line for the log that says why."""
-    return VisibleRows(log_line=f"visible run: {reason}")
-
-
-def read_train_rows(file: Path, settings: Settings, listed: frozenset[str]) -> list[dict]:
-    """Read as many listed rows of the train file as the spec wants.
-
-    Rows are chosen and ordered by the hashes of their ids, so that the file's order is without
-    effect.
-    """
-    listed_rows = []
-    for row in read_table(file, ("id", *TEXTS, *settings.columns)):
-        if row["id"] in listed:
-            listed_rows.append(row)
-    listed_rows.sort(key=lambda row: hashlib.sha256(row["id"].encode()).hexdigest())
-    return listed_rows[: settings.visible_rows]
-
-
-def rename_train_rows(
-    train_rows: Sequence[dict], settings: Settings, test_ids: Collection[str]
-) -> tuple[tuple[dict, ...], dict[str, str | None]]:
-    """Make rows of the train file into test rows, under new ids that no test row has."""
-    # A test row may have such an id already.
-    prefix = TRAIN_PREFIX
-    while any(row_id.startswith(prefix) for row_id in test_ids):
-        prefix = TRAIN_PREFIX + prefix
-
+    # They look like rows of the test file.
     are_turns = "tie" in settings.verdicts
     rows = []
     winners = {}
     for train_row in train_rows:
-        row = {"id": prefix + train_row["id"], "counts": True}
+        row = {"id": TRAIN_PREFIX + train_row["id"], "counts": True}
         for name in TEXTS:
             row[name] = read_text(train_row[name], are_turns)
         rows.append(row)
         winners[row["id"]] = read_winner(train_row, settings.columns)
-    return tuple(rows), winners
+    return VisibleRows(tuple(rows), winners, trained_on, log_line)
+
+
+def read_train_rows(file: Path, settings: Settings, listings: Sequence[Mapping]) -> list[dict]:
+    """Read as many rows of the train file as the spec wants, of those in every listing."""
+    id_sets = [frozenset(listing["ids"]) for listing in listings]
+    listed_by_all = frozenset.intersection(*id_sets)
+    rows = []
+    for row in read_table(file, ("id", *TEXTS, *settings.columns)):
+        if row["id"] in listed_by_all:
+            rows.append(row)
+    if not rows:
+        raise ValueError(
+            f"{file.name} holds none of the {len(listed_by_all)} ids that every package lists"
+        )
+
+    # A fair sample, whatever the file's order.
+    rows.sort(key=lambda row: hashlib.sha256(row["id"].encode()).hexdigest())
+    return rows[: settings.visible_rows]
 
 
 def read_winner(row: Mapping, columns: Sequence[str]) -> str | None:
     """Read a train row's verdict from a column with its name, or from one flag a verdict."""
     if len(columns) == 1:
-        winner = row[columns[0]]
-        return winner if winner in VERDICTS else None
+        return row[columns[0]]
 
     # A flag may come as an integer, a float or a truth value, from CSV as their text.
     winners = []
@@ -2744,179 +2123,69 @@ def read_winner(row: Mapping, columns: Sequence[str]) -> str | None:
     return winners[0] if len(winners) == 1 else None
 
 
-def report_quality(
-    visible: VisibleRows,
-    verdicts: Sequence[str],
-    scored: Mapping[str, Sequence[float]],
-    models: Mapping[str, ModelScores],
-) -> dict:
-    """Report for kernel.json how good the answers are, where no model has seen the rows before."""
-    ids = [row["id"] for row in visible.rows]
-    report = {
-        "rows": len(ids),
-        "scored": sum(row_id in scored for row_id in ids),
-        "trained_on": visible.trained_on,
-    }
-    if not visible.trained_on:
-        report["quality"] = measure_quality(visible, verdicts, scored)
-        report["flips"] = {}
-        for run, model in models.items():
-            report["flips"][run] = share_of_flips(model.by_id, ids)
-    return report
-
-
-def report_speed(speeds: Sequence[Speed], before_seconds: float, settings: Settings) -> dict:
-    """Report for kernel.json how fast the packages are, and what that means for hidden tests."""
-    if not speeds:
-        return {"speed": [], "predicted": []}
-
-    measured = []
-    for speed in speeds:
-        rows_per_second = speed.tokens_per_second / max(speed.tokens_per_row, 1)
-        measured.append({**asdict(speed), "rows_per_second": rows_per_second})
-
-    # Each number of rows has a time limit of its own.
-    predicted = []
-    for rows in HIDDEN_ROWS:
-        clock = start_clock(settings.time_limit(rows))
-        clock_seconds = clock.deadline - clock.began
-        predicted.append(predict_finish(speeds, before_seconds, clock_seconds, rows))
-    return {"speed": measured, "predicted": predicted}
-
-
 def measure_quality(
     visible: VisibleRows, verdicts: Sequence[str], scored: Mapping[str, Sequence[float]]
 ) -> dict:
     """Measure the final probabilities over the scored rows that have one of `verdicts`."""
     judged = 0
     correct = 0
-    correct_by_length = 0
     loss = 0.0
-    for row in visible.rows:
-        values = scored.get(row["id"])
-        winner = visible.winners[row["id"]]
-        if values is None or winner not in verdicts:
+    for row_id, winner in visible.winners.items():
+        if row_id not in scored or winner not in verdicts:
             continue
+        values = scored[row_id]
         judged += 1
         correct += verdicts[values.index(max(values))] == winner
-
-        # The baseline that any model must beat.
-        longer = "model_a" if is_first_longer(row) else "model_b"
-        correct_by_length += longer == winner
-
-        # A probability of 0 would make the loss infinite.
-        loss -= math.log(max(values[verdicts.index(winner)], 1e-15))
-
-    ties_left_out = 0
-    if "tie" not in verdicts:
-        ties_left_out = list(visible.winners.values()).count("tie")
+        loss -= math.log(values[verdicts.index(winner)])
     if not judged:
-        return {"judged": 0, "ties_left_out": ties_left_out}
+        return {"judged": 0}
 
     # The standard error is that of a share.
     accuracy = correct / judged
     return {
         "judged": judged,
-        "ties_left_out": ties_left_out,
         "accuracy": accuracy,
         "standard_error": math.sqrt(accuracy * (1 - accuracy) / judged),
         "log_loss": loss / judged,
-        "longer_accuracy": correct_by_length / judged,
     }
 
 
-def share_of_flips(
-    scores: Mapping[str, Mapping[str, Sequence[float]]], ids: Sequence[str]
-) -> float | None:
-    """Compute the share of rows whose verdict changes with the order; None: no row has two."""
-    rows = 0
-    flips = 0
-    for row_id in ids:
-        by_order = scores.get(row_id, {})
-        # What time did not allow has one order, and cannot flip.
-        if len(by_order) == 2:
-            first, second = by_order.values()
-            rows += 1
-            flips += first.index(max(first)) != second.index(max(second))
-    return flips / rows if rows else None
+def predict_finish(passes: Sequence[Mapping], started_seconds: float, rows: int) -> dict:
+    """Predict when so many rows will be done, at the speed of the visible run."""
+    # The first pass of its kind has all the rows that count.
+    seconds_per_row: dict[tuple[str, str], float] = {}
+    for record in passes:
+        if record["scored"]:
+            seconds = record["seconds"] / record["scored"]
+            seconds_per_row.setdefault((record["run"], record["order"]), seconds)
 
-
-def predict_finish(
-    speeds: Sequence[Speed], before_seconds: float, clock_seconds: float, rows: int
-) -> dict:
-    """Predict when so many rows will be done, one model after another."""
-    # As schedule.py goes about it: one order of all rows, then the rest, model by model.
-    first, *others = speeds
-    loaded = before_seconds + first.loading_seconds
-    once = loaded + first.seconds_for(rows, 1)
-    everything = once + first.seconds_for(rows, first.orders - 1)
-    for speed in others:
-        everything += speed.loading_seconds + speed.seconds_for(rows, speed.orders)
-
-    # Which part of it the clock allows.
-    first_share = (clock_seconds - loaded) / max(once - loaded, 1e-9)
-    if everything > once:
-        rest_share = (clock_seconds - once) / (everything - once)
-    else:
-        rest_share = 1.0 if clock_seconds >= once else 0.0
+    first_order, *others = seconds_per_row.values()
     return {
         "rows": rows,
-        "clock_seconds": clock_seconds,
-        "first_order_seconds": round(once, 1),
-        "all_seconds": round(everything, 1),
-        "first_share": min(max(first_share, 0.0), 1.0),
-        "rest_share": min(max(rest_share, 0.0), 1.0),
+        "first_order_seconds": round(started_seconds + rows * first_order),
+        "all_seconds": round(started_seconds + rows * (first_order + sum(others))),
     }
 
 
-def visible_lines(report: Mapping) -> list[str]:
-    """Write the report as lines of the log."""
-    lines = []
-    if report.get("quality", {}).get("judged"):
-        lines.append(f"visible run: {quality_line(report['quality'], report['flips'])}")
-    for speed in report["speed"]:
-        lines.append(
-            f"visible run: {speed['run']}: {speed['rows_per_second']:.2f} rows/s in one order, "
-            f"{speed['tokens_per_second']:.0f} tokens/s, {speed['tokens_per_row']:.0f} tokens "
-            f"a row, loaded in {speed['loading_seconds']:.0f} s"
-        )
-    for finish in report["predicted"]:
-        lines.append(finish_line(finish))
-    return lines
+def describe_quality(quality: Mapping) -> str:
+    """Write a line for the log: how good the answers are."""
+    error = 2 * quality["standard_error"]
+    return (
+        f"visible run: accuracy {quality['accuracy']:.4f} ± {error:.4f} (two standard errors), "
+        f"log loss {quality['log_loss']:.4f} on {quality['judged']} rows"
+    )
 
 
-def quality_line(quality: Mapping, flips: Mapping[str, float | None]) -> str:
-    """Write how good the answers are, and each run's share of flips."""
-    ties = quality["ties_left_out"]
-    ties_note = f" (ties left out: {ties})" if ties else ""
-    parts = [
-        f"accuracy {quality['accuracy']:.4f} ± {2 * quality['standard_error']:.4f} "
-        "(two standard errors)",
-        f"log loss {quality['log_loss']:.4f} on {quality['judged']} rows{ties_note}",
-        f"the longer answer: {quality['longer_accuracy']:.4f}",
-    ]
-    for run, share in flips.items():
-        if share is not None:
-            parts.append(f"{run} flips {share:.3f}")
-    return ", ".join(parts)
-
-
-def finish_line(finish: Mapping) -> str:
-    """Write one prediction, with a warning where rows will be left to the prior."""
-    beginning = f"predicted for {finish['rows']:,} rows"
-    clock = format_hours(finish["clock_seconds"])
-    # The share that gets no score at all is what a reader must see first.
-    if finish["first_share"] < 1:
-        return (
-            f"warning: {beginning}: {clock} are enough for {finish['first_share']:.0%} of them; "
-            "the others would get the prior"
-        )
-
-    first_order = format_hours(finish["first_order_seconds"])
-    beginning += f": every row scored once after {first_order}"
-    if finish["rest_share"] < 1:
-        return f"{beginning}, {finish['rest_share']:.0%} of all else within {clock}"
-    return f"{beginning}, all done after {format_hours(finish['all_seconds'])} of {clock}"
+def describe_finish(finish: Mapping, clock_seconds: float) -> str:
+    """Write a line for the log: one prediction, a warning where rows will be left to the prior."""
+    line = (
+        f"predicted for {finish['rows']:,} rows: every row scored once after "
+        f"{format_hours(finish['first_order_seconds'])}, everything after "
+        f"{format_hours(finish['all_seconds'])}, with {format_hours(clock_seconds)} allowed"
+    )
+    if finish["first_order_seconds"] > clock_seconds:
+        return f"warning: {line}; rows would get the prior"
+    return line
 
 
 def format_hours(seconds: float) -> str:
@@ -2938,14 +2207,6 @@ SMALLEST = 1e-6
 
 # By the number of verdicts: longer, shorter, tie. The longer one wins 62 % of human verdicts.
 PRIOR = {2: (0.6, 0.4), 3: (0.45, 0.25, 0.3)}
-
-
-@dataclass(frozen=True)
-class ModelScores:
-    """A model's probabilities, by id and then by order of the responses, in its verdicts' order."""
-
-    verdicts: Sequence[str]
-    by_id: Mapping[str, Mapping[str, Sequence[float]]]
 
 
 def to_competition(
@@ -2983,11 +2244,6 @@ def soften(values: Sequence[float], temperature: float) -> list[float]:
     return [value / total for value in bounded]
 
 
-def is_first_longer(row: Mapping) -> bool:
-    """Tell whether a row's first response has as many characters as its second, or more."""
-    return count_characters(row["response_a"]) >= count_characters(row["response_b"])
-
-
 def count_characters(text: str | Sequence[str | None] | None) -> int:
     """Count the characters of a text, or of all its turns."""
     if text is None:
@@ -2996,29 +2252,15 @@ def count_characters(text: str | Sequence[str | None] | None) -> int:
         return len(text)
 
     # A conversation of LMSYS has None for a turn without an answer.
-    characters = 0
-    for turn in text:
-        if turn is not None:
-            characters += len(turn)
-    return characters
+    return sum(len(turn) for turn in text if turn is not None)
 
 
 def prior(row: Mapping, verdicts: Sequence[str]) -> list[float]:
     """Give a row that could not be scored probabilities, by which of its responses is longer."""
     longer, shorter, *tie = PRIOR[len(verdicts)]
-    if is_first_longer(row):
+    if count_characters(row["response_a"]) >= count_characters(row["response_b"]):
         return [longer, shorter, *tie]
     return [shorter, longer, *tie]
-
-
-def describe_shortfall(
-    rows: Sequence[Mapping], scored: Mapping[str, Sequence[float]], min_scored: float
-) -> str | None:
-    """Say how many rows were scored, where it is a smaller share than `min_scored`, else None."""
-    scored_rows = sum(row["id"] in scored for row in rows)
-    if scored_rows >= min_scored * len(rows):
-        return None
-    return f"{scored_rows} of {len(rows)} rows were scored, the spec's min_scored is {min_scored}"
 
 
 def fill_unscored(
@@ -3038,8 +2280,7 @@ def fill_unscored(
 def write_submission(
     path: Path, settings: Settings, final: Mapping[str, Sequence[float]], ids: Sequence[str]
 ) -> None:
-    """Write id,winner or id and one probability a verdict. Where a check fails, no file is left."""
-    check_probabilities(final, settings.verdicts)
+    """Write id,winner or id and one probability a verdict. Where ids are wrong, no file is left."""
     with whole_file(path) as temporary:
         with temporary.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
@@ -3052,61 +2293,20 @@ def write_submission(
                 writer.writerow([row_id, *answer])
 
         # What stands in the file is checked, not what was meant to.
-        check_submission(temporary, settings, ids)
+        check_ids(temporary, ids)
 
 
-def check_probabilities(final: Mapping[str, Sequence[float]], verdicts: Sequence[str]) -> None:
-    """Raise ValueError at a row without one probability a verdict, which sum to one."""
-    for row_id, values in final.items():
-        are_probabilities = len(values) == len(verdicts) and all(0 < value < 1 for value in values)
-        if not are_probabilities or not math.isclose(sum(values), 1, abs_tol=1e-6):
-            raise ValueError(
-                f"id {row_id}: {list(values)} are not probabilities that sum to one, one for each "
-                f"of {', '.join(verdicts)}; nothing is submitted"
-            )
-
-
-def check_submission(path: Path, settings: Settings, ids: Sequence[str]) -> None:
-    """Raise ValueError unless a file has every id once, in order, with a valid answer."""
+def check_ids(path: Path, ids: Sequence[str]) -> None:
+    """Raise ValueError unless a submission has every id of the test file once, in its order."""
     with path.open(encoding="utf-8", newline="") as file:
-        header, *lines = csv.reader(file)
-    expected_header = ["id", *settings.columns]
-    if header != expected_header:
-        raise ValueError(f"{path}: columns {header}, expected {expected_header}")
-
-    # An empty line has no id; it still counts as a row that is not the expected one.
-    written_ids = []
-    for line in lines:
-        written_ids.append(line[0] if line else "")
-    check_order(path, written_ids, ids)
-
-    for row_id, *answer in lines:
-        expected = len(settings.columns)
-        if len(answer) != expected:
-            raise ValueError(f"{path}: id {row_id}: {len(answer)} values, expected {expected}")
-        if expected > 1:
-            numbers = [float(value) for value in answer]
-            check_probabilities({row_id: numbers}, settings.verdicts)
-        elif answer[0] not in settings.verdicts:
-            verdicts = ", ".join(settings.verdicts)
-            raise ValueError(f"{path}: id {row_id}: {answer[0]!r}, expected one of {verdicts}")
-
-
-def check_order(path: Path, written_ids: Sequence[str], ids: Sequence[str]) -> None:
-    """Raise ValueError at the first id that is not the test file's at that place."""
+        _header, *lines = csv.reader(file)
+    written_ids = [line[0] for line in lines]
     for place, (written, expected) in enumerate(itertools.zip_longest(written_ids, ids), start=1):
-        if written == expected:
-            continue
-
-        # zip_longest gives None where one of the two lists has ended.
-        here = f"row {place} has {written!r}"
-        if written is None:
-            here = f"row {place} is missing"
-        there = "no more" if expected is None else repr(expected)
-        raise ValueError(
-            f"{path}: its {len(written_ids)} ids are not the test file's {len(ids)} ids in their "
-            f"order: {here}, expected {there}"
-        )
+        if written != expected:
+            raise ValueError(
+                f"{path}: its {len(written_ids)} ids are not the test file's {len(ids)} ids in "
+                f"their order: row {place} has {written!r}, expected {expected!r}"
+            )
 
 
 @contextlib.contextmanager
@@ -3125,39 +2325,20 @@ def write_scores(
     verdicts: Sequence[str],
     final: Mapping[str, Sequence[float]],
     scored: Mapping[str, Sequence[float]],
-    models: Mapping[str, ModelScores],
+    model_columns: Mapping[str, Mapping[str, float]],
 ) -> None:
     """Write scores.parquet with every probability.
 
-    Its columns are id, p_VERDICT as submitted, `scored` (else that is the prior), and
-    RUN_p_VERDICT_ORDER as each model gave it, null where it did not score the row.
+    Its columns are id, `scored` (else the row has the prior), p_VERDICT as submitted, and what each
+    model gave, null where it did not score the row.
     """
     columns: dict[str, list] = {"id": list(final), "scored": [row_id in scored for row_id in final]}
     for place, verdict in enumerate(verdicts):
         columns[f"p_{verdict}"] = [values[place] for values in final.values()]
-
-    # Each model's own opinion, order by order.
-    for run, model in models.items():
-        orders: set[str] = set()
-        for by_order in model.by_id.values():
-            orders.update(by_order)
-        for order in sorted(orders):
-            for place, verdict in enumerate(model.verdicts):
-                columns[f"{run}_p_{verdict}_{order}"] = read_column(model, order, place, final)
-
+    for name, value_by_id in model_columns.items():
+        columns[name] = [value_by_id.get(row_id) for row_id in final]
     with whole_file(path) as temporary:
         pq.write_table(pa.table(columns), temporary)
-
-
-def read_column(
-    model: ModelScores, order: str, place: int, ids: Iterable[str]
-) -> list[float | None]:
-    """Read one verdict's probabilities in one order, by its place; None for a row without."""
-    column: list[float | None] = []
-    for row_id in ids:
-        values = model.by_id.get(row_id, {}).get(order)
-        column.append(None if values is None else values[place])
-    return column
 
 
 def write_record(path: Path, record: Mapping) -> None:
@@ -3356,7 +2537,7 @@ def verdict_logits(
     for places in group_by_length(lengths, spare_tokens):
         group = [sequences[place] for place in places]
         with pass_context():
-            outputs_bu = head_outputs(model, contract, group, device).float().cpu()
+            outputs_bu = read_head(model, contract, group, device).float().cpu()
         for place, row in zip(places, outputs_bu, strict=True):
             rows[place] = row
 
@@ -3369,10 +2550,10 @@ def verdict_logits(
     return logits.view(-1, 2)[:, sides]
 
 
-def head_outputs(
+def read_head(
     model: torch.nn.Module, contract, sequences: Sequence[list[int]], device: str
 ) -> torch.Tensor:
-    """Run the model over sequences, padded on the right, and read its head's outputs at one place of each."""
+    """Run the model over sequences, padded on the right, and read its head at one place of each."""
     is_causal_lm = contract.head == "label_tokens"
     is_decoder = is_causal_lm or getattr(model, "causal", False)
     ids_bt, mask_bt = pad(sequences, contract.pad_token_id)
@@ -3380,22 +2561,32 @@ def head_outputs(
 
     # What a decoder reads never sees the padding behind it, so that only an encoder needs a mask.
     if not is_decoder and not mask_bt.all():
-        inputs["attention_mask"] = mask_bt.long().to(device)
+        inputs["attention_mask"] = mask_bt.to(device)
 
-    read_places = list_read_places(contract, sequences, is_decoder)
-    places_b = torch.tensor(read_places, device=device)
+    places_b = torch.tensor(list_read_places(contract, sequences, is_decoder), device=device)
     with reading(places_b):
         logits = model(**inputs).logits
-    if not is_causal_lm:
-        return logits
+    if is_causal_lm:
+        return pick_label_logits(logits, places_b, contract.label_token_ids)
+    return logits
 
-    # A model that was loaded by load_model has computed no more than this (see shortcuts.LabelHead).
-    if logits.shape[1] > 1:
-        rows_b = torch.arange(len(sequences), device=logits.device)
-        logits = logits[rows_b, places_b.to(logits.device)].unsqueeze(1)
-    if logits.shape[-1] > len(contract.label_token_ids):
-        logits = logits[..., list(contract.label_token_ids)]
-    return logits[:, 0]
+
+def pick_label_logits(
+    logits_btv: torch.Tensor, places_b: torch.Tensor, label_token_ids: Sequence[int]
+) -> torch.Tensor:
+    """Pick the label tokens' logits at the place that is read, where a causal LM has computed more.
+
+    With take_shortcuts it computes no more, unless an adapter is on its output layer.
+    """
+    if logits_btv.shape[1] > 1:
+        rows_b = torch.arange(len(places_b), device=logits_btv.device)
+        logits_bv = logits_btv[rows_b, places_b.to(logits_btv.device)]
+    else:
+        logits_bv = logits_btv[:, 0]
+
+    if logits_bv.shape[-1] > len(label_token_ids):
+        return logits_bv[:, list(label_token_ids)]
+    return logits_bv
 
 
 def list_read_places(contract, sequences: Sequence[list[int]], is_decoder: bool) -> list[int]:
@@ -3417,15 +2608,9 @@ def find_last_token(ids: Sequence[int], pad_token_id: int) -> int:
 
 def pad(sequences: Sequence[list[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Pad token ids on the right to the longest sequence."""
-    lengths = [len(ids) for ids in sequences]
-    shape = (len(sequences), max(lengths))
-    ids_bt = torch.full(shape, pad_token_id)
-    mask_bt = torch.zeros(shape, dtype=torch.bool)
-
-    for row, ids in enumerate(sequences):
-        length = len(ids)
-        ids_bt[row, :length] = torch.tensor(ids)
-        mask_bt[row, :length] = True
+    rows = [torch.tensor(ids, dtype=torch.long) for ids in sequences]
+    ids_bt = pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
+    mask_bt = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
     return ids_bt, mask_bt
 
 
@@ -3441,16 +2626,11 @@ def score(  # noqa: PLR0913  the last three are options by name
     device: str = "cpu",
 ) -> dict[str, dict[str, list[float]]]:
     """Score pairs in one process. A reward model is run once a pair, whatever the orders."""
-    scores: dict[str, dict[str, list[float]]] = {pair.id: {} for pair in pairs}
-    if len(scores) != len(pairs):
-        raise ValueError(
-            f"{len(pairs) - len(scores)} pairs have the id of another one; scores are joined by id"
-        )
-
-    # Where the orders do not differ, one is computed and counts for all.
+    # A reward model's orders do not differ: one is computed and counts for all.
     orders = tuple(orders)
     distinct_orders = orders_of(contract, orders)
     requests = make_requests(model_input, tokenizer, contract, pairs, distinct_orders)
+    scores: dict[str, dict[str, list[float]]] = {pair.id: {} for pair in pairs}
     overflowed = 0
     for batch in make_batches(requests, tokens_per_batch):
         batch_scores = score_batch(model, model_input, contract, batch, device)
@@ -3460,10 +2640,8 @@ def score(  # noqa: PLR0913  the last three are options by name
                 raise FloatingPointError(
                     f"row {request.id}, {request.order}: probabilities {values} in {model.dtype}"
                 )
-            scored_orders = orders
-            if distinct_orders == orders:
-                scored_orders = [request.order]
-            scores[request.id] |= dict.fromkeys(scored_orders, values)
+            equal_orders = orders if distinct_orders != orders else [request.order]
+            scores[request.id] |= dict.fromkeys(equal_orders, values)
 
     if overflowed:
         warnings.warn(
@@ -3509,10 +2687,6 @@ def load_model(
     device_map: Mapping[str, str] | None = None,
 ) -> torch.nn.Module:
     """Load the model in `folder` in eval mode, with the adapter on it where the folder holds one."""
-    if contract.head not in CLASSES:
-        raise PackageError(
-            f"{folder}: its head is {contract.head!r}; this runtime scores {', '.join(CLASSES)}"
-        )
     if dtype is None:
         dtype = torch.float16 if device.startswith("cuda") else torch.float32
 
@@ -3520,11 +2694,13 @@ def load_model(
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
     config = serving_config(folder, contract)
-    is_quantised = set_quantisation(config, folder, device)
+    quantised = getattr(config, "quantization_config", None)
+    if quantised and quantised["quant_method"] == "gptq":
+        config.quantization_config = unpacking(quantised)
 
     # Without a device_map weights are read on the CPU first, and quantised ones are not read at all.
     options = {}
-    if device_map or is_quantised or device != "cpu":
+    if device_map or quantised or device != "cpu":
         options["device_map"] = dict(device_map or {"": device})
     model, loading = CLASSES[contract.head].from_pretrained(
         folder,
@@ -3549,20 +2725,6 @@ def load_model(
     return model.eval()
 
 
-def set_quantisation(config, folder: Path | str, device: str) -> bool:
-    """Prepare a configuration for the package's kind of quantisation, and say whether it has one."""
-    quantised = getattr(config, "quantization_config", None)
-    if not quantised:
-        return False
-    if device.startswith("cuda") and quantised.get("bnb_4bit_compute_dtype") == "bfloat16":
-        raise PackageError(
-            f"{folder}: computes in bfloat16, which a T4 lacks; quantise it again from float16 weights"
-        )
-    if quantised.get("quant_method") == "gptq":
-        config.quantization_config = unpacking(quantised, folder)
-    return True
-
-
 def choose_attention(config, contract) -> str:
     """Name the fastest implementation of attention that the architecture has; a soft cap has only transformers' eager one."""
     model_class = CLASSES[contract.head]._model_mapping[type(config)]
@@ -3584,18 +2746,7 @@ def add_adapter(
     lora_config = LoraConfig.from_peft_type(**settings)
     tensors = load_file(lora_path)
     model = get_peft_model(model, lora_config, autocast_adapter_dtype=False)
-    result = set_peft_model_state_dict(model, tensors)
-
-    # PEFT also counts the weights of the base model as missing.
-    unmatched = [
-        name for name in result.missing_keys if "lora_" in name or ".modules_to_save." in name
-    ]
-    unmatched += result.unexpected_keys
-    if unmatched:
-        raise PackageError(
-            f"{lora_path}: not the adapter of {lora_config_path}: {', '.join(unmatched[:5])}"
-        )
-
+    set_peft_model_state_dict(model, tensors)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.to(dtype)
@@ -3606,31 +2757,12 @@ def add_adapter(
 def serving_config(folder: Path | str, contract):
     """Read the folder's config.json, with pad id and soft-cap set as the contract says."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    verdicts = contract.verdicts
-
-    # The head has one output for each verdict, or one reward, or is the language model's own.
-    expected_labels = {"score": len(verdicts), "reward": 1, "label_tokens": 0}[contract.head]
-    labels = 0 if contract.head == "label_tokens" else config.num_labels
-    if not labels == contract.num_labels == expected_labels:
-        raise PackageError(
-            f"{folder}: config.json has {labels} labels, contract.json {contract.num_labels} for the head {contract.head} and "
-            f"the verdicts {', '.join(verdicts)}; package the run again"
-        )
-    if contract.head == "label_tokens" and len(contract.label_token_ids) != len(verdicts):
-        raise PackageError(
-            f"{folder}: contract.json names {len(contract.label_token_ids)} label tokens; package the run again"
-        )
-
     config.pad_token_id = contract.pad_token_id
 
     # Else keys and values are kept for a generation that never comes: 2.8 GB of Gemma-2-9b.
     config.use_cache = False
 
     # Training may have left the soft cap of attention out, for the sake of SDPA.
-    if contract.softcap and not getattr(config, "attn_logit_softcapping", None):
-        raise PackageError(
-            f"{folder}: trained with a soft-cap, but config.json has no attn_logit_softcapping"
-        )
     if not contract.softcap and hasattr(config, "attn_logit_softcapping"):
         config.attn_logit_softcapping = None
     return config
@@ -3656,26 +2788,29 @@ QUANTISE_TO_INT8 = "bitsandbytes.int8_vectorwise_quant.default"
 
 
 class ComputeInFloat32(TorchFunctionMode):
-    """In this thread, hidden states are float32 from the first layer on, whatever the dtype of the weights."""
+    """In this thread, hidden states stay float32 from layer to layer, whatever the dtype of the weights."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        """Call `function` with float32 in place of float16; PyTorch calls this for every function."""
+        """Call `function` so that no float16 comes of float32: PyTorch hands all its functions to this."""
         kwargs = kwargs or {}
+
         # Hidden states are float32 and the weights float16: the weights follow.
         if function in WITH_WEIGHTS:
             args = [to_float32(value) for value in args]
             kwargs = {name: to_float32(value) for name, value in kwargs.items()}
+            return function(*args, **kwargs)
+
         # The int8 kernel of bitsandbytes reads float16 only, in which a larger number is infinite.
         if str(function) == QUANTISE_TO_INT8:
-            args = (args[0].clamp(-FLOAT16_MAX, FLOAT16_MAX).half(), *args[1:])
-
-        result = function(*args, **kwargs)
+            hidden, *others = args
+            hidden = hidden.clamp(-FLOAT16_MAX, FLOAT16_MAX).half()
+            return function(hidden, *others, **kwargs)
 
         # bitsandbytes and PEFT convert a layer's input to the dtype of its weights, where it would
         # overflow again: the input stays as it is.
-        is_narrowed = function is torch.Tensor.to and result.dtype is torch.float16
-        if is_narrowed and args[0].dtype is torch.float32:
-            return args[0]
+        result = function(*args, **kwargs)
+        if function is torch.Tensor.to and result.dtype is torch.float16:
+            return args[0] if args[0].dtype is torch.float32 else result
         return result
 
 
@@ -3931,10 +3066,6 @@ def count_parameters(module: torch.nn.Module) -> int:
 # The name that transformers knows these classes by; its own loader of gptq wants the libraries.
 UNPACKING = "gptq_unpacked"
 
-# The kinds of GPTQ that are unpacked here, by the keys of config.json.
-SUPPORTED = {"bits": (4, 8), "desc_act": (False,), "sym": (True,), "checkpoint_format": ("gptq",)}
-
-
 # A linear layer elsewhere, such as the head, is not quantised.
 IN_LAYER = re.compile(r"\.\d+\.")
 
@@ -4047,15 +3178,8 @@ class UnpackingQuantizer(HfQuantizer):
         return False
 
 
-def unpacking(settings: Mapping[str, object], folder: Path | str) -> dict[str, object]:
+def unpacking(settings: Mapping[str, object]) -> dict[str, object]:
     """Rewrite config.json's `quantization_config` as from_pretrained must get it."""
-    for key, supported in SUPPORTED.items():
-        if settings.get(key) not in supported:
-            expected = " or ".join(map(str, supported))
-            raise PackageError(
-                f"{folder}: config.json: {key} is {settings.get(key)!r}, expected {expected}; quantise it again"
-            )
-
     if UNPACKING not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(UNPACKING)(UnpackingConfig)
         register_quantizer(UNPACKING)(UnpackingQuantizer)
@@ -4173,28 +3297,29 @@ def part_order(part_name: str, layers: str) -> tuple[int, int]:
 
 def balance(parts: Sequence[Part], devices: int, byte_limit: int | None = None) -> list[int]:
     """Place parts on devices, neighbours together."""
-
-    def cost_of(cuts: Sequence[int]) -> tuple[int, int, int]:
-        stages = cut_parts(parts, cuts)
-        stage_bytes = [sum(part.size_bytes for part in stage) for stage in stages]
-        stage_work = [sum(part.work for part in stage) for stage in stages]
-        most_bytes = max(stage_bytes)
-        most_work = max(stage_work)
-
-        # Memory comes first: a split that does not fit is of no use, however fast.
-        if byte_limit is None:
-            return (0, most_work, most_bytes)
-        excess_bytes = max(most_bytes - byte_limit, 0)
-        return (excess_bytes, most_work, most_bytes)
-
     # There are few ways to cut some dozens of layers in two: all are tried.
     all_cuts = itertools.combinations(range(1, len(parts)), devices - 1)
-    best_cuts = min(all_cuts, key=cost_of)
+    best_cuts = min(all_cuts, key=lambda cuts: rate_cuts(parts, cuts, byte_limit))
 
     numbers = []
     for device, stage in enumerate(cut_parts(parts, best_cuts)):
         numbers += [device] * len(stage)
     return numbers
+
+
+def rate_cuts(
+    parts: Sequence[Part], cuts: Sequence[int], byte_limit: int | None
+) -> tuple[int, int, int]:
+    """Rate a placement, the best one lowest: bytes over the limit, then most work, then most bytes."""
+    stages = cut_parts(parts, cuts)
+    most_bytes = max(sum(part.size_bytes for part in stage) for stage in stages)
+    most_work = max(sum(part.work for part in stage) for stage in stages)
+
+    # Memory comes first: a split that does not fit is of no use, however fast.
+    excess_bytes = 0
+    if byte_limit is not None:
+        excess_bytes = max(most_bytes - byte_limit, 0)
+    return (excess_bytes, most_work, most_bytes)
 
 
 def cut_parts(parts: Sequence[Part], cuts: Sequence[int]) -> list[Sequence[Part]]:

@@ -9,7 +9,6 @@ qweight along the inputs, of qzeros along the outputs, each zero less one.
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch.nn.functional import linear
@@ -17,14 +16,8 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from kaggle_kernels.runtime.package import PackageError
-
 # The name that transformers knows these classes by; its own loader of gptq wants the libraries.
 UNPACKING = "gptq_unpacked"
-
-# The kinds of GPTQ that are unpacked here, by the keys of config.json.
-SUPPORTED = {"bits": (4, 8), "desc_act": (False,), "sym": (True,), "checkpoint_format": ("gptq",)}
-
 
 # A linear layer elsewhere, such as the head, is not quantised.
 IN_LAYER = re.compile(r"\.\d+\.")
@@ -142,19 +135,8 @@ class UnpackingQuantizer(HfQuantizer):
         return False
 
 
-def unpacking(settings: Mapping[str, object], folder: Path | str) -> dict[str, object]:
-    """Rewrite config.json's `quantization_config` as from_pretrained must get it.
-
-    Raises:
-        PackageError: The package in `folder` is of a kind that is not unpacked here.
-    """
-    for key, supported in SUPPORTED.items():
-        if settings.get(key) not in supported:
-            expected = " or ".join(map(str, supported))
-            raise PackageError(
-                f"{folder}: config.json: {key} is {settings.get(key)!r}, expected {expected}; quantise it again"
-            )
-
+def unpacking(settings: Mapping[str, object]) -> dict[str, object]:
+    """Rewrite config.json's `quantization_config` as from_pretrained must get it."""
     if UNPACKING not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(UNPACKING)(UnpackingConfig)
         register_quantizer(UNPACKING)(UnpackingQuantizer)

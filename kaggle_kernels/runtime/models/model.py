@@ -40,12 +40,8 @@ def load_model(
         device_map: Places parts of the model on several devices.
 
     Raises:
-        PackageError: A weight is missing, or the configuration contradicts the contract.
+        PackageError: A weight is missing.
     """
-    if contract.head not in CLASSES:
-        raise PackageError(
-            f"{folder}: its head is {contract.head!r}; this runtime scores {', '.join(CLASSES)}"
-        )
     if dtype is None:
         dtype = torch.float16 if device.startswith("cuda") else torch.float32
 
@@ -53,11 +49,13 @@ def load_model(
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
     config = serving_config(folder, contract)
-    is_quantised = set_quantisation(config, folder, device)
+    quantised = getattr(config, "quantization_config", None)
+    if quantised and quantised["quant_method"] == "gptq":
+        config.quantization_config = unpacking(quantised)
 
     # Without a device_map weights are read on the CPU first, and quantised ones are not read at all.
     options = {}
-    if device_map or is_quantised or device != "cpu":
+    if device_map or quantised or device != "cpu":
         options["device_map"] = dict(device_map or {"": device})
     model, loading = CLASSES[contract.head].from_pretrained(
         folder,
@@ -80,24 +78,6 @@ def load_model(
         raise PackageError(f"{folder}: weights are missing: {', '.join(sorted(missing)[:5])}")
     take_shortcuts(model, contract.label_token_ids)
     return model.eval()
-
-
-def set_quantisation(config, folder: Path | str, device: str) -> bool:
-    """Prepare a configuration for the package's kind of quantisation, and say whether it has one.
-
-    Raises:
-        PackageError: It cannot be computed on `device`.
-    """
-    quantised = getattr(config, "quantization_config", None)
-    if not quantised:
-        return False
-    if device.startswith("cuda") and quantised.get("bnb_4bit_compute_dtype") == "bfloat16":
-        raise PackageError(
-            f"{folder}: computes in bfloat16, which a T4 lacks; quantise it again from float16 weights"
-        )
-    if quantised.get("quant_method") == "gptq":
-        config.quantization_config = unpacking(quantised, folder)
-    return True
 
 
 def choose_attention(config, contract) -> str:
@@ -125,18 +105,7 @@ def add_adapter(
     lora_config = LoraConfig.from_peft_type(**settings)
     tensors = load_file(lora_path)
     model = get_peft_model(model, lora_config, autocast_adapter_dtype=False)
-    result = set_peft_model_state_dict(model, tensors)
-
-    # PEFT also counts the weights of the base model as missing.
-    unmatched = [
-        name for name in result.missing_keys if "lora_" in name or ".modules_to_save." in name
-    ]
-    unmatched += result.unexpected_keys
-    if unmatched:
-        raise PackageError(
-            f"{lora_path}: not the adapter of {lora_config_path}: {', '.join(unmatched[:5])}"
-        )
-
+    set_peft_model_state_dict(model, tensors)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.to(dtype)
@@ -145,37 +114,14 @@ def add_adapter(
 
 
 def serving_config(folder: Path | str, contract):
-    """Read the folder's config.json, with pad id and soft-cap set as the contract says.
-
-    Raises:
-        PackageError: The configuration's labels or soft-cap are not the contract's.
-    """
+    """Read the folder's config.json, with pad id and soft-cap set as the contract says."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    verdicts = contract.verdicts
-
-    # The head has one output for each verdict, or one reward, or is the language model's own.
-    expected_labels = {"score": len(verdicts), "reward": 1, "label_tokens": 0}[contract.head]
-    labels = 0 if contract.head == "label_tokens" else config.num_labels
-    if not labels == contract.num_labels == expected_labels:
-        raise PackageError(
-            f"{folder}: config.json has {labels} labels, contract.json {contract.num_labels} for the head {contract.head} and "
-            f"the verdicts {', '.join(verdicts)}; package the run again"
-        )
-    if contract.head == "label_tokens" and len(contract.label_token_ids) != len(verdicts):
-        raise PackageError(
-            f"{folder}: contract.json names {len(contract.label_token_ids)} label tokens; package the run again"
-        )
-
     config.pad_token_id = contract.pad_token_id
 
     # Else keys and values are kept for a generation that never comes: 2.8 GB of Gemma-2-9b.
     config.use_cache = False
 
     # Training may have left the soft cap of attention out, for the sake of SDPA.
-    if contract.softcap and not getattr(config, "attn_logit_softcapping", None):
-        raise PackageError(
-            f"{folder}: trained with a soft-cap, but config.json has no attn_logit_softcapping"
-        )
     if not contract.softcap and hasattr(config, "attn_logit_softcapping"):
         config.attn_logit_softcapping = None
     return config

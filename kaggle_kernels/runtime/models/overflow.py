@@ -19,26 +19,29 @@ QUANTISE_TO_INT8 = "bitsandbytes.int8_vectorwise_quant.default"
 
 
 class ComputeInFloat32(TorchFunctionMode):
-    """In this thread, hidden states are float32 from the first layer on, whatever the dtype of the weights."""
+    """In this thread, hidden states stay float32 from layer to layer, whatever the dtype of the weights."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        """Call `function` with float32 in place of float16; PyTorch calls this for every function."""
+        """Call `function` so that no float16 comes of float32: PyTorch hands all its functions to this."""
         kwargs = kwargs or {}
+
         # Hidden states are float32 and the weights float16: the weights follow.
         if function in WITH_WEIGHTS:
             args = [to_float32(value) for value in args]
             kwargs = {name: to_float32(value) for name, value in kwargs.items()}
+            return function(*args, **kwargs)
+
         # The int8 kernel of bitsandbytes reads float16 only, in which a larger number is infinite.
         if str(function) == QUANTISE_TO_INT8:
-            args = (args[0].clamp(-FLOAT16_MAX, FLOAT16_MAX).half(), *args[1:])
-
-        result = function(*args, **kwargs)
+            hidden, *others = args
+            hidden = hidden.clamp(-FLOAT16_MAX, FLOAT16_MAX).half()
+            return function(hidden, *others, **kwargs)
 
         # bitsandbytes and PEFT convert a layer's input to the dtype of its weights, where it would
         # overflow again: the input stays as it is.
-        is_narrowed = function is torch.Tensor.to and result.dtype is torch.float16
-        if is_narrowed and args[0].dtype is torch.float32:
-            return args[0]
+        result = function(*args, **kwargs)
+        if function is torch.Tensor.to and result.dtype is torch.float16:
+            return args[0] if args[0].dtype is torch.float32 else result
         return result
 
 

@@ -122,28 +122,29 @@ def balance(parts: Sequence[Part], devices: int, byte_limit: int | None = None) 
         Each part's device, by number. No device is over the limit by more than must be, the busiest has as little work as can
         be, and the fullest as few bytes.
     """
-
-    def cost_of(cuts: Sequence[int]) -> tuple[int, int, int]:
-        stages = cut_parts(parts, cuts)
-        stage_bytes = [sum(part.size_bytes for part in stage) for stage in stages]
-        stage_work = [sum(part.work for part in stage) for stage in stages]
-        most_bytes = max(stage_bytes)
-        most_work = max(stage_work)
-
-        # Memory comes first: a split that does not fit is of no use, however fast.
-        if byte_limit is None:
-            return (0, most_work, most_bytes)
-        excess_bytes = max(most_bytes - byte_limit, 0)
-        return (excess_bytes, most_work, most_bytes)
-
     # There are few ways to cut some dozens of layers in two: all are tried.
     all_cuts = itertools.combinations(range(1, len(parts)), devices - 1)
-    best_cuts = min(all_cuts, key=cost_of)
+    best_cuts = min(all_cuts, key=lambda cuts: rate_cuts(parts, cuts, byte_limit))
 
     numbers = []
     for device, stage in enumerate(cut_parts(parts, best_cuts)):
         numbers += [device] * len(stage)
     return numbers
+
+
+def rate_cuts(
+    parts: Sequence[Part], cuts: Sequence[int], byte_limit: int | None
+) -> tuple[int, int, int]:
+    """Rate a placement, the best one lowest: bytes over the limit, then most work, then most bytes."""
+    stages = cut_parts(parts, cuts)
+    most_bytes = max(sum(part.size_bytes for part in stage) for stage in stages)
+    most_work = max(sum(part.work for part in stage) for stage in stages)
+
+    # Memory comes first: a split that does not fit is of no use, however fast.
+    excess_bytes = 0
+    if byte_limit is not None:
+        excess_bytes = max(most_bytes - byte_limit, 0)
+    return (excess_bytes, most_work, most_bytes)
 
 
 def cut_parts(parts: Sequence[Part], cuts: Sequence[int]) -> list[Sequence[Part]]:

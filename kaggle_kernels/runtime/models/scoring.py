@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from kaggle_kernels.runtime.models.overflow import ComputeInFloat32
 from kaggle_kernels.runtime.models.shortcuts import reading
@@ -219,7 +220,7 @@ def verdict_logits(
     for places in group_by_length(lengths, spare_tokens):
         group = [sequences[place] for place in places]
         with pass_context():
-            outputs_bu = head_outputs(model, contract, group, device).float().cpu()
+            outputs_bu = read_head(model, contract, group, device).float().cpu()
         for place, row in zip(places, outputs_bu, strict=True):
             rows[place] = row
 
@@ -232,10 +233,10 @@ def verdict_logits(
     return logits.view(-1, 2)[:, sides]
 
 
-def head_outputs(
+def read_head(
     model: torch.nn.Module, contract, sequences: Sequence[list[int]], device: str
 ) -> torch.Tensor:
-    """Run the model over sequences, padded on the right, and read its head's outputs at one place of each.
+    """Run the model over sequences, padded on the right, and read its head at one place of each.
 
     Returns:
         Shape (sequences, outputs), the outputs being those of a classifier, or a causal LM's logits of the label tokens.
@@ -247,22 +248,32 @@ def head_outputs(
 
     # What a decoder reads never sees the padding behind it, so that only an encoder needs a mask.
     if not is_decoder and not mask_bt.all():
-        inputs["attention_mask"] = mask_bt.long().to(device)
+        inputs["attention_mask"] = mask_bt.to(device)
 
-    read_places = list_read_places(contract, sequences, is_decoder)
-    places_b = torch.tensor(read_places, device=device)
+    places_b = torch.tensor(list_read_places(contract, sequences, is_decoder), device=device)
     with reading(places_b):
         logits = model(**inputs).logits
-    if not is_causal_lm:
-        return logits
+    if is_causal_lm:
+        return pick_label_logits(logits, places_b, contract.label_token_ids)
+    return logits
 
-    # A model that was loaded by load_model has computed no more than this (see shortcuts.LabelHead).
-    if logits.shape[1] > 1:
-        rows_b = torch.arange(len(sequences), device=logits.device)
-        logits = logits[rows_b, places_b.to(logits.device)].unsqueeze(1)
-    if logits.shape[-1] > len(contract.label_token_ids):
-        logits = logits[..., list(contract.label_token_ids)]
-    return logits[:, 0]
+
+def pick_label_logits(
+    logits_btv: torch.Tensor, places_b: torch.Tensor, label_token_ids: Sequence[int]
+) -> torch.Tensor:
+    """Pick the label tokens' logits at the place that is read, where a causal LM has computed more.
+
+    With take_shortcuts it computes no more, unless an adapter is on its output layer.
+    """
+    if logits_btv.shape[1] > 1:
+        rows_b = torch.arange(len(places_b), device=logits_btv.device)
+        logits_bv = logits_btv[rows_b, places_b.to(logits_btv.device)]
+    else:
+        logits_bv = logits_btv[:, 0]
+
+    if logits_bv.shape[-1] > len(label_token_ids):
+        return logits_bv[:, list(label_token_ids)]
+    return logits_bv
 
 
 def list_read_places(contract, sequences: Sequence[list[int]], is_decoder: bool) -> list[int]:
@@ -286,17 +297,11 @@ def pad(sequences: Sequence[list[int]], pad_token_id: int) -> tuple[torch.Tensor
     """Pad token ids on the right to the longest sequence.
 
     Returns:
-        The ids, and where they are no padding, both of shape (sequences, tokens).
+        The ids, and 1 where they are no padding, both of shape (sequences, tokens).
     """
-    lengths = [len(ids) for ids in sequences]
-    shape = (len(sequences), max(lengths))
-    ids_bt = torch.full(shape, pad_token_id)
-    mask_bt = torch.zeros(shape, dtype=torch.bool)
-
-    for row, ids in enumerate(sequences):
-        length = len(ids)
-        ids_bt[row, :length] = torch.tensor(ids)
-        mask_bt[row, :length] = True
+    rows = [torch.tensor(ids, dtype=torch.long) for ids in sequences]
+    ids_bt = pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
+    mask_bt = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
     return ids_bt, mask_bt
 
 
@@ -318,18 +323,12 @@ def score(  # noqa: PLR0913  the last three are options by name
 
     Raises:
         FloatingPointError: A row's probabilities are not finite.
-        ValueError: Two pairs share an id.
     """
-    scores: dict[str, dict[str, list[float]]] = {pair.id: {} for pair in pairs}
-    if len(scores) != len(pairs):
-        raise ValueError(
-            f"{len(pairs) - len(scores)} pairs have the id of another one; scores are joined by id"
-        )
-
-    # Where the orders do not differ, one is computed and counts for all.
+    # A reward model's orders do not differ: one is computed and counts for all.
     orders = tuple(orders)
     distinct_orders = orders_of(contract, orders)
     requests = make_requests(model_input, tokenizer, contract, pairs, distinct_orders)
+    scores: dict[str, dict[str, list[float]]] = {pair.id: {} for pair in pairs}
     overflowed = 0
     for batch in make_batches(requests, tokens_per_batch):
         batch_scores = score_batch(model, model_input, contract, batch, device)
@@ -339,10 +338,8 @@ def score(  # noqa: PLR0913  the last three are options by name
                 raise FloatingPointError(
                     f"row {request.id}, {request.order}: probabilities {values} in {model.dtype}"
                 )
-            scored_orders = orders
-            if distinct_orders == orders:
-                scored_orders = [request.order]
-            scores[request.id] |= dict.fromkeys(scored_orders, values)
+            equal_orders = orders if distinct_orders != orders else [request.order]
+            scores[request.id] |= dict.fromkeys(equal_orders, values)
 
     if overflowed:
         warnings.warn(

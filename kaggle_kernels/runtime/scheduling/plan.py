@@ -1,19 +1,19 @@
 """Shares out the seconds that are left: which rows get the second order, and which a further model.
 
 schedule.plan_next_pass decides with it, after every pass, which pass comes next. An option is one
-more pass of a package in an order. It changes a probability by some amount, whose standard
-deviation s is measured. Its expected gain is that of the knowledge gradient (Frazier, Powell and
-Dayanik 2008): 2 (s φ(m/s) − m Φ(−m/s)), with m half the lead of the first verdict over the second.
-A row near the line between two verdicts gains most, one far from it nothing. For log loss it is
-s² (1 − Σp²).
+more pass of a package in an order. It changes a probability by some amount, of standard deviation
+s. Its expected gain is that of the knowledge gradient (Frazier, Powell and Dayanik 2008):
+2 (s φ(m/s) − m Φ(−m/s)), with m half the lead of the first verdict over the second. A row near the
+line between two verdicts gains most, one far from it nothing. For log loss it is s² (1 − Σp²).
 
 Rows are taken by their gain per second until the seconds are used. Which further models are worth
-their loading is tried out: with none of them, with the first, with the first two, and so on.
+their loading is tried out.
 """
 
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 from kaggle_kernels.runtime.models.placement import weight_sizes
 from kaggle_kernels.runtime.package import Package
@@ -21,12 +21,9 @@ from kaggle_kernels.runtime.package import Package
 # An assumption without a published source. A kernel's log says how long its loading took.
 LOAD_BYTES_PER_SECOND = 3e8
 
-# The change of a probability (sd) by a second order or model, until it is measured.
+# The change of a probability (sd) by a second order or model.
 CHANGE_OF_ORDER = 0.06
 CHANGE_OF_MODEL = 0.1
-
-# Fewer rows give no standard deviation worth planning by.
-ROWS_TO_MEASURE = 30
 
 # Of a row while no speed is measured: gains are divided by it.
 SHORTEST_SECONDS = 1e-9
@@ -52,7 +49,6 @@ class Offer:
     row_id: str
     gain: float
     seconds: float
-    gain_per_second: float
 
 
 @dataclass(frozen=True)
@@ -60,7 +56,7 @@ class Share:
     """What an option gets of the clock."""
 
     option: Option
-    gains: dict[str, float]  # of its rows, a second
+    row_ids: list[str]
     seconds: float  # for these rows, without loading
 
 
@@ -74,7 +70,7 @@ def allocate(
     """Share the seconds that are left out among options: rows of most gain per second first.
 
     Args:
-        options: The passes that could be made.
+        options: The passes that could be made, those of the loaded model first.
         probabilities: What the passes so far say of a row, by id; absent: nothing.
         tokens: The rows' lengths, by id.
         seconds: What is left of the clock.
@@ -84,17 +80,13 @@ def allocate(
         A share for each option, in their order; one without rows where it gets no time.
     """
     offers = make_offers(options, probabilities, tokens, by_log_loss)
-    loaded = set()
-    not_loaded = set()
-    for option in options:
-        packages = not_loaded if option.load_seconds else loaded
-        packages.add(option.package)
+    packages = list(dict.fromkeys(option.package for option in options))
 
-    # Loaded models cost no loading; further ones are tried in the spec's order.
-    further = sorted(not_loaded)
-    best_gain, best_shares = allocate_to(loaded, options, offers, seconds)
-    for count in range(1, len(further) + 1):
-        gain, shares = allocate_to(loaded.union(further[:count]), options, offers, seconds)
+    # A further model must be worth its loading: with the first package, with the first two, …
+    best_gain = -1.0
+    best_shares: list[Share] = []
+    for count in range(1, len(packages) + 1):
+        gain, shares = allocate_to(packages[:count], options, offers, seconds)
         if gain > best_gain:
             best_gain, best_shares = gain, shares
     return best_shares
@@ -112,8 +104,8 @@ def make_offers(
         for row_id in option.unscored:
             gain = expected_gain(probabilities.get(row_id), option.change, by_log_loss)
             seconds = max(tokens[row_id] * option.seconds_per_token, SHORTEST_SECONDS)
-            offers.append(Offer(place, row_id, gain, seconds, gain / seconds))
-    return sorted(offers, key=lambda offer: offer.gain_per_second, reverse=True)
+            offers.append(Offer(place, row_id, gain, seconds))
+    return sorted(offers, key=lambda offer: offer.gain / offer.seconds, reverse=True)
 
 
 def allocate_to(
@@ -132,7 +124,7 @@ def allocate_to(
     seconds_left = seconds - sum(load_seconds.values())
 
     total_gain = 0.0
-    gains_by_option: list[dict[str, float]] = [{} for _ in options]
+    row_ids: list[list[str]] = [[] for _ in options]
     seconds_used = [0.0] * len(options)
     for offer in offers:
         place = offer.option_place
@@ -142,11 +134,11 @@ def allocate_to(
         seconds_left -= offer.seconds
         seconds_used[place] += offer.seconds
         total_gain += offer.gain
-        gains_by_option[place][offer.row_id] = offer.gain_per_second
+        row_ids[place].append(offer.row_id)
 
     shares = []
     for place, option in enumerate(options):
-        shares.append(Share(option, gains_by_option[place], seconds_used[place]))
+        shares.append(Share(option, row_ids[place], seconds_used[place]))
     return total_gain, shares
 
 
@@ -169,27 +161,10 @@ def expected_gain(values: Sequence[float] | None, change: float, by_log_loss: bo
     # The verdict flips where the change exceeds half of its lead.
     second, first = sorted(values)[-2:]
     margin = (first - second) / 2
-    change = max(change, 1e-6)
     ratio = margin / change
-    density = math.exp(-(ratio**2) / 2) / math.sqrt(2 * math.pi)
-    return 2 * (change * density - margin * math.erfc(ratio / math.sqrt(2)) / 2)
-
-
-def measured_change(
-    before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[float]]
-) -> float | None:
-    """Measure the standard deviation of the first probability's change over the rows in both.
-
-    Returns:
-        None for fewer than ROWS_TO_MEASURE rows.
-    """
-    changes = []
-    for row_id, values in before.items():
-        if row_id in after:
-            changes.append(after[row_id][0] - values[0])
-    if len(changes) < ROWS_TO_MEASURE:
-        return None
-    return math.sqrt(sum(change**2 for change in changes) / len(changes))
+    density = NormalDist().pdf(ratio)
+    tail = math.erfc(ratio / math.sqrt(2)) / 2  # NormalDist.cdf is not exact so far out
+    return 2 * (change * density - margin * tail)
 
 
 def flop_per_token(package: Package) -> float:

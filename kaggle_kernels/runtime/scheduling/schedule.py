@@ -8,11 +8,8 @@ leaderboard go through all of this alone; the others get what time is left.
 """
 
 import os
-import threading
-import time
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 from kaggle_kernels.runtime.models.scoring import (
@@ -23,12 +20,7 @@ from kaggle_kernels.runtime.models.scoring import (
     spare_tokens_of,
 )
 from kaggle_kernels.runtime.package import Package, PackageError
-from kaggle_kernels.runtime.scheduling.pass_runner import (
-    Pass,
-    make_pass,
-    pass_record,
-    run_pass,
-)
+from kaggle_kernels.runtime.scheduling.pass_runner import Pass, make_pass, pass_record, run_pass
 from kaggle_kernels.runtime.scheduling.plan import (
     CHANGE_OF_MODEL,
     CHANGE_OF_ORDER,
@@ -37,16 +29,10 @@ from kaggle_kernels.runtime.scheduling.plan import (
     allocate,
     flop_per_token,
     loading_seconds,
-    measured_change,
 )
-from kaggle_kernels.runtime.scheduling.worker_handle import (
-    Worker,
-    start_workers,
-    stop_workers,
-    worker_record,
-)
+from kaggle_kernels.runtime.scheduling.worker_handle import Worker, start_workers
 from kaggle_kernels.runtime.settings import Clock, Settings, log
-from kaggle_kernels.runtime.submission import ModelScores, soften, to_competition, weighted_mean
+from kaggle_kernels.runtime.submission import soften, to_competition, weighted_mean
 
 Scores = dict[str, dict[str, list[float]]]  # by id, then by order
 Key = tuple[int, str]  # a package's number in the spec, and an order
@@ -80,23 +66,16 @@ class Progress:
     scores: list[Scores]  # of each package
     packages: list[int]  # numbers of those that are not left out
     devices: dict[int, str]  # those of the inputs that are not gone
-    proven: set[int] = field(default_factory=set)  # positions of devices that had a model
-    # Rows that need no further try: in a pass, or with a package in any order.
-    tried: dict[Key, set[str]] = field(default_factory=dict)
-    given_up: dict[int, set[str]] = field(default_factory=dict)
+    tried: dict[Key, set[str]] = field(default_factory=dict)  # rows that need no further try
     passes: list[dict] = field(default_factory=list)
-    workers: list[dict] = field(default_factory=list)
-    plans: list[str] = field(default_factory=list)
 
 
 @dataclass
 class Measurements:
     """What plans are made of."""
 
-    before_seconds: float = 0.0  # passed before the first model was loaded
     tokens: dict[str, int] = field(default_factory=dict)  # of a row, as the first pass encoded it
     rates: dict[int, float] = field(default_factory=dict)  # tokens a second, by package
-    changes: dict[Key, float] = field(default_factory=dict)  # of a probability (sd), by a pass
 
 
 @dataclass(frozen=True)
@@ -113,32 +92,24 @@ class Board:
 
     def unscored(self, key: Key, group: Sequence[str]) -> list[str]:
         """List those rows of a group that a pass has still to score."""
-        number, _ = key
         tried = self.progress.tried.get(key, set())
-        given_up = self.progress.given_up.get(number, set())
-        finished = tried | given_up
-        return [row_id for row_id in group if row_id not in finished]
+        return [row_id for row_id in group if row_id not in tried]
 
     def probabilities(self) -> dict[str, list[float]]:
-        """Combine what the packages that are not left out have given so far, by id."""
-        # The weights of packages that are left out must not count.
-        package_settings = []
-        packages = []
-        scores = []
-        for number in self.progress.packages:
-            package_settings.append(self.inputs.settings.packages[number])
-            packages.append(self.inputs.packages[number])
-            scores.append(self.progress.scores[number])
-        settings = replace(self.inputs.settings, packages=tuple(package_settings))
-        return combine(settings, packages, scores)
+        """Combine what all packages have given so far, by id."""
+        return combine(self.inputs.settings, self.inputs.packages, self.progress.scores)
 
-    def scores_by_run(self) -> dict[str, ModelScores]:
-        """Collect what each run's model gave."""
-        models = {}
+    def model_columns(self) -> dict[str, dict[str, float]]:
+        """Collect each model's own probabilities: RUN_p_VERDICT_ORDER, then by id."""
+        columns: dict[str, dict[str, float]] = {}
         for number, package_settings in enumerate(self.inputs.settings.packages):
             verdicts = self.inputs.packages[number].contract.verdicts
-            models[package_settings.run] = ModelScores(verdicts, self.progress.scores[number])
-        return models
+            for row_id, by_order in self.progress.scores[number].items():
+                for order, values in by_order.items():
+                    for verdict, value in zip(verdicts, values, strict=True):
+                        name = f"{package_settings.run}_p_{verdict}_{order}"
+                        columns.setdefault(name, {})[row_id] = value
+        return columns
 
 
 @dataclass(frozen=True)
@@ -147,9 +118,8 @@ class NextPass:
 
     package: int  # its number in the spec
     order: str
-    rows: frozenset[str]
-    gains: Mapping[str, float] | None = None  # a second, by row; None: rows are taken by length
-    deadline: float | None = None  # None: the clock's
+    row_ids: frozenset[str]
+    deadline: float  # as time.monotonic gives seconds
 
 
 def make_board(
@@ -167,11 +137,17 @@ def make_board(
         group = counting if row["counts"] else others
         group.append(row["id"])
 
+    # A spec may have another token budget than training.
+    contracts = [package.contract for package in packages]
+    if settings.budget_tokens is not None:
+        budget_tokens = settings.budget_tokens
+        contracts = [replace(contract, budget_tokens=budget_tokens) for contract in contracts]
+
     threads = max(len(os.sched_getaffinity(0)) // len(devices), 1)
     inputs = Inputs(
         settings=settings,
         packages=packages,
-        contracts=[serving_contract(package, settings) for package in packages],
+        contracts=contracts,
         rows=rows,
         row_groups=[group for group in (counting, others) if group],
         devices=dict(enumerate(devices)),
@@ -188,13 +164,6 @@ def make_board(
     return Board(inputs, progress, Measurements())
 
 
-def serving_contract(package: Package, settings: Settings):
-    """Return the package's contract, with the spec's token budget where it names one."""
-    if settings.budget_tokens is None:
-        return package.contract
-    return replace(package.contract, budget_tokens=settings.budget_tokens)
-
-
 def score_all(board: Board) -> None:
     """Make pass after pass until nothing is left or nothing more fits the clock.
 
@@ -204,30 +173,23 @@ def score_all(board: Board) -> None:
         PackageError: The workers refuse a package: it scores other than when it was packaged.
         LoadError: No device could load a package.
     """
-    board.measured.before_seconds = board.inputs.clock.elapsed()
     loaded: int | None = None
     workers: list[Worker] = []
-    encoder = Encoder(board.inputs)
     try:
-        while True:
-            next_pass = plan_next_pass(board, loaded, workers)
-            if next_pass is None:
-                return
-
+        while next_pass := plan_next_pass(board, loaded, workers):
             try:
                 # Two models do not fit one GPU: the old one goes before the new one comes.
                 if next_pass.package != loaded:
                     retire(board, workers)
                     workers = start_team(board, next_pass.package)
                     loaded = next_pass.package
-                make_next_pass(board, next_pass, workers, encoder)
+                score_pass(board, next_pass, workers)
             except (PackageError, LoadError) as error:
                 retire(board, workers)
                 loaded = None
                 leave_out(board, next_pass.package, error)
     finally:
         retire(board, workers)
-        encoder.close()
 
 
 def leave_out(board: Board, number: int, error: Exception) -> None:
@@ -259,55 +221,62 @@ def plan_next_pass(board: Board, loaded: int | None, workers: Sequence[Worker]) 
 
     # Nothing of the others before all of those that count.
     for group in board.inputs.row_groups:
-        next_pass = plan_group(board, group, loaded)
+        # The first pass measures the tokens of all its rows: one row shows whether it was made.
+        if group[0] in board.measured.tokens:
+            next_pass = plan_further_pass(board, group, loaded)
+        else:
+            next_pass = plan_first_pass(board, group, loaded)
         if next_pass is not None:
             return next_pass
     return None
 
 
-def plan_group(board: Board, group: Sequence[str], loaded: int | None) -> NextPass | None:
-    """Plan a group's next pass: at first one order of all its rows, later the first of a new plan.
+def plan_first_pass(board: Board, group: Sequence[str], loaded: int | None) -> NextPass:
+    """Plan one order of all rows of a group, with the model that is there or the spec's first."""
+    packages = board.progress.packages
+    number = loaded if loaded in packages else packages[0]
+    order = board.orders(number)[0]
+    return NextPass(number, order, frozenset(group), board.inputs.clock.deadline)
+
+
+def plan_further_pass(board: Board, group: Sequence[str], loaded: int | None) -> NextPass | None:
+    """Share the time that is left among all passes that a group could still have; take the first.
 
     Returns:
         None where no row is left, or the clock allows none.
     """
-    # The first pass measures the tokens of all its rows: one row shows whether it was made.
-    has_had_first_pass = group[0] in board.measured.tokens
-    if not has_had_first_pass:
-        packages = board.progress.packages
-        number = loaded if loaded in packages else packages[0]
-        return NextPass(number, board.orders(number)[0], frozenset(group))
-
-    # Share the time that is left out among all passes that could still be made.
     options = make_options(board, group, loaded)
     if not options:
         return None
     clock = board.inputs.clock
-    seconds_left = clock.left()
     by_log_loss = len(board.inputs.settings.columns) > 1
     shares = allocate(
-        options, board.probabilities(), board.measured.tokens, seconds_left, by_log_loss
+        options, board.probabilities(), board.measured.tokens, clock.left(), by_log_loss
     )
-    note_plan(board, shares, seconds_left)
+    log_plan(board, shares)
 
     # An option without rows gets no time.
-    planned = [share for share in shares if share.gains]
+    planned = [share for share in shares if share.row_ids]
     if not planned:
         return None
     first, *later = planned
 
-    # The pass must leave the time for those planned after it: their scoring, and loading each
-    # package once. Its own package is loaded by then.
-    load_seconds = {share.option.package: share.option.load_seconds for share in later}
-    load_seconds.pop(first.option.package, None)
-    seconds_for_later = sum(share.seconds for share in later) + sum(load_seconds.values())
-    deadline = clock.deadline - seconds_for_later
+    # The pass must leave the time for those planned after it.
+    package = first.option.package
+    deadline = clock.deadline - count_seconds(later, package)
+    return NextPass(package, first.option.order, frozenset(first.row_ids), deadline)
 
-    # Where no row must be left out, taking them by length wastes the least padding.
-    option = first.option
-    has_every_row = len(first.gains) == len(option.unscored)
-    gains = None if has_every_row else first.gains
-    return NextPass(option.package, option.order, frozenset(first.gains), gains, deadline)
+
+def count_seconds(shares: Sequence[Share], loaded: int) -> float:
+    """Count the seconds of shares: their scoring, and loading each package but the loaded one once."""
+    seconds = 0.0
+    loaded_packages = {loaded}
+    for share in shares:
+        seconds += share.seconds
+        if share.option.package not in loaded_packages:
+            loaded_packages.add(share.option.package)
+            seconds += share.option.load_seconds
+    return seconds
 
 
 def make_options(board: Board, group: Sequence[str], loaded: int | None) -> list[Option]:
@@ -325,7 +294,7 @@ def make_options(board: Board, group: Sequence[str], loaded: int | None) -> list
 
 
 def make_option(board: Board, key: Key, unscored: list[str], is_loaded: bool) -> Option:
-    """Describe a pass by what it should change and take, as measured or else as guessed."""
+    """Describe a pass by what it should change, and by the seconds that it should take."""
     number, order = key
     settings, packages = board.inputs.settings, board.inputs.packages
     progress, measured = board.progress, board.measured
@@ -334,11 +303,8 @@ def make_option(board: Board, key: Key, unscored: list[str], is_loaded: bool) ->
     total_weight = sum(settings.packages[other].weight for other in progress.packages)
     relative_weight = settings.packages[number].weight / total_weight
     is_new_model = not any(progress.tried.get((number, other)) for other in board.orders(number))
-    if is_new_model:
-        typical_change = 2 * CHANGE_OF_MODEL
-    else:
-        typical_change = CHANGE_OF_ORDER
-    change = measured.changes.get(key, typical_change * relative_weight)
+    typical_change = 2 * CHANGE_OF_MODEL if is_new_model else CHANGE_OF_ORDER
+    change = typical_change * relative_weight
 
     # Before a package has run, its speed follows from another one's and the parameters of both.
     rate = measured.rates.get(number, 0.0)
@@ -357,21 +323,15 @@ def make_option(board: Board, key: Key, unscored: list[str], is_loaded: bool) ->
     return Option(number, order, change, seconds_per_token, load_seconds, unscored)
 
 
-def note_plan(board: Board, shares: Sequence[Share], seconds_left: float) -> None:
-    """Log what the plan does with the seconds that are left; keep the line for kernel.json."""
+def log_plan(board: Board, shares: Sequence[Share]) -> None:
+    """Log what a plan does with the seconds that are left."""
     parts = []
     for share in shares:
-        option = share.option
-        name = f"{board.inputs.packages[option.package].folder.name} {option.order}"
-        rows = f"{len(share.gains)} of {len(option.unscored)} rows"
-        part = f"{name} {rows} in {share.seconds:.1f} s"
-        if share.gains and option.load_seconds:
-            part += f" and {option.load_seconds:.1f} s to load"
-        parts.append(part)
-
-    line = f"{max(seconds_left, 0.0):.1f} s left: {'; '.join(parts)}"
-    board.progress.plans.append(line)
-    log(board.inputs.clock, f"plan: {line}")
+        name = f"{board.inputs.packages[share.option.package].folder.name} {share.option.order}"
+        rows = f"{len(share.row_ids)} of {len(share.option.unscored)} rows"
+        parts.append(f"{name} {rows} in {share.seconds:.1f} s")
+    clock = board.inputs.clock
+    log(clock, f"plan: {clock.left():.1f} s left: {'; '.join(parts)}")
 
 
 def start_team(board: Board, number: int) -> list[Worker]:
@@ -394,32 +354,21 @@ def start_team(board: Board, number: int) -> list[Worker]:
 
 
 def retire(board: Board, workers: list[Worker]) -> None:
-    """End the workers and note what they did; devices that are gone leave the board.
+    """End the workers; devices that are gone leave the board.
 
-    A device stays where its worker could not load a package that no other loaded either, or where
-    it had a model before: that may be the package's fault.
+    Where no worker could load the package, that is the package's fault and the devices stay.
     """
-    stop_workers(workers)
-    progress = board.progress
     any_loaded = any(worker.load_seconds for worker in workers)
     for worker in workers:
-        is_proven = progress.proven.issuperset(worker.positions)
-        is_to_blame = bool(worker.load_seconds) or (any_loaded and not is_proven)
-        if worker.gone and is_to_blame:
+        worker.stop()
+        if worker.gone and any_loaded:
             for position in worker.positions:
-                progress.devices.pop(position, None)
-        elif worker.load_seconds:
-            progress.proven.update(worker.positions)
-        progress.workers.append(worker_record(worker))
+                board.progress.devices.pop(position, None)
     workers.clear()
 
 
-def make_next_pass(
-    board: Board, next_pass: NextPass, workers: Sequence[Worker], encoder: "Encoder"
-) -> None:
+def score_pass(board: Board, next_pass: NextPass, workers: Sequence[Worker]) -> None:
     """Score the rows of a pass and note the result on the board.
-
-    The rows are encoded here while the workers load, or were encoded during the pass before.
 
     Raises:
         PackageError: The last worker that is left refuses the package.
@@ -427,31 +376,44 @@ def make_next_pass(
     """
     number, order = next_pass.package, next_pass.order
     package, clock = board.inputs.packages[number], board.inputs.clock
-    deadline = clock.deadline
-    if next_pass.deadline is not None:
-        deadline = min(next_pass.deadline, deadline)
-
-    rows = [row for row in board.inputs.rows if row["id"] in next_pass.rows]
-    requests = encoder.requests(number, order, rows)
-
-    # The rows' other order is encoded in the background, while this one is scored.
-    for other_order in board.orders(number):
-        was_tried = (number, other_order) in board.progress.tried
-        if other_order != order and not was_tried:
-            encoder.begin(number, other_order, rows)
-
-    probabilities_before = board.probabilities()
     label = f"{package.folder.name}, {order}"
-    work = make_pass(label, requests, deadline, workers, next_pass.gains)
+
+    # The rows of the first pass are encoded here while the workers load.
+    requests = encode_rows(board.inputs, next_pass)
+    tokens = sum(request.tokens for request in requests)
+    log(clock, f"{label}: {len(requests)} rows encoded, {tokens} tokens")
+
+    work = make_pass(label, requests, next_pass.deadline, workers)
     work = run_pass(work, workers, clock)
     if all(worker.gone and not worker.load_seconds for worker in workers):
         raise LoadError(f"{package.folder}: no device could load it")
-
-    # How far this pass moved probabilities tells what further passes are worth.
     note_pass(board, (number, order), work, requests, workers)
-    change = measured_change(probabilities_before, board.probabilities())
-    if change:
-        board.measured.changes[number, order] = change
+
+
+def encode_rows(inputs: Inputs, next_pass: NextPass) -> list[Request]:
+    """Encode the rows of a pass by the package's own model_input."""
+    package = inputs.packages[next_pass.package]
+    pairs = []
+    for row in inputs.rows:
+        if row["id"] in next_pass.row_ids:
+            pairs.append(package.model_input.pair_from_row(row))
+
+    encoded: list[Request] = []
+    for start in range(0, len(pairs), ENCODED_AT_ONCE):
+        requests = make_requests(
+            package.model_input,
+            package.tokenizer,
+            inputs.contracts[next_pass.package],
+            pairs[start : start + ENCODED_AT_ONCE],
+            (next_pass.order,),
+            spare_tokens_of(package.manifest),
+        )
+
+        # Four bytes for each token id, since there are millions of them.
+        for request in requests:
+            sequences = tuple(array("i", ids) for ids in request.sequences)
+            encoded.append(replace(request, sequences=sequences))
+    return encoded
 
 
 def note_pass(
@@ -460,7 +422,6 @@ def note_pass(
     """Put a pass's scores on the board, and what was measured."""
     number, order = key
     progress, measured = board.progress, board.measured
-    progress.given_up.setdefault(number, set()).update(work.given_up)
     for row_id, values in work.scores.items():
         progress.scores[number][row_id][order] = values
 
@@ -471,6 +432,10 @@ def note_pass(
             finished.difference_update(request.id for request in batch)
     progress.tried.setdefault(key, set()).update(finished)
 
+    # What ends workers in one order would do so in the other.
+    for any_order in board.orders(number):
+        progress.tried.setdefault((number, any_order), set()).update(work.given_up)
+
     for request in requests:
         measured.tokens.setdefault(request.id, request.tokens)
     rate = sum(worker.rate() for worker in workers if not worker.gone)
@@ -480,81 +445,6 @@ def note_pass(
     # kernel.json keeps a record of every pass.
     run = board.inputs.settings.packages[number].run
     progress.passes.append({"run": run, "order": order, **pass_record(work)})
-
-
-class Encoder:
-    """Makes rows into requests, what is needed next in a thread of its own.
-
-    A tokenizer is for one thread at a time: model_input switches its control tokens off while it
-    encodes what users wrote, and another thread would then encode the template as plain text.
-    """
-
-    def __init__(self, inputs: Inputs):
-        self.inputs = inputs
-        self.pool = ThreadPoolExecutor(1)
-        self.closing = threading.Event()
-        self.ahead: dict[Key, Future] = {}
-        self.tokenizers = [threading.Lock() for _ in inputs.packages]
-
-    def begin(self, number: int, order: str, rows: Sequence[Mapping]) -> None:
-        """Begin to encode rows that are likely to be needed in a later pass."""
-        key = (number, order)
-        if key not in self.ahead:
-            self.ahead[key] = self.pool.submit(self.encode, number, order, rows)
-
-    def requests(self, number: int, order: str, rows: Sequence[Mapping]) -> list[Request]:
-        """Return the rows' requests, in the rows' order."""
-        encoded = []
-        if (number, order) in self.ahead:
-            encoded = self.ahead[number, order].result()
-        by_id = {request.id: request for request in encoded}
-
-        # Rows that nobody expected to be needed.
-        missing_rows = [row for row in rows if row["id"] not in by_id]
-        if missing_rows:
-            for request in self.encode(number, order, missing_rows):
-                by_id[request.id] = request
-        return [by_id[row["id"]] for row in rows]
-
-    def encode(self, number: int, order: str, rows: Sequence[Mapping]) -> list[Request]:
-        """Encode rows by the package's own model_input."""
-        began = time.monotonic()
-        package, contract = self.inputs.packages[number], self.inputs.contracts[number]
-        encoded: list[Request] = []
-        for start in range(0, len(rows), ENCODED_AT_ONCE):
-            if self.closing.is_set():
-                return encoded
-
-            part = rows[start : start + ENCODED_AT_ONCE]
-            pairs = [package.model_input.pair_from_row(row) for row in part]
-            with self.tokenizers[number]:
-                requests = make_requests(
-                    package.model_input,
-                    package.tokenizer,
-                    contract,
-                    pairs,
-                    (order,),
-                    spare_tokens_of(package.manifest),
-                )
-
-            # Four bytes for each token id, since there are millions of them.
-            for request in requests:
-                sequences = tuple(array("i", ids) for ids in request.sequences)
-                encoded.append(replace(request, sequences=sequences))
-
-        tokens = sum(request.tokens for request in encoded)
-        name = f"{package.folder.name}, {order}"
-        seconds = time.monotonic() - began
-        log(
-            self.inputs.clock,
-            f"{name}: {len(encoded)} rows encoded, {tokens} tokens in {seconds:.1f} s",
-        )
-        return encoded
-
-    def close(self) -> None:
-        """Stop, after the rows that are being encoded: ENCODED_AT_ONCE at most."""
-        self.closing.set()
-        self.pool.shutdown(cancel_futures=True)
 
 
 def combine(

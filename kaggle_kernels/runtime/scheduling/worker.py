@@ -7,7 +7,7 @@ pass_runner.handle_worker_death.
 
 To the worker: (number, requests). From it:
     ("loaded", facts)                         dtype, batches_at_once, seconds, worst difference
-    ("scored", number, BatchScores, bytes)    bytes: the most memory used so far on each device
+    ("scored", number, BatchScores)
     ("out of memory", number)                 it lives on; the batch is to be cut
     ("refused", sentence)                     the package is not what was packaged
     ("failed", traceback)                     and its end
@@ -17,8 +17,6 @@ import contextlib
 import gc
 import json
 import os
-import queue
-import resource
 import threading
 import time
 import traceback
@@ -31,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 from kaggle_kernels.runtime.models.model import load_model
 from kaggle_kernels.runtime.models.pipeline import Stages, stage_starts
 from kaggle_kernels.runtime.models.placement import split_over
-from kaggle_kernels.runtime.models.scoring import score, score_batch
+from kaggle_kernels.runtime.models.scoring import Request, score, score_batch
 from kaggle_kernels.runtime.package import (
     Package,
     PackageError,
@@ -111,7 +109,7 @@ def work(connection, task: Assignment) -> None:
                 model, package.model_input, package.contract, requests, first_device, pass_context
             )
 
-    serve(connection, score_requests, batches_at_once, lambda: memory_bytes(task.devices))
+    serve(connection, score_requests, batches_at_once)
 
 
 def open_package(folder: Path) -> Package:
@@ -172,47 +170,53 @@ def check_golden_scores(package: Package, model: torch.nn.Module, device: str) -
     return worst_difference
 
 
-def serve(connection, score_requests, batches_at_once: int, measure_memory) -> None:
-    """Score what comes in. Batches are read as they come, so that the next one lies ready.
+def serve(connection, score_requests, batches_at_once: int) -> None:
+    """Score what comes in until the pipe is closed, or until something fails.
 
     Args:
         connection: The pipe.
         score_requests: Gives a batch's BatchScores.
-        batches_at_once: How many are scored at the same time, each in a thread.
-        measure_memory: Gives the bytes used so far.
+        batches_at_once: How many are scored at the same time, each in a thread: the stages of a
+            split model work on different batches.
     """
-    inbox = queue.SimpleQueue()
-    lock = threading.Lock()
+    # Two threads that read or write at once would mix their messages.
+    receiving = threading.Lock()
+    sending = threading.Lock()
 
-    def score_from_inbox():
-        while message := inbox.get():
-            number, requests = message
+    def score_until_closed():
+        while True:
             try:
-                answer = ("scored", number, score_requests(requests), measure_memory())
-            except Exception as error:
-                if lacks_memory(error, len(requests)):
-                    free_memory()
-                    answer = ("out of memory", number)
-                else:
-                    answer = ("failed", traceback.format_exc())
-            # Two threads that write at once would mix their messages.
-            with lock:
+                with receiving:
+                    number, requests = connection.recv()
+            except (EOFError, OSError):
+                return
+
+            answer = answer_batch(number, requests, score_requests)
+            with sending:
                 tell(connection, *answer)
 
-            # A CUDA error stays with its process: the other end will kill it.
+            # A CUDA error stays with its process: the other end will start a new one.
             if answer[0] == "failed":
                 return
 
-    # The stages of a split model work on different batches at the same time.
+    threads = []
     for _ in range(batches_at_once):
-        threading.Thread(target=score_from_inbox, daemon=True).start()
-    with contextlib.suppress(EOFError, OSError):
-        while True:
-            inbox.put(connection.recv())
+        thread = threading.Thread(target=score_until_closed, daemon=True)
+        thread.start()
+        threads.append(thread)
+    for thread in threads:
+        thread.join()
 
-    # The pipe is closed: None ends a thread.
-    for _ in range(batches_at_once):
-        inbox.put(None)
+
+def answer_batch(number: int, requests: list[Request], score_requests) -> tuple:
+    """Score a batch; return the message to the kernel's own process."""
+    try:
+        return ("scored", number, score_requests(requests))
+    except Exception as error:
+        if not lacks_memory(error, len(requests)):
+            return ("failed", traceback.format_exc())
+    free_memory()
+    return ("out of memory", number)
 
 
 def lacks_memory(error: Exception, rows: int) -> bool:
@@ -240,10 +244,3 @@ def free_memory() -> None:
         # A broken device raises its error again; the next batch then ends the worker.
         with contextlib.suppress(RuntimeError):
             torch.cuda.empty_cache()
-
-
-def memory_bytes(devices: tuple[str, ...]) -> list[int]:
-    """Measure the most memory used so far: PyTorch's on each GPU, or this process's on the CPU."""
-    if devices[0].startswith("cuda"):
-        return [torch.cuda.max_memory_reserved(device) for device in devices]
-    return [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]

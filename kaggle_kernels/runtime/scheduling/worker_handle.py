@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from kaggle_kernels.runtime.models.scoring import Request, padded_tokens
@@ -26,7 +26,7 @@ JOIN_SECONDS = 30.0  # a killed process may be stuck in a driver
 class Worker:
     """One process and its history. Tokens are counted with their padding."""
 
-    name: str  # its devices, for the log
+    name: str  # for the log
     task: Assignment
     tokens_per_batch: int
     start: Callable[[Assignment], tuple]  # gives the process and the pipe to it
@@ -45,8 +45,6 @@ class Worker:
     tokens: int = 0
     seconds: float = 0.0  # in which it had work
     load_seconds: float = 0.0
-    memory_bytes: list[int] = field(default_factory=list)
-    deaths: int = 0
     fruitless: int = 0  # deaths without a score in between
 
     @property
@@ -57,6 +55,13 @@ class Worker:
     def rate(self) -> float:
         """Return tokens a second, from what it has done; 0 before its first batch."""
         return self.tokens / self.seconds if self.seconds else 0.0
+
+    def seconds_until_scored(self, batch: list[Request]) -> float:
+        """Predict how long a batch takes behind those that it has; 0 before its first one."""
+        if not self.rate():
+            return 0.0
+        tokens = padded_tokens(batch) + sum(map(padded_tokens, self.outstanding.values()))
+        return tokens / self.rate()
 
     def launch(self) -> None:
         """Start the process, which loads the model."""
@@ -80,41 +85,34 @@ class Worker:
         self.load_seconds = facts["seconds"]
         self.last_event = time.monotonic()
 
-    def note_scored(self, number: int, memory_bytes: list[int]) -> list[Request]:
+    def note_scored(self, number: int) -> list[Request]:
         """Count a batch that was scored, and return it."""
         batch = self.outstanding.pop(number)
         now = time.monotonic()
         self.tokens += padded_tokens(batch)
         self.seconds += now - self.last_event
         self.last_event = now
-        self.memory_bytes = memory_bytes
         self.fruitless = 0
         return batch
 
     def note_out_of_memory(self, number: int) -> list[Request]:
-        """Lower the token budget below a batch that was too large, and return it."""
+        """Lower the token budget to half of a batch that was too large, and return it."""
         batch = self.outstanding.pop(number)
         self.last_event = time.monotonic()
 
-        # A row that is alone cannot be cut, but longer ones need not be tried.
-        if len(batch) > 1:
-            fitting_tokens = padded_tokens(batch) // 2
-        else:
-            fitting_tokens = padded_tokens(batch) - 1
-        self.tokens_per_batch = max(min(self.tokens_per_batch, fitting_tokens), 1)
+        self.tokens_per_batch = max(min(self.tokens_per_batch, padded_tokens(batch) // 2), 1)
         return batch
 
     def note_death(self) -> tuple[list[list[Request]], list[list[Request]]]:
         """Count a death; return the batches that it was scoring, and those that lay ready."""
         # Batches are scored in the order in which they were sent.
-        sent_batches = list(self.outstanding.values())
-        being_scored = sent_batches[: self.batches_at_once]
-        ready = sent_batches[self.batches_at_once :]
+        batches = list(self.outstanding.values())
+        being_scored = batches[: self.batches_at_once]
+        ready = batches[self.batches_at_once :]
         self.outstanding.clear()
 
         # Only now: a stopped worker no longer knows its batches_at_once.
         self.stop()
-        self.deaths += 1
 
         # It may have died of a lack of memory that was never reported.
         self.tokens_per_batch = max(self.tokens_per_batch // 2, 1)
@@ -177,10 +175,6 @@ def start_workers(
     workers = []
     for positions in position_groups:
         device_names = tuple(devices[position] for position in positions)
-        log_names = []
-        # Two workers on one CPU would have the same name.
-        for position, name in zip(positions, device_names, strict=True):
-            log_names.append(f"cpu #{position}" if name == "cpu" else name)
         task = Assignment(
             str(package.folder),
             device_names,
@@ -188,34 +182,15 @@ def start_workers(
             threads,
             package_settings.weight_bytes_limit,
         )
-        worker = Worker("+".join(log_names), task, tokens_per_batch, start_process, positions)
+        # Two workers may stand on one CPU.
+        name = f"worker {positions[0]} on {'+'.join(device_names)}"
+        worker = Worker(name, task, tokens_per_batch, start_process, positions)
         worker.launch()
         workers.append(worker)
 
     names = ", ".join(worker.name for worker in workers)
-    log(clock, f"{package.folder.name}: loading on {names}")
+    log(clock, f"{package.folder.name}: loading in {names}")
     return workers
-
-
-def stop_workers(workers: Sequence[Worker]) -> None:
-    """End all the processes."""
-    for worker in workers:
-        worker.stop()
-
-
-def worker_record(worker: Worker) -> dict:
-    """Describe a worker for kernel.json."""
-    return {
-        "device": worker.name,
-        "package": worker.task.folder.rpartition("/")[2],
-        "load_seconds": round(worker.load_seconds, 1),
-        "computed_tokens": worker.tokens,
-        "busy_seconds": round(worker.seconds, 1),
-        "tokens_per_batch": worker.tokens_per_batch,
-        "memory_bytes": worker.memory_bytes,
-        "deaths": worker.deaths,
-        "gone": worker.gone,
-    }
 
 
 def leave() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kaggle_kernels.rehearsal.fault_injection import Faults, Kill, check_faults, check_kills, choose_victim, find_workers
+from kaggle_kernels.rehearsal.fault_injection import Faults, Kill, check_faults, check_happened, choose_victim, find_workers
 from kaggle_kernels.rehearsal.sandbox import Conditions, run_as_kaggle
 from preprocess.core.errors import UserError
 
@@ -77,6 +77,20 @@ def test_every_worker_is_killed_for_good_once_the_log_says_that_so_many_rows_are
     assert "killed" not in printed[: printed.index("4 of 10 rows")]
 
 
+def test_the_clock_ends_once_the_log_says_that_so_many_rows_are_scored_in_all_passes(tmp_path, capfd):
+    kernel = """
+import time
+for rows in (5, 9, 2, 4):
+    print(f"demo, as_given: {rows} of 9 rows, 41.3 rows/s")
+    time.sleep(1)
+    print("seconds", time.monotonic() > 1_000_000)
+"""
+    done = run(tmp_path, Faults(end_clock_at=11), deaths=0, kernel=kernel)
+    assert done.clock_ended
+    lines = capfd.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("seconds")] == ["seconds False"] * 2 + ["seconds True"] * 2
+
+
 def test_workers_of_another_kernel_are_not_found():
     code = "open('/proc/self/comm', 'w').write('worker 0'); print('named', flush=True); import time; time.sleep(600)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as worker:
@@ -104,9 +118,11 @@ def test_a_device_that_does_not_exist_cannot_be_lost(devices, number):
 
 def test_a_fault_that_did_not_happen_is_an_error():
     with pytest.raises(UserError, match="--kill-every: the kernel ended after 12 s and no worker was killed"):
-        check_kills(Faults(kill_every=20), (), 12.4)
+        check_happened(Faults(kill_every=20), (), False, 12.4)
     with pytest.raises(UserError, match="--lose-device: no process named worker 1 appeared; nothing was killed"):
-        check_kills(Faults(kill_every=20, lose_device=1), (Kill(0, 7, 20.0),), 60)
+        check_happened(Faults(kill_every=20, lose_device=1), (Kill(0, 7, 20.0),), False, 60)
     with pytest.raises(UserError, match="--lose-all-at: no worker was alive"):
-        check_kills(Faults(lose_all_at=0.5), (), 60)
-    check_kills(Faults(kill_every=20, lose_device=0), (Kill(0, 7, 20.0),), 60)
+        check_happened(Faults(lose_all_at=0.5), (), False, 60)
+    with pytest.raises(UserError, match="--end-clock-at: the log never said that 40 rows were scored"):
+        check_happened(Faults(end_clock_at=40), (), False, 60)
+    check_happened(Faults(kill_every=20, lose_device=0), (Kill(0, 7, 20.0),), False, 60)

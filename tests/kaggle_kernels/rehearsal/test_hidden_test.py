@@ -21,13 +21,13 @@ FULL_SIZE = ("--rows", "25000", "--shuffle", "--hostile", "--seed", "1", "--devi
 RUNS = {"wsdm": ("two", ["model_a", "model_b"]), "lmsys": ("three", ["tie", "model_b", "model_a"])}
 
 
-def make_workplace(folder, competition, package):
+def make_workplace(folder, competition, package, further_keys=""):
     """Spec, kernel, package and 2,000 test rows: WSDM's layout in test.parquet, or LMSYS's in test.csv."""
     run, verdicts = RUNS[competition]
     shutil.copytree(package, folder / "outputs" / run / "package")
     write_recipe(folder, run, f"tiny-{run}", verdicts=verdicts)
     with contextlib.chdir(folder):
-        write_spec(folder, SPEC.format(competition, run, run))
+        write_spec(folder, SPEC.format(competition, run, run) + further_keys)
     rows = tiny.pairs(2000, seed=4)
     if competition == "wsdm":
         rows.write_parquet(folder / "test.parquet")
@@ -35,12 +35,17 @@ def make_workplace(folder, competition, package):
         in_lmsys_layout(rows).write_csv(folder / "test.csv")
 
 
-def rehearse(folder, *options):
-    """The command in a process of its own; its output and rehearsal.json."""
+def run_rehearsal(folder, *options):
+    """The command in a process of its own."""
     command = [sys.executable, "-m", "kaggle_kernels", "rehearse", "specs/test.yml", "--test", *options]
     command += ["--python", str(ROOT / ".venv-kaggle/bin/python")]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def rehearse(folder, *options):
+    """A rehearsal that passes: its output, rehearsal.json, and the folder of its results."""
+    done = run_rehearsal(folder, *options)
     assert done.returncode == 0, done.stdout[-5000:]
     out = folder / options[options.index("--out") + 1] if "--out" in options else folder / "outputs/test/rehearsal"
     return done.stdout, read_json(out / "rehearsal.json"), out
@@ -61,7 +66,6 @@ def test_300_hostile_rows_on_two_workers(tmp_path, request, competition, test_fi
     assert (measured["judged"], measured["faults"]["kills"]) == (300 - 63, [])
     kernel = read_json(out / "kernel.json")
     assert (kernel["devices"], kernel["hidden_run"], kernel["clock_seconds"]) == (["cpu", "cpu"], True, 500)
-    assert sum(worker["computed_tokens"] for worker in kernel["workers"]) > 0
     rows = pl.read_parquet(out / "rows.parquet")
     assert pl.read_csv(out / "submission.csv", infer_schema=False)["id"].to_list() == rows["id"].cast(pl.String).to_list()
 
@@ -75,13 +79,13 @@ def test_the_visible_run_scores_held_out_rows_of_the_train_file_and_predicts_the
     train.write_parquet(tmp_path / "all.parquet")
     tiny.pairs(3, seed=9).drop("winner").write_parquet(tmp_path / "three.parquet")
     printed, measured, out = rehearse(tmp_path, "three.parquet", "--train", "all.parquet", "--devices", "2")
-    assert "visible run: 60 rows of train.parquet are scored too, held out (fold 0)\n" in printed
+    assert "visible run: 60 rows of train.parquet are scored too\n" in printed
     assert "predicted for 25,000 rows: every row scored once after " in printed
     assert measured["checks"]["ids"] == 3
     kernel = read_json(out / "kernel.json")
-    assert (kernel["hidden_run"], kernel["rows"], kernel["scored"], kernel["visible"]["scored"]) == (False, 3, 3, 60)
+    assert (kernel["hidden_run"], kernel["rows"], kernel["scored"], kernel["visible"]["rows"]) == (False, 3, 3, 60)
     assert kernel["visible"]["quality"]["judged"] == 60
-    assert kernel["visible"]["speed"][0]["tokens_per_second"] > 0
+    assert [finish["rows"] for finish in kernel["visible"]["predicted"]] == [10_000, 25_000]
 
 
 def test_both_workers_killed_for_good_after_a_fifth_of_the_rows_leave_a_whole_submission(tmp_path, package_folder):
@@ -93,6 +97,26 @@ def test_both_workers_killed_for_good_after_a_fifth_of_the_rows_leave_a_whole_su
     assert "no device is left; rows without a score get the prior\n" in printed
     assert f"warning: {measured['checks']['scored']} of 4000 rows were scored" in printed
     assert read_json(out / "kernel.json")["scored"] == measured["checks"]["scored"]
+
+
+def test_with_a_clock_for_a_third_of_the_rows_those_that_count_have_scores_before_any_other(tmp_path, package_folder):
+    make_workplace(tmp_path, "wsdm", package_folder, "orders: as_given\n")
+    rows = tiny.pairs(6000, seed=4).with_columns(scored=pl.int_range(pl.len()) % 5 == 0)
+    rows.write_parquet(tmp_path / "test.parquet")
+    options = ("test.parquet", "--devices", "2", "--end-clock-at", "2000")
+    refused = run_rehearsal(tmp_path, *options)
+    assert refused.returncode == 2
+    message = "rows were scored, the spec's min_scored is 0.98; nothing is submitted, as the visible run shows it"
+    assert refused.stdout.splitlines()[-1].endswith(message)
+    assert not list(tmp_path.rglob("submission.csv"))
+
+    printed, measured, out = rehearse(tmp_path, *options, "--shuffle")
+    assert measured["checks"]["ids"] == 6000
+    assert 2000 <= measured["checks"]["scored"] < 6000
+    assert f"warning: {measured['checks']['scored']} of 6000 rows were scored" in printed
+    counts = pl.read_parquet(out / "rows.parquet")["scored"]
+    has_score = pl.read_parquet(out / "scores.parquet")["scored"]
+    assert (counts.sum(), has_score.filter(counts).all()) == (1200, True)
 
 
 @pytest.mark.slow
@@ -121,9 +145,8 @@ def test_25_000_hostile_rows_are_scored_and_killed_workers_cost_no_row_and_chang
 def test_a_device_that_is_lost_leaves_its_rows_to_the_other(tmp_path, three_verdict_folder):
     make_workplace(tmp_path, "lmsys", three_verdict_folder)
     options = ("--rows", "5000", "--shuffle", "--hostile", "--seed", "2", "--devices", "2", "--clock", "500")
-    _, measured, out = rehearse(tmp_path, "test.csv", *options, "--lose-device", "1")
+    printed, measured, _ = rehearse(tmp_path, "test.csv", *options, "--lose-device", "1")
     assert {kill["worker"] for kill in measured["faults"]["kills"]} == {1}
     assert (measured["checks"]["ids"], measured["checks"]["scored"]) == (5000, 5000)
-    first, second = read_json(out / "kernel.json")["workers"]
-    assert (first["deaths"], first["computed_tokens"] > 0) == (0, True)
-    assert (second["deaths"] > 0, second["computed_tokens"]) == (True, 0)
+    assert "worker 1 on cpu: gone after 3 deaths" in printed
+    assert "worker 0 on cpu: died" not in printed

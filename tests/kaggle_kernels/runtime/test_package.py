@@ -40,13 +40,6 @@ def test_one_flipped_byte_in_any_file_is_refused(spoilt, name):
         read_package(spoilt)
 
 
-def test_a_file_cut_short_is_refused_by_its_size(spoilt):
-    content = (spoilt / "model.safetensors").read_bytes()
-    (spoilt / "model.safetensors").write_bytes(content[:-1])
-    with pytest.raises(PackageError, match=f"{len(content) - 1} bytes, manifest.json says {len(content)}"):
-        read_package(spoilt)
-
-
 @pytest.mark.parametrize("name", ["model.safetensors", "manifest.json"])
 def test_a_missing_file_is_refused(spoilt, name):
     (spoilt / name).unlink()

@@ -115,8 +115,8 @@ def test_a_split_model_stands_on_all_devices_with_a_stage_on_each(package_folder
 @pytest.mark.parametrize(
     ("placement", "expected"),
     [
-        ("each", [("cuda:0", (0,), ("cuda:0",)), ("cuda:1", (1,), ("cuda:1",))]),
-        ("split", [("cuda:0+cuda:1", (0, 1), ("cuda:0", "cuda:1"))]),
+        ("each", [("worker 0 on cuda:0", (0,), ("cuda:0",)), ("worker 1 on cuda:1", (1,), ("cuda:1",))]),
+        ("split", [("worker 0 on cuda:0+cuda:1", (0, 1), ("cuda:0", "cuda:1"))]),
     ],
 )
 def test_each_means_a_worker_a_device_and_split_one_worker(package_folder, monkeypatch, placement, expected):

@@ -104,11 +104,6 @@ def test_requests_are_the_packages_own_ids(loaded, pairs):
     assert [(request.order, request.sequences) for request in requests] == [("as_given", expected[0]), ("swapped", expected[1])]
 
 
-def test_two_pairs_with_one_id_are_refused(loaded, pairs):
-    with pytest.raises(ValueError, match="1 pairs have the id of another one"):
-        score_all(loaded, [pairs[0], pairs[0]])
-
-
 def test_probabilities_that_are_not_finite_are_an_error(loaded, pairs):
     package, _ = loaded
 

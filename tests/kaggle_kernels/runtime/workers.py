@@ -70,7 +70,7 @@ class Device:
         runtime_worker.tell(
             connection, "loaded", {"dtype": "torch.float32", "batches_at_once": 1, "worst": 0.0, "seconds": 0.01}
         )
-        runtime_worker.serve(connection, lambda requests: self.score(requests, connection), 1, lambda: [2**30])
+        runtime_worker.serve(connection, lambda requests: self.score(requests, connection), 1)
 
     def score(self, requests, connection):
         if padded_tokens(requests) > self.memory_tokens:

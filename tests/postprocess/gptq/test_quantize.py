@@ -15,9 +15,9 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from kaggle_kernels.publish.package_files import check_package
-from kaggle_kernels.runtime.models.gptq import GptqLinear, unpack, unpacking
+from kaggle_kernels.runtime.models.gptq import GptqLinear, unpack
 from kaggle_kernels.runtime.models.placement import weight_sizes
-from kaggle_kernels.runtime.package import PackageError, read_package
+from kaggle_kernels.runtime.package import read_package
 from postprocess.__main__ import main
 from postprocess.gptq import environment, quantize
 from postprocess.gptq.environment import ENVIRONMENT
@@ -286,11 +286,3 @@ def test_a_weight_is_code_less_zero_times_scale():
     assert layer.words_ui.is_contiguous(), "bytes are transposed in every pass"
     assert layer.weight_ui(torch.float32).tolist() == [[-2.0, -1.5, -1.0, -0.5, 0.0, 2.0, 4.0, 6.0]] * 8
     assert layer(torch.ones(1, 8)).tolist() == [[7.0] * 8]
-
-
-def test_another_kind_of_gptq_is_refused():
-    supported = {"bits": 4, "group_size": 128, "desc_act": False, "sym": True, "checkpoint_format": "gptq"}
-    with pytest.raises(PackageError, match="bits is 3, expected 4 or 8"):
-        unpacking(supported | {"bits": 3}, "package")
-    with pytest.raises(PackageError, match="desc_act is True, expected False"):
-        unpacking(supported | {"desc_act": True}, "package")
