@@ -10,7 +10,7 @@ from pathlib import Path
 from preprocess.core.errors import exits_with_2
 from preprocess.core.files import read_json, write_json
 from recipes.pairwise.graph.edges import derive_graph
-from recipes.pairwise.graph.make import Machine, Workflow, list_targets, make, write_config
+from recipes.pairwise.graph.make import Workflow, list_targets, make_targets, write_config
 
 DEMO = Path("outputs/demo")
 PAIRS = "outputs/demo/pairs.parquet"
@@ -23,9 +23,8 @@ STEPS = ("input", "preprocess", "train", "postprocess", "build", "rehearse", "re
 def main() -> None:
     """Bring the demo up to date, then write and print the result."""
     graph = derive_graph("demo", pairs_to_come=[PAIRS])
-    targets = list_targets("demo", graph, has_test_rows=True)
-    config_file = write_config("demo", graph, TEST, Machine())
-    make(Workflow(SNAKEFILE, config_file, targets, Machine()))
+    config_file = write_config("demo", graph, TEST)
+    make_targets(Workflow(SNAKEFILE, config_file, list_targets("demo", graph, TEST)))
 
     rehearsal = read_json(DEMO / "rehearsal" / "rehearsal.json")
     result = {

@@ -20,7 +20,7 @@ from recipes.pairwise.config.recipe_files import RECIPES, find_recipe
 from recipes.pairwise.config.schema import Recipe, read_recipe
 
 ROOT = RECIPES.parent
-SPECS = ROOT / "kaggle_kernels" / "specs"
+SPECS = Path("kaggle_kernels/specs")
 MERGED_MODEL = re.compile(r"(?:\./)?outputs/(?P<run>[^/]+)/merged/?")
 # `pairwise preprocess` makes so many by default, for a graph whose pairs are still to be made.
 DEFAULT_FOLDS = 5
@@ -52,7 +52,7 @@ class Run:
         is_packaged: Whether a spec of the graph serves its package.
         uses_all_gpus: Whether one training takes all GPUs of a machine, or one of them.
         training_hash: Hash of everything but data that decides what is trained.
-        packaging_hash: Hash of the recipe's `package` block.
+        packaging_hash: Hash of the whole recipe.
     """
 
     recipe: str
@@ -97,7 +97,7 @@ def derive_graph(target: str, pairs_to_come: Iterable[str] = ()) -> Graph:
         The runs and kernels on the way, the target's own included.
 
     Raises:
-        UserError: There is no such recipe or spec, one is invalid, pairs are missing, or runs need each other in a circle.
+        UserError: There is no such recipe or spec, one is invalid, or pairs are missing.
     """
     name = Path(target).stem if target.endswith((".yml", ".yaml")) else target
     kernels = {}
@@ -113,7 +113,6 @@ def derive_graph(target: str, pairs_to_come: Iterable[str] = ()) -> Graph:
         names_to_visit.append(target)
 
     recipes = read_recipes(names_to_visit)
-    refuse_circles(recipes)
     packaged_runs = set()
     for kernel in kernels.values():
         packaged_runs.update(kernel.packages)
@@ -132,7 +131,7 @@ def derive_graph(target: str, pairs_to_come: Iterable[str] = ()) -> Graph:
             is_packaged=run_name in packaged_runs,
             uses_all_gpus=any(recipe.axolotl.get(key) for key in SHARDING_KEYS),
             training_hash=hash_training(recipe),
-            packaging_hash=hash_values(recipe.pairwise.package.model_dump(mode="json")),
+            packaging_hash=hash_values([recipe.axolotl, recipe.pairwise.model_dump(mode="json")]),
         )
 
     code_hashes = {step: hash_code(folders) for step, folders in CODE_OF_STEPS.items()}
@@ -146,7 +145,7 @@ def read_kernel(spec_path: Path) -> Kernel:
         packages = [package["run"] for package in spec["packages"]]
     except (KeyError, TypeError):
         raise UserError(f"{spec_path}: packages: expected a list of packages, each with its run") from None
-    return Kernel(relative_to_here(spec_path), hash_values(spec), packages)
+    return Kernel(str(spec_path), hash_values(spec), packages)
 
 
 def read_recipes(names: Iterable[str]) -> dict[str, Recipe]:
@@ -215,20 +214,6 @@ def find_merged_bases(recipes: dict[str, Recipe]) -> set[str]:
     return merged_bases - {None}
 
 
-def refuse_circles(recipes: dict[str, Recipe]) -> None:
-    """Raise UserError where runs need each other, so that none of them could be the first."""
-    names_left = set(recipes)
-    while names_left:
-        names_ready = []
-        for name in names_left:
-            if names_left.isdisjoint(needed_runs(recipes[name])):
-                names_ready.append(name)
-        if not names_ready:
-            circle = ", ".join(sorted(names_left))
-            raise UserError(f"{circle}: each needs the other as a teacher or base model; remove one of these")
-        names_left.difference_update(names_ready)
-
-
 def read_folds(recipe: Recipe, pairs_to_come: Iterable[str]) -> list[int]:
     """Read the numbers of the folds from a recipe's pairs.
 
@@ -275,10 +260,3 @@ def hash_values(values: object) -> str:
     """Hash values of YAML or JSON."""
     text = json.dumps(values, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def relative_to_here(path: Path) -> str:
-    """Write a path relative to the current folder where it lies below, as the user would type it."""
-    if path.is_relative_to(Path.cwd()):
-        return str(path.relative_to(Path.cwd()))
-    return str(path)

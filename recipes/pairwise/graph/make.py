@@ -1,6 +1,7 @@
 """`pairwise make R`: bring a recipe's run, package, kernel, rehearsal and report up to date, and all that they are made from.
 
-recipes/Snakefile has the steps. Snakemake runs them: here, or with --profile on a cluster.
+recipes/Snakefile has the steps. Snakemake runs them: here, or with --profile on a cluster. `make demo` calls `make_targets`
+with steps of its own added.
 """
 
 import contextlib
@@ -10,7 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import click
@@ -23,99 +24,28 @@ from recipes.pairwise.graph.step import visible_gpus
 SNAKEMAKE = ROOT / ".venv-graph" / "bin" / "snakemake"
 SNAKEFILE = ROOT / "recipes" / "Snakefile"
 FOLDER = Path("outputs/.graph")
-TEST_ROWS = "data/test.parquet"
-# Data files up to this size are compared by checksum; a newer file of the same content makes nothing out of date.
+# Data files up to this size are compared by checksum, whatever their times: 100 GB, hence all of them.
 LARGEST_CHECKSUM_BYTES = 10**11
 
 
 @dataclass(frozen=True)
-class Step:
-    """One step of a plan.
-
-    Attributes:
-        name: Its rule in the Snakefile; of a fold, the fold too.
-        command: What it runs.
-        log: Where its output goes.
-        is_pending: Whether it has to run.
-        reason: Why, in Snakemake's words.
-    """
-
-    name: str
-    command: str
-    log: Path
-    is_pending: bool
-    reason: str
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where the steps run.
-
-    Attributes:
-        cores: CPU cores; None for all of this machine.
-        gpus: GPUs of one machine; None for those of this one.
-        profile: Folder of a Snakemake profile, for a cluster; None for this machine.
-    """
-
-    cores: int | None = None
-    gpus: int | None = None
-    profile: str | None = None
-
-    def count_gpus(self) -> int:
-        """Count the GPUs of one machine."""
-        return len(visible_gpus()) if self.gpus is None else self.gpus
-
-    def options(self) -> list[str]:
-        """Say it in Snakemake's options."""
-        cores = self.cores or os.cpu_count()
-        options = ["--cores", str(cores), "--resources", f"gpu={self.count_gpus()}"]
-        if self.profile is not None:
-            options += ["--profile", self.profile]
-        return options
-
-
-@dataclass(frozen=True)
 class Workflow:
-    """What Snakemake is called with.
-
-    Attributes:
-        snakefile: The steps.
-        config_file: The edges, see write_config.
-        targets: The files to make.
-        machine: Where.
-    """
+    """What Snakemake is called with: the steps, the edges (see write_config), the files to make."""
 
     snakefile: Path
     config_file: Path
     targets: Sequence[str]
-    machine: Machine
+    profile: str | None = None  # the folder of a Snakemake profile; None for this machine
 
-    def run_snakemake(self, *options: str, **arguments) -> subprocess.CompletedProcess:
-        """Call Snakemake with further options.
 
-        Args:
-            options: Options of Snakemake.
-            arguments: Arguments of subprocess.run.
+@dataclass(frozen=True)
+class Step:
+    """A step that is out of date: its name and command, where its output goes, and why it has to run."""
 
-        Raises:
-            UserError: Snakemake is not installed.
-        """
-        if not SNAKEMAKE.is_file():
-            environment_folder = SNAKEMAKE.parents[1]
-            raise UserError(f"{SNAKEMAKE}: not installed; run make {environment_folder.name}/installed")
-
-        command = [str(SNAKEMAKE), "--snakefile", str(self.snakefile)]
-        command += ["--configfile", str(self.config_file)]
-        command += ["--max-checksum-file-size", str(LARGEST_CHECKSUM_BYTES)]
-        # Snakemake's own locks would outlive a killed graph; holding_the_graph keeps others out.
-        command += ["--nolock", "--rerun-incomplete", "--keep-going"]
-        command += [*self.machine.options(), *options, "--", *self.targets]
-
-        # The steps call commands of this project by name.
-        scripts_folder = Path(sys.executable).parent
-        search_path = f"{scripts_folder}{os.pathsep}{os.environ['PATH']}"
-        environment = os.environ | {"PATH": search_path}
-        return subprocess.run(command, env=environment, check=False, **arguments)
+    name: str
+    command: str
+    log: Path
+    reason: str
 
 
 @click.command()
@@ -123,161 +53,98 @@ class Workflow:
 @click.option("--dry-run", is_flag=True, help="Print the plan; run nothing.")
 @click.option("--dag", is_flag=True, help="Print the graph for Graphviz: … --dag | dot -Tsvg.")
 @click.option("--cv", is_flag=True, help="Train every fold of R too, and join their predictions.")
-@click.option("--test", default=TEST_ROWS, show_default=True, help="Rows for the rehearsal.")
-@click.option("--cores", type=click.IntRange(min=1), help="CPU cores; by default all.")
-@click.option(
-    "--gpus",
-    type=click.IntRange(min=0),
-    help="GPUs of one machine; by default those of this one.",
-)
-@click.option(
-    "--profile",
-    type=click.Path(exists=True),
-    help="Snakemake profile of a cluster, such as recipes/profiles/slurm.",
-)
+@click.option("--test", default="data/test.parquet", show_default=True, help="Rows for the rehearsal.")
+@click.option("--gpus", type=click.IntRange(min=0), help="GPUs of a machine; by default of this.")
+@click.option("--profile", type=click.Path(exists=True), help="Snakemake profile of a cluster.")
 @exits_with_2
-def main(target: str, dry_run: bool, dag: bool, cv: bool, test: str, **machine) -> None:
+def main(target: str, dry_run: bool, dag: bool, cv: bool, **settings) -> None:
     """Bring R, a recipe or a spec, up to date with everything that it is made from.
 
     A teacher's folds and labels are made where a student needs them; packages, kernel and rehearsal
-    where a spec has R's name.
+    where a spec has R's name. recipes/profiles/slurm is a profile.
     """
-    graph = derive_graph(target)
     name = Path(target).stem
-    test_rows = test if Path(test).is_file() else None
+    graph = derive_graph(target)
+    test_rows = settings["test"] if Path(settings["test"]).is_file() else None
     if graph.kernels and test_rows is None:
-        click.echo(f"no rehearsal: {test} does not exist; name rows with --test FILE", err=True)
+        missing_file = settings["test"]
+        click.echo(f"no rehearsal: {missing_file} does not exist; see --test", err=True)
 
-    targets = list_targets(name, graph, has_test_rows=test_rows is not None)
+    targets = list_targets(name, graph, test_rows)
     if cv:
         targets.append(f"outputs/{name}/oof.parquet")
 
-    where = Machine(**machine)
-    config_file = write_config(name, graph, test_rows, where)
-    workflow = Workflow(SNAKEFILE, config_file, targets, where)
+    config_file = write_config(name, graph, test_rows, settings["gpus"])
+    workflow = Workflow(SNAKEFILE, config_file, targets, settings["profile"])
     if dag:
-        raise SystemExit(workflow.run_snakemake("--dag", "--quiet", "all").returncode)
-    make(workflow, dry_run)
+        raise SystemExit(call_snakemake(workflow, "--dag", "--quiet", "all").returncode)
+    make_targets(workflow, dry_run)
 
 
-def write_config(name: str, graph: Graph, test_rows: str | None, machine: Machine) -> Path:
-    """Write a target's graph as a file for recipes/Snakefile.
-
-    Args:
-        name: The target's name.
-        graph: Its graph.
-        test_rows: The file of rows for rehearsals; None for no rehearsal.
-        machine: Where the steps run.
-
-    Returns:
-        The file.
-    """
-    config_file = FOLDER / f"{name}.json"
-    config = asdict(graph) | {"test": test_rows, "gpus": machine.count_gpus()}
-    write_json(config_file, config)
-    return config_file
-
-
-def list_targets(name: str, graph: Graph, has_test_rows: bool) -> list[str]:
-    """List the files that are up to date when a target is.
+def list_targets(name: str, graph: Graph, test_rows: str | None) -> list[str]:
+    """List the files that are up to date when a recipe or a spec is.
 
     Args:
-        name: The name of the recipe or spec.
+        name: Its name.
         graph: Its graph.
-        has_test_rows: Whether there are rows to rehearse a kernel on.
+        test_rows: The rows to rehearse a kernel on; None for no rehearsal.
     """
     targets = []
     if name in graph.kernels:
         targets.append(f"outputs/kernels/{name}/kernel.py")
-        if has_test_rows:
+        if test_rows is not None:
             targets.append(f"outputs/{name}/rehearsal/submission.csv")
 
+    # An ensemble has no run, hence no report.
     if name in graph.runs:
         targets.append(f"outputs/{name}/report.html")
     return targets
 
 
-def make(workflow: Workflow, dry_run: bool = False) -> None:
-    """Print what is up to date, and run the other steps, or print them.
+def write_config(name: str, graph: Graph, test_rows: str | None, gpus: int | None = None) -> Path:
+    """Write a graph as a file for recipes/Snakefile.
 
     Args:
-        workflow: Says which files to make.
-        dry_run: Print the plan and run nothing.
+        name: The target's name.
+        graph: Its graph.
+        test_rows: The rows to rehearse a kernel on; None for no rehearsal.
+        gpus: The GPUs of a machine; None for those of this one.
+
+    Returns:
+        The file.
+    """
+    if gpus is None:
+        gpus = len(visible_gpus())
+    config_file = FOLDER / f"{name}.json"
+    write_json(config_file, asdict(graph) | {"test": test_rows, "gpus": gpus})
+    return config_file
+
+
+def make_targets(workflow: Workflow, dry_run: bool = False) -> None:
+    """Run the steps that are out of date, or print them.
+
+    Args:
+        workflow: The steps, and the files to make.
+        dry_run: Print them and run nothing.
 
     Raises:
-        UserError: Steps failed, or another graph is at work here. Those that did not need the failed ones have run.
+        UserError: Steps failed, or another graph is at work here. What did not need them was made.
     """
     with holding_the_graph() as lock_file:
-        steps = read_plan(workflow)
-        for step in steps:
-            if not step.is_pending:
-                click.echo(f"{step.name:<12} up to date   {step.command}")
-            elif dry_run:
-                click.echo(f"{step.name:<12} to run       {step.command}   ({step.reason})")
-
-        if dry_run or not any(step.is_pending for step in steps):
+        steps = list_outdated_steps(workflow)
+        if not steps:
+            print(f"up to date: {', '.join(workflow.targets)}")
             return
-        # The steps inherit the lock: while one is alive, also after this process was killed, no other graph starts.
-        exit_code = workflow.run_snakemake("--quiet", "all", pass_fds=[lock_file]).returncode
+        if dry_run:
+            for step in steps:
+                print(f"{step.name:<12} {step.command}   # {step.reason}")
+            return
+
+        # The steps inherit the lock. Where only this process is killed, no other graph starts
+        # while one of them is alive.
+        exit_code = call_snakemake(workflow, "--quiet", "all", pass_fds=[lock_file]).returncode
         if exit_code != 0:
-            raise UserError(describe_failure(read_plan(workflow)))
-
-
-def read_plan(workflow: Workflow) -> list[Step]:
-    """Ask Snakemake which steps there are, and which of them have to run, in the order of the chain."""
-    reasons = {}
-    for step in list_steps(workflow):
-        reasons[step.log] = step.reason
-
-    plan = []
-    for step in list_steps(workflow, "--forceall"):
-        is_pending = step.log in reasons
-        plan.append(replace(step, is_pending=is_pending, reason=reasons.get(step.log, "")))
-    return plan
-
-
-def list_steps(workflow: Workflow, *options: str) -> list[Step]:
-    """Read from Snakemake's dry run which steps it would run.
-
-    Raises:
-        UserError: Snakemake cannot make a plan; its words are part of the message.
-    """
-    dry_run = workflow.run_snakemake("--dry-run", "--printshellcmds", *options, capture_output=True, text=True)
-    if dry_run.returncode != 0:
-        raise UserError(f"Snakemake cannot plan this: {' '.join(dry_run.stderr.split())}")
-
-    # For each step a block: what it reads and writes, and as its last line the command.
-    steps = []
-    log = reason = ""
-    for line in (dry_run.stdout + dry_run.stderr).splitlines():
-        key, _, value = line.strip().partition(": ")
-        if key == "log":
-            log = Path(value)
-        elif key == "reason":
-            reason = value
-        elif key == "Shell command":
-            command = value.split(" -- ", maxsplit=1)[1].strip()
-            steps.append(Step(log.stem, command, log, True, reason))
-    return steps
-
-
-def describe_failure(plan_afterwards: Sequence[Step]) -> str:
-    """Say which steps failed, with their logs, and which are missing because of them."""
-    failed = []
-    missing = []
-    for step in plan_afterwards:
-        record = step.log.with_suffix(".json")
-        if not step.is_pending:
-            continue
-        if record.is_file() and json.loads(record.read_text())["exit_code"] != 0:
-            failed.append(f"{step.name} (its output is in {step.log})")
-        else:
-            missing.append(step.name)
-
-    message = f"failed: {', '.join(failed) or 'Snakemake, see above'}"
-    if missing:
-        message += f"; not made because of it: {', '.join(missing)}"
-    return f"{message}. The same command goes on from here"
+            raise UserError(describe_failure(list_outdated_steps(workflow)))
 
 
 @contextlib.contextmanager
@@ -294,6 +161,90 @@ def holding_the_graph() -> Iterator[int]:
         except BlockingIOError:
             raise UserError("another pairwise make is at work in this folder; wait for it, or stop it") from None
         yield file.fileno()
+
+
+def list_outdated_steps(workflow: Workflow) -> list[Step]:
+    """List the steps that Snakemake would run, a step after those that it needs.
+
+    Raises:
+        UserError: Snakemake cannot make a plan; its words are part of the message.
+    """
+    dry_run = call_snakemake(
+        workflow,
+        *("--dry-run", "--printshellcmds", "--quiet", "host"),
+        capture_output=True,
+        text=True,
+    )
+    if dry_run.returncode != 0:
+        explanation = dry_run.stdout.partition("Building DAG of jobs...")[2]
+        words = " ".join(explanation.split())
+        raise UserError(f"Snakemake cannot plan {', '.join(workflow.targets)}: {words}")
+
+    # Snakemake prints a block of `key: value` for each step, which ends with its command.
+    steps = []
+    log_file = reason = ""
+    for line in dry_run.stdout.splitlines():
+        key, _, value = line.strip().partition(": ")
+        if key == "log":
+            log_file = value
+        elif key == "reason":
+            reason = value
+        elif key == "Shell command":
+            # What stands before the command is the call of step.py.
+            command = value.split(" -- ", maxsplit=1)[1].strip()
+            log = Path(log_file)
+            steps.append(Step(log.stem, command, log, reason))
+    return steps
+
+
+def call_snakemake(workflow: Workflow, *options: str, **arguments) -> subprocess.CompletedProcess:
+    """Call Snakemake.
+
+    Args:
+        workflow: The steps, and the files to make.
+        options: Further options of Snakemake.
+        arguments: Arguments of subprocess.run.
+
+    Raises:
+        UserError: Snakemake is not installed.
+    """
+    if not SNAKEMAKE.is_file():
+        raise UserError(f"{SNAKEMAKE}: not installed; run make .venv-graph/installed")
+
+    gpus = json.loads(workflow.config_file.read_text())["gpus"]
+    command = [str(SNAKEMAKE), "--snakefile", str(workflow.snakefile)]
+    command += ["--configfile", str(workflow.config_file)]
+    command += ["--cores", str(os.cpu_count()), "--resources", f"gpu={gpus}"]
+    command += ["--max-checksum-file-size", str(LARGEST_CHECKSUM_BYTES)]
+    # Snakemake's own locks would outlive a killed graph; holding_the_graph keeps others out.
+    command += ["--nolock", "--rerun-incomplete", "--keep-going"]
+    if workflow.profile is not None:
+        command += ["--profile", workflow.profile]
+    command += [*options, "--", *workflow.targets]
+
+    # The steps call this project's commands by name, in this environment.
+    scripts_folder = Path(sys.executable).parent
+    search_path = f"{scripts_folder}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": search_path}
+    return subprocess.run(command, env=environment, check=False, **arguments)
+
+
+def describe_failure(outdated_steps: Sequence[Step]) -> str:
+    """Say which of the steps that are left have failed, and which could not run because of them."""
+    failed = []
+    not_run = []
+    for step in outdated_steps:
+        # Its last record may be of an earlier graph, in which it succeeded.
+        record = step.log.with_suffix(".json")
+        if record.is_file() and json.loads(record.read_text())["exit_code"] != 0:
+            failed.append(f"{step.name} (its output is in {step.log})")
+        else:
+            not_run.append(step.name)
+
+    message = f"failed: {', '.join(failed) or 'Snakemake, see above'}"
+    if not_run:
+        message += f"; not made because of it: {', '.join(not_run)}"
+    return f"{message}. The same command goes on from here"
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ class Workplace:
         """Run `pairwise make`, and return its result, with the calls of commands as `calls`."""
         calls = self.folder / "calls.txt"
         calls.unlink(missing_ok=True)
-        result = CliRunner().invoke(main, [*arguments, "--cores", "2"])
+        result = CliRunner().invoke(main, arguments)
         result.calls = calls.read_text().splitlines() if calls.exists() else []
         return result
 

@@ -37,10 +37,6 @@ def test_only_what_decides_the_training_is_in_its_hash(workplace):
         ({}, "small: no such recipe"),
         ({"small": {"output_dir": "runs/small"}}, "remove output_dir"),
         ({"small": {"pairwise": {"pairs": "data/none.parquet"}}}, "data/none.parquet: no such file; make it with"),
-        (
-            {"small": {"base_model": "outputs/big/merged"}, "big": {"base_model": "outputs/small/merged"}},
-            "big, small: each needs the other",
-        ),
     ],
 )
 def test_a_graph_that_cannot_be_made_is_one_error(workplace, recipes, message):

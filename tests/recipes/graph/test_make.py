@@ -31,7 +31,7 @@ def test_a_spec_is_made_from_its_recipe_to_the_rehearsal_and_then_by_content(wor
     assert (first.exit_code, first.calls) == (0, chain), first.output
     again = workplace.make("small")
     assert (again.exit_code, again.calls) == (0, [])
-    assert again.stdout.count("up to date") == 5
+    assert again.stdout.startswith("up to date: outputs/kernels/small/kernel.py, ")
 
     # A checkout, or a copy of the data, gives files of the same content another time.
     for name in ("recipes/small.yml", "specs/small.yml", "data/pairs.parquet", "data/test.parquet"):
@@ -76,6 +76,14 @@ def test_the_mean_of_the_folds_is_packaged_where_a_spec_serves_it(workplace):
     assert sorted(result.calls[:5]) == folds
     assert result.calls[5:] == [f"postprocess recipes/small.yml {adapters}", "build mean"]
     assert "no rehearsal: data/test.parquet does not exist" in result.output
+
+
+def test_runs_that_need_each_other_are_one_error(workplace):
+    workplace.write_recipe("small", base_model="outputs/big/merged")
+    workplace.write_recipe("big", base_model="outputs/small/merged")
+    result = workplace.make("small")
+    assert (result.exit_code, result.calls) == (2, [])
+    assert "error: Snakemake cannot plan outputs/small/report.html: CyclicGraphException" in result.output
 
 
 def test_when_a_step_fails_the_others_go_on_and_the_end_says_what_is_missing(workplace):
