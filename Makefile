@@ -17,6 +17,9 @@ setup: .venv/installed .venv-kaggle/installed .venv-keras/installed .venv-gptq/i
 demo: .venv/installed .venv-kaggle/installed .venv-graph/installed  ## raw rows to submission.csv on two CPU cores, in minutes
 	@python -m tests.demo
 
+demo-distill: .venv/installed .venv-kaggle/installed .venv-graph/installed  ## votes, a teacher's labels and a pool to a student's submission.csv, in minutes
+	@python -m tests.demo.distill
+
 test: setup  ## the tests, without the slow ones
 	@python -m pytest -n 2 --dist loadfile -m "not slow"
 

@@ -9,22 +9,23 @@ from pathlib import Path
 
 from preprocess.core.errors import exits_with_2
 from preprocess.core.files import read_json, write_json
-from recipes.pairwise.graph.edges import derive_graph
+from recipes.pairwise.graph.edges import Graph, derive_graph, hash_code_of_steps
 from recipes.pairwise.graph.make import Workflow, list_targets, make_targets, write_config
 
 DEMO = Path("outputs/demo")
 PAIRS = "outputs/demo/pairs.parquet"
 TEST = "outputs/demo/input/test.parquet"
-SNAKEFILE = Path(__file__).with_name("Snakefile")
+DATA_STEPS = Path(__file__).with_name("Snakefile")
 STEPS = ("input", "preprocess", "train", "postprocess", "build", "rehearse", "report")
 
 
 @exits_with_2
 def main() -> None:
     """Bring the demo up to date, then write and print the result."""
-    graph = derive_graph("demo", pairs_to_come=[PAIRS])
+    make_pairs(PAIRS)
+    graph = derive_graph("demo")
     config_file = write_config("demo", graph, TEST)
-    make_targets(Workflow(SNAKEFILE, config_file, list_targets("demo", graph, TEST)))
+    make_targets(Workflow(config_file, list_targets("demo", graph, TEST)))
 
     rehearsal = read_json(DEMO / "rehearsal" / "rehearsal.json")
     result = {
@@ -40,6 +41,13 @@ def main() -> None:
         f"submission: {result['submission']}"
     )
     print(f"report: {result['report']}")
+
+
+def make_pairs(pairs: str) -> None:
+    """Bring a demo's pairs file up to date, by the steps of this folder's Snakefile."""
+    graph = Graph(runs={}, kernels={}, code_hashes=hash_code_of_steps())
+    config_file = write_config("demo_data", graph, test_rows=None)
+    make_targets(Workflow(config_file, [pairs], DATA_STEPS))
 
 
 if __name__ == "__main__":

@@ -19,11 +19,10 @@ from preprocess.core.files import read_yaml, sha256
 from recipes.pairwise.config.recipe_files import RECIPES, find_recipe
 from recipes.pairwise.config.schema import Recipe, read_recipe
 
+# Of the project; recipes and specs are those of the current folder.
 ROOT = RECIPES.parent
-SPECS = Path("kaggle_kernels/specs")
+RUN = re.compile(r"(?:outputs/)?(?P<run>[^/]+)/?")
 MERGED_MODEL = re.compile(r"(?:\./)?outputs/(?P<run>[^/]+)/merged/?")
-# `pairwise preprocess` makes so many by default, for a graph whose pairs are still to be made.
-DEFAULT_FOLDS = 5
 # With these keys one training spreads over all GPUs of a machine.
 SHARDING_KEYS = ("deepspeed", "fsdp", "fsdp_config")
 # A trained model is not thrown away because some code changed; what is cheap to make is made again.
@@ -86,12 +85,11 @@ class Graph:
     code_hashes: dict[str, str]
 
 
-def derive_graph(target: str, pairs_to_come: Iterable[str] = ()) -> Graph:
+def derive_graph(target: str) -> Graph:
     """Follow the edges from a recipe or a spec back to everything that it is made from.
 
     Args:
         target: The name of a recipe, of a spec, or of both, as they mostly have the same; or a recipe's file.
-        pairs_to_come: Pairs files that a step of the caller makes, so that they need not exist yet.
 
     Returns:
         The runs and kernels on the way, the target's own included.
@@ -102,13 +100,13 @@ def derive_graph(target: str, pairs_to_come: Iterable[str] = ()) -> Graph:
     name = Path(target).stem if target.endswith((".yml", ".yaml")) else target
     kernels = {}
     names_to_visit = []
-    spec_path = SPECS / f"{name}.yml"
+    spec_path = Path(f"kaggle_kernels/specs/{name}.yml")
     if spec_path.is_file():
         kernels[name] = read_kernel(spec_path)
         names_to_visit += [package.split("/")[0] for package in kernels[name].packages]
 
     # An ensemble has a spec and no recipe of its name.
-    has_recipe = target != name or (RECIPES / f"{name}.yml").is_file()
+    has_recipe = target != name or Path(f"recipes/{name}.yml").is_file()
     if has_recipe or not kernels:
         names_to_visit.append(target)
 
@@ -123,7 +121,7 @@ def derive_graph(target: str, pairs_to_come: Iterable[str] = ()) -> Graph:
         runs[run_name] = Run(
             recipe=str(recipe.path),
             pairs=recipe.pairwise.pairs,
-            folds=read_folds(recipe, pairs_to_come),
+            folds=read_folds(recipe.pairwise.pairs),
             is_trained=recipe.pairwise.train,
             teachers=teachers_of(recipe),
             base_run=base_run_of(recipe.axolotl),
@@ -134,8 +132,7 @@ def derive_graph(target: str, pairs_to_come: Iterable[str] = ()) -> Graph:
             packaging_hash=hash_values([recipe.axolotl, recipe.pairwise.model_dump(mode="json")]),
         )
 
-    code_hashes = {step: hash_code(folders) for step, folders in CODE_OF_STEPS.items()}
-    return Graph(runs, kernels, code_hashes)
+    return Graph(runs, kernels, hash_code_of_steps())
 
 
 def read_kernel(spec_path: Path) -> Kernel:
@@ -164,7 +161,7 @@ def read_recipes(names: Iterable[str]) -> dict[str, Recipe]:
     names_to_visit = list(names)
     while names_to_visit:
         name = names_to_visit.pop()
-        recipe = read_recipe(find_recipe(name))
+        recipe = read_recipe(find_recipe_here(name))
         run_name = recipe.path.stem
         if run_name in recipes:
             continue
@@ -181,6 +178,12 @@ def read_recipes(names: Iterable[str]) -> dict[str, Recipe]:
     return recipes
 
 
+def find_recipe_here(name: str) -> Path:
+    """Find a recipe in recipes/ of the current folder, and then as other commands do."""
+    path = Path("recipes") / f"{name}.yml"
+    return path if path.is_file() else find_recipe(name)
+
+
 def needed_runs(recipe: Recipe) -> list[str]:
     """List the runs that must be there before a recipe can be trained."""
     base_run = base_run_of(recipe.axolotl)
@@ -190,11 +193,17 @@ def needed_runs(recipe: Recipe) -> list[str]:
 
 
 def teachers_of(recipe: Recipe) -> list[str]:
-    """List the runs whose labels a recipe trains on."""
+    """List the runs whose labels a recipe trains on; labels from elsewhere are files like any other."""
     distillation = getattr(recipe.pairwise, "distill", None)
     if distillation is None:
         return []
-    return [teacher.run for teacher in distillation.teachers]
+
+    teachers = []
+    for teacher in distillation.teachers:
+        match = RUN.fullmatch(teacher)
+        if match:
+            teachers.append(match["run"])
+    return teachers
 
 
 def base_run_of(axolotl_keys: dict) -> str | None:
@@ -209,32 +218,28 @@ def find_merged_bases(recipes: dict[str, Recipe]) -> set[str]:
     How a run is packaged must not depend on the target of the moment, or it would be packaged anew in turns.
     """
     merged_bases = {base_run_of(recipe.axolotl) for recipe in recipes.values()}
-    for path in RECIPES.glob("*.yml"):
+    for path in Path("recipes").glob("*.yml"):
         merged_bases.add(base_run_of(read_yaml(path)))
     return merged_bases - {None}
 
 
-def read_folds(recipe: Recipe, pairs_to_come: Iterable[str]) -> list[int]:
-    """Read the numbers of the folds from a recipe's pairs.
-
-    Args:
-        recipe: The recipe.
-        pairs_to_come: Pairs files that need not exist yet.
+def read_folds(pairs: str) -> list[int]:
+    """List the folds of a pairs file, without its texts, which may be gigabytes.
 
     Raises:
         UserError: The file does not exist, or is no pairs.parquet.
     """
-    pairs = recipe.pairwise.pairs
-    if Path(pairs).is_file():
-        try:
-            folds = pl.read_parquet(pairs, columns=["fold"])["fold"]
-        except pl.exceptions.PolarsError as error:
-            raise UserError(f"{pairs}: no pairs.parquet ({error}); make it with pairwise preprocess") from None
-        return sorted(folds.drop_nulls().unique().to_list())
-
-    if pairs not in pairs_to_come:
+    if not Path(pairs).is_file():
         raise UserError(f"{pairs}: no such file; make it with pairwise preprocess")
-    return list(range(DEFAULT_FOLDS))
+    try:
+        table = pl.scan_parquet(pairs)
+        if "role" in table.collect_schema():
+            table = table.filter(role="train")
+        folds = table.select("fold").collect()["fold"]
+    except pl.exceptions.PolarsError as error:
+        first_line = str(error).splitlines()[0]
+        raise UserError(f"{pairs}: no pairs.parquet ({first_line}); make it with pairwise preprocess") from None
+    return sorted(folds.unique().to_list())
 
 
 def hash_training(recipe: Recipe) -> str:
@@ -244,6 +249,11 @@ def hash_training(recipe: Recipe) -> str:
     """
     block = recipe.pairwise.model_dump(mode="json", exclude={"package"})
     return hash_values([recipe.axolotl, block, sha256(model_input.__file__)])
+
+
+def hash_code_of_steps() -> dict[str, str]:
+    """Hash the code of the steps that are made again when it changes."""
+    return {step: hash_code(folders) for step, folders in CODE_OF_STEPS.items()}
 
 
 def hash_code(folders: Iterable[str]) -> str:

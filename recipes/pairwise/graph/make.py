@@ -30,11 +30,11 @@ LARGEST_CHECKSUM_BYTES = 10**11
 
 @dataclass(frozen=True)
 class Workflow:
-    """What Snakemake is called with: the steps, the edges (see write_config), the files to make."""
+    """What Snakemake is called with: the edges (see write_config), the files to make, and the steps."""
 
-    snakefile: Path
     config_file: Path
     targets: Sequence[str]
+    snakefile: Path = SNAKEFILE
     profile: str | None = None  # the folder of a Snakemake profile; None for this machine
 
 
@@ -75,7 +75,7 @@ def main(target: str, dry_run: bool, dag: bool, cv: bool, **settings) -> None:
         targets.append(f"outputs/{name}/oof.parquet")
 
     config_file = write_config(name, graph, test_rows, settings["gpus"])
-    workflow = Workflow(SNAKEFILE, config_file, targets, settings["profile"])
+    workflow = Workflow(config_file, targets, profile=settings["profile"])
     if dag:
         raise SystemExit(call_snakemake(workflow, "--dag", "--quiet", "all").returncode)
     make_targets(workflow, dry_run)

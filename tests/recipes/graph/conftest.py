@@ -6,8 +6,6 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from recipes.pairwise.config import recipe_files
-from recipes.pairwise.graph import edges
 from recipes.pairwise.graph.make import main
 from tests import tiny
 from tests.conftest import ROOT
@@ -90,7 +88,7 @@ class Workplace:
 
     def write_spec(self, name: str, *runs: str):
         packages = [{"run": run, "dataset": f"pairwise-{run}"} for run in runs]
-        (self.folder / f"specs/{name}.yml").write_text(yaml.safe_dump({"packages": packages}))
+        (self.folder / f"kaggle_kernels/specs/{name}.yml").write_text(yaml.safe_dump({"packages": packages}))
 
     def make(self, *arguments: str):
         """Run `pairwise make`, and return its result, with the calls of commands as `calls`."""
@@ -112,11 +110,8 @@ def workplace(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'stand_ins'}{os.pathsep}{ROOT}")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
-    for name in ("recipes", "specs", "data"):
-        (tmp_path / name).mkdir()
+    for name in ("recipes", "kaggle_kernels/specs", "data"):
+        (tmp_path / name).mkdir(parents=True)
     tiny.pairs_parquet(tmp_path / "data/pairs.parquet", 20)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(recipe_files, "RECIPES", tmp_path / "recipes")
-    monkeypatch.setattr(edges, "RECIPES", tmp_path / "recipes")
-    monkeypatch.setattr(edges, "SPECS", tmp_path / "specs")
     return Workplace(tmp_path)

@@ -1,5 +1,6 @@
 """What the graph derives from recipes and specs."""
 
+import polars as pl
 import pytest
 
 from preprocess.core.errors import UserError
@@ -46,6 +47,9 @@ def test_a_graph_that_cannot_be_made_is_one_error(workplace, recipes, message):
         derive_graph("small")
 
 
-def test_pairs_that_the_graph_makes_need_not_exist(workplace):
-    workplace.write_recipe("small", pairwise={"pairs": "data/none.parquet"})
-    assert derive_graph("small", pairs_to_come=["data/none.parquet"]).runs["small"].folds == [0, 1, 2, 3, 4]
+def test_only_folds_that_are_validated_in_are_folds(workplace):
+    pairs = workplace.folder / "data/pairs.parquet"
+    roles = pl.when(pl.col("fold") == 4).then(pl.lit("pool")).otherwise(pl.lit("train"))
+    pl.read_parquet(pairs).with_columns(role=roles).write_parquet(pairs)
+    workplace.write_recipe("small")
+    assert derive_graph("small").runs["small"].folds == [0, 1, 2, 3]

@@ -34,7 +34,7 @@ def test_a_spec_is_made_from_its_recipe_to_the_rehearsal_and_then_by_content(wor
     assert again.stdout.startswith("up to date: outputs/kernels/small/kernel.py, ")
 
     # A checkout, or a copy of the data, gives files of the same content another time.
-    for name in ("recipes/small.yml", "specs/small.yml", "data/pairs.parquet", "data/test.parquet"):
+    for name in ("recipes/small.yml", "kaggle_kernels/specs/small.yml", "data/pairs.parquet", "data/test.parquet"):
         os.utime(workplace.folder / name)
     assert workplace.make("small").calls == []
 
@@ -129,15 +129,8 @@ def test_a_killed_graph_goes_on_where_it_was(workplace):
     calls = workplace.folder / "calls.txt"
     calls.unlink()
 
-    script = (
-        "from pathlib import Path\n"
-        "from recipes.pairwise.config import recipe_files\n"
-        "from recipes.pairwise.graph import edges, make\n"
-        "recipe_files.RECIPES = edges.RECIPES = Path.cwd() / 'recipes'\n"
-        "edges.SPECS = Path.cwd() / 'specs'\n"
-        "make.main(['small'])\n"
-    )
-    graph = subprocess.Popen([sys.executable, "-c", script], start_new_session=True, cwd=workplace.folder)
+    command = [sys.executable, "-m", "recipes.pairwise.graph.make", "small"]
+    graph = subprocess.Popen(command, start_new_session=True)
     wait_until(calls.exists)
     # While it is at work no other starts, also where only its first process was killed.
     os.kill(graph.pid, signal.SIGKILL)
