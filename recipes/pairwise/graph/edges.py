@@ -111,6 +111,8 @@ def derive_graph(target: str) -> Graph:
         names_to_visit.append(target)
 
     recipes = read_recipes(names_to_visit)
+
+    # A run that no kernel serves is not packaged, which a teacher of 70 billion parameters need not be.
     packaged_runs = set()
     for kernel in kernels.values():
         packaged_runs.update(kernel.packages)
@@ -163,9 +165,11 @@ def read_recipes(names: Iterable[str]) -> dict[str, Recipe]:
         name = names_to_visit.pop()
         recipe = read_recipe(find_recipe_here(name))
         run_name = recipe.path.stem
+        # Runs that need each other are left to Snakemake, which names them.
         if run_name in recipes:
             continue
 
+        # The steps of the Snakefile name their files after the run.
         expected_folder = Path("outputs") / run_name
         if recipe.run_folder != expected_folder:
             raise UserError(
@@ -233,6 +237,7 @@ def read_folds(pairs: str) -> list[int]:
         raise UserError(f"{pairs}: no such file; make it with pairwise preprocess")
     try:
         table = pl.scan_parquet(pairs)
+        # Extra rows, pool and lockbox are not validated on.
         if "role" in table.collect_schema():
             table = table.filter(role="train")
         folds = table.select("fold").collect()["fold"]
@@ -248,6 +253,7 @@ def hash_training(recipe: Recipe) -> str:
     Comments, and how the run is packaged, may change without a new training.
     """
     block = recipe.pairwise.model_dump(mode="json", exclude={"package"})
+    # Another model_input.py would give other token ids.
     return hash_values([recipe.axolotl, block, sha256(model_input.__file__)])
 
 

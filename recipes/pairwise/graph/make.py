@@ -51,7 +51,7 @@ class Step:
 @click.command()
 @click.argument("target", metavar="R")
 @click.option("--dry-run", is_flag=True, help="Print the plan; run nothing.")
-@click.option("--dag", is_flag=True, help="Print the graph for Graphviz: … --dag | dot -Tsvg.")
+@click.option("--dag", is_flag=True, help="Print the graph, for Mermaid.")
 @click.option("--cv", is_flag=True, help="Train every fold of R too, and join their predictions.")
 @click.option("--test", default="data/test.parquet", show_default=True, help="Rows for the rehearsal.")
 @click.option("--gpus", type=click.IntRange(min=0), help="GPUs of a machine; by default of this.")
@@ -71,13 +71,14 @@ def main(target: str, dry_run: bool, dag: bool, cv: bool, **settings) -> None:
         click.echo(f"no rehearsal: {missing_file} does not exist; see --test", err=True)
 
     targets = list_targets(name, graph, test_rows)
+    # Elsewhere folds are trained only where a teacher or a mean needs them.
     if cv:
         targets.append(f"outputs/{name}/oof.parquet")
 
     config_file = write_config(name, graph, test_rows, settings["gpus"])
     workflow = Workflow(config_file, targets, profile=settings["profile"])
     if dag:
-        raise SystemExit(call_snakemake(workflow, "--dag", "--quiet", "all").returncode)
+        raise SystemExit(call_snakemake(workflow, "--dag", "mermaid-js", "--quiet", "all").returncode)
     make_targets(workflow, dry_run)
 
 
@@ -188,7 +189,8 @@ def list_outdated_steps(workflow: Workflow) -> list[Step]:
         if key == "log":
             log_file = value
         elif key == "reason":
-            reason = value
+            # Which files they are follows, at length.
+            reason = value.partition(":")[0]
         elif key == "Shell command":
             # What stands before the command is the call of step.py.
             command = value.split(" -- ", maxsplit=1)[1].strip()

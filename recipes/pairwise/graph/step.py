@@ -32,6 +32,7 @@ def main(log: Path, gpus: int, command: tuple[str, ...]) -> None:
     name = log.stem
     command_text = " ".join(command)
     log.parent.mkdir(parents=True, exist_ok=True)
+    # On a terminal this line is overwritten by the one with the seconds.
     if sys.stdout.isatty():
         print(f"{name:<12} …            {command_text}", end="\r", flush=True)
 
@@ -46,6 +47,7 @@ def main(log: Path, gpus: int, command: tuple[str, ...]) -> None:
         {"command": command_text, "seconds": seconds, "exit_code": exit_code},
     )
     if exit_code != 0:
+        # The cause mostly stands at the end, and the log is in no terminal's history.
         last_lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         print("\n".join(last_lines[-LINES_SHOWN_OF_FAILURE:]))
         raise UserError(f"{name}: `{command_text}` ended with exit code {exit_code}; its whole output is in {log}")
@@ -69,6 +71,7 @@ def claimed_gpus(count: int) -> Iterator[dict[str, str]]:
         return
 
     GPU_LOCKS.mkdir(parents=True, exist_ok=True)
+    # The locks of a process that was killed are free: the system drops them.
     with contextlib.ExitStack() as locks:
         claimed: list[str] = []
         while len(claimed) < count:

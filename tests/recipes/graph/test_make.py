@@ -15,7 +15,7 @@ def test_snakemake_is_installed():
     assert SNAKEMAKE.is_file(), "no .venv-graph; `make setup` makes it"
 
 
-def test_a_spec_is_made_from_its_recipe_to_the_rehearsal_and_then_by_content(workplace):
+def test_a_spec_is_made_from_its_recipe_to_the_rehearsal_and_then_by_content(workplace, capfd):
     workplace.write_recipe("small")
     workplace.write_spec("small", "small")
     (workplace.folder / "data/test.parquet").touch()
@@ -25,6 +25,8 @@ def test_a_spec_is_made_from_its_recipe_to_the_rehearsal_and_then_by_content(wor
     assert sorted(steps) == ["build", "postprocess", "rehearse", "report", "train"]
     assert steps[:2] == ["train", "postprocess"]
     assert plan.calls == []
+    assert workplace.make("small", "--dag").calls == []
+    assert "flowchart" in capfd.readouterr().out
 
     chain = ["train outputs/small", "postprocess recipes/small.yml", "build small", "rehearse small", "report outputs/small"]
     first = workplace.make("small")
