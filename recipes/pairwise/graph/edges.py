@@ -198,7 +198,7 @@ def needed_runs(recipe: Recipe) -> list[str]:
 
 def teachers_of(recipe: Recipe) -> list[str]:
     """List the runs whose labels a recipe trains on; labels from elsewhere are files like any other."""
-    distillation = getattr(recipe.pairwise, "distill", None)
+    distillation = recipe.pairwise.distill
     if distillation is None:
         return []
 

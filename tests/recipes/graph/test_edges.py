@@ -21,6 +21,16 @@ def test_runs_are_followed_from_a_spec_to_the_model_that_they_start_from(workpla
     assert graph.runs["other"].folds == [0, 1, 2, 3, 4]
 
 
+def test_a_student_needs_the_runs_of_its_teachers_and_not_of_labels_from_elsewhere(workplace):
+    workplace.write_recipe("teacher")
+    workplace.write_recipe("other")
+    distill = {"teachers": {"teacher": 2.0, "outputs/other": 1.0, "elsewhere/runs/big": 1.0}, "pool": True}
+    workplace.write_recipe("student", pairwise={"distill": distill})
+    graph = derive_graph("student")
+    assert sorted(graph.runs) == ["other", "student", "teacher"]
+    assert graph.runs["student"].teachers == ["teacher", "other"]
+
+
 def test_only_what_decides_the_training_is_in_its_hash(workplace):
     def training_hash(**changes) -> str:
         workplace.write_recipe("small", **changes)
