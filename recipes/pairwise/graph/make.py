@@ -116,6 +116,7 @@ def write_config(name: str, graph: Graph, test_rows: str | None, gpus: int | Non
     """
     if gpus is None:
         gpus = len(visible_gpus())
+    # Snakemake's environment has nothing of this project, so the edges go over as values.
     config_file = FOLDER / f"{name}.json"
     write_json(config_file, asdict(graph) | {"test": test_rows, "gpus": gpus})
     return config_file

@@ -90,6 +90,7 @@ def claimed_gpus(count: int) -> Iterator[dict[str, str]]:
 
 def visible_gpus() -> list[str]:
     """List the numbers of the GPUs that this process may use; without a driver there are none."""
+    # The user may have set some GPUs aside.
     chosen_by_user = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen_by_user is not None:
         return [gpu for gpu in chosen_by_user.split(",") if gpu]
