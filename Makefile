@@ -7,15 +7,18 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export AXOLOTL_DO_NOT_TRACK := 1
 
-.PHONY: help setup lock demo example test test-slow test-gpu test-fake-gpu lint format bench bench-merge bench-kernel cv siamese compare
+.PHONY: help setup lock demo demo-distill graph example test test-slow test-gpu test-fake-gpu lint format bench bench-merge bench-kernel cv siamese compare
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: .venv/installed .venv-kaggle/installed .venv-keras/installed .venv-gptq/installed  ## create the four environments; each is made by every target that needs it
+setup: .venv/installed .venv-kaggle/installed .venv-keras/installed .venv-gptq/installed .venv-graph/installed  ## create the five environments; each is made by every target that needs it
 
-demo: .venv/installed .venv-kaggle/installed  ## raw rows to submission.csv on two CPU cores, in minutes
+demo: .venv/installed .venv-kaggle/installed .venv-graph/installed  ## raw rows to submission.csv on two CPU cores, in minutes
 	@python -m tests.demo
+
+demo-distill: .venv/installed .venv-kaggle/installed .venv-graph/installed  ## votes, a teacher's labels and a pool to a student's submission.csv, in minutes
+	@python -m tests.demo.distill
 
 test: setup  ## the tests, without the slow ones
 	@python -m pytest -n 2 --dist loadfile -m "not slow"
@@ -49,6 +52,9 @@ bench-kernel: .venv/installed  ## scoring beside transformers' pipeline and the 
 	@python -m tests.bench.kernel $(if $(PAIRS),--pairs $(PAIRS)) $(if $(BASE),--base $(BASE)) $(ARGS)
 	@$(if $(PAIRS),python -m tests.bench.planner $(PAIRS))
 
+graph: .venv/installed .venv-kaggle/installed .venv-graph/installed  ## bring a recipe and all it needs up to date: make graph R=gemma2_cls ARGS=--dry-run
+	@$(if $(R),,echo "error: R is missing; name a recipe: make graph R=gemma2_cls" >&2; exit 2;) pairwise make $(R) $(ARGS)
+
 cv: .venv/installed  ## train all folds: make cv R=gemma2_cls ARGS="--base-model FOLDER"
 	@$(if $(R),,echo "error: R is missing; name a recipe: make cv R=gemma2_cls" >&2; exit 2;) python -m recipes.pairwise.cv recipes/$(R).yml $(ARGS)
 
@@ -59,7 +65,7 @@ compare: .venv/installed .venv-keras/installed  ## methods side by side on one f
 	@python -m tests.bench.compare $(or $(PAIRS),data/pairs.parquet) --fold $(or $(FOLD),0) $(if $(BASE),--base $(BASE)) $(ARGS)
 
 # One environment for everything, one with Kaggle's versions for rehearsals, one with TensorFlow for recipes/siamese.py,
-# one for GPTQ, whose library wants another numpy. One more, with torch's build for CUDA, is for `make test-fake-gpu` only.
+# one for GPTQ, whose library wants another numpy, one for Snakemake, which wants another packaging. One more, with torch's build for CUDA, is for `make test-fake-gpu` only.
 # Each is current while its marker is newer than what it was installed from.
 .venv/installed: requirements.lock requirements.txt pyproject.toml
 	@$(call create,.venv,requirements,5 minutes and 5 GB)
@@ -76,6 +82,10 @@ compare: .venv/installed .venv-keras/installed  ## methods side by side on one f
 
 .venv-gptq/installed: postprocess/gptq/requirements.lock postprocess/gptq/requirements.txt
 	@$(call create,.venv-gptq,postprocess/gptq/requirements,1 minute and 2 GB)
+	@touch $@
+
+.venv-graph/installed: recipes/graph.requirements.lock recipes/graph.requirements.txt
+	@$(call create,.venv-graph,recipes/graph.requirements,15 seconds and 0.2 GB)
 	@touch $@
 
 .venv-fake-gpu/installed: tests/fake_gpu/requirements.lock tests/fake_gpu/requirements.txt
@@ -102,7 +112,7 @@ UV := uv==0.13.9
 LOCK := --universal --python-version 3.11 --generate-hashes --no-annotate --no-emit-package torch \
   --custom-compile-command "make lock"
 
-lock: .venv/installed  ## pin every distribution again, with hashes, from the five requirements files
+lock: .venv/installed  ## pin every distribution again, with hashes, from the six requirements files
 	@.venv/bin/python -m pip install --quiet $(UV)
-	@for file in requirements kaggle_kernels/requirements recipes/siamese.requirements postprocess/gptq/requirements tests/fake_gpu/requirements; do \
+	@for file in requirements kaggle_kernels/requirements recipes/siamese.requirements recipes/graph.requirements postprocess/gptq/requirements tests/fake_gpu/requirements; do \
 	  .venv/bin/uv pip compile --quiet $(LOCK) $$file.txt --output-file $$file.lock || exit 2; done

@@ -32,6 +32,7 @@ CHAIN = (
     Entry("train", "recipes.pairwise.train:main", "Train a recipe with Axolotl on this machine."),
     Entry("cv", "recipes.pairwise.cv:main", "Train every fold and join the out-of-fold rows."),
     Entry("labels", "postprocess.labels.__main__:main", "Label rows with a teacher, for students."),
+    Entry("make", "recipes.pairwise.graph.make:main", "Bring a run and all it needs up to date."),
     Entry("package", "postprocess.__main__:main", "Merge, quantise, compare and package a run."),
     Entry("wheels", "postprocess.wheels.__main__:main", "Make the dataset of wheels for Kaggle."),
     Entry("report", "postprocess.report.__main__:main", "Write a run's report, one HTML page."),

@@ -1,8 +1,8 @@
 """Skip a stage of postprocessing while it is up to date.
 
-`postprocess.json` in the run folder records what each stage was made from: a hash of its inputs
-(names, sizes, modification times), its settings, its code and the libraries' versions, and the sizes
-and modification times of its outputs. pipeline.py calls this. Nothing here imports torch.
+`postprocess.json` in the run folder records what each stage was made from: its inputs
+and outputs, its settings, its code and the libraries' versions. Small files count by their content,
+large ones by size and modification time. pipeline.py calls this. Nothing here imports torch.
 """
 
 import contextlib
@@ -19,11 +19,13 @@ from pathlib import Path
 import click
 
 from preprocess.core.errors import UserError
-from preprocess.core.files import read_json, write_json
+from preprocess.core.files import read_json, sha256, write_json
 
 ROOT = Path(__file__).parents[1]
 RECORD = "postprocess.json"
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors")
+# Hashing gigabytes at every start would take minutes.
+LARGEST_HASHED_BYTES = 2**20
 # Libraries raise a full disk as errors of their own, with the system's words in them.
 FULL_DISK_MESSAGES = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
 
@@ -55,7 +57,6 @@ def is_current(stage: Stage) -> bool:
     if recorded is None or not stage.outputs[0].exists():
         return False
 
-    # Sizes and times, as hashing gigabytes at every start would take minutes.
     if recorded.get("outputs") != file_stamps(files_in(stage.outputs)):
         return False
     return recorded.get("key") == stage_key(stage)
@@ -169,11 +170,15 @@ def files_in(outputs: Iterable[Path]) -> list[Path]:
     return files
 
 
-def file_stamps(paths: Iterable[Path]) -> dict[str, list[int]]:
-    """Give the size and modification time (ns) of each file that exists, by path."""
+def file_stamps(paths: Iterable[Path]) -> dict[str, str | list[int]]:
+    """Give the SHA-256 of each small file that exists, of a large one size and modification time (ns), by path."""
     stamps = {}
     for path in paths:
-        if path.exists():
-            status = path.stat()
+        if not path.exists():
+            continue
+        status = path.stat()
+        if status.st_size <= LARGEST_HASHED_BYTES:
+            stamps[str(path)] = sha256(path)
+        else:
             stamps[str(path)] = [status.st_size, status.st_mtime_ns]
     return stamps

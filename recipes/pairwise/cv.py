@@ -24,9 +24,10 @@ AVERAGED = ("accuracy", "log_loss", "flip_rate", "accuracy_of_longer")
 
 @click.command(context_settings={"ignore_unknown_options": True})
 @click.argument("recipe")
+@click.option("--join", "only_join", is_flag=True, help="Train nothing; join the folds that are trained.")
 @click.argument("axolotl_options", nargs=-1, type=click.UNPROCESSED)
 @exits_with_2
-def main(recipe: str, axolotl_options: tuple[str, ...]) -> None:
+def main(recipe: str, only_join: bool, axolotl_options: tuple[str, ...]) -> None:
     """Train all folds of RECIPE with axolotl and write outputs/R/oof.parquet and cv.json.
 
     Options that follow are Axolotl's, for instance --base-model FOLDER or --launcher torchrun.
@@ -38,6 +39,10 @@ def main(recipe: str, axolotl_options: tuple[str, ...]) -> None:
     base_model = option_value(axolotl_options, "--base-model") or checked.axolotl["base_model"]
 
     folds = list_folds(read_pairs(pairs))
+    if only_join:
+        collect(checked.run_folder, folds, pairs)
+        return
+
     for fold in folds:
         folder = checked.run_folder / f"fold-{fold}"
         if is_complete(folder, checked, base_model):

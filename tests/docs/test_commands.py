@@ -41,6 +41,7 @@ def test_commands_exist_and_know_their_options(page):
     "page, names",
     [
         ("data", ["preprocess"]),
+        ("graph", ["make"]),
         ("kernels", ["build", "weigh", "wheels"]),
         ("packaging", ["package"]),
         ("publishing", ["smoke", "push", "status", "submit", "scores", "quota"]),

@@ -130,13 +130,22 @@ def make(stage: Stage) -> bool:
 
 def test_a_stage_is_made_again_where_an_input_an_output_a_setting_or_a_library_has_changed(stage, monkeypatch):
     assert (make(stage), make(stage)) == (True, False)
-    os.utime(stage.inputs[0], ns=(1, 1))
+    os.utime(stage.inputs[0], ns=(1, 1))  # a small file counts by its content
+    assert not make(stage)
+    stage.inputs[0].write_text("b")
     assert (make(stage), make(stage)) == (True, False)
     stage.outputs[0].write_text("damaged")
     assert (make(stage), make(stage)) == (True, False)
     stage.settings["to"] = 2
     assert (make(stage), make(stage)) == (True, False)
     monkeypatch.setattr("postprocess.staleness.version", lambda library: "0.0")
+    assert (make(stage), make(stage)) == (True, False)
+
+
+def test_a_large_file_counts_by_its_size_and_time(stage, monkeypatch):
+    monkeypatch.setattr(staleness, "LARGEST_HASHED_BYTES", 0)
+    assert (make(stage), make(stage)) == (True, False)
+    os.utime(stage.inputs[0], ns=(1, 1))
     assert (make(stage), make(stage)) == (True, False)
 
 

@@ -1,0 +1,278 @@
+"""What a recipe or a spec needs of other runs: the edges of the graph that `pairwise make` brings up to date.
+
+A student needs its teachers' labels, a recipe with `base_model: outputs/X/merged` the merged model of X, a spec the packages
+of its runs. `make.py` calls `derive_graph` and hands the result to recipes/Snakefile. Nothing here imports torch.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+
+from preprocess import model_input
+from preprocess.core.errors import UserError
+from preprocess.core.files import read_yaml, sha256
+from recipes.pairwise.config.recipe_files import RECIPES, find_recipe
+from recipes.pairwise.config.schema import Recipe, read_recipe
+
+# Of the project; recipes and specs are those of the current folder.
+ROOT = RECIPES.parent
+RUN = re.compile(r"(?:outputs/)?(?P<run>[^/]+)/?")
+MERGED_MODEL = re.compile(r"(?:\./)?outputs/(?P<run>[^/]+)/merged/?")
+# With these keys one training spreads over all GPUs of a machine.
+SHARDING_KEYS = ("deepspeed", "fsdp", "fsdp_config")
+# A trained model is not thrown away because some code changed; what is cheap to make is made again.
+CODE_OF_STEPS = {
+    "preprocess": ("preprocess",),
+    "postprocess": ("postprocess", "kaggle_kernels/runtime"),
+    "kernel": ("kaggle_kernels/build", "kaggle_kernels/runtime"),
+    "rehearsal": ("kaggle_kernels/rehearsal",),
+    "report": ("postprocess/report",),
+}
+CODE_SUFFIXES = (".py", ".jinja", ".css", ".js")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One recipe's run.
+
+    Attributes:
+        recipe: The recipe's path.
+        pairs: The pairs file that it trains on.
+        folds: The folds of that file.
+        is_trained: Whether it is trained, and not only packaged (`train: false`).
+        teachers: The runs whose labels it trains on.
+        base_run: The run whose merged model it starts from; None for a model from elsewhere.
+        keeps_merged: Whether some recipe starts from the merged model of this run.
+        is_packaged: Whether a spec of the graph serves its package.
+        uses_all_gpus: Whether one training takes all GPUs of a machine, or one of them.
+        training_hash: Hash of everything but data that decides what is trained.
+        packaging_hash: Hash of the whole recipe.
+    """
+
+    recipe: str
+    pairs: str
+    folds: list[int]
+    is_trained: bool
+    teachers: list[str]
+    base_run: str | None
+    keeps_merged: bool
+    is_packaged: bool
+    uses_all_gpus: bool
+    training_hash: str
+    packaging_hash: str
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One spec's kernel: the spec's file, its hash, and the runs whose packages it serves (R or R/mean)."""
+
+    spec: str
+    spec_hash: str
+    packages: list[str]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Everything that recipes/Snakefile needs to know, by the names of runs and specs."""
+
+    runs: dict[str, Run]
+    kernels: dict[str, Kernel]
+    code_hashes: dict[str, str]
+
+
+def derive_graph(target: str) -> Graph:
+    """Follow the edges from a recipe or a spec back to everything that it is made from.
+
+    Args:
+        target: The name of a recipe, of a spec, or of both, as they mostly have the same; or a recipe's file.
+
+    Returns:
+        The runs and kernels on the way, the target's own included.
+
+    Raises:
+        UserError: There is no such recipe or spec, one is invalid, or pairs are missing.
+    """
+    name = Path(target).stem if target.endswith((".yml", ".yaml")) else target
+    kernels = {}
+    names_to_visit = []
+    spec_path = Path(f"kaggle_kernels/specs/{name}.yml")
+    if spec_path.is_file():
+        kernels[name] = read_kernel(spec_path)
+        names_to_visit += [package.split("/")[0] for package in kernels[name].packages]
+
+    # An ensemble has a spec and no recipe of its name.
+    has_recipe = target != name or Path(f"recipes/{name}.yml").is_file()
+    if has_recipe or not kernels:
+        names_to_visit.append(target)
+
+    recipes = read_recipes(names_to_visit)
+
+    # A run that no kernel serves is not packaged, which a teacher of 70 billion parameters need not be.
+    packaged_runs = set()
+    for kernel in kernels.values():
+        packaged_runs.update(kernel.packages)
+
+    merged_bases = find_merged_bases(recipes)
+    runs = {}
+    for run_name, recipe in recipes.items():
+        runs[run_name] = Run(
+            recipe=str(recipe.path),
+            pairs=recipe.pairwise.pairs,
+            folds=read_folds(recipe.pairwise.pairs),
+            is_trained=recipe.pairwise.train,
+            teachers=teachers_of(recipe),
+            base_run=base_run_of(recipe.axolotl),
+            keeps_merged=run_name in merged_bases,
+            is_packaged=run_name in packaged_runs,
+            uses_all_gpus=any(recipe.axolotl.get(key) for key in SHARDING_KEYS),
+            training_hash=hash_training(recipe),
+            packaging_hash=hash_values([recipe.axolotl, recipe.pairwise.model_dump(mode="json")]),
+        )
+
+    return Graph(runs, kernels, hash_code_of_steps())
+
+
+def read_kernel(spec_path: Path) -> Kernel:
+    """Read which runs a spec serves; `pairwise build` checks the spec itself."""
+    spec = read_yaml(spec_path)
+    try:
+        packages = [package["run"] for package in spec["packages"]]
+    except (KeyError, TypeError):
+        raise UserError(f"{spec_path}: packages: expected a list of packages, each with its run") from None
+    return Kernel(str(spec_path), hash_values(spec), packages)
+
+
+def read_recipes(names: Iterable[str]) -> dict[str, Recipe]:
+    """Read the named recipes and, from one to the next, all whose runs they need.
+
+    Args:
+        names: Names or files of recipes.
+
+    Returns:
+        The recipes by the name of their run.
+
+    Raises:
+        UserError: One does not exist or is invalid, or writes elsewhere than the graph looks.
+    """
+    recipes: dict[str, Recipe] = {}
+    names_to_visit = list(names)
+    while names_to_visit:
+        name = names_to_visit.pop()
+        recipe = read_recipe(find_recipe_here(name))
+        run_name = recipe.path.stem
+        # Runs that need each other are left to Snakemake, which names them.
+        if run_name in recipes:
+            continue
+
+        # The steps of the Snakefile name their files after the run.
+        expected_folder = Path("outputs") / run_name
+        if recipe.run_folder != expected_folder:
+            raise UserError(
+                f"{recipe.path}: it writes to {recipe.run_folder}, but the graph looks for its run in {expected_folder}; "
+                "remove output_dir, and unset PAIRWISE_FOLD"
+            )
+
+        recipes[run_name] = recipe
+        names_to_visit += needed_runs(recipe)
+    return recipes
+
+
+def find_recipe_here(name: str) -> Path:
+    """Find a recipe in recipes/ of the current folder, and then as other commands do."""
+    path = Path("recipes") / f"{name}.yml"
+    return path if path.is_file() else find_recipe(name)
+
+
+def needed_runs(recipe: Recipe) -> list[str]:
+    """List the runs that must be there before a recipe can be trained."""
+    base_run = base_run_of(recipe.axolotl)
+    if base_run is None:
+        return teachers_of(recipe)
+    return [*teachers_of(recipe), base_run]
+
+
+def teachers_of(recipe: Recipe) -> list[str]:
+    """List the runs whose labels a recipe trains on; labels from elsewhere are files like any other."""
+    distillation = recipe.pairwise.distill
+    if distillation is None:
+        return []
+
+    teachers = []
+    for teacher in distillation.teachers:
+        match = RUN.fullmatch(teacher)
+        if match:
+            teachers.append(match["run"])
+    return teachers
+
+
+def base_run_of(axolotl_keys: dict) -> str | None:
+    """Name the run whose merged model `base_model` is; None if it is a model from elsewhere."""
+    match = MERGED_MODEL.fullmatch(str(axolotl_keys.get("base_model")))
+    return match["run"] if match else None
+
+
+def find_merged_bases(recipes: dict[str, Recipe]) -> set[str]:
+    """Name all runs whose merged model some recipe starts from, among all of recipes/.
+
+    How a run is packaged must not depend on the target of the moment, or it would be packaged anew in turns.
+    """
+    merged_bases = {base_run_of(recipe.axolotl) for recipe in recipes.values()}
+    for path in Path("recipes").glob("*.yml"):
+        merged_bases.add(base_run_of(read_yaml(path)))
+    return merged_bases - {None}
+
+
+def read_folds(pairs: str) -> list[int]:
+    """List the folds of a pairs file, without its texts, which may be gigabytes.
+
+    Raises:
+        UserError: The file does not exist, or is no pairs.parquet.
+    """
+    if not Path(pairs).is_file():
+        raise UserError(f"{pairs}: no such file; make it with pairwise preprocess")
+    try:
+        table = pl.scan_parquet(pairs)
+        # Extra rows, pool and lockbox are not validated on.
+        if "role" in table.collect_schema():
+            table = table.filter(role="train")
+        folds = table.select("fold").collect()["fold"]
+    except pl.exceptions.PolarsError as error:
+        first_line = str(error).splitlines()[0]
+        raise UserError(f"{pairs}: no pairs.parquet ({first_line}); make it with pairwise preprocess") from None
+    return sorted(folds.unique().to_list())
+
+
+def hash_training(recipe: Recipe) -> str:
+    """Hash a recipe's keys and the code that makes token ids.
+
+    Comments, and how the run is packaged, may change without a new training.
+    """
+    block = recipe.pairwise.model_dump(mode="json", exclude={"package"})
+    # Another model_input.py would give other token ids.
+    return hash_values([recipe.axolotl, block, sha256(model_input.__file__)])
+
+
+def hash_code_of_steps() -> dict[str, str]:
+    """Hash the code of the steps that are made again when it changes."""
+    return {step: hash_code(folders) for step, folders in CODE_OF_STEPS.items()}
+
+
+def hash_code(folders: Iterable[str]) -> str:
+    """Hash the sources in folders of the project, by content, so that a fresh checkout changes nothing."""
+    hashes = {}
+    for folder in folders:
+        for file in sorted((ROOT / folder).rglob("*")):
+            if file.suffix in CODE_SUFFIXES:
+                hashes[str(file.relative_to(ROOT))] = sha256(file)
+    return hash_values(hashes)
+
+
+def hash_values(values: object) -> str:
+    """Hash values of YAML or JSON."""
+    text = json.dumps(values, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()

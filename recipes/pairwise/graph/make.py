@@ -1,0 +1,254 @@
+"""`pairwise make R`: bring a recipe's run, package, kernel, rehearsal and report up to date, and all that they are made from.
+
+recipes/Snakefile has the steps. Snakemake runs them: here, or with --profile on a cluster. `make demo` calls `make_targets`
+with steps of its own added.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import click
+
+from preprocess.core.errors import UserError, exits_with_2
+from preprocess.core.files import write_json
+from recipes.pairwise.graph.edges import ROOT, Graph, derive_graph
+from recipes.pairwise.graph.step import visible_gpus
+
+SNAKEMAKE = ROOT / ".venv-graph" / "bin" / "snakemake"
+SNAKEFILE = ROOT / "recipes" / "Snakefile"
+FOLDER = Path("outputs/.graph")
+# Data files up to this size are compared by checksum, whatever their times: 100 GB, hence all of them.
+LARGEST_CHECKSUM_BYTES = 10**11
+
+
+@dataclass(frozen=True)
+class Workflow:
+    """What Snakemake is called with: the edges (see write_config), the files to make, and the steps."""
+
+    config_file: Path
+    targets: Sequence[str]
+    snakefile: Path = SNAKEFILE
+    profile: str | None = None  # the folder of a Snakemake profile; None for this machine
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that is out of date: its name and command, where its output goes, and why it has to run."""
+
+    name: str
+    command: str
+    log: Path
+    reason: str
+
+
+@click.command()
+@click.argument("target", metavar="R")
+@click.option("--dry-run", is_flag=True, help="Print the plan; run nothing.")
+@click.option("--dag", is_flag=True, help="Print the graph, for Mermaid.")
+@click.option("--cv", is_flag=True, help="Train every fold of R too, and join their predictions.")
+@click.option("--test", default="data/test.parquet", show_default=True, help="Rows for the rehearsal.")
+@click.option("--gpus", type=click.IntRange(min=0), help="GPUs of a machine; by default of this.")
+@click.option("--profile", type=click.Path(exists=True), help="Snakemake profile of a cluster.")
+@exits_with_2
+def main(target: str, dry_run: bool, dag: bool, cv: bool, **settings) -> None:
+    """Bring R, a recipe or a spec, up to date with everything that it is made from.
+
+    A teacher's folds and labels are made where a student needs them; packages, kernel and rehearsal
+    where a spec has R's name. recipes/profiles/slurm is a profile.
+    """
+    name = Path(target).stem
+    graph = derive_graph(target)
+    test_rows = settings["test"] if Path(settings["test"]).is_file() else None
+    if graph.kernels and test_rows is None:
+        missing_file = settings["test"]
+        click.echo(f"no rehearsal: {missing_file} does not exist; see --test", err=True)
+
+    targets = list_targets(name, graph, test_rows)
+    # Elsewhere folds are trained only where a teacher or a mean needs them.
+    if cv:
+        targets.append(f"outputs/{name}/oof.parquet")
+
+    config_file = write_config(name, graph, test_rows, settings["gpus"])
+    workflow = Workflow(config_file, targets, profile=settings["profile"])
+    if dag:
+        raise SystemExit(call_snakemake(workflow, "--dag", "mermaid-js", "--quiet", "all").returncode)
+    make_targets(workflow, dry_run)
+
+
+def list_targets(name: str, graph: Graph, test_rows: str | None) -> list[str]:
+    """List the files that are up to date when a recipe or a spec is.
+
+    Args:
+        name: Its name.
+        graph: Its graph.
+        test_rows: The rows to rehearse a kernel on; None for no rehearsal.
+    """
+    targets = []
+    if name in graph.kernels:
+        targets.append(f"outputs/kernels/{name}/kernel.py")
+        if test_rows is not None:
+            targets.append(f"outputs/{name}/rehearsal/submission.csv")
+
+    # An ensemble has no run, hence no report.
+    if name in graph.runs:
+        targets.append(f"outputs/{name}/report.html")
+    return targets
+
+
+def write_config(name: str, graph: Graph, test_rows: str | None, gpus: int | None = None) -> Path:
+    """Write a graph as a file for recipes/Snakefile.
+
+    Args:
+        name: The target's name.
+        graph: Its graph.
+        test_rows: The rows to rehearse a kernel on; None for no rehearsal.
+        gpus: The GPUs of a machine; None for those of this one.
+
+    Returns:
+        The file.
+    """
+    if gpus is None:
+        gpus = len(visible_gpus())
+    # Snakemake's environment has nothing of this project, so the edges go over as values.
+    config_file = FOLDER / f"{name}.json"
+    write_json(config_file, asdict(graph) | {"test": test_rows, "gpus": gpus})
+    return config_file
+
+
+def make_targets(workflow: Workflow, dry_run: bool = False) -> None:
+    """Run the steps that are out of date, or print them.
+
+    Args:
+        workflow: The steps, and the files to make.
+        dry_run: Print them and run nothing.
+
+    Raises:
+        UserError: Steps failed, or another graph is at work here. What did not need them was made.
+    """
+    with holding_the_graph() as lock_file:
+        steps = list_outdated_steps(workflow)
+        if not steps:
+            print(f"up to date: {', '.join(workflow.targets)}")
+            return
+        if dry_run:
+            for step in steps:
+                print(f"{step.name:<12} {step.command}   # {step.reason}")
+            return
+
+        # The steps inherit the lock. Where only this process is killed, no other graph starts
+        # while one of them is alive.
+        exit_code = call_snakemake(workflow, "--quiet", "all", pass_fds=[lock_file]).returncode
+        if exit_code != 0:
+            raise UserError(describe_failure(list_outdated_steps(workflow)))
+
+
+@contextlib.contextmanager
+def holding_the_graph() -> Iterator[int]:
+    """Keep other graphs out of this folder's outputs.
+
+    Yields:
+        The lock's file descriptor. Whoever inherits it holds the lock too.
+    """
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with (FOLDER / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError("another pairwise make is at work in this folder; wait for it, or stop it") from None
+        yield file.fileno()
+
+
+def list_outdated_steps(workflow: Workflow) -> list[Step]:
+    """List the steps that Snakemake would run, a step after those that it needs.
+
+    Raises:
+        UserError: Snakemake cannot make a plan; its words are part of the message.
+    """
+    dry_run = call_snakemake(
+        workflow,
+        *("--dry-run", "--printshellcmds", "--quiet", "host"),
+        capture_output=True,
+        text=True,
+    )
+    if dry_run.returncode != 0:
+        explanation = dry_run.stdout.partition("Building DAG of jobs...")[2]
+        words = " ".join(explanation.split())
+        raise UserError(f"Snakemake cannot plan {', '.join(workflow.targets)}: {words}")
+
+    # Snakemake prints a block of `key: value` for each step, which ends with its command.
+    steps = []
+    log_file = reason = ""
+    for line in dry_run.stdout.splitlines():
+        key, _, value = line.strip().partition(": ")
+        if key == "log":
+            log_file = value
+        elif key == "reason":
+            # Which files they are follows, at length.
+            reason = value.partition(":")[0]
+        elif key == "Shell command":
+            # What stands before the command is the call of step.py.
+            command = value.split(" -- ", maxsplit=1)[1].strip()
+            log = Path(log_file)
+            steps.append(Step(log.stem, command, log, reason))
+    return steps
+
+
+def call_snakemake(workflow: Workflow, *options: str, **arguments) -> subprocess.CompletedProcess:
+    """Call Snakemake.
+
+    Args:
+        workflow: The steps, and the files to make.
+        options: Further options of Snakemake.
+        arguments: Arguments of subprocess.run.
+
+    Raises:
+        UserError: Snakemake is not installed.
+    """
+    if not SNAKEMAKE.is_file():
+        raise UserError(f"{SNAKEMAKE}: not installed; run make .venv-graph/installed")
+
+    gpus = json.loads(workflow.config_file.read_text())["gpus"]
+    command = [str(SNAKEMAKE), "--snakefile", str(workflow.snakefile)]
+    command += ["--configfile", str(workflow.config_file)]
+    command += ["--cores", str(os.cpu_count()), "--resources", f"gpu={gpus}"]
+    command += ["--max-checksum-file-size", str(LARGEST_CHECKSUM_BYTES)]
+    # Snakemake's own locks would outlive a killed graph; holding_the_graph keeps others out.
+    command += ["--nolock", "--rerun-incomplete", "--keep-going"]
+    if workflow.profile is not None:
+        command += ["--profile", workflow.profile]
+    command += [*options, "--", *workflow.targets]
+
+    # The steps call this project's commands by name, in this environment.
+    scripts_folder = Path(sys.executable).parent
+    search_path = f"{scripts_folder}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": search_path}
+    return subprocess.run(command, env=environment, check=False, **arguments)
+
+
+def describe_failure(outdated_steps: Sequence[Step]) -> str:
+    """Say which of the steps that are left have failed, and which could not run because of them."""
+    failed = []
+    not_run = []
+    for step in outdated_steps:
+        # Its last record may be of an earlier graph, in which it succeeded.
+        record = step.log.with_suffix(".json")
+        if record.is_file() and json.loads(record.read_text())["exit_code"] != 0:
+            failed.append(f"{step.name} (its output is in {step.log})")
+        else:
+            not_run.append(step.name)
+
+    message = f"failed: {', '.join(failed) or 'Snakemake, see above'}"
+    if not_run:
+        message += f"; not made because of it: {', '.join(not_run)}"
+    return f"{message}. The same command goes on from here"
+
+
+if __name__ == "__main__":
+    main()
