@@ -11,6 +11,7 @@ from kaggle_kernels.build.bundle import stale_files
 from kaggle_kernels.build.memory_fit import GPU_BYTES, Fit, fit_packages, in_gib
 from kaggle_kernels.build.spec import Spec, read_spec
 from postprocess.memory.model_size import GIB
+from preprocess.core.durations import format_duration
 from preprocess.core.errors import UserError
 
 WIDTH = 156  # characters, where the output is no terminal
@@ -77,10 +78,3 @@ def describe_package(fit: Fit, spec: Spec) -> tuple[str, str, str, str, str]:
     base_model = fit.recipe.axolotl["base_model"]
     bits = fit.served.quantize.replace("none", "16")
     return run, base_model.split("/")[-1], fit.approach, bits, in_gib(fit.gpu_bytes)
-
-
-def format_duration(seconds: float) -> str:
-    """Format seconds as hours and minutes: "4 h 45"."""
-    whole_minutes = int(seconds // 60)
-    hours, minutes = divmod(whole_minutes, 60)
-    return f"{hours} h {minutes:02}"

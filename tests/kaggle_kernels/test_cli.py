@@ -19,7 +19,7 @@ def test_help_lists_the_chain_in_the_order_of_use():
     listed = [line.split()[0] for line in lines[lines.index("Commands:") + 1 :] if line.startswith("  ")]
     assert listed[:19] == [
         *("preprocess", "check", "train", "cv", "package", "wheels", "report", "sweep"),
-        *("list", "build", "rehearse", "weigh", "smoke", "push", "status", "submit", "scores", "quota", "trace"),
+        *("list", "build", "rehearse", "weigh", "smoke", "push", "status", "submit", "scores", "trace"),
     ]
 
 
