@@ -6,7 +6,6 @@ with time limits of the socket. They suffice against a server that never answers
 Credentials are looked for where the kaggle command looks, and are never printed.
 """
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from kagglesdk.security.types.oauth_service import IntrospectTokenRequest
 from kagglesdk.users.services.account_service import AccountClient
 
 from preprocess.core.errors import UserError
+from preprocess.core.files import read_object
 
 # Of one call: until there is a connection (or a piece of an upload is taken), and until the answer.
 CONNECT_SECONDS = 10
@@ -163,9 +163,9 @@ def find_credentials(transport: Transport, pace: Pace) -> tuple[str, object]:
             return answer.username, KaggleHttpClient.BearerAuth(token)
 
     # A key: variables come before the file, also for one of the two values.
-    values = read_key_file()
-    user = os.environ.get("KAGGLE_USERNAME") or values.get("username")
-    key = os.environ.get("KAGGLE_KEY") or values.get("key")
+    key_file = read_key_file()
+    user = os.environ.get("KAGGLE_USERNAME") or key_file.get("username")
+    key = os.environ.get("KAGGLE_KEY") or key_file.get("key")
     if user and key:
         return user, (user, key)
 
@@ -186,12 +186,8 @@ def read_key_file() -> dict:
         config = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
         folder = Path(config) / "kaggle"
 
-    # The command takes a broken file for an absent one too.
-    try:
-        values = json.loads((folder / "kaggle.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
+    file = folder / "kaggle.json"
+    return read_object(file) if file.is_file() else {}
 
 
 def ask(pace: Pace, method: Callable, request):
@@ -199,11 +195,6 @@ def ask(pace: Pace, method: Callable, request):
 
     Calls that change something do not go through here: repeated, one that took effect would make a second version, run or
     submission.
-
-    Args:
-        pace: The pauses between attempts.
-        method: A service client's method, e.g. `kaggle.datasets.get_dataset`.
-        request: kagglesdk's request for it.
 
     Raises:
         Refused: Kaggle answered with an error.

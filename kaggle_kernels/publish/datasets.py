@@ -75,7 +75,7 @@ def publish_version(
     kaggle: Kaggle, folder: DatasetFolder, remote: RemoteDataset | None
 ) -> RemoteDataset:
     """Upload the folder and make a version of it; UserError where Kaggle then has something else."""
-    print(f"{folder.ref}: {describe_size(folder)} to send", flush=True)
+    print(f"{folder.ref}: {folder.describe_size()} to send", flush=True)
     version_before = remote.version if remote else 0
     create_version(kaggle, folder, is_new=remote is None)
     remote = wait_until_settled(kaggle, folder, version_before)
@@ -91,12 +91,6 @@ def publish_version(
             "this again, which sends that anew"
         )
     return remote
-
-
-def describe_size(folder: DatasetFolder) -> str:
-    """Say how much goes up."""
-    sizes = folder.sizes()
-    return f"{len(sizes)} files, {sum(sizes.values()) / 1e6:,.2f} MB"
 
 
 def read_dataset(kaggle: Kaggle, folder: DatasetFolder) -> RemoteDataset | None:
@@ -177,7 +171,7 @@ def make_dataset_request(folder: DatasetFolder, tokens: list[str]) -> ApiCreateD
     request.title = metadata["title"]
     request.license_name = metadata["licenses"][0]["name"]
     request.is_private = True
-    request.files = [make_file(token) for token in tokens]
+    request.files = list_tokens(tokens)
     return request
 
 
@@ -188,17 +182,15 @@ def make_version_request(
     # The notes tell on Kaggle's page which package a version is.
     body = ApiCreateDatasetVersionRequestBody()
     body.version_notes = f"{folder.manifest} {folder.manifest_sha256()[:12]}"
-    body.files = [make_file(token) for token in tokens]
+    body.files = list_tokens(tokens)
     request = name_dataset(ApiCreateDatasetVersionRequest(), folder)
     request.body = body
     return request
 
 
-def make_file(token: str) -> ApiDatasetNewFile:
-    """Name a file that Kaggle has received."""
-    file = ApiDatasetNewFile()
-    file.token = token
-    return file
+def list_tokens(tokens: list[str]) -> list[ApiDatasetNewFile]:
+    """List files that Kaggle has received as kagglesdk wants them."""
+    return [ApiDatasetNewFile.from_dict({"token": token}) for token in tokens]
 
 
 def find_differences(

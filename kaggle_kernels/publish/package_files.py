@@ -104,8 +104,12 @@ def check_package(folder: Path) -> list[str]:
     except UserError as error:
         return [str(error)]
 
-    # The manifest may lack a file that the kernel needs.
+    # A folder with other files is made again: what they hold does not matter.
     problems = compare_with_manifest(folder, MANIFEST, manifest.files)
+    if problems:
+        return problems
+
+    # The manifest may lack a file that the kernel needs, or list one that does not belong there.
     for name in REQUIRED_NAMES:
         if not (folder / name).is_file():
             problems.append(f"{folder / name}: missing, a package has it; {REMAKE}")

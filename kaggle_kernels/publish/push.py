@@ -17,7 +17,7 @@ from kaggle_kernels.build.ensemble_weights import measure_ensemble
 from kaggle_kernels.build.packages import package_folder, spec_folder
 from kaggle_kernels.build.spec import read_spec
 from kaggle_kernels.publish.client import Kaggle, Pace, Refused, Unanswered, connect
-from kaggle_kernels.publish.datasets import describe_size, publish_dataset
+from kaggle_kernels.publish.datasets import publish_dataset
 from kaggle_kernels.publish.kernels import (
     CODE,
     FEW_LOOKS,
@@ -88,7 +88,7 @@ def push(spec_path: Path, pace: Pace, options: PushOptions) -> None:
     folders = find_dataset_folders(spec_path, kaggle.owner)
     if options.dry_run:
         for folder in folders:
-            print(f"{folder.ref}: {describe_size(folder)}, sent unless Kaggle has them")
+            print(f"{folder.ref}: {folder.describe_size()}, sent unless Kaggle has them")
         print("nothing was pushed")
         return
 
@@ -172,9 +172,12 @@ def push_kernel(
     Raises:
         UserError: Kaggle refuses it, or its answer was lost; the next push then looks for it first.
     """
+    # The image of the last push is kept, so that the hidden run gets what has been shown to work.
     last = read_record(spec_path)
     image = last.image if last and not is_latest_image else ""
-    kernel = choose_image(kernel, image, is_latest_image)
+    pinning = "latest" if is_latest_image else "original"
+    image_keys = {"docker_image": image, "docker_image_pinning_type": pinning}
+    kernel = replace(kernel, metadata={**kernel.metadata, **image_keys})
 
     # The version before tells a push whose answer is lost from none.
     before = pull_kernel(kaggle, kernel.ref)
@@ -207,20 +210,19 @@ def push_kernel(
     return record
 
 
-def choose_image(kernel: Kernel, image: str, is_latest: bool) -> Kernel:
-    """Pin the Docker image of the last push (empty: not known), so that the hidden run gets what has been shown to work."""
-    pinning = "latest" if is_latest else "original"
-    metadata = {**kernel.metadata, "docker_image_pinning_type": pinning}
-    if image:
-        metadata["docker_image"] = image
-    return replace(kernel, metadata=metadata)
-
-
 def finish_push(kaggle: Kaggle, spec_path: Path, kernel: Kernel, record: PushRecord) -> None:
     """Read a pushed kernel back, for Kaggle may drop or change what it was given, and enter it into the ledger."""
     shown = check_pushed(kaggle, kernel)
     print(f"{record}: code and metadata on Kaggle are as they are here", flush=True)
-    print_sources(shown, record.datasets)
+
+    # Kaggle may write an owner with other capitals, and may leave the version out.
+    sources = [source.lower() for source in shown.metadata["dataset_sources"] or []]
+    for ref, dataset in record.datasets.items():
+        version = dataset["version"]
+        if f"{ref}/{version}".lower() in sources:
+            print(f"  {ref}: pinned to version {version}", flush=True)
+        else:
+            print(f"  {ref}: Kaggle names no version; the newest is {version}", flush=True)
 
     ledger.record(
         "push",
@@ -232,21 +234,11 @@ def finish_push(kaggle: Kaggle, spec_path: Path, kernel: Kernel, record: PushRec
         datasets=record.datasets,
         validation=measure_ensemble(read_spec(spec_path)),
     )
-    # Last: where the ledger lacks the push, the next call goes on from here.
     image = shown.metadata["docker_image"] or ""
+    if record.image and image != record.image:
+        print(f"warning: {record}: runs in {image}, not in the last push's image {record.image}")
+    # Last: where the ledger lacks the push, the next call goes on from here.
     write_record(spec_path, replace(record, image=image, is_finished=True))
-
-
-def print_sources(shown: Kernel, datasets: Mapping[str, Mapping]) -> None:
-    """Say which version of each dataset the kernel has, and whether Kaggle confirms it."""
-    # Kaggle may write an owner with other capitals.
-    sources = [source.lower() for source in shown.metadata["dataset_sources"] or []]
-    for ref, dataset in datasets.items():
-        version = dataset["version"]
-        if f"{ref}/{version}".lower() in sources:
-            print(f"  {ref}: pinned to version {version}", flush=True)
-        else:
-            print(f"  {ref}: Kaggle names no version; the newest is {version}", flush=True)
 
 
 def record_path(spec_path: Path) -> Path:

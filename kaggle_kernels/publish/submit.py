@@ -21,14 +21,7 @@ from kagglesdk.competitions.types.competition_api_service import (
 from kaggle_kernels.build.packages import spec_folder
 from kaggle_kernels.build.spec import COMPETITIONS, Competition, read_spec
 from kaggle_kernels.publish.client import Kaggle, Pace, Refused, Unanswered, ask, connect
-from kaggle_kernels.publish.kernels import (
-    FEW_LOOKS,
-    Kernel,
-    download_output,
-    find_differences,
-    pull_kernel,
-    read_status,
-)
+from kaggle_kernels.publish.kernels import FEW_LOOKS, download_output, pull_kernel, read_status
 from kaggle_kernels.publish.push import (
     PushRecord,
     one_at_a_time,
@@ -170,13 +163,9 @@ def check_complete(kaggle: Kaggle, pushed: PushRecord) -> None:
     shown = pull_kernel(kaggle, pushed.kernel, pushed.version)
     if shown is None:
         raise UserError(f"{pushed.kernel}: is not on Kaggle any more; run push again")
-
-    # Only the hash of the pushed code is known here.
-    problems = find_differences(Kernel(shown.code, pushed.fingerprint["metadata"]), shown)
+    # A kernel that was removed and made anew counts its versions from 1 again.
     if shown.fingerprint()["code"] != pushed.fingerprint["code"]:
-        problems.insert(0, "the code is another one")
-    if problems:
-        raise UserError(f"{pushed}: is not what was pushed: {'; '.join(problems)}; run push again")
+        raise UserError(f"{pushed}: is not what was pushed, its code is another; run push again")
 
     run = read_status(kaggle, pushed.kernel, pushed.version)
     if run.word != "COMPLETE":
@@ -192,7 +181,8 @@ def check_output(pushed: PushRecord, competition: Competition, path: Path) -> in
 
     # Three rows of the visible test file.
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        header, *rows = list(csv.reader(file)) or [[]]
+        rows = list(csv.reader(file))
+    header = rows.pop(0) if rows else []
     expected = ["id", *competition.columns]
     if header != expected:
         raise UserError(

@@ -57,6 +57,11 @@ class DatasetFolder:
         files = [path for path in sorted(self.path.iterdir()) if path.name != METADATA]
         return {path.name: path.stat().st_size for path in files}
 
+    def describe_size(self) -> str:
+        """Say how much goes up."""
+        sizes = self.sizes()
+        return f"{len(sizes)} files, {sum(sizes.values()) / 1e6:,.2f} MB"
+
     def manifest_sha256(self) -> str:
         """What tells one content of the folder from another."""
         return sha256(self.path / self.manifest)
@@ -234,10 +239,10 @@ def write_notes(folder: DatasetFolder, uploads: dict[str, Upload]) -> None:
 
 def forget_uploads(folder: DatasetFolder, names: Iterable[str]) -> None:
     """Have these files sent anew by the next push."""
-    uploads = read_notes(folder)
+    kept = read_notes(folder)
     for name in names:
-        uploads.pop(name, None)
-    write_notes(folder, uploads)
+        kept.pop(name, None)
+    write_notes(folder, kept)
 
 
 def forget_all_uploads(folder: DatasetFolder) -> None:

@@ -92,8 +92,8 @@ def test_a_push_that_was_not_submitted_leads_back_too(ledger_file):
         ("package", {"manifest": "0" * 64}, "broken: package me/pairwise-demo version 2: no package with the manifest dddd"),
         (
             "package",
-            {"trained": {"outputs/demo": "0" * 64}},
-            "broken: train outputs/demo: no training that wrote the contract 0",
+            {"trained": {"outputs/demo": CONTRACT, "outputs/other": "0" * 64}},
+            "broken: train outputs/other: no training that wrote the contract 0",
         ),
         ("train", {"pairs_sha256": "0" * 64}, "broken: pairs data/pairs.parquet: no pairs of SHA-256 000000000000"),
         ("pairs", {"sources": [{"file": "raw.csv", "sha256": None}]}, "broken: raw raw.csv: its SHA-256 is not known"),
@@ -114,13 +114,6 @@ def test_an_unknown_reference_is_one_line_and_the_last_submission_of_a_spec_is_m
     assert trace("demo").output.splitlines()[1].endswith("me/pairwise-demo version 4, 'second'")
 
 
-def test_a_mean_leads_back_to_each_of_its_members(ledger_file):
-    write_chain(package={"trained": {"outputs/demo": CONTRACT, "outputs/other": "0" * 64}})
-    done = trace("demo")
-    assert "outputs/demo: recipes/demo.yml 222222222222, fold 0" in done.output
-    assert "outputs/other: no training that wrote the contract 000000000000" in done.output
-
-
 def test_pairs_that_were_made_of_pairs_lead_on(ledger_file):
     raw = {"file": "raw.csv", "sha256": RAW, "rows": 7}
     ledger.record("pairs", **CODE, sources=[raw], pairs="old.parquet", pairs_sha256=PAIRS, rows=7)
@@ -129,9 +122,3 @@ def test_pairs_that_were_made_of_pairs_lead_on(ledger_file):
     traced = trace("demo").output
     assert f"raw.csv, 7 rows, sha256 {RAW}" in traced
     assert f"new.csv, 3 rows, sha256 {'9' * 64}" in traced
-
-
-def test_changes_that_were_not_committed_and_an_unknown_commit_are_told(ledger_file):
-    write_chain(train={"git_dirty": True}, pairs={"git_commit": None, "git_dirty": None})
-    lines = [line.split() for line in trace("demo").output.splitlines()]
-    assert (lines[4][3], lines[5][3]) == ("111111111111+", "data/pairs.parquet")

@@ -60,8 +60,8 @@ def test_what_differs_from_the_manifest_is_told_by_name(spoilt):
     (spoilt / "added_tokens.json").write_text("{}")
     (spoilt / "tokenizer_config.json").unlink()
     assert [problem.removeprefix(f"{spoilt}/").split(",")[0].split(";")[0] for problem in check_package(spoilt)] == [
-        "tokenizer_config.json: missing",
         "tokenizer.json: changed since it was made",
+        "tokenizer_config.json: missing",
         "added_tokens.json: not in manifest.json",
         "folder: not in manifest.json",
     ]
