@@ -74,7 +74,11 @@ def publish_dataset(kaggle: Kaggle, folder: DatasetFolder) -> dict:
 def publish_version(
     kaggle: Kaggle, folder: DatasetFolder, remote: RemoteDataset | None
 ) -> RemoteDataset:
-    """Upload the folder and make a version of it; UserError where Kaggle then has something else."""
+    """Upload the folder and make a version of it.
+
+    Raises:
+        UserError: Kaggle refuses it, or then has something else.
+    """
     print(f"{folder.ref}: {folder.describe_size()} to send", flush=True)
     version_before = remote.version if remote else 0
     create_version(kaggle, folder, is_new=remote is None)
@@ -117,7 +121,11 @@ def name_dataset(request, folder: DatasetFolder):
 
 
 def wait_until_settled(kaggle: Kaggle, folder: DatasetFolder, after_version: int) -> RemoteDataset:
-    """Wait until a version after `after_version` is ready or has failed; UserError when the patience is over."""
+    """Wait until a version after `after_version` is ready or has failed.
+
+    Raises:
+        UserError: The patience is over.
+    """
     # Each status is printed once.
     last_status = None
     for _ in kaggle.pace.looks():
@@ -136,7 +144,11 @@ def wait_until_settled(kaggle: Kaggle, folder: DatasetFolder, after_version: int
 
 
 def create_version(kaggle: Kaggle, folder: DatasetFolder, is_new: bool) -> None:
-    """Send the files, and have Kaggle make a dataset or a version of them; UserError where it does not."""
+    """Send the files, and have Kaggle make a dataset or a version of them.
+
+    Raises:
+        UserError: It refuses, or does not answer.
+    """
     is_resumed = bool(read_notes(folder))
     tokens = send_files(kaggle, folder)
     try:
@@ -243,7 +255,11 @@ def download_file(kaggle: Kaggle, folder: DatasetFolder, name: str, version: int
 
 
 def check_private(folder: DatasetFolder, remote: RemoteDataset) -> None:
-    """Raise UserError where everybody can read the dataset: a competition's models are to be kept to oneself."""
+    """Check that nobody else can read the dataset: a competition's models are to be kept to oneself.
+
+    Raises:
+        UserError: It is public.
+    """
     if not remote.is_private:
         raise UserError(
             f"{folder.ref}: is public on Kaggle; make it private in its settings there, or name "

@@ -210,7 +210,11 @@ def check_accepted(answer: ApiSaveKernelResponse) -> None:
 
 
 def check_pushed(kaggle: Kaggle, kernel: Kernel) -> Kernel:
-    """Read back what was pushed, as Kaggle shows it; UserError where it is another kernel."""
+    """Read back what was pushed, as Kaggle shows it.
+
+    Raises:
+        UserError: It is another kernel.
+    """
     problems = ["Kaggle does not show it"]
     for _ in itertools.islice(kaggle.pace.looks(), FEW_LOOKS):
         shown = pull_kernel(kaggle, kernel.ref)

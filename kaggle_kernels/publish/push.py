@@ -111,7 +111,11 @@ def push(spec_path: Path, pace: Pace, options: PushOptions) -> None:
 
 
 def check_all(spec_path: Path, pace: Pace) -> Kaggle:
-    """Log in and check everything that can be checked before; UserError with all problems together."""
+    """Log in and check everything that can be checked before.
+
+    Raises:
+        UserError: With all problems together.
+    """
     # Without an account everything else is checked all the same.
     problems = []
     kaggle = None
@@ -211,7 +215,11 @@ def push_kernel(
 
 
 def finish_push(kaggle: Kaggle, spec_path: Path, kernel: Kernel, record: PushRecord) -> None:
-    """Read a pushed kernel back, for Kaggle may drop or change what it was given, and enter it into the ledger."""
+    """Read a pushed kernel back, for Kaggle may drop or change what it was given, and enter it into the ledger.
+
+    Raises:
+        UserError: Kaggle shows another kernel.
+    """
     shown = check_pushed(kaggle, kernel)
     print(f"{record}: code and metadata on Kaggle are as they are here", flush=True)
 

@@ -37,7 +37,11 @@ def status(spec_path: Path, pace: Pace, wait: bool = False) -> None:
 
 
 def wait_for_run(kaggle: Kaggle, pushed: PushRecord) -> RunStatus:
-    """Wait until the pushed version has run, and print changes of its status and new lines of its log."""
+    """Wait until the pushed version has run, and print changes of its status and new lines of its log.
+
+    Raises:
+        UserError: The patience is over.
+    """
     last_word = ""
     lines_printed = 0
     for _ in kaggle.pace.looks():

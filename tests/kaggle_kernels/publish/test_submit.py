@@ -100,7 +100,7 @@ def test_a_run_that_does_not_end_leaves_a_command_that_goes_on(pushed):
 def test_a_complete_version_is_submitted_once_and_leads_back(pushed, kaggle):
     ended = submit()
     assert ended.exit_code == 0, ended.output
-    for fact in ("submission.csv has 2 rows", "tester/pairwise-wheels version 1\n", "message: first try\n"):
+    for fact in ("tester/pairwise-wheels version 1\n", "message: first try\n"):
         assert fact in ended.output
     [made] = kaggle.site.submissions
     assert (made.kernel, made.kernel_version, made.file_name, made.description) == (REF, 1, "submission.csv", "first try")
@@ -127,11 +127,8 @@ def test_a_kernel_that_was_made_anew_counts_from_1_and_was_not_submitted(pushed,
     [
         (["RUNNING"], {}, "RUNNING, and only a COMPLETE version can be submitted; see status --wait"),
         (["COMPLETE"], {"scores.parquet": b"x"}, "its output has no submission.csv; its log says why: status"),
-        (["COMPLETE"], {"submission.csv": b""}, "its columns are '', wsdm-cup-multilingual-chatbot-arena wants 'id,winner'"),
-        (["COMPLETE"], {"submission.csv": b"id,winner\n1,model_a\n2"}, "is cut short after 2 rows; download or run it again"),
-        (["COMPLETE"], {"submission.csv": b"id,winner\n"}, "is cut short after 0 rows; download or run it again"),
     ],
-    ids=["running", "no file", "empty", "cut", "no rows"],
+    ids=["running", "no file"],
 )
 def test_what_is_no_submission_is_not_submitted(pushed, kaggle, statuses, output, told):
     Path("outputs/demo/output").mkdir()
