@@ -109,7 +109,7 @@ def find_rows(folders: Sequence[Path], pairs: Path) -> list[str]:
     problems = []
     for path, ids in ids_by_path.items():
         problems.append(
-            f"{path}: holds texts of {len(ids):,} rows of {pairs} (id {ids[0]}), which the "
+            f"{path}: holds texts of {len(ids):,} of the pairs in {pairs} (id {ids[0]}), which the "
             "competition does not let out; take them out, and make the folder again"
         )
     return problems

@@ -123,7 +123,9 @@ def test_a_row_of_the_data_is_found_in_text_in_json_and_in_another_form(pairs, t
         folder.mkdir()
         (folder / name).write_text(content)
         [told] = find_rows([folder], pairs)
-        assert told.startswith(f"{folder / name}: holds texts of 1 rows of {pairs} (id {row['id']}), which the competition")
+        assert told.startswith(
+            f"{folder / name}: holds texts of 1 of the pairs in {pairs} (id {row['id']}), which the competition"
+        )
         assert prompt[:20] not in told
 
 

@@ -108,7 +108,7 @@ def test_a_secret_a_home_path_and_a_row_of_the_pairs_are_refused(pushable, capsy
     token, home, rows = find_problems(pushable)
     assert "config.json: line 1: looks like a secret" in token
     assert "config.json: line 1: looks like the path of a home folder" in home
-    assert f"contract.json: holds texts of 1 rows of data/pairs.parquet (id {row['id']})" in rows
+    assert f"contract.json: holds texts of 1 of the pairs in data/pairs.parquet (id {row['id']})" in rows
     PAIRS.unlink()
     assert find_problems(pushable) == [token, home]
     assert capsys.readouterr().out.startswith("warning: data/pairs.parquet: not on this machine, so that its rows were not")
