@@ -264,7 +264,7 @@ def push(spec: str, poll_seconds: float, patience_seconds: float, **options) -> 
     from kaggle_kernels.publish.client import Pace  # noqa: PLC0415  --help starts fast
 
     pace = Pace(poll_seconds, patience_seconds)
-    publishing.push(find_spec(spec), pace, publishing.PushOptions(**options))
+    publishing.push(find_spec(spec), pace, **options)
 
 
 @main.command()

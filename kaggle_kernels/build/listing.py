@@ -11,9 +11,9 @@ from kaggle_kernels.build.bundle import stale_files
 from kaggle_kernels.build.memory_fit import GPU_BYTES, Fit, fit_packages, in_gib
 from kaggle_kernels.build.spec import Spec, read_spec
 from postprocess.memory.model_size import GIB
-from preprocess.core.durations import format_duration
 from preprocess.core.errors import UserError
 
+SECONDS_PER_HOUR = 3600
 WIDTH = 156  # characters, where the output is no terminal
 PACKAGE_COLUMNS = ("packages", "base model", "approach", "bits", "GiB a GPU")
 COLUMNS = ("spec", "for", *PACKAGE_COLUMNS, "clock", "kernel")
@@ -64,7 +64,7 @@ def describe_spec(path: Path) -> list[str]:
     lines_by_package = [describe_package(fit, spec) for fit in fits]
     package_cells = ["\n".join(lines) for lines in zip(*lines_by_package, strict=True)]
 
-    durations = [format_duration(limit.seconds) for limit in spec.time_limits]
+    durations = [f"{limit.seconds / SECONDS_PER_HOUR:.4g} h" for limit in spec.time_limits]
     state = "[yellow]stale[/yellow]" if stale_files(path) else "[green]built[/green]"
     return [spec.competition, *package_cells, " / ".join(durations), state]
 

@@ -41,15 +41,6 @@ PINS_REFUSED = WORK / "pins-refused"
 
 
 @dataclass(frozen=True)
-class PushOptions:
-    """What the user may choose of a push, as the command's --help explains it."""
-
-    dry_run: bool = False
-    again: bool = False
-    latest_image: bool = False
-
-
-@dataclass(frozen=True)
 class PushRecord:
     """A push, written down before Kaggle gets the kernel."""
 
@@ -77,8 +68,14 @@ class PushRecord:
         return format_duration(elapsed.total_seconds())
 
 
-def push(spec_path: Path, pace: Pace, options: PushOptions) -> None:
-    """Publish the spec's datasets and its kernel.
+def push(
+    spec_path: Path,
+    pace: Pace,
+    dry_run: bool = False,
+    again: bool = False,
+    latest_image: bool = False,
+) -> None:
+    """Publish the spec's datasets and its kernel; the command's --help explains the options.
 
     Raises:
         UserError: Something is wrong; every problem that can be found before is told before the first byte goes up. Also
@@ -86,7 +83,7 @@ def push(spec_path: Path, pace: Pace, options: PushOptions) -> None:
     """
     kaggle = check_all(spec_path, pace)
     folders = find_dataset_folders(spec_path, kaggle.owner)
-    if options.dry_run:
+    if dry_run:
         for folder in folders:
             print(f"{folder.ref}: {folder.describe_size()}, sent unless Kaggle has them")
         print("nothing was pushed")
@@ -96,17 +93,7 @@ def push(spec_path: Path, pace: Pace, options: PushOptions) -> None:
         datasets = {}
         for folder in folders:
             datasets[folder.ref] = publish_dataset(kaggle, folder)
-
-        # A push that was interrupted after Kaggle had the kernel is completed, not repeated.
-        kernel = pin_kernel(spec_path, kaggle.owner, datasets)
-        record = find_push(kaggle, spec_path, kernel)
-        is_wanted_again = options.again and record is not None and record.is_finished
-        if record is None or is_wanted_again:
-            record = push_kernel(kaggle, spec_path, kernel, datasets, options.latest_image)
-        else:
-            print(f"{record}: is there, {record.url}", flush=True)
-        if not record.is_finished:
-            finish_push(kaggle, spec_path, kernel, record)
+        publish_kernel(kaggle, spec_path, datasets, again, latest_image)
     print(f"next: python -m kaggle_kernels status {spec_path.stem} --wait")
 
 
@@ -140,6 +127,26 @@ def find_dataset_folders(spec_path: Path, owner: str) -> list[DatasetFolder]:
     return [find_dataset_folder(path, owner) for path in paths]
 
 
+def publish_kernel(
+    kaggle: Kaggle,
+    spec_path: Path,
+    datasets: Mapping[str, Mapping],
+    again: bool,
+    latest_image: bool,
+) -> None:
+    """Push the spec's kernel with the published datasets, by owner/slug, unless Kaggle has it already."""
+    kernel = pin_kernel(spec_path, kaggle.owner, datasets)
+    record = find_push(kaggle, spec_path, kernel)
+
+    # A push that was interrupted is completed first, also where another run is wanted.
+    if record is None or (again and record.is_finished):
+        record = push_kernel(kaggle, spec_path, kernel, datasets, latest_image)
+    if record.is_finished:
+        print(f"{record}: is there, {record.url}", flush=True)
+    else:
+        finish_push(kaggle, spec_path, kernel, record)
+
+
 def pin_kernel(spec_path: Path, owner: str, datasets: Mapping[str, Mapping]) -> Kernel:
     """Read the built kernel with the versions of its datasets, unless Kaggle has refused such."""
     versions = {}
@@ -169,7 +176,7 @@ def push_kernel(
     spec_path: Path,
     kernel: Kernel,
     datasets: Mapping[str, Mapping],
-    is_latest_image: bool,
+    latest_image: bool,
 ) -> PushRecord:
     """Push a kernel once, which starts one run, and write it down before and after.
 
@@ -178,8 +185,8 @@ def push_kernel(
     """
     # The image of the last push is kept, so that the hidden run gets what has been shown to work.
     last = read_record(spec_path)
-    image = last.image if last and not is_latest_image else ""
-    pinning = "latest" if is_latest_image else "original"
+    image = last.image if last and not latest_image else ""
+    pinning = "latest" if latest_image else "original"
     image_keys = {"docker_image": image, "docker_image_pinning_type": pinning}
     kernel = replace(kernel, metadata={**kernel.metadata, **image_keys})
 
