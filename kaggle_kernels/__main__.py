@@ -300,7 +300,7 @@ def submit(
 ) -> None:
     """Submit the pushed version of SPEC's kernel.
 
-    It must be complete, be the one that was built last, and have written a valid submission.csv.
+    It must be complete, and have written submission.csv with the packages that were pushed.
     """
     from kaggle_kernels.build.spec import find_spec  # noqa: PLC0415  --help starts fast
     from kaggle_kernels.publish import submit as submission  # noqa: PLC0415  --help starts fast

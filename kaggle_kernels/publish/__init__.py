@@ -10,7 +10,7 @@ To be read in this order:
     uploads.py         its files sent, each from where it was broken off
     kernels.py         a kernel saved and read back; a version's run
     status.py          the pushed version's run followed
-    submit.py          its output checked and submitted
+    submit.py          that version submitted, once
     scores.py          submissions with their scores beside cross-validation
     lineage.py         from a submission back to the raw rows
     smoke.py           every call tried on the user's account

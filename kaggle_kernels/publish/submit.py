@@ -1,4 +1,4 @@
-"""`submit SPEC`: the pushed version submitted, once, if it is complete and its output is a submission.
+"""`submit SPEC`: the pushed version submitted, once, if it is complete and has written a submission.
 
 outputs/SPEC/submit.json exists from before a submission's call until it is in the ledger. The next call finds it, and looks on
 Kaggle for that submission before it makes one.
@@ -56,10 +56,10 @@ class Submission:
 def submit(
     spec_path: Path, message: str, pace: Pace, yes: bool = False, again: bool = False
 ) -> None:
-    """Submit the pushed version once it is complete and its submission.csv is one.
+    """Submit the pushed version once it is complete and has written a submission.
 
     Raises:
-        UserError: The version is not complete, or was submitted before; its output is no submission; or Kaggle refuses it.
+        UserError: The version is not complete, or was submitted before; its output lacks a submission; or Kaggle refuses it.
     """
     if not message.strip():
         raise UserError(
