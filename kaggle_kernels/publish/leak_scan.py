@@ -91,6 +91,7 @@ def find_rows(folders: Sequence[Path], pairs: Path) -> list[str]:
     Returns:
         One problem for each file with n-grams of such rows.
     """
+    # Each file by itself: two sentences in two files are no row.
     ngrams_by_path = {}
     for folder in folders:
         for path in sorted(folder.iterdir()):
@@ -106,6 +107,7 @@ def find_rows(folders: Sequence[Path], pairs: Path) -> list[str]:
             if len(row_ngrams & file_ngrams) >= NGRAMS_OF_A_ROW:
                 ids_by_path.setdefault(path, []).append(row_id)
 
+    # One id will do to find the others; the texts themselves are not printed.
     problems = []
     for path, ids in ids_by_path.items():
         problems.append(

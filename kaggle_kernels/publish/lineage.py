@@ -42,17 +42,17 @@ def print_trace(reference: str) -> None:
 def trace(entries: Sequence[Mapping], reference: str) -> list[Step]:
     """Follow the newest submission or push of that name back to the raw files; UserError where there is none."""
     submit = find_named(entries, "submit", reference)
+    push = find_named(entries, "push", reference)
+    if submit is None and push is None:
+        raise UserError(
+            f"{reference}: no submission and no push of it in {ledger.ledger_path()}; give a spec, "
+            "the ref of a submission, or owner/slug of a kernel"
+        )
     if submit is None:
-        push = find_named(entries, "push", reference)
-        if push is None:
-            raise UserError(
-                f"{reference}: no submission and no push of it in {ledger.ledger_path()}; give a "
-                "spec, the ref of a submission, or owner/slug of a kernel"
-            )
         return follow_push(entries, push, depth=0)
 
     # A spec that was pushed again after its submission stands for what was submitted.
-    kernel = f"{submit['kernel']} version {submit['kernel_version']}"
+    kernel = name_kernel(submit)
     steps = [Step(0, "submit", f"{kernel}, {submit['message']!r}", submit)]
     push = find_push(entries, submit)
     if push is None:
@@ -62,29 +62,20 @@ def trace(entries: Sequence[Mapping], reference: str) -> list[Step]:
 
 
 def follow_push(entries: Sequence[Mapping], push: Mapping, depth: int) -> list[Step]:
-    """Follow a push to each of its datasets, and on to the raw files."""
-    kernel = f"{push['kernel']} version {push['kernel_version']}"
-    facts = f"{kernel}, kernel.py {shorten(push.get('kernel_sha256'))}"
-    steps = [Step(depth, "push", facts, push)]
+    """Follow a push to the packages in its datasets, and on to the raw files."""
+    steps = [Step(depth, "push", name_kernel(push), push)]
     for ref, dataset in push["datasets"].items():
-        steps += follow_package(entries, ref, dataset, depth + 1)
-    return steps
+        name = f"{ref} version {dataset['version']}"
+        package = find_entry(entries, "package", "manifest", dataset["manifest"])
+        if package is None:
+            steps.append(Step(depth + 1, "package", f"{name}: no package with its manifest", None))
+            continue
 
-
-def follow_package(
-    entries: Sequence[Mapping], ref: str, dataset: Mapping, depth: int
-) -> list[Step]:
-    """Follow a pushed dataset (owner/slug) to the package in it, and on to each run in that; wheels lead no further."""
-    name = f"{ref} version {dataset['version']}"
-    manifest = shorten(dataset["manifest"])
-    entry = find_entry(entries, "package", "manifest", dataset["manifest"])
-    if entry is None:
-        return [Step(depth, "package", f"{name}: no package with the manifest {manifest}", None)]
-
-    content = entry.get("run") or ", ".join(entry.get("wheels", []))
-    steps = [Step(depth, "package", f"{name}: {content}, manifest {manifest}", entry)]
-    for run, contract in (entry.get("trained") or {}).items():
-        steps += follow_run(entries, run, contract, depth + 1)
+        # Wheels were not trained: they lead no further.
+        steps.append(Step(depth + 1, "package", f"{name}: {package.get('run', 'wheels')}", package))
+        trained = package.get("trained") or {}
+        for run, contract in trained.items():
+            steps += follow_run(entries, run, contract, depth + 2)
     return steps
 
 
@@ -92,32 +83,31 @@ def follow_run(
     entries: Sequence[Mapping], run: str, contract: str | None, depth: int
 ) -> list[Step]:
     """Follow a trained run to the pairs that it was trained on."""
-    entry = find_entry(entries, "train", "contract", contract)
-    if entry is None:
-        problem = f"{run}: no training that wrote the contract {shorten(contract)}"
-        return [Step(depth, "train", problem, None)]
+    training = find_entry(entries, "train", "contract", contract)
+    if training is None:
+        return [Step(depth, "train", f"{run}: no training that wrote its contract", None)]
 
-    recipe = f"{entry.get('recipe')} {shorten(entry.get('recipe_sha256'))}"
-    facts = f"{run}: {recipe}, fold {entry.get('fold')}"
-    metrics = entry.get("metrics") or {}
+    facts = f"{run}: {training['recipe']}, fold {training.get('fold')}"
+    metrics = training.get("metrics") or {}
     if metrics.get("accuracy") is not None:
         facts += f", accuracy {metrics['accuracy']:.4f}, log loss {metrics['log_loss']:.4f}"
-    step = Step(depth, "train", facts, entry)
-    return [step, *follow_pairs(entries, entry.get("pairs"), entry.get("pairs_sha256"), depth + 1)]
+    steps = [Step(depth, "train", facts, training)]
+    pairs, pairs_sha256 = training.get("pairs"), training.get("pairs_sha256")
+    return steps + follow_pairs(entries, pairs, pairs_sha256, depth + 1)
 
 
 def follow_pairs(
     entries: Sequence[Mapping], name: str, digest: str | None, depth: int
 ) -> list[Step]:
     """Follow a file of pairs to its raw files, one of which may be pairs that were made earlier."""
-    entry = find_entry(entries, "pairs", "pairs_sha256", digest)
-    if entry is None:
-        return [Step(depth, "pairs", f"{name}: no pairs of SHA-256 {shorten(digest)}", None)]
+    pairs = find_entry(entries, "pairs", "pairs_sha256", digest)
+    if pairs is None:
+        return [Step(depth, "pairs", f"{name}: no preprocessing that made this file", None)]
 
-    steps = [Step(depth, "pairs", f"{name} {shorten(digest)}, {entry['rows']:,} pairs", entry)]
+    steps = [Step(depth, "pairs", f"{name}, {pairs['rows']:,} pairs", pairs)]
     # Only what was made before, so that a loop cannot come about.
-    earlier_entries = entries[: entries.index(entry)]
-    for source in entry["sources"]:
+    earlier_entries = entries[: entries.index(pairs)]
+    for source in pairs["sources"]:
         file, file_digest = source["file"], source.get("sha256")
         if find_entry(earlier_entries, "pairs", "pairs_sha256", file_digest):
             steps += follow_pairs(earlier_entries, file, file_digest, depth + 1)
@@ -156,12 +146,12 @@ def find_push(entries: Sequence[Mapping], submit: Mapping) -> Mapping | None:
     return find_named(entries, "push", f"{submit['kernel']}/{submit['kernel_version']}")
 
 
+def name_kernel(entry: Mapping) -> str:
+    """Name the kernel of a push or a submission, with its version."""
+    return f"{entry['kernel']} version {entry['kernel_version']}"
+
+
 def shorten_commit(entry: Mapping, digits: int) -> str:
     """Shorten the commit of the code that made an entry, with a + where the tree was dirty."""
     commit = entry.get("git_commit") or ""
     return commit[:digits] + ("+" if entry.get("git_dirty") else "")
-
-
-def shorten(digest: str | None) -> str:
-    """Shorten a hash to twelve digits."""
-    return digest[:12] if digest else "unknown"

@@ -132,6 +132,7 @@ def check_wheels(folder: Path) -> list[str]:
         read_as(DatasetMetadata, folder / METADATA)
     except UserError as error:
         return [str(error)]
+    # No file but wheels can be listed.
     wheels = {wheel.file: wheel for wheel in manifest.wheels}
     return compare_with_manifest(folder, WHEELS_MANIFEST, wheels)
 

@@ -77,6 +77,8 @@ def try_calls(kaggle: Kaggle, slug: str, work: Path) -> None:
     """Make two versions of a dataset and a kernel of the second; UserError unless its run saw the dataset's file."""
     for content in (b"a", b"b"):
         publish_dataset(kaggle, write_folder(work / "dataset", slug, content, kaggle.owner))
+
+    # It names the second version, which shows whether Kaggle takes pins.
     kernel = make_kernel(kaggle.owner, slug)
     version = save_kernel(kaggle, kernel)
     check_pushed(kaggle, kernel)
@@ -161,6 +163,7 @@ def delete_all(kaggle: Kaggle, slug: str) -> None:
     kernel.user_name, kernel.kernel_slug = kaggle.owner, slug
     dataset = ApiDeleteDatasetRequest()
     dataset.owner_slug, dataset.dataset_slug = kaggle.owner, slug
+    # The kernel first, which reads the dataset.
     for delete, request in (
         (kaggle.kernels.delete_kernel, kernel),
         (kaggle.datasets.delete_dataset, dataset),

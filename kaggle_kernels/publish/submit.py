@@ -113,6 +113,7 @@ def submit_pushed(
     kaggle: Kaggle, spec_path: Path, pushed: PushRecord, message: str, yes: bool, again: bool
 ) -> None:
     """Check the pushed version and its output, ask, and submit it."""
+    # From the cheapest check to the download.
     competition = COMPETITIONS[read_spec(spec_path).competition].slug
     if not again:
         check_not_submitted(pushed)
@@ -185,6 +186,7 @@ def check_output(kaggle: Kaggle, pushed: PushRecord, out: Path) -> None:
         if not (out / name).is_file():
             raise UserError(f"{pushed}: its output has no {name}; its log says why: status")
 
+    # kernel.json names packages by their slugs, whoever owns them.
     manifests_pushed = {}
     for ref, dataset in pushed.datasets.items():
         manifests_pushed[ref.split("/")[1]] = dataset["manifest"]
