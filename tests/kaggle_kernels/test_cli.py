@@ -18,7 +18,7 @@ def test_help_lists_the_chain_in_the_order_of_use():
     lines = CliRunner().invoke(main, ["--help"]).output.splitlines()
     listed = [line.split()[0] for line in lines[lines.index("Commands:") + 1 :] if line.startswith("  ")]
     assert listed[:19] == [
-        *("preprocess", "check", "train", "cv", "package", "wheels", "report", "sweep"),
+        *("preprocess", "check", "train", "cv", "labels", "package", "wheels", "report", "sweep"),
         *("list", "build", "rehearse", "weigh", "smoke", "push", "status", "submit", "scores", "trace"),
     ]
 
