@@ -244,7 +244,7 @@ def smoke(yes: bool, poll_seconds: float, patience_seconds: float) -> None:
 @click.option(
     "--dry-run",
     is_flag=True,
-    help="Run all checks and list what would change, as commands of Kaggle's client.",
+    help="Make every check and push nothing.",
 )
 @click.option(
     "--again",
@@ -269,7 +269,7 @@ def push(spec: str, poll_seconds: float, patience_seconds: float, **options) -> 
     from kaggle_kernels.publish.client import Pace  # noqa: PLC0415  --help starts fast
 
     pace = Pace(poll_seconds, patience_seconds)
-    publishing.push(find_spec(spec), pace, publishing.PushOptions(**options))
+    publishing.push(find_spec(spec), pace, **options)
 
 
 @main.command()
@@ -287,10 +287,10 @@ def status(spec: str, wait: bool, poll_seconds: float, patience_seconds: float) 
     The exit code is 2 if the kernel ended in an error.
     """
     from kaggle_kernels.build.spec import find_spec  # noqa: PLC0415  --help starts fast
-    from kaggle_kernels.publish import submit as submission  # noqa: PLC0415  --help starts fast
+    from kaggle_kernels.publish import status as run_status  # noqa: PLC0415  --help starts fast
     from kaggle_kernels.publish.client import Pace  # noqa: PLC0415  --help starts fast
 
-    submission.status(find_spec(spec), Pace(poll_seconds, patience_seconds), wait)
+    run_status.status(find_spec(spec), Pace(poll_seconds, patience_seconds), wait)
 
 
 @main.command()
@@ -305,7 +305,7 @@ def submit(
 ) -> None:
     """Submit the pushed version of SPEC's kernel.
 
-    It must be complete, be the one that was built last, and have written a valid submission.csv.
+    It must be complete, and have written submission.csv with the packages that were pushed.
     """
     from kaggle_kernels.build.spec import find_spec  # noqa: PLC0415  --help starts fast
     from kaggle_kernels.publish import submit as submission  # noqa: PLC0415  --help starts fast
@@ -332,17 +332,6 @@ def scores(competition: str, poll_seconds: float, patience_seconds: float) -> No
     from kaggle_kernels.publish.scores import print_scores  # noqa: PLC0415  --help starts fast
 
     print_scores(competition, Pace(poll_seconds, patience_seconds))
-
-
-@main.command()
-@asks_kaggle(patience_seconds=3600)
-@exits_with_2
-def quota(poll_seconds: float, patience_seconds: float) -> None:
-    """List the accelerator hours that Kaggle still grants this week."""
-    from kaggle_kernels.publish.client import Pace  # noqa: PLC0415  --help starts fast
-    from kaggle_kernels.publish.preflight import print_quota  # noqa: PLC0415  --help starts fast
-
-    print_quota(Pace(poll_seconds, patience_seconds))
 
 
 @main.command()

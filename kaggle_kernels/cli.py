@@ -46,7 +46,6 @@ CHAIN = (
     Entry("status", "kaggle_kernels.__main__:status", "Follow the kernel's run on Kaggle."),
     Entry("submit", "kaggle_kernels.__main__:submit", "Submit the kernel to the competition."),
     Entry("scores", "kaggle_kernels.__main__:scores", "List submissions with their scores."),
-    Entry("quota", "kaggle_kernels.__main__:quota", "List the accelerator hours that are left."),
     Entry("trace", "kaggle_kernels.__main__:trace", "Trace a submission back to its raw files."),
 )
 

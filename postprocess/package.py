@@ -9,7 +9,8 @@ from preprocess.core import ledger
 from preprocess.core.errors import UserError
 from preprocess.core.files import atomic_folder, link_or_copy, read_json, sha256, write_json
 
-OWNER = "INSERT_OWNER"  # filled in when the dataset is pushed
+# Stands for the Kaggle account; `push` puts its name there.
+OWNER = "INSERT_OWNER"
 MANIFEST, METADATA = "manifest.json", "dataset-metadata.json"
 
 

@@ -23,6 +23,7 @@ from kaggle_kernels.build.memory_fit import Fit, describe_memory, fit_packages, 
 from kaggle_kernels.build.packages import choose_temperature
 from kaggle_kernels.build.spec import COMPETITIONS, Spec, read_spec, settings_of
 from kaggle_kernels.runtime.settings import PackageSettings, Settings
+from postprocess.package import OWNER
 from preprocess.core.errors import UserError
 from preprocess.core.files import atomic_file
 
@@ -54,8 +55,6 @@ MODULES = (
     "models.pipeline",
 )
 
-# Stands for the Kaggle account in kernel-metadata.json; `push` puts its name there.
-OWNER = "INSERT_OWNER"
 
 # The layout of kernel.py, in characters. Its lines are as long as those of the runtime's modules.
 LINE_WIDTH = 100

@@ -13,6 +13,7 @@ from kaggle_kernels.build.spec import Spec, read_spec
 from postprocess.memory.model_size import GIB
 from preprocess.core.errors import UserError
 
+SECONDS_PER_HOUR = 3600
 WIDTH = 156  # characters, where the output is no terminal
 PACKAGE_COLUMNS = ("packages", "base model", "approach", "bits", "GiB a GPU")
 COLUMNS = ("spec", "for", *PACKAGE_COLUMNS, "clock", "kernel")
@@ -63,7 +64,7 @@ def describe_spec(path: Path) -> list[str]:
     lines_by_package = [describe_package(fit, spec) for fit in fits]
     package_cells = ["\n".join(lines) for lines in zip(*lines_by_package, strict=True)]
 
-    durations = [format_duration(limit.seconds) for limit in spec.time_limits]
+    durations = [f"{limit.seconds / SECONDS_PER_HOUR:.4g} h" for limit in spec.time_limits]
     state = "[yellow]stale[/yellow]" if stale_files(path) else "[green]built[/green]"
     return [spec.competition, *package_cells, " / ".join(durations), state]
 
@@ -77,10 +78,3 @@ def describe_package(fit: Fit, spec: Spec) -> tuple[str, str, str, str, str]:
     base_model = fit.recipe.axolotl["base_model"]
     bits = fit.served.quantize.replace("none", "16")
     return run, base_model.split("/")[-1], fit.approach, bits, in_gib(fit.gpu_bytes)
-
-
-def format_duration(seconds: float) -> str:
-    """Format seconds as hours and minutes: "4 h 45"."""
-    whole_minutes = int(seconds // 60)
-    hours, minutes = divmod(whole_minutes, 60)
-    return f"{hours} h {minutes:02}"

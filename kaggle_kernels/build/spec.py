@@ -4,7 +4,6 @@ Every command of kaggle_kernels reads its spec here. All mistakes of a file are 
 fix. spec.schema.json, which editors use, is generated from the same models (see json_schema.py).
 """
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import ErrorDetails
+from slugify import slugify
 
 from kaggle_kernels.runtime.settings import PackageSettings, Settings, TimeLimit, find_time_limit
 from preprocess.core.errors import UserError
@@ -261,13 +261,8 @@ class Spec(_Strict):
 
     @property
     def slug(self) -> str:
-        """The kernel's slug on Kaggle."""
+        """The kernel's slug, as Kaggle makes it of the title: with another one, the kernel would land elsewhere."""
         return slugify(self.title)
-
-
-def slugify(title: str) -> str:
-    """Make a slug of a title as Kaggle does: lower case, with a hyphen for all but letters and digits."""
-    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
 
 
 def all_specs() -> list[Path]:

@@ -6,7 +6,6 @@ with time limits of the socket. They suffice against a server that never answers
 Credentials are looked for where the kaggle command looks, and are never printed.
 """
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -25,20 +24,17 @@ from kagglesdk.kernels.services.kernels_api_service import KernelsApiClient
 from kagglesdk.security.services.oauth_service import OAuthClient
 from kagglesdk.security.types.oauth_service import IntrospectTokenRequest
 from kagglesdk.users.services.account_service import AccountClient
-from urllib3.exceptions import NewConnectionError
 
 from preprocess.core.errors import UserError
+from preprocess.core.files import read_object
 
 # Of one call: until there is a connection (or a piece of an upload is taken), and until the answer.
 CONNECT_SECONDS = 10
 ANSWER_SECONDS = 30
 TIMEOUT = (CONNECT_SECONDS, ANSWER_SECONDS)
 
-# A call that failed is repeated for so long. With the last attempt, that is less than two minutes.
+# A question that failed is repeated for so long. With the last attempt, that is less than two minutes.
 REPEAT_SECONDS = 60
-
-# How often Kaggle is asked whether a call whose answer was lost took effect: it may show it late.
-FEW_LOOKS = 4
 
 ITEMS_A_PAGE = 100
 
@@ -61,11 +57,7 @@ class Refused(UserError):
 
 
 class Unanswered(UserError):
-    """No answer, or none that tells whether the call took effect: `may_have_arrived` unless that is certain."""
-
-    def __init__(self, message: str, may_have_arrived: bool):
-        super().__init__(message)
-        self.may_have_arrived = may_have_arrived
+    """No answer, or none that tells whether the call took effect."""
 
 
 @dataclass(frozen=True)
@@ -86,13 +78,6 @@ class Pace:
             if time.monotonic() + pause > deadline:
                 return
             time.sleep(pause)
-
-    def few_looks(self) -> Iterator[None]:
-        """Count FEW_LOOKS looks, with a pause before each but the first."""
-        for number in range(FEW_LOOKS):
-            if number:
-                time.sleep(self.pause(number))
-            yield
 
     def pause(self, number: int) -> float:
         """Seconds to wait before look or attempt `number`, counted from 0: they grow eightfold."""
@@ -119,14 +104,14 @@ class Transport:
         except requests.RequestException as error:
             raise as_unanswered(request_name, error) from None
 
-        check_status(request_name, response)
         try:
+            check_status(request_name, response)
             # kagglesdk checks nothing: what it cannot read fails in many ways.
             return response_type.prepare_from(response)
         except (ValueError, KeyError, TypeError, AttributeError):
             text = " ".join(response.text.split())
             raise Unanswered(
-                f"Kaggle: {request_name}: its answer cannot be read: {text[:100]!r}", True
+                f"Kaggle: {request_name}: its answer cannot be read: {text[:100]!r}"
             ) from None
 
 
@@ -178,9 +163,9 @@ def find_credentials(transport: Transport, pace: Pace) -> tuple[str, object]:
             return answer.username, KaggleHttpClient.BearerAuth(token)
 
     # A key: variables come before the file, also for one of the two values.
-    values = read_key_file()
-    user = os.environ.get("KAGGLE_USERNAME") or values.get("username")
-    key = os.environ.get("KAGGLE_KEY") or values.get("key")
+    key_file = read_key_file()
+    user = os.environ.get("KAGGLE_USERNAME") or key_file.get("username")
+    key = os.environ.get("KAGGLE_KEY") or key_file.get("key")
     if user and key:
         return user, (user, key)
 
@@ -201,26 +186,19 @@ def read_key_file() -> dict:
         config = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
         folder = Path(config) / "kaggle"
 
-    # The command takes a broken file for an absent one too.
-    try:
-        values = json.loads((folder / "kaggle.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
+    file = folder / "kaggle.json"
+    return read_object(file) if file.is_file() else {}
 
 
-def ask(pace: Pace, method: Callable, request, changes_something: bool = False):
-    """Call a method of a service client, again for a minute where the connection or Kaggle fails.
+def ask(pace: Pace, method: Callable, request):
+    """Ask Kaggle a question, again for a minute where the connection or Kaggle fails.
 
-    Args:
-        pace: The pauses between attempts.
-        method: The method, e.g. `kaggle.datasets.get_dataset`.
-        request: kagglesdk's request for it.
-        changes_something: Never repeat a call that may have taken effect: the caller has to look first.
+    Calls that change something do not go through here: repeated, one that took effect would make a second version, run or
+    submission.
 
     Raises:
         Refused: Kaggle answered with an error.
-        Unanswered: It failed for a minute, or may have taken effect.
+        Unanswered: It failed for a minute.
     """
     started = time.monotonic()
     attempt = 0
@@ -229,14 +207,11 @@ def ask(pace: Pace, method: Callable, request, changes_something: bool = False):
             return method(request)
         except Unanswered as error:
             attempt += 1
-            seconds = pace.pause(attempt)
-            is_over = time.monotonic() - started + seconds > REPEAT_SECONDS
-
-            # Repeated, a call that took effect would make a second version, run or submission.
-            if is_over or (changes_something and error.may_have_arrived):
+            pause = pace.pause(attempt)
+            if time.monotonic() - started + pause > REPEAT_SECONDS:
                 raise
-            print(f"  {error}; repeated after {seconds:g} s", flush=True)
-            time.sleep(seconds)
+            print(f"  {error}; repeated after {pause:g} s", flush=True)
+            time.sleep(pause)
 
 
 def list_all(pace: Pace, method: Callable, request, field_name: str) -> list:
@@ -256,46 +231,33 @@ def list_all(pace: Pace, method: Callable, request, field_name: str) -> list:
 
 def as_unanswered(name: str, error: requests.RequestException) -> Unanswered:
     """Say in one line why a request failed, without its address, which may hold a token."""
-    # Only without a connection it is certain that nothing arrived. A proxy's failure hides what happened.
-    cause = getattr(error.args[0], "reason", None) if error.args else None
-    cause = getattr(cause, "original_error", cause)
-    never_connected = isinstance(error, requests.ConnectTimeout) or isinstance(
-        cause, NewConnectionError
-    )
-
     if isinstance(error, requests.ReadTimeout):
         reason = f"no answer within {ANSWER_SECONDS} s"
     elif isinstance(error, requests.ConnectTimeout):
         reason = f"no connection within {CONNECT_SECONDS} s"
-    elif isinstance(error, requests.ConnectionError) and not never_connected:
-        reason = "the connection broke off"
+    elif isinstance(error, requests.HTTPError):
+        reason = f"status {error.response.status_code}"
     else:
-        reason = "no connection"
-    return Unanswered(
-        f"Kaggle: {name}: {reason}; check the network, then run this again", not never_connected
-    )
+        reason = "no connection, or it broke off"
+    return Unanswered(f"Kaggle: {name}: {reason}; check the network, then run this again")
 
 
 def check_status(name: str, response: requests.Response) -> None:
     """Raise where an answer is an error: Refused, Unanswered, or UserError where the credentials are wrong."""
-    # Kaggle's own errors are JSON; those of a gateway are pages.
     status = response.status_code
     message = response.reason or "no message"
+
+    # Kaggle's own errors are JSON, some of them under HTTP 200; those of a gateway are pages.
     if "application/json" in response.headers.get("Content-Type", ""):
-        try:
-            values = response.json()
-        except ValueError:
-            values = {}
-        if isinstance(values, dict):
-            status = max(status, int(values.get("code") or 0))
-            message = values.get("message") or message
+        values = response.json()
+        status = max(status, int(values.get("code") or 0))
+        message = values.get("message") or message
 
     if status < 400:
         return
     if status == 401:
         raise UserError(f"Kaggle does not take these credentials ({message}): {HOW_TO_LOG_IN}")
-    # With 429 nothing was done; after a server's error it is unknown.
-    if status == 429 or status >= 500:
-        problem = f"Kaggle: {name}: {status} {message}; run this again later"
-        raise Unanswered(problem, may_have_arrived=status != 429)
+    # These pass: a timeout, too many requests, a failing server.
+    if status in (408, 429) or status >= 500:
+        raise Unanswered(f"Kaggle: {name}: {status} {message}; run this again later")
     raise Refused(message, status)

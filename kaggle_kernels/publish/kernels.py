@@ -1,10 +1,11 @@
-"""One kernel on Kaggle: pushed once, read back and compared field by field; a version's status, log and output.
+"""One kernel on Kaggle: saved, which starts its visible run, read back and compared field by field; a version's run.
 
 Kaggle's documentation names dataset sources without a version. A push tries `owner/slug/VERSION`; where Kaggle refuses that,
 it says so, and the next push names the dataset alone, whose newest version is the one that was just compared.
 """
 
 import hashlib
+import itertools
 import json
 import shutil
 from collections.abc import Mapping
@@ -20,16 +21,7 @@ from kagglesdk.kernels.types.kernels_api_service import (
     ApiSaveKernelResponse,
 )
 
-from kaggle_kernels.publish.client import (
-    TIMEOUT,
-    Kaggle,
-    Refused,
-    Unanswered,
-    as_unanswered,
-    ask,
-    check_status,
-    list_all,
-)
+from kaggle_kernels.publish.client import TIMEOUT, Kaggle, Refused, as_unanswered, ask, list_all
 from preprocess.core.errors import UserError
 from preprocess.core.files import atomic_file, read_object
 
@@ -37,6 +29,9 @@ METADATA = "kernel-metadata.json"
 CODE = "kernel.py"
 
 FINAL_STATUSES = ("COMPLETE", "ERROR", "CANCEL_ACKNOWLEDGED")
+
+# How often Kaggle is asked for what it has just taken: it may show that late.
+FEW_LOOKS = 4
 
 # Keys of kernel-metadata.json that kagglesdk has under the same name, and kinds of what a kernel reads.
 SETTINGS = ("language", "kernel_type", "is_private", "enable_gpu", "enable_tpu", "enable_internet")
@@ -48,7 +43,7 @@ SHOWN_FIELDS["id"] = "ref"
 SHOWN_FIELDS.update({f"{kind}_sources": f"{kind}_data_sources" for kind in SOURCES})
 
 
-class PinsRefused(UserError):
+class PinsRefused(Refused):
     """Kaggle does not take the versions of the datasets."""
 
 
@@ -88,14 +83,13 @@ class RunStatus:
         return self.word in FINAL_STATUSES
 
 
-def read_kernel(folder: Path, owner: str, versions: Mapping[str, int], is_pinned: bool) -> Kernel:
-    """Read a built kernel as it is to be on Kaggle, where `is_pinned` with the datasets' versions (by owner/slug)."""
+def read_kernel(folder: Path, owner: str, versions: Mapping[str, int]) -> Kernel:
+    """Read a built kernel as it is to be on Kaggle, pinned to the datasets' `versions` (by owner/slug; may be empty)."""
     metadata = read_object(folder / METADATA)
     sources = []
     for source in metadata["dataset_sources"]:
         ref = f"{owner}/{source.split('/')[1]}"
-        is_version_known = is_pinned and ref in versions
-        sources.append(f"{ref}/{versions[ref]}" if is_version_known else ref)
+        sources.append(f"{ref}/{versions[ref]}" if ref in versions else ref)
 
     slug = metadata["id"].split("/")[1]
     metadata = {**metadata, "id": f"{owner}/{slug}", "dataset_sources": sources}
@@ -117,7 +111,7 @@ def pull_kernel(kaggle: Kaggle, ref: str, version: int | None = None) -> Kernel 
 
 
 def name_version(request, ref: str, version: int | None):
-    """Fill a request's kernel in, and its version unless the newest is meant."""
+    """Fill in which kernel a request is about, and which version unless the newest is meant."""
     request.user_name, request.kernel_slug = ref.split("/")
     if version is not None:
         request.version_label = f"v{version}"
@@ -157,41 +151,18 @@ def without_hidden_versions(expected: list[str], actual: list[str]) -> list[str]
     shown = []
     for source in expected:
         bare = "/".join(source.split("/")[:2])
-        shown.append(bare if bare in actual and source not in actual else source)
+        shown.append(bare if bare in actual else source)
     return sorted(shown)
 
 
-def push_kernel(kaggle: Kaggle, kernel: Kernel, version_before: int) -> tuple[int, str]:
-    """Push the kernel, which starts its visible run; the new version and the address of its page.
-
-    Its newest version before tells a push whose answer is lost from none.
+def save_kernel(kaggle: Kaggle, kernel: Kernel) -> int:
+    """Save the kernel on Kaggle, which starts its visible run; the new version. The call is never repeated.
 
     Raises:
         PinsRefused: Kaggle leaves datasets out that are named with a version.
-        UserError: It refuses anything else, or it is unknown whether it has taken the kernel. It is never sent twice.
+        Refused: It refuses anything else.
+        Unanswered: It is unknown whether Kaggle has taken the kernel.
     """
-    try:
-        answer = ask(
-            kaggle.pace, kaggle.kernels.save_kernel, make_request(kernel), changes_something=True
-        )
-    except Refused as error:
-        raise UserError(f"{kernel.ref}: {error}; mend that, then run push again") from None
-    except Unanswered as error:
-        # Sending it again could start a second run.
-        shown = find_lost_push(kaggle, kernel, version_before)
-        if shown is None:
-            raise UserError(
-                f"{kernel.ref}: perhaps pushed, perhaps not: {error}; run push again, which looks "
-                "for it first"
-            ) from None
-        return shown.version, f"https://www.kaggle.com/code/{kernel.ref}"
-
-    check_accepted(kernel, answer)
-    return answer.version_number, answer.url
-
-
-def make_request(kernel: Kernel) -> ApiSaveKernelRequest:
-    """Make kagglesdk's request of a kernel, as `kaggle kernels push` does of its folder."""
     metadata = kernel.metadata
     request = ApiSaveKernelRequest()
     request.slug = metadata["id"]
@@ -208,19 +179,22 @@ def make_request(kernel: Kernel) -> ApiSaveKernelRequest:
     for key in ("machine_shape", "docker_image", "docker_image_pinning_type"):
         if metadata.get(key):
             setattr(request, key, metadata[key])
-    return request
+
+    answer = kaggle.kernels.save_kernel(request)
+    check_accepted(answer)
+    return answer.version_number
 
 
-def check_accepted(kernel: Kernel, answer: ApiSaveKernelResponse) -> None:
+def check_accepted(answer: ApiSaveKernelResponse) -> None:
     """Raise where Kaggle refused the kernel, or a part of it, under HTTP 200."""
     problems = []
     if answer.error:
         problems.append(answer.error)
     # Kaggle saves a kernel without the sources that it refuses, and runs it.
-    for name in SOURCES:
-        refused = getattr(answer, f"invalid_{name}_sources")
+    for kind in SOURCES:
+        refused = getattr(answer, f"invalid_{kind}_sources")
         if refused:
-            problems.append(f"{name} sources {', '.join(refused)}: not accepted")
+            problems.append(f"{kind} sources {', '.join(refused)}: not accepted")
     if not problems:
         return
 
@@ -228,25 +202,21 @@ def check_accepted(kernel: Kernel, answer: ApiSaveKernelResponse) -> None:
     is_pinned = any(source.count("/") == 2 for source in answer.invalid_dataset_sources or [])
     if is_pinned and len(problems) == 1:
         raise PinsRefused(
-            f"{kernel.ref}: {problems[0]}: version {answer.version_number} runs without them, and "
-            "ends in an error; run push again, which names datasets without their versions"
+            f"{problems[0]}: version {answer.version_number} runs without them, and ends in an "
+            "error; run push again, which names datasets without their versions",
+            status=200,
         )
-    raise UserError(f"{kernel.ref}: {'; '.join(problems)}; mend that, then run push again")
-
-
-def find_lost_push(kaggle: Kaggle, kernel: Kernel, version_before: int) -> Kernel | None:
-    """Look whether a push whose answer was lost made a version all the same; the kernel as Kaggle shows it."""
-    for _ in kaggle.pace.few_looks():
-        shown = pull_kernel(kaggle, kernel.ref)
-        if shown and shown.version > version_before and not find_differences(kernel, shown):
-            return shown
-    return None
+    raise Refused(f"{'; '.join(problems)}; mend that, then run push again", status=200)
 
 
 def check_pushed(kaggle: Kaggle, kernel: Kernel) -> Kernel:
-    """Read back what was pushed, as Kaggle shows it; UserError where it is another kernel."""
+    """Read back what was pushed, as Kaggle shows it.
+
+    Raises:
+        UserError: It is another kernel.
+    """
     problems = ["Kaggle does not show it"]
-    for _ in kaggle.pace.few_looks():
+    for _ in itertools.islice(kaggle.pace.looks(), FEW_LOOKS):
         shown = pull_kernel(kaggle, kernel.ref)
         if shown:
             problems = find_differences(kernel, shown)
@@ -300,7 +270,7 @@ def download(url: str) -> bytes:
     """Download a small file from a signed address, to which no credentials are sent."""
     try:
         response = requests.get(url, timeout=TIMEOUT)
+        response.raise_for_status()
     except requests.RequestException as error:
         raise as_unanswered("download", error) from None
-    check_status("download", response)
     return response.content

@@ -1,27 +1,25 @@
 """A second look at what goes up, for what must not leave this machine: tokens, home folders, rows of the data.
 
-package_files.py decides which files may go up at all. Each pattern here has words without which it cannot match, and only files
-with one of these are searched. Of weights only the header is read: gigabytes take no time.
+package_files.py decides which files may go up at all. Of weights only the header is read: gigabytes take no time.
 """
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import polars as pl
+from safetensors import SafetensorError, safe_open
 
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_json
-from recipes.pairwise.contract import GOLDEN_ROWS
 
 # Words of all kinds, also what looks like a path; their hashes are in the contract.
 VOCABULARIES = ("tokenizer.json", "vocab.txt")
-WHEEL = ".whl"
-WEIGHTS = ".safetensors"
 
 # Characters of normalised text: more than code and templates have in common with a row.
 NGRAM_CHARACTERS = 48
-# So many n-grams of one row are no accident.
+# So many n-grams of one row in one file are no accident.
 NGRAMS_OF_A_ROW = 2
 REMEDY = "take it out, make the folder again, and revoke a secret that has been anywhere else"
 TEXTS = ("prompt", "response_a", "response_b")
@@ -29,27 +27,19 @@ TEXTS = ("prompt", "response_a", "response_b")
 # From a name to its value in Python, JSON, YAML and shells.
 IS = r"""["'\]]*\s{0,4}[:=]\s{0,4}["']?"""
 
-# What is looked for, what it looks like, and words of which a file with a match has one.
-SECRET, HOME = "a secret", "the path of a home folder"
-PATTERNS = (
-    (
-        SECRET,
-        r"\b(KGAT_|hf_|api_org_|wandb_v1_|AIza|gh[pousr]_|github_pat_|glpat-)[A-Za-z0-9_-]{20,}",
-        "KGAT_ hf_ api_org_ wandb_v1_ AIza ghp_ gho_ ghu_ ghs_ ghr_ github_pat_ glpat-",
-    ),
-    (SECRET, r"\bsk-(?=[A-Za-z_-]*[0-9])[A-Za-z0-9_-]{32,}", "sk-"),
-    (SECRET, r"\b(AKIA|ASIA)[0-9A-Z]{16}\b", "AKIA ASIA"),
-    (SECRET, r"""(?i:wandb)[^\n]{0,60}?["'=:\s][0-9a-f]{40}\b""", "wandb WANDB"),
-    (SECRET, r"PRIVATE KEY-----(\\n|\s){1,8}[A-Za-z0-9+/=]{32,}", "PRIVATE"),
-    (SECRET, r"""://[^\s/:@"'<>{}]{1,64}:[^\s/:@"'<>{}]{3,128}@[A-Za-z0-9]""", "://"),
-    (
-        SECRET,
-        rf"(?i:key|secret|password|token){IS}(?=[A-Za-z_+/=-]*\d)(?=[\d_+/=-]*[A-Za-z])[\w+/=-]{{24,}}",
-        "key KEY secret SECRET password PASSWORD token TOKEN",
-    ),
-    (HOME, r"(?<![\w.-])/(home|Users)/[\w.-]+", "/home/ /Users/"),
-    (HOME, r"(?<![\w./-])/root(?![\w.-])", "/root"),
-    (HOME, r"(?i:\b[a-z]:\\{1,2}users\\{1,2})\w+", "Users users"),
+SECRETS = (
+    r"\b(KGAT_|hf_|api_org_|wandb_v1_|AIza|gh[pousr]_|github_pat_|glpat-)[A-Za-z0-9_-]{20,}",
+    r"\bsk-(?=[A-Za-z_-]*[0-9])[A-Za-z0-9_-]{32,}",
+    r"\b(AKIA|ASIA)[0-9A-Z]{16}\b",
+    r"""(?i:wandb)[^\n]{0,60}?["'=:\s][0-9a-f]{40}\b""",
+    r"PRIVATE KEY-----(\\n|\s){1,8}[A-Za-z0-9+/=]{32,}",
+    r"""://[^\s/:@"'<>{}]{1,64}:[^\s/:@"'<>{}]{3,128}@[A-Za-z0-9]""",
+    rf"(?i:key|secret|password|token){IS}(?=[A-Za-z_+/=-]*\d)(?=[\d_+/=-]*[A-Za-z])[\w+/=-]{{24,}}",
+)
+HOMES = (
+    r"(?<![\w.-])/(home|Users)/[\w.-]+",
+    r"(?<![\w./-])/root(?![\w.-])",
+    r"(?i:\b[a-z]:\\{1,2}users\\{1,2})\w+",
 )
 
 
@@ -57,37 +47,42 @@ def scan(folder: Path) -> list[str]:
     """List what looks like a secret or names a home folder, a line for each; of a secret, four characters."""
     problems = []
     for path in sorted(folder.iterdir()):
-        if path.is_file() and path.suffix != WHEEL:
-            content = read_header(path) if path.suffix == WEIGHTS else path.read_bytes()
-            problems.extend(find_secrets(path, content))
+        text = read_text(path)
+        problems += find_matches(path, text, SECRETS, "a secret")
+        if path.name not in VOCABULARIES:
+            problems += find_matches(path, text, HOMES, "the path of a home folder")
     return problems
 
 
-def read_header(path: Path) -> bytes:
-    """Read the JSON in front of the weights: names, shapes, and whatever their writer put there."""
-    with path.open("rb") as file:
-        return file.read(int.from_bytes(file.read(8), "little"))
+def read_text(path: Path) -> str:
+    """Read a file as text; of weights what their writer put into the header, of wheels and folders nothing."""
+    if not path.is_file() or path.suffix == ".whl":
+        return ""
+    if path.suffix != ".safetensors":
+        return path.read_bytes().decode("utf-8", "replace")
+
+    # A header that is not sound is told by package_files.
+    try:
+        with safe_open(path, framework="np") as file:
+            return json.dumps([file.metadata(), list(file.keys())])
+    except SafetensorError:
+        return ""
 
 
-def find_secrets(path: Path, content: bytes) -> Iterator[str]:
-    """Find every match of every pattern in a file's content."""
-    for name, pattern, words in PATTERNS:
-        is_vocabulary = path.name in VOCABULARIES and name == HOME
-        if is_vocabulary or not any(word.encode() in content for word in words.split()):
-            continue
-
-        # A secret that is printed would be one more place that has it: four characters find it again.
-        for match in re.finditer(pattern.encode(), content):
-            line = content.count(b"\n", 0, match.start()) + 1
-            shown = match[0][:4].decode("ascii", "replace")
-            yield f"{path}: line {line}: looks like {name} ({shown}…); {REMEDY}"
+def find_matches(path: Path, text: str, patterns: Sequence[str], name: str) -> Iterator[str]:
+    """Find every match of the patterns in a file's text."""
+    for pattern in patterns:
+        for match in re.finditer(pattern, text, re.ASCII):
+            # A secret that is printed would be one more place that has it: four characters find it again.
+            line = text.count("\n", 0, match.start()) + 1
+            yield f"{path}: line {line}: looks like {name} ({match[0][:4]}…); {REMEDY}"
 
 
 def find_rows(folders: Sequence[Path], pairs: Path) -> list[str]:
     """Find texts of the competition's pairs in the files that are to be uploaded.
 
-    A row counts as found where two of its n-grams, of 48 characters each, are in the files. Case,
-    spaces and punctuation do not count, and the made-up golden rows are not looked for.
+    A row counts as found where two of its n-grams, of 48 characters each, are in one file. Case,
+    spaces and punctuation do not count.
 
     Args:
         folders: The folders to be uploaded.
@@ -96,62 +91,59 @@ def find_rows(folders: Sequence[Path], pairs: Path) -> list[str]:
     Returns:
         One problem for each file with n-grams of such rows.
     """
-    path_by_ngram = index_ngrams(folders)
+    # Each file by itself: two sentences in two files are no row.
+    ngrams_by_path = {}
+    for folder in folders:
+        for path in sorted(folder.iterdir()):
+            ngrams_by_path[path] = cut_file(path)
 
     # The files are cut at every character, so that the rows need not be: far fewer look-ups.
     ids_by_path: dict[Path, list[str]] = {}
     for row_id, beginnings in read_beginnings(pairs):
-        shared_ngrams = set()
+        row_ngrams = set()
         for beginning in beginnings:
-            ngrams = cut_ngrams(beginning, step=NGRAM_CHARACTERS)
-            shared_ngrams.update(ngram for ngram in ngrams if ngram in path_by_ngram)
-        if len(shared_ngrams) >= NGRAMS_OF_A_ROW:
-            for path in {path_by_ngram[ngram] for ngram in shared_ngrams}:
+            row_ngrams.update(cut_ngrams(beginning, step=NGRAM_CHARACTERS))
+        for path, file_ngrams in ngrams_by_path.items():
+            if len(row_ngrams & file_ngrams) >= NGRAMS_OF_A_ROW:
                 ids_by_path.setdefault(path, []).append(row_id)
 
+    # One id will do to find the others; the texts themselves are not printed.
     problems = []
     for path, ids in ids_by_path.items():
-        rows = "1 row" if len(ids) == 1 else f"{len(ids):,} rows"
         problems.append(
-            f"{path}: holds texts of {rows} of {pairs} (id {ids[0]}), which the competition does "
-            "not let out; take them out, and make the folder again"
+            f"{path}: holds texts of {len(ids):,} of the pairs in {pairs} (id {ids[0]}), which the "
+            "competition does not let out; take them out, and make the folder again"
         )
     return problems
 
 
-def index_ngrams(folders: Sequence[Path]) -> dict[str, Path]:
-    """Map each n-gram of the folders' texts to a file that has it."""
-    path_by_ngram = {}
-    for folder in folders:
-        for path in sorted(folder.iterdir()):
-            for text in read_texts(path):
-                path_by_ngram.update(dict.fromkeys(cut_ngrams(text, step=1), path))
+def cut_file(path: Path) -> set[str]:
+    """Cut every n-gram out of a file that may hold rows."""
+    is_binary = path.suffix in (".safetensors", ".whl")
+    if is_binary or path.name in VOCABULARIES or not path.is_file():
+        return set()
 
-    # A package may have the golden rows, which are made up.
-    for text in find_strings(GOLDEN_ROWS):
-        for ngram in cut_ngrams(text, step=1):
-            path_by_ngram.pop(ngram, None)
-    return path_by_ngram
-
-
-def read_texts(path: Path) -> list[str]:
-    """Read the strings of a JSON file, or a text file as a whole; nothing of weights, wheels and vocabularies."""
-    if not path.is_file() or path.suffix in (WEIGHTS, WHEEL) or path.name in VOCABULARIES:
-        return []
     # JSON escapes what is not ASCII: its strings are compared, not its bytes.
-    text = path.read_bytes().decode("utf-8", "replace")
-    if path.suffix != ".json":
-        return [text]
-    return find_strings(read_json(path))
+    texts = find_strings(read_json(path)) if path.suffix == ".json" else [read_text(path)]
+    ngrams = set()
+    for text in texts:
+        ngrams.update(cut_ngrams(text, step=1))
+    return ngrams
 
 
 def find_strings(value: object) -> list[str]:
     """Find every string in parsed JSON."""
+    if isinstance(value, str):
+        return [value]
     if isinstance(value, Mapping):
         value = list(value.values())
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [text for inner in value for text in find_strings(inner)]
-    return [value] if isinstance(value, str) else []
+    if not isinstance(value, Sequence):
+        return []
+
+    strings = []
+    for inner in value:
+        strings += find_strings(inner)
+    return strings
 
 
 def cut_ngrams(text: str, step: int) -> Iterator[str]:

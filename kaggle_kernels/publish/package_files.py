@@ -7,9 +7,8 @@ Every file has the bytes that the manifest lists. What nobody defined does not l
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from kaggle_kernels.runtime.visible import VALIDATION_IDS
@@ -21,7 +20,6 @@ from preprocess.model_input import Contract
 from recipes.pairwise.contract import MODEL_INPUT, TOKENIZER_FILES
 
 CONTRACT = "contract.json"
-CONFIG = "config.json"
 REMAKE = "make the folder again"
 
 
@@ -31,13 +29,7 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class Open(BaseModel):
-    """A JSON file of a library, which adds keys of its own."""
-
-    model_config = ConfigDict(extra="allow")
-
-
-class FileFacts(Strict):
+class ListedFile(BaseModel):
     """What a manifest says of a file."""
 
     sha256: str
@@ -47,7 +39,7 @@ class FileFacts(Strict):
 class Manifest(Strict):
     """manifest.json of a package."""
 
-    files: dict[str, FileFacts]
+    files: dict[str, ListedFile]
     golden: list[dict]
     quantize: str
     adapter: str | None = None
@@ -58,22 +50,20 @@ class Manifest(Strict):
     temperature: dict | None = None
 
 
-class WheelFacts(FileFacts):
+class Wheel(ListedFile):
     """What wheels.json says of a wheel."""
 
-    model_config = ConfigDict(extra="allow")
-
-    file: str
+    file: str = Field(pattern=r"^[\w.+-]+\.whl$")
 
 
-class WheelsManifest(Open):
+class WheelsManifest(BaseModel):
     """wheels.json."""
 
-    wheels: list[WheelFacts]
+    wheels: list[Wheel]
 
 
 class DatasetMetadata(Strict):
-    """dataset-metadata.json; Kaggle's rules for the values are checked elsewhere."""
+    """dataset-metadata.json; Kaggle has rules for the values."""
 
     id: str
     title: str
@@ -88,115 +78,92 @@ class ValidationIds(Strict):
     ids: list[str]
 
 
-class ModelConfig(Open):
-    """config.json of transformers."""
-
-    model_type: str
-
-
-class Tokenizer(Open):
-    """tokenizer.json of tokenizers."""
-
-    model: dict
-
-
-class WeightIndex(Strict):
-    """model.safetensors.index.json."""
-
-    metadata: dict[str, Any]
-    weight_map: dict[str, str]
-
-
-SCHEMAS = {
-    CONFIG: ModelConfig,
-    MANIFEST: Manifest,
-    METADATA: DatasetMetadata,
-    VALIDATION_IDS: ValidationIds,
-    WHEELS_MANIFEST: WheelsManifest,
-    "generation_config.json": Open,  # GPTQ's library writes it beside a causal LM
-    "lora_config.json": Open,
-    "model.safetensors.index.json": WeightIndex,
-    "tokenizer.json": Tokenizer,
-    "tokenizer_config.json": Open,
-    "special_tokens_map.json": Open,
-    "added_tokens.json": Open,
+# What libraries write, with the keys without which it is not what its name says.
+LIBRARY_KEYS = {
+    "config.json": {"model_type"},
+    "generation_config.json": set(),  # GPTQ's library writes it beside a causal LM
+    "lora_config.json": set(),
+    "model.safetensors.index.json": {"weight_map"},
+    "tokenizer.json": {"model"},
+    "tokenizer_config.json": set(),
+    "special_tokens_map.json": set(),
+    "added_tokens.json": set(),
 }
+SCHEMAS = {MANIFEST: Manifest, METADATA: DatasetMetadata, VALIDATION_IDS: ValidationIds}
+PACKAGE_NAMES = (*LIBRARY_KEYS, *SCHEMAS, CONTRACT, MODEL_INPUT.name, *TOKENIZER_FILES)
+REQUIRED_NAMES = (CONTRACT, "config.json", METADATA, MODEL_INPUT.name, "tokenizer.json")
 
-# By regular expressions: weights may be in several files.
-WEIGHTS = r"(model(-\d{5}-of-\d{5})?|lora)\.safetensors"
-PACKAGE_FILES = "|".join(
-    [
-        WEIGHTS,
-        *(re.escape(name) for name in SCHEMAS if name != WHEELS_MANIFEST),
-        *(re.escape(name) for name in (CONTRACT, MODEL_INPUT.name, *TOKENIZER_FILES)),
-    ]
-)
-WHEELS_FILES = "|".join([r"[\w.+-]+\.whl", re.escape(WHEELS_MANIFEST), re.escape(METADATA)])
-REQUIRED_FILES = (CONTRACT, CONFIG, METADATA, MODEL_INPUT.name, "tokenizer.json")
+# Weights may be in several files.
+WEIGHTS = re.compile(r"(model(-\d{5}-of-\d{5})?|lora)\.safetensors")
 
 
 def check_package(folder: Path) -> list[str]:
     """List what is wrong with the files of a package; every byte is read."""
-    # The manifest may lack a file that the kernel needs.
-    listed = read_object(folder / MANIFEST).get("files")
-    problems = check_folder(folder, MANIFEST, listed, PACKAGE_FILES)
-    for name in REQUIRED_FILES:
+    try:
+        manifest = read_as(Manifest, folder / MANIFEST)
+    except UserError as error:
+        return [str(error)]
+
+    # A folder with other files is made again: what they hold does not matter.
+    problems = compare_with_manifest(folder, MANIFEST, manifest.files)
+    if problems:
+        return problems
+
+    # The manifest may lack a file that the kernel needs, or list one that does not belong there.
+    for name in REQUIRED_NAMES:
         if not (folder / name).is_file():
             problems.append(f"{folder / name}: missing, a package has it; {REMAKE}")
     if not list(folder.glob("model*.safetensors")):
         problems.append(f"{folder}: no model*.safetensors; {REMAKE}")
+
+    for path in sorted(folder.iterdir()):
+        is_defined = path.name in PACKAGE_NAMES or WEIGHTS.fullmatch(path.name)
+        if path.name in manifest.files and not is_defined:
+            problems.append(f"{path}: no file that a package is defined to have; remove it")
+        elif path.is_file():
+            problems.extend(check_kind(path))
     return problems
 
 
 def check_wheels(folder: Path) -> list[str]:
     """List what is wrong with the files of the folder of wheels."""
-    wheels = read_object(folder / WHEELS_MANIFEST).get("wheels")
     try:
-        listed = {wheel["file"]: wheel for wheel in wheels}
-    except (TypeError, KeyError):
-        listed = None
-    return check_folder(folder, WHEELS_MANIFEST, listed, WHEELS_FILES)
+        manifest = read_as(WheelsManifest, folder / WHEELS_MANIFEST)
+        read_as(DatasetMetadata, folder / METADATA)
+    except UserError as error:
+        return [str(error)]
+    # No file but wheels can be listed.
+    wheels = {wheel.file: wheel for wheel in manifest.wheels}
+    return compare_with_manifest(folder, WHEELS_MANIFEST, wheels)
 
 
-def check_folder(folder: Path, manifest: str, listed: object, allowed: str) -> list[str]:
-    """Compare a folder with its manifest's files, and with the names that it is defined to hold; a line for each problem."""
-    # The manifest is read before its own schema is checked.
-    if not isinstance(listed, Mapping) or not all(isinstance(f, Mapping) for f in listed.values()):
-        return [f"{folder / manifest}: expected files with sha256 and bytes; {REMAKE}"]
-
-    # In the manifest, and not in the folder; then the other way round.
+def compare_with_manifest(
+    folder: Path, manifest: str, listed: Mapping[str, ListedFile]
+) -> list[str]:
+    """Compare a folder's files with what its manifest lists, byte by byte; a line for each problem."""
     problems = []
-    for name in listed:
-        if not (folder / name).is_file():
-            problems.append(f"{folder / name}: missing; {REMAKE}")
-
-    for path in sorted(folder.iterdir()):
-        # The metadata's owner may have been filled in, and no kernel sees it.
-        is_unlisted = path.name in (manifest, METADATA)
-        facts = listed.get(path.name)
+    for name, expected in listed.items():
+        path = folder / name
         if not path.is_file():
-            problems.append(f"{path}: no file; a dataset of ours is flat; remove it")
-        elif not re.fullmatch(allowed, path.name):
-            problems.append(f"{path}: no file that such a folder is defined to have; remove it")
-        elif facts is None and not is_unlisted:
-            problems.append(f"{path}: not in {manifest}, so that nobody checked it; {REMAKE}")
-        elif not is_unlisted and not is_unchanged(path, facts):
+            problems.append(f"{path}: missing; {REMAKE}")
+            continue
+
+        # The size first: the hash of gigabytes takes a minute.
+        is_unchanged = path.stat().st_size == expected.bytes and sha256(path) == expected.sha256
+        # The metadata's owner may have been filled in, and no kernel sees it.
+        if not is_unchanged and name != METADATA:
             problems.append(
                 f"{path}: changed since it was made, {manifest} has another size or SHA-256; {REMAKE}"
             )
-        else:
-            problems.extend(check_kind(path))
+
+    for path in sorted(folder.iterdir()):
+        if path.name not in listed and path.name not in (manifest, METADATA):
+            problems.append(f"{path}: not in {manifest}, so that nobody checked it; remove it")
     return problems
 
 
-def is_unchanged(path: Path, facts: Mapping) -> bool:
-    """Whether a file has the bytes that the manifest lists."""
-    # The size first: the hash of gigabytes takes a minute.
-    return path.stat().st_size == facts.get("bytes") and sha256(path) == facts.get("sha256")
-
-
 def check_kind(path: Path) -> list[str]:
-    """Check that a file is what its name says; a line for each problem."""
+    """Check that a file is what its name says; a line for the first problem, for a file is made again as a whole."""
     try:
         if path.suffix == ".safetensors":
             check_safetensors(path)
@@ -205,15 +172,22 @@ def check_kind(path: Path) -> list[str]:
         elif path.name == MODEL_INPUT.name:
             check_model_input(path)
         elif path.name in SCHEMAS:
-            SCHEMAS[path.name].model_validate(read_object(path))
-    # The first problem of a file will do: it is made again as a whole.
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        key = ".".join(str(part) for part in first["loc"])
-        return [f"{path}: {key}: {first['msg'].lower()}; {REMAKE}"]
+            read_as(SCHEMAS[path.name], path)
+        elif path.name in LIBRARY_KEYS:
+            check_keys(path, LIBRARY_KEYS[path.name])
     except UserError as error:
         return [str(error)]
     return []
+
+
+def read_as(schema: type[BaseModel], path: Path):
+    """Read a JSON file; UserError with the first key that does not follow the schema."""
+    try:
+        return schema.model_validate(read_object(path))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{path}: {key}: {first['msg'].lower()}; {REMAKE}") from None
 
 
 def check_safetensors(path: Path) -> None:
@@ -225,13 +199,19 @@ def check_safetensors(path: Path) -> None:
         raise UserError(f"{path}: no sound safetensors file ({error}); {REMAKE}") from None
 
 
+def check_keys(path: Path, required: set[str]) -> None:
+    """Raise UserError where a library's JSON file lacks a key."""
+    missing = required - read_object(path).keys()
+    if missing:
+        raise UserError(f"{path}: lacks {', '.join(missing)}; {REMAKE}")
+
+
 def check_contract(path: Path) -> None:
     """Raise UserError unless contract.json has exactly the keys of a contract."""
     # The kernel reads the values; a key of its own could carry anything.
-    keys = set(read_object(path))
-    expected = set(Contract.__dataclass_fields__)
-    if keys != expected:
-        names = ", ".join(sorted(keys ^ expected))
+    differing = read_object(path).keys() ^ Contract.__dataclass_fields__.keys()
+    if differing:
+        names = ", ".join(sorted(differing))
         raise UserError(f"{path}: unknown or missing keys: {names}; {REMAKE}")
 
 

@@ -1,51 +1,81 @@
 """`push SPEC`: every package of the spec as a private dataset, then the kernel with those versions of them, all read back.
 
-What was pushed last is in outputs/SPEC/push.json; a second push finds nothing to do.
+What was pushed last is in outputs/SPEC/push.json; a second push finds nothing to do, and one after an interruption goes on.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import itertools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from kaggle_kernels.build.bundle import build_mark, kernel_folder
+from filelock import FileLock, Timeout
+
+from kaggle_kernels.build.bundle import kernel_folder
 from kaggle_kernels.build.ensemble_weights import measure_ensemble
-from kaggle_kernels.build.packages import package_folder
+from kaggle_kernels.build.packages import package_folder, spec_folder
 from kaggle_kernels.build.spec import read_spec
-from kaggle_kernels.publish.client import Kaggle, Pace, connect
-from kaggle_kernels.publish.datasets import plan_dataset, publish_dataset
+from kaggle_kernels.publish.client import Kaggle, Pace, Refused, Unanswered, connect
+from kaggle_kernels.publish.datasets import publish_dataset
 from kaggle_kernels.publish.kernels import (
     CODE,
+    FEW_LOOKS,
     Kernel,
     PinsRefused,
     check_pushed,
     find_differences,
     pull_kernel,
-    push_kernel,
     read_kernel,
+    save_kernel,
 )
-from kaggle_kernels.publish.preflight import WHEELS, check_gpu_hours, preflight
-from kaggle_kernels.publish.push_record import PushRecord, last_push, one_at_a_time, write_record
+from kaggle_kernels.publish.preflight import WHEELS, find_problems
 from kaggle_kernels.publish.uploads import WORK, DatasetFolder, find_dataset_folder
 from preprocess.core import ledger
+from preprocess.core.durations import format_duration
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_object, sha256, write_json
 
-# Whether Kaggle takes owner/slug/VERSION; absent until it was tried.
-PINS = WORK / "pins.json"
+# Exists once Kaggle has refused owner/slug/VERSION: no push then names versions of datasets.
+PINS_REFUSED = WORK / "pins-refused"
 
 
 @dataclass(frozen=True)
-class PushOptions:
-    """What the user may choose of a push, as the command's --help explains it."""
+class PushRecord:
+    """A push, written down before Kaggle gets the kernel."""
 
-    dry_run: bool = False
-    again: bool = False
-    latest_image: bool = False
+    kernel: str  # owner/slug
+    fingerprint: dict  # Kernel.fingerprint() of what was pushed; empty where Kaggle refused it
+    datasets: Mapping[str, Mapping]  # version and the manifest's SHA-256, by owner/slug
+    time: str  # UTC
+    version_before: int  # the kernel's newest version before
+    image: str  # the Docker image that Kaggle shows; empty where it is not known
+    version: int | None = None  # None until Kaggle has said it
+    is_finished: bool = False  # whether it was read back, and is in the ledger
+
+    def __str__(self) -> str:
+        return f"{self.kernel} version {self.version}"
+
+    @property
+    def url(self) -> str:
+        """The kernel's page on Kaggle."""
+        return f"https://www.kaggle.com/code/{self.kernel}"
+
+    @property
+    def age(self) -> str:
+        """How long ago it was, in words."""
+        elapsed = datetime.now(UTC) - datetime.fromisoformat(self.time)
+        return format_duration(elapsed.total_seconds())
 
 
-def push(spec_path: Path, pace: Pace, options: PushOptions) -> None:
-    """Publish the spec's datasets and its kernel.
+def push(
+    spec_path: Path,
+    pace: Pace,
+    dry_run: bool = False,
+    again: bool = False,
+    latest_image: bool = False,
+) -> None:
+    """Publish the spec's datasets and its kernel; the command's --help explains the options.
 
     Raises:
         UserError: Something is wrong; every problem that can be found before is told before the first byte goes up. Also
@@ -53,38 +83,38 @@ def push(spec_path: Path, pace: Pace, options: PushOptions) -> None:
     """
     kaggle = check_all(spec_path, pace)
     folders = find_dataset_folders(spec_path, kaggle.owner)
-    if options.dry_run:
-        plan(kaggle, spec_path, folders)
+    if dry_run:
+        for folder in folders:
+            print(f"{folder.ref}: {folder.describe_size()}, sent unless Kaggle has them")
+        print("nothing was pushed")
         return
 
     with one_at_a_time(WORK / "lock", "push"):
-        published = {}
+        datasets = {}
         for folder in folders:
-            published[folder.ref] = publish_dataset(kaggle, folder)
-        publish_kernel(kaggle, spec_path, published, options)
+            datasets[folder.ref] = publish_dataset(kaggle, folder)
+        publish_kernel(kaggle, spec_path, datasets, again, latest_image)
+    print(f"next: python -m kaggle_kernels status {spec_path.stem} --wait")
 
 
 def check_all(spec_path: Path, pace: Pace) -> Kaggle:
-    """Log in and check everything that can be checked before; UserError with all problems together."""
-    errors = []
+    """Log in and check everything that can be checked before.
+
+    Raises:
+        UserError: With all problems together.
+    """
+    # Without an account everything else is checked all the same.
+    problems = []
     kaggle = None
     try:
         kaggle = connect(pace)
     except UserError as error:
-        errors.append(str(error))
+        problems.append(str(error))
 
-    # Without an account everything else is checked all the same.
-    report = preflight(spec_path, kaggle.owner if kaggle else "")
-    if kaggle:
-        check_gpu_hours(kaggle, report)
-    for check in report.checks:
-        print(f"checked: {check}", flush=True)
-    for warning in report.warnings:
-        print(f"warning: {warning}", flush=True)
-
-    errors.extend(report.errors)
-    if errors:
-        raise UserError("\nerror: ".join(errors))
+    problems.extend(find_problems(spec_path))
+    if problems:
+        raise UserError("\nerror: ".join(problems))
+    print("checked: build, packages, agreement, secrets, rehearsal", flush=True)
     return kaggle
 
 
@@ -97,50 +127,117 @@ def find_dataset_folders(spec_path: Path, owner: str) -> list[DatasetFolder]:
     return [find_dataset_folder(path, owner) for path in paths]
 
 
-def plan(kaggle: Kaggle, spec_path: Path, folders: list[DatasetFolder]) -> None:
-    """Print what a push would change now."""
-    versions = {}
-    has_new_dataset = False
-    for folder in folders:
-        versions[folder.ref], is_new = plan_dataset(kaggle, folder)
-        has_new_dataset = has_new_dataset or is_new
-
-    # A kernel names its datasets' versions, so that a new one makes a new kernel.
-    kernel = read_kernel(kernel_folder(spec_path), kaggle.owner, versions, are_pins_tried())
-    if has_new_dataset or find_last_version(kaggle, kernel, last_push(spec_path)) is None:
-        sources = ", ".join(kernel.metadata["dataset_sources"])
-        print(f"{kernel.ref}: a new version, with {sources}")
-    else:
-        print("a push would change nothing")
-
-
 def publish_kernel(
-    kaggle: Kaggle, spec_path: Path, published: Mapping[str, Mapping], options: PushOptions
+    kaggle: Kaggle,
+    spec_path: Path,
+    datasets: Mapping[str, Mapping],
+    again: bool,
+    latest_image: bool,
 ) -> None:
-    """Push the spec's kernel with the published datasets, by owner/slug, unless it is there already."""
-    built = kernel_folder(spec_path)
-    versions = {ref: dataset["version"] for ref, dataset in published.items()}
-    kernel = read_kernel(built, kaggle.owner, versions, are_pins_tried())
-    last = last_push(spec_path)
-    last_version = find_last_version(kaggle, kernel, last)
+    """Push the spec's kernel with the published datasets, by owner/slug, unless Kaggle has it already."""
+    kernel = pin_kernel(spec_path, kaggle.owner, datasets)
+    record = find_push(kaggle, spec_path, kernel)
 
-    # A push whose answer was lost has started the run that was asked for.
-    was_lost = last_version is not None and last.version is None
-    if last_version is None or (options.again and not was_lost):
-        image = last.image if last and not options.latest_image else ""
-        kernel = choose_image(kernel, image, options.latest_image)
-        record = push_once(kaggle, spec_path, kernel, published)
+    # A push that was interrupted is completed first, also where another run is wanted.
+    if record is None or (again and record.is_finished):
+        record = push_kernel(kaggle, spec_path, kernel, datasets, latest_image)
+    if record.is_finished:
+        print(f"{record}: is there, {record.url}", flush=True)
     else:
-        record = replace(last, version=last_version)
-        print(f"{kernel.ref}: unchanged, version {record.version}, {record.url}", flush=True)
-        if record.is_checked:
-            return
+        finish_push(kaggle, spec_path, kernel, record)
 
-    # Kaggle may drop or change what it was given.
+
+def pin_kernel(spec_path: Path, owner: str, datasets: Mapping[str, Mapping]) -> Kernel:
+    """Read the built kernel with the versions of its datasets, unless Kaggle has refused such."""
+    versions = {}
+    if not PINS_REFUSED.exists():
+        versions = {ref: dataset["version"] for ref, dataset in datasets.items()}
+    return read_kernel(kernel_folder(spec_path), owner, versions)
+
+
+def find_push(kaggle: Kaggle, spec_path: Path, kernel: Kernel) -> PushRecord | None:
+    """Find the spec's last push if it was of this kernel, and Kaggle has it as it is here."""
+    record = read_record(spec_path)
+    if record is None or record.fingerprint != kernel.fingerprint():
+        return None
+
+    # Where the answer was lost, Kaggle may show late that it has taken the kernel.
+    looks = 1 if record.version else FEW_LOOKS
+    for _ in itertools.islice(kaggle.pace.looks(), looks):
+        shown = pull_kernel(kaggle, kernel.ref)
+        is_newer = shown is not None and shown.version > record.version_before
+        if is_newer and not find_differences(kernel, shown):
+            return replace(record, version=record.version or shown.version)
+    return None
+
+
+def push_kernel(
+    kaggle: Kaggle,
+    spec_path: Path,
+    kernel: Kernel,
+    datasets: Mapping[str, Mapping],
+    latest_image: bool,
+) -> PushRecord:
+    """Push a kernel once, which starts one run, and write it down before and after.
+
+    Raises:
+        UserError: Kaggle refuses it, or its answer was lost; the next push then looks for it first.
+    """
+    # The image of the last push is kept, so that the hidden run gets what has been shown to work.
+    last = read_record(spec_path)
+    image = last.image if last and not latest_image else ""
+    pinning = "latest" if latest_image else "original"
+    image_keys = {"docker_image": image, "docker_image_pinning_type": pinning}
+    kernel = replace(kernel, metadata={**kernel.metadata, **image_keys})
+
+    # The version before tells a push whose answer is lost from none.
+    before = pull_kernel(kaggle, kernel.ref)
+    record = PushRecord(
+        kernel=kernel.ref,
+        fingerprint=kernel.fingerprint(),
+        datasets=datasets,
+        time=datetime.now(UTC).isoformat(timespec="seconds"),
+        version_before=before.version if before else 0,
+        image=image,
+    )
+    write_record(spec_path, record)
+
+    try:
+        record = replace(record, version=save_kernel(kaggle, kernel))
+    except Unanswered as error:
+        raise UserError(
+            f"{kernel.ref}: perhaps pushed, perhaps not: {error}; run push again, which looks for "
+            "it first"
+        ) from None
+    except Refused as error:
+        # The next push need not look for it.
+        write_record(spec_path, replace(record, fingerprint={}))
+        if isinstance(error, PinsRefused):
+            PINS_REFUSED.touch()
+        raise UserError(f"{kernel.ref}: {error}") from None
+
+    write_record(spec_path, record)
+    print(f"{record}: was pushed, {record.url}", flush=True)
+    return record
+
+
+def finish_push(kaggle: Kaggle, spec_path: Path, kernel: Kernel, record: PushRecord) -> None:
+    """Read a pushed kernel back, for Kaggle may drop or change what it was given, and enter it into the ledger.
+
+    Raises:
+        UserError: Kaggle shows another kernel.
+    """
     shown = check_pushed(kaggle, kernel)
-    print(f"{kernel.ref}: read back: code and metadata are as they are here", flush=True)
-    print_sources(shown, versions)
-    record = replace(record, image=shown.metadata["docker_image"] or "")
+    print(f"{record}: code and metadata on Kaggle are as they are here", flush=True)
+
+    # Kaggle may write an owner with other capitals, and may leave the version out.
+    sources = [source.lower() for source in shown.metadata["dataset_sources"] or []]
+    for ref, dataset in record.datasets.items():
+        version = dataset["version"]
+        if f"{ref}/{version}".lower() in sources:
+            print(f"  {ref}: pinned to version {version}", flush=True)
+        else:
+            print(f"  {ref}: Kaggle names no version; the newest is {version}", flush=True)
 
     ledger.record(
         "push",
@@ -148,82 +245,64 @@ def publish_kernel(
         kernel=record.kernel,
         kernel_version=record.version,
         url=record.url,
-        kernel_sha256=sha256(built / CODE),
-        datasets=dict(published),
+        kernel_sha256=sha256(kernel_folder(spec_path) / CODE),
+        datasets=record.datasets,
         validation=measure_ensemble(read_spec(spec_path)),
     )
+    image = shown.metadata["docker_image"] or ""
+    if record.image and image != record.image:
+        print(f"warning: {record}: runs in {image}, not in the last push's image {record.image}")
     # Last: where the ledger lacks the push, the next call goes on from here.
-    write_record(spec_path, replace(record, is_checked=True))
-    print(f"next: python -m kaggle_kernels status {spec_path.stem} --wait")
+    write_record(spec_path, replace(record, image=image, is_finished=True))
 
 
-def push_once(
-    kaggle: Kaggle, spec_path: Path, kernel: Kernel, published: Mapping[str, Mapping]
-) -> PushRecord:
-    """Push a kernel, and write it down before and after; the record with its version."""
-    # The version before tells a push whose answer is lost from none.
-    before = pull_kernel(kaggle, kernel.ref)
-    record = PushRecord(
-        kernel=kernel.ref,
-        fingerprint=kernel.fingerprint(),
-        build=build_mark(kernel.code),
-        datasets=dict(published),
-        time=datetime.now(UTC).isoformat(timespec="seconds"),
-        version_before=before.version if before else 0,
-        url=f"https://www.kaggle.com/code/{kernel.ref}",
-    )
-    write_record(spec_path, record)
+def record_path(spec_path: Path) -> Path:
+    """Where the last push of a spec is written down."""
+    return spec_folder(spec_path) / "push.json"
 
-    # A refusal of the datasets' versions is remembered for every spec.
+
+def write_record(spec_path: Path, record: PushRecord) -> None:
+    """Write a push down."""
+    write_json(record_path(spec_path), asdict(record))
+
+
+def read_record(spec_path: Path) -> PushRecord | None:
+    """Read the last push of a spec, which may not have ended; None where there was none."""
+    path = record_path(spec_path)
+    if not path.is_file():
+        return None
+    return read_note(path, PushRecord)
+
+
+def read_note(path: Path, note_type: type):
+    """Read a note of ours as the dataclass that it was written from."""
+    # Another version of this program had other fields.
     try:
-        version, url = push_kernel(kaggle, kernel, record.version_before)
-    except PinsRefused:
-        write_json(PINS, {"accepted": False})
-        raise
+        return note_type(**read_object(path))
+    except TypeError:
+        raise UserError(
+            f"{path}: not written by this version; see on Kaggle what was done, then remove it"
+        ) from None
 
-    # Kaggle has it: from here on a killed push is completed, not repeated.
-    record = replace(record, version=version, url=url)
-    write_record(spec_path, record)
-    print(f"{kernel.ref}: version {version} was pushed, {url}", flush=True)
+
+def require_push(spec_path: Path) -> PushRecord:
+    """Read the last push of a spec; UserError where there was none, or it did not end well."""
+    record = read_record(spec_path)
+    if record is None or not record.is_finished:
+        problem = "the push did not end" if record else "nothing was pushed"
+        raise UserError(f"{record_path(spec_path)}: {problem}; run push {spec_path.stem} first")
     return record
 
 
-def are_pins_tried() -> bool:
-    """Whether datasets are named with their version: until Kaggle has refused that."""
-    return not PINS.is_file() or read_object(PINS).get("accepted") is not False
-
-
-def choose_image(kernel: Kernel, image: str, is_latest: bool) -> Kernel:
-    """Pin the Docker image of the last push (empty: not known), so that the hidden run gets what has been shown to work."""
-    pinning = "latest" if is_latest else "original"
-    metadata = {**kernel.metadata, "docker_image_pinning_type": pinning}
-    if image:
-        metadata["docker_image"] = image
-    return replace(kernel, metadata=metadata)
-
-
-def find_last_version(kaggle: Kaggle, kernel: Kernel, last: PushRecord | None) -> int | None:
-    """Find the version that the last push made, if it was of this kernel and Kaggle still has it."""
-    if last is None or last.fingerprint != kernel.fingerprint():
-        return None
-
-    # It may have been deleted or changed on Kaggle's page since.
-    shown = pull_kernel(kaggle, kernel.ref)
-    if shown is None or find_differences(kernel, shown):
-        return None
-
-    # The answer was lost: the newest version is that push only where it is newer than what was there.
-    if last.version is None and shown.version <= last.version_before:
-        return None
-    return last.version or shown.version
-
-
-def print_sources(shown: Kernel, versions: Mapping[str, int]) -> None:
-    """Say which version of each dataset the kernel has, and whether Kaggle confirms it."""
-    # Kaggle may write an owner with other capitals.
-    sources = [source.lower() for source in shown.metadata["dataset_sources"] or []]
-    for ref, version in versions.items():
-        if f"{ref}/{version}".lower() in sources:
-            print(f"  {ref}: pinned to version {version}", flush=True)
-        else:
-            print(f"  {ref}: Kaggle names no version; the newest is {version}", flush=True)
+@contextmanager
+def one_at_a_time(lock: Path, command: str) -> Iterator[None]:
+    """Raise UserError where the same command runs in this folder already, and turn Ctrl-C into one line."""
+    # The system lets go of the lock when a process is killed, so that none is ever left behind.
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(lock, timeout=0):
+            yield
+    except Timeout:
+        raise UserError(f"{lock}: another {command} runs in this folder; wait for it") from None
+    except KeyboardInterrupt:
+        raise UserError(f"interrupted; run {command} again, which goes on from here") from None

@@ -7,7 +7,6 @@ stand-in can be compared with.
 
 import json
 import secrets
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -16,14 +15,14 @@ import requests
 from kagglesdk.datasets.types.dataset_api_service import ApiDeleteDatasetRequest
 from kagglesdk.kernels.types.kernels_api_service import ApiDeleteKernelRequest
 
-from kaggle_kernels.publish.client import Kaggle, Pace, ask, connect
+from kaggle_kernels.publish.client import Kaggle, Pace, connect
 from kaggle_kernels.publish.datasets import publish_dataset
 from kaggle_kernels.publish.kernels import (
     Kernel,
     check_pushed,
     download_output,
-    push_kernel,
     read_status,
+    save_kernel,
 )
 from kaggle_kernels.publish.submit import can_ask
 from kaggle_kernels.publish.uploads import DatasetFolder, find_dataset_folder
@@ -49,11 +48,7 @@ Path("{OUTPUT}").write_text("\\n".join(files))
 
 
 def smoke(pace: Pace, yes: bool) -> None:
-    """Try every call that push and status make, and delete what was made.
-
-    Args:
-        pace: How often and how long Kaggle is asked.
-        yes: Do not ask before.
+    """Try every call that push and status make, and delete what was made; `yes` does not ask before.
 
     Raises:
         UserError: A call did not do what it is relied on for.
@@ -69,22 +64,38 @@ def smoke(pace: Pace, yes: bool) -> None:
     kaggle.session.hooks["response"].append(
         lambda response, **_: exchanges.append(describe_exchange(response))
     )
-
-    work = Path(tempfile.mkdtemp())
-    kernel = make_kernel(kaggle.owner, slug)
     try:
-        for content in (b"a", b"b"):
-            folder = write_folder(work / "dataset", slug, content, kaggle.owner)
-            publish_dataset(kaggle, folder)
-        version, _ = push_kernel(kaggle, kernel, version_before=0)
-        check_pushed(kaggle, kernel)
-        check_run(kaggle, kernel, version, work / "output")
+        with tempfile.TemporaryDirectory() as work:
+            try_calls(kaggle, slug, Path(work))
     finally:
         delete_all(kaggle, slug)
-        names = {f"{kaggle.owner}/{slug}": "USER/SLUG", kaggle.owner: "USER", slug: "SLUG"}
-        write_transcript(exchanges, names)
-        shutil.rmtree(work)
+        write_transcript(exchanges, kaggle.owner, slug)
     print(f"every call did what it should; {TRANSCRIPT} has them, without names")
+
+
+def try_calls(kaggle: Kaggle, slug: str, work: Path) -> None:
+    """Make two versions of a dataset and a kernel of the second; UserError unless its run saw the dataset's file."""
+    for content in (b"a", b"b"):
+        publish_dataset(kaggle, write_folder(work / "dataset", slug, content, kaggle.owner))
+
+    # It names the second version, which shows whether Kaggle takes pins.
+    kernel = make_kernel(kaggle.owner, slug)
+    version = save_kernel(kaggle, kernel)
+    check_pushed(kaggle, kernel)
+
+    for _ in kaggle.pace.looks():
+        run = read_status(kaggle, kernel.ref, version)
+        if run.is_over:
+            break
+    print(f"{kernel.ref} version {version}: {run.word}", flush=True)
+    if run.word != "COMPLETE":
+        raise UserError(f"{kernel.ref}: {run.word}, expected COMPLETE: {run.failure}")
+
+    output = work / "output"
+    download_output(kaggle, kernel.ref, version, (OUTPUT,), output)
+    files = (output / OUTPUT).read_text().split() if (output / OUTPUT).is_file() else []
+    if "data.bin" not in files:
+        raise UserError(f"{kernel.ref}: the kernel saw {files}, expected data.bin among them")
 
 
 def write_folder(path: Path, slug: str, content: bytes, owner: str) -> DatasetFolder:
@@ -107,7 +118,6 @@ def make_kernel(owner: str, slug: str) -> Kernel:
         "enable_gpu": False,
         "enable_tpu": False,
         "enable_internet": False,
-        "machine_shape": None,
         "dataset_sources": [f"{owner}/{slug}/2"],
         "competition_sources": [],
         "kernel_sources": [],
@@ -116,36 +126,15 @@ def make_kernel(owner: str, slug: str) -> Kernel:
     return Kernel(CODE, metadata)
 
 
-def check_run(kaggle: Kaggle, kernel: Kernel, version: int, out: Path) -> None:
-    """Follow the run and fetch its output; UserError unless it saw the dataset's files."""
-    for _ in kaggle.pace.looks():
-        run = read_status(kaggle, kernel.ref, version)
-        if run.is_over:
-            break
-    print(f"{kernel.ref} version {version}: {run.word}", flush=True)
-    if run.word != "COMPLETE":
-        raise UserError(f"{kernel.ref}: {run.word}, expected COMPLETE: {run.failure}")
-
-    download_output(kaggle, kernel.ref, version, (OUTPUT,), out)
-    files = (out / OUTPUT).read_text().split() if (out / OUTPUT).is_file() else []
-    if "data.bin" not in files:
-        raise UserError(f"{kernel.ref}: the kernel saw {files}, expected data.bin among them")
-
-
 def describe_exchange(response: requests.Response) -> dict:
     """Describe a call and its answer: fields with their values, or with types where a value could identify somebody."""
-    try:
-        answer = response.json()
-    except ValueError:
-        answer = {}
-
-    # What is downloaded comes from a signed address elsewhere.
-    is_api = "/v1/" in response.url
+    # What is downloaded is no JSON, and comes from an address elsewhere.
+    is_json = "application/json" in response.headers.get("Content-Type", "")
     return {
-        "call": response.url.split("/v1/")[1] if is_api else "download",
+        "call": response.url.partition("/v1/")[2] or "download",
         "request": without_values(json.loads(response.request.body or b"{}")),
         "status": response.status_code,
-        "answer": without_values(answer),
+        "answer": without_values(response.json() if is_json else {}),
     }
 
 
@@ -162,11 +151,9 @@ def without_values(value: object) -> object:
     return fields
 
 
-def write_transcript(exchanges: list[dict], names: dict[str, str]) -> None:
+def write_transcript(exchanges: list[dict], owner: str, slug: str) -> None:
     """Write the calls down, with each name of the user's replaced."""
-    text = json.dumps(exchanges)
-    for name, placeholder in names.items():
-        text = text.replace(name, placeholder)
+    text = json.dumps(exchanges).replace(slug, "SLUG").replace(owner, "USER")
     write_json(TRANSCRIPT, json.loads(text))
 
 
@@ -176,11 +163,12 @@ def delete_all(kaggle: Kaggle, slug: str) -> None:
     kernel.user_name, kernel.kernel_slug = kaggle.owner, slug
     dataset = ApiDeleteDatasetRequest()
     dataset.owner_slug, dataset.dataset_slug = kaggle.owner, slug
-    for method, request in (
+    # The kernel first, which reads the dataset.
+    for delete, request in (
         (kaggle.kernels.delete_kernel, kernel),
         (kaggle.datasets.delete_dataset, dataset),
     ):
         try:
-            ask(kaggle.pace, method, request)
+            delete(request)
         except UserError as error:
             print(f"warning: {kaggle.owner}/{slug}: not deleted ({error}); delete it on Kaggle")

@@ -1,42 +1,38 @@
-"""`status SPEC` and `submit SPEC`: the pushed version followed to its end, and submitted if its output is a submission.
+"""`submit SPEC`: the pushed version submitted, once, if it is complete and has written a submission.
 
-Kaggle is asked for the pushed version itself, whatever has been run since.
+outputs/SPEC/submit.json exists from before a submission's call until it is in the ledger. The next call finds it, and looks on
+Kaggle for that submission before it makes one.
 """
 
-import csv
+import itertools
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import click
 from kagglesdk.competitions.types.competition_api_service import (
     ApiCreateCodeSubmissionRequest,
-    ApiGetSubmissionLimitsRequest,
     ApiListSubmissionsRequest,
     ApiSubmission,
 )
 
 from kaggle_kernels.build.packages import spec_folder
-from kaggle_kernels.build.spec import COMPETITIONS, Competition, Spec, read_spec
+from kaggle_kernels.build.spec import COMPETITIONS, read_spec
 from kaggle_kernels.publish.client import Kaggle, Pace, Refused, Unanswered, ask, connect
-from kaggle_kernels.publish.kernels import (
-    Kernel,
-    RunStatus,
-    download_output,
-    find_differences,
-    pull_kernel,
-    read_log,
-    read_status,
+from kaggle_kernels.publish.kernels import FEW_LOOKS, download_output, pull_kernel, read_status
+from kaggle_kernels.publish.push import (
+    PushRecord,
+    one_at_a_time,
+    read_note,
+    require_push,
 )
-from kaggle_kernels.publish.push_record import PushRecord, one_at_a_time, require_push
 from preprocess.core import ledger
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_object, write_json
 
 FILE = "submission.csv"
 RECORD = "kernel.json"
-
-LAST_LINES = 20
 SUBMISSIONS_LISTED = 100
 
 
@@ -44,72 +40,26 @@ SUBMISSIONS_LISTED = 100
 class Submission:
     """A submission that is to be made, or may have been made: outputs/SPEC/submit.json."""
 
+    competition: str  # its slug
+    kernel: str  # owner/slug
     version: int  # the kernel's
+    datasets: Mapping[str, Mapping]  # as PushRecord has them
     message: str  # by which it is found in Kaggle's list where its ref was lost
     refs_before: list[int]  # of all submissions before it
 
-
-def status(spec_path: Path, pace: Pace, wait: bool = False) -> None:
-    """Print the status of the pushed version; with `wait`, its log too, until it is over.
-
-    Raises:
-        UserError: It ended in an error, after the log's last lines; or it is not over within the patience.
-    """
-    pushed = require_push(spec_path)
-    kaggle = connect(pace)
-    try:
-        if wait:
-            run = wait_for_run(kaggle, pushed)
-        else:
-            run = read_status(kaggle, pushed.kernel, pushed.version)
-    except KeyboardInterrupt:
-        raise UserError("interrupted; run status again, which goes on from here") from None
-
-    print(f"{pushed}: {run.word}, {pushed.age} after the push", flush=True)
-    if run.is_over and run.word != "COMPLETE":
-        if not wait:
-            print_log(read_log(kaggle, pushed.kernel, pushed.version)[-LAST_LINES:])
-        failure = f": {run.failure}" if run.failure else ""
-        raise UserError(f"{pushed}: {run.word}{failure}; {pushed.url}")
-    if run.word == "COMPLETE":
-        print(f'next: python -m kaggle_kernels submit {spec_path.stem} -m "MESSAGE"')
-
-
-def wait_for_run(kaggle: Kaggle, pushed: PushRecord) -> RunStatus:
-    """Wait until the pushed version has run, and print changes of its status and new lines of its log."""
-    last_word = ""
-    lines_printed = 0
-    for _ in kaggle.pace.looks():
-        run = read_status(kaggle, pushed.kernel, pushed.version)
-        # The log of a run that waits is empty.
-        if run.word != "QUEUED":
-            lines = read_log(kaggle, pushed.kernel, pushed.version)
-            print_log(lines[lines_printed:])
-            lines_printed = max(lines_printed, len(lines))
-        if run.is_over:
-            return run
-
-        # Each change of the status is printed once.
-        if run.word != last_word:
-            print(f"{pushed}: {run.word}, {pushed.age} after the push", flush=True)
-            last_word = run.word
-    raise UserError(f"{pushed}: still {run.word}; run status again, which goes on waiting")
-
-
-def print_log(lines: list[str]) -> None:
-    """Print lines of a kernel's log, so that they cannot be taken for ours."""
-    for line in lines:
-        print(f"  | {line}", flush=True)
+    def is_of(self, pushed: PushRecord, message: str) -> bool:
+        """Whether it is of that version, with that message."""
+        wanted = (pushed.kernel, pushed.version, message)
+        return (self.kernel, self.version, self.message) == wanted
 
 
 def submit(
     spec_path: Path, message: str, pace: Pace, yes: bool = False, again: bool = False
 ) -> None:
-    """Submit the pushed version once it is complete and its submission.csv is one.
+    """Submit the pushed version once it is complete and has written a submission.
 
     Raises:
-        UserError: The version is not complete, or was submitted before; its output is no submission; or none is
-            left today.
+        UserError: The version is not complete, or was submitted before; its output lacks a submission; or Kaggle refuses it.
     """
     if not message.strip():
         raise UserError(
@@ -118,30 +68,13 @@ def submit(
     if not yes and not can_ask():
         raise UserError("submit asks before it submits, and there is nobody to ask: add --yes")
 
-    spec = read_spec(spec_path)
-    competition = COMPETITIONS[spec.competition]
     pushed = require_push(spec_path)
     kaggle = connect(pace)
-    out = spec_folder(spec_path) / "output"
     with one_at_a_time(spec_folder(spec_path) / "submit.lock", "submit"):
-        if finish_interrupted(kaggle, spec_path, competition, pushed, message):
-            return
-        check_not_submitted(pushed, again)
-        check_complete(kaggle, pushed)
-        check_output(kaggle, pushed, competition, out)
-        check_made_by(pushed, out / RECORD)
-
-        # A submission of the day is spent for good: the user sees before what it would be.
-        print_summary(spec, pushed, message, out)
-        check_allowance(kaggle, competition)
-        if not yes and not click.confirm("submit this?"):
-            raise UserError("nothing was submitted")
-
-        # What is in the list already is not this one, also with the same message.
-        refs_before = [listed.ref for listed in list_submissions(kaggle, competition)]
-        submission = Submission(pushed.version, message, refs_before)
-        ref = send(kaggle, spec_path, competition, pushed, submission)
-        record_submission(spec_path, competition, pushed, submission, ref)
+        interrupted = finish_interrupted(kaggle, spec_path)
+        is_done = interrupted is not None and interrupted.is_of(pushed, message)
+        if not is_done:
+            submit_pushed(kaggle, spec_path, pushed, message, yes, again)
 
 
 def can_ask() -> bool:
@@ -149,14 +82,73 @@ def can_ask() -> bool:
     return sys.stdin.isatty()
 
 
-def check_not_submitted(pushed: PushRecord, again: bool) -> None:
-    """Raise UserError where the ledger has a submission of this version, unless it is to be submitted again."""
+def finish_interrupted(kaggle: Kaggle, spec_path: Path) -> Submission | None:
+    """Finish an interrupted call of submit: the submission that it made, now in the ledger; None where it made none."""
+    note = note_path(spec_path)
+    if not note.is_file():
+        return None
+
+    # Kaggle may show late what it has just taken.
+    interrupted = read_note(note, Submission)
+    for _ in itertools.islice(kaggle.pace.looks(), FEW_LOOKS):
+        ref = find_ref(kaggle, interrupted)
+        if ref is not None:
+            record_submission(spec_path, interrupted, ref)
+            return interrupted
+    note.unlink()
+    return None
+
+
+def find_ref(kaggle: Kaggle, submission: Submission) -> int | None:
+    """Look in Kaggle's list for a submission whose answer was lost; its ref, or None where it is not there."""
+    for listed in list_submissions(kaggle, submission.competition):
+        # Kaggle trims a message.
+        is_same = (listed.description or "").split() == submission.message.split()
+        if is_same and listed.ref not in submission.refs_before:
+            return listed.ref
+    return None
+
+
+def submit_pushed(
+    kaggle: Kaggle, spec_path: Path, pushed: PushRecord, message: str, yes: bool, again: bool
+) -> None:
+    """Check the pushed version and its output, ask, and submit it."""
+    # From the cheapest check to the download.
+    competition = COMPETITIONS[read_spec(spec_path).competition].slug
+    if not again:
+        check_not_submitted(pushed)
+    check_complete(kaggle, pushed)
+    check_output(kaggle, pushed, spec_folder(spec_path) / "output")
+
+    # A submission of the day is spent for good: the user sees before what it would be.
+    print(f"{pushed}, pushed {pushed.age} ago, to {competition}")
+    for ref, dataset in pushed.datasets.items():
+        print(f"  {ref} version {dataset['version']}")
+    print(f"message: {message}")
+    if not yes and not click.confirm("submit this?"):
+        raise UserError("nothing was submitted")
+
+    # What is in the list already is not this one, also with the same message.
+    refs_before = [listed.ref for listed in list_submissions(kaggle, competition)]
+    submission = Submission(
+        competition=competition,
+        kernel=pushed.kernel,
+        version=pushed.version,
+        datasets=pushed.datasets,
+        message=message,
+        refs_before=refs_before,
+    )
+    ref = send(kaggle, spec_path, submission)
+    record_submission(spec_path, submission, ref)
+
+
+def check_not_submitted(pushed: PushRecord) -> None:
+    """Raise UserError where the ledger has a submission of this version."""
     for entry in ledger.read():
         kernel_version = (entry.get("kernel"), entry.get("kernel_version"))
         is_same = entry["event"] == "submit" and kernel_version == (pushed.kernel, pushed.version)
         # A kernel that was made anew counts its versions from 1 again.
-        is_of_this_push = entry.get("time", "") >= pushed.time
-        if is_same and is_of_this_push and not again:
+        if is_same and entry.get("time", "") >= pushed.time:
             raise UserError(
                 f"{pushed}: was submitted at {entry['time']} as {entry['submission_ref']} "
                 f"({entry['message']!r}); --again submits it once more"
@@ -164,17 +156,17 @@ def check_not_submitted(pushed: PushRecord, again: bool) -> None:
 
 
 def check_complete(kaggle: Kaggle, pushed: PushRecord) -> None:
-    """Raise UserError unless Kaggle has the pushed version as it was pushed, and has run it."""
+    """Check that Kaggle has the pushed version as it was pushed, and has run it.
+
+    Raises:
+        UserError: It has not.
+    """
     shown = pull_kernel(kaggle, pushed.kernel, pushed.version)
     if shown is None:
         raise UserError(f"{pushed.kernel}: is not on Kaggle any more; run push again")
-
-    # Only the hash of the pushed code is known here.
-    problems = find_differences(Kernel(shown.code, pushed.fingerprint["metadata"]), shown)
+    # A kernel that was removed and made anew counts its versions from 1 again.
     if shown.fingerprint()["code"] != pushed.fingerprint["code"]:
-        problems.insert(0, "the code is another one")
-    if problems:
-        raise UserError(f"{pushed}: is not what was pushed: {'; '.join(problems)}; run push again")
+        raise UserError(f"{pushed}: is not what was pushed, its code is another; run push again")
 
     run = read_status(kaggle, pushed.kernel, pushed.version)
     if run.word != "COMPLETE":
@@ -183,186 +175,72 @@ def check_complete(kaggle: Kaggle, pushed: PushRecord) -> None:
         )
 
 
-def check_output(kaggle: Kaggle, pushed: PushRecord, competition: Competition, out: Path) -> None:
-    """Download the run's submission.csv and kernel.json; UserError unless the first is a submission."""
+def check_output(kaggle: Kaggle, pushed: PushRecord, out: Path) -> None:
+    """Raise UserError unless the run has written a submission, with the packages that were pushed.
+
+    The kernel itself has checked submission.csv. The pins of the datasets may not have held, and the output that Kaggle gives
+    out may be that of another version: kernel.json tells.
+    """
     download_output(kaggle, pushed.kernel, pushed.version, (FILE, RECORD), out)
-    path = out / FILE
-    if not path.is_file():
-        raise UserError(f"{pushed}: its output has no {FILE}; its log says why: status")
+    for name in (FILE, RECORD):
+        if not (out / name).is_file():
+            raise UserError(f"{pushed}: its output has no {name}; its log says why: status")
 
-    # Three rows of the visible test file.
-    with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        rows = list(csv.reader(file))
-    header = rows[0] if rows else []
-    expected = ["id", *competition.columns]
-    if header != expected:
-        raise UserError(
-            f"{path}: its columns are {','.join(header)!r}, {competition.slug} wants "
-            f"{','.join(expected)!r}"
-        )
-    if len(rows) == 1:
-        raise UserError(f"{path}: has no rows; download or run it again")
-    for number, row in enumerate(rows, start=1):
-        if len(row) != len(expected):
-            raise UserError(f"{path}: line {number} is not whole; download or run it again")
-
-
-def check_made_by(pushed: PushRecord, path: Path) -> None:
-    """Raise UserError unless kernel.json is of the pushed kernel with the pushed packages."""
-    # A kernel writes down which build it is, and which packages it found.
-    record = read_object(path) if path.is_file() else {}
+    # kernel.json names packages by their slugs, whoever owns them.
     manifests_pushed = {}
     for ref, dataset in pushed.datasets.items():
         manifests_pushed[ref.split("/")[1]] = dataset["manifest"]
 
+    manifests_run = read_object(out / RECORD).get("manifests") or {}
     others = []
-    if (record.get("settings") or {}).get("build") != pushed.build:
-        others.append("kernel")
-    manifests_run = record.get("manifests") or {}
     for slug, manifest in manifests_run.items():
         if manifests_pushed.get(slug) != manifest:
             others.append(slug)
-
     if others or not manifests_run:
-        names = " and another ".join(others or ["run"])
+        names = " and ".join(others) or "run"
         raise UserError(
             f"{pushed}: the output that Kaggle has is of another {names}; give it a minute, then "
             "status --wait and submit; if it stays, push --again"
         )
 
 
-def list_submissions(kaggle: Kaggle, competition: Competition) -> list[ApiSubmission]:
-    """List the newest submissions of this account, the newest first."""
+def list_submissions(kaggle: Kaggle, competition: str) -> list[ApiSubmission]:
+    """List the newest submissions of this account to a competition (its slug), the newest first."""
     request = ApiListSubmissionsRequest()
-    request.competition_name = competition.slug
+    request.competition_name = competition
     request.page_size = SUBMISSIONS_LISTED
     answer = ask(kaggle.pace, kaggle.competitions.list_submissions, request)
     return answer.submissions or []
 
 
-def check_allowance(kaggle: Kaggle, competition: Competition) -> None:
-    """Print how many submissions Kaggle allows today (UTC); UserError where none."""
-    request = ApiGetSubmissionLimitsRequest()
-    request.competition_name = competition.slug
-    try:
-        limits = ask(kaggle.pace, kaggle.competitions.get_submission_limits, request)
-    except Refused as error:
-        # Kaggle has the last word when the submission is made.
-        print(f"submissions left today: not known ({error})")
-        return
+def send(kaggle: Kaggle, spec_path: Path, submission: Submission) -> int:
+    """Submit a kernel's version; the submission's ref. The call is never repeated.
 
-    # An account that has not joined is allowed none in all.
-    if limits.num_allowed_now < 1 and limits.num_total == 0:
-        raise UserError(
-            f"{competition.slug}: Kaggle allows you none: join it there, and accept its rules"
-        )
-    if limits.num_allowed_now < 1:
-        raise UserError(
-            f"{competition.slug}: no submission is left today; the day ends at 24:00 UTC"
-        )
-    print(f"submissions left today: {limits.num_allowed_now}", flush=True)
-
-
-def print_summary(spec: Spec, pushed: PushRecord, message: str, out: Path) -> None:
-    """Print what is about to be submitted."""
-    rows = (out / FILE).read_text(encoding="utf-8", errors="replace").count("\n") - 1
-    print(f"{pushed}, pushed {pushed.age} ago: {FILE} has {rows} rows in the visible run")
-    for ref, dataset in pushed.datasets.items():
-        print(f"  {ref} version {dataset['version']}")
-    print(f"validation: {describe_validation(spec, out)}")
-    print(f"message: {message}")
-
-
-def describe_validation(spec: Spec, out: Path) -> str:
-    """Say which accuracy is known: of the visible run on Kaggle, and of each package's training."""
-    lines = []
-    quality = (read_object(out / RECORD).get("visible") or {}).get("quality") or {}
-    if "accuracy" in quality:
-        lines.append(
-            f"accuracy {quality['accuracy']:.4f} ± {quality['standard_error']:.4f} on Kaggle, "
-            f"{quality['judged']} rows"
-        )
-    for package in spec.packages:
-        path = Path("outputs") / package.run / "metrics.json"
-        accuracy = read_object(path).get("accuracy") if path.is_file() else None
-        if accuracy is not None:
-            lines.append(f"accuracy {accuracy:.4f} of {package.run} in training")
-    return "; ".join(lines) or "no accuracy is known here"
-
-
-def send(
-    kaggle: Kaggle,
-    spec_path: Path,
-    competition: Competition,
-    pushed: PushRecord,
-    submission: Submission,
-) -> int:
-    """Submit once; the submission's ref on Kaggle, or UserError where it refuses or its answer is lost."""
+    Raises:
+        UserError: Kaggle refuses it, or its answer was lost; the next call of submit then looks for it first.
+    """
     request = ApiCreateCodeSubmissionRequest()
-    request.competition_name = competition.slug
-    request.kernel_owner, request.kernel_slug = pushed.kernel.split("/")
+    request.competition_name = submission.competition
+    request.kernel_owner, request.kernel_slug = submission.kernel.split("/")
     request.kernel_version = submission.version
     request.file_name = FILE
     request.submission_description = submission.message
 
     # Before the call, so that a killed process leaves a trace.
     note = note_path(spec_path)
-    write_json(note, vars(submission))
+    write_json(note, asdict(submission))
+    name = f"{submission.kernel} version {submission.version}"
     try:
-        method = kaggle.competitions.create_code_submission
-        answer = ask(kaggle.pace, method, request, changes_something=True)
+        return kaggle.competitions.create_code_submission(request).ref
     except Refused as error:
         # It is certain that nothing was submitted.
         note.unlink()
-        raise UserError(f"{pushed}: not submitted: {error}") from None
+        raise UserError(f"{name}: not submitted: {error}") from None
     except Unanswered as error:
-        # Asking again could make a second submission.
-        for _ in kaggle.pace.few_looks():
-            ref = find_lost_submission(kaggle, competition, submission)
-            if ref is not None:
-                return ref
         raise UserError(
-            f"{pushed}: perhaps submitted, perhaps not: {error}; run submit again, which looks for "
+            f"{name}: perhaps submitted, perhaps not: {error}; run submit again, which looks for "
             "it first"
         ) from None
-    return answer.ref
-
-
-def find_lost_submission(
-    kaggle: Kaggle, competition: Competition, submission: Submission
-) -> int | None:
-    """Look in Kaggle's list for a submission whose answer was lost; its ref, or None where it is not there."""
-    for listed in list_submissions(kaggle, competition):
-        # Kaggle trims a message.
-        is_same = (listed.description or "").split() == submission.message.split()
-        if is_same and listed.ref not in submission.refs_before:
-            return listed.ref
-    return None
-
-
-def finish_interrupted(
-    kaggle: Kaggle, spec_path: Path, competition: Competition, pushed: PushRecord, message: str
-) -> bool:
-    """Finish an interrupted call of submit: look for its submission on Kaggle, and record it.
-
-    Returns:
-        Whether that submission is the one asked for now, so that none is left to make.
-    """
-    # The note exists from before a submission's call until it is in the ledger.
-    note = note_path(spec_path)
-    if not note.is_file():
-        return False
-
-    # A minute or more has passed since: one look will do.
-    interrupted = Submission(**read_object(note))
-    ref = find_lost_submission(kaggle, competition, interrupted)
-    if ref is None:
-        note.unlink()
-        return False
-
-    record_submission(spec_path, competition, pushed, interrupted, ref)
-    is_same_version = interrupted.version == pushed.version
-    return is_same_version and interrupted.message == message
 
 
 def note_path(spec_path: Path) -> Path:
@@ -370,23 +248,22 @@ def note_path(spec_path: Path) -> Path:
     return spec_folder(spec_path) / "submit.json"
 
 
-def record_submission(
-    spec_path: Path, competition: Competition, pushed: PushRecord, submission: Submission, ref: int
-) -> None:
+def record_submission(spec_path: Path, submission: Submission, ref: int) -> None:
     """Write a submission into the ledger, and tell the user."""
     ledger.record(
         "submit",
         spec=spec_path.stem,
-        competition=competition.slug,
+        competition=submission.competition,
         message=submission.message,
         submission_ref=str(ref),
-        kernel=pushed.kernel,
+        kernel=submission.kernel,
         kernel_version=submission.version,
-        datasets=pushed.datasets,
+        datasets=submission.datasets,
     )
     # After the ledger: a call that is killed between them finds the note, and writes the line again.
     note_path(spec_path).unlink(missing_ok=True)
     print(
-        f"submitted: {pushed.kernel} version {submission.version} to {competition.slug} as {ref}",
+        f"submitted: {submission.kernel} version {submission.version} to {submission.competition} "
+        f"as {ref}",
         flush=True,
     )

@@ -26,7 +26,6 @@ from kaggle_kernels.rehearsal.rows import (
 )
 from kaggle_kernels.rehearsal.sandbox import Conditions, KernelRun, find_python, run_as_kaggle
 from kaggle_kernels.rehearsal.throughput import (
-    format_duration,
     measure_speed,
     predict_runs,
     record_predictions,
@@ -35,6 +34,7 @@ from kaggle_kernels.rehearsal.throughput import (
 from kaggle_kernels.rehearsal.validate import check_results, choose_tolerance
 from kaggle_kernels.rehearsal.verdicts import measure_quality, read_verdicts
 from preprocess.core import ledger
+from preprocess.core.durations import format_duration
 from preprocess.core.errors import UserError
 from preprocess.core.files import atomic_file, read_object, write_json
 

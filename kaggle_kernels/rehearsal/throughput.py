@@ -20,6 +20,7 @@ from kaggle_kernels.runtime.scheduling import plan
 from kaggle_kernels.runtime.visible import HIDDEN_ROWS
 from postprocess.memory.model_size import weight_bytes
 from postprocess.memory.t4_fit import GPUS as T4S
+from preprocess.core.durations import format_duration
 
 # About a quarter of the 65e12 that NVIDIA's data sheet gives for float16. Two public runs on two
 # T4s come to the same: vLLM with a 14B in 8 bits at 70,000 tokens a minute, which is
@@ -218,18 +219,6 @@ def format_prediction(prediction: Prediction) -> str:
         share = (clock_seconds - prediction.one_order) / prediction.second_order
         line += f"; the clock has room for {share:.0%} of the second order"
     return line
-
-
-def format_duration(seconds: float) -> str:
-    """Format seconds as 45 s, 12 min, or 1 h 52 min."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-
-    # Rounded before it is split, so that 3,599 s are 1 h 00 min and not 60 min.
-    hours, minutes = divmod(round(seconds / 60), 60)
-    if hours == 0:
-        return f"{minutes} min"
-    return f"{hours} h {minutes:02} min"
 
 
 def record_predictions(predictions: Sequence[Prediction]) -> list[dict]:

@@ -24,6 +24,7 @@ from postprocess.report.position_bias import find_flips
 from postprocess.report.results import Measurements
 from postprocess.report.run_data import Agreement, RunData, training_record
 from postprocess.report.worst_rows import show_controls
+from preprocess.core.durations import format_duration
 
 PAGE_FOLDER = Path(__file__).parent
 LETTERS = {"model_a": "A", "model_b": "B", "tie": "tie"}
@@ -183,16 +184,6 @@ def training_facts(run: RunData) -> list[tuple[str, str]]:
         ("pairs", metrics.get("pairs_sha256", "")[:HASH_DIGITS]),
         ("versions", ", ".join(installed)),
     ]
-
-
-def format_duration(seconds: float) -> str:
-    """Write a duration as 1 h 5 min, 7 min or 24 s."""
-    minutes = round(seconds / 60)
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    if minutes >= 2:
-        return f"{minutes} min"
-    return f"{seconds:.0f} s"
 
 
 # Pictures

@@ -44,7 +44,7 @@ def test_commands_exist_and_know_their_options(page):
         ("graph", ["make"]),
         ("kernels", ["build", "weigh", "wheels"]),
         ("packaging", ["package"]),
-        ("publishing", ["smoke", "push", "status", "submit", "scores", "quota"]),
+        ("publishing", ["smoke", "push", "status", "submit", "scores"]),
         ("rehearsal", ["rehearse"]),
         ("report", ["report"]),
         ("tracking", ["sweep"]),

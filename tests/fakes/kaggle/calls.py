@@ -4,7 +4,6 @@ Names of calls and fields are those of kagglesdk, which ignores what it does not
 kagglesdk's own response type, so that the two cannot drift apart.
 """
 
-import re
 from collections.abc import Callable
 
 import kagglesdk.blobs.types.blob_api_service as blobs
@@ -12,6 +11,7 @@ import kagglesdk.competitions.types.competition_api_service as competitions
 import kagglesdk.datasets.types.dataset_api_service as datasets
 import kagglesdk.kernels.types.kernels_api_service as kernels
 import kagglesdk.security.types.oauth_service as oauth
+from slugify import slugify
 
 from tests.fakes.kaggle.site import OWNER, TOKEN, Blob, Dataset, Kernel, KernelVersion, Run, Site, Submission, Version
 
@@ -41,8 +41,6 @@ def create_dataset(site: Site, fields: dict) -> dict:
     if ref in site.datasets:
         return {"status": "error", "error": f'The requested title "{fields["title"]}" is already in use by a dataset.'}
     files = received_files(site, fields)
-    if refused := over_quota(site, files):
-        return refused
     site.datasets[ref] = Dataset(ref, fields["title"], fields["licenseName"], fields.get("isPrivate", False))
     return add_version(site, site.datasets[ref], "Initial release", files)
 
@@ -53,8 +51,6 @@ def create_dataset_version(site: Site, fields: dict) -> dict:
         raise Refusal(403, "Permission 'datasets.update' was denied")
     body = fields["body"]
     files = received_files(site, body)
-    if refused := over_quota(site, files):
-        return refused
     return add_version(site, dataset, body.get("versionNotes", ""), files)
 
 
@@ -63,12 +59,6 @@ def received_files(site: Site, fields: dict) -> dict[str, bytes]:
     if None in blobs or not all(blob.complete for blob in blobs):
         raise Refusal(400, "A file's token is unknown, or its upload was not completed")
     return {blob.name: bytes(blob.content) for blob in blobs}
-
-
-def over_quota(site: Site, files: dict[str, bytes]) -> dict | None:
-    if site.storage_bytes_used + sum(map(len, files.values())) > site.storage_bytes_allowed:
-        return {"status": "error", "error": "Your private datasets quota is exceeded"}
-    return None
 
 
 def add_version(site: Site, dataset: Dataset, notes: str, files: dict[str, bytes]) -> dict:
@@ -121,8 +111,6 @@ def page(rows: list, fields: dict) -> tuple[list, str]:
 
 
 def save_kernel(site: Site, fields: dict) -> dict:
-    if fields.get("enableGpu") and site.gpu_seconds_used >= site.gpu_seconds_allowed:
-        return {"error": f"Maximum weekly GPU quota of {site.gpu_seconds_allowed / 3600:.2f} hours reached"}
     ref = fields["slug"]
     if ref not in site.kernels and fields.get("newTitle"):
         ref = f"{ref.split('/')[0]}/{slugify(fields['newTitle'])}"  # a new kernel lands where its title says
@@ -153,10 +141,6 @@ def has_ready_version(site: Site, source: str) -> bool:
     dataset = site.datasets.get(f"{owner}/{slug}")
     version = dataset and dataset.find(int(number[0]) if number else None)
     return bool(version) and version.status == "READY"
-
-
-def slugify(title: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
 
 
 def find_kernel(site: Site, fields: dict) -> KernelVersion:
@@ -202,11 +186,6 @@ def list_kernel_session_output(site: Site, fields: dict) -> dict:
     return {"files": rows, "log": "".join(version.run.log), "nextPageToken": token}
 
 
-def get_accelerator_quota_statistics(site: Site, fields: dict) -> dict:
-    gpu = {"timeUsed": f"{site.gpu_seconds_used}s", "totalTimeAllowed": f"{site.gpu_seconds_allowed}s"}
-    return {"quotaRefreshTime": "2026-01-03T00:00:00.000Z", "gpuQuota": gpu}
-
-
 def create_code_submission(site: Site, fields: dict) -> dict:
     competition, file_name = fields["competitionName"], fields["fileName"]
     if competition not in site.competitions:
@@ -237,11 +216,6 @@ def shown(submission: Submission) -> dict:
     if submission.status == "COMPLETE":
         shown_fields |= {"publicScore": submission.public_score, "privateScore": submission.private_score}
     return shown_fields
-
-
-def get_submission_limits(site: Site, fields: dict) -> dict:
-    made = len(site.submissions)
-    return {"numToday": made, "numTotal": made, "numAllowedNow": max(site.submissions_a_day - made, 0)}
 
 
 def delete_dataset(site: Site, fields: dict) -> dict:
@@ -277,16 +251,11 @@ CALLS: dict[str, tuple[Callable[[Site, dict], dict], type | None]] = {
         list_kernel_session_output,
         kernels.ApiListKernelSessionOutputResponse,
     ),
-    "kernels.KernelsApiService/GetAcceleratorQuotaStatistics": (
-        get_accelerator_quota_statistics,
-        kernels.ApiGetAcceleratorQuotaStatisticsResponse,
-    ),
     "competitions.CompetitionApiService/CreateCodeSubmission": (
         create_code_submission,
         competitions.ApiCreateCodeSubmissionResponse,
     ),
     "competitions.CompetitionApiService/ListSubmissions": (list_submissions, competitions.ApiListSubmissionsResponse),
-    "competitions.CompetitionApiService/GetSubmissionLimits": (get_submission_limits, competitions.ApiSubmissionLimits),
 }
 
 

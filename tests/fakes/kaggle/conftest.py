@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from tests.fakes.kaggle.guard import fail_on_trespass, kaggle_environment, refuse_unless_loopback
+from tests.fakes.kaggle.guard import fail_on_trespass, kaggle_environment
 from tests.fakes.kaggle.server import KaggleServer
 
 
@@ -22,7 +22,6 @@ def kaggle(tmp_path, monkeypatch):
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     try:
-        refuse_unless_loopback(server)
         yield server
     finally:
         server.shutdown()

@@ -1,15 +1,9 @@
 """A stand-in for Kaggle that kagglesdk and the real `kaggle` command talk to; see the fixture `kaggle` for its use.
 
-    server.site                what Kaggle has: datasets, kernels, submissions, quotas (site.py); set what you like
+    server.site                what Kaggle has: datasets, kernels, submissions (site.py); set what you like
     server.site.runs.append(Run(statuses=["RUNNING", "ERROR"], failure="out of memory"))      # of the next push
     server.faults.append(Fault("CreateDatasetVersion", status=503))                           # once; times=3 for thrice
-    server.faults.append(error_under_200("SaveKernel", "Maximum batch GPU session count of 2 reached"))
-    server.faults.append(Fault("PUT", where="model.safetensors", breaks_after_bytes=1000))    # an upload broken off
-    server.faults.append(Fault("CreateDataset", loses=("config.json",)))                      # a file that never arrives
-    server.faults.append(Fault("SaveKernel", loses_answer=True))                              # done, but nobody hears of it
     server.requests            each request: call, JSON, bytes of its body
-    server.calls("SaveKernel") those of one call
-    server.uploaded_bytes("model.safetensors")   what came up for files of that name, all attempts together
     server.stalled.wait(30)    until an upload has stalled: Fault("PUT", breaks_after_bytes=1000, stalls=True)
     server.hung_up.wait(30)    until the client of a stalled upload has gone
     server.trespasses          requests for any other host, all refused; the fixture fails the test if there are any
@@ -35,7 +29,7 @@ API = "/api/v1/"
 
 @dataclass
 class Fault:
-    """Something that goes wrong at a call: its method's name, PUT for uploads, GET for downloads.
+    """Something that goes wrong at a call: its method's name, PUT for uploads.
 
     It happens `times` times, and only where `where` stands in the request's JSON or, for an upload, is the file's name.
     """
@@ -222,13 +216,7 @@ class Handler(BaseHTTPRequestHandler):
         return not self.close_connection
 
     def pieces(self):
-        """The body in pieces as they arrive, by length or in chunks; an end before its time closes the connection."""
-        if "chunked" in self.headers.get("Transfer-Encoding", ""):
-            while size := int(self.rfile.readline(), 16):
-                yield self.rfile.read(size)
-                self.rfile.readline()
-            self.rfile.readline()
-            return
+        """The body in pieces as they arrive; an end before its time closes the connection."""
         left = int(self.headers.get("Content-Length", 0))
         while left and (piece := self.rfile.read1(min(left, 1 << 16))):
             left -= len(piece)
@@ -241,10 +229,6 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse_stranger(self.path)
         path = unquote(urlsplit(self.path).path)
         self.note("GET", {"path": path})
-        fault = self.server.take_fault("GET", path)
-        time.sleep(fault.seconds)
-        if fault.status:
-            return self.send(fault.status, b"<html></html>")
         content = file_content(self.server.site, path)
         return self.send(404, b"") if content is None else self.send(200, content)
 

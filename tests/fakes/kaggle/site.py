@@ -126,10 +126,3 @@ class Site:
     takes_pins: bool = True  # owner/slug/VERSION as a kernel's dataset source
     docker_image: str = "kaggle/image:1"
     submissions_a_day: int = 5
-    gpu_seconds_used: int = 0
-    gpu_seconds_allowed: int = 30 * 3600
-    storage_bytes_allowed: int = 200 * 1024**3
-
-    @property
-    def storage_bytes_used(self) -> int:
-        return sum(len(content) for dataset in self.datasets.values() for v in dataset.versions for content in v.files.values())

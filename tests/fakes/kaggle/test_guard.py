@@ -1,25 +1,9 @@
-"""No test may reach Kaggle: the guard refuses every environment from which a request could leave this machine."""
+"""No test may reach Kaggle: nobody's credentials are used, and every other host is refused."""
 
 import pytest
 import requests
 
-from tests.fakes.kaggle.guard import fail_on_trespass, kaggle_environment, refuse_unless_loopback
-
-
-@pytest.mark.parametrize(
-    "name, value, message",
-    [
-        ("KAGGLE_API_ENVIRONMENT", "TEST", "KAGGLE_API_ENVIRONMENT is not LOCALHOST"),
-        ("KAGGLE_API_TOKEN", "KGAT_0", "KAGGLE_API_TOKEN is not the stand-in's"),
-        ("https_proxy", "http://192.0.2.1", "https://www.kaggle.com would be asked by way of http://192.0.2.1"),
-        ("no_proxy", "*", "http://localhost would be asked by way of None"),
-    ],
-)
-def test_an_environment_that_lets_requests_out_is_refused(kaggle, monkeypatch, name, value, message):
-    refuse_unless_loopback(kaggle)
-    monkeypatch.setenv(name, value)
-    with pytest.raises(pytest.fail.Exception, match=message):
-        refuse_unless_loopback(kaggle)
+from tests.fakes.kaggle.guard import fail_on_trespass, kaggle_environment
 
 
 def test_credentials_of_the_person_who_runs_the_tests_are_left_out(kaggle, monkeypatch, tmp_path):

@@ -12,12 +12,10 @@ from click.testing import CliRunner, Result
 from safetensors.numpy import save
 
 from kaggle_kernels.__main__ import main
-from kaggle_kernels.build.bundle import build_mark, kernel_folder
 from kaggle_kernels.build.memory_fit import Fit, fit_packages
 from kaggle_kernels.build.packages import AS_TRAINED, package_folder
 from kaggle_kernels.build.spec import COMPETITIONS, read_spec
 from postprocess.package import dataset_metadata
-from preprocess.core import ledger
 from preprocess.core.files import sha256
 from preprocess.model_input import Contract
 from recipes.pairwise.contract import MODEL_INPUT
@@ -28,18 +26,11 @@ WHEELS = Path("outputs/wheels")
 FAST = ("--poll-seconds", "0.01", "--patience-seconds", "20")
 SMALL, DATASET, KERNEL = "minilm_cls", "tester/pairwise-minilm-cls", "tester/pairwise-minilm"  # one package, no wheels
 WEIGHT_BYTES, HEADER_BYTES = 20_000, 80
-RAW_SHA256, PAIRS_SHA256 = "1" * 64, "2" * 64
-METRICS = {"accuracy": 0.7, "log_loss": 0.6}
 
 
 def pretend_ready(spec_path: Path, seed: int = 1) -> dict[str, Path]:
-    """Put everything that a push of the spec needs into outputs/ here, and into the ledger how it came to be.
-
-    The folders that become datasets, by slug.
-    """
+    """Put everything that a push of the spec needs into outputs/ here; the folders that become datasets, by slug."""
     spec = read_spec(spec_path)
-    raw = [{"file": "data/train.parquet", "sha256": RAW_SHA256, "rows": 300}]
-    ledger.record("pairs", sources=raw, pairs="data/pairs.parquet", pairs_sha256=PAIRS_SHA256, rows=290)
     packages = {fit.package.dataset: pretend_package(fit, seed) for fit in fit_packages(spec_path, spec)}
     make_pushable(spec_path, packages)
     return packages | ({spec.wheels: pretend_wheels(spec.wheels)} if spec.wheels else {})
@@ -63,18 +54,7 @@ def pretend_package(fit: Fit, seed: int) -> Path:
     files = {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size} for path in sorted(folder.iterdir())}
     manifest = {"files": files, "quantize": block.package.quantize, "golden": [{"id": "first", "probabilities": [0.5, 0.5]}]}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    (folder.parent / "metrics.json").write_text(json.dumps(METRICS))
-    record_history(fit, folder)
     return folder
-
-
-def record_history(fit: Fit, folder: Path) -> None:
-    """What training and packaging wrote into the ledger."""
-    run, contract = str(folder.parent), sha256(folder / "contract.json")
-    of_pairs = {"pairs": "data/pairs.parquet", "pairs_sha256": PAIRS_SHA256, "fold": 0}
-    of_recipe = {"recipe": fit.recipe.path, "recipe_sha256": sha256(fit.recipe.path)}
-    ledger.record("train", run=run, contract=contract, metrics=METRICS, **of_recipe, **of_pairs)
-    ledger.record("package", run=run, manifest=sha256(folder / "manifest.json"), trained={run: contract})
 
 
 def weights(seed: str) -> bytes:
@@ -91,7 +71,6 @@ def pretend_wheels(slug: str) -> Path:
     facts = {"file": wheel.name, "sha256": sha256(wheel), "bytes": 5000, "name": "bitsandbytes", "version": "1"}
     (WHEELS / "wheels.json").write_text(json.dumps({"wheels": [facts]}))
     write_metadata(WHEELS, slug, "MIT")
-    ledger.record("package", dataset=slug, manifest=sha256(WHEELS / "wheels.json"), wheels=["bitsandbytes 1"])
     return WHEELS
 
 
@@ -112,14 +91,13 @@ def write_metadata(folder: Path, slug: str, licence: str) -> None:
 
 
 def output_of(spec_path: Path) -> dict[str, bytes]:
-    """What the kernel of the spec leaves behind: a submission of two rows, and by which build and packages it was made."""
+    """What the kernel of the spec leaves behind: a submission of two rows, and with which packages it was made."""
     spec = read_spec(spec_path)
     columns = COMPETITIONS[spec.competition].columns
     values = ["model_a"] if len(columns) == 1 else ["0.5", "0.25", "0.25"]
     lines = [",".join(["id", *columns]), *(",".join([str(row), *values]) for row in (1, 2))]
-    build = build_mark((kernel_folder(spec_path) / "kernel.py").read_text(encoding="utf-8"))
     manifests = {package.dataset: sha256(package_folder(package.run) / "manifest.json") for package in spec.packages}
-    record = json.dumps({"settings": {"build": build}, "manifests": manifests})
+    record = json.dumps({"manifests": manifests})
     return {"submission.csv": "".join(f"{line}\n" for line in lines).encode(), "kernel.json": record.encode()}
 
 

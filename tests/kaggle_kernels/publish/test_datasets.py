@@ -5,17 +5,16 @@ import random
 import pytest
 
 from kaggle_kernels.publish.client import Pace, connect
-from kaggle_kernels.publish.datasets import RemoteDataset, plan_dataset, publish_dataset
+from kaggle_kernels.publish.datasets import RemoteDataset, publish_dataset
 from kaggle_kernels.publish.uploads import WORK, find_dataset_folder
 from preprocess.core.errors import UserError
 from preprocess.core.files import sha256
-from tests.fakes.kaggle.server import Fault
+from tests.fakes.kaggle.server import Fault, error_under_200
 from tests.fakes.kaggle.site import Dataset, Version
 from tests.kaggle_kernels.publish.pushes import files_of, make_folder
 
 FAST = Pace(poll_seconds=0.02, patience_seconds=30)
 REF = "tester/tiny-two"
-CREATING = ("CreateDataset", "CreateDatasetVersion")
 
 
 @pytest.fixture
@@ -45,43 +44,73 @@ def test_new_then_unchanged_then_a_new_version(folder, kaggle, capsys):
     assert not (WORK / "tiny-two").exists()
     assert publish(folder) == made
     assert len(kaggle.calls("StartBlobUpload")) == 3
-
-    make_folder(folder, config__json=b"[]")
-    assert plan_dataset(connect(FAST), find_dataset_folder(folder, "tester")) == (2, True)
-    assert publish(folder)["version"] == 2
-    check_whole(kaggle, folder)
     assert f"{REF}: unchanged, version 1" in capsys.readouterr().out
 
-
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "manifest.json"])
-def test_no_dataset_is_asked_for_before_every_file_is_there(folder, kaggle, name):
-    kaggle.faults.append(Fault("PUT", where=name, status=400, times=9))
-    with pytest.raises(UserError, match=f"{name}: the upload was refused 3 times"):
-        publish(folder)
-    assert kaggle.calls("CreateDataset") == []
-    kaggle.faults.clear()
-    assert publish(folder)["version"] == 1
-    [request] = kaggle.calls("CreateDataset")
-    assert len(request.fields["files"]) == 3
-    check_whole(kaggle, folder)
-
-
-def test_a_version_without_a_file_or_with_a_part_of_one_is_followed_by_one_more(folder, kaggle, capsys):
-    kaggle.faults.append(Fault("CreateDataset", loses=("config.json",), cuts=("model.safetensors",)))
+    make_folder(folder, config__json=b"[]")
     assert publish(folder)["version"] == 2
     check_whole(kaggle, folder)
-    assert "config.json is missing, model.safetensors has 199999 bytes in place of 200000" in capsys.readouterr().out
-    assert len(kaggle.calls("StartBlobUpload")) == 3 + 2, "the manifest came whole, and is not sent twice"
 
 
-@pytest.mark.parametrize("ends, problem", [("READY", "is missing; run this again later"), ("FAILED", "was not processed, ")])
-def test_files_that_are_lost_twice_are_one_error_and_sent_anew_by_the_next_push(folder, kaggle, ends, problem):
-    kaggle.site.processing_ends = ends
-    kaggle.faults += [Fault(name, loses=("config.json",)) for name in CREATING]
-    with pytest.raises(UserError, match=f"{REF}: sent twice, and still config.json {problem}"):
+FILES_LOST = {"loses": ("config.json",), "cuts": ("model.safetensors",)}
+
+
+@pytest.mark.parametrize(
+    "fault, problem, files_sent_again",
+    [
+        (Fault("PUT", where="config.json", status=400), "config.json: the upload was refused", 1),
+        (Fault("CreateDataset", status=503), "Kaggle: CreateDataset: 503 ", 0),
+        (error_under_200("CreateDataset", "Your quota is exceeded"), "Your quota is exceeded; mend that, then run this", 0),
+        (Fault("CreateDataset", **FILES_LOST), "config.json is missing, model.safetensors has 199999 bytes in place of", 2),
+    ],
+    ids=["a refused file", "no answer", "an error under 200", "lost files"],
+)
+def test_a_fault_is_one_error_and_the_next_push_sends_only_what_is_lacking(folder, kaggle, fault, problem, files_sent_again):
+    kaggle.faults.append(fault)
+    with pytest.raises(UserError, match=problem):
+        publish(folder)
+    publish(folder)
+    check_whole(kaggle, folder)
+    assert len(kaggle.calls("StartBlobUpload")) == 3 + files_sent_again
+
+
+def test_no_dataset_is_asked_for_before_every_file_is_there(folder, kaggle):
+    kaggle.faults.append(Fault("PUT", where="manifest.json", status=400))
+    with pytest.raises(UserError):
+        publish(folder)
+    assert kaggle.calls("CreateDataset") == []
+
+
+@pytest.mark.parametrize("name", ["CreateDataset", "CreateDatasetVersion"])
+def test_a_lost_answer_makes_no_second_version(folder, kaggle, name):
+    kaggle.site.processing_calls = 2
+    if name == "CreateDatasetVersion":
+        publish(folder)
+        make_folder(folder, config__json=b"[1]")
+    kaggle.faults.append(Fault(name, loses_answer=True))
+    with pytest.raises(UserError, match=f"Kaggle: {name}: no connection, or it broke off"):
+        publish(folder)
+    publish(folder)
+    check_whole(kaggle, folder)
+    assert len(kaggle.calls(name)) == 1
+
+
+def test_a_version_that_cannot_be_processed_is_sent_anew(folder, kaggle):
+    kaggle.site.processing_ends = "FAILED"
+    with pytest.raises(UserError, match="config.json was not processed, "):
         publish(folder)
     kaggle.site.processing_ends = "READY"
-    assert publish(folder)["version"] == 3
+    assert publish(folder)["version"] == 2
+    check_whole(kaggle, folder)
+
+
+def test_files_that_kaggle_forgot_are_sent_anew(folder, kaggle):
+    kaggle.faults.append(error_under_200("CreateDataset", "no"))
+    with pytest.raises(UserError):
+        publish(folder)
+    kaggle.site.blobs.clear()
+    with pytest.raises(UserError, match="A file's token is unknown, .*; run this again, which sends every file anew"):
+        publish(folder)
+    publish(folder)
     check_whole(kaggle, folder)
 
 
@@ -89,39 +118,12 @@ def test_a_version_is_awaited_that_is_newer_than_the_last():
     assert [RemoteDataset("ready", version, True).has_settled(2) for version in (2, 3)] == [False, True]
 
 
-@pytest.mark.parametrize("has_expired", [False, True])
-def test_a_refused_dataset_is_one_error_and_sent_twice_only_where_kaggle_forgot_its_files(folder, kaggle, has_expired):
-    kaggle.site.storage_bytes_allowed = 1000
-    with pytest.raises(UserError, match=f"{REF}: Your private datasets quota is exceeded; mend that, then run this"):
-        publish(folder)
-    kaggle.site.storage_bytes_allowed = 10**9
-    if has_expired:
-        kaggle.site.blobs.clear()
-    assert publish(folder)["version"] == 1
-    check_whole(kaggle, folder)
-    assert len(kaggle.calls("StartBlobUpload")) == (6 if has_expired else 3)
-
-
-@pytest.mark.parametrize("fault", [{"loses_answer": True}, {"status": 503}], ids=["a lost answer", "a gateway's error"])
-def test_a_call_without_an_answer_makes_no_second_version(folder, kaggle, fault):
-    kaggle.site.processing_calls = 2
-    kaggle.faults += [Fault(name, **fault) for name in CREATING]
-    for version in (1, 2):
-        make_folder(folder, config__json=f"[{version}]".encode())
-        if "status" in fault:
-            # It was not made, which nobody can know: the next call looks first.
-            with pytest.raises(UserError, match="Kaggle: CreateDataset(Version)?: 503 "):
-                publish(folder)
-        assert publish(folder)["version"] == version
-    assert [version.number for version in kaggle.site.datasets[REF].versions] == [1, 2]
-    check_whole(kaggle, folder)
-
-
 def test_a_busy_dataset_and_a_slow_one_end_well(folder, kaggle):
     publish(folder)
     make_folder(folder, config__json=b"[1]")
-    denied = Fault("CreateDatasetVersion", status=403, message="Permission 'datasets.update' was denied", times=4)
-    kaggle.faults += [denied, Fault("GetDatasetStatus", status=429, message="Too Many Requests")]
+    kaggle.faults.append(Fault("CreateDatasetVersion", status=403, message="Permission 'datasets.update' was denied"))
+    with pytest.raises(UserError, match="was denied; perhaps another version is still processed: run this again"):
+        publish(folder)
     kaggle.site.processing_calls = 10**6
     with pytest.raises(UserError, match="blobs received after 0.2 s; run this again, which goes on waiting: nothing goes up"):
         publish(folder, Pace(0.02, 0.2))
@@ -129,7 +131,6 @@ def test_a_busy_dataset_and_a_slow_one_end_well(folder, kaggle):
     sent = kaggle.uploaded_bytes()
     assert publish(folder)["version"] == 2
     assert kaggle.uploaded_bytes() == sent
-    assert len(kaggle.calls("CreateDatasetVersion")) == 4 + 1
 
 
 def test_a_dataset_that_is_public_gets_nothing_and_one_that_comes_out_public_is_told(folder, kaggle):

@@ -23,7 +23,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def kernel(folder):
-    return read_kernel(folder, "me", VERSIONS, is_pinned=True)
+    return read_kernel(folder, "me", VERSIONS)
 
 
 def shown(kernel, code=None, **changes):
@@ -34,7 +34,7 @@ def shown(kernel, code=None, **changes):
 def test_versions_are_named_unless_kaggle_does_not_take_them(kernel, folder):
     bare = ["me/pairwise-gemma2-qlora", "me/pairwise-llama3-cls", "me/pairwise-wheels"]
     assert kernel.metadata["dataset_sources"] == [f"{bare[0]}/3", f"{bare[1]}/12", bare[2]]
-    assert read_kernel(folder, "me", VERSIONS, is_pinned=False).metadata["dataset_sources"] == bare
+    assert read_kernel(folder, "me", {}).metadata["dataset_sources"] == bare
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,6 @@ ENTRIES = {
         "dataset": "pairwise-demo",
         "manifest": MANIFEST,
         "trained": {"outputs/demo": CONTRACT},
-        "agreement": {"mean_difference": 0.0012},
     },
     "push": {
         **{"spec": "demo", "kernel": "me/pairwise-demo", "kernel_version": 3, "kernel_sha256": KERNEL},
@@ -69,12 +68,12 @@ def test_a_submission_leads_back_to_the_raw_file(ledger_file, reference):
     assert lines == [
         "step time (UTC) commit facts",
         f"submit {made} me/pairwise-demo version 3, 'first'",
-        f"push {made} me/pairwise-demo version 3, kernel.py ffffffffffff",
-        f"package {made} me/pairwise-demo version 2: outputs/demo, manifest dddddddddddd, differs from training by 0.0012",
-        f"train {made} outputs/demo: recipes/demo.yml 222222222222, fold 0, accuracy 0.8400, log loss 0.4430",
-        f"pairs {made} data/pairs.parquet bbbbbbbbbbbb, 48,401 pairs",
+        f"push {made} me/pairwise-demo version 3",
+        f"package {made} me/pairwise-demo version 2: outputs/demo",
+        f"train {made} outputs/demo: recipes/demo.yml, fold 0, accuracy 0.8400, log loss 0.4430",
+        f"pairs {made} data/pairs.parquet, 48,401 pairs",
         f"raw data/train.parquet, 48,439 rows, sha256 {RAW}",
-        f"package {made} me/pairwise-wheels version 1: bitsandbytes 0.50.2",
+        f"package {made} me/pairwise-wheels version 1: wheels",
     ]
 
 
@@ -89,14 +88,14 @@ def test_a_push_that_was_not_submitted_leads_back_too(ledger_file):
 @pytest.mark.parametrize(
     "event, change, line",
     [
-        ("push", {"kernel_version": 4}, "broken: push no push of me/pairwise-demo version 3 in the ledger"),
-        ("package", {"manifest": "0" * 64}, "broken: package me/pairwise-demo version 2: no package with the manifest dddd"),
+        ("push", {"kernel_version": 4}, "broken: push no push of me/pairwise-demo version 3: was it pushed"),
+        ("package", {"manifest": "0" * 64}, "broken: package me/pairwise-demo version 2: no package with its manifest"),
         (
             "package",
-            {"trained": {"outputs/demo": "0" * 64}},
-            "broken: train outputs/demo: no training that wrote the contract 0",
+            {"trained": {"outputs/demo": CONTRACT, "outputs/other": "0" * 64}},
+            "broken: train outputs/other: no training that wrote its contract",
         ),
-        ("train", {"pairs_sha256": "0" * 64}, "broken: pairs data/pairs.parquet: no pairs of SHA-256 000000000000"),
+        ("train", {"pairs_sha256": "0" * 64}, "broken: pairs data/pairs.parquet: no preprocessing that made this file"),
         ("pairs", {"sources": [{"file": "raw.csv", "sha256": None}]}, "broken: raw raw.csv: its SHA-256 is not known"),
     ],
 )
@@ -105,26 +104,14 @@ def test_a_chain_that_a_hash_or_a_version_breaks_says_where_and_ends_with_2(ledg
     done = trace("demo")
     assert done.exit_code == 2
     assert line in " ".join(done.output.split())
-    assert done.stderr == "error: demo: the chain is broken in 1 place, see above\n"
+    assert done.stderr == "error: demo: the chain is broken, see above\n"
 
 
-def test_an_unknown_reference_is_one_line(ledger_file):
+def test_an_unknown_reference_is_one_line_and_the_last_submission_of_a_spec_is_meant(ledger_file):
     assert trace("demo").stderr.startswith(f"error: demo: no submission and no push of it in {ledger_file}; give a spec")
-
-
-def test_the_last_submission_of_a_spec_is_meant(ledger_file):
     write_chain()
     write_chain(push={"kernel_version": 4}, submit={"kernel_version": 4, "message": "second"})
-    lines = trace("demo").output.splitlines()
-    assert lines[1].endswith("me/pairwise-demo version 4, 'second'")
-    assert "me/pairwise-demo version 4, kernel.py" in lines[2]
-
-
-def test_a_mean_leads_back_to_each_of_its_members(ledger_file):
-    write_chain(package={"trained": {"outputs/demo": CONTRACT, "outputs/other": "0" * 64}})
-    done = trace("demo")
-    assert "outputs/demo: recipes/demo.yml 222222222222, fold 0" in done.output
-    assert "outputs/other: no training that wrote the contract 000000000000" in done.output
+    assert trace("demo").output.splitlines()[1].endswith("me/pairwise-demo version 4, 'second'")
 
 
 def test_pairs_that_were_made_of_pairs_lead_on(ledger_file):
@@ -135,10 +122,3 @@ def test_pairs_that_were_made_of_pairs_lead_on(ledger_file):
     traced = trace("demo").output
     assert f"raw.csv, 7 rows, sha256 {RAW}" in traced
     assert f"new.csv, 3 rows, sha256 {'9' * 64}" in traced
-    assert traced.index("data/pairs.parquet bbbbbbbbbbbb") < traced.index("old.parquet bbbbbbbbbbbb")
-
-
-def test_changes_that_were_not_committed_and_an_unknown_commit_are_told(ledger_file):
-    write_chain(train={"git_dirty": True}, pairs={"git_commit": None, "git_dirty": None})
-    lines = [line.split() for line in trace("demo").output.splitlines()]
-    assert (lines[4][3], lines[5][3]) == ("111111111111+", "data/pairs.parquet")

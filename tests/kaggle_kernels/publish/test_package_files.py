@@ -22,7 +22,7 @@ def test_a_package_of_the_tests_and_of_wheels_is_sound(package_folder, tmp_path,
 def test_a_file_that_no_package_is_defined_to_have_is_refused_though_the_manifest_lists_it(spoilt, name):
     (spoilt / name).write_text("x")
     write_manifest(spoilt)
-    assert check_package(spoilt) == [f"{spoilt / name}: no file that such a folder is defined to have; remove it"]
+    assert check_package(spoilt) == [f"{spoilt / name}: no file that a package is defined to have; remove it"]
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_a_file_that_no_package_is_defined_to_have_is_refused_though_the_manifes
         ),
         (lambda folder: (folder / "model_input.py").write_text("import os"), "model_input.py: not the file that the model was"),
         (lambda folder: change_json(folder / "contract.json", rows=[1]), "contract.json: unknown or missing keys: rows"),
-        (lambda folder: change_json(folder / "config.json", model_type=1), "config.json: model_type: input should be a valid"),
+        (lambda folder: (folder / "config.json").write_text("{}"), "config.json: lacks model_type"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json: not valid JSON"),
         (
             lambda folder: (folder / "validation_ids.json").write_text('{"rows": []}'),
@@ -60,10 +60,10 @@ def test_what_differs_from_the_manifest_is_told_by_name(spoilt):
     (spoilt / "added_tokens.json").write_text("{}")
     (spoilt / "tokenizer_config.json").unlink()
     assert [problem.removeprefix(f"{spoilt}/").split(",")[0].split(";")[0] for problem in check_package(spoilt)] == [
+        "tokenizer.json: changed since it was made",
         "tokenizer_config.json: missing",
         "added_tokens.json: not in manifest.json",
-        "folder: no file",
-        "tokenizer.json: changed since it was made",
+        "folder: not in manifest.json",
     ]
 
 
@@ -79,4 +79,6 @@ def test_a_file_that_every_package_has_is_missed_though_the_manifest_lacks_it(sp
 
 def test_a_manifest_that_lists_nothing_is_one_line(spoilt):
     (spoilt / "manifest.json").write_text(json.dumps({"files": ["a"]}))
-    assert check_package(spoilt)[0] == f"{spoilt}/manifest.json: expected files with sha256 and bytes; make the folder again"
+    assert check_package(spoilt) == [
+        f"{spoilt}/manifest.json: files: input should be a valid dictionary; make the folder again"
+    ]

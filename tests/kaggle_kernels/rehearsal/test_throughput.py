@@ -8,7 +8,6 @@ from kaggle_kernels.rehearsal.throughput import (
     Prediction,
     Speed,
     count_multiplied_parameters,
-    format_duration,
     measure_speed,
     predict_runs,
     report_throughput,
@@ -104,8 +103,3 @@ def test_a_first_order_over_the_clock_is_a_warning_for_the_rehearsed_rows_alone(
     *_, warning = report_throughput(SPEED, [over, within])
     assert warning.startswith("warning: 25,000 rows are predicted to take 5 h 01 min in one order alone, the clock")
     assert "warning" not in "".join(report_throughput(SPEED, [within, over]))
-
-
-@pytest.mark.parametrize("seconds, text", [(59.4, "59 s"), (60, "1 min"), (3599, "1 h 00 min"), (6720, "1 h 52 min")])
-def test_seconds_are_formatted_as_hours_and_minutes(seconds, text):
-    assert format_duration(seconds) == text
