@@ -5,6 +5,7 @@ brings datasets, collator, trainer and metrics, sees to the head, and at the end
 history.json, contract.json and model_input.py beside the weights. The hooks stand in the order in which Axolotl calls them.
 """
 
+import os
 import sys
 import time
 from dataclasses import replace
@@ -23,15 +24,21 @@ from preprocess.core import ledger
 from preprocess.core.errors import UserError
 from recipes.pairwise.config import run_config
 from recipes.pairwise.contract import new_contract, record_training, write_contract
-from recipes.pairwise.data.collators import PairCollator
+from recipes.pairwise.data.collators import PADDED_TO_MULTIPLE_OF, PairCollator
 from recipes.pairwise.data.datasets import datasets_of
+from recipes.pairwise.data.token_budget import StepShape, TokenBudgetBatches
 from recipes.pairwise.processes import LOG, end_without_telemetry, stop, stopping_on_errors
 from recipes.pairwise.tracking import metrics, recipe_copy, results, wandb_run
 from recipes.pairwise.training import checkpoints, cpu, deepspeed_cpu, heads, weights, zero3
-from recipes.pairwise.training.trainer import LABEL_TOKEN_OPTIONS, PairwiseTrainer
+from recipes.pairwise.training.trainer import LABEL_TOKEN_OPTIONS, BeginEpoch, PairwiseTrainer
 
 DEFAULT_SEED = 42
-PADDED_TO_MULTIPLE_OF = 8  # tokens, which suits tensor cores
+VALIDATED_AT_ONCE = 4  # micro-batches: without gradients a batch needs a fraction of the memory
+
+
+def find_seed(cfg) -> int:
+    """Return the run's seed: every run has one, so that all processes start from the same weights."""
+    return cfg.seed if cfg.seed is not None else DEFAULT_SEED
 
 
 class PairwisePlugin(BasePlugin):
@@ -46,6 +53,7 @@ class PairwisePlugin(BasePlugin):
         self.block = None
         self.model_config = None
         self.contract = None
+        self.batches: TokenBudgetBatches | None = None  # where the recipe has a token budget
         self.trainer = None
         self.has_predicted = False
         self.is_complete = False
@@ -101,16 +109,29 @@ class PairwisePlugin(BasePlugin):
             train, validation = datasets_of(
                 Path(self.block.pairs), self.block.fold, tokenizer, self.contract, cache, self.block.distill
             )
+            if self.block.tokens_per_micro_batch:
+                self.batches = self._plan_batches(cfg, np.array(train["length"]))
             checkpoints.check_resume(cfg, self.block, self.resolved)
 
         total_steps = cfg.max_steps or calculate_total_num_steps(cfg, train)
         return TrainDatasetMeta(train_dataset=train, eval_dataset=validation, total_num_steps=total_steps)
 
+    def _plan_batches(self, cfg, lengths_r: np.ndarray) -> TokenBudgetBatches:
+        """Plan the micro-batches of a recipe with a token budget."""
+        has_two_sequences = self.block.head == "reward" or self.block.orders == "both"
+        shape = StepShape(
+            mean_pairs=cfg.micro_batch_size,
+            turns=cfg.gradient_accumulation_steps,
+            processes=int(os.environ.get("WORLD_SIZE", "1")),
+            sequences_per_pair=2 if has_two_sequences else 1,
+        )
+        return TokenBudgetBatches(lengths_r, shape, self.block.tokens_per_micro_batch, find_seed(cfg))
+
     def pre_model_load(self, cfg):
         """Start the tracking; and seed, so that every process starts from the same fresh head and adapter."""
         with stopping_on_errors(self.recipe):
             wandb_run.start(cfg, self.resolved, self.contract)
-        set_seed(cfg.seed if cfg.seed is not None else DEFAULT_SEED)
+        set_seed(find_seed(cfg))
 
     def post_model_build(self, cfg, model):
         """See to the head, its labels, the pad id and the soft cap; note the hub's commit of a model from there."""
@@ -137,9 +158,11 @@ class PairwisePlugin(BasePlugin):
             weights.train_in_float32(model)
 
     def get_training_args(self, cfg):
-        """Keep the batches' own columns, and skip the evaluation before the first step."""
+        """Keep the batches' own columns, validate in larger batches, skip the evaluation before the first step."""
         # Axolotl evaluates before the first step where eval_steps is set; that doubles the shortest runs for nothing.
         arguments = {"remove_unused_columns": False, "label_names": ["labels"], "eval_on_start": False}
+        if self.resolved.get("eval_batch_size") is None:
+            arguments["per_device_eval_batch_size"] = VALIDATED_AT_ONCE * cfg.micro_batch_size
         if deepspeed_cpu.deepspeed_on_cpu(cfg.get("deepspeed")):
             arguments["accelerator_config"] = {"use_configured_state": True}
         return arguments
@@ -159,14 +182,20 @@ class PairwisePlugin(BasePlugin):
         }
 
     def add_callbacks_post_trainer(self, cfg, trainer):
-        """Let DeepSpeed step on CPUs."""
-        return [deepspeed_cpu.StepsWithoutGrad(trainer)] if deepspeed_cpu.deepspeed_on_cpu(cfg.get("deepspeed")) else []
+        """Let DeepSpeed step on CPUs, and tell the token budget's batches which epoch begins."""
+        callbacks = []
+        if deepspeed_cpu.deepspeed_on_cpu(cfg.get("deepspeed")):
+            callbacks.append(deepspeed_cpu.StepsWithoutGrad(trainer))
+        if self.batches:
+            callbacks.append(BeginEpoch(self.batches))
+        return callbacks
 
     def post_trainer_create(self, cfg, trainer):
         """Give the trainer its loss's settings and metrics; keep the recipe, and clear away an earlier run's results."""
         trainer.label_smoothing = self.block.label_smoothing
         trainer.distill = self.block.distill
         trainer.model_options = LABEL_TOKEN_OPTIONS if self.block.head == "label_tokens" else {}
+        trainer.token_budget_batches = self.batches
         trainer.compute_metrics = self._compute_metrics
         self.trainer = trainer
         wandb_run.make_harmless(trainer)

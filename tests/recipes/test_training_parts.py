@@ -8,6 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from axolotl.utils.dict import DictDefault
 from transformers import AutoTokenizer
 
 from preprocess.core import ledger
@@ -292,6 +293,14 @@ def test_a_single_process_gets_every_core_back_from_the_launcher(monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", processes)
         use_all_cores()
     assert chosen == [3]
+
+
+@pytest.mark.parametrize(("recipe_keys", "batch_size"), [({}, 8), ({"eval_batch_size": 3}, None)])
+def test_validation_has_larger_batches_unless_the_recipe_says_otherwise(recipe_keys, batch_size):
+    plugin = PairwisePlugin()
+    plugin.resolved = recipe_keys
+    arguments = plugin.get_training_args(DictDefault(micro_batch_size=2))
+    assert arguments.get("per_device_eval_batch_size") == batch_size
 
 
 @pytest.mark.parametrize(("deepspeed", "trained"), [(None, torch.float32), ("zero2.json", torch.bfloat16)])

@@ -185,7 +185,7 @@ def adapter_problems(values: dict) -> Iterator[str]:
 
 
 def head_problems(values: dict) -> Iterator[str]:
-    """Yield what would quantise the head, or change the attention that the block asks for."""
+    """Yield what would quantise the head, or contradict the attention or the batches that the block asks for."""
     block = block_of(values)
     head = "lm_head" if block.get("head") == "label_tokens" else "score"
     quantising = values.get("bnb_config_kwargs")
@@ -194,6 +194,8 @@ def head_problems(values: dict) -> Iterator[str]:
         key = "bnb_config_kwargs.llm_int8_skip_modules"
         yield f"{key}: it replaces the default list, so the head would be quantised; add {head}"
 
+    if block.get("tokens_per_micro_batch") and values.get("group_by_length"):
+        yield "group_by_length: pairwise.tokens_per_micro_batch decides which rows stand together; remove one of the two"
     if block.get("softcap") and values.get("attn_implementation") == "sdpa":
         yield "attn_implementation: sdpa drops the soft cap without a word; use eager or flash_attention_2, or softcap: false"
 

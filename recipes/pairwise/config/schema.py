@@ -117,6 +117,12 @@ class PairwiseBlock(_Strict):
         "both", description="the orders of a pair in training; both stand in one micro-batch"
     )
     distill: DistillBlock | None = Field(None, description="learn from the labels of teachers too")
+    tokens_per_micro_batch: int | None = Field(
+        None,
+        ge=64,
+        description="the most tokens of a micro-batch, padding included: its pairs vary with their lengths, and "
+        "micro_batch_size is their mean; pairs of a step stay the same",
+    )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="mixes the labels with the uniform distribution")
     softcap: bool = Field(False, description="Gemma-2's soft cap of attention logits; needs eager or flash_attention_2")
     package: PackageBlock = Field(description="slug of the Kaggle dataset, and how the model is quantised")

@@ -8,6 +8,7 @@ import torch
 
 from preprocess.model_input import swap_probabilities
 
+PADDED_TO_MULTIPLE_OF = 8  # tokens, which suits tensor cores
 SEEDS_APART = 7919  # between the seeds of two processes; any prime does
 
 
@@ -33,7 +34,7 @@ class PairCollator:
     verdicts: tuple[str, ...]
     orders: str
     pad_token_id: int
-    pad_to_multiple_of: int = 8
+    pad_to_multiple_of: int = PADDED_TO_MULTIPLE_OF
     padding: bool = True
     return_tensors: str = "pt"
     generator: torch.Generator | None = None

@@ -5,9 +5,10 @@ import math
 import torch
 from axolotl.core.trainers.base import AxolotlTrainer
 from torch.utils.data import SequentialSampler
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from recipes.pairwise.config.schema import DistillBlock
+from recipes.pairwise.data.token_budget import TokenBudgetBatches
 from recipes.pairwise.training.deepspeed_cpu import deepspeed_on_cpu, tell_accelerate
 from recipes.pairwise.training.losses import distillation_loss, soft_cross_entropy
 
@@ -36,6 +37,37 @@ def check_gradient(norm: float, step: int, loss_scale: float | None) -> None:
     raise FloatingPointError(
         f"step {step}: the gradient is not finite; lower learning_rate or train in bf16, not fp16"
     )
+
+
+def weigh_by_pair(micro_batches: list[dict]) -> None:
+    """Scale the rows' weights so that each pair of a step counts the same, in any micro-batch.
+
+    The loss is a mean over a micro-batch, and Trainer averages those of a step: without this a pair
+    in a small micro-batch would count for more than one in a large one.
+
+    Args:
+        micro_batches: Those of one optimizer step, as PairCollator makes them; changed in place.
+    """
+    if not micro_batches:
+        return
+
+    pair_counts = [len(batch["labels"]) for batch in micro_batches]
+    mean_count = sum(pair_counts) / len(pair_counts)
+    for batch, pair_count in zip(micro_batches, pair_counts, strict=True):
+        batch["weight"] = batch["weight"] * (pair_count / mean_count)
+
+
+class BeginEpoch(TrainerCallback):
+    """Tells the token budget's batches which epoch begins, in a resumed run as well.
+
+    accelerate's own set_epoch does not reach a batch sampler below the one that skips rows.
+    """
+
+    def __init__(self, batches: TokenBudgetBatches):
+        self.batches = batches
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.batches.epoch = int(state.epoch or 0)
 
 
 class _AfterAxolotl(Trainer):
@@ -76,11 +108,14 @@ class PairwiseTrainer(AxolotlTrainer, _AfterAxolotl):
         label_smoothing: See soft_cross_entropy; set by the plugin.
         distill: Says how a student learns from its teachers; None without teachers. Set by the plugin.
         model_options: Further arguments of the model's forward; set by the plugin.
+        token_budget_batches: The rows of each micro-batch, where the recipe has a token budget; set
+            by the plugin.
     """
 
     label_smoothing = 0.0
     distill: DistillBlock | None = None
     model_options: dict = {}
+    token_budget_batches: TokenBudgetBatches | None = None
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -104,6 +139,27 @@ class PairwiseTrainer(AxolotlTrainer, _AfterAxolotl):
             divergence = distillation_loss(logits_pov, teacher, weight, self.distill.temperature)
             loss = (1 - share) * loss + share * divergence
         return (loss, {"logits": logits_pov}) if return_outputs else loss
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, item_count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        weigh_by_pair(batches)
+        return batches, item_count
+
+    def get_train_dataloader(self):
+        if self.token_budget_batches is None:
+            return super().get_train_dataloader()
+
+        # accelerate would fill up micro-batches that differ in size; processes have equally many.
+        evens_batches = self.accelerator.even_batches
+        self.accelerator.even_batches = False
+        dataloader = super().get_train_dataloader()
+        self.accelerator.even_batches = evens_batches
+        return dataloader
+
+    def _get_train_sampler(self, train_dataset=None):
+        if self.token_budget_batches is None:
+            return super()._get_train_sampler(train_dataset)
+        return self.token_budget_batches
 
     def _prepare_input(self, data):
         # Trainer casts every float to DeepSpeed's type, and bf16 makes 0.334 of a third of votes.

@@ -49,6 +49,10 @@ def test_a_good_recipe_has_no_problem():
         (with_block(verdicts=["model_a", "tie"]), "pairwise.verdicts: expected model_a and model_b, with or without tie"),
         (with_block(package={}), "pairwise.package.slug: missing; add it: the Kaggle dataset's slug"),
         (with_block(package={"slug": "Some_Model"}), "pairwise.package.slug: expected lower-case letters and digits, with"),
+        (
+            with_block(tokens_per_micro_batch=8192) | {"group_by_length": True},
+            "group_by_length: pairwise.tokens_per_micro_batch decides which rows stand together; remove one",
+        ),
         (with_block(softcap=True) | {"attn_implementation": "sdpa"}, "attn_implementation: sdpa drops the soft cap"),
         (with_block(head="reward", verdicts=["model_a", "tie", "model_b"]), "pairwise.verdicts: a reward model tells no ties"),
         (with_block(head="reward", orders="both"), "pairwise.orders: a reward model sees each answer alone"),

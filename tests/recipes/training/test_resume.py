@@ -11,12 +11,15 @@ from tests import forked
 from tests.recipes import comparable
 
 SAVES = {"max_steps": 12, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 1, "lora_dropout": 0.1}
+BATCHES = {"micro_batch_size": 3, "gradient_accumulation_steps": 2}  # 6 steps an epoch: checkpoints stand within epochs
 
 
 def with_checkpoints(folder, base):
     folder.mkdir()
     recipe = comparable.twin("demo", folder, base)
-    recipe.write_text(yaml.safe_dump(yaml.safe_load(recipe.read_text()) | SAVES))
+    values = yaml.safe_load(recipe.read_text()) | SAVES | BATCHES
+    values["pairwise"]["tokens_per_micro_batch"] = 2048
+    recipe.write_text(yaml.safe_dump(values))
     return recipe
 
 

@@ -1,0 +1,166 @@
+"""Micro-batches under a token budget: which rows each process computes, at each turn of each step.
+
+The plugin plans them before a model is loaded, and Axolotl's trainer reads them as a batch sampler.
+
+A step holds a fixed number of pairs, which its processes compute in a fixed number of turns. The rows
+of an epoch are sorted by length and cut into one band for each turn of a step. A step takes a random
+micro-batch from each band. So all steps have the same mix of long and short rows, and at each turn
+all processes hold rows of about the same length.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from torch.utils.data import BatchSampler
+
+from preprocess.core.errors import UserError
+from recipes.pairwise.data.collators import PADDED_TO_MULTIPLE_OF
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What one optimizer step holds.
+
+    Attributes:
+        mean_pairs: Pairs of a micro-batch on average: the recipe's micro_batch_size.
+        turns: Micro-batches of each process: the recipe's gradient_accumulation_steps.
+        processes: Processes that train together, one for each GPU.
+        sequences_per_pair: 2 with both orders and for the reward head, otherwise 1.
+    """
+
+    mean_pairs: int
+    turns: int
+    processes: int
+    sequences_per_pair: int
+
+    @property
+    def pairs_of_process(self) -> int:
+        return self.mean_pairs * self.turns
+
+    @property
+    def pairs(self) -> int:
+        return self.pairs_of_process * self.processes
+
+
+class TokenBudgetBatches(BatchSampler):
+    """The micro-batches of all processes in turn, as accelerate deals them out: one to each process.
+
+    Every row is read once in an epoch. The last step is filled up with rows that are drawn again.
+
+    Attributes:
+        epoch: Decides the order together with the seed; set by BeginEpoch.
+        batch_size: None, which tells accelerate that micro-batches differ in size.
+    """
+
+    batch_size = None
+    drop_last = False
+
+    def __init__(self, lengths: np.ndarray, shape: StepShape, budget: int, seed: int):
+        """Plan the micro-batches.
+
+        Args:
+            lengths: Tokens of the longer sequence of each pair, of shape (rows,).
+            shape: What a step holds.
+            budget: The most tokens of a micro-batch, padding included.
+            seed: The run's seed.
+
+        Raises:
+            UserError: If the longest rows do not fit into the budget.
+        """
+        self.widths_r = np.ceil(lengths / PADDED_TO_MULTIPLE_OF).astype(int) * PADDED_TO_MULTIPLE_OF
+        self.shape = shape
+        self.seed = seed
+        self.epoch = 0
+        self.steps = int(np.ceil(len(lengths) / shape.pairs))
+        self.refill_count = self.steps * shape.pairs - len(lengths)
+
+        # No epoch needs more tokens than one whose last step is filled up with the longest rows.
+        longest_first = np.sort(self.widths_r)[::-1]
+        refill = np.resize(longest_first, self.refill_count)
+        worst_epoch = np.sort(np.concatenate([longest_first, refill]))[::-1]
+        self.most_tokens = find_least_budget(worst_epoch, shape)
+        if self.most_tokens > budget:
+            raise UserError(
+                f"pairwise.tokens_per_micro_batch: {budget:,}, but {shape.turns} micro-batches of a "
+                f"step hold {shape.pairs_of_process} pairs with up to {self.most_tokens:,} tokens; "
+                "raise it, or lower micro_batch_size and raise gradient_accumulation_steps"
+            )
+
+    def __len__(self) -> int:
+        return self.steps * self.shape.turns * self.shape.processes
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        rows = self.draw_rows(rng)
+        widths_r = self.widths_r[rows]
+        tokens = find_least_budget(widths_r, self.shape)
+
+        turns_by_band = []
+        first_row = 0
+        for pairs in fill_turns(widths_r, self.shape, tokens):
+            band_rows = self.steps * self.shape.processes * pairs
+            band = rows[first_row : first_row + band_rows]
+            turns = band.reshape(self.steps, self.shape.processes, pairs)
+            turns_by_band.append(rng.permutation(turns))
+            first_row += band_rows
+
+        for step in range(self.steps):
+            for turns in turns_by_band:
+                for micro_batch in turns[step]:
+                    yield micro_batch.tolist()
+
+    def draw_rows(self, rng: np.random.Generator) -> np.ndarray:
+        """Draw the rows of an epoch, the longest first, rows of one length in random order."""
+        row_count = len(self.widths_r)
+        refill = rng.choice(row_count, self.refill_count, replace=self.refill_count > row_count)
+        rows = np.concatenate([rng.permutation(row_count), refill])
+        longest_first = np.argsort(-self.widths_r[rows], kind="stable")
+        return rows[longest_first]
+
+
+def find_least_budget(widths_r: np.ndarray, shape: StepShape) -> int:
+    """Find the fewest tokens of a micro-batch with which a step's turns hold all its pairs.
+
+    Args:
+        widths_r: Tokens of each row with its padding, the longest first; whole steps of rows.
+        shape: What a step holds.
+    """
+    too_few = 0
+    enough = int(widths_r[0]) * shape.sequences_per_pair * shape.pairs_of_process
+    while enough - too_few > 1:
+        middle = (too_few + enough) // 2
+        if sum(fill_turns(widths_r, shape, middle)) == shape.pairs_of_process:
+            enough = middle
+        else:
+            too_few = middle
+    return enough
+
+
+def fill_turns(widths_r: np.ndarray, shape: StepShape, tokens: int) -> list[int]:
+    """Fill the turns of a step under a budget, the longest rows first.
+
+    Args:
+        widths_r: As find_least_budget takes them.
+        shape: What a step holds.
+        tokens: The most tokens of a micro-batch.
+
+    Returns:
+        The pairs of a micro-batch at each turn. In all they are fewer than a process's pairs of a
+        step where the budget is too small.
+    """
+    steps = len(widths_r) // shape.pairs
+    pairs_by_turn = []
+    pairs_left = shape.pairs_of_process
+    first_row = 0
+
+    for turn in range(shape.turns):
+        # A band is as wide as its first row, and each of the bands after it needs a pair.
+        pairs_that_fit = tokens // (int(widths_r[first_row]) * shape.sequences_per_pair)
+        pairs_for_others = shape.turns - turn - 1
+        pairs = min(pairs_that_fit, pairs_left - pairs_for_others)
+
+        pairs_by_turn.append(pairs)
+        pairs_left -= pairs
+        first_row += pairs * steps * shape.processes
+    return pairs_by_turn
