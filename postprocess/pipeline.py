@@ -428,13 +428,18 @@ def make_agreement(
     Raises:
         UserError: The models do not agree.
     """
-    scores_file = make_scores(run, candidates, preparation)
+    package_settings = run.recipe.pairwise.package
     report = run.folder / "agreement.json"
     stage = Stage(
         run.folder,
         "agreement",
-        inputs=[scores_file, run.folder / "metrics.json", *run.validation_files()],
-        settings={"tolerance": run.recipe.pairwise.package.tolerance},
+        inputs=[*compared_files(run, candidates), run.folder / "metrics.json"],
+        settings={
+            "candidates": list(candidates),
+            "tolerance": package_settings.tolerance,
+            "tolerance_log_loss": package_settings.tolerance_log_loss,
+            "tolerance_verdicts": package_settings.tolerance_verdicts,
+        },
         outputs=[report, report.with_suffix(".parquet"), report.with_suffix(".png")],
         code=stage_code.AGREEMENT,
     )
@@ -442,42 +447,56 @@ def make_agreement(
         return report
 
     preparation.ensure()
-    from postprocess.agreement.gate import agreement  # noqa: PLC0415  needs torch
+    from postprocess.agreement.gate import agreement, needs_more_rows  # noqa: PLC0415  needs torch
+
+    # More rows are scored only where fewer leave it open whether the models agree.
+    scores_files = [make_scores(run, candidates, part=0)]
+    while needs_more_rows(run, scores_files):
+        scores_files.append(make_scores(run, candidates, part=len(scores_files)))
 
     with making(stage):
-        agreement(run, scores_file, report)
+        agreement(run, scores_files, report)
     return report
 
 
-def make_scores(run: Run, candidates: Mapping[str, Path | None], preparation: Preparation) -> Path:
+def make_scores(run: Run, candidates: Mapping[str, Path | None], part: int) -> Path:
     """Bring the probabilities that the candidates and the trained model give up to date.
 
-    Returns:
-        The file with the probabilities. Another tolerance needs no other ones.
-    """
-    # The comparison is of what is on the disk: a model that was made anew is compared anew.
-    model_files = []
-    for folder in unique_folders(candidates):
-        model_files += files_of(folder)
+    Args:
+        run: The run that is packaged.
+        candidates: The models' folders.
+        part: 0 for the first validation rows, 1 for those that are added to them, …
 
-    scores_file = run.folder / "scores.json"
+    Returns:
+        The file with the probabilities. Other tolerances need no other ones.
+    """
+    number = "" if part == 0 else f"-{part + 1}"
+    scores_file = run.folder / f"scores{number}.json"
     stage = Stage(
         run.folder,
-        "scores",
-        inputs=[*run.source_files(), *model_files, *run.validation_files()],
+        f"scores{number}",
+        inputs=compared_files(run, candidates),
         settings={"candidates": list(candidates)},
         outputs=[scores_file],
-        code=stage_code.AGREEMENT,
+        code=stage_code.SCORES,
     )
     if skip_if_current(stage):
         return scores_file
 
-    preparation.ensure()
-    from postprocess.agreement.gate import score_models  # noqa: PLC0415  needs torch
+    from postprocess.agreement.model_scores import score_models  # noqa: PLC0415  needs torch
 
     with making(stage):
-        score_models(run, candidates, scores_file)
+        score_models(run, candidates, part, scores_file)
     return scores_file
+
+
+def compared_files(run: Run, candidates: Mapping[str, Path | None]) -> list[Path]:
+    """List the files of all models that are compared, and of the rows that they are compared on."""
+    # The comparison is of what is on the disk: a model that was made anew is compared anew.
+    files = [*run.source_files(), *run.validation_files()]
+    for folder in unique_folders(candidates):
+        files += files_of(folder)
+    return files
 
 
 def make_package(run: Run, model: Path, report: Path) -> None:

@@ -1,8 +1,10 @@
 """The model as it was trained: its base, in the precision of the training, with the adapter on it by PEFT."""
 
 import os
+from collections.abc import Sequence
 
 import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import PeftModel
 from transformers import BitsAndBytesConfig
 
@@ -13,11 +15,13 @@ from postprocess.weights.merge import merged_model
 from postprocess.weights.meta_model import empty_model, model_config
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_object
+from recipes.pairwise.training.heads import compute_logits_in_float32
 
 
 def check_memory(run: Run) -> None:
-    """Raise UserError where the 16-bit model, which is compared whole, is larger than the GPU's memory, or without one RAM."""
-    needed, (held, where) = sum(file.stat().st_size for file in run.weights.glob(MODEL_PATTERN)), memory()
+    """Raise UserError where the 16-bit model, which is compared whole, does not fit the GPU, or without one RAM."""
+    needed = sum(file.stat().st_size for file in run.weights.glob(MODEL_PATTERN))
+    held, where = memory()
     if needed > held:
         raise UserError(
             f"{run.weights}: {needed / 1e9:.0f} GB of weights, {where} has {held / 1e9:.0f} GB, too little to compare what is "
@@ -27,23 +31,28 @@ def check_memory(run: Run) -> None:
 
 
 def memory() -> tuple[int, str]:
-    """Bytes of the first GPU's memory, or of the machine's, and which it is."""
+    """Give the bytes of the first GPU's memory, or of the machine's, and which it is."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory, "the GPU"
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine"
 
 
 def load_trained(run: Run, device: str) -> torch.nn.Module:
-    """Base and adapter by PEFT, or the model of a full fine-tune, in the dtype of their files, attention as it will be served.
+    """Load the model as training held it: in the dtype of its files, its head computing in float32.
 
-    A base that was quantised for the training (QLoRA) is quantised again, from the dtype that it had then.
+    A base that was quantised for the training (QLoRA) is quantised again, from the dtype that it had
+    then. Attention is computed as the kernel does it.
+
+    Args:
+        run: A LoRA run, or a full fine-tune.
+        device: Where the model goes.
     """
-    quantised = trained_quantization(run)
+    quantization = trained_quantization(run)
     options = {"dtype": "auto"}
-    if quantised:
+    if quantization:
         options = {
             "dtype": read_object(run.folder / "config.json").get("dtype") or "auto",
-            "quantization_config": BitsAndBytesConfig.from_dict(quantised),
+            "quantization_config": BitsAndBytesConfig.from_dict(quantization),
             "device_map": {"": device},
         }
     model = CLASSES[run.contract.head].from_pretrained(
@@ -56,13 +65,38 @@ def load_trained(run: Run, device: str) -> torch.nn.Module:
     )
     if run.has_adapter:
         model = PeftModel.from_pretrained(model, run.folder)
-    if run.contract.label_token_ids:
-        keep_label_rows(model, run.contract.label_token_ids)
-    return (model if quantised else model.to(device)).eval()
+
+    compute_head_in_float32(model, run.contract.label_token_ids)
+    # bitsandbytes has put a quantised model where it belongs.
+    if not quantization:
+        model = model.to(device)
+    return model.eval()
+
+
+def compute_head_in_float32(model: torch.nn.Module, label_token_ids: Sequence[int]) -> None:
+    """Compute the head's logits as training does: in bf16, those near 20 would be rounded to 1/8.
+
+    Args:
+        model: The model with its adapter.
+        label_token_ids: Of a causal LM, the only tokens that it computes logits of; empty for a classifier.
+    """
+    # A recipe may have had the output layer quantised too: then training had no other.
+    output_layer = model.get_output_embeddings()
+    base_layer = getattr(output_layer, "base_layer", output_layer)
+    if not isinstance(base_layer, Linear4bit | Linear8bitLt):
+        compute_logits_in_float32(model, label_token_ids)
+    if label_token_ids:
+        keep_label_rows(model, label_token_ids)
 
 
 def load_merged(run: Run, device: str, dtype: torch.dtype) -> torch.nn.Module:
-    """The merged model, its float16 weights made in memory, computing in `dtype` as the kernel would."""
+    """Load the merged model, its float16 weights made in memory.
+
+    Args:
+        run: The run.
+        device: Where the model goes.
+        dtype: What it computes in, as the kernel would.
+    """
     config, tensors = merged_model(run)
     model = type(empty_model(config, run.contract.head)).from_pretrained(
         None,
@@ -77,15 +111,16 @@ def load_merged(run: Run, device: str, dtype: torch.dtype) -> torch.nn.Module:
 
 
 def trained_quantization(run: Run) -> dict | None:
-    """Bitsandbytes' settings of the base during training, as the run's own config.json recorded them; None for 16 bits."""
+    """Read bitsandbytes' settings of the base during training from the run's config.json; None for 16 bits."""
     if not run.has_adapter:
         return None
+
     file = run.folder / "config.json"
     recorded = read_object(file).get("quantization_config") if file.is_file() else None
-    asked = next((key for key in ("load_in_4bit", "load_in_8bit") if run.recipe.axolotl.get(key)), None)
-    if asked and not recorded:
-        raise UserError(
-            f"{file}: records no quantization_config, though {run.recipe.path.name} says {asked}; the adapter in "
-            f"{ADAPTER[0]} is from another training: train again"
-        )
+    for key in ("load_in_4bit", "load_in_8bit"):
+        if run.recipe.axolotl.get(key) and not recorded:
+            raise UserError(
+                f"{file}: records no quantization_config, though {run.recipe.path.name} says {key}; "
+                f"the adapter in {ADAPTER[0]} is from another training: train again"
+            )
     return recorded

@@ -40,7 +40,8 @@ def test_a_second_run_does_nothing_and_needs_no_torch(packaged):
     )
     done = subprocess.run([sys.executable, "-c", code, str(run.recipe)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert [line[:21] for line in done.stdout.splitlines()] == [*(f"{stage:<10} up to date" for stage in STAGES), "[]"]
+    current = [f"{stage:<10} up to date" for stage in ("quantise", "agreement", "package")]
+    assert [line[:21] for line in done.stdout.splitlines()] == [*current, "[]"]
     assert snapshot(run.folder) == before
 
 
@@ -61,14 +62,19 @@ def test_another_adapter_goes_through_every_stage_again_and_a_damaged_one_leaves
     assert not (run.folder / "package").exists()
 
 
-def test_another_tolerance_scores_nothing_again(copied):
-    run = copied(quantize="nf4", tolerance=0.3)
+@pytest.mark.parametrize(
+    ("key", "value", "changed"),
+    [("tolerance", 0.3, 0.25), ("tolerance_log_loss", 0.9, 0.8), ("tolerance_verdicts", 0.9, 0.8)],
+)
+def test_another_tolerance_scores_nothing_again(key, value, changed, copied):
+    run = copied(quantize="nf4", **{key: value})
     assert stage_lines(invoke(run).stdout) == STAGES
-    run.recipe.write_text(run.recipe.read_text().replace("tolerance: 0.3", "tolerance: 0.25"))
+    run.recipe.write_text(run.recipe.read_text().replace(f"{key}: {value}", f"{key}: {changed}"))
     result = invoke(run)
     lines = [line.split()[0] for line in result.stdout.splitlines() if "up to date" in line]
     assert (result.exit_code, lines) == (0, ["quantise", "scores"])
-    assert json.loads((run.folder / "agreement.json").read_text())["tolerance"] == 0.25
+    bounds = {condition["bound"] for condition in json.loads((run.folder / "agreement.json").read_text())["conditions"]}
+    assert changed in bounds and value not in bounds
 
 
 def test_three_verdicts_in_the_contracts_order_become_a_package(packaged):

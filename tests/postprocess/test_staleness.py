@@ -20,6 +20,7 @@ ENTRY_MODULES = {
     "QUANTISE": ["postprocess.weights.quantise_run"],
     "GPTQ": ["postprocess.gptq.quantize", "postprocess.gptq.worker"],
     "UNMERGED": ["postprocess.weights.nf4_base_plus_adapter"],
+    "SCORES": ["postprocess.agreement.model_scores"],
     "AGREEMENT": ["postprocess.agreement.gate"],
     "PACKAGE": ["postprocess.package", "postprocess.agreement.validation_rows", "postprocess.temperature"],
     "AVERAGE": ["postprocess.weights.average_lora"],

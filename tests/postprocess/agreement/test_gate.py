@@ -8,9 +8,12 @@ from click.testing import CliRunner
 
 from kaggle_kernels.runtime.package import read_tokenizer
 from postprocess.__main__ import main
-from postprocess.agreement.gate import kernel_dtype, remedy
+from postprocess.agreement.gate import advise
+from postprocess.agreement.model_scores import choose_dtype
+from postprocess.agreement.reference_model import load_trained
 from postprocess.agreement.validation_rows import validation_rows
-from tests.postprocess.agreement.test_statistics import report
+from tests.postprocess import runs
+from tests.postprocess.agreement.compared import report
 
 LEFT_FOR_THE_USER = ("agreement.json", "agreement.parquet", "agreement.png")
 
@@ -34,7 +37,7 @@ def test_over_the_tolerance_is_exit_code_2_and_leaves_what_to_look_at_and_no_pac
     (run.folder / "package" / "old").write_text("from a training before")
     run.recipe.write_text(run.recipe.read_text().replace("quantize: nf4", "quantize: nf4\n    tolerance: 0.001"))
     error = refused(run)
-    assert "the quantised model differs from the " in error
+    assert "the mean difference in probability between quantised and trained is 0.0" in error
     assert "over pairwise.package.tolerance (0.001); no package is made: package with quantize: int8 or none" in error
     written = json.loads((run.folder / "agreement.json").read_text())
     assert (written["agrees"], written["rows"], written["groups"]) == (False, 24, 21)
@@ -99,14 +102,31 @@ FAR, NEAR = (0.5, 0.4), (0.9, 0.41)
 )
 def test_the_error_says_what_to_change_in_the_recipe(quantize, models, advice, made, opened):
     run = made("bert", full=True, quantize="none") if quantize == "full" else made("gemma2", quantize=quantize)
-    assert remedy(opened(run), report(**models)).startswith(advice)
+    assert advise(opened(run), report(**models)).startswith(advice)
 
 
 def test_a_cpu_computes_in_float16_where_that_is_affordable(made, opened, monkeypatch):
     run = opened(made("gemma2"))
     _, pairs = validation_rows(run)
     tokenizer = read_tokenizer(run.folder)
-    assert kernel_dtype(run, tokenizer, pairs, "cpu") == torch.float16
-    monkeypatch.setattr("postprocess.agreement.gate.FLOAT16_ON_CPU_FLOP", 1e6)
-    assert kernel_dtype(run, tokenizer, pairs, "cpu") == torch.float32
-    assert kernel_dtype(run, tokenizer, pairs, "cuda") == torch.float16
+    assert choose_dtype(run, tokenizer, pairs, "cpu") == torch.float16
+    monkeypatch.setattr("postprocess.agreement.model_scores.FLOAT16_ON_CPU_FLOP", 1e6)
+    assert choose_dtype(run, tokenizer, pairs, "cpu") == torch.float32
+    assert choose_dtype(run, tokenizer, pairs, "cuda") == torch.float16
+
+
+@pytest.mark.parametrize("head", ["score", "label_tokens"])
+def test_the_reference_computes_its_head_in_float32_as_training_does(head, tmp_path, tiny_models, opened):
+    made_run = runs.make(tmp_path, tiny_models("gemma2"), "gemma2", head=head)
+    base = runs.change_base(made_run, tmp_path / "bf16", lambda tensors: tensors.update(in_bf16(tensors)))
+    runs.set_json(base / "config.json", dtype="bfloat16")
+    model = load_trained(opened(made_run), "cpu")
+    assert model.dtype == torch.bfloat16
+    with torch.no_grad():
+        logits = model(input_ids=torch.arange(10, 40)[None]).logits
+    assert logits.dtype == torch.float32
+    assert not torch.equal(logits, logits.bfloat16().float())
+
+
+def in_bf16(tensors):
+    return {name: tensor.bfloat16() for name, tensor in tensors.items()}

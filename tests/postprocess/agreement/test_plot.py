@@ -7,8 +7,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from postprocess.agreement.plot import agreement_picture, draw_differences, draw_rows
-from postprocess.agreement.statistics import Column, compare
-from tests.postprocess.agreement.test_statistics import LABELS, TRAINED, WINNERS, column
+from postprocess.agreement.statistics import Column
+from tests.postprocess.agreement.compared import TRAINED, column, report
 
 RUN = Path("outputs/gemma2_cls")
 
@@ -16,7 +16,7 @@ RUN = Path("outputs/gemma2_cls")
 def picture(out, *quantised):
     named = {"recorded": TRAINED, "trained": TRAINED, "quantised": quantised}
     shown = [column(name, *rows) for name, rows in named.items()]
-    agreement_picture(RUN, compare(shown, LABELS, WINNERS, 0.05), shown, ("model_a", "model_b"), out)
+    agreement_picture(RUN, report(quantised=quantised), shown, ("model_a", "model_b"), out)
     return out.read_bytes()
 
 
@@ -36,7 +36,6 @@ def test_three_verdicts_have_a_picture_of_model_a(tmp_path, monkeypatch):
     values = {"trained": [[[0.2, 0.3, 0.5]] * 2], "quantised": [[[0.2, 0.2, 0.6], [0.3, 0.3, 0.4]]]}
     shown = [Column(name, np.array(values[name]), "") for name in values]
     found = {"packaged": "quantised", "agrees": True, "rows": 1, "tolerance": 0.1, "mean_difference": 0.0}
-    found["gates"] = [{"model": "quantised", "against": "trained"}]
     agreement_picture(RUN, found, shown, ("tie", "model_b", "model_a"), tmp_path / "agreement.png")
     assert drawn[0].tolist() == [[pytest.approx(0.1), pytest.approx(-0.1)]]
 
@@ -44,7 +43,7 @@ def test_three_verdicts_have_a_picture_of_model_a(tmp_path, monkeypatch):
 def test_rows_whose_verdict_changed_are_marked():
     axes = Figure().subplots()
     changed = np.array([False, True, False])
-    draw_rows(axes, np.array([0.9, 0.45, 0.1]), np.array([0.8, 0.55, 0.2]), changed, "quantised", two=True)
+    draw_rows(axes, np.array([0.9, 0.45, 0.1]), np.array([0.8, 0.55, 0.2]), changed, "quantised")
     same, marked = axes.collections
     assert same.get_offsets().tolist() == [[0.9, 0.8], [0.1, 0.2]]
     assert marked.get_offsets().tolist() == [[0.45, 0.55]]
