@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import polars as pl
@@ -130,3 +131,21 @@ def test_the_reference_computes_its_head_in_float32_as_training_does(head, tmp_p
 
 def in_bf16(tensors):
     return {name: tensor.bfloat16() for name, tensor in tensors.items()}
+
+
+def test_undecided_scores_more_rows_until_there_are_no_more_and_nothing_twice(copied, monkeypatch):
+    monkeypatch.setattr("postprocess.agreement.validation_rows.ROWS", 5)
+    run = copied(quantize="nf4", tolerance_log_loss=0.004)
+    error = refused(run)
+    assert "agreement.json: undecided, no package is made: the log loss that quantised adds is " in error
+    assert re.search(r"on all 24 validation rows, .*; about [\d,]+ rows would decide: hold out a larger fold", error)
+    files = [run.folder / f"scores{number}.json" for number in ("", "-2", "-3")]
+    assert [len(json.loads(file.read_text())["columns"][0]["rov"]) for file in files] == [5, 15, 4]
+    table = pl.read_parquet(run.folder / "agreement.parquet").filter(pl.col("order") == "swapped").sort("id")
+    recorded = pl.read_parquet(run.folder / "predictions.parquet").sort("id")
+    assert table["recorded_p_model_a"].to_list() == recorded["p_model_a_swapped"].to_list()
+
+    before = [file.stat().st_mtime_ns for file in files]
+    run.recipe.write_text(run.recipe.read_text().replace("tolerance_log_loss: 0.004", "tolerance_log_loss: 2.0"))
+    assert CliRunner().invoke(main, [str(run.recipe)]).exit_code == 0
+    assert [file.stat().st_mtime_ns for file in files] == before
