@@ -440,7 +440,7 @@ def make_agreement(
             "tolerance_log_loss": package_settings.tolerance_log_loss,
             "tolerance_verdicts": package_settings.tolerance_verdicts,
         },
-        outputs=[report, report.with_suffix(".parquet"), report.with_suffix(".png")],
+        outputs=[report, report.with_suffix(".parquet")],
         code=stage_code.AGREEMENT,
     )
     if skip_if_current(stage):

@@ -76,14 +76,7 @@ def compare(columns: Sequence[Column], rows: ComparedRows, package: PackageBlock
 def describe_model(
     column: Column, by_name: Mapping[str, Column], rows: ComparedRows, resamples: Resamples
 ) -> dict:
-    """Give a model's metrics with their intervals, and its differences from `recorded` and `trained`.
-
-    Args:
-        column: The model.
-        by_name: All columns.
-        rows: The rows that they are of.
-        resamples: The draws for the intervals.
-    """
+    """Give a model's metrics with their intervals, and its differences from `recorded` and `trained`."""
     right_r = is_right(column, rows.winners_r)
     losses_r = losses(column, rows.labels_rv)
     has_winner_r = rows.winners_r >= 0

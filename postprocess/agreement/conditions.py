@@ -25,6 +25,7 @@ HOLDS = "holds"
 REFUSED = "refused"
 UNDECIDED = "undecided"
 MOST_SPREAD_LOST = 0.5
+RECORD_CONDITION = "the mean difference in probability between recorded and trained"
 
 
 @dataclass(frozen=True)
@@ -66,37 +67,25 @@ def list_conditions(
     candidate = columns[packaged]
     conditions = check_mean_differences(packaged, columns, package.tolerance)
 
+    name = f"the share of verdicts that {packaged} changes"
     changed_share = float((verdicts(candidate) != verdicts(trained)).mean())
+    bound = package.tolerance_verdicts
     conditions.append(
-        check_figure(
-            f"the share of verdicts that {packaged} changes",
-            changed_share,
-            package.tolerance_verdicts,
-            "pairwise.package.tolerance_verdicts",
-        )
+        check_figure(name, changed_share, bound, "pairwise.package.tolerance_verdicts")
     )
+
     # A model that gives one answer to all rows is close to one that was hardly trained.
-    conditions.append(
-        check_figure(
-            f"the share of the probabilities' spread that {packaged} loses",
-            measure_lost_spread(candidate, trained),
-            MOST_SPREAD_LOST,
-            "the bound",
-        )
-    )
+    name = f"the share of the probabilities' spread that {packaged} loses"
+    lost_share = measure_lost_spread(candidate, trained)
+    conditions.append(check_figure(name, lost_share, MOST_SPREAD_LOST, "the bound"))
+
     return conditions + check_log_loss(candidate, trained, rows, package.tolerance_log_loss)
 
 
 def check_mean_differences(
     packaged: str, columns: Mapping[str, Column], tolerance: float
 ) -> list[Condition]:
-    """Check the mean differences in probability, those of the training's own record first.
-
-    Args:
-        packaged: The name of the candidate.
-        columns: All columns by name.
-        tolerance: The largest mean difference that is let through.
-    """
+    """Check the mean differences in probability, those of the training's own record first."""
     compared = [(packaged, "trained")]
     if "recorded" in columns:
         compared = [("recorded", "trained"), *compared, (packaged, "recorded")]
@@ -106,14 +95,9 @@ def check_mean_differences(
 
     conditions = []
     for name, reference in compared:
-        conditions.append(
-            check_figure(
-                f"the mean difference in probability between {name} and {reference}",
-                difference(columns[name], columns[reference])["mean"],
-                tolerance,
-                "pairwise.package.tolerance",
-            )
-        )
+        figure = f"the mean difference in probability between {name} and {reference}"
+        mean = difference(columns[name], columns[reference])["mean"]
+        conditions.append(check_figure(figure, mean, tolerance, "pairwise.package.tolerance"))
     return conditions
 
 
@@ -124,22 +108,12 @@ def check_log_loss(
 
     On all rows the loss is against the human votes. In a slice there are too few of them to tell
     a change of 0.01 from chance, so that the trained model's probabilities stand in for them.
-
-    Args:
-        candidate: The model to be packaged.
-        trained: The model as trained.
-        rows: The rows that both are of.
-        tolerance: Every interval's upper end must be below it.
     """
+    row_count = len(rows.labels_rv)
     added_losses_r = losses(candidate, rows.labels_rv) - losses(trained, rows.labels_rv)
-    conditions = [
-        check_interval(
-            f"the log loss that {candidate.name} adds",
-            estimate_mean(added_losses_r, rows.groups_r),
-            tolerance,
-            row_count=len(added_losses_r),
-        )
-    ]
+    estimate = estimate_mean(added_losses_r, rows.groups_r)
+    name = f"the log loss that {candidate.name} adds"
+    conditions = [check_interval(name, estimate, tolerance, row_count)]
 
     # Bonferroni: with 95 % confidence the true value of no slice is outside its interval.
     confidence = 1 - (1 - CONFIDENCE) / max(1, len(rows.slices))
@@ -147,14 +121,9 @@ def check_log_loss(
     for slice_name, is_in_slice_r in rows.slices.items():
         slice_losses_r = expected_losses_r[is_in_slice_r]
         slice_groups_r = rows.groups_r[is_in_slice_r]
-        conditions.append(
-            check_interval(
-                f"the expected log loss that {candidate.name} adds in {slice_name}",
-                estimate_mean(slice_losses_r, slice_groups_r, confidence),
-                tolerance,
-                row_count=len(expected_losses_r),
-            )
-        )
+        estimate = estimate_mean(slice_losses_r, slice_groups_r, confidence)
+        name = f"the expected log loss that {candidate.name} adds in {slice_name}"
+        conditions.append(check_interval(name, estimate, tolerance, row_count))
     return conditions
 
 
@@ -189,11 +158,6 @@ def check_interval(name: str, estimate: Estimate, bound: float, row_count: int) 
 
 def count_rows_needed(estimate: Estimate, bound: float, row_count: int) -> int | None:
     """Estimate how many rows would decide, as an interval narrows with the root of their number.
-
-    Args:
-        estimate: The mean with its interval, which holds the bound.
-        bound: The bound.
-        row_count: How many rows were compared.
 
     Returns:
         None where one group of prompts, or a mean on the bound, gives no estimate.

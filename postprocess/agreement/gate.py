@@ -11,9 +11,8 @@ from pathlib import Path
 import polars as pl
 
 from postprocess.agreement.comparison import compare
-from postprocess.agreement.conditions import REFUSED, UNDECIDED
+from postprocess.agreement.conditions import RECORD_CONDITION, REFUSED, UNDECIDED
 from postprocess.agreement.model_scores import read_scores
-from postprocess.agreement.plot import agreement_picture
 from postprocess.agreement.slices import slice_rows
 from postprocess.agreement.statistics import Column, ComparedRows
 from postprocess.agreement.table import groups_of, probability_table, table_lines, without_nan
@@ -40,18 +39,13 @@ class Comparison:
 
 
 def needs_more_rows(run: Run, scores_files: Sequence[Path]) -> bool:
-    """Find out whether the rows scored so far leave it open if the models agree, and there are more.
-
-    Args:
-        run: The run that is packaged.
-        scores_files: What score_models wrote, part by part.
-    """
+    """Find out whether the rows scored so far leave it open if the models agree, and there are more."""
     report = compare_models(run, scores_files).report
     return report["verdict"] == UNDECIDED and report["rows"] < count_validation_rows(run)
 
 
 def agreement(run: Run, scores_files: Sequence[Path], out: Path) -> None:
-    """Compare the models, print a table, write agreement.json and, beside it, a table and a picture.
+    """Compare the models, print a table, write agreement.json and, beside it, all probabilities.
 
     Args:
         run: The run that is packaged.
@@ -69,19 +63,12 @@ def agreement(run: Run, scores_files: Sequence[Path], out: Path) -> None:
     with atomic_file(out.with_suffix(".parquet")) as temporary:
         table = probability_table(comparison.rows, comparison.columns, verdicts)
         table.write_parquet(temporary)
-    with atomic_file(out.with_suffix(".png")) as temporary:
-        agreement_picture(run.folder, report, comparison.columns, verdicts, temporary)
     write_json(out, without_nan(report))
     refuse(run, report, out)
 
 
 def compare_models(run: Run, scores_files: Sequence[Path]) -> Comparison:
-    """Compare the models on all rows that were scored.
-
-    Args:
-        run: The run that is packaged.
-        scores_files: What score_models wrote, part by part.
-    """
+    """Compare the models on all rows that were scored."""
     columns, golden = read_scores(scores_files)
     frame, _ = validation_rows(run, end=len(columns[0].probabilities_rov))
     verdicts = run.contract.verdicts
@@ -100,34 +87,23 @@ def compare_models(run: Run, scores_files: Sequence[Path]) -> Comparison:
 
 
 def refuse(run: Run, report: dict, out: Path) -> None:
-    """Raise UserError where the models do not agree: what is off, by how much, and what to do about it.
-
-    Args:
-        run: The run that is packaged.
-        report: What agreement.json holds.
-        out: agreement.json, which the error names.
-    """
+    """Raise UserError where the models do not agree: what is off, by how much, and what to do about it."""
     if report["agrees"]:
         return
 
-    first_model = report["models"][0]
-    if first_model["model"] == "recorded":
-        recorded_difference = first_model["against_trained"]["mean"]
-        if not recorded_difference <= report["tolerance"]:
+    for condition in report["conditions"]:
+        if condition["verdict"] == REFUSED and condition["name"] == RECORD_CONDITION:
             raise UserError(
                 f"{out}: base and adapter, loaded as they were trained, differ by "
-                f"{recorded_difference:.4f} in probability from predictions.parquet, which training "
+                f"{condition['value']:.4f} in probability from predictions.parquet, which training "
                 f"wrote: one of {run.weights}, {run.folder} is not the training's; put it back, or "
                 "train again"
             )
-
-    for condition in report["conditions"]:
         if condition["verdict"] == REFUSED:
             raise UserError(
                 f"{out}: {condition['name']} is {condition['value']:.4f}, over {condition['bound_name']} "
                 f"({condition['bound']:g}); no package is made: {advise(run, report)}; "
-                f"{out.with_suffix('.png').name} and {out.with_suffix('.parquet').name} beside it show "
-                "the rows"
+                f"{out.with_suffix('.parquet').name} beside it has the rows"
             )
 
     for condition in report["conditions"]:
@@ -136,13 +112,7 @@ def refuse(run: Run, report: dict, out: Path) -> None:
 
 
 def describe_undecided(condition: dict, row_count: int, out: Path) -> str:
-    """Say what stays open although every validation row was compared, and how many rows would decide.
-
-    Args:
-        condition: A condition that is undecided.
-        row_count: How many rows were compared.
-        out: agreement.json.
-    """
+    """Say what stays open although every validation row was compared, and how many rows would decide."""
     rows_needed = "more rows would decide"
     if condition["rows_needed"]:
         rows_needed = f"about {condition['rows_needed']:,} rows would decide"
@@ -155,12 +125,7 @@ def describe_undecided(condition: dict, row_count: int, out: Path) -> str:
 
 
 def advise(run: Run, report: dict) -> str:
-    """Say what to change in the recipe: less rounding where that is to blame, else another kind of package.
-
-    Args:
-        run: The run that is packaged.
-        report: What agreement.json holds.
-    """
+    """Say what to change in the recipe: less rounding where that is to blame, else another kind of package."""
     quantize = run.recipe.pairwise.package.quantize
     means = {}
     for model in report["models"]:

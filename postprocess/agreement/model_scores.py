@@ -111,13 +111,7 @@ def read_recorded_column(run: Run, rows: pl.DataFrame) -> Column:
 def list_loaders(
     run: Run, folders: Mapping[str, Path | None], device: str, dtype: torch.dtype
 ) -> Iterator[tuple[str, Callable[[], torch.nn.Module]]]:
-    """List the models to be scored, each folder once.
-
-    Args:
-        run: The run that is packaged.
-        folders: The models' folders by column.
-        device: Where they compute.
-        dtype: What all but `trained` compute in.
+    """List the models to be scored, each folder once; all but `trained` compute in `dtype`.
 
     Yields:
         A column's name, and the function that loads its model.
@@ -133,14 +127,7 @@ def list_loaders(
 
 
 def score_column(name: str, model: torch.nn.Module, run: Run, tokenizer, pairs: Sequence) -> Column:
-    """Score pairs in both orders.
-
-    Args:
-        name: The column's name.
-        model: The model, in eval mode.
-        run: The run that is packaged.
-        tokenizer: The run's tokenizer.
-        pairs: The pairs.
+    """Score pairs in both orders with a model in eval mode.
 
     Raises:
         FloatingPointError: A probability is not finite.
@@ -157,13 +144,7 @@ def score_column(name: str, model: torch.nn.Module, run: Run, tokenizer, pairs: 
 
 
 def score_golden_rows(model: torch.nn.Module, run: Run, tokenizer) -> list[dict]:
-    """Score the contract's golden rows, which the kernel scores again.
-
-    Args:
-        model: The model, in eval mode.
-        run: The run that is packaged.
-        tokenizer: The run's tokenizer.
-    """
+    """Score the contract's golden rows, which the kernel scores again."""
     contract = run.contract
     pairs = [run.model_input.pair_from_row(row["pair"]) for row in contract.golden]
     device = str(model.device)
@@ -179,14 +160,7 @@ def score_golden_rows(model: torch.nn.Module, run: Run, tokenizer) -> list[dict]
 def choose_dtype(run: Run, tokenizer, pairs: Sequence, device: str) -> torch.dtype:
     """Choose what the models compute in: float16 as on Kaggle, but float32 where a CPU would take long.
 
-    Args:
-        run: The run that is packaged.
-        tokenizer: The run's tokenizer.
-        pairs: The pairs that will be scored.
-        device: Where the models compute.
-
-    Returns:
-        The dtype. The weights are rounded to float16 whatever it is.
+    The weights are rounded to float16 whatever it is.
     """
     if device != "cpu":
         return torch.float16

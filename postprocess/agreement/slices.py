@@ -17,12 +17,7 @@ QUARTERS = (
 
 
 def slice_rows(rows: pl.DataFrame, groups_r: np.ndarray) -> dict[str, np.ndarray]:
-    """Give the slices of the rows that have groups enough to be judged, as masks of shape (rows,).
-
-    Args:
-        rows: The validation rows.
-        groups_r: The number of each row's group of prompts.
-    """
+    """Give the slices of the rows that have groups enough to be judged, as masks of shape (rows,)."""
     slices = slice_by_language(rows, groups_r) | slice_by_length(rows)
     judged_slices = {}
     for name, is_in_slice_r in slices.items():
@@ -32,12 +27,7 @@ def slice_rows(rows: pl.DataFrame, groups_r: np.ndarray) -> dict[str, np.ndarray
 
 
 def slice_by_language(rows: pl.DataFrame, groups_r: np.ndarray) -> dict[str, np.ndarray]:
-    """Slice the rows by language; those of rare languages are one slice together.
-
-    Args:
-        rows: The validation rows; without a column `language` there is no slice.
-        groups_r: The number of each row's group of prompts.
-    """
+    """Slice the rows by language, if they have one; those of rare languages are one slice together."""
     if "language" not in rows.columns:
         return {}
 

@@ -84,12 +84,7 @@ def validation_rows(run: Run, first: int = 0, end: int = ROWS) -> tuple[pl.DataF
 
 
 def read_predictions(file: Path, verdicts: tuple[str, ...]) -> pl.DataFrame:
-    """Read ids and the probabilities of each order from a run's predictions.parquet.
-
-    Args:
-        file: The file.
-        verdicts: The verdicts of the run.
-    """
+    """Read ids and the probabilities of each order from a run's predictions.parquet."""
     columns = ["id"]
     for verdict in verdicts:
         columns += [f"p_{verdict}_{order}" for order in ORDERS]

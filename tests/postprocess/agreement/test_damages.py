@@ -86,7 +86,8 @@ def make_scored(folder, base, seed: int) -> Scored:
     frame, pairs = validation_rows(run, end=ROWS)
     verdicts = run.contract.verdicts
     groups_r = np.arange(len(frame))
-    rows = ComparedRows(targets(frame, verdicts), winners(frame, verdicts), groups_r, slice_rows(frame, groups_r))
+    winners_r = flip_some(winners(frame, verdicts))
+    rows = ComparedRows(np.eye(2)[winners_r], winners_r, groups_r, slice_rows(frame, groups_r))
     column = score_column("trained", made_run.model, run, tokenizer, pairs)
     return Scored(made_run.model, run, tokenizer, pairs, column, rows)
 

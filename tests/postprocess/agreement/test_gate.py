@@ -16,7 +16,7 @@ from postprocess.agreement.validation_rows import validation_rows
 from tests.postprocess import runs
 from tests.postprocess.agreement.compared import report
 
-LEFT_FOR_THE_USER = ("agreement.json", "agreement.parquet", "agreement.png")
+LEFT_FOR_THE_USER = ("agreement.json", "agreement.parquet")
 
 
 def left_in(folder):
@@ -69,13 +69,13 @@ def test_report_and_table_compare_four_models_on_the_validation_rows(packaged):
         assert rows["recorded_p_model_b"].to_list() == predictions[f"p_model_b_{order}"].to_list()
 
 
-def test_a_comparison_whose_picture_is_gone_is_made_again_and_a_prediction_that_is_no_number_never_agrees(copied):
+def test_a_comparison_whose_table_is_gone_is_made_again_and_a_prediction_that_is_no_number_never_agrees(copied):
     run = copied(quantize="none")
     assert CliRunner().invoke(main, [str(run.recipe)]).exit_code == 0
-    (run.folder / "agreement.png").unlink()
+    (run.folder / "agreement.parquet").unlink()
     again = CliRunner().invoke(main, [str(run.recipe)]).stdout
     assert "merge      up to date" in again and "agreement  up to date" not in again
-    assert (run.folder / "agreement.png").exists()
+    assert (run.folder / "agreement.parquet").exists()
 
     file = run.folder / "predictions.parquet"
     nan = pl.when(pl.int_range(pl.len()) == 3).then(float("nan")).otherwise(pl.col("p_model_a_swapped"))

@@ -99,7 +99,7 @@ def test_every_stage_is_made_and_the_run_is_whole(packaged):
     assert [line.split()[0] for line in result.stdout.splitlines() if " s   /" in line] == STAGES
     assert {path.name for path in run.iterdir() if path.is_file()} == {
         *("contract.json", "model_input.py", "metrics.json", "predictions.parquet", "tokenizer.json", "tokenizer_config.json"),
-        *("scores.json", "agreement.json", "agreement.parquet", "agreement.png", RECORD),
+        *("scores.json", "agreement.json", "agreement.parquet", RECORD),
     }
     metrics = json.loads((run / "metrics.json").read_text())
     counts = [metrics[name] for name in ("rows", "training_rows", "calibration_rows", "fold", "steps")]
