@@ -28,6 +28,7 @@ from postprocess.run_folder import (
     Run,
     find_base,
     hub_commit,
+    read_contract,
     read_run,
     refuse_weights,
     weight_files,
@@ -79,10 +80,10 @@ class Preparation:
             return
 
         import_torch()
-        from postprocess.agreement.reference_model import check_memory  # noqa: PLC0415  needs torch
         from postprocess.gptq.quantize import check_model  # noqa: PLC0415  needs torch
+        from postprocess.memory.comparison_fit import check_comparison  # noqa: PLC0415  needs torch
 
-        check_memory(self.run)
+        check_comparison(self.run)
         if self.run.recipe.pairwise.package.quantize in GPTQ_BITS:
             check_model(self.run)
         check_target(self.run)
@@ -249,8 +250,10 @@ def make_untrained_run(recipe: Recipe) -> None:
         return
 
     import_torch()
+    from postprocess.memory.comparison_fit import check_base_model  # noqa: PLC0415  needs torch
     from postprocess.zero_shot.base_model_run import make_base_model_run  # noqa: PLC0415  needs torch
 
+    check_base_model(base)
     with making(stage):
         make_base_model_run(recipe, base, hub_commit(base))
 
@@ -276,7 +279,14 @@ def make_average(recipe: Recipe, shares: Mapping[Path, float], rank: int | None)
     # The package of an earlier mean must not stay beside this one.
     shutil.rmtree(recipe.run_folder / "package", ignore_errors=True)
     import_torch()
+    from postprocess.memory.comparison_fit import check_comparison  # noqa: PLC0415  needs torch
     from postprocess.weights.average_lora import average  # noqa: PLC0415  needs torch
+
+    # Any member's model is as large as the mean's.
+    member = next(iter(shares))
+    contract, model_input = read_contract(member)
+    base = find_base(contract.base_model, contract.revision)
+    check_comparison(Run(recipe, member, contract, model_input, base, has_adapter=True))
 
     with making(stage):
         average(recipe, shares, rank)

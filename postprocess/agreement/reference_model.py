@@ -1,6 +1,5 @@
 """The model as it was trained: its base, in the precision of the training, with the adapter on it by PEFT."""
 
-import os
 from collections.abc import Sequence
 
 import torch
@@ -10,31 +9,12 @@ from transformers import BitsAndBytesConfig
 
 from kaggle_kernels.runtime.models.model import CLASSES
 from kaggle_kernels.runtime.models.shortcuts import keep_label_rows
-from postprocess.run_folder import ADAPTER, MODEL_PATTERN, Run
+from postprocess.run_folder import ADAPTER, Run
 from postprocess.weights.merge import merged_model
 from postprocess.weights.meta_model import empty_model, model_config
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_object
 from recipes.pairwise.training.heads import compute_logits_in_float32
-
-
-def check_memory(run: Run) -> None:
-    """Raise UserError where the 16-bit model, which is compared whole, does not fit the GPU, or without one RAM."""
-    needed = sum(file.stat().st_size for file in run.weights.glob(MODEL_PATTERN))
-    held, where = memory()
-    if needed > held:
-        raise UserError(
-            f"{run.weights}: {needed / 1e9:.0f} GB of weights, {where} has {held / 1e9:.0f} GB, too little to compare what is "
-            "packaged with the model as trained; use a larger machine (CUDA_VISIBLE_DEVICES= takes RAM). A teacher's labels "
-            f"need no package: see {run.folder / 'predictions.parquet'}, or of all rows make cv R={run.recipe.path.stem}"
-        )
-
-
-def memory() -> tuple[int, str]:
-    """Give the bytes of the first GPU's memory, or of the machine's, and which it is."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(0).total_memory, "the GPU"
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine"
 
 
 def load_trained(run: Run, device: str) -> torch.nn.Module:

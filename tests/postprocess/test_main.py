@@ -137,11 +137,11 @@ def test_a_run_that_cannot_be_packaged_is_one_line_and_exit_code_2(damage, messa
 
 def test_a_model_larger_than_the_memory_is_told_before_anything_is_written(copied, monkeypatch):
     run = copied()
-    monkeypatch.setattr("postprocess.agreement.reference_model.memory", lambda: (10_000, "the GPU"))
+    monkeypatch.setattr("postprocess.memory.comparison_fit.memory", lambda: (10_000, "the GPU"))
     result = CliRunner().invoke(main, [str(run.recipe)])
     assert result.exit_code == 2
-    assert result.stderr.startswith(f"error: {run.base}: 0 GB of weights, the GPU has 0 GB, too little to compare")
-    assert result.stderr.endswith("predictions.parquet, or of all rows make cv R=recipe\n")
+    assert result.stderr.startswith(f"error: {run.base}: the merged model takes 0.0 GB")
+    assert "the GPU has 0.0 GB, too little to compare" in result.stderr
     assert not (run.folder / "merged").exists()
 
 
