@@ -28,6 +28,7 @@ from preprocess.core.files import read_object, write_json
 # About 20 s: float16 is ten times slower than float32 on CPUs without units for it.
 FLOAT16_ON_CPU_FLOP = 5e10
 GOLDEN_ORDER = ("as_given",)
+TOKENS_PER_BATCH = 8192
 
 
 def score_models(run: Run, folders: Mapping[str, Path | None], part: int, out: Path) -> None:
@@ -132,8 +133,7 @@ def score_column(name: str, model: torch.nn.Module, run: Run, tokenizer, pairs: 
     Raises:
         FloatingPointError: A probability is not finite.
     """
-    device = str(model.device)
-    scores = score(model, run.model_input, tokenizer, run.contract, pairs, device=device)
+    scores = score_in_memory(model, run, tokenizer, pairs)
     rows = []
     for pair in pairs:
         rows.append([scores[pair.id][order] for order in ORDERS])
@@ -141,6 +141,29 @@ def score_column(name: str, model: torch.nn.Module, run: Run, tokenizer, pairs: 
     # A quantised model's first parameters may be whole numbers.
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     return Column(name, np.array(rows, dtype=np.float64), str(dtype).removeprefix("torch."))
+
+
+def score_in_memory(model: torch.nn.Module, run: Run, tokenizer, pairs: Sequence) -> dict:
+    """Score pairs in both orders, in batches half as large as long as they do not fit the GPU."""
+    tokens_per_batch = TOKENS_PER_BATCH
+    while True:
+        try:
+            return score(
+                model,
+                run.model_input,
+                tokenizer,
+                run.contract,
+                pairs,
+                tokens_per_batch=tokens_per_batch,
+                device=str(model.device),
+            )
+        except torch.OutOfMemoryError:
+            # A batch of one row cannot be made smaller.
+            if tokens_per_batch < run.contract.budget_tokens:
+                raise
+        # The longest rows come first: little is scored twice.
+        tokens_per_batch //= 2
+        torch.cuda.empty_cache()
 
 
 def score_golden_rows(model: torch.nn.Module, run: Run, tokenizer) -> list[dict]:

@@ -33,7 +33,6 @@ def load_trained(run: Run, device: str) -> torch.nn.Module:
         options = {
             "dtype": read_object(run.folder / "config.json").get("dtype") or "auto",
             "quantization_config": BitsAndBytesConfig.from_dict(quantization),
-            "device_map": {"": device},
         }
     model = CLASSES[run.contract.head].from_pretrained(
         run.weights,
@@ -41,15 +40,16 @@ def load_trained(run: Run, device: str) -> torch.nn.Module:
         attn_implementation="eager" if run.contract.softcap else None,
         local_files_only=True,
         use_safetensors=True,
+        # Straight to the GPU, without a copy in the machine's memory.
+        device_map={"": device},
         **options,
     )
     if run.has_adapter:
         model = PeftModel.from_pretrained(model, run.folder)
 
     compute_head_in_float32(model, run.contract.label_token_ids)
-    # bitsandbytes has put a quantised model where it belongs.
-    if not quantization:
-        model = model.to(device)
+    # Nothing is generated, so that no keys and values need to be kept.
+    model.config.use_cache = False
     return model.eval()
 
 
@@ -87,6 +87,7 @@ def load_merged(run: Run, device: str, dtype: torch.dtype) -> torch.nn.Module:
     )
     if run.contract.label_token_ids:
         keep_label_rows(model, run.contract.label_token_ids)
+    model.config.use_cache = False
     return model.to(device).eval()
 
 

@@ -1,5 +1,6 @@
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
@@ -10,7 +11,7 @@ from click.testing import CliRunner
 from kaggle_kernels.runtime.package import read_tokenizer
 from postprocess.__main__ import main
 from postprocess.agreement.gate import advise
-from postprocess.agreement.model_scores import choose_dtype
+from postprocess.agreement.model_scores import choose_dtype, score_in_memory
 from postprocess.agreement.reference_model import load_trained
 from postprocess.agreement.validation_rows import validation_rows
 from tests.postprocess import runs
@@ -126,6 +127,7 @@ def test_the_reference_computes_its_head_in_float32_as_training_does(head, tmp_p
     with torch.no_grad():
         logits = model(input_ids=torch.arange(10, 40)[None]).logits
     assert logits.dtype == torch.float32
+    assert model(input_ids=torch.arange(10, 40)[None]).past_key_values is None
     assert not torch.equal(logits, logits.bfloat16().float())
 
 
@@ -149,3 +151,23 @@ def test_undecided_scores_more_rows_until_there_are_no_more_and_nothing_twice(co
     run.recipe.write_text(run.recipe.read_text().replace("tolerance_log_loss: 0.004", "tolerance_log_loss: 2.0"))
     assert CliRunner().invoke(main, [str(run.recipe)]).exit_code == 0
     assert [file.stat().st_mtime_ns for file in files] == before
+
+
+def test_out_of_memory_halves_the_batch_until_a_row_alone_does_not_fit(made, opened, monkeypatch):
+    run = opened(made("gemma2"))
+    tried = []
+
+    def score_with_little_memory(*_, tokens_per_batch, **options):
+        tried.append(tokens_per_batch)
+        if tokens_per_batch > memory_tokens:
+            raise torch.OutOfMemoryError
+        return "scores"
+
+    monkeypatch.setattr("postprocess.agreement.model_scores.score", score_with_little_memory)
+    memory_tokens = 2048
+    assert score_in_memory(SimpleNamespace(device="cpu"), run, None, []) == "scores"
+    assert tried == [8192, 4096, 2048]
+    memory_tokens = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        score_in_memory(SimpleNamespace(device="cpu"), run, None, [])
+    assert tried[3:] == [8192, 4096, 2048, 1024, 512, 256, 128, 64]  # the token budget is 128
