@@ -6,7 +6,7 @@ import pytest
 
 from postprocess.agreement.conditions import HOLDS, REFUSED, UNDECIDED, list_conditions, summarise
 from postprocess.agreement.slices import slice_rows
-from postprocess.agreement.statistics import Column, ComparedRows
+from postprocess.agreement.statistics import Column, ComparedRows, divergence
 from recipes.pairwise.config.schema import PackageBlock
 
 ROWS = 500
@@ -87,15 +87,26 @@ def test_honest_packages_of_20_seeds_pass():
 
 
 def test_too_few_rows_are_undecided_and_say_how_many_would_decide():
-    trained, noisy, rows = make_columns(1, spread=1.3, noise=0.2)
+    trained, noisy, rows = make_columns(5, spread=1.3, noise=0.15)
     tenth = slice(None, None, 10)
     few = ComparedRows(rows.labels_rv[tenth], rows.winners_r[tenth], rows.groups_r[tenth], {})
     candidate = Column("quantised", noisy.probabilities_rov[tenth], "")
     reference = Column("trained", trained.probabilities_rov[tenth], "")
     verdict, others = judge(reference, candidate, few, tolerance_verdicts=0.2)
     assert (verdict, list(others)) == (UNDECIDED, [LOG_LOSS])
-    assert others[LOG_LOSS].rows_needed == 174
+    assert others[LOG_LOSS].rows_needed == 331
+    assert others[LOG_LOSS].value < others[LOG_LOSS].bound
     assert judge(trained, noisy, rows, tolerance_verdicts=0.2) == (HOLDS, {})
+
+
+def test_the_intervals_of_the_slices_hold_together():
+    trained, honest, rows = make_columns(0, spread=1.3)
+    columns = {"trained": trained, "quantised": honest}
+    conditions = list_conditions("quantised", columns, rows, PackageBlock(slug="tiny-package"))
+    thai = next(condition for condition in conditions if condition.name.endswith("Thai"))
+    values_r = divergence(honest.mean_rv(), trained.mean_rv())[THAI]
+    quantile = 2.9406  # of t with 24 degrees of freedom, at 1 - 0.025 / 7: there are seven slices
+    assert thai.high == pytest.approx(values_r.mean() + quantile * values_r.std(ddof=1) / 5, rel=1e-3)
 
 
 def test_verdicts_that_change_are_counted_whatever_the_log_loss_says():

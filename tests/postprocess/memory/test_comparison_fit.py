@@ -1,7 +1,7 @@
 import pytest
 
 from postprocess.memory import comparison_fit
-from postprocess.memory.comparison_fit import check_base_model, check_comparison, check_memory, estimate_weights
+from postprocess.memory.comparison_fit import check_comparison, check_memory, estimate_weights
 from postprocess.memory.measure import measure_folder
 from postprocess.memory.model_size import served_of
 from preprocess.core.errors import UserError
@@ -49,11 +49,3 @@ def test_the_error_names_the_gigabytes(monkeypatch, tmp_path):
     monkeypatch.setattr(comparison_fit, "memory", lambda: (int(33e9), "this machine"))
     with pytest.raises(UserError, match=r"takes 55\.4 GB and a batch of it 2\.0; this machine has 33\.0 GB"):
         check_memory(tmp_path, int(55.4e9), int(2e9), "the merged model")
-
-
-def test_a_base_model_used_as_it_is_is_checked_before_it_is_loaded(made, monkeypatch):
-    base = made("gemma2").base
-    stored_bytes = (base / "model.safetensors").stat().st_size
-    monkeypatch.setattr(comparison_fit, "memory", lambda: (stored_bytes - 1, "the GPU"))
-    with pytest.raises(UserError, match="the base model takes .*, too little"):
-        check_base_model(base)

@@ -106,6 +106,14 @@ def test_more_rank_than_a_layer_can_have_is_what_it_can_have(made, tmp_path):
     assert tensors[f"base_model.model.{name}.lora_A.weight"].shape == (32, 64)
 
 
+def test_a_mean_larger_than_the_memory_is_told_before_it_is_made(copied, tmp_path, monkeypatch):
+    run = copied("gemma2", quantize="nf4")
+    monkeypatch.setattr("postprocess.memory.comparison_fit.memory", lambda: (10_000, "the GPU"))
+    result = CliRunner().invoke(main, [str(run.recipe), "--adapter", str(fold(run, tmp_path / "fold-0", 1))])
+    assert (result.exit_code, "the merged model takes 0.0 GB" in result.stderr) == (2, True)
+    assert not (run.folder / "mean" / "adapter_model.safetensors").exists()
+
+
 def test_the_mean_is_packaged_like_one_adapter_and_anew_after_a_member_was_trained_again(copied, tmp_path):
     run = copied("gemma2", quantize="nf4", tolerance=0.3)
     first, second = fold(run, tmp_path / "fold-0", 1), fold(run, tmp_path / "fold-1", 2)

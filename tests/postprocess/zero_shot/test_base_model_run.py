@@ -94,6 +94,13 @@ def first_answer(predictions: pl.DataFrame) -> float:
     return (predictions["p_model_a_as_given"].mean() + predictions["p_model_b_swapped"].mean()) / 2
 
 
+def test_a_base_model_larger_than_the_memory_is_told_before_it_is_loaded(biased, tmp_path, monkeypatch):
+    monkeypatch.setattr("postprocess.memory.comparison_fit.memory", lambda: (10_000, "the GPU"))
+    result = invoke(recipe_file(tmp_path, biased))
+    assert (result.exit_code, "the base model takes 0.0 GB" in result.stderr) == (2, True)
+    assert not (tmp_path / "run" / "contract.json").exists()
+
+
 def test_every_stage_is_made_and_the_run_is_whole(packaged):
     run, _, result = packaged
     assert [line.split()[0] for line in result.stdout.splitlines() if " s   /" in line] == STAGES
