@@ -28,6 +28,7 @@ from postprocess.run_folder import (
     Run,
     find_base,
     hub_commit,
+    read_contract,
     read_run,
     refuse_weights,
     weight_files,
@@ -79,10 +80,10 @@ class Preparation:
             return
 
         import_torch()
-        from postprocess.agreement.reference_model import check_memory  # noqa: PLC0415  needs torch
         from postprocess.gptq.quantize import check_model  # noqa: PLC0415  needs torch
+        from postprocess.memory.comparison_fit import check_comparison  # noqa: PLC0415  needs torch
 
-        check_memory(self.run)
+        check_comparison(self.run)
         if self.run.recipe.pairwise.package.quantize in GPTQ_BITS:
             check_model(self.run)
         check_target(self.run)
@@ -249,8 +250,10 @@ def make_untrained_run(recipe: Recipe) -> None:
         return
 
     import_torch()
+    from postprocess.memory.comparison_fit import check_base_model  # noqa: PLC0415  needs torch
     from postprocess.zero_shot.base_model_run import make_base_model_run  # noqa: PLC0415  needs torch
 
+    check_base_model(base)
     with making(stage):
         make_base_model_run(recipe, base, hub_commit(base))
 
@@ -276,7 +279,14 @@ def make_average(recipe: Recipe, shares: Mapping[Path, float], rank: int | None)
     # The package of an earlier mean must not stay beside this one.
     shutil.rmtree(recipe.run_folder / "package", ignore_errors=True)
     import_torch()
+    from postprocess.memory.comparison_fit import check_comparison  # noqa: PLC0415  needs torch
     from postprocess.weights.average_lora import average  # noqa: PLC0415  needs torch
+
+    # Any member's model is as large as the mean's.
+    member = next(iter(shares))
+    contract, model_input = read_contract(member)
+    base = find_base(contract.base_model, contract.revision)
+    check_comparison(Run(recipe, member, contract, model_input, base, has_adapter=True))
 
     with making(stage):
         average(recipe, shares, rank)
@@ -428,56 +438,75 @@ def make_agreement(
     Raises:
         UserError: The models do not agree.
     """
-    scores_file = make_scores(run, candidates, preparation)
+    package_settings = run.recipe.pairwise.package
     report = run.folder / "agreement.json"
     stage = Stage(
         run.folder,
         "agreement",
-        inputs=[scores_file, run.folder / "metrics.json", *run.validation_files()],
-        settings={"tolerance": run.recipe.pairwise.package.tolerance},
-        outputs=[report, report.with_suffix(".parquet"), report.with_suffix(".png")],
+        inputs=[*compared_files(run, candidates), run.folder / "metrics.json"],
+        settings={
+            "candidates": list(candidates),
+            "tolerance": package_settings.tolerance,
+            "tolerance_log_loss": package_settings.tolerance_log_loss,
+            "tolerance_verdicts": package_settings.tolerance_verdicts,
+        },
+        outputs=[report, report.with_suffix(".parquet")],
         code=stage_code.AGREEMENT,
     )
     if skip_if_current(stage):
         return report
 
     preparation.ensure()
-    from postprocess.agreement.gate import agreement  # noqa: PLC0415  needs torch
+    from postprocess.agreement.gate import agreement, needs_more_rows  # noqa: PLC0415  needs torch
+
+    # More rows are scored only where fewer leave it open whether the models agree.
+    scores_files = [make_scores(run, candidates, part=0)]
+    while needs_more_rows(run, scores_files):
+        scores_files.append(make_scores(run, candidates, part=len(scores_files)))
 
     with making(stage):
-        agreement(run, scores_file, report)
+        agreement(run, scores_files, report)
     return report
 
 
-def make_scores(run: Run, candidates: Mapping[str, Path | None], preparation: Preparation) -> Path:
+def make_scores(run: Run, candidates: Mapping[str, Path | None], part: int) -> Path:
     """Bring the probabilities that the candidates and the trained model give up to date.
 
-    Returns:
-        The file with the probabilities. Another tolerance needs no other ones.
-    """
-    # The comparison is of what is on the disk: a model that was made anew is compared anew.
-    model_files = []
-    for folder in unique_folders(candidates):
-        model_files += files_of(folder)
+    Args:
+        run: The run that is packaged.
+        candidates: The models' folders.
+        part: 0 for the first validation rows, 1 for those that are added to them, …
 
-    scores_file = run.folder / "scores.json"
+    Returns:
+        The file with the probabilities. Other tolerances need no other ones.
+    """
+    number = "" if part == 0 else f"-{part + 1}"
+    scores_file = run.folder / f"scores{number}.json"
     stage = Stage(
         run.folder,
-        "scores",
-        inputs=[*run.source_files(), *model_files, *run.validation_files()],
+        f"scores{number}",
+        inputs=compared_files(run, candidates),
         settings={"candidates": list(candidates)},
         outputs=[scores_file],
-        code=stage_code.AGREEMENT,
+        code=stage_code.SCORES,
     )
     if skip_if_current(stage):
         return scores_file
 
-    preparation.ensure()
-    from postprocess.agreement.gate import score_models  # noqa: PLC0415  needs torch
+    from postprocess.agreement.model_scores import score_models  # noqa: PLC0415  needs torch
 
     with making(stage):
-        score_models(run, candidates, scores_file)
+        score_models(run, candidates, part, scores_file)
     return scores_file
+
+
+def compared_files(run: Run, candidates: Mapping[str, Path | None]) -> list[Path]:
+    """List the files of all models that are compared, and of the rows that they are compared on."""
+    # The comparison is of what is on the disk: a model that was made anew is compared anew.
+    files = [*run.source_files(), *run.validation_files()]
+    for folder in unique_folders(candidates):
+        files += files_of(folder)
+    return files
 
 
 def make_package(run: Run, model: Path, report: Path) -> None:

@@ -21,6 +21,13 @@ MODEL_CLASS = (
 # Everything that Kaggle's kernel loads and scores a model with.
 SCORING = ("kaggle_kernels/runtime/models",)
 
+# The model as trained, beside which a package is compared.
+REFERENCE = (
+    "postprocess/agreement/reference_model.py",
+    "recipes/pairwise/training/heads.py",
+    "recipes/pairwise/training/zero3.py",
+)
+
 PAIRS = (
     "recipes/pairwise/data/datasets.py",
     "recipes/pairwise/data/teacher_labels.py",
@@ -44,7 +51,7 @@ QUANTISE = (
     *PAIRS,
     "kaggle_kernels/runtime/models/overflow.py",
     "kaggle_kernels/runtime/models/scoring.py",
-    "postprocess/agreement/reference_model.py",
+    *REFERENCE,
     "postprocess/agreement/validation_rows.py",
     "postprocess/weights/calibration.py",
     "postprocess/weights/quantise_run.py",
@@ -63,11 +70,21 @@ GPTQ = (
 
 UNMERGED = (
     *MERGE,
-    "postprocess/agreement/reference_model.py",
+    *REFERENCE,
     "postprocess/weights/nf4_base_plus_adapter.py",
 )
 
-AGREEMENT = (*MERGE, *PAIRS, *SCORING, "postprocess/agreement")
+SCORES = (
+    *MERGE,
+    *PAIRS,
+    *SCORING,
+    *REFERENCE,
+    "postprocess/agreement/model_scores.py",
+    "postprocess/agreement/statistics.py",
+    "postprocess/agreement/validation_rows.py",
+)
+
+AGREEMENT = (*SCORES, "postprocess/agreement")
 
 PACKAGE = (
     *RUN,
@@ -76,6 +93,7 @@ PACKAGE = (
     "kaggle_kernels/runtime/models/overflow.py",
     "kaggle_kernels/runtime/models/scoring.py",
     "kaggle_kernels/runtime/models/shortcuts.py",
+    "postprocess/agreement/conditions.py",
     "postprocess/agreement/statistics.py",
     "postprocess/agreement/table.py",
     "postprocess/agreement/validation_rows.py",
@@ -90,7 +108,7 @@ AVERAGE = (
     *MERGE,
     *PAIRS,
     *SCORING,
-    "postprocess/agreement/reference_model.py",
+    *REFERENCE,
     "postprocess/weights/average_lora.py",
 )
 

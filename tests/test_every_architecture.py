@@ -15,7 +15,7 @@ from recipes.pairwise.config.axolotl_keys import PLUGIN
 from recipes.pairwise.config.schema import read_recipe
 from tests import forked, tiny
 from tests.conftest import ROOT
-from tests.postprocess.runs import DECODER_TARGETS, TARGETS
+from tests.postprocess.runs import DECODER_TARGETS, FEW_ROWS, TARGETS
 
 WALKS = [
     ("deberta-v2", "score", "int8"),
@@ -43,7 +43,7 @@ def write_recipe_and_spec(folder, base, kind: str, head: str, quantize: str):
         "template": "bert" if kind in tiny.ENCODERS else "gemma",
         "budget_tokens": 192,
         "head": head,
-        "package": {"slug": "pairwise-walk", "quantize": quantize, "tolerance": 0.2},
+        "package": {"slug": "pairwise-walk", "quantize": quantize, "tolerance": 0.2, **FEW_ROWS},
     }
     values = {
         "base_model": str(base),

@@ -1,50 +1,38 @@
 """The model as it was trained: its base, in the precision of the training, with the adapter on it by PEFT."""
 
-import os
+from collections.abc import Sequence
 
 import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import PeftModel
 from transformers import BitsAndBytesConfig
 
 from kaggle_kernels.runtime.models.model import CLASSES
 from kaggle_kernels.runtime.models.shortcuts import keep_label_rows
-from postprocess.run_folder import ADAPTER, MODEL_PATTERN, Run
+from postprocess.run_folder import ADAPTER, Run
 from postprocess.weights.merge import merged_model
 from postprocess.weights.meta_model import empty_model, model_config
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_object
-
-
-def check_memory(run: Run) -> None:
-    """Raise UserError where the 16-bit model, which is compared whole, is larger than the GPU's memory, or without one RAM."""
-    needed, (held, where) = sum(file.stat().st_size for file in run.weights.glob(MODEL_PATTERN)), memory()
-    if needed > held:
-        raise UserError(
-            f"{run.weights}: {needed / 1e9:.0f} GB of weights, {where} has {held / 1e9:.0f} GB, too little to compare what is "
-            "packaged with the model as trained; use a larger machine (CUDA_VISIBLE_DEVICES= takes RAM). A teacher's labels "
-            f"need no package: see {run.folder / 'predictions.parquet'}, or of all rows make cv R={run.recipe.path.stem}"
-        )
-
-
-def memory() -> tuple[int, str]:
-    """Bytes of the first GPU's memory, or of the machine's, and which it is."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(0).total_memory, "the GPU"
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine"
+from recipes.pairwise.training.heads import compute_logits_in_float32
 
 
 def load_trained(run: Run, device: str) -> torch.nn.Module:
-    """Base and adapter by PEFT, or the model of a full fine-tune, in the dtype of their files, attention as it will be served.
+    """Load the model as training held it: in the dtype of its files, its head computing in float32.
 
-    A base that was quantised for the training (QLoRA) is quantised again, from the dtype that it had then.
+    A base that was quantised for the training (QLoRA) is quantised again, from the dtype that it had
+    then. Attention is computed as the kernel does it.
+
+    Args:
+        run: A LoRA run, or a full fine-tune.
+        device: Where the model goes.
     """
-    quantised = trained_quantization(run)
+    quantization = trained_quantization(run)
     options = {"dtype": "auto"}
-    if quantised:
+    if quantization:
         options = {
             "dtype": read_object(run.folder / "config.json").get("dtype") or "auto",
-            "quantization_config": BitsAndBytesConfig.from_dict(quantised),
-            "device_map": {"": device},
+            "quantization_config": BitsAndBytesConfig.from_dict(quantization),
         }
     model = CLASSES[run.contract.head].from_pretrained(
         run.weights,
@@ -52,17 +40,43 @@ def load_trained(run: Run, device: str) -> torch.nn.Module:
         attn_implementation="eager" if run.contract.softcap else None,
         local_files_only=True,
         use_safetensors=True,
+        # Straight to the GPU, without a copy in the machine's memory.
+        device_map={"": device},
         **options,
     )
     if run.has_adapter:
         model = PeftModel.from_pretrained(model, run.folder)
-    if run.contract.label_token_ids:
-        keep_label_rows(model, run.contract.label_token_ids)
-    return (model if quantised else model.to(device)).eval()
+
+    compute_head_in_float32(model, run.contract.label_token_ids)
+    # Nothing is generated, so that no keys and values need to be kept.
+    model.config.use_cache = False
+    return model.eval()
+
+
+def compute_head_in_float32(model: torch.nn.Module, label_token_ids: Sequence[int]) -> None:
+    """Compute the head's logits as training does: in bf16, those near 20 would be rounded to 1/8.
+
+    Args:
+        model: The model with its adapter.
+        label_token_ids: Of a causal LM, the only tokens that it computes logits of; empty for a classifier.
+    """
+    # A recipe may have had the output layer quantised too: then training had no other.
+    output_layer = model.get_output_embeddings()
+    base_layer = getattr(output_layer, "base_layer", output_layer)
+    if not isinstance(base_layer, Linear4bit | Linear8bitLt):
+        compute_logits_in_float32(model, label_token_ids)
+    if label_token_ids:
+        keep_label_rows(model, label_token_ids)
 
 
 def load_merged(run: Run, device: str, dtype: torch.dtype) -> torch.nn.Module:
-    """The merged model, its float16 weights made in memory, computing in `dtype` as the kernel would."""
+    """Load the merged model, its float16 weights made in memory.
+
+    Args:
+        run: The run.
+        device: Where the model goes.
+        dtype: What it computes in, as the kernel would.
+    """
     config, tensors = merged_model(run)
     model = type(empty_model(config, run.contract.head)).from_pretrained(
         None,
@@ -73,19 +87,21 @@ def load_merged(run: Run, device: str, dtype: torch.dtype) -> torch.nn.Module:
     )
     if run.contract.label_token_ids:
         keep_label_rows(model, run.contract.label_token_ids)
+    model.config.use_cache = False
     return model.to(device).eval()
 
 
 def trained_quantization(run: Run) -> dict | None:
-    """Bitsandbytes' settings of the base during training, as the run's own config.json recorded them; None for 16 bits."""
+    """Read bitsandbytes' settings of the base during training from the run's config.json; None for 16 bits."""
     if not run.has_adapter:
         return None
+
     file = run.folder / "config.json"
     recorded = read_object(file).get("quantization_config") if file.is_file() else None
-    asked = next((key for key in ("load_in_4bit", "load_in_8bit") if run.recipe.axolotl.get(key)), None)
-    if asked and not recorded:
-        raise UserError(
-            f"{file}: records no quantization_config, though {run.recipe.path.name} says {asked}; the adapter in "
-            f"{ADAPTER[0]} is from another training: train again"
-        )
+    for key in ("load_in_4bit", "load_in_8bit"):
+        if run.recipe.axolotl.get(key) and not recorded:
+            raise UserError(
+                f"{file}: records no quantization_config, though {run.recipe.path.name} says {key}; "
+                f"the adapter in {ADAPTER[0]} is from another training: train again"
+            )
     return recorded

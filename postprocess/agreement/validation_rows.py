@@ -4,7 +4,7 @@ Also the ids of a run's validation rows, for the package: the kernel's visible r
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from hashlib import sha256
 from pathlib import Path
 
@@ -21,53 +21,113 @@ LISTED_IDS = 5000
 
 
 def by_hash(ids: Iterable[str], count: int = ROWS, salt: str = "") -> list[str]:
-    """At most `count` of `ids`, chosen and ordered by the SHA-256 of each; another `salt` chooses others."""
-    return sorted(ids, key=lambda row_id: sha256((salt + row_id).encode()).hexdigest())[:count]
+    """Choose and order ids by the SHA-256 of each.
 
-
-def validation_rows(run: Run) -> tuple[pl.DataFrame, list]:
-    """Up to 500 of the rows in predictions.parquet, chosen by a hash of their ids, as a table and as pairs, in one order.
-
-    The table has the columns of the recipe's pairs file and the probabilities of predictions.parquet.
+    Args:
+        ids: The ids.
+        count: How many are chosen at most.
+        salt: Another one chooses others.
     """
-    pairs_file, file = run.validation_files()
-    predictions = read_predictions(file, run.contract.verdicts)
-    keep = by_hash(predictions["id"])
-    rows = read_pairs(pairs_file).filter(pl.col("id").is_in(keep)).join(predictions, on="id", how="inner")
-    if len(rows) != len(keep) or not keep:
+
+    def hash_id(row_id: str) -> str:
+        return sha256((salt + row_id).encode()).hexdigest()
+
+    return sorted(ids, key=hash_id)[:count]
+
+
+def part_bounds(part: int) -> tuple[int, int]:
+    """Give the places of the rows that are scored in one go: 500, then four times as many in all, and so on.
+
+    Args:
+        part: 0 for the first rows, 1 for those that are added if they do not decide, …
+
+    Returns:
+        The first place and the one behind the last, in the order of by_hash.
+    """
+    if part == 0:
+        return 0, ROWS
+    return ROWS * 4 ** (part - 1), ROWS * 4**part
+
+
+def count_validation_rows(run: Run) -> int:
+    """Count the rows that models could be compared on."""
+    return len(read_predictions(run.validation_files()[1], run.contract.verdicts))
+
+
+def validation_rows(run: Run, first: int = 0, end: int = ROWS) -> tuple[pl.DataFrame, list]:
+    """Read some of the rows in predictions.parquet, in the order of a hash of their ids.
+
+    Args:
+        run: The run.
+        first: The place of the first row.
+        end: The place behind the last one; there may be fewer.
+
+    Returns:
+        A table with the columns of the recipe's pairs file and the probabilities of
+        predictions.parquet, and the rows as pairs, in the table's order.
+
+    Raises:
+        UserError: The pairs file does not hold the rows.
+    """
+    pairs_file, predictions_file = run.validation_files()
+    predictions = read_predictions(predictions_file, run.contract.verdicts)
+    ids = by_hash(predictions["id"], end)[first:]
+    order = pl.DataFrame({"id": ids}, schema={"id": pl.String})
+    rows = order.join(predictions, on="id", maintain_order="left")
+    rows = rows.join(read_pairs(pairs_file), on="id", maintain_order="left")
+    if len(rows) != len(ids) or not ids:
         raise UserError(
-            f"{pairs_file}: holds {len(rows)} of the {len(keep)} validation rows in {file}; it is not the file of the training"
+            f"{pairs_file}: holds {len(rows)} of the {len(ids)} validation rows in {predictions_file}; "
+            "it is not the file of the training"
         )
     return rows, [run.model_input.pair_from_row(row) for row in rows.iter_rows(named=True)]
 
 
 def read_predictions(file: Path, verdicts: tuple[str, ...]) -> pl.DataFrame:
-    """Id and the probabilities of each order from a run's predictions.parquet."""
+    """Read ids and the probabilities of each order from a run's predictions.parquet."""
+    columns = ["id"]
+    for verdict in verdicts:
+        columns += [f"p_{verdict}_{order}" for order in ORDERS]
     try:
-        return pl.read_parquet(file, columns=["id", *(f"p_{verdict}_{order}" for verdict in verdicts for order in ORDERS)])
+        return pl.read_parquet(file, columns=columns)
     except (pl.exceptions.PolarsError, OSError) as error:
-        raise UserError(f"{file}: not the predictions of training ({str(error).splitlines()[0]}); train again") from None
+        first_line = str(error).splitlines()[0]
+        raise UserError(
+            f"{file}: not the predictions of training ({first_line}); train again"
+        ) from None
 
 
 def validation_ids(run: Run) -> dict:
-    """The run's fold, whether it was trained on the rows of predictions.parquet, and up to 5,000 ids of them, by hash.
+    """List up to 5,000 ids of validation rows, and say of which fold they are and whether they were trained on.
 
     The ids are those of the competition's file. One that also is the id of a row outside the fold, of another source or
     fold, is left out: the kernel, which sees only the competition's file, could not tell the two apart.
     """
-    pairs_file, file = run.validation_files()
-    held_out = set(read_predictions(file, run.contract.verdicts)["id"])
+    pairs_file, predictions_file = run.validation_files()
+    held_out_ids = set(read_predictions(predictions_file, run.contract.verdicts)["id"])
     frame = read_pairs(pairs_file)
     sources = frame["source"] if "source" in frame.columns else [""] * len(frame)
-    inside, outside, folds = set(), set(), set()
-    for row_id, source, fold in zip(frame["id"], sources, frame["fold"], strict=True):
-        (inside if row_id in held_out else outside).update(source_ids(row_id, source))
-        folds |= {fold} if row_id in held_out else set()
-    metrics = run.folder / "metrics.json"
-    told: Mapping = read_object(metrics) if metrics.is_file() else {}
-    fold = told.get("fold", min(folds) if len(folds) == 1 else "all")
-    trained_on = bool(told.get("rows_were_trained_on", fold == "all" and run.recipe.pairwise.train))
-    return {"fold": fold, "trained_on": trained_on, "ids": by_hash(inside - outside, LISTED_IDS)}
+
+    ids_inside = set()
+    ids_outside = set()
+    folds = set()
+    for row_id, source, row_fold in zip(frame["id"], sources, frame["fold"], strict=True):
+        if row_id in held_out_ids:
+            ids_inside |= source_ids(row_id, source)
+            folds.add(row_fold)
+        else:
+            ids_outside |= source_ids(row_id, source)
+
+    # Without metrics, rows of several folds can only be those of a run that held none out.
+    metrics_file = run.folder / "metrics.json"
+    metrics = read_object(metrics_file) if metrics_file.is_file() else {}
+    fold = metrics.get("fold", min(folds) if len(folds) == 1 else "all")
+    is_trained_on_all = fold == "all" and run.recipe.pairwise.train
+    return {
+        "fold": fold,
+        "trained_on": bool(metrics.get("rows_were_trained_on", is_trained_on_all)),
+        "ids": by_hash(ids_inside - ids_outside, LISTED_IDS),
+    }
 
 
 def source_ids(row_id: str, source: str) -> set[str]:

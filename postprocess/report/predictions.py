@@ -156,14 +156,16 @@ def is_comparison_of(agreement_rows: pl.DataFrame, predictions: pl.DataFrame) ->
             predictions of that time as recorded_p_VERDICT.
         predictions: The rows of predictions.parquet, which a later training may have replaced.
     """
-    if not {"id", "order", "recorded_p_model_a"} <= set(agreement_rows.columns):
+    # A mean of runs has no record: its predictions are those of the model as trained.
+    prefix = "recorded_" if "recorded_p_model_a" in agreement_rows.columns else "trained_"
+    if not {"id", "order", f"{prefix}p_model_a"} <= set(agreement_rows.columns):
         return False
 
-    recorded_columns = [name for name in agreement_rows.columns if name.startswith("recorded_p_")]
+    recorded_columns = [name for name in agreement_rows.columns if name.startswith(f"{prefix}p_")]
     for (order,), order_rows in agreement_rows.group_by("order"):
         joined = order_rows.join(predictions, on="id", how="left")
         for column in recorded_columns:
-            predicted = joined[f"{column.removeprefix('recorded_')}_{order}"]
+            predicted = joined[f"{column.removeprefix(prefix)}_{order}"]
             difference = joined[column] - predicted
             # A row that has no prediction now counts as different.
             if difference.abs().fill_null(1.0).max() > SAME_PROBABILITY:

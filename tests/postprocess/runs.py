@@ -38,6 +38,7 @@ TARGETS = {
 HEADS = {"modernbert": ["head"], "deberta-v2": ["pooler"]}  # what their heads have beside a classifier
 DECODER_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ROWS = 24
+FEW_ROWS = {"tolerance_log_loss": 1.0, "tolerance_verdicts": 1.0}  # so few decide nothing finer
 TWO = ("model_a", "model_b")
 NF4 = {
     "load_in_4bit": True,
@@ -87,7 +88,7 @@ def recipe_file(folder: Path, base: Path, kind: str, verdicts: tuple[str, ...], 
         "budget_tokens": BUDGETS.get(kind, 128) + 64 * (head == "label_tokens"),
         "verdicts": list(verdicts),
         "head": head,
-        "package": {"slug": "tiny-package", **package},
+        "package": {"slug": "tiny-package", **FEW_ROWS, **package},
     }
     path = folder / "recipe.yml"
     values = {"base_model": str(base), "plugins": [PLUGIN], "output_dir": str(folder / "run"), "pairwise": block, **keys}
@@ -107,6 +108,7 @@ def make(
     lora: dict | None = None,
     rows: int = ROWS,
     training_rows: int = 0,
+    seed: int = 1,
     **package,
 ) -> Made:
     """A run of the base model of `kind`, as training leaves it: LoRA by default, QLoRA, or a full fine-tune."""
@@ -116,6 +118,7 @@ def make(
     recipe = recipe_file(folder, base, kind, verdicts, head, keys, **package)
     block = PairwiseBlock.model_validate(yaml.safe_load(recipe.read_text())["pairwise"])
     run_folder = folder / "run"
+    torch.manual_seed(seed)
     model = base_model(base, kind, head, len(verdicts), qlora)
     if not full:
         model = with_adapter(model, kind, head, **(lora or {}))
@@ -161,7 +164,6 @@ def set_base(made: Made, base: Path) -> None:
 
 def base_model(base: Path, kind: str, head: str, verdicts: int, qlora: bool = False) -> torch.nn.Module:
     """The base with its head, random and large enough to have opinions, or a causal LM's own."""
-    torch.manual_seed(1)
     options = {"quantization_config": BitsAndBytesConfig(**NF4), "device_map": {"": "cpu"}} if qlora else {}
     if head != "label_tokens":
         options["num_labels"] = 1 if head == "reward" else verdicts

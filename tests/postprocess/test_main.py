@@ -40,7 +40,8 @@ def test_a_second_run_does_nothing_and_needs_no_torch(packaged):
     )
     done = subprocess.run([sys.executable, "-c", code, str(run.recipe)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert [line[:21] for line in done.stdout.splitlines()] == [*(f"{stage:<10} up to date" for stage in STAGES), "[]"]
+    current = [f"{stage:<10} up to date" for stage in ("quantise", "agreement", "package")]
+    assert [line[:21] for line in done.stdout.splitlines()] == [*current, "[]"]
     assert snapshot(run.folder) == before
 
 
@@ -61,14 +62,19 @@ def test_another_adapter_goes_through_every_stage_again_and_a_damaged_one_leaves
     assert not (run.folder / "package").exists()
 
 
-def test_another_tolerance_scores_nothing_again(copied):
-    run = copied(quantize="nf4", tolerance=0.3)
+@pytest.mark.parametrize(
+    ("key", "value", "changed"),
+    [("tolerance", 0.3, 0.25), ("tolerance_log_loss", 0.9, 0.8), ("tolerance_verdicts", 0.9, 0.8)],
+)
+def test_another_tolerance_scores_nothing_again(key, value, changed, copied):
+    run = copied(quantize="nf4", **{key: value})
     assert stage_lines(invoke(run).stdout) == STAGES
-    run.recipe.write_text(run.recipe.read_text().replace("tolerance: 0.3", "tolerance: 0.25"))
+    run.recipe.write_text(run.recipe.read_text().replace(f"{key}: {value}", f"{key}: {changed}"))
     result = invoke(run)
     lines = [line.split()[0] for line in result.stdout.splitlines() if "up to date" in line]
     assert (result.exit_code, lines) == (0, ["quantise", "scores"])
-    assert json.loads((run.folder / "agreement.json").read_text())["tolerance"] == 0.25
+    bounds = {condition["bound"] for condition in json.loads((run.folder / "agreement.json").read_text())["conditions"]}
+    assert changed in bounds and value not in bounds
 
 
 def test_three_verdicts_in_the_contracts_order_become_a_package(packaged):
@@ -131,11 +137,11 @@ def test_a_run_that_cannot_be_packaged_is_one_line_and_exit_code_2(damage, messa
 
 def test_a_model_larger_than_the_memory_is_told_before_anything_is_written(copied, monkeypatch):
     run = copied()
-    monkeypatch.setattr("postprocess.agreement.reference_model.memory", lambda: (10_000, "the GPU"))
+    monkeypatch.setattr("postprocess.memory.comparison_fit.memory", lambda: (10_000, "the GPU"))
     result = CliRunner().invoke(main, [str(run.recipe)])
     assert result.exit_code == 2
-    assert result.stderr.startswith(f"error: {run.base}: 0 GB of weights, the GPU has 0 GB, too little to compare")
-    assert result.stderr.endswith("predictions.parquet, or of all rows make cv R=recipe\n")
+    assert result.stderr.startswith(f"error: {run.base}: the merged model takes 0.0 GB")
+    assert "the GPU has 0.0 GB, too little to compare" in result.stderr
     assert not (run.folder / "merged").exists()
 
 

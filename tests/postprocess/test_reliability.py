@@ -41,7 +41,6 @@ OUTPUTS = (
     "agreement.json",
     "scores.json",
     "agreement.parquet",
-    "agreement.png",
     "postprocess.json",
 )
 

@@ -60,6 +60,10 @@ class PackageBlock(_Strict):
         "of the two agrees better with training",
     )
     tolerance: float = Field(0.05, gt=0, le=1, description="largest mean difference in probability that is let through")
+    tolerance_log_loss: float = Field(
+        0.01, gt=0, description="largest log loss that packaging may add, by the upper end of the 95 % interval"
+    )
+    tolerance_verdicts: float = Field(0.05, gt=0, le=1, description="largest share of verdicts that packaging may change")
     slug: str = Field(pattern=SLUG, min_length=6, max_length=50, description="the Kaggle dataset's slug, 6 to 50 characters")
     licence: str = Field("apache-2.0", min_length=1, description="Kaggle's name of the weights' licence")
 

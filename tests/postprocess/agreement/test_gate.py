@@ -1,4 +1,6 @@
 import json
+import re
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
@@ -8,11 +10,14 @@ from click.testing import CliRunner
 
 from kaggle_kernels.runtime.package import read_tokenizer
 from postprocess.__main__ import main
-from postprocess.agreement.gate import kernel_dtype, remedy
+from postprocess.agreement.gate import advise
+from postprocess.agreement.model_scores import choose_dtype, score_in_memory
+from postprocess.agreement.reference_model import load_trained
 from postprocess.agreement.validation_rows import validation_rows
-from tests.postprocess.agreement.test_statistics import report
+from tests.postprocess import runs
+from tests.postprocess.agreement.compared import report
 
-LEFT_FOR_THE_USER = ("agreement.json", "agreement.parquet", "agreement.png")
+LEFT_FOR_THE_USER = ("agreement.json", "agreement.parquet")
 
 
 def left_in(folder):
@@ -34,7 +39,7 @@ def test_over_the_tolerance_is_exit_code_2_and_leaves_what_to_look_at_and_no_pac
     (run.folder / "package" / "old").write_text("from a training before")
     run.recipe.write_text(run.recipe.read_text().replace("quantize: nf4", "quantize: nf4\n    tolerance: 0.001"))
     error = refused(run)
-    assert "the quantised model differs from the " in error
+    assert "the mean difference in probability between quantised and trained is 0.0" in error
     assert "over pairwise.package.tolerance (0.001); no package is made: package with quantize: int8 or none" in error
     written = json.loads((run.folder / "agreement.json").read_text())
     assert (written["agrees"], written["rows"], written["groups"]) == (False, 24, 21)
@@ -65,13 +70,13 @@ def test_report_and_table_compare_four_models_on_the_validation_rows(packaged):
         assert rows["recorded_p_model_b"].to_list() == predictions[f"p_model_b_{order}"].to_list()
 
 
-def test_a_comparison_whose_picture_is_gone_is_made_again_and_a_prediction_that_is_no_number_never_agrees(copied):
+def test_a_comparison_whose_table_is_gone_is_made_again_and_a_prediction_that_is_no_number_never_agrees(copied):
     run = copied(quantize="none")
     assert CliRunner().invoke(main, [str(run.recipe)]).exit_code == 0
-    (run.folder / "agreement.png").unlink()
+    (run.folder / "agreement.parquet").unlink()
     again = CliRunner().invoke(main, [str(run.recipe)]).stdout
     assert "merge      up to date" in again and "agreement  up to date" not in again
-    assert (run.folder / "agreement.png").exists()
+    assert (run.folder / "agreement.parquet").exists()
 
     file = run.folder / "predictions.parquet"
     nan = pl.when(pl.int_range(pl.len()) == 3).then(float("nan")).otherwise(pl.col("p_model_a_swapped"))
@@ -99,14 +104,70 @@ FAR, NEAR = (0.5, 0.4), (0.9, 0.41)
 )
 def test_the_error_says_what_to_change_in_the_recipe(quantize, models, advice, made, opened):
     run = made("bert", full=True, quantize="none") if quantize == "full" else made("gemma2", quantize=quantize)
-    assert remedy(opened(run), report(**models)).startswith(advice)
+    assert advise(opened(run), report(**models)).startswith(advice)
 
 
 def test_a_cpu_computes_in_float16_where_that_is_affordable(made, opened, monkeypatch):
     run = opened(made("gemma2"))
     _, pairs = validation_rows(run)
     tokenizer = read_tokenizer(run.folder)
-    assert kernel_dtype(run, tokenizer, pairs, "cpu") == torch.float16
-    monkeypatch.setattr("postprocess.agreement.gate.FLOAT16_ON_CPU_FLOP", 1e6)
-    assert kernel_dtype(run, tokenizer, pairs, "cpu") == torch.float32
-    assert kernel_dtype(run, tokenizer, pairs, "cuda") == torch.float16
+    assert choose_dtype(run, tokenizer, pairs, "cpu") == torch.float16
+    monkeypatch.setattr("postprocess.agreement.model_scores.FLOAT16_ON_CPU_FLOP", 1e6)
+    assert choose_dtype(run, tokenizer, pairs, "cpu") == torch.float32
+    assert choose_dtype(run, tokenizer, pairs, "cuda") == torch.float16
+
+
+@pytest.mark.parametrize("head", ["score", "label_tokens"])
+def test_the_reference_computes_its_head_in_float32_as_training_does(head, tmp_path, tiny_models, opened):
+    made_run = runs.make(tmp_path, tiny_models("gemma2"), "gemma2", head=head)
+    base = runs.change_base(made_run, tmp_path / "bf16", lambda tensors: tensors.update(in_bf16(tensors)))
+    runs.set_json(base / "config.json", dtype="bfloat16")
+    model = load_trained(opened(made_run), "cpu")
+    assert model.dtype == torch.bfloat16
+    with torch.no_grad():
+        logits = model(input_ids=torch.arange(10, 40)[None]).logits
+    assert logits.dtype == torch.float32
+    assert model(input_ids=torch.arange(10, 40)[None]).past_key_values is None
+    assert not torch.equal(logits, logits.bfloat16().float())
+
+
+def in_bf16(tensors):
+    return {name: tensor.bfloat16() for name, tensor in tensors.items()}
+
+
+def test_undecided_scores_more_rows_until_there_are_no_more_and_nothing_twice(copied, monkeypatch):
+    monkeypatch.setattr("postprocess.agreement.validation_rows.ROWS", 5)
+    run = copied(quantize="nf4", tolerance_log_loss=0.004)
+    error = refused(run)
+    assert "agreement.json: undecided, no package is made: the log loss that quantised adds is " in error
+    assert re.search(r"on all 24 validation rows, .*; about [\d,]+ rows would decide: hold out a larger fold", error)
+    files = [run.folder / f"scores{number}.json" for number in ("", "-2", "-3")]
+    assert [len(json.loads(file.read_text())["columns"][0]["rov"]) for file in files] == [5, 15, 4]
+    table = pl.read_parquet(run.folder / "agreement.parquet").filter(pl.col("order") == "swapped").sort("id")
+    recorded = pl.read_parquet(run.folder / "predictions.parquet").sort("id")
+    assert table["recorded_p_model_a"].to_list() == recorded["p_model_a_swapped"].to_list()
+
+    before = [file.stat().st_mtime_ns for file in files]
+    run.recipe.write_text(run.recipe.read_text().replace("tolerance_log_loss: 0.004", "tolerance_log_loss: 2.0"))
+    assert CliRunner().invoke(main, [str(run.recipe)]).exit_code == 0
+    assert [file.stat().st_mtime_ns for file in files] == before
+
+
+def test_out_of_memory_halves_the_batch_until_a_row_alone_does_not_fit(made, opened, monkeypatch):
+    run = opened(made("gemma2"))
+    tried = []
+
+    def score_with_little_memory(*_, tokens_per_batch, **options):
+        tried.append(tokens_per_batch)
+        if tokens_per_batch > memory_tokens:
+            raise torch.OutOfMemoryError
+        return "scores"
+
+    monkeypatch.setattr("postprocess.agreement.model_scores.score", score_with_little_memory)
+    memory_tokens = 2048
+    assert score_in_memory(SimpleNamespace(device="cpu"), run, None, []) == "scores"
+    assert tried == [8192, 4096, 2048]
+    memory_tokens = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        score_in_memory(SimpleNamespace(device="cpu"), run, None, [])
+    assert tried[3:] == [8192, 4096, 2048, 1024, 512, 256, 128, 64]  # the token budget is 128

@@ -5,7 +5,7 @@ import polars as pl
 
 from postprocess.agreement.statistics import Column
 from postprocess.agreement.table import groups_of, probability_table, table_lines, without_nan
-from tests.postprocess.agreement.test_statistics import TRAINED, column, report
+from tests.postprocess.agreement.compared import TRAINED, column, report
 
 THREE = ("tie", "model_b", "model_a")
 
@@ -38,14 +38,16 @@ def test_a_row_without_a_group_is_a_group_of_its_own():
 
 
 def test_the_lines_hold_the_figures_of_each_model_and_of_the_choice():
-    lines = table_lines(report(groups=np.array([1, 1]), quantised=(0.8, 0.6), quantised_2=(0.9, 0.38)))
+    compared = report(quantised=(0.8, 0.6), quantised_2=(0.9, 0.38))
+    lines = table_lines(compared)
     assert lines[5] == (
-        "  quantised    float16    0.500 [0.50, 0.50]    0.570 [0.57, 0.57]      0.20000   0.15000  0.058892                 1"
+        "  quantised    float16    0.500 [0.00, 1.00]    0.570 [0.22, 0.92]      0.20000   0.15000  0.058892                 1"
     )
     assert lines[7:] == [
         "  packaged: quantised-2, 0.01000 from the model as trained on average (next best quantised: 0.15000)",
-        "  quantised-2 less trained, row by row: accuracy +0.0000 [+0.0000, +0.0000], log loss -0.0164 [-0.0164, -0.0164]",
+        "  quantised-2 less trained, row by row: accuracy +0.0000 [+0.0000, +0.0000], log loss -0.0164 [-0.2247, +0.1919]",
         "  quantised 2 times: mean difference 0.01000 to 0.15000, sd 0.09899; accuracy 0.5000 to 1.0000, sd 0.3536",
+        "  6 of 6 conditions hold",
         "  fewer than 20 groups of prompts: the brackets are narrower than they should be",
     ]
 

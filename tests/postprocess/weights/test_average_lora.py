@@ -106,6 +106,14 @@ def test_more_rank_than_a_layer_can_have_is_what_it_can_have(made, tmp_path):
     assert tensors[f"base_model.model.{name}.lora_A.weight"].shape == (32, 64)
 
 
+def test_a_mean_larger_than_the_memory_is_told_before_it_is_made(copied, tmp_path, monkeypatch):
+    run = copied("gemma2", quantize="nf4")
+    monkeypatch.setattr("postprocess.memory.comparison_fit.memory", lambda: (10_000, "the GPU"))
+    result = CliRunner().invoke(main, [str(run.recipe), "--adapter", str(fold(run, tmp_path / "fold-0", 1))])
+    assert (result.exit_code, "the merged model takes 0.0 GB" in result.stderr) == (2, True)
+    assert not (run.folder / "mean" / "adapter_model.safetensors").exists()
+
+
 def test_the_mean_is_packaged_like_one_adapter_and_anew_after_a_member_was_trained_again(copied, tmp_path):
     run = copied("gemma2", quantize="nf4", tolerance=0.3)
     first, second = fold(run, tmp_path / "fold-0", 1), fold(run, tmp_path / "fold-1", 2)
@@ -120,11 +128,12 @@ def test_the_mean_is_packaged_like_one_adapter_and_anew_after_a_member_was_train
     assert (metrics["rows_were_trained_on"], metrics["fold"], metrics["rows"]) == (True, "all", 24)
     assert metrics["average"]["members"] == {str(first): 0.75, str(second): 0.25}
     report = json.loads((mean / "agreement.json").read_text())
-    assert report["models"][0]["against_trained"]["largest"] < 1e-6
+    assert [model["model"] for model in report["models"]] == ["trained", "merged", "quantised"]
+    assert "no record: a mean of runs was not trained as such" in result.output
     assert (mean / "package" / "manifest.json").is_file()
     again = CliRunner().invoke(main, command)
     assert [line[:21] for line in again.output.splitlines()] == [
-        f"{stage:<10} up to date" for stage in ("average", "quantise", "scores", "agreement", "package")
+        f"{stage:<10} up to date" for stage in ("average", "quantise", "agreement", "package")
     ]
 
     runs.change_tensors(second / "adapter_model.safetensors", lambda tensors: tensors[SCORE].add_(0.01))

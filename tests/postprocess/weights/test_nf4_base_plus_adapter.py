@@ -12,7 +12,7 @@ from kaggle_kernels.runtime.models.model import load_model
 from kaggle_kernels.runtime.models.scoring import ORDERS, score
 from kaggle_kernels.runtime.package import read_package, read_tokenizer
 from postprocess.__main__ import main
-from postprocess.agreement.gate import recorded_column
+from postprocess.agreement.model_scores import read_recorded_column
 from postprocess.agreement.reference_model import load_trained
 from postprocess.agreement.validation_rows import validation_rows
 from postprocess.weights.nf4_base_plus_adapter import lora_config, unmerged
@@ -26,7 +26,7 @@ def difference_from_recorded(run, model):
     rows, pairs = validation_rows(run)
     found = score(model, run.model_input, read_tokenizer(run.folder), run.contract, pairs)
     values = np.array([[found[pair.id][order] for order in ORDERS] for pair in pairs])
-    return np.abs(values - recorded_column(run, rows).probabilities_rov).max()
+    return np.abs(values - read_recorded_column(run, rows).probabilities_rov).max()
 
 
 def test_the_base_is_loaded_in_the_four_bits_that_it_was_trained_in(copied, opened):
@@ -89,7 +89,7 @@ def test_the_better_of_both_is_packaged_and_said_to_be(packaged):
     assert (run.folder / "package" / "lora.safetensors").exists()
     again = CliRunner().invoke(main, [str(run.recipe)])
     assert [line[:21] for line in again.stdout.splitlines()] == [
-        f"{stage:<10} up to date" for stage in ("quantise", "unmerged", "scores", "agreement", "package")
+        f"{stage:<10} up to date" for stage in ("quantise", "unmerged", "agreement", "package")
     ]
 
 

@@ -68,7 +68,7 @@ def recipe_file(folder: Path, base: Path, rows: int = 120, **keys) -> Path:
         "train": False,
         "template": "gemma",
         "budget_tokens": 192,
-        "package": {"quantize": "nf4", "slug": "tiny-zeroshot"},
+        "package": {"quantize": "nf4", "slug": "tiny-zeroshot", **runs.FEW_ROWS},
     }
     block |= keys.pop("pairwise", {})
     values = {"base_model": str(base), "plugins": [PLUGIN], "output_dir": str(folder / "run"), "pairwise": block}
@@ -94,12 +94,19 @@ def first_answer(predictions: pl.DataFrame) -> float:
     return (predictions["p_model_a_as_given"].mean() + predictions["p_model_b_swapped"].mean()) / 2
 
 
+def test_a_base_model_larger_than_the_memory_is_told_before_it_is_loaded(biased, tmp_path, monkeypatch):
+    monkeypatch.setattr("postprocess.memory.comparison_fit.memory", lambda: (10_000, "the GPU"))
+    result = invoke(recipe_file(tmp_path, biased))
+    assert (result.exit_code, "the base model takes 0.0 GB" in result.stderr) == (2, True)
+    assert not (tmp_path / "run" / "contract.json").exists()
+
+
 def test_every_stage_is_made_and_the_run_is_whole(packaged):
     run, _, result = packaged
     assert [line.split()[0] for line in result.stdout.splitlines() if " s   /" in line] == STAGES
     assert {path.name for path in run.iterdir() if path.is_file()} == {
         *("contract.json", "model_input.py", "metrics.json", "predictions.parquet", "tokenizer.json", "tokenizer_config.json"),
-        *("scores.json", "agreement.json", "agreement.parquet", "agreement.png", RECORD),
+        *("scores.json", "agreement.json", "agreement.parquet", RECORD),
     }
     metrics = json.loads((run / "metrics.json").read_text())
     counts = [metrics[name] for name in ("rows", "training_rows", "calibration_rows", "fold", "steps")]
@@ -150,7 +157,9 @@ def test_a_second_run_does_nothing_and_another_block_does_it_again(biased, tmp_p
     run = recipe.parent / "run"
     assert invoke(recipe).exit_code == 0
     assert json.loads((run / "contract.json").read_text())["pad_token_id"] == 6
-    assert [line[:21] for line in invoke(recipe).stdout.splitlines()] == [f"{stage:<10} up to date" for stage in STAGES]
+    assert [line[:21] for line in invoke(recipe).stdout.splitlines()] == [
+        f"{stage:<10} up to date" for stage in STAGES if stage != "scores"
+    ]
     (run / "predictions.parquet").unlink()
     assert "untrained  up to date" not in invoke(recipe).stdout
     recipe.write_text(recipe.read_text().replace("fold: 0", "fold: 1").replace("budget_tokens: 192", "budget_tokens: 200"))

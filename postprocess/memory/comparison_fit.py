@@ -1,0 +1,91 @@
+"""Does the comparison with training fit this machine? Told before a model is loaded. pipeline.py calls this."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from postprocess.agreement.reference_model import trained_quantization
+from postprocess.memory.measure import measure_folder
+from postprocess.memory.model_size import Served, activation_bytes, served_of
+from postprocess.run_folder import MODEL_PATTERN, Run
+from preprocess.core.errors import UserError
+
+TOKENS_PER_BATCH = 8192  # of scoring.score
+NF4_BYTES = 0.5625  # of a weight: four bits, and a float32 scale for 64 of them
+
+
+def check_comparison(run: Run) -> None:
+    """Check that each of the models that are compared fits this machine; they are loaded one after another.
+
+    Raises:
+        UserError: One does not, or Kaggle's T4s cannot run the model.
+    """
+    served = served_of(run.recipe, measure_folder(run.weights))
+    has_gpu = torch.cuda.is_available()
+    bytes_by_model = estimate_weights(run, served, has_gpu)
+    largest = max(bytes_by_model, key=bytes_by_model.get)
+
+    # What was measured is in 16 bits, as on a GPU.
+    activations = activation_bytes(served, TOKENS_PER_BATCH)
+    if not has_gpu:
+        activations *= 2
+    check_memory(run.weights, bytes_by_model[largest], activations, f"the {largest} model")
+
+
+def estimate_weights(run: Run, served: Served, has_gpu: bool) -> dict[str, int]:
+    """Estimate the bytes that each model's weights take when it is loaded, by the model's name."""
+    elements = sum(weight.elements for weight in served.weights)
+    layer_elements = sum(weight.elements for weight in served.weights if weight.kind == "linear")
+    nf4_bytes = int(layer_elements * NF4_BYTES) + 2 * (elements - layer_elements)
+
+    bytes_by_model = {"trained": stored_bytes(run.weights)}
+    quantization = trained_quantization(run)
+    if quantization and quantization.get("load_in_4bit"):
+        bytes_by_model["trained"] = nf4_bytes
+    elif quantization:
+        bytes_by_model["trained"] = layer_elements + 2 * (elements - layer_elements)
+
+    adapter = run.recipe.pairwise.package.adapter
+    if adapter != "merged":
+        bytes_by_model["unmerged"] = nf4_bytes
+    if adapter != "unmerged":
+        # It is made in float16. A CPU computes in float32, from a copy.
+        bytes_by_model["merged"] = 2 * elements if has_gpu else (2 + 4) * elements
+    return bytes_by_model
+
+
+def check_base_model(weights: Path) -> None:
+    """Check that a base model that is used as it is fits this machine."""
+    check_memory(weights, stored_bytes(weights), 0, "the base model")
+
+
+def check_memory(weights: Path, weight_bytes: int, activations: int, model: str) -> None:
+    """Raise UserError where a model and a batch of it do not fit the GPU, or without one this machine.
+
+    Args:
+        weights: The folder of the base model, which the error names.
+        weight_bytes: What the model's weights take once they are loaded.
+        activations: Bytes that a batch takes beside them.
+        model: What the error calls the model.
+    """
+    held_bytes, place = memory()
+    if weight_bytes + activations > held_bytes:
+        raise UserError(
+            f"{weights}: {model} takes {weight_bytes / 1e9:.1f} GB and a batch of it {activations / 1e9:.1f}; "
+            f"{place} has {held_bytes / 1e9:.1f} GB, too little to compare what is packaged with the model "
+            "as trained; use a larger machine (CUDA_VISIBLE_DEVICES= takes RAM), or adapter: unmerged for a "
+            "QLoRA run. A teacher's labels need no package: see pairwise labels"
+        )
+
+
+def stored_bytes(weights: Path) -> int:
+    """Count the bytes of a checkpoint's files, in which transformers loads it."""
+    return sum(file.stat().st_size for file in weights.glob(MODEL_PATTERN))
+
+
+def memory() -> tuple[int, str]:
+    """Give the bytes of the first GPU's memory, or of the machine's, and which it is."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory, "the GPU"
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine"
