@@ -80,6 +80,7 @@ class DistillBlock(_Strict):
     teachers: dict[str, PositiveFloat] = Field(
         min_length=1,
         description="runs whose labels.parquet is read, by name below outputs/ or by path: a list, or a map to their weights",
+        json_schema_extra={"type": ["object", "array"], "items": {"type": "string"}},
     )
     weight: float = Field(0.9, gt=0, le=1, description="of the teachers' part of the loss against that of the votes")
     temperature: float = Field(5.0, gt=0, le=20, description="softens teachers and student in the teachers' part of the loss")
