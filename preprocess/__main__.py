@@ -123,8 +123,8 @@ def main(  # noqa: PLR0913  an argument for each option
 ) -> None:
     """Make pairs with folds from SOURCE…, and check that no prompt leaks from fold to fold or into a test set.
 
-    A source is recognised by its columns: WSDM, LMSYS or chosen/rejected, as .parquet, .csv or .jsonl. Rows that cannot be
-    used go to a file beside --out, with a reason.
+    A source is recognised by its columns: WSDM, LMSYS, Arena, PPE, HelpSteer3 or chosen/rejected, as .parquet, .csv or .jsonl.
+    Rows that cannot be used go to a file beside --out, with a reason.
     """
     rejected_path = out.with_name(f"{out.stem}.rejected{out.suffix}")
     inputs = list_sources(sources, extra, pool, test)
