@@ -3,6 +3,10 @@
 A group is what pairs at or above the threshold connect, however long the chain: sparing a single link
 would put a near-copy into another fold. The root of a group is its earliest prompt, so that prompts that
 are added later join a group without renaming it. `preprocess.pairs` calls this.
+
+Only pairs of different groups are compared, some drawn at random first, so that thousands of like prompts
+are one group after a few comparisons each. What stays quadratic are prompts that share a band of hashes and
+are not similar.
 """
 
 from collections.abc import Sequence
@@ -11,11 +15,26 @@ from functools import lru_cache
 
 import numpy as np
 
-from preprocess.dedup.minhash import compute_signatures, find_candidates
+from preprocess.dedup.minhash import (
+    PERMUTATIONS,
+    SEED,
+    Signatures,
+    compute_signatures,
+    count_band_rows,
+    hash_band,
+    select_likely,
+)
 from preprocess.dedup.ngrams import Track, codes_jaccard, gram_codes, show_nothing
+from preprocess.dedup.partners import find_partners, list_pairs, mark_changes
 
 # Candidates are sorted by the later text, whose n-grams are needed many times in a row.
 CACHED_TEXTS = 4096
+
+# Pairs are drawn at random as long as more of them than this are united.
+LEAST_SHARE_UNITED = 0.02
+
+# Bounds memory: the pairs that are listed at once.
+LISTED_PAIRS = 2_000_000
 
 
 class UnionFind:
@@ -23,7 +42,7 @@ class UnionFind:
 
     def __init__(self, size: int):
         # The parent of a root is the root itself.
-        self._parents = list(range(size))
+        self._parents = np.arange(size)
 
     def find_root(self, member: int) -> int:
         """Return the number that stands for the set of a member: the smallest in it."""
@@ -32,7 +51,16 @@ class UnionFind:
             # Halve the path, so that later searches are short.
             parents[member] = parents[parents[member]]
             member = parents[member]
-        return member
+        return int(member)
+
+    def find_roots(self) -> np.ndarray:
+        """Return the roots of all members: int64 (members,)."""
+        is_flat = False
+        while not is_flat:
+            grandparents = self._parents[self._parents]
+            is_flat = np.array_equal(grandparents, self._parents)
+            self._parents = grandparents
+        return self._parents.copy()
 
     def unite(self, root: int, given_up: int) -> None:
         """Unite the sets of two roots, of which the first is smaller and stays one."""
@@ -73,53 +101,123 @@ def group_prompts(
     unique_texts = list(first_position)
     positions = list(first_position.values())
 
-    signatures = compute_signatures(unique_texts, track)
-    candidates = find_candidates(signatures, threshold, track)
-    sets, unions = _unite_similar(unique_texts, candidates, threshold, track)
+    ages_of_texts = np.zeros(len(unique_texts), np.int64)
+    if ages is not None:
+        ages_of_texts = np.asarray(ages)[positions]
+    grouping = _Grouping(unique_texts, threshold, track)
+    for age in np.unique(ages_of_texts).tolist():
+        # Files are added one by one, so that it is known which groups a later one joins.
+        text_count = int(np.searchsorted(ages_of_texts, age, side="right"))
+        grouping.add_texts(text_count, track)
 
     # Back from numbers of texts to positions of prompts.
     root_by_text = {}
-    for number, text in enumerate(unique_texts):
-        root_by_text[text] = positions[sets.find_root(number)]
+    for text, root in zip(unique_texts, grouping.sets.find_roots().tolist(), strict=True):
+        root_by_text[text] = positions[root]
     roots = [root_by_text[text] for text in texts]
-
-    # A group that begins in the file of the text that joins it is not known from an earlier run.
-    joined = []
-    if ages is not None:
-        for root, given_up, joining_text in unions:
-            age_of_group = ages[positions[given_up]]
-            age_of_text = ages[positions[joining_text]]
-            if age_of_group < age_of_text:
-                joined.append((positions[root], positions[given_up]))
-
-    root_by_prompt = np.array(roots, dtype=np.int64)
-    return Groups(root_by_prompt, tuple(joined))
+    joined = [(positions[root], positions[given_up]) for root, given_up in grouping.joined]
+    return Groups(np.array(roots, dtype=np.int64), tuple(joined))
 
 
-def _unite_similar(
-    texts: list[str], candidates: np.ndarray, threshold: float, track: Track
-) -> tuple[UnionFind, list[tuple[int, int, int]]]:
-    """Unite the texts of all candidate pairs that are similar indeed.
+class _Grouping:
+    """The groups of texts, to which files are added one by one.
 
-    Returns:
-        The sets; and for each union the root that stayed, the one that was given up, and the later text
-        of the similar pair.
+    Attributes:
+        sets: The groups, as sets of the texts' numbers.
+        joined: Roots of groups that a later file joined: the one that stayed, and the one given up.
     """
 
-    @lru_cache(maxsize=CACHED_TEXTS)
-    def codes_of(number: int) -> np.ndarray:
-        return gram_codes(texts[number])
+    def __init__(self, texts: list[str], threshold: float, track: Track):
+        self.sets = UnionFind(len(texts))
+        self.joined: list[tuple[int, int]] = []
+        self._signatures: Signatures = compute_signatures(texts, track)
+        self._threshold = threshold
+        self._added = 0
+        self._rng = np.random.default_rng(SEED)
 
-    sets = UnionFind(len(texts))
-    unions = []
-    for earlier, later in track(candidates.tolist(), "comparing prompts that look alike"):
-        root, given_up = sorted((sets.find_root(earlier), sets.find_root(later)))
-        # Texts that others have connected already need no comparison.
-        if root == given_up:
-            continue
-        if codes_jaccard(codes_of(earlier), codes_of(later)) < threshold:
-            continue
-        sets.unite(root, given_up)
-        unions.append((root, given_up, later))
+        # Pairs that were compared and are not similar, as later * number of texts + earlier, sorted.
+        self._unlike = np.zeros(0, np.int64)
+        self._codes = lru_cache(maxsize=CACHED_TEXTS)(lambda number: gram_codes(texts[number]))
 
-    return sets, unions
+    def add_texts(self, text_count: int, track: Track) -> None:
+        """Add the texts up to a number, and unite those that are similar."""
+        hashes = self._signatures.hashes[:text_count]
+        band_rows = count_band_rows(self._threshold)
+        band_starts = range(0, PERMUTATIONS - band_rows + 1, band_rows)
+
+        # Where most texts of a key are alike, a few partners drawn at random unite them.
+        for band_start in track(band_starts, "finding prompts that look alike"):
+            self._unite_drawn_pairs(hash_band(hashes, band_start, band_rows))
+
+        # What these left apart is compared in full.
+        for band_start in track(band_starts, "comparing prompts that look alike"):
+            self._unite_all_pairs(hash_band(hashes, band_start, band_rows))
+        self._added = text_count
+
+    def _unite_drawn_pairs(self, keys: np.ndarray) -> None:
+        """Unite similar texts of equal keys, as long as a fair share of random pairs is similar."""
+        share_united = 1.0
+        while share_united > LEAST_SHARE_UNITED:
+            first, second = self._draw_pairs(keys)
+            pairs_united = self._unite_pairs(first, second)
+            share_united = pairs_united / max(len(first), 1)
+
+    def _unite_all_pairs(self, keys: np.ndarray) -> None:
+        """Unite all similar texts of equal keys."""
+        partners = find_partners(keys, self.sets.find_roots()[: len(keys)])
+        texts = np.flatnonzero(partners.count)
+        pairs_before = np.cumsum(partners.count[texts])
+        pair_count = pairs_before[-1] if len(texts) > 0 else 0
+
+        limits = np.arange(LISTED_PAIRS, pair_count, LISTED_PAIRS)
+        for batch in np.split(texts, np.searchsorted(pairs_before, limits)):
+            first, second = list_pairs(partners, batch)
+            self._unite_pairs(first, second)
+
+    def _draw_pairs(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Pair each text with two others of its key at random; leave out pairs within a group."""
+        shuffled = self._rng.permutation(len(keys))
+        order = shuffled[np.argsort(keys[shuffled], kind="stable")]
+        roots = self.sets.find_roots()[order]
+        is_same_key = ~mark_changes(keys[order])
+        is_pair = (is_same_key & mark_changes(roots))[1:]
+        return order[:-1][is_pair], order[1:][is_pair]
+
+    def _unite_pairs(self, first: np.ndarray, second: np.ndarray) -> int:
+        """Unite the texts of those pairs that are similar; return in how many pairs they were apart."""
+        earlier = np.minimum(first, second)
+        later = np.maximum(first, second)
+
+        # Texts of earlier files have been compared, and those of one group need not be.
+        roots = self.sets.find_roots()
+        is_open = (later >= self._added) & (roots[earlier] != roots[later])
+        is_open[is_open] = select_likely(
+            self._signatures, earlier[is_open], later[is_open], self._threshold
+        )
+        text_count = len(self._signatures.hashes)
+        pairs = np.unique(later[is_open] * text_count + earlier[is_open])
+        pairs = np.setdiff1d(pairs, self._unlike, assume_unique=True)
+
+        unlike = []
+        pairs_united = 0
+        for pair in pairs.tolist():
+            later_text, earlier_text = divmod(pair, text_count)
+            root, given_up = sorted(
+                (self.sets.find_root(earlier_text), self.sets.find_root(later_text))
+            )
+            # An earlier pair of these may have connected them.
+            if root == given_up:
+                continue
+            similarity = codes_jaccard(self._codes(earlier_text), self._codes(later_text))
+            if similarity < self._threshold:
+                unlike.append(pair)
+                continue
+
+            self.sets.unite(root, given_up)
+            pairs_united += 1
+            # Both groups existed before this file.
+            if given_up < self._added:
+                self.joined.append((root, given_up))
+
+        self._unlike = np.union1d(self._unlike, np.array(unlike, np.int64))
+        return pairs_united

@@ -55,13 +55,14 @@ def find_leaks(
     by_size = np.argsort(sizes, kind="stable")
     positions = positions[by_size]
     codes = [codes[number] for number in by_size]
-    places_by_size = np.asarray(places, dtype=np.int64)[positions]
+    # Files outside of the folds are one place, for they may share prompts.
+    places_by_size = np.maximum(np.asarray(places)[positions], -1)
 
-    index = build_prefix_index(codes, threshold)
+    index = build_prefix_index(codes, places_by_size, threshold)
     leaks = []
     compared = 0
     closest = 0.0
-    for batch in find_candidates(index, places_by_size, threshold):
+    for batch in find_candidates(index, threshold):
         candidates = np.stack(batch, axis=1).tolist()
         compared += len(candidates)
 
