@@ -103,16 +103,17 @@ def _select_prefixes(
 
 
 def find_candidates(
-    index: PrefixIndex, threshold: float
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    index: PrefixIndex, threshold: float, first_longer: int = 0
+) -> Iterator[tuple[int, int]]:
     """Find the pairs of texts in different places that may reach a similarity.
 
     Args:
         index: Built with the same threshold.
         threshold: The Jaccard similarity.
+        first_longer: The first text that is of interest as the longer one of a pair.
 
     Yields:
-        The longer and the shorter texts of pairs, each pair once, a batch at a time.
+        The longer and the shorter text of each pair.
     """
     text_count = len(index.size)
 
@@ -126,7 +127,7 @@ def find_candidates(
         longer = np.maximum(first, second)
         shorter = np.minimum(first, second)
         least_size = threshold * index.size[longer] - ROUNDING
-        is_relevant = index.size[shorter] >= least_size
+        is_relevant = (index.size[shorter] >= least_size) & (longer >= first_longer)
 
         # A pair meets in as many n-grams as the two prefixes share.
         longer = longer[is_relevant]
@@ -140,7 +141,7 @@ def find_candidates(
         total_size = index.size[longer] + index.size[shorter]
         least_shared = threshold / (1 + threshold) * total_size - ROUNDING
         is_candidate = most_shared >= least_shared
-        yield longer[is_candidate], shorter[is_candidate]
+        yield from zip(longer[is_candidate].tolist(), shorter[is_candidate].tolist(), strict=True)
 
 
 def _split_texts(index: PrefixIndex) -> Iterator[tuple[int, int]]:
