@@ -25,7 +25,7 @@ from preprocess.dedup.minhash import (
     select_likely,
 )
 from preprocess.dedup.ngrams import Track, codes_jaccard, gram_codes, show_nothing
-from preprocess.dedup.partners import find_partners, list_pairs, mark_changes
+from preprocess.dedup.partners import find_partners, list_pairs
 
 # Candidates are sorted by the later text, whose n-grams are needed many times in a row.
 CACHED_TEXTS = 4096
@@ -132,12 +132,18 @@ class _Grouping:
         self.joined: list[tuple[int, int]] = []
         self._signatures: Signatures = compute_signatures(texts, track)
         self._threshold = threshold
+        self._texts = texts
+        self._text_count = len(texts)
         self._added = 0
         self._rng = np.random.default_rng(SEED)
 
-        # Pairs that were compared and are not similar, as later * number of texts + earlier, sorted.
+        # Pairs that were compared and are not similar. A pair is one number, later * texts + earlier.
         self._unlike = np.zeros(0, np.int64)
-        self._codes = lru_cache(maxsize=CACHED_TEXTS)(lambda number: gram_codes(texts[number]))
+        # The same texts are compared many times in a row.
+        self._compute_codes = lru_cache(maxsize=CACHED_TEXTS)(self._compute_codes)
+
+    def _compute_codes(self, number: int) -> np.ndarray:
+        return gram_codes(self._texts[number])
 
     def add_texts(self, text_count: int, track: Track) -> None:
         """Add the texts up to a number, and unite those that are similar."""
@@ -164,55 +170,52 @@ class _Grouping:
 
     def _unite_all_pairs(self, keys: np.ndarray) -> None:
         """Unite all similar texts of equal keys."""
-        partners = find_partners(keys, self.sets.find_roots()[: len(keys)])
+        roots = self.sets.find_roots()[: len(keys)]
+        partners = find_partners(keys, roots)
         texts = np.flatnonzero(partners.count)
-        pairs_before = np.cumsum(partners.count[texts])
-        pair_count = pairs_before[-1] if len(texts) > 0 else 0
+        if len(texts) == 0:
+            return
 
-        limits = np.arange(LISTED_PAIRS, pair_count, LISTED_PAIRS)
-        for batch in np.split(texts, np.searchsorted(pairs_before, limits)):
+        # The texts in batches of about LISTED_PAIRS pairs.
+        pairs_up_to = np.cumsum(partners.count[texts])
+        limits = np.arange(LISTED_PAIRS, pairs_up_to[-1], LISTED_PAIRS)
+        batch_ends = np.searchsorted(pairs_up_to, limits)
+        for batch in np.split(texts, batch_ends):
             first, second = list_pairs(partners, batch)
             self._unite_pairs(first, second)
 
     def _draw_pairs(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Pair each text with two others of its key at random; leave out pairs within a group."""
+        # Sorting by key keeps the random order among equal keys.
         shuffled = self._rng.permutation(len(keys))
-        order = shuffled[np.argsort(keys[shuffled], kind="stable")]
-        roots = self.sets.find_roots()[order]
-        is_same_key = ~mark_changes(keys[order])
-        is_pair = (is_same_key & mark_changes(roots))[1:]
-        return order[:-1][is_pair], order[1:][is_pair]
+        by_key = np.argsort(keys[shuffled], kind="stable")
+        order = shuffled[by_key]
+        roots = self.sets.find_roots()
+
+        # Each text is paired with the next one.
+        first = order[:-1]
+        second = order[1:]
+        is_pair = (keys[first] == keys[second]) & (roots[first] != roots[second])
+        return first[is_pair], second[is_pair]
 
     def _unite_pairs(self, first: np.ndarray, second: np.ndarray) -> int:
-        """Unite the texts of those pairs that are similar; return in how many pairs they were apart."""
-        earlier = np.minimum(first, second)
-        later = np.maximum(first, second)
-
-        # Texts of earlier files have been compared, and those of one group need not be.
-        roots = self.sets.find_roots()
-        is_open = (later >= self._added) & (roots[earlier] != roots[later])
-        is_open[is_open] = select_likely(
-            self._signatures, earlier[is_open], later[is_open], self._threshold
-        )
-        text_count = len(self._signatures.hashes)
-        pairs = np.unique(later[is_open] * text_count + earlier[is_open])
-        pairs = np.setdiff1d(pairs, self._unlike, assume_unique=True)
-
+        """Unite the texts of those pairs that are similar; return how many pairs that were."""
         unlike = []
         pairs_united = 0
-        for pair in pairs.tolist():
-            later_text, earlier_text = divmod(pair, text_count)
-            root, given_up = sorted(
-                (self.sets.find_root(earlier_text), self.sets.find_root(later_text))
-            )
-            # An earlier pair of these may have connected them.
-            if root == given_up:
+        for pair in self._select_open_pairs(first, second).tolist():
+            later, earlier = divmod(pair, self._text_count)
+            roots = (self.sets.find_root(earlier), self.sets.find_root(later))
+            # A pair before this one may have connected them.
+            if roots[0] == roots[1]:
                 continue
-            similarity = codes_jaccard(self._codes(earlier_text), self._codes(later_text))
+
+            similarity = codes_jaccard(self._compute_codes(earlier), self._compute_codes(later))
             if similarity < self._threshold:
                 unlike.append(pair)
                 continue
 
+            root = min(roots)
+            given_up = max(roots)
             self.sets.unite(root, given_up)
             pairs_united += 1
             # Both groups existed before this file.
@@ -221,3 +224,18 @@ class _Grouping:
 
         self._unlike = np.union1d(self._unlike, np.array(unlike, np.int64))
         return pairs_united
+
+    def _select_open_pairs(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        """Return the pairs that have to be compared exactly, as numbers, without duplicates."""
+        earlier = np.minimum(first, second)
+        later = np.maximum(first, second)
+
+        # Texts of earlier files have been compared, and those of one group need not be.
+        roots = self.sets.find_roots()
+        is_open = (later >= self._added) & (roots[earlier] != roots[later])
+        earlier = earlier[is_open]
+        later = later[is_open]
+
+        is_likely = select_likely(self._signatures, earlier, later, self._threshold)
+        pairs = later[is_likely] * self._text_count + earlier[is_likely]
+        return np.setdiff1d(pairs, self._unlike)

@@ -26,8 +26,8 @@ def find_partners(keys: np.ndarray, labels: np.ndarray) -> Partners:
         labels: Of each entry (entries,).
     """
     order = np.lexsort((labels, keys))
-    is_new_key = mark_changes(keys[order])
-    is_new_label = is_new_key | mark_changes(labels[order])
+    is_new_key = _mark_changes(keys[order])
+    is_new_label = is_new_key | _mark_changes(labels[order])
 
     # Partners reach from the first entry of the key to the first one of the label.
     key_start = _repeat_starts(is_new_key)
@@ -53,7 +53,7 @@ def list_pairs(partners: Partners, entries: np.ndarray) -> tuple[np.ndarray, np.
     return first, second
 
 
-def mark_changes(values: np.ndarray) -> np.ndarray:
+def _mark_changes(values: np.ndarray) -> np.ndarray:
     """Return for each value whether it differs from the one before it; the first does."""
     is_change = np.ones(len(values), bool)
     is_change[1:] = values[1:] != values[:-1]

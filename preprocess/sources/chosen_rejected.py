@@ -68,10 +68,9 @@ def _list_required_columns(table: Table) -> tuple[str, ...]:
 
 def _holds_transcripts(table: Table) -> bool:
     """Return whether the first row has a transcript in place of the chosen answer."""
-    for row in table.rows():
-        chosen = row.values and row.values.get("chosen")
-        return isinstance(chosen, str) and chosen.startswith(TRANSCRIPT_START)
-    return False
+    first_row = next(table.rows(("chosen",)))
+    answer = first_row.values.get("chosen")
+    return isinstance(answer, str) and answer.startswith(TRANSCRIPT_START)
 
 
 LAYOUT = Layout(
