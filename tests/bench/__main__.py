@@ -32,9 +32,7 @@ def main() -> None:
 
 
 @main.command("preprocess")
-@click.option(
-    "--rows", multiple=True, default=[COMPETITION_ROWS], show_default=True, help="Repeat it, in ascending order."
-)
+@click.option("--rows", multiple=True, default=[COMPETITION_ROWS], show_default=True, help="Repeat it, in ascending order.")
 def bench_preprocess(rows: tuple[int, ...]) -> None:
     """Seconds and peak memory of `python -m preprocess`; at most 60 s and 2 GB on a competition's number of rows."""
     for row_count in rows:

@@ -47,6 +47,12 @@ def test_shares_count_by_weight_but_a_single_judgement_keeps_its_verdict():
     assert equal["winner"][0] == "tie", "0.7 + 0.1 is a little less than 0.3 + 0.5"
 
 
+def test_a_pair_that_one_vote_called_bad_on_both_sides_says_so():
+    bad = (*row("2", winner="tie")[:14], True, None)
+    assert pairs_of(row("1"), bad).table.select("winner", "both_bad").row(0) == ("tie", True)
+    assert pairs_of(row("1")).table["both_bad"].to_list() == [False]
+
+
 def test_an_id_that_is_taken_gets_its_source():
     rows = [row("1", prompt=f"prompt {at}", source=source) for at, source in enumerate("xyyx")]
     assert pairs_of(*rows).table["id"].to_list() == ["1", "y:1", "y:1:2", "x:1"]

@@ -43,7 +43,9 @@ def roots_of(count: int, pairs: set[tuple[int, int]]) -> list[int]:
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.7, 0.9, 1.0])
-def test_groups_are_what_brute_force_connects(threshold):
+@pytest.mark.parametrize("least_share_united", [0.02, 2], ids=["drawn pairs first", "all pairs"])
+def test_groups_are_what_brute_force_connects(monkeypatch, threshold, least_share_united):
+    monkeypatch.setattr(grouping, "LEAST_SHARE_UNITED", least_share_united)
     texts = texts_with_near_copies()
     expected = roots_of(len(texts), similar_pairs(texts, threshold))
     assert group_prompts(texts, threshold).root.tolist() == expected
