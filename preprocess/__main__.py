@@ -21,6 +21,7 @@ from preprocess.dedup.leaks import LeakReport, find_leaks
 from preprocess.dedup.ngrams import normalise
 from preprocess.pairs import REJECTED, Pairs, make_pairs
 from preprocess.sources.reader import read_prompts, read_rows
+from preprocess.sources.rows import TEXTS
 
 OPTIONS_OF_FILES = ("--extra", "--pool", "--against")
 
@@ -123,20 +124,27 @@ def main(  # noqa: PLR0913  an argument for each option
 ) -> None:
     """Make pairs with folds from SOURCE…, and check that no prompt leaks from fold to fold or into a test set.
 
-    A source is recognised by its columns: WSDM, LMSYS or chosen/rejected, as .parquet, .csv or .jsonl. Rows that cannot be
-    used go to a file beside --out, with a reason.
+    A source is recognised by its columns: WSDM, LMSYS, Arena, PPE, HelpSteer3 or chosen/rejected, as .parquet, .csv or .jsonl.
+    Rows that cannot be used go to a file beside --out, with a reason.
     """
     rejected_path = out.with_name(f"{out.stem}.rejected{out.suffix}")
     inputs = list_sources(sources, extra, pool, test)
     _check_paths([source.path for source in inputs], out, rejected_path, against)
     held_back = {path: read_prompts(path) for path in against}
     tables = [read_rows(source.path, source.role) for source in inputs]
+    row_counts = [table.height for table in tables]
 
     rows = pl.concat(tables)
     is_usable = pl.col("reason").is_null()
+    usable = rows.filter(is_usable)
+    unusable = rows.filter(~is_usable).select(REJECTED)
+    # The texts are held once: the report needs no more than the other columns.
+    rows = rows.drop(TEXTS)
+    del tables
+
     test_share = test if isinstance(test, float) else 0.0
-    pairs = make_pairs(rows.filter(is_usable), folds, threshold, _track, test_share)
-    rejected = pl.concat([rows.filter(~is_usable).select(REJECTED), pairs.dropped])
+    pairs = make_pairs(usable, folds, threshold, _track, test_share)
+    rejected = pl.concat([unusable, pairs.dropped])
 
     console = report.console()
     console.print(report.sources_table(rows, pairs))
@@ -159,10 +167,10 @@ def main(  # noqa: PLR0913  an argument for each option
     ledger.record(
         "pairs",
         sources=[
-            _describe_file(source.path, table) | {"role": source.role}
-            for source, table in zip(inputs, tables, strict=True)
+            _describe_file(source.path, row_count) | {"role": source.role}
+            for source, row_count in zip(inputs, row_counts, strict=True)
         ],
-        against=[_describe_file(path, table) for path, table in held_back.items()],
+        against=[_describe_file(path, table.height) for path, table in held_back.items()],
         pairs=out,
         pairs_sha256=ledger.fingerprint(out),
         rows=pairs.table.height,
@@ -170,9 +178,9 @@ def main(  # noqa: PLR0913  an argument for each option
     )
 
 
-def _describe_file(path: Path, table: pl.DataFrame) -> dict:
+def _describe_file(path: Path, row_count: int) -> dict:
     """Return what the ledger says of a raw file."""
-    return {"file": path, "sha256": ledger.fingerprint(path), "rows": table.height}
+    return {"file": path, "sha256": ledger.fingerprint(path), "rows": row_count}
 
 
 def list_sources(

@@ -39,6 +39,8 @@ PAIRS = pl.Schema(
         "p_model_a": pl.Float32,
         "p_model_b": pl.Float32,
         "p_tie": pl.Float32,
+        # Whether a vote called both responses bad; it counts as a tie.
+        "both_bad": pl.Boolean,
     }
 )
 REJECTED = ("file", "row", "id", "reason", *TEXTS, "winner", "language", "source")
@@ -152,7 +154,7 @@ def unite_judgements(rows: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, int]]:
     """
     totals = _sum_votes(rows)
     first_rows = totals["row"].to_list()
-    table = rows[first_rows].with_columns(totals.select(*SHARES, "weight"))
+    table = rows[first_rows].with_columns(totals.select(*SHARES, "weight", "both_bad"))
 
     # A single judgement keeps its verdict, for its shares may be a teacher's. Pool rows have none.
     keeps_winner = (totals["judgements"] == 1) | (table["role"] == "pool")
@@ -175,12 +177,13 @@ def _sum_votes(rows: pl.DataFrame) -> pl.DataFrame:
 
     Returns:
         For each pair: row (the number of its first judgement), judgements, weight, and the shares of the
-        votes, null for the pool.
+        votes, null for the pool, and both_bad.
     """
     keys = pl.DataFrame(
         list(_hash_pairs(rows)), schema={"key": pl.Binary, "is_swapped": pl.Boolean}, orient="row"
     )
-    judgements = rows.select("role", "weight", *SHARES).with_columns(keys).with_row_index("row")
+    judgements = rows.select("role", "weight", *SHARES, "both_bad")
+    judgements = judgements.with_columns(keys).with_row_index("row")
 
     # Votes for A are votes for the response that the first judgement of the pair has as A.
     is_same_order = pl.col("is_swapped") == pl.col("is_swapped").first().over("role", "key")
@@ -190,7 +193,10 @@ def _sum_votes(rows: pl.DataFrame) -> pl.DataFrame:
     votes = judgements.with_columns(pl.col(SHARES) * pl.col("weight"))
 
     totals = votes.group_by("role", "key", maintain_order=True).agg(
-        pl.first("row"), pl.len().alias("judgements"), pl.sum("weight", *SHARES)
+        pl.first("row"),
+        pl.len().alias("judgements"),
+        pl.sum("weight", *SHARES),
+        pl.any("both_bad"),
     )
     has_votes = pl.col("role") != "pool"
     return totals.with_columns(pl.when(has_votes).then(pl.col(SHARES) / pl.col("weight")))

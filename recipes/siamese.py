@@ -161,7 +161,7 @@ def choose_trainable(pairs: pl.DataFrame) -> pl.DataFrame:
 def split(pairs: pl.DataFrame, options: argparse.Namespace) -> Parts:
     """Hold out a fold, and draw a tenth of the other groups to say when to stop.
 
-    Extra rows are trained on, and never measured.
+    Extra rows are trained on, and never measured: neither held out nor a reason to stop.
 
     Raises:
         UserError: There is no such fold, or fewer training rows than a batch has.
@@ -172,14 +172,15 @@ def split(pairs: pl.DataFrame, options: argparse.Namespace) -> Parts:
         folds = ", ".join(map(str, sorted(pairs["fold"].unique())))
         raise UserError(f"{options.pairs}: --fold is {options.fold}, but the folds in the file are {folds}")
 
-    groups = others["group"].unique().sort().to_numpy()
+    human_votes = others.filter(pl.col("role") == "train")
+    groups = human_votes["group"].unique().sort().to_numpy()
     groups = np.random.default_rng(options.seed).permutation(groups)
     stopping_groups = groups[: max(len(groups) // 10, 1)].tolist()
     is_stopping = pl.col("group").is_in(stopping_groups)
     training = others.filter(~is_stopping)
     if len(training) < options.batch_size:
         raise UserError(f"{options.pairs}: too few rows for --batch-size {options.batch_size}; lower it")
-    return Parts(training, others.filter(is_stopping), held_out)
+    return Parts(training, human_votes.filter(is_stopping), held_out)
 
 
 # Token ids

@@ -3,6 +3,10 @@
 A group is what pairs at or above the threshold connect, however long the chain: sparing a single link
 would put a near-copy into another fold. The root of a group is its earliest prompt, so that prompts that
 are added later join a group without renaming it. `preprocess.pairs` calls this.
+
+Only pairs of different groups are compared, some drawn at random first, so that thousands of like prompts
+are one group after a few comparisons each. What stays quadratic are prompts that share a band of hashes and
+are not similar.
 """
 
 from collections.abc import Sequence
@@ -11,11 +15,26 @@ from functools import lru_cache
 
 import numpy as np
 
-from preprocess.dedup.minhash import compute_signatures, find_candidates
+from preprocess.dedup.minhash import (
+    PERMUTATIONS,
+    SEED,
+    Signatures,
+    compute_signatures,
+    count_band_rows,
+    hash_band,
+    select_likely,
+)
 from preprocess.dedup.ngrams import Track, codes_jaccard, gram_codes, show_nothing
+from preprocess.dedup.partners import find_partners, list_pairs
 
 # Candidates are sorted by the later text, whose n-grams are needed many times in a row.
 CACHED_TEXTS = 4096
+
+# Pairs are drawn at random as long as more of them than this are united.
+LEAST_SHARE_UNITED = 0.02
+
+# Bounds memory: the pairs that are listed at once.
+LISTED_PAIRS = 2_000_000
 
 
 class UnionFind:
@@ -23,7 +42,7 @@ class UnionFind:
 
     def __init__(self, size: int):
         # The parent of a root is the root itself.
-        self._parents = list(range(size))
+        self._parents = np.arange(size)
 
     def find_root(self, member: int) -> int:
         """Return the number that stands for the set of a member: the smallest in it."""
@@ -32,7 +51,16 @@ class UnionFind:
             # Halve the path, so that later searches are short.
             parents[member] = parents[parents[member]]
             member = parents[member]
-        return member
+        return int(member)
+
+    def find_roots(self) -> np.ndarray:
+        """Return the roots of all members: int64 (members,)."""
+        is_flat = False
+        while not is_flat:
+            grandparents = self._parents[self._parents]
+            is_flat = np.array_equal(grandparents, self._parents)
+            self._parents = grandparents
+        return self._parents.copy()
 
     def unite(self, root: int, given_up: int) -> None:
         """Unite the sets of two roots, of which the first is smaller and stays one."""
@@ -73,53 +101,141 @@ def group_prompts(
     unique_texts = list(first_position)
     positions = list(first_position.values())
 
-    signatures = compute_signatures(unique_texts, track)
-    candidates = find_candidates(signatures, threshold, track)
-    sets, unions = _unite_similar(unique_texts, candidates, threshold, track)
+    ages_of_texts = np.zeros(len(unique_texts), np.int64)
+    if ages is not None:
+        ages_of_texts = np.asarray(ages)[positions]
+    grouping = _Grouping(unique_texts, threshold, track)
+    for age in np.unique(ages_of_texts).tolist():
+        # Files are added one by one, so that it is known which groups a later one joins.
+        text_count = int(np.searchsorted(ages_of_texts, age, side="right"))
+        grouping.add_texts(text_count, track)
 
     # Back from numbers of texts to positions of prompts.
     root_by_text = {}
-    for number, text in enumerate(unique_texts):
-        root_by_text[text] = positions[sets.find_root(number)]
+    for text, root in zip(unique_texts, grouping.sets.find_roots().tolist(), strict=True):
+        root_by_text[text] = positions[root]
     roots = [root_by_text[text] for text in texts]
-
-    # A group that begins in the file of the text that joins it is not known from an earlier run.
-    joined = []
-    if ages is not None:
-        for root, given_up, joining_text in unions:
-            age_of_group = ages[positions[given_up]]
-            age_of_text = ages[positions[joining_text]]
-            if age_of_group < age_of_text:
-                joined.append((positions[root], positions[given_up]))
-
-    root_by_prompt = np.array(roots, dtype=np.int64)
-    return Groups(root_by_prompt, tuple(joined))
+    joined = [(positions[root], positions[given_up]) for root, given_up in grouping.joined]
+    return Groups(np.array(roots, dtype=np.int64), tuple(joined))
 
 
-def _unite_similar(
-    texts: list[str], candidates: np.ndarray, threshold: float, track: Track
-) -> tuple[UnionFind, list[tuple[int, int, int]]]:
-    """Unite the texts of all candidate pairs that are similar indeed.
+class _Grouping:
+    """The groups of texts, to which files are added one by one.
 
-    Returns:
-        The sets; and for each union the root that stayed, the one that was given up, and the later text
-        of the similar pair.
+    Attributes:
+        sets: The groups, as sets of the texts' numbers.
+        joined: Roots of groups that a later file joined: the one that stayed, and the one given up.
     """
 
-    @lru_cache(maxsize=CACHED_TEXTS)
-    def codes_of(number: int) -> np.ndarray:
-        return gram_codes(texts[number])
+    def __init__(self, texts: list[str], threshold: float, track: Track):
+        self.sets = UnionFind(len(texts))
+        self.joined: list[tuple[int, int]] = []
+        self._signatures: Signatures = compute_signatures(texts, track)
+        self._threshold = threshold
+        self._texts = texts
+        self._text_count = len(texts)
+        self._added = 0
+        self._rng = np.random.default_rng(SEED)
 
-    sets = UnionFind(len(texts))
-    unions = []
-    for earlier, later in track(candidates.tolist(), "comparing prompts that look alike"):
-        root, given_up = sorted((sets.find_root(earlier), sets.find_root(later)))
-        # Texts that others have connected already need no comparison.
-        if root == given_up:
-            continue
-        if codes_jaccard(codes_of(earlier), codes_of(later)) < threshold:
-            continue
-        sets.unite(root, given_up)
-        unions.append((root, given_up, later))
+        # Pairs that were compared and are not similar. A pair is one number, later * texts + earlier.
+        self._unlike = np.zeros(0, np.int64)
+        # The same texts are compared many times in a row.
+        self._compute_codes = lru_cache(maxsize=CACHED_TEXTS)(self._compute_codes)
 
-    return sets, unions
+    def _compute_codes(self, number: int) -> np.ndarray:
+        return gram_codes(self._texts[number])
+
+    def add_texts(self, text_count: int, track: Track) -> None:
+        """Add the texts up to a number, and unite those that are similar."""
+        hashes = self._signatures.hashes[:text_count]
+        band_rows = count_band_rows(self._threshold)
+        band_starts = range(0, PERMUTATIONS - band_rows + 1, band_rows)
+
+        # Where most texts of a key are alike, a few partners drawn at random unite them.
+        for band_start in track(band_starts, "finding prompts that look alike"):
+            self._unite_drawn_pairs(hash_band(hashes, band_start, band_rows))
+
+        # What these left apart is compared in full.
+        for band_start in track(band_starts, "comparing prompts that look alike"):
+            self._unite_all_pairs(hash_band(hashes, band_start, band_rows))
+        self._added = text_count
+
+    def _unite_drawn_pairs(self, keys: np.ndarray) -> None:
+        """Unite similar texts of equal keys, as long as a fair share of random pairs is similar."""
+        share_united = 1.0
+        while share_united > LEAST_SHARE_UNITED:
+            first, second = self._draw_pairs(keys)
+            pairs_united = self._unite_pairs(first, second)
+            share_united = pairs_united / max(len(first), 1)
+
+    def _unite_all_pairs(self, keys: np.ndarray) -> None:
+        """Unite all similar texts of equal keys."""
+        roots = self.sets.find_roots()[: len(keys)]
+        partners = find_partners(keys, roots)
+        texts = np.flatnonzero(partners.count)
+        if len(texts) == 0:
+            return
+
+        # The texts in batches of about LISTED_PAIRS pairs.
+        pairs_up_to = np.cumsum(partners.count[texts])
+        limits = np.arange(LISTED_PAIRS, pairs_up_to[-1], LISTED_PAIRS)
+        batch_ends = np.searchsorted(pairs_up_to, limits)
+        for batch in np.split(texts, batch_ends):
+            first, second = list_pairs(partners, batch)
+            self._unite_pairs(first, second)
+
+    def _draw_pairs(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Pair each text with two others of its key at random; leave out pairs within a group."""
+        # Sorting by key keeps the random order among equal keys.
+        shuffled = self._rng.permutation(len(keys))
+        by_key = np.argsort(keys[shuffled], kind="stable")
+        order = shuffled[by_key]
+        roots = self.sets.find_roots()
+
+        # Each text is paired with the next one.
+        first = order[:-1]
+        second = order[1:]
+        is_pair = (keys[first] == keys[second]) & (roots[first] != roots[second])
+        return first[is_pair], second[is_pair]
+
+    def _unite_pairs(self, first: np.ndarray, second: np.ndarray) -> int:
+        """Unite the texts of those pairs that are similar; return how many pairs that were."""
+        unlike = []
+        pairs_united = 0
+        for pair in self._select_open_pairs(first, second).tolist():
+            later, earlier = divmod(pair, self._text_count)
+            roots = (self.sets.find_root(earlier), self.sets.find_root(later))
+            # A pair before this one may have connected them.
+            if roots[0] == roots[1]:
+                continue
+
+            similarity = codes_jaccard(self._compute_codes(earlier), self._compute_codes(later))
+            if similarity < self._threshold:
+                unlike.append(pair)
+                continue
+
+            root = min(roots)
+            given_up = max(roots)
+            self.sets.unite(root, given_up)
+            pairs_united += 1
+            # Both groups existed before this file.
+            if given_up < self._added:
+                self.joined.append((root, given_up))
+
+        self._unlike = np.union1d(self._unlike, np.array(unlike, np.int64))
+        return pairs_united
+
+    def _select_open_pairs(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        """Return the pairs that have to be compared exactly, as numbers, without duplicates."""
+        earlier = np.minimum(first, second)
+        later = np.maximum(first, second)
+
+        # Texts of earlier files have been compared, and those of one group need not be.
+        roots = self.sets.find_roots()
+        is_open = (later >= self._added) & (roots[earlier] != roots[later])
+        earlier = earlier[is_open]
+        later = later[is_open]
+
+        is_likely = select_likely(self._signatures, earlier, later, self._threshold)
+        pairs = later[is_likely] * self._text_count + earlier[is_likely]
+        return np.setdiff1d(pairs, self._unlike)

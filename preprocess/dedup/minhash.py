@@ -2,10 +2,11 @@
 
 Two signatures agree in a share of their hashes that estimates the Jaccard similarity of the texts. Texts
 with an equal band of hashes are compared by their whole signatures (Broder 1997; Leskovec, Rajaraman and
-Ullman, Mining of Massive Datasets, chapter 3). grouping.py verifies what this proposes.
+Ullman, Mining of Massive Datasets, chapter 3). grouping.py chooses the pairs, and verifies what passes here.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from rensa import RMinHash
@@ -22,14 +23,27 @@ MOST_BAND_ROWS = 32
 # How far an estimate may lie below the similarity: five standard deviations with 256 permutations.
 ESTIMATE_SLACK = 0.15
 
+# An odd 64-bit constant with well mixed bits, from Knuth's golden ratio hash.
+FACTOR = np.uint64(0x9E3779B97F4A7C15)
+
 # Bounds on memory: texts that are hashed at once, and pairs of signatures that are compared at once.
 BATCH_TEXTS = 2048
 BATCH_PAIRS = 16_384
 
 
-def compute_signatures(texts: Sequence[str], track: Track) -> np.ndarray:
-    """Compute the MinHash signatures of normalised texts: uint32 (texts, PERMUTATIONS)."""
-    signatures = np.zeros((len(texts), PERMUTATIONS), np.uint32)
+@dataclass(frozen=True)
+class Signatures:
+    """What the search needs to know of texts."""
+
+    # uint16 (texts, PERMUTATIONS): the low bits of the hashes. Two that differ are equal once in 65,536.
+    hashes: np.ndarray
+    gram_counts: np.ndarray  # int32 (texts,): how many different n-grams each has
+
+
+def compute_signatures(texts: Sequence[str], track: Track) -> Signatures:
+    """Compute the MinHash signatures of normalised texts."""
+    hashes = np.zeros((len(texts), PERMUTATIONS), np.uint16)
+    gram_counts = np.zeros(len(texts), np.int32)
 
     for start in track(range(0, len(texts), BATCH_TEXTS), "hashing prompts"):
         batch = texts[start : start + BATCH_TEXTS]
@@ -43,9 +57,11 @@ def compute_signatures(texts: Sequence[str], track: Track) -> np.ndarray:
         matrix = RMinHash.digest_matrix_from_flat_token_hashes(
             flat_codes, offsets, PERMUTATIONS, SEED
         )
-        signatures[start : start + len(batch)] = matrix.to_rows()
+        stop = start + len(batch)
+        hashes[start:stop] = np.asarray(matrix.to_rows(), np.uint32) & 0xFFFF
+        gram_counts[start:stop] = sizes
 
-    return signatures
+    return Signatures(hashes, gram_counts)
 
 
 def count_band_rows(threshold: float) -> int:
@@ -59,61 +75,36 @@ def count_band_rows(threshold: float) -> int:
     return best
 
 
-def find_candidates(signatures: np.ndarray, threshold: float, track: Track) -> np.ndarray:
-    """Find the pairs of texts that may reach a similarity.
+def hash_band(hashes: np.ndarray, start: int, rows: int) -> np.ndarray:
+    """Hash the columns start:start + rows of signatures: uint64 (texts,), equal where these all are."""
+    keys = np.zeros(len(hashes), np.uint64)
+    for column in range(start, start + rows):
+        keys *= FACTOR
+        keys += hashes[:, column]
+    return keys
+
+
+def select_likely(
+    signatures: Signatures, first: np.ndarray, second: np.ndarray, threshold: float
+) -> np.ndarray:
+    """Return for each pair of texts whether it may reach a similarity, by sizes and signatures: bool (pairs,).
 
     Args:
-        signatures: From compute_signatures.
+        signatures: Of all texts.
+        first: The number of a text of each pair (pairs,).
+        second: The number of the other one (pairs,).
         threshold: The Jaccard similarity, 0.5 to 1.
-        track: Shows the progress.
-
-    Returns:
-        int64 (candidates, 2): the numbers of the earlier and of the later text, sorted by the later
-        one, as if the texts arrived one by one.
     """
-    text_count = len(signatures)
-    band_rows = count_band_rows(threshold)
-    band_starts = range(0, PERMUTATIONS - band_rows + 1, band_rows)
+    # The smaller set of n-grams cannot share more than it has.
+    first_counts = signatures.gram_counts[first]
+    second_counts = signatures.gram_counts[second]
+    larger = np.maximum(first_counts, second_counts)
+    is_likely = np.minimum(first_counts, second_counts) >= threshold * larger
+
     least_agreement = (threshold - ESTIMATE_SLACK) * PERMUTATIONS
-
-    # A pair is one number, later * text_count + earlier, so that sorting drops duplicates.
-    pair_codes = [np.zeros(0, np.int64)]
-    for band_start in track(band_starts, "finding prompts that look alike"):
-        band = signatures[:, band_start : band_start + band_rows]
-        for first, second in _pair_equal_rows(band):
-            agreement = (signatures[first] == signatures[second]).sum(axis=1)
-            is_candidate = agreement >= least_agreement
-            earlier = np.minimum(first, second)[is_candidate]
-            later = np.maximum(first, second)[is_candidate]
-            pair_codes.append(later * text_count + earlier)
-
-    unique_codes = np.unique(np.concatenate(pair_codes))
-    return np.stack([unique_codes % text_count, unique_codes // text_count], axis=1)
-
-
-def _pair_equal_rows(rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the numbers of all pairs of equal rows of a matrix, at most BATCH_PAIRS at a time."""
-    # View each row as one opaque value; equal ones form a bucket.
-    rows = np.ascontiguousarray(rows)
-    row_bytes = rows.shape[1] * rows.itemsize
-    keys = rows.view(np.dtype((np.void, row_bytes))).ravel()
-    _, buckets, bucket_sizes = np.unique(keys, return_inverse=True, return_counts=True)
-
-    # Row numbers, bucket after bucket, so that the members of a bucket stand side by side.
-    members = np.argsort(buckets, kind="stable")
-    buckets = buckets[members]
-    largest_bucket = bucket_sizes.max()
-
-    # First all pairs of neighbours, then those two places apart, and so on.
-    for distance in range(1, largest_bucket):
-        # Smaller buckets have no pairs so far apart.
-        has_pairs = bucket_sizes[buckets] > distance
-        members = members[has_pairs]
-        buckets = buckets[has_pairs]
-
-        is_pair = buckets[distance:] == buckets[:-distance]
-        first = members[:-distance][is_pair]
-        second = members[distance:][is_pair]
-        for start in range(0, len(first), BATCH_PAIRS):
-            batch = slice(start, start + BATCH_PAIRS)
-            yield first[batch], second[batch]
+    open_pairs = np.flatnonzero(is_likely)
+    for start in range(0, len(open_pairs), BATCH_PAIRS):
+        batch = open_pairs[start : start + BATCH_PAIRS]
+        is_equal = signatures.hashes[first[batch]] == signatures.hashes[second[batch]]
+        is_likely[batch] = is_equal.sum(axis=1) >= least_agreement
+    return is_likely

@@ -11,6 +11,8 @@ from itertools import pairwise
 
 import numpy as np
 
+from preprocess.dedup.partners import Partners, find_partners, list_pairs
+
 # N-grams are counted by their lowest 22 bits: a collision makes a rare one look more common, no more.
 FREQUENCY_BUCKETS = 1 << 22
 
@@ -31,7 +33,7 @@ class PrefixIndex:
     """An inverted index of the prefixes of texts that are sorted by their number of n-grams.
 
     An entry is one n-gram in the prefix of one text. Entries are in the order of texts: text i has the
-    entries first_entry[i]:first_entry[i + 1]. The texts with one n-gram are a list.
+    entries first_entry[i]:first_entry[i + 1].
     """
 
     # By text.
@@ -41,14 +43,20 @@ class PrefixIndex:
     first_entry: np.ndarray  # one more than there are texts
 
     # By entry.
-    list_start: np.ndarray  # where the list of its n-gram begins in `lists`
-    earlier_texts: np.ndarray  # how many texts in that list stand before the entry's own
-
-    lists: np.ndarray  # one list after the other, texts in ascending order within each
+    text: np.ndarray  # the text that it is of
+    partners: Partners  # the entries of the same n-gram in other places
 
 
-def build_prefix_index(codes: list[np.ndarray], threshold: float) -> PrefixIndex:
-    """Build the index over the gram_codes of texts, shortest first, for one threshold."""
+def build_prefix_index(
+    codes: list[np.ndarray], places: np.ndarray, threshold: float
+) -> PrefixIndex:
+    """Build the index for one threshold.
+
+    Args:
+        codes: The gram_codes of texts, shortest first.
+        places: Of each text; those of one place are not compared (texts,).
+        threshold: The Jaccard similarity.
+    """
     size = np.array([len(text_codes) for text_codes in codes], dtype=np.int64)
 
     # A similar text shares at least so many n-grams, hence one of the rarest of them.
@@ -57,17 +65,15 @@ def build_prefix_index(codes: list[np.ndarray], threshold: float) -> PrefixIndex
 
     # All prefixes in one array, text after text.
     ranks, last_rank = _select_prefixes(codes, prefix_size)
-    texts = np.repeat(np.arange(len(codes), dtype=np.int32), prefix_size)
-    list_start, earlier_texts, lists = _invert(ranks, texts)
+    texts = np.repeat(np.arange(len(codes)), prefix_size)
 
     return PrefixIndex(
         size=size,
         prefix_size=prefix_size,
         last_rank=last_rank,
         first_entry=np.append(0, np.cumsum(prefix_size)),
-        list_start=list_start,
-        earlier_texts=earlier_texts,
-        lists=lists,
+        text=texts,
+        partners=find_partners(ranks, places[texts]),
     )
 
 
@@ -96,55 +102,32 @@ def _select_prefixes(
     return np.concatenate(prefixes), last_rank
 
 
-def _invert(ranks: np.ndarray, texts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return list_start, earlier_texts and lists of the index, given the rank and text of each entry."""
-    # Stable: the texts of an n-gram stay in ascending order.
-    by_rank = np.argsort(ranks, kind="stable")
-    sorted_ranks = ranks[by_rank]
-
-    # A list begins wherever the rank changes.
-    is_start = np.ones(len(ranks), bool)
-    is_start[1:] = sorted_ranks[1:] != sorted_ranks[:-1]
-    starts = np.flatnonzero(is_start)
-    lengths = np.diff(starts, append=len(ranks))
-    start_by_rank = np.repeat(starts, lengths)
-
-    # Back to the order of entries.
-    list_start = np.empty(len(ranks), np.int64)
-    list_start[by_rank] = start_by_rank
-    earlier_texts = np.empty(len(ranks), np.int64)
-    earlier_texts[by_rank] = np.arange(len(ranks)) - start_by_rank
-
-    return list_start, earlier_texts, texts[by_rank]
-
-
 def find_candidates(
-    index: PrefixIndex, places: np.ndarray, threshold: float
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    index: PrefixIndex, threshold: float, first_longer: int = 0
+) -> Iterator[tuple[int, int]]:
     """Find the pairs of texts in different places that may reach a similarity.
 
     Args:
         index: Built with the same threshold.
-        places: Of each text, its fold, or a number below 0 for a file outside of the folds.
         threshold: The Jaccard similarity.
+        first_longer: The first text that is of interest as the longer one of a pair.
 
     Yields:
-        The longer and the shorter texts of pairs, each pair once, a batch at a time.
+        The longer and the shorter text of each pair.
     """
     text_count = len(index.size)
 
     for start, stop in _split_texts(index):
-        longer, shorter = _list_meetings(index, start, stop)
+        entries = np.arange(index.first_entry[start], index.first_entry[stop])
+        first, second = list_pairs(index.partners, entries)
+        first = index.text[first]
+        second = index.text[second]
 
-        # Two files outside of the folds may share prompts.
-        place = places[longer]
-        other_place = places[shorter]
-        is_any_in_fold = (place >= 0) | (other_place >= 0)
-        is_apart = (place != other_place) & is_any_in_fold
-
-        # A text can share no more n-grams than it has.
+        # Texts stand in the order of their sizes, and can share no more n-grams than they have.
+        longer = np.maximum(first, second)
+        shorter = np.minimum(first, second)
         least_size = threshold * index.size[longer] - ROUNDING
-        is_relevant = is_apart & (index.size[shorter] >= least_size)
+        is_relevant = (index.size[shorter] >= least_size) & (longer >= first_longer)
 
         # A pair meets in as many n-grams as the two prefixes share.
         longer = longer[is_relevant]
@@ -158,13 +141,13 @@ def find_candidates(
         total_size = index.size[longer] + index.size[shorter]
         least_shared = threshold / (1 + threshold) * total_size - ROUNDING
         is_candidate = most_shared >= least_shared
-        yield longer[is_candidate], shorter[is_candidate]
+        yield from zip(longer[is_candidate].tolist(), shorter[is_candidate].tolist(), strict=True)
 
 
 def _split_texts(index: PrefixIndex) -> Iterator[tuple[int, int]]:
-    """Yield ranges of texts that have about MEETINGS_AT_ONCE meetings with earlier ones."""
+    """Yield ranges of texts that have about MEETINGS_AT_ONCE meetings with their partners."""
     # How many meetings there are before each entry, and before each text.
-    before_entry = np.append(0, np.cumsum(index.earlier_texts))
+    before_entry = np.append(0, np.cumsum(index.partners.count))
     before_text = before_entry[index.first_entry]
     total = before_text[-1]
 
@@ -173,29 +156,6 @@ def _split_texts(index: PrefixIndex) -> Iterator[tuple[int, int]]:
     edges = np.searchsorted(before_text, limits)
     edges = np.minimum(edges, len(index.size))
     yield from pairwise(edges.tolist())
-
-
-def _list_meetings(index: PrefixIndex, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pair the texts start:stop with every earlier one, as often as their prefixes share an n-gram."""
-    first_entry = index.first_entry[start]
-    last_entry = index.first_entry[stop]
-    earlier_texts = index.earlier_texts[first_entry:last_entry]
-
-    # The later text of a meeting is the entry's own, which is never shorter.
-    texts = np.arange(start, stop)
-    prefix_size = index.prefix_size[start:stop]
-    text_by_entry = np.repeat(texts, prefix_size)
-    longer = np.repeat(text_by_entry, earlier_texts)
-
-    # An entry meets the first texts of its list: 0, 1, … up to its own place there.
-    meetings_before = np.cumsum(earlier_texts) - earlier_texts
-    first_meeting = np.repeat(meetings_before, earlier_texts)
-    place_in_list = np.arange(len(longer)) - first_meeting
-    list_start = index.list_start[first_entry:last_entry]
-    start_by_meeting = np.repeat(list_start, earlier_texts)
-    shorter = index.lists[start_by_meeting + place_in_list]
-
-    return longer, shorter
 
 
 def _count_beyond_prefix(index: PrefixIndex, longer: np.ndarray, shorter: np.ndarray) -> np.ndarray:

@@ -13,11 +13,13 @@ import polars as pl
 
 from preprocess.core.errors import UserError
 from preprocess.model_input import VERDICTS, clean
-from preprocess.sources import chosen_rejected, lmsys, wsdm
+from preprocess.sources import arena, chosen_rejected, helpsteer, lmsys, wsdm
 from preprocess.sources.layout import Layout
+from preprocess.sources.messages import read_conversation
 from preprocess.sources.rows import (
     ROLES,
     ROWS,
+    SHARES,
     TEXTS,
     TURNS,
     UnusableRow,
@@ -30,7 +32,29 @@ from preprocess.sources.rows import (
 from preprocess.sources.tables import Table, TableRow, open_table
 
 # A file that fits several layouts is of the first one.
-LAYOUTS = (wsdm.LAYOUT, lmsys.LAYOUT, chosen_rejected.LAYOUT)
+LAYOUTS = (
+    wsdm.LAYOUT,
+    lmsys.LAYOUT,
+    arena.LAYOUT,
+    wsdm.PPE_LAYOUT,
+    helpsteer.LAYOUT,
+    chosen_rejected.LAYOUT,
+)
+
+# The columns of which one holds the prompt.
+PROMPT_COLUMNS = ("prompt", "chosen", "conversation_a", "context")
+
+# Parquet files may have others, some of them large, which are left unread.
+COLUMNS_READ = (
+    *(column for layout in LAYOUTS for column in layout.columns),
+    *chosen_rejected.SCORES,
+    *SHARES,
+    "weight",
+    "both_bad",
+    "language",
+    "source",
+    "role",
+)
 
 # Rows become a frame in batches, because Python's objects take several times the memory.
 BATCH_ROWS = 2048
@@ -55,7 +79,7 @@ def read_rows(path: Path | str, role: str = "train") -> pl.DataFrame:
 
     frames = []
     batch: list[dict] = []
-    for table_row in table.rows():
+    for table_row in table.rows(COLUMNS_READ):
         batch.append(_read_row(layout, table.path, role, table_row))
         if len(batch) == BATCH_ROWS:
             frames.append(pl.DataFrame(batch, schema=ROWS))
@@ -115,7 +139,7 @@ def _read_row(layout: Layout, path: Path, role: str, table_row: TableRow) -> dic
         row["reason"] = "not a JSON object"
         return row
 
-    row["id"] = read_text(values.get("id")) or None
+    row["id"] = read_text(values.get("id", values.get("question_id"))) or None
     row["language"] = read_text(values.get("language")) or "unknown"
     row["source"] = read_text(values.get("source")) or path.stem
     if role == "train" and values.get("role") in ROLES:
@@ -129,7 +153,7 @@ def _read_row(layout: Layout, path: Path, role: str, table_row: TableRow) -> dic
         check_judgement(judgement, needs_verdict)
         shares = {"weight": 1.0}
         if needs_verdict:
-            shares = read_vote_shares(values, judgement.winner)
+            shares = read_vote_shares(values, judgement)
     except UnusableRow as reason:
         # The file of rejected rows shows the texts as they were.
         for name in TEXTS:
@@ -139,6 +163,7 @@ def _read_row(layout: Layout, path: Path, role: str, table_row: TableRow) -> dic
         return row
 
     row.update(vars(judgement))
+    del row["share_a"]
     row.update(shares)
     if not needs_verdict:
         row["winner"] = None
@@ -147,10 +172,11 @@ def _read_row(layout: Layout, path: Path, role: str, table_row: TableRow) -> dic
 
 def _show_winner(values: dict) -> str | None:
     """Return the verdict of a row that cannot be used, whatever it is."""
-    # LMSYS's verdict has three columns instead of one.
-    if "winner" in values:
-        return read_text(values["winner"])
+    for column in ("winner", "overall_preference"):
+        if column in values:
+            return read_text(values[column])
 
+    # LMSYS's verdict has three columns instead of one.
     flags = []
     for verdict in VERDICTS:
         column = f"winner_{verdict}"
@@ -169,7 +195,7 @@ def read_prompts(path: Path | str) -> pl.DataFrame:
         UserError: The file is unreadable, or holds no prompt that can be read.
     """
     table = open_table(path)
-    if "prompt" not in table.columns and "chosen" not in table.columns:
+    if not set(PROMPT_COLUMNS) & set(table.columns):
         raise UserError(
             f"{path}: no column prompt (found {', '.join(table.columns)}); "
             "it cannot be compared with the sources"
@@ -196,11 +222,16 @@ def read_prompts(path: Path | str) -> pl.DataFrame:
 
 
 def _read_prompt(values: dict, is_json: bool) -> list[str]:
-    if values.get("chosen") is not None:
-        prompt, _ = chosen_rejected.read_conversation(values.get("prompt"), values["chosen"])
-        return prompt
-
     prompt = values.get("prompt")
+    for column in ("chosen", "conversation_a"):
+        if values.get(column) is not None:
+            turns, _ = read_conversation(prompt, values[column])
+            return turns
+    # HelpSteer3's context is the prompt alone.
+    if isinstance(values.get("context"), list):
+        turns, _ = read_conversation(values["context"], None)
+        return turns
+
     if is_json:
         return lmsys.read_json_turns(prompt)
     return read_turns(prompt)

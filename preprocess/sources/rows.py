@@ -17,6 +17,9 @@ TEXTS = ("prompt", "response_a", "response_b")
 # Shares of the votes for each verdict, in the order of VERDICTS.
 SHARES = ("p_model_a", "p_model_b", "p_tie")
 
+# Arena's words for a tie of two bad responses, which differ from release to release.
+BOTH_BAD = ("both_bad", "tie (bothbad)")
+
 # What a row is for: see docs/data.md.
 ROLES = ("train", "extra", "pool", "test")
 
@@ -37,6 +40,7 @@ ROWS = pl.Schema(
         "p_model_b": pl.Float64,
         "p_tie": pl.Float64,
         "weight": pl.Float64,
+        "both_bad": pl.Boolean,
         # Null where the row can be used.
         "reason": pl.String,
     }
@@ -59,6 +63,26 @@ class Judgement:
     response_a: list[str]
     response_b: list[str]
     winner: str  # one of VERDICTS; anything else makes a row unusable that needs a verdict
+    share_a: float | None = None  # of the votes on A, the rest being on B; None where all agree
+    both_bad: bool = False  # whether a tie says that both responses are bad
+
+
+def judge_by_share(
+    row_id: str, prompt: list[str], response_a: list[str], response_b: list[str], share_a: float
+) -> Judgement:
+    """Make the judgement of a row whose verdict is a share of votes on A; one half is a tie."""
+    if share_a == 0.5:
+        return Judgement(row_id, prompt, response_a, response_b, "tie")
+    winner = "model_a" if share_a > 0.5 else "model_b"
+    return Judgement(row_id, prompt, response_a, response_b, winner, share_a)
+
+
+def read_winner(value: object) -> tuple[str, bool]:
+    """Return a verdict in this project's words, and whether it calls both responses bad."""
+    winner = read_text(value)
+    if winner in BOTH_BAD:
+        return "tie", True
+    return winner, False
 
 
 def read_text(value: object) -> str:
@@ -122,12 +146,12 @@ def check_judgement(judgement: Judgement, needs_verdict: bool = True) -> None:
         raise UnusableRow("identical answers, one wins")
 
 
-def read_vote_shares(values: dict, winner: str) -> dict[str, float]:
+def read_vote_shares(values: dict, judgement: Judgement) -> dict[str, float]:
     """Read how the votes on a pair were spread, from an earlier pairs.parquet or from a teacher.
 
     Args:
         values: The row's values by column.
-        winner: The verdict, which has all the votes where the row has no shares.
+        judgement: Tells how the votes were spread where the row has no columns for it.
 
     Returns:
         p_model_a, p_model_b and p_tie, which add up to 1, and weight, the number of votes.
@@ -137,7 +161,15 @@ def read_vote_shares(values: dict, winner: str) -> dict[str, float]:
     """
     has_shares = all(values.get(name) not in (None, "") for name in SHARES)
     if not has_shares:
-        shares = {f"p_{verdict}": float(verdict == winner) for verdict in VERDICTS}
+        if judgement.share_a is not None:
+            share_b = 1 - judgement.share_a
+            return {
+                "p_model_a": judgement.share_a,
+                "p_model_b": share_b,
+                "p_tie": 0.0,
+                "weight": 1.0,
+            }
+        shares = {f"p_{verdict}": float(verdict == judgement.winner) for verdict in VERDICTS}
         return shares | {"weight": 1.0}
 
     # CSV has the empty string where other files have null.

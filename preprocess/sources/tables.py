@@ -1,18 +1,33 @@
 """Opening source files: Parquet, CSV (every value a string) and JSONL become rows of Python values.
 
-Only reader.py and the layouts use this. It knows file formats, and nothing of what columns mean.
+Only reader.py and the layouts use this. It knows file formats, and nothing of what columns mean. Parquet
+and JSONL are streamed, so that a file may be larger than memory.
 """
 
+import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
+import pyarrow as pa
+from pyarrow import parquet
 
 from preprocess.core.errors import UserError
 
 SUFFIXES = (".parquet", ".csv", ".jsonl")
+BATCH_ROWS = 2048
+
+# A panic of Polars is no Exception.
+READ_ERRORS = (
+    pl.exceptions.PolarsError,
+    pl.exceptions.PanicException,
+    pa.ArrowException,
+    OSError,
+    OverflowError,
+    UnicodeError,
+)
 
 
 @dataclass(frozen=True)
@@ -26,26 +41,33 @@ class TableRow:
 
 @dataclass(frozen=True)
 class Table:
-    """A file that can be read: a Parquet or CSV file as a frame, or the parsed lines of a JSONL file."""
+    """A file that can be read, as often as need be."""
 
     path: Path
     columns: tuple[str, ...]
     height: int
-    frame: pl.DataFrame | None = None
-    json_rows: tuple[TableRow, ...] = ()
+    text_columns: tuple[str, ...] = ()  # those known to hold only strings
 
-    def rows(self) -> Iterator[TableRow]:
-        """Yield every row of the file, in its order."""
-        if self.frame is None:
-            yield from self.json_rows
-            return
+    def rows(self, columns: tuple[str, ...] | None = None) -> Iterator[TableRow]:
+        """Yield every row of the file, in its order.
 
-        for number, values in enumerate(self.frame.iter_rows(named=True), 1):
-            yield TableRow(number, values)
+        Args:
+            columns: Those that are needed; a row may have more.
+
+        Raises:
+            UserError: The file is damaged.
+        """
+        with _reporting_damage(self.path):
+            if self.path.suffix == ".jsonl":
+                yield from _read_json_lines(self.path)
+            elif self.path.suffix == ".csv":
+                yield from _read_csv_rows(self.path)
+            else:
+                yield from _read_parquet_rows(self.path, columns or self.columns)
 
     def holds_text(self, column: str) -> bool:
         """Return whether a column is known to hold only strings; that of a JSONL file never is."""
-        return self.frame is not None and self.frame.schema.get(column) == pl.String
+        return column in self.text_columns
 
 
 def open_table(path: Path | str) -> Table:
@@ -59,47 +81,87 @@ def open_table(path: Path | str) -> Table:
             f"expected {', '.join(SUFFIXES)} (unpack an archive first)"
         )
 
-    try:
-        table = _read_json_lines(path) if path.suffix == ".jsonl" else _read_frame(path)
-    except (pl.exceptions.PolarsError, OSError, UnicodeDecodeError) as error:
-        # Polars' messages have several lines, of which the first says what is wrong.
-        message_lines = str(error).strip().splitlines()
-        message = message_lines[0] if message_lines else type(error).__name__
-        raise UserError(
-            f"{path}: cannot be read as {path.suffix[1:]} ({message}); fetch or export it again"
-        ) from None
+    with _reporting_damage(path):
+        if path.suffix == ".jsonl":
+            table = _inspect_json_lines(path)
+        elif path.suffix == ".csv":
+            table = _inspect_csv(path)
+        else:
+            table = _inspect_parquet(path)
 
     if table.height == 0:
         raise UserError(f"{path}: holds no rows; fetch or export it again")
     return table
 
 
-def _read_frame(path: Path) -> Table:
-    if path.suffix == ".csv":
-        # Inferred types would turn the id 007 into 7.
-        frame = pl.read_csv(path, infer_schema=False)
-    else:
-        frame = pl.read_parquet(path, use_pyarrow=False, glob=False)
-    return Table(path, tuple(frame.columns), frame.height, frame=frame)
+@contextlib.contextmanager
+def _reporting_damage(path: Path) -> Iterator[None]:
+    """Turn the errors of a file that cannot be read into a UserError."""
+    try:
+        yield
+    except READ_ERRORS as error:
+        # The messages have several lines, of which the first says what is wrong.
+        message_lines = str(error).strip().splitlines()
+        message = message_lines[0] if message_lines else type(error).__name__
+        raise UserError(
+            f"{path}: cannot be read as {path.suffix[1:]} ({message}); fetch or export it again"
+        ) from None
 
 
-def _read_json_lines(path: Path) -> Table:
-    rows = []
+def _inspect_parquet(path: Path) -> Table:
+    with parquet.ParquetFile(path) as file:
+        schema = file.schema_arrow
+        height = file.metadata.num_rows
+
+    text_columns = []
+    for field in schema:
+        if pa.types.is_string(field.type) or pa.types.is_large_string(field.type):
+            text_columns.append(field.name)
+    return Table(path, tuple(schema.names), height, tuple(text_columns))
+
+
+def _read_parquet_rows(path: Path, columns: tuple[str, ...]) -> Iterator[TableRow]:
+    number = 0
+    with parquet.ParquetFile(path) as file:
+        present = [name for name in file.schema_arrow.names if name in columns]
+        for batch in file.iter_batches(BATCH_ROWS, columns=present):
+            for values in batch.to_pylist():
+                number += 1
+                yield TableRow(number, values)
+
+
+def _inspect_csv(path: Path) -> Table:
+    # Inferred types would turn the id 007 into 7.
+    frame = pl.read_csv(path, infer_schema=False)
+    columns = tuple(frame.columns)
+    return Table(path, columns, frame.height, text_columns=columns)
+
+
+def _read_csv_rows(path: Path) -> Iterator[TableRow]:
+    frame = pl.read_csv(path, infer_schema=False)
+    for number, values in enumerate(frame.iter_rows(named=True), 1):
+        yield TableRow(number, values)
+
+
+def _inspect_json_lines(path: Path) -> Table:
     # Lines may differ in their keys; a dict keeps these in the order of appearance.
     columns: dict[str, None] = {}
+    height = 0
+    for row in _read_json_lines(path):
+        height += 1
+        columns.update(dict.fromkeys(row.values or ()))
+    return Table(path, tuple(columns), height)
 
+
+def _read_json_lines(path: Path) -> Iterator[TableRow]:
     with open(path, encoding="utf-8") as file:
         for line_number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
                 values = json.loads(line)
-            except (json.JSONDecodeError, RecursionError):
+            except (ValueError, RecursionError):
                 values = None
-            if isinstance(values, dict):
-                columns.update(dict.fromkeys(values))
-            else:
+            if not isinstance(values, dict):
                 values = None
-            rows.append(TableRow(line_number, values, line.rstrip("\n")))
-
-    return Table(path, tuple(columns), len(rows), json_rows=tuple(rows))
+            yield TableRow(line_number, values, line.rstrip("\n"))

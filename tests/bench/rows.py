@@ -1,7 +1,10 @@
-"""Generated rows with the sizes and scripts of WSDM's, for the benches: realistic_rows."""
+"""Generated rows with the sizes and scripts of WSDM's, for the benches: realistic_rows, write_realistic_rows."""
+
+from pathlib import Path
 
 import numpy as np
 import polars as pl
+from pyarrow import parquet
 
 SCRIPTS = {  # share of rows, first code point, number of letters, letters a word (least, most), what joins words
     "English": (0.5, 0x61, 26, (2, 9), " "),
@@ -12,6 +15,7 @@ SCRIPTS = {  # share of rows, first code point, number of letters, letters a wor
     "Korean": (0.05, 0xAC00, 2000, (1, 4), " "),
 }
 VOCABULARY = 20_000
+ROWS_AT_ONCE = 25_000
 
 
 class Language:
@@ -62,3 +66,14 @@ def realistic_rows(rows: int, seed: int = 0) -> pl.DataFrame:
         sizes = np.minimum(rng.lognormal(7.1, 0.7, rows), 20_000)
         columns[f"response_{side}"] = [languages[name].text(size) for name, size in zip(names, sizes, strict=True)]
     return pl.DataFrame(columns | {"winner": rng.choice(["model_a", "model_b"], rows), "language": names})
+
+
+def write_realistic_rows(path: Path, rows: int) -> None:
+    """Write realistic_rows to a Parquet file, a part at a time, so that a million need little memory."""
+    writer = None
+    for start in range(0, rows, ROWS_AT_ONCE):
+        part = realistic_rows(min(ROWS_AT_ONCE, rows - start), seed=start)
+        part = part.with_columns(id=pl.format("part{}-{}", pl.lit(start), "id")).to_arrow()
+        writer = writer or parquet.ParquetWriter(path, part.schema)
+        writer.write_table(part)
+    writer.close()

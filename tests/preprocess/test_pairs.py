@@ -14,7 +14,7 @@ def row(row_id, prompt="p", a="a", b="b", winner="model_a", source="s", file="f"
     one_hot = [float(winner == verdict) for verdict in ("model_a", "model_b", "tie")]
     if role == "pool":
         winner, one_hot = None, [None] * 3
-    return (file, 1, row_id, [prompt], [a], [b], winner, "English", source, role, *one_hot, 1.0, None)
+    return (file, 1, row_id, [prompt], [a], [b], winner, "English", source, role, *one_hot, 1.0, False, None)
 
 
 def pairs_of(*rows, folds: int = 5, threshold: float = 0.7):
@@ -37,7 +37,7 @@ def test_a_pair_judged_in_either_order_becomes_one_row_with_vote_shares_and_the_
 
 def test_shares_count_by_weight_but_a_single_judgement_keeps_its_verdict():
     def teacher(row_id, *shares, weight=1.0):
-        return (*row(row_id)[:10], *shares, weight, None)
+        return (*row(row_id)[:10], *shares, weight, False, None)
 
     assert votes(pairs_of(teacher("1", 0.2, 0.7, 0.1, weight=3.0)).table)[0][0] == "model_a"
     both = pairs_of(teacher("1", 0.2, 0.7, 0.1, weight=3.0), row("2")).table
@@ -45,6 +45,12 @@ def test_shares_count_by_weight_but_a_single_judgement_keeps_its_verdict():
     assert both.select("p_model_a", "p_model_b", "p_tie").row(0) == pytest.approx((0.4, 0.525, 0.075))
     equal = pairs_of(teacher("1", 0.7, 0.3, 0.0), teacher("2", 0.1, 0.5, 0.4)).table
     assert equal["winner"][0] == "tie", "0.7 + 0.1 is a little less than 0.3 + 0.5"
+
+
+def test_a_pair_that_one_vote_called_bad_on_both_sides_says_so():
+    bad = (*row("2", winner="tie")[:14], True, None)
+    assert pairs_of(row("1"), bad).table.select("winner", "both_bad").row(0) == ("tie", True)
+    assert pairs_of(row("1")).table["both_bad"].to_list() == [False]
 
 
 def test_an_id_that_is_taken_gets_its_source():

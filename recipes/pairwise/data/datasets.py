@@ -59,7 +59,8 @@ def read_pairs(path: Path | str) -> pl.DataFrame:
         )
     try:
         frame = pl.read_parquet(path)
-    except pl.exceptions.PolarsError as error:
+    # A panic of Polars, as of a damaged page, is no Exception.
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         first_line = str(error).splitlines()[0]
         raise UserError(f"{path}: not a Parquet file ({first_line})") from None
 

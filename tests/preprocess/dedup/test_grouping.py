@@ -6,7 +6,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from preprocess.dedup import minhash
+from preprocess.dedup import grouping, minhash
 from preprocess.dedup.grouping import group_prompts
 from preprocess.dedup.ngrams import grams, jaccard, normalise
 
@@ -43,19 +43,32 @@ def roots_of(count: int, pairs: set[tuple[int, int]]) -> list[int]:
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.7, 0.9, 1.0])
-def test_groups_are_what_brute_force_connects(threshold):
+@pytest.mark.parametrize("least_share_united", [0.02, 2], ids=["drawn pairs first", "all pairs"])
+def test_groups_are_what_brute_force_connects(monkeypatch, threshold, least_share_united):
+    monkeypatch.setattr(grouping, "LEAST_SHARE_UNITED", least_share_united)
     texts = texts_with_near_copies()
     expected = roots_of(len(texts), similar_pairs(texts, threshold))
     assert group_prompts(texts, threshold).root.tolist() == expected
 
 
-def test_all_pairs_of_equal_signatures_are_candidates_sorted_by_the_later_text():
-    signatures = np.repeat(np.arange(74, dtype=np.uint32), minhash.PERMUTATIONS).reshape(74, -1)
-    signatures[:70] = 0
-    signatures[70:73] = 1
-    candidates = minhash.find_candidates(signatures, 0.7, lambda steps, label: steps).tolist()
-    assert {tuple(pair) for pair in candidates} == {*combinations(range(70), 2), *combinations(range(70, 73), 2)}
-    assert candidates == sorted(candidates, key=lambda pair: pair[::-1])
+def test_thousands_of_like_prompts_are_grouped_after_a_few_comparisons_each(monkeypatch):
+    ending = "explain each step of the sum to a child of six"
+    texts = [f"what is {number} plus {number * 7919 % 10_000}? {ending}" for number in range(3000)]
+    compared = []
+
+    def count_comparisons(signatures, first, second, threshold):
+        compared.append(len(first))
+        return minhash.select_likely(signatures, first, second, threshold)
+
+    monkeypatch.setattr(grouping, "select_likely", count_comparisons)
+    assert set(group_prompts(texts, 0.7).root.tolist()) == {0}
+    assert sum(compared) < 20 * len(texts)
+
+
+def test_groups_that_later_files_join_are_named_by_their_earliest_prompts():
+    texts = ["abcdefghijklmnopqrst", "cdefghijklmnopqrstuvwx", "abcdefghijklmnopqrstuvwx"]
+    assert group_prompts(texts, 0.75, [0, 0, 1]).joined == ((0, 1),)
+    assert group_prompts(texts, 0.75, [0, 1, 1]).joined == ()
 
 
 def test_short_prompts_in_chinese_join_when_equal_after_normalising():

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from preprocess.dedup import leaks as leaks_module
 from preprocess.dedup import prefix_filter
 from preprocess.dedup.leaks import find_leaks
 from preprocess.dedup.ngrams import jaccard
@@ -10,11 +11,13 @@ from tests.preprocess.dedup.test_grouping import similar_pairs, texts_with_near_
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.7, 0.95, 1.0])
-@pytest.mark.parametrize("at_once", [100, 2_000_000])
+@pytest.mark.parametrize("at_once", [1, 100, 50_000_000])
 def test_with_every_prompt_in_a_fold_of_its_own_it_finds_what_brute_force_finds(monkeypatch, threshold, at_once):
     monkeypatch.setattr(prefix_filter, "MEETINGS_AT_ONCE", at_once)
+    monkeypatch.setattr(leaks_module, "GRAMS_AT_ONCE", at_once)
     texts = texts_with_near_copies(seed=1)
     leaks = find_leaks(texts, np.arange(len(texts)), threshold).leaks
+    assert len(leaks) == len(similar_pairs(texts, threshold))
     assert {(leak.first, leak.second) for leak in leaks} == similar_pairs(texts, threshold)
     assert [leak.similarity for leak in leaks] == sorted((leak.similarity for leak in leaks), reverse=True)
     assert all(leak.similarity == jaccard(texts[leak.first], texts[leak.second]) for leak in leaks)

@@ -146,7 +146,7 @@ def test_language_source_and_vote_shares_of_a_teacher_are_kept(tmp_path):
         tmp_path / "stem.csv"
     )
     rows = read_rows(tmp_path / "stem.csv").drop("file", "role")
-    assert rows.row(0) == (1, "1", ['你好, "x"\n'], ["a"], ["b"], "tie", "Chinese", "crowd", 0.25, 0.5, 0.25, 3.0, None)
+    assert rows.row(0) == (1, "1", ['你好, "x"\n'], ["a"], ["b"], "tie", "Chinese", "crowd", 0.25, 0.5, 0.25, 3.0, False, None)
     assert rows.select("language", "source").row(1) == ("unknown", "stem")
 
 

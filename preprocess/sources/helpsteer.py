@@ -1,0 +1,45 @@
+"""The layout of HelpSteer3's preferences: a context of messages, two responses, and a grade from -3 to 3.
+
+The grade becomes a soft vote: -3 (response1 is much better) gives all votes to A, 3 all to B, and each
+step between them a sixth. A grade of 0 is a tie. Rows have no id, and get a hash of their texts.
+"""
+
+import math
+
+from preprocess.sources.layout import Layout
+from preprocess.sources.messages import name_row, read_conversation
+from preprocess.sources.rows import Judgement, judge_by_share
+
+MOST_PREFERENCE = 3
+
+
+def read_judgement(values: dict) -> Judgement:
+    """Read a row, whose responses answer the last message of the context."""
+    context = values.get("context")
+    prompt, response_a = read_conversation(context, values.get("response1"))
+    _, response_b = read_conversation(context, values.get("response2"))
+    row_id = name_row(values, prompt, response_a, response_b)
+
+    preference = read_preference(values.get("overall_preference"))
+    if preference is None:
+        return Judgement(row_id, prompt, response_a, response_b, winner="")
+    share_a = (MOST_PREFERENCE - preference) / (2 * MOST_PREFERENCE)
+    return judge_by_share(row_id, prompt, response_a, response_b, share_a)
+
+
+def read_preference(value: object) -> float | None:
+    """Return a grade, or None for a value that is no number from -3 to 3."""
+    try:
+        preference = float(value)
+    except (TypeError, ValueError):
+        return None
+    # Written so that NaN, which compares with nothing, is refused.
+    return preference if math.fabs(preference) <= MOST_PREFERENCE else None
+
+
+LAYOUT = Layout(
+    name="HelpSteer3",
+    columns=("context", "response1", "response2", "overall_preference"),
+    verdict_columns=("overall_preference",),
+    read_judgement=read_judgement,
+)
