@@ -10,6 +10,12 @@ MODEL_INPUT = "preprocess/model_input.py"
 # Which files and which base model a run consists of.
 RUN = (MODEL_INPUT, "postprocess/run_folder.py", "kaggle_kernels/runtime/package.py")
 
+# The model as it was trained, whose head may be another one than the base's.
+TRAINED_MODEL = (
+    "postprocess/agreement/reference_model.py",
+    "recipes/pairwise/training/output_layer.py",
+)
+
 # The class that a head is loaded with. merge writes weights under the names that this class has.
 MODEL_CLASS = (
     "kaggle_kernels/runtime/models/fused.py",
@@ -44,7 +50,7 @@ QUANTISE = (
     *PAIRS,
     "kaggle_kernels/runtime/models/overflow.py",
     "kaggle_kernels/runtime/models/scoring.py",
-    "postprocess/agreement/reference_model.py",
+    *TRAINED_MODEL,
     "postprocess/agreement/validation_rows.py",
     "postprocess/weights/calibration.py",
     "postprocess/weights/quantise_run.py",
@@ -63,11 +69,11 @@ GPTQ = (
 
 UNMERGED = (
     *MERGE,
-    "postprocess/agreement/reference_model.py",
+    *TRAINED_MODEL,
     "postprocess/weights/nf4_base_plus_adapter.py",
 )
 
-AGREEMENT = (*MERGE, *PAIRS, *SCORING, "postprocess/agreement")
+AGREEMENT = (*MERGE, *PAIRS, *SCORING, *TRAINED_MODEL, "postprocess/agreement")
 
 PACKAGE = (
     *RUN,
@@ -90,7 +96,7 @@ AVERAGE = (
     *MERGE,
     *PAIRS,
     *SCORING,
-    "postprocess/agreement/reference_model.py",
+    *TRAINED_MODEL,
     "postprocess/weights/average_lora.py",
 )
 

@@ -95,6 +95,12 @@ def follow_run(
     pairs, pairs_sha256 = training.get("pairs"), training.get("pairs_sha256")
     return steps + follow_pairs(entries, pairs, pairs_sha256, depth + 1)
 
+    # The run that this one went on from, among what was made before, so that a loop cannot come about.
+    earlier = entry.get("started_from")
+    if earlier:
+        earlier_entries = entries[: entries.index(entry)]
+        yield from follow_run(earlier_entries, earlier["run"], earlier["contract"], depth + 1)
+
 
 def follow_pairs(
     entries: Sequence[Mapping], name: str, digest: str | None, depth: int
