@@ -7,7 +7,6 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from kaggle_kernels.build.bundle import build
 from kaggle_kernels.rehearsal.rehearse import rehearse
@@ -26,15 +25,6 @@ clock_seconds: 600
 wheels: pairwise-wheels
 packages: [{run: third, dataset: pairwise-demo}]
 """
-
-
-def write_reward_model(base, folder):
-    """Save a tiny one-label classifier with a head as large as a trained one's."""
-    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, pad_token_id=0)
-    torch.nn.init.normal_(model.score.weight, std=0.4)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
-    return folder
 
 
 def write_recipe(name: str, base, block: dict, **keys):
@@ -59,7 +49,7 @@ def train(recipe) -> str:
 def test_three_runs_go_on_from_a_reward_model_to_a_submission(tiny_models, tmp_path, monkeypatch, ledger_file):
     monkeypatch.chdir(tmp_path)
     tiny.pairs_parquet(tmp_path / "pairs.parquet", 40)
-    checkpoint = write_reward_model(tiny_models("gemma2"), tmp_path / "checkpoint")
+    checkpoint = tiny.reward_model(tiny_models("gemma2"), tmp_path / "checkpoint")
     trained_head = load_file(checkpoint / "model.safetensors")["score.weight"]
 
     # A reward model goes on with its own head; its merged model keeps 16 bits.
@@ -105,7 +95,7 @@ def test_a_one_label_checkpoint_is_packaged_with_two_verdicts(tiny_models, tmp_p
     """In 4 bits too, where transformers does not compare the shapes that it loads."""
     monkeypatch.chdir(tmp_path)
     tiny.pairs_parquet(tmp_path / "pairs.parquet", 40)
-    checkpoint = write_reward_model(tiny_models("gemma2"), tmp_path / "checkpoint")
+    checkpoint = tiny.reward_model(tiny_models("gemma2"), tmp_path / "checkpoint")
     kwargs = {"bnb_4bit_quant_type": "nf4", "llm_int8_skip_modules": ["score"]}
     recipe = write_recipe("qlora", checkpoint, {}, adapter="qlora", load_in_4bit=True, bnb_config_kwargs=kwargs)
     train(recipe)

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 from preprocess.model_input import Template
 
-TemplateName = Literal["gemma", "llama3", "chatml", "bert"]  # what a recipe may name
+TemplateName = Literal["gemma", "llama3", "chatml", "phi4", "bert"]  # what a recipe may name
 SECTIONS = "# Prompt\n{prompt}\n\n# Response A\n{response_a}\n\n# Response B\n{response_b}\n\n"
 QUESTION = "Which response would a person prefer, A or B?"
 LABELS = {"model_a": "A", "model_b": "B", "tie": "C"}  # label_tokens: the answer that stands for each verdict
@@ -33,6 +33,7 @@ CHATS = {
     ),
     # Without the system turn that Qwen2.5's own template begins with: it says who the model is, and costs 20 tokens a row.
     "chatml": Chat("", "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n"),
+    "phi4": Chat("", "<|im_start|>user<|im_sep|>", "<|im_end|><|im_start|>assistant<|im_sep|>", "<|im_end|>"),
 }
 NAMES = get_args(TemplateName)
 
