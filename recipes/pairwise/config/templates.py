@@ -44,8 +44,21 @@ def named_template(name: str, head: str, verdicts: Sequence[str]) -> Template:
         if head == "reward":
             return Template("[CLS]", "{prompt}[SEP]{response}[SEP]", "")
         return Template("[CLS]", "{prompt}[SEP]{response_a}[SEP]{response_b}[SEP]", "")
-    chat = CHATS[name]
+    return build_template(CHATS[name], head, verdicts)
+
+
+def build_template(chat: Chat, head: str, verdicts: Sequence[str]) -> Template:
+    """Put a pair into the words of a chat model.
+
+    Args:
+        chat: The model's control text.
+        head: score, label_tokens or reward.
+        verdicts: The verdicts that the model is to tell apart.
+    """
     if head == "reward":
         return Template(chat.begin, f"{chat.user}{{prompt}}{chat.model}{{response}}{chat.end}", "")
-    question = QUESTION + (ANSWERS[len(verdicts)] if head == "label_tokens" else "")
+
+    question = QUESTION
+    if head == "label_tokens":
+        question += ANSWERS[len(verdicts)]
     return Template(chat.begin + chat.user, SECTIONS, question + chat.model)
