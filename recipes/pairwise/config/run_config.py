@@ -53,14 +53,30 @@ def refuse_other_commands(command_line: Sequence[str]) -> None:
 
 
 def check_run(cfg: dict, recipe: Path) -> PairwiseBlock:
-    """Check the keys of a run that is to train, and return its `pairwise:` block with the environment's overrides.
+    """Check the keys of a run that is to train.
 
-    Unknown keys are looked for in the file: Axolotl adds keys of its own to `cfg`.
+    Args:
+        cfg: Axolotl's configuration.
+        recipe: The recipe's file; of a trial of a sweep it may be gone.
+
+    Returns:
+        The `pairwise:` block with the environment's overrides.
+
+    Raises:
+        UserError: A key or a value is wrong, or there is nothing to train.
     """
-    problems = [f"{key}: refused, {why}" for key, why in REFUSED.items() if cfg.get(key)]
+    problems = []
     if recipe.is_file():
-        overridden = {key: cfg.get(key) for key in OVERRIDABLE if cfg.get(key) is not None}
-        problems = recipe_problems(read_yaml(recipe) | overridden)
+        # Unknown keys are looked for in the file: Axolotl adds keys of its own to `cfg`.
+        values = read_yaml(recipe)
+        for key in OVERRIDABLE:
+            if cfg.get(key) is not None:
+                values[key] = cfg[key]
+        problems = recipe_problems(values)
+    else:
+        for key, reason in REFUSED.items():
+            if cfg.get(key):
+                problems.append(f"{key}: refused, {reason}")
     if problems:
         raise UserError(f"{recipe}: " + "; ".join(problems))
 
@@ -74,7 +90,18 @@ def check_run(cfg: dict, recipe: Path) -> PairwiseBlock:
 
 
 def check_base_model(cfg: dict, block: PairwiseBlock):
-    """Return the base model, built without weights, after what the recipe asks of it is checked."""
+    """Check that the base model has what the recipe asks of it.
+
+    Args:
+        cfg: Axolotl's configuration.
+        block: The `pairwise:` block.
+
+    Returns:
+        The base model with its head, built without weights.
+
+    Raises:
+        UserError: It lacks something.
+    """
     model_config = read_config(cfg["base_model"], cfg.get("revision_of_model"))
     if is_first_on_machine():
         warn_of_home_path(cfg["base_model"])
