@@ -22,6 +22,27 @@ def main() -> None:
     """
 
 
+@main.command()
+@click.argument("name")
+@click.option("--base", required=True, help="The base model: a folder, or OWNER/NAME on the hub.")
+@click.option(
+    "--head",
+    type=click.Choice(["score", "reward", "label_tokens"]),
+    default="score",
+    show_default=True,
+    help="How verdicts come out of the model.",
+)
+@exits_with_2
+def new(name: str, base: str, head: str) -> None:
+    """Write recipes/NAME.yml and kaggle_kernels/specs/NAME.yml for a base model.
+
+    Template, LoRA's layers, token budget and memory come from the model's configuration and tokenizer.
+    """
+    from kaggle_kernels.build.new_recipe import write_recipe_and_spec  # noqa: PLC0415  --help starts fast
+
+    write_recipe_and_spec(name, base, head)
+
+
 @main.command("list")
 @exits_with_2
 def list_specs() -> None:

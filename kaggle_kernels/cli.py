@@ -27,6 +27,7 @@ class Entry:
 
 
 CHAIN = (
+    Entry("new", "kaggle_kernels.__main__:new", "Write a recipe and a spec for a base model."),
     Entry("preprocess", "preprocess.__main__:main", "Raw files to pairs.parquet."),
     Entry("check", "recipes.pairwise.__main__:main", "Check recipes, without training."),
     Entry("train", "recipes.pairwise.train:main", "Train a recipe with Axolotl on this machine."),

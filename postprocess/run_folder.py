@@ -22,6 +22,7 @@ from kaggle_kernels.runtime.package import (
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_json, sha256
 from preprocess.model_input import Contract
+from recipes.pairwise.config.earlier_runs import is_same_model
 from recipes.pairwise.config.schema import HOW_TO_GET_IT, Recipe
 
 HEADS = ("score", "label_tokens", "reward")
@@ -194,14 +195,6 @@ def check_base_of_adapter(folder: Path, contract: Contract) -> None:
             f"{folder / ADAPTER[1]}: base_model_name_or_path is {adapter_base}, {folder / 'contract.json'} says base_model "
             f"{contract.base_model}: an adapter of another base; put the run's own adapter back, or train again"
         )
-
-
-def is_same_model(name: str, other_name: str) -> bool:
-    """Whether two names of base models mean the same repository of the hub, or the same folder here."""
-    if name == other_name:
-        return True
-    folder, other_folder = Path(name), Path(other_name)
-    return folder.exists() and other_folder.exists() and folder.samefile(other_folder)
 
 
 def read_contract(folder: Path) -> tuple[Contract, ModuleType]:

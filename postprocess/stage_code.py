@@ -10,6 +10,7 @@ MODEL_INPUT = "preprocess/model_input.py"
 # Which files and which base model a run consists of.
 RUN = (MODEL_INPUT, "postprocess/run_folder.py", "kaggle_kernels/runtime/package.py")
 
+# The model as it was trained, whose head may be another one than the base's.
 # The class that a head is loaded with. merge writes weights under the names that this class has.
 MODEL_CLASS = (
     "kaggle_kernels/runtime/models/fused.py",
@@ -25,6 +26,7 @@ SCORING = ("kaggle_kernels/runtime/models",)
 REFERENCE = (
     "postprocess/agreement/reference_model.py",
     "recipes/pairwise/training/heads.py",
+    "recipes/pairwise/training/output_layer.py",
     "recipes/pairwise/training/zero3.py",
 )
 

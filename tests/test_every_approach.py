@@ -27,6 +27,34 @@ UNTRAINED = sorted({*RECIPES} - {*TRAINED})
 SPECS = all_specs()
 ROWS = 40
 
+# `make test` takes these the whole way, `make test-slow` all others.
+QUICK_ARCHITECTURES = ("gemma2", "bert")
+
+
+def architecture_of(name: str) -> str:
+    """Name the tiny architecture of a recipe's twin."""
+    recipe = ROOT / "recipes" / f"{name}.yml"
+    return tiny.architecture(yaml.safe_load(recipe.read_text())["base_model"])
+
+
+def recipe_cases(recipes):
+    """Make a test case of each recipe; those of other architectures are slow."""
+    cases = []
+    for recipe in recipes:
+        is_quick = architecture_of(recipe.stem) in QUICK_ARCHITECTURES
+        cases.append(pytest.param(recipe, id=recipe.stem, marks=[] if is_quick else pytest.mark.slow))
+    return cases
+
+
+def spec_cases():
+    """Make a test case of each spec; it is slow where one of its recipes is."""
+    cases = []
+    for spec in SPECS:
+        architectures = {architecture_of(package.run) for package in read_spec(spec).packages}
+        is_quick = architectures.issubset(QUICK_ARCHITECTURES)
+        cases.append(pytest.param(spec, id=spec.stem, marks=[] if is_quick else pytest.mark.slow))
+    return cases
+
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
@@ -51,7 +79,9 @@ def twin_of(workplace, tiny_models):
     @cache
     def write(name: str) -> Path:
         recipe = ROOT / "recipes" / f"{name}.yml"
-        base = tiny_models(tiny.architecture(yaml.safe_load(recipe.read_text())["base_model"]))
+        base = tiny_models(architecture_of(name))
+        if "Reward" in yaml.safe_load(recipe.read_text())["base_model"]:
+            base = tiny.reward_model(base, workplace / "bases" / name)
         return tiny.twin(recipe, workplace / "outputs", base, workplace / "pairs.parquet")
 
     return write
@@ -85,8 +115,8 @@ def packaged(workplace, twin_of, trained):
 
 
 def test_recipes_and_specs_are_found():
-    assert len(RECIPES) >= 12
-    assert len(SPECS) >= 13
+    assert len(RECIPES) >= 20
+    assert len(SPECS) >= 20
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -99,7 +129,7 @@ def test_recipe_says_what_it_is_and_satisfies_its_schema(recipe):
     jsonschema.Draft7Validator(read_json(ROOT / "recipes/recipe.schema.json")).validate(values)
 
 
-@pytest.mark.parametrize("recipe", UNTRAINED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", recipe_cases(UNTRAINED))
 def test_recipe_that_trains_nothing_says_so_and_stops(recipe, twin_of, workplace):
     ended = forked.axolotl("train", twin_of(recipe.stem))
     assert ended.code == 2
@@ -109,7 +139,7 @@ def test_recipe_that_trains_nothing_says_so_and_stops(recipe, twin_of, workplace
     assert not (workplace / "outputs" / recipe.stem / "contract.json").exists()
 
 
-@pytest.mark.parametrize("recipe", TRAINED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", recipe_cases(TRAINED))
 def test_twin_trains_and_leaves_a_whole_run(recipe, trained, workplace):
     run = trained(recipe.stem)
     contract = read_contract(run)
@@ -127,7 +157,7 @@ def test_twin_trains_and_leaves_a_whole_run(recipe, trained, workplace):
     assert [path.name for path in run.glob("*model*.safetensors")], "no weights were saved"
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", recipe_cases(RECIPES))
 def test_twin_is_packaged_and_agrees_with_its_training(recipe, packaged):
     package = packaged(recipe.stem)
     models = {line["model"]: line for line in read_json(package.parent / "agreement.json")["models"]}
@@ -138,7 +168,7 @@ def test_twin_is_packaged_and_agrees_with_its_training(recipe, packaged):
     assert check_package(package) == [], "push would refuse the package"
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("spec", spec_cases())
 def test_kernel_submits(spec, packaged, workplace, monkeypatch):
     settings = read_spec(spec)
     for package in settings.packages:

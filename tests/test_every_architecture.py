@@ -1,6 +1,6 @@
 """Tiny models of every architecture, from a recipe to a kernel's submission: trained with LoRA, packaged, rehearsed.
 
-Gemma-2, Llama, Qwen2 and BERT go the same way as twins of the project's recipes, in test_every_approach.py.
+Other architectures and heads go the same way as twins of the project's recipes, in test_every_approach.py.
 """
 
 import polars as pl
@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from kaggle_kernels.build.bundle import build
+from kaggle_kernels.build.new_recipe import write_recipe_and_spec as write_recipe_and_spec_for
 from kaggle_kernels.rehearsal.rehearse import rehearse
 from postprocess.pipeline import package_recipe
 from preprocess.core.files import read_json
@@ -24,10 +25,7 @@ WALKS = [
         for kind, head, quantize in (
             ("deberta-v2", "reward", "none"),
             ("modernbert", "score", "nf4"),
-            ("modernbert", "reward", "int8"),
-            ("qwen3", "score", "int8"),
             ("qwen3", "label_tokens", "nf4"),
-            ("phi3", "score", "nf4"),
             ("phi3", "reward", "int8"),
             ("mistral", "label_tokens", "int8"),
             ("mistral", "reward", "nf4"),
@@ -91,3 +89,21 @@ def test_a_recipe_becomes_a_kernel_that_submits(kind, head, quantize, tiny_model
     rehearse(spec, tmp_path / "test.parquet", tmp_path / "rehearsal", ROOT / ".venv-kaggle/bin/python")
     assert pl.read_csv(tmp_path / "rehearsal" / "submission.csv").height == 12
     assert read_json(tmp_path / "rehearsal" / "kernel.json")["scored"] == 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "head"), [("qwen3", "score"), ("phi3", "reward"), ("modernbert", "score")])
+def test_a_new_recipe_becomes_a_kernel_that_submits(kind, head, tiny_models, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_recipe_and_spec_for("newcomer", str(tiny_models(kind)), head)
+    pairs = tiny.pairs_parquet(tmp_path / "pairs.parquet", 40)
+    twin = tiny.twin(tmp_path / "recipes/newcomer.yml", tmp_path / "outputs", tiny_models(kind), pairs)
+    ended = forked.axolotl("train", twin)
+    assert ended.code == 0, ended.output[-3000:]
+    package_recipe(read_recipe(twin))
+
+    tiny.pairs(12, seed=4, prefix="test").write_parquet(tmp_path / "test.parquet")
+    spec = tmp_path / "kaggle_kernels/specs/newcomer.yml"
+    build(spec)
+    rehearse(spec, tmp_path / "test.parquet", tmp_path / "rehearsal", ROOT / ".venv-kaggle/bin/python")
+    assert pl.read_csv(tmp_path / "rehearsal" / "submission.csv").height == 12

@@ -98,6 +98,8 @@ def _pair(rng: random.Random, row_id: str) -> dict:
 CONTROL_TOKENS = {
     "llama": ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
     "qwen2": ["<|im_start|>", "<|im_end|>"],
+    "qwen3": ["<|im_start|>", "<|im_end|>"],
+    "phi3": ["<|im_start|>", "<|im_sep|>", "<|im_end|>"],
 }
 
 
@@ -220,9 +222,31 @@ def model(folder: Path, kind: str = "gemma2", layers: int = 2, width: int = 64) 
     return folder
 
 
+def reward_model(base: Path, folder: Path) -> Path:
+    """Write a copy of a tiny model as a reward model: a head of one output, as large as a trained one's."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, pad_token_id=0)
+    torch.nn.init.normal_(model.score.weight, std=0.4)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
 # What a twin may change; everything else is the recipe's own.
 TWIN_KEYS = ("base_model", "output_dir", "max_steps", "bf16", "attn_implementation", "deepspeed", "optimizer")
-ARCHITECTURES = {"gemma-2": "gemma2", "gemma2": "gemma2", "MiniLM": "bert", "Llama-3": "llama", "Qwen2": "qwen2"}
+ARCHITECTURES = {
+    "gemma-2": "gemma2",
+    "gemma2": "gemma2",
+    "MiniLM": "bert",
+    "mmBERT": "modernbert",
+    "Llama-3": "llama",
+    "Qwen2": "qwen2",
+    "Qwen3": "qwen3",
+    "phi-4": "phi3",
+}
 
 
 def architecture(base_model: str) -> str:

@@ -14,7 +14,7 @@ from postprocess.memory.model_size import GIB
 from preprocess.core.errors import UserError
 
 SECONDS_PER_HOUR = 3600
-WIDTH = 156  # characters, where the output is no terminal
+WIDTH = 180  # characters, where the output is no terminal
 PACKAGE_COLUMNS = ("packages", "base model", "approach", "bits", "GiB a GPU")
 COLUMNS = ("spec", "for", *PACKAGE_COLUMNS, "clock", "kernel")
 

@@ -11,9 +11,9 @@ from kaggle_kernels.build.memory_fit import Fit
 from kaggle_kernels.build.spec import COMPETITIONS, Spec
 from postprocess.memory.model_size import GIB, weight_bytes
 from postprocess.package import MANIFEST, METADATA
-from postprocess.run_folder import is_same_model
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_object, sha256
+from recipes.pairwise.config.earlier_runs import is_same_model
 from recipes.pairwise.config.schema import Recipe
 
 # Keys that contract.json has in common with the recipe's `pairwise:` block.

@@ -93,7 +93,14 @@ def follow_run(
         facts += f", accuracy {metrics['accuracy']:.4f}, log loss {metrics['log_loss']:.4f}"
     steps = [Step(depth, "train", facts, training)]
     pairs, pairs_sha256 = training.get("pairs"), training.get("pairs_sha256")
-    return steps + follow_pairs(entries, pairs, pairs_sha256, depth + 1)
+    steps += follow_pairs(entries, pairs, pairs_sha256, depth + 1)
+
+    # The run that this one went on from, among what was made before, so that a loop cannot come about.
+    earlier = training.get("started_from")
+    if earlier:
+        earlier_entries = entries[: entries.index(training)]
+        steps += follow_run(earlier_entries, earlier["run"], earlier["contract"], depth + 1)
+    return steps
 
 
 def follow_pairs(

@@ -11,10 +11,11 @@ from kaggle_kernels.runtime.models.model import CLASSES
 from kaggle_kernels.runtime.models.shortcuts import keep_label_rows
 from postprocess.run_folder import ADAPTER, Run
 from postprocess.weights.merge import merged_model
-from postprocess.weights.meta_model import empty_model, model_config
+from postprocess.weights.meta_model import LABELLED, empty_model, model_config, read_config
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_object
 from recipes.pairwise.training.heads import compute_logits_in_float32
+from recipes.pairwise.training.output_layer import replace_output_layer
 
 
 def load_trained(run: Run, device: str) -> torch.nn.Module:
@@ -34,9 +35,14 @@ def load_trained(run: Run, device: str) -> torch.nn.Module:
             "dtype": read_object(run.folder / "config.json").get("dtype") or "auto",
             "quantization_config": BitsAndBytesConfig.from_dict(quantization),
         }
+    config = model_config(run.weights, run.contract)
+    has_new_head = run.has_adapter and run.contract.head in LABELLED
+    if has_new_head:
+        # The base may have a head of its own with other outputs; the adapter holds the run's.
+        config.num_labels = read_config(run.weights).num_labels
     model = CLASSES[run.contract.head].from_pretrained(
         run.weights,
-        config=model_config(run.weights, run.contract),
+        config=config,
         attn_implementation="eager" if run.contract.softcap else None,
         local_files_only=True,
         use_safetensors=True,
@@ -44,6 +50,8 @@ def load_trained(run: Run, device: str) -> torch.nn.Module:
         device_map={"": device},
         **options,
     )
+    if has_new_head and model.config.num_labels != run.contract.num_labels:
+        replace_output_layer(model, run.contract.num_labels)
     if run.has_adapter:
         model = PeftModel.from_pretrained(model, run.folder)
 

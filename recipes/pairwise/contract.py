@@ -5,6 +5,7 @@ The plugin makes it before training starts; packaging makes one for a base model
 
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -166,13 +167,14 @@ def encode_golden_rows(tokenizer, contract: Contract) -> tuple[dict, ...]:
     return tuple(golden)
 
 
-def write_contract(folder: Path, contract: Contract, recipe: Path) -> None:
+def write_contract(folder: Path, contract: Contract, recipe: Path, started_from: Mapping | None = None) -> None:
     """Write contract.json and model_input.py into a run folder.
 
     Args:
         folder: The run folder, which holds the tokenizer's files already.
         contract: The contract. The files' hashes, and what is recorded of the run, are added.
         recipe: The recipe's file.
+        started_from: The run that this one went on from, as EarlierRun describes it; None for a base model.
 
     Raises:
         UserError: The folder has no tokenizer.json.
@@ -196,6 +198,8 @@ def write_contract(folder: Path, contract: Contract, recipe: Path) -> None:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": ledger.installed_versions(),
     }
+    if started_from:
+        recorded["started_from"] = started_from
     complete = replace(contract, tokenizer_sha256=hashes, recorded=recorded)
     write_json(folder / "contract.json", asdict(complete))
     # A mistake shows now, and not when the run is packaged.

@@ -23,6 +23,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from preprocess.core import ledger
 from preprocess.core.errors import UserError
 from recipes.pairwise.config import run_config
+from recipes.pairwise.config.earlier_runs import choose_head_start
 from recipes.pairwise.contract import new_contract, record_training, write_contract
 from recipes.pairwise.data.collators import PADDED_TO_MULTIPLE_OF, PairCollator
 from recipes.pairwise.data.datasets import datasets_of
@@ -52,6 +53,8 @@ class PairwisePlugin(BasePlugin):
         self.begun_from: dict = {}  # the recipe's hash and the git state at the beginning, for the ledger
         self.block = None
         self.model_config = None
+        self.earlier_run = None  # the run that this one goes on from
+        self.head_start = None
         self.contract = None
         self.batches: TokenBudgetBatches | None = None  # where the recipe has a token budget
         self.trainer = None
@@ -76,12 +79,15 @@ class PairwisePlugin(BasePlugin):
             checkpointing = zero3.checkpointing_kwargs(cfg)
             empty_model = run_config.check_base_model(cfg, self.block)
             self.model_config = empty_model.config
+            self.earlier_run = run_config.check_start(cfg, self.block)
         except UserError as error:
             recipe_copy.end_refused_trial(self.resolved, self.recipe, error)
             stop(error, self.recipe)
 
         run_config.set_fixed_keys(cfg, self.block, self.recipe, checkpointing)
-        run_config.set_model_keys(cfg, self.block, empty_model)
+        has_adapter = bool(cfg.get("lora_model_dir"))
+        self.head_start = choose_head_start(self.model_config, self.block, self.earlier_run, has_adapter)
+        run_config.set_model_keys(cfg, self.block, empty_model, self.head_start)
         if not torch.cuda.is_available():
             cpu.prepare(cfg)
 
@@ -140,7 +146,7 @@ class PairwisePlugin(BasePlugin):
 
         if self.block.head != "label_tokens":
             with stopping_on_errors(self.recipe):
-                heads.ensure_head(model)
+                heads.start_head(model, self.head_start, self.contract.num_labels)
             heads.name_labels(model.config, ("reward",) if self.block.head == "reward" else self.block.verdicts)
         model.config.pad_token_id = self.contract.pad_token_id
         if not self.block.softcap:
@@ -222,9 +228,11 @@ class PairwisePlugin(BasePlugin):
         elif not self.is_complete and self.trainer.is_world_process_zero():
             self.is_complete = True
             zero3.check_whole(folder)
-            write_contract(folder, self.contract, self.recipe)
+            started_from = self.earlier_run.describe() if self.earlier_run else None
+            write_contract(folder, self.contract, self.recipe, started_from)
             LOG.info("contract.json and model_input.py written to %s", folder)
-            record_training(recipe_copy.lasting_recipe(self.recipe, folder), folder, self.block.pairs, **self.begun_from)
+            begun_from = self.begun_from | {"started_from": started_from}
+            record_training(recipe_copy.lasting_recipe(self.recipe, folder), folder, self.block.pairs, **begun_from)
             wandb_run.finish(folder)
 
     def _save_weights(self, folder: Path, model) -> None:

@@ -17,8 +17,8 @@ SLOW_TO_IMPORT = ("torch", "transformers", "polars", "pydantic", "yaml", "kaggle
 def test_help_lists_the_chain_in_the_order_of_use():
     lines = CliRunner().invoke(main, ["--help"]).output.splitlines()
     listed = [line.split()[0] for line in lines[lines.index("Commands:") + 1 :] if line.startswith("  ")]
-    assert listed[:20] == [
-        *("preprocess", "check", "train", "cv", "labels", "make", "package", "wheels", "report", "sweep"),
+    assert listed[:21] == [
+        *("new", "preprocess", "check", "train", "cv", "labels", "make", "package", "wheels", "report", "sweep"),
         *("list", "build", "rehearse", "weigh", "smoke", "push", "status", "submit", "scores", "trace"),
     ]
 

@@ -7,9 +7,9 @@ seconds. Of Axolotl's keys, and of those that its plugins bring, it holds names,
 
 import importlib
 import inspect
-import itertools
 import json
 import pkgutil
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
@@ -124,19 +124,32 @@ def axolotl_keys() -> dict[str, dict]:
     keys = model_keys(AxolotlInputConfig)
     for key, narrower in NARROWER.items():
         keys[key] = narrower if "enum" in narrower else keys[key] | narrower
-    keys["lr_scheduler"] = {"enum": sorted([*(kind.value for kind in SchedulerType), "one_cycle", "rex"])}
-    keys["optimizer"] = {"enum": sorted(kind.value for kind in (*OptimizerNames, *CustomSupportedOptimizers))}
-    keys["save_strategy"] = {"enum": sorted(kind.value for kind in SaveStrategy)}
+
+    # Axolotl takes any text for these, and fails after it has loaded the model.
+    keys["lr_scheduler"] = list_words(SchedulerType, others=["one_cycle", "rex"])
+    keys["optimizer"] = list_words([*OptimizerNames, *CustomSupportedOptimizers])
+    keys["save_strategy"] = list_words(SaveStrategy)
 
     keys["special_tokens"] |= {"properties": model_keys(SpecialTokensConfig), "additionalProperties": False}
+
+    # The arguments of bitsandbytes' configuration have the types of their defaults.
     quantising = {}
     for parameter in inspect.signature(BitsAndBytesConfig).parameters.values():
-        if parameter.kind is not parameter.VAR_KEYWORD:
-            quantising[parameter.name] = key_schema(type(parameter.default)) if parameter.default is not None else {}
+        if parameter.kind is parameter.VAR_KEYWORD:
+            continue
+        quantising[parameter.name] = {}
+        if parameter.default is not None:
+            quantising[parameter.name] = key_schema(type(parameter.default))
     quantising["bnb_4bit_quant_type"] = {"enum": ["nf4", "fp4"]}
     quantising["llm_int8_skip_modules"] = {"type": "array", "items": {"type": "string"}}
     keys["bnb_config_kwargs"] |= {"properties": quantising, "additionalProperties": False}
     return keys
+
+
+def list_words(members: Iterable[Enum], others: Sequence[str] = ()) -> dict:
+    """Return the schema of a key that takes the values of an enumeration, or one of some other words."""
+    words = [member.value for member in members]
+    return {"enum": sorted([*words, *others])}
 
 
 def plugin_keys() -> dict[str, dict]:
@@ -152,8 +165,11 @@ def plugin_keys() -> dict[str, dict]:
         for name, member in inspect.getmembers(importlib.import_module(module.name), inspect.isclass):
             if not issubclass(member, BasePlugin) or member is BasePlugin:
                 continue
-            package, _, arguments = member().get_input_args().rpartition(".")
-            for key, part in model_keys(getattr(importlib.import_module(package), arguments)).items():
+
+            # A plugin names the model of its keys as package.module.Class.
+            arguments_module, _, arguments_class = member().get_input_args().rpartition(".")
+            arguments = getattr(importlib.import_module(arguments_module), arguments_class)
+            for key, part in model_keys(arguments).items():
                 keys[key] = part | {"plugin": f"{module.name}.{name}"}
     return keys
 
@@ -186,9 +202,11 @@ def text_of(schema: dict) -> str:
     for keyword, value in schema.items():
         text = json.dumps(value)
         if keyword == "properties":
-            rows = []
-            for _, names in itertools.groupby(sorted(value), key=lambda name: name[0]):
-                rows.append(", ".join(f"{json.dumps(name)}: {json.dumps(value[name])}" for name in names))
+            rows_by_initial: dict[str, list[str]] = {}
+            for name in sorted(value):
+                row = rows_by_initial.setdefault(name[0], [])
+                row.append(f"{json.dumps(name)}: {json.dumps(value[name])}")
+            rows = [", ".join(row) for row in rows_by_initial.values()]
             text = "{\n  " + ",\n  ".join(rows) + "\n }"
         lines.append(f" {json.dumps(keyword)}: {text}")
     return "{\n" + ",\n".join(lines) + "\n}\n"

@@ -17,9 +17,20 @@ from recipes.pairwise.config.served_models import why_not_served
 
 
 def read_config(base_model: str, revision: str | None):
-    """The config of a base model, from its folder or from the hub; a UserError where it is in neither."""
+    """Read the configuration of a base model.
+
+    Args:
+        base_model: A folder, or a repository of the hub as OWNER/NAME.
+        revision: The repository's commit, branch or tag; None for main.
+
+    Raises:
+        UserError: It is in neither, or transformers cannot read it.
+    """
     is_hub_name = base_model.count("/") == 1 and not base_model.startswith((".", "/", "~"))
-    if not (Path(base_model) / "config.json").is_file() and (Path(base_model).exists() or not is_hub_name):
+    has_config = (Path(base_model) / "config.json").is_file()
+
+    # A folder without config.json would be taken for a hub's repository.
+    if not has_config and (Path(base_model).exists() or not is_hub_name):
         raise UserError(
             f"base_model: {base_model} is no model's folder (no config.json there), and no repository of the hub is named so "
             "(OWNER/NAME)"
@@ -27,9 +38,8 @@ def read_config(base_model: str, revision: str | None):
     try:
         return AutoConfig.from_pretrained(base_model, revision=revision)
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"base_model: {base_model} cannot be read ({' '.join(str(error).split())[:160]}); {HOW_TO_GET_IT}"
-        ) from None
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"base_model: {base_model} cannot be read ({reason}); {HOW_TO_GET_IT}") from None
 
 
 def warn_of_home_path(base_model: str) -> None:
@@ -52,15 +62,28 @@ def warn_of_unserved_model(model_type: str, head: str) -> None:
 
 
 def check_config(config, *, budget_tokens: int, overrides: Mapping[str, object], softcap: bool) -> None:
-    """Raise UserError where the base model lacks what is asked of it: positions for a row, keys of model_config, a soft cap."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    """Check that a base model has what a recipe asks of it.
+
+    Args:
+        config: The base model's configuration.
+        budget_tokens: Tokens of a sequence, for which there must be positions.
+        overrides: The recipe's model_config, whose keys must be the configuration's.
+        softcap: Whether the recipe asks for a soft cap of attention logits.
+
+    Raises:
+        UserError: It lacks one of them.
+    """
+    text_config = config.get_text_config()
+    positions = getattr(text_config, "max_position_embeddings", None)
     if positions and budget_tokens > positions:
         raise UserError(f"pairwise.budget_tokens: {budget_tokens}, but the base model has {positions} positions; lower it")
-    known = config.to_dict()
+
+    config_keys = config.to_dict()
     for key in overrides:
-        if key not in known:
-            raise UserError(f"model_config.{key}: {unknown_key(key, known)}")
-    if softcap and not getattr(config.get_text_config(), "attn_logit_softcapping", None):
+        if key not in config_keys:
+            raise UserError(f"model_config.{key}: {unknown_key(key, config_keys)}")
+
+    if softcap and not getattr(text_config, "attn_logit_softcapping", None):
         raise UserError("pairwise.softcap: the base model has no soft cap of attention logits; remove the key")
 
 
@@ -94,16 +117,34 @@ def check_layers(model: torch.nn.Module, *, targets: Iterable[str] | str | None,
     """
     layers = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     for key, names in {"lora_target_modules": targets, "lora_modules_to_save": saved}.items():
-        for name in () if isinstance(names, str) else names or ():
-            if name.rpartition(".")[2] not in layers:
-                match = nearest(name, layers)
-                meant = f"did you mean {match}?" if match else "remove it"
-                raise UserError(f"{key}: {type(model).__name__} has no layer {name}; {meant}")
+        # A regular expression is no list of names.
+        if names is None or isinstance(names, str):
+            continue
+
+        for name in names:
+            if name.rpartition(".")[2] in layers:
+                continue
+            match = nearest(name, layers)
+            advice = f"did you mean {match}?" if match else "remove it"
+            raise UserError(f"{key}: {type(model).__name__} has no layer {name}; {advice}")
 
 
 def check_vocabulary(special_tokens: Mapping[str, str], tokenizer, base_model: str, vocabulary_size: int) -> None:
-    """Raise UserError where a special token of the recipe is new: the base model has no row for it in its embedding."""
+    """Check that no special token of a recipe is new to the base model.
+
+    Args:
+        special_tokens: The recipe's, by their keys.
+        tokenizer: The base model's, to which new ones were added.
+        base_model: Its name, for the message.
+        vocabulary_size: Rows of the base model's embedding.
+
+    Raises:
+        UserError: A token has no row in the embedding.
+    """
     for key, token in special_tokens.items():
-        token_id = tokenizer.convert_tokens_to_ids(token) if isinstance(token, str) else None
+        # A key may hold a list of tokens, which the tokenizer checks itself.
+        if not isinstance(token, str):
+            continue
+        token_id = tokenizer.convert_tokens_to_ids(token)
         if token_id is not None and token_id >= vocabulary_size:
             raise UserError(f"special_tokens.{key}: {base_model} has no token {token!r}; name one that it has")

@@ -10,6 +10,13 @@ from pathlib import Path
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_yaml
 from recipes.pairwise.config.axolotl_keys import REFUSED
+from recipes.pairwise.config.earlier_runs import (
+    EarlierRun,
+    HeadStart,
+    check_adapter_start,
+    find_earlier_run,
+    has_classifier,
+)
 from recipes.pairwise.config.model_checks import (
     build_empty_model,
     check_config,
@@ -22,7 +29,7 @@ from recipes.pairwise.config.model_checks import (
 )
 from recipes.pairwise.config.schema import PairwiseBlock, apply_environment, recipe_problems, run_folder
 from recipes.pairwise.processes import is_first_on_machine
-from recipes.pairwise.training.heads import CLASSIFIER_HEADS
+from recipes.pairwise.training.output_layer import CLASSIFIER_HEADS
 
 INSTEAD = {
     "merge-lora": "it would lose the head without a word; use python -m postprocess RECIPE",
@@ -46,14 +53,30 @@ def refuse_other_commands(command_line: Sequence[str]) -> None:
 
 
 def check_run(cfg: dict, recipe: Path) -> PairwiseBlock:
-    """Check the keys of a run that is to train, and return its `pairwise:` block with the environment's overrides.
+    """Check the keys of a run that is to train.
 
-    Unknown keys are looked for in the file: Axolotl adds keys of its own to `cfg`.
+    Args:
+        cfg: Axolotl's configuration.
+        recipe: The recipe's file; of a trial of a sweep it may be gone.
+
+    Returns:
+        The `pairwise:` block with the environment's overrides.
+
+    Raises:
+        UserError: A key or a value is wrong, or there is nothing to train.
     """
-    problems = [f"{key}: refused, {why}" for key, why in REFUSED.items() if cfg.get(key)]
+    problems = []
     if recipe.is_file():
-        overridden = {key: cfg.get(key) for key in OVERRIDABLE if cfg.get(key) is not None}
-        problems = recipe_problems(read_yaml(recipe) | overridden)
+        # Unknown keys are looked for in the file: Axolotl adds keys of its own to `cfg`.
+        values = read_yaml(recipe)
+        for key in OVERRIDABLE:
+            if cfg.get(key) is not None:
+                values[key] = cfg[key]
+        problems = recipe_problems(values)
+    else:
+        for key, reason in REFUSED.items():
+            if cfg.get(key):
+                problems.append(f"{key}: refused, {reason}")
     if problems:
         raise UserError(f"{recipe}: " + "; ".join(problems))
 
@@ -67,7 +90,18 @@ def check_run(cfg: dict, recipe: Path) -> PairwiseBlock:
 
 
 def check_base_model(cfg: dict, block: PairwiseBlock):
-    """Return the base model, built without weights, after what the recipe asks of it is checked."""
+    """Check that the base model has what the recipe asks of it.
+
+    Args:
+        cfg: Axolotl's configuration.
+        block: The `pairwise:` block.
+
+    Returns:
+        The base model with its head, built without weights.
+
+    Raises:
+        UserError: It lacks something.
+    """
     model_config = read_config(cfg["base_model"], cfg.get("revision_of_model"))
     if is_first_on_machine():
         warn_of_home_path(cfg["base_model"])
@@ -77,7 +111,23 @@ def check_base_model(cfg: dict, block: PairwiseBlock):
     check_config(model_config, budget_tokens=block.budget_tokens, overrides=overrides, softcap=block.softcap)
     model = build_empty_model(model_config, block.head)
     check_layers(model, targets=cfg.get("lora_target_modules"), saved=cfg.get("lora_modules_to_save"))
+
+    # Without an answer layer in the checkpoint, transformers would make a random one.
+    has_own_answers = not has_classifier(model_config) or model_config.tie_word_embeddings
+    if block.head == "label_tokens" and not has_own_answers:
+        raise UserError(
+            f"base_model: {cfg['base_model']} is a classifier ({model_config.architectures[0]}) without answer tokens; "
+            "set pairwise.head to score or reward"
+        )
     return model
+
+
+def check_start(cfg: dict, block: PairwiseBlock) -> EarlierRun | None:
+    """Find the run that this one goes on from, and check that it can; None where it starts from a base model."""
+    earlier = find_earlier_run(cfg["base_model"], cfg.get("lora_model_dir"))
+    if cfg.get("lora_model_dir"):
+        check_adapter_start(cfg, block, earlier)
+    return earlier
 
 
 def check_tokenizer(cfg, tokenizer, model_config) -> None:
@@ -90,11 +140,22 @@ def check_tokenizer(cfg, tokenizer, model_config) -> None:
     check_vocabulary(cfg.special_tokens or {}, tokenizer, cfg.base_model, vocabulary_size)
 
 
-def set_model_keys(cfg: dict, block: PairwiseBlock, model) -> None:
-    """Set the keys that follow from the base model, given without weights: its attention, and what LoRA trains whole."""
+def set_model_keys(cfg: dict, block: PairwiseBlock, model, head_start: HeadStart) -> None:
+    """Set the keys that follow from the base model: its attention, its outputs, and what LoRA trains whole.
+
+    Args:
+        cfg: Axolotl's configuration, changed in place.
+        block: The `pairwise:` block.
+        model: The base model with its head, without weights.
+        head_start: What the head starts as.
+    """
     if not cfg.get("attn_implementation"):
         needs_eager = block.softcap or not model._supports_sdpa
         cfg["attn_implementation"] = "eager" if needs_eager else "sdpa"
+
+    # A head is loaded as it was saved, so that no other layer's shape goes unchecked; the plugin then replaces it.
+    if block.head != "label_tokens" and head_start.checkpoint_outputs is not None:
+        cfg["num_labels"] = head_start.checkpoint_outputs
 
     # PEFT trains a classifier's last layer by itself. What else an encoder's head has is as new, and would not be saved.
     if cfg.get("adapter") and block.head != "label_tokens":

@@ -114,7 +114,7 @@ class PairwiseBlock(_Strict):
     )
     train: bool = Field(True, description="false: the base model is packaged as it is by python -m postprocess")
     template: TemplateName | TemplateBlock = Field(
-        description="gemma, llama3, chatml or bert; or start, turn and end spelled out"
+        description="gemma, llama3, chatml, phi4 or bert; or start, turn and end spelled out"
     )
     budget_tokens: int = Field(ge=64, description="tokens of a sequence, template included")
     truncation: Literal["left", "right", "middle"] = Field("middle", description="where a text that is too long is cut")
@@ -170,7 +170,7 @@ class PairwiseBlock(_Strict):
         if self.template == "bert" and self.package.quantize in GPTQ_BITS:
             raise ValueError(f"package.quantize: {self.package.quantize} is for decoders; an encoder takes int8, or none")
         if self.head == "label_tokens" and self.template == "bert":
-            raise ValueError("template: bert has no answer to predict; label_tokens needs gemma, llama3 or chatml")
+            raise ValueError("template: bert has no answer to predict; label_tokens needs the template of a chat model")
         return self
 
     def resolved_template(self) -> Template:

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 from preprocess.model_input import Template
 
-TemplateName = Literal["gemma", "llama3", "chatml", "bert"]  # what a recipe may name
+TemplateName = Literal["gemma", "llama3", "chatml", "phi4", "bert"]  # what a recipe may name
 SECTIONS = "# Prompt\n{prompt}\n\n# Response A\n{response_a}\n\n# Response B\n{response_b}\n\n"
 QUESTION = "Which response would a person prefer, A or B?"
 LABELS = {"model_a": "A", "model_b": "B", "tie": "C"}  # label_tokens: the answer that stands for each verdict
@@ -33,6 +33,7 @@ CHATS = {
     ),
     # Without the system turn that Qwen2.5's own template begins with: it says who the model is, and costs 20 tokens a row.
     "chatml": Chat("", "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n"),
+    "phi4": Chat("", "<|im_start|>user<|im_sep|>", "<|im_end|><|im_start|>assistant<|im_sep|>", "<|im_end|>"),
 }
 NAMES = get_args(TemplateName)
 
@@ -43,8 +44,21 @@ def named_template(name: str, head: str, verdicts: Sequence[str]) -> Template:
         if head == "reward":
             return Template("[CLS]", "{prompt}[SEP]{response}[SEP]", "")
         return Template("[CLS]", "{prompt}[SEP]{response_a}[SEP]{response_b}[SEP]", "")
-    chat = CHATS[name]
+    return build_template(CHATS[name], head, verdicts)
+
+
+def build_template(chat: Chat, head: str, verdicts: Sequence[str]) -> Template:
+    """Put a pair into the words of a chat model.
+
+    Args:
+        chat: The model's control text.
+        head: score, label_tokens or reward.
+        verdicts: The verdicts that the model is to tell apart.
+    """
     if head == "reward":
         return Template(chat.begin, f"{chat.user}{{prompt}}{chat.model}{{response}}{chat.end}", "")
-    question = QUESTION + (ANSWERS[len(verdicts)] if head == "label_tokens" else "")
+
+    question = QUESTION
+    if head == "label_tokens":
+        question += ANSWERS[len(verdicts)]
     return Template(chat.begin + chat.user, SECTIONS, question + chat.model)

@@ -1,10 +1,9 @@
-"""A loaded model's head: sane weights before the first step, named outputs, logits in float32.
+"""A loaded model's head: the weights that it starts with, named outputs, logits in float32.
 
 The plugin calls these after Axolotl has loaded the model and put the adapter on it.
 """
 
 import functools
-import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,26 +11,65 @@ import torch
 from torch import nn
 
 from preprocess.core.errors import UserError
+from recipes.pairwise.config.earlier_runs import HeadStart
+from recipes.pairwise.processes import LOG
 from recipes.pairwise.training import zero3
+from recipes.pairwise.training.output_layer import (
+    CLASSIFIER_HEADS,
+    HEAD_SPREAD,
+    find_head_name,
+    replace_output_layer,
+)
 
-LOG = logging.getLogger(__name__)
-
-CLASSIFIER_HEADS = ("score", "classifier")
 LABEL_TOKEN_HEAD = "lm_head"
 
-HEAD_SPREAD = 0.02  # the standard deviation of fresh weights, as usual
 MOST_SPREAD = (
     0.1  # of a head that was initialised; memory that was not holds zeros, NaN or huge numbers
 )
 
 
+def start_head(model: nn.Module, start: HeadStart, outputs: int) -> None:
+    """Give a classifier the head that the run starts with, and log which one it is.
+
+    Args:
+        model: The classifier as it was loaded, with as many outputs as the base model's head has.
+        start: Whether the base model's head is kept.
+        outputs: How many outputs the run's head has.
+
+    Raises:
+        UserError: The head that is to be kept holds no finite numbers, or only zeros.
+    """
+    name = find_head_name(model)
+    if start.reason_for_new is None:
+        check_kept_head(model.get_submodule(name), name)
+        LOG.info("head %s: goes on from the base model's", name)
+        return
+
+    LOG.info("head %s: new, for %s", name, start.reason_for_new)
+    if start.checkpoint_outputs is not None:
+        replace_output_layer(model, outputs)
+    ensure_head(model)
+
+
+def check_kept_head(head: nn.Module, name: str) -> None:
+    """Raise UserError where a trained head is not one: its numbers are not finite, or all the same."""
+    with zero3.gathered(head.parameters()):
+        for parameter_name, weight in head.named_parameters():
+            if weight.dim() != 2:
+                continue
+            spread = weight.detach().float().std().item()
+            is_trained = np.isfinite(spread) and spread > 0
+            if not is_trained:
+                raise UserError(
+                    f"base_model: the head {name}.{parameter_name} has the standard deviation {spread}, so it holds "
+                    "nothing to go on from; fetch the model again, or start from a model without a head"
+                )
+
+
 def ensure_head(model: nn.Module) -> None:
     """Give the head fresh weights where loading left it uninitialised, as under ZeRO-3 and in bf16."""
-    names = [name for name in CLASSIFIER_HEADS if hasattr(model, name)]
-    if not names:
-        raise UserError(f"{type(model).__name__}: no head named {' or '.join(CLASSIFIER_HEADS)}")
-
-    head = getattr(model, names[0])
+    name = find_head_name(model)
+    head = getattr(model, name)
     with zero3.gathered(head.parameters()):
         for parameter_name, weight in head.named_parameters():
             if weight.dim() != 2:
@@ -41,7 +79,7 @@ def ensure_head(model: nn.Module) -> None:
             if not is_sane:
                 LOG.warning(
                     "head %s.%s has standard deviation %s: initialised anew",
-                    names[0],
+                    name,
                     parameter_name,
                     spread,
                 )

@@ -147,7 +147,7 @@ def test_every_spec_of_the_project_fits_and_has_a_row_in_the_list(tmp_path, monk
     assert [row[0] for row in rows[2:] if row[1] in ("wsdm", "lmsys")] == [path.stem for path in all_specs()]
     [qlora] = [row for row in rows if row[:2] == ["gemma2_qlora", "wsdm"]]
     assert " ".join(qlora) == "gemma2_qlora wsdm gemma2_qlora gemma-2-9b-it classifier, QLoRA nf4 9.8 4.75 h / 12 h stale"
-    assert "0.5 × llama3_cls     Meta-Llama-3-8B-Instruct" in done.output
+    assert "0.5 × llama3_cls         Meta-Llama-3-8B-Instruct" in done.output
 
 
 def test_a_spec_with_a_mistake_does_not_hide_the_others_of_the_list(workplace, capsys):

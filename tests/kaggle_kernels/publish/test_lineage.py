@@ -114,6 +114,15 @@ def test_an_unknown_reference_is_one_line_and_the_last_submission_of_a_spec_is_m
     assert trace("demo").output.splitlines()[1].endswith("me/pairwise-demo version 4, 'second'")
 
 
+def test_a_run_that_went_on_from_another_leads_back_to_it(ledger_file):
+    first_contract = "3" * 64
+    first = ENTRIES["train"] | {"run": "outputs/first", "contract": first_contract}
+    ledger.record("train", **CODE, **first)
+    write_chain(train={"started_from": {"run": "outputs/first", "contract": first_contract}})
+    traced = trace("demo").output
+    assert traced.index("outputs/demo: recipes/demo.yml") < traced.index("outputs/first: recipes/demo.yml")
+
+
 def test_pairs_that_were_made_of_pairs_lead_on(ledger_file):
     raw = {"file": "raw.csv", "sha256": RAW, "rows": 7}
     ledger.record("pairs", **CODE, sources=[raw], pairs="old.parquet", pairs_sha256=PAIRS, rows=7)

@@ -3,6 +3,7 @@
 import pytest
 
 from preprocess.core.errors import UserError
+from recipes.pairwise.config.earlier_runs import HeadStart
 from recipes.pairwise.config.model_checks import build_empty_model, read_config
 from recipes.pairwise.config.run_config import (
     check_base_model,
@@ -63,7 +64,7 @@ def test_keys_that_follow_from_the_block_are_set(block, cfg, expected):
 def test_keys_that_follow_from_the_base_model_are_set(kind, softcap, cfg, expected, tiny_models):
     block = PairwiseBlock(template="gemma", budget_tokens=256, softcap=softcap, package={"slug": "some-model"})
     model = build_empty_model(read_config(str(tiny_models(kind)), None), block.head)
-    set_model_keys(cfg, block, model)
+    set_model_keys(cfg, block, model, HeadStart(None, "the base model has none"))
     assert cfg == cfg | expected and ("lora_modules_to_save" in cfg) == ("lora_modules_to_save" in expected)
 
 

@@ -45,7 +45,10 @@ def test_a_good_recipe_has_no_problem():
             with_block(template={"start": "", "turn": "{promt}{response_a}{response_b}", "end": ""}),
             "pairwise.template.turn: expected {prompt}, {response_a}, {response_b}, each once, found '{promt}",
         ),
-        (with_block(template="gema"), "pairwise.template: expected one of gemma, llama3, chatml, bert, or start, turn and end"),
+        (
+            with_block(template="gema"),
+            "pairwise.template: expected one of gemma, llama3, chatml, phi4, bert, or start, turn and end",
+        ),
         (with_block(verdicts=["model_a", "tie"]), "pairwise.verdicts: expected model_a and model_b, with or without tie"),
         (with_block(package={}), "pairwise.package.slug: missing; add it: the Kaggle dataset's slug"),
         (with_block(package={"slug": "Some_Model"}), "pairwise.package.slug: expected lower-case letters and digits, with"),

@@ -1,0 +1,187 @@
+"""The run of this project that a new run goes on from, and what the new head starts as.
+
+A run goes on from an earlier one with `base_model: outputs/STAGE1/merged`, with the folder of a full fine-tune, or with
+`lora_model_dir: outputs/STAGE1`. Nothing here imports torch.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from preprocess.core.errors import UserError
+from preprocess.core.files import read_object, sha256
+from recipes.pairwise.config.schema import PairwiseBlock
+
+# The settings of an adapter, by the recipe's key and PEFT's.
+ADAPTER_SETTINGS = {
+    "lora_r": "r",
+    "lora_alpha": "lora_alpha",
+    "lora_target_modules": "target_modules",
+}
+
+
+@dataclass(frozen=True)
+class EarlierRun:
+    """A run that another one goes on from.
+
+    Attributes:
+        folder: The run's folder, with its contract.
+        head: Its head: score, label_tokens or reward.
+        verdicts: The verdicts that its outputs stand for, in their order.
+        base_model: The model that it was trained from.
+        first_base_model: The model that the first run of the chain was trained from.
+        first_revision: The hub's commit of that model; None for a folder.
+        contract_sha256: The hash by which the ledger knows the run.
+    """
+
+    folder: Path
+    head: str
+    verdicts: tuple[str, ...]
+    base_model: str
+    first_base_model: str
+    first_revision: str | None
+    contract_sha256: str
+
+    def describe(self) -> dict[str, str | None]:
+        """Describe the run for the contract and the ledger of the run that goes on from it."""
+        return {
+            "run": str(self.folder),
+            "contract": self.contract_sha256,
+            "first_base_model": self.first_base_model,
+            "first_revision": self.first_revision,
+        }
+
+
+@dataclass(frozen=True)
+class HeadStart:
+    """What a classification head starts as.
+
+    Attributes:
+        checkpoint_outputs: How many outputs the base model's head has; None where it has no head.
+        reason_for_new: Why the run begins with a new head; None where it keeps the base model's.
+    """
+
+    checkpoint_outputs: int | None
+    reason_for_new: str | None
+
+
+def find_earlier_run(base_model: str, adapter_folder: str | None) -> EarlierRun | None:
+    """Find the run that a base model or an adapter is of.
+
+    Args:
+        base_model: The recipe's.
+        adapter_folder: The recipe's lora_model_dir.
+
+    Raises:
+        UserError: The adapter's folder has no contract, so that nobody knows what it was trained as.
+    """
+    if adapter_folder:
+        folder = Path(adapter_folder)
+        if not (folder / "contract.json").is_file():
+            raise UserError(
+                f"lora_model_dir: {folder} has no contract.json; name the run folder of an adapter that was trained here"
+            )
+        return read_earlier_run(folder)
+
+    # A merged model stands below its run; a full fine-tune is its run's folder itself.
+    folder = Path(base_model)
+    if folder.name == "merged":
+        folder = folder.parent
+    if not (folder / "contract.json").is_file():
+        return None
+    return read_earlier_run(folder)
+
+
+def read_earlier_run(folder: Path) -> EarlierRun:
+    """Read from its contract what a run was trained as, and what its own chain of runs began with."""
+    file = folder / "contract.json"
+    contract = read_object(file)
+    try:
+        start = contract["recorded"].get("started_from") or {}
+        return EarlierRun(
+            folder=folder,
+            head=contract["head"],
+            verdicts=tuple(contract["verdicts"]),
+            base_model=contract["base_model"],
+            first_base_model=start.get("first_base_model", contract["base_model"]),
+            first_revision=start.get("first_revision", contract["revision"]),
+            contract_sha256=sha256(file),
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file}: no contract of a run ({error}); restore it or train again") from None
+
+
+def check_adapter_start(cfg: Mapping, block: PairwiseBlock, earlier: EarlierRun) -> None:
+    """Check that a run can go on with the adapter in lora_model_dir.
+
+    Args:
+        cfg: Axolotl's configuration.
+        block: The `pairwise:` block.
+        earlier: The run that trained the adapter.
+
+    Raises:
+        UserError: The adapter is of another base model, head or shape than the recipe says.
+    """
+    if not cfg.get("adapter"):
+        raise UserError("lora_model_dir: needs adapter: lora or qlora; every weight would be trained")
+    if not is_same_model(cfg["base_model"], earlier.base_model):
+        raise UserError(f"lora_model_dir: {earlier.folder} was trained from {earlier.base_model}; make that the base_model")
+    if (block.head, block.verdicts) != (earlier.head, earlier.verdicts):
+        verdicts = ", ".join(earlier.verdicts)
+        raise UserError(
+            f"lora_model_dir: {earlier.folder} has the head {earlier.head} for {verdicts}; set pairwise.head and "
+            "pairwise.verdicts to that, or merge it and go on from its merged folder"
+        )
+
+    # PEFT goes on with the adapter's own settings, whatever the recipe says.
+    settings = read_object(earlier.folder / "adapter_config.json")
+    for recipe_key, peft_key in ADAPTER_SETTINGS.items():
+        wanted, trained = cfg.get(recipe_key), settings.get(peft_key)
+        if isinstance(trained, list) and isinstance(wanted, list):
+            wanted, trained = sorted(wanted), sorted(trained)
+        if wanted is not None and wanted != trained:
+            raise UserError(
+                f"{recipe_key}: {wanted}, but the adapter in {earlier.folder} has {trained}, and goes on with it; set that"
+            )
+
+
+def choose_head_start(config, block: PairwiseBlock, earlier: EarlierRun | None, has_adapter: bool) -> HeadStart:
+    """Decide whether a classification head goes on from the base model's or begins anew.
+
+    Args:
+        config: The base model's configuration.
+        block: The `pairwise:` block, whose head is score or reward.
+        earlier: The run that the base model or the adapter is of.
+        has_adapter: Whether the run goes on with an adapter, which holds a head of its own.
+    """
+    outputs = config.num_labels if has_classifier(config) else None
+    if has_adapter:
+        return HeadStart(outputs, "the adapter in lora_model_dir replaces it")
+    if outputs is None:
+        return HeadStart(None, "the base model has none")
+
+    if block.head == "reward":
+        if outputs == 1:
+            return HeadStart(outputs, None)
+        return HeadStart(outputs, f"the base model's has {outputs} outputs, a reward has one")
+
+    # Outputs are numbered: only a contract says which verdict each of them stands for.
+    if earlier is None or earlier.head != "score":
+        return HeadStart(outputs, "no contract says that the base model's tells verdicts apart")
+    if earlier.verdicts != block.verdicts:
+        return HeadStart(outputs, f"the base model's tells {', '.join(earlier.verdicts)} apart")
+    return HeadStart(outputs, None)
+
+
+def has_classifier(config) -> bool:
+    """Return whether the weights beside a configuration hold a classification head."""
+    architectures = config.architectures or []
+    return any(name.endswith("ForSequenceClassification") for name in architectures)
+
+
+def is_same_model(name: str, other_name: str) -> bool:
+    """Return whether two names of base models mean the same hub repository, or the same folder."""
+    if name == other_name:
+        return True
+    folder, other_folder = Path(name), Path(other_name)
+    return folder.exists() and other_folder.exists() and folder.samefile(other_folder)
