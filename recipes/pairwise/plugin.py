@@ -28,6 +28,8 @@ from recipes.pairwise.data.datasets import datasets_of
 from recipes.pairwise.processes import LOG, end_without_telemetry, stop, stopping_on_errors
 from recipes.pairwise.tracking import metrics, recipe_copy, results, wandb_run
 from recipes.pairwise.training import checkpoints, cpu, deepspeed_cpu, heads, weights, zero3
+from recipes.pairwise.training.moving_average import MovingAverage
+from recipes.pairwise.training.regularisers import require_dropout
 from recipes.pairwise.training.trainer import LABEL_TOKEN_OPTIONS, PairwiseTrainer
 
 DEFAULT_SEED = 42
@@ -133,6 +135,9 @@ class PairwisePlugin(BasePlugin):
     def post_model_load(self, cfg, model):
         """Compute logits in float32, and hold what is trained in it; DeepSpeed and FSDP see to the latter themselves."""
         heads.compute_logits_in_float32(model, self.contract.label_token_ids)
+        if self.block.r_drop > 0:
+            with stopping_on_errors(self.recipe):
+                require_dropout(model)
         if not cfg.deepspeed and not cfg.fsdp_config:
             weights.train_in_float32(model)
 
@@ -159,13 +164,20 @@ class PairwisePlugin(BasePlugin):
         }
 
     def add_callbacks_post_trainer(self, cfg, trainer):
-        """Let DeepSpeed step on CPUs."""
-        return [deepspeed_cpu.StepsWithoutGrad(trainer)] if deepspeed_cpu.deepspeed_on_cpu(cfg.get("deepspeed")) else []
+        """Let DeepSpeed step on CPUs, and average the weights where the recipe asks for it."""
+        callbacks = []
+        if deepspeed_cpu.deepspeed_on_cpu(cfg.get("deepspeed")):
+            callbacks.append(deepspeed_cpu.StepsWithoutGrad(trainer))
+        if self.block.ema_decay > 0:
+            callbacks.append(MovingAverage(self.block.ema_decay))
+        return callbacks
 
     def post_trainer_create(self, cfg, trainer):
         """Give the trainer its loss's settings and metrics; keep the recipe, and clear away an earlier run's results."""
         trainer.label_smoothing = self.block.label_smoothing
         trainer.distill = self.block.distill
+        trainer.focal_gamma = self.block.focal_gamma
+        trainer.r_drop = self.block.r_drop
         trainer.model_options = LABEL_TOKEN_OPTIONS if self.block.head == "label_tokens" else {}
         trainer.compute_metrics = self._compute_metrics
         self.trainer = trainer
