@@ -29,6 +29,7 @@ from recipes.pairwise.data.teacher_labels import LABELS
 
 FOLDER = Path("outputs/ladder")
 TEACHER = "votes"
+# These would change the fold or the pairs of every rung alike.
 OVERRIDES = ("PAIRWISE_FOLD", "PAIRWISE_PAIRS")
 COLUMNS = ("method", "accuracy", "gain", "log loss", "gain", "Brier score", "seconds")
 
@@ -91,8 +92,18 @@ class Line:
 
 @click.command()
 @click.argument("pairs", type=click.Path(path_type=Path))
-@click.option("--recipe", default="minilm_reward", show_default=True, help="The recipe whose keys the rungs change.")
-@click.option("--base", envvar="BASE", type=click.Path(path_type=Path), help="The base model's folder, without a network.")
+@click.option(
+    "--recipe",
+    default="minilm_reward",
+    show_default=True,
+    help="The recipe whose keys the rungs change.",
+)
+@click.option(
+    "--base",
+    envvar="BASE",
+    type=click.Path(path_type=Path),
+    help="The base model's folder, without a network.",
+)
 @exits_with_2
 def main(pairs: Path, recipe: str, base: Path | None) -> None:
     """Train all rungs on PAIRS, which has lockbox rows, and write outputs/ladder/ladder.json."""
@@ -104,6 +115,7 @@ def main(pairs: Path, recipe: str, base: Path | None) -> None:
     if "test" not in roles:
         raise UserError(f"{pairs}: no lockbox rows; make them with pairwise preprocess … --test 0.2")
 
+    # All rungs but the one with extra rows train on the same rows.
     FOLDER.mkdir(parents=True, exist_ok=True)
     with atomic_file(FOLDER / "pairs.parquet") as temporary:
         table.filter(pl.col("role") != "extra").write_parquet(temporary)
@@ -114,13 +126,15 @@ def main(pairs: Path, recipe: str, base: Path | None) -> None:
             print(f"{rung.title}: left out, {pairs} has no rows of role {rung.role}", flush=True)
             continue
         rung_recipe = read_recipe(write_recipe(rung, find_recipe(recipe), pairs, base))
+
         train(rung_recipe)
         results.append(measure_run(rung.title, rung_recipe))
+        # Its labels are what the students after it read.
         if rung.name == TEACHER:
             teach(rung_recipe)
-            # Shown last, since it takes all of the folds' models to serve.
-            mean_of_folds = measure_folds(rung_recipe)
-    write_results(compare_with_first([*results, mean_of_folds]), pairs)
+
+    results.append(measure_folds(read_recipe(FOLDER / f"{TEACHER}.yml")))
+    write_results(compare_with_first(results), pairs)
 
 
 def write_recipe(rung: Rung, recipe: Path, pairs: Path, base: Path | None) -> Path:
@@ -139,12 +153,19 @@ def write_recipe(rung: Rung, recipe: Path, pairs: Path, base: Path | None) -> Pa
     if base is not None:
         values["base_model"] = str(base)
     values["output_dir"] = str(FOLDER / rung.name)
-    pairs_of_rung = pairs if rung.role == "extra" else FOLDER / "pairs.parquet"
-    values["pairwise"] |= {"pairs": str(pairs_of_rung), "fold": "all"} | rung.block
+
+    # The lockbox is held out for all rungs, so that none needs to hold out a fold.
+    block = values["pairwise"]
+    block["fold"] = "all"
+    block["pairs"] = str(FOLDER / "pairs.parquet")
+    if rung.role == "extra":
+        block["pairs"] = str(pairs)
+    block.update(rung.block)
 
     file = FOLDER / f"{rung.name}.yml"
     text = yaml.safe_dump(values, allow_unicode=True, sort_keys=False)
-    if not file.is_file() or file.read_text(encoding="utf-8") != text:
+    is_unchanged = file.is_file() and file.read_text(encoding="utf-8") == text
+    if not is_unchanged:
         file.write_text(text, encoding="utf-8")
     return file
 
@@ -168,15 +189,20 @@ def run_command(*command: str) -> None:
     environment = os.environ | {"AXOLOTL_DO_NOT_TRACK": "1"}
     exit_code = subprocess.run(command, env=environment, check=False).returncode
     if exit_code:
-        raise UserError(f"`{' '.join(command)}` ended with exit code {exit_code}; run this again to go on from here")
+        words = " ".join(command)
+        raise UserError(f"`{words}` ended with exit code {exit_code}; run this again to go on from here")
 
 
 def measure_run(title: str, recipe: Recipe) -> Result:
     """Score the lockbox with a rung's run."""
     lockbox = read_pairs(recipe.pairwise.pairs).filter(role="test")
     run = read_run(recipe)
-    # A run that was trained anew, or other rows, are scored anew.
-    key = {"contract": sha256(run.folder / "contract.json"), "pairs": sha256(recipe.pairwise.pairs)}
+
+    # Scores that were kept are of no use for a run that was trained again, or for other rows.
+    key = {
+        "contract_sha256": sha256(run.folder / "contract.json"),
+        "pairs_sha256": sha256(recipe.pairwise.pairs),
+    }
     rows = score_rows(run, lockbox, key, run.folder / "lockbox")
 
     seconds = read_json(run.folder / "metrics.json")["seconds_training"]
@@ -192,11 +218,18 @@ def measure_folds(recipe: Recipe) -> Result:
 
     seconds = 0.0
     for fold in list_folds(pairs):
-        seconds += read_json(recipe.run_folder / f"fold-{fold}" / "metrics.json")["seconds_training"]
+        fold_metrics = read_json(recipe.run_folder / f"fold-{fold}" / "metrics.json")
+        seconds += fold_metrics["seconds_training"]
     return measure("votes, mean of the folds' models", rows, lockbox, recipe, seconds)
 
 
-def measure(title: str, rows: pl.DataFrame, lockbox: pl.DataFrame, recipe: Recipe, seconds: float) -> Result:
+def measure(
+    title: str,
+    rows: pl.DataFrame,
+    lockbox: pl.DataFrame,
+    recipe: Recipe,
+    seconds: float,
+) -> Result:
     """Measure predictions of the lockbox.
 
     Args:
@@ -206,8 +239,10 @@ def measure(title: str, rows: pl.DataFrame, lockbox: pl.DataFrame, recipe: Recip
         recipe: The recipe, for its verdicts.
         seconds: How long the training took.
     """
-    predictions = Predictions(recipe.run_folder, join_pairs(rows.sort("id"), lockbox))
-    return Result(title, metrics.score_rows(predictions, recipe.pairwise.verdicts), seconds)
+    rows_with_labels = join_pairs(rows.sort("id"), lockbox)
+    predictions = Predictions(recipe.run_folder, rows_with_labels)
+    scored = metrics.score_rows(predictions, recipe.pairwise.verdicts)
+    return Result(title, scored, seconds)
 
 
 def compare_with_first(results: list[Result]) -> list[Line]:
@@ -233,10 +268,16 @@ def compare_with_first(results: list[Result]) -> list[Line]:
 
 def write_results(lines: list[Line], pairs: Path) -> None:
     """Write outputs/ladder/ladder.json, and print it as a table for Markdown."""
-    methods = [asdict(line) for line in lines]
-    write_json(FOLDER / "ladder.json", {"pairs": str(pairs), "pairs_sha256": sha256(pairs), "methods": methods})
+    values = {
+        "pairs": str(pairs),
+        "pairs_sha256": sha256(pairs),
+        "methods": [asdict(line) for line in lines],
+    }
+    write_json(FOLDER / "ladder.json", values)
 
-    print(f"\n| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
+    print()
+    print("| " + " | ".join(COLUMNS) + " |")
+    print("|" + "---|" * len(COLUMNS))
     for line in lines:
         cells = (
             line.method,
@@ -247,7 +288,7 @@ def write_results(lines: list[Line], pairs: Path) -> None:
             f"{line.brier_score.value:.3f}",
             f"{line.seconds:.0f}",
         )
-        print(f"| {' | '.join(cells)} |")
+        print("| " + " | ".join(cells) + " |")
 
 
 def format_gain(gain: metrics.Estimate) -> str:

@@ -48,6 +48,7 @@ class MovingAverage(TrainerCallback):
         """Begin with the model's weights, or in a run that is resumed with its checkpoint's average."""
         for name, weight in trained_weights(model).items():
             self.average[name] = weight.clone()
+
         if state.global_step == 0:
             return
 
@@ -69,6 +70,7 @@ class MovingAverage(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         """Keep the average in the checkpoint that was just written."""
+        # All processes hold the same average.
         if state.is_world_process_zero:
             with atomic_file(checkpoint_file(args, state)) as temporary:
                 save_file(self.average, temporary)
