@@ -135,9 +135,6 @@ class PairwisePlugin(BasePlugin):
     def post_model_load(self, cfg, model):
         """Compute logits in float32, and hold what is trained in it; DeepSpeed and FSDP see to the latter themselves."""
         heads.compute_logits_in_float32(model, self.contract.label_token_ids)
-        if self.block.r_drop > 0:
-            with stopping_on_errors(self.recipe):
-                require_dropout(model)
         if not cfg.deepspeed and not cfg.fsdp_config:
             weights.train_in_float32(model)
 
@@ -178,6 +175,9 @@ class PairwisePlugin(BasePlugin):
         trainer.distill = self.block.distill
         trainer.focal_gamma = self.block.focal_gamma
         trainer.r_drop = self.block.r_drop
+        if trainer.r_drop > 0:
+            with stopping_on_errors(self.recipe):
+                require_dropout(trainer.model)
         trainer.model_options = LABEL_TOKEN_OPTIONS if self.block.head == "label_tokens" else {}
         trainer.compute_metrics = self._compute_metrics
         self.trainer = trainer

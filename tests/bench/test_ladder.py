@@ -53,7 +53,7 @@ def test_rungs_differ_from_the_recipe_in_their_own_keys_and_are_written_once(pai
 
 def result(title: str, p_a: list[float]) -> ladder.Result:
     """Predictions of four rows, of which A won all, in two groups of prompts."""
-    rows = pl.DataFrame({"winner": ["model_a"] * 4, "group": [0, 0, 0, 1]})
+    rows = pl.DataFrame({"id": list("wxyz"), "winner": ["model_a"] * 4, "group": [0, 0, 0, 1]})
     for name in PROBABILITIES:
         values = {"model_a": np.array(p_a), "model_b": 1 - np.array(p_a), "tie": np.zeros(4)}
         verdict = name.removeprefix("p_").removesuffix("_as_given").removesuffix("_swapped")
