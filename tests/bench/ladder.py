@@ -31,7 +31,7 @@ FOLDER = Path("outputs/ladder")
 TEACHER = "votes"
 # These would change the fold or the pairs of every rung alike.
 OVERRIDES = ("PAIRWISE_FOLD", "PAIRWISE_PAIRS")
-COLUMNS = ("method", "accuracy", "gain", "log loss", "gain", "Brier score", "seconds")
+COLUMNS = ("method", "accuracy", "change", "log loss", "change", "Brier score", "seconds")
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,9 @@ class Line:
 
     method: str
     accuracy: metrics.Estimate
-    accuracy_gain: metrics.Estimate
+    accuracy_change: metrics.Estimate
     log_loss: metrics.Estimate
-    log_loss_gain: metrics.Estimate
+    log_loss_change: metrics.Estimate
     brier_score: metrics.Estimate
     seconds: float
 
@@ -246,7 +246,7 @@ def measure(
 
 
 def compare_with_first(results: list[Result]) -> list[Line]:
-    """Make the table's rows; gains are over the first one, on the same rows and the same resamples."""
+    """Make the table's rows; changes are from the first one, on the same rows and the same resamples."""
     first = results[0].scored
     lines = []
     for result in results:
@@ -256,9 +256,9 @@ def compare_with_first(results: list[Result]) -> list[Line]:
             Line(
                 method=result.title,
                 accuracy=scored.estimate(scored.is_right_r, scored.is_decided_r),
-                accuracy_gain=gain.accuracy,
+                accuracy_change=gain.accuracy,
                 log_loss=scored.estimate(scored.losses_r),
-                log_loss_gain=gain.log_loss,
+                log_loss_change=gain.log_loss,
                 brier_score=metrics.estimate_brier_score(scored),
                 seconds=result.seconds,
             )
@@ -282,18 +282,18 @@ def write_results(lines: list[Line], pairs: Path) -> None:
         cells = (
             line.method,
             f"{line.accuracy.value:.3f}",
-            format_gain(line.accuracy_gain),
+            format_change(line.accuracy_change),
             f"{line.log_loss.value:.3f}",
-            format_gain(line.log_loss_gain),
+            format_change(line.log_loss_change),
             f"{line.brier_score.value:.3f}",
             f"{line.seconds:.0f}",
         )
         print("| " + " | ".join(cells) + " |")
 
 
-def format_gain(gain: metrics.Estimate) -> str:
-    """Format a gain with its sign and its 95 % interval."""
-    return f"{gain.value:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})"
+def format_change(change: metrics.Estimate) -> str:
+    """Format a change with its sign and its 95 % interval."""
+    return f"{change.value:+.3f} ({change.low:+.3f} to {change.high:+.3f})"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`make ladder`: the rungs' recipes, gains over the first rung, where it stops, and a whole ladder of a tiny model."""
+"""`make ladder`: the rungs' recipes, changes from the first rung, where it stops, and a whole ladder of a tiny model."""
 
 import os
 import sys
@@ -62,19 +62,19 @@ def result(title: str, p_a: list[float]) -> ladder.Result:
     return ladder.Result(title, scored, 60.0)
 
 
-def test_gains_are_row_by_row_with_an_interval_by_group(pairs, capsys):
+def test_changes_are_row_by_row_with_an_interval_by_group(pairs, capsys):
     first = result("votes", [0.8, 0.2, 0.2, 0.2])
     second = result("taught", [0.8, 0.8, 0.2, 0.8])
     ladder.FOLDER.mkdir(parents=True)
     ladder.write_results(ladder.compare_with_first([first, second]), pairs)
-    # Two of four rows gain; of the groups, one gains a third, the other all.
+    # Two of four rows become right: of one group a third, of the other all.
     assert (
         "| taught | 0.750 | +0.500 (+0.333 to +1.000) | 0.570 | -0.693 (-1.386 to -0.462) | 0.380 | 60 |"
         in capsys.readouterr().out
     )
     written = read_json(ladder.FOLDER / "ladder.json")
-    assert written["methods"][1]["accuracy_gain"] == {"value": 0.5, "low": 0.333333, "high": 1.0}
-    assert written["methods"][0]["log_loss_gain"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert written["methods"][1]["accuracy_change"] == {"value": 0.5, "low": 0.333333, "high": 1.0}
+    assert written["methods"][0]["log_loss_change"] == {"value": 0.0, "low": 0.0, "high": 0.0}
 
 
 def run_ladder(*arguments):
