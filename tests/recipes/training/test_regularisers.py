@@ -90,8 +90,9 @@ def test_the_trainer_adds_them_in_training_only(is_training, expected):
     trainer = PairwiseTrainer.__new__(PairwiseTrainer)
     trainer.focal_gamma, trainer.r_drop = 1.0, 3.0
     batch = {"input_ids": torch.tensor([[1, 0]]), "labels": torch.tensor([[[1.0, 0.0]]]), "weight": torch.ones(1)}
-    loss = trainer.compute_loss(Scorer().train(is_training), batch)
+    loss, outputs = trainer.compute_loss(Scorer().train(is_training), batch, return_outputs=True)
     assert loss.item() == pytest.approx(expected, abs=1e-5)
+    assert len(outputs["logits"]) == (2 if is_training else 1), "predictions are one for each pair"
     assert list(batch) == ["input_ids", "labels", "weight"]
 
 
