@@ -7,7 +7,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export AXOLOTL_DO_NOT_TRACK := 1
 
-.PHONY: help setup lock demo demo-distill graph example test test-slow test-gpu test-fake-gpu lint format bench bench-merge bench-kernel cv siamese compare
+.PHONY: help setup lock demo demo-distill graph example test test-slow test-gpu test-fake-gpu lint format bench bench-merge bench-kernel cv siamese compare ladder
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,6 +63,9 @@ siamese: .venv-keras/installed  ## the Siamese LSTMs: make siamese PAIRS=data/pa
 
 compare: .venv/installed .venv-keras/installed  ## methods side by side on one fold: make compare PAIRS=data/pairs.parquet FOLD=0
 	@python -m tests.bench.compare $(or $(PAIRS),data/pairs.parquet) --fold $(or $(FOLD),0) $(if $(BASE),--base $(BASE)) $(ARGS)
+
+ladder: .venv/installed  ## what teachers, a pool and extra rows add, measured on a lockbox: make ladder PAIRS=data/pairs.parquet BASE=FOLDER
+	@python -m tests.bench.ladder $(or $(PAIRS),data/pairs.parquet) $(if $(BASE),--base $(BASE)) $(ARGS)
 
 # One environment for everything, one with Kaggle's versions for rehearsals, one with TensorFlow for recipes/siamese.py,
 # one for GPTQ, whose library wants another numpy, one for Snakemake, which wants another packaging. One more, with torch's build for CUDA, is for `make test-fake-gpu` only.

@@ -31,6 +31,8 @@ from recipes.pairwise.data.token_budget import StepShape, TokenBudgetBatches
 from recipes.pairwise.processes import LOG, end_without_telemetry, stop, stopping_on_errors
 from recipes.pairwise.tracking import metrics, recipe_copy, results, wandb_run
 from recipes.pairwise.training import checkpoints, cpu, deepspeed_cpu, heads, weights, zero3
+from recipes.pairwise.training.moving_average import MovingAverage
+from recipes.pairwise.training.regularisers import require_dropout
 from recipes.pairwise.training.trainer import LABEL_TOKEN_OPTIONS, BeginEpoch, PairwiseTrainer
 
 DEFAULT_SEED = 42
@@ -188,18 +190,25 @@ class PairwisePlugin(BasePlugin):
         }
 
     def add_callbacks_post_trainer(self, cfg, trainer):
-        """Let DeepSpeed step on CPUs, and tell the token budget's batches which epoch begins."""
+        """Bring what acts between steps: for DeepSpeed on CPUs, a token budget's epochs, a moving average."""
         callbacks = []
         if deepspeed_cpu.deepspeed_on_cpu(cfg.get("deepspeed")):
             callbacks.append(deepspeed_cpu.StepsWithoutGrad(trainer))
         if self.batches:
             callbacks.append(BeginEpoch(self.batches))
+        if self.block.ema_decay > 0:
+            callbacks.append(MovingAverage(self.block.ema_decay))
         return callbacks
 
     def post_trainer_create(self, cfg, trainer):
         """Give the trainer its loss's settings and metrics; keep the recipe, and clear away an earlier run's results."""
         trainer.label_smoothing = self.block.label_smoothing
         trainer.distill = self.block.distill
+        trainer.focal_gamma = self.block.focal_gamma
+        trainer.r_drop = self.block.r_drop
+        if trainer.r_drop > 0:
+            with stopping_on_errors(self.recipe):
+                require_dropout(trainer.model)
         trainer.model_options = LABEL_TOKEN_OPTIONS if self.block.head == "label_tokens" else {}
         trainer.token_budget_batches = self.batches
         trainer.compute_metrics = self._compute_metrics

@@ -88,7 +88,8 @@ def axolotl_problems(values: dict) -> list[str]:
     for key, value in values.items():
         if key not in ("base_model", "pairwise"):
             problems += key_problems(key, value, plugins)
-    problems += [*adapter_problems(values), *head_problems(values), *wandb_problems(values)]
+    problems += [*adapter_problems(values), *head_problems(values), *average_problems(values)]
+    problems += wandb_problems(values)
     return list(dict.fromkeys(problems))
 
 
@@ -198,6 +199,17 @@ def head_problems(values: dict) -> Iterator[str]:
         yield "group_by_length: pairwise.tokens_per_micro_batch decides which rows stand together; remove one of the two"
     if block.get("softcap") and values.get("attn_implementation") == "sdpa":
         yield "attn_implementation: sdpa drops the soft cap without a word; use eager or flash_attention_2, or softcap: false"
+
+
+def average_problems(values: dict) -> Iterator[str]:
+    """Yield which keys a moving average of the weights cannot stand beside."""
+    if not block_of(values).get("ema_decay"):
+        return
+    for key in ("deepspeed", "fsdp_config"):
+        if values.get(key):
+            yield f"pairwise.ema_decay: with {key} a process does not hold the weights that it averages; remove one of the two"
+    if values.get("load_best_model_at_end"):
+        yield "pairwise.ema_decay: the average would replace the best checkpoint; remove load_best_model_at_end, or ema_decay"
 
 
 def wandb_problems(values: dict) -> Iterator[str]:

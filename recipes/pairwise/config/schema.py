@@ -129,6 +129,11 @@ class PairwiseBlock(_Strict):
         "micro_batch_size is their mean; pairs of a step stay the same",
     )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="mixes the labels with the uniform distribution")
+    focal_gamma: float = Field(0.0, ge=0, le=10, description="focal loss: verdicts that the model is sure of count less")
+    r_drop: float = Field(
+        0.0, ge=0, le=100, description="weight of R-Drop: two passes of a pair, with other dropout, must agree"
+    )
+    ema_decay: float = Field(0.0, ge=0, lt=1, description="the run's weights are a moving average over its steps, e.g. 0.999")
     softcap: bool = Field(False, description="Gemma-2's soft cap of attention logits; needs eager or flash_attention_2")
     package: PackageBlock = Field(description="slug of the Kaggle dataset, and how the model is quantised")
 

@@ -2,12 +2,15 @@
 
 import torch
 
+from recipes.pairwise.training.regularisers import focal_factors
+
 
 def soft_cross_entropy(
     logits: torch.Tensor,
     labels: torch.Tensor,
     weight: torch.Tensor,
     label_smoothing: float = 0.0,
+    focal_gamma: float = 0.0,
 ) -> torch.Tensor:
     """Return the weighted cross-entropy's mean over pairs and orders, in float32.
 
@@ -18,12 +21,16 @@ def soft_cross_entropy(
             micro-batch of one pair too.
         label_smoothing: The share of the uniform distribution that is mixed into the labels, as in
             Szegedy et al. 2016.
+        focal_gamma: See regularisers.focal_factors.
     """
     verdicts = labels.shape[-1]
     has_votes = labels.sum(dim=-1, keepdim=True)
     labels = labels * (1 - label_smoothing) + has_votes * label_smoothing / verdicts
     log_probabilities = torch.log_softmax(logits.float(), dim=-1)
-    losses_po = -(labels * log_probabilities).sum(dim=-1)
+    losses_pov = -labels * log_probabilities
+    if focal_gamma > 0:
+        losses_pov = losses_pov * focal_factors(log_probabilities, focal_gamma)
+    losses_po = losses_pov.sum(dim=-1)
     losses_p = losses_po.mean(dim=1) * weight
     return losses_p.mean()
 

@@ -11,6 +11,7 @@ from recipes.pairwise.config.schema import DistillBlock
 from recipes.pairwise.data.token_budget import TokenBudgetBatches
 from recipes.pairwise.training.deepspeed_cpu import deepspeed_on_cpu, tell_accelerate
 from recipes.pairwise.training.losses import distillation_loss, soft_cross_entropy
+from recipes.pairwise.training.regularisers import r_drop_penalty, repeat_batch
 
 # Axolotl logs these; they mean nothing for a model that generates no text.
 MEANINGLESS_METRICS = ("ppl", "eval_ppl", "tokens/")
@@ -106,6 +107,8 @@ class PairwiseTrainer(AxolotlTrainer, _AfterAxolotl):
 
     Attributes:
         label_smoothing: See soft_cross_entropy; set by the plugin.
+        focal_gamma: See soft_cross_entropy; set by the plugin.
+        r_drop: The weight of regularisers.r_drop_penalty in the loss; set by the plugin.
         distill: Says how a student learns from its teachers; None without teachers. Set by the plugin.
         model_options: Further arguments of the model's forward; set by the plugin.
         token_budget_batches: The rows of each micro-batch, where the recipe has a token budget; set
@@ -113,6 +116,8 @@ class PairwiseTrainer(AxolotlTrainer, _AfterAxolotl):
     """
 
     label_smoothing = 0.0
+    focal_gamma = 0.0
+    r_drop = 0.0
     distill: DistillBlock | None = None
     model_options: dict = {}
     token_budget_batches: TokenBudgetBatches | None = None
@@ -124,21 +129,47 @@ class PairwiseTrainer(AxolotlTrainer, _AfterAxolotl):
         self.model_accepts_loss_kwargs = False
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        model_inputs = dict(inputs)
+        # R-Drop compares two passes of a pair, which differ by their dropout.
+        uses_r_drop = self.r_drop > 0 and model.training
+        model_inputs = repeat_batch(inputs) if uses_r_drop else dict(inputs)
         labels = model_inputs.pop("labels")
         weight = model_inputs.pop("weight")
-        # Validation rows have no teachers: metrics are against human votes.
         teacher = model_inputs.pop("teacher", None)
         logits = model(**model_inputs, **self.model_options).logits
         logits_pov = logits.view(labels.shape).float()
 
-        label_smoothing = self.label_smoothing if model.training else 0.0
-        loss = soft_cross_entropy(logits_pov, labels, weight, label_smoothing)
+        if model.training:
+            loss = self.training_loss(logits_pov, labels, weight, teacher)
+        else:
+            # Metrics are against human votes, and comparable whatever a run is trained with.
+            loss = soft_cross_entropy(logits_pov, labels, weight)
+        return (loss, {"logits": logits_pov}) if return_outputs else loss
+
+    def training_loss(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        weight: torch.Tensor,
+        teacher: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Return the loss of a training step, with all that the recipe adds to cross-entropy.
+
+        Args:
+            logits: Of shape (pairs, orders, verdicts); with R-Drop, of a batch from repeat_batch.
+            labels: Of the same shape, see soft_cross_entropy.
+            weight: Of shape (pairs,), see soft_cross_entropy.
+            teacher: The teachers' probabilities, of the shape of the labels; None without teachers.
+        """
+        loss = soft_cross_entropy(logits, labels, weight, self.label_smoothing, self.focal_gamma)
+
         if teacher is not None:
             share = self.distill.weight
-            divergence = distillation_loss(logits_pov, teacher, weight, self.distill.temperature)
+            divergence = distillation_loss(logits, teacher, weight, self.distill.temperature)
             loss = (1 - share) * loss + share * divergence
-        return (loss, {"logits": logits_pov}) if return_outputs else loss
+
+        if self.r_drop > 0:
+            loss = loss + self.r_drop * r_drop_penalty(logits, weight)
+        return loss
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, item_count = super().get_batch_samples(epoch_iterator, num_batches, device)

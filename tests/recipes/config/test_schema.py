@@ -60,6 +60,11 @@ def test_a_good_recipe_has_no_problem():
         (with_block(head="reward", verdicts=["model_a", "tie", "model_b"]), "pairwise.verdicts: a reward model tells no ties"),
         (with_block(head="reward", orders="both"), "pairwise.orders: a reward model sees each answer alone"),
         (with_block(head="label_tokens", template="bert"), "pairwise.template: bert has no answer to predict"),
+        (with_block(ema_decay=0.9) | {"deepspeed": "zero2.json"}, "pairwise.ema_decay: with deepspeed a process does not hold"),
+        (
+            with_block(ema_decay=0.9) | {"load_best_model_at_end": True},
+            "pairwise.ema_decay: the average would replace the best",
+        ),
         (with_block(train=False) | {"adapter": "lora"}, "adapter: nothing is trained with pairwise.train: false"),
         (
             with_block(package={"slug": "some-model", "adapter": "best"}) | LORA,
