@@ -26,6 +26,7 @@ METRICS = ("log_loss", "accuracy", "flip_rate", "rows", "steps")
 NOT_PARAMETERS = re.compile(r"output_dir|wandb_\w+")
 OWN_ERROR = re.compile(r"^error: (.+)$", re.MULTILINE)
 RAISED_ERROR = re.compile(r"^((?:\w+\.)*\w*(?:Error|Exception|Interrupt)(?:: .*)?)$", re.MULTILINE)
+TABLE_WIDTH = 140  # where the output is piped: a sweep has a column for each parameter
 LOG_TAIL_BYTES = 65536
 FINISHED = "finished"
 UNFINISHED = "unfinished: it runs still, or was ended"
@@ -60,7 +61,7 @@ def main(folder: Path, by: str) -> None:
     with atomic_file(folder / "sweep.csv") as temporary:
         make_frame(trials, parameters).write_csv(temporary)
 
-    console().print(make_screen_table(trials, parameters))
+    console(piped_width=TABLE_WIDTH).print(make_screen_table(trials, parameters))
     if not parameters:
         click.echo("all recipes are the same, or one trial has one: there are no parameters")
     if finished:

@@ -25,10 +25,10 @@ HEADINGS = ("source", "read", "kept", "again", "rejected", "language", "A", "B",
 LEFT_ALIGNED = ("source", "rejected", "language")
 
 
-def console(stream=None) -> Console:
-    """Return a console as wide as the terminal, or PIPED_WIDTH if the output is piped; stdout by default."""
+def console(stream=None, piped_width: int = PIPED_WIDTH) -> Console:
+    """Return a console as wide as the terminal, or as `piped_width` if the output is piped; stdout by default."""
     stream = stream or sys.stdout
-    width = None if stream.isatty() else PIPED_WIDTH
+    width = None if stream.isatty() else piped_width
     return Console(file=stream, width=width, highlight=False, markup=False, soft_wrap=False)
 
 

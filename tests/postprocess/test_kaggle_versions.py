@@ -97,7 +97,7 @@ def folders(cases, packaged):
 def package(packaged, kind: str, head: str, quantize: str, adapter: str, verdicts: int) -> Path:
     more = {"qlora": True, "adapter": adapter} if adapter == "unmerged" else {}
     names = ("model_a", "model_b", "tie")[:verdicts]
-    run, _ = packaged(kind, head=head, quantize=quantize, verdicts=names, tolerance=0.5, rows=2, **more)
+    run, _ = packaged(kind, head=head, quantize=quantize, verdicts=names, tolerance=0.5, rows=8, **more)
     return run.folder / "package"
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 from kaggle_kernels.runtime.models.model import load_model
-from kaggle_kernels.runtime.models.scoring import head_outputs
+from kaggle_kernels.runtime.models.scoring import read_head
 from kaggle_kernels.runtime.package import read_tokenizer
 from postprocess.agreement.conditions import HOLDS, REFUSED
 from postprocess.agreement.model_scores import score_column
@@ -69,7 +69,7 @@ def train(model, run: Run, tokenizer) -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(STEPS):
         batch = torch.randint(len(sequences), (BATCH_ROWS,), generator=generator)
-        logits_bv = head_outputs(model, run.contract, [sequences[row] for row in batch], "cpu")
+        logits_bv = read_head(model, run.contract, [sequences[row] for row in batch], "cpu")
         loss = torch.nn.functional.cross_entropy(logits_bv, winners_r[batch])
         optimizer.zero_grad()
         loss.backward()
