@@ -14,11 +14,12 @@ import click
 from postprocess.pipeline import MOST_REPEATS, Options, package_mean, package_recipe
 from postprocess.run_folder import ADAPTER
 from preprocess.core.errors import UserError, exits_with_2
+from recipes.pairwise.config.recipe_files import find_recipe
 from recipes.pairwise.config.schema import read_recipe
 
 
 @click.command(help=__doc__)
-@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("recipe")
 @click.option(
     "--keep-merged",
     is_flag=True,
@@ -42,52 +43,72 @@ from recipes.pairwise.config.schema import read_recipe
 )
 @exits_with_2
 def main(
-    recipe: Path, keep_merged: bool, repeat: int, adapters: tuple[str, ...], rank: int | None
+    recipe: str, keep_merged: bool, repeat: int, adapters: tuple[str, ...], rank: int | None
 ) -> None:
     """Package one run, or the mean of several."""
-    logging.disable(
-        logging.WARNING
-    )  # libraries tell of GPUs and kernels that are absent; what matters to the user is raised
-    options = Options(keep_merged, repeat)
+    # Libraries warn of GPUs and kernels that are absent; what matters to the user is raised.
+    logging.disable(logging.WARNING)
     if rank and not adapters:
         raise UserError(
             "--rank is for the mean of several runs; name them: --adapter outputs/R/fold-0 --adapter outputs/R/fold-1"
         )
-    if adapters and not read_recipe(recipe).pairwise.train:
+    checked_recipe = read_recipe(find_recipe(recipe))
+    if adapters and not checked_recipe.pairwise.train:
         raise UserError(
             f"{recipe}: train: false, so that there are no adapters; leave out --adapter"
         )
+
+    options = Options(keep_merged, repeat)
     if adapters:
-        package_mean(read_recipe(recipe), members_of(adapters), rank, options)
+        package_mean(checked_recipe, share_out(adapters), rank, options)
     else:
-        package_recipe(read_recipe(recipe), options)
+        package_recipe(checked_recipe, options)
 
 
-def members_of(adapters: Sequence[str]) -> dict[Path, float]:
-    """The shares of the runs named as FOLDER or FOLDER=WEIGHT; they sum to 1."""
+def share_out(adapters: Sequence[str]) -> dict[Path, float]:
+    """Compute the share of each run in the mean; the shares sum to 1.
+
+    Args:
+        adapters: What the user has written: FOLDER, or FOLDER=WEIGHT.
+
+    Raises:
+        UserError: A folder is no LoRA run or named twice, or a weight is not above 0.
+    """
     weights: dict[Path, float] = {}
     for text in adapters:
-        folder, _, weight = (
-            text.rpartition("=") if "=" in text and not Path(text).exists() else (text, "", "1")
-        )
-        try:
-            weights[Path(folder)] = float(weight)
-        except ValueError:
-            raise UserError(
-                f"--adapter {text}: {weight!r} is no weight; write FOLDER or FOLDER=WEIGHT"
-            ) from None
-        if not 0 < weights[Path(folder)] < math.inf:
-            raise UserError(f"--adapter {text}: expected a weight above 0")
-        if not (Path(folder) / ADAPTER[0]).is_file():
-            found = f"no {ADAPTER[0]} there" if Path(folder).is_dir() else "no such folder"
-            raise UserError(f"--adapter {text}: {found}; it takes the folder of a trained LoRA run")
-    if len({folder.resolve() for folder in weights}) < len(adapters):
-        raise UserError("--adapter: a folder is named twice; give it a weight instead")
-    if not math.isfinite(sum(weights.values())):
+        folder, weight = parse_adapter(text)
+        if folder.resolve() in {other.resolve() for other in weights}:
+            raise UserError("--adapter: a folder is named twice; give it a weight instead")
+        weights[folder] = weight
+
+    total = sum(weights.values())
+    if not math.isfinite(total):
         raise UserError(
             "--adapter: the weights are too large; only what one is beside the other counts"
         )
-    return {folder: weight / sum(weights.values()) for folder, weight in weights.items()}
+    return {folder: weight / total for folder, weight in weights.items()}
+
+
+def parse_adapter(text: str) -> tuple[Path, float]:
+    """Parse FOLDER or FOLDER=WEIGHT; a UserError where it is not a trained run with a weight above 0."""
+    # A folder's name may hold an equals sign.
+    folder, weight = text, "1"
+    if "=" in text and not Path(text).exists():
+        folder, _, weight = text.rpartition("=")
+    try:
+        number = float(weight)
+    except ValueError:
+        raise UserError(
+            f"--adapter {text}: {weight!r} is no weight; write FOLDER or FOLDER=WEIGHT"
+        ) from None
+    if not 0 < number < math.inf:
+        raise UserError(f"--adapter {text}: expected a weight above 0")
+
+    path = Path(folder)
+    if not (path / ADAPTER[0]).is_file():
+        reason = f"no {ADAPTER[0]} there" if path.is_dir() else "no such folder"
+        raise UserError(f"--adapter {text}: {reason}; it takes the folder of a trained LoRA run")
+    return path, number
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from kaggle_kernels.runtime.models.model import CLASSES
-from postprocess.__main__ import main, members_of
+from postprocess.__main__ import main, share_out
 from postprocess.weights.average_lora import Member, write_adapter
 from preprocess.core.errors import UserError
 from tests.postprocess import runs
@@ -234,11 +234,11 @@ def test_adapters_that_make_no_sense_are_one_line(arguments, message, tmp_path):
     one.mkdir()
     (one / "adapter_model.safetensors").touch()
     with pytest.raises(UserError, match=re.escape(message.format(one=one))):
-        members_of([text.format(one=one) for text in arguments])
+        share_out([text.format(one=one) for text in arguments])
 
 
 def test_shares_sum_to_one(tmp_path):
     for name in ("a", "b=2"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "adapter_model.safetensors").touch()
-    assert members_of([f"{tmp_path}/a=3", f"{tmp_path}/b=2"]) == {tmp_path / "a": 0.75, tmp_path / "b=2": 0.25}
+    assert share_out([f"{tmp_path}/a=3", f"{tmp_path}/b=2"]) == {tmp_path / "a": 0.75, tmp_path / "b=2": 0.25}
