@@ -72,7 +72,7 @@ ladder: .venv/installed  ## what teachers, a pool and extra rows add, measured o
 # Each is current while its marker is newer than what it was installed from.
 .venv/installed: requirements.lock requirements.txt pyproject.toml
 	@$(call create,.venv,requirements,5 minutes and 5 GB)
-	@.venv/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
 .venv-kaggle/installed: kaggle_kernels/requirements.lock kaggle_kernels/requirements.txt
@@ -116,6 +116,6 @@ LOCK := --universal --python-version 3.11 --generate-hashes --no-annotate --no-e
   --custom-compile-command "make lock"
 
 lock: .venv/installed  ## pin every distribution again, with hashes, from the six requirements files
-	@.venv/bin/python -m pip install --quiet $(UV)
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check $(UV)
 	@for file in requirements kaggle_kernels/requirements recipes/siamese.requirements recipes/graph.requirements postprocess/gptq/requirements tests/fake_gpu/requirements; do \
 	  .venv/bin/uv pip compile --quiet $(LOCK) $$file.txt --output-file $$file.lock || exit 2; done

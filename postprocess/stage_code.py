@@ -106,13 +106,7 @@ PACKAGE = (
     "postprocess/temperature.py",
 )
 
-AVERAGE = (
-    *MERGE,
-    *PAIRS,
-    *SCORING,
-    *REFERENCE,
-    "postprocess/weights/average_lora.py",
-)
+AVERAGE = (*SCORES, "postprocess/weights/average_lora.py")
 
 ZERO_SHOT = (
     *MERGE,

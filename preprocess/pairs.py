@@ -107,36 +107,47 @@ def make_pairs(
         fold_before = group_number(prompts[given_up]) % folds
         joined.append(Joined(table["id"][given_up], fold_before, fold[given_up]))
 
-    table = table.with_columns(
-        id=pl.Series(ids, dtype=pl.String),
-        role=pl.when((pl.col("role") == "train") & _is_drawn(group, folds, test_share))
-        .then(pl.lit("test"))
-        .otherwise("role"),
-        group=group,
-    )
-    table = table.with_columns(fold=pl.when(pl.col("role") != "test").then(fold))
-
-    # Whatever a student or its teacher trains on must not know the lockbox's prompts.
-    lockbox_groups = table.filter(role="test")["group"].unique()
-    is_like_lockbox = pl.col("role").is_in(["extra", "pool"]) & pl.col("group").is_in(
-        lockbox_groups
-    )
-    dropped = table.filter(is_like_lockbox).with_columns(reason=pl.lit(LIKE_LOCKBOX))
-    is_kept = table.select(~is_like_lockbox).to_series()
-    kept_prompts = [prompt for prompt, is_one in zip(prompts, is_kept, strict=True) if is_one]
+    unique_ids = pl.Series(ids, dtype=pl.String)
+    table = table.with_columns(id=unique_ids, group=group, fold=fold)
+    table = draw_lockbox(table, folds, test_share)
+    is_dropped = find_like_lockbox(table)
+    dropped = table.filter(is_dropped).with_columns(reason=pl.lit(LIKE_LOCKBOX))
+    kept_prompts = pl.Series(prompts, dtype=pl.String).filter(~is_dropped)
 
     return Pairs(
-        table=table.filter(is_kept).select(PAIRS.names()).cast(dict(PAIRS)),
-        prompts=kept_prompts,
+        table=table.filter(~is_dropped).select(PAIRS.names()).cast(dict(PAIRS)),
+        prompts=kept_prompts.to_list(),
         joined=tuple(joined),
         united=united,
         dropped=dropped.select(REJECTED),
     )
 
 
-def _is_drawn(group: pl.Series, folds: int, share: float) -> pl.Series:
-    """Return whether each group is in a share of all, drawn by its number independently of its fold."""
-    return (group // folds) % DRAW_STEPS < round(share * DRAW_STEPS)
+def draw_lockbox(table: pl.DataFrame, folds: int, share: float) -> pl.DataFrame:
+    """Move a share of the groups of training rows into the lockbox, and take lockbox rows out of the folds.
+
+    Args:
+        table: Pairs with role, group and fold.
+        folds: The number of folds.
+        share: The share of the groups, 0 for none.
+    """
+    # A group is drawn by its number, so that rows added later draw no other ones. Its fold is the
+    # remainder of that number: the rest of it is independent of the fold.
+    draw = (pl.col("group") // folds) % DRAW_STEPS
+    is_drawn = draw < round(share * DRAW_STEPS)
+    is_training = pl.col("role") == "train"
+    role = pl.when(is_training & is_drawn).then(pl.lit("test")).otherwise("role")
+    table = table.with_columns(role=role)
+
+    is_in_fold = pl.col("role") != "test"
+    return table.with_columns(fold=pl.when(is_in_fold).then("fold"))
+
+
+def find_like_lockbox(table: pl.DataFrame) -> pl.Series:
+    """Find the extra and pool rows whose group has a lockbox row: nobody may train on its prompt."""
+    lockbox_groups = table.filter(role="test")["group"].unique()
+    is_extra_or_pool = table["role"].is_in(["extra", "pool"])
+    return is_extra_or_pool & table["group"].is_in(lockbox_groups.implode())
 
 
 def group_number(prompt: str) -> int:

@@ -18,7 +18,7 @@ from preprocess.core.errors import UserError, exits_with_2
 from recipes.pairwise.config.recipe_files import find_recipe
 from recipes.pairwise.config.schema import Recipe, read_recipe
 from recipes.pairwise.data.datasets import list_folds, read_pairs
-from recipes.pairwise.train import count_devices
+from recipes.pairwise.graph.step import visible_gpus
 
 
 @click.command(help=__doc__)
@@ -34,9 +34,9 @@ def main(teacher: str, only_run: str | None) -> None:
     if "PAIRWISE_FOLD" in os.environ:
         raise UserError("PAIRWISE_FOLD is set; unset it, labels are of all folds")
     recipe = read_recipe(find_recipe(teacher))
-    devices = count_devices()
-    if devices > 1 and only_run is None:
-        score_on_devices(recipe, devices)
+    gpus = visible_gpus()
+    if len(gpus) > 1 and only_run is None:
+        score_on_gpus(recipe, gpus)
 
     # What other processes have scored is not scored again.
     from postprocess.labels.labels import make_labels  # noqa: PLC0415  needs torch
@@ -44,22 +44,22 @@ def main(teacher: str, only_run: str | None) -> None:
     make_labels(recipe, only_run)
 
 
-def score_on_devices(recipe: Recipe, devices: int) -> None:
+def score_on_gpus(recipe: Recipe, gpus: list[str]) -> None:
     """Score with each fold's run in a process of its own, one on each GPU at a time.
+
+    Args:
+        recipe: The teacher's recipe.
+        gpus: The numbers of the GPUs.
 
     Raises:
         UserError: A process failed; it has printed why.
     """
-    # The user may have chosen some of the machine's GPUs.
-    device_names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    if len(device_names) != devices:
-        device_names = [str(device) for device in range(devices)]
-    free_devices: queue.Queue[str] = queue.Queue()
-    for name in device_names:
-        free_devices.put(name)
+    free_gpus: queue.Queue[str] = queue.Queue()
+    for gpu in gpus:
+        free_gpus.put(gpu)
 
     def score_fold(fold: int) -> int:
-        device = free_devices.get()
+        gpu = free_gpus.get()
         command = [
             sys.executable,
             "-m",
@@ -68,16 +68,16 @@ def score_on_devices(recipe: Recipe, devices: int) -> None:
             "--run",
             f"fold-{fold}",
         ]
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": device}
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
         exit_code = subprocess.run(command, env=environment, check=False).returncode
-        free_devices.put(device)
+        free_gpus.put(gpu)
         return exit_code
 
     folds = []
     for fold in list_folds(read_pairs(Path(recipe.pairwise.pairs))):
         if (recipe.run_folder / f"fold-{fold}").is_dir():
             folds.append(fold)
-    with ThreadPoolExecutor(max_workers=devices) as threads:
+    with ThreadPoolExecutor(max_workers=len(gpus)) as threads:
         exit_codes = list(threads.map(score_fold, folds))
     if any(exit_codes):
         raise UserError(f"{recipe.run_folder}: a fold could not be scored; see above")

@@ -16,13 +16,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 
-from kaggle_kernels.runtime.models.scoring import ORDERS, score
 from kaggle_kernels.runtime.package import read_tokenizer
+from postprocess.agreement.model_scores import score_column
 from postprocess.agreement.reference_model import load_trained
 from postprocess.run_folder import (
     ADAPTER,
@@ -495,11 +494,7 @@ def write_results(run: Run, facts: Mapping[str, object]) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_trained(run, device)
     tokenizer = read_tokenizer(run.folder)
-    scores = score(model, run.model_input, tokenizer, run.contract, pairs, device=device)
-    probabilities_rov = np.empty((len(pairs), len(ORDERS), len(verdicts)))
-    for row, pair in enumerate(pairs):
-        for order_number, order in enumerate(ORDERS):
-            probabilities_rov[row, order_number] = scores[pair.id][order]
+    probabilities_rov = score_column("mean", model, run, tokenizer, pairs).probabilities_rov
 
     # The same figures that training writes of its validation rows.
     values = metrics.scores(probabilities_rov, targets(sample, verdicts), winners(sample, verdicts))

@@ -256,15 +256,31 @@ def _explain(problem: dict) -> str:
 
 
 def apply_environment(block: PairwiseBlock) -> PairwiseBlock:
-    """The block with PAIRWISE_FOLD (a number or all) and PAIRWISE_PAIRS (a file) in place of its own."""
-    changes: dict = {}
-    if fold := os.environ.get("PAIRWISE_FOLD"):
-        if fold != "all" and not (fold.isascii() and fold.isdecimal()):
+    """Return the block with what the environment changes in it."""
+    return block.model_copy(update=read_environment())
+
+
+def read_environment() -> dict[str, object]:
+    """Read which keys of the `pairwise` block the environment changes.
+
+    PAIRWISE_FOLD is a fold's number or all, PAIRWISE_PAIRS a file.
+
+    Raises:
+        UserError: PAIRWISE_FOLD is neither.
+    """
+    changes: dict[str, object] = {}
+    fold = os.environ.get("PAIRWISE_FOLD")
+    if fold == "all":
+        changes["fold"] = fold
+    elif fold:
+        if not (fold.isascii() and fold.isdecimal()):
             raise UserError(f"PAIRWISE_FOLD={fold}: expected a fold's number or all")
-        changes["fold"] = fold if fold == "all" else int(fold)
-    if pairs := os.environ.get("PAIRWISE_PAIRS"):
+        changes["fold"] = int(fold)
+
+    pairs = os.environ.get("PAIRWISE_PAIRS")
+    if pairs:
         changes["pairs"] = pairs
-    return block.model_copy(update=changes)
+    return changes
 
 
 def run_folder(output_dir: str | None, recipe: Path) -> Path:

@@ -5,7 +5,6 @@ parameters `sweep0003` had. The copy is a recipe itself, which can be packaged:
 `python -m postprocess outputs/R/sweep0003/recipe.yml`. The plugin calls this.
 """
 
-import os
 import re
 import tempfile
 from pathlib import Path
@@ -15,7 +14,7 @@ import yaml
 from preprocess.core.errors import UserError
 from preprocess.core.files import atomic_file, read_yaml
 from recipes.pairwise.config.axolotl_keys import schema
-from recipes.pairwise.config.schema import run_folder
+from recipes.pairwise.config.schema import read_environment, run_folder
 from recipes.pairwise.processes import is_first_on_machine
 from recipes.pairwise.tracking.results import FILES
 
@@ -39,7 +38,7 @@ def resolve_recipe(cfg: dict, recipe: Path) -> dict:
         The keys, with what PAIRWISE_FOLD and PAIRWISE_PAIRS change, and the run folder as output_dir.
 
     Raises:
-        UserError: All trials of a sweep would write to one folder.
+        UserError: All trials of a sweep would write to one folder, or PAIRWISE_FOLD is no fold.
     """
     keys_of_file = {}
     if recipe.is_file():
@@ -64,18 +63,6 @@ def resolve_recipe(cfg: dict, recipe: Path) -> dict:
     folder = output_dir if isinstance(output_dir, str) else None
     values["output_dir"] = str(run_folder(folder, recipe))
     return values
-
-
-def read_environment() -> dict:
-    """Read what PAIRWISE_FOLD and PAIRWISE_PAIRS say of the `pairwise` block."""
-    changes = {}
-    fold = os.environ.get("PAIRWISE_FOLD")
-    if fold:
-        changes["fold"] = int(fold) if fold.isdecimal() else fold
-    pairs = os.environ.get("PAIRWISE_PAIRS")
-    if pairs:
-        changes["pairs"] = pairs
-    return changes
 
 
 def write_copy(values: dict) -> None:

@@ -3,7 +3,7 @@
 import subprocess
 from types import SimpleNamespace
 
-from postprocess.labels.__main__ import score_on_devices
+from postprocess.labels.__main__ import score_on_gpus
 from tests import tiny
 
 
@@ -18,8 +18,7 @@ def test_each_fold_gets_one_of_the_chosen_gpus(tmp_path, monkeypatch):
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     recipe = SimpleNamespace(path="R.yml", run_folder=tmp_path, pairwise=SimpleNamespace(pairs=str(pairs)))
-    score_on_devices(recipe, 2)
+    score_on_gpus(recipe, ["4", "6"])
     assert sorted(name for name, _ in calls) == ["fold-0", "fold-1", "fold-2", "fold-3"], "fold 4 has no run"
     assert {device for _, device in calls} == {"4", "6"}

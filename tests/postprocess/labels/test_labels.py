@@ -104,11 +104,11 @@ def test_an_interrupted_call_goes_on_after_the_rows_that_are_scored(teacher, mon
     original = score_rows.score_chunk
     calls = []
 
-    def interrupted(run, model, chunk):
+    def interrupted(run, model, tokenizer, chunk):
         calls.append(len(chunk))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return original(run, model, chunk)
+        return original(run, model, tokenizer, chunk)
 
     monkeypatch.setattr(score_rows, "score_chunk", interrupted)
     assert label(teacher).exit_code != 0
