@@ -297,7 +297,9 @@ def print_summary(new: NewModel) -> None:
     click.echo(f"LoRA:      {layers}")
     click.echo(f"training:  {describe_hardware(new.training)}")
     if new.serving:
-        click.echo(f"serving:   {new.serving.quantize}, placement {new.serving.placement}")
+        click.echo(
+            f"serving:   quantize: {new.serving.quantize}, placement: {new.serving.placement}"
+        )
 
 
 def quote(text: str) -> str:

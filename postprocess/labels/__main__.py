@@ -14,6 +14,7 @@ from pathlib import Path
 
 import click
 
+from postprocess.pipeline import import_torch
 from preprocess.core.errors import UserError, exits_with_2
 from recipes.pairwise.config.recipe_files import find_recipe
 from recipes.pairwise.config.schema import Recipe, read_recipe
@@ -34,11 +35,12 @@ def main(teacher: str, only_run: str | None) -> None:
     if "PAIRWISE_FOLD" in os.environ:
         raise UserError("PAIRWISE_FOLD is set; unset it, labels are of all folds")
     recipe = read_recipe(find_recipe(teacher))
+    # With several GPUs, a process for each fold scores first. Here its scores are then read and joined.
     gpus = visible_gpus()
     if len(gpus) > 1 and only_run is None:
         score_on_gpus(recipe, gpus)
 
-    # What other processes have scored is not scored again.
+    import_torch()
     from postprocess.labels.labels import make_labels  # noqa: PLC0415  needs torch
 
     make_labels(recipe, only_run)

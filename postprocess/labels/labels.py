@@ -55,35 +55,58 @@ def make_labels(recipe: Recipe, only_run: str | None = None) -> None:
     pairs = read_pairs(pairs_file)
     pairs_sha256 = sha256(pairs_file)
     folder = recipe.run_folder
+    teacher_runs = find_runs(recipe, pairs, pairs_sha256)
+
+    if only_run is not None:
+        names = [teacher_run.name for teacher_run in teacher_runs]
+        if only_run not in names:
+            raise UserError(f"--run {only_run}: {folder} has the runs {', '.join(names)}")
+        score_with_run(teacher_runs[names.index(only_run)], pairs, pairs_sha256)
+        return
 
     tables = {}
     records = {}
-    for teacher_run in find_runs(recipe, pairs, pairs_sha256):
-        if only_run not in (None, teacher_run.name):
-            continue
-        contract_sha256 = sha256(teacher_run.run.folder / "contract.json")
-        records[teacher_run.name] = {"fold": teacher_run.fold, "contract_sha256": contract_sha256}
-        rows = choose_rows(pairs, teacher_run.fold)
-        if rows.is_empty():
-            continue
-        key = {"pairs_sha256": pairs_sha256, **records[teacher_run.name]}
-        chunks = teacher_run.run.folder / CHUNKS
-        tables[teacher_run.name] = score_rows(teacher_run.run, rows, key, chunks)
-        verdicts = teacher_run.run.contract.verdicts
-    if only_run is not None:
-        return
-    if not tables:
-        raise UserError(
-            f"{pairs_file}: no row that {folder} was not trained on; hold out a fold, or add a pool"
-        )
-
+    for teacher_run in teacher_runs:
+        tables[teacher_run.name] = score_with_run(teacher_run, pairs, pairs_sha256)
+        records[teacher_run.name] = describe_run(teacher_run)
     labels = average_runs(tables)
     with atomic_file(folder / LABELS) as temporary:
         labels.write_parquet(temporary)
+    # The runs of one recipe have the same verdicts.
+    verdicts = teacher_runs[0].run.contract.verdicts
     record = {"pairs_sha256": pairs_sha256, "verdicts": list(verdicts), "runs": records}
     write_json(folder / LABELS_RECORD, record)
     print(f"{folder / LABELS}: {len(labels):,} of {len(pairs):,} rows, by {len(records)} run(s)")
     measure_lockbox(folder, labels, pairs, verdicts)
+
+
+def score_with_run(teacher_run: TeacherRun, pairs: pl.DataFrame, pairs_sha256: str) -> pl.DataFrame:
+    """Score the rows that a run was not trained on.
+
+    Args:
+        teacher_run: The run.
+        pairs: The rows of the pairs file.
+        pairs_sha256: The file's hash. Scores of another file, or of another training, are made again.
+
+    Returns:
+        The table of metrics.predictions.
+
+    Raises:
+        UserError: There is no such row.
+    """
+    rows = choose_rows(pairs, teacher_run.fold)
+    if rows.is_empty():
+        raise UserError(
+            f"{teacher_run.run.folder}: was trained on every row of its pairs file; hold out a fold, or add a pool"
+        )
+    key = {"pairs_sha256": pairs_sha256, **describe_run(teacher_run)}
+    return score_rows(teacher_run.run, rows, key, teacher_run.run.folder / CHUNKS)
+
+
+def describe_run(teacher_run: TeacherRun) -> dict[str, object]:
+    """Describe a run as labels.json does: the fold that it held out, and which training it is of."""
+    contract_sha256 = sha256(teacher_run.run.folder / "contract.json")
+    return {"fold": teacher_run.fold, "contract_sha256": contract_sha256}
 
 
 def find_runs(recipe: Recipe, pairs: pl.DataFrame, pairs_sha256: str) -> list[TeacherRun]:

@@ -192,7 +192,7 @@ SETTINGS = Settings(
     min_scored=0.98,
     visible_rows=512,
     wheels="pairwise-wheels",
-    build="3acc85d5bbc54e8f",
+    build="e571efb7773d1f1c",
 )
 
 
@@ -3098,16 +3098,24 @@ class GptqLinear(torch.nn.Module):
         self.register_buffer("g_idx", torch.zeros(inputs, dtype=torch.int32))
 
     def prepare(self) -> None:
-        """Bring the loaded tensors into the order in which they are used; what they came in is freed."""
+        """Turn the loaded tensors, once, into the layout that each matrix product needs.
+
+        The file has inputs along the rows, a weight has outputs there. So all three are transposed:
+        words (outputs, inputs / codes in a word), zeros and scales (outputs, groups, 1).
+        """
         words_ui = self.qweight.T.clone(memory_format=torch.contiguous_format)
 
-        # The format stores each zero less one.
-        zeros_uq = unpack(self.qzeros, self.bits).T + 1
+        # The format stores the number that stands for a weight of 0, minus one.
+        stored_zeros_qu = unpack(self.qzeros, self.bits)
+        zeros_uq = stored_zeros_qu.T + 1
         scales_uq = self.scales.T.contiguous()
 
+        # With a last axis of one, a zero and a scale count for all inputs of their group.
         self.register_buffer("words_ui", words_ui)
         self.register_buffer("zeros_uq1", zeros_uq.unsqueeze(-1))
         self.register_buffer("scales_uq1", scales_uq.unsqueeze(-1))
+
+        # Both layouts at once would take twice the memory.
         del self.qweight, self.qzeros, self.scales, self.g_idx
 
     def weight_ui(self, dtype: torch.dtype) -> torch.Tensor:

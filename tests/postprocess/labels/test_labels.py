@@ -131,6 +131,25 @@ def test_an_interrupted_call_goes_on_after_the_rows_that_are_scored(teacher, mon
     assert np.allclose(again["p_model_a"], in_pieces["p_model_a"], atol=1e-6)
 
 
+def test_scoring_with_one_run_leaves_the_files_to_another_call(teacher):
+    assert label(teacher, "--run", "fold-1").exit_code == 0
+    assert (teacher.folder / "fold-1" / "labels").is_dir()
+    assert not (teacher.folder / "fold-0" / "labels").exists()
+    assert not (teacher.folder / "labels.parquet").exists()
+    result = label(teacher, "--run", "fold-7")
+    assert (result.exit_code, result.output.count("\n")) == (2, 1)
+    assert "--run fold-7: " in result.output
+    assert "has the runs fold-0, fold-1" in result.output
+
+
+def test_a_run_that_was_trained_on_every_row_labels_nothing(tmp_path, tiny_models):
+    made = runs.make(tmp_path, tiny_models("gemma2"), "gemma2", rows=8)
+    write_json(made.folder / "metrics.json", {"fold": "all", "pairs_sha256": sha256(tmp_path / "pairs.parquet")})
+    result = label(made)
+    assert (result.exit_code, result.output.count("\n")) == (2, 1)
+    assert "was trained on every row of its pairs file; hold out a fold, or add a pool" in result.output
+
+
 def test_a_run_of_another_fold_or_file_is_no_teacher(teacher):
     metrics = teacher.folder / "fold-1" / "metrics.json"
     values = json.loads(metrics.read_text())
