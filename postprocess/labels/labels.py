@@ -59,6 +59,8 @@ def make_labels(recipe: Recipe, only_run: str | None = None) -> None:
 
     if only_run is not None:
         names = [teacher_run.name for teacher_run in teacher_runs]
+        if names == [OWN_RUN]:
+            raise UserError(f"--run {only_run}: {folder} has no runs of its folds; leave --run out")
         if only_run not in names:
             raise UserError(f"--run {only_run}: {folder} has the runs {', '.join(names)}")
         score_with_run(teacher_runs[names.index(only_run)], pairs, pairs_sha256)

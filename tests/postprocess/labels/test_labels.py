@@ -145,6 +145,7 @@ def test_scoring_with_one_run_leaves_the_files_to_another_call(teacher):
 def test_a_run_that_was_trained_on_every_row_labels_nothing(tmp_path, tiny_models):
     made = runs.make(tmp_path, tiny_models("gemma2"), "gemma2", rows=8)
     write_json(made.folder / "metrics.json", {"fold": "all", "pairs_sha256": sha256(tmp_path / "pairs.parquet")})
+    assert "has no runs of its folds; leave --run out" in label(made, "--run", "fold-0").output
     result = label(made)
     assert (result.exit_code, result.output.count("\n")) == (2, 1)
     assert "was trained on every row of its pairs file; hold out a fold, or add a pool" in result.output
