@@ -29,21 +29,29 @@ from recipes.pairwise.graph.step import visible_gpus
     "only_run",
     help="Score with this run alone, e.g. fold-0; labels.parquet is not written.",
 )
+@click.option(
+    "--ray",
+    "ray_workers",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="WORKERS",
+    help="Score with this many workers of a Ray cluster, e.g. on several machines; 0: without Ray.",
+)
 @exits_with_2
-def main(teacher: str, only_run: str | None) -> None:
+def main(teacher: str, only_run: str | None, ray_workers: int) -> None:
     """Label the rows of a teacher's pairs file."""
     if "PAIRWISE_FOLD" in os.environ:
         raise UserError("PAIRWISE_FOLD is set; unset it, labels are of all folds")
     recipe = read_recipe(find_recipe(teacher))
     # With several GPUs, a process for each fold scores first. Here its scores are then read and joined.
     gpus = visible_gpus()
-    if len(gpus) > 1 and only_run is None:
+    if len(gpus) > 1 and only_run is None and not ray_workers:
         score_on_gpus(recipe, gpus)
 
     import_torch()
     from postprocess.labels.labels import make_labels  # noqa: PLC0415  needs torch
 
-    make_labels(recipe, only_run)
+    make_labels(recipe, only_run, ray_workers)
 
 
 def score_on_gpus(recipe: Recipe, gpus: list[str]) -> None:

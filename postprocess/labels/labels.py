@@ -41,12 +41,13 @@ class TeacherRun:
     run: Run
 
 
-def make_labels(recipe: Recipe, only_run: str | None = None) -> None:
+def make_labels(recipe: Recipe, only_run: str | None = None, ray_workers: int = 0) -> None:
     """Write labels.parquet and labels.json of a teacher, and lockbox.json where there are lockbox rows.
 
     Args:
         recipe: The teacher's recipe.
         only_run: Score with this run alone, and leave the files to another call.
+        ray_workers: How many workers of a Ray cluster score; 0 for this process.
 
     Raises:
         UserError: A run is missing, not complete, or of another pairs file.
@@ -63,13 +64,13 @@ def make_labels(recipe: Recipe, only_run: str | None = None) -> None:
             raise UserError(f"--run {only_run}: {folder} has no runs of its folds; leave --run out")
         if only_run not in names:
             raise UserError(f"--run {only_run}: {folder} has the runs {', '.join(names)}")
-        score_with_run(teacher_runs[names.index(only_run)], pairs, pairs_sha256)
+        score_with_run(teacher_runs[names.index(only_run)], pairs, pairs_sha256, ray_workers)
         return
 
     tables = {}
     records = {}
     for teacher_run in teacher_runs:
-        tables[teacher_run.name] = score_with_run(teacher_run, pairs, pairs_sha256)
+        tables[teacher_run.name] = score_with_run(teacher_run, pairs, pairs_sha256, ray_workers)
         records[teacher_run.name] = describe_run(teacher_run)
     labels = average_runs(tables)
     with atomic_file(folder / LABELS) as temporary:
@@ -82,13 +83,16 @@ def make_labels(recipe: Recipe, only_run: str | None = None) -> None:
     measure_lockbox(folder, labels, pairs, verdicts)
 
 
-def score_with_run(teacher_run: TeacherRun, pairs: pl.DataFrame, pairs_sha256: str) -> pl.DataFrame:
+def score_with_run(
+    teacher_run: TeacherRun, pairs: pl.DataFrame, pairs_sha256: str, ray_workers: int
+) -> pl.DataFrame:
     """Score the rows that a run was not trained on.
 
     Args:
         teacher_run: The run.
         pairs: The rows of the pairs file.
         pairs_sha256: The file's hash. Scores of another file, or of another training, are made again.
+        ray_workers: How many workers of a Ray cluster score; 0 for this process.
 
     Returns:
         The table of metrics.predictions.
@@ -102,7 +106,8 @@ def score_with_run(teacher_run: TeacherRun, pairs: pl.DataFrame, pairs_sha256: s
             f"{teacher_run.run.folder}: was trained on every row of its pairs file; hold out a fold, or add a pool"
         )
     key = {"pairs_sha256": pairs_sha256, **describe_run(teacher_run)}
-    return score_rows(teacher_run.run, rows, key, teacher_run.run.folder / CHUNKS)
+    chunks_folder = teacher_run.run.folder / CHUNKS
+    return score_rows(teacher_run.run, rows, key, chunks_folder, ray_workers)
 
 
 def describe_run(teacher_run: TeacherRun) -> dict[str, object]:

@@ -5,6 +5,8 @@ base, quantised if it was trained so. Nothing needs to be merged or packaged fir
 """
 
 import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
@@ -23,7 +25,48 @@ CHUNK_ROWS = 1000  # what an interrupted call loses at most
 KEY = "key.json"
 
 
-def score_rows(run: Run, rows: pl.DataFrame, key: dict, folder: Path) -> pl.DataFrame:
+@dataclass(frozen=True)
+class Chunk:
+    """Rows that are scored together, and the file that will hold their scores."""
+
+    file: Path
+    rows: pl.DataFrame
+
+
+class ChunkScorer:
+    """A trained run with its model in memory, which scores one chunk after the other."""
+
+    def __init__(self, run: Run):
+        """Load the run's model onto the GPU, or onto the CPU where there is none."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.run = run
+        self.model = load_trained(run, device)
+        self.tokenizer = checked_tokenizer(run)
+
+    def write_scores(self, chunk: Chunk) -> None:
+        """Score a chunk in both orders, and write its file: the table of metrics.predictions.
+
+        Raises:
+            UserError: A probability is not finite.
+        """
+        run = self.run
+        pairs = [run.model_input.pair_from_row(row) for row in chunk.rows.iter_rows(named=True)]
+        try:
+            column = score_column(run.folder.name, self.model, run, self.tokenizer, pairs)
+        except FloatingPointError as error:
+            raise UserError(f"{run.folder}: {error}; train the teacher again, in bf16") from None
+
+        ids = chunk.rows["id"].to_list()
+        table = metrics.predictions(
+            ids, column.probabilities_rov, run.contract.verdicts, chunk.rows
+        )
+        with atomic_file(chunk.file) as temporary:
+            table.write_parquet(temporary)
+
+
+def score_rows(
+    run: Run, rows: pl.DataFrame, key: dict, folder: Path, ray_workers: int = 0
+) -> pl.DataFrame:
     """Score rows in both orders.
 
     Args:
@@ -31,6 +74,7 @@ def score_rows(run: Run, rows: pl.DataFrame, key: dict, folder: Path) -> pl.Data
         rows: Rows of a pairs file.
         key: What the scores depend on. Chunks that were made with another key are made again.
         folder: Where the chunks are kept.
+        ray_workers: How many workers of a Ray cluster score the chunks; 0 for this process.
 
     Returns:
         The table of metrics.predictions.
@@ -38,6 +82,23 @@ def score_rows(run: Run, rows: pl.DataFrame, key: dict, folder: Path) -> pl.Data
     Raises:
         UserError: A probability is not finite.
     """
+    prepare_folder(folder, key)
+    chunks = list_chunks(rows, folder)
+    missing_chunks = [chunk for chunk in chunks if not chunk.file.is_file()]
+    rows_missing = sum(len(chunk.rows) for chunk in missing_chunks)
+
+    # Nothing is loaded where every chunk is there already.
+    if missing_chunks:
+        with tqdm(total=len(rows), desc=run.folder.name, unit=" pairs", mininterval=5) as progress:
+            progress.update(len(rows) - rows_missing)
+            for rows_scored in score_chunks(run, missing_chunks, ray_workers):
+                progress.update(rows_scored)
+
+    return pl.concat([pl.read_parquet(chunk.file) for chunk in chunks])
+
+
+def prepare_folder(folder: Path, key: dict) -> None:
+    """Make the chunks' folder; chunks of another key are removed."""
     key_file = folder / KEY
     is_of_key = key_file.is_file() and read_object(key_file) == key
     if folder.is_dir() and not is_of_key:
@@ -45,48 +106,30 @@ def score_rows(run: Run, rows: pl.DataFrame, key: dict, folder: Path) -> pl.Data
     folder.mkdir(parents=True, exist_ok=True)
     write_json(key_file, key)
 
-    # Long rows first: rows that do not fit memory show at once, and not after hours.
+
+def list_chunks(rows: pl.DataFrame, folder: Path) -> list[Chunk]:
+    """Cut rows into chunks, long ones first: rows that do not fit memory show at once, and not after hours."""
     characters_by_text = []
     for name in TEXTS:
         characters_by_text.append(pl.col(name).list.join("").str.len_chars())
     characters = pl.sum_horizontal(characters_by_text)
     longest_first = rows.sort(characters, descending=True, maintain_order=True)
 
-    model = None
-    tokenizer = None
-    tables = []
-    with tqdm(total=len(rows), desc=run.folder.name, unit=" pairs", mininterval=5) as progress:
-        for number, chunk in enumerate(longest_first.iter_slices(CHUNK_ROWS)):
-            file = folder / f"rows-{number:05d}.parquet"
-            if not file.is_file():
-                # Nothing is loaded where every chunk is there already.
-                if model is None:
-                    device = "cuda" if torch.cuda.is_available() else "cpu"
-                    model = load_trained(run, device)
-                    tokenizer = checked_tokenizer(run)
-                with atomic_file(file) as temporary:
-                    score_chunk(run, model, tokenizer, chunk).write_parquet(temporary)
-            tables.append(pl.read_parquet(file))
-            progress.update(len(chunk))
-    return pl.concat(tables)
+    chunks = []
+    for number, chunk_rows in enumerate(longest_first.iter_slices(CHUNK_ROWS)):
+        chunks.append(Chunk(folder / f"rows-{number:05d}.parquet", chunk_rows))
+    return chunks
 
 
-def score_chunk(run: Run, model: torch.nn.Module, tokenizer, chunk: pl.DataFrame) -> pl.DataFrame:
-    """Score some rows in both orders.
+def score_chunks(run: Run, chunks: Sequence[Chunk], ray_workers: int) -> Iterator[int]:
+    """Score chunks here or with Ray, and yield the number of rows of each one that is done."""
+    if ray_workers:
+        from postprocess.labels.ray_scoring import score_with_ray  # noqa: PLC0415  slow to import
 
-    Args:
-        run: The trained run.
-        model: Its model.
-        tokenizer: Its tokenizer.
-        chunk: Rows of a pairs file.
+        yield from score_with_ray(run, chunks, ray_workers)
+        return
 
-    Returns:
-        The table of metrics.predictions.
-    """
-    pairs = [run.model_input.pair_from_row(row) for row in chunk.iter_rows(named=True)]
-    try:
-        column = score_column(run.folder.name, model, run, tokenizer, pairs)
-    except FloatingPointError as error:
-        raise UserError(f"{run.folder}: {error}; train the teacher again, in bf16") from None
-    ids = chunk["id"].to_list()
-    return metrics.predictions(ids, column.probabilities_rov, run.contract.verdicts, chunk)
+    scorer = ChunkScorer(run)
+    for chunk in chunks:
+        scorer.write_scores(chunk)
+        yield len(chunk.rows)

@@ -101,16 +101,16 @@ def test_the_lockbox_is_measured_against_its_votes(teacher):
 
 def test_an_interrupted_call_goes_on_after_the_rows_that_are_scored(teacher, monkeypatch):
     monkeypatch.setattr(score_rows, "CHUNK_ROWS", 5)
-    original = score_rows.score_chunk
+    write_scores = score_rows.ChunkScorer.write_scores
     calls = []
 
-    def interrupted(run, model, tokenizer, chunk):
-        calls.append(len(chunk))
+    def interrupted(scorer, chunk):
+        calls.append(len(chunk.rows))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return original(run, model, tokenizer, chunk)
+        write_scores(scorer, chunk)
 
-    monkeypatch.setattr(score_rows, "score_chunk", interrupted)
+    monkeypatch.setattr(score_rows.ChunkScorer, "write_scores", interrupted)
     assert label(teacher).exit_code != 0
     assert not (teacher.folder / "labels.parquet").exists()
     assert label(teacher).exit_code == 0
@@ -164,3 +164,38 @@ def test_a_run_of_another_fold_or_file_is_no_teacher(teacher):
         assert problem in result.output
     metrics.unlink()
     assert "no such file; train the teacher's folds with make cv R=run" in label(teacher).output
+
+
+@pytest.mark.slow
+def test_two_ray_workers_write_the_labels_of_one_process(teacher, monkeypatch):
+    monkeypatch.setattr(score_rows, "CHUNK_ROWS", 5)
+    assert label(teacher).exit_code == 0
+    in_one_process = pl.read_parquet(teacher.folder / "labels.parquet")
+    for fold in ("fold-0", "fold-1"):
+        shutil.rmtree(teacher.folder / fold / "labels")
+
+    result = label(teacher, "--ray", "2")
+    assert result.exit_code == 0, result.output
+    with_ray = pl.read_parquet(teacher.folder / "labels.parquet")
+    assert with_ray["id"].to_list() == in_one_process["id"].to_list()
+    for column in ("p_model_a", "p_model_a_as_given", "p_model_a_swapped"):
+        assert np.allclose(with_ray[column], in_one_process[column], atol=1e-6)
+
+    shutil.rmtree(teacher.folder / "fold-1" / "labels")
+    result = label(teacher, "--ray", "99")
+    assert (result.exit_code, "--ray 99: the cluster has " in result.output) == (2, True), result.output
+
+
+@pytest.mark.slow
+def test_a_ray_worker_s_error_is_one_line(teacher):
+    def spoil_head(tensors):
+        for name, tensor in tensors.items():
+            if "score" in name:
+                tensors[name] = tensor * float("nan")
+
+    runs.change_tensors(teacher.folder / "fold-1" / "adapter_model.safetensors", spoil_head)
+    result = label(teacher, "--ray", "1")
+    assert result.exit_code == 2
+    last_line = result.output.splitlines()[-1]
+    assert last_line.startswith("error: ")
+    assert "probabilities [nan, nan] in torch.float32; train the teacher again, in bf16" in last_line
