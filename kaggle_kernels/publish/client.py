@@ -44,7 +44,7 @@ HOW_TO_LOG_IN = (
 
 
 class Refused(UserError):
-    """Kaggle answered and said no, with an HTTP status: 200 where it put the error into a normal answer."""
+    """Kaggle answered with an error, and its HTTP status: 200 where a normal answer has the error."""
 
     def __init__(self, message: str, status: int):
         super().__init__(message)
@@ -128,17 +128,29 @@ class Kaggle:
     kernels: KernelsApiClient
 
 
+@dataclass(frozen=True)
+class Credentials:
+    """A user name on Kaggle, and what the requests library sends to prove it: its `auth`."""
+
+    user: str
+    auth: object
+
+
 def connect(pace: Pace) -> Kaggle:
-    """Log in with the credentials that the kaggle command would use; UserError where Kaggle takes none."""
+    """Log in with the credentials that the kaggle command would use.
+
+    Raises:
+        UserError: There are none that Kaggle takes.
+    """
     # The kaggle command knows no other environment than these two.
     is_local = os.environ.get("KAGGLE_API_ENVIRONMENT") == "LOCALHOST"
     endpoint = get_endpoint(KaggleEnv.LOCAL if is_local else KaggleEnv.PROD)
     transport = Transport(f"{endpoint}/api" if is_local else endpoint)
 
-    owner, auth = find_credentials(transport, pace)
-    transport.session.auth = auth
+    credentials = find_credentials(transport, pace)
+    transport.session.auth = credentials.auth
     return Kaggle(
-        owner=owner,
+        owner=credentials.user,
         pace=pace,
         session=transport.session,
         blobs=BlobApiClient(transport),
@@ -148,34 +160,45 @@ def connect(pace: Pace) -> Kaggle:
     )
 
 
-def find_credentials(transport: Transport, pace: Pace) -> tuple[str, object]:
-    """Find the user name and an authorisation as requests takes it, in the kaggle command's order."""
-    # A token is ignored where Kaggle does not know it (any more).
+def find_credentials(transport: Transport, pace: Pace) -> Credentials:
+    """Find the user's credentials where the kaggle command looks for them, in the same order.
+
+    Raises:
+        UserError: There are none that Kaggle takes.
+    """
+    # An access token, from KAGGLE_API_TOKEN or a file.
     token, _ = get_access_token_from_env()
     if token:
-        request = IntrospectTokenRequest()
-        request.token = token
-        try:
-            answer = ask(pace, OAuthClient(transport).introspect_token, request)
-        except Refused:
-            answer = None
-        if answer and answer.active and answer.username:
-            return answer.username, KaggleHttpClient.BearerAuth(token)
+        user = find_token_owner(transport, pace, token)
+        if user:
+            return Credentials(user, KaggleHttpClient.BearerAuth(token))
 
-    # A key: variables come before the file, also for one of the two values.
+    # A user name and a key, each from the environment or else from kaggle.json.
     key_file = read_key_file()
     user = os.environ.get("KAGGLE_USERNAME") or key_file.get("username")
     key = os.environ.get("KAGGLE_KEY") or key_file.get("key")
     if user and key:
-        return user, (user, key)
+        return Credentials(user, (user, key))
 
-    # What `kaggle auth login` left; kagglesdk renews it.
+    # What `kaggle auth login` left. kagglesdk renews it by the one client that it is given.
     users = SimpleNamespace(account_client=AccountClient(transport))
-    oauth = KaggleCredentials.load(SimpleNamespace(users=users))
-    if oauth and oauth.get_username():
-        return oauth.get_username(), KaggleHttpClient.BearerAuth(oauth.get_access_token())
+    login = KaggleCredentials.load(SimpleNamespace(users=users))
+    if login and login.get_username():
+        access_token = login.get_access_token()
+        return Credentials(login.get_username(), KaggleHttpClient.BearerAuth(access_token))
 
     raise UserError(f"no credentials that Kaggle takes: {HOW_TO_LOG_IN}")
+
+
+def find_token_owner(transport: Transport, pace: Pace, token: str) -> str | None:
+    """Ask Kaggle whose access token it is; None where Kaggle does not know it, or no longer."""
+    request = IntrospectTokenRequest()
+    request.token = token
+    try:
+        answer = ask(pace, OAuthClient(transport).introspect_token, request)
+    except Refused:
+        return None
+    return answer.username if answer.active else None
 
 
 def read_key_file() -> dict:
@@ -191,10 +214,10 @@ def read_key_file() -> dict:
 
 
 def ask(pace: Pace, method: Callable, request):
-    """Ask Kaggle a question, again for a minute where the connection or Kaggle fails.
+    """Make a call that only reads, and repeat it for a minute where the connection or Kaggle fails.
 
-    Calls that change something do not go through here: repeated, one that took effect would make a second version, run or
-    submission.
+    Calls that change something do not go through here: repeated, one that took effect would make a
+    second version, run or submission.
 
     Raises:
         Refused: Kaggle answered with an error.
@@ -215,18 +238,18 @@ def ask(pace: Pace, method: Callable, request):
 
 
 def list_all(pace: Pace, method: Callable, request, field_name: str) -> list:
-    """Call a method that lists something page by page; the items in `field_name` of all pages."""
+    """Read all pages of a list, as `ask` reads one; an answer has its items in `field_name`."""
     request.page_size = ITEMS_A_PAGE
     items = []
     while True:
         answer = ask(pace, method, request)
         items.extend(getattr(answer, field_name) or [])
 
-        # A token that comes again would list for ever.
-        following = answer.next_page_token
-        if not following or following == request.page_token:
+        # The last page names no next one. A page that names itself would be read for ever.
+        next_page = answer.next_page_token
+        if not next_page or next_page == request.page_token:
             return items
-        request.page_token = following
+        request.page_token = next_page
 
 
 def as_unanswered(name: str, error: requests.RequestException) -> Unanswered:
@@ -243,15 +266,25 @@ def as_unanswered(name: str, error: requests.RequestException) -> Unanswered:
 
 
 def check_status(name: str, response: requests.Response) -> None:
-    """Raise where an answer is an error: Refused, Unanswered, or UserError where the credentials are wrong."""
+    """Raise an error where an HTTP answer is one.
+
+    Args:
+        name: Names the call in the message.
+        response: The answer.
+
+    Raises:
+        UserError: Kaggle does not take the credentials.
+        Unanswered: An error that passes by itself, such as that of an overloaded server.
+        Refused: Any other error.
+    """
     status = response.status_code
     message = response.reason or "no message"
 
     # Kaggle's own errors are JSON, some of them under HTTP 200; those of a gateway are pages.
     if "application/json" in response.headers.get("Content-Type", ""):
-        values = response.json()
-        status = max(status, int(values.get("code") or 0))
-        message = values.get("message") or message
+        answer = response.json()
+        status = max(status, int(answer.get("code") or 0))
+        message = answer.get("message") or message
 
     if status < 400:
         return

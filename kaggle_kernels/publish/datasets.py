@@ -48,21 +48,22 @@ class RemoteDataset:
 
 
 def publish_dataset(kaggle: Kaggle, folder: DatasetFolder) -> dict:
-    """Bring Kaggle's dataset up to the folder: created, given a new version, or left as it is.
+    """Make a folder the current version of its dataset on Kaggle, unless it is that already.
 
     Returns:
-        Its version and the SHA-256 of its manifest.
+        The dataset's `version`, and its `manifest`: the SHA-256 of that file.
 
     Raises:
         UserError: That cannot be done now. The next call goes on from what has arrived.
     """
-    # An earlier push may have made the version that Kaggle is processing.
+    # Kaggle may still be processing a version that an earlier push made.
     remote = read_dataset(kaggle, folder)
     if remote:
         remote = wait_until_settled(kaggle, folder, after_version=0)
         check_private(folder, remote)
 
-    if remote and not find_differences(kaggle, folder, remote):
+    is_unchanged = remote is not None and not find_differences(kaggle, folder, remote)
+    if is_unchanged:
         print(f"{folder.ref}: unchanged, version {remote.version}", flush=True)
     else:
         remote = publish_version(kaggle, folder, remote)
@@ -74,7 +75,7 @@ def publish_dataset(kaggle: Kaggle, folder: DatasetFolder) -> dict:
 def publish_version(
     kaggle: Kaggle, folder: DatasetFolder, remote: RemoteDataset | None
 ) -> RemoteDataset:
-    """Upload the folder and make a version of it.
+    """Upload a folder, and make it the next version of the dataset `remote`, or a new dataset.
 
     Raises:
         UserError: Kaggle refuses it, or then has something else.
@@ -89,10 +90,10 @@ def publish_version(
     differences = find_differences(kaggle, folder, remote)
     if differences:
         forget_uploads(folder, differences)
-        lines = [f"{name} {problem}" for name, problem in sorted(differences.items())]
+        problems = [f"{name} {problem}" for name, problem in sorted(differences.items())]
         raise UserError(
-            f"{folder.ref}: version {remote.version} is not what was sent: {', '.join(lines)}; run "
-            "this again, which sends that anew"
+            f"{folder.ref}: version {remote.version} is not what was sent: {', '.join(problems)}; "
+            "run this again, which sends that anew"
         )
     return remote
 
@@ -121,18 +122,18 @@ def name_dataset(request, folder: DatasetFolder):
 
 
 def wait_until_settled(kaggle: Kaggle, folder: DatasetFolder, after_version: int) -> RemoteDataset:
-    """Wait until a version after `after_version` is ready or has failed.
+    """Wait until Kaggle has processed a version after `after_version`, well or not.
 
     Raises:
-        UserError: The patience is over.
+        UserError: It takes longer than the user wants to wait.
     """
-    # Each status is printed once.
     last_status = None
     for _ in kaggle.pace.looks():
         remote = read_dataset(kaggle, folder)
         if remote and remote.has_settled(after_version):
             return remote
 
+        # Each status is printed once.
         status = remote.status.replace("_", " ") if remote else "not there yet"
         if status != last_status:
             print(f"  {folder.ref}: {status}; waiting for ready", flush=True)
@@ -144,32 +145,44 @@ def wait_until_settled(kaggle: Kaggle, folder: DatasetFolder, after_version: int
 
 
 def create_version(kaggle: Kaggle, folder: DatasetFolder, is_new: bool) -> None:
-    """Send the files, and have Kaggle make a dataset or a version of them.
+    """Send the files, and have Kaggle make a dataset of them, or a version where it is not new.
 
     Raises:
         UserError: It refuses, or does not answer.
     """
-    is_resumed = bool(read_notes(folder))
+    has_earlier_uploads = bool(read_notes(folder))
     tokens = send_files(kaggle, folder)
     try:
-        # Made once and never repeated: whether a call without an answer took effect, the next push sees.
-        if is_new:
-            answer = kaggle.datasets.create_dataset(make_dataset_request(folder, tokens))
-        else:
-            answer = kaggle.datasets.create_dataset_version(make_version_request(folder, tokens))
-        # Kaggle puts some errors into an answer with HTTP 200.
-        if answer.status == "error" or answer.error:
-            raise Refused(answer.error, 200)
+        request_version(kaggle, folder, tokens, is_new)
     except Refused as error:
         remedy = "mend that, then run this again: what went up is not sent twice"
         if error.status == 403:
             remedy = "perhaps another version is still processed: run this again"
 
-        # Kaggle keeps files that no dataset took in for a while only.
-        if is_resumed and error.status in (400, 404):
+        # Kaggle deletes files that no dataset took in for a while: those of an earlier push may be gone.
+        if has_earlier_uploads and error.status in (400, 404):
             forget_all_uploads(folder)
             remedy = "run this again, which sends every file anew"
         raise UserError(f"{folder.ref}: {error}; {remedy}") from None
+
+
+def request_version(kaggle: Kaggle, folder: DatasetFolder, tokens: list[str], is_new: bool) -> None:
+    """Ask Kaggle for a dataset, or a version of one, made of files that it has received.
+
+    The call is never repeated. Where its answer is lost, the next push sees whether it took effect.
+
+    Raises:
+        Refused: Kaggle refuses it.
+        Unanswered: Its answer is lost.
+    """
+    if is_new:
+        answer = kaggle.datasets.create_dataset(make_dataset_request(folder, tokens))
+    else:
+        answer = kaggle.datasets.create_dataset_version(make_version_request(folder, tokens))
+
+    # Kaggle puts some errors into an answer with HTTP 200.
+    if answer.status == "error" or answer.error:
+        raise Refused(answer.error, 200)
 
 
 def make_dataset_request(folder: DatasetFolder, tokens: list[str]) -> ApiCreateDatasetRequest:
@@ -208,7 +221,11 @@ def list_tokens(tokens: list[str]) -> list[ApiDatasetNewFile]:
 def find_differences(
     kaggle: Kaggle, folder: DatasetFolder, remote: RemoteDataset
 ) -> dict[str, str]:
-    """Compare the dataset's current version with the folder: what is wrong with a file, by its name."""
+    """Compare a dataset's current version on Kaggle with the folder here.
+
+    Returns:
+        What is wrong with a file, by its name; empty where all files are the same.
+    """
     sizes_here = folder.sizes()
     if remote.status == "failed":
         return dict.fromkeys(sizes_here, "was not processed")
@@ -223,13 +240,15 @@ def find_differences(
             differences[name] = "is missing"
         elif sizes_there[name] != size:
             differences[name] = f"has {sizes_there[name]} bytes in place of {size}"
+    if differences:
+        return differences
 
-    # The manifest has the hash of every other file.
-    if not differences:
-        manifest_here = (folder.path / folder.manifest).read_bytes()
-        if download_file(kaggle, folder, folder.manifest, remote.version) != manifest_here:
-            return dict.fromkeys(sizes_here, "is another one, says the manifest")
-    return differences
+    # The manifest lists the hash of every other file: where it is the same, they are.
+    manifest_here = (folder.path / folder.manifest).read_bytes()
+    manifest_there = download_file(kaggle, folder, folder.manifest, remote.version)
+    if manifest_there != manifest_here:
+        return dict.fromkeys(sizes_here, "is another one, says the manifest")
+    return {}
 
 
 def list_files(kaggle: Kaggle, folder: DatasetFolder, version: int) -> dict[str, int]:

@@ -49,7 +49,7 @@ class PinsRefused(Refused):
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel as it is meant, or as Kaggle shows it."""
+    """A kernel as it was built, or as Kaggle shows it."""
 
     code: str
     # By the keys of kernel-metadata.json, with the owner and the datasets' versions filled in.
@@ -97,7 +97,7 @@ def read_kernel(folder: Path, owner: str, versions: Mapping[str, int]) -> Kernel
 
 
 def pull_kernel(kaggle: Kaggle, ref: str, version: int | None = None) -> Kernel | None:
-    """Read a kernel as Kaggle has it: a version of it, or the newest; None where there is none."""
+    """Read a kernel (owner/slug) from Kaggle, by default its newest version; None if absent."""
     request = name_version(ApiGetKernelRequest(), ref, version)
     try:
         answer = ask(kaggle.pace, kaggle.kernels.get_kernel, request)
@@ -119,26 +119,24 @@ def name_version(request, ref: str, version: int | None):
 
 
 def find_differences(meant: Kernel, shown: Kernel) -> list[str]:
-    """Compare a kernel with what Kaggle shows of it: a line for each field that differs."""
+    """Compare the kernel that was built with what Kaggle shows of it; a line for each difference."""
     differences = []
     if shown.code.rstrip() != meant.code.rstrip():
         differences.append("the code is another one")
 
-    for key in meant.metadata.keys() & SHOWN_FIELDS.keys():
+    for key in sorted(meant.metadata.keys() & SHOWN_FIELDS.keys()):
         expected = normalise(key, meant.metadata[key])
         actual = normalise(key, shown.metadata.get(key))
         if key == "dataset_sources":
-            expected = without_hidden_versions(expected, actual)
+            expected = drop_hidden_versions(expected, actual)
 
-        # Kaggle may leave out what is false. The machine is that of the last run: none before the first.
-        may_be_absent = not expected or key == "machine_shape"
-        if actual != expected and (actual or not may_be_absent):
+        if actual != expected and not may_be_hidden(key, expected, actual):
             differences.append(f"{key} is {json.dumps(actual)} in place of {json.dumps(expected)}")
-    return sorted(differences)
+    return differences
 
 
 def normalise(key: str, value: object) -> object:
-    """Put a value into the form in which it is compared: lists have no order, and owners no capitals."""
+    """Normalise a value of the metadata: a list's order and an owner's capitals mean nothing."""
     if key.endswith("_sources"):
         return sorted(source.lower() for source in value or [])
     if key == "id":
@@ -146,17 +144,30 @@ def normalise(key: str, value: object) -> object:
     return value
 
 
-def without_hidden_versions(expected: list[str], actual: list[str]) -> list[str]:
-    """Drop the version of each source that Kaggle shows without one."""
-    shown = []
+def drop_hidden_versions(expected: list[str], actual: list[str]) -> list[str]:
+    """Drop the version from those expected sources that Kaggle shows as owner/slug alone."""
+    comparable_sources = []
     for source in expected:
-        bare = "/".join(source.split("/")[:2])
-        shown.append(bare if bare in actual else source)
-    return sorted(shown)
+        owner, slug, *_version = source.split("/")
+        bare_ref = f"{owner}/{slug}"
+        comparable_sources.append(bare_ref if bare_ref in actual else source)
+    return sorted(comparable_sources)
+
+
+def may_be_hidden(key: str, expected: object, actual: object) -> bool:
+    """Tell whether Kaggle just does not show a value of the metadata, which is then no difference."""
+    if actual:
+        return False
+
+    # Kaggle may leave out what is false or empty, and knows no machine before the first run.
+    return not expected or key == "machine_shape"
 
 
 def save_kernel(kaggle: Kaggle, kernel: Kernel) -> int:
-    """Save the kernel on Kaggle, which starts its visible run; the new version. The call is never repeated.
+    """Save a kernel on Kaggle, which starts its visible run. The call is never repeated.
+
+    Returns:
+        The number of the kernel's new version.
 
     Raises:
         PinsRefused: Kaggle leaves datasets out that are named with a version.
@@ -169,13 +180,13 @@ def save_kernel(kaggle: Kaggle, kernel: Kernel) -> int:
     request.new_title = metadata["title"]
     request.text = kernel.code
 
-    # None of these is left to kagglesdk's defaults: that of the internet is yes.
+    # All are set, since kagglesdk would allow the internet by default.
     for key in SETTINGS:
         setattr(request, key, metadata[key])
     for kind in SOURCES:
         setattr(request, f"{kind}_data_sources", metadata[f"{kind}_sources"])
 
-    # kagglesdk takes no None.
+    # These stay unset where there is no value, since kagglesdk takes no None.
     for key in ("machine_shape", "docker_image", "docker_image_pinning_type"):
         if metadata.get(key):
             setattr(request, key, metadata[key])
@@ -186,21 +197,26 @@ def save_kernel(kaggle: Kaggle, kernel: Kernel) -> int:
 
 
 def check_accepted(answer: ApiSaveKernelResponse) -> None:
-    """Raise where Kaggle refused the kernel, or a part of it, under HTTP 200."""
+    """Check that Kaggle took the whole kernel, for it saves and runs one without what it refuses.
+
+    Raises:
+        PinsRefused: It took all but datasets that are named with a version.
+        Refused: It refused anything else.
+    """
     problems = []
     if answer.error:
         problems.append(answer.error)
-    # Kaggle saves a kernel without the sources that it refuses, and runs it.
     for kind in SOURCES:
-        refused = getattr(answer, f"invalid_{kind}_sources")
-        if refused:
-            problems.append(f"{kind} sources {', '.join(refused)}: not accepted")
+        refused_sources = getattr(answer, f"invalid_{kind}_sources")
+        if refused_sources:
+            problems.append(f"{kind} sources {', '.join(refused_sources)}: not accepted")
     if not problems:
         return
 
-    # owner/slug/VERSION was refused and nothing else: a push without versions may do.
-    is_pinned = any(source.count("/") == 2 for source in answer.invalid_dataset_sources or [])
-    if is_pinned and len(problems) == 1:
+    # Where only owner/slug/VERSION was refused, a push that names no versions may do.
+    refused_datasets = answer.invalid_dataset_sources or []
+    has_versions = any(source.count("/") == 2 for source in refused_datasets)
+    if has_versions and len(problems) == 1:
         raise PinsRefused(
             f"{problems[0]}: version {answer.version_number} runs without them, and ends in an "
             "error; run push again, which names datasets without their versions",
@@ -210,16 +226,21 @@ def check_accepted(answer: ApiSaveKernelResponse) -> None:
 
 
 def check_pushed(kaggle: Kaggle, kernel: Kernel) -> Kernel:
-    """Read back what was pushed, as Kaggle shows it.
+    """Read a kernel back after its push, until Kaggle shows it as it was built.
+
+    Returns:
+        The kernel as Kaggle shows it.
 
     Raises:
-        UserError: It is another kernel.
+        UserError: After a few looks Kaggle still shows another kernel, or none.
     """
     problems = ["Kaggle does not show it"]
     for _ in itertools.islice(kaggle.pace.looks(), FEW_LOOKS):
         shown = pull_kernel(kaggle, kernel.ref)
-        if shown:
-            problems = find_differences(kernel, shown)
+        if shown is None:
+            continue
+
+        problems = find_differences(kernel, shown)
         if not problems:
             return shown
 
@@ -236,28 +257,27 @@ def read_status(kaggle: Kaggle, ref: str, version: int) -> RunStatus:
 
 
 def read_log(kaggle: Kaggle, ref: str, version: int) -> list[str]:
-    """Read the lines of a version's log, as far as Kaggle shows it."""
+    """Read the lines of a version's log that Kaggle shows so far, without blank ones."""
     request = name_version(ApiListKernelSessionOutputRequest(), ref, version)
-    log = ask(kaggle.pace, kaggle.kernels.list_kernel_session_output, request).log
+    answer = ask(kaggle.pace, kaggle.kernels.list_kernel_session_output, request)
+    log = answer.log or ""
 
-    # A JSON list of pieces of text, or text.
+    # Kaggle gives the log as text, or as a JSON list of pieces of it.
     try:
-        pieces = json.loads(log or "")
-        log = "\n".join(piece["data"].removesuffix("\n") for piece in pieces)
+        pieces = [piece["data"].removesuffix("\n") for piece in json.loads(log)]
+        log = "\n".join(pieces)
     except (ValueError, TypeError, KeyError):
         pass
-    return [line for line in (log or "").splitlines() if line.strip()]
+    return [line for line in log.splitlines() if line.strip()]
 
 
 def download_output(
     kaggle: Kaggle, ref: str, version: int, names: tuple[str, ...], out: Path
 ) -> None:
-    """Put files of a version's output into the folder `out`, which then holds nothing else."""
-    # A file of an earlier version must not pass for one of this.
+    """Download the output files `names` of a kernel's version into the folder `out`, and no others."""
+    # Files of an earlier version must not pass for this one's.
     shutil.rmtree(out, ignore_errors=True)
     request = name_version(ApiListKernelSessionOutputRequest(), ref, version)
-
-    # The rest of the output may have gigabytes.
     files = list_all(kaggle.pace, kaggle.kernels.list_kernel_session_output, request, "files")
     for file in files:
         if file.file_name in names:

@@ -44,7 +44,7 @@ HOMES = (
 
 
 def scan(folder: Path) -> list[str]:
-    """List what looks like a secret or names a home folder, a line for each; of a secret, four characters."""
+    """List what looks like a secret, or names a home folder, in a folder's files; a line for each."""
     problems = []
     for path in sorted(folder.iterdir()):
         text = read_text(path)
@@ -55,13 +55,13 @@ def scan(folder: Path) -> list[str]:
 
 
 def read_text(path: Path) -> str:
-    """Read a file as text; of weights what their writer put into the header, of wheels and folders nothing."""
+    """Read the text of a file: of weights the header's, of wheels and folders none."""
     if not path.is_file() or path.suffix == ".whl":
         return ""
     if path.suffix != ".safetensors":
         return path.read_bytes().decode("utf-8", "replace")
 
-    # A header that is not sound is told by package_files.
+    # A broken header is reported by package_files.py.
     try:
         with safe_open(path, framework="np") as file:
             return json.dumps([file.metadata(), list(file.keys())])
@@ -73,31 +73,30 @@ def find_matches(path: Path, text: str, patterns: Sequence[str], name: str) -> I
     """Find every match of the patterns in a file's text."""
     for pattern in patterns:
         for match in re.finditer(pattern, text, re.ASCII):
-            # A secret that is printed would be one more place that has it: four characters find it again.
+            # The log must not hold the secret: its first four characters help to find it.
             line = text.count("\n", 0, match.start()) + 1
             yield f"{path}: line {line}: looks like {name} ({match[0][:4]}…); {REMEDY}"
 
 
 def find_rows(folders: Sequence[Path], pairs: Path) -> list[str]:
-    """Find texts of the competition's pairs in the files that are to be uploaded.
+    """Find files that hold texts of the competition's pairs, which may not be published.
 
-    A row counts as found where two of its n-grams, of 48 characters each, are in one file. Case,
-    spaces and punctuation do not count.
+    A file holds a row's text where both have two n-grams in common: 48 characters, without regard
+    to case, spaces and punctuation.
 
     Args:
         folders: The folders to be uploaded.
-        pairs: The pairs.parquet whose texts may not go up.
+        pairs: The pairs.parquet with the texts.
 
     Returns:
-        One problem for each file with n-grams of such rows.
+        One problem for each such file.
     """
-    # Each file by itself: two sentences in two files are no row.
     ngrams_by_path = {}
     for folder in folders:
         for path in sorted(folder.iterdir()):
             ngrams_by_path[path] = cut_file(path)
 
-    # The files are cut at every character, so that the rows need not be: far fewer look-ups.
+    # A file has an n-gram at each of its characters. So a row's need not overlap to be found there.
     ids_by_path: dict[Path, list[str]] = {}
     for row_id, beginnings in read_beginnings(pairs):
         row_ngrams = set()
@@ -107,7 +106,7 @@ def find_rows(folders: Sequence[Path], pairs: Path) -> list[str]:
             if len(row_ngrams & file_ngrams) >= NGRAMS_OF_A_ROW:
                 ids_by_path.setdefault(path, []).append(row_id)
 
-    # One id will do to find the others; the texts themselves are not printed.
+    # The texts themselves must not get into a log: one row's id helps to find them.
     problems = []
     for path, ids in ids_by_path.items():
         problems.append(
@@ -118,13 +117,16 @@ def find_rows(folders: Sequence[Path], pairs: Path) -> list[str]:
 
 
 def cut_file(path: Path) -> set[str]:
-    """Cut every n-gram out of a file that may hold rows."""
+    """Cut a file's text into n-grams, one at each character; none if it cannot hold rows."""
     is_binary = path.suffix in (".safetensors", ".whl")
     if is_binary or path.name in VOCABULARIES or not path.is_file():
         return set()
 
-    # JSON escapes what is not ASCII: its strings are compared, not its bytes.
-    texts = find_strings(read_json(path)) if path.suffix == ".json" else [read_text(path)]
+    # JSON may escape characters, so that its strings are compared, not its bytes.
+    if path.suffix == ".json":
+        texts = find_strings(read_json(path))
+    else:
+        texts = [read_text(path)]
     ngrams = set()
     for text in texts:
         ngrams.update(cut_ngrams(text, step=1))
@@ -157,13 +159,17 @@ def cut_ngrams(text: str, step: int) -> Iterator[str]:
 
 def read_beginnings(pairs: Path) -> Iterator[tuple[str, list[str]]]:
     """Read each row's id and the beginnings of its texts, each long enough for four n-grams."""
-    texts = [pl.col(name).list.join("\n").str.slice(0, 4 * NGRAM_CHARACTERS) for name in TEXTS]
+    beginning_columns = []
+    for name in TEXTS:
+        turns_joined = pl.col(name).list.join("\n")
+        beginning_columns.append(turns_joined.str.slice(0, 4 * NGRAM_CHARACTERS))
     try:
-        rows = pl.scan_parquet(pairs).select("id", *texts).collect()
+        rows = pl.scan_parquet(pairs).select("id", *beginning_columns).collect()
     except (pl.exceptions.PolarsError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"{pairs}: cannot be read ({reason}); make it again with python -m preprocess"
         ) from None
+
     for row_id, *beginnings in rows.iter_rows():
         yield row_id, [beginning for beginning in beginnings if beginning]

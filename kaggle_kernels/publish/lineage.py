@@ -4,7 +4,7 @@ submit → push (kernel and its version) → package (its manifest) → train (i
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from preprocess.core import ledger
 from preprocess.core.errors import UserError
@@ -15,66 +15,91 @@ ROW = "{:<24}{:<18}{:<15}{}"
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a chain."""
+    """One step of the chain from a submission back to the raw files; a row of the table."""
 
     depth: int  # how far it lies from the submission
-    event: str  # its event in the ledger, or `raw`
+    event: str  # the ledger's name for it, or `raw` for a raw file
     facts: str
-    entry: Mapping | None  # what the ledger says of it; None where the chain is broken here
+    entry: Mapping = field(default_factory=dict)  # the ledger's; a raw file has none
+    is_broken: bool = False  # the ledger does not have what this step should be
 
 
 def print_trace(reference: str) -> None:
-    """Print the chain of a submission, a spec or a kernel; UserError where it does not reach the raw files."""
+    """Print the chain from a submission back to the raw files, a line for each step.
+
+    Args:
+        reference: What to trace: see `trace`.
+
+    Raises:
+        UserError: The ledger does not have it, or the chain does not reach the raw files.
+    """
     steps = trace(ledger.read(), reference)
     print(ROW.format("step", "time (UTC)", "commit", "facts"))
     for step in steps:
-        entry = step.entry or {}
-        mark = "broken: " if step.entry is None else ""
+        mark = "broken: " if step.is_broken else ""
         name = "  " * step.depth + mark + step.event
-        time = entry.get("time", "")[:16].replace("T", " ")
-        print(ROW.format(name, time, shorten_commit(entry, 12), step.facts))
+        time = step.entry.get("time", "")[:16].replace("T", " ")
+        print(ROW.format(name, time, shorten_commit(step.entry, 12), step.facts))
 
-    # The whole table first: what is known helps to find what is not.
-    if any(step.entry is None for step in steps):
+    # After the whole table, whose other rows help to find what is missing.
+    if any(step.is_broken for step in steps):
         raise UserError(f"{reference}: the chain is broken, see above")
 
 
 def trace(entries: Sequence[Mapping], reference: str) -> list[Step]:
-    """Follow the newest submission or push of that name back to the raw files; UserError where there is none."""
-    submit = find_named(entries, "submit", reference)
+    """Trace a submission, or a kernel that was only pushed, back to the raw files.
+
+    Args:
+        entries: The ledger's entries, the oldest first.
+        reference: A spec, a kernel (owner/slug or owner/slug/VERSION), or the ref of a submission.
+            The newest submission of that name counts, or else the newest push.
+
+    Raises:
+        UserError: There is neither.
+    """
+    submission = find_named(entries, "submit", reference)
+    if submission is not None:
+        return follow_submission(entries, submission)
+
     push = find_named(entries, "push", reference)
-    if submit is None and push is None:
-        raise UserError(
-            f"{reference}: no submission and no push of it in {ledger.ledger_path()}; give a spec, "
-            "the ref of a submission, or owner/slug of a kernel"
-        )
-    if submit is None:
+    if push is not None:
         return follow_push(entries, push, depth=0)
 
-    # A spec that was pushed again after its submission stands for what was submitted.
-    kernel = name_kernel(submit)
-    steps = [Step(0, "submit", f"{kernel}, {submit['message']!r}", submit)]
-    push = find_push(entries, submit)
+    raise UserError(
+        f"{reference}: no submission and no push of it in {ledger.ledger_path()}; give a spec, "
+        "the ref of a submission, or owner/slug of a kernel"
+    )
+
+
+def follow_submission(entries: Sequence[Mapping], submission: Mapping) -> list[Step]:
+    """Follow a submission to the push of the same kernel version, and on to the raw files."""
+    kernel = name_kernel(submission)
+    first_step = Step(0, "submit", f"{kernel}, {submission['message']!r}", submission)
+
+    # The spec may have been pushed again since: only the version that was submitted counts.
+    push = find_push(entries, submission)
     if push is None:
-        steps.append(Step(1, "push", f"no push of {kernel}: was it pushed from elsewhere?", None))
-        return steps
-    return steps + follow_push(entries, push, depth=1)
+        problem = f"no push of {kernel}: was it pushed from elsewhere?"
+        return [first_step, Step(1, "push", problem, is_broken=True)]
+    return [first_step, *follow_push(entries, push, depth=1)]
 
 
 def follow_push(entries: Sequence[Mapping], push: Mapping, depth: int) -> list[Step]:
-    """Follow a push to the packages in its datasets, and on to the raw files."""
+    """Follow a pushed kernel to the packages in its datasets, and on to the raw files."""
     steps = [Step(depth, "push", name_kernel(push), push)]
     for ref, dataset in push["datasets"].items():
         name = f"{ref} version {dataset['version']}"
         package = find_entry(entries, "package", "manifest", dataset["manifest"])
         if package is None:
-            steps.append(Step(depth + 1, "package", f"{name}: no package with its manifest", None))
+            problem = f"{name}: no package with its manifest"
+            steps.append(Step(depth + 1, "package", problem, is_broken=True))
             continue
 
-        # Wheels were not trained: they lead no further.
-        steps.append(Step(depth + 1, "package", f"{name}: {package.get('run', 'wheels')}", package))
-        trained = package.get("trained") or {}
-        for run, contract in trained.items():
+        # A dataset of wheels has no run, and leads no further: it was not trained.
+        run_or_wheels = package.get("run", "wheels")
+        steps.append(Step(depth + 1, "package", f"{name}: {run_or_wheels}", package))
+        contract_by_run = package.get("trained") or {}
+        for run, contract in contract_by_run.items():
             steps += follow_run(entries, run, contract, depth + 2)
     return steps
 
@@ -82,10 +107,18 @@ def follow_push(entries: Sequence[Mapping], push: Mapping, depth: int) -> list[S
 def follow_run(
     entries: Sequence[Mapping], run: str, contract: str | None, depth: int
 ) -> list[Step]:
-    """Follow a trained run to the pairs that it was trained on."""
+    """Follow a trained run to its pairs, and to the run that its training started from.
+
+    Args:
+        entries: The ledger's entries, the oldest first.
+        run: The run's folder, for the table.
+        contract: SHA-256 of the contract.json that its training wrote; None where it is not known.
+        depth: How far it lies from the submission.
+    """
     training = find_entry(entries, "train", "contract", contract)
     if training is None:
-        return [Step(depth, "train", f"{run}: no training that wrote its contract", None)]
+        problem = f"{run}: no training that wrote its contract"
+        return [Step(depth, "train", problem, is_broken=True)]
 
     facts = f"{run}: {training['recipe']}, fold {training.get('fold')}"
     metrics = training.get("metrics") or {}
@@ -95,62 +128,69 @@ def follow_run(
     pairs, pairs_sha256 = training.get("pairs"), training.get("pairs_sha256")
     steps += follow_pairs(entries, pairs, pairs_sha256, depth + 1)
 
-    # The run that this one went on from, among what was made before, so that a loop cannot come about.
-    earlier = training.get("started_from")
-    if earlier:
+    # Only earlier trainings are searched, so that no run can lead back to itself.
+    start = training.get("started_from")
+    if start:
         earlier_entries = entries[: entries.index(training)]
-        steps += follow_run(earlier_entries, earlier["run"], earlier["contract"], depth + 1)
+        steps += follow_run(earlier_entries, start["run"], start["contract"], depth + 1)
     return steps
 
 
 def follow_pairs(
-    entries: Sequence[Mapping], name: str, digest: str | None, depth: int
+    entries: Sequence[Mapping], name: str, pairs_sha256: str | None, depth: int
 ) -> list[Step]:
-    """Follow a file of pairs to its raw files, one of which may be pairs that were made earlier."""
-    pairs = find_entry(entries, "pairs", "pairs_sha256", digest)
-    if pairs is None:
-        return [Step(depth, "pairs", f"{name}: no preprocessing that made this file", None)]
+    """Follow a file of pairs to the raw files that preprocessing made it from."""
+    preprocessing = find_entry(entries, "pairs", "pairs_sha256", pairs_sha256)
+    if preprocessing is None:
+        problem = f"{name}: no preprocessing that made this file"
+        return [Step(depth, "pairs", problem, is_broken=True)]
+    steps = [Step(depth, "pairs", f"{name}, {preprocessing['rows']:,} pairs", preprocessing)]
 
-    steps = [Step(depth, "pairs", f"{name}, {pairs['rows']:,} pairs", pairs)]
-    # Only what was made before, so that a loop cannot come about.
-    earlier_entries = entries[: entries.index(pairs)]
-    for source in pairs["sources"]:
-        file, file_digest = source["file"], source.get("sha256")
-        if find_entry(earlier_entries, "pairs", "pairs_sha256", file_digest):
-            steps += follow_pairs(earlier_entries, file, file_digest, depth + 1)
-        elif file_digest:
-            facts = f"{file}, {source['rows']:,} rows, sha256 {file_digest}"
-            steps.append(Step(depth + 1, "raw", facts, entry={}))
+    # A source may be a file of pairs itself. Only what was made earlier is searched, so that no
+    # file can lead back to itself.
+    earlier_entries = entries[: entries.index(preprocessing)]
+    for source in preprocessing["sources"]:
+        file, sha256 = source["file"], source.get("sha256")
+        if find_entry(earlier_entries, "pairs", "pairs_sha256", sha256):
+            steps += follow_pairs(earlier_entries, file, sha256, depth + 1)
+        elif sha256:
+            facts = f"{file}, {source['rows']:,} rows, sha256 {sha256}"
+            steps.append(Step(depth + 1, "raw", facts))
         else:
             problem = f"{file}: its SHA-256 is not known; preprocess it again"
-            steps.append(Step(depth + 1, "raw", problem, None))
+            steps.append(Step(depth + 1, "raw", problem, is_broken=True))
     return steps
 
 
 def find_entry(
     entries: Sequence[Mapping], event: str, key: str, value: str | None
 ) -> Mapping | None:
-    """Find the newest entry of an event that has `value` under `key`; None also where that is unknown."""
+    """Find the ledger's newest entry of an event that has `value` under `key`, if there is one."""
+    # What was never written down is in no entry: None would match an entry without the key.
+    if not value:
+        return None
     for entry in reversed(entries):
-        if entry["event"] == event and value and entry.get(key) == value:
+        if entry["event"] == event and entry.get(key) == value:
             return entry
     return None
 
 
 def find_named(entries: Sequence[Mapping], event: str, name: str) -> Mapping | None:
-    """Find the newest push or submission of a spec, a kernel (owner/slug[/VERSION]), or a submission's ref."""
+    """Find the ledger's newest push or submission of that name, if there is one (see `trace`)."""
     for entry in reversed(entries):
-        kernel = entry.get("kernel")
-        kernel_version = f"{kernel}/{entry.get('kernel_version')}"
-        names = (entry.get("spec"), kernel, kernel_version, entry.get("submission_ref"))
-        if entry["event"] == event and name in names:
+        if entry["event"] != event:
+            continue
+
+        kernel_version = f"{entry['kernel']}/{entry['kernel_version']}"
+        names = (entry["spec"], entry["kernel"], kernel_version, entry.get("submission_ref"))
+        if name in names:
             return entry
     return None
 
 
-def find_push(entries: Sequence[Mapping], submit: Mapping) -> Mapping | None:
+def find_push(entries: Sequence[Mapping], submission: Mapping) -> Mapping | None:
     """Find the push of the kernel and version that were submitted."""
-    return find_named(entries, "push", f"{submit['kernel']}/{submit['kernel_version']}")
+    return find_named(entries, "push", f"{submission['kernel']}/{submission['kernel_version']}")
 
 
 def name_kernel(entry: Mapping) -> str:

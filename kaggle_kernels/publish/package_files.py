@@ -98,24 +98,25 @@ WEIGHTS = re.compile(r"(model(-\d{5}-of-\d{5})?|lora)\.safetensors")
 
 
 def check_package(folder: Path) -> list[str]:
-    """List what is wrong with the files of a package; every byte is read."""
+    """List what is wrong with the files of a package, a line for each problem; every byte is read."""
     try:
         manifest = read_as(Manifest, folder / MANIFEST)
     except UserError as error:
         return [str(error)]
 
-    # A folder with other files is made again: what they hold does not matter.
+    # Files that differ must be made again, so that their content is not looked at.
     problems = compare_with_manifest(folder, MANIFEST, manifest.files)
     if problems:
         return problems
 
-    # The manifest may lack a file that the kernel needs, or list one that does not belong there.
+    # The manifest itself may lack a file that the kernel needs.
     for name in REQUIRED_NAMES:
         if not (folder / name).is_file():
             problems.append(f"{folder / name}: missing, a package has it; {REMAKE}")
     if not list(folder.glob("model*.safetensors")):
         problems.append(f"{folder}: no model*.safetensors; {REMAKE}")
 
+    # Or it may list one that no package has.
     for path in sorted(folder.iterdir()):
         is_defined = path.name in PACKAGE_NAMES or WEIGHTS.fullmatch(path.name)
         if path.name in manifest.files and not is_defined:
@@ -148,10 +149,12 @@ def compare_with_manifest(
             problems.append(f"{path}: missing; {REMAKE}")
             continue
 
+        # The user may have filled an owner into the metadata, which no kernel sees.
+        if name == METADATA:
+            continue
+
         # The size first: the hash of gigabytes takes a minute.
-        is_unchanged = path.stat().st_size == expected.bytes and sha256(path) == expected.sha256
-        # The metadata's owner may have been filled in, and no kernel sees it.
-        if not is_unchanged and name != METADATA:
+        if path.stat().st_size != expected.bytes or sha256(path) != expected.sha256:
             problems.append(
                 f"{path}: changed since it was made, {manifest} has another size or SHA-256; {REMAKE}"
             )
@@ -163,7 +166,7 @@ def compare_with_manifest(
 
 
 def check_kind(path: Path) -> list[str]:
-    """Check that a file is what its name says; a line for the first problem, for a file is made again as a whole."""
+    """Check that a file's content is of the kind that its name says; a list of no or one problem."""
     try:
         if path.suffix == ".safetensors":
             check_safetensors(path)

@@ -36,21 +36,21 @@ def find_problems(spec_path: Path) -> list[str]:
     if spec.wheels:
         problems += collect_problems(check_wheels_dataset, spec.wheels)
 
-    # Everything that leaves this machine, as far as it is there: what is absent is told above.
+    # Look for secrets and rows of data in everything that would be uploaded.
     folders = {package.dataset: package_folder(package.run) for package in spec.packages}
-    uploaded = [*folders.values(), kernel_folder(spec_path)]
+    uploaded_folders = [*folders.values(), kernel_folder(spec_path)]
     if spec.wheels:
-        uploaded.append(WHEELS)
-    pairs = dict.fromkeys(Path(fit.recipe.pairwise.pairs) for fit in fits)
-    problems += collect_problems(check_secrets, uploaded, list(pairs))
+        uploaded_folders.append(WHEELS)
+    pairs_files = {Path(fit.recipe.pairwise.pairs) for fit in fits}
+    problems += collect_problems(check_secrets, uploaded_folders, sorted(pairs_files))
     problems += collect_problems(check_rehearsal, spec_path, folders)
 
-    # Two checks may come upon the same problem.
+    # Two checks may find the same problem: each is listed once, in the order of the checks.
     return list(dict.fromkeys(problems))
 
 
 def collect_problems(check: Callable[..., list[str]], *arguments) -> list[str]:
-    """Make a check; a UserError is a problem like the others."""
+    """Call a check, and list the problems that it returns or raises as a UserError."""
     try:
         return check(*arguments)
     except UserError as error:
@@ -67,11 +67,11 @@ def check_build(spec_path: Path) -> list[str]:
 
 
 def check_files_and_agreement(fit: Fit) -> list[str]:
-    """Check that a package is the recipe's, holds its files and nothing else, and agrees with the trained model."""
+    """Check that a package is the recipe's, holds its files only, and agrees with the trained model."""
     folder = find_package(fit)
     problems = check_package(folder)
 
-    # The golden rows' probabilities tell which package the agreement is of.
+    # The probabilities of the golden rows show whether the agreement was measured on this package.
     file = folder.parent / "agreement.json"
     remedy = f"run `python -m postprocess {fit.recipe.path}` again"
     agreement = read_object(file) if file.is_file() else {}
@@ -98,42 +98,42 @@ def check_wheels_dataset(slug: str) -> list[str]:
 
 
 def check_secrets(folders: Sequence[Path], pairs: Sequence[Path]) -> list[str]:
-    """Look for tokens and home paths in the folders, and for texts of the pairs that are on this machine."""
-    folders = [folder for folder in folders if folder.is_dir()]
+    """Look for secrets, home folders and texts of the pairs in the folders that would be uploaded."""
+    # An absent folder is reported by its own check.
+    present_folders = [folder for folder in folders if folder.is_dir()]
     problems = []
-    for folder in folders:
+    for folder in present_folders:
         problems += scan(folder)
     for file in pairs:
         if file.is_file():
-            problems += find_rows(folders, file)
+            problems += find_rows(present_folders, file)
         else:
             print(f"warning: {file}: not on this machine, so that its rows were not looked for")
     return problems
 
 
 def check_rehearsal(spec_path: Path, folders: Mapping[str, Path]) -> list[str]:
-    """Check that the last rehearsal passed, of the kernel as it is built now with the packages as they are now."""
+    """Check that a rehearsal passed, with the kernel and the packages as they are now."""
     file = spec_folder(spec_path) / "rehearsal" / "rehearsal.json"
     remedy = f"run `python -m kaggle_kernels rehearse {spec_path.stem} --test FILE`"
     if not file.is_file():
         return [f"{file}: missing: no rehearsal passed; {remedy}"]
 
-    # What is absent is told by its own check.
-    compared = [
-        kernel_folder(spec_path) / CODE,
-        *(folder / MANIFEST for folder in folders.values()),
-    ]
-    if not all(path.is_file() for path in compared):
+    # Without these files there is nothing to compare; each is reported by its own check.
+    manifests = [folder / MANIFEST for folder in folders.values()]
+    needed_files = [kernel_folder(spec_path) / CODE, *manifests]
+    if not all(path.is_file() for path in needed_files):
         return []
+
     rehearsed = read_object(file).get("build") or {}
     current = build_of(kernel_folder(spec_path), folders)
     if rehearsed.get("kernel_sha256") != current["kernel_sha256"]:
         return [f"{file}: is of another build of the kernel; {remedy}"]
 
     problems = []
-    for name, manifest in current["packages"].items():
-        if rehearsed["packages"].get(name) != manifest:
+    for dataset, manifest in current["packages"].items():
+        if rehearsed["packages"].get(dataset) != manifest:
             problems.append(
-                f"{file}: was with another package {name} than {folders[name]}; {remedy}"
+                f"{file}: was with another package {dataset} than {folders[dataset]}; {remedy}"
             )
     return problems

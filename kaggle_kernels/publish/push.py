@@ -42,7 +42,7 @@ PINS_REFUSED = WORK / "pins-refused"
 
 @dataclass(frozen=True)
 class PushRecord:
-    """A push, written down before Kaggle gets the kernel."""
+    """A push of a kernel, as outputs/SPEC/push.json has it; written before Kaggle gets the kernel."""
 
     kernel: str  # owner/slug
     fingerprint: dict  # Kernel.fingerprint() of what was pushed; empty where Kaggle refused it
@@ -75,11 +75,18 @@ def push(
     again: bool = False,
     latest_image: bool = False,
 ) -> None:
-    """Publish the spec's datasets and its kernel; the command's --help explains the options.
+    """Publish the spec's datasets and its kernel.
+
+    Args:
+        spec_path: The spec.
+        pace: How often, and for how long, Kaggle is asked.
+        dry_run: Make every check and push nothing.
+        again: Push the kernel even if Kaggle has it, so that it runs once more.
+        latest_image: Run it in Kaggle's newest Docker image, in place of the last push's.
 
     Raises:
-        UserError: Something is wrong; every problem that can be found before is told before the first byte goes up. Also
-            where the push is interrupted: the same call then goes on.
+        UserError: A check fails, all of which come before the first upload; Kaggle refuses
+            something; or the push is interrupted. The same call then goes on.
     """
     kaggle = check_all(spec_path, pace)
     folders = find_dataset_folders(spec_path, kaggle.owner)
@@ -98,12 +105,12 @@ def push(
 
 
 def check_all(spec_path: Path, pace: Pace) -> Kaggle:
-    """Log in and check everything that can be checked before.
+    """Log in to Kaggle, and check all that can be checked before anything is uploaded.
 
     Raises:
-        UserError: With all problems together.
+        UserError: Its message lists all problems.
     """
-    # Without an account everything else is checked all the same.
+    # A failed log-in is one problem among others.
     problems = []
     kaggle = None
     try:
@@ -111,7 +118,7 @@ def check_all(spec_path: Path, pace: Pace) -> Kaggle:
     except UserError as error:
         problems.append(str(error))
 
-    problems.extend(find_problems(spec_path))
+    problems += find_problems(spec_path)
     if problems:
         raise UserError("\nerror: ".join(problems))
     print("checked: build, packages, agreement, secrets, rehearsal", flush=True)
@@ -119,7 +126,7 @@ def check_all(spec_path: Path, pace: Pace) -> Kaggle:
 
 
 def find_dataset_folders(spec_path: Path, owner: str) -> list[DatasetFolder]:
-    """List what is to be a dataset: each package, and the wheels where the spec names them."""
+    """List the folders to be published: each package's, and that of wheels if the spec names it."""
     spec = read_spec(spec_path)
     paths = [package_folder(package.run) for package in spec.packages]
     if spec.wheels:
@@ -134,21 +141,21 @@ def publish_kernel(
     again: bool,
     latest_image: bool,
 ) -> None:
-    """Push the spec's kernel with the published datasets, by owner/slug, unless Kaggle has it already."""
+    """Push the spec's kernel and its published `datasets`, by owner/slug; see `push`."""
     kernel = pin_kernel(spec_path, kaggle.owner, datasets)
     record = find_push(kaggle, spec_path, kernel)
-
-    # A push that was interrupted is completed first, also where another run is wanted.
-    if record is None or (again and record.is_finished):
-        record = push_kernel(kaggle, spec_path, kernel, datasets, latest_image)
-    if record.is_finished:
+    if record is not None and record.is_finished and not again:
         print(f"{record}: is there, {record.url}", flush=True)
-    else:
-        finish_push(kaggle, spec_path, kernel, record)
+        return
+
+    # An interrupted push has started its run already.
+    if record is None or record.is_finished:
+        record = push_kernel(kaggle, spec_path, kernel, datasets, latest_image)
+    finish_push(kaggle, spec_path, kernel, record)
 
 
 def pin_kernel(spec_path: Path, owner: str, datasets: Mapping[str, Mapping]) -> Kernel:
-    """Read the built kernel with the versions of its datasets, unless Kaggle has refused such."""
+    """Read the built kernel, its datasets pinned to their versions unless Kaggle refuses that."""
     versions = {}
     if not PINS_REFUSED.exists():
         versions = {ref: dataset["version"] for ref, dataset in datasets.items()}
@@ -156,17 +163,21 @@ def pin_kernel(spec_path: Path, owner: str, datasets: Mapping[str, Mapping]) -> 
 
 
 def find_push(kaggle: Kaggle, spec_path: Path, kernel: Kernel) -> PushRecord | None:
-    """Find the spec's last push if it was of this kernel, and Kaggle has it as it is here."""
+    """Find the spec's last push, if it was of just this kernel and Kaggle has that.
+
+    Returns:
+        Its record, with the version that Kaggle shows where the push never learnt it; or None.
+    """
     record = read_record(spec_path)
     if record is None or record.fingerprint != kernel.fingerprint():
         return None
 
-    # Where the answer was lost, Kaggle may show late that it has taken the kernel.
-    looks = 1 if record.version else FEW_LOOKS
+    # A push whose answer was lost knows no version, and Kaggle may show late that it took effect.
+    looks = FEW_LOOKS if record.version is None else 1
     for _ in itertools.islice(kaggle.pace.looks(), looks):
         shown = pull_kernel(kaggle, kernel.ref)
-        is_newer = shown is not None and shown.version > record.version_before
-        if is_newer and not find_differences(kernel, shown):
+        took_effect = shown is not None and shown.version > record.version_before
+        if took_effect and not find_differences(kernel, shown):
             return replace(record, version=record.version or shown.version)
     return None
 
@@ -178,7 +189,7 @@ def push_kernel(
     datasets: Mapping[str, Mapping],
     latest_image: bool,
 ) -> PushRecord:
-    """Push a kernel once, which starts one run, and write it down before and after.
+    """Push a kernel, which starts one run, and write the push down before and after.
 
     Raises:
         UserError: Kaggle refuses it, or its answer was lost; the next push then looks for it first.
@@ -190,7 +201,7 @@ def push_kernel(
     image_keys = {"docker_image": image, "docker_image_pinning_type": pinning}
     kernel = replace(kernel, metadata={**kernel.metadata, **image_keys})
 
-    # The version before tells a push whose answer is lost from none.
+    # Should the answer be lost, a version newer than this one shows that the push took effect.
     before = pull_kernel(kaggle, kernel.ref)
     record = PushRecord(
         kernel=kernel.ref,
@@ -222,22 +233,19 @@ def push_kernel(
 
 
 def finish_push(kaggle: Kaggle, spec_path: Path, kernel: Kernel, record: PushRecord) -> None:
-    """Read a pushed kernel back, for Kaggle may drop or change what it was given, and enter it into the ledger.
+    """Read a pushed kernel back, for Kaggle may drop or change what it was given, and record it.
 
     Raises:
         UserError: Kaggle shows another kernel.
     """
     shown = check_pushed(kaggle, kernel)
     print(f"{record}: code and metadata on Kaggle are as they are here", flush=True)
+    print_pins(record, shown)
 
-    # Kaggle may write an owner with other capitals, and may leave the version out.
-    sources = [source.lower() for source in shown.metadata["dataset_sources"] or []]
-    for ref, dataset in record.datasets.items():
-        version = dataset["version"]
-        if f"{ref}/{version}".lower() in sources:
-            print(f"  {ref}: pinned to version {version}", flush=True)
-        else:
-            print(f"  {ref}: Kaggle names no version; the newest is {version}", flush=True)
+    # A push is written down in the Docker image that it ran in, which the next push asks for.
+    image = shown.metadata["docker_image"] or ""
+    if record.image and image != record.image:
+        print(f"warning: {record}: runs in {image}, not in the last push's image {record.image}")
 
     ledger.record(
         "push",
@@ -249,11 +257,20 @@ def finish_push(kaggle: Kaggle, spec_path: Path, kernel: Kernel, record: PushRec
         datasets=record.datasets,
         validation=measure_ensemble(read_spec(spec_path)),
     )
-    image = shown.metadata["docker_image"] or ""
-    if record.image and image != record.image:
-        print(f"warning: {record}: runs in {image}, not in the last push's image {record.image}")
-    # Last: where the ledger lacks the push, the next call goes on from here.
+    # Last, so that a push that is interrupted before is completed by the next one.
     write_record(spec_path, replace(record, image=image, is_finished=True))
+
+
+def print_pins(record: PushRecord, shown: Kernel) -> None:
+    """Print for each dataset whether the kernel on Kaggle names its version, and which one it reads."""
+    # Kaggle may write an owner with other capitals.
+    sources = [source.lower() for source in shown.metadata["dataset_sources"] or []]
+    for ref, dataset in record.datasets.items():
+        version = dataset["version"]
+        if f"{ref}/{version}".lower() in sources:
+            print(f"  {ref}: pinned to version {version}", flush=True)
+        else:
+            print(f"  {ref}: Kaggle names no version; the newest is {version}", flush=True)
 
 
 def record_path(spec_path: Path) -> Path:
@@ -275,8 +292,8 @@ def read_record(spec_path: Path) -> PushRecord | None:
 
 
 def read_note(path: Path, note_type: type):
-    """Read a note of ours as the dataclass that it was written from."""
-    # Another version of this program had other fields.
+    """Read a JSON file as the dataclass that it was written from; UserError if its fields differ."""
+    # Another version of this program may have written it.
     try:
         return note_type(**read_object(path))
     except TypeError:

@@ -45,7 +45,11 @@ def print_scores(competition_name: str, pace: Pace) -> None:
 def describe_origin(
     submission: ApiSubmission, entries: Sequence[Mapping], metric: str
 ) -> tuple[str, str, str, str]:
-    """Describe what the ledger says of one of Kaggle's submissions, in the cells kernel, commit, recipe and CV."""
+    """Look up in the ledger where a submission came from.
+
+    Returns:
+        The cells kernel, commit, recipe and CV of its row; empty where the ledger does not say.
+    """
     # A submission that was made on another machine is in another ledger.
     submit = find_entry(entries, "submit", "submission_ref", str(submission.ref))
     if submit is None:
@@ -55,18 +59,17 @@ def describe_origin(
     if push is None:
         return kernel, "", "", ""
 
-    # The recipes of the runs that its packages were made of, each once.
+    # Several packages, or the folds of one, may be of the same recipe.
     recipes = []
     for step in follow_push(entries, push, depth=0):
-        if step.event == "train" and step.entry:
-            recipes.append(Path(step.entry["recipe"]).stem)
+        if step.event == "train" and not step.is_broken:
+            recipe = Path(step.entry["recipe"]).stem
+            if recipe not in recipes:
+                recipes.append(recipe)
+
     validation = push.get("validation") or {}
-    return (
-        kernel,
-        shorten_commit(push, digits=7),
-        "\n".join(dict.fromkeys(recipes)),
-        format_score(validation.get(metric)),
-    )
+    cv = format_score(validation.get(metric))
+    return kernel, shorten_commit(push, digits=7), "\n".join(recipes), cv
 
 
 def format_score(value: float | str | None) -> str:

@@ -48,7 +48,11 @@ Path("{OUTPUT}").write_text("\\n".join(files))
 
 
 def smoke(pace: Pace, yes: bool) -> None:
-    """Try every call that push and status make, and delete what was made; `yes` does not ask before.
+    """Try every call that push and status make on the user's account, and delete what was made.
+
+    Args:
+        pace: How often, and for how long, Kaggle is asked.
+        yes: Do not ask the user before.
 
     Raises:
         UserError: A call did not do what it is relied on for.
@@ -59,11 +63,13 @@ def smoke(pace: Pace, yes: bool) -> None:
     if not yes and not (can_ask() and click.confirm("make them on your account?")):
         raise UserError("nothing was made")
 
-    # Every answer of Kaggle's API, as it comes.
+    # requests calls each hook with every answer of Kaggle's.
     exchanges: list[dict] = []
-    kaggle.session.hooks["response"].append(
-        lambda response, **_: exchanges.append(describe_exchange(response))
-    )
+
+    def note_exchange(response: requests.Response, **_) -> None:
+        exchanges.append(describe_exchange(response))
+
+    kaggle.session.hooks["response"].append(note_exchange)
     try:
         with tempfile.TemporaryDirectory() as work:
             try_calls(kaggle, slug, Path(work))
@@ -74,11 +80,11 @@ def smoke(pace: Pace, yes: bool) -> None:
 
 
 def try_calls(kaggle: Kaggle, slug: str, work: Path) -> None:
-    """Make two versions of a dataset and a kernel of the second; UserError unless its run saw the dataset's file."""
+    """Publish two versions of a dataset and a kernel; UserError unless its run saw the second one."""
     for content in (b"a", b"b"):
         publish_dataset(kaggle, write_folder(work / "dataset", slug, content, kaggle.owner))
 
-    # It names the second version, which shows whether Kaggle takes pins.
+    # The kernel names the dataset's second version, which shows whether Kaggle accepts that.
     kernel = make_kernel(kaggle.owner, slug)
     version = save_kernel(kaggle, kernel)
     check_pushed(kaggle, kernel)
@@ -93,7 +99,9 @@ def try_calls(kaggle: Kaggle, slug: str, work: Path) -> None:
 
     output = work / "output"
     download_output(kaggle, kernel.ref, version, (OUTPUT,), output)
-    files = (output / OUTPUT).read_text().split() if (output / OUTPUT).is_file() else []
+    files = []
+    if (output / OUTPUT).is_file():
+        files = (output / OUTPUT).read_text().split()
     if "data.bin" not in files:
         raise UserError(f"{kernel.ref}: the kernel saw {files}, expected data.bin among them")
 

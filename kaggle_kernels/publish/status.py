@@ -11,10 +11,15 @@ LAST_LINES = 20
 
 
 def status(spec_path: Path, pace: Pace, wait: bool = False) -> None:
-    """Print the status of the pushed version; with `wait`, its log too, until it is over.
+    """Print the status of the version that was pushed last.
+
+    Args:
+        spec_path: The spec.
+        pace: How often, and for how long, Kaggle is asked.
+        wait: Wait until the version has run, and print its log meanwhile.
 
     Raises:
-        UserError: It ended in an error, after the log's last lines; or it is not over within the patience.
+        UserError: The run ended in an error, or has not ended within the user's patience.
     """
     pushed = require_push(spec_path)
     kaggle = connect(pace)
@@ -28,6 +33,7 @@ def status(spec_path: Path, pace: Pace, wait: bool = False) -> None:
 
     print(f"{pushed}: {run.word}, {pushed.age} after the push", flush=True)
     if run.is_over and run.word != "COMPLETE":
+        # Waiting has printed the whole log.
         if not wait:
             print_log(read_log(kaggle, pushed.kernel, pushed.version)[-LAST_LINES:])
         failure = f": {run.failure}" if run.failure else ""
@@ -37,16 +43,16 @@ def status(spec_path: Path, pace: Pace, wait: bool = False) -> None:
 
 
 def wait_for_run(kaggle: Kaggle, pushed: PushRecord) -> RunStatus:
-    """Wait until the pushed version has run, and print changes of its status and new lines of its log.
+    """Wait until the pushed version has run, and print its log and its status as they change.
 
     Raises:
-        UserError: The patience is over.
+        UserError: It takes longer than the user wants to wait.
     """
     last_word = ""
     lines_printed = 0
     for _ in kaggle.pace.looks():
         run = read_status(kaggle, pushed.kernel, pushed.version)
-        # The log of a run that waits is empty.
+        # A run that waits for a machine has no log yet.
         if run.word != "QUEUED":
             lines = read_log(kaggle, pushed.kernel, pushed.version)
             print_log(lines[lines_printed:])

@@ -56,10 +56,18 @@ class Submission:
 def submit(
     spec_path: Path, message: str, pace: Pace, yes: bool = False, again: bool = False
 ) -> None:
-    """Submit the pushed version once it is complete and has written a submission.
+    """Submit the version of a spec's kernel that was pushed last.
+
+    Args:
+        spec_path: The spec.
+        message: Describes the submission on Kaggle.
+        pace: How often, and for how long, Kaggle is asked.
+        yes: Submit without asking the user.
+        again: Submit a version that was submitted before.
 
     Raises:
-        UserError: The version is not complete, or was submitted before; its output lacks a submission; or Kaggle refuses it.
+        UserError: The version has not run to its end, wrote no submission, or was submitted before;
+            the user does not confirm; or Kaggle refuses it.
     """
     if not message.strip():
         raise UserError(
@@ -71,9 +79,9 @@ def submit(
     pushed = require_push(spec_path)
     kaggle = connect(pace)
     with one_at_a_time(spec_folder(spec_path) / "submit.lock", "submit"):
-        interrupted = finish_interrupted(kaggle, spec_path)
-        is_done = interrupted is not None and interrupted.is_of(pushed, message)
-        if not is_done:
+        # An interrupted call may have submitted just this: then nothing is left to do.
+        earlier = finish_interrupted(kaggle, spec_path)
+        if earlier is None or not earlier.is_of(pushed, message):
             submit_pushed(kaggle, spec_path, pushed, message, yes, again)
 
 
@@ -83,28 +91,33 @@ def can_ask() -> bool:
 
 
 def finish_interrupted(kaggle: Kaggle, spec_path: Path) -> Submission | None:
-    """Finish an interrupted call of submit: the submission that it made, now in the ledger; None where it made none."""
+    """Record the submission of an earlier call of submit that was interrupted, if Kaggle has it.
+
+    Returns:
+        The submission; None where no call was interrupted, or before it had submitted anything.
+    """
     note = note_path(spec_path)
     if not note.is_file():
         return None
 
     # Kaggle may show late what it has just taken.
-    interrupted = read_note(note, Submission)
+    submission = read_note(note, Submission)
     for _ in itertools.islice(kaggle.pace.looks(), FEW_LOOKS):
-        ref = find_ref(kaggle, interrupted)
+        ref = find_ref(kaggle, submission)
         if ref is not None:
-            record_submission(spec_path, interrupted, ref)
-            return interrupted
+            record_submission(spec_path, submission, ref)
+            return submission
+
     note.unlink()
     return None
 
 
 def find_ref(kaggle: Kaggle, submission: Submission) -> int | None:
-    """Look in Kaggle's list for a submission whose answer was lost; its ref, or None where it is not there."""
+    """Find the ref of a submission in Kaggle's list; None where it is not listed."""
     for listed in list_submissions(kaggle, submission.competition):
-        # Kaggle trims a message.
-        is_same = (listed.description or "").split() == submission.message.split()
-        if is_same and listed.ref not in submission.refs_before:
+        # Kaggle may change the spaces in a message.
+        is_same_message = (listed.description or "").split() == submission.message.split()
+        if is_same_message and listed.ref not in submission.refs_before:
             return listed.ref
     return None
 
@@ -112,15 +125,15 @@ def find_ref(kaggle: Kaggle, submission: Submission) -> int | None:
 def submit_pushed(
     kaggle: Kaggle, spec_path: Path, pushed: PushRecord, message: str, yes: bool, again: bool
 ) -> None:
-    """Check the pushed version and its output, ask, and submit it."""
-    # From the cheapest check to the download.
+    """Check the pushed version and its output, ask the user, and submit it (see `submit`)."""
+    # The cheapest check first, the download last.
     competition = COMPETITIONS[read_spec(spec_path).competition].slug
     if not again:
         check_not_submitted(pushed)
     check_complete(kaggle, pushed)
     check_output(kaggle, pushed, spec_folder(spec_path) / "output")
 
-    # A submission of the day is spent for good: the user sees before what it would be.
+    # Kaggle allows few submissions a day: the user sees what this one would be.
     print(f"{pushed}, pushed {pushed.age} ago, to {competition}")
     for ref, dataset in pushed.datasets.items():
         print(f"  {ref} version {dataset['version']}")
@@ -128,7 +141,7 @@ def submit_pushed(
     if not yes and not click.confirm("submit this?"):
         raise UserError("nothing was submitted")
 
-    # What is in the list already is not this one, also with the same message.
+    # Where the answer is lost, a ref that is new in Kaggle's list will be this submission's.
     refs_before = [listed.ref for listed in list_submissions(kaggle, competition)]
     submission = Submission(
         competition=competition,
@@ -143,12 +156,15 @@ def submit_pushed(
 
 
 def check_not_submitted(pushed: PushRecord) -> None:
-    """Raise UserError where the ledger has a submission of this version."""
+    """Raise UserError where the ledger has a submission of the pushed version."""
     for entry in ledger.read():
-        kernel_version = (entry.get("kernel"), entry.get("kernel_version"))
-        is_same = entry["event"] == "submit" and kernel_version == (pushed.kernel, pushed.version)
-        # A kernel that was made anew counts its versions from 1 again.
-        if is_same and entry.get("time", "") >= pushed.time:
+        if entry["event"] != "submit":
+            continue
+
+        # A kernel that was deleted and made anew counts its versions from 1 again: an entry from
+        # before the push is of another kernel.
+        is_same_kernel = entry["kernel"] == pushed.kernel and entry["time"] >= pushed.time
+        if is_same_kernel and entry["kernel_version"] == pushed.version:
             raise UserError(
                 f"{pushed}: was submitted at {entry['time']} as {entry['submission_ref']} "
                 f"({entry['message']!r}); --again submits it once more"
@@ -156,7 +172,7 @@ def check_not_submitted(pushed: PushRecord) -> None:
 
 
 def check_complete(kaggle: Kaggle, pushed: PushRecord) -> None:
-    """Check that Kaggle has the pushed version as it was pushed, and has run it.
+    """Check that Kaggle has the version that was pushed, and has run it to its end.
 
     Raises:
         UserError: It has not.
@@ -164,7 +180,8 @@ def check_complete(kaggle: Kaggle, pushed: PushRecord) -> None:
     shown = pull_kernel(kaggle, pushed.kernel, pushed.version)
     if shown is None:
         raise UserError(f"{pushed.kernel}: is not on Kaggle any more; run push again")
-    # A kernel that was removed and made anew counts its versions from 1 again.
+
+    # A kernel that was deleted and made anew counts its versions from 1 again.
     if shown.fingerprint()["code"] != pushed.fingerprint["code"]:
         raise UserError(f"{pushed}: is not what was pushed, its code is another; run push again")
 
@@ -176,28 +193,31 @@ def check_complete(kaggle: Kaggle, pushed: PushRecord) -> None:
 
 
 def check_output(kaggle: Kaggle, pushed: PushRecord, out: Path) -> None:
-    """Raise UserError unless the run has written a submission, with the packages that were pushed.
+    """Download a run's output, and check that it is a submission made with the pushed packages.
 
-    The kernel itself has checked submission.csv. The pins of the datasets may not have held, and the output that Kaggle gives
-    out may be that of another version: kernel.json tells.
+    The kernel itself has checked submission.csv. But Kaggle may have given it other versions of its
+    datasets, and may give out the output of another version: kernel.json has the packages' hashes.
+
+    Raises:
+        UserError: A file is missing, or the output is of other packages.
     """
     download_output(kaggle, pushed.kernel, pushed.version, (FILE, RECORD), out)
     for name in (FILE, RECORD):
         if not (out / name).is_file():
             raise UserError(f"{pushed}: its output has no {name}; its log says why: status")
 
-    # kernel.json names packages by their slugs, whoever owns them.
-    manifests_pushed = {}
+    # kernel.json names a dataset by its slug alone, the push by owner/slug.
+    pushed_manifests = {}
     for ref, dataset in pushed.datasets.items():
-        manifests_pushed[ref.split("/")[1]] = dataset["manifest"]
+        pushed_manifests[ref.split("/")[1]] = dataset["manifest"]
 
-    manifests_run = read_object(out / RECORD).get("manifests") or {}
-    others = []
-    for slug, manifest in manifests_run.items():
-        if manifests_pushed.get(slug) != manifest:
-            others.append(slug)
-    if others or not manifests_run:
-        names = " and ".join(others) or "run"
+    run_manifests = read_object(out / RECORD).get("manifests") or {}
+    differing_slugs = []
+    for slug, manifest in run_manifests.items():
+        if pushed_manifests.get(slug) != manifest:
+            differing_slugs.append(slug)
+    if differing_slugs or not run_manifests:
+        names = " and ".join(differing_slugs) or "run"
         raise UserError(
             f"{pushed}: the output that Kaggle has is of another {names}; give it a minute, then "
             "status --wait and submit; if it stays, push --again"
@@ -214,10 +234,14 @@ def list_submissions(kaggle: Kaggle, competition: str) -> list[ApiSubmission]:
 
 
 def send(kaggle: Kaggle, spec_path: Path, submission: Submission) -> int:
-    """Submit a kernel's version; the submission's ref. The call is never repeated.
+    """Submit a kernel's version. The call is never repeated.
+
+    Returns:
+        The submission's ref on Kaggle.
 
     Raises:
-        UserError: Kaggle refuses it, or its answer was lost; the next call of submit then looks for it first.
+        UserError: Kaggle refuses it, or its answer was lost; then the next call of submit looks
+            for it first.
     """
     request = ApiCreateCodeSubmissionRequest()
     request.competition_name = submission.competition
@@ -226,7 +250,7 @@ def send(kaggle: Kaggle, spec_path: Path, submission: Submission) -> int:
     request.file_name = FILE
     request.submission_description = submission.message
 
-    # Before the call, so that a killed process leaves a trace.
+    # Written before the call, so that a later submit can find what a killed one has sent.
     note = note_path(spec_path)
     write_json(note, asdict(submission))
     name = f"{submission.kernel} version {submission.version}"

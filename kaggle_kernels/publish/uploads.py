@@ -68,8 +68,8 @@ class DatasetFolder:
 
 
 def find_dataset_folder(path: Path, owner: str) -> DatasetFolder:
-    """Find what dataset a folder is to be: a package, or the wheels."""
-    # The owner in the file is a placeholder.
+    """Read from a folder's files which dataset it is to be: that of a package, or of wheels."""
+    # The file has a placeholder for the owner.
     slug = read_object(path / METADATA)["id"].split("/")[-1]
     is_package = (path / MANIFEST).is_file()
     return DatasetFolder(path, owner, slug, MANIFEST if is_package else WHEELS_MANIFEST)
@@ -88,7 +88,7 @@ def send_files(kaggle: Kaggle, folder: DatasetFolder) -> list[str]:
     """Send every file of a folder that has not arrived yet.
 
     Returns:
-        The tokens of all files. There are no others: no dataset can be made before every file is there.
+        Kaggle's tokens of all files, by which a dataset takes them in.
 
     Raises:
         UserError: A file cannot be sent. What has arrived is not sent again by the next call.
@@ -120,7 +120,7 @@ def send_files(kaggle: Kaggle, folder: DatasetFolder) -> list[str]:
 
 
 def start_upload(kaggle: Kaggle, path: Path) -> Upload:
-    """Have Kaggle prepare for a file."""
+    """Ask Kaggle where to send a file, and for the token by which a dataset will take it in."""
     status = path.stat()
     request = ApiStartBlobUploadRequest()
     request.type = ApiBlobType.DATASET
@@ -139,25 +139,25 @@ def send_rest(path: Path, url: str, pace: Pace) -> None:
         Unanswered: Nothing more arrived for a minute.
     """
     size = path.stat().st_size
-    bytes_there = 0
-    attempt = 0
+    received_bytes = 0
+    failed_attempts = 0
     last_progress = time.monotonic()
     while True:
         try:
-            bytes_before = bytes_there
-            bytes_there = count_received(url, size)
-            if bytes_there == size:
+            received_before = received_bytes
+            received_bytes = count_received(url, size)
+            if received_bytes == size:
                 return
 
             # An upload of hours may break off often, as long as it gets on.
-            if bytes_there > bytes_before:
-                attempt = 0
+            if received_bytes > received_before:
+                failed_attempts = 0
                 last_progress = time.monotonic()
-            put_from(path, url, bytes_there)
+            put_from(path, url, received_bytes)
             return
         except Unanswered as error:
-            attempt += 1
-            pause = pace.pause(attempt)
+            failed_attempts += 1
+            pause = pace.pause(failed_attempts)
             if time.monotonic() - last_progress + pause > REPEAT_SECONDS:
                 raise
             print(f"  {path.name}: {error}; goes on after {pause:g} s", flush=True)
@@ -177,15 +177,21 @@ def count_received(url: str, size: int) -> int:
 
 
 def put_from(path: Path, url: str, start: int) -> None:
-    """Send a file's bytes from `start` to its end; Unanswered where the server has not got them all."""
+    """Send the bytes of a file from the place `start` to its end.
+
+    Raises:
+        Refused: The server will not take them.
+        Unanswered: The connection failed before the server had them all.
+    """
     size = path.stat().st_size
-    # A bar where somebody looks on (disable=None).
+
+    # disable=None: no bar where the output is no terminal.
     bar = tqdm(
         total=size, initial=start, desc=f"  {path.name}", unit="B", unit_scale=True, disable=None
     )
     with path.open("rb") as file, bar:
+        # requests streams a file object from where it stands. The wrapper moves the bar on.
         file.seek(start)
-        # A file object streams; requests takes its length from where it stands.
         content = CallbackIOWrapper(bar.update, file)
         response = put(url, content, f"bytes {start}-{size - 1}/{size}")
     if response.status_code == 308:
@@ -193,8 +199,14 @@ def put_from(path: Path, url: str, start: int) -> None:
 
 
 def put(url: str, content: object, content_range: str) -> requests.Response:
-    """Make one PUT to the server that stores uploads; Refused where it says no, Unanswered where it fails."""
-    # No session: the address is not Kaggle's, and gets no credentials. A redirect is a 308, which has a meaning here.
+    """Make one PUT request to the server that stores uploads.
+
+    Raises:
+        Refused: The server says no.
+        Unanswered: The connection or the server failed.
+    """
+    # Not by the session, which would send Kaggle's credentials to another server. requests would
+    # take the status 308 for a redirect, but here it means that a part of the file is missing.
     try:
         response = requests.put(
             url,

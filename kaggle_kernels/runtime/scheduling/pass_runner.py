@@ -1,12 +1,12 @@
 """One order of one package: batches dealt to workers until none is left or the deadline is near.
 
-schedule.make_next_pass calls `make_pass` and `run_pass`. What can happen to a batch on its way:
+schedule.score_pass calls `make_pass` and `run_pass`. What can happen to a batch on its way:
     out of memory      its worker's token budget is halved, and the batch cut and tried again; a
                        row that was alone is tried again at the end (`try_alone`)
     its worker dies    the worker is started again, or given up with its device; its rows go back to
                        the queue, those that it was scoring one by one at the end, in case that one
                        of them killed it (`handle_worker_death`)
-    its worker hangs   the worker is killed, which is a death like others (`check_is_alive`)
+    its worker hangs   the worker is killed, which is a death like others (`kill_if_silent`)
     the clock ends     the batch stays in the queue (`next_batch`)
 A row without a score is simply not in the result, and the caller decides what that means.
 """
@@ -36,7 +36,7 @@ LOGGED_SHARE = 0.05  # of a pass's rows: progress is logged whenever so many mor
 
 @dataclass
 class Pass:
-    """The queue of batches, the probabilities by id, and what there is to tell of both."""
+    """One order of one package over some rows: its queue of batches, its scores, its progress."""
 
     label: str
     queue: deque[list[Request]]
@@ -54,7 +54,7 @@ class Pass:
     logged_rows: int = 0
 
     def __post_init__(self):
-        self.all_tokens = sum(map(padded_tokens, self.queue))
+        self.all_tokens = sum(padded_tokens(batch) for batch in self.queue)
 
     def seconds_left(self, workers: Sequence[Worker]) -> float:
         """Predict how long the living workers need for the rest; 0 before their first batch."""
@@ -73,7 +73,7 @@ class Pass:
 def make_pass(
     label: str, requests: Sequence[Request], deadline: float, workers: Sequence[Worker]
 ) -> Pass:
-    """Make a pass over rows.
+    """Make a pass over some rows, whose batches fit the most capable worker.
 
     Args:
         label: Names it in the log.
@@ -87,11 +87,15 @@ def make_pass(
 
 
 def run_pass(work: Pass, workers: Sequence[Worker], clock: Clock) -> Pass:
-    """Work through the queue; PackageError where the last worker refuses the package."""
+    """Have the workers score the batches in the queue until it is empty or the deadline is near.
+
+    Raises:
+        PackageError: The last worker refuses the package.
+    """
     batches = "1 batch" if len(work.queue) == 1 else f"{len(work.queue)} batches"
     log(clock, f"{work.label}: {work.rows} rows in {batches}")
 
-    # Workers that died late in the pass before may not have been restarted.
+    # A worker that died late in the pass before may not have been restarted.
     for worker in workers:
         if not worker.process and not worker.gone and time.monotonic() < work.deadline:
             worker.launch()
@@ -99,31 +103,36 @@ def run_pass(work: Pass, workers: Sequence[Worker], clock: Clock) -> Pass:
     while True:
         for worker in workers:
             feed(work, worker, workers)
-
-        # A worker that still loads is waited for while there is work for it.
-        alive = [worker for worker in workers if worker.process]
-        may_start = bool(work.queue) and time.monotonic() < work.deadline
-        busy = []
-        for worker in alive:
-            if worker.outstanding or (may_start and not worker.loaded):
-                busy.append(worker)
+        busy = list_busy(work, workers)
         if not busy:
             break
 
         # Wait for any message, but look after the workers every second.
-        by_connection = {worker.connection: worker for worker in alive}
+        by_connection = {worker.connection: worker for worker in workers if worker.process}
         for connection in wait(list(by_connection), timeout=1.0):
             receive(work, by_connection[connection], workers, clock)
         for worker in busy:
-            check_is_alive(work, worker, clock)
+            kill_if_silent(work, worker, clock)
         log_progress(work, workers, clock)
 
     log(clock, f"{work.label}: {progress_line(work, workers)}")
     return work
 
 
+def list_busy(work: Pass, workers: Sequence[Worker]) -> list[Worker]:
+    """List the workers that the pass must wait for."""
+    # A worker that still loads is waited for while there is a batch that it could score in time.
+    has_work_left = bool(work.queue) and time.monotonic() < work.deadline
+    busy = []
+    for worker in workers:
+        is_needed = has_work_left and not worker.loaded
+        if worker.process and (worker.outstanding or is_needed):
+            busy.append(worker)
+    return busy
+
+
 def feed(work: Pass, worker: Worker, workers: Sequence[Worker]) -> None:
-    """Give a worker what it can score at once, and one batch more that lies ready in the pipe."""
+    """Give a worker the batches that it can score at once, and one more to lie ready in its pipe."""
     while worker.loaded and len(worker.outstanding) <= worker.batches_at_once:
         batch = next_batch(work, worker, workers)
         if batch is None:
@@ -136,23 +145,28 @@ def feed(work: Pass, worker: Worker, workers: Sequence[Worker]) -> None:
 
 
 def next_batch(work: Pass, worker: Worker, workers: Sequence[Worker]) -> list[Request] | None:
-    """Take the next batch within the worker's token budget that it can end before the deadline."""
+    """Take the next batch for a worker from the queue.
+
+    Returns:
+        A batch within the worker's token budget; None where it could not score one in time.
+    """
     seconds_left = work.deadline - time.monotonic()
     if not work.queue or seconds_left <= 0:
         return None
 
-    # Long rows stand first. Where time is short, they are left for the end: more rows get a score.
-    short_rows_first = work.seconds_left(workers) > seconds_left
-    whole_batch = work.queue.pop() if short_rows_first else work.queue.popleft()
+    # The longest rows stand first. Where the time is not enough for all rows, the shortest are
+    # taken first: more rows get a score.
+    is_time_short = work.seconds_left(workers) > seconds_left
+    whole_batch = work.queue.pop() if is_time_short else work.queue.popleft()
 
-    # The worker's budget may have shrunk since the batches were made.
+    # The worker's token budget may have shrunk since the batch was made.
     parts = make_batches(whole_batch, worker.tokens_per_batch)
     batch = None
     if worker.seconds_until_scored(parts[0]) <= seconds_left:
         batch = parts.pop(0)
 
-    # What is not taken goes back to the same end.
-    if short_rows_first:
+    # The other parts go back to where the batch was.
+    if is_time_short:
         work.queue.extend(parts)
     else:
         work.queue.extendleft(reversed(parts))
@@ -160,47 +174,54 @@ def next_batch(work: Pass, worker: Worker, workers: Sequence[Worker]) -> list[Re
 
 
 def receive(work: Pass, worker: Worker, workers: Sequence[Worker], clock: Clock) -> None:
-    """Read one message of a worker (worker.py lists them), or notice its death."""
+    """Handle the next message of a worker, or its death. worker.py lists the messages."""
     try:
-        kind, *message = worker.connection.recv()
+        message = worker.connection.recv()
     except (EOFError, OSError):
         # The pipe closes before the exit code is there.
         worker.process.join(timeout=5)
         exit_code = worker.process.exitcode
-        return handle_worker_death(work, worker, f"died (exit code {exit_code})", clock)
+        handle_worker_death(work, worker, f"died (exit code {exit_code})", clock)
+        return
 
-    if kind == "loaded":
-        worker.note_loaded(*message)
-        log(
-            clock,
-            f"{worker.name}: loaded in {worker.load_seconds:.0f} s in {worker.loaded['dtype']}; "
-            f"golden probabilities differ by at most {worker.loaded['worst']:.1e}",
-        )
-    elif kind == "scored":
-        number, scores = message
-        note_scores(work, worker.note_scored(number), scores)
-    elif kind == "out of memory":
-        batch = worker.note_out_of_memory(*message)
-        log(clock, f"{worker.name}: out of memory: {worker.tokens_per_batch} tokens a batch now")
-        # The budget is smaller than this batch, so next_batch cuts it in parts.
-        if len(batch) > 1:
-            work.queue.appendleft(batch)
-        else:
-            try_alone(work, batch, clock)
-    elif kind == "refused":
-        # One device alone may be faulty; the last one has nobody to contradict it.
-        [reason] = message
-        if all(other.gone for other in workers if other is not worker):
-            raise PackageError(reason)
-        reason = f"refuses the package, which another device may not: {reason}"
-        handle_worker_death(work, worker, reason, clock)
+    match message:
+        case ("loaded", facts):
+            worker.note_loaded(facts)
+            log(
+                clock,
+                f"{worker.name}: loaded in {facts['seconds']:.0f} s in {facts['dtype']}; "
+                f"golden probabilities differ by at most {facts['worst']:.1e}",
+            )
+        case ("scored", number, scores):
+            batch = worker.note_scored(number)
+            note_scores(work, batch, scores)
+        case ("out of memory", number):
+            batch = worker.note_out_of_memory(number)
+            log(
+                clock, f"{worker.name}: out of memory: {worker.tokens_per_batch} tokens a batch now"
+            )
+            retry_smaller(work, batch, clock)
+        case ("refused", reason):
+            # One device alone may be faulty. Where all others are gone, it is the package.
+            if all(other.gone for other in workers if other is not worker):
+                raise PackageError(reason)
+            reason = f"refuses the package, which another device may not: {reason}"
+            handle_worker_death(work, worker, reason, clock)
+        case ("failed", traceback):
+            handle_worker_death(work, worker, f"failed: {traceback.strip()}", clock)
+
+
+def retry_smaller(work: Pass, batch: list[Request], clock: Clock) -> None:
+    """Put a batch that was too large for memory back into the queue, or its only row at the end."""
+    # The worker's token budget is smaller now, so that next_batch will cut the batch in parts.
+    if len(batch) > 1:
+        work.queue.appendleft(batch)
     else:
-        [reason] = message
-        handle_worker_death(work, worker, f"failed: {reason.strip()}", clock)
+        try_alone(work, batch, clock)
 
 
 def try_alone(work: Pass, batch: list[Request], clock: Clock) -> None:
-    """Put rows that failed at the end of the queue, each alone, or give them up."""
+    """Put rows that failed at the end of the queue, each alone; give up those that failed often."""
     for request in batch:
         work.failed_tries[request.id] += 1
         if work.failed_tries[request.id] < GIVEN_UP_AFTER:
@@ -210,19 +231,18 @@ def try_alone(work: Pass, batch: list[Request], clock: Clock) -> None:
             log(clock, f"row {request.id} is given up")
 
 
-def handle_worker_death(work: Pass, worker: Worker, why: str, clock: Clock) -> None:
-    """Put a dead worker's rows back into the queue, and restart it or give its device up.
+def handle_worker_death(work: Pass, worker: Worker, reason: str, clock: Clock) -> None:
+    """Put a dead worker's rows back into the queue, and restart it or give its device up."""
+    log(clock, f"{worker.name}: {reason}")
 
-    No process is started that the clock has no time to load.
-    """
-    log(clock, f"{worker.name}: {why}")
-
-    # Any of the rows that it was scoring may have killed it. What only lay ready has not.
+    # Any of the rows that it was scoring may have killed it, so that each is tried alone. Batches
+    # that lay ready in its pipe go back to where they came from.
     being_scored, ready = worker.note_death()
     work.queue.extendleft(reversed(ready))
     for batch in being_scored:
         try_alone(work, batch, clock)
 
+    # A process that could not load before the deadline is not started.
     if worker.gone:
         outcome = f"gone after {worker.fruitless} deaths without a score in between"
     elif work.deadline - time.monotonic() <= worker.load_seconds:
@@ -233,29 +253,34 @@ def handle_worker_death(work: Pass, worker: Worker, why: str, clock: Clock) -> N
     log(clock, f"{worker.name}: {outcome}")
 
 
-def check_is_alive(work: Pass, worker: Worker, clock: Clock) -> None:
-    """Kill a worker that has said nothing for far too long, or works on into the reserve."""
+def kill_if_silent(work: Pass, worker: Worker, clock: Clock) -> None:
+    """Kill a worker that hangs, or whose batch is not done when the submission must be written."""
     if not worker.process:
         return
 
-    patience = QUIET_SECONDS if worker.loaded else LOAD_PATIENCE_SECONDS
-    # The reserve is for writing the submission.
+    # After the deadline there is a reserve for writing. A third of it may pass.
     now = time.monotonic()
-    if worker.outstanding and now > clock.deadline + clock.reserve_seconds / 3:
-        patience = 0
+    is_too_late = now > clock.deadline + clock.reserve_seconds / 3
+    if worker.outstanding and is_too_late:
+        allowed_seconds = 0.0
+    elif worker.loaded:
+        allowed_seconds = QUIET_SECONDS
+    else:
+        allowed_seconds = LOAD_PATIENCE_SECONDS
+
     quiet_seconds = now - worker.last_event
-    if quiet_seconds > patience:
+    if quiet_seconds > allowed_seconds:
         reason = f"killed: it said nothing for {quiet_seconds:.0f} s"
         handle_worker_death(work, worker, reason, clock)
 
 
 def note_scores(work: Pass, batch: list[Request], scores: BatchScores) -> None:
-    """Keep a batch's probabilities by id; those that are not finite count as not scored."""
+    """Keep a batch's probabilities by id, and count its tokens, overflows and rows without a score."""
     work.computed_tokens += padded_tokens(batch)
     work.tokens += sum(request.tokens for request in batch)
     work.overflowed += scores.overflowed
     for request, probabilities in zip(batch, scores.probabilities, strict=True):
-        if all(map(math.isfinite, probabilities)):
+        if all(math.isfinite(probability) for probability in probabilities):
             work.scores[request.id] = probabilities
         else:
             work.not_finite += 1

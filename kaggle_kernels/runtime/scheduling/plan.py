@@ -1,6 +1,6 @@
 """Shares out the seconds that are left: which rows get the second order, and which a further model.
 
-schedule.plan_next_pass decides with it, after every pass, which pass comes next. An option is one
+schedule.plan_next_pass decides with it, after every pass, which pass comes next. A candidate is one
 more pass of a package in an order. It changes a probability by some amount, of standard deviation
 s. Its expected gain is that of the knowledge gradient (Frazier, Powell and Dayanik 2008):
 2 (s φ(m/s) − m Φ(−m/s)), with m half the lead of the first verdict over the second. A row near the
@@ -12,7 +12,7 @@ their loading is tried out.
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import NormalDist
 
 from kaggle_kernels.runtime.models.placement import weight_sizes
@@ -30,8 +30,8 @@ SHORTEST_SECONDS = 1e-9
 
 
 @dataclass(frozen=True)
-class Option:
-    """One more pass that could be made: a package in an order."""
+class CandidatePass:
+    """A pass that could come next: a package scores rows in one order of their responses."""
 
     package: int  # its number in the spec
     order: str
@@ -42,124 +42,125 @@ class Option:
 
 
 @dataclass(frozen=True)
-class Offer:
-    """One row of an option, which is named by its place."""
+class CandidateRow:
+    """One row of a candidate pass."""
 
-    option_place: int
+    pass_place: int  # of the pass in the list of candidates
     row_id: str
     gain: float
     seconds: float
 
 
-@dataclass(frozen=True)
-class Share:
-    """What an option gets of the clock."""
+@dataclass
+class PlannedPass:
+    """A candidate pass with those of its rows that the time is enough for; perhaps none."""
 
-    option: Option
-    row_ids: list[str]
-    seconds: float  # for these rows, without loading
+    candidate: CandidatePass
+    row_ids: list[str] = field(default_factory=list)
+    seconds: float = 0.0  # for these rows, without loading
 
 
-def allocate(
-    options: Sequence[Option],
+def plan_passes(
+    candidates: Sequence[CandidatePass],
     probabilities: Mapping[str, Sequence[float]],
     tokens: Mapping[str, int],
     seconds: float,
     by_log_loss: bool,
-) -> list[Share]:
-    """Share the seconds that are left out among options: rows of most gain per second first.
+) -> list[PlannedPass]:
+    """Plan what the seconds that are left are spent on: the rows of most expected gain per second.
 
     Args:
-        options: The passes that could be made, those of the loaded model first.
-        probabilities: What the passes so far say of a row, by id; absent: nothing.
+        candidates: The passes that could be made, those of the loaded model first.
+        probabilities: What the passes so far say of a row, by id; absent where none has scored it.
         tokens: The rows' lengths, by id.
-        seconds: What is left of the clock.
+        seconds: What is left of the kernel's time.
         by_log_loss: Whether the metric is log loss, else accuracy.
 
     Returns:
-        A share for each option, in their order; one without rows where it gets no time.
+        A plan for each candidate, in their order.
     """
-    offers = make_offers(options, probabilities, tokens, by_log_loss)
-    packages = list(dict.fromkeys(option.package for option in options))
+    rows = rank_rows(candidates, probabilities, tokens, by_log_loss)
+    packages = list(dict.fromkeys(candidate.package for candidate in candidates))
 
-    # A further model must be worth its loading: with the first package, with the first two, …
+    # A further model must be worth its loading. Plans with the first package alone, with the first
+    # two, and so on are compared.
     best_gain = -1.0
-    best_shares: list[Share] = []
+    best_plan: list[PlannedPass] = []
     for count in range(1, len(packages) + 1):
-        gain, shares = allocate_to(packages[:count], options, offers, seconds)
+        gain, plan = fill_seconds(packages[:count], candidates, rows, seconds)
         if gain > best_gain:
-            best_gain, best_shares = gain, shares
-    return best_shares
+            best_gain, best_plan = gain, plan
+    return best_plan
 
 
-def make_offers(
-    options: Sequence[Option],
+def rank_rows(
+    candidates: Sequence[CandidatePass],
     probabilities: Mapping[str, Sequence[float]],
     tokens: Mapping[str, int],
     by_log_loss: bool,
-) -> list[Offer]:
-    """List every unscored row of every option, by gain per second; equal ones keep their order."""
-    offers = []
-    for place, option in enumerate(options):
-        for row_id in option.unscored:
-            gain = expected_gain(probabilities.get(row_id), option.change, by_log_loss)
-            seconds = max(tokens[row_id] * option.seconds_per_token, SHORTEST_SECONDS)
-            offers.append(Offer(place, row_id, gain, seconds))
-    return sorted(offers, key=lambda offer: offer.gain / offer.seconds, reverse=True)
+) -> list[CandidateRow]:
+    """Sort the rows of all candidates by their expected gain per second (see `plan_passes`)."""
+    rows = []
+    for place, candidate in enumerate(candidates):
+        for row_id in candidate.unscored:
+            gain = expected_gain(probabilities.get(row_id), candidate.change, by_log_loss)
+            seconds = max(tokens[row_id] * candidate.seconds_per_token, SHORTEST_SECONDS)
+            rows.append(CandidateRow(place, row_id, gain, seconds))
+    return sorted(rows, key=lambda row: row.gain / row.seconds, reverse=True)
 
 
-def allocate_to(
-    packages: Collection[int], options: Sequence[Option], offers: Sequence[Offer], seconds: float
-) -> tuple[float, list[Share]]:
-    """Take the best offers of these packages that fit the seconds left after loading.
+def fill_seconds(
+    packages: Collection[int],
+    candidates: Sequence[CandidatePass],
+    ranked_rows: Sequence[CandidateRow],
+    seconds: float,
+) -> tuple[float, list[PlannedPass]]:
+    """Fill the time with the best rows of some packages, whose loading is counted first.
 
     Returns:
-        Their gain, and a share for each option.
+        The expected gain of all these rows, and a plan for each candidate.
     """
-    # A package has several options, but is loaded once.
+    # A package may have several candidates, but is loaded once.
     load_seconds = {}
-    for option in options:
-        if option.package in packages:
-            load_seconds[option.package] = option.load_seconds
+    for candidate in candidates:
+        if candidate.package in packages:
+            load_seconds[candidate.package] = candidate.load_seconds
     seconds_left = seconds - sum(load_seconds.values())
 
     total_gain = 0.0
-    row_ids: list[list[str]] = [[] for _ in options]
-    seconds_used = [0.0] * len(options)
-    for offer in offers:
-        place = offer.option_place
-        # A row too long for what is left does not keep shorter ones behind it out.
-        if options[place].package not in packages or offer.seconds > seconds_left:
-            continue
-        seconds_left -= offer.seconds
-        seconds_used[place] += offer.seconds
-        total_gain += offer.gain
-        row_ids[place].append(offer.row_id)
+    plan = [PlannedPass(candidate) for candidate in candidates]
+    for row in ranked_rows:
+        planned = plan[row.pass_place]
+        is_wanted = planned.candidate.package in packages
 
-    shares = []
-    for place, option in enumerate(options):
-        shares.append(Share(option, row_ids[place], seconds_used[place]))
-    return total_gain, shares
+        # A row that is too long for what is left is skipped: shorter ones behind it may fit.
+        if is_wanted and row.seconds <= seconds_left:
+            seconds_left -= row.seconds
+            total_gain += row.gain
+            planned.row_ids.append(row.row_id)
+            planned.seconds += row.seconds
+    return total_gain, plan
 
 
-def expected_gain(values: Sequence[float] | None, change: float, by_log_loss: bool) -> float:
-    """Compute what one more opinion on a row is expected to bring.
+def expected_gain(probabilities: Sequence[float] | None, change: float, by_log_loss: bool) -> float:
+    """Compute what another score of a row is expected to gain (the module says by which formula).
 
     Args:
-        values: Its probabilities so far; None: no model has scored it.
-        change: Standard deviation of what the opinion changes in a probability.
+        probabilities: The row's, of each verdict, so far; None: no model has scored it.
+        change: Standard deviation of what the score changes in a probability.
         by_log_loss: Whether the gain is in nats of log loss, else in accuracy.
     """
-    # A first score is worth more than any second opinion.
-    if values is None:
+    # A first score is worth more than any further one.
+    if probabilities is None:
         return 1.0
 
     # The expected drop of log loss, to second order.
     if by_log_loss:
-        return change**2 * (1 - sum(value**2 for value in values))
+        sum_of_squares = sum(probability**2 for probability in probabilities)
+        return change**2 * (1 - sum_of_squares)
 
-    # The verdict flips where the change exceeds half of its lead.
-    second, first = sorted(values)[-2:]
+    # The verdict flips where the change exceeds half of the first verdict's lead over the second.
+    second, first = sorted(probabilities)[-2:]
     margin = (first - second) / 2
     ratio = margin / change
     density = NormalDist().pdf(ratio)

@@ -24,11 +24,11 @@ from kaggle_kernels.runtime.scheduling.pass_runner import Pass, make_pass, pass_
 from kaggle_kernels.runtime.scheduling.plan import (
     CHANGE_OF_MODEL,
     CHANGE_OF_ORDER,
-    Option,
-    Share,
-    allocate,
+    CandidatePass,
+    PlannedPass,
     flop_per_token,
     loading_seconds,
+    plan_passes,
 )
 from kaggle_kernels.runtime.scheduling.worker_handle import Worker, start_workers
 from kaggle_kernels.runtime.settings import Clock, Settings, log
@@ -36,7 +36,7 @@ from kaggle_kernels.runtime.submission import soften, to_competition, weighted_m
 
 Scores = dict[str, dict[str, list[float]]]  # by id, then by order
 Key = tuple[int, str]  # a package's number in the spec, and an order
-PADDING = 1.03  # what batches compute beyond their rows' tokens, while nothing is measured
+PADDING_FACTOR = 1.03  # by which batches, padded, have more tokens than their rows
 ENCODED_AT_ONCE = 1000
 
 
@@ -80,7 +80,7 @@ class Measurements:
 
 @dataclass(frozen=True)
 class Board:
-    """The state of the run."""
+    """All that the kernel knows of its run: what to score, how far it is, what it measured."""
 
     inputs: Inputs
     progress: Progress
@@ -130,12 +130,20 @@ def make_board(
     clock: Clock,
     hidden_run: bool,
 ) -> Board:
-    """Make a board on which nothing is scored yet. The devices share the CPU's cores evenly."""
-    counting: list[str] = []
-    others: list[str] = []
-    for row in rows:
-        group = counting if row["counts"] else others
-        group.append(row["id"])
+    """Make a board on which nothing is scored yet.
+
+    Args:
+        settings: The spec's.
+        packages: In the order of the settings.
+        rows: As inputs.read_rows gives them.
+        devices: PyTorch's names; they share the CPU's cores evenly.
+        clock: What the kernel keeps to.
+        hidden_run: Whether a package that fails is left out, else it is an error.
+    """
+    # Rows that count on the leaderboard will be scored before the others.
+    counting_ids = [row["id"] for row in rows if row["counts"]]
+    other_ids = [row["id"] for row in rows if not row["counts"]]
+    row_groups = [group for group in (counting_ids, other_ids) if group]
 
     # A spec may have another token budget than training.
     contracts = [package.contract for package in packages]
@@ -143,19 +151,18 @@ def make_board(
         budget_tokens = settings.budget_tokens
         contracts = [replace(contract, budget_tokens=budget_tokens) for contract in contracts]
 
-    threads = max(len(os.sched_getaffinity(0)) // len(devices), 1)
+    cores = len(os.sched_getaffinity(0))
     inputs = Inputs(
         settings=settings,
         packages=packages,
         contracts=contracts,
         rows=rows,
-        row_groups=[group for group in (counting, others) if group],
+        row_groups=row_groups,
         devices=dict(enumerate(devices)),
-        threads=threads,
+        threads=max(cores // len(devices), 1),
         clock=clock,
         hidden_run=hidden_run,
     )
-
     progress = Progress(
         scores=[{row["id"]: {} for row in rows} for _ in packages],
         packages=list(range(len(packages))),
@@ -173,27 +180,27 @@ def score_all(board: Board) -> None:
         PackageError: The workers refuse a package: it scores other than when it was packaged.
         LoadError: No device could load a package.
     """
-    loaded: int | None = None
+    loaded: int | None = None  # the number of the package that the workers have
     workers: list[Worker] = []
     try:
         while next_pass := plan_next_pass(board, loaded, workers):
             try:
                 # Two models do not fit one GPU: the old one goes before the new one comes.
                 if next_pass.package != loaded:
-                    retire(board, workers)
-                    workers = start_team(board, next_pass.package)
+                    stop_workers(board, workers)
+                    workers = load_package(board, next_pass.package)
                     loaded = next_pass.package
                 score_pass(board, next_pass, workers)
             except (PackageError, LoadError) as error:
-                retire(board, workers)
+                stop_workers(board, workers)
                 loaded = None
                 leave_out(board, next_pass.package, error)
     finally:
-        retire(board, workers)
+        stop_workers(board, workers)
 
 
 def leave_out(board: Board, number: int, error: Exception) -> None:
-    """Go on without a package; in the visible run, or where no package has worked, raise its error."""
+    """Go on without a package, in the hidden run and while another one works; else raise `error`."""
     board.progress.packages.remove(number)
     another_works = bool(board.progress.packages or board.progress.passes)
     if not board.inputs.hidden_run or not another_works:
@@ -202,15 +209,15 @@ def leave_out(board: Board, number: int, error: Exception) -> None:
 
 
 def plan_next_pass(board: Board, loaded: int | None, workers: Sequence[Worker]) -> NextPass | None:
-    """Decide what to do next: rows that count come first, the others get what time is left.
+    """Plan the next pass: rows that count come first, the others get what time is left.
 
     Args:
         board: The state of the run.
-        loaded: The number of the package that the workers have; None: none.
+        loaded: The number of the package that the workers have loaded; None: none.
         workers: The workers of that package.
 
     Returns:
-        None where nothing is left, nothing more fits the clock, or no worker is alive.
+        None where nothing is left to score, nothing more fits the time, or no worker is alive.
     """
     # Workers are gone for good once they died too often; no plan brings them back.
     all_gone = bool(workers) and all(worker.gone for worker in workers)
@@ -219,20 +226,23 @@ def plan_next_pass(board: Board, loaded: int | None, workers: Sequence[Worker]) 
     if all_gone or not board.progress.packages or board.inputs.clock.left() <= 0:
         return None
 
-    # Nothing of the others before all of those that count.
     for group in board.inputs.row_groups:
-        # The first pass measures the tokens of all its rows: one row shows whether it was made.
-        if group[0] in board.measured.tokens:
+        # A group's first pass measures the tokens of all its rows, so that any row shows whether
+        # it was made.
+        first_pass_was_made = group[0] in board.measured.tokens
+        if first_pass_was_made:
             next_pass = plan_further_pass(board, group, loaded)
         else:
             next_pass = plan_first_pass(board, group, loaded)
+
+        # The rows that do not count wait until nothing is left to do for those that do.
         if next_pass is not None:
             return next_pass
     return None
 
 
 def plan_first_pass(board: Board, group: Sequence[str], loaded: int | None) -> NextPass:
-    """Plan one order of all rows of a group, with the model that is there or the spec's first."""
+    """Plan one order of all rows of a group, with the loaded model or else the spec's first."""
     packages = board.progress.packages
     number = loaded if loaded in packages else packages[0]
     order = board.orders(number)[0]
@@ -240,102 +250,115 @@ def plan_first_pass(board: Board, group: Sequence[str], loaded: int | None) -> N
 
 
 def plan_further_pass(board: Board, group: Sequence[str], loaded: int | None) -> NextPass | None:
-    """Share the time that is left among all passes that a group could still have; take the first.
+    """Plan all further passes over a group of rows, and return the one to begin with.
 
     Returns:
-        None where no row is left, or the clock allows none.
+        None where no row is left, or no time for one.
     """
-    options = make_options(board, group, loaded)
-    if not options:
+    candidates = list_candidates(board, group, loaded)
+    if not candidates:
         return None
+
     clock = board.inputs.clock
     by_log_loss = len(board.inputs.settings.columns) > 1
-    shares = allocate(
-        options, board.probabilities(), board.measured.tokens, clock.left(), by_log_loss
+    plan = plan_passes(
+        candidates, board.probabilities(), board.measured.tokens, clock.left(), by_log_loss
     )
-    log_plan(board, shares)
+    log_plan(board, plan)
 
-    # An option without rows gets no time.
-    planned = [share for share in shares if share.row_ids]
-    if not planned:
+    # Where a pass has no rows, there was no time for it.
+    plan_with_rows = [planned for planned in plan if planned.row_ids]
+    if not plan_with_rows:
         return None
-    first, *later = planned
 
-    # The pass must leave the time for those planned after it.
-    package = first.option.package
+    # The first pass must leave the time that is planned for the others.
+    first, *later = plan_with_rows
+    package = first.candidate.package
     deadline = clock.deadline - count_seconds(later, package)
-    return NextPass(package, first.option.order, frozenset(first.row_ids), deadline)
+    return NextPass(package, first.candidate.order, frozenset(first.row_ids), deadline)
 
 
-def count_seconds(shares: Sequence[Share], loaded: int) -> float:
-    """Count the seconds of shares: their scoring, and loading each package but the loaded one once."""
+def count_seconds(plan: Sequence[PlannedPass], loaded: int) -> float:
+    """Count the seconds of planned passes. Each package but the loaded one is loaded once."""
     seconds = 0.0
     loaded_packages = {loaded}
-    for share in shares:
-        seconds += share.seconds
-        if share.option.package not in loaded_packages:
-            loaded_packages.add(share.option.package)
-            seconds += share.option.load_seconds
+    for planned in plan:
+        seconds += planned.seconds
+        if planned.candidate.package not in loaded_packages:
+            loaded_packages.add(planned.candidate.package)
+            seconds += planned.candidate.load_seconds
     return seconds
 
 
-def make_options(board: Board, group: Sequence[str], loaded: int | None) -> list[Option]:
-    """List every pass that has rows of the group left, those of the loaded model first."""
-    # Loading takes long: the model that is there comes first.
+def list_candidates(board: Board, group: Sequence[str], loaded: int | None) -> list[CandidatePass]:
+    """List every pass that has rows of the group left to score, those of the loaded model first."""
     packages = sorted(board.progress.packages, key=lambda number: number != loaded)
-    options = []
+    candidates = []
     for number in packages:
+        rate = predict_rate(board, number)
         for order in board.orders(number):
             unscored = board.unscored((number, order), group)
             if unscored:
-                option = make_option(board, (number, order), unscored, is_loaded=number == loaded)
-                options.append(option)
-    return options
+                candidate = CandidatePass(
+                    package=number,
+                    order=order,
+                    change=predict_change(board, number),
+                    seconds_per_token=PADDING_FACTOR / rate if rate else 0.0,
+                    load_seconds=0.0 if number == loaded else predict_load_seconds(board, number),
+                    unscored=unscored,
+                )
+                candidates.append(candidate)
+    return candidates
 
 
-def make_option(board: Board, key: Key, unscored: list[str], is_loaded: bool) -> Option:
-    """Describe a pass by what it should change, and by the seconds that it should take."""
-    number, order = key
-    settings, packages = board.inputs.settings, board.inputs.packages
-    progress, measured = board.progress, board.measured
+def predict_change(board: Board, number: int) -> float:
+    """Predict how much another score by a package changes a probability (standard deviation)."""
+    packages = board.inputs.settings.packages
+    total_weight = sum(packages[other].weight for other in board.progress.packages)
+    relative_weight = packages[number].weight / total_weight
 
-    # What it should change. CHANGE_OF_MODEL is that of one of two models of equal weight.
-    total_weight = sum(settings.packages[other].weight for other in progress.packages)
-    relative_weight = settings.packages[number].weight / total_weight
-    is_new_model = not any(progress.tried.get((number, other)) for other in board.orders(number))
-    typical_change = 2 * CHANGE_OF_MODEL if is_new_model else CHANGE_OF_ORDER
-    change = typical_change * relative_weight
-
-    # Before a package has run, its speed follows from another one's and the parameters of both.
-    rate = measured.rates.get(number, 0.0)
-    if measured.rates and not rate:
-        other, other_rate = next(iter(measured.rates.items()))
-        rate = other_rate * flop_per_token(packages[other]) / flop_per_token(packages[number])
-    seconds_per_token = PADDING / rate if rate else 0.0
-
-    # All devices load from one disk, so that further copies take time as well.
-    copies = len(progress.devices)
-    if settings.packages[number].placement == "split":
-        copies = 1
-    load_seconds = 0.0
-    if not is_loaded:
-        load_seconds = loading_seconds(packages[number], copies)
-    return Option(number, order, change, seconds_per_token, load_seconds, unscored)
+    # The second order of a model says less than the first score of a model.
+    has_scored = any(board.progress.tried.get((number, order)) for order in board.orders(number))
+    if has_scored:
+        return CHANGE_OF_ORDER * relative_weight
+    return CHANGE_OF_MODEL * 2 * relative_weight  # measured with two models of equal weight
 
 
-def log_plan(board: Board, shares: Sequence[Share]) -> None:
+def predict_rate(board: Board, number: int) -> float:
+    """Predict the tokens a second of a package; 0 where no pass has measured any package's."""
+    rates = board.measured.rates
+    if number in rates or not rates:
+        return rates.get(number, 0.0)
+
+    # The devices do as many operations a second as for a package that has run, but a token takes
+    # more of them, or fewer.
+    packages = board.inputs.packages
+    measured_number, *_others = rates
+    operations_per_second = rates[measured_number] * flop_per_token(packages[measured_number])
+    return operations_per_second / flop_per_token(packages[number])
+
+
+def predict_load_seconds(board: Board, number: int) -> float:
+    """Predict how long loading a package takes. All devices load from the same disk."""
+    is_split = board.inputs.settings.packages[number].placement == "split"
+    copies = 1 if is_split else len(board.progress.devices)
+    return loading_seconds(board.inputs.packages[number], copies)
+
+
+def log_plan(board: Board, plan: Sequence[PlannedPass]) -> None:
     """Log what a plan does with the seconds that are left."""
     parts = []
-    for share in shares:
-        name = f"{board.inputs.packages[share.option.package].folder.name} {share.option.order}"
-        rows = f"{len(share.row_ids)} of {len(share.option.unscored)} rows"
-        parts.append(f"{name} {rows} in {share.seconds:.1f} s")
+    for planned in plan:
+        candidate = planned.candidate
+        name = f"{board.inputs.packages[candidate.package].folder.name} {candidate.order}"
+        rows = f"{len(planned.row_ids)} of {len(candidate.unscored)} rows"
+        parts.append(f"{name} {rows} in {planned.seconds:.1f} s")
     clock = board.inputs.clock
     log(clock, f"plan: {clock.left():.1f} s left: {'; '.join(parts)}")
 
 
-def start_team(board: Board, number: int) -> list[Worker]:
-    """Start workers for a package on the devices that are not gone.
+def load_package(board: Board, number: int) -> list[Worker]:
+    """Start workers on the devices that still work, which load a package.
 
     Raises:
         LoadError: No device is left, or a model that is split would lack one of them.
@@ -353,11 +376,9 @@ def start_team(board: Board, number: int) -> list[Worker]:
     )
 
 
-def retire(board: Board, workers: list[Worker]) -> None:
-    """End the workers; devices that are gone leave the board.
-
-    Where no worker could load the package, that is the package's fault and the devices stay.
-    """
+def stop_workers(board: Board, workers: list[Worker]) -> None:
+    """Stop the workers and empty the list. A device that has failed for good leaves the board."""
+    # Where no worker could load the package, that is the package's fault and the devices stay.
     any_loaded = any(worker.load_seconds for worker in workers)
     for worker in workers:
         worker.stop()
@@ -368,7 +389,7 @@ def retire(board: Board, workers: list[Worker]) -> None:
 
 
 def score_pass(board: Board, next_pass: NextPass, workers: Sequence[Worker]) -> None:
-    """Score the rows of a pass and note the result on the board.
+    """Score the rows of a pass, and put the result on the board.
 
     Raises:
         PackageError: The last worker that is left refuses the package.
@@ -387,11 +408,11 @@ def score_pass(board: Board, next_pass: NextPass, workers: Sequence[Worker]) -> 
     work = run_pass(work, workers, clock)
     if all(worker.gone and not worker.load_seconds for worker in workers):
         raise LoadError(f"{package.folder}: no device could load it")
-    note_pass(board, (number, order), work, requests, workers)
+    record_pass(board, (number, order), work, requests, workers)
 
 
 def encode_rows(inputs: Inputs, next_pass: NextPass) -> list[Request]:
-    """Encode the rows of a pass by the package's own model_input."""
+    """Encode the rows of a pass to token ids, by the package's own model_input.py."""
     package = inputs.packages[next_pass.package]
     pairs = []
     for row in inputs.rows:
@@ -416,26 +437,29 @@ def encode_rows(inputs: Inputs, next_pass: NextPass) -> list[Request]:
     return encoded
 
 
-def note_pass(
+def record_pass(
     board: Board, key: Key, work: Pass, requests: Sequence[Request], workers: Sequence[Worker]
 ) -> None:
-    """Put a pass's scores on the board, and what was measured."""
+    """Put a finished pass on the board: its scores, and what it measured.
+
+    Args:
+        board: The state of the run.
+        key: The pass's package and order.
+        work: The pass.
+        requests: All its rows.
+        workers: Those that did it.
+    """
     number, order = key
     progress, measured = board.progress, board.measured
-    for row_id, values in work.scores.items():
-        progress.scores[number][row_id][order] = values
+    for row_id, probabilities in work.scores.items():
+        progress.scores[number][row_id][order] = probabilities
 
-    # Rows that the pass left are tried again, unless nothing came of any: that would never end.
-    finished = {request.id for request in requests}
-    if work.scores or all(worker.gone for worker in workers):
-        for batch in work.queue:
-            finished.difference_update(request.id for request in batch)
-    progress.tried.setdefault(key, set()).update(finished)
-
-    # What ends workers in one order would do so in the other.
+    progress.tried.setdefault(key, set()).update(list_tried_rows(work, requests, workers))
+    # A row that ended its workers in one order would do so in the other.
     for any_order in board.orders(number):
         progress.tried.setdefault((number, any_order), set()).update(work.given_up)
 
+    # What later plans need: the rows' lengths, and the speed of the workers that still live.
     for request in requests:
         measured.tokens.setdefault(request.id, request.tokens)
     rate = sum(worker.rate() for worker in workers if not worker.gone)
@@ -445,6 +469,18 @@ def note_pass(
     # kernel.json keeps a record of every pass.
     run = board.inputs.settings.packages[number].run
     progress.passes.append({"run": run, "order": order, **pass_record(work)})
+
+
+def list_tried_rows(work: Pass, requests: Sequence[Request], workers: Sequence[Worker]) -> set[str]:
+    """List the rows of a pass that need no further try: all but those that are still in its queue."""
+    row_ids = {request.id for request in requests}
+
+    # Living workers that scored nothing would not do better another time: that would never end.
+    can_be_repeated = work.scores or all(worker.gone for worker in workers)
+    if can_be_repeated:
+        for batch in work.queue:
+            row_ids.difference_update(request.id for request in batch)
+    return row_ids
 
 
 def combine(
@@ -459,7 +495,7 @@ def combine(
         packages: In the order of the settings.
         scores: Of each package.
     """
-    # A row has as many opinions as packages have scored it.
+    # Only those packages that scored a row have a say in it.
     opinions: dict[str, list[list[float]]] = {}
     weights: dict[str, list[float]] = {}
     for package_settings, package, package_scores in zip(

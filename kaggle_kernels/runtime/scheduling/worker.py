@@ -20,6 +20,7 @@ import os
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 from kaggle_kernels.runtime.models.model import load_model
 from kaggle_kernels.runtime.models.pipeline import Stages, stage_starts
 from kaggle_kernels.runtime.models.placement import split_over
-from kaggle_kernels.runtime.models.scoring import Request, score, score_batch
+from kaggle_kernels.runtime.models.scoring import BatchScores, Request, score, score_batch
 from kaggle_kernels.runtime.package import (
     Package,
     PackageError,
@@ -37,9 +38,8 @@ from kaggle_kernels.runtime.package import (
     read_tokenizer,
 )
 
-GOLDEN_TOLERANCE = (
-    0.05  # float16 and 4-bit kernels differ between devices by up to 0.02; a wrong head by far more
-)
+# float16 and 4-bit kernels differ between devices by up to 0.02; a wrong head by far more.
+GOLDEN_TOLERANCE = 0.05
 MEMORY_WORDS = (
     "CUDA error: out of memory",
     "_ALLOC_FAILED",
@@ -58,6 +58,14 @@ class Assignment:
     weight_bytes_limit: int | None = None  # of each device, for a model that is split
 
 
+@dataclass(frozen=True)
+class PipeLocks:
+    """One thread at a time may read from a pipe, and one may write to it."""
+
+    receiving: threading.Lock
+    sending: threading.Lock
+
+
 def run_worker(connection, task: Assignment) -> None:
     """Run the process until the pipe closes; leave at once then, whatever its threads are at."""
     with contextlib.suppress(OSError):
@@ -72,22 +80,22 @@ def run_worker(connection, task: Assignment) -> None:
 
 
 def work(connection, task: Assignment) -> None:
-    """Load, then score until the other end of the pipe is closed or something fails."""
+    """Load a package's model, then score the batches that come until the pipe is closed."""
     began = time.monotonic()
     first_device = task.devices[0]
     try:
-        # Else libraries that ask for no device take memory of the first GPU.
+        # Libraries that name no device would take memory of the first GPU.
         if first_device.startswith("cuda"):
             torch.cuda.set_device(first_device)
         package = open_package(Path(task.folder))
         model, stages = load_on(package, task.devices, task.weight_bytes_limit)
         worst_difference = check_golden_scores(package, model, first_device)
     except (PackageError, FloatingPointError) as error:
-        return tell(connection, "refused", f"{type(error).__name__}: {error}")
+        return send_message(connection, "refused", f"{type(error).__name__}: {error}")
     except Exception:
-        return tell(connection, "failed", traceback.format_exc())
+        return send_message(connection, "failed", traceback.format_exc())
 
-    # Only now can it be given batches.
+    # Each stage of a split model works on a batch of its own.
     batches_at_once = len(stages.locks) if stages else 1
     facts = {
         "dtype": str(model.dtype),
@@ -95,21 +103,23 @@ def work(connection, task: Assignment) -> None:
         "worst": worst_difference,
         "seconds": time.monotonic() - began,
     }
-    tell(connection, "loaded", facts)
+    send_message(connection, "loaded", facts)
 
-    def score_requests(requests):
+    def score_requests(requests: list[Request]) -> BatchScores:
         pass_context = stages.forward_pass if stages else contextlib.nullcontext
-
-        # Each thread has a current device of its own.
-        on_device = contextlib.nullcontext()
-        if first_device.startswith("cuda"):
-            on_device = torch.cuda.device(first_device)
-        with on_device:
+        with use_device(first_device):
             return score_batch(
                 model, package.model_input, package.contract, requests, first_device, pass_context
             )
 
     serve(connection, score_requests, batches_at_once)
+
+
+def use_device(device: str) -> contextlib.AbstractContextManager:
+    """Make a GPU the current device of this thread: each thread has one of its own."""
+    if device.startswith("cuda"):
+        return torch.cuda.device(device)
+    return contextlib.nullcontext()
 
 
 def open_package(folder: Path) -> Package:
@@ -132,7 +142,7 @@ def load_on(
 
 
 def check_golden_scores(package: Package, model: torch.nn.Module, device: str) -> float:
-    """Score the golden rows, and compare them with the manifest's probabilities.
+    """Score the golden rows, and compare with the probabilities that packaging wrote down.
 
     Returns:
         The largest difference.
@@ -142,7 +152,7 @@ def check_golden_scores(package: Package, model: torch.nn.Module, device: str) -
     """
     contract = package.contract
 
-    # A golden row is scored as any other, by the code of the kernel.
+    # By the same code as any other row.
     pairs = [package.model_input.pair_from_row(row["pair"]) for row in contract.golden]
     scores = score(
         model,
@@ -170,42 +180,43 @@ def check_golden_scores(package: Package, model: torch.nn.Module, device: str) -
     return worst_difference
 
 
-def serve(connection, score_requests, batches_at_once: int) -> None:
-    """Score what comes in until the pipe is closed, or until something fails.
+def serve(connection, score_requests: Callable, batches_at_once: int) -> None:
+    """Score the batches that come through the pipe until it is closed, or until something fails.
 
     Args:
         connection: The pipe.
-        score_requests: Gives a batch's BatchScores.
-        batches_at_once: How many are scored at the same time, each in a thread: the stages of a
-            split model work on different batches.
+        score_requests: Scores the requests of a batch and returns its BatchScores.
+        batches_at_once: How many are scored at the same time, each in a thread of its own.
     """
     # Two threads that read or write at once would mix their messages.
-    receiving = threading.Lock()
-    sending = threading.Lock()
-
-    def score_until_closed():
-        while True:
-            try:
-                with receiving:
-                    number, requests = connection.recv()
-            except (EOFError, OSError):
-                return
-
-            answer = answer_batch(number, requests, score_requests)
-            with sending:
-                tell(connection, *answer)
-
-            # A CUDA error stays with its process: the other end will start a new one.
-            if answer[0] == "failed":
-                return
+    locks = PipeLocks(receiving=threading.Lock(), sending=threading.Lock())
 
     threads = []
     for _ in range(batches_at_once):
-        thread = threading.Thread(target=score_until_closed, daemon=True)
+        arguments = (connection, locks, score_requests)
+        thread = threading.Thread(target=score_until_closed, args=arguments, daemon=True)
         thread.start()
         threads.append(thread)
     for thread in threads:
         thread.join()
+
+
+def score_until_closed(connection, locks: PipeLocks, score_requests: Callable) -> None:
+    """Receive a batch, score it and send the answer, until the pipe is closed or a batch fails."""
+    while True:
+        try:
+            with locks.receiving:
+                number, requests = connection.recv()
+        except (EOFError, OSError):
+            return
+
+        kind, *content = answer_batch(number, requests, score_requests)
+        with locks.sending:
+            send_message(connection, kind, *content)
+
+        # A CUDA error stays with its process. The kernel's own process will start a new one.
+        if kind == "failed":
+            return
 
 
 def answer_batch(number: int, requests: list[Request], score_requests) -> tuple:
@@ -220,10 +231,10 @@ def answer_batch(number: int, requests: list[Request], score_requests) -> tuple:
 
 
 def lacks_memory(error: Exception, rows: int) -> bool:
-    """Tell whether a batch of so many rows was too large.
+    """Tell whether an error means that a batch was too large for memory.
 
-    PyTorch says so of its own memory, CUDA's libraries only in words. By those, a row that is alone
-    is no batch to be cut; only a new process may help it.
+    PyTorch has a class for that, other libraries only words. By words alone a single row does not
+    count as too large: it cannot be cut, and a new process may have more memory for it.
     """
     if isinstance(error, torch.OutOfMemoryError):
         return True
@@ -231,7 +242,7 @@ def lacks_memory(error: Exception, rows: int) -> bool:
     return rows > 1 and (has_words or isinstance(error, MemoryError))
 
 
-def tell(connection, *message) -> None:
+def send_message(connection, *message) -> None:
     """Send a message, unless nobody listens any more."""
     with contextlib.suppress(OSError):
         connection.send(message)

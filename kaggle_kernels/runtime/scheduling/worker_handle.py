@@ -57,10 +57,12 @@ class Worker:
         return self.tokens / self.seconds if self.seconds else 0.0
 
     def seconds_until_scored(self, batch: list[Request]) -> float:
-        """Predict how long a batch takes behind those that it has; 0 before its first one."""
+        """Predict when a batch would be scored, after those that it has; 0 before its first one."""
         if not self.rate():
             return 0.0
-        tokens = padded_tokens(batch) + sum(map(padded_tokens, self.outstanding.values()))
+        tokens = padded_tokens(batch)
+        for outstanding_batch in self.outstanding.values():
+            tokens += padded_tokens(outstanding_batch)
         return tokens / self.rate()
 
     def launch(self) -> None:
@@ -70,7 +72,7 @@ class Worker:
         self.process, self.connection = self.start(self.task)
 
     def send(self, batch: list[Request]) -> None:
-        """Give it a batch; if it has died meanwhile, whoever reads from it will notice."""
+        """Send it a batch. If it has died meanwhile, pass_runner.receive will notice."""
         # The time in which it had nothing to do counts neither as work nor as silence.
         if not self.outstanding:
             self.last_event = time.monotonic()
@@ -110,17 +112,15 @@ class Worker:
         being_scored = batches[: self.batches_at_once]
         ready = batches[self.batches_at_once :]
         self.outstanding.clear()
-
-        # Only now: a stopped worker no longer knows its batches_at_once.
         self.stop()
 
         # It may have died of a lack of memory that was never reported.
         self.tokens_per_batch = max(self.tokens_per_batch // 2, 1)
 
-        # A row that is scored alone may be what kills the worker. It will be given up in the
-        # worker's place, so that such a death does not count against the worker.
-        only_single_rows = all(len(batch) == 1 for batch in being_scored)
-        if not being_scored or not only_single_rows:
+        # Where it scored single rows only, one of them may kill workers, and will be given up soon.
+        # Such a death does not count against the worker.
+        had_single_rows = bool(being_scored) and all(len(batch) == 1 for batch in being_scored)
+        if not had_single_rows:
             self.fruitless += 1
         self.gone = self.fruitless >= FRUITLESS_DEATHS
         return being_scored, ready
@@ -160,14 +160,14 @@ def start_workers(
 
     Args:
         package: What they load.
-        package_settings: Its placement is `each`: a worker with a copy of the model for each device; or
-            `split`: one worker with the model split over them.
+        package_settings: Its placement: `each` starts a worker with a copy of the model for each
+            device, `split` one worker with the model's layers over all of them.
         devices: PyTorch's names by position.
         tokens_per_batch: Their token budget, until memory runs out.
         threads: Of the CPU, for each worker.
         clock: For the log.
     """
-    # A worker for each group of devices.
+    # The positions of each worker's devices.
     position_groups = [(position,) for position in devices]
     if package_settings.placement == "split":
         position_groups = [tuple(devices)]

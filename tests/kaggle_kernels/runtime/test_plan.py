@@ -4,11 +4,11 @@ import pytest
 
 from kaggle_kernels.runtime.package import read_package
 from kaggle_kernels.runtime.scheduling.plan import (
-    Option,
-    allocate,
+    CandidatePass,
     expected_gain,
     flop_per_token,
     loading_seconds,
+    plan_passes,
 )
 
 TEN = [str(number) for number in range(10)]
@@ -18,7 +18,7 @@ LENGTHS = dict.fromkeys(TEN, 100)
 
 def option(package=0, order="swapped", change=0.1, load_seconds=0.0, unscored=TEN):
     """A pass at 0.01 seconds a token: a row of LENGTHS takes one second."""
-    return Option(package, order, change, 0.01, load_seconds, unscored)
+    return CandidatePass(package, order, change, 0.01, load_seconds, unscored)
 
 
 def test_gain_is_that_of_the_knowledge_gradient():
@@ -43,7 +43,7 @@ def test_gain_is_that_of_the_knowledge_gradient():
 def test_the_seconds_go_to_unscored_rows_then_to_the_least_certain_and_of_those_to_the_short_ones(seconds, rows):
     probabilities = {"even": [0.5, 0.5], "even but long": [0.5, 0.5], "leaning": [0.55, 0.45], "sure": [0.95, 0.05]}
     tokens = {"even": 100, "even but long": 500, "leaning": 100, "sure": 100, "unknown but long": 1000, "unknown": 100}
-    [share] = allocate([option(unscored=list(tokens))], probabilities, tokens, seconds, False)
+    [share] = plan_passes([option(unscored=list(tokens))], probabilities, tokens, seconds, False)
     assert share.row_ids == rows
     assert share.seconds == pytest.approx(int(seconds))
 
@@ -62,7 +62,7 @@ BOTH_ORDERS = [option(1, order, load_seconds=5) for order in ("as_given", "swapp
     ],
 )
 def test_a_model_is_loaded_once_and_where_it_is_worth_its_loading(options, seconds, counts):
-    shares = allocate(options, EVEN, LENGTHS, seconds, False)
+    shares = plan_passes(options, EVEN, LENGTHS, seconds, False)
     assert [len(share.row_ids) for share in shares] == counts
 
 

@@ -11,14 +11,14 @@ from kaggle_kernels.runtime.models.scoring import Request
 from kaggle_kernels.runtime.package import PackageError, read_package
 from kaggle_kernels.runtime.scheduling import schedule
 from kaggle_kernels.runtime.scheduling.pass_runner import Pass
-from kaggle_kernels.runtime.scheduling.plan import Share
+from kaggle_kernels.runtime.scheduling.plan import PlannedPass
 from kaggle_kernels.runtime.scheduling.schedule import (
     LoadError,
     leave_out,
-    note_pass,
+    load_package,
     plan_next_pass,
+    record_pass,
     score_all,
-    start_team,
 )
 from tests.kaggle_kernels.packages import make_package
 from tests.kaggle_kernels.runtime.boards import BOTH, ONE, ROWS, board_of, refuse, replace_workers
@@ -52,7 +52,7 @@ def ended(scored):
 )
 def test_what_a_pass_left_is_asked_for_again_only_where_that_can_end(packages, scored, workers, not_again, rate):
     board = board_of(packages[:1])
-    note_pass(board, KEY, ended(scored), REQUESTS, workers)
+    record_pass(board, KEY, ended(scored), REQUESTS, workers)
     assert board.progress.tried[KEY] == set(not_again)
     assert board.measured.rates.get(0) == rate
 
@@ -67,11 +67,11 @@ def test_a_pass_may_last_until_what_is_planned_after_it_must_begin_to_load(packa
         assert [(option.package, option.order) for option in options] == [(0, "swapped"), (1, "as_given"), (1, "swapped")]
         further = [replace(option, load_seconds=40.0) for option in options[1:]]
         return [
-            Share(option, [IDS[0]], seconds)
+            PlannedPass(option, [IDS[0]], seconds)
             for option, seconds in zip([options[0], *further], (100.0, 20.0, 30.0), strict=True)
         ]
 
-    monkeypatch.setattr(schedule, "allocate", plan_one_row_of_each)
+    monkeypatch.setattr(schedule, "plan_passes", plan_one_row_of_each)
     planned = plan_next_pass(board, 0, [])
     assert (planned.package, planned.order, planned.row_ids) == (0, "swapped", {IDS[0]})
     assert planned.deadline - board.inputs.clock.began == pytest.approx(570 - 40 - 20 - 30, abs=0.1)
@@ -83,7 +83,7 @@ def test_a_change_goes_by_weight_and_until_it_is_measured_a_speed_by_parameters(
     board.measured.tokens.update(dict.fromkeys(IDS, 100))
     board.measured.rates[0] = 103.0
     planned = []
-    monkeypatch.setattr(schedule, "allocate", lambda options, *_: planned.extend(options) or [])
+    monkeypatch.setattr(schedule, "plan_passes", lambda options, *_: planned.extend(options) or [])
     plan_next_pass(board, 0, [])
     assert [option.change for option in planned] == pytest.approx([0.03, 0.1, 0.1])
     assert [option.seconds_per_token for option in planned] == pytest.approx([0.01] * 3)
@@ -118,13 +118,13 @@ def test_a_device_that_is_lost_leaves_the_board_and_its_rows_to_the_other(packag
 
 
 def test_a_short_clock_gives_the_second_order_to_the_least_certain_rows(packages, monkeypatch, capsys):
-    board, allocate = board_of(packages[:1], ["cpu"]), schedule.allocate
+    board, plan_passes = board_of(packages[:1], ["cpu"]), schedule.plan_passes
 
     def in_a_third(options, probabilities, tokens, seconds, by_log_loss):
         third = sum(tokens.values()) * options[0].seconds_per_token / 3 if len(options[0].unscored) == 30 else 0.0
-        return allocate(options, probabilities, tokens, third, by_log_loss)
+        return plan_passes(options, probabilities, tokens, third, by_log_loss)
 
-    monkeypatch.setattr(schedule, "allocate", in_a_third)
+    monkeypatch.setattr(schedule, "plan_passes", in_a_third)
     score_all(board)
     twice = {row_id for row_id, by_order in board.progress.scores[0].items() if len(by_order) == 2}
     assert 5 < len(twice) < 16
@@ -169,7 +169,7 @@ def test_a_split_model_is_not_loaded_on_half_of_its_devices(packages):
     board = board_of(packages, settings=split)
     del board.progress.devices[1]
     with pytest.raises(LoadError, match="two: no device is left for it"):
-        start_team(board, 0)
+        load_package(board, 0)
 
 
 def test_rows_that_count_have_all_their_passes_before_the_others_have_one(packages, monkeypatch):

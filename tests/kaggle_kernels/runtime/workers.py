@@ -67,7 +67,7 @@ class Device:
         if not self.loads(self.starts):
             hang_up(connection)
             return
-        runtime_worker.tell(
+        runtime_worker.send_message(
             connection, "loaded", {"dtype": "torch.float32", "batches_at_once": 1, "worst": 0.0, "seconds": 0.01}
         )
         runtime_worker.serve(connection, lambda requests: self.score(requests, connection), 1)
