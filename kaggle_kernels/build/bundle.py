@@ -156,10 +156,9 @@ def make_metadata(spec: Spec) -> dict:
 
 
 def kernel_text(name: str, spec: Spec, fits: Sequence[Fit]) -> str:
-    """Generate kernel.py from a spec and its placed packages.
+    """Generate the source of kernel.py from a spec and its packages, placed on the GPUs.
 
-    Returns:
-        The source. Its `build` setting is a hash of all the rest, so that two kernels that differ have different builds.
+    Its setting `build` is a hash of the rest: kernels that differ have different builds.
     """
     docstring = format_docstring(name, spec, fits)
     packages = [package_settings(fit) for fit in fits]
@@ -177,7 +176,7 @@ def build_mark(kernel: str) -> str:
 
 
 def assemble_kernel(docstring: str, settings: Settings) -> str:
-    """Put the parts of kernel.py together: docstring, imports, modules, settings, and the call that runs it."""
+    """Put kernel.py together: docstring, imports, modules, settings, and the call that runs it."""
     modules = [read_module(name) for name in MODULES]
     check_names(modules)
 
@@ -228,7 +227,10 @@ def format_section(module: Module) -> str:
 
 @functools.cache
 def read_module(name: str) -> Module:
-    """Take a module of the runtime apart, without its imports from other modules that the kernel holds itself."""
+    """Read a module of the runtime and take it apart for the kernel.
+
+    Its imports from other modules of the runtime are left out: the kernel holds these itself.
+    """
     source = (RUNTIME / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8")
     tree = ast.parse(source)
 
@@ -261,28 +263,30 @@ def shorten_docstrings(source: str, tree: ast.Module) -> list[str]:
     """Leave the sections Args, Returns and Raises out of the functions' docstrings.
 
     Returns:
-        The lines of the source. A line that is left out is no line any more, so that only those
-        above the first function keep their numbers.
+        The lines of the source that are left.
     """
     lines = source.splitlines()
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    functions.sort(key=lambda function: function.lineno, reverse=True)  # from the end
+
+    # From the last one to the first, so that the line numbers of those above stay right.
+    functions.sort(key=lambda function: function.lineno, reverse=True)
     for function in functions:
-        if not ast.get_docstring(function):
-            continue
-        start = function.body[0].lineno - 1
-        end = function.body[0].end_lineno
-        for place in range(start, end):
-            if lines[place].strip() in ("Args:", "Returns:", "Raises:"):
-                kept_lines = lines[start : place - 1]  # without the blank line
-                closing_line = lines[end - 1]
-                if len(kept_lines) == 1:
-                    kept_lines = [kept_lines[0] + closing_line.strip()]
-                else:
-                    kept_lines.append(closing_line)
-                lines[start:end] = kept_lines
-                break
+        if ast.get_docstring(function):
+            docstring = function.body[0]
+            start, end = docstring.lineno - 1, docstring.end_lineno
+            lines[start:end] = drop_sections(lines[start:end])
     return lines
+
+
+def drop_sections(docstring_lines: list[str]) -> list[str]:
+    """Drop the sections at the end of a docstring, from the first of Args, Returns and Raises on."""
+    for place, line in enumerate(docstring_lines):
+        if line.strip() in ("Args:", "Returns:", "Raises:"):
+            kept_lines = docstring_lines[: place - 1]  # without the blank line above
+            if len(kept_lines) == 1:
+                return [kept_lines[0] + '"""']
+            return [*kept_lines, docstring_lines[-1]]
+    return docstring_lines
 
 
 def check_is_not_renamed(statement: ImportStatement, importer: str) -> None:
@@ -317,8 +321,8 @@ def check_names(modules: Sequence[Module]) -> None:
 
 
 def merge_imports(modules: Sequence[Module]) -> str:
-    """Merge the modules' imports into one block for the standard library and one for the rest, in ruff's order."""
-    # Collect what is imported, once: `import name` and `from module import names`.
+    """Merge the modules' imports into two blocks, the standard library's first, in ruff's order."""
+    # Collect `import module` and `from module import names`, each once.
     whole_modules: set[str] = set()
     names_by_module: dict[str, set[str]] = {}
     for module in modules:
@@ -329,7 +333,7 @@ def merge_imports(modules: Sequence[Module]) -> str:
             else:
                 names_by_module.setdefault(statement.module, set()).update(names)
 
-    # Write the statements: of each block first whole modules, then names, both in alphabetical order.
+    # In each block whole modules come first, then names, both in alphabetical order.
     statements = [f"import {name}" for name in sorted(whole_modules)]
     for name in sorted(names_by_module):
         statements.append(format_import(name, names_by_module[name]))

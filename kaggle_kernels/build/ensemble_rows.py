@@ -28,7 +28,7 @@ class Rows:
 
 
 def read_rows(spec: Spec) -> Rows:
-    """Read the rows that all runs of a spec held out, but for those whose verdict the competition does not know.
+    """Read the validation rows that all runs of a spec held out, with verdicts of the competition.
 
     Raises:
         UserError: where a run has no such rows, or the runs do not belong together.
@@ -37,7 +37,7 @@ def read_rows(spec: Spec) -> Rows:
     tables = {package.run: read_probabilities(package.run, spec) for package in spec.packages}
     first_run = spec.packages[0].run
 
-    # Join the runs by id: the first run's rows that all others have too, with a column of probabilities for each run.
+    # Join the runs by id: what is left are the rows that all have, a column for each run.
     shared = tables[first_run].select("id", "winner")
     for run, table in tables.items():
         check_same_rows(tables, first_run, run)
@@ -51,7 +51,7 @@ def read_rows(spec: Spec) -> Rows:
             f"those of all runs: {', '.join(tables)}; {TRAIN_ALIKE}"
         )
 
-    # What is left as arrays, a verdict as its place among the competition's.
+    # As arrays, in which a verdict is its place among the competition's.
     winners = [verdicts.index(winner) for winner in judged["winner"]]
     probabilities_by_run = [judged[f"p_{run}"].to_list() for run in tables]
     return Rows(np.array(probabilities_by_run, dtype=np.float64), np.array(winners))

@@ -48,7 +48,12 @@ class Mixture:
 def weigh(spec_path: Path, write: bool) -> None:
     """Fit the weights and the temperature of a spec, and print what they gain over equal weights.
 
-    With `write` they are put into the spec, too, unless a model is not worth its place.
+    Args:
+        spec_path: The spec.
+        write: Put them into the spec, too.
+
+    Raises:
+        UserError: They are to be written, and a model has the weight 0.
     """
     spec = read_spec(spec_path)
     rows = read_rows(spec)
@@ -59,13 +64,15 @@ def weigh(spec_path: Path, write: bool) -> None:
     print_table(spec, rows, equal, fitted)
     print(describe_gain(gains))
 
-    # A spec may not hold a weight of 0: the model would take its share of the time for nothing.
-    weighted_packages = zip(spec.packages, fitted.weights, strict=True)
-    useless_runs = [package.run for package, weight in weighted_packages if weight == 0]
+    # A model without weight would take its share of the kernel's time for nothing.
+    useless_runs = []
+    for package, weight in zip(spec.packages, fitted.weights, strict=True):
+        if weight == 0:
+            useless_runs.append(package.run)
     if useless_runs:
         advice = (
-            f"{spec_path}: the fitted weight of {', '.join(useless_runs)} is 0; remove it from packages, "
-            "then weigh again"
+            f"{spec_path}: the fitted weight of {', '.join(useless_runs)} is 0; "
+            "remove it from packages, then weigh again"
         )
         if write:
             raise UserError(advice)
@@ -74,10 +81,10 @@ def weigh(spec_path: Path, write: bool) -> None:
     if write:
         write_mixture(spec_path, fitted)
         weights = ", ".join(f"{weight:g}" for weight in fitted.weights)
-        build_argument = spec_path.stem if spec_path.parent == SPECS else spec_path
+        spec_argument = spec_path.stem if spec_path.parent == SPECS else spec_path
         print(
             f"{spec_path}: weights {weights}, temperature {fitted.temperature:g}; now run "
-            f"`python -m kaggle_kernels build {build_argument}`"
+            f"`python -m kaggle_kernels build {spec_argument}`"
         )
 
 
@@ -183,12 +190,13 @@ def describe_gain(gains: np.ndarray) -> str:
 
 def print_table(spec: Spec, rows: Rows, equal: Mixture, fitted: Mixture) -> None:
     """Print accuracy and log loss of each run alone, of equal weights and of the fitted ones."""
-    # A run alone has the weight 1, and the others 0: a row of the identity matrix.
+    # A run alone has the weight 1 and all others 0: a row of the identity matrix.
+    weights_of_one_run = np.eye(len(spec.packages))
     named_mixtures = {}
-    run_alone = np.eye(len(spec.packages))
-    for package, weights in zip(spec.packages, run_alone, strict=True):
+    for package, weights in zip(spec.packages, weights_of_one_run, strict=True):
         named_mixtures[package.run] = Mixture(weights)
-    named_mixtures |= {"equal weights": equal, "fitted": fitted}
+    named_mixtures["equal weights"] = equal
+    named_mixtures["fitted"] = fitted
 
     columns = ("model", "weights", "temperature", "accuracy", "log loss")
     table = Table(*columns, box=SIMPLE_HEAD, pad_edge=False)

@@ -91,13 +91,13 @@ def fit_packages(spec_path: Path, spec: Spec) -> list[Fit]:
 
 
 def find_recipe(run: str, package_key: str) -> Recipe:
-    """Find the recipe that makes a run, in recipes/ of the current folder and then among the project's.
+    """Find the recipe that makes a run, in recipes/ of the current folder or among the project's.
 
-    A recipe is named as its run. If none is, the recipe counts whose output_dir ends with the run's name.
+    It has the run's name, or else an output_dir that ends with it.
 
     Args:
-        run: the run's name, which may name a part of it, as in gemma2_cls/mean.
-        package_key: the spec's file and key that name the run, for the error message.
+        run: The run's name, which may name a part of it, as in gemma2_cls/mean.
+        package_key: The spec's file and key that name the run, for the error message.
     """
     name = run.split("/")[0]
     folders = (Path("recipes"), RECIPES)

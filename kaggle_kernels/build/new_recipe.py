@@ -188,9 +188,12 @@ def list_linear_names(model: torch.nn.Module) -> list[str]:
 
 
 def choose_pad_token(tokenizer, template: Template) -> str | None:
-    """Choose a pad token where the tokenizer's own cannot be used; None where it can.
+    """Choose a pad token for a recipe.
 
     A row must not end with it: a classifier reads the last token that is no padding.
+
+    Returns:
+        The token; None where the tokenizer's own will do.
 
     Raises:
         UserError: The tokenizer has no token to spare.
@@ -239,16 +242,17 @@ def keep_sizes(base: str, config: PretrainedConfig, base_model: BaseModel) -> No
 def format_recipe(new: NewModel) -> str:
     """Write the text of the recipe."""
     plan = new.training
-    keys = EVERY_WEIGHT.format(pairs=plan.pairs_per_step)
     if plan.lora_targets:
-        keys = ADAPTER.format(
+        training_keys = ADAPTER.format(
             targets=", ".join(plan.lora_targets),
             pairs=plan.pairs_per_step,
             accumulation=PAIRS_OF_A_STEP // (TRAINING_GPUS * plan.pairs_per_step),
             deepspeed=plan.deepspeed,
         )
+    else:
+        training_keys = EVERY_WEIGHT.format(pairs=plan.pairs_per_step)
 
-    # JSON's strings are YAML's too.
+    # A template that has no name in the project is written out.
     template = find_template_name(new.template, new.head, VERDICTS)
     if template is None:
         parts = [f"{key}: {quote(text)}" for key, text in asdict(new.template).items()]
@@ -267,7 +271,7 @@ def format_recipe(new: NewModel) -> str:
         budget_tokens=plan.budget_tokens,
         quantize=new.serving.quantize if new.serving else "nf4",
         slug=new.slug,
-        training=keys,
+        training=training_keys,
     )
 
 

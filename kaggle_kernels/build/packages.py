@@ -65,7 +65,7 @@ def choose_temperature(spec: Spec) -> float:
     if spec.temperature is not None:
         return spec.temperature
 
-    # A temperature changes no verdict. That of an ensemble is fitted with its weights, by `weigh`.
+    # It does not matter to accuracy. An ensemble's is fitted with its weights, by `weigh`.
     is_judged_by_log_loss = COMPETITIONS[spec.competition].metric == "log_loss"
     if not is_judged_by_log_loss or len(spec.packages) > 1:
         return 1.0
@@ -95,7 +95,7 @@ def check_dataset(folder: Path, fit: Fit) -> None:
 
 def check_recipe_is_unchanged(folder: Path, fit: Fit) -> None:
     """Raise UserError where the recipe was changed since the run was trained and packaged."""
-    # What the package's files hold if it was made with the recipe.
+    # What the package's files must hold, by file and key, if it was made with the recipe.
     block = fit.recipe.pairwise
     contract = {"verdicts": list(block.verdicts)}
     for key in AS_TRAINED:

@@ -87,9 +87,9 @@ def add_adversarial_rows(rows: pl.DataFrame, seed: int, are_turns: bool) -> pl.D
 
 
 def draw_scored(table: pl.DataFrame, seed: int) -> pl.DataFrame:
-    """Let each adversarial row count on the leaderboard, or not, or say nothing of it.
+    """Draw for each adversarial row whether it counts on the leaderboard: yes, no or null.
 
-    WSDM's column says so; one in SEEDS_WITHOUT_SCORED seeds leaves it out altogether.
+    WSDM's column SCORED has it. One in SEEDS_WITHOUT_SCORED seeds leaves the column out.
     """
     if seed % SEEDS_WITHOUT_SCORED == SEEDS_WITHOUT_SCORED - 1:
         return table.drop(SCORED, strict=False)
@@ -115,12 +115,12 @@ def choose_kinds(rows: int, rng: random.Random) -> list[str]:
 
     one_of_each = rng.sample(KINDS, len(KINDS))
 
-    # As many of the long ones as a rehearsal has time for.
+    # As many long rows as a rehearsal has time for.
     long_kinds = []
     for kind in LONG:
         long_kinds += [kind] * (rows // ROWS_PER_LONG_ROW)
 
-    # More than enough of the other kinds to fill up: the rest is cut off.
+    # More than enough of the short kinds; what is too much is cut off at the end.
     short_kinds = []
     repeats = math.ceil(number / (len(KINDS) - len(LONG)))
     for kind in KINDS:
@@ -132,9 +132,13 @@ def choose_kinds(rows: int, rng: random.Random) -> list[str]:
 
 
 def convert_text(text: Field, dtype: pl.DataType, are_turns: bool, rng: random.Random) -> Field:
-    """Convert a text, a list of turns or a null to what a column of the type `dtype` holds.
+    """Convert an adversarial text to what a column of the test file can hold.
 
-    With `are_turns` a column of text holds JSON lists of turns.
+    Args:
+        text: One text, the turns of a conversation, or None.
+        dtype: The column's type: text, or a list of texts.
+        are_turns: Whether a column of text holds JSON lists of turns.
+        rng: Chooses between equal spellings in JSON.
     """
     is_list = isinstance(dtype, pl.List)
     if are_turns and not is_list:
@@ -146,18 +150,18 @@ def convert_text(text: Field, dtype: pl.DataType, are_turns: bool, rng: random.R
     if is_list:
         return [None if turn is None else escape_surrogates(turn) for turn in turns]
 
-    # One string, with a line for each turn; a null turn is an empty line.
-    lines = ["" if turn is None else turn for turn in turns]
+    # One text, with a line for each turn; a null turn is an empty line.
+    lines = [turn or "" for turn in turns]
     return escape_surrogates("\n".join(lines))
 
 
 def as_json_turns(text: Field, rng: random.Random) -> str | None:
-    """Convert a text to a JSON list of turns, in any spelling that LMSYS's files may have."""
-    # All of these mean that there is no text.
+    """Write a text as a JSON list of turns, in one of the spellings that LMSYS's files may have."""
+    # Each of these means that there is no text.
     if text is None:
         return rng.choice((None, "null", "[null]"))
 
-    # The kinds that are JSON themselves, most of it broken, must reach the kernel as they are.
+    # Adversarial texts that are JSON already, mostly broken, must reach the kernel as they are.
     if isinstance(text, str) and text.startswith(("[", "{")):
         return text
 
@@ -165,10 +169,10 @@ def as_json_turns(text: Field, rng: random.Random) -> str | None:
     ascii_json = json.dumps(turns)
     unicode_json = json.dumps(turns, ensure_ascii=False)
 
-    # A lone surrogate can be stored as its escape only.
+    # No file can hold a lone surrogate in Unicode: then only the ASCII spelling is possible.
     prefers_unicode = rng.random() < 0.5
-    can_be_stored = escape_surrogates(unicode_json) == unicode_json
-    if prefers_unicode and can_be_stored:
+    has_no_surrogates = escape_surrogates(unicode_json) == unicode_json
+    if prefers_unicode and has_no_surrogates:
         return unicode_json
     return ascii_json
 

@@ -68,19 +68,19 @@ def check_faults(faults: Faults, devices: int | None) -> None:
             "rehearse faults on Linux"
         )
 
-    certain_devices = 1 if devices is None else devices
-    lost = faults.lose_device
-    if lost is not None and lost >= certain_devices:
+    fewest_devices = 1 if devices is None else devices
+    lost_device = faults.lose_device
+    if lost_device is not None and lost_device >= fewest_devices:
         raise UserError(
-            f"--lose-device: there is no device {lost} of {certain_devices}; "
-            f"give --devices {lost + 1} or more"
+            f"--lose-device: there is no device {lost_device} of {fewest_devices}; "
+            f"give --devices {lost_device + 1} or more"
         )
 
 
 def check_happened(
     faults: Faults, kills: Sequence[Kill], clock_ended: bool, seconds: float
 ) -> None:
-    """Raise UserError if a fault did not happen in a run of `seconds`: it would prove nothing."""
+    """Raise UserError if a fault did not happen in a run of `seconds`, which then proves nothing."""
     if faults.end_clock_at is not None and not clock_ended:
         raise UserError(
             f"--end-clock-at: the log never said that {faults.end_clock_at} rows were scored while "
@@ -158,31 +158,30 @@ def inject_faults(kernel_pid: int, faults: Faults) -> Iterator[Injection]:
 
 
 def inject_until_stopped(kernel_pid: int, faults: Faults, injection: Injection) -> None:
-    """Look every POLL_SECONDS whose turn it is, until it stops."""
+    """Look every POLL_SECONDS which fault is due, until the kernel has ended."""
     kills = injection.kills
     began = time.monotonic()
-    next_kill_at = None  # seconds after `began`, once the first worker has appeared
+    next_kill_at = None  # seconds after `began`; None until the first worker has appeared
     last_victim = None
 
     while not injection.stop.wait(POLL_SECONDS):
         seconds = time.monotonic() - began
+        injection.end_clock_in_time(kernel_pid, faults.end_clock_at)
         workers = find_workers(kernel_pid)
 
-        injection.end_clock_in_time(kernel_pid, faults.end_clock_at)
-
-        # A killed process stays in /proc for a moment.
+        # A killed process is still listed for a moment.
         for kill in kills:
             if workers.get(kill.worker) == kill.pid:
                 del workers[kill.worker]
 
-        # Lost devices: their workers never live for long.
+        # Every worker of a lost device is killed as soon as it appears.
         lost_devices = {faults.lose_device}
         if faults.lose_all_at is not None and injection.scored_share >= faults.lose_all_at:
             lost_devices.update(workers)
         for device in lost_devices & workers.keys():
             kill_worker(device, workers.pop(device), seconds, kills)
 
-        # The regular kills: the first one is due `kill_every` seconds after a worker was seen.
+        # Regular kills begin `kill_every` seconds after the first worker has appeared.
         if faults.kill_every is None or not workers:
             continue
         if next_kill_at is None:

@@ -160,7 +160,7 @@ def prepare_inputs(
     spec_path: Path, test_file: Path, python: Path | None, scenario: Scenario
 ) -> Inputs:
     """Check all inputs and make the rows, so that mistakes show before the kernel's long run."""
-    # The kernel, its packages and its time limits.
+    # The kernel and its packages. A time limit of the scenario holds for any number of rows.
     spec = read_spec(spec_path)
     kernel_folder = check_built(spec_path)
     fits = fit_packages(spec_path, spec)
@@ -168,12 +168,12 @@ def prepare_inputs(
     if scenario.clock_seconds is not None:
         spec = spec.model_copy(update={"clock_seconds": {None: scenario.clock_seconds}})
 
-    # The options that a machine or a file may contradict.
+    # Options that do not suit this machine or the files.
     python = find_python(python)
     check_faults(scenario.faults, scenario.devices)
     check_train_file(scenario)
 
-    # Verdicts are needed after the run only, but wrong ones are refused now.
+    # The verdicts are needed after the run only, but mistakes in them are found now.
     file_rows = read_test_rows(test_file, spec)
     read_verdicts(file_rows, str(test_file))
 

@@ -101,16 +101,21 @@ def check_ids(rows: pl.DataFrame, test_file: Path) -> None:
 
 
 def make_rows(rows: pl.DataFrame, options: RowOptions, are_turns: bool = False) -> pl.DataFrame:
-    """Draw, replace, renumber and shuffle rows as the options say.
+    """Make the rows of a rehearsal: drawn, replaced, renumbered and shuffled as the options say.
 
     The same seed gives the same rows. A row keeps its verdict wherever it keeps its texts.
 
-    With `are_turns` texts are JSON lists of turns, as LMSYS stores them. Where adversarial rows
-    were added, there is a column `hostile` (see `add_adversarial_rows`).
+    Args:
+        rows: Those of the test file.
+        options: What is done with them.
+        are_turns: Whether texts are JSON lists of turns, as LMSYS stores them.
+
+    Returns:
+        The rows; with adversarial ones among them a column `hostile` (see add_adversarial_rows).
     """
     rng = random.Random(options.seed)
 
-    # Before rows are drawn, since a part of them may look like another kind.
+    # Chosen by all rows of the file: a few of them may have ids that look like another kind.
     new_id_kind = choose_id_kind(rows, options)
 
     if options.size is not None:
@@ -180,12 +185,13 @@ def make_int_ids(number: int, rng: random.Random) -> list[int]:
 
 
 def make_hex_ids(number: int, rng: random.Random) -> list[str]:
-    """Draw different hexadecimal texts, of which the first two look like numbers."""
-    # A kernel that guesses types would change these two: it would drop zeros, or read a float.
+    """Draw different ids of hexadecimal digits, among them two that look like numbers."""
+    # A kernel that guesses types would change these two: drop the zeros, or read a float.
     digits = "".join(rng.choices("123456789", k=HEX_DIGITS))
     with_leading_zeros = "000" + digits[3:]
     like_a_float = digits[:4] + "e" + digits[5:]
 
+    # A dictionary keeps the order in which they were drawn, a set would not.
     ids = {with_leading_zeros: None, like_a_float: None}
     while len(ids) < number:
         value = rng.getrandbits(BITS_PER_HEX_DIGIT * HEX_DIGITS)

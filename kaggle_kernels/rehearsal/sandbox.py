@@ -187,14 +187,14 @@ def print_log(process: subprocess.Popen[str], root: Path, read_line: Callable[[s
 
 
 def await_end(process: subprocess.Popen[str], began: float) -> float:
-    """Return the kernel's seconds once it has ended, and what it leaves behind has ended too.
+    """Wait until the kernel and all processes that it started have ended; return its own seconds.
 
-    A child that outlives the kernel holds its log open: without this, reading it would never end.
+    A process that outlives the kernel would hold its log open, and reading that would never end.
     """
     process.wait()
     seconds = time.monotonic() - began
 
-    # What the kernel has started may end by itself for a while.
+    # The other processes have GRACE_SECONDS to end by themselves.
     deadline = time.monotonic() + GRACE_SECONDS
     with contextlib.suppress(ProcessLookupError, PermissionError):
         while time.monotonic() < deadline:

@@ -136,8 +136,8 @@ def measure_tokens_per_row(passes: Sequence[dict], run: str, rows: int) -> tuple
     first_order_tokens, _ = average_tokens(passes, run, "as_given")
     second_order_tokens, scored_rows = average_tokens(passes, run, "swapped")
 
-    # A second order that was cut short ran on rows chosen by their gain per second, which are no
-    # fair sample: the first order's tokens are the better guess.
+    # Where the time was too short for all rows, the kernel chose them, mostly short ones. As a
+    # sample of all rows, those of the first order are better.
     if scored_rows < rows:
         second_order_tokens = first_order_tokens
     return first_order_tokens, second_order_tokens

@@ -11,9 +11,9 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 
 from kaggle_kernels.build.spec import Competition
@@ -208,7 +208,7 @@ def read_scores(path: Path, ids: Sequence[str], verdicts: Sequence[str]) -> pl.D
         raise UserError(f"{path}: no column {', '.join(sorted(missing))}")
     check_ids(path, scores["id"].to_list(), ids)
 
-    # A row without a final probability has the prior, so that no value may be absent.
+    # A row that no model scored has the prior, so that no value may be absent.
     for row_id, *probabilities in scores.select("id", *final_columns).iter_rows():
         check_probabilities(path, row_id, probabilities)
 
@@ -250,14 +250,14 @@ def check_same_answers(
     final_rows = scores.select("id", *final_columns).iter_rows()
 
     for answer, (row_id, *probabilities) in zip(answers, final_rows, strict=True):
+        # One column names the winner, several hold probabilities.
         if len(competition.columns) == 1:
             winner = competition.verdicts.index(answer[0])
             is_same = probabilities[winner] == max(probabilities)
         else:
-            # Printed probabilities are rounded.
-            pairs = zip(answer, probabilities, strict=True)
-            differences = [abs(float(text) - probability) for text, probability in pairs]
-            is_same = max(differences) <= SUM_TOLERANCE
+            # A file of text may have rounded them.
+            printed = [float(text) for text in answer]
+            is_same = np.allclose(printed, probabilities, rtol=0, atol=SUM_TOLERANCE)
 
         if not is_same:
             raise UserError(
@@ -280,31 +280,34 @@ def select_twins(rows: pl.DataFrame, scores: pl.DataFrame) -> pl.DataFrame:
 
 
 def find_largest_difference(twins: pl.DataFrame, verdicts: Sequence[str]) -> Difference:
-    """Find how far probabilities of rows with the same texts are apart, in any column."""
+    """Find the largest difference in any column of probabilities between rows of the same texts."""
+    same_texts = [pl.col("texts")]
     differences = [Difference()]
     model_columns = list_model_columns(twins)
     for name in model_columns:
-        differences.append(compare_rows(twins, name, keys=[pl.col("texts")]))
+        differences.append(compare_rows(twins, name, same_texts))
 
-    # Final probabilities may differ where other models scored a row, or in other orders.
-    was_scored = [pl.col(name).is_not_null() for name in model_columns]
+    # The final probabilities are comparable only where the same models scored both rows, in the
+    # same orders.
+    same_models = [pl.col(name).is_not_null() for name in model_columns]
     for verdict in verdicts:
-        differences.append(compare_rows(twins, f"p_{verdict}", [pl.col("texts"), *was_scored]))
-    return max(differences, key=attrgetter("largest"))
+        differences.append(compare_rows(twins, f"p_{verdict}", [*same_texts, *same_models]))
+    return max(differences, key=lambda difference: difference.largest)
 
 
 def compare_rows(twins: pl.DataFrame, column: str, keys: Sequence[pl.Expr]) -> Difference:
-    """Find the largest difference in a column, nulls left out, between rows with equal keys."""
+    """Find the largest difference of a column's values between rows with equal `keys`."""
     groups = twins.filter(pl.col(column).is_not_null()).group_by(keys)
-    spreads = groups.agg(
+    ids_by_value = pl.col("id").sort_by(column, "id")
+    ranges = groups.agg(
         difference=pl.col(column).max() - pl.col(column).min(),
-        lowest_id=pl.col("id").sort_by(column, "id").first(),
-        highest_id=pl.col("id").sort_by(column, "id").last(),
+        lowest_id=ids_by_value.first(),
+        highest_id=ids_by_value.last(),
     )
-    if spreads.is_empty():
+    if ranges.is_empty():
         return Difference()
 
-    # Of equal differences the one with the highest hash, so that the choice is always the same.
-    widest = spreads.sort("difference", "texts").row(-1, named=True)
-    ids = (widest["lowest_id"], widest["highest_id"])
-    return Difference(widest["difference"], column, ids)
+    # The hash decides between equal differences, so that the choice is always the same.
+    largest = ranges.sort("difference", "texts").row(-1, named=True)
+    ids = (largest["lowest_id"], largest["highest_id"])
+    return Difference(largest["difference"], column, ids)

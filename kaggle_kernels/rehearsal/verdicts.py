@@ -63,7 +63,7 @@ def read_flag_columns(test_rows: pl.DataFrame, where: str) -> list[str | None]:
         names = ", ".join(sorted(missing))
         raise UserError(f"{where}: no column {names}; give all three, or none")
 
-    # Flags are numbers, or text in a CSV. What is no number becomes null.
+    # A CSV has the flags as text. What is no number becomes null.
     flag_table = test_rows.select(FLAG_COLUMNS)
     number_table = flag_table.cast(pl.Float64, strict=False)
 

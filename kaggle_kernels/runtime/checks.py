@@ -25,7 +25,7 @@ class MachineError(RuntimeError):
 
 
 def check_machine(packages: Sequence[Package], devices: Sequence[str], clock: Clock) -> None:
-    """Check the installed transformers for each package, and the GPUs."""
+    """Check that the installed transformers can read each package, and that there are GPUs."""
     transformers_version = importlib.metadata.version("transformers")
     for package in packages:
         check_transformers(package, transformers_version)

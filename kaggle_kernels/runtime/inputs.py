@@ -39,22 +39,18 @@ def find_mounted(root: Path, slug: str, names: Sequence[str], kind: str) -> Path
         FileNotFoundError: There is none, or several that differ.
     """
     inputs = root / "input"
+    paths = []
     for name in names:
-        paths = []
-        for path in sorted(inputs.rglob(name)):
-            # A dataset may have the slug of the competition that it was made for.
-            mount, *deeper_folders = path.relative_to(inputs).parts[:-1] or ("",)
-            is_other_kind = mount in ("datasets", "competitions") and mount != kind
-            if slug in (mount, *deeper_folders) and not is_other_kind:
-                paths.append(path)
-
-        # The same file may be mounted twice.
-        if len(paths) == 1 or len({hash_file(path) for path in paths}) == 1:
-            return paths[0]
+        paths = list_mounted(inputs, slug, name, kind)
         if paths:
             break
 
-    # Say what there is, so that a wrong slug shows.
+    # The same file may be mounted twice.
+    contents = {hash_file(path) for path in paths}
+    if len(contents) == 1:
+        return paths[0]
+
+    # The message lists what is mounted, so that a wrong slug shows.
     folders_with_files = set()
     for path in inputs.rglob("*"):
         if path.is_file():
@@ -65,6 +61,21 @@ def find_mounted(root: Path, slug: str, names: Sequence[str], kind: str) -> Path
         f"expected one; mounted are {mounted or 'no files at all'}; "
         f"attach {slug} to the kernel once"
     )
+
+
+def list_mounted(inputs: Path, slug: str, name: str, kind: str) -> list[Path]:
+    """List the files of that name below a folder `slug`, but for mounts of the other kind."""
+    paths = []
+    for path in sorted(inputs.rglob(name)):
+        *folders, _file = path.relative_to(inputs).parts
+        if slug not in folders:
+            continue
+
+        # A dataset may have the slug of the competition that it was made for.
+        is_other_kind = folders[0] in ("datasets", "competitions") and folders[0] != kind
+        if not is_other_kind:
+            paths.append(path)
+    return paths
 
 
 def read_rows(path: Path, are_turns: bool) -> list[dict]:
@@ -129,19 +140,29 @@ def choose_columns(path: Path, columns: Sequence[str], present: Sequence[str]) -
 
 
 def read_text(value: str | Sequence | None, are_turns: bool) -> str | list[str | None] | None:
-    """Read a text; with `are_turns`, the turns in its JSON list, or a text that is none."""
+    """Read a text of the test file.
+
+    Args:
+        value: What the file holds.
+        are_turns: Whether that should be a JSON list of a conversation's turns.
+
+    Returns:
+        The turns, each a string or None; or else the text itself. None where there is none.
+    """
     if not are_turns or not isinstance(value, str):
         return value
 
-    # LMSYS's files hold nulls, and texts that merely look like JSON.
+    # A text may merely look like JSON.
     try:
         turns = json.loads(value)
     except (json.JSONDecodeError, RecursionError):
         return value
 
+    if turns is None:
+        return None
     if isinstance(turns, list):
         return [None if turn is None else str(turn) for turn in turns]
-    return None if turns is None else value
+    return value
 
 
 def install_missing_wheels(root: Path, packages: Sequence[Package], wheels: str | None) -> None:
@@ -152,10 +173,9 @@ def install_missing_wheels(root: Path, packages: Sequence[Package], wheels: str 
         packages: The packages.
         wheels: The dataset with the wheel; None: the spec names none.
     """
-    formats = {package.manifest["quantize"] for package in packages}
-    is_needed = not formats.isdisjoint(("nf4", "int8"))
-    # An image that has the library keeps its own.
-    if not is_needed or importlib.util.find_spec("bitsandbytes"):
+    is_needed = any(package.manifest["quantize"] in ("nf4", "int8") for package in packages)
+    is_installed = importlib.util.find_spec("bitsandbytes") is not None
+    if not is_needed or is_installed:
         return
     if wheels is None:
         raise ModuleNotFoundError(

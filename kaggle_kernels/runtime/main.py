@@ -211,16 +211,17 @@ def read_packages(root: Path, settings: Settings, clock: Clock) -> tuple[Setting
     """
     kept_settings = []
     packages = []
-    for number, package_settings in enumerate(settings.packages):
-        # One package less costs some accuracy, no package at all the submission.
+    last_package = settings.packages[-1]
+    for package_settings in settings.packages:
         try:
             dataset = package_settings.dataset
             folder = find_mounted(root, dataset, ("manifest.json",), "datasets").parent
             package = read_package(folder)
             check_verdicts(package, package_settings)
         except Exception as error:
-            is_last_chance = not packages and number == len(settings.packages) - 1
-            if is_last_chance or not is_hidden_run():
+            # A package less costs some accuracy, but without any package there is no submission.
+            none_is_left = not packages and package_settings is last_package
+            if none_is_left or not is_hidden_run():
                 raise
             log(clock, f"{package_settings.run}: left out: {type(error).__name__}: {error}")
             continue
@@ -246,8 +247,10 @@ def check_verdicts(package: Package, package_settings: PackageSettings) -> None:
 
 
 def describe_run(board: Board) -> dict:
-    """Describe what the kernel did, for kernel.json."""
+    """Describe for kernel.json what the kernel ran with, and its passes over the rows."""
     inputs, progress = board.inputs, board.progress
+
+    # By the hash of its manifest, `submit` recognises the package that it pushed.
     manifests = {}
     for package_settings, package in zip(inputs.settings.packages, inputs.packages, strict=True):
         manifests[package_settings.dataset] = hash_file(package.folder / "manifest.json")
@@ -263,19 +266,25 @@ def describe_run(board: Board) -> dict:
 def report_visible_run(
     board: Board, visible: VisibleRows, scored: Mapping[str, list[float]]
 ) -> dict:
-    """Log what the visible run measured, and return it for kernel.json."""
-    inputs, progress = board.inputs, board.progress
+    """Log what the visible run shows of the hidden run, and return it for kernel.json.
+
+    Returns:
+        `rows` (the number of train rows), `quality` unless a model was trained on them, and
+        `predicted`: the seconds of the hidden run by its number of rows.
+    """
+    settings, clock, passes = board.inputs.settings, board.inputs.clock, board.progress.passes
     report: dict = {"rows": len(visible.rows), "predicted": []}
     if not visible.trained_on:
-        report["quality"] = measure_quality(visible, inputs.settings.verdicts, scored)
-        if report["quality"]["judged"]:
-            log(inputs.clock, describe_quality(report["quality"]))
+        quality = measure_quality(visible, settings.verdicts, scored)
+        report["quality"] = quality
+        if quality["judged"] > 0:
+            log(clock, describe_quality(quality))
 
-    # What is not spent on batches is spent once, however many rows there are.
-    started_seconds = inputs.clock.elapsed() - sum(record["seconds"] for record in progress.passes)
+    # All time that no batch took, such as that for loading, is the same for any number of rows.
+    fixed_seconds = clock.elapsed() - sum(record["seconds"] for record in passes)
     for rows in HIDDEN_ROWS:
-        finish = predict_finish(progress.passes, started_seconds, rows)
+        finish = predict_finish(passes, fixed_seconds, rows)
         report["predicted"].append(finish)
-        clock = start_clock(inputs.settings.time_limit(rows))
-        log(inputs.clock, describe_finish(finish, clock.deadline - clock.began))
+        hidden_clock = start_clock(settings.time_limit(rows))
+        log(clock, describe_finish(finish, hidden_clock.deadline - hidden_clock.began))
     return report

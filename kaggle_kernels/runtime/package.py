@@ -38,7 +38,7 @@ class Package:
 
 
 def read_package(folder: Path | str) -> Package:
-    """Read a package and check it: file hashes, contract, tokenizer and golden token ids, in this order.
+    """Read a package and check it: file hashes, contract, tokenizer, and token ids of golden rows.
 
     Raises:
         PackageError: A file is missing, has changed, or is not listed.
@@ -47,7 +47,7 @@ def read_package(folder: Path | str) -> Package:
     folder = Path(folder)
     manifest = check_manifest(folder)
 
-    # The contract names what decides a model's input, so that a new manifest cannot hide a change.
+    # What decides a model's input is in the contract too: a new manifest cannot hide a change of it.
     model_input_path = folder / "model_input.py"
     model_input = execute_model_input(model_input_path)
     contract = model_input.read_contract(folder)
@@ -62,7 +62,7 @@ def read_package(folder: Path | str) -> Package:
 
 
 def check_manifest(folder: Path) -> dict:
-    """Parse manifest.json, once every file that it lists has the bytes that it lists, and none is there besides."""
+    """Read manifest.json, and check that the folder has just the files that it lists, unchanged."""
     manifest_path = folder / "manifest.json"
     if not manifest_path.is_file():
         raise PackageError(f"{folder}: manifest.json is missing; package the run again")

@@ -23,13 +23,14 @@ PRIOR = {2: (0.6, 0.4), 3: (0.45, 0.25, 0.3)}
 def to_competition(
     values: Sequence[float], model_verdicts: Sequence[str], verdicts: Sequence[str]
 ) -> list[float]:
-    """Bring a model's probabilities into the order of the competition's verdicts.
+    """Turn a model's probabilities into those of the competition's verdicts, in their order.
 
-    The probability of a verdict that the competition does not know is shared out.
+    A verdict that the competition does not know, such as a tie, is left out: the others' shares then
+    grow to a sum of one again.
     """
     kept = [values[model_verdicts.index(verdict)] for verdict in verdicts]
     total = sum(kept)
-    if total == 0:  # the model is sure of a tie
+    if total == 0:  # the model is sure of the verdict that was left out
         return [1 / len(kept)] * len(kept)
     return [value / total for value in kept]
 
@@ -91,26 +92,30 @@ def fill_unscored(
 def write_submission(
     path: Path, settings: Settings, final: Mapping[str, Sequence[float]], ids: Sequence[str]
 ) -> None:
-    """Write id,winner or id and one probability a verdict. Where ids are wrong, no file is left.
+    """Write submission.csv: the id of each row with its winner, or with a probability a verdict.
 
     Args:
-        path: The file; it gets this name once its ids were read back.
+        path: The file. It gets this name once its ids were read back and are right.
         settings: Name the competition's columns and verdicts.
         final: The probabilities by id.
-        ids: The test file's, in its order, read again.
+        ids: The test file's, in its order.
+
+    Raises:
+        ValueError: The ids are not those of the test file. Then there is no file.
     """
     with whole_file(path) as temporary:
         with temporary.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["id", *settings.columns])
-            for row_id, values in final.items():
-                answer = values
+            for row_id, probabilities in final.items():
+                answer = probabilities
                 # One column holds the name of the winner, several hold probabilities.
                 if len(settings.columns) == 1:
-                    answer = [settings.verdicts[values.index(max(values))]]
+                    likeliest = probabilities.index(max(probabilities))
+                    answer = [settings.verdicts[likeliest]]
                 writer.writerow([row_id, *answer])
 
-        # What stands in the file is checked, not what was meant to.
+        # The ids are read back from the file itself.
         check_ids(temporary, ids)
 
 

@@ -79,7 +79,12 @@ def choose_visible_rows(root: Path, settings: Settings, packages: Sequence[Packa
 
 
 def read_train_rows(file: Path, settings: Settings, listings: Sequence[Mapping]) -> list[dict]:
-    """Read as many rows of the train file as the spec wants, of those in every listing.
+    """Read validation rows of the train file, as many as the spec wants.
+
+    Args:
+        file: The train file, Parquet or CSV.
+        settings: The spec's.
+        listings: Each package's validation_ids.json. Only rows that are in all of them count.
 
     Raises:
         ValueError: There are none.
@@ -95,7 +100,7 @@ def read_train_rows(file: Path, settings: Settings, listings: Sequence[Mapping])
             f"{file.name} holds none of the {len(listed_by_all)} ids that every package lists"
         )
 
-    # A fair sample, whatever the file's order.
+    # A fair sample, which does not depend on the file's order: by a hash of the id.
     rows.sort(key=lambda row: hashlib.sha256(row["id"].encode()).hexdigest())
     return rows[: settings.visible_rows]
 
@@ -116,10 +121,16 @@ def read_winner(row: Mapping, columns: Sequence[str]) -> str | None:
 def measure_quality(
     visible: VisibleRows, verdicts: Sequence[str], scored: Mapping[str, Sequence[float]]
 ) -> dict:
-    """Measure the final probabilities over the scored rows that have one of `verdicts`.
+    """Measure the kernel's probabilities against the verdicts that people gave.
+
+    Args:
+        visible: The rows of the train file with their verdicts.
+        verdicts: The competition's, in the order of the probabilities. Rows with another one, such
+            as a tie where there are none, are left out.
+        scored: The final probabilities by id.
 
     Returns:
-        `judged` (the number of these rows), and unless there is none: `accuracy`, its
+        `judged` (the number of rows that count), and unless that is 0: `accuracy`, its
         `standard_error`, and `log_loss` in nats.
     """
     judged = 0
@@ -128,14 +139,16 @@ def measure_quality(
     for row_id, winner in visible.winners.items():
         if row_id not in scored or winner not in verdicts:
             continue
-        values = scored[row_id]
+
+        probabilities = scored[row_id]
+        likeliest = verdicts[probabilities.index(max(probabilities))]
         judged += 1
-        correct += verdicts[values.index(max(values))] == winner
-        loss -= math.log(values[verdicts.index(winner)])
-    if not judged:
+        correct += likeliest == winner
+        loss -= math.log(probabilities[verdicts.index(winner)])
+    if judged == 0:
         return {"judged": 0}
 
-    # The standard error is that of a share.
+    # The standard error of a share p of n rows is √(p (1 − p) / n).
     accuracy = correct / judged
     return {
         "judged": judged,
@@ -145,30 +158,32 @@ def measure_quality(
     }
 
 
-def predict_finish(passes: Sequence[Mapping], started_seconds: float, rows: int) -> dict:
-    """Predict when so many rows will be done, at the speed of the visible run.
+def predict_finish(passes: Sequence[Mapping], fixed_seconds: float, rows: int) -> dict:
+    """Predict how long the hidden run would take for so many rows, at the speed of this run.
 
     Args:
-        passes: The records of its passes (see pass_runner.pass_record).
-        started_seconds: Passed before the first batch, and for loading the other models.
+        passes: The records of this run's passes (see pass_runner.pass_record). A pass is one model
+            that scores rows in one order of their two responses.
+        fixed_seconds: What does not depend on the number of rows, such as loading the models.
         rows: The number of rows.
 
     Returns:
-        `rows`; in seconds since the beginning when every row has its first score, and when every
-        order of every model is done.
+        `rows`; `first_order_seconds` until every row has a score; `all_seconds` until every model
+        has scored every row in every order.
     """
-    # The first pass of its kind has all the rows that count.
+    # A later pass of the same model and order had only rows that were left over, or do not count.
     seconds_per_row: dict[tuple[str, str], float] = {}
     for record in passes:
-        if record["scored"]:
-            seconds = record["seconds"] / record["scored"]
-            seconds_per_row.setdefault((record["run"], record["order"]), seconds)
+        model_and_order = (record["run"], record["order"])
+        if record["scored"] > 0 and model_and_order not in seconds_per_row:
+            seconds_per_row[model_and_order] = record["seconds"] / record["scored"]
 
-    first_order, *others = seconds_per_row.values()
+    first_pass, *_further_passes = seconds_per_row.values()
+    all_passes = sum(seconds_per_row.values())
     return {
         "rows": rows,
-        "first_order_seconds": round(started_seconds + rows * first_order),
-        "all_seconds": round(started_seconds + rows * (first_order + sum(others))),
+        "first_order_seconds": round(fixed_seconds + rows * first_pass),
+        "all_seconds": round(fixed_seconds + rows * all_passes),
     }
 
 

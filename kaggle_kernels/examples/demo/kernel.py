@@ -192,7 +192,7 @@ SETTINGS = Settings(
     min_scored=0.98,
     visible_rows=512,
     wheels="pairwise-wheels",
-    build="e571efb7773d1f1c",
+    build="9a1b6761f682a871",
 )
 
 
@@ -343,16 +343,17 @@ def read_packages(root: Path, settings: Settings, clock: Clock) -> tuple[Setting
     """Find and check the spec's packages. In the hidden run one that fails is left out."""
     kept_settings = []
     packages = []
-    for number, package_settings in enumerate(settings.packages):
-        # One package less costs some accuracy, no package at all the submission.
+    last_package = settings.packages[-1]
+    for package_settings in settings.packages:
         try:
             dataset = package_settings.dataset
             folder = find_mounted(root, dataset, ("manifest.json",), "datasets").parent
             package = read_package(folder)
             check_verdicts(package, package_settings)
         except Exception as error:
-            is_last_chance = not packages and number == len(settings.packages) - 1
-            if is_last_chance or not is_hidden_run():
+            # A package less costs some accuracy, but without any package there is no submission.
+            none_is_left = not packages and package_settings is last_package
+            if none_is_left or not is_hidden_run():
                 raise
             log(clock, f"{package_settings.run}: left out: {type(error).__name__}: {error}")
             continue
@@ -378,8 +379,10 @@ def check_verdicts(package: Package, package_settings: PackageSettings) -> None:
 
 
 def describe_run(board: Board) -> dict:
-    """Describe what the kernel did, for kernel.json."""
+    """Describe for kernel.json what the kernel ran with, and its passes over the rows."""
     inputs, progress = board.inputs, board.progress
+
+    # By the hash of its manifest, `submit` recognises the package that it pushed.
     manifests = {}
     for package_settings, package in zip(inputs.settings.packages, inputs.packages, strict=True):
         manifests[package_settings.dataset] = hash_file(package.folder / "manifest.json")
@@ -395,21 +398,22 @@ def describe_run(board: Board) -> dict:
 def report_visible_run(
     board: Board, visible: VisibleRows, scored: Mapping[str, list[float]]
 ) -> dict:
-    """Log what the visible run measured, and return it for kernel.json."""
-    inputs, progress = board.inputs, board.progress
+    """Log what the visible run shows of the hidden run, and return it for kernel.json."""
+    settings, clock, passes = board.inputs.settings, board.inputs.clock, board.progress.passes
     report: dict = {"rows": len(visible.rows), "predicted": []}
     if not visible.trained_on:
-        report["quality"] = measure_quality(visible, inputs.settings.verdicts, scored)
-        if report["quality"]["judged"]:
-            log(inputs.clock, describe_quality(report["quality"]))
+        quality = measure_quality(visible, settings.verdicts, scored)
+        report["quality"] = quality
+        if quality["judged"] > 0:
+            log(clock, describe_quality(quality))
 
-    # What is not spent on batches is spent once, however many rows there are.
-    started_seconds = inputs.clock.elapsed() - sum(record["seconds"] for record in progress.passes)
+    # All time that no batch took, such as that for loading, is the same for any number of rows.
+    fixed_seconds = clock.elapsed() - sum(record["seconds"] for record in passes)
     for rows in HIDDEN_ROWS:
-        finish = predict_finish(progress.passes, started_seconds, rows)
+        finish = predict_finish(passes, fixed_seconds, rows)
         report["predicted"].append(finish)
-        clock = start_clock(inputs.settings.time_limit(rows))
-        log(inputs.clock, describe_finish(finish, clock.deadline - clock.began))
+        hidden_clock = start_clock(settings.time_limit(rows))
+        log(clock, describe_finish(finish, hidden_clock.deadline - hidden_clock.began))
     return report
 
 
@@ -427,7 +431,7 @@ def report_visible_run(
 
 Scores = dict[str, dict[str, list[float]]]  # by id, then by order
 Key = tuple[int, str]  # a package's number in the spec, and an order
-PADDING = 1.03  # what batches compute beyond their rows' tokens, while nothing is measured
+PADDING_FACTOR = 1.03  # by which batches, padded, have more tokens than their rows
 ENCODED_AT_ONCE = 1000
 
 
@@ -471,7 +475,7 @@ class Measurements:
 
 @dataclass(frozen=True)
 class Board:
-    """The state of the run."""
+    """All that the kernel knows of its run: what to score, how far it is, what it measured."""
 
     inputs: Inputs
     progress: Progress
@@ -521,12 +525,11 @@ def make_board(
     clock: Clock,
     hidden_run: bool,
 ) -> Board:
-    """Make a board on which nothing is scored yet. The devices share the CPU's cores evenly."""
-    counting: list[str] = []
-    others: list[str] = []
-    for row in rows:
-        group = counting if row["counts"] else others
-        group.append(row["id"])
+    """Make a board on which nothing is scored yet."""
+    # Rows that count on the leaderboard will be scored before the others.
+    counting_ids = [row["id"] for row in rows if row["counts"]]
+    other_ids = [row["id"] for row in rows if not row["counts"]]
+    row_groups = [group for group in (counting_ids, other_ids) if group]
 
     # A spec may have another token budget than training.
     contracts = [package.contract for package in packages]
@@ -534,19 +537,18 @@ def make_board(
         budget_tokens = settings.budget_tokens
         contracts = [replace(contract, budget_tokens=budget_tokens) for contract in contracts]
 
-    threads = max(len(os.sched_getaffinity(0)) // len(devices), 1)
+    cores = len(os.sched_getaffinity(0))
     inputs = Inputs(
         settings=settings,
         packages=packages,
         contracts=contracts,
         rows=rows,
-        row_groups=[group for group in (counting, others) if group],
+        row_groups=row_groups,
         devices=dict(enumerate(devices)),
-        threads=threads,
+        threads=max(cores // len(devices), 1),
         clock=clock,
         hidden_run=hidden_run,
     )
-
     progress = Progress(
         scores=[{row["id"]: {} for row in rows} for _ in packages],
         packages=list(range(len(packages))),
@@ -560,27 +562,27 @@ def score_all(board: Board) -> None:
 
     In the hidden run a package that fails is left out while another one works.
     """
-    loaded: int | None = None
+    loaded: int | None = None  # the number of the package that the workers have
     workers: list[Worker] = []
     try:
         while next_pass := plan_next_pass(board, loaded, workers):
             try:
                 # Two models do not fit one GPU: the old one goes before the new one comes.
                 if next_pass.package != loaded:
-                    retire(board, workers)
-                    workers = start_team(board, next_pass.package)
+                    stop_workers(board, workers)
+                    workers = load_package(board, next_pass.package)
                     loaded = next_pass.package
                 score_pass(board, next_pass, workers)
             except (PackageError, LoadError) as error:
-                retire(board, workers)
+                stop_workers(board, workers)
                 loaded = None
                 leave_out(board, next_pass.package, error)
     finally:
-        retire(board, workers)
+        stop_workers(board, workers)
 
 
 def leave_out(board: Board, number: int, error: Exception) -> None:
-    """Go on without a package; in the visible run, or where no package has worked, raise its error."""
+    """Go on without a package, in the hidden run and while another one works; else raise `error`."""
     board.progress.packages.remove(number)
     another_works = bool(board.progress.packages or board.progress.passes)
     if not board.inputs.hidden_run or not another_works:
@@ -589,7 +591,7 @@ def leave_out(board: Board, number: int, error: Exception) -> None:
 
 
 def plan_next_pass(board: Board, loaded: int | None, workers: Sequence[Worker]) -> NextPass | None:
-    """Decide what to do next: rows that count come first, the others get what time is left."""
+    """Plan the next pass: rows that count come first, the others get what time is left."""
     # Workers are gone for good once they died too often; no plan brings them back.
     all_gone = bool(workers) and all(worker.gone for worker in workers)
     if all_gone:
@@ -597,20 +599,23 @@ def plan_next_pass(board: Board, loaded: int | None, workers: Sequence[Worker]) 
     if all_gone or not board.progress.packages or board.inputs.clock.left() <= 0:
         return None
 
-    # Nothing of the others before all of those that count.
     for group in board.inputs.row_groups:
-        # The first pass measures the tokens of all its rows: one row shows whether it was made.
-        if group[0] in board.measured.tokens:
+        # A group's first pass measures the tokens of all its rows, so that any row shows whether
+        # it was made.
+        first_pass_was_made = group[0] in board.measured.tokens
+        if first_pass_was_made:
             next_pass = plan_further_pass(board, group, loaded)
         else:
             next_pass = plan_first_pass(board, group, loaded)
+
+        # The rows that do not count wait until nothing is left to do for those that do.
         if next_pass is not None:
             return next_pass
     return None
 
 
 def plan_first_pass(board: Board, group: Sequence[str], loaded: int | None) -> NextPass:
-    """Plan one order of all rows of a group, with the model that is there or the spec's first."""
+    """Plan one order of all rows of a group, with the loaded model or else the spec's first."""
     packages = board.progress.packages
     number = loaded if loaded in packages else packages[0]
     order = board.orders(number)[0]
@@ -618,98 +623,111 @@ def plan_first_pass(board: Board, group: Sequence[str], loaded: int | None) -> N
 
 
 def plan_further_pass(board: Board, group: Sequence[str], loaded: int | None) -> NextPass | None:
-    """Share the time that is left among all passes that a group could still have; take the first."""
-    options = make_options(board, group, loaded)
-    if not options:
+    """Plan all further passes over a group of rows, and return the one to begin with."""
+    candidates = list_candidates(board, group, loaded)
+    if not candidates:
         return None
+
     clock = board.inputs.clock
     by_log_loss = len(board.inputs.settings.columns) > 1
-    shares = allocate(
-        options, board.probabilities(), board.measured.tokens, clock.left(), by_log_loss
+    plan = plan_passes(
+        candidates, board.probabilities(), board.measured.tokens, clock.left(), by_log_loss
     )
-    log_plan(board, shares)
+    log_plan(board, plan)
 
-    # An option without rows gets no time.
-    planned = [share for share in shares if share.row_ids]
-    if not planned:
+    # Where a pass has no rows, there was no time for it.
+    plan_with_rows = [planned for planned in plan if planned.row_ids]
+    if not plan_with_rows:
         return None
-    first, *later = planned
 
-    # The pass must leave the time for those planned after it.
-    package = first.option.package
+    # The first pass must leave the time that is planned for the others.
+    first, *later = plan_with_rows
+    package = first.candidate.package
     deadline = clock.deadline - count_seconds(later, package)
-    return NextPass(package, first.option.order, frozenset(first.row_ids), deadline)
+    return NextPass(package, first.candidate.order, frozenset(first.row_ids), deadline)
 
 
-def count_seconds(shares: Sequence[Share], loaded: int) -> float:
-    """Count the seconds of shares: their scoring, and loading each package but the loaded one once."""
+def count_seconds(plan: Sequence[PlannedPass], loaded: int) -> float:
+    """Count the seconds of planned passes. Each package but the loaded one is loaded once."""
     seconds = 0.0
     loaded_packages = {loaded}
-    for share in shares:
-        seconds += share.seconds
-        if share.option.package not in loaded_packages:
-            loaded_packages.add(share.option.package)
-            seconds += share.option.load_seconds
+    for planned in plan:
+        seconds += planned.seconds
+        if planned.candidate.package not in loaded_packages:
+            loaded_packages.add(planned.candidate.package)
+            seconds += planned.candidate.load_seconds
     return seconds
 
 
-def make_options(board: Board, group: Sequence[str], loaded: int | None) -> list[Option]:
-    """List every pass that has rows of the group left, those of the loaded model first."""
-    # Loading takes long: the model that is there comes first.
+def list_candidates(board: Board, group: Sequence[str], loaded: int | None) -> list[CandidatePass]:
+    """List every pass that has rows of the group left to score, those of the loaded model first."""
     packages = sorted(board.progress.packages, key=lambda number: number != loaded)
-    options = []
+    candidates = []
     for number in packages:
+        rate = predict_rate(board, number)
         for order in board.orders(number):
             unscored = board.unscored((number, order), group)
             if unscored:
-                option = make_option(board, (number, order), unscored, is_loaded=number == loaded)
-                options.append(option)
-    return options
+                candidate = CandidatePass(
+                    package=number,
+                    order=order,
+                    change=predict_change(board, number),
+                    seconds_per_token=PADDING_FACTOR / rate if rate else 0.0,
+                    load_seconds=0.0 if number == loaded else predict_load_seconds(board, number),
+                    unscored=unscored,
+                )
+                candidates.append(candidate)
+    return candidates
 
 
-def make_option(board: Board, key: Key, unscored: list[str], is_loaded: bool) -> Option:
-    """Describe a pass by what it should change, and by the seconds that it should take."""
-    number, order = key
-    settings, packages = board.inputs.settings, board.inputs.packages
-    progress, measured = board.progress, board.measured
+def predict_change(board: Board, number: int) -> float:
+    """Predict how much another score by a package changes a probability (standard deviation)."""
+    packages = board.inputs.settings.packages
+    total_weight = sum(packages[other].weight for other in board.progress.packages)
+    relative_weight = packages[number].weight / total_weight
 
-    # What it should change. CHANGE_OF_MODEL is that of one of two models of equal weight.
-    total_weight = sum(settings.packages[other].weight for other in progress.packages)
-    relative_weight = settings.packages[number].weight / total_weight
-    is_new_model = not any(progress.tried.get((number, other)) for other in board.orders(number))
-    typical_change = 2 * CHANGE_OF_MODEL if is_new_model else CHANGE_OF_ORDER
-    change = typical_change * relative_weight
-
-    # Before a package has run, its speed follows from another one's and the parameters of both.
-    rate = measured.rates.get(number, 0.0)
-    if measured.rates and not rate:
-        other, other_rate = next(iter(measured.rates.items()))
-        rate = other_rate * flop_per_token(packages[other]) / flop_per_token(packages[number])
-    seconds_per_token = PADDING / rate if rate else 0.0
-
-    # All devices load from one disk, so that further copies take time as well.
-    copies = len(progress.devices)
-    if settings.packages[number].placement == "split":
-        copies = 1
-    load_seconds = 0.0
-    if not is_loaded:
-        load_seconds = loading_seconds(packages[number], copies)
-    return Option(number, order, change, seconds_per_token, load_seconds, unscored)
+    # The second order of a model says less than the first score of a model.
+    has_scored = any(board.progress.tried.get((number, order)) for order in board.orders(number))
+    if has_scored:
+        return CHANGE_OF_ORDER * relative_weight
+    return CHANGE_OF_MODEL * 2 * relative_weight  # measured with two models of equal weight
 
 
-def log_plan(board: Board, shares: Sequence[Share]) -> None:
+def predict_rate(board: Board, number: int) -> float:
+    """Predict the tokens a second of a package; 0 where no pass has measured any package's."""
+    rates = board.measured.rates
+    if number in rates or not rates:
+        return rates.get(number, 0.0)
+
+    # The devices do as many operations a second as for a package that has run, but a token takes
+    # more of them, or fewer.
+    packages = board.inputs.packages
+    measured_number, *_others = rates
+    operations_per_second = rates[measured_number] * flop_per_token(packages[measured_number])
+    return operations_per_second / flop_per_token(packages[number])
+
+
+def predict_load_seconds(board: Board, number: int) -> float:
+    """Predict how long loading a package takes. All devices load from the same disk."""
+    is_split = board.inputs.settings.packages[number].placement == "split"
+    copies = 1 if is_split else len(board.progress.devices)
+    return loading_seconds(board.inputs.packages[number], copies)
+
+
+def log_plan(board: Board, plan: Sequence[PlannedPass]) -> None:
     """Log what a plan does with the seconds that are left."""
     parts = []
-    for share in shares:
-        name = f"{board.inputs.packages[share.option.package].folder.name} {share.option.order}"
-        rows = f"{len(share.row_ids)} of {len(share.option.unscored)} rows"
-        parts.append(f"{name} {rows} in {share.seconds:.1f} s")
+    for planned in plan:
+        candidate = planned.candidate
+        name = f"{board.inputs.packages[candidate.package].folder.name} {candidate.order}"
+        rows = f"{len(planned.row_ids)} of {len(candidate.unscored)} rows"
+        parts.append(f"{name} {rows} in {planned.seconds:.1f} s")
     clock = board.inputs.clock
     log(clock, f"plan: {clock.left():.1f} s left: {'; '.join(parts)}")
 
 
-def start_team(board: Board, number: int) -> list[Worker]:
-    """Start workers for a package on the devices that are not gone."""
+def load_package(board: Board, number: int) -> list[Worker]:
+    """Start workers on the devices that still work, which load a package."""
     inputs, devices = board.inputs, board.progress.devices
     package, settings = inputs.packages[number], inputs.settings
     package_settings = settings.packages[number]
@@ -723,11 +741,9 @@ def start_team(board: Board, number: int) -> list[Worker]:
     )
 
 
-def retire(board: Board, workers: list[Worker]) -> None:
-    """End the workers; devices that are gone leave the board.
-
-    Where no worker could load the package, that is the package's fault and the devices stay.
-    """
+def stop_workers(board: Board, workers: list[Worker]) -> None:
+    """Stop the workers and empty the list. A device that has failed for good leaves the board."""
+    # Where no worker could load the package, that is the package's fault and the devices stay.
     any_loaded = any(worker.load_seconds for worker in workers)
     for worker in workers:
         worker.stop()
@@ -738,7 +754,7 @@ def retire(board: Board, workers: list[Worker]) -> None:
 
 
 def score_pass(board: Board, next_pass: NextPass, workers: Sequence[Worker]) -> None:
-    """Score the rows of a pass and note the result on the board."""
+    """Score the rows of a pass, and put the result on the board."""
     number, order = next_pass.package, next_pass.order
     package, clock = board.inputs.packages[number], board.inputs.clock
     label = f"{package.folder.name}, {order}"
@@ -752,11 +768,11 @@ def score_pass(board: Board, next_pass: NextPass, workers: Sequence[Worker]) -> 
     work = run_pass(work, workers, clock)
     if all(worker.gone and not worker.load_seconds for worker in workers):
         raise LoadError(f"{package.folder}: no device could load it")
-    note_pass(board, (number, order), work, requests, workers)
+    record_pass(board, (number, order), work, requests, workers)
 
 
 def encode_rows(inputs: Inputs, next_pass: NextPass) -> list[Request]:
-    """Encode the rows of a pass by the package's own model_input."""
+    """Encode the rows of a pass to token ids, by the package's own model_input.py."""
     package = inputs.packages[next_pass.package]
     pairs = []
     for row in inputs.rows:
@@ -781,26 +797,21 @@ def encode_rows(inputs: Inputs, next_pass: NextPass) -> list[Request]:
     return encoded
 
 
-def note_pass(
+def record_pass(
     board: Board, key: Key, work: Pass, requests: Sequence[Request], workers: Sequence[Worker]
 ) -> None:
-    """Put a pass's scores on the board, and what was measured."""
+    """Put a finished pass on the board: its scores, and what it measured."""
     number, order = key
     progress, measured = board.progress, board.measured
-    for row_id, values in work.scores.items():
-        progress.scores[number][row_id][order] = values
+    for row_id, probabilities in work.scores.items():
+        progress.scores[number][row_id][order] = probabilities
 
-    # Rows that the pass left are tried again, unless nothing came of any: that would never end.
-    finished = {request.id for request in requests}
-    if work.scores or all(worker.gone for worker in workers):
-        for batch in work.queue:
-            finished.difference_update(request.id for request in batch)
-    progress.tried.setdefault(key, set()).update(finished)
-
-    # What ends workers in one order would do so in the other.
+    progress.tried.setdefault(key, set()).update(list_tried_rows(work, requests, workers))
+    # A row that ended its workers in one order would do so in the other.
     for any_order in board.orders(number):
         progress.tried.setdefault((number, any_order), set()).update(work.given_up)
 
+    # What later plans need: the rows' lengths, and the speed of the workers that still live.
     for request in requests:
         measured.tokens.setdefault(request.id, request.tokens)
     rate = sum(worker.rate() for worker in workers if not worker.gone)
@@ -812,6 +823,18 @@ def note_pass(
     progress.passes.append({"run": run, "order": order, **pass_record(work)})
 
 
+def list_tried_rows(work: Pass, requests: Sequence[Request], workers: Sequence[Worker]) -> set[str]:
+    """List the rows of a pass that need no further try: all but those that are still in its queue."""
+    row_ids = {request.id for request in requests}
+
+    # Living workers that scored nothing would not do better another time: that would never end.
+    can_be_repeated = work.scores or all(worker.gone for worker in workers)
+    if can_be_repeated:
+        for batch in work.queue:
+            row_ids.difference_update(request.id for request in batch)
+    return row_ids
+
+
 def combine(
     settings: Settings, packages: Sequence[Package], scores: Iterable[Scores]
 ) -> dict[str, list[float]]:
@@ -819,7 +842,7 @@ def combine(
 
     Orders are averaged, then packages by weight, then the temperature is applied.
     """
-    # A row has as many opinions as packages have scored it.
+    # Only those packages that scored a row have a say in it.
     opinions: dict[str, list[list[float]]] = {}
     weights: dict[str, list[float]] = {}
     for package_settings, package, package_scores in zip(
@@ -842,13 +865,13 @@ def combine(
 #
 # One order of one package: batches dealt to workers until none is left or the deadline is near.
 #
-# schedule.make_next_pass calls `make_pass` and `run_pass`. What can happen to a batch on its way:
+# schedule.score_pass calls `make_pass` and `run_pass`. What can happen to a batch on its way:
 #     out of memory      its worker's token budget is halved, and the batch cut and tried again; a
 #                        row that was alone is tried again at the end (`try_alone`)
 #     its worker dies    the worker is started again, or given up with its device; its rows go back to
 #                        the queue, those that it was scoring one by one at the end, in case that one
 #                        of them killed it (`handle_worker_death`)
-#     its worker hangs   the worker is killed, which is a death like others (`check_is_alive`)
+#     its worker hangs   the worker is killed, which is a death like others (`kill_if_silent`)
 #     the clock ends     the batch stays in the queue (`next_batch`)
 # A row without a score is simply not in the result, and the caller decides what that means.
 # ================================================================================================
@@ -861,7 +884,7 @@ LOGGED_SHARE = 0.05  # of a pass's rows: progress is logged whenever so many mor
 
 @dataclass
 class Pass:
-    """The queue of batches, the probabilities by id, and what there is to tell of both."""
+    """One order of one package over some rows: its queue of batches, its scores, its progress."""
 
     label: str
     queue: deque[list[Request]]
@@ -879,7 +902,7 @@ class Pass:
     logged_rows: int = 0
 
     def __post_init__(self):
-        self.all_tokens = sum(map(padded_tokens, self.queue))
+        self.all_tokens = sum(padded_tokens(batch) for batch in self.queue)
 
     def seconds_left(self, workers: Sequence[Worker]) -> float:
         """Predict how long the living workers need for the rest; 0 before their first batch."""
@@ -898,18 +921,18 @@ class Pass:
 def make_pass(
     label: str, requests: Sequence[Request], deadline: float, workers: Sequence[Worker]
 ) -> Pass:
-    """Make a pass over rows."""
+    """Make a pass over some rows, whose batches fit the most capable worker."""
     tokens_per_batch = max(worker.tokens_per_batch for worker in workers)
     batches = make_batches(requests, tokens_per_batch)
     return Pass(label, deque(batches), deadline, rows=len(requests))
 
 
 def run_pass(work: Pass, workers: Sequence[Worker], clock: Clock) -> Pass:
-    """Work through the queue; PackageError where the last worker refuses the package."""
+    """Have the workers score the batches in the queue until it is empty or the deadline is near."""
     batches = "1 batch" if len(work.queue) == 1 else f"{len(work.queue)} batches"
     log(clock, f"{work.label}: {work.rows} rows in {batches}")
 
-    # Workers that died late in the pass before may not have been restarted.
+    # A worker that died late in the pass before may not have been restarted.
     for worker in workers:
         if not worker.process and not worker.gone and time.monotonic() < work.deadline:
             worker.launch()
@@ -917,31 +940,36 @@ def run_pass(work: Pass, workers: Sequence[Worker], clock: Clock) -> Pass:
     while True:
         for worker in workers:
             feed(work, worker, workers)
-
-        # A worker that still loads is waited for while there is work for it.
-        alive = [worker for worker in workers if worker.process]
-        may_start = bool(work.queue) and time.monotonic() < work.deadline
-        busy = []
-        for worker in alive:
-            if worker.outstanding or (may_start and not worker.loaded):
-                busy.append(worker)
+        busy = list_busy(work, workers)
         if not busy:
             break
 
         # Wait for any message, but look after the workers every second.
-        by_connection = {worker.connection: worker for worker in alive}
+        by_connection = {worker.connection: worker for worker in workers if worker.process}
         for connection in wait(list(by_connection), timeout=1.0):
             receive(work, by_connection[connection], workers, clock)
         for worker in busy:
-            check_is_alive(work, worker, clock)
+            kill_if_silent(work, worker, clock)
         log_progress(work, workers, clock)
 
     log(clock, f"{work.label}: {progress_line(work, workers)}")
     return work
 
 
+def list_busy(work: Pass, workers: Sequence[Worker]) -> list[Worker]:
+    """List the workers that the pass must wait for."""
+    # A worker that still loads is waited for while there is a batch that it could score in time.
+    has_work_left = bool(work.queue) and time.monotonic() < work.deadline
+    busy = []
+    for worker in workers:
+        is_needed = has_work_left and not worker.loaded
+        if worker.process and (worker.outstanding or is_needed):
+            busy.append(worker)
+    return busy
+
+
 def feed(work: Pass, worker: Worker, workers: Sequence[Worker]) -> None:
-    """Give a worker what it can score at once, and one batch more that lies ready in the pipe."""
+    """Give a worker the batches that it can score at once, and one more to lie ready in its pipe."""
     while worker.loaded and len(worker.outstanding) <= worker.batches_at_once:
         batch = next_batch(work, worker, workers)
         if batch is None:
@@ -954,23 +982,24 @@ def feed(work: Pass, worker: Worker, workers: Sequence[Worker]) -> None:
 
 
 def next_batch(work: Pass, worker: Worker, workers: Sequence[Worker]) -> list[Request] | None:
-    """Take the next batch within the worker's token budget that it can end before the deadline."""
+    """Take the next batch for a worker from the queue."""
     seconds_left = work.deadline - time.monotonic()
     if not work.queue or seconds_left <= 0:
         return None
 
-    # Long rows stand first. Where time is short, they are left for the end: more rows get a score.
-    short_rows_first = work.seconds_left(workers) > seconds_left
-    whole_batch = work.queue.pop() if short_rows_first else work.queue.popleft()
+    # The longest rows stand first. Where the time is not enough for all rows, the shortest are
+    # taken first: more rows get a score.
+    is_time_short = work.seconds_left(workers) > seconds_left
+    whole_batch = work.queue.pop() if is_time_short else work.queue.popleft()
 
-    # The worker's budget may have shrunk since the batches were made.
+    # The worker's token budget may have shrunk since the batch was made.
     parts = make_batches(whole_batch, worker.tokens_per_batch)
     batch = None
     if worker.seconds_until_scored(parts[0]) <= seconds_left:
         batch = parts.pop(0)
 
-    # What is not taken goes back to the same end.
-    if short_rows_first:
+    # The other parts go back to where the batch was.
+    if is_time_short:
         work.queue.extend(parts)
     else:
         work.queue.extendleft(reversed(parts))
@@ -978,47 +1007,54 @@ def next_batch(work: Pass, worker: Worker, workers: Sequence[Worker]) -> list[Re
 
 
 def receive(work: Pass, worker: Worker, workers: Sequence[Worker], clock: Clock) -> None:
-    """Read one message of a worker (worker.py lists them), or notice its death."""
+    """Handle the next message of a worker, or its death. worker.py lists the messages."""
     try:
-        kind, *message = worker.connection.recv()
+        message = worker.connection.recv()
     except (EOFError, OSError):
         # The pipe closes before the exit code is there.
         worker.process.join(timeout=5)
         exit_code = worker.process.exitcode
-        return handle_worker_death(work, worker, f"died (exit code {exit_code})", clock)
+        handle_worker_death(work, worker, f"died (exit code {exit_code})", clock)
+        return
 
-    if kind == "loaded":
-        worker.note_loaded(*message)
-        log(
-            clock,
-            f"{worker.name}: loaded in {worker.load_seconds:.0f} s in {worker.loaded['dtype']}; "
-            f"golden probabilities differ by at most {worker.loaded['worst']:.1e}",
-        )
-    elif kind == "scored":
-        number, scores = message
-        note_scores(work, worker.note_scored(number), scores)
-    elif kind == "out of memory":
-        batch = worker.note_out_of_memory(*message)
-        log(clock, f"{worker.name}: out of memory: {worker.tokens_per_batch} tokens a batch now")
-        # The budget is smaller than this batch, so next_batch cuts it in parts.
-        if len(batch) > 1:
-            work.queue.appendleft(batch)
-        else:
-            try_alone(work, batch, clock)
-    elif kind == "refused":
-        # One device alone may be faulty; the last one has nobody to contradict it.
-        [reason] = message
-        if all(other.gone for other in workers if other is not worker):
-            raise PackageError(reason)
-        reason = f"refuses the package, which another device may not: {reason}"
-        handle_worker_death(work, worker, reason, clock)
+    match message:
+        case ("loaded", facts):
+            worker.note_loaded(facts)
+            log(
+                clock,
+                f"{worker.name}: loaded in {facts['seconds']:.0f} s in {facts['dtype']}; "
+                f"golden probabilities differ by at most {facts['worst']:.1e}",
+            )
+        case ("scored", number, scores):
+            batch = worker.note_scored(number)
+            note_scores(work, batch, scores)
+        case ("out of memory", number):
+            batch = worker.note_out_of_memory(number)
+            log(
+                clock, f"{worker.name}: out of memory: {worker.tokens_per_batch} tokens a batch now"
+            )
+            retry_smaller(work, batch, clock)
+        case ("refused", reason):
+            # One device alone may be faulty. Where all others are gone, it is the package.
+            if all(other.gone for other in workers if other is not worker):
+                raise PackageError(reason)
+            reason = f"refuses the package, which another device may not: {reason}"
+            handle_worker_death(work, worker, reason, clock)
+        case ("failed", traceback):
+            handle_worker_death(work, worker, f"failed: {traceback.strip()}", clock)
+
+
+def retry_smaller(work: Pass, batch: list[Request], clock: Clock) -> None:
+    """Put a batch that was too large for memory back into the queue, or its only row at the end."""
+    # The worker's token budget is smaller now, so that next_batch will cut the batch in parts.
+    if len(batch) > 1:
+        work.queue.appendleft(batch)
     else:
-        [reason] = message
-        handle_worker_death(work, worker, f"failed: {reason.strip()}", clock)
+        try_alone(work, batch, clock)
 
 
 def try_alone(work: Pass, batch: list[Request], clock: Clock) -> None:
-    """Put rows that failed at the end of the queue, each alone, or give them up."""
+    """Put rows that failed at the end of the queue, each alone; give up those that failed often."""
     for request in batch:
         work.failed_tries[request.id] += 1
         if work.failed_tries[request.id] < GIVEN_UP_AFTER:
@@ -1028,19 +1064,18 @@ def try_alone(work: Pass, batch: list[Request], clock: Clock) -> None:
             log(clock, f"row {request.id} is given up")
 
 
-def handle_worker_death(work: Pass, worker: Worker, why: str, clock: Clock) -> None:
-    """Put a dead worker's rows back into the queue, and restart it or give its device up.
+def handle_worker_death(work: Pass, worker: Worker, reason: str, clock: Clock) -> None:
+    """Put a dead worker's rows back into the queue, and restart it or give its device up."""
+    log(clock, f"{worker.name}: {reason}")
 
-    No process is started that the clock has no time to load.
-    """
-    log(clock, f"{worker.name}: {why}")
-
-    # Any of the rows that it was scoring may have killed it. What only lay ready has not.
+    # Any of the rows that it was scoring may have killed it, so that each is tried alone. Batches
+    # that lay ready in its pipe go back to where they came from.
     being_scored, ready = worker.note_death()
     work.queue.extendleft(reversed(ready))
     for batch in being_scored:
         try_alone(work, batch, clock)
 
+    # A process that could not load before the deadline is not started.
     if worker.gone:
         outcome = f"gone after {worker.fruitless} deaths without a score in between"
     elif work.deadline - time.monotonic() <= worker.load_seconds:
@@ -1051,29 +1086,34 @@ def handle_worker_death(work: Pass, worker: Worker, why: str, clock: Clock) -> N
     log(clock, f"{worker.name}: {outcome}")
 
 
-def check_is_alive(work: Pass, worker: Worker, clock: Clock) -> None:
-    """Kill a worker that has said nothing for far too long, or works on into the reserve."""
+def kill_if_silent(work: Pass, worker: Worker, clock: Clock) -> None:
+    """Kill a worker that hangs, or whose batch is not done when the submission must be written."""
     if not worker.process:
         return
 
-    patience = QUIET_SECONDS if worker.loaded else LOAD_PATIENCE_SECONDS
-    # The reserve is for writing the submission.
+    # After the deadline there is a reserve for writing. A third of it may pass.
     now = time.monotonic()
-    if worker.outstanding and now > clock.deadline + clock.reserve_seconds / 3:
-        patience = 0
+    is_too_late = now > clock.deadline + clock.reserve_seconds / 3
+    if worker.outstanding and is_too_late:
+        allowed_seconds = 0.0
+    elif worker.loaded:
+        allowed_seconds = QUIET_SECONDS
+    else:
+        allowed_seconds = LOAD_PATIENCE_SECONDS
+
     quiet_seconds = now - worker.last_event
-    if quiet_seconds > patience:
+    if quiet_seconds > allowed_seconds:
         reason = f"killed: it said nothing for {quiet_seconds:.0f} s"
         handle_worker_death(work, worker, reason, clock)
 
 
 def note_scores(work: Pass, batch: list[Request], scores: BatchScores) -> None:
-    """Keep a batch's probabilities by id; those that are not finite count as not scored."""
+    """Keep a batch's probabilities by id, and count its tokens, overflows and rows without a score."""
     work.computed_tokens += padded_tokens(batch)
     work.tokens += sum(request.tokens for request in batch)
     work.overflowed += scores.overflowed
     for request, probabilities in zip(batch, scores.probabilities, strict=True):
-        if all(map(math.isfinite, probabilities)):
+        if all(math.isfinite(probability) for probability in probabilities):
             work.scores[request.id] = probabilities
         else:
             work.not_finite += 1
@@ -1168,10 +1208,12 @@ class Worker:
         return self.tokens / self.seconds if self.seconds else 0.0
 
     def seconds_until_scored(self, batch: list[Request]) -> float:
-        """Predict how long a batch takes behind those that it has; 0 before its first one."""
+        """Predict when a batch would be scored, after those that it has; 0 before its first one."""
         if not self.rate():
             return 0.0
-        tokens = padded_tokens(batch) + sum(map(padded_tokens, self.outstanding.values()))
+        tokens = padded_tokens(batch)
+        for outstanding_batch in self.outstanding.values():
+            tokens += padded_tokens(outstanding_batch)
         return tokens / self.rate()
 
     def launch(self) -> None:
@@ -1181,7 +1223,7 @@ class Worker:
         self.process, self.connection = self.start(self.task)
 
     def send(self, batch: list[Request]) -> None:
-        """Give it a batch; if it has died meanwhile, whoever reads from it will notice."""
+        """Send it a batch. If it has died meanwhile, pass_runner.receive will notice."""
         # The time in which it had nothing to do counts neither as work nor as silence.
         if not self.outstanding:
             self.last_event = time.monotonic()
@@ -1221,17 +1263,15 @@ class Worker:
         being_scored = batches[: self.batches_at_once]
         ready = batches[self.batches_at_once :]
         self.outstanding.clear()
-
-        # Only now: a stopped worker no longer knows its batches_at_once.
         self.stop()
 
         # It may have died of a lack of memory that was never reported.
         self.tokens_per_batch = max(self.tokens_per_batch // 2, 1)
 
-        # A row that is scored alone may be what kills the worker. It will be given up in the
-        # worker's place, so that such a death does not count against the worker.
-        only_single_rows = all(len(batch) == 1 for batch in being_scored)
-        if not being_scored or not only_single_rows:
+        # Where it scored single rows only, one of them may kill workers, and will be given up soon.
+        # Such a death does not count against the worker.
+        had_single_rows = bool(being_scored) and all(len(batch) == 1 for batch in being_scored)
+        if not had_single_rows:
             self.fruitless += 1
         self.gone = self.fruitless >= FRUITLESS_DEATHS
         return being_scored, ready
@@ -1268,7 +1308,7 @@ def start_workers(
     clock: Clock,
 ) -> list[Worker]:
     """Start the workers of a package, which load it by themselves."""
-    # A worker for each group of devices.
+    # The positions of each worker's devices.
     position_groups = [(position,) for position in devices]
     if package_settings.placement == "split":
         position_groups = [tuple(devices)]
@@ -1319,9 +1359,8 @@ def leave() -> None:
 #     ("failed", traceback)                     and its end
 # ================================================================================================
 
-GOLDEN_TOLERANCE = (
-    0.05  # float16 and 4-bit kernels differ between devices by up to 0.02; a wrong head by far more
-)
+# float16 and 4-bit kernels differ between devices by up to 0.02; a wrong head by far more.
+GOLDEN_TOLERANCE = 0.05
 MEMORY_WORDS = (
     "CUDA error: out of memory",
     "_ALLOC_FAILED",
@@ -1340,6 +1379,14 @@ class Assignment:
     weight_bytes_limit: int | None = None  # of each device, for a model that is split
 
 
+@dataclass(frozen=True)
+class PipeLocks:
+    """One thread at a time may read from a pipe, and one may write to it."""
+
+    receiving: threading.Lock
+    sending: threading.Lock
+
+
 def run_worker(connection, task: Assignment) -> None:
     """Run the process until the pipe closes; leave at once then, whatever its threads are at."""
     with contextlib.suppress(OSError):
@@ -1354,22 +1401,22 @@ def run_worker(connection, task: Assignment) -> None:
 
 
 def work(connection, task: Assignment) -> None:
-    """Load, then score until the other end of the pipe is closed or something fails."""
+    """Load a package's model, then score the batches that come until the pipe is closed."""
     began = time.monotonic()
     first_device = task.devices[0]
     try:
-        # Else libraries that ask for no device take memory of the first GPU.
+        # Libraries that name no device would take memory of the first GPU.
         if first_device.startswith("cuda"):
             torch.cuda.set_device(first_device)
         package = open_package(Path(task.folder))
         model, stages = load_on(package, task.devices, task.weight_bytes_limit)
         worst_difference = check_golden_scores(package, model, first_device)
     except (PackageError, FloatingPointError) as error:
-        return tell(connection, "refused", f"{type(error).__name__}: {error}")
+        return send_message(connection, "refused", f"{type(error).__name__}: {error}")
     except Exception:
-        return tell(connection, "failed", traceback.format_exc())
+        return send_message(connection, "failed", traceback.format_exc())
 
-    # Only now can it be given batches.
+    # Each stage of a split model works on a batch of its own.
     batches_at_once = len(stages.locks) if stages else 1
     facts = {
         "dtype": str(model.dtype),
@@ -1377,21 +1424,23 @@ def work(connection, task: Assignment) -> None:
         "worst": worst_difference,
         "seconds": time.monotonic() - began,
     }
-    tell(connection, "loaded", facts)
+    send_message(connection, "loaded", facts)
 
-    def score_requests(requests):
+    def score_requests(requests: list[Request]) -> BatchScores:
         pass_context = stages.forward_pass if stages else contextlib.nullcontext
-
-        # Each thread has a current device of its own.
-        on_device = contextlib.nullcontext()
-        if first_device.startswith("cuda"):
-            on_device = torch.cuda.device(first_device)
-        with on_device:
+        with use_device(first_device):
             return score_batch(
                 model, package.model_input, package.contract, requests, first_device, pass_context
             )
 
     serve(connection, score_requests, batches_at_once)
+
+
+def use_device(device: str) -> contextlib.AbstractContextManager:
+    """Make a GPU the current device of this thread: each thread has one of its own."""
+    if device.startswith("cuda"):
+        return torch.cuda.device(device)
+    return contextlib.nullcontext()
 
 
 def open_package(folder: Path) -> Package:
@@ -1414,10 +1463,10 @@ def load_on(
 
 
 def check_golden_scores(package: Package, model: torch.nn.Module, device: str) -> float:
-    """Score the golden rows, and compare them with the manifest's probabilities."""
+    """Score the golden rows, and compare with the probabilities that packaging wrote down."""
     contract = package.contract
 
-    # A golden row is scored as any other, by the code of the kernel.
+    # By the same code as any other row.
     pairs = [package.model_input.pair_from_row(row["pair"]) for row in contract.golden]
     scores = score(
         model,
@@ -1445,35 +1494,37 @@ def check_golden_scores(package: Package, model: torch.nn.Module, device: str) -
     return worst_difference
 
 
-def serve(connection, score_requests, batches_at_once: int) -> None:
-    """Score what comes in until the pipe is closed, or until something fails."""
+def serve(connection, score_requests: Callable, batches_at_once: int) -> None:
+    """Score the batches that come through the pipe until it is closed, or until something fails."""
     # Two threads that read or write at once would mix their messages.
-    receiving = threading.Lock()
-    sending = threading.Lock()
-
-    def score_until_closed():
-        while True:
-            try:
-                with receiving:
-                    number, requests = connection.recv()
-            except (EOFError, OSError):
-                return
-
-            answer = answer_batch(number, requests, score_requests)
-            with sending:
-                tell(connection, *answer)
-
-            # A CUDA error stays with its process: the other end will start a new one.
-            if answer[0] == "failed":
-                return
+    locks = PipeLocks(receiving=threading.Lock(), sending=threading.Lock())
 
     threads = []
     for _ in range(batches_at_once):
-        thread = threading.Thread(target=score_until_closed, daemon=True)
+        arguments = (connection, locks, score_requests)
+        thread = threading.Thread(target=score_until_closed, args=arguments, daemon=True)
         thread.start()
         threads.append(thread)
     for thread in threads:
         thread.join()
+
+
+def score_until_closed(connection, locks: PipeLocks, score_requests: Callable) -> None:
+    """Receive a batch, score it and send the answer, until the pipe is closed or a batch fails."""
+    while True:
+        try:
+            with locks.receiving:
+                number, requests = connection.recv()
+        except (EOFError, OSError):
+            return
+
+        kind, *content = answer_batch(number, requests, score_requests)
+        with locks.sending:
+            send_message(connection, kind, *content)
+
+        # A CUDA error stays with its process. The kernel's own process will start a new one.
+        if kind == "failed":
+            return
 
 
 def answer_batch(number: int, requests: list[Request], score_requests) -> tuple:
@@ -1488,10 +1539,10 @@ def answer_batch(number: int, requests: list[Request], score_requests) -> tuple:
 
 
 def lacks_memory(error: Exception, rows: int) -> bool:
-    """Tell whether a batch of so many rows was too large.
+    """Tell whether an error means that a batch was too large for memory.
 
-    PyTorch says so of its own memory, CUDA's libraries only in words. By those, a row that is alone
-    is no batch to be cut; only a new process may help it.
+    PyTorch has a class for that, other libraries only words. By words alone a single row does not
+    count as too large: it cannot be cut, and a new process may have more memory for it.
     """
     if isinstance(error, torch.OutOfMemoryError):
         return True
@@ -1499,7 +1550,7 @@ def lacks_memory(error: Exception, rows: int) -> bool:
     return rows > 1 and (has_words or isinstance(error, MemoryError))
 
 
-def tell(connection, *message) -> None:
+def send_message(connection, *message) -> None:
     """Send a message, unless nobody listens any more."""
     with contextlib.suppress(OSError):
         connection.send(message)
@@ -1519,7 +1570,7 @@ def free_memory() -> None:
 #
 # Shares out the seconds that are left: which rows get the second order, and which a further model.
 #
-# schedule.plan_next_pass decides with it, after every pass, which pass comes next. An option is one
+# schedule.plan_next_pass decides with it, after every pass, which pass comes next. A candidate is one
 # more pass of a package in an order. It changes a probability by some amount, of standard deviation
 # s. Its expected gain is that of the knowledge gradient (Frazier, Powell and Dayanik 2008):
 # 2 (s φ(m/s) − m Φ(−m/s)), with m half the lead of the first verdict over the second. A row near the
@@ -1541,8 +1592,8 @@ SHORTEST_SECONDS = 1e-9
 
 
 @dataclass(frozen=True)
-class Option:
-    """One more pass that could be made: a package in an order."""
+class CandidatePass:
+    """A pass that could come next: a package scores rows in one order of their responses."""
 
     package: int  # its number in the spec
     order: str
@@ -1553,103 +1604,104 @@ class Option:
 
 
 @dataclass(frozen=True)
-class Offer:
-    """One row of an option, which is named by its place."""
+class CandidateRow:
+    """One row of a candidate pass."""
 
-    option_place: int
+    pass_place: int  # of the pass in the list of candidates
     row_id: str
     gain: float
     seconds: float
 
 
-@dataclass(frozen=True)
-class Share:
-    """What an option gets of the clock."""
+@dataclass
+class PlannedPass:
+    """A candidate pass with those of its rows that the time is enough for; perhaps none."""
 
-    option: Option
-    row_ids: list[str]
-    seconds: float  # for these rows, without loading
+    candidate: CandidatePass
+    row_ids: list[str] = field(default_factory=list)
+    seconds: float = 0.0  # for these rows, without loading
 
 
-def allocate(
-    options: Sequence[Option],
+def plan_passes(
+    candidates: Sequence[CandidatePass],
     probabilities: Mapping[str, Sequence[float]],
     tokens: Mapping[str, int],
     seconds: float,
     by_log_loss: bool,
-) -> list[Share]:
-    """Share the seconds that are left out among options: rows of most gain per second first."""
-    offers = make_offers(options, probabilities, tokens, by_log_loss)
-    packages = list(dict.fromkeys(option.package for option in options))
+) -> list[PlannedPass]:
+    """Plan what the seconds that are left are spent on: the rows of most expected gain per second."""
+    rows = rank_rows(candidates, probabilities, tokens, by_log_loss)
+    packages = list(dict.fromkeys(candidate.package for candidate in candidates))
 
-    # A further model must be worth its loading: with the first package, with the first two, …
+    # A further model must be worth its loading. Plans with the first package alone, with the first
+    # two, and so on are compared.
     best_gain = -1.0
-    best_shares: list[Share] = []
+    best_plan: list[PlannedPass] = []
     for count in range(1, len(packages) + 1):
-        gain, shares = allocate_to(packages[:count], options, offers, seconds)
+        gain, plan = fill_seconds(packages[:count], candidates, rows, seconds)
         if gain > best_gain:
-            best_gain, best_shares = gain, shares
-    return best_shares
+            best_gain, best_plan = gain, plan
+    return best_plan
 
 
-def make_offers(
-    options: Sequence[Option],
+def rank_rows(
+    candidates: Sequence[CandidatePass],
     probabilities: Mapping[str, Sequence[float]],
     tokens: Mapping[str, int],
     by_log_loss: bool,
-) -> list[Offer]:
-    """List every unscored row of every option, by gain per second; equal ones keep their order."""
-    offers = []
-    for place, option in enumerate(options):
-        for row_id in option.unscored:
-            gain = expected_gain(probabilities.get(row_id), option.change, by_log_loss)
-            seconds = max(tokens[row_id] * option.seconds_per_token, SHORTEST_SECONDS)
-            offers.append(Offer(place, row_id, gain, seconds))
-    return sorted(offers, key=lambda offer: offer.gain / offer.seconds, reverse=True)
+) -> list[CandidateRow]:
+    """Sort the rows of all candidates by their expected gain per second (see `plan_passes`)."""
+    rows = []
+    for place, candidate in enumerate(candidates):
+        for row_id in candidate.unscored:
+            gain = expected_gain(probabilities.get(row_id), candidate.change, by_log_loss)
+            seconds = max(tokens[row_id] * candidate.seconds_per_token, SHORTEST_SECONDS)
+            rows.append(CandidateRow(place, row_id, gain, seconds))
+    return sorted(rows, key=lambda row: row.gain / row.seconds, reverse=True)
 
 
-def allocate_to(
-    packages: Collection[int], options: Sequence[Option], offers: Sequence[Offer], seconds: float
-) -> tuple[float, list[Share]]:
-    """Take the best offers of these packages that fit the seconds left after loading."""
-    # A package has several options, but is loaded once.
+def fill_seconds(
+    packages: Collection[int],
+    candidates: Sequence[CandidatePass],
+    ranked_rows: Sequence[CandidateRow],
+    seconds: float,
+) -> tuple[float, list[PlannedPass]]:
+    """Fill the time with the best rows of some packages, whose loading is counted first."""
+    # A package may have several candidates, but is loaded once.
     load_seconds = {}
-    for option in options:
-        if option.package in packages:
-            load_seconds[option.package] = option.load_seconds
+    for candidate in candidates:
+        if candidate.package in packages:
+            load_seconds[candidate.package] = candidate.load_seconds
     seconds_left = seconds - sum(load_seconds.values())
 
     total_gain = 0.0
-    row_ids: list[list[str]] = [[] for _ in options]
-    seconds_used = [0.0] * len(options)
-    for offer in offers:
-        place = offer.option_place
-        # A row too long for what is left does not keep shorter ones behind it out.
-        if options[place].package not in packages or offer.seconds > seconds_left:
-            continue
-        seconds_left -= offer.seconds
-        seconds_used[place] += offer.seconds
-        total_gain += offer.gain
-        row_ids[place].append(offer.row_id)
+    plan = [PlannedPass(candidate) for candidate in candidates]
+    for row in ranked_rows:
+        planned = plan[row.pass_place]
+        is_wanted = planned.candidate.package in packages
 
-    shares = []
-    for place, option in enumerate(options):
-        shares.append(Share(option, row_ids[place], seconds_used[place]))
-    return total_gain, shares
+        # A row that is too long for what is left is skipped: shorter ones behind it may fit.
+        if is_wanted and row.seconds <= seconds_left:
+            seconds_left -= row.seconds
+            total_gain += row.gain
+            planned.row_ids.append(row.row_id)
+            planned.seconds += row.seconds
+    return total_gain, plan
 
 
-def expected_gain(values: Sequence[float] | None, change: float, by_log_loss: bool) -> float:
-    """Compute what one more opinion on a row is expected to bring."""
-    # A first score is worth more than any second opinion.
-    if values is None:
+def expected_gain(probabilities: Sequence[float] | None, change: float, by_log_loss: bool) -> float:
+    """Compute what another score of a row is expected to gain (the module says by which formula)."""
+    # A first score is worth more than any further one.
+    if probabilities is None:
         return 1.0
 
     # The expected drop of log loss, to second order.
     if by_log_loss:
-        return change**2 * (1 - sum(value**2 for value in values))
+        sum_of_squares = sum(probability**2 for probability in probabilities)
+        return change**2 * (1 - sum_of_squares)
 
-    # The verdict flips where the change exceeds half of its lead.
-    second, first = sorted(values)[-2:]
+    # The verdict flips where the change exceeds half of the first verdict's lead over the second.
+    second, first = sorted(probabilities)[-2:]
     margin = (first - second) / 2
     ratio = margin / change
     density = NormalDist().pdf(ratio)
@@ -1703,22 +1755,18 @@ def kaggle_root() -> Path:
 def find_mounted(root: Path, slug: str, names: Sequence[str], kind: str) -> Path:
     """Find a file of the dataset or competition `slug`, wherever that is mounted."""
     inputs = root / "input"
+    paths = []
     for name in names:
-        paths = []
-        for path in sorted(inputs.rglob(name)):
-            # A dataset may have the slug of the competition that it was made for.
-            mount, *deeper_folders = path.relative_to(inputs).parts[:-1] or ("",)
-            is_other_kind = mount in ("datasets", "competitions") and mount != kind
-            if slug in (mount, *deeper_folders) and not is_other_kind:
-                paths.append(path)
-
-        # The same file may be mounted twice.
-        if len(paths) == 1 or len({hash_file(path) for path in paths}) == 1:
-            return paths[0]
+        paths = list_mounted(inputs, slug, name, kind)
         if paths:
             break
 
-    # Say what there is, so that a wrong slug shows.
+    # The same file may be mounted twice.
+    contents = {hash_file(path) for path in paths}
+    if len(contents) == 1:
+        return paths[0]
+
+    # The message lists what is mounted, so that a wrong slug shows.
     folders_with_files = set()
     for path in inputs.rglob("*"):
         if path.is_file():
@@ -1729,6 +1777,21 @@ def find_mounted(root: Path, slug: str, names: Sequence[str], kind: str) -> Path
         f"expected one; mounted are {mounted or 'no files at all'}; "
         f"attach {slug} to the kernel once"
     )
+
+
+def list_mounted(inputs: Path, slug: str, name: str, kind: str) -> list[Path]:
+    """List the files of that name below a folder `slug`, but for mounts of the other kind."""
+    paths = []
+    for path in sorted(inputs.rglob(name)):
+        *folders, _file = path.relative_to(inputs).parts
+        if slug not in folders:
+            continue
+
+        # A dataset may have the slug of the competition that it was made for.
+        is_other_kind = folders[0] in ("datasets", "competitions") and folders[0] != kind
+        if not is_other_kind:
+            paths.append(path)
+    return paths
 
 
 def read_rows(path: Path, are_turns: bool) -> list[dict]:
@@ -1784,27 +1847,28 @@ def choose_columns(path: Path, columns: Sequence[str], present: Sequence[str]) -
 
 
 def read_text(value: str | Sequence | None, are_turns: bool) -> str | list[str | None] | None:
-    """Read a text; with `are_turns`, the turns in its JSON list, or a text that is none."""
+    """Read a text of the test file."""
     if not are_turns or not isinstance(value, str):
         return value
 
-    # LMSYS's files hold nulls, and texts that merely look like JSON.
+    # A text may merely look like JSON.
     try:
         turns = json.loads(value)
     except (json.JSONDecodeError, RecursionError):
         return value
 
+    if turns is None:
+        return None
     if isinstance(turns, list):
         return [None if turn is None else str(turn) for turn in turns]
-    return None if turns is None else value
+    return value
 
 
 def install_missing_wheels(root: Path, packages: Sequence[Package], wheels: str | None) -> None:
     """Install bitsandbytes where a package needs it and the image lacks it."""
-    formats = {package.manifest["quantize"] for package in packages}
-    is_needed = not formats.isdisjoint(("nf4", "int8"))
-    # An image that has the library keeps its own.
-    if not is_needed or importlib.util.find_spec("bitsandbytes"):
+    is_needed = any(package.manifest["quantize"] in ("nf4", "int8") for package in packages)
+    is_installed = importlib.util.find_spec("bitsandbytes") is not None
+    if not is_needed or is_installed:
         return
     if wheels is None:
         raise ModuleNotFoundError(
@@ -1850,11 +1914,11 @@ class Package:
 
 
 def read_package(folder: Path | str) -> Package:
-    """Read a package and check it: file hashes, contract, tokenizer and golden token ids, in this order."""
+    """Read a package and check it: file hashes, contract, tokenizer, and token ids of golden rows."""
     folder = Path(folder)
     manifest = check_manifest(folder)
 
-    # The contract names what decides a model's input, so that a new manifest cannot hide a change.
+    # What decides a model's input is in the contract too: a new manifest cannot hide a change of it.
     model_input_path = folder / "model_input.py"
     model_input = execute_model_input(model_input_path)
     contract = model_input.read_contract(folder)
@@ -1869,7 +1933,7 @@ def read_package(folder: Path | str) -> Package:
 
 
 def check_manifest(folder: Path) -> dict:
-    """Parse manifest.json, once every file that it lists has the bytes that it lists, and none is there besides."""
+    """Read manifest.json, and check that the folder has just the files that it lists, unchanged."""
     manifest_path = folder / "manifest.json"
     if not manifest_path.is_file():
         raise PackageError(f"{folder}: manifest.json is missing; package the run again")
@@ -1967,7 +2031,7 @@ class MachineError(RuntimeError):
 
 
 def check_machine(packages: Sequence[Package], devices: Sequence[str], clock: Clock) -> None:
-    """Check the installed transformers for each package, and the GPUs."""
+    """Check that the installed transformers can read each package, and that there are GPUs."""
     transformers_version = importlib.metadata.version("transformers")
     for package in packages:
         check_transformers(package, transformers_version)
@@ -2093,7 +2157,7 @@ def choose_visible_rows(root: Path, settings: Settings, packages: Sequence[Packa
 
 
 def read_train_rows(file: Path, settings: Settings, listings: Sequence[Mapping]) -> list[dict]:
-    """Read as many rows of the train file as the spec wants, of those in every listing."""
+    """Read validation rows of the train file, as many as the spec wants."""
     id_sets = [frozenset(listing["ids"]) for listing in listings]
     listed_by_all = frozenset.intersection(*id_sets)
     rows = []
@@ -2105,7 +2169,7 @@ def read_train_rows(file: Path, settings: Settings, listings: Sequence[Mapping])
             f"{file.name} holds none of the {len(listed_by_all)} ids that every package lists"
         )
 
-    # A fair sample, whatever the file's order.
+    # A fair sample, which does not depend on the file's order: by a hash of the id.
     rows.sort(key=lambda row: hashlib.sha256(row["id"].encode()).hexdigest())
     return rows[: settings.visible_rows]
 
@@ -2126,21 +2190,23 @@ def read_winner(row: Mapping, columns: Sequence[str]) -> str | None:
 def measure_quality(
     visible: VisibleRows, verdicts: Sequence[str], scored: Mapping[str, Sequence[float]]
 ) -> dict:
-    """Measure the final probabilities over the scored rows that have one of `verdicts`."""
+    """Measure the kernel's probabilities against the verdicts that people gave."""
     judged = 0
     correct = 0
     loss = 0.0
     for row_id, winner in visible.winners.items():
         if row_id not in scored or winner not in verdicts:
             continue
-        values = scored[row_id]
+
+        probabilities = scored[row_id]
+        likeliest = verdicts[probabilities.index(max(probabilities))]
         judged += 1
-        correct += verdicts[values.index(max(values))] == winner
-        loss -= math.log(values[verdicts.index(winner)])
-    if not judged:
+        correct += likeliest == winner
+        loss -= math.log(probabilities[verdicts.index(winner)])
+    if judged == 0:
         return {"judged": 0}
 
-    # The standard error is that of a share.
+    # The standard error of a share p of n rows is √(p (1 − p) / n).
     accuracy = correct / judged
     return {
         "judged": judged,
@@ -2150,20 +2216,21 @@ def measure_quality(
     }
 
 
-def predict_finish(passes: Sequence[Mapping], started_seconds: float, rows: int) -> dict:
-    """Predict when so many rows will be done, at the speed of the visible run."""
-    # The first pass of its kind has all the rows that count.
+def predict_finish(passes: Sequence[Mapping], fixed_seconds: float, rows: int) -> dict:
+    """Predict how long the hidden run would take for so many rows, at the speed of this run."""
+    # A later pass of the same model and order had only rows that were left over, or do not count.
     seconds_per_row: dict[tuple[str, str], float] = {}
     for record in passes:
-        if record["scored"]:
-            seconds = record["seconds"] / record["scored"]
-            seconds_per_row.setdefault((record["run"], record["order"]), seconds)
+        model_and_order = (record["run"], record["order"])
+        if record["scored"] > 0 and model_and_order not in seconds_per_row:
+            seconds_per_row[model_and_order] = record["seconds"] / record["scored"]
 
-    first_order, *others = seconds_per_row.values()
+    first_pass, *_further_passes = seconds_per_row.values()
+    all_passes = sum(seconds_per_row.values())
     return {
         "rows": rows,
-        "first_order_seconds": round(started_seconds + rows * first_order),
-        "all_seconds": round(started_seconds + rows * (first_order + sum(others))),
+        "first_order_seconds": round(fixed_seconds + rows * first_pass),
+        "all_seconds": round(fixed_seconds + rows * all_passes),
     }
 
 
@@ -2212,13 +2279,14 @@ PRIOR = {2: (0.6, 0.4), 3: (0.45, 0.25, 0.3)}
 def to_competition(
     values: Sequence[float], model_verdicts: Sequence[str], verdicts: Sequence[str]
 ) -> list[float]:
-    """Bring a model's probabilities into the order of the competition's verdicts.
+    """Turn a model's probabilities into those of the competition's verdicts, in their order.
 
-    The probability of a verdict that the competition does not know is shared out.
+    A verdict that the competition does not know, such as a tie, is left out: the others' shares then
+    grow to a sum of one again.
     """
     kept = [values[model_verdicts.index(verdict)] for verdict in verdicts]
     total = sum(kept)
-    if total == 0:  # the model is sure of a tie
+    if total == 0:  # the model is sure of the verdict that was left out
         return [1 / len(kept)] * len(kept)
     return [value / total for value in kept]
 
@@ -2280,19 +2348,20 @@ def fill_unscored(
 def write_submission(
     path: Path, settings: Settings, final: Mapping[str, Sequence[float]], ids: Sequence[str]
 ) -> None:
-    """Write id,winner or id and one probability a verdict. Where ids are wrong, no file is left."""
+    """Write submission.csv: the id of each row with its winner, or with a probability a verdict."""
     with whole_file(path) as temporary:
         with temporary.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["id", *settings.columns])
-            for row_id, values in final.items():
-                answer = values
+            for row_id, probabilities in final.items():
+                answer = probabilities
                 # One column holds the name of the winner, several hold probabilities.
                 if len(settings.columns) == 1:
-                    answer = [settings.verdicts[values.index(max(values))]]
+                    likeliest = probabilities.index(max(probabilities))
+                    answer = [settings.verdicts[likeliest]]
                 writer.writerow([row_id, *answer])
 
-        # What stands in the file is checked, not what was meant to.
+        # The ids are read back from the file itself.
         check_ids(temporary, ids)
 
 
@@ -2407,12 +2476,12 @@ def padded_tokens(batch: Sequence[Request]) -> int:
     """Count the tokens that are computed for a batch, padding included."""
     lengths = []
     for request in batch:
-        lengths += map(len, request.sequences)
+        lengths += [len(sequence) for sequence in request.sequences]
 
-    # Each group is a forward pass of its own, padded to its first sequence.
+    # Each group is a forward pass of its own, padded to its longest sequence.
     tokens = 0
     for places in group_by_length(lengths, batch[0].spare_tokens):
-        longest = lengths[places[0]]
+        longest = max(lengths[place] for place in places)
         tokens += longest * len(places)
     return tokens
 
@@ -2421,15 +2490,17 @@ def group_by_length(
     lengths: Sequence[int], spare_tokens: int = DEFAULT_SPARE_TOKENS
 ) -> list[list[int]]:
     """Group sequences of like length, each group to be one forward pass."""
+    longest_first = sorted(range(len(lengths)), key=lambda place: -lengths[place])
     groups: list[list[int]] = []
     padding = 0
-    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
-        # A row is padded to the longest of its group, which is the group's first.
-        if groups:
-            padding += lengths[groups[-1][0]] - lengths[place]
+    longest = 0
+    for place in longest_first:
+        # A sequence is padded to the longest of its group, which is the group's first one.
+        padding += longest - lengths[place]
         if not groups or padding > spare_tokens:
             groups.append([])
             padding = 0
+            longest = lengths[place]
         groups[-1].append(place)
     return groups
 
@@ -2442,7 +2513,7 @@ def make_requests(
     orders: Iterable[str],
     spare_tokens: int = DEFAULT_SPARE_TOKENS,
 ) -> list[Request]:
-    """Make the requests for `pairs` in `orders`, encoded by the package's own model_input."""
+    """Encode pairs of responses in each order, as requests to a model."""
     requests = []
     for order in orders:
         ordered_pairs = pairs
@@ -2455,14 +2526,18 @@ def make_requests(
 
 
 def make_batches(requests: Iterable[Request], tokens_per_batch: int) -> list[list[Request]]:
-    """Make batches of requests of like length, longest first, so that one too large for memory shows at once.
+    """Make batches of requests of like length, the longest first.
 
-    A batch, padded, holds at most `tokens_per_batch` tokens; a request that is longer than that is a batch of its own.
+    A batch, padded, holds at most `tokens_per_batch` tokens; a request that is longer than that is
+    a batch of its own.
     """
+    # A batch that is too large for memory then shows at once. The id decides between requests of
+    # one length, so that the batches are the same in every run.
+    longest_first = sorted(
+        requests, key=lambda request: (-request.length, request.id, request.order)
+    )
     batches: list[list[Request]] = []
-    # The id decides between equals, so that the batches are the same in every run.
-    ordered = sorted(requests, key=lambda request: (-request.length, request.id, request.order))
-    for request in ordered:
+    for request in longest_first:
         if batches and padded_tokens([*batches[-1], request]) <= tokens_per_batch:
             batches[-1].append(request)
         else:
@@ -2507,14 +2582,14 @@ def score_batch(
 def batch_probabilities(
     model: torch.nn.Module, contract, batch: Sequence[Request], device: str, pass_context
 ) -> torch.Tensor:
-    """Compute the probabilities of a batch in its own orders, float32 of shape (requests, verdicts)."""
+    """Compute the verdicts' probabilities of each request, in the order that it has."""
     sequences = []
     for request in batch:
         sequences += request.sequences
     spare_tokens = batch[0].spare_tokens  # one package's requests have the same
     logits_bv = verdict_logits(model, contract, sequences, device, pass_context, spare_tokens)
 
-    # What cancels the position bias of a base model that was not trained.
+    # This cancels the position bias of a base model that was not trained.
     if contract.logit_bias:
         logits_bv = logits_bv + torch.tensor(contract.logit_bias)
     return logits_bv.softmax(-1)
@@ -2528,38 +2603,37 @@ def verdict_logits(
     pass_context=contextlib.nullcontext,
     spare_tokens: int = DEFAULT_SPARE_TOKENS,
 ) -> torch.Tensor:
-    """Compute the verdicts' logits of one sequence a request, for the reward head of two.
-
-    Sequences of like length go through the model together: a pair's two responses, which are not, each with others.
-    """
-    rows = [torch.empty(0)] * len(sequences)
+    """Compute the logits of the verdicts for the requests of a batch."""
+    # Sequences of like length go through the model together, wherever they stand in the batch.
+    output_rows = [torch.empty(0)] * len(sequences)
     lengths = [len(ids) for ids in sequences]
     for places in group_by_length(lengths, spare_tokens):
         group = [sequences[place] for place in places]
         with pass_context():
             outputs_bu = read_head(model, contract, group, device).float().cpu()
-        for place, row in zip(places, outputs_bu, strict=True):
-            rows[place] = row
+        for place, output_u in zip(places, outputs_bu, strict=True):
+            output_rows[place] = output_u
 
-    logits = torch.stack(rows)
+    outputs = torch.stack(output_rows)
     if contract.head != "reward":
-        return logits
+        return outputs
 
-    # A pair's two rewards are its two logits: Bradley and Terry's model.
+    # In Bradley and Terry's model the rewards of A and B are the logits of their winning.
     sides = [REWARD_SIDES.index(verdict) for verdict in contract.verdicts]
-    return logits.view(-1, 2)[:, sides]
+    rewards_by_side = outputs.view(-1, 2)
+    return rewards_by_side[:, sides]
 
 
 def read_head(
     model: torch.nn.Module, contract, sequences: Sequence[list[int]], device: str
 ) -> torch.Tensor:
-    """Run the model over sequences, padded on the right, and read its head at one place of each."""
+    """Run the model once over sequences, and read its head for one token of each."""
     is_causal_lm = contract.head == "label_tokens"
     is_decoder = is_causal_lm or getattr(model, "causal", False)
     ids_bt, mask_bt = pad(sequences, contract.pad_token_id)
     inputs = {"input_ids": ids_bt.to(device)}
 
-    # What a decoder reads never sees the padding behind it, so that only an encoder needs a mask.
+    # A decoder's token does not see the padding behind it, so that only an encoder needs a mask.
     if not is_decoder and not mask_bt.all():
         inputs["attention_mask"] = mask_bt.to(device)
 
@@ -2574,17 +2648,19 @@ def read_head(
 def pick_label_logits(
     logits_btv: torch.Tensor, places_b: torch.Tensor, label_token_ids: Sequence[int]
 ) -> torch.Tensor:
-    """Pick the label tokens' logits at the place that is read, where a causal LM has computed more.
+    """Pick the label tokens' logits for the token that is read, of all that a causal LM computed.
 
-    With take_shortcuts it computes no more, unless an adapter is on its output layer.
+    After shortcuts.take_shortcuts it computes no others, unless an adapter is on its output layer.
     """
-    if logits_btv.shape[1] > 1:
+    has_all_tokens = logits_btv.shape[1] > 1
+    if has_all_tokens:
         rows_b = torch.arange(len(places_b), device=logits_btv.device)
         logits_bv = logits_btv[rows_b, places_b.to(logits_btv.device)]
     else:
         logits_bv = logits_btv[:, 0]
 
-    if logits_bv.shape[-1] > len(label_token_ids):
+    has_whole_vocabulary = logits_bv.shape[-1] > len(label_token_ids)
+    if has_whole_vocabulary:
         return logits_bv[:, list(label_token_ids)]
     return logits_bv
 
@@ -2738,7 +2814,7 @@ def choose_attention(config, contract) -> str:
 def add_adapter(
     model: torch.nn.Module, lora_config_path: Path, lora_path: Path, dtype: torch.dtype
 ) -> tuple[torch.nn.Module, set[str]]:
-    """Put a LoRA adapter that was not merged on a model, in `dtype`."""
+    """Put a LoRA adapter on a model that it was not merged into."""
     # Few packages need PEFT, whose import takes seconds.
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict  # noqa: PLC0415
 
@@ -2791,26 +2867,31 @@ class ComputeInFloat32(TorchFunctionMode):
     """In this thread, hidden states stay float32 from layer to layer, whatever the dtype of the weights."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        """Call `function` so that no float16 comes of float32: PyTorch hands all its functions to this."""
+        """Call a function of PyTorch's so that hidden states stay float32.
+
+        PyTorch hands every call of its functions to this method while the mode is on.
+        """
         kwargs = kwargs or {}
 
-        # Hidden states are float32 and the weights float16: the weights follow.
+        # Hidden states are float32 and the weights float16: the weights are converted.
         if function in WITH_WEIGHTS:
             args = [to_float32(value) for value in args]
             kwargs = {name: to_float32(value) for name, value in kwargs.items()}
             return function(*args, **kwargs)
 
-        # The int8 kernel of bitsandbytes reads float16 only, in which a larger number is infinite.
+        # The int8 kernel of bitsandbytes takes float16 only: what does not fit becomes the largest.
         if str(function) == QUANTISE_TO_INT8:
             hidden, *others = args
             hidden = hidden.clamp(-FLOAT16_MAX, FLOAT16_MAX).half()
             return function(hidden, *others, **kwargs)
 
-        # bitsandbytes and PEFT convert a layer's input to the dtype of its weights, where it would
-        # overflow again: the input stays as it is.
+        # bitsandbytes and PEFT convert a layer's input to the dtype of its weights. In float16 it
+        # would overflow again, so that it stays as it is.
         result = function(*args, **kwargs)
-        if function is torch.Tensor.to and result.dtype is torch.float16:
-            return args[0] if args[0].dtype is torch.float32 else result
+        if function is torch.Tensor.to:
+            original = args[0]
+            if original.dtype is torch.float32 and result.dtype is torch.float16:
+                return original
         return result
 
 
@@ -2846,10 +2927,10 @@ BEING_READ = threading.local()
 
 
 def repeated_attention(module, query_bhtd, key_bhtd, value_bhtd, attention_mask, scaling=None, **_):
-    """PyTorch's attention with keys and values repeated for every head of their group.
+    """Compute attention by PyTorch, with keys and values repeated for every head of their group.
 
-    transformers' own leaves the groups to PyTorch where there is no mask (`enable_gqa`). Only FlashAttention on a GPU can
-    do that: on a T4, which has none, and on a CPU the unfused kernel is taken instead.
+    transformers' own leaves the groups to PyTorch where there is no mask (`enable_gqa`). Only
+    FlashAttention can do that: a T4, which has none, and a CPU would fall back to a slow kernel.
     """
     groups = getattr(module, "num_key_value_groups", 1)
     if groups > 1:
@@ -2893,9 +2974,10 @@ class LabelHead(torch.nn.Module):
 
 
 def take_shortcuts(model: torch.nn.Module, label_token_ids: Sequence[int] = ()) -> None:
-    """Have `model` compute no more than what is read in `reading`, and say whether it is `causal`.
+    """Make a model's forward pass faster where the result does not change.
 
-    Outside of `reading` it computes all tokens.
+    In the context `reading` its last layer then computes the tokens that are read only. The model
+    gets an attribute `causal`: whether a token sees those before it only.
     """
     attentions = [module for module in model.modules() if hasattr(module, "is_causal")]
     model.causal = bool(attentions) and all(module.is_causal for module in attentions)
@@ -2904,22 +2986,26 @@ def take_shortcuts(model: torch.nn.Module, label_token_ids: Sequence[int] = ()) 
     if label_token_ids:
         keep_label_rows(model, label_token_ids)
 
-    # Architectures name the parts after the attention differently: a layer has some of these names.
-    if model.causal or model.config.model_type in READ_FIRST_TOKEN:
-        last_layer = layer_list(model)[-1]
-        for name in AFTER_ATTENTION:
-            with contextlib.suppress(AttributeError):
-                last_layer.get_submodule(name).register_forward_pre_hook(keep_read_tokens)
+    # The head of any other encoder may read all tokens.
+    reads_one_token = model.causal or model.config.model_type in READ_FIRST_TOKEN
+    if not reads_one_token:
+        return
+
+    # A layer has some of these names only: architectures have different ones.
+    last_layer = layer_list(model)[-1]
+    for name in AFTER_ATTENTION:
+        with contextlib.suppress(AttributeError):
+            last_layer.get_submodule(name).register_forward_pre_hook(keep_read_tokens)
 
 
 def keep_label_rows(model: torch.nn.Module, label_token_ids: Sequence[int]) -> None:
-    """Have a causal LM compute logits of the label tokens only, at the place of each row that is read.
+    """Have a causal LM compute the logits of the label tokens only, for the read token of each row.
 
-    An output layer that has an adapter on it stays whole.
+    An output layer that has an adapter on it keeps all tokens' logits.
     """
     output_layer = model.get_output_embeddings()
     if type(output_layer) is torch.nn.Linear:
-        # The head of a model that is split need not stand where the hidden states come out.
+        # In a split model the output layer may stand on another device than the last layer.
         last_device = next(layer_list(model)[-1].parameters()).device
         output_layer = LabelHead(output_layer, label_token_ids, last_device)
         model.set_output_embeddings(output_layer)
@@ -2990,7 +3076,10 @@ class GatedMlp(torch.nn.Module):
 
 
 def fuse_elementwise(model: torch.nn.Module) -> None:
-    """Replace the elementwise operations of a model whose architecture is known."""
+    """Replace a model's norms, gated MLPs and rotary positions by faster ones of the same result.
+
+    A model of an architecture that is not in NORM_OFFSETS stays as it is.
+    """
     model_type = model.config.model_type
     if model_type not in NORM_OFFSETS:
         return
@@ -3001,9 +3090,10 @@ def fuse_elementwise(model: torch.nn.Module) -> None:
         elif name.endswith(".mlp") and hasattr(module, "gate_proj"):
             model.set_submodule(name, GatedMlp(module))
 
-    # The attention of an architecture finds this function in the module that defines it.
+    # The attention calls apply_rotary_pos_emb of the Python module that defines the architecture.
     if model_type not in PARTLY_ROTATED:
-        architecture = sys.modules[type(layer_list(model)[0]).__module__]
+        layer_class = type(layer_list(model)[0])
+        architecture = sys.modules[layer_class.__module__]
         architecture.apply_rotary_pos_emb = rotate_queries_and_keys
 
 
@@ -3071,9 +3161,9 @@ IN_LAYER = re.compile(r"\.\d+\.")
 
 
 class GptqLinear(torch.nn.Module):
-    """A linear layer of (outputs, inputs), each row in groups of `group_size` weights with one float16 scale.
+    """A linear layer in GPTQ's format: codes of 4 or 8 bits, a zero and a scale for each group of inputs.
 
-    It is loaded in the format's own layout. `prepare` then turns words, zeros and scales once into the layout of a weight.
+    It is loaded in the layout of the file. `prepare` then turns that once into the layout of a weight.
     """
 
     def __init__(self, linear_layer: torch.nn.Linear, bits: int, group_size: int):
@@ -3082,19 +3172,16 @@ class GptqLinear(torch.nn.Module):
         self.group_size = group_size
         self.bias = linear_layer.bias
 
-        # Tensors under the names and in the shapes of the file format.
+        # Tensors with the file format's names and shapes. g_idx, the group of each input, is not
+        # needed: inputs were not reordered.
         outputs, inputs = linear_layer.out_features, linear_layer.in_features
         groups = inputs // group_size
         codes_in_word = 32 // bits
-        self.register_buffer(
-            "qweight", torch.zeros(inputs // codes_in_word, outputs, dtype=torch.int32)
-        )
-        self.register_buffer(
-            "qzeros", torch.zeros(groups, outputs // codes_in_word, dtype=torch.int32)
-        )
+        qweight = torch.zeros(inputs // codes_in_word, outputs, dtype=torch.int32)
+        self.register_buffer("qweight", qweight)
+        qzeros = torch.zeros(groups, outputs // codes_in_word, dtype=torch.int32)
+        self.register_buffer("qzeros", qzeros)
         self.register_buffer("scales", torch.zeros(groups, outputs, dtype=torch.float16))
-
-        # Of each input its group, which is its place // group_size: nothing was reordered.
         self.register_buffer("g_idx", torch.zeros(inputs, dtype=torch.int32))
 
     def prepare(self) -> None:
@@ -3105,12 +3192,12 @@ class GptqLinear(torch.nn.Module):
         """
         words_ui = self.qweight.T.clone(memory_format=torch.contiguous_format)
 
-        # The format stores the number that stands for a weight of 0, minus one.
+        # The format stores a zero, the code that stands for a weight of 0, minus one.
         stored_zeros_qu = unpack(self.qzeros, self.bits)
         zeros_uq = stored_zeros_qu.T + 1
         scales_uq = self.scales.T.contiguous()
 
-        # With a last axis of one, a zero and a scale count for all inputs of their group.
+        # With a last axis of one they broadcast over the inputs of their group.
         self.register_buffer("words_ui", words_ui)
         self.register_buffer("zeros_uq1", zeros_uq.unsqueeze(-1))
         self.register_buffer("scales_uq1", scales_uq.unsqueeze(-1))
@@ -3135,7 +3222,7 @@ class GptqLinear(torch.nn.Module):
 
 
 def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """Unpack the codes in int32 words, which stand lowest bits first."""
+    """Unpack the codes of 4 or 8 bits in int32 words, lowest bits first."""
     bytes_ri = words.contiguous().view(torch.uint8)
     if bits == 8:
         return bytes_ri
@@ -3214,10 +3301,13 @@ NUMBERED = re.compile(r"^(.+?)\.(\d+)\.")
 # The name of a part that is a layer.
 LAYER = re.compile(r"\.\d+$")
 
+# The place of the head in `part_order`.
+HEAD_ORDER = (3, 0)
+
 
 @dataclass(frozen=True)
 class Part:
-    """A layer, or a module beside the layers: its bytes, and its weights that are multiplied with every token."""
+    """A layer, or a module beside the layers: its bytes, and how many weights multiply every token."""
 
     size_bytes: int = 0
     work: int = 0
@@ -3267,14 +3357,14 @@ def find_layers(sizes: Mapping[str, tuple[int, int]]) -> str:
 
 
 def list_parts(sizes: Mapping[str, tuple[int, int]]) -> dict[str, Part]:
-    """List a model's parts in the order in which a row passes through them, by bytes and elements of each tensor."""
+    """List a model's parts: its layers, and the modules before and after them."""
     layers = find_layers(sizes)
     parts: dict[str, Part] = {}
     for name, (size_bytes, elements) in sizes.items():
-        # Outside of the layers there is hardly work: embeddings are looked up, a head reads one token.
-        work = 0
-        if name.startswith(f"{layers}."):
-            work = elements
+        # Outside of the layers there is hardly any work: an embedding is looked up, and a head
+        # reads one token.
+        is_in_layer = name.startswith(f"{layers}.")
+        work = elements if is_in_layer else 0
 
         part_name = name_part(name, layers)
         part = parts.get(part_name, Part())
@@ -3300,30 +3390,36 @@ def part_order(part_name: str, layers: str) -> tuple[int, int]:
         return (0, 0)
     if "norm" in part_name.lower():
         return (2, 0)
-    return (3, 0)
+    return HEAD_ORDER
 
 
 def balance(parts: Sequence[Part], devices: int, byte_limit: int | None = None) -> list[int]:
-    """Place parts on devices, neighbours together."""
-    # There are few ways to cut some dozens of layers in two: all are tried.
+    """Place a model's parts on devices so that these have equal work, as far as memory allows.
+
+    Neighbouring parts stay together: each device gets a stretch of the list, called a stage.
+    """
+    # A cut is the place of a stage's first part. There are few ways to cut some dozens of layers in
+    # two, so that all are tried.
     all_cuts = itertools.combinations(range(1, len(parts)), devices - 1)
     best_cuts = min(all_cuts, key=lambda cuts: rate_cuts(parts, cuts, byte_limit))
 
-    numbers = []
+    device_numbers = []
     for device, stage in enumerate(cut_parts(parts, best_cuts)):
-        numbers += [device] * len(stage)
-    return numbers
+        device_numbers += [device] * len(stage)
+    return device_numbers
 
 
 def rate_cuts(
     parts: Sequence[Part], cuts: Sequence[int], byte_limit: int | None
 ) -> tuple[int, int, int]:
-    """Rate a placement, the best one lowest: bytes over the limit, then most work, then most bytes."""
-    stages = cut_parts(parts, cuts)
-    most_bytes = max(sum(part.size_bytes for part in stage) for stage in stages)
-    most_work = max(sum(part.work for part in stage) for stage in stages)
+    """Rate a placement for `balance`, which takes the lowest rating."""
+    most_bytes = 0
+    most_work = 0
+    for stage in cut_parts(parts, cuts):
+        most_bytes = max(most_bytes, sum(part.size_bytes for part in stage))
+        most_work = max(most_work, sum(part.work for part in stage))
 
-    # Memory comes first: a split that does not fit is of no use, however fast.
+    # Memory comes first: a placement that does not fit is of no use, however fast.
     excess_bytes = 0
     if byte_limit is not None:
         excess_bytes = max(most_bytes - byte_limit, 0)
@@ -3339,22 +3435,21 @@ def cut_parts(parts: Sequence[Part], cuts: Sequence[int]) -> list[Sequence[Part]
 def split_over(
     folder: Path, devices: Sequence[str], byte_limit: int | None = None
 ) -> dict[str, str]:
-    """Make transformers' device_map for the model in `folder`, its layers over all `devices`.
-
-    Positions are computed beside the embedding; a head that is the embedding itself stays with it.
-    """
+    """Split the layers of a model over devices, with equal work as far as memory allows."""
     sizes = weight_sizes(folder)
     parts = list_parts(sizes)
-    numbers = balance(list(parts.values()), len(devices), byte_limit)
+    device_numbers = balance(list(parts.values()), len(devices), byte_limit)
     device_map = {}
-    for part_name, number in zip(parts, numbers, strict=True):
+    for part_name, number in zip(parts, device_numbers, strict=True):
         device_map[part_name] = devices[number]
 
-    # What holds no weights, or those of another part, is not in the files.
+    # Rotary positions have no weights in the files. They stand beside the layers in the model.
     layers = find_layers(sizes)
-    device_map[f"{layers.rpartition('.')[0]}.rotary_emb"] = devices[0]
-    last_part = list(parts)[-1]
-    if part_order(last_part, layers) == (2, 0):  # the norm: there is no head
+    parent_module = layers.rpartition(".")[0]
+    device_map[f"{parent_module}.rotary_emb"] = devices[0]
+
+    # Where the files have no head, its weights are the embedding's.
+    if not any(part_order(part_name, layers) == HEAD_ORDER for part_name in parts):
         device_map["lm_head"] = devices[0]
     return device_map
 
@@ -3380,32 +3475,33 @@ class Stages:
     """
 
     def __init__(self, model: torch.nn.Module, starts: Sequence[str], devices: Sequence[str] = ()):
-        self.locks = [threading.Lock() for _ in range(1 + len(starts))]
+        # Whoever holds a stage's lock has its device for itself. The first stage has no start.
+        stages = 1 + len(starts)
+        self.locks = [threading.Lock() for _ in range(stages)]
 
-        # The stage and the streams of the batch that this thread computes.
+        # What belongs to the batch that a thread computes: its `stage` and its `streams`.
         self.local = threading.local()
 
-        # A set of streams for each batch in flight, taken by one batch after the other.
+        # Streams for as many batches as there are stages; a batch takes a set and puts it back.
         gpus = [device for device in devices if device.startswith("cuda")]
-        self.streams: queue.SimpleQueue[list] = queue.SimpleQueue()
-        for _ in self.locks:
-            self.streams.put([torch.cuda.Stream(gpu) for gpu in gpus])
+        self.free_streams: queue.SimpleQueue[list] = queue.SimpleQueue()
+        for _ in range(stages):
+            self.free_streams.put([torch.cuda.Stream(gpu) for gpu in gpus])
 
-        for stage, start in enumerate(starts, 1):
+        # The model calls `enter_stage` just before the first layer of each further stage.
+        for stage, start in enumerate(starts, start=1):
             hook = functools.partial(self.enter_stage, stage)
             find_part(model, start).register_forward_pre_hook(hook)
 
     @contextlib.contextmanager
     def forward_pass(self) -> Iterator[None]:
-        """Let the forward pass of one batch inside go through the stages.
+        """Let the forward pass of a batch, made in this context, wait for each stage to be free.
 
-        Results must be read inside of this context, while the batch has its streams. A forward pass
-        outside of it takes no locks.
+        Its results must be read in the context too, while the batch has its streams.
         """
-        # Wait until the first stage is free; enter_stage moves the batch on to the others.
         self.locks[0].acquire()
         self.local.stage = 0
-        self.local.streams = self.streams.get()
+        self.local.streams = self.free_streams.get()
         try:
             with contextlib.ExitStack() as current_streams:
                 # The stream entered last decides the thread's device: it must be the first stage's.
@@ -3413,21 +3509,19 @@ class Stages:
                     current_streams.enter_context(torch.cuda.stream(stream))
                 yield
         finally:
-            # After an error the batch may be in any of the stages.
-            self.streams.put(self.local.streams)
+            # `enter_stage` has moved the batch on. After an error it may be in any of the stages.
+            self.free_streams.put(self.local.streams)
             self.locks[self.local.stage].release()
             self.local.stage = None
 
     def enter_stage(self, stage: int, *_) -> None:
-        """Move this thread's batch on to a stage, and free the one before.
-
-        The model calls this as a hook, just before the first layer of the stage.
-        """
+        """Wait until a stage is free, move this thread's batch on to it, and free the one before."""
         previous_stage = getattr(self.local, "stage", None)
-        if previous_stage is None:  # outside of `forward_pass`
+        is_outside_of_forward_pass = previous_stage is None
+        if is_outside_of_forward_pass:
             return
 
-        # Python is ahead of the device: a stage is free only once its device has done its work.
+        # Python runs ahead of the device. The stage before is free once its device is done.
         self.locks[stage].acquire()
         if self.local.streams:
             self.local.streams[previous_stage].synchronize()
@@ -3445,15 +3539,11 @@ def find_part(model: torch.nn.Module, part_name: str) -> torch.nn.Module:
 
 def stage_starts(device_map: Mapping[str, str]) -> list[str]:
     """List the first layer on each device but the first, by a device_map in the order of the layers."""
+    layer_names = [part_name for part_name in device_map if LAYER.search(part_name)]
     starts = []
-    previous_device = None
-    for part_name, device in device_map.items():
-        if not LAYER.search(part_name):
-            continue
-        # The first part of the first device begins no stage that a batch would have to wait for.
-        if previous_device not in (None, device):
-            starts.append(part_name)
-        previous_device = device
+    for previous_name, layer_name in itertools.pairwise(layer_names):
+        if device_map[layer_name] != device_map[previous_name]:
+            starts.append(layer_name)
     return starts
 
 

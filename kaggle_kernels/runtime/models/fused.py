@@ -41,7 +41,10 @@ class GatedMlp(torch.nn.Module):
 
 
 def fuse_elementwise(model: torch.nn.Module) -> None:
-    """Replace the elementwise operations of a model whose architecture is known."""
+    """Replace a model's norms, gated MLPs and rotary positions by faster ones of the same result.
+
+    A model of an architecture that is not in NORM_OFFSETS stays as it is.
+    """
     model_type = model.config.model_type
     if model_type not in NORM_OFFSETS:
         return
@@ -52,9 +55,10 @@ def fuse_elementwise(model: torch.nn.Module) -> None:
         elif name.endswith(".mlp") and hasattr(module, "gate_proj"):
             model.set_submodule(name, GatedMlp(module))
 
-    # The attention of an architecture finds this function in the module that defines it.
+    # The attention calls apply_rotary_pos_emb of the Python module that defines the architecture.
     if model_type not in PARTLY_ROTATED:
-        architecture = sys.modules[type(layer_list(model)[0]).__module__]
+        layer_class = type(layer_list(model)[0])
+        architecture = sys.modules[layer_class.__module__]
         architecture.apply_rotary_pos_emb = rotate_queries_and_keys
 
 

@@ -24,9 +24,9 @@ IN_LAYER = re.compile(r"\.\d+\.")
 
 
 class GptqLinear(torch.nn.Module):
-    """A linear layer of (outputs, inputs), each row in groups of `group_size` weights with one float16 scale.
+    """A linear layer in GPTQ's format: codes of 4 or 8 bits, a zero and a scale for each group of inputs.
 
-    It is loaded in the format's own layout. `prepare` then turns words, zeros and scales once into the layout of a weight.
+    It is loaded in the layout of the file. `prepare` then turns that once into the layout of a weight.
     """
 
     def __init__(self, linear_layer: torch.nn.Linear, bits: int, group_size: int):
@@ -35,19 +35,16 @@ class GptqLinear(torch.nn.Module):
         self.group_size = group_size
         self.bias = linear_layer.bias
 
-        # Tensors under the names and in the shapes of the file format.
+        # Tensors with the file format's names and shapes. g_idx, the group of each input, is not
+        # needed: inputs were not reordered.
         outputs, inputs = linear_layer.out_features, linear_layer.in_features
         groups = inputs // group_size
         codes_in_word = 32 // bits
-        self.register_buffer(
-            "qweight", torch.zeros(inputs // codes_in_word, outputs, dtype=torch.int32)
-        )
-        self.register_buffer(
-            "qzeros", torch.zeros(groups, outputs // codes_in_word, dtype=torch.int32)
-        )
+        qweight = torch.zeros(inputs // codes_in_word, outputs, dtype=torch.int32)
+        self.register_buffer("qweight", qweight)
+        qzeros = torch.zeros(groups, outputs // codes_in_word, dtype=torch.int32)
+        self.register_buffer("qzeros", qzeros)
         self.register_buffer("scales", torch.zeros(groups, outputs, dtype=torch.float16))
-
-        # Of each input its group, which is its place // group_size: nothing was reordered.
         self.register_buffer("g_idx", torch.zeros(inputs, dtype=torch.int32))
 
     def prepare(self) -> None:
@@ -58,12 +55,12 @@ class GptqLinear(torch.nn.Module):
         """
         words_ui = self.qweight.T.clone(memory_format=torch.contiguous_format)
 
-        # The format stores the number that stands for a weight of 0, minus one.
+        # The format stores a zero, the code that stands for a weight of 0, minus one.
         stored_zeros_qu = unpack(self.qzeros, self.bits)
         zeros_uq = stored_zeros_qu.T + 1
         scales_uq = self.scales.T.contiguous()
 
-        # With a last axis of one, a zero and a scale count for all inputs of their group.
+        # With a last axis of one they broadcast over the inputs of their group.
         self.register_buffer("words_ui", words_ui)
         self.register_buffer("zeros_uq1", zeros_uq.unsqueeze(-1))
         self.register_buffer("scales_uq1", scales_uq.unsqueeze(-1))
@@ -88,10 +85,14 @@ class GptqLinear(torch.nn.Module):
 
 
 def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """Unpack the codes in int32 words, which stand lowest bits first.
+    """Unpack the codes of 4 or 8 bits in int32 words, lowest bits first.
+
+    Args:
+        words: Of shape (rows, columns).
+        bits: Of a code: 4 or 8.
 
     Returns:
-        uint8 of shape (rows, columns * 32 // bits), for `words` of shape (rows, columns).
+        uint8 of shape (rows, columns * 32 // bits).
     """
     bytes_ri = words.contiguous().view(torch.uint8)
     if bits == 8:

@@ -22,26 +22,31 @@ class ComputeInFloat32(TorchFunctionMode):
     """In this thread, hidden states stay float32 from layer to layer, whatever the dtype of the weights."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        """Call `function` so that no float16 comes of float32: PyTorch hands all its functions to this."""
+        """Call a function of PyTorch's so that hidden states stay float32.
+
+        PyTorch hands every call of its functions to this method while the mode is on.
+        """
         kwargs = kwargs or {}
 
-        # Hidden states are float32 and the weights float16: the weights follow.
+        # Hidden states are float32 and the weights float16: the weights are converted.
         if function in WITH_WEIGHTS:
             args = [to_float32(value) for value in args]
             kwargs = {name: to_float32(value) for name, value in kwargs.items()}
             return function(*args, **kwargs)
 
-        # The int8 kernel of bitsandbytes reads float16 only, in which a larger number is infinite.
+        # The int8 kernel of bitsandbytes takes float16 only: what does not fit becomes the largest.
         if str(function) == QUANTISE_TO_INT8:
             hidden, *others = args
             hidden = hidden.clamp(-FLOAT16_MAX, FLOAT16_MAX).half()
             return function(hidden, *others, **kwargs)
 
-        # bitsandbytes and PEFT convert a layer's input to the dtype of its weights, where it would
-        # overflow again: the input stays as it is.
+        # bitsandbytes and PEFT convert a layer's input to the dtype of its weights. In float16 it
+        # would overflow again, so that it stays as it is.
         result = function(*args, **kwargs)
-        if function is torch.Tensor.to and result.dtype is torch.float16:
-            return args[0] if args[0].dtype is torch.float32 else result
+        if function is torch.Tensor.to:
+            original = args[0]
+            if original.dtype is torch.float32 and result.dtype is torch.float16:
+                return original
         return result
 
 

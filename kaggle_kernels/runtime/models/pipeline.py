@@ -10,6 +10,7 @@ stream, the first GPU's next batch would stand in the queue behind copies that w
 
 import contextlib
 import functools
+import itertools
 import queue
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,32 +27,33 @@ class Stages:
     """
 
     def __init__(self, model: torch.nn.Module, starts: Sequence[str], devices: Sequence[str] = ()):
-        self.locks = [threading.Lock() for _ in range(1 + len(starts))]
+        # Whoever holds a stage's lock has its device for itself. The first stage has no start.
+        stages = 1 + len(starts)
+        self.locks = [threading.Lock() for _ in range(stages)]
 
-        # The stage and the streams of the batch that this thread computes.
+        # What belongs to the batch that a thread computes: its `stage` and its `streams`.
         self.local = threading.local()
 
-        # A set of streams for each batch in flight, taken by one batch after the other.
+        # Streams for as many batches as there are stages; a batch takes a set and puts it back.
         gpus = [device for device in devices if device.startswith("cuda")]
-        self.streams: queue.SimpleQueue[list] = queue.SimpleQueue()
-        for _ in self.locks:
-            self.streams.put([torch.cuda.Stream(gpu) for gpu in gpus])
+        self.free_streams: queue.SimpleQueue[list] = queue.SimpleQueue()
+        for _ in range(stages):
+            self.free_streams.put([torch.cuda.Stream(gpu) for gpu in gpus])
 
-        for stage, start in enumerate(starts, 1):
+        # The model calls `enter_stage` just before the first layer of each further stage.
+        for stage, start in enumerate(starts, start=1):
             hook = functools.partial(self.enter_stage, stage)
             find_part(model, start).register_forward_pre_hook(hook)
 
     @contextlib.contextmanager
     def forward_pass(self) -> Iterator[None]:
-        """Let the forward pass of one batch inside go through the stages.
+        """Let the forward pass of a batch, made in this context, wait for each stage to be free.
 
-        Results must be read inside of this context, while the batch has its streams. A forward pass
-        outside of it takes no locks.
+        Its results must be read in the context too, while the batch has its streams.
         """
-        # Wait until the first stage is free; enter_stage moves the batch on to the others.
         self.locks[0].acquire()
         self.local.stage = 0
-        self.local.streams = self.streams.get()
+        self.local.streams = self.free_streams.get()
         try:
             with contextlib.ExitStack() as current_streams:
                 # The stream entered last decides the thread's device: it must be the first stage's.
@@ -59,21 +61,19 @@ class Stages:
                     current_streams.enter_context(torch.cuda.stream(stream))
                 yield
         finally:
-            # After an error the batch may be in any of the stages.
-            self.streams.put(self.local.streams)
+            # `enter_stage` has moved the batch on. After an error it may be in any of the stages.
+            self.free_streams.put(self.local.streams)
             self.locks[self.local.stage].release()
             self.local.stage = None
 
     def enter_stage(self, stage: int, *_) -> None:
-        """Move this thread's batch on to a stage, and free the one before.
-
-        The model calls this as a hook, just before the first layer of the stage.
-        """
+        """Wait until a stage is free, move this thread's batch on to it, and free the one before."""
         previous_stage = getattr(self.local, "stage", None)
-        if previous_stage is None:  # outside of `forward_pass`
+        is_outside_of_forward_pass = previous_stage is None
+        if is_outside_of_forward_pass:
             return
 
-        # Python is ahead of the device: a stage is free only once its device has done its work.
+        # Python runs ahead of the device. The stage before is free once its device is done.
         self.locks[stage].acquire()
         if self.local.streams:
             self.local.streams[previous_stage].synchronize()
@@ -91,13 +91,9 @@ def find_part(model: torch.nn.Module, part_name: str) -> torch.nn.Module:
 
 def stage_starts(device_map: Mapping[str, str]) -> list[str]:
     """List the first layer on each device but the first, by a device_map in the order of the layers."""
+    layer_names = [part_name for part_name in device_map if LAYER.search(part_name)]
     starts = []
-    previous_device = None
-    for part_name, device in device_map.items():
-        if not LAYER.search(part_name):
-            continue
-        # The first part of the first device begins no stage that a batch would have to wait for.
-        if previous_device not in (None, device):
-            starts.append(part_name)
-        previous_device = device
+    for previous_name, layer_name in itertools.pairwise(layer_names):
+        if device_map[layer_name] != device_map[previous_name]:
+            starts.append(layer_name)
     return starts

@@ -21,10 +21,13 @@ NUMBERED = re.compile(r"^(.+?)\.(\d+)\.")
 # The name of a part that is a layer.
 LAYER = re.compile(r"\.\d+$")
 
+# The place of the head in `part_order`.
+HEAD_ORDER = (3, 0)
+
 
 @dataclass(frozen=True)
 class Part:
-    """A layer, or a module beside the layers: its bytes, and its weights that are multiplied with every token."""
+    """A layer, or a module beside the layers: its bytes, and how many weights multiply every token."""
 
     size_bytes: int = 0
     work: int = 0
@@ -74,14 +77,21 @@ def find_layers(sizes: Mapping[str, tuple[int, int]]) -> str:
 
 
 def list_parts(sizes: Mapping[str, tuple[int, int]]) -> dict[str, Part]:
-    """List a model's parts in the order in which a row passes through them, by bytes and elements of each tensor."""
+    """List a model's parts: its layers, and the modules before and after them.
+
+    Args:
+        sizes: The bytes and the elements of every tensor, by name.
+
+    Returns:
+        The parts by name, in the order in which a row passes through them.
+    """
     layers = find_layers(sizes)
     parts: dict[str, Part] = {}
     for name, (size_bytes, elements) in sizes.items():
-        # Outside of the layers there is hardly work: embeddings are looked up, a head reads one token.
-        work = 0
-        if name.startswith(f"{layers}."):
-            work = elements
+        # Outside of the layers there is hardly any work: an embedding is looked up, and a head
+        # reads one token.
+        is_in_layer = name.startswith(f"{layers}.")
+        work = elements if is_in_layer else 0
 
         part_name = name_part(name, layers)
         part = parts.get(part_name, Part())
@@ -107,40 +117,49 @@ def part_order(part_name: str, layers: str) -> tuple[int, int]:
         return (0, 0)
     if "norm" in part_name.lower():
         return (2, 0)
-    return (3, 0)
+    return HEAD_ORDER
 
 
 def balance(parts: Sequence[Part], devices: int, byte_limit: int | None = None) -> list[int]:
-    """Place parts on devices, neighbours together.
+    """Place a model's parts on devices so that these have equal work, as far as memory allows.
+
+    Neighbouring parts stay together: each device gets a stretch of the list, called a stage.
 
     Args:
-        parts: The model's parts, in their order.
+        parts: The model's parts, in the order in which a row passes through them.
         devices: How many devices there are.
         byte_limit: The most bytes of weights on a device; None for no limit.
 
     Returns:
-        Each part's device, by number. No device is over the limit by more than must be, the busiest has as little work as can
-        be, and the fullest as few bytes.
+        The number of each part's device, in the order of the parts.
     """
-    # There are few ways to cut some dozens of layers in two: all are tried.
+    # A cut is the place of a stage's first part. There are few ways to cut some dozens of layers in
+    # two, so that all are tried.
     all_cuts = itertools.combinations(range(1, len(parts)), devices - 1)
     best_cuts = min(all_cuts, key=lambda cuts: rate_cuts(parts, cuts, byte_limit))
 
-    numbers = []
+    device_numbers = []
     for device, stage in enumerate(cut_parts(parts, best_cuts)):
-        numbers += [device] * len(stage)
-    return numbers
+        device_numbers += [device] * len(stage)
+    return device_numbers
 
 
 def rate_cuts(
     parts: Sequence[Part], cuts: Sequence[int], byte_limit: int | None
 ) -> tuple[int, int, int]:
-    """Rate a placement, the best one lowest: bytes over the limit, then most work, then most bytes."""
-    stages = cut_parts(parts, cuts)
-    most_bytes = max(sum(part.size_bytes for part in stage) for stage in stages)
-    most_work = max(sum(part.work for part in stage) for stage in stages)
+    """Rate a placement for `balance`, which takes the lowest rating.
 
-    # Memory comes first: a split that does not fit is of no use, however fast.
+    Returns:
+        To be compared in this order: bytes over the limit, the work of the busiest device, the
+        bytes of the fullest device.
+    """
+    most_bytes = 0
+    most_work = 0
+    for stage in cut_parts(parts, cuts):
+        most_bytes = max(most_bytes, sum(part.size_bytes for part in stage))
+        most_work = max(most_work, sum(part.work for part in stage))
+
+    # Memory comes first: a placement that does not fit is of no use, however fast.
     excess_bytes = 0
     if byte_limit is not None:
         excess_bytes = max(most_bytes - byte_limit, 0)
@@ -156,21 +175,29 @@ def cut_parts(parts: Sequence[Part], cuts: Sequence[int]) -> list[Sequence[Part]
 def split_over(
     folder: Path, devices: Sequence[str], byte_limit: int | None = None
 ) -> dict[str, str]:
-    """Make transformers' device_map for the model in `folder`, its layers over all `devices`.
+    """Split the layers of a model over devices, with equal work as far as memory allows.
 
-    Positions are computed beside the embedding; a head that is the embedding itself stays with it.
+    Args:
+        folder: The package's folder.
+        devices: PyTorch's names of the devices.
+        byte_limit: The most bytes of weights on a device; None for no limit.
+
+    Returns:
+        The device of each part by name, as transformers takes it for `device_map`.
     """
     sizes = weight_sizes(folder)
     parts = list_parts(sizes)
-    numbers = balance(list(parts.values()), len(devices), byte_limit)
+    device_numbers = balance(list(parts.values()), len(devices), byte_limit)
     device_map = {}
-    for part_name, number in zip(parts, numbers, strict=True):
+    for part_name, number in zip(parts, device_numbers, strict=True):
         device_map[part_name] = devices[number]
 
-    # What holds no weights, or those of another part, is not in the files.
+    # Rotary positions have no weights in the files. They stand beside the layers in the model.
     layers = find_layers(sizes)
-    device_map[f"{layers.rpartition('.')[0]}.rotary_emb"] = devices[0]
-    last_part = list(parts)[-1]
-    if part_order(last_part, layers) == (2, 0):  # the norm: there is no head
+    parent_module = layers.rpartition(".")[0]
+    device_map[f"{parent_module}.rotary_emb"] = devices[0]
+
+    # Where the files have no head, its weights are the embedding's.
+    if not any(part_order(part_name, layers) == HEAD_ORDER for part_name in parts):
         device_map["lm_head"] = devices[0]
     return device_map

@@ -67,12 +67,12 @@ def padded_tokens(batch: Sequence[Request]) -> int:
     """Count the tokens that are computed for a batch, padding included."""
     lengths = []
     for request in batch:
-        lengths += map(len, request.sequences)
+        lengths += [len(sequence) for sequence in request.sequences]
 
-    # Each group is a forward pass of its own, padded to its first sequence.
+    # Each group is a forward pass of its own, padded to its longest sequence.
     tokens = 0
     for places in group_by_length(lengths, batch[0].spare_tokens):
-        longest = lengths[places[0]]
+        longest = max(lengths[place] for place in places)
         tokens += longest * len(places)
     return tokens
 
@@ -89,15 +89,17 @@ def group_by_length(
     Returns:
         For each group the sequences' places in `lengths`, longest first.
     """
+    longest_first = sorted(range(len(lengths)), key=lambda place: -lengths[place])
     groups: list[list[int]] = []
     padding = 0
-    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
-        # A row is padded to the longest of its group, which is the group's first.
-        if groups:
-            padding += lengths[groups[-1][0]] - lengths[place]
+    longest = 0
+    for place in longest_first:
+        # A sequence is padded to the longest of its group, which is the group's first one.
+        padding += longest - lengths[place]
         if not groups or padding > spare_tokens:
             groups.append([])
             padding = 0
+            longest = lengths[place]
         groups[-1].append(place)
     return groups
 
@@ -110,7 +112,16 @@ def make_requests(
     orders: Iterable[str],
     spare_tokens: int = DEFAULT_SPARE_TOKENS,
 ) -> list[Request]:
-    """Make the requests for `pairs` in `orders`, encoded by the package's own model_input."""
+    """Encode pairs of responses in each order, as requests to a model.
+
+    Args:
+        model_input: The package's own model_input.py, which encodes.
+        tokenizer: The package's.
+        contract: The package's.
+        pairs: As model_input.pair_from_row makes them.
+        orders: `as_given` and `swapped`, or one of them.
+        spare_tokens: The most padding that the model's forward passes may hold.
+    """
     requests = []
     for order in orders:
         ordered_pairs = pairs
@@ -123,14 +134,18 @@ def make_requests(
 
 
 def make_batches(requests: Iterable[Request], tokens_per_batch: int) -> list[list[Request]]:
-    """Make batches of requests of like length, longest first, so that one too large for memory shows at once.
+    """Make batches of requests of like length, the longest first.
 
-    A batch, padded, holds at most `tokens_per_batch` tokens; a request that is longer than that is a batch of its own.
+    A batch, padded, holds at most `tokens_per_batch` tokens; a request that is longer than that is
+    a batch of its own.
     """
+    # A batch that is too large for memory then shows at once. The id decides between requests of
+    # one length, so that the batches are the same in every run.
+    longest_first = sorted(
+        requests, key=lambda request: (-request.length, request.id, request.order)
+    )
     batches: list[list[Request]] = []
-    # The id decides between equals, so that the batches are the same in every run.
-    ordered = sorted(requests, key=lambda request: (-request.length, request.id, request.order))
-    for request in ordered:
+    for request in longest_first:
         if batches and padded_tokens([*batches[-1], request]) <= tokens_per_batch:
             batches[-1].append(request)
         else:
@@ -187,14 +202,18 @@ def score_batch(
 def batch_probabilities(
     model: torch.nn.Module, contract, batch: Sequence[Request], device: str, pass_context
 ) -> torch.Tensor:
-    """Compute the probabilities of a batch in its own orders, float32 of shape (requests, verdicts)."""
+    """Compute the verdicts' probabilities of each request, in the order that it has.
+
+    Returns:
+        Float32 of shape (requests, verdicts), on the CPU.
+    """
     sequences = []
     for request in batch:
         sequences += request.sequences
     spare_tokens = batch[0].spare_tokens  # one package's requests have the same
     logits_bv = verdict_logits(model, contract, sequences, device, pass_context, spare_tokens)
 
-    # What cancels the position bias of a base model that was not trained.
+    # This cancels the position bias of a base model that was not trained.
     if contract.logit_bias:
         logits_bv = logits_bv + torch.tensor(contract.logit_bias)
     return logits_bv.softmax(-1)
@@ -208,45 +227,55 @@ def verdict_logits(
     pass_context=contextlib.nullcontext,
     spare_tokens: int = DEFAULT_SPARE_TOKENS,
 ) -> torch.Tensor:
-    """Compute the verdicts' logits of one sequence a request, for the reward head of two.
+    """Compute the logits of the verdicts for the requests of a batch.
 
-    Sequences of like length go through the model together: a pair's two responses, which are not, each with others.
+    Args:
+        model: A model in eval mode.
+        contract: The package's contract.
+        sequences: Token ids: one sequence for each request; for the reward head two, those of
+            response A and of response B.
+        device: Where the model's inputs go.
+        pass_context: Makes the context of each forward pass.
+        spare_tokens: The most padding in a forward pass.
 
     Returns:
         Float32 of shape (requests, verdicts), on the CPU.
     """
-    rows = [torch.empty(0)] * len(sequences)
+    # Sequences of like length go through the model together, wherever they stand in the batch.
+    output_rows = [torch.empty(0)] * len(sequences)
     lengths = [len(ids) for ids in sequences]
     for places in group_by_length(lengths, spare_tokens):
         group = [sequences[place] for place in places]
         with pass_context():
             outputs_bu = read_head(model, contract, group, device).float().cpu()
-        for place, row in zip(places, outputs_bu, strict=True):
-            rows[place] = row
+        for place, output_u in zip(places, outputs_bu, strict=True):
+            output_rows[place] = output_u
 
-    logits = torch.stack(rows)
+    outputs = torch.stack(output_rows)
     if contract.head != "reward":
-        return logits
+        return outputs
 
-    # A pair's two rewards are its two logits: Bradley and Terry's model.
+    # In Bradley and Terry's model the rewards of A and B are the logits of their winning.
     sides = [REWARD_SIDES.index(verdict) for verdict in contract.verdicts]
-    return logits.view(-1, 2)[:, sides]
+    rewards_by_side = outputs.view(-1, 2)
+    return rewards_by_side[:, sides]
 
 
 def read_head(
     model: torch.nn.Module, contract, sequences: Sequence[list[int]], device: str
 ) -> torch.Tensor:
-    """Run the model over sequences, padded on the right, and read its head at one place of each.
+    """Run the model once over sequences, and read its head for one token of each.
 
     Returns:
-        Shape (sequences, outputs), the outputs being those of a classifier, or a causal LM's logits of the label tokens.
+        Shape (sequences, outputs): the outputs of a classifier, or a causal LM's logits of the
+        label tokens.
     """
     is_causal_lm = contract.head == "label_tokens"
     is_decoder = is_causal_lm or getattr(model, "causal", False)
     ids_bt, mask_bt = pad(sequences, contract.pad_token_id)
     inputs = {"input_ids": ids_bt.to(device)}
 
-    # What a decoder reads never sees the padding behind it, so that only an encoder needs a mask.
+    # A decoder's token does not see the padding behind it, so that only an encoder needs a mask.
     if not is_decoder and not mask_bt.all():
         inputs["attention_mask"] = mask_bt.to(device)
 
@@ -261,17 +290,24 @@ def read_head(
 def pick_label_logits(
     logits_btv: torch.Tensor, places_b: torch.Tensor, label_token_ids: Sequence[int]
 ) -> torch.Tensor:
-    """Pick the label tokens' logits at the place that is read, where a causal LM has computed more.
+    """Pick the label tokens' logits for the token that is read, of all that a causal LM computed.
 
-    With take_shortcuts it computes no more, unless an adapter is on its output layer.
+    After shortcuts.take_shortcuts it computes no others, unless an adapter is on its output layer.
+
+    Args:
+        logits_btv: Of shape (sequences, tokens or 1, vocabulary or label tokens).
+        places_b: The place of each sequence's read token.
+        label_token_ids: The label tokens, in the order of the verdicts.
     """
-    if logits_btv.shape[1] > 1:
+    has_all_tokens = logits_btv.shape[1] > 1
+    if has_all_tokens:
         rows_b = torch.arange(len(places_b), device=logits_btv.device)
         logits_bv = logits_btv[rows_b, places_b.to(logits_btv.device)]
     else:
         logits_bv = logits_btv[:, 0]
 
-    if logits_bv.shape[-1] > len(label_token_ids):
+    has_whole_vocabulary = logits_bv.shape[-1] > len(label_token_ids)
+    if has_whole_vocabulary:
         return logits_bv[:, list(label_token_ids)]
     return logits_bv
 

@@ -31,10 +31,10 @@ BEING_READ = threading.local()
 
 
 def repeated_attention(module, query_bhtd, key_bhtd, value_bhtd, attention_mask, scaling=None, **_):
-    """PyTorch's attention with keys and values repeated for every head of their group.
+    """Compute attention by PyTorch, with keys and values repeated for every head of their group.
 
-    transformers' own leaves the groups to PyTorch where there is no mask (`enable_gqa`). Only FlashAttention on a GPU can
-    do that: on a T4, which has none, and on a CPU the unfused kernel is taken instead.
+    transformers' own leaves the groups to PyTorch where there is no mask (`enable_gqa`). Only
+    FlashAttention can do that: a T4, which has none, and a CPU would fall back to a slow kernel.
     """
     groups = getattr(module, "num_key_value_groups", 1)
     if groups > 1:
@@ -78,13 +78,15 @@ class LabelHead(torch.nn.Module):
 
 
 def take_shortcuts(model: torch.nn.Module, label_token_ids: Sequence[int] = ()) -> None:
-    """Have `model` compute no more than what is read in `reading`, and say whether it is `causal`.
+    """Make a model's forward pass faster where the result does not change.
 
-    Outside of `reading` it computes all tokens.
+    In the context `reading` its last layer then computes the tokens that are read only. The model
+    gets an attribute `causal`: whether a token sees those before it only.
 
     Args:
         model: A model as transformers or PEFT made it.
-        label_token_ids: Of a causal LM, the only tokens that it computes logits of; empty for a classifier.
+        label_token_ids: Of a causal LM, the only tokens whose logits are wanted; empty for a
+            classifier.
     """
     attentions = [module for module in model.modules() if hasattr(module, "is_causal")]
     model.causal = bool(attentions) and all(module.is_causal for module in attentions)
@@ -93,22 +95,26 @@ def take_shortcuts(model: torch.nn.Module, label_token_ids: Sequence[int] = ()) 
     if label_token_ids:
         keep_label_rows(model, label_token_ids)
 
-    # Architectures name the parts after the attention differently: a layer has some of these names.
-    if model.causal or model.config.model_type in READ_FIRST_TOKEN:
-        last_layer = layer_list(model)[-1]
-        for name in AFTER_ATTENTION:
-            with contextlib.suppress(AttributeError):
-                last_layer.get_submodule(name).register_forward_pre_hook(keep_read_tokens)
+    # The head of any other encoder may read all tokens.
+    reads_one_token = model.causal or model.config.model_type in READ_FIRST_TOKEN
+    if not reads_one_token:
+        return
+
+    # A layer has some of these names only: architectures have different ones.
+    last_layer = layer_list(model)[-1]
+    for name in AFTER_ATTENTION:
+        with contextlib.suppress(AttributeError):
+            last_layer.get_submodule(name).register_forward_pre_hook(keep_read_tokens)
 
 
 def keep_label_rows(model: torch.nn.Module, label_token_ids: Sequence[int]) -> None:
-    """Have a causal LM compute logits of the label tokens only, at the place of each row that is read.
+    """Have a causal LM compute the logits of the label tokens only, for the read token of each row.
 
-    An output layer that has an adapter on it stays whole.
+    An output layer that has an adapter on it keeps all tokens' logits.
     """
     output_layer = model.get_output_embeddings()
     if type(output_layer) is torch.nn.Linear:
-        # The head of a model that is split need not stand where the hidden states come out.
+        # In a split model the output layer may stand on another device than the last layer.
         last_device = next(layer_list(model)[-1].parameters()).device
         output_layer = LabelHead(output_layer, label_token_ids, last_device)
         model.set_output_embeddings(output_layer)

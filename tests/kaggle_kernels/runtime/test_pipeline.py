@@ -139,7 +139,7 @@ def test_a_batch_that_fails_gives_its_stage_back():
         with pytest.raises(RuntimeError), stages.forward_pass():
             model(1)
     assert not any(lock.locked() for lock in stages.locks)
-    assert stages.streams.qsize() == 2
+    assert stages.free_streams.qsize() == 2
 
 
 def test_a_part_is_found_below_the_prefix_that_an_adapter_adds():
