@@ -13,6 +13,7 @@ import functools
 import hashlib
 import json
 import re
+import subprocess
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from pathlib import Path
 from kaggle_kernels.build.memory_fit import Fit, describe_memory, fit_packages, package_settings
 from kaggle_kernels.build.packages import choose_temperature
 from kaggle_kernels.build.spec import COMPETITIONS, Spec, read_spec, settings_of
-from kaggle_kernels.runtime.settings import PackageSettings, Settings
+from kaggle_kernels.runtime.settings import Settings
 from postprocess.package import OWNER
 from preprocess.core.errors import UserError
 from preprocess.core.files import atomic_file
@@ -57,7 +58,7 @@ MODULES = (
 
 
 # The layout of kernel.py, in characters. Its lines are as long as those of the runtime's modules.
-LINE_WIDTH = 100
+LINE_WIDTH = "100"
 DOCSTRING_WIDTH = 96
 RULE = "# " + "=" * 96
 
@@ -73,7 +74,7 @@ class Module:
 
     name: str
     docstring: str
-    imports: tuple[ImportStatement, ...]  # without those from other modules of the runtime
+    imports: tuple[str, ...]  # statements, without those from other modules of the runtime
     body: str  # the text below the imports
     defined_names: tuple[str, ...]
 
@@ -167,7 +168,8 @@ def kernel_text(name: str, spec: Spec, fits: Sequence[Fit]) -> str:
     # The hash cannot hold itself: it is that of the same text with an empty `build`.
     unmarked_text = assemble_kernel(docstring, settings)
     digest = hashlib.sha256(unmarked_text.encode()).hexdigest()
-    return assemble_kernel(docstring, replace(settings, build=digest[:BUILD_DIGITS]))
+    marked_settings = replace(settings, build=digest[:BUILD_DIGITS])
+    return format_source(assemble_kernel(docstring, marked_settings))
 
 
 def build_mark(kernel: str) -> str:
@@ -180,21 +182,30 @@ def assemble_kernel(docstring: str, settings: Settings) -> str:
     modules = [read_module(name) for name in MODULES]
     check_names(modules)
 
-    # The settings follow the module that defines their classes, so that a reader meets them before the code.
+    # Annotations may name what is defined below.
+    imports = ["from __future__ import annotations"]
     sections = []
     for module in modules:
+        imports += module.imports
         section = format_section(module)
+        # The settings follow the module that defines their classes: a reader meets them first.
         if module.name == "settings":
-            section += f"\n\n\nSETTINGS = {format_settings(settings)}"
+            section += f"\n\n\nSETTINGS = {settings!r}"
         sections.append(section)
 
-    # Annotations may name what is defined below.
-    imports = f"from __future__ import annotations\n\n{merge_imports(modules)}"
-
-    # Blank lines as ruff wants them: two around the sections, one below the imports.
-    head = f"{docstring}\n\n{imports}\n\n"
     ending = 'if __name__ == "__main__":\n    run_kernel(SETTINGS)\n    leave()\n'
-    return head + "\n\n\n".join([*sections, ending])
+    return "\n\n\n".join([docstring, "\n".join(imports), *sections, ending])
+
+
+def format_source(source: str) -> str:
+    """Merge and sort the imports of Python source and lay it out, both by ruff."""
+    for command in (["check", "--select", "I", "--fix"], ["format"]):
+        ruff = [sys.executable, "-m", "ruff", *command, "--isolated", "--line-length", LINE_WIDTH]
+        done = subprocess.run(
+            [*ruff, "-"], input=source, capture_output=True, encoding="utf-8", check=True
+        )
+        source = done.stdout
+    return source
 
 
 def format_docstring(name: str, spec: Spec, fits: Sequence[Fit]) -> str:
@@ -218,11 +229,7 @@ def format_section(module: Module) -> str:
     for line in module.docstring.splitlines():
         lines.append(f"# {line}".rstrip())
     lines.append(RULE)
-
-    # ruff wants two blank lines above a function or a class, one above anything else.
-    starts_with_definition = module.body.startswith(("def ", "class ", "@"))
-    blank_lines = ["", ""] if starts_with_definition else [""]
-    return "\n".join([*lines, *blank_lines, module.body])
+    return "\n".join([*lines, "", module.body])
 
 
 @functools.cache
@@ -244,7 +251,7 @@ def read_module(name: str) -> Module:
             if ast.unparse(statement).startswith("from kaggle_kernels.runtime"):
                 check_is_not_renamed(statement, name)
             else:
-                outside_imports.append(statement)
+                outside_imports.append(ast.unparse(statement))
         else:
             defined_names += list_defined_names(statement)
 
@@ -318,89 +325,3 @@ def check_names(modules: Sequence[Module]) -> None:
                     f"{module.name}.py and {defined_in[name]}.py both define {name}; rename one"
                 )
             defined_in[name] = module.name
-
-
-def merge_imports(modules: Sequence[Module]) -> str:
-    """Merge the modules' imports into two blocks, the standard library's first, in ruff's order."""
-    # Collect `import module` and `from module import names`, each once.
-    whole_modules: set[str] = set()
-    names_by_module: dict[str, set[str]] = {}
-    for module in modules:
-        for statement in module.imports:
-            names = {ast.unparse(alias) for alias in statement.names}  # "torch", or "torch as t"
-            if isinstance(statement, ast.Import):
-                whole_modules.update(names)
-            else:
-                names_by_module.setdefault(statement.module, set()).update(names)
-
-    # In each block whole modules come first, then names, both in alphabetical order.
-    statements = [f"import {name}" for name in sorted(whole_modules)]
-    for name in sorted(names_by_module):
-        statements.append(format_import(name, names_by_module[name]))
-
-    standard_library = []
-    third_party = []
-    for statement in statements:
-        top_level_name = re.match(r"(?:import|from) (\w+)", statement)[1]
-        if top_level_name in sys.stdlib_module_names:
-            standard_library.append(statement)
-        else:
-            third_party.append(statement)
-    return "\n".join(standard_library) + "\n\n" + "\n".join(third_party)
-
-
-def format_import(module: str, names: set[str]) -> str:
-    """Write a `from … import …`, with a line for each name where one line is too short."""
-    ordered_names = sorted(names, key=import_order)
-    one_line = f"from {module} import {', '.join(ordered_names)}"
-    if len(one_line) <= LINE_WIDTH:
-        return one_line
-
-    lines = [f"from {module} import ("]
-    for name in ordered_names:
-        lines.append(f"    {name},")
-    lines.append(")")
-    return "\n".join(lines)
-
-
-def import_order(name: str) -> tuple[int, str]:
-    """Sort imported names as ruff does: constants, then classes, then functions."""
-    if name.isupper():
-        return (0, name)
-    if name[0].isupper():
-        return (1, name)
-    return (2, name)
-
-
-def format_settings(settings: Settings) -> str:
-    """Write the settings as Python source, a line for each."""
-    lines = ["Settings("]
-    for name, value in vars(settings).items():
-        source = format_packages(value) if name == "packages" else format_value(value)
-        lines.append(f"    {name}={source},")
-    lines.append(")")
-    return "\n".join(lines)
-
-
-def format_packages(packages: Sequence[PackageSettings]) -> str:
-    """Write the settings of the packages as Python source: a tuple, with a line for each setting."""
-    lines = ["("]
-    for package in packages:
-        lines.append("        PackageSettings(")
-        for name, value in vars(package).items():
-            lines.append(f"            {name}={format_value(value)},")
-        lines.append("        ),")
-    lines.append("    )")
-    return "\n".join(lines)
-
-
-def format_value(value: object) -> str:
-    """Write text, a number, None, a dataclass, or a tuple of them as Python source."""
-    if isinstance(value, str):
-        return json.dumps(value)
-    if isinstance(value, tuple):
-        items = [format_value(item) for item in value]
-        if len(items) == 1:
-            return f"({items[0]},)"
-        return f"({', '.join(items)})"
-    return repr(value)

@@ -48,12 +48,7 @@ class Mixture:
 def weigh(spec_path: Path, write: bool) -> None:
     """Fit the weights and the temperature of a spec, and print what they gain over equal weights.
 
-    Args:
-        spec_path: The spec.
-        write: Put them into the spec, too.
-
-    Raises:
-        UserError: They are to be written, and a model has the weight 0.
+    With `write` they are put into the spec, too, unless a model has the weight 0.
     """
     spec = read_spec(spec_path)
     rows = read_rows(spec)

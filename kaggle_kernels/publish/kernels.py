@@ -228,9 +228,6 @@ def check_accepted(answer: ApiSaveKernelResponse) -> None:
 def check_pushed(kaggle: Kaggle, kernel: Kernel) -> Kernel:
     """Read a kernel back after its push, until Kaggle shows it as it was built.
 
-    Returns:
-        The kernel as Kaggle shows it.
-
     Raises:
         UserError: After a few looks Kaggle still shows another kernel, or none.
     """

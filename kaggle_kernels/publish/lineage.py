@@ -25,10 +25,7 @@ class Step:
 
 
 def print_trace(reference: str) -> None:
-    """Print the chain from a submission back to the raw files, a line for each step.
-
-    Args:
-        reference: What to trace: see `trace`.
+    """Print the chain from a submission back to the raw files, a line for each step (see `trace`).
 
     Raises:
         UserError: The ledger does not have it, or the chain does not reach the raw files.
@@ -107,14 +104,7 @@ def follow_push(entries: Sequence[Mapping], push: Mapping, depth: int) -> list[S
 def follow_run(
     entries: Sequence[Mapping], run: str, contract: str | None, depth: int
 ) -> list[Step]:
-    """Follow a trained run to its pairs, and to the run that its training started from.
-
-    Args:
-        entries: The ledger's entries, the oldest first.
-        run: The run's folder, for the table.
-        contract: SHA-256 of the contract.json that its training wrote; None where it is not known.
-        depth: How far it lies from the submission.
-    """
+    """Follow a run to its pairs, and to the run that it started from, by its contract's SHA-256."""
     training = find_entry(entries, "train", "contract", contract)
     if training is None:
         problem = f"{run}: no training that wrote its contract"

@@ -75,14 +75,7 @@ def push(
     again: bool = False,
     latest_image: bool = False,
 ) -> None:
-    """Publish the spec's datasets and its kernel.
-
-    Args:
-        spec_path: The spec.
-        pace: How often, and for how long, Kaggle is asked.
-        dry_run: Make every check and push nothing.
-        again: Push the kernel even if Kaggle has it, so that it runs once more.
-        latest_image: Run it in Kaggle's newest Docker image, in place of the last push's.
+    """Publish the spec's datasets and its kernel; the command's --help explains the options.
 
     Raises:
         UserError: A check fails, all of which come before the first upload; Kaggle refuses

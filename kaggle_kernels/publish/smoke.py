@@ -50,10 +50,6 @@ Path("{OUTPUT}").write_text("\\n".join(files))
 def smoke(pace: Pace, yes: bool) -> None:
     """Try every call that push and status make on the user's account, and delete what was made.
 
-    Args:
-        pace: How often, and for how long, Kaggle is asked.
-        yes: Do not ask the user before.
-
     Raises:
         UserError: A call did not do what it is relied on for.
     """

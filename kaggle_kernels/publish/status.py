@@ -11,12 +11,7 @@ LAST_LINES = 20
 
 
 def status(spec_path: Path, pace: Pace, wait: bool = False) -> None:
-    """Print the status of the version that was pushed last.
-
-    Args:
-        spec_path: The spec.
-        pace: How often, and for how long, Kaggle is asked.
-        wait: Wait until the version has run, and print its log meanwhile.
+    """Print the status of the version that was pushed last; with `wait` until it has run.
 
     Raises:
         UserError: The run ended in an error, or has not ended within the user's patience.

@@ -56,14 +56,7 @@ class Submission:
 def submit(
     spec_path: Path, message: str, pace: Pace, yes: bool = False, again: bool = False
 ) -> None:
-    """Submit the version of a spec's kernel that was pushed last.
-
-    Args:
-        spec_path: The spec.
-        message: Describes the submission on Kaggle.
-        pace: How often, and for how long, Kaggle is asked.
-        yes: Submit without asking the user.
-        again: Submit a version that was submitted before.
+    """Submit the version of a spec's kernel that was pushed last; --help explains the options.
 
     Raises:
         UserError: The version has not run to its end, wrote no submission, or was submitted before;

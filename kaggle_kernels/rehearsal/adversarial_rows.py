@@ -132,13 +132,9 @@ def choose_kinds(rows: int, rng: random.Random) -> list[str]:
 
 
 def convert_text(text: Field, dtype: pl.DataType, are_turns: bool, rng: random.Random) -> Field:
-    """Convert an adversarial text to what a column of the test file can hold.
+    """Convert a text, a list of turns or a null to what a column of the type `dtype` holds.
 
-    Args:
-        text: One text, the turns of a conversation, or None.
-        dtype: The column's type: text, or a list of texts.
-        are_turns: Whether a column of text holds JSON lists of turns.
-        rng: Chooses between equal spellings in JSON.
+    With `are_turns` a column of text holds JSON lists of turns.
     """
     is_list = isinstance(dtype, pl.List)
     if are_turns and not is_list:

@@ -105,13 +105,8 @@ def make_rows(rows: pl.DataFrame, options: RowOptions, are_turns: bool = False) 
 
     The same seed gives the same rows. A row keeps its verdict wherever it keeps its texts.
 
-    Args:
-        rows: Those of the test file.
-        options: What is done with them.
-        are_turns: Whether texts are JSON lists of turns, as LMSYS stores them.
-
-    Returns:
-        The rows; with adversarial ones among them a column `hostile` (see add_adversarial_rows).
+    With `are_turns` texts are JSON lists of turns, as LMSYS stores them. Where adversarial rows
+    were added, there is a column `hostile` (see `add_adversarial_rows`).
     """
     rng = random.Random(options.seed)
 

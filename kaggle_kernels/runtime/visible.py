@@ -79,12 +79,7 @@ def choose_visible_rows(root: Path, settings: Settings, packages: Sequence[Packa
 
 
 def read_train_rows(file: Path, settings: Settings, listings: Sequence[Mapping]) -> list[dict]:
-    """Read validation rows of the train file, as many as the spec wants.
-
-    Args:
-        file: The train file, Parquet or CSV.
-        settings: The spec's.
-        listings: Each package's validation_ids.json. Only rows that are in all of them count.
+    """Read rows of the train file that all packages list, as many as the spec wants.
 
     Raises:
         ValueError: There are none.

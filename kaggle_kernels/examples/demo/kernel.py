@@ -192,7 +192,7 @@ SETTINGS = Settings(
     min_scored=0.98,
     visible_rows=512,
     wheels="pairwise-wheels",
-    build="9a1b6761f682a871",
+    build="9613a969ad772db1",
 )
 
 
@@ -525,7 +525,7 @@ def make_board(
     clock: Clock,
     hidden_run: bool,
 ) -> Board:
-    """Make a board on which nothing is scored yet."""
+    """Make a board on which nothing is scored yet. The devices share the CPU's cores evenly."""
     # Rows that count on the leaderboard will be scored before the others.
     counting_ids = [row["id"] for row in rows if row["counts"]]
     other_ids = [row["id"] for row in rows if not row["counts"]]
@@ -800,7 +800,7 @@ def encode_rows(inputs: Inputs, next_pass: NextPass) -> list[Request]:
 def record_pass(
     board: Board, key: Key, work: Pass, requests: Sequence[Request], workers: Sequence[Worker]
 ) -> None:
-    """Put a finished pass on the board: its scores, and what it measured."""
+    """Put a finished pass on the board: its scores, the rows that it tried, what it measured."""
     number, order = key
     progress, measured = board.progress, board.measured
     for row_id, probabilities in work.scores.items():
@@ -2157,7 +2157,7 @@ def choose_visible_rows(root: Path, settings: Settings, packages: Sequence[Packa
 
 
 def read_train_rows(file: Path, settings: Settings, listings: Sequence[Mapping]) -> list[dict]:
-    """Read validation rows of the train file, as many as the spec wants."""
+    """Read rows of the train file that all packages list, as many as the spec wants."""
     id_sets = [frozenset(listing["ids"]) for listing in listings]
     listed_by_all = frozenset.intersection(*id_sets)
     rows = []
@@ -2513,7 +2513,7 @@ def make_requests(
     orders: Iterable[str],
     spare_tokens: int = DEFAULT_SPARE_TOKENS,
 ) -> list[Request]:
-    """Encode pairs of responses in each order, as requests to a model."""
+    """Encode pairs in each of `orders`, by the package's own model_input.py: a request for each."""
     requests = []
     for order in orders:
         ordered_pairs = pairs
@@ -2603,7 +2603,10 @@ def verdict_logits(
     pass_context=contextlib.nullcontext,
     spare_tokens: int = DEFAULT_SPARE_TOKENS,
 ) -> torch.Tensor:
-    """Compute the logits of the verdicts for the requests of a batch."""
+    """Compute the logits of the verdicts for the requests of a batch.
+
+    A request has one sequence of token ids; for the reward head two, for response A and for B.
+    """
     # Sequences of like length go through the model together, wherever they stand in the batch.
     output_rows = [torch.empty(0)] * len(sequences)
     lengths = [len(ids) for ids in sequences]
@@ -2814,7 +2817,7 @@ def choose_attention(config, contract) -> str:
 def add_adapter(
     model: torch.nn.Module, lora_config_path: Path, lora_path: Path, dtype: torch.dtype
 ) -> tuple[torch.nn.Module, set[str]]:
-    """Put a LoRA adapter on a model that it was not merged into."""
+    """Put a LoRA adapter on a model that it was not merged into, its matrices in `dtype`."""
     # Few packages need PEFT, whose import takes seconds.
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict  # noqa: PLC0415
 

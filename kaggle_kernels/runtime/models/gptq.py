@@ -87,12 +87,8 @@ class GptqLinear(torch.nn.Module):
 def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
     """Unpack the codes of 4 or 8 bits in int32 words, lowest bits first.
 
-    Args:
-        words: Of shape (rows, columns).
-        bits: Of a code: 4 or 8.
-
     Returns:
-        uint8 of shape (rows, columns * 32 // bits).
+        uint8 of shape (rows, columns * 32 // bits), for `words` of shape (rows, columns).
     """
     bytes_ri = words.contiguous().view(torch.uint8)
     if bits == 8:

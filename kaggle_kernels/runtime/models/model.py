@@ -93,13 +93,7 @@ def choose_attention(config, contract) -> str:
 def add_adapter(
     model: torch.nn.Module, lora_config_path: Path, lora_path: Path, dtype: torch.dtype
 ) -> tuple[torch.nn.Module, set[str]]:
-    """Put a LoRA adapter on a model that it was not merged into.
-
-    Args:
-        model: The base model.
-        lora_config_path: The adapter's settings, as PEFT wrote them.
-        lora_path: The adapter's weights.
-        dtype: What the low-rank matrices are converted to.
+    """Put a LoRA adapter on a model that it was not merged into, its matrices in `dtype`.
 
     Returns:
         The model, and the names of the adapter's weights as the base model would name them.

@@ -112,16 +112,7 @@ def make_requests(
     orders: Iterable[str],
     spare_tokens: int = DEFAULT_SPARE_TOKENS,
 ) -> list[Request]:
-    """Encode pairs of responses in each order, as requests to a model.
-
-    Args:
-        model_input: The package's own model_input.py, which encodes.
-        tokenizer: The package's.
-        contract: The package's.
-        pairs: As model_input.pair_from_row makes them.
-        orders: `as_given` and `swapped`, or one of them.
-        spare_tokens: The most padding that the model's forward passes may hold.
-    """
+    """Encode pairs in each of `orders`, by the package's own model_input.py: a request for each."""
     requests = []
     for order in orders:
         ordered_pairs = pairs
@@ -229,14 +220,7 @@ def verdict_logits(
 ) -> torch.Tensor:
     """Compute the logits of the verdicts for the requests of a batch.
 
-    Args:
-        model: A model in eval mode.
-        contract: The package's contract.
-        sequences: Token ids: one sequence for each request; for the reward head two, those of
-            response A and of response B.
-        device: Where the model's inputs go.
-        pass_context: Makes the context of each forward pass.
-        spare_tokens: The most padding in a forward pass.
+    A request has one sequence of token ids; for the reward head two, for response A and for B.
 
     Returns:
         Float32 of shape (requests, verdicts), on the CPU.

@@ -130,16 +130,7 @@ def make_board(
     clock: Clock,
     hidden_run: bool,
 ) -> Board:
-    """Make a board on which nothing is scored yet.
-
-    Args:
-        settings: The spec's.
-        packages: In the order of the settings.
-        rows: As inputs.read_rows gives them.
-        devices: PyTorch's names; they share the CPU's cores evenly.
-        clock: What the kernel keeps to.
-        hidden_run: Whether a package that fails is left out, else it is an error.
-    """
+    """Make a board on which nothing is scored yet. The devices share the CPU's cores evenly."""
     # Rows that count on the leaderboard will be scored before the others.
     counting_ids = [row["id"] for row in rows if row["counts"]]
     other_ids = [row["id"] for row in rows if not row["counts"]]
@@ -440,15 +431,7 @@ def encode_rows(inputs: Inputs, next_pass: NextPass) -> list[Request]:
 def record_pass(
     board: Board, key: Key, work: Pass, requests: Sequence[Request], workers: Sequence[Worker]
 ) -> None:
-    """Put a finished pass on the board: its scores, and what it measured.
-
-    Args:
-        board: The state of the run.
-        key: The pass's package and order.
-        work: The pass.
-        requests: All its rows.
-        workers: Those that did it.
-    """
+    """Put a finished pass on the board: its scores, the rows that it tried, what it measured."""
     number, order = key
     progress, measured = board.progress, board.measured
     for row_id, probabilities in work.scores.items():
