@@ -10,14 +10,12 @@ kaggle_kernels/examples/demo is a committed example.
 
 import ast
 import functools
-import hashlib
 import json
-import re
 import subprocess
 import sys
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from kaggle_kernels.build.memory_fit import Fit, describe_memory, fit_packages, package_settings
@@ -61,9 +59,6 @@ MODULES = (
 LINE_WIDTH = "100"
 DOCSTRING_WIDTH = 96
 RULE = "# " + "=" * 96
-
-# How much of the SHA-256 identifies a build, in hexadecimal digits.
-BUILD_DIGITS = 16
 
 ImportStatement = ast.Import | ast.ImportFrom
 
@@ -157,24 +152,11 @@ def make_metadata(spec: Spec) -> dict:
 
 
 def kernel_text(name: str, spec: Spec, fits: Sequence[Fit]) -> str:
-    """Generate the source of kernel.py from a spec and its packages, placed on the GPUs.
-
-    Its setting `build` is a hash of the rest: kernels that differ have different builds.
-    """
+    """Generate the source of kernel.py from a spec and its packages, placed on the GPUs."""
     docstring = format_docstring(name, spec, fits)
     packages = [package_settings(fit) for fit in fits]
     settings = settings_of(name, spec, packages, choose_temperature(spec))
-
-    # The hash cannot hold itself: it is that of the same text with an empty `build`.
-    unmarked_text = assemble_kernel(docstring, settings)
-    digest = hashlib.sha256(unmarked_text.encode()).hexdigest()
-    marked_settings = replace(settings, build=digest[:BUILD_DIGITS])
-    return format_source(assemble_kernel(docstring, marked_settings))
-
-
-def build_mark(kernel: str) -> str:
-    """Read the `build` setting out of a kernel's text. The kernel repeats it in its kernel.json."""
-    return re.search(r'^    build="(\w+)",$', kernel, re.MULTILINE)[1]
+    return format_source(assemble_kernel(docstring, settings))
 
 
 def assemble_kernel(docstring: str, settings: Settings) -> str:

@@ -52,7 +52,6 @@ class Settings:
     min_scored: float  # share of the rows; fewer are an error in the visible run
     visible_rows: int  # of the train file, scored in the visible run
     wheels: str | None  # the dataset with wheels that Kaggle's image lacks
-    build: str = ""  # a hash of the kernel's text, by which its outputs are recognised
 
     def time_limit(self, rows: int) -> float:
         """Return the seconds that the kernel may take for a test file of so many rows."""

@@ -114,7 +114,6 @@ class Settings:
     min_scored: float  # share of the rows; fewer are an error in the visible run
     visible_rows: int  # of the train file, scored in the visible run
     wheels: str | None  # the dataset with wheels that Kaggle's image lacks
-    build: str = ""  # a hash of the kernel's text, by which its outputs are recognised
 
     def time_limit(self, rows: int) -> float:
         """Return the seconds that the kernel may take for a test file of so many rows."""
@@ -192,7 +191,6 @@ SETTINGS = Settings(
     min_scored=0.98,
     visible_rows=512,
     wheels="pairwise-wheels",
-    build="9613a969ad772db1",
 )
 
 
@@ -1379,14 +1377,6 @@ class Assignment:
     weight_bytes_limit: int | None = None  # of each device, for a model that is split
 
 
-@dataclass(frozen=True)
-class PipeLocks:
-    """One thread at a time may read from a pipe, and one may write to it."""
-
-    receiving: threading.Lock
-    sending: threading.Lock
-
-
 def run_worker(connection, task: Assignment) -> None:
     """Run the process until the pipe closes; leave at once then, whatever its threads are at."""
     with contextlib.suppress(OSError):
@@ -1496,12 +1486,12 @@ def check_golden_scores(package: Package, model: torch.nn.Module, device: str) -
 
 def serve(connection, score_requests: Callable, batches_at_once: int) -> None:
     """Score the batches that come through the pipe until it is closed, or until something fails."""
-    # Two threads that read or write at once would mix their messages.
-    locks = PipeLocks(receiving=threading.Lock(), sending=threading.Lock())
+    receiving = threading.Lock()
+    sending = threading.Lock()
+    arguments = (connection, receiving, sending, score_requests)
 
     threads = []
     for _ in range(batches_at_once):
-        arguments = (connection, locks, score_requests)
         thread = threading.Thread(target=score_until_closed, args=arguments, daemon=True)
         thread.start()
         threads.append(thread)
@@ -1509,17 +1499,22 @@ def serve(connection, score_requests: Callable, batches_at_once: int) -> None:
         thread.join()
 
 
-def score_until_closed(connection, locks: PipeLocks, score_requests: Callable) -> None:
-    """Receive a batch, score it and send the answer, until the pipe is closed or a batch fails."""
+def score_until_closed(
+    connection, receiving: threading.Lock, sending: threading.Lock, score_requests: Callable
+) -> None:
+    """Receive a batch, score it and send the answer, until the pipe is closed or a batch fails.
+
+    The locks let one thread at a time read from the pipe, and one write to it.
+    """
     while True:
         try:
-            with locks.receiving:
+            with receiving:
                 number, requests = connection.recv()
         except (EOFError, OSError):
             return
 
         kind, *content = answer_batch(number, requests, score_requests)
-        with locks.sending:
+        with sending:
             send_message(connection, kind, *content)
 
         # A CUDA error stays with its process. The kernel's own process will start a new one.

@@ -58,14 +58,6 @@ class Assignment:
     weight_bytes_limit: int | None = None  # of each device, for a model that is split
 
 
-@dataclass(frozen=True)
-class PipeLocks:
-    """One thread at a time may read from a pipe, and one may write to it."""
-
-    receiving: threading.Lock
-    sending: threading.Lock
-
-
 def run_worker(connection, task: Assignment) -> None:
     """Run the process until the pipe closes; leave at once then, whatever its threads are at."""
     with contextlib.suppress(OSError):
@@ -188,12 +180,12 @@ def serve(connection, score_requests: Callable, batches_at_once: int) -> None:
         score_requests: Scores the requests of a batch and returns its BatchScores.
         batches_at_once: How many are scored at the same time, each in a thread of its own.
     """
-    # Two threads that read or write at once would mix their messages.
-    locks = PipeLocks(receiving=threading.Lock(), sending=threading.Lock())
+    receiving = threading.Lock()
+    sending = threading.Lock()
+    arguments = (connection, receiving, sending, score_requests)
 
     threads = []
     for _ in range(batches_at_once):
-        arguments = (connection, locks, score_requests)
         thread = threading.Thread(target=score_until_closed, args=arguments, daemon=True)
         thread.start()
         threads.append(thread)
@@ -201,17 +193,22 @@ def serve(connection, score_requests: Callable, batches_at_once: int) -> None:
         thread.join()
 
 
-def score_until_closed(connection, locks: PipeLocks, score_requests: Callable) -> None:
-    """Receive a batch, score it and send the answer, until the pipe is closed or a batch fails."""
+def score_until_closed(
+    connection, receiving: threading.Lock, sending: threading.Lock, score_requests: Callable
+) -> None:
+    """Receive a batch, score it and send the answer, until the pipe is closed or a batch fails.
+
+    The locks let one thread at a time read from the pipe, and one write to it.
+    """
     while True:
         try:
-            with locks.receiving:
+            with receiving:
                 number, requests = connection.recv()
         except (EOFError, OSError):
             return
 
         kind, *content = answer_batch(number, requests, score_requests)
-        with locks.sending:
+        with sending:
             send_message(connection, kind, *content)
 
         # A CUDA error stays with its process. The kernel's own process will start a new one.

@@ -1,7 +1,6 @@
 """What push checks before the first byte goes up: each fault is one line with file, finding and fix, and all come at once."""
 
 import json
-import shutil
 from pathlib import Path
 
 import polars as pl
@@ -49,11 +48,6 @@ def test_a_spec_that_cannot_be_read_is_one_problem(pushable):
     pushable.write_text(WSDM.replace("600", "-1"))
     [problem] = find_problems(pushable)
     assert problem.startswith(f"{pushable}: clock_seconds: ")
-
-
-def test_an_absent_package_is_one_problem(pushable):
-    shutil.rmtree(PACKAGE)
-    assert find_problems(pushable) == ["outputs/two/package: no package; run `python -m postprocess recipes/two.yml` first"]
 
 
 def test_a_package_that_is_not_the_recipes_is_told(pushable):

@@ -11,7 +11,6 @@ import pytest
 
 from kaggle_kernels.publish.client import Pace, connect
 from kaggle_kernels.publish.uploads import find_dataset_folder, notes_path, read_notes, send_files
-from preprocess.core.errors import UserError
 from preprocess.core.files import sha256
 from tests.conftest import ROOT
 from tests.fakes.kaggle.server import Fault
@@ -73,12 +72,3 @@ def test_what_has_arrived_is_not_sent_again_and_only_the_user_can_read_where(fol
     assert [request.call for request in kaggle.requests[requests:]] == ["IntrospectToken"]
     make_folder(folder.path, empty__txt=b"no more")
     assert read_notes(folder) == {}, "notes of another content"
-
-
-def test_an_upload_that_the_server_refuses_is_one_error_and_begun_anew_by_the_next_call(folder, kaggle):
-    kaggle.faults.append(Fault("PUT", where="model.safetensors", status=400))
-    with pytest.raises(UserError, match=r"model.safetensors: the upload was refused \(400\); run this again, which begins"):
-        send_files(connect(FAST), folder)
-    tokens = send_files(connect(FAST), folder)
-    assert all(kaggle.site.blobs[token].complete for token in tokens)
-    assert len(kaggle.calls("StartBlobUpload")) == 4

@@ -139,14 +139,3 @@ def test_25_000_hostile_rows_are_scored_and_killed_workers_cost_no_row_and_chang
         in_both_runs = before[name].is_not_null() & after[name].is_not_null()
         assert in_both_runs.sum() > 0
         assert (before[name] - after[name]).filter(in_both_runs).abs().max() <= 1e-5
-
-
-@pytest.mark.slow
-def test_a_device_that_is_lost_leaves_its_rows_to_the_other(tmp_path, three_verdict_folder):
-    make_workplace(tmp_path, "lmsys", three_verdict_folder)
-    options = ("--rows", "5000", "--shuffle", "--hostile", "--seed", "2", "--devices", "2", "--clock", "500")
-    printed, measured, _ = rehearse(tmp_path, "test.csv", *options, "--lose-device", "1")
-    assert {kill["worker"] for kill in measured["faults"]["kills"]} == {1}
-    assert (measured["checks"]["ids"], measured["checks"]["scored"]) == (5000, 5000)
-    assert "worker 1 on cpu: gone after 3 deaths" in printed
-    assert "worker 0 on cpu: died" not in printed
