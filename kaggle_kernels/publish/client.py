@@ -266,11 +266,7 @@ def as_unanswered(name: str, error: requests.RequestException) -> Unanswered:
 
 
 def check_status(name: str, response: requests.Response) -> None:
-    """Raise an error where an HTTP answer is one.
-
-    Args:
-        name: Names the call in the message.
-        response: The answer.
+    """Raise an error where the HTTP answer to the call `name` is one.
 
     Raises:
         UserError: Kaggle does not take the credentials.

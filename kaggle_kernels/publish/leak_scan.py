@@ -82,14 +82,7 @@ def find_rows(folders: Sequence[Path], pairs: Path) -> list[str]:
     """Find files that hold texts of the competition's pairs, which may not be published.
 
     A file holds a row's text where both have two n-grams in common: 48 characters, without regard
-    to case, spaces and punctuation.
-
-    Args:
-        folders: The folders to be uploaded.
-        pairs: The pairs.parquet with the texts.
-
-    Returns:
-        One problem for each such file.
+    to case, spaces and punctuation. Each such file is one problem.
     """
     ngrams_by_path = {}
     for folder in folders:

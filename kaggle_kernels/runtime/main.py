@@ -24,7 +24,7 @@ from kaggle_kernels.runtime.inputs import (
     read_table,
 )
 from kaggle_kernels.runtime.package import Package, PackageError, hash_file, read_package
-from kaggle_kernels.runtime.scheduling.schedule import Board, make_board, score_all
+from kaggle_kernels.runtime.scheduling.schedule import ScoringJob, make_job, score_all
 from kaggle_kernels.runtime.settings import (
     Clock,
     PackageSettings,
@@ -86,7 +86,7 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
     log(clock, f"{test_file}: {len(rows)} rows, {counting_rows} of them count")
 
     # What is there to score them with. Golden rows show where a machine gives wrong answers.
-    served, packages = read_packages(root, settings, clock)
+    usable_settings, packages = read_packages(root, settings, clock)
     with log_errors_of_hidden_run(clock):
         install_missing_wheels(root, packages, settings.wheels)
         check_machine(packages, devices, clock)
@@ -96,10 +96,10 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
 
     # The hours of work.
     all_rows = [*rows, *visible.rows]
-    board = make_board(served, packages, all_rows, devices, clock, hidden_run)
+    job = make_job(usable_settings, packages, all_rows, devices, clock, hidden_run)
     with log_errors_of_hidden_run(clock):
-        score_all(board)
-    scored = board.probabilities()
+        score_all(job)
+    scored = job.probabilities()
 
     # From here on a row without a score has the prior.
     counts = count_rows(rows, scored)
@@ -124,12 +124,12 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
         "shortfall": shortfall,
     }
     with log_errors_of_hidden_run(clock):
-        write_records(root / "working", board, visible, final, record)
+        write_records(root / "working", job, visible, final, record)
 
 
 def write_records(
     folder: Path,
-    board: Board,
+    job: ScoringJob,
     visible: VisibleRows,
     final: Mapping[str, list[float]],
     record: dict,
@@ -138,17 +138,17 @@ def write_records(
 
     Args:
         folder: /kaggle/working.
-        board: The finished work.
+        job: The finished job.
         visible: The held-out rows that the visible run scored; none in the hidden run.
         final: Probabilities of all rows of the test file, the prior included.
         record: The part of kernel.json that is known before.
     """
-    scored = board.probabilities()
-    verdicts = board.inputs.settings.verdicts
-    write_scores(folder / "scores.parquet", verdicts, final, scored, board.model_columns())
+    scored = job.probabilities()
+    verdicts = job.inputs.settings.verdicts
+    write_scores(folder / "scores.parquet", verdicts, final, scored, job.model_columns())
     if visible.rows:
-        record["visible"] = report_visible_run(board, visible, scored)
-    write_record(folder / "kernel.json", record | describe_run(board))
+        record["visible"] = report_visible_run(job, visible, scored)
+    write_record(folder / "kernel.json", record | describe_run(job))
 
 
 def count_rows(rows: Sequence[Mapping], scored: Mapping[str, Sequence[float]]) -> dict[str, int]:
@@ -246,9 +246,9 @@ def check_verdicts(package: Package, package_settings: PackageSettings) -> None:
         )
 
 
-def describe_run(board: Board) -> dict:
+def describe_run(job: ScoringJob) -> dict:
     """Describe for kernel.json what the kernel ran with, and its passes over the rows."""
-    inputs, progress = board.inputs, board.progress
+    inputs, progress = job.inputs, job.progress
 
     # By the hash of its manifest, `submit` recognises the package that it pushed.
     manifests = {}
@@ -264,7 +264,7 @@ def describe_run(board: Board) -> dict:
 
 
 def report_visible_run(
-    board: Board, visible: VisibleRows, scored: Mapping[str, list[float]]
+    job: ScoringJob, visible: VisibleRows, scored: Mapping[str, list[float]]
 ) -> dict:
     """Log what the visible run shows of the hidden run, and return it for kernel.json.
 
@@ -272,7 +272,7 @@ def report_visible_run(
         `rows` (the number of train rows), `quality` unless a model was trained on them, and
         `predicted`: the seconds of the hidden run by its number of rows.
     """
-    settings, clock, passes = board.inputs.settings, board.inputs.clock, board.progress.passes
+    settings, clock, passes = job.inputs.settings, job.inputs.clock, job.progress.passes
     report: dict = {"rows": len(visible.rows), "predicted": []}
     if not visible.trained_on:
         quality = measure_quality(visible, settings.verdicts, scored)

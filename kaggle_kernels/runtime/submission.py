@@ -160,7 +160,7 @@ def write_scores(
         verdicts: The competition's.
         final: The submitted probabilities by id.
         scored: Has the ids of the rows that a model scored.
-        model_columns: The models' probabilities by column and id (see schedule.Board).
+        model_columns: The models' probabilities by column and id (see schedule.ScoringJob).
     """
     columns: dict[str, list] = {"id": list(final), "scored": [row_id in scored for row_id in final]}
     for place, verdict in enumerate(verdicts):

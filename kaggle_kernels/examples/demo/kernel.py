@@ -231,7 +231,7 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
     log(clock, f"{test_file}: {len(rows)} rows, {counting_rows} of them count")
 
     # What is there to score them with. Golden rows show where a machine gives wrong answers.
-    served, packages = read_packages(root, settings, clock)
+    usable_settings, packages = read_packages(root, settings, clock)
     with log_errors_of_hidden_run(clock):
         install_missing_wheels(root, packages, settings.wheels)
         check_machine(packages, devices, clock)
@@ -241,10 +241,10 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
 
     # The hours of work.
     all_rows = [*rows, *visible.rows]
-    board = make_board(served, packages, all_rows, devices, clock, hidden_run)
+    job = make_job(usable_settings, packages, all_rows, devices, clock, hidden_run)
     with log_errors_of_hidden_run(clock):
-        score_all(board)
-    scored = board.probabilities()
+        score_all(job)
+    scored = job.probabilities()
 
     # From here on a row without a score has the prior.
     counts = count_rows(rows, scored)
@@ -269,23 +269,23 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
         "shortfall": shortfall,
     }
     with log_errors_of_hidden_run(clock):
-        write_records(root / "working", board, visible, final, record)
+        write_records(root / "working", job, visible, final, record)
 
 
 def write_records(
     folder: Path,
-    board: Board,
+    job: ScoringJob,
     visible: VisibleRows,
     final: Mapping[str, list[float]],
     record: dict,
 ) -> None:
     """Write scores.parquet and kernel.json, which no score depends on."""
-    scored = board.probabilities()
-    verdicts = board.inputs.settings.verdicts
-    write_scores(folder / "scores.parquet", verdicts, final, scored, board.model_columns())
+    scored = job.probabilities()
+    verdicts = job.inputs.settings.verdicts
+    write_scores(folder / "scores.parquet", verdicts, final, scored, job.model_columns())
     if visible.rows:
-        record["visible"] = report_visible_run(board, visible, scored)
-    write_record(folder / "kernel.json", record | describe_run(board))
+        record["visible"] = report_visible_run(job, visible, scored)
+    write_record(folder / "kernel.json", record | describe_run(job))
 
 
 def count_rows(rows: Sequence[Mapping], scored: Mapping[str, Sequence[float]]) -> dict[str, int]:
@@ -376,9 +376,9 @@ def check_verdicts(package: Package, package_settings: PackageSettings) -> None:
         )
 
 
-def describe_run(board: Board) -> dict:
+def describe_run(job: ScoringJob) -> dict:
     """Describe for kernel.json what the kernel ran with, and its passes over the rows."""
-    inputs, progress = board.inputs, board.progress
+    inputs, progress = job.inputs, job.progress
 
     # By the hash of its manifest, `submit` recognises the package that it pushed.
     manifests = {}
@@ -394,10 +394,10 @@ def describe_run(board: Board) -> dict:
 
 
 def report_visible_run(
-    board: Board, visible: VisibleRows, scored: Mapping[str, list[float]]
+    job: ScoringJob, visible: VisibleRows, scored: Mapping[str, list[float]]
 ) -> dict:
     """Log what the visible run shows of the hidden run, and return it for kernel.json."""
-    settings, clock, passes = board.inputs.settings, board.inputs.clock, board.progress.passes
+    settings, clock, passes = job.inputs.settings, job.inputs.clock, job.progress.passes
     report: dict = {"rows": len(visible.rows), "predicted": []}
     if not visible.trained_on:
         quality = measure_quality(visible, settings.verdicts, scored)
@@ -472,8 +472,8 @@ class Measurements:
 
 
 @dataclass(frozen=True)
-class Board:
-    """All that the kernel knows of its run: what to score, how far it is, what it measured."""
+class ScoringJob:
+    """The kernel's job: what to score, how far that is, and what was measured on the way."""
 
     inputs: Inputs
     progress: Progress
@@ -515,15 +515,15 @@ class NextPass:
     deadline: float  # as time.monotonic gives seconds
 
 
-def make_board(
+def make_job(
     settings: Settings,
     packages: Sequence[Package],
     rows: Sequence[Mapping],
     devices: Sequence[str],
     clock: Clock,
     hidden_run: bool,
-) -> Board:
-    """Make a board on which nothing is scored yet. The devices share the CPU's cores evenly."""
+) -> ScoringJob:
+    """Make a job of which nothing is scored yet. The devices share the CPU's cores evenly."""
     # Rows that count on the leaderboard will be scored before the others.
     counting_ids = [row["id"] for row in rows if row["counts"]]
     other_ids = [row["id"] for row in rows if not row["counts"]]
@@ -552,10 +552,10 @@ def make_board(
         packages=list(range(len(packages))),
         devices=dict(inputs.devices),
     )
-    return Board(inputs, progress, Measurements())
+    return ScoringJob(inputs, progress, Measurements())
 
 
-def score_all(board: Board) -> None:
+def score_all(job: ScoringJob) -> None:
     """Make pass after pass until nothing is left or nothing more fits the clock.
 
     In the hidden run a package that fails is left out while another one works.
@@ -563,48 +563,50 @@ def score_all(board: Board) -> None:
     loaded: int | None = None  # the number of the package that the workers have
     workers: list[Worker] = []
     try:
-        while next_pass := plan_next_pass(board, loaded, workers):
+        while next_pass := plan_next_pass(job, loaded, workers):
             try:
                 # Two models do not fit one GPU: the old one goes before the new one comes.
                 if next_pass.package != loaded:
-                    stop_workers(board, workers)
-                    workers = load_package(board, next_pass.package)
+                    stop_workers(job, workers)
+                    workers = load_package(job, next_pass.package)
                     loaded = next_pass.package
-                score_pass(board, next_pass, workers)
+                score_pass(job, next_pass, workers)
             except (PackageError, LoadError) as error:
-                stop_workers(board, workers)
+                stop_workers(job, workers)
                 loaded = None
-                leave_out(board, next_pass.package, error)
+                leave_out(job, next_pass.package, error)
     finally:
-        stop_workers(board, workers)
+        stop_workers(job, workers)
 
 
-def leave_out(board: Board, number: int, error: Exception) -> None:
+def leave_out(job: ScoringJob, number: int, error: Exception) -> None:
     """Go on without a package, in the hidden run and while another one works; else raise `error`."""
-    board.progress.packages.remove(number)
-    another_works = bool(board.progress.packages or board.progress.passes)
-    if not board.inputs.hidden_run or not another_works:
+    job.progress.packages.remove(number)
+    another_works = bool(job.progress.packages or job.progress.passes)
+    if not job.inputs.hidden_run or not another_works:
         raise error
-    log(board.inputs.clock, f"{board.inputs.packages[number].folder.name}: left out: {error}")
+    log(job.inputs.clock, f"{job.inputs.packages[number].folder.name}: left out: {error}")
 
 
-def plan_next_pass(board: Board, loaded: int | None, workers: Sequence[Worker]) -> NextPass | None:
+def plan_next_pass(
+    job: ScoringJob, loaded: int | None, workers: Sequence[Worker]
+) -> NextPass | None:
     """Plan the next pass: rows that count come first, the others get what time is left."""
     # Workers are gone for good once they died too often; no plan brings them back.
     all_gone = bool(workers) and all(worker.gone for worker in workers)
     if all_gone:
-        log(board.inputs.clock, "no device is left; rows without a score get the prior")
-    if all_gone or not board.progress.packages or board.inputs.clock.left() <= 0:
+        log(job.inputs.clock, "no device is left; rows without a score get the prior")
+    if all_gone or not job.progress.packages or job.inputs.clock.left() <= 0:
         return None
 
-    for group in board.inputs.row_groups:
+    for group in job.inputs.row_groups:
         # A group's first pass measures the tokens of all its rows, so that any row shows whether
         # it was made.
-        first_pass_was_made = group[0] in board.measured.tokens
+        first_pass_was_made = group[0] in job.measured.tokens
         if first_pass_was_made:
-            next_pass = plan_further_pass(board, group, loaded)
+            next_pass = plan_further_pass(job, group, loaded)
         else:
-            next_pass = plan_first_pass(board, group, loaded)
+            next_pass = plan_first_pass(job, group, loaded)
 
         # The rows that do not count wait until nothing is left to do for those that do.
         if next_pass is not None:
@@ -612,26 +614,26 @@ def plan_next_pass(board: Board, loaded: int | None, workers: Sequence[Worker]) 
     return None
 
 
-def plan_first_pass(board: Board, group: Sequence[str], loaded: int | None) -> NextPass:
+def plan_first_pass(job: ScoringJob, group: Sequence[str], loaded: int | None) -> NextPass:
     """Plan one order of all rows of a group, with the loaded model or else the spec's first."""
-    packages = board.progress.packages
+    packages = job.progress.packages
     number = loaded if loaded in packages else packages[0]
-    order = board.orders(number)[0]
-    return NextPass(number, order, frozenset(group), board.inputs.clock.deadline)
+    order = job.orders(number)[0]
+    return NextPass(number, order, frozenset(group), job.inputs.clock.deadline)
 
 
-def plan_further_pass(board: Board, group: Sequence[str], loaded: int | None) -> NextPass | None:
+def plan_further_pass(job: ScoringJob, group: Sequence[str], loaded: int | None) -> NextPass | None:
     """Plan all further passes over a group of rows, and return the one to begin with."""
-    candidates = list_candidates(board, group, loaded)
+    candidates = list_candidates(job, group, loaded)
     if not candidates:
         return None
 
-    clock = board.inputs.clock
-    by_log_loss = len(board.inputs.settings.columns) > 1
+    clock = job.inputs.clock
+    by_log_loss = len(job.inputs.settings.columns) > 1
     plan = plan_passes(
-        candidates, board.probabilities(), board.measured.tokens, clock.left(), by_log_loss
+        candidates, job.probabilities(), job.measured.tokens, clock.left(), by_log_loss
     )
-    log_plan(board, plan)
+    log_plan(job, plan)
 
     # Where a pass has no rows, there was no time for it.
     plan_with_rows = [planned for planned in plan if planned.row_ids]
@@ -657,76 +659,78 @@ def count_seconds(plan: Sequence[PlannedPass], loaded: int) -> float:
     return seconds
 
 
-def list_candidates(board: Board, group: Sequence[str], loaded: int | None) -> list[CandidatePass]:
+def list_candidates(
+    job: ScoringJob, group: Sequence[str], loaded: int | None
+) -> list[CandidatePass]:
     """List every pass that has rows of the group left to score, those of the loaded model first."""
-    packages = sorted(board.progress.packages, key=lambda number: number != loaded)
+    packages = sorted(job.progress.packages, key=lambda number: number != loaded)
     candidates = []
     for number in packages:
-        rate = predict_rate(board, number)
-        for order in board.orders(number):
-            unscored = board.unscored((number, order), group)
+        rate = predict_rate(job, number)
+        for order in job.orders(number):
+            unscored = job.unscored((number, order), group)
             if unscored:
                 candidate = CandidatePass(
                     package=number,
                     order=order,
-                    change=predict_change(board, number),
+                    change=predict_change(job, number),
                     seconds_per_token=PADDING_FACTOR / rate if rate else 0.0,
-                    load_seconds=0.0 if number == loaded else predict_load_seconds(board, number),
+                    load_seconds=0.0 if number == loaded else predict_load_seconds(job, number),
                     unscored=unscored,
                 )
                 candidates.append(candidate)
     return candidates
 
 
-def predict_change(board: Board, number: int) -> float:
+def predict_change(job: ScoringJob, number: int) -> float:
     """Predict how much another score by a package changes a probability (standard deviation)."""
-    packages = board.inputs.settings.packages
-    total_weight = sum(packages[other].weight for other in board.progress.packages)
+    packages = job.inputs.settings.packages
+    total_weight = sum(packages[other].weight for other in job.progress.packages)
     relative_weight = packages[number].weight / total_weight
 
     # The second order of a model says less than the first score of a model.
-    has_scored = any(board.progress.tried.get((number, order)) for order in board.orders(number))
+    has_scored = any(job.progress.tried.get((number, order)) for order in job.orders(number))
     if has_scored:
         return CHANGE_OF_ORDER * relative_weight
     return CHANGE_OF_MODEL * 2 * relative_weight  # measured with two models of equal weight
 
 
-def predict_rate(board: Board, number: int) -> float:
+def predict_rate(job: ScoringJob, number: int) -> float:
     """Predict the tokens a second of a package; 0 where no pass has measured any package's."""
-    rates = board.measured.rates
+    rates = job.measured.rates
     if number in rates or not rates:
         return rates.get(number, 0.0)
 
     # The devices do as many operations a second as for a package that has run, but a token takes
     # more of them, or fewer.
-    packages = board.inputs.packages
+    packages = job.inputs.packages
     measured_number, *_others = rates
     operations_per_second = rates[measured_number] * flop_per_token(packages[measured_number])
     return operations_per_second / flop_per_token(packages[number])
 
 
-def predict_load_seconds(board: Board, number: int) -> float:
+def predict_load_seconds(job: ScoringJob, number: int) -> float:
     """Predict how long loading a package takes. All devices load from the same disk."""
-    is_split = board.inputs.settings.packages[number].placement == "split"
-    copies = 1 if is_split else len(board.progress.devices)
-    return loading_seconds(board.inputs.packages[number], copies)
+    is_split = job.inputs.settings.packages[number].placement == "split"
+    copies = 1 if is_split else len(job.progress.devices)
+    return loading_seconds(job.inputs.packages[number], copies)
 
 
-def log_plan(board: Board, plan: Sequence[PlannedPass]) -> None:
+def log_plan(job: ScoringJob, plan: Sequence[PlannedPass]) -> None:
     """Log what a plan does with the seconds that are left."""
     parts = []
     for planned in plan:
         candidate = planned.candidate
-        name = f"{board.inputs.packages[candidate.package].folder.name} {candidate.order}"
+        name = f"{job.inputs.packages[candidate.package].folder.name} {candidate.order}"
         rows = f"{len(planned.row_ids)} of {len(candidate.unscored)} rows"
         parts.append(f"{name} {rows} in {planned.seconds:.1f} s")
-    clock = board.inputs.clock
+    clock = job.inputs.clock
     log(clock, f"plan: {clock.left():.1f} s left: {'; '.join(parts)}")
 
 
-def load_package(board: Board, number: int) -> list[Worker]:
+def load_package(job: ScoringJob, number: int) -> list[Worker]:
     """Start workers on the devices that still work, which load a package."""
-    inputs, devices = board.inputs, board.progress.devices
+    inputs, devices = job.inputs, job.progress.devices
     package, settings = inputs.packages[number], inputs.settings
     package_settings = settings.packages[number]
 
@@ -739,26 +743,26 @@ def load_package(board: Board, number: int) -> list[Worker]:
     )
 
 
-def stop_workers(board: Board, workers: list[Worker]) -> None:
-    """Stop the workers and empty the list. A device that has failed for good leaves the board."""
+def stop_workers(job: ScoringJob, workers: list[Worker]) -> None:
+    """Stop the workers and empty the list. A device that has failed for good leaves the job."""
     # Where no worker could load the package, that is the package's fault and the devices stay.
     any_loaded = any(worker.load_seconds for worker in workers)
     for worker in workers:
         worker.stop()
         if worker.gone and any_loaded:
             for position in worker.positions:
-                board.progress.devices.pop(position, None)
+                job.progress.devices.pop(position, None)
     workers.clear()
 
 
-def score_pass(board: Board, next_pass: NextPass, workers: Sequence[Worker]) -> None:
-    """Score the rows of a pass, and put the result on the board."""
+def score_pass(job: ScoringJob, next_pass: NextPass, workers: Sequence[Worker]) -> None:
+    """Score the rows of a pass, and note the result."""
     number, order = next_pass.package, next_pass.order
-    package, clock = board.inputs.packages[number], board.inputs.clock
+    package, clock = job.inputs.packages[number], job.inputs.clock
     label = f"{package.folder.name}, {order}"
 
     # The rows of the first pass are encoded here while the workers load.
-    requests = encode_rows(board.inputs, next_pass)
+    requests = encode_rows(job.inputs, next_pass)
     tokens = sum(request.tokens for request in requests)
     log(clock, f"{label}: {len(requests)} rows encoded, {tokens} tokens")
 
@@ -766,7 +770,7 @@ def score_pass(board: Board, next_pass: NextPass, workers: Sequence[Worker]) -> 
     work = run_pass(work, workers, clock)
     if all(worker.gone and not worker.load_seconds for worker in workers):
         raise LoadError(f"{package.folder}: no device could load it")
-    record_pass(board, (number, order), work, requests, workers)
+    record_pass(job, (number, order), work, requests, workers)
 
 
 def encode_rows(inputs: Inputs, next_pass: NextPass) -> list[Request]:
@@ -785,7 +789,7 @@ def encode_rows(inputs: Inputs, next_pass: NextPass) -> list[Request]:
             inputs.contracts[next_pass.package],
             pairs[start : start + ENCODED_AT_ONCE],
             (next_pass.order,),
-            spare_tokens_of(package.manifest),
+            padding_limit_of(package.manifest),
         )
 
         # Four bytes for each token id, since there are millions of them.
@@ -796,17 +800,17 @@ def encode_rows(inputs: Inputs, next_pass: NextPass) -> list[Request]:
 
 
 def record_pass(
-    board: Board, key: Key, work: Pass, requests: Sequence[Request], workers: Sequence[Worker]
+    job: ScoringJob, key: Key, work: Pass, requests: Sequence[Request], workers: Sequence[Worker]
 ) -> None:
-    """Put a finished pass on the board: its scores, the rows that it tried, what it measured."""
+    """Note what a finished pass gave: its scores, the rows that it tried, what it measured."""
     number, order = key
-    progress, measured = board.progress, board.measured
+    progress, measured = job.progress, job.measured
     for row_id, probabilities in work.scores.items():
         progress.scores[number][row_id][order] = probabilities
 
     progress.tried.setdefault(key, set()).update(list_tried_rows(work, requests, workers))
     # A row that ended its workers in one order would do so in the other.
-    for any_order in board.orders(number):
+    for any_order in job.orders(number):
         progress.tried.setdefault((number, any_order), set()).update(work.given_up)
 
     # What later plans need: the rows' lengths, and the speed of the workers that still live.
@@ -817,7 +821,7 @@ def record_pass(
         measured.rates[number] = rate
 
     # kernel.json keeps a record of every pass.
-    run = board.inputs.settings.packages[number].run
+    run = job.inputs.settings.packages[number].run
     progress.passes.append({"run": run, "order": order, **pass_record(work)})
 
 
@@ -838,7 +842,8 @@ def combine(
 ) -> dict[str, list[float]]:
     """Combine the packages' scores to probabilities of the competition's verdicts, by id.
 
-    Orders are averaged, then packages by weight, then the temperature is applied.
+    Orders are averaged, then packages by weight, then the temperature is applied. `packages` and
+    `scores` are in the order of the settings.
     """
     # Only those packages that scored a row have a say in it.
     opinions: dict[str, list[list[float]]] = {}
@@ -919,7 +924,7 @@ class Pass:
 def make_pass(
     label: str, requests: Sequence[Request], deadline: float, workers: Sequence[Worker]
 ) -> Pass:
-    """Make a pass over some rows, whose batches fit the most capable worker."""
+    """Make a pass over rows, whose batches fit the token budget of the most capable worker."""
     tokens_per_batch = max(worker.tokens_per_batch for worker in workers)
     batches = make_batches(requests, tokens_per_batch)
     return Pass(label, deque(batches), deadline, rows=len(requests))
@@ -1075,7 +1080,7 @@ def handle_worker_death(work: Pass, worker: Worker, reason: str, clock: Clock) -
 
     # A process that could not load before the deadline is not started.
     if worker.gone:
-        outcome = f"gone after {worker.fruitless} deaths without a score in between"
+        outcome = f"gone after {worker.deaths_without_score} deaths without a score in between"
     elif work.deadline - time.monotonic() <= worker.load_seconds:
         outcome = "not started again, the clock has no time to load it"
     else:
@@ -1163,11 +1168,11 @@ def pass_record(work: Pass) -> dict:
 # The workers as the kernel's own process sees them: started, given batches, killed, restarted.
 #
 # A worker that dies is started again with half its token budget, which stays halved. One that dies
-# FRUITLESS_DEATHS times without a scored batch in between is given up: its device is gone, and the
-# others go on without it. pass_runner.handle_worker_death decides what becomes of its rows.
+# often without a scored batch in between is given up: its device is gone, and the others go on
+# without it. pass_runner.handle_worker_death decides what becomes of its rows.
 # ================================================================================================
 
-FRUITLESS_DEATHS = 3
+MOST_DEATHS_WITHOUT_SCORE = 3
 JOIN_SECONDS = 30.0  # a killed process may be stuck in a driver
 
 
@@ -1194,7 +1199,7 @@ class Worker:
     tokens: int = 0
     seconds: float = 0.0  # in which it had work
     load_seconds: float = 0.0
-    fruitless: int = 0  # deaths without a score in between
+    deaths_without_score: int = 0  # since the last scored batch
 
     @property
     def batches_at_once(self) -> int:
@@ -1243,7 +1248,7 @@ class Worker:
         self.tokens += padded_tokens(batch)
         self.seconds += now - self.last_event
         self.last_event = now
-        self.fruitless = 0
+        self.deaths_without_score = 0
         return batch
 
     def note_out_of_memory(self, number: int) -> list[Request]:
@@ -1270,8 +1275,8 @@ class Worker:
         # Such a death does not count against the worker.
         had_single_rows = bool(being_scored) and all(len(batch) == 1 for batch in being_scored)
         if not had_single_rows:
-            self.fruitless += 1
-        self.gone = self.fruitless >= FRUITLESS_DEATHS
+            self.deaths_without_score += 1
+        self.gone = self.deaths_without_score >= MOST_DEATHS_WITHOUT_SCORE
         return being_scored, ready
 
     def stop(self) -> None:
@@ -2422,9 +2427,10 @@ ORDERS = ("as_given", "swapped")
 # The order of a reward model's two sequences.
 REWARD_SIDES = ("model_a", "model_b")
 
-# What a forward pass costs beside its tokens, in tokens, by the package's quantisation: weights are unpacked in each pass.
-SPARE_TOKENS = {"none": 32, "int8": 32, "nf4": 128, "gptq8": 256, "gptq4": 512}
-DEFAULT_SPARE_TOKENS = 128
+# A forward pass may compute so many tokens of padding, by the package's quantisation: more would cost more than another
+# pass. That costs most where weights are unpacked in each.
+PADDING_LIMITS = {"none": 32, "int8": 32, "nf4": 128, "gptq8": 256, "gptq4": 512}
+DEFAULT_PADDING_LIMIT = 128
 
 
 @dataclass(frozen=True)
@@ -2434,7 +2440,7 @@ class Request:
     id: str
     order: str
     sequences: tuple[list[int], ...]
-    spare_tokens: int = DEFAULT_SPARE_TOKENS
+    padding_limit: int = DEFAULT_PADDING_LIMIT
 
     @property
     def length(self) -> int:
@@ -2455,9 +2461,9 @@ class BatchScores:
     overflowed: int = 0
 
 
-def spare_tokens_of(manifest: Mapping[str, object]) -> int:
-    """The padding that a package's forward passes may hold, by the quantisation that its manifest names."""
-    return SPARE_TOKENS.get(manifest["quantize"], DEFAULT_SPARE_TOKENS)
+def padding_limit_of(manifest: Mapping[str, object]) -> int:
+    """Return the tokens of padding that a package's forward pass may hold, by its quantisation."""
+    return PADDING_LIMITS.get(manifest["quantize"], DEFAULT_PADDING_LIMIT)
 
 
 def orders_of(contract, orders: Iterable[str]) -> tuple[str, ...]:
@@ -2475,14 +2481,14 @@ def padded_tokens(batch: Sequence[Request]) -> int:
 
     # Each group is a forward pass of its own, padded to its longest sequence.
     tokens = 0
-    for places in group_by_length(lengths, batch[0].spare_tokens):
+    for places in group_by_length(lengths, batch[0].padding_limit):
         longest = max(lengths[place] for place in places)
         tokens += longest * len(places)
     return tokens
 
 
 def group_by_length(
-    lengths: Sequence[int], spare_tokens: int = DEFAULT_SPARE_TOKENS
+    lengths: Sequence[int], padding_limit: int = DEFAULT_PADDING_LIMIT
 ) -> list[list[int]]:
     """Group sequences of like length, each group to be one forward pass."""
     longest_first = sorted(range(len(lengths)), key=lambda place: -lengths[place])
@@ -2492,7 +2498,7 @@ def group_by_length(
     for place in longest_first:
         # A sequence is padded to the longest of its group, which is the group's first one.
         padding += longest - lengths[place]
-        if not groups or padding > spare_tokens:
+        if not groups or padding > padding_limit:
             groups.append([])
             padding = 0
             longest = lengths[place]
@@ -2506,7 +2512,7 @@ def make_requests(
     contract,
     pairs: Sequence,
     orders: Iterable[str],
-    spare_tokens: int = DEFAULT_SPARE_TOKENS,
+    padding_limit: int = DEFAULT_PADDING_LIMIT,
 ) -> list[Request]:
     """Encode pairs in each of `orders`, by the package's own model_input.py: a request for each."""
     requests = []
@@ -2516,7 +2522,7 @@ def make_requests(
             ordered_pairs = [model_input.swap(pair) for pair in pairs]
         encoded = model_input.encode_all(list(ordered_pairs), tokenizer, contract)
         for pair, sequences in zip(pairs, encoded, strict=True):
-            requests.append(Request(pair.id, order, sequences, spare_tokens))
+            requests.append(Request(pair.id, order, sequences, padding_limit))
     return requests
 
 
@@ -2581,8 +2587,8 @@ def batch_probabilities(
     sequences = []
     for request in batch:
         sequences += request.sequences
-    spare_tokens = batch[0].spare_tokens  # one package's requests have the same
-    logits_bv = verdict_logits(model, contract, sequences, device, pass_context, spare_tokens)
+    padding_limit = batch[0].padding_limit  # one package's requests have the same
+    logits_bv = verdict_logits(model, contract, sequences, device, pass_context, padding_limit)
 
     # This cancels the position bias of a base model that was not trained.
     if contract.logit_bias:
@@ -2596,7 +2602,7 @@ def verdict_logits(
     sequences: Sequence[list[int]],
     device: str,
     pass_context=contextlib.nullcontext,
-    spare_tokens: int = DEFAULT_SPARE_TOKENS,
+    padding_limit: int = DEFAULT_PADDING_LIMIT,
 ) -> torch.Tensor:
     """Compute the logits of the verdicts for the requests of a batch.
 
@@ -2605,7 +2611,7 @@ def verdict_logits(
     # Sequences of like length go through the model together, wherever they stand in the batch.
     output_rows = [torch.empty(0)] * len(sequences)
     lengths = [len(ids) for ids in sequences]
-    for places in group_by_length(lengths, spare_tokens):
+    for places in group_by_length(lengths, padding_limit):
         group = [sequences[place] for place in places]
         with pass_context():
             outputs_bu = read_head(model, contract, group, device).float().cpu()

@@ -18,9 +18,10 @@ ORDERS = ("as_given", "swapped")
 # The order of a reward model's two sequences.
 REWARD_SIDES = ("model_a", "model_b")
 
-# What a forward pass costs beside its tokens, in tokens, by the package's quantisation: weights are unpacked in each pass.
-SPARE_TOKENS = {"none": 32, "int8": 32, "nf4": 128, "gptq8": 256, "gptq4": 512}
-DEFAULT_SPARE_TOKENS = 128
+# A forward pass may compute so many tokens of padding, by the package's quantisation: more would cost more than another
+# pass. That costs most where weights are unpacked in each.
+PADDING_LIMITS = {"none": 32, "int8": 32, "nf4": 128, "gptq8": 256, "gptq4": 512}
+DEFAULT_PADDING_LIMIT = 128
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Request:
     id: str
     order: str
     sequences: tuple[list[int], ...]
-    spare_tokens: int = DEFAULT_SPARE_TOKENS
+    padding_limit: int = DEFAULT_PADDING_LIMIT
 
     @property
     def length(self) -> int:
@@ -51,9 +52,9 @@ class BatchScores:
     overflowed: int = 0
 
 
-def spare_tokens_of(manifest: Mapping[str, object]) -> int:
-    """The padding that a package's forward passes may hold, by the quantisation that its manifest names."""
-    return SPARE_TOKENS.get(manifest["quantize"], DEFAULT_SPARE_TOKENS)
+def padding_limit_of(manifest: Mapping[str, object]) -> int:
+    """Return the tokens of padding that a package's forward pass may hold, by its quantisation."""
+    return PADDING_LIMITS.get(manifest["quantize"], DEFAULT_PADDING_LIMIT)
 
 
 def orders_of(contract, orders: Iterable[str]) -> tuple[str, ...]:
@@ -71,20 +72,20 @@ def padded_tokens(batch: Sequence[Request]) -> int:
 
     # Each group is a forward pass of its own, padded to its longest sequence.
     tokens = 0
-    for places in group_by_length(lengths, batch[0].spare_tokens):
+    for places in group_by_length(lengths, batch[0].padding_limit):
         longest = max(lengths[place] for place in places)
         tokens += longest * len(places)
     return tokens
 
 
 def group_by_length(
-    lengths: Sequence[int], spare_tokens: int = DEFAULT_SPARE_TOKENS
+    lengths: Sequence[int], padding_limit: int = DEFAULT_PADDING_LIMIT
 ) -> list[list[int]]:
     """Group sequences of like length, each group to be one forward pass.
 
     Args:
         lengths: The sequences' numbers of tokens.
-        spare_tokens: The most padding in a group. More of it costs more than another pass.
+        padding_limit: The most padding in a group. More of it costs more than another pass.
 
     Returns:
         For each group the sequences' places in `lengths`, longest first.
@@ -96,7 +97,7 @@ def group_by_length(
     for place in longest_first:
         # A sequence is padded to the longest of its group, which is the group's first one.
         padding += longest - lengths[place]
-        if not groups or padding > spare_tokens:
+        if not groups or padding > padding_limit:
             groups.append([])
             padding = 0
             longest = lengths[place]
@@ -110,7 +111,7 @@ def make_requests(
     contract,
     pairs: Sequence,
     orders: Iterable[str],
-    spare_tokens: int = DEFAULT_SPARE_TOKENS,
+    padding_limit: int = DEFAULT_PADDING_LIMIT,
 ) -> list[Request]:
     """Encode pairs in each of `orders`, by the package's own model_input.py: a request for each."""
     requests = []
@@ -120,7 +121,7 @@ def make_requests(
             ordered_pairs = [model_input.swap(pair) for pair in pairs]
         encoded = model_input.encode_all(list(ordered_pairs), tokenizer, contract)
         for pair, sequences in zip(pairs, encoded, strict=True):
-            requests.append(Request(pair.id, order, sequences, spare_tokens))
+            requests.append(Request(pair.id, order, sequences, padding_limit))
     return requests
 
 
@@ -201,8 +202,8 @@ def batch_probabilities(
     sequences = []
     for request in batch:
         sequences += request.sequences
-    spare_tokens = batch[0].spare_tokens  # one package's requests have the same
-    logits_bv = verdict_logits(model, contract, sequences, device, pass_context, spare_tokens)
+    padding_limit = batch[0].padding_limit  # one package's requests have the same
+    logits_bv = verdict_logits(model, contract, sequences, device, pass_context, padding_limit)
 
     # This cancels the position bias of a base model that was not trained.
     if contract.logit_bias:
@@ -216,7 +217,7 @@ def verdict_logits(
     sequences: Sequence[list[int]],
     device: str,
     pass_context=contextlib.nullcontext,
-    spare_tokens: int = DEFAULT_SPARE_TOKENS,
+    padding_limit: int = DEFAULT_PADDING_LIMIT,
 ) -> torch.Tensor:
     """Compute the logits of the verdicts for the requests of a batch.
 
@@ -228,7 +229,7 @@ def verdict_logits(
     # Sequences of like length go through the model together, wherever they stand in the batch.
     output_rows = [torch.empty(0)] * len(sequences)
     lengths = [len(ids) for ids in sequences]
-    for places in group_by_length(lengths, spare_tokens):
+    for places in group_by_length(lengths, padding_limit):
         group = [sequences[place] for place in places]
         with pass_context():
             outputs_bu = read_head(model, contract, group, device).float().cpu()

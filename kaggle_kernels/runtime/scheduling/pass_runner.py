@@ -73,14 +73,7 @@ class Pass:
 def make_pass(
     label: str, requests: Sequence[Request], deadline: float, workers: Sequence[Worker]
 ) -> Pass:
-    """Make a pass over some rows, whose batches fit the most capable worker.
-
-    Args:
-        label: Names it in the log.
-        requests: The rows.
-        deadline: When its last batch must end, as time.monotonic gives seconds.
-        workers: Those that will do it.
-    """
+    """Make a pass over rows, whose batches fit the token budget of the most capable worker."""
     tokens_per_batch = max(worker.tokens_per_batch for worker in workers)
     batches = make_batches(requests, tokens_per_batch)
     return Pass(label, deque(batches), deadline, rows=len(requests))
@@ -244,7 +237,7 @@ def handle_worker_death(work: Pass, worker: Worker, reason: str, clock: Clock) -
 
     # A process that could not load before the deadline is not started.
     if worker.gone:
-        outcome = f"gone after {worker.fruitless} deaths without a score in between"
+        outcome = f"gone after {worker.deaths_without_score} deaths without a score in between"
     elif work.deadline - time.monotonic() <= worker.load_seconds:
         outcome = "not started again, the clock has no time to load it"
     else:

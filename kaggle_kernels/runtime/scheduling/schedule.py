@@ -17,7 +17,7 @@ from kaggle_kernels.runtime.models.scoring import (
     make_requests,
     mean_of_orders,
     orders_of,
-    spare_tokens_of,
+    padding_limit_of,
 )
 from kaggle_kernels.runtime.package import Package, PackageError
 from kaggle_kernels.runtime.scheduling.pass_runner import Pass, make_pass, pass_record, run_pass
@@ -79,8 +79,8 @@ class Measurements:
 
 
 @dataclass(frozen=True)
-class Board:
-    """All that the kernel knows of its run: what to score, how far it is, what it measured."""
+class ScoringJob:
+    """The kernel's job: what to score, how far that is, and what was measured on the way."""
 
     inputs: Inputs
     progress: Progress
@@ -122,15 +122,15 @@ class NextPass:
     deadline: float  # as time.monotonic gives seconds
 
 
-def make_board(
+def make_job(
     settings: Settings,
     packages: Sequence[Package],
     rows: Sequence[Mapping],
     devices: Sequence[str],
     clock: Clock,
     hidden_run: bool,
-) -> Board:
-    """Make a board on which nothing is scored yet. The devices share the CPU's cores evenly."""
+) -> ScoringJob:
+    """Make a job of which nothing is scored yet. The devices share the CPU's cores evenly."""
     # Rows that count on the leaderboard will be scored before the others.
     counting_ids = [row["id"] for row in rows if row["counts"]]
     other_ids = [row["id"] for row in rows if not row["counts"]]
@@ -159,10 +159,10 @@ def make_board(
         packages=list(range(len(packages))),
         devices=dict(inputs.devices),
     )
-    return Board(inputs, progress, Measurements())
+    return ScoringJob(inputs, progress, Measurements())
 
 
-def score_all(board: Board) -> None:
+def score_all(job: ScoringJob) -> None:
     """Make pass after pass until nothing is left or nothing more fits the clock.
 
     In the hidden run a package that fails is left out while another one works.
@@ -174,36 +174,38 @@ def score_all(board: Board) -> None:
     loaded: int | None = None  # the number of the package that the workers have
     workers: list[Worker] = []
     try:
-        while next_pass := plan_next_pass(board, loaded, workers):
+        while next_pass := plan_next_pass(job, loaded, workers):
             try:
                 # Two models do not fit one GPU: the old one goes before the new one comes.
                 if next_pass.package != loaded:
-                    stop_workers(board, workers)
-                    workers = load_package(board, next_pass.package)
+                    stop_workers(job, workers)
+                    workers = load_package(job, next_pass.package)
                     loaded = next_pass.package
-                score_pass(board, next_pass, workers)
+                score_pass(job, next_pass, workers)
             except (PackageError, LoadError) as error:
-                stop_workers(board, workers)
+                stop_workers(job, workers)
                 loaded = None
-                leave_out(board, next_pass.package, error)
+                leave_out(job, next_pass.package, error)
     finally:
-        stop_workers(board, workers)
+        stop_workers(job, workers)
 
 
-def leave_out(board: Board, number: int, error: Exception) -> None:
+def leave_out(job: ScoringJob, number: int, error: Exception) -> None:
     """Go on without a package, in the hidden run and while another one works; else raise `error`."""
-    board.progress.packages.remove(number)
-    another_works = bool(board.progress.packages or board.progress.passes)
-    if not board.inputs.hidden_run or not another_works:
+    job.progress.packages.remove(number)
+    another_works = bool(job.progress.packages or job.progress.passes)
+    if not job.inputs.hidden_run or not another_works:
         raise error
-    log(board.inputs.clock, f"{board.inputs.packages[number].folder.name}: left out: {error}")
+    log(job.inputs.clock, f"{job.inputs.packages[number].folder.name}: left out: {error}")
 
 
-def plan_next_pass(board: Board, loaded: int | None, workers: Sequence[Worker]) -> NextPass | None:
+def plan_next_pass(
+    job: ScoringJob, loaded: int | None, workers: Sequence[Worker]
+) -> NextPass | None:
     """Plan the next pass: rows that count come first, the others get what time is left.
 
     Args:
-        board: The state of the run.
+        job: What is to be scored, and has been.
         loaded: The number of the package that the workers have loaded; None: none.
         workers: The workers of that package.
 
@@ -213,18 +215,18 @@ def plan_next_pass(board: Board, loaded: int | None, workers: Sequence[Worker]) 
     # Workers are gone for good once they died too often; no plan brings them back.
     all_gone = bool(workers) and all(worker.gone for worker in workers)
     if all_gone:
-        log(board.inputs.clock, "no device is left; rows without a score get the prior")
-    if all_gone or not board.progress.packages or board.inputs.clock.left() <= 0:
+        log(job.inputs.clock, "no device is left; rows without a score get the prior")
+    if all_gone or not job.progress.packages or job.inputs.clock.left() <= 0:
         return None
 
-    for group in board.inputs.row_groups:
+    for group in job.inputs.row_groups:
         # A group's first pass measures the tokens of all its rows, so that any row shows whether
         # it was made.
-        first_pass_was_made = group[0] in board.measured.tokens
+        first_pass_was_made = group[0] in job.measured.tokens
         if first_pass_was_made:
-            next_pass = plan_further_pass(board, group, loaded)
+            next_pass = plan_further_pass(job, group, loaded)
         else:
-            next_pass = plan_first_pass(board, group, loaded)
+            next_pass = plan_first_pass(job, group, loaded)
 
         # The rows that do not count wait until nothing is left to do for those that do.
         if next_pass is not None:
@@ -232,30 +234,30 @@ def plan_next_pass(board: Board, loaded: int | None, workers: Sequence[Worker]) 
     return None
 
 
-def plan_first_pass(board: Board, group: Sequence[str], loaded: int | None) -> NextPass:
+def plan_first_pass(job: ScoringJob, group: Sequence[str], loaded: int | None) -> NextPass:
     """Plan one order of all rows of a group, with the loaded model or else the spec's first."""
-    packages = board.progress.packages
+    packages = job.progress.packages
     number = loaded if loaded in packages else packages[0]
-    order = board.orders(number)[0]
-    return NextPass(number, order, frozenset(group), board.inputs.clock.deadline)
+    order = job.orders(number)[0]
+    return NextPass(number, order, frozenset(group), job.inputs.clock.deadline)
 
 
-def plan_further_pass(board: Board, group: Sequence[str], loaded: int | None) -> NextPass | None:
+def plan_further_pass(job: ScoringJob, group: Sequence[str], loaded: int | None) -> NextPass | None:
     """Plan all further passes over a group of rows, and return the one to begin with.
 
     Returns:
         None where no row is left, or no time for one.
     """
-    candidates = list_candidates(board, group, loaded)
+    candidates = list_candidates(job, group, loaded)
     if not candidates:
         return None
 
-    clock = board.inputs.clock
-    by_log_loss = len(board.inputs.settings.columns) > 1
+    clock = job.inputs.clock
+    by_log_loss = len(job.inputs.settings.columns) > 1
     plan = plan_passes(
-        candidates, board.probabilities(), board.measured.tokens, clock.left(), by_log_loss
+        candidates, job.probabilities(), job.measured.tokens, clock.left(), by_log_loss
     )
-    log_plan(board, plan)
+    log_plan(job, plan)
 
     # Where a pass has no rows, there was no time for it.
     plan_with_rows = [planned for planned in plan if planned.row_ids]
@@ -281,80 +283,82 @@ def count_seconds(plan: Sequence[PlannedPass], loaded: int) -> float:
     return seconds
 
 
-def list_candidates(board: Board, group: Sequence[str], loaded: int | None) -> list[CandidatePass]:
+def list_candidates(
+    job: ScoringJob, group: Sequence[str], loaded: int | None
+) -> list[CandidatePass]:
     """List every pass that has rows of the group left to score, those of the loaded model first."""
-    packages = sorted(board.progress.packages, key=lambda number: number != loaded)
+    packages = sorted(job.progress.packages, key=lambda number: number != loaded)
     candidates = []
     for number in packages:
-        rate = predict_rate(board, number)
-        for order in board.orders(number):
-            unscored = board.unscored((number, order), group)
+        rate = predict_rate(job, number)
+        for order in job.orders(number):
+            unscored = job.unscored((number, order), group)
             if unscored:
                 candidate = CandidatePass(
                     package=number,
                     order=order,
-                    change=predict_change(board, number),
+                    change=predict_change(job, number),
                     seconds_per_token=PADDING_FACTOR / rate if rate else 0.0,
-                    load_seconds=0.0 if number == loaded else predict_load_seconds(board, number),
+                    load_seconds=0.0 if number == loaded else predict_load_seconds(job, number),
                     unscored=unscored,
                 )
                 candidates.append(candidate)
     return candidates
 
 
-def predict_change(board: Board, number: int) -> float:
+def predict_change(job: ScoringJob, number: int) -> float:
     """Predict how much another score by a package changes a probability (standard deviation)."""
-    packages = board.inputs.settings.packages
-    total_weight = sum(packages[other].weight for other in board.progress.packages)
+    packages = job.inputs.settings.packages
+    total_weight = sum(packages[other].weight for other in job.progress.packages)
     relative_weight = packages[number].weight / total_weight
 
     # The second order of a model says less than the first score of a model.
-    has_scored = any(board.progress.tried.get((number, order)) for order in board.orders(number))
+    has_scored = any(job.progress.tried.get((number, order)) for order in job.orders(number))
     if has_scored:
         return CHANGE_OF_ORDER * relative_weight
     return CHANGE_OF_MODEL * 2 * relative_weight  # measured with two models of equal weight
 
 
-def predict_rate(board: Board, number: int) -> float:
+def predict_rate(job: ScoringJob, number: int) -> float:
     """Predict the tokens a second of a package; 0 where no pass has measured any package's."""
-    rates = board.measured.rates
+    rates = job.measured.rates
     if number in rates or not rates:
         return rates.get(number, 0.0)
 
     # The devices do as many operations a second as for a package that has run, but a token takes
     # more of them, or fewer.
-    packages = board.inputs.packages
+    packages = job.inputs.packages
     measured_number, *_others = rates
     operations_per_second = rates[measured_number] * flop_per_token(packages[measured_number])
     return operations_per_second / flop_per_token(packages[number])
 
 
-def predict_load_seconds(board: Board, number: int) -> float:
+def predict_load_seconds(job: ScoringJob, number: int) -> float:
     """Predict how long loading a package takes. All devices load from the same disk."""
-    is_split = board.inputs.settings.packages[number].placement == "split"
-    copies = 1 if is_split else len(board.progress.devices)
-    return loading_seconds(board.inputs.packages[number], copies)
+    is_split = job.inputs.settings.packages[number].placement == "split"
+    copies = 1 if is_split else len(job.progress.devices)
+    return loading_seconds(job.inputs.packages[number], copies)
 
 
-def log_plan(board: Board, plan: Sequence[PlannedPass]) -> None:
+def log_plan(job: ScoringJob, plan: Sequence[PlannedPass]) -> None:
     """Log what a plan does with the seconds that are left."""
     parts = []
     for planned in plan:
         candidate = planned.candidate
-        name = f"{board.inputs.packages[candidate.package].folder.name} {candidate.order}"
+        name = f"{job.inputs.packages[candidate.package].folder.name} {candidate.order}"
         rows = f"{len(planned.row_ids)} of {len(candidate.unscored)} rows"
         parts.append(f"{name} {rows} in {planned.seconds:.1f} s")
-    clock = board.inputs.clock
+    clock = job.inputs.clock
     log(clock, f"plan: {clock.left():.1f} s left: {'; '.join(parts)}")
 
 
-def load_package(board: Board, number: int) -> list[Worker]:
+def load_package(job: ScoringJob, number: int) -> list[Worker]:
     """Start workers on the devices that still work, which load a package.
 
     Raises:
         LoadError: No device is left, or a model that is split would lack one of them.
     """
-    inputs, devices = board.inputs, board.progress.devices
+    inputs, devices = job.inputs, job.progress.devices
     package, settings = inputs.packages[number], inputs.settings
     package_settings = settings.packages[number]
 
@@ -367,31 +371,31 @@ def load_package(board: Board, number: int) -> list[Worker]:
     )
 
 
-def stop_workers(board: Board, workers: list[Worker]) -> None:
-    """Stop the workers and empty the list. A device that has failed for good leaves the board."""
+def stop_workers(job: ScoringJob, workers: list[Worker]) -> None:
+    """Stop the workers and empty the list. A device that has failed for good leaves the job."""
     # Where no worker could load the package, that is the package's fault and the devices stay.
     any_loaded = any(worker.load_seconds for worker in workers)
     for worker in workers:
         worker.stop()
         if worker.gone and any_loaded:
             for position in worker.positions:
-                board.progress.devices.pop(position, None)
+                job.progress.devices.pop(position, None)
     workers.clear()
 
 
-def score_pass(board: Board, next_pass: NextPass, workers: Sequence[Worker]) -> None:
-    """Score the rows of a pass, and put the result on the board.
+def score_pass(job: ScoringJob, next_pass: NextPass, workers: Sequence[Worker]) -> None:
+    """Score the rows of a pass, and note the result.
 
     Raises:
         PackageError: The last worker that is left refuses the package.
         LoadError: No worker could load it.
     """
     number, order = next_pass.package, next_pass.order
-    package, clock = board.inputs.packages[number], board.inputs.clock
+    package, clock = job.inputs.packages[number], job.inputs.clock
     label = f"{package.folder.name}, {order}"
 
     # The rows of the first pass are encoded here while the workers load.
-    requests = encode_rows(board.inputs, next_pass)
+    requests = encode_rows(job.inputs, next_pass)
     tokens = sum(request.tokens for request in requests)
     log(clock, f"{label}: {len(requests)} rows encoded, {tokens} tokens")
 
@@ -399,7 +403,7 @@ def score_pass(board: Board, next_pass: NextPass, workers: Sequence[Worker]) -> 
     work = run_pass(work, workers, clock)
     if all(worker.gone and not worker.load_seconds for worker in workers):
         raise LoadError(f"{package.folder}: no device could load it")
-    record_pass(board, (number, order), work, requests, workers)
+    record_pass(job, (number, order), work, requests, workers)
 
 
 def encode_rows(inputs: Inputs, next_pass: NextPass) -> list[Request]:
@@ -418,7 +422,7 @@ def encode_rows(inputs: Inputs, next_pass: NextPass) -> list[Request]:
             inputs.contracts[next_pass.package],
             pairs[start : start + ENCODED_AT_ONCE],
             (next_pass.order,),
-            spare_tokens_of(package.manifest),
+            padding_limit_of(package.manifest),
         )
 
         # Four bytes for each token id, since there are millions of them.
@@ -429,17 +433,17 @@ def encode_rows(inputs: Inputs, next_pass: NextPass) -> list[Request]:
 
 
 def record_pass(
-    board: Board, key: Key, work: Pass, requests: Sequence[Request], workers: Sequence[Worker]
+    job: ScoringJob, key: Key, work: Pass, requests: Sequence[Request], workers: Sequence[Worker]
 ) -> None:
-    """Put a finished pass on the board: its scores, the rows that it tried, what it measured."""
+    """Note what a finished pass gave: its scores, the rows that it tried, what it measured."""
     number, order = key
-    progress, measured = board.progress, board.measured
+    progress, measured = job.progress, job.measured
     for row_id, probabilities in work.scores.items():
         progress.scores[number][row_id][order] = probabilities
 
     progress.tried.setdefault(key, set()).update(list_tried_rows(work, requests, workers))
     # A row that ended its workers in one order would do so in the other.
-    for any_order in board.orders(number):
+    for any_order in job.orders(number):
         progress.tried.setdefault((number, any_order), set()).update(work.given_up)
 
     # What later plans need: the rows' lengths, and the speed of the workers that still live.
@@ -450,7 +454,7 @@ def record_pass(
         measured.rates[number] = rate
 
     # kernel.json keeps a record of every pass.
-    run = board.inputs.settings.packages[number].run
+    run = job.inputs.settings.packages[number].run
     progress.passes.append({"run": run, "order": order, **pass_record(work)})
 
 
@@ -471,12 +475,8 @@ def combine(
 ) -> dict[str, list[float]]:
     """Combine the packages' scores to probabilities of the competition's verdicts, by id.
 
-    Orders are averaged, then packages by weight, then the temperature is applied.
-
-    Args:
-        settings: Has the packages' weights and the temperature.
-        packages: In the order of the settings.
-        scores: Of each package.
+    Orders are averaged, then packages by weight, then the temperature is applied. `packages` and
+    `scores` are in the order of the settings.
     """
     # Only those packages that scored a row have a say in it.
     opinions: dict[str, list[list[float]]] = {}

@@ -1,8 +1,8 @@
 """The workers as the kernel's own process sees them: started, given batches, killed, restarted.
 
 A worker that dies is started again with half its token budget, which stays halved. One that dies
-FRUITLESS_DEATHS times without a scored batch in between is given up: its device is gone, and the
-others go on without it. pass_runner.handle_worker_death decides what becomes of its rows.
+often without a scored batch in between is given up: its device is gone, and the others go on
+without it. pass_runner.handle_worker_death decides what becomes of its rows.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from kaggle_kernels.runtime.package import Package
 from kaggle_kernels.runtime.scheduling.worker import Assignment, run_worker
 from kaggle_kernels.runtime.settings import Clock, PackageSettings, log
 
-FRUITLESS_DEATHS = 3
+MOST_DEATHS_WITHOUT_SCORE = 3
 JOIN_SECONDS = 30.0  # a killed process may be stuck in a driver
 
 
@@ -45,7 +45,7 @@ class Worker:
     tokens: int = 0
     seconds: float = 0.0  # in which it had work
     load_seconds: float = 0.0
-    fruitless: int = 0  # deaths without a score in between
+    deaths_without_score: int = 0  # since the last scored batch
 
     @property
     def batches_at_once(self) -> int:
@@ -94,7 +94,7 @@ class Worker:
         self.tokens += padded_tokens(batch)
         self.seconds += now - self.last_event
         self.last_event = now
-        self.fruitless = 0
+        self.deaths_without_score = 0
         return batch
 
     def note_out_of_memory(self, number: int) -> list[Request]:
@@ -121,8 +121,8 @@ class Worker:
         # Such a death does not count against the worker.
         had_single_rows = bool(being_scored) and all(len(batch) == 1 for batch in being_scored)
         if not had_single_rows:
-            self.fruitless += 1
-        self.gone = self.fruitless >= FRUITLESS_DEATHS
+            self.deaths_without_score += 1
+        self.gone = self.deaths_without_score >= MOST_DEATHS_WITHOUT_SCORE
         return being_scored, ready
 
     def stop(self) -> None:

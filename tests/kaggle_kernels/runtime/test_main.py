@@ -21,7 +21,7 @@ from kaggle_kernels.runtime.settings import TimeLimit, start_clock
 from preprocess.core.files import sha256
 from tests import tiny
 from tests.kaggle_kernels.packages import flip_byte, make_package, settings_for
-from tests.kaggle_kernels.runtime.boards import refuse
+from tests.kaggle_kernels.runtime.scoring_jobs import refuse
 from tests.kaggle_kernels.runtime.workers import start_in_thread
 
 pytestmark = pytest.mark.usefixtures("workers_in_threads")

@@ -16,7 +16,7 @@ from kaggle_kernels.runtime.scheduling import worker as runtime_worker
 from kaggle_kernels.runtime.scheduling.pass_runner import Pass, make_pass, next_batch, pass_record, run_pass
 from kaggle_kernels.runtime.scheduling.worker_handle import Worker, leave
 from kaggle_kernels.runtime.settings import Clock, start_clock
-from tests.kaggle_kernels.runtime.boards import refuse
+from tests.kaggle_kernels.runtime.scoring_jobs import refuse
 from tests.kaggle_kernels.runtime.workers import Device, answer, start_in_thread
 
 FAR = 1000.0
@@ -206,13 +206,13 @@ def test_a_worker_is_not_started_after_the_deadline():
 def test_only_deaths_without_a_score_in_between_and_over_more_than_one_row_count_against_a_device():
     worker = Worker("cpu", None, 1000, lambda task: None)
     worker.connection = SimpleNamespace(send=lambda message: None)
-    for rows, fruitless in ((1, 0), (1, 0), (2, 1), (2, 2)):
+    for rows, deaths_without_score in ((1, 0), (1, 0), (2, 1), (2, 2)):
         worker.send(REQUESTS[:rows])
         worker.note_death()
-        assert (worker.fruitless, worker.gone) == (fruitless, False)
+        assert (worker.deaths_without_score, worker.gone) == (deaths_without_score, False)
     worker.send(REQUESTS[:2])
     worker.note_scored(worker.batches_sent)
-    assert worker.fruitless == 0
+    assert worker.deaths_without_score == 0
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def test_batches_hold_as_many_rows_as_the_budget_allows_and_a_longer_row_alone()
 def test_lengths_that_are_not_alike_go_through_the_model_apart():
     assert group_by_length([10, 1000, 990, 12, 985]) == [[1, 2, 4], [3, 0]]
     assert group_by_length([1000, 900, 800]) == [[0, 1], [2]], "128 tokens of padding are allowed, 300 are not"
-    assert group_by_length([1000, 900, 800], spare_tokens=512) == [[0, 1, 2]], "a costly pass is worth more padding"
+    assert group_by_length([1000, 900, 800], padding_limit=512) == [[0, 1, 2]], "a costly pass is worth more padding"
     rewards = [Request("1", "as_given", ([5] * 1000, [5] * 300)), Request("2", "as_given", ([5] * 990, [5] * 200))]
     assert padded_tokens(rewards) == 2 * 1000 + 2 * 300
 

@@ -1,10 +1,10 @@
-"""A two-model ensemble on thirty rows: settings, packages, and boards on which nothing is scored yet."""
+"""A two-model ensemble on thirty rows: settings, packages, and jobs of which nothing is scored yet."""
 
 from dataclasses import replace
 
 from kaggle_kernels.build.spec import Spec, settings_of
 from kaggle_kernels.runtime.scheduling import worker_handle
-from kaggle_kernels.runtime.scheduling.schedule import Board, make_board
+from kaggle_kernels.runtime.scheduling.schedule import ScoringJob, make_job
 from kaggle_kernels.runtime.settings import start_clock
 from tests import tiny
 from tests.kaggle_kernels.packages import settings_for
@@ -22,10 +22,10 @@ ONE = replace(BOTH, packages=(settings_for("two", "tiny-two"),))
 ROWS = tiny.pairs(30, seed=9).drop("winner").with_columns(counts=True).to_dicts()
 
 
-def board_of(packages, devices=("cpu", "cpu"), hidden_run=True, settings=None, rows=ROWS) -> Board:
-    """A board for one package or for both."""
+def job_of(packages, devices=("cpu", "cpu"), hidden_run=True, settings=None, rows=ROWS) -> ScoringJob:
+    """A job for one package or for both."""
     settings = settings or (ONE if len(packages) == 1 else BOTH)
-    return make_board(settings, packages, rows, devices, start_clock(600), hidden_run)
+    return make_job(settings, packages, rows, devices, start_clock(600), hidden_run)
 
 
 def replace_workers(monkeypatch, folder, target, positions=(0, 1)) -> None:
