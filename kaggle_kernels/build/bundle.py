@@ -85,12 +85,11 @@ def build(spec_path: Path, kernels: Path = KERNELS) -> list[Path]:
     Returns:
         The files that were written; none if the kernel was up to date.
     """
-    texts = generate_files(spec_path)
-    written = stale_files(spec_path, kernels)
-    for path in written:
+    stale = stale_files(spec_path, kernels)
+    for path, text in stale.items():
         with atomic_file(path) as temporary:
-            temporary.write_text(texts[path.name], encoding="utf-8")
-    return written
+            temporary.write_text(text, encoding="utf-8")
+    return list(stale)
 
 
 def generate_files(spec_path: Path) -> dict[str, str]:
@@ -103,14 +102,14 @@ def generate_files(spec_path: Path) -> dict[str, str]:
     }
 
 
-def stale_files(spec_path: Path, kernels: Path = KERNELS) -> list[Path]:
-    """List the files of a kernel that are absent, or not what the spec and the runtime give now."""
+def stale_files(spec_path: Path, kernels: Path = KERNELS) -> dict[Path, str]:
+    """Find the files of a kernel that are absent or out of date, each with the text it should have."""
     folder = kernel_folder(spec_path, kernels)
-    stale = []
+    stale = {}
     for name, text in generate_files(spec_path).items():
         path = folder / name
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
-            stale.append(path)
+            stale[path] = text
     return stale
 
 

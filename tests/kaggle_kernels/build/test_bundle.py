@@ -30,7 +30,7 @@ def spec_path(tmp_path, monkeypatch):
 
 
 def test_the_committed_example_is_what_its_spec_and_the_runtime_give():
-    assert stale_files(find_spec("demo"), EXAMPLES) == [], "run `make example`"
+    assert stale_files(find_spec("demo"), EXAMPLES) == {}, "run `make example`"
     assert [path.name for path in EXAMPLES.iterdir()] == ["demo"]
 
 

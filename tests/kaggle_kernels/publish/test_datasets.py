@@ -73,13 +73,6 @@ def test_a_fault_is_one_error_and_the_next_push_sends_only_what_is_lacking(folde
     assert len(kaggle.calls("StartBlobUpload")) == 3 + files_sent_again
 
 
-def test_no_dataset_is_asked_for_before_every_file_is_there(folder, kaggle):
-    kaggle.faults.append(Fault("PUT", where="manifest.json", status=400))
-    with pytest.raises(UserError):
-        publish(folder)
-    assert kaggle.calls("CreateDataset") == []
-
-
 @pytest.mark.parametrize("name", ["CreateDataset", "CreateDatasetVersion"])
 def test_a_lost_answer_makes_no_second_version(folder, kaggle, name):
     kaggle.site.processing_calls = 2

@@ -231,13 +231,6 @@ def test_memory_may_run_out_in_any_library(error, rows, expected):
     assert runtime_worker.lacks_memory(error, rows) == expected
 
 
-def test_a_batch_that_is_too_large_halves_the_budget_and_no_worker_dies():
-    worker = Device(memory_tokens=250).worker(300)
-    work = run([worker], requests=[Request(str(number), "as_given", ([5] * 100,)) for number in range(3)])
-    assert len(work.scores) == 3
-    assert worker.tokens_per_batch == 150
-
-
 def random_device(seed, killers):
     """A device with a random memory and speed, which may die, fail, not load, and dies at the rows in `killers`."""
     dice = random.Random(seed)

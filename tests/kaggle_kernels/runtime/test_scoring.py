@@ -40,23 +40,6 @@ def score_all(loaded, pairs, **options):
     return score(model, package.model_input, package.tokenizer, package.contract, pairs, **options)
 
 
-def furthest(first, second):
-    assert first.keys() == second.keys()
-    return max(
-        abs(p - q)
-        for row_id, by_order in first.items()
-        for order, values in by_order.items()
-        for p, q in zip(values, second[row_id][order], strict=True)
-    )
-
-
-def test_scoring_in_batches_equals_scoring_one_row_at_a_time(loaded, pairs):
-    package, model = loaded
-    alone = {pair.id: score_all(loaded, [pair])[pair.id] for pair in pairs}
-    assert furthest(score_all(loaded, pairs, tokens_per_batch=1200), alone) < 1e-5
-    assert len({round(by_order["as_given"][0], 4) for by_order in alone.values()}) > 20, "the head does not tell rows apart"
-
-
 def test_the_second_order_is_the_swapped_pairs_score_with_a_and_b_swapped_back(three_verdict_folder, pairs):
     package = read_package(three_verdict_folder)
     loaded = package, load_model(three_verdict_folder, package.contract, "cpu")
