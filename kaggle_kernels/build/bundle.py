@@ -12,16 +12,16 @@ import ast
 import functools
 import json
 import subprocess
-import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ruff import find_ruff_bin
+
 from kaggle_kernels.build.memory_fit import Fit, describe_memory, fit_packages, package_settings
 from kaggle_kernels.build.packages import choose_temperature
 from kaggle_kernels.build.spec import COMPETITIONS, Spec, read_spec, settings_of
-from kaggle_kernels.runtime.settings import Settings
 from postprocess.package import OWNER
 from preprocess.core.errors import UserError
 from preprocess.core.files import atomic_file
@@ -58,6 +58,7 @@ MODULES = (
 # The layout of kernel.py, in characters. Its lines are as long as those of the runtime's modules.
 LINE_WIDTH = "100"
 DOCSTRING_WIDTH = 96
+SETTINGS_PLACE = "SETTINGS = ...\n"
 RULE = "# " + "=" * 96
 
 ImportStatement = ast.Import | ast.ImportFrom
@@ -155,11 +156,17 @@ def kernel_text(name: str, spec: Spec, fits: Sequence[Fit]) -> str:
     docstring = format_docstring(name, spec, fits)
     packages = [package_settings(fit) for fit in fits]
     settings = settings_of(name, spec, packages, choose_temperature(spec))
-    return format_source(assemble_kernel(docstring, settings))
+    source_of_settings = format_source(f"SETTINGS = {settings!r}\n")
+    return f"{docstring}\n\n{assemble_runtime().replace(SETTINGS_PLACE, source_of_settings)}"
 
 
-def assemble_kernel(docstring: str, settings: Settings) -> str:
-    """Put kernel.py together: docstring, imports, modules, settings, and the call that runs it."""
+@functools.cache
+def assemble_runtime() -> str:
+    """Put together what all kernels share: imports, modules and the call that runs it.
+
+    Returns:
+        The source, with SETTINGS_PLACE where a kernel has its settings.
+    """
     modules = [read_module(name) for name in MODULES]
     check_names(modules)
 
@@ -168,23 +175,20 @@ def assemble_kernel(docstring: str, settings: Settings) -> str:
     sections = []
     for module in modules:
         imports += module.imports
-        section = format_section(module)
+        sections.append(format_section(module))
         # The settings follow the module that defines their classes: a reader meets them first.
         if module.name == "settings":
-            section += f"\n\n\nSETTINGS = {settings!r}"
-        sections.append(section)
+            sections.append(SETTINGS_PLACE)
 
     ending = 'if __name__ == "__main__":\n    run_kernel(SETTINGS)\n    leave()\n'
-    return "\n\n\n".join([docstring, "\n".join(imports), *sections, ending])
+    return format_source("\n\n\n".join(["\n".join(imports), *sections, ending]))
 
 
 def format_source(source: str) -> str:
     """Merge and sort the imports of Python source and lay it out, both by ruff."""
     for command in (["check", "--select", "I", "--fix"], ["format"]):
-        ruff = [sys.executable, "-m", "ruff", *command, "--isolated", "--line-length", LINE_WIDTH]
-        done = subprocess.run(
-            [*ruff, "-"], input=source, capture_output=True, encoding="utf-8", check=True
-        )
+        ruff = [find_ruff_bin(), *command, "--isolated", "--line-length", LINE_WIDTH, "-"]
+        done = subprocess.run(ruff, input=source, capture_output=True, encoding="utf-8", check=True)
         source = done.stdout
     return source
 
