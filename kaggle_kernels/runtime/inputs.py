@@ -166,13 +166,7 @@ def read_text(value: str | Sequence | None, are_turns: bool) -> str | list[str |
 
 
 def install_missing_wheels(root: Path, packages: Sequence[Package], wheels: str | None) -> None:
-    """Install bitsandbytes where a package needs it and the image lacks it.
-
-    Args:
-        root: The folder that is /kaggle, or stands for it.
-        packages: The packages.
-        wheels: The dataset with the wheel; None: the spec names none.
-    """
+    """Install bitsandbytes, from the dataset `wheels`, where a package needs it and the image lacks it."""
     is_needed = any(package.manifest["quantize"] in ("nf4", "int8") for package in packages)
     is_installed = importlib.util.find_spec("bitsandbytes") is not None
     if not is_needed or is_installed:

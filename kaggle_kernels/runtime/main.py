@@ -136,12 +136,7 @@ def write_records(
 ) -> None:
     """Write scores.parquet and kernel.json, which no score depends on.
 
-    Args:
-        folder: /kaggle/working.
-        job: The finished job.
-        visible: The held-out rows that the visible run scored; none in the hidden run.
-        final: Probabilities of all rows of the test file, the prior included.
-        record: The part of kernel.json that is known before.
+    `final` are the submitted probabilities, `record` is the part of kernel.json that is known before.
     """
     scored = job.probabilities()
     verdicts = job.inputs.settings.verdicts

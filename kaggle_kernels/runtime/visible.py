@@ -37,11 +37,6 @@ class VisibleRows:
 def choose_visible_rows(root: Path, settings: Settings, packages: Sequence[Package]) -> VisibleRows:
     """Choose rows of the train file that every package lists as validation rows.
 
-    Args:
-        root: The folder that is /kaggle, or stands for it.
-        settings: Says how many rows at most.
-        packages: The packages.
-
     Returns:
         No rows in the hidden run, and where there are none to choose from; it is never an error.
     """

@@ -279,7 +279,10 @@ def write_records(
     final: Mapping[str, list[float]],
     record: dict,
 ) -> None:
-    """Write scores.parquet and kernel.json, which no score depends on."""
+    """Write scores.parquet and kernel.json, which no score depends on.
+
+    `final` are the submitted probabilities, `record` is the part of kernel.json that is known before.
+    """
     scored = job.probabilities()
     verdicts = job.inputs.settings.verdicts
     write_scores(folder / "scores.parquet", verdicts, final, scored, job.model_columns())
@@ -1865,7 +1868,7 @@ def read_text(value: str | Sequence | None, are_turns: bool) -> str | list[str |
 
 
 def install_missing_wheels(root: Path, packages: Sequence[Package], wheels: str | None) -> None:
-    """Install bitsandbytes where a package needs it and the image lacks it."""
+    """Install bitsandbytes, from the dataset `wheels`, where a package needs it and the image lacks it."""
     is_needed = any(package.manifest["quantize"] in ("nf4", "int8") for package in packages)
     is_installed = importlib.util.find_spec("bitsandbytes") is not None
     if not is_needed or is_installed:
