@@ -40,7 +40,6 @@ from kaggle_kernels.runtime.submission import (
     write_submission,
 )
 from kaggle_kernels.runtime.visible import (
-    HIDDEN_ROWS,
     VisibleRows,
     choose_visible_rows,
     describe_finish,
@@ -78,7 +77,7 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
 
     # The time limit depends on the number of rows.
     test_file = find_mounted(root, settings.competition, TEST_FILES, "competitions")
-    rows = read_rows(test_file, are_turns="tie" in settings.verdicts)
+    rows = read_rows(test_file, settings.texts_are_turns)
     clock = start_clock(settings.time_limit(len(rows)), began)
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     log(clock, f"{settings.name}: {versions}")
@@ -273,7 +272,7 @@ def report_visible_run(
 
     # What is not spent on batches is spent once, however many rows there are.
     started_seconds = inputs.clock.elapsed() - sum(record["seconds"] for record in progress.passes)
-    for rows in HIDDEN_ROWS:
+    for rows in inputs.settings.hidden_rows:
         finish = predict_finish(progress.passes, started_seconds, rows)
         report["predicted"].append(finish)
         clock = start_clock(inputs.settings.time_limit(rows))

@@ -91,11 +91,11 @@ def fill_unscored(
 def write_submission(
     path: Path, settings: Settings, final: Mapping[str, Sequence[float]], ids: Sequence[str]
 ) -> None:
-    """Write id,winner or id and one probability a verdict. Where ids are wrong, no file is left.
+    """Write id and the winner, or its probabilities. Where ids are wrong, no file is left.
 
     Args:
         path: The file; it gets this name once its ids were read back.
-        settings: Name the competition's columns and verdicts.
+        settings: Name the competition's columns, verdicts and kind of answer.
         final: The probabilities by id.
         ids: The test file's, in its order, read again.
     """
@@ -105,8 +105,7 @@ def write_submission(
             writer.writerow(["id", *settings.columns])
             for row_id, values in final.items():
                 answer = values
-                # One column holds the name of the winner, several hold probabilities.
-                if len(settings.columns) == 1:
+                if settings.answer == "winner":
                     answer = [settings.verdicts[values.index(max(values))]]
                 writer.writerow([row_id, *answer])
 

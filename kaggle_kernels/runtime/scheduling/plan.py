@@ -4,7 +4,8 @@ schedule.plan_next_pass decides with it, after every pass, which pass comes next
 more pass of a package in an order. It changes a probability by some amount, of standard deviation
 s. Its expected gain is that of the knowledge gradient (Frazier, Powell and Dayanik 2008):
 2 (s φ(m/s) − m Φ(−m/s)), with m half the lead of the first verdict over the second. A row near the
-line between two verdicts gains most, one far from it nothing. For log loss it is s² (1 − Σp²).
+line between two verdicts gains most, one far from it nothing. For log loss it is s² (1 − Σp²), for
+the Brier score s² Σ p² (1 − 2p + Σp²), by the independent changes of a row's logits.
 
 Rows are taken by their gain per second until the seconds are used. Which further models are worth
 their loading is tried out.
@@ -65,7 +66,7 @@ def allocate(
     probabilities: Mapping[str, Sequence[float]],
     tokens: Mapping[str, int],
     seconds: float,
-    by_log_loss: bool,
+    metric: str,
 ) -> list[Share]:
     """Share the seconds that are left out among options: rows of most gain per second first.
 
@@ -74,12 +75,12 @@ def allocate(
         probabilities: What the passes so far say of a row, by id; absent: nothing.
         tokens: The rows' lengths, by id.
         seconds: What is left of the clock.
-        by_log_loss: Whether the metric is log loss, else accuracy.
+        metric: The competition's: accuracy, log_loss or brier_score.
 
     Returns:
         A share for each option, in their order; one without rows where it gets no time.
     """
-    offers = make_offers(options, probabilities, tokens, by_log_loss)
+    offers = make_offers(options, probabilities, tokens, metric)
     packages = list(dict.fromkeys(option.package for option in options))
 
     # A further model must be worth its loading: with the first package, with the first two, …
@@ -96,13 +97,13 @@ def make_offers(
     options: Sequence[Option],
     probabilities: Mapping[str, Sequence[float]],
     tokens: Mapping[str, int],
-    by_log_loss: bool,
+    metric: str,
 ) -> list[Offer]:
     """List every unscored row of every option, by gain per second; equal ones keep their order."""
     offers = []
     for place, option in enumerate(options):
         for row_id in option.unscored:
-            gain = expected_gain(probabilities.get(row_id), option.change, by_log_loss)
+            gain = expected_gain(probabilities.get(row_id), option.change, metric)
             seconds = max(tokens[row_id] * option.seconds_per_token, SHORTEST_SECONDS)
             offers.append(Offer(place, row_id, gain, seconds))
     return sorted(offers, key=lambda offer: offer.gain / offer.seconds, reverse=True)
@@ -142,21 +143,24 @@ def allocate_to(
     return total_gain, shares
 
 
-def expected_gain(values: Sequence[float] | None, change: float, by_log_loss: bool) -> float:
+def expected_gain(values: Sequence[float] | None, change: float, metric: str) -> float:
     """Compute what one more opinion on a row is expected to bring.
 
     Args:
         values: Its probabilities so far; None: no model has scored it.
         change: Standard deviation of what the opinion changes in a probability.
-        by_log_loss: Whether the gain is in nats of log loss, else in accuracy.
+        metric: In which the gain is counted: accuracy, log_loss or brier_score.
     """
     # A first score is worth more than any second opinion.
     if values is None:
         return 1.0
 
-    # The expected drop of log loss, to second order.
-    if by_log_loss:
-        return change**2 * (1 - sum(value**2 for value in values))
+    # The expected drop of log loss or of the Brier score, to second order.
+    sum_of_squares = sum(value**2 for value in values)
+    if metric == "log_loss":
+        return change**2 * (1 - sum_of_squares)
+    if metric == "brier_score":
+        return change**2 * sum(value**2 * (1 - 2 * value + sum_of_squares) for value in values)
 
     # The verdict flips where the change exceeds half of its lead.
     second, first = sorted(values)[-2:]

@@ -248,11 +248,9 @@ def plan_further_pass(board: Board, group: Sequence[str], loaded: int | None) ->
     options = make_options(board, group, loaded)
     if not options:
         return None
-    clock = board.inputs.clock
-    by_log_loss = len(board.inputs.settings.columns) > 1
-    shares = allocate(
-        options, board.probabilities(), board.measured.tokens, clock.left(), by_log_loss
-    )
+    clock, metric = board.inputs.clock, board.inputs.settings.metric
+    tokens = board.measured.tokens
+    shares = allocate(options, board.probabilities(), tokens, clock.left(), metric)
     log_plan(board, shares)
 
     # An option without rows gets no time.

@@ -83,9 +83,9 @@ def test_the_better_run_gets_the_larger_weight_and_a_run_too_sure_a_temperature(
     spec = read_spec(workplace / "spec.yml")
     assert spec.packages[0].weight > 0.8 and spec.temperature > 1.05
     assert "400 rows that all runs held out" in done.output
-    losses = {name: float(table_row(done.output, name)[-1]) for name in ("one", "two", "equal", "fitted")}
+    losses = {name: float(table_row(done.output, name)[-2]) for name in ("one", "two", "equal", "fitted")}
     assert losses["fitted"] == min(losses.values())
-    assert float(table_row(done.output, "one")[-2]) > 0.7 > float(table_row(done.output, "two")[-2])
+    assert float(table_row(done.output, "one")[-3]) > 0.7 > float(table_row(done.output, "two")[-3])
     assert "fitted gains" in done.output and "warning" not in done.output
     assert "now run `python -m kaggle_kernels build spec.yml`" in done.output
 
@@ -102,13 +102,14 @@ def test_only_the_numbers_of_a_spec_change_and_a_temperature_is_added(tmp_path, 
     assert [package.weight for package in read_spec(path).packages] == [0.25, 0.75]
 
 
-def test_weights_that_made_the_verdicts_are_found():
+@pytest.mark.parametrize("metric", ["log_loss", "brier_score"])
+def test_weights_that_made_the_verdicts_are_found(metric):
     generator = np.random.default_rng(0)
     first, second = generator.uniform(0.02, 0.98, (2, 20000))
     truth = 0.7 * first + 0.3 * second
     winners = (generator.random(20000) >= truth).astype(int)
     rows = Rows(np.array([[first, 1 - first], [second, 1 - second]]).transpose(0, 2, 1), winners)
-    fitted = fit_mixture(rows)
+    fitted = fit_mixture(rows, metric)
     assert fitted.weights[0] == pytest.approx(0.7, abs=0.05)
     assert fitted.temperature == pytest.approx(1, abs=0.08)
 
@@ -125,8 +126,8 @@ def test_weights_are_thousandths_that_sum_to_one():
 
 
 def test_a_gain_within_noise_is_called_so():
-    assert describe_gain(np.array([1.0, -1.0] * 50)).startswith("warning: fitted gains 0.0000")
-    assert describe_gain(np.array([0.01, 0.02] * 50)).startswith("fitted gains 0.0150")
+    assert describe_gain(np.array([1.0, -1.0] * 50), "accuracy").startswith("warning: fitted gains 0.0000 in log loss")
+    assert describe_gain(np.array([0.01, 0.02] * 50), "brier_score").startswith("fitted gains 0.0150 in Brier score")
 
 
 def test_only_rows_that_all_runs_have_count_and_without_write_the_spec_stays(workplace):
