@@ -99,12 +99,18 @@ class TimeLimit:
 
 @dataclass(frozen=True)
 class Settings:
-    """A spec, checked by `build`."""
+    """A spec and its competition, checked by `build`."""
 
     name: str
     competition: str  # Kaggle's slug
-    columns: tuple[str, ...]  # of the submission, besides id
     verdicts: tuple[str, ...]  # what the competition tells apart
+    texts_are_turns: bool  # a text of its files is a JSON list of turns
+    verdict_form: str  # of its train file: `name` in one column, or `flags`, one for each verdict
+    verdict_columns: tuple[str, ...]
+    answer: str  # of its submission: the `winner`, or `probabilities` of all verdicts
+    columns: tuple[str, ...]  # of the submission, besides id
+    metric: str  # accuracy, log_loss or brier_score
+    hidden_rows: tuple[int, ...]  # numbers of rows that the hidden run may meet
     packages: tuple[PackageSettings, ...]
     orders: tuple[str, ...]
     time_limits: tuple[TimeLimit, ...]  # by ascending number of rows
@@ -172,8 +178,14 @@ def log(clock: Clock, message: str) -> None:
 SETTINGS = Settings(
     name="demo",
     competition="wsdm-cup-multilingual-chatbot-arena",
-    columns=("winner",),
     verdicts=("model_a", "model_b"),
+    texts_are_turns=False,
+    verdict_form="name",
+    verdict_columns=("winner",),
+    answer="winner",
+    columns=("winner",),
+    metric="accuracy",
+    hidden_rows=(10000, 25000),
     packages=(
         PackageSettings(
             run="demo",
@@ -192,7 +204,7 @@ SETTINGS = Settings(
     min_scored=0.98,
     visible_rows=512,
     wheels="pairwise-wheels",
-    build="e571efb7773d1f1c",
+    build="057417d417b64774",
 )
 
 
@@ -225,7 +237,7 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
 
     # The time limit depends on the number of rows.
     test_file = find_mounted(root, settings.competition, TEST_FILES, "competitions")
-    rows = read_rows(test_file, are_turns="tie" in settings.verdicts)
+    rows = read_rows(test_file, settings.texts_are_turns)
     clock = start_clock(settings.time_limit(len(rows)), began)
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     log(clock, f"{settings.name}: {versions}")
@@ -405,7 +417,7 @@ def report_visible_run(
 
     # What is not spent on batches is spent once, however many rows there are.
     started_seconds = inputs.clock.elapsed() - sum(record["seconds"] for record in progress.passes)
-    for rows in HIDDEN_ROWS:
+    for rows in inputs.settings.hidden_rows:
         finish = predict_finish(progress.passes, started_seconds, rows)
         report["predicted"].append(finish)
         clock = start_clock(inputs.settings.time_limit(rows))
@@ -622,11 +634,9 @@ def plan_further_pass(board: Board, group: Sequence[str], loaded: int | None) ->
     options = make_options(board, group, loaded)
     if not options:
         return None
-    clock = board.inputs.clock
-    by_log_loss = len(board.inputs.settings.columns) > 1
-    shares = allocate(
-        options, board.probabilities(), board.measured.tokens, clock.left(), by_log_loss
-    )
+    clock, metric = board.inputs.clock, board.inputs.settings.metric
+    tokens = board.measured.tokens
+    shares = allocate(options, board.probabilities(), tokens, clock.left(), metric)
     log_plan(board, shares)
 
     # An option without rows gets no time.
@@ -1523,7 +1533,8 @@ def free_memory() -> None:
 # more pass of a package in an order. It changes a probability by some amount, of standard deviation
 # s. Its expected gain is that of the knowledge gradient (Frazier, Powell and Dayanik 2008):
 # 2 (s φ(m/s) − m Φ(−m/s)), with m half the lead of the first verdict over the second. A row near the
-# line between two verdicts gains most, one far from it nothing. For log loss it is s² (1 − Σp²).
+# line between two verdicts gains most, one far from it nothing. For log loss it is s² (1 − Σp²), for
+# the Brier score s² Σ p² (1 − 2p + Σp²), by the independent changes of a row's logits.
 #
 # Rows are taken by their gain per second until the seconds are used. Which further models are worth
 # their loading is tried out.
@@ -1576,10 +1587,10 @@ def allocate(
     probabilities: Mapping[str, Sequence[float]],
     tokens: Mapping[str, int],
     seconds: float,
-    by_log_loss: bool,
+    metric: str,
 ) -> list[Share]:
     """Share the seconds that are left out among options: rows of most gain per second first."""
-    offers = make_offers(options, probabilities, tokens, by_log_loss)
+    offers = make_offers(options, probabilities, tokens, metric)
     packages = list(dict.fromkeys(option.package for option in options))
 
     # A further model must be worth its loading: with the first package, with the first two, …
@@ -1596,13 +1607,13 @@ def make_offers(
     options: Sequence[Option],
     probabilities: Mapping[str, Sequence[float]],
     tokens: Mapping[str, int],
-    by_log_loss: bool,
+    metric: str,
 ) -> list[Offer]:
     """List every unscored row of every option, by gain per second; equal ones keep their order."""
     offers = []
     for place, option in enumerate(options):
         for row_id in option.unscored:
-            gain = expected_gain(probabilities.get(row_id), option.change, by_log_loss)
+            gain = expected_gain(probabilities.get(row_id), option.change, metric)
             seconds = max(tokens[row_id] * option.seconds_per_token, SHORTEST_SECONDS)
             offers.append(Offer(place, row_id, gain, seconds))
     return sorted(offers, key=lambda offer: offer.gain / offer.seconds, reverse=True)
@@ -1638,15 +1649,18 @@ def allocate_to(
     return total_gain, shares
 
 
-def expected_gain(values: Sequence[float] | None, change: float, by_log_loss: bool) -> float:
+def expected_gain(values: Sequence[float] | None, change: float, metric: str) -> float:
     """Compute what one more opinion on a row is expected to bring."""
     # A first score is worth more than any second opinion.
     if values is None:
         return 1.0
 
-    # The expected drop of log loss, to second order.
-    if by_log_loss:
-        return change**2 * (1 - sum(value**2 for value in values))
+    # The expected drop of log loss or of the Brier score, to second order.
+    sum_of_squares = sum(value**2 for value in values)
+    if metric == "log_loss":
+        return change**2 * (1 - sum_of_squares)
+    if metric == "brier_score":
+        return change**2 * sum(value**2 * (1 - 2 * value + sum_of_squares) for value in values)
 
     # The verdict flips where the change exceeds half of its lead.
     second, first = sorted(values)[-2:]
@@ -2043,8 +2057,7 @@ def ask_capabilities() -> list[float]:
 VALIDATION_IDS = "validation_ids.json"
 TRAIN_FILES = ("train.parquet", "train.csv")
 TRAIN_PREFIX = "train:"  # of the rows' ids, which then differ from those of test rows
-HIDDEN_ROWS = (10_000, 25_000)  # WSDM's public phase; its final phase, and LMSYS's
-VERDICTS = ("model_a", "model_b", "tie")  # in the order of LMSYS's columns
+FLAG_SET = ("1", "1.0", "True")  # as text, for a flag may be an integer, a float or a truth value
 
 
 @dataclass(frozen=True)
@@ -2080,15 +2093,14 @@ def choose_visible_rows(root: Path, settings: Settings, packages: Sequence[Packa
         log_line += "; a model was trained on them: they tell of speed only"
 
     # They look like rows of the test file.
-    are_turns = "tie" in settings.verdicts
     rows = []
     winners = {}
     for train_row in train_rows:
         row = {"id": TRAIN_PREFIX + train_row["id"], "counts": True}
         for name in TEXTS:
-            row[name] = read_text(train_row[name], are_turns)
+            row[name] = read_text(train_row[name], settings.texts_are_turns)
         rows.append(row)
-        winners[row["id"]] = read_winner(train_row, settings.columns)
+        winners[row["id"]] = read_winner(train_row, settings)
     return VisibleRows(tuple(rows), winners, trained_on, log_line)
 
 
@@ -2097,7 +2109,7 @@ def read_train_rows(file: Path, settings: Settings, listings: Sequence[Mapping])
     id_sets = [frozenset(listing["ids"]) for listing in listings]
     listed_by_all = frozenset.intersection(*id_sets)
     rows = []
-    for row in read_table(file, ("id", *TEXTS, *settings.columns)):
+    for row in read_table(file, ("id", *TEXTS, *settings.verdict_columns)):
         if row["id"] in listed_by_all:
             rows.append(row)
     if not rows:
@@ -2110,15 +2122,15 @@ def read_train_rows(file: Path, settings: Settings, listings: Sequence[Mapping])
     return rows[: settings.visible_rows]
 
 
-def read_winner(row: Mapping, columns: Sequence[str]) -> str | None:
+def read_winner(row: Mapping, settings: Settings) -> str | None:
     """Read a train row's verdict from a column with its name, or from one flag a verdict."""
-    if len(columns) == 1:
-        return row[columns[0]]
+    if settings.verdict_form == "name":
+        [column] = settings.verdict_columns
+        return row[column]
 
-    # A flag may come as an integer, a float or a truth value, from CSV as their text.
     winners = []
-    for verdict, name in zip(VERDICTS, columns, strict=True):
-        if str(row[name]) in ("1", "1.0", "True"):
+    for verdict, column in zip(settings.verdicts, settings.verdict_columns, strict=True):
+        if str(row[column]) in FLAG_SET:
             winners.append(verdict)
     return winners[0] if len(winners) == 1 else None
 
@@ -2127,26 +2139,33 @@ def measure_quality(
     visible: VisibleRows, verdicts: Sequence[str], scored: Mapping[str, Sequence[float]]
 ) -> dict:
     """Measure the final probabilities over the scored rows that have one of `verdicts`."""
-    judged = 0
-    correct = 0
-    loss = 0.0
+    right_rows = []
+    losses = []
+    brier_scores = []
     for row_id, winner in visible.winners.items():
         if row_id not in scored or winner not in verdicts:
             continue
         values = scored[row_id]
-        judged += 1
-        correct += verdicts[values.index(max(values))] == winner
-        loss -= math.log(values[verdicts.index(winner)])
+        place = verdicts.index(winner)
+        right_rows.append(values.index(max(values)) == place)
+        losses.append(-math.log(values[place]))
+
+        # Σ (p − y)², where y is 1 for the winner and else 0.
+        sum_of_squares = sum(value**2 for value in values)
+        brier_scores.append(sum_of_squares - 2 * values[place] + 1)
+
+    judged = len(right_rows)
     if not judged:
         return {"judged": 0}
 
     # The standard error is that of a share.
-    accuracy = correct / judged
+    accuracy = sum(right_rows) / judged
     return {
         "judged": judged,
         "accuracy": accuracy,
         "standard_error": math.sqrt(accuracy * (1 - accuracy) / judged),
-        "log_loss": loss / judged,
+        "log_loss": sum(losses) / judged,
+        "brier_score": sum(brier_scores) / judged,
     }
 
 
@@ -2172,7 +2191,8 @@ def describe_quality(quality: Mapping) -> str:
     error = 2 * quality["standard_error"]
     return (
         f"visible run: accuracy {quality['accuracy']:.4f} ± {error:.4f} (two standard errors), "
-        f"log loss {quality['log_loss']:.4f} on {quality['judged']} rows"
+        f"log loss {quality['log_loss']:.4f}, Brier score {quality['brier_score']:.4f} "
+        f"on {quality['judged']} rows"
     )
 
 
@@ -2280,15 +2300,14 @@ def fill_unscored(
 def write_submission(
     path: Path, settings: Settings, final: Mapping[str, Sequence[float]], ids: Sequence[str]
 ) -> None:
-    """Write id,winner or id and one probability a verdict. Where ids are wrong, no file is left."""
+    """Write id and the winner, or its probabilities. Where ids are wrong, no file is left."""
     with whole_file(path) as temporary:
         with temporary.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["id", *settings.columns])
             for row_id, values in final.items():
                 answer = values
-                # One column holds the name of the winner, several hold probabilities.
-                if len(settings.columns) == 1:
+                if settings.answer == "winner":
                     answer = [settings.verdicts[values.index(max(values))]]
                 writer.writerow([row_id, *answer])
 
