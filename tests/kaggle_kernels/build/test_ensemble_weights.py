@@ -141,14 +141,14 @@ def test_three_verdicts_count_as_two_where_the_competition_knows_no_ties(workpla
         write_run(run, predictions([0.2, 0.3, 0.4, 0.25] * 25, ["model_a", "model_b", "tie", "model_a"] * 25, ties=0.5))
     output = weigh().output
     assert "75 rows that all runs held out" in output
-    assert table_row(output, "one")[-1] == f"{-(np.log(0.4) + np.log(0.4) + np.log(0.5)) / 3:.4f}"
+    assert table_row(output, "one")[-2] == f"{-(np.log(0.4) + np.log(0.4) + np.log(0.5)) / 3:.4f}"
 
 
 def test_a_spec_with_one_order_is_weighed_on_that_order(workplace):
     (workplace / "spec.yml").write_text(SPEC.replace("orders: both", "orders: as_given"))
     for run in ("one", "two"):
         write_run(run, predictions([0.6, 0.5] * 50, ["model_a", "model_b"] * 50))
-    assert table_row(weigh().output, "one")[-1] == f"{-(np.log(0.65) + np.log(0.45)) / 2:.4f}"
+    assert table_row(weigh().output, "one")[-2] == f"{-(np.log(0.65) + np.log(0.45)) / 2:.4f}"
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,8 @@ def test_what_the_models_reach_together_is_what_the_kernel_would(packaged):
     """p of A: 0.7, 0.55, 0.2, 0.55; the temperature 2 takes the root of the odds."""
     softened = [1 / (1 + np.sqrt((1 - p) / p)) for p in (0.7, 0.55, 0.8, 0.45)]
     measured = measure_ensemble(packaged.model_copy(update={"temperature": 2.0}))
-    assert measured == {"rows": 4, "accuracy": 0.75, "log_loss": pytest.approx(-np.log(softened).mean())}
+    losses = {"log_loss": -np.log(softened).mean(), "brier_score": 2 * np.square(1 - np.array(softened)).mean()}
+    assert measured == {"rows": 4, "accuracy": 0.75, **{name: pytest.approx(loss) for name, loss in losses.items()}}
 
 
 @pytest.mark.parametrize("absent", ["contract.json", "package/contract.json", "predictions.parquet"])
