@@ -21,6 +21,7 @@ from kaggle_kernels.build.ensemble_rows import Rows, read_rows
 from kaggle_kernels.build.packages import choose_temperature, package_folder
 from kaggle_kernels.build.spec import SPECS, Spec, read_spec
 from kaggle_kernels.runtime.submission import SMALLEST
+from postprocess.agreement.statistics import interval, resample
 from preprocess.competitions import COMPETITIONS
 from preprocess.core.errors import UserError
 from preprocess.core.files import atomic_file
@@ -32,11 +33,6 @@ from recipes.pairwise.tracking.metrics import measure_answers, row_brier_scores,
 TEMPERATURE_BOUNDS = (0.1, 10.0)
 WEIGHT_STEPS = 1000
 SMALLEST_WEIGHT = 0.005
-
-# The interval of the gain, by a bootstrap over rows: 95 % of the samples lie between the quantiles.
-BOOTSTRAP_SAMPLES = 1000
-BOOTSTRAP_SEED = 1
-CONFIDENCE_QUANTILES = (0.025, 0.975)
 
 
 @dataclass(frozen=True)
@@ -172,13 +168,9 @@ def describe_gain(gains: np.ndarray, metric: str) -> str:
 
     `gains` is by how much each row's loss is less, shape (n,).
     """
-    # A bootstrap: how the mean gain varies between samples of as many rows, drawn with replacement.
-    generator = np.random.default_rng(BOOTSTRAP_SEED)
-    means = []
-    for _ in range(BOOTSTRAP_SAMPLES):
-        resampled_gains = generator.choice(gains, len(gains))
-        means.append(resampled_gains.mean())
-    low, high = np.quantile(means, CONFIDENCE_QUANTILES)
+    # A bootstrap over rows, each a group of its own.
+    all_rows = np.full(len(gains), True)
+    low, high = interval(gains, all_rows, resample(np.arange(len(gains))))
 
     loss_name = "Brier score" if metric == "brier_score" else "log loss"
     sentence = (

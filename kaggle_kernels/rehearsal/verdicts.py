@@ -13,18 +13,20 @@ from kaggle_kernels.build.spec import Spec
 from preprocess.competitions import COMPETITIONS, Competition
 from preprocess.core.errors import UserError
 from preprocess.model_input import VERDICTS
+from preprocess.sources.competition import read_verdict
 from recipes.pairwise.tracking.metrics import measure_answers
 
-# Where a table of pairs, made by preprocess, has the verdict.
-PAIRS_COLUMN = "winner"
+
+def choose_layout(test_rows: pl.DataFrame, competition: Competition) -> Competition:
+    """Choose whose verdict columns to read: the competition's, or WSDM's, as a table of pairs has."""
+    has_columns = any(name in test_rows.columns for name in competition.verdict_columns)
+    return competition if has_columns else COMPETITIONS["wsdm"]
 
 
 def find_verdict_columns(test_rows: pl.DataFrame, competition: Competition) -> list[str]:
-    """List the columns with verdicts: those of the competition's train file, or else of a table of pairs."""
-    present = [name for name in competition.verdict_columns if name in test_rows.columns]
-    if not present and PAIRS_COLUMN in test_rows.columns:
-        return [PAIRS_COLUMN]
-    return present
+    """List the columns of a table that hold verdicts; there may be none."""
+    layout = choose_layout(test_rows, competition)
+    return [name for name in layout.verdict_columns if name in test_rows.columns]
 
 
 def read_verdicts(
@@ -33,8 +35,8 @@ def read_verdicts(
     """Read the verdicts of a table in the layout of the competition's train file, or of pairs.
 
     Args:
-        test_rows: The table, whose verdict columns may be absent.
-        competition: Says which columns they are.
+        test_rows: The table.
+        competition: Says which columns hold verdicts.
         where: The file, for error messages.
 
     Returns:
@@ -45,13 +47,28 @@ def read_verdicts(
         UserError: One of several columns is missing, or a value is no verdict; the message names
             the row.
     """
+    layout = choose_layout(test_rows, competition)
     columns = find_verdict_columns(test_rows, competition)
     if not columns:
         return None
-    if competition.verdict_form == "flags" and columns != [PAIRS_COLUMN]:
-        winners = read_flag_columns(test_rows, competition, where)
-    else:
-        winners = read_winner_column(test_rows, columns[0], where)
+    missing = set(layout.verdict_columns) - set(columns)
+    if missing:
+        names = ", ".join(sorted(missing))
+        raise UserError(
+            f"{where}: no column {names}, where there is {columns[0]}; give all of them"
+        )
+
+    winners = []
+    verdict_rows = test_rows.select(columns).iter_rows(named=True)
+    for place, values in enumerate(verdict_rows):
+        winner, _ = read_verdict(layout, values)
+        has_verdict = any(value is not None for value in values.values())
+        if has_verdict and winner not in VERDICTS:
+            raise UserError(
+                f"{where}, row {place + 1} (id {test_rows['id'][place]}): found {values}; "
+                f"expected {describe_verdicts(layout)}"
+            )
+        winners.append(winner if has_verdict else None)
 
     # The longer response is a baseline that a model should beat.
     length_a = count_characters(test_rows, "response_a")
@@ -64,49 +81,11 @@ def read_verdicts(
     )
 
 
-def read_winner_column(test_rows: pl.DataFrame, column: str, where: str) -> list[str | None]:
-    """Read a column of verdicts; a UserError names the first row with another value."""
-    winners = test_rows[column].cast(pl.String).to_list()
-    for place, winner in enumerate(winners):
-        if winner is not None and winner not in VERDICTS:
-            row = name_row(test_rows, where, place)
-            raise UserError(f"{row}: {column} is {winner!r}; expected model_a, model_b or tie")
-    return winners
-
-
-def read_flag_columns(
-    test_rows: pl.DataFrame, competition: Competition, where: str
-) -> list[str | None]:
-    """Read a column of 0 and 1 for each verdict; a UserError names an absent one, or a wrong row."""
-    columns = list(competition.verdict_columns)
-    missing = set(columns) - set(test_rows.columns)
-    if missing:
-        names = ", ".join(sorted(missing))
-        raise UserError(f"{where}: no column {names}; give {', '.join(columns)}, or none of them")
-
-    # Flags are numbers, or text in a CSV. What is no number becomes null.
-    flag_table = test_rows.select(columns)
-    number_table = flag_table.cast(pl.Float64, strict=False)
-
-    winners = []
-    rows = zip(flag_table.iter_rows(), number_table.iter_rows(), strict=True)
-    for place, (flags, numbers) in enumerate(rows):
-        if numbers.count(1) == 1 and numbers.count(0) == len(columns) - 1:
-            winners.append(competition.verdicts[numbers.index(1)])
-        elif flags.count(None) == len(columns):
-            winners.append(None)
-        else:
-            row = name_row(test_rows, where, place)
-            raise UserError(
-                f"{row}: {', '.join(columns)}: found {flags!r}; expected a 1 for the winner, "
-                "and 0 for the others"
-            )
-    return winners
-
-
-def name_row(test_rows: pl.DataFrame, where: str, place: int) -> str:
-    """Name a row in a message: its number, counted from 1, and its id."""
-    return f"{where}, row {place + 1} (id {test_rows['id'][place]})"
+def describe_verdicts(layout: Competition) -> str:
+    """Say what the verdict columns of a row may hold, for an error message."""
+    if layout.verdict_form == "name":
+        return "model_a, model_b or tie"
+    return "a 1 for the winner, and 0 for the others"
 
 
 def count_characters(rows: pl.DataFrame, name: str) -> pl.Expr:
