@@ -51,7 +51,12 @@ def test_a_third_competition_is_read_built_and_rehearsed_by_its_entry_alone(duel
     monkeypatch.chdir(tmp_path)
     pairs = tiny.pairs(40, seed=8, prefix="train")
     in_duel_layout(pairs).write_csv("train.csv")
-    in_duel_layout(tiny.pairs(12, seed=9)).write_csv("test.csv")
+    test_rows = in_duel_layout(tiny.pairs(12, seed=9))
+    # The same turns in another spelling, which only JSON's reader takes for the same.
+    twin = test_rows.head(1).with_columns(
+        pl.col("prompt", "response_a").str.replace('["', '[ "', literal=True), id=pl.lit("twin")
+    )
+    pl.concat([test_rows, twin]).write_csv("test.csv")
 
     # preprocess
     read = read_rows("train.csv")
@@ -75,16 +80,19 @@ def test_a_third_competition_is_read_built_and_rehearsed_by_its_entry_alone(duel
     with (out / "submission.csv").open() as file:
         header, *lines = csv.reader(file)
     assert header == ["id", "chance_a", "chance_b"]
-    assert [float(line[1]) + float(line[2]) for line in lines] == pytest.approx([1] * 12)
+    chances = [float(line[1]) for line in lines]
+    assert [chance + float(line[2]) for chance, line in zip(chances, lines, strict=True)] == pytest.approx([1] * 13)
+    assert chances[12] == pytest.approx(chances[0], abs=1e-6)
+    assert "1,234 rows of these lengths on two T4s" in done.output
 
     # The kernel and the rehearsal measure rows of their own, the rehearsal those of the submission.
     kernel, record = read_json(out / "kernel.json"), read_json(out / "rehearsal.json")
     assert kernel["settings"]["metric"] == "brier_score"
     assert kernel["visible"]["quality"]["judged"] == 40
     assert [finish["rows"] for finish in kernel["visible"]["predicted"]] == [1_234]
-    winners = in_duel_layout(tiny.pairs(12, seed=9))["prefers_a"].to_list()
-    errors = [2 * (float(line[1]) - winner) ** 2 for line, winner in zip(lines, winners, strict=True)]
-    assert record["brier_score"] == pytest.approx(sum(errors) / 12, abs=1e-6)
+    winners = [*test_rows["prefers_a"], test_rows["prefers_a"][0]]
+    errors = [2 * (chance - winner) ** 2 for chance, winner in zip(chances, winners, strict=True)]
+    assert record["brier_score"] == pytest.approx(sum(errors) / 13, abs=1e-6)
 
 
 def test_a_spec_of_no_known_competition_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """Weights of an ensemble: fitted on the rows that all runs held out, written into the spec and nothing else in it changed."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from kaggle_kernels.build.ensemble_weights import (
 )
 from kaggle_kernels.build.spec import read_spec
 from kaggle_kernels.runtime.submission import soften, weighted_mean
+from preprocess.competitions import COMPETITIONS
 from preprocess.core.errors import UserError
 
 SPEC = """# a comment
@@ -118,6 +120,12 @@ def test_the_mean_and_the_temperature_are_the_kernels():
     rows = Rows(np.array([[[0.7, 0.2, 0.1]], [[0.3, 0.3, 0.4]]]), np.array([0]))
     kernels = soften(weighted_mean([[0.7, 0.2, 0.1], [0.3, 0.3, 0.4]], [0.25, 0.75]), 1.5)
     assert mix_probabilities(rows, Mixture(np.array([0.25, 0.75]), 1.5))[0].tolist() == pytest.approx(kernels)
+
+
+def test_the_gain_is_in_the_brier_score_where_the_competition_goes_by_it(workplace, monkeypatch):
+    by_brier_score = replace(COMPETITIONS["wsdm"], metric="brier_score")
+    monkeypatch.setitem(COMPETITIONS, "wsdm", by_brier_score)
+    assert "in Brier score over equal weights" in weigh().output
 
 
 def test_weights_are_thousandths_that_sum_to_one():
