@@ -34,13 +34,13 @@ def make_layout(competition: Competition) -> Layout:
 
 def read_judgement(competition: Competition, values: dict) -> Judgement:
     """Read a row of the competition's train file, given its values by column."""
-    read_conversation = read_json_turns if competition.texts_are_turns else read_turns
+    parse_text = read_json_turns if competition.texts_are_turns else read_turns
     winner, both_bad = read_verdict(competition, values)
     return Judgement(
         id=read_text(values.get("id")),
-        prompt=read_conversation(values.get("prompt")),
-        response_a=read_conversation(values.get("response_a")),
-        response_b=read_conversation(values.get("response_b")),
+        prompt=parse_text(values.get("prompt")),
+        response_a=parse_text(values.get("response_a")),
+        response_b=parse_text(values.get("response_b")),
         winner=winner,
         both_bad=both_bad,
     )
