@@ -15,21 +15,24 @@ LONGEST_SECONDS = 43_200.0
 
 @dataclass(frozen=True)
 class Competition:
-    """A competition on Kaggle. Its test and train file have id, prompt, response_a and response_b."""
+    """A competition on Kaggle. Its test and train file have id, prompt, response_a and response_b.
+
+    Columns of several verdicts are in the order of `verdicts`.
+    """
 
     name: str  # as messages name the layout of its train file
     slug: str  # on Kaggle
     verdicts: tuple[str, ...]  # what it tells apart: model_a, model_b, and tie if it knows ties
 
     # Its files.
-    texts_are_turns: bool  # a text is a JSON list of turns, else the only turn
-    verdict_form: Literal["name", "flags"]  # in the train file: a column with the verdict's name,
-    verdict_columns: tuple[str, ...]  # or a flag for each verdict, in their order
-    marks_scored_rows: bool  # by the test file's column `scored`: which rows count now
+    texts_are_turns: bool  # a text is a JSON list of turns; else it is the only turn
+    verdict_form: Literal["name", "flags"]  # how the train file tells a row's verdict
+    verdict_columns: tuple[str, ...]  # one with its name, or one of 0 and 1 for each verdict
+    marks_scored_rows: bool  # the test file's column `scored` says which rows count now
 
     # Its submission.csv.
-    answer: Literal["winner", "probabilities"]  # the winner's name in one column,
-    columns: tuple[str, ...]  # besides id; or a probability for each verdict, in their order
+    answer: Literal["winner", "probabilities"]
+    columns: tuple[str, ...]  # besides id: one with the winner's name, or one for each verdict
     metric: Literal["accuracy", "log_loss", "brier_score"]
 
     # Its rules.
