@@ -9,9 +9,8 @@ from pathlib import Path
 
 import click
 
+from preprocess.competitions import COMPETITIONS, LONGEST_SECONDS
 from preprocess.core.errors import UserError, exits_with_2
-
-LONGEST_RUN_SECONDS = 43_200  # Kaggle's limit for a kernel: 12 hours
 
 
 @click.group()
@@ -148,7 +147,7 @@ def build(specs: tuple[str, ...], kernels: Path, check: bool) -> None:
 @click.option(
     "--clock",
     "clock_seconds",
-    type=click.FloatRange(1, LONGEST_RUN_SECONDS),
+    type=click.FloatRange(1, LONGEST_SECONDS),
     help="Time limit in seconds, instead of the spec's clock_seconds.",
 )
 @click.option(
@@ -338,7 +337,7 @@ def submit(
 @main.command()
 @click.option(
     "--competition",
-    type=click.Choice(["wsdm", "lmsys"]),
+    type=click.Choice(list(COMPETITIONS)),
     default="wsdm",
     show_default=True,
 )

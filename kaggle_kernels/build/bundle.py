@@ -21,8 +21,9 @@ from ruff import find_ruff_bin
 
 from kaggle_kernels.build.memory_fit import Fit, describe_memory, fit_packages, package_settings
 from kaggle_kernels.build.packages import choose_temperature
-from kaggle_kernels.build.spec import COMPETITIONS, Spec, read_spec, settings_of
+from kaggle_kernels.build.spec import Spec, read_spec, settings_of
 from postprocess.package import OWNER
+from preprocess.competitions import COMPETITIONS
 from preprocess.core.errors import UserError
 from preprocess.core.files import atomic_file
 

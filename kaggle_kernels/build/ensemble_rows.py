@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from kaggle_kernels.build.spec import COMPETITIONS, Spec
+from kaggle_kernels.build.spec import Spec
 from postprocess.report.predictions import read_predictions
+from preprocess.competitions import COMPETITIONS
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_object
 

@@ -21,20 +21,18 @@ from kaggle_kernels.build.ensemble_rows import Rows, read_rows
 from kaggle_kernels.build.packages import choose_temperature, package_folder
 from kaggle_kernels.build.spec import SPECS, Spec, read_spec
 from kaggle_kernels.runtime.submission import SMALLEST
+from postprocess.agreement.statistics import interval, resample
+from preprocess.competitions import COMPETITIONS
 from preprocess.core.errors import UserError
 from preprocess.core.files import atomic_file
 from preprocess.core.ledger import fingerprint
+from recipes.pairwise.tracking.metrics import measure_answers, row_brier_scores, row_losses
 
 # The search: within these temperatures; weights are rounded to thousandths, and a model with less than the smallest weight is
 # not worth its time in the kernel.
 TEMPERATURE_BOUNDS = (0.1, 10.0)
 WEIGHT_STEPS = 1000
 SMALLEST_WEIGHT = 0.005
-
-# The interval of the gain, by a bootstrap over rows: 95 % of the samples lie between the quantiles.
-BOOTSTRAP_SAMPLES = 1000
-BOOTSTRAP_SEED = 1
-CONFIDENCE_QUANTILES = (0.025, 0.975)
 
 
 @dataclass(frozen=True)
@@ -52,12 +50,13 @@ def weigh(spec_path: Path, write: bool) -> None:
     """
     spec = read_spec(spec_path)
     rows = read_rows(spec)
-    fitted = fit_mixture(rows)
+    metric = COMPETITIONS[spec.competition].metric
+    fitted = fit_mixture(rows, metric)
     number_of_models = len(spec.packages)
     equal = Mixture(np.full(number_of_models, 1 / number_of_models))
-    gains = compute_losses(rows, equal) - compute_losses(rows, fitted)
+    gains = compute_losses(rows, equal, metric) - compute_losses(rows, fitted, metric)
     print_table(spec, rows, equal, fitted)
-    print(describe_gain(gains))
+    print(describe_gain(gains, metric))
 
     # A model without weight would take its share of the kernel's time for nothing.
     useless_runs = []
@@ -92,25 +91,27 @@ def mix_probabilities(rows: Rows, mixture: Mixture) -> np.ndarray:
     # The least probability is bounded as in the kernel, so that log loss stays finite.
     mean = np.tensordot(mixture.weights, rows.probabilities, axes=1)
     powers = np.maximum(mean, SMALLEST) ** (1 / mixture.temperature)
-    return powers / powers.sum(axis=1, keepdims=True)
+    softened = powers / powers.sum(axis=1, keepdims=True)
+
+    # The bound breaks the sum of one, so it is restored once more.
+    bounded = np.maximum(softened, SMALLEST)
+    return bounded / bounded.sum(axis=1, keepdims=True)
 
 
-def compute_losses(rows: Rows, mixture: Mixture) -> np.ndarray:
-    """Compute each row's log loss, shape (n,)."""
+def compute_losses(rows: Rows, mixture: Mixture, metric: str) -> np.ndarray:
+    """Compute each row's Brier score where that is the metric, else its log loss, shape (n,).
+
+    Accuracy does not change by small steps of the weights: where it counts, log loss stands for it.
+    """
     probabilities = mix_probabilities(rows, mixture)
-    row_numbers = np.arange(len(rows.winners))
-    winners_probabilities = probabilities[row_numbers, rows.winners]
-    return -np.log(np.maximum(winners_probabilities, SMALLEST))
+    labels = np.eye(probabilities.shape[1])[rows.winners]
+    if metric == "brier_score":
+        return row_brier_scores(probabilities, labels)
+    return row_losses(probabilities, labels)
 
 
-def compute_accuracy(rows: Rows, mixture: Mixture) -> float:
-    """Compute the share of rows whose likeliest verdict is the one that people gave."""
-    likeliest = mix_probabilities(rows, mixture).argmax(axis=1)
-    return float((likeliest == rows.winners).mean())
-
-
-def fit_mixture(rows: Rows) -> Mixture:
-    """Fit weights and temperature so that the mean log loss is least.
+def fit_mixture(rows: Rows, metric: str) -> Mixture:
+    """Fit weights and temperature so that the mean of compute_losses is least.
 
     Sequential least squares (SLSQP) searches the simplex of the weights, w >= 0 and sum(w) = 1, together with the logarithm of
     the temperature, so that halving and doubling it are steps of the same size.
@@ -125,7 +126,7 @@ def fit_mixture(rows: Rows) -> Mixture:
         return Mixture(parameters[:-1], float(np.exp(parameters[-1])))
 
     def mean_loss(parameters: np.ndarray) -> float:
-        return compute_losses(rows, unpack(parameters)).mean()
+        return compute_losses(rows, unpack(parameters), metric).mean()
 
     def excess_weight(parameters: np.ndarray) -> float:
         return parameters[:-1].sum() - 1
@@ -164,27 +165,27 @@ def round_weights(weights: np.ndarray) -> np.ndarray:
     return steps / WEIGHT_STEPS
 
 
-def describe_gain(gains: np.ndarray) -> str:
+def describe_gain(gains: np.ndarray, metric: str) -> str:
     """Say what the fitted weights gain over equal ones, and whether that is more than noise.
 
-    `gains` is by how much each row's log loss is less, shape (n,).
+    `gains` is by how much each row's loss is less, shape (n,).
     """
-    # A bootstrap: how the mean gain varies between samples of as many rows, drawn with replacement.
-    generator = np.random.default_rng(BOOTSTRAP_SEED)
-    means = []
-    for _ in range(BOOTSTRAP_SAMPLES):
-        resampled_gains = generator.choice(gains, len(gains))
-        means.append(resampled_gains.mean())
-    low, high = np.quantile(means, CONFIDENCE_QUANTILES)
+    # A bootstrap over rows, each a group of its own.
+    all_rows = np.full(len(gains), True)
+    low, high = interval(gains, all_rows, resample(np.arange(len(gains))))
 
-    sentence = f"fitted gains {gains.mean():.4f} in log loss over equal weights (95 %: {low:.4f} to {high:.4f})"
+    loss_name = "Brier score" if metric == "brier_score" else "log loss"
+    sentence = (
+        f"fitted gains {gains.mean():.4f} in {loss_name} over equal weights "
+        f"(95 %: {low:.4f} to {high:.4f})"
+    )
     if low > 0:
         return sentence
     return f"warning: {sentence}, which is within noise: equal weights will do as well"
 
 
 def print_table(spec: Spec, rows: Rows, equal: Mixture, fitted: Mixture) -> None:
-    """Print accuracy and log loss of each run alone, of equal weights and of the fitted ones."""
+    """Print the metrics of each run alone, of equal weights and of the fitted ones."""
     # A run alone has the weight 1 and all others 0: a row of the identity matrix.
     weights_of_one_run = np.eye(len(spec.packages))
     named_mixtures = {}
@@ -193,15 +194,17 @@ def print_table(spec: Spec, rows: Rows, equal: Mixture, fitted: Mixture) -> None
     named_mixtures["equal weights"] = equal
     named_mixtures["fitted"] = fitted
 
-    columns = ("model", "weights", "temperature", "accuracy", "log loss")
+    columns = ("model", "weights", "temperature", "accuracy", "log loss", "Brier score")
     table = Table(*columns, box=SIMPLE_HEAD, pad_edge=False)
     for name, mixture in named_mixtures.items():
+        metrics = measure_answers(mix_probabilities(rows, mixture), rows.winners)
         table.add_row(
             name,
             " + ".join(f"{weight:.3f}" for weight in mixture.weights),
             f"{mixture.temperature:.3f}",
-            f"{compute_accuracy(rows, mixture):.4f}",
-            f"{compute_losses(rows, mixture).mean():.4f}",
+            f"{metrics['accuracy']:.4f}",
+            f"{metrics['log_loss']:.4f}",
+            f"{metrics['brier_score']:.4f}",
         )
     Console(highlight=False).print(table)
     print(f"{len(rows.winners)} rows that all runs held out")
@@ -235,7 +238,7 @@ def measure_ensemble(spec: Spec) -> dict | None:
     They are mixed as the kernel does it, with the spec's weights and the kernel's temperature.
 
     Returns:
-        rows, accuracy and log_loss; None where a run's rows are absent, or its package is of an earlier training.
+        rows, accuracy, log_loss and brier_score; None where a run's rows are absent, or its package is of an earlier training.
     """
     # The rows of another training say nothing of the weights in the package.
     for package in spec.packages:
@@ -251,8 +254,5 @@ def measure_ensemble(spec: Spec) -> dict | None:
 
     weights = np.array([package.weight for package in spec.packages])
     mixture = Mixture(weights, choose_temperature(spec))
-    return {
-        "rows": len(rows.winners),
-        "accuracy": compute_accuracy(rows, mixture),
-        "log_loss": float(compute_losses(rows, mixture).mean()),
-    }
+    metrics = measure_answers(mix_probabilities(rows, mixture), rows.winners)
+    return {"rows": len(rows.winners), **metrics}

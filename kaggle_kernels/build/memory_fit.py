@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kaggle_kernels.build.spec import COMPETITIONS, PackageBlock, Spec
+from kaggle_kernels.build.spec import PackageBlock, Spec
 from kaggle_kernels.runtime.settings import PackageSettings
 from postprocess.memory.model_size import GIB, GPU_BYTES, Served, served_of, weight_bytes_limit
 from postprocess.memory.t4_fit import in_gib, place, refusal
+from preprocess.competitions import COMPETITIONS
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_yaml
 from recipes.pairwise.config.schema import Recipe, read_recipe

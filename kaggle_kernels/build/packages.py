@@ -8,9 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from kaggle_kernels.build.memory_fit import Fit
-from kaggle_kernels.build.spec import COMPETITIONS, Spec
+from kaggle_kernels.build.spec import Spec
 from postprocess.memory.model_size import GIB, weight_bytes
 from postprocess.package import MANIFEST, METADATA
+from preprocess.competitions import COMPETITIONS
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_object, sha256
 from recipes.pairwise.config.earlier_runs import is_same_model
@@ -59,15 +60,15 @@ def choose_temperature(spec: Spec) -> float:
 
     Returns:
         The spec's own, if it has one. Else that with the least log loss on the validation rows of
-        the package in outputs/, where a single model is judged by log loss and its 95 % interval
-        excludes 1. Else 1.
+        the package in outputs/, where a single model answers with probabilities and its 95 %
+        interval excludes 1. Else 1.
     """
     if spec.temperature is not None:
         return spec.temperature
 
-    # It does not matter to accuracy. An ensemble's is fitted with its weights, by `weigh`.
-    is_judged_by_log_loss = COMPETITIONS[spec.competition].metric == "log_loss"
-    if not is_judged_by_log_loss or len(spec.packages) > 1:
+    # A temperature changes no winner. That of an ensemble is fitted with its weights, by `weigh`.
+    answers_winner = COMPETITIONS[spec.competition].answer == "winner"
+    if answers_winner or len(spec.packages) > 1:
         return 1.0
 
     manifest = package_folder(spec.packages[0].run) / MANIFEST

@@ -21,6 +21,7 @@ from pydantic_core import ErrorDetails
 from slugify import slugify
 
 from kaggle_kernels.runtime.settings import PackageSettings, Settings, TimeLimit, find_time_limit
+from preprocess.competitions import COMPETITIONS, LONGEST_SECONDS
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_yaml
 from preprocess.core.problems import in_words, unknown_key, without_echo
@@ -32,9 +33,6 @@ SPECS = Path(__file__).parents[1] / "specs"
 # Kaggle's limits for a title, in characters. The slug that is made of the title has the same lower limit.
 SHORTEST_TITLE = 5
 LONGEST_TITLE = 50
-
-# Kaggle ends every kernel after twelve hours.
-LONGEST_SECONDS = 43_200.0
 
 # How far the sum of the weights may be from 1.
 WEIGHT_TOLERANCE = 1e-6
@@ -52,39 +50,6 @@ class _Strict(BaseModel):
     # An unknown key is an error, and so is a value of another type: "0.5" in quotes is no number.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-
-class Competition(_Strict):
-    """A competition on Kaggle: its slug, its answers and its rules."""
-
-    slug: str
-    # Of submission.csv, besides id; several are in the order of the verdicts.
-    columns: tuple[str, ...]
-    verdicts: tuple[str, ...]
-    metric: Literal["accuracy", "log_loss"]
-    daily_submissions: int  # of a team, in a day of UTC
-    time_limits: dict[int | None, float]  # seconds by rows up to; None: any more
-
-
-# The rules of https://www.kaggle.com/competitions/SLUG.
-COMPETITIONS = {
-    "wsdm": Competition(
-        slug="wsdm-cup-multilingual-chatbot-arena",
-        columns=("winner",),
-        verdicts=("model_a", "model_b"),
-        metric="accuracy",
-        daily_submissions=5,
-        # 4 h 45 min for the public phase's 10,000 rows, 12 h for the final phase's 25,000.
-        time_limits={12_000: 17_100.0, None: LONGEST_SECONDS},
-    ),
-    "lmsys": Competition(
-        slug="lmsys-chatbot-arena",
-        columns=("winner_model_a", "winner_model_b", "winner_tie"),
-        verdicts=("model_a", "model_b", "tie"),
-        metric="log_loss",
-        daily_submissions=5,
-        time_limits={None: 32_400.0},
-    ),
-}
 
 # In which orders of its two responses the kernel scores a row, by the spec's `orders`.
 ORDERS = {"as_given": ("as_given",), "both": ("as_given", "swapped")}
@@ -124,6 +89,8 @@ TimeLimits = Annotated[
     ),
 ]
 
+CompetitionName = Annotated[str, WithJsonSchema({"type": "string", "enum": list(COMPETITIONS)})]
+
 
 class Spec(_Strict):
     """A spec: one kernel, what it serves and how."""
@@ -135,7 +102,7 @@ class Spec(_Strict):
         pattern=TITLE,
         description="the kernel's title on Kaggle; its slug is made from it",
     )
-    competition: Literal["wsdm", "lmsys"] = Field(
+    competition: CompetitionName = Field(
         description="the competition whose test file is read and whose submission is written"
     )
     packages: tuple[PackageBlock, ...] = Field(
@@ -162,7 +129,7 @@ class Spec(_Strict):
         gt=0,
         le=10,
         description="temperature of the final probabilities; above 1 makes them less confident; by default that measured for a "
-        "single model where log loss counts, else 1",
+        "single model that answers with probabilities, else 1",
     )
     # What is submitted, and what is tried out before.
     min_scored: float = Field(
@@ -184,6 +151,13 @@ class Spec(_Strict):
         max_length=50,
         description="the dataset with the wheel of bitsandbytes, for nf4 and int8; gptq4 and gptq8 need none",
     )
+
+    @field_validator("competition")
+    @classmethod
+    def _check_competition(cls, name: str) -> str:
+        if name not in COMPETITIONS:
+            raise ValueError(f"expected {' or '.join(COMPETITIONS)}, found {name!r}")
+        return name
 
     @field_validator("clock_seconds", mode="before")
     @classmethod
@@ -343,8 +317,14 @@ def settings_of(
     return Settings(
         name=name,
         competition=competition.slug,
-        columns=competition.columns,
         verdicts=competition.verdicts,
+        texts_are_turns=competition.texts_are_turns,
+        verdict_form=competition.verdict_form,
+        verdict_columns=competition.verdict_columns,
+        answer=competition.answer,
+        columns=competition.columns,
+        metric=competition.metric,
+        hidden_rows=competition.hidden_rows,
         packages=tuple(packages),
         orders=ORDERS[spec.orders],
         time_limits=spec.time_limits,

@@ -13,10 +13,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from kaggle_kernels.build.listing import table_console
-from kaggle_kernels.build.spec import COMPETITIONS
 from kaggle_kernels.publish.client import Pace, connect
 from kaggle_kernels.publish.lineage import find_entry, find_push, follow_push, shorten_commit
 from kaggle_kernels.publish.submit import list_submissions
+from preprocess.competitions import COMPETITIONS
 from preprocess.core import ledger
 
 COLUMNS = ("date (UTC)", "kernel", "commit", "recipe", "CV", "public", "private", "message")

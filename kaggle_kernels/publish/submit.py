@@ -8,6 +8,7 @@ import itertools
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import click
@@ -18,7 +19,7 @@ from kagglesdk.competitions.types.competition_api_service import (
 )
 
 from kaggle_kernels.build.packages import spec_folder
-from kaggle_kernels.build.spec import COMPETITIONS, read_spec
+from kaggle_kernels.build.spec import read_spec
 from kaggle_kernels.publish.client import Kaggle, Pace, Refused, Unanswered, ask, connect
 from kaggle_kernels.publish.kernels import FEW_LOOKS, download_output, pull_kernel, read_status
 from kaggle_kernels.publish.push import (
@@ -27,6 +28,7 @@ from kaggle_kernels.publish.push import (
     read_note,
     require_push,
 )
+from preprocess.competitions import COMPETITIONS
 from preprocess.core import ledger
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_object, write_json
@@ -120,24 +122,26 @@ def submit_pushed(
 ) -> None:
     """Check the pushed version and its output, ask the user, and submit it (see `submit`)."""
     # The cheapest check first, the download last.
-    competition = COMPETITIONS[read_spec(spec_path).competition].slug
+    competition = COMPETITIONS[read_spec(spec_path).competition]
     if not again:
         check_not_submitted(pushed)
     check_complete(kaggle, pushed)
     check_output(kaggle, pushed, spec_folder(spec_path) / "output")
 
     # Kaggle allows few submissions a day: the user sees what this one would be.
-    print(f"{pushed}, pushed {pushed.age} ago, to {competition}")
+    print(f"{pushed}, pushed {pushed.age} ago, to {competition.slug}")
     for ref, dataset in pushed.datasets.items():
         print(f"  {ref} version {dataset['version']}")
+    made_today = count_todays_submissions(kaggle, competition.slug)
+    print(f"submissions of today (UTC): {made_today} of {competition.daily_submissions}")
     print(f"message: {message}")
     if not yes and not click.confirm("submit this?"):
         raise UserError("nothing was submitted")
 
     # Where the answer is lost, a ref that is new in Kaggle's list will be this submission's.
-    refs_before = [listed.ref for listed in list_submissions(kaggle, competition)]
+    refs_before = [listed.ref for listed in list_submissions(kaggle, competition.slug)]
     submission = Submission(
-        competition=competition,
+        competition=competition.slug,
         kernel=pushed.kernel,
         version=pushed.version,
         datasets=pushed.datasets,
@@ -215,6 +219,13 @@ def check_output(kaggle: Kaggle, pushed: PushRecord, out: Path) -> None:
             f"{pushed}: the output that Kaggle has is of another {names}; give it a minute, then "
             "status --wait and submit; if it stays, push --again"
         )
+
+
+def count_todays_submissions(kaggle: Kaggle, competition: str) -> int:
+    """Count the submissions of this account to a competition (its slug) in today's day of UTC."""
+    today = datetime.now(UTC).date()
+    dates = [listed.date.date() for listed in list_submissions(kaggle, competition)]
+    return dates.count(today)
 
 
 def list_submissions(kaggle: Kaggle, competition: str) -> list[ApiSubmission]:

@@ -18,7 +18,9 @@ from kaggle_kernels.rehearsal.adversarial_texts import (
     Field,
     draw_texts,
 )
+from kaggle_kernels.rehearsal.verdicts import find_verdict_columns
 from kaggle_kernels.runtime.inputs import SCORED
+from preprocess.competitions import Competition
 
 # Share of the rows that is replaced.
 SHARE = 0.05
@@ -32,10 +34,8 @@ SEEDS_WITHOUT_SCORED = 4
 # Holds an adversarial row's kind, and null for a row that stayed.
 KIND_COLUMN = "hostile"
 
-VERDICT_COLUMNS = ("winner", "winner_model_a", "winner_model_b", "winner_tie")
 
-
-def add_adversarial_rows(rows: pl.DataFrame, seed: int, are_turns: bool) -> pl.DataFrame:
+def add_adversarial_rows(rows: pl.DataFrame, seed: int, competition: Competition) -> pl.DataFrame:
     """Replace SHARE of the rows by adversarial ones, and at least one of each kind.
 
     Half of the rows stay in any case, so that a small table may lack some kinds.
@@ -43,7 +43,7 @@ def add_adversarial_rows(rows: pl.DataFrame, seed: int, are_turns: bool) -> pl.D
     Args:
         rows: A table with `id` and TEXTS; verdict columns may be absent.
         seed: Decides which rows are replaced, and by what.
-        are_turns: Whether texts are stored as JSON lists of turns, as LMSYS does.
+        competition: Says how texts and verdicts are stored, and whether rows are marked as scored.
 
     Returns:
         The table with the same ids and columns, and KIND_COLUMN. An adversarial row has no verdict,
@@ -57,7 +57,7 @@ def add_adversarial_rows(rows: pl.DataFrame, seed: int, are_turns: bool) -> pl.D
     # Cells are replaced one by one, which is simplest in lists.
     columns = {name: rows[name].to_list() for name in rows.columns}
     columns[KIND_COLUMN] = [None] * len(rows)
-    verdict_columns = [name for name in VERDICT_COLUMNS if name in columns]
+    verdict_columns = find_verdict_columns(rows, competition)
 
     for place, kind in zip(places, kinds, strict=True):
         columns[KIND_COLUMN][place] = kind
@@ -70,7 +70,9 @@ def add_adversarial_rows(rows: pl.DataFrame, seed: int, are_turns: bool) -> pl.D
 
         texts = draw_texts(kind, rng)
         for name, text in zip(TEXTS, texts, strict=True):
-            columns[name][place] = convert_text(text, rows.schema[name], are_turns, rng)
+            columns[name][place] = convert_text(
+                text, rows.schema[name], competition.texts_are_turns, rng
+            )
 
         # Nobody has judged these texts.
         for name in verdict_columns:
@@ -83,13 +85,13 @@ def add_adversarial_rows(rows: pl.DataFrame, seed: int, are_turns: bool) -> pl.D
             schema[name] = pl.String
     schema[KIND_COLUMN] = pl.String
     table = pl.DataFrame(columns, schema=schema)
-    return table if are_turns else draw_scored(table, seed)
+    return draw_scored(table, seed) if competition.marks_scored_rows else table
 
 
 def draw_scored(table: pl.DataFrame, seed: int) -> pl.DataFrame:
     """Draw for each adversarial row whether it counts on the leaderboard: yes, no or null.
 
-    WSDM's column SCORED has it. One in SEEDS_WITHOUT_SCORED seeds leaves the column out.
+    The column `scored` says so; one in SEEDS_WITHOUT_SCORED seeds leaves it out altogether.
     """
     if seed % SEEDS_WITHOUT_SCORED == SEEDS_WITHOUT_SCORED - 1:
         return table.drop(SCORED, strict=False)

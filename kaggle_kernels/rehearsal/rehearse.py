@@ -14,7 +14,7 @@ import polars as pl
 from kaggle_kernels.build.bundle import check_built, kernel_text
 from kaggle_kernels.build.memory_fit import Fit, fit_packages
 from kaggle_kernels.build.packages import build_of, find_package
-from kaggle_kernels.build.spec import COMPETITIONS, Spec, read_spec
+from kaggle_kernels.build.spec import Spec, read_spec
 from kaggle_kernels.rehearsal.fault_injection import Faults, check_faults, check_happened
 from kaggle_kernels.rehearsal.kaggle_tree import lay_out_tree
 from kaggle_kernels.rehearsal.rows import (
@@ -33,6 +33,7 @@ from kaggle_kernels.rehearsal.throughput import (
 )
 from kaggle_kernels.rehearsal.validate import check_results, choose_tolerance
 from kaggle_kernels.rehearsal.verdicts import measure_quality, read_verdicts
+from preprocess.competitions import COMPETITIONS
 from preprocess.core import ledger
 from preprocess.core.durations import format_duration
 from preprocess.core.errors import UserError
@@ -175,10 +176,10 @@ def prepare_inputs(
 
     # The verdicts are needed after the run only, but mistakes in them are found now.
     file_rows = read_test_rows(test_file, spec)
-    read_verdicts(file_rows, str(test_file))
+    competition = COMPETITIONS[spec.competition]
+    read_verdicts(file_rows, competition, str(test_file))
 
-    are_turns = spec.competition == "lmsys"
-    rows = make_rows(file_rows, scenario.row_options, are_turns)
+    rows = make_rows(file_rows, scenario.row_options, competition)
     description = describe_rows(rows, len(file_rows), scenario.row_options)
     if scenario.is_hidden:
         print(f"[rehearsal] {test_file}: {format_description(description)}", flush=True)
@@ -283,8 +284,8 @@ def evaluate_results(inputs: Inputs, out: Path) -> dict:
     quality = measure_quality(inputs.rows, out / "scores.parquet", inputs.spec)
     if quality:
         print(
-            f"accuracy {quality['accuracy']:.4f}, log loss {quality['log_loss']:.4f} "
-            f"on {quality['judged']} judged rows; "
+            f"accuracy {quality['accuracy']:.4f}, log loss {quality['log_loss']:.4f}, "
+            f"Brier score {quality['brier_score']:.4f} on {quality['judged']} judged rows; "
             f"the longer response: accuracy {quality['longer_accuracy']:.4f}"
         )
 

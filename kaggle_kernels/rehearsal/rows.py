@@ -9,9 +9,10 @@ from pathlib import Path
 
 import polars as pl
 
-from kaggle_kernels.build.spec import COMPETITIONS, Spec
+from kaggle_kernels.build.spec import Spec
 from kaggle_kernels.rehearsal.adversarial_rows import KIND_COLUMN, add_adversarial_rows
 from kaggle_kernels.rehearsal.adversarial_texts import KINDS, TEXTS
+from preprocess.competitions import COMPETITIONS, Competition
 from preprocess.core.errors import UserError
 
 TEXT_TYPES = (pl.String, pl.List(pl.String), pl.Null)
@@ -66,13 +67,12 @@ def read_test_rows(test_file: Path, spec: Spec) -> pl.DataFrame:
         message = " ".join(str(error).split())
         raise UserError(f"{test_file}: cannot be read: {message}") from None
 
-    layout = COMPETITIONS[spec.competition].slug
-    check_columns(rows, test_file, layout)
+    check_columns(rows, test_file, COMPETITIONS[spec.competition])
     check_ids(rows, test_file)
     return rows
 
 
-def check_columns(rows: pl.DataFrame, test_file: Path, layout: str) -> None:
+def check_columns(rows: pl.DataFrame, test_file: Path, competition: Competition) -> None:
     """Raise UserError where columns are absent or hold no text, or there are no rows."""
     missing = [name for name in ("id", *TEXTS) if name not in rows.columns]
     wrong_type = [name for name in TEXTS if rows.schema.get(name) not in TEXT_TYPES]
@@ -84,7 +84,7 @@ def check_columns(rows: pl.DataFrame, test_file: Path, layout: str) -> None:
         problem = "no rows"
     else:
         return
-    raise UserError(f"{test_file}: {problem}; expected the layout of {layout}")
+    raise UserError(f"{test_file}: {problem}; expected the layout of {competition.slug}")
 
 
 def check_ids(rows: pl.DataFrame, test_file: Path) -> None:
@@ -100,13 +100,19 @@ def check_ids(rows: pl.DataFrame, test_file: Path) -> None:
     raise UserError(f"{test_file}: {problem}; a submission needs every id once")
 
 
-def make_rows(rows: pl.DataFrame, options: RowOptions, are_turns: bool = False) -> pl.DataFrame:
+def make_rows(rows: pl.DataFrame, options: RowOptions, competition: Competition) -> pl.DataFrame:
     """Make the rows of a rehearsal: drawn, replaced, renumbered and shuffled as the options say.
 
     The same seed gives the same rows. A row keeps its verdict wherever it keeps its texts.
 
-    With `are_turns` texts are JSON lists of turns, as LMSYS stores them. Where adversarial rows
-    were added, there is a column `hostile` (see `add_adversarial_rows`).
+    Args:
+        rows: A table in the layout of the competition's test or train file.
+        options: What happens to it.
+        competition: Says how adversarial texts are stored.
+
+    Returns:
+        The table. Where adversarial rows were added, it has a column `hostile` (see
+        `add_adversarial_rows`).
     """
     rng = random.Random(options.seed)
 
@@ -116,7 +122,7 @@ def make_rows(rows: pl.DataFrame, options: RowOptions, are_turns: bool = False) 
     if options.size is not None:
         rows = draw_rows(rows, options.size, rng)
     if options.adversarial:
-        rows = add_adversarial_rows(rows, options.seed, are_turns)
+        rows = add_adversarial_rows(rows, options.seed, competition)
     if options.needs_new_ids:
         if new_id_kind == "int":
             new_ids = pl.Series("id", make_int_ids(len(rows), rng), pl.Int64)

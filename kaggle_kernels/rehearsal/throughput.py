@@ -17,9 +17,9 @@ from dataclasses import asdict, dataclass
 from kaggle_kernels.build.memory_fit import Fit
 from kaggle_kernels.build.spec import Spec
 from kaggle_kernels.runtime.scheduling import plan
-from kaggle_kernels.runtime.visible import HIDDEN_ROWS
 from postprocess.memory.model_size import weight_bytes
 from postprocess.memory.t4_fit import GPUS as T4S
+from preprocess.competitions import COMPETITIONS
 from preprocess.core.durations import format_duration
 
 # About a quarter of the 65e12 that NVIDIA's data sheet gives for float16. Two public runs on two
@@ -96,8 +96,9 @@ def predict_runs(
     # Rows cost time in proportion to their number, loading does not.
     loading = predict_loading(fits)
     flop_per_second = T4S * T4_FLOP_PER_SECOND
+    hidden_rows = COMPETITIONS[spec.competition].hidden_rows
     predictions = []
-    for number in dict.fromkeys((rows, *HIDDEN_ROWS)):  # each number once, in this order
+    for number in dict.fromkeys((rows, *hidden_rows)):  # each number once, in this order
         prediction = Prediction(
             rows=number,
             clock_seconds=spec.time_limit(number),

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from kaggle_kernels.build.spec import Competition
 from kaggle_kernels.rehearsal.adversarial_texts import TEXTS
+from preprocess.competitions import Competition
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_object
 
@@ -165,7 +165,7 @@ def refuse_ids(path: Path, wrong_ids: Collection[str], problem: str) -> None:
 
 def check_answer(path: Path, row_id: str, answer: Sequence[str], competition: Competition) -> None:
     """Check a row's winner, or its probabilities, whichever the competition wants."""
-    if len(competition.columns) > 1:
+    if competition.answer == "probabilities":
         check_probabilities(path, row_id, answer)
         return
 
@@ -250,8 +250,7 @@ def check_same_answers(
     final_rows = scores.select("id", *final_columns).iter_rows()
 
     for answer, (row_id, *probabilities) in zip(answers, final_rows, strict=True):
-        # One column names the winner, several hold probabilities.
-        if len(competition.columns) == 1:
+        if competition.answer == "winner":
             winner = competition.verdicts.index(answer[0])
             is_same = probabilities[winner] == max(probabilities)
         else:

@@ -4,36 +4,71 @@ A rehearsal may use a train file as its test file; its verdicts are taken away f
 kept here. `rehearse.py` calls `read_verdicts` before the kernel runs and `measure_quality` after.
 """
 
-import math
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 
-from kaggle_kernels.build.spec import COMPETITIONS, Spec
+from kaggle_kernels.build.spec import Spec
+from preprocess.competitions import COMPETITIONS, Competition
 from preprocess.core.errors import UserError
 from preprocess.model_input import VERDICTS
+from preprocess.sources.competition import read_verdict
+from recipes.pairwise.tracking.metrics import measure_answers
 
-# LMSYS's columns: 1 in that of the verdict, 0 in the others.
-FLAG_COLUMNS = [f"winner_{verdict}" for verdict in VERDICTS]
+
+def choose_layout(test_rows: pl.DataFrame, competition: Competition) -> Competition:
+    """Choose whose verdict columns to read: the competition's, or WSDM's, as a table of pairs has."""
+    has_columns = any(name in test_rows.columns for name in competition.verdict_columns)
+    return competition if has_columns else COMPETITIONS["wsdm"]
 
 
-def read_verdicts(test_rows: pl.DataFrame, where: str) -> pl.DataFrame | None:
-    """Read the verdicts from WSDM's column `winner` or from LMSYS's three columns of 0 and 1.
+def find_verdict_columns(test_rows: pl.DataFrame, competition: Competition) -> list[str]:
+    """List the columns of a table that hold verdicts; there may be none."""
+    layout = choose_layout(test_rows, competition)
+    return [name for name in layout.verdict_columns if name in test_rows.columns]
+
+
+def read_verdicts(
+    test_rows: pl.DataFrame, competition: Competition, where: str
+) -> pl.DataFrame | None:
+    """Read the verdicts of a table in the layout of the competition's train file, or of pairs.
+
+    Args:
+        test_rows: The table.
+        competition: Says which columns hold verdicts.
+        where: The file, for error messages.
 
     Returns:
         `id` as text, `winner` (null: the row has no verdict) and `longer`, the verdict for the
         response with more characters. None where there are no columns of verdicts.
 
     Raises:
-        UserError: One of LMSYS's columns is missing, or a value is no verdict; the message names
+        UserError: One of several columns is missing, or a value is no verdict; the message names
             the row.
     """
-    if "winner" in test_rows.columns:
-        winners = read_winner_column(test_rows, where)
-    elif any(name in test_rows.columns for name in FLAG_COLUMNS):
-        winners = read_flag_columns(test_rows, where)
-    else:
+    layout = choose_layout(test_rows, competition)
+    columns = find_verdict_columns(test_rows, competition)
+    if not columns:
         return None
+    missing = set(layout.verdict_columns) - set(columns)
+    if missing:
+        names = ", ".join(sorted(missing))
+        raise UserError(
+            f"{where}: no column {names}, where there is {columns[0]}; give all of them"
+        )
+
+    winners = []
+    verdict_rows = test_rows.select(columns).iter_rows(named=True)
+    for place, values in enumerate(verdict_rows):
+        winner, _ = read_verdict(layout, values)
+        has_verdict = any(value is not None for value in values.values())
+        if has_verdict and winner not in VERDICTS:
+            raise UserError(
+                f"{where}, row {place + 1} (id {test_rows['id'][place]}): found {values}; "
+                f"expected {describe_verdicts(layout)}"
+            )
+        winners.append(winner if has_verdict else None)
 
     # The longer response is a baseline that a model should beat.
     length_a = count_characters(test_rows, "response_a")
@@ -46,46 +81,11 @@ def read_verdicts(test_rows: pl.DataFrame, where: str) -> pl.DataFrame | None:
     )
 
 
-def read_winner_column(test_rows: pl.DataFrame, where: str) -> list[str | None]:
-    """Read WSDM's column `winner`; a UserError names the first row with another value."""
-    winners = test_rows["winner"].cast(pl.String).to_list()
-    for place, winner in enumerate(winners):
-        if winner is not None and winner not in VERDICTS:
-            row = name_row(test_rows, where, place)
-            raise UserError(f"{row}: winner is {winner!r}; expected model_a, model_b or tie")
-    return winners
-
-
-def read_flag_columns(test_rows: pl.DataFrame, where: str) -> list[str | None]:
-    """Read LMSYS's three columns; a UserError names an absent one, or the first wrong row."""
-    missing = set(FLAG_COLUMNS) - set(test_rows.columns)
-    if missing:
-        names = ", ".join(sorted(missing))
-        raise UserError(f"{where}: no column {names}; give all three, or none")
-
-    # A CSV has the flags as text. What is no number becomes null.
-    flag_table = test_rows.select(FLAG_COLUMNS)
-    number_table = flag_table.cast(pl.Float64, strict=False)
-
-    winners = []
-    rows = zip(flag_table.iter_rows(), number_table.iter_rows(), strict=True)
-    for place, (flags, numbers) in enumerate(rows):
-        if numbers.count(1) == 1 and numbers.count(0) == 2:
-            winners.append(VERDICTS[numbers.index(1)])
-        elif flags == (None, None, None):
-            winners.append(None)
-        else:
-            row = name_row(test_rows, where, place)
-            raise UserError(
-                f"{row}: winner is {flags!r}; expected a 1 for model_a, model_b or tie, "
-                "and 0 for the others"
-            )
-    return winners
-
-
-def name_row(test_rows: pl.DataFrame, where: str, place: int) -> str:
-    """Name a row in a message: its number, counted from 1, and its id."""
-    return f"{where}, row {place + 1} (id {test_rows['id'][place]})"
+def describe_verdicts(layout: Competition) -> str:
+    """Say what the verdict columns of a row may hold, for an error message."""
+    if layout.verdict_form == "name":
+        return "model_a, model_b or tie"
+    return "a 1 for the winner, and 0 for the others"
 
 
 def count_characters(rows: pl.DataFrame, name: str) -> pl.Expr:
@@ -103,34 +103,25 @@ def measure_quality(test_rows: pl.DataFrame, scores_file: Path, spec: Spec) -> d
     Rows whose verdict the spec's competition does not know are left out.
 
     Returns:
-        `judged` (the number of rows), `accuracy`, `log_loss` (in nats), and `longer_accuracy`: the
-        accuracy of always preferring the longer response. Empty where no row has a verdict.
+        `judged` (the number of rows), `accuracy`, `log_loss` (in nats), `brier_score`, and
+        `longer_accuracy`: the accuracy of always preferring the longer response. Empty where no row
+        has a verdict.
     """
-    truth = read_verdicts(test_rows, "the test rows")
+    competition = COMPETITIONS[spec.competition]
+    truth = read_verdicts(test_rows, competition, "the test rows")
     if truth is None:
         return {}
 
-    verdicts = COMPETITIONS[spec.competition].verdicts
+    verdicts = competition.verdicts
     joined = pl.read_parquet(scores_file).join(truth, on="id", how="inner")
     judged = joined.filter(pl.col("winner").is_in(verdicts))
     if judged.is_empty():
         return {}
 
-    correct = 0
-    correct_by_length = 0
-    loss = 0.0
-    for row in judged.to_dicts():
-        probabilities = {verdict: row[f"p_{verdict}"] for verdict in verdicts}
-        prediction = max(probabilities, key=probabilities.get)
-        if prediction == row["winner"]:
-            correct += 1
-        if row["longer"] == row["winner"]:
-            correct_by_length += 1
-        loss -= math.log(probabilities[row["winner"]])
-
+    probabilities_rv = judged.select(f"p_{verdict}" for verdict in verdicts).to_numpy()
+    winners_r = np.array([verdicts.index(winner) for winner in judged["winner"]])
     return {
         "judged": len(judged),
-        "accuracy": correct / len(judged),
-        "log_loss": loss / len(judged),
-        "longer_accuracy": correct_by_length / len(judged),
+        **measure_answers(probabilities_rv, winners_r),
+        "longer_accuracy": judged.select((pl.col("longer") == pl.col("winner")).mean()).item(),
     }

@@ -40,7 +40,6 @@ from kaggle_kernels.runtime.submission import (
     write_submission,
 )
 from kaggle_kernels.runtime.visible import (
-    HIDDEN_ROWS,
     VisibleRows,
     choose_visible_rows,
     describe_finish,
@@ -78,7 +77,7 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
 
     # The time limit depends on the number of rows.
     test_file = find_mounted(root, settings.competition, TEST_FILES, "competitions")
-    rows = read_rows(test_file, are_turns="tie" in settings.verdicts)
+    rows = read_rows(test_file, settings.texts_are_turns)
     clock = start_clock(settings.time_limit(len(rows)), began)
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     log(clock, f"{settings.name}: {versions}")
@@ -277,7 +276,7 @@ def report_visible_run(
 
     # All time that no batch took, such as that for loading, is the same for any number of rows.
     fixed_seconds = clock.elapsed() - sum(record["seconds"] for record in passes)
-    for rows in HIDDEN_ROWS:
+    for rows in settings.hidden_rows:
         finish = predict_finish(passes, fixed_seconds, rows)
         report["predicted"].append(finish)
         hidden_clock = start_clock(settings.time_limit(rows))

@@ -37,12 +37,18 @@ class TimeLimit:
 
 @dataclass(frozen=True)
 class Settings:
-    """A spec, checked by `build`."""
+    """A spec and its competition, checked by `build`."""
 
     name: str
     competition: str  # Kaggle's slug
-    columns: tuple[str, ...]  # of the submission, besides id
     verdicts: tuple[str, ...]  # what the competition tells apart
+    texts_are_turns: bool  # a text of its files is a JSON list of turns
+    verdict_form: str  # of its train file: `name` in one column, or `flags`, one for each verdict
+    verdict_columns: tuple[str, ...]
+    answer: str  # of its submission: the `winner`, or `probabilities` of all verdicts
+    columns: tuple[str, ...]  # of the submission, besides id
+    metric: str  # accuracy, log_loss or brier_score
+    hidden_rows: tuple[int, ...]  # numbers of rows that the hidden run may meet
     packages: tuple[PackageSettings, ...]
     orders: tuple[str, ...]
     time_limits: tuple[TimeLimit, ...]  # by ascending number of rows

@@ -96,7 +96,7 @@ def write_submission(
 
     Args:
         path: The file. It gets this name once its ids were read back and are right.
-        settings: Name the competition's columns and verdicts.
+        settings: Name the competition's columns, verdicts and kind of answer.
         final: The probabilities by id.
         ids: The test file's, in its order.
 
@@ -109,8 +109,7 @@ def write_submission(
             writer.writerow(["id", *settings.columns])
             for row_id, probabilities in final.items():
                 answer = probabilities
-                # One column holds the name of the winner, several hold probabilities.
-                if len(settings.columns) == 1:
+                if settings.answer == "winner":
                     likeliest = probabilities.index(max(probabilities))
                     answer = [settings.verdicts[likeliest]]
                 writer.writerow([row_id, *answer])

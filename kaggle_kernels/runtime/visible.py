@@ -20,8 +20,7 @@ from kaggle_kernels.runtime.settings import Settings, is_hidden_run
 VALIDATION_IDS = "validation_ids.json"
 TRAIN_FILES = ("train.parquet", "train.csv")
 TRAIN_PREFIX = "train:"  # of the rows' ids, which then differ from those of test rows
-HIDDEN_ROWS = (10_000, 25_000)  # WSDM's public phase; its final phase, and LMSYS's
-VERDICTS = ("model_a", "model_b", "tie")  # in the order of LMSYS's columns
+FLAG_SET = ("1", "1.0", "True")  # as text, for a flag may be an integer, a float or a truth value
 
 
 @dataclass(frozen=True)
@@ -61,15 +60,14 @@ def choose_visible_rows(root: Path, settings: Settings, packages: Sequence[Packa
         log_line += "; a model was trained on them: they tell of speed only"
 
     # They look like rows of the test file.
-    are_turns = "tie" in settings.verdicts
     rows = []
     winners = {}
     for train_row in train_rows:
         row = {"id": TRAIN_PREFIX + train_row["id"], "counts": True}
         for name in TEXTS:
-            row[name] = read_text(train_row[name], are_turns)
+            row[name] = read_text(train_row[name], settings.texts_are_turns)
         rows.append(row)
-        winners[row["id"]] = read_winner(train_row, settings.columns)
+        winners[row["id"]] = read_winner(train_row, settings)
     return VisibleRows(tuple(rows), winners, trained_on, log_line)
 
 
@@ -82,7 +80,7 @@ def read_train_rows(file: Path, settings: Settings, listings: Sequence[Mapping])
     id_sets = [frozenset(listing["ids"]) for listing in listings]
     listed_by_all = frozenset.intersection(*id_sets)
     rows = []
-    for row in read_table(file, ("id", *TEXTS, *settings.columns)):
+    for row in read_table(file, ("id", *TEXTS, *settings.verdict_columns)):
         if row["id"] in listed_by_all:
             rows.append(row)
     if not rows:
@@ -95,15 +93,15 @@ def read_train_rows(file: Path, settings: Settings, listings: Sequence[Mapping])
     return rows[: settings.visible_rows]
 
 
-def read_winner(row: Mapping, columns: Sequence[str]) -> str | None:
+def read_winner(row: Mapping, settings: Settings) -> str | None:
     """Read a train row's verdict from a column with its name, or from one flag a verdict."""
-    if len(columns) == 1:
-        return row[columns[0]]
+    if settings.verdict_form == "name":
+        [column] = settings.verdict_columns
+        return row[column]
 
-    # A flag may come as an integer, a float or a truth value, from CSV as their text.
     winners = []
-    for verdict, name in zip(VERDICTS, columns, strict=True):
-        if str(row[name]) in ("1", "1.0", "True"):
+    for verdict, column in zip(settings.verdicts, settings.verdict_columns, strict=True):
+        if str(row[column]) in FLAG_SET:
             winners.append(verdict)
     return winners[0] if len(winners) == 1 else None
 
@@ -120,31 +118,37 @@ def measure_quality(
         scored: The final probabilities by id.
 
     Returns:
-        `judged` (the number of rows that count), and unless that is 0: `accuracy`, its
-        `standard_error`, and `log_loss` in nats.
+        `judged` (the number of these rows), and unless there is none: `accuracy`, its
+        `standard_error`, `log_loss` in nats, and `brier_score`.
     """
-    judged = 0
-    correct = 0
-    loss = 0.0
+    right_rows = []
+    losses = []
+    brier_scores = []
     for row_id, winner in visible.winners.items():
         if row_id not in scored or winner not in verdicts:
             continue
 
         probabilities = scored[row_id]
-        likeliest = verdicts[probabilities.index(max(probabilities))]
-        judged += 1
-        correct += likeliest == winner
-        loss -= math.log(probabilities[verdicts.index(winner)])
-    if judged == 0:
+        place = verdicts.index(winner)
+        right_rows.append(probabilities.index(max(probabilities)) == place)
+        losses.append(-math.log(probabilities[place]))
+
+        # The Brier score is Σ (p − y)², where y is 1 for the winner and else 0.
+        sum_of_squares = sum(probability**2 for probability in probabilities)
+        brier_scores.append(sum_of_squares - 2 * probabilities[place] + 1)
+
+    judged = len(right_rows)
+    if not judged:
         return {"judged": 0}
 
     # The standard error of a share p of n rows is √(p (1 − p) / n).
-    accuracy = correct / judged
+    accuracy = sum(right_rows) / judged
     return {
         "judged": judged,
         "accuracy": accuracy,
         "standard_error": math.sqrt(accuracy * (1 - accuracy) / judged),
-        "log_loss": loss / judged,
+        "log_loss": sum(losses) / judged,
+        "brier_score": sum(brier_scores) / judged,
     }
 
 
@@ -182,7 +186,8 @@ def describe_quality(quality: Mapping) -> str:
     error = 2 * quality["standard_error"]
     return (
         f"visible run: accuracy {quality['accuracy']:.4f} ± {error:.4f} (two standard errors), "
-        f"log loss {quality['log_loss']:.4f} on {quality['judged']} rows"
+        f"log loss {quality['log_loss']:.4f}, Brier score {quality['brier_score']:.4f} "
+        f"on {quality['judged']} rows"
     )
 
 

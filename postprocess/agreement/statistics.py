@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from recipes.pairwise.tracking.metrics import SMALLEST, row_losses
+from recipes.pairwise.tracking.metrics import SMALLEST, row_losses, rows_are_right
 
 QUANTISED = "quantised"  # and quantised-2, … : the columns of quantised models
 RESAMPLES = 1000
@@ -150,7 +150,7 @@ def verdicts(column: Column) -> np.ndarray:
 
 def is_right(column: Column, winners_r: np.ndarray) -> np.ndarray:
     """Give 1.0 for each row whose verdict is its winner, else 0.0."""
-    return (verdicts(column) == winners_r).astype(np.float64)
+    return rows_are_right(column.mean_rv(), winners_r).astype(np.float64)
 
 
 def losses(column: Column, labels_rv: np.ndarray) -> np.ndarray:

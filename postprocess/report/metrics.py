@@ -16,7 +16,12 @@ from postprocess.agreement.table import FEW_GROUPS, groups_of
 from postprocess.report.predictions import Predictions
 from preprocess.model_input import VERDICTS
 from recipes.pairwise.data.datasets import targets, winners
-from recipes.pairwise.tracking.metrics import ORDERS, row_losses
+from recipes.pairwise.tracking.metrics import (
+    ORDERS,
+    row_brier_scores,
+    row_losses,
+    rows_are_right,
+)
 
 LENGTH_SLICES = 4
 MAX_NAMES = 12  # rows of a table by language or source; the rarest names share the last one
@@ -141,7 +146,7 @@ def score_rows(predictions: Predictions, verdicts: tuple[str, ...]) -> ScoredRow
         labels_rv=labels_rv,
         winners_r=winners_r,
         is_decided_r=winners_r >= 0,
-        is_right_r=mean_rv.argmax(axis=1) == winners_r,
+        is_right_r=rows_are_right(mean_rv, winners_r),
         losses_r=row_losses(mean_rv, labels_rv),
         resamples=resamples,
         verdicts=verdicts,
@@ -183,9 +188,8 @@ def model_row(
 
 
 def estimate_brier_score(scored: ScoredRows) -> Estimate:
-    """Compute the Brier score (Brier 1950): the squared error of a row's probabilities, summed over verdicts."""
-    errors_rv = scored.mean_rv - scored.labels_rv
-    return scored.estimate((errors_rv**2).sum(axis=1))
+    """Compute the mean Brier score of the rows."""
+    return scored.estimate(row_brier_scores(scored.mean_rv, scored.labels_rv))
 
 
 # Lengths and baselines

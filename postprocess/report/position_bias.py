@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from postprocess.report.metrics import Estimate, Gain, ScoredRows, TableRow, make_table_row
-from recipes.pairwise.tracking.metrics import row_losses
+from recipes.pairwise.tracking.metrics import row_losses, rows_are_right
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ def measure_position_bias(scored: ScoredRows) -> PositionBias | None:
     )
 
     # Either order alone, and the mean of both, each scored as if it were the model.
-    as_given_right_r = as_given_rv.argmax(axis=1) == scored.winners_r
+    as_given_right_r = rows_are_right(as_given_rv, scored.winners_r)
     as_given_losses_r = row_losses(as_given_rv, scored.labels_rv)
-    swapped_right_r = swapped_rv.argmax(axis=1) == scored.winners_r
+    swapped_right_r = rows_are_right(swapped_rv, scored.winners_r)
     swapped_losses_r = row_losses(swapped_rv, scored.labels_rv)
     orders = (
         make_table_row("order as given", scored, as_given_right_r, as_given_losses_r),

@@ -20,6 +20,9 @@ class Layout:
     verdict_columns: tuple[str, ...]  # those of them that only a judged row needs
     read_judgement: Callable[[dict], Judgement]
     required_columns: Callable[[Table], tuple[str, ...]] | None = None  # where not all are needed
+    texts_are_turns: bool = (
+        False  # they are JSON lists of turns, by which layouts of equal columns are told apart
+    )
 
     def find_missing_columns(self, table: Table, needs_verdicts: bool = True) -> list[str]:
         """Return the columns that a file would need to be of this layout, and lacks."""

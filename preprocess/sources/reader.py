@@ -11,9 +11,11 @@ from pathlib import Path
 
 import polars as pl
 
+from preprocess.competitions import COMPETITIONS
 from preprocess.core.errors import UserError
-from preprocess.model_input import VERDICTS, clean
-from preprocess.sources import arena, chosen_rejected, helpsteer, lmsys, wsdm
+from preprocess.model_input import clean
+from preprocess.sources import arena, chosen_rejected, helpsteer, ppe
+from preprocess.sources.competition import make_layout
 from preprocess.sources.layout import Layout
 from preprocess.sources.messages import read_conversation
 from preprocess.sources.rows import (
@@ -24,6 +26,7 @@ from preprocess.sources.rows import (
     TURNS,
     UnusableRow,
     check_judgement,
+    read_json_turns,
     read_text,
     read_turns,
     read_vote_shares,
@@ -31,22 +34,14 @@ from preprocess.sources.rows import (
 )
 from preprocess.sources.tables import Table, TableRow, open_table
 
-# A file that fits several layouts is of the first one.
-LAYOUTS = (
-    wsdm.LAYOUT,
-    lmsys.LAYOUT,
-    arena.LAYOUT,
-    wsdm.PPE_LAYOUT,
-    helpsteer.LAYOUT,
-    chosen_rejected.LAYOUT,
-)
+# Besides those of the competitions.
+LAYOUTS = (arena.LAYOUT, ppe.LAYOUT, helpsteer.LAYOUT, chosen_rejected.LAYOUT)
 
 # The columns of which one holds the prompt.
 PROMPT_COLUMNS = ("prompt", "chosen", "conversation_a", "context")
 
-# Parquet files may have others, some of them large, which are left unread.
-COLUMNS_READ = (
-    *(column for layout in LAYOUTS for column in layout.columns),
+# What a file of any layout may have besides.
+FURTHER_COLUMNS = (
     *chosen_rejected.SCORES,
     *SHARES,
     "weight",
@@ -79,7 +74,7 @@ def read_rows(path: Path | str, role: str = "train") -> pl.DataFrame:
 
     frames = []
     batch: list[dict] = []
-    for table_row in table.rows(COLUMNS_READ):
+    for table_row in table.rows(list_columns_read()):
         batch.append(_read_row(layout, table.path, role, table_row))
         if len(batch) == BATCH_ROWS:
             frames.append(pl.DataFrame(batch, schema=ROWS))
@@ -98,18 +93,38 @@ def read_rows(path: Path | str, role: str = "train") -> pl.DataFrame:
     return rows
 
 
+def list_layouts() -> list[Layout]:
+    """List all layouts; a file that fits several is of the first one."""
+    layouts = [make_layout(competition) for competition in COMPETITIONS.values()]
+    return [*layouts, *LAYOUTS]
+
+
+def list_columns_read() -> tuple[str, ...]:
+    """List the columns that any layout needs: Parquet files may have others, and large ones."""
+    columns = list(FURTHER_COLUMNS)
+    for layout in list_layouts():
+        columns += layout.columns
+    return tuple(columns)
+
+
 def recognise_layout(table: Table, needs_verdicts: bool = True) -> Layout:
     """Return the layout whose columns a file has; raise UserError with the nearest if it has none's."""
-    for layout in LAYOUTS:
-        if layout.find_missing_columns(table, needs_verdicts):
-            continue
-        # Without verdicts, only the form of the texts tells these two apart.
-        if layout is wsdm.LAYOUT and not needs_verdicts and _holds_json_prompts(table):
-            return lmsys.LAYOUT
-        return layout
+    layouts = list_layouts()
+    fitting = []
+    for layout in layouts:
+        if not layout.find_missing_columns(table, needs_verdicts):
+            fitting.append(layout)
+
+    # Without verdicts, only the form of the texts tells competitions apart.
+    if len(fitting) > 1:
+        holds_json = _holds_json_prompts(table)
+        same_form = [layout for layout in fitting if layout.texts_are_turns == holds_json]
+        fitting = same_form or fitting
+    if fitting:
+        return fitting[0]
 
     # Name the layout that the user most likely meant, and what the file lacks.
-    nearest = min(LAYOUTS, key=lambda layout: _measure_distance(layout, table))
+    nearest = min(layouts, key=lambda layout: _measure_distance(layout, table))
     missing = nearest.find_missing_columns(table)
     noun = "column" if len(missing) == 1 else "columns"
     raise UserError(
@@ -158,7 +173,7 @@ def _read_row(layout: Layout, path: Path, role: str, table_row: TableRow) -> dic
         # The file of rejected rows shows the texts as they were.
         for name in TEXTS:
             row[name] = show_turns(values.get(name))
-        row["winner"] = _show_winner(values)
+        row["winner"] = _show_verdict(layout, values)
         row["reason"] = str(reason)
         return row
 
@@ -170,18 +185,14 @@ def _read_row(layout: Layout, path: Path, role: str, table_row: TableRow) -> dic
     return row
 
 
-def _show_winner(values: dict) -> str | None:
+def _show_verdict(layout: Layout, values: dict) -> str | None:
     """Return the verdict of a row that cannot be used, whatever it is."""
-    for column in ("winner", "overall_preference"):
-        if column in values:
-            return read_text(values[column])
+    columns = [column for column in layout.verdict_columns if column in values]
+    if len(columns) == 1:
+        return read_text(values[columns[0]])
 
-    # LMSYS's verdict has three columns instead of one.
-    flags = []
-    for verdict in VERDICTS:
-        column = f"winner_{verdict}"
-        if column in values:
-            flags.append(f"{verdict} {read_text(values[column])}")
+    # Flags need the names of their columns.
+    flags = [f"{column} {read_text(values[column])}" for column in columns]
     return ", ".join(flags) or None
 
 
@@ -233,12 +244,12 @@ def _read_prompt(values: dict, is_json: bool) -> list[str]:
         return turns
 
     if is_json:
-        return lmsys.read_json_turns(prompt)
+        return read_json_turns(prompt)
     return read_turns(prompt)
 
 
 def _holds_json_prompts(table: Table) -> bool:
-    """Return whether every prompt is a JSON list, which is all that tells LMSYS's test file from WSDM's."""
+    """Return whether every prompt is a JSON list, which is all that tells some test files apart."""
     if "prompt" not in table.columns:
         return False
 
@@ -246,7 +257,7 @@ def _holds_json_prompts(table: Table) -> bool:
         if table_row.values is None:
             continue
         try:
-            lmsys.read_json_turns(table_row.values.get("prompt"))
+            read_json_turns(table_row.values.get("prompt"))
         except UnusableRow:
             return False
     return True

@@ -4,6 +4,7 @@ The layouts read values with these functions; reader.py builds the rows, and `pr
 pairs of them.
 """
 
+import json
 import math
 from dataclasses import dataclass
 
@@ -105,6 +106,22 @@ def read_turns(value: object) -> list[str]:
             raise UnusableRow("not a list of turns")
         turns.append(clean(turn))
     return turns
+
+
+def read_json_turns(value: object) -> list[str]:
+    """Return the turns of a JSON list, or of a list that is parsed already; null and "" hold none."""
+    if value is None or value == "":
+        return []
+
+    # Parquet and JSONL can hold real lists.
+    if not isinstance(value, list):
+        try:
+            value = json.loads(value)
+        except (json.JSONDecodeError, RecursionError, TypeError):
+            raise UnusableRow("not a JSON list of turns") from None
+    if not isinstance(value, list):
+        raise UnusableRow("not a JSON list of turns")
+    return read_turns(value)
 
 
 def show_turns(value: object) -> list[str] | None:

@@ -92,7 +92,7 @@ def choose_rows(scored: Scored) -> dict[str, list[np.ndarray]]:
     by_certainty = np.argsort(np.abs(scored.first[:, 0] - scored.first[:, 1]), kind="stable")
 
     # As the kernel does.
-    gain = np.array([expected_gain(values, CHANGE_OF_ORDER, by_log_loss=False) for values in scored.first.tolist()])
+    gain = np.array([expected_gain(values, CHANGE_OF_ORDER, metric="accuracy") for values in scored.first.tolist()])
     by_gain_per_second = np.argsort(-gain / scored.cost, kind="stable")
 
     choices = {"random": random_orders, "the least certain": [by_certainty], "by gain per second": [by_gain_per_second]}

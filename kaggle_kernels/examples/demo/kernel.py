@@ -99,12 +99,18 @@ class TimeLimit:
 
 @dataclass(frozen=True)
 class Settings:
-    """A spec, checked by `build`."""
+    """A spec and its competition, checked by `build`."""
 
     name: str
     competition: str  # Kaggle's slug
-    columns: tuple[str, ...]  # of the submission, besides id
     verdicts: tuple[str, ...]  # what the competition tells apart
+    texts_are_turns: bool  # a text of its files is a JSON list of turns
+    verdict_form: str  # of its train file: `name` in one column, or `flags`, one for each verdict
+    verdict_columns: tuple[str, ...]
+    answer: str  # of its submission: the `winner`, or `probabilities` of all verdicts
+    columns: tuple[str, ...]  # of the submission, besides id
+    metric: str  # accuracy, log_loss or brier_score
+    hidden_rows: tuple[int, ...]  # numbers of rows that the hidden run may meet
     packages: tuple[PackageSettings, ...]
     orders: tuple[str, ...]
     time_limits: tuple[TimeLimit, ...]  # by ascending number of rows
@@ -171,8 +177,14 @@ def log(clock: Clock, message: str) -> None:
 SETTINGS = Settings(
     name="demo",
     competition="wsdm-cup-multilingual-chatbot-arena",
-    columns=("winner",),
     verdicts=("model_a", "model_b"),
+    texts_are_turns=False,
+    verdict_form="name",
+    verdict_columns=("winner",),
+    answer="winner",
+    columns=("winner",),
+    metric="accuracy",
+    hidden_rows=(10000, 25000),
     packages=(
         PackageSettings(
             run="demo",
@@ -223,7 +235,7 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
 
     # The time limit depends on the number of rows.
     test_file = find_mounted(root, settings.competition, TEST_FILES, "competitions")
-    rows = read_rows(test_file, are_turns="tie" in settings.verdicts)
+    rows = read_rows(test_file, settings.texts_are_turns)
     clock = start_clock(settings.time_limit(len(rows)), began)
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     log(clock, f"{settings.name}: {versions}")
@@ -410,7 +422,7 @@ def report_visible_run(
 
     # All time that no batch took, such as that for loading, is the same for any number of rows.
     fixed_seconds = clock.elapsed() - sum(record["seconds"] for record in passes)
-    for rows in HIDDEN_ROWS:
+    for rows in settings.hidden_rows:
         finish = predict_finish(passes, fixed_seconds, rows)
         report["predicted"].append(finish)
         hidden_clock = start_clock(settings.time_limit(rows))
@@ -632,10 +644,8 @@ def plan_further_pass(job: ScoringJob, group: Sequence[str], loaded: int | None)
         return None
 
     clock = job.inputs.clock
-    by_log_loss = len(job.inputs.settings.columns) > 1
-    plan = plan_passes(
-        candidates, job.probabilities(), job.measured.tokens, clock.left(), by_log_loss
-    )
+    metric = job.inputs.settings.metric
+    plan = plan_passes(candidates, job.probabilities(), job.measured.tokens, clock.left(), metric)
     log_plan(job, plan)
 
     # Where a pass has no rows, there was no time for it.
@@ -1577,7 +1587,8 @@ def free_memory() -> None:
 # more pass of a package in an order. It changes a probability by some amount, of standard deviation
 # s. Its expected gain is that of the knowledge gradient (Frazier, Powell and Dayanik 2008):
 # 2 (s φ(m/s) − m Φ(−m/s)), with m half the lead of the first verdict over the second. A row near the
-# line between two verdicts gains most, one far from it nothing. For log loss it is s² (1 − Σp²).
+# line between two verdicts gains most, one far from it nothing. For log loss it is s² (1 − Σp²), for
+# the Brier score s² Σ p² (1 − 2p + Σp²), by the independent changes of a row's logits.
 #
 # Rows are taken by their gain per second until the seconds are used. Which further models are worth
 # their loading is tried out.
@@ -1630,10 +1641,10 @@ def plan_passes(
     probabilities: Mapping[str, Sequence[float]],
     tokens: Mapping[str, int],
     seconds: float,
-    by_log_loss: bool,
+    metric: str,
 ) -> list[PlannedPass]:
     """Plan what the seconds that are left are spent on: the rows of most expected gain per second."""
-    rows = rank_rows(candidates, probabilities, tokens, by_log_loss)
+    rows = rank_rows(candidates, probabilities, tokens, metric)
     packages = list(dict.fromkeys(candidate.package for candidate in candidates))
 
     # A further model must be worth its loading. Plans with the first package alone, with the first
@@ -1651,13 +1662,13 @@ def rank_rows(
     candidates: Sequence[CandidatePass],
     probabilities: Mapping[str, Sequence[float]],
     tokens: Mapping[str, int],
-    by_log_loss: bool,
+    metric: str,
 ) -> list[CandidateRow]:
     """Sort the rows of all candidates by their expected gain per second (see `plan_passes`)."""
     rows = []
     for place, candidate in enumerate(candidates):
         for row_id in candidate.unscored:
-            gain = expected_gain(probabilities.get(row_id), candidate.change, by_log_loss)
+            gain = expected_gain(probabilities.get(row_id), candidate.change, metric)
             seconds = max(tokens[row_id] * candidate.seconds_per_token, SHORTEST_SECONDS)
             rows.append(CandidateRow(place, row_id, gain, seconds))
     return sorted(rows, key=lambda row: row.gain / row.seconds, reverse=True)
@@ -1692,16 +1703,19 @@ def fill_seconds(
     return total_gain, plan
 
 
-def expected_gain(probabilities: Sequence[float] | None, change: float, by_log_loss: bool) -> float:
+def expected_gain(probabilities: Sequence[float] | None, change: float, metric: str) -> float:
     """Compute what another score of a row is expected to gain (the module says by which formula)."""
     # A first score is worth more than any further one.
     if probabilities is None:
         return 1.0
 
-    # The expected drop of log loss, to second order.
-    if by_log_loss:
-        sum_of_squares = sum(probability**2 for probability in probabilities)
+    # The expected drop of log loss or of the Brier score, to second order.
+    sum_of_squares = sum(probability**2 for probability in probabilities)
+    if metric == "log_loss":
         return change**2 * (1 - sum_of_squares)
+    if metric == "brier_score":
+        terms = [p**2 * (1 - 2 * p + sum_of_squares) for p in probabilities]
+        return change**2 * sum(terms)
 
     # The verdict flips where the change exceeds half of the first verdict's lead over the second.
     second, first = sorted(probabilities)[-2:]
@@ -2110,8 +2124,7 @@ def ask_capabilities() -> list[float]:
 VALIDATION_IDS = "validation_ids.json"
 TRAIN_FILES = ("train.parquet", "train.csv")
 TRAIN_PREFIX = "train:"  # of the rows' ids, which then differ from those of test rows
-HIDDEN_ROWS = (10_000, 25_000)  # WSDM's public phase; its final phase, and LMSYS's
-VERDICTS = ("model_a", "model_b", "tie")  # in the order of LMSYS's columns
+FLAG_SET = ("1", "1.0", "True")  # as text, for a flag may be an integer, a float or a truth value
 
 
 @dataclass(frozen=True)
@@ -2147,15 +2160,14 @@ def choose_visible_rows(root: Path, settings: Settings, packages: Sequence[Packa
         log_line += "; a model was trained on them: they tell of speed only"
 
     # They look like rows of the test file.
-    are_turns = "tie" in settings.verdicts
     rows = []
     winners = {}
     for train_row in train_rows:
         row = {"id": TRAIN_PREFIX + train_row["id"], "counts": True}
         for name in TEXTS:
-            row[name] = read_text(train_row[name], are_turns)
+            row[name] = read_text(train_row[name], settings.texts_are_turns)
         rows.append(row)
-        winners[row["id"]] = read_winner(train_row, settings.columns)
+        winners[row["id"]] = read_winner(train_row, settings)
     return VisibleRows(tuple(rows), winners, trained_on, log_line)
 
 
@@ -2164,7 +2176,7 @@ def read_train_rows(file: Path, settings: Settings, listings: Sequence[Mapping])
     id_sets = [frozenset(listing["ids"]) for listing in listings]
     listed_by_all = frozenset.intersection(*id_sets)
     rows = []
-    for row in read_table(file, ("id", *TEXTS, *settings.columns)):
+    for row in read_table(file, ("id", *TEXTS, *settings.verdict_columns)):
         if row["id"] in listed_by_all:
             rows.append(row)
     if not rows:
@@ -2177,15 +2189,15 @@ def read_train_rows(file: Path, settings: Settings, listings: Sequence[Mapping])
     return rows[: settings.visible_rows]
 
 
-def read_winner(row: Mapping, columns: Sequence[str]) -> str | None:
+def read_winner(row: Mapping, settings: Settings) -> str | None:
     """Read a train row's verdict from a column with its name, or from one flag a verdict."""
-    if len(columns) == 1:
-        return row[columns[0]]
+    if settings.verdict_form == "name":
+        [column] = settings.verdict_columns
+        return row[column]
 
-    # A flag may come as an integer, a float or a truth value, from CSV as their text.
     winners = []
-    for verdict, name in zip(VERDICTS, columns, strict=True):
-        if str(row[name]) in ("1", "1.0", "True"):
+    for verdict, column in zip(settings.verdicts, settings.verdict_columns, strict=True):
+        if str(row[column]) in FLAG_SET:
             winners.append(verdict)
     return winners[0] if len(winners) == 1 else None
 
@@ -2194,28 +2206,34 @@ def measure_quality(
     visible: VisibleRows, verdicts: Sequence[str], scored: Mapping[str, Sequence[float]]
 ) -> dict:
     """Measure the kernel's probabilities against the verdicts that people gave."""
-    judged = 0
-    correct = 0
-    loss = 0.0
+    right_rows = []
+    losses = []
+    brier_scores = []
     for row_id, winner in visible.winners.items():
         if row_id not in scored or winner not in verdicts:
             continue
 
         probabilities = scored[row_id]
-        likeliest = verdicts[probabilities.index(max(probabilities))]
-        judged += 1
-        correct += likeliest == winner
-        loss -= math.log(probabilities[verdicts.index(winner)])
-    if judged == 0:
+        place = verdicts.index(winner)
+        right_rows.append(probabilities.index(max(probabilities)) == place)
+        losses.append(-math.log(probabilities[place]))
+
+        # The Brier score is Σ (p − y)², where y is 1 for the winner and else 0.
+        sum_of_squares = sum(probability**2 for probability in probabilities)
+        brier_scores.append(sum_of_squares - 2 * probabilities[place] + 1)
+
+    judged = len(right_rows)
+    if not judged:
         return {"judged": 0}
 
     # The standard error of a share p of n rows is √(p (1 − p) / n).
-    accuracy = correct / judged
+    accuracy = sum(right_rows) / judged
     return {
         "judged": judged,
         "accuracy": accuracy,
         "standard_error": math.sqrt(accuracy * (1 - accuracy) / judged),
-        "log_loss": loss / judged,
+        "log_loss": sum(losses) / judged,
+        "brier_score": sum(brier_scores) / judged,
     }
 
 
@@ -2242,7 +2260,8 @@ def describe_quality(quality: Mapping) -> str:
     error = 2 * quality["standard_error"]
     return (
         f"visible run: accuracy {quality['accuracy']:.4f} ± {error:.4f} (two standard errors), "
-        f"log loss {quality['log_loss']:.4f} on {quality['judged']} rows"
+        f"log loss {quality['log_loss']:.4f}, Brier score {quality['brier_score']:.4f} "
+        f"on {quality['judged']} rows"
     )
 
 
@@ -2358,8 +2377,7 @@ def write_submission(
             writer.writerow(["id", *settings.columns])
             for row_id, probabilities in final.items():
                 answer = probabilities
-                # One column holds the name of the winner, several hold probabilities.
-                if len(settings.columns) == 1:
+                if settings.answer == "winner":
                     likeliest = probabilities.index(max(probabilities))
                     answer = [settings.verdicts[likeliest]]
                 writer.writerow([row_id, *answer])

@@ -4,7 +4,8 @@ schedule.plan_next_pass decides with it, after every pass, which pass comes next
 more pass of a package in an order. It changes a probability by some amount, of standard deviation
 s. Its expected gain is that of the knowledge gradient (Frazier, Powell and Dayanik 2008):
 2 (s φ(m/s) − m Φ(−m/s)), with m half the lead of the first verdict over the second. A row near the
-line between two verdicts gains most, one far from it nothing. For log loss it is s² (1 − Σp²).
+line between two verdicts gains most, one far from it nothing. For log loss it is s² (1 − Σp²), for
+the Brier score s² Σ p² (1 − 2p + Σp²), by the independent changes of a row's logits.
 
 Rows are taken by their gain per second until the seconds are used. Which further models are worth
 their loading is tried out.
@@ -65,7 +66,7 @@ def plan_passes(
     probabilities: Mapping[str, Sequence[float]],
     tokens: Mapping[str, int],
     seconds: float,
-    by_log_loss: bool,
+    metric: str,
 ) -> list[PlannedPass]:
     """Plan what the seconds that are left are spent on: the rows of most expected gain per second.
 
@@ -74,12 +75,12 @@ def plan_passes(
         probabilities: What the passes so far say of a row, by id; absent where none has scored it.
         tokens: The rows' lengths, by id.
         seconds: What is left of the kernel's time.
-        by_log_loss: Whether the metric is log loss, else accuracy.
+        metric: The competition's: accuracy, log_loss or brier_score.
 
     Returns:
         A plan for each candidate, in their order.
     """
-    rows = rank_rows(candidates, probabilities, tokens, by_log_loss)
+    rows = rank_rows(candidates, probabilities, tokens, metric)
     packages = list(dict.fromkeys(candidate.package for candidate in candidates))
 
     # A further model must be worth its loading. Plans with the first package alone, with the first
@@ -97,13 +98,13 @@ def rank_rows(
     candidates: Sequence[CandidatePass],
     probabilities: Mapping[str, Sequence[float]],
     tokens: Mapping[str, int],
-    by_log_loss: bool,
+    metric: str,
 ) -> list[CandidateRow]:
     """Sort the rows of all candidates by their expected gain per second (see `plan_passes`)."""
     rows = []
     for place, candidate in enumerate(candidates):
         for row_id in candidate.unscored:
-            gain = expected_gain(probabilities.get(row_id), candidate.change, by_log_loss)
+            gain = expected_gain(probabilities.get(row_id), candidate.change, metric)
             seconds = max(tokens[row_id] * candidate.seconds_per_token, SHORTEST_SECONDS)
             rows.append(CandidateRow(place, row_id, gain, seconds))
     return sorted(rows, key=lambda row: row.gain / row.seconds, reverse=True)
@@ -142,22 +143,25 @@ def fill_seconds(
     return total_gain, plan
 
 
-def expected_gain(probabilities: Sequence[float] | None, change: float, by_log_loss: bool) -> float:
+def expected_gain(probabilities: Sequence[float] | None, change: float, metric: str) -> float:
     """Compute what another score of a row is expected to gain (the module says by which formula).
 
     Args:
         probabilities: The row's, of each verdict, so far; None: no model has scored it.
         change: Standard deviation of what the score changes in a probability.
-        by_log_loss: Whether the gain is in nats of log loss, else in accuracy.
+        metric: In which the gain is counted: accuracy, log_loss (in nats) or brier_score.
     """
     # A first score is worth more than any further one.
     if probabilities is None:
         return 1.0
 
-    # The expected drop of log loss, to second order.
-    if by_log_loss:
-        sum_of_squares = sum(probability**2 for probability in probabilities)
+    # The expected drop of log loss or of the Brier score, to second order.
+    sum_of_squares = sum(probability**2 for probability in probabilities)
+    if metric == "log_loss":
         return change**2 * (1 - sum_of_squares)
+    if metric == "brier_score":
+        terms = [p**2 * (1 - 2 * p + sum_of_squares) for p in probabilities]
+        return change**2 * sum(terms)
 
     # The verdict flips where the change exceeds half of the first verdict's lead over the second.
     second, first = sorted(probabilities)[-2:]

@@ -253,10 +253,8 @@ def plan_further_pass(job: ScoringJob, group: Sequence[str], loaded: int | None)
         return None
 
     clock = job.inputs.clock
-    by_log_loss = len(job.inputs.settings.columns) > 1
-    plan = plan_passes(
-        candidates, job.probabilities(), job.measured.tokens, clock.left(), by_log_loss
-    )
+    metric = job.inputs.settings.metric
+    plan = plan_passes(candidates, job.probabilities(), job.measured.tokens, clock.left(), metric)
     log_plan(job, plan)
 
     # Where a pass has no rows, there was no time for it.

@@ -48,6 +48,34 @@ def row_losses(probabilities_rv: np.ndarray, labels_rv: np.ndarray) -> np.ndarra
     return -(labels_rv * logarithms_rv).sum(axis=1)
 
 
+def row_brier_scores(probabilities_rv: np.ndarray, labels_rv: np.ndarray) -> np.ndarray:
+    """Compute each row's Brier score (Brier 1950): the squared errors, summed over verdicts (rows,)."""
+    return ((probabilities_rv - labels_rv) ** 2).sum(axis=1)
+
+
+def rows_are_right(probabilities_rv: np.ndarray, winners_r: np.ndarray) -> np.ndarray:
+    """Tell for each row whether its likeliest verdict is its winner, given by place (rows,)."""
+    return probabilities_rv.argmax(axis=1) == winners_r
+
+
+def measure_answers(probabilities_rv: np.ndarray, winners_r: np.ndarray) -> dict[str, float]:
+    """Compute the metrics of the competitions, by the names that their entries use.
+
+    Args:
+        probabilities_rv: Probabilities (rows, verdicts), of one row or more.
+        winners_r: The place of each row's winner among the verdicts; every row has one.
+
+    Returns:
+        accuracy, log_loss in nats, and brier_score.
+    """
+    labels_rv = np.eye(probabilities_rv.shape[1])[winners_r]
+    return {
+        "accuracy": compute_accuracy(probabilities_rv, winners_r),
+        "log_loss": float(row_losses(probabilities_rv, labels_rv).mean()),
+        "brier_score": float(row_brier_scores(probabilities_rv, labels_rv).mean()),
+    }
+
+
 def compute_accuracy(probabilities_rv: np.ndarray, winners_r: np.ndarray) -> float:
     """Compute the share of rows whose likeliest verdict is the winner.
 
@@ -62,7 +90,7 @@ def compute_accuracy(probabilities_rv: np.ndarray, winners_r: np.ndarray) -> flo
     has_winner_r = winners_r >= 0
     if not has_winner_r.any():
         return float("nan")
-    is_right_r = probabilities_rv.argmax(axis=1) == winners_r
+    is_right_r = rows_are_right(probabilities_rv, winners_r)
     return float(is_right_r[has_winner_r].mean())
 
 

@@ -212,7 +212,7 @@ def list_submissions(site: Site, fields: dict) -> dict:
 
 def shown(submission: Submission) -> dict:
     shown_fields = {"ref": submission.ref, "fileName": submission.file_name, "description": submission.description}
-    shown_fields |= {"date": f"2026-01-01T00:{submission.ref - 1000:02d}:00.000Z", "status": submission.status}
+    shown_fields |= {"date": f"{submission.day}T00:{submission.ref - 1000:02d}:00.000Z", "status": submission.status}
     if submission.status == "COMPLETE":
         shown_fields |= {"publicScore": submission.public_score, "privateScore": submission.private_score}
     return shown_fields

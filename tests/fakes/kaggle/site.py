@@ -107,6 +107,7 @@ class Submission:
     public_score: str
     private_score: str
     status: str = "COMPLETE"
+    day: str = "2026-01-01"
 
 
 @dataclass

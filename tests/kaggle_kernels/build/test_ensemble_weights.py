@@ -1,6 +1,7 @@
 """Weights of an ensemble: fitted on the rows that all runs held out, written into the spec and nothing else in it changed."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from kaggle_kernels.build.ensemble_weights import (
 )
 from kaggle_kernels.build.spec import read_spec
 from kaggle_kernels.runtime.submission import soften, weighted_mean
+from preprocess.competitions import COMPETITIONS
 from preprocess.core.errors import UserError
 
 SPEC = """# a comment
@@ -83,9 +85,9 @@ def test_the_better_run_gets_the_larger_weight_and_a_run_too_sure_a_temperature(
     spec = read_spec(workplace / "spec.yml")
     assert spec.packages[0].weight > 0.8 and spec.temperature > 1.05
     assert "400 rows that all runs held out" in done.output
-    losses = {name: float(table_row(done.output, name)[-1]) for name in ("one", "two", "equal", "fitted")}
+    losses = {name: float(table_row(done.output, name)[-2]) for name in ("one", "two", "equal", "fitted")}
     assert losses["fitted"] == min(losses.values())
-    assert float(table_row(done.output, "one")[-2]) > 0.7 > float(table_row(done.output, "two")[-2])
+    assert float(table_row(done.output, "one")[-3]) > 0.7 > float(table_row(done.output, "two")[-3])
     assert "fitted gains" in done.output and "warning" not in done.output
     assert "now run `python -m kaggle_kernels build spec.yml`" in done.output
 
@@ -102,13 +104,14 @@ def test_only_the_numbers_of_a_spec_change_and_a_temperature_is_added(tmp_path, 
     assert [package.weight for package in read_spec(path).packages] == [0.25, 0.75]
 
 
-def test_weights_that_made_the_verdicts_are_found():
+@pytest.mark.parametrize("metric", ["log_loss", "brier_score"])
+def test_weights_that_made_the_verdicts_are_found(metric):
     generator = np.random.default_rng(0)
     first, second = generator.uniform(0.02, 0.98, (2, 20000))
     truth = 0.7 * first + 0.3 * second
     winners = (generator.random(20000) >= truth).astype(int)
     rows = Rows(np.array([[first, 1 - first], [second, 1 - second]]).transpose(0, 2, 1), winners)
-    fitted = fit_mixture(rows)
+    fitted = fit_mixture(rows, metric)
     assert fitted.weights[0] == pytest.approx(0.7, abs=0.05)
     assert fitted.temperature == pytest.approx(1, abs=0.08)
 
@@ -119,14 +122,20 @@ def test_the_mean_and_the_temperature_are_the_kernels():
     assert mix_probabilities(rows, Mixture(np.array([0.25, 0.75]), 1.5))[0].tolist() == pytest.approx(kernels)
 
 
+def test_the_gain_is_in_the_brier_score_where_the_competition_goes_by_it(workplace, monkeypatch):
+    by_brier_score = replace(COMPETITIONS["wsdm"], metric="brier_score")
+    monkeypatch.setitem(COMPETITIONS, "wsdm", by_brier_score)
+    assert "in Brier score over equal weights" in weigh().output
+
+
 def test_weights_are_thousandths_that_sum_to_one():
     assert round_weights(np.array([1 / 3, 1 / 3, 1 / 3])).tolist() == [0.334, 0.333, 0.333]
     assert round_weights(np.array([0.004, 0.996])).tolist() == [0, 1]
 
 
 def test_a_gain_within_noise_is_called_so():
-    assert describe_gain(np.array([1.0, -1.0] * 50)).startswith("warning: fitted gains 0.0000")
-    assert describe_gain(np.array([0.01, 0.02] * 50)).startswith("fitted gains 0.0150")
+    assert describe_gain(np.array([1.0, -1.0] * 50), "accuracy").startswith("warning: fitted gains 0.0000 in log loss")
+    assert describe_gain(np.array([0.01, 0.02] * 50), "brier_score").startswith("fitted gains 0.0150 in Brier score")
 
 
 def test_only_rows_that_all_runs_have_count_and_without_write_the_spec_stays(workplace):
@@ -140,14 +149,14 @@ def test_three_verdicts_count_as_two_where_the_competition_knows_no_ties(workpla
         write_run(run, predictions([0.2, 0.3, 0.4, 0.25] * 25, ["model_a", "model_b", "tie", "model_a"] * 25, ties=0.5))
     output = weigh().output
     assert "75 rows that all runs held out" in output
-    assert table_row(output, "one")[-1] == f"{-(np.log(0.4) + np.log(0.4) + np.log(0.5)) / 3:.4f}"
+    assert table_row(output, "one")[-2] == f"{-(np.log(0.4) + np.log(0.4) + np.log(0.5)) / 3:.4f}"
 
 
 def test_a_spec_with_one_order_is_weighed_on_that_order(workplace):
     (workplace / "spec.yml").write_text(SPEC.replace("orders: both", "orders: as_given"))
     for run in ("one", "two"):
         write_run(run, predictions([0.6, 0.5] * 50, ["model_a", "model_b"] * 50))
-    assert table_row(weigh().output, "one")[-1] == f"{-(np.log(0.65) + np.log(0.45)) / 2:.4f}"
+    assert table_row(weigh().output, "one")[-2] == f"{-(np.log(0.65) + np.log(0.45)) / 2:.4f}"
 
 
 @pytest.mark.parametrize(
@@ -219,7 +228,8 @@ def test_what_the_models_reach_together_is_what_the_kernel_would(packaged):
     """p of A: 0.7, 0.55, 0.2, 0.55; the temperature 2 takes the root of the odds."""
     softened = [1 / (1 + np.sqrt((1 - p) / p)) for p in (0.7, 0.55, 0.8, 0.45)]
     measured = measure_ensemble(packaged.model_copy(update={"temperature": 2.0}))
-    assert measured == {"rows": 4, "accuracy": 0.75, "log_loss": pytest.approx(-np.log(softened).mean())}
+    losses = {"log_loss": -np.log(softened).mean(), "brier_score": 2 * np.square(1 - np.array(softened)).mean()}
+    assert measured == {"rows": 4, "accuracy": 0.75, **{name: pytest.approx(loss) for name, loss in losses.items()}}
 
 
 @pytest.mark.parametrize("absent", ["contract.json", "package/contract.json", "predictions.parquet"])

@@ -14,8 +14,9 @@ from safetensors.numpy import save
 from kaggle_kernels.__main__ import main
 from kaggle_kernels.build.memory_fit import Fit, fit_packages
 from kaggle_kernels.build.packages import AS_TRAINED, package_folder
-from kaggle_kernels.build.spec import COMPETITIONS, read_spec
+from kaggle_kernels.build.spec import read_spec
 from postprocess.package import dataset_metadata
+from preprocess.competitions import COMPETITIONS
 from preprocess.core.files import sha256
 from preprocess.model_input import Contract
 from recipes.pairwise.contract import MODEL_INPUT

@@ -5,7 +5,8 @@ import re
 import pytest
 
 from kaggle_kernels.build.bundle import kernel_folder
-from kaggle_kernels.build.spec import COMPETITIONS, all_specs, find_spec, read_spec
+from kaggle_kernels.build.spec import all_specs, find_spec, read_spec
+from preprocess.competitions import COMPETITIONS
 from preprocess.core import ledger
 from tests.fakes.kaggle.site import Run
 from tests.kaggle_kernels.publish.pushes import bytes_of, call, check_whole, output_of, pretend_ready

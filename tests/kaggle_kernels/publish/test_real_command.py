@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 from kaggle_kernels.build.bundle import kernel_folder
-from kaggle_kernels.build.spec import COMPETITIONS, find_spec
+from kaggle_kernels.build.spec import find_spec
+from preprocess.competitions import COMPETITIONS
 from tests.fakes.kaggle.site import Run
 from tests.kaggle_kernels.publish.pushes import DATASET, KERNEL, SMALL, check_whole, output_of
 

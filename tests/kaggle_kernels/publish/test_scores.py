@@ -3,7 +3,7 @@
 from click.testing import CliRunner
 
 from kaggle_kernels.__main__ import main
-from kaggle_kernels.build.spec import COMPETITIONS
+from preprocess.competitions import COMPETITIONS
 from preprocess.core import ledger
 from tests.fakes.kaggle.site import Submission
 

@@ -9,10 +9,10 @@ import pytest
 from click.testing import CliRunner
 
 from kaggle_kernels.__main__ import main
-from kaggle_kernels.build.spec import COMPETITIONS
 from kaggle_kernels.publish import submit as module
 from kaggle_kernels.publish.kernels import read_kernel
 from kaggle_kernels.publish.push import PushRecord, read_record, write_record
+from preprocess.competitions import COMPETITIONS
 from preprocess.core import ledger
 from preprocess.core.files import write_json
 from tests.conftest import ROOT
@@ -184,9 +184,14 @@ def test_it_asks_and_where_nobody_can_answer_or_the_message_is_blank_it_refuses(
 )
 def test_one_submission_is_made_whatever_was_lost_on_the_way(pushed, kaggle, fault):
     """Also where an earlier one has the same message, and Kaggle shows a submission late."""
-    kaggle.site.submissions.append(Submission(1001, WSDM_CUP, REF, 1, "submission.csv", "first try", "0.7", "0.7"))
+    earlier = Submission(
+        1001, WSDM_CUP, REF, 1, "submission.csv", "first try", "0.7", "0.7", day=f"{datetime.now(UTC):%Y-%m-%d}"
+    )
+    kaggle.site.submissions.append(earlier)
     kaggle.faults.append(Fault("CreateCodeSubmission", **fault))
-    assert "perhaps submitted, perhaps not: Kaggle: CreateCodeSubmission: " in refusal(submit())
+    lost = submit()
+    assert "perhaps submitted, perhaps not: Kaggle: CreateCodeSubmission: " in refusal(lost)
+    assert "submissions of today (UTC): 1 of 5" in lost.output
     assert ledger.read() == []
     kaggle.faults.append(Fault("ListSubmissions", answer={"submissions": []}))
     ended = submit()

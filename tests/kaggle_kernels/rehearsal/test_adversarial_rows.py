@@ -8,20 +8,22 @@ import pytest
 from kaggle_kernels.rehearsal.adversarial_rows import add_adversarial_rows, choose_kinds
 from kaggle_kernels.rehearsal.adversarial_texts import KINDS, LANGUAGES, LONG, TEXTS
 from kaggle_kernels.runtime.inputs import read_rows
+from preprocess.competitions import COMPETITIONS
 from tests import tiny
 from tests.kaggle_kernels.rehearsal.layouts import FLAGS, in_lmsys_layout
 
 PAIRS = tiny.pairs(200, seed=3)
-LAYOUTS = {  # a table, and whether its texts are JSON lists of turns
-    "wsdm": (PAIRS, False),
-    "lmsys": (in_lmsys_layout(PAIRS), True),
-    "turns": (PAIRS.with_columns(pl.concat_list(name).alias(name) for name in TEXTS), False),
+WSDM, LMSYS = COMPETITIONS["wsdm"], COMPETITIONS["lmsys"]
+LAYOUTS = {  # a table, and the competition whose layout it has
+    "wsdm": (PAIRS, WSDM),
+    "lmsys": (in_lmsys_layout(PAIRS), LMSYS),
+    "turns": (PAIRS.with_columns(pl.concat_list(name).alias(name) for name in TEXTS), WSDM),
 }
 
 
 def adversarial(layout):
-    table, are_turns = LAYOUTS[layout]
-    return add_adversarial_rows(table, 1, are_turns)
+    table, competition = LAYOUTS[layout]
+    return add_adversarial_rows(table, 1, competition)
 
 
 def texts_of(table, kind):
@@ -52,12 +54,12 @@ def test_other_rows_stay_and_only_a_duplicate_has_a_verdict_that_of_its_twin(lay
 
 def test_rows_count_or_not_or_nobody_knows_and_a_file_may_lack_the_column():
     before = PAIRS.with_columns(scored=pl.int_range(pl.len()) % 2 == 0)
-    after = add_adversarial_rows(before, 1, are_turns=False)
+    after = add_adversarial_rows(before, 1, WSDM)
     is_hostile = pl.col("hostile").is_not_null()
     assert after.filter(~is_hostile)["scored"].equals(before.filter(after["hostile"].is_null())["scored"])
     assert set(after.filter(is_hostile)["scored"]) == {True, False, None}
-    assert set(add_adversarial_rows(PAIRS, 1, are_turns=False)["scored"]) == {True, False, None}
-    assert "scored" not in add_adversarial_rows(before, 3, are_turns=False).columns
+    assert set(add_adversarial_rows(PAIRS, 1, WSDM)["scored"]) == {True, False, None}
+    assert "scored" not in add_adversarial_rows(before, 3, WSDM).columns
     assert "scored" not in adversarial("lmsys").columns
 
 
@@ -107,4 +109,4 @@ def test_the_kernel_reads_each_text_as_it_was_written(tmp_path, layout, suffix):
     table.write_csv(path) if suffix == "csv" else table.write_parquet(path)
     expected = table.fill_null("") if suffix == "csv" else table
     assert read_rows(path, are_turns=False) == expected.with_columns(counts=True).to_dicts()
-    assert len(read_rows(path, are_turns=LAYOUTS[layout][1])) == 200
+    assert len(read_rows(path, LAYOUTS[layout][1].texts_are_turns)) == 200

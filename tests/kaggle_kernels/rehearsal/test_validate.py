@@ -5,8 +5,8 @@ import csv
 import polars as pl
 import pytest
 
-from kaggle_kernels.build.spec import COMPETITIONS
 from kaggle_kernels.rehearsal.validate import check_results, choose_tolerance
+from preprocess.competitions import COMPETITIONS
 from preprocess.core.errors import UserError
 from preprocess.core.files import write_json
 

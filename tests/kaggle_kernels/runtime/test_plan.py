@@ -22,12 +22,13 @@ def option(package=0, order="swapped", change=0.1, load_seconds=0.0, unscored=TE
 
 
 def test_gain_is_that_of_the_knowledge_gradient():
-    assert expected_gain([0.5, 0.5], 0.1, False) == pytest.approx(2 * 0.1 * 0.3989423)
-    assert expected_gain([0.6, 0.4], 0.1, False) == pytest.approx(2 * (0.1 * 0.2419707 - 0.1 * 0.1586553))
-    assert expected_gain([0.99, 0.01], 0.1, False) < 1e-6
-    assert expected_gain([0.2, 0.5, 0.3], 0.1, False) == pytest.approx(expected_gain([0.6, 0.4], 0.1, False))
-    assert expected_gain([0.6, 0.4], 0.1, True) == pytest.approx(0.01 * (1 - 0.52))
-    assert expected_gain(None, 0.1, True) == 1
+    assert expected_gain([0.5, 0.5], 0.1, "accuracy") == pytest.approx(2 * 0.1 * 0.3989423)
+    assert expected_gain([0.6, 0.4], 0.1, "accuracy") == pytest.approx(2 * (0.1 * 0.2419707 - 0.1 * 0.1586553))
+    assert expected_gain([0.99, 0.01], 0.1, "accuracy") < 1e-6
+    assert expected_gain([0.2, 0.5, 0.3], 0.1, "accuracy") == pytest.approx(expected_gain([0.6, 0.4], 0.1, "accuracy"))
+    assert expected_gain([0.6, 0.4], 0.1, "log_loss") == pytest.approx(0.01 * (1 - 0.52))
+    assert expected_gain([0.6, 0.4], 0.1, "brier_score") == pytest.approx(0.01 * (0.36 * 0.32 + 0.16 * 0.72))
+    assert expected_gain(None, 0.1, "log_loss") == 1
 
 
 @pytest.mark.parametrize(
@@ -43,7 +44,7 @@ def test_gain_is_that_of_the_knowledge_gradient():
 def test_the_seconds_go_to_unscored_rows_then_to_the_least_certain_and_of_those_to_the_short_ones(seconds, rows):
     probabilities = {"even": [0.5, 0.5], "even but long": [0.5, 0.5], "leaning": [0.55, 0.45], "sure": [0.95, 0.05]}
     tokens = {"even": 100, "even but long": 500, "leaning": 100, "sure": 100, "unknown but long": 1000, "unknown": 100}
-    [share] = plan_passes([option(unscored=list(tokens))], probabilities, tokens, seconds, False)
+    [share] = plan_passes([option(unscored=list(tokens))], probabilities, tokens, seconds, "accuracy")
     assert share.row_ids == rows
     assert share.seconds == pytest.approx(int(seconds))
 
@@ -62,7 +63,7 @@ BOTH_ORDERS = [option(1, order, load_seconds=5) for order in ("as_given", "swapp
     ],
 )
 def test_a_model_is_loaded_once_and_where_it_is_worth_its_loading(options, seconds, counts):
-    shares = plan_passes(options, EVEN, LENGTHS, seconds, False)
+    shares = plan_passes(options, EVEN, LENGTHS, seconds, "accuracy")
     assert [len(share.row_ids) for share in shares] == counts
 
 

@@ -120,9 +120,9 @@ def test_a_device_that_is_lost_leaves_the_job_and_its_rows_to_the_other(packages
 def test_a_short_clock_gives_the_second_order_to_the_least_certain_rows(packages, monkeypatch, capsys):
     job, plan_passes = job_of(packages[:1], ["cpu"]), schedule.plan_passes
 
-    def in_a_third(options, probabilities, tokens, seconds, by_log_loss):
+    def in_a_third(options, probabilities, tokens, seconds, metric):
         third = sum(tokens.values()) * options[0].seconds_per_token / 3 if len(options[0].unscored) == 30 else 0.0
-        return plan_passes(options, probabilities, tokens, third, by_log_loss)
+        return plan_passes(options, probabilities, tokens, third, metric)
 
     monkeypatch.setattr(schedule, "plan_passes", in_a_third)
     score_all(job)

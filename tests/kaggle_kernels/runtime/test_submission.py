@@ -1,7 +1,5 @@
 """A submission is whole or it is not written."""
 
-from dataclasses import replace
-
 import polars as pl
 import pytest
 
@@ -104,8 +102,3 @@ def test_scores_hold_every_probability_and_nulls_where_a_model_gave_none(tmp_pat
         "p_model_b": [0.9, 0.5, 0.4],
         "gemma_p_tie_swapped": [None, 0.25, None],
     }
-
-
-def test_the_competitions_columns_are_kaggles():
-    assert (WSDM.competition, WSDM.columns) == ("wsdm-cup-multilingual-chatbot-arena", ("winner",))
-    assert replace(LMSYS, name="").columns == ("winner_model_a", "winner_model_b", "winner_tie")

@@ -123,8 +123,9 @@ def test_two_verdicts_are_judged_without_ties_and_three_with_them():
         "accuracy": pytest.approx(2 / 3),
         "standard_error": pytest.approx(0.27217, abs=1e-5),
         "log_loss": pytest.approx((math.log(2) - math.log(0.75) - math.log(0.2)) / 3),
+        "brier_score": pytest.approx((2 * 0.5**2 + 2 * 0.25**2 + 2 * 0.8**2) / 3),
     }
-    line = "visible run: accuracy 0.6667 ± 0.5443 (two standard errors), log loss 0.8634 on 3 rows"
+    line = "visible run: accuracy 0.6667 ± 0.5443 (two standard errors), log loss 0.8634, Brier score 0.6350 on 3 rows"
     assert describe_quality(quality) == line
     with_ties = {row_id: [first, 0.05, second] for row_id, (first, second) in scored.items()}
     quality = measure_quality(visible, ("model_a", "model_b", "tie"), with_ties)

@@ -157,7 +157,7 @@ def test_lmsys_turns_may_be_null_and_hold_lone_surrogates_and_are_never_evaluate
     assert rows.select(TEXTS).row(0) == (["p\ufffd", "q"], ["", "a"], ["b\n", "c"])
     assert rows["reason"].to_list() == [None, "not a JSON list of turns", "unknown winner"]
     assert rows["prompt"].to_list()[1] == ["[print('x')]"]
-    assert rows["winner"].to_list()[2] == "model_a 1, model_b 0, tie 1"
+    assert rows["winner"].to_list()[2] == "winner_model_a 1, winner_model_b 0, winner_tie 1"
 
 
 def test_chosen_and_rejected_texts_get_sides_by_a_hash_of_the_id(tmp_path):
