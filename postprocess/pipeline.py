@@ -12,18 +12,15 @@ which --help and a run that is up to date need not wait for.
 
 import contextlib
 import shutil
-import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import click
 from filelock import FileLock, Timeout
 
 from postprocess import stage_code
-from postprocess.memory.t4_fit import check_target
 from postprocess.package import package
+from postprocess.preparation import Preparation, import_torch
 from postprocess.run_folder import (
     ADAPTER,
     Run,
@@ -75,36 +72,6 @@ class Options:
 
     keep_merged: bool = False
     repeat: int = 1
-
-
-@dataclass
-class Preparation:
-    """What comes once, before the first of a run's stages that has something to do."""
-
-    run: Run
-    is_done: bool = False
-
-    def ensure(self) -> None:
-        """Import torch, check that the run can be packaged on this machine, remove the old package.
-
-        Raises:
-            UserError: The models do not fit this machine or a T4, or GPTQ cannot quantise the model.
-        """
-        if self.is_done:
-            return
-
-        import_torch()
-        from postprocess.gptq.quantize import check_model
-        from postprocess.memory.comparison_fit import check_comparison
-
-        check_comparison(self.run)
-        if self.run.recipe.pairwise.package.quantize in GPTQ_BITS:
-            check_model(self.run)
-        check_target(self.run)
-
-        # What the package was made from has changed. If a stage fails, no old package may be left.
-        shutil.rmtree(package_folder(self.run), ignore_errors=True)
-        self.is_done = True
 
 
 def package_recipe(recipe: Recipe, options: Options = Options()) -> Path:
@@ -170,21 +137,6 @@ def locked(run_folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def import_torch() -> None:
-    """Import torch and the libraries on top of it, silenced; print the seconds of the first import."""
-    is_first_import = "peft" not in sys.modules
-    started = time.perf_counter()
-
-    import peft  # noqa: F401  brings torch
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    if is_first_import:
-        seconds = time.perf_counter() - started
-        click.echo(f"{'start-up':<10} {seconds:7.1f} s   torch, transformers, peft")
 
 
 @dataclass(frozen=True)

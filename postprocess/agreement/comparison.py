@@ -121,6 +121,7 @@ def describe_model(
 
 def find_nearest(mean_differences: Mapping[str, float]) -> str:
     """Find the model with the smallest mean difference; one that gave a NaN comes last."""
+    # Nothing is less than a NaN: `min` would choose it where it comes first.
     finite_differences = {}
     for name, value in mean_differences.items():
         finite_differences[name] = value if math.isfinite(value) else math.inf
@@ -131,8 +132,10 @@ def find_worst_difference(conditions: Sequence[Condition]) -> float:
     """Find the largest of the mean differences that decide."""
     values = []
     for condition in conditions:
+        # The other conditions have figures of other kinds.
         if condition.bound_name == TOLERANCE_KEY:
             values.append(condition.value)
+
     # np.max, unlike max, hands a NaN on.
     return float(np.max(values))
 
@@ -163,6 +166,7 @@ def describe_repeats(models: Mapping[str, dict]) -> dict[str, object] | None:
         Least, largest and standard deviation (of a sample) of mean difference and accuracy; None where
         there are not several quantised models.
     """
+    # One model alone has no spread.
     quantised = [model for name, model in models.items() if name.startswith(QUANTISED)]
     if len(quantised) < 2:
         return None

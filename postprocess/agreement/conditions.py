@@ -31,7 +31,10 @@ TOLERANCE_KEY = "pairwise.package.tolerance"
 VERDICTS_KEY = "pairwise.package.tolerance_verdicts"
 LOG_LOSS_KEY = "pairwise.package.tolerance_log_loss"
 
+# Quantising loses a few per cent of the spread, a constant all of it.
 MOST_SPREAD_LOST = 0.5
+
+# The condition that fails where a file of the run was exchanged after training.
 RECORD_CONDITION = "the mean difference in probability between recorded and trained"
 
 
@@ -220,6 +223,7 @@ def measure_lost_spread(candidate: Column, trained: Column) -> float:
     Returns:
         1 for a constant; below 0 where the candidate's spread is larger; NaN where there was none.
     """
+    # A trained model that gives one answer to all rows has nothing to lose, and is not worth packaging.
     trained_spread = measure_spread(trained)
     if trained_spread == 0:
         return math.nan

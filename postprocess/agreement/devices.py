@@ -53,6 +53,7 @@ def place_package(folder: Path) -> dict[str, str] | None:
     if len(gpus) < 2:
         return None
 
+    # A model over several GPUs is no faster: they compute one after the other.
     byte_limit = int(min(gpus) * WEIGHTS_SHARE_OF_GPU)
     sizes = weight_sizes(folder)
     weight_bytes = sum(size_bytes for size_bytes, _ in sizes.values())

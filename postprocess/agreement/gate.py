@@ -109,7 +109,7 @@ def explain_refusal(run: Run, report: dict, table_file: Path) -> str:
         report: The comparison, in which a condition does not hold.
         table_file: The table of all probabilities, in which the user can look at the rows.
     """
-    # A condition that is refused says more than one that more rows would decide.
+    # A condition that is refused counts before one that more rows would decide.
     refused = [condition for condition in report["conditions"] if condition["verdict"] == REFUSED]
     if not refused:
         undecided = [

@@ -77,6 +77,7 @@ def score_models(run: Run, folders: Mapping[str, Path], part: int, out: Path) ->
         column = replace(scores_by_folder[folder].column, name=name)
         scores.append(replace(scores_by_folder[folder], column=column))
 
+    # Of what training recorded there is no model, only the probabilities.
     columns = [model_scores.column for model_scores in scores]
     if has_record(run):
         columns.insert(0, read_recorded_column(run, rows))
@@ -131,7 +132,10 @@ def read_recorded_column(run: Run, rows: pl.DataFrame) -> Column:
     for order in ORDERS:
         names = [f"p_{verdict}_{order}" for verdict in run.contract.verdicts]
         by_order.append(rows.select(names).to_numpy().astype(np.float64))
-    return Column("recorded", np.stack(by_order, axis=1), "as trained")
+
+    # Each is (rows, verdicts); the orders become the axis between the two.
+    probabilities_rov = np.stack(by_order, axis=1)
+    return Column("recorded", probabilities_rov, "as trained")
 
 
 def load_served(run: Run, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
@@ -163,6 +167,7 @@ def score_model(
             f"{name}: {error}; this model overflows, package it from other weights"
         ) from None
 
+    # The kernel, which scores them once more, compares them by id.
     golden = []
     for pair in golden_pairs:
         probabilities = golden_scores[pair.id][GOLDEN_ORDER]

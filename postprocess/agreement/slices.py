@@ -47,6 +47,7 @@ def slice_by_language(rows: pl.DataFrame, groups_r: np.ndarray) -> dict[str, np.
     slices = {}
     is_rare_r = np.full(len(rows), False)
     for language in sorted(set(languages_r)):
+        # So few rows cannot be judged alone, but a package may be broken for all rare languages.
         is_language_r = languages_r == language
         if count_groups(is_language_r, groups_r) >= FEWEST_GROUPS:
             slices[f"the language {language}"] = is_language_r

@@ -12,7 +12,10 @@ from postprocess.agreement.statistics import Column
 from preprocess.model_input import VERDICTS
 from recipes.pairwise.tracking.metrics import ORDERS
 
+# Below it, an interval over groups of prompts says little.
 FEW_GROUPS = 20
+
+# The heading of the printed table, whose columns describe_model fills.
 HEAD = (
     f"  {'model':<12} {'precision':<10} {'accuracy':>18} {'log loss':>21} {'largest diff':>12} "
     f"{'mean diff':>9} {'KL':>9}  verdicts changed"
@@ -115,6 +118,7 @@ def describe_candidates(packaged: str, mean_differences: Mapping[str, float]) ->
     if not other_differences:
         return []
 
+    # How much nearer the packaged one is tells how sure the choice was.
     next_best = find_nearest(other_differences)
     return [
         f"  packaged: {packaged}, {packaged_difference:.5f} from the model as trained on average "
