@@ -174,13 +174,7 @@ def make_all_stages(run: Run, options: Options) -> Path:
 
 
 def make_models(run: Run, options: Options, preparation: Preparation) -> Models:
-    """Bring the models that could be packaged up to date.
-
-    Args:
-        run: The run that is packaged.
-        options: Options of the command line.
-        preparation: What comes before the first stage with something to do.
-    """
+    """Bring the models that could be packaged up to date."""
     # The recipe's `adapter: best` is both of merged and unmerged; agreement.json says which is packaged.
     adapter = run.recipe.pairwise.package.adapter
     merged = None
@@ -198,12 +192,6 @@ def make_merged_candidates(
     run: Run, merged: Path, options: Options, preparation: Preparation
 ) -> dict[str, Path]:
     """Bring the models that are made of the merged one up to date.
-
-    Args:
-        run: The run that is packaged.
-        merged: The folder of the merged model in 16 bits.
-        options: Options of the command line.
-        preparation: What comes before the first stage with something to do.
 
     Returns:
         The models' folders. What is packaged is called `quantised`, also where it is the merged model.
@@ -376,12 +364,8 @@ def make_gptq_models(
 ) -> dict[str, Path]:
     """Bring the GPTQ models up to date, each calibrated on other rows.
 
-    Args:
-        run: The run that is packaged.
-        merged: The folder of the merged model, from which they are made.
-        repeat: How many there must be. Further ones that an earlier call made stay among them while
-            they are up to date.
-        preparation: What comes before the first stage with something to do.
+    There are `repeat` of them at least. Further ones that an earlier call made stay among them while
+    they are up to date.
 
     Returns:
         The models' folders by name: quantised, quantised-2, …
@@ -499,7 +483,7 @@ def make_scores(run: Run, models: Models, part: int, preparation: Preparation) -
         run: The run that is packaged.
         models: The models that are compared with the trained one.
         part: 0 for the first validation rows, 1 for those that are added to them, …
-        preparation: What comes before the first stage with something to do.
+        preparation: Called before anything is made.
 
     Returns:
         The file with the probabilities. Other tolerances need no other ones.

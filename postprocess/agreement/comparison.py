@@ -87,17 +87,7 @@ def compare(columns: Sequence[Column], rows: ComparedRows, package: PackageBlock
 def describe_model(
     name: str, by_name: Mapping[str, Column], rows: ComparedRows, resamples: Resamples
 ) -> dict:
-    """Measure one model: its metrics with their intervals, and how far it is from the trained one.
-
-    Args:
-        name: The model's name.
-        by_name: The probabilities of all models.
-        rows: The rows that they are of.
-        resamples: The bootstrap samples for the intervals.
-
-    Returns:
-        The model's line of agreement.json.
-    """
+    """Measure one of the models: its metrics with their intervals, and how far it is from the trained one."""
     column = by_name[name]
     right_r = is_right(column, rows.winners_r)
     losses_r = losses(column, rows.labels_rv)
@@ -158,9 +148,6 @@ def measure_cost(packaged: Column, trained: Column, rows: ComparedRows) -> dict[
 
 def describe_repeats(models: Mapping[str, dict]) -> dict[str, object] | None:
     """Describe how far quantising again, calibrated on other rows, moves a model's figures.
-
-    Args:
-        models: What describe_model says of each model.
 
     Returns:
         Least, largest and standard deviation (of a sample) of mean difference and accuracy; None where

@@ -87,13 +87,7 @@ def list_conditions(
 def check_mean_differences(
     packaged: str, columns: Mapping[str, Column], tolerance: float
 ) -> list[Condition]:
-    """Check the mean differences in probability between the models that must agree.
-
-    Args:
-        packaged: The name of the candidate.
-        columns: All columns by name.
-        tolerance: The largest mean difference that is let through.
-    """
+    """Check the mean differences in probability between the models that must agree."""
     compared_names = [(packaged, "trained")]
 
     # First what training itself wrote down: where that differs, a file was exchanged since.
@@ -198,11 +192,6 @@ def check_interval(name: str, estimate: Estimate, bound: float, row_count: int) 
 
 def count_rows_needed(estimate: Estimate, bound: float, row_count: int) -> int | None:
     """Estimate how many rows would decide, as an interval narrows with the root of their number.
-
-    Args:
-        estimate: The mean of the rows that were compared, whose interval holds the bound.
-        bound: The bound.
-        row_count: How many rows were compared.
 
     Returns:
         None where one group of prompts, or a mean on the bound, gives no estimate.

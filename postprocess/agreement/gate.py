@@ -75,12 +75,7 @@ def agreement(run: Run, scores_files: Sequence[Path], out: Path) -> None:
 
 
 def compare_models(run: Run, scores_files: Sequence[Path]) -> Comparison:
-    """Compare the models on all rows that were scored.
-
-    Args:
-        run: The run that is packaged.
-        scores_files: What score_models wrote, part by part.
-    """
+    """Compare the models on all rows that were scored; each of the files holds a part of them."""
     columns, golden = read_scores(scores_files)
     row_count = len(columns[0].probabilities_rov)
     frame, _ = validation_rows(run, end=row_count)
@@ -102,13 +97,7 @@ def compare_models(run: Run, scores_files: Sequence[Path]) -> Comparison:
 
 
 def explain_refusal(run: Run, report: dict, table_file: Path) -> str:
-    """Say why no package is made, and what to do about it.
-
-    Args:
-        run: The run.
-        report: The comparison, in which a condition does not hold.
-        table_file: The table of all probabilities, in which the user can look at the rows.
-    """
+    """Say why no package is made, and what to do about it; `table_file` has the rows to look at."""
     # A condition that is refused counts before one that more rows would decide.
     refused = [condition for condition in report["conditions"] if condition["verdict"] == REFUSED]
     if not refused:
@@ -132,12 +121,7 @@ def explain_refusal(run: Run, report: dict, table_file: Path) -> str:
 
 
 def describe_undecided(condition: dict, row_count: int) -> str:
-    """Say what stays open although every validation row was compared, and how many rows would decide.
-
-    Args:
-        condition: The first condition that stays open.
-        row_count: How many rows were compared: all that there are.
-    """
+    """Say what stays open although every validation row was compared, and how many rows would decide."""
     rows_needed = "more rows would decide"
     if condition["rows_needed"]:
         rows_needed = f"about {condition['rows_needed']:,} rows would decide"
@@ -150,12 +134,7 @@ def describe_undecided(condition: dict, row_count: int) -> str:
 
 
 def advise(run: Run, report: dict) -> str:
-    """Say what to change in the recipe: less rounding where that is to blame, else another kind of package.
-
-    Args:
-        run: The run.
-        report: The comparison, in which the packaged model is too far from the trained one.
-    """
+    """Say what to change in the recipe: less rounding where that is to blame, else another kind of package."""
     mean_differences = {}
     for model in report["models"]:
         mean_differences[model["model"]] = model["against_trained"]["mean"]
@@ -178,12 +157,7 @@ def advise(run: Run, report: dict) -> str:
 
 
 def advise_less_rounding(packaged: str, quantize: str) -> str:
-    """Say which kind of package rounds the weights less than the one that was refused.
-
-    Args:
-        packaged: The name of the model that was refused.
-        quantize: How the recipe has the merged model quantised.
-    """
+    """Say which kind of package rounds the weights less than the one that was refused."""
     if packaged == "unmerged":
         return "package with adapter: merged and quantize: int8 or none"
     if quantize == "int8":

@@ -88,12 +88,9 @@ def write_scores(out: Path, columns: Sequence[Column], scores: Sequence[ModelSco
     """Write the columns and the golden rows' probabilities as JSON, which read_scores reads."""
     columns_as_json = []
     for column in columns:
+        probabilities = column.probabilities_rov.tolist()
         columns_as_json.append(
-            {
-                "name": column.name,
-                "precision": column.precision,
-                "rov": column.probabilities_rov.tolist(),
-            }
+            {"name": column.name, "precision": column.precision, "rov": probabilities}
         )
     golden = {model_scores.column.name: model_scores.golden for model_scores in scores}
     write_json(out, {"columns": columns_as_json, "golden": golden})
@@ -139,13 +136,7 @@ def read_recorded_column(run: Run, rows: pl.DataFrame) -> Column:
 
 
 def load_served(run: Run, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
-    """Load a model as Kaggle's kernel does, its layers over several GPUs where one cannot hold them.
-
-    Args:
-        run: The run that it was made of.
-        folder: The model's folder.
-        dtype: What it computes in.
-    """
+    """Load a model as Kaggle's kernel does, its layers over several GPUs where one cannot hold them."""
     first_device = "cuda:0" if list_gpus() else "cpu"
     return load_model(folder, run.contract, first_device, dtype, place_package(folder))
 
@@ -207,7 +198,7 @@ def score_pairs(
         run: The run that it was made of.
         tokenizer: The run's tokenizer.
         pairs: The pairs.
-        orders: With which response first: as_given, swapped.
+        orders: as_given (response A first), swapped, or both.
 
     Returns:
         The probabilities of each pair by its id and by order.

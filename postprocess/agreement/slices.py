@@ -17,14 +17,10 @@ QUARTERS = (
 
 
 def slice_rows(rows: pl.DataFrame, groups_r: np.ndarray) -> dict[str, np.ndarray]:
-    """Divide the rows by language, and again by length.
-
-    Args:
-        rows: The rows, with the columns of a pairs file.
-        groups_r: The number of each row's group of prompts.
+    """Divide the rows by language, and again by length, and keep the slices with groups enough to be judged.
 
     Returns:
-        Of each slice that has groups enough to be judged, which rows are in it, as a mask of shape (rows,).
+        For each slice by its name, which rows are in it: a mask of shape (rows,).
     """
     slices = slice_by_language(rows, groups_r) | slice_by_length(rows)
     judged_slices = {}
@@ -35,11 +31,7 @@ def slice_rows(rows: pl.DataFrame, groups_r: np.ndarray) -> dict[str, np.ndarray
 
 
 def slice_by_language(rows: pl.DataFrame, groups_r: np.ndarray) -> dict[str, np.ndarray]:
-    """Divide the rows by language, if they have one; the rare languages are one slice together.
-
-    Returns:
-        Masks of shape (rows,) by the slice's name.
-    """
+    """Divide the rows by language, if they have one; the rare languages are one slice together."""
     if "language" not in rows.columns:
         return {}
 
@@ -59,11 +51,7 @@ def slice_by_language(rows: pl.DataFrame, groups_r: np.ndarray) -> dict[str, np.
 
 
 def slice_by_length(rows: pl.DataFrame) -> dict[str, np.ndarray]:
-    """Divide the rows into quarters by the characters of prompt and responses.
-
-    Returns:
-        Masks of shape (rows,) by the slice's name.
-    """
+    """Divide the rows into quarters by the characters of prompt and responses."""
     # A prompt or a response is a list of turns, some of which may be null.
     lengths_r = np.zeros(len(rows))
     for column in ("prompt", "response_a", "response_b"):

@@ -176,9 +176,6 @@ def resample(groups_r: np.ndarray) -> Resamples:
 
     It is a bootstrap over clusters (Davison and Hinkley 1997, section 3.8). The seed is fixed, and every
     model is measured on the same draws.
-
-    Args:
-        groups_r: The number of each row's group of prompts.
     """
     numbers, group_r = np.unique(groups_r, return_inverse=True)
     group_count = len(numbers)

@@ -104,15 +104,7 @@ def with_interval(value: float, interval: Sequence[float]) -> str:
 
 
 def describe_candidates(packaged: str, mean_differences: Mapping[str, float]) -> list[str]:
-    """Say which of several candidates is packaged, and which was the next best.
-
-    Args:
-        packaged: The name of the one that is packaged.
-        mean_differences: Each candidate's mean difference from the model as trained.
-
-    Returns:
-        One line; none where there is one candidate.
-    """
+    """Say which of several candidates is packaged, and which was the next best; nothing where there is one."""
     other_differences = dict(mean_differences)
     packaged_difference = other_differences.pop(packaged)
     if not other_differences:
@@ -143,11 +135,7 @@ def signed(value: float) -> str:
 
 
 def describe_repeats(repeats: dict) -> str:
-    """Say how far quantising again, with another seed, moves the figures.
-
-    Args:
-        repeats: What comparison.describe_repeats says of them.
-    """
+    """Say how far quantising again, with another seed, moves the figures."""
     mean_differences = describe_spread(repeats["mean_difference"], decimals=5)
     accuracies = describe_spread(repeats["accuracy"], decimals=4)
     count = len(repeats["models"])

@@ -154,10 +154,7 @@ def list_source_ids(pairs: pl.DataFrame) -> set[str]:
 def source_ids(row_id: str, source: str) -> set[str]:
     """List the ids that a row of pairs.parquet may have had in its source.
 
-    Args:
-        row_id: The row's id. Where two sources had the same one, preprocessing wrote `source:id` for the
-            second row, and `source:id:2` for the next.
-        source: The name of the source.
+    Of an id that another row had already, preprocessing made `source:id` or `source:id:2`.
     """
     if not source or not row_id.startswith(f"{source}:"):
         return {row_id}
