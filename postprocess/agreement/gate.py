@@ -11,7 +11,7 @@ from pathlib import Path
 import polars as pl
 
 from postprocess.agreement.comparison import compare
-from postprocess.agreement.conditions import RECORD_CONDITION, REFUSED, UNDECIDED
+from postprocess.agreement.conditions import RECORD_CONDITION, UNDECIDED
 from postprocess.agreement.model_scores import read_scores
 from postprocess.agreement.slices import slice_rows
 from postprocess.agreement.statistics import Column, ComparedRows
@@ -98,15 +98,10 @@ def compare_models(run: Run, scores_files: Sequence[Path]) -> Comparison:
 
 def explain_refusal(run: Run, report: dict, table_file: Path) -> str:
     """Say why no package is made, and what to do about it; `table_file` has the rows to look at."""
-    # A condition that is refused counts before one that more rows would decide.
-    refused = [condition for condition in report["conditions"] if condition["verdict"] == REFUSED]
-    if not refused:
-        undecided = [
-            condition for condition in report["conditions"] if condition["verdict"] == UNDECIDED
-        ]
-        return describe_undecided(undecided[0], report["rows"])
-
-    condition = refused[0]
+    # Of several conditions that fail, the first is told.
+    condition = find_condition(report, report["verdict"])
+    if report["verdict"] == UNDECIDED:
+        return describe_undecided(condition, report["rows"])
     if condition["name"] == RECORD_CONDITION:
         return (
             f"base and adapter, loaded as they were trained, differ by {condition['value']:.4f} in "
@@ -118,6 +113,14 @@ def explain_refusal(run: Run, report: dict, table_file: Path) -> str:
         f"({condition['bound']:g}); no package is made: {advise(run, report)}; "
         f"{table_file.name} beside it has the rows"
     )
+
+
+def find_condition(report: dict, verdict: str) -> dict:
+    """Find the first condition with this verdict, which is the verdict on all of them."""
+    for condition in report["conditions"]:
+        if condition["verdict"] == verdict:
+            return condition
+    raise ValueError(f"no condition is {verdict}")
 
 
 def describe_undecided(condition: dict, row_count: int) -> str:

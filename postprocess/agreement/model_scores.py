@@ -177,9 +177,9 @@ def score_column(name: str, model: torch.nn.Module, run: Run, tokenizer, pairs: 
     for pair in pairs:
         rows.append([scores[pair.id][order] for order in ORDERS])
 
-    # A quantised model's first parameters may be whole numbers.
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    return Column(name, np.array(rows, dtype=np.float64), str(dtype).removeprefix("torch."))
+    probabilities_rov = np.array(rows, dtype=np.float64)
+    precision = str(model.dtype).removeprefix("torch.")
+    return Column(name, probabilities_rov, precision)
 
 
 def score_pairs(
