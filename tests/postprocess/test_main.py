@@ -158,7 +158,7 @@ def test_a_model_larger_than_the_memory_is_told_before_anything_is_written(copie
     monkeypatch.setattr("postprocess.memory.comparison_fit.memory", lambda: (10_000, "the GPU"))
     result = CliRunner().invoke(main, [str(run.recipe)])
     assert result.exit_code == 2
-    assert result.stderr.startswith(f"error: {run.base}: the merged model takes 0.0 GB")
+    assert result.stderr.startswith(f"error: {run.base}: the trained model takes 0.0 GB")
     assert "the GPU has 0.0 GB, too little to compare" in result.stderr
     assert not (run.folder / "merged").exists()
 
