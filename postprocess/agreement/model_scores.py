@@ -9,7 +9,7 @@ package: `quantised` (merged, then quantised), `unmerged` (the base in nf4, the 
 import gc
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -63,36 +63,34 @@ def score_models(run: Run, folders: Mapping[str, Path], part: int, out: Path) ->
     tokenizer = checked_tokenizer(run)
     dtype = choose_dtype(run, tokenizer, pairs)
 
-    # Each model is loaded in the call: no name keeps it, and the next one gets its memory.
-    scores = [score_model("trained", load_trained(run), run, tokenizer, pairs)]
-    scores_by_folder: dict[Path, ModelScores] = {}
+    # One model after the other: no name keeps the last one, so that the next one gets its memory.
+    scores = {"trained": score_model("trained", load_trained(run), run, tokenizer, pairs)}
+    scored_folders: dict[Path, str] = {}
     for name, folder in folders.items():
-        gc.collect()
-        if folder not in scores_by_folder:
-            scores_by_folder[folder] = score_model(
-                name, load_served(run, folder, dtype), run, tokenizer, pairs
-            )
-
         # With quantize: none, `merged` and `quantised` are one folder.
-        column = replace(scores_by_folder[folder].column, name=name)
-        scores.append(replace(scores_by_folder[folder], column=column))
+        if folder in scored_folders:
+            scores[name] = scores[scored_folders[folder]]
+            continue
 
-    # Of what training recorded there is no model, only the probabilities.
-    columns = [model_scores.column for model_scores in scores]
+        gc.collect()
+        model = load_served(run, folder, dtype)
+        scores[name] = score_model(name, model, run, tokenizer, pairs)
+        scored_folders[folder] = name
+        del model
+
+    columns = {name: model_scores.column for name, model_scores in scores.items()}
+    golden = {name: model_scores.golden for name, model_scores in scores.items()}
     if has_record(run):
-        columns.insert(0, read_recorded_column(run, rows))
-    write_scores(out, columns, scores)
+        columns = {"recorded": read_recorded_column(run, rows), **columns}
+    write_scores(out, columns, golden)
 
 
-def write_scores(out: Path, columns: Sequence[Column], scores: Sequence[ModelScores]) -> None:
-    """Write the columns and the golden rows' probabilities as JSON, which read_scores reads."""
-    columns_as_json = []
-    for column in columns:
+def write_scores(out: Path, columns: Mapping[str, Column], golden: Mapping[str, list]) -> None:
+    """Write the columns and the golden rows' probabilities, both by model, for read_scores to read."""
+    columns_as_json = {}
+    for name, column in columns.items():
         probabilities = column.probabilities_rov.tolist()
-        columns_as_json.append(
-            {"name": column.name, "precision": column.precision, "rov": probabilities}
-        )
-    golden = {model_scores.column.name: model_scores.golden for model_scores in scores}
+        columns_as_json[name] = {"precision": column.precision, "rov": probabilities}
     write_json(out, {"columns": columns_as_json, "golden": golden})
 
 
@@ -102,16 +100,16 @@ def read_scores(scores_files: Sequence[Path]) -> tuple[list[Column], dict[str, l
     Returns:
         The columns of all rows, and the golden rows' probabilities by model.
     """
+    # Each part has the same models, and other rows.
     parts = [read_object(file) for file in scores_files]
-
-    # The parts have the same models in the same order, and each has other rows.
+    first_part = parts[0]
     columns = []
-    for place, first in enumerate(parts[0]["columns"]):
-        probabilities = [np.array(part["columns"][place]["rov"]) for part in parts]
-        columns.append(Column(first["name"], np.concatenate(probabilities), first["precision"]))
+    for name, first_column in first_part["columns"].items():
+        probabilities = [np.array(part["columns"][name]["rov"]) for part in parts]
+        columns.append(Column(name, np.concatenate(probabilities), first_column["precision"]))
 
     # The golden rows are the same in each part.
-    return columns, parts[0]["golden"]
+    return columns, first_part["golden"]
 
 
 def has_record(run: Run) -> bool:

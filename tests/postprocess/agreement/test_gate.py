@@ -142,7 +142,7 @@ def test_undecided_scores_more_rows_until_there_are_no_more_and_nothing_twice(co
     assert "agreement.json: undecided, no package is made: the log loss that quantised adds is " in error
     assert re.search(r"on all 24 validation rows, .*; about [\d,]+ rows would decide: hold out a larger fold", error)
     files = [run.folder / f"scores{number}.json" for number in ("", "-2", "-3")]
-    assert [len(json.loads(file.read_text())["columns"][0]["rov"]) for file in files] == [5, 15, 4]
+    assert [len(json.loads(file.read_text())["columns"]["trained"]["rov"]) for file in files] == [5, 15, 4]
     table = pl.read_parquet(run.folder / "agreement.parquet").filter(pl.col("order") == "swapped").sort("id")
     recorded = pl.read_parquet(run.folder / "predictions.parquet").sort("id")
     assert table["recorded_p_model_a"].to_list() == recorded["p_model_a_swapped"].to_list()
