@@ -1,9 +1,10 @@
 """From a run to its package: the stages, what each is made from, and their order.
 
-    untrained or average (where a recipe needs one)  →  merge, quantise, unmerged  →  scores  →  agreement  →  package
+    untrained or average (where a recipe needs one)  →  merge  →  quantise, unmerged  →  scores  →  agreement  →  package
 
 `python -m postprocess` calls `package_recipe` or `package_mean`. Each `make_…` function below is one
 stage: it names the stage's inputs, returns where they have not changed, and else makes its outputs.
+The merged model is made once: it is quantised and compared from the disk, and then removed.
 
 What needs torch is imported inside the functions, once there is something to do: that takes seconds,
 which --help and a run that is up to date need not wait for.
@@ -11,18 +12,15 @@ which --help and a run that is up to date need not wait for.
 
 import contextlib
 import shutil
-import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import click
 from filelock import FileLock, Timeout
 
 from postprocess import stage_code
-from postprocess.memory.t4_fit import check_target
 from postprocess.package import package
+from postprocess.preparation import Preparation, import_torch
 from postprocess.run_folder import (
     ADAPTER,
     Run,
@@ -47,7 +45,20 @@ RUN_FILES = (
     *TOKENIZER_FILES,
 )
 MOST_REPEATS = 20
-MODEL_FOLDERS = ("merged", "quantised", "quantised-*", "unmerged", ".*.partial")
+
+# The folder of the merged model: one that the user asked for, or one that is removed at the end.
+KEPT_MERGED = "merged"
+TEMPORARY_MERGED = ".merged"
+
+# All that the stages may have left of models.
+MODEL_FOLDERS = (
+    KEPT_MERGED,
+    TEMPORARY_MERGED,
+    "quantised",
+    "quantised-*",
+    "unmerged",
+    ".*.partial",
+)
 
 
 @dataclass(frozen=True)
@@ -55,42 +66,12 @@ class Options:
     """Options of the command line.
 
     Attributes:
-        keep_merged: Write the merged model in 16 bits to the run folder too.
+        keep_merged: Keep the merged model in 16 bits in the run folder.
         repeat: How many times to quantise, each time calibrated on other rows; the best is packaged.
     """
 
     keep_merged: bool = False
     repeat: int = 1
-
-
-@dataclass
-class Preparation:
-    """What comes once, before the first of a run's stages that has something to do."""
-
-    run: Run
-    is_done: bool = False
-
-    def ensure(self) -> None:
-        """Import torch, check that the run can be packaged on this machine, remove the old package.
-
-        Raises:
-            UserError: The models do not fit this machine or a T4, or GPTQ cannot quantise the model.
-        """
-        if self.is_done:
-            return
-
-        import_torch()
-        from postprocess.gptq.quantize import check_model  # noqa: PLC0415  needs torch
-        from postprocess.memory.comparison_fit import check_comparison  # noqa: PLC0415  needs torch
-
-        check_comparison(self.run)
-        if self.run.recipe.pairwise.package.quantize in GPTQ_BITS:
-            check_model(self.run)
-        check_target(self.run)
-
-        # What the package was made from has changed. If a stage fails, no old package may be left.
-        shutil.rmtree(package_folder(self.run), ignore_errors=True)
-        self.is_done = True
 
 
 def package_recipe(recipe: Recipe, options: Options = Options()) -> Path:
@@ -158,69 +139,97 @@ def locked(run_folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def import_torch() -> None:
-    """Import torch and the libraries on top of it, silenced; print the seconds of the first import."""
-    is_first_import = "peft" not in sys.modules
-    started = time.perf_counter()
+@dataclass(frozen=True)
+class Models:
+    """The folders of the models that are made of a run and compared with it.
 
-    import peft  # noqa: F401, PLC0415  brings torch
-    import transformers  # noqa: PLC0415
+    Attributes:
+        merged: The merged model in 16 bits; None with `adapter: unmerged`. It may still have to be
+            made: it is on the disk only while another stage reads it, unless it is kept.
+        candidates: The models that could be packaged, by the names that agreement.json gives them.
+    """
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    if is_first_import:
-        seconds = time.perf_counter() - started
-        click.echo(f"{'start-up':<10} {seconds:7.1f} s   torch, transformers, peft")
+    merged: Path | None
+    candidates: Mapping[str, Path]
+
+    def compared_folders(self) -> dict[str, Path]:
+        """Return the folder of each model that is compared with the trained one, by its name."""
+        if self.merged is None:
+            return dict(self.candidates)
+        return {"merged": self.merged, **self.candidates}
 
 
 def make_all_stages(run: Run, options: Options) -> Path:
     """Bring every stage of a run up to date, and return the package's folder."""
+    check_repeat(run.recipe, options)
     preparation = Preparation(run)
-    candidates = make_candidates(run, options, preparation)
-    report = make_agreement(run, candidates, preparation)
+    models = make_models(run, options, preparation)
+    report = make_agreement(run, models, preparation)
 
     best_candidate = read_json(report)["packaged"]
-    make_package(run, candidates[best_candidate], report)
+    make_package(run, models.candidates[best_candidate], report)
 
-    remove_outdated_models(run, candidates)
+    remove_outdated_models(run, models)
     return package_folder(run)
 
 
-def make_candidates(run: Run, options: Options, preparation: Preparation) -> dict[str, Path | None]:
-    """Bring the models that could be packaged up to date.
+def make_models(run: Run, options: Options, preparation: Preparation) -> Models:
+    """Bring the models that could be packaged up to date."""
+    # The recipe's `adapter: best` is both of merged and unmerged; agreement.json says which is packaged.
+    adapter = run.recipe.pairwise.package.adapter
+    merged = None
+    candidates: dict[str, Path] = {}
+    if adapter in ("merged", "best"):
+        merged = choose_merged_folder(run, options)
+        candidates |= make_merged_candidates(run, merged, options, preparation)
+
+    if adapter in ("unmerged", "best"):
+        candidates["unmerged"] = make_unmerged(run, preparation)
+    return Models(merged, candidates)
+
+
+def make_merged_candidates(
+    run: Run, merged: Path, options: Options, preparation: Preparation
+) -> dict[str, Path]:
+    """Bring the models that are made of the merged one up to date.
 
     Returns:
-        The models' folders, by the name that agreement.json gives them. Where the package is made of
-        the merged model, `merged` is among them, to be compared; None if it is not kept on the disk.
+        The models' folders. What is packaged is called `quantised`, also where it is the merged model.
     """
-    settings = run.recipe.pairwise.package
-    quantize = settings.quantize
+    # The other stages make the merged model only if they have to read it.
+    is_kept = merged.name == KEPT_MERGED
+    if is_kept and not skip_if_current(merge_stage(run, merged)):
+        make_merged(run, merged, preparation)
+
+    quantize = run.recipe.pairwise.package.quantize
+    if quantize in GPTQ_BITS:
+        return make_gptq_models(run, merged, options.repeat, preparation)
+    if quantize == "none":
+        return {"quantised": merged}
+    return {"quantised": make_quantised(run, merged, preparation)}
+
+
+def check_repeat(recipe: Recipe, options: Options) -> None:
+    """Raise UserError where a model would be quantised several times that is the same each time."""
+    quantize = recipe.pairwise.package.quantize
     if options.repeat > 1 and quantize not in GPTQ_BITS:
         raise UserError(
             f"--repeat: quantize: {quantize} always gives the same bytes; "
             f"only {' and '.join(GPTQ_BITS)} depend on chance"
         )
 
-    candidates: dict[str, Path | None] = {}
 
-    # `adapter: best` is both of these; agreement.json says which is packaged.
-    if settings.adapter != "unmerged":
-        candidates["merged"] = None
-        if quantize == "none" or options.keep_merged:
-            candidates["merged"] = make_merged(run, preparation)
+def choose_merged_folder(run: Run, options: Options) -> Path:
+    """Choose where the merged model in 16 bits is: in a folder that stays, or in a temporary one."""
+    kept = run.folder / KEPT_MERGED
+    is_packaged = run.recipe.pairwise.package.quantize == "none"
+    if options.keep_merged or is_packaged:
+        return kept
 
-        # Whatever is packaged is called `quantised`, also where nothing is quantised.
-        if quantize == "none":
-            candidates["quantised"] = candidates["merged"]
-        elif quantize in GPTQ_BITS:
-            candidates |= make_gptq_models(run, options, preparation)
-        else:
-            candidates["quantised"] = make_quantised(run, preparation)
-
-    if settings.adapter != "merged":
-        candidates["unmerged"] = make_unmerged(run, preparation)
-
-    return candidates
+    # An earlier call with --keep-merged may have made it of this training.
+    if is_current(merge_stage(run, kept)):
+        return kept
+    return run.folder / TEMPORARY_MERGED
 
 
 def make_untrained_run(recipe: Recipe) -> None:
@@ -250,8 +259,8 @@ def make_untrained_run(recipe: Recipe) -> None:
         return
 
     import_torch()
-    from postprocess.memory.comparison_fit import check_base_model  # noqa: PLC0415  needs torch
-    from postprocess.zero_shot.base_model_run import make_base_model_run  # noqa: PLC0415  needs torch
+    from postprocess.memory.comparison_fit import check_base_model
+    from postprocess.zero_shot.base_model_run import make_base_model_run
 
     check_base_model(base)
     with making(stage):
@@ -279,8 +288,8 @@ def make_average(recipe: Recipe, shares: Mapping[Path, float], rank: int | None)
     # The package of an earlier mean must not stay beside this one.
     shutil.rmtree(recipe.run_folder / "package", ignore_errors=True)
     import_torch()
-    from postprocess.memory.comparison_fit import check_comparison  # noqa: PLC0415  needs torch
-    from postprocess.weights.average_lora import average  # noqa: PLC0415  needs torch
+    from postprocess.memory.comparison_fit import check_comparison
+    from postprocess.weights.average_lora import average
 
     # Any member's model is as large as the mean's.
     member = next(iter(shares))
@@ -292,44 +301,44 @@ def make_average(recipe: Recipe, shares: Mapping[Path, float], rank: int | None)
         average(recipe, shares, rank)
 
 
-def merge_stage(run: Run) -> Stage:
-    """Describe the stage that writes the merged model in 16 bits."""
+def merge_stage(run: Run, merged: Path) -> Stage:
+    """Describe the stage that writes the merged model in 16 bits into the folder `merged`."""
     return Stage(
         run.folder,
         "merge",
         inputs=run.source_files(),
         settings={},
-        outputs=[run.folder / "merged"],
+        outputs=[merged],
         code=stage_code.MERGE,
     )
 
 
-def make_merged(run: Run, preparation: Preparation) -> Path:
-    """Bring the merged model in 16 bits up to date, and return its folder."""
-    stage = merge_stage(run)
-    merged = stage.outputs[0]
-    if skip_if_current(stage):
-        return merged
+def make_merged(run: Run, merged: Path, preparation: Preparation) -> None:
+    """Bring the merged model in 16 bits up to date; every stage that reads it calls this before."""
+    stage = merge_stage(run, merged)
+    if is_current(stage):
+        return
 
     preparation.ensure()
-    from postprocess.weights.merge import merge  # noqa: PLC0415  needs torch
+    from postprocess.weights.merge import merge
 
     with making(stage) as key:
         merge(run, merged, key=key)
-    return merged
 
 
-def make_quantised(run: Run, preparation: Preparation) -> Path:
-    """Bring the merged model in nf4 or int8 up to date, made in one pass, and return its folder."""
+def make_quantised(run: Run, merged: Path, preparation: Preparation) -> Path:
+    """Bring the merged model in nf4 or int8 up to date, and return its folder."""
     block = run.recipe.pairwise
     quantize = block.package.quantize
     quantised = run.folder / "quantised"
     inputs = run.source_files()
     settings = {"to": quantize}
+
+    # int8 is calibrated on rows of the pairs file that are not among the validation rows.
     if quantize == "int8":
-        # It is calibrated on training rows.
         inputs += run.validation_files()
         settings["fold"] = block.fold
+
     stage = Stage(
         run.folder,
         "quantise",
@@ -342,48 +351,44 @@ def make_quantised(run: Run, preparation: Preparation) -> Path:
         return quantised
 
     preparation.ensure()
-    from postprocess.weights.quantise_run import quantise_in_one_pass  # noqa: PLC0415  needs torch
+    from postprocess.weights.quantise_run import quantise_merged
 
+    make_merged(run, merged, preparation)
     with making(stage) as key:
-        quantise_in_one_pass(run, quantize, quantised, key)
+        quantise_merged(run, merged, quantize, quantised, key)
     return quantised
 
 
-def make_gptq_models(run: Run, options: Options, preparation: Preparation) -> dict[str, Path]:
+def make_gptq_models(
+    run: Run, merged: Path, repeat: int, preparation: Preparation
+) -> dict[str, Path]:
     """Bring the GPTQ models up to date, each calibrated on other rows.
 
-    They are made from the merged model, which needs to be on the disk only meanwhile. Models of an
-    earlier call with a larger `repeat` are kept among them while they are up to date.
+    There are `repeat` of them at least. Further ones that an earlier call made stay among them while
+    they are up to date.
 
     Returns:
         The models' folders by name: quantised, quantised-2, …
     """
-    stages = []
-    while len(stages) < MOST_REPEATS:
-        stage = gptq_stage(run, seed=len(stages))
-        if len(stages) >= options.repeat and not is_current(stage):
+    folders = {}
+    for seed in range(MOST_REPEATS):
+        stage = gptq_stage(run, seed)
+        is_extra = seed >= repeat
+        if is_extra and not is_current(stage):
             break
-        stages.append(stage)
 
-    outdated_stages = []
-    for stage in stages:
-        if not skip_if_current(stage):
-            outdated_stages.append(stage)
+        quantised = stage.outputs[0]
+        folders[quantised.name] = quantised
+        if skip_if_current(stage):
+            continue
 
-    if outdated_stages:
         preparation.ensure()
-        from postprocess.gptq.quantize import quantize  # noqa: PLC0415  needs torch
+        from postprocess.gptq.quantize import quantize
 
-        merged = make_merged(run, preparation)
-        for stage in outdated_stages:
-            with making(stage):
-                quantize(
-                    run, merged, stage.settings["bits"], stage.outputs[0], stage.settings["seed"]
-                )
-        if not options.keep_merged:
-            shutil.rmtree(merged)
-
-    return {stage.outputs[0].name: stage.outputs[0] for stage in stages}
+        make_merged(run, merged, preparation)
+        with making(stage):
+            quantize(run, merged, stage.settings["bits"], quantised, seed)
+    return folders
 
 
 def gptq_stage(run: Run, seed: int) -> Stage:
@@ -393,8 +398,9 @@ def gptq_stage(run: Run, seed: int) -> Stage:
         run: The run that is packaged.
         seed: Decides which rows it is calibrated on; 0 for the first model.
     """
-    block = run.recipe.pairwise
+    # The first is called quantised, as it is where there is one only, the others quantised-2, …
     number = "" if seed == 0 else f"-{seed + 1}"
+    block = run.recipe.pairwise
     return Stage(
         run.folder,
         f"quantise{number}",
@@ -420,17 +426,15 @@ def make_unmerged(run: Run, preparation: Preparation) -> Path:
         return folder
 
     preparation.ensure()
-    from postprocess.weights.nf4_base_plus_adapter import unmerged  # noqa: PLC0415  needs torch
+    from postprocess.weights.nf4_base_plus_adapter import unmerged
 
     with making(stage) as key:
         unmerged(run, folder, key)
     return folder
 
 
-def make_agreement(
-    run: Run, candidates: Mapping[str, Path | None], preparation: Preparation
-) -> Path:
-    """Bring the comparison of the candidates with the trained model up to date.
+def make_agreement(run: Run, models: Models, preparation: Preparation) -> Path:
+    """Bring the comparison of the models with the trained one up to date.
 
     Returns:
         agreement.json, which names the candidate to be packaged.
@@ -443,9 +447,9 @@ def make_agreement(
     stage = Stage(
         run.folder,
         "agreement",
-        inputs=[*compared_files(run, candidates), run.folder / "metrics.json"],
+        inputs=[*compared_files(run, models), run.folder / "metrics.json"],
         settings={
-            "candidates": list(candidates),
+            "candidates": list(models.compared_folders()),
             "tolerance": package_settings.tolerance,
             "tolerance_log_loss": package_settings.tolerance_log_loss,
             "tolerance_verdicts": package_settings.tolerance_verdicts,
@@ -457,54 +461,62 @@ def make_agreement(
         return report
 
     preparation.ensure()
-    from postprocess.agreement.gate import agreement, needs_more_rows  # noqa: PLC0415  needs torch
+    from postprocess.agreement.gate import agreement, needs_more_rows
 
     # More rows are scored only where fewer leave it open whether the models agree.
-    scores_files = [make_scores(run, candidates, part=0)]
+    scores_files = [make_scores(run, models, 0, preparation)]
     while needs_more_rows(run, scores_files):
-        scores_files.append(make_scores(run, candidates, part=len(scores_files)))
+        part = len(scores_files)
+        scores_files.append(make_scores(run, models, part, preparation))
 
+    # It was quantised and scored. Where the models do not agree, nothing else would remove it.
+    shutil.rmtree(run.folder / TEMPORARY_MERGED, ignore_errors=True)
     with making(stage):
         agreement(run, scores_files, report)
     return report
 
 
-def make_scores(run: Run, candidates: Mapping[str, Path | None], part: int) -> Path:
-    """Bring the probabilities that the candidates and the trained model give up to date.
+def make_scores(run: Run, models: Models, part: int, preparation: Preparation) -> Path:
+    """Bring the probabilities that the models give up to date.
 
     Args:
         run: The run that is packaged.
-        candidates: The models' folders.
+        models: The models that are compared with the trained one.
         part: 0 for the first validation rows, 1 for those that are added to them, …
+        preparation: Called before anything is made.
 
     Returns:
         The file with the probabilities. Other tolerances need no other ones.
     """
+    folders = models.compared_folders()
+    # scores.json, scores-2.json, …
     number = "" if part == 0 else f"-{part + 1}"
     scores_file = run.folder / f"scores{number}.json"
     stage = Stage(
         run.folder,
         f"scores{number}",
-        inputs=compared_files(run, candidates),
-        settings={"candidates": list(candidates)},
+        inputs=compared_files(run, models),
+        settings={"candidates": list(folders)},
         outputs=[scores_file],
         code=stage_code.SCORES,
     )
     if skip_if_current(stage):
         return scores_file
 
-    from postprocess.agreement.model_scores import score_models  # noqa: PLC0415  needs torch
+    from postprocess.agreement.model_scores import score_models
 
+    if models.merged is not None:
+        make_merged(run, models.merged, preparation)
     with making(stage):
-        score_models(run, candidates, part, scores_file)
+        score_models(run, folders, part, scores_file)
     return scores_file
 
 
-def compared_files(run: Run, candidates: Mapping[str, Path | None]) -> list[Path]:
-    """List the files of all models that are compared, and of the rows that they are compared on."""
-    # The comparison is of what is on the disk: a model that was made anew is compared anew.
+def compared_files(run: Run, models: Models) -> list[Path]:
+    """List the files that decide a comparison: of the run, its validation rows and the candidates."""
+    # Not of the merged model, which need not be on the disk: the run's files decide it.
     files = [*run.source_files(), *run.validation_files()]
-    for folder in unique_folders(candidates):
+    for folder in models.candidates.values():
         files += files_of(folder)
     return files
 
@@ -530,21 +542,22 @@ def make_package(run: Run, model: Path, report: Path) -> None:
         return
 
     import_torch()
-    from postprocess.agreement.validation_rows import validation_ids  # noqa: PLC0415  needs torch
-    from postprocess.temperature import measure_temperatures  # noqa: PLC0415  needs scipy
+    from postprocess.agreement.validation_rows import validation_ids
+    from postprocess.temperature import measure_temperatures
 
     with making(stage):
         temperatures = measure_temperatures(run)
         package(run, model, report, validation_ids(run), temperatures, package_folder(run))
 
 
-def remove_outdated_models(run: Run, candidates: Mapping[str, Path | None]) -> None:
+def remove_outdated_models(run: Run, models: Models) -> None:
     """Remove the models of an earlier recipe or training: gigabytes that match nothing beside them."""
-    kept_folders = unique_folders(candidates)
-    # An earlier run with --keep-merged made it, and it still belongs to this training.
-    stage = merge_stage(run)
-    if is_current(stage):
-        kept_folders += stage.outputs
+    kept_folders = list(models.candidates.values())
+
+    # What an earlier call with --keep-merged made may still belong to this training.
+    kept_merged = run.folder / KEPT_MERGED
+    if is_current(merge_stage(run, kept_merged)):
+        kept_folders.append(kept_merged)
 
     for pattern in MODEL_FOLDERS:
         for folder in run.folder.glob(pattern):
@@ -555,15 +568,6 @@ def remove_outdated_models(run: Run, candidates: Mapping[str, Path | None]) -> N
 def package_folder(run: Run) -> Path:
     """Return where a run's package is written."""
     return run.folder / "package"
-
-
-def unique_folders(candidates: Mapping[str, Path | None]) -> list[Path]:
-    """List the candidates' folders, each once: with `quantize: none`, two names share the merged model."""
-    folders = []
-    for folder in candidates.values():
-        if folder is not None and folder not in folders:
-            folders.append(folder)
-    return folders
 
 
 def files_of(folder: Path) -> list[Path]:

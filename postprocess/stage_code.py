@@ -10,7 +10,6 @@ MODEL_INPUT = "preprocess/model_input.py"
 # Which files and which base model a run consists of.
 RUN = (MODEL_INPUT, "postprocess/run_folder.py", "kaggle_kernels/runtime/package.py")
 
-# The model as it was trained, whose head may be another one than the base's.
 # The class that a head is loaded with. merge writes weights under the names that this class has.
 MODEL_CLASS = (
     "kaggle_kernels/runtime/models/fused.py",
@@ -22,8 +21,15 @@ MODEL_CLASS = (
 # Everything that Kaggle's kernel loads and scores a model with.
 SCORING = ("kaggle_kernels/runtime/models",)
 
+# On which devices models are loaded.
+DEVICES = (
+    "kaggle_kernels/runtime/models/placement.py",
+    "postprocess/agreement/devices.py",
+)
+
 # The model as trained, beside which a package is compared.
 REFERENCE = (
+    *DEVICES,
     "postprocess/agreement/reference_model.py",
     "recipes/pairwise/training/heads.py",
     "recipes/pairwise/training/output_layer.py",
@@ -51,9 +57,9 @@ MERGE = (
 QUANTISE = (
     *MERGE,
     *PAIRS,
+    *DEVICES,
     "kaggle_kernels/runtime/models/overflow.py",
     "kaggle_kernels/runtime/models/scoring.py",
-    *REFERENCE,
     "postprocess/agreement/validation_rows.py",
     "postprocess/weights/calibration.py",
     "postprocess/weights/quantise_run.py",
@@ -95,6 +101,7 @@ PACKAGE = (
     "kaggle_kernels/runtime/models/overflow.py",
     "kaggle_kernels/runtime/models/scoring.py",
     "kaggle_kernels/runtime/models/shortcuts.py",
+    "postprocess/agreement/comparison.py",
     "postprocess/agreement/conditions.py",
     "postprocess/agreement/statistics.py",
     "postprocess/agreement/table.py",

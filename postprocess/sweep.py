@@ -23,11 +23,14 @@ from recipes.pairwise.tracking.recipe_copy import LOG, RECIPE_COPY, TRIAL
 
 RANKED_BY = ("log_loss", "accuracy")
 METRICS = ("log_loss", "accuracy", "flip_rate", "rows", "steps")
-NOT_PARAMETERS = re.compile(r"output_dir|wandb_\w+")
+NOT_PARAMETERS = re.compile(r"output_dir|wandb_\w+")  # each trial has its own
+
+# The line of a log that says why a training ended: an error of this project, or one of a library.
 OWN_ERROR = re.compile(r"^error: (.+)$", re.MULTILINE)
 RAISED_ERROR = re.compile(r"^((?:\w+\.)*\w*(?:Error|Exception|Interrupt)(?:: .*)?)$", re.MULTILINE)
-TABLE_WIDTH = 140  # where the output is piped: a sweep has a column for each parameter
 LOG_TAIL_BYTES = 65536
+
+TABLE_WIDTH = 140  # where the output is piped: a sweep has a column for each parameter
 FINISHED = "finished"
 UNFINISHED = "unfinished: it runs still, or was ended"
 
@@ -54,16 +57,17 @@ class Trial:
 @exits_with_2
 def main(folder: Path, by: str) -> None:
     """Print the trials of a sweep, best first, and write them to sweep.csv."""
-    trials = sorted(read_trials(folder), key=lambda trial: rank_key(trial, by))
+    trials = sort_trials(read_trials(folder), by)
     parameters = find_parameters(trials)
-    finished = [trial for trial in trials if trial.status == FINISHED]
-
     with atomic_file(folder / "sweep.csv") as temporary:
         make_frame(trials, parameters).write_csv(temporary)
 
     console(piped_width=TABLE_WIDTH).print(make_screen_table(trials, parameters))
     if not parameters:
         click.echo("all recipes are the same, or one trial has one: there are no parameters")
+
+    # Those that failed are in the table too, at its end.
+    finished = [trial for trial in trials if trial.status == FINISHED]
     if finished:
         best = finished[0]
         recipe = best.folder / RECIPE_COPY
@@ -84,19 +88,24 @@ def read_trials(folder: Path) -> list[Trial]:
     Raises:
         UserError: There is no trial, or the metrics of one are not those of a training.
     """
-    run_folders = []
+    trials = []
     for path in sorted(folder.glob("sweep*")):
-        if path.is_dir() and TRIAL.fullmatch(path.name):
-            fold_folders = sorted(path.glob("fold-*"))
-            run_folders += fold_folders or [path]
+        is_trial = path.is_dir() and TRIAL.fullmatch(path.name)
+        if not is_trial:
+            continue
 
-    if not run_folders:
+        # The runs of several folds are in folders of their own.
+        run_folders = sorted(path.glob("fold-*")) or [path]
+        for run_folder in run_folders:
+            trials.append(read_trial(folder, run_folder))
+
+    if not trials:
         reason = "holds no sweep0001" if folder.is_dir() else "no such folder"
         raise UserError(
             f"{folder}: {reason}; axolotl train RECIPE --sweep FILE writes the trials below FILE's "
             "output_dir, or the recipe's"
         )
-    return [read_trial(folder, run_folder) for run_folder in run_folders]
+    return trials
 
 
 def read_trial(sweep_folder: Path, run_folder: Path) -> Trial:
@@ -115,22 +124,26 @@ def read_trial(sweep_folder: Path, run_folder: Path) -> Trial:
     if recipe.is_file():
         values = flatten_keys(read_yaml(recipe))
 
-    # The contract is written last, after the metrics.
-    metrics_file = run_folder / "metrics.json"
-    status = find_failure(run_folder)
-    metrics = {}
-    if metrics_file.is_file() and (run_folder / "contract.json").is_file():
-        status = FINISHED
-        metrics = read_object(metrics_file)
-        for name in METRICS:
-            if not is_number(metrics.get(name)):
-                raise UserError(
-                    f"{metrics_file}: no number {name}; it is not axolotl train's, "
-                    "train this trial again"
-                )
-
     name = str(run_folder.relative_to(sweep_folder))
-    return Trial(name, run_folder, status, values, metrics)
+    metrics_file = run_folder / "metrics.json"
+
+    # The contract is written last, after the metrics.
+    is_finished = metrics_file.is_file() and (run_folder / "contract.json").is_file()
+    if not is_finished:
+        return Trial(name, run_folder, find_failure(run_folder), values, metrics={})
+    return Trial(name, run_folder, FINISHED, values, read_metrics(metrics_file))
+
+
+def read_metrics(metrics_file: Path) -> dict:
+    """Read the metrics of a training; a UserError where one is missing."""
+    metrics = read_object(metrics_file)
+    for name in METRICS:
+        if not is_number(metrics.get(name)):
+            raise UserError(
+                f"{metrics_file}: no number {name}; it is not axolotl train's, "
+                "train this trial again"
+            )
+    return metrics
 
 
 def find_failure(run_folder: Path) -> str:
@@ -139,6 +152,7 @@ def find_failure(run_folder: Path) -> str:
     if not log.is_file():
         return UNFINISHED
 
+    # An error of this project says what to do, so that it counts before those of libraries.
     tail = log.read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace")
     errors = OWN_ERROR.findall(tail) or RAISED_ERROR.findall(tail)
     if not errors:
@@ -164,52 +178,65 @@ def find_parameters(trials: Sequence[Trial]) -> list[str]:
     """Find the keys that are not the same in all trials, in the order of the recipes."""
     # A trial that left no recipe says nothing of the keys.
     recipes = [trial.values for trial in trials if trial.values]
-    keys = {}
+    keys: list[str] = []
     for values in recipes:
-        keys |= dict.fromkeys(values)
+        keys += values.keys()
 
     parameters = []
-    for key in keys:
-        if NOT_PARAMETERS.fullmatch(key):
-            continue
+    for key in dict.fromkeys(keys):
         # As text, because a list is no member of a set.
-        distinct_values = {json.dumps(values.get(key), default=str) for values in recipes}
-        if len(distinct_values) > 1:
+        texts = {json.dumps(values.get(key), default=str) for values in recipes}
+        if len(texts) > 1 and not NOT_PARAMETERS.fullmatch(key):
             parameters.append(key)
     return parameters
 
 
-def rank_key(trial: Trial, by: str) -> tuple:
-    """Return the key that sorts trials best first; what has no metrics comes last.
+def sort_trials(trials: Sequence[Trial], by: str) -> list[Trial]:
+    """Sort trials, the best first; those without metrics come last, by name.
 
     Args:
-        trial: The trial.
+        trials: The trials.
         by: log_loss or accuracy; of trials that are equal by it, the other one decides.
     """
-    if trial.status != FINISHED:
-        return (1, 0, 0, trial.name)
 
-    log_loss = trial.metrics["log_loss"]
-    error_rate = 1 - trial.metrics["accuracy"]
-    if by == "accuracy":
-        return (0, error_rate, log_loss, trial.name)
-    return (0, log_loss, error_rate, trial.name)
+    def rank(trial: Trial) -> tuple[float, float]:
+        # More log loss is worse, and so is less accuracy.
+        log_loss = trial.metrics["log_loss"]
+        error_rate = 1 - trial.metrics["accuracy"]
+        if by == "accuracy":
+            return (error_rate, log_loss)
+        return (log_loss, error_rate)
+
+    finished = []
+    unfinished = []
+    for trial in sorted(trials, key=lambda trial: trial.name):
+        if trial.status == FINISHED:
+            finished.append(trial)
+        else:
+            unfinished.append(trial)
+    return sorted(finished, key=rank) + unfinished
 
 
 def describe_uncertainty(finished: Sequence[Trial]) -> str:
-    """Say what to know before one trial is called better than another."""
-    row_sets = set()
+    """Say what to know before one trial is called better than another.
+
+    Args:
+        finished: The trials that have metrics, the best first; one at least.
+    """
+    # The fold and the pairs file decide which rows a trial was validated on.
+    validated_on = set()
     for trial in finished:
-        row_sets.add((trial.metrics.get("fold"), trial.metrics.get("pairs_sha256")))
-    if len(row_sets) > 1:
+        validated_on.add((trial.metrics.get("fold"), trial.metrics.get("pairs_sha256")))
+    if len(validated_on) > 1:
         return (
             "the trials were validated on different rows (another fold, or other pairs): "
             "do not compare their metrics"
         )
 
-    # The standard error of a share, of the best trial.
-    row_count = finished[0].metrics["rows"]
-    accuracy = finished[0].metrics["accuracy"]
+    # The standard error of a share, here of the rows that the best trial is right on.
+    best = finished[0]
+    row_count = best.metrics["rows"]
+    accuracy = best.metrics["accuracy"]
     error = math.sqrt(accuracy * (1 - accuracy) / row_count)
     return (
         f"{row_count:,} validation rows: the standard error of an accuracy is {error:.3f}, "
@@ -224,28 +251,39 @@ def make_frame(trials: Sequence[Trial], parameters: Sequence[str]) -> pl.DataFra
     """Make a table with a row for each trial: its name, parameters, metrics and status."""
     rows = []
     for trial in trials:
-        values = {name: trial.values.get(name) for name in parameters}
-        metrics = {name: trial.metrics.get(name) for name in METRICS}
-        rows.append({"trial": trial.name, **values, **metrics, "status": trial.status})
+        row = {"trial": trial.name}
+        for name in parameters:
+            row[name] = trial.values.get(name)
+        for name in METRICS:
+            row[name] = trial.metrics.get(name)
+        row["status"] = trial.status
+        rows.append(row)
 
-    # A column of a CSV file has one type: numbers, or text where one value is no number.
     for name in parameters:
-        if all(row[name] is None or is_number(row[name]) for row in rows):
-            continue
-        for row in rows:
-            if row[name] is not None:
-                row[name] = format_value(row[name])
+        make_one_type(rows, name)
     return pl.DataFrame(rows, strict=False, infer_schema_length=None)
 
 
+def make_one_type(rows: Sequence[dict], name: str) -> None:
+    """Make a column one type, as a table needs it: numbers, or text where one value is no number."""
+    values = [row[name] for row in rows if row[name] is not None]
+    if all(map(is_number, values)):
+        return
+
+    for row in rows:
+        if row[name] is not None:
+            row[name] = format_value(row[name])
+
+
 def make_screen_table(trials: Sequence[Trial], parameters: Sequence[str]) -> Table:
-    """Make the table that is printed."""
+    """Make the table that is printed: the columns of make_frame, with numbers at the right."""
     table = Table(box=SIMPLE_HEAD)
-    for heading in ("trial", *parameters, *METRICS, "status"):
-        justify = "left" if heading in ("trial", "status") else "right"
-        if heading in METRICS:
-            heading = heading.replace("_", " ")
-        table.add_column(heading, justify=justify, overflow="fold")
+    table.add_column("trial", overflow="fold")
+    for name in parameters:
+        table.add_column(name, justify="right", overflow="fold")
+    for name in METRICS:
+        table.add_column(name.replace("_", " "), justify="right", overflow="fold")
+    table.add_column("status", overflow="fold")
 
     for trial in trials:
         values = [describe_parameter(trial, name) for name in parameters]

@@ -11,7 +11,13 @@ from dataclasses import asdict
 
 import numpy as np
 
-from postprocess.agreement.conditions import HOLDS, Condition, list_conditions, summarise
+from postprocess.agreement.conditions import (
+    HOLDS,
+    TOLERANCE_KEY,
+    Condition,
+    list_conditions,
+    summarise,
+)
 from postprocess.agreement.statistics import (
     QUANTISED,
     RESAMPLES,
@@ -45,9 +51,10 @@ def compare(columns: Sequence[Column], rows: ComparedRows, package: PackageBlock
     by_name = {column.name: column for column in columns}
     resamples = resample(rows.groups_r)
     models = {}
-    for name, column in by_name.items():
-        models[name] = describe_model(column, by_name, rows, resamples)
+    for name in by_name:
+        models[name] = describe_model(name, by_name, rows, resamples)
 
+    # The nearest one is packaged whatever its score, which differs by chance.
     candidates = {}
     for name, model in models.items():
         if name not in NO_CANDIDATES:
@@ -56,7 +63,7 @@ def compare(columns: Sequence[Column], rows: ComparedRows, package: PackageBlock
 
     conditions = list_conditions(packaged, by_name, rows, package)
     verdict = summarise(conditions)
-    return {
+    report = {
         "rows": len(rows.labels_rv),
         "groups": resamples.counts_sg.shape[1],
         "resamples": RESAMPLES,
@@ -68,25 +75,34 @@ def compare(columns: Sequence[Column], rows: ComparedRows, package: PackageBlock
         "verdict": verdict,
         "conditions": [asdict(condition) for condition in conditions],
         "packaged_minus_trained": measure_cost(by_name[packaged], by_name["trained"], rows),
-        **describe_repeats(models),
         "models": list(models.values()),
     }
 
+    repeats = describe_repeats(models)
+    if repeats is not None:
+        report["repeats"] = repeats
+    return report
+
 
 def describe_model(
-    column: Column, by_name: Mapping[str, Column], rows: ComparedRows, resamples: Resamples
+    name: str, by_name: Mapping[str, Column], rows: ComparedRows, resamples: Resamples
 ) -> dict:
-    """Give a model's metrics with their intervals, and its differences from `recorded` and `trained`."""
+    """Measure one of the models: its metrics with their intervals, and how far it is from the trained one."""
+    column = by_name[name]
     right_r = is_right(column, rows.winners_r)
     losses_r = losses(column, rows.labels_rv)
+
+    # A row without a winner says nothing of accuracy; of log loss every row does.
     has_winner_r = rows.winners_r >= 0
+    has_label_r = np.full(len(losses_r), True)
     model = {
-        "model": column.name,
+        "model": name,
         "precision": column.precision,
         **scores(column.probabilities_rov, rows.labels_rv, rows.winners_r),
         "accuracy_interval": interval(right_r, has_winner_r, resamples),
-        "log_loss_interval": interval(losses_r, np.full(len(losses_r), True), resamples),
+        "log_loss_interval": interval(losses_r, has_label_r, resamples),
     }
+
     for reference in ("recorded", "trained"):
         if reference in by_name:
             model[f"against_{reference}"] = difference(column, by_name[reference])
@@ -95,6 +111,7 @@ def describe_model(
 
 def find_nearest(mean_differences: Mapping[str, float]) -> str:
     """Find the model with the smallest mean difference; one that gave a NaN comes last."""
+    # Nothing is less than a NaN: `min` would choose it where it comes first.
     finite_differences = {}
     for name, value in mean_differences.items():
         finite_differences[name] = value if math.isfinite(value) else math.inf
@@ -105,48 +122,55 @@ def find_worst_difference(conditions: Sequence[Condition]) -> float:
     """Find the largest of the mean differences that decide."""
     values = []
     for condition in conditions:
-        if condition.bound_name == "pairwise.package.tolerance":
+        # The other conditions have figures of other kinds.
+        if condition.bound_name == TOLERANCE_KEY:
             values.append(condition.value)
+
     # np.max, unlike max, hands a NaN on.
     return float(np.max(values))
 
 
 def measure_cost(packaged: Column, trained: Column, rows: ComparedRows) -> dict[str, dict]:
     """Measure what packaging changes row by row: accuracy and log loss, each with its interval."""
-    changes = {
-        "accuracy": is_right(packaged, rows.winners_r) - is_right(trained, rows.winners_r),
-        "log_loss": losses(packaged, rows.labels_rv) - losses(trained, rows.labels_rv),
-    }
+    # A row without a winner says nothing of accuracy.
+    has_winner_r = rows.winners_r >= 0
+    changes_r = is_right(packaged, rows.winners_r) - is_right(trained, rows.winners_r)
+    accuracy = estimate_mean(changes_r[has_winner_r], rows.groups_r[has_winner_r])
+
+    added_losses_r = losses(packaged, rows.labels_rv) - losses(trained, rows.labels_rv)
+    log_loss = estimate_mean(added_losses_r, rows.groups_r)
+
     costs = {}
-    for metric, changes_r in changes.items():
-        # A row without a winner says nothing of accuracy.
-        is_counted_r = np.full(len(changes_r), True)
-        if metric == "accuracy":
-            is_counted_r = rows.winners_r >= 0
-        estimate = estimate_mean(changes_r[is_counted_r], rows.groups_r[is_counted_r])
+    for metric, estimate in (("accuracy", accuracy), ("log_loss", log_loss)):
         costs[metric] = {"difference": estimate.mean, "interval": [estimate.low, estimate.high]}
     return costs
 
 
-def describe_repeats(models: Mapping[str, dict]) -> dict[str, dict]:
-    """Describe the spread of several quantised models; nothing where there is one.
+def describe_repeats(models: Mapping[str, dict]) -> dict[str, object] | None:
+    """Describe how far quantising again, calibrated on other rows, moves a model's figures.
 
     Returns:
-        Least, largest and standard deviation (of a sample) of mean difference and accuracy.
+        Least, largest and standard deviation (of a sample) of mean difference and accuracy; None where
+        there are not several quantised models.
     """
+    # One model alone has no spread.
     quantised = [model for name, model in models.items() if name.startswith(QUANTISED)]
     if len(quantised) < 2:
-        return {}
+        return None
 
-    figures = {
-        "mean_difference": [model["against_trained"]["mean"] for model in quantised],
-        "accuracy": [model["accuracy"] for model in quantised],
+    mean_differences = [model["against_trained"]["mean"] for model in quantised]
+    accuracies = [model["accuracy"] for model in quantised]
+    return {
+        "models": [model["model"] for model in quantised],
+        "mean_difference": describe_spread(mean_differences),
+        "accuracy": describe_spread(accuracies),
     }
-    repeats: dict[str, object] = {"models": [model["model"] for model in quantised]}
-    for name, values in figures.items():
-        repeats[name] = {
-            "min": float(np.min(values)),
-            "max": float(np.max(values)),
-            "standard_deviation": float(np.std(values, ddof=1)),
-        }
-    return {"repeats": repeats}
+
+
+def describe_spread(values: Sequence[float]) -> dict[str, float]:
+    """Give the least and the largest of several values, and their standard deviation."""
+    return {
+        "min": float(np.min(values)),
+        "max": float(np.max(values)),
+        "standard_deviation": float(np.std(values, ddof=1)),
+    }

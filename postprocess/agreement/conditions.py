@@ -21,10 +21,20 @@ from postprocess.agreement.statistics import (
 )
 from recipes.pairwise.config.schema import PackageBlock
 
+# Verdicts on a condition, and on a package.
 HOLDS = "holds"
 REFUSED = "refused"
 UNDECIDED = "undecided"
+
+# Keys of the recipe that set the bounds.
+TOLERANCE_KEY = "pairwise.package.tolerance"
+VERDICTS_KEY = "pairwise.package.tolerance_verdicts"
+LOG_LOSS_KEY = "pairwise.package.tolerance_log_loss"
+
+# Quantising loses a few per cent of the spread, a constant all of it.
 MOST_SPREAD_LOST = 0.5
+
+# The condition that fails where a file of the run was exchanged after training.
 RECORD_CONDITION = "the mean difference in probability between recorded and trained"
 
 
@@ -63,67 +73,91 @@ def list_conditions(
         rows: The rows that they are of.
         package: The recipe's tolerances.
     """
-    trained = columns["trained"]
     candidate = columns[packaged]
-    conditions = check_mean_differences(packaged, columns, package.tolerance)
-
-    name = f"the share of verdicts that {packaged} changes"
-    changed_share = float((verdicts(candidate) != verdicts(trained)).mean())
-    bound = package.tolerance_verdicts
-    conditions.append(
-        check_figure(name, changed_share, bound, "pairwise.package.tolerance_verdicts")
-    )
-
-    # A model that gives one answer to all rows is close to one that was hardly trained.
-    name = f"the share of the probabilities' spread that {packaged} loses"
-    lost_share = measure_lost_spread(candidate, trained)
-    conditions.append(check_figure(name, lost_share, MOST_SPREAD_LOST, "the bound"))
-
-    return conditions + check_log_loss(candidate, trained, rows, package.tolerance_log_loss)
+    trained = columns["trained"]
+    return [
+        *check_mean_differences(packaged, columns, package.tolerance),
+        check_verdicts(candidate, trained, package.tolerance_verdicts),
+        check_spread(candidate, trained),
+        check_log_loss(candidate, trained, rows, package.tolerance_log_loss),
+        *check_slices(candidate, trained, rows, package.tolerance_log_loss),
+    ]
 
 
 def check_mean_differences(
     packaged: str, columns: Mapping[str, Column], tolerance: float
 ) -> list[Condition]:
-    """Check the mean differences in probability, those of the training's own record first."""
-    compared = [(packaged, "trained")]
+    """Check the mean differences in probability between the models that must agree."""
+    compared_names = [(packaged, "trained")]
+
+    # First what training itself wrote down: where that differs, a file was exchanged since.
     if "recorded" in columns:
-        compared = [("recorded", "trained"), *compared, (packaged, "recorded")]
+        compared_names.insert(0, ("recorded", "trained"))
+        compared_names.append((packaged, "recorded"))
+
     # What a quantised model was made of must agree too: two errors may cancel out on these rows.
     if "merged" in columns and packaged.startswith(QUANTISED):
-        compared.append(("merged", "trained"))
+        compared_names.append(("merged", "trained"))
 
     conditions = []
-    for name, reference in compared:
+    for name, reference in compared_names:
         figure = f"the mean difference in probability between {name} and {reference}"
         mean = difference(columns[name], columns[reference])["mean"]
-        conditions.append(check_figure(figure, mean, tolerance, "pairwise.package.tolerance"))
+        conditions.append(check_figure(figure, mean, tolerance, TOLERANCE_KEY))
     return conditions
+
+
+def check_verdicts(candidate: Column, trained: Column, tolerance: float) -> Condition:
+    """Check on how many rows the candidate comes to another verdict."""
+    is_changed_r = verdicts(candidate) != verdicts(trained)
+    figure = f"the share of verdicts that {candidate.name} changes"
+    return check_figure(figure, float(is_changed_r.mean()), tolerance, VERDICTS_KEY)
+
+
+def check_spread(candidate: Column, trained: Column) -> Condition:
+    """Check that the candidate's probabilities vary.
+
+    A model that gives one answer to all rows is close to one that was hardly trained.
+    """
+    figure = f"the share of the probabilities' spread that {candidate.name} loses"
+    lost_share = measure_lost_spread(candidate, trained)
+    return check_figure(figure, lost_share, MOST_SPREAD_LOST, "the bound")
 
 
 def check_log_loss(
     candidate: Column, trained: Column, rows: ComparedRows, tolerance: float
-) -> list[Condition]:
-    """Check what packaging adds to the log loss, on all rows and on each slice of them.
-
-    On all rows the loss is against the human votes. In a slice there are too few of them to tell
-    a change of 0.01 from chance, so that the trained model's probabilities stand in for them.
-    """
-    row_count = len(rows.labels_rv)
-    added_losses_r = losses(candidate, rows.labels_rv) - losses(trained, rows.labels_rv)
-    estimate = estimate_mean(added_losses_r, rows.groups_r)
+) -> Condition:
+    """Check what packaging adds to the log loss against the human votes, on all rows."""
+    losses_r = losses(candidate, rows.labels_rv)
+    trained_losses_r = losses(trained, rows.labels_rv)
+    estimate = estimate_mean(losses_r - trained_losses_r, rows.groups_r)
     name = f"the log loss that {candidate.name} adds"
-    conditions = [check_interval(name, estimate, tolerance, row_count)]
+    return check_interval(name, estimate, tolerance, len(losses_r))
+
+
+def check_slices(
+    candidate: Column, trained: Column, rows: ComparedRows, tolerance: float
+) -> list[Condition]:
+    """Check what packaging adds to the expected log loss, in each language and quarter of length.
+
+    A slice has too few rows to tell a change of 0.01 from chance by their votes. There the trained
+    model's probabilities stand in for the votes.
+    """
+    if not rows.slices:
+        return []
 
     # Bonferroni: with 95 % confidence the true value of no slice is outside its interval.
-    confidence = 1 - (1 - CONFIDENCE) / max(1, len(rows.slices))
-    expected_losses_r = divergence(candidate.mean_rv(), trained.mean_rv())
+    confidence = 1 - (1 - CONFIDENCE) / len(rows.slices)
+    added_losses_r = divergence(candidate.mean_rv(), trained.mean_rv())
+    conditions = []
     for slice_name, is_in_slice_r in rows.slices.items():
-        slice_losses_r = expected_losses_r[is_in_slice_r]
+        slice_losses_r = added_losses_r[is_in_slice_r]
         slice_groups_r = rows.groups_r[is_in_slice_r]
         estimate = estimate_mean(slice_losses_r, slice_groups_r, confidence)
         name = f"the expected log loss that {candidate.name} adds in {slice_name}"
-        conditions.append(check_interval(name, estimate, tolerance, row_count))
+
+        # More rows of the slice come only with more rows of all.
+        conditions.append(check_interval(name, estimate, tolerance, len(added_losses_r)))
     return conditions
 
 
@@ -150,10 +184,10 @@ def check_interval(name: str, estimate: Estimate, bound: float, row_count: int) 
         verdict = UNDECIDED
         rows_needed = count_rows_needed(estimate, bound, row_count)
     else:
+        # Also where the mean is NaN, and with it both ends.
         verdict = REFUSED
 
-    bound_name = "pairwise.package.tolerance_log_loss"
-    return Condition(name, estimate.mean, bound, bound_name, verdict, estimate.high, rows_needed)
+    return Condition(name, estimate.mean, bound, LOG_LOSS_KEY, verdict, estimate.high, rows_needed)
 
 
 def count_rows_needed(estimate: Estimate, bound: float, row_count: int) -> int | None:
@@ -166,7 +200,10 @@ def count_rows_needed(estimate: Estimate, bound: float, row_count: int) -> int |
     distance = abs(bound - estimate.mean)
     if not math.isfinite(half_width) or distance == 0:
         return None
-    return math.ceil(row_count * (half_width / distance) ** 2)
+
+    # The interval must become so much narrower that it ends at the bound.
+    narrowing = half_width / distance
+    return math.ceil(row_count * narrowing**2)
 
 
 def measure_lost_spread(candidate: Column, trained: Column) -> float:
@@ -175,6 +212,7 @@ def measure_lost_spread(candidate: Column, trained: Column) -> float:
     Returns:
         1 for a constant; below 0 where the candidate's spread is larger; NaN where there was none.
     """
+    # A trained model that gives one answer to all rows has nothing to lose, and is not worth packaging.
     trained_spread = measure_spread(trained)
     if trained_spread == 0:
         return math.nan
@@ -188,9 +226,10 @@ def measure_spread(column: Column) -> float:
 
 
 def summarise(conditions: list[Condition]) -> str:
-    """Give the verdict on all conditions: refused if one is, else undecided if one is, else holds."""
+    """Give the verdict on a package: refused if one condition is, else undecided if one is, else holds."""
     condition_verdicts = {condition.verdict for condition in conditions}
-    for verdict in (REFUSED, UNDECIDED):
-        if verdict in condition_verdicts:
-            return verdict
+    if REFUSED in condition_verdicts:
+        return REFUSED
+    if UNDECIDED in condition_verdicts:
+        return UNDECIDED
     return HOLDS

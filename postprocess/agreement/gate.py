@@ -11,15 +11,19 @@ from pathlib import Path
 import polars as pl
 
 from postprocess.agreement.comparison import compare
-from postprocess.agreement.conditions import RECORD_CONDITION, REFUSED, UNDECIDED
+from postprocess.agreement.conditions import RECORD_CONDITION, UNDECIDED
 from postprocess.agreement.model_scores import read_scores
 from postprocess.agreement.slices import slice_rows
 from postprocess.agreement.statistics import Column, ComparedRows
 from postprocess.agreement.table import groups_of, probability_table, table_lines, without_nan
-from postprocess.agreement.validation_rows import count_validation_rows, validation_rows
+from postprocess.agreement.validation_rows import (
+    count_validation_rows,
+    read_metrics,
+    validation_rows,
+)
 from postprocess.run_folder import Run
 from preprocess.core.errors import UserError
-from preprocess.core.files import atomic_file, read_object, write_json
+from preprocess.core.files import atomic_file, write_json
 from recipes.pairwise.data.datasets import targets, winners
 
 
@@ -59,65 +63,73 @@ def agreement(run: Run, scores_files: Sequence[Path], out: Path) -> None:
     report = comparison.report
     print("\n".join(table_lines(report)))
 
-    verdicts = run.contract.verdicts
-    with atomic_file(out.with_suffix(".parquet")) as temporary:
-        table = probability_table(comparison.rows, comparison.columns, verdicts)
+    # agreement.json is written last: where it is, the table is there too.
+    table = probability_table(comparison.rows, comparison.columns, run.contract.verdicts)
+    table_file = out.with_suffix(".parquet")
+    with atomic_file(table_file) as temporary:
         table.write_parquet(temporary)
     write_json(out, without_nan(report))
-    refuse(run, report, out)
+
+    if not report["agrees"]:
+        raise UserError(f"{out}: {explain_refusal(run, report, table_file)}")
 
 
 def compare_models(run: Run, scores_files: Sequence[Path]) -> Comparison:
-    """Compare the models on all rows that were scored."""
+    """Compare the models on all rows that were scored; each of the files holds a part of them."""
     columns, golden = read_scores(scores_files)
-    frame, _ = validation_rows(run, end=len(columns[0].probabilities_rov))
+    row_count = len(columns[0].probabilities_rov)
+    frame, _ = validation_rows(run, end=row_count)
+
     verdicts = run.contract.verdicts
     groups_r = groups_of(frame)
     rows = ComparedRows(
-        targets(frame, verdicts), winners(frame, verdicts), groups_r, slice_rows(frame, groups_r)
+        labels_rv=targets(frame, verdicts),
+        winners_r=winners(frame, verdicts),
+        groups_r=groups_r,
+        slices=slice_rows(frame, groups_r),
     )
     report = compare(columns, rows, run.recipe.pairwise.package)
 
-    metrics_file = run.folder / "metrics.json"
-    metrics = read_object(metrics_file) if metrics_file.is_file() else {}
-    report["rows_were_trained_on"] = bool(metrics.get("rows_were_trained_on"))
-    # The kernel scores these rows again, and must come to the same.
+    # The kernel scores the golden rows again, and must come to the same.
     report["golden"] = golden[report["packaged"]]
+    report["rows_were_trained_on"] = bool(read_metrics(run).get("rows_were_trained_on"))
     return Comparison(frame, columns, report)
 
 
-def refuse(run: Run, report: dict, out: Path) -> None:
-    """Raise UserError where the models do not agree: what is off, by how much, and what to do about it."""
-    if report["agrees"]:
-        return
+def explain_refusal(run: Run, report: dict, table_file: Path) -> str:
+    """Say why no package is made, and what to do about it; `table_file` has the rows to look at."""
+    # Of several conditions that fail, the first is told.
+    condition = find_condition(report, report["verdict"])
+    if report["verdict"] == UNDECIDED:
+        return describe_undecided(condition, report["rows"])
+    if condition["name"] == RECORD_CONDITION:
+        return (
+            f"base and adapter, loaded as they were trained, differ by {condition['value']:.4f} in "
+            f"probability from predictions.parquet, which training wrote: one of {run.weights}, "
+            f"{run.folder} is not the training's; put it back, or train again"
+        )
+    return (
+        f"{condition['name']} is {condition['value']:.4f}, over {condition['bound_name']} "
+        f"({condition['bound']:g}); no package is made: {advise(run, report)}; "
+        f"{table_file.name} beside it has the rows"
+    )
 
+
+def find_condition(report: dict, verdict: str) -> dict:
+    """Find the first condition with this verdict, which is the verdict on all of them."""
     for condition in report["conditions"]:
-        if condition["verdict"] == REFUSED and condition["name"] == RECORD_CONDITION:
-            raise UserError(
-                f"{out}: base and adapter, loaded as they were trained, differ by "
-                f"{condition['value']:.4f} in probability from predictions.parquet, which training "
-                f"wrote: one of {run.weights}, {run.folder} is not the training's; put it back, or "
-                "train again"
-            )
-        if condition["verdict"] == REFUSED:
-            raise UserError(
-                f"{out}: {condition['name']} is {condition['value']:.4f}, over {condition['bound_name']} "
-                f"({condition['bound']:g}); no package is made: {advise(run, report)}; "
-                f"{out.with_suffix('.parquet').name} beside it has the rows"
-            )
-
-    for condition in report["conditions"]:
-        if condition["verdict"] == UNDECIDED:
-            raise UserError(describe_undecided(condition, report["rows"], out))
+        if condition["verdict"] == verdict:
+            return condition
+    raise ValueError(f"no condition is {verdict}")
 
 
-def describe_undecided(condition: dict, row_count: int, out: Path) -> str:
+def describe_undecided(condition: dict, row_count: int) -> str:
     """Say what stays open although every validation row was compared, and how many rows would decide."""
     rows_needed = "more rows would decide"
     if condition["rows_needed"]:
         rows_needed = f"about {condition['rows_needed']:,} rows would decide"
     return (
-        f"{out}: undecided, no package is made: {condition['name']} is {condition['value']:.4f} on all "
+        f"undecided, no package is made: {condition['name']} is {condition['value']:.4f} on all "
         f"{row_count:,} validation rows, but may be {condition['high']:.4f}, over {condition['bound_name']} "
         f"({condition['bound']:g}); {rows_needed}: hold out a larger fold, or raise the tolerance in the "
         "recipe"
@@ -126,24 +138,31 @@ def describe_undecided(condition: dict, row_count: int, out: Path) -> str:
 
 def advise(run: Run, report: dict) -> str:
     """Say what to change in the recipe: less rounding where that is to blame, else another kind of package."""
-    quantize = run.recipe.pairwise.package.quantize
-    means = {}
+    mean_differences = {}
     for model in report["models"]:
-        means[model["model"]] = model["against_trained"]["mean"]
+        mean_differences[model["model"]] = model["against_trained"]["mean"]
+    merged_mean = mean_differences.get("merged", 0)
+    packaged_mean = mean_differences[report["packaged"]]
 
-    # Merging is not to blame where most of the difference comes after it.
-    merged_mean = means.get("merged", 0)
-    packaged_mean = means[report["packaged"]]
+    # Where most of the difference comes after merging, it comes from rounding to fewer bits.
+    quantize = run.recipe.pairwise.package.quantize
     is_merging_good = merged_mean <= max(report["tolerance"], packaged_mean / 2)
-    if is_merging_good and report["packaged"] == "unmerged":
-        return "package with adapter: merged and quantize: int8 or none"
-    if is_merging_good and quantize == "int8":
-        return "package with quantize: none"
-    if is_merging_good and quantize != "none":
-        return "package with quantize: int8 or none"
+    is_quantised = quantize != "none" or report["packaged"] == "unmerged"
+    if is_merging_good and is_quantised:
+        return advise_less_rounding(report["packaged"], quantize)
 
-    if "unmerged" in means:
+    # Merging itself is to blame, or float16 where there was no adapter to merge.
+    if "unmerged" in mean_differences:
         return "no package of this run would be nearer, raise the tolerance if that will do or train again"
     if run.has_adapter:
         return f"merging alone moves it by {merged_mean:.4f}, package with quantize: nf4 and adapter: unmerged"
     return f"float16 alone moves it by {merged_mean:.4f}, train it again with fp16: true"
+
+
+def advise_less_rounding(packaged: str, quantize: str) -> str:
+    """Say which kind of package rounds the weights less than the one that was refused."""
+    if packaged == "unmerged":
+        return "package with adapter: merged and quantize: int8 or none"
+    if quantize == "int8":
+        return "package with quantize: none"
+    return "package with quantize: int8 or none"

@@ -1,25 +1,28 @@
 """Scores validation rows with the model as trained and with what is made of it. pipeline.py calls this.
 
-Everything but the trained model is loaded and scored by the code that runs on Kaggle. The columns:
-`recorded` (predictions.parquet, written by training), `trained` (base and adapter loaded by PEFT, in the
-precision of the training), `merged` (16 bits), and the candidates for the package: `quantised` (merged,
-then quantised), `unmerged` (the base in nf4, the adapter apart), or both.
+Everything but the trained model is loaded and scored by the code that runs on Kaggle. Each model gives
+one `Column` of probabilities: `recorded` (predictions.parquet, written by training), `trained` (base and
+adapter loaded by PEFT, in the precision of the training), `merged` (16 bits), and the candidates for the
+package: `quantised` (merged, then quantised), `unmerged` (the base in nf4, the adapter apart), or both.
 """
 
 import gc
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import torch
+from tqdm import tqdm
 
 from kaggle_kernels.runtime.models.model import load_model
 from kaggle_kernels.runtime.models.scoring import ORDERS, make_requests, orders_of, score
-from postprocess.agreement.reference_model import load_merged, load_trained
-from postprocess.agreement.statistics import QUANTISED, Column
-from postprocess.agreement.validation_rows import part_bounds, validation_rows
+from postprocess.agreement.devices import list_gpus, place_package
+from postprocess.agreement.reference_model import load_trained
+from postprocess.agreement.statistics import Column
+from postprocess.agreement.validation_rows import part_bounds, read_metrics, validation_rows
 from postprocess.run_folder import Run, checked_tokenizer
 from postprocess.weights.meta_model import model_skeleton
 from preprocess.core.errors import UserError
@@ -27,67 +30,86 @@ from preprocess.core.files import read_object, write_json
 
 # About 20 s: float16 is ten times slower than float32 on CPUs without units for it.
 FLOAT16_ON_CPU_FLOP = 5e10
-GOLDEN_ORDER = ("as_given",)
+GOLDEN_ORDER = "as_given"
 TOKENS_PER_BATCH = 8192
+ROWS_PER_STEP = 64  # after each of them progress is shown; a lack of memory costs one at most
 
 
-def score_models(run: Run, folders: Mapping[str, Path | None], part: int, out: Path) -> None:
+@dataclass(frozen=True)
+class ModelScores:
+    """What one model makes of the rows.
+
+    Attributes:
+        column: Its probabilities of the validation rows.
+        golden: The probabilities of the contract's golden rows, which the kernel computes again.
+    """
+
+    column: Column
+    golden: list[dict]
+
+
+def score_models(run: Run, folders: Mapping[str, Path], part: int, out: Path) -> None:
     """Score a part of the validation rows with every model, and write the probabilities to a JSON file.
 
     Args:
         run: The run that is packaged.
-        folders: The models' folders by column: `merged` where there is one (None: made in memory),
-            then the candidates `quantised`, `quantised-2`, …, `unmerged`.
+        folders: The models' folders by name: `merged` where there is one, then the candidates
+            `quantised`, `quantised-2`, …, `unmerged`.
         part: Which validation rows; see validation_rows.part_bounds.
         out: The file. Besides the columns it has the golden rows' probabilities of each model.
     """
-    rows, pairs = validation_rows(run, *part_bounds(part))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    first, end = part_bounds(part)
+    rows, pairs = validation_rows(run, first, end)
     tokenizer = checked_tokenizer(run)
-    dtype = choose_dtype(run, tokenizer, pairs, device)
+    dtype = choose_dtype(run, tokenizer, pairs)
 
-    columns = []
-    if has_record(run):
-        columns.append(read_recorded_column(run, rows))
-    golden = {}
-    for name, load in list_loaders(run, folders, device, dtype):
-        model = load()
-        try:
-            columns.append(score_column(name, model, run, tokenizer, pairs))
-            golden[name] = score_golden_rows(model, run, tokenizer)
-        except FloatingPointError as error:
-            raise UserError(
-                f"{name}: {error}; this model overflows, package it from other weights"
-            ) from None
-        # The next model needs the memory.
-        del model
+    # One model after the other: no name keeps the last one, so that the next one gets its memory.
+    scores = {"trained": score_model("trained", load_trained(run), run, tokenizer, pairs)}
+    scored_folders: dict[Path, str] = {}
+    for name, folder in folders.items():
+        # With quantize: none, `merged` and `quantised` are one folder.
+        if folder in scored_folders:
+            scores[name] = scores[scored_folders[folder]]
+            continue
+
         gc.collect()
+        model = load_served(run, folder, dtype)
+        scores[name] = score_model(name, model, run, tokenizer, pairs)
+        scored_folders[folder] = name
+        del model
 
-    # With quantize: none, one model has both names.
-    if QUANTISED in folders and folders[QUANTISED] == folders.get("merged"):
-        merged = next(column for column in columns if column.name == "merged")
-        columns.append(Column(QUANTISED, merged.probabilities_rov, merged.precision))
-        golden[QUANTISED] = golden["merged"]
+    columns = {name: model_scores.column for name, model_scores in scores.items()}
+    golden = {name: model_scores.golden for name, model_scores in scores.items()}
+    if has_record(run):
+        columns = {"recorded": read_recorded_column(run, rows), **columns}
+    write_scores(out, columns, golden)
 
-    as_json = []
-    for column in columns:
+
+def write_scores(out: Path, columns: Mapping[str, Column], golden: Mapping[str, list]) -> None:
+    """Write the columns and the golden rows' probabilities, both by model, for read_scores to read."""
+    columns_as_json = {}
+    for name, column in columns.items():
         probabilities = column.probabilities_rov.tolist()
-        as_json.append({"name": column.name, "precision": column.precision, "rov": probabilities})
-    write_json(out, {"columns": as_json, "golden": golden})
+        columns_as_json[name] = {"precision": column.precision, "rov": probabilities}
+    write_json(out, {"columns": columns_as_json, "golden": golden})
 
 
 def read_scores(scores_files: Sequence[Path]) -> tuple[list[Column], dict[str, list]]:
-    """Read what score_models wrote of several parts, as one.
+    """Read what score_models wrote of several parts of the rows, as one.
 
     Returns:
         The columns of all rows, and the golden rows' probabilities by model.
     """
+    # Each part has the same models, and other rows.
     parts = [read_object(file) for file in scores_files]
+    first_part = parts[0]
     columns = []
-    for place, first in enumerate(parts[0]["columns"]):
-        probabilities = [np.array(part["columns"][place]["rov"]) for part in parts]
-        columns.append(Column(first["name"], np.concatenate(probabilities), first["precision"]))
-    return columns, parts[0]["golden"]
+    for name, first_column in first_part["columns"].items():
+        probabilities = [np.array(part["columns"][name]["rov"]) for part in parts]
+        columns.append(Column(name, np.concatenate(probabilities), first_column["precision"]))
+
+    # The golden rows are the same in each part.
+    return columns, first_part["golden"]
 
 
 def has_record(run: Run) -> bool:
@@ -96,8 +118,7 @@ def has_record(run: Run) -> bool:
     A mean of runs was never trained as such: its predictions are those of the model that they would
     be compared with.
     """
-    metrics_file = run.folder / "metrics.json"
-    return not metrics_file.is_file() or "average" not in read_object(metrics_file)
+    return "average" not in read_metrics(run)
 
 
 def read_recorded_column(run: Run, rows: pl.DataFrame) -> Column:
@@ -106,25 +127,41 @@ def read_recorded_column(run: Run, rows: pl.DataFrame) -> Column:
     for order in ORDERS:
         names = [f"p_{verdict}_{order}" for verdict in run.contract.verdicts]
         by_order.append(rows.select(names).to_numpy().astype(np.float64))
-    return Column("recorded", np.stack(by_order, axis=1), "as trained")
+
+    # Each is (rows, verdicts); the orders become the axis between the two.
+    probabilities_rov = np.stack(by_order, axis=1)
+    return Column("recorded", probabilities_rov, "as trained")
 
 
-def list_loaders(
-    run: Run, folders: Mapping[str, Path | None], device: str, dtype: torch.dtype
-) -> Iterator[tuple[str, Callable[[], torch.nn.Module]]]:
-    """List the models to be scored, each folder once; all but `trained` compute in `dtype`.
+def load_served(run: Run, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
+    """Load a model as Kaggle's kernel does, its layers over several GPUs where one cannot hold them."""
+    first_device = "cuda:0" if list_gpus() else "cpu"
+    return load_model(folder, run.contract, first_device, dtype, place_package(folder))
 
-    Yields:
-        A column's name, and the function that loads its model.
+
+def score_model(
+    name: str, model: torch.nn.Module, run: Run, tokenizer, pairs: Sequence
+) -> ModelScores:
+    """Score the validation rows and the contract's golden rows with one model.
+
+    Raises:
+        UserError: A probability is not finite.
     """
-    yield "trained", lambda: load_trained(run, device)
-    loaded_folders = set()
-    for name, folder in folders.items():
-        if folder is None:
-            yield name, lambda: load_merged(run, device, dtype)
-        elif folder not in loaded_folders:
-            loaded_folders.add(folder)
-            yield name, lambda folder=folder: load_model(folder, run.contract, device, dtype)
+    golden_pairs = [run.model_input.pair_from_row(row["pair"]) for row in run.contract.golden]
+    try:
+        column = score_column(name, model, run, tokenizer, pairs)
+        golden_scores = score_pairs(name, model, run, tokenizer, golden_pairs, (GOLDEN_ORDER,))
+    except FloatingPointError as error:
+        raise UserError(
+            f"{name}: {error}; this model overflows, package it from other weights"
+        ) from None
+
+    # The kernel, which scores them once more, compares them by id.
+    golden = []
+    for pair in golden_pairs:
+        probabilities = golden_scores[pair.id][GOLDEN_ORDER]
+        golden.append({"id": pair.id, "probabilities": probabilities})
+    return ModelScores(column, golden)
 
 
 def score_column(name: str, model: torch.nn.Module, run: Run, tokenizer, pairs: Sequence) -> Column:
@@ -133,59 +170,82 @@ def score_column(name: str, model: torch.nn.Module, run: Run, tokenizer, pairs: 
     Raises:
         FloatingPointError: A probability is not finite.
     """
-    scores = score_in_memory(model, run, tokenizer, pairs)
+    scores = score_pairs(name, model, run, tokenizer, pairs)
     rows = []
     for pair in pairs:
         rows.append([scores[pair.id][order] for order in ORDERS])
 
-    # A quantised model's first parameters may be whole numbers.
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    return Column(name, np.array(rows, dtype=np.float64), str(dtype).removeprefix("torch."))
+    probabilities_rov = np.array(rows, dtype=np.float64)
+    precision = str(model.dtype).removeprefix("torch.")
+    return Column(name, probabilities_rov, precision)
 
 
-def score_in_memory(model: torch.nn.Module, run: Run, tokenizer, pairs: Sequence) -> dict:
-    """Score pairs in both orders, in batches half as large as long as they do not fit the GPU."""
+def score_pairs(
+    name: str,
+    model: torch.nn.Module,
+    run: Run,
+    tokenizer,
+    pairs: Sequence,
+    orders: Sequence[str] = ORDERS,
+) -> dict[str, dict[str, list[float]]]:
+    """Score pairs, some at a time, in smaller batches once memory runs out.
+
+    Args:
+        name: What the progress bar calls the model.
+        model: A model in eval mode.
+        run: The run that it was made of.
+        tokenizer: The run's tokenizer.
+        pairs: The pairs.
+        orders: as_given (response A first), swapped, or both.
+
+    Returns:
+        The probabilities of each pair by its id and by order.
+
+    Raises:
+        FloatingPointError: A probability is not finite.
+        torch.OutOfMemoryError: A sequence alone does not fit.
+    """
+    scores = {}
     tokens_per_batch = TOKENS_PER_BATCH
-    while True:
-        try:
-            return score(
-                model,
-                run.model_input,
-                tokenizer,
-                run.contract,
-                pairs,
-                tokens_per_batch=tokens_per_batch,
-                device=str(model.device),
-            )
-        except torch.OutOfMemoryError:
-            # A batch of one row cannot be made smaller.
-            if tokens_per_batch < run.contract.budget_tokens:
-                raise
-        # The longest rows come first: little is scored twice.
-        tokens_per_batch //= 2
-        torch.cuda.empty_cache()
+    unscored_pairs = list(pairs)
+    with tqdm(total=len(unscored_pairs), desc=name, unit=" rows", delay=2, leave=False) as progress:
+        while unscored_pairs:
+            step_pairs = unscored_pairs[:ROWS_PER_STEP]
+            step_scores = None
+            try:
+                step_scores = score(
+                    model,
+                    run.model_input,
+                    tokenizer,
+                    run.contract,
+                    step_pairs,
+                    orders=orders,
+                    tokens_per_batch=tokens_per_batch,
+                    device=str(model.device),
+                )
+            except torch.OutOfMemoryError:
+                # A batch of one sequence cannot be made smaller.
+                if tokens_per_batch < run.contract.budget_tokens:
+                    raise
+
+            # Only here, outside of the except, are the tensors of the failed pass free.
+            if step_scores is None:
+                tokens_per_batch //= 2
+                torch.cuda.empty_cache()
+                continue
+
+            scores |= step_scores
+            unscored_pairs = unscored_pairs[ROWS_PER_STEP:]
+            progress.update(len(step_pairs))
+    return scores
 
 
-def score_golden_rows(model: torch.nn.Module, run: Run, tokenizer) -> list[dict]:
-    """Score the contract's golden rows, which the kernel scores again."""
-    contract = run.contract
-    pairs = [run.model_input.pair_from_row(row["pair"]) for row in contract.golden]
-    device = str(model.device)
-    scores = score(
-        model, run.model_input, tokenizer, contract, pairs, orders=GOLDEN_ORDER, device=device
-    )
-    golden = []
-    for pair in pairs:
-        golden.append({"id": pair.id, "probabilities": scores[pair.id][GOLDEN_ORDER[0]]})
-    return golden
-
-
-def choose_dtype(run: Run, tokenizer, pairs: Sequence, device: str) -> torch.dtype:
+def choose_dtype(run: Run, tokenizer, pairs: Sequence) -> torch.dtype:
     """Choose what the models compute in: float16 as on Kaggle, but float32 where a CPU would take long.
 
     The weights are rounded to float16 whatever it is.
     """
-    if device != "cpu":
+    if list_gpus():
         return torch.float16
 
     # A forward pass multiplies each token by each matrix of a layer.
@@ -199,5 +259,7 @@ def choose_dtype(run: Run, tokenizer, pairs: Sequence, device: str) -> torch.dty
     orders = orders_of(run.contract, ORDERS)
     requests = make_requests(run.model_input, tokenizer, run.contract, pairs, orders)
     tokens = sum(request.tokens for request in requests)
+
+    # A weight costs one multiplication and one addition.
     flop = 2 * tokens * weights_per_token
     return torch.float16 if flop <= FLOAT16_ON_CPU_FLOP else torch.float32

@@ -17,7 +17,11 @@ QUARTERS = (
 
 
 def slice_rows(rows: pl.DataFrame, groups_r: np.ndarray) -> dict[str, np.ndarray]:
-    """Give the slices of the rows that have groups enough to be judged, as masks of shape (rows,)."""
+    """Divide the rows by language, and again by length, and keep the slices with groups enough to be judged.
+
+    Returns:
+        For each slice by its name, which rows are in it: a mask of shape (rows,).
+    """
     slices = slice_by_language(rows, groups_r) | slice_by_length(rows)
     judged_slices = {}
     for name, is_in_slice_r in slices.items():
@@ -27,7 +31,7 @@ def slice_rows(rows: pl.DataFrame, groups_r: np.ndarray) -> dict[str, np.ndarray
 
 
 def slice_by_language(rows: pl.DataFrame, groups_r: np.ndarray) -> dict[str, np.ndarray]:
-    """Slice the rows by language, if they have one; those of rare languages are one slice together."""
+    """Divide the rows by language, if they have one; the rare languages are one slice together."""
     if "language" not in rows.columns:
         return {}
 
@@ -35,26 +39,33 @@ def slice_by_language(rows: pl.DataFrame, groups_r: np.ndarray) -> dict[str, np.
     slices = {}
     is_rare_r = np.full(len(rows), False)
     for language in sorted(set(languages_r)):
+        # So few rows cannot be judged alone, but a package may be broken for all rare languages.
         is_language_r = languages_r == language
         if count_groups(is_language_r, groups_r) >= FEWEST_GROUPS:
             slices[f"the language {language}"] = is_language_r
         else:
             is_rare_r |= is_language_r
-    return slices | {OTHER_LANGUAGES: is_rare_r}
+
+    slices[OTHER_LANGUAGES] = is_rare_r
+    return slices
 
 
 def slice_by_length(rows: pl.DataFrame) -> dict[str, np.ndarray]:
-    """Slice the rows into quarters by the characters of prompt and responses."""
+    """Divide the rows into quarters by the characters of prompt and responses."""
+    # A prompt or a response is a list of turns, some of which may be null.
     lengths_r = np.zeros(len(rows))
     for column in ("prompt", "response_a", "response_b"):
-        characters = pl.col(column).list.eval(pl.element().str.len_chars()).list.sum()
-        lengths_r += rows.select(characters.fill_null(0)).to_series().to_numpy()
+        characters_of_turns = pl.col(column).list.eval(pl.element().str.len_chars())
+        characters = characters_of_turns.list.sum().fill_null(0)
+        lengths_r += rows.select(characters).to_series().to_numpy()
 
-    slices = {}
     places_by_length = np.argsort(lengths_r, kind="stable")
-    for name, places in zip(QUARTERS, np.array_split(places_by_length, 4), strict=True):
-        slices[name] = np.full(len(rows), False)
-        slices[name][places] = True
+    quarters = np.array_split(places_by_length, len(QUARTERS))
+    slices = {}
+    for name, places in zip(QUARTERS, quarters, strict=True):
+        is_in_quarter_r = np.full(len(rows), False)
+        is_in_quarter_r[places] = True
+        slices[name] = is_in_quarter_r
     return slices
 
 

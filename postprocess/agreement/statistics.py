@@ -14,10 +14,11 @@ from scipy import stats
 from recipes.pairwise.tracking.metrics import SMALLEST, row_losses, rows_are_right
 
 QUANTISED = "quantised"  # and quantised-2, … : the columns of quantised models
+CONFIDENCE = 0.95
+# The bootstrap: how many samples are drawn, from which seed, and which quantiles are its 95 % interval.
 RESAMPLES = 1000
 SEED = 0
-CONFIDENCE = 0.95
-MIDDLE = (0.025, 0.975)  # the same 95 % as quantiles
+MIDDLE = (0.025, 0.975)
 DECIMALS = 6  # of an interval: the last bits of a sum depend on the machine
 
 
@@ -59,7 +60,7 @@ class ComparedRows:
 
 @dataclass(frozen=True)
 class Resamples:
-    """Draws of whole groups of rows.
+    """Bootstrap samples: draws of whole groups of rows, with replacement.
 
     Attributes:
         group_r: The place of each row's group in `counts_sg`.
@@ -92,23 +93,30 @@ def estimate_mean(
         groups_r: The number of each row's group of prompts.
         confidence: The share of samples whose interval holds the true mean.
     """
-    mean = float(values_r.mean()) if len(values_r) else math.nan
+    row_count = len(values_r)
+    mean = float(values_r.mean()) if row_count else math.nan
     numbers, group_r = np.unique(groups_r, return_inverse=True)
     group_count = len(numbers)
+
+    # One group alone does not show how much groups differ.
     if group_count < 2:
         return Estimate(mean, -math.inf, math.inf)
 
+    # The usual variance of a sample, n / (n - 1) included, but of sums over groups.
     residuals_g = np.bincount(group_r, weights=values_r - mean)
-    variance_of_sum = group_count / (group_count - 1) * float((residuals_g**2).sum())
-    standard_error = math.sqrt(variance_of_sum) / len(values_r)
+    sum_of_squares = float((residuals_g**2).sum())
+    variance_of_sum = group_count / (group_count - 1) * sum_of_squares
+    standard_error = math.sqrt(variance_of_sum) / row_count
 
-    quantile = stats.t.ppf((1 + confidence) / 2, df=group_count - 1)
-    half_width = float(quantile) * standard_error
+    # What is outside of the interval is shared out over both ends.
+    upper_probability = (1 + confidence) / 2
+    t_quantile = float(stats.t.ppf(upper_probability, df=group_count - 1))
+    half_width = t_quantile * standard_error
     return Estimate(mean, mean - half_width, mean + half_width)
 
 
 def difference(column: Column, reference: Column) -> dict[str, float]:
-    """Measure how far a column is from a reference.
+    """Measure how far a model's probabilities are from a reference model's.
 
     Returns:
         The largest and the mean difference in probability; the mean over rows and orders of the
@@ -117,11 +125,12 @@ def difference(column: Column, reference: Column) -> dict[str, float]:
     """
     differences_rov = np.abs(column.probabilities_rov - reference.probabilities_rov)
     divergence_ro = divergence(column.probabilities_rov, reference.probabilities_rov)
+    is_changed_r = verdicts(column) != verdicts(reference)
     return {
         "largest": float(differences_rov.max()),
         "mean": float(differences_rov.mean()),
         "kl_divergence": float(divergence_ro.mean()),
-        "verdicts_changed": int((verdicts(column) != verdicts(reference)).sum()),
+        "verdicts_changed": int(is_changed_r.sum()),
     }
 
 
@@ -139,8 +148,11 @@ def divergence(probabilities: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """
     p = np.clip(probabilities, SMALLEST, 1)
     q = np.clip(reference, SMALLEST, 1)
-    # Clipping may leave sums a little over 1, and then a divergence below 0.
-    return np.maximum((q * (np.log(q) - np.log(p))).sum(axis=-1), 0)
+    log_ratios = np.log(q) - np.log(p)
+    sums = (q * log_ratios).sum(axis=-1)
+
+    # Clipping may leave probabilities that sum to a little over 1, and then a sum below 0.
+    return np.maximum(sums, 0)
 
 
 def verdicts(column: Column) -> np.ndarray:
@@ -159,38 +171,45 @@ def losses(column: Column, labels_rv: np.ndarray) -> np.ndarray:
 
 
 def resample(groups_r: np.ndarray) -> Resamples:
-    """Draw as many groups as there are, with replacement, RESAMPLES times.
+    """Draw bootstrap samples of whole groups: of as many groups as there are, with replacement.
 
-    It is a bootstrap over whole clusters (Davison and Hinkley 1997, section 3.8). The seed is fixed, and
-    every model is measured on the same draws.
+    It is a bootstrap over clusters (Davison and Hinkley 1997, section 3.8). The seed is fixed, and every
+    model is measured on the same draws.
     """
     numbers, group_r = np.unique(groups_r, return_inverse=True)
     group_count = len(numbers)
-    shares = np.full(group_count, 1 / group_count)
+    probabilities_g = np.full(group_count, 1 / group_count)
     generator = np.random.default_rng(SEED)
-    return Resamples(group_r, generator.multinomial(group_count, shares, size=RESAMPLES))
+
+    # How often each group is drawn is all that a mean over its rows needs.
+    counts_sg = generator.multinomial(group_count, probabilities_g, size=RESAMPLES)
+    return Resamples(group_r, counts_sg)
 
 
 def interval(values_r: np.ndarray, counted_r: np.ndarray, resamples: Resamples) -> list[float]:
-    """Give the middle 95 % of the resampled means.
+    """Give the 95 % bootstrap interval of the mean of some rows' values.
 
     Args:
         values_r: One value a row.
         counted_r: Which rows count.
-        resamples: The draws.
+        resamples: The bootstrap samples.
 
     Returns:
-        The low and the high end; NaN where no draw holds a row that counts.
+        The low and the high end; NaN where no sample holds a row that counts.
     """
+    # Sums over groups first: a sample's sum is then one product, however many rows there are.
     group_count = resamples.counts_sg.shape[1]
-    values_r = np.where(counted_r, values_r, 0)
-    sums_g = np.bincount(resamples.group_r, weights=values_r, minlength=group_count)
-    rows_g = np.bincount(resamples.group_r, weights=counted_r, minlength=group_count)
+    counted_values_r = np.where(counted_r, values_r, 0)
+    sums_g = np.bincount(resamples.group_r, weights=counted_values_r, minlength=group_count)
+    row_counts_g = np.bincount(resamples.group_r, weights=counted_r, minlength=group_count)
     sums_s = resamples.counts_sg @ sums_g
-    rows_s = resamples.counts_sg @ rows_g
+    row_counts_s = resamples.counts_sg @ row_counts_g
 
-    has_rows_s = rows_s > 0
+    # A sample without a row that counts has no mean.
+    has_rows_s = row_counts_s > 0
     if not has_rows_s.any():
         return [math.nan, math.nan]
-    low, high = np.quantile(sums_s[has_rows_s] / rows_s[has_rows_s], MIDDLE)
+
+    means_s = sums_s[has_rows_s] / row_counts_s[has_rows_s]
+    low, high = np.quantile(means_s, MIDDLE)
     return [round(float(low), DECIMALS), round(float(high), DECIMALS)]

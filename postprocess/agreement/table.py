@@ -1,17 +1,21 @@
 """A comparison as what the user looks at: the printed table, and the probabilities of every row as a table on disk."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import polars as pl
 
+from postprocess.agreement.comparison import find_nearest
 from postprocess.agreement.conditions import HOLDS
 from postprocess.agreement.statistics import Column
 from preprocess.model_input import VERDICTS
 from recipes.pairwise.tracking.metrics import ORDERS
 
+# Below it, an interval over groups of prompts says little.
 FEW_GROUPS = 20
+
+# The heading of the printed table, whose columns describe_model fills.
 HEAD = (
     f"  {'model':<12} {'precision':<10} {'accuracy':>18} {'log loss':>21} {'largest diff':>12} "
     f"{'mean diff':>9} {'KL':>9}  verdicts changed"
@@ -32,52 +36,57 @@ def probability_table(
         id, fold, winner, order, and for each column its p_model_a, p_model_b[, p_tie]. In both orders
         p_model_a is the probability of the answer that the pairs file calls response_a.
     """
-    parts = []
-    for place, order in enumerate(ORDERS):
-        probabilities = {}
+    # Columns in the order that users know, whatever the contract's.
+    shown_verdicts = [verdict for verdict in VERDICTS if verdict in verdicts]
+    tables = []
+    for order_place, order in enumerate(ORDERS):
+        table = rows.select("id", "fold", "winner").with_columns(pl.lit(order).alias("order"))
         for column in columns:
-            for verdict in VERDICTS:
-                if verdict in verdicts:
-                    values_r = column.probabilities_rov[:, place, verdicts.index(verdict)]
-                    probabilities[f"{column.name}_p_{verdict}"] = values_r
-
-        part = rows.select("id", "fold", "winner").with_columns(pl.lit(order).alias("order"))
-        parts.append(part.hstack(pl.DataFrame(probabilities)))
-    return pl.concat(parts).sort("id", "order")
+            for verdict in shown_verdicts:
+                verdict_place = verdicts.index(verdict)
+                probabilities_r = column.probabilities_rov[:, order_place, verdict_place]
+                name = f"{column.name}_p_{verdict}"
+                table = table.with_columns(pl.Series(name, probabilities_r))
+        tables.append(table)
+    return pl.concat(tables).sort("id", "order")
 
 
 def groups_of(rows: pl.DataFrame) -> np.ndarray:
     """Give the number of each row's group of prompts, (rows,); a row without one is a group of its own."""
     if "group" not in rows.columns:
         return np.arange(len(rows))
+
+    # As text with another beginning, so that no id is taken for the number of a group.
     group = pl.col("group")
     id_as_group = pl.concat_str(pl.lit("row "), "id")
     number_as_group = pl.concat_str(pl.lit("group "), group.cast(pl.String))
-    name = pl.when(group.is_null()).then(id_as_group).otherwise(number_as_group)
-    return rows.select(name.rank("dense")).to_series().to_numpy()
+    group_name = pl.when(group.is_null()).then(id_as_group).otherwise(number_as_group)
+    return rows.select(group_name.rank("dense")).to_series().to_numpy()
 
 
 def table_lines(report: dict) -> list[str]:
     """Write the report as lines: one a model, then what was chosen, what decided, and what to know of it."""
-    groups = report["groups"]
+    groups = f"{report['groups']} group" if report["groups"] == 1 else f"{report['groups']} groups"
     lines = [
         f"  {report['rows']} validation rows in both orders; differences and KL (nats) are from the "
         "model as trained",
-        f"  brackets: 95 % of {report['resamples']:,} resamples of the {groups} "
-        f"group{'s' * (groups != 1)} of prompts",
+        f"  brackets: 95 % of {report['resamples']:,} resamples of the {groups} of prompts",
         HEAD,
     ]
     for model in report["models"]:
         lines.append(describe_model(model))
-    lines += describe_candidates(report)
+
+    lines += describe_candidates(report["packaged"], report["candidates"])
     lines.append(describe_cost(report))
-    lines += describe_repeats(report)
+    if "repeats" in report:
+        lines.append(describe_repeats(report["repeats"]))
     lines += describe_conditions(report["conditions"])
-    return lines + list_caveats(report)
+    lines += list_caveats(report)
+    return lines
 
 
 def describe_model(model: dict) -> str:
-    """Write one model's line."""
+    """Write one model's line, in the columns of HEAD."""
     against = model["against_trained"]
     accuracy = with_interval(model["accuracy"], model["accuracy_interval"])
     log_loss = with_interval(model["log_loss"], model["log_loss_interval"])
@@ -90,23 +99,22 @@ def describe_model(model: dict) -> str:
 
 def with_interval(value: float, interval: Sequence[float]) -> str:
     """Write a value with its interval, as in 0.840 [0.81, 0.87]."""
-    return f"{value:.3f} [{interval[0]:.2f}, {interval[1]:.2f}]"
+    low, high = interval
+    return f"{value:.3f} [{low:.2f}, {high:.2f}]"
 
 
-def describe_candidates(report: dict) -> list[str]:
-    """Say which of several candidates is packaged, and the next best."""
-    packaged = report["packaged"]
-    means = report["candidates"]
-    other_means = {name: mean for name, mean in means.items() if name != packaged}
-    if not other_means:
+def describe_candidates(packaged: str, mean_differences: Mapping[str, float]) -> list[str]:
+    """Say which of several candidates is packaged, and which was the next best; nothing where there is one."""
+    other_differences = dict(mean_differences)
+    packaged_difference = other_differences.pop(packaged)
+    if not other_differences:
         return []
 
-    # A model that gave a NaN is the last.
-    finite_means = {name: mean for name, mean in other_means.items() if math.isfinite(mean)}
-    next_best = min(finite_means or other_means, key=other_means.get)
+    # How much nearer the packaged one is tells how sure the choice was.
+    next_best = find_nearest(other_differences)
     return [
-        f"  packaged: {packaged}, {means[packaged]:.5f} from the model as trained on average "
-        f"(next best {next_best}: {other_means[next_best]:.5f})"
+        f"  packaged: {packaged}, {packaged_difference:.5f} from the model as trained on average "
+        f"(next best {next_best}: {other_differences[next_best]:.5f})"
     ]
 
 
@@ -115,43 +123,45 @@ def describe_cost(report: dict) -> str:
     parts = []
     for metric, cost in report["packaged_minus_trained"].items():
         low, high = cost["interval"]
-        name = metric.replace("_", " ")
-        parts.append(f"{name} {signed(cost['difference'])} [{signed(low)}, {signed(high)}]")
+        metric_words = metric.replace("_", " ")
+        parts.append(f"{metric_words} {signed(cost['difference'])} [{signed(low)}, {signed(high)}]")
     return f"  {report['packaged']} less trained, row by row: {', '.join(parts)}"
 
 
 def signed(value: float) -> str:
     """Write +0.0012, without a minus before a zero."""
+    # Adding 0.0 turns a negative zero into a positive one.
     return f"{round(value, 4) + 0.0:+.4f}"
 
 
-def describe_repeats(report: dict) -> list[str]:
-    """Say how far quantising again, with another seed, moves the figures; sd: standard deviation."""
-    if "repeats" not in report:
-        return []
+def describe_repeats(repeats: dict) -> str:
+    """Say how far quantising again, with another seed, moves the figures."""
+    mean_differences = describe_spread(repeats["mean_difference"], decimals=5)
+    accuracies = describe_spread(repeats["accuracy"], decimals=4)
+    count = len(repeats["models"])
+    return f"  quantised {count} times: mean difference {mean_differences}; accuracy {accuracies}"
 
-    repeats = report["repeats"]
-    parts = []
-    for metric, places in (("mean_difference", 5), ("accuracy", 4)):
-        low = f"{repeats[metric]['min']:.{places}f}"
-        high = f"{repeats[metric]['max']:.{places}f}"
-        deviation = f"{repeats[metric]['standard_deviation']:.{places}f}"
-        parts.append(f"{metric.replace('_', ' ')} {low} to {high}, sd {deviation}")
-    return [f"  quantised {len(repeats['models'])} times: {'; '.join(parts)}"]
+
+def describe_spread(spread: Mapping[str, float], decimals: int) -> str:
+    """Write the least and the largest of several values and their standard deviation (sd)."""
+    low = f"{spread['min']:.{decimals}f}"
+    high = f"{spread['max']:.{decimals}f}"
+    return f"{low} to {high}, sd {spread['standard_deviation']:.{decimals}f}"
 
 
 def describe_conditions(conditions: Sequence[dict]) -> list[str]:
-    """Say how many conditions hold, and of each other one what was measured."""
+    """Say how many conditions hold, and of each that does not, what was measured."""
     lines = []
     for condition in conditions:
         if condition["verdict"] == HOLDS:
             continue
-        upper_end = ""
+
+        # Where the upper end of an interval decides, it is shown too.
+        figure = f"{condition['value']:.4f}"
         if condition["high"] is not None:
-            upper_end = f", at most {condition['high']:.4f}"
+            figure = f"{figure}, at most {condition['high']:.4f}"
         lines.append(
-            f"  {condition['verdict']}: {condition['name']}: {condition['value']:.4f}{upper_end}, "
-            f"bound {condition['bound']:g}"
+            f"  {condition['verdict']}: {condition['name']}: {figure}, bound {condition['bound']:g}"
         )
 
     held_count = len(conditions) - len(lines)
@@ -159,11 +169,12 @@ def describe_conditions(conditions: Sequence[dict]) -> list[str]:
 
 
 def list_caveats(report: dict) -> list[str]:
-    """List what a reader of the table must know."""
+    """List what a reader of the table must know, a line each."""
     lines = []
-    model_names = [model["model"] for model in report["models"]]
-    if "recorded" not in model_names:
+    precisions = {model["model"]: model["precision"] for model in report["models"]}
+    if "recorded" not in precisions:
         lines.append("  no record: a mean of runs was not trained as such")
+
     if report.get("rows_were_trained_on"):
         lines.append(
             "  the model was trained on these rows: accuracy and log loss say nothing of others, the "
@@ -173,20 +184,22 @@ def list_caveats(report: dict) -> list[str]:
         lines.append(
             f"  fewer than {FEW_GROUPS} groups of prompts: the brackets are narrower than they should be"
         )
-    for model in report["models"]:
-        if model["model"] in ("merged", "unmerged") and model["precision"] == "float32":
-            lines.append(
-                "  no GPU here: float16 weights with float32 activations; the kernel computes in float16"
-            )
-            break
+
+    # One of these two is always there, and both compute in the same precision.
+    precision = precisions.get("merged", precisions.get("unmerged"))
+    if precision == "float32":
+        lines.append(
+            "  no GPU here: float16 weights with float32 activations; the kernel computes in float16"
+        )
     return lines
 
 
 def without_nan(value: object) -> object:
-    """Replace every number that JSON has no word for by None."""
+    """Replace every NaN and infinity by None, as JSON has no word for them."""
     if isinstance(value, dict):
         return {key: without_nan(element) for key, element in value.items()}
     if isinstance(value, list):
         return [without_nan(element) for element in value]
-    is_unwritable = isinstance(value, float) and not math.isfinite(value)
-    return None if is_unwritable else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -16,17 +16,22 @@ from preprocess.core.errors import UserError
 from preprocess.core.files import read_object
 from recipes.pairwise.data.datasets import read_pairs
 
-ROWS = 500
+ROWS = 500  # with which a comparison begins
+GROWTH = 4  # how many times as many rows are compared where they do not decide
 LISTED_IDS = 5000
+NUMBER_OF_COPY = re.compile(r":\d+$")
 
 
 def by_hash(ids: Iterable[str], count: int = ROWS, salt: str = "") -> list[str]:
-    """Choose and order ids by the SHA-256 of each.
+    """Choose ids as if at random, but always the same ones: those with the lowest SHA-256.
 
     Args:
-        ids: The ids.
+        ids: The ids to choose from.
         count: How many are chosen at most.
-        salt: Another one chooses others.
+        salt: Text that is hashed before each id. Another salt chooses other ids.
+
+    Returns:
+        The chosen ids, in the order of their hashes.
     """
 
     def hash_id(row_id: str) -> str:
@@ -36,22 +41,29 @@ def by_hash(ids: Iterable[str], count: int = ROWS, salt: str = "") -> list[str]:
 
 
 def part_bounds(part: int) -> tuple[int, int]:
-    """Give the places of the rows that are scored in one go: 500, then four times as many in all, and so on.
+    """Give the bounds of one part of the validation rows, in the order of by_hash.
+
+    The first part has 500 rows. Where they do not decide whether models agree, a second part makes
+    them 2,000 in all, a third one 8,000, and so on.
 
     Args:
-        part: 0 for the first rows, 1 for those that are added if they do not decide, …
+        part: The number of the part, from 0.
 
     Returns:
-        The first place and the one behind the last, in the order of by_hash.
+        The place of the part's first row, and the place behind its last one.
     """
+    rows_with_this_part = ROWS * GROWTH**part
     if part == 0:
-        return 0, ROWS
-    return ROWS * 4 ** (part - 1), ROWS * 4**part
+        return 0, rows_with_this_part
+
+    rows_before = rows_with_this_part // GROWTH
+    return rows_before, rows_with_this_part
 
 
 def count_validation_rows(run: Run) -> int:
     """Count the rows that models could be compared on."""
-    return len(read_predictions(run.validation_files()[1], run.contract.verdicts))
+    _, predictions_file = run.validation_files()
+    return len(read_predictions(predictions_file, run.contract.verdicts))
 
 
 def validation_rows(run: Run, first: int = 0, end: int = ROWS) -> tuple[pl.DataFrame, list]:
@@ -72,15 +84,19 @@ def validation_rows(run: Run, first: int = 0, end: int = ROWS) -> tuple[pl.DataF
     pairs_file, predictions_file = run.validation_files()
     predictions = read_predictions(predictions_file, run.contract.verdicts)
     ids = by_hash(predictions["id"], end)[first:]
-    order = pl.DataFrame({"id": ids}, schema={"id": pl.String})
-    rows = order.join(predictions, on="id", maintain_order="left")
+
+    # Joined to the ids, both tables come into the order of the ids.
+    rows = pl.DataFrame({"id": ids}, schema={"id": pl.String})
+    rows = rows.join(predictions, on="id", maintain_order="left")
     rows = rows.join(read_pairs(pairs_file), on="id", maintain_order="left")
     if len(rows) != len(ids) or not ids:
         raise UserError(
             f"{pairs_file}: holds {len(rows)} of the {len(ids)} validation rows in {predictions_file}; "
             "it is not the file of the training"
         )
-    return rows, [run.model_input.pair_from_row(row) for row in rows.iter_rows(named=True)]
+
+    pairs = [run.model_input.pair_from_row(row) for row in rows.iter_rows(named=True)]
+    return rows, pairs
 
 
 def read_predictions(file: Path, verdicts: tuple[str, ...]) -> pl.DataFrame:
@@ -88,6 +104,7 @@ def read_predictions(file: Path, verdicts: tuple[str, ...]) -> pl.DataFrame:
     columns = ["id"]
     for verdict in verdicts:
         columns += [f"p_{verdict}_{order}" for order in ORDERS]
+
     try:
         return pl.read_parquet(file, columns=columns)
     except (pl.exceptions.PolarsError, OSError) as error:
@@ -98,44 +115,56 @@ def read_predictions(file: Path, verdicts: tuple[str, ...]) -> pl.DataFrame:
 
 
 def validation_ids(run: Run) -> dict:
-    """List up to 5,000 ids of validation rows, and say of which fold they are and whether they were trained on.
-
-    The ids are those of the competition's file. One that also is the id of a row outside the fold, of another source or
-    fold, is left out: the kernel, which sees only the competition's file, could not tell the two apart.
-    """
+    """List up to 5,000 ids of validation rows, and say of which fold they are and whether they were trained on."""
     pairs_file, predictions_file = run.validation_files()
-    held_out_ids = set(read_predictions(predictions_file, run.contract.verdicts)["id"])
-    frame = read_pairs(pairs_file)
-    sources = frame["source"] if "source" in frame.columns else [""] * len(frame)
+    predictions = read_predictions(predictions_file, run.contract.verdicts)
+    pairs = read_pairs(pairs_file)
+    is_held_out = pairs["id"].is_in(predictions["id"].to_list())
+    held_out_rows = pairs.filter(is_held_out)
 
-    ids_inside = set()
-    ids_outside = set()
-    folds = set()
-    for row_id, source, row_fold in zip(frame["id"], sources, frame["fold"], strict=True):
-        if row_id in held_out_ids:
-            ids_inside |= source_ids(row_id, source)
-            folds.add(row_fold)
-        else:
-            ids_outside |= source_ids(row_id, source)
+    # The kernel sees only the competition's file, with that file's own ids. Of a row that was trained
+    # on and a held-out one with the same id there, it could not tell which it has before it.
+    held_out_ids = list_source_ids(held_out_rows)
+    ids_of_others = list_source_ids(pairs.filter(~is_held_out))
 
     # Without metrics, rows of several folds can only be those of a run that held none out.
-    metrics_file = run.folder / "metrics.json"
-    metrics = read_object(metrics_file) if metrics_file.is_file() else {}
-    fold = metrics.get("fold", min(folds) if len(folds) == 1 else "all")
+    metrics = read_metrics(run)
+    folds = set(held_out_rows["fold"])
+    fold = folds.pop() if len(folds) == 1 else "all"
+    fold = metrics.get("fold", fold)
     is_trained_on_all = fold == "all" and run.recipe.pairwise.train
     return {
         "fold": fold,
         "trained_on": bool(metrics.get("rows_were_trained_on", is_trained_on_all)),
-        "ids": by_hash(ids_inside - ids_outside, LISTED_IDS),
+        "ids": by_hash(held_out_ids - ids_of_others, LISTED_IDS),
     }
 
 
-def source_ids(row_id: str, source: str) -> set[str]:
-    """Return the ids that a row of pairs.parquet may have had in its source.
+def list_source_ids(pairs: pl.DataFrame) -> set[str]:
+    """List the ids that rows of pairs.parquet may have had in the files that they were read from."""
+    if "source" not in pairs.columns:
+        return set(pairs["id"])
 
-    Of an id that was taken already, preprocess makes `source:id` or `source:id:2`.
+    ids = set()
+    for row_id, source in pairs.select("id", "source").iter_rows():
+        ids |= source_ids(row_id, source)
+    return ids
+
+
+def source_ids(row_id: str, source: str) -> set[str]:
+    """List the ids that a row of pairs.parquet may have had in its source.
+
+    Of an id that another row had already, preprocessing made `source:id` or `source:id:2`.
     """
     if not source or not row_id.startswith(f"{source}:"):
         return {row_id}
-    name = row_id.removeprefix(f"{source}:")
-    return {name, re.sub(r":\d+$", "", name)}
+
+    # The source itself may have ids that end in a number.
+    id_in_source = row_id.removeprefix(f"{source}:")
+    return {id_in_source, NUMBER_OF_COPY.sub("", id_in_source)}
+
+
+def read_metrics(run: Run) -> dict:
+    """Read what training measured; nothing where it left no metrics.json."""
+    metrics_file = run.folder / "metrics.json"
+    return read_object(metrics_file) if metrics_file.is_file() else {}

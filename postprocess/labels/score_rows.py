@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
-import torch
 from tqdm import tqdm
 
 from postprocess.agreement.model_scores import score_column
@@ -37,10 +36,9 @@ class ChunkScorer:
     """A trained run with its model in memory, which scores one chunk after the other."""
 
     def __init__(self, run: Run):
-        """Load the run's model onto the GPU, or onto the CPU where there is none."""
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        """Load the run's model onto the GPUs, or onto the CPU where there is none."""
         self.run = run
-        self.model = load_trained(run, device)
+        self.model = load_trained(run)
         self.tokenizer = checked_tokenizer(run)
 
     def write_scores(self, chunk: Chunk) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from postprocess.agreement.devices import WEIGHTS_SHARE_OF_GPU, list_gpus
 from postprocess.agreement.reference_model import trained_quantization
 from postprocess.memory.measure import measure_folder
 from postprocess.memory.model_size import Served, activation_bytes, served_of
@@ -12,6 +13,8 @@ from postprocess.run_folder import MODEL_PATTERN, Run
 from preprocess.core.errors import UserError
 
 TOKENS_PER_BATCH = 8192  # of scoring.score
+# Layers are not divided, so that no GPU is filled to the last byte.
+CHECKED_SHARE_OF_GPUS = WEIGHTS_SHARE_OF_GPU - 0.1
 NF4_BYTES = 0.5625  # of a weight: four bits, and a float32 scale for 64 of them
 
 
@@ -50,8 +53,8 @@ def estimate_weights(run: Run, served: Served, has_gpu: bool) -> dict[str, int]:
     if adapter != "merged":
         bytes_by_model["unmerged"] = nf4_bytes
     if adapter != "unmerged":
-        # It is made in float16. A CPU computes in float32, from a copy.
-        bytes_by_model["merged"] = 2 * elements if has_gpu else (2 + 4) * elements
+        # A CPU computes in float32.
+        bytes_by_model["merged"] = (2 if has_gpu else 4) * elements
     return bytes_by_model
 
 
@@ -85,7 +88,10 @@ def stored_bytes(weights: Path) -> int:
 
 
 def memory() -> tuple[int, str]:
-    """Give the bytes of the first GPU's memory, or of the machine's, and which it is."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(0).total_memory, "the GPU"
+    """Give the bytes that a model may take, of all GPUs or without one of the machine, and where it is."""
+    gpus = list_gpus()
+    if len(gpus) == 1:
+        return gpus[0], "the GPU"
+    if gpus:
+        return int(sum(gpus) * CHECKED_SHARE_OF_GPUS), f"the room for weights on {len(gpus)} GPUs"
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine"

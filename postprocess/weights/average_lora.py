@@ -491,8 +491,7 @@ def write_results(run: Run, facts: Mapping[str, object]) -> None:
     pairs = [run.model_input.pair_from_row(row) for row in sample.iter_rows(named=True)]
 
     # Scored as training scores them: by PEFT's model, not by a merged one.
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_trained(run, device)
+    model = load_trained(run)
     tokenizer = read_tokenizer(run.folder)
     probabilities_rov = score_column("mean", model, run, tokenizer, pairs).probabilities_rov
 

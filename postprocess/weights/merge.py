@@ -202,18 +202,6 @@ def write_config(config: PretrainedConfig, form: Form, folder: Path) -> None:
     config.save_pretrained(folder)
 
 
-def merged_model(
-    run: Run, dtype: torch.dtype = torch.float16
-) -> tuple[PretrainedConfig, dict[str, torch.Tensor]]:
-    """Merge the model of a run in memory: its configuration, and its tensors by name."""
-    with torch.no_grad(), open_sources(run, Form(dtype=dtype)) as sources:
-        tensors = {}
-        for name in sources.skeleton.shapes:
-            pieces = list(sources.read_pieces(name, dtype))
-            tensors[name] = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        return sources.skeleton.config, tensors
-
-
 @contextlib.contextmanager
 def open_sources(run: Run, form: Form) -> Iterator[Sources]:
     """Open the base and the adapter of a run, and check that they make the model that is to be written.

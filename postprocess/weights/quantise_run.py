@@ -1,11 +1,13 @@
-"""A trained run → its merged model in nf4 or int8, in one pass over the weights. pipeline.py calls this."""
+"""The merged model of a run → the same in nf4 or int8. pipeline.py calls this."""
 
 import gc
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from postprocess.agreement.reference_model import load_merged
+from kaggle_kernels.runtime.models.model import CLASSES
+from postprocess.agreement.devices import place_checkpoint
 from postprocess.run_folder import Run
 from postprocess.weights.bnb_quantize import quantization_config
 from postprocess.weights.calibration import choose_calibration_rows, encode_calibration_rows
@@ -15,23 +17,31 @@ from postprocess.weights.smooth_quant import MODEL_TYPES, Smoothing, smooth
 from preprocess.core.errors import UserError
 
 
-def quantise_in_one_pass(run: Run, kind: str, out: Path, key: str = "") -> None:
+def quantise_merged(run: Run, merged: Path, kind: str, out: Path, key: str = "") -> None:
     """Write the merged model of a run, quantised but for its head, as a folder.
 
     Args:
         run: The trained run.
+        merged: The folder of its merged model in 16 bits.
         kind: nf4, or int8 with the outliers of activations smoothed.
         out: The folder.
         key: An interrupted call with the same key is continued at its shard.
     """
-    smoothing = calibrate_smoothing(run) if kind == "int8" else None
-    head = head_modules(run.weights, run.contract.head)
+    smoothing = calibrate_smoothing(run, merged) if kind == "int8" else None
+    head = head_modules(merged, run.contract.head)
     form = Form(quantization_config(kind, head), smoothing=smoothing)
-    merge(run, out, form, key=key)
+
+    # From here on it is a model without an adapter, as a full fine-tune is.
+    merged_run = replace(run, weights=merged, has_adapter=False)
+    merge(merged_run, out, form, key=key)
 
 
-def calibrate_smoothing(run: Run) -> Smoothing | None:
+def calibrate_smoothing(run: Run, merged: Path) -> Smoothing | None:
     """Compute SmoothQuant's scales of a run's merged model, on the rows that GPTQ calibrates on too.
+
+    Args:
+        run: The trained run.
+        merged: The folder of its merged model in 16 bits.
 
     Returns:
         None where the architecture is not known, or no row is left to calibrate on; that is printed.
@@ -49,15 +59,20 @@ def calibrate_smoothing(run: Run) -> Smoothing | None:
         print(f"  int8 as it is, without SmoothQuant: {error}")
         return None
 
-    # As the gate loads it for its comparison.
+    # transformers' own modules: those that serve have other weights of norms.
     has_gpu = torch.cuda.is_available()
-    device = "cuda" if has_gpu else "cpu"
-    dtype = torch.float16 if has_gpu else torch.float32
-    model = load_merged(run, device, dtype)
-    smoothing = smooth(model, encode_calibration_rows(run, rows))
+    model = CLASSES[run.contract.head].from_pretrained(
+        merged,
+        dtype=torch.float16 if has_gpu else torch.float32,
+        attn_implementation="eager" if run.contract.softcap else None,
+        local_files_only=True,
+        use_safetensors=True,
+        **place_checkpoint(),
+    )
+    smoothing = smooth(model.eval(), encode_calibration_rows(run, rows))
     print(f"  int8 with SmoothQuant, calibrated on {len(rows)} training rows")
 
-    # The merge that follows wants the memory.
+    # The pass over the weights that follows wants the memory.
     del model
     gc.collect()
     torch.cuda.empty_cache()

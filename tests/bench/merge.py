@@ -26,7 +26,7 @@ SHAPES = {  # SIZE_NAMES; about Gemma-2's proportions, a billion weights, and tw
 VOCABULARY = 256_000
 RANK = 64
 CONTENDERS = {
-    "ours": "ours: merge + nf4, one pass",
+    "ours": "ours: merge, save, nf4",
     "peft32": "PEFT in float32, save, bitsandbytes",
     "peft16": "PEFT in float16, save, bitsandbytes",
     "axolotl": "axolotl merge-lora: merge alone",
@@ -93,13 +93,19 @@ def make_inputs(folder: Path, shape: str, layers: int | None = None) -> None:
 
 
 def ours(folder: Path) -> Callable[[], object]:
-    """Merge and nf4 in one pass, as `python -m postprocess` does it."""
+    """Merge to float16, then nf4 of it, as `python -m postprocess` does it."""
     from postprocess.run_folder import read_run
-    from postprocess.weights.quantise_run import quantise_in_one_pass
+    from postprocess.weights.merge import merge
+    from postprocess.weights.quantise_run import quantise_merged
     from recipes.pairwise.config.schema import read_recipe
 
     run = read_run(read_recipe(folder / "recipe.yml"))
-    return lambda: quantise_in_one_pass(run, "nf4", folder / "ours")
+
+    def work() -> None:
+        merge(run, folder / "ours-merged")
+        quantise_merged(run, folder / "ours-merged", "nf4", folder / "ours")
+
+    return work
 
 
 def peft(folder: Path, dtype_name: str) -> Callable[[], object]:

@@ -10,12 +10,13 @@ from safetensors.torch import load_file, save_file
 
 from postprocess.__main__ import main
 from postprocess.run_folder import check_recipe, read_run
+from postprocess.weights.lora_adapter import merge_layer
 from preprocess.core.errors import UserError
 from recipes.pairwise.config.schema import read_recipe
 from tests.postprocess import runs
 
 KNOWN = ("merge", "quantise", "scores", "agreement", "package")
-STAGES = ["quantise", "scores", "agreement", "package"]
+STAGES = ["merge", "quantise", "scores", "agreement", "package"]
 
 
 def invoke(run):
@@ -43,6 +44,23 @@ def test_a_second_run_does_nothing_and_needs_no_torch(packaged):
     current = [f"{stage:<10} up to date" for stage in ("quantise", "agreement", "package")]
     assert [line[:21] for line in done.stdout.splitlines()] == [*current, "[]"]
     assert snapshot(run.folder) == before
+
+
+@pytest.mark.parametrize("options", [{"quantize": "nf4"}, {"quantize": "int8"}, {"quantize": "none"}, {"adapter": "best"}])
+def test_each_layer_is_merged_once_and_the_merged_model_does_not_stay(options, copied, monkeypatch):
+    run = copied(training_rows=30, **{"quantize": "nf4", **options})
+    merged_layers = []
+
+    def merge_and_count(layer, tensor):
+        merged_layers.append(id(tensor))
+        return merge_layer(layer, tensor)
+
+    monkeypatch.setattr("postprocess.weights.merge.merge_layer", merge_and_count)
+    assert invoke(run).exit_code == 0
+    adapter = load_file(run.folder / "adapter_model.safetensors")
+    assert len(merged_layers) == len([name for name in adapter if "lora_A" in name])
+    assert not (run.folder / ".merged").exists()
+    assert (run.folder / "merged").exists() is (options == {"quantize": "none"})
 
 
 def test_another_adapter_goes_through_every_stage_again_and_a_damaged_one_leaves_no_package(copied):
@@ -140,7 +158,7 @@ def test_a_model_larger_than_the_memory_is_told_before_anything_is_written(copie
     monkeypatch.setattr("postprocess.memory.comparison_fit.memory", lambda: (10_000, "the GPU"))
     result = CliRunner().invoke(main, [str(run.recipe)])
     assert result.exit_code == 2
-    assert result.stderr.startswith(f"error: {run.base}: the merged model takes 0.0 GB")
+    assert result.stderr.startswith(f"error: {run.base}: the trained model takes 0.0 GB")
     assert "the GPU has 0.0 GB, too little to compare" in result.stderr
     assert not (run.folder / "merged").exists()
 

@@ -5,6 +5,7 @@ import errno
 import json
 import multiprocessing
 import os
+import random
 import resource
 import shutil
 import signal
@@ -24,7 +25,7 @@ from postprocess.__main__ import main
 from postprocess.pipeline import package_recipe
 from postprocess.run_folder import read_run
 from postprocess.weights.merge import merge
-from postprocess.weights.quantise_run import quantise_in_one_pass
+from postprocess.weights.quantise_run import quantise_merged
 from preprocess.core.errors import UserError
 from preprocess.core.files import resumable_folder
 from recipes.pairwise.config.schema import read_recipe
@@ -34,10 +35,13 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["postprocess.agreement.gate", "tests.postprocess.test_reliability"])
 SMALL_SHARDS = 50_000
 CUT_BYTES = 3000
+FILE_EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.listdir", "shutil.rmtree")
 OUTPUTS = (
     "package",
     "quantised",
     ".quantised.partial",
+    ".merged",
+    "..merged.partial",
     "agreement.json",
     "scores.json",
     "agreement.parquet",
@@ -45,11 +49,20 @@ OUTPUTS = (
 )
 
 
-def package_in_small_shards(recipe: str, folder: str, events, kill_at: int | None) -> None:
+def cut_writes() -> None:
+    """No file may become longer from now on: the system kills the process in the middle of a write."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (CUT_BYTES, resource.RLIM_INFINITY))
+
+
+def kill_self() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def package_in_small_shards(recipe: str, folder: str, events, kill_at: int | None, end) -> None:
     """What a child process does: `python -m postprocess RECIPE`, with shards small enough that there are many.
 
-    It counts the files of the run that it opens and renames. From number `kill_at` of these events on, no file may become
-    longer than CUT_BYTES: the system then kills the process in the middle of a write.
+    It counts what it does to files of the run: between two of these events, the disk changes by one write at most. At
+    number `kill_at` of them it calls `end`.
     """
     torch.set_num_threads(1)
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
@@ -57,19 +70,20 @@ def package_in_small_shards(recipe: str, folder: str, events, kill_at: int | Non
     merge.__kwdefaults__["shard_bytes"] = 10_000
 
     def count_event(event: str, arguments: tuple) -> None:
-        if event in ("open", "os.rename") and str(arguments[0]).startswith(folder):
+        if event in FILE_EVENTS and str(arguments[0]).startswith(folder):
             events.value += 1
             if events.value == kill_at:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (CUT_BYTES, resource.RLIM_INFINITY))
+                end()
 
     sys.addaudithook(count_event)
     package_recipe(read_recipe(recipe))
 
 
-def package(run: runs.Made, kill_at: int | None = None) -> tuple[int, int]:
+def package(run: runs.Made, kill_at: int | None = None, end=kill_self) -> tuple[int, int]:
     """Package a run in a child process; its exit code and the number of events."""
     events = SERVER.Value("i", 0)
-    process = SERVER.Process(target=package_in_small_shards, args=(str(run.recipe), str(run.folder), events, kill_at))
+    arguments = (str(run.recipe), str(run.folder), events, kill_at, end)
+    process = SERVER.Process(target=package_in_small_shards, args=arguments)
     process.start()
     process.join()
     return process.exitcode, events.value
@@ -85,18 +99,24 @@ def wipe(run: runs.Made) -> None:
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-@pytest.mark.parametrize("moments", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_killed_command_that_is_run_again_gives_the_same_bytes(moments, copied):
+@pytest.mark.parametrize(
+    ("end", "moments", "exit_code"),
+    [
+        (cut_writes, 3, -signal.SIGXFSZ),
+        pytest.param(kill_self, 20, -signal.SIGKILL, marks=pytest.mark.slow),
+    ],
+    ids=["in the middle of a write", "at random moments"],
+)
+def test_a_killed_command_that_is_run_again_gives_the_same_bytes(end, moments, exit_code, copied):
     run = copied("gemma2", quantize="nf4")
-    exit_code, event_count = package(run)
-    assert (exit_code, event_count > 50) == (0, True)
+    undisturbed, event_count = package(run)
+    assert (undisturbed, event_count > 50) == (0, True)
     expected = hashes(run.folder / "package")
     assert len([name for name in expected if name.startswith("model-")]) > 5
 
-    for moment in range(1, moments + 1):
+    for kill_at in sorted(random.Random(1).sample(range(1, event_count), moments)):
         wipe(run)
-        exit_code, _ = package(run, kill_at=moment * event_count // (moments + 1))
-        assert exit_code == -signal.SIGXFSZ
+        assert package(run, kill_at, end)[0] == exit_code
         if (run.folder / "package").exists():
             check_manifest(run.folder / "package")
         assert package(run)[0] == 0
@@ -158,11 +178,13 @@ def test_a_merge_of_another_training_does_not_go_on_with_the_shards_of_the_first
     with monkeypatch.context() as patched:
         interrupt_at_the_third_shard(patched)
         assert CliRunner().invoke(main, [str(run.recipe)]).exit_code == 1
-    assert len(stamps(run.folder / ".quantised.partial")) >= 2
+    assert len(stamps(run.folder / "..merged.partial")) >= 2
     file = run.folder / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": 17}))
     assert CliRunner().invoke(main, [str(run.recipe)]).exit_code == 0
-    quantise_in_one_pass(read_run(read_recipe(run.recipe)), "nf4", run.folder / "whole")
+    opened_run = read_run(read_recipe(run.recipe))
+    merge(opened_run, run.folder / "merged-again")
+    quantise_merged(opened_run, run.folder / "merged-again", "nf4", run.folder / "whole")
     assert hashes(run.folder / "quantised") == hashes(run.folder / "whole")
 
 

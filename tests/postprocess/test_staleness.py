@@ -107,9 +107,9 @@ def test_the_command_makes_again_what_an_edit_concerns(copied, source_copy):
         result = CliRunner().invoke(main, [str(run.recipe)], catch_exceptions=False)
         return [line.split()[0] for line in result.stdout.splitlines() if " s   /" in line]
 
-    assert made_after_edit("postprocess/weights/merge.py") == ["quantise", "scores", "agreement", "package"]
+    assert made_after_edit("postprocess/weights/merge.py") == ["merge", "quantise", "scores", "agreement", "package"]
     assert made_after_edit("postprocess/sweep.py") == []
-    assert made_after_edit("kaggle_kernels/runtime/models/placement.py") == ["scores", "agreement", "package"]
+    assert made_after_edit("kaggle_kernels/runtime/models/pipeline.py") == ["merge", "scores", "agreement", "package"]
     assert made_after_edit("postprocess/package.py") == ["package"]
 
 

@@ -150,4 +150,6 @@ def linear_in_float32(
 
     with torch.autocast(inputs.device.type, enabled=False):
         bias = bias.float() if bias is not None else None
-        return nn.functional.linear(inputs.float(), weight.float(), bias)
+        # Of a model whose layers are over several GPUs, the head need not be where they end.
+        inputs = inputs.to(weight.device, torch.float32)
+        return nn.functional.linear(inputs, weight.float(), bias)

@@ -18,7 +18,8 @@ from postprocess.agreement.slices import slice_rows
 from postprocess.agreement.statistics import Column, ComparedRows
 from postprocess.agreement.validation_rows import validation_rows
 from postprocess.run_folder import Run, read_run
-from postprocess.weights.quantise_run import quantise_in_one_pass
+from postprocess.weights.merge import merge
+from postprocess.weights.quantise_run import quantise_merged
 from preprocess.model_input import Template
 from recipes.pairwise.config.schema import read_recipe
 from recipes.pairwise.data.datasets import read_pairs, winners
@@ -140,7 +141,8 @@ def test_a_model_with_another_tokenizer_is_refused(scored, tiny_models):
 @pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 21))])
 def test_honest_nf4_and_int8_packages_pass(seed, tiny_models, tmp_path):
     scored = make_scored(tmp_path, tiny_models("gemma2"), seed)
+    merge(scored.run, tmp_path / "merged")
     for kind in ("nf4", "int8"):
-        quantise_in_one_pass(scored.run, kind, tmp_path / kind)
+        quantise_merged(scored.run, tmp_path / "merged", kind, tmp_path / kind)
         model = load_model(tmp_path / kind, scored.run.contract, "cpu", torch.float32)
         assert scored.judge(model) == (HOLDS, {})

@@ -1,6 +1,5 @@
 import json
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
@@ -11,7 +10,7 @@ from click.testing import CliRunner
 from kaggle_kernels.runtime.package import read_tokenizer
 from postprocess.__main__ import main
 from postprocess.agreement.gate import advise
-from postprocess.agreement.model_scores import choose_dtype, score_in_memory
+from postprocess.agreement.model_scores import choose_dtype, score_column
 from postprocess.agreement.reference_model import load_trained
 from postprocess.agreement.validation_rows import validation_rows
 from tests.postprocess import runs
@@ -111,10 +110,11 @@ def test_a_cpu_computes_in_float16_where_that_is_affordable(made, opened, monkey
     run = opened(made("gemma2"))
     _, pairs = validation_rows(run)
     tokenizer = read_tokenizer(run.folder)
-    assert choose_dtype(run, tokenizer, pairs, "cpu") == torch.float16
+    assert choose_dtype(run, tokenizer, pairs) == torch.float16
     monkeypatch.setattr("postprocess.agreement.model_scores.FLOAT16_ON_CPU_FLOP", 1e6)
-    assert choose_dtype(run, tokenizer, pairs, "cpu") == torch.float32
-    assert choose_dtype(run, tokenizer, pairs, "cuda") == torch.float16
+    assert choose_dtype(run, tokenizer, pairs) == torch.float32
+    monkeypatch.setattr("postprocess.agreement.model_scores.list_gpus", lambda: [16 * 10**9])
+    assert choose_dtype(run, tokenizer, pairs) == torch.float16
 
 
 @pytest.mark.parametrize("head", ["score", "label_tokens"])
@@ -122,7 +122,7 @@ def test_the_reference_computes_its_head_in_float32_as_training_does(head, tmp_p
     made_run = runs.make(tmp_path, tiny_models("gemma2"), "gemma2", head=head)
     base = runs.change_base(made_run, tmp_path / "bf16", lambda tensors: tensors.update(in_bf16(tensors)))
     runs.set_json(base / "config.json", dtype="bfloat16")
-    model = load_trained(opened(made_run), "cpu")
+    model = load_trained(opened(made_run))
     assert model.dtype == torch.bfloat16
     with torch.no_grad():
         logits = model(input_ids=torch.arange(10, 40)[None]).logits
@@ -142,7 +142,7 @@ def test_undecided_scores_more_rows_until_there_are_no_more_and_nothing_twice(co
     assert "agreement.json: undecided, no package is made: the log loss that quantised adds is " in error
     assert re.search(r"on all 24 validation rows, .*; about [\d,]+ rows would decide: hold out a larger fold", error)
     files = [run.folder / f"scores{number}.json" for number in ("", "-2", "-3")]
-    assert [len(json.loads(file.read_text())["columns"][0]["rov"]) for file in files] == [5, 15, 4]
+    assert [len(json.loads(file.read_text())["columns"]["trained"]["rov"]) for file in files] == [5, 15, 4]
     table = pl.read_parquet(run.folder / "agreement.parquet").filter(pl.col("order") == "swapped").sort("id")
     recorded = pl.read_parquet(run.folder / "predictions.parquet").sort("id")
     assert table["recorded_p_model_a"].to_list() == recorded["p_model_a_swapped"].to_list()
@@ -153,21 +153,35 @@ def test_undecided_scores_more_rows_until_there_are_no_more_and_nothing_twice(co
     assert [file.stat().st_mtime_ns for file in files] == before
 
 
-def test_out_of_memory_halves_the_batch_until_a_row_alone_does_not_fit(made, opened, monkeypatch):
-    run = opened(made("gemma2"))
+def limit_memory(model: torch.nn.Module, memory_tokens: int) -> list[int]:
+    """Let forward passes of more tokens raise, as a full GPU does; returns the tokens of each pass that is tried."""
     tried = []
 
-    def score_with_little_memory(*_, tokens_per_batch, **options):
-        tried.append(tokens_per_batch)
-        if tokens_per_batch > memory_tokens:
+    def refuse_large_batches(_, args, inputs):
+        tokens = inputs["input_ids"].numel()
+        tried.append(tokens)
+        if tokens > memory_tokens:
             raise torch.OutOfMemoryError
-        return "scores"
 
-    monkeypatch.setattr("postprocess.agreement.model_scores.score", score_with_little_memory)
-    memory_tokens = 2048
-    assert score_in_memory(SimpleNamespace(device="cpu"), run, None, []) == "scores"
-    assert tried == [8192, 4096, 2048]
-    memory_tokens = 0
+    model.register_forward_pre_hook(refuse_large_batches, with_kwargs=True)
+    return tried
+
+
+def test_out_of_memory_halves_the_batch_and_goes_on_until_a_sequence_alone_does_not_fit(made, opened, monkeypatch):
+    monkeypatch.setattr("postprocess.agreement.model_scores.ROWS_PER_STEP", 8)
+    run = opened(made("gemma2"))
+    _, pairs = validation_rows(run)
+    tokenizer = read_tokenizer(run.folder)
+    expected = score_column("trained", load_trained(run), run, tokenizer, pairs)
+
+    model = load_trained(run)
+    tried = limit_memory(model, 400)
+    column = score_column("trained", model, run, tokenizer, pairs)
+    assert column.probabilities_rov == pytest.approx(expected.probabilities_rov, abs=1e-6)
+    failed = [number for number, tokens in enumerate(tried) if tokens > 400]
+    assert 1 <= len(failed) <= 5  # 8192, 4096, 2048, 1024 and 512 tokens; later steps begin with what fitted
+    assert failed == list(range(len(failed)))
+
+    limit_memory(model, 10)
     with pytest.raises(torch.OutOfMemoryError):
-        score_in_memory(SimpleNamespace(device="cpu"), run, None, [])
-    assert tried[3:] == [8192, 4096, 2048, 1024, 512, 256, 128, 64]  # the token budget is 128
+        score_column("trained", model, run, tokenizer, pairs)

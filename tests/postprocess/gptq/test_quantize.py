@@ -25,7 +25,7 @@ from postprocess.memory.measure import measure_folder
 from postprocess.memory.model_size import Served, bytes_by_class
 from postprocess.run_folder import checked_tokenizer
 from postprocess.weights.calibration import choose_calibration_rows, encode_calibration_rows
-from postprocess.weights.merge import merge, merged_model
+from postprocess.weights.merge import merge
 from preprocess.core.errors import UserError
 from tests.postprocess import runs
 from tests.postprocess.test_kaggle_versions import in_kaggles_versions
@@ -57,11 +57,12 @@ def package_of(packaged):
 
 @needs_gptq
 @pytest.mark.parametrize(("quantize", "head"), [("gptq8", "score.weight"), ("gptq4", "lm_head.weight")])
-def test_layers_are_in_the_standard_format_and_the_head_is_as_it_was(quantize, head, package_of, opened):
+def test_layers_are_in_the_standard_format_and_the_head_is_as_it_was(quantize, head, package_of, opened, tmp_path):
     run, folder, _ = package_of(quantize)
     bits = int(quantize[-1])
     tensors = load_file(folder / "model.safetensors")
-    merged = merged_model(opened(run))[1]
+    merge(opened(run), tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
 
     layer = "model.layers.1.mlp.down_proj"
     parts = {name: tensors[f"{layer}.{name}"] for name in ("qweight", "qzeros", "scales", "g_idx")}
@@ -178,25 +179,31 @@ open(f"{sys.argv[2]}/rows", "w").write(hashlib.sha256(str(job["sequences"]).enco
 """
 
 
-def test_a_plain_run_keeps_what_was_repeated_until_the_model_changes(copied, tmp_path, monkeypatch):
+def test_a_plain_run_makes_nothing_that_was_repeated_again_until_the_model_changes(copied, tmp_path, monkeypatch):
     run = copied("gemma2", quantize="gptq4", tolerance=0.2, **RUN)
     (tmp_path / "worker.py").write_text(WORKER)
     monkeypatch.setattr(environment, "WORKER", tmp_path / "worker.py")
     monkeypatch.setattr(environment, "python_with_gptq", lambda: Path(sys.executable))
 
-    def stages(*options):
+    def made_stages(*options):
         result = CliRunner().invoke(main, [str(run.recipe), *options], catch_exceptions=False)
         assert result.exit_code == 0, result.output
-        return [line.split("/")[0].split() for line in result.stdout.splitlines() if line.startswith("quantise")]
+        return re.findall(r"^(\S+) +[\d.]+ s   /", result.stdout, re.MULTILINE)
 
-    assert len(stages()) == 1
-    assert [line[1:3] == ["up", "to"] for line in stages("--repeat", "3")] == [True, False, False]
-    assert [line[1:3] == ["up", "to"] for line in stages()] == [True, True, True]
-    rows = {(run.folder / name / "rows").read_text() for name in ("quantised", "quantised-2", "quantised-3")}
-    assert len(rows) == 3
+    def snapshot():
+        return {path: path.stat().st_mtime_ns for path in run.folder.rglob("*")}
+
+    assert made_stages() == ["merge", "quantise", "scores", "agreement", "package"]
+    repeats = ["merge", "quantise-2", "quantise-3", "quantise-4"]
+    assert made_stages("--repeat", "4")[:4] == repeats
+    before = snapshot()
+    assert made_stages() == []
+    assert snapshot() == before
+    rows = {(run.folder / name / "rows").read_text() for name in ("quantised", *(f"quantised-{n}" for n in (2, 3, 4)))}
+    assert len(rows) == 4
 
     runs.set_json(run.folder / "adapter_config.json", lora_alpha=17)
-    assert len(stages()) == 1
+    assert made_stages()[:2] == ["merge", "quantise"]
     assert not (run.folder / "quantised-2").exists()
 
 

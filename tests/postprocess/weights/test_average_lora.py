@@ -110,7 +110,7 @@ def test_a_mean_larger_than_the_memory_is_told_before_it_is_made(copied, tmp_pat
     run = copied("gemma2", quantize="nf4")
     monkeypatch.setattr("postprocess.memory.comparison_fit.memory", lambda: (10_000, "the GPU"))
     result = CliRunner().invoke(main, [str(run.recipe), "--adapter", str(fold(run, tmp_path / "fold-0", 1))])
-    assert (result.exit_code, "the merged model takes 0.0 GB" in result.stderr) == (2, True)
+    assert (result.exit_code, "the trained model takes 0.0 GB" in result.stderr) == (2, True)
     assert not (run.folder / "mean" / "adapter_model.safetensors").exists()
 
 

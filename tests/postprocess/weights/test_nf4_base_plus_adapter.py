@@ -31,19 +31,19 @@ def difference_from_recorded(run, model):
 
 def test_the_base_is_loaded_in_the_four_bits_that_it_was_trained_in(copied, opened):
     run = copied(**QLORA)
-    assert difference_from_recorded(opened(run), load_trained(opened(run), "cpu")) < 1e-6
+    assert difference_from_recorded(opened(run), load_trained(opened(run))) < 1e-6
     run.recipe.write_text(
         run.recipe.read_text().replace("adapter: qlora\n", "adapter: lora\n").replace("load_in_4bit: true\n", "")
     )
     (run.folder / "config.json").write_text("{}")
-    assert difference_from_recorded(opened(run), load_trained(opened(run), "cpu")) > 1e-2
+    assert difference_from_recorded(opened(run), load_trained(opened(run))) > 1e-2
 
 
 def test_an_adapter_of_a_training_in_16_bits_is_not_taken_for_qlora(copied, opened):
     run = copied(**QLORA)
     (run.folder / "config.json").unlink()
     with pytest.raises(UserError, match=r"config.json: records no quantization_config, though recipe.yml says load_in_4bit"):
-        load_trained(opened(run), "cpu")
+        load_trained(opened(run))
 
 
 def test_four_bits_of_another_kind_are_refused(copied, opened, tmp_path):

@@ -59,7 +59,8 @@ def test_int8_agrees_where_outliers_broke_it(kind, copied, opened, tmp_path):
 @pytest.mark.parametrize("kind", NORMS)
 def test_without_rounding_the_smoothed_model_is_the_same(kind, copied, opened, tmp_path):
     run = copied(kind, training_rows=30)
-    smoothing = calibrate_smoothing(opened(run))
+    merge(opened(run), tmp_path / "merged")
+    smoothing = calibrate_smoothing(opened(run), tmp_path / "merged")
     merge(opened(run), tmp_path / "smoothed", Form(dtype=torch.float32, smoothing=smoothing))
     smoothed = CLASSES["score"].from_pretrained(tmp_path / "smoothed", attn_implementation="sdpa").eval()
     assert difference_from_recorded(opened(run), smoothed) < 1e-4
@@ -75,6 +76,7 @@ def test_without_rounding_the_smoothed_model_is_the_same(kind, copied, opened, t
         ("gemma2", 0, "int8 as it is, without SmoothQuant: "),
     ],
 )
-def test_what_cannot_be_smoothed_is_said(kind, training_rows, line, made, opened, capsys):
-    assert calibrate_smoothing(opened(made(kind, training_rows=training_rows))) is None
+def test_what_cannot_be_smoothed_is_said(kind, training_rows, line, made, opened, tmp_path, capsys):
+    run = opened(made(kind, training_rows=training_rows))
+    assert calibrate_smoothing(run, tmp_path / "not read") is None
     assert line in capsys.readouterr().out

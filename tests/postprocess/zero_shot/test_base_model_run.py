@@ -27,7 +27,7 @@ from recipes.pairwise.config.schema import read_recipe
 from tests import tiny
 from tests.postprocess import runs
 
-STAGES = ["untrained", "quantise", "scores", "agreement", "package"]
+STAGES = ["untrained", "merge", "quantise", "scores", "agreement", "package"]
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def test_a_second_run_does_nothing_and_another_block_does_it_again(biased, tmp_p
     assert invoke(recipe).exit_code == 0
     assert json.loads((run / "contract.json").read_text())["pad_token_id"] == 6
     assert [line[:21] for line in invoke(recipe).stdout.splitlines()] == [
-        f"{stage:<10} up to date" for stage in STAGES if stage != "scores"
+        f"{stage:<10} up to date" for stage in STAGES if stage not in ("merge", "scores")
     ]
     (run / "predictions.parquet").unlink()
     assert "untrained  up to date" not in invoke(recipe).stdout
