@@ -286,19 +286,23 @@ def slice_by_name(scored: ScoredRows, names: pl.Series, plural: str) -> list[Tab
 
 
 def slice_by_length(scored: ScoredRows, lengths_r: np.ndarray) -> list[TableRow]:
-    """Compute a table row for each quarter of the data by length, the shortest texts first."""
-    # The longest row of each slice; slices that end at the same length become one.
+    """Compute a table row for each quarter of the data by length, the shortest texts first.
+
+    Args:
+        scored: The measured rows.
+        lengths_r: The characters of each row.
+    """
+    # The longest row of each quarter; quarters that end at the same length become one.
     quantiles = np.linspace(0, 1, LENGTH_SLICES + 1)[1:]
     longest_of_slices = np.unique(np.quantile(lengths_r, quantiles, method="lower"))
 
     table_rows = []
-    shortest = None
+    shortest = 0
     for longest in longest_of_slices:
-        mask_r = lengths_r <= longest
-        name = f"up to {longest:,.0f} characters"
-        if shortest is not None:
-            mask_r &= lengths_r >= shortest
-            name = f"{shortest:,.0f} to {longest:,.0f}"
+        mask_r = (lengths_r >= shortest) & (lengths_r <= longest)
+        name = f"{shortest:,.0f} to {longest:,.0f}"
+        if not table_rows:
+            name = f"up to {longest:,.0f} characters"
         table_rows.append(model_row(scored, name, mask_r))
         shortest = longest + 1
     return table_rows
