@@ -12,14 +12,14 @@ FLAG_SET = ("1", "1.0", "True", "true")
 
 def read_judgement(values: dict) -> Judgement:
     """Read a row, whose texts are JSON lists of turns, in which a turn may be null."""
-    # Exactly one of the three flags must be set.
     verdicts = []
     for verdict in VERDICTS:
         flag = read_text(values.get(f"winner_{verdict}"))
         if flag in FLAG_SET:
             verdicts.append(verdict)
-    winner = verdicts[0] if len(verdicts) == 1 else ""
 
+    # Exactly one of the three flags must be set.
+    winner = verdicts[0] if len(verdicts) == 1 else ""
     return Judgement(
         id=read_text(values.get("id")),
         prompt=read_json_turns(values.get("prompt")),
