@@ -22,7 +22,10 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def probabilities(logits_rov: np.ndarray, verdicts: Sequence[str]) -> np.ndarray:
-    """Convert logits to probabilities in float64, and swap the swapped order back.
+    """Convert the logits of both orders of the responses to probabilities in float64.
+
+    In the swapped order, model_a is the response that the pairs file calls model_b: its probabilities are
+    swapped back, so that a verdict names the same response in both orders.
 
     Args:
         logits_rov: Logits (rows, 2 orders, verdicts). A reward model's are (rows, 1, verdicts): its
@@ -36,9 +39,11 @@ def probabilities(logits_rov: np.ndarray, verdicts: Sequence[str]) -> np.ndarray
     if probabilities_rov.shape[1] == 1:
         return np.repeat(probabilities_rov, 2, axis=1)
 
-    places = swap_probabilities(range(len(verdicts)), verdicts)
+    # For each verdict, the place of the one that stands for it in the swapped order.
+    swapped_places = swap_probabilities(range(len(verdicts)), verdicts)
     as_given_rv = probabilities_rov[:, 0]
-    swapped_back_rv = probabilities_rov[:, 1][:, places]
+    swapped_rv = probabilities_rov[:, 1]
+    swapped_back_rv = swapped_rv[:, swapped_places]
     return np.stack([as_given_rv, swapped_back_rv], axis=1)
 
 
@@ -84,6 +89,7 @@ def scores(
     mean_rv = probabilities_rov.mean(axis=1)
     as_given_rv = probabilities_rov[:, 0]
     swapped_rv = probabilities_rov[:, 1]
+
     flips_r = as_given_rv.argmax(axis=1) != swapped_rv.argmax(axis=1)
     return {
         "accuracy": compute_accuracy(mean_rv, winners_r),
@@ -129,6 +135,7 @@ def predictions(
     for place, order in enumerate(ORDERS):
         probabilities_by_suffix[f"_{order}"] = probabilities_rov[:, place]
 
+    # The table has columns for all three verdicts, whatever the model tells apart.
     columns: dict[str, np.ndarray] = {}
     for suffix, values_rv in probabilities_by_suffix.items():
         for verdict in VERDICTS:
@@ -144,11 +151,13 @@ def predictions(
 
 
 def history(log: Iterable[Mapping]) -> list[dict[str, float]]:
-    """Keep of each record of the trainer's log that has a step its finite numbers, for history.json."""
+    """Keep the finite numbers of the trainer's log for history.json, of each record that has a step."""
     records = []
     for record in log:
         if "step" not in record:
             continue
+
+        # A number that is not finite could not be written as JSON.
         numbers = {}
         for name, value in record.items():
             if isinstance(value, int | float) and math.isfinite(value):
