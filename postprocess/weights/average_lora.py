@@ -172,7 +172,7 @@ def average(recipe: Recipe, shares: Mapping[Path, float], rank: int | None) -> N
 
 
 def check_members(members: Sequence[Member], mean_folder: Path) -> None:
-    """Check that the members are runs with adapters of one contract.
+    """Check that the members are runs with LoRA adapters of one contract, since others have no mean.
 
     Args:
         members: The runs.

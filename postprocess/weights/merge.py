@@ -98,7 +98,7 @@ class Sources:
         return tensor
 
     def read_pieces(self, name: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-        """Read a tensor as it is after training, some rows at a time.
+        """Read a tensor as it is after training, some rows at a time, so that little memory is needed.
 
         Args:
             name: The tensor's name in the model.
@@ -115,12 +115,19 @@ class Sources:
             yield rounded
 
     def explain_not_finite(self, name: str, piece: torch.Tensor, dtype: torch.dtype) -> str:
-        """Say which file a number that is not finite comes from, and what to do."""
+        """Explain which file a number that is not finite comes from, and what to do.
+
+        Args:
+            name: The tensor's name in the model.
+            piece: The rows that hold the number, before they are rounded.
+            dtype: What they are rounded to.
+        """
         if is_finite(piece):
             return (
                 f"{self.trained_path()}: {name} is not finite once it is {dtype}: its values are too "
                 "large; train again"
             )
+
         # It may have come from the base, or from training.
         is_from_base = self.adapter is None or name not in self.adapter.replacements
         if is_from_base and not is_finite(self.read_before_merge(name)):
@@ -222,7 +229,15 @@ def write_config(config: PretrainedConfig, form: Form, folder: Path) -> None:
 def merged_model(
     run: Run, dtype: torch.dtype = torch.float16
 ) -> tuple[PretrainedConfig, dict[str, torch.Tensor]]:
-    """Merge the model of a run in memory: its configuration, and its tensors by name."""
+    """Merge the model of a run in memory.
+
+    Args:
+        run: The trained run.
+        dtype: What floating-point numbers are rounded to.
+
+    Returns:
+        Its configuration, and its tensors by name.
+    """
     with torch.no_grad(), open_sources(run, Form(dtype=dtype)) as sources:
         tensors = {}
         for name in sources.skeleton.shapes:

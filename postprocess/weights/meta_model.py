@@ -101,11 +101,17 @@ def untie(skeleton: Skeleton) -> Skeleton:
 
 
 def head_modules(folder: Path, head: str) -> list[str]:
-    """Name the modules beside the base model: ["score"], for BERT ["classifier"], for a causal LM ["lm_head"]."""
+    """Name the modules of a model's head: ["score"], for BERT ["classifier"], for a causal LM ["lm_head"].
+
+    Args:
+        folder: The folder with the model's config.json.
+        head: The contract's head: score, label_tokens or reward.
+    """
     model = build_model(read_config(folder), head, folder)
     names = []
     for name, module in model.named_children():
-        has_parameters = next(module.parameters(), None) is not None
+        # What stands beside the pretrained model, but for a dropout or an activation.
+        has_parameters = any(True for _ in module.parameters())
         if name != model.base_model_prefix and has_parameters:
             names.append(name)
     return names

@@ -229,13 +229,17 @@ def base_run_of(axolotl_keys: dict) -> str | None:
 
 
 def find_merged_bases(recipes: dict[str, Recipe]) -> set[str]:
-    """Name all runs whose merged model some recipe starts from, among all of recipes/.
+    """Find all runs whose merged model some recipe starts from, among the graph's recipes and all of recipes/.
 
     How a run is packaged must not depend on the target of the moment, or it would be packaged anew in turns.
     """
-    merged_bases = {base_run_of(recipe.axolotl) for recipe in recipes.values()}
+    merged_bases = set()
+    for recipe in recipes.values():
+        merged_bases.add(base_run_of(recipe.axolotl))
     for path in Path("recipes").glob("*.yml"):
         merged_bases.add(base_run_of(read_yaml(path)))
+
+    # Most recipes start from a model that is no run of this project.
     return merged_bases - {None}
 
 
