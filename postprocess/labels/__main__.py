@@ -40,6 +40,7 @@ from recipes.pairwise.graph.step import visible_gpus
 @exits_with_2
 def main(teacher: str, only_run: str | None, ray_workers: int) -> None:
     """Label the rows of a teacher's pairs file."""
+    # It would make the recipe that of one fold.
     if "PAIRWISE_FOLD" in os.environ:
         raise UserError("PAIRWISE_FOLD is set; unset it, labels are of all folds")
     recipe = read_recipe(find_recipe(teacher))
@@ -49,6 +50,7 @@ def main(teacher: str, only_run: str | None, ray_workers: int) -> None:
     if len(gpus) > 1 and only_run is None and not ray_workers:
         score_on_gpus(recipe, gpus)
 
+    # Imported late, so that --help and mistakes in the recipe are quick.
     import_torch()
     from postprocess.labels.labels import make_labels  # noqa: PLC0415  needs torch
 
@@ -80,6 +82,7 @@ def score_on_gpus(recipe: Recipe, gpus: list[str]) -> None:
             threads.submit(score_on_free_gpu, recipe, name, free_gpus) for name in run_names
         ]
 
+    # Every fold is scored to its end, even where one fails.
     exit_codes = [process.result() for process in processes]
     if any(exit_codes):
         raise UserError(f"{recipe.run_folder}: a fold could not be scored; see above")
@@ -98,6 +101,7 @@ def score_on_free_gpu(recipe: Recipe, run_name: str, free_gpus: queue.Queue[str]
     """
     gpu = free_gpus.get()
     command = [sys.executable, "-m", "postprocess.labels", str(recipe.path), "--run", run_name]
+    # The process sees this GPU as its only one.
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
     exit_code = subprocess.run(command, env=environment, check=False).returncode
     free_gpus.put(gpu)

@@ -62,6 +62,7 @@ def make_labels(recipe: Recipe, only_run: str | None = None, ray_workers: int = 
         score_with_run(selected_run, pairs, pairs_sha256, ray_workers)
         return
 
+    # A fold that is scored already is read from its chunks.
     tables = {}
     records = {}
     for teacher_run in teacher_runs:
@@ -121,6 +122,7 @@ def score_with_run(
         raise UserError(
             f"{teacher_run.run.folder}: was trained on every row of its pairs file; hold out a fold, or add a pool"
         )
+    # What was scored under another key is scored again.
     key = {"pairs_sha256": pairs_sha256, **describe_run(teacher_run)}
     chunks_folder = teacher_run.run.folder / CHUNKS
     return score_rows(teacher_run.run, rows, key, chunks_folder, ray_workers)
@@ -128,6 +130,7 @@ def score_with_run(
 
 def describe_run(teacher_run: TeacherRun) -> dict[str, object]:
     """Describe a run as labels.json does: the fold that it held out, and which training it is of."""
+    # A new training writes a new contract, in which it records its time.
     contract_sha256 = sha256(teacher_run.run.folder / "contract.json")
     return {"fold": teacher_run.fold, "contract_sha256": contract_sha256}
 
@@ -191,6 +194,7 @@ def read_fold(folder: Path, pairs_sha256: str) -> int | None:
             f"{file}: no such file; train the teacher's folds with make cv R={folder.parent.name}"
         )
 
+    # Rows get their folds with the file: those of another one may be other rows.
     recorded = read_object(file)
     if recorded.get("pairs_sha256") != pairs_sha256:
         raise UserError(
@@ -223,6 +227,7 @@ def average_runs(tables: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
         id, runs (the names of those that scored the row), and the probabilities of the mean and of each
         order; sorted by id.
     """
+    # The mean of both orders has no suffix, each order its name.
     columns = []
     for suffix in SUFFIXES:
         columns += label_columns(suffix)
@@ -231,6 +236,7 @@ def average_runs(tables: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
     for name, table in tables.items():
         named_tables.append(table.select("id", pl.lit(name).alias("runs"), *columns))
     rows = pl.concat(named_tables)
+    # Most rows were scored by one run; pool and lockbox rows by all of them.
     return rows.group_by("id").agg(pl.col("runs"), pl.col(columns).mean()).sort("id")
 
 
@@ -256,6 +262,7 @@ def measure_lockbox(
         probabilities_of_orders.append(lockbox.select(columns).to_numpy())
     probabilities_rov = np.stack(probabilities_of_orders, axis=1)
 
+    # Votes, and not labels, decide what is right.
     labels_rv = targets(lockbox, verdicts)
     winners_r = winners(lockbox, verdicts)
     scores = metrics.scores(probabilities_rov, labels_rv, winners_r)

@@ -161,6 +161,7 @@ def count_peak_bytes(model: torch.nn.Module, rows: int, length: int) -> int:
         ids_bt = torch.ones(rows, length, dtype=torch.long)
         mask_bt = torch.ones(rows, length, dtype=torch.long)
 
+    # The most that is alive at one time, whichever operation makes it.
     peak = PeakBytes([*model.parameters(), *model.buffers(), ids_bt, mask_bt])
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), peak:
         model(input_ids=ids_bt, attention_mask=mask_bt)

@@ -125,6 +125,7 @@ def read_uses(spec_path: Path, run: str) -> list[Use]:
 
 def describe_size(served: Served) -> str:
     """Write the package's bytes, in all and by class of tensor."""
+    # Classes that the model lacks are left out.
     sizes = {name: size for name, size in bytes_by_class(served).items() if size > 0}
     classes = ", ".join(f"{name} {in_units(size)}" for name, size in sizes.items())
     number_format = "16 bits" if served.quantize == "none" else served.quantize
@@ -196,6 +197,7 @@ def refusal(run: str, served: Served, tokens: int, placement: str, recipe: Path)
         placement: The spec's.
         recipe: The recipe's file, named where it is to be changed.
     """
+    # The spec's own placement, as it is now.
     _, needs = place(served, tokens, placement)
     ways = []
     for change, size in list_changes(served, tokens, placement, recipe).items():
@@ -241,6 +243,7 @@ def list_changes(served: Served, tokens: int, placement: str, recipe: Path) -> d
     for quantize in SMALLER_FORMATS.get(served.quantize, ()):
         if served.base.is_encoder and quantize in GPTQ_BITS:
             continue  # GPTQ is for decoders
+        # The same model in fewer bits.
         smaller = replace(served, quantize=quantize)
         change = f"pairwise.package.quantize: {quantize} in {recipe}"
         sizes[change] = max(place(smaller, tokens, placement)[1])

@@ -270,6 +270,7 @@ def write_adapter(folder: Path, members: Sequence[Member], rank: int | None) -> 
         for name in adapters[0].whole:
             mean_tensors[name] = average_tensor(adapters, name)
 
+    # The settings come after the weights that they describe.
     with atomic_file(folder / ADAPTER[0]) as temporary:
         save_file(mean_tensors, temporary, metadata={"format": "pt"})
     settings = [adapter_settings(member.folder) for member in members]
@@ -380,6 +381,7 @@ def join_factors(
             )
         a_factors.append(a)
         b_factors.append(b)
+    # [w1 B1, w2 B2, …] [A1; A2; …] is the sum of all w B A.
     return torch.cat(a_factors), torch.cat(b_factors, dim=1)
 
 
@@ -485,6 +487,7 @@ def print_summary(
     if rank is None or truncation.error <= 1e-6:
         print(f"  exact, of rank {mean_rank}")
         return
+    # The layer that suffers most says whether the rank is too low.
     worst_error, module = truncation.worst
     print(
         f"  cut to rank {rank}: {truncation.error:.2%} of the change is lost (norms), at most "

@@ -27,6 +27,7 @@ def quantization_config(kind: str, head: list[str], double: bool = False) -> Bit
         head: The modules that stay in 16 bits.
         double: Whether the scales of nf4 are quantised too.
     """
+    # A T4 computes in float16; the weights are unpacked to it layer by layer.
     if kind == "nf4":
         return BitsAndBytesConfig(
             load_in_4bit=True,

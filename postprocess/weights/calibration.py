@@ -59,6 +59,7 @@ def encode_calibration_rows(run: Run, rows: pl.DataFrame) -> list[list[int]]:
     Returns:
         The token ids of each sequence; the reward head has two for a row.
     """
+    # A model meets both orders when it is served.
     pairs = []
     for number, row in enumerate(rows.iter_rows(named=True)):
         pair = run.model_input.pair_from_row(row)

@@ -93,6 +93,7 @@ def load_adapter(run_folder: Path, model: torch.nn.Module) -> Adapter:
             f"{file}: {loaded.unexpected_keys[0]} is not part of {architecture} with the settings of {ADAPTER[1]}: "
             "an adapter of another base"
         )
+    # Nothing must be missing: PEFT would merge a layer without its change.
     layers = find_layers(peft_model)
     check_complete(layers, file)
     return Adapter(file, layers, replacements)

@@ -93,6 +93,7 @@ class Sources:
         tensor = self.read_before_merge(name)
         if self.adapter and name in self.adapter.layers:
             tensor = merge_layer(self.adapter.layers[name], tensor)
+        # SmoothQuant's scales are those of the merged model.
         if self.smoothing:
             tensor = self.smoothing.apply(name, tensor)
         return tensor
@@ -399,6 +400,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
     The extremes are looked at, which a NaN is passed on to: isfinite is a hundred times slower.
     """
+    # An empty tensor has no extremes.
     if tensor.numel() == 0:
         return True
     extremes = torch.stack(tensor.aminmax())

@@ -25,6 +25,7 @@ def quantise_in_one_pass(run: Run, kind: str, out: Path, key: str = "") -> None:
         key: An interrupted call with the same key is continued at its shard.
     """
     smoothing = calibrate_smoothing(run) if kind == "int8" else None
+    # The head is small, and decides: it stays in 16 bits.
     head = head_modules(run.weights, run.contract.head)
     form = Form(quantization_config(kind, head), smoothing=smoothing)
     merge(run, out, form, key=key)

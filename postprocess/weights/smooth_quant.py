@@ -53,6 +53,7 @@ class Smoothing:
             name: The tensor's name in the model.
             tensor: The merged tensor.
         """
+        # A norm is replaced as a whole; a linear layer may be scaled on both sides.
         if name in self.norms:
             return self.norms[name]
         if name in self.columns:

@@ -64,6 +64,7 @@ def make_base_model_run(recipe: Recipe, base: Path, revision: str | None) -> Non
     for name in RESULT_FILES:
         (folder / name).unlink(missing_ok=True)
 
+    # What decides the model's input is checked before the model is loaded.
     tokenizer = load_tokenizer(recipe, base)
     tokenizer.save_pretrained(folder)
     contract = make_contract(recipe, base, revision, tokenizer)
@@ -84,6 +85,7 @@ def make_base_model_run(recipe: Recipe, base: Path, revision: str | None) -> Non
     logits_rov = compute_logits(model, contract, tokenizer, validation, "scoring validation pairs")
     scores = write_predictions(folder, contract, logits_rov, validation)
     print_summary(contract, scores)
+    # The keys that training writes too, so that later stages read both alike.
     facts = {
         "rows": len(validation),
         "training_rows": 0,
@@ -109,6 +111,7 @@ def load_tokenizer(recipe: Recipe, base: Path):
         UserError: There is no fast tokenizer or no pad token, or a special token is new to it.
     """
     try:
+        # From the folder alone: nothing is fetched, and no code of a model is run.
         tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -165,6 +168,7 @@ def make_contract(recipe: Recipe, base: Path, revision: str | None, tokenizer) -
     block = recipe.pairwise
     # Only eager attention applies a soft cap.
     default_attention = "eager" if block.softcap else "sdpa"
+    # new_contract finds out whether the template and the answer tokens suit the tokenizer.
     try:
         contract = new_contract(
             block,
@@ -201,6 +205,7 @@ def check_has_head(base: Path, skeleton: Skeleton) -> None:
 
 def load_base(base: Path, contract: Contract) -> torch.nn.Module:
     """Load the base model as the runtime loads it, on the GPU if there is one."""
+    # A folder that no kernel could load is refused here, and not on Kaggle.
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         return load_model(base, contract, device)
@@ -213,6 +218,7 @@ def choose_calibration_rows(training: pl.DataFrame, validation: pl.DataFrame) ->
 
     Where every row is for validation (fold: all of a small file), it is those.
     """
+    # Without verdicts, no label can find its way into the calibration.
     texts = training.select("id", "prompt", "response_a", "response_b")
     rows = texts.join(validation.select("id"), on="id", how="anti")
     if rows.is_empty():
@@ -240,6 +246,7 @@ def compute_logits(
     """
     device = str(next(model.parameters()).device)
     orders = orders_of(contract, ORDERS)
+    # Batches are made by length: a result finds its row by id and order.
     row_of_id = {row_id: row for row, row_id in enumerate(rows["id"])}
     logits_rov = np.empty((len(rows), len(orders), len(contract.verdicts)))
 
@@ -288,6 +295,7 @@ def write_predictions(
     calibrated_rov = metrics.probabilities(logits_rov + bias_v, verdicts)
     uncalibrated_rov = metrics.probabilities(logits_rov, verdicts)
 
+    # Everything after this stage works with the calibrated probabilities.
     table = metrics.predictions(validation["id"].to_list(), calibrated_rov, verdicts, validation)
     with atomic_file(folder / "predictions.parquet") as temporary:
         table.write_parquet(temporary)

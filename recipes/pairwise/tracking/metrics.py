@@ -17,6 +17,7 @@ SMALLEST = 1e-15  # where a probability is clipped before its logarithm, as the 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
     """Convert logits to probabilities along the last axis."""
+    # Less their maximum, no exponential overflows.
     exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return exponentials / exponentials.sum(axis=-1, keepdims=True)
 
@@ -49,6 +50,7 @@ def probabilities(logits_rov: np.ndarray, verdicts: Sequence[str]) -> np.ndarray
 
 def row_losses(probabilities_rv: np.ndarray, labels_rv: np.ndarray) -> np.ndarray:
     """Compute each row's log loss against its soft label, in nats (rows,)."""
+    # A probability of 0 would make the mean infinite.
     logarithms_rv = np.log(np.clip(probabilities_rv, SMALLEST, 1))
     return -(labels_rv * logarithms_rv).sum(axis=1)
 
@@ -64,6 +66,7 @@ def compute_accuracy(probabilities_rv: np.ndarray, winners_r: np.ndarray) -> flo
     Returns:
         The accuracy; NaN where no row counts.
     """
+    # A tie is no row that a model of two verdicts can get right.
     has_winner_r = winners_r >= 0
     if not has_winner_r.any():
         return float("nan")
@@ -105,6 +108,7 @@ def longer_is_right(pairs: pl.DataFrame) -> float:
 
     Of equal lengths, model_a is picked.
     """
+    # A response has a text for each turn.
     character_counts = pl.element().str.len_chars()
     length_a = pl.col("response_a").list.eval(character_counts).list.sum()
     length_b = pl.col("response_b").list.eval(character_counts).list.sum()

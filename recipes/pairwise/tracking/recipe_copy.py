@@ -59,6 +59,7 @@ def resolve_recipe(cfg: dict, recipe: Path) -> dict:
         if key in allowed_keys and configuration.get(key) is not None:
             values[key] = configuration[key]
 
+    # The environment wins over the file, as it does in the run.
     if isinstance(values.get("pairwise"), dict):
         values["pairwise"] = values["pairwise"] | read_environment()
     folder = output_dir if isinstance(output_dir, str) else None
@@ -69,6 +70,7 @@ def resolve_recipe(cfg: dict, recipe: Path) -> dict:
 def write_copy(values: dict) -> None:
     """Write a recipe's resolved keys (see resolve_recipe) as recipe.yml into their run folder."""
     path = Path(values["output_dir"]) / RECIPE_COPY
+    # The order of keys is the recipe's own.
     keys = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
     with atomic_file(path) as temporary:
         temporary.write_text(HEADER.format(path=path) + keys, encoding="utf-8")
@@ -100,6 +102,7 @@ def end_refused_trial(values: dict | None, recipe: Path, error: UserError) -> No
         error: Why it is refused.
     """
     if values and is_trial(recipe) and is_first_on_machine():
+        # The trial's temporary file is gone when somebody reads the log.
         reason = str(error).removeprefix(f"{recipe}: ")
         log = Path(values["output_dir"]) / LOG
         log.write_text(f"error: {reason}\n", encoding="utf-8")

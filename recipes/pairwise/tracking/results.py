@@ -41,6 +41,7 @@ def write_results(folder: Path, trainer, block: PairwiseBlock, started: float) -
         UserError: A probability is not finite.
     """
     end_of_training = time.monotonic()
+    # Every process predicts its share, and the first one gets all of them.
     rows = trainer.eval_dataset
     output = trainer.predict(rows, metric_key_prefix="eval")
     if not trainer.is_world_process_zero():
@@ -52,6 +53,7 @@ def write_results(folder: Path, trainer, block: PairwiseBlock, started: float) -
             f"{folder}: the model's probabilities are not finite; lower the learning rate or use bf16"
         )
 
+    # Fold and winner of each row are in the pairs file.
     pairs = read_pairs(block.pairs)
     table = metrics.predictions(list(rows["id"]), probabilities_rov, block.verdicts, pairs)
     with atomic_file(folder / "predictions.parquet") as temporary:

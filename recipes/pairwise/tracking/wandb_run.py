@@ -36,6 +36,7 @@ def check(cfg: dict) -> None:
 
     Nobody answers a training, and wandb asks only once the model is loaded.
     """
+    # As Axolotl does it later: wandb reads its settings from the environment.
     setup_wandb_env_vars(cfg)
     project = cfg.get("wandb_project")
     if cfg.get("use_wandb") and not project:
@@ -144,6 +145,7 @@ class HarmlessCallback(WandbCallback):
         try:
             yield
         except Exception as error:
+            # WandbCallback does nothing from here on.
             self._wandb = None
             LOG.error(
                 "wandb: %s: %s; tracking ends here, the training goes on",
@@ -170,6 +172,7 @@ class HarmlessCallback(WandbCallback):
 
 def make_harmless(trainer) -> None:
     """Put HarmlessCallback in the place of transformers' callback."""
+    # Without wandb there is no such callback.
     if trainer.pop_callback(WandbCallback):
         trainer.add_callback(HarmlessCallback)
 
@@ -193,5 +196,6 @@ def finish(folder: Path) -> None:
 
 def one_line(error: Exception) -> str:
     """Return an error's message without line breaks, and without advice for programmers."""
+    # wandb's messages have several lines.
     message = " ".join(str(error).split())
     return message.split(" Consider increasing the init_timeout")[0]
