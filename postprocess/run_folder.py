@@ -77,7 +77,7 @@ class Run:
 
 
 def read_run(recipe: Recipe) -> Run:
-    """Read the run of a recipe, and check it.
+    """Read what the training of a recipe left in its run folder, and check it before any work.
 
     Raises:
         UserError: The run is not complete, was changed since training, or is not the recipe's.

@@ -194,17 +194,7 @@ def _sum_votes(rows: pl.DataFrame) -> pl.DataFrame:
         For each pair: row (the number of its first judgement), judgements (how many there are), weight
         (the votes), the shares of the votes, null for the pool, and both_bad.
     """
-    keys = pl.DataFrame(
-        list(_hash_pairs(rows)), schema={"key": pl.Binary, "is_swapped": pl.Boolean}, orient="row"
-    )
-    judgements = rows.select("role", "weight", *SHARES, "both_bad")
-    judgements = judgements.with_columns(keys).with_row_index("row")
-
-    # Votes for A are votes for the response that the first judgement of the pair has as A.
-    is_same_order = pl.col("is_swapped") == pl.col("is_swapped").first().over("role", "key")
-    share_a = pl.when(is_same_order).then("p_model_a").otherwise("p_model_b")
-    share_b = pl.when(is_same_order).then("p_model_b").otherwise("p_model_a")
-    judgements = judgements.with_columns(p_model_a=share_a, p_model_b=share_b)
+    judgements = _align_judgements(rows).with_row_index("row")
 
     # Shares become votes, which can be added, and the sums become shares again.
     votes = judgements.with_columns(pl.col(SHARES) * pl.col("weight"))
@@ -216,6 +206,24 @@ def _sum_votes(rows: pl.DataFrame) -> pl.DataFrame:
     )
     has_votes = pl.col("role") != "pool"
     return totals.with_columns(pl.when(has_votes).then(pl.col(SHARES) / pl.col("weight")))
+
+
+def _align_judgements(rows: pl.DataFrame) -> pl.DataFrame:
+    """Turn the votes of rows round whose responses stand in another order than in the pair's first row.
+
+    Returns:
+        For each row: role, key (a hash of its pair in either order), weight, both_bad, and the shares of
+        the votes, in which A is what the pair's first row has as A.
+    """
+    keys = pl.DataFrame(
+        list(_hash_pairs(rows)), schema={"key": pl.Binary, "is_swapped": pl.Boolean}, orient="row"
+    )
+    judgements = rows.select("role", "weight", *SHARES, "both_bad").with_columns(keys)
+
+    is_same_order = pl.col("is_swapped") == pl.col("is_swapped").first().over("role", "key")
+    share_a = pl.when(is_same_order).then("p_model_a").otherwise("p_model_b")
+    share_b = pl.when(is_same_order).then("p_model_b").otherwise("p_model_a")
+    return judgements.with_columns(p_model_a=share_a, p_model_b=share_b)
 
 
 def _most_voted() -> pl.Expr:

@@ -239,9 +239,10 @@ def encode_rows(rows: pl.DataFrame, tokenizer: Tokenizer, tokens: int) -> list[S
         encoded[name] = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
 
     pairs = []
-    for prompt, a, b in zip(*encoded.values(), strict=True):
-        side_a = join_side(prompt.ids, a.ids, tokens)
-        side_b = join_side(prompt.ids, b.ids, tokens)
+    texts_of_rows = zip(encoded["prompt"], encoded["response_a"], encoded["response_b"], strict=True)
+    for prompt, response_a, response_b in texts_of_rows:
+        side_a = join_side(prompt.ids, response_a.ids, tokens)
+        side_b = join_side(prompt.ids, response_b.ids, tokens)
         pairs.append((side_a, side_b))
     return pairs
 
@@ -352,8 +353,11 @@ def make_dataset(
             # Both sides of a batch are padded to one length: the model stacks them.
             sides = [pairs[row][0] for row in rows] + [pairs[row][1] for row in rows]
             ids = keras.utils.pad_sequences(sides, padding="post", value=PADDING)
-            yield (ids[:size], ids[size:]), targets[rows, None], weights[rows, None]
+            ids_a = ids[:size]
+            ids_b = ids[size:]
+            yield (ids_a, ids_b), targets[rows, None], weights[rows, None]
 
+    # Every batch has `size` rows, and as many tokens as its longest side.
     ids = tf.TensorSpec((size, None), tf.int32)
     value = tf.TensorSpec((size, 1), tf.float32)
     dataset = tf.data.Dataset.from_generator(generate, output_signature=((ids, ids), value, value))

@@ -83,7 +83,6 @@ def check_memory(weights: Path, weight_bytes: int, activations: int, model: str)
         activations: Bytes that a batch takes beside them.
         model: What the error calls the model.
     """
-    # All memory counts: what else runs there is not known.
     held_bytes, place = memory()
     if weight_bytes + activations > held_bytes:
         raise UserError(

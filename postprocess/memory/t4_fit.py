@@ -141,6 +141,7 @@ def describe_memory(use: Use, served: Served, placement: str, needs: Sequence[in
         placement: each or split, as `place` decides it.
         needs: The bytes that each T4 needs.
     """
+    # As many batches are in flight as GPUs share the model, and each GPU keeps memory for all of them.
     gpus = len(needs)
     logits = gpus * logit_bytes(served, use.tokens_per_batch)
     activations = gpus * activation_bytes(served, use.tokens_per_batch) - logits
@@ -197,7 +198,6 @@ def refusal(run: str, served: Served, tokens: int, placement: str, recipe: Path)
         placement: The spec's.
         recipe: The recipe's file, named where it is to be changed.
     """
-    # The spec's own placement, as it is now.
     _, needs = place(served, tokens, placement)
     ways = []
     for change, size in list_changes(served, tokens, placement, recipe).items():
@@ -243,7 +243,6 @@ def list_changes(served: Served, tokens: int, placement: str, recipe: Path) -> d
     for quantize in SMALLER_FORMATS.get(served.quantize, ()):
         if served.base.is_encoder and quantize in GPTQ_BITS:
             continue  # GPTQ is for decoders
-        # The same model in fewer bits.
         smaller = replace(served, quantize=quantize)
         change = f"pairwise.package.quantize: {quantize} in {recipe}"
         sizes[change] = max(place(smaller, tokens, placement)[1])

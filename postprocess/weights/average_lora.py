@@ -431,7 +431,7 @@ def average_tensor(adapters: Sequence[MemberAdapter], name: str) -> torch.Tensor
 
 
 def make_settings(settings: Sequence[dict], ranks: Mapping[str, int]) -> dict:
-    """Make the mean's adapter_config.json.
+    """Make adapter_config.json, PEFT's settings, of the mean of several adapters.
 
     Args:
         settings: The members' adapter_config.json.

@@ -108,10 +108,10 @@ def smooth(model: PreTrainedModel, sequences: Iterable[Sequence[int]]) -> Smooth
     largest_inputs = measure_inputs(model, groups, sequences)
     # Gemma's norms multiply by 1 + weight.
     norm_offset = 1.0 if model.config.model_type.startswith("gemma") else 0.0
+    # New weights of norms, and for linear layers factors on their inputs and divisors of their outputs.
     norms = {}
     columns = {}
     rows = {}
-
     for group in groups:
         scales = compute_scales(model, group, largest_inputs[group.source])
         source = model.get_submodule(group.source)
