@@ -90,11 +90,20 @@ def share_out(adapters: Sequence[str]) -> dict[Path, float]:
 
 
 def parse_adapter(text: str) -> tuple[Path, float]:
-    """Parse FOLDER or FOLDER=WEIGHT; a UserError where it is not a trained run with a weight above 0."""
+    """Parse FOLDER or FOLDER=WEIGHT, as --adapter takes it.
+
+    Returns:
+        The folder, and its weight, which is 1 where none is given.
+
+    Raises:
+        UserError: The folder is no trained LoRA run, or the weight is not above 0.
+    """
     # A folder's name may hold an equals sign.
-    folder, weight = text, "1"
+    folder = text
+    weight = "1"
     if "=" in text and not Path(text).exists():
         folder, _, weight = text.rpartition("=")
+
     try:
         number = float(weight)
     except ValueError:

@@ -22,7 +22,7 @@ def package(
     temperatures: Mapping | None,
     out: Path,
 ) -> None:
-    """Write a package and enter it into the ledger.
+    """Write a package, the folder that becomes a Kaggle dataset, and enter it into the ledger.
 
     Args:
         run: The run that is packaged.
@@ -70,7 +70,13 @@ def list_files(folder: Path) -> dict[str, dict]:
 
 
 def describe_model(run: Run, report: Mapping) -> dict:
-    """Describe the packaged model for the manifest: its format, its base, and what agreement.json says of it."""
+    """Describe the packaged model for the manifest: its format, its base, and how it was checked.
+
+    Args:
+        run: The run that is packaged.
+        report: agreement.json, the comparison of the packaged model with the trained one.
+    """
+    # A full fine-tune has no adapter.
     adapter = None
     if run.has_adapter:
         adapter = "unmerged" if report["packaged"] == "unmerged" else "merged"
@@ -88,7 +94,7 @@ def describe_model(run: Run, report: Mapping) -> dict:
 
 
 def trained_contracts(run_folder: Path) -> dict[str, str | None]:
-    """List the trained runs that a package is made of: of a mean, all its members.
+    """List the trained runs that a package is made of: the run itself, or of a mean all its members.
 
     Returns:
         The SHA-256 of each run's contract, by the run's folder.

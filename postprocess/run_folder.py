@@ -77,7 +77,7 @@ class Run:
 
 
 def read_run(recipe: Recipe) -> Run:
-    """Read the run of a recipe, and check it.
+    """Read what the training of a recipe left in its run folder, and check it before any work.
 
     Raises:
         UserError: The run is not complete, was changed since training, or is not the recipe's.
@@ -93,7 +93,6 @@ def read_run(recipe: Recipe) -> Run:
                 f"axolotl train {recipe.path}, with recipes.pairwise.plugin among its plugins"
             )
     contract, model_input = read_contract(folder)
-
     check_tokenizer_files(folder, contract)
 
     # A full fine-tune holds the whole model itself.
@@ -112,7 +111,11 @@ def read_run(recipe: Recipe) -> Run:
 
 
 def find_adapter(folder: Path, recipe: Path) -> bool:
-    """Find out whether a run folder holds an adapter (True) or a full model (False).
+    """Find out whether a training left an adapter (True) or a full model (False) in its run folder.
+
+    Args:
+        folder: The run folder.
+        recipe: The recipe's file, for the message.
 
     Raises:
         UserError: It holds none of them, both, or weights without their configuration.
@@ -154,6 +157,11 @@ def refuse_weights(recipe: Recipe) -> None:
 def check_recipe(recipe: Recipe, contract: Contract, has_adapter: bool) -> None:
     """Check that recipe and adapter say what the contract says, with which the run was trained.
 
+    Args:
+        recipe: The recipe as it is now.
+        contract: What the run was trained with.
+        has_adapter: Whether the run folder holds an adapter, which names its base too.
+
     Raises:
         UserError: One of them says something else.
     """
@@ -176,11 +184,11 @@ def check_recipe(recipe: Recipe, contract: Contract, has_adapter: bool) -> None:
 
     # Another model may have stood in for the recipe's: `axolotl train R.yml --base-model FOLDER`.
     base_model = recipe.axolotl["base_model"]
-    named_base = contract.recorded.get("recipe_base_model", contract.base_model)
-    is_named = is_same_model(base_model, named_base)
-    if not is_named and not is_same_model(base_model, contract.base_model):
+    base_in_recipe_then = contract.recorded.get("recipe_base_model", contract.base_model)
+    is_base_of_training = is_same_model(base_model, contract.base_model)
+    if not is_base_of_training and not is_same_model(base_model, base_in_recipe_then):
         raise UserError(
-            f"{recipe.path}: base_model is {base_model}, the run was trained with {named_base} ({contract_file}); "
+            f"{recipe.path}: base_model is {base_model}, the run was trained with {base_in_recipe_then} ({contract_file}); "
             "put that back, or train again"
         )
     if has_adapter:
@@ -276,17 +284,18 @@ def check_types(contract_class: type, recorded: dict, file: Path) -> None:
     Raises:
         UserError: A value has another type.
     """
-    # The golden rows hold lone surrogates, which pydantic does not read.
+    # The golden rows hold lone surrogates, which pydantic does not read: they are checked apart.
     without_golden = json.dumps(recorded | {"golden": []})
     try:
         TypeAdapter(contract_class).validate_json(without_golden, strict=True)
     except ValidationError as error:
         for problem in error.errors():
-            if problem["type"] != "missing":
-                key = ".".join(map(str, problem["loc"]))
-                raise UserError(
-                    f"{file}: {key}: {problem['msg']}, found {shorten(problem['input'])}; restore it or train again"
-                ) from None
+            if problem["type"] == "missing":
+                continue
+            key = ".".join(map(str, problem["loc"]))
+            raise UserError(
+                f"{file}: {key}: {problem['msg']}, found {shorten(problem['input'])}; restore it or train again"
+            ) from None
 
     golden = recorded.get("golden")
     rows = golden if isinstance(golden, list) else [golden]
@@ -298,15 +307,24 @@ def check_types(contract_class: type, recorded: dict, file: Path) -> None:
 
 
 def check_head(contract: Contract, file: Path) -> None:
-    """Raise UserError where head, verdicts, number of outputs and label tokens do not go together."""
+    """Check that head, verdicts, number of outputs and label tokens of a contract go together.
+
+    Args:
+        contract: The contract.
+        file: Its path, for the message.
+
+    Raises:
+        UserError: They do not.
+    """
     head = contract.head
     if head not in HEADS:
         raise UserError(f"{file}: head is {head!r}; only {', '.join(HEADS)} can be packaged")
 
-    # A bias is optional; a model that answers in words has no outputs of its own.
+    # A causal LM that answers by label tokens has one for each verdict, and no labelled outputs.
     verdict_count = len(contract.verdicts)
     expected_labels = {"score": verdict_count, "reward": 1, "label_tokens": 0}[head]
     expected_tokens = verdict_count if head == "label_tokens" else 0
+    # A bias is optional.
     expected_biases = verdict_count if contract.logit_bias else 0
     for name, count, expected in (
         ("labels", contract.num_labels, expected_labels),
@@ -337,8 +355,8 @@ def find_base(name: str, revision: str | None, source: str = "contract.json") ->
     if (folder / "config.json").is_file():
         return folder
 
-    is_path = folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1
-    if is_path:
+    is_repository = name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    if folder.exists() or not is_repository:
         raise UserError(
             f"{name}: the base model in {source} is not a model's folder (no config.json); put it back there"
         )
@@ -375,11 +393,13 @@ def adapter_settings(folder: Path) -> dict:
         if not isinstance(value, types):
             raise UserError(f"{file}: {key} is {shorten(value)}; restore it or train again")
 
+    # The rank or alpha of the modules whose names match a pattern.
     for key in ("rank_pattern", "alpha_pattern"):
-        for pattern, value in (settings.get(key) or {}).items():
-            if not is_pattern(pattern) or not is_positive_number(value):
+        numbers_by_pattern = settings.get(key) or {}
+        for pattern, number in numbers_by_pattern.items():
+            if not is_pattern(pattern) or not is_positive_number(number):
                 raise UserError(
-                    f"{file}: {key} has {shorten({pattern: value}, SHOWN_OF_PATTERN)}, expected a pattern with a number "
+                    f"{file}: {key} has {shorten({pattern: number}, SHOWN_OF_PATTERN)}, expected a pattern with a number "
                     "above 0; restore it or train again"
                 )
     return settings

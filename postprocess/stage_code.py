@@ -10,7 +10,7 @@ MODEL_INPUT = "preprocess/model_input.py"
 # Which files and which base model a run consists of.
 RUN = (MODEL_INPUT, "postprocess/run_folder.py", "kaggle_kernels/runtime/package.py")
 
-# The class that a head is loaded with. merge writes weights under the names that this class has.
+# The class that a head is loaded with. Merging writes weights under the names that this class has.
 MODEL_CLASS = (
     "kaggle_kernels/runtime/models/fused.py",
     "kaggle_kernels/runtime/models/gptq.py",
@@ -36,12 +36,14 @@ REFERENCE = (
     "recipes/pairwise/training/zero3.py",
 )
 
+# The rows of a pairs file, and the metrics on them.
 PAIRS = (
     "recipes/pairwise/data/datasets.py",
     "recipes/pairwise/data/teacher_labels.py",
     "recipes/pairwise/tracking/metrics.py",
 )
 
+# Base and adapter into one model, in 16 bits or quantised in the same pass.
 MERGE = (
     *RUN,
     *MODEL_CLASS,
@@ -54,6 +56,7 @@ MERGE = (
     "postprocess/weights/smooth_quant.py",
 )
 
+# nf4 and int8, which are calibrated on training rows.
 QUANTISE = (
     *MERGE,
     *PAIRS,
@@ -76,12 +79,14 @@ GPTQ = (
     "postprocess/gptq/requirements.txt",
 )
 
+# The base in nf4, with the adapter beside it.
 UNMERGED = (
     *MERGE,
     *REFERENCE,
     "postprocess/weights/nf4_base_plus_adapter.py",
 )
 
+# The probabilities of one model, trained or packaged.
 SCORES = (
     *MERGE,
     *PAIRS,
@@ -113,6 +118,7 @@ PACKAGE = (
     "postprocess/temperature.py",
 )
 
+# The mean of several adapters, and a base model that nobody trained: runs that are not trained.
 AVERAGE = (*SCORES, "postprocess/weights/average_lora.py")
 
 ZERO_SHOT = (

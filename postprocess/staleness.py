@@ -96,8 +96,8 @@ def making(stage: Stage) -> Iterator[str]:
             f"{stage.outputs[0]}: cannot be written ({error}); make room on the disk, then run this again"
         ) from None
 
-    seconds = time.perf_counter() - started
     # Recorded only now: a stage that was interrupted is made again.
+    seconds = time.perf_counter() - started
     record = read_record(stage.run_folder)
     record[stage.name] = {
         "key": key,
@@ -144,14 +144,13 @@ def read_record(run_folder: Path) -> dict[str, dict]:
     if not file.exists():
         return {}
 
-    record = read_json(file)
-    if not isinstance(record, dict) or not all(
-        isinstance(entry, dict) for entry in record.values()
-    ):
+    stages = read_json(file)
+    is_record = isinstance(stages, dict)
+    if not is_record or not all(isinstance(facts, dict) for facts in stages.values()):
         raise UserError(
             f"{file}: expected an object of stages; remove the file, and every stage is made again"
         )
-    return record
+    return stages
 
 
 def is_full_disk(error: Exception) -> bool:
@@ -171,7 +170,10 @@ def files_in(outputs: Iterable[Path]) -> list[Path]:
 
 
 def file_stamps(paths: Iterable[Path]) -> dict[str, str | list[int]]:
-    """Give the SHA-256 of each small file that exists, of a large one size and modification time (ns), by path."""
+    """Collect what shows by path whether a file has changed: of a small one its SHA-256, of a large one size and time (ns).
+
+    Files that do not exist are left out.
+    """
     stamps = {}
     for path in paths:
         if not path.exists():

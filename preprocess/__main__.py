@@ -17,7 +17,7 @@ from preprocess import report
 from preprocess.core import ledger
 from preprocess.core.errors import UserError, exits_with_2
 from preprocess.core.files import atomic_file
-from preprocess.dedup.leaks import LeakReport, find_leaks
+from preprocess.dedup.leaks import Leak, LeakReport, find_leaks
 from preprocess.dedup.ngrams import normalise
 from preprocess.pairs import REJECTED, Pairs, make_pairs
 from preprocess.sources.reader import read_prompts, read_rows
@@ -30,7 +30,7 @@ class _Command(click.Command):
     """Lets the options of files take several files, as their usage says."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        # click takes one value an option: repeat it before every further file that follows it.
+        """Turn --extra A B into --extra A --extra B: click takes one value an option."""
         expanded_args = []
         option = ""
         previous = ""
@@ -38,6 +38,7 @@ class _Command(click.Command):
             if arg.startswith("-"):
                 option = arg
             elif option in OPTIONS_OF_FILES and previous != option:
+                # A further file of the option that came last.
                 expanded_args.append(option)
             expanded_args.append(arg)
             previous = arg
@@ -189,7 +190,14 @@ def list_sources(
     pool: Iterable[Path],
     test: float | Path | None,
 ) -> list[Source]:
-    """List the files in the order in which they are read, training rows first: they name the groups."""
+    """List the files to read with the role of their rows, training rows first: their prompts name the groups.
+
+    Args:
+        sources: Files of rows to train on and validate on.
+        extra: Files of rows to train on only.
+        pool: Files of rows without a verdict.
+        test: The file of the lockbox, if it is one; a share is drawn from the training rows.
+    """
     inputs = [Source(path, "train") for path in sources]
     inputs += [Source(path, "extra") for path in extra]
     inputs += [Source(path, "pool") for path in pool]
@@ -201,7 +209,14 @@ def list_sources(
 def _check_paths(
     sources: Iterable[Path], out: Path, rejected_path: Path, against: Iterable[Path]
 ) -> None:
-    """Raise UserError where a file would be overwritten or read twice."""
+    """Raise UserError where a file would be overwritten or read twice.
+
+    Args:
+        sources: The files that are read.
+        out: pairs.parquet.
+        rejected_path: The file of rejected rows beside it.
+        against: The files that sources are compared with.
+    """
     if out.suffix != ".parquet":
         raise UserError(f"--out {out}: expected a name that ends in .parquet")
 
@@ -215,11 +230,20 @@ def _check_paths(
 
 
 def _check_leaks(pairs: Pairs, held_back: dict[Path, pl.DataFrame], threshold: float) -> LeakReport:
-    """Compare the prompts of folds, lockbox and held-back files; print leaks and raise UserError if there are any."""
+    """Check that no prompt of one fold, of the lockbox or of a held-back file is like one that stands elsewhere.
+
+    Args:
+        pairs: The pairs.
+        held_back: id and prompt of each file that no source may share a prompt with.
+        threshold: The similarity from which on two prompts are alike.
+
+    Raises:
+        UserError: Some are. They are printed first.
+    """
     prompts = list(pairs.prompts)
     ids = pairs.table["id"].to_list()
 
-    # The lockbox is in no fold: it is a place of its own.
+    # Each fold is a place, and so is the lockbox, which is in no fold.
     lockbox = (pairs.table["fold"].max() or 0) + 1
     places = pairs.table["fold"].fill_null(lockbox).cast(pl.Int64).to_list()
     names = ["lockbox" if place == lockbox else f"fold {place}" for place in places]
@@ -236,11 +260,30 @@ def _check_leaks(pairs: Pairs, held_back: dict[Path, pl.DataFrame], threshold: f
         return leak_report
 
     report.console(sys.stderr).print(report.leaks_table(leak_report.leaks, names, ids, prompts))
+    held_back_names = [path.name for path in held_back]
+    advice = _advise_on_leaks(leak_report.leaks, places, lockbox, held_back_names)
+    raise UserError(
+        f"leak report: prompts of similarity {threshold:g} or more stand apart: {'; '.join(advice)}. Nothing was written. "
+        f"To accept prompts this much alike, raise --threshold above their similarity"
+    )
+
+
+def _advise_on_leaks(
+    leaks: Iterable[Leak], places: list[int], lockbox: int, held_back_names: list[str]
+) -> list[str]:
+    """Count the leaks of each kind, and say what to do about them.
+
+    Args:
+        leaks: The leaks.
+        places: Where each prompt stands: a fold, the lockbox, or below 0 for a held-back file.
+        lockbox: The lockbox's place.
+        held_back_names: The names of the held-back files.
+    """
     into_files = 0
     into_lockbox = 0
     between_folds = 0
-    for leak in leak_report.leaks:
-        # Held-back files come last.
+    for leak in leaks:
+        # Held-back files come last, so that of two prompts only the second can be one of theirs.
         if places[leak.second] < 0:
             into_files += 1
         elif lockbox in (places[leak.first], places[leak.second]):
@@ -254,7 +297,7 @@ def _check_leaks(pairs: Pairs, held_back: dict[Path, pl.DataFrame], threshold: f
             f"{into_lockbox:,} between sources and the lockbox (remove these rows from one, or let --test 0.2 draw it)"
         )
     if into_files > 0:
-        file_names = ", ".join(path.name for path in held_back)
+        file_names = ", ".join(held_back_names)
         advice.append(
             f"{into_files:,} between sources and {file_names} (remove these rows from one)"
         )
@@ -262,10 +305,7 @@ def _check_leaks(pairs: Pairs, held_back: dict[Path, pl.DataFrame], threshold: f
         advice.append(
             f"{between_folds:,} between folds (the grouping missed them: try a lower --threshold)"
         )
-    raise UserError(
-        f"leak report: prompts of similarity {threshold:g} or more stand apart: {'; '.join(advice)}. Nothing was written. "
-        f"To accept prompts this much alike, raise --threshold above their similarity"
-    )
+    return advice
 
 
 def _track(steps: Iterable, label: str) -> Iterable:

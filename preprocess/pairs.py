@@ -79,7 +79,7 @@ def make_pairs(
     track: Track = show_nothing,
     test_share: float = 0.0,
 ) -> Pairs:
-    """Make pairs of usable rows.
+    """Make pairs of usable rows: judgements united, prompts grouped, groups spread over folds.
 
     Args:
         rows: Of the schema sources.rows.ROWS, files in the order in which they were added.
@@ -97,6 +97,7 @@ def make_pairs(
     file_numbers = table["file"].rle_id().to_numpy()
     groups = group_prompts(prompts, threshold, file_numbers, track)
 
+    # A group is known by its root, the place of its earliest prompt, of which its number is a hash.
     roots = groups.root.tolist()
     number_by_root = {root: group_number(prompts[root]) for root in set(roots)}
     group = pl.Series([number_by_root[root] for root in roots], dtype=pl.Int64)
@@ -107,6 +108,7 @@ def make_pairs(
         fold_before = group_number(prompts[given_up]) % folds
         joined.append(Joined(table["id"][given_up], fold_before, fold[given_up]))
 
+    # The lockbox comes last: what is like one of its prompts is dropped.
     unique_ids = pl.Series(ids, dtype=pl.String)
     table = table.with_columns(id=unique_ids, group=group, fold=fold)
     table = draw_lockbox(table, folds, test_share)
@@ -133,12 +135,13 @@ def draw_lockbox(table: pl.DataFrame, folds: int, share: float) -> pl.DataFrame:
     """
     # A group is drawn by its number, so that rows added later draw no other ones. Its fold is the
     # remainder of that number: the rest of it is independent of the fold.
-    draw = (pl.col("group") // folds) % DRAW_STEPS
-    is_drawn = draw < round(share * DRAW_STEPS)
+    number_without_fold = pl.col("group") // folds
+    is_drawn = number_without_fold % DRAW_STEPS < round(share * DRAW_STEPS)
     is_training = pl.col("role") == "train"
     role = pl.when(is_training & is_drawn).then(pl.lit("test")).otherwise("role")
     table = table.with_columns(role=role)
 
+    # Without an otherwise, a lockbox row gets null.
     is_in_fold = pl.col("role") != "test"
     return table.with_columns(fold=pl.when(is_in_fold).then("fold"))
 
@@ -170,10 +173,11 @@ def unite_judgements(rows: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, int]]:
     # A single judgement keeps its verdict, for its shares may be a teacher's. Pool rows have none.
     keeps_winner = (totals["judgements"] == 1) | (table["role"] == "pool")
     winner = pl.when(keeps_winner).then(pl.col("winner")).otherwise(_most_voted())
+    table = table.with_columns(winner=winner)
 
     later_rows = rows.with_row_index("number").filter(~pl.col("number").is_in(first_rows))
     united = dict(name_sources(later_rows).value_counts().iter_rows())
-    return table.with_columns(winner=winner), united
+    return table, united
 
 
 def name_sources(table: pl.DataFrame) -> pl.Series:
@@ -184,25 +188,16 @@ def name_sources(table: pl.DataFrame) -> pl.Series:
 
 
 def _sum_votes(rows: pl.DataFrame) -> pl.DataFrame:
-    """Sum the votes on each pair of a role.
+    """Sum the votes of all rows that judge the same pair for the same role.
 
     Returns:
-        For each pair: row (the number of its first judgement), judgements, weight, and the shares of the
-        votes, null for the pool, and both_bad.
+        For each pair: row (the number of its first judgement), judgements (how many there are), weight
+        (the votes), the shares of the votes, null for the pool, and both_bad.
     """
-    keys = pl.DataFrame(
-        list(_hash_pairs(rows)), schema={"key": pl.Binary, "is_swapped": pl.Boolean}, orient="row"
-    )
-    judgements = rows.select("role", "weight", *SHARES, "both_bad")
-    judgements = judgements.with_columns(keys).with_row_index("row")
+    judgements = _align_judgements(rows).with_row_index("row")
 
-    # Votes for A are votes for the response that the first judgement of the pair has as A.
-    is_same_order = pl.col("is_swapped") == pl.col("is_swapped").first().over("role", "key")
-    share_a = pl.when(is_same_order).then("p_model_a").otherwise("p_model_b")
-    share_b = pl.when(is_same_order).then("p_model_b").otherwise("p_model_a")
-    judgements = judgements.with_columns(p_model_a=share_a, p_model_b=share_b)
+    # Shares become votes, which can be added, and the sums become shares again.
     votes = judgements.with_columns(pl.col(SHARES) * pl.col("weight"))
-
     totals = votes.group_by("role", "key", maintain_order=True).agg(
         pl.first("row"),
         pl.len().alias("judgements"),
@@ -211,6 +206,24 @@ def _sum_votes(rows: pl.DataFrame) -> pl.DataFrame:
     )
     has_votes = pl.col("role") != "pool"
     return totals.with_columns(pl.when(has_votes).then(pl.col(SHARES) / pl.col("weight")))
+
+
+def _align_judgements(rows: pl.DataFrame) -> pl.DataFrame:
+    """Turn the votes of rows round whose responses stand in another order than in the pair's first row.
+
+    Returns:
+        For each row: role, key (a hash of its pair in either order), weight, both_bad, and the shares of
+        the votes, in which A is what the pair's first row has as A.
+    """
+    keys = pl.DataFrame(
+        list(_hash_pairs(rows)), schema={"key": pl.Binary, "is_swapped": pl.Boolean}, orient="row"
+    )
+    judgements = rows.select("role", "weight", *SHARES, "both_bad").with_columns(keys)
+
+    is_same_order = pl.col("is_swapped") == pl.col("is_swapped").first().over("role", "key")
+    share_a = pl.when(is_same_order).then("p_model_a").otherwise("p_model_b")
+    share_b = pl.when(is_same_order).then("p_model_b").otherwise("p_model_a")
+    return judgements.with_columns(p_model_a=share_a, p_model_b=share_b)
 
 
 def _most_voted() -> pl.Expr:
@@ -238,14 +251,16 @@ def _hash_turns(turns: list[str]) -> bytes:
 
 
 def _make_ids_unique(ids: list[str], sources: list[str]) -> list[str]:
-    """Return an id for each row: its own, or with the source, or with the source and a number."""
+    """Make each row's id unique: of equal ids, the first stays, and another becomes source:id, or source:id:2 and so on."""
     used: set[str] = set()
     unique_ids = []
     for row_id, source in zip(ids, sources, strict=True):
         unique_id = row_id
         number = 1
         while unique_id in used:
-            unique_id = f"{source}:{row_id}" if number == 1 else f"{source}:{row_id}:{number}"
+            unique_id = f"{source}:{row_id}"
+            if number > 1:
+                unique_id = f"{unique_id}:{number}"
             number += 1
         used.add(unique_id)
         unique_ids.append(unique_id)

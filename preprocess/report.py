@@ -37,6 +37,10 @@ def sources_table(rows: pl.DataFrame, pairs: Pairs) -> Table:
 
     `again` counts rows that judge a pair of an earlier row. A, B, tie and longer are the shares of pairs
     that A, B, nobody and the longer response won.
+
+    Args:
+        rows: All rows that were read, with source, role and, where one cannot be used, a reason.
+        pairs: What was made of them.
     """
     table = Table(box=box.SIMPLE_HEAD)
     for heading in HEADINGS:
@@ -48,10 +52,10 @@ def sources_table(rows: pl.DataFrame, pairs: Pairs) -> Table:
     kept_sources = name_sources(pairs.table)
     names = sources.unique(maintain_order=True).to_list()
     for name in names:
+        source_rows = rows.filter(sources == name)
         kept = pairs.table.filter(kept_sources == name)
-        table.add_row(
-            name, *_describe_rows(rows.filter(sources == name), kept, pairs.united.get(name, 0))
-        )
+        cells = _describe_rows(source_rows, kept, pairs.united.get(name, 0))
+        table.add_row(name, *cells)
 
     if len(names) > 1:
         table.add_section()
@@ -60,14 +64,18 @@ def sources_table(rows: pl.DataFrame, pairs: Pairs) -> Table:
 
 
 def _describe_rows(rows: pl.DataFrame, kept: pl.DataFrame, united: int) -> list[str]:
-    """Return the cells of a line of the table, but for its name."""
-    reasons = (
-        rows["reason"]
-        .drop_nulls()
-        .value_counts()
-        .sort(["count", "reason"], descending=[True, False])
-    )
-    rejected = [f"{reason}: {count:,}" for reason, count in reasons.iter_rows()]
+    """Write the cells of a line of the table, but for its name.
+
+    Args:
+        rows: The rows of a source.
+        kept: The pairs that were made of them.
+        united: How many rows became part of an earlier pair.
+    """
+    # The commonest reason comes first.
+    counts = rows["reason"].drop_nulls().value_counts()
+    counts = counts.sort(["count", "reason"], descending=[True, False])
+    rejected = [f"{reason}: {count:,}" for reason, count in counts.iter_rows()]
+
     win_rates = [_format_percent((kept["winner"] == verdict).mean()) for verdict in VERDICTS]
     return [
         f"{rows.height:,}",
@@ -91,10 +99,12 @@ def longer_answer_wins(table: pl.DataFrame) -> pl.Series:
 
 
 def _list_languages(languages: pl.Series) -> str:
+    """List the commonest languages with their numbers of rows, and sum up the others."""
     counts = languages.value_counts().sort(["count", "language"], descending=[True, False])
-    lines = [
-        f"{language} {count:,}" for language, count in counts.head(LANGUAGES_SHOWN).iter_rows()
-    ]
+    lines = []
+    for language, count in counts.head(LANGUAGES_SHOWN).iter_rows():
+        lines.append(f"{language} {count:,}")
+
     others = counts["count"][LANGUAGES_SHOWN:]
     if len(others) > 0:
         lines.append(f"{len(others)} more {others.sum():,}")
@@ -106,17 +116,15 @@ def _format_percent(share: float | None) -> str:
 
 
 def summary(pairs: Pairs, folds: int, threshold: float) -> list[str]:
-    """Return lines that say how the pairs were grouped and spread over folds."""
+    """Say in a few lines how the pairs were grouped and spread over folds.
+
+    Args:
+        pairs: The pairs.
+        folds: The number of folds.
+        threshold: The similarity from which on two prompts share a group.
+    """
     table = pairs.table
-    groups = table["group"].value_counts().sort(["count", "group"], descending=[True, False])
-    largest = table.filter(pl.col("group") == groups["group"][0])
-    largest_size = _count(largest.height, "pair")
-    largest_prompts = _count(largest["prompt"].n_unique(), "prompt")
-    first_prompt = snippet(" ".join(largest["prompt"][0]), SUMMARY_SNIPPET)
-    lines = [
-        f"{table.height:,} pairs in {groups.height:,} groups of prompts that are equal or of similarity {threshold:g} or more; "
-        f'the largest: {largest_size} with {largest_prompts}, "{first_prompt}"'
-    ]
+    lines = [_describe_groups(table, threshold)]
 
     training_folds = table.filter(role="train")["fold"].to_numpy()
     fold_sizes = np.bincount(training_folds, minlength=folds).tolist()
@@ -134,16 +142,28 @@ def summary(pairs: Pairs, folds: int, threshold: float) -> list[str]:
         lines.append(
             f"dropped because their prompt is like one of the lockbox: {_count(pairs.dropped.height, 'row')}"
         )
+
     for joined in pairs.joined:
-        change = (
-            "stays in"
-            if joined.fold_now == joined.fold_before
-            else f"moves from fold {joined.fold_before} to"
-        )
+        change = "stays in"
+        if joined.fold_now != joined.fold_before:
+            change = f"moves from fold {joined.fold_before} to"
         lines.append(
             f"a later file joined two groups of earlier ones: the group of {joined.id} {change} fold {joined.fold_now}"
         )
     return lines
+
+
+def _describe_groups(table: pl.DataFrame, threshold: float) -> str:
+    """Say how many groups of like prompts the pairs are in, and which is the largest."""
+    groups = table["group"].value_counts().sort(["count", "group"], descending=[True, False])
+    largest = table.filter(pl.col("group") == groups["group"][0])
+    largest_size = _count(largest.height, "pair")
+    largest_prompts = _count(largest["prompt"].n_unique(), "prompt")
+    first_prompt = snippet(" ".join(largest["prompt"][0]), SUMMARY_SNIPPET)
+    return (
+        f"{table.height:,} pairs in {groups.height:,} groups of prompts that are equal or of similarity {threshold:g} or more; "
+        f'the largest: {largest_size} with {largest_prompts}, "{first_prompt}"'
+    )
 
 
 def no_leaks(report: LeakReport, threshold: float, against: list[str]) -> str:

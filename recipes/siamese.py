@@ -107,15 +107,13 @@ def read_rows(path: Path, columns: Sequence[str]) -> pl.DataFrame:
         reason = " ".join(str(error).split())[:150]
         raise UserError(f"{path}: cannot be read ({reason}); pairs are made by python -m preprocess") from None
 
-    problem = None
     missing_columns = [name for name in columns if name not in rows.columns]
     if missing_columns:
-        problem = f"no column {', '.join(missing_columns)}"
-    elif rows.is_empty():
-        problem = "no rows"
-    if problem:
-        raise UserError(f"{path}: {problem}; expected {', '.join(columns)}")
+        raise UserError(f"{path}: no column {', '.join(missing_columns)}; expected {', '.join(columns)}")
+    if rows.is_empty():
+        raise UserError(f"{path}: no rows; expected {', '.join(columns)}")
 
+    # pairs.parquet has a list of turns where a competition's file has a text.
     turns = pl.selectors.list() & pl.selectors.by_name(*TEXTS)
     rows = rows.with_columns(turns.list.join("\n"))
     rows = rows.with_columns(pl.col("id").cast(pl.String), pl.col(TEXTS).cast(pl.String).fill_null(""))
@@ -159,9 +157,13 @@ def choose_trainable(pairs: pl.DataFrame) -> pl.DataFrame:
 
 
 def split(pairs: pl.DataFrame, options: argparse.Namespace) -> Parts:
-    """Hold out a fold, and draw a tenth of the other groups to say when to stop.
+    """Hold out a fold, and draw a tenth of the other groups of prompts to say when to stop.
 
     Extra rows are trained on, and never measured: neither held out nor a reason to stop.
+
+    Args:
+        pairs: Rows with role, group and fold.
+        options: The command line, of which fold, seed and batch_size count.
 
     Raises:
         UserError: There is no such fold, or fewer training rows than a batch has.
@@ -172,11 +174,13 @@ def split(pairs: pl.DataFrame, options: argparse.Namespace) -> Parts:
         folds = ", ".join(map(str, sorted(pairs["fold"].unique())))
         raise UserError(f"{options.pairs}: --fold is {options.fold}, but the folds in the file are {folds}")
 
+    # Whole groups are drawn, so that no prompt is both trained on and a reason to stop.
     human_votes = others.filter(pl.col("role") == "train")
     groups = human_votes["group"].unique().sort().to_numpy()
     groups = np.random.default_rng(options.seed).permutation(groups)
-    stopping_groups = groups[: max(len(groups) // 10, 1)].tolist()
-    is_stopping = pl.col("group").is_in(stopping_groups)
+    stopping_count = max(len(groups) // 10, 1)
+    is_stopping = pl.col("group").is_in(groups[:stopping_count].tolist())
+
     training = others.filter(~is_stopping)
     if len(training) < options.batch_size:
         raise UserError(f"{options.pairs}: too few rows for --batch-size {options.batch_size}; lower it")
@@ -209,11 +213,17 @@ def find_tokenizer(path: Path | None, vocabulary: int, training: pl.DataFrame) -
 
 
 def train_tokenizer(vocabulary: int, training: pl.DataFrame) -> Tokenizer:
-    """Train a byte-level BPE on the prompts and responses of the training rows."""
+    """Train a byte-level BPE, whose tokens are frequent sequences of bytes, on the texts of the training rows.
+
+    Args:
+        vocabulary: How many tokens it has.
+        training: The training rows.
+    """
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = byte_level
     trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=byte_level.alphabet(), show_progress=False)
+
     texts = []
     for name in TEXTS:
         texts += training[name].to_list()
@@ -229,24 +239,32 @@ def encode_rows(rows: pl.DataFrame, tokenizer: Tokenizer, tokens: int) -> list[S
         encoded[name] = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
 
     pairs = []
-    for prompt, a, b in zip(*encoded.values(), strict=True):
-        side_a = join_side(prompt.ids, a.ids, tokens)
-        side_b = join_side(prompt.ids, b.ids, tokens)
+    texts_of_rows = zip(encoded["prompt"], encoded["response_a"], encoded["response_b"], strict=True)
+    for prompt, response_a, response_b in texts_of_rows:
+        side_a = join_side(prompt.ids, response_a.ids, tokens)
+        side_b = join_side(prompt.ids, response_b.ids, tokens)
         pairs.append((side_a, side_b))
     return pairs
 
 
 def join_side(prompt: list[int], response: list[int], tokens: int) -> list[int]:
-    """Join the end of the prompt, a separator, and the response without its middle."""
-    prompt_tokens = tokens // 4
-    prompt = prompt[max(len(prompt) - prompt_tokens, 0) :]
+    """Join a prompt and a response to one sequence of token ids, a separator between them.
 
-    response_tokens = max(tokens - len(prompt) - 1, 1)
-    if len(response) > response_tokens:
-        beginning = response[: (response_tokens + 1) // 2]
-        end = response[len(response) - response_tokens // 2 :]
+    Args:
+        prompt: The prompt's token ids; the end of it is kept, in a quarter of the tokens at most.
+        response: The response's token ids; what does not fit is cut out of its middle.
+        tokens: The most that the sequence may have.
+    """
+    most_of_prompt = tokens // 4
+    prompt = prompt[max(len(prompt) - most_of_prompt, 0) :]
+
+    most_of_response = max(tokens - len(prompt) - 1, 1)
+    if len(response) > most_of_response:
+        beginning = response[: (most_of_response + 1) // 2]
+        end = response[len(response) - most_of_response // 2 :]
         response = beginning + end
 
+    # The first ids are reserved for padding and separator.
     shifted_prompt = [token + RESERVED for token in prompt]
     shifted_response = [token + RESERVED for token in response]
     return [*shifted_prompt, SEPARATOR, *shifted_response]
@@ -264,8 +282,11 @@ def make_ordered_batches(pairs: list[Sides], targets: np.ndarray, weights: np.nd
         weights: The rows' weights in the loss, (rows,).
         size: Rows of a batch.
     """
+    # So many rows are missing to a multiple of `size`.
     filler_count = -len(pairs) % size
-    filled = pairs + [([SEPARATOR], [SEPARATOR])] * filler_count
+    filler = ([SEPARATOR], [SEPARATOR])
+    filled = pairs + [filler] * filler_count
+
     # Keras divides the loss by all rows, the filler too.
     weights = weights * (len(filled) / len(pairs))
     targets = np.pad(targets, (0, filler_count))
@@ -301,6 +322,7 @@ def make_shuffled_batches(
 
     def draw_batches() -> np.ndarray:
         rows = rng.permutation(len(pairs))[: count * size]
+        # Rows of about the same length change places, or every epoch would have the same batches.
         blurred_lengths = lengths[rows] + LENGTH_NOISE * rng.random(len(rows))
         rows_by_length = rows[np.argsort(blurred_lengths, kind="stable")]
         return rng.permutation(rows_by_length.reshape(count, size))
@@ -331,8 +353,11 @@ def make_dataset(
             # Both sides of a batch are padded to one length: the model stacks them.
             sides = [pairs[row][0] for row in rows] + [pairs[row][1] for row in rows]
             ids = keras.utils.pad_sequences(sides, padding="post", value=PADDING)
-            yield (ids[:size], ids[size:]), targets[rows, None], weights[rows, None]
+            ids_a = ids[:size]
+            ids_b = ids[size:]
+            yield (ids_a, ids_b), targets[rows, None], weights[rows, None]
 
+    # Every batch has `size` rows, and as many tokens as its longest side.
     ids = tf.TensorSpec((size, None), tf.int32)
     value = tf.TensorSpec((size, 1), tf.float32)
     dataset = tf.data.Dataset.from_generator(generate, output_signature=((ids, ids), value, value))
@@ -423,14 +448,22 @@ def train(parts: Parts, tokenizer: Tokenizer, options: argparse.Namespace) -> ke
 
 
 def predict(rows: pl.DataFrame, options: argparse.Namespace) -> pl.DataFrame:
-    """Add p_VERDICT by the model in --out, and that of each order: both are the same once swapped back."""
+    """Add the predicted probabilities to rows, by the model and the tokenizer in --out.
+
+    Args:
+        rows: Rows with id and the three texts.
+        options: The command line.
+
+    Returns:
+        The rows with p_VERDICT and the same of each order: both are equal by construction.
+    """
     model = keras.saving.load_model(options.out / "model.keras", compile=False)
     tokenizer = Tokenizer.from_file(str(options.out / "tokenizer.json"))
     sides = encode_rows(rows, tokenizer, options.tokens)
     unused = np.zeros(len(rows))
     batches = make_ordered_batches(sides, unused, unused, options.batch_size)
 
-    # The last rows fill up a batch.
+    # The last rows only fill up a batch.
     p_model_a = model.predict(batches, verbose=0)[: len(rows), 0].astype(np.float64)
     columns = {}
     for order in ("", "_as_given", "_swapped"):
@@ -448,11 +481,14 @@ def measure(rows: pl.DataFrame) -> dict[str, float]:
     is_decided = (rows["winner"] != "tie").to_numpy()
     a_won = (rows["winner"] == "model_a").to_numpy()
     p_model_a = rows["p_model_a"].to_numpy()
-    accuracy = ((p_model_a >= 0.5) == a_won)[is_decided].mean()
+    is_right = (p_model_a >= 0.5) == a_won
+    accuracy = is_right[is_decided].mean()
 
+    # What picking the longer response would get right, a model's least duty.
     length_a = rows["response_a"].str.len_chars().to_numpy()
     length_b = rows["response_b"].str.len_chars().to_numpy()
-    accuracy_of_longer = ((length_a >= length_b) == a_won)[is_decided].mean()
+    longer_is_right = (length_a >= length_b) == a_won
+    accuracy_of_longer = longer_is_right[is_decided].mean()
 
     target = rows["target"].to_numpy()
     loss_if_a = -np.log(np.clip(p_model_a, SMALLEST, 1))
@@ -480,11 +516,14 @@ def save_whole(path: Path, save: Callable[[Path], object]) -> None:
 
 def collect_settings(options: argparse.Namespace) -> dict[str, object]:
     """Collect everything that decides the result: options, and hashes of pairs, tokenizer and script."""
-    files = {"pairs": options.pairs, "tokenizer": options.tokenizer, "script": Path(__file__)}
     settings = {}
     for name, value in vars(options).items():
-        if name not in (*files, "out", "test"):
+        is_path = name in ("pairs", "tokenizer", "out", "test")
+        if not is_path:
             settings[name] = value
+
+    # Files count by their content, wherever they lie.
+    files = {"pairs": options.pairs, "tokenizer": options.tokenizer, "script": Path(__file__)}
     for name, path in files.items():
         settings[f"{name}_sha256"] = None
         if path is not None:
@@ -546,6 +585,7 @@ def main() -> None:
     if options.test:
         test = read_rows(options.test, ("id", *TEXTS))
 
+    # TensorFlow takes this only before it is used.
     cpu = tf.config.list_physical_devices("CPU")[0]
     logical_cpus = [tf.config.LogicalDeviceConfiguration()] * options.cpu_devices
     tf.config.set_logical_device_configuration(cpu, logical_cpus)

@@ -82,34 +82,37 @@ def check_model(run: Run) -> list[list[str]]:
     """
     skeleton = model_skeleton(run.weights, run.contract)
     base_model = run.contract.base_model
-    layers = linear_layers(skeleton.shapes)
-    names_left = set()
-    for name in layers:
-        names_left.add(re.sub(r".*\.layers\.\d+\.", "", name).removesuffix(".weight"))
+    shapes = select_linear_weights(skeleton.shapes)
+
+    # A layer's name within its decoder's layer: model.layers.7.mlp.up_proj.weight is mlp.up_proj.
+    layer_names = set()
+    for weight in shapes:
+        layer_names.add(re.sub(r".*\.layers\.\d+\.", "", weight).removesuffix(".weight"))
 
     groups = []
     for group in GROUPS:
-        groups.append([name for name in group if name in names_left])
-        names_left -= set(group)
-    if not layers or names_left:
+        groups.append([name for name in group if name in layer_names])
+        layer_names -= set(group)
+    has_other_layers = len(layer_names) > 0
+    if not shapes or has_other_layers:
         raise UserError(
             f"pairwise.package.quantize: GPTQ is for decoders with Llama's or Phi-3's names of layers, {base_model} is a "
             f"{skeleton.config.model_type}; write int8, or none if it is small"
         )
 
-    for name, (outputs, inputs) in layers.items():
-        if inputs % GROUP_SIZE or outputs % OUTPUTS:
+    for weight, (outputs, inputs) in shapes.items():
+        if inputs % GROUP_SIZE != 0 or outputs % OUTPUTS != 0:
             raise UserError(
-                f"pairwise.package.quantize: GPTQ takes groups of {GROUP_SIZE} inputs and {OUTPUTS} outputs, {name} of "
+                f"pairwise.package.quantize: GPTQ takes groups of {GROUP_SIZE} inputs and {OUTPUTS} outputs, {weight} of "
                 f"{base_model} has {inputs} and {outputs}; write nf4 or int8"
             )
     return groups
 
 
-def linear_layers(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Select the weights that are quantised, with their shapes (outputs, inputs)."""
-    layers = {}
+def select_linear_weights(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Select the weights of linear layers, which are quantised, with their shapes (outputs, inputs)."""
+    linear_shapes = {}
     for name, shape in shapes.items():
         if ".layers." in name and len(shape) == 2:
-            layers[name] = shape
-    return layers
+            linear_shapes[name] = shape
+    return linear_shapes

@@ -35,41 +35,49 @@ def main(job_file: Path, out: Path) -> None:
     """
     job = json.loads(job_file.read_text(encoding="utf-8"))
     torch.manual_seed(0)
-    # float16 is several times slower on a CPU; what is kept is float16 either way.
-    has_gpu = torch.cuda.is_available()
-    device = "cuda" if has_gpu else "cpu"
-    dtype = torch.float16 if has_gpu else torch.float32
-    model = getattr(transformers, job["architecture"]).from_pretrained(
-        job["model"],
-        dtype=dtype,
-        attn_implementation=job["attention"],
-        local_files_only=True,
-        use_safetensors=True,
-    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_model(job, device)
 
-    dataset = []
+    calibration_rows = []
     for ids in job["sequences"]:
-        dataset.append({"input_ids": [ids], "attention_mask": [[1] * len(ids)]})
+        mask = [1] * len(ids)
+        calibration_rows.append({"input_ids": [ids], "attention_mask": [mask]})
     longest = max(len(ids) for ids in job["sequences"])
+
+    # Kept outputs go from layer to layer with the first one's mask, which is every layer's only
+    # within the window.
     window = getattr(model.config, "sliding_window", None)
+    keeps_outputs = window is None or longest <= window
 
     quantizer = GPTQQuantizer(
         bits=job["bits"],
         group_size=job["group_size"],
         desc_act=False,
         sym=True,
-        dataset=dataset,
+        dataset=calibration_rows,
         model_seqlen=longest,
         block_name_to_quantize="model.layers",
         modules_in_block_to_quantize=job["groups"],
-        # Kept outputs go from layer to layer with the first one's mask, which is every layer's only
-        # within the window.
-        cache_block_outputs=window is None or longest <= window,
+        cache_block_outputs=keeps_outputs,
         # The backend whose words stay in the standard order when it is made ready to run.
         backend="gptq_torch",
     )
     quantizer.quantize_model(model.to(device))
     save(model.to("cpu"), quantizer, out)
+
+
+def load_model(job: dict, device: str) -> torch.nn.Module:
+    """Load the 16-bit model that a job names, in the dtype that is quick on the device."""
+    # float16 is several times slower on a CPU; what is kept is float16 either way.
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    model_class = getattr(transformers, job["architecture"])
+    return model_class.from_pretrained(
+        job["model"],
+        dtype=dtype,
+        attn_implementation=job["attention"],
+        local_files_only=True,
+        use_safetensors=True,
+    )
 
 
 def save(model: torch.nn.Module, quantizer: GPTQQuantizer, out: Path) -> None:
@@ -78,15 +86,17 @@ def save(model: torch.nn.Module, quantizer: GPTQQuantizer, out: Path) -> None:
     Args:
         model: The model, on the CPU.
         quantizer: What quantised it.
-        out: The folder to write to. config.json has none of the calibration's rows.
+        out: The folder to write to.
     """
+    # config.json must not hold the calibration's rows.
     quantizer.dataset = None
     model.config.quantization_config = quantizer.to_dict()
     model.config.dtype = torch.float16
-    # It converts gptqmodel's own format, gptq_v2, back to gptq.
+    # This converts gptqmodel's own format, gptq_v2, back to gptq.
     quantizer.save(model, str(out), max_shard_size="1TB")
     (out / "quantize_config.json").unlink()
 
+    # Only what loading needs, so that a package is the same on every machine.
     versions = [f"{name}:{version(name)}" for name in ("optimum", "gptqmodel")]
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     config["dtype"] = "float16"

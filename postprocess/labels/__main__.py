@@ -40,14 +40,17 @@ from recipes.pairwise.graph.step import visible_gpus
 @exits_with_2
 def main(teacher: str, only_run: str | None, ray_workers: int) -> None:
     """Label the rows of a teacher's pairs file."""
+    # It would make the recipe that of one fold.
     if "PAIRWISE_FOLD" in os.environ:
         raise UserError("PAIRWISE_FOLD is set; unset it, labels are of all folds")
     recipe = read_recipe(find_recipe(teacher))
+
     # With several GPUs, a process for each fold scores first. Here its scores are then read and joined.
     gpus = visible_gpus()
     if len(gpus) > 1 and only_run is None and not ray_workers:
         score_on_gpus(recipe, gpus)
 
+    # Imported late, so that --help and mistakes in the recipe are quick.
     import_torch()
     from postprocess.labels.labels import make_labels  # noqa: PLC0415  needs torch
 
@@ -64,33 +67,45 @@ def score_on_gpus(recipe: Recipe, gpus: list[str]) -> None:
     Raises:
         UserError: A process failed; it has printed why.
     """
+    run_names = []
+    for fold in list_folds(read_pairs(Path(recipe.pairwise.pairs))):
+        name = f"fold-{fold}"
+        if (recipe.run_folder / name).is_dir():
+            run_names.append(name)
+
+    # There are as many threads as GPUs: a thread that begins with a run always finds a free one.
     free_gpus: queue.Queue[str] = queue.Queue()
     for gpu in gpus:
         free_gpus.put(gpu)
-
-    def score_fold(fold: int) -> int:
-        gpu = free_gpus.get()
-        command = [
-            sys.executable,
-            "-m",
-            "postprocess.labels",
-            str(recipe.path),
-            "--run",
-            f"fold-{fold}",
-        ]
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
-        exit_code = subprocess.run(command, env=environment, check=False).returncode
-        free_gpus.put(gpu)
-        return exit_code
-
-    folds = []
-    for fold in list_folds(read_pairs(Path(recipe.pairwise.pairs))):
-        if (recipe.run_folder / f"fold-{fold}").is_dir():
-            folds.append(fold)
     with ThreadPoolExecutor(max_workers=len(gpus)) as threads:
-        exit_codes = list(threads.map(score_fold, folds))
+        processes = [
+            threads.submit(score_on_free_gpu, recipe, name, free_gpus) for name in run_names
+        ]
+
+    # Every fold is scored to its end, even where one fails.
+    exit_codes = [process.result() for process in processes]
     if any(exit_codes):
         raise UserError(f"{recipe.run_folder}: a fold could not be scored; see above")
+
+
+def score_on_free_gpu(recipe: Recipe, run_name: str, free_gpus: queue.Queue[str]) -> int:
+    """Score with one run in a process that sees one GPU.
+
+    Args:
+        recipe: The teacher's recipe.
+        run_name: The run's folder in the teacher's, e.g. fold-0.
+        free_gpus: The GPU is taken from there, and put back afterwards.
+
+    Returns:
+        The exit code of the process.
+    """
+    gpu = free_gpus.get()
+    command = [sys.executable, "-m", "postprocess.labels", str(recipe.path), "--run", run_name]
+    # The process sees this GPU as its only one.
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
+    exit_code = subprocess.run(command, env=environment, check=False).returncode
+    free_gpus.put(gpu)
+    return exit_code
 
 
 if __name__ == "__main__":

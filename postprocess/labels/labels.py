@@ -32,7 +32,7 @@ class TeacherRun:
 
     Attributes:
         name: Its folder within the teacher's: fold-0, or "." for the teacher's own.
-        fold: The fold that it held out; None where it was trained on all rows.
+        fold: The fold of rows that it was not trained on; None where it was trained on all of them.
         run: The run.
     """
 
@@ -46,7 +46,7 @@ def make_labels(recipe: Recipe, only_run: str | None = None, ray_workers: int = 
 
     Args:
         recipe: The teacher's recipe.
-        only_run: Score with this run alone, and leave the files to another call.
+        only_run: Score with the run of this name alone, and leave the files to another call.
         ray_workers: How many workers of a Ray cluster score; 0 for this process.
 
     Raises:
@@ -57,16 +57,12 @@ def make_labels(recipe: Recipe, only_run: str | None = None, ray_workers: int = 
     pairs_sha256 = sha256(pairs_file)
     folder = recipe.run_folder
     teacher_runs = find_runs(recipe, pairs, pairs_sha256)
-
     if only_run is not None:
-        names = [teacher_run.name for teacher_run in teacher_runs]
-        if names == [OWN_RUN]:
-            raise UserError(f"--run {only_run}: {folder} has no runs of its folds; leave --run out")
-        if only_run not in names:
-            raise UserError(f"--run {only_run}: {folder} has the runs {', '.join(names)}")
-        score_with_run(teacher_runs[names.index(only_run)], pairs, pairs_sha256, ray_workers)
+        selected_run = select_run(teacher_runs, only_run, folder)
+        score_with_run(selected_run, pairs, pairs_sha256, ray_workers)
         return
 
+    # A fold that is scored already is read from its chunks.
     tables = {}
     records = {}
     for teacher_run in teacher_runs:
@@ -75,12 +71,33 @@ def make_labels(recipe: Recipe, only_run: str | None = None, ray_workers: int = 
     labels = average_runs(tables)
     with atomic_file(folder / LABELS) as temporary:
         labels.write_parquet(temporary)
+
     # The runs of one recipe have the same verdicts.
     verdicts = teacher_runs[0].run.contract.verdicts
     record = {"pairs_sha256": pairs_sha256, "verdicts": list(verdicts), "runs": records}
     write_json(folder / LABELS_RECORD, record)
     print(f"{folder / LABELS}: {len(labels):,} of {len(pairs):,} rows, by {len(records)} run(s)")
     measure_lockbox(folder, labels, pairs, verdicts)
+
+
+def select_run(teacher_runs: Sequence[TeacherRun], name: str, folder: Path) -> TeacherRun:
+    """Select the run that the user has named.
+
+    Args:
+        teacher_runs: The teacher's runs.
+        name: The value of --run.
+        folder: The teacher's folder, for the message.
+
+    Raises:
+        UserError: The teacher has no such run.
+    """
+    runs_by_name = {teacher_run.name: teacher_run for teacher_run in teacher_runs}
+    if name in runs_by_name:
+        return runs_by_name[name]
+
+    if OWN_RUN in runs_by_name:
+        raise UserError(f"--run {name}: {folder} has no runs of its folds; leave --run out")
+    raise UserError(f"--run {name}: {folder} has the runs {', '.join(runs_by_name)}")
 
 
 def score_with_run(
@@ -105,6 +122,7 @@ def score_with_run(
         raise UserError(
             f"{teacher_run.run.folder}: was trained on every row of its pairs file; hold out a fold, or add a pool"
         )
+    # What was scored under another key is scored again.
     key = {"pairs_sha256": pairs_sha256, **describe_run(teacher_run)}
     chunks_folder = teacher_run.run.folder / CHUNKS
     return score_rows(teacher_run.run, rows, key, chunks_folder, ray_workers)
@@ -112,12 +130,13 @@ def score_with_run(
 
 def describe_run(teacher_run: TeacherRun) -> dict[str, object]:
     """Describe a run as labels.json does: the fold that it held out, and which training it is of."""
+    # A new training writes a new contract, in which it records its time.
     contract_sha256 = sha256(teacher_run.run.folder / "contract.json")
     return {"fold": teacher_run.fold, "contract_sha256": contract_sha256}
 
 
 def find_runs(recipe: Recipe, pairs: pl.DataFrame, pairs_sha256: str) -> list[TeacherRun]:
-    """Find a teacher's runs: those of all its folds, or its own where it has none.
+    """Find the trained models of a teacher: one for each fold of a cross-validation, or its only one.
 
     Args:
         recipe: The teacher's recipe.
@@ -125,45 +144,63 @@ def find_runs(recipe: Recipe, pairs: pl.DataFrame, pairs_sha256: str) -> list[Te
         pairs_sha256: The file's hash, which every run must have recorded.
 
     Raises:
-        UserError: A fold is missing, or a run is not what its folder says.
+        UserError: The run of a fold is missing, or was trained on the fold's rows.
     """
-    folder = recipe.run_folder
     folds = list_folds(pairs)
-    fold_folders = {fold: folder / f"fold-{fold}" for fold in folds}
-    has_folds = any((path / "contract.json").is_file() for path in fold_folders.values())
-
-    if not has_folds:
-        held_out = read_fold(folder, pairs_sha256)
-        run = read_run(recipe)
-        return [TeacherRun(OWN_RUN, held_out, run)]
+    fold_folders = {fold: recipe.run_folder / f"fold-{fold}" for fold in folds}
+    is_cross_validation = any(
+        (fold_folder / "contract.json").is_file() for fold_folder in fold_folders.values()
+    )
+    if not is_cross_validation:
+        held_out_fold = read_fold(recipe.run_folder, pairs_sha256)
+        return [TeacherRun(OWN_RUN, held_out_fold, read_run(recipe))]
 
     runs = []
     for fold, fold_folder in fold_folders.items():
-        held_out = read_fold(fold_folder, pairs_sha256)
-        if held_out != fold:
-            raise UserError(
-                f"{fold_folder / 'metrics.json'}: fold {held_out} was held out here, not {fold}: this run was "
-                f"trained on the rows of fold {fold}; train it again with make cv R={folder.name}"
-            )
+        check_held_out(fold_folder, fold, pairs_sha256)
+        # The folds share a recipe: each run is read with the fold and the folder of its own.
         block = recipe.pairwise.model_copy(update={"fold": fold})
-        run = read_run(replace(recipe, run_folder=fold_folder, pairwise=block))
-        runs.append(TeacherRun(fold_folder.name, fold, run))
+        recipe_of_fold = replace(recipe, run_folder=fold_folder, pairwise=block)
+        runs.append(TeacherRun(fold_folder.name, fold, read_run(recipe_of_fold)))
     return runs
 
 
+def check_held_out(fold_folder: Path, fold: int, pairs_sha256: str) -> None:
+    """Raise UserError unless the run in a fold's folder was trained without that fold's rows."""
+    held_out_fold = read_fold(fold_folder, pairs_sha256)
+    if held_out_fold != fold:
+        raise UserError(
+            f"{fold_folder / 'metrics.json'}: fold {held_out_fold} was held out here, not {fold}: this run was "
+            f"trained on the rows of fold {fold}; train it again with make cv R={fold_folder.parent.name}"
+        )
+
+
 def read_fold(folder: Path, pairs_sha256: str) -> int | None:
-    """Read which fold a run held out; None for a run that was trained on all rows."""
+    """Read from a run's metrics.json which fold of rows it was not trained on.
+
+    Args:
+        folder: The run's folder.
+        pairs_sha256: The hash of the pairs file that it must have been trained on.
+
+    Returns:
+        The fold; None for a run that was trained on all rows.
+
+    Raises:
+        UserError: There is no metrics.json, or it is of another pairs file.
+    """
     file = folder / "metrics.json"
     if not file.is_file():
         raise UserError(
             f"{file}: no such file; train the teacher's folds with make cv R={folder.parent.name}"
         )
-    values = read_object(file)
-    if values.get("pairs_sha256") != pairs_sha256:
+
+    # Rows get their folds with the file: those of another one may be other rows.
+    recorded = read_object(file)
+    if recorded.get("pairs_sha256") != pairs_sha256:
         raise UserError(
             f"{file}: trained on another pairs file than the recipe's as it is now; train again"
         )
-    fold = values.get("fold")
+    fold = recorded.get("fold")
     return None if fold == "all" else fold
 
 
@@ -174,10 +211,10 @@ def choose_rows(pairs: pl.DataFrame, fold: int | None) -> pl.DataFrame:
         pairs: The rows of the pairs file.
         fold: The fold that the run held out; None where it was trained on all rows with votes.
     """
-    has_votes = pl.col("role").is_in(["train", "extra"])
-    if fold is None:
-        return pairs.filter(~has_votes)
-    return pairs.filter(~has_votes | (pl.col("fold") == fold))
+    is_trained_on = pl.col("role").is_in(["train", "extra"])
+    if fold is not None:
+        is_trained_on &= pl.col("fold") != fold
+    return pairs.filter(~is_trained_on)
 
 
 def average_runs(tables: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
@@ -190,6 +227,7 @@ def average_runs(tables: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
         id, runs (the names of those that scored the row), and the probabilities of the mean and of each
         order; sorted by id.
     """
+    # The mean of both orders has no suffix, each order its name.
     columns = []
     for suffix in SUFFIXES:
         columns += label_columns(suffix)
@@ -198,17 +236,18 @@ def average_runs(tables: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
     for name, table in tables.items():
         named_tables.append(table.select("id", pl.lit(name).alias("runs"), *columns))
     rows = pl.concat(named_tables)
+    # Most rows were scored by one run; pool and lockbox rows by all of them.
     return rows.group_by("id").agg(pl.col("runs"), pl.col(columns).mean()).sort("id")
 
 
 def measure_lockbox(
-    folder: Path, labels: pl.DataFrame, pairs: pl.DataFrame, verdicts: Sequence[str]
+    folder: Path, labels: pl.DataFrame, pairs: pl.DataFrame, verdicts: tuple[str, ...]
 ) -> None:
-    """Score the lockbox against its human votes, print that and write lockbox.json.
+    """Measure a teacher on the lockbox, the test rows that no run was trained on; print and write lockbox.json.
 
     Args:
         folder: The teacher's folder.
-        labels: Its labels.
+        labels: Its labels: id, and the probabilities of each verdict in both orders.
         pairs: The rows of the pairs file. Without lockbox rows, nothing is written.
         verdicts: The teacher's verdicts.
     """
@@ -216,14 +255,17 @@ def measure_lockbox(
     if lockbox.is_empty():
         return
 
-    orders = []
+    # The metrics want one array of shape (rows, orders, verdicts).
+    probabilities_of_orders = []
     for order in metrics.ORDERS:
         columns = [f"p_{verdict}_{order}" for verdict in verdicts]
-        orders.append(lockbox.select(columns).to_numpy())
-    probabilities_rov = np.stack(orders, axis=1)
-    scores = metrics.scores(
-        probabilities_rov, targets(lockbox, tuple(verdicts)), winners(lockbox, tuple(verdicts))
-    )
+        probabilities_of_orders.append(lockbox.select(columns).to_numpy())
+    probabilities_rov = np.stack(probabilities_of_orders, axis=1)
+
+    # Votes, and not labels, decide what is right.
+    labels_rv = targets(lockbox, verdicts)
+    winners_r = winners(lockbox, verdicts)
+    scores = metrics.scores(probabilities_rov, labels_rv, winners_r)
     write_json(folder / LOCKBOX, scores | {"rows": len(lockbox)})
     print(
         f"lockbox: accuracy {scores['accuracy']:.4f}, log loss {scores['log_loss']:.4f} on {len(lockbox):,} rows"

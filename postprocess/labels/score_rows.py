@@ -96,21 +96,24 @@ def score_rows(
 
 
 def prepare_folder(folder: Path, key: dict) -> None:
-    """Make the chunks' folder; chunks of another key are removed."""
+    """Make a folder for chunks that depend on a key; chunks of another key are removed."""
     key_file = folder / KEY
-    is_of_key = key_file.is_file() and read_object(key_file) == key
-    if folder.is_dir() and not is_of_key:
+    has_same_key = key_file.is_file() and read_object(key_file) == key
+    if folder.is_dir() and not has_same_key:
         shutil.rmtree(folder)
+
+    # Chunks come after their key: a kill leaves none without it.
     folder.mkdir(parents=True, exist_ok=True)
     write_json(key_file, key)
 
 
 def list_chunks(rows: pl.DataFrame, folder: Path) -> list[Chunk]:
-    """Cut rows into chunks, long ones first: rows that do not fit memory show at once, and not after hours."""
-    characters_by_text = []
-    for name in TEXTS:
-        characters_by_text.append(pl.col(name).list.join("").str.len_chars())
-    characters = pl.sum_horizontal(characters_by_text)
+    """Cut rows into chunks, each with its file in the folder.
+
+    Long rows come first: rows that do not fit memory show at once, and not after hours.
+    """
+    characters_of_texts = [pl.col(name).list.join("").str.len_chars() for name in TEXTS]
+    characters = pl.sum_horizontal(characters_of_texts)
     longest_first = rows.sort(characters, descending=True, maintain_order=True)
 
     chunks = []

@@ -69,10 +69,10 @@ class BaseModel:
 
 
 def find_base_model(name: str) -> BaseModel:
-    """Look up the base model of a recipe, or measure it where it is a folder without an entry.
+    """Look up the base model of a recipe in base_models.yml, or measure it where it is a folder.
 
     Raises:
-        UserError: where there is neither an entry nor a folder.
+        UserError: There is neither an entry nor a folder.
     """
     # An entry comes first: it costs no import of torch.
     record = read_records().get(name)
@@ -110,6 +110,7 @@ def make_record(config: Mapping[str, object], base_model: BaseModel) -> dict:
         config: The keys of its config.json from which it can be measured again.
         base_model: What was measured of it.
     """
+    # YAML has lists where a BaseModel has tuples and classes.
     heads = {head: pack_weights(weights) for head, weights in base_model.heads.items()}
     batches = {attention: list(astuple(batch)) for attention, batch in base_model.batches.items()}
     return {
@@ -143,22 +144,23 @@ def pack_weights(weights: Iterable[Weight]) -> list[str]:
 
     For example model.layers.0-41.mlp.up_proj.weight/linear/14336x3584.
     """
-    layers_by_row: dict[str, list[int]] = {}
+    layers_by_text: dict[str, list[int]] = {}
     for weight in weights:
         sizes = "x".join(map(str, weight.shape))
-        row = f"{weight.name}/{weight.kind}/{sizes}"
-        layer = LAYER_NUMBER.search(weight.name)
-        if layer is None:
-            layers_by_row[row] = []
+        text = f"{weight.name}/{weight.kind}/{sizes}"
+        layer_number = LAYER_NUMBER.search(weight.name)
+        if layer_number is None:
+            layers_by_text[text] = []
             continue
-        # A placeholder makes the rows of all layers equal.
-        row = LAYER_NUMBER.sub(f".{ANY_LAYER}.", row, count=1)
-        layers_by_row.setdefault(row, []).append(int(layer[1]))
 
-    rows = []
-    for row, layers in layers_by_row.items():
-        rows.append(row.replace(ANY_LAYER, format_layers(layers)))
-    return rows
+        # With a placeholder for the layer's number, the texts of all layers are the same.
+        text = LAYER_NUMBER.sub(f".{ANY_LAYER}.", text, count=1)
+        layers_by_text.setdefault(text, []).append(int(layer_number[1]))
+
+    packed_weights = []
+    for text, layers in layers_by_text.items():
+        packed_weights.append(text.replace(ANY_LAYER, format_layers(layers)))
+    return packed_weights
 
 
 def format_layers(layers: list[int]) -> str:
@@ -180,7 +182,10 @@ def unpack_weights(rows: Iterable[str]) -> tuple[Weight, ...]:
 
 
 def list_names(pattern: str) -> list[str]:
-    """List the names of a weight in its layers: layers.0-2.mlp is layers.0.mlp, layers.1.mlp, layers.2.mlp."""
+    """List the names of a weight in its layers: layers.0-1.mlp is layers.0.mlp and layers.1.mlp.
+
+    A name without a range or a list of layers stands for itself.
+    """
     match = LAYER_NUMBERS.search(pattern)
     if match is None:
         return [pattern]
@@ -189,6 +194,7 @@ def list_names(pattern: str) -> list[str]:
     if "-" in match[0]:
         first, last = match[0].split("-")
         layers = range(int(first), int(last) + 1)
+
     beginning = pattern[: match.start()]
     end = pattern[match.end() :]
     return [f"{beginning}{layer}{end}" for layer in layers]

@@ -19,17 +19,19 @@ NF4_BYTES = 0.5625  # of a weight: four bits, and a float32 scale for 64 of them
 
 
 def check_comparison(run: Run) -> None:
-    """Check that each of the models that are compared fits this machine; they are loaded one after another.
+    """Check that this machine can compare a package with the model as trained, before one of them is loaded.
+
+    They are loaded one after another, so that the largest one decides.
 
     Raises:
-        UserError: One does not, or Kaggle's T4s cannot run the model.
+        UserError: It does not fit, or Kaggle's T4s cannot run the model.
     """
     served = served_of(run.recipe, measure_folder(run.weights))
     has_gpu = torch.cuda.is_available()
     bytes_by_model = estimate_weights(run, served, has_gpu)
     largest = max(bytes_by_model, key=bytes_by_model.get)
 
-    # What was measured is in 16 bits, as on a GPU.
+    # What was measured is in 16 bits, as on a GPU. A CPU computes in 32 bits.
     activations = activation_bytes(served, TOKENS_PER_BATCH)
     if not has_gpu:
         activations *= 2
@@ -37,17 +39,29 @@ def check_comparison(run: Run) -> None:
 
 
 def estimate_weights(run: Run, served: Served, has_gpu: bool) -> dict[str, int]:
-    """Estimate the bytes that each model's weights take when it is loaded, by the model's name."""
+    """Estimate the bytes that the weights of each compared model take when it is loaded.
+
+    Args:
+        run: The trained run.
+        served: Its model in numbers.
+        has_gpu: Whether they are loaded on a GPU.
+
+    Returns:
+        The bytes by the model's name: trained, unmerged, merged.
+    """
     elements = sum(weight.elements for weight in served.weights)
     layer_elements = sum(weight.elements for weight in served.weights if weight.kind == "linear")
-    nf4_bytes = int(layer_elements * NF4_BYTES) + 2 * (elements - layer_elements)
+    # Only linear layers are quantised; the rest stays in 16 bits.
+    rest_bytes = 2 * (elements - layer_elements)
+    nf4_bytes = int(layer_elements * NF4_BYTES) + rest_bytes
+    int8_bytes = layer_elements + rest_bytes
 
+    # The trained model is loaded as training had it: QLoRA's base is quantised.
     bytes_by_model = {"trained": stored_bytes(run.weights)}
     quantization = trained_quantization(run)
-    if quantization and quantization.get("load_in_4bit"):
-        bytes_by_model["trained"] = nf4_bytes
-    elif quantization:
-        bytes_by_model["trained"] = layer_elements + 2 * (elements - layer_elements)
+    if quantization:
+        is_nf4 = quantization.get("load_in_4bit")
+        bytes_by_model["trained"] = nf4_bytes if is_nf4 else int8_bytes
 
     adapter = run.recipe.pairwise.package.adapter
     if adapter != "merged":

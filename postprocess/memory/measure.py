@@ -37,7 +37,7 @@ def measure(config: PretrainedConfig) -> BaseModel:
         config: Of the base model; it is not changed.
 
     Raises:
-        UserError: where transformers has no classifier for it, or it cannot be run without weights.
+        UserError: Transformers has no classifier for it, or it cannot be run without weights.
     """
     # As the kernel loads it: float16, no cache, and no soft cap unless the recipe asks for it.
     config = copy.deepcopy(config)
@@ -80,14 +80,21 @@ def measure(config: PretrainedConfig) -> BaseModel:
 
 
 def split_weights(model: torch.nn.Module) -> tuple[tuple[Weight, ...], tuple[Weight, ...]]:
-    """List the tensors that have bytes of their own: those of the base model, and those of the head."""
-    base_weights, head_weights = [], []
+    """List the tensors of a model that have bytes of their own.
+
+    Returns:
+        Those of the base model, and those of the head.
+    """
+    base_weights = []
+    head_weights = []
     for module_name, module in model.named_modules():
         for parameter_name, parameter in module.named_parameters(recurse=False):
             name = f"{module_name}.{parameter_name}"
-            shape = tuple(parameter.shape)
-            if name in model.all_tied_weights_keys:
+            is_tied = name in model.all_tied_weights_keys
+            if is_tied:
                 continue  # it is another tensor's bytes
+
+            shape = tuple(parameter.shape)
             if name.startswith(f"{model.base_model_prefix}."):
                 kind = find_kind(module, parameter_name)
                 base_weights.append(Weight(name, kind, shape))
@@ -107,7 +114,7 @@ def find_kind(module: torch.nn.Module, parameter_name: str) -> str:
 
 
 def measure_batches(model: torch.nn.Module, positions: int | None) -> BatchBytes:
-    """Measure three batches, and compute from them what a token takes, and what a token takes for each that it attends to.
+    """Measure three batches, and compute from them how memory grows with tokens and with the length of a row.
 
     Args:
         model: A classifier on the meta device.
@@ -127,11 +134,14 @@ def measure_batches(model: torch.nn.Module, positions: int | None) -> BatchBytes
             f"{type(model).__name__} cannot be run without weights ({str(error).splitlines()[0][:200]})"
         ) from None
 
-    # Within attention, bytes a token grow in proportion to the row.
-    score_bytes = (long_bytes / long_row - half_bytes / half_row) / (long_row - half_row)
+    # In short rows the MLP needs most. In long ones attention does: there, the bytes of a token are a
+    # constant and so many for each token that it attends to. Two lengths of row give both.
+    long_token_bytes = long_bytes / long_row
+    half_token_bytes = half_bytes / half_row
+    score_bytes = (long_token_bytes - half_token_bytes) / (long_row - half_row)
     return BatchBytes(
         mlp_per_token=round(short_bytes / (SHORT_ROWS * SHORT_ROW)),
-        attention_per_token=round(long_bytes / long_row - score_bytes * long_row),
+        attention_per_token=round(long_token_bytes - score_bytes * long_row),
         attention_per_score=round(score_bytes),
     )
 
@@ -151,6 +161,7 @@ def count_peak_bytes(model: torch.nn.Module, rows: int, length: int) -> int:
         ids_bt = torch.ones(rows, length, dtype=torch.long)
         mask_bt = torch.ones(rows, length, dtype=torch.long)
 
+    # The most that is alive at one time, whichever operation makes it.
     peak = PeakBytes([*model.parameters(), *model.buffers(), ids_bt, mask_bt])
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), peak:
         model(input_ids=ids_bt, attention_mask=mask_bt)

@@ -48,7 +48,7 @@ class Served:
 
 
 def served_of(recipe: Recipe, base: BaseModel | None = None) -> Served:
-    """Describe what a recipe's package will be; of the adapter `best`, the larger of its two outcomes.
+    """Describe the packaged model of a recipe in numbers; of the adapter `best`, the larger of its two outcomes.
 
     Args:
         recipe: The recipe.
@@ -58,8 +58,9 @@ def served_of(recipe: Recipe, base: BaseModel | None = None) -> Served:
         UserError: The base model's sizes are unknown, or Kaggle's T4s cannot run it.
     """
     block = recipe.pairwise
+    base_name = recipe.axolotl["base_model"]
     try:
-        base = base or find_base_model(recipe.axolotl["base_model"])
+        base = base or find_base_model(base_name)
     except UserError as error:
         raise UserError(f"{recipe.path}: base_model: {error}") from None
 
@@ -67,10 +68,11 @@ def served_of(recipe: Recipe, base: BaseModel | None = None) -> Served:
     if reason is None and block.head == "label_tokens" and "label_tokens" not in base.heads:
         reason = f"{base.model_type} is an encoder, which has no answer tokens"
     if reason is not None:
-        raise UserError(f"{recipe.path}: base_model: {recipe.axolotl['base_model']}: {reason}")
+        raise UserError(f"{recipe.path}: base_model: {base_name}: {reason}")
 
     # An adapter that is merged has no bytes of its own.
-    lora_rank, lora_targets = 0, ()
+    lora_rank = 0
+    lora_targets = ()
     if block.package.adapter != "merged":
         lora_rank = recipe.axolotl.get("lora_r") or PEFT_RANK
         lora_targets = tuple(recipe.axolotl.get("lora_target_modules") or ())
@@ -99,19 +101,21 @@ def packed_bytes(weight: Weight, quantize: str) -> tuple[int, int]:
         return 2 * weight.elements, 0
 
     if quantize == "nf4":
-        # A float32 scale a block, and the 16 values that 4 bits stand for.
-        scales = math.ceil(weight.elements / NF4_BLOCK)
-        return math.ceil(weight.elements / 2), 4 * scales + 64
+        # A float32 scale a block, and the 16 values in float32 that 4 bits stand for.
+        blocks = math.ceil(weight.elements / NF4_BLOCK)
+        return math.ceil(weight.elements / 2), 4 * blocks + 64
 
     if quantize in GPTQ_BITS:
-        # A float16 scale and a packed zero a group, and for each input the number of its group.
+        # For each group a float16 scale and a packed zero, and for each input the number of its group.
         bits = GPTQ_BITS[quantize]
         groups = weight.elements // GPTQ_GROUP
         inputs = weight.shape[1]
-        return weight.elements * bits // 8, 2 * groups + groups * bits // 8 + 4 * inputs
+        state_bytes = 2 * groups + groups * bits // 8 + 4 * inputs
+        return weight.elements * bits // 8, state_bytes
 
-    # int8: a float32 scale a row.
-    return weight.elements, 4 * weight.shape[0]
+    # int8: a float32 scale for each output.
+    outputs = weight.shape[0]
+    return weight.elements, 4 * outputs
 
 
 def lora_bytes(weight: Weight, served: Served) -> int:
@@ -134,7 +138,7 @@ def bytes_by_class(served: Served) -> dict[str, int]:
 
 
 def weight_bytes(served: Served, gpus: int = 1, byte_limit: int | None = None) -> list[int]:
-    """Return the bytes of the weights on each of `gpus`, placed as the kernel places them.
+    """Compute the bytes of a model's weights on each of the GPUs that share it, placed as the kernel places them.
 
     Args:
         served: The packaged model.
@@ -153,8 +157,9 @@ def weight_bytes(served: Served, gpus: int = 1, byte_limit: int | None = None) -
 
     # The kernel balances the same parts by the same function.
     parts = list(list_parts(sizes).values())
+    gpu_of_parts = balance(parts, gpus, byte_limit)
     bytes_by_gpu = [0] * gpus
-    for part, gpu in zip(parts, balance(parts, gpus, byte_limit), strict=True):
+    for part, gpu in zip(parts, gpu_of_parts, strict=True):
         bytes_by_gpu[gpu] += part.size_bytes
     return bytes_by_gpu
 
@@ -169,7 +174,7 @@ def weight_bytes_limit(served: Served, tokens_per_batch: int, gpus: int) -> int:
 
 
 def activation_bytes(served: Served, tokens_per_batch: int) -> int:
-    """Return the most bytes that a batch takes on a GPU beside the weights.
+    """Compute the most bytes that a batch takes on a GPU beside the weights.
 
     Args:
         served: The packaged model.
@@ -186,12 +191,18 @@ def activation_bytes(served: Served, tokens_per_batch: int) -> int:
     per_token = max(batch.mlp_per_token, attention_per_token)
 
     # What was measured is for 16-bit weights, and without logits of a vocabulary.
-    beside = unpacked_bytes(served, tokens) + logit_bytes(served, tokens_per_batch)
-    return tokens * per_token + beside
+    unpacked = unpacked_bytes(served, tokens)
+    logits = logit_bytes(served, tokens_per_batch)
+    return tokens * per_token + unpacked + logits
 
 
 def unpacked_bytes(served: Served, tokens: int) -> int:
-    """Return what the largest quantised layer needs beside its weights while `tokens` tokens pass through it."""
+    """Compute what the largest quantised layer needs beside its weights while a batch passes through it.
+
+    Args:
+        served: The packaged model.
+        tokens: The tokens of the batch.
+    """
     if served.quantize == "none":
         return 0
 
@@ -203,7 +214,7 @@ def unpacked_bytes(served: Served, tokens: int) -> int:
     if served.quantize in GPTQ_BITS:
         return 4 * most_weights  # in float16, and the codes twice, a byte each
 
-    # int8: what comes in as int8, and what comes out as int32.
+    # int8: the layer's input is held as int8, one byte, and its output as int32, four bytes.
     most_outputs = max(layer.shape[0] for layer in layers)
     return 5 * tokens * most_outputs
 
@@ -224,7 +235,7 @@ def largest_batch(served: Served, tokens_per_batch: int) -> int:
 
 
 def gpu_bytes(served: Served, tokens_per_batch: int, gpus: int = 1) -> list[int]:
-    """Return what each of the GPUs that share one copy of the model needs: weights, a batch, CUDA itself.
+    """Compute what each of the GPUs that share one copy of the model needs: weights, a batch, CUDA itself.
 
     Args:
         served: The packaged model.
@@ -232,5 +243,6 @@ def gpu_bytes(served: Served, tokens_per_batch: int, gpus: int = 1) -> list[int]
         gpus: GPUs that share the copy.
     """
     byte_limit = weight_bytes_limit(served, tokens_per_batch, gpus)
-    beside_weights = GPU_BYTES - byte_limit
-    return [held + beside_weights for held in weight_bytes(served, gpus, byte_limit)]
+    bytes_beside_weights = GPU_BYTES - byte_limit
+    bytes_by_gpu = weight_bytes(served, gpus, byte_limit)
+    return [held_bytes + bytes_beside_weights for held_bytes in bytes_by_gpu]

@@ -49,10 +49,10 @@ class Use:
 
 
 def check_target(run: Run) -> None:
-    """Print what the package will weigh, class by class, and what each T4 will hold.
+    """Print what the package will weigh and what each of Kaggle's T4s will hold, in every kernel that serves it.
 
     Raises:
-        UserError: no kernel could hold it, or Kaggle's T4s cannot run its kind.
+        UserError: No kernel could hold it, or Kaggle's T4s cannot run its kind.
     """
     from postprocess.memory.measure import measure_folder  # noqa: PLC0415  needs torch
 
@@ -74,7 +74,8 @@ def check_target(run: Run) -> None:
             refusals.append(reason)
 
     # Other kernels may have a smaller batch: one kernel that holds it is enough.
-    if len(refusals) == len(uses):
+    is_refused_by_all = len(refusals) == len(uses)
+    if is_refused_by_all:
         raise UserError(f"{recipe.path}: {refusals[0]}")
 
 
@@ -98,16 +99,25 @@ def find_uses(run: str, specs: Path = SPECS) -> list[Use]:
 
 
 def read_uses(spec_path: Path, run: str) -> list[Use]:
-    """Read how a spec serves a run."""
-    values = read_yaml(spec_path)
-    tokens_per_batch = int(values.get("tokens_per_batch", TOKENS_PER_BATCH))
-    budget_tokens = values.get("budget_tokens")
+    """Read how a kernel's spec serves a run.
+
+    Args:
+        spec_path: The spec's file.
+        run: The run's name. A spec may serve a part of it, as NAME/mean.
+
+    Returns:
+        A use for each package of the run in the spec.
+    """
+    spec = read_yaml(spec_path)
+    tokens_per_batch = int(spec.get("tokens_per_batch", TOKENS_PER_BATCH))
+    budget_tokens = spec.get("budget_tokens")
     if budget_tokens is not None:
         budget_tokens = int(budget_tokens)
 
     uses = []
-    for package in values["packages"]:
-        if package["run"].split("/")[0] == run:
+    for package in spec["packages"]:
+        run_of_package = package["run"].split("/")[0]
+        if run_of_package == run:
             placement = package.get("placement", "auto")
             uses.append(Use(spec_path.stem, tokens_per_batch, budget_tokens, placement))
     return uses
@@ -115,6 +125,7 @@ def read_uses(spec_path: Path, run: str) -> list[Use]:
 
 def describe_size(served: Served) -> str:
     """Write the package's bytes, in all and by class of tensor."""
+    # Classes that the model lacks are left out.
     sizes = {name: size for name, size in bytes_by_class(served).items() if size > 0}
     classes = ", ".join(f"{name} {in_units(size)}" for name, size in sizes.items())
     number_format = "16 bits" if served.quantize == "none" else served.quantize
@@ -122,7 +133,15 @@ def describe_size(served: Served) -> str:
 
 
 def describe_memory(use: Use, served: Served, placement: str, needs: Sequence[int]) -> str:
-    """Write what each T4 holds in one kernel, part by part."""
+    """Describe what each T4 holds in one kernel, part by part, in one line.
+
+    Args:
+        use: How the kernel serves the model.
+        served: The packaged model.
+        placement: each or split, as `place` decides it.
+        needs: The bytes that each T4 needs.
+    """
+    # As many batches are in flight as GPUs share the model, and each GPU keeps memory for all of them.
     gpus = len(needs)
     logits = gpus * logit_bytes(served, use.tokens_per_batch)
     activations = gpus * activation_bytes(served, use.tokens_per_batch) - logits
@@ -150,7 +169,7 @@ def in_units(size: int) -> str:
 
 
 def place(served: Served, tokens_per_batch: int, placement: str) -> tuple[str, tuple[int, ...]]:
-    """Decide where a package goes, and compute what that needs on each GPU.
+    """Decide whether each GPU gets a copy of the model or all GPUs share one, and compute what that needs.
 
     Args:
         served: The packaged model.
@@ -162,15 +181,24 @@ def place(served: Served, tokens_per_batch: int, placement: str) -> tuple[str, t
     """
     needs_of_copy = tuple(gpu_bytes(served, tokens_per_batch))
     copy_fits = max(needs_of_copy) <= GPU_BYTES
-    # Of an encoder, the runtime has no way to split the layers.
-    if placement == "each" or served.base.is_encoder or (placement == "auto" and copy_fits):
+    # The runtime has no way to split the layers of an encoder.
+    is_copied = placement == "each" or served.base.is_encoder
+    if is_copied or (placement == "auto" and copy_fits):
         return "each", needs_of_copy
     return "split", tuple(gpu_bytes(served, tokens_per_batch, GPUS))
 
 
 def refusal(run: str, served: Served, tokens: int, placement: str, recipe: Path) -> str:
-    """Write what a package that does not fit needs, and each single change that would make it fit."""
-    needs = place(served, tokens, placement)[1]
+    """Explain what a package that does not fit needs, and each single change that would make it fit.
+
+    Args:
+        run: The run's name.
+        served: The packaged model.
+        tokens: The spec's tokens_per_batch.
+        placement: The spec's.
+        recipe: The recipe's file, named where it is to be changed.
+    """
+    _, needs = place(served, tokens, placement)
     ways = []
     for change, size in list_changes(served, tokens, placement, recipe).items():
         if size <= GPU_BYTES:

@@ -113,11 +113,20 @@ def find_best_temperature(
 def soften_and_score(
     probabilities_rv: np.ndarray, labels_rv: np.ndarray, inverse_temperature: float
 ) -> np.ndarray:
-    """Compute each row's log loss in nats at a temperature, (rows,).
+    """Compute the log loss of each row at a temperature.
 
     The temperature is applied as the kernel does it: the probabilities to the power of
     1 / temperature, scaled to sum to 1.
+
+    Args:
+        probabilities_rv: Probabilities (rows, verdicts).
+        labels_rv: Soft labels (rows, verdicts).
+        inverse_temperature: 1 / temperature.
+
+    Returns:
+        The losses in nats, (rows,).
     """
+    # log(p ** (1 / T)), scaled to sum to 1, is the logit less the logarithm of the sum.
     logits_rv = inverse_temperature * np.log(np.clip(probabilities_rv, SMALLEST, 1))
     mean_logit_r = (labels_rv * logits_rv).sum(axis=1)
     return logsumexp(logits_rv, axis=1) - mean_logit_r
@@ -126,24 +135,29 @@ def soften_and_score(
 def estimate_temperature(scored: ScoredRows, probabilities_rv: np.ndarray) -> Estimate:
     """Estimate the best temperature of some probabilities, with its 95 % confidence interval.
 
+    The interval is a bootstrap: each resample draws groups of rows, and has a best temperature of its own.
+
     Args:
         scored: The measured rows, with the draws of their groups.
         probabilities_rv: Their probabilities in one order, or the mean of both.
     """
     best, _ = find_best_temperature(probabilities_rv, scored.labels_rv)
-    group_count = scored.resamples.counts_sg.shape[1]
 
-    # Each resample draws groups of rows: it keeps the temperature at which its loss was least.
-    least_loss_s = np.full(len(scored.resamples.counts_sg), np.inf)
-    temperature_s = np.ones_like(least_loss_s)
+    # How often each group was drawn: (resamples, groups).
+    counts_sg = scored.resamples.counts_sg
+    resample_count, group_count = counts_sg.shape
+
+    # All resamples walk along the same temperatures, and each keeps the one with its least loss.
+    least_loss_s = np.full(resample_count, np.inf)
+    temperature_s = np.ones(resample_count)
     for inverse_temperature in np.geomspace(*INVERSE_TEMPERATURES, INTERVAL_STEPS):
         losses_r = soften_and_score(probabilities_rv, scored.labels_rv, inverse_temperature)
         losses_g = np.bincount(scored.resamples.group_r, losses_r, minlength=group_count)
-        losses_s = scored.resamples.counts_sg @ losses_g
+        losses_s = counts_sg @ losses_g
 
-        is_less_s = losses_s < least_loss_s
-        least_loss_s[is_less_s] = losses_s[is_less_s]
-        temperature_s[is_less_s] = 1 / inverse_temperature
+        is_better_s = losses_s < least_loss_s
+        least_loss_s[is_better_s] = losses_s[is_better_s]
+        temperature_s[is_better_s] = 1 / inverse_temperature
 
     low, high = np.quantile(temperature_s, MIDDLE)
     return Estimate(best, float(low), float(high))

@@ -52,6 +52,11 @@ class LearningChart:
                 rows.append((name, step, value))
         return rows
 
+    @property
+    def has_line(self) -> bool:
+        """Whether a curve has two points or more; single points alone make no chart."""
+        return any(len(series.curve) > 1 for series in self.series)
+
 
 def make_learning_charts(run: RunData) -> list[LearningChart]:
     """Make the charts of loss, accuracy and learning rate, without those that have no curve."""
@@ -72,17 +77,17 @@ def make_learning_charts(run: RunData) -> list[LearningChart]:
         learning_rates = read_curve(fold.history, "learning_rate")
         learning_rate.append(Series("training", learning_rates, name))
 
-    charts = []
-    for title, axis, all_series in (
-        ("Loss", "loss", loss),
-        ("Accuracy", "accuracy", accuracy),
-        ("Learning rate", "learning rate", learning_rate),
-    ):
-        # Curves without a point are left out; single points alone make no chart.
-        drawn = tuple(series for series in all_series if series.curve)
-        if any(len(series.curve) > 1 for series in drawn):
-            charts.append(LearningChart(title, axis, drawn))
-    return charts
+    charts = [
+        make_chart("Loss", "loss", loss),
+        make_chart("Accuracy", "accuracy", accuracy),
+        make_chart("Learning rate", "learning rate", learning_rate),
+    ]
+    return [chart for chart in charts if chart.has_line]
+
+
+def make_chart(title: str, axis: str, series: Sequence[Series]) -> LearningChart:
+    """Make a chart of the series that have points."""
+    return LearningChart(title, axis, tuple(curve for curve in series if curve.curve))
 
 
 def read_curve(records: Sequence[dict], key: str) -> Curve:
@@ -118,7 +123,8 @@ def read_validation(fold: Fold, metric: str) -> Curve:
 def thin_out(curve: Curve, points: int) -> Curve:
     """Reduce a curve to about `points` points, evenly spaced from its last one on."""
     distance = math.ceil(len(curve) / points)
-    return curve[::-distance][::-1]
+    from_the_end = curve[::-distance]
+    return from_the_end[::-1]
 
 
 def smooth(curve: Curve) -> Curve:

@@ -115,8 +115,12 @@ class ScoredRows:
 
 
 def score_rows(predictions: Predictions, verdicts: tuple[str, ...]) -> ScoredRows:
-    """Turn predictions into arrays, and draw the resamples of their confidence intervals."""
-    # One array (rows, verdicts) for each order, put side by side.
+    """Turn the table of predictions into arrays, and draw the resamples of the confidence intervals.
+
+    Args:
+        predictions: The rows, with their labels where the pairs file is known.
+        verdicts: The verdicts that the model tells apart, in the order that the arrays get.
+    """
     rows = predictions.rows
     probabilities_of_orders = []
     for order in ORDERS:
@@ -125,15 +129,8 @@ def score_rows(predictions: Predictions, verdicts: tuple[str, ...]) -> ScoredRow
     probabilities_rov = np.stack(probabilities_of_orders, axis=1).astype(np.float64)
     mean_rv = probabilities_rov.mean(axis=1)
 
-    # Without the pairs file, the winner alone is the label. As in training: without a verdict for
-    # ties, `targets` gives half of a tie to each side.
-    labels = []
-    for verdict in VERDICTS:
-        label = (pl.col("winner") == verdict).cast(pl.Float64)
-        if predictions.has_pairs:
-            label = pl.col(f"label_{verdict}")
-        labels.append(label.alias(f"p_{verdict}"))
-    labels_rv = targets(rows.select(labels), verdicts).astype(np.float64)
+    # As in training: without a verdict for ties, `targets` gives half of a tie to each side.
+    labels_rv = targets(select_labels(predictions), verdicts).astype(np.float64)
     winners_r = winners(rows, verdicts)
 
     # Every estimate multiplies the counts with float64: convert them once.
@@ -151,6 +148,17 @@ def score_rows(predictions: Predictions, verdicts: tuple[str, ...]) -> ScoredRow
         resamples=resamples,
         verdicts=verdicts,
     )
+
+
+def select_labels(predictions: Predictions) -> pl.DataFrame:
+    """Select the rows' soft labels as p_VERDICT; without the pairs file, the winner alone is the label."""
+    labels = []
+    for verdict in VERDICTS:
+        label = (pl.col("winner") == verdict).cast(pl.Float64)
+        if predictions.has_pairs:
+            label = pl.col(f"label_{verdict}")
+        labels.append(label.alias(f"p_{verdict}"))
+    return predictions.rows.select(labels)
 
 
 def make_table_row(
@@ -238,7 +246,12 @@ def constant_baseline(scored: ScoredRows) -> Baseline:
 
 
 def longer_answer_baseline(scored: ScoredRows, lengths: Lengths) -> Baseline:
-    """Predict the longer answer for every row, with the share in which it wins as probability."""
+    """Measure the guess that the longer answer wins, as sure as it is often right.
+
+    Args:
+        scored: The measured rows, in which the share of longer answers that win is its probability.
+        lengths: The lengths of their answers.
+    """
     # Which verdict names the longer answer of each row. Of equal ones it is A, as in metrics.json.
     place_of_a = scored.verdicts.index("model_a")
     place_of_b = scored.verdicts.index("model_b")
@@ -267,7 +280,10 @@ def longer_answer_baseline(scored: ScoredRows, lengths: Lengths) -> Baseline:
 def slice_by_name(scored: ScoredRows, names: pl.Series, plural: str) -> list[TableRow]:
     """Compute a table row for each name, such as a language, the commonest name first.
 
-    The rarest names share the last table row. `plural` says what the names are.
+    Args:
+        scored: The measured rows.
+        names: The name of each row. Where there are more than MAX_NAMES, the rarest share a table row.
+        plural: What the names are, e.g. languages.
     """
     # Equally common names are in alphabetical order.
     names = names.cast(pl.String).fill_null("unknown").replace("", "unknown")
@@ -290,19 +306,23 @@ def slice_by_name(scored: ScoredRows, names: pl.Series, plural: str) -> list[Tab
 
 
 def slice_by_length(scored: ScoredRows, lengths_r: np.ndarray) -> list[TableRow]:
-    """Compute a table row for each quarter of the data by length, the shortest texts first."""
-    # The longest row of each slice; slices that end at the same length become one.
+    """Compute a table row for each quarter of the data by length, the shortest texts first.
+
+    Args:
+        scored: The measured rows.
+        lengths_r: The characters of each row.
+    """
+    # The longest row of each quarter; quarters that end at the same length become one.
     quantiles = np.linspace(0, 1, LENGTH_SLICES + 1)[1:]
     longest_of_slices = np.unique(np.quantile(lengths_r, quantiles, method="lower"))
 
     table_rows = []
-    shortest = None
+    shortest = 0
     for longest in longest_of_slices:
-        mask_r = lengths_r <= longest
-        name = f"up to {longest:,.0f} characters"
-        if shortest is not None:
-            mask_r &= lengths_r >= shortest
-            name = f"{shortest:,.0f} to {longest:,.0f}"
+        mask_r = (lengths_r >= shortest) & (lengths_r <= longest)
+        name = f"{shortest:,.0f} to {longest:,.0f}"
+        if not table_rows:
+            name = f"up to {longest:,.0f} characters"
         table_rows.append(model_row(scored, name, mask_r))
         shortest = longest + 1
     return table_rows
@@ -334,6 +354,11 @@ def make_slices(
     rows: pl.DataFrame, scored: ScoredRows, lengths: Lengths | None
 ) -> list[tuple[str, Sequence[TableRow]]]:
     """Compute the tables by language, length, source, winner and fold.
+
+    Args:
+        rows: The measured rows.
+        scored: The same rows as arrays.
+        lengths: Their lengths; None without the pairs file.
 
     Returns:
         Title and rows of each table that has more than one row.

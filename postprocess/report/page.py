@@ -100,7 +100,10 @@ def collect_facts(run: RunData) -> list[tuple[str, str]]:
 
 
 def model_facts(run: RunData) -> list[tuple[str, str]]:
-    """Say what the model is: recipe, base model, commit, date, head, token budget."""
+    """List facts of the model, name and text: recipe, base model, commit, date, head, token budget.
+
+    What is not known has an empty text.
+    """
     contract = run.first_fold.contract
     record = training_record(contract)
 
@@ -135,8 +138,7 @@ def model_facts(run: RunData) -> list[tuple[str, str]]:
 
 
 def row_facts(run: RunData) -> list[tuple[str, str]]:
-    """Say which rows were measured, and how many the model was trained on."""
-    # The fold of a run that was trained on all rows is "all".
+    """List facts of the rows, name and text: the fold, how many were measured, how many trained on."""
     folds = set()
     training_rows = set()
     for fold in run.folds.values():
@@ -145,6 +147,7 @@ def row_facts(run: RunData) -> list[tuple[str, str]]:
         if fold.metrics.get("training_rows"):
             training_rows.add(fold.metrics["training_rows"])
 
+    # The fold of a run that was trained on all rows is "all".
     fold_label = "fold held out" if len(folds) == 1 else "folds"
     fold_text = ", ".join(sorted(folds, key=lambda fold: (len(fold), fold)))  # 10 comes after 9
     if folds == {"all"}:
@@ -169,7 +172,7 @@ def row_facts(run: RunData) -> list[tuple[str, str]]:
 
 
 def training_facts(run: RunData) -> list[tuple[str, str]]:
-    """Say how long the training of all folds took, with which data and versions of libraries."""
+    """List facts of the training of all folds, name and text: steps, duration, data, versions of libraries."""
     metrics = run.first_fold.metrics
     steps = metrics.get("steps", 0)
     seconds = sum(fold.metrics.get("seconds_training", 0) for fold in run.folds.values())

@@ -55,14 +55,12 @@ def measure_position_bias(scored: ScoredRows) -> PositionBias | None:
         "mean probability", scored, as_given_rv, swapped_rv
     )
 
-    # Either order alone, and the mean of both, each scored as if it were the model.
-    as_given_right_r = rows_are_right(as_given_rv, scored.winners_r)
-    as_given_losses_r = row_losses(as_given_rv, scored.labels_rv)
-    swapped_right_r = rows_are_right(swapped_rv, scored.winners_r)
-    swapped_losses_r = row_losses(swapped_rv, scored.labels_rv)
+    # Each order alone, as if it were the model, beside the mean of both.
+    as_given = score_order(scored, as_given_rv)
+    swapped = score_order(scored, swapped_rv)
     orders = (
-        make_table_row("order as given", scored, as_given_right_r, as_given_losses_r),
-        make_table_row("order swapped", scored, swapped_right_r, swapped_losses_r),
+        make_table_row("order as given", scored, as_given.is_right_r, as_given.losses_r),
+        make_table_row("order swapped", scored, swapped.is_right_r, swapped.losses_r),
         make_table_row("mean of both", scored, scored.is_right_r, scored.losses_r),
     )
 
@@ -72,31 +70,49 @@ def measure_position_bias(scored: ScoredRows) -> PositionBias | None:
         probability_bias=probability_bias,
         flip_rate=scored.estimate(find_flips(scored)),
         orders=orders,
-        gain=scored.estimate_gain(as_given_right_r, as_given_losses_r),
+        gain=scored.estimate_gain(as_given.is_right_r, as_given.losses_r),
     )
+
+
+@dataclass(frozen=True)
+class ScoredOrder:
+    """For each row, whether the verdict of one order is right, and its log loss in nats."""
+
+    is_right_r: np.ndarray
+    losses_r: np.ndarray
+
+
+def score_order(scored: ScoredRows, probabilities_rv: np.ndarray) -> ScoredOrder:
+    """Score the probabilities of one order against winners and labels."""
+    is_right_r = rows_are_right(probabilities_rv, scored.winners_r)
+    return ScoredOrder(is_right_r, row_losses(probabilities_rv, scored.labels_rv))
 
 
 def measure_first_answer(
     name: str, scored: ScoredRows, as_given_rv: np.ndarray, swapped_rv: np.ndarray
 ) -> tuple[FirstAnswer, Estimate]:
-    """Measure what the first answer gets, and how much more that is than what the second gets.
+    """Measure what the answer that stands first gets, of labels, verdicts or probabilities.
 
     Args:
         name: What is measured, for the table.
         scored: The measured rows.
-        as_given_rv: What each verdict gets in the order as given.
-        swapped_rv: What it gets in the swapped order. Verdicts name the answers as the pairs file
-            does, so that the first answer of the swapped order is model_b.
+        as_given_rv: What each verdict gets in the order as given, (rows, verdicts).
+        swapped_rv: The same of the swapped order. Verdicts name the answers as the pairs file does, so
+            that the first answer of the swapped order is model_b.
+
+    Returns:
+        The share that the first answer gets, and how much more that is than what the second gets.
     """
     place_of_a = scored.verdicts.index("model_a")
     place_of_b = scored.verdicts.index("model_b")
     first_as_given_r = as_given_rv[:, place_of_a]
+    second_as_given_r = as_given_rv[:, place_of_b]
     first_swapped_r = swapped_rv[:, place_of_b]
+    second_swapped_r = swapped_rv[:, place_of_a]
 
     # Over both orders, without bias, first and second get the same.
     first_r = (first_as_given_r + first_swapped_r) / 2
-    second_r = (as_given_rv[:, place_of_b] + swapped_rv[:, place_of_a]) / 2
-
+    second_r = (second_as_given_r + second_swapped_r) / 2
     first_answer = FirstAnswer(
         name=name,
         as_given=scored.estimate(first_as_given_r),

@@ -107,24 +107,25 @@ def add_pairs(
     Args:
         predictions: The rows that the report measures.
         file: The pairs file.
-        expected_sha256: The hash of the pairs file that the model was trained on, if recorded.
+        expected_sha256: The hash of the pairs file that the model was trained on; None where metrics.json
+            has none, and only the ids can show whether the file is another one.
 
     Returns:
         The predictions with the columns of the pairs file and None, or the predictions unchanged
         and a sentence that says what is wrong with the file.
     """
+    joined = None
     if not file.is_file():
         problem = "does not exist"
-    # The labels of a pairs file that was made again may differ from those of the training.
     elif expected_sha256 and sha256(file) != expected_sha256:
+        # The labels of a pairs file that was made again may differ from those of the training.
         problem = "has changed since training"
     else:
-        # Without metrics.json there is no hash: then the ids show whether the file is another one.
-        joined = join_pairs(predictions.rows, read_pairs(file))
-        if joined is not None:
-            return Predictions(predictions.file, joined), None
         problem = "does not hold every row of the predictions"
+        joined = join_pairs(predictions.rows, read_pairs(file))
 
+    if joined is not None:
+        return Predictions(predictions.file, joined), None
     return predictions, (
         f"{file} {problem}, so that texts, languages, sources, lengths and groups of prompts are "
         "missing here: name the file of the training with `--pairs FILE`, or train again."
@@ -149,7 +150,7 @@ def join_pairs(rows: pl.DataFrame, pairs: pl.DataFrame) -> pl.DataFrame | None:
 
 
 def is_comparison_of(agreement_rows: pl.DataFrame, predictions: pl.DataFrame) -> bool:
-    """Return whether a comparison of models was made with these predictions.
+    """Find out whether a comparison of models was made with these predictions.
 
     Args:
         agreement_rows: agreement.parquet: two rows a pair, one for each order, with the
@@ -158,16 +159,18 @@ def is_comparison_of(agreement_rows: pl.DataFrame, predictions: pl.DataFrame) ->
     """
     # A mean of runs has no record: its predictions are those of the model as trained.
     prefix = "recorded_" if "recorded_p_model_a" in agreement_rows.columns else "trained_"
-    if not {"id", "order", f"{prefix}p_model_a"} <= set(agreement_rows.columns):
+    required_columns = {"id", "order", f"{prefix}p_model_a"}
+    if not required_columns <= set(agreement_rows.columns):
         return False
 
-    recorded_columns = [name for name in agreement_rows.columns if name.startswith(f"{prefix}p_")]
+    compared_columns = [name for name in agreement_rows.columns if name.startswith(f"{prefix}p_")]
     for (order,), order_rows in agreement_rows.group_by("order"):
         joined = order_rows.join(predictions, on="id", how="left")
-        for column in recorded_columns:
+        for column in compared_columns:
+            # recorded_p_tie of the swapped order was p_tie_swapped among the predictions.
             predicted = joined[f"{column.removeprefix(prefix)}_{order}"]
-            difference = joined[column] - predicted
             # A row that has no prediction now counts as different.
-            if difference.abs().fill_null(1.0).max() > SAME_PROBABILITY:
+            differences = (joined[column] - predicted).abs().fill_null(1.0)
+            if differences.max() > SAME_PROBABILITY:
                 return False
     return True

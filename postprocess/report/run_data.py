@@ -81,9 +81,7 @@ class RunData:
     predictions: Predictions | None  # the rows to measure
     verdicts: tuple[str, ...]  # in the order of the model's outputs
     agreement: Agreement | None
-    lockbox: (
-        dict  # lockbox.json, the scores on rows that nothing was trained or tuned on; empty without
-    )
+    lockbox: dict  # lockbox.json, the scores on rows that nothing was trained on; empty without
     missing: dict[str, str]  # a sentence by the name of what is missing, such as "pairs"
 
     @property
@@ -243,14 +241,16 @@ def read_history(folder: Path) -> list[dict]:
 def find_commands(folder: Path, first_fold: Fold, is_cross_validation: bool) -> Commands:
     """Find the commands that create this run and package its model, for advice to the user.
 
-    Without a contract, the recipe is the one that writes into this folder by default.
+    Args:
+        folder: The run's folder, which may be one of a fold (outputs/R/fold-3) or a mean (outputs/R/mean).
+        first_fold: What the training left there. Without a contract, the recipe is the one that writes
+            into this folder by default.
+        is_cross_validation: Whether the rows of all folds are measured.
     """
-    # The recipe's name is that of the run folder, which fold-3 and mean lie in.
     folder = folder.resolve()
-    run_folder = folder.parent if SUBFOLDER_OF_RUN.fullmatch(folder.name) else folder
-    recipe = training_record(first_fold.contract).get("recipe")
-    if not recipe:
-        recipe = f"{run_folder.name}.yml"
+    is_subfolder = SUBFOLDER_OF_RUN.fullmatch(folder.name) is not None
+    run_name = folder.parent.name if is_subfolder else folder.name
+    recipe = training_record(first_fold.contract).get("recipe") or f"{run_name}.yml"
 
     # oof.parquet and a mean of runs have commands of their own.
     package = f"python -m postprocess recipes/{recipe}"
@@ -266,7 +266,7 @@ def find_commands(folder: Path, first_fold: Fold, is_cross_validation: bool) -> 
         create = package
 
     # An environment variable selects the fold.
-    if folder != run_folder:
+    if is_subfolder:
         environment = f"PAIRWISE_FOLD={folder.name.removeprefix('fold-')}"
         create = f"{environment} {create}"
         package = f"{environment} {package}"
@@ -282,7 +282,16 @@ def is_untrained(fold: Fold) -> bool:
 def explain_missing(
     folds: Mapping[str, Fold], first_fold: Fold, commands: Commands
 ) -> dict[str, str]:
-    """Say which command writes contract.json, metrics.json or history.json, where one is missing."""
+    """Explain which command writes contract.json, metrics.json or history.json, where one is missing.
+
+    Args:
+        folds: The folds of a cross-validation, or the run alone.
+        first_fold: The first of them.
+        commands: The commands that make this run.
+
+    Returns:
+        A sentence for each missing file, by its name without the ending.
+    """
     has_contracts = folds and all(fold.contract for fold in folds.values())
     has_metrics = folds and all(fold.metrics for fold in folds.values())
     has_history = any(fold.history for fold in folds.values())
@@ -300,7 +309,12 @@ def explain_missing(
 
 
 def find_pairs_file(fold_folders: Mapping[str, Path], first_fold: Fold) -> Path:
-    """Find the pairs file that the model was trained on."""
+    """Find the pairs file that the model was trained on.
+
+    Args:
+        fold_folders: The folders of the folds, or of the run alone.
+        first_fold: What the training left in the first of them.
+    """
     # A mean of runs has no run.json of its own, but its members have.
     folders = list(fold_folders.values())
     average = first_fold.metrics.get("average")
@@ -327,19 +341,23 @@ def find_verdicts(
 ) -> tuple[str, ...]:
     """Find the verdicts that the model tells apart, in the order of its outputs.
 
+    Args:
+        fold_folders: The folders of the folds, or of the run alone; for the message.
+        contract: The contract of the first of them; empty without one.
+        predictions: The rows to measure, if there are any.
+
     Raises:
         UserError: The contract has other verdicts than model_a, model_b and tie.
     """
     verdicts = contract.get("verdicts")
     if verdicts is None:
         # Without a contract: a model of two verdicts gives a tie the probability 0.
-        if predictions is not None and predictions.rows["p_tie"].max() > 0:
-            return VERDICTS
-        return VERDICTS[:2]
+        predicts_ties = predictions is not None and predictions.rows["p_tie"].max() > 0
+        return VERDICTS if predicts_ties else VERDICTS[:2]
 
     possible_orders = [*permutations(VERDICTS[:2]), *permutations(VERDICTS)]
     if not isinstance(verdicts, list) or tuple(verdicts) not in possible_orders:
-        first_folder = next(iter(fold_folders.values()))
+        [first_folder, *_] = fold_folders.values()
         raise UserError(
             f"{first_folder / CONTRACT}: verdicts are {verdicts}, expected model_a and model_b, "
             "with or without tie; train again"
@@ -348,7 +366,11 @@ def find_verdicts(
 
 
 def read_agreement(folder: Path, package_command: str) -> tuple[Agreement | None, str | None]:
-    """Read agreement.json and agreement.parquet, if they belong to this folder's predictions.
+    """Read how far the packaged model agrees with the trained one, if that was measured on today's predictions.
+
+    Args:
+        folder: The run's folder, with agreement.json and agreement.parquet.
+        package_command: The command that compares the models, for the sentence.
 
     Returns:
         The agreement and None, or None and a sentence that says why there is none.

@@ -92,8 +92,13 @@ def rank_wrong_rows(scored: ScoredRows) -> list[int]:
 
 
 def make_worst_row(row: dict, scored: ScoredRows, place: int) -> WorstRow:
-    """Make a row ready for the page; `place` is its place among the scored rows."""
-    # Rows without the pairs file have neither language nor source.
+    """Make a row ready for the page.
+
+    Args:
+        row: The row of the table; without the pairs file it has no language, source and texts.
+        scored: All measured rows as arrays.
+        place: The row's place among them.
+    """
     facts = [row.get("language"), row.get("source")]
     if row["fold"] is not None:
         facts.append(f"fold {row['fold']}")
@@ -133,16 +138,20 @@ def cut_turns(turns: Sequence[str | None] | None, limit: int) -> tuple[Text, ...
 
 
 def cut_text(text: str, limit: int) -> Text:
-    """Cut a text after `limit` characters or MAX_LINES lines, at the end of a word if possible.
+    """Cut a text for the page into its beginning, a rest that opens on a click, and what is left out.
 
-    A text that is only a little longer is not cut.
+    Args:
+        text: One turn of a prompt or answer.
+        limit: The characters of the beginning, which has MAX_LINES lines at most. A text that is only a
+            little longer is not cut.
     """
     text = show_controls(text)
     longest_uncut = int(limit * SLACK)
     beginning = text[:longest_uncut]
 
     # Many short lines take as much room on the page as a long text.
-    if beginning.count("\n") > MAX_LINES:
+    has_many_lines = beginning.count("\n") > MAX_LINES
+    if has_many_lines:
         lines = beginning.split("\n")[:MAX_LINES]
         limit = min(limit, len("\n".join(lines)))
     elif len(text) <= longest_uncut:

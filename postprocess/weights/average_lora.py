@@ -156,6 +156,7 @@ def average(recipe: Recipe, shares: Mapping[Path, float], rank: int | None) -> N
         if (first / name).is_file():
             shutil.copyfile(first / name, folder / name)
 
+    # The contract comes after the adapter, for which it vouches.
     truncation = write_adapter(folder, members, rank)
     shutil.copyfile(first / "contract.json", folder / "contract.json")
     print_summary(members, read_object(folder / ADAPTER[1])["r"], truncation, rank)
@@ -171,7 +172,7 @@ def average(recipe: Recipe, shares: Mapping[Path, float], rank: int | None) -> N
 
 
 def check_members(members: Sequence[Member], mean_folder: Path) -> None:
-    """Check that the members are runs with adapters of one contract.
+    """Check that the members are runs with LoRA adapters of one contract, since others have no mean.
 
     Args:
         members: The runs.
@@ -200,7 +201,12 @@ def check_members(members: Sequence[Member], mean_folder: Path) -> None:
 
 
 def check_alike(first: Path, other: Path) -> None:
-    """Raise UserError where two runs differ in a way that leaves them without a mean."""
+    """Raise UserError where two runs differ in a way that leaves their adapters without a mean.
+
+    Args:
+        first: The folder of one run.
+        other: The folder of another one, which the message names.
+    """
     first_contract = asdict(read_contract(first)[0])
     other_contract = asdict(read_contract(other)[0])
     for key, value in first_contract.items():
@@ -245,7 +251,6 @@ def write_adapter(folder: Path, members: Sequence[Member], rank: int | None) -> 
     truncation = Truncation()
     mean_tensors = {}
     ranks = {}
-
     with contextlib.ExitStack() as stack:
         adapters = []
         for member in members:
@@ -253,12 +258,8 @@ def write_adapter(folder: Path, members: Sequence[Member], rank: int | None) -> 
             adapters.append(read_member(member, tensors))
         check_whole_tensors(adapters)
 
-        # A module that some member did not train is in the mean as well: that member adds nothing.
-        names_of_factors = {}
-        for adapter in reversed(adapters):
-            names_of_factors |= adapter.changes
-        for module, names in names_of_factors.items():
-            a, b = mean_factors(adapters, module)
+        for module, names in list_modules(adapters).items():
+            a, b = join_factors(adapters, module)
             if rank is not None:
                 a, b = cut_rank(a, b, rank, module, truncation)
             ranks[module] = len(a)
@@ -267,13 +268,22 @@ def write_adapter(folder: Path, members: Sequence[Member], rank: int | None) -> 
 
         # Heads, and what else was trained whole.
         for name in adapters[0].whole:
-            mean_tensors[name] = mean_tensor(adapters, name)
+            mean_tensors[name] = average_tensor(adapters, name)
 
+    # The settings come after the weights that they describe.
     with atomic_file(folder / ADAPTER[0]) as temporary:
         save_file(mean_tensors, temporary, metadata={"format": "pt"})
     settings = [adapter_settings(member.folder) for member in members]
-    write_json(folder / ADAPTER[1], mean_settings(settings, ranks))
+    write_json(folder / ADAPTER[1], make_settings(settings, ranks))
     return truncation
+
+
+def list_modules(adapters: Sequence[MemberAdapter]) -> dict[str, Factors]:
+    """List every module that some member changes, with the names of its factors in the mean's file."""
+    names_of_factors = {}
+    for adapter in reversed(adapters):
+        names_of_factors |= adapter.changes
+    return names_of_factors
 
 
 def read_member(member: Member, tensors: Tensors) -> MemberAdapter:
@@ -294,31 +304,32 @@ def read_member(member: Member, tensors: Tensors) -> MemberAdapter:
             "peft_use_dora: false, or package the runs apart and let a kernel average them"
         )
 
-    # B is found by the name of A. What is neither was trained whole.
+    # A module's low-rank change is two tensors, A and B. All other tensors were trained whole.
     changes = {}
     whole = []
     for name in tensors.names():
         a_name = A_NAME.fullmatch(name)
         if a_name:
             module = a_name["module"]
-            scaling = find_scaling(module, tensors.shape(name)[0], settings)
             b_name = name.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B")
             if b_name not in tensors.names():
                 raise UserError(f"{tensors.path}: {module} has no lora_B; train again")
-            changes[module] = Factors(name, b_name, scaling)
+            rank = tensors.shape(name)[0]
+            changes[module] = Factors(name, b_name, find_scaling(module, rank, settings))
         elif "lora_" not in name:
             whole.append(name)
     return MemberAdapter(tensors, member.share, changes, whole)
 
 
 def find_scaling(module: str, rank: int, settings: Mapping) -> float:
-    """Give the factor that PEFT puts on a module's B A.
+    """Find the factor by which PEFT multiplies a module's change B A: alpha/rank, or with rsLoRA alpha/√rank.
 
     Args:
         module: The module's name in the adapter's file.
         rank: The rank of its change.
         settings: adapter_config.json.
     """
+    # A module may have an alpha of its own.
     alpha_pattern = settings.get("alpha_pattern") or {}
     pattern = get_pattern_key(alpha_pattern.keys(), module.removeprefix(PREFIX))
     alpha = alpha_pattern.get(pattern, settings["lora_alpha"])
@@ -328,30 +339,31 @@ def find_scaling(module: str, rank: int, settings: Mapping) -> float:
 
 
 def check_whole_tensors(adapters: Sequence[MemberAdapter]) -> None:
-    """Raise UserError unless the members hold the same whole tensors, in the same shapes."""
-    # A head that one member lacks cannot be averaged.
+    """Raise UserError unless all members trained the same tensors whole (heads), in the same shapes."""
     first = adapters[0]
     for adapter in adapters[1:]:
         path = adapter.tensors.path
-        for name in sorted(set(first.whole) ^ set(adapter.whole)):
+        names_in_one_of_both = set(first.whole) ^ set(adapter.whole)
+        for name in sorted(names_in_one_of_both):
             raise UserError(f"{path}: {name} is in it or in {first.tensors.path}, not in both")
+
         for name in first.whole:
             if adapter.tensors.shape(name) != first.tensors.shape(name):
                 raise UserError(f"{path}: {name} has another shape than in {first.tensors.path}")
 
 
-def mean_factors(
+def join_factors(
     adapters: Sequence[MemberAdapter], module: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Join the members' factors of one module.
+    """Join the members' low-rank changes of one module to their mean, which has the sum of their ranks.
 
     Args:
         adapters: The members.
-        module: The module's name in their files; some may not have it.
+        module: The module's name in their files. A member that did not train it adds nothing.
 
     Returns:
-        A (sum of ranks, inputs) and B (outputs, sum of ranks) in float64. Their product is the mean of
-        what the members add.
+        A (sum of ranks, inputs) and B (outputs, sum of ranks) in float64. Their product B A is the mean
+        of what the members add to the module's weight.
     """
     a_factors = []
     b_factors = []
@@ -359,6 +371,7 @@ def mean_factors(
         change = adapter.changes.get(module)
         if change is None:
             continue
+
         # Share and scaling go into B, so that the mean needs none.
         a = adapter.read(change.a_name)
         b = adapter.read(change.b_name) * (adapter.share * change.scaling)
@@ -368,15 +381,14 @@ def mean_factors(
             )
         a_factors.append(a)
         b_factors.append(b)
+    # [w1 B1, w2 B2, …] [A1; A2; …] is the sum of all w B A.
     return torch.cat(a_factors), torch.cat(b_factors, dim=1)
 
 
 def cut_rank(
     a: torch.Tensor, b: torch.Tensor, rank: int, module: str, truncation: Truncation
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find the factors of the nearest product of a lower rank.
-
-    B A is never multiplied out: it is Q (R S^T) P^T, and R S^T is as small as the ranks.
+    """Find the product of a lower rank that is nearest to B A, by the truncated singular value decomposition.
 
     Args:
         a: (ranks, inputs).
@@ -388,61 +400,55 @@ def cut_rank(
     Returns:
         A (rank, inputs) and B (outputs, rank).
     """
-    # Two thin QR decompositions leave a square matrix of the ranks.
-    q, r = torch.linalg.qr(b)
-    p, s = torch.linalg.qr(a.T)
-    left, singular_values, right = torch.linalg.svd(r @ s.T)
+    # B A is as large as the weight itself, and is never multiplied out. With B = Q_b R_b and
+    # A^T = Q_a R_a it is Q_b (R_b R_a^T) Q_a^T, whose middle has as many rows and columns as ranks.
+    q_b, r_b = torch.linalg.qr(b)
+    q_a, r_a = torch.linalg.qr(a.T)
+    left, singular_values, right = torch.linalg.svd(r_b @ r_a.T)
     rank = min(rank, len(singular_values))
     truncation.add(module, singular_values, rank)
 
     # Each factor gets the root of the singular values, so that they are of one size.
-    root = singular_values[:rank].sqrt()
-    cut_a = (root[:, None] * right[:rank]) @ p.T
-    cut_b = q @ (left[:, :rank] * root)
+    roots = singular_values[:rank].sqrt()
+    cut_a = (roots[:, None] * right[:rank]) @ q_a.T
+    cut_b = q_b @ (left[:, :rank] * roots)
     return cut_a, cut_b
 
 
-def mean_tensor(adapters: Sequence[MemberAdapter], name: str) -> torch.Tensor:
-    """Average a tensor that the members trained whole (a head); one that all share stays as it is."""
-    # Biases that were never trained are the same in all, in their own dtype.
+def average_tensor(adapters: Sequence[MemberAdapter], name: str) -> torch.Tensor:
+    """Average a tensor that the members trained whole, such as a head, in float32.
+
+    A tensor that is the same in all of them, such as a bias that was not trained, stays as it is.
+    """
     first = adapters[0].tensors.get(name)
     mean = torch.zeros(first.shape, dtype=torch.float64)
-    is_shared = True
+    is_same_in_all = True
     for adapter in adapters:
         mean += adapter.share * adapter.read(name)
-        is_shared = is_shared and torch.equal(adapter.tensors.get(name), first)
-    return first if is_shared else mean.to(torch.float32)
+        if not torch.equal(adapter.tensors.get(name), first):
+            is_same_in_all = False
+    return first if is_same_in_all else mean.to(torch.float32)
 
 
-def mean_settings(settings: Sequence[dict], ranks: Mapping[str, int]) -> dict:
-    """Write the mean's adapter_config.json.
-
-    B holds the scalings already, so that alpha is the rank everywhere.
+def make_settings(settings: Sequence[dict], ranks: Mapping[str, int]) -> dict:
+    """Make adapter_config.json, PEFT's settings, of the mean of several adapters.
 
     Args:
         settings: The members' adapter_config.json.
         ranks: The rank of the mean's change of each module, by the module's name in the file.
     """
-    # The largest rank is the rule, every other one an exception by the module's name.
+    # PEFT has one rank for all modules, and a pattern for every module with another one.
     rank = max(ranks.values())
     other_ranks = {}
     for module, module_rank in ranks.items():
         if module_rank != rank:
             other_ranks[re.escape(module.removeprefix(PREFIX))] = module_rank
 
-    # Members may have trained different modules; a pattern must be the same in all.
     mean = dict(settings[0])
     for key in ("target_modules", "modules_to_save"):
-        names = set()
-        are_lists = True
-        for member_settings in settings:
-            value = member_settings.get(key)
-            are_lists = are_lists and isinstance(value, list)
-            if are_lists:
-                names.update(value)
-        if are_lists:
-            mean[key] = sorted(names)
+        mean[key] = unite_names([member_settings.get(key) for member_settings in settings])
 
+    # PEFT multiplies B A by alpha / rank. B holds the scalings already, so that both are the same.
     mean |= {
         "r": rank,
         "lora_alpha": rank,
@@ -451,6 +457,16 @@ def mean_settings(settings: Sequence[dict], ranks: Mapping[str, int]) -> dict:
         "use_rslora": False,
     }
     return mean
+
+
+def unite_names(names_of_members: Sequence[list[str] | str | None]) -> list[str] | str | None:
+    """Unite the lists of modules that members trained. A pattern or nothing is the first member's."""
+    united_names = set()
+    for names in names_of_members:
+        if not isinstance(names, list):
+            return names_of_members[0]
+        united_names.update(names)
+    return sorted(united_names)
 
 
 def print_summary(
@@ -471,6 +487,7 @@ def print_summary(
     if rank is None or truncation.error <= 1e-6:
         print(f"  exact, of rank {mean_rank}")
         return
+    # The layer that suffers most says whether the rank is too low.
     worst_error, module = truncation.worst
     print(
         f"  cut to rank {rank}: {truncation.error:.2%} of the change is lost (norms), at most "
@@ -496,9 +513,9 @@ def write_results(run: Run, facts: Mapping[str, object]) -> None:
     probabilities_rov = score_column("mean", model, run, tokenizer, pairs).probabilities_rov
 
     # The same figures that training writes of its validation rows.
-    values = metrics.scores(probabilities_rov, targets(sample, verdicts), winners(sample, verdicts))
+    scores = metrics.scores(probabilities_rov, targets(sample, verdicts), winners(sample, verdicts))
     results = {
-        **values,
+        **scores,
         "accuracy_of_longer": metrics.longer_is_right(sample),
         "rows": len(sample),
         "fold": "all",
@@ -513,6 +530,6 @@ def write_results(run: Run, facts: Mapping[str, object]) -> None:
     with atomic_file(run.folder / "predictions.parquet") as temporary:
         table.write_parquet(temporary)
     print(
-        f"  accuracy {values['accuracy']:.4f}, log loss {values['log_loss']:.4f} on {len(sample)} rows that "
+        f"  accuracy {scores['accuracy']:.4f}, log loss {scores['log_loss']:.4f} on {len(sample)} rows that "
         "members trained on"
     )

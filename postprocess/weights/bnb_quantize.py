@@ -27,6 +27,7 @@ def quantization_config(kind: str, head: list[str], double: bool = False) -> Bit
         head: The modules that stay in 16 bits.
         double: Whether the scales of nf4 are quantised too.
     """
+    # A T4 computes in float16; the weights are unpacked to it layer by layer.
     if kind == "nf4":
         return BitsAndBytesConfig(
             load_in_4bit=True,
@@ -46,21 +47,28 @@ def quantization_config(kind: str, head: list[str], double: bool = False) -> Bit
 def quantised_weights(
     config: PretrainedConfig, head: str, settings: BitsAndBytesConfig
 ) -> set[str]:
-    """List the weights that transformers expects to be quantised: it says so itself, of an empty model."""
-    # What has another class afterwards was replaced by a quantised layer.
+    """List the weights that transformers expects to be quantised, as it says itself of an empty model.
+
+    Args:
+        config: The model's configuration.
+        head: The contract's head: score, label_tokens or reward.
+        settings: As quantization_config gives them.
+    """
     model = empty_model(config, head)
     modules_before = dict(model.named_modules())
     replace_with_bnb_linear(model, settings.llm_int8_skip_modules, settings, pre_quantized=True)
 
+    # What has another class afterwards was replaced by a quantised layer.
     names = set()
     for name, module in model.named_modules():
-        if type(module) is not type(modules_before.get(name, module)):
+        module_before = modules_before.get(name, module)
+        if type(module) is not type(module_before):
             names.add(f"{name}.weight")
     return names
 
 
 def quantised_bytes(shape: tuple[int, ...], settings: BitsAndBytesConfig) -> int:
-    """Estimate the bytes that a quantised weight of this shape takes."""
+    """Estimate the bytes that a quantised weight of this shape takes: its values, and their scales in float32."""
     outputs, inputs = shape
     if settings.load_in_8bit:
         return outputs * inputs + 4 * outputs
@@ -103,21 +111,21 @@ def quantise(
             f"{module}weight_format": INT8_FORMAT,
         }
 
+    # Of nf4, bitsandbytes stores the scales and what they mean beside the values.
     stored = {name: torch.cat(values)}
-    is_double = settings.bnb_4bit_use_double_quant
-    state = join_state(torch.cat(scales), shape, is_double)
+    state = make_nf4_state(torch.cat(scales), shape, settings.bnb_4bit_use_double_quant)
     for part, tensor in state.as_dict(packed=True).items():
         stored[f"{name}.{part}"] = tensor
     return stored
 
 
-def join_state(scales: torch.Tensor, shape: tuple[int, int], is_double: bool) -> bnb.QuantState:
-    """Give the state that bitsandbytes' quantize_4bit makes of a whole weight.
+def make_nf4_state(scales: torch.Tensor, shape: tuple[int, int], is_double: bool) -> bnb.QuantState:
+    """Make the state that bitsandbytes' quantize_4bit would return for a whole weight.
 
     Args:
-        scales: The scale of each block.
-        shape: The weight's shape.
-        is_double: Whether the scales are quantised too.
+        scales: The scale of each block of 64 numbers.
+        shape: The weight's shape, (outputs, inputs).
+        is_double: Whether the scales are quantised too (double quantisation).
     """
     state = bnb.QuantState(
         absmax=scales,

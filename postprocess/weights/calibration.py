@@ -15,9 +15,11 @@ ROWS = 256
 
 
 def choose_calibration_rows(run: Run, seed: int = 0) -> pl.DataFrame:
-    """Choose up to 256 training rows by a hash of seed and id, none of them in predictions.parquet.
+    """Choose up to 256 training rows to calibrate on, by a hash of seed and id.
 
-    With fold `all` and a file so small that every row is in there, it is those: each was trained on too.
+    None of them is in predictions.parquet, the rows that a package is checked on: calibrating on those
+    would flatter it. With fold `all`, every row of a small file is in there, and was trained on too: then
+    it is any of them.
 
     Args:
         run: The trained run.
@@ -34,7 +36,6 @@ def choose_calibration_rows(run: Run, seed: int = 0) -> pl.DataFrame:
     training_rows, _ = split(read_pairs(pairs_file), fold, pairs_file)
     checked_rows = pl.read_parquet(predictions, columns=["id"])
 
-    # Rows that a model was tuned on would flatter it in the comparison.
     rows = training_rows.join(checked_rows, on="id", how="anti")
     if rows.is_empty() and fold == "all":
         rows = training_rows
@@ -43,6 +44,7 @@ def choose_calibration_rows(run: Run, seed: int = 0) -> pl.DataFrame:
             f"{pairs_file}: every row outside fold {fold} is in {predictions}, so that none is left to calibrate on; "
             "set pairwise.fold as it was in training"
         )
+
     chosen_ids = pl.DataFrame({"id": by_hash(rows["id"], ROWS, salt=f"{seed}:")})
     return chosen_ids.join(rows, on="id", how="left", maintain_order="left")
 
@@ -57,6 +59,7 @@ def encode_calibration_rows(run: Run, rows: pl.DataFrame) -> list[list[int]]:
     Returns:
         The token ids of each sequence; the reward head has two for a row.
     """
+    # A model meets both orders when it is served.
     pairs = []
     for number, row in enumerate(rows.iter_rows(named=True)):
         pair = run.model_input.pair_from_row(row)

@@ -49,6 +49,7 @@ def open_tensors(path: Path) -> Iterator[Tensors]:
     paths = find_files(path) if path.is_dir() else [path]
     handles = {}
 
+    # All files stay open until the caller is done.
     with contextlib.ExitStack() as stack:
         for file in paths:
             try:
@@ -61,8 +62,8 @@ def open_tensors(path: Path) -> Iterator[Tensors]:
                 raise UserError(
                     f"{file}: not a whole safetensors file ({error}); write or fetch it again"
                 ) from None
-
-            handles |= dict.fromkeys(handle.keys(), handle)
+            for name in handle.keys():  # noqa: SIM118  a handle is no dictionary
+                handles[name] = handle
         yield Tensors(path, handles)
 
 

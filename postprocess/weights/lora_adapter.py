@@ -61,7 +61,7 @@ class Adapter:
 
 
 def load_adapter(run_folder: Path, model: torch.nn.Module) -> Adapter:
-    """Put a run's adapter on a model without weights.
+    """Put a run's LoRA adapter on a model without weights, by PEFT.
 
     Args:
         run_folder: The folder with the adapter's weights and settings.
@@ -73,18 +73,13 @@ def load_adapter(run_folder: Path, model: torch.nn.Module) -> Adapter:
     file = run_folder / ADAPTER[0]
     settings = adapter_settings(run_folder)
     check_settings(settings, run_folder / ADAPTER[1])
-    # A newer PEFT may have written settings that this one lacks, empty ones.
-    known_settings = {name: value for name, value in settings.items() if name in KNOWN_SETTINGS}
     low_rank_parts, replacements = read_adapter_file(file)
 
     # PEFT builds its layers by the settings. What is then in the file and not in the layers, or the
     # reverse, shows that the two do not belong together.
     architecture = type(model).__name__
     try:
-        with warnings.catch_warnings():
-            # Of tied embeddings that are trained apart: merge.py keeps them apart.
-            warnings.simplefilter("ignore")
-            peft_model = get_peft_model(model, LoraConfig(**known_settings))
+        peft_model = build_peft_model(model, settings)
         loaded = peft_model.load_state_dict(low_rank_parts, strict=False, assign=True)
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).splitlines()[-1].split())
@@ -98,9 +93,20 @@ def load_adapter(run_folder: Path, model: torch.nn.Module) -> Adapter:
             f"{file}: {loaded.unexpected_keys[0]} is not part of {architecture} with the settings of {ADAPTER[1]}: "
             "an adapter of another base"
         )
+    # Nothing must be missing: PEFT would merge a layer without its change.
     layers = find_layers(peft_model)
     check_complete(layers, file)
     return Adapter(file, layers, replacements)
+
+
+def build_peft_model(model: torch.nn.Module, settings: Mapping[str, object]) -> PeftModel:
+    """Add PEFT's LoRA layers to a model, as adapter_config.json says."""
+    # A newer PEFT may have written settings that this one lacks, empty ones.
+    known_settings = {name: value for name, value in settings.items() if name in KNOWN_SETTINGS}
+    with warnings.catch_warnings():
+        # PEFT warns of tied embeddings that are trained apart. merge.py keeps them apart.
+        warnings.simplefilter("ignore")
+        return get_peft_model(model, LoraConfig(**known_settings))
 
 
 def read_adapter_file(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -122,36 +128,50 @@ def read_adapter_file(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, to
                     f"{file}: key {name} does not start with {PREFIX}: a whole model, or not saved by PEFT; put "
                     "the training's adapter there"
                 )
+            # With bias: all, PEFT also saves the untrained biases of a module that it replaced.
+            if ".original_module." in name and not LOW_RANK_PART.search(name):
+                continue
 
             tensor = opened.get(name)
             if LOW_RANK_PART.search(name):
-                # PEFT leaves the adapter's name, which is always "default" here, out of the file.
-                peft_name = LOW_RANK_PART.sub(r".\1.default", name)
-                if peft_name.endswith("lora_magnitude_vector.default"):
-                    peft_name += ".weight"
-                low_rank_parts[peft_name] = tensor
-            elif ".original_module." not in name:
-                # With bias: all, PEFT also saves the untrained biases of a module that it replaced.
+                low_rank_parts[name_in_peft_model(name)] = tensor
+            else:
                 replacements[model_name(name)] = tensor
     return low_rank_parts, replacements
 
 
+def name_in_peft_model(name_in_file: str) -> str:
+    """Give a low-rank part the name that it has in PEFT's model, where the adapter's own name stands in it."""
+    # PEFT leaves the adapter's name, which is always "default" here, out of the file.
+    name = LOW_RANK_PART.sub(r".\1.default", name_in_file)
+    if name.endswith("lora_magnitude_vector.default"):
+        name += ".weight"
+    return name
+
+
 def check_settings(settings: Mapping[str, object], config_file: Path) -> None:
-    """Raise UserError for a kind of adapter whose merge is not tested here."""
+    """Raise UserError for a kind of adapter whose merge is not tested here.
+
+    Args:
+        settings: adapter_config.json, as PEFT wrote it.
+        config_file: Its path, for the message.
+    """
     if settings.get("peft_type") != "LORA":
         raise UserError(
             f"{config_file}: peft_type is {settings.get('peft_type')!r}; only LORA can be merged"
         )
 
     # The adapter's file does not hold what such an initialisation did to the base.
-    if settings.get("init_lora_weights", True) not in LORA_INITIALISATIONS:
+    initialisation = settings.get("init_lora_weights", True)
+    if initialisation not in LORA_INITIALISATIONS:
         raise UserError(
-            f"{config_file}: init_lora_weights is {settings['init_lora_weights']!r}, which changed the base's own "
+            f"{config_file}: init_lora_weights is {initialisation!r}, which changed the base's own "
             "weights; train with init_lora_weights true or gaussian"
         )
 
     for name, value in settings.items():
-        if value and (name in REFUSED_SETTINGS or name not in KNOWN_SETTINGS):
+        is_refused = name in REFUSED_SETTINGS or name not in KNOWN_SETTINGS
+        if value and is_refused:
             raise UserError(
                 f"{config_file}: {name}: this kind of LoRA cannot be merged; train without"
             )
@@ -174,11 +194,17 @@ def model_name(peft_name: str) -> str:
 
 
 def check_complete(layers: Mapping[str, LoraLayer], file: Path) -> None:
-    """Raise UserError where an adapter's file lacks a part of a layer's change."""
+    """Raise UserError where an adapter's file lacks a part of a layer's change.
+
+    Args:
+        layers: PEFT's layers on a model without weights, after the file was loaded into them.
+        file: The adapter's file, for the message.
+    """
     for weight, layer in layers.items():
         for part, tensor in layer.state_dict().items():
-            # Only what was in the file has left the meta device.
-            if tensor.is_meta and part.startswith("lora_"):
+            # Only what was in the file has left the meta device, on which tensors have no bytes.
+            is_missing = tensor.is_meta and part.startswith("lora_")
+            if is_missing:
                 raise UserError(
                     f"{file}: {weight} has no {part.split('.')[0]}; the file is not complete: train again"
                 )
@@ -194,24 +220,31 @@ def merge_layer(layer: LoraLayer, base_weight: torch.Tensor) -> torch.Tensor:
     Returns:
         The merged weight in float32.
     """
-    is_plain = isinstance(layer, Linear) and ADAPTER_NAME not in layer.lora_variant
-    if is_plain:
-        # What PEFT computes, in place: it would hold three copies of the weight at a time.
-        a = layer.lora_A[ADAPTER_NAME].weight.to(torch.float32)
-        b = layer.lora_B[ADAPTER_NAME].weight.to(torch.float32)
-        merged_weight = (b @ a).mul_(layer.scaling[ADAPTER_NAME])
-        for rows, base_rows in zip(merged_weight.split(ROWS), base_weight.split(ROWS), strict=True):
-            rows += base_rows.to(torch.float32)
-        return merged_weight
+    is_plain_lora = isinstance(layer, Linear) and ADAPTER_NAME not in layer.lora_variant
+    if is_plain_lora:
+        return merge_plain_lora(layer, base_weight)
 
-    base_layer = layer.get_base_layer()
     # PEFT adds in place, and the tensor may be mapped from its file.
+    base_layer = layer.get_base_layer()
     own_copy = base_weight.to(torch.float32, copy=True)
     base_layer.weight = torch.nn.Parameter(own_copy, requires_grad=False)
+
     # PEFT's model merges in float32 as well.
     layer.float()
     layer.merge()
     merged_weight = base_layer.weight.detach()
     # No weight stays in memory with its layer.
     layer.to("meta")
+    return merged_weight
+
+
+def merge_plain_lora(layer: Linear, base_weight: torch.Tensor) -> torch.Tensor:
+    """Compute W + scaling B A, as PEFT does it, with one copy of the weight in place of PEFT's three."""
+    a = layer.lora_A[ADAPTER_NAME].weight.to(torch.float32)
+    b = layer.lora_B[ADAPTER_NAME].weight.to(torch.float32)
+    merged_weight = (b @ a).mul_(layer.scaling[ADAPTER_NAME])
+
+    # Some rows at a time, so that there is never a whole copy of the base weight in float32.
+    for rows, base_rows in zip(merged_weight.split(ROWS), base_weight.split(ROWS), strict=True):
+        rows += base_rows.to(torch.float32)
     return merged_weight

@@ -9,7 +9,7 @@ does a base model that nobody trained.
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -93,12 +93,13 @@ class Sources:
         tensor = self.read_before_merge(name)
         if self.adapter and name in self.adapter.layers:
             tensor = merge_layer(self.adapter.layers[name], tensor)
+        # SmoothQuant's scales are those of the merged model.
         if self.smoothing:
             tensor = self.smoothing.apply(name, tensor)
         return tensor
 
     def read_pieces(self, name: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-        """Read a tensor as it is after training, some rows at a time.
+        """Read a tensor as it is after training, some rows at a time, so that little memory is needed.
 
         Args:
             name: The tensor's name in the model.
@@ -115,12 +116,19 @@ class Sources:
             yield rounded
 
     def explain_not_finite(self, name: str, piece: torch.Tensor, dtype: torch.dtype) -> str:
-        """Say which file a number that is not finite comes from, and what to do."""
+        """Explain which file a number that is not finite comes from, and what to do.
+
+        Args:
+            name: The tensor's name in the model.
+            piece: The rows that hold the number, before they are rounded.
+            dtype: What they are rounded to.
+        """
         if is_finite(piece):
             return (
                 f"{self.trained_path()}: {name} is not finite once it is {dtype}: its values are too "
                 "large; train again"
             )
+
         # It may have come from the base, or from training.
         is_from_base = self.adapter is None or name not in self.adapter.replacements
         if is_from_base and not is_finite(self.read_before_merge(name)):
@@ -152,45 +160,62 @@ def merge(
             the dtype, or the disk is full.
     """
     with torch.no_grad(), open_sources(run, form) as sources:
-        skeleton = sources.skeleton
+        config = sources.skeleton.config
         quantised_names = set()
         if form.quantization:
-            head = run.contract.head
-            quantised_names = quantised_weights(skeleton.config, head, form.quantization)
-
-        # What the result will weigh: for the room on the disk and for the division into shards.
-        weight_bytes = {}
-        for name, shape in skeleton.shapes.items():
-            if name in quantised_names:
-                weight_bytes[name] = quantised_bytes(shape, form.quantization)
-            else:
-                weight_bytes[name] = torch.Size(shape).numel() * form.dtype.itemsize
+            quantised_names = quantised_weights(config, run.contract.head, form.quantization)
 
         # Called for one weight after the other, as the shards are written.
         def store(name: str) -> Iterator[Stored]:
             if name in quantised_names:
-                # From float16, as if a merged model had been saved before.
-                pieces = sources.read_pieces(name, torch.float16)
-                tensors = quantise(name, skeleton.shapes[name], pieces, form.quantization)
-                for stored_name, tensor in tensors.items():
-                    yield Stored(stored_name, tensor.dtype, tuple(tensor.shape), [tensor])
-                return
+                return store_quantised(sources, name, form)
+            return store_plain(sources, name, form)
 
-            dtype = sources.read_before_merge(name).dtype
-            stored_dtype = form.dtype if dtype.is_floating_point else dtype
-            pieces = sources.read_pieces(name, form.dtype)
-            yield Stored(name, stored_dtype, skeleton.shapes[name], pieces)
-
+        weight_bytes = estimate_bytes(sources.skeleton, quantised_names, form)
         total_bytes = sum(weight_bytes.values())
         with (
             resumable_folder(out, key, total_bytes) as folder,
             tqdm(total=total_bytes, desc=out.name, unit="B", unit_scale=True, delay=2) as bar,
         ):
             write_shards(folder, weight_bytes, store, shard_bytes, bar.update)
-            write_config(skeleton.config, form, folder)
+            write_config(config, form, folder)
             for file in run.tokenizer_files():
                 shutil.copyfile(file, folder / file.name)
             add_files(folder)
+
+
+def estimate_bytes(skeleton: Skeleton, quantised_names: Set[str], form: Form) -> dict[str, int]:
+    """Estimate what each weight takes on the disk, by its name.
+
+    Args:
+        skeleton: The model that is to be written.
+        quantised_names: The weights that are quantised.
+        form: How they are quantised, and the dtype of the rest.
+    """
+    weight_bytes = {}
+    for name, shape in skeleton.shapes.items():
+        if name in quantised_names:
+            weight_bytes[name] = quantised_bytes(shape, form.quantization)
+        else:
+            weight_bytes[name] = torch.Size(shape).numel() * form.dtype.itemsize
+    return weight_bytes
+
+
+def store_quantised(sources: Sources, name: str, form: Form) -> Iterator[Stored]:
+    """Yield the tensors that are stored of a quantised weight: its values and their scales."""
+    # From float16, as if a merged model had been saved before.
+    pieces = sources.read_pieces(name, torch.float16)
+    tensors = quantise(name, sources.skeleton.shapes[name], pieces, form.quantization)
+    for stored_name, tensor in tensors.items():
+        yield Stored(stored_name, tensor.dtype, tuple(tensor.shape), [tensor])
+
+
+def store_plain(sources: Sources, name: str, form: Form) -> Iterator[Stored]:
+    """Yield a weight in 16 bits; whole numbers, such as a table of positions, keep their dtype."""
+    dtype = sources.read_before_merge(name).dtype
+    stored_dtype = form.dtype if dtype.is_floating_point else dtype
+    pieces = sources.read_pieces(name, form.dtype)
+    yield Stored(name, stored_dtype, sources.skeleton.shapes[name], pieces)
 
 
 def write_config(config: PretrainedConfig, form: Form, folder: Path) -> None:
@@ -211,16 +236,12 @@ def open_sources(run: Run, form: Form) -> Iterator[Sources]:
     """
     # All checks need headers only: a mistake is reported before gigabytes are read.
     skeleton = model_skeleton(run.weights, run.contract)
-    adapter = None
     tied_names = skeleton.tied
+    adapter = None
     if run.has_adapter:
         adapter = load_adapter(run.folder, empty_model(skeleton.config, run.contract.head))
         if was_untied(skeleton, adapter, adapter_settings(run.folder)):
-            if form.keeps_adapter_apart:
-                raise UserError(
-                    f"{adapter.path}: trained {' or '.join(tied_names)}, which is the embedding in this base; "
-                    "only adapter: merged keeps the two apart"
-                )
+            check_can_untie(adapter, tied_names, form)
             skeleton = untie(skeleton)
         if form.keeps_adapter_apart:
             adapter = replace(adapter, layers={})
@@ -241,9 +262,12 @@ def open_sources(run: Run, form: Form) -> Iterator[Sources]:
 
 
 def was_untied(skeleton: Skeleton, adapter: Adapter, settings: Mapping[str, object]) -> bool:
-    """Whether two tensors that are one in the base were trained apart.
+    """Find out whether two tensors that are one in the base, such as embedding and output layer, were trained apart.
 
-    PEFT trains them apart unless its setting `ensure_weight_tying` is true.
+    Args:
+        skeleton: The model as the base has it.
+        adapter: What was trained.
+        settings: adapter_config.json. PEFT trains them apart unless `ensure_weight_tying` is true.
     """
     if settings.get("ensure_weight_tying"):
         return False
@@ -255,8 +279,25 @@ def was_untied(skeleton: Skeleton, adapter: Adapter, settings: Mapping[str, obje
     return False
 
 
+def check_can_untie(adapter: Adapter, tied_names: Mapping[str, str], form: Form) -> None:
+    """Raise UserError where the base stays as it is, which has one tensor for two."""
+    if form.keeps_adapter_apart:
+        raise UserError(
+            f"{adapter.path}: trained {' or '.join(tied_names)}, which is the embedding in this base; "
+            "only adapter: merged keeps the two apart"
+        )
+
+
 def find_base_names(base: Tensors, skeleton: Skeleton) -> dict[str, str]:
-    """Find the checkpoint's name of each tensor of the model that the checkpoint has."""
+    """Find the checkpoint's name of each tensor of the model.
+
+    Args:
+        base: The open checkpoint. It may have no head.
+        skeleton: The model.
+
+    Returns:
+        The name in the checkpoint, by the name in the model; without those that the checkpoint lacks.
+    """
     base_names = {}
     for base_name in base.names():
         name = base_name
@@ -264,17 +305,17 @@ def find_base_names(base: Tensors, skeleton: Skeleton) -> dict[str, str]:
             name = name.replace(old, new)
 
         # A checkpoint of an encoder alone lacks the prefix that the model with a head has.
-        for candidate in (name, f"{skeleton.prefix}.{name}"):
-            if candidate in skeleton.shapes:
-                base_names[candidate] = base_name
+        for name_in_model in (name, f"{skeleton.prefix}.{name}"):
+            if name_in_model in skeleton.shapes:
+                base_names[name_in_model] = base_name
     return base_names
 
 
 def check_shapes(sources: Sources) -> None:
     """Raise UserError unless every tensor of the model is there in its shape; only headers are read."""
-    # The adapter's tensor takes the place of the base's.
     replacements = sources.adapter.replacements if sources.adapter else {}
     for name, shape in sources.skeleton.shapes.items():
+        # The adapter's tensor takes the place of the base's.
         if name in replacements:
             path = sources.adapter.path
             stored_shape = tuple(replacements[name].shape)
@@ -329,9 +370,9 @@ def split_rows(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         yield tensor
         return
 
-    row_numbers = tensor[0].numel()
-    rows = max(PIECE_NUMBERS // row_numbers // ROWS_MULTIPLE, 1) * ROWS_MULTIPLE
-    yield from tensor.split(rows)
+    numbers_per_row = tensor[0].numel()
+    blocks_of_rows = max(PIECE_NUMBERS // numbers_per_row // ROWS_MULTIPLE, 1)
+    yield from tensor.split(blocks_of_rows * ROWS_MULTIPLE)
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
@@ -339,6 +380,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
     The extremes are looked at, which a NaN is passed on to: isfinite is a hundred times slower.
     """
+    # An empty tensor has no extremes.
     if tensor.numel() == 0:
         return True
     extremes = torch.stack(tensor.aminmax())

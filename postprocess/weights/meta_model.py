@@ -36,7 +36,7 @@ class Skeleton:
 
 
 def model_skeleton(folder: Path, contract: Contract) -> Skeleton:
-    """Describe the model of a configuration with the contract's head.
+    """Describe the tensors of the model that a configuration and the contract's head make, without any weights.
 
     Args:
         folder: The folder with config.json.
@@ -55,6 +55,8 @@ def model_skeleton(folder: Path, contract: Contract) -> Skeleton:
     for name, tensor in model.state_dict().items():
         if name not in tied:
             shapes[name] = tuple(tensor.shape)
+
+    # What is not part of the pretrained model is the head.
     prefix = model.base_model_prefix
     head = tuple(name for name in shapes if not name.startswith(f"{prefix}."))
     return Skeleton(config, shapes, prefix, head, tied)
@@ -75,14 +77,16 @@ def model_config(folder: Path, contract: Contract) -> PretrainedConfig:
         raise UserError(
             f"{folder}: its weights are quantised already; the contract's base_model must be the 16-bit original"
         )
+    config.pad_token_id = contract.pad_token_id
 
-    # Of a causal LM, the head is as the base has it.
+    # The head of a causal LM is the base's own, and its outputs are tokens without labels.
     if contract.head in LABELLED:
         labels = contract.verdicts if contract.head == "score" else ("reward",)
         config.id2label = dict(enumerate(labels))
         config.label2id = {name: label for label, name in config.id2label.items()}
-    config.pad_token_id = contract.pad_token_id
-    if not contract.softcap and hasattr(config, "attn_logit_softcapping"):
+
+    has_softcap = hasattr(config, "attn_logit_softcapping")
+    if has_softcap and not contract.softcap:
         config.attn_logit_softcapping = None
     return config
 
@@ -97,11 +101,17 @@ def untie(skeleton: Skeleton) -> Skeleton:
 
 
 def head_modules(folder: Path, head: str) -> list[str]:
-    """Name the modules beside the base model: ["score"], for BERT ["classifier"], for a causal LM ["lm_head"]."""
+    """Name the modules of a model's head: ["score"], for BERT ["classifier"], for a causal LM ["lm_head"].
+
+    Args:
+        folder: The folder with the model's config.json.
+        head: The contract's head: score, label_tokens or reward.
+    """
     model = build_model(read_config(folder), head, folder)
     names = []
     for name, module in model.named_children():
-        has_parameters = next(module.parameters(), None) is not None
+        # What stands beside the pretrained model, but for a dropout or an activation.
+        has_parameters = any(True for _ in module.parameters())
         if name != model.base_model_prefix and has_parameters:
             names.append(name)
     return names

@@ -5,6 +5,7 @@ against a base that was rounded already. Kept apart, the model computes what it 
 cent more work. The adapter's files have the names of kaggle_kernels.runtime.models.model.LORA.
 """
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -37,19 +38,25 @@ def unmerged(run: Run, out: Path, key: str = "") -> None:
         UserError: The base was trained in another kind of 4 bits, or base and adapter do not belong
             together.
     """
-
-    # Written into the same temporary folder, so that no base is left without its adapter.
-    def add_adapter(folder: Path) -> None:
-        with open_tensors(run.folder / ADAPTER[0]) as tensors:
-            save_file(lora_tensors(tensors), folder / LORA[1], metadata={"format": "pt"})
-        write_json(folder / LORA[0], lora_config(adapter_settings(run.folder)))
-
     form = Form(base_settings(run), keeps_adapter_apart=True)
-    merge(run, out, form, key=key, add_files=add_adapter)
+
+    # The adapter goes into the same temporary folder, so that no base is left without it.
+    merge(run, out, form, key=key, add_files=functools.partial(copy_adapter, run.folder))
+
+
+def copy_adapter(run_folder: Path, out: Path) -> None:
+    """Copy a run's adapter in float16, with the settings that loading needs."""
+    with open_tensors(run_folder / ADAPTER[0]) as tensors:
+        save_file(lora_tensors(tensors), out / LORA[1], metadata={"format": "pt"})
+    write_json(out / LORA[0], lora_config(adapter_settings(run_folder)))
 
 
 def base_settings(run: Run) -> BitsAndBytesConfig:
-    """Describe how the base is quantised: nf4 as in training; what stayed in 16 bits then stays so."""
+    """Describe how the base is quantised: nf4 as in training; what stayed in 16 bits then stays so.
+
+    Raises:
+        UserError: The base was trained in another kind of 4 bits.
+    """
     # A LoRA run on a 16-bit base recorded nothing: its base is quantised as packages are.
     trained = trained_quantization(run) or {}
     if trained and trained.get("bnb_4bit_quant_type") != "nf4":

@@ -28,6 +28,7 @@ def quantise_merged(run: Run, merged: Path, kind: str, out: Path, key: str = "")
         key: An interrupted call with the same key is continued at its shard.
     """
     smoothing = calibrate_smoothing(run, merged) if kind == "int8" else None
+    # The head is small, and decides: it stays in 16 bits.
     head = head_modules(merged, run.contract.head)
     form = Form(quantization_config(kind, head), smoothing=smoothing)
 

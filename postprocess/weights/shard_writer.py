@@ -5,6 +5,7 @@ of the model. Here a shard's header is written last: of a weight in nf4, the siz
 """
 
 import json
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,6 +25,7 @@ SHARD_BYTES = 1000**3  # what an interrupted run loses at most
 # offsets, and its name, which is the weight's with an ending.
 TENSORS_A_WEIGHT = 6
 HEADER_BYTES_A_TENSOR = 220
+LENGTH_BYTES = 8  # in front of the header, for its length
 PIECES_IN_FLIGHT = 4
 DTYPES = {
     torch.float32: "F32",
@@ -74,10 +76,11 @@ def write_shards(
     """
     # The division depends on the sizes alone: an interrupted call finds its shards again.
     shards = plan_shards(weight_bytes, shard_bytes)
+    shard_count = len(shards)
     file_names = ["model.safetensors"]
-    if len(shards) > 1:
-        numbers = range(1, len(shards) + 1)
-        file_names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in numbers]
+    if shard_count > 1:
+        numbers = range(1, shard_count + 1)
+        file_names = [f"model-{number:05d}-of-{shard_count:05d}.safetensors" for number in numbers]
 
     for file_name, weights in zip(file_names, shards, strict=True):
         if not (folder / file_name).exists():
@@ -86,16 +89,25 @@ def write_shards(
             os.replace(temporary, folder / file_name)
         progress(sum(weight_bytes[weight] for weight in weights))
 
-    if len(shards) > 1:
+    if shard_count > 1:
         write_index(folder, file_names)
 
 
 def plan_shards(weight_bytes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
-    """Divide the weights, in order, among shards: as many as `shard_bytes` hold, at least one."""
+    """Divide weights among shards, in their order.
+
+    Args:
+        weight_bytes: The bytes of each weight, by its name.
+        shard_bytes: What a shard holds. A weight that is larger has a shard of its own.
+
+    Returns:
+        The names of each shard's weights.
+    """
     shards: list[list[str]] = []
     bytes_left = 0
     for weight, size in weight_bytes.items():
-        if not shards or size > bytes_left:
+        is_first = not shards
+        if is_first or size > bytes_left:
             shards.append([])
             bytes_left = shard_bytes
         shards[-1].append(weight)
@@ -106,23 +118,19 @@ def plan_shards(weight_bytes: Mapping[str, int], shard_bytes: int) -> list[list[
 def write_file(
     path: Path, weights: Sequence[str], store: Callable[[str], Iterable[Stored]]
 ) -> None:
-    """Write weights into one safetensors file.
+    """Write weights into one safetensors file: the header's length, the header in JSON, the tensors' bytes.
 
     Args:
         path: The file.
         weights: The weights' names, in the order of the file.
         store: Gives the tensors that are stored of a weight.
     """
-    # Room for the header stays free in front of the tensors.
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    name_bytes = sum(len(weight) for weight in weights)
-    header_bytes = TENSORS_A_WEIGHT * (name_bytes + HEADER_BYTES_A_TENSOR * (len(weights) + 1))
-    # Tensors start at a multiple of 8 bytes, as safetensors asks for.
-    header_bytes = -(-header_bytes // 8) * 8
+    header_bytes = reserve_header(weights)
 
     # A thread writes while the next pieces are computed; a few may wait for it, no more.
     with path.open("wb") as file, ThreadPoolExecutor(max_workers=1) as writer:
-        file.seek(8 + header_bytes)
+        file.seek(LENGTH_BYTES + header_bytes)
         waiting: deque[Future] = deque()
         position = 0
         for weight in weights:
@@ -148,9 +156,17 @@ def write_file(
         if len(encoded) > header_bytes:
             raise ValueError(f"{path}: a header of {len(encoded)} bytes, {header_bytes} are free")
         file.seek(0)
-        file.write(header_bytes.to_bytes(8, "little") + encoded.ljust(header_bytes))
+        file.write(header_bytes.to_bytes(LENGTH_BYTES, "little") + encoded.ljust(header_bytes))
         file.flush()
         os.fsync(file.fileno())
+
+
+def reserve_header(weights: Sequence[str]) -> int:
+    """Compute how many bytes stay free for a header, which is written last, when all sizes are known."""
+    name_bytes = sum(len(weight) for weight in weights)
+    header_bytes = TENSORS_A_WEIGHT * (name_bytes + HEADER_BYTES_A_TENSOR * (len(weights) + 1))
+    # Tensors start at a multiple of 8 bytes, as safetensors asks for.
+    return math.ceil(header_bytes / 8) * 8
 
 
 def write_index(folder: Path, file_names: Sequence[str]) -> None:

@@ -53,6 +53,7 @@ class Smoothing:
             name: The tensor's name in the model.
             tensor: The merged tensor.
         """
+        # A norm is replaced as a whole; a linear layer may be scaled on both sides.
         if name in self.norms:
             return self.norms[name]
         if name in self.columns:
@@ -65,18 +66,22 @@ class Smoothing:
 
 
 def find_groups(model: PreTrainedModel) -> list[Group]:
-    """Find what can be smoothed in a model; nothing in an architecture that is not known."""
+    """Find the linear layers of a model that can be smoothed; none in an architecture that is not known.
+
+    In each layer of a decoder these are three groups: the inputs of attention, those of the feed-forward
+    network, and its last projection, whose input is a product with up_proj's output.
+    """
     if model.config.model_type not in MODEL_TYPES:
         return []
 
-    # Each attention stands for its layer.
     modules = dict(model.named_modules())
     groups = []
     for name in modules:
         if not name.endswith(".self_attn"):
             continue
-        layer = name.removesuffix(".self_attn")
+
         # Gemma-2 normalises the feed-forward's input by itself, the others after attention.
+        layer = name.removesuffix(".self_attn")
         feed_forward_norm = f"{layer}.pre_feedforward_layernorm"
         if feed_forward_norm not in modules:
             feed_forward_norm = f"{layer}.post_attention_layernorm"
@@ -90,7 +95,7 @@ def find_groups(model: PreTrainedModel) -> list[Group]:
 
 
 def smooth(model: PreTrainedModel, sequences: Iterable[Sequence[int]]) -> Smoothing:
-    """Compute the scales of a model.
+    """Compute by how much each channel is scaled down in activations, and up in the weights that read them.
 
     Args:
         model: The merged model, in 16 or 32 bits.
@@ -101,11 +106,12 @@ def smooth(model: PreTrainedModel, sequences: Iterable[Sequence[int]]) -> Smooth
     """
     groups = find_groups(model)
     largest_inputs = measure_inputs(model, groups, sequences)
+    # Gemma's norms multiply by 1 + weight.
     norm_offset = 1.0 if model.config.model_type.startswith("gemma") else 0.0
+    # New weights of norms, and for linear layers factors on their inputs and divisors of their outputs.
     norms = {}
     columns = {}
     rows = {}
-
     for group in groups:
         scales = compute_scales(model, group, largest_inputs[group.source])
         source = model.get_submodule(group.source)
@@ -190,21 +196,14 @@ def measure_inputs(
     Returns:
         The maxima, (channels,), by the group's source.
     """
-    largest_inputs: dict[str, torch.Tensor] = {}
-
-    def watch(source: str):
-        def record(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
-            maxima = inputs[0].abs().flatten(end_dim=-2).amax(dim=0).to("cpu", torch.float32)
-            before = largest_inputs.get(source, maxima)
-            largest_inputs[source] = torch.maximum(before, maxima)
-
-        return record
-
     # The targets of a group have one input, so that one of them is enough to see it.
+    maxima_by_source = {}
     hooks = []
     for group in groups:
+        maxima = InputMaxima()
+        maxima_by_source[group.source] = maxima
         first_target = model.get_submodule(group.targets[0])
-        hooks.append(first_target.register_forward_pre_hook(watch(group.source)))
+        hooks.append(first_target.register_forward_pre_hook(maxima.update))
 
     # One sequence at a time needs no padding, which would be measured too.
     with torch.inference_mode():
@@ -212,4 +211,18 @@ def measure_inputs(
             model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
     for hook in hooks:
         hook.remove()
-    return largest_inputs
+    return {source: maxima.largest for source, maxima in maxima_by_source.items()}
+
+
+class InputMaxima:
+    """The largest absolute value of each input channel that a layer has seen, (channels,) on the CPU."""
+
+    def __init__(self):
+        self.largest: torch.Tensor | None = None
+
+    def update(self, module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        """Count the layer's input, (…, channels); PyTorch calls this before the layer runs."""
+        maxima = inputs[0].abs().flatten(end_dim=-2).amax(dim=0).to("cpu", torch.float32)
+        if self.largest is not None:
+            maxima = torch.maximum(self.largest, maxima)
+        self.largest = maxima

@@ -89,7 +89,12 @@ def make_wheels(out: Path, slug: str) -> bool:
 
 
 def is_current(out: Path, slug: str) -> bool:
-    """Whether the folder holds just the pinned wheels, byte for byte; its owner may be filled in."""
+    """Find out whether the folder holds just the pinned wheels, byte for byte.
+
+    Args:
+        out: The folder. The account that `push` writes into its metadata does not count.
+        slug: The dataset's slug on Kaggle.
+    """
     try:
         title = read_object(out / METADATA)["title"]
         recorded_manifest = read_object(out / MANIFEST)
@@ -135,12 +140,14 @@ def check_installs(folder: Path) -> None:
 
 
 def manifest_of(folder: Path) -> dict:
-    """Make the content of wheels.json from the wheels in a folder."""
+    """Make the content of wheels.json from the wheels in a folder: what each is, and its SHA-256."""
     wheels = []
     for path in sorted(folder.glob("*.whl")):
         [distribution] = distributions(path=[str(path)])
         metadata = distribution.metadata
+        # Some wheels have the whole text of the licence there, others name it in a newer key.
         licence = metadata["License-Expression"] or metadata["License"] or "unknown"
+        first_line_of_licence = licence.splitlines()[0]
         wheels.append(
             {
                 "name": canonicalize_name(metadata["Name"]),
@@ -148,7 +155,7 @@ def manifest_of(folder: Path) -> dict:
                 "file": path.name,
                 "sha256": sha256(path),
                 "bytes": path.stat().st_size,
-                "licence": licence.splitlines()[0],  # some wheels have the whole text there
+                "licence": first_line_of_licence,
             }
         )
     return {"python": PYTHON, "platforms": PLATFORMS, "wheels": wheels}

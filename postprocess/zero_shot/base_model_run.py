@@ -28,7 +28,7 @@ from kaggle_kernels.runtime.package import PackageError
 from postprocess.agreement.validation_rows import by_hash
 from postprocess.weights.checkpoint_reader import open_tensors
 from postprocess.weights.merge import find_base_names
-from postprocess.weights.meta_model import model_skeleton
+from postprocess.weights.meta_model import Skeleton, model_skeleton
 from postprocess.zero_shot.position_bias import find_logit_bias
 from preprocess import model_input
 from preprocess.core.errors import UserError
@@ -46,7 +46,7 @@ TOKENS_PER_BATCH = 8192
 
 
 def make_base_model_run(recipe: Recipe, base: Path, revision: str | None) -> None:
-    """Fill the run folder of a recipe from a base model.
+    """Fill the run folder of a recipe from a base model that nobody trains: calibrate it, and score the validation rows.
 
     Args:
         recipe: A recipe with `train: false`.
@@ -64,6 +64,7 @@ def make_base_model_run(recipe: Recipe, base: Path, revision: str | None) -> Non
     for name in RESULT_FILES:
         (folder / name).unlink(missing_ok=True)
 
+    # What decides the model's input is checked before the model is loaded.
     tokenizer = load_tokenizer(recipe, base)
     tokenizer.save_pretrained(folder)
     contract = make_contract(recipe, base, revision, tokenizer)
@@ -84,6 +85,7 @@ def make_base_model_run(recipe: Recipe, base: Path, revision: str | None) -> Non
     logits_rov = compute_logits(model, contract, tokenizer, validation, "scoring validation pairs")
     scores = write_predictions(folder, contract, logits_rov, validation)
     print_summary(contract, scores)
+    # The keys that training writes too, so that later stages read both alike.
     facts = {
         "rows": len(validation),
         "training_rows": 0,
@@ -96,6 +98,8 @@ def make_base_model_run(recipe: Recipe, base: Path, revision: str | None) -> Non
         "pairs_sha256": sha256(block.pairs),
     }
     write_json(folder / "metrics.json", scores | facts)
+
+    # The contract comes last: it vouches for everything beside it.
     write_contract(folder, contract, recipe.path)
     record_training(recipe.path, folder, block.pairs)
 
@@ -107,6 +111,7 @@ def load_tokenizer(recipe: Recipe, base: Path):
         UserError: There is no fast tokenizer or no pad token, or a special token is new to it.
     """
     try:
+        # From the folder alone: nothing is fetched, and no code of a model is run.
         tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -114,7 +119,25 @@ def load_tokenizer(recipe: Recipe, base: Path):
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise UserError(f"{recipe.path}: base_model {base} has no fast tokenizer (tokenizer.json)")
 
-    # A token that is new to the vocabulary has no trained embedding.
+    add_special_tokens(tokenizer, recipe, base)
+    if tokenizer.pad_token_id is None:
+        raise UserError(
+            f"{recipe.path}: the tokenizer has no pad token; set special_tokens: {{pad_token: …}} in the recipe"
+        )
+    return tokenizer
+
+
+def add_special_tokens(tokenizer, recipe: Recipe, base: Path) -> None:
+    """Give a tokenizer the special tokens that a recipe names; they must be in its vocabulary already.
+
+    Args:
+        tokenizer: The base model's, which is changed.
+        recipe: The recipe.
+        base: The folder of the base model, for the message.
+
+    Raises:
+        UserError: They are not special tokens, or one is new: it has no trained embedding.
+    """
     vocabulary_size = len(tokenizer)
     special_tokens = recipe.axolotl.get("special_tokens") or {}
     try:
@@ -128,11 +151,6 @@ def load_tokenizer(recipe: Recipe, base: Path):
             f"{recipe.path}: special_tokens: {special_tokens} are not all in the vocabulary of {base}; "
             "name tokens that are"
         )
-    if tokenizer.pad_token_id is None:
-        raise UserError(
-            f"{recipe.path}: the tokenizer has no pad token; set special_tokens: {{pad_token: …}} in the recipe"
-        )
-    return tokenizer
 
 
 def make_contract(recipe: Recipe, base: Path, revision: str | None, tokenizer) -> Contract:
@@ -150,6 +168,7 @@ def make_contract(recipe: Recipe, base: Path, revision: str | None, tokenizer) -
     block = recipe.pairwise
     # Only eager attention applies a soft cap.
     default_attention = "eager" if block.softcap else "sdpa"
+    # new_contract finds out whether the template and the answer tokens suit the tokenizer.
     try:
         contract = new_contract(
             block,
@@ -168,8 +187,12 @@ def make_contract(recipe: Recipe, base: Path, revision: str | None, tokenizer) -
         raise UserError(
             f"pairwise.budget_tokens: {block.budget_tokens}, but the base model has {positions} positions; lower it"
         )
+    check_has_head(base, skeleton)
+    return contract
 
-    # transformers would fill in a random head.
+
+def check_has_head(base: Path, skeleton: Skeleton) -> None:
+    """Raise UserError where a checkpoint lacks the head's tensors, for which transformers would make random ones."""
     with open_tensors(base) as tensors:
         base_names = find_base_names(tensors, skeleton)
     missing_names = [name for name in skeleton.head if name not in base_names]
@@ -178,11 +201,11 @@ def make_contract(recipe: Recipe, base: Path, revision: str | None, tokenizer) -
             f"{base}: has no {', '.join(missing_names)}, so that its answers would be random; with train: false, "
             "choose head: label_tokens, or a base model that has this head"
         )
-    return contract
 
 
 def load_base(base: Path, contract: Contract) -> torch.nn.Module:
     """Load the base model as the runtime loads it, on the GPU if there is one."""
+    # A folder that no kernel could load is refused here, and not on Kaggle.
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         return load_model(base, contract, device)
@@ -195,6 +218,7 @@ def choose_calibration_rows(training: pl.DataFrame, validation: pl.DataFrame) ->
 
     Where every row is for validation (fold: all of a small file), it is those.
     """
+    # Without verdicts, no label can find its way into the calibration.
     texts = training.select("id", "prompt", "response_a", "response_b")
     rows = texts.join(validation.select("id"), on="id", how="anti")
     if rows.is_empty():
@@ -222,7 +246,9 @@ def compute_logits(
     """
     device = str(next(model.parameters()).device)
     orders = orders_of(contract, ORDERS)
-    logits_by_request: dict[tuple[str, str], list[float]] = {}
+    # Batches are made by length: a result finds its row by id and order.
+    row_of_id = {row_id: row for row, row_id in enumerate(rows["id"])}
+    logits_rov = np.empty((len(rows), len(orders), len(contract.verdicts)))
 
     with (
         tqdm(total=len(rows), desc=description, unit=" pairs", mininterval=5) as progress,
@@ -232,6 +258,7 @@ def compute_logits(
             pairs = [pair_from_row(row) for row in chunk.iter_rows(named=True)]
             requests = make_requests(model_input, tokenizer, contract, pairs, orders)
             for batch in make_batches(requests, TOKENS_PER_BATCH):
+                # A request is a pair in one order; a reward model reads it as two sequences.
                 sequences = []
                 for request in batch:
                     sequences += request.sequences
@@ -240,14 +267,10 @@ def compute_logits(
                     raise UserError(
                         f"{contract.base_model}: its logits are not finite in {model.dtype}; choose another base"
                     )
-                for request, logits in zip(batch, logits_bv.tolist(), strict=True):
-                    logits_by_request[request.id, request.order] = logits
+                for request, logits_v in zip(batch, logits_bv.tolist(), strict=True):
+                    order_number = orders.index(request.order)
+                    logits_rov[row_of_id[request.id], order_number] = logits_v
             progress.update(len(chunk))
-
-    logits_rov = np.empty((len(rows), len(orders), len(contract.verdicts)))
-    for row, pair_id in enumerate(rows["id"]):
-        for order_number, order in enumerate(orders):
-            logits_rov[row, order_number] = logits_by_request[pair_id, order]
     return logits_rov
 
 
@@ -272,10 +295,12 @@ def write_predictions(
     calibrated_rov = metrics.probabilities(logits_rov + bias_v, verdicts)
     uncalibrated_rov = metrics.probabilities(logits_rov, verdicts)
 
+    # Everything after this stage works with the calibrated probabilities.
     table = metrics.predictions(validation["id"].to_list(), calibrated_rov, verdicts, validation)
     with atomic_file(folder / "predictions.parquet") as temporary:
         table.write_parquet(temporary)
 
+    # The same rows with and without the bias show what calibration has brought.
     labels_rv = targets(validation, verdicts)
     winners_r = winners(validation, verdicts)
     scores = metrics.scores(calibrated_rov, labels_rv, winners_r)
@@ -288,12 +313,18 @@ def write_predictions(
 
 
 def print_summary(contract: Contract, scores: Mapping) -> None:
-    """Print what the calibration found, and what it did to the validation rows."""
+    """Print which position bias calibration found, and how the metrics changed; nothing of a reward model.
+
+    Args:
+        contract: With the bias: -d/2 for model_a, d/2 for model_b.
+        scores: As write_predictions returns them.
+    """
     if not contract.logit_bias:
         return
-    shift = contract.logit_bias[contract.verdicts.index("model_b")] * 2
+
+    position_bias = 2 * contract.logit_bias[contract.verdicts.index("model_b")]
     print(
-        f"  position bias: {shift:+.3f} on the first answer's logit, cancelled; on the validation rows:"
+        f"  position bias: {position_bias:+.3f} on the first answer's logit, cancelled; on the validation rows:"
     )
     for name, value_before in scores["before_calibration"].items():
         label = name.replace("_", " ")

@@ -27,6 +27,7 @@ def find_logit_bias(logits_rov: np.ndarray, verdicts: Sequence[str]) -> tuple[fl
     Returns:
         The bias of each verdict: -d/2 for model_a, d/2 for model_b and 0 for a tie.
     """
+    # Both orders count alike: a row in one order is one sequence.
     logits_bv = logits_rov.reshape(-1, len(verdicts)).astype(np.float64)
     first = verdicts.index("model_a")
     second = verdicts.index("model_b")
@@ -40,6 +41,7 @@ def find_logit_bias(logits_rov: np.ndarray, verdicts: Sequence[str]) -> tuple[fl
     high = float(margins_b.max())
     for _ in range(BISECTION_STEPS):
         middle = (low + high) / 2
+        # The preference falls as the bias grows, so that bisection finds its zero.
         probabilities_bv = softmax(logits_bv + middle * direction_v)
         preference = (probabilities_bv[:, first] - probabilities_bv[:, second]).mean()
         if preference > 0:

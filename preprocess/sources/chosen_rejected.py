@@ -32,7 +32,8 @@ def read_judgement(values: dict) -> Judgement:
 
     # In half of the rows, by a hash of the id, the rejected answer is response A.
     digest = hashlib.sha256(f"side of {row_id}".encode("utf-8", "replace")).digest()
-    if digest[0] % 2 == 1:
+    is_rejected_first = digest[0] % 2 == 1
+    if is_rejected_first:
         return judge_by_share(row_id, prompt, rejected_answer, chosen_answer, 1 - chosen_share)
     return judge_by_share(row_id, prompt, chosen_answer, rejected_answer, chosen_share)
 

@@ -4,8 +4,6 @@ The grade becomes a soft vote: -3 (response1 is much better) gives all votes to 
 step between them a sixth. A grade of 0 is a tie. Rows have no id, and get a hash of their texts.
 """
 
-import math
-
 from preprocess.sources.layout import Layout
 from preprocess.sources.messages import name_row, read_conversation
 from preprocess.sources.rows import Judgement, judge_by_share
@@ -33,8 +31,10 @@ def read_preference(value: object) -> float | None:
         preference = float(value)
     except (TypeError, ValueError):
         return None
-    # Written so that NaN, which compares with nothing, is refused.
-    return preference if math.fabs(preference) <= MOST_PREFERENCE else None
+
+    # NaN compares with nothing, so that it is refused as well.
+    is_grade = -MOST_PREFERENCE <= preference <= MOST_PREFERENCE
+    return preference if is_grade else None
 
 
 LAYOUT = Layout(

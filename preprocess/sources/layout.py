@@ -25,12 +25,15 @@ class Layout:
     )
 
     def find_missing_columns(self, table: Table, needs_verdicts: bool = True) -> list[str]:
-        """Return the columns that a file would need to be of this layout, and lacks."""
+        """List the columns that a file would need to be of this layout, and lacks.
+
+        Args:
+            table: The file.
+            needs_verdicts: Whether it needs the columns of the verdict too.
+        """
         required = self.columns
         if self.required_columns is not None:
             required = self.required_columns(table)
-
-        missing = [column for column in required if column not in table.columns]
-        if needs_verdicts:
-            return missing
-        return [column for column in missing if column not in self.verdict_columns]
+        if not needs_verdicts:
+            required = [column for column in required if column not in self.verdict_columns]
+        return [column for column in required if column not in table.columns]

@@ -41,13 +41,17 @@ class _Turn:
 
 
 def read_conversation(prompt: object, answer: object) -> tuple[list[str], list[str]]:
-    """Read a prompt with one of its answers.
+    """Read a conversation from a prompt and one of its answers.
+
+    Args:
+        prompt: What stands before the answer: a text, a transcript or a list of messages; None for nothing.
+        answer: The answer alone, or the whole conversation in one of the same forms.
 
     Returns:
         The user's turns and the assistant's turns.
     """
-    # Without a message of the user, the answer is no whole conversation.
     messages = _read_messages(answer, role_of_text="assistant")
+    # Without a message of the user, the answer is no whole conversation.
     is_answer_only = all(message.role in ASSISTANT_ROLES for message in messages)
     if is_answer_only:
         messages = _read_messages(prompt, role_of_text="user") + messages
@@ -59,12 +63,20 @@ def read_conversation(prompt: object, answer: object) -> tuple[list[str], list[s
 
 
 def _read_messages(value: object, role_of_text: str) -> list[_Message]:
-    """Return the chat messages of a value: a text is one message of the given role, null is none."""
+    """Read the chat messages of a value.
+
+    Args:
+        value: A list of messages, a transcript, or a text, which is one message; null is none.
+        role_of_text: Who has written a plain text: user or assistant.
+
+    Raises:
+        UnusableRow: The value is something else.
+    """
     if value is None or value == "":
         return []
-    if isinstance(value, str) and value.startswith(TRANSCRIPT_START):
-        return _split_transcript(value)
     if isinstance(value, str):
+        if value.startswith(TRANSCRIPT_START):
+            return _split_transcript(value)
         return [_Message(role_of_text, clean(value))]
     if not isinstance(value, list):
         raise UnusableRow("not a list of chat messages")
@@ -84,7 +96,7 @@ def _read_messages(value: object, role_of_text: str) -> list[_Message]:
 
 
 def _split_transcript(transcript: str) -> list[_Message]:
-    """Split a transcript into messages at the speakers' names."""
+    """Split a transcript (Human: … Assistant: …) into messages at the speakers' names."""
     # Before the first name stands nothing; then names and texts alternate.
     _, *pieces = SPEAKER.split(transcript)
     speakers = pieces[0::2]
@@ -115,33 +127,30 @@ def _read_content(content: object) -> str:
 
 
 def _group_into_turns(messages: list[_Message]) -> list[_Turn]:
-    """Join messages to turns of one prompt and one answer; a system message starts the next prompt."""
+    """Join messages to turns of one prompt and one answer.
+
+    Messages of one side that follow each other are joined by a blank line, and a system message becomes
+    the beginning of the next prompt.
+    """
     turns: list[_Turn] = []
     system_text = ""
-
     for message in messages:
         is_answer_due = len(turns) > 0 and turns[-1].answer is None
 
         if message.role == "system":
             system_text += f"{message.content}\n\n"
-
+        elif message.role in USER_ROLES and is_answer_due:
+            turns[-1].prompt += f"\n\n{message.content}"
         elif message.role in USER_ROLES:
-            # Two messages of the user in a row are one prompt.
-            if is_answer_due:
-                turns[-1].prompt += f"\n\n{message.content}"
-            else:
-                turns.append(_Turn(system_text + message.content))
-                system_text = ""
-
+            turns.append(_Turn(system_text + message.content))
+            system_text = ""
         elif is_answer_due:
             turns[-1].answer = message.content
-        # Two messages of the assistant in a row are one answer.
         elif turns:
             turns[-1].answer += f"\n\n{message.content}"
-        # The conversation begins with the assistant.
         else:
+            # The conversation begins with the assistant.
             turns.append(_Turn(system_text, message.content))
-
     return turns
 
 

@@ -108,7 +108,15 @@ def list_columns_read() -> tuple[str, ...]:
 
 
 def recognise_layout(table: Table, needs_verdicts: bool = True) -> Layout:
-    """Return the layout whose columns a file has; raise UserError with the nearest if it has none's."""
+    """Find the layout whose columns a file has.
+
+    Args:
+        table: The file.
+        needs_verdicts: Whether it must have the columns of the verdict too, which a pool has not.
+
+    Raises:
+        UserError: It has no layout's columns; the message names the nearest layout.
+    """
     layouts = list_layouts()
     fitting = []
     for layout in layouts:
@@ -142,7 +150,17 @@ def _measure_distance(layout: Layout, table: Table) -> tuple[int, int]:
 
 
 def _read_row(layout: Layout, path: Path, role: str, table_row: TableRow) -> dict:
-    """Return a row's values by column of ROWS; a column that is left out is null."""
+    """Read a row of a file, which can be used or has a reason why not.
+
+    Args:
+        layout: The file's layout.
+        path: The file.
+        role: The role of its rows.
+        table_row: The row's number and its values by column.
+
+    Returns:
+        The values by column of ROWS; a column that is left out is null.
+    """
     row = {"file": str(path), "row": table_row.number, "role": role}
     values = table_row.values
 
@@ -233,6 +251,15 @@ def read_prompts(path: Path | str) -> pl.DataFrame:
 
 
 def _read_prompt(values: dict, is_json: bool) -> list[str]:
+    """Read the turns of a row's prompt, whatever its layout.
+
+    Args:
+        values: The row's values by column.
+        is_json: Whether its column prompt holds JSON lists, as LMSYS's does.
+
+    Raises:
+        UnusableRow: They cannot be read.
+    """
     prompt = values.get("prompt")
     for column in ("chosen", "conversation_a"):
         if values.get(column) is not None:
@@ -249,11 +276,12 @@ def _read_prompt(values: dict, is_json: bool) -> list[str]:
 
 
 def _holds_json_prompts(table: Table) -> bool:
-    """Return whether every prompt is a JSON list, which is all that tells some test files apart."""
+    """Find out whether every prompt is a JSON list, which is all that tells some test files apart."""
     if "prompt" not in table.columns:
         return False
 
     for table_row in table.rows():
+        # A broken line says nothing of the others.
         if table_row.values is None:
             continue
         try:

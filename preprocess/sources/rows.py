@@ -150,6 +150,7 @@ def check_judgement(judgement: Judgement, needs_verdict: bool = True) -> None:
     for response in (judgement.response_a, judgement.response_b):
         if not "".join(response).strip():
             raise UnusableRow("empty answer")
+
     is_identical = judgement.response_a == judgement.response_b
     if not needs_verdict:
         if is_identical:
@@ -178,16 +179,7 @@ def read_vote_shares(values: dict, judgement: Judgement) -> dict[str, float]:
     """
     has_shares = all(values.get(name) not in (None, "") for name in SHARES)
     if not has_shares:
-        if judgement.share_a is not None:
-            share_b = 1 - judgement.share_a
-            return {
-                "p_model_a": judgement.share_a,
-                "p_model_b": share_b,
-                "p_tie": 0.0,
-                "weight": 1.0,
-            }
-        shares = {f"p_{verdict}": float(verdict == judgement.winner) for verdict in VERDICTS}
-        return shares | {"weight": 1.0}
+        return _spread_one_vote(judgement)
 
     # CSV has the empty string where other files have null.
     weight = values.get("weight")
@@ -206,3 +198,13 @@ def read_vote_shares(values: dict, judgement: Judgement) -> dict[str, float]:
     if not (are_shares and is_weight):
         raise UnusableRow("vote shares do not add up to 1, or the weight is not positive")
     return shares | {"weight": weight}
+
+
+def _spread_one_vote(judgement: Judgement) -> dict[str, float]:
+    """Give the winner the one vote, or spread it as a layout's scores or grades say."""
+    if judgement.share_a is None:
+        shares = {f"p_{verdict}": float(verdict == judgement.winner) for verdict in VERDICTS}
+        return shares | {"weight": 1.0}
+
+    share_b = 1 - judgement.share_a
+    return {"p_model_a": judgement.share_a, "p_model_b": share_b, "p_tie": 0.0, "weight": 1.0}

@@ -66,14 +66,6 @@ def test_the_package_of_a_mean_names_the_contract_of_each_member(tmp_path):
     assert list(trained_contracts(members[0])) == [str(members[0])]
 
 
-def test_kaggles_metadata_has_one_licence_and_an_owner_to_fill_in():
-    assert dataset_metadata("gemma2-cls", "apache-2.0") == {
-        "title": "gemma2-cls",
-        "id": "INSERT_OWNER/gemma2-cls",
-        "licenses": [{"name": "apache-2.0"}],
-    }
-
-
 @pytest.mark.parametrize("slug", ["a" * 5, "a" * 51])
 def test_a_slug_that_kaggle_refuses_is_one_error(slug):
     with pytest.raises(UserError, match="Kaggle takes 6 to 50"):

@@ -99,6 +99,7 @@ def test_a_share_of_the_groups_becomes_the_lockbox_and_stays_it_when_rows_are_ad
         for rows in ([*old, near_copy], [*old, near_copy, *new])
     ]
     assert after.head(before.height).equals(before)
+    assert set(before.filter(role="train")["fold"]) == {0, 1, 2, 3, 4}
     lockbox = after.filter(role="test")
     assert 0.15 < lockbox.height / after.height < 0.25
     assert lockbox["fold"].null_count() == lockbox.height
@@ -125,15 +126,6 @@ def test_extra_and_pool_rows_like_the_lockbox_are_dropped_with_their_reason():
 def rows_of(table: pl.DataFrame, file: str) -> list[tuple]:
     columns = table.select("id", "prompt", "response_a", "response_b", "winner")
     return [row(*values, file=file) for values in columns.rows()]
-
-
-def test_rows_added_after_the_others_move_no_pair():
-    old, new = rows_of(tiny.pairs(300, seed=1), "old"), rows_of(tiny.pairs(300, seed=2, prefix="new"), "new")
-    before = pairs_of(*old).table
-    after = pairs_of(*old, *new)
-    assert after.joined == ()
-    assert after.table.head(before.height).equals(before)
-    assert set(before["fold"]) == {0, 1, 2, 3, 4}
 
 
 def test_groups_that_a_later_file_joins_are_reported_with_their_folds():

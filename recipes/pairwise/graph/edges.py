@@ -109,7 +109,6 @@ def derive_graph(target: str) -> Graph:
     has_recipe = target != name or Path(f"recipes/{name}.yml").is_file()
     if has_recipe or not kernels:
         names_to_visit.append(target)
-
     recipes = read_recipes(names_to_visit)
 
     # A run that no kernel serves is not packaged, which a teacher of 70 billion parameters need not be.
@@ -120,21 +119,34 @@ def derive_graph(target: str) -> Graph:
     merged_bases = find_merged_bases(recipes)
     runs = {}
     for run_name, recipe in recipes.items():
-        runs[run_name] = Run(
-            recipe=str(recipe.path),
-            pairs=recipe.pairwise.pairs,
-            folds=read_folds(recipe.pairwise.pairs),
-            is_trained=recipe.pairwise.train,
-            teachers=teachers_of(recipe),
-            base_run=base_run_of(recipe.axolotl),
-            keeps_merged=run_name in merged_bases,
-            is_packaged=run_name in packaged_runs,
-            uses_all_gpus=any(recipe.axolotl.get(key) for key in SHARDING_KEYS),
-            training_hash=hash_training(recipe),
-            packaging_hash=hash_values([recipe.axolotl, recipe.pairwise.model_dump(mode="json")]),
-        )
-
+        is_packaged = run_name in packaged_runs
+        keeps_merged = run_name in merged_bases
+        runs[run_name] = describe_run(recipe, is_packaged, keeps_merged)
     return Graph(runs, kernels, hash_code_of_steps())
+
+
+def describe_run(recipe: Recipe, is_packaged: bool, keeps_merged: bool) -> Run:
+    """Describe what the graph needs to know of a recipe's run.
+
+    Args:
+        recipe: The recipe.
+        is_packaged: Whether a spec of the graph serves its package.
+        keeps_merged: Whether some recipe starts from the merged model of this run.
+    """
+    block = recipe.pairwise
+    return Run(
+        recipe=str(recipe.path),
+        pairs=block.pairs,
+        folds=read_folds(block.pairs),
+        is_trained=block.train,
+        teachers=teachers_of(recipe),
+        base_run=base_run_of(recipe.axolotl),
+        keeps_merged=keeps_merged,
+        is_packaged=is_packaged,
+        uses_all_gpus=any(recipe.axolotl.get(key) for key in SHARDING_KEYS),
+        training_hash=hash_training(recipe),
+        packaging_hash=hash_values([recipe.axolotl, block.model_dump(mode="json")]),
+    )
 
 
 def read_kernel(spec_path: Path) -> Kernel:
@@ -217,24 +229,29 @@ def base_run_of(axolotl_keys: dict) -> str | None:
 
 
 def find_merged_bases(recipes: dict[str, Recipe]) -> set[str]:
-    """Name all runs whose merged model some recipe starts from, among all of recipes/.
+    """Find all runs whose merged model some recipe starts from, among the graph's recipes and all of recipes/.
 
     How a run is packaged must not depend on the target of the moment, or it would be packaged anew in turns.
     """
-    merged_bases = {base_run_of(recipe.axolotl) for recipe in recipes.values()}
+    merged_bases = set()
+    for recipe in recipes.values():
+        merged_bases.add(base_run_of(recipe.axolotl))
     for path in Path("recipes").glob("*.yml"):
         merged_bases.add(base_run_of(read_yaml(path)))
+
+    # Most recipes start from a model that is no run of this project.
     return merged_bases - {None}
 
 
 def read_folds(pairs: str) -> list[int]:
-    """List the folds of a pairs file, without its texts, which may be gigabytes.
+    """List the folds of a pairs file, without reading its texts, which may be gigabytes.
 
     Raises:
         UserError: The file does not exist, or is no pairs.parquet.
     """
     if not Path(pairs).is_file():
         raise UserError(f"{pairs}: no such file; make it with pairwise preprocess")
+
     try:
         table = pl.scan_parquet(pairs)
         # Extra rows, pool and lockbox are not validated on.

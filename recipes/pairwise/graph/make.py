@@ -146,15 +146,19 @@ def make_targets(workflow: Workflow, dry_run: bool = False) -> None:
         # while one of them is alive.
         exit_code = call_snakemake(workflow, "--quiet", "all", pass_fds=[lock_file]).returncode
         if exit_code != 0:
-            raise UserError(describe_failure(list_outdated_steps(workflow)))
+            steps_left = list_outdated_steps(workflow)
+            raise UserError(describe_failure(steps_left))
 
 
 @contextlib.contextmanager
 def holding_the_graph() -> Iterator[int]:
-    """Keep other graphs out of this folder's outputs.
+    """Hold a lock during the block, so that no other `pairwise make` writes into this folder's outputs.
 
     Yields:
-        The lock's file descriptor. Whoever inherits it holds the lock too.
+        The lock's file descriptor. A process that inherits it holds the lock too.
+
+    Raises:
+        UserError: Another one holds the lock.
     """
     FOLDER.mkdir(parents=True, exist_ok=True)
     with (FOLDER / "lock").open("w") as file:
@@ -171,21 +175,24 @@ def list_outdated_steps(workflow: Workflow) -> list[Step]:
     Raises:
         UserError: Snakemake cannot make a plan; its words are part of the message.
     """
-    dry_run = call_snakemake(
-        workflow,
-        *("--dry-run", "--printshellcmds", "--quiet", "host"),
-        capture_output=True,
-        text=True,
-    )
+    options = ("--dry-run", "--printshellcmds", "--quiet", "host")
+    dry_run = call_snakemake(workflow, *options, capture_output=True, text=True)
     if dry_run.returncode != 0:
         explanation = dry_run.stdout.partition("Building DAG of jobs...")[2]
         words = " ".join(explanation.split())
         raise UserError(f"Snakemake cannot plan {', '.join(workflow.targets)}: {words}")
+    return parse_plan(dry_run.stdout)
 
-    # Snakemake prints a block of `key: value` for each step, which ends with its command.
+
+def parse_plan(output: str) -> list[Step]:
+    """Parse what Snakemake prints of the steps that it would run.
+
+    For each step that is a block of `key: value`, which ends with the step's command.
+    """
     steps = []
-    log_file = reason = ""
-    for line in dry_run.stdout.splitlines():
+    log_file = ""
+    reason = ""
+    for line in output.splitlines():
         key, _, value = line.strip().partition(": ")
         if key == "log":
             log_file = value
@@ -232,14 +239,15 @@ def call_snakemake(workflow: Workflow, *options: str, **arguments) -> subprocess
     return subprocess.run(command, env=environment, check=False, **arguments)
 
 
-def describe_failure(outdated_steps: Sequence[Step]) -> str:
-    """Say which of the steps that are left have failed, and which could not run because of them."""
+def describe_failure(steps_left: Sequence[Step]) -> str:
+    """Tell apart which of the steps that are left have failed, and which could not run because of them."""
     failed = []
     not_run = []
-    for step in outdated_steps:
+    for step in steps_left:
         # Its last record may be of an earlier graph, in which it succeeded.
         record = step.log.with_suffix(".json")
-        if record.is_file() and json.loads(record.read_text())["exit_code"] != 0:
+        has_failed = record.is_file() and json.loads(record.read_text())["exit_code"] != 0
+        if has_failed:
             failed.append(f"{step.name} (its output is in {step.log})")
         else:
             not_run.append(step.name)

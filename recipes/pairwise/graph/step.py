@@ -56,7 +56,7 @@ def main(log: Path, gpus: int, command: tuple[str, ...]) -> None:
 
 @contextlib.contextmanager
 def claimed_gpus(count: int) -> Iterator[dict[str, str]]:
-    """Hold some GPUs that no other step of this machine holds.
+    """Hold some GPUs that no other step of this machine holds; wait until there are so many.
 
     Args:
         count: How many. The graph starts no more steps than there are GPUs for.
@@ -66,26 +66,42 @@ def claimed_gpus(count: int) -> Iterator[dict[str, str]]:
     """
     environment = dict(os.environ)
     # A cluster's scheduler has given this job its GPUs already.
-    if count == 0 or "SLURM_JOB_ID" in os.environ or "KUBERNETES_SERVICE_HOST" in os.environ:
+    is_cluster_job = "SLURM_JOB_ID" in os.environ or "KUBERNETES_SERVICE_HOST" in os.environ
+    if count == 0 or is_cluster_job:
         yield environment
         return
 
     GPU_LOCKS.mkdir(parents=True, exist_ok=True)
     # The locks of a process that was killed are free: the system drops them.
     with contextlib.ExitStack() as locks:
-        claimed: list[str] = []
+        claimed = claim_free_gpus(count, locks)
         while len(claimed) < count:
-            for gpu in visible_gpus():
-                if gpu in claimed or len(claimed) == count:
-                    continue
-                with contextlib.suppress(Timeout):
-                    locks.enter_context(FileLock(GPU_LOCKS / f"gpu-{gpu}.lock", timeout=0))
-                    claimed.append(gpu)
-            if len(claimed) < count:
-                time.sleep(SECONDS_BETWEEN_TRIES)
+            time.sleep(SECONDS_BETWEEN_TRIES)
+            claimed += claim_free_gpus(count - len(claimed), locks)
 
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(claimed)
         yield environment
+
+
+def claim_free_gpus(most: int, locks: contextlib.ExitStack) -> list[str]:
+    """Lock GPUs that nobody holds.
+
+    Args:
+        most: How many are wanted.
+        locks: The locks are held as long as this is open.
+
+    Returns:
+        The numbers of the GPUs, which may be fewer.
+    """
+    claimed: list[str] = []
+    for gpu in visible_gpus():
+        if len(claimed) == most:
+            break
+        # A lock that is held is left at once, one of this process too.
+        with contextlib.suppress(Timeout):
+            locks.enter_context(FileLock(GPU_LOCKS / f"gpu-{gpu}.lock", timeout=0))
+            claimed.append(gpu)
+    return claimed
 
 
 def visible_gpus() -> list[str]:

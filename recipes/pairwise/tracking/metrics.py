@@ -17,12 +17,16 @@ SMALLEST = 1e-15  # where a probability is clipped before its logarithm, as the 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
     """Convert logits to probabilities along the last axis."""
+    # Less their maximum, no exponential overflows.
     exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return exponentials / exponentials.sum(axis=-1, keepdims=True)
 
 
 def probabilities(logits_rov: np.ndarray, verdicts: Sequence[str]) -> np.ndarray:
-    """Convert logits to probabilities in float64, and swap the swapped order back.
+    """Convert the logits of both orders of the responses to probabilities in float64.
+
+    In the swapped order, model_a is the response that the pairs file calls model_b: its probabilities are
+    swapped back, so that a verdict names the same response in both orders.
 
     Args:
         logits_rov: Logits (rows, 2 orders, verdicts). A reward model's are (rows, 1, verdicts): its
@@ -36,14 +40,17 @@ def probabilities(logits_rov: np.ndarray, verdicts: Sequence[str]) -> np.ndarray
     if probabilities_rov.shape[1] == 1:
         return np.repeat(probabilities_rov, 2, axis=1)
 
-    places = swap_probabilities(range(len(verdicts)), verdicts)
+    # For each verdict, the place of the one that stands for it in the swapped order.
+    swapped_places = swap_probabilities(range(len(verdicts)), verdicts)
     as_given_rv = probabilities_rov[:, 0]
-    swapped_back_rv = probabilities_rov[:, 1][:, places]
+    swapped_rv = probabilities_rov[:, 1]
+    swapped_back_rv = swapped_rv[:, swapped_places]
     return np.stack([as_given_rv, swapped_back_rv], axis=1)
 
 
 def row_losses(probabilities_rv: np.ndarray, labels_rv: np.ndarray) -> np.ndarray:
     """Compute each row's log loss against its soft label, in nats (rows,)."""
+    # A probability of 0 would make the mean infinite.
     logarithms_rv = np.log(np.clip(probabilities_rv, SMALLEST, 1))
     return -(labels_rv * logarithms_rv).sum(axis=1)
 
@@ -87,6 +94,7 @@ def compute_accuracy(probabilities_rv: np.ndarray, winners_r: np.ndarray) -> flo
     Returns:
         The accuracy; NaN where no row counts.
     """
+    # A tie is no row that a model of two verdicts can get right.
     has_winner_r = winners_r >= 0
     if not has_winner_r.any():
         return float("nan")
@@ -112,6 +120,7 @@ def scores(
     mean_rv = probabilities_rov.mean(axis=1)
     as_given_rv = probabilities_rov[:, 0]
     swapped_rv = probabilities_rov[:, 1]
+
     flips_r = as_given_rv.argmax(axis=1) != swapped_rv.argmax(axis=1)
     return {
         "accuracy": compute_accuracy(mean_rv, winners_r),
@@ -127,6 +136,7 @@ def longer_is_right(pairs: pl.DataFrame) -> float:
 
     Of equal lengths, model_a is picked.
     """
+    # A response has a text for each turn.
     character_counts = pl.element().str.len_chars()
     length_a = pl.col("response_a").list.eval(character_counts).list.sum()
     length_b = pl.col("response_b").list.eval(character_counts).list.sum()
@@ -157,6 +167,7 @@ def predictions(
     for place, order in enumerate(ORDERS):
         probabilities_by_suffix[f"_{order}"] = probabilities_rov[:, place]
 
+    # The table has columns for all three verdicts, whatever the model tells apart.
     columns: dict[str, np.ndarray] = {}
     for suffix, values_rv in probabilities_by_suffix.items():
         for verdict in VERDICTS:
@@ -172,11 +183,13 @@ def predictions(
 
 
 def history(log: Iterable[Mapping]) -> list[dict[str, float]]:
-    """Keep of each record of the trainer's log that has a step its finite numbers, for history.json."""
+    """Keep the finite numbers of the trainer's log for history.json, of each record that has a step."""
     records = []
     for record in log:
         if "step" not in record:
             continue
+
+        # A number that is not finite could not be written as JSON.
         numbers = {}
         for name, value in record.items():
             if isinstance(value, int | float) and math.isfinite(value):

@@ -28,7 +28,7 @@ HEADER = """\
 
 
 def resolve_recipe(cfg: dict, recipe: Path) -> dict:
-    """Give the keys of a recipe with the values that they have in this run.
+    """Give the keys of a recipe the values that they have in this run, which the command line may have changed.
 
     Args:
         cfg: Axolotl's configuration: the file and the command line.
@@ -52,12 +52,14 @@ def resolve_recipe(cfg: dict, recipe: Path) -> dict:
 
     # Axolotl adds keys of its own while it runs, which no recipe may hold.
     configuration = cfg.to_dict() if hasattr(cfg, "to_dict") else dict(cfg)
-    allowed_keys = keys_of_file.keys() | schema()["properties"].keys() - {"axolotl_config_path"}
+    axolotl_keys = schema()["properties"].keys() - {"axolotl_config_path"}
+    allowed_keys = keys_of_file.keys() | axolotl_keys
     values = {}
     for key in (*keys_of_file, *configuration):
         if key in allowed_keys and configuration.get(key) is not None:
             values[key] = configuration[key]
 
+    # The environment wins over the file, as it does in the run.
     if isinstance(values.get("pairwise"), dict):
         values["pairwise"] = values["pairwise"] | read_environment()
     folder = output_dir if isinstance(output_dir, str) else None
@@ -68,19 +70,23 @@ def resolve_recipe(cfg: dict, recipe: Path) -> dict:
 def write_copy(values: dict) -> None:
     """Write a recipe's resolved keys (see resolve_recipe) as recipe.yml into their run folder."""
     path = Path(values["output_dir"]) / RECIPE_COPY
+    # The order of keys is the recipe's own.
     keys = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
     with atomic_file(path) as temporary:
         temporary.write_text(HEADER.format(path=path) + keys, encoding="utf-8")
 
 
 def begin_trial(values: dict, recipe: Path) -> None:
-    """Keep the recipe of a sweep's trial before it runs; of another run, do nothing.
+    """Keep the recipe of a sweep's trial before it runs, so that one that fails is listed with its parameters too.
 
-    A trial that is refused, or fails, is then listed with its parameters too. What an earlier sweep
-    left in the folder vouches for nothing any more.
+    Args:
+        values: The recipe's resolved keys.
+        recipe: The recipe's file. Where it is not one of a trial, nothing is done.
     """
     if not is_trial(recipe) or not is_first_on_machine():
         return
+
+    # What an earlier sweep left in the folder vouches for nothing any more.
     folder = Path(values["output_dir"])
     for name in (*FILES, LOG):
         (folder / name).unlink(missing_ok=True)
@@ -88,8 +94,15 @@ def begin_trial(values: dict, recipe: Path) -> None:
 
 
 def end_refused_trial(values: dict | None, recipe: Path, error: UserError) -> None:
-    """Write why a sweep's trial is refused into its log, which Axolotl has not begun yet."""
+    """Write why a sweep's trial is refused into its log, which Axolotl has not begun yet.
+
+    Args:
+        values: The recipe's resolved keys; None where they could not be read.
+        recipe: The recipe's file.
+        error: Why it is refused.
+    """
     if values and is_trial(recipe) and is_first_on_machine():
+        # The trial's temporary file is gone when somebody reads the log.
         reason = str(error).removeprefix(f"{recipe}: ")
         log = Path(values["output_dir"]) / LOG
         log.write_text(f"error: {reason}\n", encoding="utf-8")
@@ -99,12 +112,19 @@ def is_trial(recipe: Path) -> bool:
     """Return whether a recipe is the temporary file that Axolotl writes for one trial of a sweep."""
     if recipe.parent != Path(tempfile.gettempdir()) or not recipe.is_file():
         return False
+
+    # The folder of a trial is numbered: outputs/R/sweep0003.
     output_dir = str(read_yaml(recipe).get("output_dir"))
     return TRIAL.fullmatch(Path(output_dir).name) is not None
 
 
 def lasting_recipe(recipe: Path, folder: str | Path) -> Path:
-    """Return the file that will still tell a run's recipe later: of a sweep's trial, that is its copy."""
+    """Find the file that will still hold a run's recipe later.
+
+    Args:
+        recipe: The recipe's file, which Axolotl removes after a sweep's trial.
+        folder: The run folder, which holds a copy.
+    """
     if is_trial(recipe):
         return Path(folder) / RECIPE_COPY
     return recipe

@@ -40,24 +40,28 @@ def write_results(folder: Path, trainer, block: PairwiseBlock, started: float) -
     Raises:
         UserError: A probability is not finite.
     """
-    trained = time.monotonic()
+    end_of_training = time.monotonic()
+    # Every process predicts its share, and the first one gets all of them.
     rows = trainer.eval_dataset
     output = trainer.predict(rows, metric_key_prefix="eval")
     if not trainer.is_world_process_zero():
         return
 
-    both_rov = metrics.probabilities(output.predictions, block.verdicts)
-    if not np.isfinite(both_rov).all():
+    probabilities_rov = metrics.probabilities(output.predictions, block.verdicts)
+    if not np.isfinite(probabilities_rov).all():
         raise UserError(
             f"{folder}: the model's probabilities are not finite; lower the learning rate or use bf16"
         )
 
+    # Fold and winner of each row are in the pairs file.
     pairs = read_pairs(block.pairs)
-    table = metrics.predictions(list(rows["id"]), both_rov, block.verdicts, pairs)
+    table = metrics.predictions(list(rows["id"]), probabilities_rov, block.verdicts, pairs)
     with atomic_file(folder / "predictions.parquet") as temporary:
         table.write_parquet(temporary)
 
-    scores = metrics.scores(both_rov, output.label_ids[:, 0], np.array(rows["winner"]))
+    # label_ids holds the soft labels, (rows, orders, verdicts); the first order is the one as given.
+    labels_rv = output.label_ids[:, 0]
+    scores = metrics.scores(probabilities_rov, labels_rv, np.array(rows["winner"]))
     validation_pairs = pairs.filter(pl.col("id").is_in(table["id"].to_list()))
     facts = {
         "accuracy_of_longer": metrics.longer_is_right(validation_pairs),
@@ -66,8 +70,8 @@ def write_results(folder: Path, trainer, block: PairwiseBlock, started: float) -
         "fold": block.fold,
         "rows_were_trained_on": block.fold == "all",
         "steps": trainer.state.global_step,
-        "seconds_training": round(trained - started, 1),
-        "seconds_predicting": round(time.monotonic() - trained, 1),
+        "seconds_training": round(end_of_training - started, 1),
+        "seconds_predicting": round(time.monotonic() - end_of_training, 1),
         "pairs_sha256": sha256(block.pairs),
         "labels_sha256": hash_labels(block.distill),
     }

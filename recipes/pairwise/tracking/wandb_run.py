@@ -36,6 +36,7 @@ def check(cfg: dict) -> None:
 
     Nobody answers a training, and wandb asks only once the model is loaded.
     """
+    # As Axolotl does it later: wandb reads its settings from the environment.
     setup_wandb_env_vars(cfg)
     project = cfg.get("wandb_project")
     if cfg.get("use_wandb") and not project:
@@ -53,10 +54,10 @@ def is_first() -> bool:
 
 
 def is_ready() -> bool:
-    """Return whether wandb has a login, or needs none. Asks for nothing and sends nothing.
+    """Find out whether wandb has a login, or needs none. Asks for nothing and sends nothing.
 
     Raises:
-        UserError: If wandb refuses a setting or a key.
+        UserError: wandb refuses a setting or a key.
     """
     try:
         settings = wandb.setup().settings
@@ -66,6 +67,7 @@ def is_ready() -> bool:
             host=settings.base_url, source="train", prompt=False, update_session=False
         )
     except ValidationError as error:
+        # The first of pydantic's problems: a setting, such as one of wandb's environment variables.
         problem = error.errors()[0]
         setting = ".".join(str(part) for part in problem["loc"])
         raise UserError(f"wandb: {setting}: {problem['msg']}") from None
@@ -83,18 +85,21 @@ def start(cfg: dict, recipe: dict, contract: Contract) -> None:
         contract: What the model's inputs are made with.
 
     Raises:
-        UserError: If the run cannot begin.
+        UserError: The run cannot begin.
     """
-    if not is_first() or not cfg.get("wandb_project"):
+    project = cfg.get("wandb_project")
+    if not is_first() or not project:
         return
 
-    name = name_of(Path(cfg["output_dir"]))
+    # What the run's page shows beside its curves.
     git_state = {key.removeprefix("git_"): value for key, value in ledger.git_state().items()}
     config = {"recipe": recipe, "contract": without_golden(asdict(contract)), "git": git_state}
+
+    name = name_of(Path(cfg["output_dir"]))
     finish_timeout = wandb.setup().settings.finish_timeout or FINISH_SECONDS
     try:
         wandb.init(
-            project=cfg["wandb_project"],
+            project=project,
             entity=cfg.get("wandb_entity"),
             name=cfg.get("wandb_name") or name,
             group=name.split("/")[0],
@@ -105,7 +110,7 @@ def start(cfg: dict, recipe: dict, contract: Contract) -> None:
         )
     except wandb.errors.Error as error:
         raise UserError(
-            f"wandb_project: {cfg['wandb_project']}: {one_line(error)}; mend that, or set "
+            f"wandb_project: {project}: {one_line(error)}; mend that, or set "
             "WANDB_MODE=offline (`wandb sync` uploads the run later)"
         ) from None
 
@@ -117,6 +122,7 @@ def name_of(folder: Path) -> str:
     """
     folder = folder.absolute()
     parts = [folder.name]
+    # A fold or a trial needs the names of the folders that it lies in.
     while TRIAL.fullmatch(parts[0]) or parts[0].startswith("fold-"):
         folder = folder.parent
         parts.insert(0, folder.name)
@@ -139,6 +145,7 @@ class HarmlessCallback(WandbCallback):
         try:
             yield
         except Exception as error:
+            # WandbCallback does nothing from here on.
             self._wandb = None
             LOG.error(
                 "wandb: %s: %s; tracking ends here, the training goes on",
@@ -165,6 +172,7 @@ class HarmlessCallback(WandbCallback):
 
 def make_harmless(trainer) -> None:
     """Put HarmlessCallback in the place of transformers' callback."""
+    # Without wandb there is no such callback.
     if trainer.pop_callback(WandbCallback):
         trainer.add_callback(HarmlessCallback)
 
@@ -173,7 +181,9 @@ def finish(folder: Path) -> None:
     """Log what the finished run folder says, and end the run; an error of wandb costs only that."""
     if wandb.run is None or wandb.run.disabled:
         return
+
     try:
+        # The file also holds what training has recorded since the run began.
         contract = without_golden(read_json(folder / "contract.json"))
         wandb.run.config.update({"contract": contract}, allow_val_change=True)
         wandb.run.summary.update({"metrics": read_json(folder / "metrics.json")})
@@ -186,5 +196,6 @@ def finish(folder: Path) -> None:
 
 def one_line(error: Exception) -> str:
     """Return an error's message without line breaks, and without advice for programmers."""
+    # wandb's messages have several lines.
     message = " ".join(str(error).split())
     return message.split(" Consider increasing the init_timeout")[0]

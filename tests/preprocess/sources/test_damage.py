@@ -65,12 +65,3 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(folder, suffix, data, lay
             assert "\n" not in str(error)
         else:
             assert read is read_prompts or table.schema == ROWS
-
-
-@pytest.mark.parametrize("key", ["id", "prompt", "response_b", "winner"])
-def test_a_line_that_lacks_a_key_is_rejected_with_its_reason(tmp_path, key):
-    row = GOOD["WSDM"]
-    shorter = {name: value for name, value in row.items() if name != key}
-    (tmp_path / "x.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(shorter)}\n")
-    reasons = {"id": "no id", "prompt": "empty prompt", "response_b": "empty answer", "winner": "unknown winner"}
-    assert read_rows(tmp_path / "x.jsonl")["reason"].to_list() == [None, reasons[key]]
