@@ -5,10 +5,10 @@ with an equal band of hashes are compared by their whole signatures (Broder 1997
 Ullman, Mining of Massive Datasets, chapter 3). grouping.py chooses the pairs, and verifies what passes here.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import polars as pl
 from rensa import RMinHash
 
 from preprocess.dedup.ngrams import Track, gram_codes
@@ -40,7 +40,7 @@ class Signatures:
     gram_counts: np.ndarray  # int32 (texts,): how many different n-grams each has
 
 
-def compute_signatures(texts: Sequence[str], track: Track) -> Signatures:
+def compute_signatures(texts: pl.Series, track: Track) -> Signatures:
     """Compute the MinHash signatures of normalised texts."""
     hashes = np.zeros((len(texts), PERMUTATIONS), np.uint16)
     gram_counts = np.zeros(len(texts), np.int32)

@@ -6,8 +6,10 @@ is its own only n-gram. The search modules use hashes of n-grams, which are ten 
 
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 
 import numpy as np
+import polars as pl
 
 # How the searches report their progress: takes the steps of a loop and a label, yields the steps, and
 # may draw a bar meanwhile.
@@ -67,7 +69,22 @@ def gram_codes(text: str) -> np.ndarray:
     codes *= MIX
     codes ^= codes >> np.uint64(29)
 
-    return np.unique(codes)
+    # Three times as fast as np.unique, which hashes.
+    codes.sort()
+    is_first = np.ones(count, bool)
+    is_first[1:] = codes[1:] != codes[:-1]
+    return codes[is_first]
+
+
+# Candidates are sorted by one of the two texts, so that its n-grams are needed many times in a row.
+cached_gram_codes = lru_cache(maxsize=4096)(gram_codes)
+
+
+def find_first_copies(texts: pl.Series) -> np.ndarray:
+    """Return for each text the position of the first one that is equal to it: int64 (texts,)."""
+    frame = texts.to_frame("text").with_row_index("position")
+    first_position = pl.col("position").min().over("text").cast(pl.Int64)
+    return frame.select(first_position).to_series().to_numpy()
 
 
 def codes_jaccard(first: np.ndarray, second: np.ndarray) -> float:
