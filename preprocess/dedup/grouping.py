@@ -26,8 +26,7 @@ from preprocess.dedup.minhash import (
 )
 from preprocess.dedup.ngrams import (
     Track,
-    cached_gram_codes,
-    codes_jaccard,
+    fast_jaccard,
     find_first_copies,
     show_nothing,
 )
@@ -204,9 +203,8 @@ class _Grouping:
             if roots[0] == roots[1]:
                 continue
 
-            earlier_codes = cached_gram_codes(self._texts[earlier])
-            later_codes = cached_gram_codes(self._texts[later])
-            if codes_jaccard(earlier_codes, later_codes) < self._threshold:
+            similarity = fast_jaccard(self._texts[earlier], self._texts[later])
+            if similarity < self._threshold:
                 unlike.append(pair)
                 continue
 

@@ -11,8 +11,7 @@ import polars as pl
 
 from preprocess.dedup.ngrams import (
     Track,
-    cached_gram_codes,
-    codes_jaccard,
+    fast_jaccard,
     find_first_copies,
     jaccard,
     show_nothing,
@@ -85,23 +84,24 @@ def find_leaks(
     leaks = []
     compared = 0
     closest = 0.0
-    windows = split_by_size(sizes, threshold)
-    for window in track(windows, "leak report: nearest neighbours"):
+    for window in split_by_size(sizes, threshold):
         members = slice(window.begin, window.end)
-        positions_here = positions[members]
-        texts_here = texts.gather(positions_here)
-        counts_here = GramCounts(sizes[members], counts.frequency)
-        index = build_prefix_index(texts_here, counts_here, places_by_size[members], threshold)
+        texts_of_window = texts.gather(positions[members])
+        counts_of_window = GramCounts(sizes[members], counts.frequency)
+        index = build_prefix_index(
+            texts_of_window, counts_of_window, places_by_size[members], threshold, track
+        )
 
-        for longer, shorter in find_candidates(index, threshold, window.first_longer):
+        for longer, shorter in find_candidates(index, threshold, window.first_longer, track):
             compared += 1
-            longer_codes = cached_gram_codes(texts_here[longer])
-            similarity = codes_jaccard(longer_codes, cached_gram_codes(texts_here[shorter]))
+            similarity = fast_jaccard(texts_of_window[longer], texts_of_window[shorter])
             if similarity < threshold:
                 closest = max(closest, similarity)
                 continue
 
-            first, second = sorted((int(positions_here[longer]), int(positions_here[shorter])))
+            pair = positions[[window.begin + longer, window.begin + shorter]]
+            first = int(pair.min())
+            second = int(pair.max())
             leaks.append(Leak(first, second, jaccard(texts[first], texts[second])))
 
     leaks.sort(key=lambda leak: (-leak.similarity, leak.first, leak.second))

@@ -67,7 +67,8 @@ def count_grams(texts: pl.Series, track: Track) -> GramCounts:
     frequency = np.zeros(1 << bucket_bits, np.uint32)
     size = np.zeros(len(texts), np.int64)
 
-    for number, text in enumerate(track(texts, "leak report: counting n-grams")):
+    steps = track(texts, "leak report: counting n-grams")
+    for number, text in enumerate(steps):
         codes = gram_codes(text)
         size[number] = len(codes)
         frequency[find_buckets(codes, frequency)] += 1
@@ -87,7 +88,11 @@ def count_prefix(size: np.ndarray, threshold: float) -> np.ndarray:
 
 
 def build_prefix_index(
-    texts: pl.Series, counts: GramCounts, places: np.ndarray, threshold: float
+    texts: pl.Series,
+    counts: GramCounts,
+    places: np.ndarray,
+    threshold: float,
+    track: Track,
 ) -> PrefixIndex:
     """Build the index for one threshold.
 
@@ -96,6 +101,7 @@ def build_prefix_index(
         counts: The sizes of these texts; the frequencies may be of more texts.
         places: Of each text; those of one place are not compared (texts,).
         threshold: The Jaccard similarity.
+        track: Shows the progress.
     """
     prefix_size = count_prefix(counts.size, threshold)
     last_rank = np.zeros(len(texts), np.uint64)
@@ -104,7 +110,8 @@ def build_prefix_index(
     # All prefixes in one array, text after text.
     ranks = np.empty(prefix_size.sum(), np.uint64)
     filled = 0
-    for number, text in enumerate(texts):
+    steps = track(texts, "leak report: collecting rare n-grams")
+    for number, text in enumerate(steps):
         prefix = _select_rarest(gram_codes(text), counts.frequency, prefix_size[number])
         last_rank[number] = prefix[-1]
 
@@ -134,7 +141,7 @@ def _select_rarest(codes: np.ndarray, frequency: np.ndarray, count: int) -> np.n
 
 
 def find_candidates(
-    index: PrefixIndex, threshold: float, first_longer: int = 0
+    index: PrefixIndex, threshold: float, first_longer: int, track: Track
 ) -> Iterator[tuple[int, int]]:
     """Find the pairs of texts in different places that may reach a similarity.
 
@@ -142,13 +149,15 @@ def find_candidates(
         index: Built with the same threshold.
         threshold: The Jaccard similarity.
         first_longer: The first text that is of interest as the longer one of a pair.
+        track: Shows the progress.
 
     Yields:
         The longer and the shorter text of each pair.
     """
     text_count = len(index.size)
 
-    for start, stop in _split_texts(index):
+    ranges = track(_split_texts(index), "leak report: nearest neighbours")
+    for start, stop in ranges:
         entries = np.arange(index.first_entry[start], index.first_entry[stop])
         first, second = list_pairs(index.partners, entries)
         first = index.text[first].astype(np.int64)
@@ -175,8 +184,8 @@ def find_candidates(
         yield from zip(longer[is_candidate].tolist(), shorter[is_candidate].tolist(), strict=True)
 
 
-def _split_texts(index: PrefixIndex) -> Iterator[tuple[int, int]]:
-    """Yield ranges of texts that have about MEETINGS_AT_ONCE meetings with their partners."""
+def _split_texts(index: PrefixIndex) -> list[tuple[int, int]]:
+    """Return ranges of texts that have about MEETINGS_AT_ONCE meetings with their partners."""
     # How many meetings there are before each entry, and before each text.
     before_entry = np.append(0, np.cumsum(index.partners.count, dtype=np.int64))
     before_text = before_entry[index.first_entry]
@@ -186,7 +195,7 @@ def _split_texts(index: PrefixIndex) -> Iterator[tuple[int, int]]:
     limits = np.arange(0, total + MEETINGS_AT_ONCE, MEETINGS_AT_ONCE)
     edges = np.searchsorted(before_text, limits)
     edges = np.minimum(edges, len(index.size))
-    yield from pairwise(edges.tolist())
+    return list(pairwise(edges.tolist()))
 
 
 def _count_beyond_prefix(index: PrefixIndex, longer: np.ndarray, shorter: np.ndarray) -> np.ndarray:
