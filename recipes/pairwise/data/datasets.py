@@ -267,16 +267,25 @@ def datasets_of(
 
             with atomic_folder(folder) as temporary:
                 tokenise(train, tokenizer, contract, temporary / TRAINING_FILE, teacher_rv)
-                unsorted_file = temporary / "validation.arrow"
-                validation_set = tokenise(validation, tokenizer, contract, unsorted_file)
-
-                # A batch that does not fit shall fail at once.
-                longest_first = validation_set.sort("length", reverse=True, keep_in_memory=True)
-                longest_first.save_to_disk(temporary / VALIDATION_FOLDER)
-                unsorted_file.unlink()
+                _tokenise_longest_first(validation, tokenizer, contract, temporary)
 
     training_set = Dataset.from_file(str(folder / TRAINING_FILE))
     return training_set, load_from_disk(folder / VALIDATION_FOLDER)
+
+
+def _tokenise_longest_first(
+    validation: pl.DataFrame, tokenizer, contract: Contract, folder: Path
+) -> None:
+    """Write the validation rows, the longest first, so that a batch that does not fit fails at once."""
+    unsorted_file = folder / "validation.arrow"
+    rows = tokenise(validation, tokenizer, contract, unsorted_file)
+
+    lengths_r = np.array(rows["length"])
+    longest_first = np.argsort(-lengths_r, kind="stable")
+    # Where the order is held makes no difference but for a file that it would leave behind.
+    sorted_rows = rows.select(longest_first, keep_in_memory=True)
+    sorted_rows.save_to_disk(folder / VALIDATION_FOLDER)
+    unsorted_file.unlink()
 
 
 def _cache_name(
@@ -289,7 +298,8 @@ def _cache_name(
 
     tokenizer_bytes = tokenizer.backend_tokenizer.to_str().encode()
     tokenizer_sha256 = hashlib.sha256(tokenizer_bytes).hexdigest()
-    inputs = [sha256(pairs), fold, settings, tokenizer_sha256, list(FEATURES)]
+    layout = [TRAINING_FILE, list(FEATURES)]
+    inputs = [sha256(pairs), fold, settings, tokenizer_sha256, layout]
     if distill is not None:
         inputs += [distill.teachers, distill.pool, hash_labels(distill)]
     key = json.dumps(inputs, sort_keys=True)
