@@ -122,9 +122,13 @@ def main(  # noqa: PLR0913  an argument for each option
     _check_paths([source.path for source in inputs], out, rejected_path, against)
     held_back = {path: read_prompts(path) for path in against}
     rows = read_facts(inputs, _track)
-    is_usable = pl.col("reason").is_null()
+    usable = rows.filter(pl.col("reason").is_null())
+    # What the report and the ledger say of rows that are no pairs; not the prompts, which would stay in memory.
+    rows = rows.select("file", "source", "role", "reason")
+
     test_share = test if isinstance(test, float) else 0.0
-    pairs = make_pairs(rows.filter(is_usable), folds, threshold, _track, test_share)
+    pairs = make_pairs(usable, folds, threshold, _track, test_share)
+    del usable
 
     console = report.console()
     console.print(report.sources_table(rows, pairs))

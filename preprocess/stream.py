@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
+import pyarrow as pa
 from pyarrow import parquet
 
 from preprocess.core.errors import UserError
@@ -44,6 +45,8 @@ def read_sources(sources: Iterable[Source], track: Track, verb: str) -> Iterator
         for batch in track(batches, f"{verb} {source.path.name}"):
             yield batch.with_row_index("position", rows_before)
             rows_before += batch.height
+            # PyArrow would keep the memory of most batches for itself.
+            pa.default_memory_pool().release_unused()
 
 
 def read_facts(sources: Iterable[Source], track: Track = show_nothing) -> pl.DataFrame:
