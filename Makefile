@@ -7,7 +7,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export AXOLOTL_DO_NOT_TRACK := 1
 
-.PHONY: help setup lock demo demo-distill graph example test test-slow test-gpu test-fake-gpu lint format bench bench-merge bench-kernel cv siamese compare ladder
+.PHONY: help setup lock demo demo-distill graph example test test-slow test-gpu test-fake-gpu lint format bench bench-preprocess bench-merge bench-kernel cv siamese compare ladder
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ format: .venv/installed  ## put the code into house style
 
 bench: .venv/installed .venv-kaggle/installed  ## what is claimed to be fast, measured side by side
 	@python -m tests.bench input
+
+bench-preprocess: .venv/installed  ## pairs of 50,000, 200,000 and 1,000,000 generated rows: seconds and peak memory; half an hour and 8 GB of disk
+	@python -m tests.bench preprocess --rows 50000 --rows 200000 --rows 1000000
 
 bench-merge: .venv/installed  ## merging and quantising a billion weights: ours beside PEFT, bitsandbytes, Axolotl (12 GB of disk)
 	@python -m tests.bench.merge compare 2>/dev/null

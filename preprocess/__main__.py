@@ -5,11 +5,9 @@ Nothing is written before the leak report has passed. The same files in the same
 
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import click
-import numpy as np
 import polars as pl
 from rich.progress import track
 
@@ -19,9 +17,9 @@ from preprocess.core.errors import UserError, exits_with_2
 from preprocess.core.files import atomic_file
 from preprocess.dedup.leaks import Leak, LeakReport, find_leaks
 from preprocess.dedup.ngrams import normalise
-from preprocess.pairs import REJECTED, Pairs, make_pairs
-from preprocess.sources.reader import read_prompts, read_rows
-from preprocess.sources.rows import TEXTS
+from preprocess.pairs import Pairs, make_pairs
+from preprocess.sources.reader import read_prompts
+from preprocess.stream import Source, read_facts, write_pairs
 
 OPTIONS_OF_FILES = ("--extra", "--pool", "--against")
 
@@ -59,14 +57,6 @@ class ShareOrFile(click.ParamType):
         if not 0 < share < 1:
             self.fail(f"{value}: expected a share between 0 and 1, or a file", param, ctx)
         return share
-
-
-@dataclass(frozen=True)
-class Source:
-    """A file that is read, and the role of its rows."""
-
-    path: Path
-    role: str
 
 
 @click.command(cls=_Command)
@@ -132,20 +122,14 @@ def main(  # noqa: PLR0913  an argument for each option
     inputs = list_sources(sources, extra, pool, test)
     _check_paths([source.path for source in inputs], out, rejected_path, against)
     held_back = {path: read_prompts(path) for path in against}
-    tables = [read_rows(source.path, source.role) for source in inputs]
-    row_counts = [table.height for table in tables]
-
-    rows = pl.concat(tables)
-    is_usable = pl.col("reason").is_null()
-    usable = rows.filter(is_usable)
-    unusable = rows.filter(~is_usable).select(REJECTED)
-    # The texts are held once: the report needs no more than the other columns.
-    rows = rows.drop(TEXTS)
-    del tables
+    rows = read_facts(inputs, _track)
+    usable = rows.filter(pl.col("reason").is_null())
+    # What the report and the ledger say of rows that are no pairs; not the prompts, which would stay in memory.
+    rows = rows.select("file", "source", "role", "reason")
 
     test_share = test if isinstance(test, float) else 0.0
     pairs = make_pairs(usable, folds, threshold, _track, test_share)
-    rejected = pl.concat([unusable, pairs.dropped])
+    del usable
 
     console = report.console()
     console.print(report.sources_table(rows, pairs))
@@ -158,24 +142,25 @@ def main(  # noqa: PLR0913  an argument for each option
     console.print(report.no_leaks(leak_report, threshold, against_names), soft_wrap=True)
 
     with atomic_file(rejected_path) as temporary_rejected, atomic_file(out) as temporary:
-        rejected.write_parquet(temporary_rejected, compression_level=1)
-        pairs.table.write_parquet(temporary, compression_level=1)
+        write_pairs(inputs, pairs, temporary, temporary_rejected, _track)
+    rejected = rows["reason"].count() + pairs.dropped.height
     console.print(
-        f"wrote {out} ({pairs.table.height:,} pairs) and {rejected_path} ({rejected.height:,} rows)",
+        f"wrote {out} ({pairs.table.height:,} pairs) and {rejected_path} ({rejected:,} rows)",
         soft_wrap=True,
     )
 
     ledger.record(
         "pairs",
         sources=[
-            _describe_file(source.path, row_count) | {"role": source.role}
-            for source, row_count in zip(inputs, row_counts, strict=True)
+            _describe_file(source.path, rows.filter(file=str(source.path)).height)
+            | {"role": source.role}
+            for source in inputs
         ],
         against=[_describe_file(path, table.height) for path, table in held_back.items()],
         pairs=out,
         pairs_sha256=ledger.fingerprint(out),
         rows=pairs.table.height,
-        rejected=rejected.height,
+        rejected=rejected,
     )
 
 
@@ -240,28 +225,16 @@ def _check_leaks(pairs: Pairs, held_back: dict[Path, pl.DataFrame], threshold: f
     Raises:
         UserError: Some are. They are printed first.
     """
-    prompts = list(pairs.prompts)
-    ids = pairs.table["id"].to_list()
-
     # Each fold is a place, and so is the lockbox, which is in no fold.
     lockbox = (pairs.table["fold"].max() or 0) + 1
-    places = pairs.table["fold"].fill_null(lockbox).cast(pl.Int64).to_list()
-    names = ["lockbox" if place == lockbox else f"fold {place}" for place in places]
-
-    # Held-back files follow, as the places -1, -2 and so on.
-    for number, (path, table) in enumerate(held_back.items(), 1):
-        prompts += [normalise(turns) for turns in table["prompt"].to_list()]
-        ids += table["id"].to_list()
-        names += [path.name] * table.height
-        places += [-number] * table.height
-
-    leak_report = find_leaks(prompts, np.array(places), threshold, _track)
+    prompts = _list_prompts(pairs, held_back, lockbox)
+    leak_report = find_leaks(prompts["prompt_text"], prompts["place"].to_numpy(), threshold, _track)
     if not leak_report.leaks:
         return leak_report
 
-    report.console(sys.stderr).print(report.leaks_table(leak_report.leaks, names, ids, prompts))
+    report.console(sys.stderr).print(report.leaks_table(leak_report.leaks, prompts))
     held_back_names = [path.name for path in held_back]
-    advice = _advise_on_leaks(leak_report.leaks, places, lockbox, held_back_names)
+    advice = _advise_on_leaks(leak_report.leaks, prompts["place"], lockbox, held_back_names)
     raise UserError(
         f"leak report: prompts of similarity {threshold:g} or more stand apart: {'; '.join(advice)}. Nothing was written. "
         f"To accept prompts this much alike, raise --threshold above their similarity"
@@ -269,7 +242,7 @@ def _check_leaks(pairs: Pairs, held_back: dict[Path, pl.DataFrame], threshold: f
 
 
 def _advise_on_leaks(
-    leaks: Iterable[Leak], places: list[int], lockbox: int, held_back_names: list[str]
+    leaks: Iterable[Leak], places: pl.Series, lockbox: int, held_back_names: list[str]
 ) -> list[str]:
     """Count the leaks of each kind, and say what to do about them.
 
@@ -283,10 +256,10 @@ def _advise_on_leaks(
     into_lockbox = 0
     between_folds = 0
     for leak in leaks:
-        # Held-back files come last, so that of two prompts only the second can be one of theirs.
-        if places[leak.second] < 0:
+        places_of_leak = (places[leak.first], places[leak.second])
+        if min(places_of_leak) < 0:
             into_files += 1
-        elif lockbox in (places[leak.first], places[leak.second]):
+        elif lockbox in places_of_leak:
             into_lockbox += 1
         else:
             between_folds += 1
@@ -306,6 +279,35 @@ def _advise_on_leaks(
             f"{between_folds:,} between folds (the grouping missed them: try a lower --threshold)"
         )
     return advice
+
+
+def _list_prompts(pairs: Pairs, held_back: dict[Path, pl.DataFrame], lockbox: int) -> pl.DataFrame:
+    """List all prompts with id, place (a number, see find_leaks) and place_name.
+
+    Args:
+        pairs: The pairs of all sources.
+        held_back: By file, the ids and prompts that no source may share.
+        lockbox: The place of the lockbox, which is in no fold.
+    """
+    place = pl.col("fold").fill_null(lockbox).cast(pl.Int64)
+    fold_name = (
+        pl.when(pl.col("fold").is_null())
+        .then(pl.lit("lockbox"))
+        .otherwise(pl.format("fold {}", "fold"))
+    )
+    tables = [pairs.table.select("id", "prompt_text", place=place, place_name=fold_name)]
+
+    # Held-back files follow, as the places -1, -2 and so on.
+    for number, (path, table) in enumerate(held_back.items(), 1):
+        normalised = [normalise(turns) for turns in table["prompt"]]
+        columns = table.select(
+            "id",
+            prompt_text=pl.Series(normalised, dtype=pl.String),
+            place=pl.lit(-number, pl.Int64),
+            place_name=pl.lit(path.name),
+        )
+        tables.append(columns)
+    return pl.concat(tables)
 
 
 def _track(steps: Iterable, label: str) -> Iterable:

@@ -13,13 +13,12 @@ the others move no pair, unless they join two groups: then the younger one moves
 """
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import polars as pl
 
 from preprocess.dedup.grouping import group_prompts
-from preprocess.dedup.ngrams import Track, normalise, show_nothing
+from preprocess.dedup.ngrams import Track, show_nothing
 from preprocess.sources.rows import SHARES, TEXTS, TURNS
 
 PAIRS = pl.Schema(
@@ -44,7 +43,8 @@ PAIRS = pl.Schema(
     }
 )
 REJECTED = ("file", "row", "id", "reason", *TEXTS, "winner", "language", "source")
-BATCH_ROWS = 2048
+# Rows that are equal in these judge the same pair for the same role.
+SAME_PAIR = ("role", "prompt_hash", "responses_hash")
 DRAW_STEPS = 10_000  # in which a share of the groups is counted
 LIKE_LOCKBOX = "prompt is like one of the lockbox"
 
@@ -65,11 +65,11 @@ class Joined:
 class Pairs:
     """The pairs of all sources."""
 
-    table: pl.DataFrame  # one row a pair, of the schema PAIRS
-    prompts: list[str]  # the prompt of each, normalised
+    # One row a pair: the columns of PAIRS but for the texts, beside those of the facts.
+    table: pl.DataFrame
     joined: tuple[Joined, ...]  # groups that a later file joined
     united: dict[str, int]  # by source, the number of its rows that became part of an earlier row
-    dropped: pl.DataFrame  # rows of the columns REJECTED, left out for the lockbox's sake
+    dropped: pl.DataFrame  # likewise, with a reason: those left out for the lockbox's sake
 
 
 def make_pairs(
@@ -82,7 +82,7 @@ def make_pairs(
     """Make pairs of usable rows: judgements united, prompts grouped, groups spread over folds.
 
     Args:
-        rows: Of the schema sources.rows.ROWS, files in the order in which they were added.
+        rows: The facts of usable rows with their positions, as stream.read_facts gives them.
         folds: The number of folds.
         threshold: The Jaccard similarity from which on two prompts share a group.
         track: Shows the progress.
@@ -91,9 +91,7 @@ def make_pairs(
     table, united = unite_judgements(rows)
     ids = _make_ids_unique(table["id"].to_list(), table["source"].to_list())
 
-    prompts = []
-    for batch in table.iter_slices(BATCH_ROWS):
-        prompts += [normalise(turns) for turns in batch["prompt"].to_list()]
+    prompts = table["prompt_text"]
     file_numbers = table["file"].rle_id().to_numpy()
     groups = group_prompts(prompts, threshold, file_numbers, track)
 
@@ -114,14 +112,13 @@ def make_pairs(
     table = draw_lockbox(table, folds, test_share)
     is_dropped = find_like_lockbox(table)
     dropped = table.filter(is_dropped).with_columns(reason=pl.lit(LIKE_LOCKBOX))
-    kept_prompts = pl.Series(prompts, dtype=pl.String).filter(~is_dropped)
 
+    types = {name: dtype for name, dtype in PAIRS.items() if name not in TEXTS}
     return Pairs(
-        table=table.filter(~is_dropped).select(PAIRS.names()).cast(dict(PAIRS)),
-        prompts=kept_prompts.to_list(),
+        table=table.filter(~is_dropped).cast(types),
         joined=tuple(joined),
         united=united,
-        dropped=dropped.select(REJECTED),
+        dropped=dropped,
     )
 
 
@@ -167,7 +164,7 @@ def unite_judgements(rows: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, int]]:
         became part of an earlier one.
     """
     totals = _sum_votes(rows)
-    first_rows = totals["row"].to_list()
+    first_rows = totals["row"]
     table = rows[first_rows].with_columns(totals.select(*SHARES, "weight", "both_bad"))
 
     # A single judgement keeps its verdict, for its shares may be a teacher's. Pool rows have none.
@@ -175,7 +172,7 @@ def unite_judgements(rows: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, int]]:
     winner = pl.when(keeps_winner).then(pl.col("winner")).otherwise(_most_voted())
     table = table.with_columns(winner=winner)
 
-    later_rows = rows.with_row_index("number").filter(~pl.col("number").is_in(first_rows))
+    later_rows = rows.with_row_index("number").filter(~pl.col("number").is_in(first_rows.implode()))
     united = dict(name_sources(later_rows).value_counts().iter_rows())
     return table, united
 
@@ -198,7 +195,7 @@ def _sum_votes(rows: pl.DataFrame) -> pl.DataFrame:
 
     # Shares become votes, which can be added, and the sums become shares again.
     votes = judgements.with_columns(pl.col(SHARES) * pl.col("weight"))
-    totals = votes.group_by("role", "key", maintain_order=True).agg(
+    totals = votes.group_by(SAME_PAIR, maintain_order=True).agg(
         pl.first("row"),
         pl.len().alias("judgements"),
         pl.sum("weight", *SHARES),
@@ -212,15 +209,11 @@ def _align_judgements(rows: pl.DataFrame) -> pl.DataFrame:
     """Turn the votes of rows round whose responses stand in another order than in the pair's first row.
 
     Returns:
-        For each row: role, key (a hash of its pair in either order), weight, both_bad, and the shares of
-        the votes, in which A is what the pair's first row has as A.
+        For each row: the columns SAME_PAIR, weight, both_bad, and the shares of the votes, in which A is
+        what the pair's first row has as A.
     """
-    keys = pl.DataFrame(
-        list(_hash_pairs(rows)), schema={"key": pl.Binary, "is_swapped": pl.Boolean}, orient="row"
-    )
-    judgements = rows.select("role", "weight", *SHARES, "both_bad").with_columns(keys)
-
-    is_same_order = pl.col("is_swapped") == pl.col("is_swapped").first().over("role", "key")
+    judgements = rows.select(*SAME_PAIR, "is_swapped", "weight", *SHARES, "both_bad")
+    is_same_order = pl.col("is_swapped") == pl.col("is_swapped").first().over(SAME_PAIR)
     share_a = pl.when(is_same_order).then("p_model_a").otherwise("p_model_b")
     share_b = pl.when(is_same_order).then("p_model_b").otherwise("p_model_a")
     return judgements.with_columns(p_model_a=share_a, p_model_b=share_b)
@@ -234,20 +227,6 @@ def _most_voted() -> pl.Expr:
     is_tie = (pl.col("p_tie") >= largest) | (is_a & is_b)
     winner = pl.when(is_a).then(pl.lit("model_a")).otherwise(pl.lit("model_b"))
     return pl.when(is_tie).then(pl.lit("tie")).otherwise(winner)
-
-
-def _hash_pairs(rows: pl.DataFrame) -> Iterator[tuple[bytes, bool]]:
-    """Yield of each row a hash of its pair, and whether its responses stand the other way round than in the hash."""
-    for batch in rows.select(TEXTS).iter_slices(BATCH_ROWS):
-        for prompt, response_a, response_b in batch.iter_rows():
-            hash_a = _hash_turns(response_a)
-            hash_b = _hash_turns(response_b)
-            key = _hash_turns(prompt) + min(hash_a, hash_b) + max(hash_a, hash_b)
-            yield key, hash_a > hash_b
-
-
-def _hash_turns(turns: list[str]) -> bytes:
-    return hashlib.sha256("\x00".join(turns).encode("utf-8")).digest()
 
 
 def _make_ids_unique(ids: list[str], sources: list[str]) -> list[str]:

@@ -84,16 +84,13 @@ def _describe_rows(rows: pl.DataFrame, kept: pl.DataFrame, united: int) -> list[
         "\n".join(rejected) or "0",
         _list_languages(kept["language"]),
         *win_rates,
-        _format_percent(longer_answer_wins(kept).mean()),
+        _format_percent(_does_longer_win(kept).mean()),
     ]
 
 
-def longer_answer_wins(table: pl.DataFrame) -> pl.Series:
-    """Return for each pair whether the answer with more characters won; null for a tie. Of equally long ones A is longer."""
-    count_characters = pl.element().str.len_chars()
-    length_a = pl.col("response_a").list.eval(count_characters).list.sum()
-    length_b = pl.col("response_b").list.eval(count_characters).list.sum()
-    does_longer_win = (length_a >= length_b) == (pl.col("winner") == "model_a")
+def _does_longer_win(table: pl.DataFrame) -> pl.Series:
+    """Return for each pair whether the answer with more characters won; null for a tie."""
+    does_longer_win = pl.col("is_a_longer") == (pl.col("winner") == "model_a")
     decided = pl.when(pl.col("winner") != "tie").then(does_longer_win)
     return table.select(decided.alias("longer_wins"))["longer_wins"]
 
@@ -158,8 +155,8 @@ def _describe_groups(table: pl.DataFrame, threshold: float) -> str:
     groups = table["group"].value_counts().sort(["count", "group"], descending=[True, False])
     largest = table.filter(pl.col("group") == groups["group"][0])
     largest_size = _count(largest.height, "pair")
-    largest_prompts = _count(largest["prompt"].n_unique(), "prompt")
-    first_prompt = snippet(" ".join(largest["prompt"][0]), SUMMARY_SNIPPET)
+    largest_prompts = _count(largest["prompt_hash"].n_unique(), "prompt")
+    first_prompt = snippet(largest["opening"][0], SUMMARY_SNIPPET)
     return (
         f"{table.height:,} pairs in {groups.height:,} groups of prompts that are equal or of similarity {threshold:g} or more; "
         f'the largest: {largest_size} with {largest_prompts}, "{first_prompt}"'
@@ -180,16 +177,12 @@ def _format_similarity(similarity: float) -> str:
     return f"{int(similarity * 1000) / 1000:.3f}"
 
 
-def leaks_table(
-    leaks: tuple[Leak, ...], names: list[str], ids: list[str], prompts: list[str]
-) -> Table:
+def leaks_table(leaks: tuple[Leak, ...], prompts: pl.DataFrame) -> Table:
     """Build the table of the first LEAKS_SHOWN leaks.
 
     Args:
         leaks: The most similar first.
-        names: By position of a prompt, the name of the fold or file that holds it.
-        ids: By position, the id of its row.
-        prompts: By position, its text.
+        prompts: All prompts by position: place_name (of the fold or file), id and prompt_text.
     """
     table = Table(
         box=box.SIMPLE_HEAD,
@@ -203,12 +196,13 @@ def leaks_table(
     table.add_column("prompt", no_wrap=True, overflow="ellipsis", max_width=PROMPT_WIDTH)
 
     for leak in leaks[:LEAKS_SHOWN]:
-        first, second = leak.first, leak.second
+        both = prompts[[leak.first, leak.second]]
+        openings = [snippet(text, SNIPPET) for text in both["prompt_text"]]
         table.add_row(
             _format_similarity(leak.similarity),
-            f"{names[first]}\n{names[second]}",
-            f"{ids[first]}\n{ids[second]}",
-            f"{snippet(prompts[first], SNIPPET)}\n{snippet(prompts[second], SNIPPET)}",
+            "\n".join(both["place_name"]),
+            "\n".join(both["id"]),
+            "\n".join(openings),
         )
     if len(leaks) > LEAKS_SHOWN:
         table.add_row("", "", "", f"and {len(leaks) - LEAKS_SHOWN:,} more")

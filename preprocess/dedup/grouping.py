@@ -11,9 +11,9 @@ are not similar.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
+import polars as pl
 
 from preprocess.dedup.minhash import (
     PERMUTATIONS,
@@ -24,11 +24,13 @@ from preprocess.dedup.minhash import (
     hash_band,
     select_likely,
 )
-from preprocess.dedup.ngrams import Track, codes_jaccard, gram_codes, show_nothing
+from preprocess.dedup.ngrams import (
+    Track,
+    fast_jaccard,
+    find_first_copies,
+    show_nothing,
+)
 from preprocess.dedup.partners import find_partners, list_pairs
-
-# Candidates are sorted by the later text, whose n-grams are needed many times in a row.
-CACHED_TEXTS = 4096
 
 # Pairs are drawn at random as long as more of them than this are united.
 LEAST_SHARE_UNITED = 0.02
@@ -80,7 +82,7 @@ class Groups:
 
 
 def group_prompts(
-    texts: Sequence[str],
+    texts: pl.Series,
     threshold: float,
     ages: Sequence[int] | None = None,
     track: Track = show_nothing,
@@ -95,28 +97,25 @@ def group_prompts(
         track: Shows the progress.
     """
     # Most copies never reach the search: only different texts do, in the order of their first positions.
-    first_position: dict[str, int] = {}
-    for position, text in enumerate(texts):
-        first_position.setdefault(text, position)
-    unique_texts = list(first_position)
-    positions = list(first_position.values())
+    first_copies = find_first_copies(texts)
+    positions = np.unique(first_copies)
 
-    ages_of_texts = np.zeros(len(unique_texts), np.int64)
+    ages_of_texts = np.zeros(len(positions), np.int64)
     if ages is not None:
         ages_of_texts = np.asarray(ages)[positions]
-    grouping = _Grouping(unique_texts, threshold, track)
+    grouping = _Grouping(texts.gather(positions), threshold, track)
     for age in np.unique(ages_of_texts).tolist():
         # Files are added one by one, so that it is known which groups a later one joins.
         text_count = int(np.searchsorted(ages_of_texts, age, side="right"))
         grouping.add_texts(text_count, track)
 
     # Back from numbers of texts to positions of prompts.
-    root_by_text = {}
-    for text, root in zip(unique_texts, grouping.sets.find_roots().tolist(), strict=True):
-        root_by_text[text] = positions[root]
-    roots = [root_by_text[text] for text in texts]
-    joined = [(positions[root], positions[given_up]) for root, given_up in grouping.joined]
-    return Groups(np.array(roots, dtype=np.int64), tuple(joined))
+    text_numbers = np.searchsorted(positions, first_copies)
+    root_positions = positions[grouping.sets.find_roots()]
+    joined = []
+    for root, given_up in grouping.joined:
+        joined.append((int(positions[root]), int(positions[given_up])))
+    return Groups(root_positions[text_numbers], tuple(joined))
 
 
 class _Grouping:
@@ -127,7 +126,7 @@ class _Grouping:
         joined: Roots of groups that a later file joined: the one that stayed, and the one given up.
     """
 
-    def __init__(self, texts: list[str], threshold: float, track: Track):
+    def __init__(self, texts: pl.Series, threshold: float, track: Track):
         self.sets = UnionFind(len(texts))
         self.joined: list[tuple[int, int]] = []
         self._signatures: Signatures = compute_signatures(texts, track)
@@ -139,11 +138,6 @@ class _Grouping:
 
         # Pairs that were compared and are not similar. A pair is one number, later * texts + earlier.
         self._unlike = np.zeros(0, np.int64)
-        # The same texts are compared many times in a row.
-        self._compute_codes = lru_cache(maxsize=CACHED_TEXTS)(self._compute_codes)
-
-    def _compute_codes(self, number: int) -> np.ndarray:
-        return gram_codes(self._texts[number])
 
     def add_texts(self, text_count: int, track: Track) -> None:
         """Add the texts up to a number, and unite those that are similar."""
@@ -209,7 +203,7 @@ class _Grouping:
             if roots[0] == roots[1]:
                 continue
 
-            similarity = codes_jaccard(self._compute_codes(earlier), self._compute_codes(later))
+            similarity = fast_jaccard(self._texts[earlier], self._texts[later])
             if similarity < self._threshold:
                 unlike.append(pair)
                 continue

@@ -4,16 +4,29 @@ It checks the grouping, with which it shares no search: prefix filtering here pr
 none, exact Jaccard decides. `python -m preprocess` writes nothing before it has passed.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import polars as pl
 
-from preprocess.dedup.ngrams import Track, codes_jaccard, gram_codes, jaccard, show_nothing
-from preprocess.dedup.prefix_filter import ROUNDING, build_prefix_index, find_candidates
+from preprocess.dedup.ngrams import (
+    Track,
+    fast_jaccard,
+    find_first_copies,
+    jaccard,
+    show_nothing,
+)
+from preprocess.dedup.prefix_filter import (
+    ROUNDING,
+    GramCounts,
+    build_prefix_index,
+    count_grams,
+    count_prefix,
+    find_candidates,
+)
 
-# Bounds memory: n-grams, of 8 bytes each, that are held at once.
-GRAMS_AT_ONCE = 50_000_000
+# Bounds memory: entries of the prefix index, of about 40 bytes each, that are held at once.
+ENTRIES_AT_ONCE = 50_000_000
 
 
 @dataclass(frozen=True)
@@ -44,8 +57,8 @@ class LeakReport:
 
 
 def find_leaks(
-    texts: Sequence[str],
-    places: Sequence[int],
+    texts: pl.Series,
+    places: np.ndarray,
     threshold: float,
     track: Track = show_nothing,
 ) -> LeakReport:
@@ -59,32 +72,36 @@ def find_leaks(
         track: Shows the progress.
     """
     positions = _drop_copies(texts, places)
-    steps = track(positions.tolist(), "leak report: counting n-grams")
-    sizes = np.array([len(gram_codes(texts[position])) for position in steps], np.int64)
+    counts = count_grams(texts.gather(positions), track)
 
     # The index wants the shortest texts first.
-    by_size = np.argsort(sizes, kind="stable")
+    by_size = np.argsort(counts.size, kind="stable")
     positions = positions[by_size]
+    sizes = counts.size[by_size]
     # Files outside of the folds are one place, for they may share prompts.
-    places_by_size = np.maximum(np.asarray(places)[positions], -1)
+    places_by_size = np.maximum(places[positions], -1).astype(np.int16)
 
     leaks = []
     compared = 0
     closest = 0.0
-    windows = split_by_size(sizes[by_size], threshold)
-    for window in track(windows, "leak report: nearest neighbours"):
-        positions_here = positions[window.begin : window.end]
-        codes = [gram_codes(texts[position]) for position in positions_here]
-        index = build_prefix_index(codes, places_by_size[window.begin : window.end], threshold)
+    for window in split_by_size(sizes, threshold):
+        members = slice(window.begin, window.end)
+        texts_of_window = texts.gather(positions[members])
+        counts_of_window = GramCounts(sizes[members], counts.frequency)
+        index = build_prefix_index(
+            texts_of_window, counts_of_window, places_by_size[members], threshold, track
+        )
 
-        for longer, shorter in find_candidates(index, threshold, window.first_longer):
+        for longer, shorter in find_candidates(index, threshold, window.first_longer, track):
             compared += 1
-            similarity = codes_jaccard(codes[longer], codes[shorter])
+            similarity = fast_jaccard(texts_of_window[longer], texts_of_window[shorter])
             if similarity < threshold:
                 closest = max(closest, similarity)
                 continue
 
-            first, second = sorted((int(positions_here[longer]), int(positions_here[shorter])))
+            pair = positions[[window.begin + longer, window.begin + shorter]]
+            first = int(pair.min())
+            second = int(pair.max())
             leaks.append(Leak(first, second, jaccard(texts[first], texts[second])))
 
     leaks.sort(key=lambda leak: (-leak.similarity, leak.first, leak.second))
@@ -98,7 +115,7 @@ def split_by_size(sizes: np.ndarray, threshold: float) -> list[Window]:
         sizes: The number of n-grams of each text, in ascending order (texts,).
         threshold: The Jaccard similarity, 0.5 to 1.
     """
-    grams_before = np.append(0, np.cumsum(sizes))
+    entries_before = np.append(0, np.cumsum(count_prefix(sizes, threshold)))
     windows = []
     start = 0
     while start < len(sizes):
@@ -106,10 +123,10 @@ def split_by_size(sizes: np.ndarray, threshold: float) -> list[Window]:
         begin = int(np.searchsorted(sizes, threshold * sizes[start] - ROUNDING))
 
         # Not to end up with one text a window where many have about the same size.
-        most_grams = max(
-            grams_before[begin] + GRAMS_AT_ONCE, grams_before[start] + GRAMS_AT_ONCE // 4
+        most_entries = max(
+            entries_before[begin] + ENTRIES_AT_ONCE, entries_before[start] + ENTRIES_AT_ONCE // 4
         )
-        end = int(np.searchsorted(grams_before, most_grams, side="right")) - 1
+        end = int(np.searchsorted(entries_before, most_entries, side="right")) - 1
         end = max(end, start + 1)
 
         windows.append(Window(begin, end, start - begin))
@@ -117,9 +134,8 @@ def split_by_size(sizes: np.ndarray, threshold: float) -> list[Window]:
     return windows
 
 
-def _drop_copies(texts: Sequence[str], places: Sequence[int]) -> np.ndarray:
+def _drop_copies(texts: pl.Series, places: np.ndarray) -> np.ndarray:
     """Return the positions of prompts; of equal ones in one place the first stands for all."""
-    position_by_key: dict[tuple[str, int], int] = {}
-    for position, (text, place) in enumerate(zip(texts, places, strict=True)):
-        position_by_key.setdefault((text, int(place)), position)
-    return np.array(list(position_by_key.values()), dtype=np.int64)
+    copies = pl.DataFrame({"text": find_first_copies(texts), "place": places})
+    is_first = copies.select(pl.struct("text", "place").is_first_distinct()).to_series()
+    return is_first.arg_true().cast(pl.Int64).to_numpy()

@@ -5,13 +5,13 @@ with an equal band of hashes are compared by their whole signatures (Broder 1997
 Ullman, Mining of Massive Datasets, chapter 3). grouping.py chooses the pairs, and verifies what passes here.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import polars as pl
 from rensa import RMinHash
 
-from preprocess.dedup.ngrams import Track, gram_codes
+from preprocess.dedup.ngrams import FACTOR, Track, gram_codes
 
 PERMUTATIONS = 256
 SEED = 42
@@ -22,9 +22,6 @@ MOST_BAND_ROWS = 32
 
 # How far an estimate may lie below the similarity: five standard deviations with 256 permutations.
 ESTIMATE_SLACK = 0.15
-
-# An odd 64-bit constant with well mixed bits, from Knuth's golden ratio hash.
-FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 # Bounds on memory: texts that are hashed at once, and pairs of signatures that are compared at once.
 BATCH_TEXTS = 2048
@@ -40,7 +37,7 @@ class Signatures:
     gram_counts: np.ndarray  # int32 (texts,): how many different n-grams each has
 
 
-def compute_signatures(texts: Sequence[str], track: Track) -> Signatures:
+def compute_signatures(texts: pl.Series, track: Track) -> Signatures:
     """Compute the MinHash signatures of normalised texts."""
     hashes = np.zeros((len(texts), PERMUTATIONS), np.uint16)
     gram_counts = np.zeros(len(texts), np.int32)

@@ -13,9 +13,10 @@ import numpy as np
 class Partners:
     """The partners of each entry: order[start[i] : start[i] + count[i]], each pair under one of its two."""
 
-    order: np.ndarray  # int64 (entries,): all entries by key, then by label
-    start: np.ndarray  # int64 (entries,)
-    count: np.ndarray  # int64 (entries,)
+    # int32 (entries,) each, since there are tens of millions of entries.
+    order: np.ndarray  # all entries by key, then by label
+    start: np.ndarray
+    count: np.ndarray
 
 
 def find_partners(keys: np.ndarray, labels: np.ndarray) -> Partners:
@@ -25,7 +26,7 @@ def find_partners(keys: np.ndarray, labels: np.ndarray) -> Partners:
         keys: Of each entry (entries,).
         labels: Of each entry (entries,).
     """
-    order = np.lexsort((labels, keys))
+    order = np.lexsort((labels, keys)).astype(np.int32)
     is_new_key = _mark_changes(keys[order])
     is_new_label = is_new_key | _mark_changes(labels[order])
 
@@ -34,9 +35,9 @@ def find_partners(keys: np.ndarray, labels: np.ndarray) -> Partners:
     label_start = _repeat_starts(is_new_label)
 
     # Back to the order of entries.
-    start = np.empty(len(keys), np.int64)
+    start = np.empty(len(keys), np.int32)
     start[order] = key_start
-    count = np.empty(len(keys), np.int64)
+    count = np.empty(len(keys), np.int32)
     count[order] = label_start - key_start
     return Partners(order, start, count)
 
@@ -47,7 +48,7 @@ def list_pairs(partners: Partners, entries: np.ndarray) -> tuple[np.ndarray, np.
     first = np.repeat(entries, counts)
 
     # The place of each pair among those of its entry: 0, 1, …
-    pairs_before = np.cumsum(counts) - counts
+    pairs_before = np.cumsum(counts, dtype=np.int64) - counts
     place = np.arange(len(first)) - np.repeat(pairs_before, counts)
     second = partners.order[np.repeat(partners.start[entries], counts) + place]
     return first, second
@@ -62,6 +63,6 @@ def _mark_changes(values: np.ndarray) -> np.ndarray:
 
 def _repeat_starts(is_start: np.ndarray) -> np.ndarray:
     """Return for each place the last one, up to it, that is a start."""
-    starts = np.flatnonzero(is_start)
+    starts = np.flatnonzero(is_start).astype(np.int32)
     lengths = np.diff(starts, append=len(is_start))
     return np.repeat(starts, lengths)

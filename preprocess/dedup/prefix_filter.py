@@ -10,16 +10,21 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+import polars as pl
 
+from preprocess.dedup.ngrams import Track, gram_codes
 from preprocess.dedup.partners import Partners, find_partners, list_pairs
 
-# N-grams are counted by their lowest 22 bits: a collision makes a rare one look more common, no more.
-FREQUENCY_BUCKETS = 1 << 22
+# N-grams are counted by their lowest bits: a collision makes a rare one look more common, no more. There is
+# a bucket for each character of the texts, within these limits.
+LEAST_BUCKET_BITS = 22
+MOST_BUCKET_BITS = 26
 
 # A rank has the frequency in its highest 16 bits and the n-gram's hash below.
 MOST_FREQUENT = np.uint64(0xFFFF)
 HASH_BITS = np.uint64(48)
 HASH_SHIFT = np.uint64(16)
+LEAST_RANK_OF_TWO = np.uint64(2) << HASH_BITS
 
 # Bounds memory: the pairs of texts that meet in one n-gram are listed in batches.
 MEETINGS_AT_ONCE = 2_000_000
@@ -32,8 +37,8 @@ ROUNDING = 1e-9
 class PrefixIndex:
     """An inverted index of the prefixes of texts that are sorted by their number of n-grams.
 
-    An entry is one n-gram in the prefix of one text. Entries are in the order of texts: text i has the
-    entries first_entry[i]:first_entry[i + 1].
+    An entry is one n-gram in the prefix of one text, unless no other text has the n-gram. Entries are in
+    the order of texts: text i has the entries first_entry[i]:first_entry[i + 1].
     """
 
     # By text.
@@ -47,63 +52,96 @@ class PrefixIndex:
     partners: Partners  # the entries of the same n-gram in other places
 
 
+@dataclass(frozen=True)
+class GramCounts:
+    """What the index has to know of all texts before it is built."""
+
+    size: np.ndarray  # int64 (texts,): how many different n-grams each has
+    frequency: np.ndarray  # uint32 (buckets,): in how many texts an n-gram of the bucket is
+
+
+def count_grams(texts: pl.Series, track: Track) -> GramCounts:
+    """Count the n-grams of each text, and the texts of each n-gram."""
+    characters = texts.str.len_chars().sum()
+    bucket_bits = min(max(characters.bit_length(), LEAST_BUCKET_BITS), MOST_BUCKET_BITS)
+    frequency = np.zeros(1 << bucket_bits, np.uint32)
+    size = np.zeros(len(texts), np.int64)
+
+    steps = track(texts, "leak report: counting n-grams")
+    for number, text in enumerate(steps):
+        codes = gram_codes(text)
+        size[number] = len(codes)
+        frequency[find_buckets(codes, frequency)] += 1
+    return GramCounts(size, frequency)
+
+
+def find_buckets(codes: np.ndarray, frequency: np.ndarray) -> np.ndarray:
+    """Return the bucket in which each n-gram is counted."""
+    return codes & np.uint64(len(frequency) - 1)
+
+
+def count_prefix(size: np.ndarray, threshold: float) -> np.ndarray:
+    """Return how many n-grams are in the prefixes of texts of some sizes."""
+    # A similar text shares at least so many n-grams, hence one of the rarest of them.
+    least_shared = np.ceil(threshold * size - ROUNDING).astype(np.int64)
+    return size - least_shared + 1
+
+
 def build_prefix_index(
-    codes: list[np.ndarray], places: np.ndarray, threshold: float
+    texts: pl.Series,
+    counts: GramCounts,
+    places: np.ndarray,
+    threshold: float,
+    track: Track,
 ) -> PrefixIndex:
     """Build the index for one threshold.
 
     Args:
-        codes: The gram_codes of texts, shortest first.
+        texts: Normalised texts, those with the fewest n-grams first.
+        counts: The sizes of these texts; the frequencies may be of more texts.
         places: Of each text; those of one place are not compared (texts,).
         threshold: The Jaccard similarity.
+        track: Shows the progress.
     """
-    size = np.array([len(text_codes) for text_codes in codes], dtype=np.int64)
-
-    # A similar text shares at least so many n-grams, hence one of the rarest of them.
-    least_shared = np.ceil(threshold * size - ROUNDING).astype(np.int64)
-    prefix_size = size - least_shared + 1
+    prefix_size = count_prefix(counts.size, threshold)
+    last_rank = np.zeros(len(texts), np.uint64)
+    entry_count = np.zeros(len(texts), np.int64)
 
     # All prefixes in one array, text after text.
-    ranks, last_rank = _select_prefixes(codes, prefix_size)
-    texts = np.repeat(np.arange(len(codes)), prefix_size)
+    ranks = np.empty(prefix_size.sum(), np.uint64)
+    filled = 0
+    steps = track(texts, "leak report: collecting rare n-grams")
+    for number, text in enumerate(steps):
+        prefix = _select_rarest(gram_codes(text), counts.frequency, prefix_size[number])
+        last_rank[number] = prefix[-1]
 
+        # An n-gram that was counted once has no partner.
+        shared = prefix[prefix >= LEAST_RANK_OF_TWO]
+        entry_count[number] = len(shared)
+        ranks[filled : filled + len(shared)] = shared
+        filled += len(shared)
+
+    text_of_entry = np.repeat(np.arange(len(texts), dtype=np.int32), entry_count)
     return PrefixIndex(
-        size=size,
+        size=counts.size,
         prefix_size=prefix_size,
         last_rank=last_rank,
-        first_entry=np.append(0, np.cumsum(prefix_size)),
-        text=texts,
-        partners=find_partners(ranks, places[texts]),
+        first_entry=np.append(0, np.cumsum(entry_count)),
+        text=text_of_entry,
+        partners=find_partners(ranks[:filled], places[text_of_entry]),
     )
 
 
-def _select_prefixes(
-    codes: list[np.ndarray], prefix_size: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ranks of the rarest n-grams of each text in one array, and each text's last rank."""
-    frequency = np.zeros(FREQUENCY_BUCKETS, np.uint64)
-    bucket_mask = np.uint64(FREQUENCY_BUCKETS - 1)
-    for text_codes in codes:
-        frequency[text_codes & bucket_mask] += np.uint64(1)
-
-    prefixes = [np.zeros(0, np.uint64)]
-    last_rank = np.zeros(len(codes), np.uint64)
-    for text, text_codes in enumerate(codes):
-        text_frequency = frequency[text_codes & bucket_mask]
-        high_bits = np.minimum(text_frequency, MOST_FREQUENT) << HASH_BITS
-        ranks = high_bits | (text_codes >> HASH_SHIFT)
-
-        # The smallest ranks in any order, but for the largest of them, which comes last.
-        last = prefix_size[text] - 1
-        prefix = np.partition(ranks, last)[: last + 1]
-        prefixes.append(prefix)
-        last_rank[text] = prefix[-1]
-
-    return np.concatenate(prefixes), last_rank
+def _select_rarest(codes: np.ndarray, frequency: np.ndarray, count: int) -> np.ndarray:
+    """Return the ranks of the rarest n-grams of a text in any order, but for the largest, which comes last."""
+    text_frequency = frequency[find_buckets(codes, frequency)].astype(np.uint64)
+    high_bits = np.minimum(text_frequency, MOST_FREQUENT) << HASH_BITS
+    ranks = high_bits | (codes >> HASH_SHIFT)
+    return np.partition(ranks, count - 1)[:count]
 
 
 def find_candidates(
-    index: PrefixIndex, threshold: float, first_longer: int = 0
+    index: PrefixIndex, threshold: float, first_longer: int, track: Track
 ) -> Iterator[tuple[int, int]]:
     """Find the pairs of texts in different places that may reach a similarity.
 
@@ -111,17 +149,19 @@ def find_candidates(
         index: Built with the same threshold.
         threshold: The Jaccard similarity.
         first_longer: The first text that is of interest as the longer one of a pair.
+        track: Shows the progress.
 
     Yields:
         The longer and the shorter text of each pair.
     """
     text_count = len(index.size)
 
-    for start, stop in _split_texts(index):
+    ranges = track(_split_texts(index), "leak report: nearest neighbours")
+    for start, stop in ranges:
         entries = np.arange(index.first_entry[start], index.first_entry[stop])
         first, second = list_pairs(index.partners, entries)
-        first = index.text[first]
-        second = index.text[second]
+        first = index.text[first].astype(np.int64)
+        second = index.text[second].astype(np.int64)
 
         # Texts stand in the order of their sizes, and can share no more n-grams than they have.
         longer = np.maximum(first, second)
@@ -144,10 +184,10 @@ def find_candidates(
         yield from zip(longer[is_candidate].tolist(), shorter[is_candidate].tolist(), strict=True)
 
 
-def _split_texts(index: PrefixIndex) -> Iterator[tuple[int, int]]:
-    """Yield ranges of texts that have about MEETINGS_AT_ONCE meetings with their partners."""
+def _split_texts(index: PrefixIndex) -> list[tuple[int, int]]:
+    """Return ranges of texts that have about MEETINGS_AT_ONCE meetings with their partners."""
     # How many meetings there are before each entry, and before each text.
-    before_entry = np.append(0, np.cumsum(index.partners.count))
+    before_entry = np.append(0, np.cumsum(index.partners.count, dtype=np.int64))
     before_text = before_entry[index.first_entry]
     total = before_text[-1]
 
@@ -155,7 +195,7 @@ def _split_texts(index: PrefixIndex) -> Iterator[tuple[int, int]]:
     limits = np.arange(0, total + MEETINGS_AT_ONCE, MEETINGS_AT_ONCE)
     edges = np.searchsorted(before_text, limits)
     edges = np.minimum(edges, len(index.size))
-    yield from pairwise(edges.tolist())
+    return list(pairwise(edges.tolist()))
 
 
 def _count_beyond_prefix(index: PrefixIndex, longer: np.ndarray, shorter: np.ndarray) -> np.ndarray:

@@ -1,15 +1,20 @@
 """The entry to this room: a source file is recognised by its columns, and read into rows of one schema.
 
-`python -m preprocess` calls `read_rows` for its sources and `read_prompts` for the files that no source
-may share a prompt with. Every row of a file comes back: usable, or with the reason why it is not.
+`preprocess.stream` calls `read_batches` for its sources, and `python -m preprocess` `read_prompts` for the
+files that no source may share a prompt with. Every row of a file comes back: usable, or with the reason why
+it is not.
 
 Any layout may have the columns language and source, which are kept, and p_model_a, p_model_b, p_tie and
 weight, the votes of an earlier pairs.parquet or of a teacher.
 """
 
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import polars as pl
+import pyarrow as pa
 
 from preprocess.competitions import COMPETITIONS
 from preprocess.core.errors import UserError
@@ -51,20 +56,23 @@ FURTHER_COLUMNS = (
     "role",
 )
 
-# Rows become a frame in batches, because Python's objects take several times the memory.
-BATCH_ROWS = 2048
+# Bounds memory: the rows of a frame, whose texts are all that is held of a file's.
+BATCH_ROWS = 4096
+
+# PyArrow makes columns of dictionaries three times as fast as Polars does.
+ARROW_ROWS = pl.DataFrame(schema=ROWS).to_arrow(compat_level=pl.CompatLevel.oldest()).schema
 
 
-def read_rows(path: Path | str, role: str = "train") -> pl.DataFrame:
-    """Read every row of a source file.
+def read_batches(path: Path | str, role: str = "train") -> Iterator[pl.DataFrame]:
+    """Read every row of a source file, a batch at a time.
 
     Args:
         path: The file.
         role: One of ROLES. Rows of the role pool need no verdict, and lose the one that they have. A
             column `role`, as an earlier pairs.parquet has it, takes the place of train.
 
-    Returns:
-        A frame of the schema ROWS, in the file's order; `reason` is null where a row can be used.
+    Yields:
+        Frames of the schema ROWS, in the file's order; `reason` is null where a row can be used.
 
     Raises:
         UserError: The file is unreadable, of no known layout, or without a single usable row.
@@ -72,25 +80,19 @@ def read_rows(path: Path | str, role: str = "train") -> pl.DataFrame:
     table = open_table(path)
     layout = recognise_layout(table, needs_verdicts=role != "pool")
 
-    frames = []
-    batch: list[dict] = []
-    for table_row in table.rows(list_columns_read()):
-        batch.append(_read_row(layout, table.path, role, table_row))
-        if len(batch) == BATCH_ROWS:
-            frames.append(pl.DataFrame(batch, schema=ROWS))
-            batch = []
-    frames.append(pl.DataFrame(batch, schema=ROWS))
-    rows = pl.concat(frames)
+    reason_counts: Counter[str | None] = Counter()
+    rows_left = table.rows(list_columns_read())
+    while table_rows := list(islice(rows_left, BATCH_ROWS)):
+        rows = [_read_row(layout, table.path, role, table_row) for table_row in table_rows]
+        reason_counts.update(row.get("reason") for row in rows)
+        yield pl.DataFrame(pa.Table.from_pylist(rows, ARROW_ROWS), schema=ROWS)
 
     # A file of the right columns may still have none of the right values.
-    is_any_usable = rows["reason"].null_count() > 0
-    if not is_any_usable:
-        counts = rows["reason"].value_counts(sort=True)
-        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in counts.iter_rows())
+    if None not in reason_counts:
+        reasons = [f"{reason}: {count:,}" for reason, count in reason_counts.most_common()]
         raise UserError(
-            f"{table.path}: not one of its {rows.height:,} rows can be used ({reasons})"
+            f"{table.path}: not one of its {reason_counts.total():,} rows can be used ({', '.join(reasons)})"
         )
-    return rows
 
 
 def list_layouts() -> list[Layout]:
@@ -233,7 +235,7 @@ def read_prompts(path: Path | str) -> pl.DataFrame:
     # A test file has no verdicts, so that its layout cannot be recognised.
     is_json = _holds_json_prompts(table)
     prompts = []
-    for table_row in table.rows():
+    for table_row in table.rows(("id", *PROMPT_COLUMNS)):
         if table_row.values is None:
             continue
         try:
@@ -280,7 +282,7 @@ def _holds_json_prompts(table: Table) -> bool:
     if "prompt" not in table.columns:
         return False
 
-    for table_row in table.rows():
+    for table_row in table.rows(("prompt",)):
         # A broken line says nothing of the others.
         if table_row.values is None:
             continue

@@ -1,7 +1,7 @@
 """Opening source files: Parquet, CSV (every value a string) and JSONL become rows of Python values.
 
-Only reader.py and the layouts use this. It knows file formats, and nothing of what columns mean. Parquet
-and JSONL are streamed, so that a file may be larger than memory.
+Only reader.py and the layouts use this. It knows file formats, and nothing of what columns mean. Files
+are streamed, so that they may be larger than memory.
 """
 
 import contextlib
@@ -130,17 +130,23 @@ def _read_parquet_rows(path: Path, columns: tuple[str, ...]) -> Iterator[TableRo
                 yield TableRow(number, values)
 
 
-def _inspect_csv(path: Path) -> Table:
+def _scan_csv(path: Path) -> pl.LazyFrame:
     # Inferred types would turn the id 007 into 7.
-    frame = pl.read_csv(path, infer_schema=False)
-    columns = tuple(frame.columns)
-    return Table(path, columns, frame.height, text_columns=columns)
+    return pl.scan_csv(path, infer_schema=False)
+
+
+def _inspect_csv(path: Path) -> Table:
+    columns = tuple(_scan_csv(path).collect_schema().names())
+    height = _scan_csv(path).select(pl.len()).collect().item()
+    return Table(path, columns, height, text_columns=columns)
 
 
 def _read_csv_rows(path: Path) -> Iterator[TableRow]:
-    frame = pl.read_csv(path, infer_schema=False)
-    for number, values in enumerate(frame.iter_rows(named=True), 1):
-        yield TableRow(number, values)
+    number = 0
+    for frame in _scan_csv(path).collect_batches(chunk_size=BATCH_ROWS, maintain_order=True):
+        for values in frame.iter_rows(named=True):
+            number += 1
+            yield TableRow(number, values)
 
 
 def _inspect_json_lines(path: Path) -> Table:

@@ -4,10 +4,11 @@ Nothing in `make test` depends on these figures.
 """
 
 import json
-import resource
+import os
 import subprocess
 import sys
 import tempfile
+import time
 import timeit
 from pathlib import Path
 
@@ -32,26 +33,32 @@ def main() -> None:
 
 
 @main.command("preprocess")
-@click.option("--rows", multiple=True, default=[COMPETITION_ROWS], show_default=True, help="Repeat it, in ascending order.")
+@click.option("--rows", multiple=True, default=[COMPETITION_ROWS], show_default=True, help="May be repeated.")
 def bench_preprocess(rows: tuple[int, ...]) -> None:
     """Seconds and peak memory of `python -m preprocess`; at most 60 s and 2 GB on a competition's number of rows."""
     for row_count in rows:
         with tempfile.TemporaryDirectory() as temporary:
-            source, out = Path(temporary) / "train.parquet", Path(temporary) / "pairs.parquet"
+            source = Path(temporary) / "train.parquet"
             write_realistic_rows(source, row_count)
-            command = [sys.executable, "-m", "preprocess", str(source), "--out", str(out)]
-            before = resource.getrusage(resource.RUSAGE_CHILDREN)
-            seconds = timeit.timeit(lambda command=command: subprocess.run(command, check=True), number=1)
-        # The peak is that of the largest child so far.
-        used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        cpu_seconds = used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
-        figures = {
-            "rows": row_count,
-            "seconds": round(seconds, 1),
-            "cpu_seconds": round(cpu_seconds, 1),
-            "peak_gigabytes": round(used.ru_maxrss / 2**20, 2),
-        }
-        print(json.dumps(figures), flush=True)
+            print(json.dumps({"rows": row_count} | measure_preprocess(source)), flush=True)
+
+
+def measure_preprocess(source: Path) -> dict[str, float]:
+    """Make pairs of a file in a process of its own; return what it took, peak memory (RSS) included."""
+    command = [sys.executable, "-m", "preprocess", str(source), "--out", str(source.with_name("pairs.parquet"))]
+    start = time.monotonic()
+    process = subprocess.Popen(command)
+    # The usage is that of the process, and of its children if it had any.
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.monotonic() - start
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode != 0:
+        raise SystemExit(f"error: {' '.join(command)} failed")
+    return {
+        "seconds": round(seconds, 1),
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
+        "peak_gigabytes": round(usage.ru_maxrss / 2**20, 2),
+    }
 
 
 @main.command("input")

@@ -132,7 +132,7 @@ def test_an_answer_that_runs_into_the_template_is_refused():
 
 def test_reward_rows_hold_one_sequence_for_each_response(tokenizer, tmp_path):
     frame = datasets.read_pairs(tiny.pairs_parquet(tmp_path / "pairs.parquet", 4))
-    rows = datasets.tokenise(frame, tokenizer, contract_of(tokenizer, head="reward"), "rows")
+    rows = datasets.tokenise(frame, tokenizer, contract_of(tokenizer, head="reward"), tmp_path / "rows.arrow")
     text = [tokenizer.decode(ids) for ids in rows["sequences"][0]]
     assert frame["response_a"][0][0] in text[0] and frame["response_b"][0][0] not in text[0]
     assert frame["response_b"][0][0] in text[1] and frame["response_a"][0][0] not in text[1]

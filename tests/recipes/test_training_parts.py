@@ -186,10 +186,30 @@ def test_weights_are_one_on_average_whatever_preprocess_counted(tiny_models, tmp
     block = PairwiseBlock(template="gemma", budget_tokens=128, package={"slug": "some-model"})
     tokenizer = AutoTokenizer.from_pretrained(tiny_models("gemma2"))
     contract = new_contract(block, tokenizer, attention="sdpa", base_model="m", revision=None, pad_token_id=0)
-    rows = datasets.tokenise(frame, tokenizer, contract, "rows")
+    rows = datasets.tokenise(frame, tokenizer, contract, tmp_path / "rows.arrow")
     assert list(rows["weight"]) == [0.5, 1.5, 0.5, 1.5]
     assert rows["sequences"][0][0] != rows["sequences"][0][1]
     assert sorted(rows["sequences"][0][0]) == sorted(rows["sequences"][0][1])
+
+
+def test_only_the_first_process_reads_the_pairs_and_all_map_what_it_wrote_in_chunks(tiny_models, tmp_path, monkeypatch):
+    path = tiny.pairs_parquet(tmp_path / "pairs.parquet", 20)
+    block = PairwiseBlock(template="gemma", budget_tokens=128, package={"slug": "some-model"})
+    tokenizer = AutoTokenizer.from_pretrained(tiny_models("gemma2"))
+    contract = new_contract(block, tokenizer, attention="sdpa", base_model="m", revision=None, pad_token_id=0)
+
+    whole = datasets.datasets_of(path, 0, tokenizer, contract, tmp_path / "whole")
+    monkeypatch.setattr(datasets, "CHUNK_ROWS", 3)
+    first = datasets.datasets_of(path, 0, tokenizer, contract, tmp_path / "chunks")
+    monkeypatch.setattr(datasets, "read_pairs", None)
+    second = datasets.datasets_of(path, 0, tokenizer, contract, tmp_path / "chunks")
+
+    for first_rows, second_rows, whole_rows in zip(first, second, whole, strict=True):
+        assert first_rows.to_list() == second_rows.to_list() == whole_rows.to_list()
+        assert second_rows.cache_files[0]["filename"].startswith(str(tmp_path / "chunks"))
+    training, validation = second
+    assert training.data.column("id").num_chunks == 6, "16 rows in chunks of 3"
+    assert list(validation["length"]) == sorted(validation["length"], reverse=True)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-from datasets import Dataset, Features, List, Value, concatenate_datasets, load_from_disk
+from datasets import Dataset, Features, List, Value, load_from_disk
+from datasets.arrow_writer import ArrowWriter
 from filelock import FileLock
 from tqdm import tqdm
 
@@ -32,6 +33,8 @@ COLUMNS = (
 FIXED_SAMPLE_ROWS = 500  # of fold "all", whose validation rows are trained on too
 CHUNK_ROWS = 1000
 CACHE_NAME_LENGTH = 16  # hexadecimal digits
+TRAINING_FILE = "training.arrow"
+VALIDATION_FOLDER = "validation"
 FEATURES = Features(
     {
         "id": Value("string"),
@@ -170,10 +173,10 @@ def tokenise(
     frame: pl.DataFrame,
     tokenizer,
     contract: Contract,
-    description: str,
+    file: Path,
     teacher_rv: np.ndarray | None = None,
 ) -> Dataset:
-    """Tokenise pairs into a dataset of one row a pair, with the columns of FEATURES.
+    """Tokenise pairs into an Arrow file of one row a pair, with the columns of FEATURES.
 
     The sequences are the pair in both orders, or for the reward head the prompt with each response;
     `winner` is its place among the verdicts, `length` that of the longer sequence.
@@ -182,8 +185,11 @@ def tokenise(
         frame: The rows of a pairs.parquet.
         tokenizer: A fast tokenizer.
         contract: Says how a pair becomes token ids.
-        description: What is tokenised, for the progress bar.
+        file: The file to write, chunk by chunk; its name is shown with the progress.
         teacher_rv: The teachers' probabilities, (rows, verdicts), if there are teachers.
+
+    Returns:
+        The file's rows, which are mapped into memory.
     """
     if teacher_rv is None:
         teacher_rv = np.zeros((len(frame), 0), np.float32)
@@ -192,11 +198,10 @@ def tokenise(
     # 1 on average, so that the learning rate means the same whatever preprocess counted.
     weights_r = (frame["weight"] / frame["weight"].mean()).to_numpy()
 
-    parts = []
     progress = tqdm(
-        total=len(frame), desc=f"tokenising {description}", unit=" pairs", mininterval=5
+        total=len(frame), desc=f"tokenising {file.stem} pairs", unit=" pairs", mininterval=5
     )
-    with progress:
+    with progress, ArrowWriter(path=str(file), features=FEATURES) as writer:
         for start in range(0, len(frame), CHUNK_ROWS):
             rows = slice(start, start + CHUNK_ROWS)
             chunk = frame[rows]
@@ -210,9 +215,10 @@ def tokenise(
                 "weight": weights_r[rows].tolist(),
                 "length": [max(len(first), len(second)) for first, second in sequences],
             }
-            parts.append(Dataset.from_dict(columns, features=FEATURES))
+            writer.write_batch(columns)
             progress.update(len(chunk))
-    return concatenate_datasets(parts)
+        writer.finalize()
+    return Dataset.from_file(str(file))
 
 
 def encode_rows(chunk: pl.DataFrame, tokenizer, contract: Contract) -> list[list[list[int]]]:
@@ -237,8 +243,8 @@ def datasets_of(
 ) -> tuple[Dataset, Dataset]:
     """Return the training and validation datasets of a run, tokenised once.
 
-    The first process to come tokenises and writes the cache, the others wait and read it. The
-    validation rows stand longest first, so that a batch that does not fit fails first.
+    The first process to come reads the pairs and writes the cache. The others wait, and map it into
+    memory as the first one does.
 
     Args:
         pairs: A pairs.parquet.
@@ -248,23 +254,38 @@ def datasets_of(
         cache: The folder of the run's tokenised rows.
         distill: The teachers of a student, whose labels its training rows get.
     """
-    with_pool = distill is not None and distill.pool
-    train, validation = split(read_pairs(pairs), fold, pairs, with_pool)
-    teacher_rv = None
-    if distill is not None:
-        teacher_rv = read_teachers(distill, train, pairs, contract.verdicts)
     folder = cache / _cache_name(pairs, fold, tokenizer, contract, distill)
     cache.mkdir(parents=True, exist_ok=True)
 
     with FileLock(cache / "lock"):
         if not folder.exists():
+            with_pool = distill is not None and distill.pool
+            train, validation = split(read_pairs(pairs), fold, pairs, with_pool)
+            teacher_rv = None
+            if distill is not None:
+                teacher_rv = read_teachers(distill, train, pairs, contract.verdicts)
+
             with atomic_folder(folder) as temporary:
-                train_set = tokenise(train, tokenizer, contract, "training pairs", teacher_rv)
-                train_set.save_to_disk(temporary / "train")
-                validation_set = tokenise(validation, tokenizer, contract, "validation pairs")
-                longest_first = validation_set.sort("length", reverse=True)
-                longest_first.save_to_disk(temporary / "validation")
-    return load_from_disk(folder / "train"), load_from_disk(folder / "validation")
+                tokenise(train, tokenizer, contract, temporary / TRAINING_FILE, teacher_rv)
+                _tokenise_longest_first(validation, tokenizer, contract, temporary)
+
+    training_set = Dataset.from_file(str(folder / TRAINING_FILE))
+    return training_set, load_from_disk(folder / VALIDATION_FOLDER)
+
+
+def _tokenise_longest_first(
+    validation: pl.DataFrame, tokenizer, contract: Contract, folder: Path
+) -> None:
+    """Write the validation rows, the longest first, so that a batch that does not fit fails at once."""
+    unsorted_file = folder / "validation.arrow"
+    rows = tokenise(validation, tokenizer, contract, unsorted_file)
+
+    lengths_r = np.array(rows["length"])
+    longest_first = np.argsort(-lengths_r, kind="stable")
+    # Where the order is held makes no difference but for a file that it would leave behind.
+    sorted_rows = rows.select(longest_first, keep_in_memory=True)
+    sorted_rows.save_to_disk(folder / VALIDATION_FOLDER)
+    unsorted_file.unlink()
 
 
 def _cache_name(
@@ -277,7 +298,8 @@ def _cache_name(
 
     tokenizer_bytes = tokenizer.backend_tokenizer.to_str().encode()
     tokenizer_sha256 = hashlib.sha256(tokenizer_bytes).hexdigest()
-    inputs = [sha256(pairs), fold, settings, tokenizer_sha256, list(FEATURES)]
+    layout = [TRAINING_FILE, list(FEATURES)]
+    inputs = [sha256(pairs), fold, settings, tokenizer_sha256, layout]
     if distill is not None:
         inputs += [distill.teachers, distill.pool, hash_labels(distill)]
     key = json.dumps(inputs, sort_keys=True)

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preprocess.core.errors import UserError
-from preprocess.sources.reader import read_prompts, read_rows
+from preprocess.sources.reader import read_prompts
 from preprocess.sources.rows import ROWS
 from tests.preprocess.sources import test_layouts
 from tests.preprocess.sources.test_reader import GOOD
+from tests.preprocess.sources.whole_files import read_rows
 
 LAYOUTS = {
     **GOOD,

@@ -5,8 +5,9 @@ import json
 import polars as pl
 import pytest
 
-from preprocess.sources.reader import read_prompts, read_rows
+from preprocess.sources.reader import read_prompts
 from preprocess.sources.rows import SHARES, TEXTS
+from tests.preprocess.sources.whole_files import read_rows
 
 
 def jsonl(path, *rows):

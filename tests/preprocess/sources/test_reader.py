@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from preprocess.core.errors import UserError
 from preprocess.model_input import VERDICTS
-from preprocess.sources.reader import read_prompts, read_rows
+from preprocess.sources.reader import read_prompts
 from preprocess.sources.rows import ROWS, SHARES, TEXTS
+from tests.preprocess.sources.whole_files import read_rows
 
 NO_SHARES = "vote shares do not add up to 1, or the weight is not positive"
 REASONS = {

@@ -1,0 +1,69 @@
+"""What is held in memory of every row of the sources: all but its texts, and what follows from these.
+
+`preprocess.stream` extracts the facts of a batch of rows; `preprocess.pairs` makes pairs of them.
+"""
+
+import hashlib
+
+import polars as pl
+import pyarrow as pa
+
+from preprocess.dedup.ngrams import normalise
+from preprocess.sources.rows import ROWS, TEXTS
+
+# What follows from the texts; null for a row that cannot be used.
+OF_TEXTS = pl.Schema(
+    {
+        "prompt_text": pl.String,  # the prompt, normalised
+        "opening": pl.String,  # the prompt's first characters as they are, to be printed
+        "prompt_hash": pl.Binary,
+        "responses_hash": pl.Binary,  # the same in whichever order the two responses stand
+        "is_swapped": pl.Boolean,  # whether they stand the other way round than in the hash
+        "is_a_longer": pl.Boolean,  # has more characters, or as many
+    }
+)
+FACTS = pl.Schema({name: ROWS[name] for name in ROWS if name not in TEXTS} | OF_TEXTS)
+
+OPENING_CHARACTERS = 100
+HASH_BYTES = 16
+
+
+def extract_facts(rows: pl.DataFrame) -> pl.DataFrame:
+    """Extract the facts of rows: a frame of the columns FACTS.
+
+    Args:
+        rows: Of the schema sources.rows.ROWS, and any other columns, which are kept.
+    """
+    descriptions = []
+    for prompt, response_a, response_b, reason in rows.select(*TEXTS, "reason").iter_rows():
+        if reason is None:
+            descriptions.append(describe_texts(prompt, response_a, response_b))
+        else:
+            descriptions.append({})
+
+    of_texts = pa.Table.from_pylist(descriptions, pl.DataFrame(schema=OF_TEXTS).to_arrow().schema)
+    return rows.drop(TEXTS).hstack(pl.DataFrame(of_texts, schema=OF_TEXTS))
+
+
+def describe_texts(prompt: list[str], response_a: list[str], response_b: list[str]) -> dict:
+    """Return what is to be known of a pair's texts, by column of OF_TEXTS."""
+    hash_a = hash_turns(response_a)
+    hash_b = hash_turns(response_b)
+    return {
+        "prompt_text": normalise(prompt),
+        "opening": " ".join(prompt)[:OPENING_CHARACTERS],
+        "prompt_hash": hash_turns(prompt),
+        "responses_hash": min(hash_a, hash_b) + max(hash_a, hash_b),
+        "is_swapped": hash_a > hash_b,
+        "is_a_longer": count_characters(response_a) >= count_characters(response_b),
+    }
+
+
+def hash_turns(turns: list[str]) -> bytes:
+    """Hash the turns of a conversation; 128 bits do not collide by accident."""
+    return hashlib.sha256("\x00".join(turns).encode("utf-8")).digest()[:HASH_BYTES]
+
+
+def count_characters(turns: list[str]) -> int:
+    """Count the characters of all turns."""
+    return sum(map(len, turns))
