@@ -219,8 +219,11 @@ def floor(folder: Path) -> float:
     """Floating-point operations of the model on the rows' own tokens."""
     package, model, pairs = load(folder)
     encoded = package.model_input.encode_all(pairs, package.tokenizer, package.contract)
-    lengths = [len(ids) for [ids] in encoded]
+    return forward_operations(model, [len(ids) for [ids] in encoded])
 
+
+def forward_operations(model, lengths: list[int]) -> float:
+    """Floating-point operations of a forward pass over sequences of these lengths, without padding."""
     weights = 0
     for name, weight in model.named_parameters():
         if (".layers." in name or ".layer." in name) and weight.dim() == 2:

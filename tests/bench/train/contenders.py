@@ -1,0 +1,144 @@
+"""The contenders of the training bench; each function is run in a process of its own.
+
+All train the same model on the same token ids, in float32, without gradient checkpointing, with the
+recipe's learning rate and its pairs of a micro-batch and of a step.
+"""
+
+from pathlib import Path
+
+import torch
+import yaml
+from axolotl.cli.train import do_cli
+from axolotl.integrations.base import BasePlugin, PluginManager
+from datasets import load_from_disk
+from torch import nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Trainer,
+    TrainingArguments,
+)
+from trl import RewardConfig, RewardTrainer
+
+from preprocess.core.files import read_yaml
+from tests.bench.train.work import HELD_OUT_FOLD, RECIPE, SEED, Measured, Measurement
+
+
+def load_arguments(folder: Path, groups_lengths: bool) -> dict:
+    """Return the arguments that TRL and Trainer share: those of the recipe, else their defaults."""
+    recipe = read_yaml(RECIPE)
+    return {
+        "output_dir": str(folder / "run"),
+        "per_device_train_batch_size": recipe["micro_batch_size"],
+        "gradient_accumulation_steps": recipe["gradient_accumulation_steps"],
+        "num_train_epochs": recipe["num_epochs"],
+        "learning_rate": recipe["learning_rate"],
+        "lr_scheduler_type": recipe["lr_scheduler"],
+        "warmup_steps": recipe["warmup_ratio"],
+        "weight_decay": recipe["weight_decay"],
+        "train_sampling_strategy": "group_by_length" if groups_lengths else "random",
+        "remove_unused_columns": False,  # the column of lengths is one
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "seed": SEED,
+        # TRL's defaults are bf16 and checkpointing.
+        "bf16": False,
+        "gradient_checkpointing": False,
+    }
+
+
+def load_model(folder: Path) -> nn.Module:
+    """Load the model that all start from."""
+    return AutoModelForSequenceClassification.from_pretrained(folder / "base", dtype=torch.float32)
+
+
+def train_with_trl(folder: Path, groups_lengths: bool) -> Measured:
+    """Train with TRL's RewardTrainer."""
+    measurement = Measurement(folder)
+    trainer = RewardTrainer(
+        model=load_model(folder),
+        args=RewardConfig(max_length=None, **load_arguments(folder, groups_lengths)),
+        train_dataset=load_from_disk(folder / "train"),
+        processing_class=AutoTokenizer.from_pretrained(folder / "base"),
+        callbacks=[measurement],
+    )
+    trainer.train()
+    return measurement.measured
+
+
+class PlainRewardTrainer(Trainer):
+    """The trainer of a plain script: the chosen responses of a batch stand before the rejected."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        rewards = model(**inputs).logits.squeeze(-1)
+        chosen, rejected = rewards.chunk(2)
+        loss = -nn.functional.logsigmoid(chosen - rejected).mean()
+        return (loss, {"rewards": rewards}) if return_outputs else loss
+
+
+def train_with_trainer(folder: Path, groups_lengths: bool) -> Measured:
+    """Train with transformers' Trainer, as a plain script does."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    measurement = Measurement(folder)
+
+    def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
+        sequences = [row["chosen_ids"] for row in rows]
+        sequences += [row["rejected_ids"] for row in rows]
+        return tokenizer.pad({"input_ids": sequences}, return_tensors="pt")
+
+    trainer = PlainRewardTrainer(
+        model=load_model(folder),
+        args=TrainingArguments(**load_arguments(folder, groups_lengths)),
+        data_collator=collate,
+        train_dataset=load_from_disk(folder / "train"),
+        callbacks=[measurement],
+    )
+    # The mean over a step's micro-batches is the loss's, as in the other contenders.
+    trainer.model_accepts_loss_kwargs = False
+    trainer.train()
+    return measurement.measured
+
+
+class MeasuringPlugin(BasePlugin):
+    """Adds the measurement to a run of Axolotl."""
+
+    measurement: Measurement | None = None
+
+    def add_callbacks_post_trainer(self, cfg, trainer):
+        self.measurement = Measurement(Path(cfg.base_model).parent)
+        return [self.measurement]
+
+
+def write_recipe(folder: Path, changes: dict) -> Path:
+    """Write the recipe that ours is measured with: minilm_reward on the bench's rows.
+
+    Args:
+        folder: The one that work.prepare wrote.
+        changes: Keys that differ from the recipe; None takes a key away.
+    """
+    values = read_yaml(RECIPE)
+    block = values["pairwise"] | changes.pop("pairwise", {})
+    block |= {"pairs": str(folder / "pairs.parquet"), "fold": HELD_OUT_FOLD}
+    values |= {
+        "base_model": str(folder / "base"),
+        "output_dir": str(folder / "run"),
+        "pairwise": {name: value for name, value in block.items() if value is not None},
+        "plugins": [*values["plugins"], f"{__name__}.{MeasuringPlugin.__name__}"],
+        "logging_steps": 1,
+        "seed": SEED,
+        **changes,
+    }
+    recipe = folder / "ours.yml"
+    kept = {name: value for name, value in values.items() if value is not None}
+    recipe.write_text(yaml.safe_dump(kept))
+    return recipe
+
+
+def train_with_ours(folder: Path, changes: dict) -> Measured:
+    """Train with the recipe's own code through Axolotl."""
+    do_cli(config=str(write_recipe(folder, changes)))
+    for plugin in PluginManager.get_instance().plugins.values():
+        if isinstance(plugin, MeasuringPlugin):
+            return plugin.measurement.measured
+    raise RuntimeError("Axolotl did not load the measuring plugin")
