@@ -21,12 +21,15 @@ from transformers import (
 from trl import RewardConfig, RewardTrainer
 
 from preprocess.core.files import read_yaml
-from tests.bench.train.work import HELD_OUT_FOLD, RECIPE, SEED, Measured, Measurement
+from recipes.pairwise.config.recipe_files import find_recipe
+from tests.bench.train.work import HELD_OUT_FOLD, SEED, Measured, Measurement
+
+RECIPE = "minilm_reward"
 
 
 def load_arguments(folder: Path, groups_lengths: bool) -> dict:
     """Return the arguments that TRL and Trainer share: those of the recipe, else their defaults."""
-    recipe = read_yaml(RECIPE)
+    recipe = read_yaml(find_recipe(RECIPE))
     return {
         "output_dir": str(folder / "run"),
         "per_device_train_batch_size": recipe["micro_batch_size"],
@@ -110,34 +113,41 @@ class MeasuringPlugin(BasePlugin):
         return [self.measurement]
 
 
-def write_recipe(folder: Path, changes: dict) -> Path:
-    """Write the recipe that ours is measured with: minilm_reward on the bench's rows.
+def write_recipe(folder: Path, name: str, changes: dict) -> Path:
+    """Write ours.yml: a recipe on the bench's rows and model, measured.
 
     Args:
-        folder: The one that work.prepare wrote.
-        changes: Keys that differ from the recipe; None takes a key away.
+        folder: Holds what work.write_base and work.write_rows wrote.
+        name: The recipe's.
+        changes: Keys that differ, in the `pairwise:` block too; None takes a key away.
     """
-    values = read_yaml(RECIPE)
-    block = values["pairwise"] | changes.pop("pairwise", {})
+    values = read_yaml(find_recipe(name))
+    block = values["pairwise"] | changes.get("pairwise", {})
     block |= {"pairs": str(folder / "pairs.parquet"), "fold": HELD_OUT_FOLD}
+    measuring_plugin = f"{__name__}.{MeasuringPlugin.__name__}"
+    values |= changes
     values |= {
         "base_model": str(folder / "base"),
         "output_dir": str(folder / "run"),
-        "pairwise": {name: value for name, value in block.items() if value is not None},
-        "plugins": [*values["plugins"], f"{__name__}.{MeasuringPlugin.__name__}"],
+        "pairwise": remove_absent(block),
+        "plugins": [*values["plugins"], measuring_plugin],
         "logging_steps": 1,
+        "save_strategy": "no",
         "seed": SEED,
-        **changes,
     }
     recipe = folder / "ours.yml"
-    kept = {name: value for name, value in values.items() if value is not None}
-    recipe.write_text(yaml.safe_dump(kept))
+    recipe.write_text(yaml.safe_dump(remove_absent(values)))
     return recipe
 
 
-def train_with_ours(folder: Path, changes: dict) -> Measured:
-    """Train with the recipe's own code through Axolotl."""
-    do_cli(config=str(write_recipe(folder, changes)))
+def remove_absent(values: dict) -> dict:
+    """Return the keys that have a value."""
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def train_with_ours(folder: Path, recipe: str, changes: dict) -> Measured:
+    """Train with a recipe's own code through Axolotl; see write_recipe."""
+    do_cli(config=str(write_recipe(folder, recipe, changes)))
     for plugin in PluginManager.get_instance().plugins.values():
         if isinstance(plugin, MeasuringPlugin):
             return plugin.measurement.measured

@@ -12,6 +12,7 @@ import numpy as np
 import polars as pl
 import torch
 from datasets import Dataset, load_from_disk
+from peft import PeftModel
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -22,20 +23,19 @@ from transformers import (
 )
 
 from preprocess.core.errors import UserError
-from preprocess.core.files import read_yaml
 from recipes.pairwise.config.schema import PairwiseBlock
 from recipes.pairwise.contract import new_contract
 from recipes.pairwise.data.datasets import encode_rows, read_pairs
-from tests import tiny
 from tests.bench.kernel import forward_operations
 
-RECIPE = tiny.ROOT / "recipes" / "minilm_reward.yml"
 SEED = 42
 HELD_OUT_FOLD = 0
 QUARTERS = 4
 
-# A model's operations: forward once, and for the gradients of inputs and weights once more each.
-TRAINING_OVER_FORWARD = 3
+# Operations of a step over those of its forward pass: the gradients of the inputs take as many
+# again, and those of the weights too, which LoRA does not compute. Recomputed ones do not count.
+STEP_OVER_FORWARD = 3
+STEP_OVER_FORWARD_WITH_LORA = 2
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,11 @@ class Measured:
 
     Attributes:
         pairs: How many pairs it trained on.
-        seconds: From the first step to the last, without loading and without evaluation.
-        cpu_seconds: Of all threads in that time; other work on the machine adds less to it.
+        seconds: From the first step to the last by read_clock, without loading and evaluation.
+        wall_seconds: The same by the clock on the wall.
         padding: The tokens that were computed, over the tokens of the rows.
         operations: Floating-point operations that the rows' own tokens need.
+        peak_bytes: The most memory of a GPU that was in use; 0 without one.
         losses: The training loss's mean in each quarter of the run.
         held_out_before: The mean loss on the held-out rows before the first step.
         held_out_after: The same after the last step.
@@ -55,12 +56,24 @@ class Measured:
 
     pairs: int
     seconds: float
-    cpu_seconds: float
+    wall_seconds: float
     padding: float
     operations: float
+    peak_bytes: int
     losses: tuple[float, ...]
     held_out_before: float
     held_out_after: float
+
+
+def read_clock() -> float:
+    """Read the clock: without a GPU the CPU time of all threads, in seconds.
+
+    Other work on the machine takes turns on its cores, and adds little to a process's own time.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
 
 
 def draw_rows(pairs: Path, trained: int, held_out: int) -> pl.DataFrame:
@@ -94,41 +107,42 @@ def draw_rows(pairs: Path, trained: int, held_out: int) -> pl.DataFrame:
     )
 
 
-def prepare(folder: Path, rows: pl.DataFrame, base: Path, budget_tokens: int) -> None:
-    """Write what every run reads into a folder: base/, pairs.parquet, train/ and held_out/.
-
-    All start from the same weights, the head's included, and without dropout: TRL turns it off.
+def write_base(folder: Path, base: Path) -> None:
+    """Write base/: a model with a new head, and without dropout, which TRL turns off.
 
     Args:
-        folder: Does not exist yet.
-        rows: As draw_rows gives them.
+        folder: Where base/ is written.
         base: The folder of a model without a head.
-        budget_tokens: Of a sequence.
     """
-    folder.mkdir(parents=True)
-    rows.write_parquet(folder / "pairs.parquet")
-
     set_seed(SEED)
     config = AutoConfig.from_pretrained(base, num_labels=1)
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
         if hasattr(config, name):
             setattr(config, name, 0.0)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        base, config=config, dtype=torch.float32
-    )
+    model = AutoModelForSequenceClassification.from_pretrained(base, config=config, dtype=torch.float32)
     model.save_pretrained(folder / "base")
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    tokenizer.save_pretrained(folder / "base")
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder / "base")
 
-    values = read_yaml(RECIPE)["pairwise"] | {"budget_tokens": budget_tokens}
+
+def write_rows(folder: Path, rows: pl.DataFrame, block: dict) -> None:
+    """Write pairs.parquet, and train/ and held_out/ with the same rows as token ids.
+
+    Args:
+        folder: Holds base/.
+        rows: As draw_rows gives them.
+        block: The recipe's `pairwise:` block.
+    """
+    rows.write_parquet(folder / "pairs.parquet")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
     contract = new_contract(
-        PairwiseBlock.model_validate(values),
+        PairwiseBlock.model_validate(block),
         tokenizer,
         attention="sdpa",
-        base_model=str(base),
+        base_model=str(folder / "base"),
         revision=None,
         pad_token_id=tokenizer.pad_token_id,
     )
+
     is_held_out = pl.col("fold") == HELD_OUT_FOLD
     for name, part in (("held_out", rows.filter(is_held_out)), ("train", rows.filter(~is_held_out))):
         sequences = encode_rows(part, tokenizer, contract)
@@ -153,7 +167,7 @@ class Measurement(TrainerCallback):
     """Measures the run of any trainer of transformers' kind.
 
     Attributes:
-        folder: The one that prepare wrote.
+        folder: Holds what write_base and write_rows wrote.
         measured: The figures, when the training has ended.
     """
 
@@ -166,8 +180,8 @@ class Measurement(TrainerCallback):
         """Evaluate, then count tokens and time from here on."""
         self.held_out_before = measure_loss(model, load_from_disk(self.folder / "held_out"))
         self.hook = model.register_forward_pre_hook(self.count_tokens, with_kwargs=True)
-        self.started = time.perf_counter()
-        self.cpu_started = time.process_time()
+        self.started = read_clock()
+        self.wall_started = time.perf_counter()
 
     def count_tokens(self, model, arguments, keywords):
         """Count what a forward computes, padding included."""
@@ -175,27 +189,37 @@ class Measurement(TrainerCallback):
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         """Stop the clocks, then evaluate again."""
-        seconds = time.perf_counter() - self.started
-        cpu_seconds = time.process_time() - self.cpu_started
+        seconds = read_clock() - self.started
+        wall_seconds = time.perf_counter() - self.wall_started
         self.hook.remove()
 
         rows = load_from_disk(self.folder / "train")
         lengths = []
         for name in ("chosen_ids", "rejected_ids"):
             lengths += [len(ids) for ids in rows[name]]
+        step_over_forward = STEP_OVER_FORWARD
+        if isinstance(model, PeftModel):
+            step_over_forward = STEP_OVER_FORWARD_WITH_LORA
         losses = [line["loss"] for line in state.log_history if "loss" in line]
         quarters = np.array_split(losses, QUARTERS)
 
         self.measured = Measured(
             pairs=len(rows),
             seconds=seconds,
-            cpu_seconds=cpu_seconds,
+            wall_seconds=wall_seconds,
             padding=self.computed_tokens / sum(lengths),
-            operations=TRAINING_OVER_FORWARD * forward_operations(model, lengths),
+            operations=step_over_forward * forward_operations(self.load_shape(), lengths),
+            peak_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
             losses=tuple(float(np.mean(quarter)) for quarter in quarters),
             held_out_before=self.held_out_before,
             held_out_after=measure_loss(model, load_from_disk(self.folder / "held_out")),
         )
+
+    def load_shape(self) -> nn.Module:
+        """Return the base model without weights: those of a quantised one are packed."""
+        config = AutoConfig.from_pretrained(self.folder / "base")
+        with torch.device("meta"):
+            return AutoModelForSequenceClassification.from_config(config)
 
 
 @torch.no_grad()
