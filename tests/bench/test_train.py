@@ -30,7 +30,7 @@ def test_all_contenders_train_the_same_model_on_the_same_rows(tmp_path, tiny_mod
     # In random order all take the same rows at each step, whatever they pad.
     for name in ("trl", "trainer"):
         assert runs[name]["losses"] == pytest.approx(runs["ours"]["losses"], abs=1e-4)
-    assert runs["ours"]["padding"] < 1.1 < runs["trl"]["padding"]
+    assert runs["ours"]["padding"] == 1 < runs["trl"]["padding"]
     assert "| TRL RewardTrainer | random |" in outcome.output
 
 

@@ -10,7 +10,6 @@ from transformers import Trainer, TrainerCallback
 from recipes.pairwise.config.schema import DistillBlock
 from recipes.pairwise.data.token_budget import TokenBudgetBatches
 from recipes.pairwise.training.deepspeed_cpu import deepspeed_on_cpu, tell_accelerate
-from recipes.pairwise.training.length_groups import compute_logits_by_length
 from recipes.pairwise.training.losses import distillation_loss, soft_cross_entropy
 from recipes.pairwise.training.regularisers import r_drop_penalty, repeat_batch
 
@@ -142,10 +141,7 @@ class PairwiseTrainer(AxolotlTrainer, _AfterAxolotl):
         labels = model_inputs.pop("labels")
         weight = model_inputs.pop("weight")
         teacher = model_inputs.pop("teacher", None)
-        if self.computes_by_length():
-            logits = compute_logits_by_length(model, model_inputs, self.model_options)
-        else:
-            logits = model(**model_inputs, **self.model_options).logits
+        logits = model(**model_inputs, **self.model_options).logits
         logits_pov = logits.view(labels.shape).float()
 
         if model.training:
@@ -154,14 +150,6 @@ class PairwiseTrainer(AxolotlTrainer, _AfterAxolotl):
             # Metrics are against human votes, and comparable whatever a run is trained with.
             loss = soft_cross_entropy(logits_pov, labels, weight)
         return (loss, {"logits": logits_pov}) if return_outputs else loss
-
-    def computes_by_length(self) -> bool:
-        """Return whether a micro-batch is computed in several forward passes.
-
-        DDP and ZeRO expect one before a backward pass, and a GPU is faster with one.
-        """
-        is_alone = self.args.world_size == 1 and not self.is_deepspeed_enabled
-        return is_alone and self.args.device.type == "cpu"
 
     def training_loss(
         self,

@@ -133,6 +133,7 @@ def write_recipe(folder: Path, name: str, changes: dict) -> Path:
         "plugins": [*values["plugins"], measuring_plugin],
         "logging_steps": 1,
         "save_strategy": "no",
+        "save_steps": None,
         "seed": SEED,
     }
     recipe = folder / "ours.yml"

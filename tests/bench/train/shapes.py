@@ -51,6 +51,7 @@ SWITCHES = {
     "gradient checkpointing": {"gradient_checkpointing": True},
     "grouped by length": {"group_by_length": True},
     "token budget": {"pairwise": {"tokens_per_micro_batch": 2**17}},
+    "padding-free": {"pairwise": {"padding_free": True}},
     "flash-attention": {"attn_implementation": "flash_attention_2"},
     "Liger's kernels": {
         "plugins": ["recipes.pairwise.plugin.PairwisePlugin", LIGER],
