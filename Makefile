@@ -53,8 +53,8 @@ bench-kernel: .venv/installed  ## scoring beside transformers' pipeline and the 
 	@$(if $(PAIRS),python -m tests.bench.planner $(PAIRS))
 
 bench-train: .venv/installed  ## training beside TRL's RewardTrainer and transformers' Trainer; on a GPU 9B and 14B shapes too: make bench-train PAIRS=data/pairs.parquet BASE=FOLDER
-	@python -m tests.bench.train $(if $(PAIRS),--pairs $(PAIRS)) $(if $(BASE),--base $(BASE)) $(ARGS)
-	@python -m tests.bench.train.shapes $(if $(PAIRS),--pairs $(PAIRS))
+	@python -m tests.bench.train --pairs $(or $(PAIRS),data/pairs.parquet) $(if $(BASE),--base $(BASE)) $(ARGS) 2>/dev/null
+	@python -m tests.bench.train.shapes --pairs $(or $(PAIRS),data/pairs.parquet)
 
 graph: .venv/installed .venv-kaggle/installed .venv-graph/installed  ## bring a recipe and all it needs up to date: make graph R=gemma2_cls ARGS=--dry-run
 	@$(if $(R),,echo "error: R is missing; name a recipe: make graph R=gemma2_cls" >&2; exit 2;) pairwise make $(R) $(ARGS)

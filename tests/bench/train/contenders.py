@@ -22,6 +22,7 @@ from trl import RewardConfig, RewardTrainer
 
 from preprocess.core.files import read_yaml
 from recipes.pairwise.config.recipe_files import find_recipe
+from recipes.pairwise.training import cpu
 from tests.bench.train.work import HELD_OUT_FOLD, SEED, Measured, Measurement
 
 RECIPE = "minilm_reward"
@@ -58,6 +59,7 @@ def load_model(folder: Path) -> nn.Module:
 
 def train_with_trl(folder: Path, groups_lengths: bool) -> Measured:
     """Train with TRL's RewardTrainer."""
+    cpu.use_all_cores()
     measurement = Measurement(folder)
     trainer = RewardTrainer(
         model=load_model(folder),
@@ -82,6 +84,7 @@ class PlainRewardTrainer(Trainer):
 
 def train_with_trainer(folder: Path, groups_lengths: bool) -> Measured:
     """Train with transformers' Trainer, as a plain script does."""
+    cpu.use_all_cores()
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
     measurement = Measurement(folder)
 
@@ -109,7 +112,8 @@ class MeasuringPlugin(BasePlugin):
     measurement: Measurement | None = None
 
     def add_callbacks_post_trainer(self, cfg, trainer):
-        self.measurement = Measurement(Path(cfg.base_model).parent)
+        padding_free = bool(cfg.pairwise.get("padding_free"))
+        self.measurement = Measurement(Path(cfg.base_model).parent, padding_free)
         return [self.measurement]
 
 
@@ -146,7 +150,7 @@ def remove_absent(values: dict) -> dict:
     return {key: value for key, value in values.items() if value is not None}
 
 
-def train_with_ours(folder: Path, recipe: str, changes: dict) -> Measured:
+def train_with_ours(folder: Path, changes: dict, recipe: str = RECIPE) -> Measured:
     """Train with a recipe's own code through Axolotl; see write_recipe."""
     do_cli(config=str(write_recipe(folder, recipe, changes)))
     for plugin in PluginManager.get_instance().plugins.values():

@@ -5,11 +5,10 @@ switch is turned on alone, so that its line beside the first one says what it br
 """
 
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import click
-import polars as pl
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -27,6 +26,9 @@ GIB = 2**30
 HELD_OUT = 8  # pairs; random weights have nothing to show on them
 MATRIX = 8192  # rows and columns of the products whose rate is the measure
 VOCABULARY = 16_384  # of a tokenizer that is trained on the rows: the models' own are not here
+
+# The recipe of each shape, and the family whose control tokens its template has.
+FAMILIES = {"gemma2_reward": "gemma2", "qwen2_5_14b_cls": "qwen2"}
 
 # One GPU, a reward head, everything off that a switch may turn on.
 PLAIN = {
@@ -62,26 +64,28 @@ SWITCHES = {
 }
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A large model: the recipe that trains it, and the family whose control tokens it has."""
+def write_inputs(folder: Path, recipe: str, pairs: Path, trained: int) -> None:
+    """Write the rows, and base/: random bf16 weights and a tokenizer of the rows' texts.
 
-    recipe: str
-    family: str
-
-
-SHAPES = {"9B": Shape("gemma2_reward", "gemma2"), "14B": Shape("qwen2_5_14b_cls", "qwen2")}
-
-
-def write_random_base(folder: Path, shape: Shape, texts: list[str]) -> None:
-    """Write base/: random bf16 weights of a large model's shape, and a tokenizer of these texts."""
-    base_model = read_yaml(find_recipe(shape.recipe))["base_model"]
-    sizes = read_records()[base_model]["config"]
+    Args:
+        folder: Where they are written.
+        recipe: Of which the base model's shape is on record.
+        pairs: A pairs.parquet.
+        trained: How many pairs to train on.
+    """
+    values = read_yaml(find_recipe(recipe))
+    sizes = read_records()[values["base_model"]]["config"]
     config = AutoConfig.for_model(**sizes, num_labels=1, pad_token_id=0, dtype=torch.bfloat16)
     with torch.device("cuda"):
         model = AutoModelForSequenceClassification.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder / "base", max_shard_size="4GB")
-    tiny.bpe_tokenizer(folder / "base", shape.family, vocabulary_size=VOCABULARY, texts=texts)
+
+    rows = work.draw_rows(pairs, trained, HELD_OUT)
+    texts = []
+    for column in ("prompt", "response_a", "response_b"):
+        texts += rows[column].list.join("\n").to_list()
+    tiny.bpe_tokenizer(folder / "base", FAMILIES[recipe], VOCABULARY, texts)
+    work.write_rows(folder, rows, values["pairwise"] | {"head": "reward"})
 
 
 def measure_matrix_rate() -> float:
@@ -113,7 +117,7 @@ def measure_switches(folder: Path, recipe: str, adapters: list[str], switches: l
             name = f"{adapter}, {switch}"
             changes = merge_keys(PLAIN, ADAPTERS[adapter], SWITCHES[switch])
             try:
-                figures[name] = asdict(in_process(train_with_ours, folder, recipe, changes))
+                figures[name] = asdict(in_process(train_with_ours, folder, changes, recipe))
             # What memory cannot hold, or a kernel that is not installed, is a figure too.
             except (Exception, SystemExit) as error:
                 figures[name] = f"{type(error).__name__}: {error}"
@@ -150,34 +154,24 @@ def format_table(figures: dict, matrix_rate: float) -> str:
 
 
 @click.command()
-@click.option("--pairs", type=click.Path(path_type=Path), help="By default generated.")
+@click.option("--pairs", type=click.Path(path_type=Path), default="data/pairs.parquet")
 @click.option("--trained", default=64, show_default=True, help="Pairs of a run.")
 @exits_with_2
-def main(pairs: Path | None, trained: int) -> None:
+def main(pairs: Path, trained: int) -> None:
     """Write outputs/bench/train_shapes.json and print it as tables."""
     if not torch.cuda.is_available():
-        print("9B and 14B shapes, LoRA and QLoRA: not run, there is no GPU")
+        print("9B and 14B shapes with LoRA and QLoRA: not run, there is no GPU")
         return
 
     results = {"matrix_rate": in_process(measure_matrix_rate)}
-    for name, shape in SHAPES.items():
+    for recipe in FAMILIES:
         # One shape's weights are gone before the next one's are written.
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            file = pairs or tiny.pairs_parquet(folder / "tiny.parquet", 10 * trained)
-            in_process(prepare, folder, shape, file, trained)
-            results[name] = measure_switches(folder, shape.recipe, list(ADAPTERS), list(SWITCHES))
+            in_process(write_inputs, folder, recipe, pairs, trained)
+            results[recipe] = measure_switches(folder, recipe, list(ADAPTERS), list(SWITCHES))
         write_json(RESULTS, results)
-        print(f"{name}\n{format_table(results[name], results['matrix_rate'])}", flush=True)
-
-
-def prepare(folder: Path, shape: Shape, pairs: Path, trained: int) -> None:
-    """Write base/ and the rows of one shape."""
-    rows = work.draw_rows(pairs, trained, held_out=HELD_OUT)
-    texts = rows.select(pl.concat_list("prompt", "response_a", "response_b").list.join("\n"))
-    write_random_base(folder, shape, texts.to_series().to_list())
-    block = read_yaml(find_recipe(shape.recipe))["pairwise"] | {"head": "reward"}
-    work.write_rows(folder, rows, block)
+        print(f"{recipe}\n{format_table(results[recipe], results['matrix_rate'])}", flush=True)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BatchEncoding,
     TrainerCallback,
     set_seed,
 )
@@ -25,12 +26,14 @@ from transformers import (
 from preprocess.core.errors import UserError
 from recipes.pairwise.config.schema import PairwiseBlock
 from recipes.pairwise.contract import new_contract
+from recipes.pairwise.data.collators import PairCollator
 from recipes.pairwise.data.datasets import encode_rows, read_pairs
 from tests.bench.kernel import forward_operations
 
 SEED = 42
 HELD_OUT_FOLD = 0
 QUARTERS = 4
+VERDICTS = ("model_a", "model_b")
 
 # Operations of a step over those of its forward pass: the gradients of the inputs take as many
 # again, and those of the weights too, which LoRA does not compute. Recomputed ones do not count.
@@ -107,12 +110,12 @@ def draw_rows(pairs: Path, trained: int, held_out: int) -> pl.DataFrame:
     )
 
 
-def write_base(folder: Path, base: Path) -> None:
+def write_base(folder: Path, base: str) -> None:
     """Write base/: a model with a new head, and without dropout, which TRL turns off.
 
     Args:
         folder: Where base/ is written.
-        base: The folder of a model without a head.
+        base: A model without a head: its folder, or its name on the hub.
     """
     set_seed(SEED)
     config = AutoConfig.from_pretrained(base, num_labels=1)
@@ -168,17 +171,19 @@ class Measurement(TrainerCallback):
 
     Attributes:
         folder: Holds what write_base and write_rows wrote.
+        padding_free: Whether the model takes padding-free batches alone.
         measured: The figures, when the training has ended.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, padding_free: bool = False):
         self.folder = folder
+        self.padding_free = padding_free
         self.computed_tokens = 0
         self.measured: Measured | None = None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Evaluate, then count tokens and time from here on."""
-        self.held_out_before = measure_loss(model, load_from_disk(self.folder / "held_out"))
+        self.held_out_before = self.measure_held_out(model)
         self.hook = model.register_forward_pre_hook(self.count_tokens, with_kwargs=True)
         self.started = read_clock()
         self.wall_started = time.perf_counter()
@@ -212,8 +217,13 @@ class Measurement(TrainerCallback):
             peak_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
             losses=tuple(float(np.mean(quarter)) for quarter in quarters),
             held_out_before=self.held_out_before,
-            held_out_after=measure_loss(model, load_from_disk(self.folder / "held_out")),
+            held_out_after=self.measure_held_out(model),
         )
+
+    def measure_held_out(self, model: nn.Module) -> float:
+        """Return the mean loss on the held-out rows."""
+        rows = load_from_disk(self.folder / "held_out")
+        return measure_loss(model, rows, self.padding_free)
 
     def load_shape(self) -> nn.Module:
         """Return the base model without weights: those of a quantised one are packed."""
@@ -223,17 +233,22 @@ class Measurement(TrainerCallback):
 
 
 @torch.no_grad()
-def measure_loss(model: nn.Module, rows: Dataset) -> float:
-    """Return the mean loss of a reward model on rows as `choose` makes them."""
-    was_training = model.training
+def measure_loss(model: nn.Module, rows: Dataset, padding_free: bool) -> float:
+    """Return the mean loss of a reward model.
+
+    Args:
+        model: Is in training mode, before and after.
+        rows: As `choose` makes them.
+        padding_free: Whether the model takes padding-free batches alone.
+    """
     model.eval()
+    collate = PairCollator(None, "reward", VERDICTS, "both", 0, padding_free=padding_free)
     losses = []
     for row in rows:
-        rewards = []
-        for name in ("chosen_ids", "rejected_ids"):
-            ids_bt = torch.tensor([row[name]], device=model.device)
-            mask_bt = torch.ones_like(ids_bt)
-            rewards.append(model(input_ids=ids_bt, attention_mask=mask_bt).logits.squeeze())
-        losses.append(-nn.functional.logsigmoid(rewards[0] - rewards[1]).item())
-    model.train(was_training)
+        pair = {"sequences": [row["chosen_ids"], row["rejected_ids"]], "labels": [1, 0], "weight": 1}
+        batch = BatchEncoding(collate([pair])).to(model.device)
+        del batch["labels"], batch["weight"]
+        chosen, rejected = model(**batch).logits.flatten()
+        losses.append(-nn.functional.logsigmoid(chosen - rejected).item())
+    model.train()
     return float(np.mean(losses))
