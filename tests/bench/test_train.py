@@ -20,16 +20,17 @@ def write_inputs(folder, base, recipe, trained):
 @pytest.mark.timeout(580)
 def test_all_contenders_train_the_same_model_on_the_same_rows(tmp_path, tiny_models):
     write_inputs(tmp_path, tiny_models("bert"), "minilm_reward", trained=64)
-    results = bench.run_rounds(tmp_path, ["trl", "trainer", "ours"], rounds=1)
+    results = {"matrix_rate": 0.0, "runs": {}}
+    bench.add_round(results, tmp_path, ["trl", "trainer", "ours"])
     runs = {name: run for name, [run] in results["runs"].items()}
 
     # In random order all take the same rows at each step, so that the curves are the same.
     for name in ("trl", "trainer"):
         for figure in ("losses", "held_out_before", "held_out_after"):
-            assert runs[name][figure] == pytest.approx(runs["ours"][figure], abs=1e-4)
+            assert runs[name][figure] == pytest.approx(runs["ours"][figure], abs=1e-6)
         assert runs[name]["padding"] > 1.1
     assert runs["ours"]["padding"] == 1
-    assert runs["ours"]["held_out_after"] != pytest.approx(runs["ours"]["held_out_before"], abs=1e-4)
+    assert runs["ours"]["held_out_after"] != pytest.approx(runs["ours"]["held_out_before"], abs=5e-6)
 
     ours = bench.format_table(results).splitlines()[-1]
     assert ours.startswith("| ours | random | ")

@@ -74,28 +74,27 @@ def main(pairs: Path, base: str, trained: int, rounds: int) -> None:
         block = read_yaml(find_recipe(contenders.RECIPE))["pairwise"]
         work.write_base(folder, base)
         work.write_rows(folder, work.draw_rows(pairs, trained, HELD_OUT), block)
-        results = run_rounds(folder, list(CONTENDERS), rounds)
-
-    write_json(RESULTS, {"pairs": str(pairs), "base": base, **results})
+        results = {"pairs": str(pairs), "base": base, "matrix_rate": 0.0, "runs": {}}
+        for _ in range(rounds):
+            add_round(results, folder, list(CONTENDERS))
+            write_json(RESULTS, results)
     print(format_table(results))
 
 
-def run_rounds(folder: Path, names: list[str], rounds: int) -> dict:
-    """Run contenders in turns.
+def add_round(results: dict, folder: Path, names: list[str]) -> None:
+    """Run contenders in turns, and add their figures.
 
-    Returns:
-        matrix_rate, the best of all rounds, and runs: for each contender its rounds' figures.
+    Args:
+        results: matrix_rate, the best of all rounds, and runs: each contender's figures by round.
+        folder: Holds what work.write_base and work.write_rows wrote.
+        names: In CONTENDERS.
     """
-    rates = []
-    runs = {name: [] for name in names}
-    for number in range(rounds):
-        rates.append(matrix_rate(work.read_clock))
-        for name in names:
-            contender = CONTENDERS[name]
-            measured = in_process(contender.train, folder, contender.option, imports=SLOW_IMPORTS)
-            runs[name].append(asdict(measured))
-            print(f"round {number + 1}, {name}: {measured.seconds:.1f} s", flush=True)
-    return {"matrix_rate": max(rates), "runs": runs}
+    results["matrix_rate"] = max(results["matrix_rate"], matrix_rate(work.read_clock))
+    for name in names:
+        contender = CONTENDERS[name]
+        measured = in_process(contender.train, folder, contender.option, imports=SLOW_IMPORTS)
+        results["runs"].setdefault(name, []).append(asdict(measured))
+        print(f"{name}: {measured.seconds:.1f} s", flush=True)
 
 
 def format_table(results: dict) -> str:

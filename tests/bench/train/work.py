@@ -94,7 +94,7 @@ def draw_rows(pairs: Path, trained: int, held_out: int) -> pl.DataFrame:
     if len(rows) < trained + held_out:
         raise UserError(
             f"{pairs}: {len(rows):,} pairs have a winner, {trained + held_out:,} are needed; "
-            "give a larger file, or lower --trained or --held-out"
+            "give a larger file, or lower --trained"
         )
 
     drawn = rows.sample(trained + held_out, seed=SEED, shuffle=True)
