@@ -48,12 +48,15 @@ class Contender:
 
 
 TRL, TRAINER, OURS = contenders.train_with_trl, contenders.train_with_trainer, contenders.train_with_ours
-GROUPED = {"group_by_length": True}
-PADDED = {"group_by_length": True, "pairwise": {"padding_free": False}}
+
+# On a GPU the recipe would train in bf16.
+FLOAT32 = {"bf16": False}
+GROUPED = FLOAT32 | {"group_by_length": True}
+PADDED = GROUPED | {"pairwise": {"padding_free": False}}
 CONTENDERS = {
     "trl": Contender("TRL RewardTrainer", "random", "ours", TRL, False),
     "trainer": Contender("transformers Trainer", "random", "ours", TRAINER, False),
-    "ours": Contender("ours", "random", "ours", OURS, {}),
+    "ours": Contender("ours", "random", "ours", OURS, FLOAT32),
     "trl_grouped": Contender("TRL RewardTrainer", "by length", "ours_grouped", TRL, True),
     "trainer_grouped": Contender("transformers Trainer", "by length", "ours_grouped", TRAINER, True),
     "ours_grouped": Contender("ours", "by length", "ours_grouped", OURS, GROUPED),
@@ -109,6 +112,7 @@ def format_table(results: dict) -> str:
         seconds = np.array([run["seconds"] for run in runs])
         fastest = runs[seconds.argmin()]
         our_seconds = np.array([run["seconds"] for run in results["runs"][contender.rival]])
+        # Of the same round, in which the machine was as busy.
         ratios = seconds / our_seconds
 
         speed = fastest["pairs"] / seconds.min()

@@ -35,6 +35,7 @@ def load_arguments(folder: Path, groups_lengths: bool) -> dict:
         "output_dir": str(folder / "run"),
         "per_device_train_batch_size": recipe["micro_batch_size"],
         "gradient_accumulation_steps": recipe["gradient_accumulation_steps"],
+        # The recipe's optimizer is theirs by default, and in one kernel.
         "num_train_epochs": recipe["num_epochs"],
         "learning_rate": recipe["learning_rate"],
         "lr_scheduler_type": recipe["lr_scheduler"],
@@ -59,7 +60,7 @@ def load_model(folder: Path) -> nn.Module:
 
 def train_with_trl(folder: Path, groups_lengths: bool) -> Measured:
     """Train with TRL's RewardTrainer."""
-    cpu.use_all_cores()
+    cpu.use_all_cores()  # as our plugin does
     measurement = Measurement(folder)
     trainer = RewardTrainer(
         model=load_model(folder),
@@ -68,6 +69,7 @@ def train_with_trl(folder: Path, groups_lengths: bool) -> Measured:
         processing_class=AutoTokenizer.from_pretrained(folder / "base"),
         callbacks=[measurement],
     )
+
     trainer.train()
     return measurement.measured
 
@@ -84,7 +86,7 @@ class PlainRewardTrainer(Trainer):
 
 def train_with_trainer(folder: Path, groups_lengths: bool) -> Measured:
     """Train with transformers' Trainer, as a plain script does."""
-    cpu.use_all_cores()
+    cpu.use_all_cores()  # as our plugin does
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
     measurement = Measurement(folder)
 
@@ -100,6 +102,7 @@ def train_with_trainer(folder: Path, groups_lengths: bool) -> Measured:
         train_dataset=load_from_disk(folder / "train"),
         callbacks=[measurement],
     )
+
     # The mean over a step's micro-batches is the loss's, as in the other contenders.
     trainer.model_accepts_loss_kwargs = False
     trainer.train()
@@ -129,6 +132,7 @@ def write_recipe(folder: Path, name: str, changes: dict) -> Path:
     block = values["pairwise"] | changes.get("pairwise", {})
     block |= {"pairs": str(folder / "pairs.parquet"), "fold": HELD_OUT_FOLD}
     measuring_plugin = f"{__name__}.{MeasuringPlugin.__name__}"
+
     values |= changes
     values |= {
         "base_model": str(folder / "base"),
@@ -140,6 +144,7 @@ def write_recipe(folder: Path, name: str, changes: dict) -> Path:
         "save_steps": None,
         "seed": SEED,
     }
+
     recipe = folder / "ours.yml"
     recipe.write_text(yaml.safe_dump(remove_absent(values)))
     return recipe
@@ -153,6 +158,8 @@ def remove_absent(values: dict) -> dict:
 def train_with_ours(folder: Path, changes: dict, recipe: str = RECIPE) -> Measured:
     """Train with a recipe's own code through Axolotl; see write_recipe."""
     do_cli(config=str(write_recipe(folder, recipe, changes)))
+
+    # Axolotl keeps its plugins for itself, and returns nothing.
     for plugin in PluginManager.get_instance().plugins.values():
         if isinstance(plugin, MeasuringPlugin):
             return plugin.measurement.measured

@@ -80,6 +80,7 @@ def write_inputs(folder: Path, recipe: str, pairs: Path, trained: int) -> None:
         model = AutoModelForSequenceClassification.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder / "base", max_shard_size="4GB")
 
+    # With the small vocabulary of the tests' tokenizer all rows would be as long as they may be.
     rows = work.draw_rows(pairs, trained, HELD_OUT)
     texts = []
     for column in ("prompt", "response_a", "response_b"):
@@ -112,10 +113,12 @@ def measure_switches(folder: Path, recipe: str, adapters: list[str], switches: l
         The figures, see work.Measured, by adapter and switch; an error's text where one failed.
     """
     figures = {}
+
     for adapter in adapters:
         for switch in switches:
             name = f"{adapter}, {switch}"
             changes = merge_keys(PLAIN, ADAPTERS[adapter], SWITCHES[switch])
+
             try:
                 figures[name] = asdict(in_process(train_with_ours, folder, changes, recipe))
             # What memory cannot hold, or a kernel that is not installed, is a figure too.
@@ -145,6 +148,7 @@ def format_table(figures: dict, matrix_rate: float) -> str:
         if isinstance(run, str):
             lines.append(f"| {name} | failed: {run.splitlines()[0]} | | | |")
             continue
+
         speed = run["pairs"] / run["seconds"]
         utilisation = run["operations"] / run["seconds"] / matrix_rate
         memory = run["peak_bytes"] / GIB

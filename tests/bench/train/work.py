@@ -48,7 +48,6 @@ class Measured:
     Attributes:
         pairs: How many pairs it trained on.
         seconds: From the first step to the last by read_clock, without loading and evaluation.
-        wall_seconds: The same by the clock on the wall.
         padding: The tokens that were computed, over the tokens of the rows.
         operations: Floating-point operations that the rows' own tokens need.
         peak_bytes: The most memory of a GPU that was in use; 0 without one.
@@ -59,7 +58,6 @@ class Measured:
 
     pairs: int
     seconds: float
-    wall_seconds: float
     padding: float
     operations: float
     peak_bytes: int
@@ -97,6 +95,7 @@ def draw_rows(pairs: Path, trained: int, held_out: int) -> pl.DataFrame:
             "give a larger file, or lower --trained"
         )
 
+    # The weights and shares of votes of the file would be those of ours alone.
     drawn = rows.sample(trained + held_out, seed=SEED, shuffle=True)
     is_held_out = pl.int_range(pl.len()) < held_out
     fold = pl.when(is_held_out).then(HELD_OUT_FOLD).otherwise(HELD_OUT_FOLD + 1)
@@ -122,6 +121,8 @@ def write_base(folder: Path, base: str) -> None:
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
         if hasattr(config, name):
             setattr(config, name, 0.0)
+
+    # The head is drawn here, once for all contenders.
     model = AutoModelForSequenceClassification.from_pretrained(base, config=config, dtype=torch.float32)
     model.save_pretrained(folder / "base")
     AutoTokenizer.from_pretrained(base).save_pretrained(folder / "base")
@@ -147,7 +148,8 @@ def write_rows(folder: Path, rows: pl.DataFrame, block: dict) -> None:
     )
 
     is_held_out = pl.col("fold") == HELD_OUT_FOLD
-    for name, part in (("held_out", rows.filter(is_held_out)), ("train", rows.filter(~is_held_out))):
+    parts = {"held_out": rows.filter(is_held_out), "train": rows.filter(~is_held_out)}
+    for name, part in parts.items():
         sequences = encode_rows(part, tokenizer, contract)
         choose(part, sequences).save_to_disk(folder / name)
 
@@ -186,7 +188,6 @@ class Measurement(TrainerCallback):
         self.held_out_before = self.measure_held_out(model)
         self.hook = model.register_forward_pre_hook(self.count_tokens, with_kwargs=True)
         self.started = read_clock()
-        self.wall_started = time.perf_counter()
 
     def count_tokens(self, model, arguments, keywords):
         """Count what a forward computes, padding included."""
@@ -195,23 +196,24 @@ class Measurement(TrainerCallback):
     def on_train_end(self, args, state, control, model=None, **kwargs):
         """Stop the clocks, then evaluate again."""
         seconds = read_clock() - self.started
-        wall_seconds = time.perf_counter() - self.wall_started
         self.hook.remove()
 
         rows = load_from_disk(self.folder / "train")
         lengths = []
         for name in ("chosen_ids", "rejected_ids"):
             lengths += [len(ids) for ids in rows[name]]
+
         step_over_forward = STEP_OVER_FORWARD
         if isinstance(model, PeftModel):
             step_over_forward = STEP_OVER_FORWARD_WITH_LORA
+
+        # Every step is logged.
         losses = [line["loss"] for line in state.log_history if "loss" in line]
         quarters = np.array_split(losses, QUARTERS)
 
         self.measured = Measured(
             pairs=len(rows),
             seconds=seconds,
-            wall_seconds=wall_seconds,
             padding=self.computed_tokens / sum(lengths),
             operations=step_over_forward * forward_operations(self.load_shape(), lengths),
             peak_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
@@ -242,13 +244,16 @@ def measure_loss(model: nn.Module, rows: Dataset, padding_free: bool) -> float:
         padding_free: Whether the model takes padding-free batches alone.
     """
     model.eval()
+    # With a pair at a time, padding and its cost are the same for all.
     collate = PairCollator(None, "reward", VERDICTS, "both", 0, padding_free=padding_free)
     losses = []
+
     for row in rows:
         pair = {"sequences": [row["chosen_ids"], row["rejected_ids"]], "labels": [1, 0], "weight": 1}
         batch = BatchEncoding(collate([pair])).to(model.device)
         del batch["labels"], batch["weight"]
         chosen, rejected = model(**batch).logits.flatten()
         losses.append(-nn.functional.logsigmoid(chosen - rejected).item())
+
     model.train()
     return float(np.mean(losses))
