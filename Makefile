@@ -7,7 +7,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export AXOLOTL_DO_NOT_TRACK := 1
 
-.PHONY: help setup lock demo demo-distill graph example test test-slow test-gpu test-fake-gpu lint format bench bench-preprocess bench-merge bench-kernel cv siamese compare ladder
+.PHONY: help setup lock demo demo-distill graph example test test-slow test-gpu test-fake-gpu lint format bench bench-preprocess bench-merge bench-kernel bench-train cv siamese compare ladder
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,10 @@ bench-merge: .venv/installed  ## merging and quantising a billion weights: ours 
 bench-kernel: .venv/installed  ## scoring beside transformers' pipeline and the notebooks' way, and the planner: make bench-kernel PAIRS=data/pairs.parquet
 	@python -m tests.bench.kernel $(if $(PAIRS),--pairs $(PAIRS)) $(if $(BASE),--base $(BASE)) $(ARGS)
 	@$(if $(PAIRS),python -m tests.bench.planner $(PAIRS))
+
+bench-train: .venv/installed  ## training beside TRL's RewardTrainer and transformers' Trainer; on a GPU 9B and 14B shapes too: make bench-train PAIRS=data/pairs.parquet BASE=FOLDER
+	@python -m tests.bench.train --pairs $(or $(PAIRS),data/pairs.parquet) $(if $(BASE),--base $(BASE)) $(ARGS) 2>/dev/null
+	@python -m tests.bench.train.shapes --pairs $(or $(PAIRS),data/pairs.parquet)
 
 graph: .venv/installed .venv-kaggle/installed .venv-graph/installed  ## bring a recipe and all it needs up to date: make graph R=gemma2_cls ARGS=--dry-run
 	@$(if $(R),,echo "error: R is missing; name a recipe: make graph R=gemma2_cls" >&2; exit 2;) pairwise make $(R) $(ARGS)

@@ -32,8 +32,9 @@ from recipes.pairwise.processes import LOG, end_without_telemetry, stop, stoppin
 from recipes.pairwise.tracking import metrics, recipe_copy, results, wandb_run
 from recipes.pairwise.training import checkpoints, cpu, deepspeed_cpu, heads, weights, zero3
 from recipes.pairwise.training.moving_average import MovingAverage
+from recipes.pairwise.training.padding_free import use_padding_free
 from recipes.pairwise.training.regularisers import require_dropout
-from recipes.pairwise.training.trainer import LABEL_TOKEN_OPTIONS, BeginEpoch, PairwiseTrainer
+from recipes.pairwise.training.trainer import BeginEpoch, PairwiseTrainer, label_token_options
 
 DEFAULT_SEED = 42
 VALIDATED_AT_ONCE = 4  # micro-batches: without gradients a batch needs a fraction of the memory
@@ -160,8 +161,11 @@ class PairwisePlugin(BasePlugin):
             zero3.fetch_heads_as_one(model)
 
     def post_model_load(self, cfg, model):
-        """Compute logits in float32, and hold what is trained in it; DeepSpeed and FSDP see to the latter themselves."""
+        """Compute logits in float32, take padding-free batches, hold what is trained in float32 (DeepSpeed and FSDP do)."""
         heads.compute_logits_in_float32(model, self.contract.label_token_ids)
+        if self.block.padding_free:
+            with stopping_on_errors(self.recipe):
+                use_padding_free(model)
         if not cfg.deepspeed and not cfg.fsdp_config:
             weights.train_in_float32(model)
 
@@ -187,6 +191,7 @@ class PairwisePlugin(BasePlugin):
             "orders": "both" if is_eval else self.block.orders,
             "pad_token_id": self.contract.pad_token_id,
             "pad_to_multiple_of": PADDED_TO_MULTIPLE_OF,
+            "padding_free": self.block.padding_free,
         }
 
     def add_callbacks_post_trainer(self, cfg, trainer):
@@ -209,7 +214,8 @@ class PairwisePlugin(BasePlugin):
         if trainer.r_drop > 0:
             with stopping_on_errors(self.recipe):
                 require_dropout(trainer.model)
-        trainer.model_options = LABEL_TOKEN_OPTIONS if self.block.head == "label_tokens" else {}
+        if self.block.head == "label_tokens":
+            trainer.model_options = label_token_options(self.block.padding_free)
         trainer.token_budget_batches = self.batches
         trainer.compute_metrics = self._compute_metrics
         self.trainer = trainer

@@ -1,4 +1,4 @@
-"""Benches of what has a limit or is compared with other tools: `make bench`, `make compare` and the targets `bench-…`."""
+"""Benches of what has a limit or is compared with other tools: `make bench`, `make bench-…`, `make compare`, `make ladder`."""
 
 # A model's sizes as the benches list them; a BERT has the first four.
 SIZE_NAMES = (

@@ -14,6 +14,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -219,8 +220,11 @@ def floor(folder: Path) -> float:
     """Floating-point operations of the model on the rows' own tokens."""
     package, model, pairs = load(folder)
     encoded = package.model_input.encode_all(pairs, package.tokenizer, package.contract)
-    lengths = [len(ids) for [ids] in encoded]
+    return forward_operations(model, [len(ids) for [ids] in encoded])
 
+
+def forward_operations(model, lengths: list[int]) -> float:
+    """Floating-point operations of a forward pass over sequences of these lengths, without padding."""
     weights = 0
     for name, weight in model.named_parameters():
         if (".layers." in name or ".layer." in name) and weight.dim() == 2:
@@ -234,7 +238,7 @@ def floor(folder: Path) -> float:
     return 2.0 * weights * sum(lengths) + attention
 
 
-def matrix_rate() -> float:
+def matrix_rate(clock: Callable[[], float] = time.perf_counter) -> float:
     """The machine's floating-point operations a second: the best torch.mm of float32 over several large shapes, all threads."""
     import torch
 
@@ -244,9 +248,9 @@ def matrix_rate() -> float:
         right = torch.randn(inner, columns)
         torch.mm(left, right)
         for _ in range(RATE_REPEATS):
-            started = time.perf_counter()
+            started = clock()
             torch.mm(left, right)
-            seconds = time.perf_counter() - started
+            seconds = clock() - started
             best_rate = max(best_rate, 2.0 * rows * inner * columns / seconds)
     return best_rate
 

@@ -19,6 +19,7 @@ STEPS = 20
 ONE_PROCESS = ("torchrun", "--", "--nproc_per_node", "1")  # DeepSpeed wants a launcher's variables
 NO_DEEPSPEED = {"deepspeed": None}
 FLASH = {"attn_implementation": "flash_attention_2"}
+PADDING_FREE = {"pairwise": {"padding_free": True}}
 needs_flash = pytest.mark.skipif(find_spec("flash_attn") is None, reason="flash-attn is not installed")
 
 
@@ -34,6 +35,7 @@ def train(recipe: Path, launcher: Sequence[str]) -> subprocess.CompletedProcess:
         pytest.param("gemma2_cls", NO_DEEPSPEED, ("python",), id="LoRA"),
         pytest.param("gemma2_cls", NO_DEEPSPEED | FLASH, ("python",), id="LoRA, flash-attention", marks=needs_flash),
         pytest.param("gemma2_causal", NO_DEEPSPEED, ("python",), id="LoRA, label tokens"),
+        pytest.param("gemma2_cls", NO_DEEPSPEED | PADDING_FREE, ("python",), id="LoRA, padding-free"),
         pytest.param("gemma2_qlora", {}, ("python",), id="QLoRA"),
         pytest.param("gemma2_reward", {}, ONE_PROCESS, id="LoRA, reward, ZeRO-2"),
     ],
@@ -43,7 +45,9 @@ def test_a_twin_trains_in_bf16_and_its_package_agrees(name, keys, launcher, tiny
     base = tiny_models(tiny.architecture(yaml.safe_load(recipe.read_text())["base_model"]))
     pairs = tiny.pairs_parquet(tmp_path / "pairs.parquet", 200)
     twin = tiny.twin(recipe, tmp_path, base, pairs)
-    values = yaml.safe_load(twin.read_text()) | keys | {"bf16": "auto", "max_steps": STEPS}
+    values = yaml.safe_load(twin.read_text())
+    block = values["pairwise"] | keys.get("pairwise", {})
+    values |= keys | {"pairwise": block, "bf16": "auto", "max_steps": STEPS}
     twin.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None}))
 
     trained = train(twin, launcher)

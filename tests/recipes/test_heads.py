@@ -19,7 +19,7 @@ from recipes.pairwise.data.collators import PairCollator
 from recipes.pairwise.tracking import metrics
 from recipes.pairwise.training.heads import compute_logits_in_float32
 from recipes.pairwise.training.losses import soft_cross_entropy
-from recipes.pairwise.training.trainer import LABEL_TOKEN_OPTIONS
+from recipes.pairwise.training.trainer import label_token_options
 from tests import tiny
 
 TWO = ("model_a", "model_b")
@@ -75,7 +75,7 @@ def test_only_label_tokens_have_logits_and_they_are_those_of_the_whole_vocabular
     inputs = {"input_ids": torch.tensor([[5, 6, 7], [8, 9, 10]])}
     all_logits_btv = model(**inputs).logits
     compute_logits_in_float32(model, (20, 30))
-    logits_b1v = model(**inputs, **LABEL_TOKEN_OPTIONS).logits
+    logits_b1v = model(**inputs, **label_token_options(padding_free=False)).logits
     assert torch.allclose(logits_b1v, all_logits_btv[:, -1:, [20, 30]], atol=1e-5)
 
 
@@ -87,7 +87,7 @@ def test_label_tokens_learn_the_share_of_the_votes(tiny_models):
     labels_pov, weight_p = batch.pop("labels"), batch.pop("weight")
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.003)
     for _ in range(40):
-        logits_pov = model(**batch, **LABEL_TOKEN_OPTIONS).logits.view(labels_pov.shape)
+        logits_pov = model(**batch, **label_token_options(padding_free=False)).logits.view(labels_pov.shape)
         soft_cross_entropy(logits_pov, labels_pov, weight_p).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -199,6 +199,10 @@ def head_problems(values: dict) -> Iterator[str]:
         yield "group_by_length: pairwise.tokens_per_micro_batch decides which rows stand together; remove one of the two"
     if block.get("softcap") and values.get("attn_implementation") == "sdpa":
         yield "attn_implementation: sdpa drops the soft cap without a word; use eager or flash_attention_2, or softcap: false"
+    if block.get("padding_free") and values.get("attn_implementation") == "eager":
+        yield "attn_implementation: eager would let the sequences of a padding-free row see each other; remove it"
+    if block.get("padding_free") and block.get("softcap") and values.get("attn_implementation") != "flash_attention_2":
+        yield "pairwise.padding_free: with the soft cap it needs attn_implementation: flash_attention_2; add that"
 
 
 def average_problems(values: dict) -> Iterator[str]:

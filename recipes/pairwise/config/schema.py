@@ -128,6 +128,9 @@ class PairwiseBlock(_Strict):
         description="the most tokens of a micro-batch, padding included: its pairs vary with their lengths, and "
         "micro_batch_size is their mean; pairs of a step stay the same",
     )
+    padding_free: bool = Field(
+        False, description="no padding: the sequences of a micro-batch stand in one row, and none sees another"
+    )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="mixes the labels with the uniform distribution")
     focal_gamma: float = Field(0.0, ge=0, le=10, description="focal loss: verdicts that the model is sure of count less")
     r_drop: float = Field(
@@ -172,6 +175,8 @@ class PairwiseBlock(_Strict):
             raise ValueError("distill: with train: false there is no student; remove one of the two")
         if self.head == "reward" and "orders" in self.model_fields_set:
             raise ValueError("orders: a reward model sees each answer alone, its orders are the same; remove the key")
+        if self.padding_free and self.r_drop > 0:
+            raise ValueError("padding_free: R-Drop repeats the rows of a batch, which has one; remove one of the two")
         if self.template == "bert" and self.package.quantize in GPTQ_BITS:
             raise ValueError(f"package.quantize: {self.package.quantize} is for decoders; an encoder takes int8, or none")
         if self.head == "label_tokens" and self.template == "bert":

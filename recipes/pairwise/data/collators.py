@@ -22,11 +22,12 @@ class PairCollator:
     teachers, it also holds teacher, the teachers' probabilities in the shape of labels.
 
     Padding stands on the right. For label_tokens, whose answer is read at the last place, it stands
-    on the left, and the batch holds position_ids as well.
+    on the left, and the batch holds position_ids as well. A padding-free batch has one row, see `join`.
 
     Attributes:
         tokenizer: Passed by Axolotl, as are `padding` and `return_tensors`; not used.
         orders: as_given, random (one of the two for each pair) or both.
+        padding_free: Whether the sequences stand end to end in one row.
     """
 
     tokenizer: object
@@ -35,6 +36,7 @@ class PairCollator:
     orders: str
     pad_token_id: int
     pad_to_multiple_of: int = PADDED_TO_MULTIPLE_OF
+    padding_free: bool = False
     padding: bool = True
     return_tensors: str = "pt"
     generator: torch.Generator | None = None
@@ -54,7 +56,7 @@ class PairCollator:
         batch = {
             "labels": torch.tensor(labels_pov, dtype=torch.float32),
             "weight": torch.tensor(weight_p, dtype=torch.float32),
-            **self.pad(sequences),
+            **(self.join(sequences) if self.padding_free else self.pad(sequences)),
         }
         if teacher_pov:
             batch["teacher"] = torch.tensor(teacher_pov, dtype=torch.float32)
@@ -107,6 +109,28 @@ class PairCollator:
         if pads_left:
             # A sequence's positions begin at 0 behind its padding.
             batch["position_ids"] = (mask_bt.cumsum(dim=-1) - 1).clamp(min=0)
+        return batch
+
+    def join(self, sequences: list[list[int]]) -> dict[str, object]:
+        """Join sequences end to end, without padding; see training/padding_free.py.
+
+        Returns:
+            input_ids and position_ids of shape (1, tokens); the sequences' bounds and the length of the longest,
+            by the names under which flash-attention reads them; for label_tokens logits_to_keep, the last places.
+        """
+        lengths = torch.tensor([len(ids) for ids in sequences])
+        bounds = torch.cat([torch.zeros(1, dtype=torch.int32), lengths.cumsum(0).int()])
+        longest = int(lengths.max())
+        batch = {
+            "input_ids": torch.tensor([sum(sequences, [])]),
+            "position_ids": torch.cat([torch.arange(length) for length in lengths.tolist()])[None],
+            "cu_seq_lens_q": bounds,
+            "cu_seq_lens_k": bounds,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
+        if self.head == "label_tokens":
+            batch["logits_to_keep"] = bounds[1:].long() - 1
         return batch
 
     def is_heads(self) -> bool:

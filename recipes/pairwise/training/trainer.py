@@ -16,11 +16,17 @@ from recipes.pairwise.training.regularisers import r_drop_penalty, repeat_batch
 # Axolotl logs these; they mean nothing for a model that generates no text.
 MEANINGLESS_METRICS = ("ppl", "eval_ppl", "tokens/")
 
-# The answer stands at the last place of every row, and only there are logits computed.
-LABEL_TOKEN_OPTIONS = {"logits_to_keep": 1, "use_cache": False}
-
 # fp16's loss scale starts at 65,536 and is halved at every overflow: below this, all steps overflow.
 LEAST_LOSS_SCALE = 1.0
+
+
+def label_token_options(padding_free: bool) -> dict[str, object]:
+    """Return the arguments with which a causal LM computes logits only where the answer stands."""
+    options: dict[str, object] = {"use_cache": False}
+    # Padded rows end with it. A padding-free batch names the places itself.
+    if not padding_free:
+        options["logits_to_keep"] = 1
+    return options
 
 
 def check_gradient(norm: float, step: int, loss_scale: float | None) -> None:

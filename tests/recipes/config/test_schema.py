@@ -57,6 +57,15 @@ def test_a_good_recipe_has_no_problem():
             "group_by_length: pairwise.tokens_per_micro_batch decides which rows stand together; remove one",
         ),
         (with_block(softcap=True) | {"attn_implementation": "sdpa"}, "attn_implementation: sdpa drops the soft cap"),
+        (
+            with_block(padding_free=True) | {"attn_implementation": "eager"},
+            "attn_implementation: eager would let the sequences of a padding-free row",
+        ),
+        (
+            with_block(padding_free=True, softcap=True),
+            "pairwise.padding_free: with the soft cap it needs attn_implementation: flash_attention_2",
+        ),
+        (with_block(padding_free=True, r_drop=1.0), "pairwise.padding_free: R-Drop repeats the rows of a batch"),
         (with_block(head="reward", verdicts=["model_a", "tie", "model_b"]), "pairwise.verdicts: a reward model tells no ties"),
         (with_block(head="reward", orders="both"), "pairwise.orders: a reward model sees each answer alone"),
         (with_block(head="label_tokens", template="bert"), "pairwise.template: bert has no answer to predict"),
