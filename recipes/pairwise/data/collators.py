@@ -1,7 +1,7 @@
 """Rows of the dataset → one padded batch, the two sequences of a pair side by side."""
 
 import math
-import os
+import random
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +9,6 @@ import torch
 from preprocess.model_input import swap_probabilities
 
 PADDED_TO_MULTIPLE_OF = 8  # tokens, which suits tensor cores
-SEEDS_APART = 7919  # between the seeds of two processes; any prime does
 
 
 @dataclass
@@ -27,6 +26,8 @@ class PairCollator:
     Attributes:
         tokenizer: Passed by Axolotl, as are `padding` and `return_tensors`; not used.
         orders: as_given, random (one of the two for each pair) or both.
+        seed: The run's seed, which decides the random orders.
+        epoch: The number of the epoch, from 0, with which they change; set by BeginEpoch.
     """
 
     tokenizer: object
@@ -37,41 +38,46 @@ class PairCollator:
     pad_to_multiple_of: int = PADDED_TO_MULTIPLE_OF
     padding: bool = True
     return_tensors: str = "pt"
-    generator: torch.Generator | None = None
+    seed: int = 0
+    epoch: int = 0
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        """Make a batch of rows of the dataset, whose columns are datasets.FEATURES."""
         sequences = []
         labels_pov = []
         teacher_pov = []
         for row in rows:
-            swaps = self.choose_orders()
+            swaps = self.choose_orders(row["id"])
             sequences += self.choose_sequences(row, swaps)
             labels_pov.append([self.order_verdicts(row["labels"], swap) for swap in swaps])
             if row.get("teacher"):
                 teacher_pov.append([self.order_verdicts(row["teacher"], swap) for swap in swaps])
 
-        weight_p = [row["weight"] for row in rows]
-        batch = {
-            "labels": torch.tensor(labels_pov, dtype=torch.float32),
-            "weight": torch.tensor(weight_p, dtype=torch.float32),
-            **self.pad(sequences),
-        }
+        batch = self.pad(sequences)
+        batch["labels"] = torch.tensor(labels_pov, dtype=torch.float32)
+        batch["weight"] = torch.tensor([row["weight"] for row in rows], dtype=torch.float32)
         if teacher_pov:
             batch["teacher"] = torch.tensor(teacher_pov, dtype=torch.float32)
         return batch
 
-    def choose_orders(self) -> list[bool]:
-        """Choose the orders of a row to train on: for each, whether it is swapped."""
+    def choose_orders(self, row_id: str) -> list[bool]:
+        """Choose the orders of a pair to train on: for each, whether it is swapped.
+
+        A random order follows from the seed, the epoch and the pair alone. So a run that is resumed
+        draws the orders that it would have drawn without the interruption, on any number of GPUs.
+        """
         if self.head == "reward" or self.orders == "as_given":
             return [False]
         if self.orders == "random":
-            return [self.is_heads()]
+            coin = random.Random(f"{self.seed} {self.epoch} {row_id}")
+            return [coin.random() < 0.5]
         return [False, True]
 
     def choose_sequences(self, row: dict, swaps: list[bool]) -> list[list[int]]:
-        """Return a row's sequences of token ids in these orders.
+        """Return a pair's sequences of token ids in these orders.
 
-        For the reward head they are those of both responses, in the order of the verdicts.
+        For the reward head, which reads each response alone, they are those of both responses, in
+        the order of the verdicts.
         """
         first, second = row["sequences"]
         if self.head == "reward":
@@ -80,7 +86,7 @@ class PairCollator:
         return [second if is_swapped else first for is_swapped in swaps]
 
     def order_verdicts(self, probabilities: list[float], is_swapped: bool) -> list[float]:
-        """Return a row's probabilities as they are in an order: swapped, A's is that of B."""
+        """Return a pair's probabilities as they are in an order: swapped, A's is that of B."""
         if is_swapped:
             return swap_probabilities(list(probabilities), self.verdicts)
         return list(probabilities)
@@ -92,30 +98,21 @@ class PairCollator:
             input_ids and attention_mask, and for label_tokens position_ids, all of shape
             (sequences, tokens).
         """
-        pads_left = self.head == "label_tokens"
         longest = max(len(ids) for ids in sequences)
         width = math.ceil(longest / self.pad_to_multiple_of) * self.pad_to_multiple_of
         input_ids_bt = torch.full((len(sequences), width), self.pad_token_id, dtype=torch.long)
         mask_bt = torch.zeros((len(sequences), width), dtype=torch.long)
 
-        for number, ids in enumerate(sequences):
+        # The head label_tokens reads the answer at the last place, which must not be padding.
+        pads_left = self.head == "label_tokens"
+        for row, ids in enumerate(sequences):
             start = width - len(ids) if pads_left else 0
-            input_ids_bt[number, start : start + len(ids)] = torch.tensor(ids)
-            mask_bt[number, start : start + len(ids)] = 1
+            end = start + len(ids)
+            input_ids_bt[row, start:end] = torch.tensor(ids)
+            mask_bt[row, start:end] = 1
 
         batch = {"input_ids": input_ids_bt, "attention_mask": mask_bt}
         if pads_left:
             # A sequence's positions begin at 0 behind its padding.
             batch["position_ids"] = (mask_bt.cumsum(dim=-1) - 1).clamp(min=0)
         return batch
-
-    def is_heads(self) -> bool:
-        """Toss a coin that differs between processes and their workers.
-
-        torch's own generator has the same seed on every GPU.
-        """
-        if self.generator is None:
-            rank = int(os.environ.get("RANK", "0"))
-            seed = torch.initial_seed() + SEEDS_APART * rank
-            self.generator = torch.Generator().manual_seed(seed % 2**63)
-        return torch.rand((), generator=self.generator).item() < 0.5

@@ -57,18 +57,19 @@ def read_pairs(path: Path | str) -> pl.DataFrame:
         raise UserError(
             f"{path}: no such file; make it with python -m preprocess SOURCE --out {path}"
         )
+
     try:
         frame = pl.read_parquet(path)
-    # A panic of Polars, as of a damaged page, is no Exception.
+    # Polars panics at a damaged page, and its panic is no subclass of Exception.
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         first_line = str(error).splitlines()[0]
         raise UserError(f"{path}: not a Parquet file ({first_line})") from None
 
-    missing = [column for column in COLUMNS if column not in frame.columns]
-    if missing:
-        raise UserError(
-            f"{path}: no column {', '.join(missing)}; it was not written by python -m preprocess"
-        )
+    missing_columns = [column for column in COLUMNS if column not in frame.columns]
+    if missing_columns:
+        listed = ", ".join(missing_columns)
+        raise UserError(f"{path}: no column {listed}; it was not written by python -m preprocess")
+
     if "role" not in frame.columns:
         frame = frame.with_columns(role=pl.lit("train"))
     return frame
@@ -77,7 +78,7 @@ def read_pairs(path: Path | str) -> pl.DataFrame:
 def split(
     frame: pl.DataFrame, fold: int | str, path: Path | str, with_pool: bool = False
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Split pairs into training and validation rows, by their roles.
+    """Split pairs into training and validation rows, by their roles and folds.
 
     Rows of the roles train and extra are trained on, those of train alone are validated on. Neither
     holds rows of the lockbox. A fold's other rows are left out with it, since their prompts may be like
@@ -90,6 +91,9 @@ def split(
         path: The file, for the message.
         with_pool: Also train on the rows of the pool, which have no votes.
 
+    Returns:
+        The training rows and the validation rows.
+
     Raises:
         UserError: If there is no such fold, or no other one, or a row to train on shares its prompt
             with a row of the lockbox.
@@ -97,9 +101,10 @@ def split(
     training_roles = ["train", "extra"]
     if with_pool:
         training_roles.append("pool")
-    human_votes = frame.filter(role="train")
     trainable = frame.filter(pl.col("role").is_in(training_roles))
     check_lockbox(frame, trainable, path)
+
+    human_votes = frame.filter(role="train")
     if fold == "all":
         sample = _order_by_hash(human_votes["id"])[:FIXED_SAMPLE_ROWS]
         return trainable, human_votes[sample]
@@ -108,15 +113,26 @@ def split(
     if fold not in folds or len(folds) < 2:
         listed = ", ".join(str(number) for number in folds)
         raise UserError(f"{path}: pairwise.fold is {fold}, but the folds in the file are {listed}")
+
     is_held_out = pl.col("fold") == fold
     return trainable.filter(~is_held_out), human_votes.filter(is_held_out)
 
 
 def check_lockbox(frame: pl.DataFrame, trainable: pl.DataFrame, path: Path | str) -> None:
-    """Raise UserError where a row to train on shares its group of prompts with a row of the lockbox."""
+    """Check that no row to train on has a prompt like one of the lockbox, the rows of the role test.
+
+    Args:
+        frame: All rows of the file; rows of like prompts have the same number as their `group`.
+        trainable: The rows to train on.
+        path: The file, for the message.
+
+    Raises:
+        UserError: One has.
+    """
     lockbox = frame.filter(role="test")
     if lockbox.is_empty():
         return
+
     leaks = trainable.filter(pl.col("group").is_in(lockbox["group"].implode()))
     if not leaks.is_empty():
         raise UserError(
@@ -140,20 +156,26 @@ def _order_by_hash(ids: pl.Series) -> pl.Series:
 
 
 def targets(frame: pl.DataFrame, verdicts: tuple[str, ...]) -> np.ndarray:
-    """Return the target probabilities, float32 of shape (rows, verdicts).
+    """Return what the model is to predict for each row: the shares of the human votes.
 
-    Without a verdict for ties, half of a tie goes to each side. A pool row, which has no votes, has zeros.
+    Args:
+        frame: The rows of a pairs.parquet.
+        verdicts: The model's verdicts. Where tie is none of them, half of a tie goes to each side.
+
+    Returns:
+        Probabilities, float32 of shape (rows, verdicts). A pool row, which has no votes, has zeros.
     """
-    frame = frame.with_columns(pl.col("p_model_a", "p_model_b", "p_tie").fill_null(0.0))
-    share_a = frame["p_model_a"].to_numpy()
-    share_b = frame["p_model_b"].to_numpy()
-    share_tie = frame["p_tie"].to_numpy()
+    votes = frame.select(pl.col("p_model_a", "p_model_b", "p_tie").fill_null(0.0))
+    share_a = votes["p_model_a"].to_numpy()
+    share_b = votes["p_model_b"].to_numpy()
+    share_tie = votes["p_tie"].to_numpy()
     if "tie" not in verdicts:
         share_a = share_a + share_tie / 2
         share_b = share_b + share_tie / 2
 
-    shares = {"model_a": share_a, "model_b": share_b, "tie": share_tie}
-    return np.stack([shares[verdict] for verdict in verdicts], axis=1).astype(np.float32)
+    share_by_verdict = {"model_a": share_a, "model_b": share_b, "tie": share_tie}
+    columns = [share_by_verdict[verdict] for verdict in verdicts]
+    return np.stack(columns, axis=1).astype(np.float32)
 
 
 def winners(frame: pl.DataFrame, verdicts: tuple[str, ...]) -> np.ndarray:
@@ -192,6 +214,7 @@ def tokenise(
     # 1 on average, so that the learning rate means the same whatever preprocess counted.
     weights_r = (frame["weight"] / frame["weight"].mean()).to_numpy()
 
+    # Chunk by chunk: Arrow holds the ids in a fraction of the memory that Python's lists take.
     parts = []
     progress = tqdm(
         total=len(frame), desc=f"tokenising {description}", unit=" pairs", mininterval=5
@@ -246,31 +269,40 @@ def datasets_of(
         tokenizer: A fast tokenizer.
         contract: Says how a pair becomes token ids.
         cache: The folder of the run's tokenised rows.
-        distill: The teachers of a student, whose labels its training rows get.
+        distill: The teachers of a student, whose labels its training rows get; None without teachers.
+
+    Returns:
+        The training rows and the validation rows, with the columns of FEATURES.
     """
     with_pool = distill is not None and distill.pool
-    train, validation = split(read_pairs(pairs), fold, pairs, with_pool)
+    train_pairs, validation_pairs = split(read_pairs(pairs), fold, pairs, with_pool)
     teacher_rv = None
     if distill is not None:
-        teacher_rv = read_teachers(distill, train, pairs, contract.verdicts)
+        teacher_rv = read_teachers(distill, train_pairs, pairs, contract.verdicts)
+
     folder = cache / _cache_name(pairs, fold, tokenizer, contract, distill)
     cache.mkdir(parents=True, exist_ok=True)
-
     with FileLock(cache / "lock"):
         if not folder.exists():
+            train = tokenise(train_pairs, tokenizer, contract, "training pairs", teacher_rv)
+            validation = tokenise(validation_pairs, tokenizer, contract, "validation pairs")
             with atomic_folder(folder) as temporary:
-                train_set = tokenise(train, tokenizer, contract, "training pairs", teacher_rv)
-                train_set.save_to_disk(temporary / "train")
-                validation_set = tokenise(validation, tokenizer, contract, "validation pairs")
-                longest_first = validation_set.sort("length", reverse=True)
-                longest_first.save_to_disk(temporary / "validation")
+                train.save_to_disk(temporary / "train")
+                validation.sort("length", reverse=True).save_to_disk(temporary / "validation")
+
+    # All processes read from the disk, so that they share its pages in memory.
     return load_from_disk(folder / "train"), load_from_disk(folder / "validation")
 
 
 def _cache_name(
     pairs: Path, fold: int | str, tokenizer, contract: Contract, distill: DistillBlock | None
 ) -> str:
-    """Hash everything that decides the tokenised rows, so that a stale cache is never read."""
+    """Name the folder of tokenised rows by a hash of all that decides them.
+
+    So rows of another file, fold, tokenizer or setting are never read in their place. The arguments
+    are those of datasets_of.
+    """
+    # These three parts of a contract do not change how a pair is tokenised.
     settings = asdict(contract)
     for name in ("golden", "recorded", "base_model"):
         del settings[name]
@@ -280,5 +312,6 @@ def _cache_name(
     inputs = [sha256(pairs), fold, settings, tokenizer_sha256, list(FEATURES)]
     if distill is not None:
         inputs += [distill.teachers, distill.pool, hash_labels(distill)]
-    key = json.dumps(inputs, sort_keys=True)
-    return hashlib.sha256(key.encode()).hexdigest()[:CACHE_NAME_LENGTH]
+
+    inputs_json = json.dumps(inputs, sort_keys=True)
+    return hashlib.sha256(inputs_json.encode()).hexdigest()[:CACHE_NAME_LENGTH]

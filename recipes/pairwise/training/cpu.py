@@ -8,7 +8,11 @@ from recipes.pairwise.training import deepspeed_cpu
 
 
 def prepare(cfg: dict) -> None:
-    """Set up this process for training on CPUs: float32, all cores, DeepSpeed's process group."""
+    """Set up this process for training on CPUs: float32, all cores, DeepSpeed's process group.
+
+    Args:
+        cfg: Axolotl's configuration, changed in place.
+    """
     # Axolotl takes `bf16: auto` on a CPU for fp16, in which the first step ends in NaN.
     cfg["bf16"] = False
     cfg["fp16"] = False
@@ -16,9 +20,10 @@ def prepare(cfg: dict) -> None:
     cfg["dataloader_pin_memory"] = False
     use_all_cores()
 
-    # Axolotl asks this in several processes. PyTorch's own raises without a GPU: in a build without
-    # CUDA an AssertionError, which Axolotl lets pass, in PyPI's a RuntimeError, which ends the run.
+    # With several processes Axolotl asks whether GPUs reach each other's memory. Without a GPU the
+    # question ends the run in PyPI's build of PyTorch, so it gets an answer that is always no.
     torch.cuda.can_device_access_peer = answer_no_peers
+
     if cfg.get("deepspeed"):
         deepspeed_cpu.start_group()
 

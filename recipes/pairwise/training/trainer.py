@@ -8,6 +8,7 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback
 
 from recipes.pairwise.config.schema import DistillBlock
+from recipes.pairwise.data.collators import PairCollator
 from recipes.pairwise.data.token_budget import TokenBudgetBatches
 from recipes.pairwise.training.deepspeed_cpu import deepspeed_on_cpu, tell_accelerate
 from recipes.pairwise.training.losses import distillation_loss, soft_cross_entropy
@@ -32,8 +33,10 @@ def check_gradient(norm: float, step: int, loss_scale: float | None) -> None:
         loss_scale: fp16's loss scale, or None in other dtypes. Such a scale is found by trying:
             a step that overflows now and then is routine, is left out, and halves it.
     """
+    if math.isfinite(norm):
+        return
     is_routine_overflow = loss_scale is not None and loss_scale >= LEAST_LOSS_SCALE
-    if math.isfinite(norm) or is_routine_overflow:
+    if is_routine_overflow:
         return
     raise FloatingPointError(
         f"step {step}: the gradient is not finite; lower learning_rate or train in bf16, not fp16"
@@ -59,16 +62,20 @@ def weigh_by_pair(micro_batches: list[dict]) -> None:
 
 
 class BeginEpoch(TrainerCallback):
-    """Tells the token budget's batches which epoch begins, in a resumed run as well.
+    """Tells what draws at random anew in each epoch which one begins, in a resumed run as well.
 
     accelerate's own set_epoch does not reach a batch sampler below the one that skips rows.
     """
 
-    def __init__(self, batches: TokenBudgetBatches):
+    def __init__(self, collator: PairCollator, batches: TokenBudgetBatches | None):
+        self.collator = collator
         self.batches = batches
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.batches.epoch = int(state.epoch or 0)
+        epoch = int(state.epoch or 0)
+        self.collator.epoch = epoch
+        if self.batches is not None:
+            self.batches.epoch = epoch
 
 
 class _AfterAxolotl(Trainer):
@@ -129,9 +136,12 @@ class PairwiseTrainer(AxolotlTrainer, _AfterAxolotl):
         self.model_accepts_loss_kwargs = False
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Return the loss of a batch of PairCollator, and where they are asked for its logits."""
         # R-Drop compares two passes of a pair, which differ by their dropout.
         uses_r_drop = self.r_drop > 0 and model.training
         model_inputs = repeat_batch(inputs) if uses_r_drop else dict(inputs)
+
+        # What the loss reads is no input of the model.
         labels = model_inputs.pop("labels")
         weight = model_inputs.pop("weight")
         teacher = model_inputs.pop("teacher", None)
@@ -143,7 +153,10 @@ class PairwiseTrainer(AxolotlTrainer, _AfterAxolotl):
         else:
             # Metrics are against human votes, and comparable whatever a run is trained with.
             loss = soft_cross_entropy(logits_pov, labels, weight)
-        return (loss, {"logits": logits_pov}) if return_outputs else loss
+
+        if return_outputs:
+            return loss, {"logits": logits_pov}
+        return loss
 
     def training_loss(
         self,
@@ -159,13 +172,16 @@ class PairwiseTrainer(AxolotlTrainer, _AfterAxolotl):
             labels: Of the same shape, see soft_cross_entropy.
             weight: Of shape (pairs,), see soft_cross_entropy.
             teacher: The teachers' probabilities, of the shape of the labels; None without teachers.
+
+        Returns:
+            A scalar in float32.
         """
         loss = soft_cross_entropy(logits, labels, weight, self.label_smoothing, self.focal_gamma)
 
         if teacher is not None:
-            share = self.distill.weight
+            teacher_share = self.distill.weight
             divergence = distillation_loss(logits, teacher, weight, self.distill.temperature)
-            loss = (1 - share) * loss + share * divergence
+            loss = (1 - teacher_share) * loss + teacher_share * divergence
 
         if self.r_drop > 0:
             loss = loss + self.r_drop * r_drop_penalty(logits, weight)
