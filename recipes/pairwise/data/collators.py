@@ -46,22 +46,25 @@ class PairCollator:
         sequences = []
         labels_pov = []
         teacher_pov = []
+        weight_p = []
         for row in rows:
+            # Sequences and probabilities of a pair stand in the same orders.
             swaps = self.choose_orders(row["id"])
             sequences += self.choose_sequences(row, swaps)
-            labels_pov.append([self.order_verdicts(row["labels"], swap) for swap in swaps])
+            labels_pov.append(self.order_verdicts(row["labels"], swaps))
+            weight_p.append(row["weight"])
             if row.get("teacher"):
-                teacher_pov.append([self.order_verdicts(row["teacher"], swap) for swap in swaps])
+                teacher_pov.append(self.order_verdicts(row["teacher"], swaps))
 
         batch = self.pad(sequences)
         batch["labels"] = torch.tensor(labels_pov, dtype=torch.float32)
-        batch["weight"] = torch.tensor([row["weight"] for row in rows], dtype=torch.float32)
+        batch["weight"] = torch.tensor(weight_p, dtype=torch.float32)
         if teacher_pov:
             batch["teacher"] = torch.tensor(teacher_pov, dtype=torch.float32)
         return batch
 
     def choose_orders(self, row_id: str) -> list[bool]:
-        """Choose the orders of a pair to train on: for each, whether it is swapped.
+        """Choose the orders of a pair to train on: for each, whether A and B are swapped.
 
         A random order follows from the seed, the epoch and the pair alone. So a run that is resumed
         draws the orders that it would have drawn without the interruption, on any number of GPUs.
@@ -70,7 +73,8 @@ class PairCollator:
             return [False]
         if self.orders == "random":
             coin = random.Random(f"{self.seed} {self.epoch} {row_id}")
-            return [coin.random() < 0.5]
+            is_swapped = coin.random() < 0.5
+            return [is_swapped]
         return [False, True]
 
     def choose_sequences(self, row: dict, swaps: list[bool]) -> list[list[int]]:
@@ -79,17 +83,33 @@ class PairCollator:
         For the reward head, which reads each response alone, they are those of both responses, in
         the order of the verdicts.
         """
+        # As given and swapped; for the reward head response A and response B.
         first, second = row["sequences"]
         if self.head == "reward":
-            response_by_verdict = {"model_a": first, "model_b": second}
-            return [response_by_verdict[verdict] for verdict in self.verdicts]
-        return [second if is_swapped else first for is_swapped in swaps]
+            # Of model_a and model_b, whose responses these are, either may come first.
+            if self.verdicts[0] == "model_b":
+                return [second, first]
+            return [first, second]
 
-    def order_verdicts(self, probabilities: list[float], is_swapped: bool) -> list[float]:
-        """Return a pair's probabilities as they are in an order: swapped, A's is that of B."""
-        if is_swapped:
-            return swap_probabilities(list(probabilities), self.verdicts)
-        return list(probabilities)
+        sequences = []
+        for is_swapped in swaps:
+            sequences.append(second if is_swapped else first)
+        return sequences
+
+    def order_verdicts(self, probabilities: list[float], swaps: list[bool]) -> list[list[float]]:
+        """Return a pair's probabilities as they are in each of these orders: swapped, A's is B's.
+
+        Args:
+            probabilities: In the order as given, one for each verdict.
+            swaps: The orders, see choose_orders.
+        """
+        probabilities_ov = []
+        for is_swapped in swaps:
+            if is_swapped:
+                probabilities_ov.append(swap_probabilities(list(probabilities), self.verdicts))
+            else:
+                probabilities_ov.append(list(probabilities))
+        return probabilities_ov
 
     def pad(self, sequences: list[list[int]]) -> dict[str, torch.Tensor]:
         """Pad sequences to a common length, a multiple of pad_to_multiple_of.
@@ -100,8 +120,9 @@ class PairCollator:
         """
         longest = max(len(ids) for ids in sequences)
         width = math.ceil(longest / self.pad_to_multiple_of) * self.pad_to_multiple_of
-        input_ids_bt = torch.full((len(sequences), width), self.pad_token_id, dtype=torch.long)
-        mask_bt = torch.zeros((len(sequences), width), dtype=torch.long)
+        batch_shape = (len(sequences), width)
+        input_ids_bt = torch.full(batch_shape, self.pad_token_id, dtype=torch.long)
+        mask_bt = torch.zeros(batch_shape, dtype=torch.long)
 
         # The head label_tokens reads the answer at the last place, which must not be padding.
         pads_left = self.head == "label_tokens"

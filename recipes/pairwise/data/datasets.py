@@ -17,6 +17,7 @@ from preprocess.model_input import Contract, encode_all, pair_from_row, swap
 from recipes.pairwise.config.schema import DistillBlock
 from recipes.pairwise.data.teacher_labels import hash_labels, read_teachers
 
+# What a run reads of a pairs.parquet; role and group may be absent in files of an earlier version.
 COLUMNS = (
     "id",
     "prompt",
@@ -30,17 +31,22 @@ COLUMNS = (
     "p_tie",
 )
 FIXED_SAMPLE_ROWS = 500  # of fold "all", whose validation rows are trained on too
-CHUNK_ROWS = 1000
+CHUNK_ROWS = 1000  # that are tokenised at once
 CACHE_NAME_LENGTH = 16  # hexadecimal digits
 FEATURES = Features(
     {
         "id": Value("string"),
+        # The token ids of the pair in both orders, or of both responses, see encode_rows.
         "sequences": List(List(Value("int32"))),
+        # The shares of the human votes for each verdict, in the order as given.
         "labels": List(Value("float32")),
+        # The place of the winner among the verdicts.
         "winner": Value("int8"),
         # The teachers' probabilities; empty without teachers.
         "teacher": List(Value("float32")),
+        # How much the pair counts in the loss; 1 on average.
         "weight": Value("float32"),
+        # Tokens of the longer sequence.
         "length": Value("int32"),
     }
 )
@@ -98,12 +104,14 @@ def split(
         UserError: If there is no such fold, or no other one, or a row to train on shares its prompt
             with a row of the lockbox.
     """
+    # Which rows are trained on, whatever the fold.
     training_roles = ["train", "extra"]
     if with_pool:
         training_roles.append("pool")
     trainable = frame.filter(pl.col("role").is_in(training_roles))
     check_lockbox(frame, trainable, path)
 
+    # Metrics are of human votes on rows of the competition's own kind, which the role train is.
     human_votes = frame.filter(role="train")
     if fold == "all":
         sample = _order_by_hash(human_votes["id"])[:FIXED_SAMPLE_ROWS]
@@ -165,17 +173,15 @@ def targets(frame: pl.DataFrame, verdicts: tuple[str, ...]) -> np.ndarray:
     Returns:
         Probabilities, float32 of shape (rows, verdicts). A pool row, which has no votes, has zeros.
     """
-    votes = frame.select(pl.col("p_model_a", "p_model_b", "p_tie").fill_null(0.0))
-    share_a = votes["p_model_a"].to_numpy()
-    share_b = votes["p_model_b"].to_numpy()
-    share_tie = votes["p_tie"].to_numpy()
-    if "tie" not in verdicts:
-        share_a = share_a + share_tie / 2
-        share_b = share_b + share_tie / 2
+    # The shares are null where there are no votes.
+    shares = frame.select(pl.col("p_model_a", "p_model_b", "p_tie").fill_null(0.0))
 
-    share_by_verdict = {"model_a": share_a, "model_b": share_b, "tie": share_tie}
-    columns = [share_by_verdict[verdict] for verdict in verdicts]
-    return np.stack(columns, axis=1).astype(np.float32)
+    if "tie" not in verdicts:
+        half_of_tie = pl.col("p_tie") / 2
+        shares = shares.with_columns(pl.col("p_model_a", "p_model_b") + half_of_tie)
+
+    columns = [f"p_{verdict}" for verdict in verdicts]
+    return shares.select(columns).to_numpy().astype(np.float32)
 
 
 def winners(frame: pl.DataFrame, verdicts: tuple[str, ...]) -> np.ndarray:
@@ -239,15 +245,29 @@ def tokenise(
 
 
 def encode_rows(chunk: pl.DataFrame, tokenizer, contract: Contract) -> list[list[list[int]]]:
-    """Return two sequences of token ids for each row, see tokenise."""
+    """Encode each row as two sequences of token ids.
+
+    Args:
+        chunk: Rows of a pairs.parquet.
+        tokenizer: A fast tokenizer.
+        contract: Says how a pair becomes token ids.
+
+    Returns:
+        For each row the pair in both orders, as given and swapped; for the reward head, which reads
+        each response alone, the prompt with response A and with response B.
+    """
     pairs = [pair_from_row(row) for row in chunk.iter_rows(named=True)]
     as_given = encode_all(pairs, tokenizer, contract)
     if contract.head == "reward":
-        # One sequence for each response: the order of the two makes no difference.
-        return [list(sequences) for sequences in as_given]
+        return [list(both_responses) for both_responses in as_given]
 
-    swapped = encode_all([swap(pair) for pair in pairs], tokenizer, contract)
-    return [[first[0], second[0]] for first, second in zip(as_given, swapped, strict=True)]
+    # Other heads read a pair as one sequence, so that encode_all returns lists of one.
+    swapped_pairs = [swap(pair) for pair in pairs]
+    swapped = encode_all(swapped_pairs, tokenizer, contract)
+    sequences = []
+    for (first,), (second,) in zip(as_given, swapped, strict=True):
+        sequences.append([first, second])
+    return sequences
 
 
 def datasets_of(
@@ -280,6 +300,7 @@ def datasets_of(
     if distill is not None:
         teacher_rv = read_teachers(distill, train_pairs, pairs, contract.verdicts)
 
+    # All processes of a run come here at once.
     folder = cache / _cache_name(pairs, fold, tokenizer, contract, distill)
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / "lock"):
@@ -307,6 +328,7 @@ def _cache_name(
     for name in ("golden", "recorded", "base_model"):
         del settings[name]
 
+    # Two tokenizers of one name may differ, so that its content is hashed.
     tokenizer_bytes = tokenizer.backend_tokenizer.to_str().encode()
     tokenizer_sha256 = hashlib.sha256(tokenizer_bytes).hexdigest()
     inputs = [sha256(pairs), fold, settings, tokenizer_sha256, list(FEATURES)]

@@ -17,6 +17,7 @@ from preprocess.core.files import read_object, sha256
 from preprocess.model_input import VERDICTS
 from recipes.pairwise.config.schema import DistillBlock
 
+# Both stand in the teacher's folder, beside its runs.
 LABELS = "labels.parquet"
 LABELS_RECORD = "labels.json"
 
@@ -55,13 +56,14 @@ def read_teachers(
     Raises:
         UserError: A file is missing, or its labels are not fit for these rows.
     """
-    columns = [f"p_{verdict}" for verdict in verdicts]
-    total_weight = sum(distill.teachers.values())
-    mean_rv = np.zeros((len(rows), len(verdicts)))
-    for run, weight in distill.teachers.items():
+    probability_columns = [f"p_{verdict}" for verdict in verdicts]
+    labels_by_teacher = []
+    for run in distill.teachers:
         labels = read_labels(teacher_folder(run), rows, pairs_file, verdicts)
-        relative_weight = weight / total_weight
-        mean_rv += relative_weight * labels.select(columns).to_numpy()
+        labels_by_teacher.append(labels.select(probability_columns).to_numpy())
+
+    weights = list(distill.teachers.values())
+    mean_rv = np.average(labels_by_teacher, axis=0, weights=weights)
     return mean_rv.astype(np.float32)
 
 
@@ -92,6 +94,7 @@ def read_labels(
     record = read_object(folder / LABELS_RECORD)
     check_record(record, folder, pairs_file, verdicts)
 
+    # A left join keeps a row without a label, so that it can be named below.
     all_labels = pl.read_parquet(file)
     wanted_rows = rows.select("id", "role", "fold")
     labels = wanted_rows.join(all_labels, on="id", how="left", maintain_order="left")
@@ -115,6 +118,7 @@ def check_record(record: Mapping, folder: Path, pairs_file: Path, verdicts: Sequ
     file = folder / LABELS
     remedy = f"run pairwise labels {folder.name} again"
 
+    # Ids of another file may name other pairs, or its folds may be cut in another way.
     if record["pairs_sha256"] != sha256(pairs_file):
         raise UserError(
             f"{file}: labels of another pairs file than {pairs_file} as it is now; train teacher and student on "
@@ -165,6 +169,7 @@ def check_runs(labels: pl.DataFrame, runs: Mapping[str, Mapping], file: Path) ->
     Raises:
         UserError: One was.
     """
+    # No teacher is trained on rows of the pool.
     held_out_fold = {run: run_record["fold"] for run, run_record in runs.items()}
     with_votes = labels.filter(pl.col("role").is_in(["train", "extra"]))
     for row_id, fold, row_runs in with_votes.select("id", "fold", "runs").iter_rows():

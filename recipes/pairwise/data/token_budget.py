@@ -8,6 +8,7 @@ micro-batch from each band for each process. So all steps have the same mix of l
 and at each turn all processes hold rows of about the same length.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -53,6 +54,7 @@ class TokenBudgetBatches(BatchSampler):
         batch_size: None, which tells accelerate that micro-batches differ in size.
     """
 
+    # accelerate reads both.
     batch_size = None
     drop_last = False
 
@@ -68,11 +70,15 @@ class TokenBudgetBatches(BatchSampler):
         Raises:
             UserError: If the longest rows do not fit into the budget.
         """
-        self.widths_r = np.ceil(lengths / PADDED_TO_MULTIPLE_OF).astype(int) * PADDED_TO_MULTIPLE_OF
+        # The tokens of each row with its padding.
+        units_r = np.ceil(lengths / PADDED_TO_MULTIPLE_OF).astype(int)
+        self.widths_r = units_r * PADDED_TO_MULTIPLE_OF
         self.shape = shape
         self.seed = seed
         self.epoch = 0
-        self.steps = int(np.ceil(len(lengths) / shape.pairs))
+
+        # All steps hold as many pairs: what the last one lacks is drawn again.
+        self.steps = math.ceil(len(lengths) / shape.pairs)
         self.refill_count = self.steps * shape.pairs - len(lengths)
 
         self.most_tokens = self.count_tokens_of_worst_epoch()
@@ -90,6 +96,7 @@ class TokenBudgetBatches(BatchSampler):
         """Yield the row numbers of each micro-batch of an epoch, by step, turn and process."""
         rng = np.random.default_rng([self.seed, self.epoch])
         bands = self.cut_into_bands(self.draw_rows(rng))
+        # Which step gets which micro-batches of a band is random.
         shuffled_bands = [rng.permutation(band) for band in bands]
 
         for step in range(self.steps):
@@ -110,9 +117,11 @@ class TokenBudgetBatches(BatchSampler):
     def draw_rows(self, rng: np.random.Generator) -> np.ndarray:
         """Draw the rows of an epoch, the longest first, rows of one length in random order."""
         row_count = len(self.widths_r)
-        may_repeat = self.refill_count > row_count
-        refill = rng.choice(row_count, self.refill_count, replace=may_repeat)
-        rows = np.concatenate([rng.permutation(row_count), refill])
+        # A refill draws no row twice, unless there are fewer rows than it needs.
+        needs_repeats = self.refill_count > row_count
+        refill = rng.choice(row_count, self.refill_count, replace=needs_repeats)
+        shuffled_rows = rng.permutation(row_count)
+        rows = np.concatenate([shuffled_rows, refill])
 
         # A stable sort keeps the random order of rows of one length.
         longest_first = np.argsort(-self.widths_r[rows], kind="stable")
@@ -134,9 +143,10 @@ class TokenBudgetBatches(BatchSampler):
         bands = []
         first_row = 0
         for pairs in fill_turns(widths_r, self.shape, tokens):
-            end_row = first_row + self.steps * self.shape.processes * pairs
+            band_shape = (self.steps, self.shape.processes, pairs)
+            end_row = first_row + math.prod(band_shape)
             band = rows[first_row:end_row]
-            bands.append(band.reshape(self.steps, self.shape.processes, pairs))
+            bands.append(band.reshape(band_shape))
             first_row = end_row
         return bands
 

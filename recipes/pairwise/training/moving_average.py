@@ -70,6 +70,7 @@ class MovingAverage(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         """Move the average towards the weights of this step."""
+        # average = decay * average + (1 - decay) * weight
         share_of_step = 1 - decay_at(state.global_step, self.decay)
         for name, weight in trained_weights(model).items():
             self.average[name].lerp_(weight, share_of_step)

@@ -43,6 +43,7 @@ def replace_output_layer(model: nn.Module, outputs: int) -> None:
         device=old_layer.weight.device,
         dtype=old_layer.weight.dtype,
     )
+    # As transformers initialises the layers of a new model.
     with torch.no_grad():
         new_layer.weight.normal_(std=HEAD_SPREAD)
         if new_layer.bias is not None:

@@ -10,6 +10,7 @@ import yaml
 
 from preprocess.core.files import read_json
 from tests import forked
+from tests.conftest import ROOT
 from tests.recipes import comparable, torchrun
 
 STEPS = 12
@@ -19,9 +20,9 @@ RANDOM_ORDERS = {"orders": "random"}
 
 
 def with_checkpoints(folder: Path, base: Path, block: dict, stage: str | None = None, processes: int = 1) -> Path:
-    """Write a recipe that saves checkpoints, whose 12 steps end in the second of two epochs, and that has dropout."""
+    """Write a recipe that saves checkpoints, whose 12 steps end in the third epoch of five steps, and that has dropout."""
     folder.mkdir()
-    recipe = comparable.twin("gemma2_cls", folder, base, stage, processes, rows=82)
+    recipe = comparable.twin("gemma2_cls", folder, base, stage, processes, rows=50)
     values = yaml.safe_load(recipe.read_text()) | SAVES | {"lora_dropout": 0.1}
     values["pairwise"] |= block
     if "tokens_per_micro_batch" in block:
@@ -45,6 +46,18 @@ def kill_at_random_step(process, recipe: Path, seed: int) -> None:
     assert not recipe.with_suffix("").joinpath("contract.json").exists()
 
 
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yml")), ids=lambda recipe: recipe.stem)
+def test_a_recipe_of_more_than_an_hour_keeps_its_last_checkpoint(recipe):
+    text = recipe.read_text()
+    hardware = next(line for line in text.splitlines() if line.startswith("# Hardware:"))
+    values = yaml.safe_load(text)
+    if "minute" in hardware or values["pairwise"].get("train") is False:
+        return
+    assert values["save_strategy"] == "steps"
+    assert values["save_steps"] <= 100
+    assert values["save_total_limit"] >= 1
+
+
 def assert_equal_weights(resumed: Path, whole: Path) -> None:
     """Assert that the resumed run is complete, and that its weights are those of the run that was left alone."""
     history = read_json(resumed / "history.json")
@@ -53,14 +66,14 @@ def assert_equal_weights(resumed: Path, whole: Path) -> None:
     assert comparable.largest_difference(weights, comparable.trained_weights(whole)) < 1e-6
 
 
-@pytest.mark.parametrize("block", [TOKEN_BUDGET, RANDOM_ORDERS], ids=["token budget", "random orders"])
-def test_a_killed_run_ends_with_the_weights_of_one_left_alone(block, tiny_models, tmp_path):
+@pytest.mark.parametrize(("block", "seed"), [(TOKEN_BUDGET, 0), (RANDOM_ORDERS, 5)], ids=["token budget", "random orders"])
+def test_a_killed_run_ends_with_the_weights_of_one_left_alone(block, seed, tiny_models, tmp_path):
     whole = with_checkpoints(tmp_path / "whole", tiny_models("gemma2"), block)
     assert forked.axolotl("train", whole).code == 0
 
     killed = with_checkpoints(tmp_path / "killed", tiny_models("gemma2"), block)
     process = forked.start("train", killed)
-    kill_at_random_step(process, killed, seed=1)
+    kill_at_random_step(process, killed, seed)
     process.join()
 
     resumed = forked.axolotl("train", killed, auto_resume_from_checkpoints=True)
@@ -69,14 +82,14 @@ def test_a_killed_run_ends_with_the_weights_of_one_left_alone(block, tiny_models
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [None, "zero2", "zero3"], ids=["DDP", "ZeRO-2", "ZeRO-3"])
-def test_two_killed_processes_end_with_the_weights_of_two_left_alone(stage, tiny_models, tmp_path):
+@pytest.mark.parametrize(("stage", "seed"), [(None, 0), ("zero2", 3), ("zero3", 5)], ids=["DDP", "ZeRO-2", "ZeRO-3"])
+def test_two_killed_processes_end_with_the_weights_of_two_left_alone(stage, seed, tiny_models, tmp_path):
     whole = with_checkpoints(tmp_path / "whole", tiny_models("gemma2"), TOKEN_BUDGET, stage, processes=2)
     torchrun.train(whole)
 
     killed = with_checkpoints(tmp_path / "killed", tiny_models("gemma2"), TOKEN_BUDGET, stage, processes=2)
     process = torchrun.start(killed)
-    kill_at_random_step(process, killed, seed=2)
+    kill_at_random_step(process, killed, seed)
     process.wait()
 
     torchrun.train(killed, "--auto-resume-from-checkpoints")
