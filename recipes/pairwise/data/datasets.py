@@ -46,8 +46,9 @@ FEATURES = Features(
         "teacher": List(Value("float32")),
         # How much the pair counts in the loss; 1 on average.
         "weight": Value("float32"),
-        # Tokens of the longer sequence.
+        # Tokens of the longer sequence, and of the shorter one.
         "length": Value("int32"),
+        "shorter_length": Value("int32"),
     }
 )
 
@@ -204,7 +205,7 @@ def tokenise(
     """Tokenise pairs into a dataset of one row a pair, with the columns of FEATURES.
 
     The sequences are the pair in both orders, or for the reward head the prompt with each response;
-    `winner` is its place among the verdicts, `length` that of the longer sequence.
+    `winner` is its place among the verdicts.
 
     Args:
         frame: The rows of a pairs.parquet.
@@ -237,7 +238,8 @@ def tokenise(
                 "winner": places_r[rows].tolist(),
                 "teacher": teacher_rv[rows].tolist(),
                 "weight": weights_r[rows].tolist(),
-                "length": [max(len(first), len(second)) for first, second in sequences],
+                "length": [max(map(len, row_sequences)) for row_sequences in sequences],
+                "shorter_length": [min(map(len, row_sequences)) for row_sequences in sequences],
             }
             parts.append(Dataset.from_dict(columns, features=FEATURES))
             progress.update(len(chunk))
