@@ -58,12 +58,15 @@ def test_a_recipe_of_more_than_an_hour_keeps_its_last_checkpoint(recipe):
     assert values["save_total_limit"] >= 1
 
 
-def assert_equal_weights(resumed: Path, whole: Path) -> None:
-    """Assert that the resumed run is complete, and that its weights are those of the run that was left alone."""
-    history = read_json(resumed / "history.json")
+def assert_resumed_to_equal_weights(killed: Path, whole: Path) -> None:
+    """Assert that a killed recipe went on from a checkpoint, to the weights of one that was left alone."""
+    steps_after_resuming = killed.with_suffix(".log").read_text(errors="replace").count("'loss'")
+    assert 0 < steps_after_resuming < STEPS
+    run = killed.with_suffix("")
+    history = read_json(run / "history.json")
     assert [record["step"] for record in history if "loss" in record][-1] == STEPS
-    weights = comparable.trained_weights(resumed)
-    assert comparable.largest_difference(weights, comparable.trained_weights(whole)) < 1e-6
+    weights = comparable.trained_weights(run)
+    assert comparable.largest_difference(weights, comparable.trained_weights(whole.with_suffix(""))) < 1e-6
 
 
 @pytest.mark.parametrize(("block", "seed"), [(TOKEN_BUDGET, 0), (RANDOM_ORDERS, 5)], ids=["token budget", "random orders"])
@@ -78,7 +81,7 @@ def test_a_killed_run_ends_with_the_weights_of_one_left_alone(block, seed, tiny_
 
     resumed = forked.axolotl("train", killed, auto_resume_from_checkpoints=True)
     assert resumed.code == 0, resumed.output[-3000:]
-    assert_equal_weights(tmp_path / "killed/gemma2_cls", tmp_path / "whole/gemma2_cls")
+    assert_resumed_to_equal_weights(killed, whole)
 
 
 @pytest.mark.slow
@@ -93,4 +96,4 @@ def test_two_killed_processes_end_with_the_weights_of_two_left_alone(stage, seed
     process.wait()
 
     torchrun.train(killed, "--auto-resume-from-checkpoints")
-    assert_equal_weights(tmp_path / "killed/gemma2_cls", tmp_path / "whole/gemma2_cls")
+    assert_resumed_to_equal_weights(killed, whole)
