@@ -163,8 +163,7 @@ class PairwisePlugin(BasePlugin):
     def post_model_load(self, cfg, model):
         """Compute logits in float32, and hold what is trained in it; DeepSpeed and FSDP see to the latter themselves."""
         heads.compute_logits_in_float32(model, self.contract.label_token_ids)
-        # ZeRO-3 recomputes activations in a way that allows one pass over each weight only.
-        if self.block.head == "reward" and not zero3.is_zero3(cfg.deepspeed):
+        if self.block.head == "reward":
             halves.split_forward(model)
         if not cfg.deepspeed and not cfg.fsdp_config:
             weights.train_in_float32(model)

@@ -67,7 +67,11 @@ def make_one_step(twin, block: dict, **batches: int) -> None:
     pairs.with_columns(prompt=prompt).write_parquet(values["pairwise"]["pairs"])
 
 
-@pytest.mark.parametrize(("recipe", "stage"), [("gemma2_cls", None), ("gemma2_reward", "zero2")], ids=["DDP", "ZeRO-2"])
+@pytest.mark.parametrize(
+    ("recipe", "stage"),
+    [("gemma2_cls", None), ("gemma2_reward", "zero2"), ("gemma2_reward", "zero3")],
+    ids=["DDP", "ZeRO-2", "ZeRO-3"],
+)
 def test_unequal_micro_batches_of_two_processes_give_the_gradient_of_one_batch(recipe, stage, tiny_models, tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
