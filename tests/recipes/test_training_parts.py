@@ -28,8 +28,8 @@ from recipes.pairwise.data import datasets
 from recipes.pairwise.data.collators import PairCollator
 from recipes.pairwise.plugin import PairwisePlugin
 from recipes.pairwise.tracking import metrics
+from recipes.pairwise.training import cpu
 from recipes.pairwise.training.checkpoints import check_resume
-from recipes.pairwise.training.cpu import use_all_cores
 from recipes.pairwise.training.heads import ensure_head
 from recipes.pairwise.training.losses import soft_cross_entropy
 from recipes.pairwise.training.trainer import check_gradient
@@ -289,8 +289,16 @@ def test_a_single_process_gets_every_core_back_from_the_launcher(monkeypatch):
     for threads, processes in (("1", "1"), ("2", "1"), ("1", "2")):
         monkeypatch.setenv("OMP_NUM_THREADS", threads)
         monkeypatch.setenv("WORLD_SIZE", processes)
-        use_all_cores()
+        cpu.use_all_cores()
     assert chosen == [3]
+
+
+def test_a_checkpoint_is_read_onto_a_numbered_cpu(tmp_path):
+    torch.save({"step": torch.ones(2)}, tmp_path / "optimizer.pt")
+    for _ in range(2):
+        cpu.prepare({})
+    loaded = torch.load(tmp_path / "optimizer.pt", map_location=torch.device("cpu:0"), weights_only=True)
+    assert loaded["step"].tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize(("recipe_keys", "batch_size"), [({}, 8), ({"eval_batch_size": 3}, None)])
