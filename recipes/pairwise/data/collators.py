@@ -91,18 +91,10 @@ class PairCollator:
                 return [second, first]
             return [first, second]
 
-        sequences = []
-        for is_swapped in swaps:
-            sequences.append(second if is_swapped else first)
-        return sequences
+        return [second if is_swapped else first for is_swapped in swaps]
 
     def order_verdicts(self, probabilities: list[float], swaps: list[bool]) -> list[list[float]]:
-        """Return a pair's probabilities as they are in each of these orders: swapped, A's is B's.
-
-        Args:
-            probabilities: In the order as given, one for each verdict.
-            swaps: The orders, see choose_orders.
-        """
+        """Return a pair's probabilities as they are in each of these orders: swapped, A's is B's."""
         probabilities_ov = []
         for is_swapped in swaps:
             if is_swapped:

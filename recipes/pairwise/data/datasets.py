@@ -128,20 +128,12 @@ def split(
 
 
 def check_lockbox(frame: pl.DataFrame, trainable: pl.DataFrame, path: Path | str) -> None:
-    """Check that no row to train on has a prompt like one of the lockbox, the rows of the role test.
-
-    Args:
-        frame: All rows of the file; rows of like prompts have the same number as their `group`.
-        trainable: The rows to train on.
-        path: The file, for the message.
-
-    Raises:
-        UserError: One has.
-    """
+    """Raise UserError where a row to train on has a prompt like one of the lockbox, the rows of the role test."""
     lockbox = frame.filter(role="test")
     if lockbox.is_empty():
         return
 
+    # Rows whose prompts are alike have the same group.
     leaks = trainable.filter(pl.col("group").is_in(lockbox["group"].implode()))
     if not leaks.is_empty():
         raise UserError(
@@ -266,10 +258,7 @@ def encode_rows(chunk: pl.DataFrame, tokenizer, contract: Contract) -> list[list
     # Other heads read a pair as one sequence, so that encode_all returns lists of one.
     swapped_pairs = [swap(pair) for pair in pairs]
     swapped = encode_all(swapped_pairs, tokenizer, contract)
-    sequences = []
-    for (first,), (second,) in zip(as_given, swapped, strict=True):
-        sequences.append([first, second])
-    return sequences
+    return [[first, second] for (first,), (second,) in zip(as_given, swapped, strict=True)]
 
 
 def datasets_of(

@@ -139,15 +139,7 @@ def check_record(record: Mapping, folder: Path, pairs_file: Path, verdicts: Sequ
 
 
 def check_each_row_has_label(labels: pl.DataFrame, folder: Path) -> None:
-    """Check that the teacher in a folder has labelled every row.
-
-    Args:
-        labels: The rows joined with their labels, whose columns are null where there is none.
-        folder: The teacher's folder.
-
-    Raises:
-        UserError: A row is without a label.
-    """
+    """Raise UserError where the teacher in a folder has not labelled a row: its columns are null."""
     unlabelled = labels.filter(pl.col("runs").is_null())
     if unlabelled.is_empty():
         return

@@ -49,12 +49,7 @@ def check_resume(cfg, block: PairwiseBlock, recipe_keys: dict) -> None:
 
 
 def describe_training(block: PairwiseBlock, recipe_keys: dict) -> dict:
-    """Return all that decides what a run trains: its recipe's keys, and a hash of its pairs file.
-
-    Args:
-        block: The `pairwise:` block, with the environment's overrides.
-        recipe_keys: The recipe's keys as they run.
-    """
+    """Return all that decides what a run trains: its recipe's keys, and a hash of its pairs file."""
     # Whether a run resumes does not change what it trains.
     identity = {name: value for name, value in recipe_keys.items() if name not in RESUME_KEYS}
     identity["pairwise"] = block.model_dump(mode="json")
@@ -77,12 +72,7 @@ def newest_checkpoint(folder: Path) -> str | None:
 
 
 def find_differing_keys(file: Path, identity: dict) -> list[str]:
-    """List the keys of a training that differ from those in a run.json; without the file, all.
-
-    Args:
-        file: The run.json of the checkpoints.
-        identity: What describe_training says of the present run.
-    """
+    """List the keys of a training that differ from those in a run.json; without the file, all."""
     recorded = read_json(file) if file.exists() else {}
     keys = sorted(identity.keys() | recorded.keys())
     return [key for key in keys if identity.get(key) != recorded.get(key)]

@@ -10,11 +10,7 @@ BEHIND_CPU = 11  # in the order in which torch.load asks where to put things; th
 
 
 def prepare(cfg: dict) -> None:
-    """Set up this process for training on CPUs: float32, all cores, DeepSpeed's process group.
-
-    Args:
-        cfg: Axolotl's configuration, changed in place.
-    """
+    """Set up this process, and Axolotl's configuration, for training on CPUs."""
     # Axolotl takes `bf16: auto` on a CPU for fp16, in which the first step ends in NaN.
     cfg["bf16"] = False
     cfg["fp16"] = False

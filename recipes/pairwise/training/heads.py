@@ -54,15 +54,7 @@ def start_head(model: nn.Module, start: HeadStart, outputs: int) -> None:
 
 
 def check_kept_head(head: nn.Module, name: str) -> None:
-    """Check that a head which the run goes on from was trained: its weights are finite and differ.
-
-    Args:
-        head: The base model's head.
-        name: Its name in the model, for the message.
-
-    Raises:
-        UserError: It was not.
-    """
+    """Raise UserError where a head to go on from was not trained: its weights are not finite, or all the same."""
     # Under ZeRO-3 a process holds only a part of each weight until they are gathered.
     with zero3.gathered(head.parameters()):
         for parameter_name, weight in list_matrices(head):
@@ -140,15 +132,7 @@ def compute_logits_in_float32(model: nn.Module, label_token_ids: Sequence[int] =
 
 
 def find_linear_layers(model: nn.Module, head_names: Sequence[str]) -> dict[str, nn.Linear]:
-    """Find the plain linear layers of a head, those of its adapter among them.
-
-    Args:
-        model: The model with its adapter, if it has one.
-        head_names: Names that the head may have.
-
-    Returns:
-        The layers by their names in the model.
-    """
+    """Find the plain linear layers of a head and of its adapter, by their names in the model."""
     layers = {}
     for name, layer in model.named_modules():
         is_in_head = not set(head_names).isdisjoint(name.split("."))

@@ -55,11 +55,7 @@ class MovingAverage(TrainerCallback):
                 self.read_average(checkpoint_file(args, state))
 
     def read_average(self, file: Path) -> None:
-        """Read the average from a checkpoint.
-
-        Raises:
-            UserError: The checkpoint has none.
-        """
+        """Read the average from a checkpoint; raise UserError where the checkpoint has none."""
         if not file.is_file():
             raise UserError(
                 f"{file}: no such file, the run was interrupted while it saved this checkpoint; "

@@ -62,11 +62,7 @@ def r_drop_penalty(logits: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def require_dropout(model: nn.Module) -> None:
-    """Check that a model has dropout: without it R-Drop's two copies of a pair would be the same.
-
-    Raises:
-        UserError: It has none.
-    """
+    """Raise UserError where a model has no dropout: R-Drop's two copies of a pair would be the same."""
     for module in model.modules():
         if has_dropout(module):
             return

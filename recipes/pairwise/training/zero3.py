@@ -44,15 +44,7 @@ def is_zero3(deepspeed: str | dict | None) -> bool:
 
 
 def check_zero_settings(zero_settings: dict, deepspeed: str | dict | None) -> None:
-    """Check the keys and values below `zero_optimization`, as DeepSpeed itself does later.
-
-    Args:
-        zero_settings: The keys and values.
-        deepspeed: Where they come from, for the message.
-
-    Raises:
-        UserError: DeepSpeed would refuse them.
-    """
+    """Raise UserError where DeepSpeed would later refuse the keys or values below `zero_optimization`."""
     # "auto" is replaced by accelerate before DeepSpeed sees it.
     explicit_settings = {key: value for key, value in zero_settings.items() if value != "auto"}
     try:
@@ -63,11 +55,7 @@ def check_zero_settings(zero_settings: dict, deepspeed: str | dict | None) -> No
 
 
 def read_settings(deepspeed: str | dict | None) -> dict:
-    """Return the settings that a recipe's `deepspeed:` holds or names; none without DeepSpeed.
-
-    Raises:
-        UserError: A file cannot be read, or holds something else.
-    """
+    """Return the settings that a recipe's `deepspeed:` holds or names; none without DeepSpeed."""
     settings = deepspeed or {}
     if isinstance(deepspeed, str):
         try:
@@ -131,13 +119,7 @@ def fetch_heads_as_one(model) -> None:
 
 
 def check_whole(folder: Path) -> None:
-    """Check that every weight which a run saved has values.
-
-    Under ZeRO-3 a process sees the weights that others hold as empty, and would save them so.
-
-    Raises:
-        RuntimeError: A weight was saved empty.
-    """
+    """Raise RuntimeError where a saved weight is empty: under ZeRO-3 so looks one that other processes hold."""
     for file in sorted(folder.glob("*model*.safetensors")):
         empty_names = list_empty_weights(file)
         if empty_names:
