@@ -163,7 +163,8 @@ class PairwisePlugin(BasePlugin):
     def post_model_load(self, cfg, model):
         """Compute logits in float32, and hold what is trained in it; DeepSpeed and FSDP see to the latter themselves."""
         heads.compute_logits_in_float32(model, self.contract.label_token_ids)
-        if self.block.head == "reward":
+        # Under ZeRO-3 the gradients of weights that a step reads twice come out wrong, without an error.
+        if self.block.head == "reward" and not zero3.is_zero3(cfg.deepspeed):
             halves.split_forward(model)
         if not cfg.deepspeed and not cfg.fsdp_config:
             weights.train_in_float32(model)

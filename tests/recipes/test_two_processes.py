@@ -87,11 +87,7 @@ def test_unequal_micro_batches_of_two_processes_give_the_gradient_of_one_batch(r
     run = tmp_path / "two" / recipe
     lengths = load_from_disk(next(run.glob("prepared/*/train")))["length"]
     shape = StepShape(mean_pairs=2, turns=2, processes=2, sequences_per_pair=2)
-    assert [len(batch) for batch in TokenBudgetBatches(np.stack([lengths, lengths], axis=1), shape, 4096, seed=42)] == [
-        1,
-        1,
-        3,
-        3,
-    ]
+    micro_batches = TokenBudgetBatches(np.stack([lengths, lengths], axis=1), shape, 4096, seed=42)
+    assert [len(rows) for rows in micro_batches] == [1, 1, 3, 3]
     gradients, expected = comparable.trained_weights(run), comparable.trained_weights(tmp_path / "one" / recipe)
     assert comparable.largest_difference(gradients, expected) < 1e-6
