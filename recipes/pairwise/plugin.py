@@ -30,7 +30,7 @@ from recipes.pairwise.data.datasets import datasets_of
 from recipes.pairwise.data.token_budget import StepShape, TokenBudgetBatches
 from recipes.pairwise.processes import LOG, end_without_telemetry, stop, stopping_on_errors
 from recipes.pairwise.tracking import metrics, recipe_copy, results, wandb_run
-from recipes.pairwise.training import checkpoints, cpu, deepspeed_cpu, halves, heads, weights, zero3
+from recipes.pairwise.training import checkpoints, cpu, deepspeed_cpu, heads, weights, zero3
 from recipes.pairwise.training.moving_average import MovingAverage
 from recipes.pairwise.training.regularisers import require_dropout
 from recipes.pairwise.training.trainer import LABEL_TOKEN_OPTIONS, BeginEpoch, PairwiseTrainer
@@ -118,14 +118,13 @@ class PairwisePlugin(BasePlugin):
                 Path(self.block.pairs), self.block.fold, tokenizer, self.contract, cache, self.block.distill
             )
             if self.block.tokens_per_micro_batch:
-                lengths_rs = np.stack([train["length"], train["shorter_length"]], axis=1)
-                self.batches = self._plan_batches(cfg, lengths_rs)
+                self.batches = self._plan_batches(cfg, np.array(train["length"]))
             checkpoints.check_resume(cfg, self.block, self.resolved)
 
         total_steps = cfg.max_steps or calculate_total_num_steps(cfg, train)
         return TrainDatasetMeta(train_dataset=train, eval_dataset=validation, total_num_steps=total_steps)
 
-    def _plan_batches(self, cfg, lengths_rs: np.ndarray) -> TokenBudgetBatches:
+    def _plan_batches(self, cfg, lengths_r: np.ndarray) -> TokenBudgetBatches:
         """Plan the micro-batches of a recipe with a token budget."""
         has_two_sequences = self.block.head == "reward" or self.block.orders == "both"
         shape = StepShape(
@@ -134,7 +133,7 @@ class PairwisePlugin(BasePlugin):
             processes=int(os.environ.get("WORLD_SIZE", "1")),
             sequences_per_pair=2 if has_two_sequences else 1,
         )
-        return TokenBudgetBatches(lengths_rs, shape, self.block.tokens_per_micro_batch, find_seed(cfg))
+        return TokenBudgetBatches(lengths_r, shape, self.block.tokens_per_micro_batch, find_seed(cfg))
 
     def pre_model_load(self, cfg):
         """Start the tracking; and seed, so that every process starts from the same fresh head and adapter."""
@@ -163,9 +162,6 @@ class PairwisePlugin(BasePlugin):
     def post_model_load(self, cfg, model):
         """Compute logits in float32, and hold what is trained in it; DeepSpeed and FSDP see to the latter themselves."""
         heads.compute_logits_in_float32(model, self.contract.label_token_ids)
-        # Under ZeRO-3 the gradients of weights that a step reads twice come out wrong, without an error.
-        if self.block.head == "reward" and not zero3.is_zero3(cfg.deepspeed):
-            halves.split_forward(model)
         if not cfg.deepspeed and not cfg.fsdp_config:
             weights.train_in_float32(model)
 

@@ -69,22 +69,21 @@ def make_one_step(twin, block: dict, **batches: int) -> None:
 
 @pytest.mark.parametrize("stage", [None, "zero2", "zero3"], ids=["DDP", "ZeRO-2", "ZeRO-3"])
 def test_unequal_micro_batches_of_two_processes_give_the_gradient_of_one_batch(stage, tiny_models, tmp_path):
-    """With the reward head, whose longer and shorter responses are computed apart."""
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-    single = comparable.twin("gemma2_reward", tmp_path / "one", tiny_models("gemma2"), rows=10)
+    single = comparable.twin("gemma2_cls", tmp_path / "one", tiny_models("gemma2"), rows=10)
     make_one_step(single, {}, micro_batch_size=8, gradient_accumulation_steps=1)
     ended = forked.axolotl("train", single)
     assert ended.code == 0, ended.output[-3000:]
 
-    double = comparable.twin("gemma2_reward", tmp_path / "two", tiny_models("gemma2"), stage, processes=2, rows=10)
+    double = comparable.twin("gemma2_cls", tmp_path / "two", tiny_models("gemma2"), stage, processes=2, rows=10)
     make_one_step(double, {"tokens_per_micro_batch": 4096})
     torchrun.train(double)
 
-    run = tmp_path / "two/gemma2_reward"
+    run = tmp_path / "two/gemma2_cls"
     lengths = load_from_disk(next(run.glob("prepared/*/train")))["length"]
     shape = StepShape(mean_pairs=2, turns=2, processes=2, sequences_per_pair=2)
-    micro_batches = TokenBudgetBatches(np.stack([lengths, lengths], axis=1), shape, 4096, seed=42)
+    micro_batches = TokenBudgetBatches(np.array(lengths), shape, 4096, seed=42)
     assert [len(rows) for rows in micro_batches] == [1, 1, 3, 3]
-    gradients, expected = comparable.trained_weights(run), comparable.trained_weights(tmp_path / "one/gemma2_reward")
+    gradients, expected = comparable.trained_weights(run), comparable.trained_weights(tmp_path / "one/gemma2_cls")
     assert comparable.largest_difference(gradients, expected) < 1e-6

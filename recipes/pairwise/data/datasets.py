@@ -46,9 +46,8 @@ FEATURES = Features(
         "teacher": List(Value("float32")),
         # How much the pair counts in the loss; 1 on average.
         "weight": Value("float32"),
-        # Tokens of the longer sequence, and of the shorter one.
+        # Tokens of the longer sequence.
         "length": Value("int32"),
-        "shorter_length": Value("int32"),
     }
 )
 
@@ -230,8 +229,7 @@ def tokenise(
                 "winner": places_r[rows].tolist(),
                 "teacher": teacher_rv[rows].tolist(),
                 "weight": weights_r[rows].tolist(),
-                "length": [max(map(len, row_sequences)) for row_sequences in sequences],
-                "shorter_length": [min(map(len, row_sequences)) for row_sequences in sequences],
+                "length": [max(len(first), len(second)) for first, second in sequences],
             }
             parts.append(Dataset.from_dict(columns, features=FEATURES))
             progress.update(len(chunk))

@@ -5,8 +5,7 @@ The plugin plans them before a model is loaded, and Axolotl's trainer reads them
 A step holds a fixed number of pairs, which its processes compute in a fixed number of turns. The rows
 of an epoch are sorted by length and cut into one band for each turn of a step. A step takes a random
 micro-batch from each band for each process. So all steps have the same mix of long and short rows,
-and at each turn all processes hold rows of about the same length. For the reward head the two
-sequences of a row differ in length, and rows of a micro-batch are alike in both lengths.
+and at each turn all processes hold rows of about the same length.
 """
 
 import math
@@ -63,7 +62,7 @@ class TokenBudgetBatches(BatchSampler):
         """Plan the micro-batches.
 
         Args:
-            lengths: Tokens of the longer and of the shorter sequence of each pair, of shape (rows, 2).
+            lengths: Tokens of the longer sequence of each pair, of shape (rows,).
             shape: What a step holds.
             budget: The most tokens of a micro-batch, padding included.
             seed: The run's seed.
@@ -71,9 +70,9 @@ class TokenBudgetBatches(BatchSampler):
         Raises:
             UserError: If the longest rows do not fit into the budget.
         """
-        # The tokens of each row's sequences with their padding.
-        units_rs = np.ceil(lengths / PADDED_TO_MULTIPLE_OF).astype(int)
-        self.widths_r, self.shorter_widths_r = units_rs.T * PADDED_TO_MULTIPLE_OF
+        # The tokens of each row with its padding.
+        units_r = np.ceil(lengths / PADDED_TO_MULTIPLE_OF).astype(int)
+        self.widths_r = units_r * PADDED_TO_MULTIPLE_OF
         self.shape = shape
         self.seed = seed
         self.epoch = 0
@@ -146,29 +145,10 @@ class TokenBudgetBatches(BatchSampler):
         for pairs in fill_turns(widths_r, self.shape, tokens):
             band_shape = (self.steps, self.shape.processes, pairs)
             end_row = first_row + math.prod(band_shape)
-            band = self.sort_by_both_lengths(rows[first_row:end_row])
+            band = rows[first_row:end_row]
             bands.append(band.reshape(band_shape))
             first_row = end_row
         return bands
-
-    def sort_by_both_lengths(self, band: np.ndarray) -> np.ndarray:
-        """Sort a band's rows so that neighbours are alike in their longer and their shorter length.
-
-        The band is cut into strips of about one longer length, and each strip sorted by the shorter.
-        With as many strips as turns in a strip, neighbours are about as alike in the one as in the other.
-
-        Args:
-            band: Row numbers, the longest row first.
-        """
-        strip_count = round(math.sqrt(self.steps))
-        rows_by_step = band.reshape(self.steps, -1)
-
-        strips = []
-        for strip_steps in np.array_split(rows_by_step, strip_count):
-            strip = strip_steps.ravel()
-            longest_first = np.argsort(-self.shorter_widths_r[strip], kind="stable")
-            strips.append(strip[longest_first])
-        return np.concatenate(strips)
 
 
 def find_least_budget(widths_r: np.ndarray, shape: StepShape) -> int:
