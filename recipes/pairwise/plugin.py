@@ -192,7 +192,7 @@ class PairwisePlugin(BasePlugin):
 
     def add_callbacks_post_trainer(self, cfg, trainer):
         """Bring what acts between steps: the number of the epoch, for DeepSpeed on CPUs, a moving average."""
-        callbacks = [BeginEpoch(trainer.data_collator, self.batches)]
+        callbacks = [BeginEpoch(trainer)]
         if deepspeed_cpu.deepspeed_on_cpu(cfg.get("deepspeed")):
             callbacks.append(deepspeed_cpu.StepsWithoutGrad(trainer))
         if self.block.ema_decay > 0:

@@ -9,7 +9,9 @@ import polars as pl
 import pytest
 import torch
 from axolotl.utils.dict import DictDefault
+from torch.utils.data import RandomSampler
 from transformers import AutoTokenizer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from preprocess.core import ledger
 from preprocess.core.errors import UserError
@@ -32,7 +34,7 @@ from recipes.pairwise.training import cpu
 from recipes.pairwise.training.checkpoints import check_resume
 from recipes.pairwise.training.heads import ensure_head
 from recipes.pairwise.training.losses import soft_cross_entropy
-from recipes.pairwise.training.trainer import check_gradient
+from recipes.pairwise.training.trainer import BeginEpoch, RowOrder, check_gradient
 from tests import tiny
 
 TWO = ("model_a", "model_b")
@@ -280,6 +282,19 @@ def test_random_orders_follow_from_the_seed_the_epoch_and_the_pair():
     assert swaps() == swaps()
     assert 30 < sum(swaps()) < 70
     assert swaps() not in (swaps(seed=1), swaps(epoch=1), swaps(prefix="other"))
+
+
+@pytest.mark.parametrize("sampler", [RandomSampler(range(60)), LengthGroupedSampler(4, lengths=list(range(60)))])
+def test_the_order_of_the_rows_follows_from_the_epoch_that_begins(sampler):
+    trainer = SimpleNamespace(data_collator=SimpleNamespace(), train_order=RowOrder(sampler, seed=42))
+    first_epoch = list(trainer.train_order)
+    assert sorted(first_epoch) == list(range(60))
+    # A run that is resumed in the middle of its third epoch.
+    BeginEpoch(trainer).on_epoch_begin(None, SimpleNamespace(epoch=2.4), None)
+    assert (trainer.data_collator.epoch, trainer.train_order.epoch) == (2, 2)
+    third_epoch = list(trainer.train_order)
+    assert third_epoch != first_epoch
+    assert list(trainer.train_order) == third_epoch
 
 
 def test_a_single_process_gets_every_core_back_from_the_launcher(monkeypatch):

@@ -1,14 +1,14 @@
 """Axolotl's trainer with one loss for all heads: cross-entropy on votes, mixed with teachers' labels."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 from axolotl.core.trainers.base import AxolotlTrainer
-from torch.utils.data import SequentialSampler
+from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback
 
 from recipes.pairwise.config.schema import DistillBlock
-from recipes.pairwise.data.collators import PairCollator
 from recipes.pairwise.data.token_budget import TokenBudgetBatches
 from recipes.pairwise.training.deepspeed_cpu import deepspeed_on_cpu, tell_accelerate
 from recipes.pairwise.training.losses import distillation_loss, soft_cross_entropy
@@ -61,21 +61,41 @@ def weigh_by_pair(micro_batches: list[dict]) -> None:
         batch["weight"] = batch["weight"] * (pair_count / mean_count)
 
 
+class RowOrder(Sampler):
+    """The rows of an epoch in transformers' random order, which follows from the seed and the epoch.
+
+    transformers' samplers go on from the random numbers before them, which a resumed run has not drawn.
+
+    Attributes:
+        epoch: The number of the epoch, from 0; set by BeginEpoch.
+    """
+
+    def __init__(self, sampler: Sampler, seed: int):
+        self.sampler = sampler
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        self.sampler.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(self.sampler)
+
+
 class BeginEpoch(TrainerCallback):
     """Tells what draws at random anew in each epoch which one begins, in a resumed run as well.
 
-    accelerate's own set_epoch does not reach a batch sampler below the one that skips rows.
+    accelerate's own set_epoch does not reach a sampler below the one that skips rows.
     """
 
-    def __init__(self, collator: PairCollator, batches: TokenBudgetBatches | None):
-        self.collator = collator
-        self.batches = batches
+    def __init__(self, trainer: "PairwiseTrainer"):
+        self.trainer = trainer
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         epoch = int(state.epoch or 0)
-        self.collator.epoch = epoch
-        if self.batches is not None:
-            self.batches.epoch = epoch
+        self.trainer.data_collator.epoch = epoch
+        self.trainer.train_order.epoch = epoch
 
 
 class _AfterAxolotl(Trainer):
@@ -120,6 +140,7 @@ class PairwiseTrainer(AxolotlTrainer, _AfterAxolotl):
         model_options: Further arguments of the model's forward; set by the plugin.
         token_budget_batches: The rows of each micro-batch, where the recipe has a token budget; set
             by the plugin.
+        train_order: The order of the training rows: token_budget_batches, or a RowOrder.
     """
 
     label_smoothing = 0.0
@@ -128,6 +149,7 @@ class PairwiseTrainer(AxolotlTrainer, _AfterAxolotl):
     distill: DistillBlock | None = None
     model_options: dict = {}
     token_budget_batches: TokenBudgetBatches | None = None
+    train_order: TokenBudgetBatches | RowOrder | None = None
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -204,9 +226,12 @@ class PairwiseTrainer(AxolotlTrainer, _AfterAxolotl):
         return dataloader
 
     def _get_train_sampler(self, train_dataset=None):
-        if self.token_budget_batches is None:
-            return super()._get_train_sampler(train_dataset)
-        return self.token_budget_batches
+        if self.token_budget_batches is not None:
+            self.train_order = self.token_budget_batches
+        else:
+            sampler = super()._get_train_sampler(train_dataset)
+            self.train_order = RowOrder(sampler, self.args.seed)
+        return self.train_order
 
     def _prepare_input(self, data):
         # Trainer casts every float to DeepSpeed's type, and bf16 makes 0.334 of a third of votes.

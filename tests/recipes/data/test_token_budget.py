@@ -1,16 +1,13 @@
 """Micro-batches under a token budget: full, balanced over processes, the same again, and each pair counts once."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 
 from preprocess.core.errors import UserError
-from recipes.pairwise.data.collators import PairCollator
 from recipes.pairwise.data.token_budget import StepShape, TokenBudgetBatches
 from recipes.pairwise.training.losses import soft_cross_entropy
-from recipes.pairwise.training.trainer import BeginEpoch, weigh_by_pair
+from recipes.pairwise.training.trainer import weigh_by_pair
 
 BUDGET = 8192
 
@@ -80,14 +77,6 @@ def test_the_order_follows_from_the_seed_and_the_epoch():
     again.epoch = 1
     assert list(again) == second_epoch
     assert list(make_batches(100, 2, seed=2)) != first_epoch
-
-
-def test_an_epoch_that_begins_is_told_to_batches_and_collator():
-    batches = make_batches(100, 1)
-    collator = PairCollator(None, "score", ("model_a", "model_b"), "random", pad_token_id=0)
-    # A run that is resumed in the middle of its third epoch.
-    BeginEpoch(collator, batches).on_epoch_begin(None, SimpleNamespace(epoch=2.4), None)
-    assert (batches.epoch, collator.epoch) == (2, 2)
 
 
 def test_long_and_short_rows_are_mixed_in_every_step():
