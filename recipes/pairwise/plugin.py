@@ -192,15 +192,14 @@ class PairwisePlugin(BasePlugin):
             "pad_token_id": self.contract.pad_token_id,
             "pad_to_multiple_of": PADDED_TO_MULTIPLE_OF,
             "padding_free": self.block.padding_free,
+            "seed": find_seed(cfg),
         }
 
     def add_callbacks_post_trainer(self, cfg, trainer):
-        """Bring what acts between steps: for DeepSpeed on CPUs, a token budget's epochs, a moving average."""
-        callbacks = []
+        """Bring what acts between steps: the number of the epoch, for DeepSpeed on CPUs, a moving average."""
+        callbacks = [BeginEpoch(trainer)]
         if deepspeed_cpu.deepspeed_on_cpu(cfg.get("deepspeed")):
             callbacks.append(deepspeed_cpu.StepsWithoutGrad(trainer))
-        if self.batches:
-            callbacks.append(BeginEpoch(self.batches))
         if self.block.ema_decay > 0:
             callbacks.append(MovingAverage(self.block.ema_decay))
         return callbacks

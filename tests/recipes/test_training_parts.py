@@ -9,7 +9,9 @@ import polars as pl
 import pytest
 import torch
 from axolotl.utils.dict import DictDefault
+from torch.utils.data import RandomSampler
 from transformers import AutoTokenizer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from preprocess.core import ledger
 from preprocess.core.errors import UserError
@@ -28,11 +30,11 @@ from recipes.pairwise.data import datasets
 from recipes.pairwise.data.collators import PairCollator
 from recipes.pairwise.plugin import PairwisePlugin
 from recipes.pairwise.tracking import metrics
+from recipes.pairwise.training import cpu
 from recipes.pairwise.training.checkpoints import check_resume
-from recipes.pairwise.training.cpu import use_all_cores
 from recipes.pairwise.training.heads import ensure_head
 from recipes.pairwise.training.losses import soft_cross_entropy
-from recipes.pairwise.training.trainer import check_gradient
+from recipes.pairwise.training.trainer import BeginEpoch, RowOrder, check_gradient
 from tests import tiny
 
 TWO = ("model_a", "model_b")
@@ -63,10 +65,9 @@ def test_both_orders_of_a_pair_are_adjacent_and_their_labels_swapped():
 def test_one_order_is_the_first_or_a_random_one_with_its_own_labels():
     as_given = PairCollator(None, "score", TWO, "as_given", pad_token_id=1)(rows())
     assert as_given["labels"].tolist() == [[[0.75, 0.25]], [[0.0, 1.0]]]
-    torch.manual_seed(0)
     random_order = PairCollator(None, "score", TWO, "random", pad_token_id=1)
     drawn = set()
-    for _ in range(20):
+    for random_order.epoch in range(20):
         batch = random_order(rows())
         drawn.add((tuple(batch["input_ids"][0, :4].tolist()), tuple(batch["labels"][0, 0].tolist())))
     assert drawn == {((5, 6, 7, 1), (0.75, 0.25)), ((5, 7, 6, 8), (0.25, 0.75))}
@@ -293,15 +294,27 @@ def test_a_run_resumes_only_from_its_own_checkpoints(tmp_path):
         check_resume(cfg, block, {"learning_rate": 0.1})
 
 
-def test_random_orders_differ_between_processes(monkeypatch):
-    def flips(rank: str) -> list[bool]:
-        monkeypatch.setenv("RANK", rank)
-        torch.manual_seed(0)
-        collator = PairCollator(None, "score", TWO, "random", pad_token_id=1)
-        return [collator(rows())["labels"][0, 0, 0].item() == 0.75 for _ in range(30)]
+def test_random_orders_follow_from_the_seed_the_epoch_and_the_pair():
+    def swaps(seed: int = 0, epoch: int = 0, prefix: str = "row") -> list[bool]:
+        collator = PairCollator(None, "score", TWO, "random", pad_token_id=1, seed=seed, epoch=epoch)
+        return [collator.choose_orders(f"{prefix}{number}")[0] for number in range(100)]
 
-    assert flips("0") == flips("0")
-    assert flips("0") != flips("1")
+    assert swaps() == swaps()
+    assert 30 < sum(swaps()) < 70
+    assert swaps() not in (swaps(seed=1), swaps(epoch=1), swaps(prefix="other"))
+
+
+@pytest.mark.parametrize("sampler", [RandomSampler(range(60)), LengthGroupedSampler(4, lengths=list(range(60)))])
+def test_the_order_of_the_rows_follows_from_the_epoch_that_begins(sampler):
+    trainer = SimpleNamespace(data_collator=SimpleNamespace(), train_order=RowOrder(sampler, seed=42))
+    first_epoch = list(trainer.train_order)
+    assert sorted(first_epoch) == list(range(60))
+    # A run that is resumed in the middle of its third epoch.
+    BeginEpoch(trainer).on_epoch_begin(None, SimpleNamespace(epoch=2.4), None)
+    assert (trainer.data_collator.epoch, trainer.train_order.epoch) == (2, 2)
+    third_epoch = list(trainer.train_order)
+    assert third_epoch != first_epoch
+    assert list(trainer.train_order) == third_epoch
 
 
 def test_a_single_process_gets_every_core_back_from_the_launcher(monkeypatch):
@@ -311,8 +324,16 @@ def test_a_single_process_gets_every_core_back_from_the_launcher(monkeypatch):
     for threads, processes in (("1", "1"), ("2", "1"), ("1", "2")):
         monkeypatch.setenv("OMP_NUM_THREADS", threads)
         monkeypatch.setenv("WORLD_SIZE", processes)
-        use_all_cores()
+        cpu.use_all_cores()
     assert chosen == [3]
+
+
+def test_a_checkpoint_is_read_onto_a_numbered_cpu(tmp_path):
+    torch.save({"step": torch.ones(2)}, tmp_path / "optimizer.pt")
+    for _ in range(2):
+        cpu.prepare({})
+    loaded = torch.load(tmp_path / "optimizer.pt", map_location=torch.device("cpu:0"), weights_only=True)
+    assert loaded["step"].tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize(("recipe_keys", "batch_size"), [({}, 8), ({"eval_batch_size": 3}, None)])

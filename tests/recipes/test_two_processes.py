@@ -1,18 +1,20 @@
 """Two processes on the CPU, started by Axolotl's own launcher: they train what one does, and their rows are not mixed up."""
 
-import os
 import subprocess
 
+import numpy as np
 import polars as pl
 import pytest
+import yaml
+from datasets import load_from_disk
 
 from preprocess.core.files import read_json
+from recipes.pairwise.data.token_budget import StepShape, TokenBudgetBatches
 from tests import forked
 from tests.conftest import ROOT
-from tests.recipes import comparable
+from tests.recipes import comparable, torchrun
 
 pytestmark = pytest.mark.slow
-TORCHRUN = ("--launcher", "torchrun", "--")
 
 
 @pytest.fixture(scope="module")
@@ -24,19 +26,11 @@ def one_process(tiny_models, tmp_path_factory):
     return folder / "gemma2_cls"
 
 
-def run(command: list[str], **environment: str) -> None:
-    ended = subprocess.run(
-        command, env=os.environ | environment, capture_output=True, text=True, cwd=ROOT, timeout=400, check=False
-    )
-    assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-2000:]
-
-
 @pytest.mark.parametrize("stage", [None, "zero2", "zero3"], ids=["DDP", "ZeRO-2", "ZeRO-3"])
 def test_two_processes_train_predict_and_package_what_one_does(stage, one_process, tiny_models, tmp_path):
     """The micro-batches of a step are the same, and so are the sums over them but for their order: hence the tolerances."""
     twin = comparable.twin("gemma2_cls", tmp_path, tiny_models("gemma2"), stage, processes=2, rows=205)
-    command = ["axolotl", "train", str(twin), *TORCHRUN, "--nproc_per_node", "2"]
-    run(command, ACCELERATE_USE_CPU="true", DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
+    torchrun.train(twin)
 
     folder = tmp_path / "gemma2_cls"
     weights, expected = comparable.trained_weights(folder), comparable.trained_weights(one_process)
@@ -47,7 +41,49 @@ def test_two_processes_train_predict_and_package_what_one_does(stage, one_proces
     # A hundredth of what tells the rows apart: a row that stands in another's place is much further off.
     assert (predicted["p_model_a"] - as_one["p_model_a"]).abs().max() < as_one["p_model_a"].std() / 100
 
-    run(["python", "-m", "postprocess", str(twin)])
+    packaged = subprocess.run(["python", "-m", "postprocess", str(twin)], cwd=ROOT, timeout=400, check=False)
+    assert packaged.returncode == 0
     recorded, trained, *_ = read_json(folder / "agreement.json")["models"]
     assert (recorded["model"], trained["model"]) == ("recorded", "trained")
     assert recorded["against_trained"]["largest"] < 1e-4
+
+
+# One step of plain gradient descent at a rate of 1: it moves each weight by its gradient.
+ONE_STEP = {"optimizer": "sgd", "learning_rate": 1.0, "weight_decay": 0.0, "lr_scheduler": "constant", "max_steps": 1}
+
+
+def make_one_step(twin, block: dict, **batches: int) -> None:
+    """Turn a twin of ten rows into one step over its eight training rows, two of which are six times as long."""
+    values = yaml.safe_load(twin.read_text()) | ONE_STEP | batches
+    for key in ("group_by_length", "warmup_ratio"):
+        del values[key]
+    values["pairwise"] |= block
+    twin.write_text(yaml.safe_dump(values))
+
+    pairs = pl.read_parquet(values["pairwise"]["pairs"])
+    long_prompt = pl.concat_list(pl.concat_str([pl.col("prompt").list.first()] * 6, separator=" "))
+    is_long = pl.int_range(pl.len()).is_in([1, 2])
+    prompt = pl.when(is_long).then(long_prompt).otherwise(pl.col("prompt"))
+    pairs.with_columns(prompt=prompt).write_parquet(values["pairwise"]["pairs"])
+
+
+@pytest.mark.parametrize("stage", [None, "zero2", "zero3"], ids=["DDP", "ZeRO-2", "ZeRO-3"])
+def test_unequal_micro_batches_of_two_processes_give_the_gradient_of_one_batch(stage, tiny_models, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    single = comparable.twin("gemma2_cls", tmp_path / "one", tiny_models("gemma2"), rows=10)
+    make_one_step(single, {}, micro_batch_size=8, gradient_accumulation_steps=1)
+    ended = forked.axolotl("train", single)
+    assert ended.code == 0, ended.output[-3000:]
+
+    double = comparable.twin("gemma2_cls", tmp_path / "two", tiny_models("gemma2"), stage, processes=2, rows=10)
+    make_one_step(double, {"tokens_per_micro_batch": 4096})
+    torchrun.train(double)
+
+    run = tmp_path / "two/gemma2_cls"
+    lengths = load_from_disk(next(run.glob("prepared/*/train")))["length"]
+    shape = StepShape(mean_pairs=2, turns=2, processes=2, sequences_per_pair=2)
+    micro_batches = TokenBudgetBatches(np.array(lengths), shape, 4096, seed=42)
+    assert [len(rows) for rows in micro_batches] == [1, 1, 3, 3]
+    gradients, expected = comparable.trained_weights(run), comparable.trained_weights(tmp_path / "one/gemma2_cls")
+    assert comparable.largest_difference(gradients, expected) < 1e-6

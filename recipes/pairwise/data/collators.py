@@ -1,7 +1,7 @@
 """Rows of the dataset → one padded batch, the two sequences of a pair side by side."""
 
 import math
-import os
+import random
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +9,6 @@ import torch
 from preprocess.model_input import swap_probabilities
 
 PADDED_TO_MULTIPLE_OF = 8  # tokens, which suits tensor cores
-SEEDS_APART = 7919  # between the seeds of two processes; any prime does
 
 
 @dataclass
@@ -28,6 +27,8 @@ class PairCollator:
         tokenizer: Passed by Axolotl, as are `padding` and `return_tensors`; not used.
         orders: as_given, random (one of the two for each pair) or both.
         padding_free: Whether the sequences stand end to end in one row.
+        seed: The run's seed, which decides the random orders.
+        epoch: The number of the epoch, from 0, with which they change; set by BeginEpoch.
     """
 
     tokenizer: object
@@ -39,53 +40,73 @@ class PairCollator:
     padding_free: bool = False
     padding: bool = True
     return_tensors: str = "pt"
-    generator: torch.Generator | None = None
+    seed: int = 0
+    epoch: int = 0
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        """Make a batch of rows of the dataset, whose columns are datasets.FEATURES."""
         sequences = []
         labels_pov = []
         teacher_pov = []
+        weight_p = []
         for row in rows:
-            swaps = self.choose_orders()
+            # Sequences and probabilities of a pair stand in the same orders.
+            swaps = self.choose_orders(row["id"])
             sequences += self.choose_sequences(row, swaps)
-            labels_pov.append([self.order_verdicts(row["labels"], swap) for swap in swaps])
+            labels_pov.append(self.order_verdicts(row["labels"], swaps))
+            weight_p.append(row["weight"])
             if row.get("teacher"):
-                teacher_pov.append([self.order_verdicts(row["teacher"], swap) for swap in swaps])
+                teacher_pov.append(self.order_verdicts(row["teacher"], swaps))
 
-        weight_p = [row["weight"] for row in rows]
+        # The labels come first: Trainer takes the number of pairs from a batch's first value.
         batch = {
             "labels": torch.tensor(labels_pov, dtype=torch.float32),
             "weight": torch.tensor(weight_p, dtype=torch.float32),
-            **(self.join(sequences) if self.padding_free else self.pad(sequences)),
         }
+        batch |= self.join(sequences) if self.padding_free else self.pad(sequences)
         if teacher_pov:
             batch["teacher"] = torch.tensor(teacher_pov, dtype=torch.float32)
         return batch
 
-    def choose_orders(self) -> list[bool]:
-        """Choose the orders of a row to train on: for each, whether it is swapped."""
+    def choose_orders(self, row_id: str) -> list[bool]:
+        """Choose the orders of a pair to train on: for each, whether A and B are swapped.
+
+        A random order follows from the seed, the epoch and the pair alone. So a run that is resumed
+        draws the orders that it would have drawn without the interruption, on any number of GPUs.
+        """
         if self.head == "reward" or self.orders == "as_given":
             return [False]
         if self.orders == "random":
-            return [self.is_heads()]
+            coin = random.Random(f"{self.seed} {self.epoch} {row_id}")
+            is_swapped = coin.random() < 0.5
+            return [is_swapped]
         return [False, True]
 
     def choose_sequences(self, row: dict, swaps: list[bool]) -> list[list[int]]:
-        """Return a row's sequences of token ids in these orders.
+        """Return a pair's sequences of token ids in these orders.
 
-        For the reward head they are those of both responses, in the order of the verdicts.
+        For the reward head, which reads each response alone, they are those of both responses, in
+        the order of the verdicts.
         """
+        # As given and swapped; for the reward head response A and response B.
         first, second = row["sequences"]
         if self.head == "reward":
-            response_by_verdict = {"model_a": first, "model_b": second}
-            return [response_by_verdict[verdict] for verdict in self.verdicts]
+            # Of model_a and model_b, whose responses these are, either may come first.
+            if self.verdicts[0] == "model_b":
+                return [second, first]
+            return [first, second]
+
         return [second if is_swapped else first for is_swapped in swaps]
 
-    def order_verdicts(self, probabilities: list[float], is_swapped: bool) -> list[float]:
-        """Return a row's probabilities as they are in an order: swapped, A's is that of B."""
-        if is_swapped:
-            return swap_probabilities(list(probabilities), self.verdicts)
-        return list(probabilities)
+    def order_verdicts(self, probabilities: list[float], swaps: list[bool]) -> list[list[float]]:
+        """Return a pair's probabilities as they are in each of these orders: swapped, A's is B's."""
+        probabilities_ov = []
+        for is_swapped in swaps:
+            if is_swapped:
+                probabilities_ov.append(swap_probabilities(list(probabilities), self.verdicts))
+            else:
+                probabilities_ov.append(list(probabilities))
+        return probabilities_ov
 
     def pad(self, sequences: list[list[int]]) -> dict[str, torch.Tensor]:
         """Pad sequences to a common length, a multiple of pad_to_multiple_of.
@@ -94,16 +115,19 @@ class PairCollator:
             input_ids and attention_mask, and for label_tokens position_ids, all of shape
             (sequences, tokens).
         """
-        pads_left = self.head == "label_tokens"
         longest = max(len(ids) for ids in sequences)
         width = math.ceil(longest / self.pad_to_multiple_of) * self.pad_to_multiple_of
-        input_ids_bt = torch.full((len(sequences), width), self.pad_token_id, dtype=torch.long)
-        mask_bt = torch.zeros((len(sequences), width), dtype=torch.long)
+        batch_shape = (len(sequences), width)
+        input_ids_bt = torch.full(batch_shape, self.pad_token_id, dtype=torch.long)
+        mask_bt = torch.zeros(batch_shape, dtype=torch.long)
 
-        for number, ids in enumerate(sequences):
+        # The head label_tokens reads the answer at the last place, which must not be padding.
+        pads_left = self.head == "label_tokens"
+        for row, ids in enumerate(sequences):
             start = width - len(ids) if pads_left else 0
-            input_ids_bt[number, start : start + len(ids)] = torch.tensor(ids)
-            mask_bt[number, start : start + len(ids)] = 1
+            end = start + len(ids)
+            input_ids_bt[row, start:end] = torch.tensor(ids)
+            mask_bt[row, start:end] = 1
 
         batch = {"input_ids": input_ids_bt, "attention_mask": mask_bt}
         if pads_left:
@@ -132,14 +156,3 @@ class PairCollator:
         if self.head == "label_tokens":
             batch["logits_to_keep"] = bounds[1:].long() - 1
         return batch
-
-    def is_heads(self) -> bool:
-        """Toss a coin that differs between processes and their workers.
-
-        torch's own generator has the same seed on every GPU.
-        """
-        if self.generator is None:
-            rank = int(os.environ.get("RANK", "0"))
-            seed = torch.initial_seed() + SEEDS_APART * rank
-            self.generator = torch.Generator().manual_seed(seed % 2**63)
-        return torch.rand((), generator=self.generator).item() < 0.5

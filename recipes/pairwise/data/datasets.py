@@ -18,6 +18,7 @@ from preprocess.model_input import Contract, encode_all, pair_from_row, swap
 from recipes.pairwise.config.schema import DistillBlock
 from recipes.pairwise.data.teacher_labels import hash_labels, read_teachers
 
+# What a run reads of a pairs.parquet; role and group may be absent in files of an earlier version.
 COLUMNS = (
     "id",
     "prompt",
@@ -31,19 +32,24 @@ COLUMNS = (
     "p_tie",
 )
 FIXED_SAMPLE_ROWS = 500  # of fold "all", whose validation rows are trained on too
-CHUNK_ROWS = 1000
+CHUNK_ROWS = 1000  # that are tokenised at once
 CACHE_NAME_LENGTH = 16  # hexadecimal digits
 TRAINING_FILE = "training.arrow"
 VALIDATION_FOLDER = "validation"
 FEATURES = Features(
     {
         "id": Value("string"),
+        # The token ids of the pair in both orders, or of both responses, see encode_rows.
         "sequences": List(List(Value("int32"))),
+        # The shares of the human votes for each verdict, in the order as given.
         "labels": List(Value("float32")),
+        # The place of the winner among the verdicts.
         "winner": Value("int8"),
         # The teachers' probabilities; empty without teachers.
         "teacher": List(Value("float32")),
+        # How much the pair counts in the loss; 1 on average.
         "weight": Value("float32"),
+        # Tokens of the longer sequence.
         "length": Value("int32"),
     }
 )
@@ -60,18 +66,19 @@ def read_pairs(path: Path | str) -> pl.DataFrame:
         raise UserError(
             f"{path}: no such file; make it with python -m preprocess SOURCE --out {path}"
         )
+
     try:
         frame = pl.read_parquet(path)
-    # A panic of Polars, as of a damaged page, is no Exception.
+    # Polars panics at a damaged page, and its panic is no subclass of Exception.
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         first_line = str(error).splitlines()[0]
         raise UserError(f"{path}: not a Parquet file ({first_line})") from None
 
-    missing = [column for column in COLUMNS if column not in frame.columns]
-    if missing:
-        raise UserError(
-            f"{path}: no column {', '.join(missing)}; it was not written by python -m preprocess"
-        )
+    missing_columns = [column for column in COLUMNS if column not in frame.columns]
+    if missing_columns:
+        listed = ", ".join(missing_columns)
+        raise UserError(f"{path}: no column {listed}; it was not written by python -m preprocess")
+
     if "role" not in frame.columns:
         frame = frame.with_columns(role=pl.lit("train"))
     return frame
@@ -80,7 +87,7 @@ def read_pairs(path: Path | str) -> pl.DataFrame:
 def split(
     frame: pl.DataFrame, fold: int | str, path: Path | str, with_pool: bool = False
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Split pairs into training and validation rows, by their roles.
+    """Split pairs into training and validation rows, by their roles and folds.
 
     Rows of the roles train and extra are trained on, those of train alone are validated on. Neither
     holds rows of the lockbox. A fold's other rows are left out with it, since their prompts may be like
@@ -93,16 +100,22 @@ def split(
         path: The file, for the message.
         with_pool: Also train on the rows of the pool, which have no votes.
 
+    Returns:
+        The training rows and the validation rows.
+
     Raises:
         UserError: If there is no such fold, or no other one, or a row to train on shares its prompt
             with a row of the lockbox.
     """
+    # Which rows are trained on, whatever the fold.
     training_roles = ["train", "extra"]
     if with_pool:
         training_roles.append("pool")
-    human_votes = frame.filter(role="train")
     trainable = frame.filter(pl.col("role").is_in(training_roles))
     check_lockbox(frame, trainable, path)
+
+    # Metrics are of human votes on rows of the competition's own kind, which the role train is.
+    human_votes = frame.filter(role="train")
     if fold == "all":
         sample = _order_by_hash(human_votes["id"])[:FIXED_SAMPLE_ROWS]
         return trainable, human_votes[sample]
@@ -111,15 +124,18 @@ def split(
     if fold not in folds or len(folds) < 2:
         listed = ", ".join(str(number) for number in folds)
         raise UserError(f"{path}: pairwise.fold is {fold}, but the folds in the file are {listed}")
+
     is_held_out = pl.col("fold") == fold
     return trainable.filter(~is_held_out), human_votes.filter(is_held_out)
 
 
 def check_lockbox(frame: pl.DataFrame, trainable: pl.DataFrame, path: Path | str) -> None:
-    """Raise UserError where a row to train on shares its group of prompts with a row of the lockbox."""
+    """Raise UserError where a row to train on has a prompt like one of the lockbox, the rows of the role test."""
     lockbox = frame.filter(role="test")
     if lockbox.is_empty():
         return
+
+    # Rows whose prompts are alike have the same group.
     leaks = trainable.filter(pl.col("group").is_in(lockbox["group"].implode()))
     if not leaks.is_empty():
         raise UserError(
@@ -143,20 +159,24 @@ def _order_by_hash(ids: pl.Series) -> pl.Series:
 
 
 def targets(frame: pl.DataFrame, verdicts: tuple[str, ...]) -> np.ndarray:
-    """Return the target probabilities, float32 of shape (rows, verdicts).
+    """Return what the model is to predict for each row: the shares of the human votes.
 
-    Without a verdict for ties, half of a tie goes to each side. A pool row, which has no votes, has zeros.
+    Args:
+        frame: The rows of a pairs.parquet.
+        verdicts: The model's verdicts. Where tie is none of them, half of a tie goes to each side.
+
+    Returns:
+        Probabilities, float32 of shape (rows, verdicts). A pool row, which has no votes, has zeros.
     """
-    frame = frame.with_columns(pl.col("p_model_a", "p_model_b", "p_tie").fill_null(0.0))
-    share_a = frame["p_model_a"].to_numpy()
-    share_b = frame["p_model_b"].to_numpy()
-    share_tie = frame["p_tie"].to_numpy()
-    if "tie" not in verdicts:
-        share_a = share_a + share_tie / 2
-        share_b = share_b + share_tie / 2
+    # The shares are null where there are no votes.
+    shares = frame.select(pl.col("p_model_a", "p_model_b", "p_tie").fill_null(0.0))
 
-    shares = {"model_a": share_a, "model_b": share_b, "tie": share_tie}
-    return np.stack([shares[verdict] for verdict in verdicts], axis=1).astype(np.float32)
+    if "tie" not in verdicts:
+        half_of_tie = pl.col("p_tie") / 2
+        shares = shares.with_columns(pl.col("p_model_a", "p_model_b") + half_of_tie)
+
+    columns = [f"p_{verdict}" for verdict in verdicts]
+    return shares.select(columns).to_numpy().astype(np.float32)
 
 
 def winners(frame: pl.DataFrame, verdicts: tuple[str, ...]) -> np.ndarray:
@@ -179,7 +199,7 @@ def tokenise(
     """Tokenise pairs into an Arrow file of one row a pair, with the columns of FEATURES.
 
     The sequences are the pair in both orders, or for the reward head the prompt with each response;
-    `winner` is its place among the verdicts, `length` that of the longer sequence.
+    `winner` is its place among the verdicts.
 
     Args:
         frame: The rows of a pairs.parquet.
@@ -222,15 +242,26 @@ def tokenise(
 
 
 def encode_rows(chunk: pl.DataFrame, tokenizer, contract: Contract) -> list[list[list[int]]]:
-    """Return two sequences of token ids for each row, see tokenise."""
+    """Encode each row as two sequences of token ids.
+
+    Args:
+        chunk: Rows of a pairs.parquet.
+        tokenizer: A fast tokenizer.
+        contract: Says how a pair becomes token ids.
+
+    Returns:
+        For each row the pair in both orders, as given and swapped; for the reward head, which reads
+        each response alone, the prompt with response A and with response B.
+    """
     pairs = [pair_from_row(row) for row in chunk.iter_rows(named=True)]
     as_given = encode_all(pairs, tokenizer, contract)
     if contract.head == "reward":
-        # One sequence for each response: the order of the two makes no difference.
-        return [list(sequences) for sequences in as_given]
+        return [list(both_responses) for both_responses in as_given]
 
-    swapped = encode_all([swap(pair) for pair in pairs], tokenizer, contract)
-    return [[first[0], second[0]] for first, second in zip(as_given, swapped, strict=True)]
+    # Other heads read a pair as one sequence, so that encode_all returns lists of one.
+    swapped_pairs = [swap(pair) for pair in pairs]
+    swapped = encode_all(swapped_pairs, tokenizer, contract)
+    return [[first, second] for (first,), (second,) in zip(as_given, swapped, strict=True)]
 
 
 def datasets_of(
@@ -252,23 +283,27 @@ def datasets_of(
         tokenizer: A fast tokenizer.
         contract: Says how a pair becomes token ids.
         cache: The folder of the run's tokenised rows.
-        distill: The teachers of a student, whose labels its training rows get.
+        distill: The teachers of a student, whose labels its training rows get; None without teachers.
+
+    Returns:
+        The training rows and the validation rows, with the columns of FEATURES.
     """
+    # All processes of a run come here at once. One tokenises, and none of the others reads the pairs.
     folder = cache / _cache_name(pairs, fold, tokenizer, contract, distill)
     cache.mkdir(parents=True, exist_ok=True)
-
     with FileLock(cache / "lock"):
         if not folder.exists():
             with_pool = distill is not None and distill.pool
-            train, validation = split(read_pairs(pairs), fold, pairs, with_pool)
+            train_pairs, validation_pairs = split(read_pairs(pairs), fold, pairs, with_pool)
             teacher_rv = None
             if distill is not None:
-                teacher_rv = read_teachers(distill, train, pairs, contract.verdicts)
+                teacher_rv = read_teachers(distill, train_pairs, pairs, contract.verdicts)
 
             with atomic_folder(folder) as temporary:
-                tokenise(train, tokenizer, contract, temporary / TRAINING_FILE, teacher_rv)
-                _tokenise_longest_first(validation, tokenizer, contract, temporary)
+                tokenise(train_pairs, tokenizer, contract, temporary / TRAINING_FILE, teacher_rv)
+                _tokenise_longest_first(validation_pairs, tokenizer, contract, temporary)
 
+    # All processes read from the disk, so that they share its pages in memory.
     training_set = Dataset.from_file(str(folder / TRAINING_FILE))
     return training_set, load_from_disk(folder / VALIDATION_FOLDER)
 
@@ -291,16 +326,23 @@ def _tokenise_longest_first(
 def _cache_name(
     pairs: Path, fold: int | str, tokenizer, contract: Contract, distill: DistillBlock | None
 ) -> str:
-    """Hash everything that decides the tokenised rows, so that a stale cache is never read."""
+    """Name the folder of tokenised rows by a hash of all that decides them.
+
+    So rows of another file, fold, tokenizer or setting are never read in their place. The arguments
+    are those of datasets_of.
+    """
+    # These three parts of a contract do not change how a pair is tokenised.
     settings = asdict(contract)
     for name in ("golden", "recorded", "base_model"):
         del settings[name]
 
+    # Two tokenizers of one name may differ, so that its content is hashed.
     tokenizer_bytes = tokenizer.backend_tokenizer.to_str().encode()
     tokenizer_sha256 = hashlib.sha256(tokenizer_bytes).hexdigest()
     layout = [TRAINING_FILE, list(FEATURES)]
     inputs = [sha256(pairs), fold, settings, tokenizer_sha256, layout]
     if distill is not None:
         inputs += [distill.teachers, distill.pool, hash_labels(distill)]
-    key = json.dumps(inputs, sort_keys=True)
-    return hashlib.sha256(key.encode()).hexdigest()[:CACHE_NAME_LENGTH]
+
+    inputs_json = json.dumps(inputs, sort_keys=True)
+    return hashlib.sha256(inputs_json.encode()).hexdigest()[:CACHE_NAME_LENGTH]

@@ -17,6 +17,7 @@ from preprocess.core.files import read_object, sha256
 from preprocess.model_input import VERDICTS
 from recipes.pairwise.config.schema import DistillBlock
 
+# Both stand in the teacher's folder, beside its runs.
 LABELS = "labels.parquet"
 LABELS_RECORD = "labels.json"
 
@@ -55,25 +56,31 @@ def read_teachers(
     Raises:
         UserError: A file is missing, or its labels are not fit for these rows.
     """
-    columns = [f"p_{verdict}" for verdict in verdicts]
-    total_weight = sum(distill.teachers.values())
-    labels_rv = np.zeros((len(rows), len(verdicts)))
-    for run, weight in distill.teachers.items():
+    probability_columns = [f"p_{verdict}" for verdict in verdicts]
+    labels_by_teacher = []
+    for run in distill.teachers:
         labels = read_labels(teacher_folder(run), rows, pairs_file, verdicts)
-        labels_rv += weight / total_weight * labels.select(columns).to_numpy()
-    return labels_rv.astype(np.float32)
+        labels_by_teacher.append(labels.select(probability_columns).to_numpy())
+
+    weights = list(distill.teachers.values())
+    mean_rv = np.average(labels_by_teacher, axis=0, weights=weights)
+    return mean_rv.astype(np.float32)
 
 
 def read_labels(
     folder: Path, rows: pl.DataFrame, pairs_file: Path, verdicts: Sequence[str]
 ) -> pl.DataFrame:
-    """Read one teacher's labels of some rows, in the order of the rows.
+    """Read one teacher's labels of some rows of the pairs file, in the order of the rows.
 
     Args:
         folder: The teacher's folder.
         rows: The rows of the pairs file.
         pairs_file: The pairs file.
         verdicts: The student's verdicts.
+
+    Returns:
+        A row for each of `rows`, with the columns id, role, fold, and those of labels.parquet: the
+        probabilities, and as `runs` the names of the teacher's runs that gave them.
 
     Raises:
         UserError: See read_teachers.
@@ -87,16 +94,11 @@ def read_labels(
     record = read_object(folder / LABELS_RECORD)
     check_record(record, folder, pairs_file, verdicts)
 
-    labels = rows.select("id", "role", "fold").join(
-        pl.read_parquet(file), on="id", how="left", maintain_order="left"
-    )
-    without_label = labels.filter(pl.col("runs").is_null())
-    if len(without_label) > 0:
-        raise UserError(
-            f"{file}: no label of {len(without_label):,} of the {len(rows):,} training rows, such as "
-            f"{without_label['id'][0]} (role {without_label['role'][0]}); train every fold of the teacher with "
-            f"make cv R={folder.name}, and label again"
-        )
+    # A left join keeps a row without a label, so that it can be named below.
+    all_labels = pl.read_parquet(file)
+    wanted_rows = rows.select("id", "role", "fold")
+    labels = wanted_rows.join(all_labels, on="id", how="left", maintain_order="left")
+    check_each_row_has_label(labels, folder)
     check_runs(labels, record["runs"], file)
     return labels
 
@@ -105,7 +107,7 @@ def check_record(record: Mapping, folder: Path, pairs_file: Path, verdicts: Sequ
     """Check that a file of labels is of this pairs file, of these verdicts, and of the runs as they are now.
 
     Args:
-        record: The teacher's labels.json.
+        record: The teacher's labels.json, written beside the labels.
         folder: The teacher's folder.
         pairs_file: The student's pairs file.
         verdicts: The student's verdicts.
@@ -114,39 +116,57 @@ def check_record(record: Mapping, folder: Path, pairs_file: Path, verdicts: Sequ
         UserError: It is not.
     """
     file = folder / LABELS
-    again = f"run pairwise labels {folder.name} again"
+    remedy = f"run pairwise labels {folder.name} again"
+
+    # Ids of another file may name other pairs, or its folds may be cut in another way.
     if record["pairs_sha256"] != sha256(pairs_file):
         raise UserError(
             f"{file}: labels of another pairs file than {pairs_file} as it is now; train teacher and student on "
-            f"one file, and {again}"
+            f"one file, and {remedy}"
         )
+
     if set(record["verdicts"]) != set(verdicts):
         raise UserError(
             f"{file}: the teacher's verdicts are {', '.join(record['verdicts'])}, the student's "
             f"{', '.join(verdicts)}; they must be the same"
         )
-    for run, facts in record["runs"].items():
+
+    # A run that is trained again gets a new contract.json.
+    for run, run_record in record["runs"].items():
         contract = folder / run / "contract.json"
-        if not contract.is_file() or sha256(contract) != facts["contract_sha256"]:
-            raise UserError(f"{file}: older than the training of {folder / run}; {again}")
+        if not contract.is_file() or sha256(contract) != run_record["contract_sha256"]:
+            raise UserError(f"{file}: older than the training of {folder / run}; {remedy}")
+
+
+def check_each_row_has_label(labels: pl.DataFrame, folder: Path) -> None:
+    """Raise UserError where the teacher in a folder has not labelled a row: its columns are null."""
+    unlabelled = labels.filter(pl.col("runs").is_null())
+    if unlabelled.is_empty():
+        return
+    raise UserError(
+        f"{folder / LABELS}: no label of {len(unlabelled):,} of the {len(labels):,} training rows, such as "
+        f"{unlabelled['id'][0]} (role {unlabelled['role'][0]}); train every fold of the teacher with "
+        f"make cv R={folder.name}, and label again"
+    )
 
 
 def check_runs(labels: pl.DataFrame, runs: Mapping[str, Mapping], file: Path) -> None:
     """Check that no row with votes was labelled by a run that was trained on it.
 
     Args:
-        labels: Labels with the columns id, role, fold and runs.
-        runs: What labels.json says of each run, the fold that it held out among it.
+        labels: Labels with the columns id, role, fold and runs, the names of the runs that gave them.
+        runs: What labels.json says of each run; its `fold` is the one that it held out.
         file: The file of labels, for the message.
 
     Raises:
         UserError: One was.
     """
-    fold_by_run = {run: facts["fold"] for run, facts in runs.items()}
+    # No teacher is trained on rows of the pool.
+    held_out_fold = {run: run_record["fold"] for run, run_record in runs.items()}
     with_votes = labels.filter(pl.col("role").is_in(["train", "extra"]))
     for row_id, fold, row_runs in with_votes.select("id", "fold", "runs").iter_rows():
         for run in row_runs:
-            if fold_by_run.get(run) != fold:
+            if held_out_fold.get(run) != fold:
                 raise UserError(
                     f"{file}: {row_id} of fold {fold} is labelled by the run {run}, which was trained on it; a "
                     "teacher's labels must be out-of-fold: make them with pairwise labels"

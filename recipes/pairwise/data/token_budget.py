@@ -4,10 +4,11 @@ The plugin plans them before a model is loaded, and Axolotl's trainer reads them
 
 A step holds a fixed number of pairs, which its processes compute in a fixed number of turns. The rows
 of an epoch are sorted by length and cut into one band for each turn of a step. A step takes a random
-micro-batch from each band. So all steps have the same mix of long and short rows, and at each turn
-all processes hold rows of about the same length.
+micro-batch from each band for each process. So all steps have the same mix of long and short rows,
+and at each turn all processes hold rows of about the same length.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -53,6 +54,7 @@ class TokenBudgetBatches(BatchSampler):
         batch_size: None, which tells accelerate that micro-batches differ in size.
     """
 
+    # accelerate reads both.
     batch_size = None
     drop_last = False
 
@@ -68,18 +70,18 @@ class TokenBudgetBatches(BatchSampler):
         Raises:
             UserError: If the longest rows do not fit into the budget.
         """
-        self.widths_r = np.ceil(lengths / PADDED_TO_MULTIPLE_OF).astype(int) * PADDED_TO_MULTIPLE_OF
+        # The tokens of each row with its padding.
+        units_r = np.ceil(lengths / PADDED_TO_MULTIPLE_OF).astype(int)
+        self.widths_r = units_r * PADDED_TO_MULTIPLE_OF
         self.shape = shape
         self.seed = seed
         self.epoch = 0
-        self.steps = int(np.ceil(len(lengths) / shape.pairs))
+
+        # All steps hold as many pairs: what the last one lacks is drawn again.
+        self.steps = math.ceil(len(lengths) / shape.pairs)
         self.refill_count = self.steps * shape.pairs - len(lengths)
 
-        # No epoch needs more tokens than one whose last step is filled up with the longest rows.
-        longest_first = np.sort(self.widths_r)[::-1]
-        refill = np.resize(longest_first, self.refill_count)
-        worst_epoch = np.sort(np.concatenate([longest_first, refill]))[::-1]
-        self.most_tokens = find_least_budget(worst_epoch, shape)
+        self.most_tokens = self.count_tokens_of_worst_epoch()
         if self.most_tokens > budget:
             raise UserError(
                 f"pairwise.tokens_per_micro_batch: {budget:,}, but {shape.turns} micro-batches of a "
@@ -91,32 +93,62 @@ class TokenBudgetBatches(BatchSampler):
         return self.steps * self.shape.turns * self.shape.processes
 
     def __iter__(self) -> Iterator[list[int]]:
+        """Yield the row numbers of each micro-batch of an epoch, by step, turn and process."""
         rng = np.random.default_rng([self.seed, self.epoch])
-        rows = self.draw_rows(rng)
-        widths_r = self.widths_r[rows]
-        tokens = find_least_budget(widths_r, self.shape)
-
-        turns_by_band = []
-        first_row = 0
-        for pairs in fill_turns(widths_r, self.shape, tokens):
-            band_rows = self.steps * self.shape.processes * pairs
-            band = rows[first_row : first_row + band_rows]
-            turns = band.reshape(self.steps, self.shape.processes, pairs)
-            turns_by_band.append(rng.permutation(turns))
-            first_row += band_rows
+        bands = self.cut_into_bands(self.draw_rows(rng))
+        # Which step gets which micro-batches of a band is random.
+        shuffled_bands = [rng.permutation(band) for band in bands]
 
         for step in range(self.steps):
-            for turns in turns_by_band:
-                for micro_batch in turns[step]:
+            for band in shuffled_bands:
+                for micro_batch in band[step]:
                     yield micro_batch.tolist()
+
+    def count_tokens_of_worst_epoch(self) -> int:
+        """Count the tokens of the largest micro-batch that any epoch can have.
+
+        No epoch needs more than one whose last step is filled up with the longest rows.
+        """
+        longest_first = np.sort(self.widths_r)[::-1]
+        refill = np.resize(longest_first, self.refill_count)
+        worst_epoch = np.sort(np.concatenate([longest_first, refill]))[::-1]
+        return find_least_budget(worst_epoch, self.shape)
 
     def draw_rows(self, rng: np.random.Generator) -> np.ndarray:
         """Draw the rows of an epoch, the longest first, rows of one length in random order."""
         row_count = len(self.widths_r)
-        refill = rng.choice(row_count, self.refill_count, replace=self.refill_count > row_count)
-        rows = np.concatenate([rng.permutation(row_count), refill])
+        # A refill draws no row twice, unless there are fewer rows than it needs.
+        needs_repeats = self.refill_count > row_count
+        refill = rng.choice(row_count, self.refill_count, replace=needs_repeats)
+        shuffled_rows = rng.permutation(row_count)
+        rows = np.concatenate([shuffled_rows, refill])
+
+        # A stable sort keeps the random order of rows of one length.
         longest_first = np.argsort(-self.widths_r[rows], kind="stable")
         return rows[longest_first]
+
+    def cut_into_bands(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Cut an epoch's rows into one band for each turn of a step.
+
+        Args:
+            rows: The row numbers of an epoch, the longest row first.
+
+        Returns:
+            For each turn the row numbers of its micro-batches, of shape (steps, processes, pairs).
+            The number of pairs differs between turns: the longer the rows, the fewer.
+        """
+        widths_r = self.widths_r[rows]
+        tokens = find_least_budget(widths_r, self.shape)
+
+        bands = []
+        first_row = 0
+        for pairs in fill_turns(widths_r, self.shape, tokens):
+            band_shape = (self.steps, self.shape.processes, pairs)
+            end_row = first_row + math.prod(band_shape)
+            band = rows[first_row:end_row]
+            bands.append(band.reshape(band_shape))
+            first_row = end_row
+        return bands
 
 
 def find_least_budget(widths_r: np.ndarray, shape: StepShape) -> int:
@@ -125,12 +157,17 @@ def find_least_budget(widths_r: np.ndarray, shape: StepShape) -> int:
     Args:
         widths_r: Tokens of each row with its padding, the longest first; whole steps of rows.
         shape: What a step holds.
+
+    Returns:
+        The tokens of a micro-batch, padding included.
     """
+    # Bisection between a budget that is too small and one that holds all pairs in a single turn.
     too_few = 0
     enough = int(widths_r[0]) * shape.sequences_per_pair * shape.pairs_of_process
     while enough - too_few > 1:
         middle = (too_few + enough) // 2
-        if sum(fill_turns(widths_r, shape, middle)) == shape.pairs_of_process:
+        pairs_that_fit = sum(fill_turns(widths_r, shape, middle))
+        if pairs_that_fit == shape.pairs_of_process:
             enough = middle
         else:
             too_few = middle
@@ -138,16 +175,19 @@ def find_least_budget(widths_r: np.ndarray, shape: StepShape) -> int:
 
 
 def fill_turns(widths_r: np.ndarray, shape: StepShape, tokens: int) -> list[int]:
-    """Fill the turns of a step under a budget, the longest rows first.
+    """Divide a process's pairs of one step among its turns, under a budget of tokens.
+
+    The first turn takes the longest rows of the epoch, as many pairs in each micro-batch as fit; the
+    next turn takes the longest rows that are left, and so on.
 
     Args:
-        widths_r: As find_least_budget takes them.
+        widths_r: Tokens of each row with its padding, the longest first; whole steps of rows.
         shape: What a step holds.
         tokens: The most tokens of a micro-batch.
 
     Returns:
-        The pairs of a micro-batch at each turn. In all they are fewer than a process's pairs of a
-        step where the budget is too small.
+        The pairs of a micro-batch at each turn. Where the budget is too small, their sum is less
+        than the pairs that a process has to compute in a step.
     """
     steps = len(widths_r) // shape.pairs
     pairs_by_turn = []
@@ -155,10 +195,13 @@ def fill_turns(widths_r: np.ndarray, shape: StepShape, tokens: int) -> list[int]
     first_row = 0
 
     for turn in range(shape.turns):
-        # A band is as wide as its first row, and each of the bands after it needs a pair.
-        pairs_that_fit = tokens // (int(widths_r[first_row]) * shape.sequences_per_pair)
-        pairs_for_others = shape.turns - turn - 1
-        pairs = min(pairs_that_fit, pairs_left - pairs_for_others)
+        # All rows of a turn are padded to its longest one, which is its first.
+        tokens_per_pair = int(widths_r[first_row]) * shape.sequences_per_pair
+        pairs_that_fit = tokens // tokens_per_pair
+
+        # Each of the later turns needs at least one pair.
+        later_turns = shape.turns - turn - 1
+        pairs = min(pairs_that_fit, pairs_left - later_turns)
 
         pairs_by_turn.append(pairs)
         pairs_left -= pairs

@@ -16,11 +16,11 @@ RESUME_KEYS = ("auto_resume_from_checkpoints", "resume_from_checkpoint")
 def check_resume(cfg, block: PairwiseBlock, recipe_keys: dict) -> None:
     """Check whose checkpoints the run would resume from; then write run.json for those to come.
 
-    run.json holds everything that decides what the checkpoints beside it were trained as.
+    run.json, in the run folder, holds everything that decides what its checkpoints are trained as.
 
     Args:
-        cfg: Axolotl's configuration: its output folder, and whether it resumes; of
-            `auto_resume_from_checkpoints` it becomes the newest complete checkpoint.
+        cfg: Axolotl's configuration: its output folder, and whether it resumes. Where it asks to
+            resume from the last checkpoint, it is given the path of that checkpoint instead.
         block: The `pairwise:` block, with the environment's overrides.
         recipe_keys: The recipe's keys as they run.
 
@@ -28,11 +28,10 @@ def check_resume(cfg, block: PairwiseBlock, recipe_keys: dict) -> None:
         UserError: If the checkpoints are of another training.
     """
     folder = Path(cfg.output_dir)
-    identity = {name: value for name, value in recipe_keys.items() if name not in RESUME_KEYS}
-    identity["pairwise"] = block.model_dump(mode="json")
-    identity["content of pairwise.pairs"] = sha256(block.pairs)
+    identity = describe_training(block, recipe_keys)
 
-    if cfg.auto_resume_from_checkpoints and not cfg.resume_from_checkpoint:
+    resumes_from_last = cfg.auto_resume_from_checkpoints and not cfg.resume_from_checkpoint
+    if resumes_from_last:
         # Axolotl would take the newest folder, which a kill may have left half written.
         cfg.resume_from_checkpoint = newest_checkpoint(folder)
         cfg.auto_resume_from_checkpoints = False
@@ -49,18 +48,31 @@ def check_resume(cfg, block: PairwiseBlock, recipe_keys: dict) -> None:
         write_json(folder / IDENTITY_FILE, identity)
 
 
+def describe_training(block: PairwiseBlock, recipe_keys: dict) -> dict:
+    """Return all that decides what a run trains: its recipe's keys, and a hash of its pairs file."""
+    # Whether a run resumes does not change what it trains.
+    identity = {name: value for name, value in recipe_keys.items() if name not in RESUME_KEYS}
+    identity["pairwise"] = block.model_dump(mode="json")
+    identity["content of pairwise.pairs"] = sha256(block.pairs)
+    return identity
+
+
 def newest_checkpoint(folder: Path) -> str | None:
-    """Return the newest complete checkpoint in a run folder: transformers writes its state last."""
-    complete = [state.parent for state in folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
-    if not complete:
-        return None
-    return str(
-        max(complete, key=lambda checkpoint: int(checkpoint.name.removeprefix("checkpoint-")))
-    )
+    """Return the path of the newest complete checkpoint in a run folder, None where there is none."""
+    newest = None
+    newest_step = -1
+    # transformers writes this file last, so that a checkpoint which has it is complete.
+    for state_file in folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}"):
+        checkpoint = state_file.parent
+        step = int(checkpoint.name.removeprefix("checkpoint-"))
+        if step > newest_step:
+            newest = str(checkpoint)
+            newest_step = step
+    return newest
 
 
 def find_differing_keys(file: Path, identity: dict) -> list[str]:
-    """Return the keys whose values differ from those in a run.json; of none that is known, all."""
+    """List the keys of a training that differ from those in a run.json; without the file, all."""
     recorded = read_json(file) if file.exists() else {}
     keys = sorted(identity.keys() | recorded.keys())
     return [key for key in keys if identity.get(key) != recorded.get(key)]

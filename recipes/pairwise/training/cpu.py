@@ -6,9 +6,11 @@ import torch
 
 from recipes.pairwise.training import deepspeed_cpu
 
+BEHIND_CPU = 11  # in the order in which torch.load asks where to put things; the CPU itself has 10
+
 
 def prepare(cfg: dict) -> None:
-    """Set up this process for training on CPUs: float32, all cores, DeepSpeed's process group."""
+    """Set up this process, and Axolotl's configuration, for training on CPUs."""
     # Axolotl takes `bf16: auto` on a CPU for fp16, in which the first step ends in NaN.
     cfg["bf16"] = False
     cfg["fp16"] = False
@@ -16,11 +18,29 @@ def prepare(cfg: dict) -> None:
     cfg["dataloader_pin_memory"] = False
     use_all_cores()
 
-    # Axolotl asks this in several processes. PyTorch's own raises without a GPU: in a build without
-    # CUDA an AssertionError, which Axolotl lets pass, in PyPI's a RuntimeError, which ends the run.
+    # With several processes Axolotl asks whether GPUs reach each other's memory. Without a GPU the
+    # question ends the run in PyPI's build of PyTorch, so it gets an answer that is always no.
     torch.cuda.can_device_access_peer = answer_no_peers
+
+    # accelerate numbers the CPU of each process, and transformers loads a checkpoint's optimizer onto
+    # "cpu:0", a place that torch.load does not know.
+    torch.serialization.register_package(BEHIND_CPU, leave_untagged, keep_on_numbered_cpu)
+
     if cfg.get("deepspeed"):
         deepspeed_cpu.start_group()
+
+
+def leave_untagged(storage: torch.UntypedStorage) -> None:
+    """Leave it to PyTorch to name the place of what torch.save writes."""
+
+
+def keep_on_numbered_cpu(
+    storage: torch.UntypedStorage, location: str
+) -> torch.UntypedStorage | None:
+    """Leave what torch.load has read where it is, if it is to be moved to a numbered CPU."""
+    if location.startswith("cpu:"):
+        return storage
+    return None
 
 
 def answer_no_peers(device, peer) -> bool:

@@ -18,26 +18,30 @@ def deepspeed_on_cpu(deepspeed: object) -> bool:
 
 
 def start_group() -> None:
-    """Make the process group before Axolotl does, of one process or of torchrun's several."""
+    """Make PyTorch's group of training processes before Axolotl does, which would ask for GPUs.
+
+    The group has torchrun's processes, or this one alone where no launcher has started several.
+    """
     # With this, accelerate trains with DDP whatever the recipe says.
     os.environ.pop("ACCELERATE_USE_CPU", None)
     os.environ["DS_ACCELERATOR"] = "cpu"
 
-    if not torch.distributed.is_initialized():
-        is_single = os.environ.get("WORLD_SIZE", "1") == "1"
-        if is_single:
-            os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-            torch.distributed.init_process_group(
-                "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-            )
-        else:
-            torch.distributed.init_process_group("gloo")
+    is_initialized = torch.distributed.is_initialized()
+    is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    if not is_initialized and is_alone:
+        # A launcher would have set these; DeepSpeed reads them.
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    elif not is_initialized:
+        torch.distributed.init_process_group("gloo")
     tell_accelerate()
 
 
 def tell_accelerate() -> None:
     """Have accelerate see the group: DeepSpeed, over gloo, with all its processes."""
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    # What accelerate concluded earlier, in this process, is forgotten.
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState(backend="gloo")
 

@@ -23,9 +23,9 @@ from recipes.pairwise.training.output_layer import (
 
 LABEL_TOKEN_HEAD = "lm_head"
 
-MOST_SPREAD = (
-    0.1  # of a head that was initialised; memory that was not holds zeros, NaN or huge numbers
-)
+# A fresh head's standard deviation is below this; memory that was never initialised holds zeros,
+# NaN or huge numbers.
+MOST_SPREAD = 0.1
 
 
 def start_head(model: nn.Module, start: HeadStart, outputs: int) -> None:
@@ -33,31 +33,32 @@ def start_head(model: nn.Module, start: HeadStart, outputs: int) -> None:
 
     Args:
         model: The classifier as it was loaded, with as many outputs as the base model's head has.
-        start: Whether the base model's head is kept.
+        start: Whether the base model's head is kept, and why not.
         outputs: How many outputs the run's head has.
 
     Raises:
         UserError: The head that is to be kept holds no finite numbers, or only zeros.
     """
     name = find_head_name(model)
-    if start.reason_for_new is None:
+    keeps_head = start.reason_for_new is None
+    if keeps_head:
         check_kept_head(model.get_submodule(name), name)
         LOG.info("head %s: goes on from the base model's", name)
         return
 
     LOG.info("head %s: new, for %s", name, start.reason_for_new)
-    if start.checkpoint_outputs is not None:
+    base_model_has_head = start.checkpoint_outputs is not None
+    if base_model_has_head:
         replace_output_layer(model, outputs)
     ensure_head(model)
 
 
 def check_kept_head(head: nn.Module, name: str) -> None:
-    """Raise UserError where a trained head is not one: its numbers are not finite, or all the same."""
+    """Raise UserError where a head to go on from was not trained: its weights are not finite, or all the same."""
+    # Under ZeRO-3 a process holds only a part of each weight until they are gathered.
     with zero3.gathered(head.parameters()):
-        for parameter_name, weight in head.named_parameters():
-            if weight.dim() != 2:
-                continue
-            spread = weight.detach().float().std().item()
+        for parameter_name, weight in list_matrices(head):
+            spread = measure_spread(weight)
             is_trained = np.isfinite(spread) and spread > 0
             if not is_trained:
                 raise UserError(
@@ -70,20 +71,27 @@ def ensure_head(model: nn.Module) -> None:
     """Give the head fresh weights where loading left it uninitialised, as under ZeRO-3 and in bf16."""
     name = find_head_name(model)
     head = getattr(model, name)
+    # Under ZeRO-3 a process holds only a part of each weight until they are gathered.
     with zero3.gathered(head.parameters()):
-        for parameter_name, weight in head.named_parameters():
-            if weight.dim() != 2:
-                continue
-            spread = weight.detach().float().std().item()
-            is_sane = np.isfinite(spread) and 0 < spread < MOST_SPREAD
-            if not is_sane:
+        for parameter_name, weight in list_matrices(head):
+            spread = measure_spread(weight)
+            is_initialised = np.isfinite(spread) and 0 < spread < MOST_SPREAD
+            if not is_initialised:
+                full_name = f"{name}.{parameter_name}"
                 LOG.warning(
-                    "head %s.%s has standard deviation %s: initialised anew",
-                    name,
-                    parameter_name,
-                    spread,
+                    "head %s has standard deviation %s: initialised anew", full_name, spread
                 )
                 nn.init.normal_(weight.data, std=HEAD_SPREAD)
+
+
+def list_matrices(head: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """List a head's weight matrices by name, without its biases and norms."""
+    return [(name, weight) for name, weight in head.named_parameters() if weight.dim() == 2]
+
+
+def measure_spread(weight: nn.Parameter) -> float:
+    """Return the standard deviation of a weight, computed in float32."""
+    return weight.detach().float().std().item()
 
 
 def name_labels(config, names: Sequence[str]) -> None:
@@ -107,26 +115,31 @@ def compute_logits_in_float32(model: nn.Module, label_token_ids: Sequence[int] =
         RuntimeError: If the model has no head that is a plain linear layer.
     """
     head_names = (LABEL_TOKEN_HEAD,) if label_token_ids else CLASSIFIER_HEADS
-    is_replaced = False
-
-    for name, layer in model.named_modules():
-        parts = name.split(".")
-        is_in_head = any(head_name in parts for head_name in head_names)
-        if not is_in_head or type(layer) is not nn.Linear:
-            continue
-
-        # LoRA adds B(A(x)) to the head's output: of the two only B has a row for each output, and
-        # of B and the head itself the same rows are computed.
-        output_rows = None
-        if label_token_ids and "lora_A" not in parts:
-            output_rows = list(label_token_ids)
-        layer.forward = functools.partial(linear_in_float32, layer, output_rows)
-        is_replaced = True
-
-    if not is_replaced:
+    layers = find_linear_layers(model, head_names)
+    if not layers:
         raise RuntimeError(
             f"{type(model).__name__}: no linear layer named {' or '.join(head_names)}"
         )
+
+    for name, layer in layers.items():
+        output_rows = None
+        # A head with LoRA computes W x + B (A x). A's outputs are LoRA's inner ones; W and B have
+        # an output for each token, of which those of the label tokens are computed.
+        is_lora_a = "lora_A" in name.split(".")
+        if label_token_ids and not is_lora_a:
+            output_rows = list(label_token_ids)
+        layer.forward = functools.partial(linear_in_float32, layer, output_rows)
+
+
+def find_linear_layers(model: nn.Module, head_names: Sequence[str]) -> dict[str, nn.Linear]:
+    """Find the plain linear layers of a head and of its adapter, by their names in the model."""
+    layers = {}
+    for name, layer in model.named_modules():
+        is_in_head = not set(head_names).isdisjoint(name.split("."))
+        # Quantised layers are subclasses with a forward of their own, and stay as they are.
+        if is_in_head and type(layer) is nn.Linear:
+            layers[name] = layer
+    return layers
 
 
 def linear_in_float32(

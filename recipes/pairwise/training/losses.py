@@ -12,7 +12,7 @@ def soft_cross_entropy(
     label_smoothing: float = 0.0,
     focal_gamma: float = 0.0,
 ) -> torch.Tensor:
-    """Return the weighted cross-entropy's mean over pairs and orders, in float32.
+    """Return the cross-entropy against probabilities, its weighted mean over pairs and orders.
 
     Args:
         logits: Of shape (pairs, orders, verdicts).
@@ -22,14 +22,21 @@ def soft_cross_entropy(
         label_smoothing: The share of the uniform distribution that is mixed into the labels, as in
             Szegedy et al. 2016.
         focal_gamma: See regularisers.focal_factors.
+
+    Returns:
+        A scalar in float32.
     """
+    # The labels of a pair sum to 1 with votes and to 0 without: only the former are smoothed.
     verdicts = labels.shape[-1]
     has_votes = labels.sum(dim=-1, keepdim=True)
-    labels = labels * (1 - label_smoothing) + has_votes * label_smoothing / verdicts
+    uniform = has_votes / verdicts
+    targets = (1 - label_smoothing) * labels + label_smoothing * uniform
+
     log_probabilities = torch.log_softmax(logits.float(), dim=-1)
-    losses_pov = -labels * log_probabilities
+    losses_pov = -targets * log_probabilities
     if focal_gamma > 0:
         losses_pov = losses_pov * focal_factors(log_probabilities, focal_gamma)
+
     losses_po = losses_pov.sum(dim=-1)
     losses_p = losses_po.mean(dim=1) * weight
     return losses_p.mean()
@@ -52,12 +59,17 @@ def distillation_loss(
         teacher: The teachers' probabilities, of the same shape.
         weight: Of shape (pairs,), see soft_cross_entropy.
         temperature: Above 1, both distributions are softer.
+
+    Returns:
+        The weighted mean over pairs and orders, a scalar in float32.
     """
+    # The logarithm of a probability of 0 would be minus infinity.
     smallest = torch.finfo(torch.float32).tiny
     teacher_logits = torch.log(teacher.float().clamp(min=smallest))
     teacher_log_p = torch.log_softmax(teacher_logits / temperature, dim=-1)
     student_log_p = torch.log_softmax(logits.float() / temperature, dim=-1)
 
-    divergence_po = (teacher_log_p.exp() * (teacher_log_p - student_log_p)).sum(dim=-1)
+    divergence_pov = teacher_log_p.exp() * (teacher_log_p - student_log_p)
+    divergence_po = divergence_pov.sum(dim=-1)
     losses_p = temperature**2 * divergence_po.mean(dim=1) * weight
     return losses_p.mean()

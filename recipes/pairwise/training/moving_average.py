@@ -49,21 +49,24 @@ class MovingAverage(TrainerCallback):
         for name, weight in trained_weights(model).items():
             self.average[name] = weight.clone()
 
-        if state.global_step == 0:
-            return
+        is_resumed = state.global_step > 0
+        if is_resumed:
+            with stopping_on_errors():
+                self.read_average(checkpoint_file(args, state))
 
-        file = checkpoint_file(args, state)
-        with stopping_on_errors():
-            if not file.is_file():
-                raise UserError(
-                    f"{file}: no such file, the run was interrupted while it saved this checkpoint; "
-                    f"remove {file.parent} and resume"
-                )
-            for name, weight in load_file(file).items():
-                self.average[name].copy_(weight)
+    def read_average(self, file: Path) -> None:
+        """Read the average from a checkpoint; raise UserError where the checkpoint has none."""
+        if not file.is_file():
+            raise UserError(
+                f"{file}: no such file, the run was interrupted while it saved this checkpoint; "
+                f"remove {file.parent} and resume"
+            )
+        for name, weight in load_file(file).items():
+            self.average[name].copy_(weight)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         """Move the average towards the weights of this step."""
+        # average = decay * average + (1 - decay) * weight
         share_of_step = 1 - decay_at(state.global_step, self.decay)
         for name, weight in trained_weights(model).items():
             self.average[name].lerp_(weight, share_of_step)

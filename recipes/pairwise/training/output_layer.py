@@ -30,12 +30,12 @@ def replace_output_layer(model: nn.Module, outputs: int) -> None:
     head_name = find_head_name(model)
 
     # A head may be several layers, as RoBERTa's is; the verdicts come out of its last one.
-    path = head_name
+    layer_name = head_name
     for name, module in model.get_submodule(head_name).named_modules(prefix=head_name):
         if isinstance(module, nn.Linear):
-            path = name
+            layer_name = name
 
-    old_layer = model.get_submodule(path)
+    old_layer = model.get_submodule(layer_name)
     new_layer = nn.Linear(
         old_layer.in_features,
         outputs,
@@ -43,11 +43,12 @@ def replace_output_layer(model: nn.Module, outputs: int) -> None:
         device=old_layer.weight.device,
         dtype=old_layer.weight.dtype,
     )
+    # As transformers initialises the layers of a new model.
     with torch.no_grad():
         new_layer.weight.normal_(std=HEAD_SPREAD)
         if new_layer.bias is not None:
             new_layer.bias.zero_()
 
-    model.set_submodule(path, new_layer)
+    model.set_submodule(layer_name, new_layer)
     model.num_labels = outputs
     model.config.num_labels = outputs

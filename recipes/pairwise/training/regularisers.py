@@ -25,7 +25,8 @@ def focal_factors(log_probabilities: torch.Tensor, gamma: float) -> torch.Tensor
     Returns:
         float32 of the same shape.
     """
-    doubt = 1 - log_probabilities.exp()
+    probabilities = log_probabilities.exp()
+    doubt = 1 - probabilities
     return doubt.clamp(min=LEAST_DOUBT) ** gamma
 
 
@@ -50,6 +51,7 @@ def r_drop_penalty(logits: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     Returns:
         The weighted mean over pairs and orders, a scalar in float32.
     """
+    # Each half of the batch holds one copy of every pair.
     first_pov, second_pov = torch.log_softmax(logits.float(), dim=-1).chunk(2)
     first_to_second_po = (first_pov.exp() * (first_pov - second_pov)).sum(dim=-1)
     second_to_first_po = (second_pov.exp() * (second_pov - first_pov)).sum(dim=-1)
@@ -60,16 +62,21 @@ def r_drop_penalty(logits: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def require_dropout(model: nn.Module) -> None:
-    """Raise UserError where a model has no dropout: both copies of a pair would be the same."""
+    """Raise UserError where a model has no dropout: R-Drop's two copies of a pair would be the same."""
     for module in model.modules():
-        # Decoders hold the rate of their attention's dropout as a number.
-        rate = getattr(module, "attention_dropout", 0.0)
-        if isinstance(module, nn.Dropout):
-            rate = module.p
-        if isinstance(rate, float) and rate > 0:
+        if has_dropout(module):
             return
 
     raise UserError(
         "pairwise.r_drop: the model has no dropout, and R-Drop compares passes that differ by it; "
         "set lora_dropout, or attention_dropout in model_config, or remove r_drop"
     )
+
+
+def has_dropout(module: nn.Module) -> bool:
+    """Return whether a module itself drops activations at random."""
+    if isinstance(module, nn.Dropout):
+        return module.p > 0
+    # A decoder's attention layer holds its rate of dropout as a number.
+    rate = getattr(module, "attention_dropout", None)
+    return isinstance(rate, float) and rate > 0

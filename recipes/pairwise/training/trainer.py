@@ -1,10 +1,11 @@
 """Axolotl's trainer with one loss for all heads: cross-entropy on votes, mixed with teachers' labels."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 from axolotl.core.trainers.base import AxolotlTrainer
-from torch.utils.data import SequentialSampler
+from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback
 
 from recipes.pairwise.config.schema import DistillBlock
@@ -38,8 +39,10 @@ def check_gradient(norm: float, step: int, loss_scale: float | None) -> None:
         loss_scale: fp16's loss scale, or None in other dtypes. Such a scale is found by trying:
             a step that overflows now and then is routine, is left out, and halves it.
     """
+    if math.isfinite(norm):
+        return
     is_routine_overflow = loss_scale is not None and loss_scale >= LEAST_LOSS_SCALE
-    if math.isfinite(norm) or is_routine_overflow:
+    if is_routine_overflow:
         return
     raise FloatingPointError(
         f"step {step}: the gradient is not finite; lower learning_rate or train in bf16, not fp16"
@@ -64,17 +67,41 @@ def weigh_by_pair(micro_batches: list[dict]) -> None:
         batch["weight"] = batch["weight"] * (pair_count / mean_count)
 
 
-class BeginEpoch(TrainerCallback):
-    """Tells the token budget's batches which epoch begins, in a resumed run as well.
+class RowOrder(Sampler):
+    """The rows of an epoch in transformers' random order, which follows from the seed and the epoch.
 
-    accelerate's own set_epoch does not reach a batch sampler below the one that skips rows.
+    transformers' samplers go on from the random numbers before them, which a resumed run has not drawn.
+
+    Attributes:
+        epoch: The number of the epoch, from 0; set by BeginEpoch.
     """
 
-    def __init__(self, batches: TokenBudgetBatches):
-        self.batches = batches
+    def __init__(self, sampler: Sampler, seed: int):
+        self.sampler = sampler
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        self.sampler.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(self.sampler)
+
+
+class BeginEpoch(TrainerCallback):
+    """Tells what draws at random anew in each epoch which one begins, in a resumed run as well.
+
+    accelerate's own set_epoch does not reach a sampler below the one that skips rows.
+    """
+
+    def __init__(self, trainer: "PairwiseTrainer"):
+        self.trainer = trainer
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.batches.epoch = int(state.epoch or 0)
+        epoch = int(state.epoch or 0)
+        self.trainer.data_collator.epoch = epoch
+        self.trainer.train_order.epoch = epoch
 
 
 class _AfterAxolotl(Trainer):
@@ -119,6 +146,7 @@ class PairwiseTrainer(AxolotlTrainer, _AfterAxolotl):
         model_options: Further arguments of the model's forward; set by the plugin.
         token_budget_batches: The rows of each micro-batch, where the recipe has a token budget; set
             by the plugin.
+        train_order: The order of the training rows: token_budget_batches, or a RowOrder.
     """
 
     label_smoothing = 0.0
@@ -127,6 +155,7 @@ class PairwiseTrainer(AxolotlTrainer, _AfterAxolotl):
     distill: DistillBlock | None = None
     model_options: dict = {}
     token_budget_batches: TokenBudgetBatches | None = None
+    train_order: TokenBudgetBatches | RowOrder | None = None
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -135,9 +164,12 @@ class PairwiseTrainer(AxolotlTrainer, _AfterAxolotl):
         self.model_accepts_loss_kwargs = False
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Return the loss of a batch of PairCollator, and where they are asked for its logits."""
         # R-Drop compares two passes of a pair, which differ by their dropout.
         uses_r_drop = self.r_drop > 0 and model.training
         model_inputs = repeat_batch(inputs) if uses_r_drop else dict(inputs)
+
+        # What the loss reads is no input of the model.
         labels = model_inputs.pop("labels")
         weight = model_inputs.pop("weight")
         teacher = model_inputs.pop("teacher", None)
@@ -149,7 +181,10 @@ class PairwiseTrainer(AxolotlTrainer, _AfterAxolotl):
         else:
             # Metrics are against human votes, and comparable whatever a run is trained with.
             loss = soft_cross_entropy(logits_pov, labels, weight)
-        return (loss, {"logits": logits_pov}) if return_outputs else loss
+
+        if return_outputs:
+            return loss, {"logits": logits_pov}
+        return loss
 
     def training_loss(
         self,
@@ -165,13 +200,16 @@ class PairwiseTrainer(AxolotlTrainer, _AfterAxolotl):
             labels: Of the same shape, see soft_cross_entropy.
             weight: Of shape (pairs,), see soft_cross_entropy.
             teacher: The teachers' probabilities, of the shape of the labels; None without teachers.
+
+        Returns:
+            A scalar in float32.
         """
         loss = soft_cross_entropy(logits, labels, weight, self.label_smoothing, self.focal_gamma)
 
         if teacher is not None:
-            share = self.distill.weight
+            teacher_share = self.distill.weight
             divergence = distillation_loss(logits, teacher, weight, self.distill.temperature)
-            loss = (1 - share) * loss + share * divergence
+            loss = (1 - teacher_share) * loss + teacher_share * divergence
 
         if self.r_drop > 0:
             loss = loss + self.r_drop * r_drop_penalty(logits, weight)
@@ -194,9 +232,12 @@ class PairwiseTrainer(AxolotlTrainer, _AfterAxolotl):
         return dataloader
 
     def _get_train_sampler(self, train_dataset=None):
-        if self.token_budget_batches is None:
-            return super()._get_train_sampler(train_dataset)
-        return self.token_budget_batches
+        if self.token_budget_batches is not None:
+            self.train_order = self.token_budget_batches
+        else:
+            sampler = super()._get_train_sampler(train_dataset)
+            self.train_order = RowOrder(sampler, self.args.seed)
+        return self.train_order
 
     def _prepare_input(self, data):
         # Trainer casts every float to DeepSpeed's type, and bf16 makes 0.334 of a third of votes.

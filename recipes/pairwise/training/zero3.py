@@ -24,23 +24,18 @@ def is_zero3(deepspeed: str | dict | None) -> bool:
     """Return whether a recipe's `deepspeed:` asks for ZeRO-3.
 
     Args:
-        deepspeed: The path of a JSON file, or the settings themselves.
+        deepspeed: The path of a JSON file, or the settings themselves; None without DeepSpeed.
 
     Raises:
         UserError: If the settings cannot be read, or would save weights in parts.
     """
     settings = read_settings(deepspeed)
-    zero = settings.get("zero_optimization") or {}
-    given = {key: value for key, value in zero.items() if value != "auto"}
-    try:
-        DeepSpeedZeroConfig(**given)
-    except (TypeError, ValidationError) as error:
-        message = " ".join(str(error).split())[:MESSAGE_LENGTH]
-        raise UserError(f"deepspeed: {deepspeed}: zero_optimization: {message}") from None
+    zero_settings = settings.get("zero_optimization") or {}
+    check_zero_settings(zero_settings, deepspeed)
 
-    if zero.get("stage") != 3:
+    if zero_settings.get("stage") != 3:
         return False
-    if zero.get("stage3_gather_16bit_weights_on_model_save") is not True:
+    if zero_settings.get("stage3_gather_16bit_weights_on_model_save") is not True:
         raise UserError(
             f"deepspeed: {deepspeed} lacks stage3_gather_16bit_weights_on_model_save: true in "
             "zero_optimization; add it, or weights are saved in parts"
@@ -48,8 +43,19 @@ def is_zero3(deepspeed: str | dict | None) -> bool:
     return True
 
 
+def check_zero_settings(zero_settings: dict, deepspeed: str | dict | None) -> None:
+    """Raise UserError where DeepSpeed would later refuse the keys or values below `zero_optimization`."""
+    # "auto" is replaced by accelerate before DeepSpeed sees it.
+    explicit_settings = {key: value for key, value in zero_settings.items() if value != "auto"}
+    try:
+        DeepSpeedZeroConfig(**explicit_settings)
+    except (TypeError, ValidationError) as error:
+        message = " ".join(str(error).split())[:MESSAGE_LENGTH]
+        raise UserError(f"deepspeed: {deepspeed}: zero_optimization: {message}") from None
+
+
 def read_settings(deepspeed: str | dict | None) -> dict:
-    """Return the settings that a recipe's `deepspeed:` holds or names."""
+    """Return the settings that a recipe's `deepspeed:` holds or names; none without DeepSpeed."""
     settings = deepspeed or {}
     if isinstance(deepspeed, str):
         try:
@@ -58,6 +64,7 @@ def read_settings(deepspeed: str | dict | None) -> dict:
             raise UserError(
                 f"deepspeed: {deepspeed} cannot be read as JSON ({error}); see recipes/deepspeed"
             ) from None
+
     if not isinstance(settings, dict):
         kind = type(settings).__name__
         raise UserError(
@@ -73,16 +80,22 @@ def checkpointing_kwargs(cfg) -> dict[str, bool]:
     the shapes of what it recomputes, and under ZeRO-3 weights that were let go since have shape 0:
     CheckpointError in the first backward pass.
 
+    Args:
+        cfg: Axolotl's configuration.
+
+    Returns:
+        Arguments of PyTorch's checkpoint function: the recipe's own, and a default for the rest.
+
     Raises:
         UserError: If the recipe asks for the one that fails.
     """
     uses_zero3 = is_zero3(cfg.get("deepspeed"))
-    given = dict(cfg.get("gradient_checkpointing_kwargs") or {})
-    if uses_zero3 and given.get("use_reentrant") is False:
+    recipe_kwargs = dict(cfg.get("gradient_checkpointing_kwargs") or {})
+    if uses_zero3 and recipe_kwargs.get("use_reentrant") is False:
         raise UserError(
             "gradient_checkpointing_kwargs.use_reentrant: false fails under ZeRO-3; remove it"
         )
-    return {"use_reentrant": uses_zero3} | given
+    return {"use_reentrant": uses_zero3} | recipe_kwargs
 
 
 def gathered(parameters):
@@ -106,16 +119,22 @@ def fetch_heads_as_one(model) -> None:
 
 
 def check_whole(folder: Path) -> None:
-    """Raise RuntimeError where a saved weight is empty: so looks a part of a weight once it is saved."""
+    """Raise RuntimeError where a saved weight is empty: under ZeRO-3 so looks one that other processes hold."""
     for file in sorted(folder.glob("*model*.safetensors")):
-        empty_names = []
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  it is no dict
-                if 0 in tensors.get_slice(name).get_shape():
-                    empty_names.append(name)
-
+        empty_names = list_empty_weights(file)
         if empty_names:
             raise RuntimeError(
                 f"{file}: {len(empty_names)} weights were saved without their values, "
                 f"{empty_names[0]} the first"
             )
+
+
+def list_empty_weights(file: Path) -> list[str]:
+    """List the names of a safetensors file's weights that hold no numbers."""
+    empty_names = []
+    with safe_open(file, "pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118  it is no dict
+            shape = tensors.get_slice(name).get_shape()
+            if 0 in shape:
+                empty_names.append(name)
+    return empty_names

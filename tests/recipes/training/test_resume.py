@@ -1,50 +1,99 @@
-"""A training that is killed and resumed ends with the weights of one that was left alone."""
+"""A training that is killed and resumed ends with the weights of one that was left alone, in one process or in several."""
 
-import os
-import signal
+import random
 import time
+from pathlib import Path
 
+import psutil
+import pytest
 import yaml
 
 from preprocess.core.files import read_json
 from tests import forked
-from tests.recipes import comparable
+from tests.conftest import ROOT
+from tests.recipes import comparable, torchrun
 
-SAVES = {"max_steps": 12, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 1, "lora_dropout": 0.1}
-BATCHES = {"micro_batch_size": 3, "gradient_accumulation_steps": 2}  # 6 steps an epoch: checkpoints stand within epochs
+STEPS = 12
+SAVES = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 1, "logging_steps": 1}
+TOKEN_BUDGET = {"tokens_per_micro_batch": 2048}
+RANDOM_ORDERS = {"orders": "random"}
 
 
-def with_checkpoints(folder, base):
+def with_checkpoints(folder: Path, base: Path, block: dict, stage: str | None = None, processes: int = 1) -> Path:
+    """Write a recipe that saves checkpoints, whose 12 steps end in the third epoch of five steps, and that has dropout."""
     folder.mkdir()
-    recipe = comparable.twin("demo", folder, base)
-    values = yaml.safe_load(recipe.read_text()) | SAVES | BATCHES
-    values["pairwise"]["tokens_per_micro_batch"] = 2048
+    recipe = comparable.twin("gemma2_cls", folder, base, stage, processes, rows=50)
+    values = yaml.safe_load(recipe.read_text()) | SAVES | {"lora_dropout": 0.1}
+    values["pairwise"] |= block
+    if "tokens_per_micro_batch" in block:
+        del values["group_by_length"]
     recipe.write_text(yaml.safe_dump(values))
     return recipe
 
 
-def kill_after_a_checkpoint(recipe, run) -> None:
-    """Train, and send SIGKILL as soon as a checkpoint is there: its step, and what comes after it, are left to chance."""
-    process = forked.start("train", recipe)
+def kill_at_random_step(process, recipe: Path, seed: int) -> None:
+    """Send SIGKILL to a run and all its processes as soon as its log shows a step that a seed draws."""
+    step = random.Random(seed).randint(3, STEPS - 2)
+    log = recipe.with_suffix(".log")
     deadline = time.monotonic() + 300
-    while not any(run.glob("checkpoint-*/trainer_state.json")):
-        assert process.is_alive() and time.monotonic() < deadline, recipe.with_suffix(".log").read_text()[-3000:]
+    while not log.exists() or log.read_text(errors="replace").count("'loss'") < step:
+        assert psutil.pid_exists(process.pid) and time.monotonic() < deadline, log.read_text(errors="replace")[-3000:]
         time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    assert not (run / "contract.json").exists()
+
+    family = psutil.Process(process.pid)
+    for member in [family, *family.children(recursive=True)]:
+        member.kill()
+    assert not recipe.with_suffix("").joinpath("contract.json").exists()
 
 
-def test_a_killed_run_that_is_resumed_ends_with_the_weights_of_one_left_alone(tiny_models, tmp_path):
-    whole = with_checkpoints(tmp_path / "whole", tiny_models("gemma2"))
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yml")), ids=lambda recipe: recipe.stem)
+def test_a_recipe_of_more_than_an_hour_keeps_its_last_checkpoint(recipe):
+    text = recipe.read_text()
+    hardware = next(line for line in text.splitlines() if line.startswith("# Hardware:"))
+    values = yaml.safe_load(text)
+    if "minute" in hardware or values["pairwise"].get("train") is False:
+        return
+    assert values["save_strategy"] == "steps"
+    assert values["save_steps"] <= 100
+    assert values["save_total_limit"] >= 1
+
+
+def assert_resumed_to_equal_weights(killed: Path, whole: Path) -> None:
+    """Assert that a killed recipe went on from a checkpoint, to the weights of one that was left alone."""
+    steps_after_resuming = killed.with_suffix(".log").read_text(errors="replace").count("'loss'")
+    assert 0 < steps_after_resuming < STEPS
+    run = killed.with_suffix("")
+    history = read_json(run / "history.json")
+    assert [record["step"] for record in history if "loss" in record][-1] == STEPS
+    weights = comparable.trained_weights(run)
+    assert comparable.largest_difference(weights, comparable.trained_weights(whole.with_suffix(""))) < 1e-6
+
+
+@pytest.mark.parametrize(("block", "seed"), [(TOKEN_BUDGET, 0), (RANDOM_ORDERS, 5)], ids=["token budget", "random orders"])
+def test_a_killed_run_ends_with_the_weights_of_one_left_alone(block, seed, tiny_models, tmp_path):
+    whole = with_checkpoints(tmp_path / "whole", tiny_models("gemma2"), block)
     assert forked.axolotl("train", whole).code == 0
-    killed = with_checkpoints(tmp_path / "killed", tiny_models("gemma2"))
-    run = tmp_path / "killed/demo"
-    kill_after_a_checkpoint(killed, run)
+
+    killed = with_checkpoints(tmp_path / "killed", tiny_models("gemma2"), block)
+    process = forked.start("train", killed)
+    kill_at_random_step(process, killed, seed)
+    process.join()
+
     resumed = forked.axolotl("train", killed, auto_resume_from_checkpoints=True)
     assert resumed.code == 0, resumed.output[-3000:]
-    history = read_json(run / "history.json")
-    assert [record["step"] for record in history if "loss" in record][-1] == 12
-    weights = comparable.trained_weights(run)
-    assert comparable.largest_difference(weights, comparable.trained_weights(tmp_path / "whole/demo")) < 1e-6
+    assert_resumed_to_equal_weights(killed, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "seed"), [(None, 0), ("zero2", 3), ("zero3", 5)], ids=["DDP", "ZeRO-2", "ZeRO-3"])
+def test_two_killed_processes_end_with_the_weights_of_two_left_alone(stage, seed, tiny_models, tmp_path):
+    whole = with_checkpoints(tmp_path / "whole", tiny_models("gemma2"), TOKEN_BUDGET, stage, processes=2)
+    torchrun.train(whole)
+
+    killed = with_checkpoints(tmp_path / "killed", tiny_models("gemma2"), TOKEN_BUDGET, stage, processes=2)
+    process = torchrun.start(killed)
+    kill_at_random_step(process, killed, seed)
+    process.wait()
+
+    torchrun.train(killed, "--auto-resume-from-checkpoints")
+    assert_resumed_to_equal_weights(killed, whole)
