@@ -19,8 +19,6 @@ from kaggle_kernels.build.training_plan import (
     plan_serving,
     plan_training,
 )
-from postprocess.memory.base_model import BaseModel, make_record, read_records, write_records
-from postprocess.memory.measure import measure
 from preprocess.core.errors import UserError
 from preprocess.core.files import atomic_file
 from preprocess.model_input import ContractError, Template
@@ -29,6 +27,8 @@ from recipes.pairwise.config.model_checks import build_empty_model, read_config
 from recipes.pairwise.config.schema import read_recipe
 from recipes.pairwise.config.served_models import why_not_served
 from recipes.pairwise.contract import new_contract
+from recipes.pairwise.memory.base_model import BaseModel, make_record, read_records, write_records
+from recipes.pairwise.memory.measure import measure
 
 NAME = re.compile(r"[a-z0-9]+(_[a-z0-9]+)*")
 VERDICTS = ("model_a", "model_b")

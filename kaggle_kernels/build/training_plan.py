@@ -1,15 +1,15 @@
 """How a base model that is new here would be trained and served: LoRA or not, on which GPUs, in which format on two T4s.
 
-`pairwise new` computes this from the numbers of postprocess/memory, and writes it into the recipe's header.
+`pairwise new` computes this from the numbers of recipes/pairwise/memory, and writes it into the recipe's header.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from postprocess.memory.base_model import BaseModel
 from postprocess.memory.model_size import GPU_BYTES, Served
 from postprocess.memory.t4_fit import place
 from preprocess.core.errors import UserError
+from recipes.pairwise.memory.base_model import BaseModel
 
 GB = 1e9
 SMALL_PARAMETERS = 1e9  # below, every weight is trained

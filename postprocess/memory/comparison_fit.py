@@ -7,10 +7,10 @@ import torch
 
 from postprocess.agreement.devices import WEIGHTS_SHARE_OF_GPU, list_gpus
 from postprocess.agreement.reference_model import trained_quantization
-from postprocess.memory.measure import measure_folder
 from postprocess.memory.model_size import Served, activation_bytes, served_of
 from postprocess.run_folder import MODEL_PATTERN, Run
 from preprocess.core.errors import UserError
+from recipes.pairwise.memory.measure import measure_folder
 
 TOKENS_PER_BATCH = 8192  # of scoring.score
 # Layers are not divided, so that no GPU is filled to the last byte.

@@ -11,11 +11,11 @@ from kaggle_kernels.build import training_plan
 from kaggle_kernels.build.memory_fit import fit_packages
 from kaggle_kernels.build.new_recipe import choose_pad_token, list_linear_names
 from kaggle_kernels.build.spec import read_spec
-from postprocess.memory.base_model import find_base_model
 from preprocess.core.errors import UserError
 from preprocess.model_input import Template
 from recipes.pairwise.config.model_checks import build_empty_model, read_config
 from recipes.pairwise.config.schema import read_recipe
+from recipes.pairwise.memory.base_model import find_base_model
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Base models in numbers: the names, shapes and kinds of their tensors, and the memory of a batch.
 
 The numbers stand in base_models.yml, so that `build` and `list` need neither torch nor a hub. The command
-`python -m postprocess.memory` measures them. A base model that is a folder is measured when it is asked for.
+`python -m recipes.pairwise.memory` measures them. A base model that is a folder is measured when it is asked for.
 """
 
 import functools
@@ -62,9 +62,7 @@ class BaseModel:
     positions: int | None  # None: its configuration names no limit
     vocabulary: int
     weights: tuple[Weight, ...]  # without a head
-    heads: Mapping[
-        str, tuple[Weight, ...]
-    ]  # score (with two labels), and label_tokens for a causal LM
+    heads: Mapping[str, tuple[Weight, ...]]  # score (with two labels), and label_tokens for a causal LM
     batches: Mapping[str, BatchBytes]  # as the kernel computes attention: plain, or with a softcap
 
 
@@ -81,10 +79,10 @@ def find_base_model(name: str) -> BaseModel:
 
     if not (Path(name) / "config.json").is_file():
         raise UserError(
-            f"postprocess/memory/{BASE_MODELS.name}: no entry {name}, and no such folder; "
-            f"run `python -m postprocess.memory {name}`, which writes it"
+            f"recipes/pairwise/memory/{BASE_MODELS.name}: no entry {name}, and no such folder; "
+            f"run `python -m recipes.pairwise.memory {name}`, which writes it"
         )
-    from postprocess.memory.measure import measure_folder  # noqa: PLC0415  needs torch
+    from recipes.pairwise.memory.measure import measure_folder  # noqa: PLC0415  needs torch
 
     return measure_folder(Path(name))
 
@@ -99,7 +97,7 @@ def write_records(records: Mapping[str, dict]) -> None:
     """Write base_models.yml."""
     text = yaml.safe_dump(dict(records), sort_keys=False, width=120, default_flow_style=None)
     with atomic_file(BASE_MODELS) as path:
-        path.write_text(f"# Written by `python -m postprocess.memory`.\n{text}", encoding="utf-8")
+        path.write_text(f"# Written by `python -m recipes.pairwise.memory`.\n{text}", encoding="utf-8")
     read_records.cache_clear()
 
 
