@@ -13,6 +13,7 @@ from pathlib import Path
 
 from jsonschema import Draft7Validator
 
+from preprocess.core.errors import UserError
 from preprocess.core.files import read_json
 from preprocess.core.problems import hint, nearest, unknown_key
 
@@ -26,10 +27,10 @@ REFUSED = {
     "lora_target_linear": "it puts the head under LoRA twice; list the layers in lora_target_modules",
     "process_reward_model": "it labels steps, not answers; remove it, the `pairwise` block sets the head",
     "rl": "the `pairwise` block sets the loss; remove it",
-    "lora_mlp_kernel": "it takes other models than ours and stops the run; remove it",
-    "lora_qkv_kernel": "it takes other models than ours and stops the run; remove it",
-    "lora_o_kernel": "it takes other models than ours and stops the run; remove it",
-    "lora_embedding_kernel": "it takes other models than ours and stops the run; remove it",
+    "lora_embedding_kernel": "embeddings are not trained by LoRA here; remove it",
+    "liger_cross_entropy": "it replaces a loss that no head has; remove it",
+    "liger_fused_linear_cross_entropy": "it replaces a loss that no head has; remove it",
+    "liger_use_token_scaling": "it changes a loss that no head has; remove it",
     "lora_fan_in_fan_out": "it is for GPT-2's transposed layers, which no model here has; remove it",
     "lora_target_parameters": "an adapter of bare parameters cannot be merged; list layers in lora_target_modules",
     "peft": "LoftQ changes the base's own weights, which the adapter's file does not hold; remove it",
@@ -89,7 +90,7 @@ def axolotl_problems(values: dict) -> list[str]:
         if key not in ("base_model", "pairwise"):
             problems += key_problems(key, value, plugins)
     problems += [*adapter_problems(values), *head_problems(values), *average_problems(values)]
-    problems += wandb_problems(values)
+    problems += [*step_problems(values), *wandb_problems(values)]
     return list(dict.fromkeys(problems))
 
 
@@ -122,16 +123,16 @@ def value_problems(key: str, value: object) -> Iterator[str]:
     for error in Draft7Validator(schema()["properties"][key]).iter_errors(value):
         path = ".".join(map(str, (key, *error.absolute_path)))
         if error.validator == "additionalProperties":
-            known_names = error.schema["properties"]
+            allowed_names = error.schema["properties"]
             for name in error.instance:
-                if name not in known_names:
-                    yield f"{path}.{name}: {unknown_key(name, known_names)}"
+                if name not in allowed_names:
+                    yield f"{path}.{name}: {unknown_key(name, allowed_names)}"
         elif error.validator != "contains":  # of plugins: axolotl_problems says it, of a recipe without the key too
-            meant = suggestion(error.schema, error.instance)
-            yield f"{path}: expected {expected(error.schema)}, found {error.instance!r}{meant}"
+            advice = suggestion(error.schema, error.instance)
+            yield f"{path}: expected {describe_part(error.schema)}, found {error.instance!r}{advice}"
 
 
-def expected(part: Mapping) -> str:
+def describe_part(part: Mapping) -> str:
     """Return in words what a part of the schema allows."""
     if "enum" in part:
         words = [word if isinstance(word, str) else json.dumps(word) for word in part["enum"]]
@@ -210,6 +211,52 @@ def average_problems(values: dict) -> Iterator[str]:
             yield f"pairwise.ema_decay: with {key} a process does not hold the weights that it averages; remove one of the two"
     if values.get("load_best_model_at_end"):
         yield "pairwise.ema_decay: the average would replace the best checkpoint; remove load_best_model_at_end, or ema_decay"
+
+
+def step_problems(values: dict) -> Iterator[str]:
+    """Yield what is wrong with the number of pairs in a step."""
+    block = block_of(values)
+    pairs_per_step = block.get("pairs_per_step")
+    if not isinstance(pairs_per_step, int):
+        return
+    if values.get("gradient_accumulation_steps"):
+        yield "gradient_accumulation_steps: it follows from pairwise.pairs_per_step; remove one of the two"
+
+    hardware = block.get("hardware")
+    gpus = hardware.get("gpus") if isinstance(hardware, dict) else None
+    micro_batch_size = values.get("micro_batch_size", 1)
+    if is_count(gpus) and is_count(micro_batch_size):
+        try:
+            count_accumulation_steps(pairs_per_step, micro_batch_size, gpus)
+        except UserError as error:
+            yield str(error)
+
+
+def is_count(value: object) -> bool:
+    """Return whether a value is a whole number above 0; what is none, its own check says."""
+    return isinstance(value, int) and value > 0
+
+
+def count_accumulation_steps(pairs_per_step: int, micro_batch_size: int, gpus: int) -> int:
+    """Count the micro-batches that each GPU takes in a step.
+
+    Args:
+        pairs_per_step: Pairs of an optimizer step over all GPUs.
+        micro_batch_size: Pairs of a micro-batch.
+        gpus: GPUs, or processes, that train.
+
+    Raises:
+        UserError: The pairs cannot be shared out evenly.
+    """
+    pairs_at_once = micro_batch_size * gpus
+    if pairs_per_step % pairs_at_once == 0:
+        return pairs_per_step // pairs_at_once
+
+    nearest_multiple = max(1, round(pairs_per_step / pairs_at_once)) * pairs_at_once
+    raise UserError(
+        f"pairwise.pairs_per_step: {pairs_per_step} is no multiple of {pairs_at_once} "
+        f"(micro_batch_size {micro_batch_size} on {gpus} GPUs); set it to {nearest_multiple}, or take another number of GPUs"
+    )
 
 
 def wandb_problems(values: dict) -> Iterator[str]:

@@ -14,6 +14,7 @@ from pydantic import (
     Field,
     NonNegativeInt,
     PositiveFloat,
+    PositiveInt,
     ValidationError,
     field_validator,
     model_validator,
@@ -96,6 +97,13 @@ class DistillBlock(_Strict):
         return dict.fromkeys(teachers, 1.0)
 
 
+class HardwareBlock(_Strict):
+    """The GPUs that a recipe is for; `pairwise check` refuses what they cannot hold."""
+
+    gpus: PositiveInt = Field(description="how many GPUs train")
+    gib: PositiveFloat = Field(strict=False, description="memory of each GPU in GiB")
+
+
 class PairwiseBlock(_Strict):
     """The `pairwise:` block of a recipe."""
 
@@ -120,6 +128,11 @@ class PairwiseBlock(_Strict):
     truncation: Literal["left", "right", "middle"] = Field("middle", description="where a text that is too long is cut")
     orders: Literal["as_given", "random", "both"] = Field(
         "both", description="the orders of a pair in training; both stand in one micro-batch"
+    )
+    hardware: HardwareBlock | None = Field(None, description="the GPUs that the recipe is for: {gpus: 8, gib: 80}")
+    pairs_per_step: PositiveInt | None = Field(
+        None,
+        description="pairs of a step over all GPUs: gradient_accumulation_steps follows from it, for any number of GPUs",
     )
     distill: DistillBlock | None = Field(None, description="learn from the labels of teachers too")
     tokens_per_micro_batch: int | None = Field(
@@ -227,7 +240,7 @@ def pairwise_problems(block: object) -> list[str]:
     try:
         PairwiseBlock.model_validate(block)
     except ValidationError as error:
-        blocks = (PairwiseBlock, PackageBlock, TemplateBlock, DistillBlock)
+        blocks = (PairwiseBlock, PackageBlock, TemplateBlock, DistillBlock, HardwareBlock)
         keys = [key for block_class in blocks for key in block_class.model_fields]
         sentences = []
         for problem in without_echo(error.errors(), keys):
@@ -243,7 +256,7 @@ def _explain(problem: dict) -> str:
     key = ".".join(["pairwise", *where])
     model = PairwiseBlock
     if len(where) > 1:
-        blocks = {"package": PackageBlock, "template": TemplateBlock, "distill": DistillBlock}
+        blocks = {"package": PackageBlock, "template": TemplateBlock, "distill": DistillBlock, "hardware": HardwareBlock}
         model = blocks.get(where[0], PairwiseBlock)
 
     if problem["type"] == "extra_forbidden":

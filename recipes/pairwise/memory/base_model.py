@@ -18,6 +18,9 @@ from preprocess.core.files import atomic_file, read_yaml
 
 BASE_MODELS = Path(__file__).parent / "base_models.yml"
 
+# Of a weight in bitsandbytes' nf4: four bits, and a float32 scale for 64 of them.
+NF4_BYTES = 0.5625
+
 # A layer's number in a tensor's name, and the numbers of several layers: layers.7.mlp, layers.0-41.mlp
 LAYER_NUMBER = re.compile(r"\.(\d+)\.")
 ANY_LAYER = "*"

@@ -12,6 +12,10 @@ def prepare(cfg: dict) -> None:
     # Axolotl takes `bf16: auto` on a CPU for fp16, in which the first step ends in NaN.
     cfg["bf16"] = False
     cfg["fp16"] = False
+    # Liger's kernels are written for GPUs.
+    for key in ("liger_rope", "liger_rms_norm", "liger_layer_norm", "liger_glu_activation"):
+        if cfg.get(key):
+            cfg[key] = False
     # PyTorch warns of pinned memory where there is no GPU to copy it to.
     cfg["dataloader_pin_memory"] = False
     use_all_cores()
