@@ -78,6 +78,7 @@ def check_config(config, *, budget_tokens: int, overrides: Mapping[str, object],
     if positions and budget_tokens > positions:
         raise UserError(f"pairwise.budget_tokens: {budget_tokens}, but the base model has {positions} positions; lower it")
 
+    # transformers would take an unknown key without a word.
     config_keys = config.to_dict()
     for key in overrides:
         if key not in config_keys:

@@ -37,6 +37,7 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+# Blocks of a recipe. The descriptions go into recipe.schema.json, which editors show.
 class TemplateBlock(_Strict):
     """A template spelled out in a recipe; see preprocess.model_input.Template."""
 
@@ -90,6 +91,7 @@ class DistillBlock(_Strict):
     @field_validator("teachers", mode="before")
     @classmethod
     def _listed_teachers_weigh_the_same(cls, teachers):
+        # A map has weights already.
         if not isinstance(teachers, list):
             return teachers
         if len(set(map(str, teachers))) < len(teachers):
@@ -179,12 +181,18 @@ class PairwiseBlock(_Strict):
         fields = [f"{{{place}}}" for place in places]
         if isinstance(self.template, TemplateBlock) and any(self.template.turn.count(field) != 1 for field in fields):
             raise ValueError(f"template.turn: expected {', '.join(fields)}, each once, found {self.template.turn!r}")
+
+        # What a head cannot do.
         if self.head == "reward" and "tie" in self.verdicts:
             raise ValueError("verdicts: a reward model tells no ties apart; leave out tie, half of a tie goes to each side")
+
+        # What means nothing beside another key.
         if self.distill and not self.train:
             raise ValueError("distill: with train: false there is no student; remove one of the two")
         if self.head == "reward" and "orders" in self.model_fields_set:
             raise ValueError("orders: a reward model sees each answer alone, its orders are the same; remove the key")
+
+        # What the base model's kind rules out: the template tells an encoder.
         if self.template == "bert" and self.package.quantize in GPTQ_BITS:
             raise ValueError(f"package.quantize: {self.package.quantize} is for decoders; an encoder takes int8, or none")
         if self.head == "label_tokens" and self.template == "bert":
@@ -217,6 +225,8 @@ def read_recipe(path: Path | str) -> Recipe:
     problems = recipe_problems(values)
     if problems:
         raise UserError(f"{path}: " + "; ".join(problems))
+
+    # From here on nothing can be wrong with the keys.
     block = apply_environment(PairwiseBlock.model_validate(values.pop("pairwise")))
     return Recipe(path, values, block, run_folder(values.get("output_dir"), path))
 
@@ -254,6 +264,8 @@ def pairwise_problems(block: object) -> list[str]:
 def _explain(problem: dict) -> str:
     where = [str(part) for part in problem["loc"] if part != "TemplateBlock"]
     key = ".".join(["pairwise", *where])
+
+    # The block whose keys are described: a block inside, or the whole.
     model = PairwiseBlock
     if len(where) > 1:
         blocks = {"package": PackageBlock, "template": TemplateBlock, "distill": DistillBlock, "hardware": HardwareBlock}
@@ -290,6 +302,7 @@ def read_environment() -> dict[str, object]:
             raise UserError(f"PAIRWISE_FOLD={fold}: expected a fold's number or all")
         changes["fold"] = int(fold)
 
+    # Whether the file exists is seen where it is read.
     pairs = os.environ.get("PAIRWISE_PAIRS")
     if pairs:
         changes["pairs"] = pairs

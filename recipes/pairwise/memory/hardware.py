@@ -49,10 +49,7 @@ class Fit:
 
     def describe(self) -> str:
         """Write the arithmetic in one line."""
-        return (
-            f"{self.memory.describe()} on each of {name_gpus(self.hardware)}, "
-            f"of which {self.usable_bytes / GIB:.1f} can be used"
-        )
+        return f"{name_gpus(self.hardware)}: each holds {self.memory.describe()}, and can use {self.usable_bytes / GIB:.1f}"
 
 
 def name_gpus(hardware: HardwareBlock) -> str:
@@ -83,6 +80,7 @@ def find_least_hardware(recipe: Recipe, deepspeed: Mapping | None) -> HardwareBl
         recipe: The recipe.
         deepspeed: The content of its DeepSpeed file; None without one.
     """
+    # Fewer GPUs are easier to get than larger ones.
     for gpus in GPU_COUNTS:
         for gib in GPU_GIB:
             hardware = HardwareBlock(gpus=gpus, gib=gib)
@@ -104,6 +102,8 @@ def describe_step(recipe: Recipe, deepspeed: Mapping | None, gpus: int) -> Train
     """
     keys = recipe.axolotl
     block = recipe.pairwise
+
+    # What would make the sum wrong is refused, and not left out of it.
     for key in NOT_COMPUTED:
         if keys.get(key):
             raise UserError(f"with {key} the memory is not computed")
@@ -111,11 +111,14 @@ def describe_step(recipe: Recipe, deepspeed: Mapping | None, gpus: int) -> Train
         raise UserError("with eager attention the memory is not computed")
 
     pairs = keys.get("micro_batch_size") or 1
+
+    # A reward model reads both responses, others a pair in both orders.
     sequences = 2 * pairs if block.head == "reward" or block.orders == "both" else pairs
     tokens = block.tokens_per_micro_batch or sequences * block.budget_tokens
     if block.r_drop:
         tokens *= 2
 
+    # Keys of LoRA mean nothing without an adapter.
     has_adapter = bool(keys.get("adapter"))
     return TrainingStep(
         base=find_base(recipe),

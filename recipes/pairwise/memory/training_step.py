@@ -19,14 +19,9 @@ tests/recipes/memory/test_training_step.py compares the activations with PyTorch
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from preprocess.core.errors import UserError
 from recipes.pairwise.memory.base_model import LAYER_NUMBER, NF4_BYTES, BaseModel, Weight
 
 GIB = 2**30
-
-# The layers after attention and after the activation function, by the names that transformers gives them.
-ATTENTION_OUTPUTS = ("self_attn.o_proj", "attn.Wo", "attention.output.dense")
-MLP_OUTPUTS = ("mlp.down_proj", "mlp.Wo", "output.dense")
 
 
 @dataclass(frozen=True)
@@ -106,17 +101,14 @@ class StepMemory:
 
 
 def count_step_memory(step: TrainingStep) -> StepMemory:
-    """Count what each GPU holds during a step.
-
-    Raises:
-        UserError: The base model's layers have names that are not known here.
-    """
+    """Count what each GPU holds during a step."""
     trained = count_trained_weights(step)
     gradients = trained * step.trained_weight_bytes
     optimizer = trained * step.moment_bytes
     if step.zero:
         optimizer += 4 * trained
 
+    # What ZeRO divides grows with its stage.
     if step.zero_stage >= 1:
         optimizer //= step.gpus
     if step.zero_stage >= 2:
@@ -160,6 +152,7 @@ def count_weight_bytes(step: TrainingStep) -> int:
     layers = [weight.elements for weight in weights if weight.kind == "linear"]
     trained = count_trained_weights(step)
 
+    # A full fine-tune holds all in one dtype, LoRA a frozen base beside its adapter.
     if not step.lora_rank:
         size = elements * step.trained_weight_bytes
         if step.zero is None:
@@ -194,7 +187,7 @@ def count_activation_bytes(step: TrainingStep) -> int:
         kept = layer_count * kept_of_layer
 
     # The worst moment is at a layer's end: gradients of its output, and three as wide as its MLP.
-    mlp_width = find_layer(layer, MLP_OUTPUTS).shape[1]
+    mlp_width = find_mlp_output(layer).shape[1]
     gradients = stream_bytes * width + 3 * 2 * mlp_width
     return step.tokens * (kept + gradients)
 
@@ -205,14 +198,10 @@ def count_kept_bytes(step: TrainingStep, layer: list[Weight]) -> int:
     Args:
         step: The step.
         layer: The layer's tensors.
-
-    Raises:
-        UserError: A tensor that has to be there is not, by the names that are known here.
     """
-    attention_output = find_layer(layer, ATTENTION_OUTPUTS)
-    mlp_output = find_layer(layer, MLP_OUTPUTS)
-    attention_width = attention_output.shape[1]
-    mlp_width = mlp_output.shape[1]
+    width = find_width(step.base)
+    attention_width = find_attention_width(layer, width)
+    mlp_width = find_mlp_output(layer).shape[1]
 
     # A norm keeps its input in float32.
     kept = 0
@@ -228,7 +217,7 @@ def count_kept_bytes(step: TrainingStep, layer: list[Weight]) -> int:
 
     # Attention's result is kept already: of the layers' other inputs, a trained layer needs its own.
     if not step.lora_rank:
-        return kept + 2 * (2 * find_width(step.base) + mlp_width)
+        return kept + 2 * (2 * width + mlp_width)
 
     # Each adapter keeps its input after dropout, which values were dropped, and its inner values.
     bytes_of_input = 3 if step.has_lora_dropout else 2
@@ -240,6 +229,7 @@ def count_kept_bytes(step: TrainingStep, layer: list[Weight]) -> int:
 
 def list_last_layer(base: BaseModel) -> list[Weight]:
     """List the tensors of the last layer; an encoder's first may lack a norm."""
+    # The number of a layer stands in the names of its tensors.
     by_number: dict[int, list[Weight]] = {}
     for weight in base.weights:
         match = LAYER_NUMBER.search(weight.name)
@@ -248,13 +238,21 @@ def list_last_layer(base: BaseModel) -> list[Weight]:
     return by_number[max(by_number)]
 
 
-def find_layer(layer: Iterable[Weight], names: Iterable[str]) -> Weight:
-    """Find the linear layer that has one of some names."""
-    endings = tuple(f".{name}.weight" for name in names)
+def find_mlp_output(layer: Iterable[Weight]) -> Weight:
+    """Find the linear layer behind the activation function: the one with most inputs."""
+    linear = [weight for weight in layer if weight.kind == "linear"]
+    return max(linear, key=lambda weight: weight.shape[1])
+
+
+def find_attention_width(layer: Iterable[Weight], width: int) -> int:
+    """Find how wide attention's result is, from the linear layer that brings it back to the stream."""
+    mlp_output = find_mlp_output(layer)
+    widest = 0
     for weight in layer:
-        if weight.name.endswith(endings):
-            return weight
-    raise UserError(f"the base model has no layer {' or '.join(names)}, by which memory is computed")
+        returns_to_stream = weight.kind == "linear" and weight.shape[0] == width
+        if returns_to_stream and weight != mlp_output:
+            widest = max(widest, weight.shape[1])
+    return widest
 
 
 def find_width(base: BaseModel) -> int:
@@ -265,8 +263,11 @@ def find_width(base: BaseModel) -> int:
 def find_norm_width(norm: Weight, layer: Iterable[Weight]) -> int:
     """Find how many numbers of a token a norm sees: Qwen3's norms of queries and keys see one head at a time."""
     for name in ("q", "k"):
-        if norm.name.endswith(f"{name}_norm.weight"):
-            return find_layer(layer, [f"{name}_proj"]).shape[0]
+        if not norm.name.endswith(f"{name}_norm.weight"):
+            continue
+        for weight in layer:
+            if weight.name.endswith(f"{name}_proj.weight"):
+                return weight.shape[0]
     return norm.shape[0]
 
 
@@ -274,7 +275,6 @@ def has_gate(layer: Iterable[Weight], mlp_width: int) -> bool:
     """Return whether an MLP multiplies its activation with a gate: its first layers have twice its width."""
     first_outputs = 0
     for weight in layer:
-        is_first = ".mlp." in weight.name and not weight.name.endswith(tuple(f"{name}.weight" for name in MLP_OUTPUTS))
-        if is_first and weight.kind == "linear":
+        if weight.kind == "linear" and weight.shape[0] in (mlp_width, 2 * mlp_width):
             first_outputs += weight.shape[0]
-    return first_outputs == 2 * mlp_width
+    return first_outputs >= 2 * mlp_width

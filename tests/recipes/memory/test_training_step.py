@@ -8,20 +8,32 @@ from peft import LoraConfig, get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig
 
-from preprocess.core.errors import UserError
 from recipes.pairwise.config.model_checks import build_empty_model
 from recipes.pairwise.config.schema import read_recipe
 from recipes.pairwise.memory.base_model import find_base_model, read_records
 from recipes.pairwise.memory.hardware import describe_step
 from recipes.pairwise.memory.measure import PeakBytes
-from recipes.pairwise.memory.training_step import GIB, Zero, count_activation_bytes, count_step_memory
+from recipes.pairwise.memory.training_step import (
+    GIB,
+    Zero,
+    count_activation_bytes,
+    count_step_memory,
+    find_attention_width,
+    find_mlp_output,
+    find_width,
+    has_gate,
+    list_last_layer,
+)
 from recipes.pairwise.training.heads import compute_logits_in_float32
 from tests.conftest import ROOT
 
-LARGE_RECIPES = []
+# One recipe for each step that differs.
+LARGE_RECIPES = {}
 for path in sorted((ROOT / "recipes").glob("*.yml")):
-    if read_recipe(path).pairwise.hardware is not None:
-        LARGE_RECIPES.append(path.stem)
+    recipe = read_recipe(path)
+    if recipe.pairwise.hardware is not None:
+        step = describe_step(recipe, None, gpus=1)
+        LARGE_RECIPES.setdefault((recipe.axolotl["base_model"], step.head, step.tokens), path.stem)
 
 GEMMA = describe_step(read_recipe(ROOT / "recipes/gemma2_cls.yml"), None, gpus=1)
 # LoRA of rank 64 on all linear layers of Gemma-2-9b, and a head of two outputs.
@@ -102,7 +114,7 @@ def track_activations(recipe, is_checkpointed: bool) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("is_checkpointed", [True, False], ids=["checkpointed", "kept"])
-@pytest.mark.parametrize("name", LARGE_RECIPES)
+@pytest.mark.parametrize("name", LARGE_RECIPES.values())
 def test_activations_are_those_that_pytorch_holds(name, is_checkpointed):
     recipe = read_recipe(ROOT / "recipes" / f"{name}.yml")
     step = replace(describe_step(recipe, None, gpus=1), is_checkpointed=is_checkpointed)
@@ -131,10 +143,10 @@ def test_activations_are_those_that_pytorch_holds(name, is_checkpointed):
             2 * TRAINED // 8,
             0,
         ),
-        ({"lora_rank": 0}, 4 * WEIGHTS + 2 * 8_324_210_688, 4 * WEIGHTS, 8 * WEIGHTS),
+        ({"lora_rank": 0}, 4 * WEIGHTS + 2 * 8_323_596_288, 4 * WEIGHTS, 8 * WEIGHTS),
         (
             {"is_4bit": True, "moment_bytes": 2},
-            int(0.5625 * 8_324_210_688) + 2 * (WEIGHTS - 8_324_210_688 + 14336 * 3584) + 4 * TRAINED,
+            int(0.5625 * 8_323_596_288) + 2 * (WEIGHTS - 8_323_596_288 + 14336 * 3584) + 4 * TRAINED,
             4 * TRAINED,
             2 * TRAINED,
         ),
@@ -153,8 +165,19 @@ def test_activations_grow_with_tokens_and_without_checkpointing():
     assert kept == 2 * 8192 * (42 * 290_176 + 93_184)
 
 
-def test_a_model_of_other_names_is_one_line():
-    base = find_base_model("google/gemma-2-9b-it")
-    renamed = tuple(replace(weight, name=weight.name.replace("o_proj", "dense")) for weight in base.weights)
-    with pytest.raises(UserError, match="the base model has no layer self_attn.o_proj or "):
-        count_activation_bytes(replace(GEMMA, base=replace(base, weights=renamed)))
+@pytest.mark.parametrize(
+    ("name", "attention_width", "mlp_width", "is_gated"),
+    [
+        ("google/gemma-2-9b-it", 4096, 14336, True),
+        ("Qwen/Qwen3-32B", 8192, 25600, True),
+        ("microsoft/phi-4", 5120, 17920, True),
+        ("jhu-clsp/mmBERT-base", 768, 1152, True),
+        ("sentence-transformers/all-MiniLM-L6-v2", 384, 1536, False),
+    ],
+)
+def test_the_widths_of_a_layer_follow_from_its_shapes(name, attention_width, mlp_width, is_gated):
+    base = find_base_model(name)
+    layer = list_last_layer(base)
+    assert find_mlp_output(layer).shape[1] == mlp_width
+    assert find_attention_width(layer, find_width(base)) == attention_width
+    assert has_gate(layer, mlp_width) is is_gated
