@@ -18,6 +18,15 @@ from tests.conftest import ROOT
 STEPS = 20
 ONE_PROCESS = ("torchrun", "--", "--nproc_per_node", "1")  # DeepSpeed wants a launcher's variables
 NO_DEEPSPEED = {"deepspeed": None}
+# Liger and the kernels for LoRA are on in every other case.
+NO_KERNELS = {
+    "lora_qkv_kernel": False,
+    "lora_o_kernel": False,
+    "lora_mlp_kernel": False,
+    "liger_rms_norm": False,
+    "liger_rope": False,
+    "liger_glu_activation": False,
+}
 FLASH = {"attn_implementation": "flash_attention_2"}
 needs_flash = pytest.mark.skipif(find_spec("flash_attn") is None, reason="flash-attn is not installed")
 
@@ -32,6 +41,7 @@ def train(recipe: Path, launcher: Sequence[str]) -> subprocess.CompletedProcess:
     ("name", "keys", "launcher"),
     [
         pytest.param("gemma2_cls", NO_DEEPSPEED, ("python",), id="LoRA"),
+        pytest.param("gemma2_cls", NO_DEEPSPEED | NO_KERNELS, ("python",), id="LoRA, no kernels"),
         pytest.param("gemma2_cls", NO_DEEPSPEED | FLASH, ("python",), id="LoRA, flash-attention", marks=needs_flash),
         pytest.param("gemma2_causal", NO_DEEPSPEED, ("python",), id="LoRA, label tokens"),
         pytest.param("gemma2_qlora", {}, ("python",), id="QLoRA"),

@@ -99,8 +99,8 @@ def split_at_texts(rendered: str, texts: Sequence[str]) -> list[str]:
     parts = []
     rest = rendered
     for text in texts:
-        part, found, rest = rest.partition(text)
-        if not found or text in rest:
+        part, separator, rest = rest.partition(text)
+        if not separator or text in rest:
             raise UserError(
                 "its chat template leaves out or repeats a text; write the recipe by hand, with start, turn and end spelled out"
             )

@@ -43,8 +43,8 @@ def test_the_arithmetic_of_a_recipe_is_one_line(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "code", "expected"),
     [
-        (("--gpus", 1, "--gib", 40), 0, "  1 GPU of 40 GiB: each holds weights 18.0 + gradients 0.4 + optimizer 2.4 +"),
-        (("--gpus", 1, "--gib", 24), 2, "pairwise.hardware: 1 GPU of 24 GiB: each holds weights 18.0 + "),
+        (("--gpus", 1, "--gib", 40), 0, "  1 GPU of 40 GiB: each holds weights 17.6 + gradients 0.4 + optimizer 2.4 +"),
+        (("--gpus", 1, "--gib", 24), 2, "pairwise.hardware: 1 GPU of 24 GiB: each holds weights 17.6 + "),
         (("--gpus", 3), 2, "pairwise.pairs_per_step: 64 is no multiple of 6 (micro_batch_size 2 on 3 GPUs); set it to 66"),
     ],
 )
