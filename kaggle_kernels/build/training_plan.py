@@ -13,7 +13,6 @@ from recipes.pairwise.memory.base_model import BaseModel
 from recipes.pairwise.memory.hardware import FLOAT32_MOMENTS, RESERVED_SHARE
 from recipes.pairwise.memory.training_step import (
     GIB,
-    StepMemory,
     TrainingStep,
     Zero,
     count_step_memory,
@@ -47,7 +46,6 @@ class Training:
     budget_tokens: int
     micro_batch_size: int  # pairs
     deepspeed: str | None  # zero2, zero3, or None for one GPU
-    memory: StepMemory  # of each GPU
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ def plan_training(base: BaseModel, lora_targets: Sequence[str], head: str) -> Tr
     )
     if is_small:
         # Every weight is trained.
-        return Training((), budget_tokens, pairs, None, count_step_memory(step))
+        return Training((), budget_tokens, pairs, None)
 
     # ZeRO-2 divides what is trained among the GPUs, ZeRO-3 the weights too.
     step = replace(
@@ -103,7 +101,7 @@ def plan_training(base: BaseModel, lora_targets: Sequence[str], head: str) -> Tr
     for stage in (2, 3):
         memory = count_step_memory(replace(step, zero=Zero(stage)))
         if memory.total <= (1 - RESERVED_SHARE) * TRAINING_GPU_GIB * GIB:
-            return Training(step.lora_targets, budget_tokens, pairs, f"zero{stage}", memory)
+            return Training(step.lora_targets, budget_tokens, pairs, f"zero{stage}")
     raise UserError(
         f"its training needs {memory.total / GIB:.0f} GiB on each of {TRAINING_GPUS} GPUs; take a smaller model"
     )
@@ -122,8 +120,7 @@ def plan_serving(base: BaseModel, head: str, budget_tokens: int) -> Serving | No
 
 
 def describe_hardware(plan: Training) -> str:
-    """Write the GPUs and the arithmetic of their memory, for a recipe's header."""
-    arithmetic = plan.memory.describe()
+    """Write the GPUs, for a recipe's header."""
     if plan.deepspeed is None:
-        return f"one GPU, or CPU cores: {arithmetic}"
-    return f"{TRAINING_GPUS} GPUs of {TRAINING_GPU_GIB} GB ({plan.deepspeed}), on each {arithmetic}"
+        return "one GPU, or CPU cores"
+    return f"{TRAINING_GPUS} GPUs of {TRAINING_GPU_GIB} GB ({plan.deepspeed}); see pairwise check"

@@ -30,7 +30,7 @@ from recipes.pairwise.data.datasets import datasets_of
 from recipes.pairwise.data.token_budget import StepShape, TokenBudgetBatches
 from recipes.pairwise.processes import LOG, end_without_telemetry, stop, stopping_on_errors
 from recipes.pairwise.tracking import metrics, recipe_copy, results, wandb_run
-from recipes.pairwise.training import checkpoints, cpu, deepspeed_cpu, heads, lora_kernels, weights, zero3
+from recipes.pairwise.training import checkpoints, cpu, deepspeed_cpu, heads, kernels, weights, zero3
 from recipes.pairwise.training.moving_average import MovingAverage
 from recipes.pairwise.training.regularisers import require_dropout
 from recipes.pairwise.training.trainer import LABEL_TOKEN_OPTIONS, BeginEpoch, PairwiseTrainer
@@ -91,7 +91,8 @@ class PairwisePlugin(BasePlugin):
         has_adapter = bool(cfg.get("lora_model_dir"))
         self.head_start = choose_head_start(self.model_config, self.block, self.earlier_run, has_adapter)
         run_config.set_model_keys(cfg, self.block, empty_model, self.head_start)
-        lora_kernels.choose_kernels(cfg, self.model_config.model_type)
+        kernels.choose_lora_kernels(cfg, self.model_config.model_type)
+        kernels.turn_on_liger(cfg)
         if not torch.cuda.is_available():
             cpu.prepare(cfg)
 

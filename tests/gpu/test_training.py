@@ -11,6 +11,7 @@ import yaml
 
 from postprocess.pipeline import package_recipe
 from preprocess.core.files import read_json
+from recipes.pairwise.config.axolotl_keys import PLUGIN
 from recipes.pairwise.config.schema import read_recipe
 from tests import tiny
 from tests.conftest import ROOT
@@ -18,15 +19,8 @@ from tests.conftest import ROOT
 STEPS = 20
 ONE_PROCESS = ("torchrun", "--", "--nproc_per_node", "1")  # DeepSpeed wants a launcher's variables
 NO_DEEPSPEED = {"deepspeed": None}
-# Liger and the kernels for LoRA are on in every other case.
-NO_KERNELS = {
-    "lora_qkv_kernel": False,
-    "lora_o_kernel": False,
-    "lora_mlp_kernel": False,
-    "liger_rms_norm": False,
-    "liger_rope": False,
-    "liger_glu_activation": False,
-}
+# Axolotl's kernels for LoRA, and Liger's layers, are on in every other case.
+NO_KERNELS = {"lora_qkv_kernel": False, "lora_o_kernel": False, "lora_mlp_kernel": False, "plugins": [PLUGIN]}
 FLASH = {"attn_implementation": "flash_attention_2"}
 needs_flash = pytest.mark.skipif(find_spec("flash_attn") is None, reason="flash-attn is not installed")
 

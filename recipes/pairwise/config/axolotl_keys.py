@@ -232,28 +232,9 @@ def average_problems(values: dict) -> Iterator[str]:
 
 
 def step_problems(values: dict) -> Iterator[str]:
-    """Yield what is wrong with the number of pairs in a step."""
-    block = block_of(values)
-    pairs_per_step = block.get("pairs_per_step")
-    if not isinstance(pairs_per_step, int):
-        return
-    if values.get("gradient_accumulation_steps"):
+    """Yield that two keys decide how many pairs a step has."""
+    if block_of(values).get("pairs_per_step") and values.get("gradient_accumulation_steps"):
         yield "gradient_accumulation_steps: it follows from pairwise.pairs_per_step; remove one of the two"
-
-    # Without hardware only the run itself knows its number of GPUs.
-    hardware = block.get("hardware")
-    gpus = hardware.get("gpus") if isinstance(hardware, dict) else None
-    micro_batch_size = values.get("micro_batch_size", 1)
-    if is_count(gpus) and is_count(micro_batch_size):
-        try:
-            count_accumulation_steps(pairs_per_step, micro_batch_size, gpus)
-        except UserError as error:
-            yield str(error)
-
-
-def is_count(value: object) -> bool:
-    """Return whether a value is a whole number above 0; what is none, its own check says."""
-    return isinstance(value, int) and value > 0
 
 
 def count_accumulation_steps(pairs_per_step: int, micro_batch_size: int, gpus: int) -> int:

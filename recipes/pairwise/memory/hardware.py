@@ -4,18 +4,12 @@ Nothing here imports torch, but where the base model is a folder whose sizes are
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from preprocess.core.errors import UserError
+from recipes.pairwise.config.axolotl_keys import count_accumulation_steps
 from recipes.pairwise.config.schema import HardwareBlock, Recipe
-from recipes.pairwise.memory.base_model import BaseModel, find_base_model
-from recipes.pairwise.memory.training_step import (
-    GIB,
-    StepMemory,
-    TrainingStep,
-    Zero,
-    count_step_memory,
-)
+from recipes.pairwise.memory.base_model import find_base_model
+from recipes.pairwise.memory.training_step import GIB, TrainingStep, Zero, count_step_memory
 
 # CUDA's context, buffers of communication, and what PyTorch's allocator cannot use, of a GPU's memory.
 RESERVED_SHARE = 0.1
@@ -30,47 +24,44 @@ EIGHT_BIT_MOMENTS = 2
 NOT_COMPUTED = ("fsdp", "fsdp_config", "load_in_8bit", "lora_modules_to_save")
 
 
-@dataclass(frozen=True)
-class Fit:
-    """A recipe's memory on the GPUs that it is for."""
+def check_hardware(recipe: Recipe, deepspeed: Mapping | None) -> str:
+    """Check that a recipe fits the GPUs that it names.
 
-    hardware: HardwareBlock
-    memory: StepMemory
+    Args:
+        recipe: A recipe with `pairwise.hardware`.
+        deepspeed: The content of its DeepSpeed file; None without one.
 
-    @property
-    def usable_bytes(self) -> float:
-        """What a GPU has for the training."""
-        return (1 - RESERVED_SHARE) * self.hardware.gib * GIB
+    Returns:
+        The arithmetic in one line.
 
-    @property
-    def is_enough(self) -> bool:
-        """Whether the training fits."""
-        return self.memory.total <= self.usable_bytes
+    Raises:
+        UserError: It does not fit, or cannot be computed.
+    """
+    hardware = recipe.pairwise.hardware
+    if recipe.pairwise.pairs_per_step:
+        micro_batch_size = recipe.axolotl.get("micro_batch_size") or 1
+        count_accumulation_steps(recipe.pairwise.pairs_per_step, micro_batch_size, hardware.gpus)
 
-    def describe(self) -> str:
-        """Write the arithmetic in one line."""
-        return f"{name_gpus(self.hardware)}: each holds {self.memory.describe()}, and can use {self.usable_bytes / GIB:.1f}"
+    memory = count_step_memory(describe_step(recipe, deepspeed, hardware.gpus))
+    least = find_least_hardware(recipe, deepspeed)
+    arithmetic = (
+        f"{name_gpus(hardware)}: each holds {memory.describe()}, and can use {usable_bytes(hardware) / GIB:.1f}; "
+        f"the least is {name_gpus(least) if least else 'more than common GPUs have'}"
+    )
+    if memory.total > usable_bytes(hardware):
+        raise UserError(f"pairwise.hardware: {arithmetic}; lower micro_batch_size, or set gradient_checkpointing: true")
+    return arithmetic
+
+
+def usable_bytes(hardware: HardwareBlock) -> float:
+    """Return what each GPU has for a training."""
+    return (1 - RESERVED_SHARE) * hardware.gib * GIB
 
 
 def name_gpus(hardware: HardwareBlock) -> str:
     """Name some GPUs: 1 GPU of 40 GiB, 8 GPUs of 80 GiB."""
     noun = "GPU" if hardware.gpus == 1 else "GPUs"
     return f"{hardware.gpus} {noun} of {hardware.gib:g} GiB"
-
-
-def compute_fit(recipe: Recipe, deepspeed: Mapping | None, hardware: HardwareBlock) -> Fit:
-    """Compute what a recipe takes on some GPUs.
-
-    Args:
-        recipe: The recipe.
-        deepspeed: The content of its DeepSpeed file; None without one.
-        hardware: The GPUs.
-
-    Raises:
-        UserError: The base model's sizes are unknown, or the recipe has a key that is not computed here.
-    """
-    step = describe_step(recipe, deepspeed, hardware.gpus)
-    return Fit(hardware, count_step_memory(step))
 
 
 def find_least_hardware(recipe: Recipe, deepspeed: Mapping | None) -> HardwareBlock | None:
@@ -82,9 +73,10 @@ def find_least_hardware(recipe: Recipe, deepspeed: Mapping | None) -> HardwareBl
     """
     # Fewer GPUs are easier to get than larger ones.
     for gpus in GPU_COUNTS:
+        memory = count_step_memory(describe_step(recipe, deepspeed, gpus))
         for gib in GPU_GIB:
             hardware = HardwareBlock(gpus=gpus, gib=gib)
-            if compute_fit(recipe, deepspeed, hardware).is_enough:
+            if memory.total <= usable_bytes(hardware):
                 return hardware
     return None
 
@@ -106,9 +98,9 @@ def describe_step(recipe: Recipe, deepspeed: Mapping | None, gpus: int) -> Train
     # What would make the sum wrong is refused, and not left out of it.
     for key in NOT_COMPUTED:
         if keys.get(key):
-            raise UserError(f"with {key} the memory is not computed")
+            raise UserError(f"pairwise.hardware: with {key} the memory is not computed; remove one of the two")
     if block.softcap or keys.get("attn_implementation") == "eager":
-        raise UserError("with eager attention the memory is not computed")
+        raise UserError("pairwise.hardware: with eager attention the memory is not computed; remove one of the two")
 
     pairs = keys.get("micro_batch_size") or 1
 
@@ -121,7 +113,7 @@ def describe_step(recipe: Recipe, deepspeed: Mapping | None, gpus: int) -> Train
     # Keys of LoRA mean nothing without an adapter.
     has_adapter = bool(keys.get("adapter"))
     return TrainingStep(
-        base=find_base(recipe),
+        base=find_base_model(keys["base_model"]),
         head=block.head,
         tokens=tokens,
         longest_row=block.budget_tokens,
@@ -134,14 +126,6 @@ def describe_step(recipe: Recipe, deepspeed: Mapping | None, gpus: int) -> Train
         has_lora_dropout=bool(keys.get("lora_dropout")),
         is_4bit=bool(keys.get("load_in_4bit")),
     )
-
-
-def find_base(recipe: Recipe) -> BaseModel:
-    """Find the sizes of a recipe's base model, which must have the head that the recipe asks for."""
-    base = find_base_model(recipe.axolotl["base_model"])
-    if recipe.pairwise.head == "label_tokens" and "label_tokens" not in base.heads:
-        raise UserError(f"{base.model_type} has no answer tokens")
-    return base
 
 
 def count_moment_bytes(recipe: Recipe) -> int:

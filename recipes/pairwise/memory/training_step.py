@@ -123,7 +123,7 @@ def count_step_memory(step: TrainingStep) -> StepMemory:
 def list_weights(step: TrainingStep) -> list[Weight]:
     """List the tensors of the base model and its head."""
     head = "label_tokens" if step.head == "label_tokens" else "score"
-    return [*step.base.weights, *step.base.heads[head]]
+    return [*step.base.weights, *step.base.heads.get(head, ())]
 
 
 def is_adapted(weight: Weight, step: TrainingStep) -> bool:

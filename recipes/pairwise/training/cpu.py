@@ -3,11 +3,8 @@
 import os
 
 import torch
-from axolotl.integrations.base import PluginManager
 
 from recipes.pairwise.training import deepspeed_cpu
-
-LIGER = "axolotl.integrations.liger.LigerPlugin"
 
 
 def prepare(cfg: dict) -> None:
@@ -18,7 +15,6 @@ def prepare(cfg: dict) -> None:
     # PyTorch warns of pinned memory where there is no GPU to copy it to.
     cfg["dataloader_pin_memory"] = False
     use_all_cores()
-    leave_out_liger()
 
     # Axolotl asks this in several processes. PyTorch's own raises without a GPU: in a build without
     # CUDA an AssertionError, which Axolotl lets pass, in PyPI's a RuntimeError, which ends the run.
@@ -30,17 +26,6 @@ def prepare(cfg: dict) -> None:
 def answer_no_peers(device, peer) -> bool:
     """Stand in for torch.cuda.can_device_access_peer on a machine without a GPU."""
     return False
-
-
-def leave_out_liger() -> None:
-    """Keep Axolotl's plugin for Liger, if the recipe names it, from replacing layers: its kernels need a GPU."""
-    liger = PluginManager.get_instance().plugins.get(LIGER)
-    if liger is not None:
-        liger.pre_model_load = do_nothing
-
-
-def do_nothing(cfg) -> None:
-    """Stand in for a plugin's hook."""
 
 
 def place_model(cfg) -> None:

@@ -38,13 +38,6 @@ def test_the_plan_follows_the_models_size(name, deepspeed, pairs, serving):
     assert (served and (served.quantize, served.placement)) == serving
 
 
-def test_the_arithmetic_stands_in_the_header():
-    plan = training_plan.plan_training(find_base_model("Qwen/Qwen3-14B"), ["q_proj"], "score")
-    assert training_plan.describe_hardware(plan) == (
-        "8 GPUs of 80 GB (zero2), on each weights 26.1 + gradients 0.0 + optimizer 0.0 + activations 2.9 = 29.0 GiB"
-    )
-
-
 @pytest.mark.parametrize(("kind", "head"), [("phi3", "score"), ("bert", "reward"), ("qwen3", "label_tokens")])
 def test_what_it_writes_passes_the_checks(kind, head, tiny_models, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -62,10 +62,6 @@ def test_a_good_recipe_has_no_problem():
             with_block(pairs_per_step=64) | {"gradient_accumulation_steps": 4},
             "gradient_accumulation_steps: it follows from pairwise.pairs_per_step; remove one of the two",
         ),
-        (
-            with_block(pairs_per_step=64, hardware={"gpus": 6, "gib": 80}) | {"micro_batch_size": 2},
-            "pairwise.pairs_per_step: 64 is no multiple of 12 (micro_batch_size 2 on 6 GPUs); set it to 60, or take",
-        ),
         (with_block(softcap=True) | {"attn_implementation": "sdpa"}, "attn_implementation: sdpa drops the soft cap"),
         (with_block(head="reward", verdicts=["model_a", "tie", "model_b"]), "pairwise.verdicts: a reward model tells no ties"),
         (with_block(head="reward", orders="both"), "pairwise.orders: a reward model sees each answer alone"),

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from recipes.pairwise.config.model_checks import build_empty_model
 from recipes.pairwise.config.schema import read_recipe
-from recipes.pairwise.memory.base_model import find_base_model, read_records
+from recipes.pairwise.memory.base_model import read_records
 from recipes.pairwise.memory.hardware import describe_step
 from recipes.pairwise.memory.measure import PeakBytes
 from recipes.pairwise.memory.training_step import (
@@ -18,11 +18,6 @@ from recipes.pairwise.memory.training_step import (
     Zero,
     count_activation_bytes,
     count_step_memory,
-    find_attention_width,
-    find_mlp_output,
-    find_width,
-    has_gate,
-    list_last_layer,
 )
 from recipes.pairwise.training.heads import compute_logits_in_float32
 from tests.conftest import ROOT
@@ -163,21 +158,3 @@ def test_activations_grow_with_tokens_and_without_checkpointing():
     assert count_activation_bytes(GEMMA) == 8192 * (42 * 2 * 3584 + 290_176 + 93_184)
     kept = count_activation_bytes(replace(GEMMA, is_checkpointed=False, tokens=2 * 8192))
     assert kept == 2 * 8192 * (42 * 290_176 + 93_184)
-
-
-@pytest.mark.parametrize(
-    ("name", "attention_width", "mlp_width", "is_gated"),
-    [
-        ("google/gemma-2-9b-it", 4096, 14336, True),
-        ("Qwen/Qwen3-32B", 8192, 25600, True),
-        ("microsoft/phi-4", 5120, 17920, True),
-        ("jhu-clsp/mmBERT-base", 768, 1152, True),
-        ("sentence-transformers/all-MiniLM-L6-v2", 384, 1536, False),
-    ],
-)
-def test_the_widths_of_a_layer_follow_from_its_shapes(name, attention_width, mlp_width, is_gated):
-    base = find_base_model(name)
-    layer = list_last_layer(base)
-    assert find_mlp_output(layer).shape[1] == mlp_width
-    assert find_attention_width(layer, find_width(base)) == attention_width
-    assert has_gate(layer, mlp_width) is is_gated

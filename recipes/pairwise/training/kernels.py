@@ -1,7 +1,4 @@
-"""Axolotl's kernels for LoRA, which compute a layer and its adapter as one: chosen for each run.
-
-They need a GPU, and read weights past the layers' own forward passes. The plugin calls `choose_kernels` before Axolotl does.
-"""
+"""Kernels for GPUs that compute several layers as one: Axolotl's for LoRA, and Liger's. The plugin chooses them for a run."""
 
 import torch
 from peft import PeftModel
@@ -16,12 +13,22 @@ LAYERS_OF_KERNELS = {
     "lora_mlp_kernel": ("gate_proj", "up_proj", "down_proj"),
 }
 
+LIGER = "axolotl.integrations.liger.LigerPlugin"
+LIGER_LAYERS = ("liger_rms_norm", "liger_rope", "liger_glu_activation")
+
 # Model types whose attention Axolotl knows how to rewrite, each compared with PEFT's own layers in
-# tests/recipes/training/test_lora_kernels.py.
+# tests/recipes/training/test_kernels.py.
 MODEL_TYPES = ("gemma2", "llama", "mistral", "qwen2", "qwen3")
 
 
-def choose_kernels(cfg: dict, model_type: str) -> None:
+def turn_on_liger(cfg: dict) -> None:
+    """Turn on Liger's layers on a GPU where the recipe names its plugin; a key that the recipe sets stays."""
+    if LIGER in cfg["plugins"] and torch.cuda.is_available():
+        for key in LIGER_LAYERS:
+            cfg.setdefault(key, True)
+
+
+def choose_lora_kernels(cfg: dict, model_type: str) -> None:
     """Turn each kernel on where the run can use it, and off elsewhere.
 
     Args:
@@ -60,8 +67,6 @@ def find_obstacle(cfg: dict, model_type: str) -> str | None:
         return "under ZeRO-3 the weights that they read are on other GPUs"
     if cfg.get("fsdp_config") or cfg.get("load_in_8bit"):
         return "they are not made for FSDP, or for a base in 8 bits"
-    if isinstance(cfg.get("lora_target_modules"), str):
-        return "lora_target_modules is no list of layers"
     return None
 
 

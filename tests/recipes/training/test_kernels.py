@@ -12,8 +12,8 @@ from axolotl.utils.dict import DictDefault
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
-from recipes.pairwise.training import lora_kernels
-from recipes.pairwise.training.lora_kernels import MODEL_TYPES, choose_kernels
+from recipes.pairwise.training import kernels
+from recipes.pairwise.training.kernels import LIGER, MODEL_TYPES, choose_lora_kernels, turn_on_liger
 from tests.conftest import ROOT
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -22,7 +22,7 @@ CFG = {"adapter": "lora", "lora_target_modules": ALL}
 
 
 @pytest.mark.parametrize(
-    ("changes", "model_type", "kernels"),
+    ("changes", "model_type", "expected"),
     [
         ({}, "gemma2", (True, True, True)),
         ({"lora_target_modules": ATTENTION}, "llama", (True, True, False)),
@@ -33,35 +33,29 @@ CFG = {"adapter": "lora", "lora_target_modules": ALL}
         ({}, "phi3", (False, False, False)),
     ],
 )
-def test_kernels_are_on_where_they_work(changes, model_type, kernels, monkeypatch):
+def test_kernels_are_on_where_they_work(changes, model_type, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     cfg = CFG | changes
-    choose_kernels(cfg, model_type)
-    assert (cfg["lora_qkv_kernel"], cfg["lora_o_kernel"], cfg["lora_mlp_kernel"]) == kernels
+    choose_lora_kernels(cfg, model_type)
+    assert (cfg["lora_qkv_kernel"], cfg["lora_o_kernel"], cfg["lora_mlp_kernel"]) == expected
 
 
 def test_without_a_gpu_they_are_off_and_one_line_says_so(caplog, monkeypatch):
-    monkeypatch.setattr(lora_kernels.LOG, "propagate", True)
+    monkeypatch.setattr(kernels.LOG, "propagate", True)
     cfg = CFG | {"lora_qkv_kernel": True}
     with caplog.at_level("INFO"):
-        choose_kernels(cfg, "gemma2")
+        choose_lora_kernels(cfg, "gemma2")
     assert cfg["lora_qkv_kernel"] is False
     assert caplog.messages == ["LoRA kernels: off, there is no GPU"]
 
 
-@pytest.fixture
-def restored_attention():
-    """Undo what Axolotl changes in an attention class."""
-    classes = []
-    for kind in MODEL_TYPES:
-        module = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
-        attention = getattr(module, f"{kind.capitalize()}Attention")
-        classes.append((attention, attention.forward))
-    yield
-    for attention, forward in classes:
-        attention.forward = forward
-        if hasattr(attention, "_original_forward"):
-            del attention._original_forward
+def test_liger_is_on_where_it_is_named_and_not_turned_off(monkeypatch):
+    cfg = {"plugins": [LIGER], "liger_rope": False}
+    turn_on_liger(cfg)
+    assert "liger_rms_norm" not in cfg
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    turn_on_liger(cfg)
+    assert (cfg["liger_rms_norm"], cfg["liger_rope"], cfg["liger_glu_activation"]) == (True, False, True)
 
 
 def run_backward(model):
@@ -75,7 +69,14 @@ def run_backward(model):
 
 
 @pytest.mark.parametrize("kind", MODEL_TYPES)
-def test_a_classifier_has_the_same_gradients_with_them(kind, tiny_models, restored_attention):
+def test_a_classifier_has_the_same_gradients_with_them(kind, tiny_models, monkeypatch):
+    # Axolotl rewrites the class: what it sets is undone afterwards.
+    module = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
+    attention_class = getattr(module, f"{kind.capitalize()}Attention")
+    monkeypatch.setattr(attention_class, "forward", attention_class.forward)
+    monkeypatch.setattr(attention_class, "_original_forward", None, raising=False)
+    del attention_class._original_forward
+
     base = str(tiny_models(kind))
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2, pad_token_id=0)
     model = get_peft_model(model, LoraConfig(r=4, target_modules=ATTENTION, task_type="SEQ_CLS"))
@@ -86,7 +87,7 @@ def test_a_classifier_has_the_same_gradients_with_them(kind, tiny_models, restor
 
     cfg = DictDefault({"base_model": base, "lora_qkv_kernel": True, "lora_o_kernel": True})
     patch_self_attn_lora(cfg)
-    lora_kernels.let_classifiers_pass()
+    kernels.let_classifiers_pass()
     apply_lora_kernel_patches(model, cfg)
     attention = model.base_model.model.model.layers[0].self_attn
     assert attention.apply_qkv.__func__.__name__ == "apply_lora_qkv"
