@@ -108,7 +108,7 @@ def count_step_memory(step: TrainingStep) -> StepMemory:
     if step.zero:
         optimizer += 4 * trained
 
-    # What ZeRO divides grows with its stage.
+    # Each stage of ZeRO divides more. Without it, every GPU holds all, and DDP a copy of the gradients.
     if step.zero_stage >= 1:
         optimizer //= step.gpus
     if step.zero_stage >= 2:
@@ -163,7 +163,7 @@ def count_weight_bytes(step: TrainingStep) -> int:
     else:
         size = 2 * elements + trained * step.trained_weight_bytes
 
-    # One GPU alone needs the weights of all others, a few layers at a time.
+    # Each GPU holds its part, and gathers the others a few layers at a time.
     if step.zero_stage == 3:
         largest = max(weight.elements for weight in weights)
         gathered = 2 * min(elements, step.zero.live_parameters + largest)
@@ -186,7 +186,8 @@ def count_activation_bytes(step: TrainingStep) -> int:
     else:
         kept = layer_count * kept_of_layer
 
-    # The worst moment is at a layer's end: gradients of its output, and three as wide as its MLP.
+    # The worst moment is when the backward pass enters a layer: beside what is kept, it holds the
+    # gradient of the layer's output, and three that are as wide as its MLP.
     mlp_width = find_mlp_output(layer).shape[1]
     gradients = stream_bytes * width + 3 * 2 * mlp_width
     return step.tokens * (kept + gradients)
