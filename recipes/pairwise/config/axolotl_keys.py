@@ -252,6 +252,7 @@ def count_accumulation_steps(pairs_per_step: int, micro_batch_size: int, gpus: i
     if pairs_per_step % pairs_at_once == 0:
         return pairs_per_step // pairs_at_once
 
+    # Rounded, so that the learning rate still suits the step.
     nearest_multiple = max(1, round(pairs_per_step / pairs_at_once)) * pairs_at_once
     raise UserError(
         f"pairwise.pairs_per_step: {pairs_per_step} is no multiple of {pairs_at_once} "

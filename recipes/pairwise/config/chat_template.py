@@ -99,6 +99,7 @@ def split_at_texts(rendered: str, texts: Sequence[str]) -> list[str]:
     parts = []
     rest = rendered
     for text in texts:
+        # A text that stands there twice could not be told from the template's own words.
         part, separator, rest = rest.partition(text)
         if not separator or text in rest:
             raise UserError(

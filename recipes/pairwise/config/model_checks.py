@@ -90,6 +90,7 @@ def check_config(config, *, budget_tokens: int, overrides: Mapping[str, object],
 
 def build_empty_model(config, head: str) -> torch.nn.Module:
     """Build a base model with a head and without weights; a UserError where transformers has none."""
+    # On the meta device tensors have shapes, and no bytes.
     auto = AutoModelForCausalLM if head == "label_tokens" else AutoModelForSequenceClassification
     try:
         with torch.device("meta"):

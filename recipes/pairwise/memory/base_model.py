@@ -191,6 +191,7 @@ def list_names(pattern: str) -> list[str]:
     if match is None:
         return [pattern]
 
+    # A range of layers, or some of them one by one.
     layers = match[0].split(",")
     if "-" in match[0]:
         first, last = match[0].split("-")

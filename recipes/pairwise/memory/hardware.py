@@ -19,8 +19,12 @@ GPU_COUNTS = (1, 2, 4, 8)
 GPU_GIB = (12, 16, 24, 40, 48, 80)
 
 PEFT_RANK = 8  # of LoRA, where a recipe names none
+
+# Bytes of Adam's two moments for a trained weight.
 FLOAT32_MOMENTS = 8
 EIGHT_BIT_MOMENTS = 2
+
+# Keys that change the sums in ways that are not written down here.
 NOT_COMPUTED = ("fsdp", "fsdp_config", "load_in_8bit", "lora_modules_to_save")
 
 
@@ -139,6 +143,7 @@ def count_moment_bytes(recipe: Recipe) -> int:
 
 def read_zero(deepspeed: Mapping) -> Zero:
     """Read from a DeepSpeed file what decides memory."""
+    # Without this part DeepSpeed divides nothing.
     settings = deepspeed.get("zero_optimization", {})
     return Zero(
         stage=settings.get("stage", 0),

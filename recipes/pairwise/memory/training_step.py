@@ -136,6 +136,7 @@ def count_trained_weights(step: TrainingStep) -> int:
     if not step.lora_rank:
         return sum(weight.elements for weight in list_weights(step))
 
+    # An adapter is two matrices: rank × inputs and outputs × rank.
     trained = 0
     for weight in step.base.weights:
         if is_adapted(weight, step):
