@@ -48,9 +48,12 @@ def check_hardware(recipe: Recipe, deepspeed: Mapping | None) -> str:
 
     memory = count_step_memory(describe_step(recipe, deepspeed, hardware.gpus))
     least = find_least_hardware(recipe, deepspeed)
+    least_words = "more than common GPUs have"
+    if least is not None:
+        least_words = name_gpus(least)
     arithmetic = (
         f"{name_gpus(hardware)}: each holds {memory.describe()}, and can use {usable_bytes(hardware) / GIB:.1f}; "
-        f"the least is {name_gpus(least) if least else 'more than common GPUs have'}"
+        f"the least is {least_words}"
     )
     if memory.total > usable_bytes(hardware):
         raise UserError(f"pairwise.hardware: {arithmetic}; lower micro_batch_size, or set gradient_checkpointing: true")
@@ -106,10 +109,10 @@ def describe_step(recipe: Recipe, deepspeed: Mapping | None, gpus: int) -> Train
     if block.softcap or keys.get("attn_implementation") == "eager":
         raise UserError("pairwise.hardware: with eager attention the memory is not computed; remove one of the two")
 
-    pairs = keys.get("micro_batch_size") or 1
-
     # A reward model reads both responses, others a pair in both orders.
-    sequences = 2 * pairs if block.head == "reward" or block.orders == "both" else pairs
+    sequences = keys.get("micro_batch_size") or 1
+    if block.head == "reward" or block.orders == "both":
+        sequences *= 2
     tokens = block.tokens_per_micro_batch or sequences * block.budget_tokens
     if block.r_drop:
         tokens *= 2
@@ -135,7 +138,9 @@ def describe_step(recipe: Recipe, deepspeed: Mapping | None, gpus: int) -> Train
 def count_moment_bytes(recipe: Recipe) -> int:
     """Count what the optimizer holds for a trained weight; others than Adam are taken for it."""
     optimizer = recipe.axolotl.get("optimizer") or "adamw_torch"
-    moment_bytes = EIGHT_BIT_MOMENTS if "8bit" in optimizer else FLOAT32_MOMENTS
+    moment_bytes = FLOAT32_MOMENTS
+    if "8bit" in optimizer:
+        moment_bytes = EIGHT_BIT_MOMENTS
     if recipe.pairwise.ema_decay:
         moment_bytes += 4  # the average, in float32
     return moment_bytes
