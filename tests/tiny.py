@@ -268,6 +268,10 @@ def twin(recipe: Path, folder: Path, base_model: Path, pairs_file: Path, **chang
     package = values["pairwise"]["package"] | {"tolerance_log_loss": 1.0, "tolerance_verdicts": 1.0}
     values["pairwise"] = values["pairwise"] | {"pairs": str(pairs_file), "package": package}
     folder.mkdir(parents=True, exist_ok=True)
+    hardware = values["pairwise"].pop("hardware", None)
+    if hardware is not None:
+        # The pairs of one GPU: the twin trains in one process.
+        values["pairwise"]["pairs_per_step"] //= hardware["gpus"]
     if "distill" in values["pairwise"]:
         teacher = str(teacher_labels(folder / "teacher", pairs_file))
         values["pairwise"]["distill"] = values["pairwise"]["distill"] | {"teachers": [teacher]}
@@ -282,8 +286,10 @@ def twin(recipe: Path, folder: Path, base_model: Path, pairs_file: Path, **chang
 def deepspeed_numbers(config: str, folder: Path, recipe: dict, processes: int) -> Path:
     """A copy of a DeepSpeed JSON in `folder` with its "auto" batch sizes as numbers, and bf16 as the twin has it."""
     values = json.loads((ROOT / config).read_text())
-    micro, steps = recipe["micro_batch_size"], recipe["gradient_accumulation_steps"]
-    values |= {"train_micro_batch_size_per_gpu": micro, "train_batch_size": micro * steps * processes}
+    micro, pairs = recipe["micro_batch_size"], recipe["pairwise"].get("pairs_per_step")
+    if pairs is None:
+        pairs = micro * recipe["gradient_accumulation_steps"] * processes
+    values |= {"train_micro_batch_size_per_gpu": micro, "train_batch_size": pairs}
     values["bf16"] = {"enabled": "auto"}
     path = folder / f"{Path(config).stem}-{processes}.json"
     path.write_text(json.dumps(values))

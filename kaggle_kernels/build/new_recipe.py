@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PretrainedConfig
 
 from kaggle_kernels.build.memory_fit import BITSANDBYTES
 from kaggle_kernels.build.training_plan import (
+    TRAINING_GPU_GIB,
     TRAINING_GPUS,
     Serving,
     Training,
@@ -19,8 +20,6 @@ from kaggle_kernels.build.training_plan import (
     plan_serving,
     plan_training,
 )
-from postprocess.memory.base_model import BaseModel, make_record, read_records, write_records
-from postprocess.memory.measure import measure
 from preprocess.core.errors import UserError
 from preprocess.core.files import atomic_file
 from preprocess.model_input import ContractError, Template
@@ -29,6 +28,8 @@ from recipes.pairwise.config.model_checks import build_empty_model, read_config
 from recipes.pairwise.config.schema import read_recipe
 from recipes.pairwise.config.served_models import why_not_served
 from recipes.pairwise.contract import new_contract
+from recipes.pairwise.memory.base_model import BaseModel, make_record, read_records, write_records
+from recipes.pairwise.memory.measure import measure
 
 NAME = re.compile(r"[a-z0-9]+(_[a-z0-9]+)*")
 VERDICTS = ("model_a", "model_b")
@@ -45,9 +46,13 @@ pairwise:
   head: {head}
   template: {template}
   budget_tokens: {budget_tokens}
-  package: {{quantize: {quantize}, slug: {slug}, licence: other}}
+{step}  package: {{quantize: {quantize}, slug: {slug}, licence: other}}
 
 {training}"""
+STEP = """\
+  pairs_per_step: {pairs}
+  hardware: {{gpus: {gpus}, gib: {gib}}}
+"""
 ADAPTER = """\
 adapter: lora
 lora_r: 64
@@ -55,7 +60,6 @@ lora_alpha: 128
 lora_dropout: 0.05
 lora_target_modules: [{targets}]
 micro_batch_size: {pairs}
-gradient_accumulation_steps: {accumulation}
 num_epochs: 1
 learning_rate: 0.0001
 lr_scheduler: cosine
@@ -132,9 +136,7 @@ def write_recipe_and_spec(name: str, base: str, head: str) -> None:
     config = read_config(base, None)
     model = build_empty_model(config, head)
     base_model = measure(config)
-    training = plan_training(
-        base_model, list_linear_names(model), config.get_text_config().num_hidden_layers, head
-    )
+    training = plan_training(base_model, list_linear_names(model), head)
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(base)
@@ -242,15 +244,16 @@ def keep_sizes(base: str, config: PretrainedConfig, base_model: BaseModel) -> No
 def format_recipe(new: NewModel) -> str:
     """Write the text of the recipe."""
     plan = new.training
+    step = ""
     if plan.lora_targets:
+        step = STEP.format(pairs=PAIRS_OF_A_STEP, gpus=TRAINING_GPUS, gib=TRAINING_GPU_GIB)
         training_keys = ADAPTER.format(
             targets=", ".join(plan.lora_targets),
-            pairs=plan.pairs_per_step,
-            accumulation=PAIRS_OF_A_STEP // (TRAINING_GPUS * plan.pairs_per_step),
+            pairs=plan.micro_batch_size,
             deepspeed=plan.deepspeed,
         )
     else:
-        training_keys = EVERY_WEIGHT.format(pairs=plan.pairs_per_step)
+        training_keys = EVERY_WEIGHT.format(pairs=plan.micro_batch_size)
 
     # A template that has no name in the project is written out.
     template = find_template_name(new.template, new.head, VERDICTS)
@@ -269,6 +272,7 @@ def format_recipe(new: NewModel) -> str:
         special_tokens=special_tokens,
         template=template,
         budget_tokens=plan.budget_tokens,
+        step=step,
         quantize=new.serving.quantize if new.serving else "nf4",
         slug=new.slug,
         training=training_keys,

@@ -7,15 +7,15 @@ import torch
 
 from postprocess.agreement.devices import WEIGHTS_SHARE_OF_GPU, list_gpus
 from postprocess.agreement.reference_model import trained_quantization
-from postprocess.memory.measure import measure_folder
 from postprocess.memory.model_size import Served, activation_bytes, served_of
 from postprocess.run_folder import MODEL_PATTERN, Run
 from preprocess.core.errors import UserError
+from recipes.pairwise.memory.base_model import NF4_BYTES
+from recipes.pairwise.memory.measure import measure_folder
 
 TOKENS_PER_BATCH = 8192  # of scoring.score
 # Layers are not divided, so that no GPU is filled to the last byte.
 CHECKED_SHARE_OF_GPUS = WEIGHTS_SHARE_OF_GPU - 0.1
-NF4_BYTES = 0.5625  # of a weight: four bits, and a float32 scale for 64 of them
 
 
 def check_comparison(run: Run) -> None:

@@ -7,10 +7,10 @@ import math
 from dataclasses import dataclass
 
 from kaggle_kernels.runtime.models.placement import balance, list_parts
-from postprocess.memory.base_model import BaseModel, Weight, find_base_model
 from preprocess.core.errors import UserError
 from recipes.pairwise.config.schema import GPTQ_BITS, Recipe
 from recipes.pairwise.config.served_models import why_not_served
+from recipes.pairwise.memory.base_model import BaseModel, Weight, find_base_model
 
 GIB = 2**30
 

@@ -54,7 +54,7 @@ def check_target(run: Run) -> None:
     Raises:
         UserError: No kernel could hold it, or Kaggle's T4s cannot run its kind.
     """
-    from postprocess.memory.measure import measure_folder  # noqa: PLC0415  needs torch
+    from recipes.pairwise.memory.measure import measure_folder  # noqa: PLC0415  needs torch
 
     recipe = run.recipe
     # The base model that the run was trained from, which may be a local copy of the recipe's.

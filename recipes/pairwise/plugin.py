@@ -30,7 +30,7 @@ from recipes.pairwise.data.datasets import datasets_of
 from recipes.pairwise.data.token_budget import StepShape, TokenBudgetBatches
 from recipes.pairwise.processes import LOG, end_without_telemetry, stop, stopping_on_errors
 from recipes.pairwise.tracking import metrics, recipe_copy, results, wandb_run
-from recipes.pairwise.training import checkpoints, cpu, deepspeed_cpu, heads, weights, zero3
+from recipes.pairwise.training import checkpoints, cpu, deepspeed_cpu, heads, kernels, weights, zero3
 from recipes.pairwise.training.moving_average import MovingAverage
 from recipes.pairwise.training.padding_free import use_padding_free
 from recipes.pairwise.training.regularisers import require_dropout
@@ -78,6 +78,7 @@ class PairwisePlugin(BasePlugin):
             self.begun_from = {"recipe_sha256": ledger.fingerprint(lasting_recipe), **ledger.git_state()}
 
             self.block = run_config.check_run(cfg, self.recipe)
+            run_config.set_accumulation_steps(cfg, self.block)
             wandb_run.check(cfg)
             checkpointing = zero3.checkpointing_kwargs(cfg)
             empty_model = run_config.check_base_model(cfg, self.block)
@@ -91,6 +92,8 @@ class PairwisePlugin(BasePlugin):
         has_adapter = bool(cfg.get("lora_model_dir"))
         self.head_start = choose_head_start(self.model_config, self.block, self.earlier_run, has_adapter)
         run_config.set_model_keys(cfg, self.block, empty_model, self.head_start)
+        kernels.choose_lora_kernels(cfg, self.model_config.model_type)
+        kernels.turn_on_liger(cfg)
         if not torch.cuda.is_available():
             cpu.prepare(cfg)
 

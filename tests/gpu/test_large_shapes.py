@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, BitsAnd
 
 from kaggle_kernels.runtime.models.model import load_model
 from kaggle_kernels.runtime.models.scoring import verdict_logits
-from postprocess.memory.base_model import read_records
 from postprocess.memory.model_size import CUDA_BYTES, GIB, gpu_bytes, served_of, weight_bytes
 from recipes.pairwise.config.schema import read_recipe
+from recipes.pairwise.memory.base_model import read_records
 from tests.conftest import ROOT
 
 TOKENS_PER_BATCH = 8192

@@ -11,6 +11,7 @@ import yaml
 
 from postprocess.pipeline import package_recipe
 from preprocess.core.files import read_json
+from recipes.pairwise.config.axolotl_keys import PLUGIN
 from recipes.pairwise.config.schema import read_recipe
 from tests import tiny
 from tests.conftest import ROOT
@@ -18,6 +19,8 @@ from tests.conftest import ROOT
 STEPS = 20
 ONE_PROCESS = ("torchrun", "--", "--nproc_per_node", "1")  # DeepSpeed wants a launcher's variables
 NO_DEEPSPEED = {"deepspeed": None}
+# Axolotl's kernels for LoRA, and Liger's layers, are on in every other case.
+NO_KERNELS = {"lora_qkv_kernel": False, "lora_o_kernel": False, "lora_mlp_kernel": False, "plugins": [PLUGIN]}
 FLASH = {"attn_implementation": "flash_attention_2"}
 PADDING_FREE = {"pairwise": {"padding_free": True}}
 needs_flash = pytest.mark.skipif(find_spec("flash_attn") is None, reason="flash-attn is not installed")
@@ -33,6 +36,7 @@ def train(recipe: Path, launcher: Sequence[str]) -> subprocess.CompletedProcess:
     ("name", "keys", "launcher"),
     [
         pytest.param("gemma2_cls", NO_DEEPSPEED, ("python",), id="LoRA"),
+        pytest.param("gemma2_cls", NO_DEEPSPEED | NO_KERNELS, ("python",), id="LoRA, no kernels"),
         pytest.param("gemma2_cls", NO_DEEPSPEED | FLASH, ("python",), id="LoRA, flash-attention", marks=needs_flash),
         pytest.param("gemma2_causal", NO_DEEPSPEED, ("python",), id="LoRA, label tokens"),
         pytest.param("gemma2_cls", NO_DEEPSPEED | PADDING_FREE, ("python",), id="LoRA, padding-free"),

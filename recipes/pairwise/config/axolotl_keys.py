@@ -13,11 +13,13 @@ from pathlib import Path
 
 from jsonschema import Draft7Validator
 
+from preprocess.core.errors import UserError
 from preprocess.core.files import read_json
 from preprocess.core.problems import hint, nearest, unknown_key
 
 PLUGIN = "recipes.pairwise.plugin.PairwisePlugin"
 RECIPE_SCHEMA = Path(__file__).parents[2] / "recipe.schema.json"
+# Keys that train something else than the recipe means, or what cannot be packaged, with the reason and the fix.
 REFUSED = {
     "reward_model": "it forces one label and its evaluation crashes; remove it, the `pairwise` block sets the head",
     "trust_remote_code": "it runs code from the hub and loads the wrong class; use a model that transformers knows",
@@ -26,10 +28,10 @@ REFUSED = {
     "lora_target_linear": "it puts the head under LoRA twice; list the layers in lora_target_modules",
     "process_reward_model": "it labels steps, not answers; remove it, the `pairwise` block sets the head",
     "rl": "the `pairwise` block sets the loss; remove it",
-    "lora_mlp_kernel": "it takes other models than ours and stops the run; remove it",
-    "lora_qkv_kernel": "it takes other models than ours and stops the run; remove it",
-    "lora_o_kernel": "it takes other models than ours and stops the run; remove it",
-    "lora_embedding_kernel": "it takes other models than ours and stops the run; remove it",
+    "lora_embedding_kernel": "embeddings are not trained by LoRA here; remove it",
+    "liger_cross_entropy": "it replaces a loss that no head has; remove it",
+    "liger_fused_linear_cross_entropy": "it replaces a loss that no head has; remove it",
+    "liger_use_token_scaling": "it changes a loss that no head has; remove it",
     "lora_fan_in_fan_out": "it is for GPT-2's transposed layers, which no model here has; remove it",
     "lora_target_parameters": "an adapter of bare parameters cannot be merged; list layers in lora_target_modules",
     "peft": "LoftQ changes the base's own weights, which the adapter's file does not hold; remove it",
@@ -54,6 +56,7 @@ SET_BY_THE_BLOCK = {  # keys that the plugin or Axolotl sets whatever the recipe
     "use_wandb": "wandb_project",
 }
 MOST_WORDS = 12  # of a key that a line lists
+# The words of a message for the types and limits of JSON Schema.
 KINDS = {
     "integer": "a whole number",
     "number": "a number",
@@ -88,8 +91,10 @@ def axolotl_problems(values: dict) -> list[str]:
     for key, value in values.items():
         if key not in ("base_model", "pairwise"):
             problems += key_problems(key, value, plugins)
+
+    # What keys say of each other. Two checks may find the same problem.
     problems += [*adapter_problems(values), *head_problems(values), *average_problems(values)]
-    problems += wandb_problems(values)
+    problems += [*step_problems(values), *wandb_problems(values)]
     return list(dict.fromkeys(problems))
 
 
@@ -97,11 +102,14 @@ def key_problems(key: object, value: object, plugins: object) -> list[str]:
     """Return what is wrong with one key, whatever the others say. `plugins` are those that the recipe names."""
     if key in REFUSED:
         return [f"{key}: refused, {REFUSED[key]}"] if value else []
+
+    # Such a value would be overwritten without a word.
     if key in SET_BY_THE_BLOCK:
         return [f"{key}: refused, {SET_BY_THE_BLOCK[key]} decides that; remove it"]
     if key not in schema()["properties"]:
         return [f"{key}: {unknown_key(key, schema()['properties'])}"]
 
+    # Without its plugin Axolotl ignores the key.
     plugin = schema()["properties"][key].get("plugin")
     if plugin and not is_named(plugin, plugins):
         return [f"{key}: needs a plugin of Axolotl's; add {plugin} to plugins, or remove the key"]
@@ -116,22 +124,24 @@ def is_named(plugin: str, plugins: object) -> bool:
 
 def value_problems(key: str, value: object) -> Iterator[str]:
     """Yield what is wrong with a key's value: another type than Axolotl's, a number out of range, an unknown key in it."""
+    # JSON Schema has no word for this.
     if isinstance(value, float) and not math.isfinite(value):
         yield f"{key}: expected a number, found {value!r}"
 
     for error in Draft7Validator(schema()["properties"][key]).iter_errors(value):
         path = ".".join(map(str, (key, *error.absolute_path)))
         if error.validator == "additionalProperties":
-            known_names = error.schema["properties"]
+            # The schema names all unknown keys in one error; each gets its own advice.
+            allowed_names = error.schema["properties"]
             for name in error.instance:
-                if name not in known_names:
-                    yield f"{path}.{name}: {unknown_key(name, known_names)}"
+                if name not in allowed_names:
+                    yield f"{path}.{name}: {unknown_key(name, allowed_names)}"
         elif error.validator != "contains":  # of plugins: axolotl_problems says it, of a recipe without the key too
-            meant = suggestion(error.schema, error.instance)
-            yield f"{path}: expected {expected(error.schema)}, found {error.instance!r}{meant}"
+            advice = suggestion(error.schema, error.instance)
+            yield f"{path}: expected {describe_part(error.schema)}, found {error.instance!r}{advice}"
 
 
-def expected(part: Mapping) -> str:
+def describe_part(part: Mapping) -> str:
     """Return in words what a part of the schema allows."""
     if "enum" in part:
         words = [word if isinstance(word, str) else json.dumps(word) for word in part["enum"]]
@@ -140,6 +150,7 @@ def expected(part: Mapping) -> str:
             listed += f", … ({len(words)} in all: recipes/{RECIPE_SCHEMA.name})"
         return f"one of {listed}"
 
+    # No fixed words: name the types, and the limits of a number.
     kinds = " or ".join(KINDS[kind] for kind in types_of(part))
     limits = " and ".join(f"{word} {part[limit]}" for limit, word in LIMITS.items() if limit in part)
     return f"{kinds} {limits}".rstrip()
@@ -148,9 +159,13 @@ def expected(part: Mapping) -> str:
 def suggestion(part: Mapping, value: object) -> str:
     """Return what may have been meant by a wrong value: the nearest of the allowed words, or what YAML made of another one."""
     words = [word for word in part.get("enum", []) if isinstance(word, str)]
+
+    # A misspelt word.
     match = nearest(value, words) if isinstance(value, str) else None
     if match:
         return f"; did you mean {match}?"
+
+    # A word that YAML reads as something else, such as no or on.
     takes_text = bool(words) or "string" in types_of(part)
     return hint(value) if takes_text or not isinstance(value, bool) else ""
 
@@ -173,6 +188,7 @@ def adapter_problems(values: dict) -> Iterator[str]:
         key = lora_keys[0]
         yield f"adapter: missing beside {key}: every weight would be trained; set adapter: lora, or remove what is LoRA's"
 
+    # Axolotl would train on a base in 16 bits.
     if adapter == "qlora" and values.get("load_in_4bit") is not True:
         yield "load_in_4bit: adapter: qlora trains on a base in 4 bits; set load_in_4bit: true, or adapter: lora"
     if adapter and is_untrained:
@@ -180,6 +196,7 @@ def adapter_problems(values: dict) -> Iterator[str]:
     elif adapter and not values.get("lora_target_modules"):
         yield f"lora_target_modules: missing; list the layers that {adapter} is to adapt, e.g. [q_proj, v_proj]"
 
+    # Packaging would look for an adapter.
     keeps_adapter_apart = isinstance(package, dict) and package.get("adapter", "merged") != "merged"
     if keeps_adapter_apart and adapter not in ("lora", "qlora"):
         yield "pairwise.package.adapter: the run has no adapter; remove the key, or set adapter: lora or qlora"
@@ -197,6 +214,8 @@ def head_problems(values: dict) -> Iterator[str]:
 
     if block.get("tokens_per_micro_batch") and values.get("group_by_length"):
         yield "group_by_length: pairwise.tokens_per_micro_batch decides which rows stand together; remove one of the two"
+
+    # The packaged model would be another one than the trained.
     if block.get("softcap") and values.get("attn_implementation") == "sdpa":
         yield "attn_implementation: sdpa drops the soft cap without a word; use eager or flash_attention_2, or softcap: false"
     if block.get("padding_free") and values.get("attn_implementation") == "eager":
@@ -216,11 +235,40 @@ def average_problems(values: dict) -> Iterator[str]:
         yield "pairwise.ema_decay: the average would replace the best checkpoint; remove load_best_model_at_end, or ema_decay"
 
 
+def step_problems(values: dict) -> Iterator[str]:
+    """Yield that two keys decide how many pairs a step has."""
+    if block_of(values).get("pairs_per_step") and values.get("gradient_accumulation_steps"):
+        yield "gradient_accumulation_steps: it follows from pairwise.pairs_per_step; remove one of the two"
+
+
+def count_accumulation_steps(pairs_per_step: int, micro_batch_size: int, gpus: int) -> int:
+    """Count the micro-batches that each GPU takes in a step.
+
+    Args:
+        pairs_per_step: Pairs of an optimizer step over all GPUs.
+        micro_batch_size: Pairs of a micro-batch.
+        gpus: GPUs, or processes, that train.
+
+    Raises:
+        UserError: The pairs cannot be shared out evenly.
+    """
+    pairs_at_once = micro_batch_size * gpus
+    if pairs_per_step % pairs_at_once == 0:
+        return pairs_per_step // pairs_at_once
+
+    # Rounded, so that the learning rate still suits the step.
+    nearest_multiple = max(1, round(pairs_per_step / pairs_at_once)) * pairs_at_once
+    raise UserError(
+        f"pairwise.pairs_per_step: {pairs_per_step} is no multiple of {pairs_at_once} "
+        f"(micro_batch_size {micro_batch_size} on {gpus} GPUs); set it to {nearest_multiple}, or take another number of GPUs"
+    )
+
+
 def wandb_problems(values: dict) -> Iterator[str]:
     """Yield that keys of wandb stand without the one that turns it on."""
-    others = [key for key in values if str(key).startswith("wandb_") and key not in REFUSED]
-    if others and not values.get("wandb_project"):
-        yield f"{others[0]}: means nothing without a project; set wandb_project, or remove the key"
+    wandb_keys = [key for key in values if str(key).startswith("wandb_") and key not in REFUSED]
+    if wandb_keys and not values.get("wandb_project"):
+        yield f"{wandb_keys[0]}: means nothing without a project; set wandb_project, or remove the key"
 
 
 def block_of(values: dict) -> dict:

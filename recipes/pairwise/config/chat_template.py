@@ -99,8 +99,9 @@ def split_at_texts(rendered: str, texts: Sequence[str]) -> list[str]:
     parts = []
     rest = rendered
     for text in texts:
-        part, found, rest = rest.partition(text)
-        if not found or text in rest:
+        # A text that stands there twice could not be told from the template's own words.
+        part, separator, rest = rest.partition(text)
+        if not separator or text in rest:
             raise UserError(
                 "its chat template leaves out or repeats a text; write the recipe by hand, with start, turn and end spelled out"
             )

@@ -122,6 +122,7 @@ def check_adapter_start(cfg: Mapping, block: PairwiseBlock, earlier: EarlierRun)
     Raises:
         UserError: The adapter is of another base model, head or shape than the recipe says.
     """
+    # The adapter fits one model and one head only.
     if not cfg.get("adapter"):
         raise UserError("lora_model_dir: needs adapter: lora or qlora; every weight would be trained")
     if not is_same_model(cfg["base_model"], earlier.base_model):
@@ -160,6 +161,7 @@ def choose_head_start(config, block: PairwiseBlock, earlier: EarlierRun | None, 
     if outputs is None:
         return HeadStart(None, "the base model has none")
 
+    # One output is a reward, whatever it was trained on.
     if block.head == "reward":
         if outputs == 1:
             return HeadStart(outputs, None)
@@ -183,5 +185,7 @@ def is_same_model(name: str, other_name: str) -> bool:
     """Return whether two names of base models mean the same hub repository, or the same folder."""
     if name == other_name:
         return True
+
+    # Two paths may lead to the same folder.
     folder, other_folder = Path(name), Path(other_name)
     return folder.exists() and other_folder.exists() and folder.samefile(other_folder)

@@ -86,10 +86,13 @@ def key_schema(annotation: object) -> dict:
             if get_args(option) == (str,):
                 schema["items"] = {"type": "string"}
 
+    # A list of words excludes everything else but true and false.
     if words and types <= {"boolean"}:
         return {"enum": words + [True, False] if types else words}
     if words:
         types.add("string")
+
+    # To JSON Schema every integer is a number.
     if "number" in types:
         types.discard("integer")
     return {"type": types.pop() if len(types) == 1 else sorted(types)} | schema
@@ -176,6 +179,7 @@ def plugin_keys() -> dict[str, dict]:
 
 def recipe_schema() -> dict:
     """Return the schema of a recipe: what the strict check refuses is refused here too, where a schema can say it."""
+    # Axolotl's own keys come last: a plugin must not redefine them.
     block = block_schema(PairwiseBlock)
     properties = plugin_keys() | axolotl_keys()
     properties["plugins"]["contains"] = {"const": PLUGIN}
@@ -218,6 +222,8 @@ def write_or_check(path: Path, schema: dict, command: str, check: bool) -> None:
     if not check:
         with atomic_file(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
+
+    # For `make lint`: the committed file has to be what would be written.
     elif not path.is_file() or path.read_text(encoding="utf-8") != text:
         raise UserError(f"{path.name}: not up to date; run `{command}`, and commit what it wrote")
     print(f"{path.name}: {'up to date' if check else 'written'}")

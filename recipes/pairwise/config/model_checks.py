@@ -78,6 +78,7 @@ def check_config(config, *, budget_tokens: int, overrides: Mapping[str, object],
     if positions and budget_tokens > positions:
         raise UserError(f"pairwise.budget_tokens: {budget_tokens}, but the base model has {positions} positions; lower it")
 
+    # transformers would take an unknown key without a word.
     config_keys = config.to_dict()
     for key in overrides:
         if key not in config_keys:
@@ -89,6 +90,7 @@ def check_config(config, *, budget_tokens: int, overrides: Mapping[str, object],
 
 def build_empty_model(config, head: str) -> torch.nn.Module:
     """Build a base model with a head and without weights; a UserError where transformers has none."""
+    # On the meta device tensors have shapes, and no bytes.
     auto = AutoModelForCausalLM if head == "label_tokens" else AutoModelForSequenceClassification
     try:
         with torch.device("meta"):

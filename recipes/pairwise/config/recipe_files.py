@@ -20,6 +20,7 @@ def find_recipe(name: str) -> Path:
     Raises:
         UserError: There is no such file.
     """
+    # A path is taken as it is; a name means a file of recipes/.
     if name.endswith((".yml", ".yaml")):
         path = Path(name)
     else:

@@ -4,12 +4,13 @@ Called by the plugin's first hook, `register`, where `cfg` is still a plain dict
 overrides. A mistake is a UserError here, a minute before Axolotl would load a model and show a traceback.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_yaml
-from recipes.pairwise.config.axolotl_keys import REFUSED
+from recipes.pairwise.config.axolotl_keys import REFUSED, count_accumulation_steps
 from recipes.pairwise.config.earlier_runs import (
     EarlierRun,
     HeadStart,
@@ -39,7 +40,6 @@ INSTEAD = {
     "lm-eval": "a classifier does not generate text; use python -m kaggle_kernels rehearse SPEC --test FILE",
 }
 OVERRIDABLE = (*REFUSED, "attn_implementation", "base_model", "wandb_project")
-LORA_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
 
 
 def refuse_other_commands(command_line: Sequence[str]) -> None:
@@ -165,6 +165,33 @@ def set_model_keys(cfg: dict, block: PairwiseBlock, model, head_start: HeadStart
             cfg["lora_modules_to_save"] = saved + sorted(new_modules)
 
 
+def set_accumulation_steps(cfg: dict, block: PairwiseBlock) -> None:
+    """Set the micro-batches of a step from its pairs, for as many processes as train.
+
+    Args:
+        cfg: Axolotl's configuration, changed in place.
+        block: The `pairwise:` block.
+
+    Raises:
+        UserError: The processes cannot share the pairs evenly, or the command line says otherwise.
+    """
+    if block.pairs_per_step is None:
+        return
+
+    # With Ray, the driver reads the recipe before there are workers.
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if cfg.get("use_ray"):
+        processes = cfg.get("ray_num_workers") or 1
+
+    steps = count_accumulation_steps(block.pairs_per_step, cfg.get("micro_batch_size") or 1, processes)
+    if cfg.get("gradient_accumulation_steps") not in (None, steps):
+        raise UserError(
+            f"gradient_accumulation_steps: {cfg['gradient_accumulation_steps']}, but pairwise.pairs_per_step makes it "
+            f"{steps}; remove one of the two"
+        )
+    cfg["gradient_accumulation_steps"] = steps
+
+
 def set_fixed_keys(cfg: dict, block: PairwiseBlock, recipe: Path, checkpointing: dict[str, bool]) -> None:
     """Set the keys that are the same for every recipe, or follow from the `pairwise:` block.
 
@@ -184,9 +211,5 @@ def set_fixed_keys(cfg: dict, block: PairwiseBlock, recipe: Path, checkpointing:
     # Axolotl insists on datasets; the plugin's own hook brings the real ones.
     cfg["datasets"] = [{"path": "pairwise", "type": "completion"}]
     cfg["sequence_len"] = block.budget_tokens
-
-    # Axolotl turns these on by itself for models that it takes for its own.
-    for kernel in LORA_KERNELS:
-        cfg[kernel] = False
     if cfg.get("gradient_checkpointing"):
         cfg["gradient_checkpointing_kwargs"] = checkpointing

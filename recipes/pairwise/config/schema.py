@@ -14,6 +14,7 @@ from pydantic import (
     Field,
     NonNegativeInt,
     PositiveFloat,
+    PositiveInt,
     ValidationError,
     field_validator,
     model_validator,
@@ -36,6 +37,7 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+# Blocks of a recipe. The descriptions go into recipe.schema.json, which editors show.
 class TemplateBlock(_Strict):
     """A template spelled out in a recipe; see preprocess.model_input.Template."""
 
@@ -89,11 +91,19 @@ class DistillBlock(_Strict):
     @field_validator("teachers", mode="before")
     @classmethod
     def _listed_teachers_weigh_the_same(cls, teachers):
+        # A map has weights already.
         if not isinstance(teachers, list):
             return teachers
         if len(set(map(str, teachers))) < len(teachers):
             raise ValueError("a teacher is named twice; give it a weight instead: {NAME: 2}")
         return dict.fromkeys(teachers, 1.0)
+
+
+class HardwareBlock(_Strict):
+    """The GPUs that a recipe is for; `pairwise check` refuses what they cannot hold."""
+
+    gpus: PositiveInt = Field(description="how many GPUs train")
+    gib: PositiveFloat = Field(strict=False, description="memory of each GPU in GiB")
 
 
 class PairwiseBlock(_Strict):
@@ -120,6 +130,11 @@ class PairwiseBlock(_Strict):
     truncation: Literal["left", "right", "middle"] = Field("middle", description="where a text that is too long is cut")
     orders: Literal["as_given", "random", "both"] = Field(
         "both", description="the orders of a pair in training; both stand in one micro-batch"
+    )
+    hardware: HardwareBlock | None = Field(None, description="the GPUs that the recipe is for: {gpus: 8, gib: 80}")
+    pairs_per_step: PositiveInt | None = Field(
+        None,
+        description="pairs of a step over all GPUs: gradient_accumulation_steps follows from it, for any number of GPUs",
     )
     distill: DistillBlock | None = Field(None, description="learn from the labels of teachers too")
     tokens_per_micro_batch: int | None = Field(
@@ -169,14 +184,20 @@ class PairwiseBlock(_Strict):
         fields = [f"{{{place}}}" for place in places]
         if isinstance(self.template, TemplateBlock) and any(self.template.turn.count(field) != 1 for field in fields):
             raise ValueError(f"template.turn: expected {', '.join(fields)}, each once, found {self.template.turn!r}")
+
+        # What a head cannot do.
         if self.head == "reward" and "tie" in self.verdicts:
             raise ValueError("verdicts: a reward model tells no ties apart; leave out tie, half of a tie goes to each side")
+
+        # What means nothing beside another key.
         if self.distill and not self.train:
             raise ValueError("distill: with train: false there is no student; remove one of the two")
         if self.head == "reward" and "orders" in self.model_fields_set:
             raise ValueError("orders: a reward model sees each answer alone, its orders are the same; remove the key")
         if self.padding_free and self.r_drop > 0:
             raise ValueError("padding_free: R-Drop repeats the rows of a batch, which has one; remove one of the two")
+
+        # What the base model's kind rules out: the template tells an encoder.
         if self.template == "bert" and self.package.quantize in GPTQ_BITS:
             raise ValueError(f"package.quantize: {self.package.quantize} is for decoders; an encoder takes int8, or none")
         if self.head == "label_tokens" and self.template == "bert":
@@ -209,6 +230,8 @@ def read_recipe(path: Path | str) -> Recipe:
     problems = recipe_problems(values)
     if problems:
         raise UserError(f"{path}: " + "; ".join(problems))
+
+    # From here on nothing can be wrong with the keys.
     block = apply_environment(PairwiseBlock.model_validate(values.pop("pairwise")))
     return Recipe(path, values, block, run_folder(values.get("output_dir"), path))
 
@@ -232,7 +255,7 @@ def pairwise_problems(block: object) -> list[str]:
     try:
         PairwiseBlock.model_validate(block)
     except ValidationError as error:
-        blocks = (PairwiseBlock, PackageBlock, TemplateBlock, DistillBlock)
+        blocks = (PairwiseBlock, PackageBlock, TemplateBlock, DistillBlock, HardwareBlock)
         keys = [key for block_class in blocks for key in block_class.model_fields]
         sentences = []
         for problem in without_echo(error.errors(), keys):
@@ -246,9 +269,11 @@ def pairwise_problems(block: object) -> list[str]:
 def _explain(problem: dict) -> str:
     where = [str(part) for part in problem["loc"] if part != "TemplateBlock"]
     key = ".".join(["pairwise", *where])
+
+    # The block whose keys are described: a block inside, or the whole.
     model = PairwiseBlock
     if len(where) > 1:
-        blocks = {"package": PackageBlock, "template": TemplateBlock, "distill": DistillBlock}
+        blocks = {"package": PackageBlock, "template": TemplateBlock, "distill": DistillBlock, "hardware": HardwareBlock}
         model = blocks.get(where[0], PairwiseBlock)
 
     if problem["type"] == "extra_forbidden":
@@ -282,6 +307,7 @@ def read_environment() -> dict[str, object]:
             raise UserError(f"PAIRWISE_FOLD={fold}: expected a fold's number or all")
         changes["fold"] = int(fold)
 
+    # Whether the file exists is seen where it is read.
     pairs = os.environ.get("PAIRWISE_PAIRS")
     if pairs:
         changes["pairs"] = pairs

@@ -40,6 +40,7 @@ NAMES = get_args(TemplateName)
 
 def named_template(name: str, head: str, verdicts: Sequence[str]) -> Template:
     """The template `name` for a head: both answers under headings and a question, or for reward the conversation itself."""
+    # An encoder has separators, and no turns.
     if name == "bert":
         if head == "reward":
             return Template("[CLS]", "{prompt}[SEP]{response}[SEP]", "")

@@ -143,7 +143,7 @@ def describe_run(recipe: Recipe, is_packaged: bool, keeps_merged: bool) -> Run:
         base_run=base_run_of(recipe.axolotl),
         keeps_merged=keeps_merged,
         is_packaged=is_packaged,
-        uses_all_gpus=any(recipe.axolotl.get(key) for key in SHARDING_KEYS),
+        uses_all_gpus=spreads_over_gpus(recipe),
         training_hash=hash_training(recipe),
         packaging_hash=hash_values([recipe.axolotl, block.model_dump(mode="json")]),
     )
@@ -208,6 +208,14 @@ def needed_runs(recipe: Recipe) -> list[str]:
     return [*teachers_of(recipe), base_run]
 
 
+def spreads_over_gpus(recipe: Recipe) -> bool:
+    """Return whether one training takes all GPUs of a machine: where the recipe is for several, or shards."""
+    hardware = recipe.pairwise.hardware
+    if hardware is not None:
+        return hardware.gpus > 1
+    return any(recipe.axolotl.get(key) for key in SHARDING_KEYS)
+
+
 def teachers_of(recipe: Recipe) -> list[str]:
     """List the runs whose labels a recipe trains on; labels from elsewhere are files like any other."""
     distillation = recipe.pairwise.distill
@@ -269,7 +277,7 @@ def hash_training(recipe: Recipe) -> str:
 
     Comments, and how the run is packaged, may change without a new training.
     """
-    block = recipe.pairwise.model_dump(mode="json", exclude={"package"})
+    block = recipe.pairwise.model_dump(mode="json", exclude={"package", "hardware"})
     # Another model_input.py would give other token ids.
     return hash_values([recipe.axolotl, block, sha256(model_input.__file__)])
 

@@ -21,12 +21,12 @@ from kaggle_kernels.runtime.package import read_package
 from postprocess.__main__ import main
 from postprocess.gptq import environment, quantize
 from postprocess.gptq.environment import ENVIRONMENT
-from postprocess.memory.measure import measure_folder
 from postprocess.memory.model_size import Served, bytes_by_class
 from postprocess.run_folder import checked_tokenizer
 from postprocess.weights.calibration import choose_calibration_rows, encode_calibration_rows
 from postprocess.weights.merge import merge
 from preprocess.core.errors import UserError
+from recipes.pairwise.memory.measure import measure_folder
 from tests.postprocess import runs
 from tests.postprocess.test_kaggle_versions import in_kaggles_versions
 

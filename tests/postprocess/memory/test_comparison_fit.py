@@ -2,9 +2,9 @@ import pytest
 
 from postprocess.memory import comparison_fit
 from postprocess.memory.comparison_fit import check_comparison, check_memory, estimate_weights
-from postprocess.memory.measure import measure_folder
 from postprocess.memory.model_size import served_of
 from preprocess.core.errors import UserError
+from recipes.pairwise.memory.measure import measure_folder
 
 QLORA = {"qlora": True, "quantize": "nf4"}
 

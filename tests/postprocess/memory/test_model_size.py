@@ -9,8 +9,6 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from kaggle_kernels.runtime.models.placement import weight_sizes
-from postprocess.memory.base_model import find_base_model
-from postprocess.memory.measure import measure_folder
 from postprocess.memory.model_size import (
     CUDA_BYTES,
     GIB,
@@ -27,6 +25,8 @@ from postprocess.memory.model_size import (
 from postprocess.weights.bnb_quantize import quantization_config
 from preprocess.core.errors import UserError
 from recipes.pairwise.config.schema import read_recipe
+from recipes.pairwise.memory.base_model import find_base_model
+from recipes.pairwise.memory.measure import measure_folder
 from tests.conftest import ROOT
 from tests.kaggle_kernels.packages import write_recipe
 from tests.tiny import KINDS
@@ -100,7 +100,11 @@ def test_layers_are_moved_where_a_gpu_lacks_the_memory_for_half_of_them():
 @pytest.mark.parametrize(
     ("changes", "block", "message"),
     [
-        ({}, {}, "base_models.yml: no entry some/model, and no such folder; run `python -m postprocess.memory some/model`"),
+        (
+            {},
+            {},
+            "base_models.yml: no entry some/model, and no such folder; run `python -m recipes.pairwise.memory some/model`",
+        ),
         ({"model_type": "gemma3_text"}, {}, "activations of gemma3_text overflow float16, .*transformers/issues/36822"),
         ({"heads": {}}, {"head": "label_tokens"}, "gemma2 is an encoder, which has no answer tokens"),
     ],

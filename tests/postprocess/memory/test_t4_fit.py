@@ -8,9 +8,9 @@ from click.testing import CliRunner
 
 from postprocess.__main__ import main
 from postprocess.memory import t4_fit
-from postprocess.memory.base_model import find_base_model
 from postprocess.memory.model_size import GIB, Served
 from postprocess.memory.t4_fit import Use, describe_memory, describe_size, find_uses, place, refusal
+from recipes.pairwise.memory.base_model import find_base_model
 
 GEMMA = Served(find_base_model("google/gemma-2-9b-it"), "score", "nf4", softcap=False, budget_tokens=2048)
 

@@ -9,6 +9,7 @@ from recipes.pairwise.config.run_config import (
     check_base_model,
     check_run,
     refuse_other_commands,
+    set_accumulation_steps,
     set_fixed_keys,
     set_model_keys,
 )
@@ -41,7 +42,7 @@ def test_what_the_command_line_overrides_is_checked_with_the_file():
         ({"head": "reward"}, {"output_dir": "elsewhere"}, {"num_labels": 1, "output_dir": "elsewhere"}),
         ({"head": "label_tokens"}, {}, {"model_type": "AutoModelForCausalLM", "output_dir": "outputs/demo"}),
         ({}, {"gradient_checkpointing": True}, {"gradient_checkpointing_kwargs": {"use_reentrant": False}}),
-        ({}, {"sequence_len": 9, "lora_mlp_kernel": True}, {"sequence_len": 256, "lora_mlp_kernel": False}),
+        ({}, {"sequence_len": 9}, {"sequence_len": 256}),
     ],
 )
 def test_keys_that_follow_from_the_block_are_set(block, cfg, expected):
@@ -73,3 +74,25 @@ def test_training_what_kaggle_cannot_serve_is_warned_of(tiny_models, capsys):
     check_base_model({"base_model": str(tiny_models("olmo2"))}, block)
     warning = "warning: base_model: Kaggle's transformers 5.0.0 has no classifier for olmo2; it cannot be packaged\n"
     assert capsys.readouterr().err.endswith(warning)
+
+
+@pytest.mark.parametrize(
+    ("processes", "cfg", "steps"),
+    [
+        ("1", {}, 32),
+        ("8", {"gradient_accumulation_steps": 4}, 4),
+        ("1", {"use_ray": True, "ray_num_workers": 4}, 8),
+        ("6", {}, "pairwise.pairs_per_step: 64 is no multiple of 12 "),
+        ("8", {"gradient_accumulation_steps": 8}, "gradient_accumulation_steps: 8, but pairwise.pairs_per_step makes it 4"),
+    ],
+)
+def test_accumulation_follows_from_the_pairs_of_a_step(processes, cfg, steps, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    block = PairwiseBlock(template="gemma", budget_tokens=256, pairs_per_step=64, package={"slug": "some-model"})
+    cfg = cfg | {"micro_batch_size": 2}
+    if isinstance(steps, str):
+        with pytest.raises(UserError, match=steps):
+            set_accumulation_steps(cfg, block)
+    else:
+        set_accumulation_steps(cfg, block)
+        assert cfg["gradient_accumulation_steps"] == steps

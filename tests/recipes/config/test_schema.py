@@ -56,6 +56,12 @@ def test_a_good_recipe_has_no_problem():
             with_block(tokens_per_micro_batch=8192) | {"group_by_length": True},
             "group_by_length: pairwise.tokens_per_micro_batch decides which rows stand together; remove one",
         ),
+        (with_block(hardware={"gpus": 0, "gib": 80}), "pairwise.hardware.gpus: expected a number above 0, found 0"),
+        (with_block(hardware={"gpu": 8, "gpus": 8, "gib": 80}), "pairwise.hardware.gpu: unknown key; did you mean gpus?"),
+        (
+            with_block(pairs_per_step=64) | {"gradient_accumulation_steps": 4},
+            "gradient_accumulation_steps: it follows from pairwise.pairs_per_step; remove one of the two",
+        ),
         (with_block(softcap=True) | {"attn_implementation": "sdpa"}, "attn_implementation: sdpa drops the soft cap"),
         (
             with_block(padding_free=True) | {"attn_implementation": "eager"},
@@ -102,8 +108,9 @@ def test_a_recipe_cannot_do_without_its_three_keys(missing):
 
 # Merged as PEFT merges it (tests/postprocess/weights/test_merge.py), or without effect on a merge.
 MERGED_KEYS = {
-    "lora_alpha", "lora_alpha_pattern", "lora_dropout", "lora_model_dir", "lora_modules_to_save", "lora_on_cpu", "lora_r",
-    "lora_rank_pattern", "lora_target_modules", "peft_autocast_adapter_dtype", "peft_ensure_weight_tying",
+    "lora_alpha", "lora_alpha_pattern", "lora_dropout", "lora_mlp_kernel", "lora_model_dir", "lora_modules_to_save",
+    "lora_o_kernel", "lora_on_cpu", "lora_qkv_kernel", "lora_r", "lora_rank_pattern", "lora_target_modules",
+    "peft_autocast_adapter_dtype", "peft_ensure_weight_tying",
     "peft_init_lora_weights", "peft_layers_pattern", "peft_layers_to_transform", "peft_use_dora", "peft_use_rslora",
 }  # fmt: skip
 

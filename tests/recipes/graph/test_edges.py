@@ -10,14 +10,15 @@ from recipes.pairwise.graph.edges import derive_graph
 def test_runs_are_followed_from_a_spec_to_the_model_that_they_start_from(workplace):
     workplace.write_recipe("first", deepspeed="recipes/deepspeed/zero2.json")
     workplace.write_recipe("second", base_model="outputs/first/merged")
-    workplace.write_recipe("other")
+    for_one_gpu = {"hardware": {"gpus": 1, "gib": 40}}
+    workplace.write_recipe("other", deepspeed="recipes/deepspeed/zero2.json", pairwise=for_one_gpu)
     workplace.write_spec("both", "second/mean", "other")
     graph = derive_graph("both")
     assert graph.kernels["both"].packages == ["second/mean", "other"]
     assert sorted(graph.runs) == ["first", "other", "second"]
     assert graph.runs["second"].base_run == "first"
     assert [graph.runs[name].keeps_merged for name in ("first", "second")] == [True, False]
-    assert [graph.runs[name].uses_all_gpus for name in ("first", "second")] == [True, False]
+    assert [graph.runs[name].uses_all_gpus for name in ("first", "second", "other")] == [True, False, False]
     assert graph.runs["other"].folds == [0, 1, 2, 3, 4]
 
 

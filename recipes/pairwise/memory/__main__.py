@@ -1,4 +1,4 @@
-"""`python -m postprocess.memory [BASE_MODEL…]`: measure base models, and keep the numbers in base_models.yml.
+"""`python -m recipes.pairwise.memory [BASE_MODEL…]`: measure base models, and keep the numbers in base_models.yml.
 
 A name is a folder or a repository of the hub. Without names, all that are in the file are measured again.
 """
@@ -6,10 +6,10 @@ A name is a folder or a repository of the hub. Without names, all that are in th
 import click
 from transformers import AutoConfig
 
-from postprocess.memory.base_model import make_record, read_records, write_records
-from postprocess.memory.measure import measure
 from preprocess.core.errors import exits_with_2
 from recipes.pairwise.config.model_checks import read_config
+from recipes.pairwise.memory.base_model import make_record, read_records, write_records
+from recipes.pairwise.memory.measure import measure
 
 
 @click.command(help=__doc__)

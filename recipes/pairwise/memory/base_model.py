@@ -1,7 +1,7 @@
 """Base models in numbers: the names, shapes and kinds of their tensors, and the memory of a batch.
 
 The numbers stand in base_models.yml, so that `build` and `list` need neither torch nor a hub. The command
-`python -m postprocess.memory` measures them. A base model that is a folder is measured when it is asked for.
+`python -m recipes.pairwise.memory` measures them. A base model that is a folder is measured when it is asked for.
 """
 
 import functools
@@ -17,6 +17,9 @@ from preprocess.core.errors import UserError
 from preprocess.core.files import atomic_file, read_yaml
 
 BASE_MODELS = Path(__file__).parent / "base_models.yml"
+
+# Of a weight in bitsandbytes' nf4: four bits, and a float32 scale for 64 of them.
+NF4_BYTES = 0.5625
 
 # A layer's number in a tensor's name, and the numbers of several layers: layers.7.mlp, layers.0-41.mlp
 LAYER_NUMBER = re.compile(r"\.(\d+)\.")
@@ -62,9 +65,7 @@ class BaseModel:
     positions: int | None  # None: its configuration names no limit
     vocabulary: int
     weights: tuple[Weight, ...]  # without a head
-    heads: Mapping[
-        str, tuple[Weight, ...]
-    ]  # score (with two labels), and label_tokens for a causal LM
+    heads: Mapping[str, tuple[Weight, ...]]  # score (with two labels), and label_tokens for a causal LM
     batches: Mapping[str, BatchBytes]  # as the kernel computes attention: plain, or with a softcap
 
 
@@ -81,10 +82,10 @@ def find_base_model(name: str) -> BaseModel:
 
     if not (Path(name) / "config.json").is_file():
         raise UserError(
-            f"postprocess/memory/{BASE_MODELS.name}: no entry {name}, and no such folder; "
-            f"run `python -m postprocess.memory {name}`, which writes it"
+            f"recipes/pairwise/memory/{BASE_MODELS.name}: no entry {name}, and no such folder; "
+            f"run `python -m recipes.pairwise.memory {name}`, which writes it"
         )
-    from postprocess.memory.measure import measure_folder  # noqa: PLC0415  needs torch
+    from recipes.pairwise.memory.measure import measure_folder  # noqa: PLC0415  needs torch
 
     return measure_folder(Path(name))
 
@@ -99,7 +100,7 @@ def write_records(records: Mapping[str, dict]) -> None:
     """Write base_models.yml."""
     text = yaml.safe_dump(dict(records), sort_keys=False, width=120, default_flow_style=None)
     with atomic_file(BASE_MODELS) as path:
-        path.write_text(f"# Written by `python -m postprocess.memory`.\n{text}", encoding="utf-8")
+        path.write_text(f"# Written by `python -m recipes.pairwise.memory`.\n{text}", encoding="utf-8")
     read_records.cache_clear()
 
 
@@ -190,6 +191,7 @@ def list_names(pattern: str) -> list[str]:
     if match is None:
         return [pattern]
 
+    # A range of layers, or some of them one by one.
     layers = match[0].split(",")
     if "-" in match[0]:
         first, last = match[0].split("-")

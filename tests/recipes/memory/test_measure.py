@@ -8,9 +8,11 @@ import torch
 from click.testing import CliRunner
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from postprocess.memory import base_model
-from postprocess.memory.__main__ import main
-from postprocess.memory.base_model import (
+from preprocess.core.errors import UserError
+from recipes.pairwise.config.served_models import NOT_ON_KAGGLE
+from recipes.pairwise.memory import base_model
+from recipes.pairwise.memory.__main__ import main
+from recipes.pairwise.memory.base_model import (
     Weight,
     find_base_model,
     make_record,
@@ -19,9 +21,7 @@ from postprocess.memory.base_model import (
     read_records,
     unpack_weights,
 )
-from postprocess.memory.measure import PeakBytes, measure, measure_folder
-from preprocess.core.errors import UserError
-from recipes.pairwise.config.served_models import NOT_ON_KAGGLE
+from recipes.pairwise.memory.measure import PeakBytes, measure, measure_folder
 from tests.conftest import ROOT
 
 PARAMETERS = {

@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig
 
-from postprocess.memory.base_model import BaseModel, BatchBytes, Weight
 from preprocess.core.errors import UserError
 from recipes.pairwise.config.model_checks import build_empty_model, read_config
+from recipes.pairwise.memory.base_model import BaseModel, BatchBytes, Weight
 
 SHORT_ROW = 64  # tokens
 LONG_ROW = 2048  # tokens, or as many as the model has positions
@@ -130,9 +130,7 @@ def measure_batches(model: torch.nn.Module, positions: int | None) -> BatchBytes
         half_bytes = count_peak_bytes(model, 1, half_row)
         long_bytes = count_peak_bytes(model, 1, long_row)
     except (RuntimeError, NotImplementedError) as error:
-        raise UserError(
-            f"{type(model).__name__} cannot be run without weights ({str(error).splitlines()[0][:200]})"
-        ) from None
+        raise UserError(f"{type(model).__name__} cannot be run without weights ({str(error).splitlines()[0][:200]})") from None
 
     # In short rows the MLP needs most. In long ones attention does: there, the bytes of a token are a
     # constant and so many for each token that it attends to. Two lengths of row give both.

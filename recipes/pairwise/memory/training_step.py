@@ -1,0 +1,282 @@
+"""What each GPU holds during a training step: arithmetic on a base model's shapes, no torch. All sizes are in bytes.
+
+For P weights, of which T are trained, on N GPUs:
+
+- weights: 2 P, in 16 bits. The linear layers of a QLoRA base take NF4_BYTES each, and the largest of them is unpacked
+  (Dettmers et al. 2023). Without DeepSpeed what is trained is float32, 4 T, of which autocast makes 16-bit copies. ZeRO-3
+  divides all by N; beside that, it gathers up to `stage3_max_live_parameters` and one tensor more.
+- gradients: as many bytes as the trained weights. ZeRO-2 divides them by N; DDP's buckets hold them twice
+  (`gradient_as_bucket_view` in PyTorch's documentation).
+- optimizer: Adam's two moments, 8 T in float32 or 2 T in 8 bits, and with DeepSpeed a float32 copy of the weights, 4 T. Every
+  stage of ZeRO divides them by N (Rajbhandari et al. 2020).
+- activations: with checkpointing the input of each layer, and what one layer keeps (Chen et al. 2016); without it, what all
+  layers keep. `count_kept_bytes` adds up what one layer keeps, as its code in transformers and PEFT has it. Liger's and
+  Axolotl's kernels keep less.
+
+tests/recipes/memory/test_training_step.py compares the activations with PyTorch's own on fake tensors.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from recipes.pairwise.memory.base_model import LAYER_NUMBER, NF4_BYTES, BaseModel, Weight
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Zero:
+    """What of DeepSpeed's ZeRO decides memory: see recipes/deepspeed."""
+
+    stage: int
+    live_parameters: int = 10**9  # of stage 3: most weights that are gathered at one time
+    offloads_weights: bool = False
+    offloads_optimizer: bool = False
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """One micro-batch, and how it is trained.
+
+    Attributes:
+        base: The base model.
+        head: score, label_tokens or reward.
+        tokens: Of a micro-batch, padding included.
+        longest_row: Tokens of its longest sequence.
+        is_checkpointed: Whether layers are computed anew in the backward pass.
+        moment_bytes: What the optimizer holds for a trained weight.
+        gpus: How many GPUs train.
+        zero: How DeepSpeed divides the training; None without DeepSpeed.
+        lora_rank: Of the adapter; 0 without one, where every weight is trained.
+        lora_targets: The names of the layers that it adapts.
+        has_lora_dropout: Whether the adapter drops some of its inputs.
+        is_4bit: Whether the base model's linear layers are held in 4 bits.
+    """
+
+    base: BaseModel
+    head: str
+    tokens: int
+    longest_row: int
+    is_checkpointed: bool
+    moment_bytes: int
+    gpus: int
+    zero: Zero | None = None
+    lora_rank: int = 0
+    lora_targets: tuple[str, ...] = ()
+    has_lora_dropout: bool = False
+    is_4bit: bool = False
+
+    @property
+    def trained_weight_bytes(self) -> int:
+        """Bytes of a trained weight: DeepSpeed trains in 16 bits, beside a copy in float32."""
+        return 2 if self.zero else 4
+
+    @property
+    def zero_stage(self) -> int:
+        """The stage of ZeRO, 0 without it."""
+        return self.zero.stage if self.zero else 0
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes that each GPU holds at the worst moment of a step."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+    def describe(self) -> str:
+        """Write the sum in GiB."""
+        return (
+            f"weights {self.weights / GIB:.1f} + gradients {self.gradients / GIB:.1f} + "
+            f"optimizer {self.optimizer / GIB:.1f} + activations {self.activations / GIB:.1f} = "
+            f"{self.total / GIB:.1f} GiB"
+        )
+
+
+def count_step_memory(step: TrainingStep) -> StepMemory:
+    """Count what each GPU holds during a step."""
+    trained = count_trained_weights(step)
+    gradients = trained * step.trained_weight_bytes
+    optimizer = trained * step.moment_bytes
+    if step.zero:
+        optimizer += 4 * trained
+
+    # Each stage of ZeRO divides more. Without it, every GPU holds all, and DDP a copy of the gradients.
+    if step.zero_stage >= 1:
+        optimizer //= step.gpus
+    if step.zero_stage >= 2:
+        gradients //= step.gpus
+    if step.zero is None and step.gpus > 1:
+        gradients *= 2
+    if step.zero and step.zero.offloads_optimizer:
+        optimizer = 0
+    return StepMemory(count_weight_bytes(step), gradients, optimizer, count_activation_bytes(step))
+
+
+def list_weights(step: TrainingStep) -> list[Weight]:
+    """List the tensors of the base model and its head."""
+    head = "label_tokens" if step.head == "label_tokens" else "score"
+    return [*step.base.weights, *step.base.heads.get(head, ())]
+
+
+def is_adapted(weight: Weight, step: TrainingStep) -> bool:
+    """Return whether LoRA adapts a tensor."""
+    return weight.kind == "linear" and weight.name.split(".")[-2] in step.lora_targets
+
+
+def count_trained_weights(step: TrainingStep) -> int:
+    """Count the numbers that are trained: all, or an adapter's and those of a classification head."""
+    if not step.lora_rank:
+        return sum(weight.elements for weight in list_weights(step))
+
+    # An adapter is two matrices: rank × inputs and outputs × rank.
+    trained = 0
+    for weight in step.base.weights:
+        if is_adapted(weight, step):
+            trained += step.lora_rank * sum(weight.shape)
+    if step.head != "label_tokens":
+        trained += sum(weight.elements for weight in step.base.heads["score"])
+    return trained
+
+
+def count_weight_bytes(step: TrainingStep) -> int:
+    """Count the bytes of all weights on a GPU, the adapter's included."""
+    weights = list_weights(step)
+    elements = sum(weight.elements for weight in weights)
+    layers = [weight.elements for weight in weights if weight.kind == "linear"]
+    trained = count_trained_weights(step)
+
+    # A full fine-tune holds all in one dtype, LoRA a frozen base beside its adapter.
+    if not step.lora_rank:
+        size = elements * step.trained_weight_bytes
+        if step.zero is None:
+            size += 2 * sum(layers)  # autocast's copies
+    elif step.is_4bit:
+        size = int(NF4_BYTES * sum(layers)) + 2 * (elements - sum(layers)) + 2 * max(layers)
+        size += trained * step.trained_weight_bytes
+    else:
+        size = 2 * elements + trained * step.trained_weight_bytes
+
+    # Each GPU holds its part, and gathers the others a few layers at a time.
+    if step.zero_stage == 3:
+        largest = max(weight.elements for weight in weights)
+        gathered = 2 * min(elements, step.zero.live_parameters + largest)
+        held = 0 if step.zero.offloads_weights else size // step.gpus
+        size = min(size, held + gathered)
+    return size
+
+
+def count_activation_bytes(step: TrainingStep) -> int:
+    """Count the bytes that a step keeps for its backward pass, and those of that pass itself."""
+    layer = list_last_layer(step.base)
+    layer_count = int(LAYER_NUMBER.search(layer[0].name)[1]) + 1
+    width = find_width(step.base)
+    kept_of_layer = count_kept_bytes(step, layer)
+
+    # The stream between layers is float32 where all weights are.
+    stream_bytes = 2 if step.zero or step.lora_rank else 4
+    if step.is_checkpointed:
+        kept = layer_count * stream_bytes * width + kept_of_layer
+    else:
+        kept = layer_count * kept_of_layer
+
+    # The worst moment is when the backward pass enters a layer: beside what is kept, it holds the
+    # gradient of the layer's output, and three that are as wide as its MLP.
+    mlp_width = find_mlp_output(layer).shape[1]
+    gradients = stream_bytes * width + 3 * 2 * mlp_width
+    return step.tokens * (kept + gradients)
+
+
+def count_kept_bytes(step: TrainingStep, layer: list[Weight]) -> int:
+    """Count the bytes that one layer keeps for its backward pass, for each token.
+
+    Args:
+        step: The step.
+        layer: The layer's tensors.
+    """
+    width = find_width(step.base)
+    attention_width = find_attention_width(layer, width)
+    mlp_width = find_mlp_output(layer).shape[1]
+
+    # A norm keeps its input in float32.
+    kept = 0
+    for weight in layer:
+        if weight.kind == "norm" and weight.name.endswith(".weight"):
+            kept += 4 * find_norm_width(weight, layer)
+
+    # Attention keeps queries, keys, values (both repeated for all heads), its result, and the mask.
+    kept += 4 * 2 * attention_width + 2 * step.longest_row
+
+    # An MLP keeps what goes into its activation function; with a gate, both factors too.
+    kept += 3 * 2 * mlp_width if has_gate(layer, mlp_width) else 2 * mlp_width
+
+    # Attention's result is kept already: of the layers' other inputs, a trained layer needs its own.
+    if not step.lora_rank:
+        return kept + 2 * (2 * width + mlp_width)
+
+    # Each adapter keeps its input after dropout, which values were dropped, and its inner values.
+    bytes_of_input = 3 if step.has_lora_dropout else 2
+    for weight in layer:
+        if is_adapted(weight, step):
+            kept += bytes_of_input * weight.shape[1] + 2 * step.lora_rank
+    return kept
+
+
+def list_last_layer(base: BaseModel) -> list[Weight]:
+    """List the tensors of the last layer; an encoder's first may lack a norm."""
+    # The number of a layer stands in the names of its tensors.
+    by_number: dict[int, list[Weight]] = {}
+    for weight in base.weights:
+        match = LAYER_NUMBER.search(weight.name)
+        if match:
+            by_number.setdefault(int(match[1]), []).append(weight)
+    return by_number[max(by_number)]
+
+
+def find_mlp_output(layer: Iterable[Weight]) -> Weight:
+    """Find the linear layer behind the activation function: the one with most inputs."""
+    linear = [weight for weight in layer if weight.kind == "linear"]
+    return max(linear, key=lambda weight: weight.shape[1])
+
+
+def find_attention_width(layer: Iterable[Weight], width: int) -> int:
+    """Find how wide attention's result is, from the linear layer that brings it back to the stream."""
+    mlp_output = find_mlp_output(layer)
+    widest = 0
+    for weight in layer:
+        returns_to_stream = weight.kind == "linear" and weight.shape[0] == width
+        if returns_to_stream and weight != mlp_output:
+            widest = max(widest, weight.shape[1])
+    return widest
+
+
+def find_width(base: BaseModel) -> int:
+    """Find the width of the stream between layers."""
+    return next(weight.shape[1] for weight in base.weights if weight.kind == "embedding")
+
+
+def find_norm_width(norm: Weight, layer: Iterable[Weight]) -> int:
+    """Find how many numbers of a token a norm sees: Qwen3's norms of queries and keys see one head at a time."""
+    for name in ("q", "k"):
+        if not norm.name.endswith(f"{name}_norm.weight"):
+            continue
+        for weight in layer:
+            if weight.name.endswith(f"{name}_proj.weight"):
+                return weight.shape[0]
+    return norm.shape[0]
+
+
+def has_gate(layer: Iterable[Weight], mlp_width: int) -> bool:
+    """Return whether an MLP multiplies its activation with a gate: its first layers have twice its width."""
+    first_outputs = 0
+    for weight in layer:
+        if weight.kind == "linear" and weight.shape[0] in (mlp_width, 2 * mlp_width):
+            first_outputs += weight.shape[0]
+    return first_outputs >= 2 * mlp_width

@@ -1,0 +1,78 @@
+"""`pairwise check` prints what a recipe takes on the GPUs that it is for, and refuses what cannot fit."""
+
+import re
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from recipes.pairwise.__main__ import main, read_deepspeed
+from recipes.pairwise.config.schema import read_recipe
+from recipes.pairwise.memory.hardware import find_least_hardware
+from tests.conftest import ROOT
+
+GEMMA = ROOT / "recipes/gemma2_cls.yml"
+HEADER = re.compile(r"# Hardware: .*at least (\d+) GPUs? of (\d+) GB")
+
+
+def check(*arguments):
+    """Run the command; its exit code and what it printed."""
+    ended = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    return ended.exit_code, ended.output
+
+
+def changed_gemma(folder, block=None, **keys):
+    """Write gemma2_cls with other keys; None removes one."""
+    values = yaml.safe_load(GEMMA.read_text()) | keys
+    values["pairwise"] |= block or {}
+    path = folder / "changed.yml"
+    path.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None}))
+    return path
+
+
+def test_the_arithmetic_of_a_recipe_is_one_line(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    code, printed = check(GEMMA)
+    assert code == 0
+    assert printed.splitlines()[1] == (
+        "  8 GPUs of 80 GiB: each holds weights 17.6 + gradients 0.1 + optimizer 0.3 + activations 5.2 = 23.2 GiB, "
+        "and can use 72.0; the least is 1 GPU of 40 GiB"
+    )
+
+
+@pytest.mark.parametrize(
+    ("block", "keys", "expected"),
+    [
+        ({}, {"gradient_checkpointing": None}, "pairwise.hardware: 8 GPUs of 80 GiB: each holds weights 17.6 + gradients 0.1"),
+        ({}, {"base_model": "some/model"}, "recipes/pairwise/memory/base_models.yml: no entry some/model"),
+        (
+            {"hardware": {"gpus": 1, "gib": 24}},
+            {},
+            "optimizer 2.4 + activations 5.2 = 25.7 GiB, and can use 21.6; the least is 1",
+        ),
+        ({"hardware": {"gpus": 3, "gib": 80}}, {}, "pairwise.pairs_per_step: 64 is no multiple of 6 (micro_batch_size 2 on 3"),
+        ({}, {"lora_modules_to_save": ["embed_tokens"]}, "with lora_modules_to_save the memory is not computed"),
+    ],
+)
+def test_what_cannot_fit_or_be_computed_is_refused(block, keys, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    code, printed = check(changed_gemma(tmp_path, block, **keys))
+    assert code == 2
+    assert expected in printed
+
+
+def test_a_recipe_without_hardware_needs_no_sizes(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    recipe = changed_gemma(tmp_path, {"hardware": None}, base_model="some/model")
+    assert check(recipe) == (0, f"{recipe}: ok, some/model, writes outputs/changed\n")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yml")), ids=lambda path: path.stem)
+def test_a_header_names_the_least_hardware(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    recipe = read_recipe(path)
+    match = HEADER.search(path.read_text())
+    assert bool(match) is (recipe.pairwise.hardware is not None)
+    if match:
+        least = find_least_hardware(recipe, read_deepspeed(recipe))
+        assert (least.gpus, least.gib) == (int(match[1]), int(match[2]))
