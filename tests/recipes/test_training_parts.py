@@ -350,6 +350,7 @@ def test_what_is_trained_is_held_in_float32_unless_deepspeed_does_that(deepspeed
     model["layer"].requires_grad_(False)
     plugin = PairwisePlugin()
     plugin.contract = SimpleNamespace(label_token_ids=())
+    plugin.block = SimpleNamespace(padding_free=False)
     plugin.post_model_load(SimpleNamespace(deepspeed=deepspeed, fsdp_config=None), model)
     assert [parameter.dtype for parameter in model.parameters()] == [torch.bfloat16] * 2 + [trained] * 2
 
