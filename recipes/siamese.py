@@ -54,7 +54,9 @@ class UserError(Exception):
 
 def read_options() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     add = parser.add_argument
     add("--pairs", type=Path, default=Path("data/pairs.parquet"), help="by python -m preprocess")
     add("--fold", type=int, default=0, help="the fold that is held out and measured")
@@ -105,20 +107,28 @@ def read_rows(path: Path, columns: Sequence[str]) -> pl.DataFrame:
             rows = pl.read_parquet(path)
     except (pl.exceptions.PolarsError, OSError) as error:
         reason = " ".join(str(error).split())[:150]
-        raise UserError(f"{path}: cannot be read ({reason}); pairs are made by python -m preprocess") from None
+        raise UserError(
+            f"{path}: cannot be read ({reason}); pairs are made by python -m preprocess"
+        ) from None
 
     missing_columns = [name for name in columns if name not in rows.columns]
     if missing_columns:
-        raise UserError(f"{path}: no column {', '.join(missing_columns)}; expected {', '.join(columns)}")
+        raise UserError(
+            f"{path}: no column {', '.join(missing_columns)}; expected {', '.join(columns)}"
+        )
     if rows.is_empty():
         raise UserError(f"{path}: no rows; expected {', '.join(columns)}")
 
     # pairs.parquet has a list of turns where a competition's file has a text.
     turns = pl.selectors.list() & pl.selectors.by_name(*TEXTS)
     rows = rows.with_columns(turns.list.join("\n"))
-    rows = rows.with_columns(pl.col("id").cast(pl.String), pl.col(TEXTS).cast(pl.String).fill_null(""))
+    rows = rows.with_columns(
+        pl.col("id").cast(pl.String), pl.col(TEXTS).cast(pl.String).fill_null("")
+    )
     if rows["id"].null_count() or rows["id"].is_duplicated().any():
-        raise UserError(f"{path}: an id is missing or stands there twice; give every row an id of its own")
+        raise UserError(
+            f"{path}: an id is missing or stands there twice; give every row an id of its own"
+        )
     return rows
 
 
@@ -130,7 +140,9 @@ def add_targets(pairs: pl.DataFrame, path: Path) -> pl.DataFrame:
     )
     is_complete = (pairs["target"] + pairs["weight"]).is_finite().fill_null(False)
     if not is_complete.all():
-        raise UserError(f"{path}: a probability or weight is missing; write the file with python -m preprocess")
+        raise UserError(
+            f"{path}: a probability or weight is missing; write the file with python -m preprocess"
+        )
     return pairs
 
 
@@ -172,7 +184,9 @@ def split(pairs: pl.DataFrame, options: argparse.Namespace) -> Parts:
     held_out = pairs.filter(pl.col("fold") == options.fold, pl.col("role") == "train")
     if others.is_empty() or held_out.is_empty():
         folds = ", ".join(map(str, sorted(pairs["fold"].unique())))
-        raise UserError(f"{options.pairs}: --fold is {options.fold}, but the folds in the file are {folds}")
+        raise UserError(
+            f"{options.pairs}: --fold is {options.fold}, but the folds in the file are {folds}"
+        )
 
     # Whole groups are drawn, so that no prompt is both trained on and a reason to stop.
     human_votes = others.filter(pl.col("role") == "train")
@@ -183,7 +197,9 @@ def split(pairs: pl.DataFrame, options: argparse.Namespace) -> Parts:
 
     training = others.filter(~is_stopping)
     if len(training) < options.batch_size:
-        raise UserError(f"{options.pairs}: too few rows for --batch-size {options.batch_size}; lower it")
+        raise UserError(
+            f"{options.pairs}: too few rows for --batch-size {options.batch_size}; lower it"
+        )
     return Parts(training, human_votes.filter(is_stopping), held_out)
 
 
@@ -206,7 +222,9 @@ def find_tokenizer(path: Path | None, vocabulary: int, training: pl.DataFrame) -
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
-        raise UserError(f"{path}: not a tokenizer.json of the tokenizers library ({error}); give another file") from None
+        raise UserError(
+            f"{path}: not a tokenizer.json of the tokenizers library ({error}); give another file"
+        ) from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -222,7 +240,9 @@ def train_tokenizer(vocabulary: int, training: pl.DataFrame) -> Tokenizer:
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = byte_level
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=byte_level.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, initial_alphabet=byte_level.alphabet(), show_progress=False
+    )
 
     texts = []
     for name in TEXTS:
@@ -239,7 +259,9 @@ def encode_rows(rows: pl.DataFrame, tokenizer: Tokenizer, tokens: int) -> list[S
         encoded[name] = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
 
     pairs = []
-    texts_of_rows = zip(encoded["prompt"], encoded["response_a"], encoded["response_b"], strict=True)
+    texts_of_rows = zip(
+        encoded["prompt"], encoded["response_a"], encoded["response_b"], strict=True
+    )
     for prompt, response_a, response_b in texts_of_rows:
         side_a = join_side(prompt.ids, response_a.ids, tokens)
         side_b = join_side(prompt.ids, response_b.ids, tokens)
@@ -273,7 +295,9 @@ def join_side(prompt: list[int], response: list[int], tokens: int) -> list[int]:
 # Batches: always full, so that every replica has its share
 
 
-def make_ordered_batches(pairs: list[Sides], targets: np.ndarray, weights: np.ndarray, size: int) -> tf.data.Dataset:
+def make_ordered_batches(
+    pairs: list[Sides], targets: np.ndarray, weights: np.ndarray, size: int
+) -> tf.data.Dataset:
     """Make batches in the order of the rows; rows of weight 0 fill up the last one.
 
     Args:
@@ -424,7 +448,9 @@ def train(parts: Parts, tokenizer: Tokenizer, options: argparse.Namespace) -> ke
 
     devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
     if options.batch_size % len(devices):
-        raise UserError(f"--batch-size {options.batch_size}: expected a multiple of the {len(devices)} devices")
+        raise UserError(
+            f"--batch-size {options.batch_size}: expected a multiple of the {len(devices)} devices"
+        )
     with tf.distribute.MirroredStrategy([device.name for device in devices]).scope():
         model = build_model(tokenizer.get_vocab_size(), options)
     print(
@@ -443,7 +469,9 @@ def train(parts: Parts, tokenizer: Tokenizer, options: argparse.Namespace) -> ke
         verbose=2,
     )
     if not np.isfinite(stop.best):
-        raise UserError(f"--learning-rate {options.learning_rate}: the loss is not finite; lower it")
+        raise UserError(
+            f"--learning-rate {options.learning_rate}: the loss is not finite; lower it"
+        )
     return model
 
 

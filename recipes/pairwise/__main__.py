@@ -16,7 +16,9 @@ def read_deepspeed(recipe: Recipe) -> dict | None:
     try:
         return read_object(file)
     except UserError as error:
-        raise UserError(f"deepspeed: {error}; see recipes/deepspeed, and run this from the repository's root") from None
+        raise UserError(
+            f"deepspeed: {error}; see recipes/deepspeed, and run this from the repository's root"
+        ) from None
 
 
 @click.command()

@@ -19,7 +19,13 @@ from recipes.pairwise.config.schema import PairwiseBlock
 from recipes.pairwise.config.templates import LABELS
 
 MODEL_INPUT = Path(model_input.__file__)
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+)
 
 CONTROL_TOKEN = re.compile(r"<\|?\w+\|?>|\[[A-Z]+\]")  # a chat model's control tokens, and BERT's
 
@@ -28,22 +34,42 @@ GOLDEN_ROWS = (
     {"prompt": "What is 2 + 2?", "response_a": "4", "response_b": "5"},
     {"prompt": "", "response_a": "", "response_b": ""},
     {"prompt": None, "response_a": None, "response_b": "only B answered"},
-    {"prompt": " leading and trailing ", "response_a": "\n\ttab\r\nwindows\r\r\n", "response_b": "a  b   c"},
-    {"prompt": "用中文回答:天空为什么是蓝色的?", "response_a": "因为瑞利散射。", "response_b": "我不知道。"},
+    {
+        "prompt": " leading and trailing ",
+        "response_a": "\n\ttab\r\nwindows\r\r\n",
+        "response_b": "a  b   c",
+    },
+    {
+        "prompt": "用中文回答:天空为什么是蓝色的?",
+        "response_a": "因为瑞利散射。",
+        "response_b": "我不知道。",
+    },
     {"prompt": "日本の首都はどこですか。", "response_a": "東京です。", "response_b": "ｶﾀｶﾅ ｱﾘ"},
     {"prompt": "ما هي عاصمة مصر؟", "response_a": "القاهرة", "response_b": "\u202eالإسكندرية\u202c"},
     {"prompt": "מהי בירת ישראל?", "response_a": "ירושלים", "response_b": "תל אביב"},
     {"prompt": "Какая столица России?", "response_a": "Москва", "response_b": "Санкт-Петербург"},
     {"prompt": "प्रधानमंत्री कौन है?", "response_a": "नहीं पता", "response_b": "ठीक है"},
-    {"prompt": "emoji 🙂", "response_a": "👩‍👩‍👧‍👦 🇩🇪 👍🏽", "response_b": "e\u0301 é \u200b\u200d\ufeff"},
+    {
+        "prompt": "emoji 🙂",
+        "response_a": "👩‍👩‍👧‍👦 🇩🇪 👍🏽",
+        "response_b": "e\u0301 é \u200b\u200d\ufeff",
+    },
     {"prompt": "lone \ud800 surrogate", "response_a": "\udfff", "response_b": "pair \ud83d\ude00"},
     {
         "prompt": "<bos><start_of_turn>user\nignore</s><eos>",
         "response_a": "<|im_start|>system<|im_end|><|endoftext|>",
         "response_b": "[CLS] [SEP] [MASK] [PAD] <pad> <unk>",
     },
-    {"prompt": "<|begin_of_text|><|eot_id|>", "response_a": "<end_of_turn>\n<start_of_turn>model", "response_b": "{prompt}"},
-    {"prompt": "nul \x00 bell \x07", "response_a": "\x1b[31mred\x1b[0m", "response_b": "\u2028 \u2029 \x85"},
+    {
+        "prompt": "<|begin_of_text|><|eot_id|>",
+        "response_a": "<end_of_turn>\n<start_of_turn>model",
+        "response_b": "{prompt}",
+    },
+    {
+        "prompt": "nul \x00 bell \x07",
+        "response_a": "\x1b[31mred\x1b[0m",
+        "response_b": "\u2028 \u2029 \x85",
+    },
     {
         "prompt": "def f(x):\n    return x ** 2\n",
         "response_a": "```python\nprint('A')\n```",
@@ -51,7 +77,11 @@ GOLDEN_ROWS = (
     },
     {"prompt": SENTENCE * 300, "response_a": "short", "response_b": "also short"},
     {"prompt": "short", "response_a": SENTENCE * 300, "response_b": "漢字かな交じり文。" * 800},
-    {"prompt": ["first turn", "second turn"], "response_a": ["a one", "a two"], "response_b": ["b one", None]},
+    {
+        "prompt": ["first turn", "second turn"],
+        "response_a": ["a one", "a two"],
+        "response_b": ["b one", None],
+    },
     {
         "prompt": [f"turn {number}: {SENTENCE * 20}" for number in range(12)],
         "response_a": [SENTENCE * 10] * 12,
@@ -167,7 +197,9 @@ def encode_golden_rows(tokenizer, contract: Contract) -> tuple[dict, ...]:
     return tuple(golden)
 
 
-def write_contract(folder: Path, contract: Contract, recipe: Path, started_from: Mapping | None = None) -> None:
+def write_contract(
+    folder: Path, contract: Contract, recipe: Path, started_from: Mapping | None = None
+) -> None:
     """Write contract.json and model_input.py into a run folder.
 
     Args:
@@ -206,7 +238,9 @@ def write_contract(folder: Path, contract: Contract, recipe: Path, started_from:
     read_contract(folder)
 
 
-def record_training(recipe: Path, folder: Path, pairs: str, recipe_sha256: str | None = None, **git_state) -> None:
+def record_training(
+    recipe: Path, folder: Path, pairs: str, recipe_sha256: str | None = None, **git_state
+) -> None:
     """Enter a run into the ledger, once its metrics.json and contract.json are there.
 
     Args:

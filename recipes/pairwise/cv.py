@@ -24,7 +24,9 @@ AVERAGED = ("accuracy", "log_loss", "flip_rate", "accuracy_of_longer")
 
 @click.command(context_settings={"ignore_unknown_options": True})
 @click.argument("recipe")
-@click.option("--join", "only_join", is_flag=True, help="Train nothing; join the folds that are trained.")
+@click.option(
+    "--join", "only_join", is_flag=True, help="Train nothing; join the folds that are trained."
+)
 @click.argument("axolotl_options", nargs=-1, type=click.UNPROCESSED)
 @exits_with_2
 def main(recipe: str, only_join: bool, axolotl_options: tuple[str, ...]) -> None:
@@ -54,7 +56,9 @@ def main(recipe: str, only_join: bool, axolotl_options: tuple[str, ...]) -> None
         environment = os.environ | {"PAIRWISE_FOLD": str(fold)}
         code = subprocess.run(command, env=environment, check=False).returncode
         if code:
-            raise UserError(f"fold {fold}: axolotl train ended with exit code {code}; run this again to go on from this fold")
+            raise UserError(
+                f"fold {fold}: axolotl train ended with exit code {code}; run this again to go on from this fold"
+            )
     collect(checked.run_folder, folds, pairs)
 
 
@@ -93,11 +97,15 @@ def is_complete(folder: Path, recipe: Recipe, base_model: str) -> bool:
 def collect(run_folder: Path, folds: list[int], pairs: Path) -> None:
     """Join the folds' predictions to oof.parquet, their metrics to cv.json, and print both."""
     fold_folders = {fold: run_folder / f"fold-{fold}" for fold in folds}
-    predictions = [pl.read_parquet(folder / "predictions.parquet") for folder in fold_folders.values()]
+    predictions = [
+        pl.read_parquet(folder / "predictions.parquet") for folder in fold_folders.values()
+    ]
     joined = pl.concat(predictions).sort("id")
     all_ids = read_pairs(pairs).filter(role="train")["id"].sort()
     if joined["id"].to_list() != all_ids.to_list():
-        raise UserError(f"{run_folder}: the folds' predictions are not of the rows in {pairs}; train all folds on it")
+        raise UserError(
+            f"{run_folder}: the folds' predictions are not of the rows in {pairs}; train all folds on it"
+        )
 
     metrics = {fold: read_json(folder / "metrics.json") for fold, folder in fold_folders.items()}
     mean = mean_over_rows(metrics)

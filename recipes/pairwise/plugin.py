@@ -30,7 +30,15 @@ from recipes.pairwise.data.datasets import datasets_of
 from recipes.pairwise.data.token_budget import StepShape, TokenBudgetBatches
 from recipes.pairwise.processes import LOG, end_without_telemetry, stop, stopping_on_errors
 from recipes.pairwise.tracking import metrics, recipe_copy, results, wandb_run
-from recipes.pairwise.training import checkpoints, cpu, deepspeed_cpu, heads, kernels, weights, zero3
+from recipes.pairwise.training import (
+    checkpoints,
+    cpu,
+    deepspeed_cpu,
+    heads,
+    kernels,
+    weights,
+    zero3,
+)
 from recipes.pairwise.training.moving_average import MovingAverage
 from recipes.pairwise.training.padding_free import use_padding_free
 from recipes.pairwise.training.regularisers import require_dropout
@@ -75,7 +83,10 @@ class PairwisePlugin(BasePlugin):
             self.resolved = recipe_copy.resolve_recipe(cfg, self.recipe)
             recipe_copy.begin_trial(self.resolved, self.recipe)
             lasting_recipe = recipe_copy.lasting_recipe(self.recipe, self.resolved["output_dir"])
-            self.begun_from = {"recipe_sha256": ledger.fingerprint(lasting_recipe), **ledger.git_state()}
+            self.begun_from = {
+                "recipe_sha256": ledger.fingerprint(lasting_recipe),
+                **ledger.git_state(),
+            }
 
             self.block = run_config.check_run(cfg, self.recipe)
             run_config.set_accumulation_steps(cfg, self.block)
@@ -90,7 +101,9 @@ class PairwisePlugin(BasePlugin):
 
         run_config.set_fixed_keys(cfg, self.block, self.recipe, checkpointing)
         has_adapter = bool(cfg.get("lora_model_dir"))
-        self.head_start = choose_head_start(self.model_config, self.block, self.earlier_run, has_adapter)
+        self.head_start = choose_head_start(
+            self.model_config, self.block, self.earlier_run, has_adapter
+        )
         run_config.set_model_keys(cfg, self.block, empty_model, self.head_start)
         kernels.choose_lora_kernels(cfg, self.model_config.model_type)
         kernels.turn_on_liger(cfg)
@@ -119,14 +132,21 @@ class PairwisePlugin(BasePlugin):
             )
             cache = Path(cfg.output_dir) / "prepared"
             train, validation = datasets_of(
-                Path(self.block.pairs), self.block.fold, tokenizer, self.contract, cache, self.block.distill
+                Path(self.block.pairs),
+                self.block.fold,
+                tokenizer,
+                self.contract,
+                cache,
+                self.block.distill,
             )
             if self.block.tokens_per_micro_batch:
                 self.batches = self._plan_batches(cfg, np.array(train["length"]))
             checkpoints.check_resume(cfg, self.block, self.resolved)
 
         total_steps = cfg.max_steps or calculate_total_num_steps(cfg, train)
-        return TrainDatasetMeta(train_dataset=train, eval_dataset=validation, total_num_steps=total_steps)
+        return TrainDatasetMeta(
+            train_dataset=train, eval_dataset=validation, total_num_steps=total_steps
+        )
 
     def _plan_batches(self, cfg, lengths_r: np.ndarray) -> TokenBudgetBatches:
         """Plan the micro-batches of a recipe with a token budget."""
@@ -137,7 +157,9 @@ class PairwisePlugin(BasePlugin):
             processes=int(os.environ.get("WORLD_SIZE", "1")),
             sequences_per_pair=2 if has_two_sequences else 1,
         )
-        return TokenBudgetBatches(lengths_r, shape, self.block.tokens_per_micro_batch, find_seed(cfg))
+        return TokenBudgetBatches(
+            lengths_r, shape, self.block.tokens_per_micro_batch, find_seed(cfg)
+        )
 
     def pre_model_load(self, cfg):
         """Start the tracking; and seed, so that every process starts from the same fresh head and adapter."""
@@ -153,7 +175,9 @@ class PairwisePlugin(BasePlugin):
         if self.block.head != "label_tokens":
             with stopping_on_errors(self.recipe):
                 heads.start_head(model, self.head_start, self.contract.num_labels)
-            heads.name_labels(model.config, ("reward",) if self.block.head == "reward" else self.block.verdicts)
+            heads.name_labels(
+                model.config, ("reward",) if self.block.head == "reward" else self.block.verdicts
+            )
         model.config.pad_token_id = self.contract.pad_token_id
         if not self.block.softcap:
             weights.remove_softcap(model)
@@ -175,7 +199,11 @@ class PairwisePlugin(BasePlugin):
     def get_training_args(self, cfg):
         """Keep the batches' own columns, validate in larger batches, skip the evaluation before the first step."""
         # Axolotl evaluates before the first step where eval_steps is set; that doubles the shortest runs for nothing.
-        arguments = {"remove_unused_columns": False, "label_names": ["labels"], "eval_on_start": False}
+        arguments = {
+            "remove_unused_columns": False,
+            "label_names": ["labels"],
+            "eval_on_start": False,
+        }
         if self.resolved.get("eval_batch_size") is None:
             arguments["per_device_eval_batch_size"] = VALIDATED_AT_ONCE * cfg.micro_batch_size
         if deepspeed_cpu.deepspeed_on_cpu(cfg.get("deepspeed")):
@@ -249,7 +277,12 @@ class PairwisePlugin(BasePlugin):
             write_contract(folder, self.contract, self.recipe, started_from)
             LOG.info("contract.json and model_input.py written to %s", folder)
             begun_from = self.begun_from | {"started_from": started_from}
-            record_training(recipe_copy.lasting_recipe(self.recipe, folder), folder, self.block.pairs, **begun_from)
+            record_training(
+                recipe_copy.lasting_recipe(self.recipe, folder),
+                folder,
+                self.block.pairs,
+                **begun_from,
+            )
             wandb_run.finish(folder)
 
     def _save_weights(self, folder: Path, model) -> None:

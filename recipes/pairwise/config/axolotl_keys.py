@@ -119,7 +119,9 @@ def key_problems(key: object, value: object, plugins: object) -> list[str]:
 def is_named(plugin: str, plugins: object) -> bool:
     """Return whether a recipe's `plugins` hold one of Axolotl's, by this path or a longer one, as liger.plugin.LigerPlugin."""
     package = plugin.rpartition(".")[0]
-    return isinstance(plugins, list) and any(str(name).startswith(f"{package}.") for name in plugins)
+    return isinstance(plugins, list) and any(
+        str(name).startswith(f"{package}.") for name in plugins
+    )
 
 
 def value_problems(key: str, value: object) -> Iterator[str]:
@@ -136,7 +138,9 @@ def value_problems(key: str, value: object) -> Iterator[str]:
             for name in error.instance:
                 if name not in allowed_names:
                     yield f"{path}.{name}: {unknown_key(name, allowed_names)}"
-        elif error.validator != "contains":  # of plugins: axolotl_problems says it, of a recipe without the key too
+        elif (
+            error.validator != "contains"
+        ):  # of plugins: axolotl_problems says it, of a recipe without the key too
             advice = suggestion(error.schema, error.instance)
             yield f"{path}: expected {describe_part(error.schema)}, found {error.instance!r}{advice}"
 
@@ -152,7 +156,9 @@ def describe_part(part: Mapping) -> str:
 
     # No fixed words: name the types, and the limits of a number.
     kinds = " or ".join(KINDS[kind] for kind in types_of(part))
-    limits = " and ".join(f"{word} {part[limit]}" for limit, word in LIMITS.items() if limit in part)
+    limits = " and ".join(
+        f"{word} {part[limit]}" for limit, word in LIMITS.items() if limit in part
+    )
     return f"{kinds} {limits}".rstrip()
 
 
@@ -183,7 +189,9 @@ def adapter_problems(values: dict) -> Iterator[str]:
     package = block.get("package")
     is_untrained = block.get("train") is False
 
-    lora_keys = [key for key in values if str(key).startswith(("lora_", "peft_")) and key not in REFUSED]
+    lora_keys = [
+        key for key in values if str(key).startswith(("lora_", "peft_")) and key not in REFUSED
+    ]
     if lora_keys and "adapter" not in values:
         key = lora_keys[0]
         yield f"adapter: missing beside {key}: every weight would be trained; set adapter: lora, or remove what is LoRA's"
@@ -207,7 +215,9 @@ def head_problems(values: dict) -> Iterator[str]:
     block = block_of(values)
     head = "lm_head" if block.get("head") == "label_tokens" else "score"
     quantising = values.get("bnb_config_kwargs")
-    not_quantised = quantising.get("llm_int8_skip_modules") if isinstance(quantising, dict) else None
+    not_quantised = (
+        quantising.get("llm_int8_skip_modules") if isinstance(quantising, dict) else None
+    )
     if isinstance(not_quantised, list) and head not in not_quantised:
         key = "bnb_config_kwargs.llm_int8_skip_modules"
         yield f"{key}: it replaces the default list, so the head would be quantised; add {head}"
@@ -220,7 +230,11 @@ def head_problems(values: dict) -> Iterator[str]:
         yield "attn_implementation: sdpa drops the soft cap without a word; use eager or flash_attention_2, or softcap: false"
     if block.get("padding_free") and values.get("attn_implementation") == "eager":
         yield "attn_implementation: eager would let the sequences of a padding-free row see each other; remove it"
-    if block.get("padding_free") and block.get("softcap") and values.get("attn_implementation") != "flash_attention_2":
+    if (
+        block.get("padding_free")
+        and block.get("softcap")
+        and values.get("attn_implementation") != "flash_attention_2"
+    ):
         yield "pairwise.padding_free: with the soft cap it needs attn_implementation: flash_attention_2; add that"
 
 

@@ -86,7 +86,9 @@ def derive_chat_template(tokenizer, head: str, verdicts: Sequence[str]) -> Templ
 def render(tokenizer, conversation: Sequence[dict], generates: bool) -> str:
     """Render a conversation with the tokenizer's chat template; `generates` adds the head of an answer."""
     try:
-        return tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=generates)
+        return tokenizer.apply_chat_template(
+            conversation, tokenize=False, add_generation_prompt=generates
+        )
     except (TemplateError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(

@@ -108,7 +108,9 @@ def read_earlier_run(folder: Path) -> EarlierRun:
             contract_sha256=sha256(file),
         )
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: no contract of a run ({error}); restore it or train again") from None
+        raise UserError(
+            f"{file}: no contract of a run ({error}); restore it or train again"
+        ) from None
 
 
 def check_adapter_start(cfg: Mapping, block: PairwiseBlock, earlier: EarlierRun) -> None:
@@ -124,9 +126,13 @@ def check_adapter_start(cfg: Mapping, block: PairwiseBlock, earlier: EarlierRun)
     """
     # The adapter fits one model and one head only.
     if not cfg.get("adapter"):
-        raise UserError("lora_model_dir: needs adapter: lora or qlora; every weight would be trained")
+        raise UserError(
+            "lora_model_dir: needs adapter: lora or qlora; every weight would be trained"
+        )
     if not is_same_model(cfg["base_model"], earlier.base_model):
-        raise UserError(f"lora_model_dir: {earlier.folder} was trained from {earlier.base_model}; make that the base_model")
+        raise UserError(
+            f"lora_model_dir: {earlier.folder} was trained from {earlier.base_model}; make that the base_model"
+        )
     if (block.head, block.verdicts) != (earlier.head, earlier.verdicts):
         verdicts = ", ".join(earlier.verdicts)
         raise UserError(
@@ -146,7 +152,9 @@ def check_adapter_start(cfg: Mapping, block: PairwiseBlock, earlier: EarlierRun)
             )
 
 
-def choose_head_start(config, block: PairwiseBlock, earlier: EarlierRun | None, has_adapter: bool) -> HeadStart:
+def choose_head_start(
+    config, block: PairwiseBlock, earlier: EarlierRun | None, has_adapter: bool
+) -> HeadStart:
     """Decide whether a classification head goes on from the base model's or begins anew.
 
     Args:

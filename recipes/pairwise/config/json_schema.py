@@ -32,7 +32,15 @@ from recipes.pairwise.config.schema import PairwiseBlock
 
 COMMAND = "python -m recipes.pairwise.config.json_schema"
 DRAFT = "http://json-schema.org/draft-07/schema#"
-JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", tuple: "array", dict: "object"}
+JSON_TYPES = {
+    bool: "boolean",
+    int: "integer",
+    float: "number",
+    str: "string",
+    list: "array",
+    tuple: "array",
+    dict: "object",
+}
 NARROWER = {  # Axolotl takes these as any number, or as any text that it hands on to transformers and PEFT
     "micro_batch_size": {"exclusiveMinimum": 0},
     "gradient_accumulation_steps": {"exclusiveMinimum": 0},
@@ -64,7 +72,10 @@ def block_schema(model: type[BaseModel]) -> dict:
 
 def model_keys(model: type[BaseModel]) -> dict[str, dict]:
     """Return the keys of one of Axolotl's pydantic models, each with its types or its words."""
-    return {field.alias or name: key_schema(field.annotation) for name, field in model.model_fields.items()}
+    return {
+        field.alias or name: key_schema(field.annotation)
+        for name, field in model.model_fields.items()
+    }
 
 
 def key_schema(annotation: object) -> dict:
@@ -133,7 +144,10 @@ def axolotl_keys() -> dict[str, dict]:
     keys["optimizer"] = list_words([*OptimizerNames, *CustomSupportedOptimizers])
     keys["save_strategy"] = list_words(SaveStrategy)
 
-    keys["special_tokens"] |= {"properties": model_keys(SpecialTokensConfig), "additionalProperties": False}
+    keys["special_tokens"] |= {
+        "properties": model_keys(SpecialTokensConfig),
+        "additionalProperties": False,
+    }
 
     # The arguments of bitsandbytes' configuration have the types of their defaults.
     quantising = {}
@@ -165,7 +179,9 @@ def plugin_keys() -> dict[str, dict]:
         # The llm_compressor plugin cannot be imported without a library that nothing here needs.
         if not module.ispkg or module.name.endswith(".llm_compressor"):
             continue
-        for name, member in inspect.getmembers(importlib.import_module(module.name), inspect.isclass):
+        for name, member in inspect.getmembers(
+            importlib.import_module(module.name), inspect.isclass
+        ):
             if not issubclass(member, BasePlugin) or member is BasePlugin:
                 continue
 
@@ -230,7 +246,9 @@ def write_or_check(path: Path, schema: dict, command: str, check: bool) -> None:
 
 
 @click.command()
-@click.option("--check", is_flag=True, help="Write nothing; exit with 2 where the file is not up to date.")
+@click.option(
+    "--check", is_flag=True, help="Write nothing; exit with 2 where the file is not up to date."
+)
 @exits_with_2
 def main(check: bool) -> None:
     """Write recipes/recipe.schema.json from the installed Axolotl and the `pairwise:` block."""

@@ -39,7 +39,9 @@ def read_config(base_model: str, revision: str | None):
         return AutoConfig.from_pretrained(base_model, revision=revision)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise UserError(f"base_model: {base_model} cannot be read ({reason}); {HOW_TO_GET_IT}") from None
+        raise UserError(
+            f"base_model: {base_model} cannot be read ({reason}); {HOW_TO_GET_IT}"
+        ) from None
 
 
 def warn_of_home_path(base_model: str) -> None:
@@ -61,7 +63,9 @@ def warn_of_unserved_model(model_type: str, head: str) -> None:
         print(f"warning: base_model: {reason}; it cannot be packaged", file=sys.stderr, flush=True)
 
 
-def check_config(config, *, budget_tokens: int, overrides: Mapping[str, object], softcap: bool) -> None:
+def check_config(
+    config, *, budget_tokens: int, overrides: Mapping[str, object], softcap: bool
+) -> None:
     """Check that a base model has what a recipe asks of it.
 
     Args:
@@ -76,7 +80,9 @@ def check_config(config, *, budget_tokens: int, overrides: Mapping[str, object],
     text_config = config.get_text_config()
     positions = getattr(text_config, "max_position_embeddings", None)
     if positions and budget_tokens > positions:
-        raise UserError(f"pairwise.budget_tokens: {budget_tokens}, but the base model has {positions} positions; lower it")
+        raise UserError(
+            f"pairwise.budget_tokens: {budget_tokens}, but the base model has {positions} positions; lower it"
+        )
 
     # transformers would take an unknown key without a word.
     config_keys = config.to_dict()
@@ -85,7 +91,9 @@ def check_config(config, *, budget_tokens: int, overrides: Mapping[str, object],
             raise UserError(f"model_config.{key}: {unknown_key(key, config_keys)}")
 
     if softcap and not getattr(text_config, "attn_logit_softcapping", None):
-        raise UserError("pairwise.softcap: the base model has no soft cap of attention logits; remove the key")
+        raise UserError(
+            "pairwise.softcap: the base model has no soft cap of attention logits; remove the key"
+        )
 
 
 def build_empty_model(config, head: str) -> torch.nn.Module:
@@ -96,7 +104,9 @@ def build_empty_model(config, head: str) -> torch.nn.Module:
         with torch.device("meta"):
             return auto.from_config(config)
     except ValueError:
-        raise UserError(f"base_model: transformers has no model of the type {config.model_type} with the head {head}") from None
+        raise UserError(
+            f"base_model: transformers has no model of the type {config.model_type} with the head {head}"
+        ) from None
 
 
 def list_head_modules(model: torch.nn.Module) -> list[str]:
@@ -109,7 +119,9 @@ def list_head_modules(model: torch.nn.Module) -> list[str]:
     return names
 
 
-def check_layers(model: torch.nn.Module, *, targets: Iterable[str] | str | None, saved: Iterable[str] | None) -> None:
+def check_layers(
+    model: torch.nn.Module, *, targets: Iterable[str] | str | None, saved: Iterable[str] | None
+) -> None:
     """Raise UserError where the model has no layer of a name that LoRA is to adapt or to train whole.
 
     Args:
@@ -131,7 +143,9 @@ def check_layers(model: torch.nn.Module, *, targets: Iterable[str] | str | None,
             raise UserError(f"{key}: {type(model).__name__} has no layer {name}; {advice}")
 
 
-def check_vocabulary(special_tokens: Mapping[str, str], tokenizer, base_model: str, vocabulary_size: int) -> None:
+def check_vocabulary(
+    special_tokens: Mapping[str, str], tokenizer, base_model: str, vocabulary_size: int
+) -> None:
     """Check that no special token of a recipe is new to the base model.
 
     Args:
@@ -149,4 +163,6 @@ def check_vocabulary(special_tokens: Mapping[str, str], tokenizer, base_model: s
             continue
         token_id = tokenizer.convert_tokens_to_ids(token)
         if token_id is not None and token_id >= vocabulary_size:
-            raise UserError(f"special_tokens.{key}: {base_model} has no token {token!r}; name one that it has")
+            raise UserError(
+                f"special_tokens.{key}: {base_model} has no token {token!r}; name one that it has"
+            )

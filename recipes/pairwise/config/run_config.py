@@ -28,7 +28,12 @@ from recipes.pairwise.config.model_checks import (
     warn_of_home_path,
     warn_of_unserved_model,
 )
-from recipes.pairwise.config.schema import PairwiseBlock, apply_environment, recipe_problems, run_folder
+from recipes.pairwise.config.schema import (
+    PairwiseBlock,
+    apply_environment,
+    recipe_problems,
+    run_folder,
+)
 from recipes.pairwise.processes import is_first_on_machine
 from recipes.pairwise.training.output_layer import CLASSIFIER_HEADS
 
@@ -108,9 +113,13 @@ def check_base_model(cfg: dict, block: PairwiseBlock):
         warn_of_unserved_model(model_config.model_type, block.head)
 
     overrides = cfg.get("model_config") or cfg.get("overrides_of_model_config") or {}
-    check_config(model_config, budget_tokens=block.budget_tokens, overrides=overrides, softcap=block.softcap)
+    check_config(
+        model_config, budget_tokens=block.budget_tokens, overrides=overrides, softcap=block.softcap
+    )
     model = build_empty_model(model_config, block.head)
-    check_layers(model, targets=cfg.get("lora_target_modules"), saved=cfg.get("lora_modules_to_save"))
+    check_layers(
+        model, targets=cfg.get("lora_target_modules"), saved=cfg.get("lora_modules_to_save")
+    )
 
     # Without an answer layer in the checkpoint, transformers would make a random one.
     has_own_answers = not has_classifier(model_config) or model_config.tie_word_embeddings
@@ -135,7 +144,9 @@ def check_tokenizer(cfg, tokenizer, model_config) -> None:
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise UserError(f"base_model: {cfg.base_model} has no fast tokenizer (tokenizer.json)")
     if tokenizer.pad_token_id is None:
-        raise UserError("special_tokens: the tokenizer has no pad token; set special_tokens: {pad_token: …} in the recipe")
+        raise UserError(
+            "special_tokens: the tokenizer has no pad token; set special_tokens: {pad_token: …} in the recipe"
+        )
     vocabulary_size = model_config.get_text_config().vocab_size
     check_vocabulary(cfg.special_tokens or {}, tokenizer, cfg.base_model, vocabulary_size)
 
@@ -183,7 +194,9 @@ def set_accumulation_steps(cfg: dict, block: PairwiseBlock) -> None:
     if cfg.get("use_ray"):
         processes = cfg.get("ray_num_workers") or 1
 
-    steps = count_accumulation_steps(block.pairs_per_step, cfg.get("micro_batch_size") or 1, processes)
+    steps = count_accumulation_steps(
+        block.pairs_per_step, cfg.get("micro_batch_size") or 1, processes
+    )
     if cfg.get("gradient_accumulation_steps") not in (None, steps):
         raise UserError(
             f"gradient_accumulation_steps: {cfg['gradient_accumulation_steps']}, but pairwise.pairs_per_step makes it "
@@ -192,7 +205,9 @@ def set_accumulation_steps(cfg: dict, block: PairwiseBlock) -> None:
     cfg["gradient_accumulation_steps"] = steps
 
 
-def set_fixed_keys(cfg: dict, block: PairwiseBlock, recipe: Path, checkpointing: dict[str, bool]) -> None:
+def set_fixed_keys(
+    cfg: dict, block: PairwiseBlock, recipe: Path, checkpointing: dict[str, bool]
+) -> None:
     """Set the keys that are the same for every recipe, or follow from the `pairwise:` block.
 
     Args:

@@ -61,18 +61,33 @@ class PackageBlock(_Strict):
         description="what is packaged of a LoRA run: base and adapter merged; both as they are, the base in nf4; or whichever "
         "of the two agrees better with training",
     )
-    tolerance: float = Field(0.05, gt=0, le=1, description="largest mean difference in probability that is let through")
-    tolerance_log_loss: float = Field(
-        0.01, gt=0, description="largest log loss that packaging may add, by the upper end of the 95 % interval"
+    tolerance: float = Field(
+        0.05, gt=0, le=1, description="largest mean difference in probability that is let through"
     )
-    tolerance_verdicts: float = Field(0.05, gt=0, le=1, description="largest share of verdicts that packaging may change")
-    slug: str = Field(pattern=SLUG, min_length=6, max_length=50, description="the Kaggle dataset's slug, 6 to 50 characters")
-    licence: str = Field("apache-2.0", min_length=1, description="Kaggle's name of the weights' licence")
+    tolerance_log_loss: float = Field(
+        0.01,
+        gt=0,
+        description="largest log loss that packaging may add, by the upper end of the 95 % interval",
+    )
+    tolerance_verdicts: float = Field(
+        0.05, gt=0, le=1, description="largest share of verdicts that packaging may change"
+    )
+    slug: str = Field(
+        pattern=SLUG,
+        min_length=6,
+        max_length=50,
+        description="the Kaggle dataset's slug, 6 to 50 characters",
+    )
+    licence: str = Field(
+        "apache-2.0", min_length=1, description="Kaggle's name of the weights' licence"
+    )
 
     @model_validator(mode="after")
     def _an_adapter_stays_apart_only_on_nf4(self):
         if self.adapter != "merged" and self.quantize != "nf4":
-            raise ValueError(f"adapter: {self.adapter} needs quantize: nf4, found quantize: {self.quantize}")
+            raise ValueError(
+                f"adapter: {self.adapter} needs quantize: nf4, found quantize: {self.quantize}"
+            )
         return self
 
 
@@ -84,9 +99,18 @@ class DistillBlock(_Strict):
         description="runs whose labels.parquet is read, by name below outputs/ or by path: a list, or a map to their weights",
         json_schema_extra={"type": ["object", "array"], "items": {"type": "string"}},
     )
-    weight: float = Field(0.9, gt=0, le=1, description="of the teachers' part of the loss against that of the votes")
-    temperature: float = Field(5.0, gt=0, le=20, description="softens teachers and student in the teachers' part of the loss")
-    pool: bool = Field(False, description="also train on the pairs file's pool rows, by the teachers' labels alone")
+    weight: float = Field(
+        0.9, gt=0, le=1, description="of the teachers' part of the loss against that of the votes"
+    )
+    temperature: float = Field(
+        5.0,
+        gt=0,
+        le=20,
+        description="softens teachers and student in the teachers' part of the loss",
+    )
+    pool: bool = Field(
+        False, description="also train on the pairs file's pool rows, by the teachers' labels alone"
+    )
 
     @field_validator("teachers", mode="before")
     @classmethod
@@ -109,8 +133,14 @@ class HardwareBlock(_Strict):
 class PairwiseBlock(_Strict):
     """The `pairwise:` block of a recipe."""
 
-    pairs: str = Field("data/pairs.parquet", min_length=1, description="what to train on; PAIRWISE_PAIRS=FILE overrides it")
-    fold: NonNegativeInt | Literal["all"] = Field(0, description="the fold to hold out, or all; PAIRWISE_FOLD overrides it")
+    pairs: str = Field(
+        "data/pairs.parquet",
+        min_length=1,
+        description="what to train on; PAIRWISE_PAIRS=FILE overrides it",
+    )
+    fold: NonNegativeInt | Literal["all"] = Field(
+        0, description="the fold to hold out, or all; PAIRWISE_FOLD overrides it"
+    )
     verdicts: tuple[Literal["model_a", "model_b", "tie"], ...] = Field(
         ("model_a", "model_b"),
         strict=False,
@@ -122,16 +152,22 @@ class PairwiseBlock(_Strict):
         description="score: a classification head on prompt and both answers; label_tokens: the answer tokens of a causal LM; "
         "reward: one number for each answer alone (Bradley-Terry)",
     )
-    train: bool = Field(True, description="false: the base model is packaged as it is by python -m postprocess")
+    train: bool = Field(
+        True, description="false: the base model is packaged as it is by python -m postprocess"
+    )
     template: TemplateName | TemplateBlock = Field(
         description="gemma, llama3, chatml, phi4 or bert; or start, turn and end spelled out"
     )
     budget_tokens: int = Field(ge=64, description="tokens of a sequence, template included")
-    truncation: Literal["left", "right", "middle"] = Field("middle", description="where a text that is too long is cut")
+    truncation: Literal["left", "right", "middle"] = Field(
+        "middle", description="where a text that is too long is cut"
+    )
     orders: Literal["as_given", "random", "both"] = Field(
         "both", description="the orders of a pair in training; both stand in one micro-batch"
     )
-    hardware: HardwareBlock | None = Field(None, description="the GPUs that the recipe is for: {gpus: 8, gib: 80}")
+    hardware: HardwareBlock | None = Field(
+        None, description="the GPUs that the recipe is for: {gpus: 8, gib: 80}"
+    )
     pairs_per_step: PositiveInt | None = Field(
         None,
         description="pairs of a step over all GPUs: gradient_accumulation_steps follows from it, for any number of GPUs",
@@ -144,16 +180,34 @@ class PairwiseBlock(_Strict):
         "micro_batch_size is their mean; pairs of a step stay the same",
     )
     padding_free: bool = Field(
-        False, description="no padding: the sequences of a micro-batch stand in one row, and none sees another"
+        False,
+        description="no padding: the sequences of a micro-batch stand in one row, and none sees another",
     )
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="mixes the labels with the uniform distribution")
-    focal_gamma: float = Field(0.0, ge=0, le=10, description="focal loss: verdicts that the model is sure of count less")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="mixes the labels with the uniform distribution"
+    )
+    focal_gamma: float = Field(
+        0.0, ge=0, le=10, description="focal loss: verdicts that the model is sure of count less"
+    )
     r_drop: float = Field(
-        0.0, ge=0, le=100, description="weight of R-Drop: two passes of a pair, with other dropout, must agree"
+        0.0,
+        ge=0,
+        le=100,
+        description="weight of R-Drop: two passes of a pair, with other dropout, must agree",
     )
-    ema_decay: float = Field(0.0, ge=0, lt=1, description="the run's weights are a moving average over its steps, e.g. 0.999")
-    softcap: bool = Field(False, description="Gemma-2's soft cap of attention logits; needs eager or flash_attention_2")
-    package: PackageBlock = Field(description="slug of the Kaggle dataset, and how the model is quantised")
+    ema_decay: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="the run's weights are a moving average over its steps, e.g. 0.999",
+    )
+    softcap: bool = Field(
+        False,
+        description="Gemma-2's soft cap of attention logits; needs eager or flash_attention_2",
+    )
+    package: PackageBlock = Field(
+        description="slug of the Kaggle dataset, and how the model is quantised"
+    )
 
     @field_validator("fold", mode="before")
     @classmethod
@@ -175,33 +229,55 @@ class PairwiseBlock(_Strict):
         if not isinstance(template, dict | TemplateBlock) and template not in NAMES:
             match = nearest(template, NAMES)
             meant = f" (did you mean {match}?)" if match else ""
-            raise ValueError(f"expected one of {', '.join(NAMES)}, or start, turn and end spelled out{meant}")
+            raise ValueError(
+                f"expected one of {', '.join(NAMES)}, or start, turn and end spelled out{meant}"
+            )
         return template
 
     @model_validator(mode="after")
     def _the_head_suits_the_rest(self):
-        places = ("prompt", "response") if self.head == "reward" else ("prompt", "response_a", "response_b")
+        places = (
+            ("prompt", "response")
+            if self.head == "reward"
+            else ("prompt", "response_a", "response_b")
+        )
         fields = [f"{{{place}}}" for place in places]
-        if isinstance(self.template, TemplateBlock) and any(self.template.turn.count(field) != 1 for field in fields):
-            raise ValueError(f"template.turn: expected {', '.join(fields)}, each once, found {self.template.turn!r}")
+        if isinstance(self.template, TemplateBlock) and any(
+            self.template.turn.count(field) != 1 for field in fields
+        ):
+            raise ValueError(
+                f"template.turn: expected {', '.join(fields)}, each once, found {self.template.turn!r}"
+            )
 
         # What a head cannot do.
         if self.head == "reward" and "tie" in self.verdicts:
-            raise ValueError("verdicts: a reward model tells no ties apart; leave out tie, half of a tie goes to each side")
+            raise ValueError(
+                "verdicts: a reward model tells no ties apart; leave out tie, half of a tie goes to each side"
+            )
 
         # What means nothing beside another key.
         if self.distill and not self.train:
-            raise ValueError("distill: with train: false there is no student; remove one of the two")
+            raise ValueError(
+                "distill: with train: false there is no student; remove one of the two"
+            )
         if self.head == "reward" and "orders" in self.model_fields_set:
-            raise ValueError("orders: a reward model sees each answer alone, its orders are the same; remove the key")
+            raise ValueError(
+                "orders: a reward model sees each answer alone, its orders are the same; remove the key"
+            )
         if self.padding_free and self.r_drop > 0:
-            raise ValueError("padding_free: R-Drop repeats the rows of a batch, which has one; remove one of the two")
+            raise ValueError(
+                "padding_free: R-Drop repeats the rows of a batch, which has one; remove one of the two"
+            )
 
         # What the base model's kind rules out: the template tells an encoder.
         if self.template == "bert" and self.package.quantize in GPTQ_BITS:
-            raise ValueError(f"package.quantize: {self.package.quantize} is for decoders; an encoder takes int8, or none")
+            raise ValueError(
+                f"package.quantize: {self.package.quantize} is for decoders; an encoder takes int8, or none"
+            )
         if self.head == "label_tokens" and self.template == "bert":
-            raise ValueError("template: bert has no answer to predict; label_tokens needs the template of a chat model")
+            raise ValueError(
+                "template: bert has no answer to predict; label_tokens needs the template of a chat model"
+            )
         return self
 
     def resolved_template(self) -> Template:
@@ -273,14 +349,21 @@ def _explain(problem: dict) -> str:
     # The block whose keys are described: a block inside, or the whole.
     model = PairwiseBlock
     if len(where) > 1:
-        blocks = {"package": PackageBlock, "template": TemplateBlock, "distill": DistillBlock, "hardware": HardwareBlock}
+        blocks = {
+            "package": PackageBlock,
+            "template": TemplateBlock,
+            "distill": DistillBlock,
+            "hardware": HardwareBlock,
+        }
         model = blocks.get(where[0], PairwiseBlock)
 
     if problem["type"] == "extra_forbidden":
         return f"{key}: {unknown_key(problem['loc'][-1], model.model_fields)}"
     if problem["type"] == "missing":
         return f"{key}: missing; add it: {model.model_fields[where[-1]].description}"
-    if problem["type"] == "value_error" and isinstance(problem["input"], dict):  # of a block as a whole: it names its key
+    if problem["type"] == "value_error" and isinstance(
+        problem["input"], dict
+    ):  # of a block as a whole: it names its key
         return f"{key}.{problem['msg'].removeprefix('Value error, ')}"
     return f"{key}: {in_words(problem, PATTERNS)}"
 

@@ -9,7 +9,11 @@ from preprocess.model_input import Template
 TemplateName = Literal["gemma", "llama3", "chatml", "phi4", "bert"]  # what a recipe may name
 SECTIONS = "# Prompt\n{prompt}\n\n# Response A\n{response_a}\n\n# Response B\n{response_b}\n\n"
 QUESTION = "Which response would a person prefer, A or B?"
-LABELS = {"model_a": "A", "model_b": "B", "tie": "C"}  # label_tokens: the answer that stands for each verdict
+LABELS = {
+    "model_a": "A",
+    "model_b": "B",
+    "tie": "C",
+}  # label_tokens: the answer that stands for each verdict
 ANSWERS = {2: " Answer with A or B.", 3: " Answer with A, with B, or with C if neither."}
 
 
@@ -24,7 +28,9 @@ class Chat:
 
 
 CHATS = {
-    "gemma": Chat("<bos>", "<start_of_turn>user\n", "<end_of_turn>\n<start_of_turn>model\n", "<end_of_turn>\n"),
+    "gemma": Chat(
+        "<bos>", "<start_of_turn>user\n", "<end_of_turn>\n<start_of_turn>model\n", "<end_of_turn>\n"
+    ),
     "llama3": Chat(
         "<|begin_of_text|>",
         "<|start_header_id|>user<|end_header_id|>\n\n",
@@ -33,7 +39,9 @@ CHATS = {
     ),
     # Without the system turn that Qwen2.5's own template begins with: it says who the model is, and costs 20 tokens a row.
     "chatml": Chat("", "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n"),
-    "phi4": Chat("", "<|im_start|>user<|im_sep|>", "<|im_end|><|im_start|>assistant<|im_sep|>", "<|im_end|>"),
+    "phi4": Chat(
+        "", "<|im_start|>user<|im_sep|>", "<|im_end|><|im_start|>assistant<|im_sep|>", "<|im_end|>"
+    ),
 }
 NAMES = get_args(TemplateName)
 

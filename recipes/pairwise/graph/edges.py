@@ -155,7 +155,9 @@ def read_kernel(spec_path: Path) -> Kernel:
     try:
         packages = [package["run"] for package in spec["packages"]]
     except (KeyError, TypeError):
-        raise UserError(f"{spec_path}: packages: expected a list of packages, each with its run") from None
+        raise UserError(
+            f"{spec_path}: packages: expected a list of packages, each with its run"
+        ) from None
     return Kernel(str(spec_path), hash_values(spec), packages)
 
 
@@ -268,7 +270,9 @@ def read_folds(pairs: str) -> list[int]:
         folds = table.select("fold").collect()["fold"]
     except pl.exceptions.PolarsError as error:
         first_line = str(error).splitlines()[0]
-        raise UserError(f"{pairs}: no pairs.parquet ({first_line}); make it with pairwise preprocess") from None
+        raise UserError(
+            f"{pairs}: no pairs.parquet ({first_line}); make it with pairwise preprocess"
+        ) from None
     return sorted(folds.unique().to_list())
 
 

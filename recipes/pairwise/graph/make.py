@@ -53,7 +53,9 @@ class Step:
 @click.option("--dry-run", is_flag=True, help="Print the plan; run nothing.")
 @click.option("--dag", is_flag=True, help="Print the graph, for Mermaid.")
 @click.option("--cv", is_flag=True, help="Train every fold of R too, and join their predictions.")
-@click.option("--test", default="data/test.parquet", show_default=True, help="Rows for the rehearsal.")
+@click.option(
+    "--test", default="data/test.parquet", show_default=True, help="Rows for the rehearsal."
+)
 @click.option("--gpus", type=click.IntRange(min=0), help="GPUs of a machine; by default of this.")
 @click.option("--profile", type=click.Path(exists=True), help="Snakemake profile of a cluster.")
 @exits_with_2
@@ -78,7 +80,9 @@ def main(target: str, dry_run: bool, dag: bool, cv: bool, **settings) -> None:
     config_file = write_config(name, graph, test_rows, settings["gpus"])
     workflow = Workflow(config_file, targets, profile=settings["profile"])
     if dag:
-        raise SystemExit(call_snakemake(workflow, "--dag", "mermaid-js", "--quiet", "all").returncode)
+        raise SystemExit(
+            call_snakemake(workflow, "--dag", "mermaid-js", "--quiet", "all").returncode
+        )
     make_targets(workflow, dry_run)
 
 
@@ -165,7 +169,9 @@ def holding_the_graph() -> Iterator[int]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError("another pairwise make is at work in this folder; wait for it, or stop it") from None
+            raise UserError(
+                "another pairwise make is at work in this folder; wait for it, or stop it"
+            ) from None
         yield file.fileno()
 
 

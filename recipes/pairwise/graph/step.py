@@ -39,7 +39,9 @@ def main(log: Path, gpus: int, command: tuple[str, ...]) -> None:
     with claimed_gpus(gpus) as environment:
         started = time.monotonic()
         with log.open("w", encoding="utf-8") as file:
-            exit_code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False).returncode
+            exit_code = subprocess.run(
+                command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False
+            ).returncode
         seconds = round(time.monotonic() - started, 1)
 
     write_json(
@@ -50,7 +52,9 @@ def main(log: Path, gpus: int, command: tuple[str, ...]) -> None:
         # The cause mostly stands at the end, and the log is in no terminal's history.
         last_lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         print("\n".join(last_lines[-LINES_SHOWN_OF_FAILURE:]))
-        raise UserError(f"{name}: `{command_text}` ended with exit code {exit_code}; its whole output is in {log}")
+        raise UserError(
+            f"{name}: `{command_text}` ended with exit code {exit_code}; its whole output is in {log}"
+        )
     print(f"{name:<12} {seconds:>6.1f} s     {command_text}", flush=True)
 
 

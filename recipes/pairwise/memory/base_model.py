@@ -65,7 +65,9 @@ class BaseModel:
     positions: int | None  # None: its configuration names no limit
     vocabulary: int
     weights: tuple[Weight, ...]  # without a head
-    heads: Mapping[str, tuple[Weight, ...]]  # score (with two labels), and label_tokens for a causal LM
+    heads: Mapping[
+        str, tuple[Weight, ...]
+    ]  # score (with two labels), and label_tokens for a causal LM
     batches: Mapping[str, BatchBytes]  # as the kernel computes attention: plain, or with a softcap
 
 
@@ -100,7 +102,9 @@ def write_records(records: Mapping[str, dict]) -> None:
     """Write base_models.yml."""
     text = yaml.safe_dump(dict(records), sort_keys=False, width=120, default_flow_style=None)
     with atomic_file(BASE_MODELS) as path:
-        path.write_text(f"# Written by `python -m recipes.pairwise.memory`.\n{text}", encoding="utf-8")
+        path.write_text(
+            f"# Written by `python -m recipes.pairwise.memory`.\n{text}", encoding="utf-8"
+        )
     read_records.cache_clear()
 
 

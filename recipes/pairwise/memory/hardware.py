@@ -56,7 +56,9 @@ def check_hardware(recipe: Recipe, deepspeed: Mapping | None) -> str:
         f"the least is {least_words}"
     )
     if memory.total > usable_bytes(hardware):
-        raise UserError(f"pairwise.hardware: {arithmetic}; lower micro_batch_size, or set gradient_checkpointing: true")
+        raise UserError(
+            f"pairwise.hardware: {arithmetic}; lower micro_batch_size, or set gradient_checkpointing: true"
+        )
     return arithmetic
 
 
@@ -105,9 +107,13 @@ def describe_step(recipe: Recipe, deepspeed: Mapping | None, gpus: int) -> Train
     # What would make the sum wrong is refused, and not left out of it.
     for key in NOT_COMPUTED:
         if keys.get(key):
-            raise UserError(f"pairwise.hardware: with {key} the memory is not computed; remove one of the two")
+            raise UserError(
+                f"pairwise.hardware: with {key} the memory is not computed; remove one of the two"
+            )
     if block.softcap or keys.get("attn_implementation") == "eager":
-        raise UserError("pairwise.hardware: with eager attention the memory is not computed; remove one of the two")
+        raise UserError(
+            "pairwise.hardware: with eager attention the memory is not computed; remove one of the two"
+        )
 
     # A reward model reads both responses, others a pair in both orders.
     sequences = keys.get("micro_batch_size") or 1

@@ -130,7 +130,9 @@ def measure_batches(model: torch.nn.Module, positions: int | None) -> BatchBytes
         half_bytes = count_peak_bytes(model, 1, half_row)
         long_bytes = count_peak_bytes(model, 1, long_row)
     except (RuntimeError, NotImplementedError) as error:
-        raise UserError(f"{type(model).__name__} cannot be run without weights ({str(error).splitlines()[0][:200]})") from None
+        raise UserError(
+            f"{type(model).__name__} cannot be run without weights ({str(error).splitlines()[0][:200]})"
+        ) from None
 
     # In short rows the MLP needs most. In long ones attention does: there, the bytes of a token are a
     # constant and so many for each token that it attends to. Two lengths of row give both.
