@@ -210,11 +210,10 @@ def format_docstring(name: str, spec: Spec, fits: Sequence[Fit]) -> str:
 
 def format_section(module: Module) -> str:
     """Write a module as a section of the kernel: its name and docstring as a block of comments, then its body."""
-    # The heading: the file's name and its docstring between two rules.
-    lines = [RULE, f"# {module.name.replace('.', '/')}.py", "#"]
+    # The heading: a rule, the file's name and its docstring.
+    lines = [RULE, f"# {module.name.replace('.', '/')}.py"]
     for line in module.docstring.splitlines():
         lines.append(f"# {line}".rstrip())
-    lines.append(RULE)
     return "\n".join([*lines, "", module.body])
 
 

@@ -63,9 +63,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 # ================================================================================================
 # settings.py
-#
 # What a spec asks of the kernel, the clock that it keeps to, and its log.
-# ================================================================================================
 
 RESERVE_SECONDS = 300  # kept for writing and checking the submission
 RESERVE_SHARE = 1 / 20  # of a shorter time limit
@@ -208,12 +206,10 @@ SETTINGS = Settings(
 
 # ================================================================================================
 # main.py
-#
 # The kernel from beginning to end: inputs, checks, scores, submission.
 #
 # Every check that needs no device comes before the first model is loaded. Written to /kaggle/working:
 # submission.csv, scores.parquet, kernel.json.
-# ================================================================================================
 
 TEST_FILES = ("test.parquet", "test.csv")
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors")
@@ -432,7 +428,6 @@ def report_visible_run(
 
 # ================================================================================================
 # scheduling/schedule.py
-#
 # From packages and rows to scores: one pass after another, each planned when the one before ended.
 #
 # main.run_kernel calls `score_all`. Models run one after the other, each on all devices. The first
@@ -440,7 +435,6 @@ def report_visible_run(
 # worth more than a second one. What comes then, the second order and further models, is decided by
 # `plan_next_pass`, with what was measured so far: see plan.py. Rows that count on the current
 # leaderboard go through all of this alone; the others get what time is left.
-# ================================================================================================
 
 Scores = dict[str, dict[str, list[float]]]  # by id, then by order
 Key = tuple[int, str]  # a package's number in the spec, and an order
@@ -878,7 +872,6 @@ def combine(
 
 # ================================================================================================
 # scheduling/pass_runner.py
-#
 # One order of one package: batches dealt to workers until none is left or the deadline is near.
 #
 # schedule.score_pass calls `make_pass` and `run_pass`. What can happen to a batch on its way:
@@ -890,7 +883,6 @@ def combine(
 #     its worker hangs   the worker is killed, which is a death like others (`kill_if_silent`)
 #     the clock ends     the batch stays in the queue (`next_batch`)
 # A row without a score is simply not in the result, and the caller decides what that means.
-# ================================================================================================
 
 GIVEN_UP_AFTER = 3  # tries of a row that ended its worker, or its memory
 QUIET_SECONDS = 300.0  # many times what a batch takes on a T4: then a worker hangs
@@ -1177,13 +1169,11 @@ def pass_record(work: Pass) -> dict:
 
 # ================================================================================================
 # scheduling/worker_handle.py
-#
 # The workers as the kernel's own process sees them: started, given batches, killed, restarted.
 #
 # A worker that dies is started again with half its token budget, which stays halved. One that dies
 # often without a scored batch in between is given up: its device is gone, and the others go on
 # without it. pass_runner.handle_worker_death decides what becomes of its rows.
-# ================================================================================================
 
 MOST_DEATHS_WITHOUT_SCORE = 3
 JOIN_SECONDS = 30.0  # a killed process may be stuck in a driver
@@ -1359,7 +1349,6 @@ def leave() -> None:
 
 # ================================================================================================
 # scheduling/worker.py
-#
 # A process for each device: it loads a model, then scores the batches that come through its pipe.
 #
 # A model that one device cannot hold has one process with several devices, its layers over all of
@@ -1373,7 +1362,6 @@ def leave() -> None:
 #     ("out of memory", number)                 it lives on; the batch is to be cut
 #     ("refused", sentence)                     the package is not what was packaged
 #     ("failed", traceback)                     and its end
-# ================================================================================================
 
 # float16 and 4-bit kernels differ between devices by up to 0.02; a wrong head by far more.
 GOLDEN_TOLERANCE = 0.05
@@ -1580,7 +1568,6 @@ def free_memory() -> None:
 
 # ================================================================================================
 # scheduling/plan.py
-#
 # Shares out the seconds that are left: which rows get the second order, and which a further model.
 #
 # schedule.plan_next_pass decides with it, after every pass, which pass comes next. A candidate is one
@@ -1592,7 +1579,6 @@ def free_memory() -> None:
 #
 # Rows are taken by their gain per second until the seconds are used. Which further models are worth
 # their loading is tried out.
-# ================================================================================================
 
 # An assumption without a published source. A kernel's log says how long its loading took.
 LOAD_BYTES_PER_SECOND = 3e8
@@ -1753,12 +1739,10 @@ def is_multiplied(name: str) -> bool:
 
 # ================================================================================================
 # inputs.py
-#
 # What Kaggle mounted: test rows, packages, wheels.
 #
 # Files are found by searching: the layout of /kaggle/input has changed before and differs between
 # runs. WSDM's texts are strings; LMSYS's are JSON lists of turns with nulls.
-# ================================================================================================
 
 TEXTS = ("prompt", "response_a", "response_b")
 SCORED = "scored"  # WSDM's column: whether the row counts on the current leaderboard
@@ -1902,11 +1886,9 @@ def install_missing_wheels(root: Path, packages: Sequence[Package], wheels: str 
 
 # ================================================================================================
 # package.py
-#
 # A package is read and checked before any device is touched: every byte, every golden token id.
 #
 # Raises PackageError where a package is not the one that was made; ContractError comes from the package's own model_input.py.
-# ================================================================================================
 
 # hashlib lets other threads go on. A core does about 1 GB a second.
 HASHING_THREADS = 4
@@ -2030,12 +2012,10 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
 # ================================================================================================
 # checks.py
-#
 # What must hold before hours of work begin: libraries that read the packages rightly, and GPUs.
 #
 # What would make answers wrong, or could only end in a crash, is a MachineError that says what to do.
 # No GPU is touched here: nvidia-smi is asked.
-# ================================================================================================
 
 ASK_CAPABILITIES = ("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
 ASK_SECONDS = 30
@@ -2114,12 +2094,10 @@ def ask_capabilities() -> list[float]:
 
 # ================================================================================================
 # visible.py
-#
 # The visible run is a load test: it also scores rows of the competition's train file.
 #
 # They are validation rows that every package lists, so that accuracy means what it will mean in the
 # hidden run, and enough to predict from their speed when 10,000 and 25,000 rows will be done.
-# ================================================================================================
 
 VALIDATION_IDS = "validation_ids.json"
 TRAIN_FILES = ("train.parquet", "train.csv")
@@ -2287,9 +2265,7 @@ def format_hours(seconds: float) -> str:
 
 # ================================================================================================
 # submission.py
-#
 # From probabilities to a submission that is whole: every id once, in the test file's order.
-# ================================================================================================
 
 # No probability is nearer to 0 or 1: log loss would punish it without end.
 SMALLEST = 1e-6
@@ -2439,9 +2415,7 @@ def write_record(path: Path, record: Mapping) -> None:
 
 # ================================================================================================
 # models/scoring.py
-#
 # Pairs in, probabilities out, the same whatever else is in the batch; everything is joined by id, never by position.
-# ================================================================================================
 
 ORDERS = ("as_given", "swapped")
 
@@ -2766,9 +2740,7 @@ def mean_of_orders(scores: dict[str, dict[str, list[float]]]) -> dict[str, list[
 
 # ================================================================================================
 # models/model.py
-#
 # The model of a package, loaded so that it answers as it did in training: pad id, attention and soft-cap from the contract.
-# ================================================================================================
 
 CLASSES = {
     "score": AutoModelForSequenceClassification,
@@ -2871,13 +2843,11 @@ def serving_config(folder: Path | str, contract):
 
 # ================================================================================================
 # models/overflow.py
-#
 # A float16 model computed in float32, for the rows that overflow float16.
 #
 # Some inputs drive activations of Qwen2.5 and Gemma-2 beyond 65,504; such a row ends as NaN. scoring.score_batch
 # then computes it again in the context `ComputeInFloat32()`. The weights stay in float16; those of one layer at a
 # time are converted.
-# ================================================================================================
 
 FLOAT16_MAX = torch.finfo(torch.float16).max
 
@@ -2929,14 +2899,12 @@ def to_float32(value):
 
 # ================================================================================================
 # models/shortcuts.py
-#
 # What scoring can leave out without another answer: work for tokens that nobody reads, and attention's slow kernel.
 #
 # A head reads one token of a row: a decoder's last one, an encoder's first. In the last layer all tokens are needed for the
 # attention's keys and values, but what comes after it only for the token that is read: hooks on its output projection and
 # its MLP hand on that token alone. What they give, one token wide, is added to the residual of all tokens by broadcasting,
 # which is right in the one place that is read. Of a causal LM's output layer only the rows of the label tokens are kept.
-# ================================================================================================
 
 # The name under which transformers finds repeated_attention.
 SDPA = "sdpa_repeated"
@@ -3061,12 +3029,10 @@ def keep_read_tokens(_, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, .
 
 # ================================================================================================
 # models/fused.py
-#
 # Norms, rotary positions and gated activations in fewer passes over memory than transformers' own chains of operations.
 #
 # A T4 spends a tenth of a Gemma-2 forward in them. They are replaced when a model is loaded, for the architectures below;
 # others are left alone.
-# ================================================================================================
 
 # What is added to the weight of a norm, by model_type.
 NORM_OFFSETS = {
@@ -3168,7 +3134,6 @@ def count_parameters(module: torch.nn.Module) -> int:
 
 # ================================================================================================
 # models/gptq.py
-#
 # GPTQ packages without GPTQ's libraries: linear layers that unpack their 4 or 8 bits for each matrix product.
 #
 # Kaggle's image has none of them, and none can be taken there: gptqmodel is a source distribution that wants a newer
@@ -3176,7 +3141,6 @@ def count_parameters(module: torch.nn.Module) -> int:
 #
 # The file format is the standard one (checkpoint_format gptq). qweight and qzeros are int32 words, lowest bits first, of
 # qweight along the inputs, of qzeros along the outputs, each zero less one.
-# ================================================================================================
 
 # The name that transformers knows these classes by; its own loader of gptq wants the libraries.
 UNPACKING = "gptq_unpacked"
@@ -3312,13 +3276,11 @@ def unpacking(settings: Mapping[str, object]) -> dict[str, object]:
 
 # ================================================================================================
 # models/placement.py
-#
 # Which part of a model stands on which device, where one device cannot hold it: layers in their order, work in balance.
 #
 # A split model runs at the speed of its slower device. Its layers are shared out evenly, as far as the devices' memory allows;
 # embedding and head hardly compute, but take memory. The build places a model by the same functions (postprocess.memory).
 # Nothing here needs torch: sizes come from the headers of the package's safetensors files.
-# ================================================================================================
 
 # The name of a tensor in one of several modules of a list.
 NUMBERED = re.compile(r"^(.+?)\.(\d+)\.")
@@ -3481,7 +3443,6 @@ def split_over(
 
 # ================================================================================================
 # models/pipeline.py
-#
 # A split model has a batch in flight on each of its devices: while the second computes one, the first has the next.
 #
 # A stage is the layers on one device. A batch leaves its stage once the device has computed it and the next stage is free, so
@@ -3490,7 +3451,6 @@ def split_over(
 # Each batch in flight has a CUDA stream of its own on every device. PyTorch's copy from one GPU to another makes the current
 # streams of both wait for each other, and accelerate copies masks and positions anew for every layer of a later stage: on one
 # stream, the first GPU's next batch would stand in the queue behind copies that wait for the second GPU.
-# ================================================================================================
 
 
 class Stages:
