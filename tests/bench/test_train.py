@@ -27,10 +27,10 @@ def test_all_contenders_train_the_same_model_on_the_same_rows(tmp_path, tiny_mod
     # In random order all take the same rows at each step, so that the curves are the same.
     for name in ("trl", "trainer"):
         for figure in ("losses", "held_out_before", "held_out_after"):
-            assert runs[name][figure] == pytest.approx(runs["ours"][figure], abs=1e-6)
+            assert runs[name][figure] == pytest.approx(runs["ours"][figure], abs=5e-7)
         assert runs[name]["padding"] > 1.1
     assert runs["ours"]["padding"] == 1
-    assert runs["ours"]["held_out_after"] != pytest.approx(runs["ours"]["held_out_before"], abs=5e-6)
+    assert runs["ours"]["held_out_after"] != pytest.approx(runs["ours"]["held_out_before"], abs=2e-6)
 
     ours = bench.format_table(results).splitlines()[-1]
     assert ours.startswith("| ours | random | ")

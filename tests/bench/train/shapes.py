@@ -12,10 +12,10 @@ import click
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from postprocess.memory.base_model import read_records
 from preprocess.core.errors import exits_with_2
 from preprocess.core.files import read_yaml, write_json
 from recipes.pairwise.config.recipe_files import find_recipe
+from recipes.pairwise.memory.base_model import read_records
 from tests import tiny
 from tests.bench.processes import in_process
 from tests.bench.train import work
