@@ -187,6 +187,7 @@ def assemble_runtime() -> str:
 
 def format_source(source: str) -> str:
     """Merge and sort the imports of Python source and lay it out, both by ruff."""
+    # The options leave out any ruff.toml, so that a kernel is the same wherever it is built.
     for command in (["check", "--select", "I", "--fix"], ["format"]):
         ruff = [find_ruff_bin(), *command, "--isolated", "--line-length", LINE_WIDTH, "-"]
         done = subprocess.run(ruff, input=source, capture_output=True, encoding="utf-8", check=True)

@@ -72,6 +72,7 @@ def describe_spec(path: Path) -> list[str]:
 def describe_package(fit: Fit, spec: Spec) -> tuple[str, str, str, str, str]:
     """Describe a package: its run, the base model's name, its approach, its bits, and GiB on a GPU."""
     run = fit.package.run
+    # The weights of an ensemble stand before its packages.
     if len(spec.packages) > 1:
         run = f"{fit.package.weight:g} × {run}"
 

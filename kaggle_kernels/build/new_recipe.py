@@ -181,6 +181,7 @@ def check_name(name: str, paths: Sequence[Path]) -> None:
 
 def list_linear_names(model: torch.nn.Module) -> list[str]:
     """List the names of a base model's linear layers, each once, in the model's order."""
+    # The layers of a model repeat the same names.
     names = []
     for path, module in model.base_model.named_modules():
         name = path.rpartition(".")[2]

@@ -182,6 +182,7 @@ class Spec(_Strict):
     @field_validator("title")
     @classmethod
     def _check_slug_length(cls, title: str) -> str:
+        # Kaggle makes the slug of the title, and refuses a short one.
         slug = slugify(title)
         if len(slug) < SHORTEST_TITLE:
             raise ValueError(

@@ -109,6 +109,7 @@ def plan_training(base: BaseModel, lora_targets: Sequence[str], head: str) -> Tr
 
 def plan_serving(base: BaseModel, head: str, budget_tokens: int) -> Serving | None:
     """Choose the format in which two T4s serve a model; None where they cannot hold it."""
+    # The first format that fits is taken: the fastest stands first.
     for quantize, placement, tokens_per_batch in SERVINGS:
         served = Served(base, head, quantize, softcap=False, budget_tokens=budget_tokens)
         if placement == "split" and base.is_encoder:
