@@ -68,6 +68,7 @@ def make_labels(recipe: Recipe, only_run: str | None = None, ray_workers: int = 
     for teacher_run in teacher_runs:
         tables[teacher_run.name] = score_with_run(teacher_run, pairs, pairs_sha256, ray_workers)
         records[teacher_run.name] = describe_run(teacher_run)
+    # The same file whichever process has scored which chunk.
     labels = average_runs(tables)
     with atomic_file(folder / LABELS) as temporary:
         labels.write_parquet(temporary)

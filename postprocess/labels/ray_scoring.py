@@ -32,6 +32,7 @@ class RayScorer:
             project: The folder that the recipe's paths are relative to.
             recipe: The recipe, with the folder of the run.
         """
+        # A worker starts in a folder of Ray's.
         os.chdir(project)
         self.scorer = ChunkScorer(read_run(recipe))
 
@@ -69,6 +70,7 @@ def score_with_ray(run: Run, chunks: Sequence[Chunk], workers: int) -> Iterator[
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
+    # With GPUs, one worker holds one; without, a worker takes a core.
     device = "GPU" if "GPU" in ray.cluster_resources() else "CPU"
     devices = int(ray.cluster_resources().get(device, 0))
     if workers > devices:
@@ -91,6 +93,7 @@ def score_with_ray(run: Run, chunks: Sequence[Chunk], workers: int) -> Iterator[
 
 def make_item(chunk: Chunk) -> dict:
     """Pack a chunk for Ray Data, whose rows hold plain values."""
+    # Lists of turns survive as Arrow's own format.
     buffer = io.BytesIO()
     chunk.rows.write_ipc(buffer)
     return {"file": str(chunk.file), "rows": buffer.getvalue()}

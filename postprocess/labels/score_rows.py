@@ -48,6 +48,7 @@ class ChunkScorer:
             UserError: A probability is not finite.
         """
         run = self.run
+        # The run's own code makes the token ids, as in training.
         pairs = [run.model_input.pair_from_row(row) for row in chunk.rows.iter_rows(named=True)]
         try:
             column = score_column(run.folder.name, self.model, run, self.tokenizer, pairs)
@@ -83,6 +84,7 @@ def score_rows(
     prepare_folder(folder, key)
     chunks = list_chunks(rows, folder)
     missing_chunks = [chunk for chunk in chunks if not chunk.file.is_file()]
+    # An interrupted call has left the other chunks.
     rows_missing = sum(len(chunk.rows) for chunk in missing_chunks)
 
     # Nothing is loaded where every chunk is there already.
