@@ -4,6 +4,7 @@ It checks the grouping, with which it shares no search: prefix filtering here pr
 none, exact Jaccard decides. `python -m preprocess` writes nothing before it has passed.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,35 +78,56 @@ def find_leaks(
     # The index wants the shortest texts first.
     by_size = np.argsort(counts.size, kind="stable")
     positions = positions[by_size]
-    sizes = counts.size[by_size]
+    counts = GramCounts(counts.size[by_size], counts.frequency)
     # Files outside of the folds are one place, for they may share prompts.
     places_by_size = np.maximum(places[positions], -1).astype(np.int16)
+    texts_by_size = texts.gather(positions)
 
     leaks = []
     compared = 0
     closest = 0.0
-    for window in split_by_size(sizes, threshold):
-        members = slice(window.begin, window.end)
-        texts_of_window = texts.gather(positions[members])
-        counts_of_window = GramCounts(sizes[members], counts.frequency)
-        index = build_prefix_index(
-            texts_of_window, counts_of_window, places_by_size[members], threshold, track
-        )
-
-        for longer, shorter in find_candidates(index, threshold, window.first_longer, track):
+    for window in split_by_size(counts.size, threshold):
+        for longer, shorter in _find_pairs(
+            window, texts_by_size, places_by_size, counts, threshold, track
+        ):
             compared += 1
-            similarity = fast_jaccard(texts_of_window[longer], texts_of_window[shorter])
+            similarity = fast_jaccard(texts_by_size[longer], texts_by_size[shorter])
             if similarity < threshold:
                 closest = max(closest, similarity)
                 continue
 
-            pair = positions[[window.begin + longer, window.begin + shorter]]
-            first = int(pair.min())
-            second = int(pair.max())
+            first = int(min(positions[longer], positions[shorter]))
+            second = int(max(positions[longer], positions[shorter]))
             leaks.append(Leak(first, second, jaccard(texts[first], texts[second])))
 
     leaks.sort(key=lambda leak: (-leak.similarity, leak.first, leak.second))
     return LeakReport(tuple(leaks), compared, closest)
+
+
+def _find_pairs(
+    window: Window,
+    texts: pl.Series,
+    places: np.ndarray,
+    counts: GramCounts,
+    threshold: float,
+    track: Track,
+) -> Iterator[tuple[int, int]]:
+    """Yield the longer and the shorter text of each pair of a window that may reach the threshold.
+
+    Args:
+        window: The texts to compare.
+        texts: All texts, those with the fewest n-grams first.
+        places: Of each text.
+        counts: Of all texts.
+        threshold: The Jaccard similarity.
+        track: Shows the progress.
+    """
+    # The index of one window is gone when that of the next is built.
+    members = slice(window.begin, window.end)
+    counts_of_members = GramCounts(counts.size[members], counts.frequency)
+    index = build_prefix_index(texts[members], counts_of_members, places[members], threshold, track)
+    for longer, shorter in find_candidates(index, threshold, window.first_longer, track):
+        yield window.begin + longer, window.begin + shorter
 
 
 def split_by_size(sizes: np.ndarray, threshold: float) -> list[Window]:
