@@ -267,6 +267,7 @@ def count_accumulation_steps(pairs_per_step: int, micro_batch_size: int, gpus: i
         UserError: The pairs cannot be shared out evenly.
     """
     pairs_at_once = micro_batch_size * gpus
+    # Each GPU takes as many micro-batches as the others.
     if pairs_per_step % pairs_at_once == 0:
         return pairs_per_step // pairs_at_once
 

@@ -133,6 +133,7 @@ class HardwareBlock(_Strict):
 class PairwiseBlock(_Strict):
     """The `pairwise:` block of a recipe."""
 
+    # What is trained on, and what the model answers.
     pairs: str = Field(
         "data/pairs.parquet",
         min_length=1,
@@ -155,6 +156,8 @@ class PairwiseBlock(_Strict):
     train: bool = Field(
         True, description="false: the base model is packaged as it is by python -m postprocess"
     )
+
+    # How a pair becomes a sequence.
     template: TemplateName | TemplateBlock = Field(
         description="gemma, llama3, chatml, phi4 or bert; or start, turn and end spelled out"
     )
@@ -165,6 +168,8 @@ class PairwiseBlock(_Strict):
     orders: Literal["as_given", "random", "both"] = Field(
         "both", description="the orders of a pair in training; both stand in one micro-batch"
     )
+
+    # What makes up a step.
     hardware: HardwareBlock | None = Field(
         None, description="the GPUs that the recipe is for: {gpus: 8, gib: 80}"
     )
@@ -172,6 +177,8 @@ class PairwiseBlock(_Strict):
         None,
         description="pairs of a step over all GPUs: gradient_accumulation_steps follows from it, for any number of GPUs",
     )
+
+    # What is learnt from beside the votes.
     distill: DistillBlock | None = Field(None, description="learn from the labels of teachers too")
     tokens_per_micro_batch: int | None = Field(
         None,
@@ -183,6 +190,8 @@ class PairwiseBlock(_Strict):
         False,
         description="no padding: the sequences of a micro-batch stand in one row, and none sees another",
     )
+
+    # What changes the loss, and the weights that the run ends with.
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description="mixes the labels with the uniform distribution"
     )
@@ -201,6 +210,8 @@ class PairwiseBlock(_Strict):
         lt=1,
         description="the run's weights are a moving average over its steps, e.g. 0.999",
     )
+
+    # What the packaged model has to have too.
     softcap: bool = Field(
         False,
         description="Gemma-2's soft cap of attention logits; needs eager or flash_attention_2",
