@@ -249,7 +249,8 @@ def measure_loss(model: nn.Module, rows: Dataset, padding_free: bool) -> float:
     losses = []
 
     for row in rows:
-        pair = {"sequences": [row["chosen_ids"], row["rejected_ids"]], "labels": [1, 0], "weight": 1}
+        sequences = [row["chosen_ids"], row["rejected_ids"]]
+        pair = {"id": "", "sequences": sequences, "labels": [1, 0], "weight": 1}
         batch = BatchEncoding(collate([pair])).to(model.device)
         del batch["labels"], batch["weight"]
         chosen, rejected = model(**batch).logits.flatten()
