@@ -23,7 +23,8 @@ def test_a_wsdm_rehearsal_gives_every_id_once_and_is_scored_by_id(workplace, tmp
     right = (submission["winner"] == rows["winner"]).mean()
     measured = read_json("results/rehearsal.json")
     assert measured["accuracy"] == pytest.approx(right)
-    assert f"accuracy {right:.4f}, log loss {measured['log_loss']:.4f} on 30 judged rows" in done.output
+    line = f"accuracy {right:.4f}, log loss {measured['log_loss']:.4f}, Brier score {measured['brier_score']:.4f} on 30"
+    assert f"{line} judged rows" in done.output
     record = read_json("results/kernel.json")
     assert (record["rows"], record["scored"], record["versions"]["transformers"]) == (30, 30, "5.0.0")
     scores = pl.read_parquet("results/scores.parquet")
