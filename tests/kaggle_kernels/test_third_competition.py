@@ -11,7 +11,7 @@ from kaggle_kernels.build.spec import read_spec
 from preprocess.competitions import COMPETITIONS, Competition
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_json
-from preprocess.sources.reader import read_prompts, read_rows
+from preprocess.sources.reader import read_batches, read_prompts
 from tests import tiny
 from tests.kaggle_kernels.packages import rehearse, write_manifest, write_recipe, write_spec
 
@@ -59,7 +59,7 @@ def test_a_third_competition_is_read_built_and_rehearsed_by_its_entry_alone(duel
     pl.concat([test_rows, twin]).write_csv("test.csv")
 
     # preprocess
-    read = read_rows("train.csv")
+    [read] = read_batches("train.csv")
     assert read["winner"].to_list() == pairs["winner"].to_list()
     assert read["prompt"].to_list() == [[prompt, "again"] for prompt in pairs["prompt"]]
     assert read_prompts("test.csv")["prompt"].list.len().unique().to_list() == [2]
