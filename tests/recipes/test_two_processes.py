@@ -6,7 +6,7 @@ import numpy as np
 import polars as pl
 import pytest
 import yaml
-from datasets import load_from_disk
+from datasets import Dataset
 
 from preprocess.core.files import read_json
 from recipes.pairwise.data.token_budget import StepShape, TokenBudgetBatches
@@ -81,7 +81,8 @@ def test_unequal_micro_batches_of_two_processes_give_the_gradient_of_one_batch(s
     torchrun.train(double)
 
     run = tmp_path / "two/gemma2_cls"
-    lengths = load_from_disk(next(run.glob("prepared/*/train")))["length"]
+    prepared = next(run.glob("prepared/*/training.arrow"))
+    lengths = Dataset.from_file(str(prepared))["length"]
     shape = StepShape(mean_pairs=2, turns=2, processes=2, sequences_per_pair=2)
     micro_batches = TokenBudgetBatches(np.array(lengths), shape, 4096, seed=42)
     assert [len(rows) for rows in micro_batches] == [1, 1, 3, 3]
