@@ -17,6 +17,7 @@ from axolotl.common.datasets import TrainDatasetMeta
 from axolotl.integrations.base import BasePlugin
 from axolotl.loaders import load_tokenizer
 from axolotl.utils.trainer import calculate_total_num_steps
+from datasets import Dataset
 from transformers import set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -140,7 +141,7 @@ class PairwisePlugin(BasePlugin):
                 self.block.distill,
             )
             if self.block.tokens_per_micro_batch:
-                self.batches = self._plan_batches(cfg, np.array(train["length"]))
+                self.batches = self._plan_batches(cfg, train)
             checkpoints.check_resume(cfg, self.block, self.resolved)
 
         total_steps = cfg.max_steps or calculate_total_num_steps(cfg, train)
@@ -148,8 +149,13 @@ class PairwisePlugin(BasePlugin):
             train_dataset=train, eval_dataset=validation, total_num_steps=total_steps
         )
 
-    def _plan_batches(self, cfg, lengths_r: np.ndarray) -> TokenBudgetBatches:
+    def _plan_batches(self, cfg, train: Dataset) -> TokenBudgetBatches:
         """Plan the micro-batches of a recipe with a token budget."""
+        lengths_r = np.array(train["length"])
+        if self.block.padding_free:
+            # The shorter sequence of a pair is not padded to the longer one.
+            lengths_r = np.array(train["tokens"]) / 2
+
         has_two_sequences = self.block.head == "reward" or self.block.orders == "both"
         shape = StepShape(
             mean_pairs=cfg.micro_batch_size,

@@ -51,6 +51,8 @@ FEATURES = Features(
         "weight": Value("float32"),
         # Tokens of the longer sequence.
         "length": Value("int32"),
+        # Tokens of both sequences.
+        "tokens": Value("int32"),
     }
 )
 
@@ -234,6 +236,7 @@ def tokenise(
                 "teacher": teacher_rv[rows].tolist(),
                 "weight": weights_r[rows].tolist(),
                 "length": [max(len(first), len(second)) for first, second in sequences],
+                "tokens": [len(first) + len(second) for first, second in sequences],
             }
             writer.write_batch(columns)
             progress.update(len(chunk))

@@ -62,7 +62,8 @@ class TokenBudgetBatches(BatchSampler):
         """Plan the micro-batches.
 
         Args:
-            lengths: Tokens of the longer sequence of each pair, of shape (rows,).
+            lengths: Tokens of the longer sequence of each pair, of shape (rows,); without padding, the
+                mean of both.
             shape: What a step holds.
             budget: The most tokens of a micro-batch, padding included.
             seed: The run's seed.

@@ -54,6 +54,21 @@ def test_a_step_costs_at_most_a_twentieth_more_than_its_tokens_shared_evenly(pro
     assert 1.0 <= simulate_cost(batches, sequence_tokens) <= 1.05
 
 
+@pytest.mark.parametrize("processes", [1, 2, 8])
+def test_without_padding_a_step_of_unlike_responses_costs_no_more(processes):
+    longer_r = draw_lengths(3000)
+    shorter_r = longer_r * np.random.default_rng(1).uniform(0.1, 1, 3000)
+    tokens_r = longer_r + shorter_r.astype(int)
+    shape = StepShape(mean_pairs=2, turns=4, processes=processes, sequences_per_pair=2)
+    micro_batches = list(TokenBudgetBatches(tokens_r / 2, shape, BUDGET, seed=0))
+
+    cost = 0
+    for start in range(0, len(micro_batches), processes):
+        cost += max(tokens_r[rows].sum() for rows in micro_batches[start : start + processes])
+    real_tokens = tokens_r[np.concatenate(micro_batches)].sum()
+    assert 1.0 <= cost / (real_tokens / processes) <= 1.05
+
+
 @pytest.mark.parametrize(("rows", "processes"), [(3001, 1), (3001, 8), (5, 2)])
 def test_every_step_has_as_many_pairs_and_every_row_is_read_within_the_budget(rows, processes):
     batches = make_batches(rows, processes)
