@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from postprocess.pipeline import MOST_REPEATS, Options, package_mean, package_recipe
-from postprocess.run_folder import ADAPTER
+from postprocess.run_folder import ADAPTER_WEIGHTS
 from preprocess.core.errors import UserError, exits_with_2
 from recipes.pairwise.config.recipe_files import find_recipe
 from recipes.pairwise.config.schema import read_recipe
@@ -114,8 +114,8 @@ def parse_adapter(text: str) -> tuple[Path, float]:
         raise UserError(f"--adapter {text}: expected a weight above 0")
 
     path = Path(folder)
-    if not (path / ADAPTER[0]).is_file():
-        reason = f"no {ADAPTER[0]} there" if path.is_dir() else "no such folder"
+    if not (path / ADAPTER_WEIGHTS).is_file():
+        reason = f"no {ADAPTER_WEIGHTS} there" if path.is_dir() else "no such folder"
         raise UserError(f"--adapter {text}: {reason}; it takes the folder of a trained LoRA run")
     return path, number
 

@@ -22,7 +22,8 @@ from postprocess import stage_code
 from postprocess.package import package
 from postprocess.preparation import Preparation, import_torch
 from postprocess.run_folder import (
-    ADAPTER,
+    ADAPTER_SETTINGS,
+    ADAPTER_WEIGHTS,
     Run,
     find_base,
     hub_commit,
@@ -271,7 +272,9 @@ def make_average(recipe: Recipe, shares: Mapping[Path, float], rank: int | None)
     """Bring the run folder of a mean up to date, from the adapters of its member runs."""
     member_files = []
     for member in shares:
-        member_files += files_named([*RUN_FILES, *ADAPTER, "config.json"], member)
+        member_files += files_named(
+            [*RUN_FILES, ADAPTER_WEIGHTS, ADAPTER_SETTINGS, "config.json"], member
+        )
 
     shares_by_name = {str(member): share for member, share in shares.items()}
     stage = Stage(
@@ -279,7 +282,7 @@ def make_average(recipe: Recipe, shares: Mapping[Path, float], rank: int | None)
         "average",
         inputs=[*member_files, Path(recipe.pairwise.pairs)],
         settings={"shares": shares_by_name, "rank": rank},
-        outputs=files_named([*RUN_FILES, *ADAPTER], recipe.run_folder),
+        outputs=files_named([*RUN_FILES, ADAPTER_WEIGHTS, ADAPTER_SETTINGS], recipe.run_folder),
         code=stage_code.AVERAGE,
     )
     if skip_if_current(stage):

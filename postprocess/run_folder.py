@@ -26,7 +26,8 @@ from recipes.pairwise.config.earlier_runs import is_same_model
 from recipes.pairwise.config.schema import HOW_TO_GET_IT, Recipe
 
 HEADS = ("score", "label_tokens", "reward")
-ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_SETTINGS = "adapter_config.json"
 MODEL_PATTERN = "model*.safetensors*"
 BASE_FILES = ["model*.safetensors*", "*.json"]  # what is fetched of a base model
 
@@ -68,7 +69,9 @@ class Run:
         """Every file that decides the weights that are made of the run."""
         files = weight_files(self.weights)
         if self.has_adapter:
-            files += [self.folder / name for name in (*ADAPTER, "config.json")]
+            files += [
+                self.folder / name for name in (ADAPTER_WEIGHTS, ADAPTER_SETTINGS, "config.json")
+            ]
         return [*files, self.folder / "contract.json", *self.tokenizer_files()]
 
     def validation_files(self) -> list[Path]:
@@ -120,7 +123,7 @@ def find_adapter(folder: Path, recipe: Path) -> bool:
     Raises:
         UserError: It holds none of them, both, or weights without their configuration.
     """
-    has_adapter = (folder / ADAPTER[0]).is_file()
+    has_adapter = (folder / ADAPTER_WEIGHTS).is_file()
     has_model = any(folder.glob(MODEL_PATTERN))
     if has_adapter and has_model:
         raise UserError(
@@ -129,10 +132,10 @@ def find_adapter(folder: Path, recipe: Path) -> bool:
     if not has_adapter and not has_model:
         reason = "no such folder"
         if folder.is_dir():
-            reason = f"no {ADAPTER[0]} and no model.safetensors"
+            reason = f"no {ADAPTER_WEIGHTS} and no model.safetensors"
         raise UserError(f"{folder}: {reason}; train it first with axolotl train {recipe}")
 
-    configuration = ADAPTER[1] if has_adapter else "config.json"
+    configuration = ADAPTER_SETTINGS if has_adapter else "config.json"
     if not (folder / configuration).is_file():
         raise UserError(
             f"{folder}: weights without {configuration}; train it again with axolotl train {recipe}"
@@ -143,7 +146,7 @@ def find_adapter(folder: Path, recipe: Path) -> bool:
 def refuse_weights(recipe: Recipe) -> None:
     """Raise UserError where the run folder of a recipe with `train: false` holds the weights of a training."""
     folder = recipe.run_folder
-    weights = sorted([*folder.glob(ADAPTER[0]), *folder.glob(MODEL_PATTERN)])
+    weights = sorted([*folder.glob(ADAPTER_WEIGHTS), *folder.glob(MODEL_PATTERN)])
     if weights:
         raise UserError(
             f"{folder}: holds {weights[0].name} of a training, but {recipe.path} says train: false; "
@@ -200,8 +203,8 @@ def check_base_of_adapter(folder: Path, contract: Contract) -> None:
     adapter_base = adapter_settings(folder).get("base_model_name_or_path")
     if adapter_base and not is_same_model(adapter_base, contract.base_model):
         raise UserError(
-            f"{folder / ADAPTER[1]}: base_model_name_or_path is {adapter_base}, {folder / 'contract.json'} says base_model "
-            f"{contract.base_model}: an adapter of another base; put the run's own adapter back, or train again"
+            f"{folder / ADAPTER_SETTINGS}: base_model_name_or_path is {adapter_base}, "
+            f"{folder / 'contract.json'} says base_model {contract.base_model}: an adapter of another base; put the run's own adapter back, or train again"
         )
 
 
@@ -386,7 +389,7 @@ def adapter_settings(folder: Path) -> dict:
     Raises:
         UserError: The file is damaged.
     """
-    file = folder / ADAPTER[1]
+    file = folder / ADAPTER_SETTINGS
     settings = read_recorded_object(file)
     for key, types in ADAPTER_TYPES.items():
         value = settings.get(key)

@@ -135,17 +135,30 @@ def check_base_model(folder: Path, recipe: Recipe) -> None:
 
 
 def check_weight_bytes(folder: Path, fit: Fit) -> None:
-    """Raise UserError where the weights are larger than those that the kernel's memory was computed for."""
+    """Check that a package's weights are no larger than the base model of its recipe.
+
+    Whether a kernel's models fit the GPUs is computed from the recipe's base model. A package of a larger
+    one, trained with --base-model, would run out of memory on Kaggle.
+
+    Args:
+        folder: The package.
+        fit: The memory that was computed for it.
+
+    Raises:
+        UserError: The weights are larger.
+    """
     bytes_on_disk = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     bytes_computed = sum(weight_bytes(fit.served))
+    most_bytes = bytes_computed * EXCESS_RATIO + EXCESS_BYTES
+    if bytes_on_disk <= most_bytes:
+        return
 
-    if bytes_on_disk > bytes_computed * EXCESS_RATIO + EXCESS_BYTES:
-        trained_from = read_object(folder / "contract.json").get("base_model")
-        raise UserError(
-            f"{folder}: {bytes_on_disk / GIB:.1f} GiB of weights, {fit.recipe.path} comes to "
-            f"{bytes_computed / GIB:.1f}, which the kernel's memory was computed for; it was packaged "
-            f"from {trained_from}: make that the base_model, and build"
-        )
+    trained_from = read_object(folder / "contract.json").get("base_model")
+    raise UserError(
+        f"{folder}: {bytes_on_disk / GIB:.1f} GiB of weights, {fit.recipe.path} comes to "
+        f"{bytes_computed / GIB:.1f}, which the kernel's memory was computed for; it was packaged "
+        f"from {trained_from}: make that the base_model, and build"
+    )
 
 
 def build_of(kernel: Path, packages: Mapping[str, Path]) -> dict:

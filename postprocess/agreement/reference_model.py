@@ -14,7 +14,7 @@ from transformers import BitsAndBytesConfig
 from kaggle_kernels.runtime.models.model import CLASSES
 from kaggle_kernels.runtime.models.shortcuts import keep_label_rows
 from postprocess.agreement.devices import place_checkpoint
-from postprocess.run_folder import ADAPTER, Run
+from postprocess.run_folder import ADAPTER_WEIGHTS, Run
 from postprocess.weights.meta_model import LABELLED, model_config, read_config
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_object
@@ -120,6 +120,6 @@ def trained_quantization(run: Run) -> dict | None:
         if run.recipe.axolotl.get(key) and not settings:
             raise UserError(
                 f"{config_file}: records no quantization_config, though {run.recipe.path.name} says {key}; "
-                f"the adapter in {ADAPTER[0]} is from another training: train again"
+                f"the adapter in {ADAPTER_WEIGHTS} is from another training: train again"
             )
     return settings

@@ -24,7 +24,8 @@ from kaggle_kernels.runtime.package import read_tokenizer
 from postprocess.agreement.model_scores import score_column
 from postprocess.agreement.reference_model import load_trained
 from postprocess.run_folder import (
-    ADAPTER,
+    ADAPTER_SETTINGS,
+    ADAPTER_WEIGHTS,
     Run,
     adapter_settings,
     check_recipe,
@@ -159,7 +160,7 @@ def average(recipe: Recipe, shares: Mapping[Path, float], rank: int | None) -> N
     # The contract comes after the adapter, for which it vouches.
     truncation = write_adapter(folder, members, rank)
     shutil.copyfile(first / "contract.json", folder / "contract.json")
-    print_summary(members, read_object(folder / ADAPTER[1])["r"], truncation, rank)
+    print_summary(members, read_object(folder / ADAPTER_SETTINGS)["r"], truncation, rank)
 
     base = find_base(contract.base_model, contract.revision)
     run = Run(recipe, folder, contract, model_input, base, has_adapter=True)
@@ -186,7 +187,7 @@ def check_members(members: Sequence[Member], mean_folder: Path) -> None:
             raise UserError(
                 f"--adapter {member.folder}: the mean is written there; name the runs that it is the mean of"
             )
-        for name in (*ADAPTER, "contract.json", "model_input.py"):
+        for name in (ADAPTER_WEIGHTS, ADAPTER_SETTINGS, "contract.json", "model_input.py"):
             if not (member.folder / name).is_file():
                 raise UserError(
                     f"{member.folder}: no {name}; --adapter takes the folder of a trained LoRA run"
@@ -220,7 +221,7 @@ def check_alike(first: Path, other: Path) -> None:
     first_is_tied = bool(adapter_settings(first).get("ensure_weight_tying"))
     other_is_tied = bool(adapter_settings(other).get("ensure_weight_tying"))
     if first_is_tied != other_is_tied:
-        raise UserError(f"{other / ADAPTER[1]}: ensure_weight_tying is not that of {first}")
+        raise UserError(f"{other / ADAPTER_SETTINGS}: ensure_weight_tying is not that of {first}")
 
     # A QLoRA adapter corrects the rounding of its base too.
     if read_quantization(first) != read_quantization(other):
@@ -254,7 +255,7 @@ def write_adapter(folder: Path, members: Sequence[Member], rank: int | None) -> 
     with contextlib.ExitStack() as stack:
         adapters = []
         for member in members:
-            tensors = stack.enter_context(open_tensors(member.folder / ADAPTER[0]))
+            tensors = stack.enter_context(open_tensors(member.folder / ADAPTER_WEIGHTS))
             adapters.append(read_member(member, tensors))
         check_whole_tensors(adapters)
 
@@ -271,10 +272,10 @@ def write_adapter(folder: Path, members: Sequence[Member], rank: int | None) -> 
             mean_tensors[name] = average_tensor(adapters, name)
 
     # The settings come after the weights that they describe.
-    with atomic_file(folder / ADAPTER[0]) as temporary:
+    with atomic_file(folder / ADAPTER_WEIGHTS) as temporary:
         save_file(mean_tensors, temporary, metadata={"format": "pt"})
     settings = [adapter_settings(member.folder) for member in members]
-    write_json(folder / ADAPTER[1], make_settings(settings, ranks))
+    write_json(folder / ADAPTER_SETTINGS, make_settings(settings, ranks))
     return truncation
 
 
@@ -297,7 +298,7 @@ def read_member(member: Member, tensors: Tensors) -> MemberAdapter:
         UserError: It is no adapter of PEFT's, or of a kind that has no mean.
     """
     settings = adapter_settings(member.folder)
-    check_settings(settings, member.folder / ADAPTER[1])
+    check_settings(settings, member.folder / ADAPTER_SETTINGS)
     if settings.get("use_dora"):
         raise UserError(
             f"{tensors.path}: was trained with DoRA, which rescales rows: no adapter is the mean of that; train with "

@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear, LoraLayer
 
-from postprocess.run_folder import ADAPTER, adapter_settings
+from postprocess.run_folder import ADAPTER_SETTINGS, ADAPTER_WEIGHTS, adapter_settings
 from postprocess.weights.checkpoint_reader import open_tensors
 from preprocess.core.errors import UserError
 from recipes.pairwise.config.axolotl_keys import LORA_INITIALISATIONS
@@ -70,33 +70,49 @@ def load_adapter(run_folder: Path, model: torch.nn.Module) -> Adapter:
     Raises:
         UserError: The adapter is not for this model, is not complete, or cannot be merged.
     """
-    file = run_folder / ADAPTER[0]
+    file = run_folder / ADAPTER_WEIGHTS
     settings = adapter_settings(run_folder)
-    check_settings(settings, run_folder / ADAPTER[1])
+    check_settings(settings, run_folder / ADAPTER_SETTINGS)
+    # The matrices A and B of each layer, and whole tensors that were trained in place of the base's.
     low_rank_parts, replacements = read_adapter_file(file)
 
-    # PEFT builds its layers by the settings. What is then in the file and not in the layers, or the
-    # reverse, shows that the two do not belong together.
+    peft_model = load_low_rank_parts(model, settings, low_rank_parts, file)
+    # Nothing must be missing: PEFT would merge a layer without its change.
+    layers = find_layers(peft_model)
+    check_complete(layers, file)
+    return Adapter(file, layers, replacements)
+
+
+def load_low_rank_parts(
+    model: torch.nn.Module,
+    settings: Mapping[str, object],
+    low_rank_parts: Mapping[str, torch.Tensor],
+    file: Path,
+) -> PeftModel:
+    """Build PEFT's layers by the adapter's settings, and give them the matrices of its file.
+
+    Raises:
+        UserError: PEFT cannot build them on this model, or the file has matrices that no layer takes.
+    """
     architecture = type(model).__name__
     try:
         peft_model = build_peft_model(model, settings)
         loaded = peft_model.load_state_dict(low_rank_parts, strict=False, assign=True)
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
-        reason = " ".join(str(error).splitlines()[-1].split())
+        # The last line of PEFT's message says what is wrong.
+        last_line = str(error).splitlines()[-1]
+        reason = " ".join(last_line.split())[:200]
         raise UserError(
-            f"{file}: PEFT cannot put it on {architecture} ({reason[:200]}): an adapter of another base, or of "
-            f"other settings than {ADAPTER[1]}"
+            f"{file}: PEFT cannot put it on {architecture} ({reason}): an adapter of another base, or of "
+            f"other settings than {ADAPTER_SETTINGS}"
         ) from None
 
     if loaded.unexpected_keys:
         raise UserError(
-            f"{file}: {loaded.unexpected_keys[0]} is not part of {architecture} with the settings of {ADAPTER[1]}: "
-            "an adapter of another base"
+            f"{file}: {loaded.unexpected_keys[0]} is not part of {architecture} with the settings of "
+            f"{ADAPTER_SETTINGS}: an adapter of another base"
         )
-    # Nothing must be missing: PEFT would merge a layer without its change.
-    layers = find_layers(peft_model)
-    check_complete(layers, file)
-    return Adapter(file, layers, replacements)
+    return peft_model
 
 
 def build_peft_model(model: torch.nn.Module, settings: Mapping[str, object]) -> PeftModel:

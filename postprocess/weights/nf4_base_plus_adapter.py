@@ -15,7 +15,7 @@ from transformers import BitsAndBytesConfig
 
 from kaggle_kernels.runtime.models.model import LORA
 from postprocess.agreement.reference_model import trained_quantization
-from postprocess.run_folder import ADAPTER, Run, adapter_settings
+from postprocess.run_folder import ADAPTER_WEIGHTS, Run, adapter_settings
 from postprocess.weights.bnb_quantize import quantization_config
 from postprocess.weights.checkpoint_reader import Tensors, open_tensors
 from postprocess.weights.merge import Form, merge
@@ -46,7 +46,7 @@ def unmerged(run: Run, out: Path, key: str = "") -> None:
 
 def copy_adapter(run_folder: Path, out: Path) -> None:
     """Copy a run's adapter in float16, with the settings that loading needs."""
-    with open_tensors(run_folder / ADAPTER[0]) as tensors:
+    with open_tensors(run_folder / ADAPTER_WEIGHTS) as tensors:
         save_file(lora_tensors(tensors), out / LORA[1], metadata={"format": "pt"})
     write_json(out / LORA[0], lora_config(adapter_settings(run_folder)))
 

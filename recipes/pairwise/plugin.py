@@ -23,8 +23,10 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from preprocess.core import ledger
 from preprocess.core.errors import UserError
+from preprocess.model_input import Contract
 from recipes.pairwise.config import run_config
 from recipes.pairwise.config.earlier_runs import choose_head_start
+from recipes.pairwise.config.schema import PairwiseBlock
 from recipes.pairwise.contract import new_contract, record_training, write_contract
 from recipes.pairwise.data.collators import PADDED_TO_MULTIPLE_OF, PairCollator
 from recipes.pairwise.data.datasets import datasets_of
@@ -60,16 +62,22 @@ class PairwisePlugin(BasePlugin):
     def __init__(self):
         super().__init__()
         self.started = time.monotonic()
-        self.recipe = None
+
+        # Set by `register`, from the recipe and the base model's configuration.
+        self.recipe: Path | None = None
         self.resolved = None  # the recipe's keys as they run: see recipe_copy.resolve_recipe
-        self.begun_from: dict = {}  # the recipe's hash and the git state at the beginning, for the ledger
-        self.block = None
+        self.begun_from: dict = {}  # for the ledger: the recipe's hash and the git state
+        self.block: PairwiseBlock | None = None
         self.model_config = None
         self.earlier_run = None  # the run that this one goes on from
-        self.head_start = None
-        self.contract = None
+        self.head_start = None  # whether the base model's head is kept
+
+        # Set by `load_datasets`.
+        self.contract: Contract | None = None
         self.batches: TokenBudgetBatches | None = None  # where the recipe has a token budget
-        self.trainer = None
+
+        # Set by `post_trainer_create` and `post_train`.
+        self.trainer: PairwiseTrainer | None = None
         self.has_predicted = False
         self.is_complete = False
 

@@ -64,23 +64,39 @@ def separate_texts(begin: str, separator: str, head: str) -> Template:
 
 
 def derive_chat_template(tokenizer, head: str, verdicts: Sequence[str]) -> Template:
-    """Derive a template from a chat template, so that one turn reads as the model's own."""
-    text = render(tokenizer, CONVERSATION, generates=False)
-    before, _, between, last_answer, after = split_at_texts(text, TEXTS)
+    """Derive a template from the tokenizer's chat template, so that one turn reads as the model's own.
 
-    # What stands before every prompt, and what only the conversation begins or a turn ends with.
-    user = common_ending(before, between)
-    begin = before.removesuffix(user)
-    turn_end = between.removesuffix(user)
-
+    For a reward model that is the whole conversation. The other heads need only what stands before
+    and after the user's words, where the model begins to answer.
+    """
     if head == "reward":
-        # Some templates write the last answer otherwise, as Qwen3's with its empty thoughts.
-        template = build_template(Chat(begin, user, last_answer, turn_end), head, verdicts)
-        return Template(template.start, template.turn, after.removeprefix(turn_end))
+        return derive_conversation_template(tokenizer, verdicts)
 
-    prompt_text = render(tokenizer, CONVERSATION[:1], generates=True)
-    before, answer = split_at_texts(prompt_text, TEXTS[:1])
-    return build_template(Chat("", before, answer, ""), head, verdicts)
+    only_prompt = CONVERSATION[:1]
+    text = render(tokenizer, only_prompt, generates=True)
+    before_prompt, before_answer = split_at_texts(text, TEXTS[:1])
+    return build_template(Chat("", before_prompt, before_answer, ""), head, verdicts)
+
+
+def derive_conversation_template(tokenizer, verdicts: Sequence[str]) -> Template:
+    """Derive a reward model's template, which repeats a turn of prompt and response.
+
+    A rendered conversation of two turns reads: begin, user, prompt, …, response, turn end, user, prompt, …,
+    response, turn end. Of these, only `user` stands before both prompts.
+    """
+    text = render(tokenizer, CONVERSATION, generates=False)
+    parts = split_at_texts(text, TEXTS)
+    before_first_prompt, _, between_turns, before_last_response, after_last_response = parts
+
+    user = common_ending(before_first_prompt, between_turns)
+    begin = before_first_prompt.removesuffix(user)
+    turn_end = between_turns.removesuffix(user)
+
+    # Some templates write the last answer otherwise, as Qwen3's with its empty thoughts.
+    chat = Chat(begin, user, before_last_response, turn_end)
+    template = build_template(chat, "reward", verdicts)
+    end = after_last_response.removeprefix(turn_end)
+    return Template(template.start, template.turn, end)
 
 
 def render(tokenizer, conversation: Sequence[dict], generates: bool) -> str:

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 
 from recipes.pairwise.memory.base_model import LAYER_NUMBER, NF4_BYTES, BaseModel, Weight
 
+FLOAT32_BYTES = 4
+
 GIB = 2**30
 
 
@@ -101,23 +103,30 @@ class StepMemory:
 
 
 def count_step_memory(step: TrainingStep) -> StepMemory:
-    """Count what each GPU holds during a step."""
+    """Count what each GPU holds during a step, in bytes."""
     trained = count_trained_weights(step)
     gradients = trained * step.trained_weight_bytes
     optimizer = trained * step.moment_bytes
-    if step.zero:
-        optimizer += 4 * trained
 
-    # Each stage of ZeRO divides more. Without it, every GPU holds all, and DDP a copy of the gradients.
+    if step.zero is None:
+        # DDP holds a second copy of the gradients, which it sums over the GPUs.
+        if step.gpus > 1:
+            gradients *= 2
+    else:
+        # DeepSpeed's optimizer keeps the trained weights in float32 as well.
+        optimizer += trained * FLOAT32_BYTES
+
+    # ZeRO-1 shares the optimizer's state out among the GPUs, ZeRO-2 the gradients too.
     if step.zero_stage >= 1:
         optimizer //= step.gpus
     if step.zero_stage >= 2:
         gradients //= step.gpus
-    if step.zero is None and step.gpus > 1:
-        gradients *= 2
     if step.zero and step.zero.offloads_optimizer:
         optimizer = 0
-    return StepMemory(count_weight_bytes(step), gradients, optimizer, count_activation_bytes(step))
+
+    weights = count_weight_bytes(step)
+    activations = count_activation_bytes(step)
+    return StepMemory(weights, gradients, optimizer, activations)
 
 
 def list_weights(step: TrainingStep) -> list[Weight]:
