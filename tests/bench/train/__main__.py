@@ -67,7 +67,7 @@ CONTENDERS = {
 @click.command()
 @click.option("--pairs", type=click.Path(path_type=Path), default="data/pairs.parquet")
 @click.option("--base", default=BASE, help="MiniLM's folder, on a machine without network.")
-@click.option("--trained", default=48, show_default=True, help="Pairs of a run.")
+@click.option("--trained", default=64, show_default=True, help="Pairs of a run.")
 @click.option("--rounds", default=3, show_default=True, help="Turns of each contender.")
 @exits_with_2
 def main(pairs: Path, base: str, trained: int, rounds: int) -> None:

@@ -36,8 +36,8 @@ PLAIN = {
     "group_by_length": None,
     "gradient_checkpointing": False,
     "micro_batch_size": 2,
-    "gradient_accumulation_steps": 4,
-    "pairwise": {"head": "reward", "orders": None},
+    "gradient_accumulation_steps": None,
+    "pairwise": {"head": "reward", "orders": None, "hardware": None, "pairs_per_step": 8},
 }
 ADAPTERS = {
     "LoRA": {"adapter": "lora"},
