@@ -53,9 +53,8 @@ def test_a_third_competition_is_read_built_and_rehearsed_by_its_entry_alone(duel
     in_duel_layout(pairs).write_csv("train.csv")
     test_rows = in_duel_layout(tiny.pairs(12, seed=9))
     # The same turns in another spelling, which only JSON's reader takes for the same.
-    twin = test_rows.head(1).with_columns(
-        pl.col("prompt", "response_a").str.replace('["', '[ "', literal=True), id=pl.lit("twin")
-    )
+    spaced_turns = pl.col("prompt", "response_a").str.replace_all('", "again"]', '" , "again" ]', literal=True)
+    twin = test_rows.head(1).with_columns(spaced_turns, id=pl.lit("twin"))
     pl.concat([test_rows, twin]).write_csv("test.csv")
 
     # preprocess
