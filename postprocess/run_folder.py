@@ -204,7 +204,8 @@ def check_base_of_adapter(folder: Path, contract: Contract) -> None:
     if adapter_base and not is_same_model(adapter_base, contract.base_model):
         raise UserError(
             f"{folder / ADAPTER_SETTINGS}: base_model_name_or_path is {adapter_base}, "
-            f"{folder / 'contract.json'} says base_model {contract.base_model}: an adapter of another base; put the run's own adapter back, or train again"
+            f"{folder / 'contract.json'} says base_model {contract.base_model}: "
+            "an adapter of another base; put the run's own adapter back, or train again"
         )
 
 

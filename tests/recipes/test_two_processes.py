@@ -72,7 +72,7 @@ def test_unequal_micro_batches_of_two_processes_give_the_gradient_of_one_batch(s
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     single = comparable.twin("gemma2_cls", tmp_path / "one", tiny_models("gemma2"), rows=10)
-    make_one_step(single, {}, micro_batch_size=8, gradient_accumulation_steps=1)
+    make_one_step(single, {}, micro_batch_size=8)
     ended = forked.axolotl("train", single)
     assert ended.code == 0, ended.output[-3000:]
 
