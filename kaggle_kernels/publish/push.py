@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from kaggle_kernels.build.bundle import kernel_folder
 from kaggle_kernels.build.ensemble_weights import measure_ensemble
 from kaggle_kernels.build.packages import package_folder, spec_folder
-from kaggle_kernels.build.spec import read_spec
+from kaggle_kernels.build.spec import Spec, read_spec
 from kaggle_kernels.publish.client import Kaggle, Pace, Refused, Unanswered, connect
 from kaggle_kernels.publish.datasets import publish_dataset
 from kaggle_kernels.publish.kernels import (
@@ -36,6 +36,7 @@ from preprocess.core.durations import format_duration
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_object, sha256, write_json
 
+LOCKBOX = "lockbox.json"  # in a run's folder
 # Exists once Kaggle has refused owner/slug/VERSION: no push then names versions of datasets.
 PINS_REFUSED = WORK / "pins-refused"
 
@@ -240,6 +241,7 @@ def finish_push(kaggle: Kaggle, spec_path: Path, kernel: Kernel, record: PushRec
     if record.image and image != record.image:
         print(f"warning: {record}: runs in {image}, not in the last push's image {record.image}")
 
+    spec = read_spec(spec_path)
     ledger.record(
         "push",
         spec=spec_path.stem,
@@ -248,10 +250,22 @@ def finish_push(kaggle: Kaggle, spec_path: Path, kernel: Kernel, record: PushRec
         url=record.url,
         kernel_sha256=sha256(kernel_folder(spec_path) / CODE),
         datasets=record.datasets,
-        validation=measure_ensemble(read_spec(spec_path)),
+        validation=measure_ensemble(spec),
+        lockbox=read_lockbox(spec),
     )
     # Last, so that a push that is interrupted before is completed by the next one.
     write_record(spec_path, replace(record, image=image, is_finished=True))
+
+
+def read_lockbox(spec: Spec) -> dict | None:
+    """Read how the model of a spec scores the lockbox, which `pairwise labels` measures; None where it was not.
+
+    Of several models there is no measurement of all together.
+    """
+    if len(spec.packages) > 1:
+        return None
+    file = package_folder(spec.packages[0].run).parent / LOCKBOX
+    return read_object(file) if file.is_file() else None
 
 
 def print_pins(record: PushRecord, shown: Kernel) -> None:

@@ -1,6 +1,7 @@
 """`scores`: past submissions with what the ledger says of them and what Kaggle gave them, one table.
 
-CV is the competition's metric on the rows that training held out, of the kernel's models together, as push wrote it down.
+Lockbox is the competition's metric on rows that no model or teacher has seen, and CV that on the rows that training held out,
+of the kernel's models together. Both are as push wrote them down.
 """
 
 import math
@@ -19,7 +20,17 @@ from kaggle_kernels.publish.submit import list_submissions
 from preprocess.competitions import COMPETITIONS
 from preprocess.core import ledger
 
-COLUMNS = ("date (UTC)", "kernel", "commit", "recipe", "CV", "public", "private", "message")
+COLUMNS = (
+    "date (UTC)",
+    "kernel",
+    "commit",
+    "recipe",
+    "lockbox",
+    "CV",
+    "public",
+    "private",
+    "message",
+)
 
 
 def print_scores(competition_name: str, pace: Pace) -> None:
@@ -44,20 +55,20 @@ def print_scores(competition_name: str, pace: Pace) -> None:
 
 def describe_origin(
     submission: ApiSubmission, entries: Sequence[Mapping], metric: str
-) -> tuple[str, str, str, str]:
+) -> tuple[str, str, str, str, str]:
     """Look up in the ledger where a submission came from.
 
     Returns:
-        The cells kernel, commit, recipe and CV of its row; empty where the ledger does not say.
+        The cells kernel, commit, recipe, lockbox and CV of its row; empty where the ledger does not say.
     """
     # A submission that was made on another machine is in another ledger.
     submit = find_entry(entries, "submit", "submission_ref", str(submission.ref))
     if submit is None:
-        return "not in the ledger", "", "", ""
+        return "not in the ledger", "", "", "", ""
     kernel = f"{submit['kernel'].split('/')[-1]} {submit['kernel_version']}"
     push = find_push(entries, submit)
     if push is None:
-        return kernel, "", "", ""
+        return kernel, "", "", "", ""
 
     # Several packages, or the folds of one, may be of the same recipe.
     recipes = []
@@ -67,9 +78,15 @@ def describe_origin(
             if recipe not in recipes:
                 recipes.append(recipe)
 
+    lockbox = push.get("lockbox") or {}
     validation = push.get("validation") or {}
-    cv = format_score(validation.get(metric))
-    return kernel, shorten_commit(push, digits=7), "\n".join(recipes), cv
+    return (
+        kernel,
+        shorten_commit(push, digits=7),
+        "\n".join(recipes),
+        format_score(lockbox.get(metric)),
+        format_score(validation.get(metric)),
+    )
 
 
 def format_score(value: float | str | None) -> str:

@@ -11,7 +11,7 @@ from filelock import FileLock
 from kaggle_kernels.__main__ import main
 from kaggle_kernels.publish import push as publishing
 from preprocess.core import ledger
-from preprocess.core.files import sha256
+from preprocess.core.files import sha256, write_json
 from tests.fakes.kaggle.server import Fault, error_under_200
 from tests.kaggle_kernels.build.test_ensemble_weights import predictions, write_run
 from tests.kaggle_kernels.packages import flip_byte
@@ -70,10 +70,12 @@ def test_a_push_is_planned_made_and_then_has_nothing_to_do(spec, kaggle):
 
     write_run("two", predictions([0.9, 0.8, 0.2, 0.6], ["model_a", "model_a", "model_b", "model_b"]))
     shutil.copyfile(PACKAGE / "contract.json", PACKAGE.parent / "contract.json")
+    write_json(PACKAGE.parent / "lockbox.json", {"rows": 9, "accuracy": 0.5})
     assert f"{REF} version 2: was pushed" in push(spec, "--again").output
     validation = [entry["validation"] for entry in ledger.read()]
     losses = {"log_loss": pytest.approx(0.3670, abs=1e-4), "brier_score": pytest.approx(0.225)}
     assert validation == [None, {"rows": 4, "accuracy": 0.75, **losses}]
+    assert [entry["lockbox"] for entry in ledger.read()] == [None, {"rows": 9, "accuracy": 0.5}]
 
 
 def test_all_problems_are_told_and_nothing_goes_up(spec, kaggle, monkeypatch):

@@ -8,7 +8,9 @@ from preprocess.core import ledger
 from tests.fakes.kaggle.site import Submission
 
 
-def enter(number: int, *recipes: str, validation: dict | None = None, is_dirty: bool = False) -> None:
+def enter(
+    number: int, *recipes: str, validation: dict | None = None, lockbox: dict | None = None, is_dirty: bool = False
+) -> None:
     """The ledger's entries of submission `number`, from the training of its recipes on."""
     datasets = {}
     for recipe in recipes:
@@ -18,7 +20,7 @@ def enter(number: int, *recipes: str, validation: dict | None = None, is_dirty: 
         datasets[f"tester/{recipe}"] = {"version": number, "manifest": f"manifest of {recipe}"}
     code = {"git_commit": "0123456789" * 4, "git_dirty": is_dirty}
     kernel = {"spec": "mine", "kernel": "tester/mine", "kernel_version": number}
-    ledger.record("push", **code, **kernel, datasets=datasets, validation=validation)
+    ledger.record("push", **code, **kernel, datasets=datasets, validation=validation, lockbox=lockbox)
     ledger.record("submit", **kernel, submission_ref=str(1000 + number), message="same")
 
 
@@ -36,19 +38,20 @@ def scores(*options: str) -> list[str]:
 
 def test_kaggles_list_is_joined_with_commit_recipe_and_cv(kaggle, tmp_path, monkeypatch, ledger_file):
     monkeypatch.chdir(tmp_path)
-    enter(1, "gemma2_cls", validation={"rows": 880, "accuracy": 0.7, "log_loss": 0.58})
+    lockbox = {"rows": 300, "accuracy": 0.6857, "log_loss": 0.6}
+    enter(1, "gemma2_cls", validation={"rows": 880, "accuracy": 0.7, "log_loss": 0.58}, lockbox=lockbox)
     enter(2, "one", "two", is_dirty=True)
     enter(4, "gemma2_cls", validation={"rows": 880, "accuracy": 0.72, "log_loss": 0.57})
     kaggle.site.submissions += [submission(1, "0.69", "0.68"), submission(2, "0.692", "0.684"), submission(3, "0.5", "0.5")]
     kaggle.site.submissions += [submission(4, "", status="ERROR"), submission(5, "0.98", competition="lmsys")]
     kaggle.site.submissions[2].description = "[red]no markup[/blue] [x]"
-    assert scores()[0] == "date (UTC) kernel commit recipe CV public private message"
+    assert scores()[0] == "date (UTC) kernel commit recipe lockbox CV public private message"
     assert scores()[2:] == [
         "2026-01-01 00:04 mine 4 0123456 gemma2_cls 0.7200 error same",
         "2026-01-01 00:03 not in the ledger 0.5000 0.5000 [red]no markup[/blue] [x]",
         "2026-01-01 00:02 mine 2 0123456+ one 0.6920 0.6840 same",
         "two",
-        "2026-01-01 00:01 mine 1 0123456 gemma2_cls 0.7000 0.6900 0.6800 same",
+        "2026-01-01 00:01 mine 1 0123456 gemma2_cls 0.6857 0.7000 0.6900 0.6800 same",
     ]
 
 
