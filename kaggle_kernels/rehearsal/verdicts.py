@@ -64,8 +64,9 @@ def read_verdicts(
         winner, _ = read_verdict(layout, values)
         has_verdict = any(value is not None for value in values.values())
         if has_verdict and winner not in VERDICTS:
+            cells = ", ".join(f"{column} is {value!r}" for column, value in values.items())
             raise UserError(
-                f"{where}, row {place + 1} (id {test_rows['id'][place]}): found {values}; "
+                f"{where}, row {place + 1} (id {test_rows['id'][place]}): {cells}; "
                 f"expected {describe_verdicts(layout)}"
             )
         winners.append(winner if has_verdict else None)
