@@ -192,12 +192,19 @@ def make_models(run: Run, options: Options, preparation: Preparation) -> Models:
 def make_merged_candidates(
     run: Run, merged: Path, options: Options, preparation: Preparation
 ) -> dict[str, Path]:
-    """Bring the models that are made of the merged one up to date.
+    """Bring the models up to date that can be packaged of a merged run: it is quantised, or stays in 16 bits.
+
+    Args:
+        run: The trained run.
+        merged: Where its merged model is, or is made: see choose_merged_folder.
+        options: How often a model is quantised by GPTQ.
+        preparation: What comes before the first stage that has something to do.
 
     Returns:
-        The models' folders. What is packaged is called `quantised`, also where it is the merged model.
+        The models' folders by name. The name `quantised` stands for the model that is packaged, also
+        where that is the merged model itself.
     """
-    # The other stages make the merged model only if they have to read it.
+    # A merged model that the user keeps is made here. Else the quantisers make it when they need it.
     is_kept = merged.name == KEPT_MERGED
     if is_kept and not skip_if_current(merge_stage(run, merged)):
         make_merged(run, merged, preparation)
@@ -374,12 +381,7 @@ def make_gptq_models(
         The models' folders by name: quantised, quantised-2, …
     """
     folders = {}
-    for seed in range(MOST_REPEATS):
-        stage = gptq_stage(run, seed)
-        is_extra = seed >= repeat
-        if is_extra and not is_current(stage):
-            break
-
+    for seed, stage in enumerate(list_gptq_stages(run, repeat)):
         quantised = stage.outputs[0]
         folders[quantised.name] = quantised
         if skip_if_current(stage):
@@ -388,10 +390,22 @@ def make_gptq_models(
         preparation.ensure()
         from postprocess.gptq.quantize import quantize
 
+        # Merged at the first call, and read by all.
         make_merged(run, merged, preparation)
         with making(stage):
             quantize(run, merged, stage.settings["bits"], quantised, seed)
     return folders
+
+
+def list_gptq_stages(run: Run, repeat: int) -> list[Stage]:
+    """List the stages of `repeat` GPTQ models, and of those after them that are up to date already."""
+    stages = []
+    for seed in range(MOST_REPEATS):
+        stage = gptq_stage(run, seed)
+        if seed >= repeat and not is_current(stage):
+            break
+        stages.append(stage)
+    return stages
 
 
 def gptq_stage(run: Run, seed: int) -> Stage:

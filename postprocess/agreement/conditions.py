@@ -138,17 +138,26 @@ def check_log_loss(
 def check_slices(
     candidate: Column, trained: Column, rows: ComparedRows, tolerance: float
 ) -> list[Condition]:
-    """Check what packaging adds to the expected log loss, in each language and quarter of length.
+    """Check what packaging adds to the log loss in each slice of the rows: a language, a quarter of length.
 
-    A slice has too few rows to tell a change of 0.01 from chance by their votes. There the trained
-    model's probabilities stand in for the votes.
+    A slice has too few votes to tell a change of 0.01 from chance. So the log loss is not measured on
+    votes here. It is the one expected if people voted with the trained model's probabilities.
+
+    Args:
+        candidate: The packaged model's probabilities.
+        trained: Those of the model as it was trained.
+        rows: The rows that both have scored, with their slices.
+        tolerance: The most that packaging may add, in nats.
     """
     if not rows.slices:
         return []
 
     # Bonferroni: with 95 % confidence the true value of no slice is outside its interval.
     confidence = 1 - (1 - CONFIDENCE) / len(rows.slices)
+
+    # For each row, the expected log loss of the candidate less that of the trained model itself.
     added_losses_r = divergence(candidate.mean_rv(), trained.mean_rv())
+    row_count = len(added_losses_r)
     conditions = []
     for slice_name, is_in_slice_r in rows.slices.items():
         slice_losses_r = added_losses_r[is_in_slice_r]
@@ -156,8 +165,8 @@ def check_slices(
         estimate = estimate_mean(slice_losses_r, slice_groups_r, confidence)
         name = f"the expected log loss that {candidate.name} adds in {slice_name}"
 
-        # More rows of the slice come only with more rows of all.
-        conditions.append(check_interval(name, estimate, tolerance, len(added_losses_r)))
+        # Where more rows would decide, that is told as a number of rows of all slices together.
+        conditions.append(check_interval(name, estimate, tolerance, row_count))
     return conditions
 
 

@@ -62,8 +62,8 @@ class TokenBudgetBatches(BatchSampler):
         """Plan the micro-batches.
 
         Args:
-            lengths: Tokens of the longer sequence of each pair, of shape (rows,); without padding, the
-                mean of both.
+            lengths: Tokens that each sequence of a pair takes in a batch, of shape (rows,). With padding
+                that is the longer one's length for both, without padding the mean of the two.
             shape: What a step holds.
             budget: The most tokens of a micro-batch, padding included.
             seed: The run's seed.
@@ -153,7 +153,9 @@ class TokenBudgetBatches(BatchSampler):
 
 
 def find_least_budget(widths_r: np.ndarray, shape: StepShape) -> int:
-    """Find the fewest tokens of a micro-batch with which a step's turns hold all its pairs.
+    """Find the smallest budget of tokens under which a step's turns hold all its pairs.
+
+    A larger budget never holds fewer pairs, so bisection finds it.
 
     Args:
         widths_r: Tokens of each row with its padding, the longest first; whole steps of rows.
@@ -162,7 +164,7 @@ def find_least_budget(widths_r: np.ndarray, shape: StepShape) -> int:
     Returns:
         The tokens of a micro-batch, padding included.
     """
-    # Bisection between a budget that is too small and one that holds all pairs in a single turn.
+    # A budget of no tokens holds nothing. The other one would hold all pairs of a process in one turn.
     too_few = 0
     enough = int(widths_r[0]) * shape.sequences_per_pair * shape.pairs_of_process
     while enough - too_few > 1:

@@ -22,8 +22,8 @@ def prepare(cfg: dict) -> None:
     # question ends the run in PyPI's build of PyTorch, so it gets an answer that is always no.
     torch.cuda.can_device_access_peer = answer_no_peers
 
-    # accelerate numbers the CPU of each process, and transformers loads a checkpoint's optimizer onto
-    # "cpu:0", a place that torch.load does not know.
+    # A resumed run reads its optimizer back with torch.load, which asks registered functions where to
+    # put it. transformers names the process's CPU, "cpu:0", a place that no function of PyTorch knows.
     torch.serialization.register_package(BEHIND_CPU, leave_untagged, keep_on_numbered_cpu)
 
     if cfg.get("deepspeed"):
