@@ -24,7 +24,7 @@ test: setup  ## the tests, without the slow ones
 	@python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: setup  ## the slow proofs: two processes, the whole demo, 48,000 rows, the hidden test at full size, every spec published
-	@python -m pytest -m slow
+	@python -m pytest -n 2 --dist loadfile -m slow
 
 test-gpu: .venv/installed  ## the proofs that need a GPU: formats, 9B and 14B shapes, training; writes outputs/gpu.json
 	@python -m pytest tests/gpu -rs
