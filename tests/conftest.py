@@ -15,6 +15,10 @@ os.environ |= {
     "PAIRWISE_LEDGER": tempfile.mkdtemp(prefix="ledger-") + "/ledger.jsonl",
 }
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores: threads of PyTorch that outnumber them would wait for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 from hypothesis import HealthCheck, settings
 

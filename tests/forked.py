@@ -44,6 +44,8 @@ def start(command: str, recipe: Path, environment: dict[str, str] | None = None,
 
 
 def _run(command: str, recipe: str, log: str, environment: dict[str, str], options: dict) -> None:
+    # One thread is set below. This variable would say that accelerate's launcher chose it, which training overrules.
+    os.environ.pop("OMP_NUM_THREADS", None)
     os.environ |= environment
     stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(stream, 1)
