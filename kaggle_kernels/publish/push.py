@@ -35,8 +35,8 @@ from preprocess.core import ledger
 from preprocess.core.durations import format_duration
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_object, sha256, write_json
+from recipes.pairwise.data.teacher_labels import LOCKBOX
 
-LOCKBOX = "lockbox.json"  # in a run's folder
 # Exists once Kaggle has refused owner/slug/VERSION: no push then names versions of datasets.
 PINS_REFUSED = WORK / "pins-refused"
 

@@ -12,13 +12,12 @@ import numpy as np
 import polars as pl
 
 from postprocess.labels.score_rows import score_rows
-from postprocess.report.run_data import LOCKBOX
 from postprocess.run_folder import Run, read_run
 from preprocess.core.errors import UserError
 from preprocess.core.files import atomic_file, read_object, sha256, write_json
 from recipes.pairwise.config.schema import Recipe
 from recipes.pairwise.data.datasets import list_folds, read_pairs, targets, winners
-from recipes.pairwise.data.teacher_labels import LABELS, LABELS_RECORD, label_columns
+from recipes.pairwise.data.teacher_labels import LABELS, LABELS_RECORD, LOCKBOX, label_columns
 from recipes.pairwise.tracking import metrics
 
 CHUNKS = "labels"  # the folder of unfinished work, in the run's folder

@@ -10,9 +10,7 @@ from kaggle_kernels.runtime.models.placement import balance, list_parts
 from preprocess.core.errors import UserError
 from recipes.pairwise.config.schema import GPTQ_BITS, Recipe
 from recipes.pairwise.config.served_models import why_not_served
-from recipes.pairwise.memory.base_model import BaseModel, Weight, find_base_model
-
-GIB = 2**30
+from recipes.pairwise.memory.base_model import GIB, BaseModel, Weight, find_base_model
 
 # Of a T4's 15 GiB, out-of-memory messages of PyTorch say that 14.56 to 14.76 can be had.
 GPU_BYTES = 29 * GIB // 2

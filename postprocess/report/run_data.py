@@ -25,12 +25,12 @@ from postprocess.report.predictions import (
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_json, read_object, read_yaml
 from preprocess.model_input import VERDICTS
+from recipes.pairwise.data.teacher_labels import LOCKBOX
 
 CONTRACT = "contract.json"
 METRICS = "metrics.json"
 HISTORY = "history.json"
 AGREEMENT = "agreement.json"
-LOCKBOX = "lockbox.json"
 AGREEMENT_TABLE = "agreement.parquet"
 RUN_FILES = (CONTRACT, METRICS, PREDICTIONS, OUT_OF_FOLD, HISTORY, AGREEMENT)
 AGREEMENT_KEYS = (

@@ -246,27 +246,26 @@ class PairwiseBlock(_Strict):
         return template
 
     @model_validator(mode="after")
-    def _the_head_suits_the_rest(self):
-        places = (
-            ("prompt", "response")
-            if self.head == "reward"
-            else ("prompt", "response_a", "response_b")
-        )
-        fields = [f"{{{place}}}" for place in places]
-        if isinstance(self.template, TemplateBlock) and any(
-            self.template.turn.count(field) != 1 for field in fields
-        ):
-            raise ValueError(
-                f"template.turn: expected {', '.join(fields)}, each once, found {self.template.turn!r}"
-            )
+    def _a_template_spelled_out_has_each_place_once(self):
+        if not isinstance(self.template, TemplateBlock):
+            return self
 
-        # What a head cannot do.
+        places = ["{prompt}", "{response_a}", "{response_b}"]
+        if self.head == "reward":
+            places = ["{prompt}", "{response}"]
+        for place in places:
+            if self.template.turn.count(place) != 1:
+                raise ValueError(
+                    f"template.turn: expected {', '.join(places)}, each once, found {self.template.turn!r}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _no_key_contradicts_another(self):
         if self.head == "reward" and "tie" in self.verdicts:
             raise ValueError(
                 "verdicts: a reward model tells no ties apart; leave out tie, half of a tie goes to each side"
             )
-
-        # What means nothing beside another key.
         if self.distill and not self.train:
             raise ValueError(
                 "distill: with train: false there is no student; remove one of the two"
@@ -279,13 +278,16 @@ class PairwiseBlock(_Strict):
             raise ValueError(
                 "padding_free: R-Drop repeats the rows of a batch, which has one; remove one of the two"
             )
+        return self
 
-        # What the base model's kind rules out: the template tells an encoder.
-        if self.template == "bert" and self.package.quantize in GPTQ_BITS:
+    @model_validator(mode="after")
+    def _an_encoder_is_asked_what_it_can_do(self):
+        is_encoder = self.template == "bert"
+        if is_encoder and self.package.quantize in GPTQ_BITS:
             raise ValueError(
                 f"package.quantize: {self.package.quantize} is for decoders; an encoder takes int8, or none"
             )
-        if self.head == "label_tokens" and self.template == "bert":
+        if is_encoder and self.head == "label_tokens":
             raise ValueError(
                 "template: bert has no answer to predict; label_tokens needs the template of a chat model"
             )

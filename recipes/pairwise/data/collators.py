@@ -142,17 +142,26 @@ class PairCollator:
             input_ids and position_ids of shape (1, tokens); the sequences' bounds and the length of the longest,
             by the names under which flash-attention reads them; for label_tokens logits_to_keep, the last places.
         """
-        lengths = torch.tensor([len(ids) for ids in sequences])
-        bounds = torch.cat([torch.zeros(1, dtype=torch.int32), lengths.cumsum(0).int()])
-        longest = int(lengths.max())
+        token_ids: list[int] = []
+        positions: list[int] = []
+        ends = [0]
+        for ids in sequences:
+            token_ids += ids
+            # Each sequence begins at position 0 again.
+            positions += range(len(ids))
+            ends.append(len(token_ids))
+
+        bounds = torch.tensor(ends, dtype=torch.int32)
+        longest = max(len(ids) for ids in sequences)
         batch = {
-            "input_ids": torch.tensor([sum(sequences, [])]),
-            "position_ids": torch.cat([torch.arange(length) for length in lengths.tolist()])[None],
+            "input_ids": torch.tensor([token_ids]),
+            "position_ids": torch.tensor([positions]),
             "cu_seq_lens_q": bounds,
             "cu_seq_lens_k": bounds,
             "max_length_q": longest,
             "max_length_k": longest,
         }
+        # The head label_tokens reads the answer at the last place of each sequence.
         if self.head == "label_tokens":
             batch["logits_to_keep"] = bounds[1:].long() - 1
         return batch

@@ -17,9 +17,10 @@ from preprocess.core.files import read_object, sha256
 from preprocess.model_input import VERDICTS
 from recipes.pairwise.config.schema import DistillBlock
 
-# Both stand in the teacher's folder, beside its runs.
+# These stand in the teacher's folder, beside its runs.
 LABELS = "labels.parquet"
 LABELS_RECORD = "labels.json"
+LOCKBOX = "lockbox.json"  # its scores on the lockbox rows
 
 
 def teacher_folder(run: str) -> Path:

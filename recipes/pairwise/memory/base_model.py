@@ -17,6 +17,7 @@ from preprocess.core.errors import UserError
 from preprocess.core.files import atomic_file, read_yaml
 
 BASE_MODELS = Path(__file__).parent / "base_models.yml"
+GIB = 2**30  # bytes
 
 # Of a weight in bitsandbytes' nf4: four bits, and a float32 scale for 64 of them.
 NF4_BYTES = 0.5625

@@ -8,8 +8,13 @@ from collections.abc import Mapping
 from preprocess.core.errors import UserError
 from recipes.pairwise.config.axolotl_keys import count_accumulation_steps
 from recipes.pairwise.config.schema import HardwareBlock, Recipe
-from recipes.pairwise.memory.base_model import find_base_model
-from recipes.pairwise.memory.training_step import GIB, TrainingStep, Zero, count_step_memory
+from recipes.pairwise.memory.base_model import GIB, find_base_model
+from recipes.pairwise.memory.training_step import (
+    FLOAT32_BYTES,
+    TrainingStep,
+    Zero,
+    count_step_memory,
+)
 
 # CUDA's context, buffers of communication, and what PyTorch's allocator cannot use, of a GPU's memory.
 RESERVED_SHARE = 0.1
@@ -148,7 +153,8 @@ def count_moment_bytes(recipe: Recipe) -> int:
     if "8bit" in optimizer:
         moment_bytes = EIGHT_BIT_MOMENTS
     if recipe.pairwise.ema_decay:
-        moment_bytes += 4  # the average, in float32
+        # The moving average is held in float32.
+        moment_bytes += FLOAT32_BYTES
     return moment_bytes
 
 

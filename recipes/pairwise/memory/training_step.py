@@ -19,11 +19,9 @@ tests/recipes/memory/test_training_step.py compares the activations with PyTorch
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from recipes.pairwise.memory.base_model import LAYER_NUMBER, NF4_BYTES, BaseModel, Weight
+from recipes.pairwise.memory.base_model import GIB, LAYER_NUMBER, NF4_BYTES, BaseModel, Weight
 
 FLOAT32_BYTES = 4
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)

@@ -37,25 +37,31 @@ def use_padding_free(model: nn.Module) -> None:
     Raises:
         UserError: The model computes attention by itself, or its head is not known here.
     """
-    inner_model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    # PEFT wraps the model that its adapter is on.
+    is_wrapped = hasattr(model, "get_base_model")
+    inner_model = model.get_base_model() if is_wrapped else model
     class_name = type(inner_model).__name__
     config = inner_model.config
 
-    if config._attn_implementation != FLASH_ATTENTION:
-        if not inner_model._supports_sdpa:
-            raise UserError(
-                f"pairwise.padding_free: {class_name} computes attention by itself; remove the key"
-            )
+    takes_bounds = config._attn_implementation == FLASH_ATTENTION
+    if not takes_bounds and not inner_model._supports_sdpa:
+        raise UserError(
+            f"pairwise.padding_free: {class_name} computes attention by itself; remove the key"
+        )
+    if not takes_bounds:
         AttentionInterface.register(ATTENTION, attend_within_sequences)
         inner_model.set_attn_implementation(ATTENTION)
 
     # A causal LM needs no other forward: the batch names the places whose logits it computes.
-    if class_name.endswith("ForSequenceClassification"):
-        if not hasattr(inner_model, "score") and config.model_type not in ENCODERS:
-            raise UserError(
-                f"pairwise.padding_free: the head of {class_name} is not known here; remove the key"
-            )
-        inner_model.forward = functools.partial(classify, inner_model)
+    is_classifier = class_name.endswith("ForSequenceClassification")
+    if not is_classifier:
+        return
+    has_known_head = hasattr(inner_model, "score") or config.model_type in ENCODERS
+    if not has_known_head:
+        raise UserError(
+            f"pairwise.padding_free: the head of {class_name} is not known here; remove the key"
+        )
+    inner_model.forward = functools.partial(classify, inner_model)
 
 
 def attend_within_sequences(  # noqa: PLR0913  transformers' signature
@@ -90,6 +96,7 @@ def attend_within_sequences(  # noqa: PLR0913  transformers' signature
         The output of shape (1, tokens, heads, size of a head), and None in place of the weights.
     """
     if query.is_cuda:
+        # How many tokens before and after its own a token sees; -1 for all of them.
         farthest_back = -1 if sliding_window is None else sliding_window - 1
         farthest_ahead = 0 if module.is_causal else farthest_back
         output = varlen_attn(
@@ -107,18 +114,12 @@ def attend_within_sequences(  # noqa: PLR0913  transformers' signature
         return output[None], None
 
     lengths = cu_seq_lens_q.diff().tolist()
+    queries = query.split(lengths, dim=2)
+    keys = key.split(lengths, dim=2)
+    values = value.split(lengths, dim=2)
     outputs = []
-    for query_s, key_s, value_s in zip(
-        query.split(lengths, dim=2),
-        key.split(lengths, dim=2),
-        value.split(lengths, dim=2),
-        strict=True,
-    ):
-        length = query_s.shape[2]
-        # A window that is longer than the sequence hides nothing.
-        mask = None
-        if sliding_window is not None and length > sliding_window:
-            mask = window_mask(length, sliding_window, module.is_causal)
+    for query_s, key_s, value_s, length in zip(queries, keys, values, lengths, strict=True):
+        mask = make_window_mask(length, sliding_window, module.is_causal)
         output = scaled_dot_product_attention(
             query_s,
             key_s,
@@ -133,8 +134,23 @@ def attend_within_sequences(  # noqa: PLR0913  transformers' signature
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
-def window_mask(length: int, sliding_window: int, is_causal: bool) -> torch.Tensor:
-    """Make the mask of a sliding window, of shape (length, length): True where a row's token sees a column's."""
+def make_window_mask(
+    length: int, sliding_window: int | None, is_causal: bool
+) -> torch.Tensor | None:
+    """Make the mask of a sliding window for one sequence.
+
+    Args:
+        length: Tokens of the sequence.
+        sliding_window: Only tokens less than this far away are seen; None for all.
+        is_causal: Whether no token sees those after it.
+
+    Returns:
+        Of shape (length, length), True where a row's token sees a column's. None where the window is
+        longer than the sequence, and so hides nothing.
+    """
+    if sliding_window is None or length <= sliding_window:
+        return None
+
     places = torch.arange(length)
     tokens_back = places[:, None] - places[None, :]
     if is_causal:

@@ -90,9 +90,9 @@ class RowOrder(Sampler):
 
 
 class BeginEpoch(TrainerCallback):
-    """Tells what draws at random anew in each epoch which one begins, in a resumed run as well.
+    """Tells the collator and the order of the rows, which draw by seed and epoch, that an epoch begins.
 
-    accelerate's own set_epoch does not reach a sampler below the one that skips rows.
+    accelerate would tell them, but in a resumed run its sampler that skips rows stands in between.
     """
 
     def __init__(self, trainer: "PairwiseTrainer"):

@@ -15,14 +15,13 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from preprocess.core.errors import exits_with_2
 from preprocess.core.files import read_yaml, write_json
 from recipes.pairwise.config.recipe_files import find_recipe
-from recipes.pairwise.memory.base_model import read_records
+from recipes.pairwise.memory.base_model import GIB, read_records
 from tests import tiny
 from tests.bench.processes import in_process
 from tests.bench.train import work
 from tests.bench.train.contenders import train_with_ours
 
 RESULTS = Path("outputs/bench/train_shapes.json")
-GIB = 2**30
 HELD_OUT = 8  # pairs; random weights have nothing to show on them
 MATRIX = 8192  # rows and columns of the products whose rate is the measure
 VOCABULARY = 16_384  # of a tokenizer that is trained on the rows: the models' own are not here
