@@ -164,7 +164,7 @@ def unite_judgements(rows: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, int]]:
         became part of an earlier one.
     """
     totals = _sum_votes(rows)
-    first_rows = totals["row"]
+    first_rows = totals["first_row"]
     table = rows[first_rows].with_columns(totals.select(*SHARES, "weight", "both_bad"))
 
     # A single judgement keeps its verdict, for its shares may be a teacher's. Pool rows have none.
@@ -172,8 +172,10 @@ def unite_judgements(rows: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, int]]:
     winner = pl.when(keeps_winner).then(pl.col("winner")).otherwise(_most_voted())
     table = table.with_columns(winner=winner)
 
-    later_rows = rows.with_row_index("number").filter(~pl.col("number").is_in(first_rows.implode()))
-    united = dict(name_sources(later_rows).value_counts().iter_rows())
+    # All other rows became part of an earlier one.
+    is_first = pl.Series([False]).new_from_index(0, len(rows)).scatter(first_rows, True)
+    counts = name_sources(rows.filter(~is_first)).value_counts()
+    united = dict(counts.iter_rows())
     return table, united
 
 
@@ -188,15 +190,15 @@ def _sum_votes(rows: pl.DataFrame) -> pl.DataFrame:
     """Sum the votes of all rows that judge the same pair for the same role.
 
     Returns:
-        For each pair: row (the number of its first judgement), judgements (how many there are), weight
-        (the votes), the shares of the votes, null for the pool, and both_bad.
+        For each pair: first_row (the number of its first judgement's row), judgements (how many there
+        are), weight (the votes), the shares of the votes, null for the pool, and both_bad.
     """
-    judgements = _align_judgements(rows).with_row_index("row")
+    judgements = _align_judgements(rows).with_row_index("first_row")
 
     # Shares become votes, which can be added, and the sums become shares again.
     votes = judgements.with_columns(pl.col(SHARES) * pl.col("weight"))
     totals = votes.group_by(SAME_PAIR, maintain_order=True).agg(
-        pl.first("row"),
+        pl.first("first_row"),
         pl.len().alias("judgements"),
         pl.sum("weight", *SHARES),
         pl.any("both_bad"),

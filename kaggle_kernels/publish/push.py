@@ -157,21 +157,25 @@ def pin_kernel(spec_path: Path, owner: str, datasets: Mapping[str, Mapping]) -> 
 
 
 def find_push(kaggle: Kaggle, spec_path: Path, kernel: Kernel) -> PushRecord | None:
-    """Find the spec's last push, if it was of just this kernel and Kaggle has that.
+    """Find out whether this kernel was pushed already and Kaggle has it, so that it is not pushed twice.
 
     Returns:
-        Its record, with the version that Kaggle shows where the push never learnt it; or None.
+        The record of that push, with its version also where Kaggle's answer was lost; None where
+        there was no such push, or it did not take effect.
     """
     record = read_record(spec_path)
     if record is None or record.fingerprint != kernel.fingerprint():
         return None
 
-    # A push whose answer was lost knows no version, and Kaggle may show late that it took effect.
-    looks = FEW_LOOKS if record.version is None else 1
-    for _ in itertools.islice(kaggle.pace.looks(), looks):
+    # Where the answer was lost, Kaggle may not show at once that the push took effect.
+    answer_was_lost = record.version is None
+    most_looks = FEW_LOOKS if answer_was_lost else 1
+    for _ in itertools.islice(kaggle.pace.looks(), most_looks):
         shown = pull_kernel(kaggle, kernel.ref)
-        took_effect = shown is not None and shown.version > record.version_before
-        if took_effect and not find_differences(kernel, shown):
+
+        # An earlier version may be of the same kernel: only a newer one is of this push.
+        is_newer = shown is not None and shown.version > record.version_before
+        if is_newer and not find_differences(kernel, shown):
             return replace(record, version=record.version or shown.version)
     return None
 

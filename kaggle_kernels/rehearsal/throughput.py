@@ -129,17 +129,23 @@ def count_multiplied_parameters(fit: Fit) -> int:
 
 
 def measure_tokens_per_row(passes: Sequence[dict], run: str, rows: int) -> tuple[float, float]:
-    """Measure a model's tokens for a mean row of the `rows` that were rehearsed, padding included.
+    """Measure how many tokens a model computes for a mean row, padding included.
+
+    Args:
+        passes: What each model computed in each order (see `predict_runs`).
+        run: The model's run.
+        rows: Number of rows in the rehearsed test file.
 
     Returns:
-        The tokens in the first and in the second order, 0 where the model scored nothing.
+        The tokens in the first and in the second order; both are 0 where the model scored nothing.
     """
     first_order_tokens, _ = average_tokens(passes, run, "as_given")
     second_order_tokens, scored_rows = average_tokens(passes, run, "swapped")
 
-    # Where the time was too short for all rows, the kernel chose them, mostly short ones. As a
-    # sample of all rows, those of the first order are better.
-    if scored_rows < rows:
+    # With too little time for all rows the kernel takes short ones in the second order, so that their
+    # mean is too small. Both orders of a row have about as many tokens.
+    has_all_rows = scored_rows == rows
+    if not has_all_rows:
         second_order_tokens = first_order_tokens
     return first_order_tokens, second_order_tokens
 

@@ -84,7 +84,7 @@ class Groups:
 def group_prompts(
     texts: pl.Series,
     threshold: float,
-    ages: Sequence[int] | None = None,
+    file_numbers: Sequence[int] | None = None,
     track: Track = show_nothing,
 ) -> Groups:
     """Group normalised prompts.
@@ -92,30 +92,43 @@ def group_prompts(
     Args:
         texts: Normalised prompts, in the order in which they were added.
         threshold: Jaccard similarity, 0.5 to 1, from which on two prompts share a group.
-        ages: Of each prompt, the number of the file that it is from, which increases; None where it is
-            of no interest which groups were joined.
+        file_numbers: Of each prompt, the number of the file that it is from, in ascending order; None
+            where all are from one file.
         track: Shows the progress.
-    """
-    # Most copies never reach the search: only different texts do, in the order of their first positions.
-    first_copies = find_first_copies(texts)
-    positions = np.unique(first_copies)
 
-    ages_of_texts = np.zeros(len(positions), np.int64)
-    if ages is not None:
-        ages_of_texts = np.asarray(ages)[positions]
-    grouping = _Grouping(texts.gather(positions), threshold, track)
-    for age in np.unique(ages_of_texts).tolist():
-        # Files are added one by one, so that it is known which groups a later one joins.
-        text_count = int(np.searchsorted(ages_of_texts, age, side="right"))
-        grouping.add_texts(text_count, track)
+    Returns:
+        The root of each prompt's group, and the groups that a later file joined.
+    """
+    # Equal prompts are compared once: each different text has a number. For example:
+    #     prompts            a  b  a  c
+    #     first_copies       0  1  0  3     position of the first equal prompt
+    #     text_positions     0  1  3        position of each text's first prompt
+    #     text_of_prompt     0  1  0  2     number of each prompt's text
+    first_copies = find_first_copies(texts)
+    text_positions, text_of_prompt = np.unique(first_copies, return_inverse=True)
+
+    # File after file, so that it is known which groups a later one joins.
+    grouping = _Grouping(texts.gather(text_positions), threshold, track)
+    for text_end in count_texts_by_file(text_positions, file_numbers):
+        grouping.add_texts_before(text_end, track)
 
     # Back from numbers of texts to positions of prompts.
-    text_numbers = np.searchsorted(positions, first_copies)
-    root_positions = positions[grouping.sets.find_roots()]
+    root_of_text = text_positions[grouping.sets.find_roots()]
     joined = []
     for root, given_up in grouping.joined:
-        joined.append((int(positions[root]), int(positions[given_up])))
-    return Groups(root_positions[text_numbers], tuple(joined))
+        joined.append((int(text_positions[root]), int(text_positions[given_up])))
+    return Groups(root_of_text[text_of_prompt], tuple(joined))
+
+
+def count_texts_by_file(
+    text_positions: np.ndarray, file_numbers: Sequence[int] | None
+) -> list[int]:
+    """Count for each file the texts that it and those before it have."""
+    if file_numbers is None:
+        return [len(text_positions)]
+    file_of_text = np.asarray(file_numbers)[text_positions]
+    _, texts_of_file = np.unique(file_of_text, return_counts=True)
+    return np.cumsum(texts_of_file).tolist()
 
 
 class _Grouping:
@@ -139,9 +152,13 @@ class _Grouping:
         # Pairs that were compared and are not similar. A pair is one number, later * texts + earlier.
         self._unlike = np.zeros(0, np.int64)
 
-    def add_texts(self, text_count: int, track: Track) -> None:
-        """Add the texts up to a number, and unite those that are similar."""
-        hashes = self._signatures.hashes[:text_count]
+    def add_texts_before(self, text_end: int, track: Track) -> None:
+        """Add the texts with numbers below `text_end`, and unite those that are similar.
+
+        A text's signature is cut into bands, and each band is hashed to a key. Texts that share a key in
+        any band look alike and are compared (see minhash.py).
+        """
+        hashes = self._signatures.hashes[:text_end]
         band_rows = count_band_rows(self._threshold)
         band_starts = range(0, PERMUTATIONS - band_rows + 1, band_rows)
 
@@ -152,7 +169,7 @@ class _Grouping:
         # What these left apart is compared in full.
         for band_start in track(band_starts, "comparing prompts that look alike"):
             self._unite_all_pairs(hash_band(hashes, band_start, band_rows))
-        self._added = text_count
+        self._added = text_end
 
     def _unite_drawn_pairs(self, keys: np.ndarray) -> None:
         """Unite similar texts of equal keys, as long as a fair share of random pairs is similar."""
@@ -193,34 +210,51 @@ class _Grouping:
         return first[is_pair], second[is_pair]
 
     def _unite_pairs(self, first: np.ndarray, second: np.ndarray) -> int:
-        """Unite the texts of those pairs that are similar; return how many pairs that were."""
+        """Compare pairs of texts exactly, and unite the groups of those that are similar.
+
+        Pairs that are not similar are remembered, and not compared again.
+
+        Args:
+            first: The number of one text of each pair.
+            second: The number of the other.
+
+        Returns:
+            How many of the pairs united two groups.
+        """
         unlike = []
         pairs_united = 0
         for pair in self._select_open_pairs(first, second).tolist():
             later, earlier = divmod(pair, self._text_count)
-            roots = (self.sets.find_root(earlier), self.sets.find_root(later))
+            root = self.sets.find_root(earlier)
+            other_root = self.sets.find_root(later)
             # A pair before this one may have connected them.
-            if roots[0] == roots[1]:
+            if root == other_root:
                 continue
 
             similarity = fast_jaccard(self._texts[earlier], self._texts[later])
-            if similarity < self._threshold:
+            if similarity >= self._threshold:
+                self._unite_groups(root, other_root)
+                pairs_united += 1
+            else:
                 unlike.append(pair)
-                continue
-
-            root = min(roots)
-            given_up = max(roots)
-            self.sets.unite(root, given_up)
-            pairs_united += 1
-            # Both groups existed before this file.
-            if given_up < self._added:
-                self.joined.append((root, given_up))
 
         self._unlike = np.union1d(self._unlike, np.array(unlike, np.int64))
         return pairs_united
 
+    def _unite_groups(self, root: int, other_root: int) -> None:
+        """Unite two groups. The root with the smaller number, of the older group, stays one."""
+        root, given_up = sorted((root, other_root))
+        self.sets.unite(root, given_up)
+
+        # Both groups existed before the file that is being added.
+        if given_up < self._added:
+            self.joined.append((root, given_up))
+
     def _select_open_pairs(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-        """Return the pairs that have to be compared exactly, as numbers, without duplicates."""
+        """Return the pairs that have to be compared exactly, without duplicates.
+
+        A pair is one number, later * texts + earlier.
+        """
         earlier = np.minimum(first, second)
         later = np.maximum(first, second)
 

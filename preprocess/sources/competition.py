@@ -50,9 +50,11 @@ def read_verdict(competition: Competition, values: dict) -> tuple[str, bool]:
     """Return a row's verdict, "" where it has none, and whether it calls both responses bad."""
     if competition.verdict_form == "name":
         [column] = competition.verdict_columns
-        winner, both_bad = read_winner(values.get(column))
-        # An earlier pairs.parquet has a column for it.
-        return winner, both_bad or values.get("both_bad") in (True, "true")
+        winner, is_both_bad = read_winner(values.get(column))
+
+        # pairs.parquet, read as a source again, has "tie" for it and a column of truth values.
+        is_marked = values.get("both_bad") in (True, "true")
+        return winner, is_both_bad or is_marked
 
     # Exactly one of the flags must be set.
     winners = []

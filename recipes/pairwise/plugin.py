@@ -89,31 +89,54 @@ class PairwisePlugin(BasePlugin):
 
         self.recipe = Path(cfg["axolotl_config_path"])
         try:
-            self.resolved = recipe_copy.resolve_recipe(cfg, self.recipe)
-            recipe_copy.begin_trial(self.resolved, self.recipe)
-            lasting_recipe = recipe_copy.lasting_recipe(self.recipe, self.resolved["output_dir"])
-            self.begun_from = {
-                "recipe_sha256": ledger.fingerprint(lasting_recipe),
-                **ledger.git_state(),
-            }
-
-            self.block = run_config.check_run(cfg, self.recipe)
-            run_config.set_accumulation_steps(cfg, self.block)
-            wandb_run.check(cfg)
-            checkpointing = zero3.checkpointing_kwargs(cfg)
-            empty_model = run_config.check_base_model(cfg, self.block)
-            self.model_config = empty_model.config
-            self.earlier_run = run_config.check_start(cfg, self.block)
+            self._note_beginning(cfg)
+            empty_model, checkpointing = self._check_recipe(cfg)
         except UserError as error:
+            # A sweep lists its trials, those that were refused among them.
             recipe_copy.end_refused_trial(self.resolved, self.recipe, error)
             stop(error, self.recipe)
 
+        self._set_keys(cfg, empty_model, checkpointing)
+
+    def _note_beginning(self, cfg) -> None:
+        """Note the recipe as it is now, which may change while the training runs."""
+        self.resolved = recipe_copy.resolve_recipe(cfg, self.recipe)
+        recipe_copy.begin_trial(self.resolved, self.recipe)
+
+        recipe_file = recipe_copy.lasting_recipe(self.recipe, self.resolved["output_dir"])
+        recipe_sha256 = ledger.fingerprint(recipe_file)
+        self.begun_from = {"recipe_sha256": recipe_sha256, **ledger.git_state()}
+
+    def _check_recipe(self, cfg):
+        """Check the recipe, then its base model, of which only the configuration is read.
+
+        Returns:
+            The base model without weights, and how activations are recomputed.
+
+        Raises:
+            UserError: The run would fail, or would not train what the recipe says.
+        """
+        self.block = run_config.check_run(cfg, self.recipe)
+        run_config.set_accumulation_steps(cfg, self.block)
+        wandb_run.check(cfg)
+        checkpointing = zero3.checkpointing_kwargs(cfg)
+
+        empty_model = run_config.check_base_model(cfg, self.block)
+        self.model_config = empty_model.config
+        self.earlier_run = run_config.check_start(cfg, self.block)
+        return empty_model, checkpointing
+
+    def _set_keys(self, cfg, empty_model, checkpointing: dict) -> None:
+        """Set the keys of Axolotl's that follow from the block, the base model and this machine."""
         run_config.set_fixed_keys(cfg, self.block, self.recipe, checkpointing)
+
+        # A base model that has a classification head may keep it.
         has_adapter = bool(cfg.get("lora_model_dir"))
         self.head_start = choose_head_start(
             self.model_config, self.block, self.earlier_run, has_adapter
         )
         run_config.set_model_keys(cfg, self.block, empty_model, self.head_start)
+
         kernels.choose_lora_kernels(cfg, self.model_config.model_type)
         kernels.turn_on_liger(cfg)
         if not torch.cuda.is_available():
@@ -251,6 +274,7 @@ class PairwisePlugin(BasePlugin):
 
     def post_trainer_create(self, cfg, trainer):
         """Give the trainer its loss's settings and metrics; keep the recipe, and clear away an earlier run's results."""
+        # The loss.
         trainer.label_smoothing = self.block.label_smoothing
         trainer.distill = self.block.distill
         trainer.focal_gamma = self.block.focal_gamma
@@ -258,11 +282,15 @@ class PairwisePlugin(BasePlugin):
         if trainer.r_drop > 0:
             with stopping_on_errors(self.recipe):
                 require_dropout(trainer.model)
+
+        # What a forward pass is given, and what an evaluation measures.
         if self.block.head == "label_tokens":
             trainer.model_options = label_token_options(self.block.padding_free)
         trainer.token_budget_batches = self.batches
         trainer.compute_metrics = self._compute_metrics
         self.trainer = trainer
+
+        # A failure of wandb must not end the training.
         wandb_run.make_harmless(trainer)
         if trainer.is_world_process_zero():
             results.remove_earlier(Path(cfg.output_dir))

@@ -3176,12 +3176,13 @@ class GptqLinear(torch.nn.Module):
     def prepare(self) -> None:
         """Turn the loaded tensors, once, into the layout that each matrix product needs.
 
-        The file has inputs along the rows, a weight has outputs there. So all three are transposed:
-        words (outputs, inputs / codes in a word), zeros and scales (outputs, groups, 1).
+        The file has inputs along the rows, a weight has outputs there, so that all tensors are
+        transposed. In their names u are the outputs, i the inputs, q the groups of inputs.
         """
+        # Words of codes along the inputs stay packed: of shape (outputs, inputs / codes in a word).
         words_ui = self.qweight.T.clone(memory_format=torch.contiguous_format)
 
-        # The format stores a zero, the code that stands for a weight of 0, minus one.
+        # A group's zero is the code that stands for a weight of 0. The format stores zero - 1.
         stored_zeros_qu = unpack(self.qzeros, self.bits)
         zeros_uq = stored_zeros_qu.T + 1
         scales_uq = self.scales.T.contiguous()

@@ -81,20 +81,29 @@ def derive_chat_template(tokenizer, head: str, verdicts: Sequence[str]) -> Templ
 def derive_conversation_template(tokenizer, verdicts: Sequence[str]) -> Template:
     """Derive a reward model's template, which repeats a turn of prompt and response.
 
-    A rendered conversation of two turns reads: begin, user, prompt, …, response, turn end, user, prompt, …,
-    response, turn end. Of these, only `user` stands before both prompts.
+    Llama-3 renders the conversation as (line breaks left out; headers shortened)
+
+        <|begin_of_text|><|user|>FIRST-PROMPT<|eot_id|><|assistant|>FIRST-RESPONSE<|eot_id|>
+        <|user|>SECOND-PROMPT<|eot_id|><|assistant|>SECOND-RESPONSE<|eot_id|>
+
+    Here `begin` is <|begin_of_text|>, the user's header is <|user|>, the model's header is
+    <|eot_id|><|assistant|>, and a turn ends with <|eot_id|>.
     """
     text = render(tokenizer, CONVERSATION, generates=False)
     parts = split_at_texts(text, TEXTS)
     before_first_prompt, _, between_turns, before_last_response, after_last_response = parts
 
-    user = common_ending(before_first_prompt, between_turns)
-    begin = before_first_prompt.removesuffix(user)
-    turn_end = between_turns.removesuffix(user)
+    # What stands before both prompts is the user's header.
+    user_header = common_ending(before_first_prompt, between_turns)
+    begin = before_first_prompt.removesuffix(user_header)
+    turn_end = between_turns.removesuffix(user_header)
 
-    # Some templates write the last answer otherwise, as Qwen3's with its empty thoughts.
-    chat = Chat(begin, user, before_last_response, turn_end)
+    # The model's header before the last response counts: Qwen3 writes empty thoughts there, and not
+    # before earlier ones.
+    chat = Chat(begin, user_header, before_last_response, turn_end)
     template = build_template(chat, "reward", verdicts)
+
+    # Each turn has its own end. What follows after the last one ends the conversation.
     end = after_last_response.removeprefix(turn_end)
     return Template(template.start, template.turn, end)
 

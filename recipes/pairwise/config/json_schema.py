@@ -79,34 +79,53 @@ def model_keys(model: type[BaseModel]) -> dict[str, dict]:
 
 
 def key_schema(annotation: object) -> dict:
-    """Return what a value annotated so may be: its JSON types, or its words where it may be nothing else.
+    """Return the JSON Schema of a key, from the annotation of its field.
 
-    Null is left out: Axolotl allows it nearly everywhere, and a recipe says it by leaving out the key.
+    Literal["a", "b"] | None becomes {"enum": ["a", "b"]}, and int | list[str] becomes
+    {"type": ["array", "integer"], "items": {"type": "string"}}. Null is left out: Axolotl allows it
+    nearly everywhere, and a recipe says it by leaving out the key.
     """
-    types, words, schema = set(), [], {}
+    words = []
+    types = set()
+    items = {}
     for option in alternatives(annotation):
-        kind = get_origin(option) or option
-        if kind is Literal:
-            words += get_args(option)
-        elif isinstance(kind, type) and issubclass(kind, Enum):
-            words += [member.value for member in kind]
-        elif kind is not NoneType:
-            if json_type(kind) is None:
-                return {}
-            types.add(json_type(kind))
-            if get_args(option) == (str,):
-                schema["items"] = {"type": "string"}
+        if option is NoneType:
+            continue
 
-    # A list of words excludes everything else but true and false.
-    if words and types <= {"boolean"}:
-        return {"enum": words + [True, False] if types else words}
+        words_of_option = list_literals(option)
+        if words_of_option:
+            words += words_of_option
+            continue
+
+        type_of_option = json_type(get_origin(option) or option)
+        if type_of_option is None:
+            return {}  # any value is allowed
+        types.add(type_of_option)
+        if get_args(option) == (str,):
+            items = {"items": {"type": "string"}}
+
+    # An enum lists all values that are allowed, so that only true and false can join the words.
+    if words and not types:
+        return {"enum": words}
+    if words and types == {"boolean"}:
+        return {"enum": [*words, True, False]}
     if words:
         types.add("string")
 
     # To JSON Schema every integer is a number.
     if "number" in types:
         types.discard("integer")
-    return {"type": types.pop() if len(types) == 1 else sorted(types)} | schema
+    names = sorted(types)
+    return {"type": names[0] if len(names) == 1 else names} | items
+
+
+def list_literals(option: object) -> list:
+    """List the values of a Literal or of an enumeration; none for any other type."""
+    if get_origin(option) is Literal:
+        return list(get_args(option))
+    if isinstance(option, type) and issubclass(option, Enum):
+        return [member.value for member in option]
+    return []
 
 
 def json_type(kind: object) -> str | None:

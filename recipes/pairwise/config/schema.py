@@ -331,6 +331,15 @@ class PairwiseArgs(BaseModel):
     pairwise: dict
 
 
+# The keys of the block that hold a block themselves.
+INNER_BLOCKS: dict[str, type[BaseModel]] = {
+    "package": PackageBlock,
+    "template": TemplateBlock,
+    "distill": DistillBlock,
+    "hardware": HardwareBlock,
+}
+
+
 def recipe_problems(values: dict) -> list[str]:
     """What is wrong with a recipe's parsed YAML, one sentence a problem, each naming its key and the fix."""
     problems = axolotl_problems(values)
@@ -344,40 +353,47 @@ def pairwise_problems(block: object) -> list[str]:
     try:
         PairwiseBlock.model_validate(block)
     except ValidationError as error:
-        blocks = (PairwiseBlock, PackageBlock, TemplateBlock, DistillBlock, HardwareBlock)
-        keys = [key for block_class in blocks for key in block_class.model_fields]
+        keys = list(PairwiseBlock.model_fields)
+        for inner_block in INNER_BLOCKS.values():
+            keys += inner_block.model_fields
+
         sentences = []
         for problem in without_echo(error.errors(), keys):
-            # Of a template that is spelled out, pydantic also says that it is none of the names: ("template", "literal[…]").
+            # Of a template that is spelled out, pydantic also says that it is none of the names:
+            # ("template", "literal[…]").
             if not any(str(part).startswith("literal[") for part in problem["loc"]):
-                sentences.append(_explain(problem))
+                sentences.append(explain(problem))
         return sentences
     return []
 
 
-def _explain(problem: dict) -> str:
-    where = [str(part) for part in problem["loc"] if part != "TemplateBlock"]
-    key = ".".join(["pairwise", *where])
+def explain(problem: dict) -> str:
+    """Turn one of pydantic's errors into a sentence, e.g. "pairwise.package.slug: missing; add it: …".
 
-    # The block whose keys are described: a block inside, or the whole.
-    model = PairwiseBlock
-    if len(where) > 1:
-        blocks = {
-            "package": PackageBlock,
-            "template": TemplateBlock,
-            "distill": DistillBlock,
-            "hardware": HardwareBlock,
-        }
-        model = blocks.get(where[0], PairwiseBlock)
+    Args:
+        problem: `loc` is the path to the value, such as ("package", "slug"), `type` names the mistake,
+            and `input` is what the recipe has there.
+    """
+    # For the one key that is a name or a block, pydantic puts the class of the block into the path.
+    path = [str(part) for part in problem["loc"] if part != "TemplateBlock"]
+    key = ".".join(["pairwise", *path])
+
+    # The keys that could stand there: those of a block inside, or of the whole.
+    fields = PairwiseBlock.model_fields
+    is_inside_block = len(path) > 1
+    if is_inside_block and path[0] in INNER_BLOCKS:
+        fields = INNER_BLOCKS[path[0]].model_fields
 
     if problem["type"] == "extra_forbidden":
-        return f"{key}: {unknown_key(problem['loc'][-1], model.model_fields)}"
+        return f"{key}: {unknown_key(path[-1], fields)}"
     if problem["type"] == "missing":
-        return f"{key}: missing; add it: {model.model_fields[where[-1]].description}"
-    if problem["type"] == "value_error" and isinstance(
-        problem["input"], dict
-    ):  # of a block as a whole: it names its key
-        return f"{key}.{problem['msg'].removeprefix('Value error, ')}"
+        return f"{key}: missing; add it: {fields[path[-1]].description}"
+
+    # A check of a block as a whole begins its message with the key at fault.
+    is_of_block = problem["type"] == "value_error" and isinstance(problem["input"], dict)
+    if is_of_block:
+        message = problem["msg"].removeprefix("Value error, ")
+        return f"{key}.{message}"
     return f"{key}: {in_words(problem, PATTERNS)}"
 
 

@@ -138,12 +138,15 @@ class TokenBudgetBatches(BatchSampler):
             For each turn the row numbers of its micro-batches, of shape (steps, processes, pairs).
             The number of pairs differs between turns: the longer the rows, the fewer.
         """
+        # The smallest budget gives the turns of a step about the same number of tokens.
         widths_r = self.widths_r[rows]
         tokens = find_least_budget(widths_r, self.shape)
+        pairs_by_turn = fill_turns(widths_r, self.shape, tokens)
 
+        # The first band has the longest rows, the next one those that follow, and so on.
         bands = []
         first_row = 0
-        for pairs in fill_turns(widths_r, self.shape, tokens):
+        for pairs in pairs_by_turn:
             band_shape = (self.steps, self.shape.processes, pairs)
             end_row = first_row + math.prod(band_shape)
             band = rows[first_row:end_row]
@@ -192,7 +195,8 @@ def fill_turns(widths_r: np.ndarray, shape: StepShape, tokens: int) -> list[int]
         The pairs of a micro-batch at each turn. Where the budget is too small, their sum is less
         than the pairs that a process has to compute in a step.
     """
-    steps = len(widths_r) // shape.pairs
+    # A turn takes as many rows for each step and each process.
+    micro_batches_of_turn = len(widths_r) // shape.pairs * shape.processes
     pairs_by_turn = []
     pairs_left = shape.pairs_of_process
     first_row = 0
@@ -208,5 +212,5 @@ def fill_turns(widths_r: np.ndarray, shape: StepShape, tokens: int) -> list[int]
 
         pairs_by_turn.append(pairs)
         pairs_left -= pairs
-        first_row += pairs * steps * shape.processes
+        first_row += pairs * micro_batches_of_turn
     return pairs_by_turn

@@ -4,6 +4,7 @@ Nothing here imports torch, but where the base model is a folder whose sizes are
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from preprocess.core.errors import UserError
 from recipes.pairwise.config.axolotl_keys import count_accumulation_steps
@@ -51,7 +52,8 @@ def check_hardware(recipe: Recipe, deepspeed: Mapping | None) -> str:
         micro_batch_size = recipe.axolotl.get("micro_batch_size") or 1
         count_accumulation_steps(recipe.pairwise.pairs_per_step, micro_batch_size, hardware.gpus)
 
-    memory = count_step_memory(describe_step(recipe, deepspeed, hardware.gpus))
+    step = describe_step(recipe, deepspeed, hardware.gpus)
+    memory = count_step_memory(step)
     least = find_least_hardware(recipe, deepspeed)
     least_words = "more than common GPUs have"
     if least is not None:
@@ -63,6 +65,14 @@ def check_hardware(recipe: Recipe, deepspeed: Mapping | None) -> str:
     if memory.total > usable_bytes(hardware):
         raise UserError(
             f"pairwise.hardware: {arithmetic}; lower micro_batch_size, or set gradient_checkpointing: true"
+        )
+
+    # Checkpointing computes every layer twice. It is worth saying where memory does not ask for it.
+    memory_without = count_step_memory(replace(step, is_checkpointed=False))
+    if step.is_checkpointed and memory_without.total <= usable_bytes(hardware):
+        arithmetic += (
+            f"; gradient_checkpointing: false fits too ({memory_without.total / GIB:.1f} GiB), and saves the second "
+            "forward pass"
         )
     return arithmetic
 

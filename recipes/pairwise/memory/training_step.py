@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from recipes.pairwise.memory.base_model import GIB, LAYER_NUMBER, NF4_BYTES, BaseModel, Weight
 
+BFLOAT16_BYTES = 2
 FLOAT32_BYTES = 4
 
 
@@ -69,7 +70,7 @@ class TrainingStep:
     @property
     def trained_weight_bytes(self) -> int:
         """Bytes of a trained weight: DeepSpeed trains in 16 bits, beside a copy in float32."""
-        return 2 if self.zero else 4
+        return BFLOAT16_BYTES if self.zero else FLOAT32_BYTES
 
     @property
     def zero_stage(self) -> int:
@@ -157,24 +158,26 @@ def count_weight_bytes(step: TrainingStep) -> int:
     """Count the bytes of all weights on a GPU, the adapter's included."""
     weights = list_weights(step)
     elements = sum(weight.elements for weight in weights)
-    layers = [weight.elements for weight in weights if weight.kind == "linear"]
-    trained = count_trained_weights(step)
+    linear_layers = [weight.elements for weight in weights if weight.kind == "linear"]
+    in_linear_layers = sum(linear_layers)
 
-    # A full fine-tune holds all in one dtype, LoRA a frozen base beside its adapter.
-    if not step.lora_rank:
-        size = elements * step.trained_weight_bytes
-        if step.zero is None:
-            size += 2 * sum(layers)  # autocast's copies
-    elif step.is_4bit:
-        size = int(NF4_BYTES * sum(layers)) + 2 * (elements - sum(layers)) + 2 * max(layers)
-        size += trained * step.trained_weight_bytes
-    else:
-        size = 2 * elements + trained * step.trained_weight_bytes
+    # A full fine-tune holds all weights in one dtype. In float32, autocast makes 16-bit copies.
+    size = count_trained_weights(step) * step.trained_weight_bytes
+    if not step.lora_rank and step.zero is None:
+        size += BFLOAT16_BYTES * in_linear_layers
 
-    # Each GPU holds its part, and gathers the others a few layers at a time.
+    # LoRA has a frozen base beside the adapter. Of a base in nf4 one layer at a time is unpacked.
+    if step.lora_rank and step.is_4bit:
+        size += int(NF4_BYTES * in_linear_layers)
+        size += BFLOAT16_BYTES * (elements - in_linear_layers)
+        size += BFLOAT16_BYTES * max(linear_layers)
+    elif step.lora_rank:
+        size += BFLOAT16_BYTES * elements
+
+    # Under ZeRO-3 each GPU holds its part, and gathers the others a few layers at a time.
     if step.zero_stage == 3:
         largest = max(weight.elements for weight in weights)
-        gathered = 2 * min(elements, step.zero.live_parameters + largest)
+        gathered = BFLOAT16_BYTES * min(elements, step.zero.live_parameters + largest)
         held = 0 if step.zero.offloads_weights else size // step.gpus
         size = min(size, held + gathered)
     return size
@@ -183,21 +186,26 @@ def count_weight_bytes(step: TrainingStep) -> int:
 def count_activation_bytes(step: TrainingStep) -> int:
     """Count the bytes that a step keeps for its backward pass, and those of that pass itself."""
     layer = list_last_layer(step.base)
-    layer_count = int(LAYER_NUMBER.search(layer[0].name)[1]) + 1
-    width = find_width(step.base)
-    kept_of_layer = count_kept_bytes(step, layer)
+    last_number = LAYER_NUMBER.search(layer[0].name)[1]
+    layer_count = int(last_number) + 1
 
-    # The stream between layers is float32 where all weights are.
-    stream_bytes = 2 if step.zero or step.lora_rank else 4
+    # What a layer hands on to the next one, for each token. It is float32 where all weights are: in a
+    # full fine-tune without DeepSpeed, which holds weights in 16 bits.
+    has_16_bit_weights = step.zero is not None or step.lora_rank > 0
+    number_bytes = BFLOAT16_BYTES if has_16_bit_weights else FLOAT32_BYTES
+    handed_on = number_bytes * find_width(step.base)
+
+    # With checkpointing, what a layer keeps is there for one layer at a time, computed anew.
+    kept_of_layer = count_kept_bytes(step, layer)
     if step.is_checkpointed:
-        kept = layer_count * stream_bytes * width + kept_of_layer
+        kept = layer_count * handed_on + kept_of_layer
     else:
         kept = layer_count * kept_of_layer
 
     # The worst moment is when the backward pass enters a layer: beside what is kept, it holds the
     # gradient of the layer's output, and three that are as wide as its MLP.
     mlp_width = find_mlp_output(layer).shape[1]
-    gradients = stream_bytes * width + 3 * 2 * mlp_width
+    gradients = handed_on + 3 * BFLOAT16_BYTES * mlp_width
     return step.tokens * (kept + gradients)
 
 
@@ -216,24 +224,29 @@ def count_kept_bytes(step: TrainingStep, layer: list[Weight]) -> int:
     kept = 0
     for weight in layer:
         if weight.kind == "norm" and weight.name.endswith(".weight"):
-            kept += 4 * find_norm_width(weight, layer)
+            kept += FLOAT32_BYTES * find_norm_width(weight, layer)
 
+    # All the rest is in 16 bits: it is counted in numbers.
     # Attention keeps queries, keys, values (both repeated for all heads), its result, and the mask.
-    kept += 4 * 2 * attention_width + 2 * step.longest_row
+    numbers = 4 * attention_width + step.longest_row
 
     # An MLP keeps what goes into its activation function; with a gate, both factors too.
-    kept += 3 * 2 * mlp_width if has_gate(layer, mlp_width) else 2 * mlp_width
+    numbers += 3 * mlp_width if has_gate(layer, mlp_width) else mlp_width
 
-    # Attention's result is kept already: of the layers' other inputs, a trained layer needs its own.
+    # In a full fine-tune each linear layer keeps its input: that of queries, keys and values, that of
+    # the MLP, and what goes into its output. Attention's result is counted already.
     if not step.lora_rank:
-        return kept + 2 * (2 * width + mlp_width)
+        numbers += 2 * width + mlp_width
+        return kept + BFLOAT16_BYTES * numbers
 
-    # Each adapter keeps its input after dropout, which values were dropped, and its inner values.
-    bytes_of_input = 3 if step.has_lora_dropout else 2
+    # An adapter keeps its input and its inner values; with dropout, a byte for each input says whether
+    # it was dropped.
     for weight in layer:
         if is_adapted(weight, step):
-            kept += bytes_of_input * weight.shape[1] + 2 * step.lora_rank
-    return kept
+            inputs = weight.shape[1]
+            numbers += inputs + step.lora_rank
+            kept += inputs if step.has_lora_dropout else 0
+    return kept + BFLOAT16_BYTES * numbers
 
 
 def list_last_layer(base: BaseModel) -> list[Weight]:

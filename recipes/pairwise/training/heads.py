@@ -46,6 +46,7 @@ def start_head(model: nn.Module, start: HeadStart, outputs: int) -> None:
         LOG.info("head %s: goes on from the base model's", name)
         return
 
+    # transformers has made a new head already where the base model has none.
     LOG.info("head %s: new, for %s", name, start.reason_for_new)
     base_model_has_head = start.checkpoint_outputs is not None
     if base_model_has_head:
@@ -122,11 +123,11 @@ def compute_logits_in_float32(model: nn.Module, label_token_ids: Sequence[int] =
         )
 
     for name, layer in layers.items():
+        # Of a layer with an output for each token, only those of the label tokens are computed. With
+        # an adapter on lm_head these are lm_head itself and lora_B; the outputs of lora_A are no tokens.
+        has_token_outputs = "lora_A" not in name.split(".")
         output_rows = None
-        # A head with LoRA computes W x + B (A x). A's outputs are LoRA's inner ones; W and B have
-        # an output for each token, of which those of the label tokens are computed.
-        is_lora_a = "lora_A" in name.split(".")
-        if label_token_ids and not is_lora_a:
+        if label_token_ids and has_token_outputs:
             output_rows = list(label_token_ids)
         layer.forward = functools.partial(linear_in_float32, layer, output_rows)
 

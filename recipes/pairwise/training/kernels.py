@@ -39,13 +39,15 @@ def choose_lora_kernels(cfg: dict, model_type: str) -> None:
     if reason is not None and cfg.get("adapter"):
         LOG.info("LoRA kernels: off, %s", reason)
 
-    # Axolotl turns on by itself what is not set here.
-    cfg["lora_embedding_kernel"] = False
+    # A kernel is for all layers of its kind, e.g. the three of an MLP: the adapter must be on each.
     targets = cfg.get("lora_target_modules") or ()
     for kernel, layers in LAYERS_OF_KERNELS.items():
         is_possible = reason is None and set(layers).issubset(targets)
-        is_wanted = cfg.get(kernel) is not False
-        cfg[kernel] = is_possible and is_wanted
+        is_turned_off = cfg.get(kernel) is False
+        cfg[kernel] = is_possible and not is_turned_off
+
+    # No recipe adapts embeddings. Axolotl turns on by itself what is not set.
+    cfg["lora_embedding_kernel"] = False
     if reason is None:
         let_classifiers_pass()
 

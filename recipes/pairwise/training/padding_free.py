@@ -43,12 +43,13 @@ def use_padding_free(model: nn.Module) -> None:
     class_name = type(inner_model).__name__
     config = inner_model.config
 
-    takes_bounds = config._attn_implementation == FLASH_ATTENTION
-    if not takes_bounds and not inner_model._supports_sdpa:
+    # Flash-attention reads from the batch where its sequences are; any other attention is replaced.
+    is_flash_attention = config._attn_implementation == FLASH_ATTENTION
+    if not is_flash_attention and not inner_model._supports_sdpa:
         raise UserError(
             f"pairwise.padding_free: {class_name} computes attention by itself; remove the key"
         )
-    if not takes_bounds:
+    if not is_flash_attention:
         AttentionInterface.register(ATTENTION, attend_within_sequences)
         inner_model.set_attn_implementation(ATTENTION)
 
@@ -161,26 +162,31 @@ def make_window_mask(
 def classify(
     classifier: nn.Module, input_ids: torch.Tensor, position_ids: torch.Tensor, **kwargs
 ) -> SequenceClassifierOutput:
-    """Stand in for a classifier's forward, which would read one place of the row alone.
+    """Classify every sequence of a padding-free batch; this takes the place of a classifier's forward.
+
+    The batch is one row of several sequences. transformers' own forward would read one token of the row,
+    and so classify the row.
 
     Args:
         classifier: The classifier.
-        input_ids: Of shape (1, tokens).
-        position_ids: Of the same shape.
-        kwargs: The sequences' bounds, and what PEFT passes on beside them, which is all None.
+        input_ids: The sequences end to end, of shape (1, tokens).
+        position_ids: Each token's position in its sequence, of the same shape.
+        kwargs: Where the sequences are (see BOUNDS), and what PEFT passes on beside that, all None.
 
     Returns:
         The logits, of shape (sequences, labels).
     """
-    options = {name: kwargs[name] for name in BOUNDS}
+    bounds = {name: kwargs[name] for name in BOUNDS}
+    options = {}
     if classifier.config.model_type not in ENCODERS:
-        # A cache would make transformers take the row for one sequence.
+        # With a cache of keys and values, transformers would let each token see the whole row.
         options["use_cache"] = False
-    output = classifier.base_model(input_ids=input_ids, position_ids=position_ids, **options)
-
-    logits = pool_and_classify(
-        classifier, output.last_hidden_state[0], options["cu_seq_lens_q"].long()
+    output = classifier.base_model(
+        input_ids=input_ids, position_ids=position_ids, **bounds, **options
     )
+
+    hidden_ts = output.last_hidden_state[0]
+    logits = pool_and_classify(classifier, hidden_ts, bounds["cu_seq_lens_q"].long())
     return SequenceClassifierOutput(logits=logits)
 
 

@@ -40,6 +40,16 @@ def test_the_arithmetic_of_a_recipe_is_one_line(monkeypatch):
     )
 
 
+def test_checkpointing_that_memory_does_not_ask_for_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    code, printed = check(changed_gemma(tmp_path, {"hardware": {"gpus": 8, "gib": 141}}))
+    assert code == 0
+    assert "; gradient_checkpointing: false fits too (" in printed
+    assert "fits too" not in check(changed_gemma(tmp_path, {"hardware": {"gpus": 8, "gib": 96}}))[1]
+    no_checkpointing = changed_gemma(tmp_path, {"hardware": {"gpus": 8, "gib": 141}}, gradient_checkpointing=None)
+    assert "fits too" not in check(no_checkpointing)[1]
+
+
 @pytest.mark.parametrize(
     ("block", "keys", "expected"),
     [
