@@ -42,17 +42,21 @@ class Competition:
 
     def __post_init__(self) -> None:
         """Raise ValueError where the entry contradicts itself."""
-        # The kernel's prior goes by this order.
+        # The kernel gives a row that it cannot score prior probabilities, which are in this order.
         if self.verdicts not in (VERDICTS[:2], VERDICTS):
             raise ValueError(f"{self.name}: verdicts: expected {VERDICTS}, or without tie")
 
-        expected_flags = 1 if self.verdict_form == "name" else len(self.verdicts)
-        if len(self.verdict_columns) != expected_flags:
-            raise ValueError(f"{self.name}: verdict_columns: expected {expected_flags}")
+        # In the train file a verdict is a name in one column, or a flag in a column of its own.
+        expected = 1 if self.verdict_form == "name" else len(self.verdicts)
+        found = len(self.verdict_columns)
+        if found != expected:
+            raise ValueError(f"{self.name}: verdict_columns: expected {expected}, found {found}")
 
-        expected_columns = 1 if self.answer == "winner" else len(self.verdicts)
-        if len(self.columns) != expected_columns:
-            raise ValueError(f"{self.name}: columns: expected {expected_columns}")
+        # A submission names the winner in one column, or has a probability for each verdict.
+        expected = 1 if self.answer == "winner" else len(self.verdicts)
+        found = len(self.columns)
+        if found != expected:
+            raise ValueError(f"{self.name}: columns: expected {expected}, found {found}")
 
 
 # By the name that specs use. The rules are those of https://www.kaggle.com/competitions/SLUG.

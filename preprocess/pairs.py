@@ -130,17 +130,21 @@ def draw_lockbox(table: pl.DataFrame, folds: int, share: float) -> pl.DataFrame:
         folds: The number of folds.
         share: The share of the groups, 0 for none.
     """
-    # A group is drawn by its number, so that rows added later draw no other ones. Its fold is the
-    # remainder of that number: the rest of it is independent of the fold.
-    number_without_fold = pl.col("group") // folds
-    is_drawn = number_without_fold % DRAW_STEPS < round(share * DRAW_STEPS)
+    # A group's number is a hash, so that a part of it is as good as a random draw, and rows that are
+    # added later draw no other groups. The fold is its remainder: the quotient does not depend on it.
+    quotient = pl.col("group") // folds
+    draw = quotient % DRAW_STEPS
+    is_drawn = draw < round(share * DRAW_STEPS)
+
+    # Lockbox rows have the role test.
     is_training = pl.col("role") == "train"
-    role = pl.when(is_training & is_drawn).then(pl.lit("test")).otherwise("role")
+    role = pl.when(is_training & is_drawn).then(pl.lit("test")).otherwise(pl.col("role"))
     table = table.with_columns(role=role)
 
-    # Without an otherwise, a lockbox row gets null.
-    is_in_fold = pl.col("role") != "test"
-    return table.with_columns(fold=pl.when(is_in_fold).then("fold"))
+    # They are in no fold.
+    is_lockbox = pl.col("role") == "test"
+    fold = pl.when(is_lockbox).then(None).otherwise(pl.col("fold"))
+    return table.with_columns(fold=fold)
 
 
 def find_like_lockbox(table: pl.DataFrame) -> pl.Series:

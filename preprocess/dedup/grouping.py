@@ -258,12 +258,16 @@ class _Grouping:
         earlier = np.minimum(first, second)
         later = np.maximum(first, second)
 
-        # Texts of earlier files have been compared, and those of one group need not be.
+        # At least one of the two must be new, and texts of one group need not be compared any more.
+        has_new_text = later >= self._added
         roots = self.sets.find_roots()
-        is_open = (later >= self._added) & (roots[earlier] != roots[later])
+        is_open = has_new_text & (roots[earlier] != roots[later])
         earlier = earlier[is_open]
         later = later[is_open]
 
+        # Most pairs have signatures that rule them out.
         is_likely = select_likely(self._signatures, earlier, later, self._threshold)
         pairs = later[is_likely] * self._text_count + earlier[is_likely]
+
+        # setdiff1d removes duplicates as well.
         return np.setdiff1d(pairs, self._unlike)

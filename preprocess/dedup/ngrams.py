@@ -58,18 +58,19 @@ def gram_codes(text: str) -> np.ndarray:
         characters = np.append(characters, np.full(missing, PADDING, np.uint64))
     count = len(characters) - GRAM + 1
 
-    # A polynomial in FACTOR, for all n-grams at once; uint64 wraps around.
+    # The code of the n-gram c0 c1 c2 c3 c4 is (((c0 F + c1) F + c2) F + c3) F + c4 modulo 2**64, where F
+    # is FACTOR. All n-grams take each step together: uint64 wraps around by itself.
     codes = characters[:count].copy()
     for offset in range(1, GRAM):
         codes *= FACTOR
         codes += characters[offset : offset + count]
 
-    # Spread the differences of similar n-grams over all bits.
+    # Spread the differences of similar n-grams over all bits, as SplitMix64 does.
     codes ^= codes >> np.uint64(31)
     codes *= MIX
     codes ^= codes >> np.uint64(29)
 
-    # Three times as fast as np.unique, which hashes.
+    # Without duplicates. This is three times as fast as np.unique, which hashes.
     codes.sort()
     is_first = np.ones(count, bool)
     is_first[1:] = codes[1:] != codes[:-1]

@@ -27,11 +27,18 @@ VOCABULARY = 256_000
 RANK = 64
 CONTENDERS = {
     "ours": "ours: merge, save, nf4",
+    "one_pass": "ours: nf4 in one pass, nothing else saved",
     "peft32": "PEFT in float32, save, bitsandbytes",
     "peft16": "PEFT in float16, save, bitsandbytes",
     "axolotl": "axolotl merge-lora: merge alone",
 }
-RESULTS = {"peft32": "float32", "peft16": "float16", "axolotl": "axolotl"}  # folders of what is compared with ours
+# Folders of what is compared with ours.
+RESULTS = {
+    "one_pass": "one-pass",
+    "peft32": "float32",
+    "peft16": "float16",
+    "axolotl": "axolotl",
+}
 BLOCK_BYTES = 2**24
 
 
@@ -108,6 +115,18 @@ def ours(folder: Path) -> Callable[[], object]:
     return work
 
 
+def one_pass(folder: Path) -> Callable[[], object]:
+    """Merge and quantise each weight at once, as it is done for a base whose adapter stays apart."""
+    from postprocess.run_folder import read_run
+    from postprocess.weights.bnb_quantize import quantization_config
+    from postprocess.weights.merge import Form, merge
+    from recipes.pairwise.config.schema import read_recipe
+
+    run = read_run(read_recipe(folder / "recipe.yml"))
+    form = Form(quantization_config("nf4", ["score"]))
+    return lambda: merge(run, folder / "one-pass", form)
+
+
 def peft(folder: Path, dtype_name: str) -> Callable[[], object]:
     """PEFT's merge_and_unload with the model in `dtype_name`, saved in float16, loaded again in nf4, saved."""
     import torch
@@ -160,6 +179,7 @@ def floor(folder: Path, out: Path) -> Measured:
 
 WORK = {
     "ours": ours,
+    "one_pass": one_pass,
     "peft32": lambda folder: peft(folder, "float32"),
     "peft16": lambda folder: peft(folder, "float16"),
     "axolotl": axolotl,

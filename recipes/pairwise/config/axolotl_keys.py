@@ -138,9 +138,10 @@ def value_problems(key: str, value: object) -> Iterator[str]:
             for name in error.instance:
                 if name not in allowed_names:
                     yield f"{path}.{name}: {unknown_key(name, allowed_names)}"
-        elif (
-            error.validator != "contains"
-        ):  # of plugins: axolotl_problems says it, of a recipe without the key too
+        elif error.validator == "contains":
+            # Our plugin is not among the plugins. axolotl_problems says that, also of a recipe without any.
+            continue
+        else:
             advice = suggestion(error.schema, error.instance)
             yield f"{path}: expected {describe_part(error.schema)}, found {error.instance!r}{advice}"
 
@@ -163,17 +164,25 @@ def describe_part(part: Mapping) -> str:
 
 
 def suggestion(part: Mapping, value: object) -> str:
-    """Return what may have been meant by a wrong value: the nearest of the allowed words, or what YAML made of another one."""
+    """Suggest what may have been meant by a wrong value; empty where there is nothing to suggest.
+
+    Args:
+        part: The part of the JSON Schema that says what the value may be.
+        value: What the recipe has there.
+    """
     words = [word for word in part.get("enum", []) if isinstance(word, str)]
 
     # A misspelt word.
-    match = nearest(value, words) if isinstance(value, str) else None
-    if match:
-        return f"; did you mean {match}?"
+    if isinstance(value, str):
+        match = nearest(value, words)
+        if match:
+            return f"; did you mean {match}?"
 
-    # A word that YAML reads as something else, such as no or on.
+    # YAML reads words such as no and on as a truth value. That is of interest where a word may stand.
     takes_text = bool(words) or "string" in types_of(part)
-    return hint(value) if takes_text or not isinstance(value, bool) else ""
+    if isinstance(value, bool) and not takes_text:
+        return ""
+    return hint(value)
 
 
 def types_of(part: Mapping) -> list[str]:

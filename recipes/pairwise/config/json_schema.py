@@ -215,13 +215,19 @@ def plugin_keys() -> dict[str, dict]:
 def recipe_schema() -> dict:
     """Return the schema of a recipe: what the strict check refuses is refused here too, where a schema can say it."""
     # Axolotl's own keys come last: a plugin must not redefine them.
-    block = block_schema(PairwiseBlock)
     properties = plugin_keys() | axolotl_keys()
     properties["plugins"]["contains"] = {"const": PLUGIN}
+
+    # These may only be false, and those may not be there at all.
     for key, reason in REFUSED.items():
         properties[key] = {"const": False, "description": f"Refused: {reason}."}
     for key, setter in SET_BY_THE_BLOCK.items():
         properties[key] = {"not": {}, "description": f"Refused: {setter} decides that."}
+
+    # The definitions of blocks inside ours stand at the top of a schema.
+    block = block_schema(PairwiseBlock)
+    definitions = block.pop("$defs")
+    properties["pairwise"] = block
 
     return {
         "$schema": DRAFT,
@@ -230,8 +236,8 @@ def recipe_schema() -> dict:
         "type": "object",
         "additionalProperties": False,
         "required": ["base_model", "plugins", "pairwise"],
-        "$defs": block.pop("$defs"),
-        "properties": properties | {"pairwise": block},
+        "$defs": definitions,
+        "properties": properties,
     }
 
 

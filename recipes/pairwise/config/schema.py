@@ -4,6 +4,7 @@ Nothing here imports torch or Axolotl, so that `python -m recipes.pairwise` answ
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,6 +20,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_yaml
@@ -378,23 +380,26 @@ def explain(problem: dict) -> str:
     path = [str(part) for part in problem["loc"] if part != "TemplateBlock"]
     key = ".".join(["pairwise", *path])
 
-    # The keys that could stand there: those of a block inside, or of the whole.
-    fields = PairwiseBlock.model_fields
-    is_inside_block = len(path) > 1
-    if is_inside_block and path[0] in INNER_BLOCKS:
-        fields = INNER_BLOCKS[path[0]].model_fields
-
     if problem["type"] == "extra_forbidden":
-        return f"{key}: {unknown_key(path[-1], fields)}"
+        return f"{key}: {unknown_key(path[-1], fields_beside(path))}"
     if problem["type"] == "missing":
-        return f"{key}: missing; add it: {fields[path[-1]].description}"
+        return f"{key}: missing; add it: {fields_beside(path)[path[-1]].description}"
 
-    # A check of a block as a whole begins its message with the key at fault.
+    # A validator of a whole block, such as that of `distill`, begins its message with the key at fault:
+    # "Value error, teachers: …" becomes "pairwise.distill.teachers: …".
     is_of_block = problem["type"] == "value_error" and isinstance(problem["input"], dict)
     if is_of_block:
         message = problem["msg"].removeprefix("Value error, ")
         return f"{key}.{message}"
     return f"{key}: {in_words(problem, PATTERNS)}"
+
+
+def fields_beside(path: Sequence[str]) -> dict[str, FieldInfo]:
+    """Return the fields that could stand at a path: those of the block inside, or of the whole block."""
+    is_inside_block = len(path) > 1
+    if is_inside_block and path[0] in INNER_BLOCKS:
+        return INNER_BLOCKS[path[0]].model_fields
+    return PairwiseBlock.model_fields
 
 
 def apply_environment(block: PairwiseBlock) -> PairwiseBlock:
