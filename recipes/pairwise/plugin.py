@@ -31,7 +31,13 @@ from recipes.pairwise.contract import new_contract, record_training, write_contr
 from recipes.pairwise.data.collators import PADDED_TO_MULTIPLE_OF, PairCollator
 from recipes.pairwise.data.datasets import datasets_of
 from recipes.pairwise.data.token_budget import StepShape, TokenBudgetBatches
-from recipes.pairwise.processes import LOG, end_without_telemetry, stop, stopping_on_errors
+from recipes.pairwise.processes import (
+    LOG,
+    check_compiler_locks,
+    end_without_telemetry,
+    stop,
+    stopping_on_errors,
+)
 from recipes.pairwise.tracking import metrics, recipe_copy, results, wandb_run
 from recipes.pairwise.training import (
     checkpoints,
@@ -120,6 +126,8 @@ class PairwisePlugin(BasePlugin):
         run_config.set_accumulation_steps(cfg, self.block)
         wandb_run.check(cfg)
         checkpointing = zero3.checkpointing_kwargs(cfg)
+        if cfg.get("deepspeed"):
+            check_compiler_locks()
 
         empty_model = run_config.check_base_model(cfg, self.block)
         self.model_config = empty_model.config

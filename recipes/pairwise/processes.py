@@ -5,6 +5,7 @@ import contextlib
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from axolotl.telemetry.manager import TelemetryManager
 
 from preprocess.core.errors import UserError
 from preprocess.model_input import ContractError
+
+# No part of DeepSpeed takes that long to compile.
+LONGEST_COMPILATION_SECONDS = 900.0
 
 # Of loggers that are not below its own Axolotl prints warnings only.
 LOG = logging.getLogger("axolotl.pairwise")
@@ -53,3 +57,19 @@ def end_without_telemetry() -> None:
     atexit.unregister(TelemetryManager.get_instance().shutdown)
     if posthog.default_client is not None:
         atexit.unregister(posthog.default_client.join)
+
+
+def check_compiler_locks() -> None:
+    """Raise UserError where a process was killed while it compiled a part of DeepSpeed.
+
+    It leaves a lock, and PyTorch would wait without a word, and without end, for the process to remove it.
+    """
+    # PyTorch's own names: ~/.cache/torch_extensions/py312_cu130/cpu_adam/lock.
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
+    for lock in sorted(Path(folder).rglob("lock")):
+        age_seconds = time.time() - lock.stat().st_mtime
+        if age_seconds > LONGEST_COMPILATION_SECONDS:
+            raise UserError(
+                f"{lock}: left {age_seconds / 60:.0f} minutes ago by a process that was killed while it compiled "
+                f"DeepSpeed's {lock.parent.name}; this run would wait for it without end; delete the file"
+            )
