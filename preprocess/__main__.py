@@ -28,18 +28,20 @@ class _Command(click.Command):
     """Lets the options of files take several files, as their usage says."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Turn --extra A B into --extra A --extra B: click takes one value an option."""
+        """Turn --extra A B into --extra A --extra B, since click takes one value an option."""
         expanded_args = []
-        option = ""
-        previous = ""
+        last_option = ""
+        previous_arg = ""
         for arg in args:
-            if arg.startswith("-"):
-                option = arg
-            elif option in OPTIONS_OF_FILES and previous != option:
-                # A further file of the option that came last.
-                expanded_args.append(option)
+            is_option = arg.startswith("-")
+            follows_its_option = previous_arg == last_option
+            if is_option:
+                last_option = arg
+            elif last_option in OPTIONS_OF_FILES and not follows_its_option:
+                # This is a further file of the option: repeat the option before it.
+                expanded_args.append(last_option)
             expanded_args.append(arg)
-            previous = arg
+            previous_arg = arg
         return super().parse_args(ctx, expanded_args)
 
 
@@ -222,16 +224,22 @@ def _check_leaks(pairs: Pairs, held_back: dict[Path, pl.DataFrame], threshold: f
         held_back: id and prompt of each file that no source may share a prompt with.
         threshold: The similarity from which on two prompts are alike.
 
+    Returns:
+        The report of the comparison, which found no leak.
+
     Raises:
-        UserError: Some are. They are printed first.
+        UserError: Prompts in two places are alike. They are printed first.
     """
-    # Each fold is a place, and so is the lockbox, which is in no fold.
-    lockbox = (pairs.table["fold"].max() or 0) + 1
+    # The search compares prompts of different places, which are numbers: folds are the places 0, 1,
+    # … The lockbox, which is in no fold, gets the number after the last fold's.
+    last_fold = pairs.table["fold"].max() or 0
+    lockbox = last_fold + 1
     prompts = _list_prompts(pairs, held_back, lockbox)
     leak_report = find_leaks(prompts["prompt_text"], prompts["place"].to_numpy(), threshold, _track)
     if not leak_report.leaks:
         return leak_report
 
+    # Show the leaks, and end the command before anything is written.
     report.console(sys.stderr).print(report.leaks_table(leak_report.leaks, prompts))
     held_back_names = [path.name for path in held_back]
     advice = _advise_on_leaks(leak_report.leaks, prompts["place"], lockbox, held_back_names)
@@ -248,9 +256,13 @@ def _advise_on_leaks(
 
     Args:
         leaks: The leaks.
-        places: Where each prompt stands: a fold, the lockbox, or below 0 for a held-back file.
-        lockbox: The lockbox's place.
+        places: Where each prompt stands: its fold, the lockbox's number, or below 0 for a held-back
+            file.
+        lockbox: The number that stands for the lockbox as a place.
         held_back_names: The names of the held-back files.
+
+    Returns:
+        A text for each kind of leak that there is.
     """
     into_files = 0
     into_lockbox = 0
@@ -282,28 +294,33 @@ def _advise_on_leaks(
 
 
 def _list_prompts(pairs: Pairs, held_back: dict[Path, pl.DataFrame], lockbox: int) -> pl.DataFrame:
-    """List all prompts with id, place (a number, see find_leaks) and place_name.
+    """List all prompts, those of the pairs first, with the place in which each stands.
 
     Args:
         pairs: The pairs of all sources.
         held_back: By file, the ids and prompts that no source may share.
-        lockbox: The place of the lockbox, which is in no fold.
-    """
-    place = pl.col("fold").fill_null(lockbox).cast(pl.Int64)
-    fold_name = (
-        pl.when(pl.col("fold").is_null())
-        .then(pl.lit("lockbox"))
-        .otherwise(pl.format("fold {}", "fold"))
-    )
-    tables = [pairs.table.select("id", "prompt_text", place=place, place_name=fold_name)]
+        lockbox: The number that stands for the lockbox as a place.
 
-    # Held-back files follow, as the places -1, -2 and so on.
-    for number, (path, table) in enumerate(held_back.items(), 1):
+    Returns:
+        A frame of id, prompt_text (normalised), place (a number, as find_leaks wants it) and
+        place_name (for messages). With two folds, a lockbox and two held-back files, the places
+        are:
+
+            place_name    fold 0    fold 1    lockbox    test.csv    other.csv
+            place              0         1          2          -1           -2
+    """
+    # A pair without a fold is in the lockbox.
+    is_lockbox = pl.col("fold").is_null()
+    place = pl.col("fold").fill_null(lockbox).cast(pl.Int64)
+    place_name = pl.when(is_lockbox).then(pl.lit("lockbox")).otherwise(pl.format("fold {}", "fold"))
+    tables = [pairs.table.select("id", "prompt_text", place=place, place_name=place_name)]
+
+    for file_number, (path, table) in enumerate(held_back.items(), 1):
         normalised = [normalise(turns) for turns in table["prompt"]]
         columns = table.select(
             "id",
             prompt_text=pl.Series(normalised, dtype=pl.String),
-            place=pl.lit(-number, pl.Int64),
+            place=pl.lit(-file_number, pl.Int64),
             place_name=pl.lit(path.name),
         )
         tables.append(columns)

@@ -34,26 +34,34 @@ def extract_facts(rows: pl.DataFrame) -> pl.DataFrame:
     Args:
         rows: Of the schema sources.rows.ROWS, and any other columns, which are kept.
     """
+    # A row with a reason cannot be used; all that follows from its texts is null.
     descriptions = []
     for prompt, response_a, response_b, reason in rows.select(*TEXTS, "reason").iter_rows():
-        if reason is None:
+        is_usable = reason is None
+        if is_usable:
             descriptions.append(describe_texts(prompt, response_a, response_b))
         else:
             descriptions.append({})
 
-    of_texts = pa.Table.from_pylist(descriptions, pl.DataFrame(schema=OF_TEXTS).to_arrow().schema)
-    return rows.drop(TEXTS).hstack(pl.DataFrame(of_texts, schema=OF_TEXTS))
+    # PyArrow makes columns of dictionaries; a key that is missing becomes null.
+    arrow_schema = pl.DataFrame(schema=OF_TEXTS).to_arrow().schema
+    arrow_table = pa.Table.from_pylist(descriptions, arrow_schema)
+    of_texts = pl.DataFrame(arrow_table, schema=OF_TEXTS)
+    return rows.drop(TEXTS).hstack(of_texts)
 
 
 def describe_texts(prompt: list[str], response_a: list[str], response_b: list[str]) -> dict:
     """Return what is to be known of a pair's texts, by column of OF_TEXTS."""
+    # The hash of both responses begins with the smaller one. So it does not depend on their order;
+    # is_swapped tells whether B has the smaller one.
     hash_a = hash_turns(response_a)
     hash_b = hash_turns(response_b)
+    responses_hash = min(hash_a, hash_b) + max(hash_a, hash_b)
     return {
         "prompt_text": normalise(prompt),
         "opening": " ".join(prompt)[:OPENING_CHARACTERS],
         "prompt_hash": hash_turns(prompt),
-        "responses_hash": min(hash_a, hash_b) + max(hash_a, hash_b),
+        "responses_hash": responses_hash,
         "is_swapped": hash_a > hash_b,
         "is_a_longer": count_characters(response_a) >= count_characters(response_b),
     }

@@ -130,11 +130,13 @@ def draw_lockbox(table: pl.DataFrame, folds: int, share: float) -> pl.DataFrame:
         folds: The number of folds.
         share: The share of the groups, 0 for none.
     """
-    # A group's number is a hash, so that a part of it is as good as a random draw, and rows that are
-    # added later draw no other groups. The fold is its remainder: the quotient does not depend on it.
+    # A group's number is a hash, so that each group draws a lot from 0 to 9,999 with it. Random
+    # numbers would draw other groups as soon as rows are added. The fold is the remainder of number
+    # / folds; the lot comes from the quotient, which does not depend on the fold, so that all folds
+    # lose the same share.
     quotient = pl.col("group") // folds
-    draw = quotient % DRAW_STEPS
-    is_drawn = draw < round(share * DRAW_STEPS)
+    lot = quotient % DRAW_STEPS
+    is_drawn = lot < round(share * DRAW_STEPS)
 
     # Lockbox rows have the role test.
     is_training = pl.col("role") == "train"
@@ -148,14 +150,27 @@ def draw_lockbox(table: pl.DataFrame, folds: int, share: float) -> pl.DataFrame:
 
 
 def find_like_lockbox(table: pl.DataFrame) -> pl.Series:
-    """Find the extra and pool rows whose group has a lockbox row: nobody may train on its prompt."""
-    lockbox_groups = table.filter(role="test")["group"].unique()
+    """Find the extra and pool rows whose prompt is like one of the lockbox: none may be trained on.
+
+    Returns:
+        For each row of the table whether it is such a row.
+    """
+    # Like prompts are in one group. Polars wants the values for is_in as a list, which implode
+    # makes.
+    is_lockbox = table["role"] == "test"
+    lockbox_groups = table["group"].filter(is_lockbox).unique()
+    is_group_in_lockbox = table["group"].is_in(lockbox_groups.implode())
+
+    # Training rows are not dropped: if one is like a lockbox row, the leak report stops the
+    # command.
     is_extra_or_pool = table["role"].is_in(["extra", "pool"])
-    return is_extra_or_pool & table["group"].is_in(lockbox_groups.implode())
+    return is_extra_or_pool & is_group_in_lockbox
 
 
 def group_number(prompt: str) -> int:
-    """Return a group's number, a hash of its earliest prompt (normalised): 0 to 2**63 - 1, so that int64 holds it."""
+    """Return a group's number, a hash of its earliest prompt (normalised)."""
+    # 64 bits of the hash, of which one is cut off: from 0 to 2**63 - 1, the largest number in an
+    # int64.
     digest = hashlib.sha256(prompt.encode("utf-8")).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
@@ -164,21 +179,25 @@ def unite_judgements(rows: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, int]]:
     """Unite the rows of one role that judge one pair, in whichever order its responses stand.
 
     Returns:
-        The first row of each pair with the weight, shares and winner of all its judgements; and, by source, how many rows
-        became part of an earlier one.
+        The first row of each pair with the weight, shares and winner of all its judgements; and, by
+        source, how many rows became part of an earlier one.
     """
+    # One row a pair: the first one, with the votes of all.
     totals = _sum_votes(rows)
     first_rows = totals["first_row"]
     table = rows[first_rows].with_columns(totals.select(*SHARES, "weight", "both_bad"))
 
-    # A single judgement keeps its verdict, for its shares may be a teacher's. Pool rows have none.
-    keeps_winner = (totals["judgements"] == 1) | (table["role"] == "pool")
-    winner = pl.when(keeps_winner).then(pl.col("winner")).otherwise(_most_voted())
+    # Several judgements have the winner with the most votes. A single one keeps its own: its shares
+    # may be a teacher's, which may favour another verdict. Pool rows keep having none.
+    is_single = totals["judgements"] == 1
+    is_pool = table["role"] == "pool"
+    winner = pl.when(is_single | is_pool).then(pl.col("winner")).otherwise(_most_voted())
     table = table.with_columns(winner=winner)
 
-    # All other rows became part of an earlier one.
+    # A flag for each row, False at first; scatter sets those at the numbers of the first rows.
     is_first = pl.Series([False]).new_from_index(0, len(rows)).scatter(first_rows, True)
-    counts = name_sources(rows.filter(~is_first)).value_counts()
+    later_rows = rows.filter(~is_first)
+    counts = name_sources(later_rows).value_counts()
     united = dict(counts.iter_rows())
     return table, united
 
@@ -199,7 +218,7 @@ def _sum_votes(rows: pl.DataFrame) -> pl.DataFrame:
     """
     judgements = _align_judgements(rows).with_row_index("first_row")
 
-    # Shares become votes, which can be added, and the sums become shares again.
+    # Shares become votes, which can be added: 0.75 of 4 votes are 3. The sums become shares again.
     votes = judgements.with_columns(pl.col(SHARES) * pl.col("weight"))
     totals = votes.group_by(SAME_PAIR, maintain_order=True).agg(
         pl.first("first_row"),
@@ -207,17 +226,23 @@ def _sum_votes(rows: pl.DataFrame) -> pl.DataFrame:
         pl.sum("weight", *SHARES),
         pl.any("both_bad"),
     )
+
+    # In Polars, `when` without `otherwise` gives null: that is what the pool gets.
     has_votes = pl.col("role") != "pool"
     return totals.with_columns(pl.when(has_votes).then(pl.col(SHARES) / pl.col("weight")))
 
 
 def _align_judgements(rows: pl.DataFrame) -> pl.DataFrame:
-    """Turn the votes of rows round whose responses stand in another order than in the pair's first row.
+    """Bring the votes of a pair's rows into one order of its responses, that of its first row.
 
     Returns:
         For each row: the columns SAME_PAIR, weight, both_bad, and the shares of the votes, in which A is
         what the pair's first row has as A.
     """
+    # For example, three rows of a pair, the second of which has the responses the other way round:
+    #     is_swapped    true   false   true
+    #     p_model_a     0.9    0.2     0.7      as it is in the row
+    #     p_model_a     0.9    0.8     0.7      as it is returned; 0.8 was p_model_b
     judgements = rows.select(*SAME_PAIR, "is_swapped", "weight", *SHARES, "both_bad")
     is_same_order = pl.col("is_swapped") == pl.col("is_swapped").first().over(SAME_PAIR)
     share_a = pl.when(is_same_order).then("p_model_a").otherwise("p_model_b")
@@ -226,27 +251,34 @@ def _align_judgements(rows: pl.DataFrame) -> pl.DataFrame:
 
 
 def _most_voted() -> pl.Expr:
-    """The verdict with the largest share, or tie where several have it."""
-    largest = pl.max_horizontal(SHARES) - EQUAL_SHARES
-    is_a = pl.col("p_model_a") >= largest
-    is_b = pl.col("p_model_b") >= largest
-    is_tie = (pl.col("p_tie") >= largest) | (is_a & is_b)
-    winner = pl.when(is_a).then(pl.lit("model_a")).otherwise(pl.lit("model_b"))
+    """Return an expression: the verdict with the largest share, tie where several have it."""
+    # What is this large counts as the largest share: sums of float shares are not exact.
+    least_share = pl.max_horizontal(SHARES) - EQUAL_SHARES
+    has_a_most = pl.col("p_model_a") >= least_share
+    has_b_most = pl.col("p_model_b") >= least_share
+    has_tie_most = pl.col("p_tie") >= least_share
+
+    is_tie = has_tie_most | (has_a_most & has_b_most)
+    winner = pl.when(has_a_most).then(pl.lit("model_a")).otherwise(pl.lit("model_b"))
     return pl.when(is_tie).then(pl.lit("tie")).otherwise(winner)
 
 
 def _make_ids_unique(ids: list[str], sources: list[str]) -> list[str]:
-    """Make each row's id unique: of equal ids, the first stays, and another becomes source:id, or source:id:2 and so on."""
+    """Make each row's id unique: of equal ids, the first one stays as it is.
+
+    For example, the ids 7, 7, 7 and 7 of the source arena become 7, arena:7, arena:7:2 and
+    arena:7:3.
+    """
     used: set[str] = set()
     unique_ids = []
     for row_id, source in zip(ids, sources, strict=True):
         unique_id = row_id
-        number = 1
+        attempt = 1
         while unique_id in used:
             unique_id = f"{source}:{row_id}"
-            if number > 1:
-                unique_id = f"{unique_id}:{number}"
-            number += 1
+            if attempt > 1:
+                unique_id = f"{unique_id}:{attempt}"
+            attempt += 1
         used.add(unique_id)
         unique_ids.append(unique_id)
     return unique_ids

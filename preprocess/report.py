@@ -13,7 +13,7 @@ from rich.table import Table
 
 from preprocess.dedup.leaks import Leak, LeakReport
 from preprocess.model_input import VERDICTS
-from preprocess.pairs import Pairs, name_sources
+from preprocess.pairs import Joined, Pairs, name_sources
 
 PIPED_WIDTH = 100
 LEAKS_SHOWN = 20
@@ -33,10 +33,10 @@ def console(stream=None, piped_width: int = PIPED_WIDTH) -> Console:
 
 
 def sources_table(rows: pl.DataFrame, pairs: Pairs) -> Table:
-    """Build the table of what became of the rows: one line for each source, and one for all if there are several.
+    """Build the table of what became of the rows: a line for each source, and one for all.
 
-    `again` counts rows that judge a pair of an earlier row. A, B, tie and longer are the shares of pairs
-    that A, B, nobody and the longer response won.
+    The column `again` counts rows that judge a pair of an earlier row. A, B, tie and longer are the
+    shares of pairs that A, B, nobody and the longer response won.
 
     Args:
         rows: All rows that were read, with source, role and, where one cannot be used, a reason.
@@ -47,19 +47,25 @@ def sources_table(rows: pl.DataFrame, pairs: Pairs) -> Table:
         justify = "left" if heading in LEFT_ALIGNED else "right"
         table.add_column(heading, justify=justify)
 
-    # Training rows may be drawn into the lockbox, so that these two roles are one line.
-    sources = name_sources(rows)
-    kept_sources = name_sources(pairs.table)
-    names = sources.unique(maintain_order=True).to_list()
+    # Extra and pool rows of a source have a line of their own, with the name "arena (pool)".
+    # Training and lockbox rows are one line, "arena": a row that was read as the one may have
+    # become the other since.
+    name_of_row = name_sources(rows)
+    name_of_pair = name_sources(pairs.table)
+    names = name_of_row.unique(maintain_order=True).to_list()
     for name in names:
-        source_rows = rows.filter(sources == name)
-        kept = pairs.table.filter(kept_sources == name)
-        cells = _describe_rows(source_rows, kept, pairs.united.get(name, 0))
+        source_rows = rows.filter(name_of_row == name)
+        source_pairs = pairs.table.filter(name_of_pair == name)
+        rows_united = pairs.united.get(name, 0)
+        cells = _describe_rows(source_rows, source_pairs, rows_united)
         table.add_row(name, *cells)
 
-    if len(names) > 1:
+    has_several_lines = len(names) > 1
+    if has_several_lines:
+        rows_united = sum(pairs.united.values())
+        cells = _describe_rows(rows, pairs.table, rows_united)
         table.add_section()
-        table.add_row("all", *_describe_rows(rows, pairs.table, sum(pairs.united.values())))
+        table.add_row("all", *cells)
     return table
 
 
@@ -71,12 +77,18 @@ def _describe_rows(rows: pl.DataFrame, kept: pl.DataFrame, united: int) -> list[
         kept: The pairs that were made of them.
         united: How many rows became part of an earlier pair.
     """
-    # The commonest reason comes first.
+    # Rows that can be used have no reason. The commonest reason comes first.
     counts = rows["reason"].drop_nulls().value_counts()
     counts = counts.sort(["count", "reason"], descending=[True, False])
     rejected = [f"{reason}: {count:,}" for reason, count in counts.iter_rows()]
 
-    win_rates = [_format_percent((kept["winner"] == verdict).mean()) for verdict in VERDICTS]
+    # Polars' mean leaves nulls out: pool rows, which have no winner, count in none of the shares.
+    win_rates = []
+    for verdict in VERDICTS:
+        wins = kept["winner"] == verdict
+        win_rates.append(_format_percent(wins.mean()))
+    longer_win_rate = _format_percent(_does_longer_win(kept).mean())
+
     return [
         f"{rows.height:,}",
         f"{kept.height:,}",
@@ -84,15 +96,20 @@ def _describe_rows(rows: pl.DataFrame, kept: pl.DataFrame, united: int) -> list[
         "\n".join(rejected) or "0",
         _list_languages(kept["language"]),
         *win_rates,
-        _format_percent(_does_longer_win(kept).mean()),
+        longer_win_rate,
     ]
 
 
 def _does_longer_win(table: pl.DataFrame) -> pl.Series:
-    """Return for each pair whether the answer with more characters won; null for a tie."""
-    does_longer_win = pl.col("is_a_longer") == (pl.col("winner") == "model_a")
-    decided = pl.when(pl.col("winner") != "tie").then(does_longer_win)
-    return table.select(decided.alias("longer_wins"))["longer_wins"]
+    """Return for each pair whether the longer answer won; null for a tie and without a winner."""
+    # The longer one wins if A is longer and wins, or if B is longer and wins.
+    a_wins = pl.col("winner") == "model_a"
+    longer_wins = pl.col("is_a_longer") == a_wins
+
+    # In Polars, `when` without `otherwise` gives null.
+    is_decided = pl.col("winner") != "tie"
+    longer_wins_or_null = pl.when(is_decided).then(longer_wins)
+    return table.select(longer_wins_or_null.alias("longer_wins"))["longer_wins"]
 
 
 def _list_languages(languages: pl.Series) -> str:
@@ -123,6 +140,7 @@ def summary(pairs: Pairs, folds: int, threshold: float) -> list[str]:
     table = pairs.table
     lines = [_describe_groups(table, threshold)]
 
+    # A fold without rows is listed with 0.
     training_folds = table.filter(role="train")["fold"].to_numpy()
     fold_sizes = np.bincount(training_folds, minlength=folds).tolist()
     sizes = [f"{fold}: {size:,}" for fold, size in enumerate(fold_sizes)]
@@ -136,18 +154,23 @@ def summary(pairs: Pairs, folds: int, threshold: float) -> list[str]:
     if role_sizes:
         lines.append(f"beside the folds: {', '.join(role_sizes)}")
     if pairs.dropped.height > 0:
-        lines.append(
-            f"dropped because their prompt is like one of the lockbox: {_count(pairs.dropped.height, 'row')}"
-        )
+        rows_dropped = _count(pairs.dropped.height, "row")
+        lines.append(f"dropped because their prompt is like one of the lockbox: {rows_dropped}")
 
     for joined in pairs.joined:
-        change = "stays in"
-        if joined.fold_now != joined.fold_before:
-            change = f"moves from fold {joined.fold_before} to"
-        lines.append(
-            f"a later file joined two groups of earlier ones: the group of {joined.id} {change} fold {joined.fold_now}"
-        )
+        lines.append(_describe_joined(joined))
     return lines
+
+
+def _describe_joined(joined: Joined) -> str:
+    """Say that a later file joined two groups, and whether the younger one moves to a new fold."""
+    change = "stays in"
+    if joined.fold_now != joined.fold_before:
+        change = f"moves from fold {joined.fold_before} to"
+    return (
+        f"a later file joined two groups of earlier ones: "
+        f"the group of {joined.id} {change} fold {joined.fold_now}"
+    )
 
 
 def _describe_groups(table: pl.DataFrame, threshold: float) -> str:
@@ -164,12 +187,23 @@ def _describe_groups(table: pl.DataFrame, threshold: float) -> str:
 
 
 def no_leaks(report: LeakReport, threshold: float, against: list[str]) -> str:
-    """Return the line that a leak report without leaks comes to; `against` names the held-back files."""
-    beyond = f" or in {', '.join(against)}" if against else ""
-    line = f"leak report: no prompt has another of similarity {threshold:g} or more in a different fold{beyond}"
+    """Write the line that is printed after a comparison of prompts that found no leak.
+
+    Args:
+        report: The result of the comparison.
+        threshold: The similarity from which on two prompts would be a leak.
+        against: The names of the held-back files.
+    """
+    searched = "in a different fold"
+    if against:
+        searched = f"{searched} or in {', '.join(against)}"
+    line = f"leak report: no prompt has another of similarity {threshold:g} or more {searched}"
     if report.compared == 0:
         return line
-    return f"{line}; the closest of {report.compared:,} that came near: {_format_similarity(report.closest)}"
+
+    # How near the search came shows that it did look.
+    closest = _format_similarity(report.closest)
+    return f"{line}; the closest of {report.compared:,} that came near: {closest}"
 
 
 def _format_similarity(similarity: float) -> str:
@@ -195,17 +229,20 @@ def leaks_table(leaks: tuple[Leak, ...], prompts: pl.DataFrame) -> Table:
     # Ids are shown whole, even if that takes two lines; a prompt is known by its beginning.
     table.add_column("prompt", no_wrap=True, overflow="ellipsis", max_width=PROMPT_WIDTH)
 
+    # A leak is one row of the table, in which each of its two prompts has a line.
     for leak in leaks[:LEAKS_SHOWN]:
-        both = prompts[[leak.first, leak.second]]
-        openings = [snippet(text, SNIPPET) for text in both["prompt_text"]]
+        both_prompts = prompts[[leak.first, leak.second]]
+        openings = [snippet(text, SNIPPET) for text in both_prompts["prompt_text"]]
         table.add_row(
             _format_similarity(leak.similarity),
-            "\n".join(both["place_name"]),
-            "\n".join(both["id"]),
+            "\n".join(both_prompts["place_name"]),
+            "\n".join(both_prompts["id"]),
             "\n".join(openings),
         )
-    if len(leaks) > LEAKS_SHOWN:
-        table.add_row("", "", "", f"and {len(leaks) - LEAKS_SHOWN:,} more")
+
+    leaks_left = len(leaks) - LEAKS_SHOWN
+    if leaks_left > 0:
+        table.add_row("", "", "", f"and {leaks_left:,} more")
     return table
 
 

@@ -78,12 +78,14 @@ def write_pairs(
         _open_writer(out, PAIRS.names()) as pair_file,
         _open_writer(rejected, REJECTED) as rejected_file,
     ):
+        # Each batch has some of the pairs, and some of the rejected rows.
         for batch in read_sources(sources, track, "writing pairs of"):
             pairs_of_batch = select_pairs(batch, pairs.table)
             pairs_written += pairs_of_batch.height
             _write_rows(pair_file, pairs_of_batch)
             _write_rows(rejected_file, select_rejected(batch, pairs.dropped))
 
+    # The second reading must find every pair again at the position of the first.
     if pairs_written != pairs.table.height:
         raise UserError(
             "a source was changed while it was read; run this again when it is complete"
@@ -97,6 +99,8 @@ def select_pairs(rows: pl.DataFrame, pairs: pl.DataFrame) -> pl.DataFrame:
         rows: Rows of the sources, with their positions.
         pairs: All pairs, without texts.
     """
+    # A pair has the position of its first row, whose texts are its own. The join leaves out all
+    # other rows, since it keeps only positions that both frames have.
     texts = rows.select("position", *TEXTS)
     decisions = _select_positions(pairs, rows)
     return texts.join(decisions, on="position", maintain_order="left").select(PAIRS.names())
@@ -110,8 +114,13 @@ def select_rejected(rows: pl.DataFrame, dropped: pl.DataFrame) -> pl.DataFrame:
         dropped: All pairs that were dropped, without texts.
     """
     unusable = rows.filter(pl.col("reason").is_not_null())
+
+    # Dropped rows get their texts back. The join keeps only positions that both frames have.
     texts = rows.select("position", *TEXTS)
-    dropped_rows = texts.join(_select_positions(dropped, rows), on="position")
+    dropped_here = _select_positions(dropped, rows)
+    dropped_rows = texts.join(dropped_here, on="position")
+
+    # Both kinds, in the order of the source.
     columns = ["position", *REJECTED]
     both = pl.concat([unusable.select(columns), dropped_rows.select(columns)])
     return both.sort("position").select(REJECTED)

@@ -111,11 +111,15 @@ def resumable_folder(path: Path | str, key: str, size: int) -> Iterator[Path]:
 def _replace_folder(path: Path, new: Path) -> None:
     """Give the folder `new` the name `path`; a kill leaves a whole folder there, or none.
 
-    A folder cannot be renamed onto one that is not empty, and removing the old one takes a while: under
-    its own name, a kill would leave a part of it there.
+    A folder cannot be renamed onto one that is not empty, so that the old one has to go first.
+    Removing it takes a while, and a kill meanwhile would leave a part of it under the name `path`.
+    So the old one is renamed, which takes no time, and is removed in the end.
     """
+    # A call that was killed may have left one there.
     old = path.with_name(f".{path.name}.old.tmp")
     _remove(old)
+
+    # lexists, since `path` may be a link to what does not exist any more.
     if os.path.lexists(path):
         os.replace(path, old)
     os.replace(new, path)
@@ -216,19 +220,22 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     """PyYAML's safe loader, which alone would silently take the last of two equal keys."""
 
     def construct_mapping(self, node, deep=False):
-        first_lines: dict[str, int] = {}
+        # PyYAML calls this for each mapping, whose node.value is a list of (key, value) nodes.
+        line_of_key: dict[str, int] = {}
 
         for key, _ in node.value:
             # A list or a mapping as a key is an error that the base class reports.
             if not isinstance(key, yaml.ScalarNode):
                 continue
+
+            # PyYAML counts lines from 0.
             line = key.start_mark.line + 1
-            if key.value in first_lines:
+            if key.value in line_of_key:
                 raise ValueError(
-                    f"the key {key.value} stands in line {first_lines[key.value]} "
+                    f"the key {key.value} stands in line {line_of_key[key.value]} "
                     f"and again in line {line}; remove one"
                 )
-            first_lines[key.value] = line
+            line_of_key[key.value] = line
 
         return super().construct_mapping(node, deep)
 

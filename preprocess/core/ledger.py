@@ -91,7 +91,7 @@ def read(path: Path | None = None) -> list[dict]:
     A line that is not an entry, e.g. because a kill cut it short, is skipped with a warning on stderr.
     """
     path = path or ledger_path()
-    # The shared lock waits for a process that is appending a line.
+    # The lock waits until no process is appending a line; it lets others read at the same time.
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             fcntl.flock(file, fcntl.LOCK_SH)
@@ -112,7 +112,8 @@ def read(path: Path | None = None) -> list[dict]:
             entry = json.loads(line)
         except json.JSONDecodeError:
             entry = None
-        if isinstance(entry, dict) and entry.get("event") in EVENTS:
+        is_entry = isinstance(entry, dict) and entry.get("event") in EVENTS
+        if is_entry:
             entries.append(entry)
         else:
             warning = f"{path}: line {line_number} is no entry (cut short?), and is left out"
@@ -121,22 +122,29 @@ def read(path: Path | None = None) -> list[dict]:
 
 
 def _append_line(path: Path, line: str) -> None:
-    """Add a line, whole or not at all; it is on the disk when this returns."""
+    """Add a line to a file, whole or not at all; it is on the disk when this returns.
+
+    Raises:
+        OSError: The line cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
 
     try:
+        # One process at a time; closing the file releases the lock.
         fcntl.flock(file, fcntl.LOCK_EX)
         size_before = os.fstat(file).st_size
 
         # After a line that a kill cut short, start a new one, so that only the cut line is lost.
-        ends_in_newline = size_before == 0 or os.pread(file, 1, size_before - 1) == b"\n"
+        is_empty = size_before == 0
+        ends_in_newline = is_empty or os.pread(file, 1, size_before - 1) == b"\n"
         if not ends_in_newline:
             line = "\n" + line
         content = f"{line}\n".encode()
 
-        # A full disk takes a part of the line, which must not stay.
-        if os.write(file, content) < len(content):
+        # On a full disk, write takes only a part of the line, and says how much. Remove this part.
+        bytes_written = os.write(file, content)
+        if bytes_written < len(content):
             os.ftruncate(file, size_before)
             raise OSError(0, "no room on the disk")
         os.fsync(file)

@@ -69,6 +69,9 @@ def in_words(problem: Mapping, patterns: Mapping[str, str]) -> str:
     Returns:
         "expected …, found …", with a hint where YAML may have read the value differently than meant.
     """
+    # For example, if a learning rate must be above 0, and is -1, pydantic's problem is
+    #     {"type": "greater_than", "loc": ("learning_rate",), "input": -1, "ctx": {"gt": 0}, …}
+    # and the message is "expected a number above 0, found -1".
     kind = problem["type"]
     value = problem["input"]
     context = problem.get("ctx", {})
@@ -85,16 +88,23 @@ def in_words(problem: Mapping, patterns: Mapping[str, str]) -> str:
     elif kind in NUMBER_BOUNDS:
         comparison, bound = NUMBER_BOUNDS[kind]
         expected = f"expected a number {comparison} {context[bound]:g}"
+    elif kind in EXPECTED:
+        expected = EXPECTED[kind]
     else:
-        # Validators of our own raise ValueError with a message that is fit to print.
-        message = problem["msg"].removeprefix("Value error, ")
-        expected = EXPECTED.get(kind, message)
+        # Validators of our own raise ValueError with a message that is fit to print. pydantic puts
+        # "Value error, " before it.
+        expected = problem["msg"].removeprefix("Value error, ")
 
     return f"{expected}, found {value!r}{hint(value)}"
 
 
 def _describe_wrong_choice(value: object, expected: str) -> str:
-    """Return the message for a value that is not one of pydantic's list, "'a', 'b' or 'c'"."""
+    """Return the message for a value that is none of those to choose from.
+
+    Args:
+        value: The value.
+        expected: Those to choose from, as pydantic lists them: "'a', 'b' or 'c'".
+    """
     choices = expected.replace("'", "").replace(" or ", ", ").split(", ")
     message = f"expected one of {', '.join(choices)}, found {value!r}"
 
@@ -105,16 +115,29 @@ def _describe_wrong_choice(value: object, expected: str) -> str:
 
 
 def without_echo(problems: list[dict], allowed_keys: Iterable[str]) -> list[dict]:
-    """Drop the problem "key is missing" where the same key is already reported as mistyped."""
-    # The keys that the user meant by those that are not allowed.
+    """Drop the problem that a key is missing where the same key is already reported as mistyped.
+
+    For `leaning_rate: 1`, pydantic reports two problems: there is an unknown key leaning_rate, and
+    learning_rate is missing. The second one is an echo of the first.
+
+    Args:
+        problems: Those of pydantic's ValidationError.errors(). The last item of "loc" is the key.
+        allowed_keys: The keys that the user may have meant.
+
+    Returns:
+        The other problems.
+    """
     meant_keys = set()
     for problem in problems:
-        if problem["type"] == "extra_forbidden":
-            meant_keys.add(nearest(problem["loc"][-1], allowed_keys))
+        is_unknown_key = problem["type"] == "extra_forbidden"
+        if is_unknown_key:
+            mistyped_key = problem["loc"][-1]
+            meant_keys.add(nearest(mistyped_key, allowed_keys))
 
     remaining = []
     for problem in problems:
-        is_echo = problem["type"] == "missing" and problem["loc"][-1] in meant_keys
+        is_missing_key = problem["type"] == "missing"
+        is_echo = is_missing_key and problem["loc"][-1] in meant_keys
         if not is_echo:
             remaining.append(problem)
     return remaining

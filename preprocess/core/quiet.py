@@ -41,7 +41,11 @@ def prepare_imports() -> None:
 
 
 def without(beginning: str) -> Callable[[logging.LogRecord], bool]:
-    """Return a logging filter that lets all messages pass but those that begin so."""
+    """Return a filter for a logger: a function that says whether a message may be printed.
+
+    Args:
+        beginning: How the messages begin that may not.
+    """
 
     def lets_pass(record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith(beginning)
@@ -54,6 +58,7 @@ def refuse_hub_kernels() -> None:
 
     With it, bitsandbytes' CPU backend downloads a compiled kernel from the Hugging Face hub as soon as it is imported, and
     runs it, on CPUs with AVX512-BF16; transformers does so for some attention implementations. Neither library has a
-    setting that prevents this. Both do without where `import kernels` fails, as it does for a module that is None.
+    setting that prevents this. Both do without it where `import kernels` fails.
     """
+    # Python raises ImportError for a module that is None in this dictionary.
     sys.modules.setdefault("kernels", None)

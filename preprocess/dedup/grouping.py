@@ -47,7 +47,7 @@ class UnionFind:
         self._parents = np.arange(size)
 
     def find_root(self, member: int) -> int:
-        """Return the number that stands for the set of a member: the smallest in it."""
+        """Return the root of a member's set: its smallest number, which stands for the set."""
         parents = self._parents
         while parents[member] != member:
             # Halve the path, so that later searches are short.
@@ -57,6 +57,7 @@ class UnionFind:
 
     def find_roots(self) -> np.ndarray:
         """Return the roots of all members: int64 (members,)."""
+        # Replace each parent by its own parent, until all parents are roots.
         is_flat = False
         while not is_flat:
             grandparents = self._parents[self._parents]
@@ -65,7 +66,7 @@ class UnionFind:
         return self._parents.copy()
 
     def unite(self, root: int, given_up: int) -> None:
-        """Unite the sets of two roots, of which the first is smaller and stays one."""
+        """Unite the sets of two roots: `root`, the smaller one, becomes the root of both."""
         self._parents[given_up] = root
 
 
@@ -123,7 +124,11 @@ def group_prompts(
 def count_texts_by_file(
     text_positions: np.ndarray, file_numbers: Sequence[int] | None
 ) -> list[int]:
-    """Count for each file the texts that it and those before it have."""
+    """Count for each file the texts of it and of the files before it.
+
+    Returns:
+        E.g. [3, 4, 6] for three files, in which 3, 1 and 2 texts stand for the first time.
+    """
     if file_numbers is None:
         return [len(text_positions)]
     file_of_text = np.asarray(file_numbers)[text_positions]
@@ -149,7 +154,8 @@ class _Grouping:
         self._added = 0
         self._rng = np.random.default_rng(SEED)
 
-        # Pairs that were compared and are not similar. A pair is one number, later * texts + earlier.
+        # Pairs that were compared and are not similar. A pair is one number, later * texts +
+        # earlier: of 100 texts, 12 and 7 are the pair 1207.
         self._unlike = np.zeros(0, np.int64)
 
     def add_texts_before(self, text_end: int, track: Track) -> None:
@@ -159,8 +165,12 @@ class _Grouping:
         any band look alike and are compared (see minhash.py).
         """
         hashes = self._signatures.hashes[:text_end]
+
+        # Only whole bands: 256 hashes in bands of 9 begin at 0, 9, …, 243, and the last four are
+        # left out.
         band_rows = count_band_rows(self._threshold)
-        band_starts = range(0, PERMUTATIONS - band_rows + 1, band_rows)
+        latest_start = PERMUTATIONS - band_rows
+        band_starts = range(0, latest_start + 1, band_rows)
 
         # Where most texts of a key are alike, a few partners drawn at random unite them.
         for band_start in track(band_starts, "finding prompts that look alike"):
@@ -172,47 +182,65 @@ class _Grouping:
         self._added = text_end
 
     def _unite_drawn_pairs(self, keys: np.ndarray) -> None:
-        """Unite similar texts of equal keys, as long as a fair share of random pairs is similar."""
+        """Draw random pairs of texts that have equal keys, and unite those that are similar.
+
+        This is repeated for as long as more than LEAST_SHARE_UNITED of the pairs are.
+        """
         share_united = 1.0
         while share_united > LEAST_SHARE_UNITED:
             first, second = self._draw_pairs(keys)
+            if len(first) == 0:
+                return
             pairs_united = self._unite_pairs(first, second)
-            share_united = pairs_united / max(len(first), 1)
+            share_united = pairs_united / len(first)
 
     def _unite_all_pairs(self, keys: np.ndarray) -> None:
-        """Unite all similar texts of equal keys."""
+        """Compare all texts of equal keys that are in different groups, and unite the similar ones.
+
+        Args:
+            keys: The key of each text that was added so far (texts,).
+        """
+        # A text's partners have the same key, and are in a group with a smaller root.
         roots = self.sets.find_roots()[: len(keys)]
         partners = find_partners(keys, roots)
-        texts = np.flatnonzero(partners.count)
-        if len(texts) == 0:
+        has_partners = partners.count > 0
+        if not has_partners.any():
             return
 
-        # The texts in batches of about LISTED_PAIRS pairs.
-        pairs_up_to = np.cumsum(partners.count[texts])
-        limits = np.arange(LISTED_PAIRS, pairs_up_to[-1], LISTED_PAIRS)
-        batch_ends = np.searchsorted(pairs_up_to, limits)
-        for batch in np.split(texts, batch_ends):
+        texts = np.flatnonzero(has_partners)
+        for batch in split_into_batches(texts, partners.count[texts]):
             first, second = list_pairs(partners, batch)
             self._unite_pairs(first, second)
 
     def _draw_pairs(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Pair each text with two others of its key at random; leave out pairs within a group."""
-        # Sorting by key keeps the random order among equal keys.
-        shuffled = self._rng.permutation(len(keys))
-        by_key = np.argsort(keys[shuffled], kind="stable")
-        order = shuffled[by_key]
-        roots = self.sets.find_roots()
+        """Draw random pairs of texts that have equal keys and are in different groups.
 
-        # Each text is paired with the next one.
-        first = order[:-1]
-        second = order[1:]
-        is_pair = (keys[first] == keys[second]) & (roots[first] != roots[second])
+        Returns:
+            The numbers of the first and of the second text of each pair. A text is in two pairs at
+            most.
+        """
+        # Shuffle the texts, then sort them by key; a stable sort keeps the random order within a
+        # key. Then neighbours of equal keys are pairs. For example, of the texts 0 to 4:
+        #     keys        5  7  5  7  5
+        #     shuffled    3  0  4  1  2
+        #     by key      0  4  2  3  1      the keys of these are 5 5 5 7 7
+        #     pairs       (0, 4), (4, 2), (3, 1), but not (2, 3), whose keys differ
+        shuffled = self._rng.permutation(len(keys))
+        places_by_key = np.argsort(keys[shuffled], kind="stable")
+        by_key = shuffled[places_by_key]
+        first = by_key[:-1]
+        second = by_key[1:]
+
+        roots = self.sets.find_roots()
+        has_equal_keys = keys[first] == keys[second]
+        is_in_two_groups = roots[first] != roots[second]
+        is_pair = has_equal_keys & is_in_two_groups
         return first[is_pair], second[is_pair]
 
     def _unite_pairs(self, first: np.ndarray, second: np.ndarray) -> int:
         """Compare pairs of texts exactly, and unite the groups of those that are similar.
 
-        Pairs that are not similar are remembered, and not compared again.
+        Pairs that are not similar are remembered in `_unlike`, and not compared again.
 
         Args:
             first: The number of one text of each pair.
@@ -223,11 +251,12 @@ class _Grouping:
         """
         unlike = []
         pairs_united = 0
-        for pair in self._select_open_pairs(first, second).tolist():
+        for pair in self._select_pairs_to_compare(first, second).tolist():
+            # A pair is one number, later * texts + earlier.
             later, earlier = divmod(pair, self._text_count)
             root = self.sets.find_root(earlier)
             other_root = self.sets.find_root(later)
-            # A pair before this one may have connected them.
+            # A pair that came before in this loop may have put the two into one group.
             if root == other_root:
                 continue
 
@@ -242,32 +271,57 @@ class _Grouping:
         return pairs_united
 
     def _unite_groups(self, root: int, other_root: int) -> None:
-        """Unite two groups. The root with the smaller number, of the older group, stays one."""
+        """Unite two groups. The older one has the smaller root, which becomes that of both."""
         root, given_up = sorted((root, other_root))
         self.sets.unite(root, given_up)
 
-        # Both groups existed before the file that is being added.
+        # Texts of earlier files have the numbers below _added. A root is the smallest number of its
+        # group, so that both groups existed before the file that is being added now.
         if given_up < self._added:
             self.joined.append((root, given_up))
 
-    def _select_open_pairs(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-        """Return the pairs that have to be compared exactly, without duplicates.
+    def _select_pairs_to_compare(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        """Return those of some pairs that have to be compared exactly, without duplicates.
 
-        A pair is one number, later * texts + earlier.
+        Args:
+            first: The number of one text of each pair.
+            second: The number of the other.
+
+        Returns:
+            Each pair as one number, later * texts + earlier: of 100 texts, 12 and 7 are the pair
+            1207.
         """
         earlier = np.minimum(first, second)
         later = np.maximum(first, second)
 
-        # At least one of the two must be new, and texts of one group need not be compared any more.
+        # Two texts of earlier files were compared when these were added, and texts of one group
+        # need not be compared any more.
         has_new_text = later >= self._added
         roots = self.sets.find_roots()
-        is_open = has_new_text & (roots[earlier] != roots[later])
-        earlier = earlier[is_open]
-        later = later[is_open]
+        is_in_two_groups = roots[earlier] != roots[later]
+        is_undecided = has_new_text & is_in_two_groups
+        earlier = earlier[is_undecided]
+        later = later[is_undecided]
 
-        # Most pairs have signatures that rule them out.
+        # The signatures of most pairs show that they are not similar.
         is_likely = select_likely(self._signatures, earlier, later, self._threshold)
         pairs = later[is_likely] * self._text_count + earlier[is_likely]
 
-        # setdiff1d removes duplicates as well.
+        # Without the pairs that were found not to be similar; setdiff1d removes duplicates as well.
         return np.setdiff1d(pairs, self._unlike)
+
+
+def split_into_batches(texts: np.ndarray, pair_counts: np.ndarray) -> list[np.ndarray]:
+    """Split texts into batches that have about LISTED_PAIRS pairs each.
+
+    Args:
+        texts: The numbers of the texts (texts,); at least one.
+        pair_counts: How many pairs each is in (texts,).
+    """
+    # For example, if LISTED_PAIRS was 10, these texts would make three batches:
+    #     pair_counts    4   4 |  4   4 |  9
+    #     pairs_up_to    4   8 | 12  16 | 25      a batch begins where 10, 20, … is reached
+    pairs_up_to = np.cumsum(pair_counts)
+    limits = np.arange(LISTED_PAIRS, pairs_up_to[-1], LISTED_PAIRS)
+    batch_starts = np.searchsorted(pairs_up_to, limits)
+    return np.split(texts, batch_starts)

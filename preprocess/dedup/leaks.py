@@ -41,7 +41,11 @@ class Leak:
 
 @dataclass(frozen=True)
 class Window:
-    """The texts begin:end by size, of which those from `first_longer` on are compared with shorter ones."""
+    """The texts begin:end in order of size, which are searched for similar pairs at once.
+
+    The longer text of such a pair is one from `first_longer` on; the shorter one is any text before
+    it.
+    """
 
     begin: int
     end: int
@@ -67,39 +71,43 @@ def find_leaks(
 
     Args:
         texts: Normalised prompts.
-        places: Of each, its fold, from 0 on, or a number below 0 for a file outside of the folds. Two
-            such files may share prompts.
+        places: Where each stands: the number of its fold, from 0 on, or -1, -2, … for a file
+            outside of the folds. Two such files may share prompts.
         threshold: Jaccard similarity, 0.5 to 1, from which on two prompts are a leak.
         track: Shows the progress.
     """
     positions = _drop_copies(texts, places)
     counts = count_grams(texts.gather(positions), track)
 
-    # The index wants the shortest texts first.
+    # The search numbers the texts by size, those with the fewest n-grams first: its text i is the
+    # prompt at positions[i].
     by_size = np.argsort(counts.size, kind="stable")
     positions = positions[by_size]
-    counts = GramCounts(counts.size[by_size], counts.frequency)
-    # Files outside of the folds are one place, for they may share prompts.
-    places_by_size = np.maximum(places[positions], -1).astype(np.int16)
+    counts_by_size = GramCounts(counts.size[by_size], counts.frequency)
     texts_by_size = texts.gather(positions)
+
+    # Within a place nothing is compared. So all files outside of the folds, -1, -2, …, become the
+    # place -1.
+    places_by_size = np.maximum(places[positions], -1).astype(np.int16)
 
     leaks = []
     compared = 0
     closest = 0.0
-    for window in split_by_size(counts.size, threshold):
-        for longer, shorter in _find_pairs(
-            window, texts_by_size, places_by_size, counts, threshold, track
-        ):
+    for window in split_by_size(counts_by_size.size, threshold):
+        pairs = _find_pairs(window, texts_by_size, places_by_size, counts_by_size, threshold, track)
+        for longer, shorter in pairs:
             compared += 1
             similarity = fast_jaccard(texts_by_size[longer], texts_by_size[shorter])
             if similarity < threshold:
                 closest = max(closest, similarity)
                 continue
 
+            # fast_jaccard is wrong where hashes collide; what is reported is exact.
             first = int(min(positions[longer], positions[shorter]))
             second = int(max(positions[longer], positions[shorter]))
             leaks.append(Leak(first, second, jaccard(texts[first], texts[second])))
 
+    # The most similar first.
     leaks.sort(key=lambda leak: (-leak.similarity, leak.first, leak.second))
     return LeakReport(tuple(leaks), compared, closest)
 
@@ -122,10 +130,13 @@ def _find_pairs(
         threshold: The Jaccard similarity.
         track: Shows the progress.
     """
-    # The index of one window is gone when that of the next is built.
+    # The index is a local variable, so that its memory is free before the next window's index is
+    # built.
     members = slice(window.begin, window.end)
     counts_of_members = GramCounts(counts.size[members], counts.frequency)
     index = build_prefix_index(texts[members], counts_of_members, places[members], threshold, track)
+
+    # The index numbers the window's texts from 0 on.
     for longer, shorter in find_candidates(index, threshold, window.first_longer, track):
         yield window.begin + longer, window.begin + shorter
 
@@ -133,31 +144,50 @@ def _find_pairs(
 def split_by_size(sizes: np.ndarray, threshold: float) -> list[Window]:
     """Split texts into windows that together hold every pair that may reach a similarity, each once.
 
+    The texts are cut into slices start:end. A window is begin:end: a slice and those shorter texts
+    before it that may be similar to one of it. The texts of the slice are compared with one another
+    and with the shorter ones, so that a pair is found once, in the window of its longer text.
+
     Args:
         sizes: The number of n-grams of each text, in ascending order (texts,).
         threshold: The Jaccard similarity, 0.5 to 1.
     """
+    # For example, at a threshold of 0.5, if ENTRIES_AT_ONCE was 40:
+    #     text             0   1   2   3   4
+    #     size            10  12  20  22  30
+    #     entries          6   7  11  12  16
+    #     first window     0   1   2   3          begin 0, start 0, end 4: 36 entries
+    #     second window            2   3   4      begin 2, start 4, end 5: 39 entries
     entries_before = np.append(0, np.cumsum(count_prefix(sizes, threshold)))
     windows = []
     start = 0
     while start < len(sizes):
-        # Texts that are any shorter share too few n-grams with those of this window.
-        begin = int(np.searchsorted(sizes, threshold * sizes[start] - ROUNDING))
+        # Two texts are at most as similar as smaller size / larger size. So texts below this size
+        # cannot reach the threshold with any of start:end; in the example, 15 for the size 30.
+        least_size = threshold * sizes[start] - ROUNDING
+        begin = int(np.searchsorted(sizes, least_size))
 
-        # Not to end up with one text a window where many have about the same size.
-        most_entries = max(
-            entries_before[begin] + ENTRIES_AT_ONCE, entries_before[start] + ENTRIES_AT_ONCE // 4
-        )
+        # A window may have ENTRIES_AT_ONCE entries. Where many texts have about the same size,
+        # begin:start alone may have that many, and each slice would be a single text. So a slice
+        # may always have a quarter as many.
+        most_for_all = entries_before[begin] + ENTRIES_AT_ONCE
+        most_for_new = entries_before[start] + ENTRIES_AT_ONCE // 4
+        most_entries = max(most_for_all, most_for_new)
+
+        # The last end up to which there are no more entries, but at least one text after start.
         end = int(np.searchsorted(entries_before, most_entries, side="right")) - 1
         end = max(end, start + 1)
 
-        windows.append(Window(begin, end, start - begin))
+        windows.append(Window(begin, end, first_longer=start - begin))
         start = end
     return windows
 
 
 def _drop_copies(texts: pl.Series, places: np.ndarray) -> np.ndarray:
-    """Return the positions of prompts; of equal ones in one place the first stands for all."""
+    """Return the positions of the prompts to compare: of equal ones in one place, only the first.
+
+    Equal prompts in different places all stay, for they are leaks.
+    """
     copies = pl.DataFrame({"text": find_first_copies(texts), "place": places})
     is_first = copies.select(pl.struct("text", "place").is_first_distinct()).to_series()
     return is_first.arg_true().cast(pl.Int64).to_numpy()

@@ -23,6 +23,8 @@ MOST_BAND_ROWS = 32
 # How far an estimate may lie below the similarity: five standard deviations with 256 permutations.
 ESTIMATE_SLACK = 0.15
 
+LOW_16_BITS = 0xFFFF
+
 # Bounds on memory: texts that are hashed at once, and pairs of signatures that are compared at once.
 BATCH_TEXTS = 2048
 BATCH_PAIRS = 16_384
@@ -32,7 +34,8 @@ BATCH_PAIRS = 16_384
 class Signatures:
     """What the search needs to know of texts."""
 
-    # uint16 (texts, PERMUTATIONS): the low bits of the hashes. Two that differ are equal once in 65,536.
+    # uint16 (texts, PERMUTATIONS): the lowest 16 bits of the hashes, to save memory. Of hashes that
+    # differ, one pair in 65,536 has these bits in common.
     hashes: np.ndarray
     gram_counts: np.ndarray  # int32 (texts,): how many different n-grams each has
 
@@ -46,34 +49,51 @@ def compute_signatures(texts: pl.Series, track: Track) -> Signatures:
         batch = texts[start : start + BATCH_TEXTS]
         codes = [gram_codes(text) for text in batch]
 
-        # All codes in one array: those of text i stand at offsets[i]:offsets[i + 1].
+        # rensa takes the codes of all texts as one array: those of text i stand at
+        # offsets[i]:offsets[i + 1]. Texts of 3, 2 and 4 codes have the offsets 0, 3, 5, 9.
         flat_codes = np.concatenate(codes)
         sizes = [len(text_codes) for text_codes in codes]
         offsets = np.append(0, np.cumsum(sizes)).astype(np.uint64)
-
         matrix = RMinHash.digest_matrix_from_flat_token_hashes(
             flat_codes, offsets, PERMUTATIONS, SEED
         )
+
+        # A row a text, of hashes of 32 bits.
+        hashes_32 = np.asarray(matrix.to_rows(), np.uint32)
         stop = start + len(batch)
-        hashes[start:stop] = np.asarray(matrix.to_rows(), np.uint32) & 0xFFFF
+        hashes[start:stop] = hashes_32 & LOW_16_BITS
         gram_counts[start:stop] = sizes
 
     return Signatures(hashes, gram_counts)
 
 
 def count_band_rows(threshold: float) -> int:
-    """Return how many hashes a band may have: the more, the fewer texts share one by accident."""
+    """Return how many hashes a band has, so that similar texts nearly always share a band.
+
+    The more hashes a band has, the fewer texts share one by accident, and the more similar texts
+    share none. So this is the largest number with which MISS_PROBABILITY is kept.
+    """
     best = 1
     for rows in range(1, MOST_BAND_ROWS + 1):
         bands = PERMUTATIONS // rows
-        miss_probability = (1 - threshold**rows) ** bands
+
+        # Two texts at the threshold agree in one hash with a probability that is the threshold, and
+        # in all hashes of a band with its power.
+        band_probability = threshold**rows
+        miss_probability = (1 - band_probability) ** bands
         if miss_probability <= MISS_PROBABILITY:
             best = rows
     return best
 
 
 def hash_band(hashes: np.ndarray, start: int, rows: int) -> np.ndarray:
-    """Hash the columns start:start + rows of signatures: uint64 (texts,), equal where these all are."""
+    """Hash a band of each signature, its columns start:start + rows, to a key.
+
+    Returns:
+        The keys: uint64 (texts,). Texts have the same key if all hashes of the band are equal.
+    """
+    # Of a band of three hashes h0, h1 and h2, the key is (h0 F + h1) F + h2 modulo 2**64, where F
+    # is FACTOR.
     keys = np.zeros(len(hashes), np.uint64)
     for column in range(start, start + rows):
         keys *= FACTOR
@@ -84,24 +104,32 @@ def hash_band(hashes: np.ndarray, start: int, rows: int) -> np.ndarray:
 def select_likely(
     signatures: Signatures, first: np.ndarray, second: np.ndarray, threshold: float
 ) -> np.ndarray:
-    """Return for each pair of texts whether it may reach a similarity, by sizes and signatures: bool (pairs,).
+    """Find out which pairs of texts may reach a similarity, by their sizes and signatures.
 
     Args:
         signatures: Of all texts.
         first: The number of a text of each pair (pairs,).
         second: The number of the other one (pairs,).
         threshold: The Jaccard similarity, 0.5 to 1.
+
+    Returns:
+        For each pair, whether it may: bool (pairs,).
     """
-    # The smaller set of n-grams cannot share more than it has.
+    # By sizes: at best, all n-grams of the smaller text are in the larger one, and the similarity
+    # is smaller / larger.
     first_counts = signatures.gram_counts[first]
     second_counts = signatures.gram_counts[second]
+    smaller = np.minimum(first_counts, second_counts)
     larger = np.maximum(first_counts, second_counts)
-    is_likely = np.minimum(first_counts, second_counts) >= threshold * larger
+    is_likely = smaller >= threshold * larger
 
-    least_agreement = (threshold - ESTIMATE_SLACK) * PERMUTATIONS
-    open_pairs = np.flatnonzero(is_likely)
-    for start in range(0, len(open_pairs), BATCH_PAIRS):
-        batch = open_pairs[start : start + BATCH_PAIRS]
+    # By signatures, of those pairs that are left: the share of equal hashes estimates the
+    # similarity.
+    least_equal = (threshold - ESTIMATE_SLACK) * PERMUTATIONS
+    pairs_left = np.flatnonzero(is_likely)
+    for start in range(0, len(pairs_left), BATCH_PAIRS):
+        batch = pairs_left[start : start + BATCH_PAIRS]
         is_equal = signatures.hashes[first[batch]] == signatures.hashes[second[batch]]
-        is_likely[batch] = is_equal.sum(axis=1) >= least_agreement
+        equal_hashes = is_equal.sum(axis=1)
+        is_likely[batch] = equal_hashes >= least_equal
     return is_likely

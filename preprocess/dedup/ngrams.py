@@ -92,7 +92,8 @@ def fast_jaccard(first: str, second: str) -> float:
     """Return what `jaccard` does, ten times as fast, unless the hashes of two n-grams collide."""
     merged = np.concatenate([_cached_gram_codes(first), _cached_gram_codes(second)])
 
-    # Two sorted runs, which a stable sort merges in linear time; a shared n-gram stands twice.
+    # NumPy's stable sort merges two sorted runs in linear time. Neither text has an n-gram twice,
+    # so that an n-gram which stands twice now is shared.
     merged.sort(kind="stable")
     shared = int(np.count_nonzero(merged[1:] == merged[:-1]))
     return shared / (len(merged) - shared)

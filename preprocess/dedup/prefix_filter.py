@@ -15,12 +15,15 @@ import polars as pl
 from preprocess.dedup.ngrams import Track, gram_codes
 from preprocess.dedup.partners import Partners, find_partners, list_pairs
 
-# N-grams are counted by their lowest bits: a collision makes a rare one look more common, no more. There is
-# a bucket for each character of the texts, within these limits.
+# N-grams are counted in buckets, by the lowest bits of their hashes. Two n-grams in one bucket look
+# more common than they are, which costs time, but no pair is missed. Within these limits there are
+# at least as many buckets as the texts have characters.
 LEAST_BUCKET_BITS = 22
 MOST_BUCKET_BITS = 26
 
-# A rank has the frequency in its highest 16 bits and the n-gram's hash below.
+# Each n-gram has a rank, a number by which n-grams are sorted from rare to common. Its highest 16
+# bits are the n-gram's frequency, its other 48 the highest bits of the n-gram's hash. For example,
+# frequency 3 and hash 0x1234_5678_9ABC_DEF0 are the rank 0x0003_1234_5678_9ABC.
 MOST_FREQUENT = np.uint64(0xFFFF)
 HASH_BITS = np.uint64(48)
 HASH_SHIFT = np.uint64(16)
@@ -61,28 +64,49 @@ class GramCounts:
 
 
 def count_grams(texts: pl.Series, track: Track) -> GramCounts:
-    """Count the n-grams of each text, and the texts of each n-gram."""
-    characters = texts.str.len_chars().sum()
-    bucket_bits = min(max(characters.bit_length(), LEAST_BUCKET_BITS), MOST_BUCKET_BITS)
-    frequency = np.zeros(1 << bucket_bits, np.uint32)
+    """Count how many different n-grams each text has, and in how many texts each n-gram is.
+
+    N-grams are counted in buckets (see find_buckets), so that there are never too many counters.
+    """
+    bucket_count = choose_bucket_count(texts)
+    frequency = np.zeros(bucket_count, np.uint32)
     size = np.zeros(len(texts), np.int64)
 
     steps = track(texts, "leak report: counting n-grams")
     for number, text in enumerate(steps):
         codes = gram_codes(text)
         size[number] = len(codes)
-        frequency[find_buckets(codes, frequency)] += 1
+
+        # NumPy adds 1 only once to a bucket that is in the list twice. So a text counts once in
+        # each of its buckets, however many of its n-grams are in there.
+        buckets = find_buckets(codes, frequency)
+        frequency[buckets] += 1
     return GramCounts(size, frequency)
 
 
+def choose_bucket_count(texts: pl.Series) -> int:
+    """Return in how many buckets to count n-grams: a power of two, about one a character."""
+    # A number of n bits is below 2**n: 5 million has 23 bits, which makes 8.4 million buckets.
+    character_count = texts.str.len_chars().sum()
+    bits = character_count.bit_length()
+    bits = max(bits, LEAST_BUCKET_BITS)
+    bits = min(bits, MOST_BUCKET_BITS)
+    return 2**bits
+
+
 def find_buckets(codes: np.ndarray, frequency: np.ndarray) -> np.ndarray:
-    """Return the bucket in which each n-gram is counted."""
-    return codes & np.uint64(len(frequency) - 1)
+    """Return the bucket in which each n-gram is counted: the lowest bits of its hash."""
+    # The number of buckets is a power of two, e.g. 0b1000. One less, 0b0111, masks the lowest bits.
+    mask = np.uint64(len(frequency) - 1)
+    return codes & mask
 
 
 def count_prefix(size: np.ndarray, threshold: float) -> np.ndarray:
-    """Return how many n-grams are in the prefixes of texts of some sizes."""
-    # A similar text shares at least so many n-grams, hence one of the rarest of them.
+    """Return how many n-grams are in the prefixes of texts of some sizes.
+
+    For example, a text of ten n-grams shares at least seven with any text of similarity 0.7. At
+    most three are not shared, so that of any four one is shared: the prefix is the four rarest.
+    """
     least_shared = np.ceil(threshold * size - ROUNDING).astype(np.int64)
     return size - least_shared + 1
 
@@ -99,7 +123,7 @@ def build_prefix_index(
     Args:
         texts: Normalised texts, those with the fewest n-grams first.
         counts: The sizes of these texts; the frequencies may be of more texts.
-        places: Of each text; those of one place are not compared (texts,).
+        places: The place of each text, e.g. its fold; texts of one place are not compared (texts,).
         threshold: The Jaccard similarity.
         track: Shows the progress.
     """
@@ -107,7 +131,7 @@ def build_prefix_index(
     last_rank = np.zeros(len(texts), np.uint64)
     entry_count = np.zeros(len(texts), np.int64)
 
-    # All prefixes in one array, text after text.
+    # The entries of all texts in one array, text after text.
     ranks = np.empty(prefix_size.sum(), np.uint64)
     filled = 0
     steps = track(texts, "leak report: collecting rare n-grams")
@@ -115,12 +139,13 @@ def build_prefix_index(
         prefix = _select_rarest(gram_codes(text), counts.frequency, prefix_size[number])
         last_rank[number] = prefix[-1]
 
-        # An n-gram that was counted once has no partner.
+        # An n-gram that only this text has is no entry, for it finds no other text.
         shared = prefix[prefix >= LEAST_RANK_OF_TWO]
         entry_count[number] = len(shared)
         ranks[filled : filled + len(shared)] = shared
         filled += len(shared)
 
+    # Partners have the same key, the n-gram, and different labels, the places of their texts.
     text_of_entry = np.repeat(np.arange(len(texts), dtype=np.int32), entry_count)
     return PrefixIndex(
         size=counts.size,
@@ -133,17 +158,33 @@ def build_prefix_index(
 
 
 def _select_rarest(codes: np.ndarray, frequency: np.ndarray, count: int) -> np.ndarray:
-    """Return the ranks of the rarest n-grams of a text in any order, but for the largest, which comes last."""
-    text_frequency = frequency[find_buckets(codes, frequency)].astype(np.uint64)
-    high_bits = np.minimum(text_frequency, MOST_FREQUENT) << HASH_BITS
-    ranks = high_bits | (codes >> HASH_SHIFT)
-    return np.partition(ranks, count - 1)[:count]
+    """Return the ranks of the rarest n-grams of a text, of which the last is the largest.
+
+    Args:
+        codes: The hashes of the text's n-grams.
+        frequency: In how many texts an n-gram of each bucket is.
+        count: How many of the n-grams to return.
+    """
+    buckets = find_buckets(codes, frequency)
+    gram_frequency = frequency[buckets].astype(np.uint64)
+
+    # The frequency in the highest 16 bits, the hash in the other 48.
+    high_bits = np.minimum(gram_frequency, MOST_FREQUENT) << HASH_BITS
+    low_bits = codes >> HASH_SHIFT
+    ranks = high_bits | low_bits
+
+    # Cheaper than sorting: partition puts at count - 1 the rank that sorting would put there,
+    # before it the smaller ones in any order, and behind it the larger ones.
+    partly_sorted = np.partition(ranks, count - 1)
+    return partly_sorted[:count]
 
 
 def find_candidates(
     index: PrefixIndex, threshold: float, first_longer: int, track: Track
 ) -> Iterator[tuple[int, int]]:
     """Find the pairs of texts in different places that may reach a similarity.
+
+    Texts are named by their number in the index, which has them in the order of their sizes.
 
     Args:
         index: Built with the same threshold.
@@ -154,30 +195,24 @@ def find_candidates(
     Yields:
         The longer and the shorter text of each pair.
     """
-    text_count = len(index.size)
-
     ranges = track(_split_texts(index), "leak report: nearest neighbours")
     for start, stop in ranges:
-        entries = np.arange(index.first_entry[start], index.first_entry[stop])
-        first, second = list_pairs(index.partners, entries)
-        first = index.text[first].astype(np.int64)
-        second = index.text[second].astype(np.int64)
+        longer, shorter = _list_meetings(index, start, stop)
 
-        # Texts stand in the order of their sizes, and can share no more n-grams than they have.
-        longer = np.maximum(first, second)
-        shorter = np.minimum(first, second)
+        # Two texts are at most as similar as smaller size / larger size. Besides, the caller wants
+        # only pairs with certain longer texts.
         least_size = threshold * index.size[longer] - ROUNDING
-        is_relevant = (index.size[shorter] >= least_size) & (longer >= first_longer)
+        is_large_enough = index.size[shorter] >= least_size
+        is_wanted = longer >= first_longer
+        is_relevant = is_large_enough & is_wanted
 
-        # A pair meets in as many n-grams as the two prefixes share.
-        longer = longer[is_relevant]
-        shorter = shorter[is_relevant]
-        pair_codes = longer * text_count + shorter
-        unique_codes, shared = np.unique(pair_codes, return_counts=True)
-        longer = unique_codes // text_count
-        shorter = unique_codes % text_count
+        longer, shorter, shared_in_prefixes = _count_meetings(
+            longer[is_relevant], shorter[is_relevant], len(index.size)
+        )
 
-        most_shared = shared + _count_beyond_prefix(index, longer, shorter)
+        # similarity = shared / (total_size - shared), which is the threshold for
+        # shared = threshold / (1 + threshold) * total_size.
+        most_shared = shared_in_prefixes + _count_beyond_prefix(index, longer, shorter)
         total_size = index.size[longer] + index.size[shorter]
         least_shared = threshold / (1 + threshold) * total_size - ROUNDING
         is_candidate = most_shared >= least_shared
@@ -185,25 +220,67 @@ def find_candidates(
 
 
 def _split_texts(index: PrefixIndex) -> list[tuple[int, int]]:
-    """Return ranges of texts that have about MEETINGS_AT_ONCE meetings with their partners."""
-    # How many meetings there are before each entry, and before each text.
+    """Split the texts into ranges, start and stop, that have about MEETINGS_AT_ONCE meetings each.
+
+    Two texts meet in each n-gram that the prefixes of both have.
+    """
+    # For example, if MEETINGS_AT_ONCE was 10, four texts of four meetings each would make two
+    # ranges:
+    #     before_text    0  4  8  12  16      the meetings of all texts before text 0, 1, …; of all
+    #     limits         0  10  20
+    #     edges          0   3   4            the first text that has so many before it, or the end
+    #     ranges         (0, 3), (3, 4)
     before_entry = np.append(0, np.cumsum(index.partners.count, dtype=np.int64))
     before_text = before_entry[index.first_entry]
     total = before_text[-1]
 
-    # A range ends with the text that reaches the next multiple of the limit.
     limits = np.arange(0, total + MEETINGS_AT_ONCE, MEETINGS_AT_ONCE)
     edges = np.searchsorted(before_text, limits)
     edges = np.minimum(edges, len(index.size))
     return list(pairwise(edges.tolist()))
 
 
-def _count_beyond_prefix(index: PrefixIndex, longer: np.ndarray, shorter: np.ndarray) -> np.ndarray:
-    """Return how many n-grams of each pair may be shared and not be in both prefixes.
+def _list_meetings(index: PrefixIndex, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+    """List the pairs that the texts start:stop make with the partners of their entries.
 
-    Those stand behind the prefix that ends first, so no more than that text has left.
+    Returns:
+        The longer and the shorter text of each pair: int64 (meetings,). A pair is listed once for
+        each n-gram that both prefixes have, always at the same one of its texts (see Partners).
     """
-    left_of_longer = index.size[longer] - index.prefix_size[longer]
-    left_of_shorter = index.size[shorter] - index.prefix_size[shorter]
-    ends_first = index.last_rank[shorter] < index.last_rank[longer]
-    return np.where(ends_first, left_of_shorter, left_of_longer)
+    entries = np.arange(index.first_entry[start], index.first_entry[stop])
+    first_entries, second_entries = list_pairs(index.partners, entries)
+    first = index.text[first_entries].astype(np.int64)
+    second = index.text[second_entries].astype(np.int64)
+
+    # Texts are in the order of their sizes: the longer one has the larger number.
+    longer = np.maximum(first, second)
+    shorter = np.minimum(first, second)
+    return longer, shorter
+
+
+def _count_meetings(
+    longer: np.ndarray, shorter: np.ndarray, text_count: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Count how often each pair of texts is listed.
+
+    Returns:
+        The longer text of each different pair, the shorter one, and how often the pair is listed.
+    """
+    # A pair is one number: of 100 texts, 12 and 7 are 1207.
+    pairs = longer * text_count + shorter
+    unique_pairs, meetings = np.unique(pairs, return_counts=True)
+    return unique_pairs // text_count, unique_pairs % text_count, meetings
+
+
+def _count_beyond_prefix(index: PrefixIndex, longer: np.ndarray, shorter: np.ndarray) -> np.ndarray:
+    """Return how many n-grams each pair may share at most besides those that are in both prefixes.
+
+    The n-grams of both texts are sorted from rare to common. Take the text whose prefix ends first,
+    with the rarer n-gram. If a shared n-gram is in this prefix, it is in the other one as well,
+    which reaches further. So all other shared n-grams stand behind this prefix: at most as many as
+    stand there.
+    """
+    behind_longer = index.size[longer] - index.prefix_size[longer]
+    behind_shorter = index.size[shorter] - index.prefix_size[shorter]
+    shorter_ends_first = index.last_rank[shorter] < index.last_rank[longer]
+    return np.where(shorter_ends_first, behind_shorter, behind_longer)

@@ -26,11 +26,13 @@ def read_judgement(values: dict) -> Judgement:
     if prompt != other_prompt:
         raise UnusableRow("chosen and rejected answer different prompts")
 
-    # The same texts get the same id, so that a row is drawn the same side in every file.
+    # A row without an id is named by its texts, so that it has the same id, and hence the same side
+    # of A and B, in every file.
     row_id = name_row(values, prompt, chosen_answer, rejected_answer)
     chosen_share = read_chosen_share(values)
 
-    # In half of the rows, by a hash of the id, the rejected answer is response A.
+    # The rejected answer is response A where the first byte of a hash of the id is odd: in half of
+    # the rows.
     digest = hashlib.sha256(f"side of {row_id}".encode("utf-8", "replace")).digest()
     is_rejected_first = digest[0] % 2 == 1
     if is_rejected_first:
@@ -41,14 +43,17 @@ def read_judgement(values: dict) -> Judgement:
 def read_chosen_share(values: dict) -> float:
     """Return the share of votes that the chosen answer gets.
 
-    It is 1, but for a row with scores: there it is the probability that Bradley and Terry's model gives
-    to the difference of the scores.
+    It is 1, but for a row with scores. There it is the probability of Bradley and Terry's model
+    that the chosen answer wins, 1 / (1 + exp(-difference)): 0.5 for equal scores, 0.73 for one
+    more.
 
     Raises:
         UnusableRow: A score is not a finite number.
     """
-    if any(values.get(name) in (None, "") for name in SCORES):
+    has_scores = all(values.get(name) not in (None, "") for name in SCORES)
+    if not has_scores:
         return 1.0
+
     try:
         difference = float(values["score_chosen"]) - float(values["score_rejected"])
     except (TypeError, ValueError):
@@ -56,7 +61,7 @@ def read_chosen_share(values: dict) -> float:
     if not math.isfinite(difference):
         raise UnusableRow("scores are not numbers")
 
-    # This form of the logistic function cannot overflow.
+    # The same function as above, in a form in which no large difference overflows.
     return (1 + math.tanh(difference / 2)) / 2
 
 

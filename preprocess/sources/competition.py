@@ -52,11 +52,12 @@ def read_verdict(competition: Competition, values: dict) -> tuple[str, bool]:
         [column] = competition.verdict_columns
         winner, is_both_bad = read_winner(values.get(column))
 
-        # pairs.parquet, read as a source again, has "tie" for it and a column of truth values.
+        # An earlier pairs.parquet has another form: the winner is "tie", and the column both_bad is
+        # true; in a CSV file of it, that is the text "true".
         is_marked = values.get("both_bad") in (True, "true")
         return winner, is_both_bad or is_marked
 
-    # Exactly one of the flags must be set.
+    # Otherwise each verdict has a column of 0 and 1. Exactly one of these flags must be set.
     winners = []
     for verdict, column in zip(competition.verdicts, competition.verdict_columns, strict=True):
         if read_text(values.get(column)) in FLAG_SET:

@@ -18,9 +18,12 @@ def read_judgement(values: dict) -> Judgement:
     _, response_b = read_conversation(context, values.get("response2"))
     row_id = name_row(values, prompt, response_a, response_b)
 
+    # A row without a grade has no winner, and is rejected unless it is for the pool.
     preference = read_preference(values.get("overall_preference"))
     if preference is None:
         return Judgement(row_id, prompt, response_a, response_b, winner="")
+
+    # The grades -3, -2, … 3 are the shares 6/6, 5/6, … 0/6 of the votes on A.
     share_a = (MOST_PREFERENCE - preference) / (2 * MOST_PREFERENCE)
     return judge_by_share(row_id, prompt, response_a, response_b, share_a)
 

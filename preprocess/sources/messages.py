@@ -50,8 +50,9 @@ def read_conversation(prompt: object, answer: object) -> tuple[list[str], list[s
     Returns:
         The user's turns and the assistant's turns.
     """
+    # `answer` is a whole conversation if it has a message of the user. Otherwise it is the last
+    # message of one that begins with `prompt`.
     messages = _read_messages(answer, role_of_text="assistant")
-    # Without a message of the user, the answer is no whole conversation.
     is_answer_only = all(message.role in ASSISTANT_ROLES for message in messages)
     if is_answer_only:
         messages = _read_messages(prompt, role_of_text="user") + messages
@@ -96,8 +97,9 @@ def _read_messages(value: object, role_of_text: str) -> list[_Message]:
 
 
 def _split_transcript(transcript: str) -> list[_Message]:
-    """Split a transcript (Human: … Assistant: …) into messages at the speakers' names."""
-    # Before the first name stands nothing; then names and texts alternate.
+    """Split a transcript into messages at the names of the speakers, Human and Assistant."""
+    # A pattern with a group keeps what it matches there. So "\n\nHuman: Hi\n\nAssistant: Hello" is
+    # split into "", "Human", " Hi", "Assistant", " Hello": nothing, then a name and a text in turn.
     _, *pieces = SPEAKER.split(transcript)
     speakers = pieces[0::2]
     texts = pieces[1::2]
@@ -132,9 +134,13 @@ def _group_into_turns(messages: list[_Message]) -> list[_Turn]:
     Messages of one side that follow each other are joined by a blank line, and a system message becomes
     the beginning of the next prompt.
     """
+    # For example, these five messages become two turns:
+    #     system: S, user: U1, user: U2, assistant: A1, user: U3
+    #     prompt "S\n\nU1\n\nU2" with answer "A1", prompt "U3" without an answer
     turns: list[_Turn] = []
     system_text = ""
     for message in messages:
+        # The user has spoken last, and the assistant has not answered yet.
         is_answer_due = len(turns) > 0 and turns[-1].answer is None
 
         if message.role == "system":

@@ -80,6 +80,7 @@ def read_batches(path: Path | str, role: str = "train") -> Iterator[pl.DataFrame
     table = open_table(path)
     layout = recognise_layout(table, needs_verdicts=role != "pool")
 
+    # How many rows cannot be used for each reason; None counts those that can be used.
     reason_counts: Counter[str | None] = Counter()
     rows_left = table.rows(list_columns_read())
     while table_rows := list(islice(rows_left, BATCH_ROWS)):
@@ -125,11 +126,13 @@ def recognise_layout(table: Table, needs_verdicts: bool = True) -> Layout:
         if not layout.find_missing_columns(table, needs_verdicts):
             fitting.append(layout)
 
-    # Without verdicts, only the form of the texts tells competitions apart.
+    # Without the columns of verdicts, competitions have the same columns. What tells them apart is
+    # whether texts are JSON lists. If that rules all of them out, it says nothing.
     if len(fitting) > 1:
         holds_json = _holds_json_prompts(table)
         same_form = [layout for layout in fitting if layout.texts_are_turns == holds_json]
-        fitting = same_form or fitting
+        if same_form:
+            fitting = same_form
     if fitting:
         return fitting[0]
 
@@ -145,7 +148,11 @@ def recognise_layout(table: Table, needs_verdicts: bool = True) -> Layout:
 
 
 def _measure_distance(layout: Layout, table: Table) -> tuple[int, int]:
-    """Return how far a file is from a layout: by columns that it lacks, then by those that it has."""
+    """Return how far a file is from a layout, as a key to sort by.
+
+    A file that lacks fewer columns is nearer; of two that lack as many, the one that has more of
+    the layout's columns, hence the minus sign.
+    """
     columns_missing = len(layout.find_missing_columns(table))
     columns_present = len(set(layout.columns) & set(table.columns))
     return columns_missing, -columns_present
@@ -197,6 +204,7 @@ def _read_row(layout: Layout, path: Path, role: str, table_row: TableRow) -> dic
         row["reason"] = str(reason)
         return row
 
+    # All fields of a judgement are columns, but for share_a, which the shares come from.
     row.update(vars(judgement))
     del row["share_a"]
     row.update(shares)
@@ -206,12 +214,17 @@ def _read_row(layout: Layout, path: Path, role: str, table_row: TableRow) -> dic
 
 
 def _show_verdict(layout: Layout, values: dict) -> str | None:
-    """Return the verdict of a row that cannot be used, whatever it is."""
+    """Return the verdict of a row that cannot be used as a text, however wrong it is.
+
+    Returns:
+        The value of the column with the verdict. Where each verdict has a column with a flag, all
+        of them, e.g. "winner_model_a 1, winner_model_b 1, winner_tie 0". None without such a
+        column.
+    """
     columns = [column for column in layout.verdict_columns if column in values]
     if len(columns) == 1:
         return read_text(values[columns[0]])
 
-    # Flags need the names of their columns.
     flags = [f"{column} {read_text(values[column])}" for column in columns]
     return ", ".join(flags) or None
 
@@ -262,12 +275,14 @@ def _read_prompt(values: dict, is_json: bool) -> list[str]:
     Raises:
         UnusableRow: They cannot be read.
     """
+    # These two columns may hold a whole conversation: its turns of the user are the prompt.
     prompt = values.get("prompt")
     for column in ("chosen", "conversation_a"):
         if values.get(column) is not None:
             turns, _ = read_conversation(prompt, values[column])
             return turns
-    # HelpSteer3's context is the prompt alone.
+
+    # HelpSteer3's context is a conversation without an answer.
     if isinstance(values.get("context"), list):
         turns, _ = read_conversation(values["context"], None)
         return turns
@@ -278,7 +293,7 @@ def _read_prompt(values: dict, is_json: bool) -> list[str]:
 
 
 def _holds_json_prompts(table: Table) -> bool:
-    """Find out whether every prompt is a JSON list, which is all that tells some test files apart."""
+    """Return whether every prompt of a file is a JSON list, as in LMSYS's files, not in WSDM's."""
     if "prompt" not in table.columns:
         return False
 

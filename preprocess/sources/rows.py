@@ -134,14 +134,14 @@ def show_turns(value: object) -> list[str] | None:
 
 
 def check_judgement(judgement: Judgement, needs_verdict: bool = True) -> None:
-    """Check that a model can learn something from a judgement, and nothing wrong.
+    """Check that a model can learn from a judgement: nothing is empty, and the verdict makes sense.
 
     Args:
         judgement: What was read of a row.
         needs_verdict: Whether the row is of use only with its verdict.
 
     Raises:
-        UnusableRow: It cannot.
+        UnusableRow: The row cannot be used.
     """
     if not judgement.id:
         raise UnusableRow("no id")
@@ -151,6 +151,7 @@ def check_judgement(judgement: Judgement, needs_verdict: bool = True) -> None:
         if not "".join(response).strip():
             raise UnusableRow("empty answer")
 
+    # For a row that teachers label, there is no verdict to check; two equal answers teach nothing.
     is_identical = judgement.response_a == judgement.response_b
     if not needs_verdict:
         if is_identical:
@@ -169,7 +170,8 @@ def read_vote_shares(values: dict, judgement: Judgement) -> dict[str, float]:
 
     Args:
         values: The row's values by column.
-        judgement: Tells how the votes were spread where the row has no columns for it.
+        judgement: What the layout read of the row. It tells how the votes were spread if the row
+            has no columns for it.
 
     Returns:
         p_model_a, p_model_b and p_tie, which add up to 1, and weight, the number of votes.
@@ -191,7 +193,8 @@ def read_vote_shares(values: dict, judgement: Judgement) -> dict[str, float]:
     except (TypeError, ValueError):
         raise UnusableRow("vote shares are not numbers") from None
 
-    # Written so that NaN, which compares with nothing, is refused.
+    # Every comparison with NaN is false. Asked whether values are right, and not whether they are
+    # wrong, NaN is refused as well.
     total = sum(shares.values())
     are_shares = min(shares.values()) >= 0 and abs(total - 1) < SHARES_TOLERANCE
     is_weight = 0 < weight < math.inf
@@ -201,10 +204,12 @@ def read_vote_shares(values: dict, judgement: Judgement) -> dict[str, float]:
 
 
 def _spread_one_vote(judgement: Judgement) -> dict[str, float]:
-    """Give the winner the one vote, or spread it as a layout's scores or grades say."""
-    if judgement.share_a is None:
-        shares = {f"p_{verdict}": float(verdict == judgement.winner) for verdict in VERDICTS}
-        return shares | {"weight": 1.0}
+    """Return the shares of one vote: all for the winner, or spread as scores or grades say."""
+    if judgement.share_a is not None:
+        share_b = 1 - judgement.share_a
+        return {"p_model_a": judgement.share_a, "p_model_b": share_b, "p_tie": 0.0, "weight": 1.0}
 
-    share_b = 1 - judgement.share_a
-    return {"p_model_a": judgement.share_a, "p_model_b": share_b, "p_tie": 0.0, "weight": 1.0}
+    shares = {}
+    for verdict in VERDICTS:
+        shares[f"p_{verdict}"] = float(verdict == judgement.winner)
+    return shares | {"weight": 1.0}
