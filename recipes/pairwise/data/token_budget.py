@@ -119,7 +119,8 @@ class TokenBudgetBatches(BatchSampler):
         """
         longest_first = np.sort(self.widths_r)[::-1]
         # np.resize cuts the rows to the first refill_count. Where there are fewer rows, it begins again
-        # with the longest: 5 of the rows 32, 16, 8 are 32, 16, 8, 32, 16.
+        # with the longest: 5 of the rows 32, 16, 8 are 32, 16, 8, 32, 16. (Only then could draw_rows draw
+        # the longest row still more often.)
         refill = np.resize(longest_first, self.refill_count)
 
         all_rows = np.concatenate([longest_first, refill])
