@@ -80,11 +80,19 @@ def schema() -> dict:
 
 
 def axolotl_problems(values: dict) -> list[str]:
-    """Return what is wrong with a recipe's parsed YAML but for its `pairwise` block, one sentence a problem: key and fix."""
+    """Return what is wrong with a recipe's keys of Axolotl, all but `pairwise`.
+
+    Args:
+        values: The recipe's parsed YAML.
+
+    Returns:
+        One sentence a problem, which names the key and the fix.
+    """
     problems = []
-    base_model, plugins = values.get("base_model"), values.get("plugins", [])
+    base_model = values.get("base_model")
     if not isinstance(base_model, str) or not base_model:
         problems.append(f"base_model: expected a model or a folder, found {base_model!r}")
+    plugins = values.get("plugins", [])
     if isinstance(plugins, list) and PLUGIN not in plugins:
         problems.append(f"plugins: without {PLUGIN} Axolotl would train something else; add it")
 
@@ -92,48 +100,76 @@ def axolotl_problems(values: dict) -> list[str]:
         if key not in ("base_model", "pairwise"):
             problems += key_problems(key, value, plugins)
 
-    # What keys say of each other. Two checks may find the same problem.
-    problems += [*adapter_problems(values), *head_problems(values), *average_problems(values)]
-    problems += [*step_problems(values), *wandb_problems(values)]
+    # Keys that are right alone may contradict each other.
+    for find_problems in (
+        adapter_problems,
+        head_problems,
+        average_problems,
+        step_problems,
+        wandb_problems,
+    ):
+        problems += find_problems(values)
+
+    # Two checks may find the same problem. A dict keeps one of each, in their order.
     return list(dict.fromkeys(problems))
 
 
 def key_problems(key: object, value: object, plugins: object) -> list[str]:
-    """Return what is wrong with one key, whatever the others say. `plugins` are those that the recipe names."""
+    """Return what is wrong with one key of a recipe, whatever its other keys say.
+
+    Args:
+        key: The key; YAML may have read it as a number or a truth value.
+        value: Its value.
+        plugins: The recipe's `plugins`.
+
+    Returns:
+        One sentence a problem.
+    """
+    # A refused key may be turned off, with false or nothing.
     if key in REFUSED:
         return [f"{key}: refused, {REFUSED[key]}"] if value else []
-
     # Such a value would be overwritten without a word.
     if key in SET_BY_THE_BLOCK:
         return [f"{key}: refused, {SET_BY_THE_BLOCK[key]} decides that; remove it"]
-    if key not in schema()["properties"]:
-        return [f"{key}: {unknown_key(key, schema()['properties'])}"]
 
-    # Without its plugin Axolotl ignores the key.
-    plugin = schema()["properties"][key].get("plugin")
+    known_keys = schema()["properties"]
+    if key not in known_keys:
+        return [f"{key}: {unknown_key(key, known_keys)}"]
+
+    # A key may belong to a plugin of Axolotl's. Axolotl ignores it where the recipe lacks the plugin.
+    plugin = known_keys[key].get("plugin")
     if plugin and not is_named(plugin, plugins):
         return [f"{key}: needs a plugin of Axolotl's; add {plugin} to plugins, or remove the key"]
     return list(value_problems(key, value))
 
 
 def is_named(plugin: str, plugins: object) -> bool:
-    """Return whether a recipe's `plugins` hold one of Axolotl's, by this path or a longer one, as liger.plugin.LigerPlugin."""
+    """Return whether a recipe names a plugin of Axolotl's, by any path inside the plugin's package.
+
+    axolotl.integrations.liger.LigerPlugin is also named by axolotl.integrations.liger.plugin.LigerPlugin.
+    """
+    # A value of another type is a problem of its own, and names nothing.
+    if not isinstance(plugins, list):
+        return False
     package = plugin.rpartition(".")[0]
-    return isinstance(plugins, list) and any(
-        str(name).startswith(f"{package}.") for name in plugins
-    )
+    return any(str(name).startswith(f"{package}.") for name in plugins)
 
 
 def value_problems(key: str, value: object) -> Iterator[str]:
-    """Yield what is wrong with a key's value: another type than Axolotl's, a number out of range, an unknown key in it."""
-    # JSON Schema has no word for this.
+    """Yield what is wrong with a key's value, by the part of recipe.schema.json that describes the key.
+
+    It may have another type than Axolotl's, be a number out of range, or hold an unknown key.
+    """
+    # JSON Schema takes infinity and NaN, which YAML writes as .inf and .nan, for numbers.
     if isinstance(value, float) and not math.isfinite(value):
         yield f"{key}: expected a number, found {value!r}"
 
+    # Of each error, jsonschema gives the value at fault (`instance`), the path to it inside `value`, the
+    # part of the schema that it violates (`schema`), and that part's violated word (`validator`).
     for error in Draft7Validator(schema()["properties"][key]).iter_errors(value):
         path = ".".join(map(str, (key, *error.absolute_path)))
         if error.validator == "additionalProperties":
-            # The schema names all unknown keys in one error; each gets its own advice.
+            # One error stands for all unknown keys of a value. Each gets its own advice.
             allowed_names = error.schema["properties"]
             for name in error.instance:
                 if name not in allowed_names:
@@ -147,20 +183,26 @@ def value_problems(key: str, value: object) -> Iterator[str]:
 
 
 def describe_part(part: Mapping) -> str:
-    """Return in words what a part of the schema allows."""
+    """Return in words what a part of the schema allows.
+
+    {"type": "number", "minimum": 0} becomes "a number of at least 0", {"enum": ["lora", "qlora"]} becomes
+    "one of lora, qlora".
+    """
     if "enum" in part:
+        # true and false are listed as YAML writes them, not as True and False.
         words = [word if isinstance(word, str) else json.dumps(word) for word in part["enum"]]
         listed = ", ".join(words[:MOST_WORDS])
         if len(words) > MOST_WORDS:
             listed += f", … ({len(words)} in all: recipes/{RECIPE_SCHEMA.name})"
         return f"one of {listed}"
 
-    # No fixed words: name the types, and the limits of a number.
     kinds = " or ".join(KINDS[kind] for kind in types_of(part))
-    limits = " and ".join(
-        f"{word} {part[limit]}" for limit, word in LIMITS.items() if limit in part
-    )
-    return f"{kinds} {limits}".rstrip()
+    limits = []
+    for keyword, word in LIMITS.items():
+        if keyword in part:
+            limits.append(f"{word} {part[keyword]}")
+    # Without limits a space would remain at the end.
+    return f"{kinds} {' and '.join(limits)}".rstrip()
 
 
 def suggestion(part: Mapping, value: object) -> str:
@@ -172,13 +214,13 @@ def suggestion(part: Mapping, value: object) -> str:
     """
     words = [word for word in part.get("enum", []) if isinstance(word, str)]
 
-    # A misspelt word.
+    # A misspelt word, such as lorra for lora.
     if isinstance(value, str):
         match = nearest(value, words)
         if match:
             return f"; did you mean {match}?"
 
-    # YAML reads words such as no and on as a truth value. That is of interest where a word may stand.
+    # YAML reads no and on as a truth value. `hint` says so, which helps only where text is expected.
     takes_text = bool(words) or "string" in types_of(part)
     if isinstance(value, bool) and not takes_text:
         return ""
@@ -192,12 +234,12 @@ def types_of(part: Mapping) -> list[str]:
 
 
 def adapter_problems(values: dict) -> Iterator[str]:
-    """Yield what the adapter's keys say wrong of each other."""
+    """Yield where the adapter's keys contradict each other or the `pairwise:` block."""
     adapter = values.get("adapter")
     block = block_of(values)
-    package = block.get("package")
     is_untrained = block.get("train") is False
 
+    # Without the key `adapter`, Axolotl ignores those of LoRA and trains every weight.
     lora_keys = [
         key for key in values if str(key).startswith(("lora_", "peft_")) and key not in REFUSED
     ]
@@ -205,7 +247,7 @@ def adapter_problems(values: dict) -> Iterator[str]:
         key = lora_keys[0]
         yield f"adapter: missing beside {key}: every weight would be trained; set adapter: lora, or remove what is LoRA's"
 
-    # Axolotl would train on a base in 16 bits.
+    # Otherwise Axolotl would train on a base in 16 bits.
     if adapter == "qlora" and values.get("load_in_4bit") is not True:
         yield "load_in_4bit: adapter: qlora trains on a base in 4 bits; set load_in_4bit: true, or adapter: lora"
     if adapter and is_untrained:
@@ -213,38 +255,50 @@ def adapter_problems(values: dict) -> Iterator[str]:
     elif adapter and not values.get("lora_target_modules"):
         yield f"lora_target_modules: missing; list the layers that {adapter} is to adapt, e.g. [q_proj, v_proj]"
 
-    # Packaging would look for an adapter.
+    # A package that keeps base and adapter apart needs a run with an adapter.
+    package = block.get("package")
     keeps_adapter_apart = isinstance(package, dict) and package.get("adapter", "merged") != "merged"
     if keeps_adapter_apart and adapter not in ("lora", "qlora"):
         yield "pairwise.package.adapter: the run has no adapter; remove the key, or set adapter: lora or qlora"
 
 
 def head_problems(values: dict) -> Iterator[str]:
-    """Yield what would quantise the head, or contradict the attention or the batches that the block asks for."""
+    """Yield where keys contradict the head, the batches or the attention that the block asks for."""
     block = block_of(values)
-    head = "lm_head" if block.get("head") == "label_tokens" else "score"
-    quantising = values.get("bnb_config_kwargs")
-    not_quantised = (
-        quantising.get("llm_int8_skip_modules") if isinstance(quantising, dict) else None
-    )
-    if isinstance(not_quantised, list) and head not in not_quantised:
-        key = "bnb_config_kwargs.llm_int8_skip_modules"
-        yield f"{key}: it replaces the default list, so the head would be quantised; add {head}"
+    yield from quantised_head_problems(values)
 
     if block.get("tokens_per_micro_batch") and values.get("group_by_length"):
         yield "group_by_length: pairwise.tokens_per_micro_batch decides which rows stand together; remove one of the two"
 
-    # The packaged model would be another one than the trained.
-    if block.get("softcap") and values.get("attn_implementation") == "sdpa":
+    # Without the soft cap, another model would be trained than the one that is packaged.
+    attention = values.get("attn_implementation")
+    if block.get("softcap") and attention == "sdpa":
         yield "attn_implementation: sdpa drops the soft cap without a word; use eager or flash_attention_2, or softcap: false"
-    if block.get("padding_free") and values.get("attn_implementation") == "eager":
+    if block.get("padding_free") and attention == "eager":
         yield "attn_implementation: eager would let the sequences of a padding-free row see each other; remove it"
-    if (
-        block.get("padding_free")
-        and block.get("softcap")
-        and values.get("attn_implementation") != "flash_attention_2"
-    ):
+    # Only this attention can do both.
+    needs_flash_attention = block.get("padding_free") and block.get("softcap")
+    if needs_flash_attention and attention != "flash_attention_2":
         yield "pairwise.padding_free: with the soft cap it needs attn_implementation: flash_attention_2; add that"
+
+
+def quantised_head_problems(values: dict) -> Iterator[str]:
+    """Yield that the head would be quantised.
+
+    llm_int8_skip_modules lists the modules that bitsandbytes leaves as they are. By default it holds the
+    head. A recipe's own list replaces the default, and so must name the head too.
+    """
+    quantisation = values.get("bnb_config_kwargs")
+    if not isinstance(quantisation, dict):
+        return
+    skipped_modules = quantisation.get("llm_int8_skip_modules")
+    if not isinstance(skipped_modules, list):
+        return
+
+    head = "lm_head" if block_of(values).get("head") == "label_tokens" else "score"
+    if head not in skipped_modules:
+        key = "bnb_config_kwargs.llm_int8_skip_modules"
+        yield f"{key}: it replaces the default list, so the head would be quantised; add {head}"
 
 
 def average_problems(values: dict) -> Iterator[str]:
@@ -265,7 +319,7 @@ def step_problems(values: dict) -> Iterator[str]:
 
 
 def count_accumulation_steps(pairs_per_step: int, micro_batch_size: int, gpus: int) -> int:
-    """Count the micro-batches that each GPU takes in a step.
+    """Count the micro-batches that each GPU takes in a step: 64 pairs, 2 at a time on 8 GPUs, are 4.
 
     Args:
         pairs_per_step: Pairs of an optimizer step over all GPUs.
@@ -280,8 +334,10 @@ def count_accumulation_steps(pairs_per_step: int, micro_batch_size: int, gpus: i
     if pairs_per_step % pairs_at_once == 0:
         return pairs_per_step // pairs_at_once
 
-    # Rounded, so that the learning rate still suits the step.
-    nearest_multiple = max(1, round(pairs_per_step / pairs_at_once)) * pairs_at_once
+    # Advise the nearest number of pairs that can be shared, for which the learning rate still suits.
+    # Of 64 pairs, 12 at a time, that is 5 * 12 = 60.
+    nearest_steps = max(1, round(pairs_per_step / pairs_at_once))
+    nearest_multiple = nearest_steps * pairs_at_once
     raise UserError(
         f"pairwise.pairs_per_step: {pairs_per_step} is no multiple of {pairs_at_once} "
         f"(micro_batch_size {micro_batch_size} on {gpus} GPUs); set it to {nearest_multiple}, or take another number of GPUs"

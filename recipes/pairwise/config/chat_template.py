@@ -36,80 +36,116 @@ def derive_template(tokenizer, head: str, verdicts: Sequence[str]) -> Template:
     Raises:
         UserError: The tokenizer's chat template cannot be rendered, or changes the texts.
     """
-    begin = tokenizer.cls_token or tokenizer.bos_token or ""
     if tokenizer.chat_template:
         return derive_chat_template(tokenizer, head, verdicts)
-    if tokenizer.mask_token:
-        # An encoder. Some have the tokenizer of a decoder and no separator of their own, as mmBERT.
-        return separate_texts(begin, tokenizer.sep_token or tokenizer.eos_token, head)
-    return build_template(Chat(begin, "", "\n\n", "\n"), head, verdicts)
+
+    begin = tokenizer.cls_token or tokenizer.bos_token or ""
+    # A mask token is the sign of an encoder, which is trained to guess masked words.
+    is_encoder = bool(tokenizer.mask_token)
+    if is_encoder:
+        # Some encoders, as mmBERT, have the tokenizer of a decoder, and no separator of their own.
+        separator = tokenizer.sep_token or tokenizer.eos_token
+        return separate_texts(begin, separator, head)
+
+    # A decoder that was not trained to chat: line breaks stand between the texts.
+    plain_text = Chat(begin, user="", model="\n\n", end="\n")
+    return build_template(plain_text, head, verdicts)
 
 
 def find_template_name(template: Template, head: str, verdicts: Sequence[str]) -> str | None:
-    """Find the name of the template of ours that is the same text; None where there is none."""
+    """Find the named template that equals this one, such as "chatml"; None where there is none."""
     for name in NAMES:
-        is_possible = name != "bert" or head != "label_tokens"
-        if is_possible and named_template(name, head, verdicts) == template:
+        # An encoder predicts no tokens, so that this head has no template of that name.
+        if name == "bert" and head == "label_tokens":
+            continue
+        if named_template(name, head, verdicts) == template:
             return name
     return None
 
 
 def separate_texts(begin: str, separator: str, head: str) -> Template:
-    """Build an encoder's template: the texts, each with a separator behind it."""
-    names = ["prompt", "response"] if head == "reward" else ["prompt", "response_a", "response_b"]
+    """Build an encoder's template, in which a separator follows each text.
+
+    With the separator [SEP], a turn is "{prompt}[SEP]{response_a}[SEP]{response_b}[SEP]". A reward
+    model reads one response at a time: "{prompt}[SEP]{response}[SEP]".
+    """
+    places = ["{prompt}", "{response_a}", "{response_b}"]
+    if head == "reward":
+        places = ["{prompt}", "{response}"]
+
     turn = ""
-    for name in names:
-        turn += f"{{{name}}}{separator}"
+    for place in places:
+        turn += place + separator
     return Template(begin, turn, "")
 
 
 def derive_chat_template(tokenizer, head: str, verdicts: Sequence[str]) -> Template:
-    """Derive a template from the tokenizer's chat template, so that one turn reads as the model's own.
+    """Derive a recipe's template from the tokenizer's chat template.
 
-    For a reward model that is the whole conversation. The other heads need only what stands before
-    and after the user's words, where the model begins to answer.
+    A reward model reads a pair as a conversation in the model's own format. The other heads read it as
+    one message of a user, and then predict. From ChatML's
+
+        <|im_start|>user FIRST-PROMPT<|im_end|> <|im_start|>assistant
+
+    (line breaks left out) they need what stands before and after FIRST-PROMPT.
     """
     if head == "reward":
         return derive_conversation_template(tokenizer, verdicts)
 
-    only_prompt = CONVERSATION[:1]
-    text = render(tokenizer, only_prompt, generates=True)
-    before_prompt, before_answer = split_at_texts(text, TEXTS[:1])
-    return build_template(Chat("", before_prompt, before_answer, ""), head, verdicts)
+    first_message = CONVERSATION[:1]
+    text = render(tokenizer, first_message, generates=True)
+    before_prompt, after_prompt = split_at_texts(text, TEXTS[:1])
+    chat = Chat(begin="", user=before_prompt, model=after_prompt, end="")
+    return build_template(chat, head, verdicts)
 
 
 def derive_conversation_template(tokenizer, verdicts: Sequence[str]) -> Template:
     """Derive a reward model's template, which repeats a turn of prompt and response.
 
-    Llama-3 renders the conversation as (line breaks left out; headers shortened)
+    The chat template renders a conversation of two turns. Of what stands around the four texts, the
+    parts of a turn can be told. Llama-3 renders (line breaks left out; headers shortened)
 
         <|begin_of_text|><|user|>FIRST-PROMPT<|eot_id|><|assistant|>FIRST-RESPONSE<|eot_id|>
         <|user|>SECOND-PROMPT<|eot_id|><|assistant|>SECOND-RESPONSE<|eot_id|>
 
-    Here `begin` is <|begin_of_text|>, the user's header is <|user|>, the model's header is
-    <|eot_id|><|assistant|>, and a turn ends with <|eot_id|>.
+    The comments below say what each part is in this example.
     """
     text = render(tokenizer, CONVERSATION, generates=False)
-    parts = split_at_texts(text, TEXTS)
-    before_first_prompt, _, between_turns, before_last_response, after_last_response = parts
+    (
+        before_first_prompt,  # <|begin_of_text|><|user|>
+        _,
+        between_turns,  # <|eot_id|><|user|>
+        before_last_response,  # <|eot_id|><|assistant|>
+        after_last_response,  # <|eot_id|>
+    ) = split_at_texts(text, TEXTS)
 
-    # What stands before both prompts is the user's header.
+    # Both prompts have the user's header before them: <|user|>. Before it stands what begins the
+    # conversation, <|begin_of_text|>, or what ends the turn before, <|eot_id|>.
     user_header = common_ending(before_first_prompt, between_turns)
     begin = before_first_prompt.removesuffix(user_header)
     turn_end = between_turns.removesuffix(user_header)
 
-    # The model's header before the last response counts: Qwen3 writes empty thoughts there, and not
-    # before earlier ones.
-    chat = Chat(begin, user_header, before_last_response, turn_end)
+    # Of the two responses, the last one's header is taken for all. A model writes its next answer
+    # after such a header; Qwen3 adds empty thoughts to it, and leaves them out of earlier turns.
+    chat = Chat(begin, user=user_header, model=before_last_response, end=turn_end)
     template = build_template(chat, "reward", verdicts)
 
-    # Each turn has its own end. What follows after the last one ends the conversation.
-    end = after_last_response.removeprefix(turn_end)
-    return Template(template.start, template.turn, end)
+    # The last turn ends like the others. What follows then ends the conversation: here nothing.
+    conversation_end = after_last_response.removeprefix(turn_end)
+    return Template(template.start, template.turn, conversation_end)
 
 
 def render(tokenizer, conversation: Sequence[dict], generates: bool) -> str:
-    """Render a conversation with the tokenizer's chat template; `generates` adds the head of an answer."""
+    """Render a conversation as text, with the tokenizer's chat template.
+
+    Args:
+        tokenizer: The base model's, of transformers.
+        conversation: Messages with a role and a content.
+        generates: Whether the model's header, after which it would answer, is added at the end.
+
+    Raises:
+        UserError: The chat template does not take this conversation.
+    """
     try:
         return tokenizer.apply_chat_template(
             conversation, tokenize=False, add_generation_prompt=generates
@@ -122,11 +158,15 @@ def render(tokenizer, conversation: Sequence[dict], generates: bool) -> str:
 
 
 def split_at_texts(rendered: str, texts: Sequence[str]) -> list[str]:
-    """Return what stands before, between and after texts that are rendered once each, in their order."""
+    """Return what stands before, between and after these texts: "<u>P<m>R</s>" at P and R gives <u>, <m> and </s>.
+
+    Raises:
+        UserError: One of the texts is not there, or more than once.
+    """
     parts = []
     rest = rendered
     for text in texts:
-        # A text that stands there twice could not be told from the template's own words.
+        # The part before the text, the text itself (empty if it is not there), and all after it.
         part, separator, rest = rest.partition(text)
         if not separator or text in rest:
             raise UserError(
@@ -137,7 +177,11 @@ def split_at_texts(rendered: str, texts: Sequence[str]) -> list[str]:
 
 
 def common_ending(text: str, other_text: str) -> str:
-    """Return the longest ending that two texts share, without cutting a control token in two."""
+    """Return the longest ending that two texts share, in whole control tokens and whole texts between them.
+
+    Of "<bos><user>" and "<eot><user>" that is "<user>". Letter by letter it would be "><user>".
+    """
+    # The pattern is in parentheses, so that the tokens stay among the pieces.
     pieces = CONTROL_TOKEN.split(text)
     other_pieces = CONTROL_TOKEN.split(other_text)
     shared = ""

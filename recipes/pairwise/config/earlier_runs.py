@@ -66,11 +66,14 @@ class HeadStart:
 
 
 def find_earlier_run(base_model: str, adapter_folder: str | None) -> EarlierRun | None:
-    """Find the run that a base model or an adapter is of.
+    """Find the run of this project that made a base model or an adapter.
 
     Args:
-        base_model: The recipe's.
-        adapter_folder: The recipe's lora_model_dir.
+        base_model: The recipe's base_model.
+        adapter_folder: The recipe's lora_model_dir, the folder of a run; None where it has none.
+
+    Returns:
+        The run; None where no run made the base model, such as one from the hub.
 
     Raises:
         UserError: The adapter's folder has no contract, so that nobody knows what it was trained as.
@@ -83,7 +86,8 @@ def find_earlier_run(base_model: str, adapter_folder: str | None) -> EarlierRun 
             )
         return read_earlier_run(folder)
 
-    # A merged model stands below its run; a full fine-tune is its run's folder itself.
+    # The merged model of a LoRA run is in RUN/merged, a full fine-tune is in RUN itself. Both have their
+    # contract in RUN.
     folder = Path(base_model)
     if folder.name == "merged":
         folder = folder.parent
@@ -93,10 +97,16 @@ def find_earlier_run(base_model: str, adapter_folder: str | None) -> EarlierRun 
 
 
 def read_earlier_run(folder: Path) -> EarlierRun:
-    """Read from its contract what a run was trained as, and what its own chain of runs began with."""
+    """Read a run's contract: what it was trained as, and which model its chain of runs began with.
+
+    Raises:
+        UserError: Its contract.json is damaged.
+    """
     file = folder / "contract.json"
     contract = read_object(file)
     try:
+        # A run that went on from another one has recorded where that chain began. Any other run began
+        # with its own base model, which the defaults below say.
         start = contract["recorded"].get("started_from") or {}
         return EarlierRun(
             folder=folder,
@@ -124,58 +134,81 @@ def check_adapter_start(cfg: Mapping, block: PairwiseBlock, earlier: EarlierRun)
     Raises:
         UserError: The adapter is of another base model, head or shape than the recipe says.
     """
-    # The adapter fits one model and one head only.
+    # Without this key Axolotl would not load the adapter, and would train every weight of the base.
     if not cfg.get("adapter"):
         raise UserError(
             "lora_model_dir: needs adapter: lora or qlora; every weight would be trained"
         )
+    # An adapter fits only the model that it was trained on, and the head that was trained with it.
     if not is_same_model(cfg["base_model"], earlier.base_model):
         raise UserError(
             f"lora_model_dir: {earlier.folder} was trained from {earlier.base_model}; make that the base_model"
         )
-    if (block.head, block.verdicts) != (earlier.head, earlier.verdicts):
+    has_same_head = block.head == earlier.head and block.verdicts == earlier.verdicts
+    if not has_same_head:
         verdicts = ", ".join(earlier.verdicts)
         raise UserError(
             f"lora_model_dir: {earlier.folder} has the head {earlier.head} for {verdicts}; set pairwise.head and "
             "pairwise.verdicts to that, or merge it and go on from its merged folder"
         )
 
-    # PEFT goes on with the adapter's own settings, whatever the recipe says.
-    settings = read_object(earlier.folder / "adapter_config.json")
+    check_adapter_settings(cfg, earlier.folder)
+
+
+def check_adapter_settings(cfg: Mapping, folder: Path) -> None:
+    """Check that a recipe does not ask for other settings than the adapter in a folder has.
+
+    PEFT goes on with the settings that were saved with the adapter, and ignores those of the recipe.
+
+    Raises:
+        UserError: The recipe asks for another rank, alpha or list of layers.
+    """
+    adapter_settings = read_object(folder / "adapter_config.json")
     for recipe_key, peft_key in ADAPTER_SETTINGS.items():
-        wanted, trained = cfg.get(recipe_key), settings.get(peft_key)
+        wanted = cfg.get(recipe_key)
+        trained = adapter_settings.get(peft_key)
+        # A recipe need not repeat a setting.
+        if wanted is None:
+            continue
+
+        # The order of layers means nothing.
         if isinstance(trained, list) and isinstance(wanted, list):
             wanted, trained = sorted(wanted), sorted(trained)
-        if wanted is not None and wanted != trained:
+        if wanted != trained:
             raise UserError(
-                f"{recipe_key}: {wanted}, but the adapter in {earlier.folder} has {trained}, and goes on with it; set that"
+                f"{recipe_key}: {wanted}, but the adapter in {folder} has {trained}, and goes on with it; set that"
             )
 
 
 def choose_head_start(
     config, block: PairwiseBlock, earlier: EarlierRun | None, has_adapter: bool
 ) -> HeadStart:
-    """Decide whether a classification head goes on from the base model's or begins anew.
+    """Decide whether a run keeps the classification head of its base model or begins with a new one.
 
     Args:
         config: The base model's configuration.
         block: The `pairwise:` block, whose head is score or reward.
-        earlier: The run that the base model or the adapter is of.
+        earlier: The run that made the base model or the adapter; None where no run of ours did.
         has_adapter: Whether the run goes on with an adapter, which holds a head of its own.
+
+    Returns:
+        How many outputs the base model's head has, and why it is not kept, if it is not.
     """
+    # transformers' num_labels is 2 by default, so it says nothing of a model without a head.
     outputs = config.num_labels if has_classifier(config) else None
     if has_adapter:
         return HeadStart(outputs, "the adapter in lora_model_dir replaces it")
     if outputs is None:
         return HeadStart(None, "the base model has none")
 
-    # One output is a reward, whatever it was trained on.
+    # A head of one output scores a response, so that any such head can be kept as a reward.
     if block.head == "reward":
         if outputs == 1:
             return HeadStart(outputs, None)
         return HeadStart(outputs, f"the base model's has {outputs} outputs, a reward has one")
 
-    # Outputs are numbered: only a contract says which verdict each of them stands for.
+    # The head score has an output for each verdict. A model only numbers its outputs: which verdict
+    # each stands for is written in the contract of the run that trained it.
     if earlier is None or earlier.head != "score":
         return HeadStart(outputs, "no contract says that the base model's tells verdicts apart")
     if earlier.verdicts != block.verdicts:

@@ -71,11 +71,13 @@ def block_schema(model: type[BaseModel]) -> dict:
 
 
 def model_keys(model: type[BaseModel]) -> dict[str, dict]:
-    """Return the keys of one of Axolotl's pydantic models, each with its types or its words."""
-    return {
-        field.alias or name: key_schema(field.annotation)
-        for name, field in model.model_fields.items()
-    }
+    """Return the keys of one of Axolotl's pydantic models, each with the JSON Schema of its values."""
+    keys = {}
+    for name, field in model.model_fields.items():
+        # A field with an alias is written by its alias in YAML.
+        key = field.alias or name
+        keys[key] = key_schema(field.annotation)
+    return keys
 
 
 def key_schema(annotation: object) -> dict:
@@ -104,11 +106,12 @@ def key_schema(annotation: object) -> dict:
         if get_args(option) == (str,):
             items = {"items": {"type": "string"}}
 
-    # An enum lists all values that are allowed, so that only true and false can join the words.
+    # An enum lists every value that is allowed. Of a type, only the two values of a boolean can be listed.
     if words and not types:
         return {"enum": words}
     if words and types == {"boolean"}:
         return {"enum": [*words, True, False]}
+    # Beside any other type, the words are allowed as any text is.
     if words:
         types.add("string")
 
@@ -147,38 +150,60 @@ def alternatives(annotation: object) -> list:
 
 
 def axolotl_keys() -> dict[str, dict]:
-    """Return Axolotl's own keys, those narrowed that it hands on unchecked. Imports Axolotl, which takes seconds."""
+    """Return Axolotl's own keys, each with the JSON Schema of its values.
+
+    Axolotl passes the values of some keys on to other libraries unchecked. For these the schema is
+    stricter than Axolotl. This function imports Axolotl, which takes seconds.
+    """
     from axolotl.utils.schemas.config import AxolotlInputConfig, SpecialTokensConfig  # noqa: PLC0415
     from axolotl.utils.schemas.enums import CustomSupportedOptimizers  # noqa: PLC0415
-    from transformers import BitsAndBytesConfig  # noqa: PLC0415
     from transformers.trainer_utils import SaveStrategy, SchedulerType  # noqa: PLC0415
     from transformers.training_args import OptimizerNames  # noqa: PLC0415
 
     keys = model_keys(AxolotlInputConfig)
-    for key, narrower in NARROWER.items():
-        keys[key] = narrower if "enum" in narrower else keys[key] | narrower
+    for key, limits in NARROWER.items():
+        # A list of words says all. Limits of a number are added to the type that Axolotl gives it.
+        if "enum" in limits:
+            keys[key] = limits
+        else:
+            keys[key] = keys[key] | limits
 
     # Axolotl takes any text for these, and fails after it has loaded the model.
     keys["lr_scheduler"] = list_words(SchedulerType, others=["one_cycle", "rex"])
     keys["optimizer"] = list_words([*OptimizerNames, *CustomSupportedOptimizers])
     keys["save_strategy"] = list_words(SaveStrategy)
 
-    keys["special_tokens"] |= {
-        "properties": model_keys(SpecialTokensConfig),
-        "additionalProperties": False,
+    # Two keys hold keys themselves.
+    inner_keys = {
+        "special_tokens": model_keys(SpecialTokensConfig),
+        "bnb_config_kwargs": bitsandbytes_keys(),
     }
+    for key, properties in inner_keys.items():
+        keys[key] |= {"properties": properties, "additionalProperties": False}
+    return keys
 
-    # The arguments of bitsandbytes' configuration have the types of their defaults.
-    quantising = {}
+
+def bitsandbytes_keys() -> dict[str, dict]:
+    """Return the arguments of transformers' BitsAndBytesConfig, each with the JSON Schema of its values.
+
+    It does not say their types, so that they are read off its defaults: load_in_4bit=False becomes
+    {"type": "boolean"}. An argument with the default None may be anything: {}.
+    """
+    from transformers import BitsAndBytesConfig  # noqa: PLC0415
+
+    keys: dict[str, dict] = {}
     for parameter in inspect.signature(BitsAndBytesConfig).parameters.values():
+        # **kwargs is no argument of its own.
         if parameter.kind is parameter.VAR_KEYWORD:
             continue
-        quantising[parameter.name] = {}
-        if parameter.default is not None:
-            quantising[parameter.name] = key_schema(type(parameter.default))
-    quantising["bnb_4bit_quant_type"] = {"enum": ["nf4", "fp4"]}
-    quantising["llm_int8_skip_modules"] = {"type": "array", "items": {"type": "string"}}
-    keys["bnb_config_kwargs"] |= {"properties": quantising, "additionalProperties": False}
+        if parameter.default is None:
+            keys[parameter.name] = {}
+        else:
+            keys[parameter.name] = key_schema(type(parameter.default))
+
+    # Of these two more is known than their defaults tell.
+    keys["bnb_4bit_quant_type"] = {"enum": ["nf4", "fp4"]}
+    keys["llm_int8_skip_modules"] = {"type": "array", "items": {"type": "string"}}
     return keys
 
 
@@ -189,42 +214,65 @@ def list_words(members: Iterable[Enum], others: Sequence[str] = ()) -> dict:
 
 
 def plugin_keys() -> dict[str, dict]:
-    """Return the keys that Axolotl's plugins bring, each with the plugin's name as a recipe gives it."""
+    """Return the keys that Axolotl's plugins bring, each with the JSON Schema of its values.
+
+    Beside its type, each has under "plugin" the plugin that a recipe must name to use it:
+    {"liger_rope": {"type": "boolean", "plugin": "axolotl.integrations.liger.LigerPlugin"}, …}.
+    """
+    keys = {}
+    for plugin_name, plugin in find_plugins().items():
+        # get_input_args returns the name of the pydantic model of its keys, as package.module.Class.
+        model_module, _, model_class = plugin().get_input_args().rpartition(".")
+        model = getattr(importlib.import_module(model_module), model_class)
+
+        for key, part in model_keys(model).items():
+            keys[key] = part | {"plugin": plugin_name}
+    return keys
+
+
+def find_plugins() -> dict[str, type]:
+    """Find the classes of Axolotl's plugins, by their names such as axolotl.integrations.liger.LigerPlugin.
+
+    Each package of axolotl.integrations has one or more of them.
+    """
     from axolotl import integrations  # noqa: PLC0415  see axolotl_keys
     from axolotl.integrations.base import BasePlugin  # noqa: PLC0415
 
-    keys = {}
+    plugins = {}
     for module in pkgutil.iter_modules(integrations.__path__, "axolotl.integrations."):
         # The llm_compressor plugin cannot be imported without a library that nothing here needs.
         if not module.ispkg or module.name.endswith(".llm_compressor"):
             continue
-        for name, member in inspect.getmembers(
-            importlib.import_module(module.name), inspect.isclass
-        ):
-            if not issubclass(member, BasePlugin) or member is BasePlugin:
-                continue
 
-            # A plugin names the model of its keys as package.module.Class.
-            arguments_module, _, arguments_class = member().get_input_args().rpartition(".")
-            arguments = getattr(importlib.import_module(arguments_module), arguments_class)
-            for key, part in model_keys(arguments).items():
-                keys[key] = part | {"plugin": f"{module.name}.{name}"}
-    return keys
+        package = importlib.import_module(module.name)
+        for name, member in inspect.getmembers(package, inspect.isclass):
+            # A package also imports other classes, among them the base class of all plugins.
+            is_plugin = issubclass(member, BasePlugin) and member is not BasePlugin
+            if is_plugin:
+                plugins[f"{module.name}.{name}"] = member
+    return plugins
 
 
 def recipe_schema() -> dict:
-    """Return the schema of a recipe: what the strict check refuses is refused here too, where a schema can say it."""
-    # Axolotl's own keys come last: a plugin must not redefine them.
+    """Return the JSON Schema of a recipe.
+
+    An editor that reads it marks what `pairwise check` would refuse, as far as JSON Schema can say it.
+    """
+    # Where a plugin and Axolotl have a key of the same name, Axolotl's, on the right, replaces it.
     properties = plugin_keys() | axolotl_keys()
+
+    # A recipe's list of plugins must contain ours.
     properties["plugins"]["contains"] = {"const": PLUGIN}
 
-    # These may only be false, and those may not be there at all.
+    # A refused key may stand there with the value false.
     for key, reason in REFUSED.items():
         properties[key] = {"const": False, "description": f"Refused: {reason}."}
+    # A key that the `pairwise:` block decides may not stand there: no value satisfies {"not": {}}.
     for key, setter in SET_BY_THE_BLOCK.items():
         properties[key] = {"not": {}, "description": f"Refused: {setter} decides that."}
 
-    # The definitions of blocks inside ours stand at the top of a schema.
+    # pydantic puts the blocks inside ours under "$defs" and refers to them as "#/$defs/NAME". "#" is
+    # the top of the file, so that they have to move there.
     block = block_schema(PairwiseBlock)
     definitions = block.pop("$defs")
     properties["pairwise"] = block
@@ -242,32 +290,59 @@ def recipe_schema() -> dict:
 
 
 def text_of(schema: dict) -> str:
-    """Return a schema as JSON, with one line for all keys of an initial letter: a change in one key is a change in one line."""
+    """Return a schema as JSON, so that a change in one key is a change in one line.
+
+    Each keyword has a line, but "properties" has one for all keys of an initial letter:
+
+        {
+         "type": "object",
+         "properties": {
+          "adapter": {…}, "attn_implementation": {…},
+          "base_model": {…}
+         }
+        }
+    """
     lines = []
     for keyword, value in schema.items():
-        text = json.dumps(value)
-        if keyword == "properties":
-            rows_by_initial: dict[str, list[str]] = {}
-            for name in sorted(value):
-                row = rows_by_initial.setdefault(name[0], [])
-                row.append(f"{json.dumps(name)}: {json.dumps(value[name])}")
-            rows = [", ".join(row) for row in rows_by_initial.values()]
-            text = "{\n  " + ",\n  ".join(rows) + "\n }"
+        text = text_of_properties(value) if keyword == "properties" else json.dumps(value)
         lines.append(f" {json.dumps(keyword)}: {text}")
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
+def text_of_properties(properties: dict) -> str:
+    """Return the properties of a schema as JSON, sorted, in a line for each initial letter; see text_of."""
+    keys_by_initial: dict[str, list[str]] = {}
+    for name in sorted(properties):
+        key_text = f"{json.dumps(name)}: {json.dumps(properties[name])}"
+        keys_by_initial.setdefault(name[0], []).append(key_text)
+
+    lines = [", ".join(key_texts) for key_texts in keys_by_initial.values()]
+    return "{\n  " + ",\n  ".join(lines) + "\n }"
+
+
 def write_or_check(path: Path, schema: dict, command: str, check: bool) -> None:
-    """Write a schema with `command`, or with `check` compare the file with it: a UserError where they differ."""
+    """Write a schema to a file, or check that the file holds it.
+
+    Args:
+        path: The file.
+        schema: The schema.
+        command: What a user runs to write the file, for the message.
+        check: Write nothing: `make lint` checks so that the committed file is what would be written.
+
+    Raises:
+        UserError: The file is to be checked, and is absent or holds something else.
+    """
     text = text_of(schema)
     if not check:
         with atomic_file(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
+        print(f"{path.name}: written")
+        return
 
-    # For `make lint`: the committed file has to be what would be written.
-    elif not path.is_file() or path.read_text(encoding="utf-8") != text:
+    is_up_to_date = path.is_file() and path.read_text(encoding="utf-8") == text
+    if not is_up_to_date:
         raise UserError(f"{path.name}: not up to date; run `{command}`, and commit what it wrote")
-    print(f"{path.name}: {'up to date' if check else 'written'}")
+    print(f"{path.name}: up to date")
 
 
 @click.command()

@@ -1,6 +1,7 @@
-"""What only the base model can say of a recipe: positions, settings, vocabulary, layers. Each check is a UserError.
+"""Check a recipe against its base model: positions, settings, vocabulary and layers.
 
-All are made from its config.json and its tokenizer, before rows are tokenised or weights are loaded.
+The checks read only the model's config.json and its tokenizer, before rows are tokenised or weights are
+loaded. Each raises a UserError where the recipe and the model do not fit.
 """
 
 import sys
@@ -17,20 +18,24 @@ from recipes.pairwise.config.served_models import why_not_served
 
 
 def read_config(base_model: str, revision: str | None):
-    """Read the configuration of a base model.
+    """Read the configuration of a base model, as transformers' config object.
 
     Args:
         base_model: A folder, or a repository of the hub as OWNER/NAME.
         revision: The repository's commit, branch or tag; None for main.
 
     Raises:
-        UserError: It is in neither, or transformers cannot read it.
+        UserError: There is no such model, or transformers cannot read its configuration.
     """
-    is_hub_name = base_model.count("/") == 1 and not base_model.startswith((".", "/", "~"))
-    has_config = (Path(base_model) / "config.json").is_file()
+    folder = Path(base_model)
+    is_model_folder = (folder / "config.json").is_file()
+    looks_like_path = base_model.startswith((".", "/", "~"))
+    could_be_repository = base_model.count("/") == 1 and not looks_like_path
 
-    # A folder without config.json would be taken for a hub's repository.
-    if not has_config and (Path(base_model).exists() or not is_hub_name):
+    # transformers looks on the hub for whatever is no model's folder, and its error speaks of the hub
+    # then. So a folder without a model, and a name that no repository can have, are refused here.
+    may_be_on_hub = could_be_repository and not folder.exists()
+    if not is_model_folder and not may_be_on_hub:
         raise UserError(
             f"base_model: {base_model} is no model's folder (no config.json there), and no repository of the hub is named so "
             "(OWNER/NAME)"
@@ -45,7 +50,10 @@ def read_config(base_model: str, revision: str | None):
 
 
 def warn_of_home_path(base_model: str) -> None:
-    """Print a line where the base model is named by a path of the home folder, which contract.json would hand on."""
+    """Print a warning where the base model is named by an absolute path below the home folder.
+
+    contract.json, which is published with the model, holds this path, and so the user's name.
+    """
     path = Path(base_model).expanduser()
     if path.is_absolute() and path.is_relative_to(Path.home()):
         print(
@@ -57,7 +65,7 @@ def warn_of_home_path(base_model: str) -> None:
 
 
 def warn_of_unserved_model(model_type: str, head: str) -> None:
-    """Print a line where Kaggle's T4s cannot run the model, which then can only be a teacher."""
+    """Print a warning where Kaggle's T4s cannot run the model. It can still be a teacher, which labels rows here."""
     reason = why_not_served(model_type, head)
     if reason is not None:
         print(f"warning: base_model: {reason}; it cannot be packaged", file=sys.stderr, flush=True)
@@ -71,12 +79,13 @@ def check_config(
     Args:
         config: The base model's configuration.
         budget_tokens: Tokens of a sequence, for which there must be positions.
-        overrides: The recipe's model_config, whose keys must be the configuration's.
+        overrides: The recipe's model_config: settings that replace those of the configuration.
         softcap: Whether the recipe asks for a soft cap of attention logits.
 
     Raises:
-        UserError: It lacks one of them.
+        UserError: It has too few positions, no such setting, or no soft cap.
     """
+    # A model that also reads images keeps the settings of its language model apart.
     text_config = config.get_text_config()
     positions = getattr(text_config, "max_position_embeddings", None)
     if positions and budget_tokens > positions:
@@ -84,7 +93,7 @@ def check_config(
             f"pairwise.budget_tokens: {budget_tokens}, but the base model has {positions} positions; lower it"
         )
 
-    # transformers would take an unknown key without a word.
+    # transformers takes an unknown key as well, and nothing reads it.
     config_keys = config.to_dict()
     for key in overrides:
         if key not in config_keys:
@@ -97,12 +106,24 @@ def check_config(
 
 
 def build_empty_model(config, head: str) -> torch.nn.Module:
-    """Build a base model with a head and without weights; a UserError where transformers has none."""
-    # On the meta device tensors have shapes, and no bytes.
-    auto = AutoModelForCausalLM if head == "label_tokens" else AutoModelForSequenceClassification
+    """Build a base model with a head and without weights, which costs neither time nor memory.
+
+    Args:
+        config: The base model's configuration.
+        head: score, label_tokens or reward.
+
+    Raises:
+        UserError: transformers has no class for such a model with such a head.
+    """
+    # label_tokens is the layer that predicts tokens, the other two are classification heads.
+    auto_class = AutoModelForSequenceClassification
+    if head == "label_tokens":
+        auto_class = AutoModelForCausalLM
+
+    # Tensors on the meta device have a shape, and no values.
     try:
         with torch.device("meta"):
-            return auto.from_config(config)
+            return auto_class.from_config(config)
     except ValueError:
         raise UserError(
             f"base_model: transformers has no model of the type {config.model_type} with the head {head}"
@@ -110,11 +131,18 @@ def build_empty_model(config, head: str) -> torch.nn.Module:
 
 
 def list_head_modules(model: torch.nn.Module) -> list[str]:
-    """List the modules beside the base model: ["score"], of an encoder ["pooler", "classifier"], of a causal LM ["lm_head"]."""
+    """List the names of the modules that make up a model's head.
+
+    That is ["score"] for a decoder that classifies, ["pooler", "classifier"] for some encoders, and
+    ["lm_head"] for a causal LM.
+    """
     names = []
     for name, module in model.named_children():
+        # transformers calls everything but the head the base model: `model.model` or `model.bert`.
+        is_base_model = name == model.base_model_prefix
+        # A dropout or an activation is a module too, and has nothing to train.
         has_weights = any(True for _ in module.parameters())
-        if name != model.base_model_prefix and has_weights:
+        if has_weights and not is_base_model:
             names.append(name)
     return names
 
@@ -122,25 +150,38 @@ def list_head_modules(model: torch.nn.Module) -> list[str]:
 def check_layers(
     model: torch.nn.Module, *, targets: Iterable[str] | str | None, saved: Iterable[str] | None
 ) -> None:
-    """Raise UserError where the model has no layer of a name that LoRA is to adapt or to train whole.
+    """Check that the model has the layers that LoRA is to adapt or to train whole.
+
+    PEFT accepts a list of which only some names fit, and ignores the others without a word.
 
     Args:
         model: The base model with its head.
-        targets: lora_target_modules, or a regular expression, which is PEFT's to judge.
-        saved: lora_modules_to_save.
+        targets: The recipe's lora_target_modules: a list of names, or a regular expression.
+        saved: The recipe's lora_modules_to_save.
+
+    Raises:
+        UserError: No layer has one of the names.
     """
-    layers = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    # Recipes name layers by the last part of their path: q_proj of model.layers.0.self_attn.q_proj.
+    layers = {last_part(path) for path, _ in model.named_modules()}
+
     for key, names in {"lora_target_modules": targets, "lora_modules_to_save": saved}.items():
-        # A regular expression is no list of names.
+        # A text is a regular expression, which PEFT matches with whole paths.
         if names is None or isinstance(names, str):
             continue
 
         for name in names:
-            if name.rpartition(".")[2] in layers:
+            # A longer path, such as self_attn.q_proj, is judged by its last part too.
+            if last_part(name) in layers:
                 continue
             match = nearest(name, layers)
             advice = f"did you mean {match}?" if match else "remove it"
             raise UserError(f"{key}: {type(model).__name__} has no layer {name}; {advice}")
+
+
+def last_part(path: str) -> str:
+    """Return what follows the last dot of a module's path, or the path where it has no dot."""
+    return path.rpartition(".")[2]
 
 
 def check_vocabulary(
@@ -148,10 +189,14 @@ def check_vocabulary(
 ) -> None:
     """Check that no special token of a recipe is new to the base model.
 
+    Axolotl has added the recipe's tokens to the tokenizer. One that was new got the next free id, and
+    the model has no embedding for it. With an embedding of 100 rows, the ids 0 to 99 are known to the
+    model, and a new token has the id 100.
+
     Args:
-        special_tokens: The recipe's, by their keys.
-        tokenizer: The base model's, to which new ones were added.
-        base_model: Its name, for the message.
+        special_tokens: The recipe's special_tokens, such as {"pad_token": "<pad>"}.
+        tokenizer: The base model's tokenizer, with the recipe's tokens added.
+        base_model: The base model's name, for the message.
         vocabulary_size: Rows of the base model's embedding.
 
     Raises:
@@ -162,7 +207,8 @@ def check_vocabulary(
         if not isinstance(token, str):
             continue
         token_id = tokenizer.convert_tokens_to_ids(token)
-        if token_id is not None and token_id >= vocabulary_size:
+        is_new = token_id is not None and token_id >= vocabulary_size
+        if is_new:
             raise UserError(
                 f"special_tokens.{key}: {base_model} has no token {token!r}; name one that it has"
             )

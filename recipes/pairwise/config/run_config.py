@@ -70,18 +70,7 @@ def check_run(cfg: dict, recipe: Path) -> PairwiseBlock:
     Raises:
         UserError: A key or a value is wrong, or there is nothing to train.
     """
-    problems = []
-    if recipe.is_file():
-        # Unknown keys are looked for in the file: Axolotl adds keys of its own to `cfg`.
-        values = read_yaml(recipe)
-        for key in OVERRIDABLE:
-            if cfg.get(key) is not None:
-                values[key] = cfg[key]
-        problems = recipe_problems(values)
-    else:
-        for key, reason in REFUSED.items():
-            if cfg.get(key):
-                problems.append(f"{key}: refused, {reason}")
+    problems = list_key_problems(cfg, recipe)
     if problems:
         raise UserError(f"{recipe}: " + "; ".join(problems))
 
@@ -92,6 +81,29 @@ def check_run(cfg: dict, recipe: Path) -> PairwiseBlock:
             f"python -m postprocess {recipe}"
         )
     return block
+
+
+def list_key_problems(cfg: dict, recipe: Path) -> list[str]:
+    """List what is wrong with a run's keys, one sentence a problem.
+
+    The recipe's file is checked, not `cfg`: Axolotl has added keys of its own to `cfg`, and each of
+    them would be reported as unknown. The arguments are those of check_run.
+    """
+    # Without the file, only the keys that are always refused can be told from Axolotl's own.
+    if not recipe.is_file():
+        problems = []
+        for key, reason in REFUSED.items():
+            if cfg.get(key):
+                problems.append(f"{key}: refused, {reason}")
+        return problems
+
+    # The command line may have replaced a value of the file, as `axolotl train RECIPE --base-model X`
+    # does. `cfg` holds what counts.
+    values = read_yaml(recipe)
+    for key in OVERRIDABLE:
+        if cfg.get(key) is not None:
+            values[key] = cfg[key]
+    return recipe_problems(values)
 
 
 def check_base_model(cfg: dict, block: PairwiseBlock):
@@ -112,6 +124,7 @@ def check_base_model(cfg: dict, block: PairwiseBlock):
         warn_of_home_path(cfg["base_model"])
         warn_of_unserved_model(model_config.model_type, block.head)
 
+    # Axolotl has two names for this key, and may have replaced the first by the second.
     overrides = cfg.get("model_config") or cfg.get("overrides_of_model_config") or {}
     check_config(
         model_config, budget_tokens=block.budget_tokens, overrides=overrides, softcap=block.softcap
@@ -121,9 +134,11 @@ def check_base_model(cfg: dict, block: PairwiseBlock):
         model, targets=cfg.get("lora_target_modules"), saved=cfg.get("lora_modules_to_save")
     )
 
-    # Without an answer layer in the checkpoint, transformers would make a random one.
-    has_own_answers = not has_classifier(model_config) or model_config.tie_word_embeddings
-    if block.head == "label_tokens" and not has_own_answers:
+    # The head label_tokens needs the layer that predicts tokens. A classifier's checkpoint has none,
+    # unless that layer shares its weights with the embedding. transformers would make a random one.
+    is_classifier = has_classifier(model_config)
+    lacks_token_layer = is_classifier and not model_config.tie_word_embeddings
+    if block.head == "label_tokens" and lacks_token_layer:
         raise UserError(
             f"base_model: {cfg['base_model']} is a classifier ({model_config.architectures[0]}) without answer tokens; "
             "set pairwise.head to score or reward"
@@ -152,7 +167,10 @@ def check_tokenizer(cfg, tokenizer, model_config) -> None:
 
 
 def set_model_keys(cfg: dict, block: PairwiseBlock, model, head_start: HeadStart) -> None:
-    """Set the keys that follow from the base model: its attention, its outputs, and what LoRA trains whole.
+    """Set the keys that follow from the base model.
+
+    These are attn_implementation, num_labels (the outputs of its head) and lora_modules_to_save (the
+    modules that are trained whole and saved beside LoRA's matrices).
 
     Args:
         cfg: Axolotl's configuration, changed in place.
@@ -160,20 +178,42 @@ def set_model_keys(cfg: dict, block: PairwiseBlock, model, head_start: HeadStart
         model: The base model with its head, without weights.
         head_start: What the head starts as.
     """
+    # SDPA, the faster one, ignores a soft cap, and some models of transformers do not support it.
     if not cfg.get("attn_implementation"):
         needs_eager = block.softcap or not model._supports_sdpa
         cfg["attn_implementation"] = "eager" if needs_eager else "sdpa"
 
-    # A head is loaded as it was saved, so that no other layer's shape goes unchecked; the plugin then replaces it.
-    if block.head != "label_tokens" and head_start.checkpoint_outputs is not None:
+    # The head label_tokens is the layer that predicts tokens. The rest is about classification heads.
+    if block.head == "label_tokens":
+        return
+
+    # The checkpoint's head may have other outputs than this run's. transformers would load it only if
+    # it were told to ignore wrong shapes, and then it would ignore them in every layer. So the head is
+    # loaded as it was saved, and the plugin replaces it afterwards.
+    if head_start.checkpoint_outputs is not None:
         cfg["num_labels"] = head_start.checkpoint_outputs
 
-    # PEFT trains a classifier's last layer by itself. What else an encoder's head has is as new, and would not be saved.
-    if cfg.get("adapter") and block.head != "label_tokens":
-        saved = list(cfg.get("lora_modules_to_save") or [])
-        new_modules = set(list_head_modules(model)) - {*CLASSIFIER_HEADS, *saved}
-        if new_modules:
-            cfg["lora_modules_to_save"] = saved + sorted(new_modules)
+    if cfg.get("adapter"):
+        add_head_modules(cfg, model)
+
+
+def add_head_modules(cfg: dict, model) -> None:
+    """Add the modules of a classification head to lora_modules_to_save, where PEFT would leave them out.
+
+    PEFT trains and saves the last layer of a classifier by itself, whether its name is score or
+    classifier. The head of an encoder may have more: of ["pooler", "classifier"], the pooler is added
+    here. It may start from random values too. PEFT would neither train it nor write it into the
+    adapter's file.
+
+    Args:
+        cfg: Axolotl's configuration, changed in place.
+        model: The base model with its head, without weights.
+    """
+    recipe_modules = list(cfg.get("lora_modules_to_save") or [])
+    covered_modules = {*CLASSIFIER_HEADS, *recipe_modules}
+    missing_modules = set(list_head_modules(model)) - covered_modules
+    if missing_modules:
+        cfg["lora_modules_to_save"] = recipe_modules + sorted(missing_modules)
 
 
 def set_accumulation_steps(cfg: dict, block: PairwiseBlock) -> None:
@@ -189,7 +229,8 @@ def set_accumulation_steps(cfg: dict, block: PairwiseBlock) -> None:
     if block.pairs_per_step is None:
         return
 
-    # With Ray, the driver reads the recipe before there are workers.
+    # torchrun tells each process in WORLD_SIZE how many there are. With Ray this runs before any of
+    # them is started, so that the number comes from the recipe.
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if cfg.get("use_ray"):
         processes = cfg.get("ray_num_workers") or 1
@@ -197,9 +238,11 @@ def set_accumulation_steps(cfg: dict, block: PairwiseBlock) -> None:
     steps = count_accumulation_steps(
         block.pairs_per_step, cfg.get("micro_batch_size") or 1, processes
     )
-    if cfg.get("gradient_accumulation_steps") not in (None, steps):
+    steps_of_cfg = cfg.get("gradient_accumulation_steps")
+    contradicts = steps_of_cfg is not None and steps_of_cfg != steps
+    if contradicts:
         raise UserError(
-            f"gradient_accumulation_steps: {cfg['gradient_accumulation_steps']}, but pairwise.pairs_per_step makes it "
+            f"gradient_accumulation_steps: {steps_of_cfg}, but pairwise.pairs_per_step makes it "
             f"{steps}; remove one of the two"
         )
     cfg["gradient_accumulation_steps"] = steps
@@ -223,7 +266,8 @@ def set_fixed_keys(
         cfg["model_type"] = "AutoModelForSequenceClassification"
         cfg["num_labels"] = 1 if block.head == "reward" else len(block.verdicts)
 
-    # Axolotl insists on datasets; the plugin's own hook brings the real ones.
+    # Axolotl refuses a configuration without datasets. This one is never read: the plugin's hook
+    # load_datasets returns the real ones.
     cfg["datasets"] = [{"path": "pairwise", "type": "completion"}]
     cfg["sequence_len"] = block.budget_tokens
     if cfg.get("gradient_checkpointing"):

@@ -225,7 +225,10 @@ class PairwiseBlock(_Strict):
     @field_validator("fold", mode="before")
     @classmethod
     def _fold_is_a_number_or_all(cls, fold):
-        if fold != "all" and (not isinstance(fold, int) or isinstance(fold, bool) or fold < 0):
+        # To Python, True is the integer 1.
+        is_number = isinstance(fold, int) and not isinstance(fold, bool)
+        is_fold = is_number and fold >= 0
+        if fold != "all" and not is_fold:
             raise ValueError("expected a fold's number or all")
         return fold
 
@@ -355,18 +358,23 @@ def pairwise_problems(block: object) -> list[str]:
     try:
         PairwiseBlock.model_validate(block)
     except ValidationError as error:
-        keys = list(PairwiseBlock.model_fields)
-        for inner_block in INNER_BLOCKS.values():
-            keys += inner_block.model_fields
+        pydantic_errors = error.errors()
+    else:
+        return []
 
-        sentences = []
-        for problem in without_echo(error.errors(), keys):
-            # Of a template that is spelled out, pydantic also says that it is none of the names:
-            # ("template", "literal[…]").
-            if not any(str(part).startswith("literal[") for part in problem["loc"]):
-                sentences.append(explain(problem))
-        return sentences
-    return []
+    known_keys = list(PairwiseBlock.model_fields)
+    for inner_block in INNER_BLOCKS.values():
+        known_keys += inner_block.model_fields
+
+    sentences = []
+    # A mistyped key is also reported as missing, which without_echo drops.
+    for problem in without_echo(pydantic_errors, known_keys):
+        # `template` is a name or a block. Where the block has a mistake, pydantic also reports that it
+        # is none of the names, at the path ("template", "literal[…]").
+        is_about_names = any(str(part).startswith("literal[") for part in problem["loc"])
+        if not is_about_names:
+            sentences.append(explain(problem))
+    return sentences
 
 
 def explain(problem: dict) -> str:
@@ -432,7 +440,13 @@ def read_environment() -> dict[str, object]:
 
 
 def run_folder(output_dir: str | None, recipe: Path) -> Path:
-    """Where a run writes: output_dir, by default outputs/STEM; a fold numbered by PAIRWISE_FOLD in fold-k below it."""
+    """Return the folder that a run writes to.
+
+    It is the recipe's output_dir, by default outputs/NAME for recipes/NAME.yml. Where PAIRWISE_FOLD is a
+    number, say 2, it is fold-2 below that.
+    """
     folder = Path(output_dir) if output_dir else Path("outputs") / recipe.stem
     fold = os.environ.get("PAIRWISE_FOLD", "")
-    return folder / f"fold-{fold}" if fold.isdecimal() else folder
+    if fold.isdecimal():
+        return folder / f"fold-{fold}"
+    return folder

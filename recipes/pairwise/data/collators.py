@@ -46,26 +46,29 @@ class PairCollator:
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         """Make a batch of rows of the dataset, whose columns are datasets.FEATURES."""
         sequences = []
-        labels_pov = []
-        teacher_pov = []
-        weight_p = []
+        labels_rov = []
+        teacher_rov = []
+        weight_r = []
         for row in rows:
-            # Sequences and probabilities of a pair stand in the same orders.
+            # The orders decide both: where A and B are swapped in the text, they are in the labels.
             swaps = self.choose_orders(row["id"])
             sequences += self.choose_sequences(row, swaps)
-            labels_pov.append(self.order_verdicts(row["labels"], swaps))
-            weight_p.append(row["weight"])
+            labels_rov.append(self.order_verdicts(row["labels"], swaps))
+            weight_r.append(row["weight"])
             if row.get("teacher"):
-                teacher_pov.append(self.order_verdicts(row["teacher"], swaps))
+                teacher_rov.append(self.order_verdicts(row["teacher"], swaps))
 
         # The labels come first: Trainer takes the number of pairs from a batch's first value.
         batch = {
-            "labels": torch.tensor(labels_pov, dtype=torch.float32),
-            "weight": torch.tensor(weight_p, dtype=torch.float32),
+            "labels": torch.tensor(labels_rov, dtype=torch.float32),
+            "weight": torch.tensor(weight_r, dtype=torch.float32),
         }
-        batch |= self.join(sequences) if self.padding_free else self.pad(sequences)
-        if teacher_pov:
-            batch["teacher"] = torch.tensor(teacher_pov, dtype=torch.float32)
+        if self.padding_free:
+            batch |= self.join(sequences)
+        else:
+            batch |= self.pad(sequences)
+        if teacher_rov:
+            batch["teacher"] = torch.tensor(teacher_rov, dtype=torch.float32)
         return batch
 
     def choose_orders(self, row_id: str) -> list[bool]:
@@ -83,23 +86,27 @@ class PairCollator:
         return [False, True]
 
     def choose_sequences(self, row: dict, swaps: list[bool]) -> list[list[int]]:
-        """Return a pair's sequences of token ids in these orders.
+        """Return a pair's sequences of token ids: one for each of these orders.
 
-        For the reward head, which reads each response alone, they are those of both responses, in
-        the order of the verdicts.
+        The reward head reads each response alone, in no order. For it they are the sequences of both
+        responses, that of the first verdict first.
         """
-        # As given and swapped; for the reward head response A and response B.
-        first, second = row["sequences"]
         if self.head == "reward":
-            # Of model_a and model_b, whose responses these are, either may come first.
+            sequence_a, sequence_b = row["sequences"]
+            # The verdicts may be listed as model_b, model_a.
             if self.verdicts[0] == "model_b":
-                return [second, first]
-            return [first, second]
+                return [sequence_b, sequence_a]
+            return [sequence_a, sequence_b]
 
-        return [second if is_swapped else first for is_swapped in swaps]
+        as_given, swapped = row["sequences"]
+        return [swapped if is_swapped else as_given for is_swapped in swaps]
 
     def order_verdicts(self, probabilities: list[float], swaps: list[bool]) -> list[list[float]]:
-        """Return a pair's probabilities as they are in each of these orders: swapped, A's is B's."""
+        """Return a pair's probabilities in each of these orders.
+
+        A swap exchanges those of A and B: of 0.7 for A, 0.2 for B and 0.1 for a tie it makes 0.2, 0.7
+        and 0.1.
+        """
         probabilities_ov = []
         for is_swapped in swaps:
             if is_swapped:
@@ -137,6 +144,9 @@ class PairCollator:
 
     def join(self, sequences: list[list[int]]) -> dict[str, object]:
         """Join sequences end to end, without padding; see training/padding_free.py.
+
+        Sequences of 3 and 2 tokens become 5 tokens at the positions 0 1 2 0 1, with the bounds 0 3 5.
+        Their last places are 2 and 4.
 
         Returns:
             input_ids and position_ids of shape (1, tokens); the sequences' bounds and the length of the longest,

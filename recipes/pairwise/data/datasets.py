@@ -91,9 +91,15 @@ def split(
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Split pairs into training and validation rows, by their roles and folds.
 
-    Rows of the roles train and extra are trained on, those of train alone are validated on. Neither
-    holds rows of the lockbox. A fold's other rows are left out with it, since their prompts may be like
-    those of its validation rows.
+    | role  | trained on, outside the fold | validated on, inside the fold |
+    |-------|------------------------------|-------------------------------|
+    | train | yes                          | yes                           |
+    | extra | yes                          | no                            |
+    | pool  | with `with_pool`             | no                            |
+    | test  | no                           | no                            |
+
+    Rows with similar prompts have the same fold. So no row of the fold that is held out is trained on,
+    whatever its role: its prompt may be like that of a validation row.
 
     Args:
         frame: The rows of a pairs.parquet, as read_pairs gives them.
@@ -109,14 +115,13 @@ def split(
         UserError: If there is no such fold, or no other one, or a row to train on shares its prompt
             with a row of the lockbox.
     """
-    # Which rows are trained on, whatever the fold.
     training_roles = ["train", "extra"]
     if with_pool:
         training_roles.append("pool")
     trainable = frame.filter(pl.col("role").is_in(training_roles))
     check_lockbox(frame, trainable, path)
 
-    # Metrics are of human votes on rows of the competition's own kind, which the role train is.
+    # Metrics compare with human votes on rows of the competition itself, which have the role train.
     human_votes = frame.filter(role="train")
     if fold == "all":
         sample = _order_by_hash(human_votes["id"])[:FIXED_SAMPLE_ROWS]
@@ -132,13 +137,24 @@ def split(
 
 
 def check_lockbox(frame: pl.DataFrame, trainable: pl.DataFrame, path: Path | str) -> None:
-    """Raise UserError where a row to train on has a prompt like one of the lockbox, the rows of the role test."""
+    """Check that no row to train on has a prompt like one of the lockbox, which are the rows of the role test.
+
+    Args:
+        frame: The rows of a pairs.parquet.
+        trainable: Those of its rows that may be trained on.
+        path: The file, for the message.
+
+    Raises:
+        UserError: A row has.
+    """
     lockbox = frame.filter(role="test")
     if lockbox.is_empty():
         return
 
-    # Rows whose prompts are alike have the same group.
-    leaks = trainable.filter(pl.col("group").is_in(lockbox["group"].implode()))
+    # Rows whose prompts are alike have the same group. Polars' is_in takes the groups of the lockbox as
+    # one list, which implode makes of the column.
+    lockbox_groups = lockbox["group"].implode()
+    leaks = trainable.filter(pl.col("group").is_in(lockbox_groups))
     if not leaks.is_empty():
         raise UserError(
             f"{path}: {leaks['id'][0]} (role {leaks['role'][0]}) has a prompt like one of the lockbox; make the file "
@@ -152,7 +168,11 @@ def list_folds(frame: pl.DataFrame) -> list[int]:
 
 
 def _order_by_hash(ids: pl.Series) -> pl.Series:
-    """Return the row numbers in an order that only the ids decide."""
+    """Return the row numbers in the order of the hashes of their ids.
+
+    The order looks random, but it depends on nothing except the ids: its first rows are the same
+    sample, in whatever order the file holds them.
+    """
 
     def hash_id(row_id: str) -> str:
         return hashlib.sha256(row_id.encode()).hexdigest()
@@ -162,6 +182,8 @@ def _order_by_hash(ids: pl.Series) -> pl.Series:
 
 def targets(frame: pl.DataFrame, verdicts: tuple[str, ...]) -> np.ndarray:
     """Return what the model is to predict for each row: the shares of the human votes.
+
+    Votes of 0.5 for A, 0.3 for B and 0.2 for a tie are 0.6 and 0.4 to a model of two verdicts.
 
     Args:
         frame: The rows of a pairs.parquet.
@@ -182,13 +204,20 @@ def targets(frame: pl.DataFrame, verdicts: tuple[str, ...]) -> np.ndarray:
 
 
 def winners(frame: pl.DataFrame, verdicts: tuple[str, ...]) -> np.ndarray:
-    """Return the place among `verdicts` of each row's winner, int8 of shape (rows,).
+    """Return for each row which of `verdicts` won, as its number: with (model_a, model_b), model_b is 1.
 
-    It is -1 where the winner is none of them: a tie, for a model of two verdicts.
+    Args:
+        frame: The rows of a pairs.parquet.
+        verdicts: The model's verdicts.
+
+    Returns:
+        Numbers from 0, int8 of shape (rows,). It is -1 where the winner is none of the verdicts: a tie,
+        for a model of two verdicts.
     """
-    place_by_verdict = {verdict: place for place, verdict in enumerate(verdicts)}
-    places = pl.col("winner").replace_strict(place_by_verdict, default=-1).cast(pl.Int8)
-    return frame.select(places).to_series().to_numpy()
+    number_by_verdict = {verdict: number for number, verdict in enumerate(verdicts)}
+    # replace_strict takes every value from the dictionary, and the default for all that it lacks.
+    numbers = pl.col("winner").replace_strict(number_by_verdict, default=-1).cast(pl.Int8)
+    return frame.select(numbers).to_series().to_numpy()
 
 
 def tokenise(
@@ -200,9 +229,6 @@ def tokenise(
 ) -> Dataset:
     """Tokenise pairs into an Arrow file of one row a pair, with the columns of FEATURES.
 
-    The sequences are the pair in both orders, or for the reward head the prompt with each response;
-    `winner` is its place among the verdicts.
-
     Args:
         frame: The rows of a pairs.parquet.
         tokenizer: A fast tokenizer.
@@ -213,11 +239,13 @@ def tokenise(
     Returns:
         The file's rows, which are mapped into memory.
     """
+    # Without teachers, the list of their probabilities is empty in each row.
     if teacher_rv is None:
         teacher_rv = np.zeros((len(frame), 0), np.float32)
     labels_rv = targets(frame, contract.verdicts)
-    places_r = winners(frame, contract.verdicts)
-    # 1 on average, so that the learning rate means the same whatever preprocess counted.
+    winners_r = winners(frame, contract.verdicts)
+
+    # Weights are 1 on average. Otherwise they would scale the loss, and so the learning rate.
     weights_r = (frame["weight"] / frame["weight"].mean()).to_numpy()
 
     progress = tqdm(
@@ -232,7 +260,7 @@ def tokenise(
                 "id": chunk["id"].to_list(),
                 "sequences": sequences,
                 "labels": labels_rv[rows].tolist(),
-                "winner": places_r[rows].tolist(),
+                "winner": winners_r[rows].tolist(),
                 "teacher": teacher_rv[rows].tolist(),
                 "weight": weights_r[rows].tolist(),
                 "length": [max(len(first), len(second)) for first, second in sequences],
@@ -261,10 +289,14 @@ def encode_rows(chunk: pl.DataFrame, tokenizer, contract: Contract) -> list[list
     if contract.head == "reward":
         return [list(both_responses) for both_responses in as_given]
 
-    # Other heads read a pair as one sequence, so that encode_all returns lists of one.
+    # Other heads read a pair as one sequence: for each pair, encode_all returns a list of one sequence.
     swapped_pairs = [swap(pair) for pair in pairs]
     swapped = encode_all(swapped_pairs, tokenizer, contract)
-    return [[first, second] for (first,), (second,) in zip(as_given, swapped, strict=True)]
+
+    sequences = []
+    for sequences_as_given, sequences_swapped in zip(as_given, swapped, strict=True):
+        sequences.append([sequences_as_given[0], sequences_swapped[0]])
+    return sequences
 
 
 def datasets_of(
@@ -277,8 +309,8 @@ def datasets_of(
 ) -> tuple[Dataset, Dataset]:
     """Return the training and validation datasets of a run, tokenised once.
 
-    The first process to come reads the pairs and writes the cache. The others wait, and map it into
-    memory as the first one does.
+    All processes of a run call this at once. The first one takes the lock, reads the pairs and writes
+    the cache. The others wait for the lock, and then find the cache written.
 
     Args:
         pairs: A pairs.parquet.
@@ -291,36 +323,51 @@ def datasets_of(
     Returns:
         The training rows and the validation rows, with the columns of FEATURES.
     """
-    # All processes of a run come here at once. One tokenises, and none of the others reads the pairs.
     folder = cache / _cache_name(pairs, fold, tokenizer, contract, distill)
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / "lock"):
         if not folder.exists():
-            with_pool = distill is not None and distill.pool
-            train_pairs, validation_pairs = split(read_pairs(pairs), fold, pairs, with_pool)
-            teacher_rv = None
-            if distill is not None:
-                teacher_rv = read_teachers(distill, train_pairs, pairs, contract.verdicts)
+            _write_cache(folder, pairs, fold, tokenizer, contract, distill)
 
-            with atomic_folder(folder) as temporary:
-                tokenise(train_pairs, tokenizer, contract, temporary / TRAINING_FILE, teacher_rv)
-                _tokenise_longest_first(validation_pairs, tokenizer, contract, temporary)
-
-    # All processes read from the disk, so that they share its pages in memory.
+    # Both are mapped into memory, not read into it: the processes of a machine share one copy.
     training_set = Dataset.from_file(str(folder / TRAINING_FILE))
-    return training_set, load_from_disk(folder / VALIDATION_FOLDER)
+    validation_set = load_from_disk(folder / VALIDATION_FOLDER)
+    return training_set, validation_set
+
+
+def _write_cache(
+    folder: Path,
+    pairs: Path,
+    fold: int | str,
+    tokenizer,
+    contract: Contract,
+    distill: DistillBlock | None,
+) -> None:
+    """Tokenise the training and validation rows of a run into a folder; see datasets_of."""
+    with_pool = distill is not None and distill.pool
+    train_pairs, validation_pairs = split(read_pairs(pairs), fold, pairs, with_pool)
+    teacher_rv = None
+    if distill is not None:
+        teacher_rv = read_teachers(distill, train_pairs, pairs, contract.verdicts)
+
+    with atomic_folder(folder) as temporary:
+        tokenise(train_pairs, tokenizer, contract, temporary / TRAINING_FILE, teacher_rv)
+        _tokenise_longest_first(validation_pairs, tokenizer, contract, temporary)
 
 
 def _tokenise_longest_first(
     validation: pl.DataFrame, tokenizer, contract: Contract, folder: Path
 ) -> None:
-    """Write the validation rows, the longest first, so that a batch that does not fit fails at once."""
+    """Tokenise the validation rows into a folder, the longest first.
+
+    The first batch is then the one that needs most memory: if it does not fit, the run fails at once.
+    """
     unsorted_file = folder / "validation.arrow"
     rows = tokenise(validation, tokenizer, contract, unsorted_file)
 
     lengths_r = np.array(rows["length"])
     longest_first = np.argsort(-lengths_r, kind="stable")
-    # Where the order is held makes no difference but for a file that it would leave behind.
+    # select moves no rows, it keeps a list of row numbers. In memory this list leaves no file behind.
     sorted_rows = rows.select(longest_first, keep_in_memory=True)
     sorted_rows.save_to_disk(folder / VALIDATION_FOLDER)
     unsorted_file.unlink()
@@ -329,19 +376,24 @@ def _tokenise_longest_first(
 def _cache_name(
     pairs: Path, fold: int | str, tokenizer, contract: Contract, distill: DistillBlock | None
 ) -> str:
-    """Name the folder of tokenised rows by a hash of all that decides them.
+    """Name the folder of tokenised rows by a hash of all that decides what they are.
 
-    So rows of another file, fold, tokenizer or setting are never read in their place. The arguments
-    are those of datasets_of.
+    A run with another file, fold, tokenizer or setting gets another name, so that it never reads rows
+    that do not belong to it. The arguments are those of datasets_of.
+
+    Returns:
+        16 hexadecimal digits.
     """
-    # These three parts of a contract do not change how a pair is tokenised.
+    # All of the contract but these three parts decides how a pair is tokenised.
     settings = asdict(contract)
     for name in ("golden", "recorded", "base_model"):
         del settings[name]
 
-    # Two tokenizers of one name may differ, so that its content is hashed.
+    # Two tokenizers may have the same name and differ. So the whole tokenizer is hashed.
     tokenizer_bytes = tokenizer.backend_tokenizer.to_str().encode()
     tokenizer_sha256 = hashlib.sha256(tokenizer_bytes).hexdigest()
+
+    # The files and columns that this code writes. A later version may write others.
     layout = [TRAINING_FILE, list(FEATURES)]
     inputs = [sha256(pairs), fold, settings, tokenizer_sha256, layout]
     if distill is not None:

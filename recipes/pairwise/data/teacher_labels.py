@@ -31,12 +31,14 @@ def teacher_folder(run: str) -> Path:
 
 
 def hash_labels(distill: DistillBlock | None) -> dict[str, str]:
-    """Hash the files of labels that a student reads, by their paths; none without distillation."""
+    """Hash the files of labels that a student reads, by their paths; empty without distillation."""
+    if distill is None:
+        return {}
+
     hashes = {}
-    if distill is not None:
-        for run in distill.teachers:
-            file = teacher_folder(run) / LABELS
-            hashes[str(file)] = sha256(file) if file.is_file() else "absent"
+    for run in distill.teachers:
+        file = teacher_folder(run) / LABELS
+        hashes[str(file)] = sha256(file) if file.is_file() else "absent"
     return hashes
 
 
@@ -95,7 +97,7 @@ def read_labels(
     record = read_object(folder / LABELS_RECORD)
     check_record(record, folder, pairs_file, verdicts)
 
-    # A left join keeps a row without a label, so that it can be named below.
+    # A left join keeps a row that has no label, with nulls in its columns. The next check names it.
     all_labels = pl.read_parquet(file)
     wanted_rows = rows.select("id", "role", "fold")
     labels = wanted_rows.join(all_labels, on="id", how="left", maintain_order="left")
@@ -154,6 +156,9 @@ def check_each_row_has_label(labels: pl.DataFrame, folder: Path) -> None:
 def check_runs(labels: pl.DataFrame, runs: Mapping[str, Mapping], file: Path) -> None:
     """Check that no row with votes was labelled by a run that was trained on it.
 
+    A teacher is trained once for each fold, and each of these runs holds out its own fold. So a row of
+    fold 2 may be labelled only by the run that held out fold 2.
+
     Args:
         labels: Labels with the columns id, role, fold and runs, the names of the runs that gave them.
         runs: What labels.json says of each run; its `fold` is the one that it held out.
@@ -162,8 +167,9 @@ def check_runs(labels: pl.DataFrame, runs: Mapping[str, Mapping], file: Path) ->
     Raises:
         UserError: One was.
     """
-    # No teacher is trained on rows of the pool.
     held_out_fold = {run: run_record["fold"] for run, run_record in runs.items()}
+
+    # Rows of the other roles, pool and test, are never trained on by a teacher: all runs may label them.
     with_votes = labels.filter(pl.col("role").is_in(["train", "extra"]))
     for row_id, fold, row_runs in with_votes.select("id", "fold", "runs").iter_rows():
         for run in row_runs:

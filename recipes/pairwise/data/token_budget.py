@@ -71,14 +71,15 @@ class TokenBudgetBatches(BatchSampler):
         Raises:
             UserError: If the longest rows do not fit into the budget.
         """
-        # The tokens of each row with its padding.
+        # The tokens of each row with its padding: a row of 13 tokens is padded to 16.
         units_r = np.ceil(lengths / PADDED_TO_MULTIPLE_OF).astype(int)
         self.widths_r = units_r * PADDED_TO_MULTIPLE_OF
         self.shape = shape
         self.seed = seed
         self.epoch = 0
 
-        # All steps hold as many pairs: what the last one lacks is drawn again.
+        # All steps hold the same number of pairs. What the last one lacks is filled up with rows that
+        # are drawn again: of 10 rows in steps of 4, it lacks 2.
         self.steps = math.ceil(len(lengths) / shape.pairs)
         self.refill_count = self.steps * shape.pairs - len(lengths)
 
@@ -108,11 +109,22 @@ class TokenBudgetBatches(BatchSampler):
     def count_tokens_of_worst_epoch(self) -> int:
         """Count the tokens of the largest micro-batch that any epoch can have.
 
-        No epoch needs more than one whose last step is filled up with the longest rows.
+        Every epoch holds each row once, and some rows again, drawn at random, to fill up its last step.
+        The longer these are, the more tokens its micro-batches hold. So the worst epoch is the one that
+        draws the longest rows again. With rows of 32, 16, 16, 16, 8 and 8 tokens and two rows to draw,
+        it holds 32, 32, 16, 16, 16, 16, 8 and 8.
+
+        Returns:
+            The least budget under which the worst epoch fits, padding included.
         """
         longest_first = np.sort(self.widths_r)[::-1]
+        # np.resize cuts the rows to the first refill_count. Where there are fewer rows, it begins again
+        # with the longest: 5 of the rows 32, 16, 8 are 32, 16, 8, 32, 16. (Only then could draw_rows draw
+        # the longest row still more often.)
         refill = np.resize(longest_first, self.refill_count)
-        worst_epoch = np.sort(np.concatenate([longest_first, refill]))[::-1]
+
+        all_rows = np.concatenate([longest_first, refill])
+        worst_epoch = np.sort(all_rows)[::-1]
         return find_least_budget(worst_epoch, self.shape)
 
     def draw_rows(self, rng: np.random.Generator) -> np.ndarray:
@@ -136,7 +148,9 @@ class TokenBudgetBatches(BatchSampler):
 
         Returns:
             For each turn the row numbers of its micro-batches, of shape (steps, processes, pairs).
-            The number of pairs differs between turns: the longer the rows, the fewer.
+            The number of pairs differs between turns: the longer the rows, the fewer. Rows 0 to 7 in
+            two steps on one process, with 1 pair in the first turn and 3 in the second, become the bands
+            [[[0]], [[1]]] and [[[2, 3, 4]], [[5, 6, 7]]].
         """
         # The smallest budget gives the turns of a step about the same number of tokens.
         widths_r = self.widths_r[rows]
@@ -156,9 +170,10 @@ class TokenBudgetBatches(BatchSampler):
 
 
 def find_least_budget(widths_r: np.ndarray, shape: StepShape) -> int:
-    """Find the smallest budget of tokens under which a step's turns hold all its pairs.
+    """Find the smallest budget of tokens under which the turns of a step hold all its pairs.
 
-    A larger budget never holds fewer pairs, so bisection finds it.
+    A turn is one micro-batch of each process. In the example of fill_turns, the turns hold all 4 pairs
+    of a step under a budget of 48 tokens, but only 3 of them under 47: the result is 48.
 
     Args:
         widths_r: Tokens of each row with its padding, the longest first; whole steps of rows.
@@ -167,13 +182,18 @@ def find_least_budget(widths_r: np.ndarray, shape: StepShape) -> int:
     Returns:
         The tokens of a micro-batch, padding included.
     """
-    # A budget of no tokens holds nothing. The other one would hold all pairs of a process in one turn.
+    # No tokens hold no pair. Tokens for all pairs of a process at the longest width hold all of them.
+    longest_width = int(widths_r[0])
     too_few = 0
-    enough = int(widths_r[0]) * shape.sequences_per_pair * shape.pairs_of_process
+    enough = longest_width * shape.sequences_per_pair * shape.pairs_of_process
+
+    # A larger budget never holds fewer pairs. So the smallest budget lies above `too_few` and is at most
+    # `enough`. Each pass of the loop halves the distance between the two (bisection).
     while enough - too_few > 1:
         middle = (too_few + enough) // 2
-        pairs_that_fit = sum(fill_turns(widths_r, shape, middle))
-        if pairs_that_fit == shape.pairs_of_process:
+        pairs_by_turn = fill_turns(widths_r, shape, middle)
+        holds_all_pairs = sum(pairs_by_turn) == shape.pairs_of_process
+        if holds_all_pairs:
             enough = middle
         else:
             too_few = middle
@@ -184,7 +204,14 @@ def fill_turns(widths_r: np.ndarray, shape: StepShape, tokens: int) -> list[int]
     """Divide a process's pairs of one step among its turns, under a budget of tokens.
 
     The first turn takes the longest rows of the epoch, as many pairs in each micro-batch as fit; the
-    next turn takes the longest rows that are left, and so on.
+    next turn takes the longest rows that are left, and so on. All steps are filled alike.
+
+    Example: one process has 4 pairs a step in 2 turns, a pair is one sequence, and the budget is 48
+    tokens. The epoch has 2 steps, so that each turn has 2 micro-batches, one for each step.
+
+        widths of the rows   32 32 | 16 16 16 16 8 8
+        turn                     0 |               1
+        pairs that fit  48 // 32 = 1 | 48 // 16 = 3     result: [1, 3]
 
     Args:
         widths_r: Tokens of each row with its padding, the longest first; whole steps of rows.
@@ -195,8 +222,9 @@ def fill_turns(widths_r: np.ndarray, shape: StepShape, tokens: int) -> list[int]
         The pairs of a micro-batch at each turn. Where the budget is too small, their sum is less
         than the pairs that a process has to compute in a step.
     """
-    # A turn takes as many rows for each step and each process.
-    micro_batches_of_turn = len(widths_r) // shape.pairs * shape.processes
+    # A turn takes rows for one micro-batch of each process, in every step of the epoch.
+    steps = len(widths_r) // shape.pairs
+    micro_batches_of_turn = steps * shape.processes
     pairs_by_turn = []
     pairs_left = shape.pairs_of_process
     first_row = 0
