@@ -54,7 +54,9 @@ def is_first() -> bool:
 
 
 def is_ready() -> bool:
-    """Find out whether wandb has a login, or needs none. Asks for nothing and sends nothing.
+    """Find out whether wandb has a login, or needs none.
+
+    Nothing is sent. With `prompt=False` wandb asks nobody for a key: it gives None where it finds none.
 
     Raises:
         UserError: wandb refuses a setting or a key.
@@ -67,7 +69,9 @@ def is_ready() -> bool:
             host=settings.base_url, source="train", prompt=False, update_session=False
         )
     except ValidationError as error:
-        # The first of pydantic's problems: a setting, such as one of wandb's environment variables.
+        # wandb reads its settings from the environment, by pydantic. Of each wrong one, pydantic has a
+        # dictionary: `loc` is the path to it, such as ("mode",), and `msg` what is wrong. The first one
+        # is told.
         problem = error.errors()[0]
         setting = ".".join(str(part) for part in problem["loc"])
         raise UserError(f"wandb: {setting}: {problem['msg']}") from None
@@ -116,13 +120,14 @@ def start(cfg: dict, recipe: dict, contract: Contract) -> None:
 
 
 def name_of(folder: Path) -> str:
-    """Name a run by its folder: R/fold-0 for outputs/R/fold-0, R/sweep0001, or R alone.
+    """Name a run by its folder: R for outputs/R, R/fold-0 for outputs/R/fold-0, R/sweep0001/fold-0.
 
     The part before the first slash is the run's group.
     """
     folder = folder.absolute()
     parts = [folder.name]
-    # A fold or a trial needs the names of the folders that it lies in.
+
+    # The name of a fold or a trial says nothing alone: those of the folders around it are put before it.
     while TRIAL.fullmatch(parts[0]) or parts[0].startswith("fold-"):
         folder = folder.parent
         parts.insert(0, folder.name)
