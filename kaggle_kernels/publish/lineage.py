@@ -133,7 +133,7 @@ def follow_dataset(
 def follow_run(
     entries: Sequence[Mapping], run: str, contract: str | None, depth: int
 ) -> list[Step]:
-    """Follow a run to its pairs, and to the run whose merged model it started from, if there is one.
+    """Follow a run to its pairs, and to the earlier run from whose weights it started, if there is one.
 
     The run is found by the SHA-256 of its contract.json, which training wrote.
     """

@@ -89,7 +89,7 @@ def check_mean_differences(
 ) -> list[Condition]:
     """Check the mean differences in probability between the models that must agree."""
     # Of several conditions that fail, the first is told. So what training itself wrote down comes first:
-    # where that differs, a file was exchanged since, and no other comparison means anything.
+    # where that differs, a file was exchanged since, and other comparisons mean little.
     has_record = "recorded" in columns
     compared_names = []
     if has_record:

@@ -99,8 +99,8 @@ def compare_models(run: Run, scores_files: Sequence[Path]) -> Comparison:
 
 def explain_refusal(run: Run, report: dict, table_file: Path) -> str:
     """Say why no package is made, and what to do about it; `table_file` has the rows to look at."""
-    # The first condition that fails is told. In the order of list_conditions, it is the one that
-    # explains most.
+    # Of several conditions that fail, the first is told: list_conditions has the causes before what
+    # may follow from them.
     condition = find_condition(report, report["verdict"])
     if report["verdict"] == UNDECIDED:
         return describe_undecided(condition, report["rows"])
@@ -148,7 +148,7 @@ def advise(run: Run, report: dict) -> str:
     merged_mean = mean_differences.get("merged", 0)
 
     # The package is the merged model, rounded to fewer bits. Rounding is to blame where the merged model
-    # is within the tolerance, or at least half as far from the trained one. An unmerged package has its
+    # is within the tolerance, or at most half as far from the trained one. An unmerged package has its
     # base in nf4, whatever `quantize` says.
     quantize = run.recipe.pairwise.package.quantize
     is_quantised = quantize != "none" or packaged == "unmerged"

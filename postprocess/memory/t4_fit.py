@@ -64,7 +64,9 @@ def check_target(run: Run) -> None:
     uses = find_uses(recipe.path.stem)
     refusals = []
     for use in uses:
-        served_here = replace(served, budget_tokens=use.budget_tokens or served.budget_tokens)
+        # A spec may set a token budget of its own.
+        budget_tokens = use.budget_tokens or served.budget_tokens
+        served_here = replace(served, budget_tokens=budget_tokens)
         placement, needs = place(served_here, use.tokens_per_batch, use.placement)
         print(f"  {describe_memory(use, served_here, placement, needs)}")
         if max(needs) > GPU_BYTES:

@@ -95,18 +95,21 @@ def start(cfg: dict, recipe: dict, contract: Contract) -> None:
     if not is_first() or not project:
         return
 
-    # What the run's page shows beside its curves.
+    # What the run's page shows beside its curves. The ledger's git_commit is commit here, below git.
     git_state = {key.removeprefix("git_"): value for key, value in ledger.git_state().items()}
-    config = {"recipe": recipe, "contract": without_golden(asdict(contract)), "git": git_state}
+    contract_keys = without_golden(asdict(contract))
+    config = {"recipe": recipe, "contract": contract_keys, "git": git_state}
 
+    # The folds or trials of a recipe are one group: R/fold-0 is in the group R.
     name = name_of(Path(cfg["output_dir"]))
+    group = name.split("/")[0]
     finish_timeout = wandb.setup().settings.finish_timeout or FINISH_SECONDS
     try:
         wandb.init(
             project=project,
             entity=cfg.get("wandb_entity"),
             name=cfg.get("wandb_name") or name,
-            group=name.split("/")[0],
+            group=group,
             id=cfg.get("wandb_run_id"),
             job_type="train",
             config=config,
@@ -188,7 +191,7 @@ def finish(folder: Path) -> None:
         return
 
     try:
-        # The file also holds what training has recorded since the run began.
+        # `start` has sent a contract too. That of the finished run says more: training has added to it.
         contract = without_golden(read_json(folder / "contract.json"))
         wandb.run.config.update({"contract": contract}, allow_val_change=True)
         wandb.run.summary.update({"metrics": read_json(folder / "metrics.json")})
