@@ -35,7 +35,10 @@ def print_trace(reference: str) -> None:
     for step in steps:
         mark = "broken: " if step.is_broken else ""
         name = "  " * step.depth + mark + step.event
-        time = step.entry.get("time", "")[:16].replace("T", " ")
+
+        # From 2026-11-28T14:57:03+00:00 to 2026-11-28 14:57
+        time_to_the_minute = step.entry.get("time", "")[:16]
+        time = time_to_the_minute.replace("T", " ")
         print(ROW.format(name, time, shorten_commit(step.entry, 12), step.facts))
 
     # After the whole table, whose other rows help to find what is missing.
@@ -82,29 +85,58 @@ def follow_submission(entries: Sequence[Mapping], submission: Mapping) -> list[S
 
 
 def follow_push(entries: Sequence[Mapping], push: Mapping, depth: int) -> list[Step]:
-    """Follow a pushed kernel to the packages in its datasets, and on to the raw files."""
+    """Follow a pushed kernel to the packages in its datasets, and on to the raw files.
+
+    Args:
+        entries: The ledger's entries, the oldest first.
+        push: The entry of the push. It names the datasets that the kernel reads:
+            {"datasets": {"owner/slug": {"version": 3, "manifest": SHA-256 of its manifest.json}}}
+        depth: How far the push lies from the submission.
+
+    Returns:
+        The push, and behind it the steps of each dataset.
+    """
     steps = [Step(depth, "push", name_kernel(push), push)]
     for ref, dataset in push["datasets"].items():
-        name = f"{ref} version {dataset['version']}"
-        package = find_entry(entries, "package", "manifest", dataset["manifest"])
-        if package is None:
-            problem = f"{name}: no package with its manifest"
-            steps.append(Step(depth + 1, "package", problem, is_broken=True))
-            continue
+        steps += follow_dataset(entries, ref, dataset, depth + 1)
+    return steps
 
-        # A dataset of wheels has no run, and leads no further: it was not trained.
-        run_or_wheels = package.get("run", "wheels")
-        steps.append(Step(depth + 1, "package", f"{name}: {run_or_wheels}", package))
-        contract_by_run = package.get("trained") or {}
-        for run, contract in contract_by_run.items():
-            steps += follow_run(entries, run, contract, depth + 2)
+
+def follow_dataset(
+    entries: Sequence[Mapping], ref: str, dataset: Mapping, depth: int
+) -> list[Step]:
+    """Follow a dataset to the package that was uploaded as it, and to the runs that this was made of.
+
+    Args:
+        entries: The ledger's entries, the oldest first.
+        ref: The dataset's owner/slug.
+        dataset: Its version, and the SHA-256 of the package's manifest, by which the package is found.
+        depth: How far the package lies from the submission.
+    """
+    name = f"{ref} version {dataset['version']}"
+    package = find_entry(entries, "package", "manifest", dataset["manifest"])
+    if package is None:
+        problem = f"{name}: no package with its manifest"
+        return [Step(depth, "package", problem, is_broken=True)]
+
+    run_or_wheels = package.get("run", "wheels")
+    steps = [Step(depth, "package", f"{name}: {run_or_wheels}", package)]
+
+    # A package names the SHA-256 of each run's contract; a mean of runs has several. Wheels were not
+    # trained, and lead no further.
+    contract_by_run = package.get("trained") or {}
+    for run, contract in contract_by_run.items():
+        steps += follow_run(entries, run, contract, depth + 1)
     return steps
 
 
 def follow_run(
     entries: Sequence[Mapping], run: str, contract: str | None, depth: int
 ) -> list[Step]:
-    """Follow a run to its pairs, and to the run that it started from, by its contract's SHA-256."""
+    """Follow a run to its pairs, and to the earlier run from whose weights it started, if there is one.
+
+    The run is found by the SHA-256 of its contract.json, which training wrote.
+    """
     training = find_entry(entries, "train", "contract", contract)
     if training is None:
         problem = f"{run}: no training that wrote its contract"
@@ -115,8 +147,9 @@ def follow_run(
     if metrics.get("accuracy") is not None:
         facts += f", accuracy {metrics['accuracy']:.4f}, log loss {metrics['log_loss']:.4f}"
     steps = [Step(depth, "train", facts, training)]
-    pairs, pairs_sha256 = training.get("pairs"), training.get("pairs_sha256")
-    steps += follow_pairs(entries, pairs, pairs_sha256, depth + 1)
+    pairs_file = training.get("pairs")
+    pairs_sha256 = training.get("pairs_sha256")
+    steps += follow_pairs(entries, pairs_file, pairs_sha256, depth + 1)
 
     # Only earlier trainings are searched, so that no run can lead back to itself.
     start = training.get("started_from")
@@ -129,18 +162,21 @@ def follow_run(
 def follow_pairs(
     entries: Sequence[Mapping], name: str, pairs_sha256: str | None, depth: int
 ) -> list[Step]:
-    """Follow a file of pairs to the raw files that preprocessing made it from."""
+    """Follow a file of pairs to the raw files that preprocessing made it from.
+
+    A source of that preprocessing is a raw file, or a file of pairs that was preprocessed earlier.
+    """
     preprocessing = find_entry(entries, "pairs", "pairs_sha256", pairs_sha256)
     if preprocessing is None:
         problem = f"{name}: no preprocessing that made this file"
         return [Step(depth, "pairs", problem, is_broken=True)]
     steps = [Step(depth, "pairs", f"{name}, {preprocessing['rows']:,} pairs", preprocessing)]
 
-    # A source may be a file of pairs itself. Only what was made earlier is searched, so that no
-    # file can lead back to itself.
+    # Only what was made earlier is searched, so that no file can lead back to itself.
     earlier_entries = entries[: entries.index(preprocessing)]
     for source in preprocessing["sources"]:
-        file, sha256 = source["file"], source.get("sha256")
+        file = source["file"]
+        sha256 = source.get("sha256")
         if find_entry(earlier_entries, "pairs", "pairs_sha256", sha256):
             steps += follow_pairs(earlier_entries, file, sha256, depth + 1)
         elif sha256:

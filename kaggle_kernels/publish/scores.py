@@ -56,7 +56,12 @@ def print_scores(competition_name: str, pace: Pace) -> None:
 def describe_origin(
     submission: ApiSubmission, entries: Sequence[Mapping], metric: str
 ) -> tuple[str, str, str, str, str]:
-    """Look up in the ledger where a submission came from.
+    """Look up in the ledger where a submission came from: its entry of the submission leads to that of the push.
+
+    Args:
+        submission: As Kaggle lists it.
+        entries: The ledger's entries, the oldest first.
+        metric: The competition's metric, whose values on the lockbox and on validation rows are shown.
 
     Returns:
         The cells kernel, commit, recipe, lockbox and CV of its row; empty where the ledger does not say.
@@ -65,28 +70,43 @@ def describe_origin(
     submit = find_entry(entries, "submit", "submission_ref", str(submission.ref))
     if submit is None:
         return "not in the ledger", "", "", "", ""
-    kernel = f"{submit['kernel'].split('/')[-1]} {submit['kernel_version']}"
+
+    # The ledger has a kernel as owner/slug. The owner is the same in all rows, and is not shown.
+    slug = submit["kernel"].split("/")[-1]
+    kernel = f"{slug} {submit['kernel_version']}"
+
+    # The push, too, may have been made on another machine.
     push = find_push(entries, submit)
     if push is None:
         return kernel, "", "", "", ""
 
-    # Several packages, or the folds of one, may be of the same recipe.
-    recipes = []
-    for step in follow_push(entries, push, depth=0):
-        if step.event == "train" and not step.is_broken:
-            recipe = Path(step.entry["recipe"]).stem
-            if recipe not in recipes:
-                recipes.append(recipe)
-
-    lockbox = push.get("lockbox") or {}
-    validation = push.get("validation") or {}
+    # The push wrote down the metrics of the kernel's models together, where there were any.
+    lockbox_metrics = push.get("lockbox") or {}
+    validation_metrics = push.get("validation") or {}
     return (
         kernel,
         shorten_commit(push, digits=7),
-        "\n".join(recipes),
-        format_score(lockbox.get(metric)),
-        format_score(validation.get(metric)),
+        "\n".join(list_recipes(entries, push)),
+        format_score(lockbox_metrics.get(metric)),
+        format_score(validation_metrics.get(metric)),
     )
+
+
+def list_recipes(entries: Sequence[Mapping], push: Mapping) -> list[str]:
+    """List the recipes by which the models of a pushed kernel were trained, each of them once.
+
+    Several packages, or the folds of one, may be of the same recipe. Trainings that are not in the ledger
+    are left out.
+    """
+    recipes = []
+    for step in follow_push(entries, push, depth=0):
+        if step.event != "train" or step.is_broken:
+            continue
+
+        recipe = Path(step.entry["recipe"]).stem
+        if recipe not in recipes:
+            recipes.append(recipe)
+    return recipes
 
 
 def format_score(value: float | str | None) -> str:

@@ -131,8 +131,13 @@ def find_worst_difference(conditions: Sequence[Condition]) -> float:
 
 
 def measure_cost(packaged: Column, trained: Column, rows: ComparedRows) -> dict[str, dict]:
-    """Measure what packaging changes row by row: accuracy and log loss, each with its interval."""
-    # A row without a winner says nothing of accuracy.
+    """Measure what packaging changes row by row: accuracy and log loss, each with its interval.
+
+    Returns:
+        For each metric, the packaged model's mean less the trained one's: `difference` and `interval`.
+    """
+    # A row changes by 1 where only the packaged model is right, by -1 where only the trained one is. A
+    # row without a winner says nothing of accuracy.
     has_winner_r = rows.winners_r >= 0
     changes_r = is_right(packaged, rows.winners_r) - is_right(trained, rows.winners_r)
     accuracy = estimate_mean(changes_r[has_winner_r], rows.groups_r[has_winner_r])
@@ -149,11 +154,14 @@ def measure_cost(packaged: Column, trained: Column, rows: ComparedRows) -> dict[
 def describe_repeats(models: Mapping[str, dict]) -> dict[str, object] | None:
     """Describe how far quantising again, calibrated on other rows, moves a model's figures.
 
+    Args:
+        models: What describe_model measured, by the model's name. Those of one run that were quantised
+            several times are `quantised`, `quantised-2`, …
+
     Returns:
         Least, largest and standard deviation (of a sample) of mean difference and accuracy; None where
-        there are not several quantised models.
+        there are not several quantised models, as one alone has no spread.
     """
-    # One model alone has no spread.
     quantised = [model for name, model in models.items() if name.startswith(QUANTISED)]
     if len(quantised) < 2:
         return None

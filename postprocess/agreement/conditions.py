@@ -88,14 +88,18 @@ def check_mean_differences(
     packaged: str, columns: Mapping[str, Column], tolerance: float
 ) -> list[Condition]:
     """Check the mean differences in probability between the models that must agree."""
-    compared_names = [(packaged, "trained")]
-
-    # First what training itself wrote down: where that differs, a file was exchanged since.
-    if "recorded" in columns:
-        compared_names.insert(0, ("recorded", "trained"))
+    # Of several conditions that fail, the first is told. So what training itself wrote down comes first:
+    # where that differs, a file was exchanged since, and other comparisons mean little.
+    has_record = "recorded" in columns
+    compared_names = []
+    if has_record:
+        compared_names.append(("recorded", "trained"))
+    compared_names.append((packaged, "trained"))
+    if has_record:
         compared_names.append((packaged, "recorded"))
 
-    # What a quantised model was made of must agree too: two errors may cancel out on these rows.
+    # A quantised model is made of the merged one, which must agree too: the errors of merging and of
+    # rounding may cancel out on these rows, and not on others.
     if "merged" in columns and packaged.startswith(QUANTISED):
         compared_names.append(("merged", "trained"))
 
@@ -152,10 +156,13 @@ def check_slices(
     if not rows.slices:
         return []
 
-    # Bonferroni: with 95 % confidence the true value of no slice is outside its interval.
-    confidence = 1 - (1 - CONFIDENCE) / len(rows.slices)
+    # Bonferroni: the 5 % that may go wrong are shared out over the slices, 0.5 % each for ten of them.
+    # So with 95 % confidence, no slice at all has its true value outside of its interval.
+    risk_of_slice = (1 - CONFIDENCE) / len(rows.slices)
+    confidence = 1 - risk_of_slice
 
-    # For each row, the expected log loss of the candidate less that of the trained model itself.
+    # If people vote with the trained model's probabilities q, a candidate that predicts p adds the
+    # divergence of p from q to the expected log loss.
     added_losses_r = divergence(candidate.mean_rv(), trained.mean_rv())
     row_count = len(added_losses_r)
     conditions = []
@@ -179,11 +186,16 @@ def check_figure(name: str, value: float, bound: float, bound_name: str) -> Cond
 def check_interval(name: str, estimate: Estimate, bound: float, row_count: int) -> Condition:
     """Check that a mean is below a bound, as far as some rows tell.
 
+    For a bound of 0.01:
+
+        interval 0.001 to 0.008    holds: all of it is below the bound
+        interval 0.004 to 0.016    undecided: more rows would narrow it
+        interval 0.012 to 0.020    refused: all of it is above the bound
+
     Args:
         name: What is measured.
         estimate: The mean with its interval.
-        bound: The interval's upper end must be below it. Where its lower end is above it, the condition
-            is refused; where the bound is between them, more rows would decide.
+        bound: What the mean must be below.
         row_count: How many rows were compared.
     """
     rows_needed = None
@@ -193,24 +205,28 @@ def check_interval(name: str, estimate: Estimate, bound: float, row_count: int) 
         verdict = UNDECIDED
         rows_needed = count_rows_needed(estimate, bound, row_count)
     else:
-        # Also where the mean is NaN, and with it both ends.
+        # This is also the verdict on a NaN, for which both comparisons are false.
         verdict = REFUSED
 
     return Condition(name, estimate.mean, bound, LOG_LOSS_KEY, verdict, estimate.high, rows_needed)
 
 
 def count_rows_needed(estimate: Estimate, bound: float, row_count: int) -> int | None:
-    """Estimate how many rows would decide, as an interval narrows with the root of their number.
+    """Estimate how many rows would decide whether a mean is below a bound.
+
+    An interval narrows with the root of the number of rows. A mean of 0.004 ± 0.012 is 0.006 below a bound of
+    0.01: its interval must become half as wide, which takes four times as many rows.
 
     Returns:
-        None where one group of prompts, or a mean on the bound, gives no estimate.
+        The number of all rows, those compared included. None where it cannot be told: with one group of
+        prompts the interval is infinite, and a mean on the bound is never decided.
     """
     half_width = estimate.high - estimate.mean
     distance = abs(bound - estimate.mean)
     if not math.isfinite(half_width) or distance == 0:
         return None
 
-    # The interval must become so much narrower that it ends at the bound.
+    # How many times narrower the interval must become, to end at the bound.
     narrowing = half_width / distance
     return math.ceil(row_count * narrowing**2)
 

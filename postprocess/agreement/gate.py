@@ -76,6 +76,7 @@ def agreement(run: Run, scores_files: Sequence[Path], out: Path) -> None:
 
 def compare_models(run: Run, scores_files: Sequence[Path]) -> Comparison:
     """Compare the models on all rows that were scored; each of the files holds a part of them."""
+    # The rows themselves are read again: as many as were scored, in the same order.
     columns, golden = read_scores(scores_files)
     row_count = len(columns[0].probabilities_rov)
     frame, _ = validation_rows(run, end=row_count)
@@ -98,7 +99,8 @@ def compare_models(run: Run, scores_files: Sequence[Path]) -> Comparison:
 
 def explain_refusal(run: Run, report: dict, table_file: Path) -> str:
     """Say why no package is made, and what to do about it; `table_file` has the rows to look at."""
-    # Of several conditions that fail, the first is told.
+    # Of several conditions that fail, the first is told: list_conditions has the causes before what
+    # may follow from them.
     condition = find_condition(report, report["verdict"])
     if report["verdict"] == UNDECIDED:
         return describe_undecided(condition, report["rows"])
@@ -141,17 +143,21 @@ def advise(run: Run, report: dict) -> str:
     mean_differences = {}
     for model in report["models"]:
         mean_differences[model["model"]] = model["against_trained"]["mean"]
+    packaged = report["packaged"]
+    packaged_mean = mean_differences[packaged]
     merged_mean = mean_differences.get("merged", 0)
-    packaged_mean = mean_differences[report["packaged"]]
 
-    # Where most of the difference comes after merging, it comes from rounding to fewer bits.
+    # The package is the merged model, rounded to fewer bits. Rounding is to blame where the merged model
+    # is within the tolerance, or at most half as far from the trained one. An unmerged package has its
+    # base in nf4, whatever `quantize` says.
     quantize = run.recipe.pairwise.package.quantize
-    is_merging_good = merged_mean <= max(report["tolerance"], packaged_mean / 2)
-    is_quantised = quantize != "none" or report["packaged"] == "unmerged"
+    is_quantised = quantize != "none" or packaged == "unmerged"
+    is_merging_good = merged_mean <= report["tolerance"] or merged_mean <= packaged_mean / 2
     if is_merging_good and is_quantised:
-        return advise_less_rounding(report["packaged"], quantize)
+        return advise_less_rounding(packaged, quantize)
 
-    # Merging itself is to blame, or float16 where there was no adapter to merge.
+    # Otherwise merging is to blame, or float16 where there was no adapter to merge. A package without
+    # merging was compared already: then there is no other kind left to try.
     if "unmerged" in mean_differences:
         return "no package of this run would be nearer, raise the tolerance if that will do or train again"
     if run.has_adapter:

@@ -63,11 +63,12 @@ def score_models(run: Run, folders: Mapping[str, Path], part: int, out: Path) ->
     tokenizer = checked_tokenizer(run)
     dtype = choose_dtype(run, tokenizer, pairs)
 
-    # One model after the other: no name keeps the last one, so that the next one gets its memory.
+    # The GPU holds one model at a time. So no variable may keep a model longer than it is scored: the
+    # trained one is passed on without a name, the others are deleted.
     scores = {"trained": score_model("trained", load_trained(run), run, tokenizer, pairs)}
     scored_folders: dict[Path, str] = {}
     for name, folder in folders.items():
-        # With quantize: none, `merged` and `quantised` are one folder.
+        # With quantize: none, `merged` and `quantised` are one folder, which is scored once.
         if folder in scored_folders:
             scores[name] = scores[scored_folders[folder]]
             continue
@@ -86,7 +87,13 @@ def score_models(run: Run, folders: Mapping[str, Path], part: int, out: Path) ->
 
 
 def write_scores(out: Path, columns: Mapping[str, Column], golden: Mapping[str, list]) -> None:
-    """Write the columns and the golden rows' probabilities, both by model, for read_scores to read."""
+    """Write the columns and the golden rows' probabilities, both by model, for read_scores to read.
+
+    {
+        "columns": {"trained": {"precision": "bfloat16", "rov": [[[0.6, 0.3, 0.1], …], …]}, …},
+        "golden": {"trained": [{"id": "7", "probabilities": [0.6, 0.3, 0.1]}, …], …}
+    }
+    """
     columns_as_json = {}
     for name, column in columns.items():
         probabilities = column.probabilities_rov.tolist()
@@ -95,18 +102,19 @@ def write_scores(out: Path, columns: Mapping[str, Column], golden: Mapping[str, 
 
 
 def read_scores(scores_files: Sequence[Path]) -> tuple[list[Column], dict[str, list]]:
-    """Read what score_models wrote of several parts of the rows, as one.
+    """Read what score_models wrote of several parts of the rows, and put the parts together.
 
     Returns:
         The columns of all rows, and the golden rows' probabilities by model.
     """
-    # Each part has the same models, and other rows.
+    # Each part has the same models, and other rows: a model's rows of all parts are one after another.
     parts = [read_object(file) for file in scores_files]
     first_part = parts[0]
     columns = []
     for name, first_column in first_part["columns"].items():
-        probabilities = [np.array(part["columns"][name]["rov"]) for part in parts]
-        columns.append(Column(name, np.concatenate(probabilities), first_column["precision"]))
+        probabilities_by_part = [np.array(part["columns"][name]["rov"]) for part in parts]
+        probabilities_rov = np.concatenate(probabilities_by_part)
+        columns.append(Column(name, probabilities_rov, first_column["precision"]))
 
     # The golden rows are the same in each part.
     return columns, first_part["golden"]
@@ -243,12 +251,14 @@ def score_pairs(
 def choose_dtype(run: Run, tokenizer, pairs: Sequence) -> torch.dtype:
     """Choose what the models compute in: float16 as on Kaggle, but float32 where a CPU would take long.
 
-    The weights are rounded to float16 whatever it is.
+    The time is estimated from the number of floating-point operations. The weights are rounded to float16 in
+    both cases.
     """
     if list_gpus():
         return torch.float16
 
-    # A forward pass multiplies each token by each matrix of a layer.
+    # A forward pass multiplies each token by each matrix of each layer. Embeddings are looked up, and the
+    # head, which computes for one token of a row, hardly counts.
     skeleton = model_skeleton(run.weights, run.contract)
     weights_per_token = 0
     for name, shape in skeleton.shapes.items():
@@ -260,6 +270,7 @@ def choose_dtype(run: Run, tokenizer, pairs: Sequence) -> torch.dtype:
     requests = make_requests(run.model_input, tokenizer, run.contract, pairs, orders)
     tokens = sum(request.tokens for request in requests)
 
-    # A weight costs one multiplication and one addition.
+    # For each token, a weight costs one multiplication and one addition.
     flop = 2 * tokens * weights_per_token
-    return torch.float16 if flop <= FLOAT16_ON_CPU_FLOP else torch.float32
+    is_fast_enough = flop <= FLOAT16_ON_CPU_FLOP
+    return torch.float16 if is_fast_enough else torch.float32

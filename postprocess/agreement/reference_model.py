@@ -34,11 +34,13 @@ def load_trained(run: Run) -> torch.nn.Module:
         The model in eval mode, on the GPUs if there are any.
     """
     contract = run.contract
-    has_trained_classifier = run.has_adapter and contract.head in LABELLED
-    model = load_base(run, keeps_own_head=has_trained_classifier)
+    has_classifier = contract.head in LABELLED
+    has_classifier_in_adapter = run.has_adapter and has_classifier
+    model = load_base(run, keeps_own_head=has_classifier_in_adapter)
 
-    # PEFT needs layers of the adapter's shapes to put the adapter's weights into.
-    if has_trained_classifier and model.config.num_labels != contract.num_labels:
+    # The adapter's files hold the trained classifier too. PEFT puts its weights into the model's, which
+    # must have as many outputs.
+    if has_classifier_in_adapter and model.config.num_labels != contract.num_labels:
         replace_output_layer(model, contract.num_labels)
     if run.has_adapter:
         model = PeftModel.from_pretrained(model, run.folder)
@@ -61,7 +63,8 @@ def load_base(run: Run, keeps_own_head: bool) -> torch.nn.Module:
     if keeps_own_head:
         config.num_labels = read_config(run.weights).num_labels
 
-    # A base that was quantised for the training (QLoRA) is quantised again, from the dtype it had then.
+    # A base that was quantised for the training (QLoRA) is quantised again while it is loaded, from the
+    # dtype that training read it in. Where the run does not name that, "auto" takes the files' own.
     precision = {"dtype": "auto"}
     quantization = trained_quantization(run)
     if quantization:
@@ -82,18 +85,24 @@ def load_base(run: Run, keeps_own_head: bool) -> torch.nn.Module:
 
 
 def compute_head_in_float32(model: torch.nn.Module, label_token_ids: Sequence[int]) -> None:
-    """Compute the head's logits as training does: in bf16, those near 20 would be rounded to 1/8.
+    """Have the model's head compute its logits in float32, as training does. The model is changed in place.
+
+    In bf16, neighbouring numbers near 20 are 1/8 apart: logits would be rounded too coarsely to be compared.
 
     Args:
         model: The model with its adapter.
-        label_token_ids: Of a causal LM, the only tokens that it computes logits of; empty for a classifier.
+        label_token_ids: For a causal LM, the tokens that stand for verdicts: it computes the logits of no
+            others. Empty for a classifier.
     """
-    # PEFT wraps a layer that has an adapter on it.
+    # A causal LM's output layer; None for a classifier. Where an adapter is on the layer, PEFT has put
+    # a layer of its own around it, which holds the original one as `base_layer`.
     output_layer = model.get_output_embeddings()
     base_layer = getattr(output_layer, "base_layer", output_layer)
 
-    # A recipe may have had the output layer quantised too: then training had no other.
-    if not isinstance(base_layer, QUANTISED_LAYERS):
+    # QLoRA may quantise the output layer too. Then training has computed logits with the quantised
+    # layer, and so does this model: it is left as it is.
+    is_quantised = isinstance(base_layer, QUANTISED_LAYERS)
+    if not is_quantised:
         compute_logits_in_float32(model, label_token_ids)
     if label_token_ids:
         keep_label_rows(model, label_token_ids)

@@ -31,7 +31,11 @@ def slice_rows(rows: pl.DataFrame, groups_r: np.ndarray) -> dict[str, np.ndarray
 
 
 def slice_by_language(rows: pl.DataFrame, groups_r: np.ndarray) -> dict[str, np.ndarray]:
-    """Divide the rows by language, if they have one; the rare languages are one slice together."""
+    """Divide the rows by language, if they have one; the rare languages are one slice together.
+
+    Returns:
+        For each slice by its name, such as `the language German`, which rows are in it: a mask of shape (rows,).
+    """
     if "language" not in rows.columns:
         return {}
 
@@ -51,20 +55,27 @@ def slice_by_language(rows: pl.DataFrame, groups_r: np.ndarray) -> dict[str, np.
 
 
 def slice_by_length(rows: pl.DataFrame) -> dict[str, np.ndarray]:
-    """Divide the rows into quarters by the characters of prompt and responses."""
-    # A prompt or a response is a list of turns, some of which may be null.
+    """Divide the rows into quarters by the characters of prompt and responses.
+
+    Returns:
+        For each quarter by its name, which rows are in it: a mask of shape (rows,).
+    """
+    # A prompt or a response is a list of turns. Polars leaves a turn that is null out of the sum; where
+    # the whole list is null, so is the sum.
     lengths_r = np.zeros(len(rows))
     for column in ("prompt", "response_a", "response_b"):
         characters_of_turns = pl.col(column).list.eval(pl.element().str.len_chars())
         characters = characters_of_turns.list.sum().fill_null(0)
         lengths_r += rows.select(characters).to_series().to_numpy()
 
-    places_by_length = np.argsort(lengths_r, kind="stable")
-    quarters = np.array_split(places_by_length, len(QUARTERS))
+    # The numbers of the rows, the shortest row first, cut into four parts. Lengths of 90, 10, 70 and 30
+    # give the row numbers 1, 3, 2, 0, of which the first quarter holds row 1.
+    rows_by_length = np.argsort(lengths_r, kind="stable")
+    quarters = np.array_split(rows_by_length, len(QUARTERS))
     slices = {}
-    for name, places in zip(QUARTERS, quarters, strict=True):
+    for name, rows_of_quarter in zip(QUARTERS, quarters, strict=True):
         is_in_quarter_r = np.full(len(rows), False)
-        is_in_quarter_r[places] = True
+        is_in_quarter_r[rows_of_quarter] = True
         slices[name] = is_in_quarter_r
     return slices
 

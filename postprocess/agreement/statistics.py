@@ -95,20 +95,23 @@ def estimate_mean(
     """
     row_count = len(values_r)
     mean = float(values_r.mean()) if row_count else math.nan
-    numbers, group_r = np.unique(groups_r, return_inverse=True)
-    group_count = len(numbers)
+
+    # Groups are numbered anew without gaps: groups 7, 9, 7 of three rows become 0, 1, 0.
+    group_numbers, group_r = np.unique(groups_r, return_inverse=True)
+    group_count = len(group_numbers)
 
     # One group alone does not show how much groups differ.
     if group_count < 2:
         return Estimate(mean, -math.inf, math.inf)
 
-    # The usual variance of a sample, n / (n - 1) included, but of sums over groups.
+    # For each group, the sum of its rows' deviations from the mean. Of these sums it is the usual
+    # variance of a sample, n / (n - 1) included.
     residuals_g = np.bincount(group_r, weights=values_r - mean)
     sum_of_squares = float((residuals_g**2).sum())
     variance_of_sum = group_count / (group_count - 1) * sum_of_squares
     standard_error = math.sqrt(variance_of_sum) / row_count
 
-    # What is outside of the interval is shared out over both ends.
+    # What is outside of the interval is shared out over both ends: 2.5 % each for a confidence of 95 %.
     upper_probability = (1 + confidence) / 2
     t_quantile = float(stats.t.ppf(upper_probability, df=group_count - 1))
     half_width = t_quantile * standard_error
@@ -175,9 +178,14 @@ def resample(groups_r: np.ndarray) -> Resamples:
 
     It is a bootstrap over clusters (Davison and Hinkley 1997, section 3.8). The seed is fixed, and every
     model is measured on the same draws.
+
+    Returns:
+        How often each draw holds each group, as a row of counts. Of three groups, a draw of the first,
+        the third and the third again is 1, 0, 2.
     """
-    numbers, group_r = np.unique(groups_r, return_inverse=True)
-    group_count = len(numbers)
+    # Groups are numbered anew without gaps: groups 7, 9, 7 of three rows become 0, 1, 0.
+    group_numbers, group_r = np.unique(groups_r, return_inverse=True)
+    group_count = len(group_numbers)
     probabilities_g = np.full(group_count, 1 / group_count)
     generator = np.random.default_rng(SEED)
 
@@ -197,11 +205,13 @@ def interval(values_r: np.ndarray, counted_r: np.ndarray, resamples: Resamples) 
     Returns:
         The low and the high end; NaN where no sample holds a row that counts.
     """
-    # Sums over groups first: a sample's sum is then one product, however many rows there are.
+    # For each group, the sum of its rows' values and the number of its rows, of those that count.
     group_count = resamples.counts_sg.shape[1]
     counted_values_r = np.where(counted_r, values_r, 0)
     sums_g = np.bincount(resamples.group_r, weights=counted_values_r, minlength=group_count)
     row_counts_g = np.bincount(resamples.group_r, weights=counted_r, minlength=group_count)
+
+    # A sample that draws three groups 1, 0 and 2 times has the sum 1 × the first sum + 2 × the third.
     sums_s = resamples.counts_sg @ sums_g
     row_counts_s = resamples.counts_sg @ row_counts_g
 

@@ -33,18 +33,18 @@ def probability_table(
         verdicts: The verdicts in the columns' order.
 
     Returns:
-        id, fold, winner, order, and for each column its p_model_a, p_model_b[, p_tie]. In both orders
-        p_model_a is the probability of the answer that the pairs file calls response_a.
+        id, fold, winner, order, and for each model one column a verdict, such as trained_p_model_a. In
+        both orders, model_a stands for the response that the pairs file calls response_a.
     """
-    # Columns in the order that users know, whatever the contract's.
+    # The table has the verdicts in the order that users know. The arrays have them in the contract's.
     shown_verdicts = [verdict for verdict in VERDICTS if verdict in verdicts]
     tables = []
-    for order_place, order in enumerate(ORDERS):
+    for order_index, order in enumerate(ORDERS):
         table = rows.select("id", "fold", "winner").with_columns(pl.lit(order).alias("order"))
         for column in columns:
             for verdict in shown_verdicts:
-                verdict_place = verdicts.index(verdict)
-                probabilities_r = column.probabilities_rov[:, order_place, verdict_place]
+                verdict_index = verdicts.index(verdict)
+                probabilities_r = column.probabilities_rov[:, order_index, verdict_index]
                 name = f"{column.name}_p_{verdict}"
                 table = table.with_columns(pl.Series(name, probabilities_r))
         tables.append(table)
@@ -52,15 +52,23 @@ def probability_table(
 
 
 def groups_of(rows: pl.DataFrame) -> np.ndarray:
-    """Give the number of each row's group of prompts, (rows,); a row without one is a group of its own."""
+    """Give the number of each row's group of prompts, (rows,); a row without one is a group of its own.
+
+    id    group    name       number
+    x     7        group 7    1
+    y     null     row y      2
+    z     7        group 7    1
+    """
     if "group" not in rows.columns:
         return np.arange(len(rows))
 
-    # As text with another beginning, so that no id is taken for the number of a group.
+    # Each group gets a name first. The names begin differently, so that the id 7 is not taken for group 7.
     group = pl.col("group")
     id_as_group = pl.concat_str(pl.lit("row "), "id")
     number_as_group = pl.concat_str(pl.lit("group "), group.cast(pl.String))
     group_name = pl.when(group.is_null()).then(id_as_group).otherwise(number_as_group)
+
+    # Equal names have the same dense rank, and the ranks have no gaps.
     return rows.select(group_name.rank("dense")).to_series().to_numpy()
 
 

@@ -50,7 +50,7 @@ def part_bounds(part: int) -> tuple[int, int]:
         part: The number of the part, from 0.
 
     Returns:
-        The place of the part's first row, and the place behind its last one.
+        Where the part begins and ends, as in a slice of a list: (0, 500), (500, 2000), (2000, 8000).
     """
     rows_with_this_part = ROWS * GROWTH**part
     if part == 0:
@@ -71,8 +71,8 @@ def validation_rows(run: Run, first: int = 0, end: int = ROWS) -> tuple[pl.DataF
 
     Args:
         run: The run.
-        first: The place of the first row.
-        end: The place behind the last one; there may be fewer.
+        first: Where to begin in that order.
+        end: Where to end, as in a slice: this row is not read. There may be fewer rows.
 
     Returns:
         A table with the columns of the recipe's pairs file and the probabilities of
@@ -85,7 +85,8 @@ def validation_rows(run: Run, first: int = 0, end: int = ROWS) -> tuple[pl.DataF
     predictions = read_predictions(predictions_file, run.contract.verdicts)
     ids = by_hash(predictions["id"], end)[first:]
 
-    # Joined to the ids, both tables come into the order of the ids.
+    # Both tables are joined to the list of ids, and so come into its order. An id that is missing from
+    # one of them, or in it twice, changes the number of rows.
     rows = pl.DataFrame({"id": ids}, schema={"id": pl.String})
     rows = rows.join(predictions, on="id", maintain_order="left")
     rows = rows.join(read_pairs(pairs_file), on="id", maintain_order="left")
@@ -115,22 +116,32 @@ def read_predictions(file: Path, verdicts: tuple[str, ...]) -> pl.DataFrame:
 
 
 def validation_ids(run: Run) -> dict:
-    """List up to 5,000 ids of validation rows, and say of which fold they are and whether they were trained on."""
+    """List up to 5,000 ids of validation rows, for the package.
+
+    The kernel scores some of these rows in its visible run. It sees only the competition's file, and finds the
+    rows there by the ids that this file has.
+
+    Returns:
+        `fold`, a number or "all"; `trained_on`, whether the run was trained on these rows; and `ids`.
+    """
     pairs_file, predictions_file = run.validation_files()
     predictions = read_predictions(predictions_file, run.contract.verdicts)
     pairs = read_pairs(pairs_file)
     is_held_out = pairs["id"].is_in(predictions["id"].to_list())
     held_out_rows = pairs.filter(is_held_out)
 
-    # The kernel sees only the competition's file, with that file's own ids. Of a row that was trained
-    # on and a held-out one with the same id there, it could not tell which it has before it.
+    # Files of several sources may use the same id for different rows. Where one of these is held out and
+    # another was trained on, the kernel could not tell them apart: such an id is left out.
     held_out_ids = list_source_ids(held_out_rows)
     ids_of_others = list_source_ids(pairs.filter(~is_held_out))
 
-    # Without metrics, rows of several folds can only be those of a run that held none out.
-    metrics = read_metrics(run)
+    # A run without metrics.json does not say its fold, but its rows do. Rows of several folds are those
+    # of a run that held none out.
     folds = set(held_out_rows["fold"])
-    fold = folds.pop() if len(folds) == 1 else "all"
+    fold = "all"
+    if len(folds) == 1:
+        fold = folds.pop()
+    metrics = read_metrics(run)
     fold = metrics.get("fold", fold)
     is_trained_on_all = fold == "all" and run.recipe.pairwise.train
     return {

@@ -14,6 +14,8 @@ from recipes.pairwise.memory.base_model import NF4_BYTES
 from recipes.pairwise.memory.measure import measure_folder
 
 TOKENS_PER_BATCH = 8192  # of scoring.score
+FLOAT16_BYTES = 2
+FLOAT32_BYTES = 4
 # Layers are not divided, so that no GPU is filled to the last byte.
 CHECKED_SHARE_OF_GPUS = WEIGHTS_SHARE_OF_GPU - 0.1
 
@@ -31,10 +33,10 @@ def check_comparison(run: Run) -> None:
     bytes_by_model = estimate_weights(run, served, has_gpu)
     largest = max(bytes_by_model, key=bytes_by_model.get)
 
-    # What was measured is in 16 bits, as on a GPU. A CPU computes in 32 bits.
+    # activation_bytes is measured in 16 bits, as a GPU computes. A CPU computes in 32 bits.
     activations = activation_bytes(served, TOKENS_PER_BATCH)
     if not has_gpu:
-        activations *= 2
+        activations *= FLOAT32_BYTES // FLOAT16_BYTES
     check_memory(run.weights, bytes_by_model[largest], activations, f"the {largest} model")
 
 
@@ -49,26 +51,31 @@ def estimate_weights(run: Run, served: Served, has_gpu: bool) -> dict[str, int]:
     Returns:
         The bytes by the model's name: trained, unmerged, merged.
     """
+    # Only linear layers are quantised; the rest stays in 16 bits. An int8 weight is one byte.
     elements = sum(weight.elements for weight in served.weights)
     layer_elements = sum(weight.elements for weight in served.weights if weight.kind == "linear")
-    # Only linear layers are quantised; the rest stays in 16 bits.
-    rest_bytes = 2 * (elements - layer_elements)
+    rest_bytes = FLOAT16_BYTES * (elements - layer_elements)
     nf4_bytes = int(layer_elements * NF4_BYTES) + rest_bytes
     int8_bytes = layer_elements + rest_bytes
 
     # The trained model is loaded as training had it: QLoRA's base is quantised.
-    bytes_by_model = {"trained": stored_bytes(run.weights)}
     quantization = trained_quantization(run)
-    if quantization:
-        is_nf4 = quantization.get("load_in_4bit")
-        bytes_by_model["trained"] = nf4_bytes if is_nf4 else int8_bytes
+    if not quantization:
+        trained_bytes = stored_bytes(run.weights)
+    elif quantization.get("load_in_4bit"):
+        trained_bytes = nf4_bytes
+    else:
+        trained_bytes = int8_bytes
+    bytes_by_model = {"trained": trained_bytes}
 
+    # The recipe's `adapter` is merged, unmerged, or best: then both are compared. An unmerged adapter
+    # has its base in nf4 beside it.
     adapter = run.recipe.pairwise.package.adapter
     if adapter != "merged":
         bytes_by_model["unmerged"] = nf4_bytes
     if adapter != "unmerged":
-        # A CPU computes in float32.
-        bytes_by_model["merged"] = (2 if has_gpu else 4) * elements
+        weight_size = FLOAT16_BYTES if has_gpu else FLOAT32_BYTES
+        bytes_by_model["merged"] = weight_size * elements
     return bytes_by_model
 
 

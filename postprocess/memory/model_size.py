@@ -18,8 +18,11 @@ GPU_BYTES = 29 * GIB // 2
 # CUDA's context, cuBLAS's workspace, and what PyTorch's allocator holds without using it.
 CUDA_BYTES = 3 * GIB // 4
 
+FLOAT16_BYTES = 2
+FLOAT32_BYTES = 4
 NF4_BLOCK = 64  # weights that share a scale
-GPTQ_GROUP = 128
+NF4_VALUES = 16  # numbers that four bits can stand for
+GPTQ_GROUP = 128  # weights that share a scale and a zero
 SHORTEST_ROW = 64  # tokens; no row of a batch is shorter, template included
 PEFT_RANK = 8  # of LoRA, where a recipe names none
 
@@ -46,7 +49,10 @@ class Served:
 
 
 def served_of(recipe: Recipe, base: BaseModel | None = None) -> Served:
-    """Describe the packaged model of a recipe in numbers; of the adapter `best`, the larger of its two outcomes.
+    """Describe the packaged model of a recipe in numbers.
+
+    With `adapter: best`, the adapter is merged or stays apart, whichever is nearer to the trained model. That
+    is not known yet, so the larger package of the two is described: the one with the adapter apart.
 
     Args:
         recipe: The recipe.
@@ -71,7 +77,8 @@ def served_of(recipe: Recipe, base: BaseModel | None = None) -> Served:
     # An adapter that is merged has no bytes of its own.
     lora_rank = 0
     lora_targets = ()
-    if block.package.adapter != "merged":
+    may_stay_apart = block.package.adapter != "merged"
+    if may_stay_apart:
         lora_rank = recipe.axolotl.get("lora_r") or PEFT_RANK
         lora_targets = tuple(recipe.axolotl.get("lora_target_modules") or ())
     return Served(
@@ -96,24 +103,29 @@ def packed_bytes(weight: Weight, quantize: str) -> tuple[int, int]:
         The tensor's bytes, and those of the state that its quantisation needs besides.
     """
     if weight.kind != "linear" or quantize == "none":
-        return 2 * weight.elements, 0
+        return FLOAT16_BYTES * weight.elements, 0
 
+    outputs, inputs = weight.shape
     if quantize == "nf4":
-        # A float32 scale a block, and the 16 values in float32 that 4 bits stand for.
+        # Two weights a byte. Each block has a float32 scale; the tensor has a float32 table of the
+        # values that four bits stand for.
         blocks = math.ceil(weight.elements / NF4_BLOCK)
-        return math.ceil(weight.elements / 2), 4 * blocks + 64
+        state_bytes = FLOAT32_BYTES * (blocks + NF4_VALUES)
+        return math.ceil(weight.elements / 2), state_bytes
 
     if quantize in GPTQ_BITS:
-        # For each group a float16 scale and a packed zero, and for each input the number of its group.
+        # Each group has a float16 scale, and a zero of as many bits as a weight. For each input there is
+        # the number of its group, an int32.
         bits = GPTQ_BITS[quantize]
         groups = weight.elements // GPTQ_GROUP
-        inputs = weight.shape[1]
-        state_bytes = 2 * groups + groups * bits // 8 + 4 * inputs
+        scale_bytes = FLOAT16_BYTES * groups
+        zero_bytes = groups * bits // 8
+        group_number_bytes = 4 * inputs
+        state_bytes = scale_bytes + zero_bytes + group_number_bytes
         return weight.elements * bits // 8, state_bytes
 
-    # int8: a float32 scale for each output.
-    outputs = weight.shape[0]
-    return weight.elements, 4 * outputs
+    # int8: a byte a weight, and a float32 scale for each output.
+    return weight.elements, FLOAT32_BYTES * outputs
 
 
 def lora_bytes(weight: Weight, served: Served) -> int:
@@ -142,6 +154,9 @@ def weight_bytes(served: Served, gpus: int = 1, byte_limit: int | None = None) -
         served: The packaged model.
         gpus: GPUs that share the copy.
         byte_limit: What a GPU has for weights; None for no limit.
+
+    Returns:
+        The bytes on each GPU, the first one first.
     """
     sizes = {}
     for weight in served.weights:
@@ -153,7 +168,8 @@ def weight_bytes(served: Served, gpus: int = 1, byte_limit: int | None = None) -
     if served.base.is_encoder:
         raise ValueError("an encoder's layers are not split")
 
-    # The kernel balances the same parts by the same function.
+    # The kernel too divides the model with these two functions: `list_parts` lists what must stay on one
+    # GPU, such as a layer, and `balance` chooses the number of its GPU.
     parts = list(list_parts(sizes).values())
     gpu_of_parts = balance(parts, gpus, byte_limit)
     bytes_by_gpu = [0] * gpus
@@ -163,12 +179,15 @@ def weight_bytes(served: Served, gpus: int = 1, byte_limit: int | None = None) -
 
 
 def weight_bytes_limit(served: Served, tokens_per_batch: int, gpus: int) -> int:
-    """Return what a GPU has for the weights of a model on `gpus` of them.
+    """Return how many bytes of a GPU are left for the weights of a model whose layers stand on `gpus` of them.
 
-    A GPU computes one of the batches in flight at a time, but PyTorch keeps the memory of each
-    batch's stream apart (kaggle_kernels/runtime/models/pipeline.py).
+    As many batches are in flight as there are GPUs. A GPU computes one of them at a time, but each batch
+    has a CUDA stream of its own, and PyTorch gives the memory of one stream to no other
+    (kaggle_kernels/runtime/models/pipeline.py). So a GPU keeps memory for all of them.
     """
-    return GPU_BYTES - gpus * activation_bytes(served, tokens_per_batch) - CUDA_BYTES
+    batches_in_flight = gpus
+    activations = batches_in_flight * activation_bytes(served, tokens_per_batch)
+    return GPU_BYTES - activations - CUDA_BYTES
 
 
 def activation_bytes(served: Served, tokens_per_batch: int) -> int:
@@ -176,22 +195,25 @@ def activation_bytes(served: Served, tokens_per_batch: int) -> int:
 
     Args:
         served: The packaged model.
-        tokens_per_batch: The spec's; a longer request is a batch of its own.
+        tokens_per_batch: The most tokens of a batch, by the kernel's spec. A request that has more of them
+            is a batch of its own.
     """
     tokens = largest_batch(served, tokens_per_batch)
     longest_row = min(served.budget_tokens, tokens)
     attention = "softcap" if served.softcap else "plain"
-    batch = served.base.batches[attention]
+    measured = served.base.batches[attention]
 
-    # Attention and MLP follow each other: only the larger of the two counts.
-    scores_per_token = batch.attention_per_score * longest_row
-    attention_per_token = batch.attention_per_token + scores_per_token
-    per_token = max(batch.mlp_per_token, attention_per_token)
+    # Attention holds a score for each two tokens of a row: for a token, as many as its row is long.
+    # Attention and MLP follow each other, so that only the larger of the two counts.
+    scores_per_token = measured.attention_per_score * longest_row
+    attention_per_token = measured.attention_per_token + scores_per_token
+    bytes_per_token = max(measured.mlp_per_token, attention_per_token)
 
-    # What was measured is for 16-bit weights, and without logits of a vocabulary.
+    # This was measured on a classifier in 16 bits. A quantised layer is unpacked besides, and a causal LM
+    # computes the logits of its vocabulary.
     unpacked = unpacked_bytes(served, tokens)
     logits = logit_bytes(served, tokens_per_batch)
-    return tokens * per_token + unpacked + logits
+    return tokens * bytes_per_token + unpacked + logits
 
 
 def unpacked_bytes(served: Served, tokens: int) -> int:
@@ -208,13 +230,17 @@ def unpacked_bytes(served: Served, tokens: int) -> int:
     layers = [weight for weight in served.weights if weight.kind == "linear"]
     most_weights = max(layer.elements for layer in layers)
     if served.quantize == "nf4":
-        return 2 * most_weights  # in float16
+        return FLOAT16_BYTES * most_weights
     if served.quantize in GPTQ_BITS:
-        return 4 * most_weights  # in float16, and the codes twice, a byte each
+        # In float16, and the codes twice, a byte each.
+        bytes_per_weight = FLOAT16_BYTES + 2
+        return bytes_per_weight * most_weights
 
-    # int8: the layer's input is held as int8, one byte, and its output as int32, four bytes.
+    # An int8 layer is not unpacked. Its input is held as int8, one byte, and its output as int32, four
+    # bytes. The input is taken to be as wide as the output.
     most_outputs = max(layer.shape[0] for layer in layers)
-    return 5 * tokens * most_outputs
+    bytes_per_output = 1 + 4
+    return bytes_per_output * tokens * most_outputs
 
 
 def logit_bytes(served: Served, tokens_per_batch: int) -> int:
@@ -223,7 +249,7 @@ def logit_bytes(served: Served, tokens_per_batch: int) -> int:
         return 0
     # Logits are computed for the last token of each row only; the shortest rows make the most rows.
     most_rows = math.ceil(largest_batch(served, tokens_per_batch) / SHORTEST_ROW)
-    return most_rows * served.base.vocabulary * (2 + 4)
+    return most_rows * served.base.vocabulary * (FLOAT16_BYTES + FLOAT32_BYTES)
 
 
 def largest_batch(served: Served, tokens_per_batch: int) -> int:
@@ -239,8 +265,13 @@ def gpu_bytes(served: Served, tokens_per_batch: int, gpus: int = 1) -> list[int]
         served: The packaged model.
         tokens_per_batch: The spec's.
         gpus: GPUs that share the copy.
+
+    Returns:
+        The bytes that each GPU needs. They may be more than it has.
     """
     byte_limit = weight_bytes_limit(served, tokens_per_batch, gpus)
+    weights_by_gpu = weight_bytes(served, gpus, byte_limit)
+
+    # The limit is what batches and CUDA leave of a GPU: the rest is what they take.
     bytes_beside_weights = GPU_BYTES - byte_limit
-    bytes_by_gpu = weight_bytes(served, gpus, byte_limit)
-    return [held_bytes + bytes_beside_weights for held_bytes in bytes_by_gpu]
+    return [weights + bytes_beside_weights for weights in weights_by_gpu]

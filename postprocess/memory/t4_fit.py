@@ -64,7 +64,9 @@ def check_target(run: Run) -> None:
     uses = find_uses(recipe.path.stem)
     refusals = []
     for use in uses:
-        served_here = replace(served, budget_tokens=use.budget_tokens or served.budget_tokens)
+        # A spec may set a token budget of its own.
+        budget_tokens = use.budget_tokens or served.budget_tokens
+        served_here = replace(served, budget_tokens=budget_tokens)
         placement, needs = place(served_here, use.tokens_per_batch, use.placement)
         print(f"  {describe_memory(use, served_here, placement, needs)}")
         if max(needs) > GPU_BYTES:
@@ -142,6 +144,7 @@ def describe_memory(use: Use, served: Served, placement: str, needs: Sequence[in
         needs: The bytes that each T4 needs.
     """
     # As many batches are in flight as GPUs share the model, and each GPU keeps memory for all of them.
+    # activation_bytes counts the logits too, which are shown apart.
     gpus = len(needs)
     logits = gpus * logit_bytes(served, use.tokens_per_batch)
     activations = gpus * activation_bytes(served, use.tokens_per_batch) - logits
@@ -177,13 +180,16 @@ def place(served: Served, tokens_per_batch: int, placement: str) -> tuple[str, t
         placement: each, split, or auto: a copy on every GPU if that fits, else split.
 
     Returns:
-        each or split, and the bytes on every GPU that a copy stands on.
+        The placement, each or split, and the bytes that it needs: one number for a copy on one GPU,
+        which is the same on all of them, or one for each GPU that shares the model.
     """
     needs_of_copy = tuple(gpu_bytes(served, tokens_per_batch))
     copy_fits = max(needs_of_copy) <= GPU_BYTES
+
     # The runtime has no way to split the layers of an encoder.
-    is_copied = placement == "each" or served.base.is_encoder
-    if is_copied or (placement == "auto" and copy_fits):
+    must_be_copied = placement == "each" or served.base.is_encoder
+    may_be_copied = placement == "auto" and copy_fits
+    if must_be_copied or may_be_copied:
         return "each", needs_of_copy
     return "split", tuple(gpu_bytes(served, tokens_per_batch, GPUS))
 
@@ -191,28 +197,34 @@ def place(served: Served, tokens_per_batch: int, placement: str) -> tuple[str, t
 def refusal(run: str, served: Served, tokens: int, placement: str, recipe: Path) -> str:
     """Explain what a package that does not fit needs, and each single change that would make it fit.
 
+    For example: gemma2_cls needs 17.9 GiB on a GPU (16.0 of it weights), a T4 offers 14.5; what would fit:
+    pairwise.package.quantize: int8 in recipes/gemma2_cls.yml (10.1 GiB), or …
+
     Args:
         run: The run's name.
         served: The packaged model.
         tokens: The spec's tokens_per_batch.
-        placement: The spec's.
+        placement: The spec's: each, split or auto (see `place`).
         recipe: The recipe's file, named where it is to be changed.
     """
-    _, needs = place(served, tokens, placement)
-    ways = []
-    for change, size in list_changes(served, tokens, placement, recipe).items():
-        if size <= GPU_BYTES:
-            ways.append(f"{change} ({size / GIB:.1f} GiB)")
-
-    byte_limit = weight_bytes_limit(served, tokens, len(needs))
-    held = max(weight_bytes(served, len(needs), byte_limit)) / GIB
+    # What each GPU needs: one number for a model that a GPU holds alone, two where two GPUs share it.
+    _, bytes_by_gpu = place(served, tokens, placement)
+    gpus = len(bytes_by_gpu)
+    byte_limit = weight_bytes_limit(served, tokens, gpus)
+    most_weights = max(weight_bytes(served, gpus, byte_limit))
     need = (
-        f"{run} needs {in_gib(needs)} GiB on a GPU ({held:.1f} of it weights), "
+        f"{run} needs {in_gib(bytes_by_gpu)} GiB on a GPU ({most_weights / GIB:.1f} of it weights), "
         f"a T4 offers {GPU_BYTES / GIB}"
     )
-    if not ways:
+
+    fitting_changes = []
+    for change, size in list_changes(served, tokens, placement, recipe).items():
+        if size <= GPU_BYTES:
+            fitting_changes.append(f"{change} ({size / GIB:.1f} GiB)")
+
+    if not fitting_changes:
         return f"{need}; no single change makes it fit; take a smaller base model"
-    return f"{need}; what would fit: {', or '.join(ways)}"
+    return f"{need}; what would fit: {', or '.join(fitting_changes)}"
 
 
 def list_changes(served: Served, tokens: int, placement: str, recipe: Path) -> dict[str, int]:
@@ -221,32 +233,41 @@ def list_changes(served: Served, tokens: int, placement: str, recipe: Path) -> d
     Args:
         served: The package that does not fit.
         tokens: The spec's tokens_per_batch.
-        placement: The spec's.
+        placement: The spec's: each, split or auto (see `place`).
         recipe: The recipe's file, named where it is to be changed.
 
     Returns:
-        The bytes on the fullest GPU, by the change in words.
+        The bytes on the fullest GPU, by the change in words. Not all of them are few enough.
     """
     sizes = {}
 
-    # The largest batch that helps; smaller ones only cost time.
-    for fewer in SMALLER_BATCHES:
-        size = max(place(served, fewer, placement)[1])
-        if served.budget_tokens <= fewer < tokens and size <= GPU_BYTES:
-            sizes[f"tokens_per_batch: {fewer}"] = size
+    # A smaller batch, which must still hold the longest row. The first one that fits is the largest, as
+    # smaller ones only cost time.
+    for fewer_tokens in SMALLER_BATCHES:
+        is_possible = served.budget_tokens <= fewer_tokens < tokens
+        size = measure_fullest_gpu(served, fewer_tokens, placement)
+        if is_possible and size <= GPU_BYTES:
+            sizes[f"tokens_per_batch: {fewer_tokens}"] = size
             break
 
-    # The spec forbids a split that might fit.
+    # Another placement: `each` forbids to divide the layers over both GPUs.
     if placement == "each":
-        sizes["placement: split"] = max(place(served, tokens, "auto")[1])
+        sizes["placement: split"] = measure_fullest_gpu(served, tokens, "auto")
 
+    # A smaller format of the weights. GPTQ is for decoders only.
     for quantize in SMALLER_FORMATS.get(served.quantize, ()):
         if served.base.is_encoder and quantize in GPTQ_BITS:
-            continue  # GPTQ is for decoders
+            continue
         smaller = replace(served, quantize=quantize)
         change = f"pairwise.package.quantize: {quantize} in {recipe}"
-        sizes[change] = max(place(smaller, tokens, placement)[1])
+        sizes[change] = measure_fullest_gpu(smaller, tokens, placement)
     return sizes
+
+
+def measure_fullest_gpu(served: Served, tokens_per_batch: int, placement: str) -> int:
+    """Compute the bytes that the GPU needs which needs most (see `place`)."""
+    _, bytes_by_gpu = place(served, tokens_per_batch, placement)
+    return max(bytes_by_gpu)
 
 
 def in_gib(sizes: Sequence[int]) -> str:

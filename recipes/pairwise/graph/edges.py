@@ -97,19 +97,25 @@ def derive_graph(target: str) -> Graph:
     Raises:
         UserError: There is no such recipe or spec, one is invalid, or pairs are missing.
     """
-    name = Path(target).stem if target.endswith((".yml", ".yaml")) else target
+    name = target
+    is_file_name = target.endswith((".yml", ".yaml"))
+    if is_file_name:
+        name = Path(target).stem
+
+    # A spec leads to the runs that it serves: to R for its package R, or for R/mean, the mean of R's folds.
     kernels = {}
-    names_to_visit = []
+    recipes_to_read = []
     spec_path = Path(f"kaggle_kernels/specs/{name}.yml")
     if spec_path.is_file():
         kernels[name] = read_kernel(spec_path)
-        names_to_visit += [package.split("/")[0] for package in kernels[name].packages]
+        recipes_to_read += [package.split("/")[0] for package in kernels[name].packages]
 
-    # An ensemble has a spec and no recipe of its name.
-    has_recipe = target != name or Path(f"recipes/{name}.yml").is_file()
+    # The target is a recipe too, unless it is the spec of an ensemble, which has no recipe of its name.
+    # Where it is neither, read_recipes says that there is no such recipe.
+    has_recipe = is_file_name or Path(f"recipes/{name}.yml").is_file()
     if has_recipe or not kernels:
-        names_to_visit.append(target)
-    recipes = read_recipes(names_to_visit)
+        recipes_to_read.append(target)
+    recipes = read_recipes(recipes_to_read)
 
     # A run that no kernel serves is not packaged, which a teacher of 70 billion parameters need not be.
     packaged_runs = set()
@@ -179,7 +185,8 @@ def read_recipes(names: Iterable[str]) -> dict[str, Recipe]:
         name = names_to_visit.pop()
         recipe = read_recipe(find_recipe_here(name))
         run_name = recipe.path.stem
-        # Runs that need each other are left to Snakemake, which names them.
+        # Several recipes may need the same run. Runs that need each other end here too: Snakemake, which
+        # gets their edges, names them in its error.
         if run_name in recipes:
             continue
 
@@ -219,7 +226,10 @@ def spreads_over_gpus(recipe: Recipe) -> bool:
 
 
 def teachers_of(recipe: Recipe) -> list[str]:
-    """List the runs whose labels a recipe trains on; labels from elsewhere are files like any other."""
+    """List the runs whose labels a recipe trains on.
+
+    A teacher is a run, R or outputs/R. Any other path is a file of labels from elsewhere, which is not made here.
+    """
     distillation = recipe.pairwise.distill
     if distillation is None:
         return []
@@ -241,7 +251,8 @@ def base_run_of(axolotl_keys: dict) -> str | None:
 def find_merged_bases(recipes: dict[str, Recipe]) -> set[str]:
     """Find all runs whose merged model some recipe starts from, among the graph's recipes and all of recipes/.
 
-    How a run is packaged must not depend on the target of the moment, or it would be packaged anew in turns.
+    A run keeps its merged model if some recipe starts from it, whether or not that recipe is in the graph.
+    Otherwise the run would be packaged with it for one target and without it for the next, in turns.
     """
     merged_bases = set()
     for recipe in recipes.values():
@@ -249,7 +260,7 @@ def find_merged_bases(recipes: dict[str, Recipe]) -> set[str]:
     for path in Path("recipes").glob("*.yml"):
         merged_bases.add(base_run_of(read_yaml(path)))
 
-    # Most recipes start from a model that is no run of this project.
+    # None is in it: most recipes start from a model that is no run of this project.
     return merged_bases - {None}
 
 
@@ -263,8 +274,9 @@ def read_folds(pairs: str) -> list[int]:
         raise UserError(f"{pairs}: no such file; make it with pairwise preprocess")
 
     try:
+        # Read lazily: only the columns that are asked for below.
         table = pl.scan_parquet(pairs)
-        # Extra rows, pool and lockbox are not validated on.
+        # Rows of other roles (extra, pool, test) are in no fold that is validated on.
         if "role" in table.collect_schema():
             table = table.filter(role="train")
         folds = table.select("fold").collect()["fold"]

@@ -184,6 +184,7 @@ def list_outdated_steps(workflow: Workflow) -> list[Step]:
     options = ("--dry-run", "--printshellcmds", "--quiet", "host")
     dry_run = call_snakemake(workflow, *options, capture_output=True, text=True)
     if dry_run.returncode != 0:
+        # Snakemake prints what is wrong behind this line.
         explanation = dry_run.stdout.partition("Building DAG of jobs...")[2]
         words = " ".join(explanation.split())
         raise UserError(f"Snakemake cannot plan {', '.join(workflow.targets)}: {words}")
@@ -191,9 +192,15 @@ def list_outdated_steps(workflow: Workflow) -> list[Step]:
 
 
 def parse_plan(output: str) -> list[Step]:
-    """Parse what Snakemake prints of the steps that it would run.
+    """Parse what Snakemake prints of the steps that it would run: a block of `key: value` for each.
 
-    For each step that is a block of `key: value`, which ends with the step's command.
+        rule train:
+            output: outputs/R/contract.json, …
+            log: outputs/R/logs/train.log
+            reason: Missing output files: outputs/R/contract.json, …
+        Shell command: … python -m recipes.pairwise.graph.step outputs/R/logs/train.log --gpus 1 -- axolotl train R.yml
+
+    That gives the step `train`, with the command behind the two dashes and the reason "Missing output files".
     """
     steps = []
     log_file = ""
@@ -203,10 +210,10 @@ def parse_plan(output: str) -> list[Step]:
         if key == "log":
             log_file = value
         elif key == "reason":
-            # Which files they are follows, at length.
+            # The names of the files, which follow, are too many to print.
             reason = value.partition(":")[0]
         elif key == "Shell command":
-            # What stands before the command is the call of step.py.
+            # It is the last line of the block. What stands before the dashes is the call of step.py.
             command = value.split(" -- ", maxsplit=1)[1].strip()
             log = Path(log_file)
             steps.append(Step(log.stem, command, log, reason))
@@ -246,11 +253,14 @@ def call_snakemake(workflow: Workflow, *options: str, **arguments) -> subprocess
 
 
 def describe_failure(steps_left: Sequence[Step]) -> str:
-    """Tell apart which of the steps that are left have failed, and which could not run because of them."""
+    """Say which of the steps that are left have failed, and which could not run because of them.
+
+    step.py writes a record of each step that has run, R/logs/train.json beside R/logs/train.log.
+    """
     failed = []
     not_run = []
     for step in steps_left:
-        # Its last record may be of an earlier graph, in which it succeeded.
+        # A step that could not run may have a record too, of an earlier graph in which it succeeded.
         record = step.log.with_suffix(".json")
         has_failed = record.is_file() and json.loads(record.read_text())["exit_code"] != 0
         if has_failed:
@@ -258,7 +268,10 @@ def describe_failure(steps_left: Sequence[Step]) -> str:
         else:
             not_run.append(step.name)
 
-    message = f"failed: {', '.join(failed) or 'Snakemake, see above'}"
+    # Where no step has failed, Snakemake itself has, and has printed why.
+    if not failed:
+        failed.append("Snakemake, see above")
+    message = f"failed: {', '.join(failed)}"
     if not_run:
         message += f"; not made because of it: {', '.join(not_run)}"
     return f"{message}. The same command goes on from here"

@@ -69,14 +69,14 @@ def claimed_gpus(count: int) -> Iterator[dict[str, str]]:
         The environment for the step's command, in which CUDA shows these GPUs only.
     """
     environment = dict(os.environ)
-    # A cluster's scheduler has given this job its GPUs already.
+    # On a cluster, the scheduler has given this job its GPUs already.
     is_cluster_job = "SLURM_JOB_ID" in os.environ or "KUBERNETES_SERVICE_HOST" in os.environ
     if count == 0 or is_cluster_job:
         yield environment
         return
 
     GPU_LOCKS.mkdir(parents=True, exist_ok=True)
-    # The locks of a process that was killed are free: the system drops them.
+    # A process that is killed leaves no lock behind: the system frees it with the process.
     with contextlib.ExitStack() as locks:
         claimed = claim_free_gpus(count, locks)
         while len(claimed) < count:
@@ -90,6 +90,8 @@ def claimed_gpus(count: int) -> Iterator[dict[str, str]]:
 def claim_free_gpus(most: int, locks: contextlib.ExitStack) -> list[str]:
     """Lock GPUs that nobody holds.
 
+    Each GPU has a lock file, such as outputs/.graph/gpu-0.lock.
+
     Args:
         most: How many are wanted.
         locks: The locks are held as long as this is open.
@@ -101,7 +103,8 @@ def claim_free_gpus(most: int, locks: contextlib.ExitStack) -> list[str]:
     for gpu in visible_gpus():
         if len(claimed) == most:
             break
-        # A lock that is held is left at once, one of this process too.
+        # With timeout=0, a lock that is held already raises Timeout at once, and the next GPU is tried.
+        # So do the locks that this process took in an earlier call.
         with contextlib.suppress(Timeout):
             locks.enter_context(FileLock(GPU_LOCKS / f"gpu-{gpu}.lock", timeout=0))
             claimed.append(gpu)

@@ -148,8 +148,12 @@ def parse_record(record: Mapping) -> BaseModel:
 def pack_weights(weights: Iterable[Weight]) -> list[str]:
     """Write weights as name/kind/shape, one text for the same weight of many layers.
 
-    For example model.layers.0-41.mlp.up_proj.weight/linear/14336x3584.
+    For example, the up_proj of each of 42 layers becomes one text:
+
+        model.layers.0-41.mlp.up_proj.weight/linear/14336x3584
     """
+    # From a text with * for the layer's number to the layers that it stands for. Where the name has no
+    # such number, there are none.
     layers_by_text: dict[str, list[int]] = {}
     for weight in weights:
         sizes = "x".join(map(str, weight.shape))
@@ -159,7 +163,7 @@ def pack_weights(weights: Iterable[Weight]) -> list[str]:
             layers_by_text[text] = []
             continue
 
-        # With a placeholder for the layer's number, the texts of all layers are the same.
+        # With * for the layer's number, the texts of all layers are the same: model.layers.*.mlp…
         text = LAYER_NUMBER.sub(f".{ANY_LAYER}.", text, count=1)
         layers_by_text.setdefault(text, []).append(int(layer_number[1]))
 
@@ -188,19 +192,22 @@ def unpack_weights(rows: Iterable[str]) -> tuple[Weight, ...]:
 
 
 def list_names(pattern: str) -> list[str]:
-    """List the names of a weight in its layers: layers.0-1.mlp is layers.0.mlp and layers.1.mlp.
+    """List the names of a weight in its layers. It undoes what format_layers writes.
 
-    A name without a range or a list of layers stands for itself.
+    layers.0-2.mlp    layers.0.mlp, layers.1.mlp, layers.2.mlp
+    layers.0,4.mlp    layers.0.mlp, layers.4.mlp
+    layers.7.mlp      layers.7.mlp
     """
     match = LAYER_NUMBERS.search(pattern)
     if match is None:
         return [pattern]
 
-    # A range of layers, or some of them one by one.
-    layers = match[0].split(",")
-    if "-" in match[0]:
-        first, last = match[0].split("-")
+    numbers = match[0]
+    if "-" in numbers:
+        first, last = numbers.split("-")
         layers = range(int(first), int(last) + 1)
+    else:
+        layers = numbers.split(",")
 
     beginning = pattern[: match.start()]
     end = pattern[match.end() :]

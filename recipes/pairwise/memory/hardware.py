@@ -130,11 +130,13 @@ def describe_step(recipe: Recipe, deepspeed: Mapping | None, gpus: int) -> Train
             "pairwise.hardware: with eager attention the memory is not computed; remove one of the two"
         )
 
-    # A reward model reads both responses, others a pair in both orders.
+    # A pair is two sequences where a reward model reads each response by itself, and where a pair is
+    # read in both orders.
     sequences = keys.get("micro_batch_size") or 1
     if block.head == "reward" or block.orders == "both":
         sequences *= 2
     tokens = block.tokens_per_micro_batch or sequences * block.budget_tokens
+    # R-Drop computes each batch twice, with other dropout.
     if block.r_drop:
         tokens *= 2
 

@@ -107,12 +107,12 @@ def count_step_memory(step: TrainingStep) -> StepMemory:
     gradients = trained * step.trained_weight_bytes
     optimizer = trained * step.moment_bytes
 
-    if step.zero is None:
-        # DDP holds a second copy of the gradients, which it sums over the GPUs.
-        if step.gpus > 1:
-            gradients *= 2
-    else:
-        # DeepSpeed's optimizer keeps the trained weights in float32 as well.
+    # Without DeepSpeed, PyTorch's DDP trains on several GPUs: it sums the gradients over them in a
+    # second copy. DeepSpeed has none, but its optimizer keeps the trained weights in float32 as well.
+    has_ddp = step.zero is None and step.gpus > 1
+    if has_ddp:
+        gradients *= 2
+    if step.zero is not None:
         optimizer += trained * FLOAT32_BYTES
 
     # ZeRO-1 shares the optimizer's state out among the GPUs, ZeRO-2 the gradients too.
@@ -144,11 +144,14 @@ def count_trained_weights(step: TrainingStep) -> int:
     if not step.lora_rank:
         return sum(weight.elements for weight in list_weights(step))
 
-    # An adapter is two matrices: rank × inputs and outputs × rank.
+    # An adapter is two matrices, (rank, inputs) and (outputs, rank): rank × (inputs + outputs) numbers.
     trained = 0
     for weight in step.base.weights:
         if is_adapted(weight, step):
-            trained += step.lora_rank * sum(weight.shape)
+            outputs, inputs = weight.shape
+            trained += step.lora_rank * (inputs + outputs)
+
+    # A classification head is new, and trained as a whole. label_tokens has the base model's own head.
     if step.head != "label_tokens":
         trained += sum(weight.elements for weight in step.base.heads["score"])
     return trained
@@ -156,35 +159,52 @@ def count_trained_weights(step: TrainingStep) -> int:
 
 def count_weight_bytes(step: TrainingStep) -> int:
     """Count the bytes of all weights on a GPU, the adapter's included."""
+    size = count_undivided_bytes(step)
+    if step.zero_stage != 3:
+        return size
+
+    # Under ZeRO-3 each GPU holds its part, in its own memory or in that of the machine.
+    held = size // step.gpus
+    if step.zero.offloads_weights:
+        held = 0
+
+    # What a layer computes with is gathered from all GPUs: up to DeepSpeed's limit of parameters, and
+    # one tensor more, which reaches over it.
+    weights = list_weights(step)
+    elements = sum(weight.elements for weight in weights)
+    largest = max(weight.elements for weight in weights)
+    gathered = BFLOAT16_BYTES * min(elements, step.zero.live_parameters + largest)
+    return min(size, held + gathered)
+
+
+def count_undivided_bytes(step: TrainingStep) -> int:
+    """Count the bytes of all weights where a GPU holds the whole model, as without ZeRO-3."""
     weights = list_weights(step)
     elements = sum(weight.elements for weight in weights)
     linear_layers = [weight.elements for weight in weights if weight.kind == "linear"]
     in_linear_layers = sum(linear_layers)
+    trained_size = count_trained_weights(step) * step.trained_weight_bytes
 
-    # A full fine-tune holds all weights in one dtype. In float32, autocast makes 16-bit copies.
-    size = count_trained_weights(step) * step.trained_weight_bytes
-    if not step.lora_rank and step.zero is None:
-        size += BFLOAT16_BYTES * in_linear_layers
+    # A full fine-tune trains all weights. Without DeepSpeed they are float32, of which autocast makes
+    # 16-bit copies for the linear layers.
+    if not step.lora_rank:
+        copies = BFLOAT16_BYTES * in_linear_layers if step.zero is None else 0
+        return trained_size + copies
 
-    # LoRA has a frozen base beside the adapter. Of a base in nf4 one layer at a time is unpacked.
-    if step.lora_rank and step.is_4bit:
-        size += int(NF4_BYTES * in_linear_layers)
-        size += BFLOAT16_BYTES * (elements - in_linear_layers)
-        size += BFLOAT16_BYTES * max(linear_layers)
-    elif step.lora_rank:
-        size += BFLOAT16_BYTES * elements
+    # LoRA trains an adapter, beside which the base model stands frozen in 16 bits.
+    if not step.is_4bit:
+        return trained_size + BFLOAT16_BYTES * elements
 
-    # Under ZeRO-3 each GPU holds its part, and gathers the others a few layers at a time.
-    if step.zero_stage == 3:
-        largest = max(weight.elements for weight in weights)
-        gathered = BFLOAT16_BYTES * min(elements, step.zero.live_parameters + largest)
-        held = 0 if step.zero.offloads_weights else size // step.gpus
-        size = min(size, held + gathered)
-    return size
+    # QLoRA's base has its linear layers in nf4. One of them at a time is unpacked to compute with it.
+    quantised = int(NF4_BYTES * in_linear_layers)
+    not_quantised = BFLOAT16_BYTES * (elements - in_linear_layers)
+    unpacked = BFLOAT16_BYTES * max(linear_layers)
+    return trained_size + quantised + not_quantised + unpacked
 
 
 def count_activation_bytes(step: TrainingStep) -> int:
     """Count the bytes that a step keeps for its backward pass, and those of that pass itself."""
+    # Layers are numbered from 0 in the names of their tensors: model.layers.41.mlp…
     layer = list_last_layer(step.base)
     last_number = LAYER_NUMBER.search(layer[0].name)[1]
     layer_count = int(last_number) + 1
@@ -195,15 +215,16 @@ def count_activation_bytes(step: TrainingStep) -> int:
     number_bytes = BFLOAT16_BYTES if has_16_bit_weights else FLOAT32_BYTES
     handed_on = number_bytes * find_width(step.base)
 
-    # With checkpointing, what a layer keeps is there for one layer at a time, computed anew.
+    # With checkpointing, only the input of each layer is kept. In the backward pass a layer is computed
+    # anew, so that what it keeps is there for one layer at a time.
     kept_of_layer = count_kept_bytes(step, layer)
     if step.is_checkpointed:
         kept = layer_count * handed_on + kept_of_layer
     else:
         kept = layer_count * kept_of_layer
 
-    # The worst moment is when the backward pass enters a layer: beside what is kept, it holds the
-    # gradient of the layer's output, and three that are as wide as its MLP.
+    # The worst moment is when the backward pass enters a layer, and with it the MLP. Beside what is
+    # kept, there are the gradient of the layer's output, and three that are as wide as the MLP.
     mlp_width = find_mlp_output(layer).shape[1]
     gradients = handed_on + 3 * BFLOAT16_BYTES * mlp_width
     return step.tokens * (kept + gradients)
@@ -216,37 +237,53 @@ def count_kept_bytes(step: TrainingStep, layer: list[Weight]) -> int:
         step: The step.
         layer: The layer's tensors.
     """
-    width = find_width(step.base)
-    attention_width = find_attention_width(layer, width)
+    attention_width = find_attention_width(layer, find_width(step.base))
     mlp_width = find_mlp_output(layer).shape[1]
 
     # A norm keeps its input in float32.
-    kept = 0
+    norm_bytes = 0
     for weight in layer:
         if weight.kind == "norm" and weight.name.endswith(".weight"):
-            kept += FLOAT32_BYTES * find_norm_width(weight, layer)
+            norm_bytes += FLOAT32_BYTES * find_norm_width(weight, layer)
 
-    # All the rest is in 16 bits: it is counted in numbers.
     # Attention keeps queries, keys, values (both repeated for all heads), its result, and the mask.
-    numbers = 4 * attention_width + step.longest_row
+    attention_numbers = 4 * attention_width + step.longest_row
 
     # An MLP keeps what goes into its activation function; with a gate, both factors too.
-    numbers += 3 * mlp_width if has_gate(layer, mlp_width) else mlp_width
+    mlp_numbers = mlp_width
+    if has_gate(layer, mlp_width):
+        mlp_numbers = 3 * mlp_width
 
+    # Both are in 16 bits.
+    intermediate_bytes = BFLOAT16_BYTES * (attention_numbers + mlp_numbers)
+    return norm_bytes + intermediate_bytes + count_kept_inputs(step, layer)
+
+
+def count_kept_inputs(step: TrainingStep, layer: list[Weight]) -> int:
+    """Count the bytes of the inputs that a layer keeps because weights are trained on them, for each token.
+
+    Args:
+        step: The step.
+        layer: The layer's tensors.
+    """
     # In a full fine-tune each linear layer keeps its input: that of queries, keys and values, that of
-    # the MLP, and what goes into its output. Attention's result is counted already.
+    # the MLP, both as wide as the stream, and what goes into the MLP's output. Attention's result is
+    # counted already.
     if not step.lora_rank:
-        numbers += 2 * width + mlp_width
-        return kept + BFLOAT16_BYTES * numbers
+        numbers = 2 * find_width(step.base) + find_mlp_output(layer).shape[1]
+        return BFLOAT16_BYTES * numbers
 
-    # An adapter keeps its input and its inner values; with dropout, a byte for each input says whether
-    # it was dropped.
+    # An adapter keeps its input and its inner values in 16 bits; with dropout, a byte for each input
+    # says whether it was dropped.
+    size = 0
     for weight in layer:
-        if is_adapted(weight, step):
-            inputs = weight.shape[1]
-            numbers += inputs + step.lora_rank
-            kept += inputs if step.has_lora_dropout else 0
-    return kept + BFLOAT16_BYTES * numbers
+        if not is_adapted(weight, step):
+            continue
+        inputs = weight.shape[1]
+        size += BFLOAT16_BYTES * (inputs + step.lora_rank)
+        if step.has_lora_dropout:
+            size += inputs
+    return size
 
 
 def list_last_layer(base: BaseModel) -> list[Weight]:

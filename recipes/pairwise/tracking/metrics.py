@@ -25,26 +25,34 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 def probabilities(logits_rov: np.ndarray, verdicts: Sequence[str]) -> np.ndarray:
     """Convert the logits of both orders of the responses to probabilities in float64.
 
-    In the swapped order, model_a is the response that the pairs file calls model_b: its probabilities are
-    swapped back, so that a verdict names the same response in both orders.
+    In the swapped order the model reads response B first, and calls it model_a. Its probabilities are
+    swapped back, so that a verdict names the same response in both orders. With the verdicts model_a,
+    model_b and tie:
+
+        0.6  0.3  0.1    the order as given: response A is better with 0.6
+        0.2  0.7  0.1    the swapped order: the response read second, which is A, is better with 0.7
+        0.7  0.2  0.1    the swapped order, swapped back
 
     Args:
-        logits_rov: Logits (rows, 2 orders, verdicts). A reward model's are (rows, 1, verdicts): its
-            second order is its first.
+        logits_rov: Logits (rows, 2 orders, verdicts). A reward model's are (rows, 1, verdicts): it reads
+            each response by itself, so that its second order is its first.
         verdicts: The verdicts in the order of the logits.
 
     Returns:
         Probabilities (rows, 2 orders, verdicts).
     """
     probabilities_rov = softmax(logits_rov.astype(np.float64))
-    if probabilities_rov.shape[1] == 1:
+    has_one_order = probabilities_rov.shape[1] == 1
+    if has_one_order:
         return np.repeat(probabilities_rov, 2, axis=1)
 
-    # For each verdict, the place of the one that stands for it in the swapped order.
-    swapped_places = swap_probabilities(range(len(verdicts)), verdicts)
+    # The column to take for each verdict. In the example above, columns 0, 1, 2 become 1, 0, 2.
+    columns = range(len(verdicts))
+    swapped_columns = swap_probabilities(columns, verdicts)
+
     as_given_rv = probabilities_rov[:, 0]
     swapped_rv = probabilities_rov[:, 1]
-    swapped_back_rv = swapped_rv[:, swapped_places]
+    swapped_back_rv = swapped_rv[:, swapped_columns]
     return np.stack([as_given_rv, swapped_back_rv], axis=1)
 
 
@@ -70,11 +78,12 @@ def measure_answers(probabilities_rv: np.ndarray, winners_r: np.ndarray) -> dict
 
     Args:
         probabilities_rv: Probabilities (rows, verdicts), of one row or more.
-        winners_r: The place of each row's winner among the verdicts; every row has one.
+        winners_r: The index of each row's winner among the verdicts; every row has one.
 
     Returns:
         accuracy, log_loss in nats, and brier_score.
     """
+    # One-hot: 1 for the winner and 0 for the others, taken from the rows of the identity matrix.
     labels_rv = np.eye(probabilities_rv.shape[1])[winners_r]
     return {
         "accuracy": compute_accuracy(probabilities_rv, winners_r),
@@ -88,13 +97,12 @@ def compute_accuracy(probabilities_rv: np.ndarray, winners_r: np.ndarray) -> flo
 
     Args:
         probabilities_rv: Probabilities (rows, verdicts).
-        winners_r: The place of each row's winner among the verdicts. A row with -1 does not count:
-            it is a tie, and the model has two verdicts.
+        winners_r: The index of each row's winner among the verdicts. It is -1 for a tie where the model
+            has only the verdicts model_a and model_b: it cannot get such a row right, which does not count.
 
     Returns:
         The accuracy; NaN where no row counts.
     """
-    # A tie is no row that a model of two verdicts can get right.
     has_winner_r = winners_r >= 0
     if not has_winner_r.any():
         return float("nan")
@@ -107,15 +115,16 @@ def scores(
 ) -> dict[str, float]:
     """Compute the metrics of a run's validation rows.
 
-    Accuracy and log loss are those of the mean of both orders, and of the order as given.
-
     Args:
-        probabilities_rov: Probabilities (rows, 2 orders, verdicts), the swapped order swapped back.
-        labels_rv: Soft labels (rows, verdicts), for the log loss of all rows.
-        winners_r: See compute_accuracy; what decides whether a row is right, whatever its soft label.
+        probabilities_rov: Probabilities (rows, 2 orders, verdicts): the pair as it is given, and with its
+            responses swapped. In both, a verdict names the same response (see `probabilities`).
+        labels_rv: Soft labels (rows, verdicts), the shares of the votes. Log loss is measured on them.
+        winners_r: The index of each row's winner, -1 for none (see compute_accuracy). Accuracy is
+            measured on them.
 
     Returns:
-        The metrics by name. flip_rate is the share of rows whose verdict changes with the order.
+        accuracy and log_loss of the mean of both orders, the same of the order as given alone, and
+        flip_rate: the share of rows whose verdict changes with the order.
     """
     mean_rv = probabilities_rov.mean(axis=1)
     as_given_rv = probabilities_rov[:, 0]
@@ -136,15 +145,20 @@ def longer_is_right(pairs: pl.DataFrame) -> float:
 
     Of equal lengths, model_a is picked.
     """
-    # A response has a text for each turn.
+    # A response is a list of texts, one for each turn: its length is the sum of theirs.
     character_counts = pl.element().str.len_chars()
     length_a = pl.col("response_a").list.eval(character_counts).list.sum()
     length_b = pl.col("response_b").list.eval(character_counts).list.sum()
     longer = pl.when(length_a >= length_b).then(pl.lit("model_a")).otherwise(pl.lit("model_b"))
 
     decided_pairs = pairs.filter(pl.col("winner") != "tie")
-    share = decided_pairs.select((longer == pl.col("winner")).mean()).item()
-    return float(share or 0.0)
+    is_right = longer == pl.col("winner")
+    share = decided_pairs.select(is_right.mean()).item()
+
+    # Polars' mean of no rows is None.
+    if share is None:
+        return 0.0
+    return float(share)
 
 
 def predictions(
@@ -159,15 +173,15 @@ def predictions(
         pairs: Has each row's fold and winner.
 
     Returns:
-        One row a pair, sorted by id: id, fold, winner, the mean probabilities p_VERDICT, and those of
-        each order p_VERDICT_ORDER.
+        One row a pair, sorted by id: id, fold, winner, the mean probabilities of both orders (such as
+        p_model_a), and those of each order (such as p_model_a_as_given and p_model_a_swapped).
     """
-    # The mean has no suffix, each order its name.
+    # By the ending of the column's name: the mean has none, each order its name.
     probabilities_by_suffix = {"": probabilities_rov.mean(axis=1)}
-    for place, order in enumerate(ORDERS):
-        probabilities_by_suffix[f"_{order}"] = probabilities_rov[:, place]
+    for order_index, order in enumerate(ORDERS):
+        probabilities_by_suffix[f"_{order}"] = probabilities_rov[:, order_index]
 
-    # The table has columns for all three verdicts, whatever the model tells apart.
+    # The table has columns for all three verdicts, also where the model has two.
     columns: dict[str, np.ndarray] = {}
     for suffix, values_rv in probabilities_by_suffix.items():
         for verdict in VERDICTS:

@@ -43,6 +43,9 @@ def resolve_recipe(cfg: dict, recipe: Path) -> dict:
     keys_of_file = {}
     if recipe.is_file():
         keys_of_file = read_yaml(recipe)
+
+    # A trial's file names a folder of its own, such as outputs/R/sweep0003. Where the command line names
+    # another one, it is the same for all trials.
     output_dir = cfg.get("output_dir")
     if is_trial(recipe) and output_dir != keys_of_file["output_dir"]:
         raise UserError(
@@ -50,20 +53,34 @@ def resolve_recipe(cfg: dict, recipe: Path) -> dict:
             f"sweep's file instead: output_dir: [{output_dir}]"
         )
 
-    # Axolotl adds keys of its own while it runs, which no recipe may hold.
+    # Axolotl's configuration is a DictDefault, whose nested parts only to_dict makes plain.
     configuration = cfg.to_dict() if hasattr(cfg, "to_dict") else dict(cfg)
-    axolotl_keys = schema()["properties"].keys() - {"axolotl_config_path"}
-    allowed_keys = keys_of_file.keys() | axolotl_keys
-    values = {}
-    for key in (*keys_of_file, *configuration):
-        if key in allowed_keys and configuration.get(key) is not None:
-            values[key] = configuration[key]
+    values = keep_recipe_keys(configuration, keys_of_file)
 
     # The environment wins over the file, as it does in the run.
     if isinstance(values.get("pairwise"), dict):
         values["pairwise"] = values["pairwise"] | read_environment()
     folder = output_dir if isinstance(output_dir, str) else None
     values["output_dir"] = str(run_folder(folder, recipe))
+    return values
+
+
+def keep_recipe_keys(configuration: dict, keys_of_file: dict) -> dict:
+    """Keep the values of Axolotl's configuration that a recipe may hold, the keys of its file first.
+
+    Args:
+        configuration: What Axolotl runs with. It has keys that Axolotl adds while it runs; these are
+            not in its schema, and a recipe that held them would be refused.
+        keys_of_file: The recipe as its file has it.
+    """
+    axolotl_keys = schema()["properties"].keys() - {"axolotl_config_path"}
+    allowed_keys = keys_of_file.keys() | axolotl_keys
+
+    # A key that is there twice keeps its first place.
+    values = {}
+    for key in (*keys_of_file, *configuration):
+        if key in allowed_keys and configuration.get(key) is not None:
+            values[key] = configuration[key]
     return values
 
 
@@ -86,7 +103,8 @@ def begin_trial(values: dict, recipe: Path) -> None:
     if not is_trial(recipe) or not is_first_on_machine():
         return
 
-    # What an earlier sweep left in the folder vouches for nothing any more.
+    # An earlier sweep may have left its results in the folder. Beside this trial's recipe they would be
+    # taken for this trial's own.
     folder = Path(values["output_dir"])
     for name in (*FILES, LOG):
         (folder / name).unlink(missing_ok=True)
@@ -94,15 +112,19 @@ def begin_trial(values: dict, recipe: Path) -> None:
 
 
 def end_refused_trial(values: dict | None, recipe: Path, error: UserError) -> None:
-    """Write why a sweep's trial is refused into its log, which Axolotl has not begun yet.
+    """Write why a sweep's trial is refused into its log, debug.log of its run folder.
+
+    Axolotl would write that log, but has not begun it when a recipe is refused. A recipe that is not one of
+    a trial gets no log: its error is on the screen.
 
     Args:
         values: The recipe's resolved keys; None where they could not be read.
         recipe: The recipe's file.
         error: Why it is refused.
     """
-    if values and is_trial(recipe) and is_first_on_machine():
-        # The trial's temporary file is gone when somebody reads the log.
+    is_known_trial = bool(values) and is_trial(recipe)
+    if is_known_trial and is_first_on_machine():
+        # The message names the trial's temporary file, which is gone when somebody reads the log.
         reason = str(error).removeprefix(f"{recipe}: ")
         log = Path(values["output_dir"]) / LOG
         log.write_text(f"error: {reason}\n", encoding="utf-8")

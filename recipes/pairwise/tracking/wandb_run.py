@@ -54,7 +54,9 @@ def is_first() -> bool:
 
 
 def is_ready() -> bool:
-    """Find out whether wandb has a login, or needs none. Asks for nothing and sends nothing.
+    """Find out whether wandb has a login, or needs none.
+
+    Nothing is sent. With `prompt=False` wandb asks nobody for a key: it gives None where it finds none.
 
     Raises:
         UserError: wandb refuses a setting or a key.
@@ -67,7 +69,9 @@ def is_ready() -> bool:
             host=settings.base_url, source="train", prompt=False, update_session=False
         )
     except ValidationError as error:
-        # The first of pydantic's problems: a setting, such as one of wandb's environment variables.
+        # wandb reads its settings from the environment, by pydantic. Of each wrong one, pydantic has a
+        # dictionary: `loc` is the path to it, such as ("mode",), and `msg` what is wrong. The first one
+        # is told.
         problem = error.errors()[0]
         setting = ".".join(str(part) for part in problem["loc"])
         raise UserError(f"wandb: {setting}: {problem['msg']}") from None
@@ -91,18 +95,21 @@ def start(cfg: dict, recipe: dict, contract: Contract) -> None:
     if not is_first() or not project:
         return
 
-    # What the run's page shows beside its curves.
+    # What the run's page shows beside its curves. The ledger's git_commit is commit here, below git.
     git_state = {key.removeprefix("git_"): value for key, value in ledger.git_state().items()}
-    config = {"recipe": recipe, "contract": without_golden(asdict(contract)), "git": git_state}
+    contract_keys = without_golden(asdict(contract))
+    config = {"recipe": recipe, "contract": contract_keys, "git": git_state}
 
+    # The folds or trials of a recipe are one group: R/fold-0 is in the group R.
     name = name_of(Path(cfg["output_dir"]))
+    group = name.split("/")[0]
     finish_timeout = wandb.setup().settings.finish_timeout or FINISH_SECONDS
     try:
         wandb.init(
             project=project,
             entity=cfg.get("wandb_entity"),
             name=cfg.get("wandb_name") or name,
-            group=name.split("/")[0],
+            group=group,
             id=cfg.get("wandb_run_id"),
             job_type="train",
             config=config,
@@ -116,13 +123,14 @@ def start(cfg: dict, recipe: dict, contract: Contract) -> None:
 
 
 def name_of(folder: Path) -> str:
-    """Name a run by its folder: R/fold-0 for outputs/R/fold-0, R/sweep0001, or R alone.
+    """Name a run by its folder: R for outputs/R, R/fold-0 for outputs/R/fold-0, R/sweep0001/fold-0.
 
     The part before the first slash is the run's group.
     """
     folder = folder.absolute()
     parts = [folder.name]
-    # A fold or a trial needs the names of the folders that it lies in.
+
+    # The name of a fold or a trial says nothing alone: those of the folders around it are put before it.
     while TRIAL.fullmatch(parts[0]) or parts[0].startswith("fold-"):
         folder = folder.parent
         parts.insert(0, folder.name)
@@ -183,7 +191,7 @@ def finish(folder: Path) -> None:
         return
 
     try:
-        # The file also holds what training has recorded since the run began.
+        # `start` has sent a contract too. That of the finished run says more: training has added to it.
         contract = without_golden(read_json(folder / "contract.json"))
         wandb.run.config.update({"contract": contract}, allow_val_change=True)
         wandb.run.summary.update({"metrics": read_json(folder / "metrics.json")})
