@@ -48,15 +48,15 @@ class Competition:
 
         # In the train file a verdict is a name in one column, or a flag in a column of its own.
         expected = 1 if self.verdict_form == "name" else len(self.verdicts)
-        found = len(self.verdict_columns)
-        if found != expected:
-            raise ValueError(f"{self.name}: verdict_columns: expected {expected}, found {found}")
+        columns = len(self.verdict_columns)
+        if columns != expected:
+            raise ValueError(f"{self.name}: verdict_columns: expected {expected}, found {columns}")
 
         # A submission names the winner in one column, or has a probability for each verdict.
         expected = 1 if self.answer == "winner" else len(self.verdicts)
-        found = len(self.columns)
-        if found != expected:
-            raise ValueError(f"{self.name}: columns: expected {expected}, found {found}")
+        columns = len(self.columns)
+        if columns != expected:
+            raise ValueError(f"{self.name}: columns: expected {expected}, found {columns}")
 
 
 # By the name that specs use. The rules are those of https://www.kaggle.com/competitions/SLUG.
