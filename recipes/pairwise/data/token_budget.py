@@ -118,10 +118,10 @@ class TokenBudgetBatches(BatchSampler):
             The least budget under which the worst epoch fits, padding included.
         """
         longest_first = np.sort(self.widths_r)[::-1]
-        # np.resize cuts the rows to the first refill_count. Where there are fewer rows, it begins again
-        # with the longest: 5 of the rows 32, 16, 8 are 32, 16, 8, 32, 16. (Only then could draw_rows draw
-        # the longest row still more often.)
-        refill = np.resize(longest_first, self.refill_count)
+        refill = longest_first[: self.refill_count]
+        if self.refill_count > len(longest_first):
+            # With so few rows draw_rows may draw a row more than once: at worst the longest, each time.
+            refill = np.full(self.refill_count, longest_first[0])
 
         all_rows = np.concatenate([longest_first, refill])
         worst_epoch = np.sort(all_rows)[::-1]
