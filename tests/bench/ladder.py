@@ -8,6 +8,7 @@ ladder goes on where it was. All rungs are scored on the lockbox, by the code of
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -104,8 +105,14 @@ class Line:
     type=click.Path(path_type=Path),
     help="The base model's folder, without a network.",
 )
+@click.option(
+    "--without",
+    multiple=True,
+    metavar="SOURCE",
+    help="A source whose lockbox rows are not measured, e.g. one of few prompts. What is trained stays the same.",
+)
 @exits_with_2
-def main(pairs: Path, recipe: str, base: Path | None) -> None:
+def main(pairs: Path, recipe: str, base: Path | None, without: tuple[str, ...]) -> None:
     """Train all rungs on PAIRS, which has lockbox rows, and write outputs/ladder/ladder.json."""
     for name in OVERRIDES:
         if name in os.environ:
@@ -128,12 +135,12 @@ def main(pairs: Path, recipe: str, base: Path | None) -> None:
         rung_recipe = read_recipe(write_recipe(rung, find_recipe(recipe), pairs, base))
 
         train(rung_recipe)
-        results.append(measure_run(rung.title, rung_recipe))
+        results.append(measure_run(rung.title, rung_recipe, without))
         # Its labels are what the students after it read.
         if rung.name == TEACHER:
             teach(rung_recipe)
 
-    results.append(measure_folds(read_recipe(FOLDER / f"{TEACHER}.yml")))
+    results.append(measure_folds(read_recipe(FOLDER / f"{TEACHER}.yml"), without))
     write_results(compare_with_first(results), pairs)
 
 
@@ -193,8 +200,8 @@ def run_command(*command: str) -> None:
         raise UserError(f"`{words}` ended with exit code {exit_code}; run this again to go on from here")
 
 
-def measure_run(title: str, recipe: Recipe) -> Result:
-    """Score the lockbox with a rung's run."""
+def measure_run(title: str, recipe: Recipe, without: Sequence[str]) -> Result:
+    """Score the lockbox with a rung's run, and measure its rows but for those of some sources."""
     lockbox = read_pairs(recipe.pairwise.pairs).filter(role="test")
     run = read_run(recipe)
 
@@ -206,13 +213,14 @@ def measure_run(title: str, recipe: Recipe) -> Result:
     rows = score_rows(run, lockbox, key, run.folder / "lockbox")
 
     seconds = read_json(run.folder / "metrics.json")["seconds_training"]
-    return measure(title, rows, lockbox, recipe, seconds)
+    measured = lockbox.filter(~pl.col("source").is_in(without))
+    return measure(title, rows, measured, recipe, seconds)
 
 
-def measure_folds(recipe: Recipe) -> Result:
-    """Score the lockbox with the mean of the teacher's folds, which its labels are."""
+def measure_folds(recipe: Recipe, without: Sequence[str]) -> Result:
+    """Measure the mean of the teacher's folds on the lockbox, which its labels are."""
     pairs = read_pairs(recipe.pairwise.pairs)
-    lockbox = pairs.filter(role="test")
+    lockbox = pairs.filter(role="test").filter(~pl.col("source").is_in(without))
     labels = pl.read_parquet(recipe.run_folder / LABELS)
     rows = lockbox.select("id", "fold", "winner").join(labels, on="id", maintain_order="left")
 
@@ -234,12 +242,13 @@ def measure(
 
     Args:
         title: What the table calls them.
-        rows: The predictions, with the columns of predictions.parquet.
-        lockbox: The lockbox rows of the pairs file.
+        rows: The predictions, with the columns of predictions.parquet; perhaps of more rows.
+        lockbox: The rows of the pairs file that are measured.
         recipe: The recipe, for its verdicts.
         seconds: How long the training took.
     """
-    rows_with_labels = join_pairs(rows.sort("id"), lockbox)
+    measured_rows = rows.join(lockbox, on="id", how="semi")
+    rows_with_labels = join_pairs(measured_rows.sort("id"), lockbox)
     predictions = Predictions(recipe.run_folder, rows_with_labels)
     scored = metrics.score_rows(predictions, recipe.pairwise.verdicts)
     return Result(title, scored, seconds)
