@@ -30,6 +30,7 @@ from recipes.pairwise.data.teacher_labels import LABELS
 
 FOLDER = Path("outputs/ladder")
 TEACHER = "votes"
+STUDENT = "t5"
 # These would change the fold or the pairs of every rung alike.
 OVERRIDES = ("PAIRWISE_FOLD", "PAIRWISE_PAIRS")
 COLUMNS = ("method", "accuracy", "change", "log loss", "change", "Brier score", "seconds")
@@ -63,7 +64,7 @@ RUNGS = (
     Rung(TEACHER, "votes"),
     Rung("smoothing", "votes, label smoothing 0.1", {"label_smoothing": 0.1}),
     Rung("t1", "self-distilled, T 1, w 0.5", distilled(0.5, 1.0)),
-    Rung("t5", "self-distilled, T 5, w 0.9", distilled(0.9, 5.0)),
+    Rung(STUDENT, "self-distilled, T 5, w 0.9", distilled(0.9, 5.0)),
     Rung("pool", "T 5, w 0.9, with the pool", distilled(0.9, 5.0, pool=True), role="pool"),
     Rung("extra", "votes, with extra rows", role="extra"),
 )
@@ -111,8 +112,13 @@ class Line:
     metavar="SOURCE",
     help="A source whose lockbox rows are not measured, e.g. one of few prompts. What is trained stays the same.",
 )
+@click.option(
+    "--held-out",
+    is_flag=True,
+    help="Cross-validate the student with T 5 too, and compare it with the votes on the held-out folds.",
+)
 @exits_with_2
-def main(pairs: Path, recipe: str, base: Path | None, without: tuple[str, ...]) -> None:
+def main(pairs: Path, recipe: str, base: Path | None, without: tuple[str, ...], held_out: bool) -> None:
     """Train all rungs on PAIRS, which has lockbox rows, and write outputs/ladder/ladder.json."""
     for name in OVERRIDES:
         if name in os.environ:
@@ -142,6 +148,8 @@ def main(pairs: Path, recipe: str, base: Path | None, without: tuple[str, ...]) 
 
     results.append(measure_folds(read_recipe(FOLDER / f"{TEACHER}.yml"), without))
     write_results(compare_with_first(results), pairs)
+    if held_out:
+        print_table(compare_on_held_out_folds(without))
 
 
 def write_recipe(rung: Rung, recipe: Path, pairs: Path, base: Path | None) -> Path:
@@ -231,6 +239,24 @@ def measure_folds(recipe: Recipe, without: Sequence[str]) -> Result:
     return measure("votes, mean of the folds' models", rows, lockbox, recipe, seconds)
 
 
+def compare_on_held_out_folds(without: Sequence[str]) -> list[Line]:
+    """Cross-validate the student, and compare it with its teacher on the rows that each fold held out."""
+    run_command(sys.executable, "-m", "recipes.pairwise.cv", str(FOLDER / f"{STUDENT}.yml"))
+    results = []
+    for rung in RUNGS:
+        if rung.name not in (TEACHER, STUDENT):
+            continue
+        recipe = read_recipe(FOLDER / f"{rung.name}.yml")
+        pairs = read_pairs(recipe.pairwise.pairs).filter(role="train")
+        measured = pairs.filter(~pl.col("source").is_in(without))
+
+        rows = pl.read_parquet(recipe.run_folder / "oof.parquet")
+        seconds = read_json(recipe.run_folder / "metrics.json")["seconds_training"]
+        title = f"held-out folds: {rung.title}"
+        results.append(measure(title, rows, measured, recipe, seconds))
+    return compare_with_first(results)
+
+
 def measure(
     title: str,
     rows: pl.DataFrame,
@@ -276,14 +302,18 @@ def compare_with_first(results: list[Result]) -> list[Line]:
 
 
 def write_results(lines: list[Line], pairs: Path) -> None:
-    """Write outputs/ladder/ladder.json, and print it as a table for Markdown."""
+    """Write outputs/ladder/ladder.json, and print it as a table."""
     values = {
         "pairs": str(pairs),
         "pairs_sha256": sha256(pairs),
         "methods": [asdict(line) for line in lines],
     }
     write_json(FOLDER / "ladder.json", values)
+    print_table(lines)
 
+
+def print_table(lines: list[Line]) -> None:
+    """Print the table for Markdown."""
     print()
     print("| " + " | ".join(COLUMNS) + " |")
     print("|" + "---|" * len(COLUMNS))
