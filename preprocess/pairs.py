@@ -130,10 +130,9 @@ def draw_lockbox(table: pl.DataFrame, folds: int, share: float) -> pl.DataFrame:
         folds: The number of folds.
         share: The share of the groups, 0 for none.
     """
-    # A group's number is a hash, so that each group draws a lot from 0 to 9,999 with it. Random
-    # numbers would draw other groups as soon as rows are added. The fold is the remainder of number
-    # / folds; the lot comes from the quotient, which does not depend on the fold, so that all folds
-    # lose the same share.
+    # Each group draws a lot from 0 to 9,999. The lot is a part of the group's number, a hash, so that
+    # rows that are added later change no lot. It comes from the quotient of number and folds: the
+    # fold is the remainder, and so all folds lose about the same share of their groups.
     quotient = pl.col("group") // folds
     lot = quotient % DRAW_STEPS
     is_drawn = lot < round(share * DRAW_STEPS)
@@ -194,8 +193,9 @@ def unite_judgements(rows: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, int]]:
     winner = pl.when(is_single | is_pool).then(pl.col("winner")).otherwise(_most_voted())
     table = table.with_columns(winner=winner)
 
-    # A flag for each row, False at first; scatter sets those at the numbers of the first rows.
-    is_first = pl.Series([False]).new_from_index(0, len(rows)).scatter(first_rows, True)
+    # The other rows became part of an earlier one.
+    row_numbers = pl.int_range(rows.height, dtype=first_rows.dtype, eager=True)
+    is_first = row_numbers.is_in(first_rows.implode())
     later_rows = rows.filter(~is_first)
     counts = name_sources(later_rows).value_counts()
     united = dict(counts.iter_rows())

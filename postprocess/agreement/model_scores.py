@@ -66,17 +66,18 @@ def score_models(run: Run, folders: Mapping[str, Path], part: int, out: Path) ->
     # The GPU holds one model at a time. So no variable may keep a model longer than it is scored: the
     # trained one is passed on without a name, the others are deleted.
     scores = {"trained": score_model("trained", load_trained(run), run, tokenizer, pairs)}
-    scored_folders: dict[Path, str] = {}
+    name_by_folder: dict[Path, str] = {}
     for name, folder in folders.items():
         # With quantize: none, `merged` and `quantised` are one folder, which is scored once.
-        if folder in scored_folders:
-            scores[name] = scores[scored_folders[folder]]
+        if folder in name_by_folder:
+            first_name = name_by_folder[folder]
+            scores[name] = scores[first_name]
             continue
 
         gc.collect()
         model = load_served(run, folder, dtype)
         scores[name] = score_model(name, model, run, tokenizer, pairs)
-        scored_folders[folder] = name
+        name_by_folder[folder] = name
         del model
 
     columns = {name: model_scores.column for name, model_scores in scores.items()}
