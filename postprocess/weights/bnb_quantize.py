@@ -1,8 +1,8 @@
 """A linear layer's weight → bitsandbytes' nf4 or int8, in the layout that transformers loads.
 
-bitsandbytes computes the numbers. transformers would quantise a whole model in memory, as it loads it
-from a 16-bit copy on the disk; merge.py quantises each weight as soon as it is merged. Always on the
-CPU, so that a package is the same on every machine, and from float16, as a T4 has no bfloat16.
+The bytes are those that bitsandbytes would store. transformers would quantise a whole model in memory,
+as it loads it from a 16-bit copy on the disk; merge.py quantises each weight as soon as it is merged.
+Always on the CPU, so that a package is the same on every machine, and from float16, as a T4 has no bfloat16.
 """
 
 from collections.abc import Iterable
@@ -98,8 +98,7 @@ def quantise(
         if settings.load_in_8bit:
             piece_values, piece_scales, _ = bnb.int8_vectorwise_quant(piece)
         else:
-            piece_values, state = bnb.quantize_4bit(piece, blocksize=BLOCK, quant_type="nf4")
-            piece_scales = state.absmax
+            piece_values, piece_scales = quantise_nf4(piece)
         values.append(piece_values)
         scales.append(piece_scales)
 
@@ -117,6 +116,40 @@ def quantise(
     for part, tensor in state.as_dict(packed=True).items():
         stored[f"{name}.{part}"] = tensor
     return stored
+
+
+def quantise_nf4(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise numbers as bitsandbytes' quantize_4bit does on a CPU, to the same bytes in a third of its time.
+
+    bitsandbytes finds a number's code by a binary search, one number at a time. Counting the bounds that
+    lie below the number gives the same code, and a CPU compares a whole vector of numbers at once.
+
+    Args:
+        numbers: A tensor of any shape, finite.
+
+    Returns:
+        The codes, two in a byte (uint8, (numbers / 2, 1)), and the scale of each block of 64 numbers
+        (float32).
+    """
+    if numbers.numel() % BLOCK:
+        values, state = bnb.quantize_4bit(numbers, blocksize=BLOCK, quant_type="nf4")
+        return values, state.absmax
+
+    # The same operations as bitsandbytes', in the same order: a division would round some otherwise.
+    blocks = numbers.reshape(-1, BLOCK).to(torch.float32, copy=True)
+    scales = blocks.abs().amax(dim=1)
+    factors = 1.0 / scales.clamp(min=1e-38)
+    scaled = blocks.mul_(factors[:, None]).clamp_(-1, 1).reshape(-1)
+
+    # nf4 has 16 levels; a number takes the nearest one.
+    levels = bnb.get_4bit_type("nf4", device="cpu")
+    bounds = (levels[:-1] + levels[1:]) / 2
+    codes = torch.zeros(scaled.shape, dtype=torch.uint8)
+    for bound in bounds.tolist():
+        codes += scaled > bound
+
+    first, second = codes[::2], codes[1::2]
+    return ((first << 4) | second)[:, None], scales
 
 
 def make_nf4_state(scales: torch.Tensor, shape: tuple[int, int], is_double: bool) -> bnb.QuantState:

@@ -1,12 +1,13 @@
 import copy
 import json
 
+import bitsandbytes.functional as bnb
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from kaggle_kernels.runtime.models.model import CLASSES, load_model
-from postprocess.weights.bnb_quantize import quantization_config
+from postprocess.weights.bnb_quantize import quantise_nf4, quantization_config
 from postprocess.weights.merge import Form, merge
 from postprocess.weights.meta_model import head_modules
 
@@ -28,6 +29,40 @@ def test_int8_does_not_depend_on_what_else_is_in_the_batch(packaged):
     with torch.inference_mode():
         alone, together = model(input_ids=ids[:1]).logits, model(input_ids=ids).logits[:1]
     assert (alone - together).abs().max() < 1e-4
+
+
+def every_finite_float16():
+    numbers = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    return numbers[numbers.isfinite()]
+
+
+def numbers_on_the_bounds():
+    """Blocks whose largest number is 1: the others are the bounds between two levels, and their neighbours in float32."""
+    levels = bnb.get_4bit_type("nf4", device="cpu")
+    bounds = (levels[:-1] + levels[1:]) / 2
+    around = [torch.nextafter(bounds, torch.tensor(end)) for end in (-2.0, 2.0)]
+    return torch.cat([bounds, *around, torch.ones(64 - 3 * len(bounds))])
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        every_finite_float16(),
+        every_finite_float16()[torch.randperm(63488, generator=torch.Generator().manual_seed(0))],
+        numbers_on_the_bounds(),
+        torch.zeros(3, 64).half(),
+        torch.randn(5, 77, generator=torch.Generator().manual_seed(0)).half(),
+    ],
+    ids=["all, in order", "all, shuffled", "bounds", "zeros", "a last block of fewer numbers"],
+)
+def test_nf4_has_the_bytes_of_bitsandbytes(numbers):
+    before = numbers.clone()
+    values, scales = quantise_nf4(numbers)
+    expected_values, state = bnb.quantize_4bit(numbers, blocksize=64, quant_type="nf4")
+    assert values.dtype == expected_values.dtype
+    assert torch.equal(values, expected_values)
+    assert torch.equal(scales, state.absmax)
+    assert torch.equal(numbers, before)
 
 
 TWO_STEPS = [
