@@ -7,6 +7,7 @@ import importlib
 import multiprocessing
 import os
 import sys
+import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,16 +29,25 @@ class Ended:
 def axolotl(command: str, recipe: Path, environment: dict[str, str] | None = None, **options) -> Ended:
     """Run `axolotl COMMAND RECIPE` with options such as base_model=… in a fork."""
     process = start(command, recipe, environment, **options)
-    process.join(timeout=540)
-    if process.is_alive():
-        process.kill()
-        process.join()
+    wait([process])
     return Ended(process.exitcode, recipe.with_suffix(".log").read_text(errors="replace"))
 
 
-def start(command: str, recipe: Path, environment: dict[str, str] | None = None, **options) -> multiprocessing.Process:
-    """Begin such a run; what it prints goes into the recipe's .log."""
-    log = recipe.with_suffix(".log")
+def wait(processes: list[multiprocessing.Process]) -> None:
+    """Wait for runs to end; those that still run after nine minutes are killed."""
+    deadline = time.monotonic() + 540
+    for process in processes:
+        process.join(timeout=max(deadline - time.monotonic(), 0))
+    for process in processes:
+        process.kill()
+        process.join()
+
+
+def start(
+    command: str, recipe: Path, environment: dict[str, str] | None = None, log: Path | None = None, **options
+) -> multiprocessing.Process:
+    """Begin such a run; what it prints goes into `log`, by default the recipe's .log."""
+    log = log or recipe.with_suffix(".log")
     process = SERVER.Process(target=_run, args=(command, str(recipe), str(log), environment or {}, options))
     process.start()
     return process

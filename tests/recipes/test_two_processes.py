@@ -1,4 +1,4 @@
-"""Two processes on the CPU, started by Axolotl's own launcher: they train what one does, and their rows are not mixed up."""
+"""Two processes on the CPU, as with two GPUs: they train what one does, and their rows are not mixed up."""
 
 import subprocess
 
@@ -12,7 +12,7 @@ from preprocess.core.files import read_json
 from recipes.pairwise.data.token_budget import StepShape, TokenBudgetBatches
 from tests import forked
 from tests.conftest import ROOT
-from tests.recipes import comparable, torchrun
+from tests.recipes import comparable, two_processes
 
 pytestmark = pytest.mark.slow
 
@@ -26,11 +26,18 @@ def one_process(tiny_models, tmp_path_factory):
     return folder / "gemma2_cls"
 
 
-@pytest.mark.parametrize("stage", [None, "zero2", "zero3"], ids=["DDP", "ZeRO-2", "ZeRO-3"])
-def test_two_processes_train_predict_and_package_what_one_does(stage, one_process, tiny_models, tmp_path):
+TRAININGS = [
+    (None, two_processes.launch),
+    ("zero2", two_processes.train),
+    ("zero3", two_processes.train),
+]
+
+
+@pytest.mark.parametrize(("stage", "train"), TRAININGS, ids=["DDP by torchrun", "ZeRO-2", "ZeRO-3"])
+def test_two_processes_train_predict_and_package_what_one_does(stage, train, one_process, tiny_models, tmp_path):
     """The micro-batches of a step are the same, and so are the sums over them but for their order: hence the tolerances."""
     twin = comparable.twin("gemma2_cls", tmp_path, tiny_models("gemma2"), stage, processes=2, rows=205)
-    torchrun.train(twin)
+    train(twin)
 
     folder = tmp_path / "gemma2_cls"
     weights, expected = comparable.trained_weights(folder), comparable.trained_weights(one_process)
@@ -78,7 +85,7 @@ def test_unequal_micro_batches_of_two_processes_give_the_gradient_of_one_batch(s
 
     double = comparable.twin("gemma2_cls", tmp_path / "two", tiny_models("gemma2"), stage, processes=2, rows=10)
     make_one_step(double, {"tokens_per_micro_batch": 4096})
-    torchrun.train(double)
+    two_processes.train(double)
 
     run = tmp_path / "two/gemma2_cls"
     prepared = next(run.glob("prepared/*/training.arrow"))

@@ -2,16 +2,16 @@
 
 import random
 import time
+from multiprocessing import Process
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 
 from preprocess.core.files import read_json
 from tests import forked
 from tests.conftest import ROOT
-from tests.recipes import comparable, torchrun
+from tests.recipes import comparable, two_processes
 
 STEPS = 12
 SAVES = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 1, "logging_steps": 1}
@@ -31,18 +31,19 @@ def with_checkpoints(folder: Path, base: Path, block: dict, stage: str | None = 
     return recipe
 
 
-def kill_at_random_step(process, recipe: Path, seed: int) -> None:
-    """Send SIGKILL to a run and all its processes as soon as its log shows a step that a seed draws."""
+def kill_at_random_step(processes: list[Process], recipe: Path, seed: int) -> None:
+    """Send SIGKILL to all processes of a run as soon as its log shows a step that a seed draws."""
     step = random.Random(seed).randint(3, STEPS - 2)
     log = recipe.with_suffix(".log")
     deadline = time.monotonic() + 300
     while not log.exists() or log.read_text(errors="replace").count("'loss'") < step:
-        assert psutil.pid_exists(process.pid) and time.monotonic() < deadline, log.read_text(errors="replace")[-3000:]
+        is_running = all(process.is_alive() for process in processes)
+        assert is_running and time.monotonic() < deadline, log.read_text(errors="replace")[-3000:]
         time.sleep(0.005)
 
-    family = psutil.Process(process.pid)
-    for member in [family, *family.children(recursive=True)]:
-        member.kill()
+    for process in processes:
+        process.kill()
+        process.join()
     assert not recipe.with_suffix("").joinpath("contract.json").exists()
 
 
@@ -75,9 +76,7 @@ def test_a_killed_run_ends_with_the_weights_of_one_left_alone(block, seed, tiny_
     assert forked.axolotl("train", whole).code == 0
 
     killed = with_checkpoints(tmp_path / "killed", tiny_models("gemma2"), block)
-    process = forked.start("train", killed)
-    kill_at_random_step(process, killed, seed)
-    process.join()
+    kill_at_random_step([forked.start("train", killed)], killed, seed)
 
     resumed = forked.axolotl("train", killed, auto_resume_from_checkpoints=True)
     assert resumed.code == 0, resumed.output[-3000:]
@@ -88,12 +87,10 @@ def test_a_killed_run_ends_with_the_weights_of_one_left_alone(block, seed, tiny_
 @pytest.mark.parametrize(("stage", "seed"), [(None, 0), ("zero2", 3), ("zero3", 5)], ids=["DDP", "ZeRO-2", "ZeRO-3"])
 def test_two_killed_processes_end_with_the_weights_of_two_left_alone(stage, seed, tiny_models, tmp_path):
     whole = with_checkpoints(tmp_path / "whole", tiny_models("gemma2"), TOKEN_BUDGET, stage, processes=2)
-    torchrun.train(whole)
+    two_processes.train(whole)
 
     killed = with_checkpoints(tmp_path / "killed", tiny_models("gemma2"), TOKEN_BUDGET, stage, processes=2)
-    process = torchrun.start(killed)
-    kill_at_random_step(process, killed, seed)
-    process.wait()
+    kill_at_random_step(two_processes.start(killed), killed, seed)
 
-    torchrun.train(killed, "--auto-resume-from-checkpoints")
+    two_processes.train(killed, auto_resume_from_checkpoints=True)
     assert_resumed_to_equal_weights(killed, whole)
