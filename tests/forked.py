@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    ["axolotl.cli.train", "axolotl.train", "axolotl.core.builders", "recipes.pairwise.plugin", "deepspeed", "torchao"]
-)
+SERVER.set_forkserver_preload(["tests.forked_imports"])
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,17 @@
+"""What each run in a fork needs: imported once, by the process that is forked (see forked.py)."""
+
+# ruff: noqa: F401
+
+import gc
+
+import axolotl.cli.train
+import axolotl.core.builders
+import axolotl.train
+import deepspeed
+import liger_kernel.transformers.monkey_patch
+import torchao
+
+import recipes.pairwise.plugin
+
+# Training collects garbage several times. Half a second each time would go into looking at all that has been imported.
+gc.freeze()
