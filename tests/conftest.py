@@ -2,6 +2,7 @@
 and the ledger is a temporary file. Properties (hypothesis) try the same examples each time."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -33,6 +34,11 @@ settings.register_profile(
 )
 settings.load_profile("repeatable")
 atexit.register(shutil.rmtree, Path(os.environ["PAIRWISE_LEDGER"]).parent, ignore_errors=True)
+
+
+def pytest_collection_finish():
+    """All is imported now. Looking through it for garbage would take half a second each time, and finds none."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
