@@ -15,7 +15,7 @@ from preprocess import report
 from preprocess.core import ledger
 from preprocess.core.errors import UserError, exits_with_2
 from preprocess.core.files import atomic_file
-from preprocess.dedup.leaks import Leak, LeakReport, find_leaks
+from preprocess.dedup.leaks import Leak, find_leaks
 from preprocess.dedup.ngrams import normalise
 from preprocess.pairs import Pairs, make_pairs
 from preprocess.sources.reader import read_prompts
@@ -139,9 +139,9 @@ def main(  # noqa: PLR0913  an argument for each option
         console.print(line, soft_wrap=True)
 
     # Nothing is written before this has passed.
-    leak_report = _check_leaks(pairs, held_back, threshold)
+    _check_leaks(pairs, held_back, threshold)
     against_names = [path.name for path in against]
-    console.print(report.no_leaks(leak_report, threshold, against_names), soft_wrap=True)
+    console.print(report.no_leaks(threshold, against_names), soft_wrap=True)
 
     with atomic_file(rejected_path) as temporary_rejected, atomic_file(out) as temporary:
         write_pairs(inputs, pairs, temporary, temporary_rejected, _track)
@@ -216,16 +216,13 @@ def _check_paths(
         used_paths.add(path.resolve())
 
 
-def _check_leaks(pairs: Pairs, held_back: dict[Path, pl.DataFrame], threshold: float) -> LeakReport:
+def _check_leaks(pairs: Pairs, held_back: dict[Path, pl.DataFrame], threshold: float) -> None:
     """Check that no prompt of one fold, of the lockbox or of a held-back file is like one that stands elsewhere.
 
     Args:
         pairs: The pairs.
         held_back: id and prompt of each file that no source may share a prompt with.
         threshold: The similarity from which on two prompts are alike.
-
-    Returns:
-        The report of the comparison, which found no leak.
 
     Raises:
         UserError: Prompts in two places are alike. They are printed first.
@@ -235,14 +232,14 @@ def _check_leaks(pairs: Pairs, held_back: dict[Path, pl.DataFrame], threshold: f
     last_fold = pairs.table["fold"].max() or 0
     lockbox = last_fold + 1
     prompts = _list_prompts(pairs, held_back, lockbox)
-    leak_report = find_leaks(prompts["prompt_text"], prompts["place"].to_numpy(), threshold, _track)
-    if not leak_report.leaks:
-        return leak_report
+    leaks = find_leaks(prompts["prompt_text"], prompts["place"].to_numpy(), threshold, _track)
+    if not leaks:
+        return
 
     # Show the leaks, and end the command before anything is written.
-    report.console(sys.stderr).print(report.leaks_table(leak_report.leaks, prompts))
+    report.console(sys.stderr).print(report.leaks_table(leaks, prompts))
     held_back_names = [path.name for path in held_back]
-    advice = _advise_on_leaks(leak_report.leaks, prompts["place"], lockbox, held_back_names)
+    advice = _advise_on_leaks(leaks, prompts["place"], lockbox, held_back_names)
     raise UserError(
         f"leak report: prompts of similarity {threshold:g} or more stand apart: {'; '.join(advice)}. Nothing was written. "
         f"To accept prompts this much alike, raise --threshold above their similarity"

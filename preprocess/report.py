@@ -11,9 +11,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from preprocess.dedup.leaks import Leak, LeakReport
+from preprocess.dedup.leaks import Leak
 from preprocess.model_input import VERDICTS
-from preprocess.pairs import Joined, Pairs, name_sources
+from preprocess.pairs import Pairs, name_sources
 
 PIPED_WIDTH = 100
 LEAKS_SHOWN = 20
@@ -156,21 +156,7 @@ def summary(pairs: Pairs, folds: int, threshold: float) -> list[str]:
     if pairs.dropped.height > 0:
         rows_dropped = _count(pairs.dropped.height, "row")
         lines.append(f"dropped because their prompt is like one of the lockbox: {rows_dropped}")
-
-    for joined in pairs.joined:
-        lines.append(_describe_joined(joined))
     return lines
-
-
-def _describe_joined(joined: Joined) -> str:
-    """Say that a later file joined two groups, and whether the younger one moves to a new fold."""
-    change = "stays in"
-    if joined.fold_now != joined.fold_before:
-        change = f"moves from fold {joined.fold_before} to"
-    return (
-        f"a later file joined two groups of earlier ones: "
-        f"the group of {joined.id} {change} fold {joined.fold_now}"
-    )
 
 
 def _describe_groups(table: pl.DataFrame, threshold: float) -> str:
@@ -186,32 +172,20 @@ def _describe_groups(table: pl.DataFrame, threshold: float) -> str:
     )
 
 
-def no_leaks(report: LeakReport, threshold: float, against: list[str]) -> str:
+def no_leaks(threshold: float, against: list[str]) -> str:
     """Write the line that is printed after a comparison of prompts that found no leak.
 
     Args:
-        report: The result of the comparison.
         threshold: The similarity from which on two prompts would be a leak.
         against: The names of the held-back files.
     """
     searched = "in a different fold"
     if against:
         searched = f"{searched} or in {', '.join(against)}"
-    line = f"leak report: no prompt has another of similarity {threshold:g} or more {searched}"
-    if report.compared == 0:
-        return line
-
-    # How near the search came shows that it did look.
-    closest = _format_similarity(report.closest)
-    return f"{line}; the closest of {report.compared:,} that came near: {closest}"
+    return f"leak report: no prompt has another of similarity {threshold:g} or more {searched}"
 
 
-def _format_similarity(similarity: float) -> str:
-    """Return three decimals, rounded down, so that what is below the threshold never reads as if it had reached it."""
-    return f"{int(similarity * 1000) / 1000:.3f}"
-
-
-def leaks_table(leaks: tuple[Leak, ...], prompts: pl.DataFrame) -> Table:
+def leaks_table(leaks: list[Leak], prompts: pl.DataFrame) -> Table:
     """Build the table of the first LEAKS_SHOWN leaks.
 
     Args:
@@ -234,7 +208,7 @@ def leaks_table(leaks: tuple[Leak, ...], prompts: pl.DataFrame) -> Table:
         both_prompts = prompts[[leak.first, leak.second]]
         openings = [snippet(text, SNIPPET) for text in both_prompts["prompt_text"]]
         table.add_row(
-            _format_similarity(leak.similarity),
+            f"{leak.similarity:.3f}",
             "\n".join(both_prompts["place_name"]),
             "\n".join(both_prompts["id"]),
             "\n".join(openings),

@@ -52,21 +52,12 @@ class Window:
     first_longer: int  # counted from `begin`
 
 
-@dataclass(frozen=True)
-class LeakReport:
-    """What the comparison of prompts came to."""
-
-    leaks: tuple[Leak, ...]  # the most similar first
-    compared: int  # how many pairs came so near that they were compared
-    closest: float  # similarity of the closest of these that is no leak; 0 where there is none
-
-
 def find_leaks(
     texts: pl.Series,
     places: np.ndarray,
     threshold: float,
     track: Track = show_nothing,
-) -> LeakReport:
+) -> list[Leak]:
     """Compare prompts that stand in different places.
 
     Args:
@@ -75,6 +66,9 @@ def find_leaks(
             outside of the folds. Two such files may share prompts.
         threshold: Jaccard similarity, 0.5 to 1, from which on two prompts are a leak.
         track: Shows the progress.
+
+    Returns:
+        The leaks, the most similar first.
     """
     positions = _drop_copies(texts, places)
     counts = count_grams(texts.gather(positions), track)
@@ -91,15 +85,11 @@ def find_leaks(
     places_by_size = np.maximum(places[positions], -1).astype(np.int16)
 
     leaks = []
-    compared = 0
-    closest = 0.0
     for window in split_by_size(counts_by_size.size, threshold):
         pairs = _find_pairs(window, texts_by_size, places_by_size, counts_by_size, threshold, track)
         for longer, shorter in pairs:
-            compared += 1
             similarity = fast_jaccard(texts_by_size[longer], texts_by_size[shorter])
             if similarity < threshold:
-                closest = max(closest, similarity)
                 continue
 
             # fast_jaccard is wrong where hashes collide; what is reported is exact.
@@ -107,9 +97,8 @@ def find_leaks(
             second = int(max(positions[longer], positions[shorter]))
             leaks.append(Leak(first, second, jaccard(texts[first], texts[second])))
 
-    # The most similar first.
     leaks.sort(key=lambda leak: (-leak.similarity, leak.first, leak.second))
-    return LeakReport(tuple(leaks), compared, closest)
+    return leaks
 
 
 def _find_pairs(
