@@ -196,14 +196,7 @@ def list_sources(
 def _check_paths(
     sources: Iterable[Path], out: Path, rejected_path: Path, against: Iterable[Path]
 ) -> None:
-    """Raise UserError where a file would be overwritten or read twice.
-
-    Args:
-        sources: The files that are read.
-        out: pairs.parquet.
-        rejected_path: The file of rejected rows beside it.
-        against: The files that sources are compared with.
-    """
+    """Raise UserError where a file would be overwritten or read twice."""
     if out.suffix != ".parquet":
         raise UserError(f"--out {out}: expected a name that ends in .parquet")
 
@@ -218,11 +211,6 @@ def _check_paths(
 
 def _check_leaks(pairs: Pairs, held_back: dict[Path, pl.DataFrame], threshold: float) -> None:
     """Check that no prompt of one fold, of the lockbox or of a held-back file is like one that stands elsewhere.
-
-    Args:
-        pairs: The pairs.
-        held_back: id and prompt of each file that no source may share a prompt with.
-        threshold: The similarity from which on two prompts are alike.
 
     Raises:
         UserError: Prompts in two places are alike. They are printed first.
@@ -292,11 +280,6 @@ def _advise_on_leaks(
 
 def _list_prompts(pairs: Pairs, held_back: dict[Path, pl.DataFrame], lockbox: int) -> pl.DataFrame:
     """List all prompts, those of the pairs first, with the place in which each stands.
-
-    Args:
-        pairs: The pairs of all sources.
-        held_back: By file, the ids and prompts that no source may share.
-        lockbox: The number that stands for the lockbox as a place.
 
     Returns:
         A frame of id, prompt_text (normalised), place (a number, as find_leaks wants it) and

@@ -104,13 +104,7 @@ def make_pairs(
 
 
 def draw_lockbox(table: pl.DataFrame, folds: int, share: float) -> pl.DataFrame:
-    """Move a share of the groups of training rows into the lockbox, and take lockbox rows out of the folds.
-
-    Args:
-        table: Pairs with role, group and fold.
-        folds: The number of folds.
-        share: The share of the groups, 0 for none.
-    """
+    """Move a share of the groups of training rows into the lockbox, and take lockbox rows out of the folds."""
     # Each group draws a lot from 0 to 9,999. The lot is a part of the group's number, a hash, so that
     # rows that are added later change no lot. It comes from the quotient of number and folds: the
     # fold is the remainder, and so all folds lose about the same share of their groups.

@@ -37,10 +37,6 @@ def sources_table(rows: pl.DataFrame, pairs: Pairs) -> Table:
 
     The column `again` counts rows that judge a pair of an earlier row. A, B, tie and longer are the
     shares of pairs that A, B, nobody and the longer response won.
-
-    Args:
-        rows: All rows that were read, with source, role and, where one cannot be used, a reason.
-        pairs: What was made of them.
     """
     table = Table(box=box.SIMPLE_HEAD)
     for heading in HEADINGS:
@@ -70,13 +66,7 @@ def sources_table(rows: pl.DataFrame, pairs: Pairs) -> Table:
 
 
 def _describe_rows(rows: pl.DataFrame, kept: pl.DataFrame, united: int) -> list[str]:
-    """Write the cells of a line of the table, but for its name.
-
-    Args:
-        rows: The rows of a source.
-        kept: The pairs that were made of them.
-        united: How many rows became part of an earlier pair.
-    """
+    """Write the cells of a line of the table, but for its name."""
     # Rows that can be used have no reason. The commonest reason comes first.
     counts = rows["reason"].drop_nulls().value_counts()
     counts = counts.sort(["count", "reason"], descending=[True, False])
@@ -130,13 +120,7 @@ def _format_percent(share: float | None) -> str:
 
 
 def summary(pairs: Pairs, folds: int, threshold: float) -> list[str]:
-    """Say in a few lines how the pairs were grouped and spread over folds.
-
-    Args:
-        pairs: The pairs.
-        folds: The number of folds.
-        threshold: The similarity from which on two prompts share a group.
-    """
+    """Say in a few lines how the pairs were grouped and spread over folds."""
     table = pairs.table
     lines = [_describe_groups(table, threshold)]
 
@@ -173,12 +157,7 @@ def _describe_groups(table: pl.DataFrame, threshold: float) -> str:
 
 
 def no_leaks(threshold: float, against: list[str]) -> str:
-    """Write the line that is printed after a comparison of prompts that found no leak.
-
-    Args:
-        threshold: The similarity from which on two prompts would be a leak.
-        against: The names of the held-back files.
-    """
+    """Write the line that is printed after a comparison of prompts that found no leak."""
     searched = "in a different fold"
     if against:
         searched = f"{searched} or in {', '.join(against)}"

@@ -32,13 +32,7 @@ class Source:
 
 
 def read_sources(sources: Iterable[Source], track: Track, verb: str) -> Iterator[pl.DataFrame]:
-    """Read all sources in batches with a column `position`, which counts the rows of all of them from 0.
-
-    Args:
-        sources: The files, in the order in which they were added.
-        track: Shows the progress.
-        verb: What is done with the batches, for the label of the progress.
-    """
+    """Read all sources in batches with a column `position`, which counts the rows of all of them from 0."""
     rows_before = 0
     for source in sources:
         batches = read_batches(source.path, source.role)
@@ -63,13 +57,6 @@ def write_pairs(
 ) -> None:
     """Read the sources again, and write the pairs, and the rows that were rejected or dropped.
 
-    Args:
-        sources: As read_facts took them.
-        pairs: What was made of their facts.
-        out: The file of pairs to write.
-        rejected: The file of the other rows to write.
-        track: Shows the progress.
-
     Raises:
         UserError: A source was changed meanwhile.
     """
@@ -93,12 +80,7 @@ def write_pairs(
 
 
 def select_pairs(rows: pl.DataFrame, pairs: pl.DataFrame) -> pl.DataFrame:
-    """Return the pairs that are among some rows, with their texts: a frame of the schema PAIRS.
-
-    Args:
-        rows: Rows of the sources, with their positions.
-        pairs: All pairs, without texts.
-    """
+    """Return the pairs that are among some rows, with their texts: a frame of the schema PAIRS."""
     # A pair has the position of its first row, whose texts are its own. The join leaves out all
     # other rows, since it keeps only positions that both frames have.
     texts = rows.select("position", *TEXTS)
@@ -107,12 +89,7 @@ def select_pairs(rows: pl.DataFrame, pairs: pl.DataFrame) -> pl.DataFrame:
 
 
 def select_rejected(rows: pl.DataFrame, dropped: pl.DataFrame) -> pl.DataFrame:
-    """Return those of some rows that cannot be used, and those that were dropped: the columns REJECTED.
-
-    Args:
-        rows: Rows of the sources, with their positions.
-        dropped: All pairs that were dropped, without texts.
-    """
+    """Return those of some rows that cannot be used, and those that were dropped: the columns REJECTED."""
     unusable = rows.filter(pl.col("reason").is_not_null())
 
     # Dropped rows get their texts back. The join keeps only positions that both frames have.

@@ -93,10 +93,6 @@ def read_options() -> argparse.Namespace:
 def read_rows(path: Path, columns: Sequence[str]) -> pl.DataFrame:
     """Read rows from a Parquet or CSV file; the turns of a conversation are joined by line breaks.
 
-    Args:
-        path: The file.
-        columns: The columns that it must have.
-
     Raises:
         UserError: The file cannot be read, lacks a column, is empty, or has an id twice.
     """
@@ -173,10 +169,6 @@ def split(pairs: pl.DataFrame, options: argparse.Namespace) -> Parts:
 
     Extra rows are trained on, and never measured: neither held out nor a reason to stop.
 
-    Args:
-        pairs: Rows with role, group and fold.
-        options: The command line, of which fold, seed and batch_size count.
-
     Raises:
         UserError: There is no such fold, or fewer training rows than a batch has.
     """
@@ -209,11 +201,6 @@ def split(pairs: pl.DataFrame, options: argparse.Namespace) -> Parts:
 def find_tokenizer(path: Path | None, vocabulary: int, training: pl.DataFrame) -> Tokenizer:
     """Read a tokenizer, or train a byte-level BPE.
 
-    Args:
-        path: A tokenizer.json; None to train one.
-        vocabulary: How many tokens a trained one has.
-        training: The rows that it is trained on.
-
     Raises:
         UserError: The file is no tokenizer.json.
     """
@@ -231,12 +218,7 @@ def find_tokenizer(path: Path | None, vocabulary: int, training: pl.DataFrame) -
 
 
 def train_tokenizer(vocabulary: int, training: pl.DataFrame) -> Tokenizer:
-    """Train a byte-level BPE, whose tokens are frequent sequences of bytes, on the texts of the training rows.
-
-    Args:
-        vocabulary: How many tokens it has.
-        training: The training rows.
-    """
+    """Train a byte-level BPE, whose tokens are frequent sequences of bytes, on the texts of the training rows."""
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = byte_level
@@ -333,13 +315,6 @@ def make_shuffled_batches(
     """Make batches of rows of like length, in random order, others in each epoch.
 
     The rows that would not fill a batch are left out, other ones in each epoch.
-
-    Args:
-        pairs: The rows' token ids.
-        targets: What P(A) should be, (rows,).
-        weights: The rows' weights in the loss, (rows,).
-        size: Rows of a batch.
-        rng: Draws the rows and their order.
     """
     count = len(pairs) // size
     lengths = np.array([max(len(side_a), len(side_b)) for side_a, side_b in pairs])
@@ -478,10 +453,6 @@ def train(parts: Parts, tokenizer: Tokenizer, options: argparse.Namespace) -> ke
 def predict(rows: pl.DataFrame, options: argparse.Namespace) -> pl.DataFrame:
     """Add the predicted probabilities to rows, by the model and the tokenizer in --out.
 
-    Args:
-        rows: Rows with id and the three texts.
-        options: The command line.
-
     Returns:
         The rows with p_VERDICT and the same of each order: both are equal by construction.
     """
@@ -560,13 +531,7 @@ def collect_settings(options: argparse.Namespace) -> dict[str, object]:
 
 
 def run(pairs: pl.DataFrame, settings: dict[str, object], options: argparse.Namespace) -> None:
-    """Train, measure, and write the files of --out. The last one, metrics.json, vouches for the others.
-
-    Args:
-        pairs: The rows of the pairs file.
-        settings: As collect_settings gives them.
-        options: The command line.
-    """
+    """Train, measure, and write the files of --out. The last one, metrics.json, vouches for the others."""
     start = time.monotonic()
     parts = split(add_targets(choose_trainable(pairs), options.pairs), options)
     tokenizer = find_tokenizer(options.tokenizer, options.vocabulary, parts.training)

@@ -145,11 +145,7 @@ class _Grouping:
             share_united = pairs_united / len(first)
 
     def _unite_all_pairs(self, keys: np.ndarray) -> None:
-        """Compare all texts of equal keys that are in different groups, and unite the similar ones.
-
-        Args:
-            keys: The key of each text (texts,).
-        """
+        """Compare all texts of equal keys that are in different groups, and unite the similar ones."""
         # A text's partners have the same key, and are in a group with a smaller root.
         partners = find_partners(keys, self.sets.find_roots())
         has_partners = partners.count > 0
@@ -191,10 +187,6 @@ class _Grouping:
 
         Pairs that are not similar are remembered in `_unlike`, and not compared again.
 
-        Args:
-            first: The number of one text of each pair.
-            second: The number of the other.
-
         Returns:
             How many of the pairs united two groups.
         """
@@ -222,10 +214,6 @@ class _Grouping:
 
     def _select_pairs_to_compare(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
         """Return those of some pairs that have to be compared exactly, without duplicates.
-
-        Args:
-            first: The number of one text of each pair.
-            second: The number of the other.
 
         Returns:
             Each pair as one number, later * texts + earlier: of 100 texts, 12 and 7 are the pair

@@ -109,16 +109,7 @@ def _find_pairs(
     threshold: float,
     track: Track,
 ) -> Iterator[tuple[int, int]]:
-    """Yield the longer and the shorter text of each pair of a window that may reach the threshold.
-
-    Args:
-        window: The texts to compare.
-        texts: All texts, those with the fewest n-grams first.
-        places: Of each text.
-        counts: Of all texts.
-        threshold: The Jaccard similarity.
-        track: Shows the progress.
-    """
+    """Yield the longer and the shorter text of each pair of a window that may reach the threshold."""
     # The index is a local variable, so that its memory is free before the next window's index is
     # built.
     members = slice(window.begin, window.end)

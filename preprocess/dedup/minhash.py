@@ -106,12 +106,6 @@ def select_likely(
 ) -> np.ndarray:
     """Find out which pairs of texts may reach a similarity, by their sizes and signatures.
 
-    Args:
-        signatures: Of all texts.
-        first: The number of a text of each pair (pairs,).
-        second: The number of the other one (pairs,).
-        threshold: The Jaccard similarity, 0.5 to 1.
-
     Returns:
         For each pair, whether it may: bool (pairs,).
     """

@@ -50,9 +50,6 @@ class Table:
     def rows(self, columns: tuple[str, ...] | None = None) -> Iterator[TableRow]:
         """Yield every row of the file, in its order.
 
-        Args:
-            columns: Those that are needed; a row may have more.
-
         Raises:
             UserError: The file is damaged.
         """

@@ -28,11 +28,6 @@ CONTROL_TOKEN = re.compile(r"(<[^<>\s]+>|\[/?[A-Z_]+\])")
 def derive_template(tokenizer, head: str, verdicts: Sequence[str]) -> Template:
     """Derive the template of a recipe from a base model's tokenizer.
 
-    Args:
-        tokenizer: The base model's, of transformers.
-        head: score, label_tokens or reward.
-        verdicts: The verdicts that the model is to tell apart.
-
     Raises:
         UserError: The tokenizer's chat template cannot be rendered, or changes the texts.
     """

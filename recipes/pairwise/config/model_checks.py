@@ -108,10 +108,6 @@ def check_config(
 def build_empty_model(config, head: str) -> torch.nn.Module:
     """Build a base model with a head and without weights, which costs neither time nor memory.
 
-    Args:
-        config: The base model's configuration.
-        head: score, label_tokens or reward.
-
     Raises:
         UserError: transformers has no class for such a model with such a head.
     """

@@ -47,12 +47,6 @@ def read_teachers(
 ) -> np.ndarray:
     """Read the labels of a student's training rows, averaged over its teachers by their weights.
 
-    Args:
-        distill: The student's `pairwise.distill`.
-        rows: The training rows, as datasets.split gives them.
-        pairs_file: The student's pairs file.
-        verdicts: The student's verdicts, which must be those of every teacher.
-
     Returns:
         Probabilities, float32 (rows, verdicts), in the order as given.
 
@@ -74,12 +68,6 @@ def read_labels(
     folder: Path, rows: pl.DataFrame, pairs_file: Path, verdicts: Sequence[str]
 ) -> pl.DataFrame:
     """Read one teacher's labels of some rows of the pairs file, in the order of the rows.
-
-    Args:
-        folder: The teacher's folder.
-        rows: The rows of the pairs file.
-        pairs_file: The pairs file.
-        verdicts: The student's verdicts.
 
     Returns:
         A row for each of `rows`, with the columns id, role, fold, and those of labels.parquet: the
@@ -108,12 +96,6 @@ def read_labels(
 
 def check_record(record: Mapping, folder: Path, pairs_file: Path, verdicts: Sequence[str]) -> None:
     """Check that a file of labels is of this pairs file, of these verdicts, and of the runs as they are now.
-
-    Args:
-        record: The teacher's labels.json, written beside the labels.
-        folder: The teacher's folder.
-        pairs_file: The student's pairs file.
-        verdicts: The student's verdicts.
 
     Raises:
         UserError: It is not.

@@ -129,10 +129,6 @@ def write_config(name: str, graph: Graph, test_rows: str | None, gpus: int | Non
 def make_targets(workflow: Workflow, dry_run: bool = False) -> None:
     """Run the steps that are out of date, or print them.
 
-    Args:
-        workflow: The steps, and the files to make.
-        dry_run: Print them and run nothing.
-
     Raises:
         UserError: Steps failed, or another graph is at work here. What did not need them was made.
     """
@@ -222,11 +218,6 @@ def parse_plan(output: str) -> list[Step]:
 
 def call_snakemake(workflow: Workflow, *options: str, **arguments) -> subprocess.CompletedProcess:
     """Call Snakemake.
-
-    Args:
-        workflow: The steps, and the files to make.
-        options: Further options of Snakemake.
-        arguments: Arguments of subprocess.run.
 
     Raises:
         UserError: Snakemake is not installed.

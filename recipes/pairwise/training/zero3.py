@@ -23,9 +23,6 @@ MESSAGE_LENGTH = 200  # characters shown of pydantic's
 def is_zero3(deepspeed: str | dict | None) -> bool:
     """Return whether a recipe's `deepspeed:` asks for ZeRO-3.
 
-    Args:
-        deepspeed: The path of a JSON file, or the settings themselves; None without DeepSpeed.
-
     Raises:
         UserError: If the settings cannot be read, or would save weights in parts.
     """
@@ -79,9 +76,6 @@ def checkpointing_kwargs(cfg) -> dict[str, bool]:
     Reentrant, Axolotl's default, marks LoRA's parameters ready twice under DDP. The other compares
     the shapes of what it recomputes, and under ZeRO-3 weights that were let go since have shape 0:
     CheckpointError in the first backward pass.
-
-    Args:
-        cfg: Axolotl's configuration.
 
     Returns:
         Arguments of PyTorch's checkpoint function: the recipe's own, and a default for the rest.
