@@ -5,7 +5,6 @@ head is fetched as one; and what was saved is checked to be whole.
 """
 
 import contextlib
-import json
 from pathlib import Path
 
 from deepspeed.runtime.zero import GatheredParameters
@@ -16,6 +15,7 @@ from pydantic import ValidationError
 from safetensors import safe_open
 
 from preprocess.core.errors import UserError
+from recipes.pairwise.config.recipe_files import read_deepspeed
 
 MESSAGE_LENGTH = 200  # characters shown of pydantic's
 
@@ -26,7 +26,7 @@ def is_zero3(deepspeed: str | dict | None) -> bool:
     Raises:
         UserError: If the settings cannot be read, or would save weights in parts.
     """
-    settings = read_settings(deepspeed)
+    settings = read_deepspeed(deepspeed)
     zero_settings = settings.get("zero_optimization") or {}
     check_zero_settings(zero_settings, deepspeed)
 
@@ -49,25 +49,6 @@ def check_zero_settings(zero_settings: dict, deepspeed: str | dict | None) -> No
     except (TypeError, ValidationError) as error:
         message = " ".join(str(error).split())[:MESSAGE_LENGTH]
         raise UserError(f"deepspeed: {deepspeed}: zero_optimization: {message}") from None
-
-
-def read_settings(deepspeed: str | dict | None) -> dict:
-    """Return the settings that a recipe's `deepspeed:` holds or names; none without DeepSpeed."""
-    settings = deepspeed or {}
-    if isinstance(deepspeed, str):
-        try:
-            settings = json.loads(Path(deepspeed).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"deepspeed: {deepspeed} cannot be read as JSON ({error}); see recipes/deepspeed"
-            ) from None
-
-    if not isinstance(settings, dict):
-        kind = type(settings).__name__
-        raise UserError(
-            f"deepspeed: {deepspeed}: expected an object, found {kind}; see recipes/deepspeed"
-        )
-    return settings
 
 
 def checkpointing_kwargs(cfg) -> dict[str, bool]:
