@@ -177,14 +177,7 @@ def list_sources(
     pool: Iterable[Path],
     test: float | Path | None,
 ) -> list[Source]:
-    """List the files to read with the role of their rows, training rows first: their prompts name the groups.
-
-    Args:
-        sources: Files of rows to train on and validate on.
-        extra: Files of rows to train on only.
-        pool: Files of rows without a verdict.
-        test: The file of the lockbox, if it is one; a share is drawn from the training rows.
-    """
+    """List the files to read with the role of their rows, training rows first: their prompts name the groups."""
     inputs = [Source(path, "train") for path in sources]
     inputs += [Source(path, "extra") for path in extra]
     inputs += [Source(path, "pool") for path in pool]
@@ -245,9 +238,6 @@ def _advise_on_leaks(
             file.
         lockbox: The number that stands for the lockbox as a place.
         held_back_names: The names of the held-back files.
-
-    Returns:
-        A text for each kind of leak that there is.
     """
     into_files = 0
     into_lockbox = 0

@@ -23,8 +23,8 @@ from preprocess.dedup.minhash import (
 )
 from preprocess.dedup.ngrams import (
     Track,
-    fast_jaccard,
     find_first_copies,
+    jaccard,
     show_nothing,
 )
 from preprocess.dedup.partners import find_partners, list_pairs
@@ -201,7 +201,7 @@ class _Grouping:
             if root == other_root:
                 continue
 
-            similarity = fast_jaccard(self._texts[earlier], self._texts[later])
+            similarity = jaccard(self._texts[earlier], self._texts[later])
             if similarity >= self._threshold:
                 # The older group has the smaller root, which becomes that of both.
                 self.sets.unite(min(root, other_root), max(root, other_root))

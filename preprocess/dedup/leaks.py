@@ -12,7 +12,6 @@ import polars as pl
 
 from preprocess.dedup.ngrams import (
     Track,
-    fast_jaccard,
     find_first_copies,
     jaccard,
     show_nothing,
@@ -88,14 +87,13 @@ def find_leaks(
     for window in split_by_size(counts_by_size.size, threshold):
         pairs = _find_pairs(window, texts_by_size, places_by_size, counts_by_size, threshold, track)
         for longer, shorter in pairs:
-            similarity = fast_jaccard(texts_by_size[longer], texts_by_size[shorter])
+            similarity = jaccard(texts_by_size[longer], texts_by_size[shorter])
             if similarity < threshold:
                 continue
 
-            # fast_jaccard is wrong where hashes collide; what is reported is exact.
             first = int(min(positions[longer], positions[shorter]))
             second = int(max(positions[longer], positions[shorter]))
-            leaks.append(Leak(first, second, jaccard(texts[first], texts[second])))
+            leaks.append(Leak(first, second, similarity))
 
     leaks.sort(key=lambda leak: (-leak.similarity, leak.first, leak.second))
     return leaks

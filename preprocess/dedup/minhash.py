@@ -104,11 +104,7 @@ def hash_band(hashes: np.ndarray, start: int, rows: int) -> np.ndarray:
 def select_likely(
     signatures: Signatures, first: np.ndarray, second: np.ndarray, threshold: float
 ) -> np.ndarray:
-    """Find out which pairs of texts may reach a similarity, by their sizes and signatures.
-
-    Returns:
-        For each pair, whether it may: bool (pairs,).
-    """
+    """Find out which pairs of texts may reach a similarity, by their sizes and signatures."""
     # By sizes: at best, all n-grams of the smaller text are in the larger one, and the similarity
     # is smaller / larger.
     first_counts = signatures.gram_counts[first]

@@ -47,8 +47,8 @@ class Table:
     columns: tuple[str, ...]
     height: int
 
-    def rows(self, columns: tuple[str, ...] | None = None) -> Iterator[TableRow]:
-        """Yield every row of the file, in its order.
+    def rows(self, columns: tuple[str, ...]) -> Iterator[TableRow]:
+        """Yield every row of the file, in its order, with these columns at least.
 
         Raises:
             UserError: The file is damaged.
@@ -59,7 +59,7 @@ class Table:
             elif self.path.suffix == ".csv":
                 yield from _read_csv_rows(self.path)
             else:
-                yield from _read_parquet_rows(self.path, columns or self.columns)
+                yield from _read_parquet_rows(self.path, columns)
 
 
 def open_table(path: Path | str) -> Table:

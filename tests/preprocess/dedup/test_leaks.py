@@ -7,8 +7,7 @@ import pytest
 from preprocess.dedup import leaks as leaks_module
 from preprocess.dedup import prefix_filter
 from preprocess.dedup.leaks import find_leaks
-from preprocess.dedup.ngrams import jaccard
-from tests.preprocess.dedup.test_grouping import similar_pairs, texts_with_near_copies
+from tests.preprocess.dedup.test_grouping import exact_jaccard, similar_pairs, texts_with_near_copies
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.7, 0.95, 1.0])
@@ -21,7 +20,7 @@ def test_with_every_prompt_in_a_fold_of_its_own_it_finds_what_brute_force_finds(
     assert len(leaks) == len(similar_pairs(texts, threshold))
     assert {(leak.first, leak.second) for leak in leaks} == similar_pairs(texts, threshold)
     assert [leak.similarity for leak in leaks] == sorted((leak.similarity for leak in leaks), reverse=True)
-    assert all(leak.similarity == jaccard(texts[leak.first], texts[leak.second]) for leak in leaks)
+    assert all(leak.similarity == exact_jaccard(texts[leak.first], texts[leak.second]) for leak in leaks)
 
 
 def test_a_near_copy_leaks_only_from_another_fold():
