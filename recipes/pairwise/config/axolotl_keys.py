@@ -80,11 +80,7 @@ def schema() -> dict:
 
 
 def axolotl_problems(values: dict) -> list[str]:
-    """Return what is wrong with a recipe's keys of Axolotl, all but `pairwise`.
-
-    Returns:
-        One sentence a problem, which names the key and the fix.
-    """
+    """Return what is wrong with a recipe's keys of Axolotl, all but `pairwise`."""
     problems = []
     base_model = values.get("base_model")
     if not isinstance(base_model, str) or not base_model:
@@ -112,11 +108,7 @@ def axolotl_problems(values: dict) -> list[str]:
 
 
 def key_problems(key: object, value: object, plugins: object) -> list[str]:
-    """Return what is wrong with one key of a recipe, whatever its other keys say.
-
-    Returns:
-        One sentence a problem.
-    """
+    """Return what is wrong with one key of a recipe, whatever its other keys say."""
     # A refused key may be turned off, with false or nothing.
     if key in REFUSED:
         return [f"{key}: refused, {REFUSED[key]}"] if value else []

@@ -133,11 +133,6 @@ def derive_conversation_template(tokenizer, verdicts: Sequence[str]) -> Template
 def render(tokenizer, conversation: Sequence[dict], generates: bool) -> str:
     """Render a conversation as text, with the tokenizer's chat template.
 
-    Args:
-        tokenizer: The base model's, of transformers.
-        conversation: Messages with a role and a content.
-        generates: Whether the model's header, after which it would answer, is added at the end.
-
     Raises:
         UserError: The chat template does not take this conversation.
     """

@@ -150,11 +150,6 @@ def check_layers(
 
     PEFT accepts a list of which only some names fit, and ignores the others without a word.
 
-    Args:
-        model: The base model with its head.
-        targets: The recipe's lora_target_modules: a list of names, or a regular expression.
-        saved: The recipe's lora_modules_to_save.
-
     Raises:
         UserError: No layer has one of the names.
     """

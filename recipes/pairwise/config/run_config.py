@@ -60,9 +60,6 @@ def refuse_other_commands(command_line: Sequence[str]) -> None:
 def check_run(cfg: dict, recipe: Path) -> PairwiseBlock:
     """Check the keys of a run that is to train.
 
-    Returns:
-        The `pairwise:` block with the environment's overrides.
-
     Raises:
         UserError: A key or a value is wrong, or there is nothing to train.
     """

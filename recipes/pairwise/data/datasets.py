@@ -108,9 +108,6 @@ def split(
         path: The file, for the message.
         with_pool: Also train on the rows of the pool, which have no votes.
 
-    Returns:
-        The training rows and the validation rows.
-
     Raises:
         UserError: If there is no such fold, or no other one, or a row to train on shares its prompt
             with a row of the lockbox.
@@ -351,9 +348,6 @@ def _cache_name(
 
     A run with another file, fold, tokenizer or setting gets another name, so that it never reads rows
     that do not belong to it.
-
-    Returns:
-        16 hexadecimal digits.
     """
     # All of the contract but these three parts decides how a pair is tokenised.
     settings = asdict(contract)

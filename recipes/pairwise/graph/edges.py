@@ -164,9 +164,6 @@ def read_kernel(spec_path: Path) -> Kernel:
 def read_recipes(names: Iterable[str]) -> dict[str, Recipe]:
     """Read the named recipes and, from one to the next, all whose runs they need.
 
-    Returns:
-        The recipes by the name of their run.
-
     Raises:
         UserError: One does not exist or is invalid, or writes elsewhere than the graph looks.
     """

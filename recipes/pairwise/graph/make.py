@@ -87,13 +87,7 @@ def main(target: str, dry_run: bool, dag: bool, cv: bool, **settings) -> None:
 
 
 def list_targets(name: str, graph: Graph, test_rows: str | None) -> list[str]:
-    """List the files that are up to date when a recipe or a spec is.
-
-    Args:
-        name: Its name.
-        graph: Its graph.
-        test_rows: The rows to rehearse a kernel on; None for no rehearsal.
-    """
+    """List the files that are up to date when a recipe or a spec is."""
     targets = []
     if name in graph.kernels:
         targets.append(f"outputs/kernels/{name}/kernel.py")
@@ -114,9 +108,6 @@ def write_config(name: str, graph: Graph, test_rows: str | None, gpus: int | Non
         graph: Its graph.
         test_rows: The rows to rehearse a kernel on; None for no rehearsal.
         gpus: The GPUs of a machine; None for those of this one.
-
-    Returns:
-        The file.
     """
     if gpus is None:
         gpus = len(visible_gpus())

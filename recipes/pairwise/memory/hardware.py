@@ -37,9 +37,6 @@ NOT_COMPUTED = ("fsdp", "fsdp_config", "load_in_8bit", "lora_modules_to_save")
 def check_hardware(recipe: Recipe, deepspeed: Mapping | None) -> str:
     """Check that a recipe fits the GPUs that it names.
 
-    Returns:
-        The arithmetic in one line.
-
     Raises:
         UserError: It does not fit, or cannot be computed.
     """
