@@ -119,11 +119,7 @@ def read() -> list[dict]:
 
 
 def _append_line(path: Path, line: str) -> None:
-    """Add a line to a file, whole or not at all; it is on the disk when this returns.
-
-    Raises:
-        OSError: The line cannot be written.
-    """
+    """Add a line to a file, whole or not at all; it is on the disk when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
 

@@ -261,9 +261,6 @@ def _read_prompt(values: dict, is_json: bool) -> list[str]:
     Args:
         values: The row's values by column.
         is_json: Whether its column prompt holds JSON lists, as LMSYS's does.
-
-    Raises:
-        UnusableRow: They cannot be read.
     """
     # These two columns may hold a whole conversation: its turns of the user are the prompt.
     prompt = values.get("prompt")

@@ -134,11 +134,7 @@ def show_turns(value: object) -> list[str] | None:
 
 
 def check_judgement(judgement: Judgement, needs_verdict: bool = True) -> None:
-    """Check that a model can learn from a judgement: nothing is empty, and the verdict makes sense.
-
-    Raises:
-        UnusableRow: The row cannot be used.
-    """
+    """Check that a model can learn from a judgement: nothing is empty, and the verdict makes sense."""
     if not judgement.id:
         raise UnusableRow("no id")
     if not "".join(judgement.prompt).strip():

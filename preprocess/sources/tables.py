@@ -48,11 +48,7 @@ class Table:
     height: int
 
     def rows(self, columns: tuple[str, ...]) -> Iterator[TableRow]:
-        """Yield every row of the file, in its order, with these columns at least.
-
-        Raises:
-            UserError: The file is damaged.
-        """
+        """Yield every row of the file, in its order, with these columns at least."""
         with _reporting_damage(self.path):
             if self.path.suffix == ".jsonl":
                 yield from _read_json_lines(self.path)

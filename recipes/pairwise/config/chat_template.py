@@ -131,11 +131,7 @@ def derive_conversation_template(tokenizer, verdicts: Sequence[str]) -> Template
 
 
 def render(tokenizer, conversation: Sequence[dict], generates: bool) -> str:
-    """Render a conversation as text, with the tokenizer's chat template.
-
-    Raises:
-        UserError: The chat template does not take this conversation.
-    """
+    """Render a conversation as text, with the tokenizer's chat template."""
     try:
         return tokenizer.apply_chat_template(
             conversation, tokenize=False, add_generation_prompt=generates

@@ -58,11 +58,7 @@ def refuse_other_commands(command_line: Sequence[str]) -> None:
 
 
 def check_run(cfg: dict, recipe: Path) -> PairwiseBlock:
-    """Check the keys of a run that is to train.
-
-    Raises:
-        UserError: A key or a value is wrong, or there is nothing to train.
-    """
+    """Check the keys of a run that is to train."""
     problems = list_key_problems(cfg, recipe)
     if problems:
         raise UserError(f"{recipe}: " + "; ".join(problems))
@@ -104,9 +100,6 @@ def check_base_model(cfg: dict, block: PairwiseBlock):
 
     Returns:
         The base model with its head, built without weights.
-
-    Raises:
-        UserError: It lacks something.
     """
     model_config = read_config(cfg["base_model"], cfg.get("revision_of_model"))
     if is_first_on_machine():

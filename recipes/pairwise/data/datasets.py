@@ -134,11 +134,7 @@ def split(
 
 
 def check_lockbox(frame: pl.DataFrame, trainable: pl.DataFrame, path: Path | str) -> None:
-    """Check that no row to train on has a prompt like one of the lockbox, which are the rows of the role test.
-
-    Raises:
-        UserError: A row has.
-    """
+    """Check that no row to train on has a prompt like one of the lockbox, which are the rows of the role test."""
     lockbox = frame.filter(role="test")
     if lockbox.is_empty():
         return

@@ -72,9 +72,6 @@ def read_labels(
     Returns:
         A row for each of `rows`, with the columns id, role, fold, and those of labels.parquet: the
         probabilities, and as `runs` the names of the teacher's runs that gave them.
-
-    Raises:
-        UserError: See read_teachers.
     """
     file = folder / LABELS
     if not file.is_file() or not (folder / LABELS_RECORD).is_file():
@@ -95,11 +92,7 @@ def read_labels(
 
 
 def check_record(record: Mapping, folder: Path, pairs_file: Path, verdicts: Sequence[str]) -> None:
-    """Check that a file of labels is of this pairs file, of these verdicts, and of the runs as they are now.
-
-    Raises:
-        UserError: It is not.
-    """
+    """Check that a file of labels is of this pairs file, of these verdicts, and of the runs as they are now."""
     file = folder / LABELS
     remedy = f"run pairwise labels {folder.name} again"
 
@@ -145,9 +138,6 @@ def check_runs(labels: pl.DataFrame, runs: Mapping[str, Mapping], file: Path) ->
         labels: Labels with the columns id, role, fold and runs, the names of the runs that gave them.
         runs: What labels.json says of each run; its `fold` is the one that it held out.
         file: The file of labels, for the message.
-
-    Raises:
-        UserError: One was.
     """
     held_out_fold = {run: run_record["fold"] for run, run_record in runs.items()}
 
