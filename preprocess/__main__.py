@@ -9,7 +9,6 @@ from pathlib import Path
 
 import click
 import polars as pl
-from rich.progress import track
 
 from preprocess import report
 from preprocess.core import ledger
@@ -124,13 +123,13 @@ def main(  # noqa: PLR0913  an argument for each option
     inputs = list_sources(sources, extra, pool, test)
     _check_paths([source.path for source in inputs], out, rejected_path, against)
     held_back = {path: read_prompts(path) for path in against}
-    rows = read_facts(inputs, _track)
+    rows = read_facts(inputs)
     usable = rows.filter(pl.col("reason").is_null())
     # What the report and the ledger say of rows that are no pairs; not the prompts, which would stay in memory.
     rows = rows.select("file", "source", "role", "reason")
 
     test_share = test if isinstance(test, float) else 0.0
-    pairs = make_pairs(usable, folds, threshold, _track, test_share)
+    pairs = make_pairs(usable, folds, threshold, test_share)
     del usable
 
     console = report.console()
@@ -144,7 +143,7 @@ def main(  # noqa: PLR0913  an argument for each option
     console.print(report.no_leaks(threshold, against_names), soft_wrap=True)
 
     with atomic_file(rejected_path) as temporary_rejected, atomic_file(out) as temporary:
-        write_pairs(inputs, pairs, temporary, temporary_rejected, _track)
+        write_pairs(inputs, pairs, temporary, temporary_rejected)
     rejected = rows["reason"].count() + pairs.dropped.height
     console.print(
         f"wrote {out} ({pairs.table.height:,} pairs) and {rejected_path} ({rejected:,} rows)",
@@ -213,7 +212,7 @@ def _check_leaks(pairs: Pairs, held_back: dict[Path, pl.DataFrame], threshold: f
     last_fold = pairs.table["fold"].max() or 0
     lockbox = last_fold + 1
     prompts = _list_prompts(pairs, held_back, lockbox)
-    leaks = find_leaks(prompts["prompt_text"], prompts["place"].to_numpy(), threshold, _track)
+    leaks = find_leaks(prompts["prompt_text"], prompts["place"].to_numpy(), threshold)
     if not leaks:
         return
 
@@ -295,17 +294,6 @@ def _list_prompts(pairs: Pairs, held_back: dict[Path, pl.DataFrame], lockbox: in
         )
         tables.append(columns)
     return pl.concat(tables)
-
-
-def _track(steps: Iterable, label: str) -> Iterable:
-    """Draw a progress bar on a terminal; elsewhere nothing."""
-    return track(
-        steps,
-        label,
-        console=report.console(sys.stderr),
-        transient=True,
-        disable=not sys.stderr.isatty(),
-    )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import polars as pl
 
 from preprocess.dedup.grouping import group_prompts
-from preprocess.dedup.ngrams import Track, show_nothing
 from preprocess.sources.rows import SHARES, TEXTS, TURNS
 
 PAIRS = pl.Schema(
@@ -66,7 +65,6 @@ def make_pairs(
     rows: pl.DataFrame,
     folds: int,
     threshold: float,
-    track: Track = show_nothing,
     test_share: float = 0.0,
 ) -> Pairs:
     """Make pairs of usable rows: judgements united, prompts grouped, groups spread over folds.
@@ -75,7 +73,6 @@ def make_pairs(
         rows: The facts of usable rows with their positions, as stream.read_facts gives them.
         folds: The number of folds.
         threshold: The Jaccard similarity from which on two prompts share a group.
-        track: Shows the progress.
         test_share: The share of the groups of training rows that are drawn into the lockbox.
     """
     table, united = unite_judgements(rows)
@@ -83,7 +80,7 @@ def make_pairs(
 
     # A group is known by its root, the place of its earliest prompt, of which its number is a hash.
     prompts = table["prompt_text"]
-    roots = group_prompts(prompts, threshold, track).tolist()
+    roots = group_prompts(prompts, threshold).tolist()
     number_by_root = {root: group_number(prompts[root]) for root in set(roots)}
     group = pl.Series([number_by_root[root] for root in roots], dtype=pl.Int64)
     fold = group % folds

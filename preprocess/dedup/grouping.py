@@ -12,6 +12,7 @@ are not similar.
 import numpy as np
 import polars as pl
 
+from preprocess.core.progress import show_progress
 from preprocess.dedup.minhash import (
     PERMUTATIONS,
     SEED,
@@ -21,12 +22,7 @@ from preprocess.dedup.minhash import (
     hash_band,
     select_likely,
 )
-from preprocess.dedup.ngrams import (
-    Track,
-    find_first_copies,
-    jaccard,
-    show_nothing,
-)
+from preprocess.dedup.ngrams import find_first_copies, jaccard
 from preprocess.dedup.partners import find_partners, list_pairs
 
 # Pairs are drawn at random as long as more of them than this are united.
@@ -67,13 +63,12 @@ class UnionFind:
         self._parents[given_up] = root
 
 
-def group_prompts(texts: pl.Series, threshold: float, track: Track = show_nothing) -> np.ndarray:
+def group_prompts(texts: pl.Series, threshold: float) -> np.ndarray:
     """Group normalised prompts.
 
     Args:
         texts: Normalised prompts, in the order in which they were added.
         threshold: Jaccard similarity, 0.5 to 1, from which on two prompts share a group.
-        track: Shows the progress.
 
     Returns:
         The root of each prompt's group, the position of its earliest prompt: int64 (prompts,).
@@ -86,8 +81,8 @@ def group_prompts(texts: pl.Series, threshold: float, track: Track = show_nothin
     first_copies = find_first_copies(texts)
     text_positions, text_of_prompt = np.unique(first_copies, return_inverse=True)
 
-    grouping = _Grouping(texts.gather(text_positions), threshold, track)
-    grouping.unite_similar_texts(track)
+    grouping = _Grouping(texts.gather(text_positions), threshold)
+    grouping.unite_similar_texts()
 
     # Back from numbers of texts to positions of prompts.
     root_of_text = text_positions[grouping.sets.find_roots()]
@@ -97,9 +92,9 @@ def group_prompts(texts: pl.Series, threshold: float, track: Track = show_nothin
 class _Grouping:
     """The groups of texts: `sets` has them as sets of the texts' numbers."""
 
-    def __init__(self, texts: pl.Series, threshold: float, track: Track):
+    def __init__(self, texts: pl.Series, threshold: float):
         self.sets = UnionFind(len(texts))
-        self._signatures: Signatures = compute_signatures(texts, track)
+        self._signatures: Signatures = compute_signatures(texts)
         self._threshold = threshold
         self._texts = texts
         self._text_count = len(texts)
@@ -109,7 +104,7 @@ class _Grouping:
         # earlier: of 100 texts, 12 and 7 are the pair 1207.
         self._unlike = np.zeros(0, np.int64)
 
-    def unite_similar_texts(self, track: Track) -> None:
+    def unite_similar_texts(self) -> None:
         """Unite the texts that are similar.
 
         A text's signature is cut into bands, and each band is hashed to a key. Texts that share a key in
@@ -122,12 +117,12 @@ class _Grouping:
         band_starts = range(0, latest_start + 1, band_rows)
 
         # Where most texts of a key are alike, a few partners drawn at random unite them.
-        for band_start in track(band_starts, "finding prompts that look alike"):
+        for band_start in show_progress(band_starts, "finding prompts that look alike"):
             keys = hash_band(self._signatures.hashes, band_start, band_rows)
             self._unite_drawn_pairs(keys)
 
         # What these left apart is compared in full.
-        for band_start in track(band_starts, "comparing prompts that look alike"):
+        for band_start in show_progress(band_starts, "comparing prompts that look alike"):
             keys = hash_band(self._signatures.hashes, band_start, band_rows)
             self._unite_all_pairs(keys)
 

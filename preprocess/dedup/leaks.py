@@ -10,12 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from preprocess.dedup.ngrams import (
-    Track,
-    find_first_copies,
-    jaccard,
-    show_nothing,
-)
+from preprocess.dedup.ngrams import find_first_copies, jaccard
 from preprocess.dedup.prefix_filter import (
     ROUNDING,
     GramCounts,
@@ -55,7 +50,6 @@ def find_leaks(
     texts: pl.Series,
     places: np.ndarray,
     threshold: float,
-    track: Track = show_nothing,
 ) -> list[Leak]:
     """Compare prompts that stand in different places.
 
@@ -64,13 +58,12 @@ def find_leaks(
         places: Where each stands: the number of its fold, from 0 on, or -1, -2, … for a file
             outside of the folds. Two such files may share prompts.
         threshold: Jaccard similarity, 0.5 to 1, from which on two prompts are a leak.
-        track: Shows the progress.
 
     Returns:
         The leaks, the most similar first.
     """
     positions = _drop_copies(texts, places)
-    counts = count_grams(texts.gather(positions), track)
+    counts = count_grams(texts.gather(positions))
 
     # The search numbers the texts by size, those with the fewest n-grams first: its text i is the
     # prompt at positions[i].
@@ -85,7 +78,7 @@ def find_leaks(
 
     leaks = []
     for window in split_by_size(counts_by_size.size, threshold):
-        pairs = _find_pairs(window, texts_by_size, places_by_size, counts_by_size, threshold, track)
+        pairs = _find_pairs(window, texts_by_size, places_by_size, counts_by_size, threshold)
         for longer, shorter in pairs:
             similarity = jaccard(texts_by_size[longer], texts_by_size[shorter])
             if similarity < threshold:
@@ -105,17 +98,16 @@ def _find_pairs(
     places: np.ndarray,
     counts: GramCounts,
     threshold: float,
-    track: Track,
 ) -> Iterator[tuple[int, int]]:
     """Yield the longer and the shorter text of each pair of a window that may reach the threshold."""
     # The index is a local variable, so that its memory is free before the next window's index is
     # built.
     members = slice(window.begin, window.end)
     counts_of_members = GramCounts(counts.size[members], counts.frequency)
-    index = build_prefix_index(texts[members], counts_of_members, places[members], threshold, track)
+    index = build_prefix_index(texts[members], counts_of_members, places[members], threshold)
 
     # The index numbers the window's texts from 0 on.
-    for longer, shorter in find_candidates(index, threshold, window.first_longer, track):
+    for longer, shorter in find_candidates(index, threshold, window.first_longer):
         yield window.begin + longer, window.begin + shorter
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import polars as pl
 from rensa import RMinHash
 
-from preprocess.dedup.ngrams import FACTOR, Track, gram_codes
+from preprocess.core.progress import show_progress
+from preprocess.dedup.ngrams import FACTOR, gram_codes
 
 PERMUTATIONS = 256
 SEED = 42
@@ -40,12 +41,12 @@ class Signatures:
     gram_counts: np.ndarray  # int32 (texts,): how many different n-grams each has
 
 
-def compute_signatures(texts: pl.Series, track: Track) -> Signatures:
+def compute_signatures(texts: pl.Series) -> Signatures:
     """Compute the MinHash signatures of normalised texts."""
     hashes = np.zeros((len(texts), PERMUTATIONS), np.uint16)
     gram_counts = np.zeros(len(texts), np.int32)
 
-    for start in track(range(0, len(texts), BATCH_TEXTS), "hashing prompts"):
+    for start in show_progress(range(0, len(texts), BATCH_TEXTS), "hashing prompts"):
         batch = texts[start : start + BATCH_TEXTS]
         codes = [gram_codes(text) for text in batch]
 

@@ -5,15 +5,11 @@ is its own only n-gram. N-grams are compared by hashes of 64 bits, which is ten 
 """
 
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
 import polars as pl
-
-# How the searches report their progress: takes the steps of a loop and a label, yields the steps, and
-# may draw a bar meanwhile.
-Track = Callable[[Iterable, str], Iterable]
 
 GRAM = 5
 
@@ -23,11 +19,6 @@ PADDING = 0x110000
 # Odd 64-bit constants with well mixed bits: of Knuth's golden ratio hash, and of SplitMix64.
 FACTOR = np.uint64(0x9E3779B97F4A7C15)
 MIX = np.uint64(0xBF58476D1CE4E5B9)
-
-
-def show_nothing(steps: Iterable, label: str) -> Iterable:
-    """Return the steps: the Track of a caller that wants no progress bar."""
-    return steps
 
 
 def normalise(turns: Sequence[str]) -> str:
