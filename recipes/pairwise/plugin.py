@@ -121,7 +121,6 @@ class PairwisePlugin(BasePlugin):
         """
         self.block = run_config.check_run(cfg, self.recipe)
         run_config.set_accumulation_steps(cfg, self.block)
-        wandb_run.name_run(cfg, Path(self.resolved["output_dir"]))
         wandb_run.check(cfg)
         checkpointing = zero3.checkpointing_kwargs(cfg)
         if cfg.get("deepspeed"):
@@ -135,6 +134,7 @@ class PairwisePlugin(BasePlugin):
     def _set_keys(self, cfg, empty_model, checkpointing: dict) -> None:
         """Set the keys of Axolotl's that follow from the block, the base model and this machine."""
         run_config.set_fixed_keys(cfg, self.block, self.recipe, checkpointing)
+        wandb_run.name_run(cfg)
 
         # A base model that has a classification head may keep it.
         has_adapter = bool(cfg.get("lora_model_dir"))

@@ -68,16 +68,15 @@ def is_ready() -> bool:
     return login is not None
 
 
-def name_run(cfg: dict, folder: Path) -> None:
+def name_run(cfg: dict) -> None:
     """Name the run after its folder, unless the recipe does: R for outputs/R, R/fold-0 for outputs/R/fold-0.
 
-    The folds or trials of a recipe are one group: the part before the first slash. To be called before `check`:
-    wandb reads the environment once.
+    The folds or trials of a recipe are one group: the part before the first slash.
     """
     if not cfg.get("wandb_project"):
         return
 
-    folder = folder.absolute()
+    folder = Path(cfg["output_dir"]).absolute()
     parts = [folder.name]
     # The name of a fold or a trial says nothing alone: those of the folders around it are put before it.
     while TRIAL.fullmatch(parts[0]) or parts[0].startswith("fold-"):
