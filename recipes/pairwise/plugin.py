@@ -134,7 +134,6 @@ class PairwisePlugin(BasePlugin):
     def _set_keys(self, cfg, empty_model, checkpointing: dict) -> None:
         """Set the keys of Axolotl's that follow from the block, the base model and this machine."""
         run_config.set_fixed_keys(cfg, self.block, self.recipe, checkpointing)
-        wandb_run.name_run(cfg)
 
         # A base model that has a classification head may keep it.
         has_adapter = bool(cfg.get("lora_model_dir"))
@@ -205,7 +204,9 @@ class PairwisePlugin(BasePlugin):
         )
 
     def pre_model_load(self, cfg):
-        """Seed, so that every process starts from the same fresh head and adapter."""
+        """Start the tracking; and seed, so that every process starts from the same fresh head and adapter."""
+        with stopping_on_errors(self.recipe):
+            wandb_run.start(cfg, self.resolved, self.contract)
         set_seed(find_seed(cfg))
 
     def post_model_build(self, cfg, model):
@@ -329,7 +330,7 @@ class PairwisePlugin(BasePlugin):
                 self.block.pairs,
                 **begun_from,
             )
-            wandb_run.finish()
+            wandb_run.finish(folder)
 
     def _save_weights(self, folder: Path, model) -> None:
         """Save the weights before Axolotl does: whatever goes wrong while predicting must not cost them."""

@@ -1,4 +1,4 @@
-"""What a run leaves in wandb, and that nothing of wandb can hold up or end a training."""
+"""What a run leaves in wandb, read back from an offline run; and that nothing of wandb can hold up or end a training."""
 
 import os
 from pathlib import Path
@@ -10,35 +10,67 @@ import yaml
 from axolotl.utils.dict import DictDefault
 
 from preprocess.core.errors import UserError
+from preprocess.core.files import read_json
 from recipes.pairwise.config.schema import recipe_problems
 from recipes.pairwise.tracking import wandb_run
 from tests import forked, tiny
 from tests.conftest import ROOT
+from tests.recipes import offline_run
 from tests.recipes.config.test_schema import GOOD
 
 KEY = "local-" + "0123456789abcdef" * 3
 
 
-def train(folder: Path, base: Path, environment: dict, **changes) -> forked.Ended:
-    """Train the demo's twin on forty pairs in `folder`, where wandb writes too."""
+def train(folder: Path, base: Path, environment: dict, options: dict | None = None, **changes) -> forked.Ended:
+    """Train the demo's twin on forty pairs in `folder`, where wandb writes too; `options` are the command line's."""
     pairs = tiny.pairs_parquet(folder / "pairs.parquet", 40)
     recipe = tiny.twin(ROOT / "recipes/demo.yml", folder, base, pairs)
     recipe.write_text(yaml.safe_dump(yaml.safe_load(recipe.read_text()) | changes))
     home = {"HOME": str(folder / "home"), "WANDB_DIR": str(folder)}
-    return forked.axolotl("train", recipe, home | environment)
+    return forked.axolotl("train", recipe, home | environment, **(options or {}))
 
 
-def test_a_tracked_run_logs_every_evaluation_and_neither_the_key_nor_a_row_of_the_data(tiny_models, tmp_path):
+@pytest.fixture(scope="module")
+def tracked(tiny_models, tmp_path_factory):
+    """The folder of a run that was tracked offline, on a machine with a key; evaluated every two steps and at the end."""
+    folder = tmp_path_factory.mktemp("tracked")
     changes = {"wandb_project": "arena", "eval_strategy": "steps", "eval_steps": 2, "logging_steps": 1}
-    ended = train(tmp_path, tiny_models("gemma2"), {"WANDB_MODE": "offline", "WANDB_API_KEY": KEY}, **changes)
+    environment = {"WANDB_MODE": "offline", "WANDB_API_KEY": KEY}
+    ended = train(folder, tiny_models("gemma2"), environment, {"learning_rate": "0.002"}, **changes)
     assert ended.code == 0, ended.output[-3000:]
-    [record] = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
-    content = record.read_bytes()
-    # After two steps, after the last one, and of the saved model.
-    assert content.count(b"eval/flip_rate") >= 3
-    prompt = pl.read_parquet(tmp_path / "pairs.parquet")["prompt"][0][0]
-    for file in (tmp_path / "wandb").rglob("*"):
-        assert not file.is_file() or not any(secret in file.read_bytes() for secret in (KEY.encode(), prompt.encode()))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tracked):
+    return offline_run.read(tracked / "wandb")
+
+
+def test_the_config_holds_recipe_contract_and_git(tracked, run):
+    assert (run.project, run.name, run.group, run.job_type, run.has_ended) == ("arena", "demo", "demo", "train", True)
+    assert run.config["recipe"] == yaml.safe_load((tracked / "demo.yml").read_text()) | {"learning_rate": 0.002}
+    contract = read_json(tracked / "demo/contract.json")
+    assert len(contract.pop("golden")) == 20
+    assert run.config["contract"] == contract
+    commit = contract["recorded"]["git_commit"]
+    git = {"commit": commit.removesuffix("-dirty"), "dirty": commit.endswith("-dirty")}
+    assert run.config["git"] == (git if commit != "unknown" else {"commit": None, "dirty": None})
+
+
+def test_each_evaluation_is_logged_and_the_last_is_that_of_the_run_folder(tracked, run):
+    evaluations = [row for row in run.history if "eval/accuracy" in row]
+    assert [row["train/global_step"] for row in evaluations] == [2, 3, 3]  # the last is of the saved model
+    written = read_json(tracked / "demo/metrics.json")
+    assert run.summary["metrics"] == written
+    for name in ("accuracy", "log_loss", "flip_rate"):
+        assert evaluations[-1][f"eval/{name}"] == written[name]
+
+
+def test_neither_the_key_nor_a_row_of_the_data_is_in_wandbs_files(tracked):
+    prompt = pl.read_parquet(tracked / "pairs.parquet")["prompt"][0][0]
+    files = [path for path in (tracked / "wandb").rglob("*") if path.is_file()]
+    assert len(files) >= 3
+    assert [path for path in files if KEY.encode() in path.read_bytes() or prompt.encode() in path.read_bytes()] == []
 
 
 def test_a_recipe_without_a_project_says_nothing_of_wandb_and_leaves_nothing(tiny_models, tmp_path):
@@ -79,6 +111,11 @@ def _check(folder: Path) -> str:
     return "ready"
 
 
+def test_wandb_without_a_project_is_refused():
+    with pytest.raises(UserError, match="use_wandb: names no project; set wandb_project instead"):
+        wandb_run.check(DictDefault({"use_wandb": True}))
+
+
 def test_when_wandb_s_process_dies_the_training_goes_on(tmp_path):
     """wandb's own calls raise ConnectionResetError then; transformers' callback would hand that on to the training."""
     found = in_a_process(_log_after_the_end_of_wandb, tmp_path, {"WANDB_MODE": "offline"})
@@ -103,7 +140,7 @@ def _log_after_the_end_of_wandb(folder: Path) -> str:
         raised = type(error).__name__
     callback.on_log(arguments, state, control, logs={"loss": 1.0})
     callback.on_train_end(arguments, state, control)
-    wandb_run.finish()
+    wandb_run.finish(folder)
     silent = "silent" if callback._wandb is None else "not silent"
     return f"wandb.log raises {raised}; the rest went on, and the callback is {silent}"
 
@@ -124,17 +161,21 @@ def _into_a_file(function, folder: Path, environment: dict) -> None:
     (folder / "returned").write_text(function(folder))
 
 
-@pytest.mark.parametrize("name", ["gemma2_cls", "gemma2_cls/fold-3", "gemma2_cls/sweep0012", "gemma2_cls/sweep0012/fold-0"])
-def test_folds_and_trials_go_by_their_run_s_name(name, monkeypatch):
-    monkeypatch.setenv("WANDB_RUN_GROUP", "")
-    monkeypatch.setenv("WANDB_FINISH_TIMEOUT", "5")
-    cfg = {"wandb_project": "arena", "output_dir": f"outputs/{name}"}
-    wandb_run.name_run(cfg)
-    assert (cfg["wandb_name"], os.environ["WANDB_RUN_GROUP"]) == (name, "gemma2_cls")
+def test_a_run_that_is_not_tracked_and_any_process_but_the_first_write_nothing(tmp_path, monkeypatch):
+    wandb_run.start({"output_dir": str(tmp_path)}, {}, None)
+    assert list(tmp_path.iterdir()) == []
 
-    named = cfg | {"wandb_name": "mine"}
-    wandb_run.name_run(named)
-    assert named["wandb_name"] == "mine"
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WANDB_MODE", "online")
+    cfg = DictDefault({"wandb_project": "arena", "output_dir": str(tmp_path)})
+    wandb_run.check(cfg)
+    wandb_run.start(cfg, {}, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["gemma2_cls", "gemma2_cls/fold-3", "gemma2_cls/sweep0012", "gemma2_cls/sweep0012/fold-0"])
+def test_folds_and_trials_go_by_their_run_s_name(name):
+    assert wandb_run.name_of(Path("outputs") / name) == name
 
 
 @pytest.mark.parametrize(
