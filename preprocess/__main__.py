@@ -9,13 +9,12 @@ from pathlib import Path
 
 import click
 import polars as pl
-from rich.progress import track
 
 from preprocess import report
 from preprocess.core import ledger
 from preprocess.core.errors import UserError, exits_with_2
 from preprocess.core.files import atomic_file
-from preprocess.dedup.leaks import Leak, LeakReport, find_leaks
+from preprocess.dedup.leaks import Leak, find_leaks
 from preprocess.dedup.ngrams import normalise
 from preprocess.pairs import Pairs, make_pairs
 from preprocess.sources.reader import read_prompts
@@ -124,13 +123,13 @@ def main(  # noqa: PLR0913  an argument for each option
     inputs = list_sources(sources, extra, pool, test)
     _check_paths([source.path for source in inputs], out, rejected_path, against)
     held_back = {path: read_prompts(path) for path in against}
-    rows = read_facts(inputs, _track)
+    rows = read_facts(inputs)
     usable = rows.filter(pl.col("reason").is_null())
     # What the report and the ledger say of rows that are no pairs; not the prompts, which would stay in memory.
     rows = rows.select("file", "source", "role", "reason")
 
     test_share = test if isinstance(test, float) else 0.0
-    pairs = make_pairs(usable, folds, threshold, _track, test_share)
+    pairs = make_pairs(usable, folds, threshold, test_share)
     del usable
 
     console = report.console()
@@ -139,12 +138,12 @@ def main(  # noqa: PLR0913  an argument for each option
         console.print(line, soft_wrap=True)
 
     # Nothing is written before this has passed.
-    leak_report = _check_leaks(pairs, held_back, threshold)
+    _check_leaks(pairs, held_back, threshold)
     against_names = [path.name for path in against]
-    console.print(report.no_leaks(leak_report, threshold, against_names), soft_wrap=True)
+    console.print(report.no_leaks(threshold, against_names), soft_wrap=True)
 
     with atomic_file(rejected_path) as temporary_rejected, atomic_file(out) as temporary:
-        write_pairs(inputs, pairs, temporary, temporary_rejected, _track)
+        write_pairs(inputs, pairs, temporary, temporary_rejected)
     rejected = rows["reason"].count() + pairs.dropped.height
     console.print(
         f"wrote {out} ({pairs.table.height:,} pairs) and {rejected_path} ({rejected:,} rows)",
@@ -177,14 +176,7 @@ def list_sources(
     pool: Iterable[Path],
     test: float | Path | None,
 ) -> list[Source]:
-    """List the files to read with the role of their rows, training rows first: their prompts name the groups.
-
-    Args:
-        sources: Files of rows to train on and validate on.
-        extra: Files of rows to train on only.
-        pool: Files of rows without a verdict.
-        test: The file of the lockbox, if it is one; a share is drawn from the training rows.
-    """
+    """List the files to read with the role of their rows, training rows first: their prompts name the groups."""
     inputs = [Source(path, "train") for path in sources]
     inputs += [Source(path, "extra") for path in extra]
     inputs += [Source(path, "pool") for path in pool]
@@ -196,14 +188,7 @@ def list_sources(
 def _check_paths(
     sources: Iterable[Path], out: Path, rejected_path: Path, against: Iterable[Path]
 ) -> None:
-    """Raise UserError where a file would be overwritten or read twice.
-
-    Args:
-        sources: The files that are read.
-        out: pairs.parquet.
-        rejected_path: The file of rejected rows beside it.
-        against: The files that sources are compared with.
-    """
+    """Raise UserError where a file would be overwritten or read twice."""
     if out.suffix != ".parquet":
         raise UserError(f"--out {out}: expected a name that ends in .parquet")
 
@@ -216,16 +201,8 @@ def _check_paths(
         used_paths.add(path.resolve())
 
 
-def _check_leaks(pairs: Pairs, held_back: dict[Path, pl.DataFrame], threshold: float) -> LeakReport:
+def _check_leaks(pairs: Pairs, held_back: dict[Path, pl.DataFrame], threshold: float) -> None:
     """Check that no prompt of one fold, of the lockbox or of a held-back file is like one that stands elsewhere.
-
-    Args:
-        pairs: The pairs.
-        held_back: id and prompt of each file that no source may share a prompt with.
-        threshold: The similarity from which on two prompts are alike.
-
-    Returns:
-        The report of the comparison, which found no leak.
 
     Raises:
         UserError: Prompts in two places are alike. They are printed first.
@@ -235,14 +212,14 @@ def _check_leaks(pairs: Pairs, held_back: dict[Path, pl.DataFrame], threshold: f
     last_fold = pairs.table["fold"].max() or 0
     lockbox = last_fold + 1
     prompts = _list_prompts(pairs, held_back, lockbox)
-    leak_report = find_leaks(prompts["prompt_text"], prompts["place"].to_numpy(), threshold, _track)
-    if not leak_report.leaks:
-        return leak_report
+    leaks = find_leaks(prompts["prompt_text"], prompts["place"].to_numpy(), threshold)
+    if not leaks:
+        return
 
     # Show the leaks, and end the command before anything is written.
-    report.console(sys.stderr).print(report.leaks_table(leak_report.leaks, prompts))
+    report.console(sys.stderr).print(report.leaks_table(leaks, prompts))
     held_back_names = [path.name for path in held_back]
-    advice = _advise_on_leaks(leak_report.leaks, prompts["place"], lockbox, held_back_names)
+    advice = _advise_on_leaks(leaks, prompts["place"], lockbox, held_back_names)
     raise UserError(
         f"leak report: prompts of similarity {threshold:g} or more stand apart: {'; '.join(advice)}. Nothing was written. "
         f"To accept prompts this much alike, raise --threshold above their similarity"
@@ -260,9 +237,6 @@ def _advise_on_leaks(
             file.
         lockbox: The number that stands for the lockbox as a place.
         held_back_names: The names of the held-back files.
-
-    Returns:
-        A text for each kind of leak that there is.
     """
     into_files = 0
     into_lockbox = 0
@@ -296,11 +270,6 @@ def _advise_on_leaks(
 def _list_prompts(pairs: Pairs, held_back: dict[Path, pl.DataFrame], lockbox: int) -> pl.DataFrame:
     """List all prompts, those of the pairs first, with the place in which each stands.
 
-    Args:
-        pairs: The pairs of all sources.
-        held_back: By file, the ids and prompts that no source may share.
-        lockbox: The number that stands for the lockbox as a place.
-
     Returns:
         A frame of id, prompt_text (normalised), place (a number, as find_leaks wants it) and
         place_name (for messages). With two folds, a lockbox and two held-back files, the places
@@ -325,17 +294,6 @@ def _list_prompts(pairs: Pairs, held_back: dict[Path, pl.DataFrame], lockbox: in
         )
         tables.append(columns)
     return pl.concat(tables)
-
-
-def _track(steps: Iterable, label: str) -> Iterable:
-    """Draw a progress bar on a terminal; elsewhere nothing."""
-    return track(
-        steps,
-        label,
-        console=report.console(sys.stderr),
-        transient=True,
-        disable=not sys.stderr.isatty(),
-    )
 
 
 if __name__ == "__main__":

@@ -29,11 +29,7 @@ HASH_BYTES = 16
 
 
 def extract_facts(rows: pl.DataFrame) -> pl.DataFrame:
-    """Extract the facts of rows: a frame of the columns FACTS.
-
-    Args:
-        rows: Of the schema sources.rows.ROWS, and any other columns, which are kept.
-    """
+    """Extract the facts of rows: a frame of the columns FACTS."""
     # A row with a reason cannot be used; all that follows from its texts is null.
     descriptions = []
     for prompt, response_a, response_b, reason in rows.select(*TEXTS, "reason").iter_rows():

@@ -9,7 +9,7 @@ first judgement: the weight is the number of votes, p_* are their shares, and th
 (tie if two have as many). An id that an earlier row has already becomes `source:id`, then `source:id:2` and so on.
 
 A group's number is a hash of its earliest prompt, and its fold is the remainder of that number. So rows that are added after
-the others move no pair, unless they join two groups: then the younger one moves, and the report says so.
+the others move no pair, unless they join two groups: then the younger one moves.
 """
 
 import hashlib
@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import polars as pl
 
 from preprocess.dedup.grouping import group_prompts
-from preprocess.dedup.ngrams import Track, show_nothing
 from preprocess.sources.rows import SHARES, TEXTS, TURNS
 
 PAIRS = pl.Schema(
@@ -53,21 +52,11 @@ EQUAL_SHARES = 1e-9
 
 
 @dataclass(frozen=True)
-class Joined:
-    """Two groups of earlier files that a later file joined."""
-
-    id: str  # the earliest pair of the younger group
-    fold_before: int  # its fold in an earlier run
-    fold_now: int  # its fold, that of the older group
-
-
-@dataclass(frozen=True)
 class Pairs:
     """The pairs of all sources."""
 
     # One row a pair: the columns of PAIRS but for the texts, beside those of the facts.
     table: pl.DataFrame
-    joined: tuple[Joined, ...]  # groups that a later file joined
     united: dict[str, int]  # by source, the number of its rows that became part of an earlier row
     dropped: pl.DataFrame  # likewise, with a reason: those left out for the lockbox's sake
 
@@ -76,7 +65,6 @@ def make_pairs(
     rows: pl.DataFrame,
     folds: int,
     threshold: float,
-    track: Track = show_nothing,
     test_share: float = 0.0,
 ) -> Pairs:
     """Make pairs of usable rows: judgements united, prompts grouped, groups spread over folds.
@@ -85,26 +73,17 @@ def make_pairs(
         rows: The facts of usable rows with their positions, as stream.read_facts gives them.
         folds: The number of folds.
         threshold: The Jaccard similarity from which on two prompts share a group.
-        track: Shows the progress.
         test_share: The share of the groups of training rows that are drawn into the lockbox.
     """
     table, united = unite_judgements(rows)
     ids = _make_ids_unique(table["id"].to_list(), table["source"].to_list())
 
-    prompts = table["prompt_text"]
-    file_numbers = table["file"].rle_id().to_numpy()
-    groups = group_prompts(prompts, threshold, file_numbers, track)
-
     # A group is known by its root, the place of its earliest prompt, of which its number is a hash.
-    roots = groups.root.tolist()
+    prompts = table["prompt_text"]
+    roots = group_prompts(prompts, threshold).tolist()
     number_by_root = {root: group_number(prompts[root]) for root in set(roots)}
     group = pl.Series([number_by_root[root] for root in roots], dtype=pl.Int64)
     fold = group % folds
-
-    joined = []
-    for _, given_up in groups.joined:
-        fold_before = group_number(prompts[given_up]) % folds
-        joined.append(Joined(table["id"][given_up], fold_before, fold[given_up]))
 
     # The lockbox comes last: what is like one of its prompts is dropped.
     unique_ids = pl.Series(ids, dtype=pl.String)
@@ -116,20 +95,13 @@ def make_pairs(
     types = {name: dtype for name, dtype in PAIRS.items() if name not in TEXTS}
     return Pairs(
         table=table.filter(~is_dropped).cast(types),
-        joined=tuple(joined),
         united=united,
         dropped=dropped,
     )
 
 
 def draw_lockbox(table: pl.DataFrame, folds: int, share: float) -> pl.DataFrame:
-    """Move a share of the groups of training rows into the lockbox, and take lockbox rows out of the folds.
-
-    Args:
-        table: Pairs with role, group and fold.
-        folds: The number of folds.
-        share: The share of the groups, 0 for none.
-    """
+    """Move a share of the groups of training rows into the lockbox, and take lockbox rows out of the folds."""
     # Each group draws a lot from 0 to 9,999. The lot is a part of the group's number, a hash, so that
     # rows that are added later change no lot. It comes from the quotient of number and folds: the
     # fold is the remainder, and so all folds lose about the same share of their groups.

@@ -11,9 +11,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from preprocess.dedup.leaks import Leak, LeakReport
+from preprocess.dedup.leaks import Leak
 from preprocess.model_input import VERDICTS
-from preprocess.pairs import Joined, Pairs, name_sources
+from preprocess.pairs import Pairs, name_sources
 
 PIPED_WIDTH = 100
 LEAKS_SHOWN = 20
@@ -37,10 +37,6 @@ def sources_table(rows: pl.DataFrame, pairs: Pairs) -> Table:
 
     The column `again` counts rows that judge a pair of an earlier row. A, B, tie and longer are the
     shares of pairs that A, B, nobody and the longer response won.
-
-    Args:
-        rows: All rows that were read, with source, role and, where one cannot be used, a reason.
-        pairs: What was made of them.
     """
     table = Table(box=box.SIMPLE_HEAD)
     for heading in HEADINGS:
@@ -70,13 +66,7 @@ def sources_table(rows: pl.DataFrame, pairs: Pairs) -> Table:
 
 
 def _describe_rows(rows: pl.DataFrame, kept: pl.DataFrame, united: int) -> list[str]:
-    """Write the cells of a line of the table, but for its name.
-
-    Args:
-        rows: The rows of a source.
-        kept: The pairs that were made of them.
-        united: How many rows became part of an earlier pair.
-    """
+    """Write the cells of a line of the table, but for its name."""
     # Rows that can be used have no reason. The commonest reason comes first.
     counts = rows["reason"].drop_nulls().value_counts()
     counts = counts.sort(["count", "reason"], descending=[True, False])
@@ -130,13 +120,7 @@ def _format_percent(share: float | None) -> str:
 
 
 def summary(pairs: Pairs, folds: int, threshold: float) -> list[str]:
-    """Say in a few lines how the pairs were grouped and spread over folds.
-
-    Args:
-        pairs: The pairs.
-        folds: The number of folds.
-        threshold: The similarity from which on two prompts share a group.
-    """
+    """Say in a few lines how the pairs were grouped and spread over folds."""
     table = pairs.table
     lines = [_describe_groups(table, threshold)]
 
@@ -156,21 +140,7 @@ def summary(pairs: Pairs, folds: int, threshold: float) -> list[str]:
     if pairs.dropped.height > 0:
         rows_dropped = _count(pairs.dropped.height, "row")
         lines.append(f"dropped because their prompt is like one of the lockbox: {rows_dropped}")
-
-    for joined in pairs.joined:
-        lines.append(_describe_joined(joined))
     return lines
-
-
-def _describe_joined(joined: Joined) -> str:
-    """Say that a later file joined two groups, and whether the younger one moves to a new fold."""
-    change = "stays in"
-    if joined.fold_now != joined.fold_before:
-        change = f"moves from fold {joined.fold_before} to"
-    return (
-        f"a later file joined two groups of earlier ones: "
-        f"the group of {joined.id} {change} fold {joined.fold_now}"
-    )
 
 
 def _describe_groups(table: pl.DataFrame, threshold: float) -> str:
@@ -186,32 +156,15 @@ def _describe_groups(table: pl.DataFrame, threshold: float) -> str:
     )
 
 
-def no_leaks(report: LeakReport, threshold: float, against: list[str]) -> str:
-    """Write the line that is printed after a comparison of prompts that found no leak.
-
-    Args:
-        report: The result of the comparison.
-        threshold: The similarity from which on two prompts would be a leak.
-        against: The names of the held-back files.
-    """
+def no_leaks(threshold: float, against: list[str]) -> str:
+    """Write the line that is printed after a comparison of prompts that found no leak."""
     searched = "in a different fold"
     if against:
         searched = f"{searched} or in {', '.join(against)}"
-    line = f"leak report: no prompt has another of similarity {threshold:g} or more {searched}"
-    if report.compared == 0:
-        return line
-
-    # How near the search came shows that it did look.
-    closest = _format_similarity(report.closest)
-    return f"{line}; the closest of {report.compared:,} that came near: {closest}"
+    return f"leak report: no prompt has another of similarity {threshold:g} or more {searched}"
 
 
-def _format_similarity(similarity: float) -> str:
-    """Return three decimals, rounded down, so that what is below the threshold never reads as if it had reached it."""
-    return f"{int(similarity * 1000) / 1000:.3f}"
-
-
-def leaks_table(leaks: tuple[Leak, ...], prompts: pl.DataFrame) -> Table:
+def leaks_table(leaks: list[Leak], prompts: pl.DataFrame) -> Table:
     """Build the table of the first LEAKS_SHOWN leaks.
 
     Args:
@@ -234,7 +187,7 @@ def leaks_table(leaks: tuple[Leak, ...], prompts: pl.DataFrame) -> Table:
         both_prompts = prompts[[leak.first, leak.second]]
         openings = [snippet(text, SNIPPET) for text in both_prompts["prompt_text"]]
         table.add_row(
-            _format_similarity(leak.similarity),
+            f"{leak.similarity:.3f}",
             "\n".join(both_prompts["place_name"]),
             "\n".join(both_prompts["id"]),
             "\n".join(openings),

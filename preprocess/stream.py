@@ -13,7 +13,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from preprocess.core.errors import UserError
-from preprocess.dedup.ngrams import Track, show_nothing
+from preprocess.core.progress import show_progress
 from preprocess.facts import extract_facts
 from preprocess.pairs import PAIRS, REJECTED, Pairs
 from preprocess.sources.reader import read_batches
@@ -31,27 +31,21 @@ class Source:
     role: str
 
 
-def read_sources(sources: Iterable[Source], track: Track, verb: str) -> Iterator[pl.DataFrame]:
-    """Read all sources in batches with a column `position`, which counts the rows of all of them from 0.
-
-    Args:
-        sources: The files, in the order in which they were added.
-        track: Shows the progress.
-        verb: What is done with the batches, for the label of the progress.
-    """
+def read_sources(sources: Iterable[Source], verb: str) -> Iterator[pl.DataFrame]:
+    """Read all sources in batches with a column `position`, which counts the rows of all of them from 0."""
     rows_before = 0
     for source in sources:
         batches = read_batches(source.path, source.role)
-        for batch in track(batches, f"{verb} {source.path.name}"):
+        for batch in show_progress(batches, f"{verb} {source.path.name}"):
             yield batch.with_row_index("position", rows_before)
             rows_before += batch.height
             # PyArrow would keep the memory of most batches for itself.
             pa.default_memory_pool().release_unused()
 
 
-def read_facts(sources: Iterable[Source], track: Track = show_nothing) -> pl.DataFrame:
+def read_facts(sources: Iterable[Source]) -> pl.DataFrame:
     """Read all sources, and keep of each row its position and the columns facts.FACTS."""
-    return pl.concat(extract_facts(batch) for batch in read_sources(sources, track, "reading"))
+    return pl.concat(extract_facts(batch) for batch in read_sources(sources, "reading"))
 
 
 def write_pairs(
@@ -59,16 +53,8 @@ def write_pairs(
     pairs: Pairs,
     out: Path,
     rejected: Path,
-    track: Track = show_nothing,
 ) -> None:
     """Read the sources again, and write the pairs, and the rows that were rejected or dropped.
-
-    Args:
-        sources: As read_facts took them.
-        pairs: What was made of their facts.
-        out: The file of pairs to write.
-        rejected: The file of the other rows to write.
-        track: Shows the progress.
 
     Raises:
         UserError: A source was changed meanwhile.
@@ -79,7 +65,7 @@ def write_pairs(
         _open_writer(rejected, REJECTED) as rejected_file,
     ):
         # Each batch has some of the pairs, and some of the rejected rows.
-        for batch in read_sources(sources, track, "writing pairs of"):
+        for batch in read_sources(sources, "writing pairs of"):
             pairs_of_batch = select_pairs(batch, pairs.table)
             pairs_written += pairs_of_batch.height
             _write_rows(pair_file, pairs_of_batch)
@@ -93,12 +79,7 @@ def write_pairs(
 
 
 def select_pairs(rows: pl.DataFrame, pairs: pl.DataFrame) -> pl.DataFrame:
-    """Return the pairs that are among some rows, with their texts: a frame of the schema PAIRS.
-
-    Args:
-        rows: Rows of the sources, with their positions.
-        pairs: All pairs, without texts.
-    """
+    """Return the pairs that are among some rows, with their texts: a frame of the schema PAIRS."""
     # A pair has the position of its first row, whose texts are its own. The join leaves out all
     # other rows, since it keeps only positions that both frames have.
     texts = rows.select("position", *TEXTS)
@@ -107,12 +88,7 @@ def select_pairs(rows: pl.DataFrame, pairs: pl.DataFrame) -> pl.DataFrame:
 
 
 def select_rejected(rows: pl.DataFrame, dropped: pl.DataFrame) -> pl.DataFrame:
-    """Return those of some rows that cannot be used, and those that were dropped: the columns REJECTED.
-
-    Args:
-        rows: Rows of the sources, with their positions.
-        dropped: All pairs that were dropped, without texts.
-    """
+    """Return those of some rows that cannot be used, and those that were dropped: the columns REJECTED."""
     unusable = rows.filter(pl.col("reason").is_not_null())
 
     # Dropped rows get their texts back. The join keeps only positions that both frames have.

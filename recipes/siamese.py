@@ -17,7 +17,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 os.environ["KERAS_BACKEND"] = "tensorflow"
@@ -93,10 +92,6 @@ def read_options() -> argparse.Namespace:
 def read_rows(path: Path, columns: Sequence[str]) -> pl.DataFrame:
     """Read rows from a Parquet or CSV file; the turns of a conversation are joined by line breaks.
 
-    Args:
-        path: The file.
-        columns: The columns that it must have.
-
     Raises:
         UserError: The file cannot be read, lacks a column, is empty, or has an id twice.
     """
@@ -117,7 +112,7 @@ def read_rows(path: Path, columns: Sequence[str]) -> pl.DataFrame:
             f"{path}: no column {', '.join(missing_columns)}; expected {', '.join(columns)}"
         )
     if rows.is_empty():
-        raise UserError(f"{path}: no rows; expected {', '.join(columns)}")
+        raise UserError(f"{path}: no rows; export the file again")
 
     # pairs.parquet has a list of turns where a competition's file has a text.
     turns = pl.selectors.list() & pl.selectors.by_name(*TEXTS)
@@ -146,21 +141,6 @@ def add_targets(pairs: pl.DataFrame, path: Path) -> pl.DataFrame:
     return pairs
 
 
-@dataclass(frozen=True)
-class Parts:
-    """The pairs in three parts; no group of prompts stands in two of them.
-
-    Attributes:
-        training: Rows to train on.
-        stopping: Rows that say when to stop.
-        held_out: Rows to measure.
-    """
-
-    training: pl.DataFrame
-    stopping: pl.DataFrame
-    held_out: pl.DataFrame
-
-
 def choose_trainable(pairs: pl.DataFrame) -> pl.DataFrame:
     """Leave out the pool, which has no votes, and the lockbox, which nothing is trained on."""
     if "role" not in pairs.columns:
@@ -168,14 +148,15 @@ def choose_trainable(pairs: pl.DataFrame) -> pl.DataFrame:
     return pairs.filter(pl.col("role").is_in(["train", "extra"]))
 
 
-def split(pairs: pl.DataFrame, options: argparse.Namespace) -> Parts:
+def split(
+    pairs: pl.DataFrame, options: argparse.Namespace
+) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
     """Hold out a fold, and draw a tenth of the other groups of prompts to say when to stop.
 
     Extra rows are trained on, and never measured: neither held out nor a reason to stop.
 
-    Args:
-        pairs: Rows with role, group and fold.
-        options: The command line, of which fold, seed and batch_size count.
+    Returns:
+        Rows to train on, rows that say when to stop, and rows to measure.
 
     Raises:
         UserError: There is no such fold, or fewer training rows than a batch has.
@@ -200,25 +181,14 @@ def split(pairs: pl.DataFrame, options: argparse.Namespace) -> Parts:
         raise UserError(
             f"{options.pairs}: too few rows for --batch-size {options.batch_size}; lower it"
         )
-    return Parts(training, human_votes.filter(is_stopping), held_out)
+    return training, human_votes.filter(is_stopping), held_out
 
 
 # Token ids
 
 
-def find_tokenizer(path: Path | None, vocabulary: int, training: pl.DataFrame) -> Tokenizer:
-    """Read a tokenizer, or train a byte-level BPE.
-
-    Args:
-        path: A tokenizer.json; None to train one.
-        vocabulary: How many tokens a trained one has.
-        training: The rows that it is trained on.
-
-    Raises:
-        UserError: The file is no tokenizer.json.
-    """
-    if path is None:
-        return train_tokenizer(vocabulary, training)
+def read_tokenizer(path: Path) -> Tokenizer:
+    """Read a tokenizer.json; raise UserError where the file is none."""
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
@@ -231,12 +201,7 @@ def find_tokenizer(path: Path | None, vocabulary: int, training: pl.DataFrame) -
 
 
 def train_tokenizer(vocabulary: int, training: pl.DataFrame) -> Tokenizer:
-    """Train a byte-level BPE, whose tokens are frequent sequences of bytes, on the texts of the training rows.
-
-    Args:
-        vocabulary: How many tokens it has.
-        training: The training rows.
-    """
+    """Train a byte-level BPE, whose tokens are frequent sequences of bytes, on the texts of the training rows."""
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = byte_level
@@ -298,14 +263,7 @@ def join_side(prompt: list[int], response: list[int], tokens: int) -> list[int]:
 def make_ordered_batches(
     pairs: list[Sides], targets: np.ndarray, weights: np.ndarray, size: int
 ) -> tf.data.Dataset:
-    """Make batches in the order of the rows; rows of weight 0 fill up the last one.
-
-    Args:
-        pairs: The rows' token ids.
-        targets: What P(A) should be, (rows,).
-        weights: The rows' weights in the loss, (rows,).
-        size: Rows of a batch.
-    """
+    """Make batches in the order of the rows, with what P(A) should be; rows of weight 0 fill up the last one."""
     # So many rows are missing to a multiple of `size`.
     filler_count = -len(pairs) % size
     filler = ([SEPARATOR], [SEPARATOR])
@@ -316,11 +274,7 @@ def make_ordered_batches(
     targets = np.pad(targets, (0, filler_count))
     weights = np.pad(weights, (0, filler_count))
     batches = np.arange(len(filled)).reshape(-1, size)
-
-    def draw_batches() -> np.ndarray:
-        return batches
-
-    return make_dataset(filled, targets, weights, batches.shape, draw_batches)
+    return make_dataset(filled, targets, weights, batches.shape, lambda: batches)
 
 
 def make_shuffled_batches(
@@ -333,13 +287,6 @@ def make_shuffled_batches(
     """Make batches of rows of like length, in random order, others in each epoch.
 
     The rows that would not fill a batch are left out, other ones in each epoch.
-
-    Args:
-        pairs: The rows' token ids.
-        targets: What P(A) should be, (rows,).
-        weights: The rows' weights in the loss, (rows,).
-        size: Rows of a batch.
-        rng: Draws the rows and their order.
     """
     count = len(pairs) // size
     lengths = np.array([max(len(side_a), len(side_b)) for side_a, side_b in pairs])
@@ -361,15 +308,7 @@ def make_dataset(
     shape: tuple[int, int],
     draw_batches: Callable[[], np.ndarray],
 ) -> tf.data.Dataset:
-    """Make the dataset that Keras reads: ids of both sides, targets and weights of each batch.
-
-    Args:
-        pairs: The rows' token ids.
-        targets: (rows,).
-        weights: (rows,).
-        shape: The number of batches, and the rows of each.
-        draw_batches: Gives each batch's rows, an array of that shape, once in each epoch.
-    """
+    """Make the dataset that Keras reads: ids of both sides, targets and weights of each batch."""
     count, size = shape
 
     def generate():
@@ -424,25 +363,28 @@ def build_model(vocabulary: int, options: argparse.Namespace) -> keras.Model:
     return model
 
 
-def train(parts: Parts, tokenizer: Tokenizer, options: argparse.Namespace) -> keras.Model:
+def train(
+    training: pl.DataFrame,
+    stopping: pl.DataFrame,
+    tokenizer: Tokenizer,
+    options: argparse.Namespace,
+) -> keras.Model:
     """Train on every GPU, or on the logical CPUs where there is none.
 
     Raises:
         UserError: Batches cannot be divided among the devices, or the loss is not finite.
     """
-    sides = encode_rows(parts.training, tokenizer, options.tokens)
     training_batches = make_shuffled_batches(
-        sides,
-        parts.training["target"].to_numpy(),
-        parts.training["weight"].to_numpy(),
+        encode_rows(training, tokenizer, options.tokens),
+        training["target"].to_numpy(),
+        training["weight"].to_numpy(),
         options.batch_size,
         np.random.default_rng(options.seed),
     )
-    sides = encode_rows(parts.stopping, tokenizer, options.tokens)
     stopping_batches = make_ordered_batches(
-        sides,
-        parts.stopping["target"].to_numpy(),
-        parts.stopping["weight"].to_numpy(),
+        encode_rows(stopping, tokenizer, options.tokens),
+        stopping["target"].to_numpy(),
+        stopping["weight"].to_numpy(),
         options.batch_size,
     )
 
@@ -454,7 +396,7 @@ def train(parts: Parts, tokenizer: Tokenizer, options: argparse.Namespace) -> ke
     with tf.distribute.MirroredStrategy([device.name for device in devices]).scope():
         model = build_model(tokenizer.get_vocab_size(), options)
     print(
-        f"{model.count_params():,} weights, {len(devices)} device(s), {len(parts.training)} pairs; "
+        f"{model.count_params():,} weights, {len(devices)} device(s), {len(training)} pairs; "
         "ends where val_loss rises twice",
         flush=True,
     )
@@ -477,10 +419,6 @@ def train(parts: Parts, tokenizer: Tokenizer, options: argparse.Namespace) -> ke
 
 def predict(rows: pl.DataFrame, options: argparse.Namespace) -> pl.DataFrame:
     """Add the predicted probabilities to rows, by the model and the tokenizer in --out.
-
-    Args:
-        rows: Rows with id and the three texts.
-        options: The command line.
 
     Returns:
         The rows with p_VERDICT and the same of each order: both are equal by construction.
@@ -560,17 +498,15 @@ def collect_settings(options: argparse.Namespace) -> dict[str, object]:
 
 
 def run(pairs: pl.DataFrame, settings: dict[str, object], options: argparse.Namespace) -> None:
-    """Train, measure, and write the files of --out. The last one, metrics.json, vouches for the others.
-
-    Args:
-        pairs: The rows of the pairs file.
-        settings: As collect_settings gives them.
-        options: The command line.
-    """
+    """Train, measure, and write the files of --out. The last one, metrics.json, vouches for the others."""
     start = time.monotonic()
-    parts = split(add_targets(choose_trainable(pairs), options.pairs), options)
-    tokenizer = find_tokenizer(options.tokenizer, options.vocabulary, parts.training)
-    model = train(parts, tokenizer, options)
+    pairs = add_targets(choose_trainable(pairs), options.pairs)
+    training, stopping, held_out = split(pairs, options)
+    if options.tokenizer is None:
+        tokenizer = train_tokenizer(options.vocabulary, training)
+    else:
+        tokenizer = read_tokenizer(options.tokenizer)
+    model = train(training, stopping, tokenizer, options)
 
     # Nothing of an earlier run may vouch for this one.
     out = options.out
@@ -581,7 +517,7 @@ def run(pairs: pl.DataFrame, settings: dict[str, object], options: argparse.Name
     save_whole(out / "model.keras", keras.Model(model.inputs, model.outputs).save)
     end_of_training = time.monotonic()
 
-    held_out = predict(parts.held_out, options).sort("id")
+    held_out = predict(held_out, options).sort("id")
     table = held_out.select("id", "fold", "winner", "^p_.*$")
     save_whole(out / "predictions.parquet", table.write_parquet)
     metrics = {
@@ -596,13 +532,6 @@ def run(pairs: pl.DataFrame, settings: dict[str, object], options: argparse.Name
     }
     text = json.dumps(metrics, indent=1) + "\n"
     save_whole(out / "metrics.json", lambda path: path.write_text(text))
-
-
-def is_finished(metrics_file: Path, settings: dict[str, object]) -> bool:
-    """Whether the run was made already with the same settings."""
-    if not metrics_file.exists():
-        return False
-    return json.loads(metrics_file.read_text()).get("settings") == settings
 
 
 def main() -> None:
@@ -622,9 +551,11 @@ def main() -> None:
 
     settings = collect_settings(options)
     metrics_file = options.out / "metrics.json"
-    if not is_finished(metrics_file, settings):
+    metrics = json.loads(metrics_file.read_text()) if metrics_file.exists() else {}
+    # A run that was made already with the same settings is not repeated.
+    if metrics.get("settings") != settings:
         run(pairs, settings, options)
-    metrics = json.loads(metrics_file.read_text())
+        metrics = json.loads(metrics_file.read_text())
     print(
         f"{metrics_file}: accuracy {metrics['accuracy']:.4f} on {metrics['rows']} rows (the longer response: "
         f"{metrics['accuracy_of_longer']:.4f}), log loss {metrics['log_loss']:.4f}"

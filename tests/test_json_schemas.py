@@ -9,59 +9,16 @@ import yaml
 from kaggle_kernels.build import json_schema as spec_side
 from recipes.pairwise.config import json_schema as recipe_side
 from tests.conftest import ROOT
-from tests.recipes.config.test_schema import GOOD, with_block
 
 SPECS = sorted((ROOT / "kaggle_kernels/specs").glob("*.yml"))
 RECIPE_SCHEMA = json.loads((ROOT / "recipes/recipe.schema.json").read_text())
 SPEC_SCHEMA = json.loads((ROOT / "kaggle_kernels/spec.schema.json").read_text())
-GOOD_SPEC = {
-    "title": "Pairwise Test",
-    "competition": "wsdm",
-    "packages": [{"run": "one", "dataset": "dataset-one"}],
-    "clock_seconds": 600,
-}
-
-
-def mistakes(values: dict, schema: dict) -> list[str]:
-    """Where each mistake stands, as key.key: and what the validator says of it."""
-    errors = jsonschema.Draft7Validator(schema).iter_errors(values)
-    return [f"{'.'.join(map(str, error.absolute_path))}: {error.message}" for error in errors]
 
 
 @pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
 def test_a_spec_names_its_schema_and_satisfies_it(path):
     assert path.read_text().splitlines()[0] == "# yaml-language-server: $schema=../spec.schema.json"
-    assert mistakes(yaml.safe_load(path.read_text()), SPEC_SCHEMA) == []
-
-
-@pytest.mark.parametrize(
-    ("values", "mistake"),
-    [
-        (GOOD | {"lerning_rate": 1}, ": Additional properties are not allowed ('lerning_rate' was unexpected)"),
-        (GOOD | {"sample_packing": True}, "sample_packing: False was expected"),
-        (with_block(budget_tokens=63), "pairwise.budget_tokens: 63 is less than the minimum of 64"),
-        (with_block(package={"slug": "some-model", "quantise": "nf4"}), "pairwise.package: Additional properties"),
-    ],
-)
-def test_a_mistake_in_a_recipe_is_underlined(values, mistake):
-    [only] = mistakes(values, RECIPE_SCHEMA)
-    assert only.startswith(mistake)
-
-
-def test_a_mistake_in_a_spec_is_underlined():
-    [unknown_key] = mistakes(GOOD_SPEC | {"clock": 60}, SPEC_SCHEMA)
-    assert unknown_key.startswith(": Additional properties are not allowed ('clock' was unexpected)")
-    [unknown_key] = mistakes(GOOD_SPEC | {"packages": [{"run": "one", "dataset": "dataset-one", "wieght": 1}]}, SPEC_SCHEMA)
-    assert unknown_key.startswith("packages.0: Additional properties")
-    [too_large] = mistakes(GOOD_SPEC | {"clock_seconds": 50000}, SPEC_SCHEMA)
-    assert too_large == "clock_seconds: 50000 is not valid under any of the given schemas"
-
-
-def test_what_is_right_is_not_underlined():
-    spelled_out = {"start": "<s>", "turn": "{prompt}{response_a}{response_b}", "end": ""}
-    right = with_block(fold="all", verdicts=["tie", "model_a", "model_b"], template=spelled_out)
-    right |= {"bf16": "auto", "sample_packing": False, "lora_dropout": 0.05, "liger_rope": True}
-    assert mistakes(right, RECIPE_SCHEMA) == mistakes(GOOD_SPEC, SPEC_SCHEMA) == []
+    jsonschema.Draft7Validator(SPEC_SCHEMA).validate(yaml.safe_load(path.read_text()))
 
 
 def test_the_schemas_are_valid_draft_7_and_describe_every_key_of_ours():

@@ -57,9 +57,6 @@ def record(event: str, **fields) -> dict:
         event: One of EVENTS.
         **fields: The event's own fields. They override those that every entry has, e.g. the
             git_state() at the time when a run began.
-
-    Returns:
-        The entry as `read` will return it.
     """
     if event not in EVENTS:
         raise ValueError(f"{event}: no event of the ledger; expected {', '.join(EVENTS)}")
@@ -85,12 +82,12 @@ def record(event: str, **fields) -> dict:
     return json.loads(line)
 
 
-def read(path: Path | None = None) -> list[dict]:
+def read() -> list[dict]:
     """Return the entries, oldest first; none if the file does not exist.
 
     A line that is not an entry, e.g. because a kill cut it short, is skipped with a warning on stderr.
     """
-    path = path or ledger_path()
+    path = ledger_path()
     # The lock waits until no process is appending a line; it lets others read at the same time.
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
@@ -122,11 +119,7 @@ def read(path: Path | None = None) -> list[dict]:
 
 
 def _append_line(path: Path, line: str) -> None:
-    """Add a line to a file, whole or not at all; it is on the disk when this returns.
-
-    Raises:
-        OSError: The line cannot be written.
-    """
+    """Add a line to a file, whole or not at all; it is on the disk when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
 

@@ -123,9 +123,6 @@ def without_echo(problems: list[dict], allowed_keys: Iterable[str]) -> list[dict
     Args:
         problems: Those of pydantic's ValidationError.errors(). The last item of "loc" is the key.
         allowed_keys: The keys that the user may have meant.
-
-    Returns:
-        The other problems.
     """
     meant_keys = set()
     for problem in problems:

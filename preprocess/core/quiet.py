@@ -41,11 +41,7 @@ def prepare_imports() -> None:
 
 
 def without(beginning: str) -> Callable[[logging.LogRecord], bool]:
-    """Return a filter for a logger: a function that says whether a message may be printed.
-
-    Args:
-        beginning: How the messages begin that may not.
-    """
+    """Return a filter for a logger, which keeps back the messages that begin so."""
 
     def lets_pass(record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith(beginning)

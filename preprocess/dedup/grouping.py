@@ -9,12 +9,10 @@ are one group after a few comparisons each. What stays quadratic are prompts tha
 are not similar.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import numpy as np
 import polars as pl
 
+from preprocess.core.progress import show_progress
 from preprocess.dedup.minhash import (
     PERMUTATIONS,
     SEED,
@@ -24,12 +22,7 @@ from preprocess.dedup.minhash import (
     hash_band,
     select_likely,
 )
-from preprocess.dedup.ngrams import (
-    Track,
-    fast_jaccard,
-    find_first_copies,
-    show_nothing,
-)
+from preprocess.dedup.ngrams import find_first_copies, jaccard
 from preprocess.dedup.partners import find_partners, list_pairs
 
 # Pairs are drawn at random as long as more of them than this are united.
@@ -70,35 +63,15 @@ class UnionFind:
         self._parents[given_up] = root
 
 
-@dataclass(frozen=True)
-class Groups:
-    """Prompts by group. Prompts are named by their position.
-
-    `joined` has groups that existed before a later file joined them: the root that stayed, and the one
-    that was given up.
-    """
-
-    root: np.ndarray  # int64 (prompts,): the earliest prompt of each prompt's group
-    joined: tuple[tuple[int, int], ...]
-
-
-def group_prompts(
-    texts: pl.Series,
-    threshold: float,
-    file_numbers: Sequence[int] | None = None,
-    track: Track = show_nothing,
-) -> Groups:
+def group_prompts(texts: pl.Series, threshold: float) -> np.ndarray:
     """Group normalised prompts.
 
     Args:
         texts: Normalised prompts, in the order in which they were added.
         threshold: Jaccard similarity, 0.5 to 1, from which on two prompts share a group.
-        file_numbers: Of each prompt, the number of the file that it is from, in ascending order; None
-            where all are from one file.
-        track: Shows the progress.
 
     Returns:
-        The root of each prompt's group, and the groups that a later file joined.
+        The root of each prompt's group, the position of its earliest prompt: int64 (prompts,).
     """
     # Equal prompts are compared once: each different text has a number. For example:
     #     prompts            a  b  a  c
@@ -108,64 +81,35 @@ def group_prompts(
     first_copies = find_first_copies(texts)
     text_positions, text_of_prompt = np.unique(first_copies, return_inverse=True)
 
-    # File after file, so that it is known which groups a later one joins.
-    grouping = _Grouping(texts.gather(text_positions), threshold, track)
-    for text_end in count_texts_by_file(text_positions, file_numbers):
-        grouping.add_texts_before(text_end, track)
+    grouping = _Grouping(texts.gather(text_positions), threshold)
+    grouping.unite_similar_texts()
 
     # Back from numbers of texts to positions of prompts.
     root_of_text = text_positions[grouping.sets.find_roots()]
-    joined = []
-    for root, given_up in grouping.joined:
-        joined.append((int(text_positions[root]), int(text_positions[given_up])))
-    return Groups(root_of_text[text_of_prompt], tuple(joined))
-
-
-def count_texts_by_file(
-    text_positions: np.ndarray, file_numbers: Sequence[int] | None
-) -> list[int]:
-    """Count for each file the texts of it and of the files before it.
-
-    Returns:
-        E.g. [3, 4, 6] for three files, in which 3, 1 and 2 texts stand for the first time.
-    """
-    if file_numbers is None:
-        return [len(text_positions)]
-    file_of_text = np.asarray(file_numbers)[text_positions]
-    _, texts_of_file = np.unique(file_of_text, return_counts=True)
-    return np.cumsum(texts_of_file).tolist()
+    return root_of_text[text_of_prompt]
 
 
 class _Grouping:
-    """The groups of texts, to which files are added one by one.
+    """The groups of texts: `sets` has them as sets of the texts' numbers."""
 
-    Attributes:
-        sets: The groups, as sets of the texts' numbers.
-        joined: Roots of groups that a later file joined: the one that stayed, and the one given up.
-    """
-
-    def __init__(self, texts: pl.Series, threshold: float, track: Track):
+    def __init__(self, texts: pl.Series, threshold: float):
         self.sets = UnionFind(len(texts))
-        self.joined: list[tuple[int, int]] = []
-        self._signatures: Signatures = compute_signatures(texts, track)
+        self._signatures: Signatures = compute_signatures(texts)
         self._threshold = threshold
         self._texts = texts
         self._text_count = len(texts)
-        self._added = 0
         self._rng = np.random.default_rng(SEED)
 
         # Pairs that were compared and are not similar. A pair is one number, later * texts +
         # earlier: of 100 texts, 12 and 7 are the pair 1207.
         self._unlike = np.zeros(0, np.int64)
 
-    def add_texts_before(self, text_end: int, track: Track) -> None:
-        """Add the texts with numbers below `text_end`, and unite those that are similar.
+    def unite_similar_texts(self) -> None:
+        """Unite the texts that are similar.
 
         A text's signature is cut into bands, and each band is hashed to a key. Texts that share a key in
         any band look alike and are compared (see minhash.py).
         """
-        hashes = self._signatures.hashes[:text_end]
-
         # Only whole bands: 256 hashes in bands of 9 begin at 0, 9, …, 243, and the last four are
         # left out.
         band_rows = count_band_rows(self._threshold)
@@ -173,13 +117,14 @@ class _Grouping:
         band_starts = range(0, latest_start + 1, band_rows)
 
         # Where most texts of a key are alike, a few partners drawn at random unite them.
-        for band_start in track(band_starts, "finding prompts that look alike"):
-            self._unite_drawn_pairs(hash_band(hashes, band_start, band_rows))
+        for band_start in show_progress(band_starts, "finding prompts that look alike"):
+            keys = hash_band(self._signatures.hashes, band_start, band_rows)
+            self._unite_drawn_pairs(keys)
 
         # What these left apart is compared in full.
-        for band_start in track(band_starts, "comparing prompts that look alike"):
-            self._unite_all_pairs(hash_band(hashes, band_start, band_rows))
-        self._added = text_end
+        for band_start in show_progress(band_starts, "comparing prompts that look alike"):
+            keys = hash_band(self._signatures.hashes, band_start, band_rows)
+            self._unite_all_pairs(keys)
 
     def _unite_drawn_pairs(self, keys: np.ndarray) -> None:
         """Draw random pairs of texts that have equal keys, and unite those that are similar.
@@ -195,14 +140,9 @@ class _Grouping:
             share_united = pairs_united / len(first)
 
     def _unite_all_pairs(self, keys: np.ndarray) -> None:
-        """Compare all texts of equal keys that are in different groups, and unite the similar ones.
-
-        Args:
-            keys: The key of each text that was added so far (texts,).
-        """
+        """Compare all texts of equal keys that are in different groups, and unite the similar ones."""
         # A text's partners have the same key, and are in a group with a smaller root.
-        roots = self.sets.find_roots()[: len(keys)]
-        partners = find_partners(keys, roots)
+        partners = find_partners(keys, self.sets.find_roots())
         has_partners = partners.count > 0
         if not has_partners.any():
             return
@@ -242,10 +182,6 @@ class _Grouping:
 
         Pairs that are not similar are remembered in `_unlike`, and not compared again.
 
-        Args:
-            first: The number of one text of each pair.
-            second: The number of the other.
-
         Returns:
             How many of the pairs united two groups.
         """
@@ -260,9 +196,10 @@ class _Grouping:
             if root == other_root:
                 continue
 
-            similarity = fast_jaccard(self._texts[earlier], self._texts[later])
+            similarity = jaccard(self._texts[earlier], self._texts[later])
             if similarity >= self._threshold:
-                self._unite_groups(root, other_root)
+                # The older group has the smaller root, which becomes that of both.
+                self.sets.unite(min(root, other_root), max(root, other_root))
                 pairs_united += 1
             else:
                 unlike.append(pair)
@@ -270,22 +207,8 @@ class _Grouping:
         self._unlike = np.union1d(self._unlike, np.array(unlike, np.int64))
         return pairs_united
 
-    def _unite_groups(self, root: int, other_root: int) -> None:
-        """Unite two groups. The older one has the smaller root, which becomes that of both."""
-        root, given_up = sorted((root, other_root))
-        self.sets.unite(root, given_up)
-
-        # Texts of earlier files have the numbers below _added. A root is the smallest number of its
-        # group, so that both groups existed before the file that is being added now.
-        if given_up < self._added:
-            self.joined.append((root, given_up))
-
     def _select_pairs_to_compare(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
         """Return those of some pairs that have to be compared exactly, without duplicates.
-
-        Args:
-            first: The number of one text of each pair.
-            second: The number of the other.
 
         Returns:
             Each pair as one number, later * texts + earlier: of 100 texts, 12 and 7 are the pair
@@ -294,14 +217,11 @@ class _Grouping:
         earlier = np.minimum(first, second)
         later = np.maximum(first, second)
 
-        # Two texts of earlier files were compared when these were added, and texts of one group
-        # need not be compared any more.
-        has_new_text = later >= self._added
+        # Texts of one group need not be compared any more.
         roots = self.sets.find_roots()
         is_in_two_groups = roots[earlier] != roots[later]
-        is_undecided = has_new_text & is_in_two_groups
-        earlier = earlier[is_undecided]
-        later = later[is_undecided]
+        earlier = earlier[is_in_two_groups]
+        later = later[is_in_two_groups]
 
         # The signatures of most pairs show that they are not similar.
         is_likely = select_likely(self._signatures, earlier, later, self._threshold)

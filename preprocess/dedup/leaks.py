@@ -10,13 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from preprocess.dedup.ngrams import (
-    Track,
-    fast_jaccard,
-    find_first_copies,
-    jaccard,
-    show_nothing,
-)
+from preprocess.dedup.ngrams import find_first_copies, jaccard
 from preprocess.dedup.prefix_filter import (
     ROUNDING,
     GramCounts,
@@ -52,21 +46,11 @@ class Window:
     first_longer: int  # counted from `begin`
 
 
-@dataclass(frozen=True)
-class LeakReport:
-    """What the comparison of prompts came to."""
-
-    leaks: tuple[Leak, ...]  # the most similar first
-    compared: int  # how many pairs came so near that they were compared
-    closest: float  # similarity of the closest of these that is no leak; 0 where there is none
-
-
 def find_leaks(
     texts: pl.Series,
     places: np.ndarray,
     threshold: float,
-    track: Track = show_nothing,
-) -> LeakReport:
+) -> list[Leak]:
     """Compare prompts that stand in different places.
 
     Args:
@@ -74,10 +58,12 @@ def find_leaks(
         places: Where each stands: the number of its fold, from 0 on, or -1, -2, … for a file
             outside of the folds. Two such files may share prompts.
         threshold: Jaccard similarity, 0.5 to 1, from which on two prompts are a leak.
-        track: Shows the progress.
+
+    Returns:
+        The leaks, the most similar first.
     """
     positions = _drop_copies(texts, places)
-    counts = count_grams(texts.gather(positions), track)
+    counts = count_grams(texts.gather(positions))
 
     # The search numbers the texts by size, those with the fewest n-grams first: its text i is the
     # prompt at positions[i].
@@ -91,25 +77,19 @@ def find_leaks(
     places_by_size = np.maximum(places[positions], -1).astype(np.int16)
 
     leaks = []
-    compared = 0
-    closest = 0.0
     for window in split_by_size(counts_by_size.size, threshold):
-        pairs = _find_pairs(window, texts_by_size, places_by_size, counts_by_size, threshold, track)
+        pairs = _find_pairs(window, texts_by_size, places_by_size, counts_by_size, threshold)
         for longer, shorter in pairs:
-            compared += 1
-            similarity = fast_jaccard(texts_by_size[longer], texts_by_size[shorter])
+            similarity = jaccard(texts_by_size[longer], texts_by_size[shorter])
             if similarity < threshold:
-                closest = max(closest, similarity)
                 continue
 
-            # fast_jaccard is wrong where hashes collide; what is reported is exact.
             first = int(min(positions[longer], positions[shorter]))
             second = int(max(positions[longer], positions[shorter]))
-            leaks.append(Leak(first, second, jaccard(texts[first], texts[second])))
+            leaks.append(Leak(first, second, similarity))
 
-    # The most similar first.
     leaks.sort(key=lambda leak: (-leak.similarity, leak.first, leak.second))
-    return LeakReport(tuple(leaks), compared, closest)
+    return leaks
 
 
 def _find_pairs(
@@ -118,26 +98,16 @@ def _find_pairs(
     places: np.ndarray,
     counts: GramCounts,
     threshold: float,
-    track: Track,
 ) -> Iterator[tuple[int, int]]:
-    """Yield the longer and the shorter text of each pair of a window that may reach the threshold.
-
-    Args:
-        window: The texts to compare.
-        texts: All texts, those with the fewest n-grams first.
-        places: Of each text.
-        counts: Of all texts.
-        threshold: The Jaccard similarity.
-        track: Shows the progress.
-    """
+    """Yield the longer and the shorter text of each pair of a window that may reach the threshold."""
     # The index is a local variable, so that its memory is free before the next window's index is
     # built.
     members = slice(window.begin, window.end)
     counts_of_members = GramCounts(counts.size[members], counts.frequency)
-    index = build_prefix_index(texts[members], counts_of_members, places[members], threshold, track)
+    index = build_prefix_index(texts[members], counts_of_members, places[members], threshold)
 
     # The index numbers the window's texts from 0 on.
-    for longer, shorter in find_candidates(index, threshold, window.first_longer, track):
+    for longer, shorter in find_candidates(index, threshold, window.first_longer):
         yield window.begin + longer, window.begin + shorter
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import polars as pl
 from rensa import RMinHash
 
-from preprocess.dedup.ngrams import FACTOR, Track, gram_codes
+from preprocess.core.progress import show_progress
+from preprocess.dedup.ngrams import FACTOR, gram_codes
 
 PERMUTATIONS = 256
 SEED = 42
@@ -40,12 +41,12 @@ class Signatures:
     gram_counts: np.ndarray  # int32 (texts,): how many different n-grams each has
 
 
-def compute_signatures(texts: pl.Series, track: Track) -> Signatures:
+def compute_signatures(texts: pl.Series) -> Signatures:
     """Compute the MinHash signatures of normalised texts."""
     hashes = np.zeros((len(texts), PERMUTATIONS), np.uint16)
     gram_counts = np.zeros(len(texts), np.int32)
 
-    for start in track(range(0, len(texts), BATCH_TEXTS), "hashing prompts"):
+    for start in show_progress(range(0, len(texts), BATCH_TEXTS), "hashing prompts"):
         batch = texts[start : start + BATCH_TEXTS]
         codes = [gram_codes(text) for text in batch]
 
@@ -104,17 +105,7 @@ def hash_band(hashes: np.ndarray, start: int, rows: int) -> np.ndarray:
 def select_likely(
     signatures: Signatures, first: np.ndarray, second: np.ndarray, threshold: float
 ) -> np.ndarray:
-    """Find out which pairs of texts may reach a similarity, by their sizes and signatures.
-
-    Args:
-        signatures: Of all texts.
-        first: The number of a text of each pair (pairs,).
-        second: The number of the other one (pairs,).
-        threshold: The Jaccard similarity, 0.5 to 1.
-
-    Returns:
-        For each pair, whether it may: bool (pairs,).
-    """
+    """Find out which pairs of texts may reach a similarity, by their sizes and signatures."""
     # By sizes: at best, all n-grams of the smaller text are in the larger one, and the similarity
     # is smaller / larger.
     first_counts = signatures.gram_counts[first]

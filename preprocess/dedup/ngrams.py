@@ -1,19 +1,15 @@
 """The similarity of two prompts: Jaccard, of their sets of character 5-grams, after normalising.
 
 Characters rather than words, so that it works for Chinese and Japanese. A text shorter than 5 characters
-is its own only n-gram. The search modules use hashes of n-grams, which are ten times as fast.
+is its own only n-gram. N-grams are compared by hashes of 64 bits, which is ten times as fast.
 """
 
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
 import polars as pl
-
-# How the searches report their progress: takes the steps of a loop and a label, yields the steps, and
-# may draw a bar meanwhile.
-Track = Callable[[Iterable, str], Iterable]
 
 GRAM = 5
 
@@ -25,29 +21,10 @@ FACTOR = np.uint64(0x9E3779B97F4A7C15)
 MIX = np.uint64(0xBF58476D1CE4E5B9)
 
 
-def show_nothing(steps: Iterable, label: str) -> Iterable:
-    """Return the steps: the Track of a caller that wants no progress bar."""
-    return steps
-
-
 def normalise(turns: Sequence[str]) -> str:
     """Return a prompt's turns as one text: NFKC, case folded, each run of white space one space."""
     text = unicodedata.normalize("NFKC", "\n".join(turns))
     return " ".join(text.casefold().split())
-
-
-def grams(text: str) -> frozenset[str]:
-    """Return the set of character 5-grams of a normalised text."""
-    count = max(len(text) - GRAM + 1, 1)
-    return frozenset(text[start : start + GRAM] for start in range(count))
-
-
-def jaccard(first: str, second: str) -> float:
-    """Return the exact similarity of two normalised texts, 0 to 1."""
-    first_grams = grams(first)
-    second_grams = grams(second)
-    shared = len(first_grams & second_grams)
-    return shared / (len(first_grams) + len(second_grams) - shared)
 
 
 def gram_codes(text: str) -> np.ndarray:
@@ -88,8 +65,8 @@ def find_first_copies(texts: pl.Series) -> np.ndarray:
 _cached_gram_codes = lru_cache(maxsize=4096)(gram_codes)
 
 
-def fast_jaccard(first: str, second: str) -> float:
-    """Return what `jaccard` does, ten times as fast, unless the hashes of two n-grams collide."""
+def jaccard(first: str, second: str) -> float:
+    """Return the similarity of two normalised texts, 0 to 1: exact, unless the hashes of two n-grams collide."""
     merged = np.concatenate([_cached_gram_codes(first), _cached_gram_codes(second)])
 
     # NumPy's stable sort merges two sorted runs in linear time. Neither text has an n-gram twice,

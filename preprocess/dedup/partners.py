@@ -25,12 +25,7 @@ class Partners:
 
 
 def find_partners(keys: np.ndarray, labels: np.ndarray) -> Partners:
-    """Find for each entry its partners: the entries with the same key and a smaller label.
-
-    Args:
-        keys: The key of each entry (entries,).
-        labels: The label of each entry (entries,).
-    """
+    """Find for each entry its partners: the entries with the same key and a smaller label."""
     # For example, entries 0 and 3 have one partner here, entry 2:
     #     entry           0  1  2  3  4
     #     key             7  5  7  7  5

@@ -12,7 +12,8 @@ from itertools import pairwise
 import numpy as np
 import polars as pl
 
-from preprocess.dedup.ngrams import Track, gram_codes
+from preprocess.core.progress import show_progress
+from preprocess.dedup.ngrams import gram_codes
 from preprocess.dedup.partners import Partners, find_partners, list_pairs
 
 # N-grams are counted in buckets, by the lowest bits of their hashes. Two n-grams in one bucket look
@@ -63,7 +64,7 @@ class GramCounts:
     frequency: np.ndarray  # uint32 (buckets,): in how many texts an n-gram of the bucket is
 
 
-def count_grams(texts: pl.Series, track: Track) -> GramCounts:
+def count_grams(texts: pl.Series) -> GramCounts:
     """Count how many different n-grams each text has, and in how many texts each n-gram is.
 
     N-grams are counted in buckets (see find_buckets), so that there are never too many counters.
@@ -72,7 +73,7 @@ def count_grams(texts: pl.Series, track: Track) -> GramCounts:
     frequency = np.zeros(bucket_count, np.uint32)
     size = np.zeros(len(texts), np.int64)
 
-    steps = track(texts, "leak report: counting n-grams")
+    steps = show_progress(texts, "leak report: counting n-grams")
     for number, text in enumerate(steps):
         codes = gram_codes(text)
         size[number] = len(codes)
@@ -116,7 +117,6 @@ def build_prefix_index(
     counts: GramCounts,
     places: np.ndarray,
     threshold: float,
-    track: Track,
 ) -> PrefixIndex:
     """Build the index for one threshold.
 
@@ -125,7 +125,6 @@ def build_prefix_index(
         counts: The sizes of these texts; the frequencies may be of more texts.
         places: The place of each text, e.g. its fold; texts of one place are not compared (texts,).
         threshold: The Jaccard similarity.
-        track: Shows the progress.
     """
     prefix_size = count_prefix(counts.size, threshold)
     last_rank = np.zeros(len(texts), np.uint64)
@@ -134,7 +133,7 @@ def build_prefix_index(
     # The entries of all texts in one array, text after text.
     ranks = np.empty(prefix_size.sum(), np.uint64)
     filled = 0
-    steps = track(texts, "leak report: collecting rare n-grams")
+    steps = show_progress(texts, "leak report: collecting rare n-grams")
     for number, text in enumerate(steps):
         prefix = _select_rarest(gram_codes(text), counts.frequency, prefix_size[number])
         last_rank[number] = prefix[-1]
@@ -180,7 +179,7 @@ def _select_rarest(codes: np.ndarray, frequency: np.ndarray, count: int) -> np.n
 
 
 def find_candidates(
-    index: PrefixIndex, threshold: float, first_longer: int, track: Track
+    index: PrefixIndex, threshold: float, first_longer: int
 ) -> Iterator[tuple[int, int]]:
     """Find the pairs of texts in different places that may reach a similarity.
 
@@ -190,12 +189,11 @@ def find_candidates(
         index: Built with the same threshold.
         threshold: The Jaccard similarity.
         first_longer: The first text that is of interest as the longer one of a pair.
-        track: Shows the progress.
 
     Yields:
         The longer and the shorter text of each pair.
     """
-    ranges = track(_split_texts(index), "leak report: nearest neighbours")
+    ranges = show_progress(_split_texts(index), "leak report: nearest neighbours")
     for start, stop in ranges:
         longer, shorter = _list_meetings(index, start, stop)
 

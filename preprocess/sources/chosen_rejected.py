@@ -67,16 +67,14 @@ def read_chosen_share(values: dict) -> float:
 
 def _list_required_columns(table: Table) -> tuple[str, ...]:
     """Return the columns that a file needs: chats and transcripts hold the prompt, texts do not."""
-    if table.holds_text("chosen") and not _holds_transcripts(table):
+    # The first row shows which of them the file has; a broken line of JSONL shows nothing.
+    first_row = next(table.rows(("chosen",)))
+    values = first_row.values or {}
+    answer = values.get("chosen")
+    is_text = isinstance(answer, str) and not answer.startswith(TRANSCRIPT_START)
+    if is_text:
         return ("prompt", "chosen", "rejected")
     return ("chosen", "rejected")
-
-
-def _holds_transcripts(table: Table) -> bool:
-    """Return whether the first row has a transcript in place of the chosen answer."""
-    first_row = next(table.rows(("chosen",)))
-    answer = first_row.values.get("chosen")
-    return isinstance(answer, str) and answer.startswith(TRANSCRIPT_START)
 
 
 LAYOUT = Layout(

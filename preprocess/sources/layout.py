@@ -25,12 +25,7 @@ class Layout:
     )
 
     def find_missing_columns(self, table: Table, needs_verdicts: bool = True) -> list[str]:
-        """List the columns that a file would need to be of this layout, and lacks.
-
-        Args:
-            table: The file.
-            needs_verdicts: Whether it needs the columns of the verdict too.
-        """
+        """List the columns that a file would need to be of this layout, and lacks."""
         required = self.columns
         if self.required_columns is not None:
             required = self.required_columns(table)

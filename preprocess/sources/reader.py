@@ -113,10 +113,6 @@ def list_columns_read() -> tuple[str, ...]:
 def recognise_layout(table: Table, needs_verdicts: bool = True) -> Layout:
     """Find the layout whose columns a file has.
 
-    Args:
-        table: The file.
-        needs_verdicts: Whether it must have the columns of the verdict too, which a pool has not.
-
     Raises:
         UserError: It has no layout's columns; the message names the nearest layout.
     """
@@ -160,12 +156,6 @@ def _measure_distance(layout: Layout, table: Table) -> tuple[int, int]:
 
 def _read_row(layout: Layout, path: Path, role: str, table_row: TableRow) -> dict:
     """Read a row of a file, which can be used or has a reason why not.
-
-    Args:
-        layout: The file's layout.
-        path: The file.
-        role: The role of its rows.
-        table_row: The row's number and its values by column.
 
     Returns:
         The values by column of ROWS; a column that is left out is null.
@@ -271,9 +261,6 @@ def _read_prompt(values: dict, is_json: bool) -> list[str]:
     Args:
         values: The row's values by column.
         is_json: Whether its column prompt holds JSON lists, as LMSYS's does.
-
-    Raises:
-        UnusableRow: They cannot be read.
     """
     # These two columns may hold a whole conversation: its turns of the user are the prompt.
     prompt = values.get("prompt")

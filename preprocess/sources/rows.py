@@ -134,15 +134,7 @@ def show_turns(value: object) -> list[str] | None:
 
 
 def check_judgement(judgement: Judgement, needs_verdict: bool = True) -> None:
-    """Check that a model can learn from a judgement: nothing is empty, and the verdict makes sense.
-
-    Args:
-        judgement: What was read of a row.
-        needs_verdict: Whether the row is of use only with its verdict.
-
-    Raises:
-        UnusableRow: The row cannot be used.
-    """
+    """Check that a model can learn from a judgement: nothing is empty, and the verdict makes sense."""
     if not judgement.id:
         raise UnusableRow("no id")
     if not "".join(judgement.prompt).strip():
@@ -167,11 +159,6 @@ def check_judgement(judgement: Judgement, needs_verdict: bool = True) -> None:
 
 def read_vote_shares(values: dict, judgement: Judgement) -> dict[str, float]:
     """Read how the votes on a pair were spread, from an earlier pairs.parquet or from a teacher.
-
-    Args:
-        values: The row's values by column.
-        judgement: What the layout read of the row. It tells how the votes were spread if the row
-            has no columns for it.
 
     Returns:
         p_model_a, p_model_b and p_tie, which add up to 1, and weight, the number of votes.

@@ -46,28 +46,16 @@ class Table:
     path: Path
     columns: tuple[str, ...]
     height: int
-    text_columns: tuple[str, ...] = ()  # those known to hold only strings
 
-    def rows(self, columns: tuple[str, ...] | None = None) -> Iterator[TableRow]:
-        """Yield every row of the file, in its order.
-
-        Args:
-            columns: Those that are needed; a row may have more.
-
-        Raises:
-            UserError: The file is damaged.
-        """
+    def rows(self, columns: tuple[str, ...]) -> Iterator[TableRow]:
+        """Yield every row of the file, in its order, with these columns at least."""
         with _reporting_damage(self.path):
             if self.path.suffix == ".jsonl":
                 yield from _read_json_lines(self.path)
             elif self.path.suffix == ".csv":
                 yield from _read_csv_rows(self.path)
             else:
-                yield from _read_parquet_rows(self.path, columns or self.columns)
-
-    def holds_text(self, column: str) -> bool:
-        """Return whether a column is known to hold only strings; that of a JSONL file never is."""
-        return column in self.text_columns
+                yield from _read_parquet_rows(self.path, columns)
 
 
 def open_table(path: Path | str) -> Table:
@@ -110,14 +98,7 @@ def _reporting_damage(path: Path) -> Iterator[None]:
 
 def _inspect_parquet(path: Path) -> Table:
     with parquet.ParquetFile(path) as file:
-        schema = file.schema_arrow
-        height = file.metadata.num_rows
-
-    text_columns = []
-    for field in schema:
-        if pa.types.is_string(field.type) or pa.types.is_large_string(field.type):
-            text_columns.append(field.name)
-    return Table(path, tuple(schema.names), height, tuple(text_columns))
+        return Table(path, tuple(file.schema_arrow.names), file.metadata.num_rows)
 
 
 def _read_parquet_rows(path: Path, columns: tuple[str, ...]) -> Iterator[TableRow]:
@@ -138,7 +119,7 @@ def _scan_csv(path: Path) -> pl.LazyFrame:
 def _inspect_csv(path: Path) -> Table:
     columns = tuple(_scan_csv(path).collect_schema().names())
     height = _scan_csv(path).select(pl.len()).collect().item()
-    return Table(path, columns, height, text_columns=columns)
+    return Table(path, columns, height)
 
 
 def _read_csv_rows(path: Path) -> Iterator[TableRow]:

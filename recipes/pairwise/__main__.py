@@ -3,22 +3,9 @@
 import click
 
 from preprocess.core.errors import UserError, exits_with_2
-from preprocess.core.files import read_object
-from recipes.pairwise.config.schema import Recipe, read_recipe
+from recipes.pairwise.config.recipe_files import read_deepspeed
+from recipes.pairwise.config.schema import read_recipe
 from recipes.pairwise.memory.hardware import check_hardware
-
-
-def read_deepspeed(recipe: Recipe) -> dict | None:
-    """Read the file of a recipe's `deepspeed` key; None without one. UserError where it is absent, or no JSON object."""
-    file = recipe.axolotl.get("deepspeed")
-    if not isinstance(file, str):
-        return file
-    try:
-        return read_object(file)
-    except UserError as error:
-        raise UserError(
-            f"deepspeed: {error}; see recipes/deepspeed, and run this from the repository's root"
-        ) from None
 
 
 @click.command()
@@ -39,7 +26,7 @@ def main(recipes: tuple[str, ...]) -> None:
 
         lines = [f"{path}: ok, {recipe.axolotl['base_model']}, writes {recipe.run_folder}"]
         try:
-            deepspeed = read_deepspeed(recipe)
+            deepspeed = read_deepspeed(recipe.axolotl.get("deepspeed"))
             if recipe.pairwise.hardware is not None:
                 lines.append(f"  {check_hardware(recipe, deepspeed)}")
         except UserError as error:

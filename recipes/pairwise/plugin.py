@@ -118,9 +118,6 @@ class PairwisePlugin(BasePlugin):
 
         Returns:
             The base model without weights, and how activations are recomputed.
-
-        Raises:
-            UserError: The run would fail, or would not train what the recipe says.
         """
         self.block = run_config.check_run(cfg, self.recipe)
         run_config.set_accumulation_steps(cfg, self.block)

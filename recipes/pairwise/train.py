@@ -73,9 +73,6 @@ def run_until_error(command: list[str]) -> tuple[int, str | None]:
     Below our line a launcher prints tracebacks of its own, and with several processes each of them
     prints the line once more.
 
-    Args:
-        command: Program and arguments. Its stdout is not touched.
-
     Returns:
         The exit code, and the first line that begins with "error: ", or None where there is none
         or where the command ended well.

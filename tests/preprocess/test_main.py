@@ -12,7 +12,6 @@ from preprocess import __main__ as command
 from preprocess import pairs as pairs_module
 from preprocess.core import ledger
 from preprocess.core.files import sha256
-from preprocess.dedup.grouping import Groups
 from preprocess.pairs import PAIRS
 from tests import tiny
 
@@ -131,9 +130,7 @@ def test_a_grouping_gone_wrong_is_caught_and_the_earlier_output_stays(tmp_path, 
     before = out.read_bytes()
     copies = table.with_columns(pl.col("prompt") + "?", pl.col("response_a") + "!", id="copy" + pl.col("id"))
     pl.concat([table, copies]).write_parquet(tmp_path / "x.parquet")
-    monkeypatch.setattr(
-        pairs_module, "group_prompts", lambda texts, *_: Groups(pl.int_range(len(texts), eager=True).to_numpy(), ())
-    )
+    monkeypatch.setattr(pairs_module, "group_prompts", lambda texts, *_: pl.int_range(len(texts), eager=True).to_numpy())
     result = run(tmp_path / "x.parquet", "--out", out)
     assert result.exit_code == 2
     assert "between folds" in result.output

@@ -129,13 +129,3 @@ def test_extra_and_pool_rows_like_the_lockbox_are_dropped_with_their_reason():
 def rows_of(table: pl.DataFrame, file: str) -> list[tuple]:
     columns = table.select("id", "prompt", "response_a", "response_b", "winner")
     return [row(*values, file=file) for values in columns.rows()]
-
-
-def test_groups_that_a_later_file_joins_are_reported_with_their_folds():
-    one, other, between = "abcdefghijklmnopqrst", "cdefghijklmnopqrstuvwx", "abcdefghijklmnopqrstuvwx"
-    old = [row("1", prompt=one, file="old"), row("2", prompt=other, file="old")]
-    assert pairs_of(*old, row("3", prompt=between, file="old"), threshold=0.75).joined == ()
-    result = pairs_of(*old, row("3", prompt=between, file="new"), threshold=0.75)
-    (joined,) = result.joined
-    assert (joined.id, joined.fold_before, joined.fold_now) == ("2", group_number(other) % 5, group_number(one) % 5)
-    assert result.table["group"].n_unique() == 1

@@ -9,7 +9,7 @@ import torch
 
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_json
-from recipes.pairwise.config.schema import DistillBlock, recipe_problems
+from recipes.pairwise.config.schema import DistillBlock
 from recipes.pairwise.data import datasets
 from recipes.pairwise.data.collators import PairCollator
 from recipes.pairwise.data.teacher_labels import read_teachers
@@ -141,30 +141,6 @@ def test_a_pool_row_that_is_in_the_lockbox_is_refused(pairs_file):
     pairs.with_columns(group=group).write_parquet(pairs_file)
     with pytest.raises(UserError, match=r"row00021 \(role pool\) has a prompt like one of the lockbox"):
         datasets.split(datasets.read_pairs(pairs_file), 0, pairs_file, with_pool=True)
-
-
-def test_the_block_is_checked_before_training():
-    recipe = {
-        "base_model": "m",
-        "plugins": ["recipes.pairwise.plugin.PairwisePlugin"],
-        "pairwise": {"template": "bert", "budget_tokens": 128, "package": {"slug": "some-model"}},
-    }
-
-    def problems(distill, **block):
-        return recipe_problems(recipe | {"pairwise": recipe["pairwise"] | block | {"distill": distill}})
-
-    assert problems({"teachers": ["a", "b"], "weight": 1, "temperature": 2}) == []
-    assert problems({"teachers": {"a": 2, "b": 0.5}}) == []
-    for distill, start in (
-        ({}, "pairwise.distill.teachers: missing"),
-        ({"teachers": ["a", "a"]}, "pairwise.distill.teachers: a teacher is named twice"),
-        ({"teachers": ["a"], "weight": 2}, "pairwise.distill.weight: "),
-        ({"teachers": ["a"], "temprature": 2}, "pairwise.distill.temprature: unknown key; did you mean temperature?"),
-    ):
-        [problem] = problems(distill)
-        assert problem.startswith(start)
-    [problem] = problems({"teachers": ["a"]}, train=False)
-    assert problem.startswith("pairwise.distill: with train: false there is no student")
 
 
 def test_a_student_trains_on_votes_and_pool_and_is_measured_against_votes(tmp_path, tiny_models, pairs_file):

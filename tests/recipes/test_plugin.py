@@ -39,13 +39,6 @@ def test_a_command_that_would_lose_the_head_is_refused(demo_twin, tmp_path):
     assert not (tmp_path / "demo").exists()
 
 
-def test_a_recipe_that_would_go_wrong_ends_with_2_and_one_line(demo_twin):
-    ended = forked.axolotl("train", demo_twin({"fold": 9}))
-    assert ended.code == 2
-    assert last_line(ended.output).startswith("error: ")
-    assert "pairwise.fold is 9, but the folds in the file are 0, 1, 2, 3, 4" in last_line(ended.output)
-
-
 def test_a_template_that_ends_with_the_pad_token_is_refused(demo_twin, tiny_models, tmp_path):
     """Without a pad token of its own a tokenizer pads with <eos>; a template that ends with it would pool the token before."""
     base = shutil.copytree(tiny_models("llama"), tmp_path / "unpadded")

@@ -36,6 +36,7 @@ from recipes.pairwise.training.heads import ensure_head
 from recipes.pairwise.training.losses import soft_cross_entropy
 from recipes.pairwise.training.trainer import BeginEpoch, RowOrder, check_gradient
 from tests import tiny
+from tests.recipes.test_heads import ROWS, contract_of
 
 TWO = ("model_a", "model_b")
 THREE = ("model_b", "tie", "model_a")
@@ -47,15 +48,8 @@ def test_targets_follow_the_verdicts_and_two_of_them_share_a_tie():
     assert datasets.targets(frame, THREE).tolist() == [[0.0, 0.0, 1.0], [0.25, 0.5, 0.25]]
 
 
-def rows() -> list[dict]:
-    return [
-        {"id": "x", "sequences": [[5, 6, 7], [5, 7, 6, 8]], "labels": [0.75, 0.25], "weight": 2.0},
-        {"id": "y", "sequences": [[9], [8]], "labels": [0.0, 1.0], "weight": 1.0},
-    ]
-
-
 def test_both_orders_of_a_pair_are_adjacent_and_their_labels_swapped():
-    batch = PairCollator(None, "score", TWO, "both", pad_token_id=1, pad_to_multiple_of=4)(rows())
+    batch = PairCollator(None, "score", TWO, "both", pad_token_id=1, pad_to_multiple_of=4)(ROWS)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 1], [5, 7, 6, 8], [9, 1, 1, 1], [8, 1, 1, 1]]
     assert batch["attention_mask"].sum(dim=1).tolist() == [3, 4, 1, 1]
     assert batch["labels"].tolist() == [[[0.75, 0.25], [0.25, 0.75]], [[0.0, 1.0], [1.0, 0.0]]]
@@ -63,12 +57,12 @@ def test_both_orders_of_a_pair_are_adjacent_and_their_labels_swapped():
 
 
 def test_one_order_is_the_first_or_a_random_one_with_its_own_labels():
-    as_given = PairCollator(None, "score", TWO, "as_given", pad_token_id=1)(rows())
+    as_given = PairCollator(None, "score", TWO, "as_given", pad_token_id=1)(ROWS)
     assert as_given["labels"].tolist() == [[[0.75, 0.25]], [[0.0, 1.0]]]
     random_order = PairCollator(None, "score", TWO, "random", pad_token_id=1)
     drawn = set()
     for random_order.epoch in range(20):
-        batch = random_order(rows())
+        batch = random_order(ROWS)
         drawn.add((tuple(batch["input_ids"][0, :4].tolist()), tuple(batch["labels"][0, 0].tolist())))
     assert drawn == {((5, 6, 7, 1), (0.75, 0.25)), ((5, 7, 6, 8), (0.25, 0.75))}
 
@@ -184,9 +178,8 @@ def test_a_head_that_holds_nonsense_is_initialised_and_a_sane_one_kept(spoilt):
 def test_weights_are_one_on_average_whatever_preprocess_counted(tiny_models, tmp_path):
     path = tiny.pairs_parquet(tmp_path / "pairs.parquet", 4)
     frame = datasets.read_pairs(path).with_columns(weight=pl.Series([1.0, 3.0, 1.0, 3.0], dtype=pl.Float32))
-    block = PairwiseBlock(template="gemma", budget_tokens=128, package={"slug": "some-model"})
     tokenizer = AutoTokenizer.from_pretrained(tiny_models("gemma2"))
-    contract = new_contract(block, tokenizer, attention="sdpa", base_model="m", revision=None, pad_token_id=0)
+    contract = contract_of(tokenizer)
     rows = datasets.tokenise(frame, tokenizer, contract, tmp_path / "rows.arrow")
     assert list(rows["weight"]) == [0.5, 1.5, 0.5, 1.5]
     assert rows["sequences"][0][0] != rows["sequences"][0][1]
@@ -195,9 +188,8 @@ def test_weights_are_one_on_average_whatever_preprocess_counted(tiny_models, tmp
 
 def test_only_the_first_process_reads_the_pairs_and_all_map_what_it_wrote_in_chunks(tiny_models, tmp_path, monkeypatch):
     path = tiny.pairs_parquet(tmp_path / "pairs.parquet", 20)
-    block = PairwiseBlock(template="gemma", budget_tokens=128, package={"slug": "some-model"})
     tokenizer = AutoTokenizer.from_pretrained(tiny_models("gemma2"))
-    contract = new_contract(block, tokenizer, attention="sdpa", base_model="m", revision=None, pad_token_id=0)
+    contract = contract_of(tokenizer)
 
     whole = datasets.datasets_of(path, 0, tokenizer, contract, tmp_path / "whole")
     monkeypatch.setattr(datasets, "CHUNK_ROWS", 3)

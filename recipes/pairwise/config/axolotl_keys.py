@@ -80,14 +80,7 @@ def schema() -> dict:
 
 
 def axolotl_problems(values: dict) -> list[str]:
-    """Return what is wrong with a recipe's keys of Axolotl, all but `pairwise`.
-
-    Args:
-        values: The recipe's parsed YAML.
-
-    Returns:
-        One sentence a problem, which names the key and the fix.
-    """
+    """Return what is wrong with a recipe's keys of Axolotl, all but `pairwise`."""
     problems = []
     base_model = values.get("base_model")
     if not isinstance(base_model, str) or not base_model:
@@ -115,16 +108,7 @@ def axolotl_problems(values: dict) -> list[str]:
 
 
 def key_problems(key: object, value: object, plugins: object) -> list[str]:
-    """Return what is wrong with one key of a recipe, whatever its other keys say.
-
-    Args:
-        key: The key; YAML may have read it as a number or a truth value.
-        value: Its value.
-        plugins: The recipe's `plugins`.
-
-    Returns:
-        One sentence a problem.
-    """
+    """Return what is wrong with one key of a recipe, whatever its other keys say."""
     # A refused key may be turned off, with false or nothing.
     if key in REFUSED:
         return [f"{key}: refused, {REFUSED[key]}"] if value else []
@@ -206,12 +190,7 @@ def describe_part(part: Mapping) -> str:
 
 
 def suggestion(part: Mapping, value: object) -> str:
-    """Suggest what may have been meant by a wrong value; empty where there is nothing to suggest.
-
-    Args:
-        part: The part of the JSON Schema that says what the value may be.
-        value: What the recipe has there.
-    """
+    """Suggest what may have been meant by a wrong value; empty where there is nothing to suggest."""
     words = [word for word in part.get("enum", []) if isinstance(word, str)]
 
     # A misspelt word, such as lorra for lora.
@@ -320,11 +299,6 @@ def step_problems(values: dict) -> Iterator[str]:
 
 def count_accumulation_steps(pairs_per_step: int, micro_batch_size: int, gpus: int) -> int:
     """Count the micro-batches that each GPU takes in a step: 64 pairs, 2 at a time on 8 GPUs, are 4.
-
-    Args:
-        pairs_per_step: Pairs of an optimizer step over all GPUs.
-        micro_batch_size: Pairs of a micro-batch.
-        gpus: GPUs, or processes, that train.
 
     Raises:
         UserError: The pairs cannot be shared out evenly.

@@ -28,11 +28,6 @@ CONTROL_TOKEN = re.compile(r"(<[^<>\s]+>|\[/?[A-Z_]+\])")
 def derive_template(tokenizer, head: str, verdicts: Sequence[str]) -> Template:
     """Derive the template of a recipe from a base model's tokenizer.
 
-    Args:
-        tokenizer: The base model's, of transformers.
-        head: score, label_tokens or reward.
-        verdicts: The verdicts that the model is to tell apart.
-
     Raises:
         UserError: The tokenizer's chat template cannot be rendered, or changes the texts.
     """
@@ -136,16 +131,7 @@ def derive_conversation_template(tokenizer, verdicts: Sequence[str]) -> Template
 
 
 def render(tokenizer, conversation: Sequence[dict], generates: bool) -> str:
-    """Render a conversation as text, with the tokenizer's chat template.
-
-    Args:
-        tokenizer: The base model's, of transformers.
-        conversation: Messages with a role and a content.
-        generates: Whether the model's header, after which it would answer, is added at the end.
-
-    Raises:
-        UserError: The chat template does not take this conversation.
-    """
+    """Render a conversation as text, with the tokenizer's chat template."""
     try:
         return tokenizer.apply_chat_template(
             conversation, tokenize=False, add_generation_prompt=generates

@@ -126,11 +126,6 @@ def read_earlier_run(folder: Path) -> EarlierRun:
 def check_adapter_start(cfg: Mapping, block: PairwiseBlock, earlier: EarlierRun) -> None:
     """Check that a run can go on with the adapter in lora_model_dir.
 
-    Args:
-        cfg: Axolotl's configuration.
-        block: The `pairwise:` block.
-        earlier: The run that trained the adapter.
-
     Raises:
         UserError: The adapter is of another base model, head or shape than the recipe says.
     """

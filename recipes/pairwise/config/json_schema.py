@@ -323,12 +323,6 @@ def text_of_properties(properties: dict) -> str:
 def write_or_check(path: Path, schema: dict, command: str, check: bool) -> None:
     """Write a schema to a file, or check that the file holds it.
 
-    Args:
-        path: The file.
-        schema: The schema.
-        command: What a user runs to write the file, for the message.
-        check: Write nothing: `make lint` checks so that the committed file is what would be written.
-
     Raises:
         UserError: The file is to be checked, and is absent or holds something else.
     """

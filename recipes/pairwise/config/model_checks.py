@@ -108,10 +108,6 @@ def check_config(
 def build_empty_model(config, head: str) -> torch.nn.Module:
     """Build a base model with a head and without weights, which costs neither time nor memory.
 
-    Args:
-        config: The base model's configuration.
-        head: score, label_tokens or reward.
-
     Raises:
         UserError: transformers has no class for such a model with such a head.
     """
@@ -153,11 +149,6 @@ def check_layers(
     """Check that the model has the layers that LoRA is to adapt or to train whole.
 
     PEFT accepts a list of which only some names fit, and ignores the others without a word.
-
-    Args:
-        model: The base model with its head.
-        targets: The recipe's lora_target_modules: a list of names, or a regular expression.
-        saved: The recipe's lora_modules_to_save.
 
     Raises:
         UserError: No layer has one of the names.

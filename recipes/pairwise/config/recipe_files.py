@@ -1,8 +1,9 @@
-"""Find a recipe by its name or path, for the commands that take one."""
+"""Find a recipe by its name or path, and read the file that its `deepspeed` key names."""
 
 from pathlib import Path
 
 from preprocess.core.errors import UserError
+from preprocess.core.files import read_object
 
 RECIPES = Path(__file__).parents[2]
 
@@ -33,3 +34,19 @@ def find_recipe(name: str) -> Path:
     if path.is_relative_to(Path.cwd()):
         return path.relative_to(Path.cwd())
     return path
+
+
+def read_deepspeed(deepspeed: str | dict | None) -> dict:
+    """Read the settings that a recipe's `deepspeed` key holds or names; empty without DeepSpeed.
+
+    Raises:
+        UserError: The file is absent, or no JSON object.
+    """
+    if not isinstance(deepspeed, str):
+        return deepspeed or {}
+    try:
+        return read_object(deepspeed)
+    except UserError as error:
+        raise UserError(
+            f"deepspeed: {error}; see recipes/deepspeed, and run this from the repository's root"
+        ) from None

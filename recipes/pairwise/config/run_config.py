@@ -58,18 +58,7 @@ def refuse_other_commands(command_line: Sequence[str]) -> None:
 
 
 def check_run(cfg: dict, recipe: Path) -> PairwiseBlock:
-    """Check the keys of a run that is to train.
-
-    Args:
-        cfg: Axolotl's configuration.
-        recipe: The recipe's file; of a trial of a sweep it may be gone.
-
-    Returns:
-        The `pairwise:` block with the environment's overrides.
-
-    Raises:
-        UserError: A key or a value is wrong, or there is nothing to train.
-    """
+    """Check the keys of a run that is to train."""
     problems = list_key_problems(cfg, recipe)
     if problems:
         raise UserError(f"{recipe}: " + "; ".join(problems))
@@ -87,7 +76,7 @@ def list_key_problems(cfg: dict, recipe: Path) -> list[str]:
     """List what is wrong with a run's keys, one sentence a problem.
 
     The recipe's file is checked, not `cfg`: Axolotl has added keys of its own to `cfg`, and each of
-    them would be reported as unknown. The arguments are those of check_run.
+    them would be reported as unknown.
     """
     # Without the file, only the keys that are always refused can be told from Axolotl's own.
     if not recipe.is_file():
@@ -109,15 +98,8 @@ def list_key_problems(cfg: dict, recipe: Path) -> list[str]:
 def check_base_model(cfg: dict, block: PairwiseBlock):
     """Check that the base model has what the recipe asks of it.
 
-    Args:
-        cfg: Axolotl's configuration.
-        block: The `pairwise:` block.
-
     Returns:
         The base model with its head, built without weights.
-
-    Raises:
-        UserError: It lacks something.
     """
     model_config = read_config(cfg["base_model"], cfg.get("revision_of_model"))
     if is_first_on_machine():
@@ -171,12 +153,6 @@ def set_model_keys(cfg: dict, block: PairwiseBlock, model, head_start: HeadStart
 
     These are attn_implementation, num_labels (the outputs of its head) and lora_modules_to_save (the
     modules that are trained whole and saved beside LoRA's matrices).
-
-    Args:
-        cfg: Axolotl's configuration, changed in place.
-        block: The `pairwise:` block.
-        model: The base model with its head, without weights.
-        head_start: What the head starts as.
     """
     # SDPA, the faster one, ignores a soft cap, and some models of transformers do not support it.
     if not cfg.get("attn_implementation"):
@@ -204,10 +180,6 @@ def add_head_modules(cfg: dict, model) -> None:
     classifier. The head of an encoder may have more: of ["pooler", "classifier"], the pooler is added
     here. It may start from random values too. PEFT would neither train it nor write it into the
     adapter's file.
-
-    Args:
-        cfg: Axolotl's configuration, changed in place.
-        model: The base model with its head, without weights.
     """
     recipe_modules = list(cfg.get("lora_modules_to_save") or [])
     covered_modules = {*CLASSIFIER_HEADS, *recipe_modules}
@@ -218,10 +190,6 @@ def add_head_modules(cfg: dict, model) -> None:
 
 def set_accumulation_steps(cfg: dict, block: PairwiseBlock) -> None:
     """Set the micro-batches of a step from its pairs, for as many processes as train.
-
-    Args:
-        cfg: Axolotl's configuration, changed in place.
-        block: The `pairwise:` block.
 
     Raises:
         UserError: The processes cannot share the pairs evenly, or the command line says otherwise.
@@ -251,14 +219,7 @@ def set_accumulation_steps(cfg: dict, block: PairwiseBlock) -> None:
 def set_fixed_keys(
     cfg: dict, block: PairwiseBlock, recipe: Path, checkpointing: dict[str, bool]
 ) -> None:
-    """Set the keys that are the same for every recipe, or follow from the `pairwise:` block.
-
-    Args:
-        cfg: Axolotl's configuration, changed in place.
-        block: The checked `pairwise:` block.
-        recipe: The recipe's file, after which the run folder is named.
-        checkpointing: The arguments of gradient checkpointing, where the recipe turns it on.
-    """
+    """Set the keys that are the same for every recipe, or follow from the `pairwise:` block."""
     cfg["output_dir"] = str(run_folder(cfg.get("output_dir"), recipe))
     if block.head == "label_tokens":
         cfg["model_type"] = "AutoModelForCausalLM"

@@ -57,13 +57,7 @@ def named_template(name: str, head: str, verdicts: Sequence[str]) -> Template:
 
 
 def build_template(chat: Chat, head: str, verdicts: Sequence[str]) -> Template:
-    """Put a pair into the words of a chat model.
-
-    Args:
-        chat: The model's control text.
-        head: score, label_tokens or reward.
-        verdicts: The verdicts that the model is to tell apart.
-    """
+    """Put a pair into the words of a chat model."""
     if head == "reward":
         return Template(chat.begin, f"{chat.user}{{prompt}}{chat.model}{{response}}{chat.end}", "")
 

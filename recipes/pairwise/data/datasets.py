@@ -108,9 +108,6 @@ def split(
         path: The file, for the message.
         with_pool: Also train on the rows of the pool, which have no votes.
 
-    Returns:
-        The training rows and the validation rows.
-
     Raises:
         UserError: If there is no such fold, or no other one, or a row to train on shares its prompt
             with a row of the lockbox.
@@ -137,16 +134,7 @@ def split(
 
 
 def check_lockbox(frame: pl.DataFrame, trainable: pl.DataFrame, path: Path | str) -> None:
-    """Check that no row to train on has a prompt like one of the lockbox, which are the rows of the role test.
-
-    Args:
-        frame: The rows of a pairs.parquet.
-        trainable: Those of its rows that may be trained on.
-        path: The file, for the message.
-
-    Raises:
-        UserError: A row has.
-    """
+    """Check that no row to train on has a prompt like one of the lockbox, which are the rows of the role test."""
     lockbox = frame.filter(role="test")
     if lockbox.is_empty():
         return
@@ -206,10 +194,6 @@ def targets(frame: pl.DataFrame, verdicts: tuple[str, ...]) -> np.ndarray:
 def winners(frame: pl.DataFrame, verdicts: tuple[str, ...]) -> np.ndarray:
     """Return for each row which of `verdicts` won, as its number: with (model_a, model_b), model_b is 1.
 
-    Args:
-        frame: The rows of a pairs.parquet.
-        verdicts: The model's verdicts.
-
     Returns:
         Numbers from 0, int8 of shape (rows,). It is -1 where the winner is none of the verdicts: a tie,
         for a model of two verdicts.
@@ -228,13 +212,6 @@ def tokenise(
     teacher_rv: np.ndarray | None = None,
 ) -> Dataset:
     """Tokenise pairs into an Arrow file of one row a pair, with the columns of FEATURES.
-
-    Args:
-        frame: The rows of a pairs.parquet.
-        tokenizer: A fast tokenizer.
-        contract: Says how a pair becomes token ids.
-        file: The file to write, chunk by chunk; its name is shown with the progress.
-        teacher_rv: The teachers' probabilities, (rows, verdicts), if there are teachers.
 
     Returns:
         The file's rows, which are mapped into memory.
@@ -275,11 +252,6 @@ def tokenise(
 def encode_rows(chunk: pl.DataFrame, tokenizer, contract: Contract) -> list[list[list[int]]]:
     """Encode each row as two sequences of token ids.
 
-    Args:
-        chunk: Rows of a pairs.parquet.
-        tokenizer: A fast tokenizer.
-        contract: Says how a pair becomes token ids.
-
     Returns:
         For each row the pair in both orders, as given and swapped; for the reward head, which reads
         each response alone, the prompt with response A and with response B.
@@ -311,14 +283,6 @@ def datasets_of(
 
     All processes of a run call this at once. The first one takes the lock, reads the pairs and writes
     the cache. The others wait for the lock, and then find the cache written.
-
-    Args:
-        pairs: A pairs.parquet.
-        fold: See split.
-        tokenizer: A fast tokenizer.
-        contract: Says how a pair becomes token ids.
-        cache: The folder of the run's tokenised rows.
-        distill: The teachers of a student, whose labels its training rows get; None without teachers.
 
     Returns:
         The training rows and the validation rows, with the columns of FEATURES.
@@ -379,10 +343,7 @@ def _cache_name(
     """Name the folder of tokenised rows by a hash of all that decides what they are.
 
     A run with another file, fold, tokenizer or setting gets another name, so that it never reads rows
-    that do not belong to it. The arguments are those of datasets_of.
-
-    Returns:
-        16 hexadecimal digits.
+    that do not belong to it.
     """
     # All of the contract but these three parts decides how a pair is tokenised.
     settings = asdict(contract)

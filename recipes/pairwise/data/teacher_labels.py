@@ -47,12 +47,6 @@ def read_teachers(
 ) -> np.ndarray:
     """Read the labels of a student's training rows, averaged over its teachers by their weights.
 
-    Args:
-        distill: The student's `pairwise.distill`.
-        rows: The training rows, as datasets.split gives them.
-        pairs_file: The student's pairs file.
-        verdicts: The student's verdicts, which must be those of every teacher.
-
     Returns:
         Probabilities, float32 (rows, verdicts), in the order as given.
 
@@ -75,18 +69,9 @@ def read_labels(
 ) -> pl.DataFrame:
     """Read one teacher's labels of some rows of the pairs file, in the order of the rows.
 
-    Args:
-        folder: The teacher's folder.
-        rows: The rows of the pairs file.
-        pairs_file: The pairs file.
-        verdicts: The student's verdicts.
-
     Returns:
         A row for each of `rows`, with the columns id, role, fold, and those of labels.parquet: the
         probabilities, and as `runs` the names of the teacher's runs that gave them.
-
-    Raises:
-        UserError: See read_teachers.
     """
     file = folder / LABELS
     if not file.is_file() or not (folder / LABELS_RECORD).is_file():
@@ -107,17 +92,7 @@ def read_labels(
 
 
 def check_record(record: Mapping, folder: Path, pairs_file: Path, verdicts: Sequence[str]) -> None:
-    """Check that a file of labels is of this pairs file, of these verdicts, and of the runs as they are now.
-
-    Args:
-        record: The teacher's labels.json, written beside the labels.
-        folder: The teacher's folder.
-        pairs_file: The student's pairs file.
-        verdicts: The student's verdicts.
-
-    Raises:
-        UserError: It is not.
-    """
+    """Check that a file of labels is of this pairs file, of these verdicts, and of the runs as they are now."""
     file = folder / LABELS
     remedy = f"run pairwise labels {folder.name} again"
 
@@ -163,9 +138,6 @@ def check_runs(labels: pl.DataFrame, runs: Mapping[str, Mapping], file: Path) ->
         labels: Labels with the columns id, role, fold and runs, the names of the runs that gave them.
         runs: What labels.json says of each run; its `fold` is the one that it held out.
         file: The file of labels, for the message.
-
-    Raises:
-        UserError: One was.
     """
     held_out_fold = {run: run_record["fold"] for run, run_record in runs.items()}
 

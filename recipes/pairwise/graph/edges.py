@@ -132,13 +132,7 @@ def derive_graph(target: str) -> Graph:
 
 
 def describe_run(recipe: Recipe, is_packaged: bool, keeps_merged: bool) -> Run:
-    """Describe what the graph needs to know of a recipe's run.
-
-    Args:
-        recipe: The recipe.
-        is_packaged: Whether a spec of the graph serves its package.
-        keeps_merged: Whether some recipe starts from the merged model of this run.
-    """
+    """Describe what the graph needs to know of a recipe's run."""
     block = recipe.pairwise
     return Run(
         recipe=str(recipe.path),
@@ -169,12 +163,6 @@ def read_kernel(spec_path: Path) -> Kernel:
 
 def read_recipes(names: Iterable[str]) -> dict[str, Recipe]:
     """Read the named recipes and, from one to the next, all whose runs they need.
-
-    Args:
-        names: Names or files of recipes.
-
-    Returns:
-        The recipes by the name of their run.
 
     Raises:
         UserError: One does not exist or is invalid, or writes elsewhere than the graph looks.

@@ -87,13 +87,7 @@ def main(target: str, dry_run: bool, dag: bool, cv: bool, **settings) -> None:
 
 
 def list_targets(name: str, graph: Graph, test_rows: str | None) -> list[str]:
-    """List the files that are up to date when a recipe or a spec is.
-
-    Args:
-        name: Its name.
-        graph: Its graph.
-        test_rows: The rows to rehearse a kernel on; None for no rehearsal.
-    """
+    """List the files that are up to date when a recipe or a spec is."""
     targets = []
     if name in graph.kernels:
         targets.append(f"outputs/kernels/{name}/kernel.py")
@@ -114,9 +108,6 @@ def write_config(name: str, graph: Graph, test_rows: str | None, gpus: int | Non
         graph: Its graph.
         test_rows: The rows to rehearse a kernel on; None for no rehearsal.
         gpus: The GPUs of a machine; None for those of this one.
-
-    Returns:
-        The file.
     """
     if gpus is None:
         gpus = len(visible_gpus())
@@ -128,10 +119,6 @@ def write_config(name: str, graph: Graph, test_rows: str | None, gpus: int | Non
 
 def make_targets(workflow: Workflow, dry_run: bool = False) -> None:
     """Run the steps that are out of date, or print them.
-
-    Args:
-        workflow: The steps, and the files to make.
-        dry_run: Print them and run nothing.
 
     Raises:
         UserError: Steps failed, or another graph is at work here. What did not need them was made.
@@ -222,11 +209,6 @@ def parse_plan(output: str) -> list[Step]:
 
 def call_snakemake(workflow: Workflow, *options: str, **arguments) -> subprocess.CompletedProcess:
     """Call Snakemake.
-
-    Args:
-        workflow: The steps, and the files to make.
-        options: Further options of Snakemake.
-        arguments: Arguments of subprocess.run.
 
     Raises:
         UserError: Snakemake is not installed.

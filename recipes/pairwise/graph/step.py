@@ -92,10 +92,6 @@ def claim_free_gpus(most: int, locks: contextlib.ExitStack) -> list[str]:
 
     Each GPU has a lock file, such as outputs/.graph/gpu-0.lock.
 
-    Args:
-        most: How many are wanted.
-        locks: The locks are held as long as this is open.
-
     Returns:
         The numbers of the GPUs, which may be fewer.
     """

@@ -110,12 +110,7 @@ def write_records(records: Mapping[str, dict]) -> None:
 
 
 def make_record(config: Mapping[str, object], base_model: BaseModel) -> dict:
-    """Convert a base model to an entry of base_models.yml.
-
-    Args:
-        config: The keys of its config.json from which it can be measured again.
-        base_model: What was measured of it.
-    """
+    """Convert a base model to an entry of base_models.yml."""
     # YAML has lists where a BaseModel has tuples and classes.
     heads = {head: pack_weights(weights) for head, weights in base_model.heads.items()}
     batches = {attention: list(astuple(batch)) for attention, batch in base_model.batches.items()}

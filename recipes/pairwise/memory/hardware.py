@@ -37,13 +37,6 @@ NOT_COMPUTED = ("fsdp", "fsdp_config", "load_in_8bit", "lora_modules_to_save")
 def check_hardware(recipe: Recipe, deepspeed: Mapping | None) -> str:
     """Check that a recipe fits the GPUs that it names.
 
-    Args:
-        recipe: A recipe with `pairwise.hardware`.
-        deepspeed: The content of its DeepSpeed file; None without one.
-
-    Returns:
-        The arithmetic in one line.
-
     Raises:
         UserError: It does not fit, or cannot be computed.
     """
@@ -89,12 +82,7 @@ def name_gpus(hardware: HardwareBlock) -> str:
 
 
 def find_least_hardware(recipe: Recipe, deepspeed: Mapping | None) -> HardwareBlock | None:
-    """Find the fewest and smallest GPUs that a recipe fits; None where no common ones are enough.
-
-    Args:
-        recipe: The recipe.
-        deepspeed: The content of its DeepSpeed file; None without one.
-    """
+    """Find the fewest and smallest GPUs that a recipe fits; None where no common ones are enough."""
     # Fewer GPUs are easier to get than larger ones.
     for gpus in GPU_COUNTS:
         memory = count_step_memory(describe_step(recipe, deepspeed, gpus))
@@ -107,11 +95,6 @@ def find_least_hardware(recipe: Recipe, deepspeed: Mapping | None) -> HardwareBl
 
 def describe_step(recipe: Recipe, deepspeed: Mapping | None, gpus: int) -> TrainingStep:
     """Describe a micro-batch of a recipe.
-
-    Args:
-        recipe: The recipe.
-        deepspeed: The content of its DeepSpeed file; None without one.
-        gpus: How many GPUs train.
 
     Raises:
         UserError: The base model's sizes are unknown, or the recipe has a key that is not computed here.

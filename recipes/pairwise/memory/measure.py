@@ -170,11 +170,6 @@ def count_peak_bytes(model: torch.nn.Module, rows: int, length: int) -> int:
     """Count the most bytes that a forward pass holds at one time beside weights and inputs.
 
     Attention is PyTorch's unfused kernel, which any GPU can run. It holds the scores of all pairs of tokens.
-
-    Args:
-        model: A classifier on the meta device.
-        rows: Rows of the batch.
-        length: Tokens of each row, with a mask as padded rows have it.
     """
     with torch.device("meta"):
         ids_bt = torch.ones(rows, length, dtype=torch.long)

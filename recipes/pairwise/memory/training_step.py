@@ -231,12 +231,7 @@ def count_activation_bytes(step: TrainingStep) -> int:
 
 
 def count_kept_bytes(step: TrainingStep, layer: list[Weight]) -> int:
-    """Count the bytes that one layer keeps for its backward pass, for each token.
-
-    Args:
-        step: The step.
-        layer: The layer's tensors.
-    """
+    """Count the bytes that one layer keeps for its backward pass, for each token."""
     attention_width = find_attention_width(layer, find_width(step.base))
     mlp_width = find_mlp_output(layer).shape[1]
 
@@ -260,12 +255,7 @@ def count_kept_bytes(step: TrainingStep, layer: list[Weight]) -> int:
 
 
 def count_kept_inputs(step: TrainingStep, layer: list[Weight]) -> int:
-    """Count the bytes of the inputs that a layer keeps because weights are trained on them, for each token.
-
-    Args:
-        step: The step.
-        layer: The layer's tensors.
-    """
+    """Count the bytes of the inputs that a layer keeps because weights are trained on them, for each token."""
     # In a full fine-tune each linear layer keeps its input: that of queries, keys and values, that of
     # the MLP, both as wide as the stream, and what goes into the MLP's output. Attention's result is
     # counted already.

@@ -76,10 +76,6 @@ def rows_are_right(probabilities_rv: np.ndarray, winners_r: np.ndarray) -> np.nd
 def measure_answers(probabilities_rv: np.ndarray, winners_r: np.ndarray) -> dict[str, float]:
     """Compute the metrics of the competitions, by the names that their entries use.
 
-    Args:
-        probabilities_rv: Probabilities (rows, verdicts), of one row or more.
-        winners_r: The index of each row's winner among the verdicts; every row has one.
-
     Returns:
         accuracy, log_loss in nats, and brier_score.
     """
@@ -165,12 +161,6 @@ def predictions(
     ids: list[str], probabilities_rov: np.ndarray, verdicts: tuple[str, ...], pairs: pl.DataFrame
 ) -> pl.DataFrame:
     """Make the table of predictions.
-
-    Args:
-        ids: The rows' ids.
-        probabilities_rov: Their probabilities (rows, 2 orders, verdicts).
-        verdicts: The verdicts in that order. The probability of another one is 0.
-        pairs: Has each row's fold and winner.
 
     Returns:
         One row a pair, sorted by id: id, fold, winner, the mean probabilities of both orders (such as

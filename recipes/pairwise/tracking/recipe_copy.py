@@ -94,12 +94,7 @@ def write_copy(values: dict) -> None:
 
 
 def begin_trial(values: dict, recipe: Path) -> None:
-    """Keep the recipe of a sweep's trial before it runs, so that one that fails is listed with its parameters too.
-
-    Args:
-        values: The recipe's resolved keys.
-        recipe: The recipe's file. Where it is not one of a trial, nothing is done.
-    """
+    """Keep the recipe of a sweep's trial before it runs, so that one that fails is listed with its parameters too."""
     if not is_trial(recipe) or not is_first_on_machine():
         return
 
@@ -116,11 +111,6 @@ def end_refused_trial(values: dict | None, recipe: Path, error: UserError) -> No
 
     Axolotl would write that log, but has not begun it when a recipe is refused. A recipe that is not one of
     a trial gets no log: its error is on the screen.
-
-    Args:
-        values: The recipe's resolved keys; None where they could not be read.
-        recipe: The recipe's file.
-        error: Why it is refused.
     """
     is_known_trial = bool(values) and is_trial(recipe)
     if is_known_trial and is_first_on_machine():
@@ -141,12 +131,7 @@ def is_trial(recipe: Path) -> bool:
 
 
 def lasting_recipe(recipe: Path, folder: str | Path) -> Path:
-    """Find the file that will still hold a run's recipe later.
-
-    Args:
-        recipe: The recipe's file, which Axolotl removes after a sweep's trial.
-        folder: The run folder, which holds a copy.
-    """
+    """Find the file that will still hold a run's recipe later."""
     if is_trial(recipe):
         return Path(folder) / RECIPE_COPY
     return recipe

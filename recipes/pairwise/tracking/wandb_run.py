@@ -83,11 +83,6 @@ def is_ready() -> bool:
 def start(cfg: dict, recipe: dict, contract: Contract) -> None:
     """Begin the run, before the model is loaded, so that it fails in time.
 
-    Args:
-        cfg: Axolotl's configuration.
-        recipe: The recipe's keys as they run.
-        contract: What the model's inputs are made with.
-
     Raises:
         UserError: The run cannot begin.
     """

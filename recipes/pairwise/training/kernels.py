@@ -29,12 +29,7 @@ def turn_on_liger(cfg: dict) -> None:
 
 
 def choose_lora_kernels(cfg: dict, model_type: str) -> None:
-    """Turn each kernel on where the run can use it, and off elsewhere.
-
-    Args:
-        cfg: Axolotl's configuration, changed in place. A kernel that the recipe turns off stays off.
-        model_type: The base model's.
-    """
+    """Turn each kernel on where the run can use it and the recipe does not turn it off."""
     reason = find_obstacle(cfg, model_type)
     if reason is not None and cfg.get("adapter"):
         LOG.info("LoRA kernels: off, %s", reason)
@@ -53,12 +48,7 @@ def choose_lora_kernels(cfg: dict, model_type: str) -> None:
 
 
 def find_obstacle(cfg: dict, model_type: str) -> str | None:
-    """Find why no kernel can be used; None where nothing stands in the way.
-
-    Args:
-        cfg: Axolotl's configuration.
-        model_type: The base model's.
-    """
+    """Find why no kernel can be used; None where nothing stands in the way."""
     if not cfg.get("adapter"):
         return "there is no adapter"
     if not torch.cuda.is_available():

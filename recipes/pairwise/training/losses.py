@@ -22,9 +22,6 @@ def soft_cross_entropy(
         label_smoothing: The share of the uniform distribution that is mixed into the labels, as in
             Szegedy et al. 2016.
         focal_gamma: See regularisers.focal_factors.
-
-    Returns:
-        A scalar in float32.
     """
     # The labels of a pair sum to 1 with votes and to 0 without: only the former are smoothed.
     verdicts = labels.shape[-1]

@@ -34,10 +34,6 @@ class MovingAverage(TrainerCallback):
     """Averages the trained weights over the steps (Polyak and Juditsky 1992), with weights that decay.
 
     A checkpoint keeps the average too, so that a run that is resumed ends with the same weights.
-
-    Attributes:
-        decay: The share of the average that a step keeps.
-        average: The averaged weights by their names in the model.
     """
 
     def __init__(self, decay: float):

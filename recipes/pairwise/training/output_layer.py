@@ -21,12 +21,7 @@ def find_head_name(model: nn.Module) -> str:
 
 
 def replace_output_layer(model: nn.Module, outputs: int) -> None:
-    """Give a classifier a fresh last layer.
-
-    Args:
-        model: The classifier, before any adapter is put on it.
-        outputs: How many outputs the new layer has.
-    """
+    """Give a classifier a fresh last layer, before any adapter is put on it."""
     head_name = find_head_name(model)
 
     # A head may be several layers, as RoBERTa's is; the verdicts come out of its last one.

@@ -200,9 +200,6 @@ class PairwiseTrainer(AxolotlTrainer, _AfterAxolotl):
             labels: Of the same shape, see soft_cross_entropy.
             weight: Of shape (pairs,), see soft_cross_entropy.
             teacher: The teachers' probabilities, of the shape of the labels; None without teachers.
-
-        Returns:
-            A scalar in float32.
         """
         loss = soft_cross_entropy(logits, labels, weight, self.label_smoothing, self.focal_gamma)
 

@@ -5,7 +5,6 @@ head is fetched as one; and what was saved is checked to be whole.
 """
 
 import contextlib
-import json
 from pathlib import Path
 
 from deepspeed.runtime.zero import GatheredParameters
@@ -16,6 +15,7 @@ from pydantic import ValidationError
 from safetensors import safe_open
 
 from preprocess.core.errors import UserError
+from recipes.pairwise.config.recipe_files import read_deepspeed
 
 MESSAGE_LENGTH = 200  # characters shown of pydantic's
 
@@ -23,13 +23,10 @@ MESSAGE_LENGTH = 200  # characters shown of pydantic's
 def is_zero3(deepspeed: str | dict | None) -> bool:
     """Return whether a recipe's `deepspeed:` asks for ZeRO-3.
 
-    Args:
-        deepspeed: The path of a JSON file, or the settings themselves; None without DeepSpeed.
-
     Raises:
         UserError: If the settings cannot be read, or would save weights in parts.
     """
-    settings = read_settings(deepspeed)
+    settings = read_deepspeed(deepspeed)
     zero_settings = settings.get("zero_optimization") or {}
     check_zero_settings(zero_settings, deepspeed)
 
@@ -54,34 +51,12 @@ def check_zero_settings(zero_settings: dict, deepspeed: str | dict | None) -> No
         raise UserError(f"deepspeed: {deepspeed}: zero_optimization: {message}") from None
 
 
-def read_settings(deepspeed: str | dict | None) -> dict:
-    """Return the settings that a recipe's `deepspeed:` holds or names; none without DeepSpeed."""
-    settings = deepspeed or {}
-    if isinstance(deepspeed, str):
-        try:
-            settings = json.loads(Path(deepspeed).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"deepspeed: {deepspeed} cannot be read as JSON ({error}); see recipes/deepspeed"
-            ) from None
-
-    if not isinstance(settings, dict):
-        kind = type(settings).__name__
-        raise UserError(
-            f"deepspeed: {deepspeed}: expected an object, found {kind}; see recipes/deepspeed"
-        )
-    return settings
-
-
 def checkpointing_kwargs(cfg) -> dict[str, bool]:
     """Return which of PyTorch's two ways to recompute activations suits the run.
 
     Reentrant, Axolotl's default, marks LoRA's parameters ready twice under DDP. The other compares
     the shapes of what it recomputes, and under ZeRO-3 weights that were let go since have shape 0:
     CheckpointError in the first backward pass.
-
-    Args:
-        cfg: Axolotl's configuration.
 
     Returns:
         Arguments of PyTorch's checkpoint function: the recipe's own, and a default for the rest.

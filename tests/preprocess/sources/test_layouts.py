@@ -1,18 +1,11 @@
 """Each public layout, as its card describes it: what a row becomes, and why a row is rejected."""
 
-import json
-
 import polars as pl
 import pytest
 
 from preprocess.sources.reader import read_prompts
 from preprocess.sources.rows import SHARES, TEXTS
-from tests.preprocess.sources.whole_files import read_rows
-
-
-def jsonl(path, *rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+from tests.preprocess.sources.whole_files import jsonl, read_rows
 
 
 def chat(*texts, first="user") -> list[dict]:

@@ -12,7 +12,7 @@ from preprocess.core.errors import UserError
 from preprocess.model_input import VERDICTS
 from preprocess.sources.reader import read_prompts
 from preprocess.sources.rows import ROWS, SHARES, TEXTS
-from tests.preprocess.sources.whole_files import read_rows
+from tests.preprocess.sources.whole_files import jsonl, read_rows
 
 NO_SHARES = "vote shares do not add up to 1, or the weight is not positive"
 REASONS = {
@@ -50,11 +50,6 @@ def judgements(draw, single_turn: bool = False):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("sources")
-
-
-def jsonl(path, *rows):
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def wsdm(**columns) -> pl.DataFrame:

@@ -1,4 +1,6 @@
-"""A source file read in one piece, for the tests of this folder."""
+"""Source files written and read in one piece, for the tests of this folder."""
+
+import json
 
 import polars as pl
 
@@ -7,3 +9,10 @@ from preprocess.sources.reader import read_batches
 
 def read_rows(path, role: str = "train") -> pl.DataFrame:
     return pl.concat(read_batches(path, role))
+
+
+def jsonl(path, *rows):
+    """Write rows, or lines as they are, to a file, and return its path."""
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path

@@ -1,6 +1,5 @@
 """Recipes are checked strictly, without torch, and every problem is named with its fix."""
 
-import re
 import subprocess
 import sys
 
@@ -12,7 +11,7 @@ from preprocess.core.errors import UserError
 from recipes.pairwise.__main__ import main
 from recipes.pairwise.config.axolotl_keys import REFUSED, schema
 from recipes.pairwise.config.schema import read_recipe, recipe_problems
-from recipes.pairwise.config.templates import NAMES, named_template
+from recipes.pairwise.config.templates import named_template
 from tests.conftest import ROOT
 
 GOOD = {
@@ -28,7 +27,8 @@ def with_block(**changes) -> dict:
 
 
 def test_a_good_recipe_has_no_problem():
-    assert recipe_problems(GOOD) == []
+    for block in ({}, {"distill": {"teachers": ["a", "b"], "weight": 1}}, {"distill": {"teachers": {"a": 2, "b": 0.5}}}):
+        assert recipe_problems(with_block(**block)) == []
     layers_of_other_models = ["qkv_proj", "out_proj", "gate_up_proj", "c_proj"]
     assert recipe_problems(GOOD | LORA | {"lora_target_modules": layers_of_other_models}) == []
 
@@ -79,6 +79,17 @@ def test_a_good_recipe_has_no_problem():
         (
             with_block(ema_decay=0.9) | {"load_best_model_at_end": True},
             "pairwise.ema_decay: the average would replace the best",
+        ),
+        (with_block(distill={}), "pairwise.distill.teachers: missing"),
+        (with_block(distill={"teachers": ["a", "a"]}), "pairwise.distill.teachers: a teacher is named twice"),
+        (with_block(distill={"teachers": ["a"], "weight": 2}), "pairwise.distill.weight: "),
+        (
+            with_block(distill={"teachers": ["a"], "temprature": 2}),
+            "pairwise.distill.temprature: unknown key; did you mean temperature?",
+        ),
+        (
+            with_block(distill={"teachers": ["a"]}, train=False),
+            "pairwise.distill: with train: false there is no student",
         ),
         (with_block(train=False) | {"adapter": "lora"}, "adapter: nothing is trained with pairwise.train: false"),
         (
@@ -226,16 +237,6 @@ def test_each_head_has_its_own_template():
     assert score.end.startswith("Which response would a person prefer, A or B?<|eot_id|>")
     assert causal.end.startswith("Which response would a person prefer, A or B? Answer with A or B.<|eot_id|>")
     assert "with C if neither" in named_template("llama3", "label_tokens", ("model_a", "tie", "model_b")).end
-
-
-@pytest.mark.parametrize(
-    ("head", "places"),
-    [("score", ("{prompt}", "{response_a}", "{response_b}")), ("reward", ("{prompt}", "{response}"))],
-)
-def test_every_template_holds_its_places_once(head, places):
-    for name in NAMES:
-        turn = named_template(name, head, ("model_a", "model_b")).turn
-        assert re.findall(r"{\w+}", turn) == list(places)
 
 
 def test_the_check_needs_no_torch_and_ends_with_2():

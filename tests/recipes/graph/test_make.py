@@ -7,12 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from recipes.pairwise.graph.make import SNAKEMAKE
 from tests.conftest import ROOT
-
-
-def test_snakemake_is_installed():
-    assert SNAKEMAKE.is_file(), "no .venv-graph; `make setup` makes it"
 
 
 def test_a_spec_is_made_from_its_recipe_to_the_rehearsal_and_then_by_content(workplace, capfd):

@@ -6,7 +6,8 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from recipes.pairwise.__main__ import main, read_deepspeed
+from recipes.pairwise.__main__ import main
+from recipes.pairwise.config.recipe_files import read_deepspeed
 from recipes.pairwise.config.schema import read_recipe
 from recipes.pairwise.memory.hardware import find_least_hardware
 from tests.conftest import ROOT
@@ -84,5 +85,5 @@ def test_a_header_names_the_least_hardware(path, monkeypatch):
     match = HEADER.search(path.read_text())
     assert bool(match) is (recipe.pairwise.hardware is not None)
     if match:
-        least = find_least_hardware(recipe, read_deepspeed(recipe))
+        least = find_least_hardware(recipe, read_deepspeed(recipe.axolotl.get("deepspeed")))
         assert (least.gpus, least.gib) == (int(match[1]), int(match[2]))

@@ -22,7 +22,17 @@ ROWS = [
 ]
 # Shorter than the longest sequence, so that some tokens are out of sight.
 WINDOW = 16
-MODELS = ("gemma2", "llama", "qwen2", "qwen3", "mistral", "phi3", "bert", "modernbert")
+MODELS = [
+    ("gemma2", {"sliding_window": WINDOW}),
+    ("llama", {}),
+    ("qwen2", {}),
+    ("qwen3", {}),
+    ("mistral", {"sliding_window": WINDOW}),
+    ("phi3", {}),
+    ("bert", {}),
+    ("modernbert", {"local_attention": 2 * WINDOW}),
+    ("modernbert", {"classifier_pooling": "mean"}),
+]
 
 
 def load_classifier(folder, **config):
@@ -52,12 +62,8 @@ def assert_same(padded, joined):
         assert torch.allclose(gradient, joined[1][name], atol=1e-6), name
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_a_classifier_s_logits_and_gradients_are_those_of_padded_batches(kind, tiny_models):
-    window = {"gemma2": {"sliding_window": WINDOW}, "mistral": {"sliding_window": WINDOW}}
-    window["modernbert"] = {"local_attention": 2 * WINDOW}
-    config = window.get(kind, {})
-
+@pytest.mark.parametrize(("kind", "config"), MODELS)
+def test_a_classifier_s_logits_and_gradients_are_those_of_padded_batches(kind, config, tiny_models):
     collator = PairCollator(None, "score", TWO, "both", pad_token_id=0)
     padded = loss_and_gradients(load_classifier(tiny_models(kind), **config), collator(ROWS))
 
@@ -86,17 +92,6 @@ def test_label_tokens_with_an_adapter_are_read_at_the_end_of_each_sequence(tiny_
     padding_free.use_padding_free(model)
     collator = PairCollator(None, "label_tokens", TWO, "both", pad_token_id=0, padding_free=True)
     assert_same(padded, loss_and_gradients(model, collator(ROWS), **label_token_options(padding_free=True)))
-
-
-def test_modernbert_s_mean_is_over_each_sequence(tiny_models):
-    config = {"classifier_pooling": "mean"}
-    collator = PairCollator(None, "score", TWO, "as_given", pad_token_id=0)
-    padded = loss_and_gradients(load_classifier(tiny_models("modernbert"), **config), collator(ROWS))
-
-    model = load_classifier(tiny_models("modernbert"), **config)
-    padding_free.use_padding_free(model)
-    collator = PairCollator(None, "score", TWO, "as_given", pad_token_id=0, padding_free=True)
-    assert_same(padded, loss_and_gradients(model, collator(ROWS)))
 
 
 def test_a_model_that_computes_attention_by_itself_is_refused(tiny_models):

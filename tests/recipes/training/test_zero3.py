@@ -101,9 +101,8 @@ def test_checkpointing_is_reentrant_under_zero3_only(tmp_path):
     ("deepspeed", "message"),
     [
         ({"zero_optimization": {"stage": 3}}, "lacks stage3_gather_16bit_weights_on_model_save: true"),
-        ("absent.json", r"absent\.json cannot be read as JSON .*; see recipes/deepspeed"),
+        ("absent.json", r"deepspeed: absent\.json: no such file; see recipes/deepspeed"),
         ({"zero_optimization": {"stgae": 3}}, "zero_optimization: 1 validation error for DeepSpeedZeroConfig stgae"),
-        (["zero3.json"], "expected an object, found list"),
     ],
 )
 def test_settings_that_cannot_be_used_are_refused(deepspeed, message):
