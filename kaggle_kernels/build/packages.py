@@ -9,6 +9,7 @@ from pathlib import Path
 
 from kaggle_kernels.build.memory_fit import Fit
 from kaggle_kernels.build.spec import Spec
+from postprocess.memory.model_size import GIB, weight_bytes
 from postprocess.package import MANIFEST, METADATA
 from preprocess.competitions import COMPETITIONS
 from preprocess.core.errors import UserError
@@ -18,6 +19,10 @@ from recipes.pairwise.config.schema import Recipe
 
 # Keys that contract.json has in common with the recipe's `pairwise:` block.
 AS_TRAINED = ("head", "budget_tokens", "truncation", "softcap")
+
+# How far the weights on disk may exceed the computed size: by a share, and by the headers of the files.
+EXCESS_RATIO = 1.1
+EXCESS_BYTES = 2**20
 
 
 def package_folder(run: str) -> Path:
@@ -31,7 +36,11 @@ def spec_folder(spec_path: Path) -> Path:
 
 
 def find_package(fit: Fit) -> Path:
-    """Find the folder of a spec's package, and check that the kernel was built for it."""
+    """Find the folder of a spec's package, and check that the kernel was built for it.
+
+    Raises:
+        UserError: where it is absent, or the spec or the recipe says something else.
+    """
     folder = package_folder(fit.package.run)
     if not (folder / MANIFEST).is_file():
         raise UserError(
@@ -42,6 +51,7 @@ def find_package(fit: Fit) -> Path:
     check_dataset(folder, fit)
     check_recipe_is_unchanged(folder, fit)
     check_base_model(folder, fit.recipe)
+    check_weight_bytes(folder, fit)
     return folder
 
 
@@ -122,6 +132,33 @@ def check_base_model(folder: Path, recipe: Recipe) -> None:
             f"{recipe.path}: base_model is {base_model}, {folder} was made of {trained_from}; put "
             "that back, or train, package and build again"
         )
+
+
+def check_weight_bytes(folder: Path, fit: Fit) -> None:
+    """Check that a package's weights are no larger than the base model of its recipe.
+
+    Whether a kernel's models fit the GPUs is computed from the recipe's base model. A package of a larger
+    one, trained with --base-model, would run out of memory on Kaggle.
+
+    Args:
+        folder: The package.
+        fit: The memory that was computed for it.
+
+    Raises:
+        UserError: The weights are larger.
+    """
+    bytes_on_disk = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    bytes_computed = sum(weight_bytes(fit.served))
+    most_bytes = bytes_computed * EXCESS_RATIO + EXCESS_BYTES
+    if bytes_on_disk <= most_bytes:
+        return
+
+    trained_from = read_object(folder / "contract.json").get("base_model")
+    raise UserError(
+        f"{folder}: {bytes_on_disk / GIB:.1f} GiB of weights, {fit.recipe.path} comes to "
+        f"{bytes_computed / GIB:.1f}, which the kernel's memory was computed for; it was packaged "
+        f"from {trained_from}: make that the base_model, and build"
+    )
 
 
 def build_of(kernel: Path, packages: Mapping[str, Path]) -> dict:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from kaggle_kernels.runtime.models.scoring import (
+    DEFAULT_PADDING_LIMIT,
     PADDING_LIMITS,
     Request,
     make_requests,
@@ -416,7 +417,7 @@ def encode_rows(inputs: Inputs, next_pass: NextPass) -> list[Request]:
             inputs.contracts[next_pass.package],
             pairs[start : start + ENCODED_AT_ONCE],
             (next_pass.order,),
-            PADDING_LIMITS[package.manifest["quantize"]],
+            PADDING_LIMITS.get(package.manifest["quantize"], DEFAULT_PADDING_LIMIT),
         )
 
         # Four bytes for each token id, since there are millions of them.

@@ -44,10 +44,11 @@ def test_a_package_of_another_base_model_than_the_recipes_is_refused(workplace):
     change_json(PACKAGE / "contract.json", base_model="google/gemma-2-9b-it")
     assert refusal_of(workplace).startswith("recipes/two.yml: base_model is outputs/demo/input/gemma2, ")
 
-    # A local copy may have any path.
+    # A local copy may have any path, and is told by the size of its weights.
     change_json(PACKAGE / "contract.json", base_model=".")
-    [fit] = fit_packages(workplace, read_spec(workplace))
-    assert find_package(fit) == PACKAGE
+    with (PACKAGE / "model.safetensors").open("ab") as file:
+        file.truncate(2 * 2**30)
+    assert refusal_of(workplace).startswith(f"{PACKAGE}: 2.0 GiB of weights, recipes/two.yml comes to 0.0, ")
 
 
 @pytest.mark.parametrize(
