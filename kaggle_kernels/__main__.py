@@ -124,11 +124,6 @@ def build(specs: tuple[str, ...], kernels: Path, check: bool) -> None:
 )
 @click.option("--shuffle", is_flag=True, help="Shuffle the rows and give them each other's ids.")
 @click.option(
-    "--ids",
-    type=click.Choice(["int", "string"]),
-    help="Give the rows new ids of this type.",
-)
-@click.option(
     "--hostile",
     is_flag=True,
     help="Replace a twentieth of the rows by adversarial ones. Ids are int for an odd seed, string for an even one.",
@@ -137,7 +132,7 @@ def build(specs: tuple[str, ...], kernels: Path, check: bool) -> None:
     "--seed",
     type=click.IntRange(0),
     default=0,
-    help="Seed for rows, ids, their order, and which workers are killed.",
+    help="Seed for rows, ids and their order.",
 )
 @click.option(
     "--devices",
@@ -160,11 +155,6 @@ def build(specs: tuple[str, ...], kernels: Path, check: bool) -> None:
     "--kill-every",
     type=click.FloatRange(0, min_open=True),
     help="Kill one worker after another, with a pause of so many seconds.",
-)
-@click.option(
-    "--lose-device",
-    type=click.IntRange(0),
-    help="Kill every worker of this device as soon as it starts.",
 )
 @click.option(
     "--lose-all-at",
@@ -213,9 +203,6 @@ def weigh(spec: str, write: bool) -> None:
 
 def asks_kaggle(patience_seconds: float) -> Callable[[Callable], Callable]:
     """Make a decorator that gives a command the options of waiting for Kaggle.
-
-    Args:
-        patience_seconds: the default of --patience-seconds.
 
     Returns:
         The decorator. It adds --poll-seconds and --patience-seconds, of which the command makes a client.Pace.

@@ -144,7 +144,7 @@ def make_metadata(spec: Spec) -> dict:
         "enable_gpu": True,
         "enable_tpu": False,
         "enable_internet": False,
-        "machine_shape": spec.accelerator,
+        "machine_shape": "NvidiaTeslaT4",
         "dataset_sources": [f"{OWNER}/{dataset}" for dataset in datasets],
         "competition_sources": [COMPETITIONS[spec.competition].slug],
         "kernel_sources": [],
@@ -234,9 +234,7 @@ def read_module(name: str) -> Module:
     for statement in statements:
         if isinstance(statement, ImportStatement):
             header_end = statement.end_lineno
-            if ast.unparse(statement).startswith("from kaggle_kernels.runtime"):
-                check_is_not_renamed(statement, name)
-            else:
+            if not ast.unparse(statement).startswith("from kaggle_kernels.runtime"):
                 outside_imports.append(ast.unparse(statement))
         else:
             defined_names += list_defined_names(statement)
@@ -280,16 +278,6 @@ def drop_sections(docstring_lines: list[str]) -> list[str]:
                 return [kept_lines[0] + '"""']
             return [*kept_lines, docstring_lines[-1]]
     return docstring_lines
-
-
-def check_is_not_renamed(statement: ImportStatement, importer: str) -> None:
-    """Raise ValueError where an import from the runtime has an `as`: the kernel does not define the second name."""
-    for alias in statement.names:
-        if alias.asname is not None:
-            raise ValueError(
-                f"{importer}.py: imports {alias.name} from the runtime as {alias.asname}; in one file "
-                f"there is only {alias.name}"
-            )
 
 
 def list_defined_names(statement: ast.stmt) -> list[str]:

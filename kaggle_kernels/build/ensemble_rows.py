@@ -29,11 +29,7 @@ class Rows:
 
 
 def read_rows(spec: Spec) -> Rows:
-    """Read the validation rows that all runs of a spec held out, with verdicts of the competition.
-
-    Raises:
-        UserError: where a run has no such rows, or the runs do not belong together.
-    """
+    """Read the validation rows that all runs of a spec held out, with verdicts of the competition."""
     verdicts = COMPETITIONS[spec.competition].verdicts
     tables = {package.run: read_probabilities(package.run, spec) for package in spec.packages}
     first_run = spec.packages[0].run

@@ -211,25 +211,19 @@ def print_table(spec: Spec, rows: Rows, equal: Mixture, fitted: Mixture) -> None
 
 
 def write_mixture(spec_path: Path, mixture: Mixture) -> None:
-    """Put weights and temperature into a spec; comments, the order of keys, quotes and line ends stay as they are."""
+    """Put weights and temperature into a spec; comments, the order of keys and quotes stay as they are."""
     yaml = YAML()
     yaml.preserve_quotes = True
     yaml.width = 1000  # in characters; ruamel.yaml breaks longer lines
     yaml.indent(mapping=2, sequence=4, offset=2)
 
-    # Without "\r", which ruamel.yaml would keep in comments and lose elsewhere.
-    content = spec_path.read_bytes().decode("utf-8")
-    line_end = "\r\n" if "\r\n" in content else "\n"
-    values = yaml.load(content.replace("\r\n", "\n"))
+    values = yaml.load(spec_path)
     for package, weight in zip(values["packages"], mixture.weights, strict=True):
         package["weight"] = float(weight)
     values["temperature"] = mixture.temperature
 
-    with (
-        atomic_file(spec_path) as temporary,
-        temporary.open("w", encoding="utf-8", newline=line_end) as file,
-    ):
-        yaml.dump(values, file)
+    with atomic_file(spec_path) as temporary:
+        yaml.dump(values, temporary)
 
 
 def measure_ensemble(spec: Spec) -> dict | None:

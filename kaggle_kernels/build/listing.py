@@ -15,7 +15,7 @@ from preprocess.core.errors import UserError
 
 SECONDS_PER_HOUR = 3600
 WIDTH = 180  # characters, where the output is no terminal
-PACKAGE_COLUMNS = ("packages", "base model", "approach", "bits", "GiB a GPU")
+PACKAGE_COLUMNS = ("packages", "base model", "bits", "GiB a GPU")
 COLUMNS = ("spec", "for", *PACKAGE_COLUMNS, "clock", "kernel")
 
 
@@ -69,8 +69,8 @@ def describe_spec(path: Path) -> list[str]:
     return [spec.competition, *package_cells, " / ".join(durations), state]
 
 
-def describe_package(fit: Fit, spec: Spec) -> tuple[str, str, str, str, str]:
-    """Describe a package: its run, the base model's name, its approach, its bits, and GiB on a GPU."""
+def describe_package(fit: Fit, spec: Spec) -> tuple[str, str, str, str]:
+    """Describe a package: its run, the base model's name, its bits, and GiB on a GPU."""
     run = fit.package.run
     # The weights of an ensemble stand before its packages.
     if len(spec.packages) > 1:
@@ -78,4 +78,4 @@ def describe_package(fit: Fit, spec: Spec) -> tuple[str, str, str, str, str]:
 
     base_model = fit.recipe.axolotl["base_model"]
     bits = fit.served.quantize.replace("none", "16")
-    return run, base_model.split("/")[-1], fit.approach, bits, in_gib(fit.gpu_bytes)
+    return run, base_model.split("/")[-1], bits, in_gib(fit.gpu_bytes)

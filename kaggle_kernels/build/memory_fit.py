@@ -14,17 +14,12 @@ from postprocess.memory.model_size import GIB, GPU_BYTES, Served, served_of, wei
 from postprocess.memory.t4_fit import in_gib, place, refusal
 from preprocess.competitions import COMPETITIONS
 from preprocess.core.errors import UserError
-from preprocess.core.files import read_yaml
 from recipes.pairwise.config.schema import Recipe, read_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 # The formats that need bitsandbytes on Kaggle. The runtime unpacks GPTQ itself.
 BITSANDBYTES = ("nf4", "int8")
-
-# How `list` names a recipe's head and adapter.
-HEAD_NAMES = {"score": "classifier", "label_tokens": "label tokens", "reward": "reward model"}
-ADAPTER_NAMES = {"qlora": "QLoRA", "lora": "LoRA"}
 
 
 @dataclass(frozen=True)
@@ -37,14 +32,6 @@ class Fit:
     placement: str  # each: a copy on every GPU; split: one copy, its layers over both
     gpu_bytes: tuple[int, ...]  # what one copy needs on each GPU that it stands on
     weight_bytes_limit: int | None = None  # split: what a GPU has for weights
-
-    @property
-    def approach(self) -> str:
-        """The kind of head and of training, e.g. "classifier, QLoRA"."""
-        block = self.recipe.pairwise
-        adapter = self.recipe.axolotl.get("adapter")
-        training = ADAPTER_NAMES.get(adapter, "full") if block.train else "untrained"
-        return f"{HEAD_NAMES[block.head]}, {training}"
 
 
 def fit_packages(spec_path: Path, spec: Spec) -> list[Fit]:
@@ -92,44 +79,22 @@ def fit_packages(spec_path: Path, spec: Spec) -> list[Fit]:
 
 
 def find_recipe(run: str, package_key: str) -> Recipe:
-    """Find the recipe that makes a run, in recipes/ of the current folder or among the project's.
-
-    It has the run's name, or else an output_dir that ends with it.
+    """Find the recipe with a run's name, in recipes/ of the current folder or among the project's.
 
     Args:
         run: The run's name, which may name a part of it, as in gemma2_cls/mean.
         package_key: The spec's file and key that name the run, for the error message.
     """
     name = run.split("/")[0]
-    folders = (Path("recipes"), RECIPES)
-
-    # By the recipe's own name, which needs only one file to be read.
-    for folder in folders:
+    for folder in (Path("recipes"), RECIPES):
         path = folder / f"{name}.yml"
         if path.is_file():
             return read_recipe(path)
-
-    # By its output_dir, for which every recipe has to be read.
-    for folder in folders:
-        for path in sorted(folder.glob("*.yml")):
-            if read_output_name(path) == name:
-                return read_recipe(path)
 
     raise UserError(
         f"{package_key}.run: no recipes/{name}.yml, which says base model and quantisation; "
         "name a recipe's run"
     )
-
-
-def read_output_name(recipe_path: Path) -> str | None:
-    """Read the last part of a recipe's output_dir; None where there is none, or the file is no YAML."""
-    try:
-        output_folder = read_yaml(recipe_path).get("output_dir")
-    except UserError:
-        return None  # the recipe's own check reports its mistakes
-    if not output_folder:
-        return None
-    return Path(str(output_folder)).name
 
 
 def check_recipe(package: PackageBlock, recipe: Recipe, spec: Spec, package_key: str) -> None:

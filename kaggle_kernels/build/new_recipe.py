@@ -121,11 +121,6 @@ class NewModel:
 def write_recipe_and_spec(name: str, base: str, head: str) -> None:
     """Write recipes/NAME.yml and kaggle_kernels/specs/NAME.yml, and print what was derived.
 
-    Args:
-        name: The name of both.
-        base: The base model: a folder, or a repository of the hub.
-        head: score, label_tokens or reward.
-
     Raises:
         UserError: A file is there already, or the base model cannot be trained this way.
     """
@@ -197,9 +192,6 @@ def choose_pad_token(tokenizer, template: Template) -> str | None:
 
     Returns:
         The token; None where the tokenizer's own will do.
-
-    Raises:
-        UserError: The tokenizer has no token to spare.
     """
     row_end = template.end or template.turn
     if tokenizer.pad_token and not row_end.endswith(tokenizer.pad_token):

@@ -108,7 +108,6 @@ class Spec(_Strict):
     packages: tuple[PackageBlock, ...] = Field(
         min_length=1, strict=False, description="the models; several are an ensemble"
     )
-    accelerator: Literal["NvidiaTeslaT4"] = Field("NvidiaTeslaT4", description="the GPUs: two T4s")
     # How the rows are scored.
     clock_seconds: TimeLimits | None = Field(
         None,
@@ -207,14 +206,6 @@ class Spec(_Strict):
         return packages
 
     @model_validator(mode="after")
-    def _check_batch_holds_a_row(self):
-        if self.budget_tokens is not None and self.budget_tokens > self.tokens_per_batch:
-            raise ValueError(
-                f"budget_tokens: {self.budget_tokens} is more than tokens_per_batch, {self.tokens_per_batch}"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _check_wheels_are_no_package(self):
         package_datasets = [package.dataset for package in self.packages]
         if self.wheels in package_datasets:
@@ -306,14 +297,7 @@ def _explain(problem: ErrorDetails) -> str:
 def settings_of(
     name: str, spec: Spec, packages: Sequence[PackageSettings], temperature: float = 1.0
 ) -> Settings:
-    """Collect the settings that a spec's kernel runs with.
-
-    Args:
-        name: the spec's name.
-        spec: the spec.
-        packages: what the kernel has to know of each package, in the spec's order.
-        temperature: that of the final probabilities; see packages.choose_temperature.
-    """
+    """Collect the settings that a spec's kernel runs with."""
     competition = COMPETITIONS[spec.competition]
     return Settings(
         name=name,

@@ -60,11 +60,6 @@ class Serving:
 def plan_training(base: BaseModel, lora_targets: Sequence[str], head: str) -> Training:
     """Plan the training of a base model.
 
-    Args:
-        base: The measured base model.
-        lora_targets: The names of its linear layers.
-        head: score, label_tokens or reward.
-
     Raises:
         UserError: Eight GPUs of 80 GB do not hold it.
     """

@@ -128,29 +128,16 @@ class Kaggle:
     kernels: KernelsApiClient
 
 
-@dataclass(frozen=True)
-class Credentials:
-    """A user name on Kaggle, and what the requests library sends to prove it: its `auth`."""
-
-    user: str
-    auth: object
-
-
 def connect(pace: Pace) -> Kaggle:
-    """Log in with the credentials that the kaggle command would use.
-
-    Raises:
-        UserError: There are none that Kaggle takes.
-    """
+    """Log in with the credentials that the kaggle command would use."""
     # The kaggle command knows no other environment than these two.
     is_local = os.environ.get("KAGGLE_API_ENVIRONMENT") == "LOCALHOST"
     endpoint = get_endpoint(KaggleEnv.LOCAL if is_local else KaggleEnv.PROD)
     transport = Transport(f"{endpoint}/api" if is_local else endpoint)
 
-    credentials = find_credentials(transport, pace)
-    transport.session.auth = credentials.auth
+    owner = log_in(transport, pace)
     return Kaggle(
-        owner=credentials.user,
+        owner=owner,
         pace=pace,
         session=transport.session,
         blobs=BlobApiClient(transport),
@@ -160,32 +147,34 @@ def connect(pace: Pace) -> Kaggle:
     )
 
 
-def find_credentials(transport: Transport, pace: Pace) -> Credentials:
-    """Find the user's credentials where the kaggle command looks for them, in the same order.
+def log_in(transport: Transport, pace: Pace) -> str:
+    """Find the user's credentials where the kaggle command looks for them, in the same order, and send them from now on.
 
-    Raises:
-        UserError: There are none that Kaggle takes.
+    Returns:
+        The user's name on Kaggle.
     """
     # An access token, from KAGGLE_API_TOKEN or a file.
     token, _ = get_access_token_from_env()
     if token:
         user = find_token_owner(transport, pace, token)
         if user:
-            return Credentials(user, KaggleHttpClient.BearerAuth(token))
+            transport.session.auth = KaggleHttpClient.BearerAuth(token)
+            return user
 
     # A user name and a key, each from the environment or else from kaggle.json.
     key_file = read_key_file()
     user = os.environ.get("KAGGLE_USERNAME") or key_file.get("username")
     key = os.environ.get("KAGGLE_KEY") or key_file.get("key")
     if user and key:
-        return Credentials(user, (user, key))
+        transport.session.auth = (user, key)
+        return user
 
     # What `kaggle auth login` left. kagglesdk renews it by the one client that it is given.
     users = SimpleNamespace(account_client=AccountClient(transport))
     login = KaggleCredentials.load(SimpleNamespace(users=users))
     if login and login.get_username():
-        access_token = login.get_access_token()
-        return Credentials(login.get_username(), KaggleHttpClient.BearerAuth(access_token))
+        transport.session.auth = KaggleHttpClient.BearerAuth(login.get_access_token())
+        return login.get_username()
 
     raise UserError(f"no credentials that Kaggle takes: {HOW_TO_LOG_IN}")
 

@@ -75,11 +75,7 @@ def publish_dataset(kaggle: Kaggle, folder: DatasetFolder) -> dict:
 def publish_version(
     kaggle: Kaggle, folder: DatasetFolder, remote: RemoteDataset | None
 ) -> RemoteDataset:
-    """Upload a folder, and make it the next version of the dataset `remote`, or a new dataset.
-
-    Raises:
-        UserError: Kaggle refuses it, or then has something else.
-    """
+    """Upload a folder, and make it the next version of the dataset `remote`, or a new dataset."""
     print(f"{folder.ref}: {folder.describe_size()} to send", flush=True)
     version_before = remote.version if remote else 0
     create_version(kaggle, folder, is_new=remote is None)
@@ -122,11 +118,7 @@ def name_dataset(request, folder: DatasetFolder):
 
 
 def wait_until_settled(kaggle: Kaggle, folder: DatasetFolder, after_version: int) -> RemoteDataset:
-    """Wait until Kaggle has processed a version after `after_version`, well or not.
-
-    Raises:
-        UserError: It takes longer than the user wants to wait.
-    """
+    """Wait until Kaggle has processed a version after `after_version`, well or not."""
     last_status = None
     for _ in kaggle.pace.looks():
         remote = read_dataset(kaggle, folder)
@@ -145,11 +137,7 @@ def wait_until_settled(kaggle: Kaggle, folder: DatasetFolder, after_version: int
 
 
 def create_version(kaggle: Kaggle, folder: DatasetFolder, is_new: bool) -> None:
-    """Send the files, and have Kaggle make a dataset of them, or a version where it is not new.
-
-    Raises:
-        UserError: It refuses, or does not answer.
-    """
+    """Send the files, and have Kaggle make a dataset of them, or a version where it is not new."""
     has_earlier_uploads = bool(read_notes(folder))
     tokens = send_files(kaggle, folder)
     try:
@@ -274,11 +262,7 @@ def download_file(kaggle: Kaggle, folder: DatasetFolder, name: str, version: int
 
 
 def check_private(folder: DatasetFolder, remote: RemoteDataset) -> None:
-    """Check that nobody else can read the dataset: a competition's models are to be kept to oneself.
-
-    Raises:
-        UserError: It is public.
-    """
+    """Check that nobody else can read the dataset: a competition's models are to be kept to oneself."""
     if not remote.is_private:
         raise UserError(
             f"{folder.ref}: is public on Kaggle; make it private in its settings there, or name "

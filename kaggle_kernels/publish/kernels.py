@@ -226,11 +226,7 @@ def check_accepted(answer: ApiSaveKernelResponse) -> None:
 
 
 def check_pushed(kaggle: Kaggle, kernel: Kernel) -> Kernel:
-    """Read a kernel back after its push, until Kaggle shows it as it was built.
-
-    Raises:
-        UserError: After a few looks Kaggle still shows another kernel, or none.
-    """
+    """Read a kernel back after its push, until Kaggle shows it as it was built."""
     problems = ["Kaggle does not show it"]
     for _ in itertools.islice(kaggle.pace.looks(), FEW_LOOKS):
         shown = pull_kernel(kaggle, kernel.ref)

@@ -99,11 +99,7 @@ def push(
 
 
 def check_all(spec_path: Path, pace: Pace) -> Kaggle:
-    """Log in to Kaggle, and check all that can be checked before anything is uploaded.
-
-    Raises:
-        UserError: Its message lists all problems.
-    """
+    """Log in to Kaggle, and check all that can be checked before anything is uploaded."""
     # A failed log-in is one problem among others.
     problems = []
     kaggle = None
@@ -231,11 +227,7 @@ def push_kernel(
 
 
 def finish_push(kaggle: Kaggle, spec_path: Path, kernel: Kernel, record: PushRecord) -> None:
-    """Read a pushed kernel back, for Kaggle may drop or change what it was given, and record it.
-
-    Raises:
-        UserError: Kaggle shows another kernel.
-    """
+    """Read a pushed kernel back, for Kaggle may drop or change what it was given, and record it."""
     shown = check_pushed(kaggle, kernel)
     print(f"{record}: code and metadata on Kaggle are as they are here", flush=True)
     print_pins(record, shown)

@@ -58,11 +58,6 @@ def describe_origin(
 ) -> tuple[str, str, str, str, str]:
     """Look up in the ledger where a submission came from: its entry of the submission leads to that of the push.
 
-    Args:
-        submission: As Kaggle lists it.
-        entries: The ledger's entries, the oldest first.
-        metric: The competition's metric, whose values on the lockbox and on validation rows are shown.
-
     Returns:
         The cells kernel, commit, recipe, lockbox and CV of its row; empty where the ledger does not say.
     """

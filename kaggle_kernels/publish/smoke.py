@@ -48,11 +48,7 @@ Path("{OUTPUT}").write_text("\\n".join(files))
 
 
 def smoke(pace: Pace, yes: bool) -> None:
-    """Try every call that push and status make on the user's account, and delete what was made.
-
-    Raises:
-        UserError: A call did not do what it is relied on for.
-    """
+    """Try every call that push and status make on the user's account, and delete what was made."""
     kaggle = connect(pace)
     slug = f"pairwise-smoke-{secrets.token_hex(4)}"
     print(f"{kaggle.owner}/{slug}: a private dataset of 10 KB and a kernel, deleted afterwards")

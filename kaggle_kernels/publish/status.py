@@ -38,11 +38,7 @@ def status(spec_path: Path, pace: Pace, wait: bool = False) -> None:
 
 
 def wait_for_run(kaggle: Kaggle, pushed: PushRecord) -> RunStatus:
-    """Wait until the pushed version has run, and print its log and its status as they change.
-
-    Raises:
-        UserError: It takes longer than the user wants to wait.
-    """
+    """Wait until the pushed version has run, and print its log and its status as they change."""
     last_word = ""
     lines_printed = 0
     for _ in kaggle.pace.looks():

@@ -169,11 +169,7 @@ def check_not_submitted(pushed: PushRecord) -> None:
 
 
 def check_complete(kaggle: Kaggle, pushed: PushRecord) -> None:
-    """Check that Kaggle has the version that was pushed, and has run it to its end.
-
-    Raises:
-        UserError: It has not.
-    """
+    """Check that Kaggle has the version that was pushed, and has run it to its end."""
     shown = pull_kernel(kaggle, pushed.kernel, pushed.version)
     if shown is None:
         raise UserError(f"{pushed.kernel}: is not on Kaggle any more; run push again")

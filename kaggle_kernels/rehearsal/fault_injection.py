@@ -36,16 +36,13 @@ class Faults:
     """What happens to the kernel; by default nothing."""
 
     kill_every: float | None = None  # seconds between kills, from when the first worker appears
-    lose_device: int | None = None  # every worker of this device is killed as soon as it appears
-    lose_all_at: float | None = None  # the same of all devices, from this share of a pass's rows on
-    seed: int = 0  # decides which worker is killed first
+    lose_all_at: float | None = None  # from this share of a pass's rows on, all are killed for good
     end_clock_at: int | None = None  # the clock comes to its end once so many rows are scored
 
     @property
     def kills_workers(self) -> bool:
         """Whether workers are killed."""
-        faults = (self.kill_every, self.lose_device, self.lose_all_at)
-        return any(fault is not None for fault in faults)
+        return self.kill_every is not None or self.lose_all_at is not None
 
 
 @dataclass(frozen=True)
@@ -57,23 +54,12 @@ class Kill:
     seconds: float
 
 
-def check_faults(faults: Faults, devices: int | None) -> None:
-    """Raise UserError if the faults cannot happen on so many CPU workers.
-
-    `devices` is None for the kernel's own choice, which is at least one device.
-    """
+def check_faults(faults: Faults) -> None:
+    """Raise UserError if workers are to be killed on a system where they cannot be found."""
     if faults.kills_workers and not PROC.is_dir():
         raise UserError(
-            f"--kill-every, --lose-device, --lose-all-at: no {PROC}, in which workers are found; "
+            f"--kill-every, --lose-all-at: no {PROC}, in which workers are found; "
             "rehearse faults on Linux"
-        )
-
-    fewest_devices = 1 if devices is None else devices
-    lost_device = faults.lose_device
-    if lost_device is not None and lost_device >= fewest_devices:
-        raise UserError(
-            f"--lose-device: there is no device {lost_device} of {fewest_devices}; "
-            f"give --devices {lost_device + 1} or more"
         )
 
 
@@ -85,12 +71,6 @@ def check_happened(
         raise UserError(
             f"--end-clock-at: the log never said that {faults.end_clock_at} rows were scored while "
             "the kernel ran; give fewer, or more --rows"
-        )
-    killed_workers = {kill.worker for kill in kills}
-    if faults.lose_device is not None and faults.lose_device not in killed_workers:
-        raise UserError(
-            f"--lose-device: no process named worker {faults.lose_device} appeared; "
-            "nothing was killed"
         )
     if faults.lose_all_at is not None and not kills:
         raise UserError(
@@ -162,7 +142,6 @@ def inject_until_stopped(kernel_pid: int, faults: Faults, injection: Injection) 
     kills = injection.kills
     began = time.monotonic()
     next_kill_at = None  # seconds after `began`; None until the first worker has appeared
-    last_victim = None
 
     while not injection.stop.wait(POLL_SECONDS):
         seconds = time.monotonic() - began
@@ -174,12 +153,11 @@ def inject_until_stopped(kernel_pid: int, faults: Faults, injection: Injection) 
             if workers.get(kill.worker) == kill.pid:
                 del workers[kill.worker]
 
-        # Every worker of a lost device is killed as soon as it appears.
-        lost_devices = {faults.lose_device}
+        # Once the devices are lost, every worker is killed as soon as it appears.
         if faults.lose_all_at is not None and injection.scored_share >= faults.lose_all_at:
-            lost_devices.update(workers)
-        for device in lost_devices & workers.keys():
-            kill_worker(device, workers.pop(device), seconds, kills)
+            for worker, pid in workers.items():
+                kill_worker(worker, pid, seconds, kills)
+            continue
 
         # Regular kills begin `kill_every` seconds after the first worker has appeared.
         if faults.kill_every is None or not workers:
@@ -187,23 +165,10 @@ def inject_until_stopped(kernel_pid: int, faults: Faults, injection: Injection) 
         if next_kill_at is None:
             next_kill_at = seconds + faults.kill_every
         if seconds >= next_kill_at:
-            last_victim = choose_victim(sorted(workers), last_victim, faults.seed)
-            kill_worker(last_victim, workers[last_victim], seconds, kills)
+            # The workers take turns.
+            victim = sorted(workers)[len(kills) % len(workers)]
+            kill_worker(victim, workers[victim], seconds, kills)
             next_kill_at += faults.kill_every
-
-
-def choose_victim(workers: Sequence[int], last_victim: int | None, seed: int) -> int:
-    """Choose the next worker to kill: the workers, in ascending order, take turns.
-
-    The seed decides the first victim, when there is no `last_victim` yet.
-    """
-    if last_victim is None:
-        return workers[seed % len(workers)]
-
-    for worker in workers:
-        if worker > last_victim:
-            return worker
-    return workers[0]
 
 
 def kill_worker(worker: int, pid: int, seconds: float, kills: list[Kill]) -> None:

@@ -25,14 +25,10 @@ from kaggle_kernels.rehearsal.rows import (
     read_test_rows,
 )
 from kaggle_kernels.rehearsal.sandbox import Conditions, KernelRun, find_python, run_as_kaggle
-from kaggle_kernels.rehearsal.throughput import (
-    measure_speed,
-    predict_runs,
-    record_predictions,
-    report_throughput,
-)
+from kaggle_kernels.rehearsal.throughput import predict_runs
 from kaggle_kernels.rehearsal.validate import check_results, choose_tolerance
 from kaggle_kernels.rehearsal.verdicts import measure_quality, read_verdicts
+from kaggle_kernels.runtime.visible import describe_finish
 from preprocess.competitions import COMPETITIONS
 from preprocess.core import ledger
 from preprocess.core.durations import format_duration
@@ -51,7 +47,6 @@ class Scenario:
     # What happens to the test rows; see `RowOptions`.
     size: int | None = None
     shuffle: bool = False
-    ids: str | None = None
     hostile: bool = False
     seed: int = 0
     # What the kernel has; None: the devices that it finds, and the spec's time.
@@ -59,7 +54,6 @@ class Scenario:
     clock_seconds: float | None = None
     # What happens to it; see `Faults`.
     kill_every: float | None = None
-    lose_device: int | None = None
     lose_all_at: float | None = None
     end_clock_at: int | None = None
     # Mounted beside the test file, so that the visible run scores rows of it.
@@ -68,7 +62,7 @@ class Scenario:
     @property
     def row_options(self) -> RowOptions:
         """What happens to the test rows."""
-        return RowOptions(self.size, self.shuffle, self.ids, self.hostile, self.seed)
+        return RowOptions(self.size, self.shuffle, self.hostile, self.seed)
 
     @property
     def is_hidden(self) -> bool:
@@ -78,9 +72,7 @@ class Scenario:
     @property
     def faults(self) -> Faults:
         """What happens to the kernel."""
-        return Faults(
-            self.kill_every, self.lose_device, self.lose_all_at, self.seed, self.end_clock_at
-        )
+        return Faults(self.kill_every, self.lose_all_at, self.end_clock_at)
 
 
 @dataclass(frozen=True)
@@ -171,7 +163,7 @@ def prepare_inputs(
 
     # Options that do not suit this machine or the files.
     python = find_python(python)
-    check_faults(scenario.faults, scenario.devices)
+    check_faults(scenario.faults)
     check_train_file(scenario)
 
     # The verdicts are needed after the run only, but mistakes in them are found now.
@@ -210,8 +202,7 @@ def check_train_file(scenario: Scenario) -> None:
         )
     if scenario.is_hidden:
         raise UserError(
-            "--train: only the visible run scores it; "
-            "leave out --rows, --shuffle, --ids and --hostile"
+            "--train: only the visible run scores it; leave out --rows, --shuffle and --hostile"
         )
 
 
@@ -223,7 +214,8 @@ def run_kernel(inputs: Inputs, scenario: Scenario, out: Path) -> KernelRun:
         is_hidden=scenario.is_hidden,
         faults=scenario.faults,
     )
-    kernel = read_kernel(inputs, scenario)
+    # The same text as the built kernel, but for the scenario's clock.
+    kernel = kernel_text(inputs.name, inputs.spec, inputs.fits)
 
     # The packages are linked, so that this folder stays small.
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as folder:
@@ -244,14 +236,6 @@ def run_kernel(inputs: Inputs, scenario: Scenario, out: Path) -> KernelRun:
     return run
 
 
-def read_kernel(inputs: Inputs, scenario: Scenario) -> str:
-    """Read the built kernel, or generate the same kernel with the scenario's clock."""
-    if scenario.clock_seconds is None:
-        return (inputs.kernel_folder / "kernel.py").read_text(encoding="utf-8")
-
-    return kernel_text(inputs.name, inputs.spec, inputs.fits)
-
-
 def keep_results(working: Path, out: Path) -> None:
     """Copy the kernel's results to `out`; a UserError names one that it did not write."""
     for name in RESULTS:
@@ -265,7 +249,7 @@ def evaluate_results(inputs: Inputs, out: Path) -> dict:
     """Validate the results in `out`, measure them, predict two T4s' time, and print all of it.
 
     Returns:
-        The measurements for rehearsal.json: `measure_quality`'s keys, `checks`, `here`, `two_t4s`.
+        The measurements for rehearsal.json: `measure_quality`'s keys, `checks`, `two_t4s`.
     """
     # Is it a valid submission?
     competition = COMPETITIONS[inputs.spec.competition]
@@ -275,10 +259,10 @@ def evaluate_results(inputs: Inputs, out: Path) -> dict:
 
     # How long would two T4s take?
     passes = read_object(out / "kernel.json")["passes"]
-    speed = measure_speed(passes)
-    predictions = predict_runs(inputs.fits, inputs.spec, passes, len(inputs.rows))
-    for line in report_throughput(speed, predictions):
-        print(line)
+    predictions = predict_runs(inputs.fits, passes, competition.hidden_rows)
+    for finish in predictions:
+        clock_seconds = inputs.spec.time_limit(finish["rows"])
+        print(f"two T4s: {describe_finish(finish, clock_seconds)}")
 
     # How good are the answers?
     quality = measure_quality(inputs.rows, out / "scores.parquet", inputs.spec)
@@ -289,12 +273,7 @@ def evaluate_results(inputs: Inputs, out: Path) -> dict:
             f"the longer response: accuracy {quality['longer_accuracy']:.4f}"
         )
 
-    return {
-        **quality,
-        "checks": checks,
-        "here": asdict(speed),
-        "two_t4s": record_predictions(predictions),
-    }
+    return {**quality, "checks": checks, "two_t4s": predictions}
 
 
 def print_checks(checks: dict, fits: list[Fit]) -> None:

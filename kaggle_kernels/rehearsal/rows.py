@@ -32,14 +32,13 @@ class RowOptions:
 
     size: int | None = None  # number of rows to draw from the file; None: all of them, once
     shuffle: bool = False  # rows change their order, and ids are dealt out anew
-    ids: str | None = None  # kind of the new ids, "int" or "string"; None: see `choose_id_kind`
     adversarial: bool = False  # some rows are replaced by adversarial ones
     seed: int = 0
 
     @property
     def needs_new_ids(self) -> bool:
         """Whether rows are drawn or replaced, so that the file's ids no longer belong to them."""
-        return self.size is not None or self.ids is not None or self.adversarial
+        return self.size is not None or self.adversarial
 
     @property
     def changes_rows(self) -> bool:
@@ -105,11 +104,6 @@ def make_rows(rows: pl.DataFrame, options: RowOptions, competition: Competition)
 
     The same seed gives the same rows. A row keeps its verdict wherever it keeps its texts.
 
-    Args:
-        rows: A table in the layout of the competition's test or train file.
-        options: What happens to it.
-        competition: Says how adversarial texts are stored.
-
     Returns:
         The table. Where adversarial rows were added, it has a column `hostile` (see
         `add_adversarial_rows`).
@@ -152,10 +146,7 @@ def shuffle_rows(rows: pl.DataFrame, rng: random.Random) -> pl.DataFrame:
 
 
 def choose_id_kind(rows: pl.DataFrame, options: RowOptions) -> str:
-    """Choose the kind of new ids: as the options say, by the seed, or the file's own kind."""
-    if options.ids is not None:
-        return options.ids
-
+    """Choose the kind of new ids: by the seed, or the file's own kind."""
     # Whoever rehearses adversarial rows with a few seeds gets both kinds, whatever the file has.
     if options.adversarial:
         seed_is_odd = options.seed % 2 == 1

@@ -103,13 +103,6 @@ def run_as_kaggle(
 ) -> KernelRun:
     """Run a kernel in Kaggle's tree and print its log line by line.
 
-    Args:
-        python: The interpreter to run it with.
-        kernel: The text of kernel.py.
-        root: The folder that stands for /kaggle; a folder and a file are made beside it.
-        name: How messages name the kernel.
-        conditions: Its clock, devices and faults.
-
     Raises:
         UserError: It failed, or was not done within its clock; the message has its last line.
     """

@@ -50,12 +50,6 @@ def check_results(
     winners of the competition or probabilities within (0, 1) that sum to one. scores.parquet must
     have the same ids and answers, and no NaN.
 
-    Args:
-        folder: Holds both files.
-        rows: The test rows that the kernel got.
-        competition: Says which columns and verdicts are right.
-        tolerance: How far probabilities of rows with the same texts may differ.
-
     Returns:
         The key `checks` of rehearsal.json: `ids`, `scored` and `alike` (rows that have the texts of
         others) are numbers of rows, `by_model` the number of rows that each run has scored.
@@ -241,11 +235,7 @@ def check_same_answers(
     scores: pl.DataFrame,
     competition: Competition,
 ) -> None:
-    """Check that the answers of submission.csv agree with the probabilities of scores.parquet.
-
-    Raises:
-        UserError: A winner has not the highest probability, or a probability is another one.
-    """
+    """Check that the answers of submission.csv agree with the probabilities of scores.parquet."""
     final_columns = [f"p_{verdict}" for verdict in competition.verdicts]
     final_rows = scores.select("id", *final_columns).iter_rows()
 

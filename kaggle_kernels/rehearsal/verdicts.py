@@ -34,11 +34,6 @@ def read_verdicts(
 ) -> pl.DataFrame | None:
     """Read the verdicts of a table in the layout of the competition's train file, or of pairs.
 
-    Args:
-        test_rows: The table.
-        competition: Says which columns hold verdicts.
-        where: The file, for error messages.
-
     Returns:
         `id` as text, `winner` (null: the row has no verdict) and `longer`, the verdict for the
         response with more characters. None where there are no columns of verdicts.
@@ -65,9 +60,12 @@ def read_verdicts(
         has_verdict = any(value is not None for value in values.values())
         if has_verdict and winner not in VERDICTS:
             cells = ", ".join(f"{column} is {value!r}" for column, value in values.items())
+            expected = "a 1 for the winner, and 0 for the others"
+            if layout.verdict_form == "name":
+                expected = "model_a, model_b or tie"
             raise UserError(
                 f"{where}, row {place + 1} (id {test_rows['id'][place]}): {cells}; "
-                f"expected {describe_verdicts(layout)}"
+                f"expected {expected}"
             )
         winners.append(winner if has_verdict else None)
 
@@ -80,13 +78,6 @@ def read_verdicts(
         pl.Series("winner", winners, pl.String),
         longer.alias("longer"),
     )
-
-
-def describe_verdicts(layout: Competition) -> str:
-    """Say what the verdict columns of a row may hold, for an error message."""
-    if layout.verdict_form == "name":
-        return "model_a, model_b or tie"
-    return "a 1 for the winner, and 0 for the others"
 
 
 def count_characters(rows: pl.DataFrame, name: str) -> pl.Expr:

@@ -1,23 +1,17 @@
 """What must hold before hours of work begin: libraries that read the packages rightly, and GPUs.
 
 What would make answers wrong, or could only end in a crash, is a MachineError that says what to do.
-No GPU is touched here: nvidia-smi is asked.
 """
 
 import importlib.metadata
 import json
 import os
-import re
-import subprocess
 from collections.abc import Sequence
 
 from kaggle_kernels.runtime.package import Package
 from kaggle_kernels.runtime.settings import Clock, log
 
-ASK_CAPABILITIES = ("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
-ASK_SECONDS = 30
 EXPECTED_GPUS = 2  # machine_shape NvidiaTeslaT4
-OLDEST_CAPABILITY = 7.0  # a P100 has 6.0, and the image's PyTorch no code for it
 
 
 class MachineError(RuntimeError):
@@ -32,8 +26,12 @@ def check_machine(packages: Sequence[Package], devices: Sequence[str], clock: Cl
 
     is_rehearsal = "KAGGLE_ROOT" in os.environ
     uses_gpus = any(device.startswith("cuda") for device in devices)
-    if uses_gpus or not is_rehearsal:
-        check_gpus(devices, ask_capabilities())
+    if not uses_gpus and not is_rehearsal:
+        raise MachineError(
+            "PyTorch finds no GPU, and CPUs would take days; set machine_shape to NvidiaTeslaT4 "
+            "and enable_gpu to true in kernel-metadata.json, or choose GPU T4 x2 in the editor, "
+            "and look whether the week's GPU hours are spent"
+        )
     if uses_gpus and len(devices) < EXPECTED_GPUS:
         log(clock, f"warning: {len(devices)} GPU where {EXPECTED_GPUS} were expected")
 
@@ -58,32 +56,3 @@ def check_transformers(package: Package, installed: str) -> None:
 def major_version(version: str) -> int:
     """Return the first number of a version."""
     return int(version.split(".")[0])
-
-
-def check_gpus(devices: Sequence[str], capabilities: Sequence[float]) -> None:
-    """Raise MachineError where there is no GPU, or one too old for Kaggle's PyTorch."""
-    if not any(device.startswith("cuda") for device in devices):
-        raise MachineError(
-            "PyTorch finds no GPU, and CPUs would take days; set machine_shape to NvidiaTeslaT4 "
-            "and enable_gpu to true in kernel-metadata.json, or choose GPU T4 x2 in the editor, "
-            "and look whether the week's GPU hours are spent"
-        )
-
-    # An older GPU fails at the first kernel that PyTorch starts.
-    if capabilities and min(capabilities) < OLDEST_CAPABILITY:
-        raise MachineError(
-            f"a GPU has compute capability {min(capabilities)}, Kaggle's PyTorch needs "
-            f"{OLDEST_CAPABILITY} or more; set machine_shape to NvidiaTeslaT4 in "
-            "kernel-metadata.json, or choose GPU T4 x2 in the editor"
-        )
-
-
-def ask_capabilities() -> list[float]:
-    """Ask nvidia-smi for the GPUs' compute capabilities; none where it cannot say."""
-    try:
-        done = subprocess.run(
-            ASK_CAPABILITIES, capture_output=True, text=True, timeout=ASK_SECONDS, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [float(line) for line in re.findall(r"^\d+\.\d+$", done.stdout, re.MULTILINE)]

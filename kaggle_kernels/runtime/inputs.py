@@ -7,7 +7,6 @@ runs. WSDM's texts are strings; LMSYS's are JSON lists of turns with nulls.
 import csv
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,11 +18,6 @@ from kaggle_kernels.runtime.package import Package, hash_file
 
 TEXTS = ("prompt", "response_a", "response_b")
 SCORED = "scored"  # WSDM's column: whether the row counts on the current leaderboard
-
-
-def kaggle_root() -> Path:
-    """Return /kaggle, or the folder that KAGGLE_ROOT names in its place for a rehearsal."""
-    return Path(os.environ.get("KAGGLE_ROOT", "/kaggle"))
 
 
 def find_mounted(root: Path, slug: str, names: Sequence[str], kind: str) -> Path:
@@ -81,29 +75,19 @@ def list_mounted(inputs: Path, slug: str, name: str, kind: str) -> list[Path]:
 def read_rows(path: Path, are_turns: bool) -> list[dict]:
     """Read the test rows.
 
-    Args:
-        path: The test file, Parquet or CSV.
-        are_turns: Whether a text is a JSON list of turns.
-
     Returns:
         A dictionary for each row: `id` (str), prompt, response_a, response_b (each a string, None,
         or with `are_turns` a list of those), and `counts`: whether Kaggle scores the row now.
     """
     rows = []
     for file_row in read_table(path, ("id", *TEXTS, SCORED)):
-        row = {"id": file_row["id"], "counts": is_counted(file_row.get(SCORED))}
+        # True and false, 1 and 0, or these as text; a null or no such column says nothing.
+        counts = str(file_row.get(SCORED)).strip().lower() not in ("false", "0", "0.0")
+        row = {"id": file_row["id"], "counts": counts}
         for name in TEXTS:
             row[name] = read_text(file_row[name], are_turns)
         rows.append(row)
     return rows
-
-
-def is_counted(scored: object) -> bool:
-    """Tell whether a row counts, from its value in the column `scored`: unless that says no.
-
-    Values may be true and false, 1 and 0, or these as text; a null or no such column says nothing.
-    """
-    return str(scored).strip().lower() not in ("false", "0", "0.0")
 
 
 def read_table(path: Path, columns: Sequence[str]) -> list[dict]:
@@ -141,10 +125,6 @@ def choose_columns(path: Path, columns: Sequence[str], present: Sequence[str]) -
 
 def read_text(value: str | Sequence | None, are_turns: bool) -> str | list[str | None] | None:
     """Read a text of the test file.
-
-    Args:
-        value: What the file holds.
-        are_turns: Whether that should be a JSON list of a conversation's turns.
 
     Returns:
         The turns, each a string or None; or else the text itself. None where there is none.

@@ -19,7 +19,6 @@ from kaggle_kernels.runtime.checks import check_machine
 from kaggle_kernels.runtime.inputs import (
     find_mounted,
     install_missing_wheels,
-    kaggle_root,
     read_rows,
     read_table,
 )
@@ -29,6 +28,7 @@ from kaggle_kernels.runtime.settings import (
     Clock,
     PackageSettings,
     Settings,
+    find_time_limit,
     is_hidden_run,
     log,
     start_clock,
@@ -58,18 +58,13 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
     The hidden run always submits: a row that could not be scored gets the prior. Only what shows
     that answers would be wrong ends it. In the visible run every shortfall is an error.
 
-    Args:
-        settings: What the spec asks for.
-        devices: PyTorch's names of the devices; by default those of this machine.
-
     Raises:
         PackageError: Every package is damaged, or scores other than when it was packaged.
         ValueError: The test file or the submission is not whole; in the visible run also: too few
             rows were scored.
     """
     began = time.monotonic()
-    root = kaggle_root()
-    hidden_run = is_hidden_run()
+    root = Path(os.environ.get("KAGGLE_ROOT", "/kaggle"))  # a rehearsal names another folder
     devices = list(devices or list_devices())
 
     # An earlier run's submission must not pass for that of a run that fails.
@@ -78,7 +73,8 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
     # The time limit depends on the number of rows.
     test_file = find_mounted(root, settings.competition, TEST_FILES, "competitions")
     rows = read_rows(test_file, settings.texts_are_turns)
-    clock = start_clock(settings.time_limit(len(rows)), began)
+    clock_seconds = find_time_limit(settings.time_limits, len(rows))
+    clock = start_clock(clock_seconds, began)
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     log(clock, f"{settings.name}: {versions}")
     counting_rows = sum(row["counts"] for row in rows)
@@ -89,13 +85,11 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
     with log_errors_of_hidden_run(clock):
         install_missing_wheels(root, packages, settings.wheels)
         check_machine(packages, devices, clock)
-    visible = choose_visible_rows(root, settings, packages)
-    if visible.log_line:
-        log(clock, visible.log_line)
+    visible = choose_visible_rows(root, settings, packages, clock)
 
     # The hours of work.
     all_rows = [*rows, *visible.rows]
-    job = make_job(usable_settings, packages, all_rows, devices, clock, hidden_run)
+    job = make_job(usable_settings, packages, all_rows, devices, clock)
     with log_errors_of_hidden_run(clock):
         score_all(job)
     scored = job.probabilities()
@@ -104,7 +98,7 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
     counts = count_rows(rows, scored)
     shortfall = describe_shortfall(counts, settings.min_scored)
     if shortfall is not None:
-        if not hidden_run:
+        if not is_hidden_run():
             raise ValueError(f"{shortfall}; nothing is submitted, as the visible run shows it")
         log(clock, f"warning: {shortfall}; the others get the prior")
     final = fill_unscored(rows, scored, settings.verdicts)
@@ -117,7 +111,7 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
     # The submission stands: what fails from here on costs no more than a record.
     record = {
         "settings": asdict(settings),
-        "clock_seconds": settings.time_limit(len(rows)),
+        "clock_seconds": clock_seconds,
         "versions": versions,
         **counts,
         "shortfall": shortfall,
@@ -137,12 +131,25 @@ def write_records(
 
     `final` are the submitted probabilities, `record` is the part of kernel.json that is known before.
     """
+    inputs = job.inputs
     scored = job.probabilities()
-    verdicts = job.inputs.settings.verdicts
+    verdicts = inputs.settings.verdicts
     write_scores(folder / "scores.parquet", verdicts, final, scored, job.model_columns())
     if visible.rows:
         record["visible"] = report_visible_run(job, visible, scored)
-    write_record(folder / "kernel.json", record | describe_run(job))
+
+    # By the hash of its manifest, `submit` recognises the package that it pushed.
+    manifests = {}
+    for package_settings, package in zip(inputs.settings.packages, inputs.packages, strict=True):
+        manifests[package_settings.dataset] = hash_file(package.folder / "manifest.json")
+    record |= {
+        "manifests": manifests,
+        "devices": list(inputs.devices.values()),
+        "hidden_run": is_hidden_run(),
+        "passes": job.progress.passes,
+        "seconds": round(inputs.clock.elapsed(), 1),
+    }
+    write_record(folder / "kernel.json", record)
 
 
 def count_rows(rows: Sequence[Mapping], scored: Mapping[str, Sequence[float]]) -> dict[str, int]:
@@ -240,23 +247,6 @@ def check_verdicts(package: Package, package_settings: PackageSettings) -> None:
         )
 
 
-def describe_run(job: ScoringJob) -> dict:
-    """Describe for kernel.json what the kernel ran with, and its passes over the rows."""
-    inputs, progress = job.inputs, job.progress
-
-    # By the hash of its manifest, `submit` recognises the package that it pushed.
-    manifests = {}
-    for package_settings, package in zip(inputs.settings.packages, inputs.packages, strict=True):
-        manifests[package_settings.dataset] = hash_file(package.folder / "manifest.json")
-    return {
-        "manifests": manifests,
-        "devices": list(inputs.devices.values()),
-        "hidden_run": inputs.hidden_run,
-        "passes": progress.passes,
-        "seconds": round(inputs.clock.elapsed(), 1),
-    }
-
-
 def report_visible_run(
     job: ScoringJob, visible: VisibleRows, scored: Mapping[str, list[float]]
 ) -> dict:
@@ -279,6 +269,6 @@ def report_visible_run(
     for rows in settings.hidden_rows:
         finish = predict_finish(passes, fixed_seconds, rows)
         report["predicted"].append(finish)
-        hidden_clock = start_clock(settings.time_limit(rows))
+        hidden_clock = start_clock(find_time_limit(settings.time_limits, rows))
         log(clock, describe_finish(finish, hidden_clock.deadline - hidden_clock.began))
     return report

@@ -45,24 +45,30 @@ def read_package(folder: Path | str) -> Package:
         ContractError: The package's own model_input.py finds that a golden row has other token ids.
     """
     folder = Path(folder)
-    manifest = check_manifest(folder)
+    check_manifest(folder)
+    package = open_package(folder)
 
     # What decides a model's input is in the contract too: a new manifest cannot hide a change of it.
-    model_input_path = folder / "model_input.py"
-    model_input = execute_model_input(model_input_path)
-    contract = model_input.read_contract(folder)
-    check_hash(model_input_path, contract.model_input_sha256, "contract.json")
+    contract = package.contract
+    check_hash(folder / "model_input.py", contract.model_input_sha256, "contract.json")
     for name, sha256 in contract.tokenizer_sha256.items():
         check_hash(folder / name, sha256, "contract.json")
 
     # Another version of the tokenizers library may encode otherwise.
-    tokenizer = read_tokenizer(folder)
-    model_input.check_golden(tokenizer, contract)
-    return Package(folder, contract, manifest, model_input, tokenizer)
+    package.model_input.check_golden(package.tokenizer, contract)
+    return package
 
 
-def check_manifest(folder: Path) -> dict:
-    """Read manifest.json, and check that the folder has just the files that it lists, unchanged."""
+def open_package(folder: Path) -> Package:
+    """Open a package whose files were checked before."""
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    model_input = execute_model_input(folder / "model_input.py")
+    contract = model_input.read_contract(folder)
+    return Package(folder, contract, manifest, model_input, read_tokenizer(folder))
+
+
+def check_manifest(folder: Path) -> None:
+    """Check that the folder has just the files that manifest.json lists, unchanged."""
     manifest_path = folder / "manifest.json"
     if not manifest_path.is_file():
         raise PackageError(f"{folder}: manifest.json is missing; package the run again")
@@ -86,7 +92,6 @@ def check_manifest(folder: Path) -> dict:
         raise PackageError(
             f"{folder}: {', '.join(unlisted)} not listed in manifest.json; package the run again"
         )
-    return manifest
 
 
 def hash_file(path: Path) -> str:

@@ -59,13 +59,9 @@ class Settings:
     visible_rows: int  # of the train file, scored in the visible run
     wheels: str | None  # the dataset with wheels that Kaggle's image lacks
 
-    def time_limit(self, rows: int) -> float:
-        """Return the seconds that the kernel may take for a test file of so many rows."""
-        return find_time_limit(self.time_limits, rows)
-
 
 def find_time_limit(time_limits: Sequence[TimeLimit], rows: int) -> float:
-    """Return the seconds of the first limit that holds for so many rows; they ascend by rows."""
+    """Return the seconds that a kernel may take for a test file of so many rows."""
     for limit in time_limits:
         if limit.rows is None or rows <= limit.rows:
             return limit.seconds

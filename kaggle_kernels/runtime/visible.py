@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from kaggle_kernels.runtime.inputs import TEXTS, find_mounted, read_table, read_text
 from kaggle_kernels.runtime.package import Package
-from kaggle_kernels.runtime.settings import Settings, is_hidden_run
+from kaggle_kernels.runtime.settings import Clock, Settings, is_hidden_run, log
 
 VALIDATION_IDS = "validation_ids.json"
 TRAIN_FILES = ("train.parquet", "train.csv")
@@ -30,10 +30,11 @@ class VisibleRows:
     rows: tuple[dict, ...] = ()  # as the test file's, each with a new id
     winners: Mapping[str, str | None] = field(default_factory=dict)  # by that id; None: no verdict
     trained_on: bool = False  # a model has seen the rows in training
-    log_line: str = ""  # what was chosen, or why nothing was
 
 
-def choose_visible_rows(root: Path, settings: Settings, packages: Sequence[Package]) -> VisibleRows:
+def choose_visible_rows(
+    root: Path, settings: Settings, packages: Sequence[Package], clock: Clock
+) -> VisibleRows:
     """Choose rows of the train file that every package lists as validation rows.
 
     Returns:
@@ -51,13 +52,13 @@ def choose_visible_rows(root: Path, settings: Settings, packages: Sequence[Packa
         file = find_mounted(root, settings.competition, TRAIN_FILES, "competitions")
         train_rows = read_train_rows(file, settings, listings)
     except (OSError, ValueError, pa.ArrowException) as error:
-        return VisibleRows(log_line=f"visible run: only test rows are scored: {error}")
+        log(clock, f"visible run: only test rows are scored: {error}")
+        return VisibleRows()
 
     # Rows that a model knows say nothing of its accuracy.
     trained_on = any(listing["trained_on"] for listing in listings)
-    log_line = f"visible run: {len(train_rows)} rows of {file.name} are scored too"
-    if trained_on:
-        log_line += "; a model was trained on them: they tell of speed only"
+    remark = "; a model was trained on them: they tell of speed only" if trained_on else ""
+    log(clock, f"visible run: {len(train_rows)} rows of {file.name} are scored too{remark}")
 
     # They look like rows of the test file.
     rows = []
@@ -68,7 +69,7 @@ def choose_visible_rows(root: Path, settings: Settings, packages: Sequence[Packa
             row[name] = read_text(train_row[name], settings.texts_are_turns)
         rows.append(row)
         winners[row["id"]] = read_winner(train_row, settings)
-    return VisibleRows(tuple(rows), winners, trained_on, log_line)
+    return VisibleRows(tuple(rows), winners, trained_on)
 
 
 def read_train_rows(file: Path, settings: Settings, listings: Sequence[Mapping]) -> list[dict]:

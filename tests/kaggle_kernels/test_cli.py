@@ -52,9 +52,3 @@ def test_help_and_completion_import_nothing_slow():
 def test_shell_completion_of_commands_and_options(words, incomplete, expected):
     completion = ShellComplete(main, {}, "pairwise", "_PAIRWISE_COMPLETE")
     assert [item.value for item in completion.get_completions(words, incomplete)] == expected
-
-
-def test_an_unknown_command_is_one_line_and_exit_code_2():
-    done = CliRunner().invoke(main, ["pusch"])
-    assert done.exit_code == 2
-    assert "No such command 'pusch'" in done.output

@@ -82,7 +82,7 @@ def test_a_third_competition_is_read_built_and_rehearsed_by_its_entry_alone(duel
     chances = [float(line[1]) for line in lines]
     assert [chance + float(line[2]) for chance, line in zip(chances, lines, strict=True)] == pytest.approx([1] * 13)
     assert chances[12] == pytest.approx(chances[0], abs=1e-6)
-    assert "1,234 rows of these lengths on two T4s" in done.output
+    assert "two T4s: predicted for 1,234 rows" in done.output
 
     # The kernel and the rehearsal measure rows of their own, the rehearsal those of the submission.
     kernel, record = read_json(out / "kernel.json"), read_json(out / "rehearsal.json")

@@ -29,7 +29,6 @@ import sys
 import threading
 import time
 import traceback
-import warnings
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -57,7 +56,6 @@ from transformers import (
 )
 from transformers.masking_utils import sdpa_mask
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -119,13 +117,9 @@ class Settings:
     visible_rows: int  # of the train file, scored in the visible run
     wheels: str | None  # the dataset with wheels that Kaggle's image lacks
 
-    def time_limit(self, rows: int) -> float:
-        """Return the seconds that the kernel may take for a test file of so many rows."""
-        return find_time_limit(self.time_limits, rows)
-
 
 def find_time_limit(time_limits: Sequence[TimeLimit], rows: int) -> float:
-    """Return the seconds of the first limit that holds for so many rows; they ascend by rows."""
+    """Return the seconds that a kernel may take for a test file of so many rows."""
     for limit in time_limits:
         if limit.rows is None or rows <= limit.rows:
             return limit.seconds
@@ -222,8 +216,7 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
     that answers would be wrong ends it. In the visible run every shortfall is an error.
     """
     began = time.monotonic()
-    root = kaggle_root()
-    hidden_run = is_hidden_run()
+    root = Path(os.environ.get("KAGGLE_ROOT", "/kaggle"))  # a rehearsal names another folder
     devices = list(devices or list_devices())
 
     # An earlier run's submission must not pass for that of a run that fails.
@@ -232,7 +225,8 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
     # The time limit depends on the number of rows.
     test_file = find_mounted(root, settings.competition, TEST_FILES, "competitions")
     rows = read_rows(test_file, settings.texts_are_turns)
-    clock = start_clock(settings.time_limit(len(rows)), began)
+    clock_seconds = find_time_limit(settings.time_limits, len(rows))
+    clock = start_clock(clock_seconds, began)
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     log(clock, f"{settings.name}: {versions}")
     counting_rows = sum(row["counts"] for row in rows)
@@ -243,13 +237,11 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
     with log_errors_of_hidden_run(clock):
         install_missing_wheels(root, packages, settings.wheels)
         check_machine(packages, devices, clock)
-    visible = choose_visible_rows(root, settings, packages)
-    if visible.log_line:
-        log(clock, visible.log_line)
+    visible = choose_visible_rows(root, settings, packages, clock)
 
     # The hours of work.
     all_rows = [*rows, *visible.rows]
-    job = make_job(usable_settings, packages, all_rows, devices, clock, hidden_run)
+    job = make_job(usable_settings, packages, all_rows, devices, clock)
     with log_errors_of_hidden_run(clock):
         score_all(job)
     scored = job.probabilities()
@@ -258,7 +250,7 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
     counts = count_rows(rows, scored)
     shortfall = describe_shortfall(counts, settings.min_scored)
     if shortfall is not None:
-        if not hidden_run:
+        if not is_hidden_run():
             raise ValueError(f"{shortfall}; nothing is submitted, as the visible run shows it")
         log(clock, f"warning: {shortfall}; the others get the prior")
     final = fill_unscored(rows, scored, settings.verdicts)
@@ -271,7 +263,7 @@ def run_kernel(settings: Settings, devices: Sequence[str] | None = None) -> None
     # The submission stands: what fails from here on costs no more than a record.
     record = {
         "settings": asdict(settings),
-        "clock_seconds": settings.time_limit(len(rows)),
+        "clock_seconds": clock_seconds,
         "versions": versions,
         **counts,
         "shortfall": shortfall,
@@ -291,12 +283,25 @@ def write_records(
 
     `final` are the submitted probabilities, `record` is the part of kernel.json that is known before.
     """
+    inputs = job.inputs
     scored = job.probabilities()
-    verdicts = job.inputs.settings.verdicts
+    verdicts = inputs.settings.verdicts
     write_scores(folder / "scores.parquet", verdicts, final, scored, job.model_columns())
     if visible.rows:
         record["visible"] = report_visible_run(job, visible, scored)
-    write_record(folder / "kernel.json", record | describe_run(job))
+
+    # By the hash of its manifest, `submit` recognises the package that it pushed.
+    manifests = {}
+    for package_settings, package in zip(inputs.settings.packages, inputs.packages, strict=True):
+        manifests[package_settings.dataset] = hash_file(package.folder / "manifest.json")
+    record |= {
+        "manifests": manifests,
+        "devices": list(inputs.devices.values()),
+        "hidden_run": is_hidden_run(),
+        "passes": job.progress.passes,
+        "seconds": round(inputs.clock.elapsed(), 1),
+    }
+    write_record(folder / "kernel.json", record)
 
 
 def count_rows(rows: Sequence[Mapping], scored: Mapping[str, Sequence[float]]) -> dict[str, int]:
@@ -387,23 +392,6 @@ def check_verdicts(package: Package, package_settings: PackageSettings) -> None:
         )
 
 
-def describe_run(job: ScoringJob) -> dict:
-    """Describe for kernel.json what the kernel ran with, and its passes over the rows."""
-    inputs, progress = job.inputs, job.progress
-
-    # By the hash of its manifest, `submit` recognises the package that it pushed.
-    manifests = {}
-    for package_settings, package in zip(inputs.settings.packages, inputs.packages, strict=True):
-        manifests[package_settings.dataset] = hash_file(package.folder / "manifest.json")
-    return {
-        "manifests": manifests,
-        "devices": list(inputs.devices.values()),
-        "hidden_run": inputs.hidden_run,
-        "passes": progress.passes,
-        "seconds": round(inputs.clock.elapsed(), 1),
-    }
-
-
 def report_visible_run(
     job: ScoringJob, visible: VisibleRows, scored: Mapping[str, list[float]]
 ) -> dict:
@@ -421,7 +409,7 @@ def report_visible_run(
     for rows in settings.hidden_rows:
         finish = predict_finish(passes, fixed_seconds, rows)
         report["predicted"].append(finish)
-        hidden_clock = start_clock(settings.time_limit(rows))
+        hidden_clock = start_clock(find_time_limit(settings.time_limits, rows))
         log(clock, describe_finish(finish, hidden_clock.deadline - hidden_clock.began))
     return report
 
@@ -458,7 +446,6 @@ class Inputs:
     devices: Mapping[int, str]
     threads: int  # of the CPU, for each worker
     clock: Clock
-    hidden_run: bool
 
 
 @dataclass
@@ -530,7 +517,6 @@ def make_job(
     rows: Sequence[Mapping],
     devices: Sequence[str],
     clock: Clock,
-    hidden_run: bool,
 ) -> ScoringJob:
     """Make a job of which nothing is scored yet. The devices share the CPU's cores evenly."""
     # Rows that count on the leaderboard will be scored before the others.
@@ -554,7 +540,6 @@ def make_job(
         devices=dict(enumerate(devices)),
         threads=max(cores // len(devices), 1),
         clock=clock,
-        hidden_run=hidden_run,
     )
     progress = Progress(
         scores=[{row["id"]: {} for row in rows} for _ in packages],
@@ -592,7 +577,7 @@ def leave_out(job: ScoringJob, number: int, error: Exception) -> None:
     """Go on without a package, in the hidden run and while another one works; else raise `error`."""
     job.progress.packages.remove(number)
     another_works = bool(job.progress.packages or job.progress.passes)
-    if not job.inputs.hidden_run or not another_works:
+    if not is_hidden_run() or not another_works:
         raise error
     log(job.inputs.clock, f"{job.inputs.packages[number].folder.name}: left out: {error}")
 
@@ -674,6 +659,12 @@ def list_candidates(
     candidates = []
     for number in packages:
         rate = predict_rate(job, number)
+        load_seconds = 0.0
+        if number != loaded:
+            is_split = job.inputs.settings.packages[number].placement == "split"
+            copies = 1 if is_split else len(job.progress.devices)
+            load_seconds = loading_seconds(job.inputs.packages[number], copies)
+
         for order in job.orders(number):
             unscored = job.unscored((number, order), group)
             if unscored:
@@ -682,7 +673,7 @@ def list_candidates(
                     order=order,
                     change=predict_change(job, number),
                     seconds_per_token=PADDING_FACTOR / rate if rate else 0.0,
-                    load_seconds=0.0 if number == loaded else predict_load_seconds(job, number),
+                    load_seconds=load_seconds,
                     unscored=unscored,
                 )
                 candidates.append(candidate)
@@ -714,13 +705,6 @@ def predict_rate(job: ScoringJob, number: int) -> float:
     measured_number, *_others = rates
     operations_per_second = rates[measured_number] * flop_per_token(packages[measured_number])
     return operations_per_second / flop_per_token(packages[number])
-
-
-def predict_load_seconds(job: ScoringJob, number: int) -> float:
-    """Predict how long loading a package takes. All devices load from the same disk."""
-    is_split = job.inputs.settings.packages[number].placement == "split"
-    copies = 1 if is_split else len(job.progress.devices)
-    return loading_seconds(job.inputs.packages[number], copies)
 
 
 def log_plan(job: ScoringJob, plan: Sequence[PlannedPass]) -> None:
@@ -796,7 +780,7 @@ def encode_rows(inputs: Inputs, next_pass: NextPass) -> list[Request]:
             inputs.contracts[next_pass.package],
             pairs[start : start + ENCODED_AT_ONCE],
             (next_pass.order,),
-            padding_limit_of(package.manifest),
+            PADDING_LIMITS.get(package.manifest["quantize"], DEFAULT_PADDING_LIMIT),
         )
 
         # Four bytes for each token id, since there are millions of them.
@@ -898,7 +882,7 @@ class Pass:
     queue: deque[list[Request]]
     deadline: float
     rows: int
-    all_tokens: int = 0  # of the queue at the beginning, padding included
+    all_tokens: int = field(init=False)  # of the queue at the beginning, padding included
     began: float | None = None
     scores: dict[str, list[float]] = field(default_factory=dict)
     tokens: int = 0
@@ -1041,7 +1025,11 @@ def receive(work: Pass, worker: Worker, workers: Sequence[Worker], clock: Clock)
             log(
                 clock, f"{worker.name}: out of memory: {worker.tokens_per_batch} tokens a batch now"
             )
-            retry_smaller(work, batch, clock)
+            # The token budget is smaller now, so that next_batch will cut the batch in parts.
+            if len(batch) > 1:
+                work.queue.appendleft(batch)
+            else:
+                try_alone(work, batch, clock)
         case ("refused", reason):
             # One device alone may be faulty. Where all others are gone, it is the package.
             if all(other.gone for other in workers if other is not worker):
@@ -1050,15 +1038,6 @@ def receive(work: Pass, worker: Worker, workers: Sequence[Worker], clock: Clock)
             handle_worker_death(work, worker, reason, clock)
         case ("failed", traceback):
             handle_worker_death(work, worker, f"failed: {traceback.strip()}", clock)
-
-
-def retry_smaller(work: Pass, batch: list[Request], clock: Clock) -> None:
-    """Put a batch that was too large for memory back into the queue, or its only row at the end."""
-    # The worker's token budget is smaller now, so that next_batch will cut the batch in parts.
-    if len(batch) > 1:
-        work.queue.appendleft(batch)
-    else:
-        try_alone(work, batch, clock)
 
 
 def try_alone(work: Pass, batch: list[Request], clock: Clock) -> None:
@@ -1424,27 +1403,14 @@ def work(connection, task: Assignment) -> None:
 
     def score_requests(requests: list[Request]) -> BatchScores:
         pass_context = stages.forward_pass if stages else contextlib.nullcontext
-        with use_device(first_device):
-            return score_batch(
-                model, package.model_input, package.contract, requests, first_device, pass_context
-            )
+        # Each thread has a current device of its own.
+        if first_device.startswith("cuda"):
+            torch.cuda.set_device(first_device)
+        return score_batch(
+            model, package.model_input, package.contract, requests, first_device, pass_context
+        )
 
     serve(connection, score_requests, batches_at_once)
-
-
-def use_device(device: str) -> contextlib.AbstractContextManager:
-    """Make a GPU the current device of this thread: each thread has one of its own."""
-    if device.startswith("cuda"):
-        return torch.cuda.device(device)
-    return contextlib.nullcontext()
-
-
-def open_package(folder: Path) -> Package:
-    """Open a package whose files were checked before (see package.read_package)."""
-    model_input = execute_model_input(folder / "model_input.py")
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    contract = model_input.read_contract(folder)
-    return Package(folder, contract, manifest, model_input, read_tokenizer(folder))
 
 
 def load_on(
@@ -1723,7 +1689,7 @@ def flop_per_token(package: Package) -> float:
 
 
 def loading_seconds(package: Package, copies: int) -> float:
-    """Predict how long loading copies of a package takes, one after the other."""
+    """Predict how long loading copies of a package takes: all devices load from the same disk."""
     weight_bytes = sum(size for size, _ in weight_sizes(package.folder).values())
     return copies * weight_bytes / LOAD_BYTES_PER_SECOND
 
@@ -1746,11 +1712,6 @@ def is_multiplied(name: str) -> bool:
 
 TEXTS = ("prompt", "response_a", "response_b")
 SCORED = "scored"  # WSDM's column: whether the row counts on the current leaderboard
-
-
-def kaggle_root() -> Path:
-    """Return /kaggle, or the folder that KAGGLE_ROOT names in its place for a rehearsal."""
-    return Path(os.environ.get("KAGGLE_ROOT", "/kaggle"))
 
 
 def find_mounted(root: Path, slug: str, names: Sequence[str], kind: str) -> Path:
@@ -1799,19 +1760,13 @@ def read_rows(path: Path, are_turns: bool) -> list[dict]:
     """Read the test rows."""
     rows = []
     for file_row in read_table(path, ("id", *TEXTS, SCORED)):
-        row = {"id": file_row["id"], "counts": is_counted(file_row.get(SCORED))}
+        # True and false, 1 and 0, or these as text; a null or no such column says nothing.
+        counts = str(file_row.get(SCORED)).strip().lower() not in ("false", "0", "0.0")
+        row = {"id": file_row["id"], "counts": counts}
         for name in TEXTS:
             row[name] = read_text(file_row[name], are_turns)
         rows.append(row)
     return rows
-
-
-def is_counted(scored: object) -> bool:
-    """Tell whether a row counts, from its value in the column `scored`: unless that says no.
-
-    Values may be true and false, 1 and 0, or these as text; a null or no such column says nothing.
-    """
-    return str(scored).strip().lower() not in ("false", "0", "0.0")
 
 
 def read_table(path: Path, columns: Sequence[str]) -> list[dict]:
@@ -1915,24 +1870,30 @@ class Package:
 def read_package(folder: Path | str) -> Package:
     """Read a package and check it: file hashes, contract, tokenizer, and token ids of golden rows."""
     folder = Path(folder)
-    manifest = check_manifest(folder)
+    check_manifest(folder)
+    package = open_package(folder)
 
     # What decides a model's input is in the contract too: a new manifest cannot hide a change of it.
-    model_input_path = folder / "model_input.py"
-    model_input = execute_model_input(model_input_path)
-    contract = model_input.read_contract(folder)
-    check_hash(model_input_path, contract.model_input_sha256, "contract.json")
+    contract = package.contract
+    check_hash(folder / "model_input.py", contract.model_input_sha256, "contract.json")
     for name, sha256 in contract.tokenizer_sha256.items():
         check_hash(folder / name, sha256, "contract.json")
 
     # Another version of the tokenizers library may encode otherwise.
-    tokenizer = read_tokenizer(folder)
-    model_input.check_golden(tokenizer, contract)
-    return Package(folder, contract, manifest, model_input, tokenizer)
+    package.model_input.check_golden(package.tokenizer, contract)
+    return package
 
 
-def check_manifest(folder: Path) -> dict:
-    """Read manifest.json, and check that the folder has just the files that it lists, unchanged."""
+def open_package(folder: Path) -> Package:
+    """Open a package whose files were checked before."""
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    model_input = execute_model_input(folder / "model_input.py")
+    contract = model_input.read_contract(folder)
+    return Package(folder, contract, manifest, model_input, read_tokenizer(folder))
+
+
+def check_manifest(folder: Path) -> None:
+    """Check that the folder has just the files that manifest.json lists, unchanged."""
     manifest_path = folder / "manifest.json"
     if not manifest_path.is_file():
         raise PackageError(f"{folder}: manifest.json is missing; package the run again")
@@ -1956,7 +1917,6 @@ def check_manifest(folder: Path) -> dict:
         raise PackageError(
             f"{folder}: {', '.join(unlisted)} not listed in manifest.json; package the run again"
         )
-    return manifest
 
 
 def hash_file(path: Path) -> str:
@@ -2015,12 +1975,8 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 # What must hold before hours of work begin: libraries that read the packages rightly, and GPUs.
 #
 # What would make answers wrong, or could only end in a crash, is a MachineError that says what to do.
-# No GPU is touched here: nvidia-smi is asked.
 
-ASK_CAPABILITIES = ("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
-ASK_SECONDS = 30
 EXPECTED_GPUS = 2  # machine_shape NvidiaTeslaT4
-OLDEST_CAPABILITY = 7.0  # a P100 has 6.0, and the image's PyTorch no code for it
 
 
 class MachineError(RuntimeError):
@@ -2035,8 +1991,12 @@ def check_machine(packages: Sequence[Package], devices: Sequence[str], clock: Cl
 
     is_rehearsal = "KAGGLE_ROOT" in os.environ
     uses_gpus = any(device.startswith("cuda") for device in devices)
-    if uses_gpus or not is_rehearsal:
-        check_gpus(devices, ask_capabilities())
+    if not uses_gpus and not is_rehearsal:
+        raise MachineError(
+            "PyTorch finds no GPU, and CPUs would take days; set machine_shape to NvidiaTeslaT4 "
+            "and enable_gpu to true in kernel-metadata.json, or choose GPU T4 x2 in the editor, "
+            "and look whether the week's GPU hours are spent"
+        )
     if uses_gpus and len(devices) < EXPECTED_GPUS:
         log(clock, f"warning: {len(devices)} GPU where {EXPECTED_GPUS} were expected")
 
@@ -2063,35 +2023,6 @@ def major_version(version: str) -> int:
     return int(version.split(".")[0])
 
 
-def check_gpus(devices: Sequence[str], capabilities: Sequence[float]) -> None:
-    """Raise MachineError where there is no GPU, or one too old for Kaggle's PyTorch."""
-    if not any(device.startswith("cuda") for device in devices):
-        raise MachineError(
-            "PyTorch finds no GPU, and CPUs would take days; set machine_shape to NvidiaTeslaT4 "
-            "and enable_gpu to true in kernel-metadata.json, or choose GPU T4 x2 in the editor, "
-            "and look whether the week's GPU hours are spent"
-        )
-
-    # An older GPU fails at the first kernel that PyTorch starts.
-    if capabilities and min(capabilities) < OLDEST_CAPABILITY:
-        raise MachineError(
-            f"a GPU has compute capability {min(capabilities)}, Kaggle's PyTorch needs "
-            f"{OLDEST_CAPABILITY} or more; set machine_shape to NvidiaTeslaT4 in "
-            "kernel-metadata.json, or choose GPU T4 x2 in the editor"
-        )
-
-
-def ask_capabilities() -> list[float]:
-    """Ask nvidia-smi for the GPUs' compute capabilities; none where it cannot say."""
-    try:
-        done = subprocess.run(
-            ASK_CAPABILITIES, capture_output=True, text=True, timeout=ASK_SECONDS, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [float(line) for line in re.findall(r"^\d+\.\d+$", done.stdout, re.MULTILINE)]
-
-
 # ================================================================================================
 # visible.py
 # The visible run is a load test: it also scores rows of the competition's train file.
@@ -2112,10 +2043,11 @@ class VisibleRows:
     rows: tuple[dict, ...] = ()  # as the test file's, each with a new id
     winners: Mapping[str, str | None] = field(default_factory=dict)  # by that id; None: no verdict
     trained_on: bool = False  # a model has seen the rows in training
-    log_line: str = ""  # what was chosen, or why nothing was
 
 
-def choose_visible_rows(root: Path, settings: Settings, packages: Sequence[Package]) -> VisibleRows:
+def choose_visible_rows(
+    root: Path, settings: Settings, packages: Sequence[Package], clock: Clock
+) -> VisibleRows:
     """Choose rows of the train file that every package lists as validation rows."""
     if is_hidden_run() or settings.visible_rows == 0:
         return VisibleRows()
@@ -2129,13 +2061,13 @@ def choose_visible_rows(root: Path, settings: Settings, packages: Sequence[Packa
         file = find_mounted(root, settings.competition, TRAIN_FILES, "competitions")
         train_rows = read_train_rows(file, settings, listings)
     except (OSError, ValueError, pa.ArrowException) as error:
-        return VisibleRows(log_line=f"visible run: only test rows are scored: {error}")
+        log(clock, f"visible run: only test rows are scored: {error}")
+        return VisibleRows()
 
     # Rows that a model knows say nothing of its accuracy.
     trained_on = any(listing["trained_on"] for listing in listings)
-    log_line = f"visible run: {len(train_rows)} rows of {file.name} are scored too"
-    if trained_on:
-        log_line += "; a model was trained on them: they tell of speed only"
+    remark = "; a model was trained on them: they tell of speed only" if trained_on else ""
+    log(clock, f"visible run: {len(train_rows)} rows of {file.name} are scored too{remark}")
 
     # They look like rows of the test file.
     rows = []
@@ -2146,7 +2078,7 @@ def choose_visible_rows(root: Path, settings: Settings, packages: Sequence[Packa
             row[name] = read_text(train_row[name], settings.texts_are_turns)
         rows.append(row)
         winners[row["id"]] = read_winner(train_row, settings)
-    return VisibleRows(tuple(rows), winners, trained_on, log_line)
+    return VisibleRows(tuple(rows), winners, trained_on)
 
 
 def read_train_rows(file: Path, settings: Settings, listings: Sequence[Mapping]) -> list[dict]:
@@ -2367,12 +2299,10 @@ def check_ids(path: Path, ids: Sequence[str]) -> None:
     with path.open(encoding="utf-8", newline="") as file:
         _header, *lines = csv.reader(file)
     written_ids = [line[0] for line in lines]
-    for place, (written, expected) in enumerate(itertools.zip_longest(written_ids, ids), start=1):
-        if written != expected:
-            raise ValueError(
-                f"{path}: its {len(written_ids)} ids are not the test file's {len(ids)} ids in "
-                f"their order: row {place} has {written!r}, expected {expected!r}"
-            )
+    if written_ids != list(ids):
+        raise ValueError(
+            f"{path}: its {len(written_ids)} ids are not the test file's {len(ids)} in their order"
+        )
 
 
 @contextlib.contextmanager
@@ -2454,11 +2384,6 @@ class BatchScores:
 
     probabilities: list[list[float]]
     overflowed: int = 0
-
-
-def padding_limit_of(manifest: Mapping[str, object]) -> int:
-    """Return the tokens of padding that a package's forward pass may hold, by its quantisation."""
-    return PADDING_LIMITS.get(manifest["quantize"], DEFAULT_PADDING_LIMIT)
 
 
 def orders_of(contract, orders: Iterable[str]) -> tuple[str, ...]:
@@ -2706,10 +2631,8 @@ def score(  # noqa: PLR0913  the last three are options by name
     distinct_orders = orders_of(contract, orders)
     requests = make_requests(model_input, tokenizer, contract, pairs, distinct_orders)
     scores: dict[str, dict[str, list[float]]] = {pair.id: {} for pair in pairs}
-    overflowed = 0
     for batch in make_batches(requests, tokens_per_batch):
         batch_scores = score_batch(model, model_input, contract, batch, device)
-        overflowed += batch_scores.overflowed
         for request, values in zip(batch, batch_scores.probabilities, strict=True):
             if not all(map(math.isfinite, values)):
                 raise FloatingPointError(
@@ -2717,13 +2640,6 @@ def score(  # noqa: PLR0913  the last three are options by name
                 )
             equal_orders = orders if distinct_orders != orders else [request.order]
             scores[request.id] |= dict.fromkeys(equal_orders, values)
-
-    if overflowed:
-        warnings.warn(
-            f"{overflowed} of {len(requests)} sequences overflowed float16 and were computed again in float32, "
-            "which takes a T4 eight times as long",
-            stacklevel=2,
-        )
     return scores
 
 
@@ -3222,6 +3138,7 @@ def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
     return codes.flatten(-2)
 
 
+@register_quantization_config(UNPACKING)
 class UnpackingConfig(QuantizationConfigMixin):
     """What a GPTQ package's config.json says, as far as loading needs it."""
 
@@ -3231,10 +3148,12 @@ class UnpackingConfig(QuantizationConfigMixin):
         self.group_size = group_size
 
 
+@register_quantizer(UNPACKING)
 class UnpackingQuantizer(HfQuantizer):
     """Tells transformers to put a GptqLinear in the place of every linear layer of a layer before it reads weights."""
 
     requires_calibration = True
+    is_trainable = False  # what is loaded here is served
 
     def _process_model_before_weight_loading(self, model: torch.nn.Module, **_) -> None:
         config = self.quantization_config
@@ -3257,17 +3176,9 @@ class UnpackingQuantizer(HfQuantizer):
         """No: what is loaded here is served."""
         return False
 
-    @property
-    def is_trainable(self) -> bool:
-        """No: what is loaded here is served."""
-        return False
-
 
 def unpacking(settings: Mapping[str, object]) -> dict[str, object]:
     """Rewrite config.json's `quantization_config` as from_pretrained must get it."""
-    if UNPACKING not in AUTO_QUANTIZER_MAPPING:
-        register_quantization_config(UNPACKING)(UnpackingConfig)
-        register_quantizer(UNPACKING)(UnpackingQuantizer)
     return {
         "quant_method": UNPACKING,
         "bits": settings["bits"],

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 import torch
 from torch.nn.functional import linear
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 # The name that transformers knows these classes by; its own loader of gptq wants the libraries.
@@ -100,6 +99,7 @@ def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
     return codes.flatten(-2)
 
 
+@register_quantization_config(UNPACKING)
 class UnpackingConfig(QuantizationConfigMixin):
     """What a GPTQ package's config.json says, as far as loading needs it."""
 
@@ -109,10 +109,12 @@ class UnpackingConfig(QuantizationConfigMixin):
         self.group_size = group_size
 
 
+@register_quantizer(UNPACKING)
 class UnpackingQuantizer(HfQuantizer):
     """Tells transformers to put a GptqLinear in the place of every linear layer of a layer before it reads weights."""
 
     requires_calibration = True
+    is_trainable = False  # what is loaded here is served
 
     def _process_model_before_weight_loading(self, model: torch.nn.Module, **_) -> None:
         config = self.quantization_config
@@ -135,17 +137,9 @@ class UnpackingQuantizer(HfQuantizer):
         """No: what is loaded here is served."""
         return False
 
-    @property
-    def is_trainable(self) -> bool:
-        """No: what is loaded here is served."""
-        return False
-
 
 def unpacking(settings: Mapping[str, object]) -> dict[str, object]:
     """Rewrite config.json's `quantization_config` as from_pretrained must get it."""
-    if UNPACKING not in AUTO_QUANTIZER_MAPPING:
-        register_quantization_config(UNPACKING)(UnpackingConfig)
-        register_quantizer(UNPACKING)(UnpackingQuantizer)
     return {
         "quant_method": UNPACKING,
         "bits": settings["bits"],

@@ -79,9 +79,6 @@ def find_layers(sizes: Mapping[str, tuple[int, int]]) -> str:
 def list_parts(sizes: Mapping[str, tuple[int, int]]) -> dict[str, Part]:
     """List a model's parts: its layers, and the modules before and after them.
 
-    Args:
-        sizes: The bytes and the elements of every tensor, by name.
-
     Returns:
         The parts by name, in the order in which a row passes through them.
     """
@@ -176,11 +173,6 @@ def split_over(
     folder: Path, devices: Sequence[str], byte_limit: int | None = None
 ) -> dict[str, str]:
     """Split the layers of a model over devices, with equal work as far as memory allows.
-
-    Args:
-        folder: The package's folder.
-        devices: PyTorch's names of the devices.
-        byte_limit: The most bytes of weights on a device; None for no limit.
 
     Returns:
         The device of each part by name, as transformers takes it for `device_map`.

@@ -2,8 +2,7 @@
 
 import contextlib
 import math
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -50,11 +49,6 @@ class BatchScores:
 
     probabilities: list[list[float]]
     overflowed: int = 0
-
-
-def padding_limit_of(manifest: Mapping[str, object]) -> int:
-    """Return the tokens of padding that a package's forward pass may hold, by its quantisation."""
-    return PADDING_LIMITS.get(manifest["quantize"], DEFAULT_PADDING_LIMIT)
 
 
 def orders_of(contract, orders: Iterable[str]) -> tuple[str, ...]:
@@ -350,10 +344,8 @@ def score(  # noqa: PLR0913  the last three are options by name
     distinct_orders = orders_of(contract, orders)
     requests = make_requests(model_input, tokenizer, contract, pairs, distinct_orders)
     scores: dict[str, dict[str, list[float]]] = {pair.id: {} for pair in pairs}
-    overflowed = 0
     for batch in make_batches(requests, tokens_per_batch):
         batch_scores = score_batch(model, model_input, contract, batch, device)
-        overflowed += batch_scores.overflowed
         for request, values in zip(batch, batch_scores.probabilities, strict=True):
             if not all(map(math.isfinite, values)):
                 raise FloatingPointError(
@@ -361,13 +353,6 @@ def score(  # noqa: PLR0913  the last three are options by name
                 )
             equal_orders = orders if distinct_orders != orders else [request.order]
             scores[request.id] |= dict.fromkeys(equal_orders, values)
-
-    if overflowed:
-        warnings.warn(
-            f"{overflowed} of {len(requests)} sequences overflowed float16 and were computed again in float32, "
-            "which takes a T4 eight times as long",
-            stacklevel=2,
-        )
     return scores
 
 

@@ -42,7 +42,7 @@ class Pass:
     queue: deque[list[Request]]
     deadline: float
     rows: int
-    all_tokens: int = 0  # of the queue at the beginning, padding included
+    all_tokens: int = field(init=False)  # of the queue at the beginning, padding included
     began: float | None = None
     scores: dict[str, list[float]] = field(default_factory=dict)
     tokens: int = 0
@@ -193,7 +193,11 @@ def receive(work: Pass, worker: Worker, workers: Sequence[Worker], clock: Clock)
             log(
                 clock, f"{worker.name}: out of memory: {worker.tokens_per_batch} tokens a batch now"
             )
-            retry_smaller(work, batch, clock)
+            # The token budget is smaller now, so that next_batch will cut the batch in parts.
+            if len(batch) > 1:
+                work.queue.appendleft(batch)
+            else:
+                try_alone(work, batch, clock)
         case ("refused", reason):
             # One device alone may be faulty. Where all others are gone, it is the package.
             if all(other.gone for other in workers if other is not worker):
@@ -202,15 +206,6 @@ def receive(work: Pass, worker: Worker, workers: Sequence[Worker], clock: Clock)
             handle_worker_death(work, worker, reason, clock)
         case ("failed", traceback):
             handle_worker_death(work, worker, f"failed: {traceback.strip()}", clock)
-
-
-def retry_smaller(work: Pass, batch: list[Request], clock: Clock) -> None:
-    """Put a batch that was too large for memory back into the queue, or its only row at the end."""
-    # The worker's token budget is smaller now, so that next_batch will cut the batch in parts.
-    if len(batch) > 1:
-        work.queue.appendleft(batch)
-    else:
-        try_alone(work, batch, clock)
 
 
 def try_alone(work: Pass, batch: list[Request], clock: Clock) -> None:

@@ -183,7 +183,7 @@ def flop_per_token(package: Package) -> float:
 
 
 def loading_seconds(package: Package, copies: int) -> float:
-    """Predict how long loading copies of a package takes, one after the other."""
+    """Predict how long loading copies of a package takes: all devices load from the same disk."""
     weight_bytes = sum(size for size, _ in weight_sizes(package.folder).values())
     return copies * weight_bytes / LOAD_BYTES_PER_SECOND
 

@@ -13,11 +13,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from kaggle_kernels.runtime.models.scoring import (
+    DEFAULT_PADDING_LIMIT,
+    PADDING_LIMITS,
     Request,
     make_requests,
     mean_of_orders,
     orders_of,
-    padding_limit_of,
 )
 from kaggle_kernels.runtime.package import Package, PackageError
 from kaggle_kernels.runtime.scheduling.pass_runner import Pass, make_pass, pass_record, run_pass
@@ -31,7 +32,7 @@ from kaggle_kernels.runtime.scheduling.plan import (
     plan_passes,
 )
 from kaggle_kernels.runtime.scheduling.worker_handle import Worker, start_workers
-from kaggle_kernels.runtime.settings import Clock, Settings, log
+from kaggle_kernels.runtime.settings import Clock, Settings, is_hidden_run, log
 from kaggle_kernels.runtime.submission import soften, to_competition, weighted_mean
 
 Scores = dict[str, dict[str, list[float]]]  # by id, then by order
@@ -56,7 +57,6 @@ class Inputs:
     devices: Mapping[int, str]
     threads: int  # of the CPU, for each worker
     clock: Clock
-    hidden_run: bool
 
 
 @dataclass
@@ -128,7 +128,6 @@ def make_job(
     rows: Sequence[Mapping],
     devices: Sequence[str],
     clock: Clock,
-    hidden_run: bool,
 ) -> ScoringJob:
     """Make a job of which nothing is scored yet. The devices share the CPU's cores evenly."""
     # Rows that count on the leaderboard will be scored before the others.
@@ -152,7 +151,6 @@ def make_job(
         devices=dict(enumerate(devices)),
         threads=max(cores // len(devices), 1),
         clock=clock,
-        hidden_run=hidden_run,
     )
     progress = Progress(
         scores=[{row["id"]: {} for row in rows} for _ in packages],
@@ -194,7 +192,7 @@ def leave_out(job: ScoringJob, number: int, error: Exception) -> None:
     """Go on without a package, in the hidden run and while another one works; else raise `error`."""
     job.progress.packages.remove(number)
     another_works = bool(job.progress.packages or job.progress.passes)
-    if not job.inputs.hidden_run or not another_works:
+    if not is_hidden_run() or not another_works:
         raise error
     log(job.inputs.clock, f"{job.inputs.packages[number].folder.name}: left out: {error}")
 
@@ -289,6 +287,12 @@ def list_candidates(
     candidates = []
     for number in packages:
         rate = predict_rate(job, number)
+        load_seconds = 0.0
+        if number != loaded:
+            is_split = job.inputs.settings.packages[number].placement == "split"
+            copies = 1 if is_split else len(job.progress.devices)
+            load_seconds = loading_seconds(job.inputs.packages[number], copies)
+
         for order in job.orders(number):
             unscored = job.unscored((number, order), group)
             if unscored:
@@ -297,7 +301,7 @@ def list_candidates(
                     order=order,
                     change=predict_change(job, number),
                     seconds_per_token=PADDING_FACTOR / rate if rate else 0.0,
-                    load_seconds=0.0 if number == loaded else predict_load_seconds(job, number),
+                    load_seconds=load_seconds,
                     unscored=unscored,
                 )
                 candidates.append(candidate)
@@ -329,13 +333,6 @@ def predict_rate(job: ScoringJob, number: int) -> float:
     measured_number, *_others = rates
     operations_per_second = rates[measured_number] * flop_per_token(packages[measured_number])
     return operations_per_second / flop_per_token(packages[number])
-
-
-def predict_load_seconds(job: ScoringJob, number: int) -> float:
-    """Predict how long loading a package takes. All devices load from the same disk."""
-    is_split = job.inputs.settings.packages[number].placement == "split"
-    copies = 1 if is_split else len(job.progress.devices)
-    return loading_seconds(job.inputs.packages[number], copies)
 
 
 def log_plan(job: ScoringJob, plan: Sequence[PlannedPass]) -> None:
@@ -420,7 +417,7 @@ def encode_rows(inputs: Inputs, next_pass: NextPass) -> list[Request]:
             inputs.contracts[next_pass.package],
             pairs[start : start + ENCODED_AT_ONCE],
             (next_pass.order,),
-            padding_limit_of(package.manifest),
+            PADDING_LIMITS.get(package.manifest["quantize"], DEFAULT_PADDING_LIMIT),
         )
 
         # Four bytes for each token id, since there are millions of them.

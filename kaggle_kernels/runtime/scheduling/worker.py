@@ -15,7 +15,6 @@ To the worker: (number, requests). From it:
 
 import contextlib
 import gc
-import json
 import os
 import threading
 import time
@@ -31,12 +30,7 @@ from kaggle_kernels.runtime.models.model import load_model
 from kaggle_kernels.runtime.models.pipeline import Stages, stage_starts
 from kaggle_kernels.runtime.models.placement import split_over
 from kaggle_kernels.runtime.models.scoring import BatchScores, Request, score, score_batch
-from kaggle_kernels.runtime.package import (
-    Package,
-    PackageError,
-    execute_model_input,
-    read_tokenizer,
-)
+from kaggle_kernels.runtime.package import Package, PackageError, open_package
 
 # float16 and 4-bit kernels differ between devices by up to 0.02; a wrong head by far more.
 GOLDEN_TOLERANCE = 0.05
@@ -99,27 +93,14 @@ def work(connection, task: Assignment) -> None:
 
     def score_requests(requests: list[Request]) -> BatchScores:
         pass_context = stages.forward_pass if stages else contextlib.nullcontext
-        with use_device(first_device):
-            return score_batch(
-                model, package.model_input, package.contract, requests, first_device, pass_context
-            )
+        # Each thread has a current device of its own.
+        if first_device.startswith("cuda"):
+            torch.cuda.set_device(first_device)
+        return score_batch(
+            model, package.model_input, package.contract, requests, first_device, pass_context
+        )
 
     serve(connection, score_requests, batches_at_once)
-
-
-def use_device(device: str) -> contextlib.AbstractContextManager:
-    """Make a GPU the current device of this thread: each thread has one of its own."""
-    if device.startswith("cuda"):
-        return torch.cuda.device(device)
-    return contextlib.nullcontext()
-
-
-def open_package(folder: Path) -> Package:
-    """Open a package whose files were checked before (see package.read_package)."""
-    model_input = execute_model_input(folder / "model_input.py")
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    contract = model_input.read_contract(folder)
-    return Package(folder, contract, manifest, model_input, read_tokenizer(folder))
 
 
 def load_on(

@@ -130,15 +130,6 @@ def test_a_spec_that_its_recipe_does_not_suit_is_refused(workplace, change, mess
         fit_packages(path, read_spec(path))
 
 
-def test_a_run_is_found_by_its_output_dir_too(workplace, tmp_path):
-    path = workplace(GEMMA, quantize="nf4")
-    recipe = tmp_path / "recipes" / "big.yml"
-    (tmp_path / "recipes" / "another.yml").write_text(recipe.read_text() + "output_dir: outputs/big\n")
-    recipe.unlink()
-    [fit] = fit_packages(path, read_spec(path))
-    assert fit.recipe.path.name == "another.yml"
-
-
 def test_every_spec_of_the_project_fits_and_has_a_row_in_the_list(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(main, ["list"])
@@ -146,7 +137,7 @@ def test_every_spec_of_the_project_fits_and_has_a_row_in_the_list(tmp_path, monk
     rows = [line.split() for line in done.output.splitlines() if line.startswith(" ") and line.strip()]
     assert [row[0] for row in rows[2:] if row[1] in ("wsdm", "lmsys")] == [path.stem for path in all_specs()]
     [qlora] = [row for row in rows if row[:2] == ["gemma2_qlora", "wsdm"]]
-    assert " ".join(qlora) == "gemma2_qlora wsdm gemma2_qlora gemma-2-9b-it classifier, QLoRA nf4 9.8 4.75 h / 12 h stale"
+    assert " ".join(qlora) == "gemma2_qlora wsdm gemma2_qlora gemma-2-9b-it nf4 9.8 4.75 h / 12 h stale"
     assert "0.5 × llama3_cls         Meta-Llama-3-8B-Instruct" in done.output
 
 

@@ -62,7 +62,6 @@ def test_what_follows_from_a_mistake_is_not_a_second_problem(tmp_path):
         ),
         ({"clock_seconds": {12_000: 60}}, "clock_seconds: says nothing of more rows; add null: SECONDS"),
         ({"title": "!!!!! ab"}, "title: its slug would be 'ab', Kaggle wants 5 characters or more"),
-        ({"budget_tokens": 10000}, "budget_tokens: 10000 is more than tokens_per_batch, 8192"),
     ],
 )
 def test_a_wrong_value_is_one_line_with_its_key(tmp_path, changes, message):

@@ -108,10 +108,10 @@ def call(command: str, *arguments: str) -> Result:
 
 
 def error_of(ended: Result) -> str:
-    """The one line that a command ended with; its exit code is 2."""
+    """The one error that a command ended with; its exit code is 2."""
     [line] = [line for line in ended.output.splitlines() if line.startswith("error: ")]
     assert (ended.exit_code, ended.output.splitlines()[-1]) == (2, line), ended.output
-    return line
+    return line.removeprefix("error: ")
 
 
 def files_of(folder: Path) -> list[Path]:

@@ -5,16 +5,15 @@ import shutil
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 from filelock import FileLock
 
-from kaggle_kernels.__main__ import main
 from kaggle_kernels.publish import push as publishing
 from preprocess.core import ledger
 from preprocess.core.files import sha256, write_json
 from tests.fakes.kaggle.server import Fault, error_under_200
 from tests.kaggle_kernels.build.test_ensemble_weights import predictions, write_run
 from tests.kaggle_kernels.packages import flip_byte
+from tests.kaggle_kernels.publish.pushes import call, error_of
 
 PACKAGE = Path("outputs/two/package")
 REF = "tester/pairwise-test"
@@ -29,14 +28,7 @@ def spec(pushable, kaggle, ledger_file):
 
 
 def push(spec, *options):
-    options = (*options, "--poll-seconds", "0.02", "--patience-seconds", "30")
-    return CliRunner().invoke(main, ["push", str(spec), *options])
-
-
-def error_of(ended):
-    """The last line of a command that ended with exit code 2."""
-    assert ended.exit_code == 2, ended.output
-    return ended.output.splitlines()[-1].removeprefix("error: ")
+    return call("push", str(spec), *options)
 
 
 def changes(kaggle):
@@ -162,8 +154,8 @@ def test_a_push_that_was_not_made_is_made_by_the_next_also_where_the_version_bef
 def test_a_kernel_that_is_read_back_otherwise_is_an_error_and_pushed_again(spec, kaggle):
     kaggle.faults.append(Fault("GetKernel", times=5, answer={"metadata": {"enableInternet": True}}))
     assert "was pushed, and is not what was meant: enable_internet is true in place of false" in error_of(push(spec))
-    refused = CliRunner().invoke(main, ["status", str(spec)])
-    assert refused.output == "error: outputs/test/push.json: the push did not end; run push test first\n"
+    refused = error_of(call("status", str(spec)))
+    assert refused == "outputs/test/push.json: the push did not end; run push test first"
     kaggle.faults.append(Fault("GetKernel", answer={"metadata": {"enableInternet": True}}))
     assert push(spec).exit_code == 0
     check_one_run(kaggle, version=2)

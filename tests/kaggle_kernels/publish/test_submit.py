@@ -6,9 +6,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
-from kaggle_kernels.__main__ import main
 from kaggle_kernels.publish import submit as module
 from kaggle_kernels.publish.kernels import read_kernel
 from kaggle_kernels.publish.push import PushRecord, read_record, write_record
@@ -18,6 +16,8 @@ from preprocess.core.files import write_json
 from tests.conftest import ROOT
 from tests.fakes.kaggle.server import Fault
 from tests.fakes.kaggle.site import Kernel, KernelVersion, Run, Submission
+from tests.kaggle_kernels.publish import pushes
+from tests.kaggle_kernels.publish.pushes import error_of
 
 REF, WSDM_CUP = "tester/pairwise-demo", COMPETITIONS["wsdm"].slug
 SPEC = Path("specs/demo.yml")
@@ -57,18 +57,12 @@ def pushed(tmp_path, monkeypatch, kaggle, ledger_file):
     return run
 
 
-def call(command, *options, **settings):
-    options = (*options, "--poll-seconds", "0.05", "--patience-seconds", "20")
-    return CliRunner().invoke(main, [command, "demo", *options], **settings)
+def call(command, *options):
+    return pushes.call(command, "demo", *options)
 
 
 def submit(*options, message="first try"):
     return call("submit", "-m", message, "--yes", *options)
-
-
-def refusal(ended):
-    assert ended.exit_code == 2, ended.output
-    return ended.output.splitlines()[-1].removeprefix("error: ")
 
 
 def test_a_run_is_followed_to_its_end_and_each_line_of_its_log_told_once(pushed):
@@ -87,14 +81,14 @@ def test_an_error_ends_with_the_logs_last_lines(pushed):
     pushed.statuses, pushed.failure = ["ERROR"], "Your notebook tried to allocate more memory than is available"
     pushed.log = [f"line {number}\n" for number in range(30)]
     ended = call("status")
-    assert "version 1: ERROR: Your notebook tried to allocate more memory than is available; https://" in refusal(ended)
+    assert "version 1: ERROR: Your notebook tried to allocate more memory than is available; https://" in error_of(ended)
     assert [line for line in ended.output.splitlines() if "|" in line] == [f"  | line {number}" for number in range(10, 30)]
 
 
 def test_a_run_that_does_not_end_leaves_a_command_that_goes_on(pushed):
     pushed.statuses = ["QUEUED"]
-    ended = CliRunner().invoke(main, ["status", "demo", "--wait", "--poll-seconds", "0.05", "--patience-seconds", "0.01"])
-    assert refusal(ended) == "tester/pairwise-demo version 1: still QUEUED; run status again, which goes on waiting"
+    ended = call("status", "--wait", "--patience-seconds", "0.01")
+    assert error_of(ended) == "tester/pairwise-demo version 1: still QUEUED; run status again, which goes on waiting"
 
 
 def test_a_complete_version_is_submitted_once_and_leads_back(pushed, kaggle):
@@ -110,7 +104,7 @@ def test_a_complete_version_is_submitted_once_and_leads_back(pushed, kaggle):
     assert {key: entry[key] for key in expected} == expected
     downloaded = sorted(path.name for path in Path("outputs/demo/output").iterdir())
     assert downloaded == ["kernel.json", "submission.csv"]
-    assert f"version 1: was submitted at {entry['time']} as 1001 ('first try')" in refusal(submit())
+    assert f"version 1: was submitted at {entry['time']} as 1001 ('first try')" in error_of(submit())
     assert len(kaggle.site.submissions) == 1
     assert submit("--again", message="second").exit_code == 0
     assert [made.description for made in kaggle.site.submissions] == ["first try", "second"]
@@ -134,7 +128,7 @@ def test_what_is_no_submission_is_not_submitted(pushed, kaggle, statuses, output
     Path("outputs/demo/output").mkdir()
     Path("outputs/demo/output/submission.csv").write_bytes(GOOD)
     pushed.statuses, pushed.output = statuses, output
-    assert told in refusal(submit())
+    assert told in error_of(submit())
     assert kaggle.calls("CreateCodeSubmission") == []
 
 
@@ -146,7 +140,7 @@ def test_what_is_no_submission_is_not_submitted(pushed, kaggle, statuses, output
 def test_the_output_of_another_run_is_not_taken_for_the_pushed_ones(pushed, kaggle, manifests, problem):
     """The kernel may have got another version of a dataset, or Kaggle still shows the version before."""
     pushed.output["kernel.json"] = json.dumps({"manifests": manifests}).encode()
-    assert f"version 1: the output that Kaggle has is of {problem}; give it a minute" in refusal(submit())
+    assert f"version 1: the output that Kaggle has is of {problem}; give it a minute" in error_of(submit())
     assert kaggle.calls("CreateCodeSubmission") == []
 
 
@@ -161,20 +155,20 @@ def test_the_pushed_version_is_asked_for_and_submitted_whatever_ran_since(pushed
 
 def test_a_version_that_is_not_what_was_pushed_or_is_gone_is_not_submitted(pushed, kaggle):
     kaggle.site.kernels[REF].versions[0].pushed["text"] = "print(1)"
-    assert refusal(submit()) == f"{REF} version 1: is not what was pushed, its code is another; run push again"
+    assert error_of(submit()) == f"{REF} version 1: is not what was pushed, its code is another; run push again"
     del kaggle.site.kernels[REF]
-    assert refusal(submit()) == f"{REF}: is not on Kaggle any more; run push again"
+    assert error_of(submit()) == f"{REF}: is not on Kaggle any more; run push again"
 
 
 def test_it_asks_and_where_nobody_can_answer_or_the_message_is_blank_it_refuses(pushed, kaggle, monkeypatch):
-    assert refusal(submit(message=" ")).startswith("-m: is blank")
+    assert error_of(submit(message=" ")).startswith("-m: is blank")
     ended = call("submit", "-m", "first try")
-    assert refusal(ended) == "submit asks before it submits, and there is nobody to ask: add --yes"
+    assert error_of(ended) == "submit asks before it submits, and there is nobody to ask: add --yes"
     assert kaggle.requests == []
     asked = []
     monkeypatch.setattr(module, "can_ask", lambda: True)
     monkeypatch.setattr(module.click, "confirm", asked.append)
-    assert refusal(call("submit", "-m", "first try")) == "nothing was submitted"
+    assert error_of(call("submit", "-m", "first try")) == "nothing was submitted"
     assert asked == ["submit this?"]
     assert kaggle.site.submissions == []
 
@@ -190,7 +184,7 @@ def test_one_submission_is_made_whatever_was_lost_on_the_way(pushed, kaggle, fau
     kaggle.site.submissions.append(earlier)
     kaggle.faults.append(Fault("CreateCodeSubmission", **fault))
     lost = submit()
-    assert "perhaps submitted, perhaps not: Kaggle: CreateCodeSubmission: " in refusal(lost)
+    assert "perhaps submitted, perhaps not: Kaggle: CreateCodeSubmission: " in error_of(lost)
     assert "submissions of today (UTC): 1 of 5" in lost.output
     assert ledger.read() == []
     kaggle.faults.append(Fault("ListSubmissions", answer={"submissions": []}))
@@ -208,7 +202,7 @@ def interrupt_submission(monkeypatch, message):
     """A call of submit that is killed once Kaggle has the submission."""
     with monkeypatch.context() as patch:
         patch.setattr(module, "record_submission", interrupt)
-        assert refusal(submit(message=message)) == "interrupted; run submit again, which goes on from here"
+        assert error_of(submit(message=message)) == "interrupted; run submit again, which goes on from here"
 
 
 @pytest.mark.parametrize(
@@ -237,12 +231,12 @@ def test_an_interrupted_submission_of_an_older_version_is_written_down_with_its_
 
 def test_a_note_of_another_version_of_this_program_is_one_line(pushed):
     write_json("outputs/demo/submit.json", {"version": 1})
-    assert refusal(submit()).startswith("outputs/demo/submit.json: not written by this version; see on Kaggle what was done")
+    assert error_of(submit()).startswith("outputs/demo/submit.json: not written by this version; see on Kaggle what was done")
 
 
 def test_a_submission_that_kaggle_refuses_is_one_error(pushed, kaggle):
     kaggle.site.submissions_a_day = 0
-    ended = refusal(submit())
+    ended = error_of(submit())
     assert ended == f"{REF} version 1: not submitted: Your team has used its daily Submission allowance (0) today"
     assert ledger.read() == []
     kaggle.site.submissions_a_day = 1

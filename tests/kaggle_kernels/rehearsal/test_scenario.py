@@ -61,15 +61,14 @@ def test_two_t4s_are_predicted_for_the_recipes_base_model_where_a_small_one_stan
     write_recipe(tmp_path, "two", "tiny-two", "google/gemma-2-9b-it")
     build(workplace)
     change_json(tmp_path / "outputs/two/package/contract.json", base_model=".")
-    measured = {"run": "two", "scored": 30, "seconds": 1.0, "tokens": 2_000_000, "computed_tokens": 3_000_000}
+    measured = {"run": "two", "scored": 30, "seconds": 1.0, "computed_tokens": 30_000}
     fake_kernel["passes"] = [{**measured, "order": order} for order in ("as_given", "swapped")]
     done = rehearse(workplace, "--test", "test.parquet")
-    record = record_of(tmp_path)
-    assert record["here"] == {"rows_per_second": 30.0, "tokens_per_second": 2_000_000.0, "padding": 0.3333}
-    assert [prediction["rows"] for prediction in record["two_t4s"]] == [30, 10_000, 25_000]
-    expected = {"loading": 62, "first_order": 1665, "second_order": 1665, "finish": 3391}
-    assert record["two_t4s"][0] == {"rows": 30, "clock_seconds": 600, **expected}
-    assert "30 rows of these lengths on two T4s: loading 1 min, first order 28 min, second order 28 min" in done.output
+    ten_thousand, twenty_five_thousand = record_of(tmp_path)["two_t4s"]
+    assert ten_thousand == {"rows": 10_000, "first_order_seconds": 5611, "all_seconds": 11160}
+    assert twenty_five_thousand["rows"] == 25_000
+    warning = "warning: predicted for 10,000 rows: every row scored once after 1 h 34 min, everything after 3 h 06 min"
+    assert f"two T4s: {warning}, with 0 h 10 min allowed; rows would get the prior\n" in done.output
 
 
 def lose_a_row(working):
@@ -102,7 +101,6 @@ def test_a_failure_exits_with_2_and_leaves_no_record(workplace, tmp_path, fake_k
     [
         (("--test", "gone.parquet"), "gone.parquet: no such file; give the test rows with --test"),
         (("--test", "wrong.parquet"), "wrong.parquet, row 1 (id row00000): winner is 'modelA'; expected model_a"),
-        (("--lose-device", "2", "--devices", "2"), "--lose-device: there is no device 2 of 2; give --devices 3 or more"),
         (("--train", "gone.parquet"), "--train gone.parquet: no such file; give the competition's train.parquet or train.csv"),
         (("--train", "test.parquet", "--rows", "9"), "--train: only the visible run scores it; leave out --rows"),
         (("--python", "nowhere/bin/python"), "nowhere/bin/python: absent; `make setup` makes the environment with Kaggle's"),

@@ -22,10 +22,10 @@ ONE = replace(BOTH, packages=(settings_for("two", "tiny-two"),))
 ROWS = tiny.pairs(30, seed=9).drop("winner").with_columns(counts=True).to_dicts()
 
 
-def job_of(packages, devices=("cpu", "cpu"), hidden_run=True, settings=None, rows=ROWS) -> ScoringJob:
+def job_of(packages, devices=("cpu", "cpu"), settings=None, rows=ROWS) -> ScoringJob:
     """A job for one package or for both."""
     settings = settings or (ONE if len(packages) == 1 else BOTH)
-    return make_job(settings, packages, rows, devices, start_clock(600), hidden_run)
+    return make_job(settings, packages, rows, devices, start_clock(600))
 
 
 def replace_workers(monkeypatch, folder, target, positions=(0, 1)) -> None:

@@ -127,7 +127,6 @@ def test_the_time_limit_is_that_of_the_files_number_of_rows(kaggle):
     limits = (TimeLimit(2, 1.0), TimeLimit(3, 700.0), TimeLimit(None, 800.0))
     run_kernel(replace(SETTINGS, time_limits=limits))
     assert record_of(kaggle)["clock_seconds"] == 700
-    assert [SETTINGS.time_limit(rows) for rows in (3, 12_000, 12_001)] == [17_100, 17_100, 43_200]
 
 
 def test_rows_left_by_the_clock_are_an_error_of_the_visible_run_and_get_the_longer_answer_in_the_hidden_one(

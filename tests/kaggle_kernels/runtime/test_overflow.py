@@ -7,13 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from kaggle_kernels.runtime.models.scoring import BatchScores, Request, score, score_batch
+from kaggle_kernels.runtime.models.scoring import BatchScores, Request, score_batch
 from kaggle_kernels.runtime.models.shortcuts import take_shortcuts
-from kaggle_kernels.runtime.package import read_package
 from kaggle_kernels.runtime.scheduling.pass_runner import make_pass, note_scores, progress_line
 from postprocess.weights.bnb_quantize import quantization_config
 from preprocess import model_input
-from tests import tiny
 from tests.kaggle_kernels.runtime.test_shortcuts import contract_of, random_model
 from tests.kaggle_kernels.runtime.workers import Device
 
@@ -70,17 +68,6 @@ def test_quantised_layers_compute_in_float32_as_well(quantize, tmp_path):
         probabilities.append([values[0] for values in scores.probabilities])
         assert (scores.overflowed > 0) == (dtype is torch.float16)
     assert probabilities[0] == pytest.approx(probabilities[1], abs=0.02)
-
-
-def test_whoever_packages_such_a_model_is_warned(package_folder):
-    package = read_package(package_folder)
-    pairs = [model_input.pair_from_row(row) for row in tiny.pairs(3, seed=9).to_dicts()]
-    model = overflowing_model("gemma2", 3e4)
-    take_shortcuts(model)
-    with pytest.warns(UserWarning, match="6 of 6 sequences overflowed float16 and were computed again in float32"):
-        scores = score(model, model_input, package.tokenizer, package.contract, pairs)
-    for by_order in scores.values():
-        assert all(math.isfinite(value) for values in by_order.values() for value in values)
 
 
 def test_the_log_says_how_many_rows_overflowed():

@@ -35,23 +35,15 @@ def test_wsdm_names_the_winner_and_lmsys_gives_three_probabilities(tmp_path, set
     assert (tmp_path / "submission.csv").read_text() == expected
 
 
-@pytest.mark.parametrize(
-    "written, message",
-    [
-        (["1"], "its 1 ids are not the test file's 2 ids .*: row 2 has None, expected '2'"),
-        (["2", "1"], "row 1 has '2', expected '1'"),
-        (["1", "1"], "row 2 has '1', expected '2'"),
-        (["1", "2", "3"], "row 3 has '3', expected None"),
-    ],
-)
-def test_ids_that_are_not_those_of_the_test_file_are_found(tmp_path, written, message):
+@pytest.mark.parametrize("written", [["1"], ["2", "1"], ["1", "1"], ["1", "2", "3"]])
+def test_ids_that_are_not_those_of_the_test_file_are_found(tmp_path, written):
     (tmp_path / "submission.csv").write_text("\n".join(["id,winner", *(f"{row_id},model_a" for row_id in written)]))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"its {len(written)} ids are not the test file's 2 in their order"):
         check_ids(tmp_path / "submission.csv", ["1", "2"])
 
 
 def test_a_submission_without_the_test_files_ids_leaves_no_file(tmp_path):
-    with pytest.raises(ValueError, match="row 1 has '9', expected '09'"):
+    with pytest.raises(ValueError, match="its 3 ids are not the test file's 3 in their order"):
         write_submission(tmp_path / "submission.csv", WSDM, WSDM_SCORES, ["09", "1", "x"])
     assert list(tmp_path.iterdir()) == []
 

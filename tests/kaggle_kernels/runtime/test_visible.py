@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import polars as pl
 import pytest
 
+from kaggle_kernels.runtime.settings import start_clock
 from kaggle_kernels.runtime.visible import (
     VisibleRows,
     choose_visible_rows,
@@ -21,6 +22,7 @@ from tests.kaggle_kernels.runtime.test_submission import LMSYS, WSDM
 
 TWO = ("model_a", "model_b")
 ROWS = tiny.pairs(40, seed=3)
+CLOCK = start_clock(600)
 
 
 @pytest.fixture(autouse=True)
@@ -43,28 +45,28 @@ def listing(root, name, ids, fold=0, trained_on=False):
     return SimpleNamespace(folder=folder)
 
 
-def test_rows_that_every_package_lists_are_chosen_with_their_winners_under_new_ids(tmp_path, monkeypatch):
+def test_rows_that_every_package_lists_are_chosen_with_their_winners_under_new_ids(tmp_path, monkeypatch, capsys):
     mount_train(tmp_path)
     packages = [
         listing(tmp_path, "one", ["row00004", "row00005", "absent"]),
         listing(tmp_path, "two", ["row00009", "row00005"]),
     ]
-    chosen = choose_visible_rows(tmp_path, WSDM, packages)
+    chosen = choose_visible_rows(tmp_path, WSDM, packages, CLOCK)
     texts = ROWS.select("prompt", "response_a", "response_b").row(5, named=True)
     assert chosen.rows == ({"id": "train:row00005", **texts, "counts": True},)
     assert chosen.winners == {"train:row00005": ROWS["winner"][5]}
-    assert chosen.log_line == "visible run: 1 rows of train.parquet are scored too"
+    assert capsys.readouterr().out.endswith("visible run: 1 rows of train.parquet are scored too\n")
     monkeypatch.setenv("KAGGLE_IS_COMPETITION_RERUN", "1")
-    assert choose_visible_rows(tmp_path, WSDM, packages) == VisibleRows()
+    assert choose_visible_rows(tmp_path, WSDM, packages, CLOCK) == VisibleRows()
 
 
 def test_a_slice_is_the_same_whatever_the_files_order_and_no_longer_than_the_spec_says(tmp_path):
     mount_train(tmp_path)
     package = listing(tmp_path, "one", ROWS["id"].to_list())
     few = replace(WSDM, visible_rows=5)
-    first = [row["id"] for row in choose_visible_rows(tmp_path, few, [package]).rows]
+    first = [row["id"] for row in choose_visible_rows(tmp_path, few, [package], CLOCK).rows]
     mount_train(tmp_path, ROWS.sample(fraction=1, shuffle=True, seed=1))
-    assert [row["id"] for row in choose_visible_rows(tmp_path, few, [package]).rows] == first
+    assert [row["id"] for row in choose_visible_rows(tmp_path, few, [package], CLOCK).rows] == first
     assert len(first) == 5
     assert first != sorted(first)
 
@@ -75,7 +77,7 @@ def test_lmsys_rows_have_turns_flags_and_whole_numbers_as_ids(tmp_path):
     rows = [{"id": 2**53 + at, **texts, **dict(zip(LMSYS.columns, flag, strict=True))} for at, flag in enumerate(flags)]
     mount_train(tmp_path, pl.DataFrame(rows), LMSYS, "csv")
     package = listing(tmp_path, "one", [str(row["id"]) for row in rows])
-    found = choose_visible_rows(tmp_path, LMSYS, [package])
+    found = choose_visible_rows(tmp_path, LMSYS, [package], CLOCK)
     assert found.winners == {
         "train:9007199254740992": "model_a",
         "train:9007199254740993": "model_b",
@@ -85,15 +87,15 @@ def test_lmsys_rows_have_turns_flags_and_whole_numbers_as_ids(tmp_path):
     assert (found.rows[0]["prompt"], found.rows[0]["response_a"]) == (["p", "q"], ["a", None])
 
 
-def test_where_there_is_nothing_to_score_one_line_says_why(tmp_path):
+def test_where_there_is_nothing_to_score_one_line_says_why(tmp_path, capsys):
     package = listing(tmp_path, "one", ["row00004", "x"])
     (tmp_path / "input" / "old").mkdir()
 
     def reason(packages=(package,)):
-        visible = choose_visible_rows(tmp_path, WSDM, packages)
-        assert visible.rows == ()
-        assert visible.log_line.startswith("visible run: only test rows are scored: ")
-        return visible.log_line
+        assert choose_visible_rows(tmp_path, WSDM, packages, CLOCK) == VisibleRows()
+        line = capsys.readouterr().out
+        assert "visible run: only test rows are scored: " in line
+        return line
 
     assert "files named train.parquet or train.csv" in reason()
     assert "old/validation_ids.json" in reason(packages=(package, SimpleNamespace(folder=tmp_path / "input" / "old")))
@@ -103,15 +105,15 @@ def test_where_there_is_nothing_to_score_one_line_says_why(tmp_path):
     assert "no column winner; there are id" in reason()
     (tmp_path / "input" / "competitions" / WSDM.competition / "train.parquet").write_bytes(b"no parquet")
     reason()
-    assert choose_visible_rows(tmp_path, replace(WSDM, visible_rows=0), [package]) == VisibleRows()
+    assert choose_visible_rows(tmp_path, replace(WSDM, visible_rows=0), [package], CLOCK) == VisibleRows()
 
 
-def test_rows_that_a_model_was_trained_on_tell_of_speed_only(tmp_path):
+def test_rows_that_a_model_was_trained_on_tell_of_speed_only(tmp_path, capsys):
     mount_train(tmp_path)
     packages = [listing(tmp_path, "one", ["row00004"]), listing(tmp_path, "two", ["row00004"], "all", True)]
-    chosen = choose_visible_rows(tmp_path, WSDM, packages)
+    chosen = choose_visible_rows(tmp_path, WSDM, packages, CLOCK)
     assert chosen.trained_on
-    assert chosen.log_line.endswith("; a model was trained on them: they tell of speed only")
+    assert capsys.readouterr().out.endswith("; a model was trained on them: they tell of speed only\n")
 
 
 def test_two_verdicts_are_judged_without_ties_and_three_with_them():
