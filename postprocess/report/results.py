@@ -30,10 +30,8 @@ class Measurements:
     wrong_count: int  # rows with a wrong verdict
 
 
-def measure_run(run: RunData) -> Measurements | None:
-    """Measure the rows of predictions.parquet or oof.parquet; None if the run has neither."""
-    if run.predictions is None:
-        return None
+def measure_run(run: RunData) -> Measurements:
+    """Measure the rows of predictions.parquet or oof.parquet."""
     rows = run.predictions.rows
     scored = metrics.score_rows(run.predictions, run.verdicts)
 
