@@ -26,7 +26,9 @@ from postprocess.agreement.validation_rows import part_bounds, read_metrics, val
 from postprocess.run_folder import Run, checked_tokenizer
 from postprocess.weights.meta_model import model_skeleton
 from preprocess.core.errors import UserError
-from preprocess.core.files import read_object, write_json
+from preprocess.core.files import atomic_file, read_object, sha256, write_json
+from recipes.pairwise.data.datasets import targets, winners
+from recipes.pairwise.tracking import metrics
 
 # About 20 s: float16 is ten times slower than float32 on CPUs without units for it.
 FLOAT16_ON_CPU_FLOP = 5e10
@@ -127,7 +129,7 @@ def has_record(run: Run) -> bool:
     A mean of runs was never trained as such: its predictions are those of the model that they would
     be compared with.
     """
-    return "average" not in read_metrics(run)
+    return "members" not in read_metrics(run)
 
 
 def read_recorded_column(run: Run, rows: pl.DataFrame) -> Column:
@@ -246,6 +248,37 @@ def score_pairs(
             scores |= step_scores
             unscored_pairs = unscored_pairs[ROWS_PER_STEP:]
             progress.update(len(step_pairs))
+    return scores
+
+
+def write_results(
+    run: Run, rows: pl.DataFrame, probabilities_rov: np.ndarray, facts: Mapping[str, object]
+) -> dict[str, float]:
+    """Write predictions.parquet and metrics.json of a run that was not trained as such, as training would.
+
+    Args:
+        run: A mean of runs, or a base model as it is.
+        rows: The validation rows.
+        probabilities_rov: Their probabilities, (rows, orders, verdicts).
+        facts: What metrics.json says besides.
+
+    Returns:
+        The metrics of the rows.
+    """
+    verdicts = run.contract.verdicts
+    table = metrics.predictions(rows["id"].to_list(), probabilities_rov, verdicts, rows)
+    with atomic_file(run.folder / "predictions.parquet") as temporary:
+        table.write_parquet(temporary)
+
+    scores = metrics.scores(probabilities_rov, targets(rows, verdicts), winners(rows, verdicts))
+    results = {
+        **scores,
+        "accuracy_of_longer": metrics.longer_is_right(rows),
+        "rows": len(rows),
+        "pairs_sha256": sha256(run.recipe.pairwise.pairs),
+        **facts,
+    }
+    write_json(run.folder / "metrics.json", results)
     return scores
 
 
