@@ -93,7 +93,7 @@ def compare_models(run: Run, scores_files: Sequence[Path]) -> Comparison:
 
     # The kernel scores the golden rows again, and must come to the same.
     report["golden"] = golden[report["packaged"]]
-    report["rows_were_trained_on"] = bool(read_metrics(run).get("rows_were_trained_on"))
+    report["rows_were_trained_on"] = read_metrics(run)["rows_were_trained_on"]
     return Comparison(frame, columns, report)
 
 

@@ -14,9 +14,10 @@ import jinja2
 import polars as pl
 from markupsafe import Markup, escape
 
+from postprocess.agreement.statistics import Estimate
 from postprocess.report import svg
 from postprocess.report.learning_curves import make_learning_charts
-from postprocess.report.metrics import Estimate, ScoredRows, TableRow
+from postprocess.report.metrics import ScoredRows, TableRow
 from postprocess.report.position_bias import find_flips
 from postprocess.report.results import Measurements
 from postprocess.report.run_data import Agreement, RunData, training_record
@@ -33,10 +34,6 @@ HASH_DIGITS = 12  # of a commit or a SHA-256, enough to tell them apart
 
 def render_page(run: RunData, measurements: Measurements) -> str:
     """Render the page of a run.
-
-    Args:
-        run: The run's files, for the head of the page and for what is missing.
-        measurements: The numbers.
 
     Returns:
         The page as HTML. The same run gives the same page.

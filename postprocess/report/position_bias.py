@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from postprocess.report.metrics import Estimate, Gain, ScoredRows, TableRow, make_table_row
+from postprocess.agreement.statistics import Estimate
+from postprocess.report.metrics import Gain, ScoredRows, TableRow, make_table_row
 from recipes.pairwise.tracking.metrics import row_losses, rows_are_right
 
 

@@ -7,9 +7,10 @@ computes, `page` draws and renders. Nothing here reads a file.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from postprocess.agreement.statistics import Estimate
 from postprocess.report import metrics
 from postprocess.report.calibration import Calibration, measure_calibration
-from postprocess.report.metrics import Baseline, Estimate, ScoredRows, TableRow
+from postprocess.report.metrics import Baseline, ScoredRows, TableRow
 from postprocess.report.position_bias import PositionBias, measure_position_bias
 from postprocess.report.run_data import RunData
 from postprocess.report.worst_rows import WorstRow, find_worst_rows

@@ -217,12 +217,7 @@ def read_history(file: Path) -> list[dict]:
 
 
 def find_pairs_file(folders: Iterable[Path], contract: Mapping) -> Path:
-    """Find the pairs file that the model was trained on.
-
-    Args:
-        folders: The folders of the folds, or of the run alone.
-        contract: The contract of the first of them, which names the recipe.
-    """
+    """Find the pairs file that the model was trained on."""
     # run.json holds the `pairwise:` block that the run was started with.
     for folder in folders:
         block = read_optional(folder / "run.json").get("block")
@@ -241,10 +236,6 @@ def find_pairs_file(folders: Iterable[Path], contract: Mapping) -> Path:
 def read_verdicts(contract_file: Path, contract: Mapping) -> tuple[str, ...]:
     """Read the verdicts that the model tells apart, in the order of its outputs.
 
-    Args:
-        contract_file: For the message.
-        contract: Its content.
-
     Raises:
         UserError: It has other verdicts than model_a, model_b and tie.
     """
@@ -260,9 +251,6 @@ def read_verdicts(contract_file: Path, contract: Mapping) -> tuple[str, ...]:
 
 def read_agreement(folder: Path) -> tuple[Agreement | None, str | None]:
     """Read how far the packaged model agrees with the trained one, if that was measured on today's predictions.
-
-    Args:
-        folder: The run's folder, with agreement.json and agreement.parquet.
 
     Returns:
         The agreement and None, or None and a sentence that says why there is none.

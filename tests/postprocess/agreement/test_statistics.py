@@ -51,7 +51,7 @@ def test_copies_of_rows_in_their_groups_make_an_estimate_no_surer():
     """Four groups with means 0, 1, 2, 3: 1.5 and t(0.975, 3) * sqrt(5 / 3) / 2 = 2.0543 to each side."""
     values_r = np.array([0.0, 1.0, 2.0, 3.0])
     alone = estimate_mean(values_r, np.arange(4))
-    assert (alone.mean, alone.high) == (1.5, pytest.approx(1.5 + 2.0543, abs=1e-4))
+    assert (alone.value, alone.high) == (1.5, pytest.approx(1.5 + 2.0543, abs=1e-4))
     copies = estimate_mean(np.repeat(values_r, 10), np.repeat(np.arange(4), 10))
     assert copies.high == pytest.approx(alone.high)
     assert estimate_mean(values_r, np.zeros(4)).high == np.inf
