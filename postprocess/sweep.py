@@ -246,27 +246,16 @@ def make_frame(trials: Sequence[Trial], parameters: Sequence[str]) -> pl.DataFra
     rows = []
     for trial in trials:
         row = {"trial": trial.name}
+        # As text: a list or a word may stand where another trial has a number.
         for name in parameters:
-            row[name] = trial.values.get(name)
+            value = trial.values.get(name)
+            row[name] = None if value is None else format_value(value)
         for name in METRICS:
             row[name] = trial.metrics.get(name)
         row["status"] = trial.status
         rows.append(row)
 
-    for name in parameters:
-        make_one_type(rows, name)
     return pl.DataFrame(rows, strict=False, infer_schema_length=None)
-
-
-def make_one_type(rows: Sequence[dict], name: str) -> None:
-    """Make a column one type, as a table needs it: numbers, or text where one value is no number."""
-    values = [row[name] for row in rows if row[name] is not None]
-    if all(map(is_number, values)):
-        return
-
-    for row in rows:
-        if row[name] is not None:
-            row[name] = format_value(row[name])
 
 
 def make_screen_table(frame: pl.DataFrame) -> Table:

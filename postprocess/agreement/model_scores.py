@@ -9,7 +9,6 @@ package: `quantised` (merged, then quantised), `unmerged` (the base in nf4, the 
 import gc
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -37,19 +36,6 @@ TOKENS_PER_BATCH = 8192
 ROWS_PER_STEP = 64  # after each of them progress is shown; a lack of memory costs one at most
 
 
-@dataclass(frozen=True)
-class ModelScores:
-    """What one model makes of the rows.
-
-    Attributes:
-        column: Its probabilities of the validation rows.
-        golden: The probabilities of the contract's golden rows, which the kernel computes again.
-    """
-
-    column: Column
-    golden: list[dict]
-
-
 def score_models(run: Run, folders: Mapping[str, Path], part: int, out: Path) -> None:
     """Score a part of the validation rows with every model, and write the probabilities to a JSON file.
 
@@ -67,23 +53,26 @@ def score_models(run: Run, folders: Mapping[str, Path], part: int, out: Path) ->
 
     # The GPU holds one model at a time. So no variable may keep a model longer than it is scored: the
     # trained one is passed on without a name, the others are deleted.
-    scores = {"trained": score_model("trained", load_trained(run), run, tokenizer, pairs)}
+    columns = {}
+    golden = {}
+    columns["trained"], golden["trained"] = score_model(
+        "trained", load_trained(run), run, tokenizer, pairs
+    )
     name_by_folder: dict[Path, str] = {}
     for name, folder in folders.items():
         # With quantize: none, `merged` and `quantised` are one folder, which is scored once.
         if folder in name_by_folder:
             first_name = name_by_folder[folder]
-            scores[name] = scores[first_name]
+            columns[name] = columns[first_name]
+            golden[name] = golden[first_name]
             continue
 
         gc.collect()
         model = load_served(run, folder, dtype)
-        scores[name] = score_model(name, model, run, tokenizer, pairs)
+        columns[name], golden[name] = score_model(name, model, run, tokenizer, pairs)
         name_by_folder[folder] = name
         del model
 
-    columns = {name: model_scores.column for name, model_scores in scores.items()}
-    golden = {name: model_scores.golden for name, model_scores in scores.items()}
     if has_record(run):
         columns = {"recorded": read_recorded_column(run, rows), **columns}
     write_scores(out, columns, golden)
@@ -152,8 +141,11 @@ def load_served(run: Run, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
 
 def score_model(
     name: str, model: torch.nn.Module, run: Run, tokenizer, pairs: Sequence
-) -> ModelScores:
+) -> tuple[Column, list[dict]]:
     """Score the validation rows and the contract's golden rows with one model.
+
+    Returns:
+        Its probabilities of the validation rows, and those of the golden rows by their ids.
 
     Raises:
         UserError: A probability is not finite.
@@ -172,7 +164,7 @@ def score_model(
     for pair in golden_pairs:
         probabilities = golden_scores[pair.id][GOLDEN_ORDER]
         golden.append({"id": pair.id, "probabilities": probabilities})
-    return ModelScores(column, golden)
+    return column, golden
 
 
 def score_column(name: str, model: torch.nn.Module, run: Run, tokenizer, pairs: Sequence) -> Column:
