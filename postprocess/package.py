@@ -6,7 +6,6 @@ from pathlib import Path
 
 from postprocess.run_folder import Run
 from preprocess.core import ledger
-from preprocess.core.errors import UserError
 from preprocess.core.files import atomic_folder, link_or_copy, read_json, sha256, write_json
 
 # Stands for the Kaggle account; `push` puts its name there.
@@ -70,12 +69,7 @@ def list_files(folder: Path) -> dict[str, dict]:
 
 
 def describe_model(run: Run, report: Mapping) -> dict:
-    """Describe the packaged model for the manifest: its format, its base, and how it was checked.
-
-    Args:
-        run: The run that is packaged.
-        report: agreement.json, the comparison of the packaged model with the trained one.
-    """
+    """Describe the packaged model for the manifest: its format, its base, and how it was checked."""
     # A full fine-tune has no adapter.
     adapter = None
     if run.has_adapter:
@@ -94,24 +88,14 @@ def describe_model(run: Run, report: Mapping) -> dict:
 
 
 def trained_contracts(run_folder: Path) -> dict[str, str | None]:
-    """List the trained runs that a package is made of: the run itself, or of a mean all its members.
-
-    Returns:
-        The SHA-256 of each run's contract, by the run's folder.
-    """
+    """Give the SHA-256 of the contract of each run that a package is made of: the run, or a mean's members."""
     folders = [run_folder]
     metrics_file = run_folder / "metrics.json"
     if metrics_file.is_file():
-        average = read_json(metrics_file).get("average")
-        if average:
-            folders = average["members"]
+        folders = read_json(metrics_file).get("members", folders)
     return {str(folder): ledger.fingerprint(Path(folder) / "contract.json") for folder in folders}
 
 
 def dataset_metadata(slug: str, licence: str) -> dict:
     """Kaggle's dataset-metadata.json. The title is the slug, so that the two cannot part."""
-    if not 6 <= len(slug) <= 50:
-        raise UserError(
-            f"pairwise.package.slug: {slug!r} has {len(slug)} characters; Kaggle takes 6 to 50"
-        )
     return {"title": slug, "id": f"{OWNER}/{slug}", "licenses": [{"name": licence}]}

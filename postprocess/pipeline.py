@@ -94,19 +94,8 @@ def package_recipe(recipe: Recipe, options: Options = Options()) -> Path:
         return make_all_stages(read_run(recipe), options)
 
 
-def package_mean(
-    recipe: Recipe,
-    shares: Mapping[Path, float],
-    rank: int | None,
-    options: Options = Options(),
-) -> Path:
+def package_mean(recipe: Recipe, members: Sequence[Path], options: Options = Options()) -> Path:
     """Bring the package of the mean of several runs up to date, in the folder `mean` of the run folder.
-
-    Args:
-        recipe: The recipe of the runs.
-        shares: Each run's share in the mean, by its folder; the shares sum to 1.
-        rank: The rank that the mean adapter is cut to; None keeps it exact.
-        options: Options of the command line.
 
     Returns:
         The package's folder.
@@ -116,7 +105,7 @@ def package_mean(
     """
     mean_recipe = replace(recipe, run_folder=recipe.run_folder / "mean")
     with locked(mean_recipe.run_folder):
-        make_average(mean_recipe, shares, rank)
+        make_average(mean_recipe, members)
         return make_all_stages(read_run(mean_recipe), options)
 
 
@@ -194,12 +183,6 @@ def make_merged_candidates(
 ) -> dict[str, Path]:
     """Bring the models up to date that can be packaged of a merged run: it is quantised, or stays in 16 bits.
 
-    Args:
-        run: The trained run.
-        merged: Where its merged model is, or is made: see choose_merged_folder.
-        options: How often a model is quantised by GPTQ.
-        preparation: What comes before the first stage that has something to do.
-
     Returns:
         The models' folders by name. The name `quantised` stands for the model that is packaged, also
         where that is the merged model itself.
@@ -275,20 +258,19 @@ def make_untrained_run(recipe: Recipe) -> None:
         make_base_model_run(recipe, base, hub_commit(base))
 
 
-def make_average(recipe: Recipe, shares: Mapping[Path, float], rank: int | None) -> None:
+def make_average(recipe: Recipe, members: Sequence[Path]) -> None:
     """Bring the run folder of a mean up to date, from the adapters of its member runs."""
     member_files = []
-    for member in shares:
+    for member in members:
         member_files += files_named(
             [*RUN_FILES, ADAPTER_WEIGHTS, ADAPTER_SETTINGS, "config.json"], member
         )
 
-    shares_by_name = {str(member): share for member, share in shares.items()}
     stage = Stage(
         recipe.run_folder,
         "average",
         inputs=[*member_files, Path(recipe.pairwise.pairs)],
-        settings={"shares": shares_by_name, "rank": rank},
+        settings={"members": [str(member) for member in members]},
         outputs=files_named([*RUN_FILES, ADAPTER_WEIGHTS, ADAPTER_SETTINGS], recipe.run_folder),
         code=stage_code.AVERAGE,
     )
@@ -302,13 +284,13 @@ def make_average(recipe: Recipe, shares: Mapping[Path, float], rank: int | None)
     from postprocess.weights.average_lora import average
 
     # Any member's model is as large as the mean's.
-    member = next(iter(shares))
+    member = members[0]
     contract, model_input = read_contract(member)
     base = find_base(contract.base_model, contract.revision)
     check_comparison(Run(recipe, member, contract, model_input, base, has_adapter=True))
 
     with making(stage):
-        average(recipe, shares, rank)
+        average(recipe, members)
 
 
 def merge_stage(run: Run, merged: Path) -> Stage:
@@ -539,13 +521,7 @@ def compared_files(run: Run, models: Models) -> list[Path]:
 
 
 def make_package(run: Run, model: Path, report: Path) -> None:
-    """Bring the package up to date.
-
-    Args:
-        run: The run that is packaged.
-        model: The folder of the candidate that goes into the package.
-        report: agreement.json.
-    """
+    """Bring the package up to date."""
     run_files = files_named(["contract.json", "model_input.py", "metrics.json"], run.folder)
     stage = Stage(
         run.folder,

@@ -5,13 +5,21 @@
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from pydantic import TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+)
 
 from kaggle_kernels.runtime.package import (
     PackageError,
@@ -35,16 +43,19 @@ BASE_FILES = ["model*.safetensors*", "*.json"]  # what is fetched of a base mode
 CONTRACT_KEYS = ("head", "verdicts", "budget_tokens", "truncation", "softcap")
 TEMPLATE_KEYS = ("start", "turn", "end")
 
-# What PEFT wrote of an adapter, as far as merging needs it.
-ADAPTER_TYPES = {
-    "r": (int,),
-    "lora_alpha": (int, float),
-    "rank_pattern": (dict, type(None)),
-    "alpha_pattern": (dict, type(None)),
-}
 SHOWN_CHARACTERS = 40  # of a wrong value
-SHOWN_OF_PATTERN = 60
 SHOWN_OF_HUB_ERROR = 120
+
+
+class LoraNumbers(BaseModel):
+    """What merging needs of adapter_config.json: rank and alpha, and those of modules whose names match a pattern."""
+
+    model_config = ConfigDict(strict=True)
+
+    r: PositiveInt
+    lora_alpha: PositiveFloat
+    rank_pattern: dict[re.Pattern, PositiveInt] | None = None
+    alpha_pattern: dict[re.Pattern, PositiveFloat] | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +100,7 @@ def read_run(recipe: Recipe) -> Run:
     is_trained = recipe.pairwise.train
     has_adapter = is_trained and find_adapter(folder, recipe.path)
 
-    for name in ("contract.json", "model_input.py"):
+    for name in ("contract.json", "model_input.py", "metrics.json"):
         if not (folder / name).is_file():
             raise UserError(
                 f"{folder}: weights without {name}, so it is unknown how they were trained; train again with "
@@ -115,10 +126,6 @@ def read_run(recipe: Recipe) -> Run:
 
 def find_adapter(folder: Path, recipe: Path) -> bool:
     """Find out whether a training left an adapter (True) or a full model (False) in its run folder.
-
-    Args:
-        folder: The run folder.
-        recipe: The recipe's file, for the message.
 
     Raises:
         UserError: It holds none of them, both, or weights without their configuration.
@@ -159,11 +166,6 @@ def refuse_weights(recipe: Recipe) -> None:
 
 def check_recipe(recipe: Recipe, contract: Contract, has_adapter: bool) -> None:
     """Check that recipe and adapter say what the contract says, with which the run was trained.
-
-    Args:
-        recipe: The recipe as it is now.
-        contract: What the run was trained with.
-        has_adapter: Whether the run folder holds an adapter, which names its base too.
 
     Raises:
         UserError: One of them says something else.
@@ -280,11 +282,6 @@ def checked_tokenizer(run: Run):
 def check_types(contract_class: type, recorded: dict, file: Path) -> None:
     """Check that the values of a contract have the types of the contract's class; absent keys are let by.
 
-    Args:
-        contract_class: The class in the run's own model_input.py.
-        recorded: The parsed contract.json.
-        file: Its path, for the message.
-
     Raises:
         UserError: A value has another type.
     """
@@ -294,12 +291,8 @@ def check_types(contract_class: type, recorded: dict, file: Path) -> None:
         TypeAdapter(contract_class).validate_json(without_golden, strict=True)
     except ValidationError as error:
         for problem in error.errors():
-            if problem["type"] == "missing":
-                continue
-            key = ".".join(map(str, problem["loc"]))
-            raise UserError(
-                f"{file}: {key}: {problem['msg']}, found {shorten(problem['input'])}; restore it or train again"
-            ) from None
+            if problem["type"] != "missing":
+                raise UserError(describe_problem(file, problem)) from None
 
     golden = recorded.get("golden")
     rows = golden if isinstance(golden, list) else [golden]
@@ -310,16 +303,14 @@ def check_types(contract_class: type, recorded: dict, file: Path) -> None:
             )
 
 
+def describe_problem(file: Path, problem: Mapping) -> str:
+    """Write what pydantic found wrong in a file of the training."""
+    key = ".".join(map(str, problem["loc"]))
+    return f"{file}: {key}: {problem['msg']}, found {shorten(problem['input'])}; restore it or train again"
+
+
 def check_head(contract: Contract, file: Path) -> None:
-    """Check that head, verdicts, number of outputs and label tokens of a contract go together.
-
-    Args:
-        contract: The contract.
-        file: Its path, for the message.
-
-    Raises:
-        UserError: They do not.
-    """
+    """Check that head, verdicts, number of outputs and label tokens of a contract go together."""
     head = contract.head
     if head not in HEADS:
         raise UserError(f"{file}: head is {head!r}; only {', '.join(HEADS)} can be packaged")
@@ -392,33 +383,8 @@ def adapter_settings(folder: Path) -> dict:
     """
     file = folder / ADAPTER_SETTINGS
     settings = read_recorded_object(file)
-    for key, types in ADAPTER_TYPES.items():
-        value = settings.get(key)
-        if not isinstance(value, types):
-            raise UserError(f"{file}: {key} is {shorten(value)}; restore it or train again")
-
-    # The rank or alpha of the modules whose names match a pattern.
-    for key in ("rank_pattern", "alpha_pattern"):
-        numbers_by_pattern = settings.get(key) or {}
-        for pattern, number in numbers_by_pattern.items():
-            if not is_pattern(pattern) or not is_positive_number(number):
-                raise UserError(
-                    f"{file}: {key} has {shorten({pattern: number}, SHOWN_OF_PATTERN)}, expected a pattern with a number "
-                    "above 0; restore it or train again"
-                )
-    return settings
-
-
-def is_pattern(text: str) -> bool:
-    """Whether a text is a regular expression."""
     try:
-        re.compile(text)
-    except re.error:
-        return False
-    return True
-
-
-def is_positive_number(value: object) -> bool:
-    """Whether a value of a JSON file is a number above 0; true is none."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and value > 0
+        LoraNumbers.model_validate(settings)
+    except ValidationError as error:
+        raise UserError(describe_problem(file, error.errors()[0])) from None
+    return settings

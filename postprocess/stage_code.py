@@ -122,10 +122,7 @@ PACKAGE = (
 AVERAGE = (*SCORES, "postprocess/weights/average_lora.py")
 
 ZERO_SHOT = (
-    *MERGE,
-    *PAIRS,
-    *SCORING,
-    "postprocess/agreement/validation_rows.py",
+    *SCORES,
     "postprocess/zero_shot",
     "recipes/pairwise/config/templates.py",
     "recipes/pairwise/contract.py",

@@ -59,10 +59,11 @@ def main(folder: Path, by: str) -> None:
     """Print the trials of a sweep, best first, and write them to sweep.csv."""
     trials = sort_trials(read_trials(folder), by)
     parameters = find_parameters(trials)
+    table = make_frame(trials, parameters)
     with atomic_file(folder / "sweep.csv") as temporary:
-        make_frame(trials, parameters).write_csv(temporary)
+        table.write_csv(temporary)
 
-    console(piped_width=TABLE_WIDTH).print(make_screen_table(trials, parameters))
+    console(piped_width=TABLE_WIDTH).print(make_screen_table(table))
     if not parameters:
         click.echo("all recipes are the same, or one trial has one: there are no parameters")
 
@@ -81,9 +82,6 @@ def main(folder: Path, by: str) -> None:
 
 def read_trials(folder: Path) -> list[Trial]:
     """Read the trials of a sweep; one that was trained on several folds is one trial for each.
-
-    Args:
-        folder: The folder of the sweep.
 
     Raises:
         UserError: There is no trial, or the metrics of one are not those of a training.
@@ -110,10 +108,6 @@ def read_trials(folder: Path) -> list[Trial]:
 
 def read_trial(sweep_folder: Path, run_folder: Path) -> Trial:
     """Read one trial, as far as it came.
-
-    Args:
-        sweep_folder: The folder of the sweep, by which the trial is named.
-        run_folder: The folder of the trial, or of one fold of it.
 
     Raises:
         UserError: Its metrics are not those of a training.
@@ -252,54 +246,37 @@ def make_frame(trials: Sequence[Trial], parameters: Sequence[str]) -> pl.DataFra
     rows = []
     for trial in trials:
         row = {"trial": trial.name}
+        # As text: a list or a word may stand where another trial has a number.
         for name in parameters:
-            row[name] = trial.values.get(name)
+            value = trial.values.get(name)
+            row[name] = None if value is None else format_value(value)
         for name in METRICS:
             row[name] = trial.metrics.get(name)
         row["status"] = trial.status
         rows.append(row)
 
-    for name in parameters:
-        make_one_type(rows, name)
     return pl.DataFrame(rows, strict=False, infer_schema_length=None)
 
 
-def make_one_type(rows: Sequence[dict], name: str) -> None:
-    """Make a column one type, as a table needs it: numbers, or text where one value is no number."""
-    values = [row[name] for row in rows if row[name] is not None]
-    if all(map(is_number, values)):
-        return
-
-    for row in rows:
-        if row[name] is not None:
-            row[name] = format_value(row[name])
-
-
-def make_screen_table(trials: Sequence[Trial], parameters: Sequence[str]) -> Table:
-    """Make the table that is printed: the columns of make_frame, with numbers at the right."""
+def make_screen_table(frame: pl.DataFrame) -> Table:
+    """Make the table that is printed; a cell is empty where a recipe has the default, or a trial no metrics."""
     table = Table(box=SIMPLE_HEAD)
-    table.add_column("trial", overflow="fold")
-    for name in parameters:
-        table.add_column(name, justify="right", overflow="fold")
-    for name in METRICS:
-        table.add_column(name.replace("_", " "), justify="right", overflow="fold")
-    table.add_column("status", overflow="fold")
+    for name, dtype in frame.schema.items():
+        justify = "right" if dtype.is_numeric() else "left"
+        table.add_column(name, justify=justify, overflow="fold")
 
-    for trial in trials:
-        values = [describe_parameter(trial, name) for name in parameters]
-        metrics = [format_metric(trial.metrics.get(name)) for name in METRICS]
-        table.add_row(trial.name, *values, *metrics, trial.status)
+    for row in frame.iter_rows():
+        table.add_row(*map(format_cell, row))
     return table
 
 
-def describe_parameter(trial: Trial, name: str) -> str:
-    """Write a trial's value of a parameter; nothing is known of one that left no recipe."""
-    if not trial.values:
-        return "unknown"
-    value = trial.values.get(name)
+def format_cell(value: object) -> str:
+    """Write a value of the table, of a number with decimals four digits."""
     if value is None:
-        return "default"
-    return format_value(value)
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)
 
 
 def format_value(value: object) -> str:
@@ -310,15 +287,6 @@ def format_value(value: object) -> str:
     if isinstance(value, str):
         return value
     return json.dumps(value, ensure_ascii=False)
-
-
-def format_metric(value: float | None) -> str:
-    """Write a metric; a trial that failed has none."""
-    if value is None:
-        return ""
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.4f}"
 
 
 def is_number(value: object) -> bool:

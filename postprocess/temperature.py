@@ -8,12 +8,13 @@ from pathlib import Path
 
 import click
 
+from postprocess.agreement.statistics import Estimate
 from postprocess.agreement.table import FEW_GROUPS
+from postprocess.agreement.validation_rows import read_metrics
 from postprocess.report.calibration import estimate_temperature
-from postprocess.report.metrics import Estimate, score_rows
+from postprocess.report.metrics import score_rows
 from postprocess.report.predictions import PREDICTIONS, add_pairs, read_predictions
 from postprocess.run_folder import Run
-from preprocess.core.files import read_object
 
 DECIMALS = 3  # the interval is no finer than 1 %
 
@@ -26,8 +27,7 @@ def measure_temperatures(run: Run) -> dict[str, dict[str, float]] | None:
         confidence interval. None where these rows cannot tell: the run was trained on them, or
         they belong to so few groups of prompts that the interval would be too narrow.
     """
-    metrics_file = run.folder / "metrics.json"
-    if metrics_file.is_file() and read_object(metrics_file).get("rows_were_trained_on"):
+    if read_metrics(run)["rows_were_trained_on"]:
         return None
 
     # Soft labels and groups of prompts are in the pairs file.

@@ -40,11 +40,6 @@ NO_CANDIDATES = ("recorded", "trained", "merged")
 def compare(columns: Sequence[Column], rows: ComparedRows, package: PackageBlock) -> dict:
     """Compare the columns, choose the candidate that is packaged, and judge it.
 
-    Args:
-        columns: The models' probabilities.
-        rows: The rows that they are of.
-        package: The recipe's tolerances.
-
     Returns:
         What agreement.json holds. Of the candidates, `packaged` is the nearest to `trained` on average.
     """
@@ -147,7 +142,7 @@ def measure_cost(packaged: Column, trained: Column, rows: ComparedRows) -> dict[
 
     costs = {}
     for metric, estimate in (("accuracy", accuracy), ("log_loss", log_loss)):
-        costs[metric] = {"difference": estimate.mean, "interval": [estimate.low, estimate.high]}
+        costs[metric] = {"difference": estimate.value, "interval": [estimate.low, estimate.high]}
     return costs
 
 

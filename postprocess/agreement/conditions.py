@@ -146,12 +146,6 @@ def check_slices(
 
     A slice has too few votes to tell a change of 0.01 from chance. So the log loss is not measured on
     votes here. It is the one expected if people voted with the trained model's probabilities.
-
-    Args:
-        candidate: The packaged model's probabilities.
-        trained: Those of the model as it was trained.
-        rows: The rows that both have scored, with their slices.
-        tolerance: The most that packaging may add, in nats.
     """
     if not rows.slices:
         return []
@@ -191,12 +185,6 @@ def check_interval(name: str, estimate: Estimate, bound: float, row_count: int) 
         interval 0.001 to 0.008    holds: all of it is below the bound
         interval 0.004 to 0.016    undecided: more rows would narrow it
         interval 0.012 to 0.020    refused: all of it is above the bound
-
-    Args:
-        name: What is measured.
-        estimate: The mean with its interval.
-        bound: What the mean must be below.
-        row_count: How many rows were compared.
     """
     rows_needed = None
     if estimate.high < bound:
@@ -208,7 +196,7 @@ def check_interval(name: str, estimate: Estimate, bound: float, row_count: int) 
         # This is also the verdict on a NaN, for which both comparisons are false.
         verdict = REFUSED
 
-    return Condition(name, estimate.mean, bound, LOG_LOSS_KEY, verdict, estimate.high, rows_needed)
+    return Condition(name, estimate.value, bound, LOG_LOSS_KEY, verdict, estimate.high, rows_needed)
 
 
 def count_rows_needed(estimate: Estimate, bound: float, row_count: int) -> int | None:
@@ -221,8 +209,8 @@ def count_rows_needed(estimate: Estimate, bound: float, row_count: int) -> int |
         The number of all rows, those compared included. None where it cannot be told: with one group of
         prompts the interval is infinite, and a mean on the bound is never decided.
     """
-    half_width = estimate.high - estimate.mean
-    distance = abs(bound - estimate.mean)
+    half_width = estimate.high - estimate.value
+    distance = abs(bound - estimate.value)
     if not math.isfinite(half_width) or distance == 0:
         return None
 

@@ -43,9 +43,6 @@ def place_checkpoint() -> dict[str, object]:
 def place_package(folder: Path) -> dict[str, str] | None:
     """Choose where the parts of a model that is written as it is served go, as Kaggle's kernel does.
 
-    Args:
-        folder: The model's folder.
-
     Returns:
         The device of each part; None where one device holds the whole model.
     """

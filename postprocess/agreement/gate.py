@@ -5,7 +5,6 @@ writes it and refuses a package that is not what was trained.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
@@ -27,24 +26,9 @@ from preprocess.core.files import atomic_file, write_json
 from recipes.pairwise.data.datasets import targets, winners
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """The models compared on some rows.
-
-    Attributes:
-        rows: The validation rows.
-        columns: The models' probabilities of them.
-        report: What agreement.json holds.
-    """
-
-    rows: pl.DataFrame
-    columns: Sequence[Column]
-    report: dict
-
-
 def needs_more_rows(run: Run, scores_files: Sequence[Path]) -> bool:
     """Find out whether the rows scored so far leave it open if the models agree, and there are more."""
-    report = compare_models(run, scores_files).report
+    _, _, report = compare_models(run, scores_files)
     return report["verdict"] == UNDECIDED and report["rows"] < count_validation_rows(run)
 
 
@@ -59,12 +43,11 @@ def agreement(run: Run, scores_files: Sequence[Path], out: Path) -> None:
     Raises:
         UserError: The models do not agree, or the rows do not decide. All is written by then.
     """
-    comparison = compare_models(run, scores_files)
-    report = comparison.report
+    rows, columns, report = compare_models(run, scores_files)
     print("\n".join(table_lines(report)))
 
     # agreement.json is written last: where it is, the table is there too.
-    table = probability_table(comparison.rows, comparison.columns, run.contract.verdicts)
+    table = probability_table(rows, columns, run.contract.verdicts)
     table_file = out.with_suffix(".parquet")
     with atomic_file(table_file) as temporary:
         table.write_parquet(temporary)
@@ -74,8 +57,14 @@ def agreement(run: Run, scores_files: Sequence[Path], out: Path) -> None:
         raise UserError(f"{out}: {explain_refusal(run, report, table_file)}")
 
 
-def compare_models(run: Run, scores_files: Sequence[Path]) -> Comparison:
-    """Compare the models on all rows that were scored; each of the files holds a part of them."""
+def compare_models(
+    run: Run, scores_files: Sequence[Path]
+) -> tuple[pl.DataFrame, Sequence[Column], dict]:
+    """Compare the models on all rows that were scored; each of the files holds a part of them.
+
+    Returns:
+        The validation rows, the models' probabilities of them, and what agreement.json holds.
+    """
     # The rows themselves are read again: as many as were scored, in the same order.
     columns, golden = read_scores(scores_files)
     row_count = len(columns[0].probabilities_rov)
@@ -93,8 +82,8 @@ def compare_models(run: Run, scores_files: Sequence[Path]) -> Comparison:
 
     # The kernel scores the golden rows again, and must come to the same.
     report["golden"] = golden[report["packaged"]]
-    report["rows_were_trained_on"] = bool(read_metrics(run).get("rows_were_trained_on"))
-    return Comparison(frame, columns, report)
+    report["rows_were_trained_on"] = read_metrics(run)["rows_were_trained_on"]
+    return frame, columns, report
 
 
 def explain_refusal(run: Run, report: dict, table_file: Path) -> str:

@@ -9,7 +9,6 @@ package: `quantised` (merged, then quantised), `unmerged` (the base in nf4, the 
 import gc
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,26 +25,15 @@ from postprocess.agreement.validation_rows import part_bounds, read_metrics, val
 from postprocess.run_folder import Run, checked_tokenizer
 from postprocess.weights.meta_model import model_skeleton
 from preprocess.core.errors import UserError
-from preprocess.core.files import read_object, write_json
+from preprocess.core.files import atomic_file, read_object, sha256, write_json
+from recipes.pairwise.data.datasets import targets, winners
+from recipes.pairwise.tracking import metrics
 
 # About 20 s: float16 is ten times slower than float32 on CPUs without units for it.
 FLOAT16_ON_CPU_FLOP = 5e10
 GOLDEN_ORDER = "as_given"
 TOKENS_PER_BATCH = 8192
 ROWS_PER_STEP = 64  # after each of them progress is shown; a lack of memory costs one at most
-
-
-@dataclass(frozen=True)
-class ModelScores:
-    """What one model makes of the rows.
-
-    Attributes:
-        column: Its probabilities of the validation rows.
-        golden: The probabilities of the contract's golden rows, which the kernel computes again.
-    """
-
-    column: Column
-    golden: list[dict]
 
 
 def score_models(run: Run, folders: Mapping[str, Path], part: int, out: Path) -> None:
@@ -65,23 +53,26 @@ def score_models(run: Run, folders: Mapping[str, Path], part: int, out: Path) ->
 
     # The GPU holds one model at a time. So no variable may keep a model longer than it is scored: the
     # trained one is passed on without a name, the others are deleted.
-    scores = {"trained": score_model("trained", load_trained(run), run, tokenizer, pairs)}
+    columns = {}
+    golden = {}
+    columns["trained"], golden["trained"] = score_model(
+        "trained", load_trained(run), run, tokenizer, pairs
+    )
     name_by_folder: dict[Path, str] = {}
     for name, folder in folders.items():
         # With quantize: none, `merged` and `quantised` are one folder, which is scored once.
         if folder in name_by_folder:
             first_name = name_by_folder[folder]
-            scores[name] = scores[first_name]
+            columns[name] = columns[first_name]
+            golden[name] = golden[first_name]
             continue
 
         gc.collect()
         model = load_served(run, folder, dtype)
-        scores[name] = score_model(name, model, run, tokenizer, pairs)
+        columns[name], golden[name] = score_model(name, model, run, tokenizer, pairs)
         name_by_folder[folder] = name
         del model
 
-    columns = {name: model_scores.column for name, model_scores in scores.items()}
-    golden = {name: model_scores.golden for name, model_scores in scores.items()}
     if has_record(run):
         columns = {"recorded": read_recorded_column(run, rows), **columns}
     write_scores(out, columns, golden)
@@ -127,7 +118,7 @@ def has_record(run: Run) -> bool:
     A mean of runs was never trained as such: its predictions are those of the model that they would
     be compared with.
     """
-    return "average" not in read_metrics(run)
+    return "members" not in read_metrics(run)
 
 
 def read_recorded_column(run: Run, rows: pl.DataFrame) -> Column:
@@ -150,8 +141,11 @@ def load_served(run: Run, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
 
 def score_model(
     name: str, model: torch.nn.Module, run: Run, tokenizer, pairs: Sequence
-) -> ModelScores:
+) -> tuple[Column, list[dict]]:
     """Score the validation rows and the contract's golden rows with one model.
+
+    Returns:
+        Its probabilities of the validation rows, and those of the golden rows by their ids.
 
     Raises:
         UserError: A probability is not finite.
@@ -170,7 +164,7 @@ def score_model(
     for pair in golden_pairs:
         probabilities = golden_scores[pair.id][GOLDEN_ORDER]
         golden.append({"id": pair.id, "probabilities": probabilities})
-    return ModelScores(column, golden)
+    return column, golden
 
 
 def score_column(name: str, model: torch.nn.Module, run: Run, tokenizer, pairs: Sequence) -> Column:
@@ -246,6 +240,37 @@ def score_pairs(
             scores |= step_scores
             unscored_pairs = unscored_pairs[ROWS_PER_STEP:]
             progress.update(len(step_pairs))
+    return scores
+
+
+def write_results(
+    run: Run, rows: pl.DataFrame, probabilities_rov: np.ndarray, facts: Mapping[str, object]
+) -> dict[str, float]:
+    """Write predictions.parquet and metrics.json of a run that was not trained as such, as training would.
+
+    Args:
+        run: A mean of runs, or a base model as it is.
+        rows: The validation rows.
+        probabilities_rov: Their probabilities, (rows, orders, verdicts).
+        facts: What metrics.json says besides.
+
+    Returns:
+        The metrics of the rows.
+    """
+    verdicts = run.contract.verdicts
+    table = metrics.predictions(rows["id"].to_list(), probabilities_rov, verdicts, rows)
+    with atomic_file(run.folder / "predictions.parquet") as temporary:
+        table.write_parquet(temporary)
+
+    scores = metrics.scores(probabilities_rov, targets(rows, verdicts), winners(rows, verdicts))
+    results = {
+        **scores,
+        "accuracy_of_longer": metrics.longer_is_right(rows),
+        "rows": len(rows),
+        "pairs_sha256": sha256(run.recipe.pairwise.pairs),
+        **facts,
+    }
+    write_json(run.folder / "metrics.json", results)
     return scores
 
 

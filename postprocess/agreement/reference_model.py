@@ -27,9 +27,6 @@ QUANTISED_LAYERS = (Linear4bit, Linear8bitLt)
 def load_trained(run: Run) -> torch.nn.Module:
     """Load a run's model as training held it: in the dtype of its files, its head computing in float32.
 
-    Args:
-        run: A LoRA run, or a full fine-tune.
-
     Returns:
         The model in eval mode, on the GPUs if there are any.
     """

@@ -73,9 +73,9 @@ class Resamples:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over rows with its interval; the interval is infinite where there is one group only."""
+    """A mean over rows with its interval, which is infinite where a t interval has one group only."""
 
-    mean: float
+    value: float
     low: float
     high: float
 
@@ -87,11 +87,6 @@ def estimate_mean(
 
     Rows that share a prompt are no independent evidence, so that the standard error is that of the
     groups' sums (Liang and Zeger 1986). With differences of two models as values it is a paired t-test.
-
-    Args:
-        values_r: One value a row.
-        groups_r: The number of each row's group of prompts.
-        confidence: The share of samples whose interval holds the true mean.
     """
     row_count = len(values_r)
     mean = float(values_r.mean()) if row_count else math.nan
@@ -196,11 +191,6 @@ def resample(groups_r: np.ndarray) -> Resamples:
 
 def interval(values_r: np.ndarray, counted_r: np.ndarray, resamples: Resamples) -> list[float]:
     """Give the 95 % bootstrap interval of the mean of some rows' values.
-
-    Args:
-        values_r: One value a row.
-        counted_r: Which rows count.
-        resamples: The bootstrap samples.
 
     Returns:
         The low and the high end; NaN where no sample holds a row that counts.

@@ -27,11 +27,6 @@ def probability_table(
 ) -> pl.DataFrame:
     """Make the table of all probabilities: two rows a pair, one for each order, sorted by id.
 
-    Args:
-        rows: The pairs, as `validation_rows` gives them.
-        columns: The models' probabilities of them.
-        verdicts: The verdicts in the columns' order.
-
     Returns:
         id, fold, winner, order, and for each model one column a verdict, such as trained_p_model_a. In
         both orders, model_a stands for the response that the pairs file calls response_a.

@@ -46,9 +46,6 @@ def part_bounds(part: int) -> tuple[int, int]:
     The first part has 500 rows. Where they do not decide whether models agree, a second part makes
     them 2,000 in all, a third one 8,000, and so on.
 
-    Args:
-        part: The number of the part, from 0.
-
     Returns:
         Where the part begins and ends, as in a slice of a list: (0, 500), (500, 2000), (2000, 8000).
     """
@@ -135,18 +132,10 @@ def validation_ids(run: Run) -> dict:
     held_out_ids = list_source_ids(held_out_rows)
     ids_of_others = list_source_ids(pairs.filter(~is_held_out))
 
-    # A run without metrics.json does not say its fold, but its rows do. Rows of several folds are those
-    # of a run that held none out.
-    folds = set(held_out_rows["fold"])
-    fold = "all"
-    if len(folds) == 1:
-        fold = folds.pop()
     metrics = read_metrics(run)
-    fold = metrics.get("fold", fold)
-    is_trained_on_all = fold == "all" and run.recipe.pairwise.train
     return {
-        "fold": fold,
-        "trained_on": bool(metrics.get("rows_were_trained_on", is_trained_on_all)),
+        "fold": metrics["fold"],
+        "trained_on": metrics["rows_were_trained_on"],
         "ids": by_hash(held_out_ids - ids_of_others, LISTED_IDS),
     }
 
@@ -176,6 +165,5 @@ def source_ids(row_id: str, source: str) -> set[str]:
 
 
 def read_metrics(run: Run) -> dict:
-    """Read what training measured; nothing where it left no metrics.json."""
-    metrics_file = run.folder / "metrics.json"
-    return read_object(metrics_file) if metrics_file.is_file() else {}
+    """Read what training measured."""
+    return read_object(run.folder / "metrics.json")

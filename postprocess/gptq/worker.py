@@ -27,12 +27,7 @@ from safetensors.torch import load_file, save_file
 
 
 def main(job_file: Path, out: Path) -> None:
-    """Quantise a model and save it.
-
-    Args:
-        job_file: What is to be done, as the module says.
-        out: The folder to write to.
-    """
+    """Quantise a model and save it."""
     job = json.loads(job_file.read_text(encoding="utf-8"))
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -81,13 +76,7 @@ def load_model(job: dict, device: str) -> torch.nn.Module:
 
 
 def save(model: torch.nn.Module, quantizer: GPTQQuantizer, out: Path) -> None:
-    """Write a quantised model in GPTQ's standard format, in float16 where it is not quantised.
-
-    Args:
-        model: The model, on the CPU.
-        quantizer: What quantised it.
-        out: The folder to write to.
-    """
+    """Write a quantised model in GPTQ's standard format, in float16 where it is not quantised."""
     # config.json must not hold the calibration's rows.
     quantizer.dataset = None
     model.config.quantization_config = quantizer.to_dict()

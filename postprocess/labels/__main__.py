@@ -60,10 +60,6 @@ def main(teacher: str, only_run: str | None, ray_workers: int) -> None:
 def score_on_gpus(recipe: Recipe, gpus: list[str]) -> None:
     """Score with each fold's run in a process of its own, one on each GPU at a time.
 
-    Args:
-        recipe: The teacher's recipe.
-        gpus: The numbers of the GPUs.
-
     Raises:
         UserError: A process failed; it has printed why.
     """

@@ -83,11 +83,6 @@ def make_labels(recipe: Recipe, only_run: str | None = None, ray_workers: int = 
 def select_run(teacher_runs: Sequence[TeacherRun], name: str, folder: Path) -> TeacherRun:
     """Select the run that the user has named.
 
-    Args:
-        teacher_runs: The teacher's runs.
-        name: The value of --run.
-        folder: The teacher's folder, for the message.
-
     Raises:
         UserError: The teacher has no such run.
     """
@@ -138,11 +133,6 @@ def describe_run(teacher_run: TeacherRun) -> dict[str, object]:
 def find_runs(recipe: Recipe, pairs: pl.DataFrame, pairs_sha256: str) -> list[TeacherRun]:
     """Find the trained models of a teacher: one for each fold of a cross-validation, or its only one.
 
-    Args:
-        recipe: The teacher's recipe.
-        pairs: The rows of its pairs file.
-        pairs_sha256: The file's hash, which every run must have recorded.
-
     Raises:
         UserError: The run of a fold is missing, or was trained on the fold's rows.
     """
@@ -177,10 +167,6 @@ def check_held_out(fold_folder: Path, fold: int, pairs_sha256: str) -> None:
 
 def read_fold(folder: Path, pairs_sha256: str) -> int | None:
     """Read from a run's metrics.json which fold of rows it was not trained on.
-
-    Args:
-        folder: The run's folder.
-        pairs_sha256: The hash of the pairs file that it must have been trained on.
 
     Returns:
         The fold; None for a run that was trained on all rows.
@@ -219,9 +205,6 @@ def choose_rows(pairs: pl.DataFrame, fold: int | None) -> pl.DataFrame:
 
 def average_runs(tables: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
     """Average the runs' probabilities of each row.
-
-    Args:
-        tables: Each run's table of predictions, by its name.
 
     Returns:
         id, runs (the names of those that scored the row), and the probabilities of the mean and of each

@@ -43,11 +43,6 @@ def check_comparison(run: Run) -> None:
 def estimate_weights(run: Run, served: Served, has_gpu: bool) -> dict[str, int]:
     """Estimate the bytes that the weights of each compared model take when it is loaded.
 
-    Args:
-        run: The trained run.
-        served: Its model in numbers.
-        has_gpu: Whether they are loaded on a GPU.
-
     Returns:
         The bytes by the model's name: trained, unmerged, merged.
     """
@@ -85,14 +80,7 @@ def check_base_model(weights: Path) -> None:
 
 
 def check_memory(weights: Path, weight_bytes: int, activations: int, model: str) -> None:
-    """Raise UserError where a model and a batch of it do not fit the GPU, or without one this machine.
-
-    Args:
-        weights: The folder of the base model, which the error names.
-        weight_bytes: What the model's weights take once they are loaded.
-        activations: Bytes that a batch takes beside them.
-        model: What the error calls the model.
-    """
+    """Raise UserError where a model and a batch of it do not fit the GPU, or without one this machine."""
     held_bytes, place = memory()
     if weight_bytes + activations > held_bytes:
         raise UserError(

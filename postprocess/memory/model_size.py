@@ -95,10 +95,6 @@ def served_of(recipe: Recipe, base: BaseModel | None = None) -> Served:
 def packed_bytes(weight: Weight, quantize: str) -> tuple[int, int]:
     """Compute the bytes of a tensor as packaged.
 
-    Args:
-        weight: The tensor; only linear ones are quantised.
-        quantize: The recipe's: none, nf4, int8, gptq4 or gptq8.
-
     Returns:
         The tensor's bytes, and those of the state that its quantisation needs besides.
     """
@@ -217,12 +213,7 @@ def activation_bytes(served: Served, tokens_per_batch: int) -> int:
 
 
 def unpacked_bytes(served: Served, tokens: int) -> int:
-    """Compute what the largest quantised layer needs beside its weights while a batch passes through it.
-
-    Args:
-        served: The packaged model.
-        tokens: The tokens of the batch.
-    """
+    """Compute what the largest quantised layer needs beside its weights while a batch passes through it."""
     if served.quantize == "none":
         return 0
 
@@ -260,11 +251,6 @@ def largest_batch(served: Served, tokens_per_batch: int) -> int:
 
 def gpu_bytes(served: Served, tokens_per_batch: int, gpus: int = 1) -> list[int]:
     """Compute what each of the GPUs that share one copy of the model needs: weights, a batch, CUDA itself.
-
-    Args:
-        served: The packaged model.
-        tokens_per_batch: The spec's.
-        gpus: GPUs that share the copy.
 
     Returns:
         The bytes that each GPU needs. They may be more than it has.

@@ -84,10 +84,6 @@ def check_target(run: Run) -> None:
 def find_uses(run: str, specs: Path = SPECS) -> list[Use]:
     """Find how kernels serve a run.
 
-    Args:
-        run: The run's name; a kernel may serve a part of it, as NAME/mean.
-        specs: The folder of specs.
-
     Returns:
         A use for each spec that names the run, or a spec's defaults where none does.
     """
@@ -102,10 +98,6 @@ def find_uses(run: str, specs: Path = SPECS) -> list[Use]:
 
 def read_uses(spec_path: Path, run: str) -> list[Use]:
     """Read how a kernel's spec serves a run.
-
-    Args:
-        spec_path: The spec's file.
-        run: The run's name. A spec may serve a part of it, as NAME/mean.
 
     Returns:
         A use for each package of the run in the spec.
@@ -135,14 +127,7 @@ def describe_size(served: Served) -> str:
 
 
 def describe_memory(use: Use, served: Served, placement: str, needs: Sequence[int]) -> str:
-    """Describe what each T4 holds in one kernel, part by part, in one line.
-
-    Args:
-        use: How the kernel serves the model.
-        served: The packaged model.
-        placement: each or split, as `place` decides it.
-        needs: The bytes that each T4 needs.
-    """
+    """Describe what each T4 holds in one kernel, part by part, in one line."""
     # As many batches are in flight as GPUs share the model, and each GPU keeps memory for all of them.
     # activation_bytes counts the logits too, which are shown apart.
     gpus = len(needs)
@@ -199,13 +184,6 @@ def refusal(run: str, served: Served, tokens: int, placement: str, recipe: Path)
 
     For example: gemma2_cls needs 17.9 GiB on a GPU (16.0 of it weights), a T4 offers 14.5; what would fit:
     pairwise.package.quantize: int8 in recipes/gemma2_cls.yml (10.1 GiB), or …
-
-    Args:
-        run: The run's name.
-        served: The packaged model.
-        tokens: The spec's tokens_per_batch.
-        placement: The spec's: each, split or auto (see `place`).
-        recipe: The recipe's file, named where it is to be changed.
     """
     # What each GPU needs: one number for a model that a GPU holds alone, two where two GPUs share it.
     _, bytes_by_gpu = place(served, tokens, placement)
@@ -229,12 +207,6 @@ def refusal(run: str, served: Served, tokens: int, placement: str, recipe: Path)
 
 def list_changes(served: Served, tokens: int, placement: str, recipe: Path) -> dict[str, int]:
     """List single changes of spec or recipe that need less memory.
-
-    Args:
-        served: The package that does not fit.
-        tokens: The spec's tokens_per_batch.
-        placement: The spec's: each, split or auto (see `place`).
-        recipe: The recipe's file, named where it is to be changed.
 
     Returns:
         The bytes on the fullest GPU, by the change in words. Not all of them are few enough.

@@ -10,8 +10,8 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp
 
-from postprocess.agreement.statistics import MIDDLE
-from postprocess.report.metrics import Estimate, ScoredRows
+from postprocess.agreement.statistics import MIDDLE, Estimate
+from postprocess.report.metrics import ScoredRows
 from recipes.pairwise.tracking.metrics import SMALLEST
 
 BINS = 10
@@ -118,11 +118,6 @@ def soften_and_score(
     The temperature is applied as the kernel does it: the probabilities to the power of
     1 / temperature, scaled to sum to 1.
 
-    Args:
-        probabilities_rv: Probabilities (rows, verdicts).
-        labels_rv: Soft labels (rows, verdicts).
-        inverse_temperature: 1 / temperature.
-
     Returns:
         The losses in nats, (rows,).
     """
@@ -136,10 +131,6 @@ def estimate_temperature(scored: ScoredRows, probabilities_rv: np.ndarray) -> Es
     """Estimate the best temperature of some probabilities, with its 95 % confidence interval.
 
     The interval is a bootstrap: each resample draws groups of rows, and has a best temperature of its own.
-
-    Args:
-        scored: The measured rows, with the draws of their groups.
-        probabilities_rv: Their probabilities in one order, or the mean of both.
     """
     best, _ = find_best_temperature(probabilities_rv, scored.labels_rv)
 

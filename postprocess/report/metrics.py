@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from postprocess.agreement.statistics import Resamples, interval, resample
+from postprocess.agreement.statistics import Estimate, Resamples, interval, resample
 from postprocess.agreement.table import FEW_GROUPS, groups_of
 from postprocess.report.predictions import Predictions
 from preprocess.model_input import VERDICTS
@@ -25,15 +25,6 @@ from recipes.pairwise.tracking.metrics import (
 
 LENGTH_SLICES = 4
 MAX_NAMES = 12  # rows of a table by language or source; the rarest names share the last one
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over rows with its 95 % confidence interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -115,12 +106,7 @@ class ScoredRows:
 
 
 def score_rows(predictions: Predictions, verdicts: tuple[str, ...]) -> ScoredRows:
-    """Turn the table of predictions into arrays, and draw the resamples of the confidence intervals.
-
-    Args:
-        predictions: The rows, with their labels where the pairs file is known.
-        verdicts: The verdicts that the model tells apart, in the order that the arrays get.
-    """
+    """Turn the table of predictions into arrays, and draw the resamples of the confidence intervals."""
     rows = predictions.rows
     probabilities_of_orders = []
     for order in ORDERS:
@@ -168,15 +154,7 @@ def make_table_row(
     losses_r: np.ndarray,
     mask_r: np.ndarray | None = None,
 ) -> TableRow:
-    """Compute one table row from the verdicts and losses of the model or a baseline.
-
-    Args:
-        name: The table row's name.
-        scored: The measured rows.
-        is_right_r: Whether each row's verdict is right.
-        losses_r: Each row's log loss, in nats.
-        mask_r: The rows that count; None for all.
-    """
+    """Compute one table row from the verdicts and losses of the model or a baseline."""
     if mask_r is None:
         mask_r = np.full(len(losses_r), True)
     return TableRow(
@@ -246,12 +224,7 @@ def constant_baseline(scored: ScoredRows) -> Baseline:
 
 
 def longer_answer_baseline(scored: ScoredRows, lengths: Lengths) -> Baseline:
-    """Measure the guess that the longer answer wins, as sure as it is often right.
-
-    Args:
-        scored: The measured rows, in which the share of longer answers that win is its probability.
-        lengths: The lengths of their answers.
-    """
+    """Measure the guess that the longer answer wins, as sure as it is often right."""
     # Which verdict names the longer answer of each row. Of equal ones it is A, as in metrics.json.
     place_of_a = scored.verdicts.index("model_a")
     place_of_b = scored.verdicts.index("model_b")
@@ -306,12 +279,7 @@ def slice_by_name(scored: ScoredRows, names: pl.Series, plural: str) -> list[Tab
 
 
 def slice_by_length(scored: ScoredRows, lengths_r: np.ndarray) -> list[TableRow]:
-    """Compute a table row for each quarter of the data by length, the shortest texts first.
-
-    Args:
-        scored: The measured rows.
-        lengths_r: The characters of each row.
-    """
+    """Compute a table row for each quarter of the data by length, the shortest texts first."""
     # The longest row of each quarter; quarters that end at the same length become one.
     quantiles = np.linspace(0, 1, LENGTH_SLICES + 1)[1:]
     longest_of_slices = np.unique(np.quantile(lengths_r, quantiles, method="lower"))

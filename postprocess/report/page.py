@@ -1,13 +1,10 @@
 """Draw and render the page: a run and its measurements put into page.html.jinja.
 
 This is the last of the report's three steps, after `run_data` and `results`. The page is one file:
-page.css and page.js stand inside it. Everything is escaped but our own SVG, style and script. A
-content security policy lets the page load nothing and run no script but page.js, whatever the
-texts in it say.
+page.css stands inside it. Everything is escaped but our own SVG and style. A content security policy
+lets the page load nothing and run no script, whatever the texts in it say.
 """
 
-import base64
-import hashlib
 import math
 import re
 from collections.abc import Sequence
@@ -17,9 +14,10 @@ import jinja2
 import polars as pl
 from markupsafe import Markup, escape
 
+from postprocess.agreement.statistics import Estimate
 from postprocess.report import svg
 from postprocess.report.learning_curves import make_learning_charts
-from postprocess.report.metrics import Estimate, ScoredRows, TableRow
+from postprocess.report.metrics import ScoredRows, TableRow
 from postprocess.report.position_bias import find_flips
 from postprocess.report.results import Measurements
 from postprocess.report.run_data import Agreement, RunData, training_record
@@ -34,33 +32,23 @@ NO_BREAK_SPACE = "\u00a0"
 HASH_DIGITS = 12  # of a commit or a SHA-256, enough to tell them apart
 
 
-def render_page(run: RunData, measurements: Measurements | None) -> str:
+def render_page(run: RunData, measurements: Measurements) -> str:
     """Render the page of a run.
-
-    Args:
-        run: The run's files, for the head of the page and for what is missing.
-        measurements: The numbers; None if the run has no predictions.
 
     Returns:
         The page as HTML. The same run gives the same page.
     """
-    # The policy names the script by its hash, so that no other script runs.
     style = (PAGE_FOLDER / "page.css").read_text(encoding="utf-8")
-    script = (PAGE_FOLDER / "page.js").read_text(encoding="utf-8")
-    script_hash = hashlib.sha256(script.encode()).digest()
-
     template = make_environment().get_template("page.html.jinja")
     return template.render(
         run=run,
         missing=run.missing,
         facts=collect_facts(run),
-        is_out_of_fold=run.predictions is not None and run.predictions.is_out_of_fold,
+        is_out_of_fold=run.predictions.is_out_of_fold,
         measured=measurements,
         learning_charts=make_learning_charts(run),
         letters=LETTERS,
         style=Markup(style),
-        script=Markup(script),
-        script_hash=base64.b64encode(script_hash).decode(),
     )
 
 
@@ -123,17 +111,13 @@ def model_facts(run: RunData) -> list[tuple[str, str]]:
     # An ISO time, such as 2026-11-25T09:43:39+00:00.
     created = record.get("created", "").replace("T", " ").replace("+00:00", " UTC")
 
-    # The verdicts of the run, since a contract of an earlier version does not name them.
-    head = f"{contract.get('head')}, {len(run.verdicts)} verdicts"
-    tokens = contract.get("budget_tokens")
-
     return [
         ("recipe", record.get("recipe", "")),
         ("base model", base_model),
         ("git commit", ", ".join(sorted(commits))),
         ("trained", created),
-        ("head", head if contract else ""),
-        ("tokens", f"{tokens:,} a row" if tokens else ""),
+        ("head", f"{contract.get('head')}, {len(run.verdicts)} verdicts"),
+        ("tokens", f"{contract.get('budget_tokens'):,} a row"),
     ]
 
 
@@ -153,10 +137,6 @@ def row_facts(run: RunData) -> list[tuple[str, str]]:
     if folds == {"all"}:
         fold_text = "none"
 
-    measured = ""
-    if run.predictions is not None:
-        measured = f"{len(run.predictions.rows):,}"
-
     # The folds of a cross-validation differ a little in their numbers of rows.
     trained_on = ""
     if training_rows:
@@ -166,7 +146,7 @@ def row_facts(run: RunData) -> list[tuple[str, str]]:
 
     return [
         (fold_label, fold_text),
-        ("rows measured", measured),
+        ("rows measured", f"{len(run.predictions.rows):,}"),
         ("rows trained on", trained_on),
     ]
 
@@ -217,17 +197,11 @@ def draw_orders(scored: ScoredRows) -> Markup:
     )
 
 
-def draw_agreement(agreement: Agreement) -> Markup | None:
-    """Draw P(A) of each row as trained and as packaged; rows whose verdict changed stand out.
-
-    Returns:
-        The chart, or None if agreement.parquet is missing or does not have both models.
-    """
+def draw_agreement(agreement: Agreement) -> Markup:
+    """Draw P(A) of each row as trained and as packaged; rows whose verdict changed stand out."""
     # The packaged model is merged, quantised, or one of several quantised ones.
-    packaged = agreement.report.get("packaged")
+    packaged = agreement.report["packaged"]
     rows = agreement.rows
-    if rows is None or f"{packaged}_p_model_a" not in rows.columns:
-        return None
 
     # Each pair has two rows, one for each order: compare their means.
     verdicts = [verdict for verdict in LETTERS if f"trained_p_{verdict}" in rows.columns]

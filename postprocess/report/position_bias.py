@@ -9,25 +9,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from postprocess.report.metrics import Estimate, Gain, ScoredRows, TableRow, make_table_row
+from postprocess.agreement.statistics import Estimate
+from postprocess.report.metrics import Gain, ScoredRows, TableRow, make_table_row
 from recipes.pairwise.tracking.metrics import row_losses, rows_are_right
-
-
-@dataclass(frozen=True)
-class FirstAnswer:
-    """The mean share that the first answer gets of the labels, verdicts or probabilities."""
-
-    name: str
-    as_given: Estimate
-    swapped: Estimate
-    both_orders: Estimate
 
 
 @dataclass(frozen=True)
 class PositionBias:
     """How much the order of the answers changes the verdicts."""
 
-    first_answers: tuple[FirstAnswer, ...]  # of the labels, the verdicts and the probabilities
     verdict_bias: Estimate  # share of verdicts for the first answer less that for the second
     probability_bias: Estimate  # mean probability of the first answer less that of the second
     flip_rate: Estimate  # share of rows whose verdict changes with the order
@@ -44,17 +34,6 @@ def measure_position_bias(scored: ScoredRows) -> PositionBias | None:
     if np.array_equal(as_given_rv, swapped_rv):
         return None
 
-    # The labels do not depend on the order: their bias is zero, and they show what is fair.
-    labels, _ = measure_first_answer(
-        "preferred by the labels", scored, scored.labels_rv, scored.labels_rv
-    )
-    verdicts, verdict_bias = measure_first_answer(
-        "chosen by the model", scored, one_hot_verdicts(as_given_rv), one_hot_verdicts(swapped_rv)
-    )
-    probabilities, probability_bias = measure_first_answer(
-        "mean probability", scored, as_given_rv, swapped_rv
-    )
-
     # Each order alone, as if it were the model, beside the mean of both.
     as_given = score_order(scored, as_given_rv)
     swapped = score_order(scored, swapped_rv)
@@ -65,9 +44,10 @@ def measure_position_bias(scored: ScoredRows) -> PositionBias | None:
     )
 
     return PositionBias(
-        first_answers=(labels, verdicts, probabilities),
-        verdict_bias=verdict_bias,
-        probability_bias=probability_bias,
+        verdict_bias=measure_preference(
+            scored, one_hot_verdicts(as_given_rv), one_hot_verdicts(swapped_rv)
+        ),
+        probability_bias=measure_preference(scored, as_given_rv, swapped_rv),
         flip_rate=scored.estimate(find_flips(scored)),
         orders=orders,
         gain=scored.estimate_gain(as_given.is_right_r, as_given.losses_r),
@@ -88,38 +68,24 @@ def score_order(scored: ScoredRows, probabilities_rv: np.ndarray) -> ScoredOrder
     return ScoredOrder(is_right_r, row_losses(probabilities_rv, scored.labels_rv))
 
 
-def measure_first_answer(
-    name: str, scored: ScoredRows, as_given_rv: np.ndarray, swapped_rv: np.ndarray
-) -> tuple[FirstAnswer, Estimate]:
-    """Measure what the answer that stands first gets, of labels, verdicts or probabilities.
+def measure_preference(
+    scored: ScoredRows, as_given_rv: np.ndarray, swapped_rv: np.ndarray
+) -> Estimate:
+    """Measure how much more the answer that stands first gets than the second.
 
     Args:
-        name: What is measured, for the table.
         scored: The measured rows.
         as_given_rv: What each verdict gets in the order as given, (rows, verdicts).
         swapped_rv: The same of the swapped order. Verdicts name the answers as the pairs file does, so
             that the first answer of the swapped order is model_b.
-
-    Returns:
-        The share that the first answer gets, and how much more that is than what the second gets.
     """
     place_of_a = scored.verdicts.index("model_a")
     place_of_b = scored.verdicts.index("model_b")
-    first_as_given_r = as_given_rv[:, place_of_a]
-    second_as_given_r = as_given_rv[:, place_of_b]
-    first_swapped_r = swapped_rv[:, place_of_b]
-    second_swapped_r = swapped_rv[:, place_of_a]
 
     # Over both orders, without bias, first and second get the same.
-    first_r = (first_as_given_r + first_swapped_r) / 2
-    second_r = (second_as_given_r + second_swapped_r) / 2
-    first_answer = FirstAnswer(
-        name=name,
-        as_given=scored.estimate(first_as_given_r),
-        swapped=scored.estimate(first_swapped_r),
-        both_orders=scored.estimate(first_r),
-    )
-    return first_answer, scored.estimate(first_r - second_r)
+    first_r = as_given_rv[:, place_of_a] + swapped_rv[:, place_of_b]
+    second_r = as_given_rv[:, place_of_b] + swapped_rv[:, place_of_a]
+    return scored.estimate((first_r - second_r) / 2)
 
 
 def one_hot_verdicts(probabilities_rv: np.ndarray) -> np.ndarray:

@@ -62,15 +62,12 @@ def read_table(file: Path) -> pl.DataFrame:
         ) from None
 
 
-def read_predictions(file: Path) -> Predictions | None:
-    """Read a file of predictions and check its columns, ids and probabilities; None if absent.
+def read_predictions(file: Path) -> Predictions:
+    """Read a file of predictions and check its columns, ids and probabilities.
 
     Raises:
-        UserError: The file is damaged, or was not written by the training.
+        UserError: The file is absent or damaged, or was not written by the training.
     """
-    if not file.is_file():
-        return None
-
     # Another program, or an earlier version of this project, may have written other columns.
     rows = read_table(file)
     required = ["id", "fold", "winner", *PROBABILITIES]

@@ -7,9 +7,10 @@ computes, `page` draws and renders. Nothing here reads a file.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from postprocess.agreement.statistics import Estimate
 from postprocess.report import metrics
 from postprocess.report.calibration import Calibration, measure_calibration
-from postprocess.report.metrics import Baseline, Estimate, ScoredRows, TableRow
+from postprocess.report.metrics import Baseline, ScoredRows, TableRow
 from postprocess.report.position_bias import PositionBias, measure_position_bias
 from postprocess.report.run_data import RunData
 from postprocess.report.worst_rows import WorstRow, find_worst_rows
@@ -30,10 +31,8 @@ class Measurements:
     wrong_count: int  # rows with a wrong verdict
 
 
-def measure_run(run: RunData) -> Measurements | None:
-    """Measure the rows of predictions.parquet or oof.parquet; None if the run has neither."""
-    if run.predictions is None:
-        return None
+def measure_run(run: RunData) -> Measurements:
+    """Measure the rows of predictions.parquet or oof.parquet."""
     rows = run.predictions.rows
     scored = metrics.score_rows(run.predictions, run.verdicts)
 

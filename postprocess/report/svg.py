@@ -14,9 +14,9 @@ import numpy as np
 from markupsafe import Markup, escape
 from matplotlib.ticker import MaxNLocator
 
+from postprocess.agreement.statistics import Estimate
 from postprocess.report.calibration import Calibration
 from postprocess.report.learning_curves import LearningChart, thin_out
-from postprocess.report.metrics import Estimate
 
 # A chart, and the margins around its axes.
 CHART_WIDTH = 360

@@ -71,13 +71,7 @@ class WorstRow:
 def find_worst_rows(
     rows: pl.DataFrame, scored: ScoredRows, count: int = MAX_ROWS
 ) -> list[WorstRow]:
-    """Find the rows with a wrong verdict whose winner had the least probability.
-
-    Args:
-        rows: The measured rows, with texts if they are known.
-        scored: The same rows as arrays.
-        count: The most rows to return.
-    """
+    """Find the rows with a wrong verdict whose winner had the least probability."""
     places = rank_wrong_rows(scored)[:count]
     return [make_worst_row(rows.row(place, named=True), scored, place) for place in places]
 
@@ -92,13 +86,7 @@ def rank_wrong_rows(scored: ScoredRows) -> list[int]:
 
 
 def make_worst_row(row: dict, scored: ScoredRows, place: int) -> WorstRow:
-    """Make a row ready for the page.
-
-    Args:
-        row: The row of the table; without the pairs file it has no language, source and texts.
-        scored: All measured rows as arrays.
-        place: The row's place among them.
-    """
+    """Make a row ready for the page."""
     facts = [row.get("language"), row.get("source")]
     if row["fold"] is not None:
         facts.append(f"fold {row['fold']}")

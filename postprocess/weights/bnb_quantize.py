@@ -47,13 +47,7 @@ def quantization_config(kind: str, head: list[str], double: bool = False) -> Bit
 def quantised_weights(
     config: PretrainedConfig, head: str, settings: BitsAndBytesConfig
 ) -> set[str]:
-    """List the weights that transformers expects to be quantised, as it says itself of an empty model.
-
-    Args:
-        config: The model's configuration.
-        head: The contract's head: score, label_tokens or reward.
-        settings: As quantization_config gives them.
-    """
+    """List the weights that transformers expects to be quantised, as it says itself of an empty model."""
     model = empty_model(config, head)
     modules_before = dict(model.named_modules())
     replace_with_bnb_linear(model, settings.llm_int8_skip_modules, settings, pre_quantized=True)

@@ -52,10 +52,6 @@ def choose_calibration_rows(run: Run, seed: int = 0) -> pl.DataFrame:
 def encode_calibration_rows(run: Run, rows: pl.DataFrame) -> list[list[int]]:
     """Encode rows as the model sees them, every second one swapped, so that both orders are met.
 
-    Args:
-        run: The trained run.
-        rows: Rows of its pairs file.
-
     Returns:
         The token ids of each sequence; the reward head has two for a row.
     """

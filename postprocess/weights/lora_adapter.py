@@ -63,10 +63,6 @@ class Adapter:
 def load_adapter(run_folder: Path, model: torch.nn.Module) -> Adapter:
     """Put a run's LoRA adapter on a model without weights, by PEFT.
 
-    Args:
-        run_folder: The folder with the adapter's weights and settings.
-        model: The base model with its head, on the meta device. It is changed in place.
-
     Raises:
         UserError: The adapter is not for this model, is not complete, or cannot be merged.
     """
@@ -166,12 +162,7 @@ def name_in_peft_model(name_in_file: str) -> str:
 
 
 def check_settings(settings: Mapping[str, object], config_file: Path) -> None:
-    """Raise UserError for a kind of adapter whose merge is not tested here.
-
-    Args:
-        settings: adapter_config.json, as PEFT wrote it.
-        config_file: Its path, for the message.
-    """
+    """Raise UserError for a kind of adapter whose merge is not tested here."""
     if settings.get("peft_type") != "LORA":
         raise UserError(
             f"{config_file}: peft_type is {settings.get('peft_type')!r}; only LORA can be merged"
@@ -210,12 +201,7 @@ def model_name(peft_name: str) -> str:
 
 
 def check_complete(layers: Mapping[str, LoraLayer], file: Path) -> None:
-    """Raise UserError where an adapter's file lacks a part of a layer's change.
-
-    Args:
-        layers: PEFT's layers on a model without weights, after the file was loaded into them.
-        file: The adapter's file, for the message.
-    """
+    """Raise UserError where an adapter's file lacks a part of a layer's change."""
     for weight, layer in layers.items():
         for part, tensor in layer.state_dict().items():
             # Only what was in the file has left the meta device, on which tensors have no bytes.

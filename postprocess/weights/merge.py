@@ -116,13 +116,7 @@ class Sources:
             yield rounded
 
     def explain_not_finite(self, name: str, piece: torch.Tensor, dtype: torch.dtype) -> str:
-        """Explain which file a number that is not finite comes from, and what to do.
-
-        Args:
-            name: The tensor's name in the model.
-            piece: The rows that hold the number, before they are rounded.
-            dtype: What they are rounded to.
-        """
+        """Explain which file a number that is not finite comes from, and what to do."""
         if is_finite(piece):
             return (
                 f"{self.trained_path()}: {name} is not finite once it is {dtype}: its values are too "
@@ -185,13 +179,7 @@ def merge(
 
 
 def estimate_bytes(skeleton: Skeleton, quantised_names: Set[str], form: Form) -> dict[str, int]:
-    """Estimate what each weight takes on the disk, by its name.
-
-    Args:
-        skeleton: The model that is to be written.
-        quantised_names: The weights that are quantised.
-        form: How they are quantised, and the dtype of the rest.
-    """
+    """Estimate what each weight takes on the disk, by its name."""
     weight_bytes = {}
     for name, shape in skeleton.shapes.items():
         if name in quantised_names:
@@ -291,10 +279,6 @@ def check_can_untie(adapter: Adapter, tied_names: Mapping[str, str], form: Form)
 def find_base_names(base: Tensors, skeleton: Skeleton) -> dict[str, str]:
     """Find the checkpoint's name of each tensor of the model.
 
-    Args:
-        base: The open checkpoint. It may have no head.
-        skeleton: The model.
-
     Returns:
         The name in the checkpoint, by the name in the model; without those that the checkpoint lacks.
     """
@@ -339,12 +323,6 @@ def check_replacements(
     adapter: Adapter, skeleton: Skeleton, tied_names: Mapping[str, str], has_own_head: bool
 ) -> None:
     """Check the tensors that an adapter holds whole.
-
-    Args:
-        adapter: The adapter.
-        skeleton: The model that is to be written.
-        tied_names: The tensors that are another one's in the base, which PEFT saves too.
-        has_own_head: Whether training made a head, which the adapter must hold.
 
     Raises:
         UserError: The model has no such tensor, or the head is missing.

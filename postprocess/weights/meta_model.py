@@ -38,10 +38,6 @@ class Skeleton:
 def model_skeleton(folder: Path, contract: Contract) -> Skeleton:
     """Describe the tensors of the model that a configuration and the contract's head make, without any weights.
 
-    Args:
-        folder: The folder with config.json.
-        contract: Names the head, its labels and the padding token.
-
     Raises:
         UserError: transformers has no such model, or its weights are quantised already.
     """
@@ -64,10 +60,6 @@ def model_skeleton(folder: Path, contract: Contract) -> Skeleton:
 
 def model_config(folder: Path, contract: Contract) -> PretrainedConfig:
     """Read a configuration, and set labels, padding token and soft cap as the contract says.
-
-    Args:
-        folder: The folder with config.json.
-        contract: The contract of the run.
 
     Raises:
         UserError: It cannot be read, or is that of a quantised model.
@@ -101,12 +93,7 @@ def untie(skeleton: Skeleton) -> Skeleton:
 
 
 def head_modules(folder: Path, head: str) -> list[str]:
-    """Name the modules of a model's head: ["score"], for BERT ["classifier"], for a causal LM ["lm_head"].
-
-    Args:
-        folder: The folder with the model's config.json.
-        head: The contract's head: score, label_tokens or reward.
-    """
+    """Name the modules of a model's head: ["score"], for BERT ["classifier"], for a causal LM ["lm_head"]."""
     model = build_model(read_config(folder), head, folder)
     names = []
     for name, module in model.named_children():

@@ -29,11 +29,6 @@ TRAINING_SETTINGS = ("base_model_name_or_path", "revision", "auto_mapping", "pef
 def unmerged(run: Run, out: Path, key: str = "") -> None:
     """Write a folder with the base in nf4, the adapter's head, the adapter and the tokenizer.
 
-    Args:
-        run: The trained run.
-        out: The folder.
-        key: An interrupted call with the same key is continued at its shard.
-
     Raises:
         UserError: The base was trained in another kind of 4 bits, or base and adapter do not belong
             together.

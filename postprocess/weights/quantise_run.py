@@ -40,10 +40,6 @@ def quantise_merged(run: Run, merged: Path, kind: str, out: Path, key: str = "")
 def calibrate_smoothing(run: Run, merged: Path) -> Smoothing | None:
     """Compute SmoothQuant's scales of a run's merged model, on the rows that GPTQ calibrates on too.
 
-    Args:
-        run: The trained run.
-        merged: The folder of its merged model in 16 bits.
-
     Returns:
         None where the architecture is not known, or no row is left to calibrate on; that is printed.
     """

@@ -96,10 +96,6 @@ def write_shards(
 def plan_shards(weight_bytes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
     """Divide weights among shards, in their order.
 
-    Args:
-        weight_bytes: The bytes of each weight, by its name.
-        shard_bytes: What a shard holds. A weight that is larger has a shard of its own.
-
     Returns:
         The names of each shard's weights.
     """
@@ -118,13 +114,7 @@ def plan_shards(weight_bytes: Mapping[str, int], shard_bytes: int) -> list[list[
 def write_file(
     path: Path, weights: Sequence[str], store: Callable[[str], Iterable[Stored]]
 ) -> None:
-    """Write weights into one safetensors file: the header's length, the header in JSON, the tensors' bytes.
-
-    Args:
-        path: The file.
-        weights: The weights' names, in the order of the file.
-        store: Gives the tensors that are stored of a weight.
-    """
+    """Write weights into one safetensors file: the header's length, the header in JSON, the tensors' bytes."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     header_bytes = reserve_header(weights)
 

@@ -47,12 +47,7 @@ class Smoothing:
     rows: Mapping[str, torch.Tensor]
 
     def apply(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Give a tensor as it is with the scales folded in; in float32 where it changes.
-
-        Args:
-            name: The tensor's name in the model.
-            tensor: The merged tensor.
-        """
+        """Give a tensor as it is with the scales folded in; in float32 where it changes."""
         # A norm is replaced as a whole; a linear layer may be scaled on both sides.
         if name in self.norms:
             return self.norms[name]
@@ -96,10 +91,6 @@ def find_groups(model: PreTrainedModel) -> list[Group]:
 
 def smooth(model: PreTrainedModel, sequences: Iterable[Sequence[int]]) -> Smoothing:
     """Compute by how much each channel is scaled down in activations, and up in the weights that read them.
-
-    Args:
-        model: The merged model, in 16 or 32 bits.
-        sequences: Token ids to calibrate on.
 
     Returns:
         What is to be changed. Nothing is changed in `model`.
@@ -162,11 +153,6 @@ def compute_scales(
 ) -> torch.Tensor:
     """Compute the scale of each channel of a group's input.
 
-    Args:
-        model: The merged model.
-        group: Linear layers with the same input.
-        largest_inputs: The largest absolute value of each channel, (channels,).
-
     Returns:
         The scales in float32 on the CPU, (channels,). A channel without a usable scale keeps 1.
     """
@@ -187,11 +173,6 @@ def measure_inputs(
     model: PreTrainedModel, groups: Sequence[Group], sequences: Iterable[Sequence[int]]
 ) -> dict[str, torch.Tensor]:
     """Measure the largest absolute value of each input channel over all tokens.
-
-    Args:
-        model: The merged model.
-        groups: Whose inputs are measured.
-        sequences: Token ids, run one sequence at a time.
 
     Returns:
         The maxima, (channels,), by the group's source.

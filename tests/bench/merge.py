@@ -95,6 +95,7 @@ def make_inputs(folder: Path, shape: str, layers: int | None = None) -> None:
     block = read_recipe(recipe).pairwise
     contract = new_contract(block, tokenizer, attention="sdpa", base_model=str(base), revision=None, pad_token_id=0)
     write_contract(run, contract, recipe)
+    (run / "metrics.json").write_text("{}")
     for file in (folder / "pairs.parquet", run / "predictions.parquet"):
         pl.DataFrame({"id": ["a"]}).write_parquet(file)
 

@@ -129,6 +129,7 @@ def make(
     tokenizer.save_pretrained(run_folder)  # as training does: what a class of transformers made of the base's file
     contract = new_contract(block, tokenizer, attention="sdpa", base_model=str(base), revision=None, pad_token_id=0)
     write_contract(run_folder, contract, recipe)
+    set_json(run_folder / "metrics.json", fold=0, rows_were_trained_on=False)
     write_predictions(run_folder, model, pairs_file(folder / "pairs.parquet", rows, training_rows))
     return Made(recipe, run_folder, base, model)
 

@@ -5,9 +5,8 @@ from hashlib import sha256
 import pytest
 
 from kaggle_kernels.runtime.package import read_package
-from postprocess.package import dataset_metadata, trained_contracts
+from postprocess.package import trained_contracts
 from preprocess.core import ledger
-from preprocess.core.errors import UserError
 from preprocess.core.files import sha256 as file_sha256
 
 
@@ -60,13 +59,7 @@ def test_the_package_of_a_mean_names_the_contract_of_each_member(tmp_path):
     for member in (*members, tmp_path / "mean"):
         member.mkdir()
         (member / "contract.json").write_text(member.name)
-    metrics = {"average": {"members": {str(member): 0.5 for member in members}}}
+    metrics = {"members": [str(member) for member in members]}
     (tmp_path / "mean" / "metrics.json").write_text(json.dumps(metrics))
     assert trained_contracts(tmp_path / "mean") == {str(member): file_sha256(member / "contract.json") for member in members}
     assert list(trained_contracts(members[0])) == [str(members[0])]
-
-
-@pytest.mark.parametrize("slug", ["a" * 5, "a" * 51])
-def test_a_slug_that_kaggle_refuses_is_one_error(slug):
-    with pytest.raises(UserError, match="Kaggle takes 6 to 50"):
-        dataset_metadata(slug, "apache-2.0")

@@ -61,8 +61,8 @@ def swept(tmp_path):
 
 def test_trials_are_sorted_by_log_loss_then_accuracy_and_what_did_not_end_comes_last_with_the_reason(swept):
     lines, table = index(swept)
-    headings = "trial learning_rate pairwise.budget_tokens log loss accuracy flip rate rows steps status"
-    assert [" ".join(line) for line in lines[:3:2]] == [headings, "sweep0002 0.0001 256 0.6100 0.5000 0.2500 400 60 finished"]
+    headings = "trial learning_rate pairwise.budget_tokens log_loss accuracy flip_rate rows steps status"
+    assert [" ".join(line) for line in lines[:3:2]] == [headings, "sweep0002 0.0001 256 0.61 0.5 0.25 400 60 finished"]
     assert table.select("trial", "learning_rate", "pairwise.budget_tokens", "log_loss", "status").rows() == [
         ("sweep0002", 0.0001, 256, 0.61, "finished"),
         ("sweep0004", 0.01, 256, 0.66, "finished"),
@@ -84,7 +84,7 @@ def test_parameters_of_any_kind_are_told_as_a_recipe_has_them(tmp_path):
     add_trial(tmp_path, "sweep0001", log_loss=0.6, accuracy=0.5, lora_target_modules=["q_proj", "v_proj"], bf16="auto")
     add_trial(tmp_path, "sweep0002", log_loss=0.7, accuracy=0.5, bf16=True, wandb_name="second")
     lines, table = index(tmp_path)
-    assert " ".join(lines[3]) == "sweep0002 true default 0.7000 0.5000 0.2500 400 60 finished"
+    assert " ".join(lines[3]) == "sweep0002 true 0.7 0.5 0.25 400 60 finished"
     assert table.select("lora_target_modules", "bf16").rows() == [("[q_proj, v_proj]", "auto"), (None, "true")]
     assert "wandb_name" not in table.columns
 

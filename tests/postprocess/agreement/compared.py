@@ -16,10 +16,10 @@ def column(name, *rows):
     return Column(name, np.array([[[p, 1 - p]] * 2 for p in rows]), "float16")
 
 
-def report(tolerance=0.05, groups=None, labels=LABELS, winners=WINNERS, trained=TRAINED, **models):
+def report(tolerance=0.05, labels=LABELS, winners=WINNERS, trained=TRAINED, **models):
     """The comparison of models with these probabilities; two rows decide the mean differences only."""
     named = {"recorded": trained, "trained": trained, **models}
     columns = [column(name.replace("_", "-"), *rows) for name, rows in named.items() if rows]
-    groups_r = np.arange(len(labels)) if groups is None else groups
+    groups_r = np.arange(len(labels))
     package = PackageBlock(slug="tiny-package", tolerance=tolerance, tolerance_log_loss=100.0, tolerance_verdicts=1.0)
     return compare(columns, ComparedRows(labels, winners, groups_r, {}), package)

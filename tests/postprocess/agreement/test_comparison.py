@@ -6,15 +6,6 @@ from tests.postprocess.agreement.compared import TRAINED, report
 FAR, NAN = (0.1, 0.4), (float("nan"), 0.4)
 
 
-@pytest.mark.parametrize(("groups", "between"), [([0, 0, 0, 1], [0.0, 1.0]), (None, [0.25, 1.0])])
-def test_rows_of_one_group_are_drawn_together(groups, between):
-    """Three rows right and one wrong: both draws hit the group of the wrong row in a quarter of cases, four in 1 of 256."""
-    labels, winners = np.eye(2)[[0, 0, 0, 1]], np.array([0, 0, 0, 1])
-    rows, groups = (0.9, 0.9, 0.9, 0.9), groups and np.array(groups)
-    line = report(groups=groups, labels=labels, winners=winners, trained=rows, quantised=rows)["models"][-1]
-    assert (line["accuracy"], line["accuracy_interval"]) == (0.75, between)
-
-
 def test_what_packaging_costs_is_measured_row_by_row():
     cost = report(quantised=(0.8, 0.6))["packaged_minus_trained"]
     assert cost["accuracy"]["difference"] == -0.5

@@ -44,12 +44,6 @@ def test_what_the_run_was_trained_on_is_said_by_its_metrics(listed):
     assert (found["fold"], found["trained_on"]) == ("all", False)
 
 
-def test_without_metrics_rows_of_several_folds_are_taken_for_trained_on(listed, monkeypatch):
-    monkeypatch.setattr("postprocess.agreement.validation_rows.read_predictions", lambda *_: pl.DataFrame({"id": ["1", "2"]}))
-    found = listed([("1", "a", 0), ("2", "a", 1), ("3", "a", 1)])
-    assert (found["fold"], found["trained_on"]) == ("all", True)
-
-
 def test_five_thousand_ids_are_listed_at_most(listed):
     ids = listed([(str(number), "a", 0) for number in range(5100)])["ids"]
     assert (len(ids), len(set(ids))) == (5000, 5000)

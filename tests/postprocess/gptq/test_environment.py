@@ -1,15 +1,12 @@
 """The environment that GPTQ runs in, and the worker that runs in it."""
 
-import os
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from postprocess.gptq import environment
-from postprocess.gptq.environment import make_environment, python_with_gptq, run_worker
+from postprocess.gptq.environment import python_with_gptq, run_worker
 from preprocess.core.errors import UserError
 
 
@@ -25,56 +22,32 @@ def test_a_worker_that_fails_is_one_line_with_its_last_one(tmp_path, monkeypatch
 
 
 @pytest.fixture
-def makings(monkeypatch):
-    """The environments that were made, by a stand-in that takes a moment."""
-    makings = []
-
-    def stand_in(folder: Path, requirements: Path) -> None:
-        time.sleep(0.2)
-        makings.append(folder)
-        folder.mkdir(exist_ok=True)
-
-    monkeypatch.setattr(environment, "make_environment", stand_in)
-    return makings
+def makefile(tmp_path, monkeypatch):
+    """A Makefile whose environment is made by a stand-in, and that of no other."""
+    rule = ".venv-gptq/installed: requirements.txt\n\t@mkdir -p .venv-gptq && cat $< >> $@\n"
+    (tmp_path / "Makefile").write_text(rule)
+    (tmp_path / "requirements.txt").write_text("torch\n")
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    monkeypatch.setattr(environment, "ENVIRONMENT", tmp_path / ".venv-gptq")
+    return tmp_path / "Makefile"
 
 
-@pytest.fixture
-def requirements(tmp_path):
-    """A requirements file with its lock; neither is installed."""
-    (tmp_path / "requirements.lock").write_text("")
-    (tmp_path / "requirements.txt").write_text("torch==0.0.1\n")
-    return tmp_path / "requirements.txt"
+def test_the_environment_is_made_once_by_make_and_nothing_is_printed_of_one_that_is_there(makefile, tmp_path, capfd):
+    for _ in range(2):
+        assert python_with_gptq() == tmp_path / ".venv-gptq" / "bin" / "python"
+    assert (tmp_path / ".venv-gptq" / "installed").read_text() == "torch\n"
+    assert capfd.readouterr() == ("", "")
 
 
-def test_the_environment_is_made_where_it_is_missing_or_older_than_its_requirements(makings, requirements, tmp_path):
-    folder = tmp_path / "environment"
-    assert python_with_gptq(folder, requirements) == folder / "bin" / "python"
-    python_with_gptq(folder, requirements)
-    assert len(makings) == 1
-    for number, changed in enumerate((requirements, requirements.with_suffix(".lock")), 2):
-        os.utime(folder / "installed", (1e9, 1e9))
-        for file in tmp_path.glob("requirements.*"):
-            os.utime(file, (2e9, 2e9) if file == changed else (1, 1))
-        python_with_gptq(folder, requirements)
-        assert len(makings) == number
+def test_an_environment_that_cannot_be_made_is_one_line_with_what_pip_says(makefile):
+    makefile.write_text(".venv-gptq/installed:\n\t@echo 'ERROR: no torch' >&2; echo 'error: see install.log' >&2; exit 2\n")
+    message = r"venv-gptq: could not be made \(ERROR: no torch error: see install.log\); connect to the internet"
+    with pytest.raises(UserError, match=message):
+        python_with_gptq()
 
 
-def test_of_two_runs_one_makes_the_environment_and_the_other_waits(makings, requirements, tmp_path):
-    with ThreadPoolExecutor(2) as pool:
-        runs = [pool.submit(python_with_gptq, tmp_path / "environment", requirements) for _ in range(2)]
-        assert [run.result(timeout=300) for run in runs] == [tmp_path / "environment" / "bin" / "python"] * 2
-    assert len(makings) == 1
-
-
-def test_a_broken_environment_is_emptied_and_what_pip_says_is_told(requirements, tmp_path, monkeypatch):
-    folder = tmp_path / "environment"
-    (folder / "bin").mkdir(parents=True)
-    (folder / "bin" / "python").write_text("broken")
-    (folder / "installed").touch()
-    for name in [name for name in os.environ if name.startswith("PIP_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(UserError, match=r"requirements.lock: could not be installed into .*torch==0.0.1.*`make setup`"):
-        make_environment(folder, requirements)
-    assert not (folder / "installed").exists()
+def test_an_environment_of_another_checkout_is_left_as_it_is(makefile, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / ".venv-gptq").symlink_to(tmp_path / "other")
+    assert python_with_gptq() == tmp_path / ".venv-gptq" / "bin" / "python"
+    assert not (tmp_path / "other" / "installed").exists()

@@ -86,44 +86,28 @@ def test_texts_of_the_data_are_text_and_nothing_else_and_the_page_names_no_place
     raw = reported.render(reported.write_run(tmp_path / "tiny", rows))
     page = Parsed(raw)
     tags = [tag for tag, _ in page.elements]
-    assert [tag for tag in tags if tag in ("script", "style", "img", "iframe", "object", "link")] == ["style", "script"]
+    assert [tag for tag in tags if tag in ("script", "style", "img", "iframe", "object", "link")] == ["style"]
     attributes = [pair for _, pairs in page.elements for pair in pairs.items()]
     assert [name for name, _ in attributes if name.startswith("on")] == []
     assert [value for name, value in attributes if name in LOADS] == [f"#{section}" for section in SECTIONS]
     policy = next(value for name, value in attributes if name == "content" and "-src" in value)
-    assert policy.startswith("default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-")
+    assert policy == "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
     assert page.text.count("<script>alert(1)</script>") == 7, "three texts; language and source, in a table and in the row"
     assert "{{ 7 * 7 }}" in page.text and "␀␇␛[31m</div>" in page.text
     assert {character for character in raw if ord(character) < 32} == {"\n"}
 
 
-@pytest.mark.parametrize(
-    ("files", "sentences"),
-    [
-        (
-            ["contract.json", "history.json", "../pairs.parquet"],
-            [
-                "There is no contract.json: axolotl train recipes/tiny.yml writes it.",
-                "There is no history.json: axolotl train recipes/tiny.yml writes it.",
-                "does not exist, so that texts, languages, sources, lengths and groups of prompts are missing",
-                "The run was not packaged yet: python -m postprocess recipes/tiny.yml compares the models",
-            ],
-        ),
-        (
-            ["metrics.json", "predictions.parquet"],
-            [
-                "There is no metrics.json: axolotl train recipes/tiny.yml writes it.",
-                "so that nothing can be measured: axolotl train recipes/tiny.yml writes it.",
-            ],
-        ),
-    ],
-)
-def test_what_is_missing_is_one_sentence_each_and_the_rest_is_there(tmp_path, files, sentences):
+def test_what_is_missing_is_one_sentence_each_and_the_rest_is_there(tmp_path):
     folder = reported.write_run(tmp_path / "tiny")
-    for file in files:
+    for file in ("history.json", "../pairs.parquet"):
         (folder / file).unlink()
     page = parse(folder)
-    assert [sentence for sentence in sentences if sentence not in page.words()] == []
+    for sentence in (
+        "Nothing was trained here, so that there are no learning curves.",
+        "does not exist, so that texts, languages, sources, lengths and groups of prompts are missing",
+        "The run was not packaged yet: pairwise package compares the models",
+    ):
+        assert sentence in page.words()
     assert [attributes["id"] for tag, attributes in page.elements if tag == "section"] == SECTIONS
 
 
@@ -151,12 +135,6 @@ def test_a_cross_validation_is_measured_over_all_folds(crossed):
         ),
         ([Row(0.9, 0.9)], TWO, {}, ["a reward model reads each answer alone", "No verdict is wrong."]),
         (FOUR, TWO, {"rows_were_trained_on": True}, ["The model was trained on the rows that it is measured on here"]),
-        (
-            FOUR,
-            TWO,
-            {"before_calibration": {"accuracy": 0.4, "log_loss": 0.8, "flip_rate": 0.5}},
-            ["this base model had accuracy 0.400, log loss 0.800, and 50.0 % of its verdicts flipped."],
-        ),
         (
             [Row(0.9, 0.8, "model_b", a=text) for text in ("", "\u200b", "\n ", "word " * 400)],
             TWO,

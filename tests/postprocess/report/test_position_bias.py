@@ -12,12 +12,6 @@ from tests.postprocess.report.reported import Row
 def test_position_bias_is_what_the_first_answer_gets_more_than_the_second(tmp_path):
     """As given the first answer is A: chosen in 3 of 4; swapped it is B: chosen in 2 of 4."""
     bias = measure_position_bias(reported.score(tmp_path / "run"))
-    shares = {first.name: [first.as_given, first.swapped, first.both_orders] for first in bias.first_answers}
-    assert {name: [round(share.value, 4) for share in values] for name, values in shares.items()} == {
-        "preferred by the labels": [0.5, 0.5, 0.5],
-        "chosen by the model": [0.75, 0.5, 0.625],
-        "mean probability": [0.66, 0.59, 0.625],
-    }
     assert bias.verdict_bias.value == pytest.approx(0.25)
     assert bias.probability_bias.value == pytest.approx(0.25)
     assert bias.flip_rate.value == 0.25
@@ -31,10 +25,8 @@ def test_position_bias_is_what_the_first_answer_gets_more_than_the_second(tmp_pa
 
 
 def test_a_tie_of_three_verdicts_is_neither_first_nor_second(tmp_path):
-    """Of the probabilities the first answer gets 0.1 in the first row, 0.36 and 0.44 in the others."""
     rows = [Row(0.5, 0.5, "tie", tie=0.8), Row(0.7, 0.8, tie=0.2), Row(0.8, 0.7, tie=0.2)]
     scored = reported.score(tmp_path / "run", rows, VERDICTS)
     bias = measure_position_bias(scored)
     assert model_row(scored).accuracy.value == 1.0
-    assert [round(first.both_orders.value, 4) for first in bias.first_answers] == [0.3333, 0.3333, 0.3]
     assert (bias.verdict_bias.value, round(bias.probability_bias.value, 12)) == (0.0, 0.0)

@@ -1,7 +1,6 @@
 """What is read of a run folder: its rows, the commands that it names, and what is refused."""
 
 import json
-import shutil
 
 import polars as pl
 import pytest
@@ -11,8 +10,6 @@ from preprocess.core.errors import UserError
 from preprocess.core.files import write_json
 from tests.postprocess.report import reported
 from tests.postprocess.report.reported import FOUR, Row
-
-PACKAGE = "python -m postprocess recipes/tiny.yml"
 
 
 def refusal(folder, *options) -> str:
@@ -40,6 +37,7 @@ def test_a_pairs_file_that_has_changed_is_not_read_and_one_that_has_moved_is_nam
         ("contract.json", '{"verdicts": ["tie", "model_a"]}', "contract.json: verdicts are ['tie', 'model_a'], expected"),
         ("history.json", "{}", "history.json: expected a list of objects"),
         ("predictions.parquet", "x", "predictions.parquet: not a Parquet file"),
+        ("agreement.json", "{}", "agreement.parquet: not a Parquet file"),
     ],
 )
 def test_a_damaged_file_is_refused_with_its_name(tmp_path, file, content, message):
@@ -63,30 +61,18 @@ def test_predictions_that_are_none_are_refused(tmp_path, changed, message):
     assert message in refusal(tmp_path / "tiny")
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path):
+def test_a_folder_without_a_whole_run_is_refused(tmp_path):
     assert "no such folder; name a run's folder" in refusal(tmp_path / "absent")
-    (tmp_path / "empty").mkdir()
-    assert "holds nothing of a run" in refusal(tmp_path / "empty")
-
-
-@pytest.mark.parametrize(
-    ("name", "changed", "create", "package"),
-    [
-        ("R/fold-3", {}, "PAIRWISE_FOLD=3 axolotl train recipes/tiny.yml", f"PAIRWISE_FOLD=3 {PACKAGE}"),
-        ("R/mean", {"average": {"members": {}}}, f"{PACKAGE} --adapter …", f"{PACKAGE} --adapter …"),
-        ("R", {"training_rows": 0}, PACKAGE, PACKAGE),
-    ],
-)
-def test_the_commands_that_are_named_are_those_of_the_run(tmp_path, name, changed, create, package):
-    folder = reported.write_run(tmp_path / name, **changed)
+    folder = reported.write_run(tmp_path / "tiny")
     (folder / "predictions.parquet").unlink()
-    (folder / "history.json").unlink()
-    run = read_run(folder)
-    assert run.name == name
-    assert f"so that nothing can be measured: `{create}` writes it." in run.missing["predictions"]
-    assert f"The run was not packaged yet: `{package}` compares the models" in run.missing["agreement"]
-    is_trained = "axolotl train" in create
-    assert run.missing["history"].startswith("There is no history.json" if is_trained else "Nothing was trained here")
+    assert "predictions.parquet: not a Parquet file (No such file or directory" in refusal(folder)
+    (folder / "contract.json").unlink()
+    assert "tiny: no contract.json, with which a training ends" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["R/fold-3", "R/mean", "R"])
+def test_a_fold_and_a_mean_are_called_by_their_run(tmp_path, name):
+    assert reported.read(tmp_path / name).name == name
 
 
 def test_rows_of_all_folds_are_preferred_to_rows_that_were_trained_on(crossed):
@@ -98,11 +84,10 @@ def test_rows_of_all_folds_are_preferred_to_rows_that_were_trained_on(crossed):
     write_json(crossed / "metrics.json", metrics | {"rows_were_trained_on": False})
     assert read_run(crossed).predictions.rows.height == 1
 
+    assert read_run(crossed, True).predictions.rows["fold"].to_list() == [0, 1, 0, 1]
     for fold in (0, 1):
-        shutil.rmtree(crossed / f"fold-{fold}")
-    run = read_run(crossed, True, crossed.parent / "pairs.parquet")
-    assert run.missing["contract"] == "There is no contract.json: `make cv R=R` writes it."
-    assert run.predictions.rows["fold"].to_list() == [0, 1, 0, 1]
+        (crossed / f"fold-{fold}").rename(crossed / f"moved-{fold}")
+    assert "no fold-0 beside oof.parquet; train with make cv R=R" in refusal(crossed, True)
     (crossed / "oof.parquet").unlink()
     assert "oof.parquet: no such file; make cv R=R writes it" in refusal(crossed, True)
 
@@ -112,4 +97,4 @@ def test_the_agreement_of_an_earlier_training_is_not_shown(tmp_path):
     reported.write_agreement(folder, recorded=0.5)
     run = read_run(folder)
     assert run.agreement is None
-    assert "agreement.json is of an earlier training: `python -m postprocess recipes/tiny.yml`" in run.missing["agreement"]
+    assert "agreement.json is of an earlier training or version: `pairwise package`" in run.missing["agreement"]

@@ -154,6 +154,13 @@ def cut_short(run):
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def with_nan_in_base(run):
+    """A base with a number that is not finite."""
+    runs.change_base(
+        run, run.folder.parent / "base", lambda tensors: next(iter(tensors.values())).view(-1)[3].fill_(float("nan"))
+    )
+
+
 SCORE, LAYER = "base_model.model.score.weight", "base_model.model.model.layers.0.mlp.up_proj"
 DAMAGE = [
     (in_adapter(lambda tensors: tensors.pop(SCORE)), "no head"),
@@ -161,6 +168,7 @@ DAMAGE = [
     (with_tensors({f"{LAYER}.lora_A.weight": torch.zeros(8, 96)}), "an adapter of another base"),
     (in_adapter(lambda tensors: tensors.pop(f"{LAYER}.lora_B.weight")), "up_proj.weight has no lora_B"),
     (in_adapter(lambda tensors: tensors[SCORE].fill_(float("nan"))), "score.weight is not finite; train again"),
+    (with_nan_in_base, "is not finite; fetch the model again"),
     (in_adapter(lambda tensors: tensors[SCORE].fill_(70000)), "score.weight is not finite once it is torch.float16"),
     (with_tensors({SCORE: torch.zeros(3, 64)}), r"score.weight has the shape \[3, 64\], the model needs \[2, 64\]"),
     (cut_short, "not a whole safetensors file"),
