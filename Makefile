@@ -21,10 +21,10 @@ demo-distill: .venv/installed .venv-kaggle/installed .venv-graph/installed  ## v
 	@python -m tests.demo.distill
 
 test: setup  ## the tests, without the slow ones
-	@python -m pytest -n 2 --dist loadfile -m "not slow"
+	@python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-slow: setup  ## the slow proofs: two processes, the whole demo, 48,000 rows, the hidden test at full size, every spec published
-	@python -m pytest -n 2 --dist loadfile -m slow
+	@python -m pytest -n 2 --dist worksteal -m slow
 
 test-gpu: .venv/installed  ## the proofs that need a GPU: formats, 9B and 14B shapes, training; writes outputs/gpu.json
 	@python -m pytest tests/gpu -rs
