@@ -202,13 +202,19 @@ def _check_paths(
 
 
 def _check_leaks(pairs: Pairs, held_back: dict[Path, pl.DataFrame], threshold: float) -> None:
-    """Check that no prompt of one fold, of the lockbox or of a held-back file is like one that stands elsewhere.
+    """Check that like prompts stand together: in one fold, in the lockbox, or in one held-back file.
+
+    Args:
+        pairs: The pairs with their folds and roles.
+        held_back: The rows of each held-back file.
+        threshold: The similarity from which on two prompts are alike.
 
     Raises:
-        UserError: Prompts in two places are alike. They are printed first.
+        UserError: Two like prompts stand apart, which would let a model see in training what it is judged on.
+            They are printed first.
     """
-    # The search compares prompts of different places, which are numbers: folds are the places 0, 1,
-    # … The lockbox, which is in no fold, gets the number after the last fold's.
+    # The search takes a number for each place. A fold has its own: 0, 1, … The lockbox, which is in no
+    # fold, gets the number after the last fold's.
     last_fold = pairs.table["fold"].max() or 0
     lockbox = last_fold + 1
     prompts = _list_prompts(pairs, held_back, lockbox)

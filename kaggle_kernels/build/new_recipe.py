@@ -209,8 +209,15 @@ def choose_pad_token(tokenizer, template: Template) -> str | None:
 
 
 def check_recipe(path: Path, new: NewModel, tokenizer) -> None:
-    """Check a recipe as `pairwise check` does, and its template against the tokenizer."""
+    """Check the recipe that was just written, so that a mistake shows now and not when training starts.
+
+    Raises:
+        UserError: A key of the recipe is wrong, or its template does not go with the base model's tokenizer.
+    """
     block = read_recipe(path).pairwise
+
+    # Training begins with a contract, in which the tokenizer encodes an example by the template. Only
+    # whether that succeeds matters here.
     pad_token = new.pad_token or tokenizer.pad_token
     try:
         new_contract(

@@ -19,6 +19,8 @@ EXPECTED = {
     "float_type": "expected a number",
     "finite_number": "expected a number",
     "bool_type": "expected true or false",
+    "dict_type": "expected keys and values",
+    "too_short": "expected at least one entry",
 }
 
 # For pydantic's types of violated bounds: the comparison, and the bound's key in the problem's context.

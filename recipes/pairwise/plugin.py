@@ -152,13 +152,20 @@ class PairwisePlugin(BasePlugin):
         return "recipes.pairwise.config.schema.PairwiseArgs"
 
     def load_datasets(self, cfg, preprocess=False):
-        """Tokenise both orders of every pair, or read them from the cache."""
+        """Give Axolotl the training and validation rows: both orders of every pair as token ids.
+
+        Made on the way, and kept for the later hooks: the contract, which says how a pair becomes token
+        ids, and the batches of a recipe with a token budget. A mistake in the recipe ends the run here,
+        before the model is loaded.
+        """
         if not torch.cuda.is_available():
             cpu.place_model(cfg)
 
         with stopping_on_errors(self.recipe):
             tokenizer = load_tokenizer(cfg)
             run_config.check_tokenizer(cfg, tokenizer, self.model_config)
+
+            # The kernel will encode its rows by this contract too.
             self.contract = new_contract(
                 self.block,
                 tokenizer,
@@ -167,6 +174,8 @@ class PairwisePlugin(BasePlugin):
                 revision=cfg.revision_of_model,
                 pad_token_id=tokenizer.pad_token_id,
             )
+
+            # Rows that an earlier run with this contract has tokenised are read from the cache.
             cache = Path(cfg.output_dir) / "prepared"
             train, validation = datasets_of(
                 Path(self.block.pairs),
@@ -176,6 +185,7 @@ class PairwisePlugin(BasePlugin):
                 cache,
                 self.block.distill,
             )
+
             if self.block.tokens_per_micro_batch:
                 self.batches = self._plan_batches(cfg, train)
             checkpoints.check_resume(cfg, self.block, self.resolved)

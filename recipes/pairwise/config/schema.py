@@ -378,27 +378,37 @@ def pairwise_problems(block: object) -> list[str]:
 
 
 def explain(problem: dict) -> str:
-    """Turn one of pydantic's errors into a sentence, e.g. "pairwise.package.slug: missing; add it: …".
+    """Turn one of pydantic's errors into a line for the user.
+
+    An example of each of the four kinds, in the order of the code below:
+
+        pairwise.hed: unknown key; did you mean head?
+        pairwise.package.slug: missing; add it: the Kaggle dataset's slug, 6 to 50 characters
+        pairwise.package.adapter: unmerged needs quantize: nf4, found quantize: int8
+        pairwise.budget_tokens: expected a number of at least 64, found 1
 
     Args:
         problem: `loc` is the path to the value, such as ("package", "slug"), `type` names the mistake,
-            and `input` is what the recipe has there.
+            `input` is what the recipe has there, and `msg` is pydantic's own text.
     """
-    # For the one key that is a name or a block, pydantic puts the class of the block into the path.
+    # A template may be a name or a block. If it is a block, pydantic puts that class's name into the path.
     path = [str(part) for part in problem["loc"] if part != "TemplateBlock"]
     key = ".".join(["pairwise", *path])
 
+    known_fields = fields_beside(path)
     if problem["type"] == "extra_forbidden":
-        return f"{key}: {unknown_key(path[-1], fields_beside(path))}"
+        return f"{key}: {unknown_key(path[-1], known_fields)}"
     if problem["type"] == "missing":
-        return f"{key}: missing; add it: {fields_beside(path)[path[-1]].description}"
+        return f"{key}: missing; add it: {known_fields[path[-1]].description}"
 
-    # A validator of a whole block, such as that of `distill`, begins its message with the key at fault:
-    # "Value error, teachers: …" becomes "pairwise.distill.teachers: …".
-    is_of_block = problem["type"] == "value_error" and isinstance(problem["input"], dict)
-    if is_of_block:
+    # Our validators of a whole block, such as `distill`, begin their message with the key inside it that is
+    # wrong. pydantic puts "Value error, " before that.
+    is_from_whole_block = problem["type"] == "value_error" and isinstance(problem["input"], dict)
+    if is_from_whole_block:
         message = problem["msg"].removeprefix("Value error, ")
         return f"{key}.{message}"
+
+    # What is left is a value of the wrong kind or size.
     return f"{key}: {in_words(problem, PATTERNS)}"
 
 

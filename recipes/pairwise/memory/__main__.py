@@ -16,16 +16,21 @@ from recipes.pairwise.memory.measure import measure
 @click.argument("base_models", nargs=-1)
 @exits_with_2
 def main(base_models: tuple[str, ...]) -> None:
-    """Measure base models, and keep the numbers."""
+    """Measure the bytes of base models' weights and activations, and keep them in base_models.yml."""
+    # A record of the file holds a model's config.json, and what was measured of a model without weights
+    # that was made from it.
     records = dict(read_records())
+    config_keys = {name: record["config"] for name, record in records.items()}
 
-    # The keys of config.json stand in the file, so that licences and the hub are asked only once.
+    # Models that are named are read from their folder or from the hub. Without names, all models of the
+    # file are measured again; their config.json stands there, so that no hub is asked.
     for name in base_models:
-        records[name] = {"config": read_config(name, None).to_diff_dict()}
+        config_keys[name] = read_config(name, None).to_diff_dict()
+    names = base_models or records.keys()
 
-    for name in base_models or records:
-        keys = records[name]["config"]
-        records[name] = make_record(keys, measure(AutoConfig.for_model(**keys)))
+    for name in names:
+        config = AutoConfig.for_model(**config_keys[name])
+        records[name] = make_record(config_keys[name], measure(config))
         click.echo(f"{name}: measured")
     write_records(records)
 

@@ -82,6 +82,7 @@ def test_a_good_recipe_has_no_problem():
         ),
         (with_block(distill={}), "pairwise.distill.teachers: missing"),
         (with_block(distill={"teachers": ["a", "a"]}), "pairwise.distill.teachers: a teacher is named twice"),
+        (with_block(distill={"teachers": []}), "pairwise.distill.teachers: expected at least one entry, found "),
         (with_block(distill={"teachers": ["a"], "weight": 2}), "pairwise.distill.weight: "),
         (
             with_block(distill={"teachers": ["a"], "temprature": 2}),
