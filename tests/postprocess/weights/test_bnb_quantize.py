@@ -37,11 +37,11 @@ def every_finite_float16():
 
 
 def numbers_on_the_bounds():
-    """Blocks whose largest number is 1: the others are the bounds between two levels, and their neighbours in float32."""
+    """A block whose scale is 2: twice the bounds between two levels, and their neighbours in float32."""
     levels = bnb.get_4bit_type("nf4", device="cpu")
     bounds = (levels[:-1] + levels[1:]) / 2
     around = [torch.nextafter(bounds, torch.tensor(end)) for end in (-2.0, 2.0)]
-    return torch.cat([bounds, *around, torch.ones(64 - 3 * len(bounds))])
+    return 2 * torch.cat([bounds, *around, torch.ones(64 - 3 * len(bounds))])
 
 
 @pytest.mark.parametrize(
