@@ -15,6 +15,7 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from postprocess.weights.meta_model import empty_model
 
 BLOCK = 64  # numbers of nf4 that share a scale
+LEAST_SCALE = 1e-38  # for a block of zeros, whose scale is 0
 BLOCKS_OF_SCALES = 256  # with double quantisation, scales that share a scale
 INT8_FORMAT = torch.tensor(0, dtype=torch.uint8)  # bitsandbytes' only layout of int8, "row"
 
@@ -125,25 +126,31 @@ def quantise_nf4(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         The codes, two in a byte (uint8, (numbers / 2, 1)), and the scale of each block of 64 numbers
         (float32).
     """
+    # The numbers left over after whole blocks are scaled in another way; real weights have none.
     if numbers.numel() % BLOCK:
         values, state = bnb.quantize_4bit(numbers, blocksize=BLOCK, quant_type="nf4")
         return values, state.absmax
 
-    # The same operations as bitsandbytes', in the same order: a division would round some otherwise.
+    # A block's scale is its largest magnitude. The operations are bitsandbytes' own, in its order: to
+    # divide by the scale, for example, would round some numbers differently.
     blocks = numbers.reshape(-1, BLOCK).to(torch.float32, copy=True)
     scales = blocks.abs().amax(dim=1)
-    factors = 1.0 / scales.clamp(min=1e-38)
+    factors = 1.0 / scales.clamp(min=LEAST_SCALE)
     scaled = blocks.mul_(factors[:, None]).clamp_(-1, 1).reshape(-1)
 
-    # nf4 has 16 levels; a number takes the nearest one.
+    # nf4 has 16 levels between -1 and 1, in ascending order. A number's code is the place of the nearest
+    # level, and so the count of the bounds halfway between two levels that lie below the number.
     levels = bnb.get_4bit_type("nf4", device="cpu")
     bounds = (levels[:-1] + levels[1:]) / 2
     codes = torch.zeros(scaled.shape, dtype=torch.uint8)
     for bound in bounds.tolist():
         codes += scaled > bound
 
-    first, second = codes[::2], codes[1::2]
-    return ((first << 4) | second)[:, None], scales
+    # The first number of two takes the upper four bits of a byte.
+    upper = codes[::2]
+    lower = codes[1::2]
+    values = (upper << 4) | lower
+    return values[:, None], scales
 
 
 def make_nf4_state(scales: torch.Tensor, shape: tuple[int, int], is_double: bool) -> bnb.QuantState:

@@ -1,8 +1,8 @@
 """Base weights and an adapter → one model, a weight at a time: in 16 bits, or quantised in the same pass.
 
 PEFT and transformers need the whole model in memory and a 16-bit copy of it on the disk. Here each
-weight is read, merged by PEFT in float32, rounded once to float16, quantised by bitsandbytes where it
-is to be, and written. Names are those of the model that transformers builds from the base's
+weight is read, merged by PEFT in float32, rounded once to float16, quantised as bitsandbytes does it
+where it is to be, and written. Names are those of the model that transformers builds from the base's
 configuration for the contract's head. A full fine-tune goes the same way, without an adapter, and so
 does a base model that nobody trained.
 """

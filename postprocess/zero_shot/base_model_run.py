@@ -206,17 +206,21 @@ def score_rows(
 
 
 def compute_logits(run: Run, model: torch.nn.Module, tokenizer, rows: pl.DataFrame) -> np.ndarray:
-    """Compute the logits of the verdicts, up to a constant a sequence.
+    """Compute the logits of the verdicts, but for a constant that each sequence adds to all of its logits.
 
     Returns:
         Logits (rows, orders, verdicts) as the model gives them: in the swapped order, model_a is the
         response that stood first.
     """
     probabilities_rov = score_rows("calibrating", run, model, tokenizer, rows)
-    # score_rows has swapped the second order back.
+
+    # In the second order, score_rows has exchanged model_a and model_b, so that a verdict names the same
+    # response in both. Position bias is about the response that stood first: exchange them again.
     verdicts = run.contract.verdicts
     swapped_columns = swap_probabilities(range(len(verdicts)), verdicts)
     probabilities_rov[:, 1] = probabilities_rov[:, 1][:, swapped_columns]
+
+    # The logarithms of a softmax are its logits, all less the same constant, which the bias does not see.
     return np.log(np.clip(probabilities_rov, SMALLEST, 1))
 
 
