@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from kaggle_kernels.rehearsal.fault_injection import Faults, Kill, inject_faults
 from preprocess.core.errors import UserError
 
@@ -189,12 +191,22 @@ def await_end(process: subprocess.Popen[str], began: float) -> float:
 
     # The other processes have GRACE_SECONDS to end by themselves.
     deadline = time.monotonic() + GRACE_SECONDS
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        while time.monotonic() < deadline:
-            os.killpg(process.pid, 0)  # raises where no process of the group is left
-            time.sleep(GROUP_POLL_SECONDS)
+    while time.monotonic() < deadline and is_alive(process.pid):
+        time.sleep(GROUP_POLL_SECONDS)
     end_group(process.pid)
     return seconds
+
+
+def is_alive(group: int) -> bool:
+    """Tell whether a process of a group is still running.
+
+    A dead one stays in its group until it is waited for: seconds in some containers, or for ever.
+    """
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                return True
+    return False
 
 
 def end_group(group: int) -> None:

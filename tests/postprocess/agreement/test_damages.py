@@ -16,7 +16,6 @@ from postprocess.agreement.conditions import HOLDS, REFUSED
 from postprocess.agreement.model_scores import score_column
 from postprocess.agreement.slices import slice_rows
 from postprocess.agreement.statistics import Column, ComparedRows
-from postprocess.agreement.validation_rows import validation_rows
 from postprocess.run_folder import Run, read_run
 from postprocess.weights.merge import merge
 from postprocess.weights.quantise_run import quantise_merged
@@ -28,7 +27,7 @@ from tests.postprocess.agreement.test_conditions import judge
 
 ROWS = 1000  # so many decide for honest packages too
 TRAINING_ROWS = 600
-STEPS = 150
+STEPS = 100
 BATCH_ROWS = 16
 FLIPPED = 0.2  # people disagree about that many pairs
 
@@ -56,9 +55,8 @@ def flip_some(winners_r: np.ndarray) -> np.ndarray:
     return np.where(is_flipped_r, 1 - winners_r, winners_r).astype(int)
 
 
-def train(model, run: Run, tokenizer) -> None:
+def train(model, run: Run, tokenizer, frame: pl.DataFrame) -> None:
     """Train a model's adapter and head for a few seconds, and write them into the run folder."""
-    frame = read_pairs(run.recipe.pairwise.pairs).filter(pl.col("fold") == 1)
     pairs = [run.model_input.pair_from_row(row) for row in frame.iter_rows(named=True)]
     sequences = [ids for (ids,) in run.model_input.encode_all(pairs, tokenizer, run.contract)]
     winners_r = torch.tensor(flip_some(winners(frame, run.contract.verdicts))).long()
@@ -66,7 +64,7 @@ def train(model, run: Run, tokenizer) -> None:
     # As LoRA begins: with the base model as it is.
     change_weights(model, "lora_B", torch.Tensor.zero_)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=0.003)
+    optimizer = torch.optim.AdamW(weights, lr=0.006)
     generator = torch.Generator().manual_seed(0)
     for _ in range(STEPS):
         batch = torch.randint(len(sequences), (BATCH_ROWS,), generator=generator)
@@ -80,11 +78,13 @@ def train(model, run: Run, tokenizer) -> None:
 
 def make_scored(folder, base, seed: int) -> Scored:
     """A tiny model, trained, with its probabilities."""
-    made_run = runs.make(folder, base, "gemma2", rows=ROWS, training_rows=TRAINING_ROWS, seed=seed)
+    made_run = runs.make(folder, base, "gemma2", training_rows=ROWS + TRAINING_ROWS, seed=seed)
     run = read_run(read_recipe(made_run.recipe))
     tokenizer = read_tokenizer(run.folder)
-    train(made_run.model, run, tokenizer)
-    frame, pairs = validation_rows(run, end=ROWS)
+    others = read_pairs(run.recipe.pairwise.pairs).filter(pl.col("fold") == 1)
+    train(made_run.model, run, tokenizer, others[ROWS:])
+    frame = others[:ROWS]
+    pairs = [run.model_input.pair_from_row(row) for row in frame.iter_rows(named=True)]
     verdicts = run.contract.verdicts
     groups_r = np.arange(len(frame))
     winners_r = flip_some(winners(frame, verdicts))
