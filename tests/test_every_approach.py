@@ -27,7 +27,7 @@ UNTRAINED = sorted({*RECIPES} - {*TRAINED})
 SPECS = all_specs()
 ROWS = 40
 
-# `make test` takes these the whole way, `make test-slow` all others.
+# `make test` takes recipes of these the whole way, `make test-slow` all others.
 QUICK_ARCHITECTURES = ("gemma2", "bert")
 
 
@@ -46,12 +46,22 @@ def recipe_cases(recipes):
     return cases
 
 
+def kind_of(package) -> tuple:
+    """What of a package makes a kernel take another path."""
+    block = read_recipe(ROOT / "recipes" / f"{package.run}.yml").pairwise
+    form = block.package
+    return architecture_of(package.run), block.head, form.quantize, form.adapter, package.placement
+
+
 def spec_cases():
-    """Make a test case of each spec; it is slow where one of its recipes is."""
-    cases = []
+    """Make a test case of each spec; it is slow where a recipe is, or where an earlier spec serves packages of its kinds."""
+    cases, kinds_seen = [], set()
     for spec in SPECS:
-        architectures = {architecture_of(package.run) for package in read_spec(spec).packages}
-        is_quick = architectures.issubset(QUICK_ARCHITECTURES)
+        settings = read_spec(spec)
+        kinds = (settings.competition, *(kind_of(package) for package in settings.packages))
+        architectures = {architecture_of(package.run) for package in settings.packages}
+        is_quick = architectures.issubset(QUICK_ARCHITECTURES) and kinds not in kinds_seen
+        kinds_seen.add(kinds)
         cases.append(pytest.param(spec, id=spec.stem, marks=[] if is_quick else pytest.mark.slow))
     return cases
 

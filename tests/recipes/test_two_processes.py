@@ -1,17 +1,16 @@
 """Two processes on the CPU, as with two GPUs: they train what one does, and their rows are not mixed up."""
 
-import subprocess
-
 import numpy as np
 import polars as pl
 import pytest
 import yaml
 from datasets import Dataset
 
+from postprocess.pipeline import package_recipe
 from preprocess.core.files import read_json
+from recipes.pairwise.config.schema import read_recipe
 from recipes.pairwise.data.token_budget import StepShape, TokenBudgetBatches
 from tests import forked
-from tests.conftest import ROOT
 from tests.recipes import comparable, two_processes
 
 pytestmark = pytest.mark.slow
@@ -48,8 +47,7 @@ def test_two_processes_train_predict_and_package_what_one_does(stage, train, one
     # A hundredth of what tells the rows apart: a row that stands in another's place is much further off.
     assert (predicted["p_model_a"] - as_one["p_model_a"]).abs().max() < as_one["p_model_a"].std() / 100
 
-    packaged = subprocess.run(["python", "-m", "postprocess", str(twin)], cwd=ROOT, timeout=400, check=False)
-    assert packaged.returncode == 0
+    package_recipe(read_recipe(twin))
     recorded, trained, *_ = read_json(folder / "agreement.json")["models"]
     assert (recorded["model"], trained["model"]) == ("recorded", "trained")
     assert recorded["against_trained"]["largest"] < 1e-4
