@@ -23,7 +23,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 from hypothesis import HealthCheck, settings
 
+from preprocess.core.quiet import prepare_imports
 from tests import tiny
+
+prepare_imports()
 
 ROOT = Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"

@@ -1,8 +1,10 @@
 """What each run in a fork needs: imported once, by the process that is forked (see forked.py)."""
 
-# ruff: noqa: F401
+# ruff: noqa: E402, F401
 
 import gc
+
+gc.disable()
 
 import axolotl.cli.train
 import axolotl.core.builders
@@ -15,3 +17,4 @@ import recipes.pairwise.plugin
 
 # Training collects garbage several times. Half a second each time would go into looking at all that has been imported.
 gc.freeze()
+gc.enable()

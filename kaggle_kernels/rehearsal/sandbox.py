@@ -43,6 +43,8 @@ GROUP_POLL_SECONDS = 0.05
 # too, since they inherit PYTHONPATH.
 SITECUSTOMIZE = f'''"""A rehearsal: no network, and nothing of the repository."""
 
+import atexit
+import gc
 import signal
 import sys
 import time
@@ -67,6 +69,10 @@ def end_clock(*_):
 
 sys.addaudithook(refuse)
 signal.signal(signal.SIGUSR1, end_clock)  # fault_injection.py sends it
+
+# Python looks for garbage among all that was imported, which takes a second of each process.
+gc.set_threshold(10_000)
+atexit.register(gc.freeze)
 '''
 
 

@@ -6,6 +6,8 @@ JOB.json has `model` (the folder of a decoder in 16 bits), `architecture` (its c
 format. Imports nothing of this project: none of it is in that environment.
 """
 
+import atexit
+import gc
 import json
 import os
 import sys
@@ -28,6 +30,9 @@ from safetensors.torch import load_file, save_file
 
 def main(job_file: Path, out: Path) -> None:
     """Quantise a model and save it."""
+    # At its end Python would look for garbage among all that was imported, for a second.
+    atexit.register(gc.freeze)
+
     job = json.loads(job_file.read_text(encoding="utf-8"))
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,4 +1,4 @@
-"""Importing our packages first keeps libraries from fetching code from a hub, and from warnings that are of no use."""
+"""Importing our packages first keeps libraries from fetching code from a hub, from useless warnings, and from being slow."""
 
 import logging
 import os
@@ -10,6 +10,16 @@ import pytest
 from preprocess.core.quiet import KEPT_BACK, without
 from tests.conftest import ROOT
 
+GARBAGE = """
+import gc, kaggle_kernels
+class Cycle:
+    def __init__(self):
+        self.itself = self
+    def __del__(self):
+        print("was looked at")
+Cycle()
+print(gc.get_threshold()[0])
+"""
 FAKE_KERNELS = """
 print("kernels was imported")
 def get_kernel(*arguments, **options):
@@ -46,3 +56,7 @@ def test_only_messages_that_begin_so_are_kept_back():
     lets_pass = without(KEPT_BACK["torchao"])
     for text, passes in (("Failed to load %s", False), ("Is %s", True)):
         assert lets_pass(logging.LogRecord("torchao", logging.WARNING, "", 0, text, ("x",), None)) is passes
+
+
+def test_python_looks_for_garbage_less_often_and_not_when_it_ends(tmp_path):
+    assert run_python(GARBAGE, tmp_path) == "10000\n"
