@@ -116,6 +116,16 @@ def test_what_a_kernel_leaves_behind_is_ended(root, capfd, monkeypatch):
     assert has_ended(int(child))
 
 
+def test_a_dead_process_that_nobody_has_waited_for_is_not_alive():
+    process = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    assert sandbox.is_alive(process.pid)
+    process.kill()
+    while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    assert not sandbox.is_alive(process.pid)
+    process.wait()
+
+
 def test_an_interrupted_rehearsal_leaves_no_kernel_behind(root, monkeypatch):
     pids = []
 
