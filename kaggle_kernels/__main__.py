@@ -129,10 +129,7 @@ def build(specs: tuple[str, ...], kernels: Path, check: bool) -> None:
     help="Replace a twentieth of the rows by adversarial ones. Ids are int for an odd seed, string for an even one.",
 )
 @click.option(
-    "--seed",
-    type=click.IntRange(0),
-    default=0,
-    help="Seed for rows, ids and their order.",
+    "--seed", type=click.IntRange(0), default=0, help="Seed for rows, ids and their order."
 )
 @click.option(
     "--devices",
@@ -248,11 +245,7 @@ def smoke(yes: bool, poll_seconds: float, patience_seconds: float) -> None:
 
 @main.command()
 @click.argument("spec")
-@click.option(
-    "--dry-run",
-    is_flag=True,
-    help="Make every check and push nothing.",
-)
+@click.option("--dry-run", is_flag=True, help="Make every check and push nothing.")
 @click.option(
     "--again",
     is_flag=True,

@@ -1,7 +1,6 @@
 """The hidden test rehearsed: real kernels in Kaggle's versions on hostile rows with two workers; the slow ones at full size."""
 
 import contextlib
-import json
 import os
 import shutil
 import subprocess
@@ -13,7 +12,7 @@ import pytest
 from preprocess.core.files import read_json
 from tests import tiny
 from tests.conftest import ROOT
-from tests.kaggle_kernels.packages import write_manifest, write_recipe, write_spec
+from tests.kaggle_kernels.packages import write_recipe, write_spec
 from tests.kaggle_kernels.rehearsal.layouts import in_lmsys_layout
 
 SPEC = "title: Pairwise Hidden\ncompetition: {}\npackages: [{{run: {}, dataset: tiny-{}}}]\nclock_seconds: 600\n"
@@ -66,26 +65,9 @@ def test_300_hostile_rows_on_two_workers(tmp_path, request, competition, test_fi
     assert (measured["judged"], measured["faults"]["kills"]) == (300 - 63, [])
     kernel = read_json(out / "kernel.json")
     assert (kernel["devices"], kernel["hidden_run"], kernel["clock_seconds"]) == (["cpu", "cpu"], True, 500)
+    assert kernel["versions"]["transformers"] == "5.0.0"
     rows = pl.read_parquet(out / "rows.parquet")
     assert pl.read_csv(out / "submission.csv", infer_schema=False)["id"].to_list() == rows["id"].cast(pl.String).to_list()
-
-
-def test_the_visible_run_scores_held_out_rows_of_the_train_file_and_predicts_the_hidden_one(tmp_path, package_folder):
-    make_workplace(tmp_path, "wsdm", package_folder)
-    package, train = tmp_path / "outputs" / "two" / "package", tiny.pairs(200, seed=8, prefix="train")
-    listed = {"fold": 0, "trained_on": False, "ids": train["id"].to_list()[:60]}
-    (package / "validation_ids.json").write_text(json.dumps(listed))
-    write_manifest(package)
-    train.write_parquet(tmp_path / "all.parquet")
-    tiny.pairs(3, seed=9).drop("winner").write_parquet(tmp_path / "three.parquet")
-    printed, measured, out = rehearse(tmp_path, "three.parquet", "--train", "all.parquet", "--devices", "2")
-    assert "visible run: 60 rows of train.parquet are scored too\n" in printed
-    assert "predicted for 25,000 rows: every row scored once after " in printed
-    assert measured["checks"]["ids"] == 3
-    kernel = read_json(out / "kernel.json")
-    assert (kernel["hidden_run"], kernel["rows"], kernel["scored"], kernel["visible"]["rows"]) == (False, 3, 3, 60)
-    assert kernel["visible"]["quality"]["judged"] == 60
-    assert [finish["rows"] for finish in kernel["visible"]["predicted"]] == [10_000, 25_000]
 
 
 def test_both_workers_killed_for_good_after_a_fifth_of_the_rows_leave_a_whole_submission(tmp_path, package_folder):
