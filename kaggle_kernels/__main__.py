@@ -65,9 +65,7 @@ def list_specs() -> None:
     help="Folder of all kernels; each is written to a folder with its spec's name.",
 )
 @click.option(
-    "--check",
-    is_flag=True,
-    help="Write nothing; exit with code 2 if a file is not up to date.",
+    "--check", is_flag=True, help="Write nothing; exit with code 2 if a file is not up to date."
 )
 @exits_with_2
 def build(specs: tuple[str, ...], kernels: Path, check: bool) -> None:
@@ -316,10 +314,7 @@ def submit(
 
 @main.command()
 @click.option(
-    "--competition",
-    type=click.Choice(list(COMPETITIONS)),
-    default="wsdm",
-    show_default=True,
+    "--competition", type=click.Choice(list(COMPETITIONS)), default="wsdm", show_default=True
 )
 @asks_kaggle(patience_seconds=3600)
 @exits_with_2

@@ -22,12 +22,7 @@ from kaggle_kernels.build.packages import spec_folder
 from kaggle_kernels.build.spec import read_spec
 from kaggle_kernels.publish.client import Kaggle, Pace, Refused, Unanswered, ask, connect
 from kaggle_kernels.publish.kernels import FEW_LOOKS, download_output, pull_kernel, read_status
-from kaggle_kernels.publish.push import (
-    PushRecord,
-    one_at_a_time,
-    read_note,
-    require_push,
-)
+from kaggle_kernels.publish.push import PushRecord, one_at_a_time, read_note, require_push
 from preprocess.competitions import COMPETITIONS
 from preprocess.core import ledger
 from preprocess.core.errors import UserError

@@ -214,10 +214,7 @@ def describe_rows(rows: pl.DataFrame, rows_in_file: int, options: RowOptions) ->
 
 def format_description(description: dict) -> str:
     """Turn the description of the rows into a line of the log."""
-    parts = [
-        f"{description['rows']:,} rows of {description['of']:,}",
-        f"{description['ids']} ids",
-    ]
+    parts = [f"{description['rows']:,} rows of {description['of']:,}", f"{description['ids']} ids"]
     if description["shuffled"]:
         parts.append("shuffled")
     if "hostile" in description:

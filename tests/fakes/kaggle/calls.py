@@ -224,10 +224,7 @@ CALLS: dict[str, tuple[Callable[[Site, dict], dict], type | None]] = {
     "kernels.KernelsApiService/SaveKernel": (save_kernel, kernels.ApiSaveKernelResponse),
     "kernels.KernelsApiService/GetKernel": (get_kernel, kernels.ApiGetKernelResponse),
     "kernels.KernelsApiService/DeleteKernel": (delete_kernel, kernels.ApiDeleteKernelResponse),
-    "kernels.KernelsApiService/GetKernelSessionStatus": (
-        get_kernel_session_status,
-        kernels.ApiGetKernelSessionStatusResponse,
-    ),
+    "kernels.KernelsApiService/GetKernelSessionStatus": (get_kernel_session_status, kernels.ApiGetKernelSessionStatusResponse),
     "kernels.KernelsApiService/ListKernelSessionOutput": (
         list_kernel_session_output,
         kernels.ApiListKernelSessionOutputResponse,

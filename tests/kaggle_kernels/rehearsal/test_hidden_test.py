@@ -44,8 +44,7 @@ def rehearse(*options, out="results"):
 
 
 @pytest.mark.parametrize(
-    "competition, test_file, ids, seed",
-    [("wsdm", "test.parquet", "string", "2"), ("lmsys", "test.csv", "int", "1")],
+    "competition, test_file, ids, seed", [("wsdm", "test.parquet", "string", "2"), ("lmsys", "test.csv", "int", "1")]
 )
 def test_300_hostile_rows_on_two_workers(request, competition, test_file, ids, seed):
     package = request.getfixturevalue({"wsdm": "package_folder", "lmsys": "three_verdict_folder"}[competition])

@@ -76,10 +76,7 @@ def test_a_row_that_alone_needs_too_much_memory_is_given_up_and_the_others_are_s
 
 @pytest.mark.parametrize(
     "way, line",
-    [
-        ("dies_at", "cpu: died (exit code -9)"),
-        ("fails_at", "RuntimeError: CUDA error: device-side assert triggered"),
-    ],
+    [("dies_at", "cpu: died (exit code -9)"), ("fails_at", "RuntimeError: CUDA error: device-side assert triggered")],
 )
 def test_a_worker_that_dies_is_started_again_with_half_the_budget_and_its_rows_are_scored(way, line, capsys):
     device = Device()
