@@ -170,11 +170,12 @@ def rehearse(spec: str, test_file: Path, out: Path | None, python: Path | None, 
     """
     from kaggle_kernels.build.spec import find_spec  # noqa: PLC0415  --help starts fast
     from kaggle_kernels.rehearsal import rehearse as rehearsal  # noqa: PLC0415  --help starts fast
+    from kaggle_kernels.rehearsal.scenario import Scenario  # noqa: PLC0415  --help starts fast
 
     spec_path = find_spec(spec)
     if out is None:
         out = Path("outputs") / spec_path.stem / "rehearsal"
-    rehearsal.rehearse(spec_path, test_file, out, python, rehearsal.Scenario(**scenario))
+    rehearsal.rehearse(spec_path, test_file, out, python, Scenario(**scenario))
 
 
 @main.command()

@@ -6,6 +6,7 @@ import subprocess
 import polars as pl
 
 from kaggle_kernels.rehearsal.sandbox import SITECUSTOMIZE, find_python, make_environment
+from kaggle_kernels.rehearsal.scenario import Scenario
 from preprocess.model_input import encode, encode_all, pair_from_row, read_contract, swap
 from tests.kaggle_kernels.packages import AWKWARD_ROWS
 
@@ -34,7 +35,7 @@ def test_the_kernels_ids_are_trainings_ids_on_every_awkward_row(workplace, tmp_p
     )
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(SITECUSTOMIZE)
-    environment = make_environment(tmp_path, tmp_path / "site")
+    environment = make_environment(tmp_path, tmp_path / "site", Scenario())
     subprocess.run([find_python(None), "-P", "-c", script], check=True, env=environment)
     tokenizer, contract = AutoTokenizer.from_pretrained(package_folder), read_contract(package_folder)
     pairs = [pair_from_row(row) for row in AWKWARD_ROWS]

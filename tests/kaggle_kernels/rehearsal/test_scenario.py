@@ -18,8 +18,8 @@ def fake_kernel(monkeypatch):
     """Replace the kernel's run by right answers, which `spoil` may spoil; records what the kernel was run with."""
     fake = {"spoil": lambda working: None, "passes": []}
 
-    def run(python, kernel, root, name, conditions):
-        fake.update(kernel=kernel, conditions=conditions)
+    def run(python, kernel, root, name, clock_seconds, scenario):
+        fake.update(kernel=kernel, clock_seconds=clock_seconds, scenario=scenario)
         [path] = (root / "input" / "competitions").rglob("test.*")
         ids, working = pl.read_parquet(path)["id"].cast(pl.String), root / "working"
         pl.DataFrame({"id": ids, "winner": "model_a"}).write_csv(working / "submission.csv")
@@ -42,8 +42,7 @@ def test_a_plain_rehearsal_runs_the_built_kernel_on_the_files_own_rows(workplace
     assert done.exit_code == 0, done.output
     kernel = tmp_path / "outputs/kernels/test/kernel.py"
     assert fake_kernel["kernel"] == kernel.read_text()
-    conditions = fake_kernel["conditions"]
-    assert (conditions.clock_seconds, conditions.devices, conditions.is_hidden) == (600, None, False)
+    assert (fake_kernel["clock_seconds"], fake_kernel["scenario"].is_hidden) == (600, False)
     assert not (tmp_path / "outputs/test/rehearsal/rows.parquet").exists()
     assert "warning: two scored no row; the log above says why\n" in done.output
 
@@ -63,7 +62,7 @@ def test_another_clock_changes_that_line_of_the_kernel_and_nothing_else(workplac
     built, ran = (tmp_path / "outputs/kernels/test/kernel.py").read_text(), fake_kernel["kernel"]
     assert ran == built.replace("seconds=600.0)", "seconds=90.0)")
     assert ran != built
-    assert fake_kernel["conditions"].clock_seconds == record_of(tmp_path)["clock_seconds"] == 90
+    assert fake_kernel["clock_seconds"] == record_of(tmp_path)["clock_seconds"] == 90
     assert "30 rows in 12.5 s of a clock of 2 min\n" in done.output
 
 
