@@ -2682,7 +2682,7 @@ def load_model(
     config = serving_config(folder, contract)
     quantised = getattr(config, "quantization_config", None)
     if quantised and quantised["quant_method"] == "gptq":
-        config.quantization_config = unpacking(quantised)
+        config.quantization_config = {**quantised, "quant_method": UNPACKING}
 
     # Without a device_map weights are read on the CPU first, and quantised ones are not read at all.
     options = {}
@@ -3170,15 +3170,6 @@ class UnpackingQuantizer(HfQuantizer):
     def is_serializable(self, **_) -> bool:
         """No: what is loaded here is served."""
         return False
-
-
-def unpacking(settings: Mapping[str, object]) -> dict[str, object]:
-    """Rewrite config.json's `quantization_config` as from_pretrained must get it."""
-    return {
-        "quant_method": UNPACKING,
-        "bits": settings["bits"],
-        "group_size": settings["group_size"],
-    }
 
 
 # ================================================================================================
