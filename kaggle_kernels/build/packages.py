@@ -162,7 +162,5 @@ def build_of(kernel: Path, packages: Mapping[str, Path]) -> dict:
     Returns:
         The SHA-256 of kernel.py, and by dataset that of each package's manifest.json.
     """
-    manifest_hashes = {}
-    for dataset, folder in packages.items():
-        manifest_hashes[dataset] = sha256(folder / MANIFEST)
+    manifest_hashes = {dataset: sha256(folder / MANIFEST) for dataset, folder in packages.items()}
     return {"kernel_sha256": sha256(kernel / "kernel.py"), "packages": manifest_hashes}
