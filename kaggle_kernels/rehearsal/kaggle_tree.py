@@ -11,10 +11,10 @@ from pathlib import Path
 import polars as pl
 
 from kaggle_kernels.build.spec import Spec
-from kaggle_kernels.rehearsal.adversarial_texts import TEXTS
 from kaggle_kernels.runtime.inputs import SCORED
 from kaggle_kernels.runtime.package import NOT_MOUNTED
 from preprocess.competitions import COMPETITIONS
+from preprocess.sources.rows import TEXTS
 
 
 def lay_out_tree(

@@ -10,10 +10,11 @@ import polars as pl
 
 from kaggle_kernels.build.spec import Spec
 from kaggle_kernels.rehearsal.adversarial_rows import KIND_COLUMN, add_adversarial_rows
-from kaggle_kernels.rehearsal.adversarial_texts import KINDS, TEXTS
+from kaggle_kernels.rehearsal.adversarial_texts import KINDS
 from kaggle_kernels.rehearsal.scenario import Scenario
 from preprocess.competitions import COMPETITIONS, Competition
 from preprocess.core.errors import UserError
+from preprocess.sources.rows import TEXTS
 
 TEXT_TYPES = (pl.String, pl.List(pl.String), pl.Null)
 

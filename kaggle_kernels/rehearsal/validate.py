@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from kaggle_kernels.rehearsal.adversarial_texts import TEXTS
 from postprocess.report.predictions import read_table
 from preprocess.competitions import Competition
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_object
+from preprocess.sources.rows import TEXTS
 
 # Rows with the same texts get slightly different probabilities, since their batches are padded to
 # different lengths. Largest allowed difference:
