@@ -9,7 +9,6 @@ import pytest
 
 from kaggle_kernels.build.spec import read_spec
 from preprocess.competitions import COMPETITIONS, Competition
-from preprocess.core.errors import UserError
 from preprocess.core.files import read_json
 from preprocess.sources.reader import read_batches, read_prompts
 from tests import tiny
@@ -93,11 +92,6 @@ def test_a_third_competition_is_read_built_and_rehearsed_by_its_entry_alone(duel
     winners = [*test_rows["prefers_a"], test_rows["prefers_a"][0]]
     errors = [2 * (chance - winner) ** 2 for chance, winner in zip(chances, winners, strict=True)]
     assert record["brier_score"] == pytest.approx(sum(errors) / 13, abs=1e-6)
-
-
-def test_a_spec_of_no_known_competition_is_refused(tmp_path):
-    with pytest.raises(UserError, match="competition: expected wsdm or lmsys, found 'duel'"):
-        write_spec(tmp_path, SPEC)
 
 
 @pytest.mark.parametrize(
