@@ -479,11 +479,6 @@ class ScoringJob:
         """List the orders worth scoring with a package."""
         return orders_of(self.inputs.contracts[number], self.inputs.settings.orders)
 
-    def unscored(self, key: Key, group: Sequence[str]) -> list[str]:
-        """List those rows of a group that a pass has still to score."""
-        tried = self.progress.tried.get(key, set())
-        return [row_id for row_id in group if row_id not in tried]
-
     def probabilities(self) -> dict[str, list[float]]:
         """Combine what all packages have given so far, by id."""
         return combine(self.inputs.settings, self.inputs.packages, self.progress.scores)
@@ -659,7 +654,8 @@ def list_candidates(
             load_seconds = loading_seconds(job.inputs.packages[number], copies)
 
         for order in job.orders(number):
-            unscored = job.unscored((number, order), group)
+            tried = job.progress.tried.get((number, order), set())
+            unscored = [row_id for row_id in group if row_id not in tried]
             if unscored:
                 candidate = CandidatePass(
                     package=number,
