@@ -65,9 +65,7 @@ def list_specs() -> None:
     help="Folder of all kernels; each is written to a folder with its spec's name.",
 )
 @click.option(
-    "--check",
-    is_flag=True,
-    help="Write nothing; exit with code 2 if a file is not up to date.",
+    "--check", is_flag=True, help="Write nothing; exit with code 2 if a file is not up to date."
 )
 @exits_with_2
 def build(specs: tuple[str, ...], kernels: Path, check: bool) -> None:
@@ -129,10 +127,7 @@ def build(specs: tuple[str, ...], kernels: Path, check: bool) -> None:
     help="Replace a twentieth of the rows by adversarial ones. Ids are int for an odd seed, string for an even one.",
 )
 @click.option(
-    "--seed",
-    type=click.IntRange(0),
-    default=0,
-    help="Seed for rows, ids and their order.",
+    "--seed", type=click.IntRange(0), default=0, help="Seed for rows, ids and their order."
 )
 @click.option(
     "--devices",
@@ -175,11 +170,12 @@ def rehearse(spec: str, test_file: Path, out: Path | None, python: Path | None, 
     """
     from kaggle_kernels.build.spec import find_spec  # noqa: PLC0415  --help starts fast
     from kaggle_kernels.rehearsal import rehearse as rehearsal  # noqa: PLC0415  --help starts fast
+    from kaggle_kernels.rehearsal.scenario import Scenario  # noqa: PLC0415  --help starts fast
 
     spec_path = find_spec(spec)
     if out is None:
         out = Path("outputs") / spec_path.stem / "rehearsal"
-    rehearsal.rehearse(spec_path, test_file, out, python, rehearsal.Scenario(**scenario))
+    rehearsal.rehearse(spec_path, test_file, out, python, Scenario(**scenario))
 
 
 @main.command()
@@ -248,11 +244,7 @@ def smoke(yes: bool, poll_seconds: float, patience_seconds: float) -> None:
 
 @main.command()
 @click.argument("spec")
-@click.option(
-    "--dry-run",
-    is_flag=True,
-    help="Make every check and push nothing.",
-)
+@click.option("--dry-run", is_flag=True, help="Make every check and push nothing.")
 @click.option(
     "--again",
     is_flag=True,
@@ -323,10 +315,7 @@ def submit(
 
 @main.command()
 @click.option(
-    "--competition",
-    type=click.Choice(list(COMPETITIONS)),
-    default="wsdm",
-    show_default=True,
+    "--competition", type=click.Choice(list(COMPETITIONS)), default="wsdm", show_default=True
 )
 @asks_kaggle(patience_seconds=3600)
 @exits_with_2

@@ -79,12 +79,8 @@ def fit_packages(spec_path: Path, spec: Spec) -> list[Fit]:
 
 
 def find_recipe(run: str, package_key: str) -> Recipe:
-    """Find the recipe with a run's name, in recipes/ of the current folder or among the project's.
-
-    Args:
-        run: The run's name, which may name a part of it, as in gemma2_cls/mean.
-        package_key: The spec's file and key that name the run, for the error message.
-    """
+    """Find the recipe with a run's name, in recipes/ of the current folder or among the project's."""
+    # A run may be a part of another, as in gemma2_cls/mean.
     name = run.split("/")[0]
     for folder in (Path("recipes"), RECIPES):
         path = folder / f"{name}.yml"

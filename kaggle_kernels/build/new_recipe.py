@@ -119,7 +119,7 @@ class NewModel:
 
 
 def write_recipe_and_spec(name: str, base: str, head: str) -> None:
-    """Write recipes/NAME.yml and kaggle_kernels/specs/NAME.yml, and print what was derived.
+    """Write recipes/NAME.yml and kaggle_kernels/specs/NAME.yml, and print the template.
 
     Raises:
         UserError: A file is there already, or the base model cannot be trained this way.
@@ -160,7 +160,10 @@ def write_recipe_and_spec(name: str, base: str, head: str) -> None:
         with atomic_file(spec_path) as temporary:
             temporary.write_text(format_spec(new), encoding="utf-8")
         click.echo(f"{spec_path}: written")
-    print_summary(new)
+
+    # To be compared with the base model's own template before a long run.
+    parts = [quote(text) for text in asdict(template).values()]
+    click.echo(f"template: {' '.join(parts)}")
 
 
 def check_name(name: str, paths: Sequence[Path]) -> None:
@@ -293,21 +296,6 @@ def format_spec(new: NewModel) -> str:
     if new.serving.quantize in BITSANDBYTES:
         text += "wheels: pairwise-wheels\n"
     return text
-
-
-def print_summary(new: NewModel) -> None:
-    """Print what was derived from the base model, to be looked at before a long run."""
-    layers = ", ".join(new.training.lora_targets) or "none, every weight is trained"
-    click.echo(
-        f"template:  {quote(new.template.start)} {quote(new.template.turn)} {quote(new.template.end)}"
-    )
-    click.echo(f"pad token: {new.pad_token or 'as the tokenizer has it'}")
-    click.echo(f"LoRA:      {layers}")
-    click.echo(f"training:  {describe_hardware(new.training)}")
-    if new.serving:
-        click.echo(
-            f"serving:   quantize: {new.serving.quantize}, placement: {new.serving.placement}"
-        )
 
 
 def quote(text: str) -> str:

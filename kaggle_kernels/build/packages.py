@@ -135,17 +135,10 @@ def check_base_model(folder: Path, recipe: Recipe) -> None:
 
 
 def check_weight_bytes(folder: Path, fit: Fit) -> None:
-    """Check that a package's weights are no larger than the base model of its recipe.
+    """Raise UserError where a package's weights are larger than the base model of its recipe.
 
     Whether a kernel's models fit the GPUs is computed from the recipe's base model. A package of a larger
     one, trained with --base-model, would run out of memory on Kaggle.
-
-    Args:
-        folder: The package.
-        fit: The memory that was computed for it.
-
-    Raises:
-        UserError: The weights are larger.
     """
     bytes_on_disk = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     bytes_computed = sum(weight_bytes(fit.served))
@@ -169,7 +162,5 @@ def build_of(kernel: Path, packages: Mapping[str, Path]) -> dict:
     Returns:
         The SHA-256 of kernel.py, and by dataset that of each package's manifest.json.
     """
-    manifest_hashes = {}
-    for dataset, folder in packages.items():
-        manifest_hashes[dataset] = sha256(folder / MANIFEST)
+    manifest_hashes = {dataset: sha256(folder / MANIFEST) for dataset, folder in packages.items()}
     return {"kernel_sha256": sha256(kernel / "kernel.py"), "packages": manifest_hashes}

@@ -11,12 +11,7 @@ from postprocess.memory.t4_fit import place
 from preprocess.core.errors import UserError
 from recipes.pairwise.memory.base_model import BaseModel
 from recipes.pairwise.memory.hardware import FLOAT32_MOMENTS, RESERVED_SHARE
-from recipes.pairwise.memory.training_step import (
-    GIB,
-    TrainingStep,
-    Zero,
-    count_step_memory,
-)
+from recipes.pairwise.memory.training_step import GIB, TrainingStep, Zero, count_step_memory
 
 SMALL_PARAMETERS = 1e9  # below, every weight is trained
 LARGE_PARAMETERS = 10e9  # from here on, one pair at a time

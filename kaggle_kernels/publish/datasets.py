@@ -155,7 +155,7 @@ def create_version(kaggle: Kaggle, folder: DatasetFolder, is_new: bool) -> None:
 
 
 def request_version(kaggle: Kaggle, folder: DatasetFolder, tokens: list[str], is_new: bool) -> None:
-    """Ask Kaggle for a dataset, or a version of one, made of files that it has received.
+    """Ask Kaggle for a private dataset, or a version of one, made of files that it has received.
 
     The call is never repeated. Where its answer is lost, the next push sees whether it took effect.
 
@@ -163,47 +163,31 @@ def request_version(kaggle: Kaggle, folder: DatasetFolder, tokens: list[str], is
         Refused: Kaggle refuses it.
         Unanswered: Its answer is lost.
     """
+    files = [ApiDatasetNewFile.from_dict({"token": token}) for token in tokens]
     if is_new:
-        answer = kaggle.datasets.create_dataset(make_dataset_request(folder, tokens))
+        metadata = read_object(folder.path / METADATA)
+
+        # kagglesdk sends a field only where it was set.
+        request = ApiCreateDatasetRequest()
+        request.owner_slug = folder.owner
+        request.slug = folder.slug
+        request.title = metadata["title"]
+        request.license_name = metadata["licenses"][0]["name"]
+        request.is_private = True
+        request.files = files
+        answer = kaggle.datasets.create_dataset(request)
     else:
-        answer = kaggle.datasets.create_dataset_version(make_version_request(folder, tokens))
+        # The notes tell on Kaggle's page which package a version is.
+        body = ApiCreateDatasetVersionRequestBody()
+        body.version_notes = f"{folder.manifest} {folder.manifest_sha256()[:12]}"
+        body.files = files
+        request = name_dataset(ApiCreateDatasetVersionRequest(), folder)
+        request.body = body
+        answer = kaggle.datasets.create_dataset_version(request)
 
     # Kaggle puts some errors into an answer with HTTP 200.
     if answer.status == "error" or answer.error:
         raise Refused(answer.error, 200)
-
-
-def make_dataset_request(folder: DatasetFolder, tokens: list[str]) -> ApiCreateDatasetRequest:
-    """Ask for a private dataset of files that Kaggle has received, as dataset-metadata.json describes it."""
-    metadata = read_object(folder.path / METADATA)
-    request = ApiCreateDatasetRequest()
-
-    # kagglesdk sends a field only where it was set.
-    request.owner_slug = folder.owner
-    request.slug = folder.slug
-    request.title = metadata["title"]
-    request.license_name = metadata["licenses"][0]["name"]
-    request.is_private = True
-    request.files = list_tokens(tokens)
-    return request
-
-
-def make_version_request(
-    folder: DatasetFolder, tokens: list[str]
-) -> ApiCreateDatasetVersionRequest:
-    """Ask for a new version of a dataset, of files that Kaggle has received."""
-    # The notes tell on Kaggle's page which package a version is.
-    body = ApiCreateDatasetVersionRequestBody()
-    body.version_notes = f"{folder.manifest} {folder.manifest_sha256()[:12]}"
-    body.files = list_tokens(tokens)
-    request = name_dataset(ApiCreateDatasetVersionRequest(), folder)
-    request.body = body
-    return request
-
-
-def list_tokens(tokens: list[str]) -> list[ApiDatasetNewFile]:
-    """List files that Kaggle has received as kagglesdk wants them."""
-    return [ApiDatasetNewFile.from_dict({"token": token}) for token in tokens]
 
 
 def find_differences(

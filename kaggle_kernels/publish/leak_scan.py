@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_json
+from preprocess.sources.rows import TEXTS
 
 # Words of all kinds, also what looks like a path; their hashes are in the contract.
 VOCABULARIES = ("tokenizer.json", "vocab.txt")
@@ -22,7 +23,6 @@ NGRAM_CHARACTERS = 48
 # So many n-grams of one row in one file are no accident.
 NGRAMS_OF_A_ROW = 2
 REMEDY = "take it out, make the folder again, and revoke a secret that has been anywhere else"
-TEXTS = ("prompt", "response_a", "response_b")
 
 # From a name to its value in Python, JSON, YAML and shells.
 IS = r"""["'\]]*\s{0,4}[:=]\s{0,4}["']?"""

@@ -107,11 +107,7 @@ def follow_dataset(
 ) -> list[Step]:
     """Follow a dataset to the package that was uploaded as it, and to the runs that this was made of.
 
-    Args:
-        entries: The ledger's entries, the oldest first.
-        ref: The dataset's owner/slug.
-        dataset: Its version, and the SHA-256 of the package's manifest, by which the package is found.
-        depth: How far the package lies from the submission.
+    The package is found by the SHA-256 of its manifest, which the push wrote down with the dataset's version.
     """
     name = f"{ref} version {dataset['version']}"
     package = find_entry(entries, "package", "manifest", dataset["manifest"])

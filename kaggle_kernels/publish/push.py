@@ -132,7 +132,12 @@ def publish_kernel(
     latest_image: bool,
 ) -> None:
     """Push the spec's kernel and its published `datasets`, by owner/slug; see `push`."""
-    kernel = pin_kernel(spec_path, kaggle.owner, datasets)
+    # The datasets are pinned to their versions, unless Kaggle refuses that.
+    versions = {}
+    if not PINS_REFUSED.exists():
+        versions = {ref: dataset["version"] for ref, dataset in datasets.items()}
+    kernel = read_kernel(kernel_folder(spec_path), kaggle.owner, versions)
+
     record = find_push(kaggle, spec_path, kernel)
     if record is not None and record.is_finished and not again:
         print(f"{record}: is there, {record.url}", flush=True)
@@ -142,14 +147,6 @@ def publish_kernel(
     if record is None or record.is_finished:
         record = push_kernel(kaggle, spec_path, kernel, datasets, latest_image)
     finish_push(kaggle, spec_path, kernel, record)
-
-
-def pin_kernel(spec_path: Path, owner: str, datasets: Mapping[str, Mapping]) -> Kernel:
-    """Read the built kernel, its datasets pinned to their versions unless Kaggle refuses that."""
-    versions = {}
-    if not PINS_REFUSED.exists():
-        versions = {ref: dataset["version"] for ref, dataset in datasets.items()}
-    return read_kernel(kernel_folder(spec_path), owner, versions)
 
 
 def find_push(kaggle: Kaggle, spec_path: Path, kernel: Kernel) -> PushRecord | None:

@@ -22,12 +22,7 @@ from kaggle_kernels.build.packages import spec_folder
 from kaggle_kernels.build.spec import read_spec
 from kaggle_kernels.publish.client import Kaggle, Pace, Refused, Unanswered, ask, connect
 from kaggle_kernels.publish.kernels import FEW_LOOKS, download_output, pull_kernel, read_status
-from kaggle_kernels.publish.push import (
-    PushRecord,
-    one_at_a_time,
-    read_note,
-    require_push,
-)
+from kaggle_kernels.publish.push import PushRecord, one_at_a_time, read_note, require_push
 from preprocess.competitions import COMPETITIONS
 from preprocess.core import ledger
 from preprocess.core.errors import UserError
@@ -132,7 +127,8 @@ def submit_pushed(
     print(f"{pushed}, pushed {pushed.age} ago, to {competition.slug}")
     for ref, dataset in pushed.datasets.items():
         print(f"  {ref} version {dataset['version']}")
-    made_today = count_todays_submissions(kaggle, competition.slug)
+    dates = [listed.date.date() for listed in list_submissions(kaggle, competition.slug)]
+    made_today = dates.count(datetime.now(UTC).date())
     print(f"submissions of today (UTC): {made_today} of {competition.daily_submissions}")
     print(f"message: {message}")
     if not yes and not click.confirm("submit this?"):
@@ -215,13 +211,6 @@ def check_output(kaggle: Kaggle, pushed: PushRecord, out: Path) -> None:
             f"{pushed}: the output that Kaggle has is of another {names}; give it a minute, then "
             "status --wait and submit; if it stays, push --again"
         )
-
-
-def count_todays_submissions(kaggle: Kaggle, competition: str) -> int:
-    """Count the submissions of this account to a competition (its slug) in today's day of UTC."""
-    today = datetime.now(UTC).date()
-    dates = [listed.date.date() for listed in list_submissions(kaggle, competition)]
-    return dates.count(today)
 
 
 def list_submissions(kaggle: Kaggle, competition: str) -> list[ApiSubmission]:

@@ -1,6 +1,6 @@
 """The rehearsal: a generated kernel runs on this machine as it would in Kaggle's hidden test.
 
-`rehearse.py` takes the steps in order, each from a module of its own:
+`rehearse.py` takes the steps in order, each from a module of its own, as the options in scenario.py say:
 
 1. rows.py makes the test rows, with adversarial_rows.py and adversarial_texts.py for odd ones;
    verdicts.py reads the human verdicts that some test files hold.

@@ -10,17 +10,11 @@ import random
 
 import polars as pl
 
-from kaggle_kernels.rehearsal.adversarial_texts import (
-    DUPLICATE,
-    KINDS,
-    LONG,
-    TEXTS,
-    Field,
-    draw_texts,
-)
+from kaggle_kernels.rehearsal.adversarial_texts import DUPLICATE, KINDS, LONG, Field, draw_texts
 from kaggle_kernels.rehearsal.verdicts import find_verdict_columns
 from kaggle_kernels.runtime.inputs import SCORED
 from preprocess.competitions import Competition
+from preprocess.sources.rows import TEXTS
 
 # Share of the rows that is replaced.
 SHARE = 0.05

@@ -7,11 +7,9 @@ ends. `adversarial_rows.py` calls `draw_texts` and puts the texts into a table.
 import random
 import string
 
-TEXTS = ("prompt", "response_a", "response_b")
-
 # A text of the file, a conversation's turns, or null.
 Field = str | list[str | None] | None
-Texts = tuple[Field, Field, Field]  # in the order of TEXTS
+Texts = tuple[Field, Field, Field]  # prompt, response A and response B
 
 # Length of a long text.
 LONG_CHARACTERS = 200_000

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import psutil
 
+from kaggle_kernels.rehearsal.scenario import Scenario
 from preprocess.core.errors import UserError
 
 PROC = Path("/proc")
@@ -32,20 +33,6 @@ WORKER_NAME = re.compile(r"worker (\d+)")
 
 
 @dataclass(frozen=True)
-class Faults:
-    """What happens to the kernel; by default nothing."""
-
-    kill_every: float | None = None  # seconds between kills, from when the first worker appears
-    lose_all_at: float | None = None  # from this share of a pass's rows on, all are killed for good
-    end_clock_at: int | None = None  # the clock comes to its end once so many rows are scored
-
-    @property
-    def kills_workers(self) -> bool:
-        """Whether workers are killed."""
-        return self.kill_every is not None or self.lose_all_at is not None
-
-
-@dataclass(frozen=True)
 class Kill:
     """A worker that was killed, so many seconds after the kernel began."""
 
@@ -54,9 +41,14 @@ class Kill:
     seconds: float
 
 
-def check_faults(faults: Faults) -> None:
+def kills_workers(scenario: Scenario) -> bool:
+    """Whether workers are killed."""
+    return scenario.kill_every is not None or scenario.lose_all_at is not None
+
+
+def check_faults(scenario: Scenario) -> None:
     """Raise UserError if workers are to be killed on a system where they cannot be found."""
-    if faults.kills_workers and not PROC.is_dir():
+    if kills_workers(scenario) and not PROC.is_dir():
         raise UserError(
             f"--kill-every, --lose-all-at: no {PROC}, in which workers are found; "
             "rehearse faults on Linux"
@@ -64,20 +56,20 @@ def check_faults(faults: Faults) -> None:
 
 
 def check_happened(
-    faults: Faults, kills: Sequence[Kill], clock_ended: bool, seconds: float
+    scenario: Scenario, kills: Sequence[Kill], clock_ended: bool, seconds: float
 ) -> None:
     """Raise UserError if a fault did not happen in a run of `seconds`, which then proves nothing."""
-    if faults.end_clock_at is not None and not clock_ended:
+    if scenario.end_clock_at is not None and not clock_ended:
         raise UserError(
-            f"--end-clock-at: the log never said that {faults.end_clock_at} rows were scored while "
+            f"--end-clock-at: the log never said that {scenario.end_clock_at} rows were scored while "
             "the kernel ran; give fewer, or more --rows"
         )
-    if faults.lose_all_at is not None and not kills:
+    if scenario.lose_all_at is not None and not kills:
         raise UserError(
             "--lose-all-at: no worker was alive when the log said that so many rows were scored; "
             "give a smaller share, or more --rows"
         )
-    if faults.kill_every is not None and not kills:
+    if scenario.kill_every is not None and not kills:
         raise UserError(
             f"--kill-every: the kernel ended after {seconds:.0f} s and no worker was killed; "
             "give fewer seconds, or more --rows"
@@ -121,14 +113,14 @@ class Injection:
 
 
 @contextlib.contextmanager
-def inject_faults(kernel_pid: int, faults: Faults) -> Iterator[Injection]:
+def inject_faults(kernel_pid: int, scenario: Scenario) -> Iterator[Injection]:
     """Inject faults into a kernel while the block runs; yield what happens."""
     injection = Injection()
-    if not faults.kills_workers and faults.end_clock_at is None:
+    if not kills_workers(scenario) and scenario.end_clock_at is None:
         yield injection
         return
 
-    injector = threading.Thread(target=inject_until_stopped, args=(kernel_pid, faults, injection))
+    injector = threading.Thread(target=inject_until_stopped, args=(kernel_pid, scenario, injection))
     injector.start()
     try:
         yield injection
@@ -137,7 +129,7 @@ def inject_faults(kernel_pid: int, faults: Faults) -> Iterator[Injection]:
         injector.join()
 
 
-def inject_until_stopped(kernel_pid: int, faults: Faults, injection: Injection) -> None:
+def inject_until_stopped(kernel_pid: int, scenario: Scenario, injection: Injection) -> None:
     """Look every POLL_SECONDS which fault is due, until the kernel has ended."""
     kills = injection.kills
     began = time.monotonic()
@@ -145,7 +137,7 @@ def inject_until_stopped(kernel_pid: int, faults: Faults, injection: Injection) 
 
     while not injection.stop.wait(POLL_SECONDS):
         seconds = time.monotonic() - began
-        injection.end_clock_in_time(kernel_pid, faults.end_clock_at)
+        injection.end_clock_in_time(kernel_pid, scenario.end_clock_at)
         workers = find_workers(kernel_pid)
 
         # A killed process is still listed for a moment.
@@ -154,21 +146,21 @@ def inject_until_stopped(kernel_pid: int, faults: Faults, injection: Injection) 
                 del workers[kill.worker]
 
         # Once the devices are lost, every worker is killed as soon as it appears.
-        if faults.lose_all_at is not None and injection.scored_share >= faults.lose_all_at:
+        if scenario.lose_all_at is not None and injection.scored_share >= scenario.lose_all_at:
             for worker, pid in workers.items():
                 kill_worker(worker, pid, seconds, kills)
             continue
 
         # Regular kills begin `kill_every` seconds after the first worker has appeared.
-        if faults.kill_every is None or not workers:
+        if scenario.kill_every is None or not workers:
             continue
         if next_kill_at is None:
-            next_kill_at = seconds + faults.kill_every
+            next_kill_at = seconds + scenario.kill_every
         if seconds >= next_kill_at:
             # The workers take turns.
             victim = sorted(workers)[len(kills) % len(workers)]
             kill_worker(victim, workers[victim], seconds, kills)
-            next_kill_at += faults.kill_every
+            next_kill_at += scenario.kill_every
 
 
 def kill_worker(worker: int, pid: int, seconds: float, kills: list[Kill]) -> None:

@@ -11,10 +11,10 @@ from pathlib import Path
 import polars as pl
 
 from kaggle_kernels.build.spec import Spec
-from kaggle_kernels.rehearsal.adversarial_texts import TEXTS
 from kaggle_kernels.runtime.inputs import SCORED
 from kaggle_kernels.runtime.package import NOT_MOUNTED
 from preprocess.competitions import COMPETITIONS
+from preprocess.sources.rows import TEXTS
 
 
 def lay_out_tree(
@@ -25,15 +25,10 @@ def lay_out_tree(
     test_rows: pl.DataFrame,
     train_file: Path | None = None,
 ) -> None:
-    """Make the tree in the new folder `root`, which stands for /kaggle.
+    """Make the tree in the new folder `root`, which stands for /kaggle; `packages` are folders by dataset.
 
-    Args:
-        root: Where to make it.
-        spec: The kernel's spec; its competition names a folder.
-        packages: The folders of its packages, by dataset.
-        suffix: ".csv" for a test file in CSV, anything else for Parquet.
-        test_rows: The rows of the test file; ids, texts and `scored` are written.
-        train_file: The competition's train file, for the visible run.
+    The test file has the ids, texts and `scored` of the test rows, in CSV for the suffix ".csv" and else in Parquet.
+    A train file is for the visible run.
     """
     # Kaggle mounts each package as a dataset.
     for dataset, package in packages.items():

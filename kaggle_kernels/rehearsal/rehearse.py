@@ -15,16 +15,16 @@ from kaggle_kernels.build.bundle import check_built, kernel_text
 from kaggle_kernels.build.memory_fit import Fit, fit_packages
 from kaggle_kernels.build.packages import build_of, find_package
 from kaggle_kernels.build.spec import Spec, read_spec
-from kaggle_kernels.rehearsal.fault_injection import Faults, check_faults, check_happened
+from kaggle_kernels.rehearsal.fault_injection import check_faults, check_happened
 from kaggle_kernels.rehearsal.kaggle_tree import lay_out_tree
 from kaggle_kernels.rehearsal.rows import (
-    RowOptions,
     describe_rows,
     format_description,
     make_rows,
     read_test_rows,
 )
-from kaggle_kernels.rehearsal.sandbox import Conditions, KernelRun, find_python, run_as_kaggle
+from kaggle_kernels.rehearsal.sandbox import KernelRun, find_python, run_as_kaggle
+from kaggle_kernels.rehearsal.scenario import Scenario
 from kaggle_kernels.rehearsal.throughput import predict_runs
 from kaggle_kernels.rehearsal.validate import check_results, choose_tolerance
 from kaggle_kernels.rehearsal.verdicts import measure_quality, read_verdicts
@@ -38,41 +38,6 @@ from preprocess.core.files import atomic_file, read_object, write_json
 RECORD = "rehearsal.json"
 RESULTS = ("submission.csv", "scores.parquet", "kernel.json")
 TRAIN_SUFFIXES = (".parquet", ".csv")
-
-
-@dataclass(frozen=True)
-class Scenario:
-    """The options of the command `rehearse`, which names the fields."""
-
-    # What happens to the test rows; see `RowOptions`.
-    size: int | None = None
-    shuffle: bool = False
-    hostile: bool = False
-    seed: int = 0
-    # What the kernel has; None: the devices that it finds, and the spec's time.
-    devices: int | None = None
-    clock_seconds: float | None = None
-    # What happens to it; see `Faults`.
-    kill_every: float | None = None
-    lose_all_at: float | None = None
-    end_clock_at: int | None = None
-    # Mounted beside the test file, so that the visible run scores rows of it.
-    train_file: Path | None = None
-
-    @property
-    def row_options(self) -> RowOptions:
-        """What happens to the test rows."""
-        return RowOptions(self.size, self.shuffle, self.hostile, self.seed)
-
-    @property
-    def is_hidden(self) -> bool:
-        """Whether the hidden run is rehearsed: the kernel gets other rows than the test file's."""
-        return self.row_options.changes_rows
-
-    @property
-    def faults(self) -> Faults:
-        """What happens to the kernel."""
-        return Faults(self.kill_every, self.lose_all_at, self.end_clock_at)
 
 
 @dataclass(frozen=True)
@@ -106,7 +71,7 @@ def rehearse(
         out: The folder for the kernel's results, rehearsal.json, and rows.parquet where the rows
             are not the test file's. After a failure it has no rehearsal.json.
         python: The interpreter with Kaggle's versions, by default .venv-kaggle's.
-        scenario: The options; by default the kernel runs on the file's own rows.
+        scenario: The options.
 
     Returns:
         The content of rehearsal.json.
@@ -133,14 +98,19 @@ def rehearse(
         f"{out / 'submission.csv'}: {len(inputs.rows)} rows in {run.seconds:.1f} s "
         f"of a clock of {format_duration(inputs.clock_seconds)}"
     )
-    kills = [asdict(kill) for kill in run.kills]
+    faults = {
+        "kill_every": scenario.kill_every,
+        "lose_all_at": scenario.lose_all_at,
+        "end_clock_at": scenario.end_clock_at,
+        "kills": [asdict(kill) for kill in run.kills],
+    }
     record = {
         "rows": len(inputs.rows),
         "test": inputs.rows_description,
         "seconds": round(run.seconds, 1),
         "clock_seconds": inputs.clock_seconds,
         "devices": scenario.devices,
-        "faults": {**asdict(scenario.faults), "kills": kills},
+        "faults": faults,
         **measurements,
         "build": build,
     }
@@ -163,7 +133,7 @@ def prepare_inputs(
 
     # Options that do not suit this machine or the files.
     python = find_python(python)
-    check_faults(scenario.faults)
+    check_faults(scenario)
     check_train_file(scenario)
 
     # The verdicts are needed after the run only, but mistakes in them are found now.
@@ -171,8 +141,8 @@ def prepare_inputs(
     competition = COMPETITIONS[spec.competition]
     read_verdicts(file_rows, competition, str(test_file))
 
-    rows = make_rows(file_rows, scenario.row_options, competition)
-    description = describe_rows(rows, len(file_rows), scenario.row_options)
+    rows = make_rows(file_rows, scenario, competition)
+    description = describe_rows(rows, len(file_rows), scenario)
     if scenario.is_hidden:
         print(f"[rehearsal] {test_file}: {format_description(description)}", flush=True)
 
@@ -208,12 +178,6 @@ def check_train_file(scenario: Scenario) -> None:
 
 def run_kernel(inputs: Inputs, scenario: Scenario, out: Path) -> KernelRun:
     """Run the kernel in a temporary /kaggle, and copy its results to `out`."""
-    conditions = Conditions(
-        clock_seconds=inputs.clock_seconds,
-        devices=scenario.devices,
-        is_hidden=scenario.is_hidden,
-        faults=scenario.faults,
-    )
     # The same text as the built kernel, but for the scenario's clock.
     kernel = kernel_text(inputs.name, inputs.spec, inputs.fits)
 
@@ -223,7 +187,9 @@ def run_kernel(inputs: Inputs, scenario: Scenario, out: Path) -> KernelRun:
         lay_out_tree(
             root, inputs.spec, inputs.packages, inputs.suffix, inputs.rows, scenario.train_file
         )
-        run = run_as_kaggle(inputs.python, kernel, root, inputs.name, conditions)
+        run = run_as_kaggle(
+            inputs.python, kernel, root, inputs.name, inputs.clock_seconds, scenario
+        )
         keep_results(root / "working", out)
 
     # The test file's own rows need no copy.
@@ -232,7 +198,7 @@ def run_kernel(inputs: Inputs, scenario: Scenario, out: Path) -> KernelRun:
         with atomic_file(out / "rows.parquet") as temporary:
             inputs.rows.write_parquet(temporary)
 
-    check_happened(scenario.faults, run.kills, run.clock_ended, run.seconds)
+    check_happened(scenario, run.kills, run.clock_ended, run.seconds)
     return run
 
 

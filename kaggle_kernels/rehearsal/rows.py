@@ -1,19 +1,20 @@
-"""The test rows of a rehearsal: read from the test file, checked, and changed as the options say.
+"""The test rows of a rehearsal: read from the test file, checked, and changed as the scenario says.
 
 `rehearse.py` calls `read_test_rows`, `make_rows` and `describe_rows`, in this order.
 """
 
 import random
-from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
 
 from kaggle_kernels.build.spec import Spec
 from kaggle_kernels.rehearsal.adversarial_rows import KIND_COLUMN, add_adversarial_rows
-from kaggle_kernels.rehearsal.adversarial_texts import KINDS, TEXTS
+from kaggle_kernels.rehearsal.adversarial_texts import KINDS
+from kaggle_kernels.rehearsal.scenario import Scenario
 from preprocess.competitions import COMPETITIONS, Competition
 from preprocess.core.errors import UserError
+from preprocess.sources.rows import TEXTS
 
 TEXT_TYPES = (pl.String, pl.List(pl.String), pl.Null)
 
@@ -24,26 +25,6 @@ ID_BITS = (22, 31, 54, 63)
 # Length of a new text id: that of the ids in WSDM's training file.
 HEX_DIGITS = 64
 BITS_PER_HEX_DIGIT = 4
-
-
-@dataclass(frozen=True)
-class RowOptions:
-    """How the rehearsed rows differ from the test file's. By default they do not."""
-
-    size: int | None = None  # number of rows to draw from the file; None: all of them, once
-    shuffle: bool = False  # rows change their order, and ids are dealt out anew
-    adversarial: bool = False  # some rows are replaced by adversarial ones
-    seed: int = 0
-
-    @property
-    def needs_new_ids(self) -> bool:
-        """Whether rows are drawn or replaced, so that the file's ids no longer belong to them."""
-        return self.size is not None or self.adversarial
-
-    @property
-    def changes_rows(self) -> bool:
-        """Whether the kernel gets other rows than the test file's."""
-        return self.needs_new_ids or self.shuffle
 
 
 def read_test_rows(test_file: Path, spec: Spec) -> pl.DataFrame:
@@ -99,8 +80,8 @@ def check_ids(rows: pl.DataFrame, test_file: Path) -> None:
     raise UserError(f"{test_file}: {problem}; a submission needs every id once")
 
 
-def make_rows(rows: pl.DataFrame, options: RowOptions, competition: Competition) -> pl.DataFrame:
-    """Make the rows of a rehearsal: drawn, replaced, renumbered and shuffled as the options say.
+def make_rows(rows: pl.DataFrame, scenario: Scenario, competition: Competition) -> pl.DataFrame:
+    """Make the rows of a rehearsal: drawn, replaced, renumbered and shuffled as the scenario says.
 
     The same seed gives the same rows. A row keeps its verdict wherever it keeps its texts.
 
@@ -108,22 +89,22 @@ def make_rows(rows: pl.DataFrame, options: RowOptions, competition: Competition)
         The table. Where adversarial rows were added, it has a column `hostile` (see
         `add_adversarial_rows`).
     """
-    rng = random.Random(options.seed)
+    rng = random.Random(scenario.seed)
 
     # Chosen by all rows of the file: a few of them may have ids that look like another kind.
-    new_id_kind = choose_id_kind(rows, options)
+    new_id_kind = choose_id_kind(rows, scenario)
 
-    if options.size is not None:
-        rows = draw_rows(rows, options.size, rng)
-    if options.adversarial:
-        rows = add_adversarial_rows(rows, options.seed, competition)
-    if options.needs_new_ids:
+    if scenario.size is not None:
+        rows = draw_rows(rows, scenario.size, rng)
+    if scenario.hostile:
+        rows = add_adversarial_rows(rows, scenario.seed, competition)
+    if scenario.needs_new_ids:
         if new_id_kind == "int":
             new_ids = pl.Series("id", make_int_ids(len(rows), rng), pl.Int64)
         else:
             new_ids = pl.Series("id", make_hex_ids(len(rows), rng), pl.String)
         rows = rows.with_columns(new_ids)
-    if options.shuffle:
+    if scenario.shuffle:
         rows = shuffle_rows(rows, rng)
     return rows
 
@@ -145,11 +126,11 @@ def shuffle_rows(rows: pl.DataFrame, rng: random.Random) -> pl.DataFrame:
     return rows[places].with_columns(pl.Series("id", shuffled_ids, rows.schema["id"]))
 
 
-def choose_id_kind(rows: pl.DataFrame, options: RowOptions) -> str:
+def choose_id_kind(rows: pl.DataFrame, scenario: Scenario) -> str:
     """Choose the kind of new ids: by the seed, or the file's own kind."""
     # Whoever rehearses adversarial rows with a few seeds gets both kinds, whatever the file has.
-    if options.adversarial:
-        seed_is_odd = options.seed % 2 == 1
+    if scenario.hostile:
+        seed_is_odd = scenario.seed % 2 == 1
         return "int" if seed_is_odd else "string"
 
     return find_id_kind(rows)
@@ -191,7 +172,7 @@ def make_hex_ids(number: int, rng: random.Random) -> list[str]:
     return list(ids)[:number]
 
 
-def describe_rows(rows: pl.DataFrame, rows_in_file: int, options: RowOptions) -> dict:
+def describe_rows(rows: pl.DataFrame, rows_in_file: int, scenario: Scenario) -> dict:
     """Describe the rows that `make_rows` returned, for the log and rehearsal.json (key `test`).
 
     Returns:
@@ -202,8 +183,8 @@ def describe_rows(rows: pl.DataFrame, rows_in_file: int, options: RowOptions) ->
         "rows": len(rows),
         "of": rows_in_file,
         "ids": find_id_kind(rows),
-        "shuffled": options.shuffle,
-        "seed": options.seed,
+        "shuffled": scenario.shuffle,
+        "seed": scenario.seed,
     }
     if KIND_COLUMN in rows.columns:
         kinds = rows[KIND_COLUMN].drop_nulls()
@@ -214,10 +195,7 @@ def describe_rows(rows: pl.DataFrame, rows_in_file: int, options: RowOptions) ->
 
 def format_description(description: dict) -> str:
     """Turn the description of the rows into a line of the log."""
-    parts = [
-        f"{description['rows']:,} rows of {description['of']:,}",
-        f"{description['ids']} ids",
-    ]
+    parts = [f"{description['rows']:,} rows of {description['of']:,}", f"{description['ids']} ids"]
     if description["shuffled"]:
         parts.append("shuffled")
     if "hostile" in description:

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import psutil
 
-from kaggle_kernels.rehearsal.fault_injection import Faults, Kill, inject_faults
+from kaggle_kernels.rehearsal.fault_injection import Kill, inject_faults
+from kaggle_kernels.rehearsal.scenario import Scenario
 from preprocess.core.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -77,16 +78,6 @@ atexit.register(gc.freeze)
 
 
 @dataclass(frozen=True)
-class Conditions:
-    """Under which conditions the kernel runs."""
-
-    clock_seconds: float  # the kernel is ended after this time
-    devices: int | None = None  # number of CPU workers; None: the kernel uses what it finds
-    is_hidden: bool = False  # whether the kernel is told that this is the hidden run
-    faults: Faults = Faults()  # what happens to its workers
-
-
-@dataclass(frozen=True)
 class KernelRun:
     """A kernel that ended well: its seconds from start to end, and the faults that happened."""
 
@@ -107,24 +98,24 @@ def find_python(python: Path | None) -> Path:
 
 
 def run_as_kaggle(
-    python: Path, kernel: str, root: Path, name: str, conditions: Conditions
+    python: Path, kernel: str, root: Path, name: str, clock_seconds: float, scenario: Scenario
 ) -> KernelRun:
-    """Run a kernel in Kaggle's tree and print its log line by line.
+    """Run a kernel in Kaggle's tree, within its clock, and print its log line by line.
 
     Raises:
         UserError: It failed, or was not done within its clock; the message has its last line.
     """
     began = time.monotonic()
-    process = start_kernel(python, kernel, root, conditions)
+    process = start_kernel(python, kernel, root, scenario)
 
     # One thread ends the kernel when its clock runs out, another notes when it ends by itself.
     # This thread reads the log meanwhile.
-    clock = threading.Timer(conditions.clock_seconds, end_group, args=(process.pid,))
+    clock = threading.Timer(clock_seconds, end_group, args=(process.pid,))
     with ThreadPoolExecutor() as threads:
         try:
             clock.start()
             watcher = threads.submit(await_end, process, began)
-            with inject_faults(process.pid, conditions.faults) as injection:
+            with inject_faults(process.pid, scenario) as injection:
                 last_line = print_log(process, root, injection.read_log_line)
         finally:
             # Also after Ctrl-C: nothing of the kernel may go on.
@@ -133,10 +124,10 @@ def run_as_kaggle(
             process.stdout.close()
 
     seconds = watcher.result()
-    if seconds >= conditions.clock_seconds:
+    if seconds >= clock_seconds:
         raise UserError(
             f"{name}: the kernel was ended: it was not done within its clock of "
-            f"{conditions.clock_seconds:g} s (clock_seconds of the spec, or --clock); "
+            f"{clock_seconds:g} s (clock_seconds of the spec, or --clock); "
             f"its last line: {last_line}"
         )
     if process.returncode != 0:
@@ -147,7 +138,7 @@ def run_as_kaggle(
 
 
 def start_kernel(
-    python: Path, kernel: str, root: Path, conditions: Conditions
+    python: Path, kernel: str, root: Path, scenario: Scenario
 ) -> subprocess.Popen[str]:
     """Start the kernel in a process group of its own, its log on `stdout`."""
     # Python imports sitecustomize.py from PYTHONPATH before it runs the script.
@@ -162,7 +153,7 @@ def start_kernel(
     return subprocess.Popen(
         [str(python), "-u", "-P", str(script)],
         cwd=root / "working",
-        env=make_environment(root, site, conditions.devices, conditions.is_hidden),
+        env=make_environment(root, site, scenario),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         encoding="utf-8",
@@ -221,9 +212,7 @@ def end_group(group: int) -> None:
         os.killpg(group, signal.SIGKILL)
 
 
-def make_environment(
-    root: Path, site: Path, devices: int | None = None, is_hidden: bool = False
-) -> dict[str, str]:
+def make_environment(root: Path, site: Path, scenario: Scenario) -> dict[str, str]:
     """Make the kernel's environment variables: few of this machine's, and no way to a model hub.
 
     `root` stands for /kaggle, `site` holds sitecustomize.py.
@@ -241,8 +230,8 @@ def make_environment(
     }
 
     # As the kernel's runtime and Kaggle name them.
-    if devices is not None:
-        environment["KAGGLE_DEVICES"] = ",".join(["cpu"] * devices)
-    if is_hidden:
+    if scenario.devices is not None:
+        environment["KAGGLE_DEVICES"] = ",".join(["cpu"] * scenario.devices)
+    if scenario.is_hidden:
         environment["KAGGLE_IS_COMPETITION_RERUN"] = "1"
     return environment

@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from kaggle_kernels.rehearsal.adversarial_texts import TEXTS
+from postprocess.report.predictions import read_table
 from preprocess.competitions import Competition
 from preprocess.core.errors import UserError
 from preprocess.core.files import read_object
+from preprocess.sources.rows import TEXTS
 
 # Rows with the same texts get slightly different probabilities, since their batches are padded to
 # different lengths. Largest allowed difference:
@@ -190,16 +191,12 @@ def read_scores(path: Path, ids: Sequence[str], verdicts: Sequence[str]) -> pl.D
     Returns:
         The table with its ids as text. Each verdict has a column p_VERDICT of final probabilities.
     """
-    try:
-        scores = pl.read_parquet(path).with_columns(pl.col("id").cast(pl.String))
-    except (pl.exceptions.PolarsError, OSError) as error:
-        message = " ".join(str(error).split())
-        raise UserError(f"{path}: cannot be read: {message}; the kernel's log says why") from None
-
+    scores = read_table(path)
     final_columns = [f"p_{verdict}" for verdict in verdicts]
-    missing = {"scored", *final_columns} - set(scores.columns)
+    missing = {"id", "scored", *final_columns} - set(scores.columns)
     if missing:
         raise UserError(f"{path}: no column {', '.join(sorted(missing))}")
+    scores = scores.with_columns(pl.col("id").cast(pl.String))
     check_ids(path, scores["id"].to_list(), ids)
 
     # A row that no model scored has the prior, so that no value may be absent.

@@ -148,15 +148,9 @@ def write_scores(
 ) -> None:
     """Write scores.parquet with every probability.
 
-    Its columns are id, `scored` (else the row has the prior), p_VERDICT as submitted, and what each
-    model gave, null where it did not score the row.
-
-    Args:
-        path: The file.
-        verdicts: The competition's.
-        final: The submitted probabilities by id.
-        scored: Has the ids of the rows that a model scored.
-        model_columns: The models' probabilities by column and id (see schedule.ScoringJob).
+    Its columns are id, `scored` (else the row has the prior), p_VERDICT as submitted (`final`), and
+    what each model gave, null where it did not score the row (`model_columns`, see
+    schedule.ScoringJob).
     """
     columns: dict[str, list] = {"id": list(final), "scored": [row_id in scored for row_id in final]}
     for place, verdict in enumerate(verdicts):

@@ -146,10 +146,13 @@ def write_manifest(folder: Path, golden: list[dict] | None = None) -> None:
     """Write manifest.json with the hashes of the files as they are now; the golden probabilities stay unless given."""
     path = folder / "manifest.json"
     golden = golden or json.loads(path.read_text(encoding="utf-8"))["golden"]
-    files = {
-        file.name: {"sha256": sha256(file), "bytes": file.stat().st_size} for file in sorted(folder.iterdir()) if file != path
-    }
-    path.write_text(json.dumps({"files": files, "golden": golden, "quantize": "none", "dtype": "float32"}), encoding="utf-8")
+    path.write_text(json.dumps({"files": list_files(folder), "golden": golden, "quantize": "none", "dtype": "float32"}))
+
+
+def list_files(folder: Path) -> dict[str, dict]:
+    """A folder's files as a manifest lists them."""
+    paths = [path for path in sorted(folder.iterdir()) if path.name != "manifest.json"]
+    return {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size} for path in paths}
 
 
 def change_json(path: Path, **changes) -> None:

@@ -479,11 +479,6 @@ class ScoringJob:
         """List the orders worth scoring with a package."""
         return orders_of(self.inputs.contracts[number], self.inputs.settings.orders)
 
-    def unscored(self, key: Key, group: Sequence[str]) -> list[str]:
-        """List those rows of a group that a pass has still to score."""
-        tried = self.progress.tried.get(key, set())
-        return [row_id for row_id in group if row_id not in tried]
-
     def probabilities(self) -> dict[str, list[float]]:
         """Combine what all packages have given so far, by id."""
         return combine(self.inputs.settings, self.inputs.packages, self.progress.scores)
@@ -593,27 +588,20 @@ def plan_next_pass(
     if all_gone or not job.progress.packages or job.inputs.clock.left() <= 0:
         return None
 
+    packages = job.progress.packages
     for group in job.inputs.row_groups:
-        # A group's first pass measures the tokens of all its rows, so that any row shows whether
-        # it was made.
-        first_pass_was_made = group[0] in job.measured.tokens
-        if first_pass_was_made:
-            next_pass = plan_further_pass(job, group, loaded)
-        else:
-            next_pass = plan_first_pass(job, group, loaded)
+        # A group begins with one order of all its rows, by the loaded model or else the spec's
+        # first. That measures the tokens of all rows, so that any row shows whether it was made.
+        if group[0] not in job.measured.tokens:
+            number = loaded if loaded in packages else packages[0]
+            first_order = job.orders(number)[0]
+            return NextPass(number, first_order, frozenset(group), job.inputs.clock.deadline)
 
         # The rows that do not count wait until nothing is left to do for those that do.
+        next_pass = plan_further_pass(job, group, loaded)
         if next_pass is not None:
             return next_pass
     return None
-
-
-def plan_first_pass(job: ScoringJob, group: Sequence[str], loaded: int | None) -> NextPass:
-    """Plan one order of all rows of a group, with the loaded model or else the spec's first."""
-    packages = job.progress.packages
-    number = loaded if loaded in packages else packages[0]
-    order = job.orders(number)[0]
-    return NextPass(number, order, frozenset(group), job.inputs.clock.deadline)
 
 
 def plan_further_pass(job: ScoringJob, group: Sequence[str], loaded: int | None) -> NextPass | None:
@@ -666,7 +654,8 @@ def list_candidates(
             load_seconds = loading_seconds(job.inputs.packages[number], copies)
 
         for order in job.orders(number):
-            unscored = job.unscored((number, order), group)
+            tried = job.progress.tried.get((number, order), set())
+            unscored = [row_id for row_id in group if row_id not in tried]
             if unscored:
                 candidate = CandidatePass(
                     package=number,
@@ -1457,7 +1446,10 @@ def check_golden_scores(package: Package, model: torch.nn.Module, device: str) -
 
 
 def serve(connection, score_requests: Callable, batches_at_once: int) -> None:
-    """Score the batches that come through the pipe until it is closed, or until something fails."""
+    """Score the batches that come through the pipe until it is closed, or until something fails.
+
+    So many of them are scored at the same time, each in a thread of its own.
+    """
     receiving = threading.Lock()
     sending = threading.Lock()
     arguments = (connection, receiving, sending, score_requests)
@@ -2325,8 +2317,9 @@ def write_scores(
 ) -> None:
     """Write scores.parquet with every probability.
 
-    Its columns are id, `scored` (else the row has the prior), p_VERDICT as submitted, and what each
-    model gave, null where it did not score the row.
+    Its columns are id, `scored` (else the row has the prior), p_VERDICT as submitted (`final`), and
+    what each model gave, null where it did not score the row (`model_columns`, see
+    schedule.ScoringJob).
     """
     columns: dict[str, list] = {"id": list(final), "scored": [row_id in scored for row_id in final]}
     for place, verdict in enumerate(verdicts):
@@ -2685,7 +2678,7 @@ def load_model(
     config = serving_config(folder, contract)
     quantised = getattr(config, "quantization_config", None)
     if quantised and quantised["quant_method"] == "gptq":
-        config.quantization_config = unpacking(quantised)
+        config.quantization_config = {**quantised, "quant_method": UNPACKING}
 
     # Without a device_map weights are read on the CPU first, and quantised ones are not read at all.
     options = {}
@@ -3039,13 +3032,11 @@ def rotate_halves(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) ->
 
 def layer_list(model: torch.nn.Module) -> torch.nn.ModuleList:
     """Find the list of a model's layers: of all its lists of modules the one with the most parameters."""
-    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    return max(lists, key=count_parameters)
-
-
-def count_parameters(module: torch.nn.Module) -> int:
-    """Count the parameters of a module and of all modules in it."""
-    return sum(parameter.numel() for parameter in module.parameters())
+    parameters_by_list = {}
+    for module in model.modules():
+        if isinstance(module, torch.nn.ModuleList):
+            parameters_by_list[module] = sum(weight.numel() for weight in module.parameters())
+    return max(parameters_by_list, key=parameters_by_list.get)
 
 
 # ================================================================================================
@@ -3177,15 +3168,6 @@ class UnpackingQuantizer(HfQuantizer):
         return False
 
 
-def unpacking(settings: Mapping[str, object]) -> dict[str, object]:
-    """Rewrite config.json's `quantization_config` as from_pretrained must get it."""
-    return {
-        "quant_method": UNPACKING,
-        "bits": settings["bits"],
-        "group_size": settings["group_size"],
-    }
-
-
 # ================================================================================================
 # models/placement.py
 # Which part of a model stands on which device, where one device cannot hold it: layers in their order, work in balance.
@@ -3295,7 +3277,8 @@ def part_order(part_name: str, layers: str) -> tuple[int, int]:
 def balance(parts: Sequence[Part], devices: int, byte_limit: int | None = None) -> list[int]:
     """Place a model's parts on devices so that these have equal work, as far as memory allows.
 
-    Neighbouring parts stay together: each device gets a stretch of the list, called a stage.
+    Neighbouring parts stay together: each device gets a stretch of the list, called a stage, with
+    no more than `byte_limit` bytes of weights where that is possible.
     """
     # A cut is the place of a stage's first part. There are few ways to cut some dozens of layers in
     # two, so that all are tried.

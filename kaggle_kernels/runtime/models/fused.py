@@ -97,10 +97,8 @@ def rotate_halves(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) ->
 
 def layer_list(model: torch.nn.Module) -> torch.nn.ModuleList:
     """Find the list of a model's layers: of all its lists of modules the one with the most parameters."""
-    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    return max(lists, key=count_parameters)
-
-
-def count_parameters(module: torch.nn.Module) -> int:
-    """Count the parameters of a module and of all modules in it."""
-    return sum(parameter.numel() for parameter in module.parameters())
+    parameters_by_list = {}
+    for module in model.modules():
+        if isinstance(module, torch.nn.ModuleList):
+            parameters_by_list[module] = sum(weight.numel() for weight in module.parameters())
+    return max(parameters_by_list, key=parameters_by_list.get)

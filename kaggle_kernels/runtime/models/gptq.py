@@ -8,7 +8,6 @@ qweight along the inputs, of qzeros along the outputs, each zero less one.
 """
 
 import re
-from collections.abc import Mapping
 
 import torch
 from torch.nn.functional import linear
@@ -136,12 +135,3 @@ class UnpackingQuantizer(HfQuantizer):
     def is_serializable(self, **_) -> bool:
         """No: what is loaded here is served."""
         return False
-
-
-def unpacking(settings: Mapping[str, object]) -> dict[str, object]:
-    """Rewrite config.json's `quantization_config` as from_pretrained must get it."""
-    return {
-        "quant_method": UNPACKING,
-        "bits": settings["bits"],
-        "group_size": settings["group_size"],
-    }

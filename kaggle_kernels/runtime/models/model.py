@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from kaggle_kernels.runtime.models.gptq import unpacking
+from kaggle_kernels.runtime.models.gptq import UNPACKING
 from kaggle_kernels.runtime.models.shortcuts import SDPA, take_shortcuts
 from kaggle_kernels.runtime.package import PackageError
 
@@ -51,7 +51,7 @@ def load_model(
     config = serving_config(folder, contract)
     quantised = getattr(config, "quantization_config", None)
     if quantised and quantised["quant_method"] == "gptq":
-        config.quantization_config = unpacking(quantised)
+        config.quantization_config = {**quantised, "quant_method": UNPACKING}
 
     # Without a device_map weights are read on the CPU first, and quantised ones are not read at all.
     options = {}

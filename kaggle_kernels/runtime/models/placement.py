@@ -120,12 +120,8 @@ def part_order(part_name: str, layers: str) -> tuple[int, int]:
 def balance(parts: Sequence[Part], devices: int, byte_limit: int | None = None) -> list[int]:
     """Place a model's parts on devices so that these have equal work, as far as memory allows.
 
-    Neighbouring parts stay together: each device gets a stretch of the list, called a stage.
-
-    Args:
-        parts: The model's parts, in the order in which a row passes through them.
-        devices: How many devices there are.
-        byte_limit: The most bytes of weights on a device; None for no limit.
+    Neighbouring parts stay together: each device gets a stretch of the list, called a stage, with
+    no more than `byte_limit` bytes of weights where that is possible.
 
     Returns:
         The number of each part's device, in the order of the parts.

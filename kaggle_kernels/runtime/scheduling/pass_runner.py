@@ -18,12 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 
-from kaggle_kernels.runtime.models.scoring import (
-    BatchScores,
-    Request,
-    make_batches,
-    padded_tokens,
-)
+from kaggle_kernels.runtime.models.scoring import BatchScores, Request, make_batches, padded_tokens
 from kaggle_kernels.runtime.package import PackageError
 from kaggle_kernels.runtime.scheduling.worker_handle import Worker
 from kaggle_kernels.runtime.settings import Clock, log

@@ -90,11 +90,6 @@ class ScoringJob:
         """List the orders worth scoring with a package."""
         return orders_of(self.inputs.contracts[number], self.inputs.settings.orders)
 
-    def unscored(self, key: Key, group: Sequence[str]) -> list[str]:
-        """List those rows of a group that a pass has still to score."""
-        tried = self.progress.tried.get(key, set())
-        return [row_id for row_id in group if row_id not in tried]
-
     def probabilities(self) -> dict[str, list[float]]:
         """Combine what all packages have given so far, by id."""
         return combine(self.inputs.settings, self.inputs.packages, self.progress.scores)
@@ -217,27 +212,20 @@ def plan_next_pass(
     if all_gone or not job.progress.packages or job.inputs.clock.left() <= 0:
         return None
 
+    packages = job.progress.packages
     for group in job.inputs.row_groups:
-        # A group's first pass measures the tokens of all its rows, so that any row shows whether
-        # it was made.
-        first_pass_was_made = group[0] in job.measured.tokens
-        if first_pass_was_made:
-            next_pass = plan_further_pass(job, group, loaded)
-        else:
-            next_pass = plan_first_pass(job, group, loaded)
+        # A group begins with one order of all its rows, by the loaded model or else the spec's
+        # first. That measures the tokens of all rows, so that any row shows whether it was made.
+        if group[0] not in job.measured.tokens:
+            number = loaded if loaded in packages else packages[0]
+            first_order = job.orders(number)[0]
+            return NextPass(number, first_order, frozenset(group), job.inputs.clock.deadline)
 
         # The rows that do not count wait until nothing is left to do for those that do.
+        next_pass = plan_further_pass(job, group, loaded)
         if next_pass is not None:
             return next_pass
     return None
-
-
-def plan_first_pass(job: ScoringJob, group: Sequence[str], loaded: int | None) -> NextPass:
-    """Plan one order of all rows of a group, with the loaded model or else the spec's first."""
-    packages = job.progress.packages
-    number = loaded if loaded in packages else packages[0]
-    order = job.orders(number)[0]
-    return NextPass(number, order, frozenset(group), job.inputs.clock.deadline)
 
 
 def plan_further_pass(job: ScoringJob, group: Sequence[str], loaded: int | None) -> NextPass | None:
@@ -294,7 +282,8 @@ def list_candidates(
             load_seconds = loading_seconds(job.inputs.packages[number], copies)
 
         for order in job.orders(number):
-            unscored = job.unscored((number, order), group)
+            tried = job.progress.tried.get((number, order), set())
+            unscored = [row_id for row_id in group if row_id not in tried]
             if unscored:
                 candidate = CandidatePass(
                     package=number,

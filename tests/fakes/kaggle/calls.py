@@ -15,8 +15,6 @@ from slugify import slugify
 
 from tests.fakes.kaggle.site import OWNER, TOKEN, Blob, Dataset, Kernel, KernelVersion, Run, Site, Submission, Version
 
-DATE = "2026-01-01T00:00:00.000Z"
-
 
 class Refusal(Exception):
     """An HTTP error with a message, as Kaggle words it where that is known."""
@@ -41,17 +39,15 @@ def create_dataset(site: Site, fields: dict) -> dict:
     if ref in site.datasets:
         return {"status": "error", "error": f'The requested title "{fields["title"]}" is already in use by a dataset.'}
     files = received_files(site, fields)
-    site.datasets[ref] = Dataset(ref, fields["title"], fields["licenseName"], fields.get("isPrivate", False))
-    return add_version(site, site.datasets[ref], "Initial release", files)
+    site.datasets[ref] = Dataset(ref, fields["licenseName"], fields.get("isPrivate", False))
+    return add_version(site, site.datasets[ref], files)
 
 
 def create_dataset_version(site: Site, fields: dict) -> dict:
     dataset = find_dataset(site, fields)
     if dataset.versions[-1].status == "BLOBS_RECEIVED":
         raise Refusal(403, "Permission 'datasets.update' was denied")
-    body = fields["body"]
-    files = received_files(site, body)
-    return add_version(site, dataset, body.get("versionNotes", ""), files)
+    return add_version(site, dataset, received_files(site, fields["body"]))
 
 
 def received_files(site: Site, fields: dict) -> dict[str, bytes]:
@@ -61,10 +57,10 @@ def received_files(site: Site, fields: dict) -> dict[str, bytes]:
     return {blob.name: bytes(blob.content) for blob in blobs}
 
 
-def add_version(site: Site, dataset: Dataset, notes: str, files: dict[str, bytes]) -> dict:
+def add_version(site: Site, dataset: Dataset, files: dict[str, bytes]) -> dict:
     number = len(dataset.versions) + 1
-    dataset.versions.append(Version(number, notes, files, site.processing_calls, site.processing_ends))
-    return {"ref": dataset.ref, "url": f"https://www.kaggle.com/datasets/{dataset.ref}", "status": "ok"}
+    dataset.versions.append(Version(number, files, site.processing_calls, site.processing_ends))
+    return {"ref": dataset.ref, "status": "ok"}
 
 
 def find_dataset(site: Site, fields: dict) -> Dataset:
@@ -83,17 +79,16 @@ def get_dataset_status(site: Site, fields: dict) -> dict:
 
 def get_dataset(site: Site, fields: dict) -> dict:
     dataset = find_dataset(site, fields)
-    shown = {"ref": dataset.ref, "title": dataset.title, "isPrivate": dataset.is_private, "licenseName": dataset.licence}
-    if current := dataset.current:
-        shown |= {"currentVersionNumber": current.number, "totalBytes": sum(map(len, current.files.values()))}
-    return {**shown, "lastUpdated": DATE}
+    shown = {"ref": dataset.ref, "isPrivate": dataset.is_private}
+    if dataset.current:
+        shown["currentVersionNumber"] = dataset.current.number
+    return shown
 
 
 def list_dataset_files(site: Site, fields: dict) -> dict:
     version = find_dataset(site, fields).find(fields.get("datasetVersionNumber"))
-    files = sorted(version.files.items()) if version else []
-    rows, token = page([{"name": name, "totalBytes": len(content), "creationDate": DATE} for name, content in files], fields)
-    return {"datasetFiles": rows, "nextPageToken": token}
+    files = version.files.items() if version else ()
+    return {"datasetFiles": [{"name": name, "totalBytes": len(content)} for name, content in files]}
 
 
 def download_dataset(site: Site, fields: dict) -> dict:
@@ -102,12 +97,6 @@ def download_dataset(site: Site, fields: dict) -> dict:
         raise Refusal(404, "The file was not found")
     path = f"{fields['ownerSlug']}/{fields['datasetSlug']}/{version.number}/{fields['fileName']}"
     return {"redirect": f"http://localhost/files/datasets/{path}"}
-
-
-def page(rows: list, fields: dict) -> tuple[list, str]:
-    """The page that was asked for, and the token of the next one; the token is the place of a page's first row."""
-    start, size = int(fields.get("pageToken") or 0), fields.get("pageSize") or 20
-    return rows[start : start + size], str(start + size) if start + size < len(rows) else ""
 
 
 def save_kernel(site: Site, fields: dict) -> dict:
@@ -119,8 +108,7 @@ def save_kernel(site: Site, fields: dict) -> dict:
     pushed = {**fields, **{key: [s for s in fields.get(key, []) if s not in invalid[key]] for key in invalid}}
     kernel.versions.append(KernelVersion(len(kernel.versions) + 1, pushed, site.runs.pop(0) if site.runs else Run()))
     invalid_fields = {SOURCES[key]: sources for key, sources in invalid.items() if sources}
-    url = f"https://www.kaggle.com/code/{ref}"
-    return {"ref": f"/code/{ref}", "url": url, "versionNumber": len(kernel.versions), "kernelId": 1, **invalid_fields}
+    return {"ref": f"/code/{ref}", "versionNumber": len(kernel.versions), **invalid_fields}
 
 
 SOURCES = {"datasetDataSources": "invalidDatasetSources", "competitionDataSources": "invalidCompetitionSources"}
@@ -153,21 +141,17 @@ def find_kernel(site: Site, fields: dict) -> KernelVersion:
 
 
 def get_kernel(site: Site, fields: dict) -> dict:
-    version = find_kernel(site, fields)
-    pushed, slug = version.pushed, fields["kernelSlug"]
-    kept = ("language", "kernelType", "isPrivate", "enableGpu", "enableTpu", "enableInternet", "machineShape", *SOURCES)
+    pushed = find_kernel(site, fields).pushed
+    ref = f"{fields['userName']}/{fields['kernelSlug']}"
     metadata = {
-        "id": 1,
-        "ref": f"{fields['userName']}/{slug}",
+        "ref": ref,
         "title": pushed.get("newTitle", ""),
-        "author": OWNER,
-        "slug": slug,
+        "currentVersionNumber": site.kernels[ref].versions[-1].number,
+        "dockerImage": site.docker_image,
     }
-    newest = site.kernels[metadata["ref"]].versions[-1].number
-    metadata |= {"lastRunTime": DATE, "currentVersionNumber": newest, "dockerImage": site.docker_image}
+    kept = ("language", "kernelType", "isPrivate", "enableGpu", "enableTpu", "enableInternet", "machineShape", *SOURCES)
     metadata |= {key: pushed[key] for key in kept if key in pushed}
-    blob = {"source": pushed["text"], "language": pushed["language"], "kernelType": pushed["kernelType"], "slug": slug}
-    return {"metadata": metadata, "blob": blob}
+    return {"metadata": metadata, "blob": {"source": pushed["text"]}}
 
 
 def get_kernel_session_status(site: Site, fields: dict) -> dict:
@@ -182,14 +166,12 @@ def list_kernel_session_output(site: Site, fields: dict) -> dict:
     if not version.run.over:
         return {"files": [], "log": version.run.log[0]}
     where = f"http://localhost/files/kernels/{fields['userName']}/{fields['kernelSlug']}/{version.number}"
-    rows, token = page([{"url": f"{where}/{name}", "fileName": name} for name in sorted(version.run.output)], fields)
-    return {"files": rows, "log": "".join(version.run.log), "nextPageToken": token}
+    files = [{"url": f"{where}/{name}", "fileName": name} for name in version.run.output]
+    return {"files": files, "log": "".join(version.run.log)}
 
 
 def create_code_submission(site: Site, fields: dict) -> dict:
     competition, file_name = fields["competitionName"], fields["fileName"]
-    if competition not in site.competitions:
-        raise Refusal(404, f"Competition {competition} was not found")
     label = f"v{fields['kernelVersion']}"
     kernel = {"userName": fields["kernelOwner"], "kernelSlug": fields["kernelSlug"], "versionLabel": label}
     version = find_kernel(site, kernel)
@@ -206,8 +188,7 @@ def create_code_submission(site: Site, fields: dict) -> dict:
 
 def list_submissions(site: Site, fields: dict) -> dict:
     listed = [submission for submission in reversed(site.submissions) if submission.competition == fields["competitionName"]]
-    rows, token = page(listed, fields)
-    return {"submissions": [shown(submission) for submission in rows], "nextPageToken": token}
+    return {"submissions": [shown(submission) for submission in listed]}
 
 
 def shown(submission: Submission) -> dict:
@@ -243,10 +224,7 @@ CALLS: dict[str, tuple[Callable[[Site, dict], dict], type | None]] = {
     "kernels.KernelsApiService/SaveKernel": (save_kernel, kernels.ApiSaveKernelResponse),
     "kernels.KernelsApiService/GetKernel": (get_kernel, kernels.ApiGetKernelResponse),
     "kernels.KernelsApiService/DeleteKernel": (delete_kernel, kernels.ApiDeleteKernelResponse),
-    "kernels.KernelsApiService/GetKernelSessionStatus": (
-        get_kernel_session_status,
-        kernels.ApiGetKernelSessionStatusResponse,
-    ),
+    "kernels.KernelsApiService/GetKernelSessionStatus": (get_kernel_session_status, kernels.ApiGetKernelSessionStatusResponse),
     "kernels.KernelsApiService/ListKernelSessionOutput": (
         list_kernel_session_output,
         kernels.ApiListKernelSessionOutputResponse,

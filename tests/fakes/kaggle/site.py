@@ -29,7 +29,6 @@ class Version:
     """A dataset's version. It is processed until `calls_left` status calls were answered."""
 
     number: int
-    notes: str
     files: dict[str, bytes]
     calls_left: int
     ends: str = "READY"
@@ -48,7 +47,6 @@ class Dataset:
     """A dataset and its versions, the newest last."""
 
     ref: str
-    title: str
     licence: str
     is_private: bool
     versions: list[Version] = field(default_factory=list)

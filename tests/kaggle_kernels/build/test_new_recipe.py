@@ -44,6 +44,7 @@ def test_what_it_writes_passes_the_checks(kind, head, tiny_models, tmp_path, mon
     command = ["new", "tiny_one", "--base", str(tiny_models(kind)), "--head", head]
     done = CliRunner().invoke(main, command)
     assert done.exit_code == 0, done.output
+    assert done.output.splitlines()[-1].startswith('template: "')
     assert read_recipe("recipes/tiny_one.yml").pairwise.head == head
     spec = Path("kaggle_kernels/specs/tiny_one.yml")
     assert [fit.placement for fit in fit_packages(spec, read_spec(spec))] == ["each"]

@@ -51,42 +51,29 @@ def test_a_package_of_another_base_model_than_the_recipes_is_refused(workplace):
     assert refusal_of(workplace).startswith(f"{PACKAGE}: 2.0 GiB of weights, recipes/two.yml comes to 0.0, ")
 
 
+TWO, HALF = {"run": "two", "dataset": "tiny-two"}, {"weight": 0.5}
+AS_GIVEN = {"best": 0.8, "low": 0.7, "high": 0.9}
+MEASURED, WITHIN_NOISE = ({"both": {"best": 1.3, "low": low, "high": 1.6}, "as_given": AS_GIVEN} for low in (1.1, 0.9))
+
+
 @pytest.mark.parametrize(
-    ("changes", "low", "expected"),
+    ("changes", "manifest", "expected"),
     [
-        ({}, 1.1, 1.3),
-        ({}, 0.9, 1.0),
-        ({"orders": "as_given"}, 1.1, 0.8),
-        ({"temperature": 1.5}, 1.1, 1.5),
-        ({"competition": "wsdm"}, 1.1, 1.0),
-        (
-            {
-                "packages": [
-                    {"run": "two", "dataset": "tiny-two", "weight": 0.5},
-                    {"run": "b", "dataset": "tiny-b", "weight": 0.5},
-                ]
-            },
-            1.1,
-            1.0,
-        ),
+        ({}, {"temperature": MEASURED}, 1.3),
+        ({}, {"temperature": WITHIN_NOISE}, 1.0),
+        ({}, {"temperature": None}, 1.0),
+        ({}, {}, 1.0),
+        ({"orders": "as_given"}, {"temperature": MEASURED}, 0.8),
+        ({"temperature": 1.5}, {"temperature": MEASURED}, 1.5),
+        ({"competition": "wsdm"}, {"temperature": MEASURED}, 1.0),
+        ({"packages": [TWO | HALF, {"run": "b", "dataset": "tiny-b"} | HALF]}, {"temperature": MEASURED}, 1.0),
     ],
-    ids=["measured", "interval holds 1", "order as given", "of the spec", "accuracy counts", "ensemble"],
+    ids=[
+        *("measured", "interval holds 1", "not measured", "packaged before"),
+        *("order as given", "of the spec", "accuracy counts", "ensemble"),
+    ],
 )
-def test_the_kernel_takes_a_measured_temperature_where_it_gains(workplace, changes, low, expected):
-    as_given = {"best": 0.8, "low": 0.7, "high": 0.9}
-    change_json(PACKAGE / "manifest.json", temperature={"both": {"best": 1.3, "low": low, "high": 1.6}, "as_given": as_given})
-    values = {
-        "title": "Title",
-        "competition": "lmsys",
-        "packages": [{"run": "two", "dataset": "tiny-two"}],
-        "clock_seconds": 60,
-    }
-    assert f"\n    temperature={expected},\n" in kernel_text("test", Spec.model_validate(values | changes), [])
-
-
-@pytest.mark.parametrize("temperatures", [{"temperature": None}, {}], ids=["not measured", "packaged before"])
-def test_without_a_measured_temperature_it_is_1(workplace, temperatures):
-    change_json(PACKAGE / "manifest.json", **temperatures)
-    block = {"run": "two", "dataset": "tiny-two"}
-    spec = Spec(title="Title", competition="lmsys", packages=[block], clock_seconds=60)
-    assert "\n    temperature=1.0,\n" in kernel_text("test", spec, [])
+def test_the_kernel_takes_a_measured_temperature_where_it_gains(workplace, changes, manifest, expected):
+    change_json(PACKAGE / "manifest.json", **manifest)
+    spec = Spec.model_validate({"title": "Title", "competition": "lmsys", "packages": [TWO], **changes})
+    assert f"\n    temperature={expected},\n" in kernel_text("test", spec, [])

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from kaggle_kernels.build.spec import all_specs, find_spec, read_spec, settings_of, slugify
+from kaggle_kernels.build.spec import all_specs, find_spec, read_spec, settings_of
 from kaggle_kernels.runtime.settings import TimeLimit
 from preprocess.core.errors import UserError
 from tests.kaggle_kernels.packages import settings_for
@@ -47,6 +47,7 @@ def test_what_follows_from_a_mistake_is_not_a_second_problem(tmp_path):
     "changes, message",
     [
         ({"zebra": 1}, "zebra: unknown key; remove it"),
+        ({"competition": "duel"}, "competition: expected wsdm or lmsys, found 'duel'"),
         ({"title": None}, "title: missing; add it: the kernel's title on Kaggle"),
         ({"packages": package(weight=0.5)}, "packages: the weights sum to 0.5, expected 1"),
         ({"packages": [*package(weight=0.5)] * 2}, "packages: two packages have the same run"),
@@ -74,11 +75,6 @@ def test_a_wrong_value_is_one_line_with_its_key(tmp_path, changes, message):
 def test_an_unknown_spec_names_those_there_are():
     with pytest.raises(UserError, match="nothing: no such spec; there are .*demo"):
         find_spec("nothing")
-
-
-def test_a_titles_slug_is_kaggles():
-    assert slugify("Pairwise Gemma 2 Classifier") == "pairwise-gemma-2-classifier"
-    assert slugify("  A -- b_c!") == "a-b-c"
 
 
 def test_settings_hold_what_the_spec_says(tmp_path):

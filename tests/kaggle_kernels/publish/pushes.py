@@ -21,7 +21,7 @@ from preprocess.core.files import sha256
 from preprocess.model_input import Contract
 from recipes.pairwise.contract import MODEL_INPUT
 from tests.fakes.kaggle.server import KaggleServer
-from tests.kaggle_kernels.packages import make_pushable
+from tests.kaggle_kernels.packages import list_files, make_pushable
 
 WHEELS = Path("outputs/wheels")
 FAST = ("--poll-seconds", "0.01", "--patience-seconds", "20")
@@ -52,8 +52,8 @@ def pretend_package(fit: Fit, seed: int) -> Path:
     (folder / "config.json").write_text(json.dumps({"model_type": fit.served.base.model_type}))
     (folder / "model.safetensors").write_bytes(weights(f"{run} {seed}"))
     write_metadata(folder, fit.package.dataset, block.package.licence)
-    files = {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size} for path in sorted(folder.iterdir())}
-    manifest = {"files": files, "quantize": block.package.quantize, "golden": [{"id": "first", "probabilities": [0.5, 0.5]}]}
+    manifest = {"files": list_files(folder), "quantize": block.package.quantize}
+    manifest["golden"] = [{"id": "first", "probabilities": [0.5, 0.5]}]
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
 
@@ -81,9 +81,7 @@ def make_folder(folder: Path, **contents: bytes) -> Path:
     for name, content in contents.items():
         (folder / name.replace("__", ".")).write_bytes(content)
     write_metadata(folder, "tiny-two", "apache-2.0")
-    listed = [path for path in sorted(folder.iterdir()) if path.name != "manifest.json"]
-    files = {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size} for path in listed}
-    (folder / "manifest.json").write_text(json.dumps({"files": files}))
+    (folder / "manifest.json").write_text(json.dumps({"files": list_files(folder)}))
     return folder
 
 

@@ -20,7 +20,7 @@ FAST = Pace(poll_seconds=0.001, patience_seconds=5)
 @pytest.fixture
 def dataset(kaggle):
     """The stand-in with a dataset, which it has processed; the request for its status."""
-    kaggle.site.datasets["tester/tiny"] = Dataset("tester/tiny", "tiny", "other", True, [Version(1, "", {}, 0)])
+    kaggle.site.datasets["tester/tiny"] = Dataset("tester/tiny", "other", True, [Version(1, {}, 0)])
     request = ApiGetDatasetStatusRequest()
     request.owner_slug, request.dataset_slug = "tester", "tiny"
     return request

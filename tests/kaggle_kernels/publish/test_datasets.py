@@ -127,8 +127,8 @@ def test_a_busy_dataset_and_a_slow_one_end_well(folder, kaggle):
 
 
 def test_a_dataset_that_is_public_gets_nothing_and_one_that_comes_out_public_is_told(folder, kaggle):
-    old = Version(1, "", {"old.txt": b"old"}, 0)
-    kaggle.site.datasets[REF] = Dataset(REF, "tiny-two", "other", False, [old])
+    old = Version(1, {"old.txt": b"old"}, 0)
+    kaggle.site.datasets[REF] = Dataset(REF, "other", False, [old])
     with pytest.raises(UserError, match=f"{REF}: is public on Kaggle; make it private"):
         publish(folder)
     assert kaggle.calls("StartBlobUpload") == []

@@ -15,26 +15,15 @@ VERSIONS = {"me/pairwise-gemma2-qlora": 3, "me/pairwise-llama3-cls": 12}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def kernel(tmp_path_factory):
     kernels = tmp_path_factory.mktemp("kernels")
     build(find_spec("gemma2_llama3"), kernels)
-    return kernels / "gemma2_llama3"
-
-
-@pytest.fixture(scope="module")
-def kernel(folder):
-    return read_kernel(folder, "me", VERSIONS)
+    return read_kernel(kernels / "gemma2_llama3", "me", VERSIONS)
 
 
 def shown(kernel, code=None, **changes):
     """The kernel as Kaggle shows it, with changes."""
     return Kernel(code or kernel.code, {**kernel.metadata, "docker_image": "", **changes})
-
-
-def test_versions_are_named_unless_kaggle_does_not_take_them(kernel, folder):
-    bare = ["me/pairwise-gemma2-qlora", "me/pairwise-llama3-cls", "me/pairwise-wheels"]
-    assert kernel.metadata["dataset_sources"] == [f"{bare[0]}/3", f"{bare[1]}/12", bare[2]]
-    assert read_kernel(folder, "me", {}).metadata["dataset_sources"] == bare
 
 
 @pytest.mark.parametrize(

@@ -26,12 +26,7 @@ ENTRIES = {
         "contract": CONTRACT,
         "metrics": {"accuracy": 0.84, "log_loss": 0.443},
     },
-    "package": {
-        "run": "outputs/demo",
-        "dataset": "pairwise-demo",
-        "manifest": MANIFEST,
-        "trained": {"outputs/demo": CONTRACT},
-    },
+    "package": {"run": "outputs/demo", "dataset": "pairwise-demo", "manifest": MANIFEST, "trained": {"outputs/demo": CONTRACT}},
     "push": {
         **{"spec": "demo", "kernel": "me/pairwise-demo", "kernel_version": 3, "kernel_sha256": KERNEL},
         "datasets": {

@@ -37,7 +37,7 @@ def test_a_file_that_no_package_is_defined_to_have_is_refused_though_the_manifes
             "model.safetensors: no sound safetensors file",
         ),
         (lambda folder: (folder / "model_input.py").write_text("import os"), "model_input.py: not the file that the model was"),
-        (lambda folder: change_json(folder / "contract.json", rows=[1]), "contract.json: unknown or missing keys: rows"),
+        (lambda folder: change_json(folder / "contract.json", rows=[1]), "contract.json: rows: extra inputs are not permitted"),
         (lambda folder: (folder / "config.json").write_text("{}"), "config.json: lacks model_type"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json: not valid JSON"),
         (

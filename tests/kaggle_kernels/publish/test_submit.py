@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 
 from kaggle_kernels.publish import submit as module
-from kaggle_kernels.publish.kernels import read_kernel
+from kaggle_kernels.publish.client import Pace, connect
+from kaggle_kernels.publish.kernels import read_kernel, save_kernel
 from kaggle_kernels.publish.push import PushRecord, read_record, write_record
 from preprocess.competitions import COMPETITIONS
 from preprocess.core import ledger
 from preprocess.core.files import write_json
 from tests.conftest import ROOT
 from tests.fakes.kaggle.server import Fault
-from tests.fakes.kaggle.site import Kernel, KernelVersion, Run, Submission
+from tests.fakes.kaggle.site import Dataset, KernelVersion, Run, Submission, Version
 from tests.kaggle_kernels.publish import pushes
 from tests.kaggle_kernels.publish.pushes import error_of
 
@@ -25,11 +26,6 @@ GOOD = b"id,winner\n1,model_a\n2,model_b\n"
 DATASETS = {
     "tester/pairwise-demo": {"version": 3, "manifest": "ab" * 32},
     "tester/pairwise-wheels": {"version": 1, "manifest": "cd" * 32},
-}
-KEYS = {  # of a push's request, and what kernel-metadata.json calls them
-    **{"datasetDataSources": "dataset_sources", "competitionDataSources": "competition_sources", "newTitle": "title"},
-    **{"machineShape": "machine_shape", "isPrivate": "is_private", "enableGpu": "enable_gpu", "enableTpu": "enable_tpu"},
-    **{"enableInternet": "enable_internet", "language": "language", "kernelType": "kernel_type"},
 }
 RECORD = json.dumps({"manifests": {"pairwise-demo": "ab" * 32}}).encode()  # kernel.json of a run with the demo's package
 
@@ -41,8 +37,11 @@ def pushed(tmp_path, monkeypatch, kaggle, ledger_file):
     versions = {ref: dataset["version"] for ref, dataset in DATASETS.items()}
     kernel = read_kernel(ROOT / "kaggle_kernels/examples/demo", "tester", versions)
     run = Run(statuses=["COMPLETE"], output={"submission.csv": GOOD, "other.bin": b"x", "kernel.json": RECORD})
-    request = {"slug": REF, "text": kernel.code} | {key: kernel.metadata[name] for key, name in KEYS.items()}
-    kaggle.site.kernels[REF] = Kernel(REF, [KernelVersion(1, request, run)])
+    kaggle.site.runs.append(run)
+    for ref, version in versions.items():
+        kaggle.site.datasets[ref] = Dataset(ref, "other", True, [Version(version, {}, 0)])
+    save_kernel(connect(Pace()), kernel)
+    kaggle.requests.clear()
     made = PushRecord(
         kernel=REF,
         fingerprint=kernel.fingerprint(),

@@ -6,9 +6,9 @@ import polars as pl
 
 from kaggle_kernels.build.spec import Spec
 from preprocess.model_input import VERDICTS
+from preprocess.sources.rows import TEXTS
 
 SPEC = Spec(title="Pairwise Test", competition="wsdm", packages=[{"run": "two", "dataset": "tiny-two"}], clock_seconds=600)
-TEXTS = ("prompt", "response_a", "response_b")
 FLAGS = [f"winner_{verdict}" for verdict in VERDICTS]
 
 

@@ -6,9 +6,10 @@ import polars as pl
 import pytest
 
 from kaggle_kernels.rehearsal.adversarial_rows import add_adversarial_rows, choose_kinds
-from kaggle_kernels.rehearsal.adversarial_texts import KINDS, LANGUAGES, LONG, TEXTS
+from kaggle_kernels.rehearsal.adversarial_texts import KINDS, LANGUAGES, LONG
 from kaggle_kernels.runtime.inputs import read_rows
 from preprocess.competitions import COMPETITIONS
+from preprocess.sources.rows import TEXTS
 from tests import tiny
 from tests.kaggle_kernels.rehearsal.layouts import FLAGS, in_lmsys_layout
 

@@ -1,44 +1,14 @@
-"""The generated kernel in a process of its own, in Kaggle's versions: from a test file to a submission, or a refusal."""
+"""The generated kernel in Kaggle's versions encodes as training does."""
 
 import json
 import subprocess
 
 import polars as pl
-import pytest
 
 from kaggle_kernels.rehearsal.sandbox import SITECUSTOMIZE, find_python, make_environment
-from preprocess.core import ledger
-from preprocess.core.files import read_json, sha256
+from kaggle_kernels.rehearsal.scenario import Scenario
 from preprocess.model_input import encode, encode_all, pair_from_row, read_contract, swap
-from tests.kaggle_kernels.packages import AWKWARD_ROWS, rehearse
-
-
-def test_a_wsdm_rehearsal_gives_every_id_once_and_is_scored_by_id(workplace, tmp_path, ledger_file):
-    done = rehearse(workplace, "--test", "test.parquet", "--out", "results")
-    assert done.exit_code == 0, done.output
-    rows = pl.read_parquet("test.parquet")
-    submission = pl.read_csv("results/submission.csv")
-    assert submission.columns == ["id", "winner"]
-    assert submission["id"].to_list() == rows["id"].to_list()
-    right = (submission["winner"] == rows["winner"]).mean()
-    measured = read_json("results/rehearsal.json")
-    assert measured["accuracy"] == pytest.approx(right)
-    line = f"accuracy {right:.4f}, log loss {measured['log_loss']:.4f}, Brier score {measured['brier_score']:.4f} on 30"
-    assert f"{line} judged rows" in done.output
-    record = read_json("results/kernel.json")
-    assert (record["rows"], record["scored"], record["versions"]["transformers"]) == (30, 30, "5.0.0")
-    scores = pl.read_parquet("results/scores.parquet")
-    mean = (scores["two_p_model_a_as_given"] + scores["two_p_model_a_swapped"]) / 2
-    assert (mean - scores["p_model_a"]).abs().max() < 1e-6
-    assert mean.n_unique() == 30
-    assert measured["build"] == {
-        "kernel_sha256": sha256(tmp_path / "outputs/kernels/test/kernel.py"),
-        "packages": {"tiny-two": sha256(tmp_path / "outputs" / "two" / "package" / "manifest.json")},
-    }
-    [entry] = ledger.read()
-    assert (entry["event"], entry["spec"], entry["verdict"], entry["rows"]) == ("rehearse", "test", "passed", 30)
-    assert measured["build"].items() <= entry.items()
-    assert entry["seconds"] == measured["seconds"]
+from tests.kaggle_kernels.packages import AWKWARD_ROWS
 
 
 def write_lmsys(path):
@@ -65,7 +35,7 @@ def test_the_kernels_ids_are_trainings_ids_on_every_awkward_row(workplace, tmp_p
     )
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(SITECUSTOMIZE)
-    environment = make_environment(tmp_path, tmp_path / "site")
+    environment = make_environment(tmp_path, tmp_path / "site", Scenario())
     subprocess.run([find_python(None), "-P", "-c", script], check=True, env=environment)
     tokenizer, contract = AutoTokenizer.from_pretrained(package_folder), read_contract(package_folder)
     pairs = [pair_from_row(row) for row in AWKWARD_ROWS]

@@ -13,7 +13,8 @@ import pytest
 
 from kaggle_kernels.rehearsal import sandbox
 from kaggle_kernels.rehearsal.kaggle_tree import lay_out_tree
-from kaggle_kernels.rehearsal.sandbox import SITECUSTOMIZE, Conditions, make_environment, run_as_kaggle
+from kaggle_kernels.rehearsal.sandbox import SITECUSTOMIZE, make_environment, run_as_kaggle
+from kaggle_kernels.rehearsal.scenario import Scenario
 from preprocess.core.errors import UserError
 from tests import tiny
 from tests.kaggle_kernels.rehearsal.layouts import SPEC
@@ -28,8 +29,8 @@ def root(tmp_path):
     return tmp_path / "sandbox" / "kaggle"
 
 
-def run(root, kernel, clock_seconds=500, **conditions):
-    return run_as_kaggle(PYTHON, kernel, root, "test", Conditions(clock_seconds, **conditions))
+def run(root, kernel, clock_seconds=500):
+    return run_as_kaggle(PYTHON, kernel, root, "test", clock_seconds, Scenario())
 
 
 def has_ended(pid, within=60.0):
@@ -69,7 +70,7 @@ def test_the_kernel_sees_neither_verdicts_nor_models_nor_the_metadata(tmp_path, 
 )
 def test_a_rehearsed_kernel_reaches_neither_network_nor_repository(tmp_path, code, message):
     (tmp_path / "sitecustomize.py").write_text(SITECUSTOMIZE)
-    environment = make_environment(tmp_path, tmp_path)
+    environment = make_environment(tmp_path, tmp_path, Scenario())
     done = subprocess.run([sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 1
     assert message in done.stderr
@@ -142,8 +143,8 @@ def test_an_interrupted_rehearsal_leaves_no_kernel_behind(root, monkeypatch):
 def test_the_environment_has_the_devices_and_the_kind_of_run_and_no_secrets(tmp_path, monkeypatch):
     monkeypatch.setenv("KAGGLE_DEVICES", "cuda:7")
     monkeypatch.setenv("SECRET", "x")
-    environment = make_environment(tmp_path, tmp_path / "site")
+    environment = make_environment(tmp_path, tmp_path / "site", Scenario())
     assert environment.keys().isdisjoint({"KAGGLE_DEVICES", "KAGGLE_IS_COMPETITION_RERUN", "SECRET"})
     assert environment["PATH"] == os.environ["PATH"]
-    environment = make_environment(tmp_path, tmp_path / "site", devices=3, is_hidden=True)
+    environment = make_environment(tmp_path, tmp_path / "site", Scenario(devices=3, hostile=True))
     assert (environment["KAGGLE_DEVICES"], environment["KAGGLE_IS_COMPETITION_RERUN"]) == ("cpu,cpu,cpu", "1")

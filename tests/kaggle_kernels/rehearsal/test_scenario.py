@@ -9,7 +9,7 @@ from kaggle_kernels.build.bundle import build
 from kaggle_kernels.rehearsal import rehearse as rehearsal
 from kaggle_kernels.rehearsal.sandbox import KernelRun
 from preprocess.core import ledger
-from preprocess.core.files import read_json
+from preprocess.core.files import read_json, sha256
 from tests.kaggle_kernels.packages import WSDM, change_json, rehearse, write_recipe
 
 
@@ -18,8 +18,8 @@ def fake_kernel(monkeypatch):
     """Replace the kernel's run by right answers, which `spoil` may spoil; records what the kernel was run with."""
     fake = {"spoil": lambda working: None, "passes": []}
 
-    def run(python, kernel, root, name, conditions):
-        fake.update(kernel=kernel, conditions=conditions)
+    def run(python, kernel, root, name, clock_seconds, scenario):
+        fake.update(kernel=kernel, clock_seconds=clock_seconds, scenario=scenario)
         [path] = (root / "input" / "competitions").rglob("test.*")
         ids, working = pl.read_parquet(path)["id"].cast(pl.String), root / "working"
         pl.DataFrame({"id": ids, "winner": "model_a"}).write_csv(working / "submission.csv")
@@ -37,14 +37,23 @@ def record_of(folder):
     return read_json(folder / "outputs/test/rehearsal/rehearsal.json")
 
 
-def test_a_plain_rehearsal_runs_the_built_kernel_on_the_files_own_rows(workplace, tmp_path, fake_kernel):
+def test_a_plain_rehearsal_runs_the_built_kernel_on_the_files_own_rows(workplace, tmp_path, fake_kernel, ledger_file):
     done = rehearse(workplace, "--test", "test.parquet")
     assert done.exit_code == 0, done.output
-    assert fake_kernel["kernel"] == (tmp_path / "outputs/kernels/test/kernel.py").read_text()
-    conditions = fake_kernel["conditions"]
-    assert (conditions.clock_seconds, conditions.devices, conditions.is_hidden) == (600, None, False)
+    kernel = tmp_path / "outputs/kernels/test/kernel.py"
+    assert fake_kernel["kernel"] == kernel.read_text()
+    assert (fake_kernel["clock_seconds"], fake_kernel["scenario"].is_hidden) == (600, False)
     assert not (tmp_path / "outputs/test/rehearsal/rows.parquet").exists()
     assert "warning: two scored no row; the log above says why\n" in done.output
+
+    right = (pl.read_parquet("test.parquet")["winner"] == "model_a").mean()
+    assert f"accuracy {right:.4f}, log loss " in done.output and " on 30 judged rows; " in done.output
+    record = record_of(tmp_path)
+    manifest = sha256(tmp_path / "outputs/two/package/manifest.json")
+    assert record["build"] == {"kernel_sha256": sha256(kernel), "packages": {"tiny-two": manifest}}
+    [entry] = ledger.read()
+    expected = {"event": "rehearse", "spec": "test", "verdict": "passed", "rows": 30, "seconds": 12.5, **record["build"]}
+    assert expected.items() <= entry.items()
 
 
 def test_another_clock_changes_that_line_of_the_kernel_and_nothing_else(workplace, tmp_path, fake_kernel):
@@ -53,7 +62,7 @@ def test_another_clock_changes_that_line_of_the_kernel_and_nothing_else(workplac
     built, ran = (tmp_path / "outputs/kernels/test/kernel.py").read_text(), fake_kernel["kernel"]
     assert ran == built.replace("seconds=600.0)", "seconds=90.0)")
     assert ran != built
-    assert fake_kernel["conditions"].clock_seconds == record_of(tmp_path)["clock_seconds"] == 90
+    assert fake_kernel["clock_seconds"] == record_of(tmp_path)["clock_seconds"] == 90
     assert "30 rows in 12.5 s of a clock of 2 min\n" in done.output
 
 

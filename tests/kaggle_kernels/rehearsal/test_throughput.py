@@ -27,11 +27,7 @@ def test_both_orders_are_predicted_from_their_own_tokens_for_each_number_of_rows
     loading = predict_loading(fits)
     assert loading == pytest.approx(2 * 6.52e9 / 3e8, rel=0.01)
     assert predict_runs(fits, passes("gemma2_cls", *BOTH), (10_000, 25_000)) == [
-        {
-            "rows": rows,
-            "first_order_seconds": round(loading + rows * GEMMA),
-            "all_seconds": round(loading + rows * GEMMA * 2.2),
-        }
+        {"rows": rows, "first_order_seconds": round(loading + rows * GEMMA), "all_seconds": round(loading + rows * GEMMA * 2.2)}
         for rows in (10_000, 25_000)
     ]
 

@@ -8,13 +8,7 @@ import polars as pl
 import pytest
 
 from kaggle_kernels.runtime import inputs
-from kaggle_kernels.runtime.inputs import (
-    find_mounted,
-    install_missing_wheels,
-    read_rows,
-    read_table,
-    read_text,
-)
+from kaggle_kernels.runtime.inputs import find_mounted, install_missing_wheels, read_rows, read_table, read_text
 
 
 def mount(root, path, content=b"x"):

@@ -3,13 +3,7 @@
 import pytest
 
 from kaggle_kernels.runtime.package import read_package
-from kaggle_kernels.runtime.scheduling.plan import (
-    CandidatePass,
-    expected_gain,
-    flop_per_token,
-    loading_seconds,
-    plan_passes,
-)
+from kaggle_kernels.runtime.scheduling.plan import CandidatePass, expected_gain, flop_per_token, loading_seconds, plan_passes
 
 TEN = [str(number) for number in range(10)]
 EVEN = {row_id: [0.5, 0.5] for row_id in TEN}

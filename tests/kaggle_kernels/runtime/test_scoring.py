@@ -12,7 +12,6 @@ from kaggle_kernels.runtime.models.scoring import (
     Request,
     group_by_length,
     make_batches,
-    make_requests,
     mean_of_orders,
     padded_tokens,
     score,
@@ -77,14 +76,6 @@ def test_lengths_that_are_not_alike_go_through_the_model_apart():
     assert group_by_length([1000, 900, 800], padding_limit=512) == [[0, 1, 2]], "a costly pass is worth more padding"
     rewards = [Request("1", "as_given", ([5] * 1000, [5] * 300)), Request("2", "as_given", ([5] * 990, [5] * 200))]
     assert padded_tokens(rewards) == 2 * 1000 + 2 * 300
-
-
-def test_requests_are_the_packages_own_ids(loaded, pairs):
-    package, _ = loaded
-    requests = make_requests(package.model_input, package.tokenizer, package.contract, pairs[:1], ("as_given", "swapped"))
-    ordered = [pairs[0], package.model_input.swap(pairs[0])]
-    expected = [package.model_input.encode(pair, package.tokenizer, package.contract) for pair in ordered]
-    assert [(request.order, request.sequences) for request in requests] == [("as_given", expected[0]), ("swapped", expected[1])]
 
 
 def test_probabilities_that_are_not_finite_are_an_error(loaded, pairs):
