@@ -1448,7 +1448,7 @@ def check_golden_scores(package: Package, model: torch.nn.Module, device: str) -
 def serve(connection, score_requests: Callable, batches_at_once: int) -> None:
     """Score the batches that come through the pipe until it is closed, or until something fails.
 
-    So many of them are scored at the same time, each in a thread of its own.
+    `batches_at_once` of them are scored at the same time, each in a thread of its own.
     """
     receiving = threading.Lock()
     sending = threading.Lock()
