@@ -7,7 +7,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from kaggle_kernels.build.bundle import stale_files
+from kaggle_kernels.build.bundle import kernel_folder, stale_files
 from kaggle_kernels.build.memory_fit import GPU_BYTES, Fit, fit_packages, in_gib
 from kaggle_kernels.build.spec import Spec, read_spec
 from postprocess.memory.model_size import GIB
@@ -65,8 +65,14 @@ def describe_spec(path: Path) -> list[str]:
     package_cells = ["\n".join(lines) for lines in zip(*lines_by_package, strict=True)]
 
     durations = [f"{limit.seconds / SECONDS_PER_HOUR:.4g} h" for limit in spec.time_limits]
-    state = "[yellow]stale[/yellow]" if stale_files(path) else "[green]built[/green]"
-    return [spec.competition, *package_cells, " / ".join(durations), state]
+    return [spec.competition, *package_cells, " / ".join(durations), describe_kernel(path)]
+
+
+def describe_kernel(spec_path: Path) -> str:
+    """Say whether a spec's kernel is built, and up to date."""
+    if not kernel_folder(spec_path).exists():
+        return "not built"
+    return "[yellow]stale[/yellow]" if stale_files(spec_path) else "[green]built[/green]"
 
 
 def describe_package(fit: Fit, spec: Spec) -> tuple[str, str, str, str]:

@@ -137,8 +137,12 @@ def test_every_spec_of_the_project_fits_and_has_a_row_in_the_list(tmp_path, monk
     rows = [line.split() for line in done.output.splitlines() if line.startswith(" ") and line.strip()]
     assert [row[0] for row in rows[2:] if row[1] in ("wsdm", "lmsys")] == [path.stem for path in all_specs()]
     [qlora] = [row for row in rows if row[:2] == ["gemma2_qlora", "wsdm"]]
-    assert " ".join(qlora) == "gemma2_qlora wsdm gemma2_qlora gemma-2-9b-it nf4 9.8 4.75 h / 12 h stale"
+    assert " ".join(qlora) == "gemma2_qlora wsdm gemma2_qlora gemma-2-9b-it nf4 9.8 4.75 h / 12 h not built"
     assert "0.5 × llama3_cls         Meta-Llama-3-8B-Instruct" in done.output
+
+    (tmp_path / "outputs/kernels/demo").mkdir(parents=True)
+    [demo] = [line.split() for line in CliRunner().invoke(main, ["list"]).output.splitlines() if line.startswith(" demo")]
+    assert demo[-1] == "stale"
 
 
 def test_a_spec_with_a_mistake_does_not_hide_the_others_of_the_list(workplace, capsys):

@@ -3,12 +3,13 @@
 import json
 import socket
 import time
+from types import SimpleNamespace
 
 import pytest
 from kagglesdk.datasets.types.dataset_api_service import ApiGetDatasetStatusRequest
 
 from kaggle_kernels.publish import client, uploads
-from kaggle_kernels.publish.client import Pace, Refused, ask, connect
+from kaggle_kernels.publish.client import Pace, Refused, ask, connect, list_all
 from preprocess.core.errors import UserError
 from tests.fakes.kaggle.server import Fault
 from tests.fakes.kaggle.site import TOKEN, Dataset, Version
@@ -104,3 +105,15 @@ def test_against_a_black_hole_a_command_ends_with_one_line_for_it(here, monkeypa
     line = "error: Kaggle: IntrospectToken: no answer within 30 s; check the network, then run this again"
     assert ended.output.splitlines().count(line) == 1
     assert time.monotonic() - started < 30
+
+
+def test_a_list_is_read_page_by_page_and_a_page_that_names_itself_is_the_last():
+    pages = {None: ([1, 2], "second"), "second": ([3], "third"), "third": ([], "third")}
+    request = SimpleNamespace(page_token=None)
+
+    def answer(request):
+        items, next_page = pages[request.page_token]
+        return SimpleNamespace(files=items, next_page_token=next_page)
+
+    assert list_all(FAST, answer, request, "files") == [1, 2, 3]
+    assert request.page_token == "third"
