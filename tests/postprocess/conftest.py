@@ -3,9 +3,7 @@
 import shutil
 
 import pytest
-from click.testing import CliRunner
 
-from postprocess.__main__ import main
 from postprocess.run_folder import read_run
 from recipes.pairwise.config.schema import read_recipe
 from tests.postprocess import runs
@@ -33,9 +31,7 @@ def packaged(made):
     def build(kind: str, **options) -> tuple[runs.Made, str]:
         run = made(kind, **options)
         if run.folder not in printed:
-            result = CliRunner().invoke(main, [str(run.recipe)], catch_exceptions=False)
-            assert result.exit_code == 0, result.output
-            printed[run.folder] = result.output
+            printed[run.folder] = runs.succeed(run.recipe)
         return run, printed[run.folder]
 
     return build
