@@ -110,9 +110,6 @@ def trained_quantization(run: Run) -> dict | None:
 
     Returns:
         The settings of BitsAndBytesConfig, from the run's config.json.
-
-    Raises:
-        UserError: The recipe says that the base was quantised, the run does not.
     """
     if not run.has_adapter:
         return None

@@ -3,8 +3,9 @@ import json
 import numpy as np
 import polars as pl
 
+from postprocess.agreement.slices import groups_of
 from postprocess.agreement.statistics import Column
-from postprocess.agreement.table import groups_of, probability_table, table_lines, without_nan
+from postprocess.agreement.table import probability_table, table_lines, without_nan
 from tests.postprocess.agreement.compared import TRAINED, column, report
 
 THREE = ("tie", "model_b", "model_a")
