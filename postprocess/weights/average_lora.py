@@ -39,20 +39,10 @@ from preprocess.core.files import atomic_file, read_object, write_json
 from recipes.pairwise.config.schema import Recipe
 from recipes.pairwise.data.datasets import read_pairs, split
 
-WRITTEN_FILES = (
-    "adapter_model.safetensors",
-    "adapter_config.json",
-    "contract.json",
-    "model_input.py",
-    "metrics.json",
-    "predictions.parquet",
-    "config.json",
-)
+RESULT_FILES = ("contract.json", "model_input.py", "metrics.json", "predictions.parquet")
 # PEFT's names of the two factors of a low-rank change; an embedding's have no `.weight` behind them.
 A_NAME = re.compile(r".+\.(lora_A\.weight|lora_embedding_A)")
 B_NAME = re.compile(r".+\.(lora_B\.weight|lora_embedding_B)")
-# What differs between the runs of one recipe without changing what an adapter means.
-IGNORED_SETTINGS = ("peft_version",)
 
 
 def average(recipe: Recipe, members: Sequence[Path]) -> None:
@@ -60,10 +50,6 @@ def average(recipe: Recipe, members: Sequence[Path]) -> None:
 
     The validation rows are the fixed sample of a run that trained on everything, since most of them
     were trained on by some member.
-
-    Args:
-        recipe: The recipe of the runs, with the folder of the mean as its run folder.
-        members: The folders of the runs.
 
     Raises:
         UserError: The members are not runs of one contract, or have no mean (DoRA).
@@ -76,7 +62,7 @@ def average(recipe: Recipe, members: Sequence[Path]) -> None:
 
     # Nothing of an earlier run may vouch for this one.
     folder.mkdir(parents=True, exist_ok=True)
-    for name in WRITTEN_FILES:
+    for name in (*RESULT_FILES, ADAPTER_WEIGHTS, ADAPTER_SETTINGS, "config.json"):
         (folder / name).unlink(missing_ok=True)
     for name in ("model_input.py", "config.json", *contract.tokenizer_sha256):
         if (first / name).is_file():
@@ -146,7 +132,8 @@ def read_lora_settings(folder: Path) -> dict[str, object]:
         # PEFT writes sets as lists, in any order.
         if isinstance(value, list):
             value = sorted(map(str, value))
-        if key not in IGNORED_SETTINGS:
+        # It may differ without changing what an adapter means.
+        if key != "peft_version":
             compared_settings[key] = value
     return compared_settings
 
