@@ -122,7 +122,7 @@ BAD_RUNS = [
     (with_json(logit_bias=[0.5]), "1 numbers in logit_bias for 2 verdicts"),
     (with_json(budget_tokens="128"), "contract.json: budget_tokens: Input should be a valid integer"),
     (with_json(golden=[["a"]]), "contract.json: golden: expected rows with pair and ids"),
-    (with_text("contract.json", "[1, 2]"), "contract.json: expected an object, found [1, 2]"),
+    (with_text("contract.json", "[1, 2]"), "contract.json: expected an object, found list"),
     (with_json("adapter_config.json", r="8"), 'adapter_config.json: r: Input should be a valid integer, found "8"'),
     (with_text("postprocess.json", "[]"), "postprocess.json: expected an object of stages"),
     (with_text("adapter_config.json", "[1]"), "adapter_config.json: expected an object"),
