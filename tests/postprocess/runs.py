@@ -179,6 +179,16 @@ def change_tensors(file: Path, change: Callable[[dict[str, torch.Tensor]], objec
     save_file(tensors, file, {"format": "pt"})
 
 
+def with_json(name: str, **values) -> Callable[[Made], object]:
+    """A damage to a run: other values in one of its files."""
+    return lambda made: set_json(made.folder / name, **values)
+
+
+def in_adapter(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Made], object]:
+    """A damage to a run: its adapter's tensors after `change(tensors)`."""
+    return lambda made: change_tensors(made.folder / "adapter_model.safetensors", change)
+
+
 def change_base(made: Made, folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
     """Let the run be one of a changed copy of its base, which is written to `folder`."""
     shutil.copytree(made.base, folder)

@@ -12,6 +12,7 @@ from postprocess.weights.lora_adapter import merge_layer
 from preprocess.core.errors import UserError
 from recipes.pairwise.config.schema import read_recipe
 from tests.postprocess import runs
+from tests.postprocess.runs import with_json
 
 STAGES = ["merge", "quantise", "scores", "agreement", "package"]
 HEAD = "base_model.model.score.weight"
@@ -97,11 +98,6 @@ def with_text(name, text):
     return lambda run: (run.folder / name).write_text(text)
 
 
-def with_json(name="contract.json", **values):
-    """A damage: other values in a file of the run."""
-    return lambda run: runs.set_json(run.folder / name, **values)
-
-
 BAD_RUNS = [
     (without("adapter_model.safetensors"), "train it first with axolotl train"),
     (lambda run: run.folder.rename(run.folder.with_name("moved")), "no such folder; train it first with axolotl train"),
@@ -114,19 +110,19 @@ BAD_RUNS = [
     (with_text("predictions.parquet", "no"), "predictions.parquet: not the predictions of training"),
     (with_text("model.safetensors", "x"), "holds an adapter and a full model"),
     (with_text("model_input.py", "# edited"), "has changed since training"),
-    (with_json(base_model="./gone"), "./gone: the base model in contract.json"),
-    (with_json(base_model="nobody/nothing"), "neither a folder here nor to be had from the hub"),
-    (with_json(head="tail"), "head is 'tail'; only score, label_tokens, reward can be packaged"),
-    (with_json(head="reward"), "2 labels for 2 verdicts and the head reward, expected 1"),
-    (with_json(head="label_tokens", num_labels=0), "0 label tokens for 2 verdicts"),
-    (with_json(logit_bias=[0.5]), "1 numbers in logit_bias for 2 verdicts"),
-    (with_json(budget_tokens="128"), "contract.json: budget_tokens: Input should be a valid integer"),
-    (with_json(golden=[["a"]]), "contract.json: golden: expected rows with pair and ids"),
+    (with_json("contract.json", base_model="./gone"), "./gone: the base model in contract.json"),
+    (with_json("contract.json", base_model="nobody/nothing"), "neither a folder here nor to be had from the hub"),
+    (with_json("contract.json", head="tail"), "head is 'tail'; only score, label_tokens, reward can be packaged"),
+    (with_json("contract.json", head="reward"), "2 labels for 2 verdicts and the head reward, expected 1"),
+    (with_json("contract.json", head="label_tokens", num_labels=0), "0 label tokens for 2 verdicts"),
+    (with_json("contract.json", logit_bias=[0.5]), "1 numbers in logit_bias for 2 verdicts"),
+    (with_json("contract.json", budget_tokens="128"), "contract.json: budget_tokens: Input should be a valid integer"),
+    (with_json("contract.json", golden=[["a"]]), "contract.json: golden: expected rows with pair and ids"),
     (with_text("contract.json", "[1, 2]"), "contract.json: expected an object, found list"),
     (with_json("adapter_config.json", r="8"), 'adapter_config.json: r: Input should be a valid integer, found "8"'),
     (with_text("postprocess.json", "[]"), "postprocess.json: expected an object of stages"),
     (with_text("adapter_config.json", "[1]"), "adapter_config.json: expected an object"),
-    (with_json(extra=1), "unknown keys ['extra']"),
+    (with_json("contract.json", extra=1), "unknown keys ['extra']"),
 ]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from kaggle_kernels.runtime.models.model import CLASSES
 from postprocess.weights.average_lora import write_adapter
 from preprocess.core.errors import UserError
 from tests.postprocess import runs
+from tests.postprocess.runs import in_adapter, with_json
 
 SCORE = "base_model.model.score.weight"
 
@@ -101,27 +103,14 @@ def test_the_mean_is_packaged_like_one_adapter_and_anew_after_a_member_was_train
     assert torch.allclose(found, (one + other) / 2, atol=1e-7)
 
 
-def with_nan(folder):
-    def spoil(tensors):
-        next(tensor for name, tensor in tensors.items() if "lora_A" in name)[0, 0] = float("nan")
-
-    runs.change_tensors(folder / "adapter_model.safetensors", spoil)
-
-
-def without_head(folder):
-    runs.change_tensors(folder / "adapter_model.safetensors", lambda tensors: tensors.pop(SCORE))
-
-
-def with_json(name, **values):
-    """A change of one of a run's files."""
-    return lambda folder: runs.set_json(folder / name, **values)
+def put_nan(tensors):
+    next(tensor for name, tensor in tensors.items() if "lora_A" in name)[0, 0] = float("nan")
 
 
 BAD = [
     (with_json("contract.json", budget_tokens=64), "budget_tokens is not that of"),
-    (without_head, "score.weight is in it or in"),
-    (with_nan, "lora_A.weight is not finite; train again"),
-    (with_json("adapter_config.json", ensure_weight_tying=True), "ensure_weight_tying is not that of"),
+    (in_adapter(lambda tensors: tensors.pop(SCORE)), "score.weight is in it or in"),
+    (in_adapter(put_nan), "lora_A.weight is not finite; train again"),
     (with_json("adapter_config.json", lora_alpha=32), "lora_alpha is not that of"),
     (with_json("config.json", quantization_config={}), "quantization_config is not that of"),
     (
@@ -136,7 +125,7 @@ def test_runs_that_have_no_mean_are_one_line_and_leave_no_package(damage, messag
     run = copied("gemma2")
     first, second = fold(run, tmp_path / "fold-0", 1), fold(run, tmp_path / "fold-1", 2)
     (run.folder / "mean" / "package").mkdir(parents=True)  # of the runs as they were before
-    damage(second)
+    damage(replace(run, folder=second))
     assert message in runs.refuse(run.recipe, "--adapter", str(first), "--adapter", str(second))
     assert not (run.folder / "mean" / "package").exists()
 
