@@ -122,22 +122,18 @@ def find_runs(recipe: Recipe, pairs: pl.DataFrame, pairs_sha256: str) -> list[Te
 
     runs = []
     for fold, fold_folder in fold_folders.items():
-        check_held_out(fold_folder, fold, pairs_sha256)
+        held_out_fold = read_fold(fold_folder, pairs_sha256)
+        if held_out_fold != fold:
+            raise UserError(
+                f"{fold_folder / 'metrics.json'}: fold {held_out_fold} was held out here, not {fold}: this run was "
+                f"trained on the rows of fold {fold}; train it again with make cv R={fold_folder.parent.name}"
+            )
+
         # The folds share a recipe: each run is read with the fold and the folder of its own.
         block = recipe.pairwise.model_copy(update={"fold": fold})
         recipe_of_fold = replace(recipe, run_folder=fold_folder, pairwise=block)
         runs.append(TeacherRun(fold_folder.name, fold, read_run(recipe_of_fold)))
     return runs
-
-
-def check_held_out(fold_folder: Path, fold: int, pairs_sha256: str) -> None:
-    """Raise UserError unless the run in a fold's folder was trained without that fold's rows."""
-    held_out_fold = read_fold(fold_folder, pairs_sha256)
-    if held_out_fold != fold:
-        raise UserError(
-            f"{fold_folder / 'metrics.json'}: fold {held_out_fold} was held out here, not {fold}: this run was "
-            f"trained on the rows of fold {fold}; train it again with make cv R={fold_folder.parent.name}"
-        )
 
 
 def read_fold(folder: Path, pairs_sha256: str) -> int | None:

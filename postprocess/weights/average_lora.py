@@ -102,48 +102,38 @@ def check_members(members: Sequence[Path], mean_folder: Path) -> None:
 
 def check_alike(first: Path, other: Path) -> None:
     """Raise UserError where two runs differ in a way that leaves their adapters without a mean."""
-    first_contract = asdict(read_contract(first)[0])
-    other_contract = asdict(read_contract(other)[0])
-    for key, value in first_contract.items():
-        if key != "recorded" and value != other_contract[key]:
+    first_facts = read_facts(first)
+    other_facts = read_facts(other)
+    for file, key in {**first_facts, **other_facts}:
+        if first_facts.get((file, key)) != other_facts.get((file, key)):
             raise UserError(
-                f"{other / 'contract.json'}: {key} is not that of {first}; only adapters that were trained "
+                f"{other / file}: {key} is not that of {first}; only adapters that were trained "
                 "with one recipe on one base have a mean"
             )
 
-    # With one recipe, ranks, scalings and modules are the same.
-    first_settings = read_lora_settings(first)
-    other_settings = read_lora_settings(other)
-    for key in sorted(first_settings.keys() | other_settings.keys()):
-        if first_settings.get(key) != other_settings.get(key):
-            raise UserError(f"{other / ADAPTER_SETTINGS}: {key} is not that of {first}")
 
-    # A QLoRA adapter corrects the rounding of its base too.
-    if read_quantization(first) != read_quantization(other):
-        raise UserError(
-            f"{other / 'config.json'}: quantization_config is not that of {first}: LoRA and QLoRA do not mix"
-        )
+def read_facts(folder: Path) -> dict[tuple[str, str], object]:
+    """Read what the members of a mean must share: values by file and key."""
+    facts = {}
+    contract, _ = read_contract(folder)
+    for key, value in asdict(contract).items():
+        if key != "recorded":
+            facts["contract.json", key] = value
 
-
-def read_lora_settings(folder: Path) -> dict[str, object]:
-    """Read the settings of a run's adapter, so that they can be compared with another run's."""
-    compared_settings = {}
+    # With one recipe, ranks, scalings and modules are the same; PEFT's version need not be.
     for key, value in adapter_settings(folder).items():
         # PEFT writes sets as lists, in any order.
         if isinstance(value, list):
             value = sorted(map(str, value))
-        # It may differ without changing what an adapter means.
         if key != "peft_version":
-            compared_settings[key] = value
-    return compared_settings
+            facts[ADAPTER_SETTINGS, key] = value
 
-
-def read_quantization(folder: Path) -> object:
-    """Read how a run's base was quantised during training; None for 16 bits."""
-    file = folder / "config.json"
-    if not file.is_file():
-        return None
-    return read_object(file).get("quantization_config")
+    # A QLoRA adapter corrects the rounding of its base too, and has no mean with one of plain LoRA.
+    config_file = folder / "config.json"
+    if config_file.is_file():
+        quantization = read_object(config_file).get("quantization_config")
+        facts["config.json", "quantization_config"] = quantization
+    return facts
 
 
 def write_adapter(folder: Path, members: Sequence[Path]) -> int:
