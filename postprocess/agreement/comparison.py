@@ -32,10 +32,9 @@ NO_CANDIDATES = ("recorded", "trained", "merged")
 
 
 def compare(columns: Sequence[Column], rows: ComparedRows, package: PackageBlock) -> dict:
-    """Compare the columns, choose the candidate that is packaged, and judge it.
+    """Compare the columns, and judge the candidate that is nearest to `trained` on average: it is packaged.
 
-    Returns:
-        What agreement.json holds. Of the candidates, `packaged` is the nearest to `trained` on average.
+    What agreement.json holds is returned.
     """
     by_name = {column.name: column for column in columns}
     resamples = resample(rows.groups_r)

@@ -94,11 +94,7 @@ def write_scores(out: Path, columns: Mapping[str, Column], golden: Mapping[str, 
 
 
 def read_scores(scores_files: Sequence[Path]) -> tuple[list[Column], dict[str, list]]:
-    """Read what score_models wrote of several parts of the rows, and put the parts together.
-
-    Returns:
-        The columns of all rows, and the golden rows' probabilities by model.
-    """
+    """Read what score_models wrote of several parts of the rows: the columns of all rows, and the golden rows' scores."""
     # Each part has the same models, and other rows: a model's rows of all parts are one after another.
     parts = [read_object(file) for file in scores_files]
     first_part = parts[0]

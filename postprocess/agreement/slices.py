@@ -21,8 +21,7 @@ QUARTERS = (
 def slice_rows(rows: pl.DataFrame, groups_r: np.ndarray) -> dict[str, np.ndarray]:
     """Divide the rows by language, and again by length, and keep the slices with groups enough to be judged.
 
-    Returns:
-        For each slice by its name, which rows are in it: a mask of shape (rows,).
+    Each slice, by its name, is a mask of shape (rows,).
     """
     slices = slice_by_language(rows, groups_r) | slice_by_length(rows)
     judged_slices = {}

@@ -137,11 +137,7 @@ def find_runs(recipe: Recipe, pairs: pl.DataFrame, pairs_sha256: str) -> list[Te
 
 
 def read_fold(folder: Path, pairs_sha256: str) -> int | None:
-    """Read from a run's metrics.json which fold of rows it was not trained on.
-
-    Returns:
-        The fold; None for a run that was trained on all rows.
-    """
+    """Read from a run's metrics.json which fold it was not trained on; None for a run that was trained on all rows."""
     file = folder / "metrics.json"
     if not file.is_file():
         raise UserError(
