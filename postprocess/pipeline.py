@@ -24,6 +24,7 @@ from postprocess.preparation import Preparation, import_torch
 from postprocess.run_folder import (
     ADAPTER_SETTINGS,
     ADAPTER_WEIGHTS,
+    RESULT_FILES,
     Run,
     find_base,
     hub_commit,
@@ -38,13 +39,7 @@ from preprocess.core.files import read_json, remove_leftovers
 from recipes.pairwise.config.schema import GPTQ_BITS, Recipe
 from recipes.pairwise.contract import TOKENIZER_FILES
 
-RUN_FILES = (
-    "contract.json",
-    "model_input.py",
-    "metrics.json",
-    "predictions.parquet",
-    *TOKENIZER_FILES,
-)
+RUN_FILES = (*RESULT_FILES, *TOKENIZER_FILES)
 MOST_REPEATS = 20
 
 # The folder of the merged model: one that the user asked for, or one that is removed at the end.

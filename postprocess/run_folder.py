@@ -26,6 +26,9 @@ from preprocess.model_input import Contract
 from recipes.pairwise.config.earlier_runs import is_same_model
 from recipes.pairwise.config.schema import HOW_TO_GET_IT, Recipe
 
+# What a training leaves beside weights and tokenizer.
+RESULT_FILES = ("contract.json", "model_input.py", "metrics.json", "predictions.parquet")
+
 HEADS = ("score", "label_tokens", "reward")
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_SETTINGS = "adapter_config.json"

@@ -1,6 +1,7 @@
 """Parts of the validation rows that are judged on their own: languages, and quarters by length.
 
-A package that is broken for one language of many, or for long rows only, looks well on the average.
+A package that is broken for one language of many, or for long rows only, looks well on the average. The
+report counts characters and groups of prompts by the same functions.
 """
 
 import numpy as np

@@ -24,6 +24,7 @@ from postprocess.agreement.reference_model import load_trained
 from postprocess.run_folder import (
     ADAPTER_SETTINGS,
     ADAPTER_WEIGHTS,
+    RESULT_FILES,
     Run,
     adapter_settings,
     check_recipe,
@@ -39,7 +40,6 @@ from preprocess.core.files import atomic_file, read_object, write_json
 from recipes.pairwise.config.schema import Recipe
 from recipes.pairwise.data.datasets import read_pairs, split
 
-RESULT_FILES = ("contract.json", "model_input.py", "metrics.json", "predictions.parquet")
 # PEFT's names of the two factors of a low-rank change; an embedding's have no `.weight` behind them.
 A_NAME = re.compile(r".+\.(lora_A\.weight|lora_embedding_A)")
 B_NAME = re.compile(r".+\.(lora_B\.weight|lora_embedding_B)")

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from postprocess.agreement.model_scores import score_column, write_results
 from postprocess.agreement.reference_model import load_trained
 from postprocess.agreement.validation_rows import by_hash
-from postprocess.run_folder import Run
+from postprocess.run_folder import RESULT_FILES, Run
 from postprocess.weights.checkpoint_reader import open_tensors
 from postprocess.weights.merge import find_base_names
 from postprocess.weights.meta_model import model_skeleton
@@ -29,7 +29,6 @@ from recipes.pairwise.config.schema import Recipe
 from recipes.pairwise.contract import new_contract, record_training, write_contract
 from recipes.pairwise.data.datasets import read_pairs, split
 
-RESULT_FILES = ("contract.json", "model_input.py", "metrics.json", "predictions.parquet")
 SMALLEST = 1e-30  # of a probability in float32, before its logarithm
 
 
