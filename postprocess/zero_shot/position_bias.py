@@ -10,7 +10,7 @@ Calibration"). What those methods assume, that all labels are equally likely, bo
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.optimize import brentq
+from scipy.optimize import bisect
 
 from recipes.pairwise.tracking.metrics import softmax
 
@@ -41,5 +41,5 @@ def find_logit_bias(logits_rov: np.ndarray, verdicts: Sequence[str]) -> tuple[fl
     # The preference falls as the bias grows. Beyond the smallest and the largest margin, every row
     # prefers the same place: its zero lies between them.
     margins_b = logits_bv[:, first] - logits_bv[:, second]
-    bias = brentq(measure_preference, margins_b.min() - 1, margins_b.max() + 1)
+    bias = bisect(measure_preference, margins_b.min() - 1, margins_b.max() + 1)
     return tuple(float(number) for number in bias * direction_v)
