@@ -42,6 +42,7 @@ def test_a_checkpoint_goes_to_the_cpu_to_one_gpu_or_over_several(gpus, expected,
 
 
 def test_the_trained_model_asks_transformers_for_these_devices_and_keeps_no_cache(made, opened, gpus_of, monkeypatch):
+    run = opened(made("gemma2"))
     gpus_of(100, 200)
     asked = {}
 
@@ -51,7 +52,7 @@ def test_the_trained_model_asks_transformers_for_these_devices_and_keeps_no_cach
 
     monkeypatch.setattr(reference_model.CLASSES["score"], "from_pretrained", from_pretrained)
     with pytest.raises(InterruptedError):
-        load_trained(opened(made("gemma2")))
+        load_trained(run)
     assert (asked["device_map"], asked["max_memory"]) == ("sequential", {0: 85, 1: 170})
     assert asked["config"].use_cache is False
 
