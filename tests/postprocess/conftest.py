@@ -8,6 +8,9 @@ from postprocess.run_folder import read_run
 from recipes.pairwise.config.schema import read_recipe
 from tests.postprocess import runs
 
+# What the command makes of a run; the run of a session may have been packaged by another test.
+MADE_OF_A_RUN = ("merged", "quantised*", "unmerged", "package", "agreement.*", "scores*.json", "postprocess.json")
+
 
 @pytest.fixture(scope="session")
 def made(tiny_models, tmp_path_factory):
@@ -43,9 +46,7 @@ def copied(made, tmp_path):
 
     def copy(kind: str = "gemma2", **options) -> runs.Made:
         run = made(kind, **options)
-        shutil.copytree(
-            run.folder, tmp_path / "run", ignore=shutil.ignore_patterns("merged", "quantised", "package", "*.json.*")
-        )
+        shutil.copytree(run.folder, tmp_path / "run", ignore=shutil.ignore_patterns(*MADE_OF_A_RUN))
         recipe = tmp_path / "recipe.yml"
         recipe.write_text(run.recipe.read_text().replace(str(run.folder), str(tmp_path / "run")))
         return runs.Made(recipe, tmp_path / "run", run.base, run.model)
